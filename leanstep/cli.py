@@ -204,9 +204,14 @@ def _recipes_list(options: argparse.Namespace, rest: list[str]) -> int:
 def _recipes_show(options: argparse.Namespace, rest: list[str]) -> int:
     overrides = _overrides(options, rest)
     _need("recipes")
+    from leanstep._files import read_text
     from leanstep.recipes.config.loader import dump, find_recipe, load
 
-    text = find_recipe(options.recipe).read_text(encoding="utf-8")
+    path = find_recipe(options.recipe)
+    try:
+        text = read_text(path, follow=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read as a text file: {error}") from None
     derived = any(line.startswith("base:") for line in text.splitlines())
     print(dump(load(options.recipe, overrides)) if overrides or derived else text, end="")
     return 0

@@ -83,8 +83,8 @@ def parameter_value(p, state, ROUNDING: tl.constexpr):
     elif ROUNDING == "kahan":
         stored = to_float(state)
         # a rounding error, at most half the distance to the next number, changes no rounding if shrunk a little
-        rounded = to_float(round_to(value + stored * 0.9921875, p.dtype))
-        value = tl.where(rounded == value, value + stored, value)
+        rounded = round_to(value + stored * 0.9921875, p.dtype)
+        value = tl.where(to_float(rounded) - value == 0, value + stored, value)
     return value
 
 

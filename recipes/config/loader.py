@@ -169,12 +169,12 @@ class _Reader:
             key, equals, text = override.partition("=")
             path = tuple(key.strip().split("."))
             if not equals or not all(path):
-                self.problems.append((_OVERRIDE, f"expected key.path=value, got {override!r}"))
+                self.problems.append((_OVERRIDE, f"expected key.path=value, got {show(override)}"))
                 continue
             try:
                 set_at(self.value, path, parse_scalar(text))
             except ValueError as error:
-                self.problems.append((_OVERRIDE, f"{key}: {error}"))
+                self.problems.append((_OVERRIDE, f"{show(key)}: {error}" if len(key) > 100 else f"{key}: {error}"))
                 continue
             self.overridden.add(path)
 

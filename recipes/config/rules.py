@@ -62,6 +62,18 @@ def joint_problems(config: RunConfig, world_size: int = 1) -> Iterator[tuple[tup
             ("release_gradients", "precision"),
             "steps inside backward, on gradients that fp16 has scaled up; take precision=bf16, or set it to false",
         )
+    if release and config.stop.on_spike in ("skip", "rollback"):
+        yield (
+            ("stop.on_spike", "release_gradients"),
+            f"{config.stop.on_spike} drops the gradients of a step, which release_gradients applies inside backward; "
+            "take on_spike=stop, or set release_gradients to false",
+        )
+    if config.stop.on_spike == "rollback" and not config.checkpoint.every and not config.checkpoint.keep_best:
+        yield (
+            ("stop.on_spike", "checkpoint.every"),
+            "rollback returns to the last checkpoint, and checkpoint.every 0 writes one at the end only; raise it, or "
+            "take on_spike=skip",
+        )
     if config.model.init_from and config.model.config:
         yield (
             ("model.config", "model.init_from"),

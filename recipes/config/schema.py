@@ -284,11 +284,29 @@ class LogConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class StopConfig:
-    """Conditions to stop early: a non-finite loss, a loss above a limit, a number of hours."""
+    """Conditions to stop early: a non-finite loss, a loss above a limit, a loss spike, a number of hours.
+
+    A step is a spike if its loss exceeds ``median + spike_threshold * spread`` of the last ``spike_window`` losses
+    without the spikes; the first ``spike_window`` steps are not judged. ``spread`` is 1.4826 times the median absolute
+    deviation (the standard deviation of normal losses), and at least 1 % of the median. With ``nan: false``, a
+    non-finite loss or gradient is a spike too. ``on_spike`` may change when a run is continued:
+
+    - null: look for no spikes.
+    - ``stop``: end the run with exit code 3.
+    - ``skip``: drop the gradients. The step counts and the schedule advances; weights and optimizer state stay.
+    - ``rollback``: load the last checkpoint and continue with the data after the spike, so that no batch since the
+      checkpoint is read again. Before the first checkpoint: as ``skip``.
+
+    After ``spike_limit`` skipped steps in a row, or rollbacks to the same checkpoint, the next spike ends the run.
+    """
 
     nan: bool = True
     loss_above: float | None = Field(default=None, gt=0)
     max_hours: float | None = Field(default=None, gt=0)
+    on_spike: Literal["stop", "skip", "rollback"] | None = None
+    spike_window: int = Field(default=50, ge=5, le=10**4)
+    spike_threshold: float = Field(default=10.0, gt=0)
+    spike_limit: int = Field(default=10, ge=1, le=10**6)
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

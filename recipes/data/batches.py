@@ -2,8 +2,8 @@
 
 The epochs, each in its own order, form one endless list of sequences. An optimizer step takes the next
 ``tokens_per_step / seq_len`` sequences, also across the end of an epoch, and distributes them round-robin: the first
-micro batch of each process, then the second of each. So the number of steps made gives the position, and a step has
-the same sequences on any number of processes.
+micro batch of each process, then the second of each. So the number of windows read (one a step, and those that a
+rollback left out) gives the position, and a step has the same sequences on any number of processes.
 """
 
 from collections.abc import Iterator
@@ -44,7 +44,7 @@ class MicroBatches(Sampler[list[int]]):
 
 
 class Windows:
-    """The micro batches of one process, grouped into optimizer steps, from step ``made`` to step ``steps``.
+    """The micro batches of one process, grouped into optimizer steps: the windows ``start`` to ``start + count - 1``.
 
     Iterating gives lists of ``accumulation`` batches on the accelerator's device. :meth:`state` is the position after
     the last window, for a checkpoint.
@@ -58,12 +58,12 @@ class Windows:
         seed: int,
         micro_batch_size: int,
         accumulation: int,
-        made: int,
-        steps: int,
+        start: int,
+        count: int,
     ) -> None:
         self._data, self._device, self._accumulation = data, accelerator.device, accumulation
         self.sequences = micro_batch_size * accumulation * accelerator.num_processes
-        self._count = steps - made
+        self._count = count
         # a loader's iterator draws a seed, which must not come from the generator of dropout
         generator = torch.Generator().manual_seed(0)
         if data.stream:
@@ -74,7 +74,7 @@ class Windows:
                 len(data.train),
                 seed,
                 micro_batch_size,
-                start=made * self.sequences,
+                start=start * self.sequences,
                 count=self._count * accumulation * accelerator.num_processes,
             )
             loader = DataLoader(data.train, batch_sampler=sampler, generator=generator)
@@ -86,11 +86,11 @@ class Windows:
             window = islice(batches, self._accumulation)
             yield [{key: value.to(self._device) for key, value in batch.items()} for batch in window]
 
-    def positions(self, step: int) -> list[int] | None:
-        """First and last position of the window after ``step`` steps; None for a stream."""
+    def positions(self, window: int) -> list[int] | None:
+        """First and last position of a window, counted from 0; None for a stream."""
         if self._data.stream:
             return None
-        return [step * self.sequences, (step + 1) * self.sequences - 1]
+        return [window * self.sequences, (window + 1) * self.sequences - 1]
 
     def state(self) -> dict[str, Any] | None:
         """State of the stream; None for map-style data, whose position follows from the step."""

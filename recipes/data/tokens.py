@@ -9,6 +9,7 @@ add a CRC-32 of the tokens in ``header[3]``, which other readers ignore.
 import errno
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from leanstep._files import cache_folders, private_folder, publish_folder
+from leanstep._files import cache_folders, one_line, private_folder, publish_folder
 from leanstep.recipes.config.schema import trained_size
 from leanstep.recipes.data.hub import is_folder_name, offline, unreachable
 
@@ -297,6 +298,40 @@ def read_shard(path: Path) -> np.ndarray:
     return tokens
 
 
+def write_documents(path: Path, ends: Sequence[int], text_bytes: Sequence[int]) -> None:
+    """Write a document index: an npy file, int64 ``[2, documents]``, and the CRC-32 of its bytes, little-endian.
+
+    Not atomic.
+    """
+    file = io.BytesIO()
+    np.save(file, np.array([ends, text_bytes], dtype="<i8"))
+    content = file.getvalue()
+    path.write_bytes(content + zlib.crc32(content).to_bytes(4, "little"))
+
+
+def read_documents(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Read a document index: the end of each document in tokens, and its bytes of text, both int64 ``[documents]``.
+
+    Raises:
+        ValueError: the file is no document index, has a wrong checksum, ends that do not rise from above 0, or
+            negative sizes.
+    """
+    raw = path.read_bytes()
+    content, checksum = raw[:-4], raw[-4:]
+    if zlib.crc32(content).to_bytes(4, "little") != checksum:
+        raise ValueError(f"'{path}' is damaged: its content does not match its checksum")
+    try:
+        index = np.load(io.BytesIO(content), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"'{path}' is no document index: {one_line(error)}") from None
+    if not isinstance(index, np.ndarray) or index.dtype != np.dtype("<i8") or index.ndim != 2 or len(index) != 2:
+        raise ValueError(f"'{path}' is no document index: expected int64 [2, documents]")
+    ends, text_bytes = index
+    if (ends[:1] <= 0).any() or (ends[1:] <= ends[:-1]).any() or (text_bytes < 0).any():
+        raise ValueError(f"'{path}' is damaged: its ends do not rise, or a document has less than no text")
+    return ends, text_bytes
+
+
 class TokenFile:
     """The tokens of a corpus and the ends of its documents. Pickles as its path, and each process maps the file.
 
@@ -307,9 +342,10 @@ class TokenFile:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.tokens = read_shard(folder / "tokens.bin")
-        self.ends, self.text_bytes = np.load(folder / "documents.npy")
-        if len(self.ends) and (self.ends[-1] != len(self.tokens) or (np.diff(self.ends) <= 0).any()):
-            raise ValueError(f"'{folder}' is damaged: its documents do not add up to its tokens")
+        self.ends, self.text_bytes = read_documents(folder / "documents.npy")
+        last = int(self.ends[-1]) if len(self.ends) else 0
+        if last != len(self.tokens):
+            raise ValueError(f"'{folder}' is damaged: its documents have {last} tokens, its shard {len(self.tokens)}")
 
     def __reduce__(self) -> tuple:
         return TokenFile, (self.folder,)
@@ -334,7 +370,7 @@ def tokenise(
         sizes: list[int] = []
         chunks = _documents(corpus.documents(), tokenizer, ends, sizes, at_most)
         write_shard(folder / "tokens.bin", chunks, len(tokenizer))
-        np.save(folder / "documents.npy", np.array([ends, sizes], dtype=np.int64))
+        write_documents(folder / "documents.npy", ends, sizes)
 
     def is_valid(folder: Path) -> bool:
         try:

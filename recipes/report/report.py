@@ -137,6 +137,8 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     step, steps = number(run.status.get("step")), number(run.status.get("steps"))
     if step is not None:
         shown.append(("Steps", _count(step), "" if steps is None else f"of {_count(steps)}"))
+    if spikes := run.spikes():
+        shown.append(("Loss spikes", f"{spikes[0] + spikes[1]:,}", f"{spikes[0]:,} skipped, {spikes[1]:,} rolled back"))
     if (tokens := run.last("tokens")) is not None:
         shown.append(("Tokens", compact(tokens), "targets trained on"))
     if (speed := run.median("tokens_per_s")) is not None:

@@ -11,7 +11,7 @@ from typing import Any
 from leanstep._files import parse_json, read_text
 from leanstep.recipes.training.folder import is_held
 
-_SHOWN_WARNINGS = 8
+_SHOWN_WARNINGS, _SHOWN_SPIKES = 8, 20
 _LOG_LIMIT = 1 << 30  # bytes of log.jsonl and train.log
 _WORD = 200  # characters of a name or state
 LARGEST = 1e100  # of a number that is shown; larger ones overflow in charts
@@ -77,6 +77,18 @@ class Run:
         """The values of a section's ``key``, one per line of the log."""
         rows = (row.get(section) for row in self.train)
         return [number(row.get(key)) if isinstance(row, dict) else None for row in rows]
+
+    def spikes(self) -> tuple[int, int, list[int]] | None:
+        """(steps skipped, rollbacks, newest steps) of the loss spikes; None without spikes or their counts."""
+        content = self.status.get("spikes")
+        if not isinstance(content, dict) or not isinstance(content.get("steps"), list):
+            return None
+        counts = [number(content.get(name)) for name in ("skipped", "rollbacks")]
+        steps = [number(step) for step in content["steps"][-_SHOWN_SPIKES:]]
+        if not all(value is not None and 0 <= value <= sys.maxsize for value in (*counts, *steps)):
+            return None
+        skipped, rollbacks = (int(value) for value in counts if value is not None)
+        return skipped, rollbacks, [int(step) for step in steps if step is not None]
 
     def setting(self, path: str) -> Any:
         """The value at a dotted path of the configuration, or None."""
@@ -236,6 +248,11 @@ def _judge(run: Run) -> list[str]:
         notes.append("The batch that went wrong is in the run's folder nan_dump.")
     if math.isfinite(skipped := run.last("nonfinite") or 0.0) and skipped >= 1:
         notes.append(f"{_count(int(skipped), 'step')} with a loss or gradient that was not finite.")
+    if spikes := run.spikes():
+        steps = ", ".join(f"{step:,}" for step in spikes[2])
+        notes.append(
+            f"Loss spikes: {_count(spikes[0], 'step')} skipped, {_count(spikes[1], 'rollback')} (newest at {steps})."
+        )
     if broken := sum(1 for value in run.column("loss") if value is None or not math.isfinite(value)):
         notes.append(f"The training loss is not finite in {_count(broken, 'logged step')}.")
     if (met := run.expectation()) and not met[2]:

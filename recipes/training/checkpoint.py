@@ -48,6 +48,26 @@ class CheckpointError(ValueError):
 
 
 @dataclass
+class SpikeRecord:
+    """Loss spikes of a run (``stop.on_spike``).
+
+    ``losses`` are those of the last steps without a spike, at most ``stop.spike_window``. ``skipped`` and ``rollbacks``
+    count, and ``steps`` are the newest spikes. ``in_row`` counts the steps skipped since the last update,
+    ``rollbacks_here`` the rollbacks to the checkpoint of step ``returned_to``. ``windows_ahead``: windows of data that
+    rollbacks left out, so the next step reads window ``step + windows_ahead``, counted from 0.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    skipped: int = 0
+    rollbacks: int = 0
+    steps: list[int] = field(default_factory=list)
+    in_row: int = 0
+    rollbacks_here: int = 0
+    returned_to: int = -1
+    windows_ahead: Annotated[int, Ge(0)] = 0
+
+
+@dataclass
 class TrainState:
     """Progress of a run: ``tokens`` counts targets, ``elapsed_s`` the seconds of all its starts.
 
@@ -63,6 +83,7 @@ class TrainState:
     best_step: int | None = None
     eval_pending: bool = False
     nonfinite: int = 0
+    spikes: SpikeRecord = field(default_factory=SpikeRecord)
     world_size: int = 1
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
 

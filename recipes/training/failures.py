@@ -26,12 +26,19 @@ class RunFailure(Exception):
         super().__init__(message)
 
 
-def nonfinite_message(config: RunConfig, folder: Path, step: int, event: str) -> str:
-    """Describe a non-finite step: the event, the last good checkpoint, and settings to try, cheapest first."""
+def nonfinite_message(
+    config: RunConfig, folder: Path, step: int, event: str, *, updated: bool = False, advice: Iterable[str] = ()
+) -> str:
+    """Describe a non-finite step or a spike: the event, the last good checkpoint, and settings to try, cheapest first.
+
+    ``updated``: whether ``release_gradients`` has applied the step already. ``advice`` are lines to show first.
+    """
     warmup = min(1.0, max(0.05, 2 * config.schedule.warmup_fraction))
+    applied = "release_gradients has updated the weights already" if updated else "The weights were not updated"
     lines = [
-        f"step {step}: {event}. The weights were not updated; the batch and the norms are in {folder / 'nan_dump'}.",
+        f"step {step}: {event}. {applied}; the batch and the norms are in {folder / 'nan_dump'}.",
         f"  last good checkpoint: {_last(folder)}",
+        *(f"  {line}" for line in advice),
         f"  lower learning rate:  optimizer.lr={config.optimizer.lr / 2:g}",
         f"  longer warm-up:       schedule.warmup_fraction={warmup:g}",
     ]

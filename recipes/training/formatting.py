@@ -37,6 +37,8 @@ def format_line(entry: dict[str, Any], steps: int, eta: float | None, notes: lis
         parts.append(f"mem {entry['memory_gib']:.1f} GiB")
     if entry.get("nonfinite"):
         parts.append(f"nonfinite {entry['nonfinite']}")
+    if entry.get("spikes"):
+        parts.append(f"spikes {entry['spikes']}")
     if eta is not None:
         parts.append(f"eta {format_duration(eta)}")
     return "  ".join(parts) + "".join(f"  [{note}]" for note in notes)

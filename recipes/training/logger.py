@@ -214,6 +214,8 @@ class RunLogger:
             "nonfinite": state.nonfinite + (_skipped_updates(sources["optimizer"]) if is_logged else 0),
             "tflops": self.tflops,
         }
+        if config.stop.on_spike is not None:
+            entry["spikes"] = state.spikes.skipped + state.spikes.rollbacks
         if self._peak is not None and self.tflops is not None:
             entry["mfu"] = round(1e12 * self.tflops / self._peak, 4)
         if self.accelerator.device.type == "cuda":
@@ -245,6 +247,7 @@ class RunLogger:
 
     def status(self, status: str, state: TrainState, *, any_process: bool = False) -> None:
         """Write status.json from the first process; with ``any_process`` also from another one that fails."""
+        spikes, shown = state.spikes, ("skipped", "rollbacks", "steps")
         if self.main or any_process:
             self.folder.status(
                 status,
@@ -255,6 +258,7 @@ class RunLogger:
                 best_step=state.best_step,
                 tokens=state.tokens,
                 tflops=self.tflops,
+                **({"spikes": {name: getattr(spikes, name) for name in shown}} if spikes.steps else {}),
             )
 
     def reports(self, optimizer: Any, controller: Any, monitor: Any, gate: Any) -> None:

@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from accelerate import Accelerator
 from transformers.utils.logging import disable_progress_bar
@@ -81,6 +82,9 @@ from leanstep.recipes.training.step import (
 )
 from leanstep.recipes.training.validation import Interrupted, evaluate
 
+if TYPE_CHECKING:
+    from leanstep.recipes.training.spikes import Spike
+
 # torchrun kills workers 30 seconds after SIGTERM, so warn about a save that takes longer than this
 _SLOW_SAVE_S = 20.0
 
@@ -106,8 +110,9 @@ def train(config: RunConfig) -> int:
     """Run ``config`` in this process, alone or as one of several. Returns the exit code.
 
     0: done, now or before. 1: the final model could not be written, or another process of the run ended. 2: the run
-    cannot start. 3: a non-finite loss or gradient, or a loss above ``stop.loss_above``. 4: out of memory. 130, 143:
-    ended by a signal or after ``stop.max_hours``, with a checkpoint to resume from; 130 also by Ctrl-C before training.
+    cannot start. 3: a non-finite loss or gradient, a loss above ``stop.loss_above``, or a spike (``stop.on_spike``). 4:
+    out of memory. 130, 143: ended by a signal or after ``stop.max_hours``, with a checkpoint to resume from; 130 also
+    by Ctrl-C before training.
     """
     try:
         accelerator = build_accelerator(config)
@@ -304,26 +309,44 @@ class Run:
             problem = read_gate(self.gate, checkpoint / "trainer", rank, world)
             if problem:
                 self.say(f"WARNING: {problem}")
+        self.spikes = None
+        if config.stop.on_spike is not None:
+            from leanstep.recipes.training.spikes import SpikeDetector
+
+            self.spikes = SpikeDetector(config.stop, accelerator, self.folder, self.logger)
+
+    def open_windows(self) -> None:
+        """Read the data from the position of ``state`` on; replaces the loader of an earlier call."""
+        config, state, accelerator = self.config, self.state, self.accelerator
+        accelerator._dataloaders.clear()
+        self.windows = Windows(
+            accelerator,
+            self.data,
+            seed=config.seed,
+            micro_batch_size=config.batch.micro_batch_size,
+            accumulation=accelerator.gradient_accumulation_steps,
+            start=state.step + state.spikes.windows_ahead,
+            count=config.steps - state.step,
+        )
+        self.next_windows = iter(self.windows)
 
     def loop(self) -> int:
         """Train to the last step. Returns the signal that ended the loop early, after a save, or 0."""
         config, state = self.config, self.state
-        self.windows = Windows(
-            self.accelerator,
-            self.data,
-            seed=config.seed,
-            micro_batch_size=config.batch.micro_batch_size,
-            accumulation=self.accelerator.gradient_accumulation_steps,
-            made=state.step,
-            steps=config.steps,
-        )
+        self.open_windows()
         if state.eval_pending or (config.eval.at_start and state.step == 0):
             number = self.evaluate()
             if number:
                 self.save()
                 return number
-        for window in self.windows:
-            number = self.step(window)
+        while state.step < config.steps:
+            made = state.step
+            number = self.step(next(self.next_windows))
+            if state.step <= made:
+                # a rollback, which saved: the checkpoint's evaluation is done
+                if number:
+                    return number
+                continue
             improved = False
             if self.due(config.eval.every):
                 before = state.best_loss
@@ -341,7 +364,10 @@ class Run:
         return step == self.config.steps or (every > 0 and step % every == 0)
 
     def step(self, window: list[Batch]) -> int:
-        """One optimizer step: backward over the window, checks, update, log. Returns a received signal, or 0."""
+        """One optimizer step: backward over the window, checks, update, log. Returns a received signal, or 0.
+
+        A rollback takes the place of update and log, and lowers ``state.step`` to that of the checkpoint.
+        """
         config, accelerator = self.config, self.accelerator
         if self.norms is not None and self.logger.is_logged(self.state.step + 1):
             self.norms.arm()
@@ -362,7 +388,14 @@ class Run:
         )
         result = StepResult(loss, norm_value, targets, number)
         rate = self.schedule.get_last_lr()[0]
-        self.update(window, result)
+        sound = self.check(window, result)
+        spike = None if self.spikes is None else self.spikes.judge(self.state, result, sound)
+        if spike is not None and spike.action == "stop":
+            raise self.failure(window, result, spike.event, "spike", spike.advice)
+        if spike is not None and spike.action == "rollback":
+            self.roll_back(spike)
+            return number
+        self.update(apply=sound and spike is None)
         self.state.step += 1
         self.state.tokens += targets
         self.logger.clock.stepped(targets)
@@ -371,8 +404,8 @@ class Run:
         self.logger.step(self.state, result, rate, sources, note=self.saver.trouble)
         return number
 
-    def update(self, window: list[Batch], result: StepResult) -> None:
-        """Update the weights unless loss or gradient is not finite; advance the schedule in any case.
+    def check(self, window: list[Batch], result: StepResult) -> bool:
+        """Return whether the step may be applied: whether loss and gradient are finite.
 
         Raises RunFailure by ``stop.nan`` or ``stop.loss_above``.
         """
@@ -386,13 +419,43 @@ class Run:
             what = f"loss {result.loss:.4f} is above stop.loss_above {stop.loss_above:g}"
             raise self.failure(window, result, what, "loss_above")
         self.state.nonfinite += not result.finite()
-        if sound:
+        return sound
+
+    def update(self, *, apply: bool) -> None:
+        """Update the weights, or drop the gradients if not ``apply``; advance the schedule in any case."""
+        if apply:
             # with release_gradients the weights are already updated, and this only ends the step
             self.optimizer.step()
         self.schedule.step()
+        self.drop_gradients(unscaled=not apply)
+
+    def drop_gradients(self, *, unscaled: bool) -> None:
+        """Free the gradients; ``unscaled``: no optimizer step has used them."""
+        if unscaled and self.accelerator.scaler is not None:
+            # ends the scaler's step, which it refuses to unscale twice
+            self.accelerator.scaler.update()
         self.optimizer.zero_grad()
 
-    def failure(self, window: list[Batch], result: StepResult, what: str, reason: str) -> RunFailure:
+    def roll_back(self, spike: "Spike") -> None:
+        """Return to the checkpoint of ``spike``, with the data after the spike next, and save that position."""
+        assert self.spikes is not None and spike.checkpoint is not None
+        accelerator = self.accelerator
+        with self.logger.clock.pause("rollback"):
+            self.drop_gradients(unscaled=True)
+            self.spikes.restore(spike, self.state)
+            # streams go on from where they are
+            self.saver.load(spike.checkpoint, self.state)
+            if self.gate is not None:
+                rank, world = accelerator.process_index, accelerator.num_processes
+                read_gate(self.gate, spike.checkpoint / "trainer", rank, world)
+            self.open_windows()
+        # a killed run continues from here, not from before the rollback
+        self.save()
+        self.spikes.report_rollback(spike, self.state)
+
+    def failure(
+        self, window: list[Batch], result: StepResult, what: str, reason: str, advice: Sequence[str] = ()
+    ) -> RunFailure:
         """Write nan_dump/ and return the failure to raise; every process calls it."""
         step = self.state.step + 1
         facts = {
@@ -401,13 +464,15 @@ class Run:
             "loss": result.loss,
             "grad_norm": result.norm,
             "lr": self.schedule.get_last_lr(),
-            "sequences": self.windows.positions(self.state.step),
+            "sequences": self.windows.positions(self.state.step + self.state.spikes.windows_ahead),
         }
         try:
             dump_step(self.accelerator, self.folder.root, self.model, facts, window)
         except OSError as error:
             self.say(f"WARNING: nan_dump could not be written: {error}")
-        return RunFailure(reason, EXIT_NAN, nonfinite_message(self.config, self.folder.root, step, what))
+        updated = self.config.release_gradients and reason != "nan"
+        message = nonfinite_message(self.config, self.folder.root, step, what, updated=updated, advice=advice)
+        return RunFailure(reason, EXIT_NAN, message)
 
     def evaluate(self) -> int:
         """Validate and log. Returns the signal that interrupted it, 0 without one."""
@@ -465,6 +530,8 @@ class Run:
             if observer is not None:
                 observer.close()
         finish(self.config, self.accelerator, self.folder, self.saver, self.state, self.say)
+        if self.spikes is not None:
+            self.say(f"spikes      {self.spikes.summary(self.state)}")
         self.logger.reports(self.optimizer.optimizer, self.sparsity, self.norms, self.gate)
 
     def interrupted(self, number: int) -> int:

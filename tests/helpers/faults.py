@@ -115,6 +115,65 @@ def explode_after_step_6():
     build.schedule_factor = lambda config, steps: lambda made: 300.0 if made >= 6 else factor(config, steps)(made)
 
 
+def record_windows(path, *others):
+    """After ``others``: append the tokens of each window that this process reads to ``path`` and its rank."""
+    import json
+    import zlib
+
+    from leanstep.recipes.training import train
+
+    for other in others:
+        other()
+    backward = train.backward
+
+    def recorded(accelerator, model, window, **options):
+        sums = [zlib.crc32(batch["input_ids"].numpy().tobytes()) for batch in window]
+        with open(f"{path}.{accelerator.process_index}", "a") as file:
+            file.write(json.dumps(sums) + "\n")
+        return backward(accelerator, model, window, **options)
+
+    train.backward = recorded
+
+
+def save_weights(folder):
+    """Write the weights and AdamW's moments after each step to ``folder``."""
+    import torch
+
+    from leanstep.recipes.training import train
+
+    update = train.Run.update
+
+    def saved(run, **options):
+        update(run, **options)
+        content = dict(run.model.named_parameters())
+        for index, moments in run.optimizer.optimizer.state_dict()["state"].items():
+            content |= {f"{index}.{name}": value for name, value in moments.items()}
+        torch.save({name: tensor.detach() for name, tensor in content.items()}, folder / f"{run.state.step + 1}.pt")
+
+    train.Run.update = saved
+
+
+def die_around_the_rollback(moment, *others):
+    """After ``others``: die as by ``kill -9`` in the second rollback, before or after it writes its checkpoint."""
+    from leanstep.recipes.training import spikes, train
+
+    for other in others:
+        other()
+    owner, name = {"before": (train.Run, "save"), "after": (spikes.SpikeDetector, "report_rollback")}[moment]
+    action = getattr(owner, name)
+
+    def dying(self, *arguments):
+        state = self.state if moment == "before" else arguments[1]
+        if moment == "after":
+            action(self, *arguments)
+        if state.spikes.rollbacks == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if moment == "before":
+            action(self, *arguments)
+
+    setattr(owner, name, dying)
+
+
 def nan_at_step_3():
     """Make the loss of the third step NaN, as a bad batch does."""
     from leanstep.recipes.training import train

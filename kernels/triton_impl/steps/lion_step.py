@@ -70,6 +70,10 @@ def _step_tile(
     m = to_float(m_old)
     u = _sign(beta1 * m + omb1 * g)
     u = tl.where(((mode & 8) == 0) | (u * g > 0), u * scale, 0.0)
+    # before the parameter is computed, which needs as many registers
+    m = round_to(beta2 * m + omb2 * g, m_old.dtype)
+    tl.store(m_ptr + offs, tl.where(skip, m_old, m), mask=mask)
+
     value = parameter_value(p_old, e_old, ROUNDING)
     decayed = tl.where(((mode & 4) == 0) | (u * value >= 0), value * decay, value)
     value = decayed - lr * u
@@ -80,8 +84,6 @@ def _step_tile(
     if ROUNDING == "kahan" or ROUNDING == "master":
         e = remainder(value, p, e_old.dtype, ROUNDING)
         tl.store(e_ptr + offs, tl.where(skip, e_old, e), mask=mask)
-    m = round_to(beta2 * m + omb2 * g, m_old.dtype)
-    tl.store(m_ptr + offs, tl.where(skip, m_old, m), mask=mask)
     return skip.to(tl.int32)
 
 

@@ -1,0 +1,246 @@
+"""Strategies and checks of tests/fuzz: damaged and hostile input is refused in one line, or read as what it says.
+
+``guarded`` watches one example by an audit hook, which sees every file that Python opens to write, every process, every
+unpickled name and every executed code object, also those of libraries.
+"""
+
+import contextlib
+import copy
+import io
+import json
+import os
+import signal
+import struct
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+from leanstep.cli import main
+
+# seconds of processor time, and of waiting (for a pipe, say), after which an example hangs
+_MOST_WORK, _MOST_WAITING = 10.0, 120.0
+
+
+def fuzz(examples: int) -> settings:
+    """Settings of a test: so many examples in the normal run, and in proportion in others (see tests/conftest.py)."""
+    scale = settings.default.max_examples / 100
+    return settings(max_examples=max(1, round(examples * scale)), suppress_health_check=list(HealthCheck))
+
+
+# ---- strategies
+
+WORDS = (
+    "", " ", ".", "..", "../outside/file", "/etc/hostname", "a\nb", "\x1b[31m", "\x00", "\ud800", "${", "${oc.env:X}",
+    "__class__", "null", "NaN", "1e999", "-1", "9" * 400, "x" * 5000, "auto", "cpu", "meta", "float64", "bogus-name",
+)  # fmt: skip
+NUMBERS = (0, 1, -1, 2, 3, 7, 255, 256, 2**31, 2**63, -(2**63), 10**30, 0.5, -0.5, 1e-320, 1e308)
+NUMBERS += (float("nan"), float("inf"), -float("inf"))
+_LEAVES = st.sampled_from((None, True, False, *NUMBERS, *WORDS)) | st.integers() | st.floats() | st.text(max_size=8)
+VALUES = _LEAVES | st.recursive(
+    _LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+_INSERTS = (
+    *(b"\x00", b"\xff", b'"', b"{", b"}", b"[", b",", b":", b"\n", b"#", b"'", b"&a ", b"*a", b"!!", b"${", b"9" * 30),
+    *(b"-1", b"1e999", b"\\ud800", b"NaN", b"null", b"../", b"[" * 3000, b"\xed\xa0\x80", b"\xef\xbb\xbf"),
+)
+
+
+def _paths(value: Any, above: tuple = ()) -> list[tuple]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path for key, inner in items for path in ((*above, key), *_paths(inner, (*above, key)))]
+
+
+@st.composite
+def edits(draw: Any, content: Any, values: st.SearchStrategy = VALUES) -> Any:
+    """A copy of nested content with one to three entries replaced, removed, renamed, added or doubled."""
+    content = copy.deepcopy(content)
+    for _ in range(draw(st.integers(1, 3))):
+        paths = _paths(content)
+        if not paths:
+            break
+        *above, key = draw(st.sampled_from(paths))
+        owner = content
+        for step in above:
+            owner = owner[step]
+        action = draw(st.sampled_from(("replace", "replace", "replace", "remove", "rename", "add", "double")))
+        if action == "replace":
+            owner[key] = draw(values)
+        elif action == "remove":
+            del owner[key]
+        elif isinstance(owner, list):
+            owner.insert(key, draw(values) if action == "add" else copy.deepcopy(owner[key]))
+        elif action == "add":
+            owner[draw(st.sampled_from(WORDS) | st.text(max_size=8))] = draw(values)
+        else:
+            value = owner[key] if action == "double" else owner.pop(key)
+            owner[draw(st.sampled_from([path[-1] for path in paths if isinstance(path[-1], str)] or ["x"]))] = value
+    return content
+
+
+@st.composite
+def damaged(draw: Any, data: bytes) -> bytes:
+    """A file with one to three bits flipped, bytes inserted, removed, doubled or cut off, most of them in its head."""
+    changed = bytearray(data)
+    for _ in range(draw(st.integers(1, 3))):
+        size = max(1, len(changed))
+        place = draw(st.integers(0, min(size, 4000) - 1) | st.integers(0, size - 1))
+        action = draw(st.sampled_from(("flip", "flip", "insert", "insert", "remove", "double", "cut")))
+        if action == "flip" and changed:
+            changed[place] ^= 1 << draw(st.integers(0, 7))
+        elif action == "insert":
+            changed[place:place] = draw(st.sampled_from(_INSERTS) | st.binary(max_size=6))
+        elif action == "remove":
+            del changed[place : place + draw(st.integers(1, 40))]
+        elif action == "double":
+            changed[place:place] = changed[max(0, place - 40) : place]
+        elif action == "cut":
+            del changed[place:]
+    return bytes(changed)
+
+
+def json_files(data: bytes, values: st.SearchStrategy = VALUES) -> st.SearchStrategy[bytes]:
+    """JSON with other bytes, or well-formed with other values."""
+    return damaged(data) | edits(json.loads(data), values).map(lambda content: json.dumps(content).encode())
+
+
+def safetensors_files(data: bytes) -> st.SearchStrategy[bytes]:
+    """A safetensors file with other bytes, or with another header before the same tensors."""
+    size = struct.unpack("<Q", data[:8])[0]
+    header, body = json.loads(data[8 : 8 + size]), data[8 + size :]
+
+    def joined(content: Any) -> bytes:
+        text = json.dumps(content).encode()
+        return struct.pack("<Q", len(text)) + text + body
+
+    return damaged(data) | edits(header).map(joined)
+
+
+# ---- checks of one example
+
+
+class Hang(BaseException):
+    """An example takes too long. No handler of the code under test catches it."""
+
+
+class _Watch:
+    """The folders that may be written, and what went against the rules."""
+
+    def __init__(self, folders: tuple[Path, ...]) -> None:
+        self.folders = tuple(os.path.realpath(folder) for folder in folders)
+        self.offences: list[str] = []
+
+    def may_write(self, path: object) -> bool:
+        if not isinstance(path, (str, bytes, os.PathLike)):  # a descriptor, opened before under its name
+            return True
+        text = os.path.realpath(os.fsdecode(path))
+        return (
+            text == os.devnull
+            or "__pycache__" in text
+            or any(text == folder or text.startswith(folder + os.sep) for folder in self.folders)
+        )
+
+
+_PROCESSES = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty")
+_CHANGES = {"os.remove": 1, "os.rename": 2, "os.mkdir": 1, "os.rmdir": 1, "os.truncate": 1, "os.chmod": 1}
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+_watches: list[_Watch] = []
+
+
+def _audit(event: str, arguments: tuple) -> None:
+    if not _watches:
+        return
+    watch = _watches[-1]
+    if event in _PROCESSES or event in ("pickle.find_class", "socket.connect"):
+        watch.offences.append(f"{event} {arguments[:2]!r}")
+    elif event == "open" and isinstance(arguments[2], int) and arguments[2] & _WRITING:
+        if not watch.may_write(arguments[0]):
+            watch.offences.append(f"open {arguments[0]!r} to write")
+    elif event in _CHANGES:
+        if not all(watch.may_write(path) for path in arguments[: _CHANGES[event]]):
+            watch.offences.append(f"{event} {arguments!r}")
+    elif event in ("os.symlink", "os.link") and not watch.may_write(arguments[1]):
+        watch.offences.append(f"{event} {arguments!r}")
+    elif event == "exec":
+        file = getattr(arguments[0], "co_filename", "")
+        if any(file.startswith(folder) for folder in watch.folders):
+            watch.offences.append(f"exec of code of {file}")
+
+
+sys.addaudithook(_audit)
+
+
+def listing(folder: Path) -> list[tuple]:
+    """Every entry below a folder, with what a write changes."""
+    facts = ((path, path.lstat()) for path in sorted(folder.rglob("*")))
+    return [(str(path), stat.st_mode, stat.st_size, stat.st_mtime_ns) for path, stat in facts]
+
+
+@contextlib.contextmanager
+def guarded(*folders: Path, outside: Path | None = None) -> Iterator[None]:
+    """Fail if the block runs code or a process, writes outside ``folders``, changes ``outside``, or takes too long.
+
+    Libraries that write in other languages are seen by the listing of ``outside`` alone.
+    """
+
+    def hang(number: int, frame: object) -> None:
+        raise Hang(f"an example took more than {_MOST_WORK:g} s of processor time or {_MOST_WAITING:g} s")
+
+    before = listing(outside) if outside else []
+    handlers = [signal.signal(number, hang) for number in (signal.SIGPROF, signal.SIGALRM)]
+    watch = _Watch(folders)
+    _watches.append(watch)
+    signal.setitimer(signal.ITIMER_PROF, _MOST_WORK)
+    signal.setitimer(signal.ITIMER_REAL, _MOST_WAITING)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        _watches.pop()
+        for number, handler in zip((signal.SIGPROF, signal.SIGALRM), handlers, strict=True):
+            signal.signal(number, handler)
+    assert not watch.offences, watch.offences
+    assert not outside or listing(outside) == before
+
+
+def said(error: BaseException) -> str:
+    """The message of a refusal, checked to be one printable line that gives no advice to run code."""
+    text = str(error)
+    assert text and text.isprintable(), f"{type(error).__name__}: {text!r}"
+    assert "weights_only" not in text and "trust_remote_code" not in text, text
+    return text
+
+
+def refused(read: Any, types: tuple[type[Exception], ...] = (ValueError, OSError)) -> Any:
+    """Call a reader: None if it refused by one of the documented types in one line, else its value in a tuple."""
+    try:
+        return (read(),)
+    except types as error:
+        said(error)
+        return None
+
+
+def command_line(*arguments: str) -> tuple[int, str, str]:
+    """Run a command in this process; returns its exit code, standard output and standard error."""
+    out, error = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        try:
+            code = main(arguments)
+        except SystemExit as exit:
+            code = exit.code if isinstance(exit.code, int) else 1
+    assert "Traceback" not in out.getvalue() + error.getvalue(), error.getvalue()
+    return code, out.getvalue(), error.getvalue()
+
+
+def write(path: Path, content: bytes) -> None:
+    """Replace a file, so that maps of the old one stay whole."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(content)
+    os.replace(file.name, path)
