@@ -363,7 +363,7 @@ def main() -> int:
 
 def run_kinds(kinds: list[Kind], options: Any, files: Files, results: Path) -> None:
     """Run the missing trials, the kinds in turn, so that a call that is cut short has about as many of each."""
-    done = {(row["kind"], row["trial"]) for row in read_json_lines(results) if row["seed"] == options.seed}
+    done = {(row["kind"], row.get("trial")) for row in read_json_lines(results) if row["seed"] == options.seed}
     expected: dict[str, Undisturbed] = {}
     for number in range(options.kills):
         for kind in kinds:
