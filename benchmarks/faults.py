@@ -39,6 +39,8 @@ PARSER.add_argument(
     "--soak", type=float, default=0.0, metavar="MINUTES", help="train again and again, watch the memory"
 )
 
+# kinds that start from a trained model
+_FROM_BASE = {"lora", "prune", "compressed"}
 _WORDS = "the union state congress people war peace law nation great public year country world men power act of and to"
 _SIZES = "hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2"
 LLAMA = f"model={{family: llama, config: {{{_SIZES}, max_position_embeddings: 32, tie_word_embeddings: true}}}}"
@@ -70,8 +72,8 @@ class Files:
             root / "base/final",
         )
 
-    def make(self) -> None:
-        """Write text and recipe, and train the base of pruning and of adapters."""
+    def make(self, with_base: bool) -> None:
+        """Write text and recipe; train the base, where a kind needs it."""
         chance = forks.chance_of(0, "text")
         words = [chance.choice(_WORDS.split()) for _ in range(1000)]
         self.text.write_text(" ".join(words))
@@ -81,6 +83,8 @@ class Files:
             ]
             (self.root / f"shard-{shard}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
         Path(self.recipe).write_text(_RECIPE.format(text=self.text))
+        if not with_base:
+            return
         job = Job(self.root / "base.txt")
         job.fork(lambda: forks.train_in([self.recipe, f"out={self.root / 'base'}", LLAMA]))
         if job.wait() != [0]:
@@ -345,7 +349,7 @@ def main() -> int:
         if not options.table:
             os.environ["OMP_NUM_THREADS"] = "1"
             forks.prepare()
-            files.make()
+            files.make(with_base=bool(_FROM_BASE & set(wanted)))
             run_kinds([everything[name] for name in wanted if name in everything], options, files, results)
             mishaps.run([name for name in wanted if name in mishaps.NAMES], options, files, results)
             if options.soak:

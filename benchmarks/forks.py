@@ -169,13 +169,13 @@ def reap_orphans(limit: float = PATIENCE) -> None:
             return
 
 
-def in_fork(work: Callable[[], Any], folder: Path) -> Any:
+def in_fork(work: Callable[[], Any], folder: Path, limit: float = PATIENCE) -> Any:
     """Run ``work`` in a fork and return its result, by way of JSON. Raises RuntimeError with what it printed."""
     answer = folder / "answer.json"
     answer.unlink(missing_ok=True)
     job = Job(folder / "answer.txt")
     job.fork(lambda: answer.write_text(json.dumps(work())) and 0)
-    if job.wait() != [0]:
+    if job.wait(limit) != [0]:
         raise RuntimeError(job.text()[-2000:])
     job.console.unlink()
     return json.loads(answer.read_text())

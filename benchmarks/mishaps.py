@@ -6,6 +6,7 @@ the bits of the undisturbed run.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -294,12 +295,15 @@ def soak(minutes: float, files: Files, results: Path) -> None:
             shutil.rmtree(out, ignore_errors=True)
             if forks.train_in([files.recipe, f"out={out}"]):
                 raise RuntimeError(f"run {number} failed")
+            # what waits in cycles for the collector, a file a run, is no leak
+            gc.collect()
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             samples.append([pages * resource.getpagesize() / 1024, len(os.listdir("/proc/self/fd"))])
             number += 1
         return samples
 
-    append_json_line(results, {"kind": "soak", "minutes": minutes, "seed": 0, "samples": forks.in_fork(work, folder)})
+    samples = forks.in_fork(work, folder, 60 * minutes + 10 * forks.PATIENCE)
+    append_json_line(results, {"kind": "soak", "minutes": minutes, "seed": 0, "samples": samples})
 
 
 def slope(values: list[float]) -> float:
