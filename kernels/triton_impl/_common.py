@@ -84,7 +84,7 @@ def parameter_value(p, state, ROUNDING: tl.constexpr):
         stored = to_float(state)
         # a rounding error, at most half the distance to the next number, changes no rounding if shrunk a little
         rounded = round_to(value + stored * 0.9921875, p.dtype)
-        value = tl.where(to_float(rounded) - value == 0, value + stored, value)
+        value += tl.where(to_float(rounded) - value == 0, stored, -0.0)  # -0.0 changes no value
     return value
 
 
