@@ -74,7 +74,7 @@ def test_a_recipe_that_cannot_keep_masks_is_refused(recipe):
         (["model.init_from=null"], "name its folder in model.init_from"),
         (
             ["release_gradients=true", "max_grad_norm=null", "batch.micro_batch_size=8"],
-            "which are one in release_gradients",
+            "which release_gradients joins",
         ),
         (['sparsity.patterns={"*": "2:4"}'], "take one of them"),
         (["lora.target_modules=[c_attn]", "lora.use_dora=true"], "norms of the unmasked sum"),
