@@ -64,7 +64,7 @@ def test_fp32_parameters_keep_nothing_beside_them(rounding):
     assert beside is None and rounds == "nearest"
     target.mul_(10)
     staging.finish()
-    # kahan: (1 + 2) * 10 with nothing left over; master: 1 * 10 in both, as the parameter was written since the last step
+    # kahan: (1 + 2) * 10 with nothing left over; master: 1 * 10 in both, as the parameter was written in between
     assert (param.item(), extra.item()) == ((30.0, 0.0) if rounding == "kahan" else (10.0, 10.0))
 
 
