@@ -373,7 +373,13 @@ def _opening(kind: str, source: str | Path) -> Iterator[str]:
         if folder.is_dir():
             check_folder(folder)
         else:
-            folder = _snapshot(str(source)) or folder
+            snapshot, name = _snapshot(str(source)), str(source)
+            # names on the hub have at most one slash
+            if snapshot is None and not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+                raise ValueError(
+                    f"the folder {name} does not exist: expected one of Hugging Face, or a name on the hub"
+                )
+            folder = snapshot or folder
     except ValueError as error:
         raise ValueError(one_line(error)) from None
     try:

@@ -14,6 +14,7 @@ from training import write_recipe
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from leanstep.cli import main
+from leanstep.pruning.folder.loading import open_config
 from leanstep.recipes.config.schema import DataConfig, ModelConfig
 from leanstep.recipes.data.sequences import load_data
 from leanstep.recipes.training.build import build_model
@@ -230,3 +231,8 @@ def test_an_index_that_names_files_elsewhere_is_refused(saved, folder, tmp_path,
     assert main(arguments) == code
     captured = capsys.readouterr()
     assert "index.json names the file '../weights.safetensors': expected a plain name" in captured.out + captured.err
+
+
+def test_a_folder_that_does_not_exist_is_told_as_such():
+    with pytest.raises(ValueError, match=r"the folder runs/no/such does not exist: expected one of Hugging Face"):
+        open_config("runs/no/such")
