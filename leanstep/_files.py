@@ -84,6 +84,11 @@ def _items(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
     return value.values() if isinstance(value, dict) else value
 
 
+def is_folder_name(name: str) -> bool:
+    """Whether a name can only be a folder, existing or not: names on the hub have at most one slash."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
 def cache_folders() -> list[Path]:
     """Return the folders for leanstep's caches, best first, whether or not they exist.
 
@@ -140,8 +145,10 @@ def private_folder(folder: Path) -> Path:
 
 def _others_may_write(facts: os.stat_result, user: int) -> bool:
     """Whether the mode lets another user write; the private group of a user has no other member."""
-    if facts.st_mode & 0o002 or not facts.st_mode & 0o020:
-        return bool(facts.st_mode & 0o002)
+    if facts.st_mode & 0o002:
+        return True
+    if not facts.st_mode & 0o020:
+        return False
     try:
         group, account = grp.getgrgid(facts.st_gid), pwd.getpwuid(user)
     except KeyError:

@@ -24,7 +24,7 @@ arXiv 2306.06098. Vectors, and matrices too small to compress, have dense rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -104,6 +104,21 @@ class SparseRows(DenseRows):
         entries = math.prod(lead_of(columns.shape)) * entries_per_row(param.shape, settings["density"])
         stored = settings["window"] * entries * (storage_dtype(settings, param).itemsize + 2)
         return stored + math.prod(columns.shape) * error_dtype(param).itemsize
+
+    @staticmethod
+    def check_indices(name: str, state: Mapping[str, Any], settings: dict[str, Any]) -> None:
+        """Refuse loaded indices outside of their blocks, by which kernels would write. Raises ValueError."""
+        error, raw = local_part(state["error"]), local_part(state["window_indices"]).contiguous()
+        layout = sparse_layout(error.numel(), settings["density"], block_size(state["error"].shape))
+        rows = settings["window"]
+        fits = raw.numel() * raw.itemsize == rows * layout.k * 2
+        if fits:
+            blocks = torch.arange(layout.k, device=raw.device) // layout.per_block
+            ends = (layout.numel - blocks * layout.block).clamp(max=layout.block)
+            indices = raw.view(torch.int16).reshape(rows, layout.k)
+            fits = bool(((indices >= 0) & (indices < ends)).all())
+        if not fits:
+            raise ValueError(f"MFAC: the saved window of {name} has indices outside of its rows. Nothing was changed")
 
     @override
     def _bind_state(self) -> None:

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from leanstep.kernels.steps.common import compute_dtype
 from leanstep.optimizers.common.base import LeanOptimizer
-from leanstep.optimizers.common.checks import settings_of
+from leanstep.optimizers.common.checks import describe, settings_of
 from leanstep.optimizers.common.rounding import effective, init_rounding
 from leanstep.optimizers.common.sharding import Reducer, new_state
 from leanstep.optimizers.mfac import rule
+from leanstep.optimizers.mfac.compressed import SparseRows
 from leanstep.optimizers.mfac.direction import STATS
 from leanstep.optimizers.mfac.memory import check_memory
 from leanstep.optimizers.mfac.scopes import (
@@ -185,6 +186,11 @@ class MFAC(LeanOptimizer):
     def _check_loaded(self, state_dict: dict[str, Any]) -> None:
         check_loaded(self.param_groups, state_dict)
         super()._check_loaded(state_dict)
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            for position, key in enumerate(saved["params"]):
+                state = state_dict["state"].get(key, {})
+                if "window_indices" in state and "error" in state:
+                    SparseRows.check_indices(describe(group, position), state, group)
 
     def diagnostics(self) -> dict[str, float]:
         """Return statistics over all scopes (reads the device).

@@ -26,7 +26,7 @@ from leanstep._checkpoint import (
     read_json,
     reason,
 )
-from leanstep._files import one_line
+from leanstep._files import is_folder_name, one_line
 
 INDEX = "model.safetensors.index.json"
 _BIN_INDEX = "pytorch_model.bin.index.json"
@@ -125,7 +125,7 @@ def _find_folder(source: str | Path) -> Path:
             f"{path} is a file: expected a Hugging Face folder, with config.json and model.safetensors in it"
         )
     text = str(source)
-    if text.startswith((".", "/", "~")) or text.count("/") != 1:
+    if is_folder_name(text) or "/" not in text:
         raise ValueError(
             f"{path} does not exist: expected a Hugging Face folder, or a name on the hub such as 'org/model'"
         )
@@ -373,13 +373,11 @@ def _opening(kind: str, source: str | Path) -> Iterator[str]:
         if folder.is_dir():
             check_folder(folder)
         else:
-            snapshot, name = _snapshot(str(source)), str(source)
-            # names on the hub have at most one slash
-            if snapshot is None and not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+            if is_folder_name(str(source)) and not folder.exists():
                 raise ValueError(
-                    f"the folder {name} does not exist: expected one of Hugging Face, or a name on the hub"
+                    f"the folder {source} does not exist: expected a Hugging Face folder, or a name on the hub"
                 )
-            folder = snapshot or folder
+            folder = _snapshot(str(source)) or folder
     except ValueError as error:
         raise ValueError(one_line(error)) from None
     try:

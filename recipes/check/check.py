@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from huggingface_hub import try_to_load_from_cache
 
-from leanstep._files import format_bytes
+from leanstep._files import format_bytes, is_folder_name
 from leanstep._memory import free_memory
 from leanstep.pruning.folder.loading import check_weights
 from leanstep.recipes.check.costs import MemoryEstimate, check_layers, estimate, flops_per_token, meta_model
 from leanstep.recipes.config.loader import dump
 from leanstep.recipes.config.schema import RunConfig, accumulation_steps, targets_note, trained_size
-from leanstep.recipes.data.hub import check_hub, from_hub, is_folder_name, offline, offline_recipes, unreachable
+from leanstep.recipes.data.hub import check_hub, from_hub, offline, offline_recipes, unreachable
 from leanstep.recipes.data.sequences import load_data
 from leanstep.recipes.data.sources import find_files, open_corpus, open_stream
 from leanstep.recipes.data.tokens import open_tokenizer, vocabulary_size

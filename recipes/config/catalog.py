@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from leanstep._files import is_folder_name
 from leanstep.recipes.config.loader import ALIASES
 from leanstep.recipes.config.schema import ModelConfig, RunConfig, trained_size
-from leanstep.recipes.data.hub import is_folder_name
 
 GPU_FLOPS = 1e16  # more floating-point operations than a desktop's CPU does in a day
 

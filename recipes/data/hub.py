@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+from leanstep._files import is_folder_name
 from leanstep.recipes.config.loader import load, recipe_names
 
 if TYPE_CHECKING:
@@ -36,11 +37,6 @@ def from_hub(config: "RunConfig") -> dict[str, str]:
     if model.init_from and not is_folder_name(model.init_from) and not Path(model.init_from).expanduser().exists():
         names["model.init_from"] = model.init_from
     return names
-
-
-def is_folder_name(name: str) -> bool:
-    """Whether a name can only be a folder, existing or not: names on the hub have at most one slash."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def unreachable() -> str | None:

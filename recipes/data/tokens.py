@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from leanstep._files import cache_folders, one_line, private_folder, publish_folder
+from leanstep._files import cache_folders, is_folder_name, one_line, private_folder, publish_folder
 from leanstep.recipes.config.schema import trained_size
-from leanstep.recipes.data.hub import is_folder_name, offline, unreachable
+from leanstep.recipes.data.hub import offline, unreachable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

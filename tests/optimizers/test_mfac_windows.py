@@ -1,5 +1,6 @@
 """The forms of M-FAC's window: rounded, sparse and low-rank rows."""
 
+import copy
 import math
 
 import pytest
@@ -305,3 +306,18 @@ def test_a_matrix_of_that_rank_is_kept_exactly():
         )
         optimizer.step()
         assert optimizer.state[param]["error"].abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("index", [-1, 32767])
+def test_saved_indices_outside_of_their_rows_are_refused(index):
+    weights = [torch.nn.Parameter(torch.randn(40, 30)) for _ in range(2)]
+    before, after = (MFAC([w], lr=1e-3, window=4, compression="topk") for w in weights)
+    weights[0].grad = torch.randn_like(weights[0])
+    before.step()
+    saved = copy.deepcopy(before.state_dict())
+    after.load_state_dict(saved)
+    saved["state"][0]["window_indices"].view(torch.int16).flatten()[3] = index
+    current, whole = after.state_dict(), copy.deepcopy(after.state_dict())
+    with pytest.raises(ValueError, match=r"MFAC: the saved window of .* has indices outside of its rows"):
+        after.load_state_dict(saved)
+    assert torch.equal(current["state"][0]["window_indices"], whole["state"][0]["window_indices"])

@@ -234,5 +234,5 @@ def test_an_index_that_names_files_elsewhere_is_refused(saved, folder, tmp_path,
 
 
 def test_a_folder_that_does_not_exist_is_told_as_such():
-    with pytest.raises(ValueError, match=r"the folder runs/no/such does not exist: expected one of Hugging Face"):
+    with pytest.raises(ValueError, match=r"the folder runs/no/such does not exist: expected a Hugging Face folder"):
         open_config("runs/no/such")
