@@ -1,7 +1,8 @@
 """Strategies and checks of tests/fuzz: damaged and hostile input is refused in one line, or read as what it says.
 
 ``guarded`` watches one example by an audit hook, which sees every file that Python opens to write, every process, every
-unpickled name and every executed code object, also those of libraries.
+unpickled name and every executed code object, also those of libraries. ``judged`` and ``told`` count what they saw, and
+tests/fuzz/conftest.py prints the counts.
 """
 
 import contextlib
@@ -9,11 +10,14 @@ import copy
 import io
 import json
 import os
+import shutil
 import signal
 import struct
 import sys
 import tempfile
-from collections.abc import Iterator
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +109,31 @@ def damaged(draw: Any, data: bytes) -> bytes:
     return bytes(changed)
 
 
-def json_files(data: bytes, values: st.SearchStrategy = VALUES) -> st.SearchStrategy[bytes]:
-    """JSON with other bytes, or well-formed with other values."""
-    return damaged(data) | edits(json.loads(data), values).map(lambda content: json.dumps(content).encode())
+def _nested(depth: int) -> list:
+    value: list = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+_JSON_VALUES = VALUES | st.sampled_from((70, 400)).map(_nested)
+
+
+@st.composite
+def _named_twice(draw: Any, content: Any) -> bytes:
+    """JSON in which an object has a name twice, with two values."""
+    text = json.dumps(content)
+    places = [at for at, sign in enumerate(text) if sign == '"' and text[at - 1] in "{ " and text[at - 2 : at] != ": "]
+    at = draw(st.sampled_from(places))
+    name = json.JSONDecoder().raw_decode(text[at:])[0]
+    return (text[:at] + f"{json.dumps(name)}: {json.dumps(draw(VALUES))}, " + text[at:]).encode()
+
+
+def json_files(data: bytes, values: st.SearchStrategy = _JSON_VALUES) -> st.SearchStrategy[bytes]:
+    """JSON with other bytes, or well-formed with other values, or with a name twice."""
+    content = json.loads(data)
+    edited = edits(content, values).map(lambda edited: json.dumps(edited).encode())
+    return damaged(data) | edited | (_named_twice(content) if content else edited)
 
 
 def safetensors_files(data: bytes) -> st.SearchStrategy[bytes]:
@@ -120,6 +146,24 @@ def safetensors_files(data: bytes) -> st.SearchStrategy[bytes]:
         return struct.pack("<Q", len(text)) + text + body
 
     return damaged(data) | edits(header).map(joined)
+
+
+# what may stand in place of a file
+ENTRIES = ("link outside", "link to itself", "dangling link", "link to a device", "pipe", "folder", "nothing")
+
+
+def plant(path: Path, entry: str, outside: Path) -> None:
+    """Put something else in place of a file: an entry of :data:`ENTRIES`. The link outside leads to a copy of it."""
+    if entry == "link outside":
+        shutil.copyfile(path, outside)
+    path.unlink()
+    targets = {"link outside": outside, "link to itself": path, "dangling link": path.with_name("nowhere")}
+    if entry == "pipe":
+        os.mkfifo(path)
+    elif entry == "folder":
+        path.mkdir()
+    elif entry != "nothing":
+        path.symlink_to(targets.get(entry, Path("/dev/zero")))
 
 
 # ---- checks of one example
@@ -210,6 +254,21 @@ def guarded(*folders: Path, outside: Path | None = None) -> Iterator[None]:
     assert not outside or listing(outside) == before
 
 
+# parser -> inputs by outcome: "refused", "same" as the undamaged input, or "other", a difference that its test allows
+COUNTS: defaultdict[str, Counter[str]] = defaultdict(Counter)
+
+
+def count_table() -> str:
+    """The inputs of each parser so far, by outcome."""
+    rows = [("parser", "inputs", "answered by an error", "read as before", "read otherwise, as its test allows")]
+    rows += [
+        (name, *(f"{number:,}" for number in (counts.total(), counts["refused"], counts["same"], counts["other"])))
+        for name, counts in sorted(COUNTS.items())
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
 def said(error: BaseException) -> str:
     """The message of a refusal, checked to be one printable line that gives no advice to run code."""
     text = str(error)
@@ -218,13 +277,64 @@ def said(error: BaseException) -> str:
     return text
 
 
-def refused(read: Any, types: tuple[type[Exception], ...] = (ValueError, OSError)) -> Any:
-    """Call a reader: None if it refused by one of the documented types in one line, else its value in a tuple."""
+def same_as(expected: Any) -> Callable[[Any], bool]:
+    """For :func:`judged`: what was read must equal what the undamaged input says."""
+
+    def right(value: Any) -> bool:
+        assert value == expected
+        return True
+
+    return right
+
+
+def judged(
+    parser: str,
+    read: Callable[[], Any],
+    right: Callable[[Any], bool],
+    *folders: Path,
+    outside: Path | None = None,
+    types: tuple[type[Exception], ...] = (ValueError, OSError),
+) -> bool:
+    """Call a reader on changed input, watched by :func:`guarded`; returns whether it read it.
+
+    It refuses by one of the documented types in one line, or ``right`` judges what it read: True if that says the same
+    as the undamaged input, False for a difference that the test allows. ``right`` asserts that it does.
+    """
     try:
-        return (read(),)
+        with guarded(*folders, outside=outside), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            value = read()
     except types as error:
         said(error)
-        return None
+        COUNTS[parser]["refused"] += 1
+        return False
+    COUNTS[parser]["same" if right(value) else "other"] += 1
+    return True
+
+
+def told(
+    parser: str,
+    *arguments: object,
+    right: Callable[[str], bool],
+    folders: tuple[Path, ...] = (),
+    outside: Path | None = None,
+    failures: tuple[int, ...] = (2,),
+) -> bool:
+    """Run a command on changed input: one line and a documented exit code, or ``right`` judges its output.
+
+    Returns whether the command succeeded.
+    """
+    with guarded(*folders, outside=outside), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        code, out, error = command_line(*map(str, arguments))
+    if code == 0:
+        COUNTS[parser]["same" if right(out) else "other"] += 1
+        return True
+    assert code in failures, (code, out, error)
+    last = error.strip().splitlines()[-1:] or [""]
+    assert last[0].isprintable() and last[0].strip(), (code, error)
+    COUNTS[parser]["refused"] += 1
+    return False
 
 
 def command_line(*arguments: str) -> tuple[int, str, str]:
