@@ -313,11 +313,13 @@ class StopConfig:
 class DistributedConfig:
     """Strategy of several processes: the model replicated (``ddp``) or sharded (``fsdp2``).
 
-    A process that waits for another one longer than ``timeout_minutes`` ends the run. Text that one process tokenises
-    while the others wait must be ready by then.
+    A process ends if the others have not connected within ``connect_minutes``, at the latest after twice that time.
+    Later, a process that waits for another one longer than ``timeout_minutes`` ends the run. Text that one process
+    tokenises while the others wait must be ready by then.
     """
 
     strategy: Literal["ddp", "fsdp2"] = "ddp"
+    connect_minutes: float = Field(default=5.0, gt=0)
     timeout_minutes: float = Field(default=30.0, gt=0)
 
 

@@ -109,15 +109,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(config: RunConfig) -> int:
     """Run ``config`` in this process, alone or as one of several. Returns the exit code.
 
-    0: done, now or before. 1: the final model could not be written, or another process of the run ended. 2: the run
-    cannot start. 3: a non-finite loss or gradient, a loss above ``stop.loss_above``, or a spike (``stop.on_spike``). 4:
-    out of memory. 130, 143: ended by a signal or after ``stop.max_hours``, with a checkpoint to resume from; 130 also
-    by Ctrl-C before training.
+    0: done, now or before. 1: the final model could not be written, or another process of the run ended or did not
+    connect. 2: the run cannot start. 3: a non-finite loss or gradient, a loss above ``stop.loss_above``, or a spike
+    (``stop.on_spike``). 4: out of memory. 130, 143: ended by a signal or after ``stop.max_hours``, with a checkpoint to
+    resume from; 130 also by Ctrl-C before training.
     """
     try:
         accelerator = build_accelerator(config)
     except ValueError as error:
         return _refuse(error)
+    except ConnectionError as error:
+        # the first process may be the lost one
+        print(f"error: process {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
+        return EXIT_FAILED
     # transformers draws a bar for every file
     disable_progress_bar()
     folder = RunFolder(Path(config.out), hidden_texts(config))

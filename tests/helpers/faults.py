@@ -174,6 +174,18 @@ def die_around_the_rollback(moment, *others):
     setattr(owner, name, dying)
 
 
+def die_while_connecting(rank, moment):
+    """Let a process be killed before it reaches the others (``start``), or once it has reached them (``reached``)."""
+    if os.environ["RANK"] != str(rank):
+        return
+    if moment == "start":
+        os.kill(os.getpid(), signal.SIGKILL)
+    from torch.distributed import distributed_c10d
+
+    # torch calls it with the store that all processes have joined
+    distributed_c10d._new_process_group_helper = lambda *arguments, **options: os.kill(os.getpid(), signal.SIGKILL)
+
+
 def nan_at_step_3():
     """Make the loss of the third step NaN, as a bad batch does."""
     from leanstep.recipes.training import train
