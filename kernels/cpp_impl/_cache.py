@@ -11,7 +11,6 @@ import ctypes
 import errno
 import hashlib
 import os
-import stat
 import time
 import warnings
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Measured curves, partial curves and latency tables: what is read is valid, and damage of a checksummed file is told."""
+"""Measured curves, partial curves and latency tables: what is read is valid, and damage under a checksum is told."""
 
 import json
 import math
