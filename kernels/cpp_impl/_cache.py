@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from leanstep._files import cache_folders, is_disk_full, open_regular, private_folder, replacing
+from leanstep._files import cache_folders, is_disk_full, open_regular, private_folder, remove, replacing
 
 # a build takes seconds; an older temporary file was left by a killed one
 _STALE_SECONDS = 3600
@@ -132,4 +132,4 @@ def _remove_leftovers(folder: Path) -> None:
     for path in (*folder.glob(".*.tmp"), *folder.glob("tmp*.so")):
         with contextlib.suppress(FileNotFoundError):  # another process removed it
             if path.lstat().st_mtime < time.time() - _STALE_SECONDS:
-                path.unlink()
+                remove(path)
