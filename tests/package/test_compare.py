@@ -1,0 +1,468 @@
+"""The comparison of optimizers: its search, its statistics, its file of results, its runs, its peers."""
+
+import importlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import scipy.stats
+import torch
+
+from leanstep.recipes.config.loader import load
+from leanstep.recipes.data.sequences import load_data
+from leanstep.recipes.training.train import train
+from leanstep.recipes.training.validation import evaluate
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "benchmarks"
+PARTS = ("protocol", "methods", "peers", "search", "results", "summary", "tables", "training", "schedule")
+TINY = (
+    "model.config.hidden_size=16", "model.config.intermediate_size=32", "model.config.num_hidden_layers=1",
+    "model.config.num_attention_heads=2", "data.seq_len=32", "data.val_tokens=2000", "batch.tokens_per_step=128",
+    "batch.micro_batch_size=2",
+)  # fmt: skip
+RUN_KEYS = ("kind", "method", "seed", "hidden_lr", "other_lr", "weight_decay", "warmup")
+# starts whose neighbourhood has the best of the tiny runs
+STARTS = {"adamw": (0.128, 0.08), "sinkgd": (1.28, 0.08)}
+
+
+@pytest.fixture(scope="module")
+def parts():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        before = set(sys.modules)
+        yield SimpleNamespace(**{name: importlib.import_module(f"comparison.{name}") for name in PARTS})
+        for name in set(sys.modules) - before:
+            if name.split(".")[0] in ("comparison", "common"):
+                del sys.modules[name]
+
+
+# -- the search
+
+
+def loss_of(parts, surface, run):
+    """Loss of a tuning run on a surface over log2 of its rates relative to the start."""
+    start = parts.methods.METHODS[run.method].start
+    point = math.log2(run.hidden_lr / start[0]), math.log2(run.other_lr / start[1])
+    return surface(*point, run.weight_decay, run.warmup)
+
+
+def finish(parts, protocol, method, budget, surface):
+    """Plan and make tuning runs until the settings are chosen; returns the last plan and the loss of each run made."""
+    losses = {}
+    while True:
+        state = parts.search.plan(method, protocol, parts.search.Search.of_this_version(budget), losses)
+        if state.chosen is not None:
+            return state, losses
+        losses |= {run: loss_of(parts, surface, run) for run in state.missing}
+
+
+def quadratic(x0, y0, tilt=0.0, decay=0.0, warmup=0.15):
+    def surface(x, y, weight_decay, used_warmup):
+        other = 0.01 * (abs(weight_decay - decay) + abs(used_warmup - warmup))
+        return 4 + 0.1 * (x - x0) ** 2 + 0.1 * (y - y0) ** 2 + tilt * (x - x0) * (y - y0) + other
+
+    return surface
+
+
+@pytest.mark.parametrize("tilt", [0.0, 0.12, -0.12])
+@pytest.mark.parametrize("optimum", [(0, 0), (1, 0), (0, -1), (1, 1), (-1, 1), (2, 0), (0.4, -1.3)])
+def test_the_search_finds_the_optimum_of_a_quadratic(parts, optimum, tilt):
+    protocol, budget = parts.protocol.Protocol(), 22
+    surface = quadratic(*optimum, tilt)
+    state, _ = finish(parts, protocol, "muon", budget, surface)
+    start = parts.methods.METHODS["muon"].start
+    hidden, other = state.chosen.hidden_lr / start[0], state.chosen.other_lr / start[1]
+    grid = [(i, j) for i in range(-5, 6) for j in range(-5, 6)]
+    assert (math.log2(hidden), math.log2(other)) == min(grid, key=lambda p: surface(*p, 0.1, 0.05))
+    assert (state.chosen.weight_decay, state.chosen.warmup) == (0.0, 0.15)
+
+
+def test_every_method_gets_the_same_number_of_runs(parts):
+    protocol, budget = parts.protocol.Protocol(), 20
+    optima = [(0, 0), (1, 0), (0, 1), (-1, 0), (1, 1), (-1, -1)]
+    counts = set()
+    for number, (method, settings) in enumerate(parts.methods.METHODS.items()):
+        if settings.start is not None:
+            state, losses = finish(parts, protocol, method, budget, quadratic(*optima[number % len(optima)]))
+            counts.add((len(state.counted), len(set(state.counted)), len(losses)))
+            assert [run.seed for run in state.missing] == [1, 2, 3]
+            assert {run.kind for run in state.missing} == {"judge"}
+    assert counts == {(budget, budget, budget)}
+
+
+def test_a_best_on_the_edge_is_an_error_that_a_larger_budget_cures(parts):
+    protocol, surface = parts.protocol.Protocol(), quadratic(6, 0)
+    with pytest.raises(parts.search.EdgeError, match=r"on the edge .* 20 tuning runs .* \(--budget 24\)"):
+        finish(parts, protocol, "lion", 20, surface)
+    state, losses = finish(parts, protocol, "lion", 32, surface)
+    assert state.chosen.hidden_lr == parts.methods.METHODS["lion"].start[0] * 2**6
+    # the runs of the smaller budget are the first of the larger one
+    small, search = {}, parts.search.Search.of_this_version(20)
+    with pytest.raises(parts.search.EdgeError):
+        while missing := parts.search.plan("lion", protocol, search, small).missing:
+            small |= {run: loss_of(parts, surface, run) for run in missing}
+    assert set(small) < set(losses)
+
+
+def test_diverged_runs_are_the_worst(parts):
+    protocol = parts.protocol.Protocol()
+    surface = quadratic(0, 0)
+    state, _ = finish(parts, protocol, "sgd", 20, lambda x, y, *rest: math.inf if x > 0 else surface(x, y, *rest))
+    assert state.chosen.hidden_lr == parts.methods.METHODS["sgd"].start[0]
+    with pytest.raises(parts.search.EdgeError, match="every run of the grid diverged"):
+        finish(parts, protocol, "sgd", 20, lambda *_: math.inf)
+
+
+def test_a_budget_that_cannot_widen_the_grid_is_refused(parts):
+    with pytest.raises(parts.protocol.ComparisonError, match="take at least 15"):
+        parts.search.grid_size(parts.protocol.Protocol(), 14)
+
+
+# -- statistics
+
+
+def test_statistics_are_scipys(parts):
+    summary = parts.summary
+    ours, base = [4.52, 4.47, 4.55], [4.71, 4.70, 4.66]
+    assert summary.standard_error(ours) == pytest.approx(scipy.stats.sem(ours), rel=1e-12)
+    expected = scipy.stats.ttest_rel(ours, base).confidence_interval(0.95)
+    interval = summary.paired_difference(ours, base)
+    assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high), rel=1e-12)
+    assert interval.mean == pytest.approx(sum(ours) / 3 - sum(base) / 3)
+    assert interval.reading == "lower loss"
+    assert summary.paired_difference([1.0, 2.0, 3.0], [1.1, 1.8, 3.1]).reading == "no difference seen"
+    assert summary.paired_difference([2.0, 3.1, 4.0], [1.0, 2.0, 3.0]).reading == "higher loss"
+
+
+def test_a_curve_between_evaluations(parts):
+    curve = [(40, 400, 6.0), (80, 800, 5.0), (120, 1200, 4.5)]
+    assert parts.summary.loss_at_step(curve, 60) == 5.5
+    assert parts.summary.loss_at_step(curve, 110) == pytest.approx(4.625)
+    assert parts.summary.loss_at_step(curve, 300) == 4.5
+    assert parts.summary.loss_at_step(curve, 10) is None
+    assert parts.summary.tokens_to_loss(curve, 5.5) == 600
+    assert parts.summary.tokens_to_loss(curve, 4.75) == 1000
+    assert parts.summary.tokens_to_loss(curve, 6.5) == 400
+    assert parts.summary.tokens_to_loss(curve, 4.0) is None
+
+
+# -- the file of results
+
+
+def synthetic(parts, path, **changes):
+    """A complete file of results of AdamW, SinkGD and default Lion on a quadratic surface; returns its rows."""
+    protocol = replace(parts.protocol.Protocol(overrides=TINY), **changes)
+    environment = {"processor": "a", "torch": "1", "commit": "abc"}
+    with parts.results.writing(path, protocol) as (_, writer):
+        search = parts.search.Search.of_this_version(20)
+        writer.append({"kind": "search", **search._asdict()})
+        for method, level in (("adamw", 0.0), ("sinkgd", -0.3), ("lion-default", 0.2)):
+            losses = {}
+            while (state := parts.search.plan(method, protocol, search, losses)).missing:
+                for run in state.missing:
+                    loss = 5 + level + 0.01 * run.seed + 0.003 * run.seed**2 * (method != "adamw")
+                    if run.hidden_lr is not None:
+                        start = parts.methods.METHODS[method].start
+                        loss += abs(math.log2(run.hidden_lr / start[0])) + abs(math.log2(run.other_lr / start[1]))
+                        loss += run.weight_decay + run.warmup
+                    losses[run] = loss
+                    result = {
+                        "status": "done",
+                        "losses": [[40, 4000, loss + 1], [80, 8000, loss]],
+                        "bytes": {"weights": 100, "state": 0 if method == "sinkgd" else 50},
+                        "environment": environment,
+                    }
+                    writer.append(parts.results.run_row(protocol, run, result))
+    return protocol
+
+
+def test_the_table_says_no_more_than_the_intervals(parts, tmp_path):
+    synthetic(parts, tmp_path / "r.jsonl")
+    rows, others = parts.summary.summarise(parts.results.read(tmp_path / "r.jsonl"))
+    assert [row.method for row in rows] == ["sinkgd", "adamw", "lion-default"]
+    assert rows[0].difference.mean == pytest.approx(-0.3 + 0.003 * 14 / 3)
+    assert [row.on_frontier for row in rows] == [True, False, False]
+    assert rows[0].tokens < 1 and rows[1].tokens == 1 and rows[2].tokens is None
+    assert others["muon"] == "not begun"
+    text = "\n".join(parts.tables.blocks(tmp_path / "r.jsonl").values())
+    assert "| SinkGD, AdamW on the rest |" in text and "| lower loss |" in text
+    assert "| Muon" not in text and "Not begun: Muon" in text
+    assert "<svg" in parts.tables.figure(rows, "llama-nano")
+
+
+def test_pages_are_written_between_their_marks(parts):
+    text = "a\n<!-- table:x -->\nold\n<!-- /table:x -->\nb <!-- table:y -->\n<!-- /table:y -->\n"
+    new = parts.tables.replace_blocks(text, {"x": "new \\1"})
+    assert new == text.replace("old", "new \\1")
+
+
+def test_a_row_with_a_diverged_seed_has_no_mean(parts, tmp_path):
+    path = tmp_path / "r.jsonl"
+    protocol = synthetic(parts, path)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    last = next(line for line in lines if line.get("kind") == "judge" and line["method"] == "sinkgd")
+    last |= {"status": "diverged at step 50", "losses": []}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows, _ = parts.summary.summarise(parts.results.read(path))
+    row = next(row for row in rows if row.method == "sinkgd")
+    assert (row.mean, row.difference, row.diverged) == (None, None, 1)
+    assert "1 of 3 diverged" in parts.tables.blocks(path)[f"compare-{protocol.model}"]
+
+
+def edited(path, number, **changes):
+    lines = path.read_text().splitlines()
+    lines[number] = json.dumps(json.loads(lines[number]) | changes)
+    path.write_text("\n".join(lines) + "\n")
+
+
+DAMAGE = {
+    "not JSON": (lambda path: path.write_text(path.read_text().replace('{"id"', "{id", 3)), "not a JSON object"),
+    "no protocol": (lambda path: path.write_text("".join(path.read_text().splitlines(True)[1:])), "does not begin"),
+    "other settings": (lambda path: edited(path, 3, weight_decay=0.3), "settings are not those"),
+    "mixed": (lambda path: edited(path, 3, protocol="0" * 12), "several protocols are mixed"),
+    "incomplete": (lambda path: drop(path, 3, "losses"), "no complete result"),
+    "not a number": (lambda path: edited(path, 3, losses=[[1, 2, math.nan]]), "no complete result"),
+    "unknown status": (lambda path: edited(path, 3, status="running"), "no complete result"),
+    "two results": (lambda path: path.write_text(path.read_text() + again(path)), "second result of the same run"),
+}
+
+
+def drop(path, number, key):
+    lines = path.read_text().splitlines()
+    line = json.loads(lines[number])
+    del line[key]
+    lines[number] = json.dumps(line)
+    path.write_text("\n".join(lines) + "\n")
+
+
+def again(path):
+    line = json.loads(path.read_text().splitlines()[3])
+    return json.dumps(line | {"losses": [[40, 4000, 0.1]]}) + "\n"
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damaged_files_are_refused(parts, tmp_path, case):
+    damage, message = DAMAGE[case]
+    synthetic(parts, tmp_path / "r.jsonl")
+    damage(tmp_path / "r.jsonl")
+    with pytest.raises(parts.protocol.ComparisonError, match=message):
+        parts.results.read(tmp_path / "r.jsonl")
+
+
+def test_other_versions_and_settings_are_refused(parts, tmp_path, monkeypatch):
+    path = tmp_path / "r.jsonl"
+    protocol = synthetic(parts, path)
+    with (
+        pytest.raises(parts.protocol.ComparisonError, match="another protocol: judge_steps 200, not 100"),
+        parts.results.writing(path, replace(protocol, judge_steps=100)),
+    ):
+        pass
+    monkeypatch.setitem(
+        parts.methods.METHODS, "sinkgd", replace(parts.methods.METHODS["sinkgd"], args={"num_iters": 3})
+    )
+    with pytest.raises(parts.protocol.ComparisonError, match="this version has .*num_iters"):
+        parts.results.read(path)
+    monkeypatch.setattr(parts.results, "VERSION", 99)
+    with pytest.raises(parts.protocol.ComparisonError, match="version 1, this is version 99"):
+        parts.results.read(path)
+
+
+def test_a_full_disk_and_a_second_writer_are_told(parts, tmp_path, monkeypatch):
+    path = tmp_path / "r.jsonl"
+    protocol = synthetic(parts, path)
+    before = path.read_bytes()
+    with parts.results.writing(path, protocol) as (_, writer):
+        with (
+            pytest.raises(parts.protocol.ComparisonError, match="another process writes"),
+            parts.results.writing(path, protocol),
+        ):
+            pass
+        write = os.write
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:10]))
+            with pytest.raises(parts.protocol.ComparisonError, match="No space left on device; .*: make room"):
+                writer.append({"kind": "search"})
+        assert path.read_bytes() == before
+    monkeypatch.setattr(parts.results, "free_bytes", lambda _: 1000)
+    with (
+        pytest.raises(parts.protocol.ComparisonError, match="make room first"),
+        parts.results.writing(path, protocol),
+    ):
+        pass
+
+
+def test_another_environment_is_refused(parts, tmp_path):
+    protocol = synthetic(parts, tmp_path / "r.jsonl")
+    with parts.results.writing(tmp_path / "r.jsonl", protocol) as (results, writer):
+        scheduler = parts.schedule.Scheduler(results, writer, ["adamw"], 20, 1, 0.0)
+        with pytest.raises(parts.protocol.ComparisonError, match="another environment: processor a, now"):
+            scheduler.go()
+
+
+# -- peers
+
+
+def polar_by_newton_schulz(matrix):
+    """Muon's five steps, written out."""
+    x = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T) / max(matrix.norm(), 1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x if matrix.shape[0] <= matrix.shape[1] else x.T
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6)])
+def test_normuon_is_its_formula(parts, shape, transposed):
+    torch.manual_seed(0)
+    weight = torch.randn(shape, dtype=torch.float64)
+    stored = torch.nn.Parameter((weight.T if transposed else weight).clone())
+    group = {"params": [stored], "algorithm": "normuon", "transposed": transposed}
+    optimizer = parts.peers.NorMuon([group], lr=0.1, weight_decay=0.2, momentum=0.9, beta2=0.8)
+    momentum, mean_squares = torch.zeros_like(weight), torch.zeros(shape[0], dtype=torch.float64)
+    for _ in range(3):
+        gradient = torch.randn(shape, dtype=torch.float64)
+        stored.grad = (gradient.T if transposed else gradient).clone()
+        optimizer.step()
+        momentum = 0.9 * momentum + 0.1 * gradient
+        polar = polar_by_newton_schulz(0.9 * momentum + 0.1 * gradient)
+        for i in range(shape[0]):
+            mean_squares[i] = 0.8 * mean_squares[i] + 0.2 * (polar[i] ** 2).mean()
+        update = torch.stack([row / (s.sqrt() + 1e-8) for row, s in zip(polar, mean_squares, strict=True)])
+        weight = weight * (1 - 0.1 * 0.2) - 0.1 * 0.2 * math.sqrt(weight.numel()) / update.norm() * update
+        torch.testing.assert_close(stored.detach().T if transposed else stored.detach(), weight, rtol=1e-10, atol=1e-10)
+
+
+def test_scale_is_its_formula(parts):
+    torch.manual_seed(0)
+    start = [torch.randn(5, 7, dtype=torch.float64) for _ in range(3)]
+    weights = [torch.nn.Parameter(value.clone()) for value in start]
+    algorithms = ("rows", "columns", "head")
+    groups = [{"params": [w], "algorithm": a} for w, a in zip(weights, algorithms, strict=True)]
+    optimizer = parts.peers.SCALE(groups, lr=0.1, weight_decay=0.5, momentum=0.9)
+    momentum = torch.zeros(5, 7, dtype=torch.float64)
+    for _ in range(3):
+        gradients = [torch.randn(5, 7, dtype=torch.float64) for _ in range(3)]
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient.clone()
+        optimizer.step()
+        momentum = 0.9 * momentum + 0.1 * gradients[2]
+        directions = [gradients[0].clone(), gradients[1].clone(), momentum.clone()]
+        for direction in (directions[0], directions[2]):
+            for i in range(5):
+                direction[i] /= direction[i].norm() / math.sqrt(7)
+        for j in range(7):
+            directions[1][:, j] /= directions[1][:, j].norm() / math.sqrt(5)
+        start = [0.95 * value - 0.1 * direction for value, direction in zip(start, directions, strict=True)]
+        for weight, expected in zip(weights, start, strict=True):
+            torch.testing.assert_close(weight.detach(), expected, rtol=1e-12, atol=1e-12)
+    assert [len(optimizer.state[weight]) for weight in weights] == [0, 0, 1]
+
+
+@pytest.mark.parametrize("name", ["NorMuon", "SCALE"])
+def test_the_rest_of_a_peer_is_adamw(parts, name):
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 9)) for _ in range(2))
+    options = {"lr": 0.01, "weight_decay": 0.1, "betas": (0.8, 0.9)}
+    optimizers = [getattr(parts.peers, name)([ours], **options), torch.optim.AdamW([theirs], **options, fused=True)]
+    for _ in range(3):
+        ours.grad = theirs.grad = torch.randn(9)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.equal(ours, theirs)
+    with pytest.raises(ValueError, match="takes matrices"):
+        getattr(parts.peers, name)([{"params": [ours], "algorithm": "normuon" if name == "NorMuon" else "rows"}])
+
+
+# -- runs
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt"])
+def test_every_method_builds_with_the_rates_of_its_roles(parts, family):
+    overrides = TINY[4:] if family == "gpt" else TINY
+    sizes = ("model.config.n_embd=16", "model.config.n_layer=1", "model.config.n_head=2", "model.config.n_positions=32")
+    protocol = parts.protocol.Protocol(
+        f"{family}-nano", (*overrides, *(sizes if family == "gpt" else ())), judge_steps=2
+    )
+    for method, settings in parts.methods.METHODS.items():
+        run = parts.methods.default_run(method, protocol, 1)
+        if settings.start is not None:
+            run = replace(run, hidden_lr=1e-3, other_lr=2e-3, weight_decay=0.1)
+        training = parts.training.Training(protocol, run)
+        groups = training.optimizer.param_groups
+        names = [id(p) for group in groups for p in group["params"]]
+        assert sorted(names) == sorted(id(p) for p in training.model.parameters())
+        if settings.start is not None:
+            factor = training.schedule.lr_lambdas[0](0)
+            rates = {group["name"]: group["lr"] / factor for group in groups}
+            assert rates == pytest.approx({name: 1e-3 if name == "hidden" else 2e-3 for name in rates})
+            decays = {group["weight_decay"] for group in groups if group["name"] == "hidden"}
+            assert decays == {0.1}
+        training.backward()
+        training.update()
+        assert training.bytes()["weights"] == training.bytes()["gradients"] > 0
+
+
+def test_a_run_is_that_of_the_recipe(parts, tmp_path):
+    protocol = parts.protocol.Protocol(overrides=TINY, judge_steps=5)
+    run = parts.protocol.Run("judge", "adamw", 3, 1e-3, 2e-2, 0.1, 0.05)
+    training = parts.training.Training(protocol, run)
+    for _ in range(5):
+        training.backward()
+        training.update()
+        training.optimizer.zero_grad()
+    validation = load_data(protocol.config.data, seed=3).validation
+    ours = evaluate(training.model, validation, micro_batch_size=2).loss
+    overrides = [*TINY, "optimizer.lr=2e-2", "optimizer.groups=[{role: hidden, lr: 1e-3}]", "seed=3", "steps=5"]
+    config = load("llama-nano-adamw", [*overrides, f"out={tmp_path / 'run'}", "device=cpu"])
+    assert train(config) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [row["loss"] for row in rows if row["kind"] == "eval"][-1] == ours
+
+
+def command(out, *more):
+    """A comparison of tiny runs of AdamW and SinkGD, from starts near their best."""
+    code = (
+        f"import sys; from dataclasses import replace; sys.path.insert(0, {str(FOLDER)!r})\n"
+        "import importlib; from comparison.methods import METHODS\n"
+        f"METHODS.update({{name: replace(METHODS[name], start=start) for name, start in {STARTS!r}.items()}})\n"
+        "sys.exit(importlib.import_module('optimizers.compare').main())\n"
+    )
+    settings = ["--tune-steps", "8", "--judge-steps", "8", "--eval-every", "4", "--judge-seeds", "1", "2"]
+    arguments = [*TINY, "--out", out, *settings, "--methods", "adamw", "sinkgd", *more]
+    return [sys.executable, "-P", "-c", code, *map(str, arguments)]
+
+
+def test_a_killed_comparison_goes_on_and_repeats_nothing(parts, tmp_path):
+    path = tmp_path / "llama-nano.jsonl"
+    process = subprocess.Popen(command(tmp_path, "--workers", "2"), stdout=subprocess.DEVNULL)
+    while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < 8):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    with path.open("ab") as file:
+        file.write(b'{"id": "cut')
+    before = path.read_bytes().rpartition(b"\n")[0]
+    result = subprocess.run(command(tmp_path), capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert path.read_bytes().startswith(before + b"\n")
+    results = parts.results.read(path)
+    made = [json.loads(line) for line in path.read_text().splitlines()]
+    runs = [parts.protocol.Run(**{key: line[key] for key in RUN_KEYS}) for line in made if "seed" in line]
+    assert len(runs) == len(set(runs)) == len(results.rows)
+    kinds = [(run.method, run.kind) for run in runs]
+    assert {kind: kinds.count(kind) for kind in kinds} == {
+        ("adamw", "tune"): 20, ("adamw", "judge"): 2, ("sinkgd", "tune"): 20, ("sinkgd", "judge"): 2,
+    }  # fmt: skip
+    rows, _ = parts.summary.summarise(results)
+    assert {row.method for row in rows} == {"adamw", "sinkgd"} and all(row.step_seconds for row in rows)
+    assert "| SinkGD, AdamW on the rest |" in result.stdout
