@@ -97,6 +97,11 @@ def test_a_broken_compiler_is_named_and_not_used(fresh_cache, tmp_path, monkeypa
 # ---- damage
 
 
+def test_a_pipe_in_place_of_a_library_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "steps-other.so")
+    assert _cache._load(tmp_path / "steps-other.so") is None
+
+
 @pytest.mark.parametrize("damage", ["truncated", "empty", "flipped bit", "of another name", "without digest"])
 def test_a_damaged_library_is_built_again(fresh_cache, damage):
     run(STEP)
