@@ -294,19 +294,17 @@ def choose_start(config: RunConfig, folder: RunFolder) -> Start:
     return start
 
 
-def rename_skipped(start: Start, folder: RunFolder) -> list[str]:
+def rename_skipped(start: Start) -> list[str]:
     """Rename ``step-000100`` that ``start`` skips to ``WORD-step-000100``; return lines to print.
 
-    Call it after loading the checkpoint to begin from; ``last`` then points to that one.
+    Call it after loading the checkpoint to begin from.
     """
-    lines, last = [], folder.root / "last"
+    lines = []
     for path, word in start.aside.items():
         target = path.with_name(f"{word}-{path.name}")
         remove(target)
         os.replace(path, target)
         lines.append(f"renamed a skipped checkpoint to {target.name}")
-    if lines and start.checkpoint is not None and last.is_symlink():
-        point(last, start.checkpoint)
     return lines
 
 

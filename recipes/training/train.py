@@ -229,8 +229,11 @@ class Run:
         self.load_data()
         self.build_model_and_optimizer()
         self.resume(start.checkpoint)
-        for note in main_does(accelerator, lambda: rename_skipped(start, self.folder)):
+        for note in main_does(accelerator, lambda: rename_skipped(start)):
             self.say(note)
+        if start.checkpoint is not None and accelerator.is_main_process:
+            # the process that wrote it may have been killed before it had
+            self.saver.settle(start.checkpoint, self.state)
         self.begun = True
         self.logger.begin(self.state, start.checkpoint, self.parameters, self.flops_per_token)
         return True

@@ -10,6 +10,7 @@ import copy
 import io
 import json
 import os
+import resource
 import shutil
 import signal
 import struct
@@ -28,6 +29,8 @@ from leanstep.cli import main
 
 # seconds of processor time, and of waiting (for a pipe, say), after which an example hangs
 _MOST_WORK, _MOST_WAITING = 10.0, 120.0
+# bytes that an example may take on top of what the process has
+_MOST_MEMORY = 4 << 30
 
 
 def fuzz(examples: int) -> settings:
@@ -230,6 +233,8 @@ def listing(folder: Path) -> list[tuple]:
 def guarded(*folders: Path, outside: Path | None = None) -> Iterator[None]:
     """Fail if the block runs code or a process, writes outside ``folders``, changes ``outside``, or takes too long.
 
+    The block gets a MemoryError when it takes gigabytes.
+
     Libraries that write in other languages are seen by the listing of ``outside`` alone.
     """
 
@@ -240,6 +245,9 @@ def guarded(*folders: Path, outside: Path | None = None) -> Iterator[None]:
     handlers = [signal.signal(number, hang) for number in (signal.SIGPROF, signal.SIGALRM)]
     watch = _Watch(folders)
     _watches.append(watch)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + _MOST_MEMORY, limits[1]))
     signal.setitimer(signal.ITIMER_PROF, _MOST_WORK)
     signal.setitimer(signal.ITIMER_REAL, _MOST_WAITING)
     try:
@@ -247,6 +255,7 @@ def guarded(*folders: Path, outside: Path | None = None) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
         _watches.pop()
         for number, handler in zip((signal.SIGPROF, signal.SIGALRM), handlers, strict=True):
             signal.signal(number, handler)
