@@ -422,12 +422,13 @@ def _groups(config: OptimizerConfig, model: torch.nn.Module) -> Iterator[dict[st
         return None
 
     unused = set(range(len(config.groups)))
-    for base in param_groups(model):
+    for base in param_groups(model, embeddings=config.embeddings):
         role = base["name"]
         common = {key: value for key, value in base.items() if key not in ("name", "params")}
         algorithm = common.pop("algorithm", "adamw")
         if config.name in _WITH_ADAMW:
-            common["algorithm"] = algorithm if algorithm == "adamw" else config.name
+            # "sinkgd" is what param_groups calls the rule of matrices
+            common["algorithm"] = config.name if algorithm == "sinkgd" else algorithm
         by_entry: dict[int | None, list[tuple[str, torch.Tensor]]] = {}
         for name, parameter in base["params"]:
             by_entry.setdefault(first_entry(name, role), []).append((name, parameter))
