@@ -29,6 +29,7 @@ from leanstep.kernels.nm.matmul import nm_compress, nm_decompress, nm_matmul
 from leanstep.kernels.poly.attention import poly_attention
 from leanstep.kernels.poly.features import poly_features, poly_features_backward
 from leanstep.kernels.steps.common import StepOptions
+from leanstep.kernels.steps.lion_int8 import lion_agreement_int8, lion_step_int8
 from leanstep.kernels.steps.lion_step import lion_agreement, lion_step
 from leanstep.kernels.steps.scaled_step import scaled_step, sinkhorn_step
 
@@ -43,7 +44,9 @@ __all__ = [
     "backend_table",
     "linear_combination",
     "lion_agreement",
+    "lion_agreement_int8",
     "lion_step",
+    "lion_step_int8",
     "lora_down",
     "lora_down_backward",
     "lora_dropout",

@@ -41,6 +41,8 @@ _PRODUCTS = ("reference", "triton")
 OPS: dict[str, tuple[str, ...]] = {
     "lion_step": BACKENDS,
     "lion_agreement": BACKENDS,
+    "lion_step_int8": BACKENDS,
+    "lion_agreement_int8": BACKENDS,
     "sinkhorn": BACKENDS,
     "scaled_step": BACKENDS,
     "nonfinite_flags": ("reference", "cpp"),

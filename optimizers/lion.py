@@ -7,12 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanstep.kernels import lion_agreement, lion_step
+from leanstep.kernels import lion_agreement, lion_agreement_int8, lion_step, lion_step_int8
 from leanstep.kernels.steps.common import compute_dtype, constant, decay_factor, pack
 from leanstep.optimizers.common.base import Batch, LeanOptimizer, count_nonfinite
 from leanstep.optimizers.common.checks import check_betas, check_dtype, check_flags, settings_of
+from leanstep.optimizers.common.quantized import (
+    SCALE_KEY,
+    init_momentum,
+    is_quantized,
+    momentum_scale_shape,
+    refuse_other_momenta,
+)
 from leanstep.optimizers.common.rounding import effective, init_rounding
-from leanstep.optimizers.common.sharding import Reducer, new_state, readable, store, sum_over_shards
+from leanstep.optimizers.common.sharding import Reducer, local, readable, store, sum_over_shards
 
 # lower bound of the cautious mask's mean, by which the update is divided (arXiv 2411.16085)
 _MIN_AGREEMENT = 1e-5
@@ -45,11 +52,16 @@ class Lion(LeanOptimizer):
             rounded master, and continues from the parameter where they differ: after ``model.load_state_dict``, or any
             other write, also through ``.data`` and into shards. "kahan" drops compensations that exceed half the
             distance to the next number; smaller ones of older weights move a weight by less than its own rounding.
-        momentum_dtype: dtype of m; None: the parameter's.
+        momentum_dtype: dtype of m; None: the parameter's. torch.int8: 8-bit codes with one fp32 scale for every 128
+            neighbours of a row, for parameters of two or more dimensions; others have the parameter's dtype. Rounding
+            to codes is stochastic and unbiased, because rounding to nearest would lose slow changes of m:
+            ``leanstep/kernels/reference/quantization.py`` has the numbers. Needs unsharded parameters or shards along
+            dimension 0. Setting ``group["momentum_dtype"]`` converts m in the next step.
         seed: seed of stochastic rounding, an int in [0, 2**32).
         nonfinite: how to treat infinite or NaN gradients. "skip": leave these entries of parameter and momentum
-            unchanged, and count the tensor (:meth:`nonfinite_count`). "raise": check all gradients before any update
-            (waits for the device). "pass": use the gradient as it is.
+            unchanged (an 8-bit momentum up to rounding), and count the tensor (:meth:`nonfinite_count`). "raise": check
+            all gradients before any update (waits for the device). "pass": use the gradient as it is; it makes its
+            block of 128 entries of an 8-bit momentum NaN.
         maximize: ascend instead of descend.
         foreach: None or True: one call for all tensors of a device and dtype. False: one call per tensor. The results
             are bit-identical.
@@ -60,7 +72,8 @@ class Lion(LeanOptimizer):
         NonFiniteGradientError: a gradient is not finite, with nonfinite="raise".
 
     Notes:
-        State: ``exp_avg``, 1 value per parameter (4 bytes in fp32, 2 in bf16). "kahan" adds
+        State: ``exp_avg``, 1 value per parameter (4 bytes in fp32, 2 in bf16, 1 in int8). int8 adds ``exp_avg_scale``
+        (4 bytes per 128 entries of a row; a short block at the end of a row counts too) and ``step``. "kahan" adds
         ``kahan_compensation`` (2 bytes), "master" adds ``master_param`` (4 bytes), "stochastic" adds ``step`` (a
         scalar). A step allocates no temporary of a parameter's size.
         FSDP2: no communication; with ``cautious`` one all-reduce of one number per tensor. ``nonfinite_count`` counts
@@ -102,31 +115,44 @@ class Lion(LeanOptimizer):
         super()._check_group(group)
         check_betas("Lion", group["betas"])
         check_flags("Lion", group, ("cautious", "cautious_decay"))
-        check_dtype("Lion", "momentum_dtype", group["momentum_dtype"])
+        check_dtype("Lion", "momentum_dtype", group["momentum_dtype"], int8=True)
 
     def _init_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
         state = self.state[param]
-        if "exp_avg" not in state:
-            state["exp_avg"] = new_state(param, group["momentum_dtype"])
+        init_momentum(state, group, param)
         init_rounding(state, param, effective("Lion", group, position, param))
         return state
 
+    def _state_shapes(self, group: dict[str, Any], param: Tensor) -> dict[str, tuple[int, ...]]:
+        shapes = super()._state_shapes(group, param)
+        return {**shapes, SCALE_KEY: momentum_scale_shape(param)} if is_quantized(group, param) else shapes
+
+    def _check_loaded(self, state_dict: dict[str, Any]) -> None:
+        super()._check_loaded(state_dict)
+        refuse_other_momenta("Lion", self.param_groups, state_dict)
+
     def _group_steps(self, group: dict[str, Any], first_index: int, only: int | None = None) -> list[Reducer[None]]:
-        return [_step(batch) for _, batch in self._batches(group, first_index, only)]
+        batches = self._batches(group, first_index, only, lambda param: "int8" if is_quantized(group, param) else "")
+        return [_step(batch, int8=name == "int8") for name, batch in batches]
 
 
-def _step(batch: Batch) -> Reducer[None]:
+def _step(batch: Batch, *, int8: bool) -> Reducer[None]:
     """Update parameters, momenta and rounding states in place; count non-finite gradients."""
     group = batch.group
     params, grads = ([readable(t) for t in ts] for ts in (batch.params, batch.grads))
-    exp_avgs = [readable(state["exp_avg"]) for state in batch.states]
+    momenta = [[readable(state["exp_avg"]) for state in batch.states]]
+    if int8:
+        momenta.append([local(state[SCALE_KEY]) for state in batch.states])
     scalars = lion_scalars(group["lr"], group["betas"], group["weight_decay"], params[0])
-    options = batch.options(scalars, decay_where_aligned=group["cautious_decay"], maximize=group["maximize"])
+    options = batch.options(
+        scalars, seeded=int8, decay_where_aligned=group["cautious_decay"], maximize=group["maximize"]
+    )
+    agreement, step = (lion_agreement_int8, lion_step_int8) if int8 else (lion_agreement, lion_step)
     if group["cautious"]:
-        agreeing = lion_agreement(grads, exp_avgs, options)
+        agreeing = agreement(grads, *momenta, options)
         yield from sum_over_shards(agreeing, batch.shards)
         options = options._replace(cautious_scale=cautious_scale(agreeing, [p.numel() for p in batch.params], scalars))
-    flags = lion_step(params, grads, exp_avgs, batch.rounding_state(), options)
+    flags = step(params, grads, *momenta, batch.rounding_state(), options)
     store(params, batch.params)
     count_nonfinite(group, flags)
 

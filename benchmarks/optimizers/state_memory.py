@@ -20,6 +20,7 @@ STATELESS = "{role: embedding, momentum: 0.0}, {role: head, momentum: 0.0}"
 ROWS = {
     "AdamW": ("adamw", []),
     "Lion": ("adamw", ["optimizer={name: lion, lr: 1e-4}"]),
+    "Lion, int8 momentum": ("adamw", ["optimizer={name: lion, lr: 1e-4, args: {momentum_dtype: int8}}"]),
     "SinkGD, AdamW on embedding, head, norms": ("sinkgd", []),
     "SinkGD, balanced embedding and head": ("sinkgd", ["optimizer.embeddings=balanced"]),
     "the same without momentum": ("sinkgd", ["optimizer.embeddings=balanced", f"optimizer.groups=[{STATELESS}]"]),

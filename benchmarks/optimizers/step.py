@@ -40,6 +40,7 @@ def candidates(hidden: list[Tensor], others: list[Tensor], slow: bool) -> dict[s
         "torch AdamW fused": (torch.optim.AdamW(params, fused=True, **options).step, 7),
         "torch SGD momentum fused": (torch.optim.SGD(params, momentum=0.9, fused=True, **rate).step, 5),
         "leanstep Lion": (Lion(params, **options).step, 5),
+        "leanstep Lion int8 momentum": (Lion(params, momentum_dtype=torch.int8, **options).step, 0),
         'leanstep Lion nonfinite="pass"': (Lion(params, nonfinite="pass", **options).step, 5),
         # SinkGD's rule for embeddings, heads and norms, here for all
         "leanstep AdamW fallback": (SinkGD(params, algorithm="adamw", **options).step, 7),
@@ -48,6 +49,9 @@ def candidates(hidden: list[Tensor], others: list[Tensor], slow: bool) -> dict[s
     }
     if params[0].dtype == torch.bfloat16:
         steps["leanstep Lion stochastic rounding"] = (Lion(params, rounding="stochastic", **options).step, 5)
+    if importlib.util.find_spec("bitsandbytes"):
+        lion8 = importlib.import_module("bitsandbytes").optim.Lion8bit(params, **options)
+        steps["bitsandbytes Lion8bit"] = (lion8.step, 0)
     for module in ("lion_pytorch", "pytorch_optimizer"):
         if importlib.util.find_spec(module):
             steps[f"{module} Lion"] = (importlib.import_module(module).Lion(params, **options).step, 5)

@@ -70,6 +70,14 @@ def hash32(index: Tensor, seed: Tensor | int) -> Tensor:
     return x ^ ((x >> 16) & 0xFFFF)
 
 
+def hash_number(index: int, seed: int) -> int:
+    """Return :func:`hash32` of Python numbers, as an unsigned number."""
+    x = (index ^ seed) & 0xFFFFFFFF
+    x = (x ^ (x >> 16)) * _MULTIPLIERS[0] & 0xFFFFFFFF
+    x = (x ^ (x >> 15)) * _MULTIPLIERS[1] & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
 def round_stochastic(value: Tensor, bits: Tensor) -> Tensor:
     """Round fp32 to a bf16 value, still stored in fp32. The dropped fraction is the probability of rounding up.
 

@@ -49,10 +49,13 @@ class Batch(NamedTuple):
         """Return this process's shards of the rounding state; an empty list if there is none."""
         return rounding_states(self.states, self.rounding)
 
-    def options(self, scalars: Tensor, **more: Any) -> StepOptions:
-        """Return the kernel's options for this step. Call it once a step: it counts steps of stochastic rounding."""
+    def options(self, scalars: Tensor, *, seeded: bool = False, **more: Any) -> StepOptions:
+        """Return the kernel's options for this step. Call it once a step: it counts steps of stochastic rounding.
+
+        ``seeded``: the step also rounds state stochastically.
+        """
         more.setdefault("skip_nonfinite", self.group["nonfinite"] != "pass")
-        if self.rounding == "stochastic":
+        if seeded or self.rounding == "stochastic":
             more["offsets"] = offsets_of(self.shards, scalars.device)
             steps = [state["step"] for state in self.states]
             torch._foreach_add_(steps, 1)

@@ -96,11 +96,15 @@ def check_choice(owner: str, name: str, value: Any, choices: Iterable[Any]) -> N
         raise ValueError(f"Invalid {name}: {value!r}; {owner} expects one of {tuple(choices)}")
 
 
-def check_dtype(owner: str, name: str, dtype: Any) -> None:
-    """Raise unless the value is a floating dtype, the name of one, or None."""
+def check_dtype(owner: str, name: str, dtype: Any, *, int8: bool = False) -> None:
+    """Raise unless the value is a floating dtype, the name of one, or None; with ``int8``, torch.int8 is valid too."""
     named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype is not None and not (isinstance(named, torch.dtype) and named.is_floating_point):
-        raise TypeError(f"{owner}: {name} must be a floating torch.dtype or None, got {dtype!r}")
+    if dtype is None or (
+        isinstance(named, torch.dtype) and (named.is_floating_point or (int8 and named == torch.int8))
+    ):
+        return
+    expected = "a floating torch.dtype, torch.int8" if int8 else "a floating torch.dtype"
+    raise TypeError(f"{owner}: {name} must be {expected} or None, got {dtype!r}")
 
 
 def check_betas(owner: str, betas: Any) -> None:

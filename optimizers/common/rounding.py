@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanstep.kernels.reference.rounding import hash32
+from leanstep.kernels.reference.rounding import hash32, hash_number
 from leanstep.kernels.steps.common import constant
 from leanstep.optimizers.common.checks import describe
 from leanstep.optimizers.common.sharding import local, new_state, plain
@@ -43,15 +43,22 @@ def init_rounding(state: dict[str, Any], param: Tensor, rounding: str) -> None:
         state["kahan_compensation"] = new_state(param)
     elif rounding == "master" and "master_param" not in state:
         state["master_param"] = plain(param.detach()).to(torch.float32, copy=True)
-    elif rounding == "stochastic" and "step" not in state:
+    elif rounding == "stochastic":
+        init_step(state, param)
+
+
+def init_step(state: dict[str, Any], param: Tensor) -> None:
+    """Create the step count that seeds stochastic rounding, if it is missing."""
+    if "step" not in state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=local(param).device)
 
 
 def seeds_for(steps: list[Tensor], indices: list[int], seed: int, device: torch.device) -> Tensor:
     """Hash (seed, tensor index, step count) to one 32-bit seed per tensor, int64 [n]."""
-    index = constant(indices, device, torch.int64)
+    # as Python numbers: torch.compile's inductor multiplies constants without wrapping them to 32 bits
+    hashed = constant([hash_number(index, seed) for index in indices], device, torch.int64)
     count = torch.stack([s.to(device) for s in steps]).to(torch.int64)
-    return hash32(count, hash32(index, seed)).to(torch.int64) & 0xFFFFFFFF
+    return hash32(count, hashed).to(torch.int64) & 0xFFFFFFFF
 
 
 def rounding_states(states: Sequence[dict[str, Any]], rounding: str) -> list[Tensor]:

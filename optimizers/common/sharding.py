@@ -189,8 +189,9 @@ def offsets_of(shards: Sequence[Shard], device: torch.device) -> Tensor:
     for shard in shards:
         if shard.offset is None:
             raise ValueError(
-                f"rounding='stochastic' needs unsharded parameters, or shards along dimension 0; got placements "
-                f"{shard.placements} for shape {tuple(shard.shape)}. Use rounding='kahan' or 'master'."
+                "rounding='stochastic' and momentum_dtype=torch.int8 need unsharded parameters, or shards along "
+                f"dimension 0; got placements {shard.placements} for shape {tuple(shard.shape)}. Use another rounding "
+                "('kahan', 'master') or momentum dtype."
             )
     return constant([s.offset or 0 for s in shards], device, torch.int64)
 

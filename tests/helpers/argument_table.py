@@ -81,6 +81,8 @@ def optimizer_entry(cls: type, name: str, hint: Any) -> dict[str, Any]:
         if words:
             entry["choices"] = words
             entry["types"] = [kind for kind in entry["types"] if kind != "str"]
+    if entry.get("choices") == DTYPES and refusal(cls, name, torch.int8) is None:
+        entry["choices"] = ["int8", *DTYPES]
     return {key: value for key, value in {**entry, **limits(cls, name, entry)}.items() if value != []}
 
 

@@ -119,6 +119,9 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any], dict[str, Any], torch.dtype, fl
     "lion_stochastic": (Lion, {"lr": 1e-3, "rounding": "stochastic"}, {}, torch.bfloat16, 0),
     "lion_kahan": (Lion, {"lr": 1e-3, "rounding": "kahan"}, {}, torch.bfloat16, 0),
     "lion_master": (Lion, {"lr": 1e-3, "rounding": "master"}, {}, torch.bfloat16, 0),
+    "lion_int8": (
+        Lion, {"lr": 1e-2, "cautious": True, "weight_decay": 0.1, "momentum_dtype": torch.int8}, {}, torch.float32, 0,
+    ),
     "sinkgd": (SinkGD, {"lr": 0.05, "scale": 0.2, "weight_decay": 0.1}, {}, torch.float32, 1e-6),
     "sinkgd_foreach_off": (SinkGD, {"lr": 0.05, "scale": 0.2, "foreach": False}, {}, torch.float32, 1e-6),
     "sinkgd_momentum": (SinkGD, {"lr": 0.05, "scale": 0.2, "momentum": 0.9, "nesterov": True}, {}, torch.float32, 1e-6),
@@ -174,6 +177,7 @@ _EVERYWHERE = (
     "lion",
     "lion_cautious",
     "lion_stochastic",
+    "lion_int8",
     "sinkgd",
     "sinkgd_momentum",
     "sinkgd_balanced",

@@ -86,8 +86,8 @@ def checkpoint_moves(name: str, world: World) -> None:
 
 
 for _name in (
-    "stateless", "sinkgd", "lion", "lion_stochastic", "lion_master", "lion_kahan", "sinkgd_momentum", "sinkgd_balanced",
-    "sinkgd_muon", "lanton", "lanton_muon", "lanton_stochastic", "lanton_master",
+    "stateless", "sinkgd", "lion", "lion_stochastic", "lion_master", "lion_kahan", "lion_int8", "sinkgd_momentum",
+    "sinkgd_balanced", "sinkgd_muon", "lanton", "lanton_muon", "lanton_stochastic", "lanton_master",
 ):  # fmt: skip
     _worlds = (1, 2, 3, 4) if _name in ("stateless", "sinkgd", "sinkgd_muon", "lion_stochastic") else (1, 2, 3)
     add_case(f"checkpoint_moves_{_name}", _worlds, functools.partial(checkpoint_moves, _name))
@@ -97,7 +97,7 @@ for _name in (
 def full_state_dicts_leave_and_return(world: World) -> None:
     """One whole state dict on process 0, loaded again by broadcasting it; also before the first step."""
     # torch wants a state tensor here: not for an optimizer without any
-    for name in ("lion", "sinkgd", "sinkgd_muon", "lanton"):
+    for name in ("lion", "lion_int8", "sinkgd", "sinkgd_muon", "lanton"):
         for done in (0, 2):
             model, optimizer = make(name, world)
             steps(model, optimizer, range(done))
@@ -162,7 +162,7 @@ class Batches:
 
 def under_accelerate(kind: str, world: World) -> None:
     """prepare(model, optimizer) steps as by hand, saves, loads into new objects, and goes on the same."""
-    for name in ("lion", "sinkgd", "sinkgd_momentum", "sinkgd_balanced", "lanton"):
+    for name in ("lion", "lion_int8", "sinkgd", "sinkgd_momentum", "sinkgd_balanced", "lanton"):
         made = accelerator(kind)
         model = new_model(torch.float32)
         run = Batches(made, *made.prepare(model, build(name, model)))

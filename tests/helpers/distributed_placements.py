@@ -59,6 +59,7 @@ def every_optimizer_reduces_as_documented(world: World) -> None:
         "lion": (0, 0),
         "lion_stochastic": (0, 0),
         "lion_cautious": (1, 1),
+        "lion_int8": (1, 1),
         "adamw": (1, 1),
         "sinkgd": (5, 5),
         "sinkgd_momentum": (6, 6),
@@ -130,7 +131,7 @@ def two_mesh_dimensions(world: World) -> None:
         ("lion_cautious", (Replicate(), Shard(0))), ("sinkgd", (Replicate(), Shard(0))),
         ("lion_stochastic", (Replicate(), Shard(0))), ("sinkgd_balanced", (Replicate(), Shard(0))),
         ("lion", (Shard(0), Shard(1))), ("lion_cautious", (Shard(0), Shard(1))), ("lion_kahan", (Shard(0), Shard(0))),
-        ("adamw", (Shard(0), Shard(1))),
+        ("adamw", (Shard(0), Shard(1))), ("lion_int8", (Replicate(), Shard(0))),
     ):  # fmt: skip
         *_, dtype, tolerance = OPTIMIZERS[name]
         plain, sharded = new_model(dtype), by_hand(4, *placements, dtype=dtype, on=grid)
@@ -140,7 +141,11 @@ def two_mesh_dimensions(world: World) -> None:
                 set_grads(model, step)
                 optimizer.step()
             assert_same(sharded, plain, tolerance, f"{name} {placements}")
-    for name, said in (("sinkgd", "sharded along one dimension"), ("lion_stochastic", "rounding='stochastic'")):
+    for name, said in (
+        ("sinkgd", "sharded along one dimension"),
+        ("lion_stochastic", "rounding='stochastic'"),
+        ("lion_int8", "int8 need"),
+    ):
         sharded = by_hand(4, Shard(0), Shard(1), dtype=OPTIMIZERS[name][3], on=grid)
         before = [whole(p.detach()).clone() for p in sharded.parameters()]
         set_grads(sharded, 0)
@@ -346,7 +351,12 @@ def zero_redundancy_optimizer(world: World) -> None:
 @case(2)
 def large_matrices(world: World) -> None:
     """Shards large enough for whole vectors and blocks, in rows that do not divide, agree with whole matrices."""
-    for name, shape in (("lion", (301, 192)), ("lion_stochastic", (301, 192)), ("sinkgd", (301, 192))):
+    for name, shape in (
+        ("lion", (301, 192)),
+        ("lion_stochastic", (301, 192)),
+        ("lion_int8", (301, 392)),
+        ("sinkgd", (301, 192)),
+    ):
         cls, settings, _, dtype, tolerance = OPTIMIZERS[name]
         whole_param = nn.Parameter(torch.randn(shape).to(dtype))
         part = nn.Parameter(distribute_tensor(whole_param.detach(), mesh(world.size), [Shard(0)]))

@@ -117,6 +117,7 @@ def run(optimizer: torch.optim.Optimizer, params: list[Tensor], steps: range) ->
 _BF16 = torch.bfloat16
 _LION = {"exp_avg": torch.float32}
 _LION_BF16 = {"exp_avg": _BF16}
+_LION_INT8 = {"exp_avg": torch.int8, "exp_avg_scale": torch.float32, "step": torch.float32}
 _LANTON = {"momentum_buffer": torch.float32, "previous_grad": torch.float32}
 _LANTON_BF16 = {"momentum_buffer": _BF16, "previous_grad": _BF16}
 _NOISE = {"noise": torch.float64, "noise_steps": torch.float32}
@@ -168,6 +169,22 @@ CASES = (
         dtype=_BF16,
         state={**_LION_BF16, "master_param": torch.float32},
         elementwise=True,
+    ),
+    OptimizerCase(
+        name="Lion-int8",
+        cls=Lion,
+        kwargs={"lr": 1e-2, "weight_decay": 0.1, "cautious": True, "momentum_dtype": torch.int8, "seed": 3},
+        state=_LION_INT8,
+        replayable=False,
+        large=True,
+    ),
+    OptimizerCase(
+        name="Lion-int8-kahan",
+        cls=Lion,
+        kwargs={"lr": 1e-3, "rounding": "kahan", "momentum_dtype": torch.int8, "seed": 3},
+        dtype=_BF16,
+        state={**_LION_INT8, "kahan_compensation": _BF16},
+        replayable=False,
     ),
     OptimizerCase(
         name="SinkGD", cls=SinkGD, kwargs={"weight_decay": 0.1}, exact_foreach=False, extra_fp32=1, large=True

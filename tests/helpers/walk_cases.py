@@ -80,7 +80,7 @@ EVERYTHING = ("kernels/", "leanstep/", "lora/", "optimizers/", "pruning/", "reci
 # the commands, without the helpers of one call in leanstep/_*.py
 COMMANDS = ("leanstep/cli.py", "recipes/")
 CASES = {
-    "Lion.step": Case(_step(lambda model: Lion(model.parameters(), lr=1e-3)), 8, 8, EVERYTHING),
+    "Lion.step": Case(_step(lambda model: Lion(model.parameters(), lr=1e-3)), 9, 9, EVERYTHING),
     "SinkGD.step": Case(_step(lambda model: SinkGD(param_groups(model), lr=1e-2)), 12, 12, EVERYTHING),
     "LANTON.step": Case(_step(lambda model: LANTON(param_groups(model), lr=1e-2)), 8, 8, ("optimizers/",)),
     "MFAC.step": Case(_step(lambda model: MFAC(model.parameters(), lr=1e-2, window=8)), 9, 9, ("optimizers/",)),

@@ -34,6 +34,7 @@ def test_the_promises_are_those_of_the_methods(found):
     # Lion: p, g, m in, p, m out; SinkGD: G once per iteration, then G and p in and p out
     assert bytes_of("lion_step_kernel", "p float32 g float32 m float32 nearest") == {(12, 8)}
     assert bytes_of("lion_step_kernel", "p bfloat16 g bfloat16 m bfloat16 nearest") == {(6, 4)}
+    assert bytes_of("lion_step_int8_kernel", "p bfloat16 g bfloat16 nearest") == {(5, 3)}
     assert bytes_of("sinkhorn_tile_kernel", "g bfloat16 aligned") == {(2, 0)}
     assert bytes_of("scaled_step_kernel", "p bfloat16 g bfloat16 nearest aligned") == {(4, 2)}
     # M-FAC: every element of the window once for the dots, once for the combination; a sparse entry with its place

@@ -6,11 +6,17 @@ import pytest
 import torch
 
 from leanstep.kernels import StepOptions, lion_step, scaled_step, use_backend
-from leanstep.kernels.reference.rounding import element_index, hash32, narrow, round_stochastic, widen
+from leanstep.kernels.reference.rounding import element_index, hash32, hash_number, narrow, round_stochastic, widen
 
 
 def unsigned(index, seed):
     return hash32(index, seed).long() & 0xFFFFFFFF
+
+
+def test_hash_of_numbers_is_that_of_tensors():
+    numbers = [0, 1, 5, 2**31, 2**32 - 1, 2**32 + 3]
+    for seed in (0, 77, 2**32 - 1):
+        assert unsigned(torch.tensor(numbers), seed).tolist() == [hash_number(number, seed) for number in numbers]
 
 
 def test_hash_is_uniform_and_mixes():

@@ -1,0 +1,180 @@
+"""The Lion step with an 8-bit momentum, on lists of tensors."""
+
+import torch
+from torch import Tensor
+
+from leanstep.kernels._backend import choose
+from leanstep.kernels.cpp_impl._build import TYPES, call, group_by_dtypes
+from leanstep.kernels.reference.steps import lion_int8 as reference
+from leanstep.kernels.steps.common import StepOptions
+
+
+def lion_step_int8(
+    params: list[Tensor],
+    grads: list[Tensor],
+    codes: list[Tensor],
+    scales: list[Tensor],
+    rounding_state: list[Tensor],
+    options: StepOptions,
+) -> Tensor:
+    """One Lion step, as :func:`leanstep.kernels.lion_step`, with the momentum in 8 bits.
+
+    For every tensor: m = value of the codes; the Lion step; codes and scales of the new m, by
+    ``leanstep/kernels/reference/quantization.py``. Rounding of m is stochastic and unbiased.
+
+    Args:
+        params: tensors of one device and dtype, of two or more dimensions; updated in place.
+        grads: same shapes; any floating dtype; not written.
+        codes: int8, same shapes; updated in place.
+        scales: fp32 [rows, blocks], one for every 128 neighbours of a row; a row is all that one index of the first
+            dimension selects. Updated in place.
+        rounding_state: as for ``lion_step``.
+        options: as for ``lion_step``. ``seeds`` are required, and for shards ``offsets``, which must begin a row.
+
+    Returns:
+        int32 [len(params)]: 1 where the gradient has a non-finite entry. With ``skip_nonfinite``, the parameter and the
+        rounding state of such an entry do not change, and its momentum is rounded anew. Without it, all flags are 0,
+        and a block of 128 momenta with a non-finite entry becomes NaN.
+
+    Raises:
+        BackendError: the requested backend cannot run here.
+
+    Notes:
+        Reads p, g, codes and scales, and writes p, codes and scales once each: 8 bytes per bf16 element. The C++ and
+        Triton kernels make no temporary of a tensor's size. All backends agree bit for bit.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.leanstep.lion_step_int8(params, grads, codes, scales, rounding_state, *options)
+    return _step(params, grads, codes, scales, rounding_state, *options)
+
+
+@torch.no_grad()
+def _step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    codes: list[Tensor],
+    scales: list[Tensor],
+    rounding_state: list[Tensor],
+    *fields,
+) -> Tensor:
+    options = StepOptions(*fields)
+    if not params:
+        return torch.zeros(0, dtype=torch.int32)
+    dtypes = dict.fromkeys(t.dtype for ts in (params, grads) for t in ts)
+    backend = choose("lion_step_int8", params[0].device, *dtypes).backend
+    if backend == "triton":
+        from leanstep.kernels.triton_impl.steps import lion_int8 as triton_lion
+
+        return triton_lion.lion_step_int8(params, grads, codes, scales, rounding_state, options)
+    lists = [ts for ts in (params, grads, codes, scales, rounding_state) if ts]
+    flags = torch.zeros(len(params), dtype=torch.int32, device=params[0].device)
+    walkable = [backend == "cpp" and all(t.is_contiguous() for t in row) for row in zip(*lists, strict=True)]
+    for indices in group_by_dtypes(lists, walkable):
+        flags[indices] = _cpp_step([[ts[i] for i in indices] for ts in lists], options.of(indices))
+    if backend == "cpp":
+        torch.autograd.graph.increment_version([t for ts in (params, codes, scales, rounding_state) for t in ts])
+    for i in (i for i, is_covered in enumerate(walkable) if not is_covered):
+        flag = reference.lion_step_int8(*(ts[i] for ts in lists), options=options.of(i))
+        if flag is not None:
+            flags[i] = flag
+    return flags
+
+
+def _cpp_step(lists: list[list[Tensor]], options: StepOptions) -> Tensor:
+    """Step contiguous tensors of one dtype per list."""
+    params, grads, codes, scales, *rounding_state = lists
+    macros = {
+        **_macros(grads[0], options.maximize, options.skip_nonfinite),
+        "PARAM": TYPES[params[0].dtype],
+        "ROUNDING": options.rounding.upper(),
+        "CAUTIOUS": int(options.cautious_scale is not None),
+        "ALIGNED": int(options.decay_where_aligned),
+    }
+    flags = torch.zeros(len(params), dtype=torch.int32)
+    tensors = (params, grads, codes, scales, rounding_state[0] if rounding_state else None)
+    numbers = (options.scalars, options.cautious_scale, options.seeds, options.offsets)
+    call(
+        "steps/lion_int8", "lion_step_int8", macros, len(params), *tensors, *_rows_and_columns(params), *numbers, flags
+    )
+    return flags
+
+
+def _macros(grad: Tensor, maximize: bool, skip_nonfinite: bool) -> dict[str, str | int]:
+    return {"GRAD": TYPES[grad.dtype], "MAXIMIZE": int(maximize), "SKIP": int(skip_nonfinite)}
+
+
+def _rows_and_columns(tensors: list[Tensor]) -> tuple[list[int], list[int]]:
+    return [t.shape[0] for t in tensors], [t.shape[1:].numel() for t in tensors]
+
+
+def lion_agreement_int8(grads: list[Tensor], codes: list[Tensor], scales: list[Tensor], options: StepOptions) -> Tensor:
+    """Count, per tensor, the entries whose update agrees in sign, as :func:`leanstep.kernels.lion_agreement`.
+
+    Args:
+        grads, codes, scales: as for :func:`lion_step_int8`.
+        options: as for ``lion_agreement``.
+
+    Returns:
+        fp32 [len(grads)].
+
+    Notes:
+        Reads g, codes and scales once each.
+    """
+    fields = (options.scalars, options.maximize, options.skip_nonfinite)
+    if torch.compiler.is_compiling():
+        return torch.ops.leanstep.lion_agreement_int8(grads, codes, scales, *fields)
+    return _agreement(grads, codes, scales, *fields)
+
+
+@torch.no_grad()
+def _agreement(
+    grads: list[Tensor],
+    codes: list[Tensor],
+    scales: list[Tensor],
+    scalars: Tensor,
+    maximize: bool,
+    skip_nonfinite: bool,
+) -> Tensor:
+    options = StepOptions(scalars, maximize=maximize, skip_nonfinite=skip_nonfinite)
+    if not grads:
+        return torch.zeros(0)
+    dtypes = dict.fromkeys([scalars.dtype, *(g.dtype for g in grads)])
+    backend = choose("lion_agreement_int8", grads[0].device, *dtypes).backend
+    if backend == "triton":
+        from leanstep.kernels.triton_impl.steps import lion_int8 as triton_lion
+
+        return triton_lion.lion_agreement_int8(grads, codes, scales, options)
+    counts = torch.zeros(len(grads), device=grads[0].device)
+    lists = [grads, codes, scales]
+    walkable = [backend == "cpp" and all(t.is_contiguous() for t in row) for row in zip(*lists, strict=True)]
+    for indices in group_by_dtypes(lists, walkable):
+        exact = _cpp_agreement([[ts[i] for i in indices] for ts in lists], options)
+        counts[indices] = exact.to(counts.dtype)
+    for i in (i for i, is_covered in enumerate(walkable) if not is_covered):
+        counts[i] = reference.lion_agreement_int8(grads[i], codes[i], scales[i], options)
+    return counts
+
+
+def _cpp_agreement(lists: list[list[Tensor]], options: StepOptions) -> Tensor:
+    """int64 counts of agreeing entries, for contiguous tensors of one dtype per list."""
+    grads = lists[0]
+    macros = _macros(grads[0], options.maximize, options.skip_nonfinite)
+    variant = {**macros, "PARAM": "float", "ROUNDING": "NEAREST", "CAUTIOUS": 1, "ALIGNED": 0}
+    counts = torch.zeros(len(grads), dtype=torch.int64)
+    sizes = _rows_and_columns(grads)
+    call("steps/lion_int8", "lion_agreement_int8", variant, len(grads), *lists, *sizes, options.scalars, counts)
+    return counts
+
+
+_step_op = torch.library.custom_op(
+    "leanstep::lion_step_int8",
+    _step,
+    mutates_args=("params", "codes", "scales", "rounding_state"),
+    schema="(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] codes, Tensor(c!)[] scales, "
+    "Tensor(d!)[] rounding_state, Tensor scalars, str rounding, Tensor? cautious_scale, bool decay_where_aligned, "
+    "bool maximize, bool skip_nonfinite, Tensor? seeds, Tensor? offsets) -> Tensor",
+)
+_agreement_op = torch.library.custom_op("leanstep::lion_agreement_int8", _agreement, mutates_args=())
+
+_step_op.register_fake(lambda params, g, codes, *rest: rest[2].new_empty(len(params), dtype=torch.int32))
+_agreement_op.register_fake(lambda grads, codes, s, scalars, *_: scalars.new_empty(len(grads), dtype=torch.float32))

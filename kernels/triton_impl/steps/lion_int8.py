@@ -1,0 +1,367 @@
+"""Lion with an 8-bit momentum, and its agreement count, each as one launch for all tensors of a list.
+
+Bytes: `lion_step_int8` reads p, g, codes, scales and the rounding state once. It writes all but g once.
+`lion_agreement_int8` reads g, codes and scales once. A scale is 4 bytes for 128 elements.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from leanstep.kernels.steps.common import StepOptions
+from leanstep.kernels.triton_impl._common import (
+    ROUNDINGS,
+    TL_DTYPE,
+    aligned_pointer,
+    load_tile,
+    parameter_value,
+    random_bits,
+    remainder,
+    rounded_parameter,
+    to_float,
+)
+from leanstep.kernels.triton_impl._compile import Launch, Promises
+from leanstep.kernels.triton_impl._multi_tensor import (
+    Staging,
+    device_rows,
+    is_aligned,
+    launches,
+    native_dtype,
+    on_device,
+    seeds_and_offsets,
+    warps,
+)
+from leanstep.kernels.triton_impl.steps.lion_step import CAUTIOUS, DECAY_WHERE_ALIGNED, MAXIMIZE, SKIP_NONFINITE
+
+# elements with one scale
+SCALED = 128
+# blocks of a tile. 16 elements per thread: one 128-bit access for the codes. With a rounding state they would spill
+# registers, so 8 elements per thread: 64 bits of codes, 128 bits of 16-bit tensors.
+BLOCKS = {"nearest": 32, "stochastic": 32, "kahan": 16, "master": 16}
+TILES = 2
+THREADS = 256
+# blocks of a masked tile, whose offsets and masks need registers
+FEW = tl.constexpr(8)
+
+
+@triton.jit
+def _value_of(code, scale):
+    """fp32 value of int8 codes: their 7 bits are bits 19 to 25 of the fp32 pattern of 1 + |value| / scale."""
+    code = code.to(tl.int32)
+    pattern = (tl.abs(code) + 2032) << 19
+    magnitude = (pattern.to(tl.float32, bitcast=True) - 1.0) * scale
+    # bits in place of selections, whose masks would take more scalar registers than gfx942 has
+    return (magnitude.to(tl.int32, bitcast=True) ^ (code & -0x80000000)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _quantized(m, pair, shift, seed):
+    """int8 codes of a tile of momenta [blocks, SCALED], and the scales [blocks, 1]."""
+    # patterns without signs are ordered: finite numbers, infinity, NaNs
+    largest = tl.max(m.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1, keep_dims=True)
+    scale = largest.to(tl.float32, bitcast=True) * (1.0 / 247.0)
+    finite = scale < float("inf")
+    usable = finite & (scale >= 7.888609052210118e-31)  # 2**-100
+    inverse = tl.where(usable, tl.div_rn(1.0, tl.where(usable, scale, 1.0)), 0.0)
+    z = 1.0 + tl.abs(m) * inverse
+    random = random_bits(pair, seed ^ 0xFFFFFFFF)
+    random = (random >> shift) & 0xFFFF
+    pattern = z.to(tl.int32, bitcast=True) + (random.to(tl.int32) << 3)
+    sign = m.to(tl.int32, bitcast=True) >> 31
+    code = tl.where(usable, (tl.minimum((pattern >> 19) - 2032, 127) ^ sign) - sign, 0)
+    return code.to(tl.int8), tl.where(finite, tl.where(usable, scale, 0.0), float("nan"))
+
+
+@triton.jit
+def _step_tile(
+    p_ptr, g_ptr, c_ptr, s_ptr, e_ptr, offs, mask, s_offs, s_mask, pair, shift, seed, index, scale,
+    lr, decay, beta1, omb1, beta2, omb2, mode, ROUNDING: tl.constexpr,
+):  # fmt: skip
+    """Update one tile of blocks; `mask` is None for a whole tile. Returns 1 where a non-finite gradient is skipped."""
+    g = to_float(load_tile(g_ptr + offs, mask))
+    if mask is None:
+        code = tl.load(c_ptr + offs)
+        unit = tl.load(s_ptr + s_offs)
+    else:
+        code = tl.load(c_ptr + offs, mask=mask, other=0)
+        unit = tl.load(s_ptr + s_offs, mask=s_mask, other=0.0)
+    m = _value_of(code, unit)
+    g = tl.where((mode & 1) != 0, -g, g)
+    skip = ((mode & 2) != 0) & ~(tl.abs(g) < float("inf"))
+    c = beta1 * m + omb1 * g
+    u = tl.where(c > 0, 1.0, 0.0) - tl.where(c < 0, 1.0, 0.0)
+    u = tl.where(((mode & 8) == 0) | (u * g > 0), u * scale, 0.0)
+    m = tl.where(skip, m, beta2 * m + omb2 * g)
+    # NaN marks skipped elements until the parameter is written
+    u = tl.where(skip, float("nan"), u)
+    # before the parameter is read, which needs as many registers
+    new_code, new_unit = _quantized(m, pair, shift, seed)
+    tl.store(c_ptr + offs, new_code, mask=mask)
+    tl.store(s_ptr + s_offs, new_unit, mask=s_mask)
+
+    p_old = load_tile(p_ptr + offs, mask)
+    e_old = p_old
+    if ROUNDING == "kahan" or ROUNDING == "master":
+        e_old = load_tile(e_ptr + offs, mask)
+    value = parameter_value(p_old, e_old, ROUNDING)
+    decayed = tl.where(((mode & 4) == 0) | (u * value >= 0), value * decay, value)
+    value = decayed - lr * u
+    p = rounded_parameter(value, random_bits(offs.to(tl.uint32) + index, seed), p_old.dtype, ROUNDING)
+    tl.store(p_ptr + offs, tl.where(u == u, p, p_old), mask=mask)
+    if ROUNDING == "kahan" or ROUNDING == "master":
+        e = remainder(value, p, e_old.dtype, ROUNDING)
+        tl.store(e_ptr + offs, tl.where(u == u, e, e_old), mask=mask)
+    return skip.to(tl.int32)
+
+
+@triton.jit
+def _place(block, lane, first_column, columns, per_row, blocks):
+    """Offsets and mask of blocks [n, 1] (relative to a program's first) whose program begins at a column of a row."""
+    place = first_column // 128 + block
+    column = place % per_row * 128
+    offs = place // per_row * columns + column - first_column + lane
+    return offs, (lane < columns - column) & (block < blocks)
+
+
+@triton.jit(do_not_specialize=["mode"])
+def lion_step_int8_kernel(
+    rows, programs, scalars, scales, seeds, offsets, flags, mode,
+    P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, E_DTYPE: tl.constexpr, ROUNDING: tl.constexpr,
+    BLOCKS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Program k updates TILES * BLOCKS blocks of one tensor.
+
+    A row is (p, g, codes, scales, rounding state, blocks, columns, whole, index, 0). In a whole tensor all tensors are
+    aligned and no block is short.
+    """
+    entry = tl.load(programs + tl.program_id(0))
+    row = rows + (entry >> 32) * 10
+    first = (entry & 0xFFFFFFFF) * (TILES * BLOCKS)
+    blocks = tl.minimum(tl.load(row + 5) - first, TILES * BLOCKS).to(tl.int32)
+    i = tl.load(row + 8)
+
+    lr = tl.load(scalars + 0)
+    decay = tl.load(scalars + 1)
+    beta1 = tl.load(scalars + 2)
+    omb1 = tl.load(scalars + 3)
+    beta2 = tl.load(scalars + 4)
+    omb2 = tl.load(scalars + 5)
+    scale = tl.load(scales + i, mask=(mode & 8) != 0, other=1.0)
+    seed = tl.load(seeds + i).to(tl.uint32)
+
+    block = tl.arange(0, BLOCKS)[:, None]
+    lane = tl.arange(0, 128)[None, :]
+    shift = ((lane & 1) * 16).to(tl.uint32)
+    skipped = tl.zeros([BLOCKS, 128], dtype=tl.int32)
+    # tiles of whole tensors need no mask and have a provable alignment: accesses are 128 bits wide
+    whole = tl.where(tl.load(row + 7) != 0, blocks // BLOCKS, 0)
+    # the entries of whole tensors are 128 times their blocks, also in the tensor of which they are rows
+    entries = first * 128 + tl.load(offsets + i)
+    index = entries.to(tl.uint32)
+    pair = (entries // 2).to(tl.uint32)
+    p_ptr = aligned_pointer(tl.load(row + 0), P_DTYPE) + first * 128
+    g_ptr = aligned_pointer(tl.load(row + 1), G_DTYPE) + first * 128
+    c_ptr = aligned_pointer(tl.load(row + 2), tl.int8) + first * 128
+    s_ptr = aligned_pointer(tl.load(row + 3), tl.float32) + first
+    e_ptr = aligned_pointer(tl.load(row + 4), E_DTYPE) + first * 128
+    for t in range(0, whole):
+        near = t * BLOCKS + block
+        skipped |= _step_tile(
+            p_ptr, g_ptr, c_ptr, s_ptr, e_ptr, near * 128 + lane, None, near, None,
+            pair + (near * 64 + lane // 2).to(tl.uint32), shift, seed, index, scale,
+            lr, decay, beta1, omb1, beta2, omb2, mode, ROUNDING,
+        )  # fmt: skip
+    # the tail, and other tensors; addresses are read again, because holding them would spill registers
+    columns = tl.load(row + 6).to(tl.int32)
+    per_row = (columns + 127) // 128
+    first_column = (first % per_row).to(tl.int32) * 128
+    start = first // per_row * columns + first_column
+    offset = tl.load(offsets + tl.load(row + 8))
+    index = (start + offset).to(tl.uint32)
+    pair = ((offset // columns * per_row + first) * 64).to(tl.uint32)
+    p_ptr = tl.load(row + 0).to(tl.pointer_type(P_DTYPE)) + start
+    g_ptr = tl.load(row + 1).to(tl.pointer_type(G_DTYPE)) + start
+    c_ptr = tl.load(row + 2).to(tl.pointer_type(tl.int8)) + start
+    s_ptr = tl.load(row + 3).to(tl.pointer_type(tl.float32)) + first
+    e_ptr = tl.load(row + 4).to(tl.pointer_type(E_DTYPE)) + start
+    few = tl.arange(0, FEW)[:, None]
+    skipped_few = tl.zeros([FEW, 128], dtype=tl.int32)
+    for t in range(whole * BLOCKS // FEW, tl.cdiv(blocks, FEW)):
+        near = t * FEW + few
+        offs, mask = _place(near, lane, first_column, columns, per_row, blocks)
+        skipped_few |= _step_tile(
+            p_ptr, g_ptr, c_ptr, s_ptr, e_ptr, offs, mask, near, near < blocks,
+            pair + (near * 64 + lane // 2).to(tl.uint32), shift, seed, index, scale,
+            lr, decay, beta1, omb1, beta2, omb2, mode, ROUNDING,
+        )  # fmt: skip
+    if tl.max(tl.max(skipped, 1), 0) | tl.max(tl.max(skipped_few, 1), 0) != 0:
+        tl.store(flags + tl.load(row + 8), 1)
+
+
+@triton.jit
+def _agreement_tile(g_ptr, c_ptr, s_ptr, offs, mask, s_offs, s_mask, beta1, omb1, mode):
+    g = to_float(load_tile(g_ptr + offs, mask))
+    if mask is None:
+        m = _value_of(tl.load(c_ptr + offs), tl.load(s_ptr + s_offs))
+    else:
+        m = _value_of(tl.load(c_ptr + offs, mask=mask, other=0), tl.load(s_ptr + s_offs, mask=s_mask, other=0.0))
+    g = tl.where((mode & 1) != 0, -g, g)
+    c = beta1 * m + omb1 * g
+    # the gradient with the sign of its product with the update; 0 where the update is 0
+    agreement = (tl.where(c > 0, 1.0, 0.0) - tl.where(c < 0, 1.0, 0.0)) * g
+    most = tl.where((mode & 2) != 0, 3.4028234663852886e38, float("inf"))
+    return ((agreement > 0) & (agreement <= most)).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["mode"])
+def lion_agreement_int8_kernel(
+    rows, programs, scalars, counts, mode, G_DTYPE: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr
+):
+    """Count the elements whose update has the gradient's sign.
+
+    A row is (g, codes, scales, blocks, columns, whole, index, 0).
+    """
+    entry = tl.load(programs + tl.program_id(0))
+    row = rows + (entry >> 32) * 8
+    first = (entry & 0xFFFFFFFF) * (TILES * BLOCKS)
+    blocks = tl.minimum(tl.load(row + 3) - first, TILES * BLOCKS).to(tl.int32)
+    beta1 = tl.load(scalars + 2)
+    omb1 = tl.load(scalars + 3)
+
+    block = tl.arange(0, BLOCKS)[:, None]
+    lane = tl.arange(0, 128)[None, :]
+    agree = tl.zeros([BLOCKS, 128], dtype=tl.int32)
+    whole = tl.where(tl.load(row + 5) != 0, blocks // BLOCKS, 0)
+    g_ptr = aligned_pointer(tl.load(row + 0), G_DTYPE) + first * 128
+    c_ptr = aligned_pointer(tl.load(row + 1), tl.int8) + first * 128
+    s_ptr = aligned_pointer(tl.load(row + 2), tl.float32) + first
+    for t in range(0, whole):
+        near = t * BLOCKS + block
+        agree += _agreement_tile(g_ptr, c_ptr, s_ptr, near * 128 + lane, None, near, None, beta1, omb1, mode)
+    columns = tl.load(row + 4).to(tl.int32)
+    per_row = (columns + 127) // 128
+    first_column = (first % per_row).to(tl.int32) * 128
+    start = first // per_row * columns + first_column
+    g_ptr = tl.load(row + 0).to(tl.pointer_type(G_DTYPE)) + start
+    c_ptr = tl.load(row + 1).to(tl.pointer_type(tl.int8)) + start
+    s_ptr = tl.load(row + 2).to(tl.pointer_type(tl.float32)) + first
+    few = tl.arange(0, FEW)[:, None]
+    agree_few = tl.zeros([FEW, 128], dtype=tl.int32)
+    for t in range(whole * BLOCKS // FEW, tl.cdiv(blocks, FEW)):
+        near = t * FEW + few
+        offs, mask = _place(near, lane, first_column, columns, per_row, blocks)
+        agree_few += _agreement_tile(g_ptr, c_ptr, s_ptr, offs, mask, near, near < blocks, beta1, omb1, mode)
+    # the sum of integers does not depend on their order
+    tl.atomic_add(
+        counts + tl.load(row + 6), (tl.sum(tl.sum(agree, 1), 0) + tl.sum(tl.sum(agree_few, 1), 0)).to(tl.int64)
+    )
+
+
+def lion_step_int8(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    rounding_state: Sequence[Tensor],
+    options: StepOptions,
+) -> Tensor:
+    """Update all but `grads` in place. int32 flags are 1 for tensors with skipped entries.
+
+    Equals the definition, `leanstep.kernels.reference.steps.lion_int8`, bit for bit.
+    """
+    scalars, device = options.scalars, options.scalars.device
+    flags = torch.zeros(len(params), dtype=torch.int32, device=device)
+    staging = Staging()
+    rows, keys, pieces = [], [], []
+    for i, (p, g, c, s) in enumerate(zip(params, grads, codes, scales, strict=True)):
+        p, e, rounds = staging.rounded(p, rounding_state[i] if rounding_state else None, options.rounding)
+        p, c, s = (staging.write(t) for t in (p, c, s))
+        g = staging.read(g, native_dtype(g.dtype, p.dtype))
+        e = None if e is None else staging.write(e)
+        columns = p.shape[1:].numel()
+        whole = columns % SCALED == 0 and is_aligned(p, g, c, s, e)
+        addresses = (p.data_ptr(), g.data_ptr(), c.data_ptr(), s.data_ptr(), 0 if e is None else e.data_ptr())
+        rows.append((*addresses, s.numel(), columns, whole, i, 0))
+        keys.append((p.dtype, g.dtype, p.dtype if e is None else e.dtype, rounds))
+        pieces.append(triton.cdiv(s.numel(), BLOCKS[rounds] * TILES))
+    if not any(pieces):
+        return flags
+    cautious = scalars if options.cautious_scale is None else options.cautious_scale
+    seeds, offsets = seeds_and_offsets(options, len(params))
+    mode = _mode(options) | options.decay_where_aligned * DECAY_WHERE_ALIGNED
+    mode |= (options.cautious_scale is not None) * CAUTIOUS
+    table = device_rows(rows, device)
+    with on_device(device):
+        for (*dtypes, rounds), programs in launches(keys, pieces, device):
+            # fused multiply-adds would round differently from the definition
+            lion_step_int8_kernel[(programs.numel(),)](
+                table, programs, scalars, cautious, seeds, offsets, flags, mode,
+                *(TL_DTYPE[d] for d in dtypes), ROUNDING=rounds, BLOCKS=BLOCKS[rounds], TILES=TILES,
+                num_warps=warps(THREADS), enable_fp_fusion=False,
+            )  # fmt: skip
+    staging.finish()
+    return flags
+
+
+def _mode(options: StepOptions) -> int:
+    return options.maximize * MAXIMIZE | options.skip_nonfinite * SKIP_NONFINITE
+
+
+def lion_agreement_int8(
+    grads: Sequence[Tensor], codes: Sequence[Tensor], scales: Sequence[Tensor], options: StepOptions
+) -> Tensor:
+    """Count the elements per tensor whose update has the sign of the gradient. Integer counts, returned as fp32."""
+    device = options.scalars.device
+    counts = torch.zeros(len(grads), dtype=torch.int64, device=device)
+    staging = Staging()
+    rows, keys, pieces = [], [], []
+    for i, tensors in enumerate(zip(grads, codes, scales, strict=True)):
+        g, c, s = map(staging.read, tensors)
+        columns = g.shape[1:].numel()
+        whole = columns % SCALED == 0 and is_aligned(g, c, s)
+        rows.append((g.data_ptr(), c.data_ptr(), s.data_ptr(), s.numel(), columns, whole, i, 0))
+        keys.append(g.dtype)
+        pieces.append(triton.cdiv(s.numel(), BLOCKS["nearest"] * TILES))
+    if any(pieces):
+        table = device_rows(rows, device)
+        with on_device(device):
+            for dtype, programs in launches(keys, pieces, device):
+                lion_agreement_int8_kernel[(programs.numel(),)](
+                    table, programs, options.scalars, counts, _mode(options), TL_DTYPE[dtype],
+                    BLOCKS=BLOCKS["nearest"], TILES=TILES, num_warps=warps(THREADS), enable_fp_fusion=False,
+                )  # fmt: skip
+    staging.finish()
+    return counts.to(torch.float32)
+
+
+def audit_launches() -> Promises:
+    """Launch every configuration that the launchers above can choose, and return what the kernels promise."""
+    codes, scales = torch.zeros(1, 8, dtype=torch.int8), torch.zeros(1, 1)
+    for p_dtype, g_dtype in itertools.product(TL_DTYPE, repeat=2):
+        p, g = torch.zeros(1, 8, dtype=p_dtype), torch.zeros(1, 8, dtype=g_dtype)
+        lion_agreement_int8([g], [codes], [scales], StepOptions(torch.zeros(6)))
+        for rounding in ROUNDINGS:
+            state = [p.float() if rounding == "master" else p] if rounding in ("kahan", "master") else []
+            lion_step_int8([p], [g], [codes], [scales], state, StepOptions(torch.zeros(6), rounding))
+    return {lion_step_int8_kernel: _step_promise, lion_agreement_int8_kernel: _agreement_promise}
+
+
+def _step_promise(launch: Launch) -> dict[str, Any]:
+    p, g, e = (launch.dtype(name) for name in ("P_DTYPE", "G_DTYPE", "E_DTYPE"))
+    rounding = launch.constants["ROUNDING"]
+    state = e.itemsize if rounding in ("kahan", "master") else 0
+    return dict(
+        label=f"p {p} g {g} {rounding}".replace("torch.", ""), elements=BLOCKS[rounding] * SCALED, wide=not state,
+        read=p.itemsize + g.itemsize + 1 + state, written=p.itemsize + 1 + state,
+    )  # fmt: skip
+
+
+def _agreement_promise(launch: Launch) -> dict[str, Any]:
+    g = launch.dtype("G_DTYPE")
+    label = f"g {g}".replace("torch.", "")
+    return dict(label=label, elements=BLOCKS["nearest"] * SCALED, read=g.itemsize + 1, written=0, wide=True)

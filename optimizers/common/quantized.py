@@ -1,0 +1,90 @@
+"""Momenta of 8 bits: int8 codes with one fp32 scale for every 128 neighbours of a row.
+
+``leanstep.kernels.reference.quantization`` defines the codes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leanstep._torch import is_dtensor, join_parts
+from leanstep.kernels.reference.quantization import dequantize, quantize, scale_shape
+from leanstep.kernels.steps.common import compute_dtype
+from leanstep.optimizers.common.checks import describe
+from leanstep.optimizers.common.rounding import init_step
+from leanstep.optimizers.common.sharding import dtype_of, local, new_state, offsets_of, shard_of
+
+SCALE_KEY = "exp_avg_scale"
+
+
+def is_quantized(group: dict[str, Any], param: Tensor) -> bool:
+    """Whether a group's setting ``momentum_dtype`` is int8 and the parameter has the two dimensions that it needs."""
+    return dtype_of(group["momentum_dtype"]) == torch.int8 and param.dim() >= 2
+
+
+def momentum_scale_shape(param: Tensor) -> tuple[int, int]:
+    """Return the shape of a parameter's scales before sharding."""
+    return scale_shape(param.shape)
+
+
+def init_momentum(state: dict[str, Any], group: dict[str, Any], param: Tensor) -> None:
+    """Create ``exp_avg`` in the dtype of the group's setting, with its scales if it is int8.
+
+    Converts a momentum whose scales, or their absence, contradict the setting: it was changed after a step.
+
+    Raises:
+        ValueError: int8 for a parameter that is sharded otherwise than along dimension 0.
+    """
+    quantized = is_quantized(group, param)
+    setting = dtype_of(group["momentum_dtype"])
+    floating = param.dtype if setting == torch.int8 else setting
+    if "exp_avg" not in state:
+        if quantized:
+            init_step(state, param)
+            state[SCALE_KEY] = _new_scales(param)
+        state["exp_avg"] = new_state(param, torch.int8 if quantized else floating)
+    elif quantized and SCALE_KEY not in state:
+        init_step(state, param)
+        scales, codes = _new_scales(param), new_state(param, torch.int8)
+        new_codes, new_scales = quantize(local(state["exp_avg"]).to(compute_dtype(param.dtype)), 0)
+        local(codes).copy_(new_codes)
+        local(scales).copy_(new_scales)
+        state["exp_avg"], state[SCALE_KEY] = codes, scales
+    elif not quantized and SCALE_KEY in state:
+        momentum = new_state(param, floating)
+        scales = state.pop(SCALE_KEY)
+        local(momentum).copy_(dequantize(local(state["exp_avg"]), local(scales), compute_dtype(param.dtype)))
+        state["exp_avg"] = momentum
+
+
+def _new_scales(param: Tensor) -> Tensor:
+    """Return zeros for the scales, with the placements of the parameter."""
+    shard = shard_of(param)
+    offsets_of([shard], local(param).device)  # refuses other shards
+    scales = torch.zeros(scale_shape(local(param).shape), dtype=torch.float32, device=local(param).device)
+    return join_parts(scales, param, scale_shape(shard.shape)) if is_dtensor(param) else scales
+
+
+def refuse_other_momenta(owner: str, groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> None:
+    """Raise ValueError if a saved momentum is not in the form that its saved group names: codes lost their scales.
+
+    ``torch.distributed.checkpoint`` loads into the tensors of the present state, and converts their dtype.
+    """
+    for group, saved in zip(groups, state_dict["param_groups"], strict=False):
+        for position, (param, key) in enumerate(zip(group["params"], saved["params"], strict=False)):
+            state = state_dict["state"].get(key, {})
+            momentum = state.get("exp_avg")
+            if not isinstance(momentum, Tensor):
+                continue
+            quantized = is_quantized({"momentum_dtype": None, **saved}, param)
+            if quantized != (momentum.dtype == torch.int8) or quantized != (SCALE_KEY in state):
+                scales = "with" if SCALE_KEY in state else "without"
+                raise ValueError(
+                    f"{owner}: the saved momentum of {describe(group, position)} is {momentum.dtype} {scales} scales, "
+                    f"but its group was saved with momentum_dtype={saved.get('momentum_dtype')!r}; nothing was "
+                    "changed. Load the state into an optimizer with that momentum_dtype. To convert the momentum, set "
+                    "group['momentum_dtype'] after loading."
+                )

@@ -1,0 +1,263 @@
+"""lion_step_int8 and lion_agreement_int8: the codes, their rounding, and the backends that a CPU has."""
+
+import pytest
+import torch
+from kernel_cases import bits_equal
+
+from leanstep.kernels import (
+    StepOptions,
+    lion_agreement,
+    lion_agreement_int8,
+    lion_step,
+    lion_step_int8,
+    use_backend,
+)
+from leanstep.kernels.reference import quantization
+from leanstep.kernels.reference.quantization import BLOCK, dequantize, quantize, scale_shape
+
+SCALARS = torch.tensor((0.01, 0.999, 0.9, 0.1, 0.99, 0.01))
+SHAPES = [(1, 1), (0, 3), (3, 0), (5, 128), (7, 129), (65, 77), (3, 4, 50), (130, 256), (2, 5, 3, 3), (1, 40000)]
+DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)]
+ROUNDINGS = ["nearest", "stochastic", "kahan", "master"]
+
+
+def normal(shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def problem(p_dtype, g_dtype, rounding="nearest"):
+    """Lists for one call: every shape, with momenta of several magnitudes in each row."""
+    params = [normal(s, p_dtype, i) for i, s in enumerate(SHAPES)]
+    grads = [normal(s, g_dtype, 50 + i) for i, s in enumerate(SHAPES)]
+    codes, scales = [], []
+    for i, shape in enumerate(SHAPES):
+        c, s = quantize(normal(shape, seed=100 + i) * normal(shape, seed=150 + i).exp(), i)
+        codes.append(c)
+        scales.append(s)
+    states = []
+    if rounding == "kahan":
+        states = [normal(s, p_dtype, 200 + i) / 512 for i, s in enumerate(SHAPES)]
+    elif rounding == "master":
+        states = [p.float() * 1.001 for p in params]
+    return params, grads, codes, scales, states
+
+
+def options(rounding="nearest", **more):
+    seeds = torch.arange(len(SHAPES)) * 977 + 2**31
+    offsets = torch.tensor([torch.Size(s[1:]).numel() for s in SHAPES]) * torch.arange(len(SHAPES)) * (2**31 + 7)
+    return StepOptions(SCALARS, rounding, seeds=seeds, offsets=offsets, **more)
+
+
+def poison(grads):
+    """Non-finite entries in two tensors, and a block of nothing else in a third. Returns the tensors' flags."""
+    grads[4][2, 128] = float("nan")
+    grads[7][129, 200] = float("-inf")
+    grads[3][1] = float("inf")
+    return [int(i in (3, 4, 7)) for i in range(len(grads))]
+
+
+# ---- the codes
+
+
+def largest_of_blocks(scales, shape):
+    """The largest magnitude of every entry's block, fp64."""
+    columns = torch.Size(shape[1:]).numel()
+    return scales.double().repeat_interleave(BLOCK, 1)[:, :columns].reshape(shape) * 247
+
+
+def widest_step(values, largest):
+    """The distance between the codes around a value: at most a sixteenth of z = 1 + 247 |value| / largest."""
+    return (values.abs() + largest / 247) / 16
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_error_is_within_one_step_of_the_code(shape):
+    """In fp64, for values of several magnitudes."""
+    values = normal(shape).double() * normal(shape, seed=1).double().exp()
+    codes, scales = quantize(values, 5)
+    assert codes.dtype == torch.int8 and codes.shape == shape and tuple(scales.shape) == scale_shape(values.shape)
+    error = (dequantize(codes, scales, torch.float64) - values).abs()
+    # scale and z are rounded to fp32
+    assert (error <= 1.0001 * widest_step(values, largest_of_blocks(scales, shape))).all()
+    assert not codes[values == 0].any() and ((codes == 0) | (codes.sign() == values.sign())).all()
+
+
+def test_rounding_is_unbiased():
+    """The mean of 4000 roundings is the value, within 5 of its standard deviations."""
+    values = torch.logspace(-6, 0, BLOCK, dtype=torch.float64).mul(torch.tensor([1.0, -1.0]).repeat(BLOCK // 2))
+    codes, scales = quantize(values.expand(4000, BLOCK), 3)
+    decoded = dequantize(codes, scales, torch.float64)
+    deviation = decoded.std(dim=0) / 4000**0.5
+    # a probability is a multiple of 2**-16
+    assert ((decoded.mean(dim=0) - values).abs() <= 5 * deviation + 2**-16 * widest_step(values, 1.0)).all()
+    assert (decoded.std(dim=0) > 0).sum() > 120
+
+
+def momenta_of(gradients, seeds):
+    """The momentum of weight 0.99 in codes, and in fp64."""
+    codes, scales = quantize(torch.zeros_like(gradients[0]), 0)
+    exact = torch.zeros_like(gradients[0])
+    for gradient, seed in zip(gradients, seeds, strict=True):
+        codes, scales = quantize(0.99 * dequantize(codes, scales, torch.float64) + 0.01 * gradient, seed)
+        exact = 0.99 * exact + 0.01 * gradient
+    return dequantize(codes, scales, torch.float64), exact
+
+
+def test_slow_changes_arrive(monkeypatch):
+    """Half of a block's gradients change sign for good, with constant sizes: no noise helps the momentum over.
+
+    With rounding to nearest, four of five of these signs never arrive.
+    """
+    sizes = normal((40, 128)).double()
+    flipped = sizes * normal((40, 128), seed=1).sign()
+    gradients = [sizes] * 400 + [flipped] * 1000
+    momentum, _ = momenta_of(gradients, range(1400))
+    change = flipped != sizes
+    assert (momentum.sign() != flipped.sign())[change].double().mean() < 0.002
+    monkeypatch.setattr(quantization, "_random16", lambda blocks, *_: torch.full_like(blocks, 2**15, dtype=torch.int32))
+    momentum, _ = momenta_of(gradients, range(1400))
+    assert 0.7 < (momentum.sign() != flipped.sign())[change].double().mean() < 0.95
+
+
+def test_signs_of_updates_in_noise():
+    """The sign of 0.9 m + 0.1 g, for gradients of many sizes: 2 % differ from those of an exact momentum."""
+    sizes = normal((20, 128), seed=1).double().exp()
+    gradients = [normal((20, 128), seed=10 + step).double() * sizes for step in range(301)]
+    momentum, exact = momenta_of(gradients[:-1], range(300))
+    differs = (0.9 * momentum + 0.1 * gradients[-1]).sign() != (0.9 * exact + 0.1 * gradients[-1]).sign()
+    assert 0.001 < differs.double().mean() < 0.04
+
+
+def test_zeros_and_tiny_and_infinite_blocks():
+    values = torch.zeros(5, 256)
+    values[1, 3], values[1, 200] = 1e-40, -1.0
+    values[2] = 2.0**-110
+    values[3, 7], values[3, 130] = float("nan"), 2.0
+    values[4, 100], values[4, 130] = float("inf"), 3e38
+    codes, scales = quantize(values, 1)
+    decoded = dequantize(codes, scales, torch.float32)
+    assert not decoded[0].any() and not decoded[2].any() and not decoded[1, :128].any() and not scales[2].any()
+    assert decoded[3, :128].isnan().all() and decoded[4, :128].isnan().all()
+    torch.testing.assert_close(decoded[[1, 3, 4], [200, 130, 130]], torch.tensor([-1.0, 2.0, 3e38]), rtol=1e-6, atol=0)
+
+
+# ---- the step
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_a_step_is_lion_on_the_decoded_momentum(backend, dtypes, dirty_memory):
+    """Parameters bit for bit; the momentum within one step of its code."""
+    params, grads, codes, scales, _ = problem(*dtypes)
+    momenta = [dequantize(c, s, torch.float32) for c, s in zip(codes, scales, strict=True)]
+    want, before = [p.clone() for p in params], [g.clone() for g in grads]
+    with use_backend(backend):
+        lion_step(want, grads, momenta, [], options())
+        flags = lion_step_int8(params, grads, codes, scales, [], options())
+    assert flags.dtype == torch.int32 and not flags.any()
+    for i, (p, w, g, b) in enumerate(zip(params, want, grads, before, strict=True)):
+        assert torch.equal(p, w) and torch.equal(g, b)
+        if p.numel():
+            decoded = dequantize(codes[i], scales[i], torch.float32)
+            bound = widest_step(momenta[i].double(), largest_of_blocks(scales[i], p.shape))
+            assert ((decoded - momenta[i]).abs() <= 1.0001 * bound).all()
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {"maximize": True},
+        {"skip_nonfinite": False},
+        {"cautious_scale": torch.linspace(1, 2, len(SHAPES)), "decay_where_aligned": True},
+    ],
+    ids=["maximize", "pass", "cautious"],
+)
+def test_backends_agree_bit_for_bit(rounding, dtypes, switches):
+    if dtypes[0] == torch.float32:
+        rounding = "nearest"
+    results = []
+    for backend in ("reference", "cpp"):
+        params, grads, codes, scales, states = problem(*dtypes, rounding)
+        flags = poison(grads)
+        with use_backend(backend):
+            found = [lion_step_int8(params, grads, codes, scales, states, options(rounding, **switches))]
+            found.append(lion_step_int8(params, grads, codes, scales, states, options(rounding, **switches)))
+        for flag in found:
+            assert flag.tolist() == (flags if switches.get("skip_nonfinite", True) else [0] * len(flags))
+        results.append([*params, *codes, *scales, *states])
+    for reference, cpp in zip(*results, strict=True):
+        bits_equal(cpp, reference)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_entries_with_a_non_finite_gradient(backend):
+    params, grads, codes, scales, _ = problem(torch.float32, torch.float32)
+    flags = poison(grads)
+    old = [p.clone() for p in params]
+    with use_backend(backend):
+        assert lion_step_int8(params, grads, codes, scales, [], options()).tolist() == flags
+    for p, g, o, s in zip(params, grads, old, scales, strict=True):
+        assert torch.equal(p == o, ~torch.isfinite(g)) and torch.isfinite(s).all()
+    _, _, codes, scales, _ = problem(torch.float32, torch.float32)
+    with use_backend(backend):
+        lion_step_int8(params, grads, codes, scales, [], options(skip_nonfinite=False))
+    assert torch.equal(scales[3].isnan().flatten(), torch.arange(5) == 1) and scales[4].isnan().sum() == 1
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_shards_step_as_the_whole(backend):
+    """Rows of a tensor with the offset of their first entry, bit for bit."""
+    params, grads, codes, scales, _ = (ts[5:6] for ts in problem(torch.bfloat16, torch.bfloat16))
+    parts = [[ts[0][a:b].clone() for a, b in ((0, 22), (22, 44), (44, 65))] for ts in (params, grads, codes, scales)]
+    numbers = StepOptions(SCALARS, "stochastic", seeds=torch.tensor([5]))
+    with use_backend(backend):
+        lion_step_int8(params, grads, codes, scales, [], numbers)
+        offsets = torch.tensor([0, 22 * 77, 44 * 77])
+        lion_step_int8(*parts, [], numbers._replace(seeds=torch.tensor([5] * 3), offsets=offsets))
+    for whole, part in zip((params, codes, scales), (parts[0], parts[2], parts[3]), strict=True):
+        assert torch.equal(torch.cat(part), whole[0])
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_layouts(backend):
+    """Transposed and strided tensors give what contiguous ones give."""
+    rows = [ts[7:8] for ts in problem(torch.float32, torch.float32)[:4]]
+    one = StepOptions(SCALARS, seeds=torch.tensor([3]))
+    odd = [[t[0].t().contiguous().t()] for t in rows[:2]] + [[torch.zeros(130, 512, dtype=torch.int8)[:, ::2]]]
+    odd[2][0].copy_(rows[2][0])
+    odd.append([rows[3][0].clone()])
+    with use_backend(backend):
+        lion_step_int8(*rows, [], one)
+        lion_step_int8(*odd, [], one)
+    for a, b in zip(rows, odd, strict=True):
+        assert torch.equal(a[0], b[0])
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("switches", [{}, {"maximize": True}, {"skip_nonfinite": False}], ids=str)
+def test_agreement(backend, switches):
+    _, grads, codes, scales, _ = problem(torch.bfloat16, torch.bfloat16)
+    poison(grads)
+    momenta = [dequantize(c, s, torch.float32) for c, s in zip(codes, scales, strict=True)]
+    with use_backend(backend):
+        found = lion_agreement_int8(grads, codes, scales, StepOptions(SCALARS, **switches))
+        assert torch.equal(found, lion_agreement(grads, momenta, StepOptions(SCALARS, **switches)))
+    assert found.dtype == torch.float32 and found.max() > 1000
+
+
+def test_empty_lists():
+    assert lion_step_int8([], [], [], [], [], options()).numel() == 0
+    assert lion_agreement_int8([], [], [], options()).numel() == 0
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "kahan"])
+def test_opcheck(rounding):
+    params, grads = [normal((3, 5), torch.bfloat16)], [normal((3, 5), torch.bfloat16, 1)]
+    codes, scales = ([t] for t in quantize(normal((3, 5), seed=2), 4))
+    states = [torch.zeros(3, 5, dtype=torch.bfloat16)] if rounding == "kahan" else []
+    seeds = torch.tensor([3])
+    args = (params, grads, codes, scales, states, SCALARS, rounding, None, False, False, True, seeds, seeds)
+    torch.library.opcheck(torch.ops.leanstep.lion_step_int8, args)
+    torch.library.opcheck(torch.ops.leanstep.lion_agreement_int8, (grads, codes, scales, SCALARS, False, True))

@@ -1,0 +1,104 @@
+"""Lion with an 8-bit momentum: its state, and states that are saved and loaded in other dtypes."""
+
+import copy
+
+import pytest
+import torch
+from optimizer_cases import run
+
+from leanstep.kernels.reference.quantization import dequantize
+from leanstep.optimizers import Lion
+
+SHAPES = ((64, 256), (5, 130), (7,), ())
+
+
+def build(momentum_dtype=torch.int8, dtype=torch.bfloat16, shapes=SHAPES, **settings):
+    chance = torch.Generator().manual_seed(0)
+    params = [torch.randn(s, generator=chance).to(dtype).requires_grad_() for s in shapes]
+    return Lion(params, lr=1e-3, momentum_dtype=momentum_dtype, **settings), params
+
+
+def decoded(optimizer, param):
+    state = optimizer.state[param]
+    return dequantize(state["exp_avg"], state["exp_avg_scale"], torch.float32)
+
+
+def test_state_is_one_byte_and_a_scale_for_128_entries():
+    optimizer, params = build(shapes=((64, 256), (64, 1024)))
+    run(optimizer, params, range(1))
+    entries = sum(p.numel() for p in params)
+    assert optimizer.state_bytes() == entries + 4 * entries / 128 + 2 * 4
+
+
+def test_vectors_and_scalars_have_the_dtype_of_the_parameter():
+    optimizer, params = build()
+    run(optimizer, params, range(1))
+    dtypes = [optimizer.state[p]["exp_avg"].dtype for p in params]
+    assert dtypes == [torch.int8, torch.int8, torch.bfloat16, torch.bfloat16]
+    assert optimizer.state[params[1]]["exp_avg_scale"].shape == (5, 2)
+    assert optimizer.state[params[2]].keys() == {"exp_avg"}
+
+
+def test_the_momentum_follows_one_of_fp32():
+    """300 steps on the same gradients: unbiased, so the codes' mean error is far below their distance."""
+    (eight, params), (wide, wide_params) = build(dtype=torch.float32), build(None, dtype=torch.float32)
+    for optimizer, of in ((eight, params), (wide, wide_params)):
+        run(optimizer, of, range(300))
+    exact = wide.state[wide_params[0]]["exp_avg"]
+    error = decoded(eight, params[0]) - exact
+    # the distance between codes is up to a sixteenth, and about 100 roundings are in a momentum of weight 0.99
+    assert 0.02 < error.std() / exact.std() < 0.3
+    assert error.mean().abs() < 4 * error.std() / error.numel() ** 0.5
+
+
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16, None, torch.int8], ids=str)
+@pytest.mark.parametrize("into", [torch.float32, torch.int8], ids=str)
+def test_a_loaded_momentum_keeps_its_dtype_until_the_setting_changes(saved, into):
+    source, params = build(saved)
+    run(source, params, range(3))
+    target, others = build(into)
+    with torch.no_grad():
+        for p, q in zip(params, others, strict=True):
+            q.copy_(p)
+    target.load_state_dict(copy.deepcopy(source.state_dict()))
+    for p, q in zip(params, others, strict=True):
+        assert source.state[p].keys() == target.state[q].keys()
+        assert all(torch.equal(source.state[p][key], target.state[q][key]) for key in source.state[p])
+    before = [decoded(source, p) if saved == torch.int8 else source.state[p]["exp_avg"].float() for p in params[:2]]
+    target.param_groups[0]["momentum_dtype"] = into
+    for q in others:
+        q.grad = torch.full_like(q, float("nan"))  # a step that leaves the momentum as it is
+    target.step()
+    for old, q in zip(before, others, strict=False):
+        is_coded = into == torch.int8
+        assert (target.state[q]["exp_avg"].dtype == torch.int8) == is_coded
+        assert ("exp_avg_scale" in target.state[q]) == is_coded
+        new = decoded(target, q) if is_coded else target.state[q]["exp_avg"].float()
+        # two roundings to neighbouring codes, a sixteenth apart, and their scale
+        assert ((new - old).abs() <= (old.abs() + old.abs().max() / 247) / 7 * is_coded).all()
+    run(target, others, range(3, 5))
+
+
+def test_codes_without_scales_are_refused():
+    """torch.distributed.checkpoint would copy codes into a momentum of fp32, whose state it fills in."""
+    source, params = build()
+    run(source, params, range(2))
+    lost = copy.deepcopy(source.state_dict())
+    lost["state"][0]["exp_avg"] = lost["state"][0]["exp_avg"].float()
+    del lost["state"][0]["exp_avg_scale"]
+    unmarked = copy.deepcopy(source.state_dict())
+    unmarked["param_groups"][0]["momentum_dtype"] = None
+    target, others = build()
+    run(target, others, range(1))
+    before = decoded(target, others[0])
+    for state in (lost, unmarked):
+        with pytest.raises(
+            ValueError, match=r"parameter 0 .*64, 256.*momentum_dtype=.*nothing was changed.*after load"
+        ):
+            target.load_state_dict(state)
+    assert torch.equal(decoded(target, others[0]), before)
+
+
+def test_other_integers_are_refused():
+    with pytest.raises(TypeError, match=r"momentum_dtype must be a floating torch.dtype, torch.int8 or None"):
+        build(torch.int16)
