@@ -1,5 +1,6 @@
 """The comparison of optimizers: its search, its statistics, its file of results, its tables."""
 
+import importlib.util
 import json
 import math
 import os
@@ -94,6 +95,12 @@ def test_diverged_runs_are_the_worst(parts):
 def test_a_budget_that_cannot_widen_the_grid_is_refused(parts):
     with pytest.raises(parts.protocol.ComparisonError, match="take at least 15"):
         parts.search.grid_size(parts.protocol.Protocol(), 14)
+
+
+def test_a_missing_class_is_told(parts):
+    method = parts.methods.Method("torch.optim:NoSuchOptimizer", "No such optimizer")
+    with pytest.raises(parts.protocol.ComparisonError, match="install a torch that has it.*--methods"):
+        method.optimizer_class()
 
 
 # -- statistics
@@ -312,3 +319,18 @@ def test_another_environment_is_refused(parts, tmp_path):
         scheduler = parts.schedule.Scheduler(results, writer, ["adamw"], 20, 1, 0.0)
         with pytest.raises(parts.protocol.ComparisonError, match="another environment: processor a, now"):
             scheduler.go()
+
+
+def test_a_cut_file_is_reported_without_its_last_line(parts, tmp_path, capsys):
+    path = tmp_path / "r.jsonl"
+    synthetic(parts, path)
+    spec = importlib.util.spec_from_file_location("compare", ROOT / "benchmarks" / "optimizers" / "compare.py")
+    compare = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(compare)
+    assert compare.report(path, False) == 0
+    whole = capsys.readouterr()
+    path.write_text(path.read_text() + '{"id": "cut')
+    assert compare.report(path, False) == 0
+    cut = capsys.readouterr()
+    assert (whole.err, cut.out) == ("", whole.out)
+    assert "is cut off and does not count" in cut.err
