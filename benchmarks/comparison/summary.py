@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from scipy import stats
@@ -133,7 +133,7 @@ def summarise(results: Results) -> tuple[list[Row], dict[str, str]]:
             others[method] = f"{count} of {budget} tuning runs done" if count else "not begun"
     rows = [_row(results, method, *complete[method], BASELINE in complete) for method in complete]
     frontier = {row.method for row in rows if not any(_beats(other, row) for other in rows)}
-    rows = [Row(**{**vars(row), "on_frontier": row.method in frontier}) for row in rows]
+    rows = [replace(row, on_frontier=row.method in frontier) for row in rows]
     return sorted(rows, key=lambda row: math.inf if row.mean is None else row.mean), others
 
 
@@ -164,7 +164,7 @@ def _row(results: Results, method: str, chosen: Run, tuning_runs: int, with_base
             whole = [line["losses"][-1][1] for line in base]
             values["tokens"] = statistics.mean(a / b for a, b in zip(reached, whole, strict=True))
         values["loss_at_time"] = _loss_at_time(results, method, lines)
-    return Row(**{**vars(row), **values})
+    return replace(row, **values)
 
 
 def _baseline_lines(results: Results, protocol: Protocol) -> list[dict[str, Any]]:

@@ -110,7 +110,7 @@ def _caption(results: Results, path: Path) -> str:
     machine = environments[0]
     return (
         f"{protocol.model} on the State of the Union addresses, {protocol.judge_steps} steps ({tokens:.2g} M tokens), "
-        f"{protocol.config.precision}, one thread of an {machine['processor']} on a shared machine, torch "
+        f"{protocol.precision}, one thread of an {machine['processor']} on a shared machine, torch "
         f"{machine['torch']}, commit {commits}: [how it was made](docs/protocol.md), from "
         f"[{path.name}](docs/results/{path.name}) by\n`python benchmarks optimizers/compare --report "
         f"docs/results/{path.name} --write`."

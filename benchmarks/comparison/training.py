@@ -67,12 +67,14 @@ class Training:
         self.accelerator = build_accelerator(config)
         # as leanstep.recipes.training.train does
         seed_process(run.seed)
-        self.model = build_run_model(config, data.tokenizer)
-        self.optimizer = METHODS[run.method].build(self.model, run)
+        # the accelerator is the same for all runs of a process, and holds on to what it prepares
+        self.accelerator.free_memory()
+        model = build_run_model(config, data.tokenizer)
+        self.optimizer = METHODS[run.method].build(model, run)
+        self.model = self.accelerator.prepare(model)
         self.schedule = build_schedule(schedule, self.optimizer, steps)
         seed_process(run.seed, 0, 0)
         self.model.train()
-        self.accelerator._dataloaders.clear()
         self.windows = iter(
             Windows(self.accelerator, data, seed=run.seed, micro_batch_size=config.batch.micro_batch_size,
                     accumulation=self.accelerator.gradient_accumulation_steps, start=0, count=steps)

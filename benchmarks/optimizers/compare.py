@@ -36,6 +36,7 @@ PARSER = command_line(
     tune_steps=_DEFAULTS.tune_steps,
     judge_steps=_DEFAULTS.judge_steps,
     eval_every=(_DEFAULTS.eval_every, "steps between evaluations of judged runs; default: %(default)s"),
+    precision=(_DEFAULTS.precision, "fp32, or bf16 for products; default: %(default)s"),
     judge_seeds=list(_DEFAULTS.judge_seeds),
     write=(False, "with --report: write tables and figure into README.md and docs/"),
 )
@@ -67,12 +68,13 @@ def main() -> int:
 
 def compare(options) -> int:
     """Make all missing runs."""
-    # imports torch and transformers, which --report does not need
+    # imports transformers, which --report does not need
     from comparison.schedule import Scheduler, Stopped
 
     protocol = Protocol(
-        model=f"{options.family}-{options.size}", overrides=tuple(options.settings), tune_steps=options.tune_steps,
-        judge_steps=options.judge_steps, eval_every=options.eval_every, judge_seeds=tuple(options.judge_seeds),
+        model=f"{options.family}-{options.size}", overrides=tuple(options.settings), precision=options.precision,
+        tune_steps=options.tune_steps, judge_steps=options.judge_steps, eval_every=options.eval_every,
+        judge_seeds=tuple(options.judge_seeds),
     )  # fmt: skip
     grid_size(protocol, options.budget)
     # differences are to tuned AdamW

@@ -39,6 +39,10 @@ def fuzz(examples: int) -> settings:
     return settings(max_examples=max(1, round(examples * scale)), suppress_health_check=list(HealthCheck))
 
 
+# where commands keep tokenised text
+CACHE = Path(os.environ["LEANSTEP_TEST_CACHE"])
+
+
 # ---- strategies
 
 WORDS = (
@@ -183,10 +187,17 @@ class _Watch:
         self.folders = tuple(os.path.realpath(folder) for folder in folders)
         self.offences: list[str] = []
 
-    def may_write(self, path: object) -> bool:
+    def may_write(self, path: object, folder: int | None = None, *, follow: bool = True) -> bool:
+        """Whether ``path``, relative to the folder of a descriptor if there is one, may be written.
+
+        ``follow``: whether the call follows a link as the last name.
+        """
         if not isinstance(path, (str, bytes, os.PathLike)):  # a descriptor, opened before under its name
             return True
-        text = os.path.realpath(os.fsdecode(path))
+        base = "" if folder in (None, -1) else os.readlink(f"/proc/self/fd/{folder}")
+        text = os.path.join(base, os.fsdecode(path))
+        above, last = os.path.split(text)
+        text = os.path.realpath(text) if follow else os.path.join(os.path.realpath(above), last)
         return (
             text == os.devnull
             or "__pycache__" in text
@@ -195,7 +206,11 @@ class _Watch:
 
 
 _PROCESSES = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty")
-_CHANGES = {"os.remove": 1, "os.rename": 2, "os.mkdir": 1, "os.rmdir": 1, "os.truncate": 1, "os.chmod": 1}
+# arguments that are paths -> those that are descriptors of their folders
+_CHANGES: dict[str, dict[int, int | None]] = {
+    "os.remove": {0: 1}, "os.rename": {0: 2, 1: 3}, "os.mkdir": {0: 2}, "os.rmdir": {0: 1}, "os.chmod": {0: 2},
+    "os.truncate": {0: None},
+}  # fmt: skip
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _watches: list[_Watch] = []
 
@@ -210,9 +225,11 @@ def _audit(event: str, arguments: tuple) -> None:
         if not watch.may_write(arguments[0]):
             watch.offences.append(f"open {arguments[0]!r} to write")
     elif event in _CHANGES:
-        if not all(watch.may_write(path) for path in arguments[: _CHANGES[event]]):
+        written = ((arguments[at], None if fd is None else arguments[fd]) for at, fd in _CHANGES[event].items())
+        follow = event in ("os.chmod", "os.truncate")
+        if not all(watch.may_write(path, folder, follow=follow) for path, folder in written):
             watch.offences.append(f"{event} {arguments!r}")
-    elif event in ("os.symlink", "os.link") and not watch.may_write(arguments[1]):
+    elif event in ("os.symlink", "os.link") and not watch.may_write(arguments[1], follow=False):
         watch.offences.append(f"{event} {arguments!r}")
     elif event == "exec":
         file = getattr(arguments[0], "co_filename", "")
