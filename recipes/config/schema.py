@@ -298,7 +298,8 @@ class StopConfig:
 
     - null: look for no spikes.
     - ``stop``: end the run with exit code 3.
-    - ``skip``: drop the gradients. The step counts and the schedule advances; weights and optimizer state stay.
+    - ``skip``: drop the gradients. The step counts and the schedules of rate and sparsity advance; weights and
+      optimizer state stay.
     - ``rollback``: load the last checkpoint and continue with the data after the spike, so that no batch since the
       checkpoint is read again. Before the first checkpoint: as ``skip``.
 

@@ -4,11 +4,13 @@ import json
 import math
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import scipy.stats
 from comparison_runs import TINY, comparison_modules
 
+ROOT = Path(__file__).parents[2]
 parts = pytest.fixture(scope="module")(comparison_modules)
 
 
@@ -120,6 +122,27 @@ def test_a_curve_between_evaluations(parts):
     assert parts.summary.tokens_to_loss(curve, 4.75) == 1000
     assert parts.summary.tokens_to_loss(curve, 6.5) == 400
     assert parts.summary.tokens_to_loss(curve, 4.0) is None
+
+
+# -- the pages
+
+
+def test_the_page_has_the_numbers_of_the_code(parts):
+    protocol, methods = parts.protocol.Protocol(), parts.methods.METHODS.values()
+    text = " ".join((ROOT / "docs" / "protocol.md").read_text("utf-8").split())
+    tuned, seeds = sum(method.start is not None for method in methods), len(protocol.judge_seeds)
+    first, *others = [f"{value:g}" for value in protocol.weight_decays]
+    for phrase in (
+        f"weight decay {first}, {' and '.join(others)} (decoupled",
+        f"warm-up over {' and '.join(f'{100 * value:g}' for value in protocol.warmups)} % of the steps",
+        f"(20: {parts.search.grid_size(protocol, 20)} of the grid, {len(protocol.other_settings())} of the rest)",
+        f"Tuning runs have {protocol.tune_steps} steps, with a schedule of that length, and seed {protocol.tune_seed}.",
+        f"full length ({protocol.judge_steps} steps of {protocol.config.batch.tokens_per_step} tokens)",
+        f"with seeds {', '.join(map(str, protocol.judge_seeds[:-1]))} and {protocol.judge_seeds[-1]}.",
+        f"It is evaluated every {protocol.eval_every} steps.",
+        f"{tuned} x 20 tuning runs and {len(methods)} x {seeds} judged runs",
+    ):
+        assert phrase in text, phrase
 
 
 # -- the file of results
