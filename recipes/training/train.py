@@ -429,10 +429,13 @@ class Run:
         return sound
 
     def update(self, *, apply: bool) -> None:
-        """Update the weights, or drop the gradients if not ``apply``; advance the schedule in any case."""
+        """Update the weights, or drop the gradients if not ``apply``; advance the schedules in any case."""
         if apply:
             # with release_gradients the weights are already updated, and this only ends the step
             self.optimizer.step()
+        # the patterns follow the run's steps, also those that are left out here or by a gradient scaler
+        while self.sparsity is not None and self.sparsity.step_count <= self.state.step:
+            self.sparsity.skip()
         self.schedule.step()
         self.drop_gradients(unscaled=not apply)
 
