@@ -87,12 +87,16 @@ def machine_line(device: str = "cpu") -> str:
         model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
     if device != "cpu":
         model = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+    return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}, commit {commit()}"
+
+
+def commit() -> str:
+    """Short hash of the commit that is checked out; "unknown" without git."""
     try:
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}, commit {commit}"
+        return "unknown"
 
 
 # -- timing -----------------------------------------------------------------------------------------------------------
