@@ -10,7 +10,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 # other files beside this one are what benchmarks share
-FILES = [*FOLDER.glob("*/*.py"), FOLDER / "faults.py"]
+FILES = [*FOLDER.glob("*/*.py"), FOLDER / "faults.py", FOLDER / "gpu.py"]
 NAMES = sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FILES)
 
 
