@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-# other files beside this one are what benchmarks share
-FILES = [*FOLDER.glob("*/*.py"), FOLDER / "faults.py", FOLDER / "gpu.py"]
+# other files beside this one, and folders that are packages, are what benchmarks share
+FILES = [path for path in FOLDER.glob("*/*.py") if not (path.parent / "__init__.py").exists()]
+FILES += [FOLDER / "faults.py", FOLDER / "gpu.py"]
 NAMES = sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FILES)
 
 

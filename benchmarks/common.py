@@ -77,26 +77,34 @@ def required(name: str) -> Any:
         raise SystemExit(f"{error.name} is not installed; it comes with pip install -e '.[bench]'") from None
 
 
-def machine_line(device: str = "cpu") -> str:
-    """Processor or accelerator, threads, version of torch and commit, for a table's caption."""
-    import torch
+def processor_name(device: str = "cpu") -> str:
+    """Name of the processor or accelerator."""
+    if device != "cpu":
+        import torch
 
+        return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
-    if device != "cpu":
-        model = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
-    return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}, commit {commit()}"
+    return model
 
 
 def commit() -> str:
-    """Short hash of the commit that is checked out; "unknown" without git."""
+    """Short commit of this repository, with "-dirty" where files differ from it."""
     try:
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def machine_line(device: str = "cpu") -> str:
+    """Processor or accelerator, threads, version of torch and commit, for a table's caption."""
+    import torch
+
+    name, threads = processor_name(device), torch.get_num_threads()
+    return f"{name}, {threads} threads, torch {torch.__version__}, commit {commit()}"
 
 
 # -- timing -----------------------------------------------------------------------------------------------------------

@@ -181,6 +181,8 @@ def kinds(files: Files) -> list[Kind]:
     )
     sparsity = 'sparsity={{patterns: {{"*.mlp.*": "1:4"}}, method: srste, finetune: 0.2}}'
     adapters = ("model={{init_from: '{root}/base/final'}}", "data.tokenizer={root}/base/final")
+    # a process that was not killed yet waits twice that time at most
+    connected = ("batch.micro_batch_size=2", "distributed.connect_minutes=0.25")
     lora = "lora={{target_modules: [q_proj, v_proj, up_proj], r: 4, lora_dropout: 0.1}}"
     return [
         *by_optimizer,
@@ -189,7 +191,7 @@ def kinds(files: Files) -> list[Kind]:
         training("cold-cache", "text and tokenizer not cached yet", files, "data.cache_dir={out}.cache"),
         training("sparse", "N:M sparse training, 1:4", files, LLAMA.replace("{", "{{").replace("}", "}}"), sparsity),
         training("lora", "LoRA training with dropout", files, *adapters, lora),
-        training("rank", "two processes (gloo), one killed", files, "batch.micro_batch_size=2", world=2),
+        training("rank", "two processes (gloo), one killed", files, *connected, world=2),
         launched(files),
         pruning(files),
         compressed(files),
@@ -233,6 +235,8 @@ def killed_once(kind: Kind, folder: Path, number: int, moment: Moment, expected:
         job.wait(until=lambda: time.monotonic() > end)
         job.kill(*victims)
     try:
+        # on a busy machine a start may take minutes; what a kill leaves must end soon
+        job.wait(until=lambda: all(pid in job.codes for pid in victims))
         job.wait(60)
         forks.reap_orphans(60)
     except TimeoutError as error:
@@ -241,6 +245,8 @@ def killed_once(kind: Kind, folder: Path, number: int, moment: Moment, expected:
         return "ended"
     if any(job.codes[pid] != -9 for pid in victims):
         return f"exit codes {sorted(job.codes.values())}: {job.text()[-300:]}"
+    if not {code for pid, code in job.codes.items() if pid not in victims} <= {0, 1}:
+        return f"exit codes {sorted(job.codes.values())} of all processes: {job.text()[-300:]}"
     if "Traceback" in job.text():
         return f"a traceback: {job.text().strip().splitlines()[-1][:300]}"
     return "killed"

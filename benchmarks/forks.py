@@ -90,14 +90,15 @@ class Job:
                     self.codes[pid] = os.waitstatus_to_exitcode(status)
         return [pid for pid in self.pids if pid not in self.codes]
 
-    def wait(self, limit: float = PATIENCE, until: Callable[[], bool] = lambda: False) -> list[int]:
+    def wait(self, limit: float = PATIENCE, until: Callable[[], bool] | None = None) -> list[int]:
         """Wait until all have ended, or ``until()``. Returns the exit codes; raises TimeoutError after ``limit`` s."""
-        end = time.monotonic() + limit
-        while self.running() and not until():
+        # on a busy machine, looking often takes time from the processes
+        end, pause = time.monotonic() + limit, 0.05 if until is None else 0.005
+        while self.running() and not (until is not None and until()):
             if time.monotonic() > end:
                 self.kill()
                 raise TimeoutError(f"still running after {limit:.0f} s")
-            time.sleep(0.002)
+            time.sleep(pause)
         return [self.codes[pid] for pid in self.pids if pid in self.codes]
 
     def kill(self, *pids: int) -> None:

@@ -83,7 +83,9 @@ def machine_of(device: Any) -> dict[str, str]:
     """What all results of one folder have in common: card, commit, code, and versions."""
     import torch
 
-    machine = {"device": "CPU, a dry run", "commit": commit(), "code": code_digest(), "torch": torch.__version__}
+    # a changed page is no other code, which has a hash of its own
+    name = commit().removesuffix("-dirty")
+    machine = {"device": "CPU, a dry run", "commit": name, "code": code_digest(), "torch": torch.__version__}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         machine["device"] = f"{properties.name}, {format_bytes(properties.total_memory)}"

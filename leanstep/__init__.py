@@ -29,6 +29,7 @@ __all__ = [
     "SinkGD",
     "__version__",
     "backend_table",
+    "create",
     "param_groups",
     "release_gradients",
     "use_backend",

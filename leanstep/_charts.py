@@ -30,6 +30,15 @@ class Series:
     dots: bool = False
 
 
+@dataclass(frozen=True)
+class Events:
+    """Vertical lines at ``x``, each with its text on hover; ``name`` is their entry in the legend."""
+
+    name: str
+    x: Sequence[float]
+    texts: Sequence[str]
+
+
 def smooth(values: Sequence[float | None], width: int) -> list[float | None]:
     """Compute the centred moving average over ``width`` neighbours on each side, fewer at the ends.
 
@@ -155,6 +164,7 @@ def chart(
     y_format: Callable[[float], str] = compact,
     log_y: bool = False,
     marks: Sequence[tuple[float, str]] = (),
+    events: Events | None = None,
     wide: bool = False,
     most_points: int = 400,
 ) -> str:
@@ -166,6 +176,7 @@ def chart(
         y_format: formats a value in the legend and on hover.
         log_y: logarithmic vertical axis.
         marks: horizontal lines, each with its text.
+        events: vertical lines; those beyond the curves are left out.
         wide: over the whole width of the page.
         most_points: points per curve; longer curves are thinned, keeping minima and maxima.
     """
@@ -206,8 +217,16 @@ def chart(
         x_ticks=list(zip(map(plane.px, x_ticks), _tick_texts(x_ticks), strict=True)),
         y_ticks=list(zip(map(plane.py, y_ticks), y_texts, strict=True)),
         marks=[(plane.py(value), text) for value, text in marks],
+        events_name=events.name if events else "",
+        events=_inside(events, plane) if events else [],
         curves=curves,
     )
+
+
+def _inside(events: Events, plane: _Plane) -> list[tuple[float, str]]:
+    """Return pixel and text of the events between the ends of the horizontal axis."""
+    pairs = zip(events.x, events.texts, strict=True)
+    return [(plane.px(x), text) for x, text in pairs if plane.left <= x <= plane.right]
 
 
 def _points(line: Series, log_y: bool) -> list[tuple[float, float | None]]:

@@ -168,11 +168,12 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield an empty file beside ``path`` to write to; afterwards that file replaces ``path`` in one step.
+    """Yield an empty file to write to; afterwards that file replaces ``path`` in one step.
 
     Readers see the old content or the new. When the block raises, ``path`` stays as it was and the new file is removed.
-    The next call for ``path`` removes the files of killed processes. The file has the mode of new files (the umask),
-    also where the writer replaces it by a private one.
+    The file has the mode of new files (the umask), also where the writer replaces it by a private one. It is alone in a
+    hidden folder beside ``path``, where writers may put temporary files of their own. The next call for ``path``
+    removes the folders of killed processes.
 
     Raises:
         OSError: the file cannot be written, or ``path`` is a folder, device or pipe.
@@ -181,22 +182,24 @@ def replacing(path: Path) -> Iterator[Path]:
         raise OSError(errno.EISDIR if path.is_dir() else errno.EINVAL, "is not a regular file", str(path))
     remove_partials(path)
     writer = f"{secrets.token_hex(4)}-{_process_space()}-{os.getpid()}"
-    partial = path.with_name(f".{path.stem}.{writer}{path.suffix}.tmp")
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
-    mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
-    os.close(descriptor)
+    folder = path.with_name(f".{path.stem}.{writer}{path.suffix}.tmp")
+    folder.mkdir(mode=0o700)
+    partial = folder / path.name
     try:
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+        mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+        os.close(descriptor)
         yield partial
         os.chmod(partial, mode)
         sync(partial)
         os.replace(partial, path)
         sync(path.parent)
     finally:
-        partial.unlink(missing_ok=True)
+        remove(folder)
 
 
 def remove_partials(path: Path) -> None:
-    """Remove half-written files of :func:`replacing` for ``path`` whose process has ended on this machine."""
+    """Remove what :func:`replacing` half wrote for ``path`` in processes that have ended on this machine."""
     start, end = f".{path.stem}.", f"{path.suffix}.tmp"
     try:
         names = [name for name in os.listdir(path.parent) if name.startswith(start) and name.endswith(end)]
@@ -211,7 +214,7 @@ def remove_partials(path: Path) -> None:
             and not _is_running(int(writer[2]))
         ):
             with suppress(OSError):
-                path.with_name(name).unlink()
+                remove(path.with_name(name))
 
 
 @cache

@@ -1,6 +1,7 @@
 """Optimizers with the interface of torch.optim."""
 
 from leanstep.optimizers.common.base import NonFiniteGradientError
+from leanstep.optimizers.create import create
 from leanstep.optimizers.gradient_release import GradientRelease, release_gradients
 from leanstep.optimizers.lanton.optimizer import LANTON
 from leanstep.optimizers.lion import Lion
@@ -16,6 +17,7 @@ __all__ = [
     "NonFiniteGradientError",
     "ParamGroups",
     "SinkGD",
+    "create",
     "param_groups",
     "release_gradients",
 ]

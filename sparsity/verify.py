@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from leanstep._checkpoint import TensorFile, load_pickled, read_json
+from leanstep._files import one_line
 from leanstep.sparsity.compressed import is_compressed, load_compressed
 from leanstep.sparsity.masks import pattern_of, violations
 from leanstep.sparsity.patterns import NM, match_patterns
@@ -185,7 +187,7 @@ def _open(source: Any) -> tuple[str, Tensors, dict[str, Any]]:
 
 def _recorded_patterns(folder: Path) -> dict[str, Any]:
     file = folder / PATTERNS_FILE
-    if not file.is_file():
+    if not os.path.lexists(file):
         return {}
     try:
         content = read_json(file)
@@ -194,8 +196,8 @@ def _recorded_patterns(folder: Path) -> dict[str, Any]:
         recorded = {name: {"pattern": str(NM.parse(row["pattern"])), "dim": row["dim"]} for name, row in rows.items()}
         if any(type(row["dim"]) is not int or row["dim"] not in (0, 1) for row in recorded.values()):
             raise ValueError("expected dim 0 or 1")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"verify: {file} is not a patterns file: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:  # a link to nothing
+        raise ValueError(f"verify: {file} is not a patterns file: {one_line(error)}") from None
     return recorded
 
 

@@ -16,12 +16,13 @@ from leanstep.recipes.training.build import build_optimizer
 
 PARSER = command_line(__doc__)
 SIZES = ("60m", "130m", "350m", "1b")
-STATELESS = "{role: embedding, algorithm: balanced}, {role: head, algorithm: balanced}"
+STATELESS = "{role: embedding, momentum: 0.0}, {role: head, momentum: 0.0}"
 ROWS = {
     "AdamW": ("adamw", []),
     "Lion": ("adamw", ["optimizer={name: lion, lr: 1e-4}"]),
     "SinkGD, AdamW on embedding, head, norms": ("sinkgd", []),
-    "SinkGD, balanced embedding and head": ("sinkgd", [f"optimizer.groups=[{STATELESS}]"]),
+    "SinkGD, balanced embedding and head": ("sinkgd", ["optimizer.embeddings=balanced"]),
+    "the same without momentum": ("sinkgd", ["optimizer.embeddings=balanced", f"optimizer.groups=[{STATELESS}]"]),
 }
 
 

@@ -11,13 +11,12 @@ import ctypes
 import errno
 import hashlib
 import os
-import stat
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from leanstep._files import cache_folders, is_disk_full, private_folder, replacing
+from leanstep._files import cache_folders, is_disk_full, open_regular, private_folder, remove, replacing
 
 # a build takes seconds; an older temporary file was left by a killed one
 _STALE_SECONDS = 3600
@@ -88,14 +87,15 @@ def _reason(choice: Path, error: Exception) -> str:
 def _load(path: Path) -> ctypes.CDLL | None:
     """Load a library of a private folder; None if it is missing, damaged, or writable by another user."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        descriptor = open_regular(path)
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ELOOP):  # missing, or a symbolic link
+        # missing, a symbolic link, a pipe or a device
+        if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.EINVAL):
             return None
         raise
     with open(descriptor, "rb") as file:
         facts = os.fstat(descriptor)
-        if not stat.S_ISREG(facts.st_mode) or facts.st_mode & 0o022 or facts.st_uid not in (os.geteuid(), 0):
+        if facts.st_mode & 0o022 or facts.st_uid not in (os.geteuid(), 0):
             return None
         content = file.read()
     digest_size = hashlib.sha256().digest_size
@@ -132,4 +132,4 @@ def _remove_leftovers(folder: Path) -> None:
     for path in (*folder.glob(".*.tmp"), *folder.glob("tmp*.so")):
         with contextlib.suppress(FileNotFoundError):  # another process removed it
             if path.lstat().st_mtime < time.time() - _STALE_SECONDS:
-                path.unlink()
+                remove(path)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from leanstep._checkpoint import unique_names
+from leanstep._files import one_line, read_text
 from leanstep.pruning.score.targets import Group
 
 # largest distance between a sparsity and its level in the table: 0.333 stands for 1/3
@@ -52,7 +53,7 @@ class LatencyTable:
         """
         path = Path(path).expanduser()
         try:
-            content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_names)
+            content = json.loads(read_text(path, follow=True), object_pairs_hook=unique_names)
             if not isinstance(content, dict) or set(content) != {"levels", "seconds"}:
                 got = ", ".join(content) if isinstance(content, dict) else type(content).__name__
                 raise ValueError(f"expected an object with 'levels' and 'seconds', got {got or 'an empty one'}")
@@ -64,7 +65,7 @@ class LatencyTable:
         except OSError as error:
             raise ValueError(f"the latency table {path} cannot be read: {error}") from None
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"the latency table {path}: {error}") from None
+            raise ValueError(f"the latency table {path}: {one_line(error)}") from None
 
     def of(self, groups: Sequence[Group], counts: Mapping[str, Sequence[int]]) -> dict[str, tuple[float, ...]]:
         """Seconds of each group at each of its levels: the sum over its matrices.
@@ -108,7 +109,12 @@ class LatencyTable:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        return False
 
 
 def _check_row(name: str, row: Any, levels: Sequence[float]) -> None:

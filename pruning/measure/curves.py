@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from leanstep._files import write_text
+from leanstep._files import one_line, open_regular, read_text, write_text
 from leanstep.pruning.measure.metrics import Distortion
 from leanstep.pruning.score.targets import Group, check_filled
 from leanstep.sparsity.patterns import NM
@@ -175,8 +175,22 @@ class Curve:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Curve:
-        """The curve that :meth:`to_dict` wrote, also under the former name of ``counts``."""
-        return cls(**{"counts" if key == "kept" else key: value for key, value in values.items()})
+        """The curve that :meth:`to_dict` wrote, also under the former name of ``counts``.
+
+        Raises:
+            ValueError: as the class, and for missing or other keys, or values of another type.
+        """
+        entries = {"counts" if key == "kept" else key: value for key, value in values.items()}
+        try:
+            texts = [entries["name"], entries["metric"], *entries.get("patterns", ())]
+            counts = [entries["numel"], *entries["counts"]]
+            numbers = [*entries["distortion"], *entries["stderr"]]
+            typed = all(isinstance(text, str) for text in texts) and all(type(count) is int for count in counts)
+            if not typed or not all(type(number) in (int, float) for number in numbers):
+                raise TypeError("expected texts as names and patterns, whole numbers as counts, numbers as distortions")
+            return cls(**entries)
+        except (KeyError, TypeError, OverflowError) as error:
+            raise ValueError(f"Curve {one_line(entries.get('name'))}: {one_line(error)}") from None
 
 
 def monotone_cubic(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
@@ -284,13 +298,14 @@ class PartialCurves:
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
         self.path, self.identity = path, json.loads(json.dumps(identity))
         self.points: dict[tuple[str, int], Distortion] = {}
-        if path.exists():
+        if os.path.lexists(path):
             self._read()
 
     def add(self, name: str, count: int, point: Distortion) -> None:
         """Append a point, and sync the file to disk."""
         new = not self.path.exists()
-        with self.path.open("a", encoding="utf-8") as file:
+        descriptor = open_regular(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        with open(descriptor, "a", encoding="utf-8") as file:
             if new:
                 file.write(_line({"identity": self.identity}))
             file.write(_line([name, count, point.mean, point.stderr]))
@@ -309,7 +324,7 @@ class PartialCurves:
 
     def _read(self) -> None:
         try:
-            raw = self.path.read_text(encoding="utf-8")
+            raw = read_text(self.path)
             whole = raw[: raw.rfind("\n") + 1]
             lines = whole.split("\n")[:-1]
             contents = [_content(line) for line in lines]
@@ -318,9 +333,9 @@ class PartialCurves:
                 raise ValueError("its first line identifies no model")
             for row in contents[1:]:
                 self._take(*row)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise ValueError(
-                f"{self.path} holds no measured curves ({error}); remove it, or name another file"
+                f"{self.path} holds no measured curves ({one_line(error)}); remove it, or name another file"
             ) from None
         differing = [key for key in {**identity, **self.identity} if identity.get(key) != self.identity.get(key)]
         if differing:

@@ -13,7 +13,7 @@ SWITCHES = {"sparsity": "patterns", "pruning": "keep_masks", "lora": "target_mod
 # keys that may differ between a checkpoint and the run that resumes it. _FREE: no effect on computed numbers.
 # _ROUNDING: the same maths with another order of additions.
 _FREE = {"name", "description", "source_file", "references", "expect", "out", "eval", "checkpoint", "log", "stop"}
-_FREE |= {"device", "data.cache_dir", "distributed.timeout_minutes"}
+_FREE |= {"device", "data.cache_dir", "distributed.connect_minutes", "distributed.timeout_minutes"}
 _ROUNDING = {
     "batch.micro_batch_size",
     "activation_checkpointing",

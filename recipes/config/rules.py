@@ -41,6 +41,11 @@ def joint_problems(config: RunConfig, world_size: int = 1) -> Iterator[tuple[tup
             "'halves' compares two halves of a step's micro batches, and a step has one; lower "
             "batch.micro_batch_size, or take noise: previous",
         )
+    if config.optimizer.embeddings == "balanced" and config.optimizer.name != "sinkgd":
+        yield (
+            ("optimizer.embeddings", "optimizer.name"),
+            f"'balanced' is a rule of sinkgd, and optimizer.name is {config.optimizer.name!r}; take embeddings=adamw",
+        )
     if data.source in ("text", "json", "parquet", "local_c4") and not data.path:
         yield ("data.path", "data.source"), f"is needed by data.source '{data.source}': a file, a folder or a pattern"
     if data.source == "hf" and not data.name:

@@ -149,6 +149,7 @@ class BatchConfig:
 class OptimizerConfig:
     """The optimizer: its name, learning rate, weight decay, further arguments, and options per group.
 
+    ``embeddings`` is the rule of SinkGD for embeddings and heads, as in :func:`leanstep.optimizers.param_groups`.
     ``args`` takes the arguments of the class. An entry of ``groups`` selects parameters by ``match`` (a regular
     expression searched in parameter names) or ``role`` and overrides options that may differ per group, such as ``lr``
     or ``algorithm``. The first entry that selects a parameter wins.
@@ -157,21 +158,25 @@ class OptimizerConfig:
     name: OptimizerName = "adamw"
     lr: float = Field(default=1e-3, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
+    embeddings: Literal["adamw", "balanced"] = "adamw"
     args: dict[str, Any] = Field(default_factory=dict)
     groups: list[dict[str, Any]] = Field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class ScheduleConfig:
-    """Linear warm-up from 0, then ``cosine``, ``linear`` or ``constant`` down to ``final_fraction`` of the peak rate.
+    """Linear warm-up from 0, then ``cosine``, ``linear``, ``wsd`` or ``constant``.
 
-    ``warmup_steps`` overrides ``warmup_fraction`` (of all steps).
+    All but ``constant`` end at ``final_fraction`` of the peak rate. ``wsd`` (warm-up, stable, decay) holds the peak and
+    decays linearly over the last ``decay_fraction`` of all steps. ``warmup_steps`` overrides ``warmup_fraction``, which
+    is of all steps, too.
     """
 
-    name: Literal["cosine", "linear", "constant"] = "cosine"
+    name: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     warmup_fraction: float = Field(default=0.05, ge=0, le=1)
     warmup_steps: int | None = Field(default=None, ge=0)
     final_fraction: float = Field(default=0.1, ge=0, le=1)
+    decay_fraction: float = Field(default=0.2, ge=0, le=1)
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -293,7 +298,8 @@ class StopConfig:
 
     - null: look for no spikes.
     - ``stop``: end the run with exit code 3.
-    - ``skip``: drop the gradients. The step counts and the schedule advances; weights and optimizer state stay.
+    - ``skip``: drop the gradients. The step counts and the schedules of rate and sparsity advance; weights and
+      optimizer state stay.
     - ``rollback``: load the last checkpoint and continue with the data after the spike, so that no batch since the
       checkpoint is read again. Before the first checkpoint: as ``skip``.
 
@@ -313,11 +319,13 @@ class StopConfig:
 class DistributedConfig:
     """Strategy of several processes: the model replicated (``ddp``) or sharded (``fsdp2``).
 
-    A process that waits for another one longer than ``timeout_minutes`` ends the run. Text that one process tokenises
-    while the others wait must be ready by then.
+    A process ends if the others have not connected within ``connect_minutes``, at the latest after twice that time.
+    Later, a process that waits for another one longer than ``timeout_minutes`` ends the run. Text that one process
+    tokenises while the others wait must be ready by then.
     """
 
     strategy: Literal["ddp", "fsdp2"] = "ddp"
+    connect_minutes: float = Field(default=5.0, gt=0)
     timeout_minutes: float = Field(default=30.0, gt=0)
 
 

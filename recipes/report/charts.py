@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from functools import partial
 
-from leanstep._charts import Series, chart, compact, smooth
-from leanstep.recipes.report.runlog import Run
+from leanstep._charts import Events, Series, chart, compact, smooth
+from leanstep.recipes.report.runlog import Run, number
 
 _LONGEST = 100  # characters of a name
 _MOST_CHARTS, _MOST_LINES = 12, 16  # of the optimizer's numbers; a model has hundreds of layers
+_MOST_EVENTS = 100
 
 
 def _fixed(digits: int) -> Callable[[float], str]:
@@ -31,7 +32,10 @@ def curves(runs: list[Run], most_points: int) -> str:
     peaks = [peak for run in runs if (peak := max((x for x in run.column("lr") if x), default=None))]
     training, validation = _losses(runs, over("step")), _validation(runs, "loss")
     if alone:
-        losses = draw_loss([*training, *validation], title="Loss", x_label="step", marks=marks, wide=True)
+        events = _spike_events(runs[0])
+        losses = draw_loss(
+            [*training, *validation], title="Loss", x_label="step", marks=marks, events=events, wide=True
+        )
     else:
         losses = draw_loss(validation, title="Validation loss", x_label="step", wide=True)
         losses += draw_loss(training, title="Training loss over steps", x_label="step", wide=True)
@@ -49,6 +53,18 @@ def curves(runs: list[Run], most_points: int) -> str:
         draw(_plain(runs, "memory_gib"), title="Peak device memory (GiB)", x_label="step"),
     ]
     return "".join(charts) or '<p class="lead">Nothing was logged yet.</p>'
+
+
+def _spike_events(run: Run) -> Events:
+    """The steps of a run whose data was left out after a loss spike, the newest if there are many."""
+    texts: dict[float, str] = {}
+    for entry in run.spike_entries[-_MOST_EVENTS:]:
+        step, loss = number(entry.get("spike_step")), number(entry.get("loss"))
+        done = {"skip": "skipped", "rollback": f"rolled back to step {entry['step']}"}.get(str(entry.get("action")))
+        if step is not None and loss is not None and done is not None:
+            text = f"step {step:.0f}, loss {_fixed(3)(loss)}: {done}"
+            texts[step] = f"{texts[step]}; {text}" if step in texts else text
+    return Events("loss spikes", list(texts), list(texts.values()))
 
 
 def _losses(runs: list[Run], x_of: Callable[[Run], list[float | None]]) -> list[Series]:

@@ -21,7 +21,8 @@ LARGEST = 1e100  # of a number that is shown; larger ones overflow in charts
 class Run:
     """Content of the files of one run; empty for a missing file.
 
-    ``train`` and ``evals`` are the entries of log.jsonl of kind "train" and "eval"; ``problems`` are warnings to print.
+    ``train``, ``evals`` and ``spike_entries`` are the entries of log.jsonl of kind "train", "eval" and "spike";
+    ``problems`` are warnings to print.
     """
 
     folder: Path
@@ -30,6 +31,7 @@ class Run:
     config_text: str = ""
     train: list[dict[str, Any]] = field(default_factory=list)
     evals: list[dict[str, Any]] = field(default_factory=list)
+    spike_entries: list[dict[str, Any]] = field(default_factory=list)
     sample: str | None = None
     status: dict[str, Any] = field(default_factory=dict)
     env: dict[str, Any] = field(default_factory=dict)
@@ -203,6 +205,7 @@ def _json(run: Run, name: str, *, needed: bool = True, kind: type = dict) -> Any
 
 def _read_log(run: Run) -> None:
     unreadable = 0
+    rows_of = {"train": run.train, "eval": run.evals, "spike": run.spike_entries}
     for line in _text(run, "log.jsonl").splitlines():
         try:
             entry = parse_json(line)
@@ -215,8 +218,8 @@ def _read_log(run: Run) -> None:
             run.sample = str(entry.get("text", ""))
         elif step is None or not 0 <= step <= sys.maxsize:
             unreadable += 1
-        elif kind in ("train", "eval"):
-            (run.train if kind == "train" else run.evals).append({**entry, "step": int(step)})
+        elif isinstance(kind, str) and kind in rows_of:
+            rows_of[kind].append({**entry, "step": int(step)})
     if unreadable:
         run.problems.append(
             f"{_count(unreadable, 'line')} of log.jsonl could not be read and {_is(unreadable)} left out"

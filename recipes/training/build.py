@@ -11,6 +11,7 @@ import random
 import re
 import signal
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
@@ -35,6 +36,7 @@ from leanstep.optimizers import param_groups
 from leanstep.pruning.folder.loading import open_model
 from leanstep.recipes.config.schema import (
     OPTIMIZERS,
+    DistributedConfig,
     ModelConfig,
     OptimizerConfig,
     RunConfig,
@@ -43,6 +45,7 @@ from leanstep.recipes.config.schema import (
 )
 from leanstep.recipes.data.tokens import vocabulary_size
 from leanstep.recipes.methods.lora import adapt
+from leanstep.recipes.training.failures import lost_process
 
 T = TypeVar("T")
 
@@ -64,7 +67,8 @@ def build_accelerator(config: RunConfig) -> Accelerator:
     """Build the Accelerator: device, mixed precision, accumulation, sharding and trackers as the recipe says.
 
     An ``accelerate config`` file has no effect on these. Raises ValueError for fp16 or FSDP2 on a CPU, a tracker that
-    is not installed, a wrong number of processes, or a ``batch.tokens_per_step`` that does not divide.
+    is not installed, a wrong number of processes, or a ``batch.tokens_per_step`` that does not divide; ConnectionError
+    if the processes do not connect within ``distributed.connect_minutes``.
     """
     cpu = wants_cpu(config.device)
     if cpu:
@@ -72,21 +76,48 @@ def build_accelerator(config: RunConfig) -> Accelerator:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     for problem in missing_here(config, cpu):
         raise ValueError(problem)
-    accelerator = Accelerator(
-        cpu=cpu,
-        mixed_precision=_MIXED_PRECISION[config.precision],
-        # the loop takes whole windows of micro batches, so windows never end at the end of the loader
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
-        fsdp_plugin=_fsdp_plugin() if config.distributed.strategy == "fsdp2" else None,
-        # one schedule step is one optimizer step, however many processes there are
-        step_scheduler_with_optimizer=False,
-        log_with=list(config.log.trackers) or None,
-        project_dir=config.out,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=config.distributed.timeout_minutes))],
-    )
+    limits = config.distributed
+    with connecting(limits):
+        accelerator = Accelerator(
+            cpu=cpu,
+            mixed_precision=_MIXED_PRECISION[config.precision],
+            # the loop takes whole windows of micro batches, so windows never end at the end of the loader
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
+            fsdp_plugin=_fsdp_plugin() if limits.strategy == "fsdp2" else None,
+            # one schedule step is one optimizer step, however many processes there are
+            step_scheduler_with_optimizer=False,
+            log_with=list(config.log.trackers) or None,
+            project_dir=config.out,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=limits.connect_minutes))],
+        )
+        # NCCL connects in the first collective call
+        accelerator.wait_for_everyone()
     check_world(accelerator.num_processes, asked_world_size())
     accelerator.gradient_accumulation_steps = accumulation_steps(config, accelerator.num_processes)
     return accelerator
+
+
+@contextmanager
+def connecting(limits: DistributedConfig) -> Iterator[None]:
+    """Connect the processes inside; afterwards they wait ``timeout_minutes`` for each other.
+
+    Raises ConnectionError if a process is missing after ``connect_minutes``, or ends meanwhile.
+    """
+    distributed = torch.distributed
+    try:
+        yield
+    except RuntimeError as error:
+        of_store = isinstance(error, (distributed.DistStoreError, distributed.DistNetworkError))
+        if not of_store and lost_process(error, world_size=2) is None:
+            raise
+        reason = str(error).partition("\n")[0][:200]
+        raise ConnectionError(
+            f"the processes did not connect ({reason}); start all of them within distributed.connect_minutes "
+            f"({limits.connect_minutes:g})"
+        ) from error
+    if distributed.is_initialized():
+        # torch has no public function for it
+        distributed.distributed_c10d._set_pg_timeout(timedelta(minutes=limits.timeout_minutes))
 
 
 def _fsdp_plugin() -> FullyShardedDataParallelPlugin:
@@ -391,12 +422,13 @@ def _groups(config: OptimizerConfig, model: torch.nn.Module) -> Iterator[dict[st
         return None
 
     unused = set(range(len(config.groups)))
-    for base in param_groups(model):
+    for base in param_groups(model, embeddings=config.embeddings):
         role = base["name"]
         common = {key: value for key, value in base.items() if key not in ("name", "params")}
         algorithm = common.pop("algorithm", "adamw")
         if config.name in _WITH_ADAMW:
-            common["algorithm"] = algorithm if algorithm == "adamw" else config.name
+            # "sinkgd" is what param_groups calls the rule of matrices
+            common["algorithm"] = config.name if algorithm == "sinkgd" else algorithm
         by_entry: dict[int | None, list[tuple[str, torch.Tensor]]] = {}
         for name, parameter in base["params"]:
             by_entry.setdefault(first_entry(name, role), []).append((name, parameter))
@@ -430,11 +462,15 @@ def schedule_factor(config: ScheduleConfig, steps: int) -> Callable[[int], float
     """Return the factor on the learning rate as a function of the number n of steps made, 0 to steps - 1.
 
     Warm-up of w steps: ``(n + 1) / (w + 1)``, so no step has rate 0. Then, with ``t = (n - w) / (steps - 1 - w)`` and
-    ``f = final_fraction``: cosine ``f + (1 - f) (1 + cos(pi t)) / 2``, linear ``1 - (1 - f) t``, constant 1.
+    ``f = final_fraction``: cosine ``f + (1 - f) (1 + cos(pi t)) / 2``, linear ``1 - (1 - f) t``, constant 1. wsd is 1
+    until the last d = ``decay_fraction * steps`` steps: ``1 - (1 - f) (n - (steps - 1 - d)) / d``.
     """
     given = config.warmup_steps
     warmup = round(config.warmup_fraction * steps) if given is None else given
     final = config.final_fraction
+    stable_until = steps - 1
+    if config.name == "wsd":
+        stable_until = max(warmup, steps - 1 - round(config.decay_fraction * steps))
 
     def factor(made: int) -> float:
         if made < warmup:
@@ -444,6 +480,8 @@ def schedule_factor(config: ScheduleConfig, steps: int) -> Callable[[int], float
             return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
         if config.name == "linear":
             return 1 - (1 - final) * progress
+        if config.name == "wsd" and made > stable_until:
+            return 1 - (1 - final) * min(1.0, (made - stable_until) / (steps - 1 - stable_until))
         return 1.0
 
     return factor

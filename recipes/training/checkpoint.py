@@ -29,7 +29,17 @@ import torch
 from annotated_types import Ge
 from pydantic import TypeAdapter, ValidationError
 
-from leanstep._files import REPLACED, STAGED, format_bytes, free_bytes, parse_json, publish_folder, read_text, remove
+from leanstep._files import (
+    REPLACED,
+    STAGED,
+    format_bytes,
+    free_bytes,
+    one_line,
+    parse_json,
+    publish_folder,
+    read_text,
+    remove,
+)
 from leanstep.recipes.config.differences import config_differences
 from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.config.values import read_document
@@ -41,6 +51,8 @@ if TYPE_CHECKING:
 MARKER = "COMPLETE"
 _REMOVED = ".removed-"
 _CHECKSUM_LIMIT = 256 * 1024**2
+# suffixes of the files that a resumed run reads
+_READ = (".safetensors", ".bin", ".pt", ".pkl", ".json")
 
 
 class CheckpointError(ValueError):
@@ -172,6 +184,15 @@ def verify(path: Path) -> None:
         raise CheckpointError(f"{path} is no complete checkpoint: it has no {MARKER} file") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path / MARKER} cannot be read ({error}): the checkpoint is damaged") from None
+    try:
+        _check_files(path, files, sizes)
+        _check_others(path, sizes)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({one_line(error)}): the checkpoint is damaged") from None
+
+
+def _check_files(path: Path, files: dict[str, Any], sizes: dict[str, int]) -> None:
+    """Compare the files of a checkpoint with those that its marker lists."""
     for name, size in sizes.items():
         file = path / name
         if not file.is_file():
@@ -185,6 +206,17 @@ def verify(path: Path) -> None:
             )
         if "crc32" in files[name] and _fingerprint(file) != files[name]:
             raise CheckpointError(f"{path} is damaged: {name} does not match its checksum")
+
+
+def _check_others(path: Path, listed: Iterable[str]) -> None:
+    """Refuse what a run would read or wait for though the marker does not list it."""
+    for file in path.rglob("*"):
+        name = str(file.relative_to(path))
+        if file.is_symlink() or not (file.is_file() or file.is_dir()):
+            kind = "a symbolic link" if file.is_symlink() else "no regular file"
+            raise CheckpointError(f"{path} cannot be used: {one_line(name)} is {kind}; remove it")
+        if file.is_file() and file.suffix in _READ and name not in listed and name != MARKER:
+            raise CheckpointError(f"{path} cannot be used: its {MARKER} does not list {one_line(name)}; remove it")
 
 
 def newest(folder: Path) -> tuple[Path | None, dict[Path, str]]:
@@ -290,23 +322,23 @@ def choose_start(config: RunConfig, folder: RunFolder) -> Start:
         return start
     state = read_state(start.checkpoint)
     _check_recipe(state.config, config, str(start.checkpoint), start.notes)
+    if state.step > config.steps:
+        raise CheckpointError(f"{start.checkpoint} says step {state.step:,}, the run has {config.steps:,} steps")
     start.notes.append(f"resuming from {start.checkpoint}, step {state.step} of {config.steps}")
     return start
 
 
-def rename_skipped(start: Start, folder: RunFolder) -> list[str]:
+def rename_skipped(start: Start) -> list[str]:
     """Rename ``step-000100`` that ``start`` skips to ``WORD-step-000100``; return lines to print.
 
-    Call it after loading the checkpoint to begin from; ``last`` then points to that one.
+    Call it after loading the checkpoint to begin from.
     """
-    lines, last = [], folder.root / "last"
+    lines = []
     for path, word in start.aside.items():
         target = path.with_name(f"{word}-{path.name}")
         remove(target)
         os.replace(path, target)
         lines.append(f"renamed a skipped checkpoint to {target.name}")
-    if lines and start.checkpoint is not None and last.is_symlink():
-        point(last, start.checkpoint)
     return lines
 
 

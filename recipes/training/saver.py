@@ -92,7 +92,7 @@ class Saver:
         if problem is None:
             staged = Path(main_does(self._accelerator, lambda: str(self._stage(state.step))))
             fill = partial(self._fill, state=state, windows=windows)
-            problem = self.write(staged, fill, lambda path: self._finish(commit(path), state), needed)
+            problem = self.write(staged, fill, lambda path: self.settle(commit(path), state), needed)
         self.trouble = problem and f"checkpoint at step {state.step} failed: {problem}"
         if problem:
             last = find_checkpoints(self._folder.checkpoints)
@@ -169,9 +169,14 @@ class Saver:
                 write_sparsity(*self.pruned, path)
             self._tokenizer.save_pretrained(path)
 
-    def _finish(self, path: Path, state: TrainState) -> None:
-        """Update the links and remove old checkpoints. Failures are warnings, since the new checkpoint is complete."""
-        self._link("last", path)
+    def settle(self, path: Path, state: TrainState) -> None:
+        """Point the links to the newest checkpoint ``path`` and remove old ones; the first process calls it.
+
+        Does nothing for a checkpoint of another folder. Failures are warnings, since ``path`` is complete.
+        """
+        if path.resolve().parent != self._folder.checkpoints.resolve():
+            return
+        self._link("last", self._folder.checkpoints / path.name)
         keep = []
         if self._config.keep_best and state.best_step is not None:
             best = self._folder.checkpoints / checkpoint_name(state.best_step)

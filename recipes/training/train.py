@@ -109,15 +109,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(config: RunConfig) -> int:
     """Run ``config`` in this process, alone or as one of several. Returns the exit code.
 
-    0: done, now or before. 1: the final model could not be written, or another process of the run ended. 2: the run
-    cannot start. 3: a non-finite loss or gradient, a loss above ``stop.loss_above``, or a spike (``stop.on_spike``). 4:
-    out of memory. 130, 143: ended by a signal or after ``stop.max_hours``, with a checkpoint to resume from; 130 also
-    by Ctrl-C before training.
+    0: done, now or before. 1: the final model could not be written, or another process of the run ended or did not
+    connect. 2: the run cannot start. 3: a non-finite loss or gradient, a loss above ``stop.loss_above``, or a spike
+    (``stop.on_spike``). 4: out of memory. 130, 143: ended by a signal or after ``stop.max_hours``, with a checkpoint to
+    resume from; 130 also by Ctrl-C before training.
     """
     try:
         accelerator = build_accelerator(config)
     except ValueError as error:
         return _refuse(error)
+    except ConnectionError as error:
+        # the first process may be the lost one
+        print(f"error: process {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
+        return EXIT_FAILED
     # transformers draws a bar for every file
     disable_progress_bar()
     folder = RunFolder(Path(config.out), hidden_texts(config))
@@ -225,8 +229,11 @@ class Run:
         self.load_data()
         self.build_model_and_optimizer()
         self.resume(start.checkpoint)
-        for note in main_does(accelerator, lambda: rename_skipped(start, self.folder)):
+        for note in main_does(accelerator, lambda: rename_skipped(start)):
             self.say(note)
+        if start.checkpoint is not None and accelerator.is_main_process:
+            # the process that wrote it may have been killed before it had
+            self.saver.settle(start.checkpoint, self.state)
         self.begun = True
         self.logger.begin(self.state, start.checkpoint, self.parameters, self.flops_per_token)
         return True
@@ -422,10 +429,13 @@ class Run:
         return sound
 
     def update(self, *, apply: bool) -> None:
-        """Update the weights, or drop the gradients if not ``apply``; advance the schedule in any case."""
+        """Update the weights, or drop the gradients if not ``apply``; advance the schedules in any case."""
         if apply:
             # with release_gradients the weights are already updated, and this only ends the step
             self.optimizer.step()
+        # the patterns follow the run's steps, also those that are left out here or by a gradient scaler
+        while self.sparsity is not None and self.sparsity.step_count <= self.state.step:
+            self.sparsity.skip()
         self.schedule.step()
         self.drop_gradients(unscaled=not apply)
 

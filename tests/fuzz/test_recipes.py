@@ -2,7 +2,7 @@
 
 import pytest
 import yaml
-from fuzzing import VALUES, command_line, damaged, edits, fuzz, guarded, listing
+from fuzzing import COUNTS, VALUES, command_line, damaged, edits, fuzz, guarded, listing
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -52,6 +52,7 @@ def problems_or_equal(folders, path, overrides=()):
             assert error.problems and len(error.problems) <= 200
             for problem in error.problems:
                 assert problem.isprintable() and len(problem) < 2000, problem
+            COUNTS["recipes and overrides"]["refused"] += 1
             return None
         assert listing(inside) == before
     again = inside / "again.yaml"
@@ -60,6 +61,8 @@ def problems_or_equal(folders, path, overrides=()):
         assert dump(load(again)) == text
     finally:
         again.unlink()
+    # a recipe that says something else is another recipe
+    COUNTS["recipes and overrides"]["other"] += 1
     return config
 
 

@@ -64,14 +64,14 @@ def die_before_the_checkpoints():
     os.mkdir = die
 
 
-def die_while_linking():
-    """Be killed between making the new link ``last`` and giving it its name."""
+def die_while_linking(name=""):
+    """Be killed before the new link ``last`` to the checkpoint ``name`` takes its name; default: the first one."""
     from leanstep.recipes.training import checkpoint
 
     replace = os.replace
 
     def die(source, target):
-        if str(target).endswith("/last"):
+        if str(target).endswith("/last") and os.readlink(source).endswith(name):
             os.kill(os.getpid(), signal.SIGKILL)
         replace(source, target)
 
@@ -172,6 +172,18 @@ def die_around_the_rollback(moment, *others):
             action(self, *arguments)
 
     setattr(owner, name, dying)
+
+
+def die_while_connecting(rank, moment):
+    """Let a process be killed before it reaches the others (``start``), or once it has reached them (``reached``)."""
+    if os.environ["RANK"] != str(rank):
+        return
+    if moment == "start":
+        os.kill(os.getpid(), signal.SIGKILL)
+    from torch.distributed import distributed_c10d
+
+    # torch calls it with the store that all processes have joined
+    distributed_c10d._new_process_group_helper = lambda *arguments, **options: os.kill(os.getpid(), signal.SIGKILL)
 
 
 def nan_at_step_3():
@@ -448,6 +460,31 @@ def fsdp2_on_cpu():
 
     train.build_accelerator = accelerator
     on_backend("reference")
+
+
+def fp16_on_cpu(*others):
+    """After ``others``: train in fp16 on the CPU. It can, but Accelerate allows it on GPU types only.
+
+    These are private attributes of Accelerate; when they move, this has to follow.
+    """
+    import torch
+    from accelerate.state import AcceleratorState
+
+    from leanstep.recipes.training import train
+
+    for other in others:
+        other()
+    build = train.build_accelerator
+
+    def accelerator(config):
+        made = build(config)
+        AcceleratorState._shared_state["_mixed_precision"] = "fp16"
+        made.native_amp = True
+        # the first steps overflow, and the scale grows again after a few others
+        made.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=4)
+        return made
+
+    train.build_accelerator = accelerator
 
 
 def held_at(step, *others):

@@ -1,7 +1,8 @@
 """Strategies and checks of tests/fuzz: damaged and hostile input is refused in one line, or read as what it says.
 
 ``guarded`` watches one example by an audit hook, which sees every file that Python opens to write, every process, every
-unpickled name and every executed code object, also those of libraries.
+unpickled name and every executed code object, also those of libraries. ``judged`` and ``told`` count what they saw, and
+tests/fuzz/conftest.py prints the counts.
 """
 
 import contextlib
@@ -9,11 +10,15 @@ import copy
 import io
 import json
 import os
+import resource
+import shutil
 import signal
 import struct
 import sys
 import tempfile
-from collections.abc import Iterator
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +29,18 @@ from leanstep.cli import main
 
 # seconds of processor time, and of waiting (for a pipe, say), after which an example hangs
 _MOST_WORK, _MOST_WAITING = 10.0, 120.0
+# bytes that an example may take on top of what the process has
+_MOST_MEMORY = 4 << 30
 
 
 def fuzz(examples: int) -> settings:
     """Settings of a test: so many examples in the normal run, and in proportion in others (see tests/conftest.py)."""
     scale = settings.default.max_examples / 100
     return settings(max_examples=max(1, round(examples * scale)), suppress_health_check=list(HealthCheck))
+
+
+# where commands keep tokenised text
+CACHE = Path(os.environ["LEANSTEP_TEST_CACHE"])
 
 
 # ---- strategies
@@ -105,9 +116,31 @@ def damaged(draw: Any, data: bytes) -> bytes:
     return bytes(changed)
 
 
-def json_files(data: bytes, values: st.SearchStrategy = VALUES) -> st.SearchStrategy[bytes]:
-    """JSON with other bytes, or well-formed with other values."""
-    return damaged(data) | edits(json.loads(data), values).map(lambda content: json.dumps(content).encode())
+def _nested(depth: int) -> list:
+    value: list = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+_JSON_VALUES = VALUES | st.sampled_from((70, 400)).map(_nested)
+
+
+@st.composite
+def _named_twice(draw: Any, content: Any) -> bytes:
+    """JSON in which an object has a name twice, with two values."""
+    text = json.dumps(content)
+    places = [at for at, sign in enumerate(text) if sign == '"' and text[at - 1] in "{ " and text[at - 2 : at] != ": "]
+    at = draw(st.sampled_from(places))
+    name = json.JSONDecoder().raw_decode(text[at:])[0]
+    return (text[:at] + f"{json.dumps(name)}: {json.dumps(draw(VALUES))}, " + text[at:]).encode()
+
+
+def json_files(data: bytes, values: st.SearchStrategy = _JSON_VALUES) -> st.SearchStrategy[bytes]:
+    """JSON with other bytes, or well-formed with other values, or with a name twice."""
+    content = json.loads(data)
+    edited = edits(content, values).map(lambda edited: json.dumps(edited).encode())
+    return damaged(data) | edited | (_named_twice(content) if content else edited)
 
 
 def safetensors_files(data: bytes) -> st.SearchStrategy[bytes]:
@@ -120,6 +153,24 @@ def safetensors_files(data: bytes) -> st.SearchStrategy[bytes]:
         return struct.pack("<Q", len(text)) + text + body
 
     return damaged(data) | edits(header).map(joined)
+
+
+# what may stand in place of a file
+ENTRIES = ("link outside", "link to itself", "dangling link", "link to a device", "pipe", "folder", "nothing")
+
+
+def plant(path: Path, entry: str, outside: Path) -> None:
+    """Put something else in place of a file: an entry of :data:`ENTRIES`. The link outside leads to a copy of it."""
+    if entry == "link outside":
+        shutil.copyfile(path, outside)
+    path.unlink()
+    targets = {"link outside": outside, "link to itself": path, "dangling link": path.with_name("nowhere")}
+    if entry == "pipe":
+        os.mkfifo(path)
+    elif entry == "folder":
+        path.mkdir()
+    elif entry != "nothing":
+        path.symlink_to(targets.get(entry, Path("/dev/zero")))
 
 
 # ---- checks of one example
@@ -136,10 +187,17 @@ class _Watch:
         self.folders = tuple(os.path.realpath(folder) for folder in folders)
         self.offences: list[str] = []
 
-    def may_write(self, path: object) -> bool:
+    def may_write(self, path: object, folder: int | None = None, *, follow: bool = True) -> bool:
+        """Whether ``path``, relative to the folder of a descriptor if there is one, may be written.
+
+        ``follow``: whether the call follows a link as the last name.
+        """
         if not isinstance(path, (str, bytes, os.PathLike)):  # a descriptor, opened before under its name
             return True
-        text = os.path.realpath(os.fsdecode(path))
+        base = "" if folder in (None, -1) else os.readlink(f"/proc/self/fd/{folder}")
+        text = os.path.join(base, os.fsdecode(path))
+        above, last = os.path.split(text)
+        text = os.path.realpath(text) if follow else os.path.join(os.path.realpath(above), last)
         return (
             text == os.devnull
             or "__pycache__" in text
@@ -148,7 +206,11 @@ class _Watch:
 
 
 _PROCESSES = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty")
-_CHANGES = {"os.remove": 1, "os.rename": 2, "os.mkdir": 1, "os.rmdir": 1, "os.truncate": 1, "os.chmod": 1}
+# arguments that are paths -> those that are descriptors of their folders
+_CHANGES: dict[str, dict[int, int | None]] = {
+    "os.remove": {0: 1}, "os.rename": {0: 2, 1: 3}, "os.mkdir": {0: 2}, "os.rmdir": {0: 1}, "os.chmod": {0: 2},
+    "os.truncate": {0: None},
+}  # fmt: skip
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _watches: list[_Watch] = []
 
@@ -163,9 +225,11 @@ def _audit(event: str, arguments: tuple) -> None:
         if not watch.may_write(arguments[0]):
             watch.offences.append(f"open {arguments[0]!r} to write")
     elif event in _CHANGES:
-        if not all(watch.may_write(path) for path in arguments[: _CHANGES[event]]):
+        written = ((arguments[at], None if fd is None else arguments[fd]) for at, fd in _CHANGES[event].items())
+        follow = event in ("os.chmod", "os.truncate")
+        if not all(watch.may_write(path, folder, follow=follow) for path, folder in written):
             watch.offences.append(f"{event} {arguments!r}")
-    elif event in ("os.symlink", "os.link") and not watch.may_write(arguments[1]):
+    elif event in ("os.symlink", "os.link") and not watch.may_write(arguments[1], follow=False):
         watch.offences.append(f"{event} {arguments!r}")
     elif event == "exec":
         file = getattr(arguments[0], "co_filename", "")
@@ -186,6 +250,8 @@ def listing(folder: Path) -> list[tuple]:
 def guarded(*folders: Path, outside: Path | None = None) -> Iterator[None]:
     """Fail if the block runs code or a process, writes outside ``folders``, changes ``outside``, or takes too long.
 
+    The block gets a MemoryError when it takes gigabytes.
+
     Libraries that write in other languages are seen by the listing of ``outside`` alone.
     """
 
@@ -196,6 +262,9 @@ def guarded(*folders: Path, outside: Path | None = None) -> Iterator[None]:
     handlers = [signal.signal(number, hang) for number in (signal.SIGPROF, signal.SIGALRM)]
     watch = _Watch(folders)
     _watches.append(watch)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + _MOST_MEMORY, limits[1]))
     signal.setitimer(signal.ITIMER_PROF, _MOST_WORK)
     signal.setitimer(signal.ITIMER_REAL, _MOST_WAITING)
     try:
@@ -203,11 +272,27 @@ def guarded(*folders: Path, outside: Path | None = None) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
         _watches.pop()
         for number, handler in zip((signal.SIGPROF, signal.SIGALRM), handlers, strict=True):
             signal.signal(number, handler)
     assert not watch.offences, watch.offences
     assert not outside or listing(outside) == before
+
+
+# parser -> inputs by outcome: "refused", "same" as the undamaged input, or "other", a difference that its test allows
+COUNTS: defaultdict[str, Counter[str]] = defaultdict(Counter)
+
+
+def count_table() -> str:
+    """The inputs of each parser so far, by outcome."""
+    rows = [("parser", "inputs", "answered by an error", "read as before", "read otherwise, as its test allows")]
+    rows += [
+        (name, *(f"{number:,}" for number in (counts.total(), counts["refused"], counts["same"], counts["other"])))
+        for name, counts in sorted(COUNTS.items())
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 def said(error: BaseException) -> str:
@@ -218,13 +303,64 @@ def said(error: BaseException) -> str:
     return text
 
 
-def refused(read: Any, types: tuple[type[Exception], ...] = (ValueError, OSError)) -> Any:
-    """Call a reader: None if it refused by one of the documented types in one line, else its value in a tuple."""
+def same_as(expected: Any) -> Callable[[Any], bool]:
+    """For :func:`judged`: what was read must equal what the undamaged input says."""
+
+    def right(value: Any) -> bool:
+        assert value == expected
+        return True
+
+    return right
+
+
+def judged(
+    parser: str,
+    read: Callable[[], Any],
+    right: Callable[[Any], bool],
+    *folders: Path,
+    outside: Path | None = None,
+    types: tuple[type[Exception], ...] = (ValueError, OSError),
+) -> bool:
+    """Call a reader on changed input, watched by :func:`guarded`; returns whether it read it.
+
+    It refuses by one of the documented types in one line, or ``right`` judges what it read: True if that says the same
+    as the undamaged input, False for a difference that the test allows. ``right`` asserts that it does.
+    """
     try:
-        return (read(),)
+        with guarded(*folders, outside=outside), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            value = read()
     except types as error:
         said(error)
-        return None
+        COUNTS[parser]["refused"] += 1
+        return False
+    COUNTS[parser]["same" if right(value) else "other"] += 1
+    return True
+
+
+def told(
+    parser: str,
+    *arguments: object,
+    right: Callable[[str], bool],
+    folders: tuple[Path, ...] = (),
+    outside: Path | None = None,
+    failures: tuple[int, ...] = (2,),
+) -> bool:
+    """Run a command on changed input: one line and a documented exit code, or ``right`` judges its output.
+
+    Returns whether the command succeeded.
+    """
+    with guarded(*folders, outside=outside), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        code, out, error = command_line(*map(str, arguments))
+    if code == 0:
+        COUNTS[parser]["same" if right(out) else "other"] += 1
+        return True
+    assert code in failures, (code, out, error)
+    last = error.strip().splitlines()[-1:] or [""]
+    assert last[0].isprintable() and last[0].strip(), (code, error)
+    COUNTS[parser]["refused"] += 1
+    return False
 
 
 def command_line(*arguments: str) -> tuple[int, str, str]:

@@ -97,6 +97,11 @@ def test_a_broken_compiler_is_named_and_not_used(fresh_cache, tmp_path, monkeypa
 # ---- damage
 
 
+def test_a_pipe_in_place_of_a_library_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "steps-other.so")
+    assert _cache._load(tmp_path / "steps-other.so") is None
+
+
 @pytest.mark.parametrize("damage", ["truncated", "empty", "flipped bit", "of another name", "without digest"])
 def test_a_damaged_library_is_built_again(fresh_cache, damage):
     run(STEP)
@@ -125,8 +130,8 @@ def test_a_killed_build_leaves_nothing_for_long(fresh_cache, tmp_path, monkeypat
         assert process.poll() is None
         time.sleep(0.05)
     # as a linker that was stopped while it wrote
-    partial = next(iter([*fresh_cache.glob(".*.tmp"), *fresh_cache.glob("tmp*.so")]), fresh_cache / ".a.0.so.tmp")
-    partial.write_bytes(b"\x7fELF")
+    (partial,) = fresh_cache.glob(".*.tmp")
+    (partial / "half.so").write_bytes(b"\x7fELF")
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     monkeypatch.delenv("CXX")
@@ -145,7 +150,7 @@ def test_a_library_is_flushed_before_it_takes_its_name(fresh_cache, monkeypatch)
     )
     monkeypatch.setattr(os, "replace", lambda a, b: (events.append("rename"), replace(a, b)))
     _build.library(NAME, MACROS)
-    assert events[0].endswith(".so.tmp") and events[1] == "rename"
+    assert events[0].endswith(".so") and ".so.tmp/" in events[0] and events[1] == "rename"
 
 
 # ---- other users

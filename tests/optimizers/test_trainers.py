@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from leanstep.optimizers import LANTON, MFAC, Lion, SinkGD, param_groups
+from leanstep.optimizers import LANTON, MFAC, Lion, SinkGD, create, param_groups
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:(SinkGD|LANTON). .* taken as"),
@@ -97,6 +97,21 @@ def test_trainer_with_a_class(name, tmp_path):
     )
     trainer.train()
     assert losses(trainer)[-1] < 0.95 * losses(trainer)[0]
+
+
+@both
+def test_trainer_with_create(name, tmp_path):
+    """The Trainer makes the optimizer itself and gets the one of ``optimizers=``, bit for bit."""
+    settings = arguments(tmp_path, max_steps=5, save_strategy="no")
+    options = {"name": name, "say": None, **OPTIMIZERS[name][1]}
+    made = Trainer(tiny_llama(), settings, train_dataset=Counting(), optimizer_cls_and_kwargs=(lambda: create, options))
+    made.train()
+    model = tiny_llama()
+    given = Trainer(model, settings, train_dataset=Counting(), optimizers=(build(name, model), None))
+    given.train()
+    assert [group["name"] for group in made.optimizer.param_groups] == [group["name"] for group in param_groups(model)]
+    for a, b in zip(made.model.parameters(), given.model.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 @both

@@ -18,8 +18,22 @@ def test_a_file_is_replaced_in_one_step(tmp_path):
     write_text(path, "old")
     with replacing(path) as partial:
         partial.write_text("new")
-        assert path.read_text() == "old" and partial.suffix == ".tmp" and partial.name.startswith(".")
+        assert path.read_text() == "old" and set(os.listdir(tmp_path)) == {"a.json", partial.parent.name}
+        assert partial.parent.suffix == ".tmp" and partial.parent.name.startswith(".")
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_the_mode_is_that_of_new_files_and_the_file_is_alone(tmp_path):
+    path, plain = tmp_path / "a.json", tmp_path / "plain"
+    plain.write_text("")
+    with replacing(path) as partial:
+        assert os.listdir(partial.parent) == [path.name]
+        # as safetensors does: write a private file and rename it
+        private = partial.with_name(".tmp123456")
+        private.write_text("new")
+        private.chmod(0o600)
+        private.replace(partial)
+    assert path.read_text() == "new" and path.stat().st_mode == plain.stat().st_mode
 
 
 def test_a_file_whose_writing_fails_stays_as_it_was(tmp_path):
@@ -79,18 +93,20 @@ def test_what_a_killed_process_left_is_removed_and_a_running_ones_is_not(tmp_pat
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_the_next_writer_removes_the_file_of_a_killed_one_only(tmp_path):
+def test_the_next_writer_removes_the_files_of_a_killed_one_only(tmp_path):
     path, other = tmp_path / "a.json", tmp_path / ".a.0000-elsewhere-999999999.json.tmp"
     code = (
         "import os, signal, sys; from pathlib import Path; from leanstep._files import replacing\n"
-        "with replacing(Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)"
+        "with replacing(Path(sys.argv[1])) as partial:\n"
+        "    partial.with_name('.tmp123456').write_text('a file of the writer')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)"
     )
     killed = subprocess.run([sys.executable, "-P", "-c", code, str(path)], check=False)
     assert killed.returncode == -signal.SIGKILL and len(os.listdir(tmp_path)) == 1
     other.write_text("a process of another machine writes here")
     with replacing(path) as partial:
         write_text(path, "by another thread")
-        assert set(os.listdir(tmp_path)) == {"a.json", partial.name, other.name}
+        assert set(os.listdir(tmp_path)) == {"a.json", partial.parent.name, other.name}
         partial.write_text("new")
     assert set(os.listdir(tmp_path)) == {"a.json", other.name} and path.read_text() == "new"
 

@@ -1,13 +1,14 @@
 """Files of measured points and of latencies: whatever is changed in them is noticed, or makes no difference."""
 
 import json
+import os
 import random
 import zlib
 
 import pytest
 
 from leanstep.pruning import LatencyTable
-from leanstep.pruning.measure.curves import PartialCurves
+from leanstep.pruning.measure.curves import Curve, PartialCurves
 from leanstep.pruning.measure.metrics import Distortion
 
 IDENTITY = {"model": "abc", "levels": [0.5, 0.75], "metric": "kl"}
@@ -78,3 +79,40 @@ def test_a_layer_with_two_rows_of_latencies_is_refused(tmp_path):
     file.write_text('{"levels": [0, 0.5], "seconds": {"w": [2, 1], "v": [2, 1], "w": [4, 1]}}')
     with pytest.raises(ValueError, match="table.json: it has the name 'w' twice"):
         LatencyTable.read(file)
+
+
+def test_a_latency_that_no_float_holds_is_refused(tmp_path):
+    file = tmp_path / "table.json"
+    file.write_text('{"levels": [0, 0.5], "seconds": {"w": [1%s, 1]}}' % ("0" * 400))
+    with pytest.raises(ValueError, match="table.json: w at level 0: expected seconds"):
+        LatencyTable.read(file)
+
+
+def test_a_distortion_that_no_float_holds_is_refused(file):
+    text = json.dumps(["w", 3, 10**400, 0.1])
+    with file.open("a") as lines:
+        lines.write(f"{text} {zlib.crc32(text.encode()):08x}\n")
+    with pytest.raises(ValueError, match="holds no measured curves"):
+        points(file)
+
+
+@pytest.mark.parametrize("entry", ["link", "dangling link", "pipe"])
+def test_points_are_appended_to_no_link_or_pipe(file, tmp_path, entry):
+    victim = tmp_path / "victim"
+    if entry == "link":
+        victim.write_bytes(file.read_bytes())
+    before = victim.read_bytes() if entry == "link" else None
+    file.unlink()
+    os.mkfifo(file) if entry == "pipe" else file.symlink_to(victim)
+    with pytest.raises(OSError, match="regular file"):
+        points(file)
+    assert (victim.read_bytes() if victim.exists() else None) == before
+
+
+@pytest.mark.parametrize(
+    "change", [{"numel": "64"}, {"counts": [64.0, 32]}, {"name": None}, {"stderr": 3}, {"more": 1}]
+)
+def test_a_curve_of_other_types_is_refused(change):
+    saved = Curve("w", 64, (64, 32), (0.0, 0.5), (0.0, 0.0), "kl").to_dict()
+    with pytest.raises(ValueError, match="^Curve "):
+        Curve.from_dict(saved | change)

@@ -183,6 +183,18 @@ def test_groups_override_by_name_and_role_and_the_first_wins():
     assert found["transformer.wte.weight"]["lr"] == 1e-2
 
 
+def test_balanced_embeddings_are_one_key():
+    model = build_model(LLAMA, 300)
+    rules = [{"role": "embedding", "lr": 1e-3}]
+    groups = groups_of(
+        build_optimizer(OptimizerConfig(name="sinkgd", embeddings="balanced", groups=rules), model), model
+    )
+    table = groups["model.embed_tokens.weight"]
+    assert (table["algorithm"], table["momentum"], table["lr"]) == ("balanced", 0.95, 1e-3)
+    assert groups["model.norm.weight"]["algorithm"] == "adamw"
+    assert groups["model.layers.0.mlp.up_proj.weight"]["algorithm"] == "sinkgd"
+
+
 def test_groups_that_select_nothing_or_say_nothing():
     model = build_model(LLAMA, 300)
     with pytest.raises(ValueError, match=r"optimizer.groups\[0\]: match 'embedd' selects no parameter"):

@@ -423,6 +423,12 @@ def test_release_gradients_excludes_accumulation_and_clipping(recipe):
     assert "release_gradients excludes max_grad_norm" in found
 
 
+def test_balanced_embeddings_are_a_rule_of_sinkgd(recipe):
+    (problem,) = problems_of(recipe(), ["optimizer.embeddings=balanced"])
+    assert "optimizer.embeddings 'balanced' is a rule of sinkgd, and optimizer.name is 'adamw'" in problem
+    load(recipe(), ["optimizer={name: sinkgd, lr: 1e-2, embeddings: balanced}"])
+
+
 def test_release_gradients_excludes_scaled_gradients(recipe):
     path = recipe(BASE + "release_gradients: true\n")
     load(path, ["precision=bf16"])

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 from functools import partial
 
@@ -358,8 +359,35 @@ def test_a_stopped_process_ends_the_run_after_the_timeout(recipe, tmp_path, vict
     assert status(tmp_path / "run")["status"] == "failed:another process did not answer"
 
 
-def test_the_timeout_may_differ_in_a_resumed_run():
-    config = RunConfig(distributed=DistributedConfig(timeout_minutes=1.0))
+@pytest.mark.parametrize("moment", ["start", "reached"])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_killed_before_all_are_connected_ends_the_other(recipe, tmp_path, victim, moment):
+    options = ["steps=8", "batch.micro_batch_size=2", "distributed.connect_minutes=0.03"]
+    prepare = partial(faults.die_while_connecting, victim, moment)
+    lost = run(recipe, options, tmp_path / "run", world=2, prepare=prepare)
+    assert lost.codes[victim] == -signal.SIGKILL and lost.codes[1 - victim] == 1, lost.text()
+    told = [line for line in lost.text().splitlines() if line.startswith("error: ")]
+    assert len(told) == 1 and told[0].startswith(f"error: process {1 - victim}: the processes did not connect (")
+    assert "within distributed.connect_minutes (0.03)" in told[0] and "Traceback" not in lost.text()
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_address_that_is_taken_is_one_line(recipe, tmp_path, monkeypatch):
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        monkeypatch.setattr("training.free_port", lambda: other.getsockname()[1])
+        lost = Training(recipe, ["batch.micro_batch_size=2"], tmp_path / "run", world=2)
+        lost.processes[0].join(60)
+        lost.kill(1)
+    assert lost.wait() == [1, -signal.SIGKILL]
+    told = [line for line in lost.text().splitlines() if line.startswith("error: ")]
+    assert len(told) == 1 and "did not connect" in told[0] and "address already in use" in told[0], lost.text()
+    assert "Traceback" not in lost.text()
+
+
+def test_the_timeouts_may_differ_in_a_resumed_run():
+    config = RunConfig(distributed=DistributedConfig(connect_minutes=2.0, timeout_minutes=1.0))
     assert config_differences(recorded(config), RunConfig()) == ([], [])
 
 

@@ -118,6 +118,32 @@ def test_links_inside_a_checkpoint_are_refused(finished, tmp_path):
         verify(checkpoint)
 
 
+@pytest.mark.parametrize("entry", ["file", "link", "pipe"])
+def test_a_checkpoint_has_only_what_its_marker_lists(entry, finished, victim, tmp_path):
+    _, out = finished
+    checkpoint = shutil.copytree(out / "checkpoints" / "step-000006", tmp_path / "step-000006")
+    (checkpoint / "hf" / "notes.txt").write_text("no run reads this")
+    verify(checkpoint)
+    planted = checkpoint / "trainer" / "random_states_1.pkl"
+    if entry == "link":
+        planted.symlink_to(victim)
+    else:
+        os.mkfifo(planted) if entry == "pipe" else planted.write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="random_states_1.pkl.*remove it"):
+        verify(checkpoint)
+
+
+def test_a_checkpoint_beyond_the_last_step_is_refused(finished, tmp_path):
+    recipe, out = finished
+    copy = shutil.copytree(out, tmp_path / "run", symlinks=True)
+    shutil.rmtree(copy / "checkpoints" / "step-000003")
+    checkpoint = copy / "checkpoints" / "step-000006"
+    state = json.loads((checkpoint / "trainer" / "state.json").read_text())
+    with_contents(checkpoint, "state.json", json.dumps({**state, "step": 10**30}).encode())
+    training = run(recipe, ["steps=6"], copy)
+    assert training.codes == [2] and "the run has 6 steps" in training.text(), training.text()
+
+
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname"])
 def test_the_marker_names_no_files_outside(name, finished, tmp_path):
     _, out = finished

@@ -16,7 +16,7 @@ import yaml
 from run_folders import write_run
 
 from leanstep import cli
-from leanstep._charts import Series, chart, compact, smooth
+from leanstep._charts import Events, Series, chart, compact, smooth
 from leanstep.recipes.report.report import MOST_BYTES, write_report
 from leanstep.recipes.report.runlog import duration, read_run
 from leanstep.recipes.training.folder import RunFolder
@@ -291,6 +291,36 @@ def test_curve_coordinates_follow_the_axes():
     assert ticks[3.0] == pytest.approx(points[1][1], abs=0.11)
 
 
+def event_lines(html):
+    return re.findall(r'<line class="event" x1="([\d.]+)" x2="\1" [^>]*><title>([^<]*)</title>', html)
+
+
+def test_events_are_vertical_lines_of_the_same_axis():
+    events = Events("moves", [-1, 5, 10, 11, math.nan], ["before", "a <b>", "last", "after", "nowhere"])
+    html = chart([Series("y", [0, 5, 10], [1.0, 3.0, 2.0])], title="t", x_label="x", events=events)
+    points, _ = path_points(html)
+    assert event_lines(html) == [(f"{points[1][0]}", "a &lt;b&gt;"), (f"{points[2][0]}", "last")]
+    assert "</i>moves<" in html
+    assert "event" not in chart(
+        [Series("y", [0, 5], [1.0, 3.0])], title="t", x_label="x", events=Events("moves", [], [])
+    )
+
+
+def test_steps_that_spikes_left_out_are_marked_in_the_loss_chart(tmp_path):
+    run = write_run(tmp_path / "run")
+    spikes = [("skip", 30, 30, 9.5), ("rollback", 20, 24, math.nan), ("rollback", 20, 24, 8.0), ("stop", 50, 50, 9.0)]
+    with (run / "log.jsonl").open("a") as log:
+        for action, step, spike_step, loss in spikes:
+            entry = {"kind": "spike", "step": step, "action": action, "spike_step": spike_step, "loss": loss}
+            log.write(json.dumps(entry | {"threshold": 7.0}) + "\n")
+    html, _ = report(tmp_path, run)
+    texts = ["step 30, loss 9.500: skipped"]
+    texts += ["step 24, loss nan: rolled back to step 20; step 24, loss 8.000: rolled back to step 20"]
+    assert [text for _, text in event_lines(html)] == texts and html.count("</i>loss spikes<") == 1
+    several, _ = report(tmp_path, run, write_run(tmp_path / "other"))
+    assert not event_lines(several)
+
+
 def test_logarithmic_axis_is_logarithmic():
     html = chart([Series("y", [0, 1, 2, 3], [1.0, 10.0, 100.0, 0.0])], title="t", x_label="x", log_y=True)
     points, _ = path_points(html)
@@ -407,6 +437,7 @@ def test_hostile_values_make_a_right_page(tmp_path):
     log = [json.loads(line) for line in (sound / "log.jsonl").read_text().splitlines()]
     extra = {"optimizer": {"H/a": 1.0, "H/b": 2.0}, "tflops": 1.0, "mfu": 0.1, "memory_gib": 1.0}
     log = [line | extra if line["kind"] == "train" else line for line in log]
+    log += [{"kind": "spike", "step": 20, "action": "rollback", "spike_step": 24, "loss": 9.0}] * 20
     (sound / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     (sound / "optimizer_report.json").write_text(json.dumps([{"name": "layer", "H": 0.5}]))
     (sound / "gate_report.json").write_text(json.dumps([{"layer": "layer", "calls": 3}]))

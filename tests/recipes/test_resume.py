@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -343,6 +344,18 @@ def test_killed_while_tidying_leaves_nothing_behind(recipe, whole, tmp_path, die
     assert numbers(out) == numbers(whole)
     left, expected = (sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) for folder in (out, whole))
     assert left == expected
+
+
+def test_killed_before_the_links_of_the_last_checkpoint_sets_them_and_removes_old_ones(recipe, tmp_path):
+    out, straight = tmp_path / "run", tmp_path / "straight"
+    options = ["steps=6", "checkpoint={every: 3, keep_last: 1}"]
+    assert run(recipe, options, straight).codes == [0]
+    assert run(recipe, options, out, prepare=partial(die_while_linking, "step-000006")).codes == [-9]
+    assert os.readlink(out / "last") == "checkpoints/step-000003"
+    again = run(recipe, options, out)
+    assert again.codes == [0] and "step 6 of 6" in again.text(), again.text()
+    left, expected = (sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) for folder in (out, straight))
+    assert os.readlink(out / "last") == "checkpoints/step-000006" and left == expected
 
 
 def test_killed_while_describing_the_run_begins_again(recipe, whole, tmp_path):

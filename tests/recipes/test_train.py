@@ -184,7 +184,7 @@ def test_the_rate_follows_the_schedule_whatever_the_processes(recipe, tmp_path):
     assert rates == pytest.approx([1e-3 * factor for factor in [0.25, 0.5, 0.75, *cosine]])
 
 
-@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("name", ["cosine", "linear", "wsd", "constant"])
 def test_schedule_shapes(name):
     factor = schedule_factor(ScheduleConfig(name=name, warmup_fraction=0.1, final_fraction=0.1), 100)
     values = [factor(made) for made in range(100)]
@@ -193,10 +193,23 @@ def test_schedule_shapes(name):
     assert all(0 < value <= 1 for value in values)
     if name == "linear":
         assert values[10] - values[50] == pytest.approx(40 * (values[50] - values[51]))
+    if name == "wsd":
+        assert values[10:80] == [1.0] * 70  # 20 steps of decay: 80 to 99
+        assert values[79:] == pytest.approx([1 - 0.9 * made / 20 for made in range(21)])
     # all warm-up, and none
     assert schedule_factor(ScheduleConfig(warmup_fraction=1.0), 4)(3) == pytest.approx(4 / 5)
     assert schedule_factor(ScheduleConfig(warmup_fraction=0.0), 4)(0) == 1
     assert schedule_factor(ScheduleConfig(warmup_fraction=0.0), 1)(0) == 1
+
+
+def test_decay_after_warmup_and_over_all_steps():
+    def rates(warmup, decay):
+        schedule = ScheduleConfig(name="wsd", warmup_steps=warmup, decay_fraction=decay, final_fraction=0.0)
+        return [schedule_factor(schedule, 5)(made) for made in range(5)]
+
+    assert rates(0, 1.0) == pytest.approx([1, 0.75, 0.5, 0.25, 0])
+    assert rates(3, 1.0) == pytest.approx([0.25, 0.5, 0.75, 1, 0])  # decays after the warm-up
+    assert rates(0, 0.0) == [1.0] * 5
 
 
 def test_the_order_is_a_function_of_the_position():

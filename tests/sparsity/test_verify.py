@@ -180,3 +180,12 @@ def test_links_out_of_a_folder_are_not_followed_and_links_that_are_named_are(tmp
     assert main(["verify", str(tmp_path / "folder")]) == 2
     assert "outside of the checkpoint" in capsys.readouterr().err
     assert main(["verify", str(link)]) == 0
+
+
+@pytest.mark.parametrize("entry", ["dangling link", "folder"])
+def test_a_record_that_cannot_be_read_is_not_taken_for_none(tmp_path, entry):
+    save_file({"w": torch.ones(2, 4)}, tmp_path / "model.safetensors")
+    record = tmp_path / "sparsity.json"
+    record.mkdir() if entry == "folder" else record.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="sparsity.json is not a patterns file"):
+        verify(tmp_path)

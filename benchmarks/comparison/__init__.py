@@ -1,0 +1,1 @@
+"""The parts of ``python benchmarks optimizers/compare``; docs/protocol.md says what they measure and why."""

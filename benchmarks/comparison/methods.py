@@ -1,0 +1,122 @@
+"""The optimizers that are compared: class, fixed settings, rule of each role, and where the search starts."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from comparison.protocol import ComparisonError, Protocol, Run, digest
+from leanstep.optimizers import param_groups
+
+# roles whose learning rate is the first axis of the grid; embeddings, heads, norms and biases have the second
+MATRIX_ROLES = ("hidden", "expert", "router", "conv", "lora")
+_ADAMW = {"betas": (0.9, 0.95)}
+
+
+@dataclass(frozen=True)
+class Method:
+    """An optimizer with its fixed settings.
+
+    Attributes:
+        cls: module:class.
+        label: name in tables.
+        start: hidden and other learning rate in the middle of the first grid; None: not tuned, the class's defaults.
+        args: arguments of the class.
+        matrices: ``algorithm`` of the groups of matrix roles, for classes with several.
+        roles: settings of the groups of other roles, by role; "tied" are those of an embedding that is also the head.
+    """
+
+    cls: str
+    label: str
+    start: tuple[float, float] | None = None
+    args: dict[str, Any] = field(default_factory=dict)
+    matrices: str | None = None
+    roles: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def definition(self) -> dict[str, Any]:
+        """All that decides a result besides protocol and run."""
+        fixed = {"args": self.args, "matrices": self.matrices, "roles": self.roles}
+        return {"class": self.cls, **{key: value for key, value in fixed.items() if value}}
+
+    def optimizer_class(self) -> type[torch.optim.Optimizer]:
+        """Import the class. Raises ComparisonError with what to do where it is missing."""
+        module, _, name = self.cls.partition(":")
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise ComparisonError(
+                f"{self.label}: {self.cls} is not here ({error}); install a torch that has it (torch.optim.Muon: 2.9), "
+                "or leave the row out with --methods"
+            ) from None
+
+    def build(self, model: torch.nn.Module, run: Run) -> torch.optim.Optimizer:
+        """Build the optimizer over the roles of a model, with the step sizes of a run."""
+        roles = {role: dict(settings) for role, settings in self.roles.items() if role != "tied"}
+        if "tied" in self.roles and _is_tied(model):
+            roles["embedding"] = {**roles.get("embedding", {}), **self.roles["tied"]}
+        groups = param_groups(model, roles)
+        for group in groups:
+            is_matrix = group["name"] in MATRIX_ROLES
+            if is_matrix and self.matrices:
+                group["algorithm"] = self.matrices
+            rate = run.hidden_lr if is_matrix else run.other_lr
+            if rate is not None:
+                group["lr"] = rate
+        options = dict(self.args)
+        if run.weight_decay is not None:
+            options["weight_decay"] = run.weight_decay
+        return self.optimizer_class()(groups, **options)
+
+
+def _is_tied(model: Any) -> bool:
+    """Whether embedding and output head share their weight."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and head.weight is embedding.weight
+
+
+def run_id(protocol_id: str, definition: dict[str, Any], run: dict[str, Any]) -> str:
+    """Identity of a run: of the protocol, the method's settings and the run's."""
+    return digest([protocol_id, definition, run])
+
+
+def default_run(method: str, protocol: Protocol, seed: int) -> Run:
+    """A judged run of a method that is not tuned."""
+    return Run("judge", method, seed, None, None, None, protocol.warmups[0])
+
+
+_BALANCED = {"algorithm": "balanced", "momentum": 0.95, "scale": 1.0}
+_SPARSE_MFAC = {"window": 256, "damping": 1e-4, "compression": "topk", "density": 0.01, "momentum": 0.9}
+_SINKGD, _LANTON = "leanstep.optimizers:SinkGD", "leanstep.optimizers:LANTON"
+_LION, _MFAC = "leanstep.optimizers:Lion", "leanstep.optimizers:MFAC"
+
+# in the order in which they run: the first answers come first
+METHODS = {
+    "adamw": Method("torch.optim:AdamW", "AdamW", (1e-3, 2e-2), {**_ADAMW, "fused": True}),
+    "sinkgd": Method(_SINKGD, "SinkGD, AdamW on the rest", (2e-2, 2e-2), _ADAMW),
+    "muon": Method("leanstep.recipes.methods.muon:MuonAdamW", "Muon, AdamW on the rest", (8e-3, 1.6e-2), _ADAMW,
+                   matrices="muon"),
+    "lion": Method(_LION, "Lion", (1e-3, 1.6e-2)),
+    "lanton": Method(_LANTON, "LANTON", (2e-2, 2e-2), {"alpha": "auto"}),
+    "scale": Method("comparison.peers:SCALE", "SCALE", (1e-3, 1e-2), matrices="rows",
+                    roles={"embedding": {"algorithm": "columns"}, "position": {"algorithm": "columns"},
+                           "head": {"algorithm": "head"}, "tied": {"algorithm": "head"}}),
+    "normuon": Method("comparison.peers:NorMuon", "NorMuon, AdamW on the rest", (8e-3, 1.6e-2), _ADAMW,
+                      matrices="normuon"),
+    "sinkgd-balanced": Method(_SINKGD, "SinkGD, balanced embedding and head", (2e-2, 1e-2), _ADAMW,
+                              roles={"embedding": _BALANCED, "head": _BALANCED}),
+    "lanton-plain": Method(_LANTON, "LANTON, plain", (2e-2, 2e-2), {"noise_adaptive": False}),
+    "sgd": Method("torch.optim:SGD", "SGD with momentum", (0.02, 0.5), {"momentum": 0.9}),
+    "s-mfac": Method(_MFAC, "S-MFAC", (6e-3, 3e-3), _SPARSE_MFAC),
+    "adamw-default": Method("torch.optim:AdamW", "AdamW", None, {"fused": True}),
+    "sinkgd-default": Method(_SINKGD, "SinkGD, AdamW on the rest"),
+    "lion-default": Method(_LION, "Lion"),
+    "lanton-default": Method(_LANTON, "LANTON"),
+    "sinkgd-balanced-default": Method(_SINKGD, "SinkGD, balanced embedding and head",
+                                      roles={role: {"algorithm": "balanced"} for role in ("embedding", "head")}),
+    "lanton-plain-default": Method(_LANTON, "LANTON, plain", None, {"noise_adaptive": False}),
+    "s-mfac-default": Method(_MFAC, "S-MFAC", None, {"compression": "topk"}),
+}  # fmt: skip

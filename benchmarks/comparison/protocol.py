@@ -1,0 +1,92 @@
+"""What every run of a comparison shares, and what makes one run differ from another."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+from leanstep.recipes.config.loader import load
+from leanstep.recipes.config.schema import RunConfig
+
+# of the rules below and of docs/protocol.md: results of two versions are not compared
+VERSION = 1
+
+
+class ComparisonError(ValueError):
+    """A comparison that cannot go on, or results that cannot be used; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Model, schedules, seeds and the settings to try. Every field is part of the identity of a result."""
+
+    model: str = "llama-nano"
+    overrides: tuple[str, ...] = ()
+    # half the time of fp32 on a CPU with AVX512-BF16; weights, gradients and optimizer state stay fp32
+    precision: str = "bf16"
+    tune_steps: int = 60
+    judge_steps: int = 200
+    eval_every: int = 40
+    tune_seed: int = 0
+    judge_seeds: tuple[int, ...] = (1, 2, 3)
+    # of the held-out sequences, from the start; the others judge
+    tune_fraction: float = 0.25
+    # the first ones hold while the learning rates are searched
+    weight_decays: tuple[float, ...] = (0.1, 0.0, 1.0)
+    warmups: tuple[float, ...] = (0.05, 0.15)
+    threads: int = 1
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """The recipe of AdamW for this model. Raises ConfigError for a model without one."""
+        return load(f"{self.model}-adamw", (f"precision={self.precision}", *self.overrides))
+
+    @cached_property
+    def definition(self) -> dict[str, Any]:
+        """All that decides a result besides method, step sizes and seed, as JSON has it.
+
+        Of the recipe, what differs from the defaults: a key that recipes get later changes no result. Where a default
+        changes, raise VERSION.
+        """
+        defaults = asdict(RunConfig())
+        recipe: dict[str, Any] = {}
+        for section in ("model", "data", "batch", "schedule"):
+            values = asdict(getattr(self.config, section))
+            recipe[section] = {k: v for k, v in values.items() if v != defaults[section][k] and k != "cache_dir"}
+        recipe["max_grad_norm"] = self.config.max_grad_norm
+        return json.loads(json.dumps({"version": VERSION, **asdict(self), "recipe": recipe}))
+
+    @cached_property
+    def id(self) -> str:
+        """Twelve hexadecimal digits of the definition."""
+        return digest(self.definition)
+
+    def other_settings(self) -> list[tuple[float, float]]:
+        """Pairs of weight decay and warm-up to try at the best step sizes, without the first."""
+        return list(itertools.product(self.weight_decays, self.warmups))[1:]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run. Step sizes and weight decay are None where the defaults of the optimizer's class hold."""
+
+    kind: str  # tune or judge
+    method: str
+    seed: int
+    hidden_lr: float | None
+    other_lr: float | None
+    weight_decay: float | None
+    warmup: float
+
+    def steps(self, protocol: Protocol) -> int:
+        """Number of steps."""
+        return protocol.tune_steps if self.kind == "tune" else protocol.judge_steps
+
+
+def digest(value: Any) -> str:
+    """Twelve hexadecimal digits of a value that JSON can express."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,0 +1,150 @@
+"""Which runs a method needs next: the same number of tuning runs for every method, then the judged ones.
+
+The search has no state of its own. It replays its decisions on the results so far, so an interrupted search goes on
+where it stopped, on any number of processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from comparison.methods import METHODS, default_run
+from comparison.protocol import ComparisonError, Protocol, Run
+
+Point = tuple[int, int]  # powers of two of hidden and other learning rate, relative to the start
+FIRST = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+_REACH = 4
+
+
+class EdgeError(ComparisonError):
+    """The best learning rates of a method are on the edge of those tried, and its budget is spent."""
+
+
+class Search(NamedTuple):
+    """Tuning runs of every method, and the hidden and other learning rate with which each one starts."""
+
+    budget: int
+    starts: Mapping[str, tuple[float, float]]
+
+    @classmethod
+    def of_this_version(cls, budget: int) -> Search:
+        """The starts of :data:`comparison.methods.METHODS`."""
+        return cls(budget, {name: method.start for name, method in METHODS.items() if method.start is not None})
+
+
+class Plan(NamedTuple):
+    """State of a method: tuning runs that count, runs to make now, and the chosen settings once all are there."""
+
+    counted: list[Run]
+    missing: list[Run]
+    chosen: Run | None
+
+
+def grid_size(protocol: Protocol, budget: int) -> int:
+    """Runs of the budget that go to learning rates. Raises ComparisonError for a budget too small to widen the grid."""
+    size = budget - len(protocol.other_settings())
+    if size <= len(FIRST):
+        raise ComparisonError(
+            f"a budget of {budget} tuning runs is too small: {len(FIRST)} are the first grid, "
+            f"{len(protocol.other_settings())} are for weight decay and warm-up, and the grid must be able to widen; "
+            f"take at least {len(FIRST) + len(protocol.other_settings()) + 1}"
+        )
+    return size
+
+
+def grid_search(losses: Mapping[Point, float], size: int) -> tuple[list[Point], list[Point]]:
+    """Replay the search of ``size`` learning-rate pairs. Returns (points tried or to try, those without a loss).
+
+    After the first grid of 3 x 3, a round takes the untried points that are nearest to the best one, so the grid widens
+    to the side of the best. Points of a round do not depend on each other.
+    """
+    points = FIRST[:size]
+    while not (missing := [point for point in points if point not in losses]) and len(points) < size:
+        points = points + _nearest(best(losses, points), points)[: size - len(points)]
+    return points, missing
+
+
+def _nearest(centre: Point, points: list[Point]) -> list[Point]:
+    """The untried points at the smallest distance from the centre."""
+    steps = range(-_REACH, _REACH + 1)
+    around = [(centre[0] + i, centre[1] + j) for i in steps for j in steps]
+    distances = {p: math.dist(p, centre) for p in around if p not in points}
+    return [point for point, distance in distances.items() if distance == min(distances.values())]
+
+
+def best(losses: Mapping[Point, float], points: list[Point]) -> Point:
+    """The point of lowest loss; of equal ones (all diverged), that of the smallest rates."""
+    return min(points, key=lambda point: (losses[point], sum(point), point))
+
+
+def is_interior(point: Point, points: list[Point]) -> bool:
+    """Whether both neighbours of a point along both axes were tried."""
+    i, j = point
+    return {(i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)} <= set(points)
+
+
+def tune_run(
+    method: str, protocol: Protocol, start: tuple[float, float], point: Point, settings: tuple[float, float]
+) -> Run:
+    """The tuning run of a method at a point of its grid, with a pair of weight decay and warm-up."""
+    hidden, other = (rate * 2.0**power for rate, power in zip(start, point, strict=True))
+    return Run("tune", method, protocol.tune_seed, hidden, other, *settings)
+
+
+def plan(method: str, protocol: Protocol, search: Search, losses: Mapping[Run, float]) -> Plan:
+    """What a method needs next, given the last loss of every finished run (inf where it diverged).
+
+    Raises EdgeError if the best pair of the whole grid has an untried neighbour.
+    """
+    if METHODS[method].start is None:
+        chosen = default_run(method, protocol, protocol.judge_seeds[0])
+        return Plan([], [run for run in judged_runs(chosen, protocol) if run not in losses], chosen)
+    first, start = (protocol.weight_decays[0], protocol.warmups[0]), search.starts[method]
+    size = grid_size(protocol, search.budget)
+
+    def run_at(point: Point, settings: tuple[float, float] = first) -> Run:
+        return tune_run(method, protocol, start, point, settings)
+
+    own = {_point(run, start): run for run in losses if run.kind == "tune" and run.method == method}
+    tried = {point: losses[run_at(point)] for point in own if run_at(point) in losses}
+    points, missing = grid_search(tried, size)
+    grid = [run_at(point) for point in points]
+    if missing:
+        return Plan(grid, [run_at(point) for point in missing], None)
+    centre = best(tried, points)
+    if not is_interior(centre, points) or math.isinf(tried[centre]):
+        raise EdgeError(_edge(run_at(centre), search.budget, math.isinf(tried[centre])))
+    others = [run_at(centre, settings) for settings in protocol.other_settings()]
+    if missing_others := [run for run in others if run not in losses]:
+        return Plan(grid + others, missing_others, None)
+    chosen = min([run_at(centre), *others], key=lambda run: losses[run])
+    return Plan(grid + others, [run for run in judged_runs(chosen, protocol) if run not in losses], chosen)
+
+
+def _point(run: Run, start: tuple[float, float]) -> Point:
+    """The grid point nearest to the learning rates of a tuning run."""
+    assert run.hidden_lr is not None and run.other_lr is not None
+    return round(math.log2(run.hidden_lr / start[0])), round(math.log2(run.other_lr / start[1]))
+
+
+def _settings(run: Run) -> tuple[float | None, float | None, float | None, float]:
+    return run.hidden_lr, run.other_lr, run.weight_decay, run.warmup
+
+
+def judged_runs(chosen: Run, protocol: Protocol) -> list[Run]:
+    """The judged runs of the chosen settings, by seed."""
+    return [Run("judge", chosen.method, seed, *_settings(chosen)) for seed in protocol.judge_seeds]
+
+
+def _edge(run: Run, budget: int, diverged: bool) -> str:
+    where = f"hidden {run.hidden_lr:g} and other {run.other_lr:g}"
+    source = "comparison/methods.py"
+    if diverged:
+        return f"{run.method}: every run of the grid diverged, down to {where}; lower its start in {source}"
+    return (
+        f"{run.method}: the best learning rates, {where}, are on the edge of those tried, and all {budget} tuning "
+        f"runs are spent; give all methods a larger budget (--budget {budget + 4}), or move the start of {run.method} "
+        f"in {source}; finished runs are used again"
+    )

@@ -1,0 +1,107 @@
+"""Compare optimizers on a nano model against a tuned AdamW: the same search for all, judged on other seeds.
+
+    python benchmarks optimizers/compare --out runs/compare [--family llama] [--size nano] [--workers 2] \
+        [--minutes 30] [--budget 20] [--methods adamw sinkgd] [key=value ...]
+    python benchmarks optimizers/compare --report docs/results/llama-nano.jsonl [--write]
+
+docs/protocol.md has the rules. The first command makes the runs that its file (OUT/FAMILY-SIZE.jsonl) does not have yet
+and prints the tables; it can be killed at any moment and goes on where it stopped. ``--minutes`` ends it in time.
+Further ``key=value`` pairs are settings of the recipe FAMILY-SIZE-adamw, for all runs. The second command prints the
+tables of a file; ``--write`` puts them into README.md and docs/, with the figure.
+Exit codes: 0 complete, 1 a problem, 2 bad settings, 3 time is up.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from common import command_line
+from comparison.methods import METHODS
+from comparison.protocol import ComparisonError, Protocol
+from comparison.results import read, writing
+from comparison.search import grid_size
+from comparison.summary import BASELINE
+from comparison.tables import blocks, write
+
+from leanstep.recipes.config.loader import ConfigError
+
+_DEFAULTS = Protocol()
+PARSER = command_line(
+    __doc__,
+    size=("nano", "the recipe's size; default: %(default)s"),
+    budget=(20, "tuning runs of every method; default: %(default)s"),
+    workers=(1, "processes, of one thread each; default: %(default)s"),
+    minutes=(0.0, "stop after this time; default: never"),
+    tune_steps=_DEFAULTS.tune_steps,
+    judge_steps=_DEFAULTS.judge_steps,
+    eval_every=(_DEFAULTS.eval_every, "steps between evaluations of judged runs; default: %(default)s"),
+    precision=(_DEFAULTS.precision, "fp32, or bf16 for products; default: %(default)s"),
+    judge_seeds=list(_DEFAULTS.judge_seeds),
+    write=(False, "with --report: write tables and figure into README.md and docs/"),
+)
+PARSER.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder; default: %(default)s")
+PARSER.add_argument("--report", type=Path, help="a file of results whose tables to print")
+PARSER.add_argument("--family", default="llama", choices=["llama", "gpt"])
+PARSER.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+PARSER.add_argument("settings", nargs="*", metavar="key=value", help="settings of the recipe, for all runs")
+ROOT = Path(__file__).parents[2]
+
+
+def main() -> int:
+    """Make the runs, or read them; print the tables."""
+    options = PARSER.parse_intermixed_args()
+    try:
+        if options.report is not None:
+            return report(options.report, options.write)
+        if options.write:
+            raise ComparisonError("--write needs --report FILE: only a file of results decides what the pages say")
+        if options.workers < 1 or options.minutes < 0 or len(options.judge_seeds) < 2:
+            raise ComparisonError(
+                "expected --workers of at least 1, --minutes of at least 0, and two or more judge seeds"
+            )
+        return compare(options)
+    except (ComparisonError, ConfigError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def compare(options) -> int:
+    """Make all missing runs."""
+    # imports transformers, which --report does not need
+    from comparison.schedule import Scheduler, Stopped
+
+    protocol = Protocol(
+        model=f"{options.family}-{options.size}", overrides=tuple(options.settings), precision=options.precision,
+        tune_steps=options.tune_steps, judge_steps=options.judge_steps, eval_every=options.eval_every,
+        judge_seeds=tuple(options.judge_seeds),
+    )  # fmt: skip
+    grid_size(protocol, options.budget)
+    # differences are to tuned AdamW
+    methods = list(dict.fromkeys([BASELINE, *(m for m in METHODS if m in options.methods)]))
+    for method in methods:
+        METHODS[method].optimizer_class()
+    path, code = options.out / f"{protocol.model}.jsonl", 0
+    with writing(path, protocol) as (results, writer):
+        scheduler = Scheduler(results, writer, methods, options.budget, options.workers, options.minutes)
+        try:
+            scheduler.go()
+        except Stopped as stop:
+            print(f"stopped: {stop}", flush=True)
+            code = 3
+        except KeyboardInterrupt:
+            print(f"interrupted; finished runs are in {path}, the same command goes on", flush=True)
+            return 130
+    report(path, False)
+    return 1 if scheduler.edges else code
+
+
+def report(path: Path, into_pages: bool) -> int:
+    """Print the tables of a file, and write them into the documentation if asked to."""
+    if read(path).unfinished:
+        print(f"note: the last line of {path} is cut off and does not count; its run is made again", file=sys.stderr)
+    print("\n\n".join(blocks(path).values()))
+    if into_pages:
+        for changed in write(path, ROOT):
+            print(f"wrote {changed.relative_to(ROOT)}")
+    return 0

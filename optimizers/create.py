@@ -1,0 +1,64 @@
+"""A model's optimizer by name, with its parameters in groups by role."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from leanstep.optimizers.common.base import LeanOptimizer
+from leanstep.optimizers.lanton.optimizer import LANTON
+from leanstep.optimizers.lion import Lion
+from leanstep.optimizers.mfac.optimizer import MFAC
+from leanstep.optimizers.param_groups import param_groups
+from leanstep.optimizers.sinkgd.optimizer import SinkGD
+
+OPTIMIZERS: dict[str, type[LeanOptimizer]] = {"lanton": LANTON, "lion": Lion, "mfac": MFAC, "sinkgd": SinkGD}
+
+
+def create(
+    model: nn.Module,
+    name: str,
+    *,
+    embeddings: str = "adamw",
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    overrides: Iterable[tuple[str, Mapping[str, Any]]] | Mapping[str, Mapping[str, Any]] = (),
+    say: Callable[[str], Any] | None = print,
+    **options: Any,
+) -> LeanOptimizer:
+    """Make the optimizer of a model: :func:`param_groups`, then the class, in one call.
+
+    Args:
+        model: the model, with the parameters to train unfrozen. Shard or adapt it first.
+        name: "lanton", "lion", "mfac" or "sinkgd", the names that recipes use.
+        embeddings, settings, overrides: as for :func:`param_groups`; "balanced" embeddings need "sinkgd".
+        say: takes the table of groups; None: no table.
+        **options: arguments of the class, such as ``lr``.
+
+    Raises:
+        ValueError: for an unknown name, ``embeddings="balanced"`` without "sinkgd", and as the class and
+            :func:`param_groups` do.
+        TypeError: for an option that the class does not have.
+
+    Example:
+        >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 10))
+        >>> optimizer = create(model, "lion", lr=1e-4, say=None)
+
+        transformers' Trainer calls it after it has wrapped the model, as FSDP needs::
+
+            Trainer(model, optimizer_cls_and_kwargs=(lambda: create, {"name": "sinkgd", "lr": 2e-2}), ...)
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"create: expected one of {', '.join(map(repr, OPTIMIZERS))} as name, got {name!r}")
+    cls = OPTIMIZERS[name]
+    known = set(inspect.signature(cls).parameters) - {"params"}
+    if unknown := sorted(options.keys() - known):
+        raise TypeError(f"create: {cls.__name__} has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+    if embeddings == "balanced" and cls is not SinkGD:
+        raise ValueError(f"create: embeddings='balanced' is a rule of SinkGD; {cls.__name__} does not have it")
+    groups = param_groups(model, settings, embeddings=embeddings, overrides=overrides)
+    if say is not None:
+        say(f"{cls.__name__}\n{groups.summary()}")
+    return cls(groups, **options)

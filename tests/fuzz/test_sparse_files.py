@@ -1,0 +1,146 @@
+"""Compressed N:M files and sparsity.json: damage is told, and `verify` answers by a table or one line."""
+
+import json
+import zlib
+
+import pytest
+import torch
+from fuzzing import ENTRIES, damaged, edits, fuzz, json_files, judged, plant, safetensors_files, same_as, told, write
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save, save_file
+
+from leanstep.sparsity import export_compressed, load_compressed, nm_mask, verify
+from leanstep.sparsity.compressed import _checksum
+
+PATTERNS = {"a.weight": "2:4", "b.weight": "1:8"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A plain file with sparsity.json, and a compressed file of the same weights."""
+    root = tmp_path_factory.mktemp("sparse")
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for name, pattern in PATTERNS.items():
+        weight = torch.randn(4, 16, generator=generator)
+        state[name] = weight * nm_mask(weight, pattern) + 0.0
+    state["a.bias"] = torch.randn(4, generator=generator)
+    for name in ("plain", "compressed", "outside"):
+        (root / name).mkdir()
+    save_file(state, root / "plain" / "model.safetensors")
+    rows = {name: {"pattern": pattern, "dim": 1} for name, pattern in PATTERNS.items()}
+    (root / "plain" / "sparsity.json").write_text(json.dumps(rows))
+    export_compressed(state, root / "compressed" / "model.safetensors", patterns=PATTERNS)
+    return root
+
+
+def bits(state):
+    return {name: (str(tensor.dtype), tuple(tensor.shape), tensor.numpy().tobytes()) for name, tensor in state.items()}
+
+
+@pytest.fixture(scope="module")
+def file(folder):
+    return folder / "compressed" / "model.safetensors"
+
+
+@given(data=st.data())
+@fuzz(120)
+def test_damaged_compressed_files(folder, file, data):
+    """Tensors in another order are the same file."""
+    whole, expected = file.read_bytes(), bits(load_compressed(file))
+    write(file, data.draw(safetensors_files(whole)))
+    try:
+        judged("compressed files", lambda: bits(load_compressed(file)), same_as(expected), outside=folder / "outside")
+    finally:
+        write(file, whole)
+
+
+def _with_layout(file, change_layout, change_tensors=lambda stored: None):
+    """A compressed file with another layout or other tensors, and right checksums of both."""
+    with safe_open(file, "pt") as opened:
+        header = opened.metadata()
+    layout, stored = json.loads(header["layout"]), load_file(file)
+    change_tensors(stored)
+    layout = change_layout(layout)
+    if isinstance(layout, dict) and isinstance(layout.get("crc32"), dict):
+        layout["crc32"] = {name: _checksum(tensor) for name, tensor in stored.items()}
+    text = json.dumps(layout)
+    return save(stored, {**header, "layout": text, "layout_crc32": str(zlib.crc32(text.encode()))})
+
+
+@given(data=st.data())
+@fuzz(100)
+def test_compressed_files_with_other_layouts_and_right_checksums(folder, file, data):
+    """Whoever writes right checksums may write other tensors: those of the layout, in its shapes."""
+    whole, expected = file.read_bytes(), bits(load_compressed(file))
+
+    def change(layout):
+        return data.draw(edits(layout))
+
+    def swap(stored):
+        names = list(stored)
+        one, other = data.draw(st.sampled_from(names)), data.draw(st.sampled_from(names))
+        stored[one], stored[other] = stored[other].clone(), stored[one].clone()
+
+    write(file, _with_layout(file, change, swap if data.draw(st.booleans()) else lambda stored: None))
+    try:
+        judged("compressed files", lambda: bits(load_compressed(file)), lambda state: state == expected)
+    finally:
+        write(file, whole)
+
+
+@given(content=st.data())
+@fuzz(100)
+def test_other_records_of_patterns(folder, content):
+    """A record of other patterns is another expectation; the tensors are the same."""
+    record, plain = folder / "plain" / "sparsity.json", folder / "plain"
+    whole, expected = record.read_bytes(), verify(plain)
+
+    def right(found):
+        same = [(row.name, row.shape, row.dtype, row.sparsity) for row in found.tensors]
+        assert same == [(row.name, row.shape, row.dtype, row.sparsity) for row in expected.tensors]
+        assert str(found)
+        return found == expected
+
+    write(record, content.draw(json_files(whole)))
+    try:
+        judged("sparsity.json", lambda: verify(plain), right, outside=folder / "outside")
+    finally:
+        write(record, whole)
+
+
+@given(data=st.data())
+@fuzz(15)
+def test_verify_tells_damage_in_one_line(folder, data):
+    """Other bits of a plain file, which has no checksum, are other weights."""
+    kind = data.draw(st.sampled_from(("plain", "compressed")))
+    path = folder / kind / data.draw(st.sampled_from(sorted(entry.name for entry in (folder / kind).iterdir())))
+    whole = path.read_bytes()
+    write(path, data.draw(safetensors_files(whole) if path.suffix == ".safetensors" else damaged(whole)))
+
+    def right(out):
+        assert "matrices are N:M sparse" in out
+        return False
+
+    try:
+        told("verify, command", "verify", folder / kind, right=right, outside=folder / "outside", failures=(1, 2))
+    finally:
+        write(path, whole)
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("name", ["model.safetensors", "sparsity.json"])
+def test_nothing_but_a_file_is_read(folder, tmp_path, name, entry):
+    """Without sparsity.json no pattern is expected."""
+    for source in (folder / "plain").iterdir():
+        (tmp_path / source.name).write_bytes(source.read_bytes())
+    plant(tmp_path / name, entry, folder / "outside" / "copy")
+
+    def right(found):
+        assert name == "sparsity.json" and found.ok is None
+        return False
+
+    read = judged("sparsity.json" if name == "sparsity.json" else "verify, command", lambda: verify(tmp_path), right)
+    assert read == (name == "sparsity.json" and entry == "nothing")

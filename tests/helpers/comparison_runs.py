@@ -1,0 +1,63 @@
+"""What the tests of ``python benchmarks optimizers/compare`` share: its modules, and settings of tiny runs."""
+
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+PARTS = ("protocol", "methods", "peers", "search", "results", "summary", "tables", "training", "schedule")
+TINY = (
+    "model.config.hidden_size=16", "model.config.intermediate_size=32", "model.config.num_hidden_layers=1",
+    "model.config.num_attention_heads=2", "data.seq_len=32", "data.val_tokens=2000", "batch.tokens_per_step=128",
+    "batch.micro_batch_size=2",
+)  # fmt: skip
+# best learning rates of the tiny runs
+STARTS = {"adamw": (0.128, 0.08), "sinkgd": (1.28, 0.08)}
+
+
+def comparison_modules() -> Iterator[SimpleNamespace]:
+    """The modules of ``benchmarks/comparison`` by name; afterwards they can be imported no more."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        before = set(sys.modules)
+        yield SimpleNamespace(**{name: importlib.import_module(f"comparison.{name}") for name in PARTS})
+        for name in set(sys.modules) - before:
+            if name.split(".")[0] in ("comparison", "common"):
+                del sys.modules[name]
+
+
+def command(out: Path, *more: str) -> list[str]:
+    """A comparison of tiny runs of AdamW and SinkGD, from starts near their best."""
+    code = (
+        f"import sys; from dataclasses import replace; sys.path.insert(0, {str(FOLDER)!r})\n"
+        "import importlib; from comparison.methods import METHODS\n"
+        f"METHODS.update({{name: replace(METHODS[name], start=start) for name, start in {STARTS!r}.items()}})\n"
+        "sys.exit(importlib.import_module('optimizers.compare').main())\n"
+    )
+    settings = [
+        "--tune-steps",
+        "8",
+        "--judge-steps",
+        "8",
+        "--eval-every",
+        "4",
+        "--judge-seeds",
+        "1",
+        "2",
+        "--budget",
+        "15",
+    ]
+    arguments = [*TINY, "--out", str(out), *settings, "--methods", "adamw", "sinkgd", *more]
+    # -P: the folder optimizers/ of the package must not hide that of the benchmarks
+    return [sys.executable, "-P", "-c", code, *arguments]
+
+
+def killed(protocol: object, run: object) -> None:
+    """In place of a run: what the kernel does when memory runs out."""
+    os.kill(os.getpid(), signal.SIGKILL)

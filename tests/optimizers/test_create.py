@@ -1,0 +1,113 @@
+"""A model's optimizer by name, and balanced embeddings against their formula."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from leanstep.optimizers import LANTON, MFAC, Lion, ParamGroups, SinkGD, create, param_groups
+from leanstep.recipes.config.schema import OPTIMIZERS
+
+
+class Model(nn.Module):
+    def __init__(self, vocabulary=12, width=6):
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.norm = nn.LayerNorm(width)
+        self.layer = nn.Linear(width, width)
+        self.lm_head = nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, tokens):
+        return self.lm_head(self.layer(self.norm(self.embed(tokens))))
+
+
+def groups_of(optimizer):
+    return {group["name"]: group for group in optimizer.param_groups}
+
+
+@pytest.mark.parametrize("name, cls", [("lanton", LANTON), ("lion", Lion), ("mfac", MFAC), ("sinkgd", SinkGD)])
+def test_the_class_its_options_and_the_groups_of_the_model(name, cls):
+    model, lines = Model(), []
+    optimizer = create(model, name, lr=3e-3, settings={"head": {"lr": 1e-3}}, say=lines.append)
+    assert type(optimizer) is cls and OPTIMIZERS[name] == f"leanstep.optimizers:{cls.__name__}"
+    groups = groups_of(optimizer)
+    assert set(groups) == {"hidden", "embedding", "head", "norm", "bias"}
+    assert groups["hidden"]["lr"] == 3e-3 and groups["head"]["lr"] == 1e-3
+    assert groups["norm"]["weight_decay"] == 0
+    assert lines == [f"{cls.__name__}\n{param_groups(model).summary()}"]
+    before = [parameter.clone() for parameter in model.parameters()]
+    model(torch.arange(12)).square().sum().backward()
+    optimizer.step()
+    assert all(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+def test_the_table_is_printed(capsys):
+    create(Model(), "lion")
+    assert re.match(r"Lion\ngroup .*\nhidden ", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    "name, options, error, message",
+    [
+        ("adam", {}, ValueError, "expected one of 'lanton', 'lion', 'mfac', 'sinkgd' as name, got 'adam'"),
+        ("lion", {"momentum": 0.9}, TypeError, "Lion has no option momentum; it has .*betas"),
+        ("lion", {"embeddings": "balanced"}, ValueError, "'balanced' is a rule of SinkGD; Lion does not have it"),
+        ("sinkgd", {"embeddings": "sinkhorn"}, ValueError, r"one of \('adamw', 'balanced'\), got 'sinkhorn'"),
+        ("sinkgd", {"lr": -1.0}, ValueError, "learning rate"),
+    ],
+)
+def test_mistakes_are_told(name, options, error, message):
+    with pytest.raises(error, match=message):
+        create(Model(), name, say=None, **options)
+    with pytest.raises(TypeError, match="expected the model"):
+        create(list(Model().parameters()), "lion", say=None)
+
+
+def balanced_update(buffer, gradient, momentum=0.95, tau=1e-3, alternations=11):
+    """Nesterov momentum, quiet rows dropped, rows and columns normalized in turn, the rows last. In float64."""
+    buffer.mul_(momentum).add_(gradient, alpha=1 - momentum)
+    update = momentum * buffer + (1 - momentum) * gradient
+    norms = update.norm(dim=1)
+    update = torch.where((norms > tau * norms.mean()).unsqueeze(1), update, 0.0)
+    for turn in range(alternations):
+        dim = 1 if turn % 2 == 0 else 0
+        norms = update.norm(dim=dim, keepdim=True)
+        update = torch.where(norms > 0, update * update.shape[dim] ** 0.5 / norms, 0.0)
+    return update
+
+
+def test_balanced_embeddings_are_one_word_and_follow_the_formula():
+    model = Model().double()
+    groups = param_groups(model, embeddings="balanced")
+    assert isinstance(groups, ParamGroups)
+    named = {group["name"]: group for group in groups}
+    assert {name for name, group in named.items() if group["algorithm"] == "balanced"} == {"embedding", "head"}
+    assert named["embedding"]["weight_decay"] == named["head"]["weight_decay"] == 0
+    optimizer = SinkGD(groups, lr=0.1, scale=0.5, weight_decay=0.3)
+    tables = {name: weight for name, weight in model.named_parameters() if name in ("embed.weight", "lm_head.weight")}
+    expected = {name: weight.detach().clone() for name, weight in tables.items()}
+    buffers = {name: torch.zeros_like(weight) for name, weight in expected.items()}
+    for step in range(3):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        for weight in tables.values():
+            weight.grad[step] *= 1e-5  # quiet, but for its momentum
+            weight.grad[-1] = 0  # never seen
+        for name, weight in tables.items():
+            expected[name] -= 0.1 * 0.5 * balanced_update(buffers[name], weight.grad)
+        optimizer.step()
+    for name, weight in tables.items():
+        torch.testing.assert_close(weight.detach(), expected[name], rtol=1e-11, atol=1e-13)
+        assert set(optimizer.state[weight]) == {"momentum_buffer"}
+
+
+def test_settings_change_balanced_embeddings():
+    groups = {
+        group["name"]: group
+        for group in param_groups(
+            Model(), {"embedding": {"momentum": 0.0}, "head": {"algorithm": "adamw"}}, embeddings="balanced"
+        )
+    }
+    assert groups["embedding"]["momentum"] == 0.0 and groups["embedding"]["row_mask_tau"] == 1e-3
+    assert groups["head"]["algorithm"] == "adamw"

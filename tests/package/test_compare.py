@@ -1,0 +1,336 @@
+"""The comparison of optimizers: its search, its statistics, its file of results, its tables."""
+
+import importlib.util
+import json
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import scipy.stats
+from comparison_runs import TINY, comparison_modules
+
+ROOT = Path(__file__).parents[2]
+parts = pytest.fixture(scope="module")(comparison_modules)
+
+
+# -- the search
+
+
+def loss_of(parts, surface, run):
+    """Loss of a tuning run on a surface over log2 of its rates relative to the start."""
+    start = parts.methods.METHODS[run.method].start
+    point = math.log2(run.hidden_lr / start[0]), math.log2(run.other_lr / start[1])
+    return surface(*point, run.weight_decay, run.warmup)
+
+
+def finish(parts, protocol, method, budget, surface):
+    """Plan and make tuning runs until the settings are chosen; returns the last plan and the loss of each run made."""
+    losses = {}
+    while True:
+        state = parts.search.plan(method, protocol, parts.search.Search.of_this_version(budget), losses)
+        if state.chosen is not None:
+            return state, losses
+        losses |= {run: loss_of(parts, surface, run) for run in state.missing}
+
+
+def quadratic(x0, y0, tilt=0.0, decay=0.0, warmup=0.15):
+    def surface(x, y, weight_decay, used_warmup):
+        other = 0.01 * (abs(weight_decay - decay) + abs(used_warmup - warmup))
+        return 4 + 0.1 * (x - x0) ** 2 + 0.1 * (y - y0) ** 2 + tilt * (x - x0) * (y - y0) + other
+
+    return surface
+
+
+@pytest.mark.parametrize("tilt", [0.0, 0.12, -0.12])
+@pytest.mark.parametrize("optimum", [(0, 0), (1, 0), (0, -1), (1, 1), (-1, 1), (2, 0), (0.4, -1.3)])
+def test_the_search_finds_the_optimum_of_a_quadratic(parts, optimum, tilt):
+    protocol, budget = parts.protocol.Protocol(), 22
+    surface = quadratic(*optimum, tilt)
+    state, _ = finish(parts, protocol, "muon", budget, surface)
+    start = parts.methods.METHODS["muon"].start
+    hidden, other = state.chosen.hidden_lr / start[0], state.chosen.other_lr / start[1]
+    grid = [(i, j) for i in range(-5, 6) for j in range(-5, 6)]
+    assert (math.log2(hidden), math.log2(other)) == min(grid, key=lambda p: surface(*p, 0.1, 0.05))
+    assert (state.chosen.weight_decay, state.chosen.warmup) == (0.0, 0.15)
+
+
+def test_every_method_gets_the_same_number_of_runs(parts):
+    protocol, budget = parts.protocol.Protocol(), 20
+    optima = [(0, 0), (1, 0), (0, 1), (-1, 0), (1, 1), (-1, -1)]
+    counts = set()
+    for number, (method, settings) in enumerate(parts.methods.METHODS.items()):
+        if settings.start is not None:
+            state, losses = finish(parts, protocol, method, budget, quadratic(*optima[number % len(optima)]))
+            counts.add((len(state.counted), len(set(state.counted)), len(losses)))
+            assert [run.seed for run in state.missing] == [1, 2, 3]
+            assert {run.kind for run in state.missing} == {"judge"}
+    assert counts == {(budget, budget, budget)}
+
+
+def test_a_best_on_the_edge_is_an_error_that_a_larger_budget_cures(parts):
+    protocol, surface = parts.protocol.Protocol(), quadratic(6, 0)
+    with pytest.raises(parts.search.EdgeError, match=r"on the edge .* 20 tuning runs .* \(--budget 24\)"):
+        finish(parts, protocol, "lion", 20, surface)
+    state, losses = finish(parts, protocol, "lion", 32, surface)
+    assert state.chosen.hidden_lr == parts.methods.METHODS["lion"].start[0] * 2**6
+    # the runs of the smaller budget are the first of the larger one
+    small, search = {}, parts.search.Search.of_this_version(20)
+    with pytest.raises(parts.search.EdgeError):
+        while missing := parts.search.plan("lion", protocol, search, small).missing:
+            small |= {run: loss_of(parts, surface, run) for run in missing}
+    assert set(small) < set(losses)
+
+
+def test_diverged_runs_are_the_worst(parts):
+    protocol = parts.protocol.Protocol()
+    surface = quadratic(0, 0)
+    state, _ = finish(parts, protocol, "sgd", 20, lambda x, y, *rest: math.inf if x > 0 else surface(x, y, *rest))
+    assert state.chosen.hidden_lr == parts.methods.METHODS["sgd"].start[0]
+    with pytest.raises(parts.search.EdgeError, match="every run of the grid diverged"):
+        finish(parts, protocol, "sgd", 20, lambda *_: math.inf)
+
+
+def test_a_budget_that_cannot_widen_the_grid_is_refused(parts):
+    with pytest.raises(parts.protocol.ComparisonError, match="take at least 15"):
+        parts.search.grid_size(parts.protocol.Protocol(), 14)
+
+
+def test_a_missing_class_is_told(parts):
+    method = parts.methods.Method("torch.optim:NoSuchOptimizer", "No such optimizer")
+    with pytest.raises(parts.protocol.ComparisonError, match="install a torch that has it.*--methods"):
+        method.optimizer_class()
+
+
+# -- statistics
+
+
+def test_statistics_are_scipys(parts):
+    summary = parts.summary
+    ours, base = [4.52, 4.47, 4.55], [4.71, 4.70, 4.66]
+    assert summary.standard_error(ours) == pytest.approx(scipy.stats.sem(ours), rel=1e-12)
+    expected = scipy.stats.ttest_rel(ours, base).confidence_interval(0.95)
+    interval = summary.paired_difference(ours, base)
+    assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high), rel=1e-12)
+    assert interval.mean == pytest.approx(sum(ours) / 3 - sum(base) / 3)
+    assert interval.reading == "lower loss"
+    assert summary.paired_difference([1.0, 2.0, 3.0], [1.1, 1.8, 3.1]).reading == "no difference seen"
+    assert summary.paired_difference([2.0, 3.1, 4.0], [1.0, 2.0, 3.0]).reading == "higher loss"
+
+
+def test_a_curve_between_evaluations(parts):
+    curve = [(40, 400, 6.0), (80, 800, 5.0), (120, 1200, 4.5)]
+    assert parts.summary.loss_at_step(curve, 60) == 5.5
+    assert parts.summary.loss_at_step(curve, 110) == pytest.approx(4.625)
+    assert parts.summary.loss_at_step(curve, 300) == 4.5
+    assert parts.summary.loss_at_step(curve, 10) is None
+    assert parts.summary.tokens_to_loss(curve, 5.5) == 600
+    assert parts.summary.tokens_to_loss(curve, 4.75) == 1000
+    assert parts.summary.tokens_to_loss(curve, 6.5) == 400
+    assert parts.summary.tokens_to_loss(curve, 4.0) is None
+
+
+# -- the pages
+
+
+def test_the_page_has_the_numbers_of_the_code(parts):
+    protocol, methods = parts.protocol.Protocol(), parts.methods.METHODS.values()
+    text = " ".join((ROOT / "docs" / "protocol.md").read_text("utf-8").split())
+    tuned, seeds = sum(method.start is not None for method in methods), len(protocol.judge_seeds)
+    first, *others = [f"{value:g}" for value in protocol.weight_decays]
+    for phrase in (
+        f"weight decay {first}, {' and '.join(others)} (decoupled",
+        f"warm-up over {' and '.join(f'{100 * value:g}' for value in protocol.warmups)} % of the steps",
+        f"(20: {parts.search.grid_size(protocol, 20)} of the grid, {len(protocol.other_settings())} of the rest)",
+        f"Tuning runs have {protocol.tune_steps} steps, with a schedule of that length, and seed {protocol.tune_seed}.",
+        f"full length ({protocol.judge_steps} steps of {protocol.config.batch.tokens_per_step} tokens)",
+        f"with seeds {', '.join(map(str, protocol.judge_seeds[:-1]))} and {protocol.judge_seeds[-1]}.",
+        f"It is evaluated every {protocol.eval_every} steps.",
+        f"{tuned} x 20 tuning runs and {len(methods)} x {seeds} judged runs",
+    ):
+        assert phrase in text, phrase
+
+
+# -- the file of results
+
+
+def synthetic(parts, path, **changes):
+    """A complete file of results of AdamW, SinkGD and default Lion on a quadratic surface; returns its rows."""
+    protocol = replace(parts.protocol.Protocol(overrides=TINY), **changes)
+    environment = {"processor": "a", "torch": "1", "commit": "abc"}
+    with parts.results.writing(path, protocol) as (_, writer):
+        search = parts.search.Search.of_this_version(20)
+        writer.append({"kind": "search", **search._asdict()})
+        for method, level in (("adamw", 0.0), ("sinkgd", -0.3), ("lion-default", 0.2)):
+            losses = {}
+            while (state := parts.search.plan(method, protocol, search, losses)).missing:
+                for run in state.missing:
+                    loss = 5 + level + 0.01 * run.seed + 0.003 * run.seed**2 * (method != "adamw")
+                    if run.hidden_lr is not None:
+                        start = parts.methods.METHODS[method].start
+                        loss += abs(math.log2(run.hidden_lr / start[0])) + abs(math.log2(run.other_lr / start[1]))
+                        loss += run.weight_decay + run.warmup
+                    losses[run] = loss
+                    result = {
+                        "status": "done",
+                        "losses": [[40, 4000, loss + 1], [80, 8000, loss]],
+                        "bytes": {"weights": 100, "state": 0 if method == "sinkgd" else 50},
+                        "environment": environment,
+                    }
+                    writer.append(parts.results.run_row(protocol, run, result))
+    return protocol
+
+
+def test_the_table_says_no_more_than_the_intervals(parts, tmp_path):
+    synthetic(parts, tmp_path / "r.jsonl")
+    rows, others = parts.summary.summarise(parts.results.read(tmp_path / "r.jsonl"))
+    assert [row.method for row in rows] == ["sinkgd", "adamw", "lion-default"]
+    assert rows[0].difference.mean == pytest.approx(-0.3 + 0.003 * 14 / 3)
+    assert [row.on_frontier for row in rows] == [True, False, False]
+    assert rows[0].tokens < 1 and rows[1].tokens == 1 and rows[2].tokens is None
+    assert others["muon"] == "not begun"
+    text = "\n".join(parts.tables.blocks(tmp_path / "r.jsonl").values())
+    assert "| SinkGD, AdamW on the rest |" in text and "| lower loss |" in text
+    assert "| Muon" not in text and "Not begun: Muon" in text
+    assert "<svg" in parts.tables.figure(rows, "llama-nano")
+
+
+def test_pages_are_written_between_their_marks(parts):
+    text = "a\n<!-- table:x -->\nold\n<!-- /table:x -->\nb <!-- table:y -->\n<!-- /table:y -->\n"
+    new = parts.tables.replace_blocks(text, {"x": "new \\1"})
+    assert new == text.replace("old", "new \\1")
+
+
+def test_pages_without_a_place_are_told(parts, tmp_path):
+    synthetic(parts, tmp_path / "r.jsonl")
+    for page in parts.tables.PAGES:
+        (tmp_path / page).parent.mkdir(exist_ok=True)
+        (tmp_path / page).write_text("<!-- table:compare-llama-nano -->\n<!-- /table:compare-llama-nano -->\n")
+    with pytest.raises(parts.protocol.ComparisonError, match="has the marks <!-- table:chosen-llama-nano -->"):
+        parts.tables.write(tmp_path / "r.jsonl", tmp_path)
+    (tmp_path / "docs" / "protocol.md").write_text(
+        "<!-- table:chosen-llama-nano -->\n<!-- /table:chosen-llama-nano -->\n"
+    )
+    pages = [*parts.tables.PAGES, parts.tables.figure_path("llama-nano")]
+    assert parts.tables.write(tmp_path / "r.jsonl", tmp_path) == [tmp_path / page for page in pages]
+    assert parts.tables.write(tmp_path / "r.jsonl", tmp_path) == []
+    assert "4.7630, 4.7820, 4.8070" in (tmp_path / "docs" / "protocol.md").read_text()
+
+
+def test_a_row_with_a_diverged_seed_has_no_mean(parts, tmp_path):
+    path = tmp_path / "r.jsonl"
+    protocol = synthetic(parts, path)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    last = next(line for line in lines if line.get("kind") == "judge" and line["method"] == "sinkgd")
+    last |= {"status": "diverged at step 50", "losses": []}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows, _ = parts.summary.summarise(parts.results.read(path))
+    row = next(row for row in rows if row.method == "sinkgd")
+    assert (row.mean, row.difference, row.diverged) == (None, None, 1)
+    assert "1 of 3 diverged" in parts.tables.blocks(path)[f"compare-{protocol.model}"]
+
+
+def edited(path, number, **changes):
+    lines = path.read_text().splitlines()
+    lines[number] = json.dumps(json.loads(lines[number]) | changes)
+    path.write_text("\n".join(lines) + "\n")
+
+
+DAMAGE = {
+    "not JSON": (lambda path: path.write_text(path.read_text().replace('{"id"', "{id", 3)), "not a JSON object"),
+    "no protocol": (lambda path: path.write_text("".join(path.read_text().splitlines(True)[1:])), "does not begin"),
+    "other settings": (lambda path: edited(path, 3, weight_decay=0.3), "settings are not those"),
+    "mixed": (lambda path: edited(path, 3, protocol="0" * 12), "several protocols are mixed"),
+    "incomplete": (lambda path: drop(path, 3, "losses"), "no complete result"),
+    "not a number": (lambda path: edited(path, 3, losses=[[1, 2, math.nan]]), "no complete result"),
+    "unknown status": (lambda path: edited(path, 3, status="running"), "no complete result"),
+    "two results": (lambda path: path.write_text(path.read_text() + again(path)), "second result of the same run"),
+}
+
+
+def drop(path, number, key):
+    lines = path.read_text().splitlines()
+    line = json.loads(lines[number])
+    del line[key]
+    lines[number] = json.dumps(line)
+    path.write_text("\n".join(lines) + "\n")
+
+
+def again(path):
+    line = json.loads(path.read_text().splitlines()[3])
+    return json.dumps(line | {"losses": [[40, 4000, 0.1]]}) + "\n"
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damaged_files_are_refused(parts, tmp_path, case):
+    damage, message = DAMAGE[case]
+    synthetic(parts, tmp_path / "r.jsonl")
+    damage(tmp_path / "r.jsonl")
+    with pytest.raises(parts.protocol.ComparisonError, match=message):
+        parts.results.read(tmp_path / "r.jsonl")
+
+
+def test_other_versions_and_settings_are_refused(parts, tmp_path, monkeypatch):
+    path = tmp_path / "r.jsonl"
+    protocol = synthetic(parts, path)
+    with (
+        pytest.raises(parts.protocol.ComparisonError, match="another protocol: judge_steps 200, not 100"),
+        parts.results.writing(path, replace(protocol, judge_steps=100)),
+    ):
+        pass
+    monkeypatch.setitem(
+        parts.methods.METHODS, "sinkgd", replace(parts.methods.METHODS["sinkgd"], args={"num_iters": 3})
+    )
+    with pytest.raises(parts.protocol.ComparisonError, match="this version has .*num_iters"):
+        parts.results.read(path)
+    monkeypatch.setattr(parts.results, "VERSION", 99)
+    with pytest.raises(parts.protocol.ComparisonError, match="version 1, this is version 99"):
+        parts.results.read(path)
+
+
+def test_a_full_disk_and_a_second_writer_are_told(parts, tmp_path, monkeypatch):
+    path = tmp_path / "r.jsonl"
+    protocol = synthetic(parts, path)
+    before = path.read_bytes()
+    with parts.results.writing(path, protocol) as (_, writer):
+        with (
+            pytest.raises(parts.protocol.ComparisonError, match="another process writes"),
+            parts.results.writing(path, protocol),
+        ):
+            pass
+        write = os.write
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:10]))
+            with pytest.raises(parts.protocol.ComparisonError, match="No space left on device; .*: make room"):
+                writer.append({"kind": "search"})
+        assert path.read_bytes() == before
+    monkeypatch.setattr(parts.results, "free_bytes", lambda _: 1000)
+    with (
+        pytest.raises(parts.protocol.ComparisonError, match="make room first"),
+        parts.results.writing(path, protocol),
+    ):
+        pass
+
+
+def test_another_environment_is_refused(parts, tmp_path):
+    protocol = synthetic(parts, tmp_path / "r.jsonl")
+    with parts.results.writing(tmp_path / "r.jsonl", protocol) as (results, writer):
+        scheduler = parts.schedule.Scheduler(results, writer, ["adamw"], 20, 1, 0.0)
+        with pytest.raises(parts.protocol.ComparisonError, match="another environment: processor a, now"):
+            scheduler.go()
+
+
+def test_a_cut_file_is_reported_without_its_last_line(parts, tmp_path, capsys):
+    path = tmp_path / "r.jsonl"
+    synthetic(parts, path)
+    spec = importlib.util.spec_from_file_location("compare", ROOT / "benchmarks" / "optimizers" / "compare.py")
+    compare = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(compare)
+    assert compare.report(path, False) == 0
+    whole = capsys.readouterr()
+    path.write_text(path.read_text() + '{"id": "cut')
+    assert compare.report(path, False) == 0
+    cut = capsys.readouterr()
+    assert (whole.err, cut.out) == ("", whole.out)
+    assert "is cut off and does not count" in cut.err
