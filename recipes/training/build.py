@@ -408,11 +408,15 @@ def schedule_factor(config: ScheduleConfig, steps: int) -> Callable[[int], float
     """Return the factor on the learning rate as a function of the number n of steps made, 0 to steps - 1.
 
     Warm-up of w steps: ``(n + 1) / (w + 1)``, so no step has rate 0. Then, with ``t = (n - w) / (steps - 1 - w)`` and
-    ``f = final_fraction``: cosine ``f + (1 - f) (1 + cos(pi t)) / 2``, linear ``1 - (1 - f) t``, constant 1.
+    ``f = final_fraction``: cosine ``f + (1 - f) (1 + cos(pi t)) / 2``, linear ``1 - (1 - f) t``, constant 1. wsd is 1
+    until the last d = ``decay_fraction * steps`` steps: ``1 - (1 - f) (n - (steps - 1 - d)) / d``.
     """
     given = config.warmup_steps
     warmup = round(config.warmup_fraction * steps) if given is None else given
     final = config.final_fraction
+    stable_until = steps - 1
+    if config.name == "wsd":
+        stable_until = max(warmup, steps - 1 - round(config.decay_fraction * steps))
 
     def factor(made: int) -> float:
         if made < warmup:
@@ -422,6 +426,8 @@ def schedule_factor(config: ScheduleConfig, steps: int) -> Callable[[int], float
             return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
         if config.name == "linear":
             return 1 - (1 - final) * progress
+        if config.name == "wsd" and made > stable_until:
+            return 1 - (1 - final) * min(1.0, (made - stable_until) / (steps - 1 - stable_until))
         return 1.0
 
     return factor

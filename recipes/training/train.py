@@ -537,7 +537,7 @@ class Run:
         for observer in (self.norms, self.gate):
             if observer is not None:
                 observer.close()
-        finish(self.config, self.accelerator, self.folder, self.saver, self.state, self.say)
+        finish(self.config, self.accelerator, self.folder, self.saver, self.state, self.data, self.say)
         if self.spikes is not None:
             self.say(f"spikes      {self.spikes.summary(self.state)}")
         self.logger.reports(self.optimizer.optimizer, self.sparsity, self.norms, self.gate)

@@ -1,5 +1,6 @@
 """The comparison of optimizers: its search, its statistics, its file of results, its tables."""
 
+import importlib.util
 import json
 import math
 import os
@@ -94,6 +95,12 @@ def test_diverged_runs_are_the_worst(parts):
 def test_a_budget_that_cannot_widen_the_grid_is_refused(parts):
     with pytest.raises(parts.protocol.ComparisonError, match="take at least 15"):
         parts.search.grid_size(parts.protocol.Protocol(), 14)
+
+
+def test_a_missing_class_is_told(parts):
+    method = parts.methods.Method("torch.optim:NoSuchOptimizer", "No such optimizer")
+    with pytest.raises(parts.protocol.ComparisonError, match="install a torch that has it.*--methods"):
+        method.optimizer_class()
 
 
 # -- statistics
@@ -193,6 +200,22 @@ def test_pages_are_written_between_their_marks(parts):
     text = "a\n<!-- table:x -->\nold\n<!-- /table:x -->\nb <!-- table:y -->\n<!-- /table:y -->\n"
     new = parts.tables.replace_blocks(text, {"x": "new \\1"})
     assert new == text.replace("old", "new \\1")
+
+
+def test_pages_without_a_place_are_told(parts, tmp_path):
+    synthetic(parts, tmp_path / "r.jsonl")
+    for page in parts.tables.PAGES:
+        (tmp_path / page).parent.mkdir(exist_ok=True)
+        (tmp_path / page).write_text("<!-- table:compare-llama-nano -->\n<!-- /table:compare-llama-nano -->\n")
+    with pytest.raises(parts.protocol.ComparisonError, match="has the marks <!-- table:chosen-llama-nano -->"):
+        parts.tables.write(tmp_path / "r.jsonl", tmp_path)
+    (tmp_path / "docs" / "protocol.md").write_text(
+        "<!-- table:chosen-llama-nano -->\n<!-- /table:chosen-llama-nano -->\n"
+    )
+    pages = [*parts.tables.PAGES, parts.tables.figure_path("llama-nano")]
+    assert parts.tables.write(tmp_path / "r.jsonl", tmp_path) == [tmp_path / page for page in pages]
+    assert parts.tables.write(tmp_path / "r.jsonl", tmp_path) == []
+    assert "4.7630, 4.7820, 4.8070" in (tmp_path / "docs" / "protocol.md").read_text()
 
 
 def test_a_row_with_a_diverged_seed_has_no_mean(parts, tmp_path):
@@ -296,3 +319,18 @@ def test_another_environment_is_refused(parts, tmp_path):
         scheduler = parts.schedule.Scheduler(results, writer, ["adamw"], 20, 1, 0.0)
         with pytest.raises(parts.protocol.ComparisonError, match="another environment: processor a, now"):
             scheduler.go()
+
+
+def test_a_cut_file_is_reported_without_its_last_line(parts, tmp_path, capsys):
+    path = tmp_path / "r.jsonl"
+    synthetic(parts, path)
+    spec = importlib.util.spec_from_file_location("compare", ROOT / "benchmarks" / "optimizers" / "compare.py")
+    compare = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(compare)
+    assert compare.report(path, False) == 0
+    whole = capsys.readouterr()
+    path.write_text(path.read_text() + '{"id": "cut')
+    assert compare.report(path, False) == 0
+    cut = capsys.readouterr()
+    assert (whole.err, cut.out) == ("", whole.out)
+    assert "is cut off and does not count" in cut.err
