@@ -12,6 +12,7 @@ from leanstep.kernels.steps.common import compute_dtype, constant, decay_factor,
 from leanstep.optimizers.common.base import Batch, LeanOptimizer, count_nonfinite
 from leanstep.optimizers.common.checks import check_betas, check_dtype, check_flags, settings_of
 from leanstep.optimizers.common.rounding import effective, init_rounding
+from leanstep.optimizers.common.saved_tensors import SHAPED
 from leanstep.optimizers.common.sharding import Reducer, new_state, readable, store, sum_over_shards
 
 # lower bound of the cautious mask's mean, by which the update is divided (arXiv 2411.16085)
@@ -77,7 +78,7 @@ class Lion(LeanOptimizer):
         >>> optimizer.step()
     """
 
-    _shaped_state = ("exp_avg",)
+    _state_rules = {"exp_avg": SHAPED}
     _separable = True
 
     def __init__(
