@@ -295,10 +295,22 @@ def fake_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: calls.append("sleep"))
     for name in ("synchronize", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda device: calls.append("wait"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30 << 30, 80 << 30))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 170)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     return calls
+
+
+@pytest.mark.parametrize(("visible", "first"), [(None, "0"), ("3,1", "3"), ("GPU-0-1", "GPU-0-1"), ("", "")])
+def test_stages_see_one_of_several_devices(modules, monkeypatch, visible, first):
+    for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert modules.gpu.first_device_only()["CUDA_VISIBLE_DEVICES"] == first
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "2,5")
+    assert modules.gpu.first_device_only()["HIP_VISIBLE_DEVICES"] == "2"
 
 
 def test_events_enclose_the_run_alone(modules, fake_cuda):
@@ -318,7 +330,9 @@ def test_the_card_and_its_clocks_are_named(modules, fake_cuda, monkeypatch):
         return SimpleNamespace(stdout="1980 MHz, 2619 MHz, 1980 MHz, 80 W, 700 W, 33, 580.95\n")
 
     monkeypatch.setattr(modules.stages.subprocess, "run", query)
-    assert modules.stages.clocks(torch.device("cuda")).startswith("SM 1980 MHz, memory 2619 MHz")
+    clocks = modules.stages.clocks(torch.device("cuda"))
+    assert clocks.startswith("SM 1980 MHz, memory 2619 MHz") and clocks.endswith("30.0 GiB of 80.0 GiB free")
+    assert modules.stages.busy_bytes(torch.device("cuda")) == 50 << 30
     monkeypatch.setattr(modules.stages.subprocess, "run", lambda *_, **__: (_ for _ in ()).throw(FileNotFoundError()))
     assert modules.stages.clocks(torch.device("cuda")).startswith("unknown")
 
