@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from accelerate import Accelerator
 from transformers.utils.logging import disable_progress_bar
 
-from leanstep._process import InterruptibleStart, end_with_parent, open_standard_streams
+from leanstep._process import EXIT_CODES, InterruptibleStart, StopFlag, end_with_parent, open_standard_streams
 from leanstep._version import __version__
 from leanstep.recipes.check.costs import MemoryEstimate, check_layers, estimate, flops_per_token
 from leanstep.recipes.config.loader import ConfigError, load
@@ -34,8 +34,6 @@ from leanstep.recipes.methods.lora import describe_adapters
 from leanstep.recipes.methods.pruned import build_masks, pruned_start_warning
 from leanstep.recipes.methods.sparse import build_controller, describe_sparsity
 from leanstep.recipes.training.build import (
-    EXIT_CODES,
-    StopFlag,
     build_accelerator,
     build_optimizer,
     build_run_model,
