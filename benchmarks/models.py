@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,13 +18,27 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 def llama_60m_parameters(dtype: torch.dtype, device: str = "cpu") -> tuple[list[Tensor], list[Tensor]]:
     """LLaMA-60M's 75 parameters of random values, with random gradients: the hidden matrices, and the others."""
-    matrices = [(HIDDEN, HIDDEN)] * 4 + [(MLP, HIDDEN)] * 2 + [(HIDDEN, MLP)]
-    layers: list[tuple[int, ...]] = [*matrices, (HIDDEN,), (HIDDEN,)] * LAYERS
-    generator = torch.Generator().manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": MLP, "num_hidden_layers": LAYERS}
+    return llama_parameters(sizes, dtype, device)
+
+
+def llama_parameters(
+    sizes: Mapping[str, Any], dtype: torch.dtype, device: str | torch.device = "cpu"
+) -> tuple[list[Tensor], list[Tensor]]:
+    """A LLaMA's parameters of random values, with random gradients: the hidden matrices, and the others.
+
+    ``sizes``: as in the ``model.config`` of a recipe. Numbers are drawn on the device.
+    """
+    hidden_size, mlp = sizes["hidden_size"], sizes["intermediate_size"]
+    matrices = [(hidden_size, hidden_size)] * 4 + [(mlp, hidden_size)] * 2 + [(hidden_size, mlp)]
+    layers: list[tuple[int, ...]] = [*matrices, (hidden_size,), (hidden_size,)] * sizes["num_hidden_layers"]
+    table = (sizes["vocab_size"], hidden_size)
+    generator = torch.Generator(device).manual_seed(0)
     hidden, others = [], []
-    for shape in [(VOCABULARY, HIDDEN), *layers, (HIDDEN,), (VOCABULARY, HIDDEN)]:
-        param = torch.nn.Parameter((torch.randn(shape, generator=generator) * 0.02).to(device, dtype))
-        param.grad = torch.randn(shape, generator=generator).to(device, dtype)
+    for shape in [table, *layers, (hidden_size,), table]:
+        values, grad = (torch.randn(shape, generator=generator, device=device) for _ in range(2))
+        param = torch.nn.Parameter(values.mul_(0.02).to(dtype))
+        param.grad = grad.to(dtype)
         (hidden if shape in matrices else others).append(param)
     return hidden, others
 

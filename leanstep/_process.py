@@ -1,4 +1,4 @@
-"""The process of a command: its standard streams, Ctrl-C while it starts, the end of its parent. Imports no torch."""
+"""The process of a command: its standard streams, its signals, the end of its parent. Imports no torch."""
 
 import contextlib
 import io
@@ -7,6 +7,7 @@ import select
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -114,6 +115,57 @@ class InterruptibleStart:
             os._exit(130)
         self._interrupted = True
         raise KeyboardInterrupt
+
+
+# exit code of a run that saved and ended after a signal. Batch systems send SIGUSR1 or SIGUSR2 as a warning before they
+# kill, terminals SIGHUP when they close.
+EXIT_CODES = {
+    signal.SIGTERM: 143,
+    signal.SIGHUP: 143,
+    signal.SIGUSR1: 143,
+    signal.SIGUSR2: 143,
+    signal.SIGINT: 130,
+}
+
+
+class StopFlag:
+    """Context manager that stores a signal of :data:`EXIT_CODES` in :attr:`received` and restores the old handlers.
+
+    The handler only sets a flag, because it may run in the middle of an optimizer step. The training loop reads the
+    flag between steps, agrees on it with the other processes, saves and ends the run.
+
+    A signal that the process ignores (``nohup``) stays ignored. A second SIGINT calls ``leaving`` and exits at once
+    with code 130, without saving. With ``enabled=False`` it installs no handlers.
+
+    Raises ValueError outside the main thread.
+    """
+
+    def __init__(self, enabled: bool = True, leaving: Callable[[], object] = lambda: None) -> None:
+        self.received = 0
+        self._leaving = leaving
+        self._enabled = enabled
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopFlag":
+        if self._enabled:
+            for number in (number for number in EXIT_CODES if signal.getsignal(number) is not signal.SIG_IGN):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            # None: a handler that was not set from Python, which Python cannot restore
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._previous.clear()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            os.write(2, b"\nleft at once, nothing saved since the last checkpoint\n")
+            try:
+                self._leaving()
+            finally:
+                os._exit(EXIT_CODES[signal.SIGINT])
+        self.received = number
 
 
 def end_with_parent(parent: int | None = None) -> None:

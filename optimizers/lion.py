@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,13 +13,14 @@ from leanstep.kernels.steps.common import compute_dtype, constant, decay_factor,
 from leanstep.optimizers.common.base import Batch, LeanOptimizer, count_nonfinite
 from leanstep.optimizers.common.checks import check_betas, check_dtype, check_flags, settings_of
 from leanstep.optimizers.common.quantized import (
+    QUANTIZED_RULES,
     SCALE_KEY,
     init_momentum,
     is_quantized,
     momentum_scale_shape,
-    refuse_other_momenta,
 )
 from leanstep.optimizers.common.rounding import effective, init_rounding
+from leanstep.optimizers.common.saved_tensors import SHAPED, StateRule
 from leanstep.optimizers.common.sharding import Reducer, local, readable, store, sum_over_shards
 
 # lower bound of the cautious mask's mean, by which the update is divided (arXiv 2411.16085)
@@ -90,7 +92,7 @@ class Lion(LeanOptimizer):
         >>> optimizer.step()
     """
 
-    _shaped_state = ("exp_avg",)
+    _state_rules = {"exp_avg": SHAPED}
     _separable = True
 
     def __init__(
@@ -127,9 +129,9 @@ class Lion(LeanOptimizer):
         shapes = super()._state_shapes(group, param)
         return {**shapes, SCALE_KEY: momentum_scale_shape(param)} if is_quantized(group, param) else shapes
 
-    def _check_loaded(self, state_dict: dict[str, Any]) -> None:
-        super()._check_loaded(state_dict)
-        refuse_other_momenta("Lion", self.param_groups, state_dict)
+    def _rules_of(self, group: dict[str, Any], param: Tensor) -> Mapping[str, StateRule]:
+        rules = super()._rules_of(group, param)
+        return {**rules, **QUANTIZED_RULES} if is_quantized(group, param) else rules
 
     def _group_steps(self, group: dict[str, Any], first_index: int, only: int | None = None) -> list[Reducer[None]]:
         batches = self._batches(group, first_index, only, lambda param: "int8" if is_quantized(group, param) else "")
@@ -140,19 +142,23 @@ def _step(batch: Batch, *, int8: bool) -> Reducer[None]:
     """Update parameters, momenta and rounding states in place; count non-finite gradients."""
     group = batch.group
     params, grads = ([readable(t) for t in ts] for ts in (batch.params, batch.grads))
-    momenta = [[readable(state["exp_avg"]) for state in batch.states]]
-    if int8:
-        momenta.append([local(state[SCALE_KEY]) for state in batch.states])
+    exp_avgs = [readable(state["exp_avg"]) for state in batch.states]
+    scales = [local(state[SCALE_KEY]) for state in batch.states] if int8 else []
     scalars = lion_scalars(group["lr"], group["betas"], group["weight_decay"], params[0])
     options = batch.options(
         scalars, seeded=int8, decay_where_aligned=group["cautious_decay"], maximize=group["maximize"]
     )
-    agreement, step = (lion_agreement_int8, lion_step_int8) if int8 else (lion_agreement, lion_step)
     if group["cautious"]:
-        agreeing = agreement(grads, *momenta, options)
+        if int8:
+            agreeing = lion_agreement_int8(grads, exp_avgs, scales, options)
+        else:
+            agreeing = lion_agreement(grads, exp_avgs, options)
         yield from sum_over_shards(agreeing, batch.shards)
         options = options._replace(cautious_scale=cautious_scale(agreeing, [p.numel() for p in batch.params], scalars))
-    flags = step(params, grads, *momenta, batch.rounding_state(), options)
+    if int8:
+        flags = lion_step_int8(params, grads, exp_avgs, scales, batch.rounding_state(), options)
+    else:
+        flags = lion_step(params, grads, exp_avgs, batch.rounding_state(), options)
     store(params, batch.params)
     count_nonfinite(group, flags)
 

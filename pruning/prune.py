@@ -25,7 +25,7 @@ from leanstep.pruning.measure.measure import (
     evaluating,
     measure_curves,
 )
-from leanstep.pruning.measure.metrics import Metric, metric_name
+from leanstep.pruning.measure.metrics import METRICS, Metric, metric_name
 from leanstep.pruning.result import Additivity, Allocation, PruneResult
 from leanstep.pruning.score.base import NEEDS
 from leanstep.pruning.score.calibration import Pruning
@@ -122,6 +122,7 @@ def prune(
         granularity=granularity,
         correction=correction,
         budget=budget,
+        metric=metric,
     )
     targets = find_targets(model, include=include, exclude=exclude)
     fixed = fixed_pattern(pattern)
@@ -166,6 +167,7 @@ def check_choices(
     granularity: str = "matrix",
     correction: str = "none",
     budget: Budget | LatencyTable | str | None = None,
+    metric: str | Metric | None = None,
     **others: Any,
 ) -> None:
     """Raise ValueError for unknown or contradictory settings of :func:`prune`, before anything is loaded."""
@@ -174,6 +176,7 @@ def check_choices(
         ("score", score, tuple(NEEDS)),
         ("granularity", granularity, GRANULARITIES),
         ("correction", correction, CORRECTIONS),
+        *([("metric", metric, tuple(METRICS))] if isinstance(metric, str) else []),
     ):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")

@@ -107,7 +107,10 @@ def find_model_folder(path: str | Path) -> Path:
 
 
 def _sequence_length(requested: int | None, model: Any, tokenizer: Any) -> int:
-    positions = getattr(model.config, "max_position_embeddings", None) or 2**31
+    from leanstep.pruning.folder.loading import position_count
+
+    named = {"max_position_embeddings": getattr(model.config, "max_position_embeddings", None)}
+    positions = position_count(named, model.config.name_or_path) or 2**31
     if requested is not None and not 2 <= requested <= positions:
         raise ValueError(f"--seq-len must be from 2 to the model's {positions} positions, got {requested}")
     # a run saves its sequence length with the tokenizer

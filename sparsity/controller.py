@@ -53,7 +53,7 @@ class Controller:
 
     @property
     def step_count(self) -> int:
-        """Number of optimizer steps so far."""
+        """Number of optimizer steps and skipped steps so far."""
         return self.layers[0].transform.steps
 
     def stage(self, layer: SparseLayer | None = None) -> Stage:
@@ -75,7 +75,8 @@ class Controller:
     def attach(self, optimizer: torch.optim.Optimizer) -> Controller:
         """Follow an optimizer with hooks around its ``step``, with or without a closure. Returns the controller.
 
-        Any number of backward passes may lie between two steps. Steps that a gradient scaler skips do not count.
+        Any number of backward passes may lie between two steps. Steps that a gradient scaler skips do not count, unless
+        :meth:`skip` counts them.
 
         Raises:
             TypeError: for anything but a torch optimizer (Accelerate's wrapper counts as one).
@@ -131,6 +132,20 @@ class Controller:
         for layer in self.layers:
             layer.transform.steps += 1
         self._advance(self._measures(self.step_count))
+
+    @torch.no_grad()
+    def skip(self) -> None:
+        """Count a step that changed no weight, so that the schedule ends with the run: pattern and alpha go on.
+
+        Masks change only where the pattern does. If weights are sharded, every process has to call it.
+
+        Raises:
+            ValueError: if the model has lost its parametrizations, as after :func:`squash`.
+        """
+        self._check_installed()
+        for layer in self.layers:
+            layer.transform.steps += 1
+        self._advance(measure=False, skipped=True)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -258,7 +273,7 @@ class Controller:
         measured = (values.get(layer.name, unknown) for values in (self.flip_rates, self.gradient_noise))
         return torch.stack([count / layer.transform.mask.numel(), fraction, *(number.double() for number in measured)])
 
-    def _advance(self, measure: bool, always: bool = False) -> None:
+    def _advance(self, measure: bool, *, always: bool = False, skipped: bool = False) -> None:
         """Set every layer's alpha and mask for its step, batching layers of one pattern, device and dtype."""
         due: dict[tuple[Any, ...], list[SparseLayer]] = {}
         for layer in self.layers:
@@ -266,7 +281,9 @@ class Controller:
             transform.alpha.fill_(stage.alpha)
             if measure:
                 self.flip_rates[layer.name] = torch.zeros((), device=transform.mask.device)
-            if not (always or self._is_due(layer, stage)):
+            # a skipped step leaves the weights, and its gradient must not score
+            due_now = transform.pattern != stage.pattern if skipped else self._is_due(layer, stage)
+            if not (always or due_now):
                 continue
             if self.method.continuous and transform.pattern != stage.pattern and stage.phase != "dense":
                 transform.beta.fill_(s_ste_scale(whole_tensor(layer.weight.detach()), stage.pattern, dim=layer.dim))

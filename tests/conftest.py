@@ -33,12 +33,15 @@ import torch  # noqa: E402
 from hypothesis import Phase, settings  # noqa: E402
 from interpreter_session import InterpreterSession, in_interpreter  # noqa: E402
 from network import refuse_network  # noqa: E402
+from scheduling import FileScheduling, tell_scheduler  # noqa: E402
 
 # The same examples in every run of the suite. `pytest tests/fuzz --hypothesis-profile long` draws others, forty times
-# as many.
+# as many, or LEANSTEP_FUZZ times as many.
 _COMMON = settings(database=None, deadline=None, print_blob=True, phases=[p for p in Phase if p is not Phase.explain])
 settings.register_profile("suite", _COMMON, derandomize=True, max_examples=100)
-settings.register_profile("long", _COMMON, derandomize=False, max_examples=4000)
+settings.register_profile(
+    "long", _COMMON, derandomize=False, max_examples=100 * int(os.environ.get("LEANSTEP_FUZZ", 40))
+)
 settings.load_profile("suite")
 
 _session = pytest.StashKey[InterpreterSession]()
@@ -66,17 +69,37 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish(session):
-    """Start the interpreter process as soon as it is known which of its tests are wanted."""
-    wanted = [item.nodeid for item in session.items if item.get_closest_marker("interpret")]
-    if wanted and not in_interpreter() and not session.config.option.collectonly:
-        session.config.stash[_session] = InterpreterSession(session.config, wanted, CACHE)
+    """Start the interpreter process as soon as it is known that its tests run here."""
+    if in_interpreter() or session.config.option.collectonly:
+        return
+    if hasattr(session.config, "workerinput"):
+        tell_scheduler(CACHE, _interpreted(session))
+    elif _interpreted(session):
+        session.config.stash[_session] = InterpreterSession(session.config, _interpreted(session), CACHE)
+
+
+def _interpreted(session):
+    return [item.nodeid for item in session.items if item.get_closest_marker("interpret")]
+
+
+def pytest_xdist_auto_num_workers(config):
+    """Use all cores for the whole suite, and no worker where files or folders are named."""
+    named = config.args_source is not pytest.Config.ArgsSource.TESTPATHS
+    return 0 if named else len(os.sched_getaffinity(0))
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """Give the tests of a file to one worker, and all interpreter tests to one worker."""
+    return FileScheduling(config, CACHE, log)
 
 
 def pytest_runtest_protocol(item, nextitem):
     """Report what an interpreter test did in the other process; run every other test here."""
-    session = item.config.stash.get(_session, None)
-    if session is None or not item.get_closest_marker("interpret"):
+    if in_interpreter() or not item.get_closest_marker("interpret"):
         return None
+    if _session not in item.config.stash:  # the one of pytest-xdist's workers that got these tests
+        item.config.stash[_session] = InterpreterSession(item.config, _interpreted(item.session), CACHE)
+    session = item.config.stash[_session]
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     for report in session.reports(item):
         item.ihook.pytest_runtest_logreport(report=report)

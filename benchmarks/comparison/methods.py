@@ -26,6 +26,7 @@ class Method:
         start: hidden and other learning rate in the middle of the first grid; None: not tuned, the class's defaults.
         args: arguments of the class.
         matrices: ``algorithm`` of the groups of matrix roles, for classes with several.
+        embeddings: rule of embeddings and heads, as for :func:`leanstep.optimizers.param_groups`.
         roles: settings of the groups of other roles, by role; "tied" are those of an embedding that is also the head.
     """
 
@@ -34,12 +35,15 @@ class Method:
     start: tuple[float, float] | None = None
     args: dict[str, Any] = field(default_factory=dict)
     matrices: str | None = None
+    embeddings: str = "adamw"
     roles: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def definition(self) -> dict[str, Any]:
         """All that decides a result besides protocol and run."""
         fixed = {"args": self.args, "matrices": self.matrices, "roles": self.roles}
+        if self.embeddings != "adamw":
+            fixed["embeddings"] = self.embeddings
         return {"class": self.cls, **{key: value for key, value in fixed.items() if value}}
 
     def optimizer_class(self) -> type[torch.optim.Optimizer]:
@@ -58,7 +62,7 @@ class Method:
         roles = {role: dict(settings) for role, settings in self.roles.items() if role != "tied"}
         if "tied" in self.roles and _is_tied(model):
             roles["embedding"] = {**roles.get("embedding", {}), **self.roles["tied"]}
-        groups = param_groups(model, roles)
+        groups = param_groups(model, roles, embeddings=self.embeddings)
         for group in groups:
             is_matrix = group["name"] in MATRIX_ROLES
             if is_matrix and self.matrices:
@@ -88,7 +92,8 @@ def default_run(method: str, protocol: Protocol, seed: int) -> Run:
     return Run("judge", method, seed, None, None, None, protocol.warmups[0])
 
 
-_BALANCED = {"algorithm": "balanced", "momentum": 0.95, "scale": 1.0}
+# one rate for embeddings and norms: without a scale an entry moves by about that rate, as by AdamW's
+_UNSCALED = {"scale": 1.0}
 _SPARSE_MFAC = {"window": 256, "damping": 1e-4, "compression": "topk", "density": 0.01, "momentum": 0.9}
 _SINKGD, _LANTON = "leanstep.optimizers:SinkGD", "leanstep.optimizers:LANTON"
 _LION, _MFAC = "leanstep.optimizers:Lion", "leanstep.optimizers:MFAC"
@@ -97,26 +102,25 @@ _LION, _MFAC = "leanstep.optimizers:Lion", "leanstep.optimizers:MFAC"
 METHODS = {
     "adamw": Method("torch.optim:AdamW", "AdamW", (1e-3, 2e-2), {**_ADAMW, "fused": True}),
     "sinkgd": Method(_SINKGD, "SinkGD, AdamW on the rest", (2e-2, 2e-2), _ADAMW),
-    "muon": Method("leanstep.recipes.methods.muon:MuonAdamW", "Muon, AdamW on the rest", (1.6e-2, 1.6e-2), _ADAMW,
+    "muon": Method("leanstep.recipes.methods.muon:MuonAdamW", "Muon, AdamW on the rest", (8e-3, 1.6e-2), _ADAMW,
                    matrices="muon"),
-    "lion": Method(_LION, "Lion", (5e-4, 4e-3)),
+    "lion": Method(_LION, "Lion", (1e-3, 1.6e-2)),
     "lanton": Method(_LANTON, "LANTON", (2e-2, 2e-2), {"alpha": "auto"}),
     "scale": Method("comparison.peers:SCALE", "SCALE", (1e-3, 1e-2), matrices="rows",
                     roles={"embedding": {"algorithm": "columns"}, "position": {"algorithm": "columns"},
                            "head": {"algorithm": "head"}, "tied": {"algorithm": "head"}}),
-    "normuon": Method("comparison.peers:NorMuon", "NorMuon, AdamW on the rest", (1.6e-2, 1.6e-2), _ADAMW,
+    "normuon": Method("comparison.peers:NorMuon", "NorMuon, AdamW on the rest", (8e-3, 1.6e-2), _ADAMW,
                       matrices="normuon"),
-    "sinkgd-balanced": Method(_SINKGD, "SinkGD, balanced embedding and head", (2e-2, 2e-2), _ADAMW,
-                              roles={"embedding": _BALANCED, "head": _BALANCED}),
+    "sinkgd-balanced": Method(_SINKGD, "SinkGD, balanced embedding and head", (2e-2, 1e-2), _ADAMW,
+                              embeddings="balanced", roles={"embedding": _UNSCALED, "head": _UNSCALED}),
     "lanton-plain": Method(_LANTON, "LANTON, plain", (2e-2, 2e-2), {"noise_adaptive": False}),
-    "sgd": Method("torch.optim:SGD", "SGD with momentum", (0.5, 4.0), {"momentum": 0.9}),
-    "s-mfac": Method(_MFAC, "S-MFAC", (3e-3, 3e-3), _SPARSE_MFAC),
+    "sgd": Method("torch.optim:SGD", "SGD with momentum", (0.02, 0.5), {"momentum": 0.9}),
+    "s-mfac": Method(_MFAC, "S-MFAC", (6e-3, 3e-3), _SPARSE_MFAC),
     "adamw-default": Method("torch.optim:AdamW", "AdamW", None, {"fused": True}),
     "sinkgd-default": Method(_SINKGD, "SinkGD, AdamW on the rest"),
     "lion-default": Method(_LION, "Lion"),
     "lanton-default": Method(_LANTON, "LANTON"),
-    "sinkgd-balanced-default": Method(_SINKGD, "SinkGD, balanced embedding and head",
-                                      roles={role: {"algorithm": "balanced"} for role in ("embedding", "head")}),
+    "sinkgd-balanced-default": Method(_SINKGD, "SinkGD, balanced embedding and head", embeddings="balanced"),
     "lanton-plain-default": Method(_LANTON, "LANTON, plain", None, {"noise_adaptive": False}),
     "s-mfac-default": Method(_MFAC, "S-MFAC", None, {"compression": "topk"}),
 }  # fmt: skip

@@ -47,10 +47,17 @@ class Protocol:
 
     @cached_property
     def definition(self) -> dict[str, Any]:
-        """All that decides a result besides method, step sizes and seed, as JSON has it."""
-        sections = ("model", "data", "batch", "schedule", "max_grad_norm")
-        recipe = {key: value for key, value in asdict(self.config).items() if key in sections}
-        del recipe["data"]["cache_dir"]
+        """All that decides a result besides method, step sizes and seed, as JSON has it.
+
+        Of the recipe, what differs from the defaults: a key that recipes get later changes no result. Where a default
+        changes, raise VERSION.
+        """
+        defaults = asdict(RunConfig())
+        recipe: dict[str, Any] = {}
+        for section in ("model", "data", "batch", "schedule"):
+            values = asdict(getattr(self.config, section))
+            recipe[section] = {k: v for k, v in values.items() if v != defaults[section][k] and k != "cache_dir"}
+        recipe["max_grad_norm"] = self.config.max_grad_norm
         return json.loads(json.dumps({"version": VERSION, **asdict(self), "recipe": recipe}))
 
     @cached_property

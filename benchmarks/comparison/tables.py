@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import html
+import math
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 from comparison.methods import METHODS
+from comparison.protocol import ComparisonError
 from comparison.results import Results, read
 from comparison.summary import BASELINE, CONFIDENCE, Row, summarise
 
@@ -28,7 +31,7 @@ def blocks(path: Path) -> dict[str, str]:
     model = results.protocol.model
     return {
         f"compare-{model}": _comparison(results, rows, others, path),
-        f"chosen-{model}": _chosen(results, rows, others),
+        f"chosen-{model}": _chosen(results, rows),
     }
 
 
@@ -46,11 +49,20 @@ def replace_blocks(text: str, contents: dict[str, str]) -> str:
 
 
 def write(path: Path, root: Path) -> list[Path]:
-    """Write tables and figure of a file of results into the documentation; return the changed files."""
+    """Write tables and figure of a file of results into the documentation; return the changed files.
+
+    Raises ComparisonError if no page has a place for a table.
+    """
     contents, results = blocks(path), read(path)
     targets = {root / page: replace_blocks((root / page).read_text("utf-8"), contents) for page in PAGES}
+    pages = "".join(targets.values())
+    for name in contents:
+        if f"<!-- table:{name} -->" not in pages:
+            marks = f"<!-- table:{name} --> and <!-- /table:{name} -->"
+            raise ComparisonError(f"neither of {' and '.join(PAGES)} has the marks {marks}; put them where it shall be")
     rows, _ = summarise(results)
-    targets[root / figure_path(results.protocol.model)] = figure(rows, results.protocol.model)
+    if any(row.difference for row in rows):
+        targets[root / figure_path(results.protocol.model)] = figure(rows, results.protocol.model)
     changed = [target for target, text in targets.items() if not target.exists() or target.read_text("utf-8") != text]
     for target in changed:
         target.write_text(targets[target], "utf-8")
@@ -83,81 +95,92 @@ def _cells(row: Row) -> list[str]:
 
 def _comparison(results: Results, rows: list[Row], others: dict[str, str], path: Path) -> str:
     protocol = results.protocol
-    seeds = len(protocol.judge_seeds)
     head = [
-        "optimizer", f"loss, mean ± s.e. of {seeds} seeds", "difference to tuned AdamW [95 %]", "reading",
-        "loss at AdamW's time", "ms a step", "tokens to AdamW's loss", "MB",
+        "optimizer", f"loss, mean ± s.e. of {len(protocol.judge_seeds)} seeds", "difference to tuned AdamW [95 %]",
+        "reading", "loss at AdamW's time", "ms a step", "tokens to AdamW's loss", "MB",
     ]  # fmt: skip
     tuned = [_cells(row) for row in rows if METHODS[row.method].start]
     default = [_cells(row) for row in rows if not METHODS[row.method].start]
-    parts = [_caption(results, path)]
+    parts = [*_caption(results, path)]
     if tuned:
         parts += [f"Tuned, {results.search.budget} runs each:", markdown(head, tuned, (0, 3))]
     if default:
         parts += ["With the defaults of the class, not tuned:", markdown(head, default, (0, 3))]
-    if any(row.difference for row in rows):
+    compared = sum(row.difference is not None for row in rows)
+    if compared:
         parts.append(f"![differences to tuned AdamW with intervals]({figure_path(protocol.model)})")
-    parts.append(_legend(results))
+    if rows:
+        parts.append(_paragraph(_legend(results, compared)))
     if others:
-        parts.append(_unfinished(others))
+        parts.append(_paragraph(_unfinished(others)))
     return "\n\n".join(parts)
 
 
-def _caption(results: Results, path: Path) -> str:
+def _paragraph(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def _caption(results: Results, path: Path) -> list[str]:
     protocol, environments = results.protocol, results.environments()
-    commits = ", ".join(dict.fromkeys(row["commit"] for row in environments))
+    text = {"sotu": "the State of the Union addresses"}.get(protocol.config.data.source, protocol.config.data.source)
     tokens = protocol.judge_steps * protocol.config.batch.tokens_per_step / 1e6
-    machine = environments[0]
-    return (
-        f"{protocol.model} on the State of the Union addresses, {protocol.judge_steps} steps ({tokens:.2g} M tokens), "
-        f"{protocol.precision}, one thread of an {machine['processor']} on a shared machine, torch "
-        f"{machine['torch']}, commit {commits}: [how it was made](docs/protocol.md), from "
-        f"[{path.name}](docs/results/{path.name}) by\n`python benchmarks optimizers/compare --report "
-        f"docs/results/{path.name} --write`."
-    )
+    made = "no run is finished"
+    if environments:
+        commits = ", ".join(dict.fromkeys(row["commit"] for row in environments))
+        machine = environments[0]
+        made = f"{machine['processor']}, one thread on a shared machine, torch {machine['torch']}, commit {commits}"
+    return [
+        _paragraph(
+            f"{protocol.model} on {text}, {protocol.judge_steps} steps ({tokens:.2g} M tokens), {protocol.precision}; "
+            f"{made}. [How optimizers are compared](docs/protocol.md) has the rules, "
+            f"[{path.name}](docs/results/{path.name}) every run; this command makes the tables of it:"
+        ),
+        f"`python benchmarks optimizers/compare --report docs/results/{path.name} --write`",
+    ]
 
 
-def _legend(results: Results) -> str:
-    protocol = results.protocol
-    compared = len([m for m in METHODS.values()]) - 1
-    load = "" if results.timing is None else (
-        f" Other processes used {results.timing['other_load']:.0%} of the machine's processors meanwhile."
-    )  # fmt: skip
-    return (
-        f"The interval is Student's, paired by seed, {CONFIDENCE:.0%} for each row alone: of {compared} rows without "
-        "any difference, one in twenty would still show one. A loss at AdamW's time is read from the run's curve, so a "
-        "slower method is read before the end of its schedule and a faster one gets no extra steps. Time is processor "
-        f"time of a step with one thread, interleaved.{load} Tokens are a fraction of AdamW's, where all seeds reach "
-        "its loss. MB are weights, gradients and optimizer state; * marks rows that no other row beats with as little "
-        f"memory. {protocol.judge_steps} steps of a million parameters say little about larger runs."
+def _legend(results: Results, compared: int) -> str:
+    text = ""
+    if compared:
+        text += (
+            f"The interval is Student's, paired by seed, {CONFIDENCE:.0%} for each row alone; it is not corrected for "
+            f"the {compared} rows that are compared. "
+        )
+    text += (
+        "A loss at AdamW's time is read from the run's curve: a slower method is read before the end of its schedule, "
+        "a faster one gets no extra steps. Tokens to AdamW's loss are a fraction of AdamW's, where all seeds reach it. "
+        "MB are weights, gradients and optimizer state; * marks rows that no other row beats with as little memory. "
     )
+    if results.timing is not None:
+        text += (
+            f"A step is processor time of one thread, interleaved; other processes used "
+            f"{results.timing['other_load']:.0%} of the machine's processors meanwhile. "
+        )
+    return text + f"{results.protocol.judge_steps} steps of a small model say little about larger runs."
 
 
 def _unfinished(others: dict[str, str]) -> str:
     names: dict[str, list[str]] = {}
     for method, reason in others.items():
         names.setdefault(reason, []).append(METHODS[method].label + ("" if METHODS[method].start else " with defaults"))
-    texts = [f"{reason}: {'; '.join(methods)}" for reason, methods in names.items()]
-    return (
-        f"Rows that are not complete are not in the table. {'. '.join(text[0].upper() + text[1:] for text in texts)}."
-    )
+    texts = [f"{reason[0].upper()}{reason[1:]}: {'; '.join(methods)}." for reason, methods in names.items()]
+    return f"Rows that are not complete are not in the table. {' '.join(texts)}"
 
 
-def _chosen(results: Results, rows: list[Row], others: dict[str, str]) -> str:
+def _chosen(results: Results, rows: list[Row]) -> str:
     head = ["optimizer", "hidden lr", "other lr", "weight decay", "warm-up", "tuning loss", "tuning runs", "each seed"]
     lines = []
     for row in rows:
-        run = row.chosen
-        seeds = ", ".join(f"{loss:.4f}" for loss in row.losses)
+        run, name = row.chosen, METHODS[row.method].label
+        seeds = ", ".join("diverged" if math.isinf(loss) else f"{loss:.4f}" for loss in row.losses)
         if run.hidden_lr is None:
-            lines.append(
-                [f"{METHODS[row.method].label}, defaults", *["class"] * 3, f"{run.warmup:.0%}", "–", "0", seeds]
-            )
-            continue
-        loss = next(r["losses"][-1][2] for k, r in results.rows.items() if _same_settings(k, run) and k.kind == "tune")
-        settings = [f"{run.hidden_lr:g}", f"{run.other_lr:g}", f"{run.weight_decay:g}", f"{run.warmup:.0%}"]
-        lines.append([METHODS[row.method].label, *settings, f"{loss:.4f}", str(row.tuning_runs), seeds])
-    return markdown(head, lines)
+            settings = [f"{name}, defaults", *["the class's"] * 3, f"{run.warmup:.0%}", "–"]
+        else:
+            loss = next(results.losses[k] for k in results.rows if k.kind == "tune" and _same_settings(k, run))
+            rates = [f"{run.hidden_lr:g}", f"{run.other_lr:g}", f"{run.weight_decay:g}"]
+            settings = [name, *rates, f"{run.warmup:.0%}", f"{loss:.4f}"]
+        lines.append([*settings, str(row.tuning_runs), seeds])
+    return markdown(head, lines) if lines else "No row is complete."
 
 
 def _same_settings(run: object, other: object) -> bool:

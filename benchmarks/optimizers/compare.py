@@ -19,7 +19,7 @@ from pathlib import Path
 from common import command_line
 from comparison.methods import METHODS
 from comparison.protocol import ComparisonError, Protocol
-from comparison.results import writing
+from comparison.results import read, writing
 from comparison.search import grid_size
 from comparison.summary import BASELINE
 from comparison.tables import blocks, write
@@ -98,6 +98,8 @@ def compare(options) -> int:
 
 def report(path: Path, into_pages: bool) -> int:
     """Print the tables of a file, and write them into the documentation if asked to."""
+    if read(path).unfinished:
+        print(f"note: the last line of {path} is cut off and does not count; its run is made again", file=sys.stderr)
     print("\n\n".join(blocks(path).values()))
     if into_pages:
         for changed in write(path, ROOT):

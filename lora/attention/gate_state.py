@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from leanstep._files import one_line
 
 
 @dataclass
@@ -81,10 +84,11 @@ def check_state(state: Any, layers: Iterable[str], settings: Mapping[str, Any]) 
     """Check that a gate with these layers and settings can load a saved state.
 
     Raises:
-        ValueError: for anything but a gate's state, or a state of other layers or settings.
+        ValueError: for anything but a gate's state, a state of other layers or settings, or values of other types.
     """
     required = {"settings", "generator", "speeds", "layers"}
-    if not isinstance(state, Mapping) or required - state.keys():
+    parts = [state.get(key) for key in ("settings", "speeds", "layers")] if isinstance(state, Mapping) else [None]
+    if not all(isinstance(part, Mapping) for part in parts) or required - state.keys():
         raise ValueError(f"LowRankGate: expected a state with {', '.join(sorted(required))}, as state_dict() gives it")
     names = list(layers)
     missing = [name for name in names if name not in state["layers"]]
@@ -95,7 +99,7 @@ def check_state(state: Any, layers: Iterable[str], settings: Mapping[str, Any]) 
             f"{_listed(foreign)}"
         )
     differ = [
-        f"{key} was {state['settings'].get(key)}, is {value}"
+        f"{key} was {one_line(state['settings'].get(key))}, is {value}"
         for key, value in settings.items()
         if state["settings"].get(key) != value
     ]
@@ -104,11 +108,45 @@ def check_state(state: Any, layers: Iterable[str], settings: Mapping[str, Any]) 
             f"LowRankGate: the state was saved with other settings: {'; '.join(differ)}; use those settings, or start "
             "without the state to judge every layer again"
         )
-    broken = [name for name, saved in state["layers"].items() if set(_SAVED) - saved.keys()]
+    broken = [n for n, saved in state["layers"].items() if not isinstance(saved, Mapping) or set(_SAVED) - saved.keys()]
     if broken:
         raise ValueError(f"LowRankGate: the state of {_listed(broken)} lacks some of {', '.join(sorted(_SAVED))}")
+    for name, saved in state["layers"].items():
+        wrong = [key for key in _SAVED if not _fits(key, saved[key])]
+        if wrong:
+            raise ValueError(f"LowRankGate: the state of {name} has a {wrong[0]} of another type or range")
+    if not all(isinstance(key, str) and _is_number(speed) and speed > 0 for key, speed in state["speeds"].items()):
+        raise ValueError("LowRankGate: expected speeds above 0 by name")
+    try:
+        torch.Generator().set_state(state["generator"].cpu())
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(f"LowRankGate: the state of the generator cannot be restored: {error}") from None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def _fits(key: str, value: Any) -> bool:
+    """Whether a saved value has the type and range of its field in :class:`LayerState`."""
+    if key in ("low_rank", "on"):
+        return isinstance(value, bool)
+    if key == "reason":
+        return isinstance(value, str)
+    if key in ("calls", "low_rank_calls", "fallbacks", "good"):
+        return type(value) is int and 0 <= value < 2**63
+    if key == "gradient_errors":
+        return isinstance(value, dict) and all(isinstance(k, str) and _is_number(v) for k, v in value.items())
+    if key == "center":
+        return value is None or (
+            isinstance(value, Tensor)
+            and value.dim() == 2
+            and value.is_floating_point()
+            and bool(value.isfinite().all())
+        )
+    return _is_number(value) or (value is None and key != "largest_error")
 
 
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return (", ".join(names[:3]) or "no layer") + more
+    return (one_line(", ".join(map(str, names[:3]))) or "no layer") + more

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -9,9 +10,16 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels import StepOptions
-from leanstep.optimizers.common.checks import check_choice, check_flags, check_number, check_rounding, describe
-from leanstep.optimizers.common.loading import refuse_foreign, refuse_misfits, restore_dtypes, upgraded
-from leanstep.optimizers.common.rounding import STATE_KEY, effective, rounding_states, seeds_for
+from leanstep.optimizers.common.checks import (
+    check_choice,
+    check_flags,
+    check_number,
+    check_rounding,
+    describe,
+)
+from leanstep.optimizers.common.loading import StateLoading
+from leanstep.optimizers.common.rounding import STATE_RULES, effective, rounding_states, seeds_for
+from leanstep.optimizers.common.saved_tensors import StateRule
 from leanstep.optimizers.common.sharding import (
     Reducer,
     Shard,
@@ -63,7 +71,7 @@ class Batch(NamedTuple):
         return StepOptions(scalars, self.rounding, **more)
 
 
-class LeanOptimizer(torch.optim.Optimizer):
+class LeanOptimizer(StateLoading, torch.optim.Optimizer):
     """Base class: loading preserves the dtypes of state, and non-finite gradients are counted.
 
     All state is in ``self.state`` and ``self.param_groups``. deepcopy, pickle, ``state_dict`` and
@@ -73,8 +81,7 @@ class LeanOptimizer(torch.optim.Optimizer):
     spans groups implements :meth:`_steps` in place of :meth:`_group_steps`.
 
     Attributes:
-        _shaped_state: names of the method's state tensors that have the shape of their parameter.
-        _host_state: names of state tensors that stay in the host's memory, because the host reads them.
+        _state_rules: what loading accepts of every entry of a parameter's state, beside those of rounding.
         _drop_state: how a user drops the state of a resized parameter.
         _separable: whether the update of a parameter depends on its own gradient and state alone.
         _group_entries: entries of every group that are not settings, with their first values.
@@ -82,8 +89,7 @@ class LeanOptimizer(torch.optim.Optimizer):
         _older_settings: settings of older versions -> the values that still load.
     """
 
-    _shaped_state: tuple[str, ...] = ()
-    _host_state: tuple[str, ...] = ()
+    _state_rules: Mapping[str, StateRule] = {}
     _drop_state = "del optimizer.state[parameter]"
     _separable = False
     _group_entries: Mapping[str, Any] = {}
@@ -164,7 +170,17 @@ class LeanOptimizer(torch.optim.Optimizer):
 
     def _state_shapes(self, group: dict[str, Any], param: Tensor) -> dict[str, tuple[int, ...]]:
         """Return the shapes, before sharding, of all state tensors that depend on their parameter's shape."""
-        return {key: tuple(param.shape) for key in (*self._shaped_state, *STATE_KEY.values())}
+        return dict.fromkeys(self._shaped_state(), tuple(param.shape))
+
+    @classmethod
+    @functools.cache
+    def _shaped_state(cls) -> tuple[str, ...]:
+        """Return the names of the state tensors that have the shape of their parameter."""
+        return tuple(key for key, rule in {**STATE_RULES, **cls._state_rules}.items() if rule.shaped)
+
+    def _rules_of(self, group: dict[str, Any], param: Tensor) -> Mapping[str, StateRule]:
+        """Return what loading accepts of every entry of a parameter's state."""
+        return {**STATE_RULES, **self._state_rules}
 
     def _group_steps(self, group: dict[str, Any], first_index: int, only: int | None = None) -> list[Reducer[None]]:
         """Return generators that update a group, or only its parameter at position ``only``.
@@ -263,10 +279,14 @@ class LeanOptimizer(torch.optim.Optimizer):
         """Fill in settings that an older state does not have."""
         super().__setstate__(state)
         for group in self.param_groups:
-            first_values = {"optimizer": self._method(), "nonfinite_count": 0, **self._group_entries, **self.defaults}
-            first_values.pop("differentiable", None)  # torch adds it to the defaults on loading
-            group.update({key: value for key, value in first_values.items() if key not in group})
+            group.update({key: value for key, value in self._first_values().items() if key not in group})
             _name_dtypes(group)
+
+    def _first_values(self) -> dict[str, Any]:
+        """Return the first values of a group's settings and entries."""
+        values = {"optimizer": self._method(), "nonfinite_count": 0, **self._group_entries, **self.defaults}
+        values.pop("differentiable", None)  # torch adds it to the defaults on loading
+        return values
 
     def state_dict(self) -> dict[str, Any]:
         """Return torch's state dict, with ``nonfinite_count`` as an int (reads the device).
@@ -284,43 +304,6 @@ class LeanOptimizer(torch.optim.Optimizer):
         return next(
             c.__name__ for c in reversed(cls.__mro__) if issubclass(c, LeanOptimizer) and c is not LeanOptimizer
         )
-
-    def _keeps_dtype(self, group: dict[str, Any], param: Tensor, key: str) -> bool:
-        """Whether loading preserves the saved dtype of a state tensor; if not, it casts to the parameter's."""
-        return True
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state; every tensor keeps the dtype it was saved in, bit for bit.
-
-        torch casts floating state to the parameter's dtype. This method restores the saved tensors afterwards, before
-        the user's load hooks run.
-
-        Raises:
-            ValueError: the state belongs to another optimizer, other groups or parameters of other shapes, or has a
-                setting that no longer exists. Nothing is changed.
-        """
-        final: dict[str, Any] = {}
-
-        def check(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
-            refuse_foreign(self, loaded)
-            final.update(upgraded(self, loaded))
-            self._check_loaded(final)
-            return final
-
-        def restore(_: torch.optim.Optimizer) -> None:
-            restore_dtypes(self, final)
-
-        before = self.register_load_state_dict_pre_hook(check)
-        after = self.register_load_state_dict_post_hook(restore, prepend=True)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            before.remove()
-            after.remove()
-
-    def _check_loaded(self, state_dict: dict[str, Any]) -> None:
-        """Raise ValueError if a state, with its names of this version, does not fit the parameters and settings."""
-        refuse_misfits(self, state_dict)
 
     def nonfinite_count(self) -> int:
         """Return how many times a tensor's gradient had infinite or NaN entries, over all steps (reads the device).

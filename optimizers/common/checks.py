@@ -62,15 +62,25 @@ def check_number(
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{owner}: {name} must be a number, got {value!r}")
     open_high = open_high or high == math.inf
-    if not (low <= value <= high) or (open_high and value == high) or math.isnan(value):
+    too_large = isinstance(value, int) and abs(value) >= 2**63  # for torch; write a float
+    if too_large or not (low <= value <= high) or (open_high and value == high) or math.isnan(value):
         end = ")" if open_high else "]"
         raise ValueError(f"Invalid {name}: {value}; {owner} expects it in [{low}, {high}{end}")
 
 
 def check_count(owner: str, name: str, value: Any) -> None:
     """Raise ValueError unless the value is an int of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"Invalid {name}: {value!r}; {owner} expects an int of at least 1")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+        raise ValueError(f"Invalid {name}: {value!r:.80}; {owner} expects an int of at least 1, and less than 2**31")
+
+
+def check_saved_count(owner: str, name: str, group: dict[str, Any]) -> None:
+    """Raise ValueError unless a saved entry is a whole number of at least 0."""
+    value = group[name]
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_floating_point():
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+        raise ValueError(f"Invalid {name}: {value!r:.80}; {owner} expects an int in [0, 2**63)")
 
 
 def check_layout(owner: str, group: dict[str, Any]) -> None:

@@ -1,14 +1,26 @@
-"""Checks and upgrades of a state dict before loading, and restoration of its dtypes after torch has cast them."""
+"""Loading a state dict: every check, and every conversion, before anything of the optimizer is changed."""
 
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from collections import defaultdict
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from leanstep.optimizers.common.checks import describe
+from leanstep._torch import local_part
+from leanstep.optimizers.common.checks import check_saved_count, describe
+from leanstep.optimizers.common.saved_tensors import (
+    Created,
+    Misfit,
+    as_number_tensor,
+    check_readable,
+    fitted,
+    owned,
+    separate,
+)
 
 if TYPE_CHECKING:
     from leanstep.optimizers.common.base import LeanOptimizer
@@ -19,8 +31,170 @@ _COMMON_SETTINGS = frozenset(
     + ("nonfinite", "rounding", "seed", "momentum_dtype")
 )
 
+_ADVICE = "nothing was changed. Load a state that this optimizer saved, or start without it."
 
-def refuse_foreign(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> None:
+# characters of a message, which may quote the file
+_LONGEST = 800
+
+
+class Loaded(NamedTuple):
+    """A parameter and its saved state."""
+
+    group_index: int
+    group: dict[str, Any]  # the saved settings, with the parameters of this optimizer
+    position: int  # in the group
+    param: Tensor
+    saved_id: Any
+    state: dict[str, Any]
+
+
+class _Opaque:
+    """State of a parameter on its way through ``torch.optim.Optimizer.load_state_dict``, which would cast tensors."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+
+class StateLoading:
+    """The part of ``LeanOptimizer`` that loads a state dict."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; every tensor keeps the dtype it was saved in, bit for bit.
+
+        The state is checked as if it came from a stranger, after the user's pre-hooks and before anything is changed:
+        settings as in the constructor; the entries of every parameter against those that this optimizer would create
+        (names, dtypes, shapes, placements, memory behind the tensors); ranges of counts and estimates. Momenta may be
+        infinite or NaN, as training can make them so. Tensors with other strides, and those that share memory with
+        another one, are copied. As in torch, all others share the memory of ``state_dict``. A parameter may have no
+        state. :class:`leanstep.optimizers.SinkGD` casts AdamW's moments, and "kahan" its compensations, to the dtype
+        that a step needs.
+
+        Raises:
+            ValueError: the state belongs to another optimizer, other groups or parameters of other shapes, has a
+                setting that no longer exists or is out of range, or is damaged. Nothing is changed.
+        """
+        if not isinstance(state_dict, dict):
+            raise ValueError(
+                f"{type(self).__name__}: expected a state dict, got {type(state_dict).__name__}; nothing was changed. "
+                "Load what state_dict() returned."
+            )
+        # the user's hooks run before the first and after the second one
+        optimizer = cast("LeanOptimizer", self)
+        before = optimizer.register_load_state_dict_pre_hook(lambda _, loaded: _checked(optimizer, loaded))
+        after = optimizer.register_load_state_dict_post_hook(lambda _: _unwrap(optimizer), prepend=True)
+        try:
+            torch.optim.Optimizer.load_state_dict(optimizer, state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def _in_memory(self, states: dict[Any, Any]) -> dict[Any, Any]:
+        """Return the saved states in the form that they have in memory. States may be damaged here."""
+        return states
+
+    def _check_entries(self, group: dict[str, Any]) -> None:
+        """Raise ValueError if an entry of a saved group that is no setting is out of range."""
+        check_saved_count(type(self).__name__, "nonfinite_count", group)
+
+    def _check_fit(self, groups: list[dict[str, Any]], group: dict[str, Any]) -> None:
+        """Raise ValueError if the parameters of one of the loaded groups do not fit its settings."""
+        cast("LeanOptimizer", self)._check_params(group, {})
+
+    def _check_loaded_groups(self, groups: list[dict[str, Any]]) -> None:
+        """Raise ValueError if a state with these settings cannot continue here."""
+
+    def _loadable_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
+        """Return the entries that a saved state may have: those of :meth:`_init_state`, and more. Tensors are fake."""
+        return cast("LeanOptimizer", self)._init_state(group, position, param)
+
+    def _check_loaded_states(self, groups: list[dict[str, Any]], entries: list[Loaded]) -> None:
+        """Raise ValueError if states contradict each other or their settings; their tensors are checked already."""
+
+
+def _checked(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return a state dict that torch can load, with states as :class:`_Opaque`; the given one is not changed.
+
+    Raises:
+        ValueError: as ``LeanOptimizer.load_state_dict``.
+    """
+    try:
+        return _loadable(optimizer, state_dict)
+    except ValueError as error:
+        text = "".join(c if c.isprintable() else "?" for c in str(error))
+        raise ValueError(text if len(text) <= _LONGEST else f"{text[: _LONGEST - 200]}...{text[-197:]}") from error
+
+
+def _loadable(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    _check_form(optimizer, state_dict)
+    _refuse_foreign(optimizer, state_dict)
+    _check_ids(optimizer, state_dict)
+    state_dict = _upgraded(optimizer, state_dict)
+    saved_groups = [_readable_group(optimizer, group) for group in state_dict["param_groups"]]
+    groups = _future_groups(optimizer, saved_groups)
+    _refuse_other_order(optimizer, saved_groups)
+    optimizer._check_loaded_groups(groups)
+    entries = [
+        Loaded(index, group, position, param, saved_id, state_dict["state"][saved_id])
+        for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True))
+        for position, (param, saved_id) in enumerate(zip(group["params"], saved["params"], strict=True))
+        if state_dict["state"].get(saved_id)
+    ]
+    for entry in entries:
+        _check_shapes(optimizer, entry)
+    entries = _fitted_entries(optimizer, groups, entries)
+    optimizer._check_loaded_states(groups, entries)
+    states = {key: _Opaque({}) if state == {} else state for key, state in state_dict["state"].items()}
+    states |= {entry.saved_id: _Opaque(entry.state) for entry in entries}
+    return {**state_dict, "state": states, "param_groups": saved_groups}
+
+
+def _unwrap(optimizer: LeanOptimizer) -> None:
+    """Replace every :class:`_Opaque` in an optimizer's state by what it holds."""
+    for param, state in optimizer.state.items():
+        if isinstance(state, _Opaque):
+            optimizer.state[param] = state.state
+
+
+# ---- the dict
+
+
+def _check_form(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> None:
+    """Raise ValueError unless groups and states have torch's form."""
+    states, groups = (state_dict.get(key) for key in ("state", "param_groups"))
+    _need(optimizer, isinstance(states, dict), "a dict under 'state'", type(states).__name__)
+    _need(optimizer, isinstance(groups, (list, tuple)), "a list under 'param_groups'", type(groups).__name__)
+    for group in groups or ():
+        _need(optimizer, isinstance(group, dict), "a dict for every group", type(group).__name__)
+        ids = group.get("params")
+        valid = isinstance(ids, (list, tuple)) and all(isinstance(i, (int, str)) for i in ids)
+        _need(optimizer, valid, "a list of numbers or names under 'params' of every group", f"{ids!r:.80}")
+        if "param_names" in group:
+            names = group["param_names"]
+            valid = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+            _need(optimizer, valid and len(names) == len(ids), "a name for every parameter", f"{names!r:.80}")
+
+
+def _check_ids(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> None:
+    """Raise ValueError unless the parameters of groups and states are those of this optimizer."""
+    states, groups = state_dict["state"], state_dict["param_groups"]
+    sizes, saved_sizes = ([len(g["params"]) for g in gs] for gs in (optimizer.param_groups, groups))
+    _need(optimizer, sizes == saved_sizes, f"groups of {sizes} parameters", f"{saved_sizes}")
+    ids = [i for group in groups for i in group["params"]]
+    _need(optimizer, len(set(ids)) == len(ids), "every parameter once", f"the ids {ids!r:.80}")
+    known = set(ids)
+    for key, state in states.items():  # hooks may add other values under names
+        if key in known:
+            _need(optimizer, isinstance(state, dict), f"a dict for parameter {key!r}", type(state).__name__)
+        else:
+            _need(optimizer, not isinstance(key, int), f"states of the parameters {ids!r:.80}", f"one of {key!r}")
+
+
+def _need(optimizer: LeanOptimizer, condition: bool, expected: str, got: str) -> None:
+    if not condition:
+        raise ValueError(f"{type(optimizer).__name__}: expected {expected} in the saved state, got {got}; {_ADVICE}")
+
+
+def _refuse_foreign(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> None:
     """Raise ValueError if another optimizer saved the state.
 
     The group's "optimizer" entry tells; without one, the state is refused if it lacks most of this optimizer's
@@ -32,15 +206,15 @@ def refuse_foreign(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> None
         if other is None and 2 * len(distinctive & group.keys()) < len(distinctive):
             missing = ", ".join(sorted(distinctive - group.keys()))
             other = f"another optimizer (its groups have no {missing})"
-        if other not in (None, optimizer._method()):
+        if other is not None and not (isinstance(other, str) and other == optimizer._method()):
             raise ValueError(
                 f"{type(optimizer).__name__}: the state was saved by {other}, and {optimizer._method()} cannot "
                 "continue from it; nothing was changed. Load it into the optimizer that saved it, or start without it."
             )
 
 
-def upgraded(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Return a state with the names and settings of this version. The given one is not changed.
+def _upgraded(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return a state with the names, settings and shapes of this version. The given one is not changed.
 
     Raises:
         ValueError: the state was saved with a setting that no longer exists.
@@ -48,26 +222,76 @@ def upgraded(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> dict[str, 
     names, settings = optimizer._older_names, optimizer._older_settings
     for group in state_dict["param_groups"]:
         for name, values in settings.items():
-            if group.get(name) not in (None, *values):
+            value = group.get(name)
+            if value is not None and (isinstance(value, Tensor) or value not in values):
                 raise ValueError(
-                    f"{type(optimizer).__name__}: the state was saved with {name}={group[name]!r}, which no longer "
+                    f"{type(optimizer).__name__}: the state was saved with {name}={value!r:.80}, which no longer "
                     "exists; nothing was changed. Continue with the version that saved it, or start without the state."
                 )
 
     def renamed(entries: Any) -> Any:  # hooks may add values that are no dict
-        return {names.get(k, k): v for k, v in entries.items()} if names and isinstance(entries, dict) else entries
+        return {names.get(k, k): v for k, v in entries.items()} if isinstance(entries, dict) else entries
 
     gone = settings.keys() - optimizer.defaults.keys()
     groups = [{k: v for k, v in renamed(group).items() if k not in gone} for group in state_dict["param_groups"]]
-    states = {param_id: renamed(state) for param_id, state in state_dict["state"].items()}
+    states = optimizer._in_memory({param_id: renamed(state) for param_id, state in state_dict["state"].items()})
     return {**state_dict, "state": states, "param_groups": groups}
 
 
-def refuse_misfits(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> None:
-    """Raise ValueError if parameter names, or shapes of state tensors, show that the parameters' order differs."""
+# ---- settings
+
+
+def _readable_group(optimizer: LeanOptimizer, group: dict[str, Any]) -> dict[str, Any]:
+    """Return a saved group whose tensors (a learning rate, masks) have memory of their own."""
+
+    def readable(value: Any) -> Any:
+        if isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) for v in value):
+            return [readable(v) for v in value]
+        return owned(value) if isinstance(value, Tensor) else value
+
+    result = {}
+    for key, value in group.items():
+        try:
+            result[key] = readable(value)
+        except Misfit as error:
+            raise ValueError(f"{type(optimizer).__name__}: the saved setting {key!r}: {error}; {_ADVICE}") from None
+    return result
+
+
+def _future_groups(optimizer: LeanOptimizer, saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the groups as they will be after loading, with checked settings.
+
+    Raises:
+        ValueError: a saved setting is out of range, or a parameter does not fit its group's settings.
+    """
+    groups = []
+    for number, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
+        names = {"param_names": group["param_names"]} if "param_names" in group else {}
+        future = {**optimizer._first_values(), **names, **saved, "params": group["params"]}
+        try:
+            optimizer._check_group(future)
+            optimizer._check_entries(future)
+        except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+            raise ValueError(
+                f"{type(optimizer).__name__}: the saved settings of group {number} are not valid: {error}; {_ADVICE}"
+            ) from error
+        groups.append(future)
+    for number, future in enumerate(groups):
+        try:
+            optimizer._check_fit(groups, future)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"{type(optimizer).__name__}: the saved settings of group {number} do not fit its parameters: {error}; "
+                f"{_ADVICE}"
+            ) from error
+    return groups
+
+
+def _refuse_other_order(optimizer: LeanOptimizer, saved_groups: list[dict[str, Any]]) -> None:
+    """Raise ValueError if the names of parameters show that their order differs."""
     names, saved_names = (
-        [name for group in groups for name in group.get("param_names") or ()]
-        for groups in (optimizer.param_groups, state_dict["param_groups"])
+        [name for group in gs for name in group.get("param_names") or ()]
+        for gs in (optimizer.param_groups, saved_groups)
     )
     # different sets of names are accepted, as torch does: the model was renamed
     if names != saved_names and sorted(names) == sorted(saved_names):
@@ -76,31 +300,103 @@ def refuse_misfits(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> None
             f"{type(optimizer).__name__}: the saved state has its parameters in another order ({there!r} where "
             f"{here!r} is here); nothing was changed. Build the optimizer with its parameters in the saved order."
         )
-    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
-        for position, (param, key) in enumerate(zip(group["params"], saved["params"], strict=False)):
-            state = state_dict["state"].get(key, {})
-            for name, shape in optimizer._state_shapes({**group, **saved}, param).items():
-                if isinstance(state.get(name), Tensor) and tuple(state[name].shape) != shape:
-                    named = saved.get("param_names")
-                    whose = named[position] if named else f"parameter {position} of its group"
-                    raise ValueError(
-                        f"{type(optimizer).__name__}: {describe(group, position)} cannot take the state of {whose}, "
-                        f"whose {name} has shape {tuple(state[name].shape)}; nothing was changed. Build the optimizer "
-                        "with its parameters in the order of the saved state."
-                    )
 
 
-def restore_dtypes(optimizer: LeanOptimizer, loaded: dict[str, Any]) -> None:
-    """Replace state tensors that torch has cast by the saved ones, on the parameter's device."""
-    saved_ids = [i for group in loaded["param_groups"] for i in group["params"]]
-    params = [(group, p) for group in optimizer.param_groups for p in group["params"]]
-    for saved_id, (group, param) in zip(saved_ids, params, strict=True):
-        for key, saved in loaded["state"].get(saved_id, {}).items():
-            current = optimizer.state[param].get(key)
-            if not isinstance(saved, Tensor) or not isinstance(current, Tensor):
-                continue
-            device = current.device if key == "step" else param.device
-            device = torch.device("cpu") if key in optimizer._host_state else device
-            dtype = saved.dtype if optimizer._keeps_dtype(group, param, key) else current.dtype
-            if current.dtype != dtype or current.device != device:
-                optimizer.state[param][key] = saved.detach().clone().to(device, dtype)
+# ---- states
+
+
+def _check_shapes(optimizer: LeanOptimizer, entry: Loaded) -> None:
+    """Raise ValueError if the shapes of state tensors show that they belong to another parameter."""
+    for key, shape in optimizer._state_shapes(entry.group, entry.param).items():
+        value = entry.state.get(key)
+        if isinstance(value, Tensor) and not value.is_nested and tuple(value.shape) != shape:
+            names = entry.group.get("param_names")
+            whose = names[entry.position] if names else f"parameter {entry.position} of its group"
+            raise ValueError(
+                f"{type(optimizer).__name__}: {_describe(optimizer, entry)} cannot take the "
+                f"state of {whose}, whose {key} has shape {tuple(value.shape)}; nothing was changed. Build the "
+                "optimizer with its parameters in the order of the saved state."
+            )
+
+
+def _describe(optimizer: LeanOptimizer, entry: Loaded) -> str:
+    """Name a parameter as it is named here."""
+    return describe(optimizer.param_groups[entry.group_index], entry.position)
+
+
+def _fitted_entries(optimizer: LeanOptimizer, groups: list[dict[str, Any]], entries: list[Loaded]) -> list[Loaded]:
+    """Return the entries with tensors that a step can use.
+
+    Raises:
+        ValueError: a state has a missing or an unknown entry, or one that is not what the optimizer would create.
+    """
+    keys: list[tuple[int, str]] = []
+    tensors: list[Tensor] = []
+    for i, (entry, all_created) in enumerate(zip(entries, _created_states(optimizer, groups, entries), strict=True)):
+        for key, tensor in _fitted_state(optimizer, entry, all_created).items():
+            keys.append((i, key))
+            tensors.append(tensor)
+    params = [p for group in groups for p in group["params"]]
+    tensors = separate(tensors, [*params, *(p.grad for p in params if p.grad is not None)])
+    states: list[dict[str, Any]] = [{} for _ in entries]
+    for (i, key), tensor in zip(keys, tensors, strict=True):
+        states[i][key] = tensor
+    return [entry._replace(state=state) for entry, state in zip(entries, states, strict=True)]
+
+
+@torch.no_grad()
+def _created_states(
+    optimizer: LeanOptimizer, groups: list[dict[str, Any]], entries: list[Loaded]
+) -> list[dict[str, Created]]:
+    """Return what the optimizer would create for every parameter, from fake tensors, which take no memory."""
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    ghost = object.__new__(type(optimizer))
+    # creating state takes masks out of their list
+    twins = [{k: list(v) if isinstance(v, list) else v for k, v in group.items()} for group in groups]
+    ghost.__dict__.update(optimizer.__dict__, state=defaultdict(dict), param_groups=twins)
+    mode, result = FakeTensorMode(allow_non_fake_inputs=True), []
+    for entry in entries:
+        part = local_part(entry.param)
+        allocates_nothing = part.device.type == "meta" or isinstance(part, FakeTensor)
+        try:
+            with nullcontext() if allocates_nothing else mode:
+                state = ghost._loadable_state(twins[entry.group_index], entry.position, entry.param)
+                result.append({key: Created.of(value) for key, value in state.items()})
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"{type(optimizer).__name__}: the saved state cannot be used: {error}; {_ADVICE}"
+            ) from error
+    return result
+
+
+def _fitted_state(optimizer: LeanOptimizer, entry: Loaded, all_created: dict[str, Created]) -> dict[str, Tensor]:
+    """Return the tensors of one parameter's state; see :func:`_fitted_entries`."""
+    rules = optimizer._rules_of(entry.group, entry.param)
+    shapes = optimizer._state_shapes(entry.group, entry.param)
+    name = _describe(optimizer, entry)
+    missing = [k for k in all_created if k not in entry.state and (k not in rules or rules[k].required)]
+    has_stepped = any(key not in rules or not rules[key].early for key in entry.state)
+    if missing and has_stepped:
+        raise ValueError(
+            f"{type(optimizer).__name__}: the saved state of {name} has no {', '.join(missing)}, only "
+            f"{', '.join(map(str, entry.state))}; {_ADVICE}"
+        )
+    state = {}
+    for key, value in entry.state.items():
+        rule, created = rules.get(key), all_created.get(key)
+        try:
+            if rule is None and created is None:
+                raise Misfit(f"expected one of {', '.join(dict.fromkeys([*rules, *all_created]))}")
+            tensor = check_readable(as_number_tensor(value, rule))
+            shape = created.shape if created else shapes.get(key, rule.shape if rule else None)
+            if shape is None:
+                raise Misfit("expected no such entry with the saved settings")
+            if tuple(tensor.shape) != shape:
+                raise Misfit(f"expected shape {shape}, got {tuple(tensor.shape)}")
+            state[key] = fitted(tensor, rule, created, local_part(entry.param).device)
+        except Misfit as error:
+            raise ValueError(
+                f"{type(optimizer).__name__}: the saved entry {key!r:.80} of the state of {name}: {error}; {_ADVICE}"
+            ) from None
+    return state

@@ -13,11 +13,17 @@ from torch import Tensor
 from leanstep._torch import is_dtensor, join_parts
 from leanstep.kernels.reference.quantization import dequantize, quantize, scale_shape
 from leanstep.kernels.steps.common import compute_dtype
-from leanstep.optimizers.common.checks import describe
 from leanstep.optimizers.common.rounding import init_step
+from leanstep.optimizers.common.saved_tensors import StateRule
 from leanstep.optimizers.common.sharding import dtype_of, local, new_state, offsets_of, shard_of
 
 SCALE_KEY = "exp_avg_scale"
+
+# scales may be infinite or NaN, as other momenta
+QUANTIZED_RULES = {
+    "exp_avg": StateRule((torch.int8,), shaped=True),
+    SCALE_KEY: StateRule((torch.float32,)),
+}
 
 
 def is_quantized(group: dict[str, Any], param: Tensor) -> bool:
@@ -66,25 +72,3 @@ def _new_scales(param: Tensor) -> Tensor:
     offsets_of([shard], local(param).device)  # refuses other shards
     scales = torch.zeros(scale_shape(local(param).shape), dtype=torch.float32, device=local(param).device)
     return join_parts(scales, param, scale_shape(shard.shape)) if is_dtensor(param) else scales
-
-
-def refuse_other_momenta(owner: str, groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> None:
-    """Raise ValueError if a saved momentum is not in the form that its saved group names: codes lost their scales.
-
-    ``torch.distributed.checkpoint`` loads into the tensors of the present state, and converts their dtype.
-    """
-    for group, saved in zip(groups, state_dict["param_groups"], strict=False):
-        for position, (param, key) in enumerate(zip(group["params"], saved["params"], strict=False)):
-            state = state_dict["state"].get(key, {})
-            momentum = state.get("exp_avg")
-            if not isinstance(momentum, Tensor):
-                continue
-            quantized = is_quantized({"momentum_dtype": None, **saved}, param)
-            if quantized != (momentum.dtype == torch.int8) or quantized != (SCALE_KEY in state):
-                scales = "with" if SCALE_KEY in state else "without"
-                raise ValueError(
-                    f"{owner}: the saved momentum of {describe(group, position)} is {momentum.dtype} {scales} scales, "
-                    f"but its group was saved with momentum_dtype={saved.get('momentum_dtype')!r}; nothing was "
-                    "changed. Load the state into an optimizer with that momentum_dtype. To convert the momentum, set "
-                    "group['momentum_dtype'] after loading."
-                )

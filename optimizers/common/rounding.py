@@ -14,10 +14,19 @@ from torch import Tensor
 from leanstep.kernels.reference.rounding import hash32, hash_number
 from leanstep.kernels.steps.common import constant
 from leanstep.optimizers.common.checks import describe
+from leanstep.optimizers.common.saved_tensors import COUNT, StateRule
 from leanstep.optimizers.common.sharding import local, new_state, plain
 
 # state key of each rounding mode
 STATE_KEY = {"kahan": "kahan_compensation", "master": "master_param"}
+
+# Kernels take a compensation in the parameter's dtype and a master in fp32. Parameters of another dtype at the time of
+# saving had none.
+STATE_RULES = {
+    "kahan_compensation": StateRule((torch.bfloat16, torch.float16), cast=True, required=False, shaped=True),
+    "master_param": StateRule((torch.float32,), required=False, shaped=True),
+    "step": COUNT,
+}
 
 
 def effective(owner: str, group: dict[str, Any], position: int, param: Tensor) -> str:

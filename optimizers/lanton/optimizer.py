@@ -22,10 +22,12 @@ from leanstep.optimizers.common.checks import (
     settings_of,
     warn_how_auto_routes,
 )
+from leanstep.optimizers.common.loading import Loaded
 from leanstep.optimizers.common.rounding import effective, init_rounding
 from leanstep.optimizers.common.sharding import Reducer, local, new_state, offsets_of, shard_of
 from leanstep.optimizers.lanton.halves import UNMARKED, MarkedHalves
 from leanstep.optimizers.lanton.matrices import is_stack, tasks_of
+from leanstep.optimizers.lanton.saved import STATE_RULES, check_entries, check_half_gradients, reshaped_estimates
 from leanstep.optimizers.lanton.step import (
     Layer,
     LayerStep,
@@ -155,7 +157,7 @@ class LANTON(MarkedHalves, LeanOptimizer):
         1.0
     """
 
-    _shaped_state = ("momentum_buffer", "previous_grad", "half_grad")
+    _state_rules = STATE_RULES
     _group_entries = {"noise_clock": 0, **UNMARKED}
     _older_names = {"half_is": "half_content", "half_seen": "half_marked"}
     _older_settings = {
@@ -251,11 +253,21 @@ class LANTON(MarkedHalves, LeanOptimizer):
         In memory they have shape (1,), because torch.compile loses in-place writes to 0-d fp64 inputs on a CPU.
         """
         packed = super().state_dict()
-        return {**packed, "state": _reshaped_estimates(packed["state"], (1,), ())}
+        return {**packed, "state": reshaped_estimates(packed["state"], (1,), ())}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state; see :meth:`state_dict` and the base class."""
-        super().load_state_dict({**state_dict, "state": _reshaped_estimates(state_dict["state"], (), (1,))})
+    def _in_memory(self, states: dict[Any, Any]) -> dict[Any, Any]:
+        return reshaped_estimates(states, (), (1,))
+
+    def _state_shapes(self, group: dict[str, Any], param: Tensor) -> dict[str, tuple[int, ...]]:
+        count = matrix_count(Layer(group, param, {}, norm_of(group, param)))
+        return {**super()._state_shapes(group, param), "noise": (count,), "noise_steps": (count,)}
+
+    def _check_entries(self, group: dict[str, Any]) -> None:
+        super()._check_entries(group)
+        check_entries(group)
+
+    def _check_loaded_states(self, groups: list[dict[str, Any]], entries: list[Loaded]) -> None:
+        check_half_gradients(entries)
 
     # ---- the step
 
@@ -391,15 +403,3 @@ class LANTON(MarkedHalves, LeanOptimizer):
                 values.setdefault(f"noise/{name}", []).append(row["H"])
                 values.setdefault(f"factor/{name}", []).append(row["factor"])
         return {key: sum(numbers) / len(numbers) for key, numbers in values.items()}
-
-
-def _reshaped_estimates(states: dict[Any, Any], old: tuple[int, ...], new: tuple[int, ...]) -> dict[Any, Any]:
-    """Return the states with noise estimates of shape ``old`` reshaped to ``new``."""
-
-    def reshaped(key: str, value: Any) -> Any:
-        return value.reshape(new) if key in ("noise", "noise_steps") and value.shape == old else value
-
-    return {
-        param: {key: reshaped(key, value) for key, value in state.items()} if isinstance(state, dict) else state
-        for param, state in states.items()
-    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,13 +10,21 @@ from torch import Tensor
 
 from leanstep.kernels.steps.common import compute_dtype
 from leanstep.optimizers.common.base import LeanOptimizer
-from leanstep.optimizers.common.checks import describe, settings_of
+from leanstep.optimizers.common.checks import settings_of
+from leanstep.optimizers.common.loading import Loaded
 from leanstep.optimizers.common.rounding import effective, init_rounding
+from leanstep.optimizers.common.saved_tensors import SHAPED, StateRule
 from leanstep.optimizers.common.sharding import Reducer, new_state
 from leanstep.optimizers.mfac import rule
-from leanstep.optimizers.mfac.compressed import SparseRows
 from leanstep.optimizers.mfac.direction import STATS
 from leanstep.optimizers.mfac.memory import check_memory
+from leanstep.optimizers.mfac.saved import (
+    SCOPE_RULES,
+    WINDOW_RULES,
+    check_loaded,
+    check_loaded_states,
+    rules_of_rows,
+)
 from leanstep.optimizers.mfac.scopes import (
     Scope,
     ScopeParam,
@@ -26,7 +34,7 @@ from leanstep.optimizers.mfac.scopes import (
     shared_settings,
     step_scopes,
 )
-from leanstep.optimizers.mfac.settings import check_loaded, check_masks, check_settings
+from leanstep.optimizers.mfac.settings import check_masks, check_settings
 from leanstep.optimizers.mfac.window import columns_of
 
 
@@ -124,9 +132,8 @@ class MFAC(LeanOptimizer):
         >>> optimizer.step()
     """
 
-    _shaped_state = ("momentum_buffer", "error", "mask")
+    _state_rules = {"momentum_buffer": SHAPED, **WINDOW_RULES, **SCOPE_RULES}
     _drop_state = "optimizer.state.clear(), because parameters share a window"
-    _host_state = ("counters",)
     _older_names = {"figures": "stats", "counts": "counters"}
     _older_settings = {
         "momentum_on": ("update",),
@@ -174,23 +181,34 @@ class MFAC(LeanOptimizer):
 
     def _check_params(self, group: dict[str, Any], given: dict[str, Any]) -> None:
         super()._check_params(group, given)
-        check_masks(group)
-        if not isinstance(group["scope"], int):
-            shared_settings([g for g in self.param_groups if g["scope"] == group["scope"] != "group"] or [group])
+        self._check_scope(self.param_groups, group)
         if group["sparse"]:
             masks = group["masks"] or [None] * len(group["params"])
             nonzero = [p.detach() != 0 for p in group["params"]]
             group["masks"] = [n if mask is None else n & mask for n, mask in zip(nonzero, masks, strict=True)]
         check_memory(self.param_groups, self._states())
 
-    def _check_loaded(self, state_dict: dict[str, Any]) -> None:
-        check_loaded(self.param_groups, state_dict)
-        super()._check_loaded(state_dict)
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            for position, key in enumerate(saved["params"]):
-                state = state_dict["state"].get(key, {})
-                if "window_indices" in state and "error" in state:
-                    SparseRows.check_indices(describe(group, position), state, group)
+    def _check_fit(self, groups: list[dict[str, Any]], group: dict[str, Any]) -> None:
+        super()._check_params(group, {})
+        self._check_scope(groups, group)
+
+    @staticmethod
+    def _check_scope(groups: list[dict[str, Any]], group: dict[str, Any]) -> None:
+        check_masks(group)
+        if not isinstance(group["scope"], int):
+            shared_settings([g for g in groups if g["scope"] == group["scope"] != "group"] or [group])
+
+    def _check_loaded_groups(self, groups: list[dict[str, Any]]) -> None:
+        check_loaded(self.param_groups, groups)
+
+    def _loadable_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
+        state = super()._loadable_state(group, position, param)
+        if param.numel():  # any parameter of a scope may hold the scope's state
+            init_scope_state(state, param, group)
+        return state
+
+    def _check_loaded_states(self, groups: list[dict[str, Any]], entries: list[Loaded]) -> None:
+        check_loaded_states(groups, entries)
 
     def diagnostics(self) -> dict[str, float]:
         """Return statistics over all scopes (reads the device).
@@ -233,6 +251,9 @@ class MFAC(LeanOptimizer):
             masks[position] = None  # now in the state
         init_rounding(state, param, effective("MFAC", group, position, param))
         return state
+
+    def _rules_of(self, group: dict[str, Any], param: Tensor) -> Mapping[str, StateRule]:
+        return {**super()._rules_of(group, param), **rules_of_rows(group)}
 
     def _state_shapes(self, group: dict[str, Any], param: Tensor) -> dict[str, tuple[int, ...]]:
         return {**super()._state_shapes(group, param), "window": (group["window"], *param.shape)}

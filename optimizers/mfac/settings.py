@@ -1,4 +1,4 @@
-"""Checks of M-FAC's settings and of loaded states."""
+"""Checks of M-FAC's settings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanstep.optimizers.common.checks import check_choice, check_flags, check_number, describe
+from leanstep.optimizers.common.checks import check_choice, check_count, check_flags, check_number, describe
 from leanstep.optimizers.mfac.rule import CURVES
 from leanstep.optimizers.mfac.window import STORAGES
 
@@ -22,8 +22,6 @@ SHARED = (
     "scope", "window", "damping", "damping_schedule", "scaling", "storage", "compression", "density", "rank",
     "max_update_norm", "shard_window", "nonfinite", "foreach",
 )  # fmt: skip
-# settings that determine the format of a saved window
-STRUCTURAL = ("window", "scope", "storage", "compression", "density", "rank")
 
 
 def check_settings(group: dict[str, Any]) -> None:
@@ -32,8 +30,7 @@ def check_settings(group: dict[str, Any]) -> None:
         value = group[name]
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"MFAC: {name} must be an int, got {value!r}")
-        if value < 1:
-            raise ValueError(f"Invalid {name}: {value}; MFAC expects at least 1")
+        check_count("MFAC", name, value)
     if isinstance(group["damping"], Tensor):
         raise TypeError(f"MFAC: damping must be a number, got {group['damping']!r}")
     _check_positive("damping", group["damping"], "a number greater than 0 (the Fisher matrix alone has no inverse)")
@@ -101,29 +98,10 @@ def check_masks(group: dict[str, Any]) -> None:
     if not isinstance(masks, (list, tuple)) or len(masks) != len(group["params"]):
         raise ValueError(f"MFAC: masks must be a list with one entry per parameter, got {masks!r:.80}")
     for position, (mask, param) in enumerate(zip(masks, group["params"], strict=True)):
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != param.shape):
-            raise ValueError(
-                f"MFAC: the mask of {describe(group, position)} must be a bool tensor of its shape, False for excluded "
-                f"weights; got {tuple(mask.shape)} of {mask.dtype}"
-            )
-
-
-def check_loaded(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> None:
-    """Raise ValueError if a saved window has another size or format, or its parameters have other names."""
-    saved_groups = state_dict["param_groups"]
-    if len(saved_groups) != len(groups):
-        return  # torch raises
-    advice = "nothing was changed. Build MFAC as it was when the state was saved, or start without it."
-    for group, saved in zip(groups, saved_groups, strict=True):
-        for key in STRUCTURAL:
-            if key in saved and saved[key] != group[key]:
-                raise ValueError(
-                    f"MFAC: the state was saved with {key}={saved[key]!r}, here it is {group[key]!r}; {advice}"
-                )
-        names, saved_names = group.get("param_names"), saved.get("param_names")
-        if names and saved_names and names != saved_names:
-            pairs = zip(saved_names, names, strict=False)
-            difference = next(
-                (f"{a!r} where {b!r} is here" for a, b in pairs if a != b), f"{len(saved_names)} of {len(names)}"
-            )
-            raise ValueError(f"MFAC: the saved window has its parameters in another order ({difference}); {advice}")
+        if mask is None or (isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == param.shape):
+            continue
+        got = f"{tuple(mask.shape)} of {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"MFAC: the mask of {describe(group, position)} must be a bool tensor of its shape, False for excluded "
+            f"weights; got {got}"
+        )

@@ -78,17 +78,25 @@ def new_columns(
     zeros = torch.zeros((*lead, *local_tail), dtype=dtype, device=local_part(param).device)
     if not is_dtensor(param) and columns.chunk is None:
         return zeros
-    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Shard
 
     if is_dtensor(param):
         sharded = cast("DTensor", param)
         mesh, placements = sharded.device_mesh, [_shifted(p, len(lead)) for p in sharded.placements]
     else:
-        mesh, placements = DeviceMesh.from_group(columns.groups[0], zeros.device.type), [Shard(len(lead))]
+        mesh, placements = _mesh_of(columns.groups[0], zeros.device.type), [Shard(len(lead))]
     shape = torch.Size((*lead, *tail))
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(zeros, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def _mesh_of(group: Any, device_type: str) -> Any:
+    """Return the mesh of a process group, also while the window itself is made of fake tensors."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+    from torch.distributed.device_mesh import DeviceMesh
+
+    with unset_fake_temporarily():
+        return DeviceMesh.from_group(group, device_type)
 
 
 def _shifted(placement: Any, by: int) -> Any:

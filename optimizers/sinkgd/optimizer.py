@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from leanstep.optimizers.common.checks import (
 )
 from leanstep.optimizers.common.matrices import as_matrices, matrix_shape, oriented, write_back
 from leanstep.optimizers.common.rounding import effective, init_rounding
+from leanstep.optimizers.common.saved_tensors import COUNT, SHAPED, StateRule
 from leanstep.optimizers.common.sharding import Reducer, Shard, all_reduce_flags, local, new_state
 from leanstep.optimizers.sinkgd import rule
 from leanstep.optimizers.sinkgd.adamw import init_adamw, step_adamw
@@ -126,8 +128,14 @@ class SinkGD(LeanOptimizer):
         >>> optimizer.step()
     """
 
-    _shaped_state = ("momentum_buffer", "exp_avg", "exp_avg_sq")
-    _host_state = ("power_warm",)
+    _state_rules = {
+        "momentum_buffer": SHAPED,
+        # torch's step needs AdamW's moments in the parameter's dtype
+        "exp_avg": SHAPED._replace(cast=True),
+        "exp_avg_sq": SHAPED._replace(cast=True),
+        "power_vector": StateRule((torch.float32, torch.float64), cast=True, finite=True),
+        "power_warm": StateRule((torch.bool,), required=False, shape=(), on_host=True),
+    }
     _separable = True
 
     def __init__(
@@ -196,11 +204,6 @@ class SinkGD(LeanOptimizer):
                     "(Parameters flattened by a sharding engine have lost their rows and cannot be normalized.)"
                 )
 
-    def _keeps_dtype(self, group: dict[str, Any], param: Tensor, key: str) -> bool:
-        """Return False for AdamW's moments with rounding "nearest": torch's step needs the parameter's dtype."""
-        plain = group["rounding"] == "nearest" or param.dtype in (torch.float32, torch.float64)
-        return not (plain and key in ("exp_avg", "exp_avg_sq"))
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Fill in settings that an older state does not have, and convert step counts to tensors."""
         super().__setstate__(state)
@@ -219,6 +222,20 @@ class SinkGD(LeanOptimizer):
         if group["spectral"] and algorithm_of(group, param) != "adamw":
             init_power_vector(state, param, group)
         init_rounding(state, param, rounding)
+        return state
+
+    def _rules_of(self, group: dict[str, Any], param: Tensor) -> Mapping[str, StateRule]:
+        rules = {**super()._rules_of(group, param)}
+        if algorithm_of(group, param) == "adamw":
+            rules["step"] = COUNT._replace(required=True)
+        elif not group["spectral"]:  # switched off during the training
+            rules["power_vector"] = rules["power_vector"]._replace(required=False)
+        return rules
+
+    def _loadable_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
+        state = super()._loadable_state(group, position, param)
+        if algorithm_of(group, param) != "adamw":
+            init_power_vector(state, param, group)
         return state
 
     def _state_shapes(self, group: dict[str, Any], param: Tensor) -> dict[str, tuple[int, ...]]:

@@ -36,6 +36,7 @@ _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tikto
 
 # the files of a name on the hub that tell what the others are
 _TELLING = ("config.json", "tokenizer_config.json", "model.safetensors.index.json")
+_UNLIMITED = 10**30  # transformers' model_max_length of a tokenizer that names none
 _SHOWN = 3  # names of tensors in a message
 
 
@@ -275,11 +276,42 @@ def open_config(source: str | Path) -> Any:
 
 
 def open_tokenizer(source: str | Path) -> Any:
-    """Tokenizer in a folder, or by name from the hub. Raises ValueError for one that cannot be opened."""
+    """Tokenizer in a folder, or by name from the hub. Raises ValueError for one that cannot be opened or encode "a"."""
     from transformers import AutoTokenizer
 
     with _opening("tokenizer", source) as path:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        longest = tokenizer.model_max_length
+        if isinstance(longest, bool) or not isinstance(longest, (int, float)) or not longest >= 1:
+            raise ValueError(f"its model_max_length is {one_line(longest)}, expected a number of tokens")
+        tokenizer.model_max_length = int(min(longest, _UNLIMITED))
+        tokenizer.all_special_ids  # noqa: B018  # an unknown-token that is no token recurses without end
+    with encoding(source):
+        tokenizer("a", add_special_tokens=False)
+    return tokenizer
+
+
+@contextmanager
+def encoding(source: str | Path) -> Iterator[None]:
+    """Context manager: any error of a tokenizer that encodes becomes a ValueError of one line about ``source``."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the tokenizer in {source} could not encode the text: {reason(error)}") from error
+
+
+def position_count(config: Mapping[str, Any], source: str | Path) -> int | None:
+    """Positions of a model by its config.json; None if it names none.
+
+    Raises:
+        ValueError: for anything but a whole number above 0.
+    """
+    count = config.get("max_position_embeddings") or config.get("n_positions")
+    if count is None or (type(count) is int and count > 0):
+        return count
+    raise ValueError(f"{source}: config.json has {one_line(count)} positions, expected a whole number above 0")
 
 
 def open_model(

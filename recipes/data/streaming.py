@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from leanstep._files import one_line
 from leanstep.recipes.config.schema import trained_size
 from leanstep.recipes.data.sequences import LoadedData, as_sequence, cut_document, load_validation, shuffled
 from leanstep.recipes.data.sources import Corpus, open_stream, open_validation, row_text
@@ -91,19 +92,28 @@ class StreamedSequences(IterableDataset):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state`` at the next ``iter()``.
 
-        Raises ValueError if it was saved by a stream with other shards, seed, lengths, or number of processes.
+        Raises ValueError if it was saved by a stream with other shards, seed, lengths, or number of processes, or holds
+        values of another type or range.
         """
         missing = [key for key in (*self._identity(), *self._block, "given") if key not in state]
         if missing:
             raise ValueError(f"not the state of a stream: it has no {', '.join(missing)}")
         other = {key: (state[key], mine) for key, mine in self._identity().items() if state[key] != mine}
         if other:
-            differences = "; ".join(f"{key} was {theirs}, is {mine}" for key, (theirs, mine) in other.items())
+            differences = "; ".join(f"{key} was {one_line(theirs)}, is {mine}" for key, (theirs, mine) in other.items())
             raise ValueError(
                 f"the saved position belongs to another stream ({differences}); resume with the same settings"
             )
-        self._block = {key: state[key] for key in self._block}
-        self._given = state["given"]
+        block, given = {key: state[key] for key in self._block}, state["given"]
+        tokens, most = block["left_over"], len(self.tokenizer)
+        counts = {key: value for key, value in (*block.items(), ("given", given)) if key != "left_over"}
+        wrong = [key for key, value in counts.items() if type(value) is not int or not 0 <= value < 2**62]
+        if wrong:
+            raise ValueError(f"the saved position is damaged: {wrong[0]} is {one_line(counts[wrong[0]])}")
+        whole = isinstance(tokens, list) and all(type(token) is int and 0 <= token < most for token in tokens)
+        if not whole or len(tokens) >= self.seq_len:
+            raise ValueError(f"the saved position is damaged: expected fewer than {self.seq_len} tokens below {most:,}")
+        self._block, self._given = block, given
 
     def _identity(self) -> dict[str, Any]:
         names = ("seed", "rank", "world_size", "num_shards", "seq_len", "packing", "block_documents")

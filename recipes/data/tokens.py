@@ -207,15 +207,19 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:
 def encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[np.ndarray]:
     """Tokenise documents, each to an int64 array without special tokens.
 
-    A literal ``<|endoftext|>`` in a text is encoded as text, not as the end of the document.
+    A literal ``<|endoftext|>`` in a text is encoded as text, not as the end of the document. Raises ValueError for a
+    tokenizer that cannot encode the text.
     """
+    from leanstep.pruning.folder.loading import encoding
+
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
     before, backend.encode_special_tokens = backend.encode_special_tokens, True
     try:
         pieces = [piece for text in texts for piece in _pieces(text)]
-        encoded = iter(backend.encode_batch_fast(pieces, add_special_tokens=False))
+        with encoding(tokenizer.name_or_path):
+            encoded = iter(backend.encode_batch_fast(pieces, add_special_tokens=False))
     finally:
         backend.encode_special_tokens = before
     return [np.concatenate([np.asarray(next(encoded).ids, np.int64) for _ in _pieces(text)]) for text in texts]

@@ -1,21 +1,15 @@
-"""Build a run: its connected processes, model, optimizer and schedule.
-
-A signal handler only sets a flag, because it may run in the middle of an optimizer step. The training loop reads the
-flag between steps, agrees on it with the other processes, saves and ends the run.
-"""
+"""Build a run: its connected processes, model, optimizer and schedule."""
 
 import inspect
 import math
 import os
 import random
 import re
-import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -233,54 +227,6 @@ def device_name(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
-# exit code of a run that saved and ended after a signal. Batch systems send SIGUSR1 or SIGUSR2 as a warning before they
-# kill, terminals SIGHUP when they close.
-EXIT_CODES = {
-    signal.SIGTERM: 143,
-    signal.SIGHUP: 143,
-    signal.SIGUSR1: 143,
-    signal.SIGUSR2: 143,
-    signal.SIGINT: 130,
-}
-
-
-class StopFlag:
-    """Context manager that stores a signal of :data:`EXIT_CODES` in :attr:`received` and restores the old handlers.
-
-    A signal that the process ignores (``nohup``) stays ignored. A second SIGINT calls ``leaving`` and exits at once
-    with code 130, without saving. With ``enabled=False`` it installs no handlers.
-
-    Raises ValueError outside the main thread.
-    """
-
-    def __init__(self, enabled: bool = True, leaving: Callable[[], object] = lambda: None) -> None:
-        self.received = 0
-        self._leaving = leaving
-        self._enabled = enabled
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopFlag":
-        if self._enabled:
-            for number in (number for number in EXIT_CODES if signal.getsignal(number) is not signal.SIG_IGN):
-                self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._previous.items():
-            # None: a handler that was not set from Python, which Python cannot restore
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._previous.clear()
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received == signal.SIGINT:
-            os.write(2, b"\nleft at once, nothing saved since the last checkpoint\n")
-            try:
-                self._leaving()
-            finally:
-                os._exit(EXIT_CODES[signal.SIGINT])
-        self.received = number
-
-
 def build_model(
     config: ModelConfig, vocab_size: int, dtype: torch.dtype = torch.float32, end_token: int | None = None
 ) -> PreTrainedModel:
@@ -462,11 +408,15 @@ def schedule_factor(config: ScheduleConfig, steps: int) -> Callable[[int], float
     """Return the factor on the learning rate as a function of the number n of steps made, 0 to steps - 1.
 
     Warm-up of w steps: ``(n + 1) / (w + 1)``, so no step has rate 0. Then, with ``t = (n - w) / (steps - 1 - w)`` and
-    ``f = final_fraction``: cosine ``f + (1 - f) (1 + cos(pi t)) / 2``, linear ``1 - (1 - f) t``, constant 1.
+    ``f = final_fraction``: cosine ``f + (1 - f) (1 + cos(pi t)) / 2``, linear ``1 - (1 - f) t``, constant 1. wsd is 1
+    until the last d = ``decay_fraction * steps`` steps: ``1 - (1 - f) (n - (steps - 1 - d)) / d``.
     """
     given = config.warmup_steps
     warmup = round(config.warmup_fraction * steps) if given is None else given
     final = config.final_fraction
+    stable_until = steps - 1
+    if config.name == "wsd":
+        stable_until = max(warmup, steps - 1 - round(config.decay_fraction * steps))
 
     def factor(made: int) -> float:
         if made < warmup:
@@ -476,6 +426,8 @@ def schedule_factor(config: ScheduleConfig, steps: int) -> Callable[[int], float
             return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
         if config.name == "linear":
             return 1 - (1 - final) * progress
+        if config.name == "wsd" and made > stable_until:
+            return 1 - (1 - final) * min(1.0, (made - stable_until) / (steps - 1 - stable_until))
         return 1.0
 
     return factor

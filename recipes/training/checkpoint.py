@@ -117,7 +117,7 @@ def reading(path: Path) -> Iterator[None]:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         if "weights_only" in str(error):
             reason = "it is damaged, or holds more than tensors and plain values"
-        raise CheckpointError(f"{path} cannot be loaded ({type(error).__name__}): {reason[:300]}") from None
+        raise CheckpointError(f"{path} cannot be loaded ({type(error).__name__}): {one_line(reason[:300])}") from None
 
 
 def checkpoint_name(step: int) -> str:

@@ -1,4 +1,4 @@
-"""Write and read checkpoints through Accelerate; write the final model, a sample and the report.
+"""Write and read checkpoints through Accelerate; write the final model, samples and the report.
 
 Training goes on when a full disk prevents a checkpoint. The newest complete checkpoint stays.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import load
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from leanstep._checkpoint import load_tensors
 from leanstep._files import format_bytes, free_bytes, publish_folder, remove
@@ -23,6 +23,7 @@ from leanstep.lora import LowRankGate, save_adapter
 from leanstep.lora.merge import config_of_merged, merged_state_dict
 from leanstep.recipes.config.schema import CheckpointConfig, ExpectConfig, RunConfig
 from leanstep.recipes.data.batches import Windows
+from leanstep.recipes.data.sequences import LoadedData
 from leanstep.recipes.methods.attention import write_gate
 from leanstep.recipes.methods.lora import ADAPTER, is_adapted, load_adapters
 from leanstep.recipes.methods.pruned import write_sparsity
@@ -42,6 +43,7 @@ from leanstep.recipes.training.checkpoint import (
 )
 from leanstep.recipes.training.failures import RunFailure, disk_trouble
 from leanstep.recipes.training.folder import RunFolder
+from leanstep.recipes.training.samples import TEMPERATURE, held_out_prompts, sample
 from leanstep.sparsity import plain_state_dict
 from leanstep.sparsity.modules import sparse_layers
 
@@ -252,24 +254,25 @@ class Saver:
         models.clear()
 
 
-_SAMPLE_TOKENS = 64
-_TEMPERATURE = 0.8
-
-
 def finish(
     config: RunConfig,
     accelerator: Accelerator,
     folder: RunFolder,
     saver: Saver,
     state: TrainState,
+    data: LoadedData,
     say: Callable[[str], None],
 ) -> None:
-    """Write ``final/``, sample from it, compare the loss with ``expect``. Raises RunFailure on a disk error."""
+    """Write ``final/``, let it continue held-out texts, compare the loss with ``expect``.
+
+    Raises RunFailure on a disk error.
+    """
     export_final(accelerator, folder, saver)
     if accelerator.is_main_process:
-        text = sample(folder.final, config.seed, accelerator.device)
+        prompts = held_out_prompts(data.validation, data.tokenizer.eos_token_id)
+        text = sample(folder.final, prompts, config.seed, accelerator.device)
         folder.log({"step": state.step, "kind": "sample", "text": text})
-        say(f"sample (temperature {_TEMPERATURE:g}, seed {config.seed}):\n{text}")
+        say(f"samples ([held-out text] continued, temperature {TEMPERATURE:g}, seed {config.seed}):\n{text}")
         if state.val_loss is not None:
             say(compare(state.val_loss, config.expect))
         say(f"model and tokenizer: {folder.final}")
@@ -303,28 +306,6 @@ def export_final(accelerator: Accelerator, folder: RunFolder, saver: Saver) -> N
             f"{folder.final} could not be written: {trouble}. Make room and start the same command again: it continues "
             "from the last checkpoint",
         )
-
-
-def sample(path: Path, seed: int, device: torch.device) -> str:
-    """Generate text with the model in a folder, from the start of a document, reproducible from ``seed`` per device.
-
-    Leaves the run's random state as it was.
-    """
-    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    start = torch.tensor([[tokenizer.eos_token_id]], device=device)
-    positions = getattr(model.config, "max_position_embeddings", _SAMPLE_TOKENS + 1)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        tokens = model.generate(
-            start,
-            attention_mask=torch.ones_like(start),
-            max_new_tokens=min(_SAMPLE_TOKENS, positions - 1),
-            do_sample=True,
-            temperature=_TEMPERATURE,
-            pad_token_id=tokenizer.eos_token_id,
-        )
-    return str(tokenizer.decode(tokens[0, 1:], skip_special_tokens=True))
 
 
 def compare(val_loss: float, expect: ExpectConfig) -> str:

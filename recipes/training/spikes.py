@@ -4,6 +4,7 @@ The reduced loss and the losses in :class:`SpikeRecord` decide, so every process
 decides as the uninterrupted one. Runs without ``stop.on_spike`` do not import this module.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -87,7 +88,8 @@ class SpikeDetector:
     def _choose(self, state: TrainState, result: StepResult, threshold: float | None) -> Spike:
         """Choose the action: that of the recipe, ``skip`` without a checkpoint, ``stop`` at the limit."""
         record, limit = state.spikes, self._stop.spike_limit
-        if result.finite():
+        # a gradient scaler's gradients may overflow in a spike
+        if threshold is not None and threshold < result.loss < math.inf:
             event = f"loss {result.loss:.4f} is a spike, above {threshold:.4f}"
         else:
             event = f"{describe_nonfinite(result.loss, result.norm)}, a spike"

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from accelerate import Accelerator
 from transformers.utils.logging import disable_progress_bar
 
-from leanstep._process import InterruptibleStart, end_with_parent, open_standard_streams
+from leanstep._process import EXIT_CODES, InterruptibleStart, StopFlag, end_with_parent, open_standard_streams
 from leanstep._version import __version__
 from leanstep.recipes.check.costs import MemoryEstimate, check_layers, estimate, flops_per_token
 from leanstep.recipes.config.loader import ConfigError, load
@@ -34,8 +34,6 @@ from leanstep.recipes.methods.lora import describe_adapters
 from leanstep.recipes.methods.pruned import build_masks, pruned_start_warning
 from leanstep.recipes.methods.sparse import build_controller, describe_sparsity
 from leanstep.recipes.training.build import (
-    EXIT_CODES,
-    StopFlag,
     build_accelerator,
     build_optimizer,
     build_run_model,
@@ -429,10 +427,13 @@ class Run:
         return sound
 
     def update(self, *, apply: bool) -> None:
-        """Update the weights, or drop the gradients if not ``apply``; advance the schedule in any case."""
+        """Update the weights, or drop the gradients if not ``apply``; advance the schedules in any case."""
         if apply:
             # with release_gradients the weights are already updated, and this only ends the step
             self.optimizer.step()
+        # the patterns follow the run's steps, also those that are left out here or by a gradient scaler
+        while self.sparsity is not None and self.sparsity.step_count <= self.state.step:
+            self.sparsity.skip()
         self.schedule.step()
         self.drop_gradients(unscaled=not apply)
 
@@ -536,7 +537,7 @@ class Run:
         for observer in (self.norms, self.gate):
             if observer is not None:
                 observer.close()
-        finish(self.config, self.accelerator, self.folder, self.saver, self.state, self.say)
+        finish(self.config, self.accelerator, self.folder, self.saver, self.state, self.data, self.say)
         if self.spikes is not None:
             self.say(f"spikes      {self.spikes.summary(self.state)}")
         self.logger.reports(self.optimizer.optimizer, self.sparsity, self.norms, self.gate)

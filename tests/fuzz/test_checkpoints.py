@@ -1,13 +1,23 @@
 """Training checkpoints: a resumed run ends with the same weights, goes back to an older checkpoint, or says why not."""
 
 import json
-import os
 import shutil
 import zlib
-from pathlib import Path
 
 import pytest
-from fuzzing import ENTRIES, command_line, damaged, edits, fuzz, json_files, plant, safetensors_files, told, write
+from fuzzing import (
+    CACHE,
+    ENTRIES,
+    command_line,
+    damaged,
+    edits,
+    fuzz,
+    json_files,
+    plant,
+    safetensors_files,
+    told,
+    write,
+)
 from hypothesis import example, given
 from hypothesis import strategies as st
 from training import read_log, write_recipe
@@ -21,7 +31,6 @@ NEWEST = "checkpoints/step-000002"
 STATE = f"{NEWEST}/trainer/state.json"
 # the training itself may end with a non-finite loss
 CODES = (2, 3)
-CACHE = Path(os.environ["LEANSTEP_TEST_CACHE"])
 
 
 class Interrupted:

@@ -112,6 +112,22 @@ def test_other_records_of_patterns(folder, content):
 
 
 @given(data=st.data())
+@fuzz(60)
+def test_damaged_files_of_torch(folder, data):
+    """Their archive has checksums of a part only: other numbers of the same tensors may come through."""
+    path = folder / "plain.pt"
+    torch.save(load_file(folder / "plain" / "model.safetensors"), path)
+    whole, expected = path.read_bytes(), verify(path)
+    write(path, data.draw(damaged(whole)))
+
+    def right(found):
+        assert str(found)
+        return found == expected
+
+    judged("files of torch", lambda: verify(path), right, outside=folder / "outside")
+
+
+@given(data=st.data())
 @fuzz(15)
 def test_verify_tells_damage_in_one_line(folder, data):
     """Other bits of a plain file, which has no checksum, are other weights."""

@@ -17,7 +17,7 @@ TINY = (
     "model.config.num_attention_heads=2", "data.seq_len=32", "data.val_tokens=2000", "batch.tokens_per_step=128",
     "batch.micro_batch_size=2",
 )  # fmt: skip
-# starts whose neighbourhood has the best of the tiny runs
+# best learning rates of the tiny runs
 STARTS = {"adamw": (0.128, 0.08), "sinkgd": (1.28, 0.08)}
 
 
@@ -40,7 +40,19 @@ def command(out: Path, *more: str) -> list[str]:
         f"METHODS.update({{name: replace(METHODS[name], start=start) for name, start in {STARTS!r}.items()}})\n"
         "sys.exit(importlib.import_module('optimizers.compare').main())\n"
     )
-    settings = ["--tune-steps", "8", "--judge-steps", "8", "--eval-every", "4", "--judge-seeds", "1", "2"]
+    settings = [
+        "--tune-steps",
+        "8",
+        "--judge-steps",
+        "8",
+        "--eval-every",
+        "4",
+        "--judge-seeds",
+        "1",
+        "2",
+        "--budget",
+        "15",
+    ]
     arguments = [*TINY, "--out", str(out), *settings, "--methods", "adamw", "sinkgd", *more]
     # -P: the folder optimizers/ of the package must not hide that of the benchmarks
     return [sys.executable, "-P", "-c", code, *arguments]

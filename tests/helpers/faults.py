@@ -462,6 +462,31 @@ def fsdp2_on_cpu():
     on_backend("reference")
 
 
+def fp16_on_cpu(*others):
+    """After ``others``: train in fp16 on the CPU. It can, but Accelerate allows it on GPU types only.
+
+    These are private attributes of Accelerate; when they move, this has to follow.
+    """
+    import torch
+    from accelerate.state import AcceleratorState
+
+    from leanstep.recipes.training import train
+
+    for other in others:
+        other()
+    build = train.build_accelerator
+
+    def accelerator(config):
+        made = build(config)
+        AcceleratorState._shared_state["_mixed_precision"] = "fp16"
+        made.native_amp = True
+        # the first steps overflow, and the scale grows again after a few others
+        made.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=4)
+        return made
+
+    train.build_accelerator = accelerator
+
+
 def held_at(step, *others):
     """After ``others``: take a moment for every step, and ten seconds for one, so that a kill comes in time.
 

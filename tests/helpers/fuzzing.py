@@ -39,6 +39,10 @@ def fuzz(examples: int) -> settings:
     return settings(max_examples=max(1, round(examples * scale)), suppress_health_check=list(HealthCheck))
 
 
+# where commands keep tokenised text
+CACHE = Path(os.environ["LEANSTEP_TEST_CACHE"])
+
+
 # ---- strategies
 
 WORDS = (

@@ -52,7 +52,7 @@ class InterpreterSession:
         stem = folder / f"interpreter-{uuid.uuid4().hex}"
         self.reports_file, self.log_file, tests_file = (stem.with_suffix(s) for s in (".jsonl", ".log", ".tests"))
         tests_file.write_text("\n".join(nodeids), encoding="utf-8")
-        command = [sys.executable, "-P", "-m", "pytest", "-p", "interpreter_session", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-P", "-m", "pytest", "-n0", "-p", "interpreter_session", "-p", "no:cacheprovider"]
         helpers = str(Path(__file__).parent)
         paths = [helpers, *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = os.environ | {

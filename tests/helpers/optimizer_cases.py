@@ -4,7 +4,7 @@ An optimizer joins with one row in CASES; what its rule changes about the batter
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,6 +112,19 @@ def run(optimizer: torch.optim.Optimizer, params: list[Tensor], steps: range) ->
     for step in steps:
         fill_grads(params, step)
         optimizer.step()
+
+
+def assert_same(left: Iterable[Any], right: Iterable[Any], message: str = "") -> None:
+    """Bit for bit, NaN included."""
+    for i, (a, b) in enumerate(zip(left, right, strict=True)):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=lambda m, i=i: f"{message} [{i}]: {m}")
+
+
+def snapshot(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Copies of the parameters and all state tensors, in a fixed order."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    state = [v for p in params for _, v in sorted(optimizer.state.get(p, {}).items())]
+    return [t.detach().clone() for t in (*params, *state)]
 
 
 _BF16 = torch.bfloat16

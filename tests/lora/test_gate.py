@@ -395,6 +395,20 @@ def test_a_state_of_something_else_is_refused_and_the_gate_unchanged():
         assert [row.calls for row in gate.report()] == [1, 1]
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("calls", "3"), ("on", 1), ("error", "x"), ("good", -1), ("center", torch.ones(3)), ("gradient_errors", [1])],
+)
+def test_a_state_of_other_types_is_refused_and_the_gate_unchanged(key, value):
+    with LowRankGate(gpt2(), "auto", **PAYS) as gate:
+        state, before = gate.state_dict(), repr(gate.state_dict())
+        layers = {name: {**saved, key: value} for name, saved in state["layers"].items()}
+        for broken in ({**state, "layers": layers}, {**state, "generator": torch.ones(3)}, {**state, "speeds": [1]}):
+            with pytest.raises(ValueError, match="^LowRankGate: "):
+                gate.load_state_dict(broken)
+            assert repr(gate.state_dict()) == before
+
+
 def test_bad_settings_are_refused_and_the_model_unchanged():
     model = llama()
     for settings, message in [

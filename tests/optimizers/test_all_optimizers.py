@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from optimizer_cases import CASES, SMALL_SHAPES, OptimizerCase, fill_grads, run
+from optimizer_cases import CASES, SMALL_SHAPES, OptimizerCase, assert_same, fill_grads, run, snapshot
 from wrapped_tensor import Uncopyable, WrappedTensor
 
 import leanstep.optimizers
@@ -15,19 +15,6 @@ from leanstep import use_backend
 from leanstep.optimizers import NonFiniteGradientError
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-
-
-def assert_same(left, right, message=""):
-    """Bit for bit, NaN included."""
-    for i, (a, b) in enumerate(zip(left, right, strict=True)):
-        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=lambda m, i=i: f"{message} [{i}]: {m}")
-
-
-def snapshot(optimizer) -> list[torch.Tensor]:
-    """Copies of the parameters and all state tensors, in a fixed order."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    state = [v for p in params for _, v in sorted(optimizer.state.get(p, {}).items())]
-    return [t.detach().clone() for t in (*params, *state)]
 
 
 def test_every_exported_optimizer_has_a_row():

@@ -249,3 +249,13 @@ def test_what_is_asked_for_in_the_wrong_place_is_an_error():
             optimizer.mark_half(fraction)
     with pytest.raises(RuntimeError, match="no group has noise='halves'"):
         LANTON([{"params": [param], "norm": "rms"}]).mark_half()
+
+
+def test_a_saved_half_of_unknown_content_is_refused():
+    param, optimizer = one("rms", lr=0.1)
+    param.grad = torch.randn(NORMS["rms"], dtype=torch.float64)
+    optimizer.mark_half()
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["half_content"] = "none"
+    with pytest.raises(ValueError, match="LANTON: .*half_grad, but .*half_content=.none.; nothing was changed"):
+        optimizer.load_state_dict(saved)

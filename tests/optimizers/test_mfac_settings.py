@@ -255,3 +255,57 @@ def test_diagnostics_are_flat_numbers():
     assert figures["window_rows"] == 2 and figures["damping"] == 0.1
     assert figures["update_norm"] > 0 and figures["decrease"] > 0
     assert figures["jittered"] == figures["eigen"] == figures["clipped"] == figures["nonfinite"] == 0
+
+
+def _without_gram(states):
+    for key in ("gram", "counters", "stats"):
+        del states[0][key]
+
+
+def _with_two_grams(states):
+    states[1].update({key: states[0][key] for key in ("gram", "counters", "stats")})
+
+
+def _without_counters(states):
+    del states[0]["counters"]
+
+
+def _with_negative_rows(states):
+    states[0]["counters"][1] = -1
+
+
+def _with_an_infinite_row(states):
+    states[0]["window"][0, 0] = float("inf")
+
+
+def _without_mask(states):
+    del states[1]["mask"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_without_gram, "expected one Gram matrix for the window of a .*, got 0 .none."),
+        (_with_two_grams, "expected one Gram matrix for the window of a .*, got 2 .a .*, b .*."),
+        (_without_counters, "the saved state of a .* has no counters"),
+        (_with_negative_rows, "'counters' of the state of a .*: expected whole numbers in .0, .*, got -1"),
+        (_with_an_infinite_row, "'window' of the state of a .*: expected finite numbers"),
+        (_without_mask, "the saved state of b .* has no mask, which sparse=True needs"),
+    ],
+)
+def test_damaged_windows_are_refused_and_nothing_changes(damage, message):
+    params, optimizer = trained({"sparse": True}, steps=3)
+    before, damaged = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(optimizer.state_dict())
+    damage(damaged["state"])
+    with pytest.raises(ValueError, match=f"MFAC: .*{message}.*nothing was changed"):
+        optimizer.load_state_dict(damaged)
+    torch.testing.assert_close(optimizer.state_dict()["state"], before["state"], rtol=0, atol=0)
+
+
+def test_a_loaded_mask_of_other_bytes_than_0_and_1_is_a_mask():
+    params, optimizer = trained({"sparse": True}, steps=3)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["mask"].view(torch.uint8)[saved["state"][0]["mask"]] = 6
+    optimizer.load_state_dict(saved)
+    mask = optimizer.state[params[0]]["mask"]
+    assert mask.any() and mask.view(torch.uint8).max() == 1

@@ -353,3 +353,14 @@ def test_the_power_vector_of_another_parameter_is_refused():
     ):
         optimizer.load_state_dict(source.state_dict())
     assert not optimizer.state
+
+
+def test_a_power_vector_survives_that_spectral_is_switched_off():
+    params = [matrix(4, 6), matrix(3)]
+    optimizer = SinkGD(params, spectral="unit")
+    run(optimizer, params, range(2))
+    optimizer.param_groups[0]["spectral"] = None
+    resumed = SinkGD([p.detach().clone().requires_grad_() for p in params])
+    resumed.load_state_dict(optimizer.state_dict())
+    (loaded,) = [s["power_vector"] for s in resumed.state.values() if "power_vector" in s]
+    assert torch.equal(loaded, optimizer.state[params[0]]["power_vector"])

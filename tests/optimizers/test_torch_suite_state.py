@@ -100,6 +100,11 @@ class GenericStateTests(GenericTestCase):
             source = optim_info.optim_cls([weight, bias] if names_to == "named" else pairs, **item.kwargs)
             source.step(self.closure_of(source, weight, bias, x))
             target = optim_info.optim_cls(pairs if names_to == "named" else [weight, bias], **item.kwargs)
+            if names_to == "named" and item.kwargs.get("scope") == "layer":
+                # without names every parameter had a window of its own; with them a module has one
+                with self.assertRaisesRegex(ValueError, "saved with names"):
+                    target.load_state_dict(source.state_dict())
+                continue
             target.load_state_dict(source.state_dict())
             if names_to == "named":
                 self.assertEqual(target.param_groups[0]["param_names"], ["weight", "bias"])

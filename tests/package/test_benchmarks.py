@@ -12,9 +12,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks"
-FILES = [path for path in FOLDER.glob("*/*.py") if not (path.parent / "__init__.py").exists()] + [FOLDER / "faults.py"]
+FILES = [path for path in FOLDER.glob("*/*.py") if not (path.parent / "__init__.py").exists()]
+FILES += [FOLDER / "faults.py", FOLDER / "gpu.py"]
 SCRIPTS = sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FILES)
-NAMES = [*SCRIPTS, "common", "models", "forks", "mishaps"]
+NAMES = [*SCRIPTS, *(path.stem for path in FOLDER.glob("[!_]*.py") if path.stem not in SCRIPTS)]
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 
 

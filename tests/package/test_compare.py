@@ -1,14 +1,17 @@
 """The comparison of optimizers: its search, its statistics, its file of results, its tables."""
 
+import importlib.util
 import json
 import math
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import scipy.stats
 from comparison_runs import TINY, comparison_modules
 
+ROOT = Path(__file__).parents[2]
 parts = pytest.fixture(scope="module")(comparison_modules)
 
 
@@ -94,6 +97,12 @@ def test_a_budget_that_cannot_widen_the_grid_is_refused(parts):
         parts.search.grid_size(parts.protocol.Protocol(), 14)
 
 
+def test_a_missing_class_is_told(parts):
+    method = parts.methods.Method("torch.optim:NoSuchOptimizer", "No such optimizer")
+    with pytest.raises(parts.protocol.ComparisonError, match="install a torch that has it.*--methods"):
+        method.optimizer_class()
+
+
 # -- statistics
 
 
@@ -120,6 +129,27 @@ def test_a_curve_between_evaluations(parts):
     assert parts.summary.tokens_to_loss(curve, 4.75) == 1000
     assert parts.summary.tokens_to_loss(curve, 6.5) == 400
     assert parts.summary.tokens_to_loss(curve, 4.0) is None
+
+
+# -- the pages
+
+
+def test_the_page_has_the_numbers_of_the_code(parts):
+    protocol, methods = parts.protocol.Protocol(), parts.methods.METHODS.values()
+    text = " ".join((ROOT / "docs" / "protocol.md").read_text("utf-8").split())
+    tuned, seeds = sum(method.start is not None for method in methods), len(protocol.judge_seeds)
+    first, *others = [f"{value:g}" for value in protocol.weight_decays]
+    for phrase in (
+        f"weight decay {first}, {' and '.join(others)} (decoupled",
+        f"warm-up over {' and '.join(f'{100 * value:g}' for value in protocol.warmups)} % of the steps",
+        f"(20: {parts.search.grid_size(protocol, 20)} of the grid, {len(protocol.other_settings())} of the rest)",
+        f"Tuning runs have {protocol.tune_steps} steps, with a schedule of that length, and seed {protocol.tune_seed}.",
+        f"full length ({protocol.judge_steps} steps of {protocol.config.batch.tokens_per_step} tokens)",
+        f"with seeds {', '.join(map(str, protocol.judge_seeds[:-1]))} and {protocol.judge_seeds[-1]}.",
+        f"It is evaluated every {protocol.eval_every} steps.",
+        f"{tuned} x 20 tuning runs and {len(methods)} x {seeds} judged runs",
+    ):
+        assert phrase in text, phrase
 
 
 # -- the file of results
@@ -170,6 +200,22 @@ def test_pages_are_written_between_their_marks(parts):
     text = "a\n<!-- table:x -->\nold\n<!-- /table:x -->\nb <!-- table:y -->\n<!-- /table:y -->\n"
     new = parts.tables.replace_blocks(text, {"x": "new \\1"})
     assert new == text.replace("old", "new \\1")
+
+
+def test_pages_without_a_place_are_told(parts, tmp_path):
+    synthetic(parts, tmp_path / "r.jsonl")
+    for page in parts.tables.PAGES:
+        (tmp_path / page).parent.mkdir(exist_ok=True)
+        (tmp_path / page).write_text("<!-- table:compare-llama-nano -->\n<!-- /table:compare-llama-nano -->\n")
+    with pytest.raises(parts.protocol.ComparisonError, match="has the marks <!-- table:chosen-llama-nano -->"):
+        parts.tables.write(tmp_path / "r.jsonl", tmp_path)
+    (tmp_path / "docs" / "protocol.md").write_text(
+        "<!-- table:chosen-llama-nano -->\n<!-- /table:chosen-llama-nano -->\n"
+    )
+    pages = [*parts.tables.PAGES, parts.tables.figure_path("llama-nano")]
+    assert parts.tables.write(tmp_path / "r.jsonl", tmp_path) == [tmp_path / page for page in pages]
+    assert parts.tables.write(tmp_path / "r.jsonl", tmp_path) == []
+    assert "4.7630, 4.7820, 4.8070" in (tmp_path / "docs" / "protocol.md").read_text()
 
 
 def test_a_row_with_a_diverged_seed_has_no_mean(parts, tmp_path):
@@ -273,3 +319,18 @@ def test_another_environment_is_refused(parts, tmp_path):
         scheduler = parts.schedule.Scheduler(results, writer, ["adamw"], 20, 1, 0.0)
         with pytest.raises(parts.protocol.ComparisonError, match="another environment: processor a, now"):
             scheduler.go()
+
+
+def test_a_cut_file_is_reported_without_its_last_line(parts, tmp_path, capsys):
+    path = tmp_path / "r.jsonl"
+    synthetic(parts, path)
+    spec = importlib.util.spec_from_file_location("compare", ROOT / "benchmarks" / "optimizers" / "compare.py")
+    compare = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(compare)
+    assert compare.report(path, False) == 0
+    whole = capsys.readouterr()
+    path.write_text(path.read_text() + '{"id": "cut')
+    assert compare.report(path, False) == 0
+    cut = capsys.readouterr()
+    assert (whole.err, cut.out) == ("", whole.out)
+    assert "is cut off and does not count" in cut.err

@@ -155,7 +155,7 @@ def test_a_run_is_that_of_the_recipe(parts, tmp_path, precision):
 
 def test_a_killed_comparison_goes_on_and_repeats_nothing(parts, tmp_path):
     path = tmp_path / "llama-nano.jsonl"
-    process = subprocess.Popen(command(tmp_path, "--workers", "2"), stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command(tmp_path), stdout=subprocess.DEVNULL)
     while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < 8):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
@@ -173,7 +173,7 @@ def test_a_killed_comparison_goes_on_and_repeats_nothing(parts, tmp_path):
     assert len(runs) == len(set(runs)) == len(results.rows)
     kinds = [(run.method, run.kind) for run in runs]
     assert {kind: kinds.count(kind) for kind in kinds} == {
-        ("adamw", "tune"): 20, ("adamw", "judge"): 2, ("sinkgd", "tune"): 20, ("sinkgd", "judge"): 2,
+        ("adamw", "tune"): 15, ("adamw", "judge"): 2, ("sinkgd", "tune"): 15, ("sinkgd", "judge"): 2,
     }  # fmt: skip
     rows, _ = parts.summary.summarise(results)
     assert {row.method for row in rows} == {"adamw", "sinkgd"} and all(row.step_seconds for row in rows)

@@ -119,14 +119,14 @@ def test_links_to_files_exist():
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/measured.md", "docs/reliability.md"]
+    "name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/gpu.md", "docs/measured.md", "docs/reliability.md"]
 )
 def test_no_path_of_one_machine(name):
     text = (ROOT / name).read_text("utf-8")
     assert not re.search(r"(?<![\w.:/`])/(home|root|work|tmp|Users|opt|mnt)/", text)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/measured.md", "docs/reliability.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/gpu.md", "docs/measured.md", "docs/reliability.md"])
 def test_tables_are_filled_from_benchmarks(page):
     """A table marker has a partner, and what is between them names the command that prints it."""
     page = (ROOT / page).read_text("utf-8")

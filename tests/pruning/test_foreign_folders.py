@@ -7,13 +7,14 @@ import socket
 
 import pytest
 import torch
-from pruned_models import make_llama, save_model
+from pruned_models import make_llama, save_model, save_tokenizer
 
 from leanstep._checkpoint import check_finite
 from leanstep.cli import main
 from leanstep.pruning import prune_checkpoint
 from leanstep.pruning.folder.checkpoint import copy_others
-from leanstep.pruning.folder.loading import open_checkpoint
+from leanstep.pruning.folder.loading import open_checkpoint, open_tokenizer, position_count
+from leanstep.recipes.data.tokens import encode
 
 PLAIN = {"sparsity": 0.5, "score": "magnitude", "allocation": "uniform"}
 
@@ -163,3 +164,36 @@ def test_nonfinite_weights_are_named_and_weights_without_values_are_left_out():
     broken = torch.tensor([1.0, float("nan")], dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="here: b\\.x holds NaN or infinity, and 1 more tensors"):
         check_finite([*tensors.items(), ("b.x", broken), ("c", broken)], "here")
+
+
+@pytest.mark.parametrize("longest", ["512", -1, 0, True, [3]])
+def test_a_tokenizer_without_a_length_is_refused_when_it_is_opened(tmp_path, longest):
+    save_tokenizer(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "model_max_length": longest}))
+    with pytest.raises(ValueError, match="model_max_length"):
+        open_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_whose_unknown_token_is_no_token_is_refused_when_it_is_opened(tmp_path):
+    save_tokenizer(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "unk_token": ""}))
+    with pytest.raises(ValueError, match="could not open the tokenizer"):
+        open_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_cannot_encode_the_text_is_named(tmp_path):
+    save_tokenizer(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"]["unk_token"] = "no such token"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = open_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match=f"the tokenizer in {tmp_path} could not encode the text"):
+        encode(tokenizer, ["\N{SNOWMAN}"])
+
+
+@pytest.mark.parametrize("positions", ["64", -64, 64.5, True, [64]])
+def test_positions_of_another_type_are_refused(tmp_path, positions):
+    with pytest.raises(ValueError, match="config.json has .* positions, expected a whole number"):
+        position_count({"max_position_embeddings": positions}, tmp_path)

@@ -139,6 +139,7 @@ REFUSED = {
     "empty sequence": (["--sparsity", "0.5", "--seq-len", "0"], {}, "seq_len must be from 2 to"),
     "batch size": (["--sparsity", "0.5", "--batch-size", "0"], {}, "batch_size must be at least 1, got 0"),
     "device": (["--sparsity", "0.5", "--device", "nowhere"], {}, "the device 'nowhere' is not available"),
+    "metric": (["--sparsity", "0.5", "--metric", "kll"], {}, "metric must be one of kl, .*, got 'kll'"),
     "names": (["--sparsity", "0.5", "--exclude", "*.ffn.*"], {}, "matches no matrix"),
 }
 

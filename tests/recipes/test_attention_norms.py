@@ -2,6 +2,7 @@
 
 import json
 import signal
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from leanstep.lora import LowRankGate
 from leanstep.lora.attention.monitor import STATUSES
+from leanstep.recipes.check.costs import check_layers
 from leanstep.recipes.config.loader import ConfigError, load
 from leanstep.recipes.methods.attention import read_gate, write_gate
 from leanstep.recipes.report.report import write_report
@@ -176,3 +178,17 @@ def test_attention_that_cannot_be_gated_is_refused_before_anything_is_built():
         with pytest.raises(ConfigError) as caught:
             load("llama-nano-lora", settings)
         assert message in "".join(caught.value.problems)
+
+
+@pytest.mark.parametrize("key", ["log.attention_norms", "lora.attention"])
+def test_attention_that_cannot_be_looked_into_is_told_before_the_text_is_read(recipe, monkeypatch, key):
+    def refuse(model):
+        raise ValueError("attention implementation 'fast' has no mask function in transformers; take 'sdpa'")
+
+    for module in ("monitor", "gate"):
+        monkeypatch.setattr(f"leanstep.lora.attention.{module}.attach", refuse)
+    config = load(str(recipe), [ON] if key == "log.attention_norms" else [])
+    if key == "lora.attention":
+        config = replace(config, lora=replace(config.lora, attention="auto"))
+    with pytest.raises(ValueError, match=f"^{key}: attention implementation 'fast' has no mask function"):
+        check_layers(config)

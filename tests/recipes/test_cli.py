@@ -235,7 +235,7 @@ def test_a_comparison_never_takes_the_place_of_a_runs_own_report(tmp_path, monke
 def test_info_names_versions_devices_and_backends(capsys):
     assert main(["info", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["packages"]["core"]["torch"]
+    assert facts["packages"]["core"]["torch"] and facts["packages"]["core"]["scipy"]
     from leanstep.kernels import backend_table
 
     assert [tuple(row) for row in facts["backends"]] == [tuple(map(str, row)) for row in backend_table()]

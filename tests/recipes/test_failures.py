@@ -410,7 +410,7 @@ def test_without_on_signal_the_process_ends_as_usual(recipe, tmp_path):
 
 
 def test_old_handlers_come_back():
-    from leanstep.recipes.training.build import StopFlag
+    from leanstep._process import StopFlag
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     with StopFlag() as flag:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from leanstep.kernels import use_backend
+from leanstep.recipes.check import costs
 from leanstep.recipes.check.costs import estimate, meta_model, optimizer_state_bytes, saved_storages, unique_bytes
 from leanstep.recipes.config.loader import load
 from leanstep.recipes.training.build import build_model, build_optimizer
@@ -69,6 +70,33 @@ def test_weights_gradients_and_state_are_exact_and_activations_close(model, prec
     assert (found.weights, found.gradients, found.optimizer_state) == (weights, gradients, state)
     # the same operations save the same tensors, except where a real one is a view and the fake one a copy
     assert found.activations == pytest.approx(activations, rel=0.05)
+
+
+DEEP = {
+    "llama": ("llama", "model.config={hidden_size: 32, num_hidden_layers: 20, num_attention_heads: 2}"),
+    "checkpointing": ("gpt2", "model.config={n_embd: 32, n_layer: 20, n_head: 2}", "activation_checkpointing=true"),
+    "sparse": ("llama", "model.config.num_hidden_layers=20", "sparsity={patterns: {'*.mlp.*': '2:4'}}"),
+    "a group": (
+        "llama",
+        "model.config.num_hidden_layers=20",
+        "optimizer.groups=[{match: 'layers.19.', lr: 1e-4}]",
+        "optimizer.name=sinkgd",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DEEP)
+def test_a_deep_model_takes_what_its_layers_take_whether_or_not_it_is_built(case):
+    config = recipe(*DEEP[case])
+    assert estimate(config, 2048) == costs._measured(config, 2048, 1, "cpu")
+    assert (costs._equal_layers(config) is None) == (case == "a group")
+
+
+def test_a_thousand_layers_are_estimated_from_a_few(monkeypatch):
+    built = []
+    monkeypatch.setattr(costs, "_measured", lambda config, *_: built.append(config) or costs.MemoryEstimate(*range(7)))
+    estimate(recipe("llama", "model.config.num_hidden_layers=1000"), 2048)
+    assert [config.model.config["num_hidden_layers"] for config in built] == [4, 8]
 
 
 def test_halves_of_a_step_are_a_copy_of_the_gradients_and_no_state():

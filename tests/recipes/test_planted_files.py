@@ -315,3 +315,46 @@ def test_hostile_state_is_told_in_one_line_and_runs_nothing(kind, name, finished
     assert not (tmp_path / "executed").exists()
     assert "Traceback" not in training.text() and "weights_only" not in training.text()
     assert training.text().count("error: ") == 1 and "trainer" in training.text()
+
+
+def _without_an_entry(state):
+    del state["exp_avg"]
+
+
+def _of_other_numbers(state):
+    state["exp_avg"] = state["exp_avg"].to(torch.complex64)
+
+
+def _of_another_shape(state):
+    state["exp_avg"] = state["exp_avg"][:1]
+
+
+LION = ["steps=6", "optimizer.name=lion", "optimizer.args={rounding: stochastic}", "precision=bf16-pure"]
+
+
+@pytest.fixture(scope="module")
+def finished_by_lion(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lion")
+    recipe = write_recipe(folder)
+    training = run(recipe, LION, folder / "run")
+    assert training.codes == [0], training.text()
+    shutil.rmtree(folder / "run" / "checkpoints" / "step-000006")
+    (folder / "run" / "status.json").write_text('{"status": "interrupted"}')
+    return recipe, folder / "run"
+
+
+@pytest.mark.parametrize("damage", [_without_an_entry, _of_other_numbers, _of_another_shape])
+def test_an_optimizer_state_that_no_step_can_use_is_told_in_one_line(damage, finished_by_lion, tmp_path):
+    recipe, out = finished_by_lion
+    copy = shutil.copytree(out, tmp_path / "run", symlinks=True)
+    checkpoint = copy / "checkpoints" / "step-000003"
+    saved = torch.load(checkpoint / "trainer" / "optimizer.bin", weights_only=True)
+    damage(saved["state"][1])
+    file = io.BytesIO()
+    torch.save(saved, file)
+    with_contents(checkpoint, "optimizer.bin", file.getvalue())
+    training = run(recipe, LION, copy)
+    assert training.codes == [2], training.text()
+    assert "Traceback" not in training.text() and training.text().count("error: ") == 1, training.text()
+    assert "trainer cannot be loaded (ValueError): Lion: " in training.text()
+    assert "exp_avg" in training.text() and "nothing was changed" in training.text()

@@ -14,6 +14,8 @@ import texts
 import torch
 from faults import (
     die_around_the_rollback,
+    fp16_on_cpu,
+    fsdp2_on_cpu,
     record_windows,
     save_weights,
 )
@@ -24,12 +26,15 @@ from training import numbers, read_log, run, status, write_recipe, write_text
 from leanstep.recipes.config.loader import ConfigError, load
 from leanstep.recipes.config.schema import DataConfig, StopConfig
 from leanstep.recipes.data.sequences import load_data, shuffled
+from leanstep.recipes.methods.sparse import schedule_of
 from leanstep.recipes.report.runlog import read_run
 from leanstep.recipes.training.checkpoint import SpikeRecord, TrainState, write_state
 from leanstep.recipes.training.folder import RunFolder
 from leanstep.recipes.training.spikes import SpikeDetector, spike_threshold
 from leanstep.recipes.training.step import StepResult
 from leanstep.recipes.training.train import Run
+from leanstep.sparsity import NM
+from leanstep.sparsity.verify import PATTERNS_FILE
 
 DOCUMENTS, A_STEP = 8 * 30, 8
 # windows of data, counted from 0: steps 16 and 17 of a run that nothing disturbs
@@ -180,18 +185,92 @@ def test_rollback_reads_on_after_the_spike(undisturbed, rolled_back):
 
 def test_rollback_restores_everything_of_the_checkpoint(recipe, undisturbed, rolled_back, tmp_path):
     """A new process that starts from the undisturbed checkpoint, with the data moved on, makes the same steps."""
-    checkpoint = tmp_path / "step-000014"
-    shutil.copytree(undisturbed / "checkpoints" / "step-000014", checkpoint)
-    (checkpoint / "COMPLETE").write_text('{"files": {}}')
-    file = checkpoint / "trainer" / "state.json"
-    content = json.loads(file.read_text())
-    content["spikes"]["windows_ahead"] = 3
-    file.write_text(json.dumps(content))
+    checkpoint = moved_on(undisturbed / "checkpoints" / "step-000014", 3, tmp_path)
     training = run(recipe, settings(f"checkpoint.resume={checkpoint}"), tmp_path / "run")
     assert training.codes == [0], training.text()
     steps = [entry for entry in numbers(rolled_back) if entry[1] > 14 and entry[0] == "train"]
     assert [entry for entry in numbers(tmp_path / "run") if entry[0] == "train"] == steps and len(steps) == 6
     assert_same_weights(tmp_path / "run", rolled_back)
+
+
+LLAMA = "hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2"
+DECAY = 'sparsity={patterns: {"*.mlp.*": "1:4"}, method: mdgf-linear, finetune: 0.2}'
+# name -> settings, processes, what runs in each before it trains
+VARIANTS = {
+    "fp16": ([], 1, fp16_on_cpu),
+    "sparse": ([f"model={{family: llama, config: {{{LLAMA}}}}}", DECAY], 1, None),
+    "fsdp2": (["batch.micro_batch_size=2", "distributed.strategy=fsdp2"], 2, fsdp2_on_cpu),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_that_rolled_back_is_one_that_never_read_the_spike(recipe, tmp_path, variant):
+    more, world, prepare = VARIANTS[variant]
+    stop, back = (settings(f"stop={{on_spike: {action}, {SPIKES}}}", *more) for action in ("stop", "rollback"))
+    stopped = run(recipe, stop, tmp_path / "stopped", world=world, prepare=prepare)
+    assert stopped.codes == [3] * world, stopped.text()
+    rolled = run(recipe, back, tmp_path / "rolled", world=world, prepare=prepare)
+    assert rolled.codes == [0] * world, rolled.text()
+    returns = events(tmp_path / "rolled")
+    assert returns and returns[0] == ("rollback", 16, 14)
+    assert {(action, step) for action, _, step in returns} == {("rollback", 14)}
+
+    # the checkpoint from before the spike, with the data after it next
+    left_out = sum(spike_step - step for _, spike_step, step in returns)
+    checkpoint = moved_on(tmp_path / "stopped" / "checkpoints" / "step-000014", left_out, tmp_path)
+    straight = run(
+        recipe, [*back, f"checkpoint.resume={checkpoint}"], tmp_path / "straight", world=world, prepare=prepare
+    )
+    assert straight.codes == [0] * world and not events(tmp_path / "straight"), straight.text()
+    steps = [entry for entry in numbers(tmp_path / "rolled") if entry[1] > 14 and entry[0] == "train"]
+    assert [entry for entry in numbers(tmp_path / "straight") if entry[0] == "train"] == steps and len(steps) == 6
+    assert_same_weights(tmp_path / "straight", tmp_path / "rolled")
+    states = [trainer_state(tmp_path / name / "last" / "trainer") for name in ("straight", "rolled")]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def trainer_state(trainer: Path) -> dict[str, torch.Tensor]:
+    """Optimizer, scaler and sparse state of a checkpoint, which may be in shards."""
+    state: dict[str, torch.Tensor] = {}
+    for file in trainer.glob("*.safetensors"):
+        state |= load_file(file)
+    for name in ("optimizer.bin", "scaler.pt"):
+        if (trainer / name).exists():
+            leaves = torch.utils._pytree.tree_leaves_with_path(torch.load(trainer / name, weights_only=True))
+            numbers_in = [(path, value) for path, value in leaves if isinstance(value, (torch.Tensor, int, float))]
+            state |= {f"{name}{path}": torch.as_tensor(value) for path, value in numbers_in}
+    return state
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_skipped_step_changes_no_weight(recipe, tmp_path, variant):
+    more, world, prepare = VARIANTS[variant]
+    skip = [f"stop={{on_spike: skip, {SPIKES}}}", "checkpoint={every: 1, keep_last: 9}"]
+    out = tmp_path / "run"
+    skipped = run(recipe, settings(*skip, *more), out, world=world, prepare=prepare)
+    assert skipped.codes == [0] * world and "step 16: loss" in skipped.text(), skipped.text()
+    checkpoints = [out / "checkpoints" / f"step-{step:06d}" for step in (14, 15, 16)]
+    weights = [load_file(path / "hf" / "model.safetensors") for path in checkpoints]
+    if variant == "sparse":
+        # hf/ has the masked weights, whose decay goes on
+        weights = [load_file(path / "trainer" / "sparsity.safetensors") for path in checkpoints]
+    names = [name for name, tensor in weights[0].items() if tensor.is_floating_point() and tensor.numel() > 1]
+    assert names and all(torch.equal(weights[1][name], weights[2][name]) for name in names)
+    assert not any(torch.equal(weights[0][name], weights[1][name]) for name in names)
+
+
+@pytest.mark.parametrize("action", ["skip", "rollback"])
+def test_the_decay_of_pruned_weights_follows_the_steps_of_the_run(recipe, tmp_path, action):
+    more, *_ = VARIANTS["sparse"]
+    options = settings(f"stop={{on_spike: {action}, {SPIKES}}}", *more)
+    training = run(recipe, options, tmp_path / "run")
+    assert training.codes == [0] and events(tmp_path / "run")[0][0] == action, training.text()
+    schedule = schedule_of(load(str(recipe), options))
+    train = [entry for entry in read_log(tmp_path / "run") if entry["kind"] == "train"]
+    alphas = [entry["sparsity"]["alpha/1:4"] for entry in train]
+    assert alphas == [schedule.at(step, NM(1, 4)).alpha for step in range(1, 21)] and alphas[-1] == 0.0
+    assert (tmp_path / "run" / "final" / PATTERNS_FILE).exists()
 
 
 def test_kill_9_before_a_rollback_is_saved_repeats_it(recipe, rolled_back, tmp_path):
@@ -236,6 +315,17 @@ def test_two_processes_roll_back_a_stream_and_survive_kill_9(tmp_path):
     assert again.codes == [0, 0] and "resuming from" in again.text(), again.text()
     assert numbers(out) == numbers(tmp_path / "whole") and events(out) == events(tmp_path / "whole")
     assert_same_weights(out, tmp_path / "whole")
+
+
+def moved_on(checkpoint: Path, windows: int, folder: Path) -> Path:
+    """A copy of a checkpoint in ``folder`` that continues so many windows of data later."""
+    copy = shutil.copytree(checkpoint, folder / checkpoint.name)
+    (copy / "COMPLETE").write_text('{"files": {}}')
+    file = copy / "trainer" / "state.json"
+    content = json.loads(file.read_text())
+    content["spikes"]["windows_ahead"] = windows
+    file.write_text(json.dumps(content))
+    return copy
 
 
 def streamed(data: DataConfig, rank: int) -> Iterator[list[int]]:

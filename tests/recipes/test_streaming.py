@@ -287,3 +287,20 @@ def test_a_killed_run_continues_in_mid_stream(c4, tmp_path, world, packing):
     assert "resuming from" in again.text()
     assert training.numbers(tmp_path / "broken") == training.numbers(tmp_path / "whole")
     assert len(training.numbers(tmp_path / "whole")) >= 12
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("given", "3"),
+        ("epoch", -1),
+        ("row", 2**70),
+        ("left_over", [10**6]),
+        ("left_over", ["a"]),
+        ("left_over", [0] * 32),
+    ],
+)
+def test_a_damaged_position_is_refused(stream, key, value):
+    state = {**stream().state_dict(), key: value}
+    with pytest.raises(ValueError, match="the saved position is damaged"):
+        stream().load_state_dict(state)

@@ -5,6 +5,7 @@ import math
 import re
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -17,12 +18,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from leanstep.recipes.config.schema import ExpectConfig, ScheduleConfig
 from leanstep.recipes.data.batches import MicroBatches, count_targets
-from leanstep.recipes.data.sequences import shuffled
+from leanstep.recipes.data.sequences import as_sequence, shuffled
 from leanstep.recipes.training.build import schedule_factor
 from leanstep.recipes.training.folder import RunFolder
 from leanstep.recipes.training.formatting import flat_scalars, format_duration, format_line, format_rate
 from leanstep.recipes.training.logger import Clock, Progress
-from leanstep.recipes.training.saver import compare, sample
+from leanstep.recipes.training.samples import held_out_prompts, sample
+from leanstep.recipes.training.saver import compare
 from leanstep.recipes.training.step import NonFinite, backward, gradient_norm
 
 
@@ -184,7 +186,7 @@ def test_the_rate_follows_the_schedule_whatever_the_processes(recipe, tmp_path):
     assert rates == pytest.approx([1e-3 * factor for factor in [0.25, 0.5, 0.75, *cosine]])
 
 
-@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("name", ["cosine", "linear", "wsd", "constant"])
 def test_schedule_shapes(name):
     factor = schedule_factor(ScheduleConfig(name=name, warmup_fraction=0.1, final_fraction=0.1), 100)
     values = [factor(made) for made in range(100)]
@@ -193,10 +195,23 @@ def test_schedule_shapes(name):
     assert all(0 < value <= 1 for value in values)
     if name == "linear":
         assert values[10] - values[50] == pytest.approx(40 * (values[50] - values[51]))
+    if name == "wsd":
+        assert values[10:80] == [1.0] * 70  # 20 steps of decay: 80 to 99
+        assert values[79:] == pytest.approx([1 - 0.9 * made / 20 for made in range(21)])
     # all warm-up, and none
     assert schedule_factor(ScheduleConfig(warmup_fraction=1.0), 4)(3) == pytest.approx(4 / 5)
     assert schedule_factor(ScheduleConfig(warmup_fraction=0.0), 4)(0) == 1
     assert schedule_factor(ScheduleConfig(warmup_fraction=0.0), 1)(0) == 1
+
+
+def test_decay_after_warmup_and_over_all_steps():
+    def rates(warmup, decay):
+        schedule = ScheduleConfig(name="wsd", warmup_steps=warmup, decay_fraction=decay, final_fraction=0.0)
+        return [schedule_factor(schedule, 5)(made) for made in range(5)]
+
+    assert rates(0, 1.0) == pytest.approx([1, 0.75, 0.5, 0.25, 0])
+    assert rates(3, 1.0) == pytest.approx([0.25, 0.5, 0.75, 1, 0])  # decays after the warm-up
+    assert rates(0, 0.0) == [1.0] * 5
 
 
 def test_the_order_is_a_function_of_the_position():
@@ -238,13 +253,41 @@ def test_the_result_opens_in_transformers_with_the_same_logits(finished):
     assert tokenizer.decode(ids[0]) == "the state of the union"
 
 
-def test_the_sample_is_reproducible_and_logged(finished):
-    state = torch.get_rng_state()
-    text = sample(finished.out / "final", 0, torch.device("cpu"))
-    assert torch.equal(torch.get_rng_state(), state), "it draws from generators of its own"
+def test_samples_are_reproducible_and_logged(finished):
     logged = read_log(finished.out)[-1]
-    assert logged["kind"] == "sample" and logged["text"] == text and len(text) > 10
-    assert sample(finished.out / "final", 1, torch.device("cpu")) != text
+    paragraphs = logged["text"].split("\n\n")
+    assert logged["kind"] == "sample" and len(paragraphs) == 3
+    assert all(re.match(r"\[[^]]+\].{10}", paragraph, re.DOTALL) for paragraph in paragraphs)
+    tokenizer = AutoTokenizer.from_pretrained(finished.out / "final")
+    prompts = [tokenizer("the state of")["input_ids"], tokenizer("the union")["input_ids"]]
+    state = torch.get_rng_state()
+    texts = [sample(finished.out / "final", prompts, seed, torch.device("cpu")) for seed in (0, 0, 1)]
+    assert torch.equal(torch.get_rng_state(), state), "it draws from generators of its own"
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_sample_is_never_blank(finished, tmp_path):
+    """A model that ends every text at once still has to continue it."""
+    folder = tmp_path / "final"
+    model = AutoModelForCausalLM.from_pretrained(finished.out / "final")
+    tokenizer = AutoTokenizer.from_pretrained(finished.out / "final")
+    embedding = model.get_input_embeddings().weight
+    with torch.no_grad():
+        embedding.copy_(embedding[tokenizer.eos_token_id].expand_as(embedding))
+        embedding[tokenizer.eos_token_id] *= 1000
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    prompts = [tokenizer("the state of the")["input_ids"], [tokenizer.eos_token_id]]
+    for paragraph in sample(folder, prompts, 0, torch.device("cpu")).split("\n\n"):
+        assert len(paragraph.split("]")[-1].strip()) > 10
+        assert tokenizer.eos_token not in paragraph
+
+
+def test_prompts_are_the_first_tokens_of_held_out_sequences():
+    sequences = [as_sequence(np.array([9, *range(row, row + 30)]), 40, 0) for row in range(10, 17)]
+    assert held_out_prompts(sequences, end_of_text=9) == [list(range(row, row + 15)) for row in (10, 12, 14)]
+    assert held_out_prompts([as_sequence(np.array([9]), 4, 0)], end_of_text=9) == [[9]]
+    assert held_out_prompts([], end_of_text=9) == [[9]]
 
 
 def test_what_was_expected_is_compared_and_never_fatal(finished):

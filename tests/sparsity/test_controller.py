@@ -162,6 +162,30 @@ def test_mask_every_fixed_and_frozen():
     assert history["frozen"] == [False, True, True, True, True, True]
 
 
+@pytest.mark.parametrize("score", ["magnitude", "gradient"])
+def test_skipped_steps_are_steps_of_the_schedule_and_leave_the_masks(score):
+    schedule = Schedule(kind="sdgf-stepwise+mdgf-linear", total_steps=12)
+    model = make_mlp()
+    controller = sparsify(model, MLP, schedule=schedule, method=schedule.kind, score=score)
+    layer = controller.layers[0]
+    for step in range(1, 13):
+        before, pattern = layer.transform.mask.clone(), layer.transform.pattern
+        if step % 3:
+            train(model, controller, steps=1)
+        else:
+            # the gradient of a step that is left out
+            model(batch()[0] * 1e3).square().sum().backward()
+            controller.skip()
+            model.zero_grad()
+            changed = layer.transform.pattern != pattern
+            assert is_nm(layer.transform.mask, layer.transform.pattern)
+            assert changed or torch.equal(layer.transform.mask, before)
+        stage = schedule.at(step, layer.target)
+        assert (controller.step_count, layer.transform.pattern) == (step, stage.pattern)
+        assert float(layer.transform.alpha) == pytest.approx(stage.alpha)
+    assert controller.finished
+
+
 def test_geometric_frames_are_shortened_to_rows_that_are_short():
     # 8:64 and 4:32 do not fill rows of 16
     model = make_mlp()

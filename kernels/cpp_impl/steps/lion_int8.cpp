@@ -70,7 +70,7 @@ static inline void update(
     PARAM* __restrict p, const GRAD* __restrict g, const int8_t* __restrict codes, float scale,
     StateT* __restrict state, int64_t n, const Settings& settings, uint32_t index, Momenta& momenta
 ) {
-    constexpr bool in_pairs = !skipping && all_bf16<PARAM, GRAD> && (ROUNDING == NEAREST || ROUNDING == STOCHASTIC);
+    constexpr bool in_pairs = !skipping && all_bf16<PARAM, GRAD>;
     const uint32_t seed = settings.seed;
     uint32_t largest = 0;
     // updates entry i, and returns its momentum
@@ -89,14 +89,13 @@ static inline void update(
             int16_t word;
             std::memcpy(&word, codes + 2 * j, sizeof word);
             const int32_t second = word >> 8, first = static_cast<int32_t>(static_cast<uint32_t>(word) << 24) >> 24;
-            const Pair gradient = load_pair(g, j), weight = load_pair(p, j);
+            const Pair gradient = load_pair(g, j), weight = weights_of<ROUNDING>(p, state, j);
             const Moved even = move(signed_gradient(gradient.low), value_of(first, scale), weight.low,
                                     settings.scalars, settings.cautious_scale);
             const Moved odd = move(signed_gradient(gradient.high), value_of(second, scale), weight.high,
                                    settings.scalars, settings.cautious_scale);
             const uint32_t i = index + static_cast<uint32_t>(2 * j);
-            store_pair(p, j, before_rounding<ROUNDING, PARAM>(even.weight, i, seed),
-                       before_rounding<ROUNDING, PARAM>(odd.weight, i + 1, seed));
+            store_weights<ROUNDING>({even.weight, odd.weight}, p, state, j, i, seed);
             low = even.momentum, high = odd.momentum;
         } else {
             low = one(2 * j), high = one(2 * j + 1);

@@ -1,0 +1,243 @@
+"""The operations that have Triton kernels, each on inputs of a given size, dtype and device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from leanstep.kernels import (
+    StepOptions,
+    linear_combination,
+    lion_agreement,
+    lion_step,
+    lora_down,
+    lora_down_backward,
+    lora_dropout,
+    lora_norms,
+    lora_scale_,
+    lora_scale_backward,
+    lora_up_,
+    newton_schulz,
+    nm_apply,
+    nm_compress,
+    nm_mask,
+    nm_matmul,
+    nuclear_norm,
+    poly_features,
+    poly_features_backward,
+    row_dots,
+    scaled_step,
+    sinkhorn,
+    sparse_layout,
+    sparse_linear_combination,
+    sparse_row_dots,
+    swiglu,
+    swiglu_backward_,
+    top_k,
+)
+from leanstep.kernels.nm.mask import MAX_FAST_M
+
+HALF = (torch.bfloat16, torch.float16)
+ALL = (torch.float32, *HALF)
+# what a kernel promises of its results
+BITS, CLOSE = "bits of the definition", "close to float64"
+DROPOUT, RANK = 0.1, 32
+
+
+class Inputs:
+    """Random tensors, the same for every instance of one dtype; ``wide``: the same numbers in float64."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, wide: bool, sizes: SimpleNamespace) -> None:
+        self.device, self.dtype, self.wide, self.sizes = device, dtype, wide, sizes
+        self.generator = torch.Generator(device).manual_seed(0)
+
+    def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Normal numbers, rounded to a dtype: by default the one under test."""
+        return self.widened(torch.randn(shape, generator=self.generator, device=self.device).to(dtype or self.dtype))
+
+    def widened(self, tensor: Tensor) -> Tensor:
+        """The tensor, in float64 where that is asked for."""
+        return tensor.double() if self.wide else tensor
+
+    def normal_matrices(self) -> list[Tensor]:
+        """Matrices of all sizes."""
+        return [self.normal(*shape) for shape in self.sizes.matrices]
+
+    def scalars(self, *values: float) -> Tensor:
+        """Numbers of a step's rule: fp32, widened."""
+        return self.widened(torch.tensor(values, device=self.device))
+
+    def activations(self) -> Tensor:
+        """A matrix [tokens, width]."""
+        return self.normal(self.sizes.tokens, self.sizes.width)
+
+    def options(self, rounding: str, *scalars: float) -> StepOptions:
+        """Options of a step on :meth:`normal_matrices`."""
+        seeds = torch.arange(1, 1 + len(self.sizes.matrices), device=self.device) * 0x9E3779B1 % 2**32
+        # float64 needs no rounding
+        name = "nearest" if self.wide else rounding
+        return StepOptions(self.scalars(*scalars), name, seeds=seeds, offsets=torch.zeros_like(seeds))
+
+    def rounding_state(self, params: list[Tensor], rounding: str) -> list[Tensor]:
+        """Kahan remainders or masters of parameters."""
+        if self.wide or rounding not in ("kahan", "master"):
+            return []
+        return [torch.zeros_like(p) if rounding == "kahan" else p.float() for p in params]
+
+
+def _lion(rounding: str, inputs: Inputs) -> list[Tensor]:
+    params, grads, momenta = (inputs.normal_matrices() for _ in range(3))
+    state = inputs.rounding_state(params, rounding)
+    lion_step(params, grads, momenta, state, inputs.options(rounding, 1e-2, 0.999, 0.9, 0.1, 0.99, 0.01))
+    return [*params, *momenta, *state]
+
+
+def _agreement(inputs: Inputs) -> list[Tensor]:
+    grads, momenta = inputs.normal_matrices(), inputs.normal_matrices()
+    return [lion_agreement(grads, momenta, inputs.options("nearest", 1e-2, 0.999, 0.9, 0.1, 0.99, 0.01))]
+
+
+def _sinkhorn(inputs: Inputs) -> list[Tensor]:
+    scales = sinkhorn([inputs.normal(*shape) for shape in inputs.sizes.balanced], inputs.sizes.iterations)
+    return [*scales.rows, *scales.cols]
+
+
+def _scaled(rounding: str, inputs: Inputs) -> list[Tensor]:
+    params, mats = inputs.normal_matrices(), inputs.normal_matrices()
+    rows = [inputs.normal(len(mat), dtype=torch.float32) for mat in mats]
+    cols = [inputs.normal(mat.shape[1], dtype=torch.float32) for mat in mats]
+    state = inputs.rounding_state(params, rounding)
+    scaled_step(params, mats, rows, cols, state, inputs.options(rounding, 1e-2, 0.999))
+    return [*params, *state]
+
+
+def _newton_schulz(inputs: Inputs) -> list[Tensor]:
+    dtype = None if inputs.wide else inputs.dtype
+    matrices = [inputs.normal(*shape) for shape in inputs.sizes.products]
+    return [*newton_schulz(matrices, dtype=dtype), nuclear_norm(matrices, dtype=dtype)]
+
+
+def _dots(inputs: Inputs) -> list[Tensor]:
+    return [row_dots([inputs.normal(inputs.sizes.window, inputs.sizes.columns)], [inputs.normal(inputs.sizes.columns)])]
+
+
+def _coefficients(inputs: Inputs) -> Tensor:
+    return torch.linspace(-1, 1, inputs.sizes.window, dtype=torch.float64, device=inputs.device)
+
+
+def _combination(inputs: Inputs) -> list[Tensor]:
+    return linear_combination([inputs.normal(inputs.sizes.window, inputs.sizes.columns)], _coefficients(inputs))
+
+
+def _sparse(inputs: Inputs) -> list[Tensor]:
+    sizes, layout = inputs.sizes, sparse_layout(inputs.sizes.columns, 0.02)
+    vectors = [
+        torch.randn(sizes.columns, generator=inputs.generator, device=inputs.device) for _ in range(sizes.window)
+    ]
+    values, indices = map(torch.stack, zip(*(top_k(v, layout, inputs.dtype) for v in vectors), strict=True))
+    stored, vector = inputs.widened(values), inputs.normal(sizes.columns, dtype=torch.float32)
+    dots = sparse_row_dots([stored], [indices], [vector], [layout])
+    return [dots, *sparse_linear_combination([stored], [indices], _coefficients(inputs), [layout])]
+
+
+def _masks(inputs: Inputs) -> list[Tensor]:
+    rows, columns = 4 * inputs.sizes.tokens, MAX_FAST_M * 5
+    scores = inputs.normal(rows, columns)
+    across = [mask for n, m in ((2, 4), (1, 8), (5, 16), (64, 128), (2, 5)) for mask in nm_mask([scores], n, m)]
+    return [*across, *nm_mask([scores], 2, 4, dim=0)]
+
+
+def _apply(inputs: Inputs) -> list[Tensor]:
+    weight = inputs.activations()
+    (mask,) = nm_mask([weight], 1, 4)
+    return [nm_apply(weight, mask, inputs.scalars(0.3).squeeze())]
+
+
+def _compressed(inputs: Inputs) -> list[Tensor]:
+    weight = inputs.activations()
+    weight = weight * nm_mask([weight], 1, 8)[0]
+    values, indices = nm_compress(weight, 1, 8)
+    return [nm_matmul(inputs.normal(tokens, weight.shape[1]), values, indices, 8) for tokens in (1, 6)]
+
+
+def _dropout(inputs: Inputs) -> list[Tensor]:
+    return [lora_dropout(inputs.activations(), DROPOUT, torch.tensor(2**40 + 5))]
+
+
+def _products(inputs: Inputs) -> list[Tensor]:
+    tokens, width = inputs.sizes.tokens, inputs.sizes.width
+    x, y = inputs.activations(), inputs.activations()
+    a, b = inputs.normal(RANK, width), inputs.normal(width, RANK).t()
+    e, settings = inputs.normal(tokens, RANK), {"p": DROPOUT, "seed": torch.tensor(7)}
+    down, backward = lora_down(x, a, **settings), lora_down_backward(x, e, a, **settings)
+    return [down, *backward, lora_up_(y, e, b, 0.5, **settings)]
+
+
+def _norms(inputs: Inputs) -> list[Tensor]:
+    weight, a = inputs.activations(), inputs.normal(RANK, inputs.sizes.width, dtype=torch.float32)
+    b = inputs.normal(len(weight), RANK, dtype=torch.float32)
+    squares = weight.to(b.dtype).square().sum(1)
+    return [lora_norms(weight, a, b, 0.5, squares)]
+
+
+def _scale(inputs: Inputs) -> list[Tensor]:
+    y, g = inputs.activations(), inputs.activations()
+    factors, bias = inputs.normal(y.shape[1], dtype=torch.float32), inputs.normal(y.shape[1])
+    return [*lora_scale_backward(g, y, factors), lora_scale_(y, factors, bias)]
+
+
+def _swiglu(inputs: Inputs) -> list[Tensor]:
+    e, u, grad = (inputs.activations() for _ in range(3))
+    return [swiglu(e, u), *swiglu_backward_(grad, e, u)]
+
+
+def _polynomials(inputs: Inputs) -> list[Tensor]:
+    x = inputs.normal(2, inputs.sizes.variables, inputs.sizes.tokens) * 0.5
+    features = poly_features(x, 3)
+    grad = inputs.normal(*features.shape)
+    return [features, poly_features_backward(grad, x, 3)]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A call of an operation or two: its results, the dtypes that have a kernel, and what the kernel promises.
+
+    ``rounded_inside``: intermediate results have the dtype of the inputs, whatever that of the result is.
+    """
+
+    run: Callable[[Inputs], list[Tensor]]
+    dtypes: tuple[torch.dtype, ...] = ALL
+    promise: str = CLOSE
+    rounded_inside: bool = False
+
+
+OPERATIONS = {
+    "lion_step": Operation(partial(_lion, "nearest"), ALL, BITS),
+    "lion_step, stochastic": Operation(partial(_lion, "stochastic"), (torch.bfloat16,), BITS),
+    "lion_step, kahan": Operation(partial(_lion, "kahan"), HALF, BITS),
+    "lion_step, master": Operation(partial(_lion, "master"), HALF, BITS),
+    "lion_agreement": Operation(_agreement, ALL, BITS),
+    "sinkhorn": Operation(_sinkhorn),
+    "scaled_step": Operation(partial(_scaled, "nearest"), ALL, BITS),
+    "scaled_step, stochastic": Operation(partial(_scaled, "stochastic"), (torch.bfloat16,), BITS),
+    "scaled_step, kahan": Operation(partial(_scaled, "kahan"), HALF, BITS),
+    "scaled_step, master": Operation(partial(_scaled, "master"), HALF, BITS),
+    "newton_schulz, nuclear_norm": Operation(_newton_schulz, HALF, rounded_inside=True),
+    "row_dots": Operation(_dots),
+    "linear_combination": Operation(_combination),
+    "sparse_row_dots, sparse_linear_combination": Operation(_sparse),
+    "nm_mask": Operation(_masks, ALL, BITS),
+    "nm_apply": Operation(_apply, ALL, BITS),
+    "nm_matmul": Operation(_compressed),
+    "lora_dropout": Operation(_dropout, ALL, BITS),
+    "lora_down, lora_down_backward, lora_up": Operation(_products, HALF),
+    "lora_norms": Operation(_norms, HALF),
+    "lora_scale": Operation(_scale),
+    "swiglu": Operation(_swiglu),
+    "poly_features": Operation(_polynomials, (torch.float32,)),
+}

@@ -1,0 +1,59 @@
+"""Let the trained model continue held-out texts, for a reader's first impression."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from leanstep.recipes.data.sequences import IGNORED
+
+TEMPERATURE = 0.8
+_SAMPLES = 3
+_PROMPT_TOKENS, _NEW_TOKENS = 16, 64
+
+
+def held_out_prompts(validation: Dataset, end_of_text: int) -> list[list[int]]:
+    """Return the first tokens of up to three validation sequences, spread evenly; ``[end_of_text]`` if there are none.
+
+    A prompt has at most 16 tokens, and none is padding or ``end_of_text``.
+    """
+    length = len(validation)  # type: ignore[arg-type]
+    prompts = []
+    for number in range(min(_SAMPLES, length)):
+        sequence = validation[number * length // _SAMPLES]
+        tokens = sequence["input_ids"][sequence["labels"] != IGNORED].tolist()
+        prompts.append([token for token in tokens[:_PROMPT_TOKENS] if token != end_of_text])
+    return [prompt for prompt in prompts if prompt] or [[end_of_text]]
+
+
+def sample(folder: Path, prompts: list[list[int]], seed: int, device: torch.device) -> str:
+    """Continue each prompt by 64 tokens with the model in ``folder``; return one paragraph each, ``[prompt] text``.
+
+    The model cannot answer with its end-of-text token, so that no paragraph is blank. Prompt and text are cut to the
+    model's positions. The result depends on ``seed`` and device only; torch's random state stays as it was.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    positions = getattr(model.config, "max_position_embeddings", _PROMPT_TOKENS + _NEW_TOKENS)
+
+    def continued(prompt: list[int]) -> str:
+        start = torch.tensor([prompt[: max(positions // 2, 1)]], device=device)
+        tokens: Tensor = model.generate(
+            start,
+            attention_mask=torch.ones_like(start),
+            max_new_tokens=min(_NEW_TOKENS, positions - start.shape[1]),
+            do_sample=True,
+            temperature=TEMPERATURE,
+            suppress_tokens=[tokenizer.eos_token_id],
+            pad_token_id=tokenizer.eos_token_id,
+        )
+        begin, end = (
+            tokenizer.decode(part, skip_special_tokens=True) for part in tokens[0].tensor_split([start.shape[1]])
+        )
+        return f"[{begin.strip()}]{end.rstrip()}" if begin.strip() else end.strip()
+
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        return "\n\n".join(map(continued, prompts))
