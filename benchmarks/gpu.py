@@ -56,6 +56,8 @@ NOT_MEASURED = "No device has been measured yet: there are no results of `python
 # a stage imports torch before it begins
 LEAST_S = 5.0
 DISK = 3 << 30
+# of device memory: a process that has only started takes less
+BUSY = 2 << 30
 
 
 def main() -> int:
@@ -65,7 +67,6 @@ def main() -> int:
         return publish(options.out)
     if options.minutes <= 0:
         PARSER.error(f"--minutes: expected more than 0, got {options.minutes:g}")
-    # asked of another process, because one that has used the device holds some of its memory
     machine = ask_for_machine(options.dry_run)
     options.out.mkdir(parents=True, exist_ok=True)
     check_folder(options.out, machine, options.dry_run)
@@ -82,13 +83,34 @@ def main() -> int:
     return WITH_PROBLEMS if missing or wrong else DONE
 
 
+def first_device_only() -> dict[str, str]:
+    """The environment of stages: of several visible devices, they see the first."""
+    name = "HIP_VISIBLE_DEVICES" if "HIP_VISIBLE_DEVICES" in os.environ else "CUDA_VISIBLE_DEVICES"
+    first = os.environ.get(name, "0").split(",")[0]
+    # unbuffered: what a killed stage has printed is in its log
+    return os.environ | {name: first, "PYTHONUNBUFFERED": "1"}
+
+
 def ask_for_machine(dry_run: bool) -> dict[str, str]:
-    """What the results' folder must have in common, from a process that ends."""
-    script = f"import json, stages; print(json.dumps(stages.machine_of(stages.find_device({dry_run}))))"
-    result = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, capture_output=True, text=True)
+    """What the results of the folder must have in common; warns of a device that others use.
+
+    Another process answers, because one that has used the device holds some of its memory.
+    """
+    script = f"""
+import json, stages
+device = stages.find_device({dry_run})
+print(json.dumps([stages.machine_of(device), stages.busy_bytes(device)]))"""
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, cwd=Path(__file__).parent, env=first_device_only(), capture_output=True, text=True)
     if result.returncode:
         raise SystemExit(result.stderr.strip().splitlines()[-1] if result.stderr else "python ended without a reason")
-    return json.loads(result.stdout.splitlines()[-1])
+    machine, busy = json.loads(result.stdout.splitlines()[-1])
+    if busy > BUSY:
+        print(
+            f"WARNING: {format_bytes(busy)} of the device's memory are taken: other programs disturb the times, and "
+            "stages may run out of memory; end them, or choose another device by CUDA_VISIBLE_DEVICES"
+        )
+    return machine
 
 
 def check_folder(out: Path, machine: dict[str, str], dry_run: bool) -> None:
@@ -159,9 +181,7 @@ def never_started(path: Path) -> int:
 
 def run_process(command: Sequence[str], log: Any, seconds: float) -> int | None:
     """Run a command in a session of its own and kill all of its processes at the end. None: out of time."""
-    # unbuffered: what a killed stage has printed is in its log
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+    process = subprocess.Popen(command, stdout=log, stderr=log, env=first_device_only(), start_new_session=True)
     try:
         return process.wait(max(seconds, 0.0))
     except subprocess.TimeoutExpired:

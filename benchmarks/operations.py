@@ -205,11 +205,15 @@ def _polynomials(inputs: Inputs) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Operation:
-    """A call of an operation or two: its results, the dtypes that have a kernel, and what the kernel promises."""
+    """A call of an operation or two: its results, the dtypes that have a kernel, and what the kernel promises.
+
+    ``rounded_inside``: intermediate results have the dtype of the inputs, whatever that of the result is.
+    """
 
     run: Callable[[Inputs], list[Tensor]]
     dtypes: tuple[torch.dtype, ...] = ALL
     promise: str = CLOSE
+    rounded_inside: bool = False
 
 
 OPERATIONS = {
@@ -223,7 +227,7 @@ OPERATIONS = {
     "scaled_step, stochastic": Operation(partial(_scaled, "stochastic"), (torch.bfloat16,), BITS),
     "scaled_step, kahan": Operation(partial(_scaled, "kahan"), HALF, BITS),
     "scaled_step, master": Operation(partial(_scaled, "master"), HALF, BITS),
-    "newton_schulz, nuclear_norm": Operation(_newton_schulz, HALF),
+    "newton_schulz, nuclear_norm": Operation(_newton_schulz, HALF, rounded_inside=True),
     "row_dots": Operation(_dots),
     "linear_combination": Operation(_combination),
     "sparse_row_dots, sparse_linear_combination": Operation(_sparse),

@@ -112,11 +112,13 @@ def code_digest() -> str:
 
 
 def clocks(device: Any) -> str:
-    """Clocks, power, temperature and driver that nvidia-smi reports for the device now."""
+    """Clocks, power, temperature and driver that nvidia-smi reports for the device now, and its free memory."""
     import torch
 
     if device.type != "cuda":
         return "no device"
+    free, total = torch.cuda.mem_get_info(device)
+    memory = f"{format_bytes(free)} of {format_bytes(total)} free"
     query = "clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu,driver_version"
     # by its UUID: nvidia-smi ignores CUDA_VISIBLE_DEVICES
     identifier = f"GPU-{getattr(torch.cuda.get_device_properties(device), 'uuid', '')}"
@@ -124,9 +126,19 @@ def clocks(device: Any) -> str:
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
-        return "unknown: nvidia-smi does not report them"
+        return f"unknown (no report of nvidia-smi), {memory}"
     labels = ("SM", "memory", "SM at most", "power", "power limit", "degrees C", "driver")
-    return ", ".join(f"{a} {b.strip()}" for a, b in zip(labels, result.stdout.split(","), strict=False))
+    return ", ".join([*(f"{a} {b.strip()}" for a, b in zip(labels, result.stdout.split(","), strict=False)), memory])
+
+
+def busy_bytes(device: Any) -> int:
+    """Bytes of the device's memory that are taken, this process's context included."""
+    import torch
+
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free
 
 
 # -- results ----------------------------------------------------------------------------------------------------------

@@ -266,16 +266,30 @@ def load_pickled(path: Path) -> Any:
     """Content of a file of ``torch.save``: tensors and containers only, memory-mapped; no code in it runs.
 
     Raises:
-        ValueError: for a damaged file, or one that holds anything else.
+        ValueError: for a damaged file, or one that holds anything else: also tensors that are sparse, quantised or
+            without values, and those with more entries than the file has bytes for.
     """
     try:
-        return torch.load(checked_file(path), map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(checked_file(path), map_location="cpu", weights_only=True, mmap=True)
+        _check_plain(content, path)
+        return content
     except FileNotFoundError:
         raise
     except Exception as error:  # torch raises many types for a damaged file
         if isinstance(error, ValueError) and str(path) in str(error):
             raise
         raise ValueError(f"{path} cannot be read as tensors: {reason(error)}") from None
+
+
+def _check_plain(content: Any, path: Path) -> None:
+    size = path.stat().st_size
+    for tensor in torch.utils._pytree.tree_leaves(content):
+        if isinstance(tensor, Tensor):
+            if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+                kind = "quantised" if tensor.is_quantized else "without values" if tensor.is_meta else "sparse"
+                raise ValueError(f"{path} holds a tensor that is {kind}: expected plain ones")
+            if tensor.nbytes > size:
+                raise ValueError(f"{path} holds a tensor of {tensor.nbytes:,} bytes, and has {size:,} itself")
 
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]], where: object) -> None:
@@ -286,11 +300,14 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], where: object) -> None:
     """
     # a process that gets its weights from another one has them without values
     stored = ((name, tensor) for name, tensor in tensors if tensor.is_floating_point() and not tensor.is_meta)
-    broken = [name for name, tensor in stored if not _is_finite(tensor)]
+    broken = [name for name, tensor in stored if not _is_finite(tensor, f"{where}: {one_line(name)}")]
     if broken:
         more = f", and {len(broken) - 1} more tensors" if len(broken) > 1 else ""
         raise ValueError(f"{where}: {one_line(broken[0])} holds NaN or infinity{more}; expected finite weights")
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    return all(bool(chunk.isfinite().all()) for chunk in tensor.detach().flatten().split(_CHUNK))
+def _is_finite(tensor: Tensor, where: str) -> bool:
+    try:
+        return all(bool(chunk.isfinite().all()) for chunk in tensor.detach().flatten().split(_CHUNK))
+    except NotImplementedError:
+        raise ValueError(f"{where} is {tensor.dtype}, which torch cannot compare with infinity") from None

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from leanstep._checkpoint import TensorFile, load_pickled, read_json
+from leanstep._checkpoint import TensorFile, load_pickled, read_json, reason
 from leanstep._files import one_line
 from leanstep.sparsity.compressed import is_compressed, load_compressed
 from leanstep.sparsity.masks import pattern_of, violations
@@ -123,7 +123,15 @@ def verify(
             raise ValueError(f"verify: {where} has no tensor {missing[0]!r}, which its {PATTERNS_FILE} lists")
         patterns = {name: NM.parse(entry["pattern"]) for name, entry in recorded.items()}
         dims = {name: entry["dim"] for name, entry in recorded.items()}
-    reports = [_report(name, *matrix, patterns.get(name), dims.get(name)) for name, matrix in matrices.items()]
+    reports = []
+    for name, matrix in matrices.items():
+        try:
+            reports.append(_report(name, *matrix, patterns.get(name), dims.get(name)))
+        except RuntimeError as error:  # a dtype without arithmetic, or no memory
+            kind = str(matrix[0].dtype).removeprefix("torch.")
+            raise ValueError(
+                f"verify: {where}: {one_line(name)} ({kind}) cannot be examined: {reason(error)}"
+            ) from None
     return Verification(where, tuple(reports))
 
 

@@ -124,16 +124,37 @@ struct RoundingState<Param, KAHAN> {
 // A rounding error is at most half the distance to the next number. Shrunk a little, it changes no rounding.
 constexpr float SHRINK = 127.0f / 128.0f;
 
+// the nearest number of Param, as a float; not for NaN with a bit set in the lower half
+template <typename Param>
+inline float nearest(float value) {
+    if constexpr (all_bf16<Param>) return from_bits(round_upper(value) & 0xFFFF0000u);
+    return value;
+}
+
 // the parameter's value alone where the state does not round to it: it was written between two steps
+template <int rounding, typename Param>
+inline float unrounded(float value, float stored) {
+    if constexpr (rounding == MASTER) {
+        // a NaN, which may be rounded to a number here, is no state of any value
+        return (nearest<Param>(stored) == value) & (stored == stored) ? stored : value;
+    }
+    return nearest<Param>(value + stored * SHRINK) == value ? value + stored : value;
+}
+
 template <int rounding, typename Param, typename StateT>
 inline float weight_of(Param param, const StateT* state, int64_t i) {
-    const float value = widen(param);
     if constexpr (rounding == MASTER || rounding == KAHAN) {
-        const float stored = widen(state[i]);
-        Param rounded;
-        narrow(rounding == MASTER ? stored : value + stored * SHRINK, rounded);
-        const float whole = rounding == MASTER ? stored : value + stored;
-        return widen(rounded) == value ? whole : value;
+        return unrounded<rounding, Param>(widen(param), widen(state[i]));
+    }
+    return widen(param);
+}
+
+template <int rounding, typename Param, typename StateT>
+inline Pair weights_of(const Param* param, const StateT* state, int64_t j) {
+    const Pair value = load_pair(param, j);
+    if constexpr (rounding == MASTER || rounding == KAHAN) {
+        const Pair stored = load_pair(state, j);
+        return {unrounded<rounding, Param>(value.low, stored.low), unrounded<rounding, Param>(value.high, stored.high)};
     }
     return value;
 }
@@ -150,6 +171,17 @@ inline void store_weight(float value, bool keep, Param* param, StateT* state, in
     }
     if constexpr (rounding == MASTER) state[i] = keep ? state[i] : value;
     param[i] = keep ? param[i] : rounded;
+}
+
+// the same for two neighbours, computed from bf16; `index` is the first one's
+template <int rounding, typename Param, typename StateT>
+inline void store_weights(Pair value, Param* param, StateT* state, int64_t j, uint32_t index, uint32_t seed) {
+    if constexpr (rounding == KAHAN) {
+        store_pair(state, j, value.low - nearest<Param>(value.low), value.high - nearest<Param>(value.high));
+    }
+    if constexpr (rounding == MASTER) store_pair(state, j, value.low, value.high);
+    store_pair(param, j, before_rounding<rounding, Param>(value.low, index, seed),
+               before_rounding<rounding, Param>(value.high, index + 1, seed));
 }
 
 // elements that a thread processes at a time: few enough to balance the load, enough for the prefetcher

@@ -18,16 +18,16 @@ void step_row(
 ) {
     const float size = scalars[0], decay = scalars[1];
     int64_t done = 0;
-    if constexpr (all_bf16<PARAM, MAT> && (ROUNDING == NEAREST || ROUNDING == STOCHASTIC)) {
+    // pairs of a master are as slow as elements
+    if constexpr (all_bf16<PARAM, MAT> && ROUNDING != MASTER) {
         done = n / 2 * 2;
 #pragma omp simd
         for (int64_t j = 0; j < n / 2; ++j) {
-            const Pair gradient = load_pair(g, j), weight = load_pair(p, j);
+            const Pair gradient = load_pair(g, j), weight = weights_of<ROUNDING>(p, state, j);
             const uint32_t index = offset + static_cast<uint32_t>(2 * j);
             const float low = weight.low * decay - size * ((r * gradient.low) * c[2 * j]);
             const float high = weight.high * decay - size * ((r * gradient.high) * c[2 * j + 1]);
-            store_pair(p, j, before_rounding<ROUNDING, PARAM>(low, index, seed),
-                       before_rounding<ROUNDING, PARAM>(high, index + 1, seed));
+            store_weights<ROUNDING>({low, high}, p, state, j, index, seed);
         }
     }
 #pragma omp simd

@@ -30,6 +30,8 @@ from leanstep.lora.targets import rank_of, scale_of, without_foreign_names
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
+# those that torch converts to fp32
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
 _FACTORS = ("lora_A.", "lora_B.", "lora_magnitude_vector", "lora_embedding_A", "lora_embedding_B")
 
 
@@ -176,7 +178,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 
 def _check_values(tensors: dict[str, Tensor], source: Path) -> None:
     for key, value in tensors.items():
-        if not isinstance(value, Tensor) or not value.is_floating_point():
+        if not isinstance(value, Tensor) or value.dtype not in _DTYPES:
             kind = str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"load_adapter: {source}: {key} is {kind}; expected a tensor of floating-point numbers")
         if not torch.isfinite(value.float()).all():

@@ -285,6 +285,7 @@ def open_tokenizer(source: str | Path) -> Any:
         if isinstance(longest, bool) or not isinstance(longest, (int, float)) or not longest >= 1:
             raise ValueError(f"its model_max_length is {one_line(longest)}, expected a number of tokens")
         tokenizer.model_max_length = int(min(longest, _UNLIMITED))
+        tokenizer.all_special_ids  # noqa: B018  # an unknown-token that is no token recurses without end
     with encoding(source):
         tokenizer("a", add_special_tokens=False)
     return tokenizer

@@ -247,7 +247,7 @@ def _sequences(checkpoint: Checkpoint, text: CalibrationText) -> tuple[Tensor, T
 
     def encode(document: str) -> Sequence[int]:
         with encoding(checkpoint.folder):
-            return tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[no-any-return]
+            return tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
 
     def cut(documents: tuple[str, ...], count: int) -> Tensor:
         sequences = token_sequences(

@@ -341,8 +341,8 @@ class PartialCurves:
         if differing:
             changes = "; ".join(f"{key}: {identity.get(key)} then, {self.identity.get(key)} now" for key in differing)
             raise ValueError(
-                f"{self.path} was measured under other circumstances ({changes}): undo the change to go on with it, or "
-                "remove it to begin again"
+                f"{self.path} was measured under other circumstances ({one_line(changes)}): undo the change to go on "
+                "with it, or remove it to begin again"
             )
         if whole != raw or not lines:  # a line that a crash cut short
             if lines:

@@ -18,7 +18,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from leanstep._files import read_text
+from leanstep._files import one_line, read_text
 from leanstep.recipes.config.differences import SWITCHES, expectation_breakers
 from leanstep.recipes.config.references import References
 from leanstep.recipes.config.rules import group_options, joint_problems, model_keys, optimizer_arguments
@@ -45,6 +45,7 @@ ALIASES = {f"llama-{size}": f"llama-{size}-sinkgd" for size in ("60m", "130m", "
 Location = tuple[int, int, str]  # file (0, its base 1, ...), line, and both as text
 _OVERRIDE = (1 << 30, 0, "override")
 _NOT_INHERITED = ("name", "description", "expect")
+_LONGEST_LINE = 1000  # characters of a problem
 # section -> the key that names a class, and the keys of that class
 _CLASS_KEYS = {"optimizer": ("name", ("args", "groups")), "model": ("family", ("config",))}
 
@@ -298,7 +299,9 @@ class _Reader:
     def _report(self) -> list[str]:
         """The problems as text, sorted: the file, its base, overrides."""
         ordered = sorted(self.problems, key=lambda problem: problem[0][:2])
-        return [f"{location}: {message}" for (_, _, location), message in ordered]
+        lines = (f"{location}: {message}" for (_, _, location), message in ordered)
+        printable = (line if line.isprintable() else one_line(line) for line in lines)
+        return [line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]} ..." for line in printable]
 
 
 def _group_problems(name: str, groups: list[Any]) -> Iterator[Problem]:

@@ -96,3 +96,39 @@ def test_scales_and_update_in_one_call_have_the_bits_of_two(rounding):
         for one, two in zip(run(True, more), run(False, more), strict=True):
             assert torch.equal(one, two)
     assert run(True)[0].tolist() == [0, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("rounding", ["master", "kahan"])
+@pytest.mark.parametrize("operation", ["lion_step", "scaled_step"])
+def test_written_parameters_are_seen_at_every_bit_pattern(operation, rounding):
+    """Every bf16 parameter beside states that just do and just do not round to it, NaN of any payload, and noise."""
+    chance = torch.Generator().manual_seed(0)
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32)
+    upper = patterns << 16
+    special = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7F800000, -(2**31), 0, 1, 0x007FFFFF, 0x7F7FFFFF, 0x7FFF8000])
+    if rounding == "master":
+        near = [upper + distance for distance in (-0x8001, -0x8000, -0x7FFF, 0, 0x7FFF, 0x8000, 0x8001)]
+        noise = torch.randint(-(2**31), 2**31, (3 * 2**16,), generator=chance)
+        others = special.repeat(2**14)[: 2 * 2**16]
+        states = torch.cat([t.to(torch.int32) for t in (*near, noise, others)]).view(torch.float32)
+    else:
+        values = upper.view(torch.float32).nan_to_num()
+        errors = [values * size for size in (0, 2.0**-9, -(2.0**-9), 2.0**-9 * 127 / 128, 2.0**-8, -(2.0**-10), 1)]
+        noise = torch.randint(-(2**15), 2**15, (5 * 2**16,), generator=chance).to(torch.int16).view(torch.bfloat16)
+        states = torch.cat([*(e.bfloat16() for e in errors), noise])
+    params = patterns.to(torch.int16).view(torch.bfloat16).repeat(12).view(12, -1)
+    gradient = torch.randn(params.shape, generator=chance).bfloat16()
+    results = []
+    for backend in ("reference", "cpp"):
+        param, state, momentum = params.clone(), states.clone().view_as(params), torch.zeros_like(params)
+        with use_backend(backend):
+            if operation == "lion_step":
+                options = StepOptions(torch.tensor([2.0**-6, 0.999, 0.9, 0.1, 0.99, 0.01]), rounding)
+                lion_step([param], [gradient], [momentum], [state], options)
+            else:
+                rows, cols = torch.ones(param.shape[0]), torch.ones(param.shape[1])
+                options = StepOptions(torch.tensor([2.0**-6, 0.999]), rounding)
+                scaled_step([param], [gradient], [rows], [cols], [state], options)
+        results.append((param, state, momentum))
+    for defined, computed in zip(*results, strict=True):
+        torch.testing.assert_close(defined, computed, rtol=0, atol=0, equal_nan=True)

@@ -96,6 +96,12 @@ def test_a_distortion_that_no_float_holds_is_refused(file):
         points(file)
 
 
+def test_other_circumstances_are_told_in_one_line(file):
+    with pytest.raises(ValueError, match="measured under other circumstances") as refused:
+        PartialCurves(file, {**IDENTITY, "model": "a\nb\x1b[31m"})
+    assert str(refused.value).isprintable()
+
+
 @pytest.mark.parametrize("entry", ["link", "dangling link", "pipe"])
 def test_points_are_appended_to_no_link_or_pipe(file, tmp_path, entry):
     victim = tmp_path / "victim"

@@ -175,6 +175,14 @@ def test_a_tokenizer_without_a_length_is_refused_when_it_is_opened(tmp_path, lon
         open_tokenizer(tmp_path)
 
 
+def test_a_tokenizer_whose_unknown_token_is_no_token_is_refused_when_it_is_opened(tmp_path):
+    save_tokenizer(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "unk_token": ""}))
+    with pytest.raises(ValueError, match="could not open the tokenizer"):
+        open_tokenizer(tmp_path)
+
+
 def test_a_tokenizer_that_cannot_encode_the_text_is_named(tmp_path):
     save_tokenizer(tmp_path)
     content = json.loads((tmp_path / "tokenizer.json").read_text())

@@ -51,6 +51,17 @@ def test_hostile_text_is_told_in_lines(case, tmp_path):
     )
 
 
+def test_a_reference_of_any_length_is_told_in_short():
+    problems = problems_of("llama-nano-adamw", ["name=${" + "x" * 3000 + "}"])
+    assert problems and all(len(problem) < 1100 for problem in problems)
+
+
+@pytest.mark.parametrize("key", ["a\x1b[31m", "\ud7fc", "a\u2028b", "optimizer.\x7f"])
+def test_keys_of_overrides_are_told_in_printable_lines(key):
+    problems = problems_of("llama-nano-adamw", [f"{key}=1"])
+    assert problems and all(problem.isprintable() for problem in problems)
+
+
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_overrides_are_told_in_lines(case):
     text, message = HOSTILE[case]

@@ -1,6 +1,7 @@
 """`verify` and its command: what each tensor of a checkpoint is, and an exit code that says so."""
 
 import json
+import struct
 
 import pytest
 import torch
@@ -188,4 +189,26 @@ def test_a_record_that_cannot_be_read_is_not_taken_for_none(tmp_path, entry):
     record = tmp_path / "sparsity.json"
     record.mkdir() if entry == "folder" else record.symlink_to(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="sparsity.json is not a patterns file"):
+        verify(tmp_path)
+
+
+ODD = {
+    "sparse": torch.eye(4).to_sparse(),
+    "without values": torch.empty(4, 4, device="meta"),
+    "larger than the file": torch.zeros(1).expand(2**20, 2**20),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", ODD)
+def test_files_of_torch_hold_plain_tensors(case, tmp_path):
+    torch.save({"w": ODD[case], "v": torch.ones(2, 4)}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"model.pt holds a tensor (that is (sparse|without values)|of .* bytes, and)"):
+        verify(tmp_path / "model.pt")
+
+
+def test_a_dtype_without_arithmetic_is_named(tmp_path):
+    header = json.dumps({"w": {"dtype": "F4", "shape": [4, 8], "data_offsets": [0, 16]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
+    with pytest.raises(ValueError, match=r"w \(float4_e2m1fn_x2\) cannot be examined"):
         verify(tmp_path)

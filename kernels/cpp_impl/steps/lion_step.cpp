@@ -43,17 +43,17 @@ static void step(
     float scalars[6];
     std::copy(scalar_values, scalar_values + 6, scalars);
     int64_t done = 0;
-    if constexpr (!skipping && all_bf16<PARAM, GRAD, AVG> && (ROUNDING == NEAREST || ROUNDING == STOCHASTIC)) {
+    if constexpr (!skipping && all_bf16<PARAM, GRAD, AVG>) {
         done = n / 2 * 2;
 #pragma omp simd
         for (int64_t j = 0; j < n / 2; ++j) {
-            const Pair gradient = load_pair(g, j), momentum = load_pair(m, j), weight = load_pair(p, j);
+            const Pair gradient = load_pair(g, j), momentum = load_pair(m, j);
+            const Pair weight = weights_of<ROUNDING>(p, state, j);
             const uint32_t i = offset + static_cast<uint32_t>(2 * j);
             const Moved low = move(signed_gradient(gradient.low), momentum.low, weight.low, scalars, cautious_scale);
             const Moved high = move(signed_gradient(gradient.high), momentum.high, weight.high, scalars, cautious_scale);
             store_pair(m, j, low.momentum, high.momentum);
-            store_pair(p, j, before_rounding<ROUNDING, PARAM>(low.weight, i, seed),
-                       before_rounding<ROUNDING, PARAM>(high.weight, i + 1, seed));
+            store_weights<ROUNDING>({low.weight, high.weight}, p, state, j, i, seed);
         }
     }
 #pragma omp simd
