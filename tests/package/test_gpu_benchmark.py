@@ -264,6 +264,69 @@ def test_a_wrong_kernel_is_noticed(modules):
         assert not modules.kernels.bits_equal(actual, definition)
 
 
+def dry_stage(module):
+    return SimpleNamespace(device=torch.device("cpu"), sizes=SimpleNamespace(**module.DRY), dry_run=True)
+
+
+def test_a_captured_step_that_differs_or_cannot_be_captured_is_a_failed_check(modules, monkeypatch):
+    graphs = importlib.import_module("device.graphs")
+    stage, case = dry_stage(graphs), graphs.DRY["variants"][0]
+    assert graphs.compare_captured(stage, case)[0]["ok"]
+    monkeypatch.setattr(graphs, "capture", lambda stage, step: lambda: None)
+    (row,) = graphs.compare_captured(stage, case)
+    assert row["same bits"] is False and row["ok"] is False
+
+    def refuse(stage, step):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(graphs, "capture", refuse)
+    message = "CUDA error: operation not permitted when stream is capturing"
+    (row,) = graphs.compare_captured(stage, case)
+    assert row["ok"] is False and row["note"].startswith("not captured: RuntimeError: CUDA error")
+    message = "CUDA error: an illegal memory access was encountered"
+    with pytest.raises(RuntimeError, match="illegal"):
+        graphs.compare_captured(stage, case)
+
+
+def test_an_optimizer_that_does_not_run_leaves_the_others(modules, monkeypatch):
+    steps = importlib.import_module("device.steps")
+
+    def fail():
+        raise ValueError("not on this device")
+
+    made = {name: (lambda: fail, 0) for name in ("leanstep Lion", "dion Muon + AdamW")}
+    monkeypatch.setattr(steps, "candidates", lambda *_: {steps.BASE: (lambda: lambda: None, 7), **made})
+    monkeypatch.setattr(steps, "lanton_makers", lambda *_: {})
+    monkeypatch.setattr(steps, "missing_peers", lambda: ["bitsandbytes"])
+    rows = steps.measure(dry_stage(steps), *steps.DRY["lists"][0])
+    base, ours, theirs, missing = rows
+    assert base["÷ AdamW"] == 1 and ours["ok"] is False and "ok" not in theirs
+    assert ours["note"] == theirs["note"] == "ValueError: not on this device"
+    assert (missing["optimizer"], missing["note"]) == ("bitsandbytes Lion8bit", "not installed")
+
+
+def test_bytes_moved_are_those_that_the_audit_finds_in_the_kernels(modules):
+    pytest.importorskip("triton")
+    # in a process of its own: Triton's recorded launches would live until this one ends
+    script = """
+import json
+from leanstep.kernels.triton_impl import _compile
+print(json.dumps({f"{case.kernel.__name__} {case.label}": case.read + case.written for case in _compile.cases()}))
+"""
+    promised = json.loads(subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout)
+    runs, size = modules.bandwidth.steps("llama-nano-sinkgd", dry_stage(modules.bandwidth))
+    elements = size // 2
+    for rounding in ("nearest", "stochastic", "kahan", "master"):
+        kernel = f"lion_step_kernel p bfloat16 g bfloat16 m bfloat16 {rounding}"
+        assert runs[f"Lion, {rounding}"][1] == promised[kernel] * elements
+    assert runs["Lion, agreement"][1] == promised["lion_agreement_kernel g bfloat16 m bfloat16"] * elements
+    # G, and G with W
+    matrices = runs["SinkGD, one pass"][1] // 2
+    assert promised["sinkhorn_tile_kernel g bfloat16 aligned 512"] == 2
+    assert runs["SinkGD, update"][1] == promised["scaled_step_kernel p bfloat16 g bfloat16 nearest aligned"] * matrices
+    assert runs["SinkGD, five passes and the update"][1] == (5 * 2 + 6) * matrices
+
+
 # -- code that only a device reaches ----------------------------------------------------------------------------------
 
 
