@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -63,7 +62,8 @@ def check_number(
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{owner}: {name} must be a number, got {value!r}")
     open_high = open_high or high == math.inf
-    if not (low <= value <= high) or (open_high and value == high) or abs(value) > sys.float_info.max:
+    too_large = isinstance(value, int) and abs(value) >= 2**63  # for torch; write a float
+    if too_large or not (low <= value <= high) or (open_high and value == high) or math.isnan(value):
         end = ")" if open_high else "]"
         raise ValueError(f"Invalid {name}: {value}; {owner} expects it in [{low}, {high}{end}")
 

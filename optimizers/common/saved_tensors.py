@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _NUMBERS = (*FLOATS, torch.int64, torch.int32)
 
+# bytes: the widest access of a kernel
+_ALIGNMENT = 16
+
 # elements that are checked at a time: the check makes a temporary
 _CHUNK_ELEMENTS = 1 << 24
 
@@ -122,7 +125,7 @@ def owned(value: Any) -> Tensor:
     """Return a contiguous copy of a readable tensor; raise Misfit for anything else."""
     part = check_readable(value)
     copy = torch.empty(part.shape, dtype=part.dtype, device=part.device)
-    return copy.copy_(part.detach())
+    return copy.copy_(_values(part))
 
 
 def fitted(value: Tensor, rule: StateRule | None, created: Created | None, device: torch.device) -> Tensor:
@@ -161,7 +164,7 @@ def fitted(value: Tensor, rule: StateRule | None, created: Created | None, devic
         return value.detach()
     strides = created.strides if created else torch.empty(part.shape, device="meta").stride()
     copy = torch.empty_strided(part.shape, strides, dtype=dtype, device=device)
-    copy.copy_(part.detach())
+    copy.copy_(_values(part))
     return join_parts(copy, value, value.shape) if is_dtensor(value) else copy
 
 
@@ -211,14 +214,23 @@ def _copied(tensor: Tensor) -> Tensor:
 
 
 def _has_address(part: Tensor) -> bool:
+    if part.layout is not torch.strided:  # a sparse gradient
+        return False
     return type(part) in (Tensor, torch.nn.Parameter) and part.device.type != "meta"
 
 
 def _is_ordinary(part: Tensor) -> bool:
-    """Whether kernels may read and write a tensor's memory as it is."""
-    lazy = part.is_neg() or part.is_conj() or part.is_inference()
-    aligned = not _has_address(part) or part.data_ptr() % part.element_size() == 0
-    return aligned and not lazy
+    """Whether kernels may read and write a tensor's memory as it is, also as elements of another size."""
+    if part.is_neg() or part.is_conj() or part.is_inference() or part.dtype == torch.bool:
+        return False
+    offset = part.storage_offset() * part.element_size()
+    return not _has_address(part) or (part.data_ptr() % _ALIGNMENT == 0 and offset % _ALIGNMENT == 0)
+
+
+def _values(part: Tensor) -> Tensor:
+    """Return the values of a tensor. A bool of a file may be any byte, which kernels would multiply by."""
+    part = part.detach()
+    return part.view(torch.uint8) != 0 if part.dtype == torch.bool else part
 
 
 def _same_strides(part: Tensor, strides: tuple[int, ...]) -> bool:

@@ -300,3 +300,12 @@ def test_damaged_windows_are_refused_and_nothing_changes(damage, message):
     with pytest.raises(ValueError, match=f"MFAC: .*{message}.*nothing was changed"):
         optimizer.load_state_dict(damaged)
     torch.testing.assert_close(optimizer.state_dict()["state"], before["state"], rtol=0, atol=0)
+
+
+def test_a_loaded_mask_of_other_bytes_than_0_and_1_is_a_mask():
+    params, optimizer = trained({"sparse": True}, steps=3)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["mask"].view(torch.uint8)[saved["state"][0]["mask"]] = 6
+    optimizer.load_state_dict(saved)
+    mask = optimizer.state[params[0]]["mask"]
+    assert mask.any() and mask.view(torch.uint8).max() == 1
