@@ -74,13 +74,14 @@ def main() -> int:
     commands = {name: [sys.executable, str(Path(__file__).parent), f"device/{name}"] for name in STAGES}
     if options.dry_run:
         commands = {name: [*command, "--dry-run"] for name, command in commands.items()}
-    run_stages({name: commands[name] for name in STAGES if name in options.only}, options.out, options.minutes * 60)
+    wanted = {name: commands[name] for name in STAGES if name in options.only}
+    crashed = run_stages(wanted, options.out, options.minutes * 60)
     stages = stored(options.out)
     write_text(options.out / "results.md", tables(stages))
     print(f"tables in {options.out / 'results.md'}")
     missing = [name for name in options.only if name not in [stage["stage"] for stage in stages]]
     wrong = any(problems_of(stage) or any(row.get("ok") is False for row in rows_of(stage)) for stage in stages)
-    return WITH_PROBLEMS if missing or wrong else DONE
+    return WITH_PROBLEMS if missing or wrong or crashed else DONE
 
 
 def first_device_only() -> dict[str, str]:
@@ -137,8 +138,12 @@ def stored(out: Path) -> list[dict[str, Any]]:
 # -- running ----------------------------------------------------------------------------------------------------------
 
 
-def run_stages(commands: Mapping[str, Sequence[str]], out: Path, seconds: float) -> None:
-    """Run each stage's command with its share of the seconds that are left, unless it is done."""
+def run_stages(commands: Mapping[str, Sequence[str]], out: Path, seconds: float) -> list[str]:
+    """Run each stage's command with its share of the seconds that are left, unless it is done.
+
+    Returns the stages that crashed, be it after their last case.
+    """
+    crashed = []
     end = time.monotonic() + seconds
     shares = {name: STAGES[name] for name in commands if not is_done(out / f"{name}.json")}
     for name, command in commands.items():
@@ -150,8 +155,10 @@ def run_stages(commands: Mapping[str, Sequence[str]], out: Path, seconds: float)
         if limit < LEAST_S:
             outcome = f"not started, {max(limit, 0):.0f} s are left for it; the same command runs it"
         else:
-            outcome = run_until(name, command, out, time.monotonic() + limit)
+            code, outcome = run_until(name, command, out, time.monotonic() + limit)
+            crashed += [name] if code not in (DONE, WITH_PROBLEMS, None) else []
         print(f"{name}: {outcome}", flush=True)
+    return crashed
 
 
 def is_done(path: Path) -> bool:
@@ -162,8 +169,8 @@ def is_done(path: Path) -> bool:
     return bool(cases) and all("rows" in case for case in cases.values())
 
 
-def run_until(name: str, command: Sequence[str], out: Path, end: float) -> str:
-    """Run a stage, again as long as the device is lost and cases wait that never started. Returns what happened."""
+def run_until(name: str, command: Sequence[str], out: Path, end: float) -> tuple[int | None, str]:
+    """Run a stage, again as long as it crashes and cases wait that never started: the last exit code, and a summary."""
     path, waiting = out / f"{name}.json", -1
     with (out / f"{name}.log").open("a", encoding="utf-8") as log:
         while True:
@@ -171,7 +178,7 @@ def run_until(name: str, command: Sequence[str], out: Path, end: float) -> str:
             code = run_process([*command, "--out", str(out), "--seconds", f"{left:.1f}"], log, left)
             before, waiting = waiting, never_started(path)
             if code in (DONE, WITH_PROBLEMS, None) or not waiting or waiting == before:
-                return summary(path, code, log.name)
+                return code, summary(path, code, log.name)
 
 
 def never_started(path: Path) -> int:

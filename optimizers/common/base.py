@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -82,6 +81,7 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
 
     Attributes:
         _state_rules: what loading accepts of every entry of a parameter's state, beside those of rounding.
+        _shaped_state: names of the state tensors that have the shape of their parameter, by ``_state_rules``.
         _drop_state: how a user drops the state of a resized parameter.
         _separable: whether the update of a parameter depends on its own gradient and state alone.
         _group_entries: entries of every group that are not settings, with their first values.
@@ -90,6 +90,7 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
     """
 
     _state_rules: Mapping[str, StateRule] = {}
+    _shaped_state: tuple[str, ...] = ()
     _drop_state = "del optimizer.state[parameter]"
     _separable = False
     _group_entries: Mapping[str, Any] = {}
@@ -170,13 +171,13 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
 
     def _state_shapes(self, group: dict[str, Any], param: Tensor) -> dict[str, tuple[int, ...]]:
         """Return the shapes, before sharding, of all state tensors that depend on their parameter's shape."""
-        return dict.fromkeys(self._shaped_state(), tuple(param.shape))
+        return dict.fromkeys(self._shaped_state, tuple(param.shape))
 
-    @classmethod
-    @functools.cache
-    def _shaped_state(cls) -> tuple[str, ...]:
-        """Return the names of the state tensors that have the shape of their parameter."""
-        return tuple(key for key, rule in {**STATE_RULES, **cls._state_rules}.items() if rule.shaped)
+    def __init_subclass__(cls, **settings: Any) -> None:
+        """Set :attr:`_shaped_state`."""
+        super().__init_subclass__(**settings)
+        # here and not in a cached function, at which torch.compile would break the step's graph
+        cls._shaped_state = tuple(key for key, rule in {**STATE_RULES, **cls._state_rules}.items() if rule.shaped)
 
     def _rules_of(self, group: dict[str, Any], param: Tensor) -> Mapping[str, StateRule]:
         """Return what loading accepts of every entry of a parameter's state."""

@@ -188,7 +188,8 @@ class Curve:
             typed = all(isinstance(text, str) for text in texts) and all(type(count) is int for count in counts)
             if not typed or not all(type(number) in (int, float) for number in numbers):
                 raise TypeError("expected texts as names and patterns, whole numbers as counts, numbers as distortions")
-            return cls(**entries)
+            floats = {key: tuple(map(float, entries[key])) for key in ("distortion", "stderr")}
+            return cls(**{**entries, **floats})
         except (KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"Curve {one_line(entries.get('name'))}: {one_line(error)}") from None
 

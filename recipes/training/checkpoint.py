@@ -434,7 +434,12 @@ def _newest_here(config: RunConfig, folder: RunFolder, start: Start) -> Path | N
 
 def _check_recipe(saved: dict[str, Any], config: RunConfig, where: str, notes: list[str]) -> None:
     """Raise CheckpointError if ``config`` would be another run; note differences that change only rounding."""
-    forbidden, rounding = config_differences(saved, config)
+    try:
+        forbidden, rounding = config_differences(saved, config)
+    except (AttributeError, LookupError, TypeError) as error:  # a list where a recipe has a mapping, say
+        raise CheckpointError(
+            f"{where} cannot be compared with the recipe ({one_line(error)}): it is damaged"
+        ) from None
     if forbidden:
         keys = "1 key" if len(forbidden) == 1 else f"{len(forbidden)} keys"
         listed = "\n".join(f"  {line}" for line in forbidden)

@@ -152,6 +152,14 @@ def test_the_page_has_the_numbers_of_the_code(parts):
         assert phrase in text, phrase
 
 
+def test_the_pages_are_those_of_the_committed_results(parts):
+    files = sorted((ROOT / "docs" / "results").glob("*.jsonl"))
+    assert files
+    for file in files:
+        for page, text in parts.tables.pages(file, ROOT).items():
+            assert page.read_text("utf-8") == text, f"{page} is not what --report {file.name} --write makes of it"
+
+
 # -- the file of results
 
 

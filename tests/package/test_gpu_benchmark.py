@@ -93,6 +93,8 @@ for case, result in content["cases"].items():
         os.abort()
     content["cases"][case] = {"rows": [{"ok": True}]}
     path.write_text(json.dumps(content))
+if what == "crash at exit":
+    os.abort()
 """
 
 
@@ -103,7 +105,7 @@ def run_stages(modules, tmp_path, monkeypatch):
 
     def run(seconds, **stages):
         commands = {name: [sys.executable, "-c", STAGE, name, what] for name, what in stages.items()}
-        modules.gpu.run_stages(commands, tmp_path, seconds)
+        run.crashed = modules.gpu.run_stages(commands, tmp_path, seconds)
         return {content["stage"]: content["cases"] for content in modules.gpu.stored(tmp_path)}
 
     return run
@@ -140,7 +142,9 @@ def test_a_stage_that_hangs_is_killed_with_its_children_and_the_next_one_runs(
 def test_a_stage_that_crashes_goes_on_with_the_cases_that_never_started(run_stages, capsys):
     cases = run_stages(60.0, steps="crash", lora="work")
     assert cases["steps"] == {"a": {"rows": [{"ok": True}]}, "b": {"started": True}, "c": {"rows": [{"ok": True}]}}
-    assert "2 of 3 cases" in capsys.readouterr().out
+    assert "2 of 3 cases" in capsys.readouterr().out and run_stages.crashed == []
+    cases = run_stages(60.0, kernels="crash at exit")
+    assert all("rows" in case for case in cases["kernels"].values()) and run_stages.crashed == ["kernels"]
 
 
 def test_ctrl_c_ends_the_stage_too(modules, tmp_path):

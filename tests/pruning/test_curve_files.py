@@ -122,3 +122,8 @@ def test_a_curve_of_other_types_is_refused(change):
     saved = Curve("w", 64, (64, 32), (0.0, 0.5), (0.0, 0.0), "kl").to_dict()
     with pytest.raises(ValueError, match="^Curve "):
         Curve.from_dict(saved | change)
+
+
+def test_whole_numbers_in_a_curve_are_numbers():
+    saved = Curve("w", 64, (64, 32, 16), (0.0, 0.5, 1.0), (0.0, 0.5, 0.5), "kl").to_dict()
+    assert Curve.from_dict(saved | {"stderr": [0, 1, 10**30]}).cleaned().distortion == (0.0, 0.5, 1.0)

@@ -159,6 +159,11 @@ def test_what_cannot_be_done_is_refused_with_nothing_written(case, base, tmp_pat
     assert snapshot(base / "model") == before
 
 
+def test_an_unknown_metric_is_told_before_anything_is_opened(tmp_path):
+    with pytest.raises(ValueError, match="metric must be one of kl, kl_topk, mse_logits, got 'kll'"):
+        prune_checkpoint(tmp_path / "nothing", tmp_path / "out", CalibrationText(("a",)), sparsity=0.5, metric="kll")
+
+
 def test_an_output_that_exists_is_refused_before_anything_is_done(base, pruned, capsys):
     before = snapshot(pruned)
     assert leanstep_prune(base, pruned, "--sparsity", "0.6") == 2

