@@ -47,6 +47,18 @@ class StepOptions(NamedTuple):
         return self._replace(cautious_scale=scale, seeds=seeds, offsets=offsets)
 
 
+def check_shapes(op: str, *lists: Sequence[Tensor]) -> None:
+    """Raise ValueError unless the tensors at every index have one shape. Kernels trust it with memory.
+
+    Optimizers check their state; this is for what comes between, such as a graph that torch.compile took for another.
+    """
+    for index, (first, *others) in enumerate(zip(*lists, strict=True)):
+        shape = first.shape
+        if any(tensor.shape != shape for tensor in others):
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (first, *others))
+            raise ValueError(f"{op}: expected tensors of one shape at index {index}, got {shapes}")
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which parameters of ``dtype`` are updated: fp64 for fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -6,7 +6,7 @@ from torch import Tensor
 from leanstep.kernels._backend import choose
 from leanstep.kernels.cpp_impl._build import TYPES, call, group_by_dtypes, same_layout
 from leanstep.kernels.reference.steps import lion_step as reference
-from leanstep.kernels.steps.common import StepOptions
+from leanstep.kernels.steps.common import StepOptions, check_shapes
 
 
 def lion_step(
@@ -41,6 +41,7 @@ def lion_step(
 
     Raises:
         BackendError: the requested backend cannot run here.
+        ValueError: tensors at one index have different shapes.
 
     Notes:
         Reads p, g, m and writes p, m once each: 20 bytes per fp32 element. The C++ and Triton kernels make no temporary
@@ -58,13 +59,14 @@ def _step(
     options = StepOptions(*fields)
     if not params:
         return torch.zeros(0, dtype=torch.int32)
+    lists = [ts for ts in (params, grads, exp_avgs, rounding_state) if ts]
+    check_shapes("lion_step", *lists)
     dtypes = dict.fromkeys(t.dtype for ts in (params, grads, exp_avgs) for t in ts)
     backend = choose("lion_step", params[0].device, *dtypes).backend
     if backend == "triton":
         from leanstep.kernels.triton_impl.steps import lion_step as triton_lion
 
         return triton_lion.lion_step(params, grads, exp_avgs, rounding_state, options)
-    lists = [ts for ts in (params, grads, exp_avgs, rounding_state) if ts]
     flags = torch.zeros(len(params), dtype=torch.int32, device=params[0].device)
     row_major = options.rounding == "stochastic"
     walkable = [backend == "cpp" and same_layout(row, row_major=row_major) for row in zip(*lists, strict=True)]
@@ -133,6 +135,7 @@ def _agreement(
     options = StepOptions(scalars, maximize=maximize, skip_nonfinite=skip_nonfinite)
     if not grads:
         return torch.zeros(0)
+    check_shapes("lion_agreement", grads, exp_avgs)
     dtypes = dict.fromkeys([scalars.dtype, *(t.dtype for ts in (grads, exp_avgs) for t in ts)])
     backend = choose("lion_agreement", grads[0].device, *dtypes).backend
     if backend == "triton":

@@ -9,7 +9,7 @@ from leanstep.kernels._backend import choose
 from leanstep.kernels.cpp_impl._build import TYPES, call, group_by_dtypes
 from leanstep.kernels.matrices.sinkhorn import sinkhorn
 from leanstep.kernels.reference.steps import scaled_step as reference
-from leanstep.kernels.steps.common import StepOptions
+from leanstep.kernels.steps.common import StepOptions, check_shapes
 
 
 def scaled_step(
@@ -37,6 +37,7 @@ def scaled_step(
 
     Raises:
         BackendError: the requested backend cannot run here.
+        ValueError: shapes do not fit.
 
     Notes:
         Reads G and p and writes p once each: 12 bytes per fp32 element.
@@ -69,6 +70,7 @@ def sinkhorn_step(
 
     Raises:
         BackendError: the requested backend cannot run here.
+        ValueError: shapes do not fit.
 
     Notes:
         Gives the bits of the two operations. The C++ backend scales and updates one matrix after another, so it reads a
@@ -78,6 +80,7 @@ def sinkhorn_step(
         scales = sinkhorn(mats, num_iters, end_with_rows=end_with_rows)
         return scaled_step(params, mats, scales.rows, scales.cols, rounding_state, options)
     state = [rounding_state] if rounding_state else []
+    check_shapes("sinkhorn_step", params, mats, *state)
     flags = _cpp_step(params, mats, None, None, *state, options=options, iterations=(num_iters, end_with_rows))
     torch.autograd.graph.increment_version([*params, *rounding_state])
     return flags
@@ -113,6 +116,13 @@ def _step(
     options = StepOptions(scalars, rounding, skip_nonfinite=skip_nonfinite, seeds=seeds, offsets=offsets)
     if not params:
         return torch.zeros(0, dtype=torch.int32)
+    check_shapes("scaled_step", *(ts for ts in (params, mats, rounding_state) if ts))
+    for param, row, col in zip(params, rows, cols, strict=True):
+        if row.shape != param.shape[:-1] or col.shape != param.shape[:-2] + param.shape[-1:]:
+            raise ValueError(
+                f"scaled_step: expected scales of the rows and columns of {tuple(param.shape)}, got shapes "
+                f"{tuple(row.shape)} and {tuple(col.shape)}"
+            )
     dtypes = dict.fromkeys(t.dtype for ts in (params, mats) for t in ts)
     backend = choose("scaled_step", params[0].device, *dtypes).backend
     if backend == "triton":

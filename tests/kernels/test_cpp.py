@@ -5,8 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from leanstep.kernels import StepOptions, lion_step, scaled_step, sinkhorn, sinkhorn_step, use_backend
+from leanstep.kernels import (
+    StepOptions,
+    lion_agreement,
+    lion_step,
+    scaled_step,
+    sinkhorn,
+    sinkhorn_step,
+    use_backend,
+)
 from leanstep.kernels.cpp_impl import _build
+from leanstep.kernels.steps.adamw_step import adamw_step
 from leanstep.kernels.steps.common import nonfinite_flags
 
 SCALARS = torch.tensor([0.1, 1.0, 0.9, 0.1, 0.99, 0.01])
@@ -132,3 +141,32 @@ def test_written_parameters_are_seen_at_every_bit_pattern(operation, rounding):
         results.append((param, state, momentum))
     for defined, computed in zip(*results, strict=True):
         torch.testing.assert_close(defined, computed, rtol=0, atol=0, equal_nan=True)
+
+
+def _calls_with_a_smaller_tensor():
+    """Steps of two tensors, of which one of the lists has a smaller second one: kernels would write past its end."""
+    options, masters = StepOptions(SCALARS), StepOptions(SCALARS, "master")
+    numbers = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
+    steps = [torch.zeros(()), torch.zeros(())]
+
+    def tensors(rows=4):
+        return [torch.ones(4, 6), torch.ones(rows, 6)]
+
+    rows, cols = [torch.ones(4), torch.ones(4)], [torch.ones(6), torch.ones(6)]
+    yield "lion_step", lambda: lion_step(tensors(), tensors(), tensors(2), [], options)
+    yield "lion_step", lambda: lion_step(tensors(), tensors(2), tensors(), [], options)
+    yield "lion_step", lambda: lion_step(tensors(), tensors(), tensors(), tensors(2), masters)
+    yield "lion_agreement", lambda: lion_agreement(tensors(), tensors(2), options)
+    yield "scaled_step", lambda: scaled_step(tensors(), tensors(2), rows, cols, [], options)
+    yield "scaled_step", lambda: scaled_step(tensors(), tensors(), rows, cols, tensors(2), masters)
+    yield "scaled_step", lambda: scaled_step(tensors(), tensors(), [rows[0], torch.ones(2)], cols, [], options)
+    yield "scaled_step", lambda: scaled_step(tensors(), tensors(), rows, [cols[0], torch.ones(5)], [], options)
+    yield "sinkhorn_step", lambda: sinkhorn_step(tensors(), tensors(2), [], options, num_iters=1)
+    yield "adamw_step", lambda: adamw_step(tensors(), tensors(), tensors(2), tensors(), steps, **numbers)
+
+
+@pytest.mark.parametrize("number", range(10))
+def test_kernels_refuse_tensors_of_different_shapes(number):
+    op, call_it = list(_calls_with_a_smaller_tensor())[number]
+    with pytest.raises(ValueError, match=f"{op}: expected (tensors of one shape at index 1|scales)"):
+        call_it()
