@@ -65,21 +65,24 @@ def pytest_collection_modifyitems(config, items):
     if in_interpreter():
         return
     # last, so that the process which runs them has been at work beside this one for as long as possible
-    items.sort(key=lambda item: item.get_closest_marker("interpret") is not None)
+    items.sort(key=_is_interpreted)
+    if hasattr(config, "workerinput"):  # before pytest-xdist reports the collection
+        tell_scheduler(CACHE, _interpreted(items))
 
 
 def pytest_collection_finish(session):
     """Start the interpreter process as soon as it is known that its tests run here."""
-    if in_interpreter() or session.config.option.collectonly:
-        return
-    if hasattr(session.config, "workerinput"):
-        tell_scheduler(CACHE, _interpreted(session))
-    elif _interpreted(session):
-        session.config.stash[_session] = InterpreterSession(session.config, _interpreted(session), CACHE)
+    waits = session.config.option.collectonly or hasattr(session.config, "workerinput")
+    if _interpreted(session.items) and not waits and not in_interpreter():
+        session.config.stash[_session] = InterpreterSession(session.config, _interpreted(session.items), CACHE)
 
 
-def _interpreted(session):
-    return [item.nodeid for item in session.items if item.get_closest_marker("interpret")]
+def _is_interpreted(item):
+    return item.get_closest_marker("interpret") is not None
+
+
+def _interpreted(items):
+    return [item.nodeid for item in items if _is_interpreted(item)]
 
 
 def pytest_xdist_auto_num_workers(config):
@@ -95,10 +98,10 @@ def pytest_xdist_make_scheduler(config, log):
 
 def pytest_runtest_protocol(item, nextitem):
     """Report what an interpreter test did in the other process; run every other test here."""
-    if in_interpreter() or not item.get_closest_marker("interpret"):
+    if in_interpreter() or not _is_interpreted(item):
         return None
     if _session not in item.config.stash:  # the one of pytest-xdist's workers that got these tests
-        item.config.stash[_session] = InterpreterSession(item.config, _interpreted(item.session), CACHE)
+        item.config.stash[_session] = InterpreterSession(item.config, _interpreted(item.session.items), CACHE)
     session = item.config.stash[_session]
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     for report in session.reports(item):
