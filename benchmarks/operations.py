@@ -14,7 +14,9 @@ from leanstep.kernels import (
     StepOptions,
     linear_combination,
     lion_agreement,
+    lion_agreement_int8,
     lion_step,
+    lion_step_int8,
     lora_down,
     lora_down_backward,
     lora_dropout,
@@ -41,6 +43,7 @@ from leanstep.kernels import (
     top_k,
 )
 from leanstep.kernels.nm.mask import MAX_FAST_M
+from leanstep.kernels.reference.quantization import BLOCK
 
 HALF = (torch.bfloat16, torch.float16)
 ALL = (torch.float32, *HALF)
@@ -100,6 +103,31 @@ def _lion(rounding: str, inputs: Inputs) -> list[Tensor]:
 def _agreement(inputs: Inputs) -> list[Tensor]:
     grads, momenta = inputs.normal_matrices(), inputs.normal_matrices()
     return [lion_agreement(grads, momenta, inputs.options("nearest", 1e-2, 0.999, 0.9, 0.1, 0.99, 0.01))]
+
+
+def _int8_momenta(inputs: Inputs) -> tuple[list[Tensor], list[Tensor]]:
+    """Codes and scales of momenta of all sizes."""
+    generator, device = inputs.generator, inputs.device
+    codes = [
+        torch.randint(-127, 128, shape, generator=generator, device=device, dtype=torch.int8)
+        for shape in inputs.sizes.matrices
+    ]
+    return codes, [torch.rand(len(c), -(-c.shape[1] // BLOCK), generator=generator, device=device) for c in codes]
+
+
+def _lion_int8(rounding: str, inputs: Inputs) -> list[Tensor]:
+    params, grads = inputs.normal_matrices(), inputs.normal_matrices()
+    codes, scales = _int8_momenta(inputs)
+    state = inputs.rounding_state(params, rounding)
+    options = inputs.options(rounding, 1e-2, 0.999, 0.9, 0.1, 0.99, 0.01)
+    lion_step_int8(params, grads, codes, scales, state, options)
+    return [*params, *codes, *scales, *state]
+
+
+def _agreement_int8(inputs: Inputs) -> list[Tensor]:
+    codes, scales = _int8_momenta(inputs)
+    options = inputs.options("nearest", 1e-2, 0.999, 0.9, 0.1, 0.99, 0.01)
+    return [lion_agreement_int8(inputs.normal_matrices(), codes, scales, options)]
 
 
 def _sinkhorn(inputs: Inputs) -> list[Tensor]:
@@ -222,6 +250,9 @@ OPERATIONS = {
     "lion_step, kahan": Operation(partial(_lion, "kahan"), HALF, BITS),
     "lion_step, master": Operation(partial(_lion, "master"), HALF, BITS),
     "lion_agreement": Operation(_agreement, ALL, BITS),
+    "lion_step_int8": Operation(partial(_lion_int8, "nearest"), ALL, BITS),
+    "lion_step_int8, stochastic": Operation(partial(_lion_int8, "stochastic"), (torch.bfloat16,), BITS),
+    "lion_agreement_int8": Operation(_agreement_int8, ALL, BITS),
     "sinkhorn": Operation(_sinkhorn),
     "scaled_step": Operation(partial(_scaled, "nearest"), ALL, BITS),
     "scaled_step, stochastic": Operation(partial(_scaled, "stochastic"), (torch.bfloat16,), BITS),

@@ -6,7 +6,7 @@ from torch import Tensor
 from leanstep.kernels._backend import choose
 from leanstep.kernels.cpp_impl._build import TYPES, call, group_by_dtypes
 from leanstep.kernels.reference.steps import lion_int8 as reference
-from leanstep.kernels.steps.common import StepOptions
+from leanstep.kernels.steps.common import StepOptions, check_shapes
 
 
 def lion_step_int8(
@@ -38,6 +38,7 @@ def lion_step_int8(
 
     Raises:
         BackendError: the requested backend cannot run here.
+        ValueError: tensors at one index have different shapes.
 
     Notes:
         Reads p, g, codes and scales, and writes p, codes and scales once each: 8 bytes per bf16 element. The C++ and
@@ -60,6 +61,7 @@ def _step(
     options = StepOptions(*fields)
     if not params:
         return torch.zeros(0, dtype=torch.int32)
+    check_shapes("lion_step_int8", *(ts for ts in (params, grads, codes, rounding_state) if ts))
     dtypes = dict.fromkeys(t.dtype for ts in (params, grads) for t in ts)
     backend = choose("lion_step_int8", params[0].device, *dtypes).backend
     if backend == "triton":
@@ -138,6 +140,7 @@ def _agreement(
     options = StepOptions(scalars, maximize=maximize, skip_nonfinite=skip_nonfinite)
     if not grads:
         return torch.zeros(0)
+    check_shapes("lion_agreement_int8", grads, codes)
     dtypes = dict.fromkeys([scalars.dtype, *(g.dtype for g in grads)])
     backend = choose("lion_agreement_int8", grads[0].device, *dtypes).backend
     if backend == "triton":

@@ -320,12 +320,20 @@ def test_two_processes_roll_back_a_stream_and_survive_kill_9(tmp_path):
 def moved_on(checkpoint: Path, windows: int, folder: Path) -> Path:
     """A copy of a checkpoint in ``folder`` that continues so many windows of data later."""
     copy = shutil.copytree(checkpoint, folder / checkpoint.name)
-    (copy / "COMPLETE").write_text('{"files": {}}')
     file = copy / "trainer" / "state.json"
     content = json.loads(file.read_text())
     content["spikes"]["windows_ahead"] = windows
     file.write_text(json.dumps(content))
+    list_state(copy)
     return copy
+
+
+def list_state(checkpoint: Path) -> None:
+    """Let the marker of a checkpoint list the ``state.json`` that is there."""
+    marker = checkpoint / "COMPLETE"
+    content = json.loads(marker.read_text()) if marker.exists() else {"files": {}}
+    content["files"]["trainer/state.json"] = {"size": (checkpoint / "trainer" / "state.json").stat().st_size}
+    marker.write_text(json.dumps(content))
 
 
 def streamed(data: DataConfig, rank: int) -> Iterator[list[int]]:
@@ -349,7 +357,7 @@ def detector(tmp_path):
     checkpoint.mkdir(parents=True)
     (checkpoint / "trainer").mkdir()
     write_state(checkpoint, TrainState(step=10))
-    (checkpoint / "COMPLETE").write_text('{"files": {}}')
+    list_state(checkpoint)
     alone = SimpleNamespace(is_main_process=True, num_processes=1)
     logger = SimpleNamespace(main=True, say=print, status=lambda *facts: None)
     stop = StopConfig(on_spike="rollback", spike_limit=1, spike_window=5)
