@@ -86,8 +86,8 @@ class NorMuon(_WithAdamW):
         nesterov: bool = True,
         betas: tuple[float, float] = (0.9, 0.95),
     ) -> None:
-        own = {"momentum": momentum, "beta2": beta2, "nesterov": nesterov}
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **own, "betas": betas})
+        rule = {"momentum": momentum, "beta2": beta2, "nesterov": nesterov}
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **rule, "betas": betas})
 
     def _update(self, group: dict[str, Any], states: list[dict[str, Any]], grads: list[Tensor]) -> list[Tensor]:
         beta1, directions = group["momentum"], []

@@ -107,8 +107,8 @@ def plan(method: str, protocol: Protocol, search: Search, losses: Mapping[Run, f
     def run_at(point: Point, settings: tuple[float, float] = first) -> Run:
         return tune_run(method, protocol, start, point, settings)
 
-    own = {_point(run, start): run for run in losses if run.kind == "tune" and run.method == method}
-    tried = {point: losses[run_at(point)] for point in own if run_at(point) in losses}
+    run_points = {_point(run, start) for run in losses if run.kind == "tune" and run.method == method}
+    tried = {point: losses[run_at(point)] for point in run_points if run_at(point) in losses}
     points, missing = grid_search(tried, size)
     grid = [run_at(point) for point in points]
     if missing:

@@ -156,6 +156,7 @@ def _legend(results: Results, compared: int) -> str:
         "A loss at AdamW's time is read from the run's curve: a slower method is read before the end of its schedule, "
         "a faster one gets no extra steps. Tokens to AdamW's loss are a fraction of AdamW's, where all seeds reach it. "
         "MB are weights, gradients and optimizer state; * marks rows that no other row beats with as little memory. "
+        "Weight decay and warm-up are the best of a small set, the same for all, and may lie at its end. "
     )
     if results.timing is not None:
         text += (

@@ -146,14 +146,14 @@ def time_steps(protocol: Protocol, runs: list[Run], rounds: int = 8) -> dict[str
         training.optimizer.zero_grad()
         return middle - begin, end - middle
 
-    before, wall, own = _busy(), time.perf_counter(), time.process_time()
+    before, wall, used = _busy(), time.perf_counter(), time.process_time()
     times = interleaved({name: lambda t=t: one(t) for name, t in trainings.items()}, rounds, warmup=2)
-    wall, own = time.perf_counter() - wall, time.process_time() - own
+    wall, used = time.perf_counter() - wall, time.process_time() - used
     return {
         "model": round(statistics.median(model for pairs in times.values() for model, _ in pairs), 5),
         "optimizers": {name: round(statistics.median(o for _, o in pairs), 5) for name, pairs in times.items()},
         "rounds": rounds,
-        "other_load": round(max(0.0, _busy() - before - own) / wall / (psutil.cpu_count() or 1), 3),
+        "other_load": round(max(0.0, _busy() - before - used) / wall / (psutil.cpu_count() or 1), 3),
     }
 
 

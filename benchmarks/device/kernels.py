@@ -150,8 +150,8 @@ def kernels() -> dict[str, object]:
     """All kernels that the audit compiles, by name."""
     from leanstep.kernels.triton_impl import _compile
 
-    found = {name: value for module in _compile.modules() for name, value in vars(module).items()}
-    return {name: value for name, value in found.items() if name.endswith("_kernel")}
+    values = {name: value for module in _compile.modules() for name, value in vars(module).items()}
+    return {name: value for name, value in values.items() if name.endswith("_kernel")}
 
 
 # -- tensors whose indices need more than 32 bits ---------------------------------------------------------------------

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from leanstep.kernels._backend import choose
 from leanstep.kernels.cpp_impl._build import TYPES, call, group_by_dtypes
+from leanstep.kernels.reference.quantization import scale_shape
 from leanstep.kernels.reference.steps import lion_int8 as reference
 from leanstep.kernels.steps.common import StepOptions, check_shapes
 
@@ -38,7 +39,7 @@ def lion_step_int8(
 
     Raises:
         BackendError: the requested backend cannot run here.
-        ValueError: tensors at one index have different shapes.
+        ValueError: shapes do not fit.
 
     Notes:
         Reads p, g, codes and scales, and writes p, codes and scales once each: 8 bytes per bf16 element. The C++ and
@@ -62,6 +63,7 @@ def _step(
     if not params:
         return torch.zeros(0, dtype=torch.int32)
     check_shapes("lion_step_int8", *(ts for ts in (params, grads, codes, rounding_state) if ts))
+    _check_scales("lion_step_int8", codes, scales)
     dtypes = dict.fromkeys(t.dtype for ts in (params, grads) for t in ts)
     backend = choose("lion_step_int8", params[0].device, *dtypes).backend
     if backend == "triton":
@@ -99,6 +101,15 @@ def _cpp_step(lists: list[list[Tensor]], options: StepOptions) -> Tensor:
         "steps/lion_int8", "lion_step_int8", macros, len(params), *tensors, *_rows_and_columns(params), *numbers, flags
     )
     return flags
+
+
+def _check_scales(op: str, codes: list[Tensor], scales: list[Tensor]) -> None:
+    for code, scale in zip(codes, scales, strict=True):
+        if tuple(scale.shape) != scale_shape(code.shape):
+            raise ValueError(
+                f"{op}: expected scales of shape {scale_shape(code.shape)} for codes of {tuple(code.shape)}, got "
+                f"{tuple(scale.shape)}"
+            )
 
 
 def _macros(grad: Tensor, maximize: bool, skip_nonfinite: bool) -> dict[str, str | int]:
@@ -141,6 +152,7 @@ def _agreement(
     if not grads:
         return torch.zeros(0)
     check_shapes("lion_agreement_int8", grads, codes)
+    _check_scales("lion_agreement_int8", codes, scales)
     dtypes = dict.fromkeys([scalars.dtype, *(g.dtype for g in grads)])
     backend = choose("lion_agreement_int8", grads[0].device, *dtypes).backend
     if backend == "triton":

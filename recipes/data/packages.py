@@ -1,6 +1,8 @@
 """Fetch packages by pip and apt, and read the files in them without unpacking."""
 
+import gzip
 import hashlib
+import io
 import re
 import subprocess
 import sys
@@ -105,6 +107,15 @@ def _deb_files(archive: Path) -> Iterator[tuple[str, bytes]]:
 def _limit(archive: Path, name: str, size: int) -> None:
     if size > _MOST_BYTES:
         raise PackageError(f"{archive}: {name} has {size:,} bytes, more than the {_MOST_BYTES:,} that are read")
+
+
+def unzipped(content: bytes) -> bytes:
+    """Decompress gzip. Raises PackageError for more than 128 MB, OSError or EOFError for damaged data."""
+    with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
+        text = file.read(_MOST_BYTES + 1)
+    if len(text) > _MOST_BYTES:
+        raise PackageError(f"a compressed file of a package has more than the {_MOST_BYTES:,} bytes that are read")
+    return text
 
 
 def sha256(path: Path) -> str:

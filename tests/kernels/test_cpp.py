@@ -8,7 +8,9 @@ import torch
 from leanstep.kernels import (
     StepOptions,
     lion_agreement,
+    lion_agreement_int8,
     lion_step,
+    lion_step_int8,
     scaled_step,
     sinkhorn,
     sinkhorn_step,
@@ -162,10 +164,14 @@ def _calls_with_a_smaller_tensor():
     yield "scaled_step", lambda: scaled_step(tensors(), tensors(), [rows[0], torch.ones(2)], cols, [], options)
     yield "scaled_step", lambda: scaled_step(tensors(), tensors(), rows, [cols[0], torch.ones(5)], [], options)
     yield "sinkhorn_step", lambda: sinkhorn_step(tensors(), tensors(2), [], options, num_iters=1)
+    codes, scales = [torch.ones(4, 6, dtype=torch.int8)] * 2, [torch.ones(4, 1), torch.ones(2, 1)]
+    yield "lion_step_int8", lambda: lion_step_int8(tensors(), tensors(2), codes, [scales[0]] * 2, [], options)
+    yield "lion_step_int8", lambda: lion_step_int8(tensors(), tensors(), codes, scales, [], options)
+    yield "lion_agreement_int8", lambda: lion_agreement_int8(tensors(), codes, scales, options)
     yield "adamw_step", lambda: adamw_step(tensors(), tensors(), tensors(2), tensors(), steps, **numbers)
 
 
-@pytest.mark.parametrize("number", range(10))
+@pytest.mark.parametrize("number", range(13))
 def test_kernels_refuse_tensors_of_different_shapes(number):
     op, call_it = list(_calls_with_a_smaller_tensor())[number]
     with pytest.raises(ValueError, match=f"{op}: expected (tensors of one shape at index 1|scales)"):

@@ -182,9 +182,9 @@ def test_backends_agree_bit_for_bit(rounding, dtypes, switches):
         params, grads, codes, scales, states = problem(*dtypes, rounding)
         flags = poison(grads)
         with use_backend(backend):
-            found = [lion_step_int8(params, grads, codes, scales, states, options(rounding, **switches))]
-            found.append(lion_step_int8(params, grads, codes, scales, states, options(rounding, **switches)))
-        for flag in found:
+            raised = [lion_step_int8(params, grads, codes, scales, states, options(rounding, **switches))]
+            raised.append(lion_step_int8(params, grads, codes, scales, states, options(rounding, **switches)))
+        for flag in raised:
             assert flag.tolist() == (flags if switches.get("skip_nonfinite", True) else [0] * len(flags))
         results.append([*params, *codes, *scales, *states])
     for reference, cpp in zip(*results, strict=True):
@@ -242,9 +242,9 @@ def test_agreement(backend, switches):
     poison(grads)
     momenta = [dequantize(c, s, torch.float32) for c, s in zip(codes, scales, strict=True)]
     with use_backend(backend):
-        found = lion_agreement_int8(grads, codes, scales, StepOptions(SCALARS, **switches))
-        assert torch.equal(found, lion_agreement(grads, momenta, StepOptions(SCALARS, **switches)))
-    assert found.dtype == torch.float32 and found.max() > 1000
+        counts = lion_agreement_int8(grads, codes, scales, StepOptions(SCALARS, **switches))
+        assert torch.equal(counts, lion_agreement(grads, momenta, StepOptions(SCALARS, **switches)))
+    assert counts.dtype == torch.float32 and counts.max() > 1000
 
 
 def test_empty_lists():

