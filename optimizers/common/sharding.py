@@ -191,7 +191,7 @@ def offsets_of(shards: Sequence[Shard], device: torch.device) -> Tensor:
             raise ValueError(
                 "rounding='stochastic' and momentum_dtype=torch.int8 need unsharded parameters, or shards along "
                 f"dimension 0; got placements {shard.placements} for shape {tuple(shard.shape)}. Use another rounding "
-                "('kahan', 'master') or momentum dtype."
+                "('split', 'kahan', 'master') or momentum dtype."
             )
     return constant([s.offset or 0 for s in shards], device, torch.int64)
 

@@ -107,7 +107,7 @@ class SinkGD(LeanOptimizer):
 
     Notes:
         State: none for matrices without options; AdamW's moments for the rest. Options add ``momentum_buffer``,
-        ``power_vector`` and ``power_warm``, ``step``, ``kahan_compensation`` or ``master_param``. A step allocates one
+        ``power_vector`` and ``power_warm``, and the state of ``rounding``, as for Lion. A step allocates one
         fp32 matrix on a CPU, and partial column sums on a GPU.
         FSDP2: gathers no matrix. If rows are sharded, each iteration needs one all-reduce of column sums for the whole
         model. If columns are sharded, it needs row sums, plus one all-reduce of the rows' largest entries.
