@@ -57,7 +57,8 @@ def matrices(dtype, generator, device="cpu", wide=False):
 def rounding_states(params, rounding, seed=3):
     """Rounding states as a step leaves them; some of "kahan" and "master" no longer round to their parameter."""
     chance = torch.Generator().manual_seed(seed)
-    noise = [torch.randn(p.shape, generator=chance).to(p.device) for p in params]
+    # parameters of fp32 need no state
+    noise = [torch.randn(p.shape, generator=chance).to(p.device) * (p.dtype != torch.float32) for p in params]
     if rounding == "kahan":
         return [(n / 512).to(p.dtype) for n, p in zip(noise, params, strict=True)]
     if rounding == "master":
