@@ -25,16 +25,16 @@ def as_matrices(tensor: Tensor, transposed: bool = False, flatten: bool = False)
 
 
 def oriented(shard: Shard, transposed: bool, flatten: bool = False) -> Shard:
-    """Return a parameter's shard in the coordinates of :func:`as_matrices`."""
+    """Return a parameter's shard with shape and cuts in the coordinates of :func:`as_matrices`."""
     if flatten and len(shard.shape) == 3:
         shape = torch.Size((shard.shape[0], shard.shape[1] * shard.shape[2]))
-        return shard._replace(shape=shape, dim=None if shard.dim is None else min(shard.dim, 1))
+        return shard._replace(shape=shape, cuts=tuple(cut._replace(dim=min(cut.dim, 1)) for cut in shard.cuts))
     if not transposed:
         return shard
     *stack, n, m = shard.shape
-    first, second = len(stack), len(stack) + 1
-    dim = {first: second, second: first}.get(shard.dim, shard.dim) if shard.dim is not None else None
-    return shard._replace(shape=torch.Size((*stack, m, n)), dim=dim)
+    swapped = {len(stack): len(stack) + 1, len(stack) + 1: len(stack)}
+    cuts = tuple(cut._replace(dim=swapped.get(cut.dim, cut.dim)) for cut in shard.cuts)
+    return shard._replace(shape=torch.Size((*stack, m, n)), cuts=cuts)
 
 
 def matrix_shape(shard: Shard) -> tuple[int, int]:

@@ -75,16 +75,16 @@ def tasks_of(layers: Sequence[LayerStep]) -> list[MatrixTask]:
         if not shard.groups:
             tasks.append(MatrixTask(i, shard.shape))
             continue
-        if shard.dim is None:
+        if len(shard.cuts) > 1 or shard.ranges is None:
             raise ValueError(
                 "LANTON takes matrices that are unsharded or sharded along one dimension over one mesh dimension; "
                 f"got placements {shard.placements} for shape {tuple(shard.shape)}. Shard it by fully_shard alone, or "
                 "put it in a group with norm='sign', whose rule is elementwise."
             )
-        group = shard.groups[0]
+        ((dim, group),) = shard.cuts
         world = torch.distributed.get_world_size(group)
         load = loads.setdefault(group, [0.0] * world)
-        if stack and shard.dim == 0:
+        if stack and dim == 0:
             chunks = [chunk_of(shard.shape[0], world, r) for r in range(world)]
             shapes = [torch.Size((size, *shard.shape[1:])) for _, size in chunks]
             rank = torch.distributed.get_rank(group)
@@ -92,9 +92,9 @@ def tasks_of(layers: Sequence[LayerStep]) -> list[MatrixTask]:
             load[:] = [cost + _cost(layer, shape) for cost, shape in zip(load, shapes, strict=True)]
         elif stack:
             shape = torch.Size(shard.shape[1:])
-            tasks += [MatrixTask(i, shape, k, k, shard.dim - 1, group) for k in range(shard.shape[0])]
+            tasks += [MatrixTask(i, shape, k, k, dim - 1, group) for k in range(shard.shape[0])]
         else:
-            tasks.append(MatrixTask(i, shard.shape, dim=shard.dim, group=group))
+            tasks.append(MatrixTask(i, shard.shape, dim=dim, group=group))
     costs = {k: _cost(layers[t.layer_index], t.shape) for k, t in enumerate(tasks) if t.group is not None}
     for k, cost in sorted(costs.items(), key=lambda item: -item[1]):
         load = loads[tasks[k].group]

@@ -6,7 +6,6 @@ to this process's shards of parameters.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from leanstep.kernels.steps.common import constant, nonfinite_flags
 from leanstep.optimizers.common.base import by_device_and_dtype, count_nonfinite
 from leanstep.optimizers.common.matrices import as_written, write_back
 from leanstep.optimizers.common.rounding import rounding_states, seeds_for
-from leanstep.optimizers.common.sharding import Reducer, Shard, local, sum_over_shards
+from leanstep.optimizers.common.sharding import Reducer, Shard, local, offsets_of, sum_over_shards
 from leanstep.optimizers.lanton import matrices, rule
 from leanstep.optimizers.lanton.matrices import is_stack
 
@@ -317,10 +316,9 @@ def _update_momentum(info: GradientInfo) -> None:
 def _local_values(layer: LayerStep, values: Tensor) -> Tensor:
     """Select the values of this process's matrices from one value per matrix of a stack."""
     shard = layer.shard
-    if values.numel() == 1 or not shard.groups or shard.dim != 0 or shard.offset is None:
+    if values.numel() == 1 or shard.ranges is None:
         return values
-    first = shard.offset // math.prod(shard.shape[1:])
-    return values[first : first + local(layer.param).shape[0]]
+    return values[shard.ranges[0].start : shard.ranges[0].stop]
 
 
 def _on_host(tensor: Tensor) -> bool:
@@ -376,7 +374,7 @@ def _write_alike(updates: list[Update]) -> None:
         seeds = seeds_for(
             [layer.state["step"] for layer in layers], [layer.param_index for layer in layers], group["seed"], device
         )
-        offsets = constant([layer.shard.offset or 0 for layer in layers], device, torch.int64)
+        offsets = offsets_of([layer.shard for layer in layers], device)
 
     def write(weights: list[Tensor], states: list[Tensor]) -> Tensor:
         return rule.update(

@@ -728,7 +728,7 @@ def test_bad_settings_are_errors(case: OptimizerCase):
     for bad, message in (
         ({"lr": -1.0}, "Invalid learning rate: -1.0"),
         ({"lr": float("nan")}, "Invalid learning rate: nan"),
-        ({"lr": float("inf")}, r"Invalid learning rate: inf; .* expects it in \[0.0, inf\)"),
+        ({"lr": 1e39}, r"Invalid learning rate: 1e\+39; .* expects it in \[0.0, 3.4\d*e\+38\)"),
         ({"weight_decay": -0.1}, "Invalid weight.decay value: -0.1"),
         ({"betas": (1.0, 0.9)}, "Invalid beta parameter at index 0: 1.0"),
         ({"betas": (0.9,)}, "two numbers"),
