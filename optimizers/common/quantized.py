@@ -58,7 +58,7 @@ def init_average(
             new_codes, new_scales = quantize(local(state[key]).to(wide), 0, squares=squares)
             local(codes).copy_(new_codes)
             local(scales).copy_(new_scales)
-        state[key], state[scales_name] = codes, scales
+        state[scales_name], state[key] = scales, codes
     elif key not in state or scales_name in state:
         average = new_state(param, None if dtype_of(setting) == torch.int8 else setting)
         if key in state:
