@@ -65,7 +65,8 @@ class Batch(NamedTuple):
         if seeded or self.rounding == "stochastic":
             more["offsets"] = offsets_of(self.shards, scalars.device)
             steps = [state["step"] for state in self.states]
-            torch._foreach_add_(steps, 1)
+            # blocks of one parameter share its count
+            torch._foreach_add_(list(dict(zip(self.indices, steps, strict=True)).values()), 1)
             more["seeds"] = seeds_for(steps, self.indices, self.group["seed"], scalars.device)
         return StepOptions(scalars, self.rounding, **more)
 

@@ -94,6 +94,14 @@ def chunk_of(length: int, processes: int, rank: int) -> tuple[int, int]:
     return start, min(chunk, length - start)
 
 
+def local_range(shard: Shard, dim: int) -> tuple[int, int]:
+    """Return (start, length) of this process's indices along a dimension of a parameter sharded along one at most."""
+    if not shard.groups or shard.dim != dim:
+        return 0, shard.shape[dim]
+    (group,) = shard.groups
+    return chunk_of(shard.shape[dim], torch.distributed.get_world_size(group), torch.distributed.get_rank(group))
+
+
 def has_memory(tensor: Tensor) -> bool:
     """Whether kernels can address the elements of a tensor (of the local shard of a DTensor).
 
