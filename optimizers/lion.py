@@ -11,7 +11,7 @@ from torch import Tensor
 from leanstep.kernels import lion_agreement, lion_agreement_int8, lion_step, lion_step_int8
 from leanstep.kernels.steps.common import compute_dtype, constant, decay_factor, pack
 from leanstep.optimizers.common.base import Batch, LeanOptimizer, count_nonfinite
-from leanstep.optimizers.common.checks import check_betas, check_dtype, check_flags, settings_of
+from leanstep.optimizers.common.checks import check_betas, check_dtype, check_flags, describe, settings_of
 from leanstep.optimizers.common.quantized import (
     QUANTIZED_RULES,
     SCALE_KEY,
@@ -21,7 +21,7 @@ from leanstep.optimizers.common.quantized import (
 )
 from leanstep.optimizers.common.rounding import effective, init_rounding
 from leanstep.optimizers.common.saved_tensors import SHAPED, StateRule
-from leanstep.optimizers.common.sharding import Reducer, local, readable, store, sum_over_shards
+from leanstep.optimizers.common.sharding import Reducer, Shard, check_indices, local, readable, store, sum_over_shards
 
 # lower bound of the cautious mask's mean, by which the update is divided (arXiv 2411.16085)
 _MIN_AGREEMENT = 1e-5
@@ -118,6 +118,11 @@ class Lion(LeanOptimizer):
         check_betas("Lion", group["betas"])
         check_flags("Lion", group, ("cautious", "cautious_decay"))
         check_dtype("Lion", "momentum_dtype", group["momentum_dtype"], int8=True)
+
+    def _check_shard(self, group: dict[str, Any], position: int, shard: Shard) -> None:
+        super()._check_shard(group, position, shard)
+        if is_quantized(group, group["params"][position]):
+            check_indices("Lion: momentum_dtype=torch.int8", describe(group, position), shard)
 
     def _init_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
         state = self.state[param]

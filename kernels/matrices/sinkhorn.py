@@ -82,50 +82,59 @@ def new_scales(mats: Sequence[Tensor]) -> Scales:
 
 def sinkhorn_of_rows(
     mats: Sequence[Tensor], num_iters: int, rows_total: Sequence[int], *, end_with_rows: bool = False
-) -> Generator[tuple[Tensor, str], None, Scales]:
+) -> Generator[tuple[Tensor, str, str], None, Scales]:
     """:func:`sinkhorn` of shards of rows, as a generator, so that the caller can reduce several lists at once.
 
-    ``rows_total``: the rows of each matrix before sharding. Yields (flat buffer, "sum") once per iteration, with this
-    shard's share of the column means. The caller sums the buffer over the shards, in place.
+    ``rows_total``: the rows of each matrix before sharding. Yields (flat buffer, "sum", "rows") once per iteration,
+    with this shard's share of the column means. The caller sums the buffer over the shards of rows, in place.
     """
     backend = choose("sinkhorn", mats[0].device, *dict.fromkeys(m.dtype for m in mats)).backend
     scales = new_scales(mats)
     for sums in _iterate_together(mats, scales, num_iters, end_with_rows, rows_total, backend):
-        yield sums, "sum"
+        yield sums, "sum", "rows"
     return scales
 
 
-def sinkhorn_of_columns(
-    mats: Sequence[Tensor], num_iters: int, cols_total: Sequence[int], *, end_with_rows: bool = False
-) -> Generator[tuple[Tensor, str], None, Scales]:
-    """:func:`sinkhorn` of shards of columns, as a generator; plain torch on every device.
+def sinkhorn_of_blocks(
+    mats: Sequence[Tensor],
+    num_iters: int,
+    rows_total: Sequence[int],
+    cols_total: Sequence[int],
+    *,
+    end_with_rows: bool = False,
+) -> Generator[tuple[Tensor, str, str], None, Scales]:
+    """:func:`sinkhorn` of shards of columns, or of rows and columns, as a generator; plain torch on every device.
 
-    ``cols_total``: the columns of each matrix before sharding. First yields (flat buffer, "max") with the largest entry
-    of every row. Then yields (flat buffer, "sum") with the row means, each time rows are scaled. The caller reduces
-    each buffer over the shards, in place.
+    ``rows_total``, ``cols_total``: the rows and columns of each matrix before sharding. Yields flat buffers for the
+    caller to reduce in place. First (buffer, "max", "columns") with the largest entry of every row. Then, for every
+    half-iteration, (buffer, "sum", "columns") with the row means, or (buffer, "sum", "rows") with the column means. The
+    last word says over which shards to reduce: those of the columns, or those of the rows.
     """
     scales = new_scales(mats)
     batches = [as_batch(m) for m in mats]
     cols = _scales(batches, scales.flat_rows, scales.flat_cols).cols
-    sums = torch.zeros_like(scales.flat_rows)
-    row_sums_of = _scales(batches, sums, scales.flat_cols).rows
-    for batch, row_sums in zip(batches, row_sums_of, strict=True):
+    row_means, col_means = torch.zeros_like(scales.flat_rows), torch.zeros_like(scales.flat_cols)
+    row_means_of, col_means_of = _scales(batches, row_means, col_means)[:2]
+    for batch, largest in zip(batches, row_means_of, strict=True):
         if batch.numel():
-            row_sums.copy_(batch.abs().amax(dim=-1))
-    yield sums, "max"
-    prescale = reference.inverse_of_largest(sums)
+            largest.copy_(batch.abs().amax(dim=-1))
+    yield row_means, "max", "columns"
+    prescale = reference.inverse_of_largest(row_means)
     prescales = _scales(batches, prescale, scales.flat_cols).rows
     for iteration in range(num_iters + end_with_rows):
-        for batch, row_sums, r0, c, n in zip(batches, row_sums_of, prescales, cols, cols_total, strict=True):
-            row_sums.copy_(reference.row_half(reference.scaled_squares(batch, r0), c, n))
-        yield sums, "sum"
-        sums.copy_(reference.reciprocal_or_zero(sums))
-        scales.flat_rows.copy_(reference.finish_rows(prescale, sums))
+        for batch, means, r0, c, n in zip(batches, row_means_of, prescales, cols, cols_total, strict=True):
+            means.copy_(reference.row_half(reference.scaled_squares(batch, r0), c, n))
+        yield row_means, "sum", "columns"
+        row_means.copy_(reference.reciprocal_or_zero(row_means))
+        scales.flat_rows.copy_(reference.finish_rows(prescale, row_means))
         if iteration == num_iters:
             break
-        for batch, row_sums, r0, c in zip(batches, row_sums_of, prescales, cols, strict=True):
-            squares = reference.scaled_squares(batch, r0)
-            c.copy_(finish_columns(reference.column_half(squares, row_sums, batch.shape[-2])))
+        for batch, inverse, means, r0, m in zip(
+            batches, row_means_of, col_means_of, prescales, rows_total, strict=True
+        ):
+            means.copy_(reference.column_half(reference.scaled_squares(batch, r0), inverse, m))
+        yield col_means, "sum", "rows"
+        scales.flat_cols.copy_(finish_columns(col_means))
     return scales
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from leanstep._torch import is_dtensor
 from leanstep.kernels import StepOptions
 from leanstep.optimizers.common.checks import (
     check_choice,
@@ -24,6 +25,7 @@ from leanstep.optimizers.common.sharding import (
     Shard,
     all_reduce_flags,
     check_class,
+    check_indices,
     has_memory,
     offsets_of,
     placed_like,
@@ -65,8 +67,7 @@ class Batch(NamedTuple):
         if seeded or self.rounding == "stochastic":
             more["offsets"] = offsets_of(self.shards, scalars.device)
             steps = [state["step"] for state in self.states]
-            # blocks of one parameter share its count
-            torch._foreach_add_(list(dict(zip(self.indices, steps, strict=True)).values()), 1)
+            torch._foreach_add_(steps, 1)
             more["seeds"] = seeds_for(steps, self.indices, self.group["seed"], scalars.device)
         return StepOptions(scalars, self.rounding, **more)
 
@@ -158,8 +159,11 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
         """Return the state of a parameter that has a gradient, created if it is missing.
 
         Raises:
-            ValueError: the parameter was resized after its state was created. Kernels would write past its end.
+            ValueError: the parameter was resized after its state was created, and kernels would write past its end;
+                or its shards do not fit the group's settings.
         """
+        if is_dtensor(param):
+            self._check_shard(group, position, shard_of(param, describe(group, position)))
         state = self._init_state(group, position, param)
         for key, shape in self._state_shapes(group, param).items():
             if key in state and tuple(state[key].shape) != shape:
@@ -169,6 +173,11 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
                     f"Nothing was changed. Drop the state ({self._drop_state}), or build a new optimizer."
                 )
         return state
+
+    def _check_shard(self, group: dict[str, Any], position: int, shard: Shard) -> None:
+        """Raise ValueError if the shards of a DTensor do not fit its group's settings. Nothing is changed before."""
+        if effective(type(self).__name__, group, position, group["params"][position]) == "stochastic":
+            check_indices(f"{type(self).__name__}: rounding='stochastic'", describe(group, position), shard)
 
     def _state_shapes(self, group: dict[str, Any], param: Tensor) -> dict[str, tuple[int, ...]]:
         """Return the shapes, before sharding, of all state tensors that depend on their parameter's shape."""

@@ -25,16 +25,16 @@ def as_matrices(tensor: Tensor, transposed: bool = False, flatten: bool = False)
 
 
 def oriented(shard: Shard, transposed: bool, flatten: bool = False) -> Shard:
-    """Return a parameter's shard in the coordinates of :func:`as_matrices`."""
+    """Return a parameter's shard with shape and cuts in the coordinates of :func:`as_matrices`."""
     if flatten and len(shard.shape) == 3:
         shape = torch.Size((shard.shape[0], shard.shape[1] * shard.shape[2]))
-        return shard._replace(shape=shape, dim=None if shard.dim is None else min(shard.dim, 1))
+        return shard._replace(shape=shape, cuts=tuple(cut._replace(dim=min(cut.dim, 1)) for cut in shard.cuts))
     if not transposed:
         return shard
     *stack, n, m = shard.shape
-    first, second = len(stack), len(stack) + 1
-    dim = {first: second, second: first}.get(shard.dim, shard.dim) if shard.dim is not None else None
-    return shard._replace(shape=torch.Size((*stack, m, n)), dim=dim)
+    swapped = {len(stack): len(stack) + 1, len(stack) + 1: len(stack)}
+    cuts = tuple(cut._replace(dim=swapped.get(cut.dim, cut.dim)) for cut in shard.cuts)
+    return shard._replace(shape=torch.Size((*stack, m, n)), cuts=cuts)
 
 
 def matrix_shape(shard: Shard) -> tuple[int, int]:
@@ -43,11 +43,16 @@ def matrix_shape(shard: Shard) -> tuple[int, int]:
     return (shape[1], shape[2]) if len(shape) == 3 else (shape[0], math.prod(shape[1:]))
 
 
+def row_dim(shape: Sequence[int], transposed: bool, flatten: bool = False) -> int:
+    """Return the dimension of a parameter, as it is stored, that has the rows of its matrices (out, in)."""
+    return len(shape) - 1 if transposed else int(len(shape) == 3 and not flatten)
+
+
 def block_sizes(blocks: int | Sequence[int] | None, rows: int) -> list[int]:
     """Return the rows of every block of a matrix, by the setting ``blocks`` of its group; None is one block."""
     if blocks is None:
         return [rows]
-    return list(blocks) if isinstance(blocks, (tuple, list)) else [blocks] * (rows // blocks)
+    return [blocks] * (rows // blocks) if isinstance(blocks, int) else list(blocks)
 
 
 def as_written(tensor: Tensor, stacked: bool) -> Tensor:

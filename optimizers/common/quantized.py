@@ -15,7 +15,7 @@ from leanstep.kernels.reference.quantization import dequantize, quantize, scale_
 from leanstep.kernels.steps.common import compute_dtype
 from leanstep.optimizers.common.rounding import init_step
 from leanstep.optimizers.common.saved_tensors import StateRule
-from leanstep.optimizers.common.sharding import dtype_of, local, new_state, offsets_of, shard_of
+from leanstep.optimizers.common.sharding import dtype_of, local, new_state, shard_of
 
 SCALE_KEY = "exp_avg_scale"
 
@@ -39,10 +39,8 @@ def momentum_scale_shape(param: Tensor) -> tuple[int, int]:
 def init_momentum(state: dict[str, Any], group: dict[str, Any], param: Tensor) -> None:
     """Create ``exp_avg`` in the dtype of the group's setting, with its scales if it is int8.
 
-    Converts a momentum whose scales, or their absence, contradict the setting: it was changed after a step.
-
-    Raises:
-        ValueError: int8 for a parameter that is sharded otherwise than along dimension 0.
+    Converts a momentum whose scales, or their absence, contradict the setting: it was changed after a step. A
+    parameter with int8 is whole or sharded along dimension 0.
     """
     quantized = is_quantized(group, param)
     setting = dtype_of(group["momentum_dtype"])
@@ -69,6 +67,5 @@ def init_momentum(state: dict[str, Any], group: dict[str, Any], param: Tensor) -
 def _new_scales(param: Tensor) -> Tensor:
     """Return zeros for the scales, with the placements of the parameter."""
     shard = shard_of(param)
-    offsets_of([shard], local(param).device)  # refuses other shards
     scales = torch.zeros(scale_shape(local(param).shape), dtype=torch.float32, device=local(param).device)
     return join_parts(scales, param, scale_shape(shard.shape)) if is_dtensor(param) else scales

@@ -30,14 +30,25 @@ T = TypeVar("T")
 _ORDINARY = (Tensor, torch.nn.Parameter)
 
 
+class Cut(NamedTuple):
+    """A mesh dimension that shards a parameter."""
+
+    dim: int  # the sharded dimension of the parameter
+    group: Any  # the processes along the mesh dimension
+
+
 class Shard(NamedTuple):
     """Metadata of this process's shard of a parameter."""
 
     shape: torch.Size  # of the unsharded parameter
-    dim: int | None = None  # the sharded dimension; None for an unsharded parameter or several dimensions
-    offset: int | None = 0  # row-major index of the first element; None if the shard is not a contiguous range
-    groups: tuple[Any, ...] = ()  # process groups: sums over all of them in turn are sums over the whole parameter
+    cuts: tuple[Cut, ...] = ()  # undone in this order, they give the unsharded parameter; empty if it is unsharded
+    ranges: tuple[range, ...] | None = None  # indices of a sharded parameter that this process holds; None: no block
     placements: Any = None  # for error messages
+
+    @property
+    def groups(self) -> tuple[Any, ...]:
+        """Process groups: sums over all of them in turn are sums over the whole parameter."""
+        return tuple(cut.group for cut in self.cuts)
 
 
 class Reduction(NamedTuple):
@@ -57,34 +68,70 @@ def local(tensor: Tensor) -> Tensor:
     return tensor if type(tensor) in _ORDINARY else local_part(tensor)
 
 
-def shard_of(param: Tensor) -> Shard:
+def shard_of(param: Tensor, name: str | None = None) -> Shard:
     """Return the metadata of this process's shard of ``param``.
 
     Raises:
-        ValueError: for a DTensor with partial placements.
+        ValueError: for a DTensor with partial placements; the message has the parameter's ``name``.
     """
     if type(param) in _ORDINARY or not is_dtensor(param):
         return Shard(param.shape)
-    from torch.distributed.tensor import Shard as ShardPlacement
-
     sharded_param = cast("DTensor", param)
     mesh, placements = sharded_param.device_mesh, sharded_param.placements
     if any(p.is_partial() for p in placements):
         raise ValueError(
-            f"a parameter of shape {tuple(param.shape)} holds partial sums ({placements}); leanstep optimizers take "
-            "parameters that are replicated or sharded: redistribute it first"
+            f"{name or f'a parameter of shape {tuple(param.shape)}'} holds partial sums ({placements}); leanstep "
+            "optimizers take parameters that are replicated or sharded: redistribute it first. Nothing was changed."
         )
-    sharded = [i for i, p in enumerate(placements) if not p.is_replicate() and mesh.size(i) > 1]
-    if not sharded:
-        return Shard(param.shape, placements=placements)
-    groups = tuple(mesh.get_group(i) for i in sharded)
-    placement = placements[sharded[0]]
-    if len(sharded) > 1 or type(placement) is not ShardPlacement:
-        return Shard(param.shape, None, None, groups, placements)
-    if placement.dim != 0:
-        return Shard(param.shape, placement.dim, None, groups, placements)
-    start, _ = chunk_of(param.shape[0], mesh.size(sharded[0]), mesh.get_local_rank(sharded[0]))
-    return Shard(param.shape, 0, start * math.prod(param.shape[1:]), groups, placements)
+    order = _gathering_order(placements, [i for i in range(mesh.ndim) if mesh.size(i) > 1])
+    cuts = tuple(Cut(cast("Any", placements[i]).dim, mesh.get_group(i)) for i in order)
+    ranges = [range(n) for n in param.shape]
+    for i in reversed(order):
+        dim = cast("Any", placements[i]).dim
+        start, length = chunk_of(len(ranges[dim]), mesh.size(i), mesh.get_local_rank(i))
+        ranges[dim] = ranges[dim][start : start + length]
+    is_block = tuple(map(len, ranges)) == tuple(local(param).shape) and _strides_are_undone(mesh, placements)
+    return Shard(param.shape, cuts, tuple(ranges) if is_block else None, placements)
+
+
+def _gathering_order(placements: Sequence[Any], mesh_dims: Sequence[int]) -> list[int]:
+    """Return the mesh dimensions that shard a tensor, in the order in which concatenation gives the unsharded tensor.
+
+    Mesh dimensions shard from left to right, but one with a ``_StridedShard`` after those on its right: fully_shard
+    divides what tensor parallelism has sharded.
+    """
+    order = [i for i in mesh_dims if not placements[i].is_replicate()]
+    for dim in {placements[i].dim for i in order}:
+        positions = [k for k, i in enumerate(order) if placements[i].dim == dim]
+        along_dim = [order[k] for k in positions]
+        strided = [i for i in along_dim if hasattr(placements[i], "split_factor")]
+        undone = strided + [i for i in reversed(along_dim) if i not in strided]
+        for k, i in zip(positions, undone, strict=True):
+            order[k] = i
+    return order
+
+
+def _strides_are_undone(mesh: Any, placements: Sequence[Any]) -> bool:
+    """Whether the strides of every ``_StridedShard`` are the shards of mesh dimensions on its right.
+
+    Otherwise (after a redistribution) a shard is several ranges of a dimension, with gaps.
+    """
+    for i, placement in enumerate(placements):
+        right = [j for j in range(i + 1, mesh.ndim) if not placements[j].is_replicate()]
+        shards = math.prod([mesh.size(j) for j in right if placements[j].dim == getattr(placement, "dim", None)])
+        if mesh.size(i) > 1 and getattr(placement, "split_factor", shards) != shards:
+            return False
+    return True
+
+
+def first_index(shard: Shard) -> int | None:
+    """Return the row-major index of a shard's first element; None if its elements are no range of these indices."""
+    if not shard.cuts:
+        return 0
+    whole_rows = [len(indices) == n for indices, n in zip((shard.ranges or ())[1:], shard.shape[1:], strict=False)]
+    if shard.ranges is None or not all(whole_rows):
+        return None
+    return shard.ranges[0].start * math.prod(shard.shape[1:])
 
 
 def chunk_of(length: int, processes: int, rank: int) -> tuple[int, int]:
@@ -95,11 +142,11 @@ def chunk_of(length: int, processes: int, rank: int) -> tuple[int, int]:
 
 
 def local_range(shard: Shard, dim: int) -> tuple[int, int]:
-    """Return (start, length) of this process's indices along a dimension of a parameter sharded along one at most."""
-    if not shard.groups or shard.dim != dim:
+    """Return (start, length) of this process's indices along a dimension of a parameter."""
+    if not shard.cuts:
         return 0, shard.shape[dim]
-    (group,) = shard.groups
-    return chunk_of(shard.shape[dim], torch.distributed.get_world_size(group), torch.distributed.get_rank(group))
+    assert shard.ranges is not None
+    return shard.ranges[dim].start, len(shard.ranges[dim])
 
 
 def has_memory(tensor: Tensor) -> bool:
@@ -188,20 +235,21 @@ def placed_like(grad: Tensor, param: Tensor) -> Tensor:
     return cast("DTensor", grad).redistribute(cast("DTensor", param).device_mesh, placements)
 
 
+def check_indices(setting: str, name: str, shard: Shard) -> None:
+    """Raise ValueError if the elements of a shard are no range of the parameter's, whose indices ``setting`` needs."""
+    if first_index(shard) is None:
+        raise ValueError(
+            f"{setting} needs unsharded parameters, or shards along dimension 0; got {name} with placements "
+            f"{shard.placements}; nothing was changed. Use another setting, such as rounding='kahan' or 'master'."
+        )
+
+
 def offsets_of(shards: Sequence[Shard], device: torch.device) -> Tensor:
     """Return the row-major index of each shard's first element, int64 [n], for stochastic rounding.
 
-    Raises:
-        ValueError: for a shard that is not a contiguous range of its parameter.
+    The shards are those that :func:`check_indices` accepts.
     """
-    for shard in shards:
-        if shard.offset is None:
-            raise ValueError(
-                "rounding='stochastic' and momentum_dtype=torch.int8 need unsharded parameters, or shards along "
-                f"dimension 0; got placements {shard.placements} for shape {tuple(shard.shape)}. Use another rounding "
-                "('kahan', 'master') or momentum dtype."
-            )
-    return constant([s.offset or 0 for s in shards], device, torch.int64)
+    return constant([first_index(shard) or 0 for shard in shards], device, torch.int64)
 
 
 def sum_over_shards(values: Tensor, shards: Sequence[Shard]) -> Reducer[None]:

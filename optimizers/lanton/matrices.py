@@ -16,7 +16,7 @@ from torch import Tensor
 from leanstep.kernels.matrices.newton_schulz import compute_dtype, flops
 from leanstep.kernels.steps.common import constant
 from leanstep.optimizers.common import matrices as common
-from leanstep.optimizers.common.matrices import as_matrices, as_written, block_sizes
+from leanstep.optimizers.common.matrices import as_matrices, as_written, block_sizes, row_dim
 from leanstep.optimizers.common.sharding import Shard, chunk_of, dtype_of, local, local_range
 from leanstep.optimizers.lanton import exchange, rule
 
@@ -68,9 +68,9 @@ def scales_of(layer: LayerStep) -> list[float]:
 
 def index_of_rows(layer: LayerStep) -> Tensor:
     """Return the index of the block of every row of this process's shard of a parameter's matrices."""
-    shard = common.oriented(layer.shard, layer.group["transposed"], layer.group["flatten"])
-    dim = 1 if is_stack(layer.group, "rms", len(layer.shard.shape)) else 0
-    sizes, device = block_sizes(layer.group["blocks"], shard.shape[dim]), local(layer.param).device
+    shard, device = layer.shard, local(layer.param).device
+    dim = row_dim(shard.shape, layer.group["transposed"], layer.group["flatten"])
+    sizes = block_sizes(layer.group["blocks"], shard.shape[dim])
     index = torch.arange(len(sizes), device=device).repeat_interleave(
         constant(sizes, device, torch.int64), output_size=shard.shape[dim]
     )
@@ -123,16 +123,16 @@ def tasks_of(layers: Sequence[LayerStep]) -> list[MatrixTask]:
         if not shard.groups:
             tasks.append(MatrixTask(i, shard.shape))
             continue
-        if shard.dim is None:
+        if len(shard.cuts) > 1 or shard.ranges is None:
             raise ValueError(
                 "LANTON takes matrices that are unsharded or sharded along one dimension over one mesh dimension; "
                 f"got placements {shard.placements} for shape {tuple(shard.shape)}. Shard it by fully_shard alone, or "
                 "put it in a group with norm='sign', whose rule is elementwise."
             )
-        group = shard.groups[0]
+        ((dim, group),) = shard.cuts
         world = torch.distributed.get_world_size(group)
         load = loads.setdefault(group, [0.0] * world)
-        if stack and shard.dim == 0:
+        if stack and dim == 0:
             chunks = [chunk_of(shard.shape[0], world, r) for r in range(world)]
             shapes = [torch.Size((size, *shard.shape[1:])) for _, size in chunks]
             rank = torch.distributed.get_rank(group)
@@ -140,9 +140,9 @@ def tasks_of(layers: Sequence[LayerStep]) -> list[MatrixTask]:
             load[:] = [cost + _cost(layer, shape) for cost, shape in zip(load, shapes, strict=True)]
         elif stack:
             shape = torch.Size(shard.shape[1:])
-            tasks += [MatrixTask(i, shape, k, k, shard.dim - 1, group) for k in range(shard.shape[0])]
+            tasks += [MatrixTask(i, shape, k, k, dim - 1, group) for k in range(shard.shape[0])]
         else:
-            tasks.append(MatrixTask(i, shard.shape, dim=shard.dim, group=group))
+            tasks.append(MatrixTask(i, shard.shape, dim=dim, group=group))
     costs = {k: _cost(layers[t.layer_index], t.shape) for k, t in enumerate(tasks) if t.group is not None}
     for k, cost in sorted(costs.items(), key=lambda item: -item[1]):
         load = loads[tasks[k].group]

@@ -26,7 +26,7 @@ from leanstep.optimizers.common.checks import (
 )
 from leanstep.optimizers.common.loading import Loaded
 from leanstep.optimizers.common.rounding import effective, init_rounding
-from leanstep.optimizers.common.sharding import Reducer, local, new_state, offsets_of, shard_of
+from leanstep.optimizers.common.sharding import Reducer, local, new_state, shard_of
 from leanstep.optimizers.lanton.halves import UNMARKED, MarkedHalves
 from leanstep.optimizers.lanton.matrices import block_count, is_stack, matrix_shape, tasks_of
 from leanstep.optimizers.lanton.saved import STATE_RULES, check_entries, check_half_gradients, reshaped_estimates
@@ -305,11 +305,7 @@ class LANTON(MarkedHalves, LeanOptimizer):
         for group in self.param_groups:
             layers += self._layer_steps(group, first_index)
             first_index += len(group["params"])
-        # these two raise for unsupported shards, before any update
-        tasks_of([x for x in layers if x.norm == "rms"])
-        stochastic = [x.shard for x in layers if x.rounding == "stochastic"]
-        if stochastic:
-            offsets_of(stochastic, local(layers[0].param).device)
+        tasks_of([x for x in layers if x.norm == "rms"])  # raises for unsupported shards, before any update
         return [self._whole_step(layers)]
 
     def _groups_with_halves(self) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from leanstep.kernels.steps.common import compute_dtype, constant, nonfinite_fla
 from leanstep.optimizers.common.base import by_device_and_dtype, count_nonfinite
 from leanstep.optimizers.common.matrices import as_written, write_back
 from leanstep.optimizers.common.rounding import rounding_states, seeds_for
-from leanstep.optimizers.common.sharding import Reducer, Shard, local, local_range, sum_over_shards
+from leanstep.optimizers.common.sharding import Reducer, Shard, local, offsets_of, sum_over_shards
 from leanstep.optimizers.lanton import matrices, rule
 from leanstep.optimizers.lanton.matrices import block_count, is_stack
 
@@ -325,11 +325,10 @@ def _update_momentum(info: GradientInfo) -> None:
 def _local_values(layer: LayerStep, values: Tensor) -> Tensor:
     """Select the values of this process's matrices from one value per block of each matrix of a stack."""
     shard = layer.shard
-    if not is_stack(layer.group, layer.norm, layer.param.dim()) or not shard.groups or shard.dim != 0:
+    if shard.ranges is None or not is_stack(layer.group, layer.norm, layer.param.dim()):
         return values
     blocks = block_count(layer.group, layer.norm, shard.shape)
-    first, count = local_range(shard, 0)
-    return values[first * blocks : (first + count) * blocks]
+    return values[shard.ranges[0].start * blocks : shard.ranges[0].stop * blocks]
 
 
 def _has_blocks(layer: LayerStep) -> bool:
@@ -397,7 +396,7 @@ def _write_alike(updates: list[Update]) -> None:
         seeds = seeds_for(
             [layer.state["step"] for layer in layers], [layer.param_index for layer in layers], group["seed"], device
         )
-        offsets = constant([layer.shard.offset or 0 for layer in layers], device, torch.int64)
+        offsets = offsets_of([layer.shard for layer in layers], device)
 
     def write(weights: list[Tensor], states: list[Tensor]) -> Tensor:
         return rule.update(

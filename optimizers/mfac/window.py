@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from leanstep._torch import is_dtensor, local_part
 from leanstep.kernels.reference.fisher.gradient_window import row_scale, wide_dtype
-from leanstep.optimizers.common.sharding import chunk_of, shard_of
+from leanstep.optimizers.common.sharding import chunk_of, first_index, shard_of
 from leanstep.optimizers.mfac import rule
 
 STORAGES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -38,7 +38,7 @@ class Columns(NamedTuple):
 
     shape: tuple[int, ...]  # of the shard
     groups: tuple[Any, ...] = ()  # as in common.sharding.Shard
-    offset: int | None = 0  # as in common.sharding.Shard
+    offset: int | None = 0  # common.sharding.first_index
     chunk: tuple[int, int, int] | None = None  # (dimension, start, length) of the shard with shard_window
 
     def local(self, tensor: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def columns_of(param: Tensor, *, spread: bool) -> Columns:
     """Return this process's columns; ``spread`` (shard_window) shards plain parameters of one or more dimensions."""
     shard = shard_of(param)
     if is_dtensor(param):
-        return Columns(tuple(local_part(param).shape), shard.groups, shard.offset)
+        return Columns(tuple(local_part(param).shape), shard.groups, first_index(shard))
     if not spread or param.dim() == 0:
         return Columns(tuple(param.shape))
     group = torch.distributed.group.WORLD

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
@@ -12,12 +11,26 @@ from torch import Tensor
 
 from leanstep.kernels.steps.common import constant
 from leanstep.optimizers.common.base import Batch
-from leanstep.optimizers.common.matrices import block_sizes
+from leanstep.optimizers.common.matrices import block_sizes, row_dim
 from leanstep.optimizers.common.rounding import STATE_KEY
 from leanstep.optimizers.common.sharding import Shard, local, local_range
 
 # entries of a parameter's state that have its shape
 _SHAPED = ("momentum_buffer", *STATE_KEY.values())
+
+# Block k of parameter i has the index i + k * _STRIDE, which seeds its stochastic rounding.
+_STRIDE = 2**20
+
+
+def check_shards(batch: Batch) -> None:
+    """Raise ValueError if a process holds rows of a parameter with gaps between them."""
+    for shard in batch.shards:
+        if shard.cuts and shard.ranges is None:
+            raise ValueError(
+                f"SinkGD: blocks need shards without gaps, got placements {shard.placements} for shape "
+                f"{tuple(shard.shape)}. Nothing was changed. Shard it by fully_shard, or put it in a group without "
+                "blocks."
+            )
 
 
 def in_blocks(batch: Batch, weights: Sequence[Tensor]) -> Batch:
@@ -36,57 +49,59 @@ def in_blocks(batch: Batch, weights: Sequence[Tensor]) -> Batch:
         weights, batch.grads, batch.states, batch.indices, batch.shards, strict=True
     ):
         shaped = {key: list(_views(local(state[key]), group, shard)) for key in _SHAPED if key in state}
-        params = list(_views(weight, group, shard))
-        result.params.extend(params)
+        for k, view in enumerate(_views(weight, group, shard)):
+            own = {key: views[k] for key, views in shaped.items()}
+            if k and "step" in state:  # the first block counts the steps of the parameter
+                own["step"] = state["step"].clone()
+            result.params.append(view)
+            result.states.append({**state, **own})
+            result.indices.append(index + k * _STRIDE)
         result.grads.extend(_views(local(grad), group, shard))
         result.shards.extend(_shards(group, shard))
-        result.indices.extend([index] * len(params))
-        result.states.extend({**state, **{key: views[k] for key, views in shaped.items()}} for k in range(len(params)))
     return result
 
 
 def flags_of_parameters(flags: Tensor, indices: Sequence[int]) -> Tensor:
-    """Return one flag per parameter, set if that of one of its blocks is; ``indices`` are the blocks' parameters."""
-    position = {index: k for k, index in enumerate(dict.fromkeys(indices))}
-    of_block = constant([position[index] for index in indices], flags.device, torch.int64)
+    """Return one flag per parameter, set if that of one of its blocks is; ``indices`` are those of the blocks."""
+    parameters = [index % _STRIDE for index in indices]
+    position = {index: k for k, index in enumerate(dict.fromkeys(parameters))}
+    of_block = constant([position[index] for index in parameters], flags.device, torch.int64)
     return flags.new_zeros(len(position)).index_add_(0, of_block, flags).clamp_max(1)
 
 
-def _layout(group: dict[str, Any], shard: Shard) -> tuple[bool, int, list[int]]:
-    """Return whether a parameter is a stack, the stored dimension of its matrices' rows, and the rows of the blocks."""
-    dims = len(shard.shape)
-    stack = dims == 3 and not group["flatten"]
-    dim = dims - 1 if group["transposed"] else int(stack)
-    return stack, dim, block_sizes(group["blocks"], shard.shape[dim])
+def _cuts_of_rows(group: dict[str, Any], shard: Shard) -> tuple[int, int, list[tuple[int, int]]]:
+    """Return 1 for a stack (else 0), the stored dimension of the rows, and (first, end) of every block here.
+
+    (first, end) count from this process's first row; an empty block has first = end.
+    """
+    dim = row_dim(shard.shape, group["transposed"], group["flatten"])
+    start, length = local_range(shard, dim)
+    sizes = block_sizes(group["blocks"], shard.shape[dim])
+    ends = [min(max(end - start, 0), length) for end in accumulate(sizes, initial=0)]
+    return int(len(shard.shape) == 3 and not group["flatten"]), dim, list(pairwise(ends))
 
 
 def _views(tensor: Tensor, group: dict[str, Any], shard: Shard) -> Iterator[Tensor]:
     """Yield this process's part of every block, from its shard of a tensor with the parameter's shape."""
-    stack, dim, sizes = _layout(group, shard)
-    start, length = local_range(shard, dim)
-    ends = [min(max(end - start, 0), length) for end in accumulate(sizes, initial=0)]
+    stack, dim, parts = _cuts_of_rows(group, shard)
     for matrix in tensor.unbind() if stack else (tensor,):
-        for first, end in pairwise(ends):
+        for first, end in parts:
             yield matrix.narrow(dim - stack, first, end - first)
 
 
 def _shards(group: dict[str, Any], shard: Shard) -> Iterator[Shard]:
-    """Yield the metadata of every block that :func:`_views` yields."""
-    stack, dim, sizes = _layout(group, shard)
+    """Yield the metadata of every block that :func:`_views` yields, with the block in the place of the parameter."""
+    stack, dim, parts = _cuts_of_rows(group, shard)
     start, _ = local_range(shard, dim)
-    first_matrix, count = local_range(shard, 0) if stack else (0, 1)
-    cut = shard.dim if shard.dim is None or not stack else shard.dim - 1
-    groups = shard.groups
-    if cut == -1:  # a stack sharded between its matrices
-        cut, groups = None, ()
-    shape = list(shard.shape[int(stack) :])
-    row_size = math.prod(shape) // max(1, shape[dim - stack])
-    # rows of the stored matrix are a contiguous range, unless other dimensions are sharded
-    contiguous = not group["transposed"] and (not groups or cut == 0)
-    for matrix in range(first_matrix, first_matrix + count):
-        row = 0
-        for size in sizes:
-            shape[dim - stack] = size
-            offset = (matrix * shard.shape[dim] + max(row, start)) * row_size if contiguous else None
-            yield Shard(torch.Size(shape), cut, offset, groups, shard.placements)
-            row += size
+    _, count = local_range(shard, 0) if stack else (0, 1)
+    # processes that divide the matrices of a stack share no matrix
+    cuts = tuple(cut._replace(dim=cut.dim - stack) for cut in shard.cuts if cut.dim >= stack)
+    sizes = block_sizes(group["blocks"], shard.shape[dim])
+    blocks = []
+    for row, size, (first, end) in zip(accumulate(sizes, initial=0), sizes, parts, strict=False):
+        shape, ranges = list(shard.shape), list(shard.ranges or map(range, shard.shape))
+        shape[dim], ranges[dim] = size, range(max(start - row, 0), max(start - row, 0) + end - first)
+        placed = tuple(ranges[stack:]) if cuts else None
+        blocks.append(Shard(torch.Size(shape[stack:]), cuts, placed, shard.placements))
+    for _ in range(count):
+        yield from blocks

@@ -32,8 +32,8 @@ from leanstep.optimizers.common.saved_tensors import COUNT, SHAPED, StateRule
 from leanstep.optimizers.common.sharding import Reducer, Shard, all_reduce_flags, local, new_state, readable, store
 from leanstep.optimizers.sinkgd import rule
 from leanstep.optimizers.sinkgd.adamw import init_adamw, step_adamw
-from leanstep.optimizers.sinkgd.blocks import flags_of_parameters, in_blocks
-from leanstep.optimizers.sinkgd.sharded import all_reduce_row_norms, normalize
+from leanstep.optimizers.sinkgd.blocks import check_shards, flags_of_parameters, in_blocks
+from leanstep.optimizers.sinkgd.sharded import all_reduce_row_norms, normalize, sides_of
 from leanstep.optimizers.sinkgd.spectral import init_power_vector, pin_operator_norms, power_vector_shape
 
 CHOICES = {
@@ -115,8 +115,9 @@ class SinkGD(LeanOptimizer):
         State: none for matrices without options; AdamW's moments for the rest. Options add ``momentum_buffer``,
         ``power_vector`` and ``power_warm``, ``step``, ``kahan_compensation`` or ``master_param``. A step allocates one
         fp32 matrix on a CPU, and partial column sums on a GPU.
-        FSDP2: gathers no matrix. If rows are sharded, each iteration needs one all-reduce of column sums for the whole
-        model. If columns are sharded, it needs row sums, plus one all-reduce of the rows' largest entries.
+        Sharded matrices (FSDP2, tensor parallelism, both) are not gathered. An iteration reduces column sums over each
+        mesh dimension that shards rows, and row sums over each that shards columns; these also need one all-reduce of
+        the rows' largest entries. All matrices of the model share the all-reduces. ``spectral`` needs whole columns.
         ``torch.compile`` of the step makes one graph.
         Wrapper tensor classes, such as quantized weights, are updated on a plain copy and written back.
         The implementation stores row and column scales and does not rewrite X, which is equivalent to the paper's form.
@@ -189,11 +190,6 @@ class SinkGD(LeanOptimizer):
         check_blocks("SinkGD", group)
         if group["blocks"] is not None and group["spectral"] is not None:
             raise ValueError("SinkGD: spectral scales whole matrices; leave it None in groups with blocks")
-        if group["blocks"] is not None and group["transposed"] and group["rounding"] == "stochastic":
-            raise ValueError(
-                "SinkGD: rounding='stochastic' counts the elements of contiguous blocks, and blocks of matrices stored "
-                "(in, out) are not contiguous. Use another rounding ('kahan', 'master'), or no blocks."
-            )
         check_count("SinkGD", "num_iters", group["num_iters"])
         check_dtype("SinkGD", "momentum_dtype", group["momentum_dtype"])
         if group["base_width"] is not None:
@@ -242,6 +238,17 @@ class SinkGD(LeanOptimizer):
         init_rounding(state, param, rounding)
         return state
 
+    def _check_shard(self, group: dict[str, Any], position: int, shard: Shard) -> None:
+        super()._check_shard(group, position, shard)
+        if algorithm_of(group, group["params"][position]) == "adamw" or not group["spectral"]:
+            return
+        if sides_of(oriented(shard, group["transposed"], group["flatten"])).columns:
+            raise ValueError(
+                f"SinkGD: spectral={group['spectral']!r} takes matrices with unsharded columns, got "
+                f"{describe(group, position)} with placements {shard.placements}; nothing was changed. Put the "
+                "parameter in a group with spectral=None, or shard its rows alone."
+            )
+
     def _rules_of(self, group: dict[str, Any], param: Tensor) -> Mapping[str, StateRule]:
         rules = {**super()._rules_of(group, param)}
         if algorithm_of(group, param) == "adamw":
@@ -264,6 +271,9 @@ class SinkGD(LeanOptimizer):
 
     def _group_steps(self, group: dict[str, Any], first_index: int, only: int | None = None) -> list[Reducer[None]]:
         batches = self._batches(group, first_index, only, lambda param: algorithm_of(group, param))
+        for algorithm, batch in batches:
+            if algorithm != "adamw" and group["blocks"] is not None:
+                check_shards(batch)
         return [
             step_adamw(batch) if algorithm == "adamw" else _step(batch, balanced=algorithm == "balanced")
             for algorithm, batch in batches
@@ -287,7 +297,8 @@ def _step_matrices(batch: Batch, *, balanced: bool) -> Reducer[None]:
     group, states = batch.group, batch.states
     transposed, flatten, momentum = group["transposed"], group["flatten"], group["momentum"]
     shards = [oriented(s, transposed, flatten) for s in batch.shards]
-    sides = [_sharded_side(s) for s in shards]
+    sides = [sides_of(s) for s in shards]
+    split = any(side.rows or side.columns for side in sides)
     matrices = [as_matrices(local(g), transposed, flatten) for g in batch.grads]
     if group["maximize"]:
         matrices = [-g for g in matrices]
@@ -302,15 +313,15 @@ def _step_matrices(batch: Batch, *, balanced: bool) -> Reducer[None]:
     if group["row_mask_tau"] > 0:
         norms = [rule.row_norms(g) for g in matrices]
         totals = [n.sum(dim=-1, keepdim=True) for n in norms]
-        yield from all_reduce_row_norms(norms, totals, shards, sides)
+        yield from all_reduce_row_norms(norms, totals, sides)
         matrices = [
             rule.mask_rows(g, norm, total, matrix_shape(shard)[0], group["row_mask_tau"])
             for g, norm, total, shard in zip(matrices, norms, totals, shards, strict=True)
         ]
-    if not (momentum or group["spectral"] or transposed or group["base_width"] or any(sides)):
+    if not (momentum or group["spectral"] or transposed or group["base_width"] or split):
         _write(batch, matrices, None, end_with_rows=balanced)
         return
-    if any(sides):  # not by a generator otherwise: torch.compile loses its return value
+    if split:  # not by a generator otherwise: torch.compile loses its return value
         scales = yield from normalize(matrices, shards, sides, group["num_iters"], end_with_rows=balanced)
     else:
         scales = rule.normalize(matrices, group["num_iters"], end_with_rows=balanced)
@@ -329,25 +340,6 @@ def _step_matrices(batch: Batch, *, balanced: bool) -> Reducer[None]:
     if transposed:
         matrices, scales = [g.mT for g in matrices], _transposed(scales)
     _write(batch, matrices, scales, end_with_rows=balanced)
-
-
-def _sharded_side(shard: Shard) -> str | None:
-    """Return the sharded side of a parameter's matrices: "rows", "columns", or None if no matrix is split.
-
-    Raises:
-        ValueError: for matrices sharded along several dimensions, or with strided placements.
-    """
-    if not shard.groups:
-        return None
-    if shard.dim is None:
-        raise ValueError(
-            f"SinkGD takes matrices that are unsharded or sharded along one dimension over one mesh dimension, as by "
-            f"fully_shard; got placements {shard.placements} for shape {tuple(shard.shape)}. Put this "
-            "parameter in a group with algorithm='adamw', or shard it by fully_shard alone."
-        )
-    if len(shard.shape) == 3:  # a stack of matrices
-        return (None, "rows", "columns")[shard.dim]
-    return "columns" if shard.dim else "rows"
 
 
 def _average(matrices: list[Tensor], batch: Batch, nonfinite: Tensor | None, *, nesterov: bool) -> list[Tensor]:

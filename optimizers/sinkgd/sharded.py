@@ -1,39 +1,55 @@
-"""SinkGD's scales and row norms of matrices whose rows or columns are sharded."""
+"""SinkGD's scales and row norms of matrices whose rows, columns or both are sharded."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from leanstep.kernels import Scales
-from leanstep.kernels.matrices.sinkhorn import sinkhorn_of_columns, sinkhorn_of_rows
+from leanstep.kernels.matrices.sinkhorn import sinkhorn_of_blocks, sinkhorn_of_rows
 from leanstep.optimizers.common.matrices import matrix_shape
 from leanstep.optimizers.common.sharding import Reducer, Reduction, Shard, together
 from leanstep.optimizers.sinkgd import rule
 
 
+class Sides(NamedTuple):
+    """Process groups that shard the rows and the columns of a parameter's matrices; both empty: no matrix is split."""
+
+    rows: tuple[Any, ...]
+    columns: tuple[Any, ...]
+
+
+def sides_of(shard: Shard) -> Sides:
+    """Return the groups of a shard in the coordinates of the matrices; those that divide a stack split no matrix."""
+    rows = len(shard.shape) - 2 if len(shard.shape) == 3 else 0
+    return Sides(
+        tuple(cut.group for cut in shard.cuts if cut.dim == rows),
+        tuple(cut.group for cut in shard.cuts if cut.dim > rows),
+    )
+
+
 def normalize(
-    matrices: list[Tensor], shards: list[Shard], sides: list[str | None], num_iters: int, *, end_with_rows: bool
+    matrices: list[Tensor], shards: list[Shard], sides: list[Sides], num_iters: int, *, end_with_rows: bool
 ) -> Reducer[Scales]:
     """Compute the scales of :func:`leanstep.optimizers.sinkgd.rule.normalize` for unsharded and sharded matrices.
 
     Args:
         matrices: this process's shards.
         shards: their metadata.
-        sides: the sharded side of each matrix, "rows" or "columns"; None for unsharded matrices.
+        sides: the groups that shard the rows and columns of each matrix.
         num_iters, end_with_rows: as for the rule.
     """
-    sets: dict[Any, list[int]] = {}
-    for i, (side, shard) in enumerate(zip(sides, shards, strict=True)):
-        sets.setdefault((side, shard.groups if side else ()), []).append(i)
+    sets: dict[Sides, list[int]] = {}
+    for i, side in enumerate(sides):
+        sets.setdefault(side, []).append(i)
     results = yield from together(
         [
             _normalize_alike(
                 [matrices[i] for i in indices], [shards[i] for i in indices], side, num_iters, end_with_rows
             )
-            for (side, _), indices in sets.items()
+            for side, indices in sets.items()
         ]
     )
     if len(results) == 1:
@@ -48,20 +64,23 @@ def normalize(
 
 
 def _normalize_alike(
-    matrices: list[Tensor], shards: list[Shard], side: str | None, num_iters: int, end_with_rows: bool
+    matrices: list[Tensor], shards: list[Shard], sides: Sides, num_iters: int, end_with_rows: bool
 ) -> Reducer[Scales]:
-    """Compute the scales of matrices that are sharded along the same side over the same processes, or unsharded."""
-    if side is None:
+    """Compute the scales of matrices whose rows and columns are sharded over the same processes, or unsharded."""
+    rows, columns = ([matrix_shape(s)[axis] for s in shards] for axis in (0, 1))
+    if sides.columns:
+        iteration = sinkhorn_of_blocks(matrices, num_iters, rows, columns, end_with_rows=end_with_rows)
+    elif sides.rows:
+        iteration = sinkhorn_of_rows(matrices, num_iters, rows, end_with_rows=end_with_rows)
+    else:
         return rule.normalize(matrices, num_iters, end_with_rows=end_with_rows)
-    axis, sinkhorn_of_shards = (0, sinkhorn_of_rows) if side == "rows" else (1, sinkhorn_of_columns)
-    lengths = [matrix_shape(s)[axis] for s in shards]
-    iteration = sinkhorn_of_shards(matrices, num_iters, lengths, end_with_rows=end_with_rows)
     while True:
         try:
-            partial, op = next(iteration)
+            partial, op, sharded = next(iteration)
         except StopIteration as end:
             return end.value
-        yield [Reduction(partial, shards[0].groups[0], op)]
+        for group in sides.rows if sharded == "rows" else sides.columns:
+            yield [Reduction(partial, group, op)]
 
 
 def _in_one_buffer(tensors: list[Tensor]) -> tuple[list[Tensor], Tensor]:
@@ -71,18 +90,17 @@ def _in_one_buffer(tensors: list[Tensor]) -> tuple[list[Tensor], Tensor]:
     return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)], flat
 
 
-def all_reduce_row_norms(
-    norms: list[Tensor], totals: list[Tensor], shards: list[Shard], sides: list[str | None]
-) -> Reducer[None]:
+def all_reduce_row_norms(norms: list[Tensor], totals: list[Tensor], sides: list[Sides]) -> Reducer[None]:
     """Turn row norms of shards, and their sums, into those of the unsharded matrices, in place."""
-    by_columns = [i for i, side in enumerate(sides) if side == "columns"]
-    if by_columns:
-        for i in by_columns:
-            norms[i].square_()
-        yield [Reduction(norms[i], shards[i].groups[0]) for i in by_columns]
-        for i in by_columns:
-            norms[i].sqrt_()
-            totals[i].copy_(norms[i].sum(dim=-1, keepdim=True))
-    by_rows = [i for i, side in enumerate(sides) if side == "rows"]
-    if by_rows:
-        yield [Reduction(totals[i], shards[i].groups[0]) for i in by_rows]
+    yield from together([_all_reduce_norms(*each) for each in zip(norms, totals, sides, strict=True)])
+
+
+def _all_reduce_norms(norms: Tensor, total: Tensor, sides: Sides) -> Reducer[None]:
+    if sides.columns:
+        norms.square_()
+        for group in sides.columns:
+            yield [Reduction(norms, group)]
+        norms.sqrt_()
+        total.copy_(norms.sum(dim=-1, keepdim=True))
+    for group in sides.rows:
+        yield [Reduction(total, group)]

@@ -13,6 +13,7 @@ from leanstep.kernels.steps.common import compute_dtype
 from leanstep.optimizers.common.matrices import matrix_shape, oriented
 from leanstep.optimizers.common.sharding import Reducer, Reduction, Shard, local, shard_of, together
 from leanstep.optimizers.sinkgd import rule
+from leanstep.optimizers.sinkgd.sharded import Sides
 
 # power iterations at a matrix's first finite nonzero gradient, and at every later one
 _FIRST_POWER_STEPS, _POWER_STEPS = 20, 1
@@ -27,15 +28,19 @@ def power_vector_shape(param: Tensor, group: dict[str, Any]) -> tuple[int, ...]:
 def init_power_vector(state: dict[str, Any], param: Tensor, group: dict[str, Any]) -> None:
     """Create the vector of the power iteration, zero until the first finite nonzero gradient.
 
-    The vector is replicated; the vectors of a stack sharded along e are sharded along e, too.
+    The vector is replicated; mesh dimensions that shard a stack along e shard its vectors, too.
     """
     if "power_vector" in state:
         return
     shape, shard, weight = power_vector_shape(param, group), shard_of(param), local(param)
     here = (weight.shape[0], shape[1]) if len(shape) == 2 else shape
     vector = torch.zeros(here, device=weight.device, dtype=compute_dtype(param.dtype))
-    sharded = len(shape) == 2 and shard.groups and shard.dim == 0
-    state["power_vector"] = join_parts(vector, param, shape) if sharded else vector
+    if len(shape) == 2 and any(cut.dim == 0 for cut in shard.cuts):
+        from torch.distributed.tensor import Replicate
+
+        placements = [p if getattr(p, "dim", None) == 0 else Replicate() for p in shard.placements]
+        vector = join_parts(vector, param, shape, placements)
+    state["power_vector"] = vector
 
 
 def pin_operator_norms(
@@ -43,34 +48,31 @@ def pin_operator_norms(
     scales: Scales,
     states: list[dict[str, Any]],
     shards: list[Shard],
-    sides: list[str | None],
+    sides: list[Sides],
     kind: str,
 ) -> Reducer[None]:
     """Multiply the row scales so that every diag(r) G diag(c) has operator norm :func:`rule.spectral_target`.
 
-    Raises:
-        ValueError: a matrix is sharded along its columns.
+    ``sides``: the groups that shard each matrix; no columns may be sharded.
     """
-    if "columns" in sides:
-        raise ValueError("SinkGD: spectral takes matrices that are whole or sharded along rows (dimension 0)")
+    assert not any(side.columns for side in sides)
     reducers: list[Reducer[None]] = []
     for i, (matrix, rows, cols, state) in enumerate(zip(matrices, scales.rows, scales.cols, states, strict=True)):
         if shards[i].shape.numel() > 0:
-            process_group = shards[i].groups[0] if sides[i] else None
             target = rule.spectral_target(kind, *matrix_shape(shards[i]))
-            reducers.append(_pin_one(matrix, rows, cols, state, process_group, target))
+            reducers.append(_pin_one(matrix, rows, cols, state, sides[i].rows, target))
     yield from together(reducers)
 
 
 def _pin_one(
-    matrix: Tensor, rows: Tensor, cols: Tensor, state: dict[str, Any], process_group: Any, target: float
+    matrix: Tensor, rows: Tensor, cols: Tensor, state: dict[str, Any], groups: tuple[Any, ...], target: float
 ) -> Reducer[None]:
     """Multiply ``rows`` so that diag(rows) matrix diag(cols) has operator norm ``target``; update the state's vector.
 
     A matrix is cold while its vector is zero. ``power_warm`` (on the CPU) is true if no matrix of the stack is cold;
     then the step reads nothing from the device. A trace cannot read it, and treats the first step as the warm-up.
 
-    ``process_group``: the processes that shard the rows; None for unsharded rows.
+    ``groups``: those that shard the rows; empty for unsharded rows.
     """
     tracing = torch.compiler.is_compiling()
     cold = "power_warm" not in state or (not tracing and not state["power_warm"])
@@ -84,7 +86,7 @@ def _pin_one(
         if iteration == 1 and not tracing and not (usable & ~known).any():
             break
         square, new = rule.power_step(update, new)
-        if process_group is not None:
+        for process_group in groups:
             yield [Reduction(square, process_group), Reduction(new, process_group)]
         norm = square.sqrt()
         usable = torch.isfinite(new).all(dim=-1, keepdim=True) & (norm > 0)

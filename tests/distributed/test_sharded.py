@@ -15,6 +15,7 @@ MODULES = (
     "distributed_mfac",
     "distributed_sparsity",
     "distributed_lora",
+    "distributed_mesh",
 )
 load_cases(MODULES)
 

@@ -11,8 +11,9 @@ from distributed_world import World, add_case, case
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
+from leanstep._torch import place_like
 from leanstep.optimizers import LANTON, Lion, NonFiniteGradientError, SinkGD, param_groups, release_gradients
 
 WORLDS = (2, 1, 3, 4)  # 2 first: what it saves, the others load
@@ -94,7 +95,7 @@ def set_grads(model: nn.Module, step: int) -> None:
 
 
 def set_grad(param: nn.Parameter, grad: Tensor) -> None:
-    param.grad = distribute_tensor(grad, param.device_mesh, param.placements) if isinstance(param, DTensor) else grad
+    param.grad = place_like(grad, param)
 
 
 def assert_same(sharded: nn.Module, plain: nn.Module, tolerance: float, note: str = "") -> None:

@@ -56,9 +56,9 @@ def test_stacks_without_entries_are_stepped(shape, backend):
 @pytest.mark.parametrize("size", [1e-42, 1e-38, 1e38])
 def test_scales_are_finite_where_shards_of_columns_are_reduced(size):
     mats = [torch.randn(8, 6) * size]
-    from leanstep.kernels.matrices.sinkhorn import sinkhorn_of_columns
+    from leanstep.kernels.matrices.sinkhorn import sinkhorn_of_blocks
 
-    rule = sinkhorn_of_columns(mats, 3, cols_total=[6])
+    rule = sinkhorn_of_blocks(mats, 3, rows_total=[8], cols_total=[6])
     try:
         while True:
             next(rule)
