@@ -52,6 +52,7 @@ def adamw_step_int8(
         Reads p, g and the state once, and writes p and the state once: 10 bytes per bf16 element. The C++ kernel makes
         no temporary of a tensor's size. All backends agree bit for bit.
     """
+    assert options.seeds is not None
     lists = (params, grads, codes, scales, square_codes, square_scales)
     fields = (options.scalars, options.rounding, options.maximize, options.seeds, options.offsets)
     if torch.compiler.is_compiling():
@@ -93,8 +94,8 @@ def _step(
         written = (params, codes, scales, square_codes, square_scales, *state)
         torch.autograd.graph.increment_version([t for ts in written for t in ts])
     for i in (i for i, is_covered in enumerate(walkable) if not is_covered):
-        tensors = [ts[i] for ts in lists]
-        reference.adamw_step_int8(*tensors[:6], corrections[i], *tensors[6:], options=options.of(i))
+        p, g, c, s, sq_c, sq_s, *states = (ts[i] for ts in lists)
+        reference.adamw_step_int8(p, g, c, s, sq_c, sq_s, corrections[i], *states, options=options.of(i))
 
 
 def _cpp_step(lists: list[list[Tensor]], corrections: Tensor, options: StepOptions) -> None:

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from leanstep._torch import is_dtensor
 from leanstep.kernels import StepOptions
 from leanstep.optimizers.common.checks import (
     check_choice,
@@ -162,7 +161,7 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
             ValueError: the parameter was resized after its state was created, and kernels would write past its end;
                 or its shards do not fit the group's settings.
         """
-        if is_dtensor(param):
+        if hasattr(param, "placements"):
             self._check_shard(group, position, shard_of(param, describe(group, position)))
         state = self._init_state(group, position, param)
         for key, shape in self._state_shapes(group, param).items():

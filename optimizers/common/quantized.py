@@ -14,7 +14,7 @@ from leanstep._torch import is_dtensor, join_parts
 from leanstep.kernels.reference.quantization import dequantize, quantize, scale_shape
 from leanstep.kernels.steps.common import compute_dtype
 from leanstep.optimizers.common.rounding import init_step
-from leanstep.optimizers.common.saved_tensors import StateRule
+from leanstep.optimizers.common.saved_tensors import COUNT, StateRule
 from leanstep.optimizers.common.sharding import dtype_of, local, new_state, shard_of
 
 
@@ -31,7 +31,8 @@ def scale_key(key: str) -> str:
 def quantized_rules(key: str, *, squares: bool = False) -> dict[str, StateRule]:
     """Return what loading accepts of an average in codes. Scales may be infinite or NaN, as other averages."""
     codes = StateRule((torch.uint8 if squares else torch.int8,), shaped=True)
-    return {key: codes, scale_key(key): StateRule((torch.float32,))}
+    # the step count seeds the rounding of the codes
+    return {key: codes, scale_key(key): StateRule((torch.float32,)), "step": COUNT._replace(required=True)}
 
 
 def scale_shapes(param: Tensor, *keys: str) -> dict[str, tuple[int, ...]]:
@@ -48,6 +49,8 @@ def init_average(
     absence, contradict the setting: it was changed after a step. A parameter with int8 is whole or sharded along
     dimension 0.
     """
+    if key in state and state[key].shape != param.shape:
+        return  # resized after a step, which the step refuses by name
     scales_name, wide = scale_key(key), compute_dtype(param.dtype)
     if is_quantized(setting, param):
         init_step(state, param)

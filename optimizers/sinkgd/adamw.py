@@ -158,7 +158,8 @@ def _update_int8(params: list[Tensor], grads: list[Tensor], batch: Batch, skip: 
         seeds=seeds_for(steps, batch.indices, group["seed"], device),
         offsets=offsets_of(batch.shards, device),
     )
-    adamw_step_int8(params, grads, *moments, corrections, rounding_state, options)
+    codes, scales, square_codes, square_scales = moments
+    adamw_step_int8(params, grads, codes, scales, square_codes, square_scales, corrections, rounding_state, options)
     for tensor, before in backups:
         assert skip is not None
         tensor.copy_(torch.where(skip.to(tensor.device), before, tensor))

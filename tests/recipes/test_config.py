@@ -337,7 +337,8 @@ CHOICES = {
     "spectral=norm": "optimizer.args.spectral must be 'unit' or 'muon', got 'norm'",
     "momentum_order=before": "optimizer.args.momentum_order must be 'pre' or 'post', got 'before'",
     "num_iters=0": "optimizer.args.num_iters must be at least 1, got 0",
-    "momentum_dtype=fp32": "optimizer.args.momentum_dtype must be 'float16', 'bfloat16', 'float32' or 'float64'",
+    "momentum_dtype=fp32": "optimizer.args.momentum_dtype must be 'int8', 'float16', 'bfloat16', 'float32' or "
+    "'float64'",
 }
 
 
@@ -427,6 +428,13 @@ def test_balanced_embeddings_are_a_rule_of_sinkgd(recipe):
     (problem,) = problems_of(recipe(), ["optimizer.embeddings=balanced"])
     assert "optimizer.embeddings 'balanced' is a rule of sinkgd, and optimizer.name is 'adamw'" in problem
     load(recipe(), ["optimizer={name: sinkgd, lr: 1e-2, embeddings: balanced}"])
+
+
+def test_split_is_for_rules_of_matrices(recipe):
+    (problem,) = problems_of(recipe(), ["optimizer.split=heads"])
+    assert "optimizer.split is for the rules of matrices of sinkgd and lanton" in problem
+    for name in ("sinkgd", "lanton"):
+        load(recipe(), [f"optimizer={{name: {name}, lr: 1e-2, split: heads}}"])
 
 
 def test_release_gradients_excludes_scaled_gradients(recipe):
