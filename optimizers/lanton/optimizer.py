@@ -86,6 +86,7 @@ class LANTON(MarkedHalves, LeanOptimizer):
             "auto" (experimental): at every step the median of sqrt(H) over the layers that share a maximum; f then
             depends only on ratios of noise.
         weight_decay: decoupled, multiplied by lr and not by f.
+        cautious_decay: decay only entries whose update and parameter agree in sign (arXiv 2510.12402).
         norm: the group's norm; see the table.
         radius: size of the update in the group's norm, in units of lr. Scion uses larger radii for heads than for
             hidden matrices; its normalized sign is radius = 1 / n.
@@ -180,6 +181,7 @@ class LANTON(MarkedHalves, LeanOptimizer):
         radius: float = 1.0,
         scaling: str = "scion",
         nesterov: bool = False,
+        cautious_decay: bool = False,
         noise: str = "previous",
         noise_adaptive: bool = True,
         noise_every: int = 1,
@@ -218,7 +220,7 @@ class LANTON(MarkedHalves, LeanOptimizer):
             check_choice("LANTON", name, group[name], choices)
         for name in ("noise_every", "ns_steps"):
             check_count("LANTON", name, group[name])
-        check_flags("LANTON", group, ("nesterov", "noise_adaptive"))
+        check_flags("LANTON", group, ("nesterov", "cautious_decay", "noise_adaptive"))
         check_layout("LANTON", group)
         for name in ("momentum_dtype", "noise_dtype", "ns_dtype"):
             check_dtype("LANTON", name, group[name])

@@ -138,6 +138,7 @@ def update(
     lr: float | Tensor,
     weight_decay: float = 0.0,
     *,
+    cautious_decay: bool = False,
     skipped: Sequence[Tensor] = (),
     rounding_states: Sequence[Tensor] = (),
     **options: Any,
@@ -149,6 +150,7 @@ def update(
         directions: O of the same shapes, or O without its :func:`dual_norm_scale`.
         scales: ``f * radius``, times :func:`dual_norm_scale` if O lacks it: [1] for a matrix, [e] for a stack.
         lr, weight_decay: as in the formula.
+        cautious_decay: decay only entries whose O and p agree in sign.
         skipped: empty, or a 0-d bool per parameter on its device, true to leave the parameter unchanged.
         rounding_states: as for :func:`leanstep.kernels.scaled_step`.
         options: ``rounding``, ``skip_nonfinite``, ``seeds`` and ``offsets`` of :class:`leanstep.kernels.StepOptions`.
@@ -169,7 +171,9 @@ def update(
         _repeated(matrix_scales, params, counts, -2),
         _repeated(ones, params, counts, -1),
         list(rounding_states),
-        StepOptions(pack([lr, decay_factor(lr, weight_decay)], device, dtype), **options),
+        StepOptions(
+            pack([lr, decay_factor(lr, weight_decay)], device, dtype), decay_where_aligned=cautious_decay, **options
+        ),
     )
 
 

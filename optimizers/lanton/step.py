@@ -383,6 +383,7 @@ def _write_alike(updates: list[Update]) -> None:
             [u.scale for u in updates],
             group["lr"],
             group["weight_decay"],
+            cautious_decay=group["cautious_decay"],
             skipped=[] if _on_host(updates[0].direction) else [u.info.nonfinite for u in updates],
             rounding=rounding,
             rounding_states=states,

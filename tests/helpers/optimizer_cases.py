@@ -257,7 +257,7 @@ CASES = (
     OptimizerCase(
         name="SinkGD-kahan",
         cls=SinkGD,
-        kwargs={"lr": 2e-3, "rounding": "kahan"},
+        kwargs={"lr": 2e-3, "rounding": "kahan", "weight_decay": 0.1, "cautious_decay": True},
         dtype=_BF16,
         state={"kahan_compensation": _BF16},
         exact_foreach=False,
@@ -312,6 +312,8 @@ CASES = (
             "lr": 5e-3,
             "scaling": "muon",
             "nesterov": True,
+            "weight_decay": 0.1,
+            "cautious_decay": True,
             "noise_every": 2,
             "ns_dtype": torch.float32,
         },
