@@ -51,7 +51,10 @@ def warn_how_auto_routes(groups: list[dict[str, Any]], owner: str, matrices: str
 def check_number(
     owner: str, name: str, value: Any, low: float, high: float = math.inf, *, open_high: bool = False
 ) -> None:
-    """Raise unless low <= value <= high, or < high with ``open_high``. Accepts one-element tensors."""
+    """Raise unless low <= value <= high, or < high with ``open_high``. Accepts one-element tensors.
+
+    Without ``high``, the limit is 2**128, where float32 ends: kernels compute with float32 settings.
+    """
     if isinstance(value, Tensor):
         if value.numel() != 1:
             label = "Tensor lr" if name == "learning rate" else f"{name} as a tensor"
@@ -61,7 +64,8 @@ def check_number(
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{owner}: {name} must be a number, got {value!r}")
-    open_high = open_high or high == math.inf
+    if high == math.inf:
+        high, open_high = 2.0**128, True
     too_large = isinstance(value, int) and abs(value) >= 2**63  # for torch; write a float
     if too_large or not (low <= value <= high) or (open_high and value == high) or math.isnan(value):
         end = ")" if open_high else "]"

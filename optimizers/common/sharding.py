@@ -232,7 +232,7 @@ def check_indices(setting: str, name: str, shard: Shard) -> None:
     if first_index(shard) is None:
         raise ValueError(
             f"{setting} needs unsharded parameters, or shards along dimension 0; got {name} with placements "
-            f"{shard.placements}; nothing was changed. Use another setting, such as rounding='kahan' or 'master'."
+            f"{shard.placements}; nothing was changed. Use another setting, such as rounding='split' or 'master'."
         )
 
 

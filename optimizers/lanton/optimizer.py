@@ -131,7 +131,7 @@ class LANTON(MarkedHalves, LeanOptimizer):
         gradients. A gradient of zeros (an expert without tokens), or none, leaves H and G' unchanged.
         State: ``momentum_buffer`` (4 bytes per fp32 parameter) and, with "previous", ``previous_grad`` (4 bytes).
         "halves" needs one more copy of the gradients between mark_half and the step. ``noise`` and ``noise_steps``: one
-        number each per matrix. ``rounding`` adds ``kahan_compensation``, ``master_param`` or ``step``.
+        number each per matrix. ``rounding`` adds its state, as for Lion.
         A step allocates differences or directions of a few matrices at a time (64 MB in fp32, or one matrix) and the
         buffers of Newton-Schulz. The maximum needs all gradients before the first update.
         FSDP2: each matrix is gathered on one process, and owners balance the cost. A step takes three all-to-alls

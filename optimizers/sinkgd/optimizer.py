@@ -110,7 +110,7 @@ class SinkGD(LeanOptimizer):
 
     Notes:
         State: none for matrices without options; AdamW's moments for the rest. Options add ``momentum_buffer``,
-        ``power_vector`` and ``power_warm``, ``step``, ``kahan_compensation`` or ``master_param``. A step allocates one
+        ``power_vector`` and ``power_warm``, and the state of ``rounding``, as for Lion. A step allocates one
         fp32 matrix on a CPU, and partial column sums on a GPU.
         Sharded matrices (FSDP2, tensor parallelism, both) are not gathered. An iteration reduces column sums over each
         mesh dimension that shards rows, and row sums over each that shards columns; these also need one all-reduce of

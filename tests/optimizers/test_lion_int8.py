@@ -88,10 +88,13 @@ def test_codes_without_scales_are_refused():
     del lost["state"][0]["exp_avg_scale"]
     unmarked = copy.deepcopy(source.state_dict())
     unmarked["param_groups"][0]["momentum_dtype"] = None
+    uncounted = copy.deepcopy(source.state_dict())
+    del uncounted["state"][0]["step"]
     target, others = build()
     run(target, others, range(1))
     before = decoded(target, others[0])
-    for state, said in ((lost, "has no exp_avg_scale"), (unmarked, "exp_avg_scale.*expected one of")):
+    cases = ((lost, "has no exp_avg_scale"), (unmarked, "exp_avg_scale.*expected one of"), (uncounted, "has no step"))
+    for state, said in cases:
         with pytest.raises(ValueError, match=rf"{said}.*nothing was changed"):
             target.load_state_dict(state)
     assert torch.equal(decoded(target, others[0]), before)

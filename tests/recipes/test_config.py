@@ -329,7 +329,7 @@ def test_each_kind_of_mistake(recipe, override, message):
 
 
 CHOICES = {
-    "rounding=stochastik": "optimizer.args.rounding must be 'nearest', 'stochastic', 'kahan' or 'master', got "
+    "rounding=stochastik": "optimizer.args.rounding must be 'nearest', 'stochastic', 'kahan', 'master' or 'split', got "
     "'stochastik'; did you mean 'stochastic'?",
     "nonfinite=ignore": "optimizer.args.nonfinite must be 'skip', 'raise' or 'pass', got 'ignore'",
     "algorithm=sinkg": "optimizer.args.algorithm must be 'auto', 'sinkgd', 'balanced' or 'adamw', got 'sinkg'; "

@@ -1,0 +1,85 @@
+"""LANTON's variance="rows": rows of polar factors divided by their running root mean squares, as in NorMuon."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from leanstep.kernels.steps.common import compute_dtype
+from leanstep.optimizers.common.saved_tensors import StateRule
+from leanstep.optimizers.common.sharding import Reducer, Reduction, local, new_vectors
+from leanstep.optimizers.lanton import rule
+from leanstep.optimizers.lanton.matrices import MatrixTask, is_stack, matrix_shape
+
+if TYPE_CHECKING:
+    from leanstep.optimizers.lanton.step import GradientInfo, LayerStep
+
+VARIANCES = (None, "rows")
+
+# state entry with one number per row: [m], or [e, m] for a stack
+KEY = "row_mean_sq"
+KEY_RULE = StateRule((torch.float32, torch.float64), cast=True, finite=True, least=0)
+
+
+def rows_shape(group: dict[str, Any], param: Tensor) -> tuple[int, ...]:
+    """Return the shape of a parameter's row mean squares before sharding."""
+    m, _ = matrix_shape(group, param.shape)
+    return (param.shape[0], m) if is_stack(group, "rms", param.dim()) else (m,)
+
+
+def init_rows(state: dict[str, Any], param: Tensor, group: dict[str, Any]) -> None:
+    """Create the running mean squares of the rows, zeros, if they are missing."""
+    if KEY not in state:
+        state[KEY] = new_vectors(param, rows_shape(group, param))
+
+
+def normalize_rows(batch: Sequence[tuple[GradientInfo, MatrixTask, Tensor]]) -> Reducer[None]:
+    """Scale the rows of this process's shards of polar factors, and update their mean squares, in place.
+
+    A sharded matrix needs one all-reduce of m numbers per mesh dimension that shards it.
+
+    Args:
+        batch: parameters with their matrices and directions, which are shaped as the optimizer writes them.
+    """
+    rows = [_rows_of(info.layer, task, direction) for info, task, direction in batch]
+    squares = [
+        _mean_squares(info.layer, task, matrix, held)
+        for (info, task, _), (matrix, held) in zip(batch, rows, strict=True)
+    ]
+    for level in range(max((len(task.cuts) for _, task, _ in batch), default=0)):
+        yield [
+            Reduction(square, task.cuts[level].group)
+            for (_, task, _), square in zip(batch, squares, strict=True)
+            if level < len(task.cuts)
+        ]
+    for (info, task, _), (matrix, held), square in zip(batch, rows, squares, strict=True):
+        stored = local(info.layer.state[KEY])
+        stored = stored if task.matrix is None else stored[task.matrix]
+        variance = rule.row_variance(stored, square)
+        stored.copy_(torch.where(info.nonfinite, stored, variance))
+        matrix.mul_(rule.row_scales(variance, square)[..., held.start : held.stop].unsqueeze(-1))
+
+
+def _rows_of(layer: LayerStep, task: MatrixTask, direction: Tensor) -> tuple[Tensor, range]:
+    """Return a view of a direction as (..., rows, columns), and the rows of the matrix that it holds."""
+    transposed, shape = layer.group["transposed"], layer.shard.shape
+    matrix = direction.mT if transposed else direction
+    if not task.cuts:
+        return matrix, range(matrix.shape[-2])
+    assert layer.shard.ranges is not None  # LANTON refuses other shards before a step
+    dim = len(shape) - 1 if transposed else int(is_stack(layer.group, "rms", len(shape)))
+    return matrix, layer.shard.ranges[dim]
+
+
+def _mean_squares(layer: LayerStep, task: MatrixTask, matrix: Tensor, held: range) -> Tensor:
+    """Return this process's contribution to the mean squares of the rows of the unsharded matrix, [m] or [e, m]."""
+    m, n = matrix_shape(layer.group, layer.shard.shape)
+    sums = torch.linalg.vector_norm(matrix, dim=-1, dtype=compute_dtype(layer.param.dtype)).square() / n
+    if not task.cuts:
+        return sums
+    whole = sums.new_zeros(m)
+    whole[held.start : held.stop] = sums
+    return whole
