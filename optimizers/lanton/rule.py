@@ -78,7 +78,7 @@ def vector_direction(momentum: Tensor, square: Tensor, scale: float) -> Tensor:
 # ---- H = beta2 * H + (1 - beta2) * dual_norm(G - G')^2
 
 
-def nuclear_norms(differences: Sequence[Tensor], estimator: str = "polar", dtype: torch.dtype | None = None) -> Tensor:
+def nuclear_norms(differences: Sequence[Tensor], estimator: str = "auto", dtype: torch.dtype | None = None) -> Tensor:
     """Return nuclear norms, one per matrix. The dual norm of "rms" is this times :func:`dual_norm_scale`."""
     return nuclear_norm(differences, estimator=estimator, dtype=dtype)
 
