@@ -20,6 +20,9 @@ from leanstep.kernels.steps.common import compute_dtype, constant, decay_factor,
 # lower bound of alpha="auto": without noise the median is 0
 _SMALLEST_ALPHA = 1e-30
 
+# NorMuon's beta2 and epsilon (arXiv 2510.05491)
+_ROW_BETA, _ROW_EPS = 0.95, 1e-8
+
 # ---- B = beta1 * B + (1 - beta1) * G
 
 
@@ -58,6 +61,23 @@ def polar_factors(
 ) -> list[Tensor]:
     """Return U V^T of matrices [m, n] or stacks [e, m, n]. O of norm "rms" is U V^T times :func:`dual_norm_scale`."""
     return newton_schulz(momenta, steps=steps, coefficients=coefficients, dtype=dtype)
+
+
+def row_variance(variance: Tensor, mean_squares: Tensor) -> Tensor:
+    """Return the new v = 0.95 v + 0.05 * mean of O^2 over each row, for variance="rows"."""
+    return variance.lerp(mean_squares, 1.0 - _ROW_BETA)
+
+
+def row_scales(variance: Tensor, mean_squares: Tensor) -> Tensor:
+    """Return s with O[i, :] = s[i] * O[i, :], for variance="rows": 1 / sqrt(v) times the factor that keeps ||O||_F.
+
+    Args:
+        variance: v after its update, [m] or [e, m].
+        mean_squares: the mean of O^2 over each row, of the same shape.
+    """
+    inverse = 1.0 / (variance.sqrt() + _ROW_EPS)
+    before, after = (sums.sum(dim=-1, keepdim=True) for sums in (mean_squares, mean_squares * inverse.square()))
+    return inverse * torch.where(after > 0, (before / after).sqrt(), 0.0)
 
 
 def sign_direction(momentum: Tensor) -> Tensor:

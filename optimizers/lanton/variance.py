@@ -44,17 +44,11 @@ def normalize_rows(batch: Sequence[tuple[GradientInfo, MatrixTask, Tensor]]) -> 
     Args:
         batch: parameters with their matrices and directions, which are shaped as the optimizer writes them.
     """
-    rows = [_rows_of(info.layer, task, direction) for info, task, direction in batch]
-    squares = [
-        _mean_squares(info.layer, task, matrix, held)
-        for (info, task, _), (matrix, held) in zip(batch, rows, strict=True)
-    ]
-    for level in range(max((len(task.cuts) for _, task, _ in batch), default=0)):
-        yield [
-            Reduction(square, task.cuts[level].group)
-            for (_, task, _), square in zip(batch, squares, strict=True)
-            if level < len(task.cuts)
-        ]
+    rows = [_rows_of(info.layer, direction) for info, _, direction in batch]
+    squares = [_mean_squares(info.layer, *each) for (info, *_), each in zip(batch, rows, strict=True)]
+    groups = [_groups_inside(info.layer) for info, *_ in batch]
+    for level in range(max([0, *map(len, groups)])):
+        yield [Reduction(s, inside[level]) for s, inside in zip(squares, groups, strict=True) if level < len(inside)]
     for (info, task, _), (matrix, held), square in zip(batch, rows, squares, strict=True):
         stored = local(info.layer.state[KEY])
         stored = stored if task.matrix is None else stored[task.matrix]
@@ -63,23 +57,29 @@ def normalize_rows(batch: Sequence[tuple[GradientInfo, MatrixTask, Tensor]]) -> 
         matrix.mul_(rule.row_scales(variance, square)[..., held.start : held.stop].unsqueeze(-1))
 
 
-def _rows_of(layer: LayerStep, task: MatrixTask, direction: Tensor) -> tuple[Tensor, range]:
-    """Return a view of a direction as (..., rows, columns), and the rows of the matrix that it holds."""
-    transposed, shape = layer.group["transposed"], layer.shard.shape
+def _groups_inside(layer: LayerStep) -> list[Any]:
+    """Return the process groups that shard a parameter inside its matrices."""
+    stack = is_stack(layer.group, "rms", len(layer.shard.shape))
+    return [cut.group for cut in layer.shard.cuts if cut.dim > 0 or not stack]
+
+
+def _rows_of(layer: LayerStep, direction: Tensor) -> tuple[Tensor, range]:
+    """Return a view of a direction as (..., rows, columns), and the rows of the unsharded matrix that it holds."""
+    transposed, shard = layer.group["transposed"], layer.shard
     matrix = direction.mT if transposed else direction
-    if not task.cuts:
+    if not shard.cuts:
         return matrix, range(matrix.shape[-2])
-    assert layer.shard.ranges is not None  # LANTON refuses other shards before a step
-    dim = len(shape) - 1 if transposed else int(is_stack(layer.group, "rms", len(shape)))
-    return matrix, layer.shard.ranges[dim]
+    assert shard.ranges is not None  # LANTON refuses other shards before a step
+    dim = len(shard.shape) - 1 if transposed else int(is_stack(layer.group, "rms", len(shard.shape)))
+    return matrix, shard.ranges[dim]
 
 
-def _mean_squares(layer: LayerStep, task: MatrixTask, matrix: Tensor, held: range) -> Tensor:
+def _mean_squares(layer: LayerStep, matrix: Tensor, held: range) -> Tensor:
     """Return this process's contribution to the mean squares of the rows of the unsharded matrix, [m] or [e, m]."""
     m, n = matrix_shape(layer.group, layer.shard.shape)
     sums = torch.linalg.vector_norm(matrix, dim=-1, dtype=compute_dtype(layer.param.dtype)).square() / n
-    if not task.cuts:
+    if len(held) == m:
         return sums
-    whole = sums.new_zeros(m)
-    whole[held.start : held.stop] = sums
+    whole = sums.new_zeros(*sums.shape[:-1], m)
+    whole[..., held.start : held.stop] = sums
     return whole

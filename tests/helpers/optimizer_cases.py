@@ -342,6 +342,14 @@ CASES = (
         extra_fp32=12,
     ),
     OptimizerCase(
+        name="LANTON-rows",
+        cls=LANTON,
+        kwargs={"lr": 5e-3, "variance": "rows", "noise_adaptive": False, "ns_dtype": torch.float32},
+        state={"momentum_buffer": torch.float32, "row_mean_sq": torch.float32},
+        exact_foreach=False,
+        extra_fp32=12,
+    ),
+    OptimizerCase(
         name="LANTON-bf16",
         cls=LANTON,
         kwargs={"lr": 5e-3, "weight_decay": 0.1},
