@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels.steps.common import compute_dtype
+from leanstep.optimizers.common.matrices import block_sizes, row_dim
 from leanstep.optimizers.common.saved_tensors import StateRule
-from leanstep.optimizers.common.sharding import Reducer, Reduction, local, new_vectors
+from leanstep.optimizers.common.sharding import Reducer, Reduction, local, local_range, new_vectors
 from leanstep.optimizers.lanton import rule
 from leanstep.optimizers.lanton.matrices import MatrixTask, is_stack, matrix_shape
 
@@ -49,12 +50,12 @@ def normalize_rows(batch: Sequence[tuple[GradientInfo, MatrixTask, Tensor]]) -> 
     groups = [_groups_inside(info.layer) for info, *_ in batch]
     for level in range(max([0, *map(len, groups)])):
         yield [Reduction(s, inside[level]) for s, inside in zip(squares, groups, strict=True) if level < len(inside)]
-    for (info, task, _), (matrix, held), square in zip(batch, rows, squares, strict=True):
+    for (info, task, _), (matrix, first), square in zip(batch, rows, squares, strict=True):
         stored = local(info.layer.state[KEY])
         stored = stored if task.matrix is None else stored[task.matrix]
         variance = rule.row_variance(stored, square)
         stored.copy_(torch.where(info.nonfinite, stored, variance))
-        matrix.mul_(rule.row_scales(variance, square)[..., held.start : held.stop].unsqueeze(-1))
+        matrix.mul_(_scales(info.layer, variance, square).narrow(-1, first, matrix.shape[-2]).unsqueeze(-1))
 
 
 def _groups_inside(layer: LayerStep) -> list[Any]:
@@ -63,23 +64,26 @@ def _groups_inside(layer: LayerStep) -> list[Any]:
     return [cut.group for cut in layer.shard.cuts if cut.dim > 0 or not stack]
 
 
-def _rows_of(layer: LayerStep, direction: Tensor) -> tuple[Tensor, range]:
-    """Return a view of a direction as (..., rows, columns), and the rows of the unsharded matrix that it holds."""
-    transposed, shard = layer.group["transposed"], layer.shard
-    matrix = direction.mT if transposed else direction
-    if not shard.cuts:
-        return matrix, range(matrix.shape[-2])
-    assert shard.ranges is not None  # LANTON refuses other shards before a step
-    dim = len(shard.shape) - 1 if transposed else int(is_stack(layer.group, "rms", len(shard.shape)))
-    return matrix, shard.ranges[dim]
+def _rows_of(layer: LayerStep, direction: Tensor) -> tuple[Tensor, int]:
+    """Return a view of a direction as (..., rows, columns), and the index of its first row in the unsharded matrix."""
+    group, shard = layer.group, layer.shard
+    first, _ = local_range(shard, row_dim(shard.shape, group["transposed"], group["flatten"]))
+    return direction.mT if group["transposed"] else direction, first
 
 
-def _mean_squares(layer: LayerStep, matrix: Tensor, held: range) -> Tensor:
+def _mean_squares(layer: LayerStep, matrix: Tensor, first: int) -> Tensor:
     """Return this process's contribution to the mean squares of the rows of the unsharded matrix, [m] or [e, m]."""
     m, n = matrix_shape(layer.group, layer.shard.shape)
     sums = torch.linalg.vector_norm(matrix, dim=-1, dtype=compute_dtype(layer.param.dtype)).square() / n
-    if len(held) == m:
+    if sums.shape[-1] == m:
         return sums
     whole = sums.new_zeros(*sums.shape[:-1], m)
-    whole[..., held.start : held.stop] = sums
+    whole.narrow(-1, first, sums.shape[-1]).copy_(sums)
     return whole
+
+
+def _scales(layer: LayerStep, variance: Tensor, squares: Tensor) -> Tensor:
+    """Return :func:`rule.row_scales` of each block of a matrix, concatenated."""
+    sizes = block_sizes(layer.group["blocks"], variance.shape[-1])
+    blocks = zip(variance.split(sizes, dim=-1), squares.split(sizes, dim=-1), strict=True)
+    return torch.cat([rule.row_scales(*block) for block in blocks], dim=-1)

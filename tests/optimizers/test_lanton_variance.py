@@ -69,6 +69,15 @@ def test_a_stack_is_its_matrices(transposed):
         torch.testing.assert_close(state["row_mean_sq"][k], one["row_mean_sq"], rtol=0, atol=1e-12)
 
 
+def test_blocks_are_matrices_of_their_own():
+    matrix, gradients = normal(8, 7), [normal(8, 7, seed=step) for step in (1, 2, 3)]
+    together, state = train(matrix, gradients, lr=0.1, blocks=(5, 3))
+    for rows in (slice(0, 5), slice(5, 8)):
+        alone, one = train(matrix[rows], [g[rows] for g in gradients], lr=0.1)
+        torch.testing.assert_close(together[rows], alone, rtol=0, atol=1e-12)
+        torch.testing.assert_close(state["row_mean_sq"][rows], one["row_mean_sq"], rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("shape", [(6, 9), (9, 4), (5, 2, 3, 3)], ids=str)
 def test_the_size_of_the_step_does_not_change(shape):
     """The Frobenius norm is that of the base optimizer's step, with inexact polar factors as well."""

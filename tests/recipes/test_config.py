@@ -429,6 +429,13 @@ def test_balanced_embeddings_are_a_rule_of_sinkgd(recipe):
     load(recipe(), ["optimizer={name: sinkgd, lr: 1e-2, embeddings: balanced}"])
 
 
+def test_split_is_for_rules_of_matrices(recipe):
+    (problem,) = problems_of(recipe(), ["optimizer.split=heads"])
+    assert "optimizer.split is for the rules of matrices of sinkgd and lanton" in problem
+    for name in ("sinkgd", "lanton"):
+        load(recipe(), [f"optimizer={{name: {name}, lr: 1e-2, split: heads}}"])
+
+
 def test_release_gradients_excludes_scaled_gradients(recipe):
     path = recipe(BASE + "release_gradients: true\n")
     load(path, ["precision=bf16"])
