@@ -125,7 +125,7 @@ def nuclear_norm(
         1 % for Gaussian matrices, and -16 to +1 % for low-rank, power-law and exponential spectra of 512 rows. With
         coefficients="polar_express" and steps=5, it is -9 to +3 % at nearly twice the cost
         (benchmarks/optimizers/newton_schulz.py prints the table). Differences of gradients have spectra that fall
-        faster: there "polar" is too small by 8 % on average and by up to 23 %, "sketch" by 1 % and up to 2 %
+        faster: on SmolLM2, "polar" is too small by 7 % on average and by up to 44 %, "sketch" by 1 % and up to 3 %
         (docs/measured.md).
         "sketch" computes in fp32 (fp64 for fp64 matrices), in a quarter of the time of "polar" for matrices of 512
         rows. Up to 256 rows its error is that of squaring: a few 1e-4.

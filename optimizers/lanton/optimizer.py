@@ -114,8 +114,8 @@ class LANTON(MarkedHalves, LeanOptimizer):
         ns_steps, ns_coefficients, ns_dtype: Newton-Schulz iterations (Muon's five by default), their coefficients and
             dtype. None: bf16 on devices with bf16 matrix units, else fp32.
         nuclear: estimator of the nuclear norm; a bias common to all layers cancels in f. "sketch": eigenvalues of half
-            the rows, extrapolated; within 2 % on gradients of trained models. "polar": three Newton-Schulz steps, too
-            small by up to 23 % there. "auto": "sketch" on a CPU, "polar" elsewhere. "svd": exact and slow. "frobenius":
+            the rows, extrapolated; within 3 % on gradients of trained models. "polar": three Newton-Schulz steps, too
+            small by up to 44 % there. "auto": "sketch" on a CPU, "polar" elsewhere. "svd": exact and slow. "frobenius":
             the Frobenius norm, a lower bound by up to a factor of sqrt(rank), without matrix products; use it for
             layers of similar shape.
         transposed, flatten, blocks: as for :class:`leanstep.optimizers.SinkGD`. Each block has its own O, H and f, as a
