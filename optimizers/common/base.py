@@ -18,7 +18,14 @@ from leanstep.optimizers.common.checks import (
     describe,
 )
 from leanstep.optimizers.common.loading import StateLoading
-from leanstep.optimizers.common.rounding import STATE_RULES, effective, full_precision, rounding_states, seeds_for
+from leanstep.optimizers.common.rounding import (
+    STATE_RULES,
+    effective,
+    full_precision,
+    multiply,
+    rounding_states,
+    seeds_for,
+)
 from leanstep.optimizers.common.saved_tensors import StateRule
 from leanstep.optimizers.common.sharding import (
     Reducer,
@@ -323,6 +330,25 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
         its shards. ``group["nonfinite_count"]`` is the count of a group; state dicts contain it.
         """
         return sum(int(group.get("nonfinite_count", 0)) for group in self.param_groups)
+
+    @torch.no_grad()
+    def multiply_parameter(self, param: Tensor, factor: Tensor) -> bool:
+        """Multiply this process's shard of a parameter in place, together with its rounding state.
+
+        A change from outside drops what the state of ``rounding="kahan"``, "master" or "split" adds to a weight.
+
+        Args:
+            param: the parameter.
+            factor: broadcasts to the shard.
+
+        Returns:
+            Whether the optimizer has the parameter; otherwise nothing is changed.
+        """
+        for group in self.param_groups:
+            if any(param is other for other in group["params"]):
+                multiply(param, self.state.get(param, {}), group["rounding"], factor)
+                return True
+        return False
 
     def state_bytes(self) -> int:
         """Return the bytes of all state tensors, 0 before the first step. Counts sharded tensors in full."""
