@@ -205,6 +205,9 @@ class SinkGD(LeanOptimizer):
                     "(Parameters flattened by a sharding engine have lost their rows and cannot be normalized.)"
                 )
 
+    def _takes_flattened(self, group: dict[str, Any]) -> bool:
+        return group["algorithm"] == "adamw"
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Fill in settings that an older state does not have, and convert step counts to tensors."""
         super().__setstate__(state)
