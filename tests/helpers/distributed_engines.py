@@ -9,8 +9,9 @@ from distributed_world import World, case
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor
 
-from leanstep.optimizers import LANTON, MFAC, Lion, SinkGD, param_groups
+from leanstep.optimizers import LANTON, MFAC, Lion, SinkGD, create, param_groups
 
 
 @case(2)
@@ -90,3 +91,57 @@ def pipeline_stages_are_refused_by_rules_over_all_parameters(world: World) -> No
     other = nn.Linear(4, 4)
     other(torch.ones(1, 4)).sum().backward()
     MFAC(other.parameters(), window=2).step()  # of no stage
+
+
+@case(2)
+def trainer_shards_a_created_optimizer(world: World) -> None:
+    """transformers' Trainer with FSDP2 makes the optimizer by ``create``, and steps as a loop on one process."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+    from torch.utils.data import SequentialSampler
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+    class OnCPU(Trainer):
+        """Accelerate offers FSDP2 for GPUs only: what it reads of its state is told otherwise."""
+
+        def create_accelerator_and_postprocess(self) -> None:
+            super().create_accelerator_and_postprocess()
+            for state in (PartialState, AcceleratorState):
+                state._shared_state["distributed_type"] = DistributedType.FSDP
+            self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+                fsdp_version=2,
+                auto_wrap_policy="transformer_based_wrap",
+                transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+            )
+            self.is_fsdp_enabled = True
+
+        def _get_train_sampler(self, dataset: Any = None) -> Any:
+            return SequentialSampler(self.train_dataset)
+
+    def llama() -> LlamaForCausalLM:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+        return LlamaForCausalLM(LlamaConfig(vocab_size=32, max_position_embeddings=16, **sizes))
+
+    ids = (torch.arange(12) + torch.arange(24).unsqueeze(1)) % 32
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    arguments = TrainingArguments(
+        str(world.folder / "trainer"), per_device_train_batch_size=4, max_steps=3, learning_rate=2e-2,
+        lr_scheduler_type="constant", max_grad_norm=0, save_strategy="no", report_to=[], use_cpu=True,
+    )  # fmt: skip
+    options = {"name": "sinkgd", "lr": 2e-2, "say": None}
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    trainer = OnCPU(llama(), arguments, train_dataset=data, optimizer_cls_and_kwargs=(lambda: create, options))
+    trainer.train()
+    plain = llama()
+    optimizer = create(plain, **options)
+    for batch in ids.split(8):
+        plain(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(isinstance(p, DTensor) for group in trainer.optimizer.param_groups for p in group["params"])
+    assert [g["name"] for g in trainer.optimizer.param_groups] == [g["name"] for g in optimizer.param_groups]
+    assert_same(trainer.accelerator.unwrap_model(trainer.model_wrapped), plain, 1e-5)
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
