@@ -96,6 +96,31 @@ def check_layout(owner: str, group: dict[str, Any]) -> None:
         )
 
 
+def check_blocks(owner: str, group: dict[str, Any]) -> None:
+    """Raise unless ``blocks`` of a group is None, an int, or several ints; all at least 1."""
+    blocks = group["blocks"]
+    if blocks is None:
+        return
+    sizes = blocks if isinstance(blocks, (tuple, list)) else (blocks,)
+    if not sizes or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in sizes):
+        raise ValueError(
+            f"Invalid blocks: {blocks!r:.80}; {owner} expects None, the rows of every block, or a tuple with the rows "
+            "of each block, as ints of at least 1"
+        )
+
+
+def check_rows(owner: str, group: dict[str, Any], position: int, rows: int) -> None:
+    """Raise ValueError unless the blocks of a group cover the rows of its parameter at ``position``."""
+    blocks = group["blocks"]
+    covered = rows if blocks is None else sum(blocks) if isinstance(blocks, (tuple, list)) else rows - rows % blocks
+    if covered != rows:
+        side = ", which is stored (in, out)," if group["transposed"] else ""
+        raise ValueError(
+            f"{owner}: blocks={blocks!r:.80} have {covered} rows, and {describe(group, position)}{side} has {rows}. "
+            "Give blocks whose rows add up, or put the parameter in a group without blocks."
+        )
+
+
 def check_flags(owner: str, group: dict[str, Any], flags: Iterable[str], optional: Iterable[str] = ()) -> None:
     """Raise unless the named settings are bools; the ``optional`` ones may be None."""
     for name in (*flags, *optional):

@@ -141,6 +141,14 @@ def chunk_of(length: int, processes: int, rank: int) -> tuple[int, int]:
     return start, min(chunk, length - start)
 
 
+def local_range(shard: Shard, dim: int) -> tuple[int, int]:
+    """Return (start, length) of this process's indices along a dimension of a parameter."""
+    if not shard.cuts:
+        return 0, shard.shape[dim]
+    assert shard.ranges is not None
+    return shard.ranges[dim].start, len(shard.ranges[dim])
+
+
 def has_memory(tensor: Tensor) -> bool:
     """Whether kernels can address the elements of a tensor (of the local shard of a DTensor).
 
@@ -232,7 +240,7 @@ def check_indices(setting: str, name: str, shard: Shard) -> None:
     if first_index(shard) is None:
         raise ValueError(
             f"{setting} needs unsharded parameters, or shards along dimension 0; got {name} with placements "
-            f"{shard.placements}; nothing was changed. Use another setting, such as rounding='kahan' or 'master'."
+            f"{shard.placements}; nothing was changed. Use another setting, such as rounding='split' or 'master'."
         )
 
 
