@@ -53,6 +53,8 @@ def init_momentum(state: dict[str, Any], group: dict[str, Any], param: Tensor) -
         if quantized:
             state[SCALE_KEY] = _new_scales(param)
         state["exp_avg"] = new_state(param, torch.int8 if quantized else floating)
+    elif state["exp_avg"].shape != param.shape:
+        return  # resized after a step, which the step refuses by name
     elif quantized and SCALE_KEY not in state:
         scales, codes = _new_scales(param), new_state(param, torch.int8)
         new_codes, new_scales = quantize(local(state["exp_avg"]).to(compute_dtype(param.dtype)), 0)
