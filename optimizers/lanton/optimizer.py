@@ -24,6 +24,7 @@ from leanstep.optimizers.common.checks import (
     settings_of,
     warn_how_auto_routes,
 )
+from leanstep.optimizers.common.engines import in_pipeline, inside_zero, partial_model
 from leanstep.optimizers.common.loading import Loaded
 from leanstep.optimizers.common.rounding import effective, init_rounding
 from leanstep.optimizers.common.saved_tensors import StateRule
@@ -240,7 +241,10 @@ class LANTON(MarkedHalves, LeanOptimizer):
 
     def _check_params(self, group: dict[str, Any], given: dict[str, Any]) -> None:
         super()._check_params(group, given)
-        if given.get("norm", "auto") != "auto" and not group["params"]:
+        zero = inside_zero()
+        if zero and group["noise_adaptive"]:
+            raise partial_model("LANTON", "noise_adaptive=True", "ZeroRedundancyOptimizer", "Take noise_adaptive=False")
+        if given.get("norm", "auto") != "auto" and not group["params"] and not zero:
             raise ValueError(f"LANTON: a group with norm={given['norm']!r} has no parameter; leave it out")
         if group["grouping"] == "role" and not group.get("name"):
             raise ValueError(
@@ -263,6 +267,14 @@ class LANTON(MarkedHalves, LeanOptimizer):
                 f"LANTON: norm={norm!r} takes {'vectors' if norm == 'vector' else 'matrices'}, got "
                 f"{describe(group, position)} of {dims} dimensions. {advice}; leanstep.optimizers.param_groups does so."
             )
+
+    def _takes_flattened(self, group: dict[str, Any]) -> bool:
+        return group["norm"] == "sign" and not group["noise_adaptive"]
+
+    def _check_first_step(self, group: dict[str, Any], position: int) -> None:
+        super()._check_first_step(group, position)
+        if group["noise_adaptive"] and not self.state and in_pipeline(self.param_groups):
+            raise partial_model("LANTON", "noise_adaptive=True", "a pipeline", "Take noise_adaptive=False")
 
     def state_dict(self) -> dict[str, Any]:
         """Return torch's state dict, with ``noise`` and ``noise_steps`` of a single matrix in shape ().

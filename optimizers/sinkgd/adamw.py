@@ -115,6 +115,8 @@ def _update(
         rows = [row if same_layout(row) else tuple(t.clone(memory_format=contiguous) for t in row) for row in stored]
     params, grads, exp_avgs, exp_avg_sqs = (list(column) for column in zip(*rows, strict=True))
     rule: dict[str, Any] = {key: group[key] for key in ("lr", "weight_decay", "eps", "maximize")}
+    if fused:  # torch's fused kernels take a tensor for lr alone
+        rule["weight_decay"] = float(rule["weight_decay"])
     if fused and skip is None and params[0].device.type == "cpu" and not torch.compiler.is_compiling():
         adamw_step_on_host(params, grads, exp_avgs, exp_avg_sqs, steps, betas=(beta1, beta2), **rule)
     else:

@@ -222,6 +222,9 @@ class SinkGD(LeanOptimizer):
                 whole = oriented(Shard(param.shape), group["transposed"], group["flatten"])
                 check_rows("SinkGD", group, position, matrix_shape(whole)[0])
 
+    def _takes_flattened(self, group: dict[str, Any]) -> bool:
+        return group["algorithm"] == "adamw"
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Fill in settings that an older state does not have, and convert step counts to tensors."""
         super().__setstate__(state)
