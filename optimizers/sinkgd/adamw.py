@@ -74,10 +74,32 @@ def step_adamw(batch: Batch, *, int8: bool) -> Reducer[None]:
     if int8:
         _update_int8(params, grads, batch, skip)
     elif batch.rounding == "nearest":
-        _update(params, grads, batch.states, group, skip)
+        _decay_and_update(params, grads, batch.states, group, skip)
     else:
         _update_rounded(params, grads, batch, skip)
     store(params, batch.params)
+
+
+def _decay_and_update(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[dict[str, Any]],
+    group: dict[str, Any],
+    skip: Tensor | None,
+) -> None:
+    """Update parameters and moments; with cautious_decay, decay only entries whose update and value agree in sign."""
+    if group["cautious_decay"] and group["weight_decay"]:
+        decay, weight = decay_factor(group["lr"], group["weight_decay"]), 1.0 - group["betas"][0]
+        for param, grad, state in zip(params, grads, states, strict=True):
+            average = local(state["exp_avg"])
+            # AdamW divides the new average by positive numbers, so it has the update's sign
+            gradient = (-grad if group["maximize"] else grad).to(average.dtype)
+            aligned = average.lerp(gradient, weight) * param >= 0
+            if skip is not None:
+                aligned &= ~skip.to(aligned.device)
+            param.copy_(torch.where(aligned, param * decay, param))
+        group = {**group, "weight_decay": 0.0}
+    _update(params, grads, states, group, skip)
 
 
 def _update(
@@ -102,6 +124,8 @@ def _update(
         rows = [row if same_layout(row) else tuple(t.clone(memory_format=contiguous) for t in row) for row in stored]
     params, grads, exp_avgs, exp_avg_sqs = (list(column) for column in zip(*rows, strict=True))
     rule: dict[str, Any] = {key: group[key] for key in ("lr", "weight_decay", "eps", "maximize")}
+    if fused:  # torch's fused kernels take a tensor for lr alone
+        rule["weight_decay"] = float(rule["weight_decay"])
     if fused and skip is None and params[0].device.type == "cpu" and not torch.compiler.is_compiling():
         adamw_step_on_host(params, grads, exp_avgs, exp_avg_sqs, steps, betas=(beta1, beta2), **rule)
     else:
@@ -154,6 +178,7 @@ def _update_int8(params: list[Tensor], grads: list[Tensor], batch: Batch, skip: 
     options = StepOptions(
         pack([decay, beta1, 1.0 - beta1, beta2, 1.0 - beta2, group["eps"]], device, dtype),
         batch.rounding,
+        decay_where_aligned=group["cautious_decay"],
         maximize=group["maximize"],
         seeds=seeds_for(steps, batch.indices, group["seed"], device),
         offsets=offsets_of(batch.shards, device),
@@ -172,7 +197,7 @@ def _update_rounded(params: list[Tensor], grads: list[Tensor], batch: Batch, ski
     pairs = zip(params, rounding_state, strict=True)
     masters = rounding == "master"
     wide = [r.copy_(widen(p, r, rounding)) if masters and r is not None else widen(p, r, rounding) for p, r in pairs]
-    _update(wide, [g.float() for g in grads], states, batch.group, skip)
+    _decay_and_update(wide, [g.float() for g in grads], states, batch.group, skip)
     seeds: Any = [None] * len(params)
     offsets: Any = [0] * len(params)
     if rounding == "stochastic":
