@@ -12,7 +12,7 @@ from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 from leanstep.kernels.cpp_impl._build import same_layout
 from leanstep.kernels.reference.rounding import narrow, widen
 from leanstep.kernels.steps.adamw_step import adamw_step as adamw_step_on_host
-from leanstep.kernels.steps.common import nonfinite_flags
+from leanstep.kernels.steps.common import decay_factor, nonfinite_flags
 from leanstep.optimizers.common.base import Batch, count_nonfinite
 from leanstep.optimizers.common.rounding import seeds_for
 from leanstep.optimizers.common.sharding import Reducer, all_reduce_flags, local, new_state, offsets_of, readable, store
@@ -65,10 +65,32 @@ def step_adamw(batch: Batch) -> Reducer[None]:
                 return
             skip = None
     if batch.rounding == "nearest":
-        _update(params, grads, batch.states, group, skip)
+        _decay_and_update(params, grads, batch.states, group, skip)
     else:
         _update_rounded(params, grads, batch, skip)
     store(params, batch.params)
+
+
+def _decay_and_update(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[dict[str, Any]],
+    group: dict[str, Any],
+    skip: Tensor | None,
+) -> None:
+    """Update parameters and moments; with cautious_decay, decay only entries whose update and value agree in sign."""
+    if group["cautious_decay"] and group["weight_decay"]:
+        decay, weight = decay_factor(group["lr"], group["weight_decay"]), 1.0 - group["betas"][0]
+        for param, grad, state in zip(params, grads, states, strict=True):
+            average = local(state["exp_avg"])
+            # AdamW divides the new average by positive numbers, so it has the update's sign
+            gradient = (-grad if group["maximize"] else grad).to(average.dtype)
+            aligned = average.lerp(gradient, weight) * param >= 0
+            if skip is not None:
+                aligned &= ~skip.to(aligned.device)
+            param.copy_(torch.where(aligned, param * decay, param))
+        group = {**group, "weight_decay": 0.0}
+    _update(params, grads, states, group, skip)
 
 
 def _update(
@@ -133,7 +155,7 @@ def _update_rounded(params: list[Tensor], grads: list[Tensor], batch: Batch, ski
     pairs = zip(params, rounding_state, strict=True)
     masters = rounding == "master"
     wide = [r.copy_(widen(p, r, rounding)) if masters and r is not None else widen(p, r, rounding) for p, r in pairs]
-    _update(wide, [g.float() for g in grads], states, batch.group, skip)
+    _decay_and_update(wide, [g.float() for g in grads], states, batch.group, skip)
     seeds: Any = [None] * len(params)
     offsets: Any = [0] * len(params)
     if rounding == "stochastic":
