@@ -92,7 +92,7 @@ def test_sinkgd_steps_blocks_as_matrices(layout, settings):
     torch.testing.assert_close(whole, parts, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("rounding", ["kahan", "master", "stochastic"])
+@pytest.mark.parametrize("rounding", ["kahan", "master", "split", "stochastic"])
 def test_rounding_states_are_those_of_the_parameter(rounding):
     whole, parts, (optimizer, _) = step_both(SinkGD, "fused", torch.bfloat16, rounding=rounding)
     state = next(iter(optimizer.state.values()))
