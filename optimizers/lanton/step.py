@@ -343,9 +343,9 @@ def _elementwise_update(info: GradientInfo) -> Update:
 
 def _matrix_update(info: GradientInfo, task: matrices.MatrixTask, direction: Tensor) -> Update:
     """Return the update of hidden matrices along the polar factors of their momenta."""
-    layer, matrix = info.layer, task.matrix
-    factor = _local_values(layer, info.factor) if matrix is None else info.factor[matrix : matrix + 1]
-    return _update(info, direction, factor * (layer.group["radius"] * matrices.scale_of(layer)), matrix)
+    layer, first = info.layer, task.first
+    factor = _local_values(layer, info.factor) if task.matrix is None else info.factor[first : first + 1]
+    return _update(info, direction, factor * (layer.group["radius"] * matrices.scale_of(layer)), task.matrix)
 
 
 def _update(info: GradientInfo, direction: Tensor, scale: Tensor, matrix: int | None = None) -> Update:

@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 import torch
-from distributed_cases import OPTIMIZERS, assert_same, build, new_model, set_grads
+from distributed_cases import OPTIMIZERS, assert_same, build, new_model, refused, set_grads
 from distributed_placements import by_hand
 from distributed_world import World, add_case, case
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from leanstep.optimizers import Lion, SinkGD, param_groups
+from leanstep.optimizers import LANTON, MFAC, Lion, SinkGD, param_groups
 
 WORLD = 4
 
@@ -190,7 +190,23 @@ def llama_follows_one_process(cls: Any, settings: dict[str, Any], world: World) 
 LLAMA: dict[str, tuple[Any, dict[str, Any]]] = {
     "sinkgd": (SinkGD, {"lr": 0.05}),
     "sinkgd_options": (SinkGD, {"lr": 0.05, "momentum": 0.9, "nesterov": True, "row_mask_tau": 0.2, "base_width": 4}),
+    "lanton": (LANTON, {"lr": 0.02, "alpha": 0.1}),
+    "mfac": (MFAC, {"lr": 0.02, "window": 3, "damping": 0.1}),
     "lion": (Lion, {"lr": 1e-3, "cautious": True, "weight_decay": 0.1}),
 }
 for _name, (_cls, _settings) in LLAMA.items():
     add_case(f"llama_{_name}_follows", (WORLD,), functools.partial(llama_follows_one_process, _cls, _settings))
+
+
+# ---- LANTON
+
+
+@case(WORLD)
+def lanton_on_meshes(world: World) -> None:
+    for sizes, placements in (ROWS[1], *COLUMNS[1:3], COLUMNS[4]):
+        follows_unsharded("lanton", sizes, placements)
+    sizes, placements = GAPS[0]
+    sharded = by_hand(WORLD, *placements, on=grid(*sizes))
+    set_grads(sharded, 0)
+    refused(ValueError, "got blocks.0.up.weight (10, 6) with placements", build("lanton", sharded).step)
+    assert_same(sharded, new_model(), 0)
