@@ -162,8 +162,7 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
             ValueError: the parameter was resized after its state was created, and kernels would write past its end;
                 or its shards do not fit the group's settings.
         """
-        if is_dtensor(param):
-            self._check_shard(group, position, shard_of(param, describe(group, position)))
+        self._check_placements(group, position, param)
         state = self._init_state(group, position, param)
         for key, shape in self._state_shapes(group, param).items():
             if key in state and tuple(state[key].shape) != shape:
@@ -174,8 +173,13 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
                 )
         return state
 
+    def _check_placements(self, group: dict[str, Any], position: int, param: Tensor) -> None:
+        """Raise ValueError if a DTensor holds partial sums, or by :meth:`_check_shard`."""
+        if is_dtensor(param):
+            self._check_shard(group, position, shard_of(param, describe(group, position)))
+
     def _check_shard(self, group: dict[str, Any], position: int, shard: Shard) -> None:
-        """Raise ValueError if the shards of a DTensor do not fit its group's settings. Nothing is changed before."""
+        """Raise ValueError if the shards of a DTensor do not fit its group's settings. Nothing was changed before."""
         if effective(type(self).__name__, group, position, group["params"][position]) == "stochastic":
             check_indices(f"{type(self).__name__}: rounding='stochastic'", describe(group, position), shard)
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from distributed_cases import OPTIMIZERS, assert_same, build, new_model, refused, set_grads
+from distributed_mfac import VARIANTS
+from distributed_mfac import build as build_mfac
 from distributed_placements import by_hand
 from distributed_world import World, add_case, case
 from torch import Tensor, nn
@@ -210,3 +212,26 @@ def lanton_on_meshes(world: World) -> None:
     set_grads(sharded, 0)
     refused(ValueError, "got blocks.0.up.weight (10, 6) with placements", build("lanton", sharded).step)
     assert_same(sharded, new_model(), 0)
+
+
+# ---- M-FAC
+
+
+@case(WORLD)
+def mfac_on_meshes(world: World) -> None:
+    """Dense rows on any shards; blocks of elements and sparse rows where the shards are ranges of rows."""
+    for name, places in {
+        "model_fp32": (ROWS[1], *COLUMNS[:3], COLUMNS[4], *GAPS),
+        "fp16": COLUMNS[:1],
+        "blocks": ROWS[:2],
+        "topk": ROWS[:2],
+    }.items():
+        dtype, tolerance = VARIANTS[name][1:]
+        for sizes, placements in places:
+            plain, sharded = new_model(dtype), by_hand(WORLD, *placements, dtype=dtype, on=grid(*sizes))
+            for model in (plain, sharded):
+                optimizer = build_mfac(name, model)
+                for step in range(4):
+                    set_grads(model, step)
+                    optimizer.step()
+            assert_same(sharded, plain, tolerance, f"{name} {sizes} {placements}")
