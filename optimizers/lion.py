@@ -21,7 +21,7 @@ from leanstep.optimizers.common.quantized import (
 )
 from leanstep.optimizers.common.rounding import effective, init_rounding
 from leanstep.optimizers.common.saved_tensors import SHAPED, StateRule
-from leanstep.optimizers.common.sharding import Reducer, Shard, check_indices, local, readable, store, sum_over_shards
+from leanstep.optimizers.common.sharding import Reducer, Shard, first_index, local, readable, store, sum_over_shards
 
 # lower bound of the cautious mask's mean, by which the update is divided (arXiv 2411.16085)
 _MIN_AGREEMENT = 1e-5
@@ -121,8 +121,12 @@ class Lion(LeanOptimizer):
 
     def _check_shard(self, group: dict[str, Any], position: int, shard: Shard) -> None:
         super()._check_shard(group, position, shard)
-        if is_quantized(group, group["params"][position]):
-            check_indices("Lion: momentum_dtype=torch.int8", describe(group, position), shard)
+        if is_quantized(group, group["params"][position]) and first_index(shard) is None:
+            raise ValueError(
+                "Lion: momentum_dtype=torch.int8 takes parameters whose shards are ranges of rows, got "
+                f"{describe(group, position)} with placements {shard.placements}; nothing was changed. Use another "
+                "momentum dtype for it, such as torch.bfloat16, or shard it along dimension 0 alone."
+            )
 
     def _init_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
         state = self.state[param]

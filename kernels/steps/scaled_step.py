@@ -8,6 +8,7 @@ from torch import Tensor
 from leanstep.kernels._backend import choose
 from leanstep.kernels.cpp_impl._build import TYPES, call, group_by_dtypes
 from leanstep.kernels.matrices.sinkhorn import sinkhorn
+from leanstep.kernels.reference.rounding import index_in_whole
 from leanstep.kernels.reference.steps import scaled_step as reference
 from leanstep.kernels.steps.common import StepOptions, check_shapes
 
@@ -43,7 +44,7 @@ def scaled_step(
         Reads G and p and writes p once each: 12 bytes per fp32 element.
     """
     lists = (params, mats, rows, cols, rounding_state)
-    fields = (options.scalars, options.rounding, options.skip_nonfinite, options.seeds, options.offsets)
+    fields = (options.scalars, options.rounding, options.skip_nonfinite, options.seeds, options.offsets, options.runs)
     if torch.compiler.is_compiling():
         return torch.ops.leanstep.scaled_step(*lists, *fields)
     return _step(*lists, *fields)
@@ -112,8 +113,9 @@ def _step(
     skip_nonfinite: bool,
     seeds: Tensor | None,
     offsets: Tensor | None,
+    runs: Tensor | None,
 ) -> Tensor:
-    options = StepOptions(scalars, rounding, skip_nonfinite=skip_nonfinite, seeds=seeds, offsets=offsets)
+    options = StepOptions(scalars, rounding, skip_nonfinite=skip_nonfinite, seeds=seeds, offsets=offsets, runs=runs)
     if not params:
         return torch.zeros(0, dtype=torch.int32)
     check_shapes("scaled_step", *(ts for ts in (params, mats, rounding_state) if ts))
@@ -180,7 +182,11 @@ def _cpp_step(
     starts = [0] * len(params) if options.offsets is None else options.offsets.tolist()
     sizes = [p.shape[-2] * p.shape[-1] for p in params]
     heights, widths = [params[t].shape[-2] for t in owners], [params[t].shape[-1] for t in owners]
-    offsets = [starts[t] + e * sizes[t] for t, e in zip(owners, stack_indices, strict=True)]
+    firsts = [e * sizes[t] for t, e in zip(owners, stack_indices, strict=True)]
+    if options.runs is not None:
+        runs = options.runs.tolist()
+        firsts = [index_in_whole(first, runs[t]) for t, first in zip(owners, firsts, strict=True)]
+    offsets = [starts[t] + first for t, first in zip(owners, firsts, strict=True)]
     seeds = None if options.seeds is None else options.seeds[owners]
     scales: list[list[Tensor]] | list[list[int]]
     if rows is not None and cols is not None:
@@ -194,7 +200,8 @@ def _cpp_step(
     flags = torch.zeros(len(params), dtype=torch.int32)
     call(
         f"steps/{name}", name, macros, len(owners), _matrices(params, 2), _matrices(mats, 2), *scales, state,
-        heights, widths, *(iterations if rows is None else ()), options.scalars, seeds, offsets, owners, flags,
+        heights, widths, *(iterations if rows is None else ()), options.scalars, seeds, offsets, options.runs,
+        owners, flags,
     )  # fmt: skip
     return flags
 

@@ -62,6 +62,17 @@ def random_bits(index, seed):
 
 
 @triton.jit
+def index_in_whole(runs, index):
+    """Indices of a shard's elements (int64 block) in the whole tensor, less the first's; see `StepOptions.runs`."""
+    elements = tl.load(runs)
+    distance = tl.load(runs + 1)
+    count = tl.load(runs + 2)
+    slab = tl.load(runs + 3)
+    run = index // elements
+    return run // count * slab + run % count * distance + index % elements
+
+
+@triton.jit
 def stochastic_bfloat16(x, random):
     """Round an fp32 block to bfloat16, up in magnitude with the probability of the dropped fraction. NaN stays NaN."""
     bits = x.to(tl.uint32, bitcast=True)

@@ -27,9 +27,9 @@ from leanstep.optimizers.common.sharding import (
     check_class,
     check_indices,
     has_memory,
-    offsets_of,
     placed_like,
     plain,
+    positions_of,
     readable,
     run,
     shard_of,
@@ -65,7 +65,7 @@ class Batch(NamedTuple):
         """
         more.setdefault("skip_nonfinite", self.group["nonfinite"] != "pass")
         if seeded or self.rounding == "stochastic":
-            more["offsets"] = offsets_of(self.shards, scalars.device)
+            more |= positions_of(self.shards, scalars.device)
             steps = [state["step"] for state in self.states]
             torch._foreach_add_(steps, 1)
             more["seeds"] = seeds_for(steps, self.indices, self.group["seed"], scalars.device)

@@ -227,21 +227,53 @@ def placed_like(grad: Tensor, param: Tensor) -> Tensor:
     return cast("DTensor", grad).redistribute(cast("DTensor", param).device_mesh, placements)
 
 
+def runs_of(shard: Shard) -> tuple[int, ...] | None:
+    """Return where the elements of a shard are in the parameter; None if four numbers do not say it.
+
+    See ``runs`` of :class:`leanstep.kernels.StepOptions`. They suffice for blocks that are smaller than the parameter
+    along dimension 0 and up to two others.
+    """
+    if not shard.cuts:
+        return math.prod(shard.shape) or 1, 0, 1, 0
+    if shard.ranges is None:
+        return None
+    sizes, shape = [len(indices) for indices in shard.ranges], shard.shape
+    inner = [dim for dim in range(1, len(shape)) if sizes[dim] < shape[dim]]
+    if not math.prod(sizes) or not inner:
+        return math.prod(sizes) or 1, 0, 1, 0
+    first, last = inner[0], inner[-1]
+    run = math.prod(sizes[last:]), math.prod(shape[last:])
+    if len(inner) == 1:
+        return *run, math.prod(sizes[:last]), 0
+    return (*run, math.prod(sizes[first:last]), math.prod(shape[first:])) if len(inner) == 2 else None
+
+
 def check_indices(setting: str, name: str, shard: Shard) -> None:
-    """Raise ValueError if the elements of a shard are no range of the parameter's, whose indices ``setting`` needs."""
-    if first_index(shard) is None:
+    """Raise ValueError if ``setting`` needs the index of every element, and :func:`runs_of` does not have it."""
+    if runs_of(shard) is None:
         raise ValueError(
-            f"{setting} needs unsharded parameters, or shards along dimension 0; got {name} with placements "
-            f"{shard.placements}; nothing was changed. Use another setting, such as rounding='kahan' or 'master'."
+            f"{setting} takes parameters whose shards are blocks, cut along dimension 0 and two others at most; got "
+            f"{name} with placements {shard.placements}; nothing was changed. Redistribute the parameter, or use "
+            "another rounding ('kahan', 'master')."
         )
 
 
-def offsets_of(shards: Sequence[Shard], device: torch.device) -> Tensor:
-    """Return the row-major index of each shard's first element, int64 [n], for stochastic rounding.
+def positions_of(shards: Sequence[Shard], device: torch.device) -> dict[str, Tensor | None]:
+    """Return ``offsets`` and ``runs`` of :class:`leanstep.kernels.StepOptions`, for stochastic rounding.
 
     The shards are those that :func:`check_indices` accepts.
     """
-    return constant([first_index(shard) or 0 for shard in shards], device, torch.int64)
+    runs = None
+    if any(first_index(shard) is None for shard in shards):
+        numbers = [number for shard in shards for number in runs_of(shard) or ()]
+        runs = constant(numbers, device, torch.int64).view(-1, 4)
+    return {"offsets": constant([_offset(shard) for shard in shards], device, torch.int64), "runs": runs}
+
+
+def _offset(shard: Shard) -> int:
+    """Return the row-major index of a block's first element."""
+    indices = [(r.start, math.prod(shard.shape[dim + 1 :])) for dim, r in enumerate(shard.ranges or ())]
+    return sum(start * stride for start, stride in indices)
 
 
 def sum_over_shards(values: Tensor, shards: Sequence[Shard]) -> Reducer[None]:

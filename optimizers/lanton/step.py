@@ -16,7 +16,7 @@ from leanstep.kernels.steps.common import constant, nonfinite_flags
 from leanstep.optimizers.common.base import by_device_and_dtype, count_nonfinite
 from leanstep.optimizers.common.matrices import as_written, write_back
 from leanstep.optimizers.common.rounding import rounding_states, seeds_for
-from leanstep.optimizers.common.sharding import Reducer, Shard, local, offsets_of, sum_over_shards
+from leanstep.optimizers.common.sharding import Reducer, Shard, local, positions_of, sum_over_shards
 from leanstep.optimizers.lanton import matrices, rule
 from leanstep.optimizers.lanton.matrices import is_stack
 
@@ -69,6 +69,7 @@ class Update(NamedTuple):
     rounding_states: list[Tensor]  # the weight's rounding state, if it has one
     direction: Tensor  # shaped as as_written shapes the weight
     scale: Tensor  # [1], or [e] for a stack
+    matrix: int | None  # index of the matrix in this process's part of a stack; None: the update is of a whole shard
 
 
 # ---- norms and shapes of parameters
@@ -352,7 +353,16 @@ def _update(info: GradientInfo, direction: Tensor, scale: Tensor, matrix: int | 
     """Return an update of this process's shard of a parameter, or of one matrix of a stack."""
     parts = [local(info.layer.param), *rounding_states([info.layer.state], info.layer.rounding)]
     weight, *states = parts if matrix is None else [part[matrix] for part in parts]
-    return Update(info, weight, states, direction, scale)
+    return Update(info, weight, states, direction, scale, matrix)
+
+
+def _shard_of(update: Update) -> Shard:
+    """Return the shard of an update's parameter, or of the matrix of a stack that it updates, in the parameter."""
+    shard = update.info.layer.shard
+    if update.matrix is None or shard.ranges is None:
+        return shard
+    number = shard.ranges[0][update.matrix]
+    return shard._replace(ranges=(range(number, number + 1), *shard.ranges[1:]))
 
 
 def _write(updates: list[Update]) -> None:
@@ -369,12 +379,12 @@ def _write(updates: list[Update]) -> None:
 def _write_alike(updates: list[Update]) -> None:
     layers, device = [u.info.layer for u in updates], updates[0].weight.device
     group, rounding = layers[0].group, layers[0].rounding
-    seeds = offsets = None
+    seeds, positions = None, {}
     if rounding == "stochastic":
         seeds = seeds_for(
             [layer.state["step"] for layer in layers], [layer.param_index for layer in layers], group["seed"], device
         )
-        offsets = offsets_of([layer.shard for layer in layers], device)
+        positions = positions_of([_shard_of(u) for u in updates], device)
 
     def write(weights: list[Tensor], states: list[Tensor]) -> Tensor:
         return rule.update(
@@ -387,7 +397,7 @@ def _write_alike(updates: list[Update]) -> None:
             rounding=rounding,
             rounding_states=states,
             seeds=seeds,
-            offsets=offsets,
+            **positions,
             skip_nonfinite=group["nonfinite"] != "pass",
         )
 

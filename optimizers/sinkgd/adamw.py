@@ -15,7 +15,15 @@ from leanstep.kernels.steps.adamw_step import adamw_step as adamw_step_on_host
 from leanstep.kernels.steps.common import nonfinite_flags
 from leanstep.optimizers.common.base import Batch, count_nonfinite
 from leanstep.optimizers.common.rounding import seeds_for
-from leanstep.optimizers.common.sharding import Reducer, all_reduce_flags, local, new_state, offsets_of, readable, store
+from leanstep.optimizers.common.sharding import (
+    Reducer,
+    all_reduce_flags,
+    local,
+    new_state,
+    positions_of,
+    readable,
+    store,
+)
 
 
 def init_adamw(state: dict[str, Any], param: Tensor, group: dict[str, Any], rounding: str) -> None:
@@ -132,13 +140,13 @@ def _update_rounded(params: list[Tensor], grads: list[Tensor], batch: Batch, ski
     masters = rounding == "master"
     wide = [r.copy_(widen(p, r, rounding)) if masters and r is not None else widen(p, r, rounding) for p, r in pairs]
     _update(wide, [g.float() for g in grads], states, batch.group, skip)
-    seeds: Any = [None] * len(params)
-    offsets: Any = [0] * len(params)
+    places: list[Any] = [()] * len(params)  # seed, offset and runs
     if rounding == "stochastic":
-        offsets = offsets_of(batch.shards, device)
         seeds = seeds_for([s["step"] for s in states], batch.indices, batch.group["seed"], device)
-    for param, state, value, seed, offset in zip(params, rounding_state, wide, seeds, offsets, strict=True):
-        new_param, new_rounding_state = narrow(value, param, rounding, seed, offset)
+        offsets, runs = positions_of(batch.shards, device).values()
+        places = list(zip(seeds, offsets, [None] * len(params) if runs is None else runs, strict=True))
+    for param, state, value, place in zip(params, rounding_state, wide, places, strict=True):
+        new_param, new_rounding_state = narrow(value, param, rounding, *place)
         if skip is not None:
             new_param = torch.where(skip, param.to(new_param.dtype), new_param)
             if state is not None and new_rounding_state is not None:

@@ -67,6 +67,15 @@ def follows_unsharded(name: str, sizes: tuple[int, ...], placements: tuple[Any, 
     assert_same(sharded, plain, tolerance, f"{name} {sizes} {placements}")
 
 
+def refused_unchanged(name: str, sizes: tuple[int, ...], placements: tuple[Any, ...], said: str) -> None:
+    dtype = OPTIMIZERS[name][3]
+    sharded = by_hand(WORLD, *placements, dtype=dtype, on=grid(*sizes))
+    set_grads(sharded, 0)
+    optimizer = build(name, sharded)
+    refused(ValueError, said, optimizer.step)
+    assert_same(sharded, new_model(dtype), 0)
+
+
 @case(WORLD)
 def sinkgd_on_meshes(world: World) -> None:
     """Every mode on rows, columns and both; the models have uneven and empty shards."""
@@ -207,11 +216,7 @@ for _name, (_cls, _settings) in LLAMA.items():
 def lanton_on_meshes(world: World) -> None:
     for sizes, placements in (ROWS[1], *COLUMNS[1:3], COLUMNS[4]):
         follows_unsharded("lanton", sizes, placements)
-    sizes, placements = GAPS[0]
-    sharded = by_hand(WORLD, *placements, on=grid(*sizes))
-    set_grads(sharded, 0)
-    refused(ValueError, "got blocks.0.up.weight (10, 6) with placements", build("lanton", sharded).step)
-    assert_same(sharded, new_model(), 0)
+    refused_unchanged("lanton", *GAPS[0], "got blocks.0.up.weight (10, 6) with placements")
 
 
 # ---- M-FAC
@@ -235,3 +240,20 @@ def mfac_on_meshes(world: World) -> None:
                     set_grads(model, step)
                     optimizer.step()
             assert_same(sharded, plain, tolerance, f"{name} {sizes} {placements}")
+
+
+# ---- stochastic rounding
+
+
+@case(WORLD)
+def stochastic_rounding_on_meshes(world: World) -> None:
+    """The bits of one process; momenta of 8 bits where the shards are ranges of rows."""
+    for sizes, placements in (*ROWS[1:], *COLUMNS[:5]):
+        follows_unsharded("lion_stochastic", sizes, placements)
+    for sizes, placements in (ROWS[1], *COLUMNS[:2]):
+        follows_unsharded("lanton_stochastic", sizes, placements)
+        follows_unsharded("sinkgd_stochastic", sizes, placements)
+    follows_unsharded("lion_int8", *ROWS[1])
+    name = "blocks.0.up.weight (10, 6) with placements"
+    refused_unchanged("lion_stochastic", *GAPS[0], f"cut along dimension 0 and two others at most; got {name}")
+    refused_unchanged("lion_int8", *COLUMNS[0], f"int8 takes parameters whose shards are ranges of rows, got {name}")

@@ -25,7 +25,8 @@ def scaled_step(
     step, decay = options.scalars
     weight = widen(param, rounding_state, options.rounding)
     new_weight = weight * decay - step * scaled_update(mat, rows.unsqueeze(-1), cols.unsqueeze(-2))
-    new_param, new_state = narrow(new_weight, param, options.rounding, options.seeds, options.offsets)
+    position = (options.seeds, options.offsets, options.runs)
+    new_param, new_state = narrow(new_weight, param, options.rounding, *position)
     param.copy_(new_param)
     if rounding_state is not None and new_state is not None:
         rounding_state.copy_(new_state)

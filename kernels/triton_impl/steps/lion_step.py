@@ -18,6 +18,7 @@ from leanstep.kernels.triton_impl._common import (
     ROUNDINGS,
     TL_DTYPE,
     aligned_pointer,
+    index_in_whole,
     load_tile,
     parameter_value,
     random_bits,
@@ -54,10 +55,13 @@ def _sign(x):
 
 @triton.jit
 def _step_tile(
-    p_ptr, g_ptr, m_ptr, e_ptr, offs, mask, seed, index, scale, lr, decay, beta1, omb1, beta2, omb2, mode,
-    ROUNDING: tl.constexpr,
+    p_ptr, g_ptr, m_ptr, e_ptr, offs, mask, seed, index, start, runs, scale, lr, decay, beta1, omb1, beta2, omb2, mode,
+    ROUNDING: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
-    """Update one tile; `mask` is None for a whole tile. Returns 1 where a non-finite gradient is skipped."""
+    """Update one tile; `mask` is None for a whole tile. Returns 1 where a non-finite gradient is skipped.
+
+    `index` is the index in the whole tensor of element `start`, or with RUNS of the shard's first element.
+    """
     g = to_float(load_tile(g_ptr + offs, mask))
     m_old = load_tile(m_ptr + offs, mask)
     p_old = load_tile(p_ptr + offs, mask)
@@ -78,7 +82,11 @@ def _step_tile(
     decayed = tl.where(((mode & 4) == 0) | (u * value >= 0), value * decay, value)
     value = decayed - lr * u
 
-    random = random_bits(offs.to(tl.uint32) + index, seed)
+    if RUNS:
+        local = index_in_whole(runs, start + offs).to(tl.uint32)
+    else:
+        local = offs.to(tl.uint32)
+    random = random_bits(local + index, seed)
     p = rounded_parameter(value, random, p_old.dtype, ROUNDING)
     tl.store(p_ptr + offs, tl.where(skip, p_old, p), mask=mask)
     if ROUNDING == "kahan" or ROUNDING == "master":
@@ -89,9 +97,9 @@ def _step_tile(
 
 @triton.jit(do_not_specialize=["mode"])
 def lion_step_kernel(
-    rows, programs, scalars, scales, seeds, offsets, flags, mode,
+    rows, programs, scalars, scales, seeds, offsets, all_runs, flags, mode,
     P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, M_DTYPE: tl.constexpr, E_DTYPE: tl.constexpr,
-    ROUNDING: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+    ROUNDING: tl.constexpr, RUNS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Program k updates TILES * BLOCK elements of one tensor.
 
@@ -111,7 +119,10 @@ def lion_step_kernel(
     omb2 = tl.load(scalars + 5)
     scale = tl.load(scales + i, mask=(mode & 8) != 0, other=1.0)
     seed = tl.load(seeds + i).to(tl.uint32)
-    index = start.to(tl.uint32) + tl.load(offsets + i).to(tl.uint32)
+    runs = all_runs + 4 * i
+    index = tl.load(offsets + i).to(tl.uint32)
+    if not RUNS:
+        index += start.to(tl.uint32)
 
     lane = tl.arange(0, BLOCK)
     skipped = tl.zeros([BLOCK], dtype=tl.int32)
@@ -123,8 +134,8 @@ def lion_step_kernel(
     e_ptr = aligned_pointer(tl.load(row + 3), E_DTYPE) + start
     for t in range(0, whole):
         skipped |= _step_tile(
-            p_ptr, g_ptr, m_ptr, e_ptr, t * BLOCK + lane, None, seed, index, scale,
-            lr, decay, beta1, omb1, beta2, omb2, mode, ROUNDING,
+            p_ptr, g_ptr, m_ptr, e_ptr, t * BLOCK + lane, None, seed, index, start, runs, scale,
+            lr, decay, beta1, omb1, beta2, omb2, mode, ROUNDING, RUNS,
         )  # fmt: skip
     # the tail, and unaligned tensors; addresses are read again, because holding them would spill registers
     p_ptr = tl.load(row + 0).to(tl.pointer_type(P_DTYPE)) + start
@@ -134,8 +145,8 @@ def lion_step_kernel(
     for t in range(whole, tl.cdiv(count, BLOCK)):
         offs = t * BLOCK + lane
         skipped |= _step_tile(
-            p_ptr, g_ptr, m_ptr, e_ptr, offs, offs < count, seed, index, scale,
-            lr, decay, beta1, omb1, beta2, omb2, mode, ROUNDING,
+            p_ptr, g_ptr, m_ptr, e_ptr, offs, offs < count, seed, index, start, runs, scale,
+            lr, decay, beta1, omb1, beta2, omb2, mode, ROUNDING, RUNS,
         )  # fmt: skip
     if tl.max(skipped, 0) != 0:
         tl.store(flags + tl.load(row + 6), 1)
@@ -211,6 +222,7 @@ def lion_step(
         return flags
     scales = scalars if options.cautious_scale is None else options.cautious_scale
     seeds, offsets = seeds_and_offsets(options, len(params))
+    runs = options.runs
     mode = _mode(options) | options.decay_where_aligned * DECAY_WHERE_ALIGNED
     mode |= (options.cautious_scale is not None) * CAUTIOUS
     table = device_rows(rows, device)
@@ -218,8 +230,9 @@ def lion_step(
         for (*dtypes, rounds), programs in launches(keys, pieces, device):
             # fused multiply-adds would round differently from the definition
             lion_step_kernel[(programs.numel(),)](
-                table, programs, scalars, scales, seeds, offsets, flags, mode,
-                *(TL_DTYPE[d] for d in dtypes), ROUNDING=rounds, BLOCK=BLOCK, TILES=TILES,
+                table, programs, scalars, scales, seeds, offsets, offsets if runs is None else runs, flags, mode,
+                *(TL_DTYPE[d] for d in dtypes), ROUNDING=rounds,
+                RUNS=runs is not None and rounds == "stochastic", BLOCK=BLOCK, TILES=TILES,
                 num_warps=warps(THREADS), enable_fp_fusion=False,
             )  # fmt: skip
     staging.finish()
@@ -261,16 +274,17 @@ def audit_launches() -> Promises:
         lion_agreement([g], [m], StepOptions(torch.zeros(6)))
         for rounding in ROUNDINGS:
             state = [p.float() if rounding == "master" else p] if rounding in ("kahan", "master") else []
-            lion_step([p], [g], [m], state, StepOptions(torch.zeros(6), rounding))
+            for runs in (None, torch.ones(1, 4, dtype=torch.int64)) if rounding == "stochastic" else (None,):
+                lion_step([p], [g], [m], state, StepOptions(torch.zeros(6), rounding, runs=runs))
     return {lion_step_kernel: _step_promise, lion_agreement_kernel: _agreement_promise}
 
 
 def _step_promise(launch: Launch) -> dict[str, Any]:
     p, g, m, e = (launch.dtype(name) for name in ("P_DTYPE", "G_DTYPE", "M_DTYPE", "E_DTYPE"))
-    rounding = launch.constants["ROUNDING"]
+    rounding, runs = launch.constants["ROUNDING"], " runs" * launch.constants["RUNS"]
     state = e.itemsize if rounding in ("kahan", "master") else 0
     return dict(
-        label=f"p {p} g {g} m {m} {rounding}".replace("torch.", ""), elements=BLOCK, wide=True, flat=True,
+        label=f"p {p} g {g} m {m} {rounding}{runs}".replace("torch.", ""), elements=BLOCK, wide=True, flat=True,
         read=p.itemsize + g.itemsize + m.itemsize + state, written=p.itemsize + m.itemsize + state,
     )  # fmt: skip
 
