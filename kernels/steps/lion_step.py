@@ -168,7 +168,7 @@ _step_op = torch.library.custom_op(
     mutates_args=("params", "exp_avgs", "rounding_state"),
     schema="(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] rounding_state, Tensor scalars, "
     "str rounding, Tensor? cautious_scale, bool decay_where_aligned, bool maximize, bool skip_nonfinite, "
-    "Tensor? seeds, Tensor? offsets, Tensor? runs) -> Tensor",
+    "Tensor? seeds, Tensor? offsets, Tensor? runs=None) -> Tensor",
 )
 _agreement_op = torch.library.custom_op("leanstep::lion_agreement", _agreement, mutates_args=())
 

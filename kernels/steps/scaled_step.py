@@ -113,7 +113,7 @@ def _step(
     skip_nonfinite: bool,
     seeds: Tensor | None,
     offsets: Tensor | None,
-    runs: Tensor | None,
+    runs: Tensor | None = None,
 ) -> Tensor:
     options = StepOptions(scalars, rounding, skip_nonfinite=skip_nonfinite, seeds=seeds, offsets=offsets, runs=runs)
     if not params:
