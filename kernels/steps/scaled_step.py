@@ -47,7 +47,7 @@ def scaled_step(
     fields = (options.scalars, options.rounding, options.skip_nonfinite, options.seeds, options.offsets, options.runs)
     if torch.compiler.is_compiling():
         return torch.ops.leanstep.scaled_step(*lists, *fields)
-    return _step(*lists, *fields)
+    return _step(params, mats, rows, cols, rounding_state, *fields)
 
 
 @torch.no_grad()
@@ -113,7 +113,7 @@ def _step(
     skip_nonfinite: bool,
     seeds: Tensor | None,
     offsets: Tensor | None,
-    runs: Tensor | None = None,
+    runs: Tensor | None,
 ) -> Tensor:
     options = StepOptions(scalars, rounding, skip_nonfinite=skip_nonfinite, seeds=seeds, offsets=offsets, runs=runs)
     if not params:

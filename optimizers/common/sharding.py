@@ -12,7 +12,7 @@ yield nothing. torch.compile traces only this case, and loses the return values 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -68,11 +68,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor if type(tensor) in _ORDINARY else local_part(tensor)
 
 
-def shard_of(param: Tensor, name: str | None = None) -> Shard:
+def shard_of(param: Tensor, name: Callable[[], str] | None = None) -> Shard:
     """Return the metadata of this process's shard of ``param``.
 
     Raises:
-        ValueError: for a DTensor with partial placements; the message has the parameter's ``name``.
+        ValueError: for a DTensor with partial placements; the message has the parameter's ``name()``.
     """
     if type(param) in _ORDINARY or not is_dtensor(param):
         return Shard(param.shape)
@@ -80,8 +80,9 @@ def shard_of(param: Tensor, name: str | None = None) -> Shard:
     mesh, placements = sharded_param.device_mesh, sharded_param.placements
     if any(p.is_partial() for p in placements):
         raise ValueError(
-            f"{name or f'a parameter of shape {tuple(param.shape)}'} holds partial sums ({placements}); leanstep "
-            "optimizers take parameters that are replicated or sharded: redistribute it first. Nothing was changed."
+            f"{name() if name else f'a parameter of shape {tuple(param.shape)}'} holds partial sums ({placements}); "
+            "leanstep optimizers take parameters that are replicated or sharded: redistribute it first. Nothing was "
+            "changed."
         )
     order = _gathering_order(placements, [i for i in range(mesh.ndim) if mesh.size(i) > 1])
     cuts = tuple(Cut(cast("Any", placements[i]).dim, mesh.get_group(i)) for i in order)
@@ -231,7 +232,7 @@ def runs_of(shard: Shard) -> tuple[int, ...] | None:
     """Return where the elements of a shard are in the parameter; None if four numbers do not say it.
 
     See ``runs`` of :class:`leanstep.kernels.StepOptions`. They suffice for blocks that are smaller than the parameter
-    along dimension 0 and up to two others.
+    along dimension 0 and up to two others. The length and the count of runs are below 2**31, as kernels expect.
     """
     if not shard.cuts:
         return math.prod(shard.shape) or 1, 0, 1, 0
@@ -242,10 +243,12 @@ def runs_of(shard: Shard) -> tuple[int, ...] | None:
     if not math.prod(sizes) or not inner:
         return math.prod(sizes) or 1, 0, 1, 0
     first, last = inner[0], inner[-1]
-    run = math.prod(sizes[last:]), math.prod(shape[last:])
+    length, distance, count = math.prod(sizes[last:]), math.prod(shape[last:]), math.prod(sizes[first:last])
     if len(inner) == 1:
-        return *run, math.prod(sizes[:last]), 0
-    return (*run, math.prod(sizes[first:last]), math.prod(shape[first:])) if len(inner) == 2 else None
+        count = math.prod(sizes[:last])
+    if len(inner) > 2 or max(length, count) >= 2**31:
+        return None
+    return length, distance, count, math.prod(shape[first:])
 
 
 def check_indices(setting: str, name: str, shard: Shard) -> None:
@@ -258,7 +261,7 @@ def check_indices(setting: str, name: str, shard: Shard) -> None:
         )
 
 
-def positions_of(shards: Sequence[Shard], device: torch.device) -> dict[str, Tensor | None]:
+def positions_of(shards: Sequence[Shard], device: torch.device) -> dict[str, Any]:
     """Return ``offsets`` and ``runs`` of :class:`leanstep.kernels.StepOptions`, for stochastic rounding.
 
     The shards are those that :func:`check_indices` accepts.

@@ -143,8 +143,9 @@ def _update_rounded(params: list[Tensor], grads: list[Tensor], batch: Batch, ski
     places: list[Any] = [()] * len(params)  # seed, offset and runs
     if rounding == "stochastic":
         seeds = seeds_for([s["step"] for s in states], batch.indices, batch.group["seed"], device)
-        offsets, runs = positions_of(batch.shards, device).values()
-        places = list(zip(seeds, offsets, [None] * len(params) if runs is None else runs, strict=True))
+        positions = positions_of(batch.shards, device)
+        runs: Any = [None] * len(params) if positions["runs"] is None else positions["runs"]
+        places = list(zip(seeds, positions["offsets"], runs, strict=True))
     for param, state, value, place in zip(params, rounding_state, wide, places, strict=True):
         new_param, new_rounding_state = narrow(value, param, rounding, *place)
         if skip is not None:

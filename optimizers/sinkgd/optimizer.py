@@ -24,13 +24,13 @@ from leanstep.optimizers.common.checks import (
     settings_of,
     warn_how_auto_routes,
 )
-from leanstep.optimizers.common.matrices import as_matrices, matrix_shape, oriented, write_back
+from leanstep.optimizers.common.matrices import as_matrices, matrix_shape, oriented, sides_of, write_back
 from leanstep.optimizers.common.rounding import effective, init_rounding
 from leanstep.optimizers.common.saved_tensors import COUNT, SHAPED, StateRule
 from leanstep.optimizers.common.sharding import Reducer, Shard, all_reduce_flags, local, new_state
 from leanstep.optimizers.sinkgd import rule
 from leanstep.optimizers.sinkgd.adamw import init_adamw, step_adamw
-from leanstep.optimizers.sinkgd.sharded import all_reduce_row_norms, normalize, sides_of
+from leanstep.optimizers.sinkgd.sharded import all_reduce_row_norms, normalize
 from leanstep.optimizers.sinkgd.spectral import init_power_vector, pin_operator_norms, power_vector_shape
 
 CHOICES = {

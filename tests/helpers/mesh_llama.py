@@ -57,7 +57,7 @@ class Llama(nn.Module):
     def __init__(self, dim: int = 8, heads: int = 4, hidden: int = 12, vocabulary: int = 13) -> None:
         super().__init__()
         self.tok_embeddings = nn.Embedding(vocabulary, dim)
-        self.layers = nn.ModuleDict({str(i): Layer(dim, heads, hidden) for i in range(2)})
+        self.layers = nn.ModuleDict({"0": Layer(dim, heads, hidden)})
         self.norm = nn.RMSNorm(dim, eps=1e-5)
         self.output = nn.Linear(dim, vocabulary, bias=False)
 

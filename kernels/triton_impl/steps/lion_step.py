@@ -25,6 +25,7 @@ from leanstep.kernels.triton_impl._common import (
     remainder,
     round_to,
     rounded_parameter,
+    run_numbers,
     to_float,
 )
 from leanstep.kernels.triton_impl._compile import Launch, Promises
@@ -55,8 +56,8 @@ def _sign(x):
 
 @triton.jit
 def _step_tile(
-    p_ptr, g_ptr, m_ptr, e_ptr, offs, mask, seed, index, start, runs, scale, lr, decay, beta1, omb1, beta2, omb2, mode,
-    ROUNDING: tl.constexpr, RUNS: tl.constexpr,
+    p_ptr, g_ptr, m_ptr, e_ptr, offs, mask, seed, index, start, elements, distance, count, slab, scale, lr, decay,
+    beta1, omb1, beta2, omb2, mode, ROUNDING: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
     """Update one tile; `mask` is None for a whole tile. Returns 1 where a non-finite gradient is skipped.
 
@@ -83,7 +84,7 @@ def _step_tile(
     value = decayed - lr * u
 
     if RUNS:
-        local = index_in_whole(runs, start + offs).to(tl.uint32)
+        local = index_in_whole(start, offs, elements, distance, count, slab)
     else:
         local = offs.to(tl.uint32)
     random = random_bits(local + index, seed)
@@ -119,7 +120,7 @@ def lion_step_kernel(
     omb2 = tl.load(scalars + 5)
     scale = tl.load(scales + i, mask=(mode & 8) != 0, other=1.0)
     seed = tl.load(seeds + i).to(tl.uint32)
-    runs = all_runs + 4 * i
+    elements, distance, runs, slab = run_numbers(all_runs, i, RUNS)
     index = tl.load(offsets + i).to(tl.uint32)
     if not RUNS:
         index += start.to(tl.uint32)
@@ -134,8 +135,8 @@ def lion_step_kernel(
     e_ptr = aligned_pointer(tl.load(row + 3), E_DTYPE) + start
     for t in range(0, whole):
         skipped |= _step_tile(
-            p_ptr, g_ptr, m_ptr, e_ptr, t * BLOCK + lane, None, seed, index, start, runs, scale,
-            lr, decay, beta1, omb1, beta2, omb2, mode, ROUNDING, RUNS,
+            p_ptr, g_ptr, m_ptr, e_ptr, t * BLOCK + lane, None, seed, index, start, elements, distance, runs, slab,
+            scale, lr, decay, beta1, omb1, beta2, omb2, mode, ROUNDING, RUNS,
         )  # fmt: skip
     # the tail, and unaligned tensors; addresses are read again, because holding them would spill registers
     p_ptr = tl.load(row + 0).to(tl.pointer_type(P_DTYPE)) + start
@@ -145,7 +146,7 @@ def lion_step_kernel(
     for t in range(whole, tl.cdiv(count, BLOCK)):
         offs = t * BLOCK + lane
         skipped |= _step_tile(
-            p_ptr, g_ptr, m_ptr, e_ptr, offs, offs < count, seed, index, start, runs, scale,
+            p_ptr, g_ptr, m_ptr, e_ptr, offs, offs < count, seed, index, start, elements, distance, runs, slab, scale,
             lr, decay, beta1, omb1, beta2, omb2, mode, ROUNDING, RUNS,
         )  # fmt: skip
     if tl.max(skipped, 0) != 0:

@@ -24,6 +24,7 @@ from leanstep.kernels.triton_impl._common import (
     random_bits,
     remainder,
     rounded_parameter,
+    run_numbers,
     to_float,
 )
 from leanstep.kernels.triton_impl._compile import Launch, Promises
@@ -120,6 +121,7 @@ def scaled_step_kernel(
         seed = tl.load(seeds + i).to(tl.uint32)
         offset = tl.load(offsets + i).to(tl.uint32)
         first = (batch * m + start) * n
+        elements, distance, run_count, slab = run_numbers(runs, i, RUNS)
         if ALIGNED:
             mask_n = offs_n < (n.to(tl.int32) // 8) * 8
         else:
@@ -140,12 +142,11 @@ def scaled_step_kernel(
             u = (r[:, None] * to_float(g)) * c[None, :]
             value = parameter_value(p_old, e_old, ROUNDING) * decay - step * u
             # index of an element in the whole tensor, modulo 2**32
+            local = offs_m.to(tl.uint32)[:, None] * n.to(tl.uint32) + offs_n.to(tl.uint32)[None, :]
             if RUNS:
-                local = first + offs_m.to(tl.int64)[:, None] * n + offs_n.to(tl.int64)[None, :]
-                index = index_in_whole(runs + 4 * i, local).to(tl.uint32)
+                index = index_in_whole(first, local, elements, distance, run_count, slab)
             else:
-                row_index = offs_m.to(tl.uint32)[:, None] * n.to(tl.uint32)
-                index = row_index + offs_n.to(tl.uint32)[None, :] + first.to(tl.uint32)
+                index = local + first.to(tl.uint32)
             p = rounded_parameter(value, random_bits(index + offset, seed), P_DTYPE, ROUNDING)
             tl.store(p_ptrs, p, mask=mask)
             if ROUNDING == "kahan" or ROUNDING == "master":
