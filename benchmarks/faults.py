@@ -123,7 +123,8 @@ def launched(files: Files) -> Kind:
     def start(job: Job, out: Path, victim: int = 0, **kill: Any) -> list[int]:
         from leanstep.recipes.training.launch import launch
 
-        arguments = [f"out={out}", "batch.micro_batch_size=2"]
+        # workers that lose their launcher save at once: with a checkpoint more, the older one would be removed
+        arguments = [f"out={out}", "batch.micro_batch_size=2", "checkpoint.keep_last=1"]
         return [job.fork(lambda: launch(files.recipe, arguments, 2), **kill)]
 
     return Kind("launcher", "`leanstep train --nproc 2`, the launcher killed", start, forks.run_digest, by_clock=True)

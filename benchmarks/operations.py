@@ -87,10 +87,11 @@ class Inputs:
         return StepOptions(self.scalars(*scalars), name, seeds=seeds, offsets=torch.zeros_like(seeds))
 
     def rounding_state(self, params: list[Tensor], rounding: str) -> list[Tensor]:
-        """Kahan remainders or masters of parameters."""
-        if self.wide or rounding not in ("kahan", "master"):
+        """Kahan remainders, masters or split differences of parameters."""
+        dtypes = {"kahan": self.dtype, "master": torch.float32, "split": torch.int8}
+        if self.wide or rounding not in dtypes:
             return []
-        return [torch.zeros_like(p) if rounding == "kahan" else p.float() for p in params]
+        return [(p if rounding == "master" else torch.zeros_like(p)).to(dtypes[rounding]) for p in params]
 
 
 def _lion(rounding: str, inputs: Inputs) -> list[Tensor]:
@@ -249,15 +250,18 @@ OPERATIONS = {
     "lion_step, stochastic": Operation(partial(_lion, "stochastic"), (torch.bfloat16,), BITS),
     "lion_step, kahan": Operation(partial(_lion, "kahan"), HALF, BITS),
     "lion_step, master": Operation(partial(_lion, "master"), HALF, BITS),
+    "lion_step, split": Operation(partial(_lion, "split"), (torch.bfloat16,), BITS),
     "lion_agreement": Operation(_agreement, ALL, BITS),
     "lion_step_int8": Operation(partial(_lion_int8, "nearest"), ALL, BITS),
     "lion_step_int8, stochastic": Operation(partial(_lion_int8, "stochastic"), (torch.bfloat16,), BITS),
+    "lion_step_int8, split": Operation(partial(_lion_int8, "split"), (torch.bfloat16,), BITS),
     "lion_agreement_int8": Operation(_agreement_int8, ALL, BITS),
     "sinkhorn": Operation(_sinkhorn),
     "scaled_step": Operation(partial(_scaled, "nearest"), ALL, BITS),
     "scaled_step, stochastic": Operation(partial(_scaled, "stochastic"), (torch.bfloat16,), BITS),
     "scaled_step, kahan": Operation(partial(_scaled, "kahan"), HALF, BITS),
     "scaled_step, master": Operation(partial(_scaled, "master"), HALF, BITS),
+    "scaled_step, split": Operation(partial(_scaled, "split"), (torch.bfloat16,), BITS),
     "newton_schulz, nuclear_norm": Operation(_newton_schulz, HALF, rounded_inside=True),
     "row_dots": Operation(_dots),
     "linear_combination": Operation(_combination),

@@ -22,12 +22,15 @@ TEMPLATES = "additional_chat_templates"
 _NAMING = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 # what libraries raise for damaged files; a ValueError of our own passes as it is
 _DAMAGE = (SafetensorError, OSError, RuntimeError, LookupError, AttributeError, TypeError, UnicodeError, OverflowError)
+_MOST_LAYERS = 1000  # of a configuration; each is a module to build, and so is an expert
 _CHUNK = 2**22  # elements of one comparison with infinity
 
 
 def reason(error: BaseException) -> str:
     """The first line of an error's message, without the advice of libraries to run what a file holds."""
     line = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    if isinstance(error, KeyError):  # whose text is the key alone
+        line = f"it has no entry {line}"
     if "weights_only" in str(error) or "Weights only" in line:
         return "it is damaged, or holds more than tensors, and nothing in it is run"
     return one_line(line)
@@ -104,13 +107,16 @@ def check_folder(folder: Path) -> None:
 
     Raises:
         ValueError: as :func:`checked_file` for any of its files; for an index that names files elsewhere; for a
-            configuration that names weights elsewhere, or code to fetch and run; for JSON that cannot be read.
+            configuration that names weights elsewhere, or code to fetch and run, or has more than 1,000 layers or
+            experts; for JSON that cannot be read.
     """
     for file in files_in(folder):
         if file.name.endswith((".safetensors.index.json", ".bin.index.json")):
             index_files(file)
         elif file.name in _NAMING:
-            _check_names(read_json(file), file)
+            content = read_json(file)
+            _check_names(content, file)
+            _check_counts(content, file)
     templates = folder / TEMPLATES
     if templates.is_symlink():
         raise ValueError(f"{templates} is a link; expected a folder inside the checkpoint")
@@ -126,6 +132,12 @@ def _check_names(content: Mapping[str, Any], file: Path) -> None:
     for key, value in _entries(content):
         if key.endswith("_implementation") and any("/" in str(name) for name in _listed(value)):
             raise ValueError(f"{file}: {key} names code to fetch and run ({value!r}), which is never run here")
+
+
+def _check_counts(content: Mapping[str, Any], file: Path) -> None:
+    for key, value in _entries(content):
+        if type(value) is int and value > _MOST_LAYERS and ("layer" in key or "expert" in key):
+            raise ValueError(f"{file}: {key} is {value:,}, expected at most {_MOST_LAYERS:,}")
 
 
 def _listed(value: Any) -> list[Any]:

@@ -280,11 +280,11 @@ def publish_folder(staged: Path, target: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder and all in it as far as possible, or a file or link: never the target of a link."""
-    if path.is_symlink() or path.is_file():
-        path.unlink(missing_ok=True)
-    else:
+    """Remove a folder and all in it as far as possible, or anything else: never the target of a link."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
+    else:  # rmtree would wait for the writer of a pipe
+        path.unlink(missing_ok=True)
 
 
 def remove_leftovers(target: Path) -> None:
@@ -292,7 +292,7 @@ def remove_leftovers(target: Path) -> None:
     for path in target.absolute().parent.glob(f".{target.name}{STAGED}*"):
         process = path.name.rpartition("-")[2]
         if process.isdigit() and not _is_running(int(process)):
-            shutil.rmtree(path, ignore_errors=True)
+            remove(path)
 
 
 def _is_running(process: int) -> bool:

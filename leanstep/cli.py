@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     A closed pipe (``| head``) does not change the code, other lost output is a failure; training goes on without it.
     """
     open_standard_streams()
+    # without it, Python processes that a command starts import modules of the working folder
+    os.environ["PYTHONSAFEPATH"] = "1"
     try:
         os.getcwd()
     except OSError as error:

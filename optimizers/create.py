@@ -23,6 +23,7 @@ def create(
     name: str,
     *,
     embeddings: str = "adamw",
+    split: str | None = None,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
     overrides: Iterable[tuple[str, Mapping[str, Any]]] | Mapping[str, Mapping[str, Any]] = (),
     say: Callable[[str], Any] | None = print,
@@ -33,13 +34,14 @@ def create(
     Args:
         model: the model, with the parameters to train unfrozen. Shard or adapt it first.
         name: "lanton", "lion", "mfac" or "sinkgd", the names that recipes use.
-        embeddings, settings, overrides: as for :func:`param_groups`; "balanced" embeddings need "sinkgd".
+        embeddings, split, settings, overrides: as for :func:`param_groups`; "balanced" embeddings need "sinkgd", and
+            ``split`` needs "sinkgd" or "lanton".
         say: takes the table of groups; None: no table.
         **options: arguments of the class, such as ``lr``.
 
     Raises:
-        ValueError: for an unknown name, ``embeddings="balanced"`` without "sinkgd", and as the class and
-            :func:`param_groups` do.
+        ValueError: for an unknown name, ``embeddings="balanced"`` or ``split`` for an optimizer without that rule, and
+            as the class and :func:`param_groups` do.
         TypeError: for an option that the class does not have.
 
     Example:
@@ -58,7 +60,11 @@ def create(
         raise TypeError(f"create: {cls.__name__} has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}")
     if embeddings == "balanced" and cls is not SinkGD:
         raise ValueError(f"create: embeddings='balanced' is a rule of SinkGD; {cls.__name__} does not have it")
-    groups = param_groups(model, settings, embeddings=embeddings, overrides=overrides)
+    if split is not None and "blocks" not in known:
+        raise ValueError(
+            f"create: split={split!r} is for the rules of matrices of SinkGD and LANTON, not {cls.__name__}"
+        )
+    groups = param_groups(model, settings, embeddings=embeddings, split=split, overrides=overrides)
     if say is not None:
         say(f"{cls.__name__}\n{groups.summary()}")
     return cls(groups, **options)

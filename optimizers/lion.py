@@ -54,6 +54,10 @@ class Lion(LeanOptimizer):
             rounded master, and continues from the parameter where they differ: after ``model.load_state_dict``, or any
             other write, also through ``.data`` and into shards. "kahan" drops compensations that exceed half the
             distance to the next number; smaller ones of older weights move a weight by less than its own rounding.
+            "split": bf16 only; the parameter and one byte of state are the upper 24 bits of the fp32 weight, rounded to
+            nearest: exact to 2**-16 of its value. The byte of an older weight moves a written one by at most half the
+            distance to the next bf16 number, and a zero not at all. Setting ``group["rounding"]`` converts the state in
+            the next step.
         momentum_dtype: dtype of m; None: the parameter's. torch.int8: 8-bit codes with one fp32 scale for every 128
             neighbours of a row, for parameters of two or more dimensions; others have the parameter's dtype. Rounding
             to codes is stochastic and unbiased, because rounding to nearest would lose slow changes of m:
@@ -76,8 +80,8 @@ class Lion(LeanOptimizer):
     Notes:
         State: ``exp_avg``, 1 value per parameter (4 bytes in fp32, 2 in bf16, 1 in int8). int8 adds ``exp_avg_scale``
         (4 bytes per 128 entries of a row; a short block at the end of a row counts too) and ``step``. "kahan" adds
-        ``kahan_compensation`` (2 bytes), "master" adds ``master_param`` (4 bytes), "stochastic" adds ``step`` (a
-        scalar). A step allocates no temporary of a parameter's size.
+        ``kahan_compensation`` (2 bytes), "master" adds ``master_param`` (4 bytes), "split" adds ``split_difference``
+        (1 byte), "stochastic" adds ``step`` (a scalar). A step allocates no temporary of a parameter's size.
         FSDP2: no communication; with ``cautious`` one all-reduce of one number per tensor. ``nonfinite_count`` counts
         the shards of this process.
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.utils import parametrize
 
+from leanstep._heads import attention_blocks
 from leanstep._torch import is_conv1d, output_head
 
+SPLITS = (None, "fused", "heads")
 ROLES = ("hidden", "expert", "router", "conv", "lora", "embedding", "position", "head", "norm", "bias", "other")
 
 # role -> settings of its group; "algorithm" (SinkGD's) and "norm" (LANTON's) are ignored by other optimizers
@@ -74,16 +77,23 @@ class ParamGroups(list[dict[str, Any]]):
     """A list of param-group dicts, in the order of :data:`ROLES`, that prints as a table."""
 
     def summary(self) -> str:
-        """One line per group: name, rule, tensors, elements, share, and the first parameter names."""
+        """One line per group: name, rule, tensors, elements, share, rows of the blocks, and the first parameter names.
+
+        ``4 x 64 + 128`` are four blocks of 64 rows and one of 128; ``64 each`` are blocks of 64 rows, as many as a
+        parameter has. The column is there if a group has blocks.
+        """
         total = sum(p.numel() for group in self for _, p in group["params"]) or 1
-        lines = [f"{'group':<12} {'algorithm':<10} {'tensors':>8} {'elements':>14} {'share':>7}  first parameters"]
-        for group in self:
+        blocks = [_describe_blocks(group.get("blocks")) for group in self]
+        width = max(map(len, blocks)) and max(len("rows"), *map(len, blocks)) + 2
+        head = f"{'group':<12} {'algorithm':<10} {'tensors':>8} {'elements':>14} {'share':>7}"
+        lines = [f"{head}  {'rows' if width else '':<{width}}first parameters"]
+        for group, rows in zip(self, blocks, strict=True):
             elements = sum(p.numel() for _, p in group["params"])
             names = ", ".join(name for name, _ in group["params"][:2])
             more = f", ... ({len(group['params']) - 2} more)" if len(group["params"]) > 2 else ""
             lines.append(
                 f"{group['name']:<12} {group.get('algorithm', '-'):<10} {len(group['params']):>8} {elements:>14,} "
-                f"{elements / total:>7.1%}  {names}{more}"
+                f"{elements / total:>7.1%}  {rows:<{width}}{names}{more}"
             )
         return "\n".join(lines)
 
@@ -91,11 +101,20 @@ class ParamGroups(list[dict[str, Any]]):
         return self.summary()
 
 
+def _describe_blocks(blocks: int | tuple[int, ...] | None) -> str:
+    """Return ``4 x 64 + 128`` for blocks of given rows, ``64 each`` for one number, and nothing for None."""
+    if blocks is None or isinstance(blocks, int):
+        return "" if blocks is None else f"{blocks} each"
+    runs = [(size, len(list(run))) for size, run in groupby(blocks)]
+    return " + ".join(f"{size}" if count == 1 else f"{count} x {size}" for size, count in runs)
+
+
 def param_groups(
     model: nn.Module,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
     *,
     embeddings: str = "adamw",
+    split: str | None = None,
     overrides: Iterable[tuple[str, Mapping[str, Any]]] | Mapping[str, Mapping[str, Any]] = (),
 ) -> ParamGroups:
     """Sort the trainable parameters of a model into groups by their roles.
@@ -118,8 +137,9 @@ def param_groups(
 
     Wrappers do not change a role: parametrizations, torch.compile, checkpointing, FSDP and PEFT's ``modules_to_save``.
 
-    Three kinds of tensors get separate groups:
+    Four kinds of tensors get separate groups:
 
+    * with ``split``, matrices whose rows are several matrices, with ``blocks``, the rows of each;
     * matrices stored (in, out), with ``transposed=True``: transformers' ``Conv1D`` (GPT-2), and experts of modules
       with ``is_transposed`` or of a known class (GPT-OSS, Aria, Llama 4). All other matrices count as (out, in);
     * weights (out, in, width) of one-dimensional convolutions, with ``flatten=True``;
@@ -132,6 +152,12 @@ def param_groups(
         embeddings: SinkGD's rule for embeddings and heads: "adamw", or "balanced", which needs half of AdamW's state.
             "balanced" is Nesterov momentum 0.95, rows below a thousandth of the mean norm zeroed, 11 alternating
             normalizations that begin and end with the rows, and no weight decay. ``settings`` may change its values.
+        split: weights that LANTON and SinkGD treat as several matrices, by the layout of the module and the sizes of
+            its config. "fused": fused QKV weights are split into Q, K and V, fused gate-up weights into their halves.
+            "heads": besides, Q and K are split into their heads; V stays whole, except in GPT-NeoX, BLOOM and
+            Persimmon, whose fused weights have it head by head (and which "fused" leaves whole). None: every weight is
+            one matrix. A layer of unknown layout is left whole; an override can give its group ``blocks``.
+            ``leanstep/_heads.py`` lists the known ones.
         overrides: (regular expression, settings) pairs in order, or a mapping. A parameter goes to the group of the
             first expression found in its name. The group is named after the expression, and its settings update
             those of the role.
@@ -142,8 +168,8 @@ def param_groups(
 
     Raises:
         TypeError: for anything but a model, or settings that are not a mapping.
-        ValueError: for an unknown role or rule of embeddings, an override that is not a regular expression or matches
-            nothing, or a model without trainable parameters.
+        ValueError: for an unknown role, split or rule of embeddings, an override that is not a regular expression or
+            matches nothing, or a model without trainable parameters.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(10, 4), nn.LayerNorm(4), nn.Linear(4, 10))
@@ -157,6 +183,8 @@ def param_groups(
         )
     if embeddings not in _EMBEDDINGS:
         raise ValueError(f"param_groups: expected embeddings to be one of {tuple(_EMBEDDINGS)}, got {embeddings!r}")
+    if split not in SPLITS:
+        raise ValueError(f"param_groups: expected split to be one of {SPLITS}, got {split!r}")
     role_settings = {role: dict(DEFAULTS[role]) for role in ROLES}
     for role in ("embedding", "head"):
         role_settings[role].update(_EMBEDDINGS[embeddings])
@@ -172,6 +200,7 @@ def param_groups(
     used = [False] * len(rules)
     roles = parameter_roles(model)
     transposed = transposed_parameters(model)
+    blocks = {} if split is None else _blocks_of_parameters(model, transposed, heads=split == "heads")
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, param in model.named_parameters():
         if not param.requires_grad:
@@ -189,6 +218,10 @@ def param_groups(
             key, values = (*key, "transposed"), {**values, "transposed": True}
         elif role == "conv" and param.dim() == 3:
             key, values = (*key, "flatten"), {**values, "flatten": True}
+        if id(param) in blocks and role in ("hidden", "expert") and "blocks" not in values:
+            rows = blocks[id(param)]
+            # tuples of one type, to be sorted
+            key, values = (*key, "blocks", (rows,) if isinstance(rows, int) else rows), {**values, "blocks": rows}
         if values.get("norm") == "vector" and param.dim() > 1:  # a table of vectors, such as biases of experts
             key, values = (*key, "table"), {**values, "norm": "sign"}
         groups.setdefault(key, {"name": label, **values, "params": []})["params"].append((name, param))
@@ -241,6 +274,31 @@ def transposed_parameters(model: nn.Module) -> set[int]:
             or getattr(use.module, "is_transposed", False) is True
         )
     }
+
+
+def _blocks_of_parameters(model: nn.Module, transposed: set[int], *, heads: bool) -> dict[int, int | tuple[int, ...]]:
+    """Map ``id(parameter)`` to the rows of the matrices that it holds, for parameters that hold several."""
+    by_weight: dict[tuple[nn.Module, str], int | tuple[int, ...]] = {}
+    for module in model.modules():
+        by_weight.update(attention_blocks(module, heads=heads))
+    shapes = {id(param): param.shape for param in model.parameters()}
+    blocks: dict[int, int | tuple[int, ...]] = {}
+    for param_id, (use, *_) in _uses(model).items():
+        rows = by_weight.get((use.module, use.leaf))
+        if rows is None and _is_gate_up(use):
+            count = shapes[param_id][-1 if param_id in transposed else -2]
+            rows = count // 2 if count % 2 == 0 else None
+        if rows is not None:
+            blocks[param_id] = rows
+    return blocks
+
+
+def _is_gate_up(use: _Use) -> bool:
+    """Whether a parameter is the weight of a gate, then that of another layer with the same input."""
+    if use.dims == 3:  # of experts; GPT-OSS has their rows in turn
+        in_turn = type(use.module).__name__ == "GptOssExperts" or getattr(use.module, "is_concatenated", True) is False
+        return use.leaf == "gate_up_proj" and not in_turn
+    return use.dims == 2 and use.leaf == "weight" and use.path.rpartition(".")[2] == "gate_up_proj"
 
 
 class _Use(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from leanstep._checkpoint import TensorFile, load_pickled, read_json, reason
+from leanstep._checkpoint import TensorFile, index_files, load_pickled, read_json, reason
 from leanstep._files import one_line
 from leanstep.sparsity.compressed import is_compressed, load_compressed
 from leanstep.sparsity.masks import pattern_of, violations
@@ -106,7 +106,8 @@ def verify(
         is 1 (inputs of (out, in) weights, in-channels) or 0, whichever fits.
 
     Raises:
-        ValueError: for a path without a checkpoint, a damaged file, or a rule that matches nothing.
+        ValueError: for a path without a checkpoint, a damaged or missing file, an index that names files elsewhere,
+            or a rule that matches nothing.
     """
     where, tensors, recorded = _open(source)
     dims: dict[str, int] = {}
@@ -189,8 +190,23 @@ def _open(source: Any) -> tuple[str, Tensors, dict[str, Any]]:
         for kind in ("*.safetensors", "*.bin", "*.pt", "*.pth"):
             files = sorted(folder.glob(kind))
             if files:
+                _check_indexes(folder, kind, files)
                 return str(folder), (row for file in files for row in _read(file)), _recorded_patterns(folder)
     raise ValueError(f"verify: {path} holds no checkpoint: no *.safetensors, *.bin or *.pt in it or in its final/")
+
+
+def _check_indexes(folder: Path, kind: str, files: list[Path]) -> None:
+    """Raise ValueError for an index that names a file elsewhere, or one that is missing."""
+    for index in sorted(folder.glob(f"{kind}.index.json")):
+        try:
+            missing = sorted(set(index_files(index).values()) - {file.name for file in files})
+        except (ValueError, FileNotFoundError) as error:  # a link to nothing
+            raise ValueError(f"verify: {one_line(error)}") from None
+        if missing:
+            raise ValueError(
+                f"verify: {folder} is incomplete: {missing[0]}, which {index.name} names, is missing; copy or download "
+                "again"
+            )
 
 
 def _recorded_patterns(folder: Path) -> dict[str, Any]:

@@ -90,6 +90,7 @@ def steps(name: str, stage: Stage) -> tuple[Runs, int]:
     states: dict[str, list[Tensor]] = {
         "nearest": [], "stochastic": [], "kahan": [torch.zeros_like(p) for p in params],
         "master": [p.detach().float() for p in params],
+        "split": [torch.zeros_like(p, dtype=torch.int8) for p in params],
     }  # fmt: skip
     for rounding, state in states.items():
         options = StepOptions(numbers, rounding, seeds=count, offsets=torch.zeros_like(count))

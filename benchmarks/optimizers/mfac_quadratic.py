@@ -12,8 +12,9 @@ Problems, all convex, trained on mini-batches of 64 and judged by their whole lo
 
 A run counts the steps until the loss is within a fraction of the way from the start to the minimum (found by Newton's
 method): ``loss <= minimum + fraction * (start - minimum)``, looked at every 5 steps. Every setting of a grid is tried
-on one seed (SGD: rates; SGD with momentum 0.9: rates; M-FAC: rates and dampings, window 256); the one with the fewest
-steps to the smallest fraction then runs with the other seeds. A setting at the edge of its grid is reported as such.
+on one seed (SGD: rates; SGD with momentum 0.9: rates; M-FAC as published: rates and dampings, window 256); the one with
+the fewest steps to the smallest fraction then runs with the other seeds. A setting at the edge of its grid is reported
+as such.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ class Setting(NamedTuple):
     def build(self, weight: Tensor) -> torch.optim.Optimizer:
         """The optimizer over one weight."""
         if self.method == "M-FAC":
-            return MFAC([weight], lr=self.lr, window=WINDOW, damping=self.damping)
+            return MFAC([weight], lr=self.lr, window=WINDOW, damping=self.damping, shrinkage=0.0)
         return torch.optim.SGD([weight], lr=self.lr, momentum=0.9 if "momentum" in self.method else 0.0)
 
     def text(self) -> str:

@@ -1,4 +1,4 @@
-// Number types, the four ways to round, and the split of a list of tensors over threads.
+// Number types, the five ways to round, and the split of a list of tensors over threads.
 //
 // The compiler vectorises plain loops. It does not contract products and sums (-ffp-contract=off), so results equal
 // those of the definitions in kernels/reference bit for bit.
@@ -103,7 +103,20 @@ inline float round_stochastic(float value, uint32_t random) {
     return is_finite(value) ? from_bits(pattern) : value;
 }
 
-enum Rounding { NEAREST, STOCHASTIC, KAHAN, MASTER };
+enum Rounding { NEAREST, STOCHASTIC, KAHAN, MASTER, SPLIT };
+
+template <int rounding, typename Param>
+constexpr bool is_split = rounding == SPLIT && all_bf16<Param>;
+
+// the weight whose upper 24 bits are a bf16 number and the difference of the patterns: reference.rounding.widen
+inline float joined(float value, int32_t difference) {
+    const float weight = from_bits(to_bits(value) + (static_cast<uint32_t>(difference) << 8));
+    return is_finite(value) & (value != 0.0f) ? weight : value;
+}
+
+// the pattern of a weight, rounded to 24 bits: its bits 8 to 15 are the difference to the nearest bf16 number
+inline uint32_t round_to_24(float value) { return to_bits(value) + 0x80u; }
+
 
 template <int rounding, typename Param>
 inline float before_rounding(float value, uint32_t index, uint32_t seed) {
@@ -111,7 +124,7 @@ inline float before_rounding(float value, uint32_t index, uint32_t seed) {
     return value;
 }
 
-// the parameter's dtype for Kahan's remainder, fp32 for a master copy
+// the parameter's dtype for Kahan's remainder, fp32 for a master copy, a byte for the difference of a split weight
 template <typename Param, int rounding>
 struct RoundingState {
     using type = float;
@@ -119,6 +132,10 @@ struct RoundingState {
 template <typename Param>
 struct RoundingState<Param, KAHAN> {
     using type = Param;
+};
+template <typename Param>
+struct RoundingState<Param, SPLIT> {
+    using type = int8_t;
 };
 
 // A rounding error is at most half the distance to the next number. Shrunk a little, it changes no rounding.
@@ -146,6 +163,7 @@ inline float weight_of(Param param, const StateT* state, int64_t i) {
     if constexpr (rounding == MASTER || rounding == KAHAN) {
         return unrounded<rounding, Param>(widen(param), widen(state[i]));
     }
+    if constexpr (is_split<rounding, Param>) return joined(widen(param), state[i]);
     return widen(param);
 }
 
@@ -156,12 +174,24 @@ inline Pair weights_of(const Param* param, const StateT* state, int64_t j) {
         const Pair stored = load_pair(state, j);
         return {unrounded<rounding, Param>(value.low, stored.low), unrounded<rounding, Param>(value.high, stored.high)};
     }
+    if constexpr (is_split<rounding, Param>) {
+        int16_t word;
+        std::memcpy(&word, state + 2 * j, sizeof word);
+        return {joined(value.low, static_cast<int8_t>(word)), joined(value.high, word >> 8)};
+    }
     return value;
 }
 
 // writes the new weight where `keep` is false
 template <int rounding, typename Param, typename StateT>
 inline void store_weight(float value, bool keep, Param* param, StateT* state, int64_t i, uint32_t index, uint32_t seed) {
+    if constexpr (is_split<rounding, Param>) {
+        // the largest payload of a NaN would overflow
+        const uint32_t pattern = value != value ? 0x7FC00000u : round_to_24(value);
+        state[i] = keep ? state[i] : static_cast<int8_t>(pattern >> 8);
+        param[i] = keep ? param[i] : static_cast<Param>((pattern + 0x8000u) >> 16);
+        return;
+    }
     Param rounded;
     narrow(before_rounding<rounding, Param>(value, index, seed), rounded);
     if constexpr (rounding == KAHAN) {
@@ -180,6 +210,14 @@ inline void store_weights(Pair value, Param* param, StateT* state, int64_t j, ui
         store_pair(state, j, value.low - nearest<Param>(value.low), value.high - nearest<Param>(value.high));
     }
     if constexpr (rounding == MASTER) store_pair(state, j, value.low, value.high);
+    if constexpr (is_split<rounding, Param>) {
+        const uint32_t low = round_to_24(value.low), high = round_to_24(value.high);
+        const uint16_t differences = static_cast<uint16_t>(((low >> 8) & 0xFFu) | (high & 0xFF00u));
+        const uint32_t word = ((low + 0x8000u) >> 16) | ((high + 0x8000u) & 0xFFFF0000u);
+        std::memcpy(state + 2 * j, &differences, sizeof differences);
+        std::memcpy(param + 2 * j, &word, sizeof word);
+        return;
+    }
     store_pair(param, j, before_rounding<rounding, Param>(value.low, index, seed),
                before_rounding<rounding, Param>(value.high, index + 1, seed));
 }

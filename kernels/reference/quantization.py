@@ -11,6 +11,9 @@ A row is all that one index of the first dimension selects, so a shard along dim
   their sign for good, four of five of these signs never arrive in a momentum that is rounded to nearest. All arrive
   with stochastic rounding, whose mean is the value. In pure noise it changes the sign of 2 % of Lion's updates.
   ``tests/kernels/test_lion_int8.py`` measures both.
+* Averages of squares have no sign and codes of 8 bits: 4 bits of exponent, so z is at most 63488, and 4 of mantissa.
+  Rounding is unbiased for the squares. An entry above 0 never has code 0: AdamW would divide a momentum by eps alone.
+  ``tests/kernels/test_adamw_int8.py`` measures their errors.
 """
 
 from __future__ import annotations
@@ -25,8 +28,11 @@ BLOCK = 128
 # smallest scale whose inverse, and a value times this inverse, are finite
 _SMALLEST_SCALE = 2.0**-100
 _LARGEST = 248.0
+_LARGEST_SQUARE = 63488.0
 _DROPPED = 19  # bits of z below the code
 _ONE = 0x3F800000 >> _DROPPED
+# makes the random bits of squares independent of those of momenta
+_SQUARES = 0x5BD1E995
 
 
 def scale_shape(shape: torch.Size) -> tuple[int, int]:
@@ -35,30 +41,36 @@ def scale_shape(shape: torch.Size) -> tuple[int, int]:
 
 
 def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the values of int8 ``codes`` [rows, ...] with fp32 ``scales`` [rows, blocks], in fp32 or fp64."""
+    """Return the values of ``codes`` [rows, ...] with fp32 ``scales`` [rows, blocks], in fp32 or fp64."""
     blocks = _blocks(codes).to(torch.int32)
     z = ((blocks.abs() + _ONE) << _DROPPED).view(torch.float32)
     magnitudes = (z - 1).to(dtype) * scales.to(dtype).unsqueeze(-1)
     return _entries(torch.where(blocks < 0, -magnitudes, magnitudes), codes)
 
 
-def quantize(values: Tensor, seed: Tensor | int, offset: Tensor | int = 0) -> tuple[Tensor, Tensor]:
-    """Return (codes, scales) of fp32 or fp64 ``values`` [rows, ...].
+def quantize(
+    values: Tensor, seed: Tensor | int, offset: Tensor | int = 0, *, squares: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return (codes, scales) of fp32 or fp64 ``values`` [rows, ...]: int8, or uint8 for squares.
 
     Args:
         seed: of the random bits, an unsigned 32-bit number.
         offset: index of the first entry in the whole tensor, if ``values`` are some of its rows.
+        squares: the values are averages of squares.
     """
+    largest, most = (_LARGEST_SQUARE, 255) if squares else (_LARGEST, 127)
     blocks = _blocks(values)
-    scales = blocks.abs().amax(dim=-1, keepdim=True).float() * (1.0 / (_LARGEST - 1.0))
+    scales = blocks.abs().amax(dim=-1, keepdim=True).float() * (1.0 / (largest - 1.0))
     usable = torch.isfinite(scales) & (scales >= _SMALLEST_SCALE)
     z = (1.0 + blocks.abs() * torch.where(usable, 1.0 / scales, 0.0)).float()
+    seed = seed ^ _SQUARES if squares else seed
     random = _random16(blocks, seed, offset // max(values.shape[1:].numel(), 1))
     # the dropped bits are the probability of rounding up
-    codes = (((z.view(torch.int32) + (random << (_DROPPED - 16))) >> _DROPPED) - _ONE).clamp(max=127)
-    codes = torch.where(usable, torch.where(blocks < 0, -codes, codes), 0)
+    codes = (((z.view(torch.int32) + (random << (_DROPPED - 16))) >> _DROPPED) - _ONE).clamp(max=most)
+    codes = torch.where(blocks < 0, -codes, torch.where(blocks > 0, codes.clamp(min=1), 0) if squares else codes)
+    codes = torch.where(usable, codes, 0)
     scales = torch.where(torch.isfinite(scales), torch.where(usable, scales, 0.0), torch.nan)
-    return _entries(codes, values).to(torch.int8), scales.squeeze(-1)
+    return _entries(codes, values).to(torch.uint8 if squares else torch.int8), scales.squeeze(-1)
 
 
 def _random16(blocks: Tensor, seed: Tensor | int, first_row: Tensor | int) -> Tensor:

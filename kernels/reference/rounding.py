@@ -1,15 +1,21 @@
-"""Four ways to round an fp32 update to a parameter of lower precision, as plain torch.
+"""Five ways to round an fp32 update to a parameter of lower precision, as plain torch.
 
-``rounding`` selects the way. ``rounding_state`` is a tensor that two of them need for every parameter:
+``rounding`` selects the way. ``rounding_state`` is a tensor that three of them need for every parameter:
 
 * ``nearest``: the parameter is widened, updated in fp32 and rounded once.
 * ``stochastic``: rounds up or down at random; the nearer value is more likely (bf16 only). The random bits are a hash
   of the element's index and a seed, so a step can be replayed.
 * ``kahan``: ``rounding_state`` (parameter's dtype) holds the rounding error. Both together have about 16 bits.
 * ``master``: ``rounding_state`` (fp32) is the weight. The parameter is its rounded copy.
+* ``split``: the weight has the upper 24 bits of fp32, rounded to nearest, so the error is at most 2**-16 of a normal
+  value (bf16 only). The parameter is the bf16 number nearest to it, and ``rounding_state`` (int8) is the difference of
+  the two patterns. Halves are rounded away from zero. Zeros, infinities and NaN have no difference: a weight below
+  2**-134 is 0.
 
 A parameter may be written from outside between two steps, as by ``model.load_state_dict``. An entry that the rounding
-state no longer rounds to is such an entry: its value is the parameter's, and its rounding state is dropped.
+state no longer rounds to is such an entry: its value is the parameter's, and its rounding state is dropped. ``split``
+has no bit to spare for this. Every pair is valid, and the difference of an older weight moves a written one by at most
+half the distance to the next bf16 number: a step never undoes what was written. It never moves a zero.
 """
 
 from __future__ import annotations
@@ -20,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROUNDINGS = ("nearest", "stochastic", "kahan", "master")
+ROUNDINGS = ("nearest", "stochastic", "kahan", "master", "split")
 
 # A rounding error is at most half the distance to the next number. Shrunk a little, it changes no rounding.
 _SHRINK = 127 / 128
@@ -38,6 +44,10 @@ def widen(param: Tensor, rounding_state: Tensor | None, rounding: str) -> Tensor
         assert rounding_state is not None
         error = rounding_state.to(wide.dtype)
         return torch.where(rounded_to(wide + error * _SHRINK, param.dtype) == param, wide + error, wide)
+    if rounding == "split" and param.dtype == torch.bfloat16:
+        assert rounding_state is not None
+        joined = (wide.view(torch.int32) + (rounding_state.to(torch.int32) << 8)).view(torch.float32)
+        return torch.where(torch.isfinite(wide) & (wide != 0), joined, wide)
     return wide
 
 
@@ -131,4 +141,13 @@ def narrow(
         return rounded, (value - rounded.to(value.dtype)).to(param.dtype)
     if rounding == "master":
         return value, value
+    if rounding == "split" and param.dtype == torch.bfloat16:
+        return split(value)
     return value, None
+
+
+def split(value: Tensor) -> tuple[Tensor, Tensor]:
+    """Round fp32 to 24 bits; return the nearest bf16 number, still stored in fp32, and the int8 difference."""
+    # the largest payload of a NaN would overflow
+    pattern = torch.where(torch.isnan(value), torch.nan, value).view(torch.int32) + 0x80
+    return ((pattern + 0x8000) & -0x10000).view(torch.float32), ((pattern << 16) >> 24).to(torch.int8)

@@ -19,8 +19,8 @@ class StepOptions(NamedTuple):
 
     Attributes:
         scalars: 1-D tensor of the rule's numbers on the device, in :func:`compute_dtype`; see :func:`pack`.
-        rounding: how the new value is rounded to the parameter's dtype: "nearest", "stochastic", "kahan" or "master";
-            see :mod:`leanstep.kernels.reference.rounding`.
+        rounding: how the new value is rounded to the parameter's dtype: "nearest", "stochastic", "kahan", "master" or
+            "split"; see :mod:`leanstep.kernels.reference.rounding`.
         cautious_scale: [number of tensors], in the dtype of ``scalars``. Entries whose update agrees in sign with the
             gradient are scaled by it; the others do not move (Liang et al., arXiv 2411.16085). None: off.
         decay_where_aligned: decay only entries whose update and value agree in sign (Chen et al., arXiv 2510.12402).

@@ -30,8 +30,8 @@ def lion_step(
         params: tensors of one device and dtype, any shape; updated in place.
         grads: same shapes; any floating dtype; not written.
         exp_avgs: momenta m, same shapes, any floating dtype; updated in place.
-        rounding_state: one tensor per parameter for the roundings "kahan" (in the parameter's dtype) and "master"
-            (fp32), updated in place; empty for the others.
+        rounding_state: one tensor per parameter for the roundings "kahan" (in the parameter's dtype), "master"
+            (fp32) and "split" (int8), updated in place; empty for the others.
         options: see :class:`StepOptions`; ``scalars`` are
             [lr, 1 - lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2].
 

@@ -10,7 +10,21 @@ import triton
 import triton.language as tl
 
 TL_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-ROUNDINGS = ("nearest", "stochastic", "kahan", "master")
+ROUNDINGS = ("nearest", "stochastic", "kahan", "master", "split")
+# rounding states may be differences of one byte, too
+STATE_DTYPE = {**TL_DTYPE, torch.int8: tl.int8}
+
+
+def has_state(rounding: str) -> bool:
+    """Whether a rounding has a state tensor."""
+    return rounding in ("kahan", "master", "split")
+
+
+def zero_states(param: torch.Tensor, rounding: str) -> list[torch.Tensor]:
+    """The rounding state of a parameter of zeros, as a list of one tensor or none."""
+    dtypes = {"kahan": param.dtype, "master": torch.float32, "split": torch.int8}
+    return [torch.zeros_like(param, dtype=dtypes[rounding])] if has_state(rounding) else []
+
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
@@ -21,7 +35,7 @@ def load_tile(ptr, mask):
     if mask is None:
         x = tl.load(ptr)
     else:
-        x = tl.load(ptr, mask=mask, other=0.0)
+        x = tl.load(ptr, mask=mask, other=0)
     return x
 
 
@@ -97,9 +111,9 @@ def stochastic_bfloat16(x, random):
 
 @triton.jit
 def parameter_value(p, state, ROUNDING: tl.constexpr):
-    """fp32 value of the parameter: plus its Kahan remainder, or of its fp32 master copy.
+    """fp32 value of the parameter: plus its Kahan remainder, of its fp32 master copy, or of a split weight.
 
-    The parameter's alone where the state does not round to it: it was written between two steps.
+    The parameter's alone where the remainder or master does not round to it: it was written between two steps.
     """
     value = to_float(p)
     if ROUNDING == "master":
@@ -110,7 +124,17 @@ def parameter_value(p, state, ROUNDING: tl.constexpr):
         # a rounding error, at most half the distance to the next number, changes no rounding if shrunk a little
         rounded = round_to(value + stored * 0.9921875, p.dtype)
         value += tl.where(to_float(rounded) - value == 0, stored, -0.0)  # -0.0 changes no value
+    elif ROUNDING == "split":
+        joined = (value.to(tl.int32, bitcast=True) + (state.to(tl.int32) << 8)).to(tl.float32, bitcast=True)
+        value = tl.where((tl.abs(value) < float("inf")) & (value != 0), joined, value)
     return value
+
+
+@triton.jit
+def rounded_to_24(x):
+    """Pattern of an fp32 block rounded to 24 bits: bits 8 to 15 are the difference to the nearest bf16 number."""
+    # the largest payload of a NaN would overflow
+    return tl.where(x == x, x.to(tl.uint32, bitcast=True), 0x7FC00000) + 0x80
 
 
 @triton.jit
@@ -118,6 +142,8 @@ def rounded_parameter(value, random, P_DTYPE: tl.constexpr, ROUNDING: tl.constex
     """Round an fp32 block to the parameter's dtype."""
     if ROUNDING == "stochastic":
         p = stochastic_bfloat16(value, random)
+    elif ROUNDING == "split":
+        p = ((rounded_to_24(value) + 0x8000) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         p = round_to(value, P_DTYPE)
     return p
@@ -125,9 +151,11 @@ def rounded_parameter(value, random, P_DTYPE: tl.constexpr, ROUNDING: tl.constex
 
 @triton.jit
 def remainder(value, p, E_DTYPE: tl.constexpr, ROUNDING: tl.constexpr):
-    """The new rounding state: the rounding error (kahan) or the value (master)."""
+    """The new rounding state: the rounding error (kahan), the difference of patterns (split) or the value (master)."""
     if ROUNDING == "kahan":
         state = round_to(value - to_float(p), E_DTYPE)
+    elif ROUNDING == "split":
+        state = (rounded_to_24(value) >> 8).to(tl.uint8).to(tl.int8, bitcast=True)
     else:
         state = value
     return state

@@ -23,7 +23,7 @@ from triton.runtime.cache import get_cache_manager as get_cache_manager
 from triton.runtime.jit import JITFunction, mangle_type
 
 import leanstep.kernels.triton_impl as package
-from leanstep.kernels.triton_impl._common import TL_DTYPE
+from leanstep.kernels.triton_impl._common import STATE_DTYPE
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -54,7 +54,7 @@ class Launch:
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of a constexpr argument or of a pointer's target."""
         value = self.constants[name] if name in self.constants else self.arguments[name]
-        return next(dtype for dtype, triton_dtype in TL_DTYPE.items() if triton_dtype.name == str(value).strip("*"))
+        return next(dtype for dtype, triton_dtype in STATE_DTYPE.items() if triton_dtype.name == str(value).strip("*"))
 
 
 @dataclass(frozen=True, kw_only=True)

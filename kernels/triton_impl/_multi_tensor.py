@@ -164,8 +164,8 @@ def seeds_and_offsets(options: StepOptions, count: int) -> tuple[Tensor, Tensor]
 
 
 def effective_rounding(rounding: str, dtype: torch.dtype) -> str:
-    """The rounding of parameters of `dtype`: nearest for fp32; stochastic for bf16 only."""
-    if dtype == torch.float32 or (rounding == "stochastic" and dtype != torch.bfloat16):
+    """The rounding of parameters of `dtype`: nearest for fp32; stochastic and split for bf16 only."""
+    if dtype == torch.float32 or (rounding in ("stochastic", "split") and dtype != torch.bfloat16):
         return "nearest"
     return rounding
 
@@ -204,6 +204,8 @@ class Staging:
 
         An fp32 parameter needs no rounding state. Its remainder is added to it. `finish` copies it to its master copy.
         """
+        if rounding == "split" and param.dtype != torch.bfloat16:
+            return param, None, "nearest"
         if state is not None and param.dtype == torch.float32:
             if rounding == "master":
                 self._written.append((state.detach(), param.detach()))

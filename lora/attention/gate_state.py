@@ -101,7 +101,7 @@ def check_state(state: Any, layers: Iterable[str], settings: Mapping[str, Any]) 
     differ = [
         f"{key} was {one_line(state['settings'].get(key))}, is {value}"
         for key, value in settings.items()
-        if state["settings"].get(key) != value
+        if not _is_number(state["settings"].get(key)) or state["settings"][key] != value
     ]
     if differ:
         raise ValueError(

@@ -18,7 +18,7 @@ from leanstep.optimizers.common.checks import (
     describe,
 )
 from leanstep.optimizers.common.loading import StateLoading
-from leanstep.optimizers.common.rounding import STATE_RULES, effective, rounding_states, seeds_for
+from leanstep.optimizers.common.rounding import STATE_RULES, effective, full_precision, rounding_states, seeds_for
 from leanstep.optimizers.common.saved_tensors import StateRule
 from leanstep.optimizers.common.sharding import (
     Reducer,
@@ -338,6 +338,43 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
             for value in state.values()
             if isinstance(value, Tensor)
         )
+
+    @torch.no_grad()
+    def full_precision_state_dict(self, model: torch.nn.Module | None = None) -> dict[str, Any]:
+        """Return copies of the weights in fp32 (fp64 for fp64), with the bits that ``rounding`` keeps in the state.
+
+        Args:
+            model: names the weights. The result has the entries of ``model.state_dict()``, so that a model in fp32
+                loads it: floating parameters in fp32, also those that this optimizer does not have, and everything
+                else as it is. None: the names of named parameters (``param_groups(model)`` or
+                ``model.named_parameters()``).
+
+        Returns:
+            Name -> weight. Weights of sharded parameters are DTensors with the same placements; communicates nothing.
+
+        Raises:
+            ValueError: without a model, a group has no names.
+
+        Notes:
+            Weights of fp16 and bf16 parameters have the fp32 bits of "master", 24 bits with "split", about 16 with
+            "kahan", and the parameter's own bits otherwise, or before the first step. Takes 4 bytes per parameter.
+        """
+        settings = {p: (self.state.get(p, {}), g["rounding"]) for g in self.param_groups for p in g["params"]}
+        if model is not None:
+            tensors = dict(model.state_dict(keep_vars=True))
+        elif all("param_names" in group for group in self.param_groups):
+            tensors = {n: p for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)}
+        else:
+            raise ValueError(
+                f"{type(self).__name__}: expected named parameters, got groups without names. Call "
+                "full_precision_state_dict(model), or build the optimizer from param_groups(model)."
+            )
+        for name, tensor in tensors.items():
+            if tensor in settings or (isinstance(tensor, torch.nn.Parameter) and tensor.is_floating_point()):
+                tensors[name] = full_precision(tensor, *settings.get(tensor, ({}, "nearest")))
+            elif isinstance(tensor, Tensor):
+                tensors[name] = tensor.detach().clone()
+        return tensors
 
     def _raise_on_nonfinite(self) -> None:
         """Raise NonFiniteGradientError if a gradient of a group with nonfinite="raise" is not finite; waits once."""

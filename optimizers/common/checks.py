@@ -51,7 +51,10 @@ def warn_how_auto_routes(groups: list[dict[str, Any]], owner: str, matrices: str
 def check_number(
     owner: str, name: str, value: Any, low: float, high: float = math.inf, *, open_high: bool = False
 ) -> None:
-    """Raise unless low <= value <= high, or < high with ``open_high``. Accepts one-element tensors."""
+    """Raise unless low <= value <= high, or < high with ``open_high``. Accepts one-element tensors.
+
+    Without ``high``, the limit is 2**128, where float32 ends: kernels compute with float32 settings.
+    """
     if isinstance(value, Tensor):
         if value.numel() != 1:
             label = "Tensor lr" if name == "learning rate" else f"{name} as a tensor"
@@ -61,7 +64,8 @@ def check_number(
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{owner}: {name} must be a number, got {value!r}")
-    open_high = open_high or high == math.inf
+    if high == math.inf:
+        high, open_high = 2.0**128, True
     too_large = isinstance(value, int) and abs(value) >= 2**63  # for torch; write a float
     if too_large or not (low <= value <= high) or (open_high and value == high) or math.isnan(value):
         end = ")" if open_high else "]"
@@ -89,6 +93,31 @@ def check_layout(owner: str, group: dict[str, Any]) -> None:
     if group["transposed"] and group["flatten"]:
         raise ValueError(
             f"{owner}: transposed is for matrices and stacks of them, flatten for convolutions; choose one"
+        )
+
+
+def check_blocks(owner: str, group: dict[str, Any]) -> None:
+    """Raise unless ``blocks`` of a group is None, an int, or several ints; all at least 1."""
+    blocks = group["blocks"]
+    if blocks is None:
+        return
+    sizes = blocks if isinstance(blocks, (tuple, list)) else (blocks,)
+    if not sizes or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in sizes):
+        raise ValueError(
+            f"Invalid blocks: {blocks!r:.80}; {owner} expects None, the rows of every block, or a tuple with the rows "
+            "of each block, as ints of at least 1"
+        )
+
+
+def check_rows(owner: str, group: dict[str, Any], position: int, rows: int) -> None:
+    """Raise ValueError unless the blocks of a group cover the rows of its parameter at ``position``."""
+    blocks = group["blocks"]
+    covered = rows if blocks is None else sum(blocks) if isinstance(blocks, (tuple, list)) else rows - rows % blocks
+    if covered != rows:
+        side = ", which is stored (in, out)," if group["transposed"] else ""
+        raise ValueError(
+            f"{owner}: blocks={blocks!r:.80} have {covered} rows, and {describe(group, position)}{side} has {rows}. "
+            "Give blocks whose rows add up, or put the parameter in a group without blocks."
         )
 
 

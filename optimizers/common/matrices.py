@@ -60,6 +60,18 @@ def sides_of(shard: Shard) -> Sides:
     )
 
 
+def row_dim(shape: Sequence[int], transposed: bool, flatten: bool = False) -> int:
+    """Return the dimension of a parameter, as it is stored, that has the rows of its matrices (out, in)."""
+    return len(shape) - 1 if transposed else int(len(shape) == 3 and not flatten)
+
+
+def block_sizes(blocks: int | Sequence[int] | None, rows: int) -> list[int]:
+    """Return the rows of every block of a matrix, by the setting ``blocks`` of its group; None is one block."""
+    if blocks is None:
+        return [rows]
+    return [blocks] * (rows // blocks) if isinstance(blocks, int) else list(blocks)
+
+
 def as_written(tensor: Tensor, stacked: bool) -> Tensor:
     """Return a parameter as the matrix or stack that :func:`leanstep.kernels.scaled_step` writes.
 

@@ -14,7 +14,7 @@ from leanstep._torch import is_dtensor, join_parts
 from leanstep.kernels.reference.quantization import dequantize, quantize, scale_shape
 from leanstep.kernels.steps.common import compute_dtype
 from leanstep.optimizers.common.rounding import init_step
-from leanstep.optimizers.common.saved_tensors import StateRule
+from leanstep.optimizers.common.saved_tensors import COUNT, StateRule
 from leanstep.optimizers.common.sharding import dtype_of, local, new_state, shard_of
 
 SCALE_KEY = "exp_avg_scale"
@@ -23,6 +23,8 @@ SCALE_KEY = "exp_avg_scale"
 QUANTIZED_RULES = {
     "exp_avg": StateRule((torch.int8,), shaped=True),
     SCALE_KEY: StateRule((torch.float32,)),
+    # it seeds the rounding of the codes
+    "step": COUNT._replace(required=True),
 }
 
 
@@ -45,13 +47,15 @@ def init_momentum(state: dict[str, Any], group: dict[str, Any], param: Tensor) -
     quantized = is_quantized(group, param)
     setting = dtype_of(group["momentum_dtype"])
     floating = param.dtype if setting == torch.int8 else setting
+    if quantized:
+        init_step(state, param)
     if "exp_avg" not in state:
         if quantized:
-            init_step(state, param)
             state[SCALE_KEY] = _new_scales(param)
         state["exp_avg"] = new_state(param, torch.int8 if quantized else floating)
+    elif state["exp_avg"].shape != param.shape:
+        return  # resized after a step, which the step refuses by name
     elif quantized and SCALE_KEY not in state:
-        init_step(state, param)
         scales, codes = _new_scales(param), new_state(param, torch.int8)
         new_codes, new_scales = quantize(local(state["exp_avg"]).to(compute_dtype(param.dtype)), 0)
         local(codes).copy_(new_codes)

@@ -11,20 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanstep.kernels.reference.rounding import hash32, hash_number
+from leanstep._torch import is_dtensor, join_parts
+from leanstep.kernels.reference.rounding import hash32, hash_number, narrow, widen
 from leanstep.kernels.steps.common import constant
 from leanstep.optimizers.common.checks import describe
 from leanstep.optimizers.common.saved_tensors import COUNT, StateRule
-from leanstep.optimizers.common.sharding import local, new_state, plain
+from leanstep.optimizers.common.sharding import local, new_state, plain, readable
 
 # state key of each rounding mode
-STATE_KEY = {"kahan": "kahan_compensation", "master": "master_param"}
+STATE_KEY = {"kahan": "kahan_compensation", "master": "master_param", "split": "split_difference"}
 
-# Kernels take a compensation in the parameter's dtype and a master in fp32. Parameters of another dtype at the time of
-# saving had none.
+# Kernels take a compensation in the parameter's dtype, a master in fp32 and a difference in int8. Parameters of another
+# dtype at the time of saving had none.
 STATE_RULES = {
     "kahan_compensation": StateRule((torch.bfloat16, torch.float16), cast=True, required=False, shaped=True),
     "master_param": StateRule((torch.float32,), required=False, shaped=True),
+    "split_difference": StateRule((torch.int8,), required=False, shaped=True),
     "step": COUNT,
 }
 
@@ -33,27 +35,52 @@ def effective(owner: str, group: dict[str, Any], position: int, param: Tensor) -
     """Return a parameter's rounding mode: "nearest" for fp32 and fp64, else the group's.
 
     Raises:
-        ValueError: for stochastic rounding of fp16; near the ends of fp16's range it cannot be unbiased.
+        ValueError: for "stochastic" and "split" of fp16. Near the ends of fp16's range the first cannot be unbiased;
+            the second is defined by the bits of bf16.
     """
     rounding = group["rounding"]
     if param.dtype in (torch.float32, torch.float64):
         return "nearest"
-    if rounding == "stochastic" and param.dtype != torch.bfloat16:
+    if rounding in ("stochastic", "split") and param.dtype != torch.bfloat16:
         raise ValueError(
-            f"{owner}: rounding='stochastic' supports bfloat16 parameters, but {describe(group, position)} is "
+            f"{owner}: rounding={rounding!r} supports bfloat16 parameters, but {describe(group, position)} is "
             f"{param.dtype}. Use rounding='master' or 'kahan' for it."
         )
     return rounding
 
 
 def init_rounding(state: dict[str, Any], param: Tensor, rounding: str) -> None:
-    """Create the state of a parameter's rounding mode, if it has one and it is missing."""
-    if rounding == "kahan" and "kahan_compensation" not in state:
-        state["kahan_compensation"] = new_state(param)
-    elif rounding == "master" and "master_param" not in state:
-        state["master_param"] = plain(param.detach()).to(torch.float32, copy=True)
-    elif rounding == "stochastic":
+    """Create the state of a parameter's rounding mode, if it has one and it is missing.
+
+    The state of another mode is converted, and dropped: the setting was changed after a step.
+    """
+    if rounding == "stochastic":
         init_step(state, param)
+    key = STATE_KEY.get(rounding)
+    if key is None or key in state:
+        return
+    weight = None
+    for mode, other in STATE_KEY.items():
+        if other in state:
+            weight = widen(readable(param), local(state.pop(other)), mode)
+    if rounding == "master":
+        state[key] = plain(param.detach()).to(torch.float32, copy=True)
+    else:
+        state[key] = new_state(param, torch.int8 if rounding == "split" else None)
+    if weight is not None:
+        new_param, new_rounding_state = narrow(weight, param, rounding)
+        local(param).copy_(new_param)
+        local(state[key]).copy_(new_rounding_state)
+
+
+def full_precision(param: Tensor, state: dict[str, Any], rounding: str) -> Tensor:
+    """Return a copy of a parameter in fp32 (fp64 for fp64), with what the state of its rounding mode adds to it."""
+    key, shard = STATE_KEY.get(rounding), readable(param.detach())
+    if key in state and shard.dtype.itemsize == 2:
+        weight = widen(shard, local(state[key]), rounding)
+    else:
+        weight = shard.clone() if shard.dtype == torch.float64 else shard.to(torch.float32, copy=True)
+    return join_parts(weight, param, param.shape) if is_dtensor(param) else weight
 
 
 def init_step(state: dict[str, Any], param: Tensor) -> None:

@@ -142,6 +142,14 @@ def chunk_of(length: int, processes: int, rank: int) -> tuple[int, int]:
     return start, min(chunk, length - start)
 
 
+def local_range(shard: Shard, dim: int) -> tuple[int, int]:
+    """Return (start, length) of this process's indices along a dimension of a parameter."""
+    if not shard.cuts:
+        return 0, shard.shape[dim]
+    assert shard.ranges is not None
+    return shard.ranges[dim].start, len(shard.ranges[dim])
+
+
 def has_memory(tensor: Tensor) -> bool:
     """Whether kernels can address the elements of a tensor (of the local shard of a DTensor).
 
@@ -257,7 +265,7 @@ def check_indices(setting: str, name: str, shard: Shard) -> None:
         raise ValueError(
             f"{setting} takes parameters whose shards are blocks, cut along dimension 0 and two others at most; got "
             f"{name} with placements {shard.placements}; nothing was changed. Redistribute the parameter, or use "
-            "another rounding ('kahan', 'master')."
+            "another rounding ('split', 'master')."
         )
 
 

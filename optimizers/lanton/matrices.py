@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels.matrices.newton_schulz import compute_dtype, flops
+from leanstep.kernels.steps.common import constant
 from leanstep.optimizers.common import matrices as common
-from leanstep.optimizers.common.matrices import as_matrices, as_written
-from leanstep.optimizers.common.sharding import Cut, Shard, dtype_of, local
+from leanstep.optimizers.common.matrices import as_matrices, as_written, block_sizes, row_dim
+from leanstep.optimizers.common.sharding import Cut, Shard, dtype_of, local, local_range
 from leanstep.optimizers.lanton import exchange, rule
 
 if TYPE_CHECKING:
@@ -62,9 +63,56 @@ def matrix_shape(group: dict[str, Any], shape: torch.Size) -> tuple[int, int]:
     return common.matrix_shape(common.oriented(Shard(shape), group["transposed"], group["flatten"]))
 
 
-def scale_of(layer: LayerStep) -> float:
-    """Return :func:`rule.dual_norm_scale` of a parameter's matrices."""
-    return rule.dual_norm_scale("rms", matrix_shape(layer.group, layer.shard.shape), layer.group["scaling"])
+def block_count(group: dict[str, Any], norm: str, shape: torch.Size) -> int:
+    """Return the number of blocks of each matrix of a parameter; 1 without the setting ``blocks``."""
+    if norm != "rms" or group["blocks"] is None:
+        return 1
+    return len(block_sizes(group["blocks"], matrix_shape(group, shape)[0]))
+
+
+def scales_of(layer: LayerStep) -> list[float]:
+    """Return :func:`rule.dual_norm_scale` of each block of a parameter's matrices."""
+    (m, n), scaling = matrix_shape(layer.group, layer.shard.shape), layer.group["scaling"]
+    sizes = block_sizes(layer.group["blocks"], m)
+    return [rule.dual_norm_scale("rms", (rows, n), scaling) for rows in sizes]
+
+
+def index_of_rows(layer: LayerStep) -> Tensor:
+    """Return the index of the block of every row of this process's shard of a parameter's matrices."""
+    shard, device = layer.shard, local(layer.param).device
+    dim = row_dim(shard.shape, layer.group["transposed"], layer.group["flatten"])
+    sizes = block_sizes(layer.group["blocks"], shard.shape[dim])
+    index = torch.arange(len(sizes), device=device).repeat_interleave(
+        constant(sizes, device, torch.int64), output_size=shard.shape[dim]
+    )
+    return index.narrow(0, *local_range(shard, dim))
+
+
+def spread(layer: LayerStep, values: Tensor, dims: int) -> Tensor:
+    """Give every row of this process's shard the value of its block.
+
+    Args:
+        layer: a parameter with blocks.
+        values: one per block: of all matrices of this process, or of one matrix.
+        dims: dimensions of the tensor, stored as the parameter is, to which the result broadcasts.
+    """
+    index = index_of_rows(layer)
+    rows = values.view(-1, len(scales_of(layer)))[:, index]
+    rows = rows if is_stack(layer.group, "rms", dims) else rows[0]
+    return rows.unsqueeze(-2) if layer.group["transposed"] else rows.view(*rows.shape, *[1] * (dims - rows.dim()))
+
+
+def active_blocks(layer: LayerStep, grad: Tensor) -> Tensor:
+    """Return above 0 for every block whose rows on this process have a nonzero entry, matrix by matrix."""
+    rows = as_matrices(grad, layer.group["transposed"], layer.group["flatten"]).any(dim=-1)
+    rows = rows.view(-1, rows.shape[-1]).to(torch.float32)
+    counts = rows.new_zeros(rows.shape[0], len(scales_of(layer)))
+    return counts.index_add_(1, index_of_rows(layer), rows).flatten()
+
+
+def _split(whole: Tensor, group: dict[str, Any]) -> list[Tensor]:
+    """Split a matrix (m, n), or each matrix of a stack, into its blocks."""
+    return list(whole.split(block_sizes(group["blocks"], whole.shape[-2]), dim=-2))
 
 
 # ---- owners of matrices
@@ -117,7 +165,9 @@ def _no_load(groups: tuple[Any, ...]) -> dict[tuple[int, ...], float]:
 
 def _cost(layer: LayerStep, shape: torch.Size) -> float:
     count = shape[0] if is_stack(layer.group, "rms", len(shape)) else 1
-    return count * flops(matrix_shape(layer.group, shape), layer.group["ns_steps"])
+    m, n = matrix_shape(layer.group, shape)
+    sizes = block_sizes(layer.group["blocks"], m)
+    return count * sum(flops((rows, n), layer.group["ns_steps"]) for rows in sizes)
 
 
 # ---- norms and directions
@@ -126,15 +176,24 @@ def _cost(layer: LayerStep, shape: torch.Size) -> float:
 def nuclear_norms(
     layers: Sequence[LayerStep], difference: Callable[[int], Tensor]
 ) -> Iterator[tuple[MatrixTask, Tensor]]:
-    """Yield dual norms of the differences that this process works on; ``difference(i)`` is its shard."""
+    """Yield dual norms of the differences that this process works on; ``difference(i)`` is its shard.
+
+    The norms of a matrix's blocks are adjacent.
+    """
     for batch in _whole_matrices(tasks_of(layers), layers, difference):
         group = layers[batch[0][0].layer_index].group
-        norms = rule.nuclear_norms([whole for _, whole in batch], group["nuclear"], dtype_of(group["ns_dtype"]))
-        counts = [whole.shape[0] if whole.dim() == 3 else 1 for _, whole in batch]
+        split = [_split(whole, layers[task.layer_index].group) for task, whole in batch]
+        norms = rule.nuclear_norms([m for ms in split for m in ms], group["nuclear"], dtype_of(group["ns_dtype"]))
+        counts = [sum(m.shape[:-2].numel() for m in ms) for ms in split]
         for (task, _), values in zip(batch, norms.split(counts), strict=True):
             layer = layers[task.layer_index]
-            scale = scale_of(layer) * rule.noise_scale(layer.group["noise"], layer.group["half_fraction"])
-            yield task, values.double() * scale
+            noise_scale = rule.noise_scale(layer.group["noise"], layer.group["half_fraction"])
+            scales = [scale * noise_scale for scale in scales_of(layer)]
+            if len(scales) == 1:
+                yield task, values.double() * scales[0]
+            else:
+                by_block = values.double().view(len(scales), -1).mT
+                yield task, (by_block * constant(scales, values.device, torch.float64)).flatten()
 
 
 def directions(
@@ -148,11 +207,18 @@ def directions(
     owned: dict[MatrixTask, Tensor] = {}
     for batch in _whole_matrices(tasks, layers, momentum):
         group = layers[batch[0][0].layer_index].group
-        polars = rule.polar_factors(
-            [whole for _, whole in batch], group["ns_steps"], group["ns_coefficients"], dtype_of(group["ns_dtype"])
+        split = [_split(whole, layers[task.layer_index].group) for task, whole in batch]
+        polars = iter(
+            rule.polar_factors(
+                [m for ms in split for m in ms],
+                group["ns_steps"],
+                group["ns_coefficients"],
+                dtype_of(group["ns_dtype"]),
+            )
         )
         ready = []
-        for (task, _), polar in zip(batch, polars, strict=True):
+        for (task, _), blocks in zip(batch, split, strict=True):
+            polar = next(polars) if len(blocks) == 1 else torch.cat([next(polars) for _ in blocks], dim=-2)
             stored = polar.mT if layers[task.layer_index].group["transposed"] else polar
             if not task.cuts:
                 ready.append((task, stored))

@@ -12,12 +12,14 @@ from leanstep.kernels.matrices.newton_schulz import COEFFICIENTS, ESTIMATORS
 from leanstep.optimizers.common.base import LeanOptimizer
 from leanstep.optimizers.common.checks import (
     check_betas,
+    check_blocks,
     check_choice,
     check_count,
     check_dtype,
     check_flags,
     check_layout,
     check_number,
+    check_rows,
     describe,
     settings_of,
     warn_how_auto_routes,
@@ -26,7 +28,7 @@ from leanstep.optimizers.common.loading import Loaded
 from leanstep.optimizers.common.rounding import effective, init_rounding
 from leanstep.optimizers.common.sharding import Reducer, Shard, local, new_state, shard_of
 from leanstep.optimizers.lanton.halves import UNMARKED, MarkedHalves
-from leanstep.optimizers.lanton.matrices import is_stack
+from leanstep.optimizers.lanton.matrices import block_count, is_stack, matrix_shape
 from leanstep.optimizers.lanton.saved import STATE_RULES, check_entries, check_half_gradients, reshaped_estimates
 from leanstep.optimizers.lanton.step import (
     Layer,
@@ -72,8 +74,8 @@ class LANTON(MarkedHalves, LeanOptimizer):
     ========  =====================  ==============================  ======================  =====================
 
     "auto" means "rms" for two or more dimensions and "vector" for the rest. It warns once, because embeddings and heads
-    belong in groups with "sign". Each matrix of a stack (e, m, n) has its own H and f. Convolutions are flattened to
-    (m, rest). :func:`leanstep.kernels.newton_schulz` computes U V^T.
+    belong in groups with "sign". Each matrix of a stack (e, m, n) has its own H and f, and so has each block.
+    Convolutions are flattened to (m, rest). :func:`leanstep.kernels.newton_schulz` computes U V^T.
 
     Args:
         params: parameters, named parameters, or groups.
@@ -109,7 +111,8 @@ class LANTON(MarkedHalves, LeanOptimizer):
         nuclear: estimator of the nuclear norm. "polar": three Newton-Schulz steps; a bias common to all layers cancels
             in f. "svd": exact and slow. "frobenius": the Frobenius norm, a lower bound by up to a factor of
             sqrt(rank), without matrix products; use it for layers of similar shape.
-        transposed, flatten: as for :class:`leanstep.optimizers.SinkGD`.
+        transposed, flatten, blocks: as for :class:`leanstep.optimizers.SinkGD`. Each block has its own O, H and f, as a
+            matrix of its own would; a non-finite gradient leaves the whole parameter unchanged.
         momentum_dtype: dtype of B; None: the parameter's. O is computed from the stored B.
         noise_dtype: dtype of the stored gradient or half; None: the parameter's. bf16 halves its memory for fp32
             parameters, and adds up to 2^-9 of the gradient to the noise.
@@ -130,7 +133,7 @@ class LANTON(MarkedHalves, LeanOptimizer):
         gradients. A gradient of zeros (an expert without tokens), or none, leaves H and G' unchanged.
         State: ``momentum_buffer`` (4 bytes per fp32 parameter) and, with "previous", ``previous_grad`` (4 bytes).
         "halves" needs one more copy of the gradients between mark_half and the step. ``noise`` and ``noise_steps``: one
-        number each per matrix. ``rounding`` adds ``kahan_compensation``, ``master_param`` or ``step``.
+        number each per matrix. ``rounding`` adds its state, as for Lion.
         A step allocates differences or directions of a few matrices at a time (64 MB in fp32, or one matrix) and the
         buffers of Newton-Schulz. The maximum needs all gradients before the first update.
         FSDP2: each matrix is gathered on one process, and owners balance the cost. A step takes three all-to-alls
@@ -190,6 +193,7 @@ class LANTON(MarkedHalves, LeanOptimizer):
         nuclear: str = "polar",
         transposed: bool = False,
         flatten: bool = False,
+        blocks: int | tuple[int, ...] | None = None,
         momentum_dtype: torch.dtype | None = None,
         noise_dtype: torch.dtype | None = None,
         rounding: str = "nearest",
@@ -220,6 +224,7 @@ class LANTON(MarkedHalves, LeanOptimizer):
             check_count("LANTON", name, group[name])
         check_flags("LANTON", group, ("nesterov", "noise_adaptive"))
         check_layout("LANTON", group)
+        check_blocks("LANTON", group)
         for name in ("momentum_dtype", "noise_dtype", "ns_dtype"):
             check_dtype("LANTON", name, group[name])
 
@@ -241,6 +246,8 @@ class LANTON(MarkedHalves, LeanOptimizer):
                     "sharding engine have lost their rows and have no other rule)"
                 )
             else:
+                if norm == "rms":
+                    check_rows("LANTON", group, position, matrix_shape(group, param.shape)[0])
                 continue
             raise ValueError(
                 f"LANTON: norm={norm!r} takes {'vectors' if norm == 'vector' else 'matrices'}, got "
@@ -361,9 +368,9 @@ class LANTON(MarkedHalves, LeanOptimizer):
             norm: "rms", "sign" or "vector" selects the layers with this norm; None: all layers.
 
         Returns:
-            One dict per vector, matrix or matrix of a stack that has had a gradient: ``name``; ``group``, the key of
-            the layers that share its maximum; ``norm``; ``H`` (None before the first estimate); ``factor`` f; ``lr``,
-            the group's lr times f. Empty with ``noise_adaptive=False``.
+            One dict per vector, matrix, matrix of a stack or block that has had a gradient: ``name``; ``group``, the
+            key of the layers that share its maximum; ``norm``; ``H`` (None before the first estimate); ``factor`` f;
+            ``lr``, the group's lr times f. Empty with ``noise_adaptive=False``.
 
         Raises:
             ValueError: no parameter has this norm.
@@ -382,10 +389,12 @@ class LANTON(MarkedHalves, LeanOptimizer):
         rows: list[dict[str, Any]] = []
         for layer in layers:
             stack = is_stack(layer.group, layer.norm, layer.param.dim())
+            blocks = block_count(layer.group, layer.norm, layer.param.shape)
             for k in range(matrix_count(layer)):
                 i = len(rows)
+                which = f"[{k // blocks}]" * stack + f"[{k % blocks}]" * (blocks > 1)
                 row = {
-                    "name": names[layer.param] + (f"[{k}]" if stack else ""),
+                    "name": names[layer.param] + which,
                     "group": maximum_of(layer),
                     "norm": layer.norm,
                     "H": noise[i] if counts[i] >= 1 else None,

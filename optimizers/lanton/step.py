@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from leanstep.kernels.steps.common import constant, nonfinite_flags
+from leanstep.kernels.steps.common import compute_dtype, constant, nonfinite_flags
 from leanstep.optimizers.common.base import by_device_and_dtype, count_nonfinite
 from leanstep.optimizers.common.matrices import as_written, write_back
 from leanstep.optimizers.common.rounding import rounding_states, seeds_for
 from leanstep.optimizers.common.sharding import Reducer, Shard, local, positions_of, sum_over_shards
 from leanstep.optimizers.lanton import matrices, rule
-from leanstep.optimizers.lanton.matrices import is_stack
+from leanstep.optimizers.lanton.matrices import block_count, is_stack
 
 # Columns of a table with one row per matrix, summed over processes:
 _DUAL = 0  # "rms": the difference's dual norm; "sign", "vector": rule.partial_dual_norm of the difference
@@ -83,8 +83,9 @@ def norm_of(group: dict[str, Any], param: Tensor) -> str:
 
 
 def matrix_count(layer: Layer | LayerStep) -> int:
-    """Return the number of a parameter's noise estimates."""
-    return layer.param.shape[0] if is_stack(layer.group, layer.norm, layer.param.dim()) else 1
+    """Return the number of a parameter's noise estimates: those of a matrix's blocks are adjacent."""
+    count = layer.param.shape[0] if is_stack(layer.group, layer.norm, layer.param.dim()) else 1
+    return count * block_count(layer.group, layer.norm, layer.param.shape)
 
 
 def maximum_of(layer: Layer) -> str:
@@ -156,7 +157,10 @@ def _measure(layers: list[LayerStep], rows: list[slice], table: Tensor) -> None:
     for layer, span in zip(layers, rows, strict=True):
         if layer.measures or layer.stores:
             grad = local(layer.grad)
-            active = grad.flatten(1).any(dim=1) if span.stop - span.start > 1 else _any(grad).view(1)
+            if _has_blocks(layer):
+                active = matrices.active_blocks(layer, grad)
+            else:
+                active = grad.flatten(1).any(dim=1) if span.stop - span.start > 1 else _any(grad).view(1)
             _local_values(layer, table[span, _ACTIVE]).copy_(active)
         if layer.norm == "vector":
             momentum = rule.momentum(_momentum(layer), _signed(layer), layer.group["betas"][0])
@@ -166,7 +170,9 @@ def _measure(layers: list[LayerStep], rows: list[slice], table: Tensor) -> None:
             table[span.start, _DUAL] = rule.partial_dual_norm(_difference(layer), layer.norm, table.dtype)
     hidden = [i for i, layer in enumerate(layers) if layer.measures and layer.norm == "rms"]
     for task, norms in matrices.nuclear_norms([layers[i] for i in hidden], lambda i: _difference(layers[hidden[i]])):
-        start = rows[hidden[task.layer_index]].start + task.first
+        layer = layers[hidden[task.layer_index]]
+        start = rows[hidden[task.layer_index]].start
+        start += task.first * block_count(layer.group, layer.norm, layer.shard.shape)
         table[start : start + norms.numel(), _DUAL] = norms.to(table)
 
 
@@ -301,7 +307,10 @@ def _store_gradient(info: GradientInfo) -> None:
     if _on_host(grad) and bool(take.all()):
         previous.copy_(grad)
     else:
-        mask = take.view(-1, *[1] * (grad.dim() - 1)) if take.numel() > 1 else take[0]
+        if _has_blocks(layer):
+            mask = matrices.spread(layer, take, grad.dim())
+        else:
+            mask = take.view(-1, *[1] * (grad.dim() - 1)) if take.numel() > 1 else take[0]
         previous.copy_(torch.where(mask, grad, previous))
 
 
@@ -315,11 +324,17 @@ def _update_momentum(info: GradientInfo) -> None:
 
 
 def _local_values(layer: LayerStep, values: Tensor) -> Tensor:
-    """Select the values of this process's matrices from one value per matrix of a stack."""
+    """Select the values of this process's matrices from one value per block of each matrix of a stack."""
     shard = layer.shard
-    if values.numel() == 1 or shard.ranges is None:
+    if shard.ranges is None or not is_stack(layer.group, layer.norm, layer.param.dim()):
         return values
-    return values[shard.ranges[0].start : shard.ranges[0].stop]
+    blocks = block_count(layer.group, layer.norm, shard.shape)
+    return values[shard.ranges[0].start * blocks : shard.ranges[0].stop * blocks]
+
+
+def _has_blocks(layer: LayerStep) -> bool:
+    """Whether every matrix of a parameter has several blocks, each with an estimate of its own."""
+    return block_count(layer.group, layer.norm, layer.shard.shape) > 1
 
 
 def _on_host(tensor: Tensor) -> bool:
@@ -344,9 +359,17 @@ def _elementwise_update(info: GradientInfo) -> Update:
 
 def _matrix_update(info: GradientInfo, task: matrices.MatrixTask, direction: Tensor) -> Update:
     """Return the update of hidden matrices along the polar factors of their momenta."""
-    layer, first = info.layer, task.first
-    factor = _local_values(layer, info.factor) if task.matrix is None else info.factor[first : first + 1]
-    return _update(info, direction, factor * (layer.group["radius"] * matrices.scale_of(layer)), task.matrix)
+    layer, first, scales = info.layer, task.first, matrices.scales_of(info.layer)
+    count, radius = len(scales), layer.group["radius"]
+    in_stack = slice(first * count, (first + 1) * count)
+    factor = _local_values(layer, info.factor) if task.matrix is None else info.factor[in_stack]
+    if count == 1:
+        return _update(info, direction, factor * (radius * scales[0]), task.matrix)
+    # factors of blocks differ by row: they go into the direction, in the dtype in which the kernel multiplies
+    sizes = factor.view(-1, count) * constant([radius * scale for scale in scales], factor.device, factor.dtype)
+    wide = compute_dtype(local(layer.param).dtype)
+    direction = direction.to(wide) * matrices.spread(layer, sizes.to(wide), direction.dim())
+    return _update(info, direction, factor.new_ones(len(sizes)), task.matrix)
 
 
 def _update(info: GradientInfo, direction: Tensor, scale: Tensor, matrix: int | None = None) -> Update:

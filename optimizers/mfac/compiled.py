@@ -40,7 +40,8 @@ def directions_by_op(problems: Sequence[Problem]) -> tuple[list[Tensor], Tensor,
         tensors += [problem.scope_state[key] for key in scope_keys]
         tensors += [state[key] for state, keys in zip(problem.states, row_keys, strict=True) for key in keys]
         formats = [f.__name__ for f in problem.formats]
-        plan.append([problem.settings, scope_keys, row_keys, formats, [list(c.shape) for c in problem.columns]])
+        shapes = [list(c.shape) for c in problem.columns]
+        plan.append([problem.settings, scope_keys, row_keys, formats, shapes, problem.weights])
     vectors = [v for p in problems for v in p.vectors]
     states = [s for p in problems for s in p.states]
     rates = [torch.as_tensor(p.lr, dtype=torch.float64) for p in problems]
@@ -61,12 +62,13 @@ _encoded._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _decoded(vectors: list[Tensor], tensors: list[Tensor], rates: list[Tensor], plan: str) -> Iterator[Problem]:
     """Rebuild the problems from the op's arguments."""
     next_vector, next_tensor = iter(vectors), iter(tensors)
-    for (settings, scope_keys, row_keys, names, shapes), lr in zip(json.loads(plan), rates, strict=True):
+    for (settings, scope_keys, row_keys, names, shapes, weights), lr in zip(json.loads(plan), rates, strict=True):
         scope_state = {key: next(next_tensor) for key in scope_keys}
         states = [{key: next(next_tensor) for key in keys} for keys in row_keys]
         formats = [_FORMATS[name] for name in names]
         columns = [Columns(tuple(shape)) for shape in shapes]
-        yield Problem(settings, scope_state, states, formats, columns, [next(next_vector) for _ in shapes], lr)
+        gradients = [next(next_vector) for _ in shapes]
+        yield Problem(settings, scope_state, states, formats, columns, gradients, weights, lr)
 
 
 def _run(vectors: list[Tensor], tensors: list[Tensor], rates: list[Tensor], plan: str, out: list[Tensor]) -> None:

@@ -34,6 +34,7 @@ class Problem(NamedTuple):
     formats: list[type[DenseRows]]
     columns: list[Columns]
     vectors: list[Tensor]  # this process's shards of the gradients, with sign, decay and mask applied
+    weights: list[int]  # of every Gram matrix, over all processes
     lr: float | Tensor
 
 
@@ -188,10 +189,9 @@ class ScopeBatch:
         settings, n = self.settings, self.rows_after
         stats = self._joined("stats")
         gram = torch.cat([p.scope_state["gram"][:, :n, :n] for p in self.problems])
-        damping = rule.damping_at(settings["damping"], settings["damping_schedule"], self.step, self.problems[0].lr)
         denominator = rule.denominator(settings["scaling"], settings["window"], n)
         indices = [index for index, scope in enumerate(self.scope_of_gram) if scope in valid]
-        solved = rule.coefficients(gram[indices], damping, denominator, self.index)
+        solved = rule.coefficients(gram[indices], self._dampings(gram)[indices], denominator, self.index)
         coefficients = gram.new_zeros(self.gram_count, n)
         coefficients[indices] = solved.values
         decrease, norm = rule.decrease_and_norm(gram, coefficients, self.index)
@@ -209,6 +209,13 @@ class ScopeBatch:
         for i in valid:
             self.problems[i].scope_state["stats"].copy_(stats[self.grams_of_scope[i]])
         return coefficients
+
+    def _dampings(self, gram: Tensor) -> Tensor:
+        """Return the damping of F with the shrinkage, fp64 [grams]."""
+        settings = self.settings
+        damping = rule.damping_at(settings["damping"], settings["damping_schedule"], self.step, self.problems[0].lr)
+        weights = torch.tensor([d for p in self.problems for d in p.weights], dtype=torch.float64, device=gram.device)
+        return rule.shrinkage_at(gram, settings["shrinkage"], weights) + damping
 
     def _combine(self, valid: list[int], coefficients: Tensor) -> dict[int, list[Tensor]]:
         """Return the updates of the scopes that take a step, one per parameter."""

@@ -42,11 +42,12 @@ from leanstep.optimizers.mfac.window import columns_of
 class MFAC(LeanOptimizer):
     r"""M-FAC (matrix-free approximate curvature): natural-gradient steps from a window of gradients.
 
-    The rows of G are the last n gradients of a scope, n <= ``window``. With s = ``window`` (or n, see ``scaling``) and
-    the newest gradient g::
+    The rows of G are the last n gradients of a scope of d weights, n <= ``window``. With s = ``window`` (or n, see
+    ``scaling``) and the newest gradient g::
 
-        F = damping * I + G^T G / s
-        c = (damping * I + G G^T / s)^-1 e_newest
+        a = damping + shrinkage * tr(G G^T) / (n^2 d)
+        F = a * I + G^T G / s
+        c = (a * I + G G^T / s)^-1 e_newest
         u = F^-1 g = G^T c
         v = momentum * v + (1 - momentum) * u
         p = p * (1 - lr * weight_decay) - lr * v
@@ -62,6 +63,10 @@ class MFAC(LeanOptimizer):
         damping: > 0, in units of a squared gradient, usually 1e-7 to 1e-4. Tune it together with lr.
         scaling: "window": s = m from the first step, as published; effective steps shrink while the window fills.
             "count": s = n.
+        shrinkage: >= 0. In a direction that no row has, F is only the damping, and the step is lr / damping times the
+            gradient: on small problems it diverges. The mean eigenvalue of G^T G / n, divided by n, is therefore added
+            to the damping, ``shrinkage`` times. It fades as the window fills, and is negligible beside the damping for
+            millions of weights. 0: as published.
         scope: which gradients share a window. "model": all. "group": one window per group. "layer": one per module,
             by the parameters' names, or one per parameter without names. An int: one per block of that many
             consecutive elements of a parameter. A window has a Gram matrix of 8 m^2 bytes and a system of size m.
@@ -152,6 +157,7 @@ class MFAC(LeanOptimizer):
         damping: float = 1e-5,
         *,
         scaling: str = "window",
+        shrinkage: float = 1.0,
         scope: str | int = "model",
         storage: str | None = None,
         compression: str | None = None,
@@ -227,10 +233,10 @@ class MFAC(LeanOptimizer):
         """Return statistics over all scopes (reads the device).
 
         Returns:
-            Of the last step: ``window_rows``, n (of the fullest scope); ``damping``; ``update_norm``, the L2 norm of
-            all u before momentum and lr; ``decrease``, g . u. Counts of all steps: ``jittered`` and ``eigen``,
-            systems that needed a larger diagonal or eigenvalues; ``clipped``, updates shortened by
-            ``max_update_norm``; ``nonfinite``, see :meth:`nonfinite_count`.
+            Of the last step: ``window_rows``, n (of the fullest scope); ``damping``, without the shrinkage;
+            ``update_norm``, the L2 norm of all u before momentum and lr; ``decrease``, g . u. Counts of all steps:
+            ``jittered`` and ``eigen``, systems that needed a larger diagonal or eigenvalues; ``clipped``, updates
+            shortened by ``max_update_norm``; ``nonfinite``, see :meth:`nonfinite_count`.
         """
         states = [state for state in self._states() if "gram" in state]
         totals = torch.zeros(len(STATS), dtype=torch.float64)

@@ -1,9 +1,9 @@
 """M-FAC's rule: one function per line of the formula in :class:`leanstep.optimizers.MFAC`, in its order.
 
-The last n gradients are the rows of G, g is the newest one, and K = G G^T.
+The last n gradients are the rows of G, g is the newest one, and K = G G^T. a is the damping with its shrinkage.
 :func:`leanstep.kernels.scaled_step` computes the last line, p = p * (1 - lr * weight_decay) - lr * v, and rounds.
-u = F^-1 g with F = damping * I + G^T G / s, by the push-through identity
-(damping * I + G^T G / s)^-1 G^T = G^T (damping * I + G G^T / s)^-1. This form has no subtraction, hence no
+u = F^-1 g with F = a * I + G^T G / s, by the push-through identity
+(a * I + G^T G / s)^-1 G^T = G^T (a * I + G G^T / s)^-1. This form has no subtraction, hence no
 cancellation. Gradients may have any floating dtype, float64 included; K and c are float64.
 """
 
@@ -56,6 +56,11 @@ def denominator(scaling: str, window: int, rows: int) -> int:
     return window if scaling == "window" else rows
 
 
+def shrinkage_at(gram: Tensor, shrinkage: float, weights: Tensor) -> Tensor:
+    """Return shrinkage * tr(K) / (n^2 d): a share 1 / n of F's mean eigenvalue. ``gram`` [grams, n, n], d [grams]."""
+    return gram.diagonal(dim1=-2, dim2=-1).mean(dim=-1) * shrinkage / (gram.shape[-1] * weights)
+
+
 def gram_row(
     windows: Sequence[Tensor],
     gradient: Sequence[Tensor],
@@ -75,7 +80,7 @@ def write_gram_row(gram: Tensor, row: Tensor, index: int) -> None:
     gram[:, : row.shape[1], index] = row
 
 
-def coefficients(gram: Tensor, damping: float, denominator: float, newest: int) -> Coefficients:
+def coefficients(gram: Tensor, damping: float | Tensor, denominator: float, newest: int) -> Coefficients:
     """Return c = (damping * I + K / s)^-1 e_newest, fp64 [..., n], and the status of each solve."""
     return window_coefficients(gram, damping, denominator, newest)
 

@@ -164,7 +164,16 @@ def _problem(scope: Scope) -> Problem:
         vectors.append(vector)
     formats = [_format_of(e.state, scope.settings["scope"]) for e in entries]
     states, columns, lr = [e.state for e in entries], [e.columns for e in entries], entries[0].group["lr"]
-    return Problem(scope.settings, scope.scope_state, states, formats, columns, vectors, lr)
+    weights = _weights_of(entries, scope.settings["scope"])
+    return Problem(scope.settings, scope.scope_state, states, formats, columns, vectors, weights, lr)
+
+
+def _weights_of(entries: list[ScopeParam], scope: str | int) -> list[int]:
+    """Return the number of weights of every Gram matrix of a scope."""
+    total = sum(entry.param.numel() for entry in entries)
+    if not isinstance(scope, int):
+        return [total]
+    return [min(scope, total - start) for start in range(0, total, scope)]
 
 
 def _gathered(entries: list[ScopeParam], updates: list[Tensor | None]) -> list[Tensor | None]:

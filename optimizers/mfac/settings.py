@@ -19,8 +19,8 @@ SCHEDULES = (*CURVES, "exponential", "lr")
 
 # settings that must be equal in all groups of a scope
 SHARED = (
-    "scope", "window", "damping", "damping_schedule", "scaling", "storage", "compression", "density", "rank",
-    "max_update_norm", "shard_window", "nonfinite", "foreach",
+    "scope", "window", "damping", "damping_schedule", "scaling", "shrinkage", "storage", "compression", "density",
+    "rank", "max_update_norm", "shard_window", "nonfinite", "foreach",
 )  # fmt: skip
 
 
@@ -31,9 +31,11 @@ def check_settings(group: dict[str, Any]) -> None:
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"MFAC: {name} must be an int, got {value!r}")
         check_count("MFAC", name, value)
-    if isinstance(group["damping"], Tensor):
-        raise TypeError(f"MFAC: damping must be a number, got {group['damping']!r}")
+    for name in ("damping", "shrinkage"):
+        if isinstance(group[name], Tensor):
+            raise TypeError(f"MFAC: {name} must be a number, got {group[name]!r}")
     _check_positive("damping", group["damping"], "a number greater than 0 (the Fisher matrix alone has no inverse)")
+    check_number("MFAC", "shrinkage", group["shrinkage"], 0.0)
     _check_schedule(group["damping_schedule"])
     check_choice("MFAC", "scaling", group["scaling"], SCALINGS)
     scope = group["scope"]

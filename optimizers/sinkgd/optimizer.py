@@ -14,12 +14,14 @@ from leanstep.kernels.steps.common import nonfinite_flags
 from leanstep.optimizers.common.base import Batch, LeanOptimizer, count_nonfinite
 from leanstep.optimizers.common.checks import (
     check_betas,
+    check_blocks,
     check_choice,
     check_count,
     check_dtype,
     check_flags,
     check_layout,
     check_number,
+    check_rows,
     describe,
     settings_of,
     warn_how_auto_routes,
@@ -27,9 +29,10 @@ from leanstep.optimizers.common.checks import (
 from leanstep.optimizers.common.matrices import as_matrices, matrix_shape, oriented, sides_of, write_back
 from leanstep.optimizers.common.rounding import effective, init_rounding
 from leanstep.optimizers.common.saved_tensors import COUNT, SHAPED, StateRule
-from leanstep.optimizers.common.sharding import Reducer, Shard, all_reduce_flags, local, new_state
+from leanstep.optimizers.common.sharding import Reducer, Shard, all_reduce_flags, local, new_state, readable, store
 from leanstep.optimizers.sinkgd import rule
 from leanstep.optimizers.sinkgd.adamw import init_adamw, step_adamw
+from leanstep.optimizers.sinkgd.blocks import flags_of_parameters, in_blocks
 from leanstep.optimizers.sinkgd.sharded import all_reduce_row_norms, normalize
 from leanstep.optimizers.sinkgd.spectral import init_power_vector, pin_operator_norms, power_vector_shape
 
@@ -96,6 +99,9 @@ class SinkGD(LeanOptimizer):
             They are normalized as (out, in). :func:`leanstep.optimizers.param_groups` sets it.
         flatten: the group's tensors of three dimensions are matrices (m, rest), not stacks, as in one-dimensional
             convolutions. :func:`leanstep.optimizers.param_groups` sets it.
+        blocks: the rows of the group's matrices (out, in) are several matrices, each normalized by itself. An int:
+            blocks of so many rows. A tuple: the rows of every block. Without meaning for AdamW's parameters.
+            :func:`leanstep.optimizers.param_groups` sets it for heads and fused weights, with ``split``.
         rounding, momentum_dtype, seed, maximize: as for :class:`leanstep.optimizers.Lion`.
         nonfinite: "skip": do not update a matrix with a non-finite gradient, and count it. One non-finite gradient
             skips all AdamW parameters of its group, device and dtype. "raise", "pass": as for Lion.
@@ -107,7 +113,7 @@ class SinkGD(LeanOptimizer):
 
     Notes:
         State: none for matrices without options; AdamW's moments for the rest. Options add ``momentum_buffer``,
-        ``power_vector`` and ``power_warm``, ``step``, ``kahan_compensation`` or ``master_param``. A step allocates one
+        ``power_vector`` and ``power_warm``, and the state of ``rounding``, as for Lion. A step allocates one
         fp32 matrix on a CPU, and partial column sums on a GPU.
         Sharded matrices (FSDP2, tensor parallelism, both) are not gathered. An iteration reduces column sums over each
         mesh dimension that shards rows, and row sums over each that shards columns; these also need one all-reduce of
@@ -159,6 +165,7 @@ class SinkGD(LeanOptimizer):
         algorithm: str = "auto",
         transposed: bool = False,
         flatten: bool = False,
+        blocks: int | tuple[int, ...] | None = None,
         rounding: str = "nearest",
         momentum_dtype: torch.dtype | None = None,
         seed: int = 0,
@@ -180,6 +187,9 @@ class SinkGD(LeanOptimizer):
             check_choice("SinkGD", name, group[name], choices)
         check_flags("SinkGD", group, ("nesterov",), ("fused",))
         check_layout("SinkGD", group)
+        check_blocks("SinkGD", group)
+        if group["blocks"] is not None and group["spectral"] is not None:
+            raise ValueError("SinkGD: spectral scales whole matrices; leave it None in groups with blocks")
         check_count("SinkGD", "num_iters", group["num_iters"])
         check_dtype("SinkGD", "momentum_dtype", group["momentum_dtype"])
         if group["base_width"] is not None:
@@ -204,6 +214,9 @@ class SinkGD(LeanOptimizer):
                     "leanstep.optimizers.param_groups does so. "
                     "(Parameters flattened by a sharding engine have lost their rows and cannot be normalized.)"
                 )
+            if group["blocks"] is not None:
+                whole = oriented(Shard(param.shape), group["transposed"], group["flatten"])
+                check_rows("SinkGD", group, position, matrix_shape(whole)[0])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Fill in settings that an older state does not have, and convert step counts to tensors."""
@@ -227,9 +240,15 @@ class SinkGD(LeanOptimizer):
 
     def _check_shard(self, group: dict[str, Any], position: int, shard: Shard) -> None:
         super()._check_shard(group, position, shard)
-        if algorithm_of(group, group["params"][position]) == "adamw" or not group["spectral"]:
+        if algorithm_of(group, group["params"][position]) == "adamw":
             return
-        if sides_of(oriented(shard, group["transposed"], group["flatten"])).columns:
+        if group["blocks"] is not None and shard.ranges is None:
+            raise ValueError(
+                f"SinkGD: blocks need shards without gaps, got {describe(group, position)} with placements "
+                f"{shard.placements}; nothing was changed. Redistribute the parameter, or put it in a group without "
+                "blocks."
+            )
+        if group["spectral"] and sides_of(oriented(shard, group["transposed"], group["flatten"])).columns:
             raise ValueError(
                 f"SinkGD: spectral={group['spectral']!r} takes matrices with unsharded columns, got "
                 f"{describe(group, position)} with placements {shard.placements}; nothing was changed. Put the "
@@ -265,6 +284,18 @@ class SinkGD(LeanOptimizer):
 
 
 def _step(batch: Batch, *, balanced: bool) -> Reducer[None]:
+    """Update the matrices of a batch, and their state, in place; each block of a matrix as a matrix."""
+    if batch.group["blocks"] is None:
+        yield from _step_matrices(batch, balanced=balanced)
+        return
+    weights = [readable(p) for p in batch.params]
+    blocks = in_blocks(batch, weights)
+    if blocks.params:
+        yield from _step_matrices(blocks, balanced=balanced)
+    store(weights, batch.params)
+
+
+def _step_matrices(batch: Batch, *, balanced: bool) -> Reducer[None]:
     """Update the matrices of a batch, and their state, in place, in the order of the class docstring."""
     group, states = batch.group, batch.states
     transposed, flatten, momentum = group["transposed"], group["flatten"], group["momentum"]
@@ -360,7 +391,7 @@ def _write(batch: Batch, matrices: list[Tensor], scales: Scales | None, *, end_w
         return sinkhorn_step(targets, matrices, rounding_state, options, **iterations)
 
     flags = write_back(step, weights, batch.rounding_state(), [not group["flatten"]] * len(weights))
-    count_nonfinite(group, flags)
+    count_nonfinite(group, flags if group["blocks"] is None else flags_of_parameters(flags, batch.indices))
 
 
 def algorithm_of(group: dict[str, Any], param: Tensor) -> str:

@@ -35,7 +35,7 @@ _QUANTISED_DTYPES = ("I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4")
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
 
 # the files of a name on the hub that tell what the others are
-_TELLING = ("config.json", "tokenizer_config.json", "model.safetensors.index.json")
+_TELLING = ("config.json", "tokenizer_config.json", "model.safetensors.index.json", "adapter_config.json")
 _UNLIMITED = 10**30  # transformers' model_max_length of a tokenizer that names none
 _SHOWN = 3  # names of tensors in a message
 
@@ -275,6 +275,13 @@ def open_config(source: str | Path) -> Any:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
 
 
+def empty_model(source: str | Path, dtype: torch.dtype) -> nn.Module:
+    """Model of a configuration, on torch's default device with new weights; ValueError if it cannot be built."""
+    config = open_config(source)
+    with _opening("model", source):
+        return _class(None).from_config(config, dtype=dtype, trust_remote_code=False)
+
+
 def open_tokenizer(source: str | Path) -> Any:
     """Tokenizer in a folder, or by name from the hub. Raises ValueError for one that cannot be opened or encode "a"."""
     from transformers import AutoTokenizer
@@ -347,7 +354,8 @@ def check_weights(source: str | Path, model_class: Any = None, *, new_heads: Ite
             another shape.
 
     Raises:
-        ValueError: for a folder that cannot be opened or needs code of its own; for missing tensors, except tied ones;
+        ValueError: for a folder that cannot be opened, needs code of its own or has an adapter; for missing tensors,
+            except tied ones;
             for tensors of another shape; for an entry of ``new_heads`` that selects no such tensor.
     """
     with _opening("model", source) as path, _quiet():
@@ -410,6 +418,12 @@ def _opening(kind: str, source: str | Path) -> Iterator[str]:
                     f"the folder {source} does not exist: expected a Hugging Face folder, or a name on the hub"
                 )
             folder = _snapshot(str(source)) or folder
+        if kind == "model" and (folder / "adapter_config.json").exists():
+            # transformers would add the adapter where peft is installed, or take another model for its base
+            raise ValueError(
+                f"{source} has an adapter (adapter_config.json): expected a model alone; merge the adapter into it, or "
+                "remove adapter_config.json"
+            )
     except ValueError as error:
         raise ValueError(one_line(error)) from None
     try:

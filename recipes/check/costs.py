@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from leanstep._torch import output_head
 from leanstep.kernels import use_backend
 from leanstep.optimizers.common.sharding import dtype_of
 from leanstep.optimizers.param_groups import parameter_roles
-from leanstep.pruning.folder.loading import open_config
+from leanstep.pruning.folder.loading import empty_model
 from leanstep.recipes.config.schema import RunConfig, trained_size
 from leanstep.recipes.methods.attention import build_gate, build_monitor
 from leanstep.recipes.methods.halves import halved_groups
@@ -224,8 +224,7 @@ def meta_model(config: RunConfig, vocab_size: int) -> Any:
     with unset_fake_temporarily(), torch.device("meta"):
         if config.model.init_from is None:
             return build_model(config.model, vocab_size, dtype)
-        base_config = open_config(config.model.init_from)
-        model = AutoModelForCausalLM.from_config(base_config, dtype=dtype, trust_remote_code=False)
+        model = empty_model(config.model.init_from, dtype)
         if config.lora.target_modules:
             adapt(config, model)
         return model

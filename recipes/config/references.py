@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
-from leanstep.recipes.config.values import KeyPath, leaves, parse_scalar, set_at
+from leanstep.recipes.config.values import KeyPath, check_depth, leaves, parse_scalar, set_at
 
-# limits: references that lead on to references, characters of a resolved text, values that references copy
+# limits: references that lead on to references or lie inside them, characters of a resolved text, values that
+# references copy
 _MOST_STEPS, _MOST_TEXT, _MOST_VALUES = 20, 10_000, 5000
 _ENVIRONMENT, _DECODE = "oc.env:", "oc.decode:"
 
@@ -46,6 +47,7 @@ class References:
             result = self._expand(value, path) if isinstance(value, str) else self._copy(value, path)
         finally:
             self._open.pop()
+        check_depth(len(path) + max((len(below) for below, _ in leaves(result[0])), default=0))
         self._values[path] = result
         return result
 
@@ -143,6 +145,8 @@ def _closing(text: str, start: int) -> int:
     depth = 0
     for position in range(start, len(text)):
         depth += text.startswith("${", position) - (text[position] == "}")
+        if depth > _MOST_STEPS:
+            raise ValueError(f"more than {_MOST_STEPS} references lie inside each other")
         if depth == 0 and position > start:
             return position
     raise ValueError("expected a closing brace after '${'")

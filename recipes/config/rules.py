@@ -46,6 +46,12 @@ def joint_problems(config: RunConfig, world_size: int = 1) -> Iterator[tuple[tup
             ("optimizer.embeddings", "optimizer.name"),
             f"'balanced' is a rule of sinkgd, and optimizer.name is {config.optimizer.name!r}; take embeddings=adamw",
         )
+    if config.optimizer.split is not None and config.optimizer.name not in ("sinkgd", "lanton"):
+        yield (
+            ("optimizer.split", "optimizer.name"),
+            f"is for the rules of matrices of sinkgd and lanton, and optimizer.name is {config.optimizer.name!r}; "
+            "take split=null",
+        )
     if data.source in ("text", "json", "parquet", "local_c4") and not data.path:
         yield ("data.path", "data.source"), f"is needed by data.source '{data.source}': a file, a folder or a pattern"
     if data.source == "hf" and not data.name:

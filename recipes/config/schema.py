@@ -150,6 +150,8 @@ class OptimizerConfig:
     """The optimizer: its name, learning rate, weight decay, further arguments, and options per group.
 
     ``embeddings`` is the rule of SinkGD for embeddings and heads, as in :func:`leanstep.optimizers.param_groups`.
+    ``split`` is its argument, too: SinkGD and LANTON step the matrices of fused weights (``fused``), and also every
+    head of Q and K (``heads``), as matrices of their own.
     ``args`` takes the arguments of the class. An entry of ``groups`` selects parameters by ``match`` (a regular
     expression searched in parameter names) or ``role`` and overrides options that may differ per group, such as ``lr``
     or ``algorithm``. The first entry that selects a parameter wins.
@@ -159,6 +161,7 @@ class OptimizerConfig:
     lr: float = Field(default=1e-3, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
     embeddings: Literal["adamw", "balanced"] = "adamw"
+    split: Literal["fused", "heads"] | None = None
     args: dict[str, Any] = Field(default_factory=dict)
     groups: list[dict[str, Any]] = Field(default_factory=list)
 

@@ -375,8 +375,15 @@ def leaves(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
         yield path, value
 
 
+def check_depth(depth: int) -> None:
+    """Raise ValueError if values would be nested deeper than in a file."""
+    if depth > _MOST_DEPTH:
+        raise ValueError(f"nested more than {_MOST_DEPTH} deep")
+
+
 def set_at(tree: Any, path: KeyPath, value: Any) -> None:
-    """Set ``value`` at ``path``, creating mappings. Raises ValueError if a scalar blocks the path."""
+    """Set ``value`` at ``path``, creating mappings. Raises ValueError for a path too long or blocked by a scalar."""
+    check_depth(len(path))
     for depth, step in enumerate(path):
         last = depth == len(path) - 1
         if isinstance(tree, list):

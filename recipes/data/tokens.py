@@ -23,7 +23,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from leanstep._files import cache_folders, is_folder_name, one_line, private_folder, publish_folder
+from leanstep._files import (
+    cache_folders,
+    is_disk_full,
+    is_folder_name,
+    one_line,
+    private_folder,
+    publish_folder,
+    remove,
+)
 from leanstep.recipes.config.schema import trained_size
 from leanstep.recipes.data.hub import offline, unreachable
 
@@ -78,7 +86,7 @@ def build_once(target: Path, is_valid: Callable[[Path], bool], build: Callable[[
             if target.is_dir() and is_valid(target):
                 return target
             for stale in target.parent.glob(f"{target.name}.tmp-*"):
-                shutil.rmtree(stale, ignore_errors=True)
+                remove(stale)
             partial = target.with_name(f"{target.name}.tmp-{os.getpid()}")
             partial.mkdir()
             try:
@@ -86,8 +94,8 @@ def build_once(target: Path, is_valid: Callable[[Path], bool], build: Callable[[
                 publish_folder(partial, target)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        if error.errno not in _NO_ROOM:
+    except Exception as error:  # tokenizers raises a bare Exception on a full disk
+        if getattr(error, "errno", None) not in _NO_ROOM and not is_disk_full(error):
             raise
         raise OSError(
             f"could not write the cache folder {target}: {error}. Free some space, or name another folder with "

@@ -65,14 +65,20 @@ def _name_apart(runs: list[Run]) -> None:
         names = [run.name for run in runs]
         for run in runs:
             if names.count(run.name) > 1:
-                run.name = "/".join(run.folder.resolve().parts[-depth:])
+                run.name = "/".join(_place(run)[-depth:])
+
+
+def _place(run: Run) -> tuple[str, ...]:
+    """Parts of the run folder's path, or of ``out`` as recorded: it may name variables, whose values reports omit."""
+    out = str(run.setting("out") or "")
+    return (out,) if "${" in out else run.folder.resolve().parts
 
 
 def _page(runs: list[Run], most_points: int, most_text: int) -> str:
     version = next((text for run in runs if (text := flat(run.env).get("versions.leanstep"))), "")
     shared = {
         "version": version,
-        "footer": [run.folder.resolve().name for run in runs],
+        "footer": [_place(run)[-1][:_WORD] for run in runs],
         "curves": curves(runs, most_points),
     }
     if len(runs) == 1:

@@ -368,7 +368,7 @@ def _groups(config: OptimizerConfig, model: torch.nn.Module) -> Iterator[dict[st
         return None
 
     unused = set(range(len(config.groups)))
-    for base in param_groups(model, embeddings=config.embeddings):
+    for base in param_groups(model, embeddings=config.embeddings, split=config.split):
         role = base["name"]
         common = {key: value for key, value in base.items() if key not in ("name", "params")}
         algorithm = common.pop("algorithm", "adamw")

@@ -12,10 +12,10 @@ def flatten(tensors: list[Tensor]) -> Tensor:
 
 
 class DenseFisher:
-    """The last ``window`` rows, and F = damping * I + G^T G / s of them; one update at a time."""
+    """The last ``window`` rows, and F = (damping + shrinkage * tr(G^T G / n) / (n d)) I + G^T G / s of them."""
 
-    def __init__(self, window: int, damping: float, scaling: str = "window") -> None:
-        self.window, self.damping, self.scaling = window, damping, scaling
+    def __init__(self, window: int, damping: float, scaling: str = "window", shrinkage: float = 1.0) -> None:
+        self.window, self.damping, self.scaling, self.shrinkage = window, damping, scaling, shrinkage
         self.rows: list[Tensor] = []
 
     def insert(self, row: Tensor) -> None:
@@ -24,7 +24,10 @@ class DenseFisher:
     def matrix(self) -> Tensor:
         stacked = torch.stack(self.rows)
         count = self.window if self.scaling == "window" else len(self.rows)
-        return self.damping * torch.eye(stacked.shape[1], dtype=torch.float64) + stacked.T @ stacked / count
+        moments = stacked.T @ stacked
+        mean_eigenvalue = torch.linalg.eigvalsh(moments / len(self.rows)).mean()
+        damping = self.damping + self.shrinkage * mean_eigenvalue / len(self.rows)
+        return damping * torch.eye(stacked.shape[1], dtype=torch.float64) + moments / count
 
     def solve(self, vector: Tensor) -> Tensor:
         return torch.linalg.solve(self.matrix(), vector.double())

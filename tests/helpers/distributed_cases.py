@@ -120,6 +120,9 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any], dict[str, Any], torch.dtype, fl
     "lion_stochastic": (Lion, {"lr": 1e-3, "rounding": "stochastic"}, {}, torch.bfloat16, 0),
     "lion_kahan": (Lion, {"lr": 1e-3, "rounding": "kahan"}, {}, torch.bfloat16, 0),
     "lion_master": (Lion, {"lr": 1e-3, "rounding": "master"}, {}, torch.bfloat16, 0),
+    "lion_split": (
+        Lion, {"lr": 1e-3, "rounding": "split", "momentum_dtype": torch.int8}, {}, torch.bfloat16, 0,
+    ),
     "lion_int8": (
         Lion, {"lr": 1e-2, "cautious": True, "weight_decay": 0.1, "momentum_dtype": torch.int8}, {}, torch.float32, 0,
     ),

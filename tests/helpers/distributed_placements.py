@@ -375,6 +375,14 @@ def one_dimensional_convolutions(world: World) -> None:
     follow_whole_matrices(world, {"flatten": True}, (((7, 5, 3), 0), ((7, 5, 3), 1), ((7, 5, 3), 2)))
 
 
+@case(2)
+def blocks_of_matrices(world: World) -> None:
+    """Blocks that a process has in part, or not at all; stacks of them, and matrices stored (in, out)."""
+    follow_whole_matrices(world, {"blocks": (2, 7, 3)}, (((12, 5), 0), ((12, 5), 1)))
+    follow_whole_matrices(world, {"blocks": 4}, (((3, 8, 5), 0), ((1, 8, 5), 0), ((3, 8, 5), 1), ((3, 8, 5), 2)))
+    follow_whole_matrices(world, {"blocks": 4, "transposed": True}, (((5, 12), 0), ((5, 12), 1), ((3, 5, 8), 2)))
+
+
 def follow_whole_matrices(world: World, options: dict[str, Any], places: tuple[Any, ...]) -> None:
     variants = ({}, {"momentum": 0.9, "row_mask_tau": 0.1}, {"momentum": 0.9, "momentum_order": "post"})
     for shape, dim in places:

@@ -54,6 +54,18 @@ def matrices(dtype, generator, device="cpu", wide=False):
     ]
 
 
+def rounding_states(params, rounding, seed=3):
+    """Rounding states as a step leaves them; some of "kahan" and "master" no longer round to their parameter."""
+    chance = torch.Generator().manual_seed(seed)
+    # parameters of fp32 need no state
+    noise = [torch.randn(p.shape, generator=chance).to(p.device) * (p.dtype != torch.float32) for p in params]
+    if rounding == "kahan":
+        return [(n / 512).to(p.dtype) for n, p in zip(noise, params, strict=True)]
+    if rounding == "master":
+        return [p.float() * (1 + n / 512) for n, p in zip(noise, params, strict=True)]
+    return [(n * 64).clamp(-128, 127).to(torch.int8) for n in noise] if rounding == "split" else []
+
+
 def bits_equal(actual, expected):
     """Assert equality of every element, with NaN equal to NaN."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)

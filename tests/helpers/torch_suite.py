@@ -124,17 +124,14 @@ LANTON_INFO = OptimizerInfo(
 MFAC_INFO = OptimizerInfo(
     MFAC,
     optim_inputs_func=_inputs(
-        ({"window": 8, "damping": 1.0}, "default"),
-        ({"window": 8, "damping": 1.0, "lr": 0.01}, "non-default lr"),
-        ({"window": 8, "damping": 1.0, "lr": torch.tensor(0.001)}, "Tensor lr"),
-        ({"window": 8, "damping": 1.0, "weight_decay": 0.1}, "nonzero weight_decay"),
-        (
-            {"window": 8, "damping": 1.0, "weight_decay": 0.1, "decay": "coupled", "maximize": True},
-            "maximize, coupled decay",
-        ),
-        ({"window": 4, "damping": 1.0, "momentum": 0.9, "scope": "layer", "scaling": "count"}, "momentum, layers"),
-        ({"window": 4, "damping": 1.0, "max_update_norm": 0.5}, "trust region"),
-        ({"window": 8, "damping": 1.0, "compression": "topk", "density": 0.5}, "sparse rows"),
+        ({}, "default"),
+        ({"lr": 0.01}, "non-default lr"),
+        ({"lr": torch.tensor(0.001)}, "Tensor lr"),
+        ({"weight_decay": 0.1}, "nonzero weight_decay"),
+        ({"weight_decay": 0.1, "decay": "coupled", "maximize": True}, "maximize, coupled decay"),
+        ({"window": 4, "momentum": 0.9, "scope": "layer", "scaling": "count"}, "momentum, layers"),
+        ({"window": 4, "max_update_norm": 0.5}, "trust region"),
+        ({"compression": "topk", "density": 0.5}, "sparse rows"),
     ),
     optim_error_inputs_func=_errors(
         _same({"lr": -0.5}, "Invalid learning rate: -0.5"),

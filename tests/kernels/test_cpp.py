@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_cases import rounding_states
 
 from leanstep.kernels import (
     StepOptions,
@@ -78,7 +79,7 @@ def test_torch_and_the_kernels_share_one_openmp_runtime():
     assert len(mapped) == 1
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "kahan", "master"])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "kahan", "master", "split"])
 def test_scales_and_update_in_one_call_have_the_bits_of_two(rounding):
     """Stacks, a matrix that the threads share, one that is not finite, empty ones and strides among them."""
     generator = torch.Generator().manual_seed(0)
@@ -89,9 +90,7 @@ def test_scales_and_update_in_one_call_have_the_bits_of_two(rounding):
         params = [torch.randn(s, generator=generator).bfloat16() for s in (*shapes, *extra_shapes)]
         mats = [torch.randn(s, generator=generator).bfloat16() for s in (*shapes, *extra_shapes)]
         mats[1][1, 2, 3] = float("nan")
-        states = {"kahan": [torch.zeros_like(p) for p in params], "master": [p.float() for p in params]}.get(
-            rounding, []
-        )
+        states = rounding_states(params, rounding)
         options = StepOptions(torch.tensor([0.125, 0.75]), rounding)
         if rounding == "stochastic":
             options = options._replace(seeds=torch.arange(len(params)) + 5, offsets=torch.arange(len(params)) * 100)
@@ -109,7 +108,7 @@ def test_scales_and_update_in_one_call_have_the_bits_of_two(rounding):
     assert run(True)[0].tolist() == [0, 1, 0, 0, 0]
 
 
-@pytest.mark.parametrize("rounding", ["master", "kahan"])
+@pytest.mark.parametrize("rounding", ["master", "kahan", "split"])
 @pytest.mark.parametrize("operation", ["lion_step", "scaled_step"])
 def test_written_parameters_are_seen_at_every_bit_pattern(operation, rounding):
     """Every bf16 parameter beside states that just do and just do not round to it, NaN of any payload, and noise."""
@@ -122,6 +121,9 @@ def test_written_parameters_are_seen_at_every_bit_pattern(operation, rounding):
         noise = torch.randint(-(2**31), 2**31, (3 * 2**16,), generator=chance)
         others = special.repeat(2**14)[: 2 * 2**16]
         states = torch.cat([t.to(torch.int32) for t in (*near, noise, others)]).view(torch.float32)
+    elif rounding == "split":
+        ends = [torch.full((2**16,), end) for end in (-128, -1, 0, 1, 127)]
+        states = torch.cat([*ends, torch.randint(-128, 128, (7 * 2**16,), generator=chance)]).to(torch.int8)
     else:
         values = upper.view(torch.float32).nan_to_num()
         errors = [values * size for size in (0, 2.0**-9, -(2.0**-9), 2.0**-9 * 127 / 128, 2.0**-8, -(2.0**-10), 1)]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import bits_equal
+from kernel_cases import bits_equal, rounding_states
 
 from leanstep.kernels import (
     StepOptions,
@@ -18,7 +18,7 @@ from leanstep.kernels.reference.quantization import BLOCK, dequantize, quantize,
 SCALARS = torch.tensor((0.01, 0.999, 0.9, 0.1, 0.99, 0.01))
 SHAPES = [(1, 1), (0, 3), (3, 0), (5, 128), (7, 129), (65, 77), (3, 4, 50), (130, 256), (2, 5, 3, 3), (1, 40000)]
 DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)]
-ROUNDINGS = ["nearest", "stochastic", "kahan", "master"]
+ROUNDINGS = ["nearest", "stochastic", "kahan", "master", "split"]
 
 
 def normal(shape, dtype=torch.float32, seed=0):
@@ -34,12 +34,7 @@ def problem(p_dtype, g_dtype, rounding="nearest"):
         c, s = quantize(normal(shape, seed=100 + i) * normal(shape, seed=150 + i).exp(), i)
         codes.append(c)
         scales.append(s)
-    states = []
-    if rounding == "kahan":
-        states = [normal(s, p_dtype, 200 + i) / 512 for i, s in enumerate(SHAPES)]
-    elif rounding == "master":
-        states = [p.float() * 1.001 for p in params]
-    return params, grads, codes, scales, states
+    return params, grads, codes, scales, rounding_states(params, rounding)
 
 
 def options(rounding="nearest", **more):

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from kernel_cases import rounding_states
 
 from leanstep.kernels import BackendError, StepOptions, lion_agreement, lion_step, use_backend
 
@@ -96,6 +97,7 @@ def test_dtypes(backend, dtypes):
         {"rounding": "stochastic"},
         {"rounding": "kahan"},
         {"rounding": "master", "maximize": True},
+        {"rounding": "split"},
         {"cautious": True, "decay_where_aligned": True},
     ],
     ids=str,
@@ -111,11 +113,7 @@ def test_backends_agree_bit_for_bit(options):
             for held, t in zip((params, grads, momenta), tensors(shape, [torch.bfloat16] * 3, i), strict=True):
                 held.append(t)
         grads[0][1, 3] = float("inf")
-        states = []
-        if rounding == "kahan":
-            states = [torch.randn(p.shape, generator=torch.Generator().manual_seed(3)).bfloat16() / 512 for p in params]
-        if rounding == "master":
-            states = [p.float() * 1.001 for p in params]
+        states = rounding_states(params, rounding)
         call = {k: v for k, v in options.items() if k != "cautious"}
         if options.get("cautious"):
             with use_backend(backend):

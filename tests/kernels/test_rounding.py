@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from leanstep.kernels import StepOptions, lion_step, scaled_step, use_backend
-from leanstep.kernels.reference.rounding import element_index, hash32, hash_number, narrow, round_stochastic, widen
+from leanstep.kernels.reference.rounding import (
+    element_index,
+    hash32,
+    hash_number,
+    narrow,
+    round_stochastic,
+    split,
+    widen,
+)
 
 
 def unsigned(index, seed):
@@ -89,6 +97,48 @@ def test_master_is_the_weight():
     assert new_param is value and new_extra is value
 
 
+def test_a_split_weight_is_exact_to_16_bits():
+    """In fp64, for normal numbers of every exponent, halves between two of 24 bits and between two of bf16 included."""
+    chance = torch.Generator().manual_seed(0)
+    patterns = torch.randint(-(2**31), 2**31, (1 << 18,), generator=chance)
+    halves = (patterns & -0x10000) + torch.tensor([0x80, 0x7F80, 0x7FFF, 0x8000, 0x8080, 0xFF80, 0xFFFF])[:, None]
+    values = torch.cat([patterns, halves.flatten()]).to(torch.int32).view(torch.float32)
+    values = values[torch.isfinite(values) & (values.abs() >= 2.0**-126) & (values.abs() < 3.38e38)]
+    param, difference = split(values)
+    stored = param.bfloat16()
+    assert torch.equal(stored.float(), param) and difference.dtype == torch.int8
+    weights = widen(stored, difference, "split")
+    errors = (weights.double() - values.double()).abs() / values.double().abs()
+    assert 0.99 * 2**-16 < errors.max() <= 2**-16
+    # the parameter is a nearest bf16 number of the weight
+    assert ((param.double() - weights.double()).abs() <= (values.bfloat16().double() - weights.double()).abs()).all()
+
+
+def test_every_split_pair_is_a_weight_beside_its_parameter():
+    """A parameter that was written beside any difference: halfway to its neighbour at most, and zero stays zero."""
+    params = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)[:, None]
+    differences = torch.arange(-128, 128, dtype=torch.int32).to(torch.int8)
+    weights = widen(params.expand(-1, 256), differences.expand(2**16, -1), "split")
+    ordinary = (torch.isfinite(params) & (params != 0)).squeeze(1)
+    others = params[~ordinary].float().expand(-1, 256)
+    torch.testing.assert_close(weights[~ordinary], others, rtol=0, atol=0, equal_nan=True)
+    again, same_differences = split(weights[ordinary])
+    assert torch.equal(again, params[ordinary].float().expand(-1, 256))
+    assert torch.equal(same_differences, differences.expand_as(again))
+
+
+def test_split_passes_specials():
+    values = [0.0, -0.0, math.inf, -math.inf, math.nan, 2.0**-149, -(2.0**-133), 2.0**-134, 3.4e38, 2.0**-126 * 1.7]
+    patterns = torch.tensor([0x7FFFFFFF, -1, 0x7F800001]).to(torch.int32)  # NaN of every kind
+    value = torch.cat([torch.tensor(values), patterns.view(torch.float32)])
+    param, difference = split(value)
+    weights = widen(param.bfloat16(), difference, "split")
+    assert (weights - value).abs()[[5, 6, 7]].max() <= 2.0**-134 and not weights[5].any() and weights[8] == math.inf
+    assert abs(weights[9] / value[9] - 1) <= 2**-16
+    torch.testing.assert_close(weights[[0, 1, 2, 3, 4]], value[[0, 1, 2, 3, 4]], rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(weights.signbit()[:2], value.signbit()[:2]) and weights[10:].isnan().all()
+
+
 # ---- parameters written between two steps
 
 
@@ -100,7 +150,7 @@ def stepped_state(dtype, rounding):
     value[64:72] = 0.0
     param = value.to(dtype)
     _, state = narrow(value, param, rounding)
-    return value, param, state.to(torch.float32 if rounding == "master" else dtype)
+    return value, param, state.to({"kahan": dtype, "master": torch.float32, "split": torch.int8}[rounding])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -119,7 +169,7 @@ def test_the_state_of_a_step_is_kept_and_of_a_written_entry_dropped(dtype, round
     assert not dropped.any() or (rounding == "master" and (mixed[::2][dropped].to(dtype) == 0).all())
 
 
-@pytest.mark.parametrize("rounding", ["kahan", "master"])
+@pytest.mark.parametrize("rounding", ["kahan", "master", "split"])
 @pytest.mark.parametrize("backend", ["cpp", pytest.param("triton", marks=pytest.mark.interpret)])
 def test_all_backends_drop_the_state_of_the_same_entries(rounding, backend):
     def stepped(backend):
@@ -139,7 +189,7 @@ def test_all_backends_drop_the_state_of_the_same_entries(rounding, backend):
         assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("rounding", ["kahan", "master"])
+@pytest.mark.parametrize("rounding", ["kahan", "master", "split"])
 def test_generated_code_rounds_as_the_definition(rounding):
     """Inductor leaves out conversions to low precision that are followed by conversions back."""
 

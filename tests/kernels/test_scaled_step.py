@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from kernel_cases import rounding_states
 
 from leanstep.kernels import StepOptions, scaled_step, use_backend
+from leanstep.kernels.reference.rounding import widen
 
 BACKENDS = ["reference", "cpp"]
 SHAPES = [(1, 1), (5, 7), (6, 128), (33, 192), (3, 4, 6), (2, 5, 128), (0, 3), (4, 0), (2, 0, 3), (0, 4, 3), (2, 3, 0)]
@@ -46,25 +48,20 @@ def test_formula(backend, shape, dtype, dirty_memory):
         assert torch.equal(tensor, before)
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "kahan", "master"])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "kahan", "master", "split"])
 def test_backends_agree(rounding):
     """To the last bit of the storage dtype, for every way of rounding, in one list of several shapes."""
     results = []
     for backend in BACKENDS:
         rows = [arguments(s, torch.bfloat16, torch.float32, i) for i, s in enumerate([(6, 128), (5, 7), (2, 3, 128)])]
         params, mats, r, c = (list(x) for x in zip(*rows, strict=True))
-        states = []
-        if rounding == "kahan":
-            states = [torch.zeros_like(p) + 1e-3 for p in params]
-        elif rounding == "master":
-            states = [p.float() for p in params]
+        states = rounding_states(params, rounding)
         seeds = torch.tensor([5, 6, 7]) if rounding == "stochastic" else None
         with use_backend(backend):
             scaled_step(params, mats, r, c, states, step_options(rounding=rounding, seeds=seeds))
-        values = states if rounding == "master" else params
-        if rounding == "kahan":
-            values = [p.float() + e.float() for p, e in zip(params, states, strict=True)]
-        results.append(values)
+        if states:
+            params = [widen(p, e, rounding) for p, e in zip(params, states, strict=True)]
+        results.append(params)
     for a, *others in zip(*results, strict=True):
         for b in others:
             if rounding in ("nearest", "stochastic"):

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from kernel_cases import DTYPES, bits_equal, dtype_name, replay_beside_eager
+from kernel_cases import DTYPES, bits_equal, dtype_name, replay_beside_eager, rounding_states
 
 from leanstep.kernels import StepOptions
 from leanstep.kernels.reference.quantization import quantize
@@ -9,7 +9,7 @@ from leanstep.kernels.reference.steps import lion_int8 as reference
 triton_lion = pytest.importorskip("leanstep.kernels.triton_impl.steps.lion_int8")
 
 SCALARS = (1e-3, 1 - 1e-3 * 0.1, 0.9, 0.1, 0.99, 0.01)
-ROUNDINGS = ("nearest", "stochastic", "kahan", "master")
+ROUNDINGS = ("nearest", "stochastic", "kahan", "master", "split")
 SWITCHES = ({}, {"maximize": True}, {"decay_where_aligned": True}, {"skip_nonfinite": True}, {"cautious": True})
 # one and several rows to a tile, short blocks, rows of one tile and more, a stack, a tail of whole blocks
 SHAPES = ((1, 1), (0, 5), (3, 0), (7, 3), (5, 130), (70, 256), (2, 8200), (3, 5, 77), (1, 8320), (24, 1))
@@ -28,10 +28,7 @@ def build(p_dtype, g_dtype, rounding, device="cpu", seed=0):
     grads[6] = torch.cat([grads[6].flatten()[:1], grads[6].flatten()])[1:].view(SHAPES[6])
     coded = [quantize(randn(shape, torch.float32) * randn(shape, torch.float32).exp(), 5) for shape in SHAPES]
     codes, scales = ([pair[k] for pair in coded] for k in range(2))
-    if rounding == "kahan":
-        states = [torch.zeros_like(p) for p in params]
-    else:
-        states = [p.to(torch.float32, copy=True) for p in params] if rounding == "master" else []
+    states = rounding_states(params, rounding)
     seeds = torch.randint(0, 2**32, (len(SHAPES),), generator=chance).to(device)
     rows = torch.randint(0, 2**30, (len(SHAPES),), generator=chance)
     offsets = (rows * torch.tensor([torch.Size(s[1:]).numel() for s in SHAPES])).to(device)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from kernel_cases import DTYPES, bits_equal, dtype_name, replay_beside_eager, tensors
+from kernel_cases import DTYPES, bits_equal, dtype_name, replay_beside_eager, rounding_states, tensors
 
 from leanstep.kernels import StepOptions
 from leanstep.kernels.reference.steps import lion_step as reference
@@ -8,7 +8,7 @@ from leanstep.kernels.reference.steps import lion_step as reference
 triton_lion = pytest.importorskip("leanstep.kernels.triton_impl.steps.lion_step")
 
 LR, DECAY, BETA1, BETA2 = 1e-3, 1 - 1e-3 * 0.1, 0.9, 0.99
-ROUNDINGS = ("nearest", "stochastic", "kahan", "master")
+ROUNDINGS = ("nearest", "stochastic", "kahan", "master", "split")
 SWITCHES = ({}, {"maximize": True}, {"decay_where_aligned": True}, {"skip_nonfinite": True}, {"cautious": True})
 
 
@@ -19,10 +19,7 @@ def scalars(device="cpu"):
 def build(p_dtype, g_dtype, m_dtype, rounding, device="cpu", seed=0):
     generator = torch.Generator().manual_seed(seed)
     params, grads, exp_avgs = (tensors(d, generator, device) for d in (p_dtype, g_dtype, m_dtype))
-    if rounding == "kahan":
-        states = [torch.zeros_like(p) for p in params]
-    else:
-        states = [p.to(torch.float32, copy=True) for p in params] if rounding == "master" else []
+    states = rounding_states(params, rounding)
     seeds = torch.randint(0, 2**32, (len(params),), generator=generator).to(device)
     offsets = torch.randint(0, 2**34, (len(params),), generator=generator).to(device)
     return params, grads, exp_avgs, states, seeds, offsets

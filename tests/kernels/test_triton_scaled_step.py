@@ -1,6 +1,6 @@
 import pytest
 import torch
-from kernel_cases import DTYPES, bits_equal, dtype_name, matrices
+from kernel_cases import DTYPES, bits_equal, dtype_name, matrices, rounding_states
 
 from leanstep.kernels import StepOptions
 from leanstep.kernels.reference.steps import scaled_step as reference
@@ -8,17 +8,14 @@ from leanstep.kernels.reference.steps import scaled_step as reference
 triton_step = pytest.importorskip("leanstep.kernels.triton_impl.steps.scaled_step")
 
 STEP, DECAY = 1e-2, 1 - 1e-3
-ROUNDINGS = ("nearest", "stochastic", "kahan", "master")
+ROUNDINGS = ("nearest", "stochastic", "kahan", "master", "split")
 POISONED = 6  # a batch of three matrices
 
 
 def build(p_dtype, g_dtype, rounding, device="cpu"):
     generator = torch.Generator().manual_seed(0)
     params, mats = (matrices(d, generator, device) for d in (p_dtype, g_dtype))
-    if rounding == "kahan":
-        states = [torch.zeros_like(p) for p in params]
-    else:
-        states = [p.to(torch.float32, copy=True) for p in params] if rounding == "master" else []
+    states = rounding_states(params, rounding)
     rows = [torch.rand(p.shape[:-1], generator=generator).to(device) + 0.5 for p in params]
     cols = [torch.rand(*p.shape[:-2], p.shape[-1], generator=generator).to(device) + 0.5 for p in params]
     seeds = torch.randint(0, 2**32, (len(params),), generator=generator).to(device)

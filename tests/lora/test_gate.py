@@ -403,7 +403,9 @@ def test_a_state_of_other_types_is_refused_and_the_gate_unchanged(key, value):
     with LowRankGate(gpt2(), "auto", **PAYS) as gate:
         state, before = gate.state_dict(), repr(gate.state_dict())
         layers = {name: {**saved, key: value} for name, saved in state["layers"].items()}
-        for broken in ({**state, "layers": layers}, {**state, "generator": torch.ones(3)}, {**state, "speeds": [1]}):
+        settings = {**state["settings"], "degree": torch.ones(3)}
+        others = ({"layers": layers}, {"generator": torch.ones(3)}, {"speeds": [1]}, {"settings": settings})
+        for broken in ({**state, **other} for other in others):
             with pytest.raises(ValueError, match="^LowRankGate: "):
                 gate.load_state_dict(broken)
             assert repr(gate.state_dict()) == before

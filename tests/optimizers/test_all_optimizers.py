@@ -13,6 +13,7 @@ from wrapped_tensor import Uncopyable, WrappedTensor
 import leanstep.optimizers
 from leanstep import use_backend
 from leanstep.optimizers import NonFiniteGradientError
+from leanstep.optimizers.common.rounding import STATE_KEY
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
@@ -596,7 +597,7 @@ def test_raise_changes_nothing(case: OptimizerCase):
 @every_case
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_other_dtypes(case: OptimizerCase, dtype: torch.dtype):
-    if case.kwargs.get("rounding") == "stochastic" and dtype == torch.float16:
+    if case.kwargs.get("rounding") in ("stochastic", "split") and dtype == torch.float16:
         params = [p.detach().to(dtype).requires_grad_() for p in case.params()]
         optimizer = case.build(params)
         fill_grads(params, 0)
@@ -727,7 +728,7 @@ def test_bad_settings_are_errors(case: OptimizerCase):
     for bad, message in (
         ({"lr": -1.0}, "Invalid learning rate: -1.0"),
         ({"lr": float("nan")}, "Invalid learning rate: nan"),
-        ({"lr": float("inf")}, r"Invalid learning rate: inf; .* expects it in \[0.0, inf\)"),
+        ({"lr": 1e39}, r"Invalid learning rate: 1e\+39; .* expects it in \[0.0, 3.4\d*e\+38\)"),
         ({"weight_decay": -0.1}, "Invalid weight.decay value: -0.1"),
         ({"betas": (1.0, 0.9)}, "Invalid beta parameter at index 0: 1.0"),
         ({"betas": (0.9,)}, "two numbers"),
@@ -889,7 +890,7 @@ def test_a_written_parameter_drops_its_compensation(case: OptimizerCase, backend
 
 @pytest.mark.parametrize("order", [("model", "optimizer"), ("optimizer", "model")])
 @pytest.mark.parametrize(
-    "case", [c for c in CASES if c.kwargs.get("rounding") in ("master", "kahan")], ids=lambda case: case.name
+    "case", [c for c in CASES if c.kwargs.get("rounding") in STATE_KEY], ids=lambda case: case.name
 )
 def test_rolling_model_and_optimizer_back_is_exact(case: OptimizerCase, order):
     params = case.params()

@@ -9,6 +9,7 @@ import torch
 from lanton_formula import Formula, direction, dual_norm, own_norm
 
 from leanstep.optimizers import LANTON, param_groups
+from leanstep.optimizers.common.rounding import STATE_KEY
 
 SHAPES = {"rms": ((9, 6), (5, 12), (8, 8), (4, 2, 3, 3)), "sign": ((11, 4), (3, 7)), "vector": ((6,), (9,), ())}
 # converges to the polar factor to float64's precision: what is left is the rule itself
@@ -440,7 +441,7 @@ def test_the_scale_of_a_gradient_does_not_change_its_direction(norm, dtype, fore
         assert torch.equal(param, before)
 
 
-@pytest.mark.parametrize("rounding", ["kahan", "master"])
+@pytest.mark.parametrize("rounding", ["kahan", "master", "split"])
 def test_convolutions_of_one_shape_in_channels_last(rounding):
     """Their matrices are copies, to be written back with what the rounding keeps: each to its own parameter."""
     results = []
@@ -453,7 +454,7 @@ def test_convolutions_of_one_shape_in_channels_last(rounding):
             for param in params:
                 param.grad = torch.randn(param.shape, generator=chance).bfloat16()
             optimizer.step()
-        key = {"kahan": "kahan_compensation", "master": "master_param"}[rounding]
+        key = STATE_KEY[rounding]
         results.append([t for p in params for t in (p.detach(), optimizer.state[p][key])])
     torch.testing.assert_close(*results, rtol=0, atol=0)
 

@@ -88,10 +88,13 @@ def test_codes_without_scales_are_refused():
     del lost["state"][0]["exp_avg_scale"]
     unmarked = copy.deepcopy(source.state_dict())
     unmarked["param_groups"][0]["momentum_dtype"] = None
+    uncounted = copy.deepcopy(source.state_dict())
+    del uncounted["state"][0]["step"]
     target, others = build()
     run(target, others, range(1))
     before = decoded(target, others[0])
-    for state, said in ((lost, "has no exp_avg_scale"), (unmarked, "exp_avg_scale.*expected one of")):
+    cases = ((lost, "has no exp_avg_scale"), (unmarked, "exp_avg_scale.*expected one of"), (uncounted, "has no step"))
+    for state, said in cases:
         with pytest.raises(ValueError, match=rf"{said}.*nothing was changed"):
             target.load_state_dict(state)
     assert torch.equal(decoded(target, others[0]), before)
@@ -100,3 +103,18 @@ def test_codes_without_scales_are_refused():
 def test_other_integers_are_refused():
     with pytest.raises(TypeError, match=r"momentum_dtype must be a floating torch.dtype, torch.int8 or None"):
         build(torch.int16)
+
+
+@pytest.mark.parametrize(("before", "after"), [((64,), (8, 8)), ((8, 8), (64,))])
+def test_a_vector_that_became_a_matrix_is_refused_by_name(before, after):
+    param = torch.nn.Parameter(torch.ones(before))
+    optimizer = Lion([param], lr=1e-3, momentum_dtype=torch.int8)
+    for shape in (before, after):
+        param.data = torch.ones(shape)
+        param.grad = torch.ones(shape)
+        if shape == after:
+            with pytest.raises(ValueError, match="'exp_avg' of parameter 0 .* was resized"):
+                optimizer.step()
+        else:
+            optimizer.step()
+    assert torch.equal(param, torch.ones(after))

@@ -10,14 +10,15 @@ SHAPES = ((4, 3), (5,), (), (2, 2, 3))
 LR = 0.1
 
 
+@pytest.mark.parametrize("shrinkage", [0.0, 1.0])
 @pytest.mark.parametrize("scaling", ["window", "count"])
 @pytest.mark.parametrize("damping", [1.0, 1e-2, 1e-6])
 @pytest.mark.parametrize("window", [1, 4])
-def test_every_step_is_the_dense_inverse_of_the_last_gradients(scaling, damping, window):
+def test_every_step_is_the_dense_inverse_of_the_last_gradients(scaling, damping, window, shrinkage):
     """While the window fills, and while it turns over three times."""
     params = new_params(SHAPES)
-    optimizer = MFAC(params, lr=LR, window=window, damping=damping, scaling=scaling)
-    dense = DenseFisher(window, damping, scaling)
+    optimizer = MFAC(params, lr=LR, window=window, damping=damping, scaling=scaling, shrinkage=shrinkage)
+    dense = DenseFisher(window, damping, scaling, shrinkage)
     for step in range(3 * window + 2):
         expected = dense.update(set_grads(params, step))
         # the solver of the dense matrix loses condition * eps, with a condition of about |g|^2 / damping
@@ -27,7 +28,7 @@ def test_every_step_is_the_dense_inverse_of_the_last_gradients(scaling, damping,
 def test_one_gradient_and_orthogonal_ones():
     """F^-1 g = g / (damping + |g|^2 / m), whatever else is in the window, if it is orthogonal."""
     params = new_params(((6,),))
-    optimizer = MFAC(params, lr=LR, window=6, damping=0.1)
+    optimizer = MFAC(params, lr=LR, window=6, damping=0.1, shrinkage=0.0)
     for i in range(6):
         params[0].grad = torch.zeros(6, dtype=torch.float64)
         params[0].grad[i] = 2.0 + i
@@ -86,7 +87,7 @@ def test_small_damping_in_single_precision(damping, size):
     rows = torch.randn(m, d, generator=chance) + 2.0 * torch.randn(d, generator=chance)
     rows = size * rows / rows.norm(dim=1, keepdim=True)
     param = torch.zeros(d, requires_grad=True)
-    optimizer = MFAC([param], lr=1.0, window=m, damping=damping)
+    optimizer = MFAC([param], lr=1.0, window=m, damping=damping, shrinkage=0.0)
     for row in rows:
         param.grad = row.clone()
         before = param.detach().clone()
@@ -182,8 +183,8 @@ def test_blocks_invert_a_block_diagonal_matrix(block):
 
 def test_a_missing_gradient_is_a_row_of_zeros_and_its_parameter_stays():
     params = new_params(((4,), (3,), (2,)))
-    optimizer = MFAC(params, lr=LR, window=3, damping=0.1)
-    dense = DenseFisher(3, 0.1)
+    optimizer = MFAC(params, lr=LR, window=3, damping=0.1, shrinkage=0.0)
+    dense = DenseFisher(3, 0.1, shrinkage=0.0)
     for step in range(7):
         set_grads(params, step)
         missing = step % 3  # the third parameter first takes part at the second step
@@ -201,8 +202,8 @@ def test_a_missing_gradient_is_a_row_of_zeros_and_its_parameter_stays():
 
 def test_parameters_added_later_join_with_rows_of_zeros():
     params = new_params(((4,), (3,)))
-    optimizer = MFAC(params[:1], lr=LR, window=4, damping=0.1)
-    dense = DenseFisher(4, 0.1)
+    optimizer = MFAC(params[:1], lr=LR, window=4, damping=0.1, shrinkage=0.0)
+    dense = DenseFisher(4, 0.1, shrinkage=0.0)
     for step in range(6):
         if step == 2:
             optimizer.add_param_group({"params": [params[1]]})
@@ -378,7 +379,7 @@ def steps_until_learned(build, seed, limit=400):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_fewer_steps_than_gradient_descent(seed):
     """With SGD at the best of its rates, with momentum and without."""
-    ours = steps_until_learned(lambda w: MFAC([w], lr=2e-3, window=128, damping=1e-4), seed)
+    ours = steps_until_learned(lambda w: MFAC([w], lr=2e-3, window=128, damping=1e-4, shrinkage=0.0), seed)
     theirs = min(
         steps_until_learned(lambda w, lr=lr, m=m: torch.optim.SGD([w], lr=lr, momentum=m), seed)
         for lr in (0.1, 0.3, 1.0, 2.0)

@@ -36,6 +36,14 @@ def test_the_denominator():
     assert rule.denominator("count", 8, 3) == 3
 
 
+def test_the_shrinkage_is_a_share_of_the_mean_eigenvalue():
+    rows = [normal(5, 12), 3.0 * normal(5, 7, seed=1)]
+    gram = torch.stack([block @ block.T for block in rows])
+    damping = rule.shrinkage_at(gram, 0.5, torch.tensor([12.0, 7.0], dtype=torch.float64))
+    expected = torch.stack([0.5 * torch.linalg.eigvalsh(block.T @ block / 5).mean() / 5 for block in rows])
+    torch.testing.assert_close(damping, expected, rtol=1e-13, atol=0)
+
+
 def test_gram_rows_make_the_gram_matrix():
     rows = normal(5, 12)
     gram = torch.full((1, 5, 5), float("nan"), dtype=torch.float64)
@@ -50,7 +58,7 @@ def test_the_direction_is_the_dense_inverse_times_the_newest_gradient(damping):
     rows, newest = normal(5, 12), 2
     coefficients, _ = rule.coefficients(rows @ rows.T, damping, 5, newest)
     (update,) = rule.direction([rows], coefficients)
-    dense = DenseFisher(5, damping)
+    dense = DenseFisher(5, damping, shrinkage=0.0)
     for row in rows:
         dense.insert(row)
     expected = dense.solve(rows[newest])

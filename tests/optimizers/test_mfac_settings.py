@@ -34,6 +34,7 @@ SHAPES = ((4, 3), (5,))
         ({"momentum": 1.0}, ValueError, "Invalid momentum value: 1.0"),
         ({"decay": "l2"}, ValueError, "Invalid decay: 'l2'"),
         ({"max_update_norm": 0.0}, ValueError, "Invalid max_update_norm: 0"),
+        ({"shrinkage": -1.0}, ValueError, "Invalid shrinkage: -1"),
         ({"damping_schedule": ("linear", 10)}, ValueError, "Invalid damping_schedule"),
         ({"damping_schedule": ("cubic", 10, 0.1)}, ValueError, "Invalid damping_schedule: 'cubic'.*quadratic"),
         ({"damping_schedule": ("linear", 10, 0.0)}, ValueError, "last damping to be greater than 0"),

@@ -75,7 +75,7 @@ FORMS = {
 def worst_error(options, gradient_of, steps, window, damping, shapes, backend):
     """Largest relative error of an update, beside the float64 inverse of the rows that the window holds."""
     params = [torch.zeros(s, requires_grad=True) for s in shapes]
-    optimizer = MFAC(params, lr=1.0, window=window, damping=damping, **options)
+    optimizer = MFAC(params, lr=1.0, window=window, damping=damping, shrinkage=0.0, **options)
     weights, worst = torch.zeros(sum(p.numel() for p in params), dtype=torch.float64), 0.0
     sizes = [weights.numel()]
     if "scope" in options:  # an int cuts every parameter into blocks
@@ -242,7 +242,7 @@ def test_memory_of_sparse_rows():
 
 def test_rows_longer_than_a_block_of_16_bit_places():
     param = torch.zeros(2, 70_000, requires_grad=True)
-    optimizer = MFAC([param], lr=LR, window=2, damping=0.1, compression="topk", density=0.001)
+    optimizer = MFAC([param], lr=LR, window=2, damping=0.1, shrinkage=0.0, compression="topk", density=0.001)
     dense = DenseFisher(2, 0.1)
     for step in range(3):
         param.grad = torch.zeros(2, 70_000)

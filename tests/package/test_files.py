@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 from leanstep import _files
-from leanstep._files import is_disk_full, publish_folder, remove_leftovers, replacing, staged_folder, write_text
+from leanstep._files import (
+    is_disk_full,
+    publish_folder,
+    remove,
+    remove_leftovers,
+    replacing,
+    staged_folder,
+    write_text,
+)
 
 
 def test_a_file_is_replaced_in_one_step(tmp_path):
@@ -91,6 +99,17 @@ def test_what_a_killed_process_left_is_removed_and_a_running_ones_is_not(tmp_pat
         remove_leftovers(out)
         assert os.listdir(tmp_path) == [staged.name]
     assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("name", [".run.yaml.tmp", ".out.writing-1234-999999999"])
+def test_a_pipe_is_removed_and_not_waited_for(name, tmp_path):
+    pipe = tmp_path / name
+    os.mkfifo(pipe)
+    # with a writer, so that opening it does not hang this test
+    writer = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+    remove(pipe) if name.endswith("tmp") else remove_leftovers(tmp_path / "out")
+    os.close(writer)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_next_writer_removes_the_files_of_a_killed_one_only(tmp_path):

@@ -320,7 +320,7 @@ print(json.dumps({f"{case.kernel.__name__} {case.label}": case.read + case.writt
     promised = json.loads(subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout)
     runs, size = modules.bandwidth.steps("llama-nano-sinkgd", dry_stage(modules.bandwidth))
     elements = size // 2
-    for rounding in ("nearest", "stochastic", "kahan", "master"):
+    for rounding in ("nearest", "stochastic", "kahan", "master", "split"):
         kernel = f"lion_step_kernel p bfloat16 g bfloat16 m bfloat16 {rounding}"
         assert runs[f"Lion, {rounding}"][1] == promised[kernel] * elements
     assert runs["Lion, agreement"][1] == promised["lion_agreement_kernel g bfloat16 m bfloat16"] * elements

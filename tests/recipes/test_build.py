@@ -195,6 +195,14 @@ def test_balanced_embeddings_are_one_key():
     assert groups["model.layers.0.mlp.up_proj.weight"]["algorithm"] == "sinkgd"
 
 
+def test_split_is_one_key():
+    model = build_model(LLAMA, 300)
+    groups = groups_of(build_optimizer(OptimizerConfig(name="lanton", split="heads"), model), model)
+    blocks = {name.split(".")[-2]: group["blocks"] for name, group in groups.items() if "layers.1" in name}
+    assert {name for name, rows in blocks.items() if rows} == {"q_proj", "k_proj"}
+    assert blocks["q_proj"] == 16
+
+
 def test_groups_that_select_nothing_or_say_nothing():
     model = build_model(LLAMA, 300)
     with pytest.raises(ValueError, match=r"optimizer.groups\[0\]: match 'embedd' selects no parameter"):

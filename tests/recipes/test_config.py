@@ -329,7 +329,7 @@ def test_each_kind_of_mistake(recipe, override, message):
 
 
 CHOICES = {
-    "rounding=stochastik": "optimizer.args.rounding must be 'nearest', 'stochastic', 'kahan' or 'master', got "
+    "rounding=stochastik": "optimizer.args.rounding must be 'nearest', 'stochastic', 'kahan', 'master' or 'split', got "
     "'stochastik'; did you mean 'stochastic'?",
     "nonfinite=ignore": "optimizer.args.nonfinite must be 'skip', 'raise' or 'pass', got 'ignore'",
     "algorithm=sinkg": "optimizer.args.algorithm must be 'auto', 'sinkgd', 'balanced' or 'adamw', got 'sinkg'; "
@@ -427,6 +427,13 @@ def test_balanced_embeddings_are_a_rule_of_sinkgd(recipe):
     (problem,) = problems_of(recipe(), ["optimizer.embeddings=balanced"])
     assert "optimizer.embeddings 'balanced' is a rule of sinkgd, and optimizer.name is 'adamw'" in problem
     load(recipe(), ["optimizer={name: sinkgd, lr: 1e-2, embeddings: balanced}"])
+
+
+def test_split_is_for_rules_of_matrices(recipe):
+    (problem,) = problems_of(recipe(), ["optimizer.split=heads"])
+    assert "optimizer.split is for the rules of matrices of sinkgd and lanton" in problem
+    for name in ("sinkgd", "lanton"):
+        load(recipe(), [f"optimizer={{name: {name}, lr: 1e-2, split: heads}}"])
 
 
 def test_release_gradients_excludes_scaled_gradients(recipe):

@@ -284,6 +284,14 @@ def test_cache_that_cannot_be_written(corpus, tmp_path):
         load_data(corpus(cache_dir=str(tmp_path / "file")), seed=0)
 
 
+def test_a_cache_on_a_full_disk_is_told_whatever_the_writer_raises(tmp_path):
+    def fail(folder):
+        raise Exception("No space left on device (os error 28)")  # as tokenizers does
+
+    with pytest.raises(OSError, match="could not write the cache folder .*data.cache_dir or .*LEANSTEP_CACHE"):
+        build_once(tmp_path / "entry", lambda folder: True, fail)
+
+
 def test_cache_root_order(monkeypatch, tmp_path):
     monkeypatch.setenv("LEANSTEP_CACHE", str(tmp_path / "from-environment"))
     assert cache_root(str(tmp_path)) == tmp_path

@@ -126,6 +126,38 @@ def test_a_kernel_named_by_a_configuration_is_not_fetched(folder):
         build_model(ModelConfig(init_from=str(folder)), 300)
 
 
+@pytest.mark.parametrize("base", ["../elsewhere", "org/elsewhere"])
+def test_an_adapter_beside_a_model_is_refused(base, saved, folder, tmp_path, capsys):
+    settings = {"peft_type": "LORA", "r": 2, "target_modules": ["c_attn"], "base_model_name_or_path": base}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    for command in ("eval", "prune", "train"):
+        arguments, code = commands(saved, folder, tmp_path)[command]
+        assert main(arguments) == code
+        assert "has an adapter (adapter_config.json): expected a model alone" in capsys.readouterr().err
+
+
+IMPOSSIBLE = [
+    ("activation_function", "nonsense", "'nonsense'"),
+    ("n_head", 0, "zero"),
+    ("n_positions", -1, "negative"),
+    ("vocab_size", 2**62, "overflow"),
+    ("n_layer", 10**9, "n_layer is 1,000,000,000, expected at most 1,000"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "message"), IMPOSSIBLE)
+def test_impossible_configurations_are_told_before_anything_is_built(
+    key, value, message, saved, folder, tmp_path, capsys
+):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {key: value}))
+    for command in ("train", "check"):
+        arguments, code = commands(saved, folder, tmp_path)[command]
+        assert main(arguments) == code
+        said = "".join(capsys.readouterr())
+        assert message in said and "model" in said and "Traceback" not in said
+
+
 def change_weights(folder, change):
     file = folder / "model.safetensors"
     save_file(change(load_file(file)), file, metadata={"format": "pt"})

@@ -69,5 +69,9 @@ def test_hostile_overrides_are_told_in_lines(case):
     assert problems and all(len(problem) < 400 and problem.isprintable() for problem in problems)
 
 
+def test_a_key_of_any_depth_is_told():
+    assert any("nested more than 50 deep" in p for p in problems_of("llama-nano-adamw", ["model" + ".b" * 3000 + "=1"]))
+
+
 def test_characters_in_two_escapes_are_read():
     assert parse_scalar('"\\ud83d\\ude00"') == "\U0001f600"

@@ -31,12 +31,13 @@ def expected(recipe, tmp_path_factory):
     return numbers(out)
 
 
-def start(*command, **environment) -> subprocess.Popen:
+def start(*command, cwd=None, **environment) -> subprocess.Popen:
     # without what another launcher may have left
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE", "LEANSTEP_NPROC"))}
     return subprocess.Popen(
         [sys.executable, *map(str, command)],
         env=clean | environment,
+        cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -46,7 +47,12 @@ def start(*command, **environment) -> subprocess.Popen:
 def test_a_signal_to_the_launcher_then_torchrun_continues(recipe, tmp_path, expected):
     out = tmp_path / "run"
     options = [f"out={out}", *OPTIONS]
-    first = start("-m", "leanstep", "train", recipe, *options, "--nproc", 2)
+    unpacked = tmp_path / "unpacked"
+    unpacked.mkdir()
+    for name in ("accelerate", "torch", "leanstep", "yaml"):
+        (unpacked / f"{name}.py").write_text("raise SystemExit('a module of the working folder was imported')")
+    # -P: as the installed command starts
+    first = start("-P", "-m", "leanstep", "train", recipe, *options, "--nproc", 2, cwd=unpacked)
     deadline = time.monotonic() + 90
     while not read_log(out) and first.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)

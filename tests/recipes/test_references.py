@@ -68,6 +68,7 @@ def test_references_become_values(text, key, value, recipe):
 
 
 CHAIN = "".join(f"  k{i}: '${{model.config.k{i - 1}}}${{model.config.k{i - 1}}}'\n" for i in range(1, 60))
+DEEP = "".join(f"  k{i}: {'[' * 40}'${{model.config.k{i - 1}}}'{']' * 40}\n" for i in range(1, 16))
 LISTS = "".join(f"  k{i}: ['${{model.config.k{i - 1}}}', '${{model.config.k{i - 1}}}']\n" for i in range(1, 19))
 
 
@@ -81,6 +82,8 @@ LISTS = "".join(f"  k{i}: ['${{model.config.k{i - 1}}}', '${{model.config.k{i - 
         ("out: ${name", "expected a closing brace"),
         ("out: ${oc.create:x}", "expected ${key.path} or ${oc.env:NAME}"),
         ("out: a ${model}", "must name a text or number"),
+        ("out: " + "${" * 2000 + "}" * 2000, "more than 20 references lie inside each other"),
+        ("model:\n config:\n  k0: x\n" + DEEP, "nested more than 50 deep"),
         ("model:\n config:\n  k0: xxxxxxxx\n" + CHAIN, "more than 20 references"),
         ("model:\n config:\n  k0: " + "x" * 9000 + "\n  k1: ${model.config.k0}${model.config.k0}", "more than 10,000"),
         ("model:\n config:\n  k0: x\n" + LISTS, "more than 5,000 values"),
@@ -129,11 +132,12 @@ def test_no_file_of_a_run_shows_the_value(tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(text)
     out = tmp_path / "run"
-    options = ["steps=4", "log.trackers=[notebook]", "out=${oc.env:FOLDER}/run"]
+    # the value is also a part of the run folder's name
+    options = ["steps=4", "log.trackers=[notebook]", "out=${oc.env:FOLDER}-run"]
     prepare = partial(faults.with_a_variable, "FOLDER", str(folder))
     first = run(recipe, options, out, prepare=prepare)
     assert first.codes == [0], first.text()
-    written = [path for path in (folder / "run").rglob("*") if path.is_file() and not path.is_symlink()]
+    written = [path for path in (tmp_path / f"{SECRET}-run").rglob("*") if path.is_file() and not path.is_symlink()]
     assert {"config.yaml", "train.log", "report.html", "env.json", "state.json", "notebook.jsonl"} <= {
         p.name for p in written
     }
@@ -141,4 +145,4 @@ def test_no_file_of_a_run_shows_the_value(tmp_path):
     assert shown == []
     again = run(recipe, [*options, "eval.every=2"], out, prepare=prepare)
     assert again.codes == [0] and "this run is done" in again.text()
-    assert numbers(folder / "run")
+    assert numbers(tmp_path / f"{SECRET}-run")

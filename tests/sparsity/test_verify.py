@@ -183,6 +183,17 @@ def test_links_out_of_a_folder_are_not_followed_and_links_that_are_named_are(tmp
     assert main(["verify", str(link)]) == 0
 
 
+@pytest.mark.parametrize(("name", "message"), [("b.safetensors", "is incomplete"), ("../b.safetensors", "plain name")])
+def test_an_index_names_files_that_are_there(tmp_path, name, message, capsys):
+    save_file({"w": torch.ones(2, 4)}, tmp_path / "a.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"w": "a.safetensors"}}))
+    assert main(["verify", str(tmp_path)]) == 0
+    index.write_text(json.dumps({"weight_map": {"w": "a.safetensors", "v": name}}))
+    assert main(["verify", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("entry", ["dangling link", "folder"])
 def test_a_record_that_cannot_be_read_is_not_taken_for_none(tmp_path, entry):
     save_file({"w": torch.ones(2, 4)}, tmp_path / "model.safetensors")

@@ -16,14 +16,17 @@ from torch import Tensor
 from leanstep.kernels.steps.common import StepOptions
 from leanstep.kernels.triton_impl._common import (
     ROUNDINGS,
+    STATE_DTYPE,
     TL_DTYPE,
     aligned_pointer,
+    has_state,
     load_tile,
     parameter_value,
     random_bits,
     remainder,
     rounded_parameter,
     to_float,
+    zero_states,
 )
 from leanstep.kernels.triton_impl._compile import Launch, Promises
 from leanstep.kernels.triton_impl._multi_tensor import (
@@ -42,7 +45,7 @@ from leanstep.kernels.triton_impl.steps.lion_step import CAUTIOUS, DECAY_WHERE_A
 SCALED = 128
 # blocks of a tile. 16 elements per thread: one 128-bit access for the codes. With a rounding state they would spill
 # registers, so 8 elements per thread: 64 bits of codes, 128 bits of 16-bit tensors.
-BLOCKS = {"nearest": 32, "stochastic": 32, "kahan": 16, "master": 16}
+BLOCKS = {"nearest": 32, "stochastic": 32, "kahan": 16, "master": 16, "split": 16}
 TILES = 2
 THREADS = 256
 # blocks of a masked tile, whose offsets and masks need registers
@@ -106,14 +109,14 @@ def _step_tile(
 
     p_old = load_tile(p_ptr + offs, mask)
     e_old = p_old
-    if ROUNDING == "kahan" or ROUNDING == "master":
+    if ROUNDING == "kahan" or ROUNDING == "master" or ROUNDING == "split":
         e_old = load_tile(e_ptr + offs, mask)
     value = parameter_value(p_old, e_old, ROUNDING)
     decayed = tl.where(((mode & 4) == 0) | (u * value >= 0), value * decay, value)
     value = decayed - lr * u
     p = rounded_parameter(value, random_bits(offs.to(tl.uint32) + index, seed), p_old.dtype, ROUNDING)
     tl.store(p_ptr + offs, tl.where(u == u, p, p_old), mask=mask)
-    if ROUNDING == "kahan" or ROUNDING == "master":
+    if ROUNDING == "kahan" or ROUNDING == "master" or ROUNDING == "split":
         e = remainder(value, p, e_old.dtype, ROUNDING)
         tl.store(e_ptr + offs, tl.where(u == u, e, e_old), mask=mask)
     return skip.to(tl.int32)
@@ -301,7 +304,7 @@ def lion_step_int8(
             # fused multiply-adds would round differently from the definition
             lion_step_int8_kernel[(programs.numel(),)](
                 table, programs, scalars, cautious, seeds, offsets, flags, mode,
-                *(TL_DTYPE[d] for d in dtypes), ROUNDING=rounds, BLOCKS=BLOCKS[rounds], TILES=TILES,
+                *(STATE_DTYPE[d] for d in dtypes), ROUNDING=rounds, BLOCKS=BLOCKS[rounds], TILES=TILES,
                 num_warps=warps(THREADS), enable_fp_fusion=False,
             )  # fmt: skip
     staging.finish()
@@ -346,15 +349,14 @@ def audit_launches() -> Promises:
         p, g = torch.zeros(1, 8, dtype=p_dtype), torch.zeros(1, 8, dtype=g_dtype)
         lion_agreement_int8([g], [codes], [scales], StepOptions(torch.zeros(6)))
         for rounding in ROUNDINGS:
-            state = [p.float() if rounding == "master" else p] if rounding in ("kahan", "master") else []
-            lion_step_int8([p], [g], [codes], [scales], state, StepOptions(torch.zeros(6), rounding))
+            lion_step_int8([p], [g], [codes], [scales], zero_states(p, rounding), StepOptions(torch.zeros(6), rounding))
     return {lion_step_int8_kernel: _step_promise, lion_agreement_int8_kernel: _agreement_promise}
 
 
 def _step_promise(launch: Launch) -> dict[str, Any]:
     p, g, e = (launch.dtype(name) for name in ("P_DTYPE", "G_DTYPE", "E_DTYPE"))
     rounding = launch.constants["ROUNDING"]
-    state = e.itemsize if rounding in ("kahan", "master") else 0
+    state = e.itemsize if has_state(rounding) else 0
     return dict(
         label=f"p {p} g {g} {rounding}".replace("torch.", ""), elements=BLOCKS[rounding] * SCALED, wide=not state,
         read=p.itemsize + g.itemsize + 1 + state, written=p.itemsize + 1 + state,

@@ -1,7 +1,7 @@
 """Lion's update and its agreement count, each as one launch for all tensors of a list.
 
-Bytes: `lion_step` reads p, g, m and the rounding state (Kahan remainder or fp32 master) once. It writes p, m and the
-rounding state once. `lion_agreement` reads g and m once.
+Bytes: `lion_step` reads p, g, m and the rounding state once: Kahan remainder, fp32 master, or difference of a split
+weight. It writes p, m and the rounding state once. `lion_agreement` reads g and m once.
 """
 
 import itertools
@@ -16,8 +16,10 @@ from torch import Tensor
 from leanstep.kernels.steps.common import StepOptions
 from leanstep.kernels.triton_impl._common import (
     ROUNDINGS,
+    STATE_DTYPE,
     TL_DTYPE,
     aligned_pointer,
+    has_state,
     index_in_whole,
     load_tile,
     parameter_value,
@@ -27,6 +29,7 @@ from leanstep.kernels.triton_impl._common import (
     rounded_parameter,
     run_numbers,
     to_float,
+    zero_states,
 )
 from leanstep.kernels.triton_impl._compile import Launch, Promises
 from leanstep.kernels.triton_impl._multi_tensor import (
@@ -67,7 +70,7 @@ def _step_tile(
     m_old = load_tile(m_ptr + offs, mask)
     p_old = load_tile(p_ptr + offs, mask)
     e_old = p_old
-    if ROUNDING == "kahan" or ROUNDING == "master":
+    if ROUNDING == "kahan" or ROUNDING == "master" or ROUNDING == "split":
         e_old = load_tile(e_ptr + offs, mask)
 
     g = tl.where((mode & 1) != 0, -g, g)
@@ -90,7 +93,7 @@ def _step_tile(
     random = random_bits(local + index, seed)
     p = rounded_parameter(value, random, p_old.dtype, ROUNDING)
     tl.store(p_ptr + offs, tl.where(skip, p_old, p), mask=mask)
-    if ROUNDING == "kahan" or ROUNDING == "master":
+    if ROUNDING == "kahan" or ROUNDING == "master" or ROUNDING == "split":
         e = remainder(value, p, e_old.dtype, ROUNDING)
         tl.store(e_ptr + offs, tl.where(skip, e_old, e), mask=mask)
     return skip.to(tl.int32)
@@ -232,7 +235,7 @@ def lion_step(
             # fused multiply-adds would round differently from the definition
             lion_step_kernel[(programs.numel(),)](
                 table, programs, scalars, scales, seeds, offsets, offsets if runs is None else runs, flags, mode,
-                *(TL_DTYPE[d] for d in dtypes), ROUNDING=rounds,
+                *(STATE_DTYPE[d] for d in dtypes), ROUNDING=rounds,
                 RUNS=runs is not None and rounds == "stochastic", BLOCK=BLOCK, TILES=TILES,
                 num_warps=warps(THREADS), enable_fp_fusion=False,
             )  # fmt: skip
@@ -274,18 +277,20 @@ def audit_launches() -> Promises:
         p, g, m = (torch.zeros(8, dtype=dtype) for dtype in dtypes)
         lion_agreement([g], [m], StepOptions(torch.zeros(6)))
         for rounding in ROUNDINGS:
-            state = [p.float() if rounding == "master" else p] if rounding in ("kahan", "master") else []
             for runs in (None, torch.ones(1, 4, dtype=torch.int64)) if rounding == "stochastic" else (None,):
-                lion_step([p], [g], [m], state, StepOptions(torch.zeros(6), rounding, runs=runs))
+                options = StepOptions(torch.zeros(6), rounding, runs=runs)
+                lion_step([p], [g], [m], zero_states(p, rounding), options)
     return {lion_step_kernel: _step_promise, lion_agreement_kernel: _agreement_promise}
 
 
 def _step_promise(launch: Launch) -> dict[str, Any]:
     p, g, m, e = (launch.dtype(name) for name in ("P_DTYPE", "G_DTYPE", "M_DTYPE", "E_DTYPE"))
     rounding, runs = launch.constants["ROUNDING"], " runs" * launch.constants["RUNS"]
-    state = e.itemsize if rounding in ("kahan", "master") else 0
+    state = e.itemsize if has_state(rounding) else 0
     return dict(
-        label=f"p {p} g {g} m {m} {rounding}{runs}".replace("torch.", ""), elements=BLOCK, wide=True, flat=True,
+        label=f"p {p} g {g} m {m} {rounding}{runs}".replace("torch.", ""), elements=BLOCK,
+        # 8 bytes of split weights per thread
+        wide=rounding != "split", flat=rounding != "split",
         read=p.itemsize + g.itemsize + m.itemsize + state, written=p.itemsize + m.itemsize + state,
     )  # fmt: skip
 

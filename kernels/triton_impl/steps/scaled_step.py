@@ -1,7 +1,8 @@
 """The update of SinkGD, `p = p * decay - step * (r_i * G_ij) * c_j`, as one launch for all matrices of a list.
 
-Bytes: reads G and p and writes p, once each. It also reads and writes the Kahan remainder, or the fp32 master. The
-scale vectors come from the cache. A small launch first searches the column scales for NaN: 4 bytes per column.
+Bytes: reads G and p and writes p, once each. It also reads and writes the rounding state: Kahan remainder, fp32 master,
+or difference of a split weight. The scale vectors come from the cache. A small launch first searches the column scales
+for NaN: 4 bytes per column.
 """
 
 import itertools
@@ -16,8 +17,10 @@ from torch import Tensor
 from leanstep.kernels.steps.common import StepOptions
 from leanstep.kernels.triton_impl._common import (
     ROUNDINGS,
+    STATE_DTYPE,
     TL_DTYPE,
     aligned_pointer,
+    has_state,
     index_in_whole,
     load_tile,
     parameter_value,
@@ -26,6 +29,7 @@ from leanstep.kernels.triton_impl._common import (
     rounded_parameter,
     run_numbers,
     to_float,
+    zero_states,
 )
 from leanstep.kernels.triton_impl._compile import Launch, Promises
 from leanstep.kernels.triton_impl._multi_tensor import (
@@ -137,7 +141,7 @@ def scaled_step_kernel(
             # [BLOCK_M, BLOCK_N]
             p_old = load_tile(p_ptrs, mask)
             e_old = p_old
-            if ROUNDING == "kahan" or ROUNDING == "master":
+            if ROUNDING == "kahan" or ROUNDING == "master" or ROUNDING == "split":
                 e_old = load_tile(e_ptrs, mask)
             u = (r[:, None] * to_float(g)) * c[None, :]
             value = parameter_value(p_old, e_old, ROUNDING) * decay - step * u
@@ -149,7 +153,7 @@ def scaled_step_kernel(
                 index = local + first.to(tl.uint32)
             p = rounded_parameter(value, random_bits(index + offset, seed), P_DTYPE, ROUNDING)
             tl.store(p_ptrs, p, mask=mask)
-            if ROUNDING == "kahan" or ROUNDING == "master":
+            if ROUNDING == "kahan" or ROUNDING == "master" or ROUNDING == "split":
                 tl.store(e_ptrs, remainder(value, p, E_DTYPE, ROUNDING), mask=mask)
 
 
@@ -188,7 +192,7 @@ def scaled_step(
             # fused multiply-adds would round differently from the definition
             scaled_step_kernel[(programs.numel(),)](
                 device_table, programs, options.scalars, seeds, offsets, offsets if runs is None else runs, bad,
-                *(TL_DTYPE[d] for d in dtypes), rounds, runs is not None and rounds == "stochastic", aligned,
+                *(STATE_DTYPE[d] for d in dtypes), rounds, runs is not None and rounds == "stochastic", aligned,
                 ROWS=ROWS, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=warps(THREADS), enable_fp_fusion=False,
             )  # fmt: skip
     staging.finish()
@@ -228,10 +232,9 @@ def audit_launches() -> Promises:
     # rows that start on 16-byte boundaries, and rows that do not
     for p_dtype, g_dtype, rounding, n in itertools.product(TL_DTYPE, TL_DTYPE, ROUNDINGS, (8, 7)):
         p, g = torch.zeros(1, n, dtype=p_dtype), torch.zeros(1, n, dtype=g_dtype)
-        state = [p.float() if rounding == "master" else p] if rounding in ("kahan", "master") else []
         for runs in (None, torch.ones(1, 4, dtype=torch.int64)) if rounding == "stochastic" else (None,):
             options = StepOptions(torch.zeros(2), rounding, runs=runs)
-            scaled_step([p], [g], [torch.ones(1)], [torch.ones(n)], state, options)
+            scaled_step([p], [g], [torch.ones(1)], [torch.ones(n)], zero_states(p, rounding), options)
     return {scaled_step_kernel: _step_promise, column_nan_kernel: _scan_promise}
 
 
@@ -239,13 +242,14 @@ def _step_promise(launch: Launch) -> dict[str, Any]:
     p, g, e = (launch.dtype(name) for name in ("P_DTYPE", "G_DTYPE", "E_DTYPE"))
     rounding, aligned = launch.constants["ROUNDING"], launch.constants["ALIGNED"]
     runs = " runs" * launch.constants["RUNS"]
-    state = e.itemsize if rounding in ("kahan", "master") else 0
+    state = e.itemsize if has_state(rounding) else 0
     return dict(
         label=f"p {p} g {g} {rounding}{runs} {'aligned' if aligned else 'any strides'}".replace("torch.", ""),
         elements=BLOCK_M * BLOCK_N,
         read=g.itemsize + state + p.itemsize,
         written=p.itemsize + state,
-        wide=aligned,
+        # 8 bytes of split weights per thread
+        wide=aligned and rounding != "split",
     )
 
 

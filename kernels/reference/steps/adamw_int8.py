@@ -1,0 +1,56 @@
+"""AdamW with 8-bit moments, one tensor at a time, as plain torch: the definition."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from leanstep.kernels.reference.quantization import dequantize, quantize
+from leanstep.kernels.reference.rounding import narrow, widen
+from leanstep.kernels.steps.common import StepOptions
+
+
+def adamw_step_int8(
+    param: Tensor,
+    grad: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    square_codes: Tensor,
+    square_scales: Tensor,
+    corrections: Tensor,
+    rounding_state: Tensor | None = None,
+    *,
+    options: StepOptions,
+) -> None:
+    """Update all but ``grad`` in place; see :func:`leanstep.kernels.steps.adamw_int8.adamw_step_int8`.
+
+    Args:
+        corrections: [2], of this tensor.
+        options: of one tensor, from :meth:`StepOptions.of`.
+    """
+    assert options.seeds is not None
+    decay, beta1, one_minus_beta1, beta2, one_minus_beta2, eps = options.scalars
+    size, inverse_root = corrections
+    gradient = grad.to(decay.dtype)
+    if options.maximize:
+        gradient = -gradient
+    average = beta1 * dequantize(codes, scales, decay.dtype) + one_minus_beta1 * gradient
+    square = dequantize(square_codes, square_scales, decay.dtype)
+    square = beta2 * square + (one_minus_beta2 * gradient) * gradient
+    # an infinite square would make its block NaN
+    square = square.clamp(max=torch.finfo(torch.float32).max)
+    # torch's root of fp32 may differ from the nearest number in the last bit
+    root = square.double().sqrt().to(square.dtype)
+    weight = widen(param, rounding_state, options.rounding)
+    new_weight = weight * decay - size * (average / (root * inverse_root + eps))
+    new_param, new_state = narrow(new_weight, param, options.rounding, options.seeds, options.offsets)
+    offset = 0 if options.offsets is None else options.offsets
+    param.copy_(new_param)
+    if rounding_state is not None and new_state is not None:
+        rounding_state.copy_(new_state)
+    for old, new in (
+        ((codes, scales), quantize(average, options.seeds, offset)),
+        ((square_codes, square_scales), quantize(square, options.seeds, offset, squares=True)),
+    ):
+        for tensor, value in zip(old, new, strict=True):
+            tensor.copy_(value)

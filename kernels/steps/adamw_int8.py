@@ -1,0 +1,121 @@
+"""The AdamW step with 8-bit moments, on lists of tensors."""
+
+import torch
+from torch import Tensor
+
+from leanstep.kernels._backend import choose
+from leanstep.kernels.cpp_impl._build import TYPES, call, group_by_dtypes
+from leanstep.kernels.reference.steps import adamw_int8 as reference
+from leanstep.kernels.steps.common import StepOptions, check_shapes
+from leanstep.kernels.steps.lion_int8 import _check_scales, _rows_and_columns
+
+
+def adamw_step_int8(
+    params: list[Tensor],
+    grads: list[Tensor],
+    codes: list[Tensor],
+    scales: list[Tensor],
+    square_codes: list[Tensor],
+    square_scales: list[Tensor],
+    corrections: Tensor,
+    rounding_state: list[Tensor],
+    options: StepOptions,
+) -> None:
+    """One AdamW step (Loshchilov and Hutter, arXiv 1711.05101) with both moments in 8 bits.
+
+    For every tensor, in fp32 (fp64 for fp64 parameters), elementwise, with m and v the values of the codes::
+
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g^2                    # at most the largest fp32 number
+        p = p * (1 - lr * weight_decay) - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+
+    and then codes and scales of the new m and v, by ``leanstep/kernels/reference/quantization.py``.
+
+    Args:
+        params: tensors of one device and dtype, of two or more dimensions; updated in place.
+        grads: same shapes; any floating dtype; not written.
+        codes: int8, same shapes, of m; updated in place.
+        scales: fp32 [rows, blocks], one for every 128 neighbours of a row; updated in place.
+        square_codes, square_scales: the same of v, with uint8 codes; updated in place.
+        corrections: [len(params), 2] in the dtype of ``scalars``: lr / (1 - beta1^t) and 1 / sqrt(1 - beta2^t), with
+            t the number of this step.
+        rounding_state: as for :func:`leanstep.kernels.lion_step`.
+        options: see :class:`StepOptions`; ``scalars`` are
+            [1 - lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2, eps]. ``seeds`` are required, and for shards
+            ``offsets``, which must begin a row. The caller handles ``skip_nonfinite``.
+
+    Raises:
+        BackendError: the requested backend cannot run here.
+        ValueError: shapes do not fit.
+
+    Notes:
+        Reads p, g and the state once, and writes p and the state once: 10 bytes per bf16 element. The C++ kernel makes
+        no temporary of a tensor's size. All backends agree bit for bit.
+    """
+    lists = (params, grads, codes, scales, square_codes, square_scales)
+    fields = (options.scalars, options.rounding, options.maximize, options.seeds, options.offsets)
+    if torch.compiler.is_compiling():
+        torch.ops.leanstep.adamw_step_int8(*lists, corrections, rounding_state, *fields)
+        return
+    _step(*lists, corrections, rounding_state, *fields)
+
+
+@torch.no_grad()
+def _step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    codes: list[Tensor],
+    scales: list[Tensor],
+    square_codes: list[Tensor],
+    square_scales: list[Tensor],
+    corrections: Tensor,
+    rounding_state: list[Tensor],
+    scalars: Tensor,
+    rounding: str,
+    maximize: bool,
+    seeds: Tensor,
+    offsets: Tensor | None,
+) -> None:
+    options = StepOptions(scalars, rounding, maximize=maximize, seeds=seeds, offsets=offsets)
+    if not params:
+        return
+    check_shapes("adamw_step_int8", *(ts for ts in (params, grads, codes, square_codes, rounding_state) if ts))
+    _check_scales("adamw_step_int8", codes, scales)
+    _check_scales("adamw_step_int8", square_codes, square_scales)
+    dtypes = dict.fromkeys(t.dtype for ts in (params, grads) for t in ts)
+    backend = choose("adamw_step_int8", params[0].device, *dtypes).backend
+    state = [rounding_state] if rounding_state else []
+    lists = [params, grads, codes, scales, square_codes, square_scales, *state]
+    walkable = [backend == "cpp" and all(t.is_contiguous() for t in row) for row in zip(*lists, strict=True)]
+    for indices in group_by_dtypes(lists, walkable):
+        _cpp_step([[ts[i] for i in indices] for ts in lists], corrections[indices], options.of(indices))
+    if backend == "cpp":
+        written = (params, codes, scales, square_codes, square_scales, *state)
+        torch.autograd.graph.increment_version([t for ts in written for t in ts])
+    for i in (i for i, is_covered in enumerate(walkable) if not is_covered):
+        tensors = [ts[i] for ts in lists]
+        reference.adamw_step_int8(*tensors[:6], corrections[i], *tensors[6:], options=options.of(i))
+
+
+def _cpp_step(lists: list[list[Tensor]], corrections: Tensor, options: StepOptions) -> None:
+    """Step contiguous tensors of one dtype per list."""
+    params, grads, *moments = lists
+    dtypes = {"PARAM": TYPES[params[0].dtype], "GRAD": TYPES[grads[0].dtype]}
+    macros = {**dtypes, "ROUNDING": options.rounding.upper()}
+    rounding_state = moments[4] if len(moments) > 4 else None
+    numbers = (options.scalars, corrections, options.seeds, options.offsets)
+    call(
+        "steps/adamw_int8", "adamw_step_int8", macros, len(params), params, grads, *moments[:4], rounding_state,
+        *_rows_and_columns(params), *numbers, int(options.maximize),
+    )  # fmt: skip
+
+
+_step_op = torch.library.custom_op(
+    "leanstep::adamw_step_int8",
+    _step,
+    mutates_args=("params", "codes", "scales", "square_codes", "square_scales", "rounding_state"),
+    schema="(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] codes, Tensor(c!)[] scales, Tensor(d!)[] square_codes, "
+    "Tensor(e!)[] square_scales, Tensor corrections, Tensor(f!)[] rounding_state, Tensor scalars, str rounding, "
+    "bool maximize, Tensor seeds, Tensor? offsets) -> ()",
+)
+_step_op.register_fake(lambda *_: None)
