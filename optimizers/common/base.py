@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from leanstep._torch import is_dtensor
 from leanstep.kernels import StepOptions
 from leanstep.optimizers.common.checks import (
     check_choice,
@@ -426,7 +425,7 @@ def dense_gradient(owner: str, group: dict[str, Any], position: int, param: Tens
             "Build the embedding with sparse=False, or give it to torch.optim.SparseAdam."
         )
     if getattr(grad, "device_mesh", None) != getattr(param, "device_mesh", None):
-        kinds = [f"on {t.device_mesh}" if is_dtensor(t) else "a plain tensor" for t in (param, grad)]
+        kinds = [f"on {t.device_mesh}" if hasattr(t, "device_mesh") else "a plain tensor" for t in (param, grad)]
         raise ValueError(
             f"{owner}: {describe(group, position)} is {kinds[0]}, but its gradient is {kinds[1]}; expected both on one "
             "mesh. Nothing was changed. Place the gradient by distribute_tensor(gradient, parameter.device_mesh, "

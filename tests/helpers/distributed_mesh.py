@@ -14,6 +14,7 @@ from distributed_cases import (
     count_collectives,
     new_model,
     refused,
+    set_grad,
     set_grads,
     whole,
 )
@@ -190,6 +191,36 @@ def reductions_on_a_mesh(world: World) -> None:
     ):
         sent = count_collectives(cls(param_groups(model), **settings), model)
         assert dict(Counter(name for name, _ in sent)) == counts, (cls, settings, sent)
+
+
+# ---- blocks of rows
+
+
+@case(WORLD)
+def blocks_on_meshes(world: World) -> None:
+    """Heads and fused weights: blocks of rows that processes share, hold whole or do not have."""
+    for cls, settings, dtype, tolerance in (
+        (SinkGD, {"lr": 0.1, "momentum": 0.9, "row_mask_tau": 0.1}, torch.float64, 1e-9),
+        (SinkGD, {"lr": 0.1, "rounding": "stochastic"}, torch.bfloat16, 2**-7),
+        (LANTON, {"lr": 0.1, "norm": "rms", "alpha": 0.1}, torch.float64, 1e-9),
+    ):
+        for shape, transposed, blocks in (((12, 5), False, (2, 7, 3)), ((5, 12), True, 4)):
+            for sizes, placements in (ROWS[1], *COLUMNS[:3]):
+                options = {"blocks": blocks, "transposed": transposed, **settings}
+                start = torch.randn(shape, generator=torch.Generator().manual_seed(7)).to(dtype)
+                plain = nn.Parameter(start.clone())
+                sharded = nn.Parameter(distribute_tensor(start, grid(*sizes), placements, src_data_rank=None))
+                optimizers = [cls([p], **options) for p in (plain, sharded)]
+                for step in range(2):
+                    grad = torch.randn(shape, generator=torch.Generator().manual_seed(step)).to(dtype)
+                    for param, optimizer in zip((plain, sharded), optimizers, strict=True):
+                        set_grad(param, grad)
+                        optimizer.step()
+                error = (whole(sharded.detach()).double() - plain.double()).abs().max().item()
+                assert error <= tolerance, (cls, options, sizes, placements, error)
+    gaps = nn.Parameter(distribute_tensor(torch.ones(12, 5), grid(2, 2), GAPS[0][1], src_data_rank=None))
+    gaps.grad = torch.ones_like(gaps)
+    refused(ValueError, "blocks need shards without gaps, got w (12, 5)", SinkGD([("w", gaps)], blocks=4).step)
 
 
 # ---- refusals

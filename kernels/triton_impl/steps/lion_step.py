@@ -289,8 +289,8 @@ def _step_promise(launch: Launch) -> dict[str, Any]:
     state = e.itemsize if has_state(rounding) else 0
     return dict(
         label=f"p {p} g {g} m {m} {rounding}{runs}".replace("torch.", ""), elements=BLOCK,
-        # 8 bytes of split weights per thread
-        wide=rounding != "split", flat=rounding != "split",
+        # 8 bytes of split weights per thread; with runs, gfx942 has the loop of the tail in the main loop
+        wide=rounding != "split" and not runs, flat=rounding != "split",
         read=p.itemsize + g.itemsize + m.itemsize + state, written=p.itemsize + m.itemsize + state,
     )  # fmt: skip
 
