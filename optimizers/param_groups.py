@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from leanstep._heads import attention_blocks
 from leanstep._torch import is_conv1d, output_head
+from leanstep.optimizers.common.engines import is_flattened
 
 SPLITS = (None, "fused", "heads")
 ROLES = ("hidden", "expert", "router", "conv", "lora", "embedding", "position", "head", "norm", "bias", "other")
@@ -169,7 +170,7 @@ def param_groups(
     Raises:
         TypeError: for anything but a model, or settings that are not a mapping.
         ValueError: for an unknown role, split or rule of embeddings, an override that is not a regular expression or
-            matches nothing, or a model without trainable parameters.
+            matches nothing, a model that FSDP1 has flattened, or one without trainable parameters.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(10, 4), nn.LayerNorm(4), nn.Linear(4, 10))
@@ -205,6 +206,12 @@ def param_groups(
     for name, param in model.named_parameters():
         if not param.requires_grad:
             continue
+        if is_flattened(param):
+            raise ValueError(
+                f"param_groups: FSDP1 has flattened {name}, and its role is lost with its shape. Shard by FSDP2 "
+                "(torch.distributed.fsdp.fully_shard; Accelerate: fsdp_version=2), or give model.parameters() to Lion, "
+                "which takes parameters of any shape."
+            )
         role = roles[name]
         match = next((i for i, (pattern, _) in enumerate(rules) if pattern.search(name)), None)
         key: tuple[Any, ...]

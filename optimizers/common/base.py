@@ -16,8 +16,16 @@ from leanstep.optimizers.common.checks import (
     check_rounding,
     describe,
 )
+from leanstep.optimizers.common.engines import refuse_flattened, refuse_replaced
 from leanstep.optimizers.common.loading import StateLoading
-from leanstep.optimizers.common.rounding import STATE_RULES, effective, full_precision, rounding_states, seeds_for
+from leanstep.optimizers.common.rounding import (
+    STATE_RULES,
+    effective,
+    full_precision,
+    multiply,
+    rounding_states,
+    seeds_for,
+)
 from leanstep.optimizers.common.saved_tensors import StateRule
 from leanstep.optimizers.common.sharding import (
     Reducer,
@@ -36,6 +44,8 @@ from leanstep.optimizers.common.sharding import (
 )
 
 NONFINITE = ("skip", "raise", "pass")
+# torch's optimizers have these; a group may not ask for what its optimizer does not do
+_TORCH_OPTIONS = {"amsgrad", "capturable", "differentiable", "fused"}
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -84,6 +94,7 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
         _state_rules: what loading accepts of every entry of a parameter's state, beside those of rounding.
         _shaped_state: names of the state tensors that have the shape of their parameter, by ``_state_rules``.
         _drop_state: how a user drops the state of a resized parameter.
+        _dims: the number of dimensions of every parameter, by group, when the groups were added.
         _separable: whether the update of a parameter depends on its own gradient and state alone.
         _group_entries: entries of every group that are not settings, with their first values.
         _older_names: names of state and group entries in states of older versions -> their names now.
@@ -111,12 +122,21 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
+        for name in _TORCH_OPTIONS - self.defaults.keys():
+            if param_group.get(name):
+                raise ValueError(
+                    f"{type(self).__name__}: a group has {name}={param_group[name]!r:.80}, an option of torch's "
+                    "optimizers that this one does not have; leave it out. The group was not added. (docs/gpu.md says "
+                    "which steps a CUDA graph captures.)"
+                )
         # set before the first step: torch.distributed.checkpoint reads the keys of a fresh optimizer
         group = {"nonfinite_count": 0, **self._group_entries, **param_group, "optimizer": self._method()}
         self._check_group({**self.defaults, **group})
         try:
             super().add_param_group(group)
         except ValueError as error:
+            if "with/without names" in str(error):
+                raise self._names_differ(group) from None
             group_names = {p: g.get("name", i) for i, g in enumerate(self.param_groups) for p in g["params"]}
             duplicate = next((i for i, p in enumerate(group["params"]) if p in group_names), None)
             if duplicate is None:
@@ -131,6 +151,16 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
+        self._dims = _dims_of(self.param_groups)
+
+    def _names_differ(self, group: dict[str, Any]) -> ValueError:
+        """Return the error for a group that has names of its parameters where the first has none, or the reverse."""
+        wanted = bool(self.param_groups) and "param_names" in self.param_groups[0]
+        form = "(name, parameter) pairs, as model.named_parameters() gives" if wanted else "parameters without names"
+        return ValueError(
+            f"{type(self).__name__}: expected {form} in group {group.get('name', len(self.param_groups))!r}, as in the "
+            "first one: all parameters of an optimizer have names, or none has. The group was not added."
+        )
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError or TypeError if a setting is out of range. Subclasses extend the check to their settings."""
@@ -149,6 +179,24 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
                     f"{type(self).__name__}: {describe(group, position)} is complex ({param.dtype}); expected a real "
                     "floating dtype. Give torch.view_as_real(parameter) to the optimizer or use another one."
                 )
+            if not self._takes_flattened(group):
+                refuse_flattened(type(self).__name__, group, position)
+
+    def _takes_flattened(self, group: dict[str, Any]) -> bool:
+        """Whether the rule of a group is right for the elements of parameters in any shape, and for parts of them."""
+        return True
+
+    def _check_first_step(self, group: dict[str, Any], position: int) -> None:
+        """Raise ValueError if a parameter without state was replaced by one that its rule cannot take.
+
+        Sharding engines replace parameters after the constructor has checked them.
+        """
+        if self._takes_flattened(group):
+            return
+        refuse_flattened(type(self).__name__, group, position)
+        for other, dims in zip(self.param_groups, self._dims, strict=False):
+            if other is group:
+                refuse_replaced(type(self).__name__, group, position, dims)
 
     def _init_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
         """Return the state of a parameter that has a gradient; create the entries that are missing."""
@@ -161,6 +209,8 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
             ValueError: the parameter was resized after its state was created, and kernels would write past its end;
                 or its shards do not fit the group's settings.
         """
+        if param not in self.state:
+            self._check_first_step(group, position)
         self._check_placements(group, position, param)
         state = self._init_state(group, position, param)
         for key, shape in self._state_shapes(group, param).items():
@@ -296,6 +346,7 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
         for group in self.param_groups:
             group.update({key: value for key, value in self._first_values().items() if key not in group})
             _name_dtypes(group)
+        self._dims = _dims_of(self.param_groups)
 
     def _first_values(self) -> dict[str, Any]:
         """Return the first values of a group's settings and entries."""
@@ -327,6 +378,25 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
         its shards. ``group["nonfinite_count"]`` is the count of a group; state dicts contain it.
         """
         return sum(int(group.get("nonfinite_count", 0)) for group in self.param_groups)
+
+    @torch.no_grad()
+    def multiply_parameter(self, param: Tensor, factor: Tensor) -> bool:
+        """Multiply this process's shard of a parameter in place, together with its rounding state.
+
+        A change from outside drops what the state of ``rounding="kahan"``, "master" or "split" adds to a weight.
+
+        Args:
+            param: the parameter.
+            factor: broadcasts to the shard.
+
+        Returns:
+            Whether the optimizer has the parameter; otherwise nothing is changed.
+        """
+        for group in self.param_groups:
+            if any(param is other for other in group["params"]):
+                multiply(param, self.state.get(param, {}), group["rounding"], factor)
+                return True
+        return False
 
     def state_bytes(self) -> int:
         """Return the bytes of all state tensors, 0 before the first step. Counts sharded tensors in full."""
@@ -440,6 +510,11 @@ def dense_gradient(owner: str, group: dict[str, Any], position: int, param: Tens
         if not has_memory(tensor):
             check_class(owner, f"{whose}{describe(group, position)}", tensor)
     return plain(placed_like(grad, param))
+
+
+def _dims_of(groups: list[dict[str, Any]]) -> list[list[int]]:
+    """Return the number of dimensions of every parameter, by group."""
+    return [[param.dim() for param in group["params"]] for group in groups]
 
 
 def _name_dtypes(group: dict[str, Any]) -> None:

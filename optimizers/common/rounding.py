@@ -73,6 +73,21 @@ def init_rounding(state: dict[str, Any], param: Tensor, rounding: str) -> None:
         local(state[key]).copy_(new_rounding_state)
 
 
+def multiply(param: Tensor, state: dict[str, Any], rounding: str, factor: Tensor) -> None:
+    """Multiply this process's shard of a parameter, with what the state of its rounding mode adds to it, in place.
+
+    ``factor`` broadcasts to the shard.
+    """
+    key, shard = STATE_KEY.get(rounding), local(param)
+    if key not in state or shard.dtype.itemsize != 2:
+        shard.mul_(factor)
+        return
+    new_param, new_state = narrow(widen(readable(param), local(state[key]), rounding) * factor, shard, rounding)
+    assert new_state is not None
+    shard.copy_(new_param)
+    local(state[key]).copy_(new_state)
+
+
 def full_precision(param: Tensor, state: dict[str, Any], rounding: str) -> Tensor:
     """Return a copy of a parameter in fp32 (fp64 for fp64), with what the state of its rounding mode adds to it."""
     key, shard = STATE_KEY.get(rounding), readable(param.detach())

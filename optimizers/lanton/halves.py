@@ -92,13 +92,15 @@ class MarkedHalves:
             )
 
     @torch.no_grad()
-    def mark_whole(self, *, loss_scale: float | Tensor = 1.0) -> None:
+    def mark_whole(self, *, fraction: float | None = None, loss_scale: float | Tensor = 1.0) -> None:
         """Compute the difference of the halves from the current gradients; call it after the last backward pass.
 
         Needed only if gradients are changed before ``step()`` (clipping, unscaling). H is in units of the gradients
         before that change.
 
         Args:
+            fraction: fraction of the micro-batches before :meth:`mark_half`, if there were more or fewer after it than
+                expected, as in the last step of an epoch; None: as told there.
             loss_scale: as for :meth:`mark_half`.
 
         Raises:
@@ -110,6 +112,7 @@ class MarkedHalves:
         for group in groups:
             if group["half_content"] != "gradient":
                 continue
+            group["half_fraction"] = fraction or group["half_fraction"]
             for param in group["params"]:
                 state = self.state.get(param, {})
                 if "half_grad" in state and param.grad is not None:
@@ -144,6 +147,51 @@ class MarkedHalves:
         for param in group["params"]:
             self.state.get(param, {}).pop("half_grad", None)
         group["half_content"] = "none"
+
+
+class HalvesMarker:
+    """Marks the halves of the steps of a trainer, which says after each micro-batch that one is done.
+
+    Args:
+        optimizer: a LANTON with noise="halves".
+        count: micro-batches of a step; the last step of an epoch may have fewer.
+        averaged: as for :meth:`MarkedHalves.mark_half`.
+
+    Raises:
+        TypeError: for another optimizer.
+        ValueError: for fewer than two micro-batches, or without noise="halves".
+    """
+
+    def __init__(self, optimizer: Any, count: int, *, averaged: bool) -> None:
+        if not isinstance(optimizer, MarkedHalves):
+            raise TypeError(f"MarkHalves: expected LANTON(..., noise='halves'), got {type(optimizer).__name__}")
+        if not optimizer._groups_with_halves():
+            raise ValueError(
+                "MarkHalves: no group of LANTON has noise='halves'; build it with that, or drop the callback"
+            )
+        if count < 2:
+            raise ValueError(
+                f"MarkHalves: expected two or more micro-batches per step, got {count}, without halves. Accumulate "
+                "gradients over more, or take noise='previous'"
+            )
+        self.optimizer, self.count, self.averaged = optimizer, count, averaged
+        self.done, self.marked = 0, 0
+
+    def after_micro_batch(self) -> None:
+        """Count a micro-batch; mark the half of the step after its first half."""
+        self.done += 1
+        if self.done == self.count // 2:
+            self.optimizer.mark_half(self.done / self.count, averaged=self.averaged)
+            self.marked = self.done
+
+    def before_step(self) -> None:
+        """Compare the halves; call it after the last micro-batch of a step, before gradients are clipped."""
+        if 0 < self.marked < self.done:
+            self.optimizer.mark_whole(fraction=self.marked / self.done)
+        elif self.marked:  # there is no second half
+            for group in self.optimizer._groups_with_halves():
+                self.optimizer._delete_halves(group)
+        self.done = self.marked = 0
 
 
 def _unscaled(grad: Tensor, loss_scale: float | Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from leanstep.optimizers.common.rounding import rounding_states, seeds_for
 from leanstep.optimizers.common.sharding import Reducer, Shard, local, positions_of, sum_over_shards
 from leanstep.optimizers.lanton import matrices, rule
 from leanstep.optimizers.lanton.matrices import block_count, is_stack
+from leanstep.optimizers.lanton.variance import normalize_rows
 
 # Columns of a table with one row per matrix, summed over processes:
 _DUAL = 0  # "rms": the difference's dual norm; "sign", "vector": rule.partial_dual_norm of the difference
@@ -144,7 +145,9 @@ def step(layers: list[LayerStep], estimated: list[Layer]) -> Reducer[None]:
     _write([_elementwise_update(info) for info in infos if info.layer.norm != "rms"])
     hidden = [info for info in infos if info.layer.norm == "rms"]
     for batch in matrices.directions([info.layer for info in hidden], lambda i: _direction_momentum(hidden[i].layer)):
-        _write([_matrix_update(hidden[task.layer_index], task, direction) for task, direction in batch])
+        ready = [(hidden[task.layer_index], task, direction) for task, direction in batch]
+        yield from normalize_rows([each for each in ready if each[0].layer.group["variance"]])
+        _write([_matrix_update(*each) for each in ready])
 
 
 def _measure(layers: list[LayerStep], rows: list[slice], table: Tensor) -> None:
@@ -416,6 +419,7 @@ def _write_alike(updates: list[Update]) -> None:
             [u.scale for u in updates],
             group["lr"],
             group["weight_decay"],
+            cautious_decay=group["cautious_decay"],
             skipped=[] if _on_host(updates[0].direction) else [u.info.nonfinite for u in updates],
             rounding=rounding,
             rounding_states=states,

@@ -11,6 +11,7 @@ from torch import Tensor
 from leanstep.kernels.steps.common import compute_dtype
 from leanstep.optimizers.common.base import LeanOptimizer
 from leanstep.optimizers.common.checks import describe, settings_of
+from leanstep.optimizers.common.engines import in_pipeline, inside_zero, partial_model
 from leanstep.optimizers.common.loading import Loaded
 from leanstep.optimizers.common.rounding import effective, init_rounding
 from leanstep.optimizers.common.saved_tensors import SHAPED, StateRule
@@ -189,11 +190,23 @@ class MFAC(LeanOptimizer):
     def _check_params(self, group: dict[str, Any], given: dict[str, Any]) -> None:
         super()._check_params(group, given)
         self._check_scope(self.param_groups, group)
+        if group["scope"] in ("model", "group") and inside_zero():
+            advice = "Take scope='layer' or an int"
+            raise partial_model("MFAC", f"scope={group['scope']!r}", "ZeroRedundancyOptimizer", advice)
         if group["sparse"]:
             masks = group["masks"] or [None] * len(group["params"])
             nonzero = [p.detach() != 0 for p in group["params"]]
             group["masks"] = [n if mask is None else n & mask for n, mask in zip(nonzero, masks, strict=True)]
         check_memory(self.param_groups, self._states())
+
+    def _takes_flattened(self, group: dict[str, Any]) -> bool:
+        return False
+
+    def _check_first_step(self, group: dict[str, Any], position: int) -> None:
+        super()._check_first_step(group, position)
+        if group["scope"] == "model" and not self.state and in_pipeline(self.param_groups):
+            advice = "Take scope='group' (one window per group and stage), 'layer' or an int"
+            raise partial_model("MFAC", "scope='model'", "a pipeline", advice)
 
     def _check_fit(self, groups: list[dict[str, Any]], group: dict[str, Any]) -> None:
         super()._check_params(group, {})

@@ -158,7 +158,7 @@ def _problem(scope: Scope) -> Problem:
             vector = entry.columns.local(entry.grad)
             vector = -vector if group["maximize"] else vector
             if group["decay"] == "coupled" and group["weight_decay"]:
-                vector = vector.add(weight, alpha=group["weight_decay"])
+                vector = vector.add(weight, alpha=float(group["weight_decay"]))
         if "mask" in entry.state:
             vector = vector * entry.columns.local(entry.state["mask"])
         vectors.append(vector)

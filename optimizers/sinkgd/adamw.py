@@ -12,7 +12,7 @@ from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 from leanstep.kernels.cpp_impl._build import same_layout
 from leanstep.kernels.reference.rounding import narrow, widen
 from leanstep.kernels.steps.adamw_step import adamw_step as adamw_step_on_host
-from leanstep.kernels.steps.common import nonfinite_flags
+from leanstep.kernels.steps.common import decay_factor, nonfinite_flags
 from leanstep.optimizers.common.base import Batch, count_nonfinite
 from leanstep.optimizers.common.rounding import seeds_for
 from leanstep.optimizers.common.sharding import (
@@ -73,10 +73,32 @@ def step_adamw(batch: Batch) -> Reducer[None]:
                 return
             skip = None
     if batch.rounding == "nearest":
-        _update(params, grads, batch.states, group, skip)
+        _decay_and_update(params, grads, batch.states, group, skip)
     else:
         _update_rounded(params, grads, batch, skip)
     store(params, batch.params)
+
+
+def _decay_and_update(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[dict[str, Any]],
+    group: dict[str, Any],
+    skip: Tensor | None,
+) -> None:
+    """Update parameters and moments; with cautious_decay, decay only entries whose update and value agree in sign."""
+    if group["cautious_decay"] and group["weight_decay"]:
+        decay, weight = decay_factor(group["lr"], group["weight_decay"]), 1.0 - group["betas"][0]
+        for param, grad, state in zip(params, grads, states, strict=True):
+            average = local(state["exp_avg"])
+            # AdamW divides the new average by positive numbers, so it has the update's sign
+            gradient = (-grad if group["maximize"] else grad).to(average.dtype)
+            aligned = average.lerp(gradient, weight) * param >= 0
+            if skip is not None:
+                aligned &= ~skip.to(aligned.device)
+            param.copy_(torch.where(aligned, param * decay, param))
+        group = {**group, "weight_decay": 0.0}
+    _update(params, grads, states, group, skip)
 
 
 def _update(
@@ -101,6 +123,8 @@ def _update(
         rows = [row if same_layout(row) else tuple(t.clone(memory_format=contiguous) for t in row) for row in stored]
     params, grads, exp_avgs, exp_avg_sqs = (list(column) for column in zip(*rows, strict=True))
     rule: dict[str, Any] = {key: group[key] for key in ("lr", "weight_decay", "eps", "maximize")}
+    if fused:  # torch's fused kernels take a tensor for lr alone
+        rule["weight_decay"] = float(rule["weight_decay"])
     if fused and skip is None and params[0].device.type == "cpu" and not torch.compiler.is_compiling():
         adamw_step_on_host(params, grads, exp_avgs, exp_avg_sqs, steps, betas=(beta1, beta2), **rule)
     else:
@@ -139,7 +163,7 @@ def _update_rounded(params: list[Tensor], grads: list[Tensor], batch: Batch, ski
     pairs = zip(params, rounding_state, strict=True)
     masters = rounding == "master"
     wide = [r.copy_(widen(p, r, rounding)) if masters and r is not None else widen(p, r, rounding) for p, r in pairs]
-    _update(wide, [g.float() for g in grads], states, batch.group, skip)
+    _decay_and_update(wide, [g.float() for g in grads], states, batch.group, skip)
     places: list[Any] = [()] * len(params)  # seed, offset and runs
     if rounding == "stochastic":
         seeds = seeds_for([s["step"] for s in states], batch.indices, batch.group["seed"], device)

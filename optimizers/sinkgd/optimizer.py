@@ -92,6 +92,9 @@ class SinkGD(LeanOptimizer):
             operator norm lr * scale. Power iteration estimates the norm from below: 20 iterations at a matrix's first
             finite nonzero gradient, then one per step, warm-started. State: n values per matrix. Steps wait for the
             device until all matrices of a parameter have had such a gradient.
+        cautious_decay: decay only entries whose update and parameter agree in sign (arXiv 2510.12402), also of AdamW's
+            parameters. A 16-bit parameter of AdamW with rounding="nearest" is rounded after the decay and after the
+            step, as by torch's AdamW without ``fused``.
         betas, eps: for AdamW.
         fused: for AdamW; None: if torch has a fused kernel for the device.
         foreach: None or True: one call for all tensors of a device and dtype. False: one call per tensor.
@@ -159,6 +162,7 @@ class SinkGD(LeanOptimizer):
         row_mask_tau: float = 0.0,
         base_width: int | None = None,
         spectral: str | None = None,
+        cautious_decay: bool = False,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         fused: bool | None = None,
@@ -185,7 +189,7 @@ class SinkGD(LeanOptimizer):
         check_betas("SinkGD", group["betas"])
         for name, choices in CHOICES.items():
             check_choice("SinkGD", name, group[name], choices)
-        check_flags("SinkGD", group, ("nesterov",), ("fused",))
+        check_flags("SinkGD", group, ("nesterov", "cautious_decay"), ("fused",))
         check_layout("SinkGD", group)
         check_blocks("SinkGD", group)
         if group["blocks"] is not None and group["spectral"] is not None:
@@ -217,6 +221,9 @@ class SinkGD(LeanOptimizer):
             if group["blocks"] is not None:
                 whole = oriented(Shard(param.shape), group["transposed"], group["flatten"])
                 check_rows("SinkGD", group, position, matrix_shape(whole)[0])
+
+    def _takes_flattened(self, group: dict[str, Any]) -> bool:
+        return group["algorithm"] == "adamw"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Fill in settings that an older state does not have, and convert step counts to tensors."""
@@ -382,7 +389,7 @@ def _write(batch: Batch, matrices: list[Tensor], scales: Scales | None, *, end_w
     group = batch.group
     weights = [local(p) for p in batch.params]
     scalars = rule.step_scalars(group["lr"], group["scale"], group["weight_decay"], weights[0])
-    options = batch.options(scalars)
+    options = batch.options(scalars, decay_where_aligned=group["cautious_decay"])
 
     def step(targets: list[Tensor], rounding_state: list[Tensor]) -> Tensor:
         if scales is not None:

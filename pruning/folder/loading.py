@@ -32,6 +32,8 @@ INDEX = "model.safetensors.index.json"
 _BIN_INDEX = "pytorch_model.bin.index.json"
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 _QUANTISED_DTYPES = ("I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4")
+_SHORT = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_FLOATING_DTYPES = tuple(_SHORT.values())
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
 
 # the files of a name on the hub that tell what the others are
@@ -355,8 +357,8 @@ def check_weights(source: str | Path, model_class: Any = None, *, new_heads: Ite
 
     Raises:
         ValueError: for a folder that cannot be opened, needs code of its own or has an adapter; for missing tensors,
-            except tied ones;
-            for tensors of another shape; for an entry of ``new_heads`` that selects no such tensor.
+            except tied ones; for tensors of another shape, or weights that are not floating-point; for an entry of
+            ``new_heads`` that selects no such tensor.
     """
     with _opening("model", source) as path, _quiet():
         _, info = _class(model_class).from_pretrained(
@@ -378,6 +380,30 @@ def check_weights(source: str | Path, model_class: Any = None, *, new_heads: Ite
     mismatched = {name: row for name, row in mismatched.items() if not any(_selects(h, name) for h in new_heads)}
     if missing or mismatched:
         raise ValueError(_misfit(source, missing, mismatched, sorted(map(str, info["unexpected_keys"]))))
+    if Path(path).is_dir() and not read_json(Path(path) / "config.json").get("quantization_config"):
+        _check_dtypes(Path(path))
+
+
+def _check_dtypes(folder: Path) -> None:
+    """Refuse weights and biases that are not floating-point, which transformers would convert without a word."""
+    for file, name, dtype, dim in _stored_dtypes(folder):
+        # GPT-2's attn.bias is a mask of four dimensions
+        if dtype not in _FLOATING_DTYPES and (name.endswith(".weight") or (name.endswith(".bias") and dim == 1)):
+            raise ValueError(
+                f"{file}: {one_line(name)} is of dtype {dtype}: expected floating-point weights "
+                f"({', '.join(_FLOATING_DTYPES)})"
+            )
+
+
+def _stored_dtypes(folder: Path) -> Iterator[tuple[Path, str, str, int]]:
+    """File, name, dtype and dimensions of every tensor in the weight files that transformers prefers."""
+    files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        with TensorFile(file) as opened:
+            yield from ((file, name, opened.dtype(name), len(opened.shape(name))) for name in opened.names)
+    for file in [] if files else sorted(folder.glob("pytorch_model*.bin")):
+        for name, tensor in _load_bin(file).items():
+            yield file, name, _SHORT.get(tensor.dtype, str(tensor.dtype)), tensor.dim()
 
 
 def _misfit(

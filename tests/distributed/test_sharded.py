@@ -10,6 +10,7 @@ from distributed_world import CASES, load_cases, run_world
 MODULES = (
     "distributed_cases",
     "distributed_placements",
+    "distributed_engines",
     "distributed_checkpoints",
     "distributed_lanton",
     "distributed_mfac",

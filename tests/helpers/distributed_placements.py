@@ -16,7 +16,6 @@ from distributed_cases import (
     set_grad,
     set_grads,
     shard,
-    train,
     whole,
 )
 from distributed_world import World, case
@@ -307,34 +306,7 @@ def parts_may_be_of_a_class_without_memory(world: World) -> None:
                 assert not isinstance(value, DTensor) or type(value.to_local()) is torch.Tensor
 
 
-# ---- other engines, larger matrices
-
-
-@case(2)
-def flattened_parameters_are_refused(world: World) -> None:
-    """Engines that flatten (FSDP's first version, ZeRO's later stages) leave vectors: rows and columns are lost."""
-    flat = nn.Parameter(torch.cat([p.detach().reshape(-1) for p in new_model().parameters()]).chunk(2)[world.rank])
-    refused(ValueError, "flattened by a sharding engine", lambda: SinkGD([{"params": [flat], "algorithm": "sinkgd"}]))
-    refused(ValueError, "flattened by a sharding engine", lambda: SinkGD([{"params": [flat], "algorithm": "balanced"}]))
-    flat.grad = torch.ones_like(flat)
-    Lion([flat]).step()  # elementwise rules do not mind
-
-
-@case(2)
-def zero_redundancy_optimizer(world: World) -> None:
-    """torch's ZeRO-1 gives whole parameters to processes: same steps as one process."""
-    from torch.distributed.optim import ZeroRedundancyOptimizer
-
-    for cls, settings in ((Lion, {"lr": 1e-2}), (SinkGD, {"lr": 0.05, "algorithm": "sinkgd"})):
-        plain, replica = new_model(torch.float64), new_model(torch.float64)
-        for model in (plain, replica):
-            for param in model.parameters():
-                param.requires_grad_(param.dim() > 1)
-        matrices = [[p for p in m.parameters() if p.requires_grad] for m in (plain, replica)]
-        train(plain, cls(matrices[0], **settings), None)
-        parallel = nn.parallel.DistributedDataParallel(replica)
-        train(parallel, ZeroRedundancyOptimizer(matrices[1], optimizer_class=cls, **settings), world)
-        assert_same(replica, plain, 1e-6, cls.__name__)
+# ---- larger matrices
 
 
 @case(2)

@@ -265,7 +265,7 @@ CASES = (
     OptimizerCase(
         name="SinkGD-kahan",
         cls=SinkGD,
-        kwargs={"lr": 2e-3, "rounding": "kahan"},
+        kwargs={"lr": 2e-3, "rounding": "kahan", "weight_decay": 0.1, "cautious_decay": True},
         dtype=_BF16,
         state={"kahan_compensation": _BF16},
         exact_foreach=False,
@@ -329,6 +329,8 @@ CASES = (
             "lr": 5e-3,
             "scaling": "muon",
             "nesterov": True,
+            "weight_decay": 0.1,
+            "cautious_decay": True,
             "noise_every": 2,
             "ns_dtype": torch.float32,
         },
@@ -337,6 +339,14 @@ CASES = (
         coupled=True,
         replayable=False,
         graphs=3,
+        extra_fp32=12,
+    ),
+    OptimizerCase(
+        name="LANTON-rows",
+        cls=LANTON,
+        kwargs={"lr": 5e-3, "variance": "rows", "noise_adaptive": False, "ns_dtype": torch.float32},
+        state={"momentum_buffer": torch.float32, "row_mean_sq": torch.float32},
+        exact_foreach=False,
         extra_fp32=12,
     ),
     OptimizerCase(

@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, SequentialSampler, Subset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from leanstep.optimizers import LANTON, MFAC, Lion, SinkGD, create, param_groups
+from leanstep.optimizers.trainer import MarkHalves
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:(SinkGD|LANTON). .* taken as"),
@@ -49,8 +50,8 @@ def build(name, model):
 def arguments(folder, **options):
     return TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=8,
-        gradient_accumulation_steps=2,
+        per_device_train_batch_size=options.pop("per_device_train_batch_size", 8),
+        gradient_accumulation_steps=options.pop("gradient_accumulation_steps", 2),
         learning_rate=options.pop("learning_rate", 2e-3),
         lr_scheduler_type="constant",
         logging_steps=1,
@@ -112,6 +113,59 @@ def test_trainer_with_create(name, tmp_path):
     assert [group["name"] for group in made.optimizer.param_groups] == [group["name"] for group in param_groups(model)]
     for a, b in zip(made.model.parameters(), given.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+class Ordered(Trainer):
+    """A Trainer that takes its data in their order."""
+
+    def _get_train_sampler(self, dataset=None):
+        return SequentialSampler(self.train_dataset)
+
+
+def test_halves_of_a_step_are_marked_in_the_trainer(tmp_path):
+    """As by hand, also in the last step of an epoch, which has three micro-batches in place of four."""
+    data = Subset(Counting(), range(44))
+
+    def halves(model):
+        return LANTON(param_groups(model), lr=5e-3, noise="halves", alpha="auto")
+
+    settings = arguments(
+        tmp_path, num_train_epochs=2, save_strategy="no", per_device_train_batch_size=4, gradient_accumulation_steps=4,
+        max_grad_norm=0,
+    )  # fmt: skip
+    model = tiny_llama()
+    trainer = Ordered(model, settings, train_dataset=data, optimizers=(halves(model), None), callbacks=[MarkHalves()])
+    trainer.train()
+    twin = tiny_llama()
+    optimizer = halves(twin)
+    micro = list(DataLoader(data, batch_size=4))
+    for batches in [micro[:4], micro[4:8], micro[8:]] * 2:
+        for i, batch in enumerate(batches):
+            (twin(**batch).loss / len(batches)).backward()
+            if i == 1:
+                optimizer.mark_half(2 / len(batches))
+        optimizer.step()
+        optimizer.zero_grad()
+    ours, by_hand = (o.noise_report() for o in (trainer.optimizer.optimizer, optimizer))
+    assert all(row["H"] > 0 for row in by_hand)
+    assert [row["H"] for row in ours] == pytest.approx([row["H"] for row in by_hand], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "noise", "message"),
+    [
+        ({"gradient_accumulation_steps": 1}, "halves", "two or more micro-batches per step, got 1"),
+        ({"max_grad_norm": 1.0}, "halves", "max_grad_norm=0, got 1.0"),
+        ({}, "previous", "no group of LANTON has noise='halves'"),
+    ],
+)
+def test_halves_that_cannot_be_marked_are_refused(options, noise, message, tmp_path):
+    model = tiny_llama()
+    settings = arguments(tmp_path, max_steps=1, **{"max_grad_norm": 0.0, **options})
+    optimizer = LANTON(param_groups(model), noise=noise)
+    trainer = Trainer(model, settings, train_dataset=Counting(), optimizers=(optimizer, None), callbacks=[MarkHalves()])
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
 
 
 @both

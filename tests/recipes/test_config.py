@@ -436,6 +436,14 @@ def test_split_is_for_rules_of_matrices(recipe):
         load(recipe(), [f"optimizer={{name: {name}, lr: 1e-2, split: heads}}"])
 
 
+def test_qk_clip_needs_attention_in_sight(recipe):
+    load(recipe(), ["qk_clip.threshold=100"])
+    (problem,) = problems_of(recipe(), ["qk_clip.threshold=100", "compile=true"])
+    assert "qk_clip.threshold looks into attention layers, which compile hides" in problem
+    (problem,) = problems_of(recipe(), ["qk_clip={threshold: 100, alpha: 2}"])
+    assert "qk_clip.alpha" in problem
+
+
 def test_release_gradients_excludes_scaled_gradients(recipe):
     path = recipe(BASE + "release_gradients: true\n")
     load(path, ["precision=bf16"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -249,6 +250,22 @@ def test_weights_that_are_not_finite_are_refused_by_name(saved, folder, tmp_path
         assert f"{MATRIX} holds NaN or infinity" in capsys.readouterr().err
     with pytest.raises(ValueError, match=f"model.init_from: .*{MATRIX} holds NaN or infinity"):
         build_model(ModelConfig(init_from=str(folder)), 300)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_weights_that_are_not_floating_are_refused_by_name(saved, folder, tmp_path, dtype, form, capsys):
+    """transformers converts them without a word, and drops the imaginary part."""
+    change_weights(folder, lambda weights: weights | {MATRIX: weights[MATRIX].to(dtype)})
+    if form == "bin":
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    for name in ("eval", "prune", "train", "check"):
+        arguments, code = commands(saved, folder, tmp_path)[name]
+        assert main(arguments) == code
+        said = capsys.readouterr()
+        assert re.search(rf"{MATRIX} is of dtype .*: expected floating-point weights", said.err + said.out)
     assert not (tmp_path / "out").exists()
 
 
