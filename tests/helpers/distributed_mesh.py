@@ -202,7 +202,7 @@ def blocks_on_meshes(world: World) -> None:
     for cls, settings, dtype, tolerance in (
         (SinkGD, {"lr": 0.1, "momentum": 0.9, "row_mask_tau": 0.1}, torch.float64, 1e-9),
         (SinkGD, {"lr": 0.1, "rounding": "stochastic"}, torch.bfloat16, 2**-7),
-        (LANTON, {"lr": 0.1, "norm": "rms", "alpha": 0.1}, torch.float64, 1e-9),
+        (LANTON, {"lr": 0.1, "norm": "rms", "alpha": 0.1, "variance": "rows"}, torch.float64, 1e-9),
     ):
         for shape, transposed, blocks in (((12, 5), False, (2, 7, 3)), ((5, 12), True, 4)):
             for sizes, placements in (ROWS[1], *COLUMNS[:3]):
