@@ -285,10 +285,20 @@ def check_indices(setting: str, name: str, shard: Shard) -> None:
         )
 
 
+def check_row_shards(setting: str, name: str, shard: Shard) -> None:
+    """Raise ValueError if ``setting`` needs shards that are ranges of a parameter's rows, and these are not."""
+    if first_index(shard) is None:
+        raise ValueError(
+            f"{setting} takes parameters whose shards are ranges of rows, got {name} with placements "
+            f"{shard.placements}; nothing was changed. Use another dtype for it, such as torch.bfloat16, or shard it "
+            "along dimension 0 alone."
+        )
+
+
 def positions_of(shards: Sequence[Shard], device: torch.device) -> dict[str, Any]:
     """Return ``offsets`` and ``runs`` of :class:`leanstep.kernels.StepOptions`, for stochastic rounding.
 
-    The shards are those that :func:`check_indices` accepts.
+    The shards are those that :func:`check_indices` accepts. ``runs`` is None if all are ranges of rows.
     """
     runs = None
     if any(first_index(shard) is None for shard in shards):
