@@ -73,6 +73,7 @@ LANTON_OPTIONS = {
     "LANTON": {},
     "LANTON, noise every fifth step": {"noise_every": 5},
     "LANTON, noise_adaptive=False": {"noise_adaptive": False},
+    'LANTON, nuclear="polar"': {"nuclear": "polar"},
     'LANTON, nuclear="frobenius"': {"nuclear": "frobenius"},
 }
 

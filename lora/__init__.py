@@ -2,6 +2,7 @@
 
 from leanstep.lora.apply import apply_lora, remove_lora, set_adapters
 from leanstep.lora.attention.attention import LowRankAttentionError, low_rank_attention
+from leanstep.lora.attention.clip import QKClip
 from leanstep.lora.attention.error_bounds import ErrorBounds, error_bounds
 from leanstep.lora.attention.gate import LowRankGate
 from leanstep.lora.attention.gate_state import GateReport
@@ -24,6 +25,7 @@ __all__ = [
     "LowRankGate",
     "MergeReport",
     "NormMonitor",
+    "QKClip",
     "accelerate_peft",
     "apply_lora",
     "error_bounds",

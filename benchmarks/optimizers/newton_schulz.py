@@ -1,11 +1,13 @@
 """Newton-Schulz: bias of the nuclear norm, error against the polar factor, and time beside torch's Muon.
 
     python benchmarks optimizers/newton_schulz [bias] [error] [time] [--threads 2] [--rounds 7] [--dtype float32]
+    python benchmarks optimizers/newton_schulz trained --model FOLDER [--tokens 4096]
 
 ``bias``: estimates of the nuclear norm over the exact one, by spectrum, coefficients and dtype. ``error``: distance
 of the result from U V^T, and from the polynomial evaluated exactly, by spectrum, coefficients, form and dtype.
 ``time``: all hidden matrices of LLaMA-60M, through the function that torch.optim.Muon calls and through the ops here,
-interleaved in one process; medians, and the smallest of the rounds. Without a name, all three.
+interleaved in one process; medians, and the smallest of the rounds. Without a name, these three. ``trained``: errors of
+the nuclear norm on differences of gradients, of two batches of State of the Union addresses, of a model's folder.
 """
 
 from __future__ import annotations
@@ -25,8 +27,17 @@ from leanstep.kernels import newton_schulz, nuclear_norm
 
 ROWS = 512
 SETS = {"jordan": 5, "polar_express": 5, "classic_quintic": 10}
-PARSER = command_line(__doc__, dtype=["float32", "bfloat16"], threads=0, rounds=7)
-add_tables(PARSER, "bias", "error", "time")
+TABLES = ("bias", "error", "time")
+PARSER = command_line(
+    __doc__,
+    dtype=["float32", "bfloat16"],
+    threads=0,
+    rounds=7,
+    model=("", "for the table trained: a folder that transformers opens"),
+    tokens=(4096, "tokens of each of the two batches; default: %(default)s"),
+)
+add_tables(PARSER, *TABLES, "trained")
+PARSER.set_defaults(tables=list(TABLES))
 
 
 def spectra() -> dict[str, Tensor]:
@@ -59,7 +70,7 @@ def bias() -> None:
     polar, jordan = ({"coefficients": name, "steps": 5} for name in ("polar_express", "jordan"))
     settings = {"default fp32": fp32, "default bf16": bf16, "polar_express 5 fp32": polar | fp32}
     settings |= {"polar_express 5 bf16": polar | bf16, "jordan 5 fp32": jordan | fp32}
-    settings["frobenius"] = {"estimator": "frobenius"}
+    settings |= {name: {"estimator": name} for name in ("sketch", "frobenius")}
     rows = []
     for name, mat in spectra().items():
         exact = float(nuclear_norm([mat], estimator="svd"))
@@ -100,6 +111,7 @@ def timing(dtype: str, rounds: int) -> None:
         'newton_schulz "standard"': lambda: newton_schulz(mats, method="standard"),
         "nuclear_norm": lambda: nuclear_norm(mats),
         "nuclear_norm polar_express 5": lambda: nuclear_norm(mats, coefficients="polar_express", steps=5),
+        "nuclear_norm sketch": lambda: nuclear_norm(mats, estimator="sketch"),
         "nuclear_norm frobenius": lambda: nuclear_norm(mats, estimator="frobenius"),
     }
     times = interleaved_seconds(runs, rounds)
@@ -113,11 +125,48 @@ def timing(dtype: str, rounds: int) -> None:
     print_table(head, ([name, *cells(values)] for name, values in times.items()))
 
 
+def gradient_differences(folder: str, tokens: int, length: int = 256) -> list[Tensor]:
+    """Differences of the hidden matrices' gradients of two batches of random sequences."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from leanstep.optimizers import param_groups
+    from leanstep.recipes.data.sources import sotu_corpus
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    text = tokenizer("\n".join(list(sotu_corpus().documents())[-40:]))["input_ids"]
+    starts = torch.randint(len(text) - length, (2, tokens // length), generator=torch.Generator().manual_seed(0))
+    for sign, batch in zip((1.0, -1.0), starts.tolist(), strict=True):
+        for i in range(0, len(batch), 4):
+            inputs = torch.tensor([text[start : start + length] for start in batch[i : i + 4]])
+            (model(input_ids=inputs, labels=inputs).loss * (sign * len(inputs) / len(batch))).backward()
+    groups = [group for group in param_groups(model) if group["name"] == "hidden"]
+    return [param.grad for group in groups for _, param in group["params"]]
+
+
+def trained(folder: str, tokens: int) -> None:
+    """Print errors of the estimates on a trained model, in percent of the exact nuclear norm."""
+    mats = gradient_differences(folder, tokens)
+    exact = nuclear_norm(mats, estimator="svd")
+    fp32: dict[str, Any] = {"dtype": torch.float32}
+    settings: dict[str, dict[str, Any]] = {name: {"estimator": name} for name in ("sketch", "frobenius")}
+    settings |= {"polar": fp32, "polar_express 5": fp32 | {"coefficients": "polar_express", "steps": 5}}
+    rows = []
+    for name, options in settings.items():
+        errors = 100 * (nuclear_norm(mats, **options) / exact - 1)
+        middle, spread = float(errors.median()), float(errors.abs().max())
+        rows.append([name, f"{errors.mean():+.1f}", f"{middle:+.1f}", f"{spread:.1f}"])
+    print_table([f"{len(mats)} differences, {tokens} tokens a batch", "mean %", "median %", "largest %"], rows)
+
+
 def main() -> None:
     """Print the tables."""
+    options = PARSER.parse_args()
+    if "trained" in options.tables and not options.model:
+        PARSER.error("the table trained needs --model FOLDER")
     options = start(PARSER)
     warnings.simplefilter("ignore")
     runs = {"bias": [bias], "error": [error], "time": [lambda d=d: timing(d, options.rounds) for d in options.dtype]}
+    runs["trained"] = [lambda: trained(options.model, options.tokens)]
     for name in options.tables:
         for table in runs[name]:
             print()

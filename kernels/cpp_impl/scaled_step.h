@@ -1,6 +1,7 @@
 // p = p * decay - step * ((r_i * G_ij) * c_j) on some rows of a matrix: reference/steps/scaled_step.py, one pass.
 //
-// PARAM, MAT: float or bf16. ROUNDING: see common.h. SKIP: do not update matrices with a NaN column scale.
+// PARAM, MAT: float or bf16. ROUNDING: see common.h. SKIP: do not update matrices with a NaN column scale. ALIGNED: decay
+// only entries whose update and value agree in sign.
 #pragma once
 
 #include "common.h"
@@ -11,6 +12,12 @@ namespace {
 constexpr int64_t PIECE = 4 * CHUNK;
 
 using StateT = RoundingState<PARAM, ROUNDING>::type;
+
+inline float moved(float weight, float update, float size, float decay) {
+    float decayed = weight * decay;
+    if (ALIGNED) decayed = update * weight >= 0.0f ? decayed : weight;
+    return decayed - size * update;
+}
 
 void step_row(
     PARAM* __restrict p, const MAT* __restrict g, const float* __restrict c, StateT* __restrict state, int64_t n,
@@ -25,15 +32,15 @@ void step_row(
         for (int64_t j = 0; j < n / 2; ++j) {
             const Pair gradient = load_pair(g, j), weight = weights_of<ROUNDING>(p, state, j);
             const uint32_t index = offset + static_cast<uint32_t>(2 * j);
-            const float low = weight.low * decay - size * ((r * gradient.low) * c[2 * j]);
-            const float high = weight.high * decay - size * ((r * gradient.high) * c[2 * j + 1]);
+            const float low = moved(weight.low, (r * gradient.low) * c[2 * j], size, decay);
+            const float high = moved(weight.high, (r * gradient.high) * c[2 * j + 1], size, decay);
             store_weights<ROUNDING>({low, high}, p, state, j, index, seed);
         }
     }
 #pragma omp simd
     for (int64_t j = done; j < n; ++j) {
         const float update = (r * widen(g[j])) * c[j];
-        const float value = weight_of<ROUNDING>(p[j], state, j) * decay - size * update;
+        const float value = moved(weight_of<ROUNDING>(p[j], state, j), update, size, decay);
         store_weight<ROUNDING>(value, false, p, state, j, offset + static_cast<uint32_t>(j), seed);
     }
 }

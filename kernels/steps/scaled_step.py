@@ -24,6 +24,8 @@ def scaled_step(
 
         p = p * decay - step * ((r_i * G_ij) * c_j)
 
+    With ``decay_where_aligned``, entries whose update (r_i * G_ij) * c_j and value differ in sign do not decay.
+
     Args:
         params: parameters [..., m, n] of one device and dtype; updated in place.
         mats: matrices G, same shapes, any floating dtype; not written.
@@ -43,7 +45,10 @@ def scaled_step(
         Reads G and p and writes p once each: 12 bytes per fp32 element.
     """
     lists = (params, mats, rows, cols, rounding_state)
-    fields = (options.scalars, options.rounding, options.skip_nonfinite, options.seeds, options.offsets)
+    fields = (
+        options.scalars, options.rounding, options.decay_where_aligned, options.skip_nonfinite, options.seeds,
+        options.offsets,
+    )  # fmt: skip
     if torch.compiler.is_compiling():
         return torch.ops.leanstep.scaled_step(*lists, *fields)
     return _step(*lists, *fields)
@@ -109,11 +114,15 @@ def _step(
     rounding_state: list[Tensor],
     scalars: Tensor,
     rounding: str,
+    decay_where_aligned: bool,
     skip_nonfinite: bool,
     seeds: Tensor | None,
     offsets: Tensor | None,
 ) -> Tensor:
-    options = StepOptions(scalars, rounding, skip_nonfinite=skip_nonfinite, seeds=seeds, offsets=offsets)
+    options = StepOptions(
+        scalars, rounding, decay_where_aligned=decay_where_aligned, skip_nonfinite=skip_nonfinite, seeds=seeds,
+        offsets=offsets,
+    )  # fmt: skip
     if not params:
         return torch.zeros(0, dtype=torch.int32)
     check_shapes("scaled_step", *(ts for ts in (params, mats, rounding_state) if ts))
@@ -173,6 +182,7 @@ def _cpp_step(
         "MAT": TYPES[mats[0].dtype],
         "ROUNDING": options.rounding.upper(),
         "SKIP": int(options.skip_nonfinite),
+        "ALIGNED": int(options.decay_where_aligned),
     }
     # the kernel takes single matrices; owners gives the parameter of each
     owners = [t for t, p in enumerate(params) for _ in range(p.shape[:-2].numel())]

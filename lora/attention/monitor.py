@@ -51,6 +51,7 @@ class HeadReport:
         threshold: ``sqrt(ln length)``. The theorem compares the norms with it, up to unknown constants.
         rho: the larger norm divided by the threshold. Above 1 is evidence for large norms, not proof.
         certified, sampled: upper bound on all logits, and largest sampled logit, with centred keys.
+        logit: largest sampled logit, with its sign and keys that are not centred.
         certified_degree, degree: smallest even degrees that keep softmax weights within the tolerance for logits up to
             ``certified`` and ``sampled``; None beyond 64.
         error: relative error of the output on the sampled queries, at ``degree`` or at the highest degree tried.
@@ -74,6 +75,7 @@ class HeadReport:
     rho: float
     certified: float
     sampled: float
+    logit: float
     certified_degree: int | None
     degree: int | None
     error: float
@@ -147,6 +149,7 @@ class NormMonitor:
         self.skipped: dict[str, str] = {}
         self._reports: dict[str, list[HeadReport]] = {}
         self._first: dict[str, Tensor] = {}
+        self._logits: dict[str, Tensor] = {}
         self._taps = attach(model)
         self._projections = {layer: ProjectionNorms(layer) for layer in self._taps}
         for tap in self._taps.values():
@@ -177,6 +180,14 @@ class NormMonitor:
         """Measure the next forward pass, in training or evaluation."""
         self._armed = True
 
+    def layers(self) -> dict[str, nn.Module]:
+        """The measured attention layers by name."""
+        return {tap.name: layer for layer, tap in self._taps.items()}
+
+    def logits(self) -> dict[str, Tensor]:
+        """Map layers to the largest logit of each head, [heads] on the CPU, in the last measured pass alone."""
+        return dict(self._logits)
+
     def report(self) -> list[HeadReport]:
         """The last measurement of every head, in the model's order; empty before the first measurement.
 
@@ -202,6 +213,8 @@ class NormMonitor:
 
     def _begin(self, *_: Any) -> None:
         self._active, self._armed = self._armed, False
+        if self._active:
+            self._logits = {}
         for norms in self._projections.values():
             norms.on, norms.largest, norms.full = self._active, {}, None
 
@@ -228,6 +241,7 @@ class NormMonitor:
         inputs = call.inputs.sequences(slice(SEQUENCES))
         norms = outside_dispatch_modes(lambda: head_norms(inputs, degrees=DEGREES, rows=ROWS, generator=self.generator))
         first = self._first.setdefault(name, torch.maximum(norms.gamma_q, norms.gamma_k).cpu())
+        self._logits[name] = norms.logit.float().cpu()
         self._reports[name] = list(self._judge(name, inputs, norms, first, self._projections[call.layer]))
 
     def _judge(
@@ -259,6 +273,7 @@ class NormMonitor:
                 layer=name, head=head, length=length, gamma_q=gamma_q, gamma_k=gamma_k,
                 gamma_full=None if projections.full is None else abs(inputs.scale) * float(projections.full[head]),
                 threshold=threshold, rho=gamma / threshold, certified=certified, sampled=sampled,
+                logit=float(values.logit[head]),
                 certified_degree=needed[0], degree=needed[1], error=error, cost=costs[degree],
                 pays_from=pays_from[degree], input=x, base=base, adapter=adapter, dominant=dominant, of=of,
                 drift=gamma / max(float(first[head]), 1e-30), status=status, why="",

@@ -34,6 +34,7 @@ class HeadNorms(NamedTuple):
     Attributes:
         gamma_q, gamma_k, certified, sampled: as in :class:`leanstep.lora.HeadReport`.
         errors: [degrees, Hq], the relative error ``|O~ - O| / |O|`` of the output on the sampled queries.
+        logit: the largest sampled logit, with its sign and with the keys as they are; -inf if no query sees a key.
     """
 
     gamma_q: Tensor
@@ -41,6 +42,7 @@ class HeadNorms(NamedTuple):
     certified: Tensor
     sampled: Tensor
     errors: Tensor
+    logit: Tensor
 
 
 def sample_rows(length: int, rows: int, generator: torch.Generator | None = None) -> Tensor:
@@ -78,14 +80,15 @@ def head_norms(
         gamma_k = root * unmasked.abs().amax(dim=(0, 2, 3)).repeat_interleave(group)
         certified = largest_logit(q, k - shift[..., None, :], inputs.scale, inputs.key_mask).amax(dim=0)
         indices = sample_rows(q.shape[2], rows, generator).to(q.device)
-        sampled, errors = [], []
+        sampled, errors, largest = [], [], []
         for head in range(k.shape[1]):
             sample = _Sample.of(inputs, head, indices)
             logits = inputs.scale * sample.query @ (sample.key - shift[..., head, None, None, :]).mT
+            largest.append(sample.largest)
             sampled.append(torch.where(sample.visible, logits.abs(), 0.0).amax(dim=(0, 2, 3)))
             polynomials = (polynomial(logits, taylor_coefficients(degree)) for degree in degrees)
             errors.append(torch.stack([_error(torch.where(sample.visible, p, 0.0), sample) for p in polynomials]))
-        return HeadNorms(gamma_q, gamma_k, certified, torch.cat(sampled), torch.cat(errors, dim=-1))
+        return HeadNorms(gamma_q, gamma_k, certified, torch.cat(sampled), torch.cat(errors, dim=-1), torch.cat(largest))
 
 
 class _Sample(NamedTuple):
@@ -95,6 +98,7 @@ class _Sample(NamedTuple):
         query, key, value: [B, g, rows, d], [B, 1, M, d], [B, 1, M, e].
         visible: mask of the keys that the queries see, [1 or B, 1, rows, M].
         exact: exact attention, [B, g, rows, e]; zero for queries that see no key.
+        largest: largest logit of every query head, [g].
     """
 
     query: Tensor
@@ -102,6 +106,7 @@ class _Sample(NamedTuple):
     value: Tensor
     visible: Tensor
     exact: Tensor
+    largest: Tensor
 
     @classmethod
     def of(cls, inputs: AttentionInputs, head: int, indices: Tensor) -> _Sample:
@@ -113,9 +118,10 @@ class _Sample(NamedTuple):
         query = inputs.query.detach()[:, head * group : (head + 1) * group, indices].to(wide)
         key, value = (x.detach()[:, head, None].to(wide) for x in (inputs.key, inputs.value))
         visible = _visible(inputs, indices)
-        weights = torch.softmax((inputs.scale * query @ key.mT).masked_fill(~visible, -torch.inf), dim=-1)
+        logits = (inputs.scale * query @ key.mT).masked_fill(~visible, -torch.inf)
+        weights = torch.softmax(logits, dim=-1)
         exact = torch.where(visible.any(dim=-1, keepdim=True), weights, 0.0) @ value
-        return cls(query, key, value, visible, exact)
+        return cls(query, key, value, visible, exact, logits.amax(dim=(0, 2, 3)))
 
 
 def _visible(inputs: AttentionInputs, indices: Tensor) -> Tensor:

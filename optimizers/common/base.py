@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from leanstep._torch import is_dtensor
 from leanstep.kernels import StepOptions
 from leanstep.optimizers.common.checks import (
     check_choice,
@@ -19,7 +18,14 @@ from leanstep.optimizers.common.checks import (
 )
 from leanstep.optimizers.common.engines import refuse_flattened, refuse_replaced
 from leanstep.optimizers.common.loading import StateLoading
-from leanstep.optimizers.common.rounding import STATE_RULES, effective, full_precision, rounding_states, seeds_for
+from leanstep.optimizers.common.rounding import (
+    STATE_RULES,
+    effective,
+    full_precision,
+    multiply,
+    rounding_states,
+    seeds_for,
+)
 from leanstep.optimizers.common.saved_tensors import StateRule
 from leanstep.optimizers.common.sharding import (
     Reducer,
@@ -205,7 +211,7 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
         """
         if param not in self.state:
             self._check_first_step(group, position)
-        if is_dtensor(param):
+        if hasattr(param, "placements"):
             self._check_shard(group, position, shard_of(param, describe(group, position)))
         state = self._init_state(group, position, param)
         for key, shape in self._state_shapes(group, param).items():
@@ -367,6 +373,25 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
         its shards. ``group["nonfinite_count"]`` is the count of a group; state dicts contain it.
         """
         return sum(int(group.get("nonfinite_count", 0)) for group in self.param_groups)
+
+    @torch.no_grad()
+    def multiply_parameter(self, param: Tensor, factor: Tensor) -> bool:
+        """Multiply this process's shard of a parameter in place, together with its rounding state.
+
+        A change from outside drops what the state of ``rounding="kahan"``, "master" or "split" adds to a weight.
+
+        Args:
+            param: the parameter.
+            factor: broadcasts to the shard.
+
+        Returns:
+            Whether the optimizer has the parameter; otherwise nothing is changed.
+        """
+        for group in self.param_groups:
+            if any(param is other for other in group["params"]):
+                multiply(param, self.state.get(param, {}), group["rounding"], factor)
+                return True
+        return False
 
     def state_bytes(self) -> int:
         """Return the bytes of all state tensors, 0 before the first step. Counts sharded tensors in full."""

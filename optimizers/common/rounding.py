@@ -61,7 +61,7 @@ def init_rounding(state: dict[str, Any], param: Tensor, rounding: str) -> None:
         return
     weight = None
     for mode, other in STATE_KEY.items():
-        if other in state:
+        if other in state and state[other].shape == param.shape:
             weight = widen(readable(param), local(state.pop(other)), mode)
     if rounding == "master":
         state[key] = plain(param.detach()).to(torch.float32, copy=True)
@@ -69,8 +69,24 @@ def init_rounding(state: dict[str, Any], param: Tensor, rounding: str) -> None:
         state[key] = new_state(param, torch.int8 if rounding == "split" else None)
     if weight is not None:
         new_param, new_rounding_state = narrow(weight, param, rounding)
+        assert new_rounding_state is not None
         local(param).copy_(new_param)
         local(state[key]).copy_(new_rounding_state)
+
+
+def multiply(param: Tensor, state: dict[str, Any], rounding: str, factor: Tensor) -> None:
+    """Multiply this process's shard of a parameter, with what the state of its rounding mode adds to it, in place.
+
+    ``factor`` broadcasts to the shard.
+    """
+    key, shard = STATE_KEY.get(rounding), local(param)
+    if key not in state or shard.dtype.itemsize != 2:
+        shard.mul_(factor)
+        return
+    new_param, new_state = narrow(widen(readable(param), local(state[key]), rounding) * factor, shard, rounding)
+    assert new_state is not None
+    shard.copy_(new_param)
+    local(state[key]).copy_(new_state)
 
 
 def full_precision(param: Tensor, state: dict[str, Any], rounding: str) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from leanstep._torch import is_dtensor, join_parts, local_part
-from leanstep.kernels.steps.common import constant
+from leanstep.kernels.steps.common import compute_dtype, constant
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -190,6 +190,22 @@ def plain(tensor: Tensor) -> Tensor:
 def new_state(param: Tensor, dtype: torch.dtype | str | None = None) -> Tensor:
     """Return zeros with a parameter's shape and placements; ``dtype`` (or its name) defaults to the parameter's."""
     return torch.zeros_like(plain(param), dtype=dtype_of(dtype) or param.dtype, memory_format=torch.preserve_format)
+
+
+def new_vectors(param: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return zeros of ``shape``: [n], one vector per matrix, or [e, n] for a stack of e matrices; fp32, fp64 for fp64.
+
+    Vectors are replicated, but mesh dimensions that shard a stack along e shard its vectors, too.
+    """
+    weight, shard = local(param), shard_of(param)
+    here = (weight.shape[0], shape[1]) if len(shape) == 2 else shape
+    vectors = torch.zeros(here, device=weight.device, dtype=compute_dtype(param.dtype))
+    if len(shape) == 1 or all(cut.dim != 0 for cut in shard.cuts):
+        return vectors
+    from torch.distributed.tensor import Replicate
+
+    placements = [p if getattr(p, "dim", None) == 0 else Replicate() for p in shard.placements]
+    return join_parts(vectors, param, shape, placements)
 
 
 def dtype_of(setting: torch.dtype | str | None) -> torch.dtype | None:

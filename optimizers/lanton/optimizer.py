@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from leanstep.optimizers.common.checks import (
     check_dtype,
     check_flags,
     check_layout,
+    check_no_int8,
     check_number,
     check_rows,
     describe,
@@ -26,8 +27,10 @@ from leanstep.optimizers.common.checks import (
 )
 from leanstep.optimizers.common.engines import in_pipeline, inside_zero, partial_model
 from leanstep.optimizers.common.loading import Loaded
+from leanstep.optimizers.common.quantized import init_average, is_quantized, quantized_rules, scale_shapes
 from leanstep.optimizers.common.rounding import effective, init_rounding
-from leanstep.optimizers.common.sharding import Reducer, local, new_state, shard_of
+from leanstep.optimizers.common.saved_tensors import StateRule
+from leanstep.optimizers.common.sharding import Reducer, Shard, check_indices, local, shard_of
 from leanstep.optimizers.lanton.halves import UNMARKED, MarkedHalves
 from leanstep.optimizers.lanton.matrices import block_count, is_stack, matrix_shape, tasks_of
 from leanstep.optimizers.lanton.saved import STATE_RULES, check_entries, check_half_gradients, reshaped_estimates
@@ -41,6 +44,7 @@ from leanstep.optimizers.lanton.step import (
     norm_of,
     step,
 )
+from leanstep.optimizers.lanton.variance import KEY, KEY_RULE, VARIANCES, init_rows, rows_shape
 
 NORMS = ("auto", "rms", "sign", "vector")
 NOISES = ("previous", "halves")
@@ -89,6 +93,7 @@ class LANTON(MarkedHalves, LeanOptimizer):
             "auto" (experimental): at every step the median of sqrt(H) over the layers that share a maximum; f then
             depends only on ratios of noise.
         weight_decay: decoupled, multiplied by lr and not by f.
+        cautious_decay: decay only entries whose update and parameter agree in sign (arXiv 2510.12402).
         norm: the group's norm; see the table.
         radius: size of the update in the group's norm, in units of lr. Scion uses larger radii for heads than for
             hidden matrices; its normalized sign is radius = 1 / n.
@@ -96,27 +101,33 @@ class LANTON(MarkedHalves, LeanOptimizer):
             any shape. "muon": 0.2 * sqrt(max(m, n)), as in Moonlight; entries move about as AdamW's, so AdamW's lr and
             decay fit. The dual norm has the same factor.
         nesterov: replace B in O by ``beta1 * B + (1 - beta1) * G``, with the new B.
+        variance: "rows": divide the rows of U V^T by the root of their running mean square, and scale the result to its
+            old Frobenius norm (NorMuon). None: do not.
         noise: source of G'. "previous": the previous step's gradient, stored in the state. E H is then twice the
             squared dual norm of one gradient's noise, plus the drift of the true gradient. "halves": the two halves of
             the step's micro-batches, which :meth:`mark_half` separates. H has the same scale but no drift, and no
             gradient is stored between steps.
         noise_adaptive: False: f = 1 and no estimates. This is the base optimizer (Scion or Muon for matrices, plus the
             sign and vector rules), bit-identical to a very large alpha.
-        noise_every: update H every ``noise_every`` steps, from two consecutive gradients. An estimate costs more than
-            half of an update, and H changes slowly.
+        noise_every: update H every ``noise_every`` steps, from two consecutive gradients. An estimate costs a quarter
+            of an update on a CPU and more than half on a GPU, and H changes slowly.
         grouping: which layers share a_max. "norm": all layers with the same norm, over all groups and including layers
             without a gradient at this step (in the paper "layers associated with the same norm"). "role": layers with
             the same norm in groups with the same ``name``.
         ns_steps, ns_coefficients, ns_dtype: Newton-Schulz iterations (Muon's five by default), their coefficients and
             dtype. None: bf16 on devices with bf16 matrix units, else fp32.
-        nuclear: estimator of the nuclear norm. "polar": three Newton-Schulz steps; a bias common to all layers cancels
-            in f. "svd": exact and slow. "frobenius": the Frobenius norm, a lower bound by up to a factor of
-            sqrt(rank), without matrix products; use it for layers of similar shape.
+        nuclear: estimator of the nuclear norm; a bias common to all layers cancels in f. "sketch": eigenvalues of half
+            the rows, extrapolated; within 3 % on gradients of trained models. "polar": three Newton-Schulz steps, too
+            small by up to 44 % there. "auto": "sketch" on a CPU, "polar" elsewhere. "svd": exact and slow. "frobenius":
+            the Frobenius norm, a lower bound by up to a factor of sqrt(rank), without matrix products; use it for
+            layers of similar shape.
         transposed, flatten, blocks: as for :class:`leanstep.optimizers.SinkGD`. Each block has its own O, H and f, as a
             matrix of its own would; a non-finite gradient leaves the whole parameter unchanged.
-        momentum_dtype: dtype of B; None: the parameter's. O is computed from the stored B.
+        momentum_dtype: dtype of B; None: the parameter's; torch.int8: as for :class:`leanstep.optimizers.Lion`, not
+            with ``blocks``. O is computed from the stored B.
         noise_dtype: dtype of the stored gradient or half; None: the parameter's. bf16 halves its memory for fp32
-            parameters, and adds up to 2^-9 of the gradient to the noise.
+            parameters, and adds up to 2^-9 of the gradient to the noise. torch.int8 adds about 2 % of it. Halves have
+            the parameter's dtype then.
         rounding, seed, maximize: as for :class:`leanstep.optimizers.Lion`.
         nonfinite: "skip": leave a parameter with a non-finite gradient and its state unchanged, and count it. "raise",
             "pass": as for Lion. A non-finite difference never enters H.
@@ -132,9 +143,10 @@ class LANTON(MarkedHalves, LeanOptimizer):
     Notes:
         A layer has f = 1, and does not enter the maximum, until its first estimate. With "previous" that needs two
         gradients. A gradient of zeros (an expert without tokens), or none, leaves H and G' unchanged.
-        State: ``momentum_buffer`` (4 bytes per fp32 parameter) and, with "previous", ``previous_grad`` (4 bytes).
+        State: ``momentum_buffer`` (4 bytes per fp32 parameter) and, with "previous", ``previous_grad`` (4 bytes);
+        1.03 bytes each with int8, which decodes one layer at a time, and ``step``.
         "halves" needs one more copy of the gradients between mark_half and the step. ``noise`` and ``noise_steps``: one
-        number each per matrix. ``rounding`` adds its state, as for Lion.
+        number each per matrix. ``variance`` adds ``row_mean_sq``, one number per row; ``rounding`` its state.
         A step allocates differences or directions of a few matrices at a time (64 MB in fp32, or one matrix) and the
         buffers of Newton-Schulz. The maximum needs all gradients before the first update.
         FSDP2: each matrix is gathered on one process, and owners balance the cost. A step takes three all-to-alls
@@ -145,7 +157,8 @@ class LANTON(MarkedHalves, LeanOptimizer):
         Hao, Gong, Xu, Wang, Liu, "Noise-Adaptive Layerwise Learning Rates: Accelerating Geometry-Aware Optimization for
         Deep Neural Network Training", arXiv 2510.14009. Base: Pethick, Xie, Antonakopoulos, Zhu, Silveti-Falls, Cevher,
         "Training Deep Learning Models with Norm-Constrained LMOs", arXiv 2502.07529 (Scion); Liu et al., "Muon is
-        Scalable for LLM Training", arXiv 2502.16982 (Moonlight's Muon).
+        Scalable for LLM Training", arXiv 2502.16982 (Moonlight's Muon). Rows: Li, Liu, Liang, Chen, Zhao, "NorMuon:
+        Making Muon more efficient and scalable", arXiv 2510.05491.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
@@ -184,6 +197,8 @@ class LANTON(MarkedHalves, LeanOptimizer):
         radius: float = 1.0,
         scaling: str = "scion",
         nesterov: bool = False,
+        cautious_decay: bool = False,
+        variance: str | None = None,
         noise: str = "previous",
         noise_adaptive: bool = True,
         noise_every: int = 1,
@@ -191,7 +206,7 @@ class LANTON(MarkedHalves, LeanOptimizer):
         ns_steps: int = 5,
         ns_coefficients: str = "jordan",
         ns_dtype: torch.dtype | None = None,
-        nuclear: str = "polar",
+        nuclear: str = "auto",
         transposed: bool = False,
         flatten: bool = False,
         blocks: int | tuple[int, ...] | None = None,
@@ -217,17 +232,19 @@ class LANTON(MarkedHalves, LeanOptimizer):
             check_number("LANTON", "alpha", alpha, 0.0)
         check_number("LANTON", "radius", group["radius"], 0.0)
         for name, choices in (
-            ("norm", NORMS), ("scaling", SCALINGS), ("noise", NOISES), ("grouping", GROUPINGS),
+            ("norm", NORMS), ("scaling", SCALINGS), ("variance", VARIANCES), ("noise", NOISES), ("grouping", GROUPINGS),
             ("nuclear", ESTIMATORS), ("ns_coefficients", COEFFICIENTS),
         ):  # fmt: skip
             check_choice("LANTON", name, group[name], choices)
         for name in ("noise_every", "ns_steps"):
             check_count("LANTON", name, group[name])
-        check_flags("LANTON", group, ("nesterov", "noise_adaptive"))
+        check_flags("LANTON", group, ("nesterov", "cautious_decay", "noise_adaptive"))
         check_layout("LANTON", group)
         check_blocks("LANTON", group)
+        if group["blocks"] is not None and group["norm"] in ("auto", "rms"):
+            check_no_int8("LANTON", group, "momentum_dtype", "noise_dtype")
         for name in ("momentum_dtype", "noise_dtype", "ns_dtype"):
-            check_dtype("LANTON", name, group[name])
+            check_dtype("LANTON", name, group[name], int8=name != "ns_dtype")
 
     def _check_params(self, group: dict[str, Any], given: dict[str, Any]) -> None:
         super()._check_params(group, given)
@@ -279,7 +296,27 @@ class LANTON(MarkedHalves, LeanOptimizer):
 
     def _state_shapes(self, group: dict[str, Any], param: Tensor) -> dict[str, tuple[int, ...]]:
         count = matrix_count(Layer(group, param, {}, norm_of(group, param)))
-        return {**super()._state_shapes(group, param), "noise": (count,), "noise_steps": (count,)}
+        shapes = {**super()._state_shapes(group, param), "noise": (count,), "noise_steps": (count,)}
+        if norm_of(group, param) == "rms":
+            shapes[KEY] = rows_shape(group, param)
+        return shapes | scale_shapes(param, *_quantized_keys(group, param))
+
+    def _rules_of(self, group: dict[str, Any], param: Tensor) -> Mapping[str, StateRule]:
+        rules = {**super()._rules_of(group, param)}
+        for key in _quantized_keys(group, param):
+            rules |= quantized_rules(key)
+        return rules if group["variance"] else {**rules, KEY: KEY_RULE._replace(required=False)}
+
+    def _loadable_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
+        state = super()._loadable_state(group, position, param)
+        if norm_of(group, param) == "rms":  # variance may have been switched off during the training
+            init_rows(state, param, group)
+        return state
+
+    def _check_shard(self, group: dict[str, Any], position: int, shard: Shard) -> None:
+        super()._check_shard(group, position, shard)
+        if _quantized_keys(group, group["params"][position]):
+            check_indices("LANTON: an 8-bit momentum or gradient", describe(group, position), shard)
 
     def _check_entries(self, group: dict[str, Any]) -> None:
         super()._check_entries(group)
@@ -292,9 +329,10 @@ class LANTON(MarkedHalves, LeanOptimizer):
 
     def _init_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
         state = self.state[param]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = new_state(param, group["momentum_dtype"])
+        init_average(state, "momentum_buffer", param, group["momentum_dtype"])
         init_rounding(state, param, effective("LANTON", group, position, param))
+        if group["variance"] and norm_of(group, param) == "rms":
+            init_rows(state, param, group)
         if not group["noise_adaptive"]:
             return state
         if "noise" not in state:
@@ -303,9 +341,10 @@ class LANTON(MarkedHalves, LeanOptimizer):
             state["noise"] = torch.zeros(count, dtype=estimate_dtype(device), device=device)
             # number of estimates in H; -1 (below) until there is a previous gradient
             state["noise_steps"] = torch.zeros(count, dtype=torch.float32, device=device)
-        if group["noise"] == "previous" and "previous_grad" not in state:
-            state["previous_grad"] = new_state(param, group["noise_dtype"])
-            state["noise_steps"].fill_(-1)
+        if group["noise"] == "previous":
+            if "previous_grad" not in state:
+                state["noise_steps"].fill_(-1)
+            init_average(state, "previous_grad", param, group["noise_dtype"])
         return state
 
     def _steps(self) -> list[Reducer[None]]:
@@ -420,3 +459,10 @@ class LANTON(MarkedHalves, LeanOptimizer):
                 values.setdefault(f"noise/{name}", []).append(row["H"])
                 values.setdefault(f"factor/{name}", []).append(row["factor"])
         return {key: sum(numbers) / len(numbers) for key, numbers in values.items()}
+
+
+def _quantized_keys(group: dict[str, Any], param: Tensor) -> list[str]:
+    """Return the names of the state that is stored in 8 bits."""
+    keys = ["momentum_buffer"] if is_quantized(group["momentum_dtype"], param) else []
+    stores_gradient = group["noise_adaptive"] and group["noise"] == "previous"
+    return [*keys, "previous_grad"] if stores_gradient and is_quantized(group["noise_dtype"], param) else keys

@@ -20,6 +20,9 @@ from leanstep.kernels.steps.common import compute_dtype, constant, decay_factor,
 # lower bound of alpha="auto": without noise the median is 0
 _SMALLEST_ALPHA = 1e-30
 
+# NorMuon's beta2 and epsilon (arXiv 2510.05491)
+_ROW_BETA, _ROW_EPS = 0.95, 1e-8
+
 # ---- B = beta1 * B + (1 - beta1) * G
 
 
@@ -60,6 +63,23 @@ def polar_factors(
     return newton_schulz(momenta, steps=steps, coefficients=coefficients, dtype=dtype)
 
 
+def row_variance(variance: Tensor, mean_squares: Tensor) -> Tensor:
+    """Return the new v = 0.95 v + 0.05 * mean of O^2 over each row, for variance="rows"."""
+    return variance.lerp(mean_squares, 1.0 - _ROW_BETA)
+
+
+def row_scales(variance: Tensor, mean_squares: Tensor) -> Tensor:
+    """Return s with O[i, :] = s[i] * O[i, :], for variance="rows": 1 / sqrt(v) times the factor that keeps ||O||_F.
+
+    Args:
+        variance: v after its update, [m] or [e, m].
+        mean_squares: the mean of O^2 over each row, of the same shape.
+    """
+    inverse = 1.0 / (variance.sqrt() + _ROW_EPS)
+    before, after = (sums.sum(dim=-1, keepdim=True) for sums in (mean_squares, mean_squares * inverse.square()))
+    return inverse * torch.where(after > 0, (before / after).sqrt(), 0.0)
+
+
 def sign_direction(momentum: Tensor) -> Tensor:
     """Return O of norm "sign"."""
     return momentum.sign()
@@ -78,7 +98,7 @@ def vector_direction(momentum: Tensor, square: Tensor, scale: float) -> Tensor:
 # ---- H = beta2 * H + (1 - beta2) * dual_norm(G - G')^2
 
 
-def nuclear_norms(differences: Sequence[Tensor], estimator: str = "polar", dtype: torch.dtype | None = None) -> Tensor:
+def nuclear_norms(differences: Sequence[Tensor], estimator: str = "auto", dtype: torch.dtype | None = None) -> Tensor:
     """Return nuclear norms, one per matrix. The dual norm of "rms" is this times :func:`dual_norm_scale`."""
     return nuclear_norm(differences, estimator=estimator, dtype=dtype)
 
@@ -138,6 +158,7 @@ def update(
     lr: float | Tensor,
     weight_decay: float = 0.0,
     *,
+    cautious_decay: bool = False,
     skipped: Sequence[Tensor] = (),
     rounding_states: Sequence[Tensor] = (),
     **options: Any,
@@ -149,6 +170,7 @@ def update(
         directions: O of the same shapes, or O without its :func:`dual_norm_scale`.
         scales: ``f * radius``, times :func:`dual_norm_scale` if O lacks it: [1] for a matrix, [e] for a stack.
         lr, weight_decay: as in the formula.
+        cautious_decay: decay only entries whose O and p agree in sign.
         skipped: empty, or a 0-d bool per parameter on its device, true to leave the parameter unchanged.
         rounding_states: as for :func:`leanstep.kernels.scaled_step`.
         options: ``rounding``, ``skip_nonfinite``, ``seeds`` and ``offsets`` of :class:`leanstep.kernels.StepOptions`.
@@ -169,7 +191,9 @@ def update(
         _repeated(matrix_scales, params, counts, -2),
         _repeated(ones, params, counts, -1),
         list(rounding_states),
-        StepOptions(pack([lr, decay_factor(lr, weight_decay)], device, dtype), **options),
+        StepOptions(
+            pack([lr, decay_factor(lr, weight_decay)], device, dtype), decay_where_aligned=cautious_decay, **options
+        ),
     )
 
 

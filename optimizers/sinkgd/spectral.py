@@ -7,11 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanstep._torch import join_parts
 from leanstep.kernels import Scales
-from leanstep.kernels.steps.common import compute_dtype
 from leanstep.optimizers.common.matrices import matrix_shape, oriented
-from leanstep.optimizers.common.sharding import Reducer, Reduction, Shard, local, shard_of, together
+from leanstep.optimizers.common.sharding import Reducer, Reduction, Shard, local, new_vectors, shard_of, together
 from leanstep.optimizers.sinkgd import rule
 from leanstep.optimizers.sinkgd.sharded import Sides
 
@@ -26,21 +24,9 @@ def power_vector_shape(param: Tensor, group: dict[str, Any]) -> tuple[int, ...]:
 
 
 def init_power_vector(state: dict[str, Any], param: Tensor, group: dict[str, Any]) -> None:
-    """Create the vector of the power iteration, zero until the first finite nonzero gradient.
-
-    The vector is replicated; mesh dimensions that shard a stack along e shard its vectors, too.
-    """
-    if "power_vector" in state:
-        return
-    shape, shard, weight = power_vector_shape(param, group), shard_of(param), local(param)
-    here = (weight.shape[0], shape[1]) if len(shape) == 2 else shape
-    vector = torch.zeros(here, device=weight.device, dtype=compute_dtype(param.dtype))
-    if len(shape) == 2 and any(cut.dim == 0 for cut in shard.cuts):
-        from torch.distributed.tensor import Replicate
-
-        placements = [p if getattr(p, "dim", None) == 0 else Replicate() for p in shard.placements]
-        vector = join_parts(vector, param, shape, placements)
-    state["power_vector"] = vector
+    """Create the vector of the power iteration, zero until the first finite nonzero gradient."""
+    if "power_vector" not in state:
+        state["power_vector"] = new_vectors(param, power_vector_shape(param, group))
 
 
 def pin_operator_norms(

@@ -8,7 +8,7 @@ from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.config.values import recorded, resolved
 
 # section -> the key without which it has no effect
-SWITCHES = {"sparsity": "patterns", "pruning": "keep_masks", "lora": "target_modules"}
+SWITCHES = {"sparsity": "patterns", "pruning": "keep_masks", "lora": "target_modules", "qk_clip": "threshold"}
 
 # keys that may differ between a checkpoint and the run that resumes it. _FREE: no effect on computed numbers.
 # _ROUNDING: the same maths with another order of additions.

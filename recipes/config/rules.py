@@ -94,6 +94,13 @@ def joint_problems(config: RunConfig, world_size: int = 1) -> Iterator[tuple[tup
         yield ("model.new_heads", "model.init_from"), "names heads that model.init_from lacks; name its folder there"
     if config.compile and config.log.attention_norms:
         yield ("log.attention_norms", "compile"), "looks into attention layers, which compile hides; set one to false"
+    if config.compile and config.qk_clip.threshold is not None:
+        yield ("qk_clip.threshold", "compile"), "looks into attention layers, which compile hides; set compile=false"
+    if config.lora.target_modules and config.qk_clip.threshold is not None:
+        yield (
+            ("qk_clip.threshold", "lora.target_modules"),
+            "scales the weights of queries and keys, and adapters leave them as they are; set it to null",
+        )
     yield from _sparsity_problems(config)
     yield from _pruning_problems(config)
     yield from _lora_problems(config)

@@ -251,6 +251,19 @@ class LoraSectionConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
+class QKClipConfig:
+    """QK-clip: scale down the query and key weights of heads whose largest logit passes ``threshold``. Off without it.
+
+    Every ``every`` steps, on the first micro batch, after the optimizer's step. ``alpha`` is the share of the queries
+    (:class:`leanstep.lora.QKClip`).
+    """
+
+    threshold: float | None = Field(default=None, gt=0)
+    alpha: float = Field(default=0.5, ge=0, le=1)
+    every: int = Field(default=1, ge=1)
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class EvalConfig:
     """Validation every ``every`` steps (0: at the end only), on ``batches`` batches (null: all).
 
@@ -355,6 +368,7 @@ class RunConfig:
     sparsity: SparsityConfig = Field(default_factory=SparsityConfig)
     pruning: PruningConfig = Field(default_factory=PruningConfig)
     lora: LoraSectionConfig = Field(default_factory=LoraSectionConfig)
+    qk_clip: QKClipConfig = Field(default_factory=QKClipConfig)
     precision: Literal["bf16", "fp32", "fp16", "bf16-pure"] = "bf16"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = False

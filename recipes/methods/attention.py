@@ -1,11 +1,11 @@
-"""Low-rank attention in a run: the monitor of attention norms, and the gate that chooses it per layer."""
+"""Attention in a run: the monitor of its norms, QK-clip, and the gate that chooses low-rank attention per layer."""
 
 from pathlib import Path
 
 import torch
 
-from leanstep.lora import LowRankGate, NormMonitor
-from leanstep.recipes.config.schema import RunConfig
+from leanstep.lora import LowRankGate, NormMonitor, QKClip
+from leanstep.recipes.config.schema import QKClipConfig, RunConfig
 from leanstep.recipes.training.checkpoint import reading
 
 
@@ -18,6 +18,20 @@ def build_monitor(model: torch.nn.Module) -> NormMonitor:
         return NormMonitor(model)
     except ValueError as error:
         raise ValueError(f"log.attention_norms: {error}") from None
+
+
+def build_clip(
+    config: QKClipConfig, model: torch.nn.Module, optimizer: torch.optim.Optimizer, monitor: NormMonitor | None
+) -> QKClip:
+    """Clip queries and keys on the measurements of ``monitor``, or of one of its own (``qk_clip``).
+
+    Raises ValueError for a model with unsupported attention.
+    """
+    assert config.threshold is not None
+    try:
+        return QKClip(monitor or NormMonitor(model), optimizer, threshold=config.threshold, alpha=config.alpha)
+    except ValueError as error:
+        raise ValueError(f"qk_clip: {error}") from None
 
 
 def build_gate(config: RunConfig, model: torch.nn.Module) -> LowRankGate:

@@ -153,8 +153,8 @@ class RunLogger:
       ``optimizer/KEY``. In the report, the keys ``A/x`` and ``A/y`` are lines of one chart A.
     * ``noise_report()``: a list of dicts, read at the end, written to ``optimizer_report.json`` and shown as a table.
 
-    The sparsity controller, the attention monitor and the low-rank gate have ``diagnostics()`` too, logged as
-    ``sparsity``, ``attention`` and ``gate``.
+    The sparsity controller, the attention monitor, the low-rank gate and QK-clip have ``diagnostics()`` too, logged as
+    ``sparsity``, ``attention``, ``gate`` and ``qk_clip``.
     """
 
     def __init__(self, config: RunConfig, accelerator: Accelerator, folder: RunFolder, progress: Progress) -> None:

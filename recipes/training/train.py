@@ -28,7 +28,7 @@ from leanstep.recipes.config.values import hidden_texts, recorded
 from leanstep.recipes.data.batches import Batch, Windows
 from leanstep.recipes.data.sequences import load_data
 from leanstep.recipes.data.tokens import vocabulary_size
-from leanstep.recipes.methods.attention import build_gate, build_monitor, read_gate
+from leanstep.recipes.methods.attention import build_clip, build_gate, build_monitor, read_gate
 from leanstep.recipes.methods.halves import find_halves
 from leanstep.recipes.methods.lora import describe_adapters
 from leanstep.recipes.methods.pruned import build_masks, pruned_start_warning
@@ -309,6 +309,9 @@ class Run:
             release_gradients(accelerator, model, optimizer)
         self.halves = find_halves(optimizer, accelerator) if hasattr(optimizer, "mark_half") else None
         self.norms = build_monitor(model) if config.log.attention_norms else None
+        self.clip = None
+        if config.qk_clip.threshold is not None:
+            self.clip = build_clip(config.qk_clip, model, optimizer, self.norms)
         self.gate = self.saver.gate = build_gate(config, model) if config.lora.attention != "exact" else None
         if self.gate is not None and checkpoint is not None:
             problem = read_gate(self.gate, checkpoint / "trainer", rank, world)
@@ -376,6 +379,9 @@ class Run:
         config, accelerator = self.config, self.accelerator
         if self.norms is not None and self.logger.is_logged(self.state.step + 1):
             self.norms.arm()
+        if self.clip is not None and (self.state.step + 1) % config.qk_clip.every == 0:
+            # the sample of a resumed run is that of an uninterrupted one
+            self.clip.arm(self.state.step)
         try:
             half = None if self.halves is None else self.halves.half
             loss_part, targets = backward(accelerator, self.model, window, check=config.release_gradients, half=half)
@@ -406,6 +412,7 @@ class Run:
         self.logger.clock.stepped(targets)
         optimizer = self.optimizer.optimizer
         sources = {"optimizer": optimizer, "sparsity": self.sparsity, "attention": self.norms, "gate": self.gate}
+        sources["qk_clip"] = self.clip
         self.logger.step(self.state, result, rate, sources, note=self.saver.trouble)
         return number
 
@@ -431,6 +438,8 @@ class Run:
         if apply:
             # with release_gradients the weights are already updated, and this only ends the step
             self.optimizer.step()
+            if self.clip is not None:
+                self.clip.step()
         # the patterns follow the run's steps, also those that are left out here or by a gradient scaler
         while self.sparsity is not None and self.sparsity.step_count <= self.state.step:
             self.sparsity.skip()
@@ -534,7 +543,7 @@ class Run:
 
     def finish(self) -> None:
         """Write the final model and the reports of optimizer, sparsity and attention."""
-        for observer in (self.norms, self.gate):
+        for observer in (self.norms, self.gate, None if self.clip is None else self.clip.monitor):
             if observer is not None:
                 observer.close()
         finish(self.config, self.accelerator, self.folder, self.saver, self.state, self.data, self.say)

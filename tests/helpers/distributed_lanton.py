@@ -101,9 +101,14 @@ def lanton_on_stacks_convolutions_and_transposed_matrices(world: World) -> None:
     for shape, cuts, settings in (
         ((3, 4, 5), (0, 1, 2), {}), ((1, 4, 5), (0, 1), {}), ((3, 4, 5), (0, 1, 2), {"transposed": True}),
         ((6, 4, 3), (0, 1, 2), {"flatten": True}), ((5, 4, 3, 2), (0, 1, 2, 3), {}),
+        ((7, 5), (0, 1), {"transposed": True, "variance": "rows"}),
+        ((5, 7), (0, 1), {"variance": "rows"}), ((3, 4, 5), (0, 1, 2), {"variance": "rows"}),
+        ((3, 4, 5), (1, 2), {"transposed": True, "variance": "rows"}),
+        ((5, 4, 3, 2), (0, 1, 2), {"variance": "rows"}),
         ((7, 5), (0, 1), {"transposed": True}),
         ((12, 5), (0, 1), {"blocks": (2, 7, 3)}), ((5, 12), (0, 1), {"blocks": 4, "transposed": True}),
         ((3, 8, 5), (0, 1, 2), {"blocks": 4}),
+        ((3, 8, 5), (0, 1), {"blocks": 4, "variance": "rows"}),
     ):  # fmt: skip
         for dim in cuts:
             plain = nn.Parameter(torch.randn(shape, dtype=torch.float64))

@@ -13,7 +13,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from leanstep.lora import LoraConfig, apply_lora, load_adapter, save_adapter
+from leanstep.lora import LoraConfig, NormMonitor, QKClip, apply_lora, load_adapter, save_adapter
+from leanstep.lora.attention.clip import clip_factors
 from leanstep.optimizers import LANTON, Lion, SinkGD, param_groups
 
 WORLDS = (2,)
@@ -194,3 +195,43 @@ def tensor_parallel_layers_are_refused(world: World) -> None:
     parallelize_module(part, mesh(2), {"1": ColwiseParallel(), "2": RowwiseParallel()})
     part(torch.arange(10)).sum().backward()
     assert all(p.grad is not None for name, p in part.named_parameters() if "lora_" in name)
+
+
+@case(2)
+def clipped_heads_of_sharded_models(world: World) -> None:
+    """QK-clip under fully_shard, with another batch on every process: the largest logits of both, and whole factors."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 32, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=3, num_key_value_heads=1, attention_bias=True, head_dim=10)
+    torch.manual_seed(0)
+    plain = LlamaForCausalLM(config)
+    for name, parameter in plain.named_parameters():
+        if "q_proj" in name or "k_proj" in name:
+            nn.init.normal_(parameter)
+    sharded = copy.deepcopy(plain)
+    for layer in sharded.model.layers:
+        fully_shard(layer, mesh=init_device_mesh("cpu", (world.size,)))
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (world.size,)))
+    ids = torch.arange(4 * 20).view(4, 20) * 7 % 31
+    logits = []
+    for model, rows in ((plain, ids[:2]), (plain, ids[2:]), (sharded, ids[2 * world.rank : 2 * world.rank + 2])):
+        with NormMonitor(model) as monitor:
+            clip = QKClip(monitor, threshold=2.0)
+            clip.arm()
+            model(rows, labels=rows).loss.backward()  # which shards the weights again
+            if model is plain:
+                logits.append(monitor.logits())
+            else:
+                assert clip.step() > 0
+    for name, layer in plain.named_modules():
+        if name not in logits[0]:
+            continue
+        query, key = clip_factors(torch.maximum(*(each[name] for each in logits)).double(), 1, 2.0)
+        for leaf, factors in (("q_proj", query), ("k_proj", key)):
+            twin = sharded.get_submodule(f"{name}.{leaf}")
+            of_rows = factors.repeat_interleave(10).float()
+            for param, expected in ((twin.weight, of_rows[:, None]), (twin.bias, of_rows)):
+                whole = param.detach().full_tensor()
+                old = getattr(layer, leaf).weight if whole.dim() == 2 else getattr(layer, leaf).bias
+                torch.testing.assert_close(whole, old.detach() * expected, rtol=1e-4, atol=0)

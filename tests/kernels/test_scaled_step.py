@@ -72,6 +72,23 @@ def test_backends_agree(rounding):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(6, 128), (2, 5, 7)], ids=str)
+def test_decay_where_update_and_value_agree_in_sign(backend, dtype, shape):
+    """Chen et al., arXiv 2510.12402: p - step * (u + weight_decay * [u p >= 0] p). A product of 0 decays."""
+    p, g, rows, cols = arguments(shape, dtype)
+    g.view(-1)[3] = p.view(-1)[5] = 0.0
+    old = p.double().clone()
+    u = rows.double().unsqueeze(-1) * g.double() * cols.double().unsqueeze(-2)
+    with use_backend(backend if dtype != torch.float64 else "auto"):
+        scaled_step([p], [g], [rows], [cols], [], step_options(dtype, decay_where_aligned=True))
+    want = old - 0.25 * (u * old >= 0) * old - 0.125 * u
+    bound = torch.finfo(dtype).eps * want.abs() + 4 * torch.finfo(rows.dtype).eps * (want.abs() + 1)
+    assert ((p.double() - want).abs() <= bound).all()
+    assert 0 < (u * old < 0).double().mean() < 1 and p.view(-1)[3] == (old.view(-1)[3] * 0.75).to(dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(6, 128), (5, 7)])
 def test_a_nan_column_leaves_the_matrix_alone(backend, shape):
     bad, good = arguments(shape), arguments(shape, seed=1)
@@ -119,5 +136,5 @@ def test_empty_list():
 def test_opcheck():
     p, g, rows, cols = arguments((3, 5), torch.bfloat16)
     extra = p.float()
-    args = ([p], [g], [rows], [cols], [extra], scalars(), "master", True, None, None)
+    args = ([p], [g], [rows], [cols], [extra], scalars(), "master", True, True, None, None)
     torch.library.opcheck(torch.ops.leanstep.scaled_step, args)

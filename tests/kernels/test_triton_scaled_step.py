@@ -23,11 +23,12 @@ def build(p_dtype, g_dtype, rounding, device="cpu"):
     return params, mats, rows, cols, states, seeds, offsets
 
 
-def compare(p_dtype, g_dtype, rounding, *, poison=False, device="cpu"):
+def compare(p_dtype, g_dtype, rounding, *, poison=False, device="cpu", **switches):
     params, mats, rows, cols, states, seeds, offsets = build(p_dtype, g_dtype, rounding, device)
     if poison:
         cols[POISONED][1, 4] = float("nan")
-    options = StepOptions(torch.tensor([STEP, DECAY], device=device), rounding, seeds=seeds, offsets=offsets)
+    scalars = torch.tensor([STEP, DECAY], device=device)
+    options = StepOptions(scalars, rounding, seeds=seeds, offsets=offsets, **switches)
     expected = [[t.clone() for t in part] for part in (params, states)]
     flags = triton_step.scaled_step(params, mats, rows, cols, states, options)
     assert flags.dtype == torch.int32
@@ -56,6 +57,12 @@ def test_every_dtype_equals_the_reference_bit_for_bit(p_dtype, g_dtype):
 @pytest.mark.parametrize("p_dtype", DTYPES, ids=dtype_name)
 def test_every_rounding_equals_the_reference_and_nan_matrices_are_left_alone(p_dtype, rounding):
     compare(p_dtype, p_dtype, rounding, poison=True)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_decay_of_aligned_entries_equals_the_reference_bit_for_bit(rounding):
+    compare(torch.bfloat16, torch.float32, rounding, decay_where_aligned=True)
 
 
 @pytest.mark.interpret

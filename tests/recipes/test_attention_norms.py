@@ -54,6 +54,22 @@ def test_a_run_logs_where_its_heads_stand_and_trains_the_same(recipe, tmp_path):
     assert "Attention norms" not in write_report([tmp_path / "plain"], tmp_path / "plain.html").read_text()
 
 
+def test_a_run_clips_the_heads_that_pass_the_threshold(recipe, tmp_path):
+    """Its losses change, its log says which logits were clipped, and a resumed run is the same bit for bit."""
+    settings = ["steps=4", "log.every=1", "eval.every=0", "checkpoint.every=2", "qk_clip.threshold=1e-4"]
+    run(recipe, settings, tmp_path / "whole")
+    run(recipe, [*settings, "qk_clip.threshold=null"], tmp_path / "plain")
+    whole, plain = losses(tmp_path / "whole"), losses(tmp_path / "plain")
+    assert whole[1] == plain[1] and whole[2] != plain[2]
+    rows = [row["qk_clip"] for row in read_log(tmp_path / "whole") if row["kind"] == "train"]
+    assert len(rows) == 4 and rows[0]["heads"] > 0
+    assert any(key.startswith("logit/transformer.h.0") for key in rows[0])
+    assert not (tmp_path / "whole" / "attention_report.json").exists()
+    checkpoint = tmp_path / "whole" / "checkpoints" / "step-000002"
+    run(recipe, [*settings, f"checkpoint.resume={checkpoint}"], tmp_path / "again")
+    assert losses(tmp_path / "again") == {step: loss for step, loss in whole.items() if step > 2}
+
+
 def test_compiled_models_are_refused_before_anything_is_built():
     with pytest.raises(ConfigError) as caught:
         load("llama-nano-adamw", [ON, "compile=true"])

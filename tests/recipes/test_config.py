@@ -337,7 +337,8 @@ CHOICES = {
     "spectral=norm": "optimizer.args.spectral must be 'unit' or 'muon', got 'norm'",
     "momentum_order=before": "optimizer.args.momentum_order must be 'pre' or 'post', got 'before'",
     "num_iters=0": "optimizer.args.num_iters must be at least 1, got 0",
-    "momentum_dtype=fp32": "optimizer.args.momentum_dtype must be 'float16', 'bfloat16', 'float32' or 'float64'",
+    "momentum_dtype=fp32": "optimizer.args.momentum_dtype must be 'int8', 'float16', 'bfloat16', 'float32' or "
+    "'float64'",
 }
 
 
@@ -434,6 +435,14 @@ def test_split_is_for_rules_of_matrices(recipe):
     assert "optimizer.split is for the rules of matrices of sinkgd and lanton" in problem
     for name in ("sinkgd", "lanton"):
         load(recipe(), [f"optimizer={{name: {name}, lr: 1e-2, split: heads}}"])
+
+
+def test_qk_clip_needs_attention_in_sight(recipe):
+    load(recipe(), ["qk_clip.threshold=100"])
+    (problem,) = problems_of(recipe(), ["qk_clip.threshold=100", "compile=true"])
+    assert "qk_clip.threshold looks into attention layers, which compile hides" in problem
+    (problem,) = problems_of(recipe(), ["qk_clip={threshold: 100, alpha: 2}"])
+    assert "qk_clip.alpha" in problem
 
 
 def test_release_gradients_excludes_scaled_gradients(recipe):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from leanstep.kernels.reference.rounding import narrow, widen
@@ -24,7 +25,11 @@ def scaled_step(
     """
     step, decay = options.scalars
     weight = widen(param, rounding_state, options.rounding)
-    new_weight = weight * decay - step * scaled_update(mat, rows.unsqueeze(-1), cols.unsqueeze(-2))
+    update = scaled_update(mat, rows.unsqueeze(-1), cols.unsqueeze(-2))
+    decayed = weight * decay
+    if options.decay_where_aligned:
+        decayed = torch.where(update * weight >= 0, decayed, weight)
+    new_weight = decayed - step * update
     new_param, new_state = narrow(new_weight, param, options.rounding, options.seeds, options.offsets)
     param.copy_(new_param)
     if rounding_state is not None and new_state is not None:

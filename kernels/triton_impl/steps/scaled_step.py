@@ -87,13 +87,14 @@ def _strided(row, field, batch, start, ADDRESS: tl.constexpr, DTYPE: tl.constexp
     return ptr + batch * stride_b + start * stride_m, stride_m, stride_n
 
 
-@triton.jit
+# `cautious` as constexpr would double the number of compiled kernels
+@triton.jit(do_not_specialize=["cautious"])
 def scaled_step_kernel(
-    table, programs, scalars, seeds, offsets, bad,
+    table, programs, scalars, seeds, offsets, bad, cautious,
     P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, E_DTYPE: tl.constexpr, ROUNDING: tl.constexpr,
     ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Update ROWS rows of a strip of BLOCK_N columns.
+    """Update ROWS rows of a strip of BLOCK_N columns. If `cautious`, decay only where update and value agree in sign.
 
     A row of the table is (p, g, rounding state addresses, m, n, strides of the three, row scales, column scales
     addresses, row blocks, column blocks, bad offset, index, 0, 0, 0, 0).
@@ -140,7 +141,8 @@ def scaled_step_kernel(
             if ROUNDING == "kahan" or ROUNDING == "master" or ROUNDING == "split":
                 e_old = load_tile(e_ptrs, mask)
             u = (r[:, None] * to_float(g)) * c[None, :]
-            value = parameter_value(p_old, e_old, ROUNDING) * decay - step * u
+            value = parameter_value(p_old, e_old, ROUNDING)
+            value = tl.where((cautious == 0) | (u * value >= 0), value * decay, value) - step * u
             # index of an element in the whole tensor, modulo 2**32
             local = offs_m.to(tl.uint32)[:, None] * n.to(tl.uint32) + offs_n.to(tl.uint32)[None, :]
             p = rounded_parameter(value, random_bits(local + index, seed), P_DTYPE, ROUNDING)
@@ -182,8 +184,9 @@ def scaled_step(
         for (*dtypes, rounds, aligned), programs in launches(keys, pieces, device):
             # fused multiply-adds would round differently from the definition
             scaled_step_kernel[(programs.numel(),)](
-                device_table, programs, options.scalars, seeds, offsets, bad, *(STATE_DTYPE[d] for d in dtypes), rounds,
-                aligned, ROWS=ROWS, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=warps(THREADS), enable_fp_fusion=False,
+                device_table, programs, options.scalars, seeds, offsets, bad, int(options.decay_where_aligned),
+                *(STATE_DTYPE[d] for d in dtypes), rounds, aligned, ROWS=ROWS, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+                num_warps=warps(THREADS), enable_fp_fusion=False,
             )  # fmt: skip
     staging.finish()
     return flags
