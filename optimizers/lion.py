@@ -12,13 +12,7 @@ from leanstep.kernels import lion_agreement, lion_agreement_int8, lion_step, lio
 from leanstep.kernels.steps.common import compute_dtype, constant, decay_factor, pack
 from leanstep.optimizers.common.base import Batch, LeanOptimizer, count_nonfinite
 from leanstep.optimizers.common.checks import check_betas, check_dtype, check_flags, describe, settings_of
-from leanstep.optimizers.common.quantized import (
-    QUANTIZED_RULES,
-    SCALE_KEY,
-    init_momentum,
-    is_quantized,
-    momentum_scale_shape,
-)
+from leanstep.optimizers.common.quantized import init_average, is_quantized, quantized_rules, scale_key, scale_shapes
 from leanstep.optimizers.common.rounding import effective, init_rounding
 from leanstep.optimizers.common.saved_tensors import SHAPED, StateRule
 from leanstep.optimizers.common.sharding import Reducer, Shard, check_indices, local, readable, store, sum_over_shards
@@ -125,26 +119,30 @@ class Lion(LeanOptimizer):
 
     def _check_shard(self, group: dict[str, Any], position: int, shard: Shard) -> None:
         super()._check_shard(group, position, shard)
-        if is_quantized(group, group["params"][position]):
+        if _is_int8(group, group["params"][position]):
             check_indices("Lion: momentum_dtype=torch.int8", describe(group, position), shard)
 
     def _init_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
         state = self.state[param]
-        init_momentum(state, group, param)
+        init_average(state, "exp_avg", param, group["momentum_dtype"])
         init_rounding(state, param, effective("Lion", group, position, param))
         return state
 
     def _state_shapes(self, group: dict[str, Any], param: Tensor) -> dict[str, tuple[int, ...]]:
         shapes = super()._state_shapes(group, param)
-        return {**shapes, SCALE_KEY: momentum_scale_shape(param)} if is_quantized(group, param) else shapes
+        return {**shapes, **scale_shapes(param, "exp_avg")} if _is_int8(group, param) else shapes
 
     def _rules_of(self, group: dict[str, Any], param: Tensor) -> Mapping[str, StateRule]:
         rules = super()._rules_of(group, param)
-        return {**rules, **QUANTIZED_RULES} if is_quantized(group, param) else rules
+        return {**rules, **quantized_rules("exp_avg")} if _is_int8(group, param) else rules
 
     def _group_steps(self, group: dict[str, Any], first_index: int, only: int | None = None) -> list[Reducer[None]]:
-        batches = self._batches(group, first_index, only, lambda param: "int8" if is_quantized(group, param) else "")
+        batches = self._batches(group, first_index, only, lambda param: "int8" if _is_int8(group, param) else "")
         return [_step(batch, int8=name == "int8") for name, batch in batches]
+
+
+def _is_int8(group: dict[str, Any], param: Tensor) -> bool:
+    return is_quantized(group["momentum_dtype"], param)
 
 
 def _step(batch: Batch, *, int8: bool) -> Reducer[None]:
@@ -152,7 +150,7 @@ def _step(batch: Batch, *, int8: bool) -> Reducer[None]:
     group = batch.group
     params, grads = ([readable(t) for t in ts] for ts in (batch.params, batch.grads))
     exp_avgs = [readable(state["exp_avg"]) for state in batch.states]
-    scales = [local(state[SCALE_KEY]) for state in batch.states] if int8 else []
+    scales = [local(state[scale_key("exp_avg")]) for state in batch.states] if int8 else []
     scalars = lion_scalars(group["lr"], group["betas"], group["weight_decay"], params[0])
     options = batch.options(
         scalars, seeded=int8, decay_where_aligned=group["cautious_decay"], maximize=group["maximize"]

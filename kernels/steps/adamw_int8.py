@@ -52,8 +52,16 @@ def adamw_step_int8(
         Reads p, g and the state once, and writes p and the state once: 10 bytes per bf16 element. The C++ kernel makes
         no temporary of a tensor's size. All backends agree bit for bit.
     """
+    assert options.seeds is not None
     lists = (params, grads, codes, scales, square_codes, square_scales)
-    fields = (options.scalars, options.rounding, options.maximize, options.seeds, options.offsets)
+    fields = (
+        options.scalars,
+        options.rounding,
+        options.decay_where_aligned,
+        options.maximize,
+        options.seeds,
+        options.offsets,
+    )
     if torch.compiler.is_compiling():
         torch.ops.leanstep.adamw_step_int8(*lists, corrections, rounding_state, *fields)
         return
@@ -72,11 +80,12 @@ def _step(
     rounding_state: list[Tensor],
     scalars: Tensor,
     rounding: str,
+    decay_where_aligned: bool,
     maximize: bool,
     seeds: Tensor,
     offsets: Tensor | None,
 ) -> None:
-    options = StepOptions(scalars, rounding, maximize=maximize, seeds=seeds, offsets=offsets)
+    options = StepOptions(scalars, rounding, None, decay_where_aligned, maximize, seeds=seeds, offsets=offsets)
     if not params:
         return
     check_shapes("adamw_step_int8", *(ts for ts in (params, grads, codes, square_codes, rounding_state) if ts))
@@ -93,8 +102,8 @@ def _step(
         written = (params, codes, scales, square_codes, square_scales, *state)
         torch.autograd.graph.increment_version([t for ts in written for t in ts])
     for i in (i for i, is_covered in enumerate(walkable) if not is_covered):
-        tensors = [ts[i] for ts in lists]
-        reference.adamw_step_int8(*tensors[:6], corrections[i], *tensors[6:], options=options.of(i))
+        p, g, c, s, sq_c, sq_s, *states = (ts[i] for ts in lists)
+        reference.adamw_step_int8(p, g, c, s, sq_c, sq_s, corrections[i], *states, options=options.of(i))
 
 
 def _cpp_step(lists: list[list[Tensor]], corrections: Tensor, options: StepOptions) -> None:
@@ -106,7 +115,8 @@ def _cpp_step(lists: list[list[Tensor]], corrections: Tensor, options: StepOptio
     numbers = (options.scalars, corrections, options.seeds, options.offsets)
     call(
         "steps/adamw_int8", "adamw_step_int8", macros, len(params), params, grads, *moments[:4], rounding_state,
-        *_rows_and_columns(params), *numbers, int(options.maximize),
+        *_rows_and_columns(params), *numbers,
+        int(options.decay_where_aligned), int(options.maximize),
     )  # fmt: skip
 
 
@@ -116,6 +126,6 @@ _step_op = torch.library.custom_op(
     mutates_args=("params", "codes", "scales", "square_codes", "square_scales", "rounding_state"),
     schema="(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] codes, Tensor(c!)[] scales, Tensor(d!)[] square_codes, "
     "Tensor(e!)[] square_scales, Tensor corrections, Tensor(f!)[] rounding_state, Tensor scalars, str rounding, "
-    "bool maximize, Tensor seeds, Tensor? offsets) -> ()",
+    "bool decay_where_aligned, bool maximize, Tensor seeds, Tensor? offsets) -> ()",
 )
 _step_op.register_fake(lambda *_: None)

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from leanstep._torch import is_dtensor
 from leanstep.kernels import StepOptions
 from leanstep.optimizers.common.checks import (
     check_choice,
@@ -212,7 +211,7 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
         """
         if param not in self.state:
             self._check_first_step(group, position)
-        if is_dtensor(param):
+        if hasattr(param, "placements"):
             self._check_shard(group, position, shard_of(param, describe(group, position)))
         state = self._init_state(group, position, param)
         for key, shape in self._state_shapes(group, param).items():

@@ -1,6 +1,6 @@
-"""Momenta of 8 bits: int8 codes with one fp32 scale for every 128 neighbours of a row.
+"""State of 8 bits: codes with one fp32 scale for every 128 neighbours of a row.
 
-``leanstep.kernels.reference.quantization`` defines the codes.
+``leanstep.kernels.reference.quantization`` defines the codes. An average ``KEY`` in codes has the entry ``KEY_scale``.
 """
 
 from __future__ import annotations
@@ -17,55 +17,78 @@ from leanstep.optimizers.common.rounding import init_step
 from leanstep.optimizers.common.saved_tensors import COUNT, StateRule
 from leanstep.optimizers.common.sharding import dtype_of, local, new_state, shard_of
 
-SCALE_KEY = "exp_avg_scale"
 
-# scales may be infinite or NaN, as other momenta
-QUANTIZED_RULES = {
-    "exp_avg": StateRule((torch.int8,), shaped=True),
-    SCALE_KEY: StateRule((torch.float32,)),
-    # it seeds the rounding of the codes
-    "step": COUNT._replace(required=True),
-}
+def is_quantized(setting: torch.dtype | str | None, param: Tensor) -> bool:
+    """Whether a dtype's setting is int8 and the parameter has the two dimensions that codes need."""
+    return dtype_of(setting) == torch.int8 and param.dim() >= 2
 
 
-def is_quantized(group: dict[str, Any], param: Tensor) -> bool:
-    """Whether a group's setting ``momentum_dtype`` is int8 and the parameter has the two dimensions that it needs."""
-    return dtype_of(group["momentum_dtype"]) == torch.int8 and param.dim() >= 2
+def scale_key(key: str) -> str:
+    """Return the name of the scales of an average."""
+    return f"{key}_scale"
 
 
-def momentum_scale_shape(param: Tensor) -> tuple[int, int]:
-    """Return the shape of a parameter's scales before sharding."""
-    return scale_shape(param.shape)
+def quantized_rules(key: str, *, squares: bool = False) -> dict[str, StateRule]:
+    """Return what loading accepts of an average in codes. Scales may be infinite or NaN, as other averages."""
+    codes = StateRule((torch.uint8 if squares else torch.int8,), shaped=True)
+    # the step count seeds the rounding of the codes
+    return {key: codes, scale_key(key): StateRule((torch.float32,)), "step": COUNT._replace(required=True)}
 
 
-def init_momentum(state: dict[str, Any], group: dict[str, Any], param: Tensor) -> None:
-    """Create ``exp_avg`` in the dtype of the group's setting, with its scales if it is int8.
+def scale_shapes(param: Tensor, *keys: str) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the scales of averages, before sharding."""
+    return {scale_key(key): scale_shape(param.shape) for key in keys}
 
-    Converts a momentum whose scales, or their absence, contradict the setting: it was changed after a step. A
-    parameter with int8 is whole or sharded along dimension 0.
+
+def init_average(
+    state: dict[str, Any], key: str, param: Tensor, setting: torch.dtype | str | None, *, squares: bool = False
+) -> None:
+    """Create the average ``key`` as the setting of its dtype says, with its scales if that is int8.
+
+    Parameters without two dimensions have an average in their own dtype. Converts an average whose scales, or their
+    absence, contradict the setting: it was changed after a step. A parameter with int8 is whole or sharded along
+    dimension 0.
     """
-    quantized = is_quantized(group, param)
-    setting = dtype_of(group["momentum_dtype"])
-    floating = param.dtype if setting == torch.int8 else setting
-    if quantized:
-        init_step(state, param)
-    if "exp_avg" not in state:
-        if quantized:
-            state[SCALE_KEY] = _new_scales(param)
-        state["exp_avg"] = new_state(param, torch.int8 if quantized else floating)
-    elif state["exp_avg"].shape != param.shape:
+    if key in state and state[key].shape != param.shape:
         return  # resized after a step, which the step refuses by name
-    elif quantized and SCALE_KEY not in state:
-        scales, codes = _new_scales(param), new_state(param, torch.int8)
-        new_codes, new_scales = quantize(local(state["exp_avg"]).to(compute_dtype(param.dtype)), 0)
-        local(codes).copy_(new_codes)
-        local(scales).copy_(new_scales)
-        state["exp_avg"], state[SCALE_KEY] = codes, scales
-    elif not quantized and SCALE_KEY in state:
-        momentum = new_state(param, floating)
-        scales = state.pop(SCALE_KEY)
-        local(momentum).copy_(dequantize(local(state["exp_avg"]), local(scales), compute_dtype(param.dtype)))
-        state["exp_avg"] = momentum
+    scales_name, wide = scale_key(key), compute_dtype(param.dtype)
+    if is_quantized(setting, param):
+        init_step(state, param)
+        if scales_name in state:
+            return
+        codes, scales = new_state(param, torch.uint8 if squares else torch.int8), _new_scales(param)
+        if key in state:
+            new_codes, new_scales = quantize(local(state[key]).to(wide), 0, squares=squares)
+            local(codes).copy_(new_codes)
+            local(scales).copy_(new_scales)
+        state[scales_name], state[key] = scales, codes
+    elif key not in state or scales_name in state:
+        average = new_state(param, None if dtype_of(setting) == torch.int8 else setting)
+        if key in state:
+            local(average).copy_(dequantize(local(state[key]), local(state.pop(scales_name)), wide))
+        state[key] = average
+
+
+def read_average(state: dict[str, Any], key: str, param: Tensor) -> Tensor:
+    """Return this process's shard of an average: the stored tensor itself, or the values of its codes."""
+    stored, scales = local(state[key]), state.get(scale_key(key))
+    return stored if scales is None else dequantize(stored, local(scales), compute_dtype(param.dtype))
+
+
+def write_codes(
+    state: dict[str, Any], key: str, values: Tensor, seed: Tensor, offset: Tensor | int, skip: Tensor | None = None
+) -> None:
+    """Round values, of the shape of the average, to its codes and scales.
+
+    Args:
+        seed, offset: of the random bits, as for :func:`leanstep.kernels.reference.quantization.quantize`.
+        skip: bool [1] or [rows], true to leave the codes as they are.
+    """
+    for name, new in zip((key, scale_key(key)), quantize(values, seed, offset), strict=True):
+        stored = local(state[name])
+        if skip is not None:
+            new = torch.where(skip.view(-1, *[1] * (stored.dim() - 1)), stored, new)
+        stored.copy_(new)
 
 
 def _new_scales(param: Tensor) -> Tensor:

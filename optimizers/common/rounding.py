@@ -61,7 +61,7 @@ def init_rounding(state: dict[str, Any], param: Tensor, rounding: str) -> None:
         return
     weight = None
     for mode, other in STATE_KEY.items():
-        if other in state:
+        if other in state and state[other].shape == param.shape:
             weight = widen(readable(param), local(state.pop(other)), mode)
     if rounding == "master":
         state[key] = plain(param.detach()).to(torch.float32, copy=True)
@@ -69,6 +69,7 @@ def init_rounding(state: dict[str, Any], param: Tensor, rounding: str) -> None:
         state[key] = new_state(param, torch.int8 if rounding == "split" else None)
     if weight is not None:
         new_param, new_rounding_state = narrow(weight, param, rounding)
+        assert new_rounding_state is not None
         local(param).copy_(new_param)
         local(state[key]).copy_(new_rounding_state)
 

@@ -78,7 +78,9 @@ class MarkedHalves:
                 if param.grad is None:
                     continue
                 grad = dense_gradient("LANTON", group, position, param).detach()
-                half = _unscaled(grad, loss_scale).to(dtype_of(group["noise_dtype"]) or param.dtype, copy=True)
+                dtype = dtype_of(group["noise_dtype"])
+                dtype = param.dtype if dtype in (None, torch.int8) else dtype
+                half = _unscaled(grad, loss_scale).to(dtype, copy=True)
                 self.state[param]["half_grad"] = half
                 copies.append(half)
             group["half_content"] = "gradient"

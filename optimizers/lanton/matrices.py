@@ -227,6 +227,8 @@ def directions(
 def _like_polar(layer: LayerStep) -> Tensor:
     """Return an empty tensor with the dtype and device of a parameter's polar factor."""
     buffer = local(layer.state["momentum_buffer"])
+    if not buffer.is_floating_point():  # codes, whose values have the dtype of updates
+        buffer = buffer.new_empty(0, dtype=torch.promote_types(layer.param.dtype, torch.float32))
     return torch.empty(0, dtype=compute_dtype(dtype_of(layer.group["ns_dtype"]), buffer), device=buffer.device)
 
 

@@ -18,6 +18,7 @@ from leanstep.optimizers.common.checks import (
     check_dtype,
     check_flags,
     check_layout,
+    check_no_int8,
     check_number,
     check_rows,
     describe,
@@ -26,9 +27,10 @@ from leanstep.optimizers.common.checks import (
 )
 from leanstep.optimizers.common.engines import in_pipeline, inside_zero, partial_model
 from leanstep.optimizers.common.loading import Loaded
+from leanstep.optimizers.common.quantized import init_average, is_quantized, quantized_rules, scale_shapes
 from leanstep.optimizers.common.rounding import effective, init_rounding
 from leanstep.optimizers.common.saved_tensors import StateRule
-from leanstep.optimizers.common.sharding import Reducer, local, new_state, shard_of
+from leanstep.optimizers.common.sharding import Reducer, Shard, check_indices, local, shard_of
 from leanstep.optimizers.lanton.halves import UNMARKED, MarkedHalves
 from leanstep.optimizers.lanton.matrices import block_count, is_stack, matrix_shape, tasks_of
 from leanstep.optimizers.lanton.saved import STATE_RULES, check_entries, check_half_gradients, reshaped_estimates
@@ -121,9 +123,11 @@ class LANTON(MarkedHalves, LeanOptimizer):
             layers of similar shape.
         transposed, flatten, blocks: as for :class:`leanstep.optimizers.SinkGD`. Each block has its own O, H and f, as a
             matrix of its own would; a non-finite gradient leaves the whole parameter unchanged.
-        momentum_dtype: dtype of B; None: the parameter's. O is computed from the stored B.
+        momentum_dtype: dtype of B; None: the parameter's; torch.int8: as for :class:`leanstep.optimizers.Lion`, not
+            with ``blocks``. O is computed from the stored B.
         noise_dtype: dtype of the stored gradient or half; None: the parameter's. bf16 halves its memory for fp32
-            parameters, and adds up to 2^-9 of the gradient to the noise.
+            parameters, and adds up to 2^-9 of the gradient to the noise. torch.int8 adds about 2 % of it. Halves have
+            the parameter's dtype then.
         rounding, seed, maximize: as for :class:`leanstep.optimizers.Lion`.
         nonfinite: "skip": leave a parameter with a non-finite gradient and its state unchanged, and count it. "raise",
             "pass": as for Lion. A non-finite difference never enters H.
@@ -139,7 +143,8 @@ class LANTON(MarkedHalves, LeanOptimizer):
     Notes:
         A layer has f = 1, and does not enter the maximum, until its first estimate. With "previous" that needs two
         gradients. A gradient of zeros (an expert without tokens), or none, leaves H and G' unchanged.
-        State: ``momentum_buffer`` (4 bytes per fp32 parameter) and, with "previous", ``previous_grad`` (4 bytes).
+        State: ``momentum_buffer`` (4 bytes per fp32 parameter) and, with "previous", ``previous_grad`` (4 bytes);
+        1.03 bytes each with int8, which decodes one layer at a time, and ``step``.
         "halves" needs one more copy of the gradients between mark_half and the step. ``noise`` and ``noise_steps``: one
         number each per matrix. ``variance`` adds ``row_mean_sq``, one number per row; ``rounding`` its state.
         A step allocates differences or directions of a few matrices at a time (64 MB in fp32, or one matrix) and the
@@ -236,8 +241,10 @@ class LANTON(MarkedHalves, LeanOptimizer):
         check_flags("LANTON", group, ("nesterov", "cautious_decay", "noise_adaptive"))
         check_layout("LANTON", group)
         check_blocks("LANTON", group)
+        if group["blocks"] is not None and group["norm"] in ("auto", "rms"):
+            check_no_int8("LANTON", group, "momentum_dtype", "noise_dtype")
         for name in ("momentum_dtype", "noise_dtype", "ns_dtype"):
-            check_dtype("LANTON", name, group[name])
+            check_dtype("LANTON", name, group[name], int8=name != "ns_dtype")
 
     def _check_params(self, group: dict[str, Any], given: dict[str, Any]) -> None:
         super()._check_params(group, given)
@@ -292,10 +299,12 @@ class LANTON(MarkedHalves, LeanOptimizer):
         shapes = {**super()._state_shapes(group, param), "noise": (count,), "noise_steps": (count,)}
         if group["variance"] and norm_of(group, param) == "rms":
             shapes[KEY] = rows_shape(group, param)
-        return shapes
+        return shapes | scale_shapes(param, *_quantized_keys(group, param))
 
     def _rules_of(self, group: dict[str, Any], param: Tensor) -> Mapping[str, StateRule]:
-        rules = super()._rules_of(group, param)
+        rules = {**super()._rules_of(group, param)}
+        for key in _quantized_keys(group, param):
+            rules |= quantized_rules(key)
         return rules if group["variance"] else {**rules, KEY: KEY_RULE._replace(required=False)}
 
     def _loadable_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
@@ -303,6 +312,11 @@ class LANTON(MarkedHalves, LeanOptimizer):
         if norm_of(group, param) == "rms":  # variance may have been switched off during the training
             init_rows(state, param, group)
         return state
+
+    def _check_shard(self, group: dict[str, Any], position: int, shard: Shard) -> None:
+        super()._check_shard(group, position, shard)
+        if _quantized_keys(group, group["params"][position]):
+            check_indices("LANTON: an 8-bit momentum or gradient", describe(group, position), shard)
 
     def _check_entries(self, group: dict[str, Any]) -> None:
         super()._check_entries(group)
@@ -315,8 +329,7 @@ class LANTON(MarkedHalves, LeanOptimizer):
 
     def _init_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
         state = self.state[param]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = new_state(param, group["momentum_dtype"])
+        init_average(state, "momentum_buffer", param, group["momentum_dtype"])
         init_rounding(state, param, effective("LANTON", group, position, param))
         if group["variance"] and norm_of(group, param) == "rms":
             init_rows(state, param, group)
@@ -328,9 +341,10 @@ class LANTON(MarkedHalves, LeanOptimizer):
             state["noise"] = torch.zeros(count, dtype=estimate_dtype(device), device=device)
             # number of estimates in H; -1 (below) until there is a previous gradient
             state["noise_steps"] = torch.zeros(count, dtype=torch.float32, device=device)
-        if group["noise"] == "previous" and "previous_grad" not in state:
-            state["previous_grad"] = new_state(param, group["noise_dtype"])
-            state["noise_steps"].fill_(-1)
+        if group["noise"] == "previous":
+            if "previous_grad" not in state:
+                state["noise_steps"].fill_(-1)
+            init_average(state, "previous_grad", param, group["noise_dtype"])
         return state
 
     def _steps(self) -> list[Reducer[None]]:
@@ -445,3 +459,10 @@ class LANTON(MarkedHalves, LeanOptimizer):
                 values.setdefault(f"noise/{name}", []).append(row["H"])
                 values.setdefault(f"factor/{name}", []).append(row["factor"])
         return {key: sum(numbers) / len(numbers) for key, numbers in values.items()}
+
+
+def _quantized_keys(group: dict[str, Any], param: Tensor) -> list[str]:
+    """Return the names of the state that is stored in 8 bits."""
+    keys = ["momentum_buffer"] if is_quantized(group["momentum_dtype"], param) else []
+    stores_gradient = group["noise_adaptive"] and group["noise"] == "previous"
+    return [*keys, "previous_grad"] if stores_gradient and is_quantized(group["noise_dtype"], param) else keys

@@ -15,6 +15,7 @@ from torch import Tensor
 from leanstep.kernels.steps.common import compute_dtype, constant, nonfinite_flags
 from leanstep.optimizers.common.base import by_device_and_dtype, count_nonfinite
 from leanstep.optimizers.common.matrices import as_written, write_back
+from leanstep.optimizers.common.quantized import read_average, scale_key, write_codes
 from leanstep.optimizers.common.rounding import rounding_states, seeds_for
 from leanstep.optimizers.common.sharding import Reducer, Shard, local, offsets_of, sum_over_shards
 from leanstep.optimizers.lanton import matrices, rule
@@ -26,6 +27,9 @@ _DUAL = 0  # "rms": the difference's dual norm; "sign", "vector": rule.partial_d
 _NONFINITE = 1  # above 0 if the gradient is not finite
 _ACTIVE = 2  # above 0 if the gradient has a nonzero entry
 _SQUARE = 3  # the sum of squares of a vector's new momentum
+
+# makes the random bits of stored gradients independent of those of momenta
+_PREVIOUS = 0x2545F491
 
 
 class Layer(NamedTuple):
@@ -88,6 +92,10 @@ def matrix_count(layer: Layer | LayerStep) -> int:
     return count * block_count(layer.group, layer.norm, layer.param.shape)
 
 
+def _has_codes(state: dict[str, Any]) -> bool:
+    return scale_key("momentum_buffer") in state or scale_key("previous_grad") in state
+
+
 def maximum_of(layer: Layer) -> str:
     """Return the key of the layers that share a_max with this layer."""
     return layer.norm if layer.group["grouping"] == "norm" else f"{layer.norm}/{layer.group['name']}"
@@ -132,7 +140,7 @@ def step(layers: list[LayerStep], estimated: list[Layer]) -> Reducer[None]:
     for layer, span, factor, flag in zip(layers, rows, factors, nonfinite.unbind(), strict=True):
         active = (table[span, _ACTIVE] > 0).to(local(layer.param).device)
         infos.append(GradientInfo(layer, factor, flag.to(active.device), active, table[span.start, _SQUARE]))
-    counters = [layer.state["step"] for layer in layers if layer.rounding == "stochastic"]
+    counters = [layer.state["step"] for layer in layers if layer.rounding == "stochastic" or _has_codes(layer.state)]
     if counters:
         torch._foreach_add_(counters, 1)
     if _on_host(table):
@@ -280,7 +288,14 @@ def _signed(layer: LayerStep) -> Tensor:
 
 
 def _momentum(layer: LayerStep) -> Tensor:
-    return local(layer.state["momentum_buffer"])
+    return read_average(layer.state, "momentum_buffer", layer.param)
+
+
+def _write_codes(layer: LayerStep, key: str, values: Tensor, skip: Tensor | None) -> None:
+    """Round values to the 8 bits of an average."""
+    seeds = seeds_for([layer.state["step"]], [layer.param_index], layer.group["seed"], values.device)
+    seed = seeds[0] ^ (_PREVIOUS if key == "previous_grad" else 0)
+    write_codes(layer.state, key, values, seed, offsets_of([layer.shard], values.device)[0], skip)
 
 
 def _direction_momentum(layer: LayerStep, momentum: Tensor | None = None) -> Tensor:
@@ -296,7 +311,7 @@ def _difference(layer: LayerStep) -> Tensor:
     """
     grad = local(layer.grad)
     if layer.group["noise"] == "previous":
-        return grad - local(layer.state["previous_grad"])
+        return grad - read_average(layer.state, "previous_grad", layer.param)
     half = local(layer.state["half_grad"])
     return half.sub(grad, alpha=layer.group["half_fraction"]) if layer.group["half_content"] == "gradient" else half
 
@@ -308,7 +323,9 @@ def _store_gradient(info: GradientInfo) -> None:
         return
     grad, previous = local(layer.grad), local(layer.state["previous_grad"])
     take = _local_values(layer, info.active & ~info.nonfinite)
-    if _on_host(grad) and bool(take.all()):
+    if scale_key("previous_grad") in layer.state:
+        _write_codes(layer, "previous_grad", grad.to(compute_dtype(grad.dtype)), ~take)
+    elif _on_host(grad) and bool(take.all()):
         previous.copy_(grad)
     else:
         if _has_blocks(layer):
@@ -321,7 +338,10 @@ def _store_gradient(info: GradientInfo) -> None:
 def _update_momentum(info: GradientInfo) -> None:
     """Update the momentum, unless the gradient is not finite."""
     layer, buffer, beta = info.layer, _momentum(info.layer), info.layer.group["betas"][0]
-    if not _on_host(buffer) and layer.group["nonfinite"] == "skip":  # on the host, step() has dropped these layers
+    if scale_key("momentum_buffer") in layer.state:
+        skip = info.nonfinite.view(1) if layer.group["nonfinite"] == "skip" else None
+        _write_codes(layer, "momentum_buffer", rule.momentum(buffer, _signed(layer), beta), skip)
+    elif not _on_host(buffer) and layer.group["nonfinite"] == "skip":  # on the host, step() has dropped these layers
         buffer.copy_(torch.where(info.nonfinite, buffer, rule.momentum(buffer, _signed(layer), beta)))
     else:
         rule.momentum(buffer, _signed(layer), beta, in_place=True)

@@ -11,22 +11,28 @@ from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from leanstep.kernels.cpp_impl._build import same_layout
 from leanstep.kernels.reference.rounding import narrow, widen
+from leanstep.kernels.steps.adamw_int8 import adamw_step_int8
 from leanstep.kernels.steps.adamw_step import adamw_step as adamw_step_on_host
-from leanstep.kernels.steps.common import decay_factor, nonfinite_flags
+from leanstep.kernels.steps.common import StepOptions, compute_dtype, decay_factor, nonfinite_flags, pack
 from leanstep.optimizers.common.base import Batch, count_nonfinite
+from leanstep.optimizers.common.quantized import init_average, is_quantized
 from leanstep.optimizers.common.rounding import seeds_for
-from leanstep.optimizers.common.sharding import Reducer, all_reduce_flags, local, new_state, offsets_of, readable, store
+from leanstep.optimizers.common.sharding import Reducer, all_reduce_flags, local, offsets_of, readable, store
 
 
 def init_adamw(state: dict[str, Any], param: Tensor, group: dict[str, Any], rounding: str) -> None:
-    """Create step, exp_avg and exp_avg_sq as torch does; the moments are fp32 unless rounding is "nearest"."""
-    if "exp_avg_sq" in state:
-        return
-    device = local(param).device if uses_fused(param, group) else torch.device("cpu")
-    state.setdefault("step", torch.zeros((), dtype=torch.float32, device=device))
-    dtype = None if rounding == "nearest" else torch.float32
-    state["exp_avg"] = new_state(param, dtype)
-    state["exp_avg_sq"] = new_state(param, dtype)
+    """Create step, exp_avg and exp_avg_sq as torch does; the moments are fp32 unless rounding is "nearest".
+
+    With an int8 setting, the moments of parameters of two or more dimensions are in 8 bits.
+    """
+    dtype: torch.dtype | None = None if rounding == "nearest" else torch.float32
+    if is_quantized(group["momentum_dtype"], param):
+        dtype = torch.int8
+    elif "step" not in state:
+        device = local(param).device if uses_fused(param, group) else torch.device("cpu")
+        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+    init_average(state, "exp_avg", param, dtype)
+    init_average(state, "exp_avg_sq", param, dtype, squares=True)
 
 
 def uses_fused(param: Tensor, group: dict[str, Any]) -> bool:
@@ -47,10 +53,11 @@ def uses_fused(param: Tensor, group: dict[str, Any]) -> bool:
     return possible and not torch.compiler.is_compiling() and group["foreach"] is None
 
 
-def step_adamw(batch: Batch) -> Reducer[None]:
+def step_adamw(batch: Batch, *, int8: bool) -> Reducer[None]:
     """Step AdamW: bit-identical to ``torch.optim.AdamW`` with the same ``fused`` and ``foreach``.
 
-    With nonfinite="skip", one non-finite gradient skips the whole batch, without a wait for the device.
+    With nonfinite="skip", one non-finite gradient skips the whole batch, without a wait for the device. ``int8``: the
+    moments are in 8 bits, and the step is that of :func:`leanstep.kernels.steps.adamw_int8.adamw_step_int8`.
     """
     group = batch.group
     params, grads = [readable(p) for p in batch.params], [local(g) for g in batch.grads]
@@ -64,7 +71,9 @@ def step_adamw(batch: Batch) -> Reducer[None]:
             if skip:
                 return
             skip = None
-    if batch.rounding == "nearest":
+    if int8:
+        _update_int8(params, grads, batch, skip)
+    elif batch.rounding == "nearest":
         _decay_and_update(params, grads, batch.states, group, skip)
     else:
         _update_rounded(params, grads, batch, skip)
@@ -143,6 +152,39 @@ def _update(
                 torch._foreach_copy_([param, *moments], [new_param, *new_moments])
             else:
                 torch.autograd.graph.increment_version([param, *moments])  # the fused kernels omit this
+    for tensor, before in backups:
+        assert skip is not None
+        tensor.copy_(torch.where(skip.to(tensor.device), before, tensor))
+
+
+def _update_int8(params: list[Tensor], grads: list[Tensor], batch: Batch, skip: Tensor | None) -> None:
+    """Step AdamW with moments in 8 bits; a true flag ``skip`` on the device leaves everything unchanged."""
+    group, states, (beta1, beta2) = batch.group, batch.states, batch.group["betas"]
+    device, dtype = params[0].device, compute_dtype(params[0].dtype)
+    steps = [state["step"] for state in states]
+    moments = [
+        [local(s[key]) for s in states] for key in ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
+    ]
+    rounding_state = batch.rounding_state()
+    backups = []
+    if skip is not None:
+        backups = [(t, t.clone()) for ts in (params, *moments, rounding_state, steps) for t in ts]
+    torch._foreach_add_(steps, 1)
+    counts = torch.stack([step.to(device) for step in steps]).to(
+        torch.float32 if device.type == "mps" else torch.float64
+    )
+    corrections = torch.stack([group["lr"] / (1.0 - beta1**counts), (1.0 - beta2**counts).rsqrt()], 1).to(dtype)
+    decay = decay_factor(group["lr"], group["weight_decay"])
+    options = StepOptions(
+        pack([decay, beta1, 1.0 - beta1, beta2, 1.0 - beta2, group["eps"]], device, dtype),
+        batch.rounding,
+        decay_where_aligned=group["cautious_decay"],
+        maximize=group["maximize"],
+        seeds=seeds_for(steps, batch.indices, group["seed"], device),
+        offsets=offsets_of(batch.shards, device),
+    )
+    codes, scales, square_codes, square_scales = moments
+    adamw_step_int8(params, grads, codes, scales, square_codes, square_scales, corrections, rounding_state, options)
     for tensor, before in backups:
         assert skip is not None
         tensor.copy_(torch.where(skip.to(tensor.device), before, tensor))

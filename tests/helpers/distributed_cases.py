@@ -137,6 +137,13 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any], dict[str, Any], torch.dtype, fl
     "sinkgd_muon": (SinkGD, {"lr": 0.05, "spectral": "muon", "momentum": 0.9}, {}, torch.float32, 1e-6),
     "sinkgd_width": (SinkGD, {"lr": 0.05, "base_width": 8, "row_mask_tau": 0.1}, {}, torch.float32, 1e-6),
     "sinkgd_master": (SinkGD, {"lr": 0.05, "rounding": "master"}, {}, torch.bfloat16, 2**-7),
+    "sinkgd_int8": (
+        SinkGD, {"lr": 0.05, "momentum": 0.9, "momentum_dtype": torch.int8}, {}, torch.float32, 1e-6,
+    ),
+    "adamw_int8": (
+        SinkGD, {"lr": 1e-2, "algorithm": "adamw", "momentum_dtype": torch.int8, "rounding": "split"}, {},
+        torch.bfloat16, 0,
+    ),
     "adamw": (SinkGD, {"lr": 1e-2, "algorithm": "adamw"}, {}, torch.float32, 1e-6),
     "lanton": (LANTON, _LANTON, {}, torch.float64, 1e-9),
     "lanton_muon": (
@@ -146,6 +153,9 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any], dict[str, Any], torch.dtype, fl
     ),
     "lanton_base": (LANTON, {**_LANTON, "noise_adaptive": False}, {}, torch.float64, 1e-9),
     "lanton_foreach_off": (LANTON, {**_LANTON, "foreach": False, "nuclear": "svd"}, {}, torch.float64, 1e-9),
+    "lanton_int8": (
+        LANTON, {**_LANTON, "momentum_dtype": torch.int8, "noise_dtype": torch.int8}, {}, torch.float64, 1e-9,
+    ),
     "lanton_stochastic": (LANTON, {**_LANTON, "rounding": "stochastic"}, {}, torch.bfloat16, 2**-6),
     "lanton_master": (LANTON, {**_LANTON, "rounding": "master"}, {}, torch.bfloat16, 2**-7),
 }  # fmt: skip

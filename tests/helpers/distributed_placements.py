@@ -363,6 +363,23 @@ def blocks_of_matrices(world: World) -> None:
     follow_whole_matrices(world, {"blocks": 4, "transposed": True}, (((5, 12), 0), ((5, 12), 1), ((3, 5, 8), 2)))
 
 
+@case(4)
+def blocks_on_two_mesh_dimensions(world: World) -> None:
+    """Rows over one mesh dimension and columns over the other; rows over both."""
+    grid = init_device_mesh("cpu", (2, 2))
+    for placements in ([Shard(0), Shard(1)], [Shard(0), Shard(0)]):
+        plain = nn.Parameter(torch.randn(13, 6))
+        sharded = nn.Parameter(distribute_tensor(plain.detach(), grid, placements))
+        groups = [[{"params": [p], "algorithm": "sinkgd", "blocks": (2, 7, 4)}] for p in (plain, sharded)]
+        optimizers = [SinkGD(group, lr=0.1, scale=1.0, momentum=0.9, row_mask_tau=0.1) for group in groups]
+        for step in range(2):
+            grad = torch.randn(13, 6, generator=torch.Generator().manual_seed(step))
+            for param, optimizer in zip((plain, sharded), optimizers, strict=True):
+                set_grad(param, grad)
+                optimizer.step()
+        assert (whole(sharded.detach()) - plain).abs().max() < 1e-6, placements
+
+
 def follow_whole_matrices(world: World, options: dict[str, Any], places: tuple[Any, ...]) -> None:
     variants = ({}, {"momentum": 0.9, "row_mask_tau": 0.1}, {"momentum": 0.9, "momentum_order": "post"})
     for shape, dim in places:

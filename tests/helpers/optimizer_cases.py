@@ -133,6 +133,9 @@ _LION_BF16 = {"exp_avg": _BF16}
 _LION_INT8 = {"exp_avg": torch.int8, "exp_avg_scale": torch.float32, "step": torch.float32}
 _LANTON = {"momentum_buffer": torch.float32, "previous_grad": torch.float32}
 _LANTON_BF16 = {"momentum_buffer": _BF16, "previous_grad": _BF16}
+_LANTON_INT8 = {
+    key + suffix: dtype for key in _LANTON for suffix, dtype in (("", torch.int8), ("_scale", torch.float32))
+}
 _NOISE = {"noise": torch.float64, "noise_steps": torch.float32}
 _MFAC_SCOPE = {"gram": torch.float64, "counters": torch.int64, "stats": torch.float64}
 _MFAC = {"window": torch.float32, **_MFAC_SCOPE}
@@ -225,6 +228,25 @@ CASES = (
         state={"momentum_buffer": torch.float32},
         exact_foreach=False,
         extra_fp32=5,
+    ),
+    OptimizerCase(
+        name="SinkGD-int8",
+        cls=SinkGD,
+        kwargs={"momentum": 0.9, "nesterov": True, "momentum_dtype": torch.int8, "seed": 3},
+        state={"momentum_buffer": torch.int8, "momentum_buffer_scale": torch.float32, "step": torch.float32},
+        exact_foreach=False,
+        replayable=False,
+        extra_fp32=16,
+    ),
+    OptimizerCase(
+        name="SinkGD-adamw-int8",
+        cls=SinkGD,
+        kwargs={"algorithm": "adamw", "lr": 1e-2, "momentum_dtype": torch.int8, "seed": 3},
+        state={**_LION_INT8, "exp_avg_sq": torch.uint8, "exp_avg_sq_scale": torch.float32},
+        coupled=True,
+        skips_together=True,
+        replayable=False,
+        large=True,
     ),
     OptimizerCase(
         name="SinkGD-spectral",
@@ -390,6 +412,17 @@ CASES = (
         exact_foreach=False,
         coupled=True,
         extra_fp32=12,
+    ),
+    OptimizerCase(
+        name="LANTON-int8",
+        cls=LANTON,
+        kwargs={"lr": 5e-3, "momentum_dtype": torch.int8, "noise_dtype": torch.int8, "seed": 3},
+        dtype=_BF16,
+        state={**_LANTON_INT8, **_NOISE, "step": torch.float32},
+        exact_foreach=False,
+        coupled=True,
+        replayable=False,
+        extra_fp32=16,
     ),
     OptimizerCase(
         name="LANTON-split",

@@ -132,7 +132,7 @@ def test_backends_agree_bit_for_bit(dtype, g_dtype, rounding, dirty_memory):
         lists[1][4][2, 128], lists[1][3][1, 7], lists[1][7][129, 200] = math.nan, math.inf, 1e30
         with use_backend(backend):
             for maximize in (False, True):
-                step(lists, options(rounding, maximize=maximize))
+                step(lists, options(rounding, maximize=maximize, decay_where_aligned=maximize))
         results.append([t for part in lists for t in part])
     for reference, cpp in zip(*results, strict=True):
         bits_equal(cpp, reference)
@@ -189,5 +189,5 @@ def test_opcheck(rounding):
         lists += [[t] for t in quantize(normal((3, 5), seed=2).square(), 4, squares=squares)]
     states = rounding_states(lists[0], rounding)
     seeds = torch.tensor([3])
-    args = (*lists, CORRECTIONS[:1], states, SCALARS, rounding, False, seeds, seeds)
+    args = (*lists, CORRECTIONS[:1], states, SCALARS, rounding, False, False, seeds, seeds)
     torch.library.opcheck(torch.ops.leanstep.adamw_step_int8, args)

@@ -92,7 +92,7 @@ def test_sinkgd_steps_blocks_as_matrices(layout, settings):
     torch.testing.assert_close(whole, parts, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("rounding", ["kahan", "master", "stochastic"])
+@pytest.mark.parametrize("rounding", ["kahan", "master", "split", "stochastic"])
 def test_rounding_states_are_those_of_the_parameter(rounding):
     whole, parts, (optimizer, _) = step_both(SinkGD, "fused", torch.bfloat16, rounding=rounding)
     state = next(iter(optimizer.state.values()))
@@ -177,6 +177,17 @@ def test_sinkgd_scales_whole_matrices_to_an_operator_norm():
     group = {"params": [nn.Parameter(torch.randn(8, 6))], "algorithm": "sinkgd", "blocks": 4}
     with pytest.raises(ValueError, match="spectral scales whole matrices"):
         SinkGD([{**group, "spectral": "muon"}])
+
+
+def test_momenta_of_8_bits_are_those_of_whole_matrices():
+    for cls, group, setting in (
+        (LANTON, {"norm": "rms"}, "momentum_dtype"),
+        (LANTON, {"norm": "rms"}, "noise_dtype"),
+        (SinkGD, {"algorithm": "sinkgd", "momentum": 0.9}, "momentum_dtype"),
+    ):
+        params = [nn.Parameter(torch.randn(8, 6))]
+        with pytest.raises(ValueError, match=rf"{setting}=torch.int8 takes whole matrices"):
+            cls([{"params": params, **group, "blocks": 4, setting: torch.int8}])
 
 
 def test_rules_without_matrices_ignore_blocks():

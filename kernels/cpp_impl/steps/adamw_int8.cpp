@@ -8,6 +8,7 @@ using StateT = RoundingState<PARAM, ROUNDING>::type;
 struct Settings {
     float decay, beta1, rest1, beta2, rest2, eps, size, inverse_root, direction;
     uint32_t seed;
+    bool aligned;
 };
 
 // updates the n parameters of one block
@@ -26,8 +27,9 @@ static inline void update(
         constexpr float most = std::numeric_limits<float>::max();
         square = square > most ? most : square;
         const float step = settings.size * (average / (std::sqrt(square) * settings.inverse_root + settings.eps));
-        const float weight = weight_of<ROUNDING>(p[i], state, i) * settings.decay - step;
-        store_weight<ROUNDING>(weight, false, p, state, i, index + static_cast<uint32_t>(i), settings.seed);
+        const float weight = weight_of<ROUNDING>(p[i], state, i);
+        const float decayed = settings.aligned & !(average * weight >= 0.0f) ? weight : weight * settings.decay;
+        store_weight<ROUNDING>(decayed - step, false, p, state, i, index + static_cast<uint32_t>(i), settings.seed);
     };
     const auto larger = [](uint32_t largest, float x) { return std::max(largest, to_bits(x) & 0x7FFFFFFFu); };
 #pragma omp simd reduction(max : largest, largest_square)
@@ -49,12 +51,12 @@ static inline void update(
 extern "C" void adamw_step_int8(
     int64_t count, PARAM** params, const GRAD** grads, int8_t** codes, float** scales, uint8_t** square_codes,
     float** square_scales, StateT** states, const int64_t* rows, const int64_t* columns, const float* scalars,
-    const float* corrections, const int64_t* seeds, const int64_t* offsets, int64_t maximize, int threads
+    const float* corrections, const int64_t* seeds, const int64_t* offsets, int64_t aligned, int64_t maximize, int threads
 ) {
     for_pieces(count, rows, columns, threads, [=](int64_t t, int64_t block, int64_t from, int64_t n) {
         const Settings settings{
             scalars[0], scalars[1], scalars[2], scalars[3], scalars[4], scalars[5],
-            corrections[2 * t], corrections[2 * t + 1], maximize ? -1.0f : 1.0f, static_cast<uint32_t>(seeds[t])
+            corrections[2 * t], corrections[2 * t + 1], maximize ? -1.0f : 1.0f, static_cast<uint32_t>(seeds[t]), aligned != 0
         };
         const int64_t offset = offsets ? offsets[t] : 0;
         const int64_t first_block = offset / columns[t] * blocks_of(columns[t]) + block;

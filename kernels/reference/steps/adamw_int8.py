@@ -42,7 +42,10 @@ def adamw_step_int8(
     # torch's root of fp32 may differ from the nearest number in the last bit
     root = square.double().sqrt().to(square.dtype)
     weight = widen(param, rounding_state, options.rounding)
-    new_weight = weight * decay - size * (average / (root * inverse_root + eps))
+    decayed = weight * decay
+    if options.decay_where_aligned:
+        decayed = torch.where(average * weight >= 0, decayed, weight)
+    new_weight = decayed - size * (average / (root * inverse_root + eps))
     new_param, new_state = narrow(new_weight, param, options.rounding, options.seeds, options.offsets)
     offset = 0 if options.offsets is None else options.offsets
     param.copy_(new_param)
