@@ -45,7 +45,7 @@ from leanstep.optimizers.common.sharding import (
 
 NONFINITE = ("skip", "raise", "pass")
 # torch's optimizers have these; a group may not ask for what its optimizer does not do
-_TORCH_OPTIONS = {"amsgrad", "capturable", "differentiable", "fused"}
+_TORCH_OPTIONS = {"amsgrad", "capturable", "differentiable"}
 
 
 class NonFiniteGradientError(RuntimeError):
