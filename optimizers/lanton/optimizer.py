@@ -109,7 +109,7 @@ class LANTON(MarkedHalves, LeanOptimizer):
             gradient is stored between steps.
         noise_adaptive: False: f = 1 and no estimates. This is the base optimizer (Scion or Muon for matrices, plus the
             sign and vector rules), bit-identical to a very large alpha.
-        noise_every: update H every ``noise_every`` steps, from two consecutive gradients. An estimate costs a quarter
+        noise_every: update H every ``noise_every`` steps, from two consecutive gradients. An estimate costs a fifth
             of an update on a CPU and more than half on a GPU, and H changes slowly.
         grouping: which layers share a_max. "norm": all layers with the same norm, over all groups and including layers
             without a gradient at this step (in the paper "layers associated with the same norm"). "role": layers with
@@ -297,7 +297,7 @@ class LANTON(MarkedHalves, LeanOptimizer):
     def _state_shapes(self, group: dict[str, Any], param: Tensor) -> dict[str, tuple[int, ...]]:
         count = matrix_count(Layer(group, param, {}, norm_of(group, param)))
         shapes = {**super()._state_shapes(group, param), "noise": (count,), "noise_steps": (count,)}
-        if norm_of(group, param) == "rms":
+        if group["variance"] and norm_of(group, param) == "rms":
             shapes[KEY] = rows_shape(group, param)
         return shapes | scale_shapes(param, *_quantized_keys(group, param))
 

@@ -154,7 +154,9 @@ def step(layers: list[LayerStep], estimated: list[Layer]) -> Reducer[None]:
     hidden = [info for info in infos if info.layer.norm == "rms"]
     for batch in matrices.directions([info.layer for info in hidden], lambda i: _direction_momentum(hidden[i].layer)):
         ready = [(hidden[task.layer_index], task, direction) for task, direction in batch]
-        yield from normalize_rows([each for each in ready if each[0].layer.group["variance"]])
+        with_variance = [each for each in ready if each[0].layer.group["variance"]]
+        if with_variance:
+            yield from normalize_rows(with_variance)
         _write([_matrix_update(*each) for each in ready])
 
 

@@ -88,7 +88,7 @@ def _decay_and_update(
     skip: Tensor | None,
 ) -> None:
     """Update parameters and moments; with cautious_decay, decay only entries whose update and value agree in sign."""
-    if group["cautious_decay"] and group["weight_decay"]:
+    if group["cautious_decay"]:
         decay, weight = decay_factor(group["lr"], group["weight_decay"]), 1.0 - group["betas"][0]
         for param, grad, state in zip(params, grads, states, strict=True):
             average = local(state["exp_avg"])
