@@ -37,7 +37,8 @@ def apply_lora(model: Model, config: LoraConfig) -> Model:
         TypeError: for a configuration of another class.
         ValueError: for an adapted model, a target that selects nothing (the message suggests similar names), a rank
             larger than a layer, an unsupported dtype of a base weight, a layer that is never called or returns no
-            tensor, or ``fast_path=True`` and a layer that cannot run on the fast path. The model is unchanged.
+            tensor, a weight that is sharded already, or ``fast_path=True`` and a layer that cannot run on the fast
+            path. The model is unchanged.
 
     Notes:
         Memory: r (in + out) numbers per layer. ``LoraConfig.save`` sets which tensors autograd saves.
@@ -160,8 +161,12 @@ def _problems(model: nn.Module, name: str, module: nn.Module, config: LoraConfig
     reason = why_not_adaptable(model, name, module)
     if reason is not None:
         yield f"{name} cannot be adapted: {reason}; leave it out with exclude_modules"
-    reason = "its weight is sharded (DTensor)" if is_dtensor(weight) else None
-    reason = reason or (None if is_embedding else why_custom_forward(type(module)))
+    if is_dtensor(weight):
+        yield (
+            f"{name} has a weight that is a DTensor (FSDP2, tensor parallelism), where whole factors would train on a "
+            "part of the gradient; call apply_lora first and fully_shard then. Tensor-parallel layers have no adapters"
+        )
+    reason = None if is_embedding else why_custom_forward(type(module))
     if config.fast_path and reason is not None:
         yield f"fast_path=True was asked for, but {name} cannot run on the fast path: {reason}"
     sides, rank = tuple(weight.shape) if is_embedding else widths(module), rank_of(config, name)

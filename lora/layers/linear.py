@@ -107,6 +107,20 @@ class LoRALayer(Mixin):
         """DoRA's norms: (out,), fp32 or fp64, without a gradient."""
         raise NotImplementedError
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Like ``nn.Module.register_parameter``.
+
+        Raises:
+            ValueError: for a DTensor in place of a whole factor, which is how tensor parallelism shards a layer.
+        """
+        if name.startswith("lora_") and is_dtensor(param) and not is_dtensor(self._parameters.get(name)):
+            raise ValueError(
+                f"tensor parallelism (parallelize_module) takes no adapted layer, got {name}. The model is partly "
+                "sharded now; load it again. Leave adapted layers out of the plan, shard the model by fully_shard "
+                "(FSDP2), or merge the adapters first."
+            )
+        super().register_parameter(name, param)
+
     def train(self, mode: bool = True) -> Any:
         """Like ``nn.Module.train``, but also drops the cache of DoRA's norms. Warns if the adapter is merged."""
         if mode and self.lora.merged:

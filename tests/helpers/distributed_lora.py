@@ -174,6 +174,30 @@ def lora_replicated_losses_are_pefts(world: World) -> None:
 
 
 @case(2)
+def tensor_parallel_layers_are_refused(world: World) -> None:
+    """By name, in either order, for linear layers and for embeddings; a plan without adapted layers works."""
+    from distributed_cases import refused
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Embedding(10, 12), nn.Linear(12, 20), nn.Linear(20, 12))
+
+    config = LoraConfig(r=2, target_modules=["0", "1", "2"])
+    for plan in ({"1": ColwiseParallel(), "2": RowwiseParallel()}, {"0": RowwiseParallel()}):
+        parallel = parallelize_module(model(), mesh(2), plan)
+        before = list(parallel.state_dict())
+        refused(ValueError, f"{min(plan)} has a weight that is a DTensor", lambda p=parallel: apply_lora(p, config))
+        assert list(parallel.state_dict()) == before
+        adapted = apply_lora(model(), config)
+        said = "parallelize_module) takes no adapted layer, got lora_"
+        refused(ValueError, said, functools.partial(parallelize_module, adapted, mesh(2), plan))
+    part = apply_lora(model(), LoraConfig(r=2, target_modules=["0"]))
+    parallelize_module(part, mesh(2), {"1": ColwiseParallel(), "2": RowwiseParallel()})
+    part(torch.arange(10)).sum().backward()
+    assert all(p.grad is not None for name, p in part.named_parameters() if "lora_" in name)
+
+
+@case(2)
 def clipped_heads_of_sharded_models(world: World) -> None:
     """QK-clip under fully_shard, with another batch on every process: the largest logits of both, and whole factors."""
     from transformers import LlamaConfig, LlamaForCausalLM
