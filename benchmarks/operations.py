@@ -44,6 +44,7 @@ from leanstep.kernels import (
 )
 from leanstep.kernels.nm.mask import MAX_FAST_M
 from leanstep.kernels.reference.quantization import BLOCK
+from leanstep.kernels.steps.adamw_int8 import adamw_step_int8
 
 HALF = (torch.bfloat16, torch.float16)
 ALL = (torch.float32, *HALF)
@@ -123,6 +124,17 @@ def _lion_int8(rounding: str, inputs: Inputs) -> list[Tensor]:
     options = inputs.options(rounding, 1e-2, 0.999, 0.9, 0.1, 0.99, 0.01)
     lion_step_int8(params, grads, codes, scales, state, options)
     return [*params, *codes, *scales, *state]
+
+
+def _adamw_int8(rounding: str, inputs: Inputs) -> list[Tensor]:
+    params, grads = inputs.normal_matrices(), inputs.normal_matrices()
+    (codes, scales), (square_codes, square_scales) = _int8_momenta(inputs), _int8_momenta(inputs)
+    square_codes = [c.view(torch.uint8) for c in square_codes]
+    state = inputs.rounding_state(params, rounding)
+    corrections = inputs.scalars(1e-2, 3.0).expand(len(params), 2)
+    options = inputs.options(rounding, 0.999, 0.9, 0.1, 0.999, 0.001, 1e-8)
+    adamw_step_int8(params, grads, codes, scales, square_codes, square_scales, corrections, state, options)
+    return [*params, *codes, *scales, *square_codes, *square_scales, *state]
 
 
 def _agreement_int8(inputs: Inputs) -> list[Tensor]:
@@ -256,6 +268,8 @@ OPERATIONS = {
     "lion_step_int8, stochastic": Operation(partial(_lion_int8, "stochastic"), (torch.bfloat16,), BITS),
     "lion_step_int8, split": Operation(partial(_lion_int8, "split"), (torch.bfloat16,), BITS),
     "lion_agreement_int8": Operation(_agreement_int8, ALL, BITS),
+    "adamw_step_int8": Operation(partial(_adamw_int8, "nearest"), ALL, BITS),
+    "adamw_step_int8, split": Operation(partial(_adamw_int8, "split"), (torch.bfloat16,), BITS),
     "sinkhorn": Operation(_sinkhorn),
     "scaled_step": Operation(partial(_scaled, "nearest"), ALL, BITS),
     "scaled_step, stochastic": Operation(partial(_scaled, "stochastic"), (torch.bfloat16,), BITS),

@@ -15,7 +15,15 @@ from leanstep.optimizers.common.checks import check_betas, check_dtype, check_fl
 from leanstep.optimizers.common.quantized import init_average, is_quantized, quantized_rules, scale_key, scale_shapes
 from leanstep.optimizers.common.rounding import effective, init_rounding
 from leanstep.optimizers.common.saved_tensors import SHAPED, StateRule
-from leanstep.optimizers.common.sharding import Reducer, Shard, check_indices, local, readable, store, sum_over_shards
+from leanstep.optimizers.common.sharding import (
+    Reducer,
+    Shard,
+    check_row_shards,
+    local,
+    readable,
+    store,
+    sum_over_shards,
+)
 
 # lower bound of the cautious mask's mean, by which the update is divided (arXiv 2411.16085)
 _MIN_AGREEMENT = 1e-5
@@ -120,7 +128,7 @@ class Lion(LeanOptimizer):
     def _check_shard(self, group: dict[str, Any], position: int, shard: Shard) -> None:
         super()._check_shard(group, position, shard)
         if _is_int8(group, group["params"][position]):
-            check_indices("Lion: momentum_dtype=torch.int8", describe(group, position), shard)
+            check_row_shards("Lion: momentum_dtype=torch.int8", describe(group, position), shard)
 
     def _init_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
         state = self.state[param]

@@ -260,6 +260,23 @@ void for_blocks(int64_t count, const int64_t* sizes, int threads, Work work) {
     for_blocks(count, sizes, threads, [](int64_t) { return BLOCK; }, work);
 }
 
+// where the elements of a shard are in the whole tensor; null: they are one run, else four numbers: the elements of a run,
+// the distance of two runs, the runs of a slab, and the distance of two slabs
+struct Runs {
+    const int64_t* numbers;
+
+    // index of element i, less that of the first element
+    int64_t index(int64_t i) const {
+        if (!numbers) return i;
+        const int64_t run = i / numbers[0];
+        return run / numbers[2] * numbers[3] + run % numbers[2] * numbers[1] + i % numbers[0];
+    }
+    // at most `most` elements from element i to the end of its run
+    int64_t rest(int64_t i, int64_t most) const {
+        return numbers ? std::min(most, numbers[0] - i % numbers[0]) : most;
+    }
+};
+
 // elements that are fetched, checked and updated at a time
 constexpr int64_t CHUNK = 256;
 

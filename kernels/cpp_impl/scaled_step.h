@@ -46,7 +46,7 @@ void step_row(
 }
 
 // A list of contiguous matrices. owners[t]: index of matrix t's tensor in the caller's list. offsets[t]: index of the
-// matrix's first element in the whole tensor.
+// matrix's first element in the whole tensor. all_runs: null, or the runs of every tensor; a matrix begins a run.
 struct Targets {
     PARAM** params;
     const MAT** mats;
@@ -57,6 +57,7 @@ struct Targets {
     const float* scalars;
     const int64_t* seeds;
     const int64_t* offsets;
+    const int64_t* all_runs;
     const int64_t* owners;
     int32_t* flags;
 
@@ -67,14 +68,17 @@ struct Targets {
     // rows begin..end of matrix t
     void step(int64_t t, int64_t begin, int64_t end) const {
         const int64_t n = widths[t];
+        const Runs runs{all_runs ? all_runs + 4 * owners[t] : nullptr};
+        int64_t length;
         for (int64_t i = begin; i < end; ++i) {
-            for (int64_t from = 0; from < n; from += PIECE) {
-                const int64_t length = std::min(PIECE, n - from), here = i * n + from;
+            for (int64_t from = 0; from < n; from += length) {
+                const int64_t here = i * n + from;
+                length = runs.rest(here, std::min(PIECE, n - from));
                 const int64_t next = std::min(here + PIECE, end * n);
                 fetch(params[t], next, std::min(next + PIECE, end * n));
                 step_row(params[t] + here, mats[t] + here, cols[t] + from, states ? states[t] + here : nullptr, length,
                          rows[t][i], scalars, seeds ? static_cast<uint32_t>(seeds[t]) : 0u,
-                         static_cast<uint32_t>(offsets[t] + here));
+                         static_cast<uint32_t>(offsets[t] + runs.index(here)));
             }
         }
     }

@@ -20,6 +20,9 @@ half the distance to the next bf16 number: a step never undoes what was written.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -98,20 +101,41 @@ def round_stochastic(value: Tensor, bits: Tensor) -> Tensor:
     return torch.where(torch.isfinite(value), pattern.view(torch.float32), value)
 
 
-def element_index(like: Tensor, offset: Tensor | int) -> Tensor:
-    """Return the row-major index of every element, plus ``offset`` (the shard's first index), modulo 2**32."""
+def index_in_whole(index: Tensor | int, runs: Tensor | Sequence[int]) -> Any:
+    """Return the indices of a shard's elements in its whole tensor, less that of the first element.
+
+    ``runs``: four numbers, see :class:`leanstep.kernels.StepOptions`.
+    """
+    elements, distance, count, slab = runs
+    run = index // elements
+    return run // count * slab + run % count * distance + index % elements
+
+
+def element_index(like: Tensor, offset: Tensor | int, runs: Tensor | None = None) -> Tensor:
+    """Return the row-major index of every element in its whole tensor, modulo 2**32.
+
+    ``offset``: index of the first element of a shard. ``runs``: see :func:`index_in_whole`; None: the shard is one run.
+    """
+    if runs is not None:
+        local = torch.arange(like.numel(), device=like.device)
+        return as_int32(index_in_whole(local, runs) + offset, like.device).view(like.shape)
     dtype = torch.int32 if like.numel() < 2**31 else torch.int64
     index = torch.arange(like.numel(), dtype=dtype, device=like.device).to(torch.int32)
     return index.view(like.shape) + as_int32(offset, like.device)
 
 
 def narrow(
-    value: Tensor, param: Tensor, rounding: str, seed: Tensor | int | None = None, offset: Tensor | int | None = None
+    value: Tensor,
+    param: Tensor,
+    rounding: str,
+    seed: Tensor | int | None = None,
+    offset: Tensor | int | None = None,
+    runs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the parameter's and the state's new values for the fp32 ``value``. The caller's ``copy_`` rounds them."""
     if rounding == "stochastic" and param.dtype == torch.bfloat16:
         assert seed is not None
-        return round_stochastic(value, hash32(element_index(value, 0 if offset is None else offset), seed)), None
+        return round_stochastic(value, hash32(element_index(value, 0 if offset is None else offset, runs), seed)), None
     if rounding == "kahan":
         rounded = rounded_to(value, param.dtype)
         return rounded, (value - rounded.to(value.dtype)).to(param.dtype)

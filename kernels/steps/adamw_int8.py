@@ -49,8 +49,8 @@ def adamw_step_int8(
         ValueError: shapes do not fit.
 
     Notes:
-        Reads p, g and the state once, and writes p and the state once: 10 bytes per bf16 element. The C++ kernel makes
-        no temporary of a tensor's size. All backends agree bit for bit.
+        Reads p, g and the state once, and writes p and the state once: 10 bytes per bf16 element. The C++ and
+        Triton kernels make no temporary of a tensor's size. All backends agree bit for bit.
     """
     assert options.seeds is not None
     lists = (params, grads, codes, scales, square_codes, square_scales)
@@ -95,6 +95,11 @@ def _step(
     backend = choose("adamw_step_int8", params[0].device, *dtypes).backend
     state = [rounding_state] if rounding_state else []
     lists = [params, grads, codes, scales, square_codes, square_scales, *state]
+    if backend == "triton":
+        from leanstep.kernels.triton_impl.steps import adamw_int8 as triton_adamw
+
+        triton_adamw.adamw_step_int8(lists, corrections, options)
+        return
     walkable = [backend == "cpp" and all(t.is_contiguous() for t in row) for row in zip(*lists, strict=True)]
     for indices in group_by_dtypes(lists, walkable):
         _cpp_step([[ts[i] for i in indices] for ts in lists], corrections[indices], options.of(indices))

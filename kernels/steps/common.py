@@ -28,6 +28,9 @@ class StepOptions(NamedTuple):
         skip_nonfinite: do not update entries (Lion) or whole matrices with a non-finite gradient.
         seeds: int64 [number of tensors] of unsigned 32-bit values, for "stochastic".
         offsets: int64 [number of tensors]: index of each tensor's first element in its whole tensor, if it is a shard.
+        runs: int64 [number of tensors, 4], for shards whose elements are no range: (elements of a run, distance of two
+            runs, runs of a slab, distance of two slabs) in the whole tensor. Element i is number i % elements of run
+            i // elements. None: every tensor is one run.
     """
 
     scalars: Tensor
@@ -38,13 +41,14 @@ class StepOptions(NamedTuple):
     skip_nonfinite: bool = True
     seeds: Tensor | None = None
     offsets: Tensor | None = None
+    runs: Tensor | None = None
 
     def of(self, selection: int | list[int]) -> StepOptions:
         """Return the options of the tensors at these indices; for one index, the fields per tensor are 0-d."""
-        scale, seeds, offsets = (
-            None if t is None else t[selection] for t in (self.cautious_scale, self.seeds, self.offsets)
+        scale, seeds, offsets, runs = (
+            None if t is None else t[selection] for t in (self.cautious_scale, self.seeds, self.offsets, self.runs)
         )
-        return self._replace(cautious_scale=scale, seeds=seeds, offsets=offsets)
+        return self._replace(cautious_scale=scale, seeds=seeds, offsets=offsets, runs=runs)
 
 
 def check_shapes(op: str, *lists: Sequence[Tensor]) -> None:

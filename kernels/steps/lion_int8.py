@@ -187,7 +187,7 @@ _step_op = torch.library.custom_op(
     mutates_args=("params", "codes", "scales", "rounding_state"),
     schema="(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] codes, Tensor(c!)[] scales, "
     "Tensor(d!)[] rounding_state, Tensor scalars, str rounding, Tensor? cautious_scale, bool decay_where_aligned, "
-    "bool maximize, bool skip_nonfinite, Tensor? seeds, Tensor? offsets) -> Tensor",
+    "bool maximize, bool skip_nonfinite, Tensor? seeds, Tensor? offsets, Tensor? runs=None) -> Tensor",
 )
 _agreement_op = torch.library.custom_op("leanstep::lion_agreement_int8", _agreement, mutates_args=())
 

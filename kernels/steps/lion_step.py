@@ -93,7 +93,7 @@ def _cpp_step(lists: list[list[Tensor]], options: StepOptions) -> Tensor:
     }
     flags = torch.zeros(len(params), dtype=torch.int32)
     tensors = (params, grads, exp_avgs, rounding_state[0] if rounding_state else None)
-    numbers = (options.scalars, options.cautious_scale, options.seeds, options.offsets)
+    numbers = (options.scalars, options.cautious_scale, options.seeds, options.offsets, options.runs)
     call("steps/lion_step", "lion_step", macros, len(params), *tensors, [p.numel() for p in params], *numbers, flags)
     return flags
 
@@ -168,7 +168,7 @@ _step_op = torch.library.custom_op(
     mutates_args=("params", "exp_avgs", "rounding_state"),
     schema="(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] rounding_state, Tensor scalars, "
     "str rounding, Tensor? cautious_scale, bool decay_where_aligned, bool maximize, bool skip_nonfinite, "
-    "Tensor? seeds, Tensor? offsets) -> Tensor",
+    "Tensor? seeds, Tensor? offsets, Tensor? runs=None) -> Tensor",
 )
 _agreement_op = torch.library.custom_op("leanstep::lion_agreement", _agreement, mutates_args=())
 

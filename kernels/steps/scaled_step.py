@@ -8,6 +8,7 @@ from torch import Tensor
 from leanstep.kernels._backend import choose
 from leanstep.kernels.cpp_impl._build import TYPES, call, group_by_dtypes
 from leanstep.kernels.matrices.sinkhorn import sinkhorn
+from leanstep.kernels.reference.rounding import index_in_whole
 from leanstep.kernels.reference.steps import scaled_step as reference
 from leanstep.kernels.steps.common import StepOptions, check_shapes
 
@@ -47,11 +48,11 @@ def scaled_step(
     lists = (params, mats, rows, cols, rounding_state)
     fields = (
         options.scalars, options.rounding, options.decay_where_aligned, options.skip_nonfinite, options.seeds,
-        options.offsets,
+        options.offsets, options.runs,
     )  # fmt: skip
     if torch.compiler.is_compiling():
         return torch.ops.leanstep.scaled_step(*lists, *fields)
-    return _step(*lists, *fields)
+    return _step(params, mats, rows, cols, rounding_state, *fields)
 
 
 @torch.no_grad()
@@ -118,10 +119,11 @@ def _step(
     skip_nonfinite: bool,
     seeds: Tensor | None,
     offsets: Tensor | None,
+    runs: Tensor | None,
 ) -> Tensor:
     options = StepOptions(
         scalars, rounding, decay_where_aligned=decay_where_aligned, skip_nonfinite=skip_nonfinite, seeds=seeds,
-        offsets=offsets,
+        offsets=offsets, runs=runs,
     )  # fmt: skip
     if not params:
         return torch.zeros(0, dtype=torch.int32)
@@ -190,7 +192,11 @@ def _cpp_step(
     starts = [0] * len(params) if options.offsets is None else options.offsets.tolist()
     sizes = [p.shape[-2] * p.shape[-1] for p in params]
     heights, widths = [params[t].shape[-2] for t in owners], [params[t].shape[-1] for t in owners]
-    offsets = [starts[t] + e * sizes[t] for t, e in zip(owners, stack_indices, strict=True)]
+    firsts = [e * sizes[t] for t, e in zip(owners, stack_indices, strict=True)]
+    if options.runs is not None:
+        runs = options.runs.tolist()
+        firsts = [index_in_whole(first, runs[t]) for t, first in zip(owners, firsts, strict=True)]
+    offsets = [starts[t] + first for t, first in zip(owners, firsts, strict=True)]
     seeds = None if options.seeds is None else options.seeds[owners]
     scales: list[list[Tensor]] | list[list[int]]
     if rows is not None and cols is not None:
@@ -204,7 +210,8 @@ def _cpp_step(
     flags = torch.zeros(len(params), dtype=torch.int32)
     call(
         f"steps/{name}", name, macros, len(owners), _matrices(params, 2), _matrices(mats, 2), *scales, state,
-        heights, widths, *(iterations if rows is None else ()), options.scalars, seeds, offsets, owners, flags,
+        heights, widths, *(iterations if rows is None else ()), options.scalars, seeds, offsets, options.runs,
+        owners, flags,
     )  # fmt: skip
     return flags
 

@@ -76,6 +76,31 @@ def random_bits(index, seed):
 
 
 @triton.jit
+def run_numbers(all_runs, i, RUNS: tl.constexpr):
+    """The four numbers of tensor i of `StepOptions.runs`."""
+    if RUNS:
+        runs = all_runs + 4 * i
+        return tl.load(runs), tl.load(runs + 1), tl.load(runs + 2), tl.load(runs + 3)
+    else:
+        return 1, 1, 1, 1
+
+
+@triton.jit
+def index_in_whole(start, offs, elements, distance, count, slab):
+    """Indices of a shard's elements `start + offs` in the whole tensor, less the first's, modulo 2**32 (uint32 block).
+
+    The numbers are those of `run_numbers`. `start` is int64. Divisions of the block `offs` are 32-bit, because runs and
+    their counts are below 2**31.
+    """
+    run = start // elements
+    position = (start % elements).to(tl.uint32) + offs.to(tl.uint32)
+    local_run = (run % count).to(tl.uint32) + position // elements.to(tl.uint32)
+    slabs = (run // count).to(tl.uint32) + local_run // count.to(tl.uint32)
+    index = slabs * slab.to(tl.uint32) + (local_run % count.to(tl.uint32)) * distance.to(tl.uint32)
+    return index + position % elements.to(tl.uint32)
+
+
+@triton.jit
 def stochastic_bfloat16(x, random):
     """Round an fp32 block to bfloat16, up in magnitude with the probability of the dropped fraction. NaN stays NaN."""
     bits = x.to(tl.uint32, bitcast=True)

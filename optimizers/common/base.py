@@ -34,9 +34,9 @@ from leanstep.optimizers.common.sharding import (
     check_class,
     check_indices,
     has_memory,
-    offsets_of,
     placed_like,
     plain,
+    positions_of,
     readable,
     run,
     shard_of,
@@ -74,7 +74,7 @@ class Batch(NamedTuple):
         """
         more.setdefault("skip_nonfinite", self.group["nonfinite"] != "pass")
         if seeded or self.rounding == "stochastic":
-            more["offsets"] = offsets_of(self.shards, scalars.device)
+            more |= positions_of(self.shards, scalars.device)
             steps = [state["step"] for state in self.states]
             torch._foreach_add_(steps, 1)
             more["seeds"] = seeds_for(steps, self.indices, self.group["seed"], scalars.device)
@@ -211,8 +211,7 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
         """
         if param not in self.state:
             self._check_first_step(group, position)
-        if hasattr(param, "placements"):
-            self._check_shard(group, position, shard_of(param, describe(group, position)))
+        self._check_placements(group, position, param)
         state = self._init_state(group, position, param)
         for key, shape in self._state_shapes(group, param).items():
             if key in state and tuple(state[key].shape) != shape:
@@ -223,8 +222,14 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
                 )
         return state
 
+    def _check_placements(self, group: dict[str, Any], position: int, param: Tensor) -> None:
+        """Raise ValueError if a parameter holds partial sums, or by :meth:`_check_shard`."""
+        shard = shard_of(param, lambda: describe(group, position))
+        if shard.cuts:
+            self._check_shard(group, position, shard)
+
     def _check_shard(self, group: dict[str, Any], position: int, shard: Shard) -> None:
-        """Raise ValueError if the shards of a DTensor do not fit its group's settings. Nothing is changed before."""
+        """Raise ValueError if a sharded parameter does not fit its group's settings. Nothing was changed before."""
         if effective(type(self).__name__, group, position, group["params"][position]) == "stochastic":
             check_indices(f"{type(self).__name__}: rounding='stochastic'", describe(group, position), shard)
 
@@ -479,7 +484,7 @@ def dense_gradient(owner: str, group: dict[str, Any], position: int, param: Tens
 
     Raises:
         RuntimeError: for a sparse gradient.
-        ValueError: the parameter was resized after the backward pass.
+        ValueError: the parameter was resized after the backward pass, or its gradient is on another mesh.
         TypeError: for a tensor class that kernels can neither address nor copy.
     """
     grad = param.grad
@@ -488,6 +493,13 @@ def dense_gradient(owner: str, group: dict[str, Any], position: int, param: Tens
         raise RuntimeError(
             f"{owner}: the gradient of {describe(group, position)} is sparse; expected a dense one. "
             "Build the embedding with sparse=False, or give it to torch.optim.SparseAdam."
+        )
+    if getattr(grad, "device_mesh", None) != getattr(param, "device_mesh", None):
+        kinds = [f"on {t.device_mesh}" if hasattr(t, "device_mesh") else "a plain tensor" for t in (param, grad)]
+        raise ValueError(
+            f"{owner}: {describe(group, position)} is {kinds[0]}, but its gradient is {kinds[1]}; expected both on one "
+            "mesh. Nothing was changed. Place the gradient by distribute_tensor(gradient, parameter.device_mesh, "
+            "parameter.placements)."
         )
     if grad.shape != param.shape:
         raise ValueError(

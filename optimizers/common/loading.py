@@ -105,7 +105,9 @@ class StateLoading:
 
     def _loadable_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
         """Return the entries that a saved state may have: those of :meth:`_init_state`, and more. Tensors are fake."""
-        return cast("LeanOptimizer", self)._init_state(group, position, param)
+        optimizer = cast("LeanOptimizer", self)
+        optimizer._check_placements(group, position, param)
+        return optimizer._init_state(group, position, param)
 
     def _check_loaded_states(self, groups: list[dict[str, Any]], entries: list[Loaded]) -> None:
         """Raise ValueError if states contradict each other or their settings; their tensors are checked already."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +42,22 @@ def matrix_shape(shard: Shard) -> tuple[int, int]:
     """Return (m, n) of a parameter's matrices before sharding."""
     shape = shard.shape
     return (shape[1], shape[2]) if len(shape) == 3 else (shape[0], math.prod(shape[1:]))
+
+
+class Sides(NamedTuple):
+    """Process groups that shard the rows and the columns of a parameter's matrices; both empty: no matrix is split."""
+
+    rows: tuple[Any, ...]
+    columns: tuple[Any, ...]
+
+
+def sides_of(shard: Shard) -> Sides:
+    """Return the groups of a shard in the coordinates of the matrices; those that divide a stack split no matrix."""
+    rows = len(shard.shape) - 2 if len(shard.shape) == 3 else 0
+    return Sides(
+        tuple(cut.group for cut in shard.cuts if cut.dim == rows),
+        tuple(cut.group for cut in shard.cuts if cut.dim > rows),
+    )
 
 
 def row_dim(shape: Sequence[int], transposed: bool, flatten: bool = False) -> int:

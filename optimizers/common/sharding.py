@@ -12,7 +12,7 @@ yield nothing. torch.compile traces only this case, and loses the return values 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -68,11 +68,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor if type(tensor) in _ORDINARY else local_part(tensor)
 
 
-def shard_of(param: Tensor, name: str | None = None) -> Shard:
+def shard_of(param: Tensor, name: Callable[[], str] | None = None) -> Shard:
     """Return the metadata of this process's shard of ``param``.
 
     Raises:
-        ValueError: for a DTensor with partial placements; the message has the parameter's ``name``.
+        ValueError: for a DTensor with partial placements; the message has the parameter's ``name()``.
     """
     if type(param) in _ORDINARY or not is_dtensor(param):
         return Shard(param.shape)
@@ -80,8 +80,9 @@ def shard_of(param: Tensor, name: str | None = None) -> Shard:
     mesh, placements = sharded_param.device_mesh, sharded_param.placements
     if any(p.is_partial() for p in placements):
         raise ValueError(
-            f"{name or f'a parameter of shape {tuple(param.shape)}'} holds partial sums ({placements}); leanstep "
-            "optimizers take parameters that are replicated or sharded: redistribute it first. Nothing was changed."
+            f"{name() if name else f'a parameter of shape {tuple(param.shape)}'} holds partial sums ({placements}); "
+            "leanstep optimizers take parameters that are replicated or sharded: redistribute it first. Nothing was "
+            "changed."
         )
     order = _gathering_order(placements, [i for i in range(mesh.ndim) if mesh.size(i) > 1])
     cuts = tuple(Cut(cast("Any", placements[i]).dim, mesh.get_group(i)) for i in order)
@@ -251,21 +252,65 @@ def placed_like(grad: Tensor, param: Tensor) -> Tensor:
     return cast("DTensor", grad).redistribute(cast("DTensor", param).device_mesh, placements)
 
 
+def runs_of(shard: Shard) -> tuple[int, ...] | None:
+    """Return where the elements of a shard are in the parameter; None if four numbers do not say it.
+
+    See ``runs`` of :class:`leanstep.kernels.StepOptions`. They suffice for blocks that are smaller than the parameter
+    along dimension 0 and up to two others. The length and the count of runs are below 2**31, as kernels expect.
+    """
+    if not shard.cuts:
+        return math.prod(shard.shape) or 1, 0, 1, 0
+    if shard.ranges is None:
+        return None
+    sizes, shape = [len(indices) for indices in shard.ranges], shard.shape
+    inner = [dim for dim in range(1, len(shape)) if sizes[dim] < shape[dim]]
+    if not math.prod(sizes) or not inner:
+        return math.prod(sizes) or 1, 0, 1, 0
+    first, last = inner[0], inner[-1]
+    length, distance, count = math.prod(sizes[last:]), math.prod(shape[last:]), math.prod(sizes[first:last])
+    if len(inner) == 1:
+        count = math.prod(sizes[:last])
+    if len(inner) > 2 or max(length, count) >= 2**31:
+        return None
+    return length, distance, count, math.prod(shape[first:])
+
+
 def check_indices(setting: str, name: str, shard: Shard) -> None:
-    """Raise ValueError if the elements of a shard are no range of the parameter's, whose indices ``setting`` needs."""
-    if first_index(shard) is None:
+    """Raise ValueError if ``setting`` needs the index of every element, and :func:`runs_of` does not have it."""
+    if runs_of(shard) is None:
         raise ValueError(
-            f"{setting} needs unsharded parameters, or shards along dimension 0; got {name} with placements "
-            f"{shard.placements}; nothing was changed. Use another setting, such as rounding='split' or 'master'."
+            f"{setting} takes parameters whose shards are blocks, cut along dimension 0 and two others at most; got "
+            f"{name} with placements {shard.placements}; nothing was changed. Redistribute the parameter, or use "
+            "another rounding ('split', 'master')."
         )
 
 
-def offsets_of(shards: Sequence[Shard], device: torch.device) -> Tensor:
-    """Return the row-major index of each shard's first element, int64 [n], for stochastic rounding.
+def check_row_shards(setting: str, name: str, shard: Shard) -> None:
+    """Raise ValueError if ``setting`` needs shards that are ranges of a parameter's rows, and these are not."""
+    if first_index(shard) is None:
+        raise ValueError(
+            f"{setting} takes parameters whose shards are ranges of rows, got {name} with placements "
+            f"{shard.placements}; nothing was changed. Use another dtype for it, such as torch.bfloat16, or shard it "
+            "along dimension 0 alone."
+        )
 
-    The shards are those that :func:`check_indices` accepts.
+
+def positions_of(shards: Sequence[Shard], device: torch.device) -> dict[str, Any]:
+    """Return ``offsets`` and ``runs`` of :class:`leanstep.kernels.StepOptions`, for stochastic rounding.
+
+    The shards are those that :func:`check_indices` accepts. ``runs`` is None if all are ranges of rows.
     """
-    return constant([first_index(shard) or 0 for shard in shards], device, torch.int64)
+    runs = None
+    if any(first_index(shard) is None for shard in shards):
+        numbers = [number for shard in shards for number in runs_of(shard) or ()]
+        runs = constant(numbers, device, torch.int64).view(-1, 4)
+    return {"offsets": constant([_offset(shard) for shard in shards], device, torch.int64), "runs": runs}
+
+
+def _offset(shard: Shard) -> int:
+    """Return the row-major index of a block's first element."""
+    indices = [(r.start, math.prod(shard.shape[dim + 1 :])) for dim, r in enumerate(shard.ranges or ())]
+    return sum(start * stride for start, stride in indices)
 
 
 def sum_over_shards(values: Tensor, shards: Sequence[Shard]) -> Reducer[None]:

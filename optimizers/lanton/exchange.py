@@ -1,4 +1,8 @@
-"""Gather sharded matrices on their owners, and scatter results back: one all-to-all each."""
+"""Gather sharded matrices on their owners, and scatter results back: one all-to-all each per mesh dimension.
+
+A matrix that several mesh dimensions shard is gathered over one after the other. After each, fewer processes hold
+larger blocks, and after the last the owner holds the matrix.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from leanstep.optimizers.common.sharding import chunk_of
+from leanstep.optimizers.common.sharding import Cut, chunk_of
 
 if TYPE_CHECKING:
     from leanstep.optimizers.lanton.matrices import MatrixTask
@@ -17,14 +21,17 @@ if TYPE_CHECKING:
 
 def gather(tasks: Sequence[MatrixTask], pieces: Sequence[Tensor]) -> list[Tensor | None]:
     """Gather every matrix on its owner, from this process's shards; None for matrices of other owners."""
-    wholes: list[Tensor | None] = [None] * len(tasks)
-    for group, like, rank, owned in _exchanges(tasks, pieces):
-        world = len(owned)
-        shapes = [[_shard_shape(tasks[k], world, r) for k in owned[rank]] for r in range(world)]
-        parts = _all_to_all([[pieces[k] for k in ks] for ks in owned], shapes, group, like)
-        for i, k in enumerate(owned[rank]):
-            wholes[k] = torch.cat([row[i] for row in parts], dim=tasks[k].dim)
-    return wholes
+    blocks: list[Tensor | None] = list(pieces)
+    for level in range(_levels(tasks)):
+        for group, like, rank, owned in _exchanges(tasks, pieces, level):
+            sent = [[cast("Tensor", blocks[k]) for k in ks] for ks in owned]
+            shapes = [[_block_shape(tasks[k], level, r) for k in owned[rank]] for r in range(len(owned))]
+            parts = _all_to_all(sent, shapes, group, like)
+            for k in (k for ks in owned for k in ks):
+                blocks[k] = None
+            for i, k in enumerate(owned[rank]):
+                blocks[k] = torch.cat([row[i] for row in parts], dim=tasks[k].cuts[level].dim)
+    return blocks
 
 
 def scatter(tasks: Sequence[MatrixTask], wholes: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
@@ -35,34 +42,56 @@ def scatter(tasks: Sequence[MatrixTask], wholes: Sequence[Tensor | None], like: 
         wholes: the unsharded matrices; None for matrices of other owners.
         like: per task, a tensor with the dtype and device of the result.
     """
-    pieces: dict[int, Tensor] = {}
-    for group, example, rank, owned in _exchanges(tasks, like):
-        world, mine = len(owned), [(k, tasks[k]) for k in owned[rank]]
-        sent = [
-            [cast("Tensor", wholes[k]).narrow(t.dim, *chunk_of(t.shape[t.dim], world, r)) for k, t in mine]
-            for r in range(world)
-        ]
-        shapes = [[_shard_shape(tasks[k], world, rank) for k in ks] for ks in owned]
-        for ks, row in zip(owned, _all_to_all(sent, shapes, group, example), strict=True):
-            pieces.update(zip(ks, row, strict=True))
-    return [pieces[k] for k in range(len(tasks))]
+    blocks: list[Tensor | None] = list(wholes)
+    for level in reversed(range(_levels(tasks))):
+        for group, example, rank, owned in _exchanges(tasks, like, level):
+            mine = [(cast("Tensor", blocks[k]), tasks[k].cuts[level]) for k in owned[rank]]
+            sent = [[_chunk(block, cut, r) for block, cut in mine] for r in range(len(owned))]
+            shapes = [[_block_shape(tasks[k], level, rank) for k in ks] for ks in owned]
+            for ks, row in zip(owned, _all_to_all(sent, shapes, group, example), strict=True):
+                for k, piece in zip(ks, row, strict=True):
+                    blocks[k] = piece
+    return [cast("Tensor", block) for block in blocks]
+
+
+def _levels(tasks: Sequence[MatrixTask]) -> int:
+    return max((len(task.cuts) for task in tasks), default=0)
 
 
 def _exchanges(
-    tasks: Sequence[MatrixTask], like: Sequence[Tensor]
+    tasks: Sequence[MatrixTask], like: Sequence[Tensor], level: int
 ) -> Iterator[tuple[Any, Tensor, int, list[list[int]]]]:
-    """Yield every all-to-all: process group, tensor of the dtype and device, own rank, task indices by owner."""
+    """Yield every all-to-all of a level: process group, tensor of the dtype and device, own rank, tasks by owner.
+
+    The tasks are given by index: those whose blocks the processes of the group hold before the level's gathering.
+    """
     sets: dict[Any, list[int]] = {}
     for k, (task, tensor) in enumerate(zip(tasks, like, strict=True)):
-        sets.setdefault((task.group, tensor.dtype, tensor.device), []).append(k)
+        if len(task.cuts) > level and task.is_held(level):
+            sets.setdefault((task.cuts[level].group, tensor.dtype, tensor.device), []).append(k)
     for (group, *_), indices in sets.items():
-        owned = [[k for k in indices if tasks[k].owner == r] for r in range(torch.distributed.get_world_size(group))]
+        ranks = range(torch.distributed.get_world_size(group))
+        owned = [[k for k in indices if tasks[k].owner[level] == r] for r in ranks]
         yield group, like[indices[0]], torch.distributed.get_rank(group), owned
 
 
-def _shard_shape(task: MatrixTask, world: int, rank: int) -> tuple[int, ...]:
-    _, size = chunk_of(task.shape[task.dim], world, rank)
-    return (*task.shape[: task.dim], size, *task.shape[task.dim + 1 :])
+def block_shape(shape: Sequence[int], cuts: Sequence[Cut], ranks: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape of the block of a tensor that the process with these ranks in the groups of the cuts holds."""
+    sizes = list(shape)
+    for cut, rank in zip(reversed(cuts), reversed(ranks), strict=True):
+        sizes[cut.dim] = chunk_of(sizes[cut.dim], torch.distributed.get_world_size(cut.group), rank)[1]
+    return tuple(sizes)
+
+
+def _block_shape(task: MatrixTask, level: int, rank: int) -> tuple[int, ...]:
+    """Return the shape of a block before the gathering of a level, on the process with this rank in its group."""
+    cuts = task.cuts[level:]
+    return block_shape(task.shape, cuts, [rank, *(torch.distributed.get_rank(cut.group) for cut in cuts[1:])])
+
+
+def _chunk(block: Tensor, cut: Cut, rank: int) -> Tensor:
+    world = torch.distributed.get_world_size(cut.group)
+    return block.narrow(cut.dim, *chunk_of(block.shape[cut.dim], world, rank))
 
 
 def _all_to_all(

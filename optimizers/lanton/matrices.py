@@ -1,11 +1,13 @@
 """LANTON's hidden matrices: nuclear norms of differences and polar factors of momenta.
 
-Both need unsharded matrices. One process owns each sharded matrix and does its work; owners balance the cost.
+Both need unsharded matrices. One of the processes that shard a matrix owns it and does its work; owners balance the
+cost.
 :mod:`leanstep.optimizers.lanton.exchange` gathers matrices on their owners and scatters the results.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +19,7 @@ from leanstep.kernels.matrices.newton_schulz import compute_dtype, flops
 from leanstep.kernels.steps.common import constant
 from leanstep.optimizers.common import matrices as common
 from leanstep.optimizers.common.matrices import as_matrices, as_written, block_sizes, row_dim
-from leanstep.optimizers.common.sharding import Shard, chunk_of, dtype_of, local, local_range
+from leanstep.optimizers.common.sharding import Cut, Shard, dtype_of, local, local_range
 from leanstep.optimizers.lanton import exchange, rule
 
 if TYPE_CHECKING:
@@ -34,12 +36,21 @@ class MatrixTask(NamedTuple):
     """A sharded matrix with its owner, or a matrix or stack that needs no gathering."""
 
     layer_index: int  # index of the parameter in the caller's list
-    shape: torch.Size  # of the unsharded matrix or stack, as stored
-    matrix: int | None = None  # index in a stack sharded inside its matrices; None otherwise
+    shape: torch.Size  # of the unsharded matrix, or of this process's part of a stack, as stored
+    matrix: int | None = None  # index in this process's part of a stack sharded inside its matrices; None otherwise
     first: int = 0  # index of the first matrix in the parameter's stack
-    dim: int = 0  # the sharded dimension
-    group: Any = None  # the processes that shard it; None if it needs no gathering
-    owner: int = 0  # rank of the owner in the group
+    cuts: tuple[Cut, ...] = ()  # of the matrix, in the order of gathering; empty if it needs none
+    owner: tuple[int, ...] = ()  # rank of the owner in the group of each cut
+
+    def is_held(self, level: int) -> bool:
+        """Whether this process holds a block of the matrix after ``level`` cuts have been undone by gathering."""
+        pairs = zip(self.cuts[:level], self.owner, strict=False)
+        return all(torch.distributed.get_rank(cut.group) == rank for cut, rank in pairs)
+
+    @property
+    def is_mine(self) -> bool:
+        """Whether this process does the work."""
+        return self.is_held(len(self.cuts))
 
 
 def is_stack(group: dict[str, Any], norm: str, dims: int) -> bool:
@@ -111,45 +122,45 @@ def tasks_of(layers: Sequence[LayerStep]) -> list[MatrixTask]:
     """Return the matrices of parameters, with their owners.
 
     A stack sharded along e needs no gathering. Other sharded matrices are assigned, most expensive first, to the
-    process with the least cost so far. Costs depend only on shapes and settings, so all processes agree.
-
-    Raises:
-        ValueError: a parameter is sharded along several dimensions, or has strided placements.
+    process with the least cost so far among those that shard them. Costs depend only on shapes and settings, so all
+    processes agree.
     """
     tasks: list[MatrixTask] = []
-    loads: dict[Any, list[float]] = {}
+    loads: dict[tuple[Any, ...], dict[tuple[int, ...], float]] = {}  # groups -> ranks in them -> cost
     for i, layer in enumerate(layers):
-        shard, stack = layer.shard, is_stack(layer.group, layer.norm, layer.param.dim())
-        if not shard.groups:
+        shard = layer.shard
+        if not shard.cuts:
             tasks.append(MatrixTask(i, shard.shape))
-            continue
-        if len(shard.cuts) > 1 or shard.ranges is None:
-            raise ValueError(
-                "LANTON takes matrices that are unsharded or sharded along one dimension over one mesh dimension; "
-                f"got placements {shard.placements} for shape {tuple(shard.shape)}. Shard it by fully_shard alone, or "
-                "put it in a group with norm='sign', whose rule is elementwise."
-            )
-        ((dim, group),) = shard.cuts
-        world = torch.distributed.get_world_size(group)
-        load = loads.setdefault(group, [0.0] * world)
-        if stack and dim == 0:
-            chunks = [chunk_of(shard.shape[0], world, r) for r in range(world)]
-            shapes = [torch.Size((size, *shard.shape[1:])) for _, size in chunks]
-            rank = torch.distributed.get_rank(group)
-            tasks.append(MatrixTask(i, shapes[rank], first=chunks[rank][0]))
-            load[:] = [cost + _cost(layer, shape) for cost, shape in zip(load, shapes, strict=True)]
-        elif stack:
-            shape = torch.Size(shard.shape[1:])
-            tasks += [MatrixTask(i, shape, k, k, dim - 1, group) for k in range(shard.shape[0])]
+        elif not is_stack(layer.group, layer.norm, layer.param.dim()):
+            tasks.append(MatrixTask(i, shard.shape, cuts=shard.cuts))
+        elif inner := tuple(cut._replace(dim=cut.dim - 1) for cut in shard.cuts if cut.dim > 0):
+            numbers = enumerate(_ranges(shard)[0])
+            tasks += [MatrixTask(i, torch.Size(shard.shape[1:]), k, first, inner) for k, first in numbers]
         else:
-            tasks.append(MatrixTask(i, shard.shape, dim=dim, group=group))
-    costs = {k: _cost(layers[t.layer_index], t.shape) for k, t in enumerate(tasks) if t.group is not None}
+            held = _ranges(shard)[0]
+            tasks.append(MatrixTask(i, torch.Size((len(held), *shard.shape[1:])), first=held.start))
+            load = loads.setdefault(shard.groups, _no_load(shard.groups))
+            for ranks in load:
+                load[ranks] += _cost(layer, torch.Size(exchange.block_shape(shard.shape, shard.cuts, ranks)))
+    costs = {k: _cost(layers[t.layer_index], t.shape) for k, t in enumerate(tasks) if t.cuts}
     for k, cost in sorted(costs.items(), key=lambda item: -item[1]):
-        load = loads[tasks[k].group]
-        owner = load.index(min(load))
+        groups = tuple(cut.group for cut in tasks[k].cuts)
+        load = loads.setdefault(groups, _no_load(groups))
+        owner = min(load, key=lambda ranks: load[ranks])
         load[owner] += cost
         tasks[k] = tasks[k]._replace(owner=owner)
     return tasks
+
+
+def _ranges(shard: Shard) -> tuple[range, ...]:
+    assert shard.ranges is not None  # LANTON refuses other shards before a step
+    return shard.ranges
+
+
+def _no_load(groups: tuple[Any, ...]) -> dict[tuple[int, ...], float]:
+    """Return a cost of zero for every combination of ranks in the groups."""
+    sizes = [torch.distributed.get_world_size(group) for group in groups]
+    return dict.fromkeys(itertools.product(*map(range, sizes)), 0.0)
 
 
 def _cost(layer: LayerStep, shape: torch.Size) -> float:
@@ -209,12 +220,12 @@ def directions(
         for (task, _), blocks in zip(batch, split, strict=True):
             polar = next(polars) if len(blocks) == 1 else torch.cat([next(polars) for _ in blocks], dim=-2)
             stored = polar.mT if layers[task.layer_index].group["transposed"] else polar
-            if task.group is None:
+            if not task.cuts:
                 ready.append((task, stored))
             else:
                 owned[task] = stored.reshape(task.shape)
         yield ready
-    sharded = [task for task in tasks if task.group is not None]
+    sharded = [task for task in tasks if task.cuts]
     if sharded:
         like = [_like_polar(layers[task.layer_index]) for task in sharded]
         pieces = exchange.scatter(sharded, [owned.get(task) for task in sharded], like)
@@ -239,7 +250,7 @@ def _whole_matrices(
 
     ``local_shard(i)`` returns this process's shard for parameter i.
     """
-    sharded = [task for task in tasks if task.group is not None]
+    sharded = [task for task in tasks if task.cuts]
     received: dict[MatrixTask, Tensor | None] = {}
     if sharded:
         shards = {task.layer_index: local_shard(task.layer_index) for task in sharded}
@@ -252,7 +263,7 @@ def _whole_matrices(
         for start in range(0, len(same_kind), count):
             batch = []
             for task in same_kind[start : start + count]:
-                stored = local_shard(task.layer_index) if task.group is None else received.pop(task)
+                stored = received.pop(task) if task.cuts else local_shard(task.layer_index)
                 assert stored is not None
                 group = layers[task.layer_index].group
                 batch.append((task, as_matrices(stored, group["transposed"], group["flatten"])))
@@ -263,8 +274,7 @@ def _by_kind(tasks: list[MatrixTask], layers: Sequence[LayerStep]) -> list[list[
     """Group the tasks of this process by settings, device, dtype and shape."""
     sets: dict[Any, list[MatrixTask]] = {}
     for task in tasks:
-        here = task.group is None or torch.distributed.get_rank(task.group) == task.owner
-        if here and math.prod(task.shape) > 0:
+        if task.is_mine and math.prod(task.shape) > 0:
             layer = layers[task.layer_index]
             settings = tuple(layer.group[name] for name in _BATCH_SETTINGS)
             shape = (len(task.shape), *matrix_shape(layer.group, task.shape))

@@ -30,9 +30,9 @@ from leanstep.optimizers.common.loading import Loaded
 from leanstep.optimizers.common.quantized import init_average, is_quantized, quantized_rules, scale_shapes
 from leanstep.optimizers.common.rounding import effective, init_rounding
 from leanstep.optimizers.common.saved_tensors import StateRule
-from leanstep.optimizers.common.sharding import Reducer, Shard, check_indices, local, shard_of
+from leanstep.optimizers.common.sharding import Reducer, Shard, check_row_shards, local, shard_of
 from leanstep.optimizers.lanton.halves import UNMARKED, MarkedHalves
-from leanstep.optimizers.lanton.matrices import block_count, is_stack, matrix_shape, tasks_of
+from leanstep.optimizers.lanton.matrices import block_count, is_stack, matrix_shape
 from leanstep.optimizers.lanton.saved import STATE_RULES, check_entries, check_half_gradients, reshaped_estimates
 from leanstep.optimizers.lanton.step import (
     Layer,
@@ -136,7 +136,7 @@ class LANTON(MarkedHalves, LeanOptimizer):
 
     Raises:
         ValueError, TypeError: a setting is out of range; a parameter's shape does not fit its norm; a group with a
-            norm is empty; a matrix is sharded along several dimensions; a loaded state has a removed setting.
+            norm is empty; the shards of a matrix have gaps; a loaded state has a removed setting.
         RuntimeError: a gradient is sparse; with noise="halves", :meth:`mark_half` was never called or the step is
             compiled.
         NonFiniteGradientError: a gradient is not finite, with nonfinite="raise".
@@ -317,7 +317,13 @@ class LANTON(MarkedHalves, LeanOptimizer):
     def _check_shard(self, group: dict[str, Any], position: int, shard: Shard) -> None:
         super()._check_shard(group, position, shard)
         if _quantized_keys(group, group["params"][position]):
-            check_indices("LANTON: an 8-bit momentum or gradient", describe(group, position), shard)
+            check_row_shards("LANTON: an 8-bit momentum or gradient", describe(group, position), shard)
+        if shard.cuts and shard.ranges is None and norm_of(group, group["params"][position]) == "rms":
+            raise ValueError(
+                f"LANTON takes matrices whose shards are blocks, got {describe(group, position)} with placements "
+                f"{shard.placements}, whose shards have gaps; nothing was changed. Redistribute the parameter, or put "
+                "it in a group with norm='sign', whose rule is elementwise."
+            )
 
     def _check_entries(self, group: dict[str, Any]) -> None:
         super()._check_entries(group)
@@ -357,7 +363,6 @@ class LANTON(MarkedHalves, LeanOptimizer):
         for group in self.param_groups:
             layers += self._layer_steps(group, first_index)
             first_index += len(group["params"])
-        tasks_of([x for x in layers if x.norm == "rms"])  # raises for unsupported shards, before any update
         return [self._whole_step(layers)]
 
     def _groups_with_halves(self) -> list[dict[str, Any]]:

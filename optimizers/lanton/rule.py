@@ -173,7 +173,7 @@ def update(
         cautious_decay: decay only entries whose O and p agree in sign.
         skipped: empty, or a 0-d bool per parameter on its device, true to leave the parameter unchanged.
         rounding_states: as for :func:`leanstep.kernels.scaled_step`.
-        options: ``rounding``, ``skip_nonfinite``, ``seeds`` and ``offsets`` of :class:`leanstep.kernels.StepOptions`.
+        options: fields of :class:`leanstep.kernels.StepOptions`, such as ``rounding`` and ``skip_nonfinite``.
 
     Returns:
         int32, one per parameter: 1 if it was left unchanged.

@@ -17,7 +17,7 @@ from leanstep.optimizers.common.base import by_device_and_dtype, count_nonfinite
 from leanstep.optimizers.common.matrices import as_written, write_back
 from leanstep.optimizers.common.quantized import read_average, scale_key, write_codes
 from leanstep.optimizers.common.rounding import rounding_states, seeds_for
-from leanstep.optimizers.common.sharding import Reducer, Shard, local, offsets_of, sum_over_shards
+from leanstep.optimizers.common.sharding import Reducer, Shard, local, positions_of, sum_over_shards
 from leanstep.optimizers.lanton import matrices, rule
 from leanstep.optimizers.lanton.matrices import block_count, is_stack
 from leanstep.optimizers.lanton.variance import normalize_rows
@@ -74,6 +74,7 @@ class Update(NamedTuple):
     rounding_states: list[Tensor]  # the weight's rounding state, if it has one
     direction: Tensor  # shaped as as_written shapes the weight
     scale: Tensor  # [1], or [e] for a stack
+    matrix: int | None  # index of the matrix in this process's part of a stack; None: the update is of a whole shard
 
 
 # ---- norms and shapes of parameters
@@ -295,7 +296,8 @@ def _write_codes(layer: LayerStep, key: str, values: Tensor, skip: Tensor | None
     """Round values to the 8 bits of an average."""
     seeds = seeds_for([layer.state["step"]], [layer.param_index], layer.group["seed"], values.device)
     seed = seeds[0] ^ (_PREVIOUS if key == "previous_grad" else 0)
-    write_codes(layer.state, key, values, seed, offsets_of([layer.shard], values.device)[0], skip)
+    offset = positions_of([layer.shard], values.device)["offsets"][0]
+    write_codes(layer.state, key, values, seed, offset, skip)
 
 
 def _direction_momentum(layer: LayerStep, momentum: Tensor | None = None) -> Tensor:
@@ -383,23 +385,33 @@ def _elementwise_update(info: GradientInfo) -> Update:
 
 def _matrix_update(info: GradientInfo, task: matrices.MatrixTask, direction: Tensor) -> Update:
     """Return the update of hidden matrices along the polar factors of their momenta."""
-    layer, matrix, scales = info.layer, task.matrix, matrices.scales_of(info.layer)
+    layer, first, scales = info.layer, task.first, matrices.scales_of(info.layer)
     count, radius = len(scales), layer.group["radius"]
-    factor = _local_values(layer, info.factor) if matrix is None else info.factor[matrix * count : (matrix + 1) * count]
+    in_stack = slice(first * count, (first + 1) * count)
+    factor = _local_values(layer, info.factor) if task.matrix is None else info.factor[in_stack]
     if count == 1:
-        return _update(info, direction, factor * (radius * scales[0]), matrix)
+        return _update(info, direction, factor * (radius * scales[0]), task.matrix)
     # factors of blocks differ by row: they go into the direction, in the dtype in which the kernel multiplies
     sizes = factor.view(-1, count) * constant([radius * scale for scale in scales], factor.device, factor.dtype)
     wide = compute_dtype(local(layer.param).dtype)
     direction = direction.to(wide) * matrices.spread(layer, sizes.to(wide), direction.dim())
-    return _update(info, direction, factor.new_ones(len(sizes)), matrix)
+    return _update(info, direction, factor.new_ones(len(sizes)), task.matrix)
 
 
 def _update(info: GradientInfo, direction: Tensor, scale: Tensor, matrix: int | None = None) -> Update:
     """Return an update of this process's shard of a parameter, or of one matrix of a stack."""
     parts = [local(info.layer.param), *rounding_states([info.layer.state], info.layer.rounding)]
     weight, *states = parts if matrix is None else [part[matrix] for part in parts]
-    return Update(info, weight, states, direction, scale)
+    return Update(info, weight, states, direction, scale, matrix)
+
+
+def _shard_of(update: Update) -> Shard:
+    """Return the shard of an update's parameter, or of the matrix of a stack that it updates, in the parameter."""
+    shard = update.info.layer.shard
+    if update.matrix is None or shard.ranges is None:
+        return shard
+    number = shard.ranges[0][update.matrix]
+    return shard._replace(ranges=(range(number, number + 1), *shard.ranges[1:]))
 
 
 def _write(updates: list[Update]) -> None:
@@ -416,12 +428,12 @@ def _write(updates: list[Update]) -> None:
 def _write_alike(updates: list[Update]) -> None:
     layers, device = [u.info.layer for u in updates], updates[0].weight.device
     group, rounding = layers[0].group, layers[0].rounding
-    seeds = offsets = None
+    seeds, positions = None, {}
     if rounding == "stochastic":
         seeds = seeds_for(
             [layer.state["step"] for layer in layers], [layer.param_index for layer in layers], group["seed"], device
         )
-        offsets = offsets_of([layer.shard for layer in layers], device)
+        positions = positions_of([_shard_of(u) for u in updates], device)
 
     def write(weights: list[Tensor], states: list[Tensor]) -> Tensor:
         return rule.update(
@@ -435,7 +447,7 @@ def _write_alike(updates: list[Update]) -> None:
             rounding=rounding,
             rounding_states=states,
             seeds=seeds,
-            offsets=offsets,
+            **positions,
             skip_nonfinite=group["nonfinite"] != "pass",
         )
 

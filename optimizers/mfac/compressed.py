@@ -34,6 +34,7 @@ from typing_extensions import override
 from leanstep._torch import local_part
 from leanstep.kernels import row_dots, scatter, sparse_layout, sparse_linear_combination, sparse_row_dots, top_k
 from leanstep.kernels.fisher.sparse_window import MAX_BLOCK
+from leanstep.optimizers.common.sharding import Shard
 from leanstep.optimizers.mfac.window import Columns, DenseRows, new_columns, storage_dtype
 
 
@@ -78,21 +79,19 @@ class SparseRows(DenseRows):
         return entries_per_row(shape, settings["density"]) < row_length(shape)
 
     @staticmethod
+    @override
+    def misfit(shard: Shard) -> str | None:
+        if all(cut.dim < len(lead_of(shard.shape)) for cut in shard.cuts):
+            return None
+        return "compression='topk' stores the largest entries of every row, and takes parameters with unsharded rows"
+
+    @staticmethod
     def init_state(state: dict[str, Any], param: Tensor, columns: Columns, settings: dict[str, Any]) -> None:
         """Create ``window_values`` [m, *lead, k], ``window_indices`` [m, *lead, 2 k] and ``error``, like the parameter.
 
         The int16 indices are stored as pairs of bytes, because neither gloo nor NCCL can gather int16.
-
-        Raises:
-            ValueError: the parameter is sharded inside its rows.
         """
         lead, m = lead_of(param.shape), settings["window"]
-        if tuple(columns.shape[len(lead) :]) != tuple(param.shape[len(lead) :]):
-            raise ValueError(
-                f"MFAC: compression='topk' stores the largest entries of every row, but a parameter of shape "
-                f"{tuple(param.shape)} is sharded inside its rows (this shard: {tuple(columns.shape)}). Shard it "
-                f"along dimension 0 (fully_shard does), or use compression=None."
-            )
         count = entries_per_row(param.shape, settings["density"])
         state["window_values"] = new_columns(param, columns, (*lead, count), storage_dtype(settings, param), window=m)
         state["window_indices"] = new_columns(param, columns, (*lead, 2 * count), torch.uint8, window=m)
@@ -178,17 +177,13 @@ class LowRankRows(DenseRows):
         return settings["rank"] < min(param.shape[0], math.prod(param.shape[1:]))
 
     @staticmethod
-    def init_state(state: dict[str, Any], param: Tensor, columns: Columns, settings: dict[str, Any]) -> None:
-        """Create ``window_left`` [m, R, r], ``window_right`` [m, C, r], ``basis`` [C, r] and ``error``.
+    @override
+    def misfit(shard: Shard) -> str | None:
+        return "compression='lowrank' takes unsharded parameters" if shard.cuts else None
 
-        Raises:
-            ValueError: the parameter is sharded.
-        """
-        if columns.groups or columns.chunk:
-            raise ValueError(
-                f"MFAC: compression='lowrank' takes whole matrices, but a parameter of shape {tuple(param.shape)} is "
-                f"sharded (this shard: {tuple(columns.shape)}). Use compression='topk' or None."
-            )
+    @staticmethod
+    def init_state(state: dict[str, Any], param: Tensor, columns: Columns, settings: dict[str, Any]) -> None:
+        """Create ``window_left`` [m, R, r], ``window_right`` [m, C, r], ``basis`` [C, r] and ``error``."""
         m, rank, dtype = settings["window"], settings["rank"], storage_dtype(settings, param)
         rows, rest = param.shape[0], math.prod(param.shape[1:])
         state["window_left"] = torch.zeros(m, rows, rank, dtype=dtype, device=param.device)

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from leanstep.kernels.steps.common import compute_dtype
 from leanstep.optimizers.common.base import LeanOptimizer
-from leanstep.optimizers.common.checks import settings_of
+from leanstep.optimizers.common.checks import describe, settings_of
 from leanstep.optimizers.common.engines import in_pipeline, inside_zero, partial_model
 from leanstep.optimizers.common.loading import Loaded
 from leanstep.optimizers.common.rounding import effective, init_rounding
 from leanstep.optimizers.common.saved_tensors import SHAPED, StateRule
-from leanstep.optimizers.common.sharding import Reducer, new_state
+from leanstep.optimizers.common.sharding import Reducer, Shard, first_index, new_state
 from leanstep.optimizers.mfac import rule
 from leanstep.optimizers.mfac.direction import STATS
 from leanstep.optimizers.mfac.memory import check_memory
@@ -31,6 +31,7 @@ from leanstep.optimizers.mfac.scopes import (
     ScopeParam,
     init_scope_state,
     init_window,
+    new_format,
     scope_key,
     shared_settings,
     step_scopes,
@@ -121,9 +122,9 @@ class MFAC(LeanOptimizer):
 
         A step waits for the device once, to check that the gradient is finite; on a GPU once more, to factorize.
 
-        FSDP2: windows are sharded as their parameters. A step needs one all-reduce of n + 1 numbers per Gram matrix
-        and a flag per tensor, for all scopes; fp16 needs one more, of the rows' largest entries. "topk" needs
-        parameters sharded along dimension 0, "lowrank" unsharded ones.
+        Sharded parameters have windows with the same shards. A step needs one all-reduce per mesh dimension, of n + 1
+        numbers per Gram matrix and a flag per tensor, for all scopes; fp16 needs one more, of the rows' largest
+        entries. "topk" needs unsharded rows, a scope of blocks shards along dimension 0, "lowrank" whole parameters.
 
     References:
         Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free Approximations of Second-Order Information",
@@ -210,6 +211,18 @@ class MFAC(LeanOptimizer):
     def _check_fit(self, groups: list[dict[str, Any]], group: dict[str, Any]) -> None:
         super()._check_params(group, {})
         self._check_scope(groups, group)
+
+    def _check_shard(self, group: dict[str, Any], position: int, shard: Shard) -> None:
+        super()._check_shard(group, position, shard)
+        misfit = new_format(group["params"][position], group).misfit(shard)
+        if isinstance(group["scope"], int) and first_index(shard) is None:
+            misfit = f"scope={group['scope']} takes parameters whose shards are ranges of elements"
+        if misfit:
+            raise ValueError(
+                f"MFAC: {misfit}, got {describe(group, position)} with placements {shard.placements}; nothing was "
+                "changed. Shard it along its first dimension alone (fully_shard does), or use scope='layer' and "
+                "compression=None."
+            )
 
     @staticmethod
     def _check_scope(groups: list[dict[str, Any]], group: dict[str, Any]) -> None:

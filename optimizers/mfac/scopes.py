@@ -79,15 +79,16 @@ def init_window(state: dict[str, Any], param: Tensor, group: dict[str, Any]) -> 
     """Create the window of a parameter, with rows of zeros, if it is missing."""
     if not any(f.key in state for f in FORMATS):
         columns = columns_of(param, spread=group["shard_window"])
-        _new_format(param, group).init_state(state, param, columns, group)
+        new_format(param, group).init_state(state, param, columns, group)
 
 
 def window_bytes(param: Tensor, group: dict[str, Any]) -> int:
     """Return the bytes that :func:`init_window` allocates on this process."""
-    return _new_format(param, group).state_bytes(param, columns_of(param, spread=group["shard_window"]), group)
+    return new_format(param, group).state_bytes(param, columns_of(param, spread=group["shard_window"]), group)
 
 
-def _new_format(param: Tensor, group: dict[str, Any]) -> type[DenseRows]:
+def new_format(param: Tensor, group: dict[str, Any]) -> type[DenseRows]:
+    """Return the format of a new window of a parameter."""
     return next(f for f in FORMATS if f.accepts(param, group))
 
 

@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from leanstep._torch import is_dtensor, local_part
 from leanstep.kernels.reference.fisher.gradient_window import row_scale, wide_dtype
-from leanstep.optimizers.common.sharding import chunk_of, first_index, shard_of
+from leanstep.optimizers.common.sharding import Shard, chunk_of, first_index, shard_of
 from leanstep.optimizers.mfac import rule
 
 STORAGES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -78,13 +78,14 @@ def new_columns(
     zeros = torch.zeros((*lead, *local_tail), dtype=dtype, device=local_part(param).device)
     if not is_dtensor(param) and columns.chunk is None:
         return zeros
-    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import Shard as ShardPlacement
 
     if is_dtensor(param):
         sharded = cast("DTensor", param)
         mesh, placements = sharded.device_mesh, [_shifted(p, len(lead)) for p in sharded.placements]
     else:
-        mesh, placements = _mesh_of(columns.groups[0], zeros.device.type), [Shard(len(lead))]
+        mesh, placements = _mesh_of(columns.groups[0], zeros.device.type), [ShardPlacement(len(lead))]
     shape = torch.Size((*lead, *tail))
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(zeros, mesh, placements, run_check=False, shape=shape, stride=stride)
@@ -138,18 +139,10 @@ class Piece(NamedTuple):
 
 
 def pieces_of(param_index: int, first_gram: int, columns: Columns, state: Any, scope: str | int) -> list[Piece]:
-    """Split a parameter's columns here into one piece of all complete blocks, and a partial block at either end.
-
-    Raises:
-        ValueError: an int scope with a shard that is not a contiguous range.
-    """
+    """Split a parameter's columns here into one piece of all complete blocks, and a partial block at either end."""
     if not isinstance(scope, int):
         return [Piece(param_index, first_gram, None, state)]
-    if columns.offset is None:
-        raise ValueError(
-            f"MFAC: scope={scope} divides parameters into ranges of elements, but a shard of shape {columns.shape} is "
-            "no range of its parameter. Shard along dimension 0, or use scope='layer' or 'model'."
-        )
+    assert columns.offset is not None  # MFAC refuses other shards before a step
     start, end = columns.offset, columns.offset + math.prod(columns.shape)
     first, last = -(-start // scope), end // scope  # the complete blocks
     pieces: list[Piece] = []
@@ -197,6 +190,11 @@ class DenseRows:
     def accepts(param: Tensor, settings: dict[str, Any]) -> bool:
         """Whether this format stores the rows of a parameter."""
         return True
+
+    @staticmethod
+    def misfit(shard: Shard) -> str | None:
+        """Return what this format expects of a parameter's shards if it cannot store these, else None."""
+        return None
 
     @staticmethod
     def init_state(state: dict[str, Any], param: Tensor, columns: Columns, settings: dict[str, Any]) -> None:

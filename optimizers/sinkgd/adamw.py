@@ -17,7 +17,7 @@ from leanstep.kernels.steps.common import StepOptions, compute_dtype, decay_fact
 from leanstep.optimizers.common.base import Batch, count_nonfinite
 from leanstep.optimizers.common.quantized import init_average, is_quantized
 from leanstep.optimizers.common.rounding import seeds_for
-from leanstep.optimizers.common.sharding import Reducer, all_reduce_flags, local, offsets_of, readable, store
+from leanstep.optimizers.common.sharding import Reducer, all_reduce_flags, local, positions_of, readable, store
 
 
 def init_adamw(state: dict[str, Any], param: Tensor, group: dict[str, Any], rounding: str) -> None:
@@ -181,7 +181,7 @@ def _update_int8(params: list[Tensor], grads: list[Tensor], batch: Batch, skip: 
         decay_where_aligned=group["cautious_decay"],
         maximize=group["maximize"],
         seeds=seeds_for(steps, batch.indices, group["seed"], device),
-        offsets=offsets_of(batch.shards, device),
+        offsets=positions_of(batch.shards, device)["offsets"],
     )
     codes, scales, square_codes, square_scales = moments
     adamw_step_int8(params, grads, codes, scales, square_codes, square_scales, corrections, rounding_state, options)
@@ -198,13 +198,14 @@ def _update_rounded(params: list[Tensor], grads: list[Tensor], batch: Batch, ski
     masters = rounding == "master"
     wide = [r.copy_(widen(p, r, rounding)) if masters and r is not None else widen(p, r, rounding) for p, r in pairs]
     _decay_and_update(wide, [g.float() for g in grads], states, batch.group, skip)
-    seeds: Any = [None] * len(params)
-    offsets: Any = [0] * len(params)
+    places: list[Any] = [()] * len(params)  # seed, offset and runs
     if rounding == "stochastic":
-        offsets = offsets_of(batch.shards, device)
         seeds = seeds_for([s["step"] for s in states], batch.indices, batch.group["seed"], device)
-    for param, state, value, seed, offset in zip(params, rounding_state, wide, seeds, offsets, strict=True):
-        new_param, new_rounding_state = narrow(value, param, rounding, seed, offset)
+        positions = positions_of(batch.shards, device)
+        runs: Any = [None] * len(params) if positions["runs"] is None else positions["runs"]
+        places = list(zip(seeds, positions["offsets"], runs, strict=True))
+    for param, state, value, place in zip(params, rounding_state, wide, places, strict=True):
+        new_param, new_rounding_state = narrow(value, param, rounding, *place)
         if skip is not None:
             new_param = torch.where(skip, param.to(new_param.dtype), new_param)
             if state is not None and new_rounding_state is not None:

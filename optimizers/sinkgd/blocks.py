@@ -22,17 +22,6 @@ _SHAPED = ("momentum_buffer", *STATE_KEY.values())
 _STRIDE = 2**20
 
 
-def check_shards(batch: Batch) -> None:
-    """Raise ValueError if a process holds rows of a parameter with gaps between them."""
-    for shard in batch.shards:
-        if shard.cuts and shard.ranges is None:
-            raise ValueError(
-                f"SinkGD: blocks need shards without gaps, got placements {shard.placements} for shape "
-                f"{tuple(shard.shape)}. Nothing was changed. Shard it by fully_shard, or put it in a group without "
-                "blocks."
-            )
-
-
 def in_blocks(batch: Batch, weights: Sequence[Tensor]) -> Batch:
     """Return a batch of the blocks of a batch's matrices: weights, gradients and states as views.
 

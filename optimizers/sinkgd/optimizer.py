@@ -27,7 +27,7 @@ from leanstep.optimizers.common.checks import (
     settings_of,
     warn_how_auto_routes,
 )
-from leanstep.optimizers.common.matrices import as_matrices, matrix_shape, oriented, write_back
+from leanstep.optimizers.common.matrices import as_matrices, matrix_shape, oriented, sides_of, write_back
 from leanstep.optimizers.common.quantized import (
     init_average,
     is_quantized,
@@ -39,11 +39,19 @@ from leanstep.optimizers.common.quantized import (
 )
 from leanstep.optimizers.common.rounding import effective, init_rounding
 from leanstep.optimizers.common.saved_tensors import COUNT, SHAPED, StateRule
-from leanstep.optimizers.common.sharding import Reducer, Shard, all_reduce_flags, check_indices, local, readable, store
+from leanstep.optimizers.common.sharding import (
+    Reducer,
+    Shard,
+    all_reduce_flags,
+    check_row_shards,
+    local,
+    readable,
+    store,
+)
 from leanstep.optimizers.sinkgd import rule
 from leanstep.optimizers.sinkgd.adamw import init_adamw, step_adamw
-from leanstep.optimizers.sinkgd.blocks import check_shards, flags_of_parameters, in_blocks
-from leanstep.optimizers.sinkgd.sharded import all_reduce_row_norms, normalize, sides_of
+from leanstep.optimizers.sinkgd.blocks import flags_of_parameters, in_blocks
+from leanstep.optimizers.sinkgd.sharded import all_reduce_row_norms, normalize
 from leanstep.optimizers.sinkgd.spectral import init_power_vector, pin_operator_norms, power_vector_shape
 
 CHOICES = {
@@ -265,10 +273,16 @@ class SinkGD(LeanOptimizer):
     def _check_shard(self, group: dict[str, Any], position: int, shard: Shard) -> None:
         super()._check_shard(group, position, shard)
         if _quantized_keys(group, group["params"][position]):
-            check_indices("SinkGD: momentum_dtype=torch.int8", describe(group, position), shard)
-        if algorithm_of(group, group["params"][position]) == "adamw" or not group["spectral"]:
+            check_row_shards("SinkGD: momentum_dtype=torch.int8", describe(group, position), shard)
+        if algorithm_of(group, group["params"][position]) == "adamw":
             return
-        if sides_of(oriented(shard, group["transposed"], group["flatten"])).columns:
+        if group["blocks"] is not None and shard.ranges is None:
+            raise ValueError(
+                f"SinkGD: blocks need shards without gaps, got {describe(group, position)} with placements "
+                f"{shard.placements}; nothing was changed. Redistribute the parameter, or put it in a group without "
+                "blocks."
+            )
+        if group["spectral"] and sides_of(oriented(shard, group["transposed"], group["flatten"])).columns:
             raise ValueError(
                 f"SinkGD: spectral={group['spectral']!r} takes matrices with unsharded columns, got "
                 f"{describe(group, position)} with placements {shard.placements}; nothing was changed. Put the "
@@ -299,9 +313,6 @@ class SinkGD(LeanOptimizer):
 
     def _group_steps(self, group: dict[str, Any], first_index: int, only: int | None = None) -> list[Reducer[None]]:
         batches = self._batches(group, first_index, only, lambda param: _rule_of(group, param))
-        for name, batch in batches:
-            if not name.startswith("adamw") and group["blocks"] is not None:
-                check_shards(batch)
         return [
             step_adamw(batch, int8=name == "adamw int8")
             if name.startswith("adamw")

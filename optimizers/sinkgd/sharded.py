@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor
 
 from leanstep.kernels import Scales
 from leanstep.kernels.matrices.sinkhorn import sinkhorn_of_blocks, sinkhorn_of_rows
-from leanstep.optimizers.common.matrices import matrix_shape
+from leanstep.optimizers.common.matrices import Sides, matrix_shape
 from leanstep.optimizers.common.sharding import Reducer, Reduction, Shard, together
 from leanstep.optimizers.sinkgd import rule
-
-
-class Sides(NamedTuple):
-    """Process groups that shard the rows and the columns of a parameter's matrices; both empty: no matrix is split."""
-
-    rows: tuple[Any, ...]
-    columns: tuple[Any, ...]
-
-
-def sides_of(shard: Shard) -> Sides:
-    """Return the groups of a shard in the coordinates of the matrices; those that divide a stack split no matrix."""
-    rows = len(shard.shape) - 2 if len(shard.shape) == 3 else 0
-    return Sides(
-        tuple(cut.group for cut in shard.cuts if cut.dim == rows),
-        tuple(cut.group for cut in shard.cuts if cut.dim > rows),
-    )
 
 
 def normalize(

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels import Scales
-from leanstep.optimizers.common.matrices import matrix_shape, oriented
+from leanstep.optimizers.common.matrices import Sides, matrix_shape, oriented
 from leanstep.optimizers.common.sharding import Reducer, Reduction, Shard, local, new_vectors, shard_of, together
 from leanstep.optimizers.sinkgd import rule
-from leanstep.optimizers.sinkgd.sharded import Sides
 
 # power iterations at a matrix's first finite nonzero gradient, and at every later one
 _FIRST_POWER_STEPS, _POWER_STEPS = 20, 1

@@ -137,6 +137,7 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any], dict[str, Any], torch.dtype, fl
     "sinkgd_muon": (SinkGD, {"lr": 0.05, "spectral": "muon", "momentum": 0.9}, {}, torch.float32, 1e-6),
     "sinkgd_width": (SinkGD, {"lr": 0.05, "base_width": 8, "row_mask_tau": 0.1}, {}, torch.float32, 1e-6),
     "sinkgd_master": (SinkGD, {"lr": 0.05, "rounding": "master"}, {}, torch.bfloat16, 2**-7),
+    "sinkgd_stochastic": (SinkGD, {"lr": 0.05, "rounding": "stochastic"}, {}, torch.bfloat16, 2**-7),
     "sinkgd_int8": (
         SinkGD, {"lr": 0.05, "momentum": 0.9, "momentum_dtype": torch.int8}, {}, torch.float32, 1e-6,
     ),

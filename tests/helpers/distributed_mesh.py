@@ -1,36 +1,38 @@
 """Checks of optimizers on matrices that two mesh dimensions shard, as by tensor parallelism inside FSDP2."""
 
+import copy
 import functools
-import math
+from collections import Counter
 from typing import Any
 
 import torch
-from distributed_cases import OPTIMIZERS, assert_same, build, new_model, set_grads
+import torch.distributed.checkpoint as dcp
+from distributed_cases import (
+    OPTIMIZERS,
+    assert_same,
+    build,
+    count_collectives,
+    new_model,
+    refused,
+    set_grad,
+    set_grads,
+    whole,
+)
+from distributed_mfac import VARIANTS
+from distributed_mfac import build as build_mfac
 from distributed_placements import by_hand
 from distributed_world import World, add_case, case
+from mesh_llama import Llama, grid, new_llama, titan, train
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    PrepareModuleInput,
-    RowwiseParallel,
-    SequenceParallel,
-    parallelize_module,
-)
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from leanstep.optimizers import Lion, SinkGD, param_groups
+from leanstep.optimizers import LANTON, MFAC, Lion, SinkGD, param_groups
 
 WORLD = 4
-
-
-@functools.cache
-def grid(*sizes: int) -> Any:
-    """A mesh of all four processes."""
-    names = ("dp_replicate", "dp_shard", "tp")[3 - len(sizes) :]
-    return init_device_mesh("cpu", sizes, mesh_dim_names=names)
 
 
 # ---- given placements
@@ -65,6 +67,15 @@ def follows_unsharded(name: str, sizes: tuple[int, ...], placements: tuple[Any, 
     assert_same(sharded, plain, tolerance, f"{name} {sizes} {placements}")
 
 
+def refused_unchanged(name: str, sizes: tuple[int, ...], placements: tuple[Any, ...], said: str) -> None:
+    dtype = OPTIMIZERS[name][3]
+    sharded = by_hand(WORLD, *placements, dtype=dtype, on=grid(*sizes))
+    set_grads(sharded, 0)
+    optimizer = build(name, sharded)
+    refused(ValueError, said, optimizer.step)
+    assert_same(sharded, new_model(dtype), 0)
+
+
 @case(WORLD)
 def sinkgd_on_meshes(world: World) -> None:
     """Every mode on rows, columns and both; the models have uneven and empty shards."""
@@ -77,104 +88,6 @@ def sinkgd_on_meshes(world: World) -> None:
 
 
 # ---- a LLaMA, sharded as torchtitan does it
-
-
-class Attention(nn.Module):
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.head_dim = dim // heads
-        self.wq, self.wk, self.wv, self.wo = (nn.Linear(dim, dim, bias=False) for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.wo(mixed.transpose(1, 2).flatten(2))
-
-
-class FeedForward(nn.Module):
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.w1, self.w3 = (nn.Linear(dim, hidden, bias=False) for _ in range(2))
-        self.w2 = nn.Linear(hidden, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w2(nn.functional.silu(self.w1(x)) * self.w3(x))
-
-
-class Layer(nn.Module):
-    def __init__(self, dim: int, heads: int, hidden: int) -> None:
-        super().__init__()
-        self.attention_norm, self.ffn_norm = nn.RMSNorm(dim, eps=1e-5), nn.RMSNorm(dim, eps=1e-5)
-        self.attention, self.feed_forward = Attention(dim, heads), FeedForward(dim, hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x))
-        return x + self.feed_forward(self.ffn_norm(x))
-
-
-class Llama(nn.Module):
-    """The modules and names of torchtitan's model, without rotary embeddings; 13 tokens divide by no mesh."""
-
-    def __init__(self, dim: int = 8, heads: int = 4, hidden: int = 12, vocabulary: int = 13) -> None:
-        super().__init__()
-        self.tok_embeddings = nn.Embedding(vocabulary, dim)
-        self.layers = nn.ModuleDict({str(i): Layer(dim, heads, hidden) for i in range(2)})
-        self.norm = nn.RMSNorm(dim, eps=1e-5)
-        self.output = nn.Linear(dim, vocabulary, bias=False)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.tok_embeddings(tokens)
-        for layer in self.layers.values():
-            x = layer(x)
-        return self.output(self.norm(x))
-
-
-def new_llama(dtype: torch.dtype = torch.float64) -> Llama:
-    torch.manual_seed(1)
-    return Llama().to(dtype)
-
-
-def tensor_parallel(model: Llama, mesh: Any) -> None:
-    """torchtitan's plan: row-wise embedding, norms on parts of the sequence, column- and row-wise layers."""
-    parallelize_module(model, mesh, {
-        "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
-        "norm": SequenceParallel(),
-        "output": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
-    })  # fmt: skip
-    gathered = PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),))
-    for layer in model.layers.values():
-        parallelize_module(layer, mesh, {
-            "attention_norm": SequenceParallel(),
-            "attention": gathered,
-            **{f"attention.w{name}": ColwiseParallel() for name in "qkv"},
-            "attention.wo": RowwiseParallel(output_layouts=Shard(1)),
-            "ffn_norm": SequenceParallel(),
-            "feed_forward": gathered,
-            "feed_forward.w1": ColwiseParallel(),
-            "feed_forward.w2": RowwiseParallel(output_layouts=Shard(1)),
-            "feed_forward.w3": ColwiseParallel(),
-        })  # fmt: skip
-
-
-def titan(sizes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Llama:
-    """The model with tensor parallelism in the last dimension of the mesh, and FSDP2 (HSDP) over the others."""
-    model, mesh = new_llama(dtype), grid(*sizes)
-    tensor_parallel(model, mesh["tp"])
-    data = mesh[mesh.mesh_dim_names[:-1]]
-    for layer in model.layers.values():
-        fully_shard(layer, mesh=data)
-    return fully_shard(model, mesh=data)
-
-
-def train(model: Llama, optimizer: Any, sizes: tuple[int, ...] = (1, 1), steps: range = range(3)) -> None:
-    """Steps on batches of four sequences, of which a process takes the part of its data-parallel rank."""
-    ranks = math.prod(sizes[:-1])
-    rank = torch.distributed.get_rank() // sizes[-1] if ranks > 1 else 0
-    for step in steps:
-        words = torch.randint(0, 13, (4, 4), generator=torch.Generator().manual_seed(step)).chunk(ranks)[rank]
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(words).flatten(0, 1), words.roll(1, 1).flatten()).backward()
-        optimizer.step()
 
 
 def llama_follows_one_process(cls: Any, settings: dict[str, Any], world: World) -> None:
@@ -190,7 +103,265 @@ def llama_follows_one_process(cls: Any, settings: dict[str, Any], world: World) 
 LLAMA: dict[str, tuple[Any, dict[str, Any]]] = {
     "sinkgd": (SinkGD, {"lr": 0.05}),
     "sinkgd_options": (SinkGD, {"lr": 0.05, "momentum": 0.9, "nesterov": True, "row_mask_tau": 0.2, "base_width": 4}),
+    "lanton": (LANTON, {"lr": 0.02, "alpha": 0.1}),
+    "mfac": (MFAC, {"lr": 0.02, "window": 3, "damping": 0.1}),
     "lion": (Lion, {"lr": 1e-3, "cautious": True, "weight_decay": 0.1}),
 }
 for _name, (_cls, _settings) in LLAMA.items():
     add_case(f"llama_{_name}_follows", (WORLD,), functools.partial(llama_follows_one_process, _cls, _settings))
+
+
+# ---- LANTON
+
+
+@case(WORLD)
+def lanton_on_meshes(world: World) -> None:
+    for sizes, placements in (ROWS[1], *COLUMNS[1:3], COLUMNS[4]):
+        follows_unsharded("lanton", sizes, placements)
+    refused_unchanged("lanton", *GAPS[0], "got blocks.0.up.weight (10, 6) with placements")
+
+
+# ---- M-FAC
+
+
+@case(WORLD)
+def mfac_on_meshes(world: World) -> None:
+    """Dense rows on any shards; blocks of elements and sparse rows where the shards are ranges of rows."""
+    for name, places in {
+        "model_fp32": (ROWS[1], *COLUMNS[:3], COLUMNS[4], *GAPS),
+        "fp16": COLUMNS[:1],
+        "blocks": ROWS[:2],
+        "topk": ROWS[:2],
+    }.items():
+        dtype, tolerance = VARIANTS[name][1:]
+        for sizes, placements in places:
+            plain, sharded = new_model(dtype), by_hand(WORLD, *placements, dtype=dtype, on=grid(*sizes))
+            for model in (plain, sharded):
+                optimizer = build_mfac(name, model)
+                for step in range(4):
+                    set_grads(model, step)
+                    optimizer.step()
+            assert_same(sharded, plain, tolerance, f"{name} {sizes} {placements}")
+
+
+# ---- stochastic rounding
+
+
+@case(WORLD)
+def stochastic_rounding_on_meshes(world: World) -> None:
+    """The bits of one process; momenta of 8 bits where the shards are ranges of rows."""
+    for sizes, placements in (*ROWS[1:], *COLUMNS[:5]):
+        follows_unsharded("lion_stochastic", sizes, placements)
+    for sizes, placements in (ROWS[1], *COLUMNS[:2]):
+        follows_unsharded("lanton_stochastic", sizes, placements)
+        follows_unsharded("sinkgd_stochastic", sizes, placements)
+    follows_unsharded("lion_int8", *ROWS[1])
+    name = "blocks.0.up.weight (10, 6) with placements"
+    refused_unchanged("lion_stochastic", *GAPS[0], f"cut along dimension 0 and two others at most; got {name}")
+    refused_unchanged("lion_int8", *COLUMNS[0], f"int8 takes parameters whose shards are ranges of rows, got {name}")
+
+
+# ---- communication
+
+
+@case(WORLD)
+def reductions_on_a_mesh(world: World) -> None:
+    """SinkGD: one all-reduce per mesh dimension and half-iteration at most, for all matrices; no matrix is sent.
+
+    Matrices of the first kind are cut along their rows by both dimensions, so they need column sums over both. Those of
+    the second kind (row-wise layers) need row sums over "tp" and column sums over "dp_shard", and first the largest
+    entries of their rows. The flags of AdamW's tensors travel along.
+    """
+    model = titan((2, 2), torch.float32)
+    rows = [p for n, p in model.named_parameters() if n.split(".")[-2] in ("wq", "wk", "wv", "w1", "w3")]
+    both = [p for n, p in model.named_parameters() if n.split(".")[-2] in ("wo", "w2")]
+    columns_of_rows = 4 * sum(p.shape[1] for p in rows)
+    rows_of_both, columns_of_both = (4 * sum(p.to_local().shape[dim] for p in both) for dim in (0, 1))
+    flags, flags_over_both = 4 * 5, 4 * 2  # 3 norms, embedding and head; the latter are cut by both dimensions
+    over_tp = [rows_of_both, columns_of_rows + rows_of_both + flags_over_both, *[columns_of_rows + rows_of_both] * 4]
+    over_dp = [columns_of_rows + flags, *[columns_of_rows + columns_of_both] * 4, columns_of_both]
+    collectives = count_collectives(SinkGD(param_groups(model)), model)
+    assert sorted(collectives) == sorted(("allreduce_", size) for size in over_tp + over_dp), collectives
+    for cls, settings, counts in (
+        (Lion, {}, {}),
+        (Lion, {"cautious": True}, {"allreduce_": 2}),
+        (SinkGD, {"momentum": 0.9}, {"allreduce_": 14}),
+        (MFAC, {"window": 2}, {"allreduce_": 2}),
+        (LANTON, {}, {"allreduce_": 2, "alltoall_base_": 6}),
+    ):
+        sent = count_collectives(cls(param_groups(model), **settings), model)
+        assert dict(Counter(name for name, _ in sent)) == counts, (cls, settings, sent)
+
+
+# ---- blocks of rows
+
+
+@case(WORLD)
+def blocks_on_meshes(world: World) -> None:
+    """Heads and fused weights: blocks of rows that processes share, hold whole or do not have."""
+    for cls, settings, dtype, tolerance in (
+        (SinkGD, {"lr": 0.1, "momentum": 0.9, "row_mask_tau": 0.1}, torch.float64, 1e-9),
+        (SinkGD, {"lr": 0.1, "rounding": "stochastic"}, torch.bfloat16, 2**-7),
+        (LANTON, {"lr": 0.1, "norm": "rms", "alpha": 0.1, "variance": "rows"}, torch.float64, 1e-9),
+    ):
+        for shape, transposed, blocks in (((12, 5), False, (2, 7, 3)), ((5, 12), True, 4)):
+            for sizes, placements in (ROWS[1], *COLUMNS[:3]):
+                options = {"blocks": blocks, "transposed": transposed, **settings}
+                start = torch.randn(shape, generator=torch.Generator().manual_seed(7)).to(dtype)
+                plain = nn.Parameter(start.clone())
+                sharded = nn.Parameter(distribute_tensor(start, grid(*sizes), placements, src_data_rank=None))
+                optimizers = [cls([p], **options) for p in (plain, sharded)]
+                for step in range(2):
+                    grad = torch.randn(shape, generator=torch.Generator().manual_seed(step)).to(dtype)
+                    for param, optimizer in zip((plain, sharded), optimizers, strict=True):
+                        set_grad(param, grad)
+                        optimizer.step()
+                error = (whole(sharded.detach()).double() - plain.double()).abs().max().item()
+                assert error <= tolerance, (cls, options, sizes, placements, error)
+    gaps = nn.Parameter(distribute_tensor(torch.ones(12, 5), grid(2, 2), GAPS[0][1], src_data_rank=None))
+    gaps.grad = torch.ones_like(gaps)
+    refused(ValueError, "blocks need shards without gaps, got w (12, 5)", SinkGD([("w", gaps)], blocks=4).step)
+
+
+# ---- refusals
+
+
+@case(WORLD)
+def gradients_on_other_meshes_are_refused(world: World) -> None:
+    whole_param, placements = torch.ones(4, 6), (Shard(0), Shard(1))
+    for cls, settings in ((Lion, {}), (SinkGD, {"algorithm": "sinkgd"}), (LANTON, {}), (MFAC, {"window": 2})):
+        param = nn.Parameter(distribute_tensor(whole_param, grid(2, 2), placements, src_data_rank=None))
+        optimizer = cls([("w", param)], **settings)
+        param.grad = distribute_tensor(whole_param, grid(1, 4), placements, src_data_rank=None)
+        refused(ValueError, "w (4, 6) is on DeviceMesh", optimizer.step)
+        param.grad = None
+        param.grad = whole_param.clone()
+        refused(ValueError, "but its gradient is a plain tensor; expected both on one mesh", optimizer.step)
+        assert torch.equal(whole(param.detach()), whole_param) and not any(optimizer.state.values())
+
+
+# ---- experts
+
+
+class Experts(nn.Module):
+    """A stack of expert matrices, and a matrix that all processes share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = nn.Parameter(torch.randn(4, 6, 5))
+        self.router = nn.Linear(5, 4, bias=False)
+
+
+def new_experts(dtype: torch.dtype) -> Experts:
+    torch.manual_seed(1)
+    return Experts().to(dtype)
+
+
+@case(WORLD)
+def experts_with_fsdp(world: World) -> None:
+    """Expert parallelism over one mesh dimension, FSDP2 over the other, along the experts or inside them."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
+    for name in ("sinkgd_post", "lanton", "lion_stochastic"):
+        *_, dtype, tolerance = OPTIMIZERS[name]
+        for dim, sums in ((0, 0), (1, 5)):
+            plain, sharded = new_experts(dtype), new_experts(dtype)
+            sharded.stack = nn.Parameter(distribute_tensor(sharded.stack.detach(), mesh["ep"], [Shard(0)]))
+            fully_shard(sharded.router, mesh=mesh["dp"])
+            fully_shard(
+                sharded, mesh=mesh["dp"], shard_placement_fn=lambda p, dim=dim: Shard(dim if p.dim() > 2 else 0)
+            )
+            assert len(sharded.stack.placements) == 2 and not any(p.is_replicate() for p in sharded.stack.placements)
+            for model in (plain, sharded):
+                cls, settings, *_ = OPTIMIZERS[name]
+                optimizer = cls(model.parameters(), **settings)
+                for step in range(2):
+                    set_grads(model, step)
+                    optimizer.step()
+            assert_same(sharded, plain, tolerance, f"{name} {dim}")
+            if name == "sinkgd_post":
+                optimizer = SinkGD([sharded.stack], algorithm="sinkgd")
+                assert len(count_collectives(optimizer, sharded)) == sums
+
+
+# ---- checkpoints
+
+
+def checkpoint_returns(cls: Any, settings: dict[str, Any], dtype: torch.dtype, world: World) -> None:
+    """Saved on a 2 x 2 mesh after two steps; on any mesh, and with FSDP2 alone, the next two steps are the same."""
+    folder = world.folder / f"mesh-{cls.__name__}"
+
+    def make(sizes: tuple[int, ...]) -> tuple[Llama, Any]:
+        model = titan(sizes, dtype)
+        return model, cls(param_groups(model), **settings)
+
+    model, optimizer = make((2, 2))
+    train(model, optimizer, (2, 2), range(2))
+    parts = get_state_dict(model, optimizer)
+    dcp.save({"model": parts[0], "optimizer": parts[1]}, checkpoint_id=folder)
+    train(model, optimizer, (2, 2), range(2, 4))
+    for sizes in ((1, 4), (4, 1)):
+        other, again = make(sizes)
+        with torch.no_grad():
+            for param in other.parameters():
+                param.fill_(0.5)
+        parts = get_state_dict(other, again)
+        loaded = {"model": parts[0], "optimizer": parts[1]}
+        dcp.load(loaded, checkpoint_id=folder)
+        set_state_dict(other, again, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+        train(other, again, sizes, range(2, 4))
+        for (name, p), (_, q) in zip(model.named_parameters(), other.named_parameters(), strict=True):
+            error = (whole(p.detach()).double() - whole(q.detach()).double()).abs().max().item()
+            assert error <= (2**-6 if dtype == torch.bfloat16 else 1e-9), f"{sizes} {name}: differs by {error:.3g}"
+
+
+for _cls, _settings, _dtype in (
+    (SinkGD, {"lr": 0.05, "momentum": 0.9}, torch.float64),
+    (LANTON, {"lr": 0.02, "alpha": 0.1}, torch.float64),
+    (MFAC, {"lr": 0.02, "window": 3, "damping": 0.1}, torch.float64),
+    (Lion, {"lr": 1e-3, "rounding": "stochastic"}, torch.bfloat16),
+):
+    add_case(
+        f"mesh_checkpoint_returns_{_cls.__name__.lower()}", (WORLD,),
+        functools.partial(checkpoint_returns, _cls, _settings, _dtype),
+    )  # fmt: skip
+
+
+# ---- transformers
+
+
+@case(WORLD)
+def transformers_plan_follows_one_process(world: World) -> None:
+    """tp_plan="auto", alone and inside transformers' own FSDP2."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    folder = world.folder / "transformers-llama"
+    config = LlamaConfig(
+        hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=4, vocab_size=16,
+        max_position_embeddings=8, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    start = LlamaForCausalLM(config).double()
+    if world.rank == 0:
+        start.save_pretrained(folder)
+    torch.distributed.barrier()
+
+    class Logits(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, words: Tensor) -> Tensor:
+            return self.model(input_ids=words, use_cache=False).logits
+
+    for cls, settings in (LLAMA["sinkgd_options"], LLAMA["lanton"]):
+        plain = Logits(copy.deepcopy(start))
+        train(plain, cls(param_groups(plain), **settings))
+        for tp, fsdp in ((4, 1), (2, 2)):
+            distributed = DistributedConfig(tp_plan="auto", tp_size=tp, fsdp_size=fsdp)
+            sharded = Logits(
+                AutoModelForCausalLM.from_pretrained(folder, distributed_config=distributed, dtype=torch.float64)
+            )
+            assert any(hasattr(p, "placements") for p in sharded.parameters())
+            train(sharded, cls(param_groups(sharded), **settings), (fsdp, tp))
+            assert_same(sharded, plain, 1e-9, f"{settings} tp {tp} fsdp {fsdp}")

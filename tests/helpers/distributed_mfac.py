@@ -174,10 +174,11 @@ def mfac_refuses_what_cannot_be_spread(world: World) -> None:
     from torch.distributed.tensor import Shard
 
     model = shard(new_model(), world.size)
-    refused(ValueError, "takes whole matrices", lambda: step_once(MFAC, model, compression="lowrank", rank=1))
+    refused(ValueError, "takes unsharded parameters, got", lambda: step_once(model, compression="lowrank", rank=1))
     model = by_hand(2, Shard(1))
-    refused(ValueError, "sharded inside its rows", lambda: step_once(MFAC, model, compression="topk", density=0.3))
-    refused(ValueError, "is no range", lambda: step_once(MFAC, model, scope=5))
+    said = "takes parameters with unsharded rows, got embed.weight (13, 6) with placements (Shard"
+    refused(ValueError, said, lambda: step_once(model, compression="topk", density=0.3))
+    refused(ValueError, "ranges of elements, got embed.weight", lambda: step_once(model, scope=5))
     refused(ValueError, "excludes shard_window", lambda: MFAC(
         new_model().parameters(), compression="lowrank", shard_window=True
     ))  # fmt: skip
@@ -187,8 +188,8 @@ def mfac_refuses_what_cannot_be_spread(world: World) -> None:
     assert_same(columns, plain, 1e-11)
 
 
-def step_once(cls: Any, model: nn.Module, **settings: Any) -> None:
-    optimizer = cls(model.parameters(), window=3, **settings)
+def step_once(model: nn.Module, **settings: Any) -> None:
+    optimizer = MFAC(model.named_parameters(), window=3, **settings)
     set_grads(model, 0)
     optimizer.step()
 

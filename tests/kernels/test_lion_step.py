@@ -204,7 +204,8 @@ def test_opcheck(rounding):
     params, grads, momenta = ([t] for t in tensors((3, 5), [torch.bfloat16] * 3))
     states = [torch.zeros(3, 5, dtype=torch.bfloat16)] if rounding == "kahan" else []
     seeds = torch.tensor([3]) if rounding == "stochastic" else None
-    args = (params, grads, momenta, states, scalars(), rounding, None, False, False, True, seeds, seeds)
+    runs = torch.tensor([[5, 7, 3, 0]]) if rounding == "stochastic" else None
+    args = (params, grads, momenta, states, scalars(), rounding, None, False, False, True, seeds, seeds, runs)
     torch.library.opcheck(torch.ops.leanstep.lion_step, args)
     torch.library.opcheck(torch.ops.leanstep.lion_agreement, (grads, momenta, scalars(), False, True))
 

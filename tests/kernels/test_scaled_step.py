@@ -136,5 +136,5 @@ def test_empty_list():
 def test_opcheck():
     p, g, rows, cols = arguments((3, 5), torch.bfloat16)
     extra = p.float()
-    args = ([p], [g], [rows], [cols], [extra], scalars(), "master", True, True, None, None)
+    args = ([p], [g], [rows], [cols], [extra], scalars(), "master", True, True, None, None, None)
     torch.library.opcheck(torch.ops.leanstep.scaled_step, args)

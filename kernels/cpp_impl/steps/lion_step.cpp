@@ -44,18 +44,20 @@ static void step(
 
 extern "C" void lion_step(
     int64_t count, PARAM** params, const GRAD** grads, AVG** exp_avgs, StateT** states, const int64_t* sizes,
-    const float* scalars, const float* cautious_scale, const int64_t* seeds, const int64_t* offsets, int32_t* flags,
-    int threads
+    const float* scalars, const float* cautious_scale, const int64_t* seeds, const int64_t* offsets,
+    const int64_t* all_runs, int32_t* flags, int threads
 ) {
     for_blocks(count, sizes, threads, [=](int64_t t, int64_t begin, int64_t end) {
-        for (int64_t from = begin; from < end; from += PIECE) {
-            const int64_t n = std::min(PIECE, end - from);
+        const Runs runs{all_runs ? all_runs + 4 * t : nullptr};
+        int64_t n;
+        for (int64_t from = begin; from < end; from += n) {
+            n = runs.rest(from, std::min(PIECE, end - from));
             // the masked loop takes 1.5 times as long, so it runs only for non-finite gradients
             const bool masked = SKIP && any_nonfinite(grads[t] + from, n);
             (masked ? step<true> : step<false>)(
                 params[t] + from, grads[t] + from, exp_avgs[t] + from, states ? states[t] + from : nullptr, n, scalars,
                 cautious_scale ? cautious_scale[t] : 1.0f, seeds ? static_cast<uint32_t>(seeds[t]) : 0u,
-                static_cast<uint32_t>((offsets ? offsets[t] : 0) + from)
+                static_cast<uint32_t>((offsets ? offsets[t] : 0) + runs.index(from))
             );
             if (masked) raise_flag(flags + t);
         }

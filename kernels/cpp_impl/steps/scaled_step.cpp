@@ -4,9 +4,9 @@
 extern "C" void scaled_step(
     int64_t count, PARAM** params, const MAT** mats, float** rows, float** cols, StateT** states,
     const int64_t* heights, const int64_t* widths, const float* scalars, const int64_t* seeds, const int64_t* offsets,
-    const int64_t* owners, int32_t* flags, int threads
+    const int64_t* runs, const int64_t* owners, int32_t* flags, int threads
 ) {
-    const Targets targets{params, mats, rows, cols, states, widths, scalars, seeds, offsets, owners, flags};
+    const Targets targets{params, mats, rows, cols, states, widths, scalars, seeds, offsets, runs, owners, flags};
     std::vector<char> skipped(count, 0);
     for (int64_t t = 0; t < count; ++t) {
         skipped[t] = targets.bad(t);

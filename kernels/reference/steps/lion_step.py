@@ -41,7 +41,8 @@ def lion_step(
         decayed = torch.where(update * weight >= 0, decayed, weight)
     new_weight = decayed - lr * update
     new_momentum = beta2 * momentum + one_minus_beta2 * gradient
-    new_param, new_state = narrow(new_weight, param, options.rounding, options.seeds, options.offsets)
+    position = (options.seeds, options.offsets, options.runs)
+    new_param, new_state = narrow(new_weight, param, options.rounding, *position)
     finite = torch.isfinite(gradient)
     if options.skip_nonfinite:
         new_param = torch.where(finite, new_param, param.to(new_param.dtype))

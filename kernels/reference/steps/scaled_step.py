@@ -30,7 +30,8 @@ def scaled_step(
     if options.decay_where_aligned:
         decayed = torch.where(update * weight >= 0, decayed, weight)
     new_weight = decayed - step * update
-    new_param, new_state = narrow(new_weight, param, options.rounding, options.seeds, options.offsets)
+    position = (options.seeds, options.offsets, options.runs)
+    new_param, new_state = narrow(new_weight, param, options.rounding, *position)
     param.copy_(new_param)
     if rounding_state is not None and new_state is not None:
         rounding_state.copy_(new_state)

@@ -39,10 +39,9 @@ from leanstep.kernels.triton_impl._multi_tensor import (
     seeds_and_offsets,
     warps,
 )
+from leanstep.kernels.triton_impl._quantized import SCALED, place, quantized, value_of
 from leanstep.kernels.triton_impl.steps.lion_step import CAUTIOUS, DECAY_WHERE_ALIGNED, MAXIMIZE, SKIP_NONFINITE
 
-# elements with one scale
-SCALED = 128
 # blocks of a tile. 16 elements per thread: one 128-bit access for the codes. With a rounding state they would spill
 # registers, so 8 elements per thread: 64 bits of codes, 128 bits of 16-bit tensors.
 BLOCKS = {"nearest": 32, "stochastic": 32, "kahan": 16, "master": 16, "split": 16}
@@ -50,34 +49,6 @@ TILES = 2
 THREADS = 256
 # blocks of a masked tile, whose offsets and masks need registers
 FEW = tl.constexpr(8)
-
-
-@triton.jit
-def _value_of(code, scale):
-    """fp32 value of int8 codes: their 7 bits are bits 19 to 25 of the fp32 pattern of 1 + |value| / scale."""
-    code = code.to(tl.int32)
-    pattern = (tl.abs(code) + 2032) << 19
-    magnitude = (pattern.to(tl.float32, bitcast=True) - 1.0) * scale
-    # bits in place of selections, whose masks would take more scalar registers than gfx942 has
-    return (magnitude.to(tl.int32, bitcast=True) ^ (code & -0x80000000)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _quantized(m, pair, shift, seed):
-    """int8 codes of a tile of momenta [blocks, SCALED], and the scales [blocks, 1]."""
-    # patterns without signs are ordered: finite numbers, infinity, NaNs
-    largest = tl.max(m.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1, keep_dims=True)
-    scale = largest.to(tl.float32, bitcast=True) * (1.0 / 247.0)
-    finite = scale < float("inf")
-    usable = finite & (scale >= 7.888609052210118e-31)  # 2**-100
-    inverse = tl.where(usable, tl.div_rn(1.0, tl.where(usable, scale, 1.0)), 0.0)
-    z = 1.0 + tl.abs(m) * inverse
-    random = random_bits(pair, seed ^ 0xFFFFFFFF)
-    random = (random >> shift) & 0xFFFF
-    pattern = z.to(tl.int32, bitcast=True) + (random.to(tl.int32) << 3)
-    sign = m.to(tl.int32, bitcast=True) >> 31
-    code = tl.where(usable, (tl.minimum((pattern >> 19) - 2032, 127) ^ sign) - sign, 0)
-    return code.to(tl.int8), tl.where(finite, tl.where(usable, scale, 0.0), float("nan"))
 
 
 @triton.jit
@@ -93,7 +64,7 @@ def _step_tile(
     else:
         code = tl.load(c_ptr + offs, mask=mask, other=0)
         unit = tl.load(s_ptr + s_offs, mask=s_mask, other=0.0)
-    m = _value_of(code, unit)
+    m = value_of(code, unit)
     g = tl.where((mode & 1) != 0, -g, g)
     skip = ((mode & 2) != 0) & ~(tl.abs(g) < float("inf"))
     c = beta1 * m + omb1 * g
@@ -103,7 +74,7 @@ def _step_tile(
     # NaN marks skipped elements until the parameter is written
     u = tl.where(skip, float("nan"), u)
     # before the parameter is read, which needs as many registers
-    new_code, new_unit = _quantized(m, pair, shift, seed)
+    new_code, new_unit = quantized(m, pair, shift, seed, False)
     tl.store(c_ptr + offs, new_code, mask=mask)
     tl.store(s_ptr + s_offs, new_unit, mask=s_mask)
 
@@ -120,15 +91,6 @@ def _step_tile(
         e = remainder(value, p, e_old.dtype, ROUNDING)
         tl.store(e_ptr + offs, tl.where(u == u, e, e_old), mask=mask)
     return skip.to(tl.int32)
-
-
-@triton.jit
-def _place(block, lane, first_column, columns, per_row, blocks):
-    """Offsets and mask of blocks [n, 1] (relative to a program's first) whose program begins at a column of a row."""
-    index = first_column // 128 + block
-    column = index % per_row * 128
-    offs = index // per_row * columns + column - first_column + lane
-    return offs, (lane < columns - column) & (block < blocks)
 
 
 @triton.jit(do_not_specialize=["mode"])
@@ -196,7 +158,7 @@ def lion_step_int8_kernel(
     skipped_few = tl.zeros([FEW, 128], dtype=tl.int32)
     for t in range(whole * BLOCKS // FEW, tl.cdiv(blocks, FEW)):
         near = t * FEW + few
-        offs, mask = _place(near, lane, first_column, columns, per_row, blocks)
+        offs, mask = place(near, lane, first_column, columns, per_row, blocks)
         skipped_few |= _step_tile(
             p_ptr, g_ptr, c_ptr, s_ptr, e_ptr, offs, mask, near, near < blocks,
             pair + (near * 64 + lane // 2).to(tl.uint32), shift, seed, index, scale,
@@ -210,9 +172,9 @@ def lion_step_int8_kernel(
 def _agreement_tile(g_ptr, c_ptr, s_ptr, offs, mask, s_offs, s_mask, beta1, omb1, mode):
     g = to_float(load_tile(g_ptr + offs, mask))
     if mask is None:
-        m = _value_of(tl.load(c_ptr + offs), tl.load(s_ptr + s_offs))
+        m = value_of(tl.load(c_ptr + offs), tl.load(s_ptr + s_offs))
     else:
-        m = _value_of(tl.load(c_ptr + offs, mask=mask, other=0), tl.load(s_ptr + s_offs, mask=s_mask, other=0.0))
+        m = value_of(tl.load(c_ptr + offs, mask=mask, other=0), tl.load(s_ptr + s_offs, mask=s_mask, other=0.0))
     g = tl.where((mode & 1) != 0, -g, g)
     c = beta1 * m + omb1 * g
     # the gradient with the sign of its product with the update; 0 where the update is 0
@@ -257,7 +219,7 @@ def lion_agreement_int8_kernel(
     agree_few = tl.zeros([FEW, 128], dtype=tl.int32)
     for t in range(whole * BLOCKS // FEW, tl.cdiv(blocks, FEW)):
         near = t * FEW + few
-        offs, mask = _place(near, lane, first_column, columns, per_row, blocks)
+        offs, mask = place(near, lane, first_column, columns, per_row, blocks)
         agree_few += _agreement_tile(g_ptr, c_ptr, s_ptr, offs, mask, near, near < blocks, beta1, omb1, mode)
     # the sum of integers does not depend on their order
     tl.atomic_add(

@@ -20,12 +20,14 @@ from leanstep.kernels.triton_impl._common import (
     TL_DTYPE,
     aligned_pointer,
     has_state,
+    index_in_whole,
     load_tile,
     parameter_value,
     random_bits,
     remainder,
     round_to,
     rounded_parameter,
+    run_numbers,
     to_float,
     zero_states,
 )
@@ -57,10 +59,13 @@ def _sign(x):
 
 @triton.jit
 def _step_tile(
-    p_ptr, g_ptr, m_ptr, e_ptr, offs, mask, seed, index, scale, lr, decay, beta1, omb1, beta2, omb2, mode,
-    ROUNDING: tl.constexpr,
+    p_ptr, g_ptr, m_ptr, e_ptr, offs, mask, seed, index, start, elements, distance, count, slab, scale, lr, decay,
+    beta1, omb1, beta2, omb2, mode, ROUNDING: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
-    """Update one tile; `mask` is None for a whole tile. Returns 1 where a non-finite gradient is skipped."""
+    """Update one tile; `mask` is None for a whole tile. Returns 1 where a non-finite gradient is skipped.
+
+    `index` is the index in the whole tensor of element `start`, or with RUNS of the shard's first element.
+    """
     g = to_float(load_tile(g_ptr + offs, mask))
     m_old = load_tile(m_ptr + offs, mask)
     p_old = load_tile(p_ptr + offs, mask)
@@ -81,7 +86,11 @@ def _step_tile(
     decayed = tl.where(((mode & 4) == 0) | (u * value >= 0), value * decay, value)
     value = decayed - lr * u
 
-    random = random_bits(offs.to(tl.uint32) + index, seed)
+    if RUNS:
+        local = index_in_whole(start, offs, elements, distance, count, slab)
+    else:
+        local = offs.to(tl.uint32)
+    random = random_bits(local + index, seed)
     p = rounded_parameter(value, random, p_old.dtype, ROUNDING)
     tl.store(p_ptr + offs, tl.where(skip, p_old, p), mask=mask)
     if ROUNDING == "kahan" or ROUNDING == "master" or ROUNDING == "split":
@@ -92,9 +101,9 @@ def _step_tile(
 
 @triton.jit(do_not_specialize=["mode"])
 def lion_step_kernel(
-    rows, programs, scalars, scales, seeds, offsets, flags, mode,
+    rows, programs, scalars, scales, seeds, offsets, all_runs, flags, mode,
     P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, M_DTYPE: tl.constexpr, E_DTYPE: tl.constexpr,
-    ROUNDING: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+    ROUNDING: tl.constexpr, RUNS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Program k updates TILES * BLOCK elements of one tensor.
 
@@ -114,7 +123,10 @@ def lion_step_kernel(
     omb2 = tl.load(scalars + 5)
     scale = tl.load(scales + i, mask=(mode & 8) != 0, other=1.0)
     seed = tl.load(seeds + i).to(tl.uint32)
-    index = start.to(tl.uint32) + tl.load(offsets + i).to(tl.uint32)
+    elements, distance, runs, slab = run_numbers(all_runs, i, RUNS)
+    index = tl.load(offsets + i).to(tl.uint32)
+    if not RUNS:
+        index += start.to(tl.uint32)
 
     lane = tl.arange(0, BLOCK)
     skipped = tl.zeros([BLOCK], dtype=tl.int32)
@@ -126,8 +138,8 @@ def lion_step_kernel(
     e_ptr = aligned_pointer(tl.load(row + 3), E_DTYPE) + start
     for t in range(0, whole):
         skipped |= _step_tile(
-            p_ptr, g_ptr, m_ptr, e_ptr, t * BLOCK + lane, None, seed, index, scale,
-            lr, decay, beta1, omb1, beta2, omb2, mode, ROUNDING,
+            p_ptr, g_ptr, m_ptr, e_ptr, t * BLOCK + lane, None, seed, index, start, elements, distance, runs, slab,
+            scale, lr, decay, beta1, omb1, beta2, omb2, mode, ROUNDING, RUNS,
         )  # fmt: skip
     # the tail, and unaligned tensors; addresses are read again, because holding them would spill registers
     p_ptr = tl.load(row + 0).to(tl.pointer_type(P_DTYPE)) + start
@@ -137,8 +149,8 @@ def lion_step_kernel(
     for t in range(whole, tl.cdiv(count, BLOCK)):
         offs = t * BLOCK + lane
         skipped |= _step_tile(
-            p_ptr, g_ptr, m_ptr, e_ptr, offs, offs < count, seed, index, scale,
-            lr, decay, beta1, omb1, beta2, omb2, mode, ROUNDING,
+            p_ptr, g_ptr, m_ptr, e_ptr, offs, offs < count, seed, index, start, elements, distance, runs, slab, scale,
+            lr, decay, beta1, omb1, beta2, omb2, mode, ROUNDING, RUNS,
         )  # fmt: skip
     if tl.max(skipped, 0) != 0:
         tl.store(flags + tl.load(row + 6), 1)
@@ -214,6 +226,7 @@ def lion_step(
         return flags
     scales = scalars if options.cautious_scale is None else options.cautious_scale
     seeds, offsets = seeds_and_offsets(options, len(params))
+    runs = options.runs
     mode = _mode(options) | options.decay_where_aligned * DECAY_WHERE_ALIGNED
     mode |= (options.cautious_scale is not None) * CAUTIOUS
     table = device_rows(rows, device)
@@ -221,8 +234,9 @@ def lion_step(
         for (*dtypes, rounds), programs in launches(keys, pieces, device):
             # fused multiply-adds would round differently from the definition
             lion_step_kernel[(programs.numel(),)](
-                table, programs, scalars, scales, seeds, offsets, flags, mode,
-                *(STATE_DTYPE[d] for d in dtypes), ROUNDING=rounds, BLOCK=BLOCK, TILES=TILES,
+                table, programs, scalars, scales, seeds, offsets, offsets if runs is None else runs, flags, mode,
+                *(STATE_DTYPE[d] for d in dtypes), ROUNDING=rounds,
+                RUNS=runs is not None and rounds == "stochastic", BLOCK=BLOCK, TILES=TILES,
                 num_warps=warps(THREADS), enable_fp_fusion=False,
             )  # fmt: skip
     staging.finish()
@@ -263,18 +277,20 @@ def audit_launches() -> Promises:
         p, g, m = (torch.zeros(8, dtype=dtype) for dtype in dtypes)
         lion_agreement([g], [m], StepOptions(torch.zeros(6)))
         for rounding in ROUNDINGS:
-            lion_step([p], [g], [m], zero_states(p, rounding), StepOptions(torch.zeros(6), rounding))
+            for runs in (None, torch.ones(1, 4, dtype=torch.int64)) if rounding == "stochastic" else (None,):
+                options = StepOptions(torch.zeros(6), rounding, runs=runs)
+                lion_step([p], [g], [m], zero_states(p, rounding), options)
     return {lion_step_kernel: _step_promise, lion_agreement_kernel: _agreement_promise}
 
 
 def _step_promise(launch: Launch) -> dict[str, Any]:
     p, g, m, e = (launch.dtype(name) for name in ("P_DTYPE", "G_DTYPE", "M_DTYPE", "E_DTYPE"))
-    rounding = launch.constants["ROUNDING"]
+    rounding, runs = launch.constants["ROUNDING"], " runs" * launch.constants["RUNS"]
     state = e.itemsize if has_state(rounding) else 0
     return dict(
-        label=f"p {p} g {g} m {m} {rounding}".replace("torch.", ""), elements=BLOCK,
-        # 8 bytes of split weights per thread
-        wide=rounding != "split", flat=rounding != "split",
+        label=f"p {p} g {g} m {m} {rounding}{runs}".replace("torch.", ""), elements=BLOCK,
+        # 8 bytes of split weights per thread; with runs, gfx942 has the loop of the tail in the main loop
+        wide=rounding != "split" and not runs, flat=rounding != "split",
         read=p.itemsize + g.itemsize + m.itemsize + state, written=p.itemsize + m.itemsize + state,
     )  # fmt: skip
 

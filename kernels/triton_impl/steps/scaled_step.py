@@ -21,11 +21,13 @@ from leanstep.kernels.triton_impl._common import (
     TL_DTYPE,
     aligned_pointer,
     has_state,
+    index_in_whole,
     load_tile,
     parameter_value,
     random_bits,
     remainder,
     rounded_parameter,
+    run_numbers,
     to_float,
     zero_states,
 )
@@ -90,8 +92,8 @@ def _strided(row, field, batch, start, ADDRESS: tl.constexpr, DTYPE: tl.constexp
 # `cautious` as constexpr would double the number of compiled kernels
 @triton.jit(do_not_specialize=["cautious"])
 def scaled_step_kernel(
-    table, programs, scalars, seeds, offsets, bad, cautious,
-    P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, E_DTYPE: tl.constexpr, ROUNDING: tl.constexpr,
+    table, programs, scalars, seeds, offsets, runs, bad, cautious,
+    P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, E_DTYPE: tl.constexpr, ROUNDING: tl.constexpr, RUNS: tl.constexpr,
     ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Update ROWS rows of a strip of BLOCK_N columns. If `cautious`, decay only where update and value agree in sign.
@@ -122,7 +124,9 @@ def scaled_step_kernel(
         decay = tl.load(scalars + 1)
         i = tl.load(row + 19)
         seed = tl.load(seeds + i).to(tl.uint32)
-        index = ((batch * m + start) * n + tl.load(offsets + i)).to(tl.uint32)
+        offset = tl.load(offsets + i).to(tl.uint32)
+        first = (batch * m + start) * n
+        elements, distance, run_count, slab = run_numbers(runs, i, RUNS)
         if ALIGNED:
             mask_n = offs_n < (n.to(tl.int32) // 8) * 8
         else:
@@ -145,7 +149,11 @@ def scaled_step_kernel(
             value = tl.where((cautious == 0) | (u * value >= 0), value * decay, value) - step * u
             # index of an element in the whole tensor, modulo 2**32
             local = offs_m.to(tl.uint32)[:, None] * n.to(tl.uint32) + offs_n.to(tl.uint32)[None, :]
-            p = rounded_parameter(value, random_bits(local + index, seed), P_DTYPE, ROUNDING)
+            if RUNS:
+                index = index_in_whole(first, local, elements, distance, run_count, slab)
+            else:
+                index = local + first.to(tl.uint32)
+            p = rounded_parameter(value, random_bits(index + offset, seed), P_DTYPE, ROUNDING)
             tl.store(p_ptrs, p, mask=mask)
             if ROUNDING == "kahan" or ROUNDING == "master" or ROUNDING == "split":
                 tl.store(e_ptrs, remainder(value, p, E_DTYPE, ROUNDING), mask=mask)
@@ -174,6 +182,7 @@ def scaled_step(
         return flags
     bad = torch.zeros(sum(batches), dtype=torch.int32, device=device)
     seeds, offsets = seeds_and_offsets(options, len(params))
+    runs = options.runs
     device_table = device_rows(table, device)
     with on_device(device):
         scans = device_programs(batches, device) if options.skip_nonfinite else None
@@ -184,8 +193,9 @@ def scaled_step(
         for (*dtypes, rounds, aligned), programs in launches(keys, pieces, device):
             # fused multiply-adds would round differently from the definition
             scaled_step_kernel[(programs.numel(),)](
-                device_table, programs, options.scalars, seeds, offsets, bad, int(options.decay_where_aligned),
-                *(STATE_DTYPE[d] for d in dtypes), rounds, aligned, ROWS=ROWS, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+                device_table, programs, options.scalars, seeds, offsets, offsets if runs is None else runs, bad,
+                int(options.decay_where_aligned), *(STATE_DTYPE[d] for d in dtypes), rounds,
+                runs is not None and rounds == "stochastic", aligned, ROWS=ROWS, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
                 num_warps=warps(THREADS), enable_fp_fusion=False,
             )  # fmt: skip
     staging.finish()
@@ -225,18 +235,19 @@ def audit_launches() -> Promises:
     # rows that start on 16-byte boundaries, and rows that do not
     for p_dtype, g_dtype, rounding, n in itertools.product(TL_DTYPE, TL_DTYPE, ROUNDINGS, (8, 7)):
         p, g = torch.zeros(1, n, dtype=p_dtype), torch.zeros(1, n, dtype=g_dtype)
-        scaled_step(
-            [p], [g], [torch.ones(1)], [torch.ones(n)], zero_states(p, rounding), StepOptions(torch.zeros(2), rounding)
-        )
+        for runs in (None, torch.ones(1, 4, dtype=torch.int64)) if rounding == "stochastic" else (None,):
+            options = StepOptions(torch.zeros(2), rounding, runs=runs)
+            scaled_step([p], [g], [torch.ones(1)], [torch.ones(n)], zero_states(p, rounding), options)
     return {scaled_step_kernel: _step_promise, column_nan_kernel: _scan_promise}
 
 
 def _step_promise(launch: Launch) -> dict[str, Any]:
     p, g, e = (launch.dtype(name) for name in ("P_DTYPE", "G_DTYPE", "E_DTYPE"))
     rounding, aligned = launch.constants["ROUNDING"], launch.constants["ALIGNED"]
+    runs = " runs" * launch.constants["RUNS"]
     state = e.itemsize if has_state(rounding) else 0
     return dict(
-        label=f"p {p} g {g} {rounding} {'aligned' if aligned else 'any strides'}".replace("torch.", ""),
+        label=f"p {p} g {g} {rounding}{runs} {'aligned' if aligned else 'any strides'}".replace("torch.", ""),
         elements=BLOCK_M * BLOCK_N,
         read=g.itemsize + state + p.itemsize,
         written=p.itemsize + state,
