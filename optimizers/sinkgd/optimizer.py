@@ -112,7 +112,7 @@ class SinkGD(LeanOptimizer):
             device until all matrices of a parameter have had such a gradient.
         cautious_decay: decay only entries whose update and parameter agree in sign (arXiv 2510.12402), also of AdamW's
             parameters. A 16-bit parameter of AdamW with rounding="nearest" is rounded after the decay and after the
-            step, as by torch's AdamW without ``fused``.
+            step, as by torch's AdamW without ``fused``. No gain was measured (docs/measured.md).
         betas, eps: for AdamW.
         fused: for AdamW; None: if torch has a fused kernel for the device.
         foreach: None or True: one call for all tensors of a device and dtype. False: one call per tensor.
