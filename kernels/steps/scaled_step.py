@@ -46,13 +46,15 @@ def scaled_step(
         Reads G and p and writes p once each: 12 bytes per fp32 element.
     """
     lists = (params, mats, rows, cols, rounding_state)
-    fields = (
-        options.scalars, options.rounding, options.decay_where_aligned, options.skip_nonfinite, options.seeds,
+    if torch.compiler.is_compiling():
+        return torch.ops.leanstep.scaled_step(
+            *lists, options.scalars, options.rounding, options.decay_where_aligned, options.skip_nonfinite,
+            options.seeds, options.offsets, options.runs,
+        )  # fmt: skip
+    return _step(
+        *lists, options.scalars, options.rounding, options.decay_where_aligned, options.skip_nonfinite, options.seeds,
         options.offsets, options.runs,
     )  # fmt: skip
-    if torch.compiler.is_compiling():
-        return torch.ops.leanstep.scaled_step(*lists, *fields)
-    return _step(params, mats, rows, cols, rounding_state, *fields)
 
 
 @torch.no_grad()
