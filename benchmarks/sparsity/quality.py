@@ -1,207 +1,162 @@
 """What N:M methods cost in accuracy: a small vision transformer on scikit-learn's digits, sparse while it trains.
 
-    python benchmarks sparsity/quality [--seeds 3] [--steps 500] [--rate 1e-3] [--srste-lambda 2e-4] \
-        [--results runs/sparse-quality.jsonl] [--figure docs/sparse-quality.svg]
+    python benchmarks sparsity/quality --out runs/sparse-digits.jsonl [--workers 2] [--budget 16] [--seeds 5]
+    python benchmarks sparsity/quality --report docs/results/sparse-digits.jsonl [--write]
 
 SR-STE, two kinds of mask decay (MDGF) and two of structure decay (SDGF) train to 2:4, 1:4, 1:8, 1:16 and 1:32, and a
-dense model beside them. All have the same model, data, steps, optimizer and learning rate; a seed decides the initial
-weights and the order of the images, for all methods alike. Sparse are the MLPs and the projections to queries, keys and
-values. Every method ends with a tenth of the steps at its target; nothing is tuned for any of them.
+dense model beside them. All have the same model, data, steps and optimizer. Sparse are the MLPs and the projections to
+queries, keys and values.
 
-The 1797 images of 8 x 8 are split once into halves to train and to test on. The results file has a line for each run;
-what is in it is not run again, so an interrupted call goes on where it stopped. Prints one markdown table of test
-accuracies, says whether decay beats SR-STE where more than 80 % of the weights are zero, seed by seed, and draws the
-figure. 78 runs take about a quarter of an hour on one core.
+Each method is tuned for each target, all by the same number of runs: the learning rate, and with it SR-STE's lambda,
+the fraction of the steps that a decay ends with at its target, or the dense model's weight decay. A grid of factors of
+two begins as 3 x 3 around the settings of ``STARTS`` and widens around its best point; a best point on the edge is an
+error. Tuning runs have half of the steps, one seed and an eighth of the images. The chosen settings are judged with
+other seeds at full length on other images. A seed decides the initial weights and the order of the images, for all
+methods alike, so that differences to SR-STE are paired.
+
+The results file has a line for each run; an interrupted call goes on where it stopped. The second command prints the
+tables of a file; ``--write`` puts them into docs/, with the figure. Exit codes: 0 complete, 1 a best point on the edge.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import statistics
-import time
-from collections.abc import Iterator
+import os
+import sys
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from common import append_json_line, command_line, print_table, pyplot, read_json_lines, save_svg
-from models import digit_images
-from torch import Tensor
-from torch.nn.functional import cross_entropy
+from common import append_json_line, command_line, machine_line, read_json_lines
+from comparison.search import FIRST, Point, best, grid_search, is_interior
+from comparison.training import start_worker
+from digits.tables import Cell, Judged, text, write
+from digits.training import FINETUNE, WEIGHT_DECAY, Run, train
 
-from leanstep.sparsity import NM, Schedule, sparsify, squash, verify
-from leanstep.sparsity.methods import METHODS, SRSTE_LAMBDA
+from leanstep.sparsity.methods import SRSTE_LAMBDA
 
 PATTERNS = ("2:4", "1:4", "1:8", "1:16", "1:32")
 DECAYS = ("mdgf-exponential", "mdgf-linear", "sdgf-stepwise", "sdgf-geometric")
-NAMES = {"srste": "SR-STE"} | {name: name[:4].upper() + name[4:] for name in DECAYS}
-# above 80 % sparsity
-SPARSEST = tuple(pattern for pattern in PATTERNS if NM.parse(pattern).sparsity > 0.8)
-LAYERS = ("*.mlp.*", "*.[qkv]_proj")
-MODEL = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
-IMAGE = {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 10}
-# readable on white and on black
-GREY = "#808080"
-COLOURS = ("#d1495b", "#2f7fd1", "#3aa6a0", "#b07d2b", "#8a63d2")
-BATCH, WEIGHT_DECAY, WARMUP, FINETUNE = 32, 0.05, 0.1, 0.1
-Images = tuple[Tensor, Tensor]  # pixels in [-1, 1], (count, 1, 8, 8), and digits
+# method -> learning rate and second setting in the middle of the first grid
+STARTS = {"dense": (1e-3, WEIGHT_DECAY), "srste": (1e-3, SRSTE_LAMBDA), **dict.fromkeys(DECAYS, (1e-3, FINETUNE))}
+TUNE_SEED = 0
+ROOT = Path(__file__).parents[2]
 PARSER = command_line(
-    __doc__, seeds=3, steps=500, rate=(1e-3, "learning rate of all runs"), threads=1,
-    srste_lambda=(SRSTE_LAMBDA, "factor of SR-STE's term"),
-    results=Path("runs/sparse-quality.jsonl"), figure=Path("docs/sparse-quality.svg"),
+    __doc__, budget=(16, "tuning runs of every method and target; default: %(default)s"),
+    seeds=(5, "judged runs of every method and target; default: %(default)s"),
+    steps=(500, "steps of a judged run; default: %(default)s"), workers=(1, "processes; default: %(default)s"),
+    out=Path("runs/sparse-digits.jsonl"), write=(False, "with --report: write the tables and the figure into docs/"),
 )  # fmt: skip
+PARSER.add_argument("--report", type=Path, help="a file of results whose tables to print")
 
 
-class Run(NamedTuple):
-    """One training: a method ("dense" has no pattern), its target, and what else decides the result."""
-
-    method: str
-    pattern: str
-    seed: int
-    steps: int
-    rate: float
-    srste_lambda: float | None
+CELLS = [Cell("dense", ""), *(Cell(method, p) for p in PATTERNS for method in STARTS if method != "dense")]
 
 
-def batches(data: Images, steps: int, seed: int) -> Iterator[Images]:
-    """Epochs in random order."""
-    pixels, digits = data
-    chance = torch.Generator().manual_seed(seed)
-    order = torch.empty(0, dtype=torch.int64)
-    for _ in range(steps):
-        while len(order) < BATCH:
-            order = torch.cat([order, torch.randperm(len(pixels), generator=chance)])
-        rows, order = order[:BATCH], order[BATCH:]
-        yield pixels[rows], digits[rows]
+class State(NamedTuple):
+    """Where a cell stands: runs to make now, chosen settings, and whether they lie on the edge of the grid."""
+
+    missing: list[Run]
+    chosen: Run | None = None
+    on_edge: bool = False
 
 
-def train(run: Run, data: Images, test: Images) -> dict[str, Any]:
-    """Train once and test the squashed model."""
-    from transformers import ViTConfig, ViTForImageClassification
+def plan(cell: Cell, done: dict[Run, dict[str, Any]], budget: int, seeds: int, steps: int) -> State:
+    """Replay the search of a cell on the results so far."""
+    start = STARTS[cell.method]
 
-    torch.manual_seed(run.seed)
-    model = ViTForImageClassification(ViTConfig(**MODEL, **IMAGE))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=run.rate, weight_decay=WEIGHT_DECAY, betas=(0.9, 0.95))
-    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=int(WARMUP * run.steps))
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, run.steps - warmup.total_iters)
-    rate = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], [warmup.total_iters])
-    rules = dict.fromkeys(LAYERS, run.pattern)
-    sparse = run.method != "dense"
-    if sparse:
-        kind = METHODS[run.method].kind or "constant"
-        schedule = Schedule(kind=kind, total_steps=run.steps, finetune=FINETUNE)
-        controller = sparsify(model, rules, schedule=schedule, method=run.method, srste_lambda=run.srste_lambda)
-        controller.attach(optimizer)
-    start = time.perf_counter()
-    for pixels, digits in batches(data, run.steps, run.seed):
-        cross_entropy(model(pixel_values=pixels).logits, digits).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        rate.step()
-    seconds = time.perf_counter() - start
-    if sparse and not verify(squash(model), rules).ok:
-        raise AssertionError(f"{run}: the weights are not {run.pattern}")
-    with torch.no_grad():
-        logits = model.eval()(pixel_values=test[0]).logits
-    right = float((logits.argmax(dim=1) == test[1]).double().mean())
-    return {"accuracy": right, "loss": float(cross_entropy(logits, test[1])), "seconds": round(seconds, 2)}
+    def tuning(point: Point) -> Run:
+        rate, second = (value * 2.0**power for value, power in zip(start, point, strict=True))
+        return Run("tune", *cell, TUNE_SEED, steps // 2, rate, second)
+
+    reach = range(-8, 9)
+    losses = {p: done[tuning(p)]["loss"] for p in ((i, j) for i in reach for j in reach) if tuning(p) in done}
+    points, missing = grid_search(losses, budget)
+    if missing:
+        return State([tuning(point) for point in missing])
+    centre = best(losses, points)
+    chosen = tuning(centre)
+    if not is_interior(centre, points):
+        return State([], chosen, True)
+    return State([run for run in judged_runs(chosen, seeds, steps) if run not in done], chosen)
 
 
-def runs(options: argparse.Namespace) -> list[Run]:
-    """Every run, seed by seed, so that what is there after an interruption is comparable."""
-    targets = [("dense", ""), *((method, pattern) for pattern in PATTERNS for method in NAMES)]
-    return [
-        Run(method, pattern, seed, options.steps, options.rate, options.srste_lambda if method == "srste" else None)
-        for seed in range(options.seeds)
-        for method, pattern in targets
-    ]
+def judged_runs(chosen: Run, seeds: int, steps: int) -> list[Run]:
+    """The judged runs of the settings of a tuning run, by seed."""
+    return [chosen._replace(kind="judge", seed=seed, steps=steps) for seed in range(1, seeds + 1)]
 
 
-def results(path: Path, runs: list[Run]) -> dict[Run, dict[str, Any]]:
-    """Results of all runs, from the file or made now and added to it."""
-    done = {Run(**row["run"]): row["result"] for row in read_json_lines(path)}
-    missing = [run for run in runs if run not in done]
-    pixels, digits = digit_images(0)
-    pixels, half = pixels / 8 - 1, len(pixels) // 2
-    data, test = (pixels[:half], digits[:half]), (pixels[half:], digits[half:])
-    for i, run in enumerate(missing):
-        done[run] = train(run, data, test)
-        append_json_line(path, {"run": run._asdict(), "result": done[run]})
-        print(f"{i + 1}/{len(missing)} {run.method} {run.pattern} seed {run.seed}: {done[run]}", flush=True)
-    return {run: done[run] for run in runs}
+def read(path: Path) -> tuple[dict[str, Any], dict[Run, dict[str, Any]]]:
+    """Settings of a file, none where there is no file yet, and its results by run."""
+    settings, *rows = read_json_lines(path) or [{}]
+    return settings, {Run(**row["run"]): row["result"] for row in rows}
 
 
-def mean_and_spread(values: list[float]) -> str:
-    """In percent, with the standard deviation over seeds."""
-    deviation = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * statistics.mean(values):.1f}{deviation}"
+def make(path: Path, settings: dict[str, Any], workers: int) -> None:
+    """Make the runs that the file lacks, cell by cell.
+
+    Raises ValueError for a file of other settings.
+    """
+    saved, done = read(path)
+    differ = {name: saved.get(name) for name, value in settings.items() if saved and saved.get(name) != value}
+    if differ:
+        raise ValueError(f"{path} was made with {differ}, not {settings}; give those settings or another --out")
+    if not saved:
+        append_json_line(path, {**settings, "machine": machine_line()})
+    with ProcessPoolExecutor(workers, get_context("spawn"), start_worker, (os.getpid(), 1)) as pool:
+        running: dict[Future[dict[str, Any]], Run] = {}
+        while True:
+            missing = (run for cell in CELLS for run in plan(cell, done, **settings).missing)
+            waiting = (run for run in missing if run not in running.values())
+            for run in list(itertools.islice(waiting, workers - len(running))):
+                running[pool.submit(train, run)] = run
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                run = running.pop(future)
+                done[run] = future.result()
+                append_json_line(path, {"run": run._asdict(), "result": done[run]})
+                print(f"{' '.join(map(str, run))}: {done[run]}", flush=True)
 
 
-def print_accuracies(done: dict[Run, dict[str, Any]]) -> None:
-    """Print test accuracy in percent, mean and standard deviation of the seeds, by target and method."""
-    rows = (
-        [pattern, f"{NM.parse(pattern).sparsity:.1%}"]
-        + [mean_and_spread(accuracies(done, method, pattern)) for method in NAMES]
-        for pattern in PATTERNS
-    )
-    print_table(["target", "zeros", *NAMES.values()], rows)
-    dense = accuracies(done, "dense", "")
-    print(f"\nDense: {mean_and_spread(dense)}; {len(dense)} seeds, test accuracy in percent.\n")
+def summarise(path: Path) -> tuple[dict[str, Any], dict[Cell, Judged], list[Cell]]:
+    """Settings of a file, its complete cells, and those whose best settings lie on the edge of the grid."""
+    settings, done = read(path)
+    options = {name: settings[name] for name in ("budget", "seeds", "steps")}
+    complete, on_edge = {}, []
+    for cell in CELLS:
+        state = plan(cell, done, **options)
+        if state.on_edge:
+            on_edge.append(cell)
+        elif state.chosen is not None and not state.missing:
+            judged = [done[run] for run in judged_runs(state.chosen, settings["seeds"], settings["steps"])]
+            complete[cell] = Judged(state.chosen, judged)
+    return settings, complete, on_edge
 
 
-def accuracies(done: dict[Run, dict[str, Any]], method: str, pattern: str) -> list[float]:
-    """One per seed, in their order."""
-    return [result["accuracy"] for run, result in done.items() if (run.method, run.pattern) == (method, pattern)]
-
-
-def print_gains(done: dict[Run, dict[str, Any]]) -> None:
-    """Print the gain of each kind of decay over SR-STE above 80 % sparsity, the same seed and target compared."""
-    print(f"Gain over SR-STE at {', '.join(SPARSEST)}, in points, the same seed and target compared:")
-    for method in DECAYS:
-        gains: dict[str, list[float]] = {}
-        for pattern in SPARSEST:
-            pairs = zip(accuracies(done, method, pattern), accuracies(done, "srste", pattern), strict=True)
-            gains[pattern] = [100 * (ours - theirs) for ours, theirs in pairs]
-        every = list(itertools.chain(*gains.values()))
-        error = f" (standard error {statistics.stdev(every) / len(every) ** 0.5:.2f})"
-        each = ", ".join(f"{statistics.mean(values):+.1f} at {pattern}" for pattern, values in gains.items())
-        better, worse = sum(gain > 0 for gain in every), sum(gain < 0 for gain in every)
-        print(
-            f"* {NAMES[method]}: {statistics.mean(every):+.2f}{error}, better in {better} and worse in {worse} of "
-            f"{len(every)} pairs; {each}"
-        )
-
-
-def plot(done: dict[Run, dict[str, Any]], path: Path) -> None:
-    """Accuracy against the fraction of zeros, with the range of the seeds; greys that show on light and dark pages."""
-    colours = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), GREY)
-    plt = pyplot()
-    plt.rcParams |= {"font.size": 10, **colours}
-    figure, axes = plt.subplots(figsize=(7.2, 3.8))
-    for i, (method, name) in enumerate(NAMES.items()):
-        values = [[100 * value for value in accuracies(done, method, pattern)] for pattern in PATTERNS]
-        means = [statistics.mean(each) for each in values]
-        ends = [[abs(mean - end(each)) for mean, each in zip(means, values, strict=True)] for end in (min, max)]
-        # side by side, so that the ranges can be told apart
-        positions = [x + 0.07 * (i - len(NAMES) // 2) for x in range(len(PATTERNS))]
-        axes.errorbar(positions, means, ends, color=COLOURS[i], marker="o", markersize=4, linewidth=1.3, label=name)
-    dense = 100 * statistics.mean(accuracies(done, "dense", ""))
-    axes.axhline(dense, color=GREY, linewidth=1.2, linestyle="--", label="dense")
-    axes.set_xticks(range(len(PATTERNS)), [f"{text}\n{NM.parse(text).sparsity:.1%} zeros" for text in PATTERNS])
-    axes.set_ylabel("test accuracy, %")
-    axes.set_title("Digits, small vision transformer: mean and range of the seeds", color=GREY, fontsize=10)
-    axes.grid(axis="y", color=GREY, alpha=0.3)
-    axes.legend(frameon=False, fontsize=9, loc="lower left")
-    save_svg(figure, path, transparent=True)
-
-
-def main() -> None:
-    """Measure, and print the table."""
+def main() -> int:
+    """Make the missing runs, or read a file; print the tables."""
     options = PARSER.parse_args()
-    torch.set_num_threads(options.threads)
-    done = results(options.results, runs(options))
-    print()
-    print_accuracies(done)
-    print_gains(done)
-    plot(done, options.figure)
+    path = options.report or options.out
+    if options.report is None:
+        if options.budget <= len(FIRST):
+            PARSER.error(f"--budget: expected more than the {len(FIRST)} runs of the first grid, got {options.budget}")
+        try:
+            make(path, {name: getattr(options, name) for name in ("budget", "seeds", "steps")}, options.workers)
+        except ValueError as error:
+            PARSER.error(str(error))
+    settings, cells, on_edge = summarise(path)
+    print(text(settings, cells, len(CELLS)))
+    if options.write:
+        for changed in write(settings, cells, len(CELLS), ROOT):
+            print(f"wrote {changed.relative_to(ROOT)}")
+    for cell in on_edge:
+        print(
+            f"error: {' '.join(cell)}: its best settings are on the edge of the grid; raise --budget", file=sys.stderr
+        )
+    return 1 if on_edge else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

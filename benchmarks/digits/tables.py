@@ -1,0 +1,169 @@
+"""Tables and figure of ``sparsity/quality``, and their place in the documentation."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common import pyplot, save_svg
+from comparison.summary import Interval, paired_difference, standard_error
+from comparison.tables import markdown, replace_blocks
+
+from digits.training import Run
+from leanstep.sparsity import NM
+
+PAGE, FIGURE = "docs/measured.md", "docs/sparse-quality.svg"
+NAMES = {
+    "srste": "SR-STE", "mdgf-exponential": "MDGF-exponential", "mdgf-linear": "MDGF-linear",
+    "sdgf-stepwise": "SDGF-stepwise", "sdgf-geometric": "SDGF-geometric",
+}  # fmt: skip
+# readable on white and on black
+GREY = "#808080"
+COLOURS = ("#d1495b", "#2f7fd1", "#3aa6a0", "#b07d2b", "#8a63d2")
+
+
+class Cell(NamedTuple):
+    """A method and its target; "dense" has none."""
+
+    method: str
+    pattern: str
+
+
+class Judged(NamedTuple):
+    """Chosen settings of a cell, and its judged results by seed."""
+
+    chosen: Run
+    results: list[dict[str, Any]]
+
+    @property
+    def accuracies(self) -> list[float]:
+        """Test accuracies in percent, by seed."""
+        return [100 * result["accuracy"] for result in self.results]
+
+
+Cells = dict[Cell, Judged]
+
+
+def text(settings: dict[str, Any], cells: Cells, expected: int) -> str:
+    """The block of the page: accuracies, differences to SR-STE, chosen settings."""
+    patterns = list(dict.fromkeys(cell.pattern for cell in cells if cell.pattern))
+    methods = [method for method in NAMES if any(cell.method == method for cell in cells)]
+    head = ["target", "zeros", *(NAMES[method] for method in methods)]
+
+    def table(entry: Any) -> str:
+        rows = [
+            [p, f"{NM.parse(p).sparsity:.1%}", *(entry(cells, Cell(method, p)) for method in methods)] for p in patterns
+        ]
+        return markdown(head, rows)
+
+    parts = [_caption(settings, cells)]
+    if len(cells) < expected:
+        parts.append(f"{expected - len(cells)} of {expected} cells are not complete.")
+    parts += ["Test accuracy in percent, mean ± standard error:", table(_accuracy)]
+    parts.append(
+        "Difference to SR-STE in points, seed by seed, with its 95 % interval; bold where the interval leaves out zero:"
+    )
+    parts += [table(_difference), _reading(cells)]
+    parts += ["Chosen learning rate · lambda, or fraction of the steps at the target:", table(_chosen)]
+    parts.append(f"![accuracy against sparsity]({Path(FIGURE).name})")
+    return "\n\n".join(parts)
+
+
+def _caption(settings: dict[str, Any], cells: Cells) -> str:
+    dense = cells.get(Cell("dense", ""))
+    reference = f" Dense: {_accuracy(cells, Cell('dense', ''))}." if dense else ""
+    return (
+        "`python benchmarks sparsity/quality`: a vision transformer of 2 layers, width 128, on scikit-learn's digits; "
+        f"MLPs, q, k and v sparse; {settings['steps']} steps. Every method is tuned for every target with "
+        f"{settings['budget']} runs, and judged with {settings['seeds']} other seeds on 674 other images. "
+        f"{settings['machine']}.{reference}"
+    )
+
+
+def _accuracy(cells: Cells, cell: Cell) -> str:
+    if cell not in cells:
+        return "–"
+    values = cells[cell].accuracies
+    return f"{statistics.mean(values):.1f} ± {standard_error(values):.1f}"
+
+
+def difference(cells: Cells, cell: Cell) -> Interval | None:
+    """Paired difference of a cell's accuracy to SR-STE's, in points."""
+    base = Cell("srste", cell.pattern)
+    if cell not in cells or base not in cells or cell == base:
+        return None
+    return paired_difference(cells[cell].accuracies, cells[base].accuracies)
+
+
+def _difference(cells: Cells, cell: Cell) -> str:
+    interval = difference(cells, cell)
+    if interval is None:
+        return "–"
+    entry = f"{interval.mean:+.1f} [{interval.low:+.1f}, {interval.high:+.1f}]"
+    return entry if interval.low <= 0 <= interval.high else f"**{entry}**"
+
+
+def _reading(cells: Cells) -> str:
+    """What the intervals let one say."""
+    better, worse, equal = [], [], 0
+    for cell in cells:
+        interval = difference(cells, cell)
+        if interval is None:
+            continue
+        name = f"{NAMES[cell.method]} at {cell.pattern}"
+        if interval.low > 0:
+            better.append(name)
+        elif interval.high < 0:
+            worse.append(name)
+        else:
+            equal += 1
+    total = equal + len(better) + len(worse)
+    parts = [f"No difference to SR-STE is seen in {equal} of {total} cells."]
+    if better:
+        parts.append(f"Better: {', '.join(better)}.")
+    if worse:
+        parts.append(f"Worse: {', '.join(worse)}.")
+    parts.append("An interval holds for one cell: of twenty, one may miss its true difference.")
+    return " ".join(parts)
+
+
+def _chosen(cells: Cells, cell: Cell) -> str:
+    return f"{cells[cell].chosen.rate:g} · {cells[cell].chosen.second:g}" if cell in cells else "–"
+
+
+def write(settings: dict[str, Any], cells: Cells, expected: int, root: Path) -> list[Path]:
+    """Write the block of the page and the figure; return the files that changed."""
+    changed, page = [], root / PAGE
+    old = page.read_text("utf-8")
+    new = replace_blocks(old, {"sparse-quality": text(settings, cells, expected)})
+    if new != old:
+        page.write_text(new, "utf-8")
+        changed.append(page)
+    plot(cells, root / FIGURE)
+    return [*changed, root / FIGURE]
+
+
+def plot(cells: Cells, path: Path) -> None:
+    """Accuracy against the fraction of zeros, with standard errors; greys that show on light and dark pages."""
+    colours = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), GREY)
+    plt = pyplot()
+    plt.rcParams |= {"font.size": 10, **colours}
+    figure, axes = plt.subplots(figsize=(7.2, 3.8))
+    patterns = list(dict.fromkeys(cell.pattern for cell in cells if cell.pattern))
+    for i, (method, name) in enumerate(NAMES.items()):
+        present = [(x, cells[Cell(method, p)].accuracies) for x, p in enumerate(patterns) if Cell(method, p) in cells]
+        # side by side, so that the intervals can be told apart
+        positions = [x + 0.07 * (i - len(NAMES) // 2) for x, _ in present]
+        means = [statistics.mean(values) for _, values in present]
+        errors = [standard_error(values) for _, values in present]
+        axes.errorbar(positions, means, errors, color=COLOURS[i], marker="o", markersize=4, linewidth=1.3, label=name)
+    if Cell("dense", "") in cells:
+        dense = statistics.mean(cells[Cell("dense", "")].accuracies)
+        axes.axhline(dense, color=GREY, linewidth=1.2, linestyle="--", label="dense")
+    axes.set_xticks(range(len(patterns)), [f"{each}\n{NM.parse(each).sparsity:.1%} zeros" for each in patterns])
+    axes.set_ylabel("test accuracy, %")
+    axes.set_title("Digits, small vision transformer: mean and standard error", color=GREY, fontsize=10)
+    axes.grid(axis="y", color=GREY, alpha=0.3)
+    axes.legend(frameon=False, fontsize=9, loc="lower left")
+    save_svg(figure, path, transparent=True)
