@@ -4,7 +4,7 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,12 +23,17 @@ STARTS = {"adamw": (0.128, 0.08), "sinkgd": (1.28, 0.08)}
 
 def comparison_modules() -> Iterator[SimpleNamespace]:
     """The modules of ``benchmarks/comparison`` by name; afterwards they can be imported no more."""
+    yield from benchmark_modules("comparison", PARTS)
+
+
+def benchmark_modules(package: str, names: Sequence[str]) -> Iterator[SimpleNamespace]:
+    """Modules of a folder of ``benchmarks/`` by name; afterwards they can be imported no more."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
         before = set(sys.modules)
-        yield SimpleNamespace(**{name: importlib.import_module(f"comparison.{name}") for name in PARTS})
+        yield SimpleNamespace(**{name: importlib.import_module(f"{package}.{name}") for name in names})
         for name in set(sys.modules) - before:
-            if name.split(".")[0] in ("comparison", "common"):
+            if name.split(".")[0] in (package, "comparison", "common", "models"):
                 del sys.modules[name]
 
 

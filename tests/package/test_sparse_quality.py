@@ -1,0 +1,91 @@
+"""The comparison of N:M methods on digits: its search, its statistics, its page."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import scipy.stats
+from comparison_runs import benchmark_modules
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = {"budget": 16, "seeds": 3, "steps": 8}
+
+
+@pytest.fixture(scope="module")
+def parts():
+    yield from benchmark_modules("digits", ("training", "search", "tables"))
+
+
+def loss_at(run, start, x0=1, y0=0):
+    """A surface over log2 of both settings relative to the start."""
+    x, y = math.log2(run.rate / start[0]), math.log2(run.second / start[1])
+    return 0.1 + (x - x0) ** 2 + 0.5 * (y - y0) ** 2
+
+
+def finish(parts, cell, loss):
+    done = {}
+    while (state := parts.search.plan(cell, done, **SETTINGS)).missing:
+        done |= {run: {"accuracy": 0.9, "loss": loss(run)} for run in state.missing}
+    return state, done
+
+
+def test_every_cell_gets_the_same_runs_and_its_best_settings(parts):
+    for cell in parts.search.CELLS:
+        start = parts.search.STARTS[cell.method]
+        state, done = finish(parts, cell, lambda run, start=start: loss_at(run, start))
+        assert not state.on_edge
+        assert (state.chosen.rate, state.chosen.second) == (2 * start[0], start[1])
+        tuned, judged = ([run for run in done if run.kind == kind] for kind in ("tune", "judge"))
+        assert len(tuned) == SETTINGS["budget"] and {run.seed for run in tuned} == {0}
+        assert {run.steps for run in tuned} == {4}
+        assert [run.seed for run in judged] == [1, 2, 3]
+        assert {run[5:] for run in judged} == {state.chosen[5:]} and {run.steps for run in judged} == {8}
+
+
+def test_a_best_on_the_edge_gets_no_row(parts):
+    cell = parts.search.CELLS[1]
+    start = parts.search.STARTS[cell.method]
+    state, done = finish(parts, cell, lambda run: loss_at(run, start, x0=8))
+    assert state.on_edge and not state.missing and all(run.kind == "tune" for run in done)
+
+
+def test_runs_are_reproducible_and_a_file_of_other_settings_is_refused(parts, tmp_path):
+    """Tuning and judging read different images; the same run gives the same result."""
+    path = tmp_path / "digits.jsonl"
+    run = parts.training.Run("tune", "srste", "1:4", 0, 2, 1e-3, 2e-4)
+    first = parts.training.train(run)
+    again, judged = parts.training.train(run), parts.training.train(run._replace(kind="judge"))
+    assert (first["accuracy"], first["loss"]) == (again["accuracy"], again["loss"]) and judged["loss"] != first["loss"]
+    late = run._replace(method="mdgf-linear", second=1.6)
+    assert parts.training.train(late)["loss"] == math.inf
+    images = parts.training.images()
+    assert [len(images[name][1]) for name in ("train", "tune", "judge")] == [898, 225, 674]
+    path.write_text(json.dumps({**SETTINGS, "machine": "m"}) + "\n")
+    with pytest.raises(ValueError, match=r"was made with \{'budget': 16\}"):
+        parts.search.make(path, {**SETTINGS, "budget": 17}, 1)
+
+
+def test_differences_are_paired_and_read_by_their_intervals(parts):
+    """Seeds differ by more than methods do; the interval is of the differences."""
+    cell, judged = parts.tables.Cell, parts.tables.Judged
+    run = parts.training.Run("tune", "srste", "1:8", 0, 4, 1e-3, 2e-4)
+    base, better, noisy = [0.90, 0.95, 0.99], [0.91, 0.962, 0.999], [0.99, 0.95, 0.91]
+    cells = {
+        cell(name, "1:8"): judged(run, [{"accuracy": value} for value in values])
+        for name, values in (("srste", base), ("mdgf-linear", better), ("sdgf-stepwise", noisy))
+    }
+    points = [100 * (a - b) for a, b in zip(better, base, strict=True)]
+    interval = parts.tables.difference(cells, cell("mdgf-linear", "1:8"))
+    expected = scipy.stats.t.interval(0.95, 2, sum(points) / 3, scipy.stats.sem(points))
+    assert (interval.low, interval.high) == pytest.approx(expected)
+    page = parts.tables.text({**SETTINGS, "machine": "m"}, cells, 5)
+    assert "2 of 5 cells are not complete." in page
+    assert "Better: MDGF-linear at 1:8." in page and "Worse" not in page
+    assert "No difference to SR-STE is seen in 1 of 2 cells." in page
+
+
+def test_the_page_is_that_of_the_committed_results(parts):
+    settings, cells, on_edge = parts.search.summarise(ROOT / "docs/results/sparse-digits.jsonl")
+    assert not on_edge
+    assert parts.tables.text(settings, cells, len(parts.search.CELLS)) in (ROOT / parts.tables.PAGE).read_text("utf-8")
