@@ -26,7 +26,7 @@ def is_flattened(param: Tensor) -> bool:
 
 def inside_zero() -> bool:
     """Whether torch's ZeroRedundancyOptimizer calls, on several processes. It leaves no other sign of itself."""
-    if _ZERO not in sys.modules or torch.distributed.get_world_size() == 1:
+    if _ZERO not in sys.modules or not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return False
     frame = sys._getframe()
     while frame.f_back is not None:

@@ -1,5 +1,7 @@
 """Parameters that a sharding engine replaced after the optimizer was built, as DeepSpeed's ZeRO does."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -69,3 +71,11 @@ def test_parameters_of_the_same_dimensions_may_be_swapped():
         param.grad = torch.ones_like(param)
     optimizer.step()
     assert not torch.equal(twin[1].weight, model[1].weight)
+
+
+def test_an_imported_engine_is_no_process_group():
+    """Libraries import torch's ZeRO-1 without using it."""
+    importlib.import_module("torch.distributed.optim.zero_redundancy_optimizer")
+    assert not torch.distributed.is_initialized()
+    model = new_model()
+    LANTON(param_groups(model))

@@ -36,17 +36,20 @@ def nuclear_norm(batch: Tensor) -> Tensor:
     wide = widen(batch)
     size = frobenius(wide)
     scaled = torch.nan_to_num(wide / size.clamp(min=torch.finfo(size.dtype).tiny))
-    return from_gram(gram(scaled), min(batch.shape[-2:])) * size.flatten()
+    return from_gram(gram(scaled), min(batch.shape[-2:])).to(size.dtype) * size.flatten()
 
 
 def gram(batch: Tensor) -> Tensor:
-    """Gram matrices on the smaller side of ``batch`` [B, m, n], or of its sketch, for more than EXACT_ROWS rows.
+    """Gram matrices on the smaller side of ``batch`` [B, m, n], in fp64; of its sketch for more than EXACT_ROWS rows.
 
-    A row of the sketch is (row i + sign * row i + k) / sqrt(2) for hashed signs; with an odd m, one row stays alone.
+    A sketch has the dtype of ``batch``. Its row is (row i + sign * row i + k) / sqrt(2) for hashed signs; with an odd m,
+    one row stays alone.
     """
     x = batch.mT if batch.shape[-2] > batch.shape[-1] else batch
     rows = x.shape[-2]
     if rows <= EXACT_ROWS:
+        # in fp32, the root of a Gram matrix's rounding error would stand for singular values that are 0
+        x = x.double()
         return x @ x.mT
     half = rows // 2
     signs = 1 - 2 * (hash32(torch.arange(half, device=x.device), 0) & 1)
@@ -57,10 +60,9 @@ def gram(batch: Tensor) -> Tensor:
 
 
 def from_gram(grams: Tensor, rows: int) -> Tensor:
-    """Nuclear norms, [B], of matrices of ``rows`` rows with these results of :func:`gram`."""
+    """Nuclear norms, [B] in fp64, of matrices of ``rows`` rows with these results of :func:`gram`."""
     values = torch.linalg.eigvalsh(grams).double().clamp_min(0.0)
-    norms = values.sqrt().sum(dim=-1) if values.shape[-1] == rows else _from_half(values, rows)
-    return norms.to(grams.dtype)
+    return values.sqrt().sum(dim=-1) if values.shape[-1] == rows else _from_half(values, rows)
 
 
 def _from_half(values: Tensor, rows: int) -> Tensor:

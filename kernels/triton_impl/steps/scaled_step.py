@@ -195,11 +195,16 @@ def scaled_step(
             scaled_step_kernel[(programs.numel(),)](
                 device_table, programs, options.scalars, seeds, offsets, offsets if runs is None else runs, bad,
                 int(options.decay_where_aligned), *(STATE_DTYPE[d] for d in dtypes), rounds,
-                runs is not None and rounds == "stochastic", aligned, ROWS=ROWS, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+                runs is not None and rounds == "stochastic", aligned, ROWS=ROWS, BLOCK_M=_rows_at_once(aligned), BLOCK_N=BLOCK_N,
                 num_warps=warps(THREADS), enable_fp_fusion=False,
             )  # fmt: skip
     staging.finish()
     return flags
+
+
+def _rows_at_once(aligned: bool) -> int:
+    """Rows of a tile: half as many for any strides, whose addresses take registers."""
+    return BLOCK_M if aligned else BLOCK_M // 2
 
 
 def _table(
@@ -248,7 +253,7 @@ def _step_promise(launch: Launch) -> dict[str, Any]:
     state = e.itemsize if has_state(rounding) else 0
     return dict(
         label=f"p {p} g {g} {rounding}{runs} {'aligned' if aligned else 'any strides'}".replace("torch.", ""),
-        elements=BLOCK_M * BLOCK_N,
+        elements=_rows_at_once(aligned) * BLOCK_N,
         read=g.itemsize + state + p.itemsize,
         written=p.itemsize + state,
         # 8 bytes of split weights per thread
