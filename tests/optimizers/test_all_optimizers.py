@@ -270,7 +270,8 @@ def test_the_state_of_another_optimizer_is_refused(case: OptimizerCase):
             optimizer.load_state_dict(marked)
         for group in marked["param_groups"]:
             del group["optimizer"]
-        with pytest.raises(ValueError, match=f"{case.cls.__name__}: .* saved by another optimizer"):
+        # where the two share most settings, the missing entries tell
+        with pytest.raises(ValueError, match=f"{case.cls.__name__}: .* (saved by another optimizer|has no exp_avg)"):
             optimizer.load_state_dict(marked)
     adamw = torch.optim.AdamW(case.params(), lr=1e-3)
     with pytest.raises(ValueError, match="saved by another optimizer"):

@@ -42,8 +42,8 @@ def nuclear_norm(batch: Tensor) -> Tensor:
 def gram(batch: Tensor) -> Tensor:
     """Gram matrices on the smaller side of ``batch`` [B, m, n], in fp64; of its sketch for more than EXACT_ROWS rows.
 
-    A sketch has the dtype of ``batch``. Its row is (row i + sign * row i + k) / sqrt(2) for hashed signs; with an odd m,
-    one row stays alone.
+    A sketch has the dtype of ``batch``. Its row is (row i + sign * row i + k) / sqrt(2) for hashed signs; with an odd
+    m, one row stays alone.
     """
     x = batch.mT if batch.shape[-2] > batch.shape[-1] else batch
     rows = x.shape[-2]

@@ -195,8 +195,8 @@ def scaled_step(
             scaled_step_kernel[(programs.numel(),)](
                 device_table, programs, options.scalars, seeds, offsets, offsets if runs is None else runs, bad,
                 int(options.decay_where_aligned), *(STATE_DTYPE[d] for d in dtypes), rounds,
-                runs is not None and rounds == "stochastic", aligned, ROWS=ROWS, BLOCK_M=_rows_at_once(aligned), BLOCK_N=BLOCK_N,
-                num_warps=warps(THREADS), enable_fp_fusion=False,
+                runs is not None and rounds == "stochastic", aligned, ROWS=ROWS, BLOCK_M=_rows_at_once(aligned),
+                BLOCK_N=BLOCK_N, num_warps=warps(THREADS), enable_fp_fusion=False,
             )  # fmt: skip
     staging.finish()
     return flags
