@@ -135,8 +135,8 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
         try:
             super().add_param_group(group)
         except ValueError as error:
-            if "with/without names" in str(error):
-                raise self._names_differ(group) from None
+            if "param groups should be with" in str(error):
+                raise self._names_differ(group, error) from None
             group_names = {p: g.get("name", i) for i, g in enumerate(self.param_groups) for p in g["params"]}
             duplicate = next((i for i, p in enumerate(group["params"]) if p in group_names), None)
             if duplicate is None:
@@ -153,13 +153,13 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
             raise
         self._dims = _dims_of(self.param_groups)
 
-    def _names_differ(self, group: dict[str, Any]) -> ValueError:
+    def _names_differ(self, group: dict[str, Any], error: ValueError) -> ValueError:
         """Return the error for a group that has names of its parameters where the first has none, or the reverse."""
         wanted = bool(self.param_groups) and "param_names" in self.param_groups[0]
         form = "(name, parameter) pairs, as model.named_parameters() gives" if wanted else "parameters without names"
         return ValueError(
-            f"{type(self).__name__}: expected {form} in group {group.get('name', len(self.param_groups))!r}, as in the "
-            "first one: all parameters of an optimizer have names, or none has. The group was not added."
+            f"{type(self).__name__}: {error}: expected {form} in group {group.get('name', len(self.param_groups))!r}, "
+            "as in the first one. The group was not added."
         )
 
     def _check_group(self, group: dict[str, Any]) -> None:

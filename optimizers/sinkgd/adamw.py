@@ -90,6 +90,8 @@ def _decay_and_update(
     """Update parameters and moments; with cautious_decay, decay only entries whose update and value agree in sign."""
     if group["cautious_decay"]:
         decay, weight = decay_factor(group["lr"], group["weight_decay"]), 1.0 - group["betas"][0]
+        if isinstance(decay, Tensor):
+            decay = decay.reshape(())  # a tensor of shape (1, 1) would broadcast
         for param, grad, state in zip(params, grads, states, strict=True):
             average = local(state["exp_avg"])
             # AdamW divides the new average by positive numbers, so it has the update's sign

@@ -355,7 +355,7 @@ def test_words_that_an_argument_may_be_are_those_of_the_class(recipe, argument, 
 OTHER_CHOICES = {
     "lanton.alpha=big": "optimizer.args.alpha must be 'auto' or a number, got 'big'",
     "lanton.scaling=moun": "must be 'scion' or 'muon', got 'moun'; did you mean 'muon'?",
-    "lanton.nuclear=exact": "optimizer.args.nuclear must be 'polar', 'svd' or 'frobenius', got 'exact'",
+    "lanton.nuclear=exact": "optimizer.args.nuclear must be 'auto', 'sketch', 'polar', 'svd' or 'frobenius', got",
     "lanton.ns_coefficients=jordn": "did you mean 'jordan'?",
     "mfac.scaling=muon": "optimizer.args.scaling must be 'window' or 'count', got 'muon'",
     "mfac.scope=layers": "must be 'model', 'group' or 'layer' or a whole number, got 'layers'; did you mean",
