@@ -44,6 +44,8 @@ settings.register_profile(
 )
 settings.load_profile("suite")
 
+_SAFE_PATH = "PYTHONSAFEPATH" in os.environ
+
 _session = pytest.StashKey[InterpreterSession]()
 
 
@@ -132,6 +134,14 @@ def fixed_seeds():
     torch.set_default_dtype(dtype)
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def command_leaves_no_environment():
+    """Take back the variable that leanstep's command sets for its children; tests call it in their own process."""
+    yield
+    if not _SAFE_PATH:
+        os.environ.pop("PYTHONSAFEPATH", None)
 
 
 @pytest.fixture
