@@ -7,7 +7,7 @@ from leanstep.kernels._backend import choose
 from leanstep.kernels.cpp_impl._build import TYPES, call, group_by_dtypes
 from leanstep.kernels.reference.steps import adamw_int8 as reference
 from leanstep.kernels.steps.common import StepOptions, check_shapes
-from leanstep.kernels.steps.lion_int8 import _check_scales, _rows_and_columns
+from leanstep.kernels.steps.lion_int8 import check_scales, rows_and_columns
 
 
 def adamw_step_int8(
@@ -89,8 +89,8 @@ def _step(
     if not params:
         return
     check_shapes("adamw_step_int8", *(ts for ts in (params, grads, codes, square_codes, rounding_state) if ts))
-    _check_scales("adamw_step_int8", codes, scales)
-    _check_scales("adamw_step_int8", square_codes, square_scales)
+    check_scales("adamw_step_int8", codes, scales)
+    check_scales("adamw_step_int8", square_codes, square_scales)
     dtypes = dict.fromkeys(t.dtype for ts in (params, grads) for t in ts)
     backend = choose("adamw_step_int8", params[0].device, *dtypes).backend
     state = [rounding_state] if rounding_state else []
@@ -120,7 +120,7 @@ def _cpp_step(lists: list[list[Tensor]], corrections: Tensor, options: StepOptio
     numbers = (options.scalars, corrections, options.seeds, options.offsets)
     call(
         "steps/adamw_int8", "adamw_step_int8", macros, len(params), params, grads, *moments[:4], rounding_state,
-        *_rows_and_columns(params), *numbers,
+        *rows_and_columns(params), *numbers,
         int(options.decay_where_aligned), int(options.maximize),
     )  # fmt: skip
 

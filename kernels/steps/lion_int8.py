@@ -63,7 +63,7 @@ def _step(
     if not params:
         return torch.zeros(0, dtype=torch.int32)
     check_shapes("lion_step_int8", *(ts for ts in (params, grads, codes, rounding_state) if ts))
-    _check_scales("lion_step_int8", codes, scales)
+    check_scales("lion_step_int8", codes, scales)
     dtypes = dict.fromkeys(t.dtype for ts in (params, grads) for t in ts)
     backend = choose("lion_step_int8", params[0].device, *dtypes).backend
     if backend == "triton":
@@ -97,13 +97,12 @@ def _cpp_step(lists: list[list[Tensor]], options: StepOptions) -> Tensor:
     flags = torch.zeros(len(params), dtype=torch.int32)
     tensors = (params, grads, codes, scales, rounding_state[0] if rounding_state else None)
     numbers = (options.scalars, options.cautious_scale, options.seeds, options.offsets)
-    call(
-        "steps/lion_int8", "lion_step_int8", macros, len(params), *tensors, *_rows_and_columns(params), *numbers, flags
-    )
+    call("steps/lion_int8", "lion_step_int8", macros, len(params), *tensors, *rows_and_columns(params), *numbers, flags)
     return flags
 
 
-def _check_scales(op: str, codes: list[Tensor], scales: list[Tensor]) -> None:
+def check_scales(op: str, codes: list[Tensor], scales: list[Tensor]) -> None:
+    """Raise ValueError unless every tensor of codes has the scales of its shape."""
     for code, scale in zip(codes, scales, strict=True):
         if tuple(scale.shape) != scale_shape(code.shape):
             raise ValueError(
@@ -116,7 +115,8 @@ def _macros(grad: Tensor, maximize: bool, skip_nonfinite: bool) -> dict[str, str
     return {"GRAD": TYPES[grad.dtype], "MAXIMIZE": int(maximize), "SKIP": int(skip_nonfinite)}
 
 
-def _rows_and_columns(tensors: list[Tensor]) -> tuple[list[int], list[int]]:
+def rows_and_columns(tensors: list[Tensor]) -> tuple[list[int], list[int]]:
+    """Return the rows of every tensor, its first dimension, and the entries of a row."""
     return [t.shape[0] for t in tensors], [t.shape[1:].numel() for t in tensors]
 
 
@@ -152,7 +152,7 @@ def _agreement(
     if not grads:
         return torch.zeros(0)
     check_shapes("lion_agreement_int8", grads, codes)
-    _check_scales("lion_agreement_int8", codes, scales)
+    check_scales("lion_agreement_int8", codes, scales)
     dtypes = dict.fromkeys([scalars.dtype, *(g.dtype for g in grads)])
     backend = choose("lion_agreement_int8", grads[0].device, *dtypes).backend
     if backend == "triton":
@@ -176,7 +176,7 @@ def _cpp_agreement(lists: list[list[Tensor]], options: StepOptions) -> Tensor:
     macros = _macros(grads[0], options.maximize, options.skip_nonfinite)
     variant = {**macros, "PARAM": "float", "ROUNDING": "NEAREST", "CAUTIOUS": 1, "ALIGNED": 0}
     counts = torch.zeros(len(grads), dtype=torch.int64)
-    sizes = _rows_and_columns(grads)
+    sizes = rows_and_columns(grads)
     call("steps/lion_int8", "lion_agreement_int8", variant, len(grads), *lists, *sizes, options.scalars, counts)
     return counts
 

@@ -202,8 +202,12 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
         """Return the state of a parameter that has a gradient; create the entries that are missing."""
         raise NotImplementedError
 
-    def _state_of(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
+    def _state_of(
+        self, group: dict[str, Any], position: int, param: Tensor, *, checked: bool = False
+    ) -> dict[str, Any]:
         """Return the state of a parameter that has a gradient, created if it is missing.
+
+        ``checked``: :meth:`_check_placements` has accepted the parameter in this step.
 
         Raises:
             ValueError: the parameter was resized after its state was created, and kernels would write past its end;
@@ -211,7 +215,8 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
         """
         if param not in self.state:
             self._check_first_step(group, position)
-        self._check_placements(group, position, param)
+        if not checked:
+            self._check_placements(group, position, param)
         state = self._init_state(group, position, param)
         for key, shape in self._state_shapes(group, param).items():
             if key in state and tuple(state[key].shape) != shape:
@@ -222,11 +227,12 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
                 )
         return state
 
-    def _check_placements(self, group: dict[str, Any], position: int, param: Tensor) -> None:
-        """Raise ValueError if a parameter holds partial sums, or by :meth:`_check_shard`."""
+    def _check_placements(self, group: dict[str, Any], position: int, param: Tensor) -> Shard:
+        """Return this process's shard. Raises ValueError for partial sums, and as :meth:`_check_shard`."""
         shard = shard_of(param, lambda: describe(group, position))
         if shard.cuts:
             self._check_shard(group, position, shard)
+        return shard
 
     def _check_shard(self, group: dict[str, Any], position: int, shard: Shard) -> None:
         """Raise ValueError if a sharded parameter does not fit its group's settings. Nothing was changed before."""
@@ -326,7 +332,8 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
         """
         batches: dict[Any, tuple[str, Batch]] = {}
         for position, param, grad in self._with_gradient(group, only):
-            state = self._state_of(group, position, param)
+            shard = self._check_placements(group, position, param)
+            state = self._state_of(group, position, param, checked=True)
             name = rule(param)
             key = (name, param.device, param.dtype, position if group["foreach"] is False else None)
             if key not in batches:
@@ -337,7 +344,7 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
             batch.grads.append(grad)
             batch.states.append(state)
             batch.indices.append(first_index + position)
-            batch.shards.append(shard_of(param))
+            batch.shards.append(shard)
         return list(batches.values())
 
     def __setstate__(self, state: dict[str, Any]) -> None:

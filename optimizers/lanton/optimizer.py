@@ -30,7 +30,7 @@ from leanstep.optimizers.common.loading import Loaded
 from leanstep.optimizers.common.quantized import init_average, is_quantized, quantized_rules, scale_shapes
 from leanstep.optimizers.common.rounding import effective, init_rounding
 from leanstep.optimizers.common.saved_tensors import StateRule
-from leanstep.optimizers.common.sharding import Reducer, Shard, check_row_shards, local, shard_of
+from leanstep.optimizers.common.sharding import Reducer, Shard, check_row_shards, local
 from leanstep.optimizers.lanton.halves import UNMARKED, MarkedHalves
 from leanstep.optimizers.lanton.matrices import block_count, is_stack, matrix_shape
 from leanstep.optimizers.lanton.saved import STATE_RULES, check_entries, check_half_gradients, reshaped_estimates
@@ -384,7 +384,8 @@ class LANTON(MarkedHalves, LeanOptimizer):
         adaptive, previous = group["noise_adaptive"], group["noise"] == "previous"
         measures = adaptive and group["noise_clock"] == (1 % group["noise_every"] if previous else 0)
         for position, param, grad in self._with_gradient(group):
-            state = self._state_of(group, position, param)
+            shard = self._check_placements(group, position, param)
+            state = self._state_of(group, position, param, checked=True)
             yield LayerStep(
                 group,
                 param,
@@ -392,7 +393,7 @@ class LANTON(MarkedHalves, LeanOptimizer):
                 norm_of(group, param),
                 grad,
                 effective("LANTON", group, position, param),
-                shard_of(param),
+                shard,
                 first_index + position,
                 measures=measures and (previous or "half_grad" in state),
                 stores=adaptive and previous and group["noise_clock"] == 0,

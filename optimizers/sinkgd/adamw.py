@@ -88,7 +88,8 @@ def _decay_and_update(
     skip: Tensor | None,
 ) -> None:
     """Update parameters and moments; with cautious_decay, decay only entries whose update and value agree in sign."""
-    if group["cautious_decay"]:
+    decays: Any = group["weight_decay"]
+    if group["cautious_decay"] and (isinstance(decays, Tensor) or decays != 0):  # no wait for a tensor
         decay, weight = decay_factor(group["lr"], group["weight_decay"]), 1.0 - group["betas"][0]
         if isinstance(decay, Tensor):
             decay = decay.reshape(())  # a tensor of shape (1, 1) would broadcast
@@ -200,14 +201,14 @@ def _update_rounded(params: list[Tensor], grads: list[Tensor], batch: Batch, ski
     masters = rounding == "master"
     wide = [r.copy_(widen(p, r, rounding)) if masters and r is not None else widen(p, r, rounding) for p, r in pairs]
     _decay_and_update(wide, [g.float() for g in grads], states, batch.group, skip)
-    places: list[Any] = [()] * len(params)  # seed, offset and runs
+    randomness: list[Any] = [()] * len(params)  # seed, offset and runs
     if rounding == "stochastic":
         seeds = seeds_for([s["step"] for s in states], batch.indices, batch.group["seed"], device)
         positions = positions_of(batch.shards, device)
         runs: Any = [None] * len(params) if positions["runs"] is None else positions["runs"]
-        places = list(zip(seeds, positions["offsets"], runs, strict=True))
-    for param, state, value, place in zip(params, rounding_state, wide, places, strict=True):
-        new_param, new_rounding_state = narrow(value, param, rounding, *place)
+        randomness = list(zip(seeds, positions["offsets"], runs, strict=True))
+    for param, state, value, bits in zip(params, rounding_state, wide, randomness, strict=True):
+        new_param, new_rounding_state = narrow(value, param, rounding, *bits)
         if skip is not None:
             new_param = torch.where(skip, param.to(new_param.dtype), new_param)
             if state is not None and new_rounding_state is not None:

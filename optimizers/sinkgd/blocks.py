@@ -39,11 +39,11 @@ def in_blocks(batch: Batch, weights: Sequence[Tensor]) -> Batch:
     ):
         shaped = {key: list(_views(local(state[key]), group, shard)) for key in _SHAPED if key in state}
         for k, view in enumerate(_views(weight, group, shard)):
-            own = {key: views[k] for key, views in shaped.items()}
+            of_block = {key: views[k] for key, views in shaped.items()}
             if k and "step" in state:  # the first block counts the steps of the parameter
-                own["step"] = state["step"].clone()
+                of_block["step"] = state["step"].clone()
             result.params.append(view)
-            result.states.append({**state, **own})
+            result.states.append({**state, **of_block})
             result.indices.append(index + k * _STRIDE)
         result.grads.extend(_views(local(grad), group, shard))
         result.shards.extend(_shards(group, shard))

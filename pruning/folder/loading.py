@@ -104,12 +104,9 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
             f"{folder} is quantised ({method}): expected plain weights of fp32, bf16 or fp16. Prune the model it was "
             "made from, and quantise the result"
         )
-    index = None
-    for name in (INDEX, _BIN_INDEX):
-        if (folder / name).is_file() and not (folder / _SINGLE[0]).is_file():
-            index = read_json(folder / name)
-            break
-    if index is not None:
+    index, name = None, _index_name(folder)
+    if name is not None:
+        index = read_json(folder / name)
         files = _indexed_files(folder, name)
     else:
         single = next((name for name in _SINGLE if (folder / name).is_file()), None)
@@ -117,6 +114,13 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
             raise ValueError(_no_weights(folder))
         files = {single: _tensor_names(folder / single)}
     return Checkpoint(folder, files, config, index)
+
+
+def _index_name(folder: Path) -> str | None:
+    """Name of the index that transformers reads; None for a single file or no weights."""
+    if (folder / _SINGLE[0]).is_file():
+        return None
+    return next((name for name in (INDEX, _BIN_INDEX) if (folder / name).is_file()), None)
 
 
 def _find_folder(source: str | Path) -> Path:
@@ -396,14 +400,16 @@ def _check_dtypes(folder: Path) -> None:
 
 
 def _stored_dtypes(folder: Path) -> Iterator[tuple[Path, str, str, int]]:
-    """File, name, dtype and dimensions of every tensor in the weight files that transformers prefers."""
-    files = sorted(folder.glob("*.safetensors"))
-    for file in files:
+    """File, name, dtype and dimensions of every tensor in the weight files of a folder."""
+    index = _index_name(folder)
+    single = [name for name in _SINGLE if (folder / name).is_file()][:1]
+    for file in (folder / name for name in (sorted(set(index_files(folder / index).values())) if index else single)):
+        if file.suffix == ".bin":
+            for name, tensor in _load_bin(file).items():
+                yield file, name, _SHORT.get(tensor.dtype, str(tensor.dtype)), tensor.dim()
+            continue
         with TensorFile(file) as opened:
             yield from ((file, name, opened.dtype(name), len(opened.shape(name))) for name in opened.names)
-    for file in [] if files else sorted(folder.glob("pytorch_model*.bin")):
-        for name, tensor in _load_bin(file).items():
-            yield file, name, _SHORT.get(tensor.dtype, str(tensor.dtype)), tensor.dim()
 
 
 def _misfit(

@@ -76,8 +76,8 @@ def test_any_size_and_non_finite_entries(shape):
     for value in (math.nan, math.inf):
         bad = mat.clone()
         bad[2, 3] = value
-        found = sketched(bad, mat)
-        assert found[0].isnan() and found[1].isfinite()
+        norms = sketched(bad, mat)
+        assert norms[0].isnan() and norms[1].isfinite()
 
 
 def test_auto_is_the_sketch_on_a_cpu():

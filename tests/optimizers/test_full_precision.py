@@ -48,17 +48,17 @@ def test_a_model_in_fp32_loads_the_weights(rounding):
     """Tied weights, buffers and frozen parameters as in the model's own state dict."""
     model, optimizer = stepped(rounding)
     weights = optimizer.full_precision_state_dict(model)
-    own = model.state_dict()
-    assert list(weights) == list(own)
+    stored = model.state_dict()
+    assert list(weights) == list(stored)
     Tied(torch.float32).load_state_dict(weights)
     assert torch.equal(weights["embed.weight"], weights["head.weight"]) and weights["count"] == 7
     for name, weight in weights.items():
         if weight.is_floating_point():
             assert weight.dtype == torch.float32
             if rounding == "split":
-                assert ((weight - own[name]).abs() <= own[name].abs().float() * 2**-8).all()
+                assert ((weight - stored[name]).abs() <= stored[name].abs().float() * 2**-8).all()
             else:
-                assert torch.equal(weight.bfloat16(), own[name])
+                assert torch.equal(weight.bfloat16(), stored[name])
     named = optimizer.full_precision_state_dict()
     assert named.keys() == {"embed.weight", "norm.weight", "norm.bias"}
     assert all(torch.equal(weights[name], weight) for name, weight in named.items())
