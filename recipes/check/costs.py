@@ -47,6 +47,7 @@ class MemoryEstimate:
         logits: fp32 copy of one micro batch's logits, ``4 * micro_batch_size * seq_len * vocab_size``.
         exchange: DDP's gradient buckets; 0 on one process.
         sparsity: masks of sparse or pruned weights (a byte per weight), and the masked copies of sparse weights.
+        average: averages of the trained weights (``ema``), in fp32.
     """
 
     weights: int
@@ -56,6 +57,7 @@ class MemoryEstimate:
     logits: int
     exchange: int = 0
     sparsity: int = 0
+    average: int = 0
 
     @property
     def peak(self) -> int:
@@ -72,9 +74,10 @@ class MemoryEstimate:
             ("logits in fp32", self.logits),
             ("gradient exchange", self.exchange),
             ("masks, masked weights", self.sparsity),
+            ("averaged weights", self.average),
             ("peak, with a margin of 10 %", self.peak),
         ]
-        optional = ("gradient exchange", "masks, masked weights")
+        optional = ("gradient exchange", "masks, masked weights", "averaged weights")
         return [(name, size) for name, size in named if size or name not in optional]
 
 
@@ -153,6 +156,8 @@ def _measured(config: RunConfig, vocab_size: int, world_size: int, device: str) 
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         weights = unique_bytes(model.parameters())
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        average = 0 if config.ema.decay is None else 4 * trained
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         gradient = unique_bytes(gradients)
         if config.release_gradients:
@@ -175,6 +180,7 @@ def _measured(config: RunConfig, vocab_size: int, world_size: int, device: str) 
         logits=4 * config.batch.micro_batch_size * config.data.seq_len * model.config.vocab_size,
         exchange=gradient if world_size > 1 and not sharded else 0,
         sparsity=_sparsity_bytes(config, vocab_size),
+        average=average,
     )
 
 

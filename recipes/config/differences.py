@@ -8,7 +8,13 @@ from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.config.values import recorded, resolved
 
 # section -> the key without which it has no effect
-SWITCHES = {"sparsity": "patterns", "pruning": "keep_masks", "lora": "target_modules", "qk_clip": "threshold"}
+SWITCHES = {
+    "sparsity": "patterns",
+    "pruning": "keep_masks",
+    "lora": "target_modules",
+    "qk_clip": "threshold",
+    "ema": "decay",
+}
 
 # keys that may differ between a checkpoint and the run that resumes it. _FREE: no effect on computed numbers.
 # _ROUNDING: the same maths with another order of additions.
@@ -54,7 +60,9 @@ def expectation_breakers(recipe: dict[str, Any], config: RunConfig) -> list[str]
     changed = [key for key, before, _ in _changes(recipe, config) if before != "???"]
     # the compared loss depends on the validation batches
     measured = ["eval.batches"] if (recipe.get("eval") or {}).get("batches") != config.eval.batches else []
-    return [*(key for key in changed if key not in _ROUNDING and key != "seed"), *measured]
+    # the expected loss is that of the weights, which an average of them does not change
+    free = {*_ROUNDING, "seed", "ema.decay"}
+    return [*(key for key in changed if key not in free), *measured]
 
 
 def _changes(before: dict[str, Any], config: RunConfig) -> Iterator[tuple[str, Any, Any]]:

@@ -101,6 +101,13 @@ def joint_problems(config: RunConfig, world_size: int = 1) -> Iterator[tuple[tup
             ("qk_clip.threshold", "lora.target_modules"),
             "scales the weights of queries and keys, and adapters leave them as they are; set it to null",
         )
+    if config.ema.decay is not None and config.sparsity.patterns:
+        yield (
+            ("ema.decay", "sparsity.patterns"),
+            "averages weights under masks that change; take patterns={} or decay=null",
+        )
+    if config.ema.decay is not None and config.distributed.strategy == "fsdp2":
+        yield ("ema.decay", "distributed.strategy"), "averages whole weights, which fsdp2 shards; take strategy=ddp"
     yield from _sparsity_problems(config)
     yield from _pruning_problems(config)
     yield from _lora_problems(config)

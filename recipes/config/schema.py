@@ -18,6 +18,7 @@ OPTIMIZERS = {
     "lanton": "leanstep.optimizers:LANTON",
     "mfac": "leanstep.optimizers:MFAC",
     "muon": "leanstep.recipes.methods.muon:MuonAdamW",
+    "scale": "leanstep.recipes.methods.scale:SCALE",
     "sgd": "torch.optim:SGD",
 }
 MODEL_CONFIGS = {"llama": "transformers:LlamaConfig", "gpt2": "transformers:GPT2Config"}
@@ -264,6 +265,17 @@ class QKClipConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
+class EmaConfig:
+    """An exponential moving average of the weights, which does not change the training. Off without ``decay``.
+
+    Every evaluation also evaluates the averaged weights, and ``final-ema/`` is a folder of them as ``final/`` is of the
+    weights. Update n, from 0, decays by ``min(decay, (1 + n) / (10 + n))``.
+    """
+
+    decay: float | None = Field(default=None, gt=0, lt=1)
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class EvalConfig:
     """Validation every ``every`` steps (0: at the end only), on ``batches`` batches (null: all).
 
@@ -369,6 +381,7 @@ class RunConfig:
     pruning: PruningConfig = Field(default_factory=PruningConfig)
     lora: LoraSectionConfig = Field(default_factory=LoraSectionConfig)
     qk_clip: QKClipConfig = Field(default_factory=QKClipConfig)
+    ema: EmaConfig = Field(default_factory=EmaConfig)
     precision: Literal["bf16", "fp32", "fp16", "bf16-pure"] = "bf16"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = False

@@ -91,6 +91,10 @@ def _validation(runs: list[Run], key: str) -> list[Series]:
         xs, ys = _known(run.column("step", "evals"), run.column(key, "evals"))
         if len(runs) == 1:
             series.append(Series("validation", xs, ys, 1, "dash", dots=True))
+            averaged = run.column(f"ema_{key}", "evals")
+            if any(value is not None for value in averaged):
+                pairs = _known(run.column("step", "evals"), averaged)
+                series.append(Series("validation, averaged weights", *pairs, 2, "dash", dots=True))
         else:
             series.append(Series(run.name, xs, ys, index, dots=True))
     return series

@@ -134,6 +134,8 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     elif loss is not None:
         verdict = f"at step {final.get('step')}"
     shown = [("Validation loss", f"{loss:.4f}", verdict)] if loss is not None else []
+    if (averaged := number(final.get("ema_loss"))) is not None:
+        shown.append(("Validation loss", f"{averaged:.4f}", "averaged weights"))
     if (perplexity := number(final.get("perplexity"))) is not None:
         shown.append(("Perplexity", f"{perplexity:.2f}", f"over {compact(number(final.get('tokens')) or 0)} targets"))
     if per_byte is not None:

@@ -26,6 +26,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
 
 from leanstep import optimizers
+from leanstep._torch import output_head
 from leanstep.optimizers import param_groups
 from leanstep.pruning.folder.loading import open_model
 from leanstep.recipes.config.schema import (
@@ -39,6 +40,7 @@ from leanstep.recipes.config.schema import (
 )
 from leanstep.recipes.data.tokens import vocabulary_size
 from leanstep.recipes.methods.lora import adapt
+from leanstep.recipes.methods.scale import scale_algorithm
 from leanstep.recipes.training.failures import lost_process
 
 T = TypeVar("T")
@@ -367,6 +369,7 @@ def _groups(config: OptimizerConfig, model: torch.nn.Module) -> Iterator[dict[st
                 return index
         return None
 
+    head = output_head(model)
     unused = set(range(len(config.groups)))
     for base in param_groups(model, embeddings=config.embeddings, split=config.split):
         role = base["name"]
@@ -375,6 +378,9 @@ def _groups(config: OptimizerConfig, model: torch.nn.Module) -> Iterator[dict[st
         if config.name in _WITH_ADAMW:
             # "sinkgd" is what param_groups calls the rule of matrices
             common["algorithm"] = config.name if algorithm == "sinkgd" else algorithm
+        elif config.name == "scale":
+            tied = head is not None and any(parameter is head.weight for _, parameter in base["params"])
+            common["algorithm"] = scale_algorithm("head" if tied else role)
         by_entry: dict[int | None, list[tuple[str, torch.Tensor]]] = {}
         for name, parameter in base["params"]:
             by_entry.setdefault(first_entry(name, role), []).append((name, parameter))

@@ -3,8 +3,8 @@
 ``checkpoints/step-000100/`` holds
 
 - ``hf/``: model and tokenizer, which ``from_pretrained`` opens;
-- ``trainer/``: Accelerate's state (optimizer, schedule, gradient scaler, random generators), ``state.json``, the data
-  position, and the decisions of ``lora.attention``;
+- ``trainer/``: Accelerate's state (optimizer, schedule, gradient scaler, random generators, averages of ``ema``),
+  ``state.json``, the data position, and the decisions of ``lora.attention``;
 - ``COMPLETE``: the size of every file, and the checksum of files up to 256 MiB.
 
 A checkpoint is written into ``.writing-step-000100``, flushed to disk and renamed. The next start removes the
@@ -83,6 +83,7 @@ class SpikeRecord:
 class TrainState:
     """Progress of a run: ``tokens`` counts targets, ``elapsed_s`` the seconds of all its starts.
 
+    ``val_loss`` is the newest validation loss, ``ema_loss`` that of the averaged weights (``ema``).
     ``nonfinite`` counts steps skipped for a non-finite loss or gradient. ``eval_pending``: a signal interrupted the
     evaluation of this step, which the resumed run repeats.
     """
@@ -91,6 +92,7 @@ class TrainState:
     tokens: int = 0
     elapsed_s: float = 0.0
     val_loss: float | None = None
+    ema_loss: float | None = None
     best_loss: float | None = None
     best_step: int | None = None
     eval_pending: bool = False
@@ -348,9 +350,10 @@ def disk_need(config: RunConfig, memory: "MemoryEstimate", world_size: int = 1) 
     ``memory`` is that of one process; with FSDP2 each of ``world_size`` processes writes its shard.
     """
     shards = world_size if config.distributed.strategy == "fsdp2" else 1
-    checkpoint = shards * (memory.weights + memory.optimizer_state)
+    checkpoint = shards * (memory.weights + memory.optimizer_state + memory.average)
     count = config.checkpoint.keep_last + 1 + int(config.checkpoint.keep_best)
-    return checkpoint, count * checkpoint + shards * memory.weights
+    models = 1 + bool(memory.average)
+    return checkpoint, count * checkpoint + models * shards * memory.weights
 
 
 def check_room(
@@ -373,7 +376,7 @@ def check_room(
             f"out: one checkpoint needs {format_bytes(single)}, the disk of {folder.root} has {format_bytes(free)} "
             "free; make room, or choose another disk with out=ANOTHER_FOLDER"
         )
-    present = [*find_checkpoints(folder.checkpoints), folder.final]
+    present = [*find_checkpoints(folder.checkpoints), folder.final, folder.final_ema]
     room = free + sum(file.stat().st_size for path in present for file in path.rglob("*") if file.is_file())
     if need <= room:
         return None

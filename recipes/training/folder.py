@@ -1,6 +1,7 @@
 """The run folder: its lock and its files.
 
-``config.yaml  command.txt  env.json  status.json  log.jsonl  train.log  checkpoints/  last  best  final/  report.html``
+``config.yaml  command.txt  env.json  status.json  log.jsonl  train.log  checkpoints/  last  best  final/``
+``final-ema/  report.html``
 
 Only the first process writes. On a full disk, log lines wait in memory.
 """
@@ -22,7 +23,7 @@ from leanstep._files import open_regular, parse_json, read_text, remove, replaci
 # files of a start that failed before the run began
 _TRACES = {".lock", "train.log", "status.json"}
 # files that a run appends to, and folders that it writes into
-_WRITTEN = ("train.log", "log.jsonl", "checkpoints", "final", "nan_dump")
+_WRITTEN = ("train.log", "log.jsonl", "checkpoints", "final", "final-ema", "nan_dump")
 _PACKAGES = ("torch", "triton", "numpy", "transformers", "accelerate", "datasets", "tokenizers", "safetensors")
 
 
@@ -82,7 +83,7 @@ class RunFolder:
         self.root = root
         self._hidden = dict(hidden or {})
         self.checkpoints = root / "checkpoints"
-        self.final = root / "final"
+        self.final, self.final_ema = root / "final", root / "final-ema"
         self._log = _Lines(root / "log.jsonl")
         self._text = _Lines(root / "train.log")
         self._lock: int | None = None

@@ -232,9 +232,11 @@ class RunLogger:
         """Whether a step has a line in log.jsonl: the first, the last, and every ``log.every``."""
         return step == 1 or step % self.config.log.every == 0 or step == self.config.steps
 
-    def evaluation(self, state: TrainState, result: EvalResult) -> None:
-        """Log and show the result of a validation."""
+    def evaluation(self, state: TrainState, result: EvalResult, averaged: EvalResult | None = None) -> None:
+        """Log and show the result of a validation; ``averaged``: that of the averaged weights."""
         numbers = dataclasses.asdict(result)
+        if averaged is not None:
+            numbers |= {f"ema_{key}": value for key, value in dataclasses.asdict(averaged).items() if key != "tokens"}
         if self.main:
             self.folder.log({"step": state.step, "kind": "eval", **numbers})
             self._track({f"val_{key}": value for key, value in numbers.items()}, state.step)
@@ -243,6 +245,8 @@ class RunLogger:
                 f"step {state.step}/{self.config.steps}  validation loss {result.loss:.4f}  perplexity "
                 f"{result.perplexity:.2f}{per_byte}  ({result.tokens:,} targets)"
             )
+            if averaged is not None:
+                self.say(f"    averaged weights: loss {averaged.loss:.4f}  perplexity {averaged.perplexity:.2f}")
         self.status("running", state)
 
     def status(self, status: str, state: TrainState, *, any_process: bool = False) -> None:
@@ -258,6 +262,7 @@ class RunLogger:
                 best_step=state.best_step,
                 tokens=state.tokens,
                 tflops=self.tflops,
+                **({} if state.ema_loss is None else {"ema_loss": state.ema_loss}),
                 **({"spikes": {name: getattr(spikes, name) for name in shown}} if spikes.steps else {}),
             )
 

@@ -18,13 +18,14 @@ from accelerate.utils import load
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from leanstep._checkpoint import load_tensors
-from leanstep._files import format_bytes, free_bytes, publish_folder, remove
+from leanstep._files import STAGED, format_bytes, free_bytes, publish_folder, remove
 from leanstep.lora import LowRankGate, save_adapter
 from leanstep.lora.merge import config_of_merged, merged_state_dict
 from leanstep.recipes.config.schema import CheckpointConfig, ExpectConfig, RunConfig
 from leanstep.recipes.data.batches import Windows
 from leanstep.recipes.data.sequences import LoadedData
 from leanstep.recipes.methods.attention import write_gate
+from leanstep.recipes.methods.ema import WeightAverage
 from leanstep.recipes.methods.lora import ADAPTER, is_adapted, load_adapters
 from leanstep.recipes.methods.pruned import write_sparsity
 from leanstep.recipes.methods.sparse import load_sparse, save_sparse, without_sparse, write_patterns
@@ -72,15 +73,22 @@ class Saver:
         # names of the masked parameters, and the pruned model with their zeros
         self.pruned: tuple[list[str], str] | None = None
         self.gate: LowRankGate | None = None
+        self.ema: WeightAverage | None = None
         if not self._sharded:
             accelerator.register_save_state_pre_hook(lambda models, weights, path: weights.clear())
             accelerator.register_load_state_pre_hook(self._load_weights)
+
+    def add_ema(self, ema: WeightAverage) -> None:
+        """Save and load the averages of the weights, too. Call it before :meth:`load`."""
+        self.ema = ema
+        self._accelerator.register_for_checkpointing(ema)
 
     def save(self, state: TrainState, windows: Windows) -> bool:
         """Write the checkpoint of ``state.step``. Returns False on a disk error, and raises other errors."""
         # weights and optimizer state; the rest of a checkpoint is small
         states = [list(optimizer.state.values()) for optimizer in self._accelerator._optimizers]
         leaves = [*self._model.parameters(), *torch.utils._pytree.tree_leaves(states)]
+        leaves += [] if self.ema is None else self.ema.averages.values()
         needed = sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, torch.Tensor))
 
         def disk_problem() -> str | None:
@@ -263,11 +271,14 @@ def finish(
     data: LoadedData,
     say: Callable[[str], None],
 ) -> None:
-    """Write ``final/``, let it continue held-out texts, compare the loss with ``expect``.
+    """Write ``final/`` and ``final-ema/``, let ``final/`` continue held-out texts, compare the loss with ``expect``.
 
     Raises RunFailure on a disk error.
     """
-    export_final(accelerator, folder, saver)
+    export_final(accelerator, folder.final, saver)
+    if saver.ema is not None:
+        with saver.ema.applied():
+            export_final(accelerator, folder.final_ema, saver)
     if accelerator.is_main_process:
         prompts = held_out_prompts(data.validation, data.tokenizer.eos_token_id)
         text = sample(folder.final, prompts, config.seed, accelerator.device)
@@ -276,6 +287,8 @@ def finish(
         if state.val_loss is not None:
             say(compare(state.val_loss, config.expect))
         say(f"model and tokenizer: {folder.final}")
+        if saver.ema is not None:
+            say(f"the same with averaged weights: {folder.final_ema}")
 
 
 def write_report(folder: RunFolder, say: Callable[[str], None]) -> None:
@@ -288,9 +301,9 @@ def write_report(folder: RunFolder, say: Callable[[str], None]) -> None:
         say(f"WARNING: no report was written: {error}")
 
 
-def export_final(accelerator: Accelerator, folder: RunFolder, saver: Saver) -> None:
-    """Write model and tokenizer to a staging folder and rename it to ``final/``, replacing an older one."""
-    staged = folder.root / ".writing-final"
+def export_final(accelerator: Accelerator, target: Path, saver: Saver) -> None:
+    """Write model and tokenizer to a staging folder and rename it to ``target``, replacing an older one."""
+    staged = target.with_name(f"{STAGED}{target.name}")
 
     def fill(path: Path) -> None:
         if accelerator.is_main_process:
@@ -298,12 +311,12 @@ def export_final(accelerator: Accelerator, folder: RunFolder, saver: Saver) -> N
             path.mkdir()
         saver.export(path)
 
-    trouble = saver.write(staged, fill, lambda path: publish_folder(path, folder.final))
+    trouble = saver.write(staged, fill, lambda path: publish_folder(path, target))
     if trouble is not None:
         raise RunFailure(
             "disk",
             1,
-            f"{folder.final} could not be written: {trouble}. Make room and start the same command again: it continues "
+            f"{target} could not be written: {trouble}. Make room and start the same command again: it continues "
             "from the last checkpoint",
         )
 

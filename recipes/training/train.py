@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ from leanstep.recipes.data.batches import Batch, Windows
 from leanstep.recipes.data.sequences import load_data
 from leanstep.recipes.data.tokens import vocabulary_size
 from leanstep.recipes.methods.attention import build_clip, build_gate, build_monitor, read_gate
+from leanstep.recipes.methods.ema import WeightAverage
 from leanstep.recipes.methods.halves import find_halves
 from leanstep.recipes.methods.lora import describe_adapters
 from leanstep.recipes.methods.pruned import build_masks, pruned_start_warning
@@ -287,6 +289,7 @@ class Run:
         if config.model.init_from and (warning := pruned_start_warning(config)):
             self.say(f"WARNING: {warning}")
         self.schedule = accelerator.prepare(build_schedule(config.schedule, bare_optimizer, config.steps))
+        self.ema = None if config.ema.decay is None else WeightAverage(bare_model, config.ema.decay)
 
     def resume(self, checkpoint: Path | None) -> None:
         """Load the checkpoint, if any, and set up the objects that need the loaded weights or step."""
@@ -296,6 +299,8 @@ class Run:
         self.saver = Saver(accelerator, self.folder, config.checkpoint, self.model, self.data.tokenizer, self.say)
         if self.masks is not None:
             self.saver.pruned = list(self.masks.parameters), str(config.model.init_from)
+        if self.ema is not None:
+            self.saver.add_ema(self.ema)
         # the step is in the seed, for a run that resumes with another number of processes
         seed_process(config.seed, rank, state.step)
         stream = None if checkpoint is None else self.saver.load(checkpoint, state)
@@ -440,6 +445,8 @@ class Run:
             self.optimizer.step()
             if self.clip is not None:
                 self.clip.step()
+            if self.ema is not None:
+                self.ema.update()
         # the patterns follow the run's steps, also those that are left out here or by a gradient scaler
         while self.sparsity is not None and self.sparsity.step_count <= self.state.step:
             self.sparsity.skip()
@@ -502,18 +509,24 @@ class Run:
             if number := maximum(self.accelerator, int(self.stop.received)):
                 raise Interrupted(number)
 
+        measure = partial(
+            evaluate,
+            self.model,
+            self.data.validation,
+            micro_batch_size=config.batch.micro_batch_size,
+            device=self.accelerator.device,
+            bytes_per_token=self.data.bytes_per_token,
+            batches=config.eval.batches,
+            accelerator=self.accelerator,
+            before_round=stop_on_signal,
+        )
+        averaged = None
         with self.logger.clock.pause("eval"):
             try:
-                result = evaluate(
-                    self.model,
-                    self.data.validation,
-                    micro_batch_size=config.batch.micro_batch_size,
-                    device=self.accelerator.device,
-                    bytes_per_token=self.data.bytes_per_token,
-                    batches=config.eval.batches,
-                    accelerator=self.accelerator,
-                    before_round=stop_on_signal,
-                )
+                result = measure()
+                if self.ema is not None:
+                    with self.ema.applied():
+                        averaged = measure()
             except Interrupted as interruption:
                 # the resumed run repeats the whole evaluation
                 state.eval_pending = True
@@ -521,10 +534,10 @@ class Run:
                     self.gate.load_state_dict(gate)
                 return interruption.signal
         state.eval_pending = False
-        state.val_loss = result.loss
+        state.val_loss, state.ema_loss = result.loss, averaged.loss if averaged else None
         if state.best_loss is None or result.loss < state.best_loss:
             state.best_loss, state.best_step = result.loss, state.step
-        self.logger.evaluation(state, result)
+        self.logger.evaluation(state, result, averaged)
         return 0
 
     def save(self) -> None:

@@ -57,7 +57,7 @@ def table() -> dict[str, Any]:
     for entries in optimizers.values():
         for key, entry in entries.items():
             ranges.setdefault(key, {}).update({name: entry[name] for name in ("ge", "gt", "le", "lt") if name in entry})
-    for name in ("muon", "sgd"):
+    for name in ("muon", "scale", "sgd"):
         for key, entry in optimizers[name].items():
             entry.update(ranges.get(key, {}))
     models = {name: model_entries(load(spec)) for name, spec in MODEL_CONFIGS.items()}

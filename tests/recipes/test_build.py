@@ -1,6 +1,7 @@
 """From configuration to objects."""
 
 import copy
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -97,6 +98,32 @@ def test_the_table_of_optimizers_is_that_of_the_package():
     own = {cls for cls in own if issubclass(cls, torch.optim.Optimizer)}
     assert own <= {optimizer_class(name) for name in INSTALLED} and own
     assert set(INSTALLED) == set(OPTIMIZERS)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_scale_has_a_rule_for_each_role_and_momentum_on_the_head_alone(tied):
+    model = build_model(replace(LLAMA, config={**LLAMA.config, "tie_word_embeddings": tied}), 300)
+    optimizer = build_optimizer(OptimizerConfig(name="scale", lr=1e-2), model)
+    algorithms = {name: group["algorithm"] for name, group in groups_of(optimizer, model).items()}
+    hidden = {name for name, p in model.named_parameters() if "layers" in name and p.dim() == 2}
+    assert {name for name, algorithm in algorithms.items() if algorithm == "rows"} == hidden
+    table = {"model.embed_tokens.weight": "head" if tied else "columns", **({} if tied else {"lm_head.weight": "head"})}
+    assert {name: algorithms[name] for name in table} == table
+    assert {a for name, a in algorithms.items() if "norm" in name} == {"adamw"}
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    with_momentum = [p for p in model.parameters() if "momentum_buffer" in optimizer.state[p]]
+    assert len(with_momentum) == 1 and with_momentum[0] is model.lm_head.weight
+
+
+def test_scale_steps_the_transposed_matrices_of_gpt2_by_their_rows():
+    model = build_model(ModelConfig(family="gpt2", config={"n_embd": 16, "n_layer": 1, "n_head": 2}), 300)
+    optimizer = build_optimizer(OptimizerConfig(name="scale", lr=1.0), model)
+    weight = model.transformer.h[0].attn.c_attn.weight  # (in, out)
+    before, weight.grad = weight.detach().clone(), torch.randn_like(weight)
+    optimizer.step()
+    torch.testing.assert_close(before - weight, weight.grad / weight.grad.square().mean(dim=0).sqrt())
 
 
 def test_muon_is_torchs_muon_for_hidden_matrices_and_adamw_for_the_rest():

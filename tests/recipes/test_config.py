@@ -211,8 +211,8 @@ def test_everything_at_once_with_lines(recipe):
         "mine.yaml:2: seed must be at least 0, got -1",
         "mine.yaml:3: unknown key 'lr'; did you mean 'optimizer.lr'?",
         "mine.yaml:5: unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'?",
-        "mine.yaml:6: optimizer.name must be 'adamw', 'lion', 'sinkgd', 'lanton', 'mfac', 'muon' or 'sgd', got "
-        "'lionn'; did you mean 'lion'?",
+        "mine.yaml:6: optimizer.name must be 'adamw', 'lion', 'sinkgd', 'lanton', 'mfac', 'muon', 'scale' or 'sgd', "
+        "got 'lionn'; did you mean 'lion'?",
         "mine.yaml:10: model.config.n_embd 100 must be a multiple of n_head 3",
         "mine.yaml:12: unknown key 'model.config.n_layers'; did you mean 'model.config.n_layer'?",
         "mine.yaml:13: batch.tokens_per_step 4096 does not divide into data.seq_len 4000 * batch.micro_batch_size 16 = "

@@ -1,6 +1,7 @@
 """The memory estimate against what real tensors of a real step take."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from leanstep.kernels import use_backend
 from leanstep.recipes.check import costs
 from leanstep.recipes.check.costs import estimate, meta_model, optimizer_state_bytes, saved_storages, unique_bytes
 from leanstep.recipes.config.loader import load
+from leanstep.recipes.config.schema import EmaConfig
 from leanstep.recipes.training.build import build_model, build_optimizer
 
 SMALL = {
@@ -61,6 +63,7 @@ def real_step(config, vocab_size=2048):
         ("llama", "fp32", "mfac, args: {window: 8}"),
         ("llama tied", "bf16-pure", "muon"),
         ("gpt2", "fp32", "sgd, args: {momentum: 0.9}"),
+        ("gpt2", "fp32", "scale"),
     ],
 )
 def test_weights_gradients_and_state_are_exact_and_activations_close(model, precision, optimizer):
@@ -97,6 +100,12 @@ def test_a_thousand_layers_are_estimated_from_a_few(monkeypatch):
     monkeypatch.setattr(costs, "_measured", lambda config, *_: built.append(config) or costs.MemoryEstimate(*range(7)))
     estimate(recipe("llama", "model.config.num_hidden_layers=1000"), 2048)
     assert [config.model.config["num_hidden_layers"] for config in built] == [4, 8]
+
+
+def test_an_average_takes_four_bytes_a_weight():
+    plain = recipe("llama", "precision=bf16-pure", optimizer="sinkgd")
+    averaged = replace(plain, ema=EmaConfig(decay=0.9))
+    assert estimate(averaged, 2048) == replace(estimate(plain, 2048), average=2 * estimate(plain, 2048).weights)
 
 
 def test_halves_of_a_step_are_a_copy_of_the_gradients_and_no_state():
