@@ -184,21 +184,24 @@ class Measurement:
     def _pruned_alone(self, groups: Sequence[Group], pruning: Pruning) -> Iterator[tuple[Group, Pruners]]:
         """Each group with its pruners, in the order of the stages; the caches are at the stage of the group."""
         for start, stage in self.cache.by_start(groups):
-            self._enter(start)
+            self._enter(start, pruning.cache)
             yield from pruning.each(stage, start)
         self.cache.reset()
         pruning.cache.reset()
 
-    def _enter(self, start: int) -> None:
-        """Cache the activations before a stage, and check that this changes no output."""
+    def _enter(self, start: int, statistics_cache: ActivationCache) -> None:
+        """Cache the activations before a stage, and check that this changes no output; else disable both caches."""
+        if start not in self.cache.starts:  # disabled at an earlier start
+            return
         self.cache.advance(start)
         change = self._run().mean
-        if abs(change) > _NOISE:
-            raise RuntimeError(
-                f"from {self.cache.stages[start][0]} on, the output of unchanged weights differs by {change:g} in "
-                f"{self.metric.name} when the cache answers for earlier stages; measure with "
-                "measure_curves(prefix_cache=False), and prune with these curves and held_out=False"
+        if not abs(change) <= _NOISE:
+            note = (
+                f"activations are not cached: from {self.cache.stages[start][0]} on, they change the output of "
+                f"unchanged weights by {change:g} in {self.metric.name}"
             )
+            self.cache.disable(note)
+            statistics_cache.disable(note)
 
     def _run(self) -> Distortion:
         return summarise(
