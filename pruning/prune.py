@@ -74,7 +74,7 @@ def prune(
             of the dense cost to remove. None with a :class:`Budget` or a fixed pattern.
         allocation: ``dp``, ``uniform``, ``global``, ``lamp``, ``erk``, ``owl`` or ``atp``. For ``atp``, up to 9 slopes
             are tried; the one with the smallest joint distortion on ``curve_data`` is taken.
-        score: ``magnitude``, ``wanda``, ``sparsegpt`` (updates the remaining weights) or ``mfac``.
+        score: ``magnitude``, ``wanda``, or one that updates the remaining weights: ``sparsegpt``, ``alps``, ``mfac``.
         pattern: ``unstructured``; ``N:8`` (any M), which chooses n for each matrix; or a fixed one such as ``2:4``.
         metric: distortion of the curves; see :func:`measure_curves`.
         granularity: ``matrix``, ``role`` or ``block``: which matrices share a level, with ``dp``.
@@ -103,8 +103,8 @@ def prune(
 
     Notes:
         Memory besides the model: a copy of the pruned matrices that are not ``stored``, the statistics of one block,
-        the pruner of one matrix, and the memory of :func:`measure_curves`. ``global`` with SparseGPT or M-FAC keeps all
-        scores, and ``correction="relinearise"`` keeps the pruners of all matrices.
+        the pruner of one matrix, and the memory of :func:`measure_curves`. ``global`` with SparseGPT, ALPS or M-FAC
+        keeps all scores, and ``correction="relinearise"`` keeps the pruners of all matrices.
 
         Layers whose inputs a score needs and the model does not show are left out: those that it never calls, such as
         depth-wise convolutions of state-space models, and convolutions with groups. Experts with fewer than 32

@@ -54,7 +54,7 @@ def measure_curves(
         model: any module; it is run in eval mode, without gradients.
         data: see :func:`leanstep.pruning.measure.batches.as_batches`; 8 to 32 sequences suffice for language models.
         sparsity: target of the model; the grid of levels is finest around it.
-        score: ``magnitude``, ``wanda``, ``sparsegpt`` or ``mfac``: how weights are chosen inside a matrix.
+        score: ``magnitude``, ``wanda``, ``sparsegpt``, ``alps`` or ``mfac``: how weights are chosen inside a matrix.
         pattern: ``unstructured``, or ``N:M`` with a number for M, such as ``"N:8"``: levels that keep n of 8.
         metric: ``kl`` (default for language models), ``kl_topk``, which stores less, or ``mse_logits`` (default for
             others); or a :class:`leanstep.pruning.measure.metrics.Metric`.
