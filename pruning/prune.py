@@ -25,10 +25,10 @@ from leanstep.pruning.measure.measure import (
     evaluating,
     measure_curves,
 )
-from leanstep.pruning.measure.metrics import METRICS, Metric, metric_name
+from leanstep.pruning.measure.metrics import METRICS, Metric, check_runs, metric_name
 from leanstep.pruning.result import Additivity, Allocation, PruneResult
 from leanstep.pruning.score.base import NEEDS
-from leanstep.pruning.score.calibration import Pruning
+from leanstep.pruning.score.calibration import Pruning, leave_out
 from leanstep.pruning.score.targets import GRANULARITIES, Group, check_filled, count_uses, find_targets, make_groups
 from leanstep.sparsity import NM
 
@@ -74,7 +74,7 @@ def prune(
             of the dense cost to remove. None with a :class:`Budget` or a fixed pattern.
         allocation: ``dp``, ``uniform``, ``global``, ``lamp``, ``erk``, ``owl`` or ``atp``. For ``atp``, up to 9 slopes
             are tried; the one with the smallest joint distortion on ``curve_data`` is taken.
-        score: ``magnitude``, ``wanda``, ``sparsegpt`` (updates the remaining weights) or ``mfac``.
+        score: ``magnitude``, ``wanda``, or one that updates the remaining weights: ``sparsegpt``, ``alps``, ``mfac``.
         pattern: ``unstructured``; ``N:8`` (any M), which chooses n for each matrix; or a fixed one such as ``2:4``.
         metric: distortion of the curves; see :func:`measure_curves`.
         granularity: ``matrix``, ``role`` or ``block``: which matrices share a level, with ``dp``.
@@ -98,13 +98,17 @@ def prune(
         :class:`PruneResult`.
 
     Raises:
-        ValueError: for unknown or contradictory settings, too little data, or a target out of reach; the message gives
-            the range in reach. The model is unchanged after any error.
+        ValueError: for unknown or contradictory settings, too little data, data that the model cannot take, or a target
+            out of reach; the message gives the range in reach. The model is unchanged after any error.
 
     Notes:
         Memory besides the model: a copy of the pruned matrices that are not ``stored``, the statistics of one block,
-        the pruner of one matrix, and the memory of :func:`measure_curves`. ``global`` with SparseGPT or M-FAC keeps all
-        scores, and ``correction="relinearise"`` keeps the pruners of all matrices.
+        the pruner of one matrix, and the memory of :func:`measure_curves`. ``global`` with SparseGPT, ALPS or M-FAC
+        keeps all scores, and ``correction="relinearise"`` keeps the pruners of all matrices.
+
+        Layers whose inputs a score needs and the model does not show are left out: those that it never calls, such as
+        depth-wise convolutions of state-space models, and convolutions with groups. Experts with fewer than 32
+        calibration tokens are pruned by magnitude. The result's notes name both.
 
         Masks are chosen block by block, from inputs that the already pruned blocks compute. Whole heads and
         channels are not pruned: transformers gives all layers of a model one width and could not open the result.
@@ -129,6 +133,12 @@ def prune(
     if fixed is not None and sparsity is None:
         sparsity = fixed.sparsity
     batches, held_out_batches, curve_batches = _split_data(model, data, held_out, curve_data, batch_size)
+    notes: list[str] = []
+    if batches:
+        with evaluating(model):
+            check_runs(model, batches[0])
+            if {"square_sum", "gram"} & {*NEEDS[score], *(NEEDS["wanda"] if allocation == "owl" else ())}:
+                targets, notes = leave_out(model, targets, batches)
     if "flops" in (budget, getattr(budget, "kind", None)):
         with evaluating(model):
             targets = count_uses(model, targets, batches[0])
@@ -152,6 +162,7 @@ def prune(
         resume=resume,
         progress=progress,
         snapshot=WeightSnapshot(targets, stored),
+        notes=notes,
     )
     with planner.snapshot.restored_on_error(), evaluating(model):
         return planner.run(curves, fixed)
@@ -277,6 +288,8 @@ class Planner:
         else:
             candidate = self._by_rule()
         allocation, compared = self._compare_and_prune(candidate)
+        pruning = self.trial.pruning
+        self.notes += [*filter(None, [pruning.cache.note]), *pruning.notes()]
         budget = self.constraint.budget
         return PruneResult(
             allocation=allocation,
@@ -302,8 +315,6 @@ class Planner:
     def trial(self) -> Trial:
         """The matrices with their score, and the calibration data for its statistics."""
         cache = ActivationCache(self.model, self.batches, enabled=bool(self.batches))
-        if cache.note:
-            self.notes.append(cache.note)
         return Trial(self.groups, Pruning(cache, self.score, self.score_options), self.snapshot)
 
     def _nonzero(self) -> dict[str, int]:

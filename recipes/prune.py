@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--latency-table", metavar="FILE", help="JSON: seconds of every matrix at some sparsities")
     add("--allocation", default="dp", choices=("dp", "uniform", "global", "lamp", "erk", "owl", "atp"))
-    add("--score", default="wanda", choices=("magnitude", "wanda", "sparsegpt", "mfac"))
+    add("--score", default="wanda", choices=("magnitude", "wanda", "sparsegpt", "alps", "mfac"))
     add("--pattern", default="unstructured", metavar="unstructured|N:M", help="N:8: n of 8 by matrix; or 2:4 for all")
     add(
         "--data",

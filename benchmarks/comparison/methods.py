@@ -114,7 +114,7 @@ METHODS = {
     "sinkgd-balanced": Method(_SINKGD, "SinkGD, balanced embedding and head", (2e-2, 1e-2), _ADAMW,
                               embeddings="balanced", roles={"embedding": _UNSCALED, "head": _UNSCALED}),
     "lanton-plain": Method(_LANTON, "LANTON, plain", (2e-2, 2e-2), {"noise_adaptive": False}),
-    "sgd": Method("torch.optim:SGD", "SGD with momentum", (3.125e-4, 0.25), {"momentum": 0.9}),
+    "sgd": Method("torch.optim:SGD", "SGD with momentum", (7.8125e-5, 0.5), {"momentum": 0.9}),
     "s-mfac": Method(_MFAC, "S-MFAC", (6e-3, 3e-3), _SPARSE_MFAC),
     "adamw-default": Method("torch.optim:AdamW", "AdamW", None, {"fused": True}),
     "sinkgd-default": Method(_SINKGD, "SinkGD, AdamW on the rest"),

@@ -35,7 +35,7 @@ from leanstep.pruning.score.targets import find_targets
 RELINEARISED = "relinearised"
 ALLOCATIONS = {"uniform": "uniform", "global": "global", "lamp": "LAMP", "erk": "ERK", "owl": "OWL", "atp": "ATP",
                "dp": "DP", RELINEARISED: "DP, relinearised"}  # fmt: skip
-SCORES = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT"}
+SCORES = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT", "alps": "ALPS"}
 # sparsities of the curves' levels, for all targets
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 COLOURS = ("#7a828e", "#d9660b", "#0b8a6a", "#b3246f", "#6b46c8", "#a8860b", "#2457d6", "#222222")
@@ -46,7 +46,7 @@ PARSER = command_line(
     curve_samples=(8, "calibration sequences for the curves"), eval_samples=(48, "held-out sequences"),
 )  # fmt: skip
 PARSER.add_argument("--allocations", nargs="+", default=list(ALLOCATIONS)[:-1], choices=ALLOCATIONS)
-PARSER.add_argument("--scores", nargs="+", default=list(SCORES), choices=SCORES)
+PARSER.add_argument("--scores", nargs="+", default=list(SCORES)[:-1], choices=SCORES)
 PARSER.add_argument("--plot", type=Path, metavar="FILE", help="draw the table as an SVG")
 Cell = tuple[Any, ...]  # (seed, score, allocation, sparsity), or one of DENSE and SETTINGS
 

@@ -21,13 +21,42 @@ inline float value_of(int32_t code, float scale) {
     return from_bits(to_bits(magnitude) ^ (static_cast<uint32_t>(code) & 0x80000000u));
 }
 
-// rounds up where 16 random bits are larger than the dropped bits
+// writes the values of momenta's codes in units of their scales, which bf16 numbers hold exactly. 16-bit lanes hold twice
+// as many numbers as 32-bit lanes, and several short loops are vectorised better than one.
+inline void units_of(const int8_t* __restrict codes, int64_t n, bf16* __restrict units) {
+    alignas(64) uint16_t words[PIECE];
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+        words[i] = static_cast<uint16_t>((std::abs(static_cast<int16_t>(codes[i])) + ONE) << (DROPPED - 16));
+    }
+#pragma omp simd
+    for (int64_t j = 0; j < (n + 1) / 2; ++j) {
+        const Pair z = load_pair(reinterpret_cast<const bf16*>(words), j);
+        const uint32_t word = (to_bits(z.low - 1.0f) >> 16) | (to_bits(z.high - 1.0f) & 0xFFFF0000u);
+        std::memcpy(units + 2 * j, &word, sizeof word);
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) units[i] = static_cast<bf16>(units[i] | (static_cast<int16_t>(codes[i]) & 0x8000));
+}
+
+// the pattern of +-(1 + |value| / scale), rounded up where 16 random bits are larger than the dropped bits; squares above
+// 0 have the sign bit
 template <bool squares>
-inline int32_t code_of(float value, float inverse, uint32_t random) {
-    const uint32_t pattern = to_bits(1.0f + std::fabs(value) * inverse) + (random << (DROPPED - 16));
-    const int32_t code = std::min<int32_t>(static_cast<int32_t>((pattern >> DROPPED) - ONE), squares ? 255 : 127);
-    if constexpr (squares) return std::max<int32_t>(code, value > 0.0f);
-    return value < 0.0f ? -code : code;
+inline uint32_t code_pattern(float value, float inverse, uint32_t random) {
+    const uint32_t sign = squares ? 0u : to_bits(value) & 0x80000000u;
+    const uint32_t pattern = to_bits(from_bits(to_bits(1.0f) | sign) + value * inverse) + (random << (DROPPED - 16));
+    return squares && value > 0.0f ? pattern | 0x80000000u : pattern;
+}
+
+// the code of the upper half of a pattern. No clamp: the rounding errors of scale, inverse and product are at most 6 units
+// in the last place of z, and the smallest that would carry LARGEST to the next code are 8.
+template <bool squares>
+inline int16_t code_of(uint16_t half) {
+    const int16_t magnitude = static_cast<int16_t>(((half & 0x7FFFu) >> (DROPPED - 16)) - ONE);
+    // a square above 0 never has code 0
+    if constexpr (squares) return std::max<int16_t>(magnitude, half >> 15);
+    const int16_t sign = static_cast<int16_t>(half) >> 15;
+    return (magnitude ^ sign) - sign;
 }
 
 // momenta of a block, neighbours in two arrays: vectors then need no permutation
@@ -35,6 +64,24 @@ struct Momenta {
     alignas(64) float low[SCALED / 2], high[SCALED / 2];
     float largest;
 };
+
+inline uint32_t larger(uint32_t largest, float x) { return std::max(largest, to_bits(x) & 0x7FFFFFFFu); }
+
+// calls one(i) for n entries of a block, and stores the momenta that it returns
+template <typename One>
+inline void for_entries(int64_t n, Momenta& momenta, One one) {
+    uint32_t largest = 0;
+#pragma omp simd reduction(max : largest)
+    for (int64_t j = 0; j < n / 2; ++j) {
+        momenta.low[j] = one(2 * j), momenta.high[j] = one(2 * j + 1);
+        largest = larger(larger(largest, momenta.low[j]), momenta.high[j]);
+    }
+    if (n % 2) {
+        momenta.low[n / 2] = one(n - 1), momenta.high[n / 2] = 0.0f;
+        largest = larger(largest, momenta.low[n / 2]);
+    }
+    momenta.largest = from_bits(largest);
+}
 
 // makes the random bits of squares independent of those of momenta
 constexpr uint32_t SQUARES = 0x5BD1E995u;
@@ -45,7 +92,7 @@ inline void quantize(
     const Momenta& momenta, int64_t n, Code* __restrict codes, float* scale, uint32_t first_pair, uint32_t given_seed
 ) {
     constexpr bool squares = std::is_unsigned_v<Code>;
-    const uint32_t seed = squares ? given_seed ^ SQUARES : given_seed;
+    const uint32_t seed = ~(squares ? given_seed ^ SQUARES : given_seed);
     const float unit = momenta.largest * (1.0f / ((squares ? LARGEST_SQUARE : LARGEST) - 1.0f));
     if (!(is_finite(unit) && unit >= SMALLEST_SCALE)) {
         *scale = is_finite(unit) ? 0.0f : std::numeric_limits<float>::quiet_NaN();
@@ -54,17 +101,24 @@ inline void quantize(
     }
     *scale = unit;
     const float inverse = 1.0f / unit;
+    const auto write = [&](int64_t size) {
+        alignas(64) uint16_t halves[SCALED];
 #pragma omp simd
-    for (int64_t j = 0; j < n / 2; ++j) {
-        const uint32_t random = hash32((first_pair + static_cast<uint32_t>(j)) ^ ~seed);
-        const int32_t low = code_of<squares>(momenta.low[j], inverse, random & 0xFFFFu);
-        const int32_t high = code_of<squares>(momenta.high[j], inverse, random >> 16);
-        const uint16_t word = static_cast<uint16_t>((low & 0xFF) | (high << 8));
-        std::memcpy(codes + 2 * j, &word, sizeof word);
-    }
-    if (n % 2) {
-        const uint32_t random = hash32((first_pair + static_cast<uint32_t>(n / 2)) ^ ~seed);
-        codes[n - 1] = static_cast<Code>(code_of<squares>(momenta.low[n / 2], inverse, random & 0xFFFFu));
+        for (int64_t j = 0; j < (size + 1) / 2; ++j) {
+            const uint32_t random = hash32((first_pair + static_cast<uint32_t>(j)) ^ seed);
+            const uint32_t low = code_pattern<squares>(momenta.low[j], inverse, random & 0xFFFFu);
+            const uint32_t high = code_pattern<squares>(momenta.high[j], inverse, random >> 16);
+            const uint32_t word = (low >> 16) | (high & 0xFFFF0000u);
+            std::memcpy(halves + 2 * j, &word, sizeof word);
+        }
+#pragma omp simd
+        for (int64_t i = 0; i < size; ++i) codes[i] = static_cast<Code>(code_of<squares>(halves[i]));
+    };
+    // loops of a constant length have no remainder
+    if (n == SCALED) {
+        write(SCALED);
+    } else {
+        write(n);
     }
 }
 

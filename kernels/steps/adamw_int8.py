@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
-from leanstep.kernels.cpp_impl._build import TYPES, call, group_by_dtypes
+from leanstep.kernels.cpp_impl._build import TYPES, call
 from leanstep.kernels.reference.steps import adamw_int8 as reference
-from leanstep.kernels.steps.common import StepOptions, check_shapes
-from leanstep.kernels.steps.lion_int8 import check_scales, rows_and_columns
+from leanstep.kernels.steps.common import StepOptions, check_scales, check_shapes, rows_and_columns, step_on_host
 
 
 def adamw_step_int8(
@@ -100,15 +99,14 @@ def _step(
 
         triton_adamw.adamw_step_int8(lists, corrections, options)
         return
-    walkable = [backend == "cpp" and all(t.is_contiguous() for t in row) for row in zip(*lists, strict=True)]
-    for indices in group_by_dtypes(lists, walkable):
-        _cpp_step([[ts[i] for i in indices] for ts in lists], corrections[indices], options.of(indices))
-    if backend == "cpp":
-        written = (params, codes, scales, square_codes, square_scales, *state)
-        torch.autograd.graph.increment_version([t for ts in written for t in ts])
-    for i in (i for i, is_covered in enumerate(walkable) if not is_covered):
-        p, g, c, s, sq_c, sq_s, *states = (ts[i] for ts in lists)
-        reference.adamw_step_int8(p, g, c, s, sq_c, sq_s, corrections[i], *states, options=options.of(i))
+
+    def cpp(indices: list[int], lists: list[list[Tensor]]) -> None:
+        _cpp_step(lists, corrections[indices], options.of(indices))
+
+    def definition(i: int, tensors: list[Tensor]) -> None:
+        reference.adamw_step_int8(*tensors[:6], corrections[i], *tensors[6:], options=options.of(i))
+
+    step_on_host(backend, lists, cpp, definition, written=(params, *lists[2:]))
 
 
 def _cpp_step(lists: list[list[Tensor]], corrections: Tensor, options: StepOptions) -> None:

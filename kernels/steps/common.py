@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from leanstep.kernels._backend import choose
 from leanstep.kernels.cpp_impl._build import TYPES, call, group_by_dtypes, is_dense
+from leanstep.kernels.reference.quantization import scale_shape
 
 
 class StepOptions(NamedTuple):
@@ -61,6 +62,46 @@ def check_shapes(op: str, *lists: Sequence[Tensor]) -> None:
         if any(tensor.shape != shape for tensor in others):
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (first, *others))
             raise ValueError(f"{op}: expected tensors of one shape at index {index}, got {shapes}")
+
+
+def step_on_host(
+    backend: str,
+    lists: Sequence[Sequence[Tensor]],
+    cpp: Callable[[list[int], list[list[Tensor]]], None],
+    definition: Callable[[int, list[Tensor]], None],
+    written: Sequence[Sequence[Tensor]] = (),
+) -> None:
+    """Run a step on tensors that no Triton kernel takes.
+
+    Args:
+        backend: "cpp" or "reference".
+        lists: of equal length.
+        cpp: takes indices, and the lists' tensors there: contiguous, and of one dtype per list.
+        definition: takes any other index, and the lists' tensors there; with "reference", every index.
+        written: the lists that the step changes. C++ does not count their versions, so this does.
+    """
+    walkable = [backend == "cpp" and all(t.is_contiguous() for t in row) for row in zip(*lists, strict=True)]
+    for indices in group_by_dtypes(lists, walkable):
+        cpp(indices, [[ts[i] for i in indices] for ts in lists])
+    if backend == "cpp":
+        torch.autograd.graph.increment_version([t for ts in written for t in ts])
+    for i in (i for i, is_covered in enumerate(walkable) if not is_covered):
+        definition(i, [ts[i] for ts in lists])
+
+
+def check_scales(op: str, codes: Sequence[Tensor], scales: Sequence[Tensor]) -> None:
+    """Raise ValueError unless every tensor of 8-bit codes has the scales of its shape."""
+    for code, scale in zip(codes, scales, strict=True):
+        if tuple(scale.shape) != scale_shape(code.shape):
+            raise ValueError(
+                f"{op}: expected scales of shape {scale_shape(code.shape)} for codes of {tuple(code.shape)}, got "
+                f"{tuple(scale.shape)}"
+            )
+
+
+def rows_and_columns(tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:
+    """Return the rows of every tensor, its first dimension, and the entries of a row."""
+    return [t.shape[0] for t in tensors], [t.shape[1:].numel() for t in tensors]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
-from leanstep.kernels.cpp_impl._build import TYPES, call, group_by_dtypes
-from leanstep.kernels.reference.quantization import scale_shape
+from leanstep.kernels.cpp_impl._build import TYPES, call
 from leanstep.kernels.reference.steps import lion_int8 as reference
-from leanstep.kernels.steps.common import StepOptions, check_shapes
+from leanstep.kernels.steps.common import StepOptions, check_scales, check_shapes, rows_and_columns, step_on_host
 
 
 def lion_step_int8(
@@ -72,15 +71,17 @@ def _step(
         return triton_lion.lion_step_int8(params, grads, codes, scales, rounding_state, options)
     lists = [ts for ts in (params, grads, codes, scales, rounding_state) if ts]
     flags = torch.zeros(len(params), dtype=torch.int32, device=params[0].device)
-    walkable = [backend == "cpp" and all(t.is_contiguous() for t in row) for row in zip(*lists, strict=True)]
-    for indices in group_by_dtypes(lists, walkable):
-        flags[indices] = _cpp_step([[ts[i] for i in indices] for ts in lists], options.of(indices))
-    if backend == "cpp":
-        torch.autograd.graph.increment_version([t for ts in (params, codes, scales, rounding_state) for t in ts])
-    for i in (i for i, is_covered in enumerate(walkable) if not is_covered):
-        flag = reference.lion_step_int8(*(ts[i] for ts in lists), options=options.of(i))
+
+    def cpp(indices: list[int], lists: list[list[Tensor]]) -> None:
+        flags[indices] = _cpp_step(lists, options.of(indices))
+
+    def definition(i: int, tensors: list[Tensor]) -> None:
+        flag = reference.lion_step_int8(*tensors, options=options.of(i))
         if flag is not None:
             flags[i] = flag
+
+    lists = [ts for ts in (params, grads, codes, scales, rounding_state) if ts]
+    step_on_host(backend, lists, cpp, definition, written=(params, codes, scales, rounding_state))
     return flags
 
 
@@ -101,23 +102,8 @@ def _cpp_step(lists: list[list[Tensor]], options: StepOptions) -> Tensor:
     return flags
 
 
-def check_scales(op: str, codes: list[Tensor], scales: list[Tensor]) -> None:
-    """Raise ValueError unless every tensor of codes has the scales of its shape."""
-    for code, scale in zip(codes, scales, strict=True):
-        if tuple(scale.shape) != scale_shape(code.shape):
-            raise ValueError(
-                f"{op}: expected scales of shape {scale_shape(code.shape)} for codes of {tuple(code.shape)}, got "
-                f"{tuple(scale.shape)}"
-            )
-
-
 def _macros(grad: Tensor, maximize: bool, skip_nonfinite: bool) -> dict[str, str | int]:
     return {"GRAD": TYPES[grad.dtype], "MAXIMIZE": int(maximize), "SKIP": int(skip_nonfinite)}
-
-
-def rows_and_columns(tensors: list[Tensor]) -> tuple[list[int], list[int]]:
-    """Return the rows of every tensor, its first dimension, and the entries of a row."""
-    return [t.shape[0] for t in tensors], [t.shape[1:].numel() for t in tensors]
 
 
 def lion_agreement_int8(grads: list[Tensor], codes: list[Tensor], scales: list[Tensor], options: StepOptions) -> Tensor:
@@ -160,13 +146,14 @@ def _agreement(
 
         return triton_lion.lion_agreement_int8(grads, codes, scales, options)
     counts = torch.zeros(len(grads), device=grads[0].device)
-    lists = [grads, codes, scales]
-    walkable = [backend == "cpp" and all(t.is_contiguous() for t in row) for row in zip(*lists, strict=True)]
-    for indices in group_by_dtypes(lists, walkable):
-        exact = _cpp_agreement([[ts[i] for i in indices] for ts in lists], options)
-        counts[indices] = exact.to(counts.dtype)
-    for i in (i for i, is_covered in enumerate(walkable) if not is_covered):
-        counts[i] = reference.lion_agreement_int8(grads[i], codes[i], scales[i], options)
+
+    def cpp(indices: list[int], lists: list[list[Tensor]]) -> None:
+        counts[indices] = _cpp_agreement(lists, options).to(counts.dtype)
+
+    def definition(i: int, tensors: list[Tensor]) -> None:
+        counts[i] = reference.lion_agreement_int8(*tensors, options)
+
+    step_on_host(backend, [grads, codes, scales], cpp, definition)
     return counts
 
 

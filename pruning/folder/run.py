@@ -31,7 +31,7 @@ from leanstep.pruning.folder.loading import (
 )
 from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.measure import Progress, evaluating
-from leanstep.pruning.measure.metrics import cross_entropy_sums, summarise
+from leanstep.pruning.measure.metrics import check_runs, cross_entropy_sums, summarise
 from leanstep.pruning.prune import check_choices, prune
 from leanstep.pruning.result import PruneResult
 
@@ -310,5 +310,6 @@ def _perplexity(model: nn.Module, sequences: Any) -> tuple[float, int]:
     """Perplexity over some sequences, and the number of predicted tokens."""
     with evaluating(model):
         batches = as_batches(sequences, model, batch_size=4)
+        check_runs(model, batches[0])
         per_batch = [cross_entropy_sums(batch.run(model), batch) for batch in batches]
     return math.exp(summarise(per_batch).mean), int(sum(float(counts.sum()) for _, counts in per_batch))

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leanstep._torch import output_head
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -17,8 +19,9 @@ class Batch:
 
     Attributes:
         args, kwargs: arguments of the model.
-        mask: bool [batch, tokens], True where a token counts; None: all tokens count.
-        labels: int64 targets, [batch] or [batch, tokens]; or None.
+        mask: bool [batch, tokens], True where a token of the output counts; None: all tokens count.
+        labels: int64 targets, [batch] or [batch, tokens]; or None. Output t is compared with label t + 1, so that the
+            labels of a language model are its input tokens, those of its decoder if it has one.
     """
 
     args: tuple[Any, ...] = ()
@@ -53,13 +56,15 @@ def as_batches(data: Any, model: nn.Module, *, batch_size: int = 8, what: str = 
     Args:
         data: int64 [samples, tokens] of token numbers; floating [samples, ...] such as images; or batches: mappings
             (the model's keyword arguments, ``labels`` for the metric, ``attention_mask`` of the tokens that count),
-            tuples (inputs, labels), or tensors.
+            tuples (inputs, labels), or tensors. The encoder of an encoder-decoder reads the first half of every
+            sequence of tokens, and its decoder the second. A mapping for one has ``decoder_input_ids`` or ``labels``.
         model: determines the device, and the dtype of floating inputs.
         batch_size: samples per batch, if ``data`` is a tensor.
         what: name of the data in error messages.
 
     Raises:
-        ValueError: for no data, a batch size below 1, or images for a language model.
+        ValueError: for no data, a batch size below 1, images for a language model, tokens for a model that takes
+            something else, or an encoder-decoder's batch without inputs for the decoder.
         TypeError: for batches of another kind.
     """
     if batch_size < 1:
@@ -87,13 +92,14 @@ def _as_batch(batch: Any, model: nn.Module, device: torch.device, dtype: torch.d
 
     options = {"use_cache": False} if getattr(getattr(model, "config", None), "use_cache", None) is not None else {}
     if isinstance(batch, Tensor):
-        if options and batch.is_floating_point():
-            raise ValueError(f"{what}: {type(model).__name__} takes token numbers, got {batch.dtype} as for images")
-        labels = batch.to(device) if not batch.is_floating_point() and batch.dim() == 2 else None
-        if options:
-            return Batch((), {"input_ids": move(batch), **options}, labels=labels)
-        if _is_transformers(model) and batch.is_floating_point():
-            return Batch((), {str(model.main_input_name): move(batch)})
+        _check_kind(batch, model, what)
+        if _is_encoder_decoder(model) and not batch.is_floating_point():
+            half = batch.shape[1] // 2
+            batch = {"input_ids": batch[:, :half], "labels": batch[:, half:]}
+            return _as_batch(batch, model, device, dtype, what)
+        labels = move(batch) if not batch.is_floating_point() and batch.dim() == 2 and _predicts_next(model) else None
+        if _is_transformers(model):
+            return Batch((), {str(model.main_input_name): move(batch), **options}, labels=labels)
         return Batch((move(batch),), labels=labels)
     if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
         inputs = _as_batch(batch[0], model, device, dtype, what)
@@ -102,7 +108,9 @@ def _as_batch(batch: Any, model: nn.Module, device: torch.device, dtype: torch.d
     if isinstance(batch, Mapping) and any(isinstance(value, Tensor) for value in batch.values()):
         kwargs = {str(name): move(value) for name, value in batch.items()}
         labels = kwargs.pop("labels", None)
-        if labels is None and "input_ids" in kwargs:
+        if _is_encoder_decoder(model):
+            return _with_decoder(Batch((), {**kwargs, **options}, labels=labels), model, what)
+        if labels is None and "input_ids" in kwargs and _predicts_next(model):
             labels = kwargs["input_ids"]
         mask = kwargs.get("attention_mask")
         return Batch((), {**kwargs, **options}, None if mask is None else mask.bool(), labels)
@@ -113,6 +121,68 @@ def _as_batch(batch: Any, model: nn.Module, device: torch.device, dtype: torch.d
 
 def _is_transformers(model: nn.Module) -> bool:
     return hasattr(model, "config") and isinstance(getattr(model, "main_input_name", None), str)
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _check_kind(data: Tensor, model: nn.Module, what: str) -> None:
+    """Raise ValueError for a tensor of another kind than the main input of a model of transformers."""
+    if not _is_transformers(model):
+        return
+    name, model_name = str(model.main_input_name), type(model).__name__
+    if data.is_floating_point() and name == "input_ids":
+        raise ValueError(f"{what}: {model_name} takes token numbers, got {data.dtype} as for images")
+    if not data.is_floating_point() and name != "input_ids":
+        raise ValueError(f"{what}: {model_name} takes {name}, got token numbers of {data.dtype}")
+    if data.is_floating_point() and _is_encoder_decoder(model):
+        raise ValueError(
+            f"{what}: {model_name} has a decoder: expected batches that are mappings with {name} and decoder_input_ids "
+            "(or labels), got a tensor"
+        )
+
+
+def _predicts_next(model: nn.Module) -> bool:
+    """Whether an output for a token predicts the next one. Models of transformers that fill in masks do not."""
+    if not _is_transformers(model):
+        return True
+    from transformers.models.auto import modeling_auto as auto
+
+    name = type(model).__name__
+    fills_in = name in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
+    return output_head(model) is not None and not (
+        fills_in and name not in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    )
+
+
+def _with_decoder(batch: Batch, model: nn.Module, what: str) -> Batch:
+    """The batch of an encoder-decoder, with inputs, mask and labels of its decoder."""
+    kwargs, labels = dict(batch.kwargs), batch.labels
+    mask = kwargs.get("decoder_attention_mask")
+    if "decoder_input_ids" not in kwargs:
+        if labels is None:
+            raise ValueError(
+                f"{what}: {type(model).__name__} has a decoder: expected decoder_input_ids or labels in every batch, "
+                f"got {', '.join(kwargs)}"
+            )
+        if mask is None and bool((labels == -100).any()):
+            mask = labels != -100
+        kwargs["decoder_input_ids"] = _shifted(labels, model)
+    return Batch((), kwargs, None if mask is None else mask.bool(), kwargs["decoder_input_ids"])
+
+
+def _shifted(labels: Tensor, model: nn.Module) -> Tensor:
+    """Inputs of a decoder that is to predict ``labels``: its first token, then all labels but the last."""
+    config: Any = model.config
+    decoder = config.get_text_config(decoder=True)
+    start, begin, pad = (
+        getattr(part, f"{name}_token_id", None)
+        for part, name in ((config, "decoder_start"), (decoder, "bos"), (decoder, "pad"))
+    )
+    shifted = labels.roll(1, dims=1)
+    shifted[:, 0] = next(token for token in (start, begin, pad, 0) if token is not None)
+    return shifted.masked_fill(shifted == -100, pad or 0)
 
 
 def batches_hash(batches: Sequence[Batch]) -> str:

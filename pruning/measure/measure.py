@@ -54,7 +54,7 @@ def measure_curves(
         model: any module; it is run in eval mode, without gradients.
         data: see :func:`leanstep.pruning.measure.batches.as_batches`; 8 to 32 sequences suffice for language models.
         sparsity: target of the model; the grid of levels is finest around it.
-        score: ``magnitude``, ``wanda``, ``sparsegpt`` or ``mfac``: how weights are chosen inside a matrix.
+        score: ``magnitude``, ``wanda``, ``sparsegpt``, ``alps`` or ``mfac``: how weights are chosen inside a matrix.
         pattern: ``unstructured``, or ``N:M`` with a number for M, such as ``"N:8"``: levels that keep n of 8.
         metric: ``kl`` (default for language models), ``kl_topk``, which stores less, or ``mse_logits`` (default for
             others); or a :class:`leanstep.pruning.measure.metrics.Metric`.
@@ -184,21 +184,24 @@ class Measurement:
     def _pruned_alone(self, groups: Sequence[Group], pruning: Pruning) -> Iterator[tuple[Group, Pruners]]:
         """Each group with its pruners, in the order of the stages; the caches are at the stage of the group."""
         for start, stage in self.cache.by_start(groups):
-            self._enter(start)
+            self._enter(start, pruning.cache)
             yield from pruning.each(stage, start)
         self.cache.reset()
         pruning.cache.reset()
 
-    def _enter(self, start: int) -> None:
-        """Cache the activations before a stage, and check that this changes no output."""
+    def _enter(self, start: int, statistics_cache: ActivationCache) -> None:
+        """Cache the activations before a stage, and check that this changes no output; else disable both caches."""
+        if start not in self.cache.starts:  # disabled at an earlier start
+            return
         self.cache.advance(start)
         change = self._run().mean
-        if abs(change) > _NOISE:
-            raise RuntimeError(
-                f"from {self.cache.stages[start][0]} on, the output of unchanged weights differs by {change:g} in "
-                f"{self.metric.name} when the cache answers for earlier stages; measure with "
-                "measure_curves(prefix_cache=False), and prune with these curves and held_out=False"
+        if not abs(change) <= _NOISE:
+            note = (
+                f"activations are not cached: from {self.cache.stages[start][0]} on, they change the output of "
+                f"unchanged weights by {change:g} in {self.metric.name}"
             )
+            self.cache.disable(note)
+            statistics_cache.disable(note)
 
     def _run(self) -> Distortion:
         return summarise(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from leanstep._files import one_line
 from leanstep._torch import output_head
 from leanstep.pruning.measure.batches import Batch
 
@@ -48,11 +50,11 @@ class _TokenMetric(Metric):
     """Mean over unmasked tokens of a value per token. A classifier's output counts as one token per sample."""
 
     def reference(self, output: Any, batch: Batch) -> list[Any]:
-        return [self._reference_of(rows) for rows in _rows(logits_of(output), batch)]
+        return [self._reference_of(rows) for rows in _rows(values_of(output), batch)]
 
     def compare(self, reference: list[Any], output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         # sample by sample: a copy of the logits of a whole batch in fp32 would be the peak of memory
-        pairs = zip(reference, _rows(logits_of(output), batch), strict=True)
+        pairs = zip(reference, _rows(values_of(output), batch), strict=True)
         values = [self._values(dense, rows).double() for dense, rows in pairs]
         sums = torch.stack([value.sum() for value in values]).cpu()
         return sums, torch.tensor([float(len(value)) for value in values], dtype=torch.float64)
@@ -205,6 +207,31 @@ def logits_of(output: Any) -> Tensor:
     )
 
 
+def values_of(output: Any) -> Tensor:
+    """The logits in a model's output; the last hidden states of a model without a head."""
+    hidden = getattr(output, "last_hidden_state", None)
+    if isinstance(hidden, Tensor) and getattr(output, "logits", None) is None:
+        return hidden
+    return logits_of(output)
+
+
+def check_runs(model: nn.Module, batch: Batch) -> None:
+    """Run one sample; raise ValueError if the model cannot run on it, or gives nothing that can be compared."""
+    sample = batch.sample(0)
+    try:
+        with torch.no_grad():
+            values_of(sample.run(model))
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the model's: of any type
+        given = ", ".join(sample.kwargs) or "one tensor"
+        inputs = ", ".join(inspect.signature(model.forward).parameters)
+        raise ValueError(
+            f"{type(model).__name__} could not be measured on the data ({given}): {one_line(error)}. Expected a "
+            f"language model, a classifier or a model without a head, and all inputs that it needs, of: {inputs}"
+        ) from error
+
+
 def _rows(values: Tensor, batch: Batch) -> list[Tensor]:
     """[tokens, width] of each sample, without masked tokens; of values [batch, width], one row per sample."""
     if values.dim() == 2:
@@ -215,9 +242,9 @@ def _rows(values: Tensor, batch: Batch) -> list[Tensor]:
 
 def cross_entropy_sums(output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """(sums, counts) of a language model's loss per sample, fp64: each token is predicted from those before it."""
-    logits, labels = logits_of(output), batch.labels
+    logits, labels = values_of(output), batch.labels
     if labels is None or logits.dim() != 3:
-        raise ValueError("perplexity needs a language model, and batches with labels")
+        raise ValueError("perplexity needs a model that predicts the next token, and batches with labels")
     if batch.mask is not None:
         labels = labels.masked_fill(~batch.mask, -100)
     targets = labels[:, 1:]

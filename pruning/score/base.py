@@ -17,6 +17,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "magnitude": (),
     "wanda": ("square_sum",),
     "sparsegpt": ("gram",),
+    "alps": ("gram",),
     "mfac": ("gradients",),
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, unfold
+from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
 from leanstep.pruning.allocate.closed_form import ComputedScores, outlier_ratio
@@ -19,10 +20,12 @@ from leanstep.pruning.measure.batches import Batch
 from leanstep.pruning.measure.metrics import logits_of
 from leanstep.pruning.score.base import NEEDS, LayerPruner, LayerStatistics
 from leanstep.pruning.score.scores import layer_pruner
-from leanstep.pruning.score.targets import Group, Target, as_matrix, split_count
+from leanstep.pruning.score.targets import Group, Target, as_matrix, some, split_count
 
 # most samples whose gradients are collected
 _GRADIENTS = 128
+# fewest inputs for which a sum of their squares is a statistic: its relative error is then about sqrt(2 / 32) = 1 / 4
+_FEWEST_ROWS = 32
 
 
 def statistics_for(
@@ -36,32 +39,57 @@ def statistics_for(
         needs: any of ``square_sum``, ``gram``, ``gradients``; may be empty.
 
     Raises:
-        ValueError: for a layer that never ran on the data, or a convolution without one matrix of inputs.
+        ValueError: for a layer, other than an expert, that never ran on the data, or whose inputs cannot be collected.
     """
     statistics_by_name = {t.name: LayerStatistics.empty(needs, t.weight.shape[1], t.weight.device) for t in targets}
     if "gradients" in needs:
         gradients = collect_gradients(cache.model, cache.batches, targets)
         for name, rows in gradients.items():
-            statistics_by_name[name].gradients, statistics_by_name[name].count = rows, len(rows)
+            statistics_by_name[name].gradients = rows
+            statistics_by_name[name].count = int(rows.any(dim=1).sum())
     if {"square_sum", "gram"} & set(needs):
         collect_inputs(cache, targets, {name: statistics.add for name, statistics in statistics_by_name.items()})
-        _fill_unused(targets, statistics_by_name)
+        for target in targets:
+            if target.expert is None and not statistics_by_name[target.name].count:
+                raise ValueError(f"{target.name} was never run on the calibration data; leave it out with exclude")
     return statistics_by_name
 
 
-def _fill_unused(targets: Sequence[Target], statistics_by_name: dict[str, LayerStatistics]) -> None:
-    """Give experts without a token the same statistics for all inputs; raise ValueError for other unused layers."""
-    for target in targets:
-        statistics = statistics_by_name[target.name]
-        if statistics.count:
-            continue
-        if target.expert is None:
-            raise ValueError(f"{target.name} was never run on the calibration data; leave it out with exclude")
-        statistics.count = 1
-        if statistics.square_sum is not None:
-            statistics.square_sum.fill_(1.0)
-        if statistics.gram is not None:
-            statistics.gram.fill_diagonal_(1.0)
+def leave_out(model: nn.Module, targets: Sequence[Target], batches: Sequence[Batch]) -> tuple[list[Target], list[str]]:
+    """Leave out the layers whose inputs cannot be collected: those that a model never calls, and some convolutions.
+
+    A model may read a weight without calling its layer, as state-space models read those of depth-wise convolutions.
+    Runs batches until every layer has been called, the first of them on one sample alone.
+
+    Returns:
+        the other targets, and a note about each layer left out.
+
+    Raises:
+        ValueError: if no target is left.
+    """
+    waiting = {target.module for target in targets if target.expert is None}
+    handles = [module.register_forward_pre_hook(lambda module, _: waiting.discard(module)) for module in waiting]
+    try:
+        with torch.no_grad():
+            for batch in (batches[0].sample(0), *batches):
+                if waiting:
+                    batch.run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    reasons = {
+        target.name: "was never run on the calibration data" if target.module in waiting else why
+        for target in targets
+        if target.expert is None and ((why := _no_rows(target.module)) or target.module in waiting)
+    }
+    notes = [
+        f"left out, and dense: {some([name for name in reasons if reasons[name] == reason])} (the score needs their "
+        f"inputs, and each {reason})"
+        for reason in dict.fromkeys(reasons.values())
+    ]
+    if len(reasons) == len(targets):
+        raise ValueError(f"{type(model).__name__} has nothing to prune: {'; '.join(notes)}")
+    return [target for target in targets if target.name not in reasons], notes
 
 
 @torch.no_grad()
@@ -71,7 +99,8 @@ def collect_inputs(cache: ActivationCache, targets: Sequence[Target], add: dict[
 
     def give(target: Target, inputs: Tensor) -> None:
         mask = current[0].mask
-        if mask is not None and inputs.shape[: mask.dim()] == mask.shape:
+        of_decoder = "decoder_input_ids" in current[0].kwargs  # such a mask does not fit the encoder's tokens
+        if mask is not None and not of_decoder and inputs.shape[: mask.dim()] == mask.shape:
             inputs = inputs[mask]
         add[target.name](_rows(target.module, inputs))
 
@@ -96,23 +125,34 @@ def collect_inputs(cache: ActivationCache, targets: Sequence[Target], add: dict[
                 cache.run(index)
 
 
+def _no_rows(module: nn.Module) -> str:
+    """Why a layer's inputs do not make one matrix [rows, in]; "" if they do."""
+    if isinstance(module, nn.RNNBase):
+        return "is recurrent"
+    if not isinstance(module, _ConvNd):
+        return ""
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        return f"is a {type(module).__name__}"
+    if module.groups != 1 or module.padding_mode != "zeros":
+        return "has groups or a padding other than zeros, and so no one matrix of inputs"
+    return "pads its two sides differently" if any(side % 2 for side in _padded(module)) else ""
+
+
+def _padded(module: nn.Conv1d | nn.Conv2d) -> list[int]:
+    """Zeros that a convolution adds along each dimension, on both sides together."""
+    if isinstance(module.padding, str):
+        sides = zip(module.dilation, module.kernel_size, strict=True)
+        return [d * (k - 1) if module.padding == "same" else 0 for d, k in sides]
+    return [2 * int(side) for side in module.padding]
+
+
 def _rows(module: nn.Module, inputs: Tensor) -> Tensor:
     """Inputs [rows, in] of the layer as a matrix product; convolutions are unfolded."""
+    if problem := _no_rows(module):
+        raise ValueError(f"{module} {problem}; score it by magnitude, or leave it out with exclude")
     if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
         return inputs.reshape(-1, inputs.shape[-1])
-    if module.groups != 1 or module.padding_mode != "zeros":
-        raise ValueError(
-            f"{module} has no one matrix of inputs (groups {module.groups}, padding {module.padding_mode!r}); score "
-            "it by magnitude, or leave it out with exclude"
-        )
-    padding: Any = module.padding
-    if isinstance(padding, str):
-        total = [
-            d * (k - 1) if padding == "same" else 0 for d, k in zip(module.dilation, module.kernel_size, strict=True)
-        ]
-        if any(side % 2 for side in total):
-            raise ValueError(f"{module} pads its two sides differently; score it by magnitude, or leave it out")
-        padding = [side // 2 for side in total]
+    padding: Any = [side // 2 for side in _padded(module)]
     sizes: list[list[int]] = [list(module.kernel_size), list(module.dilation), list(padding), list(module.stride)]
     if isinstance(module, nn.Conv1d):
         inputs = inputs.unsqueeze(-2)
@@ -123,7 +163,10 @@ def _rows(module: nn.Module, inputs: Tensor) -> Tensor:
 
 
 class _ExpertInputs(TorchFunctionMode):
-    """Intercepts every matrix product with the weight of one expert, wherever the model computes it."""
+    """Intercepts every matrix product with the weight of one expert, wherever the model computes it.
+
+    In a product of all experts at once (``torch.bmm``), a token that is not routed to an expert is a row of zeros.
+    """
 
     def __init__(self, experts: dict[int, Target], give: Callable[[Target, Tensor], None]) -> None:
         super().__init__()
@@ -135,6 +178,11 @@ class _ExpertInputs(TorchFunctionMode):
             target = self.experts.get(args[1].data_ptr())
             if target is not None and args[0].shape[-1] == target.weight.shape[1]:
                 self.give(target, args[0])
+        if func in (torch.bmm, Tensor.bmm) and len(args) > 1:
+            for inputs, weight in zip(args[0], args[1], strict=True):
+                target = self.experts.get(weight.data_ptr())
+                if target is not None:
+                    self.give(target, inputs[inputs.any(dim=-1)])
         return func(*args, **(kwargs or {}))
 
 
@@ -185,7 +233,14 @@ def collect_gradients(model: nn.Module, batches: Sequence[Batch], targets: Seque
 
 
 def _loss(model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
-    logits, labels = logits_of(batch.run(model)).float(), batch.labels
+    output, labels = batch.run(model), batch.labels
+    try:
+        logits = logits_of(output).float()
+    except TypeError:
+        raise ValueError(
+            f"score='mfac' needs the loss of a model with a head, and {type(model).__name__} gives no logits; use "
+            "another score"
+        ) from None
     if logits.dim() == 3 and labels is not None:
         if batch.mask is not None:
             labels = labels.masked_fill(~batch.mask, -100)
@@ -201,11 +256,14 @@ class Pruning:
 
     Args:
         cache: the model and the calibration data. :meth:`pruners` advances it with the current weights.
-        score, options: see :func:`leanstep.pruning.layer_pruner`.
+        score, options: see :func:`leanstep.pruning.layer_pruner`. An expert with too few tokens is scored by magnitude.
     """
 
     def __init__(self, cache: ActivationCache, score: str, options: Mapping[str, Any] | None = None) -> None:
         self.cache, self.score, self.options = cache, score, dict(options or {})
+        # fewest tokens of a layer in any pass: of experts that were scored by magnitude, and of other layers
+        self._few: dict[str, int] = {}
+        self._short: dict[str, tuple[int, int]] = {}
 
     def pruners(self, groups: Sequence[Group], start: int = 0) -> Pruners:
         """One pruner per matrix; their statistics take one pass over the data from the stage ``start`` on."""
@@ -244,7 +302,38 @@ class Pruning:
     def pruner(self, target: Target, statistics: LayerStatistics) -> LayerPruner:
         """The pruner of one matrix."""
         spacing = math.prod(target.layer.shape[2:])  # N:M groups of a convolution lie along its in-channels
+        count, needs = statistics.count, NEEDS[self.score]
+        if needs and target.expert is not None and count < (1 if "gradients" in needs else _FEWEST_ROWS):
+            self._few[target.name] = min(count, self._few.get(target.name, count))
+            scope = self.options.get("scope") or ("row" if self.score == "wanda" else None)
+            return layer_pruner(target.weight.clone(), "magnitude", scope=scope)
+        inputs = target.weight.shape[1]
+        if target.expert is None and count < (inputs if "gram" in needs else _FEWEST_ROWS if needs else 0):
+            self._short[target.name] = (count, inputs)
         return layer_pruner(target.weight.clone(), self.score, statistics, spacing=spacing, **self.options)
+
+    def notes(self) -> list[str]:
+        """Remarks about layers with too few calibration tokens, in sentences."""
+        notes = []
+        if self._few:
+            counts = [f"{name} ({count})" for name, count in sorted(self._few.items(), key=lambda item: item[1])]
+            few = f"fewer than {_FEWEST_ROWS} calibration tokens"
+            notes.append(
+                f"{len(self._few)} experts got {'no sample with a gradient' if self.score == 'mfac' else few} and were "
+                f"pruned by magnitude: {some(counts)}; more samples reach more experts"
+            )
+        if self._short:
+            fewest, inputs = min(count for count, _ in self._short.values()), max(n for _, n in self._short.values())
+            reason = (
+                f"fewer than their inputs (up to {inputs}), so that SparseGPT's Gram matrices are singular"
+                if "gram" in NEEDS[self.score]
+                else "too few for their statistics"
+            )
+            notes.append(
+                f"the calibration data is short: {len(self._short)} matrices got {fewest} tokens or not many more, "
+                f"{reason}; give more or longer samples"
+            )
+        return notes
 
 
 class Pruners:

@@ -1,4 +1,4 @@
-"""Prepare a matrix for pruning by a score: magnitude, Wanda, SparseGPT, M-FAC or a function."""
+"""Prepare a matrix for pruning by a score: magnitude, Wanda, SparseGPT, ALPS, M-FAC or a function."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from leanstep.pruning.score.alps import ALPSPruner
 from leanstep.pruning.score.base import NEEDS, SCOPES, LayerPruner, LayerStatistics, Ranking, zeros_first
 from leanstep.pruning.score.obs import UPDATES, FisherPruner
 from leanstep.pruning.score.sparsegpt import SparseGPTPruner
@@ -38,6 +39,7 @@ def layer_pruner(
     "wanda"      |w_ij| ||X_j||_2                           a row                 stay
     "sparsegpt"  w_ij^2 / [U_jj]^2                          blocks of columns     compensate the pruned ones to
                                                                                   their left in the row
+    "alps"       ADMM chooses the support           the matrix (``scope``)        least squares on the support
     "mfac"       w_q^2 / (2 [F^-1]_qq)                      the matrix            compensate the pruned ones of
                                                                                   their block (``update``)
     ===========  =========================================  ====================  ================================
@@ -49,10 +51,10 @@ def layer_pruner(
         weight: [out, in], floating; never written. :func:`leanstep.pruning.as_matrix` converts other layouts.
         score: one of the table, or a function of (weight in fp32, statistics) that gives scores [out, in] >= 0.
         statistics: with the fields that :data:`leanstep.pruning.score.base.NEEDS` lists for the score.
-        scope: "matrix" or "row", for magnitude, Wanda and functions (default: matrix); None: as in the table.
+        scope: "matrix" or "row", for magnitude, Wanda, ALPS and functions (default: matrix); None: as in the table.
         update: "exact", "independent" or "none", for "mfac".
-        damping: for "sparsegpt" (None: 0.01) and "mfac" (None: 0.1): added to the diagonal, as a fraction of
-            its mean.
+        damping: for "sparsegpt" and "alps" (None: 0.01), and "mfac" (None: 0.1): added to the diagonal, as a fraction
+            of its mean.
         block_size: columns that SparseGPT prunes together, or weights per block of M-FAC's F.
         spacing: kernel positions of a convolution, else 1. N:M groups lie along its in-channels, which are ``spacing``
             columns apart in a flattened row.
@@ -66,7 +68,8 @@ def layer_pruner(
 
     References:
         Sun, Liu, Bair, Kolter, arXiv 2306.11695 (Wanda), equation 1; Frantar, Alistarh, arXiv 2301.00774 (SparseGPT),
-        algorithm 1; Frantar, Kurtic, Alistarh, arXiv 2107.03356 (M-FAC), section 3.
+        algorithm 1; Meng, Behdin, Wang, Mazumder, arXiv 2406.07831 (ALPS); Frantar, Kurtic, Alistarh, arXiv 2107.03356
+        (M-FAC), section 3.
 
     Example:
         >>> pruner = layer_pruner(torch.tensor([[3.0, -1.0], [0.5, 2.0]]))
@@ -80,6 +83,15 @@ def layer_pruner(
             assert statistics is not None and statistics.gram is not None
             return SparseGPTPruner(
                 matrix, statistics.gram, damping=0.01 if damping is None else damping, block_size=block_size
+            )
+        if score == "alps":
+            assert statistics is not None and statistics.gram is not None
+            return ALPSPruner(
+                matrix,
+                statistics.gram,
+                damping=0.01 if damping is None else damping,
+                scope=scope or "matrix",
+                block_size=block_size,
             )
         if score == "mfac":
             assert statistics is not None and statistics.gradients is not None

@@ -90,16 +90,24 @@ class SparseGPTPruner(LayerPruner):
         return weight.masked_fill(self.weight == 0, 0.0), mask
 
 
-def _inverse_factor(gram: Tensor, damping: float) -> Tensor:
-    """U, upper triangular, with U^T U = (gram + damping)^-1; float64."""
+def damped_gram(gram: Tensor, damping: float) -> Tensor:
+    """gram with ``damping`` times its mean diagonal added to the diagonal, and ones for inputs that are always zero.
+
+    Returns a new float64 tensor. Raises ValueError for a gram matrix that is not finite.
+    """
     if not bool(gram.isfinite().all()):
-        raise ValueError("SparseGPT: the sum of x x^T over the calibration tokens is not finite")
+        raise ValueError("the sum of x x^T over the calibration tokens is not finite")
     matrix = gram.to(torch.float64, copy=True)
     diagonal = matrix.diagonal()
     diagonal[diagonal == 0] = 1.0
     diagonal += damping * diagonal.mean()
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    del matrix, diagonal  # 8 in^2 bytes each, and there are wide layers
+    return matrix
+
+
+def _inverse_factor(gram: Tensor, damping: float) -> Tensor:
+    """U, upper triangular, with U^T U = (gram + damping)^-1; float64."""
+    # the damped matrix is freed before the second factor: 8 in^2 bytes each, and there are wide layers
+    factor, info = torch.linalg.cholesky_ex(damped_gram(gram, damping))
     if not int(info):
         factor = torch.cholesky_inverse(factor)
         factor, info = torch.linalg.cholesky_ex(factor, upper=True)

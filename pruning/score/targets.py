@@ -88,6 +88,10 @@ _PRUNED_ROLES = ("hidden", "expert", "conv")
 _ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)$")
 _ROUTER_CLASS = re.compile(r"Router|Gate$")
 _EMBEDDING = re.compile(r"embed", re.IGNORECASE)
+# of a model without a head: nothing that is measured depends on it
+_POOLER = re.compile(r"^pooler(\.|$)")
+# bare parameters that multiply no input: state matrices, tables and biases
+_NO_WEIGHT = re.compile(r"(^|[._])(A|A_log|\w*tables?|\w*bias(es)?)$")
 _INDEX = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
@@ -130,8 +134,8 @@ def find_targets(
     """Find the matrices to prune, in the order of the model's parameters.
 
     Takes linear layers, transformers' ``Conv1D``, convolutions, and each expert of fused expert weights. Leaves out
-    embeddings of every kind (patches and positions too), the head, weights tied to these, norms, biases, and the
-    routers of mixtures of experts.
+    embeddings of every kind (patches and positions too), the head, weights tied to these, norms, biases, the routers
+    of mixtures of experts, and the pooler of a model without a head.
 
     Args:
         model: any module; frozen parameters count as well.
@@ -140,8 +144,8 @@ def find_targets(
         exclude: wildcards; matching parameters are left out.
 
     Raises:
-        ValueError: for a wildcard that matches nothing, nothing left to prune, or a weight that is quantised or
-            parametrized.
+        ValueError: for a wildcard that matches nothing, nothing left to prune, or a matrix among those to prune that
+            is quantised or parametrized.
     """
     names = prunable_names(model, include=include, exclude=exclude)
     roles = parameter_roles(model)
@@ -170,10 +174,12 @@ def find_targets(
 
 def prunable_names(model: nn.Module, *, include: Iterable[str] | None = None, exclude: Iterable[str] = ()) -> list[str]:
     """Names of the parameters that :func:`find_targets` would prune; the model may be on the meta device."""
-    _refuse_foreign_weights(model)
+    _refuse_quantised(model)
     parameters = dict(model.named_parameters())
     rules = None if include is None else list(include)
-    return _choose(model, parameter_roles(model), parameters, rules, list(exclude))
+    names = _choose(model, parameter_roles(model), parameters, rules, list(exclude))
+    _refuse_parametrized(model, names)
+    return names
 
 
 def count_uses(model: nn.Module, targets: Sequence[Target], batch: Batch) -> list[Target]:
@@ -210,7 +216,7 @@ def _choose(
     for rule in [*(include or []), *exclude]:
         if not any(fnmatchcase(name, rule) for name in matrices):
             raise ValueError(
-                f"the rule {rule!r} matches no matrix of {type(model).__name__}; they are {_some(matrices)}"
+                f"the rule {rule!r} matches no matrix of {type(model).__name__}; they are {some(matrices)}"
             )
     if include is None:
         selected = [name for name in matrices if _is_pruned(model, name, roles[name]) and not _special(model, name)]
@@ -221,7 +227,7 @@ def _choose(
             raise ValueError(f"{wrong[0]} is of the kind {roles[wrong[0]]!r}, which is never pruned; narrow the rules")
     selected = [name for name in selected if not any(fnmatchcase(name, rule) for rule in exclude)]
     if not selected:
-        raise ValueError(f"{type(model).__name__} has nothing to prune; its matrices are {_some(matrices)}")
+        raise ValueError(f"{type(model).__name__} has nothing to prune; its matrices are {some(matrices)}")
     return selected
 
 
@@ -230,16 +236,20 @@ def _is_pruned(model: nn.Module, name: str, role: str, *, named: bool = False) -
     if role == "other":
         # linear layers with one output, and bare matrices of modules that are not torch's
         parameter = model.get_parameter(name)
-        return parameter.dim() == 2 and (named or isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear))
+        linear = isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear)
+        return parameter.dim() == 2 and (linear or (named and not _NO_WEIGHT.search(name)))
     return role in _PRUNED_ROLES or (named and role in ("head", "router"))
 
 
 def _special(model: nn.Module, name: str) -> bool:
-    """Whether a matrix is a router or an embedding."""
+    """Whether a matrix is a router, an embedding, or the pooler of a model without a head."""
     module_name = name.rpartition(".")[0]
     module = model.get_submodule(module_name)
     return bool(
-        _ROUTER.search(module_name) or _ROUTER_CLASS.search(type(module).__name__) or _EMBEDDING.search(module_name)
+        _ROUTER.search(module_name)
+        or _ROUTER_CLASS.search(type(module).__name__)
+        or _EMBEDDING.search(module_name)
+        or _POOLER.search(module_name)
     )
 
 
@@ -253,14 +263,21 @@ def _block_numbers(names: list[str]) -> dict[str, int]:
     return {name: int(match[1]) for name, match in matches.items() if name[: match.start(1)] == main}
 
 
-def _refuse_foreign_weights(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if getattr(module, "parametrizations", None):
-            attribute = next(iter(module.parametrizations))
+def _refuse_parametrized(model: nn.Module, names: Sequence[str]) -> None:
+    """Raise ValueError for a selected weight that a parametrization computes."""
+    for name in names:
+        owner, parametrized, rest = name.rpartition("parametrizations.")
+        if parametrized:
+            attribute = rest.partition(".")[0]
+            kind = model.get_submodule(f"{owner}parametrizations.{attribute}")[0]  # type: ignore[index]
             raise ValueError(
-                f"{name}.{attribute} is parametrized ({module.parametrizations[attribute][0]}); "
-                "bake it into the weight first (leanstep.sparsity.squash, or torch's remove_parametrizations)"
+                f"{owner}{attribute} is parametrized ({kind}); bake it into the weight first "
+                "(leanstep.sparsity.squash, or torch's remove_parametrizations), or leave it out with "
+                f"exclude={owner + '*'!r}"
             )
+
+
+def _refuse_quantised(model: nn.Module) -> None:
     quantised = getattr(model, "hf_quantizer", None) or getattr(
         getattr(model, "config", None), "quantization_config", None
     )
@@ -281,7 +298,8 @@ def _check_weight(name: str, parameter: nn.Parameter) -> None:
         raise ValueError(f"{name} is on the meta device and has no values; load the model first")
 
 
-def _some(names: list[str], most: int = 12) -> str:
+def some(names: Sequence[str], most: int = 12) -> str:
+    """The first names in a message, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 

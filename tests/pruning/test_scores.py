@@ -10,7 +10,7 @@ from leanstep.pruning import LayerStatistics, as_matrix, layer_pruner
 from leanstep.pruning.score.base import NEEDS
 from leanstep.sparsity import is_nm
 
-SCORES = ("magnitude", "wanda", "sparsegpt", "mfac")
+SCORES = ("magnitude", "wanda", "sparsegpt", "alps", "mfac")
 
 
 def statistics_of(x, gradients=None):
@@ -279,7 +279,7 @@ def test_mfac_leaves_weights_that_are_zero_out_of_the_fisher_matrix():
 def test_scores_do_not_depend_on_the_scale_of_the_loss(matrix):
     weight, statistics = matrix
     scaled = LayerStatistics(gradients=statistics.gradients * 1e-4, gram=statistics.gram * 1e6)
-    for score in ("mfac", "sparsegpt"):
+    for score in ("mfac", "sparsegpt", "alps"):
         first, second = (layer_pruner(weight, score, s).prune(150) for s in (statistics, scaled))
         assert torch.equal(first.mask, second.mask)
         torch.testing.assert_close(first.weight, second.weight, rtol=1e-4, atol=1e-5)
@@ -340,7 +340,10 @@ def test_ties_are_pruned_from_the_front():
 def test_what_cannot_be_pruned_is_refused_with_the_reason(matrix):
     weight, statistics = matrix
     bad = [
-        (lambda: layer_pruner(weight, "wandas", statistics), "score must be one of magnitude, wanda, sparsegpt, mfac"),
+        (
+            lambda: layer_pruner(weight, "wandas", statistics),
+            "score must be one of magnitude, wanda, sparsegpt, alps, mfac",
+        ),
         (lambda: layer_pruner(weight, "wanda"), "needs statistics with square_sum"),
         (lambda: layer_pruner(weight[:, :8], "sparsegpt", statistics), r"gram of shape \(32, 32\) does not fit"),
         (lambda: layer_pruner(weight[:2], "mfac", statistics), "gradients of shape"),

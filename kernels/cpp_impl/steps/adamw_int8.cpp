@@ -31,7 +31,6 @@ static inline void update(
         const float decayed = settings.aligned & !(average * weight >= 0.0f) ? weight : weight * settings.decay;
         store_weight<ROUNDING>(decayed - step, false, p, state, i, index + static_cast<uint32_t>(i), settings.seed);
     };
-    const auto larger = [](uint32_t largest, float x) { return std::max(largest, to_bits(x) & 0x7FFFFFFFu); };
 #pragma omp simd reduction(max : largest, largest_square)
     for (int64_t j = 0; j < n / 2; ++j) {
         one(2 * j, averages.low[j], squares.low[j]);
@@ -41,6 +40,7 @@ static inline void update(
     }
     if (n % 2) {
         one(n - 1, averages.low[n / 2], squares.low[n / 2]);
+        averages.high[n / 2] = squares.high[n / 2] = 0.0f;
         largest = larger(largest, averages.low[n / 2]);
         largest_square = larger(largest_square, squares.low[n / 2]);
     }

@@ -14,45 +14,40 @@ struct Settings {
 // updates the n parameters of one block; with `skipping`, not those whose gradient is not finite
 template <bool skipping>
 static inline void update(
-    PARAM* __restrict p, const GRAD* __restrict g, const int8_t* __restrict codes, float scale,
-    StateT* __restrict state, int64_t n, const Settings& settings, uint32_t index, Momenta& momenta
+    PARAM* __restrict p, const GRAD* __restrict g, const bf16* __restrict units, float scale, StateT* __restrict state,
+    int64_t n, const Settings& settings, uint32_t index, Momenta& momenta
 ) {
     constexpr bool in_pairs = !skipping && all_bf16<PARAM, GRAD>;
     const uint32_t seed = settings.seed;
-    uint32_t largest = 0;
     // updates entry i, and returns its momentum
     const auto one = [&](int64_t i) {
-        const float gradient = signed_gradient(widen(g[i])), momentum = value_of(codes[i], scale);
+        const float gradient = signed_gradient(widen(g[i])), momentum = widen(units[i]) * scale;
         const float weight = weight_of<ROUNDING>(p[i], state, i);
         const Moved moved = move(gradient, momentum, weight, settings.scalars, settings.cautious_scale);
         const bool keep = skipping && !is_finite(gradient);
         store_weight<ROUNDING>(moved.weight, keep, p, state, i, index + static_cast<uint32_t>(i), seed);
         return keep ? momentum : moved.momentum;
     };
+    if constexpr (!in_pairs) {
+        for_entries(n, momenta, one);
+        return;
+    }
+    uint32_t largest = 0;
 #pragma omp simd reduction(max : largest)
     for (int64_t j = 0; j < n / 2; ++j) {
-        float low, high;
-        if constexpr (in_pairs) {
-            int16_t word;
-            std::memcpy(&word, codes + 2 * j, sizeof word);
-            const int32_t second = word >> 8, first = static_cast<int32_t>(static_cast<uint32_t>(word) << 24) >> 24;
-            const Pair gradient = load_pair(g, j), weight = weights_of<ROUNDING>(p, state, j);
-            const Moved even = move(signed_gradient(gradient.low), value_of(first, scale), weight.low,
-                                    settings.scalars, settings.cautious_scale);
-            const Moved odd = move(signed_gradient(gradient.high), value_of(second, scale), weight.high,
-                                   settings.scalars, settings.cautious_scale);
-            const uint32_t i = index + static_cast<uint32_t>(2 * j);
-            store_weights<ROUNDING>({even.weight, odd.weight}, p, state, j, i, seed);
-            low = even.momentum, high = odd.momentum;
-        } else {
-            low = one(2 * j), high = one(2 * j + 1);
-        }
-        momenta.low[j] = low, momenta.high[j] = high;
-        largest = std::max(largest, std::max(to_bits(low) & 0x7FFFFFFFu, to_bits(high) & 0x7FFFFFFFu));
+        const Pair gradient = load_pair(g, j), unit = load_pair(units, j), weight = weights_of<ROUNDING>(p, state, j);
+        const Moved even = move(signed_gradient(gradient.low), unit.low * scale, weight.low, settings.scalars,
+                                settings.cautious_scale);
+        const Moved odd = move(signed_gradient(gradient.high), unit.high * scale, weight.high, settings.scalars,
+                               settings.cautious_scale);
+        const uint32_t i = index + static_cast<uint32_t>(2 * j);
+        store_weights<ROUNDING>({even.weight, odd.weight}, p, state, j, i, seed);
+        momenta.low[j] = even.momentum, momenta.high[j] = odd.momentum;
+        largest = larger(larger(largest, even.momentum), odd.momentum);
     }
     if (n % 2) {
-        momenta.low[n / 2] = one(n - 1);
-        largest = std::max(largest, to_bits(momenta.low[n / 2]) & 0x7FFFFFFFu);
+        momenta.low[n / 2] = one(n - 1), momenta.high[n / 2] = 0.0f;
+        largest = larger(largest, momenta.low[n / 2]);
     }
     momenta.largest = from_bits(largest);
 }
@@ -64,10 +59,20 @@ static void step(
     uint32_t index, uint32_t first_pair
 ) {
     const Settings settings = given;
+    alignas(64) bf16 units[PIECE];
     Momenta momenta[BLOCKS];
+    units_of(codes, n, units);
     for (int64_t b = 0, from = 0; from < n; ++b, from += SCALED) {
-        update<skipping>(p + from, g + from, codes + from, scales[b], state ? state + from : nullptr,
-                         std::min(SCALED, n - from), settings, index + static_cast<uint32_t>(from), momenta[b]);
+        const auto block = [&](int64_t size) {
+            update<skipping>(p + from, g + from, units + from, scales[b], state ? state + from : nullptr, size,
+                             settings, index + static_cast<uint32_t>(from), momenta[b]);
+        };
+        // loops of a constant length have no remainder
+        if (n - from >= SCALED) {
+            block(SCALED);
+        } else {
+            block(n - from);
+        }
     }
     for (int64_t b = 0, from = 0; from < n; ++b, from += SCALED) {
         quantize(momenta[b], std::min(SCALED, n - from), codes + from, scales + b,

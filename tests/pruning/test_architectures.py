@@ -1,0 +1,235 @@
+"""Architectures of transformers: each is pruned from a folder to a folder, and what is left out is said."""
+
+import json
+import re
+
+import pytest
+import torch
+from architectures import CAUSAL, ENCODER_DECODER, IMAGE, MASKED, WITHOUT_HEAD, make
+from pruned_models import images, make_llama, make_mixtral, save_model, tokens
+from texts import sentences
+from torch import nn
+
+from leanstep.cli import main
+from leanstep.pruning import CalibrationText, find_targets, prune, prune_checkpoint
+from leanstep.pruning.measure.activation_cache import ActivationCache
+from leanstep.pruning.measure.batches import as_batches
+from leanstep.pruning.measure.measure import weights_hash
+
+QUICK = {"sparsity": 0.5, "levels": (0.4, 0.7), "batch_size": 4}
+SMALL = ["--samples", "4", "--curve-samples", "2", "--held-out", "2", "--seq-len", "16", "--levels", "0.4,0.7"]
+LEFT_OUT = {
+    "mamba": r"conv1d.weight, .*dt_proj.weight.* was never run",
+    "mamba2": r"conv1d.weight.* was never run",
+    "jamba": r"conv1d.weight, .*dt_proj.weight.* was never run",
+    "lfm2": r"conv.conv.weight.* was never run",
+    "qwen3_next": r"conv1d.weight.* was never run",
+    "convnext": r"dwconv.weight.* has groups",
+}
+EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "llama4", "deepseek_v3", "jamba", "qwen3_next")
+
+
+def data_for(name):
+    if name == "whisper":
+        sounds = torch.randn(6, 8, 32, generator=torch.Generator().manual_seed(0))
+        given = zip(sounds.split(2), tokens(6, 16).split(2), strict=True)
+        return [{"input_features": sound, "decoder_input_ids": text} for sound, text in given]
+    if name in IMAGE or name.startswith("vit"):
+        return images(8)
+    return CalibrationText((sentences(12),), samples=4, curve_samples=2, held_out=2, seq_len=16)
+
+
+@pytest.mark.parametrize("name", [*CAUSAL, *MASKED, *ENCODER_DECODER, *IMAGE, *WITHOUT_HEAD])
+def test_every_architecture_is_pruned_and_opens_again(name, tmp_path):
+    model = make(name)
+    save_model(model, tmp_path / "in")
+    result = prune_checkpoint(tmp_path / "in", tmp_path / "out", data_for(name), **QUICK)
+    names = {target.parameter for group in result.groups for target in group.targets}
+    assert result.sparsity == pytest.approx(0.5, abs=0.01) and result.held_out.joint > 0
+    again = type(model).from_pretrained(tmp_path / "out")
+    state = dict(again.named_parameters())
+    changed = {key for key, weight in model.named_parameters() if not torch.equal(weight, state[key])}
+    assert changed <= names and len(changed) > 0.5 * len(names)
+    assert not any(re.search(r"router|A_log|position|table|embed|pooler|\.gate\.", key) for key in names)
+    notes = json.loads((tmp_path / "out" / "sparsity.json").read_text())["notes"]
+    left_out = [note for note in notes if note.startswith("left out")]
+    assert len(left_out) == (name in LEFT_OUT)
+    if name in LEFT_OUT:
+        assert re.search(LEFT_OUT[name], left_out[0])
+    assert any("pruned by magnitude" in note for note in notes) == (name in EXPERTS)
+
+
+def test_the_command_gives_the_decoder_its_inputs(tmp_path, capsys):
+    save_model(make("t5"), tmp_path / "t5")
+    (tmp_path / "text.txt").write_text(sentences(12))
+    arguments = ["prune", str(tmp_path / "t5"), "--data", str(tmp_path / "text.txt"), *SMALL, "--sparsity", "0.5"]
+    assert main([*arguments, "--out", str(tmp_path / "out"), "--eval"]) == 0
+    assert re.search(r"perplexity +\d.*\(14 targets\)", capsys.readouterr().out)
+
+
+def test_the_encoder_reads_the_first_half_and_the_decoder_the_second():
+    model, samples = make("bart"), tokens(3, 8)
+    (batch,) = as_batches(samples, model)
+    assert torch.equal(batch.kwargs["input_ids"], samples[:, :4])
+    assert batch.kwargs["decoder_input_ids"].tolist() == [[2, *row[4:7]] for row in samples.tolist()]
+    assert torch.equal(batch.labels, batch.kwargs["decoder_input_ids"])
+    labels = samples.clone()
+    labels[0, 5:] = -100
+    (batch,) = as_batches([{"input_ids": samples, "labels": labels}], model)
+    with torch.no_grad():
+        expected = model(input_ids=samples, labels=labels).logits
+        assert torch.equal(batch.run(model).logits, expected)
+    assert batch.mask.tolist() == (labels != -100).tolist()
+    with pytest.raises(ValueError, match="has a decoder: expected decoder_input_ids or labels .* got input_ids"):
+        as_batches([{"input_ids": samples}], model)
+
+
+REFUSALS = {
+    "text for sounds": (
+        "whisper",
+        tokens(6),
+        "WhisperForConditionalGeneration takes input_features, got token numbers",
+    ),
+    "sounds alone": ("whisper", torch.randn(6, 8, 32), "mappings with input_features and decoder_input_ids"),
+    "images for a pair": ("clip_pair", images(6), "CLIPModel takes token numbers, got torch.float32"),
+    "text for a pair": (
+        "clip_pair",
+        tokens(6),
+        r"could not be measured .*\(input_ids\): .* of: input_ids, pixel_values",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_data_that_a_model_cannot_take_is_refused_with_the_reason(case):
+    name, data, message = REFUSALS[case]
+    model = make(name)
+    before = weights_hash(model)
+    with pytest.raises(ValueError, match=message):
+        prune(model, data, sparsity=0.5)
+    assert weights_hash(model) == before
+
+
+def test_the_command_refuses_what_it_cannot_measure_in_one_line(tmp_path, capsys):
+    save_model(make("clip_pair"), tmp_path / "clip")
+    (tmp_path / "text.txt").write_text(sentences(12))
+    arguments = ["prune", str(tmp_path / "clip"), "--data", str(tmp_path / "text.txt"), *SMALL, "--sparsity", "0.5"]
+    for more in ([], ["--eval"]):
+        assert main([*arguments, "--out", str(tmp_path / "out"), *more]) == 2
+        (error,) = capsys.readouterr().err.splitlines()[-1:]
+        assert error.startswith("error: CLIPModel could not be measured on the data")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["bert", "bert_base"])
+def test_perplexity_needs_a_model_that_predicts_the_next_token(name, tmp_path):
+    save_model(make(name), tmp_path / "in")
+    with pytest.raises((ValueError, TypeError), match="perplexity needs a model that predicts the next token"):
+        prune_checkpoint(tmp_path / "in", tmp_path / "out", data_for(name), evaluate=True, **QUICK)
+
+
+def test_the_fisher_score_of_a_masked_language_model_has_no_next_token():
+    model = make("bert")
+    assert as_batches(tokens(2), model)[0].labels is None
+    assert prune(model, tokens(6), sparsity=0.5, allocation="uniform", score="mfac").held_out.joint > 0
+    with pytest.raises(ValueError, match="score='mfac' needs the loss of a model with a head"):
+        prune(make("bert_base"), tokens(6), sparsity=0.5, allocation="uniform", score="mfac")
+
+
+class _Crossing(nn.Module):
+    """Later stages need only the output of the stage before for one sample alone, but not for several."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
+
+    def forward(self, x):
+        first = self.blocks[0](x).tanh()
+        second = self.blocks[1](first).tanh()
+        third = self.blocks[2](second).tanh()
+        return self.blocks[3](third + first if len(x) > 1 else third)
+
+
+def test_a_cache_that_changes_an_output_is_given_up_and_the_report_says_so():
+    torch.manual_seed(0)
+    model, data = _Crossing(), torch.randn(40, 6)
+    assert ActivationCache(model, as_batches(data, model)).starts == (0, 1, 2, 3)
+    result = prune(model, data, **QUICK)
+    assert result.sparsity == pytest.approx(0.5, abs=0.01)
+    assert sum("activations are not cached: from blocks.2 on" in note for note in result.notes) == 1
+
+
+class _Picky(nn.Module):
+    """A model that raises an error of its own where a stage's output is not what it was."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(6, 6), nn.Linear(6, 7), nn.Linear(7, 6)
+
+    def forward(self, x):
+        first = self.first(x)
+        second = self.second(first)
+        if first.shape[-1] != 6:
+            raise self.Error
+        return self.third(second) + first
+
+
+def test_a_model_that_the_cache_cannot_cut_is_pruned_without_it():
+    torch.manual_seed(0)
+    model = _Picky()
+    assert ActivationCache(model, as_batches(torch.randn(4, 6), model)).starts == (0, 1)
+    assert prune(model, torch.randn(40, 6), **QUICK).sparsity == pytest.approx(0.5, abs=0.02)
+
+
+def test_exclude_gets_past_a_weight_norm():
+    model = make_llama(1)
+    nn.utils.parametrizations.weight_norm(model.model.layers[0].mlp.down_proj)
+    with pytest.raises(
+        ValueError, match=r"down_proj.weight is parametrized .*exclude='model.layers.0.mlp.down_proj.\*'"
+    ):
+        find_targets(model)
+    names = [target.name for target in find_targets(model, exclude=["model.layers.0.mlp.down_proj.*"])]
+    assert len(names) == 6 and not any("down_proj" in name for name in names)
+
+
+def test_state_matrices_are_never_pruned_whatever_a_rule_names():
+    with pytest.raises(ValueError, match="A_log is of the kind 'other', which is never pruned"):
+        find_targets(make("mamba"), include=["*.mixer.*"])
+
+
+def test_experts_with_few_tokens_are_pruned_by_magnitude_and_the_others_by_their_score():
+    model = make_mixtral()
+    with torch.no_grad():  # every token goes to the first two of three experts
+        for layer in model.model.layers:
+            layer.mlp.gate.weight.zero_()
+    dense = {target.name: target.weight.clone() for target in find_targets(model)}
+    settings = {"sparsity": 0.5, "allocation": "uniform", "held_out": False}
+    result = prune(model, tokens(8), score="sparsegpt", **settings)
+    (note,) = (note for note in result.notes if "magnitude" in note)
+    assert note.startswith("4 experts got fewer than 32 calibration tokens and were pruned by magnitude")
+    assert note.count("[2] (0)") == 4
+    for target in find_targets(model):
+        kept = target.weight != 0
+        same = torch.equal(target.weight[kept], dense[target.name][kept])
+        assert same == (target.expert == 2), target.name  # magnitude leaves the others as they are
+    gradients = prune(make_routed(), tokens(8), score="mfac", **settings)
+    assert any("4 experts got no sample with a gradient" in note for note in gradients.notes)
+
+
+def make_routed():
+    model = make_mixtral()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate.weight.zero_()
+    return model
+
+
+def test_data_too_short_for_the_statistics_is_said():
+    result = prune(make_llama(1), tokens(4, 12), sparsity=0.5, allocation="uniform", score="sparsegpt")
+    (note,) = (note for note in result.notes if "is short" in note)
+    assert "1 matrices got 36 tokens" in note and "up to 40" in note and "singular" in note
+    result = prune(make_llama(1), tokens(4, 6), sparsity=0.5, allocation="uniform")
+    assert any("7 matrices got 18 tokens" in note and "too few for their statistics" in note for note in result.notes)
