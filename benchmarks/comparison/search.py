@@ -16,6 +16,8 @@ from comparison.protocol import ComparisonError, Protocol, Run
 Point = tuple[int, int]  # powers of two of hidden and other learning rate, relative to the start
 FIRST = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
 _REACH = 4
+# losses this close are the same: the standard errors of judged rows are larger
+TIE = 1e-3
 
 
 class EdgeError(ComparisonError):
@@ -85,6 +87,15 @@ def is_interior(point: Point, points: list[Point]) -> bool:
     return {(i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)} <= set(points)
 
 
+def best_inside(losses: Mapping[Point, float], points: list[Point]) -> Point:
+    """The best point; if it is on an edge, the best one inside with the same loss (to :data:`TIE`), if there is one."""
+    overall = best(losses, points)
+    if is_interior(overall, points):
+        return overall
+    inside = [point for point in points if is_interior(point, points) and losses[point] <= losses[overall] + TIE]
+    return best(losses, inside) if inside else overall
+
+
 def tune_run(
     method: str, protocol: Protocol, start: tuple[float, float], point: Point, settings: tuple[float, float]
 ) -> Run:
@@ -113,7 +124,7 @@ def plan(method: str, protocol: Protocol, search: Search, losses: Mapping[Run, f
     grid = [run_at(point) for point in points]
     if missing:
         return Plan(grid, [run_at(point) for point in missing], None)
-    centre = best(tried, points)
+    centre = best_inside(tried, points)
     if not is_interior(centre, points) or math.isinf(tried[centre]):
         raise EdgeError(_edge(run_at(centre), search.budget, math.isinf(tried[centre])))
     others = [run_at(centre, settings) for settings in protocol.other_settings()]
