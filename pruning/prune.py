@@ -16,16 +16,16 @@ from leanstep.pruning.allocate.latency import LatencyTable
 from leanstep.pruning.measure.activation_cache import ActivationCache
 from leanstep.pruning.measure.batches import Batch, as_batches, batches_hash
 from leanstep.pruning.measure.checks import CORRECTIONS, Trial
-from leanstep.pruning.measure.curves import Curve, Levels, levels_of
+from leanstep.pruning.measure.curves import SOURCES, Curve, Levels, levels_of
 from leanstep.pruning.measure.measure import (
     Measurement,
-    Progress,
     Stored,
     WeightSnapshot,
     evaluating,
     measure_curves,
 )
 from leanstep.pruning.measure.metrics import METRICS, Metric, check_runs, metric_name
+from leanstep.pruning.measure.points import Progress
 from leanstep.pruning.result import Additivity, Allocation, PruneResult
 from leanstep.pruning.score.base import NEEDS
 from leanstep.pruning.score.calibration import Pruning, leave_out
@@ -50,7 +50,8 @@ def prune(
     exclude: Iterable[str] = (),
     held_out: Any = None,
     curve_data: Any = None,
-    curves: Mapping[str, Curve] | None = None,
+    curves: Mapping[str, Curve] | str | None = None,
+    minutes: float = 30.0,
     correction: str = "none",
     levels: Sequence[float] | None = None,
     budget: Budget | LatencyTable | str | None = None,
@@ -82,7 +83,11 @@ def prune(
         held_out: data for the comparison. None sets aside the last fifth of ``data``. False skips the comparison and
             applies the allocation in any case.
         curve_data: data for the curves; None: ``data``. Curves need fewer samples than scores.
-        curves: curves measured earlier with the same score; None measures them.
+        curves: how curves are obtained with ``dp``: ``measured``, ``fisher`` (to second order, in the time of a few
+            passes) or ``anchored`` (Fisher curves scaled to a few measurements); see :func:`measure_curves`. None:
+            ``measured`` where that takes less than ``minutes``, else ``anchored``. Or curves measured earlier with the
+            same score.
+        minutes: time for measurements; see :func:`measure_curves`.
         correction: ``none``; or ``relinearise``, which measures curves again around the uniformly pruned model. The
             allocation with the smallest joint distortion on ``curve_data`` is taken.
         levels: sparsities at which curves are measured; None: a grid around ``sparsity``.
@@ -125,6 +130,8 @@ def prune(
         pattern=pattern,
         granularity=granularity,
         correction=correction,
+        curves=curves,
+        minutes=minutes,
         budget=budget,
         metric=metric,
     )
@@ -154,6 +161,8 @@ def prune(
         metric=metric,
         correction=correction,
         levels=levels,
+        curve_method=curves if isinstance(curves, str) else None,
+        minutes=minutes,
         budget=budget or "params",
         batches=batches,
         held_out=held_out_batches,
@@ -165,7 +174,7 @@ def prune(
         notes=notes,
     )
     with planner.snapshot.restored_on_error(), evaluating(model):
-        return planner.run(curves, fixed)
+        return planner.run(None if isinstance(curves, str) else curves, fixed)
 
 
 def check_choices(
@@ -177,6 +186,8 @@ def check_choices(
     pattern: str = "unstructured",
     granularity: str = "matrix",
     correction: str = "none",
+    curves: Mapping[str, Curve] | str | None = None,
+    minutes: float = 30.0,
     budget: Budget | LatencyTable | str | None = None,
     metric: str | Metric | None = None,
     **others: Any,
@@ -188,6 +199,7 @@ def check_choices(
         ("granularity", granularity, GRANULARITIES),
         ("correction", correction, CORRECTIONS),
         *([("metric", metric, tuple(METRICS))] if isinstance(metric, str) else []),
+        *([("curves", curves, SOURCES)] if isinstance(curves, str) else []),
     ):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
@@ -195,6 +207,10 @@ def check_choices(
         raise ValueError(
             f"budget must be params, flops, bytes, a Budget or, for latencies, a LatencyTable; got {budget!r}"
         )
+    if not minutes > 0:
+        raise ValueError(f"minutes is the time for measurements and must be positive, got {minutes:g}")
+    if isinstance(curves, str) and allocation != "dp":
+        raise ValueError(f"curves={curves!r} are for allocation='dp' only, got {allocation!r}")
     by_weights = budget in (None, "params")
     fixed = fixed_pattern(pattern)
     if fixed is not None:
@@ -264,6 +280,8 @@ class Planner:
     metric: str | Metric | None
     correction: str
     levels: Sequence[float] | None
+    curve_method: str | None
+    minutes: float
     budget: Budget | LatencyTable | str
     batches: list[Batch]
     held_out: list[Batch]
@@ -356,6 +374,9 @@ class Planner:
             score_data=self.batches,
             resume=self.resume,
             progress=self.progress,
+            method=self.curve_method,
+            minutes=self.minutes,
+            solve=lambda curves: self._allocate("dp", curves=curves),
         )
 
     def _by_curves(self, curves: Mapping[str, Curve]) -> Allocation:

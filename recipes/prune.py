@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ _HELD_OUT_BYTES = 400_000
 # options that are arguments of prune() of the same name
 _SETTINGS = (
     *("sparsity", "allocation", "score", "pattern", "metric", "granularity", "correction", "levels"),
-    *("include", "exclude", "batch_size"),
+    *("include", "exclude", "batch_size", "curves", "minutes"),
 )
 _OPTIONS = {"data.val_path": "--data", "data.text_key": "--text-key", "seq_len": "--seq-len", "samples": "--samples"}
 
@@ -97,6 +98,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, metavar="N", help="decides which sequences are taken; default 0")
     add("--metric", metavar="NAME", help="kl (default for language models), kl_topk or mse_logits")
     add("--granularity", default="matrix", choices=("matrix", "role", "block"), help="matrices that share a level")
+    add(
+        "--curves",
+        choices=("measured", "fisher", "anchored"),
+        help="measured; to second order, in the time of a few passes; or that, scaled to a few measurements. Default: "
+        "measured where that takes less than --minutes, else anchored",
+    )
+    add("--minutes", type=float, default=30.0, metavar="M", help="time for measurements, see --curves; default 30")
     add("--correction", default="none", choices=("none", "relinearise"), help="for curves that do not add up")
     add("--levels", type=_levels, metavar="S,S,...", help="sparsities to measure; default: a grid around --sparsity")
     add("--include", action="append", metavar="NAMES", help="wildcards over parameter names: prune these only")
@@ -264,6 +272,9 @@ def _summary(result: "PruneResult", out: str) -> str:
     lines.append(f"allocation     {result.allocation.method}, score {result.score}, pattern {result.pattern}")
     if result.budget["kind"] != "params":
         lines.append(f"budget         {_spent(result.budget)}")
+    sources = Counter(curve.source for curve in result.curves.values())
+    if set(sources) - {"measured"}:
+        lines.append("curves         " + ", ".join(f"{number} {source}" for source, number in sources.items()))
     if result.allocation.predicted is not None:
         lines.append(f"predicted      {result.allocation.predicted:.4g} ({result.metric}, sum of the curves)")
     for one in result.compared:

@@ -56,6 +56,9 @@ def _lead(content: Mapping[str, Any]) -> str:
         f"pattern {content['pattern']}",
         f"metric {content['metric']}",
     ]
+    sources = sorted({curve.get("source", "measured") for curve in (content.get("curves") or {}).values()})
+    if sources:
+        facts.append(f"curves {', '.join(sources)}")
     if content.get("calibration_text"):
         facts.append(f"calibration {content['calibration_text']}")
     return " · ".join(facts)

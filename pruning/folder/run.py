@@ -30,8 +30,9 @@ from leanstep.pruning.folder.loading import (
     stored_parameters,
 )
 from leanstep.pruning.measure.batches import as_batches
-from leanstep.pruning.measure.measure import Progress, evaluating
+from leanstep.pruning.measure.measure import evaluating
 from leanstep.pruning.measure.metrics import check_runs, cross_entropy_sums, summarise
+from leanstep.pruning.measure.points import Progress
 from leanstep.pruning.prune import check_choices, prune
 from leanstep.pruning.result import PruneResult
 

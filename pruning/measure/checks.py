@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from leanstep.pruning.measure.curves import Curve, Levels, counts_and_patterns
-from leanstep.pruning.measure.measure import Measurement, Progress, WeightSnapshot, curve_of, evaluating
+from leanstep.pruning.measure.curves import Curve, Levels, counts_and_patterns, curve_of
+from leanstep.pruning.measure.measure import Measurement, WeightSnapshot, evaluating
 from leanstep.pruning.measure.metrics import Distortion
+from leanstep.pruning.measure.points import Progress
 from leanstep.pruning.result import Additivity, Allocation
 from leanstep.pruning.score.calibration import Pruning, prune_group
 from leanstep.pruning.score.targets import Group, Target

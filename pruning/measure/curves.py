@@ -20,6 +20,7 @@ from leanstep.sparsity.patterns import NM
 
 Levels = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
 
+SOURCES = ("measured", "fisher", "anchored")
 
 # largest power of the curve below its first measured level, where a fit to two levels may be too steep
 _STEEPEST = 4.0
@@ -38,10 +39,12 @@ class Curve:
         metric: name of the metric, such as "kl". D of different metrics must not be added.
         patterns: the N:M pattern of each level, as text; empty for unstructured levels, between which any count is
             possible.
+        source: how D was obtained: ``measured``; ``fisher``, to second order; or ``anchored``, a Fisher curve scaled to
+            measured levels.
 
     Raises:
-        ValueError: for lengths that differ, counts that do not decrease or are out of range, a first D that is not 0,
-            D or errors that are not finite, or patterns that keep other counts.
+        ValueError: for another source, lengths that differ, counts that do not decrease or are out of range, a first D
+            that is not 0, D or errors that are not finite, or patterns that keep other counts.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Curve:
     stderr: tuple[float, ...]
     metric: str
     patterns: tuple[str, ...] = ()
+    source: str = "measured"
 
     def __post_init__(self) -> None:
         for field in ("counts", "distortion", "stderr", "patterns"):  # JSON has lists
@@ -60,6 +64,8 @@ class Curve:
             raise ValueError(f"Curve {self.name!r}: {problem}")
 
     def _problem(self) -> str:
+        if self.source not in SOURCES:
+            return f"source must be one of {', '.join(SOURCES)}, got {self.source!r}"
         lengths = {len(self.counts), len(self.distortion), len(self.stderr), len(self.patterns) or len(self.counts)}
         if len(lengths) > 1 or not self.counts:
             return "expected as many counts as distortions, standard errors and patterns, and at least one"
@@ -150,7 +156,7 @@ class Curve:
         steps = np.rint((np.concatenate([even, log_even]) - last) / unit).clip(0, (first - last) // unit)
         return last + steps.astype(np.int64) * unit
 
-    def _coordinate(self, counts: np.ndarray) -> np.ndarray:
+    def coordinate(self, counts: np.ndarray) -> np.ndarray:
         """log(removed / left), with half a weight added to both to stay finite."""
         return np.log((self.counts[0] - counts + 0.5) / (counts + 0.5))
 
@@ -160,8 +166,8 @@ class Curve:
         known, values = np.array(self.counts)[positive], np.array(self.distortion)[positive]
         if not len(known):
             return np.zeros(len(counts))
-        x, y = self._coordinate(known), np.log(values)
-        fitted = np.exp(monotone_cubic(x, y, self._coordinate(counts)))
+        x, y = self.coordinate(known), np.log(values)
+        fitted = np.exp(monotone_cubic(x, y, self.coordinate(counts)))
         # above the first distorted level: a power of the count removed beyond the last undistorted one
         start = self.counts[int(np.argmax(positive)) - 1]
         removed = np.log(start - known[:2])
@@ -182,7 +188,7 @@ class Curve:
         """
         entries = {"counts" if key == "kept" else key: value for key, value in values.items()}
         try:
-            texts = [entries["name"], entries["metric"], *entries.get("patterns", ())]
+            texts = [entries["name"], entries["metric"], entries.get("source", ""), *entries.get("patterns", ())]
             counts = [entries["numel"], *entries["counts"]]
             numbers = [*entries["distortion"], *entries["stderr"]]
             typed = all(isinstance(text, str) for text in texts) and all(type(count) is int for count in counts)
@@ -275,6 +281,28 @@ def levels_of(
             counts = (nonzero, *(count for count in counts if count < nonzero))
         by_group[group.name] = (counts, ())
     return by_group
+
+
+def curve_of(
+    group: Group,
+    levels: tuple[tuple[int, ...], tuple[str, ...]],
+    points: Sequence[Distortion],
+    metric: str,
+    base: float = 0.0,
+    source: str = "measured",
+) -> Curve:
+    """The curve of a group from the distortions at its pruned levels, less ``base``."""
+    counts, patterns = levels
+    return Curve(
+        name=group.name,
+        numel=group.layer.numel,
+        counts=counts,
+        distortion=(0.0, *(point.mean - base for point in points)),
+        stderr=(0.0, *(0.0 if math.isnan(point.stderr) else point.stderr for point in points)),
+        metric=metric,
+        patterns=patterns,
+        source=source,
+    )
 
 
 def counts_and_patterns(levels: tuple[tuple[int, ...], tuple[str, ...]]) -> list[tuple[int, str]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leanstep.pruning.allocate.allocation import allocate
 from leanstep.pruning.measure.activation_cache import ActivationCache
+from leanstep.pruning.measure.anchored import Solve, anchored_curves
 from leanstep.pruning.measure.batches import Batch, as_batches, batches_hash
-from leanstep.pruning.measure.curves import Curve, Levels, PartialCurves, counts_and_patterns, levels_of
+from leanstep.pruning.measure.curves import SOURCES, Curve, PartialCurves, levels_of
+from leanstep.pruning.measure.fisher import SecondOrder, fisher_curves
 from leanstep.pruning.measure.metrics import Distortion, Metric, make_metric, metric_name, summarise
+from leanstep.pruning.measure.points import Points, Progress
 from leanstep.pruning.result import Allocation
 from leanstep.pruning.score.calibration import Pruners, Pruning, prune_group
 from leanstep.pruning.score.targets import Group, Target, find_targets, make_groups
@@ -23,7 +29,6 @@ from leanstep.pruning.score.targets import Group, Target, find_targets, make_gro
 # largest tolerated change of the output of unchanged weights
 _NOISE = 1e-9
 
-Progress = Callable[[int, int, str], Any]
 Stored = Callable[[str], Tensor | None]
 
 
@@ -44,11 +49,19 @@ def measure_curves(
     prefix_cache: bool = True,
     resume: str | Path | None = None,
     progress: Progress | None = None,
+    method: str | None = "measured",
+    minutes: float = 30.0,
+    solve: Solve | None = None,
 ) -> dict[str, Curve]:
     """Measure how the model's output changes when one matrix alone is pruned, to each of several levels.
 
     ``D_g(k) = metric(f(x; W), f(x; W with matrix g at level k))``, a mean over the data with its standard error.
     Restores all weights, bit for bit, also after an error.
+
+    The methods: ``measured`` runs the model for every matrix and level, and is the definition of a curve. ``fisher``
+    computes D to second order from one forward pass and a few backward passes, see
+    :class:`leanstep.pruning.measure.fisher.SecondOrder`; exact for small changes. ``anchored`` measures each matrix
+    once or twice, at levels near the allocation, and scales the Fisher curves to that.
 
     Args:
         model: any module; it is run in eval mode, without gradients.
@@ -67,23 +80,34 @@ def measure_curves(
         prefix_cache: compute the activations before a matrix's block once, not for every level.
         resume: file to which measured points are appended; points already in it are not measured again.
         progress: called with (points measured, points in all, name of the matrix).
+        method: ``measured``, ``fisher`` or ``anchored``; None: ``measured`` if that takes less than ``minutes`` by the
+            time of one pass, or for a metric without a root, else ``anchored``.
+        minutes: time after which ``anchored`` begins no measurement; matrices that were not reached keep their Fisher
+            curves.
+        solve: curves -> the allocation near which ``anchored`` measures; None: that of :func:`allocate` for
+            ``sparsity``.
 
     Returns:
-        name of the matrix or group -> :class:`Curve`, in the order of the targets.
+        name of the matrix or group -> :class:`Curve`, in the order of the targets. Its ``source`` is the method.
 
     Raises:
-        ValueError: for unknown settings, a model whose output is not reproducible, or a ``resume`` file of another
-            model, data or settings.
+        ValueError: for unknown settings, ``fisher`` and ``anchored`` with a metric that has no root, a model whose
+            output is not reproducible, or a ``resume`` file of another model, data or settings.
 
     Notes:
         Memory: the dense outputs (for ``kl``, 4 bytes per token and entry of the vocabulary), one hidden state per
         token, and the statistics of one block. Time: a forward pass over the data per level, half of it on average with
-        ``prefix_cache``.
+        ``prefix_cache``. For ``fisher``: no dense outputs, and :class:`leanstep.pruning.measure.fisher.SecondOrder` of
+        as many matrices as fit into half of the free memory. Time: for each such portion, the work of about five
+        forward passes, and 4,096 products of a row and the matrix for every level.
 
     References:
         K. Xu, Z. Wang, X. Geng, M. Wu, X. Li, W. Lin, "Efficient Joint Optimization of Layer-Adaptive Weight Pruning in
         Deep Neural Networks", arXiv 2308.10438.
     """
+    begin = time.monotonic()
+    if method not in (None, *SOURCES):
+        raise ValueError(f"method must be one of {', '.join(SOURCES)}, or None; got {method!r}")
     groups = make_groups(find_targets(model), granularity) if groups is None else list(groups)
     levels_by_name = levels_of(groups, sparsity, pattern, levels=levels)
     batches = as_batches(data, model, batch_size=batch_size)
@@ -101,9 +125,26 @@ def measure_curves(
         }
         partial = PartialCurves(Path(resume), identity)
     with evaluating(model):
+        if method == "fisher":
+            cache = ActivationCache(model, source, enabled=prefix_cache)
+            second = SecondOrder(model, batches, make_metric(metric, model))
+            points = Points(groups, levels_by_name, partial, progress, prefix="fisher: ")
+            return fisher_curves(second, points, Pruning(cache, score, score_options))
         measurement = Measurement(model, batches, metric, prefix_cache=prefix_cache)
         cache = ActivationCache(model, source, enabled=prefix_cache, like=measurement.cache)
-        return measurement.curves(groups, levels_by_name, Pruning(cache, score, score_options), partial, progress)
+        pruning, points = Pruning(cache, score, score_options), Points(groups, levels_by_name, partial, progress)
+        if method is None:
+            fits = measurement.seconds_of(points) <= 60 * minutes
+            method = "measured" if fits or not measurement.metric.has_root else "anchored"
+        if method == "measured":
+            measurement.measure_points(points, points.missing, pruning)
+            return points.curves(measurement.metric.name)
+        approximate = Points(groups, levels_by_name, partial, progress, prefix="fisher: ")
+        fisher = fisher_curves(SecondOrder(model, batches, measurement.metric), approximate, pruning)
+        if solve is None:
+            layers = [group.layer for group in groups]
+            solve = lambda curves: allocate(layers, sparsity, method="dp", curves=curves)  # noqa: E731
+        return anchored_curves(measurement, fisher, points, pruning, solve, begin + 60 * minutes)
 
 
 class Measurement:
@@ -126,7 +167,10 @@ class Measurement:
         with evaluating(model):
             self.cache = ActivationCache(model, batches, enabled=prefix_cache, like=like)
             self.reference = [self.metric.reference(batch.run(model), batch) for batch in batches]
+            begin = time.monotonic()
             change = self.joint()
+            # of one pass over all stages
+            self.seconds = time.monotonic() - begin
         if not abs(change.mean) <= _NOISE:
             raise ValueError(
                 f"the model's output is not reproducible: the same inputs twice differ by {change.mean:g} in "
@@ -140,39 +184,37 @@ class Measurement:
         with evaluating(self.model):
             return self._run()
 
-    def curves(
+    def measure_points(
         self,
-        groups: Sequence[Group],
-        levels: Levels,
+        points: Points,
+        missing: Mapping[str, Sequence[tuple[int, str]]],
         pruning: Pruning,
-        partial: PartialCurves | None = None,
-        progress: Progress | None = None,
-    ) -> dict[str, Curve]:
-        """Measure the curves of all groups, in the order of the stages."""
-        pruned_levels = {group.name: counts_and_patterns(levels[group.name])[1:] for group in groups}
-        points = {} if partial is None else partial.points
-        missing = {n: [x for x in pairs if (n, x[0]) not in points] for n, pairs in pruned_levels.items()}
-        total = sum(map(len, pruned_levels.values()))
-        done = total - sum(map(len, missing.values()))
-        for group, pruners in self._pruned_alone([group for group in groups if missing[group.name]], pruning):
+        until: float = math.inf,
+    ) -> None:
+        """Measure (count, N:M pattern) of some groups, in the order of the stages, and add them to the points.
+
+        Begins none after ``time.monotonic()`` has reached ``until``.
+        """
+        for group, pruners in self._pruned_alone([g for g in points.groups if missing.get(g.name)], pruning):
             for count, pattern in missing[group.name]:
+                if time.monotonic() >= until:
+                    break
                 # do not name the pruned matrices: a name would hold them in memory until the next level
-                point = self.measure(prune_group(group, pruners, count, pattern))
-                if partial is not None:
-                    partial.add(group.name, count, point)
-                points[group.name, count] = point
-                done += 1
-                if progress is not None:
-                    progress(done, total, group.name)
-        return {
-            group.name: curve_of(
-                group,
-                levels[group.name],
-                [points[group.name, count] for count, _ in pruned_levels[group.name]],
-                self.metric.name,
-            )
-            for group in groups
-        }
+                points.add(group.name, count, self.measure(prune_group(group, pruners, count, pattern)))
+
+    def seconds_of(self, points: Points) -> float:
+        """Expected time to measure all missing points: one pass each from its stage on."""
+        return sum(len(points.missing[group.name]) * self._share(group) * self.seconds for group in points.groups)
+
+    def affordable(self, groups: Sequence[Group], seconds: float) -> list[Group]:
+        """The first groups for a point of each of which the time suffices."""
+        spent = itertools.accumulate(self._share(group) * self.seconds for group in groups)
+        return [group for group, total in zip(groups, spent, strict=True) if total <= seconds]
+
+    def _share(self, group: Group) -> float:
+        """Part of the stages that a pass for this group runs."""
+        [(start, _)] = self.cache.by_start([group])
+        return 1 - start / max(len(self.cache.stages), 1)
 
     def singles(self, groups: Sequence[Group], allocation: Allocation, pruning: Pruning) -> list[Distortion]:
         """Distortion of each group alone at its allocated level, in the order of the stages."""
@@ -219,26 +261,6 @@ class Measurement:
         finally:
             for (target, _), weight in zip(changed, saved, strict=True):
                 target.weight.copy_(weight)
-
-
-def curve_of(
-    group: Group,
-    levels: tuple[tuple[int, ...], tuple[str, ...]],
-    points: Sequence[Distortion],
-    metric: str,
-    base: float = 0.0,
-) -> Curve:
-    """The curve of a group from the distortions at its pruned levels, less ``base``."""
-    counts, patterns = levels
-    return Curve(
-        name=group.name,
-        numel=group.layer.numel,
-        counts=counts,
-        distortion=(0.0, *(point.mean - base for point in points)),
-        stderr=(0.0, *(0.0 if math.isnan(point.stderr) else point.stderr for point in points)),
-        metric=metric,
-        patterns=patterns,
-    )
 
 
 class WeightSnapshot:

@@ -42,6 +42,24 @@ class Metric:
         """``sums`` and ``counts``, fp64 [batch], on the CPU."""
         raise NotImplementedError
 
+    def root(self, output: Any, batch: Batch) -> list[Tensor]:
+        """A square root of the distortion near an output: u [tokens, k] of each sample, with a gradient.
+
+        For a small change of the output, the distortion is ``|change of u|^2 / 2``, a mean over tokens.
+
+        Raises:
+            ValueError: for a metric that defines none.
+        """
+        raise ValueError(
+            f"the metric {self.name!r} defines no root, the form of second order that Fisher curves need; use "
+            "curves='measured', or define Metric.root"
+        )
+
+    @property
+    def has_root(self) -> bool:
+        """Whether :meth:`root` is defined."""
+        return type(self).root is not Metric.root
+
     def prepare(self, model: nn.Module) -> None:
         """Set up the metric for a model; called once, before the first measurement."""
 
@@ -59,10 +77,18 @@ class _TokenMetric(Metric):
         sums = torch.stack([value.sum() for value in values]).cpu()
         return sums, torch.tensor([float(len(value)) for value in values], dtype=torch.float64)
 
+    def root(self, output: Any, batch: Batch) -> list[Tensor]:
+        """See :meth:`Metric.root`; in fp32, or fp64 for logits in fp64."""
+        rows = _rows(logits_of(output), batch)
+        return [self._root(logits.to(torch.promote_types(logits.dtype, torch.float32))) for logits in rows]
+
     def _reference_of(self, rows: Tensor) -> Any:
         raise NotImplementedError
 
     def _values(self, dense: Any, rows: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _root(self, rows: Tensor) -> Tensor:
         raise NotImplementedError
 
 
@@ -91,6 +117,12 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     return torch.where(p == 0, q, terms).sum(-1)
 
 
+def _fisher_root(log_p: Tensor) -> Tensor:
+    """u = ``sqrt(p) log p`` with the first factor constant: its Jacobian J gives J^T J = diag(p) - p p^T."""
+    # finite where p is 0: 0 times -inf is NaN
+    return log_p.detach().exp().sqrt() * log_p.clamp(min=torch.finfo(log_p.dtype).min)
+
+
 class KL(_TokenMetric):
     """Mean over tokens of KL(softmax(z) || softmax(z~)) in fp32. Keeps the log-probabilities, 4 bytes each."""
 
@@ -103,6 +135,9 @@ class KL(_TokenMetric):
         together = max(1, _TOGETHER // rows.shape[-1])
         pairs = zip(dense.split(together), rows.split(together), strict=True)
         return torch.cat([kl_divergence(log_p, logits.float().log_softmax(-1)) for log_p, logits in pairs])
+
+    def _root(self, rows: Tensor) -> Tensor:
+        return _fisher_root(rows.log_softmax(-1))
 
 
 class KLTopK(_TokenMetric):
@@ -121,6 +156,12 @@ class KLTopK(_TokenMetric):
     def _values(self, dense: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
         top_indices, log_p = dense
         return kl_divergence(log_p, _bucketed(rows.float().log_softmax(-1), top_indices))
+
+    def _root(self, rows: Tensor) -> Tensor:
+        log_p = rows.log_softmax(-1)
+        if self.k >= rows.shape[-1]:  # the bucket of the others would be empty
+            return _fisher_root(log_p)
+        return _fisher_root(_bucketed(log_p, log_p.detach().topk(self.k, dim=-1).indices))
 
 
 def _bucketed(log_probabilities: Tensor, top_indices: Tensor) -> Tensor:
@@ -151,6 +192,10 @@ class MSELogits(_TokenMetric):
 
     def _values(self, dense: Tensor, rows: Tensor) -> Tensor:
         return (dense - self._reference_of(rows)).square().mean(-1)
+
+    def _root(self, rows: Tensor) -> Tensor:
+        centred = rows - rows.mean(-1, keepdim=True) if self.centred else rows
+        return centred * math.sqrt(2 / rows.shape[-1])
 
 
 METRICS: dict[str, Callable[[], Metric]] = {"kl": KL, "kl_topk": KLTopK, "mse_logits": MSELogits}

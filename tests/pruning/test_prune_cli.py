@@ -119,7 +119,15 @@ def test_a_command_without_data_measures_nothing(base, tmp_path, capsys):
     assert "needs data" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("method", ["fisher", "anchored"])
+def test_the_report_says_which_curves_were_used(method, base, tmp_path, capsys):
+    assert leanstep_prune(base, tmp_path / "out", "--sparsity", "0.6", "--curves", method) == 0
+    assert f"curves         14 {method}" in capsys.readouterr().out
+    assert f"curves {method}" in (tmp_path / "out" / "report.html").read_text()
+
+
 REFUSED = {
+    "minutes": (["--sparsity", "0.5", "--minutes", "0"], {}, "minutes .* must be positive, got 0"),
     "no checkpoint": (["--sparsity", "0.5"], {"checkpoint": "nothing/../here"}, "does not exist"),
     "text too short": (["--sparsity", "0.5"], {"data": "short.txt"}, "the text is too short: 8 sequences of 24 tokens"),
     "no text": (["--sparsity", "0.5"], {"data": "none.txt"}, "--data.*none.txt"),

@@ -1,0 +1,287 @@
+"""Fisher curves are the second-order form of the distortion, and anchored ones are exact where they were measured."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from pruned_models import images, make_cnn, make_gpt2, make_llama, make_mixtral, make_vit, tokens
+from torch import nn
+
+from leanstep.pruning import find_targets, measure_curves, prune
+from leanstep.pruning.measure import anchored, fisher
+from leanstep.pruning.measure.batches import Batch, as_batches
+from leanstep.pruning.measure.fisher import SecondOrder
+from leanstep.pruning.measure.measure import evaluating, weights_hash
+from leanstep.pruning.measure.metrics import Distortion, Metric, make_metric
+
+LEVELS = (0.5, 0.9)
+SMALL = (0.02, 0.05)
+
+
+class _PerToken(nn.Module):
+    """Layers applied to every token alone; with ``mean``, one output per sample."""
+
+    def __init__(self, *, mean: bool):
+        super().__init__()
+        self.mean = mean
+        self.layers = nn.ModuleList([nn.Linear(6, 8), nn.Linear(8, 5)])
+
+    def forward(self, x):
+        z = self.layers[1](self.layers[0](x).tanh())
+        return z.mean(1) if self.mean else z
+
+
+def make_per_token(*, mean: bool):
+    torch.manual_seed(0)
+    model = _PerToken(mean=mean).double()
+    data = torch.randn(4, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return model, [Batch((rows,)) for rows in data.split(2)]
+
+
+def changes_of(model, size=1.0):
+    generator = torch.Generator().manual_seed(2)
+    return [
+        (t, t.weight + size * torch.randn(t.weight.shape, generator=generator, dtype=torch.float64))
+        for t in find_targets(model, include=["*"])
+    ]
+
+
+def jvp(model, batch, changed):
+    """Derivative of the output in the direction of a change of the weights, by autograd."""
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    tangents = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    for target, weight in changed:
+        tangents[target.name] = weight - target.weight
+    run = lambda values: torch.func.functional_call(model, values, batch.args)  # noqa: E731
+    return torch.func.jvp(run, (parameters,), (tangents,))
+
+
+def exact(model, batches, changed, metric):
+    """``dz^T H dz / 2``, a mean over tokens, with H the Hessian of the metric at the dense output."""
+    values = []
+    for batch in batches:
+        z, dz = (tensor.flatten(0, -2) for tensor in jvp(model, batch, changed))
+        if metric == "kl":
+            p = z.softmax(-1)
+            values.append(((p * dz**2).sum(-1) - (p * dz).sum(-1) ** 2) / 2)
+        else:
+            values.append((dz**2).mean(-1))
+    return float(torch.cat(values).mean())
+
+
+@pytest.mark.parametrize("metric", ["kl", "kl_topk", "mse_logits"])
+def test_one_output_per_sample_gives_the_exact_form(metric):
+    model, batches = make_per_token(mean=True)
+    with evaluating(model):
+        second = SecondOrder(model, batches, make_metric(metric, model))
+        changed = changes_of(model)
+        second.collect([target for target, _ in changed])
+        for some in ([changed[0]], [changed[1]], changed):
+            assert second.distortion(some).mean == pytest.approx(exact(model, batches, some, metric[:2]), rel=1e-9)
+
+
+@pytest.mark.parametrize("metric", ["kl", "mse_logits"])
+def test_tokens_give_the_exact_form_in_expectation(metric, monkeypatch):
+    model, batches = make_per_token(mean=False)
+    monkeypatch.setattr(fisher, "_DRAWS", 256)
+    with evaluating(model):
+        second = SecondOrder(model, batches, make_metric(metric, model))
+        changed = changes_of(model)
+        second.collect([target for target, _ in changed])
+        for some in ([changed[0]], [changed[1]], changed):
+            # 28 tokens x 256 directions; the variance of a square is at most twice its squared mean
+            assert second.distortion(some).mean == pytest.approx(exact(model, batches, some, metric[:2]), rel=0.08)
+
+
+def test_drawn_rows_stand_for_all_rows(monkeypatch):
+    model, batches = make_per_token(mean=False)
+    changed = changes_of(model)
+    monkeypatch.setattr(fisher, "_DRAWS", 64)
+    found = {}
+    for rows in (20, 28):
+        monkeypatch.setattr(fisher, "_ROWS", rows)
+        with evaluating(model):
+            second = SecondOrder(model, batches, make_metric("kl", model))
+            second.collect([target for target, _ in changed])
+            part = second._collected[changed[0][0].name]
+            assert len(part.inputs) == rows and float(part.weight.sum()) == 28
+            found[rows] = second.distortion(changed).mean
+    assert found[20] == pytest.approx(found[28], rel=0.4) and found[20] != found[28]
+
+
+def test_the_divergence_of_a_small_change_is_the_form():
+    model, batches = make_per_token(mean=True)
+    metric = make_metric("kl", model)
+    with evaluating(model):
+        second = SecondOrder(model, batches, metric)
+        changed = changes_of(model, 1e-3)
+        second.collect([target for target, _ in changed])
+        before = copy.deepcopy(model)
+        expected = second.distortion(changed).mean
+        for target, weight in changed:
+            target.weight.copy_(weight)
+        p, q = (torch.cat([m(*b.args) for b in batches]).log_softmax(-1) for m in (before, model))
+        assert float((p.exp() * (p - q)).sum(-1).mean()) == pytest.approx(expected, rel=2e-2)
+
+
+MODELS = {
+    "llama": (make_llama, tokens),
+    "gpt2": (make_gpt2, tokens),
+    "mixtral": (make_mixtral, tokens),
+    "vit": (make_vit, images),
+    "cnn": (make_cnn, images),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_small_changes_cost_what_is_measured(kind):
+    make, data = MODELS[kind]
+    model, samples = make(), data(8)
+    before, modes = weights_hash(model), [p.requires_grad for p in model.parameters()]
+    settings = {"levels": SMALL, "score": "magnitude"}
+    approximate = measure_curves(model, samples, method="fisher", **settings)
+    measured = measure_curves(model, samples, **settings)
+    assert weights_hash(model) == before and [p.requires_grad for p in model.parameters()] == modes
+    assert not any(module._forward_hooks for module in model.modules())
+    assert list(approximate) == list(measured)
+    assert {curve.source for curve in approximate.values()} == {"fisher"}
+    a, b = (torch.tensor([c.distortion[2] for c in curves.values()]) for curves in (approximate, measured))
+    # a mean of ratios would be that of the few tokens that go to another expert
+    assert 0.7 < float((a / b)[b > 0].median()) < 1.4
+    assert rank_correlation(a, b) > 0.6
+
+
+def rank_correlation(a, b):
+    return float(torch.corrcoef(torch.stack([x.argsort().argsort().double() for x in (a, b)]))[0, 1])
+
+
+def test_portions_change_no_bit(monkeypatch):
+    model, samples = make_llama(2), tokens(4)
+    whole = measure_curves(model, samples, levels=LEVELS, method="fisher")
+    monkeypatch.setattr(fisher, "free_memory", lambda device: 0)
+    assert measure_curves(model, samples, levels=LEVELS, method="fisher") == whole
+
+
+def test_updates_of_the_remaining_weights_lower_the_curves():
+    model, samples = make_llama(2), tokens(16)
+    sums = {
+        score: sum(c.distortion[1] for c in measure_curves(model, samples, **settings(score)).values())
+        for score in ("wanda", "sparsegpt")
+    }
+    assert sums["sparsegpt"] < sums["wanda"]
+
+
+def settings(score):
+    return {"levels": (0.3,), "score": score, "method": "fisher"}
+
+
+def test_fisher_and_anchored_curves_go_on_where_they_were_cut(tmp_path):
+    model, samples, file = make_llama(2), tokens(4), tmp_path / "curves.jsonl"
+    whole = {m: measure_curves(model, samples, levels=LEVELS, method=m, resume=file) for m in ("fisher", "anchored")}
+    lines = file.read_text().splitlines(keepends=True)
+    assert 1 + 14 * 2 + 14 <= len(lines) <= 1 + 14 * 4
+    points = []
+    for cut in (10, 35):
+        file.write_text("".join(lines[:cut]) + lines[cut][:7])
+        points.clear()
+        again = measure_curves(
+            model, samples, levels=LEVELS, method="anchored", resume=file, progress=lambda *p: points.append(p)
+        )
+        assert again == whole["anchored"]
+        assert sorted(file.read_text().splitlines(keepends=True)) == sorted(lines) and len(points) == len(lines) - cut
+    assert measure_curves(model, samples, levels=LEVELS, method="fisher", resume=file) == whole["fisher"]
+    # measured points of the same file are not measured again
+    assert measure_curves(model, samples, levels=LEVELS, resume=file) == measure_curves(model, samples, levels=LEVELS)
+
+
+def test_anchored_curves_are_exact_where_they_were_measured():
+    model, samples = make_llama(2), tokens(8)
+    arguments = {"levels": (0.3, 0.5, 0.7, 0.9), "sparsity": 0.6}
+    measured = measure_curves(model, samples, **arguments)
+    curves = measure_curves(model, samples, method="anchored", **arguments)
+    assert {curve.source for curve in curves.values()} == {"anchored"}
+    for name, curve in curves.items():
+        equal = [a == b for a, b in zip(curve.distortion, measured[name].distortion, strict=True)]
+        assert 2 <= sum(equal) <= 3, name  # the dense level, and one or two anchors
+
+
+def test_anchors_scale_a_curve():
+    base = measure_curves(make_llama(1), tokens(2), levels=(0.2, 0.5, 0.8), method="fisher")
+    curve = replace(next(iter(base.values())), distortion=(0.0, 1.0, 2.0, 4.0))
+    low, middle, high = curve.counts[1:]
+    assert anchored.anchored(curve, {}) is curve
+    one = anchored.anchored(curve, {middle: Distortion(6.0, 0.5)})
+    assert one.distortion == pytest.approx((0.0, 3.0, 6.0, 12.0)) and one.stderr[2] == 0.5
+    two = anchored.anchored(curve, {low: Distortion(1.0, 0.1), high: Distortion(36.0, 0.1)})
+    # 0.5 is in the middle of 0.2 and 0.8: the factor is the geometric mean of 1 and 9
+    assert two.distortion == pytest.approx((0.0, 1.0, 6.0, 36.0), rel=0.02)
+
+
+def test_without_time_there_are_no_anchors_and_with_little_the_largest_come_first():
+    model, samples = make_llama(2), tokens(4)
+    none = measure_curves(model, samples, levels=LEVELS, method="anchored", minutes=1e-9)
+    assert {curve.source for curve in none.values()} == {"fisher"}
+    assert none == measure_curves(model, samples, levels=LEVELS, method="fisher")
+    chosen = measure_curves(model, samples, levels=LEVELS, method=None, minutes=1e-9)
+    assert chosen == none
+    quick = measure_curves(model, samples, levels=LEVELS, method=None)
+    assert {curve.source for curve in quick.values()} == {"measured"}
+
+
+class _Plain(Metric):
+    """A metric without a root."""
+
+    name = "plain"
+
+    def reference(self, output, batch):
+        return output.logits
+
+    def compare(self, reference, output, batch):
+        sums = (output.logits - reference).abs().sum((1, 2)).double()
+        return sums, torch.full((batch.size,), float(reference.shape[1]), dtype=torch.float64)
+
+
+def test_what_cannot_be_done_is_refused():
+    model, samples = make_llama(1), tokens(4)
+    for method in ("fisher", "anchored"):
+        with pytest.raises(ValueError, match="'plain' defines no root"):
+            measure_curves(model, samples, levels=LEVELS, method=method, metric=_Plain())
+    by_default = measure_curves(model, samples, levels=LEVELS, method=None, minutes=1e-9, metric=_Plain())
+    assert {curve.source for curve in by_default.values()} == {"measured"}
+    with pytest.raises(ValueError, match="method must be one of measured, fisher, anchored"):
+        measure_curves(model, samples, method="hessian")
+    with pytest.raises(ValueError, match="curves must be one of measured, fisher, anchored, got 'hessian'"):
+        prune(model, samples, sparsity=0.5, curves="hessian")
+    with pytest.raises(ValueError, match="are for allocation='dp' only"):
+        prune(model, samples, sparsity=0.5, curves="fisher", allocation="uniform")
+    with pytest.raises(ValueError, match="minutes .* must be positive"):
+        prune(model, samples, sparsity=0.5, minutes=0)
+    unused = make_llama(1)
+    unused.extra = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match="does not depend on extra.weight"):
+        measure_curves(unused, samples, levels=LEVELS, score="magnitude", method="fisher")
+
+
+def test_data_and_masks_are_only_read():
+    model = make_llama(2)
+    batch = {"input_ids": tokens(4), "attention_mask": torch.ones(4, 16, dtype=torch.long)}
+    batch["attention_mask"][:2, 10:] = 0
+    arguments = {"levels": SMALL, "score": "magnitude"}
+    a = measure_curves(model, [batch], method="fisher", **arguments)
+    b = measure_curves(model, [batch], **arguments)
+    ratio = sum(c.distortion[2] for c in a.values()) / sum(c.distortion[2] for c in b.values())
+    assert 0.5 < ratio < 2
+    assert len(as_batches([batch], model)) == 1 and "labels" not in batch
+
+
+@pytest.mark.parametrize("method", ["fisher", "anchored"])
+@pytest.mark.parametrize("granularity", ["matrix", "role"])
+def test_prune_takes_the_method(method, granularity):
+    model = make_llama(2)
+    result = prune(
+        model, tokens(8), sparsity=0.5, curves=method, levels=(0.3, 0.5, 0.7), granularity=granularity, batch_size=2
+    )
+    assert result.sparsity == pytest.approx(0.5, abs=1e-3)
+    assert {curve.source for curve in result.curves.values()} == {method}
+    assert all(curve["source"] == method for curve in result.to_dict()["curves"].values())
