@@ -14,7 +14,7 @@ from comparison.protocol import ComparisonError
 from comparison.results import Results, read
 from comparison.summary import BASELINE, CONFIDENCE, Row, summarise
 
-PAGES = ("README.md", "docs/protocol.md")
+PAGES = ("docs/measured.md", "docs/protocol.md")
 LEFT = (0,)
 
 
@@ -114,7 +114,7 @@ def _comparison(results: Results, rows: list[Row], others: dict[str, str], path:
         parts += ["With the defaults of the class, not tuned:", markdown(head, default, (0, 3))]
     compared = sum(row.difference is not None for row in rows)
     if compared:
-        parts.append(f"![differences to tuned AdamW with intervals]({figure_path(protocol.model)})")
+        parts.append(f"![differences to tuned AdamW with intervals]({Path(figure_path(protocol.model)).name})")
     if rows:
         parts.append(_paragraph(_legend(results, compared)))
     if others and results.rows:
@@ -138,8 +138,8 @@ def _caption(results: Results, path: Path) -> list[str]:
     return [
         _paragraph(
             f"{protocol.model} on {text}, {protocol.judge_steps} steps ({tokens:.2g} M tokens), {protocol.precision}; "
-            f"{made}. [How optimizers are compared](docs/protocol.md) has the rules, "
-            f"[{path.name}](docs/results/{path.name}) every run; this command makes the tables of it:"
+            f"{made}. [How optimizers are compared](protocol.md) has the rules, "
+            f"[{path.name}](results/{path.name}) every run; this command makes the tables of it:"
         ),
         f"`python benchmarks optimizers/compare --report docs/results/{path.name} --write`",
     ]

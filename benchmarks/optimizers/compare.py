@@ -7,7 +7,7 @@
 docs/protocol.md has the rules. The first command makes the runs that its file (OUT/FAMILY-SIZE.jsonl) does not have yet
 and prints the tables; it can be killed at any moment and goes on where it stopped. ``--minutes`` ends it in time.
 Further ``key=value`` pairs are settings of the recipe FAMILY-SIZE-adamw, for all runs. The second command prints the
-tables of a file; ``--write`` puts them into README.md and docs/, with the figure.
+tables of a file; ``--write`` puts them into docs/, with the figure.
 Exit codes: 0 complete, 1 a problem, 2 bad settings, 3 time is up.
 """
 
@@ -38,7 +38,7 @@ PARSER = command_line(
     eval_every=(_DEFAULTS.eval_every, "steps between evaluations of judged runs; default: %(default)s"),
     precision=(_DEFAULTS.precision, "fp32, or bf16 for products; default: %(default)s"),
     judge_seeds=list(_DEFAULTS.judge_seeds),
-    write=(False, "with --report: write tables and figure into README.md and docs/"),
+    write=(False, "with --report: write tables and figure into docs/"),
 )
 PARSER.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder; default: %(default)s")
 PARSER.add_argument("--report", type=Path, help="a file of results whose tables to print")

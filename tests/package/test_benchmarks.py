@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import documentation
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -16,7 +17,7 @@ FILES = [path for path in FOLDER.glob("*/*.py") if not (path.parent / "__init__.
 FILES += [FOLDER / "faults.py", FOLDER / "gpu.py"]
 SCRIPTS = sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FILES)
 NAMES = [*SCRIPTS, *(path.stem for path in FOLDER.glob("[!_]*.py") if path.stem not in SCRIPTS)]
-PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+PAGES = ["CONTRIBUTING.md", *documentation.PAGES]
 
 
 def commands(text: str) -> list[str]:

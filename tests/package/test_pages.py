@@ -1,0 +1,154 @@
+"""README and docs/ do what they say: their code runs, their commands parse, their links and paths exist."""
+
+import argparse
+import importlib.util
+import re
+import tomllib
+import warnings
+
+import pytest
+import torch.distributed as dist
+from documentation import PAGES, ROOT, blocks, command_lines, leanstep_arguments, programs
+
+from leanstep import cli
+from leanstep.recipes import evaluate
+from leanstep.recipes.config import loader
+
+PROGRAMS = [(page, number, code) for page in PAGES for number, code in enumerate(programs(page))]
+COMMANDS = list(dict.fromkeys(line for page in PAGES for line in command_lines(page)))
+LEANSTEP = [arguments for line in COMMANDS if (arguments := leanstep_arguments(line)) is not None]
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+TEXTS = {page: (ROOT / page).read_text("utf-8") for page in [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"]}
+
+
+def slug(heading: str) -> str:
+    """The anchor of a heading, as MkDocs makes it."""
+    plain = re.sub(r"[`*]|\]\([^)]*\)|\[", "", heading)
+    return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", plain.encode("ascii", "ignore").decode()).strip().lower())
+
+
+@pytest.fixture
+def one_process(monkeypatch, tmp_path):
+    """The working folder and the environment that torchrun gives to a single process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("page", "number", "code"), PROGRAMS, ids=[f"{page}-{n}" for page, n, _ in PROGRAMS])
+def test_python_blocks_run(page, number, code, one_process, capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec(compile(code, f"{page}, program {number}", "exec"), {"__name__": "page"})
+
+
+def test_blocks_of_a_page_continue_each_other():
+    (program,) = (code for page, _, code in PROGRAMS if page == "docs/distributed.md" and "dcp.load" in code)
+    assert "init_process_group" in program and "ZeroRedundancyOptimizer" in program
+
+
+def test_blocks_are_of_languages_that_are_tested():
+    languages = {(page, language) for page in PAGES for language, _ in blocks(page)}
+    assert {language for _, language in languages} <= {"bash", "math", "python"}, languages
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_command_is_of_a_kind_that_is_tested(line):
+    """Installations name extras that exist; the other kinds have tests of their own."""
+    for part in line.split(" && "):
+        if extras := re.fullmatch(r"pip install -e '\.\[([\w,]+)\]'", part):
+            assert set(extras[1].split(",")) <= set(EXTRAS)
+        else:
+            assert re.match(
+                r"pytest\b|leanstep |python benchmarks |(ACCELERATE_USE_CPU=true )?(torchrun|accelerate) ", part
+            )
+
+
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Parse as the command does: what the parser leaves over are the recipe's key=value words."""
+    options, rest = cli._parser().parse_known_args(arguments)
+    return options, [*getattr(options, "overrides", []), *rest]
+
+
+@pytest.mark.parametrize("arguments", LEANSTEP, ids=" ".join)
+def test_leanstep_commands_parse(arguments):
+    _, overrides = parse(arguments)
+    if arguments[0] != "eval":  # has a parser of its own, below
+        assert all("=" in word and not word.startswith("-") for word in overrides), overrides
+
+
+def test_a_command_that_does_not_exist_does_not_parse(capsys):
+    with pytest.raises(SystemExit):
+        parse(["trian", "llama-nano-sinkgd"])
+    assert "did you mean 'train'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [a for a in LEANSTEP if a[0] == "eval"], ids=" ".join)
+def test_eval_commands_parse(arguments):
+    evaluate._parser().parse_args(arguments[1:])
+
+
+@pytest.mark.parametrize("arguments", [a for a in LEANSTEP if a[0] in {"train", "check"}], ids=" ".join)
+def test_recipes_and_overrides_are_valid(arguments):
+    options, overrides = parse(arguments)
+    loader.load(options.recipe, overrides, world_size=options.nproc)
+
+
+def test_modules_and_recipes_of_other_launchers_exist():
+    launched = [re.search(r" -m (leanstep[.\w]*) ([\w-]+)$", line) for line in COMMANDS if " -m leanstep" in line]
+    assert len(launched) == 2
+    for match in launched:
+        assert importlib.util.find_spec(match[1]) is not None
+        loader.load(match[2], [])
+
+
+def test_scripts_exist():
+    scripts = [word for line in COMMANDS for word in line.split() if word.endswith((".py", ".sh"))]
+    assert [script for script in scripts if not (ROOT / script).is_file()] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_paths_in_code_spans_exist(page):
+    spans = re.findall(r"`([\w./-]+)`", TEXTS[page])
+    paths = [span for span in spans if "/" in span and span.split("/")[0] in {p.name for p in ROOT.iterdir()}]
+    made = ("runs/", "build/", "data/", "docs/gpu.json")
+    assert [path for path in paths if not (ROOT / path).exists() and not path.startswith(made)] == []
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_links_lead_to_files_and_headings(page):
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", TEXTS[page]):
+        file = ((ROOT / page).parent / target).resolve() if target else ROOT / page
+        assert file.exists(), f"{page}: {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text("utf-8"), re.MULTILINE)
+            assert anchor in map(slug, headings), f"{page}: {target}#{anchor}"
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_no_path_of_one_machine(page):
+    assert not re.search(r"(?<![\w.:/`])/(home|root|work|tmp|Users|opt|mnt)/", TEXTS[page])
+
+
+TABLES = [page for page in PAGES if "<!-- table:" in TEXTS[page]]
+
+
+@pytest.mark.parametrize("page", TABLES)
+def test_tables_are_filled_from_benchmarks(page):
+    """A table marker has a partner, and what is between them names the command that prints it."""
+    text = TEXTS[page]
+    opened = re.findall(r"<!-- table:([\w-]+) -->", text)
+    assert opened == re.findall(r"<!-- /table:([\w-]+) -->", text)
+    assert len(set(opened)) == len(opened)
+    for name in opened:
+        table = text.split(f"<!-- table:{name} -->")[1].split(f"<!-- /table:{name} -->")[0].strip()
+        generated = page == "docs/protocol.md"  # its caption is in the table of the losses
+        assert generated or re.search(r"python benchmarks (\w+/)?\w+|leanstep \w+", table), f"{name} names no command"
+
+
+def test_the_pages_with_tables():
+    assert {"docs/gpu.md", "docs/measured.md", "docs/reliability.md"} <= set(TABLES)
