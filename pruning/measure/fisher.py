@@ -23,9 +23,9 @@ from torch.overrides import TorchFunctionMode
 from leanstep._memory import free_memory
 from leanstep.pruning.measure.batches import Batch
 from leanstep.pruning.measure.curves import Curve
-from leanstep.pruning.measure.metrics import Distortion, Metric, logits_of, summarise
+from leanstep.pruning.measure.metrics import Distortion, Metric, summarise, values_of
 from leanstep.pruning.measure.points import Points
-from leanstep.pruning.score.calibration import Pruning, _one_expert_at_a_time, _rows, prune_group
+from leanstep.pruning.score.calibration import Pruning, input_rows, one_expert_at_a_time, prune_group
 from leanstep.pruning.score.targets import Group, Target, as_matrix
 
 # rows of each matrix, over all sequences, whose x and g are stored
@@ -103,7 +103,7 @@ class SecondOrder:
             output = self.samples[0].run(model)
             # outputs of all samples have one form; a metric without a root is refused here
             self._classes = metric.root(output, self.samples[0])[0].shape[-1]
-            self.one_output = logits_of(output).dim() == 2
+            self.one_output = values_of(output).dim() == 2
         self._collected: dict[str, Pairs | SampleGradients] = {}
         self._counts = torch.zeros(len(self.samples), dtype=torch.float64)
 
@@ -280,7 +280,7 @@ def _recording(
     """Context manager: every product with one of the matrices is added to ``calls``, with ``each`` drawn rows."""
 
     def record(target: Target, inputs: Tensor, output: Tensor) -> Tensor:
-        rows = _rows(target.module, inputs)
+        rows = input_rows(target.module, inputs)
         drawn = torch.randperm(len(rows), generator=_generator(index, len(rows)))[:each].sort().values.to(rows.device)
         output = output if output.requires_grad else output.detach().requires_grad_()
         if len(rows):
@@ -297,7 +297,7 @@ def _recording(
                 stack.callback(handle.remove)
         experts = {target.weight.data_ptr(): target for target in targets if target.expert is not None}
         if experts:
-            stack.enter_context(_one_expert_at_a_time(model))
+            stack.enter_context(one_expert_at_a_time(model))
             stack.enter_context(_ExpertProducts(experts, record))
         yield
 
@@ -316,6 +316,15 @@ class _ExpertProducts(TorchFunctionMode):
             target = self.experts.get(args[1].data_ptr())
             if target is not None and args[0].shape[-1] == target.weight.shape[1]:
                 return self.record(target, args[0], output)
+        if func in (torch.bmm, Tensor.bmm) and len(args) > 1:  # of all experts at once
+            each = zip(args[0], args[1], output, strict=True)
+            targets = [self.experts.get(weight.data_ptr()) for weight in args[1]]
+            if any(target is not None for target in targets):
+                outputs = [
+                    part if target is None else self.record(target, inputs, part)
+                    for target, (inputs, _, part) in zip(targets, each, strict=True)
+                ]
+                return torch.stack(outputs)
         return output
 
 

@@ -79,7 +79,7 @@ class _TokenMetric(Metric):
 
     def root(self, output: Any, batch: Batch) -> list[Tensor]:
         """See :meth:`Metric.root`; in fp32, or fp64 for logits in fp64."""
-        rows = _rows(logits_of(output), batch)
+        rows = _rows(values_of(output), batch)
         return [self._root(logits.to(torch.promote_types(logits.dtype, torch.float32))) for logits in rows]
 
     def _reference_of(self, rows: Tensor) -> Any:

@@ -102,14 +102,14 @@ def collect_inputs(cache: ActivationCache, targets: Sequence[Target], add: dict[
         of_decoder = "decoder_input_ids" in current[0].kwargs  # such a mask does not fit the encoder's tokens
         if mask is not None and not of_decoder and inputs.shape[: mask.dim()] == mask.shape:
             inputs = inputs[mask]
-        add[target.name](_rows(target.module, inputs))
+        add[target.name](input_rows(target.module, inputs))
 
     experts: dict[int, Target] = {}
     with ExitStack() as stack:
         for target in targets:
             if target.expert is not None:
                 experts[target.weight.data_ptr()] = target
-                stack.enter_context(_one_expert_at_a_time(cache.model))
+                stack.enter_context(one_expert_at_a_time(cache.model))
                 continue
             handle = target.module.register_forward_pre_hook(lambda _, args, target=target: give(target, args[0]))
             stack.callback(handle.remove)
@@ -146,7 +146,7 @@ def _padded(module: nn.Conv1d | nn.Conv2d) -> list[int]:
     return [2 * int(side) for side in module.padding]
 
 
-def _rows(module: nn.Module, inputs: Tensor) -> Tensor:
+def input_rows(module: nn.Module, inputs: Tensor) -> Tensor:
     """Inputs [rows, in] of the layer as a matrix product; convolutions are unfolded."""
     if problem := _no_rows(module):
         raise ValueError(f"{module} {problem}; score it by magnitude, or leave it out with exclude")
@@ -187,7 +187,7 @@ class _ExpertInputs(TorchFunctionMode):
 
 
 @contextmanager
-def _one_expert_at_a_time(model: nn.Module) -> Iterator[None]:
+def one_expert_at_a_time(model: nn.Module) -> Iterator[None]:
     """Context manager: transformers models run experts one by one, so that each product can be intercepted."""
     config: Any = getattr(model, "config", None)
     before = getattr(config, "_experts_implementation", None)

@@ -59,6 +59,15 @@ def test_every_architecture_is_pruned_and_opens_again(name, tmp_path):
     assert any("pruned by magnitude" in note for note in notes) == (name in EXPERTS)
 
 
+@pytest.mark.parametrize("name", ["llama4", "gpt_oss", "mamba", "t5", "convnext", "bert_base"])
+def test_fisher_curves_of_other_architectures(name, tmp_path):
+    save_model(make(name), tmp_path / "in")
+    result = prune_checkpoint(tmp_path / "in", tmp_path / "out", data_for(name), curves="fisher", **QUICK)
+    assert {curve.source for curve in result.curves.values()} == {"fisher"}
+    # an expert without tokens has a curve of zeros
+    assert sum(curve.distortion[-1] > 0 for curve in result.curves.values()) > 0.5 * len(result.curves)
+
+
 def test_the_command_gives_the_decoder_its_inputs(tmp_path, capsys):
     save_model(make("t5"), tmp_path / "t5")
     (tmp_path / "text.txt").write_text(sentences(12))
