@@ -104,7 +104,11 @@ def _step(
         _cpp_step(lists, corrections[indices], options.of(indices))
 
     def definition(i: int, tensors: list[Tensor]) -> None:
-        reference.adamw_step_int8(*tensors[:6], corrections[i], *tensors[6:], options=options.of(i))
+        param, grad, moment, scale, square, square_scale, *state = tensors
+        rounding = state[0] if state else None
+        reference.adamw_step_int8(
+            param, grad, moment, scale, square, square_scale, corrections[i], rounding, options=options.of(i)
+        )
 
     step_on_host(backend, lists, cpp, definition, written=(params, *lists[2:]))
 

@@ -151,7 +151,8 @@ def _agreement(
         counts[indices] = _cpp_agreement(lists, options).to(counts.dtype)
 
     def definition(i: int, tensors: list[Tensor]) -> None:
-        counts[i] = reference.lion_agreement_int8(*tensors, options)
+        grad, codes_of_grad, scales_of_grad = tensors
+        counts[i] = reference.lion_agreement_int8(grad, codes_of_grad, scales_of_grad, options)
 
     step_on_host(backend, [grads, codes, scales], cpp, definition)
     return counts

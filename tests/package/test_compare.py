@@ -83,6 +83,20 @@ def test_a_best_on_the_edge_is_an_error_that_a_larger_budget_cures(parts):
     assert set(small) < set(losses)
 
 
+def test_a_rate_that_no_longer_matters_is_no_edge(parts):
+    protocol = parts.protocol.Protocol()
+    surface = quadratic(-1, 0)
+
+    def flat_below(slope):  # the loss falls by ``slope`` with every halving of the hidden rate
+        return lambda x, y, *rest: surface(max(x, -1), y, *rest) + slope * min(x, -1)
+
+    state, losses = finish(parts, protocol, "lion", 20, flat_below(1e-4))
+    rate = state.chosen.hidden_lr
+    assert rate < parts.methods.METHODS["lion"].start[0] and any(run.hidden_lr < rate for run in losses)
+    with pytest.raises(parts.search.EdgeError):
+        finish(parts, protocol, "lion", 20, flat_below(1e-2))
+
+
 def test_diverged_runs_are_the_worst(parts):
     protocol = parts.protocol.Protocol()
     surface = quadratic(0, 0)
