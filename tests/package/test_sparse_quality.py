@@ -2,11 +2,13 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import scipy.stats
 from comparison_runs import benchmark_modules
 
+ROOT = Path(__file__).parents[2]
 SETTINGS = {"budget": 16, "seeds": 3, "steps": 8}
 
 
@@ -81,3 +83,11 @@ def test_differences_are_paired_and_read_by_their_intervals(parts):
     assert "2 of 5 cells are not complete." in page
     assert "Better: MDGF-linear at 1:8." in page and "Worse" not in page
     assert "No difference to SR-STE is seen in 1 of 2 cells." in page
+
+
+def test_the_page_is_that_of_the_committed_results(parts):
+    settings, cells, on_edge = parts.search.summarise(ROOT / "docs" / "results" / "sparse-digits.jsonl")
+    assert len(cells) + len(on_edge) == len(parts.search.CELLS) and len(cells) > 20
+    text = parts.tables.text(settings, cells, len(parts.search.CELLS))
+    page = (ROOT / parts.tables.PAGE).read_text("utf-8")
+    assert f"<!-- table:sparse-quality -->\n{text}\n<!-- /table:sparse-quality -->" in page
