@@ -77,9 +77,9 @@ def main() -> None:
                 ranks.setdefault((kind, level), []).append(agreement(curves[kind], curves["measured"], level))
         for sparsity in options.sparsities:
             for kind in (*KINDS, "uniform"):
-                chosen = {"curves": curves[kind], "levels": LEVELS} if kind in curves else {"allocation": "uniform"}
+                allocation = {"curves": curves[kind], "levels": LEVELS} if kind in curves else {"allocation": "uniform"}
                 with snapshot.restored():
-                    prune(model, data, sparsity=sparsity, score=options.score, held_out=False, **chosen)
+                    prune(model, data, sparsity=sparsity, score=options.score, held_out=False, **allocation)
                     losses.setdefault((kind, sparsity), []).append(measurement.joint()[0])
     print_agreement(options, seconds, ranks)
     print_losses(options, losses)

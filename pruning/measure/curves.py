@@ -337,7 +337,9 @@ class PartialCurves:
         with open(descriptor, "a", encoding="utf-8") as file:
             if new:
                 file.write(_line({"identity": self.identity}))
-            file.write(_line([name, count, point.mean, point.stderr]))
+            # of one sample no error is known, and curves have 0 then
+            stderr = 0.0 if math.isnan(point.stderr) else point.stderr
+            file.write(_line([name, count, point.mean, stderr]))
             file.flush()
             os.fsync(file.fileno())
         self.points[name, count] = point

@@ -76,9 +76,9 @@ def test_the_weights_are_the_least_squares_of_their_support(level, scope):
     pruned = layer_pruner(weight, "alps", statistics, scope=scope).prune(level)
     h = damped(statistics.gram)
     for row, mask, dense in zip(pruned.weight, pruned.mask, weight, strict=True):
-        kept = mask.nonzero().squeeze(1)
-        exact = torch.linalg.solve(h[kept][:, kept], h[kept] @ dense)
-        torch.testing.assert_close(row[kept], exact, rtol=1e-7, atol=1e-8)
+        support = mask.nonzero().squeeze(1)
+        exact = torch.linalg.solve(h[support][:, support], h[support] @ dense)
+        torch.testing.assert_close(row[support], exact, rtol=1e-7, atol=1e-8)
         assert not row[~mask].any()
 
 
@@ -88,8 +88,8 @@ def test_fp32_weights_are_as_near_as_fp32_allows():
     h = damped(statistics.gram)
     exact = torch.zeros_like(weight, dtype=torch.float64)
     for row, mask, dense in zip(exact, pruned.mask, weight.double(), strict=True):
-        kept = mask.nonzero().squeeze(1)
-        row[kept] = torch.linalg.solve(h[kept][:, kept], h[kept] @ dense)
+        support = mask.nonzero().squeeze(1)
+        row[support] = torch.linalg.solve(h[support][:, support], h[support] @ dense)
     assert error(pruned.weight, weight, h) <= error(exact, weight, h) * (1 + 1e-5)
 
 

@@ -221,8 +221,8 @@ def test_experts_with_few_tokens_are_pruned_by_magnitude_and_the_others_by_their
     assert note.startswith("4 experts got fewer than 32 calibration tokens and were pruned by magnitude")
     assert note.count("[2] (0)") == 4
     for target in find_targets(model):
-        kept = target.weight != 0
-        same = torch.equal(target.weight[kept], dense[target.name][kept])
+        support = target.weight != 0
+        same = torch.equal(target.weight[support], dense[target.name][support])
         assert same == (target.expert == 2), target.name  # magnitude leaves the others as they are
     gradients = prune(make_routed(), tokens(8), score="mfac", **settings)
     assert any("4 experts got no sample with a gradient" in note for note in gradients.notes)

@@ -1,6 +1,7 @@
 """Files of measured points and of latencies: whatever is changed in them is noticed, or makes no difference."""
 
 import json
+import math
 import os
 import random
 import zlib
@@ -25,6 +26,11 @@ def file(tmp_path):
 
 def points(file):
     return PartialCurves(file, IDENTITY).points
+
+
+def test_points_of_one_sample_have_no_error_and_are_read_again(file):
+    PartialCurves(file, IDENTITY).add("layer.3.weight", 64, Distortion(0.5, math.nan))
+    assert points(file)["layer.3.weight", 64] == Distortion(0.5, 0.0)
 
 
 def test_every_flipped_bit_is_noticed_or_costs_the_last_line(file):

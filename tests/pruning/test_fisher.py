@@ -98,7 +98,7 @@ def test_drawn_rows_stand_for_all_rows(monkeypatch):
     model, batches = make_per_token(mean=False)
     changed = changes_of(model)
     monkeypatch.setattr(fisher, "_DRAWS", 64)
-    found = {}
+    distortions = {}
     for rows in (20, 28):
         monkeypatch.setattr(fisher, "_ROWS", rows)
         with evaluating(model):
@@ -106,8 +106,8 @@ def test_drawn_rows_stand_for_all_rows(monkeypatch):
             second.collect([target for target, _ in changed])
             part = second._collected[changed[0][0].name]
             assert len(part.inputs) == rows and float(part.weight.sum()) == 28
-            found[rows] = second.distortion(changed).mean
-    assert found[20] == pytest.approx(found[28], rel=0.4) and found[20] != found[28]
+            distortions[rows] = second.distortion(changed).mean
+    assert distortions[20] == pytest.approx(distortions[28], rel=0.4) and distortions[20] != distortions[28]
 
 
 def test_the_divergence_of_a_small_change_is_the_form():
@@ -223,8 +223,8 @@ def test_without_time_there_are_no_anchors_and_with_little_the_largest_come_firs
     none = measure_curves(model, samples, levels=LEVELS, method="anchored", minutes=1e-9)
     assert {curve.source for curve in none.values()} == {"fisher"}
     assert none == measure_curves(model, samples, levels=LEVELS, method="fisher")
-    chosen = measure_curves(model, samples, levels=LEVELS, method=None, minutes=1e-9)
-    assert chosen == none
+    by_default = measure_curves(model, samples, levels=LEVELS, method=None, minutes=1e-9)
+    assert by_default == none
     quick = measure_curves(model, samples, levels=LEVELS, method=None)
     assert {curve.source for curve in quick.values()} == {"measured"}
 
