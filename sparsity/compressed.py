@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from leanstep._checkpoint import TensorFile
 from leanstep._files import one_line, replacing
 from leanstep.kernels.nm.matmul import nm_compress, nm_decompress
-from leanstep.sparsity.masks import tightest
+from leanstep.sparsity.masks import group_dims, tightest
 from leanstep.sparsity.modules import sparse_layers
 from leanstep.sparsity.patterns import NM, as_pattern
 from leanstep.sparsity.squash import check_finished, plain_state_dict
@@ -286,10 +286,10 @@ def _state_and_layouts(
 
 
 def _smallest_layout(tensor: Tensor) -> tuple[NM, int] | None:
-    """The pattern and dimension (1 or 0) that make a tensor smallest; None if none makes it smaller."""
+    """The pattern and dimension (2 of experts, 1 or 0) that make a tensor smallest; None if none makes it smaller."""
     if tensor.dim() < 2 or not tensor.is_floating_point():
         return None
-    layouts = [(pattern, dim) for dim in (1, 0) if (pattern := tightest(tensor, dim)) is not None]
+    layouts = [(pattern, dim) for dim in group_dims(tensor) if (pattern := tightest(tensor, dim)) is not None]
     sizes = [compressed_bytes(tensor.shape, tensor.element_size(), *layout) for layout in layouts]
     return layouts[sizes.index(min(sizes))] if sizes and min(sizes) < tensor.nbytes else None
 
