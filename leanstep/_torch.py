@@ -102,10 +102,19 @@ def stores_in_out(module: nn.Module) -> bool:
 
 def output_head(model: nn.Module) -> nn.Module | None:
     """Return the module that computes the logits, by transformers' ``get_output_embeddings``, or None."""
-    get = getattr(model, "get_output_embeddings", None)
+    return _embeddings(model, "get_output_embeddings")
+
+
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    """Return the module that embeds tokens, by transformers' ``get_input_embeddings``, or None."""
+    return _embeddings(model, "get_input_embeddings")
+
+
+def _embeddings(model: nn.Module, getter: str) -> nn.Module | None:
+    get = getattr(model, getter, None)
     try:
         return cast("nn.Module | None", get()) if callable(get) else None
-    except NotImplementedError:
+    except NotImplementedError:  # models of images and sounds
         return None
 
 
