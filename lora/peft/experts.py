@@ -24,4 +24,4 @@ def names_read_as_experts(model: nn.Module) -> frozenset[str]:
     except ImportError:  # older versions, without fused experts
         return frozenset()
     kinds = {**getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {}), "mixtral": "mixtral"}
-    return _NAMES.get(kinds.get(model_type), frozenset())
+    return _NAMES.get(str(kinds.get(model_type)), frozenset())
