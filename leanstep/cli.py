@@ -107,8 +107,10 @@ def _parser() -> argparse.ArgumentParser:
     kinds = recipes.add_subparsers(metavar="list|show|copy", required=True)
     listing = command("list", _recipes_list, "List the recipes: size, data, what they need.", to=kinds)
     listing.add_argument("--json", action="store_true", help="as JSON")
-    show = command("show", _recipes_show, "Print a recipe; one with a base, or with key=value, resolved.", to=kinds)
+    show = command("show", _recipes_show, "Print a recipe as it is written, or resolved.", to=kinds)
     _add_recipe(show)
+    resolved = "all values, with those of the base and the defaults; key=value implies it"
+    show.add_argument("--resolved", action="store_true", help=resolved)
     copy = command("copy", _recipes_copy, "Copy a recipe into a file of your own.", to=kinds)
     copy.add_argument("recipe", metavar="NAME", help="a recipe of `leanstep recipes list`")
     copy.add_argument("file", metavar="FILE", nargs="?", help="where to; default NAME.yaml here")
@@ -230,8 +232,7 @@ def _recipes_show(options: argparse.Namespace, rest: list[str]) -> int:
         text = read_text(path, follow=True)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read as a text file: {error}") from None
-    derived = any(line.startswith("base:") for line in text.splitlines())
-    print(dump(load(options.recipe, overrides)) if overrides or derived else text, end="")
+    print(dump(load(options.recipe, overrides)) if overrides or options.resolved else text, end="")
     return 0
 
 
