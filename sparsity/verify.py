@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from leanstep._checkpoint import TensorFile, index_files, load_pickled, read_json, reason
 from leanstep._files import one_line
 from leanstep.sparsity.compressed import is_compressed, load_compressed
+from leanstep.sparsity.inference.reader import SparseFiles, is_sparse_file
 from leanstep.sparsity.masks import group_dims, pattern_of, violations
 from leanstep.sparsity.patterns import NM, match_patterns
 from leanstep.sparsity.squash import plain_state_dict
@@ -238,6 +239,9 @@ def _read(path: Path) -> Tensors:
             yield from _noted(state if isinstance(state, Mapping) else {})
         elif is_compressed(path):
             yield from _noted(load_compressed(path))
+        elif is_sparse_file(path):
+            with SparseFiles([path]) as files:
+                yield from (row for name, tensor in files.stored(path) for row in _noted({name: tensor}))
         else:
             with TensorFile(path) as file:
                 for name in file.names:
