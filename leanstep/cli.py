@@ -13,7 +13,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from leanstep._process import InterruptibleStart, open_standard_streams, output_error
+from leanstep._process import InterruptibleStart, end_with_named_parent, open_standard_streams, output_error
 from leanstep._version import __version__
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, run: Callable, text: str, *, to: argparse._SubParsersAction = commands) -> _Parser:
         # these pass all their arguments, --help included, to a parser of their own
-        has_own_parser = name in ("eval", "prune")
+        has_own_parser = name in ("eval", "prune", "sweep")
         added = to.add_parser(name, help=text, description=text, allow_abbrev=False, add_help=not has_own_parser)
         added.set_defaults(run=run)
         return added
@@ -135,6 +135,8 @@ def _parser() -> argparse.ArgumentParser:
         help="what to do with checkpoints; alone it means auto; default: the recipe's checkpoint.resume",
     )
     train.add_argument("--dry-run", action="store_true", help="print what would run, and how to launch it elsewhere")
+    sweep = command("sweep", _sweep, "Train a grid of settings and seeds; show which setting is best.")
+    sweep.add_argument("arguments", nargs=argparse.REMAINDER, help="RECIPE key=value,value ... --jobs N --out DIR")
     check = command("check", _check, "Check a recipe here: data, devices, disk, parameter groups, memory.")
     _add_recipe(check)
     check.add_argument("--nproc", type=_positive, metavar="N", default=None, help="processes; default 1")
@@ -270,6 +272,7 @@ def _data_build(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _train(options: argparse.Namespace, rest: list[str]) -> int:
+    end_with_named_parent()
     resume = options.resume
     if resume and "=" in resume and not Path(resume).exists():  # `--resume steps=3`: the value belongs to the recipe
         rest, resume = [*rest, resume], "auto"
@@ -289,6 +292,13 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
     with InterruptibleStart():
         from leanstep.recipes.training.train import train
     return train(config)
+
+
+def _sweep(options: argparse.Namespace, rest: list[str]) -> int:
+    _need("training")
+    from leanstep.recipes.sweep import command
+
+    return command.main([*rest, *options.arguments])
 
 
 def _check(options: argparse.Namespace, rest: list[str]) -> int:
