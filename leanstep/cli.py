@@ -160,6 +160,19 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--out", metavar="FILE", type=Path, help=f"default report.html in the run; of several: {COMPARISON} here"
     )
+    compare = command("compare", _compare, "Compare runs at equal tokens, time, memory and loss, in one HTML page.")
+    compare.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folders, at least two")
+    compare.add_argument("--out", metavar="FILE", type=Path, help=f"default {COMPARISON} here")
+    for parser_of_runs in (report, compare):
+        parser_of_runs.add_argument(
+            "--watch",
+            nargs="?",
+            const=10,
+            default=0,
+            type=_positive,
+            metavar="SECONDS",
+            help="write the page again every SECONDS (10) while a run is running; an open browser follows",
+        )
     return parser
 
 
@@ -351,6 +364,12 @@ def _verify(options: argparse.Namespace, rest: list[str]) -> int:
     return 1 if verdict.ok is False else 0
 
 
+def _compare(options: argparse.Namespace, rest: list[str]) -> int:
+    if len(options.runs) < 2:
+        raise UsageError("expected at least two runs to compare; `leanstep report RUN` is about one")
+    return _report(options, rest)
+
+
 def _report(options: argparse.Namespace, rest: list[str]) -> int:
     _nothing_left(rest)
     _need("recipes")
@@ -362,18 +381,23 @@ def _report(options: argparse.Namespace, rest: list[str]) -> int:
             raise UsageError(
                 f"--out {options.out} is the report of {run} alone; choose another file for the comparison"
             )
-    from leanstep.recipes.report.report import write_report
+    from leanstep.recipes.report.report import watch, write_report
 
     numbered = (Path(COMPARISON.replace(".", f"-{number}.")) for number in count(2))
     comparison = next(path for path in chain([Path(COMPARISON)], numbered) if not path.exists())
     default = options.runs[0] / "report.html" if len(options.runs) == 1 else comparison
+    out = options.out or default
     try:
-        page = write_report(options.runs, options.out or default)
+        if options.watch:
+            print(f"{out} is written every {options.watch} s while a run is running; open it in a browser", flush=True)
+            page = watch(options.runs, out, options.watch)
+        else:
+            page = write_report(options.runs, out)
     except ValueError as error:
         raise UsageError(str(error)) from None
     except OSError as error:
         reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        print(f"the report {options.out or default} could not be written: {reason}", file=sys.stderr)
+        print(f"the report {out} could not be written: {reason}", file=sys.stderr)
         return EXIT_FAILED
     print(f"{page} written")
     return 0

@@ -82,7 +82,8 @@ def make_plan(recipe: str, words: Sequence[str], out: Path | None, *, processes:
     base = load(recipe, [*fixed, *(f"{key}={texts[0]}" for key, texts in grid.items())], world_size=processes)
     folder = out if out is not None else Path("runs") / f"{base.name}-sweep"
     digits = len(str(_size(grid)))
-    runs, problems = [], []
+    runs: list[PlannedRun] = []
+    problems: list[str] = []
     for number, texts in enumerate(product(*grid.values()), start=1):
         values = dict(zip(grid, texts, strict=True))
         name = _name(f"{number:0{digits}}", values)
@@ -108,7 +109,8 @@ def read_words(words: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
     """Separate overrides with one value from those with several: ``(fixed, grid)``. Raises ConfigError."""
     fixed: list[str] = []
     grid: dict[str, list[str]] = {}
-    problems, keys = [], set()
+    problems: list[str] = []
+    keys: set[str] = set()
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or not key:
@@ -136,7 +138,8 @@ def read_words(words: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
 
 def split_values(text: str) -> list[str]:
     """Split at the commas outside brackets, braces and quotes."""
-    parts, open_brackets, quote = [""], [], ""
+    parts, quote = [""], ""
+    open_brackets: list[str] = []
     for letter in text:
         if letter == "," and not open_brackets and not quote:
             parts.append("")

@@ -6,7 +6,7 @@ import math
 import os
 
 import pytest
-from test_report import Page
+from report_pages import Page
 from training import write_recipe
 
 from leanstep._charts import Series, chart
