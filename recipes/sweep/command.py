@@ -1,6 +1,7 @@
 """The command ``leanstep sweep``: train a grid of settings and seeds, and show which setting is best."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,7 +82,7 @@ def _sweep(plan: Plan, ledger: Ledger, options: argparse.Namespace) -> int:
     print(f"{write_pages(plan, results, ledger.ends)} written")
     if number:
         print("stopped; the same command continues the sweep", file=sys.stderr)
-        return EXIT_CODES[number]
+        return EXIT_CODES[signal.Signals(number)]
     unfinished = [run for run in plan.runs if not is_finished(ledger.ends.get(run.name))]
     if unfinished:
         reason = ledger.ends.get(unfinished[0].name, {}).get("reason", "it has not ended")

@@ -55,7 +55,8 @@ def test_a_killed_sweep_and_a_killed_run_continue(tmp_path):
     process = start(tmp_path)
     wait_for(lambda: step_of(second) >= 3, process)
     process.kill()
-    assert process.wait() == -signal.SIGKILL
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
     deadline = time.monotonic() + 120
     while is_held(second):
         assert time.monotonic() < deadline, "the run outlived its sweep"
