@@ -86,7 +86,9 @@ def rows(comparison: Comparison, names: Sequence[str]) -> tuple[list[str], list[
     shown = [column for column in columns if any(value is not None for value in column[1])]
     if not shown:
         return [], []
-    cells = [["-" if values[i] is None else text(values[i]) for _, values, text in shown] for i in range(len(names))]
+    cells = [
+        ["-" if (value := values[i]) is None else text(value) for _, values, text in shown] for i in range(len(names))
+    ]
     return ["Run", *(title for title, _, _ in shown)], [[name, *row] for name, row in zip(names, cells, strict=True)]
 
 

@@ -7,10 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from leanstep._files import open_regular, parse_json, read_text, sync, write_text
+from leanstep._files import one_line, open_regular, parse_json, read_text, sync, write_text
 from leanstep.recipes.config.values import leaves, read_document
 from leanstep.recipes.sweep.grid import Plan, PlannedRun
 
+# how a run ended
+DONE, DIVERGED, FAILED, STOPPED = "done", "diverged", "failed", "stopped"
+NUMBERS = ("val_loss", "best_loss", "best_step", "ema_loss", "step", "steps", "tokens")  # of status.json, at the end
 _VERSION = 1
 _FOLDERS = ("runs", "recipes", "logs")
 _LIMIT = 1 << 28  # bytes of a ledger
@@ -114,7 +117,7 @@ class Ledger:
                 entry = parse_json(line)
             except ValueError:
                 entry = None
-            if not isinstance(entry, dict) or (number == 1) != (entry.get("kind") == "sweep"):
+            if not _is_entry(entry, first=number == 1):
                 raise LedgerError(self._damaged(number))
             entries.append(entry)
         return entries
@@ -141,7 +144,7 @@ class Ledger:
             raise LedgerError(f"{self.path} is of another version of leanstep; choose another --out")
         before, grid = saved.get("grid"), self.plan.grid
         if before != grid or list(before) != list(grid):
-            was = _words(before) if isinstance(before, dict) else before
+            was = one_line(_words(before) if isinstance(before, dict) else before)[:300]
             raise LedgerError(
                 f"{self.folder} holds a sweep of another grid: was {was}, is {_words(grid)} now; choose another --out"
             )
@@ -197,9 +200,29 @@ class Ledger:
             self.ends[name] = entry
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value of a file is a number of the size that runs write, NaN and infinity included."""
+    is_whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63
+    return is_whole or isinstance(value, float)
+
+
+def _is_entry(entry: Any, *, first: bool) -> bool:
+    """Whether a line of the ledger has what this module writes."""
+    if not isinstance(entry, dict) or first != (entry.get("kind") == "sweep"):
+        return False
+    if first:
+        return True
+    if entry.get("kind") not in ("start", "end") or not isinstance(entry.get("run"), str):
+        return False
+    numbers = [entry[name] for name in (*NUMBERS, "seconds", "code") if name in entry]
+    is_end = entry.get("status") in (DONE, DIVERGED, FAILED, STOPPED) and all(map(is_number, numbers))
+    return entry["kind"] == "start" or (is_end and isinstance(entry.get("reason", ""), str))
+
+
 def _checksum(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _words(grid: dict[str, list[str]]) -> str:
-    return " ".join(f"{key}={','.join(map(str, texts))}" for key, texts in grid.items())
+def _words(grid: dict[str, Any]) -> str:
+    texts = {key: ",".join(map(str, values)) if isinstance(values, list) else values for key, values in grid.items()}
+    return " ".join(f"{key}={text}" for key, text in texts.items())

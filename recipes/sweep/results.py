@@ -8,7 +8,7 @@ from typing import Any
 
 from leanstep.recipes.report.runlog import number
 from leanstep.recipes.sweep.grid import SEED, Plan
-from leanstep.recipes.sweep.runner import DIVERGED, DONE
+from leanstep.recipes.sweep.ledger import DIVERGED, DONE
 
 
 @dataclass(frozen=True)

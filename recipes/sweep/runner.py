@@ -17,14 +17,12 @@ from leanstep._files import one_line, open_regular, read_text
 from leanstep._process import PARENT_VARIABLE, StopFlag
 from leanstep.recipes.report.runlog import duration
 from leanstep.recipes.sweep.grid import Plan, PlannedRun
-from leanstep.recipes.sweep.ledger import Ledger
+from leanstep.recipes.sweep.ledger import DIVERGED, DONE, FAILED, NUMBERS, STOPPED, Ledger, is_number
 from leanstep.recipes.training.folder import RunFolder, is_held
 
-DONE, DIVERGED, FAILED, STOPPED = "done", "diverged", "failed", "stopped"
 _POLL_S = 0.1
 # reasons in status.json that another start would meet again
 _DIVERGENCES = {"failed:nan", "failed:loss_above", "failed:spike"}
-_COPIED = ("val_loss", "best_loss", "best_step", "ema_loss", "step", "steps", "tokens")
 
 
 @dataclass
@@ -147,12 +145,12 @@ def outcome(folder: Path, code: int | None = None) -> dict[str, Any]:
     """
     status = RunFolder(folder).read_status()
     word = status.get("status")
-    facts: dict[str, Any] = {key: status[key] for key in _COPIED if status.get(key) is not None}
+    facts: dict[str, Any] = {key: status[key] for key in NUMBERS if is_number(status.get(key))}
     if code is not None:
         facts["code"] = code
     if word == "done" and code in (0, None):
         loss = facts.get("val_loss")
-        is_sound = loss is None or (isinstance(loss, (int, float)) and math.isfinite(loss))
+        is_sound = loss is None or math.isfinite(loss)
         return {"status": DONE if is_sound else DIVERGED, **facts}
     if word in _DIVERGENCES:
         return {"status": DIVERGED, **facts, "reason": str(word).partition(":")[2]}

@@ -161,7 +161,13 @@ def test_a_line_that_a_crash_cut_is_removed(plan):
         assert ledger.path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("line", ["no json", "[1]", '{"kind": "sweep"}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("no json", "[1]", '{"kind": "sweep"}', '{"kind": "end", "run": "1", "status": "won"}'),
+        *('{"kind": "end", "run": "1", "status": "done", "val_loss": "low"}', '{"kind": "start", "run": 1}'),
+    ],
+)
 def test_a_damaged_line_is_refused_and_nothing_is_changed(plan, line):
     made = plan()
     ledger = Ledger(made)
@@ -258,6 +264,8 @@ def test_every_line_is_on_disk_before_the_next_action(plan, monkeypatch):
         ({"status": "done", "val_loss": 3.5}, 0, "done"),
         ({"status": "done", "val_loss": None}, 0, "done"),
         ({"status": "done", "val_loss": math.nan}, 0, "diverged"),
+        ({"status": "done", "val_loss": math.inf}, 0, "diverged"),
+        ({"status": "done", "val_loss": "low", "step": [1]}, 0, "done"),
         ({"status": "done", "val_loss": 3.5}, 1, "failed"),
         ({"status": "failed:nan", "step": 3}, 3, "diverged"),
         ({"status": "failed:loss_above", "step": 3}, None, "diverged"),
