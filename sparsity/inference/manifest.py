@@ -19,7 +19,7 @@ from torch import Tensor
 
 from leanstep._checkpoint import unique_names
 from leanstep._files import one_line, parse_json
-from leanstep.sparsity.inference.matrices import DTYPE_NAMES, DTYPES, Form
+from leanstep.sparsity.inference.matrices import DTYPE_NAMES, DTYPES, Form, part_name
 
 VERSION = 1
 # entries of a safetensors file's metadata
@@ -108,22 +108,22 @@ class Manifest:
     def check(self) -> None:
         """Raise ValueError where a matrix lacks one of its tensors, or has one in another dtype or shape."""
         for name, form in self.matrices.items():
-            values = self.tensors.get(f"{name}.values")
+            values = self.tensors.get(part_name(name, "values"))
             nnz = values.shape[0] if values is not None and len(values.shape) == 1 else 0
             for part, expected in form.part_shapes(nnz).items():
-                row = self.tensors.get(f"{name}.{part}")
+                row = self.tensors.get(part_name(name, part))
                 if row is None or row[:2] != expected:
                     got = "none" if row is None else f"{row.dtype} {row.shape}"
                     raise ValueError(
-                        f"its manifest is damaged: {one_line(name)}.{part} should be {expected[0]} {expected[1]}, got "
-                        f"{got}"
+                        f"its manifest is damaged: {one_line(part_name(name, part))} should be {expected[0]} "
+                        f"{expected[1]}, got {got}"
                     )
             if name in self.tensors or name in self.tied:
                 raise ValueError(f"its manifest is damaged: {one_line(name)} is stored twice")
 
     def part_names(self) -> set[str]:
         """Names of all tensors that are parts of a matrix."""
-        return {f"{name}.{part}" for name, form in self.matrices.items() for part in form.parts}
+        return {part_name(name, part) for name, form in self.matrices.items() for part in form.parts}
 
 
 def checksum(tensor: Tensor) -> int:
