@@ -142,7 +142,8 @@ def _check_mergeable(name: str, layer: LoRALayer) -> None:
     weight = getattr(layer, "weight", None)
     if weight is not None and type(weight).__module__.startswith("leanstep."):
         raise ValueError(
-            f"merge: the weight of {name} is a {type(weight).__name__}, which cannot be changed; merge into the dense model"
+            f"merge: the weight of {name} is a {type(weight).__name__}, which cannot be changed; merge into the dense "
+            "model"
         )
     if not isinstance(weight, nn.Parameter):
         raise ValueError(f"merge: the weight of {name} is made by a parametrization; remove that first")

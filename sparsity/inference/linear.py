@@ -27,17 +27,17 @@ class CompressedWeight(Tensor):
     def __new__(cls, layer: SparseLinear, dtype: torch.dtype) -> CompressedWeight:
         """The weight of a layer."""
         shape, device = (layer.out_features, layer.in_features), layer.weight_mask.device
-        weight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+        weight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         weight._layer = layer
         # transformers initialises the weights that it did not load
         weight._is_hf_initialized = True
         return weight
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]
         return f"CompressedWeight({tuple(self.shape)}, {self.dtype}, {self.device})"
 
     @property
-    def data(self) -> CompressedWeight:  # type: ignore[override]
+    def data(self) -> CompressedWeight:
         """The weight itself, which is constant."""
         return self
 
@@ -46,7 +46,7 @@ class CompressedWeight(Tensor):
         raise TypeError(_constant("data"))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func._schema.is_mutable:
             raise TypeError(_constant(func))
         args, kwargs = tree_map_only(cls, lambda weight: weight._layer.dense_weight(), (args, kwargs or {}))
@@ -76,6 +76,12 @@ class SparseLinear(nn.Linear):
     Notes:
         Memory: the buffers. Products of many tokens expand one tile of the weight at a time.
     """
+
+    weight_values: Tensor
+    weight_mask: Tensor
+    weight_offsets: Tensor
+    weight_scales: Tensor | None
+    _dtype: torch.dtype
 
     def __init__(
         self,

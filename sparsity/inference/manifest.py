@@ -86,7 +86,7 @@ class Manifest:
                 f"it has version {one_line(content.get('version'))} of the format, expected {VERSION}: use the version "
                 "of leanstep that wrote it"
             )
-        sections = [content.get(key) for key in ("matrices", "tensors", "tied")]
+        sections: list[Any] = [content.get(key) for key in ("matrices", "tensors", "tied")]
         if not all(isinstance(section, dict) for section in sections):
             raise ValueError("its manifest is damaged: expected objects 'matrices', 'tensors' and 'tied'")
         matrices, tensors, tied = sections
@@ -100,9 +100,14 @@ class Manifest:
 
     def merge(self, other: Manifest) -> None:
         """Add the manifest of another file. Raises ValueError where they differ about a name."""
-        for mine, theirs in ((self.matrices, other.matrices), (self.tensors, other.tensors), (self.tied, other.tied)):
-            for name, entry in theirs.items():  # type: ignore[attr-defined]
-                if mine.setdefault(name, entry) != entry:  # type: ignore[attr-defined]
+        pairs: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
+            (self.matrices, other.matrices),
+            (self.tensors, other.tensors),
+            (self.tied, other.tied),
+        )
+        for entries, others in pairs:
+            for name, entry in others.items():
+                if entries.setdefault(name, entry) != entry:
                     raise ValueError(f"its manifest differs from that of another file about {one_line(name)}")
 
     def check(self) -> None:

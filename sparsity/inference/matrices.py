@@ -85,7 +85,8 @@ class Form(NamedTuple):
         """The form of an entry. Raises ValueError for one that :meth:`to_json` does not write."""
         if not isinstance(entry, dict):
             raise ValueError(f"expected an object, got {entry!r}")
-        shape, dtype, stored = entry.get("shape"), entry.get("dtype"), entry.get("stored")
+        shape: Any = entry.get("shape")
+        dtype, stored = entry.get("dtype"), entry.get("stored")
         sizes = isinstance(shape, list) and all(type(size) is int and 0 < size < _MOST for size in shape)
         if not sizes or len(shape) not in (2, 3) or math.prod(shape) >= _MOST:
             raise ValueError(f"expected a shape of two or three dimensions, got {shape!r}")

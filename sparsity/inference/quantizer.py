@@ -36,7 +36,7 @@ class SparseConfig(QuantizationConfigMixin):
                 f"quantization_config of {QUANT_METHOD} has the entry {one_line(next(iter(unknown)))!r}, expected "
                 "quant_method alone: the folder was written by another version"
             )
-        self.quant_method = quant_method  # type: ignore[assignment]
+        self.quant_method = quant_method
 
 
 class SparseQuantizer(HfQuantizer):
