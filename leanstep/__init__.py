@@ -12,7 +12,7 @@ Import the same objects from :mod:`leanstep.optimizers` and :mod:`leanstep.kerne
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from leanstep._transformers import register_when_imported
+from leanstep import _transformers
 from leanstep._version import __version__
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ __all__ = [
     "use_backend",
 ]
 
-register_when_imported()
+_transformers.register_when_imported()
 
 _SUBPACKAGES = frozenset({"kernels", "lora", "optimizers", "pruning", "recipes", "sparsity"})
 
