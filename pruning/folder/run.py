@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from leanstep._files import free_bytes, is_disk_full, remove_leftovers, remove_partials, staged_folder
 from leanstep._version import __version__
+from leanstep.pruning.choices import check_choices
 from leanstep.pruning.folder.checkpoint import copy_others, write_weights
 from leanstep.pruning.folder.loading import (
     Checkpoint,
@@ -33,7 +34,7 @@ from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.measure import evaluating
 from leanstep.pruning.measure.metrics import check_runs, cross_entropy_sums, summarise
 from leanstep.pruning.measure.points import Progress
-from leanstep.pruning.prune import check_choices, prune
+from leanstep.pruning.prune import prune
 from leanstep.pruning.result import PruneResult
 
 SIDECAR = "sparsity.json"
