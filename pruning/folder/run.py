@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from leanstep._checkpoint import check_apart, check_output, new_folder
 from leanstep._files import remove_partials
 from leanstep._version import __version__
 from leanstep.pruning.choices import check_choices
 from leanstep.pruning.folder.checkpoint import copy_others, write_weights
 from leanstep.pruning.folder.loading import checkpoint_values, load_model, open_checkpoint, stored_parameters
-from leanstep.pruning.folder.output import check_apart, check_output, new_folder
 from leanstep.pruning.folder.text import CalibrationText, perplexity_of, sequences_of
 from leanstep.pruning.measure.points import Progress
 from leanstep.pruning.prune import prune
