@@ -155,6 +155,14 @@ def _parser() -> argparse.ArgumentParser:
         help="what it should be: of all matrices, or of layers by wildcards as in '*.mlp.*=1:8'; exit 1 if it is not",
     )
     verify.add_argument("--json", action="store_true", help="as JSON")
+    export = command("export", _export, "Write a checkpoint without its zeros, or back with them.")
+    export.add_argument("path", metavar="DIR", help="a Hugging Face folder with safetensors weights")
+    export.add_argument("--format", required=True, choices=("sparse", "dense"), help="of the weights to write")
+    export.add_argument("--out", required=True, metavar="OUT", help="the folder to create")
+    export.add_argument(
+        "--values", choices=("int8",), help="quantise the nonzeros of sparse weights; default: as stored"
+    )
+    export.add_argument("--json", action="store_true", help="as JSON")
     report = command("report", _report, "Write one HTML page about one run, or comparing several.")
     report.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folders")
     report.add_argument(
@@ -368,6 +376,22 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> int:
     if len(options.runs) < 2:
         raise UsageError("expected at least two runs to compare; `leanstep report RUN` is about one")
     return _report(options, rest)
+
+
+def _export(options: argparse.Namespace, rest: list[str]) -> int:
+    _nothing_left(rest)
+    from leanstep._files import one_line
+    from leanstep.sparsity.inference import export_folder
+
+    try:
+        export = export_folder(options.path, options.out, format=options.format, values=options.values)
+    except ValueError as error:
+        raise UsageError(one_line(error)) from None
+    except OSError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return EXIT_FAILED
+    print(json.dumps(export.as_dict(), indent=2) if options.json else export)
+    return 0
 
 
 def _report(options: argparse.Namespace, rest: list[str]) -> int:
