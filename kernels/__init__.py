@@ -28,6 +28,8 @@ from leanstep.kernels.nm.mask import nm_mask
 from leanstep.kernels.nm.matmul import nm_compress, nm_decompress, nm_matmul
 from leanstep.kernels.poly.attention import poly_attention
 from leanstep.kernels.poly.features import poly_features, poly_features_backward
+from leanstep.kernels.sparse.bitmask import bitmask_pack, bitmask_quantize, bitmask_unpack, bitmask_validate
+from leanstep.kernels.sparse.linear import bitmask_linear
 from leanstep.kernels.steps.common import StepOptions
 from leanstep.kernels.steps.lion_int8 import lion_agreement_int8, lion_step_int8
 from leanstep.kernels.steps.lion_step import lion_agreement, lion_step
@@ -42,6 +44,11 @@ __all__ = [
     "SparseLayout",
     "StepOptions",
     "backend_table",
+    "bitmask_linear",
+    "bitmask_pack",
+    "bitmask_quantize",
+    "bitmask_unpack",
+    "bitmask_validate",
     "linear_combination",
     "lion_agreement",
     "lion_agreement_int8",

@@ -1,0 +1,1 @@
+"""Unstructured sparse matrices and products with them, in C++."""

@@ -1,0 +1,80 @@
+"""Matrices as nonzero values and bit masks, in plain torch: the definition."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+WORD = 32
+# entries of a matrix that are expanded at a time
+TILE = 1 << 20
+
+
+def row_tiles(rows: int, columns: int, step: int = 1) -> Iterator[tuple[int, int]]:
+    """Bounds of tiles of rows with about TILE entries; all but the last have a multiple of ``step`` rows."""
+    height = max(1, TILE // max(1, columns) // step) * step
+    for begin in range(0, rows, height):
+        yield begin, min(begin + height, rows)
+
+
+def words(columns: int) -> int:
+    """Words of the mask of a row."""
+    return -(-columns // WORD)
+
+
+def pack(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, mask and offsets of a matrix. Everything but +0 is a value."""
+    rows, columns = weight.shape
+    mask = torch.empty(rows, words(columns), dtype=torch.int32, device=weight.device)
+    shifts = torch.arange(WORD, dtype=torch.int32, device=weight.device)
+    values, counts = [], []
+    for begin, end in row_tiles(rows, columns):
+        tile = weight[begin:end]
+        stored = (tile != 0) | tile.signbit()
+        values.append(tile[stored])
+        counts.append(stored.sum(dim=1))
+        bits = torch.nn.functional.pad(stored.to(torch.int32), (0, mask.shape[1] * WORD - columns))
+        mask[begin:end] = (bits.unflatten(1, (-1, WORD)) << shifts).sum(dim=2, dtype=torch.int32)
+    offsets = torch.zeros(rows + 1, dtype=torch.int64, device=weight.device)
+    if rows:
+        torch.cumsum(torch.cat(counts), 0, out=offsets[1:])
+    return torch.cat(values) if values else weight.new_empty(0), mask, offsets
+
+
+def bits_of(mask: Tensor, columns: int) -> Tensor:
+    """The bits [rows, columns] of a mask, as bool."""
+    shifts = torch.arange(WORD, dtype=torch.int32, device=mask.device)
+    return (mask.unsqueeze(-1) >> shifts).bitwise_and_(1).flatten(1)[:, :columns].bool()
+
+
+def row_counts(mask: Tensor) -> Tensor:
+    """Bits that are set in each row of a mask, int64."""
+    # sums of neighbouring groups of 1, 2, 4 and 8 bits; each constant also clears the copies of a shifted sign
+    counts = mask - ((mask >> 1) & 0x55555555)
+    counts = (counts & 0x33333333) + ((counts >> 2) & 0x33333333)
+    counts = (counts + (counts >> 4)) & 0x0F0F0F0F
+    return ((counts * 0x01010101) >> 24).sum(dim=1)
+
+
+def unpack_rows(
+    values: Tensor, mask: Tensor, offsets: Tensor, scales: Tensor | None, out: Tensor, begin: int, end: int
+) -> None:
+    """Write rows begin..end of the matrix to ``out`` [end - begin, columns]: value * scale of the row, rounded once."""
+    first, last = offsets[begin].item(), offsets[end].item()
+    entries = values[first:last]
+    if scales is not None:
+        counts = offsets[begin : end + 1].diff()
+        entries = entries.to(scales.dtype) * scales[begin:end].repeat_interleave(counts)
+    out.zero_()
+    out[bits_of(mask[begin:end], out.shape[1])] = entries.to(out.dtype)
+
+
+def quantize(values: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of 8 bits and a scale for each row: the largest magnitude of the row has the code 127 or -127."""
+    wide = torch.promote_types(values.dtype, torch.float32)
+    entries = values.to(wide)
+    largest = torch.segment_reduce(entries.abs(), "max", offsets=offsets, initial=0)
+    scales = (largest / 127).to(torch.float32)
+    ratios = entries / scales.to(wide).repeat_interleave(offsets.diff())
+    # a row of zeros has the scale 0
+    return ratios.nan_to_num(0.0, 127, -127).round().clamp_(-127, 127).to(torch.int8), scales

@@ -1,0 +1,1 @@
+"""Unstructured sparse matrices as values and bit masks, and products with them."""

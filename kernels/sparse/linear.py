@@ -1,0 +1,117 @@
+"""Products with matrices of values and bit masks."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leanstep.kernels._backend import choose, on_remembered_backend, remember_backend
+from leanstep.kernels._modes import is_traced
+from leanstep.kernels.reference.sparse import linear as reference
+from leanstep.kernels.sparse.bitmask import check_parts
+
+
+def bitmask_linear(
+    x: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    offsets: Tensor,
+    columns: int,
+    bias: Tensor | None = None,
+    scales: Tensor | None = None,
+) -> Tensor:
+    """``x W^T + bias`` for a matrix W from :func:`bitmask_pack`.
+
+    Args:
+        x: [..., columns], floating; not written.
+        values: [nonzeros] of x's dtype; or int8, from :func:`bitmask_quantize`.
+        mask: int32 [rows, ceil(columns / 32)]. offsets: int64 [rows + 1].
+        columns: columns of W.
+        bias: [rows] of x's dtype, or None.
+        scales: fp32 [rows], for int8 values only.
+
+    Returns:
+        [..., rows] of x's dtype. Differentiable in x and bias; values are constants.
+
+    Raises:
+        ValueError: for dtypes, shapes or devices that do not match, or values that require a gradient.
+        BackendError: the requested backend cannot run here.
+
+    Notes:
+        Checks no element of mask and offsets; :func:`bitmask_validate` does. Computes in fp32 (fp64 for fp64) and
+        rounds once. Expands a tile of about a million entries at most, never all of W.
+    """
+    _check(x, values, mask, offsets, columns, bias, scales)
+    flat = x.reshape(-1, columns)
+    recorded = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    product = torch.ops.leanstep.bitmask_linear if recorded or is_traced(x) else _run
+    return product(flat, values, mask, offsets, bias, scales).view(*x.shape[:-1], len(mask))
+
+
+def _check(
+    x: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    offsets: Tensor,
+    columns: int,
+    bias: Tensor | None,
+    scales: Tensor | None,
+) -> None:
+    name = "bitmask_linear"
+    check_parts(values, mask, offsets, columns, scales, name)
+    if not x.dim() or x.shape[-1] != columns or not columns:
+        raise ValueError(f"{name}: expected x [..., {columns}] with columns, got {list(x.shape)}")
+    if not x.is_floating_point() or x.device != values.device or (scales is None and x.dtype != values.dtype):
+        raise ValueError(
+            f"{name}: expected x and values of one floating dtype (or int8 values) on one device, got {x.dtype} on "
+            f"{x.device} and {values.dtype} on {values.device}"
+        )
+    if bias is not None and (bias.shape != (len(mask),) or bias.dtype != x.dtype or bias.device != x.device):
+        raise ValueError(
+            f"{name}: expected a bias [{len(mask)}] of {x.dtype} on {x.device}, got {bias.dtype} {list(bias.shape)} on "
+            f"{bias.device}"
+        )
+    if values.requires_grad:
+        raise ValueError(
+            f"{name}: values have no gradient; detach them, or train the matrix of bitmask_unpack with a mask"
+        )
+
+
+@torch.no_grad()
+def _run(
+    x: Tensor, values: Tensor, mask: Tensor, offsets: Tensor, bias: Tensor | None, scales: Tensor | None
+) -> Tensor:
+    choose("bitmask_linear", x.device, x.dtype)
+    return reference.bitmask_linear(x, values, mask, offsets, bias, scales)
+
+
+@torch.no_grad()
+def _run_backward(
+    grad: Tensor, values: Tensor, mask: Tensor, offsets: Tensor, columns: int, scales: Tensor | None
+) -> Tensor:
+    return reference.bitmask_linear_backward(grad, values, mask, offsets, columns, scales)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, *matrix, _bias, scales = inputs
+    ctx.save_for_backward(*matrix, scales)
+    ctx.columns = x.shape[1]
+    remember_backend(ctx)
+
+
+@on_remembered_backend
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    *matrix, scales = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.leanstep.bitmask_linear_backward(grad, *matrix, ctx.columns, scales)
+    if ctx.needs_input_grad[4]:
+        grad_bias = grad.sum(dim=0)
+    return grad_x, None, None, None, grad_bias, None
+
+
+_linear_op = torch.library.custom_op("leanstep::bitmask_linear", _run, mutates_args=())
+_backward_op = torch.library.custom_op("leanstep::bitmask_linear_backward", _run_backward, mutates_args=())
+_linear_op.register_fake(lambda x, values, mask, *_: x.new_empty(x.shape[0], mask.shape[0]))
+_backward_op.register_fake(lambda grad, values, mask, offsets, columns, scales: grad.new_empty(len(grad), columns))
+_linear_op.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,123 @@
+"""Products with matrices of values and bit masks: equal to the dense ones."""
+
+import pytest
+import torch
+from kernel_cases import DTYPES, bits_equal, dtype_name
+
+from leanstep.kernels import bitmask_linear, bitmask_pack, bitmask_quantize, bitmask_unpack, use_backend
+from leanstep.kernels.reference.sparse import bitmask as reference
+
+
+def sparse(rows, columns, sparsity=0.6, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator)
+    return torch.where(torch.rand(rows, columns, generator=generator) < sparsity, 0.0, weight).to(dtype)
+
+
+def check_product(out, x, weight, bias=None, tolerance=1e-6):
+    """Rounded once to the dtype, after fp32 sums: measured 3e-7 of the sum of magnitudes."""
+    exact, size = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
+    if bias is not None:
+        exact, size = exact + bias.double(), size + bias.double().abs()
+    bound = torch.finfo(x.dtype).eps / 2 * exact.abs() * 1.01 + tolerance * size + torch.finfo(x.dtype).tiny
+    assert out.dtype == x.dtype and out.shape == exact.shape
+    assert ((out.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 7, 8, 13, 16, 17, 40])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("shape", [(70, 200), (33, 31), (5, 1029), (1, 64)], ids=str)
+def test_products_against_float64(shape, dtype, tokens, dirty_memory, monkeypatch):
+    monkeypatch.setattr(reference, "TILE", 4000)
+    weight, x, bias = sparse(*shape, dtype=dtype), torch.randn(tokens, shape[1]).to(dtype), torch.randn(shape[0])
+    weight[0] = 0
+    weight[-1] = torch.randn(shape[1])
+    bias = bias.to(dtype)
+    parts = bitmask_pack(weight)
+    before = [t.clone() for t in (x, *parts)]
+    check_product(bitmask_linear(x, *parts, shape[1]), x, weight)
+    check_product(bitmask_linear(x, *parts, shape[1], bias=bias), x, weight, bias)
+    for tensor, want in zip((x, *parts), before, strict=True):
+        bits_equal(tensor, want)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 16, 20])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_products_of_codes_against_float64(dtype, tokens, dirty_memory, monkeypatch):
+    monkeypatch.setattr(reference, "TILE", 4000)
+    weight, x, bias = sparse(40, 333), torch.randn(tokens, 333).to(dtype), torch.randn(40).to(dtype)
+    values, mask, offsets = bitmask_pack(weight)
+    codes, scales = bitmask_quantize(values, offsets)
+    rounded = bitmask_unpack(codes, mask, offsets, weight.shape, scales, torch.float64)
+    # tiles for many tokens hold weights that are rounded to the dtype
+    tolerance = 1e-6 if tokens <= 16 else max(1e-6, torch.finfo(dtype).eps)
+    for b in (None, bias):
+        check_product(bitmask_linear(x, codes, mask, offsets, 333, b, scales), x, rounded, b, tolerance)
+
+
+def test_products_in_float64_are_the_dense_ones():
+    weight, x = sparse(20, 70, dtype=torch.float64), torch.randn(6, 70, dtype=torch.float64)
+    torch.testing.assert_close(bitmask_linear(x, *bitmask_pack(weight), 70), x @ weight.T)
+
+
+def test_leading_dimensions_layouts_and_nothing():
+    weight = sparse(37, 50)
+    parts = bitmask_pack(weight)
+    x = torch.randn(2, 3, 50)
+    bits_equal(bitmask_linear(x, *parts, 50).flatten(0, 1), bitmask_linear(x.flatten(0, 1), *parts, 50))
+    assert bitmask_linear(x[:0], *parts, 50).shape == (0, 3, 37)
+    assert bitmask_linear(x[0, 0], *parts, 50).shape == (37,)
+    strided = torch.randn(50, 5).T
+    bits_equal(bitmask_linear(strided, *parts, 50), bitmask_linear(strided.contiguous(), *parts, 50))
+    zero, bias = bitmask_pack(torch.zeros(3, 50)), torch.randn(3)
+    bits_equal(bitmask_linear(x[0], *zero, 50, bias), bias.expand(3, 3))
+    assert bitmask_linear(x, *bitmask_pack(weight[:0]), 50).shape == (2, 3, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=dtype_name)
+@pytest.mark.parametrize("tokens", [1, 30])
+def test_gradients_are_those_of_the_dense_product(dtype, tokens, monkeypatch):
+    monkeypatch.setattr(reference, "TILE", 1000)
+    weight, bias = sparse(40, 70, dtype=dtype), torch.randn(40).to(dtype).requires_grad_()
+    x = torch.randn(tokens, 70).to(dtype).requires_grad_()
+    parts = bitmask_pack(weight)
+    grad = torch.randn(tokens, 40).to(dtype)
+    bitmask_linear(x, *parts, 70, bias).backward(grad)
+    exact = grad.double() @ weight.double()
+    bound = 2 * torch.finfo(dtype).eps * (grad.double().abs() @ weight.double().abs())
+    assert ((x.grad.double() - exact).abs() <= bound).all()
+    torch.testing.assert_close(bias.grad, grad.sum(0))
+    with pytest.raises(ValueError, match="values have no gradient"):
+        bitmask_linear(x, parts[0].requires_grad_(), *parts[1:], 70)
+
+
+def test_compiles_whole_and_is_a_proper_op():
+    parts = bitmask_pack(sparse(20, 70))
+    x, bias = torch.randn(3, 70), torch.randn(20)
+    compiled = torch.compile(lambda x: bitmask_linear(x, *parts, 70, bias), fullgraph=True, backend="aot_eager")
+    bits_equal(compiled(x), bitmask_linear(x, *parts, 70, bias))
+    recorded = x.clone().requires_grad_()
+    compiled(recorded).sum().backward()
+    assert recorded.grad is not None
+    arguments = (x.requires_grad_(), *parts, bias, None)
+    torch.library.opcheck(torch.ops.leanstep.bitmask_linear.default, arguments)
+    with use_backend("reference"):
+        torch.testing.assert_close(bitmask_linear(x, *parts, 70, bias), compiled(x))
+
+
+def test_bad_arguments_are_named():
+    values, mask, offsets = bitmask_pack(sparse(20, 70))
+    x = torch.randn(3, 70)
+    codes, scales = bitmask_quantize(values, offsets)
+    for arguments, message in [
+        ((x[:, :64], values, mask, offsets, 70), r"expected x \[..., 70\]"),
+        ((x[:, :64], values, mask, offsets, 64), "int32 mask"),
+        ((x.double(), values, mask, offsets, 70), "one floating dtype"),
+        ((x, codes, mask, offsets, 70), "without scales"),
+        ((x, codes, mask, offsets, 70, None, scales[1:]), "fp32 scales"),
+        ((x, values, mask, offsets[1:], 70), "int64 offsets"),
+        ((x, values, mask, offsets, 70, torch.ones(19)), r"expected a bias \[20\]"),
+        ((x, values, mask, offsets, 70, torch.ones(20).double()), r"expected a bias \[20\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            bitmask_linear(*arguments)
