@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import inspect
 import math
 import re
 import warnings
@@ -12,9 +14,10 @@ from typing import Any
 
 from torch import nn
 
-from leanstep._torch import is_conv1d, output_head
+from leanstep._torch import expert_weights, is_conv1d, output_head
 from leanstep.lora.config import HEAD_TASKS, HEADS, LoraConfig
 from leanstep.lora.layers.frozen import is_linear, why_no_tensor, widths
+from leanstep.lora.peft.experts import names_read_as_experts
 
 
 def select(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
@@ -112,6 +115,23 @@ def why_not_adaptable(model: nn.Module, name: str, module: nn.Module) -> str | N
     return None if isinstance(module, nn.Embedding) else why_no_tensor(module, widths(module)[0])
 
 
+def _why_read_directly(model: nn.Module, name: str) -> str | None:
+    """The reason why the mixer of a state-space model would skip a layer's adapter, or None."""
+    path, _, leaf = name.rpartition(".")
+    owner = type(model.get_submodule(path))
+    if not hasattr(model.get_submodule(path), "A_log") or f"self.{leaf}.weight" not in _source(owner):
+        return None
+    return f"{owner.__name__} multiplies by its weight itself, at least in its kernels, which would skip the adapter"
+
+
+@functools.cache
+def _source(cls: type[nn.Module]) -> str:
+    try:
+        return inspect.getsource(cls)
+    except (OSError, TypeError):  # a class without a file
+        return ""
+
+
 def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig) -> dict[str, nn.Module]:
     head = output_head(model)
     selected: dict[str, nn.Module] = {}
@@ -119,7 +139,7 @@ def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module], config: Lora
     for name, module in modules.items():
         if not is_linear(module) or module is head or _fits(config.exclude_modules, name) or _is_saved(config, name):
             continue
-        reason = why_not_adaptable(model, name, module)
+        reason = why_not_adaptable(model, name, module) or _why_read_directly(model, name)
         if reason is not None:
             warnings.warn(f"apply_lora: 'all-linear' leaves out {name}: {reason}", stacklevel=5)
         elif rank_of(config, name) > min(widths(module)):
@@ -129,11 +149,46 @@ def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module], config: Lora
     if narrow:
         names = ", ".join(narrow[:4]) + (f" and {len(narrow) - 4} more" if len(narrow) > 4 else "")
         warnings.warn(f"apply_lora: 'all-linear' leaves out {names}: narrower than the rank", stacklevel=5)
+    _warn_of_experts(model)
+    _warn_of_frozen_head(model, config)
     if not selected:
         raise ValueError(
             "apply_lora: target_modules 'all-linear' selects nothing; the model has no suitable linear layer"
         )
     return selected
+
+
+def _warn_of_experts(model: nn.Module) -> None:
+    """Warn about tensors of all experts, which "all-linear" leaves out."""
+    tensors = {
+        f"{name}.{leaf}": getattr(module, leaf)
+        for name, module in model.named_modules()
+        if not is_linear(module)
+        for leaf in expert_weights(name, module)
+    }
+    if not tensors:
+        return
+    more = f" and {len(tensors) - 2} more" if len(tensors) > 2 else ""
+    share = sum(t.numel() for t in tensors.values()) / sum(p.numel() for p in model.parameters())
+    renamed = sorted(names_read_as_experts(model))
+    peft = f"; PEFT adapts them and the routers, and no other layer called {', '.join(renamed)}" if renamed else ""
+    warnings.warn(
+        f"apply_lora: 'all-linear' leaves out {', '.join(list(tensors)[:2])}{more} ({share:.0%} of the weights): "
+        f"fused experts have no adapters here{peft}",
+        stacklevel=6,
+    )
+
+
+def _warn_of_frozen_head(model: nn.Module, config: LoraConfig) -> None:
+    """Warn about a classifier that gets an adapter, and keeps the weights of its initialisation below it."""
+    heads = [head for head in HEADS if isinstance(getattr(model, head, None), nn.Module)]
+    frozen = [head for head in heads if not _is_saved(config, head) and not _fits(config.exclude_modules, head)]
+    if type(model).__name__.endswith("Classification") and frozen:
+        warnings.warn(
+            f"apply_lora: {frozen[0]} keeps its weights under an adapter; if it is new, train it whole by "
+            f"task_type='SEQ_CLS' or modules_to_save=[{frozen[0]!r}]",
+            stacklevel=6,
+        )
 
 
 def _warn_of_exclusions(modules: Iterable[str], config: LoraConfig) -> None:

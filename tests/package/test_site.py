@@ -1,0 +1,112 @@
+"""The site: every page is in its menu, every public name on an API page. `mkdocs build --strict` runs in .ci/run."""
+
+import importlib
+import re
+import sys
+from types import ModuleType
+
+import pytest
+import yaml
+from documentation import PAGES, ROOT
+
+sys.path.insert(0, str(ROOT / "docs" / "site"))
+from text import ROOT_PAGES, key_line, readable_docstring, site_links
+
+AREAS = ("kernels", "lora", "optimizers", "pruning", "recipes", "sparsity")
+CONFIG = yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))
+
+
+def directives(area: str) -> list[str]:
+    """The dotted names that the API page of an area shows."""
+    return re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api" / f"{area}.md").read_text("utf-8"), re.MULTILINE)
+
+
+def menu(entry: object) -> list[str]:
+    """The pages in a part of the menu."""
+    if isinstance(entry, str):
+        return [entry]
+    return [page for part in (entry.values() if isinstance(entry, dict) else entry) for page in menu(part)]
+
+
+def test_every_page_is_in_the_menu_once():
+    pages = [page.removeprefix("docs/") for page in PAGES if page.startswith("docs/")]
+    assert sorted(menu(CONFIG["nav"])) == sorted([*pages, *ROOT_PAGES.values()])
+
+
+def test_the_checks_build_the_site_and_fail_on_a_warning():
+    script = (ROOT / ".ci" / "run").read_text("utf-8")
+    assert re.search(r"pip install .*\.\[docs\].*\n.*mkdocs build --strict", script)
+    assert set(CONFIG["validation"].values()) == {"warn"}
+
+
+@pytest.mark.parametrize("area", AREAS)
+def test_what_an_api_page_shows_exists(area):
+    names = directives(area)
+    assert names and len(set(names)) == len(names)
+    for name in names:
+        module, _, last = name.rpartition(".")
+        value = getattr(importlib.import_module(module), last)
+        assert not isinstance(value, ModuleType), f"{name} is a module: name the module that defines {last}"
+
+
+@pytest.mark.parametrize("area", sorted(set(AREAS) - {"recipes"}))
+def test_no_public_name_is_missing_from_the_api_pages(area):
+    package = importlib.import_module(f"leanstep.{area}")
+    shown = {name.rpartition(".")[2] for name in directives(area)}
+    assert [name for name in package.__all__ if name not in shown] == []
+
+
+def test_every_section_of_a_recipe_is_shown():
+    schema = importlib.import_module("leanstep.recipes.config.schema")
+    sections = {name for name in vars(schema) if name.endswith("Config")}
+    shown = {name.rpartition(".")[2] for name in directives("recipes")}
+    assert len(sections) > 10 and sections <= shown
+
+
+@pytest.mark.parametrize(
+    ("link", "expected"),
+    [
+        ("[a](../measured.md#lora)", "[a](../measured.md#lora)"),
+        ("[a](../../SECURITY.md)", "[a](../security.md)"),
+        ("[rule.py](../../optimizers/sinkgd/rule.py)", "rule.py"),
+        ("[a](https://arxiv.org/abs/1)", "[a](https://arxiv.org/abs/1)"),
+        ("[a](#here)", "[a](#here)"),
+        ("![a](../x.svg)", "![a](../x.svg)"),
+    ],
+)
+def test_links_lead_to_pages_of_the_site(link, expected):
+    assert site_links(link, "docs/methods/lora.md", "methods/lora.md") == expected
+
+
+def test_links_from_the_root_and_into_a_repository():
+    assert site_links("[w](docs/walks.md#a)", "CONTRIBUTING.md", "contributing.md") == "[w](walks.md#a)"
+    text = site_links("[r](../lora/rule.py)", "docs/code.md", "code.md", "https://example.org/r/blob/main")
+    assert text == "[r](https://example.org/r/blob/main/lora/rule.py)"
+
+
+def test_docstrings_become_readable():
+    text = (
+        "See :func:`prune` and :meth:`close`; the rule::\n\n    x = 1\n\n"
+        "Args:\n    a, b: one\n        line more.\n    c: see: d, e: f.\n\n"
+        "Raises:\n    A, B: never.\n\nExample:\n    >>> 1"
+    )
+    assert readable_docstring(text, {"prune": "leanstep.pruning.prune.prune"}) == (
+        "See [`prune`][leanstep.pruning.prune.prune] and `close`; the rule:\n\n    x = 1\n\n"
+        "Args:\n    a: one\n        line more.\n    b: one\n        line more.\n    c: see: d, e: f.\n\n"
+        "Raises:\n    A, B: never.\n\nExamples:\n    >>> 1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "line"),
+    [
+        (None, "k: int"),
+        ("3", "k: int = 3"),
+        ("Field(default=256, ge=2, le=2 ** 24)", "k: int = 256  # at least 2 and at most 2 ** 24"),
+        ("Field(default_factory=dict)", "k: int = {}"),
+        ("Field(default_factory=Eval)", "k: int = Eval()"),
+        ("Field(gt=0)", "k: int  # above 0"),
+    ],
+)
+def test_keys_of_recipes_are_one_line(value, line):
+    assert key_line("k", "int", value) == line
