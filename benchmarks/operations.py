@@ -12,6 +12,8 @@ from torch import Tensor
 
 from leanstep.kernels import (
     StepOptions,
+    bitmask_linear,
+    bitmask_pack,
     linear_combination,
     lion_agreement,
     lion_agreement_int8,
@@ -206,6 +208,13 @@ def _compressed(inputs: Inputs) -> list[Tensor]:
     return [nm_matmul(inputs.normal(tokens, weight.shape[1]), values, indices, 8) for tokens in (1, 6)]
 
 
+def _bitmask(inputs: Inputs) -> list[Tensor]:
+    weight = inputs.activations()
+    weight = torch.where(weight > 0.3, weight, torch.zeros_like(weight))
+    packed, columns = bitmask_pack(weight), weight.shape[1]
+    return [bitmask_linear(inputs.normal(tokens, columns), *packed, columns) for tokens in (1, 6, 20)]
+
+
 def _dropout(inputs: Inputs) -> list[Tensor]:
     return [lora_dropout(inputs.activations(), DROPOUT, torch.tensor(2**40 + 5))]
 
@@ -283,6 +292,7 @@ OPERATIONS = {
     "nm_mask": Operation(_masks, ALL, BITS),
     "nm_apply": Operation(_apply, ALL, BITS),
     "nm_matmul": Operation(_compressed),
+    "bitmask_linear": Operation(_bitmask),
     "lora_dropout": Operation(_dropout, ALL, BITS),
     "lora_down, lora_down_backward, lora_up": Operation(_products, HALF),
     "lora_norms": Operation(_norms, HALF),

@@ -57,7 +57,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "nm_mask": BACKENDS,
     "nm_apply": BACKENDS,
     "nm_matmul": BACKENDS,
-    "bitmask_linear": ("reference", "cpp"),
+    "bitmask_linear": BACKENDS,
     "lora_dropout": BACKENDS,
     "lora_down": BACKENDS,
     "lora_down_backward": BACKENDS,

@@ -100,6 +100,10 @@ def _run_backward(
 
 def _module(x: Tensor) -> Any:
     backend = choose("bitmask_linear", x.device, x.dtype).backend
+    if backend == "triton":
+        from leanstep.kernels.triton_impl.sparse import linear as triton_linear
+
+        return triton_linear
     return cpp if backend == "cpp" else reference
 
 

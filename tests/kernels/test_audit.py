@@ -47,6 +47,9 @@ def test_the_promises_are_those_of_the_methods(found):
     assert bytes_of("nm_mask_kernel", "s 32 bits m 8") == {(4, 1)}
     assert bytes_of("nm_apply_kernel", "w bfloat16") == {(3, 2)}
     assert bytes_of("nm_matmul_kernel", "x float32 1 rows") == {(5, 0)}
+    # bitmask: a value and its bit, of a matrix without zeros; written to a tile where that is asked for
+    assert bytes_of("bitmask_linear_kernel", "v bfloat16 out bfloat16 1 rows") == {(2.125, 0)}
+    assert bytes_of("bitmask_expand_kernel", "v int8 out bfloat16") == {(1.125, 2)}
 
 
 def test_every_kernel_of_the_package_is_audited():

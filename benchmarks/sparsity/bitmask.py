@@ -1,0 +1,65 @@
+"""Products with bitmask matrices beside torch's dense product: matrices with zeros in any place.
+
+    python benchmarks sparsity/bitmask [--rows 4096] [--columns 11008] [--threads 1] [--rounds 9] [--device cuda]
+        [--tokens 1 4 16 64] [--dtype bfloat16 float32] [--sparsity 0.5 0.6 0.7 0.8] [--int8] [--cpu-time]
+
+Each entry is the time of the dense product, by the faster of the two libraries that torch has for it on this processor
+(``leanstep.kernels.product``), over that of ``bitmask_linear``, medians of interleaved runs in one process: above 1 the
+packed matrix is faster. The last column is the packed matrix's bytes over the dense matrix's. With ``--int8``, values
+have 8 bits and a scale per row. On a machine that others use, ``--cpu-time`` counts this process's processor time
+instead of the clock's.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+import torch
+from common import clock_of, command_line, interleaved_medians, print_table, start
+
+from leanstep.kernels import bitmask_linear, bitmask_pack, bitmask_quantize, product
+
+PARSER = command_line(
+    __doc__, rows=4096, columns=11008, tokens=[1, 4, 16, 64], threads=1, rounds=9, sparsity=[0.5, 0.6, 0.7, 0.8],
+    device="cpu", dtype=["bfloat16", "float32"], int8=(False, "round the values to 8 bits"),
+    cpu_time=(False, "measure processor time"),
+)  # fmt: skip
+
+
+def measure(options: argparse.Namespace, dtype: torch.dtype) -> Iterator[list[str]]:
+    """One row per sparsity, one column per number of tokens."""
+    generator = torch.Generator().manual_seed(0)
+    dense = torch.randn(options.rows, options.columns, generator=generator)
+    places = torch.rand(options.rows, options.columns, generator=generator)
+    inputs = [torch.randn(tokens, options.columns, generator=generator) for tokens in options.tokens]
+    inputs = [x.to(options.device, dtype) for x in inputs]
+    for sparsity in options.sparsity:
+        weight = torch.where(places < sparsity, 0.0, dense).to(options.device, dtype)
+        values, mask, offsets = bitmask_pack(weight)
+        scales = None
+        if options.int8:
+            values, scales = bitmask_quantize(values, offsets)
+        cells = []
+        for x in inputs:
+            runs = {
+                "dense": lambda x=x, w=weight: product(x, w.T),
+                "ours": lambda x=x, v=values, m=mask, o=offsets, s=scales: bitmask_linear(
+                    x, v, m, o, options.columns, None, s
+                ),
+            }
+            seconds = interleaved_medians(runs, options.rounds, clock_of(options))
+            cells.append(f"{seconds['dense'] / seconds['ours']:.2f} ({seconds['ours'] * 1e3:.2f} ms)")
+        size = sum(part.nbytes for part in (values, mask, offsets, scales) if part is not None)
+        yield [f"{sparsity:.0%}", *cells, f"{size / weight.nbytes:.2f}"]
+
+
+@torch.no_grad()
+def main() -> None:
+    """Print the tables."""
+    options = start(PARSER)
+    columns = [f"{count} token{'s' if count > 1 else ''}" for count in options.tokens]
+    for name in options.dtype:
+        print()
+        head = [f"{options.rows} x {options.columns} {name}", *columns, "bytes"]
+        print_table(head, measure(options, getattr(torch, name)))
