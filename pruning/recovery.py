@@ -232,8 +232,8 @@ class _Samples:
 
     def __init__(self, data: Any, model: nn.Module, teacher: nn.Module | None, recovery: Recovery) -> None:
         self.model, self.recovery = model, recovery
-        self.data = data if isinstance(data, Tensor) else as_batches(data, model)
-        first = as_batches(data[:1], model)[0] if isinstance(data, Tensor) else self.data[0].sample(0)
+        self.data: Tensor | list[Batch] = data if isinstance(data, Tensor) else as_batches(data, model)
+        first = as_batches(self.data[:1], model)[0].sample(0)
         check_runs(model, first)
         try:
             logits = logits_of(first.run(model))
@@ -288,11 +288,11 @@ def _loss(model: nn.Module, teacher: nn.Module | None, batch: Batch) -> Tensor:
     with torch.no_grad():
         dense = token_rows(logits_of(batch.run(teacher)), batch)
     rows = token_rows(logits_of(batch.run(model)), batch)
-    sums = [
+    divergences = [
         kl_div(row.float().log_softmax(-1), expected.float().log_softmax(-1), log_target=True, reduction="sum")
         for row, expected in zip(rows, dense, strict=True)
     ]
-    return torch.stack(sums).sum() / sum(len(row) for row in rows)
+    return torch.stack(divergences).sum() / sum(len(row) for row in rows)
 
 
 def _cost(model: nn.Module, teacher: nn.Module | None, batches: Sequence[Batch]) -> Distortion | None:

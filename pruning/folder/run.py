@@ -100,7 +100,8 @@ def prune_checkpoint(
         )
         data = scores
     elif recovery is not None and not isinstance(data, torch.Tensor):
-        data = list(data)  # it is read twice
+        batches: Any = data
+        data = list(batches)  # it is read twice
     perplexity: dict[str, Any] = {}
     if evaluate:
         if held_out is None:
