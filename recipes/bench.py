@@ -51,7 +51,7 @@ def _bench(options: argparse.Namespace) -> dict[str, Any]:
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    rows = []
+    rows: list[tuple[dict[str, Any], Any, dict[str, list[float]]]] = []
     for folder in folders:
         _import_model(folder)
         before = _resident()
