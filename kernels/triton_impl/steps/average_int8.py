@@ -21,7 +21,6 @@ from leanstep.kernels.triton_impl._multi_tensor import (
     device_rows,
     is_aligned,
     launches,
-    native_dtype,
     on_device,
     seeds_and_offsets,
     warps,
@@ -142,7 +141,7 @@ def average_step_int8(
     rows, keys, pieces = [], [], []
     for i, (g, c, s, *output) in enumerate(zip(*lists, strict=True)):
         c, s = staging.write(c), staging.write(s)
-        g = staging.read(g, native_dtype(g.dtype, torch.float32))
+        g = staging.read(g, g.dtype if g.dtype in TL_DTYPE else torch.float32)
         o = staging.write(output[0]) if output else None
         columns = g.shape[1:].numel()
         whole = columns % SCALED == 0 and is_aligned(g, c, s, o)
