@@ -104,7 +104,7 @@ def _cpp_step(
     """Step contiguous tensors of one dtype per list."""
     grads, codes, scales, *outputs = lists
     numbers = (options.scalars, options.seeds, options.offsets)
-    macros = {"GRAD": TYPES[grads[0].dtype], "NESTEROV": int(nesterov), "UPDATE": int(update)}
+    macros: dict[str, str | int] = {"GRAD": TYPES[grads[0].dtype], "NESTEROV": int(nesterov), "UPDATE": int(update)}
     call(
         "steps/average_int8", "average_step_int8", macros, len(grads), grads, codes, scales,
         outputs[0] if outputs else None, *rows_and_columns(grads), *numbers, skip, int(options.maximize),

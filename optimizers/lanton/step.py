@@ -289,7 +289,14 @@ def _signed(layer: LayerStep) -> Tensor:
 
 
 def _average_int8(
-    layer: LayerStep, key: str, weight: float, skip: Tensor | None = None, output: Tensor | None = None, **mode: bool
+    layer: LayerStep,
+    key: str,
+    weight: float,
+    skip: Tensor | None = None,
+    output: Tensor | None = None,
+    *,
+    nesterov: bool = False,
+    update: bool = True,
 ) -> None:
     """Update an average in 8 bits by the gradient, or write its values, by :func:`average_step_int8`.
 
@@ -310,7 +317,9 @@ def _average_int8(
         seeds, offsets = seeds.expand(len(grad)).contiguous(), offsets + distances
     options = average_options(weight, local(layer.param), seeds, offsets)
     maximize = layer.group["maximize"] and key == "momentum_buffer"  # G' has the gradient's own sign
-    average_step_int8(*lists, options._replace(maximize=maximize), skip=skip, **mode)
+    options = options._replace(maximize=maximize)
+    grads, all_codes, all_scales, outputs = lists
+    average_step_int8(grads, all_codes, all_scales, outputs, options, skip=skip, nesterov=nesterov, update=update)
 
 
 def _new_values(layer: LayerStep) -> Tensor:
