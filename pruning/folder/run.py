@@ -2,74 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from leanstep._checkpoint import check_apart, check_output, new_folder
-from leanstep._files import remove_partials
+from leanstep._files import remove_partials, restore_replaced
 from leanstep._version import __version__
-from leanstep.pruning.folder.checkpoint import copy_others, write_weights
-from leanstep.pruning.folder.loading import (
-    Checkpoint,
-    checkpoint_values,
-    encoding,
-    load_model,
-    open_checkpoint,
-    open_tokenizer,
-    position_count,
-    stored_parameters,
-)
-from leanstep.pruning.measure.batches import as_batches
-from leanstep.pruning.measure.measure import evaluating
-from leanstep.pruning.measure.metrics import check_runs, cross_entropy_sums, summarise
+from leanstep.pruning.choices import check_choices
+from leanstep.pruning.folder.checkpoint import SIDECAR, copy_others, write_report, write_weights
+from leanstep.pruning.folder.loading import checkpoint_values, load_model, open_checkpoint, stored_parameters
+from leanstep.pruning.folder.recovery import recover_model
+from leanstep.pruning.folder.text import CalibrationText, perplexity_of, sequences_of
 from leanstep.pruning.measure.points import Progress
-from leanstep.pruning.prune import check_choices, prune
+from leanstep.pruning.prune import prune
+from leanstep.pruning.recovery import Recovery
 from leanstep.pruning.result import PruneResult
-
-SIDECAR = "sparsity.json"
-REPORT = "report.html"
-
-
-@dataclass(frozen=True)
-class CalibrationText:
-    """Text to calibrate a language model with, and how much of it.
-
-    Attributes:
-        documents: the texts, in order.
-        label: name of the texts in messages and in the report.
-        samples: sequences for the scores.
-        curve_samples: number of these sequences for the curves.
-        held_out: sequences for the comparison with uniform sparsity, and for perplexity; disjoint from the others.
-        held_out_documents: texts for the held-out sequences; None: ``documents``.
-        seq_len: tokens of a sequence; None: the tokenizer's ``model_max_length``, at most 2048.
-        seed: of the random choice of sequences.
-
-    Raises:
-        ValueError: for numbers of sequences below 1, or more sequences for the curves than for the scores.
-    """
-
-    documents: tuple[str, ...]
-    label: str = "text"
-    samples: int = 128
-    curve_samples: int = 16
-    held_out: int = 8
-    held_out_documents: tuple[str, ...] | None = None
-    seq_len: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if min(self.samples, self.curve_samples, self.held_out) < 1 or self.curve_samples > self.samples:
-            raise ValueError(
-                "expected samples, curve_samples and held_out of at least 1, and curve_samples <= samples; got "
-                f"{self.samples}, {self.curve_samples} and {self.held_out}"
-            )
 
 
 def prune_checkpoint(
@@ -82,6 +32,7 @@ def prune_checkpoint(
     resume: bool = False,
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
+    recovery: Recovery | None = None,
     **settings: Any,
 ) -> PruneResult:
     """Prune a Hugging Face checkpoint into a new folder of the same files, names and dtypes, with exact zeros.
@@ -100,12 +51,15 @@ def prune_checkpoint(
             ``out``, removes them, and raises the error of an ``out`` that exists.
         device: of the model during calibration.
         progress: see :func:`measure_curves`.
+        recovery: train the pruned model on ``data`` after its folder is written, and replace that; see
+            :func:`leanstep.pruning.recover_checkpoint`, which also goes on where a run was interrupted in this.
         **settings: those of :func:`prune`.
 
     Raises:
         ValueError: for an incomplete or quantised checkpoint, too little text, contradictory settings, a target out of
             reach, an ``out`` that exists or lies in ``source``, or curves of an interrupted run without ``resume``.
-        OSError: if the disk is full. After any error, ``source`` is unchanged and ``out`` does not exist.
+        OSError: if the disk is full. After any error, ``source`` is unchanged and ``out`` does not exist, or holds the
+            pruned model if the error came in recovery.
 
     Notes:
         Memory: the model, and the memory of :func:`prune` without its copy of the dense weights, which are read again
@@ -113,11 +67,14 @@ def prune_checkpoint(
         those that transformers fuses or renames on loading, such as experts, are copied.
     """
     check_choices(data=data, **settings)
+    if recovery is not None and data is None:
+        raise ValueError("recovery trains on the calibration data: give data")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"the device {str(device)!r} is not available: {str(error).splitlines()[0]}") from None
     out = Path(out).expanduser()
+    restore_replaced(out)
     partial = out.with_name(f"{out.name}.curves.jsonl")
     if resume and (out / SIDECAR).is_file():
         # the interrupted run had written its folder and was about to remove these
@@ -129,9 +86,9 @@ def prune_checkpoint(
             f"begin again"
         )
     checkpoint = open_checkpoint(source)
-    check_output(out, checkpoint.size)
+    check_output(out, checkpoint.size * (1 if recovery is None else 2))
     check_apart(out, checkpoint.folder)
-    sequences = _sequences(checkpoint, data) if isinstance(data, CalibrationText) else None
+    sequences = sequences_of(checkpoint, data) if isinstance(data, CalibrationText) else None
     model = load_model(checkpoint, device)
     content: dict[str, Any] = {"leanstep": __version__, "source": str(source)}
     if sequences is not None:
@@ -142,28 +99,43 @@ def prune_checkpoint(
             f"{data.label}, {len(scores)} x {scores.shape[1]} tokens, seed {data.seed}; curves {data.curve_samples}"
         )
         data = scores
+    elif recovery is not None and not isinstance(data, torch.Tensor):
+        batches: Any = data
+        data = list(batches)  # it is read twice
     perplexity: dict[str, Any] = {}
     if evaluate:
         if held_out is None:
             raise ValueError("perplexity needs held-out sequences: give a text")
-        perplexity["before"], perplexity["tokens"] = _perplexity(model, held_out)
+        perplexity["before"], perplexity["tokens"] = perplexity_of(model, held_out)
     stored = stored_parameters(checkpoint, model)
     result = prune(model, data, held_out=held_out, resume=partial, progress=progress, stored=stored, **settings)
     if evaluate:
-        perplexity["after"], _ = _perplexity(model, held_out)
+        perplexity["after"], _ = perplexity_of(model, held_out)
         result.perplexity = perplexity
-    from leanstep.pruning.folder.report import report_page
-
     content |= result.to_dict()
     with new_folder(out) as folder:
         values = checkpoint_values(checkpoint, model)
         changed = write_weights(checkpoint, values, folder)
         copy_others(checkpoint, folder)
         content["tensors"] = _tensor_rows(changed, result)
-        (folder / SIDECAR).write_text(json.dumps(content, indent=1), encoding="utf-8")
-        (folder / REPORT).write_text(report_page(content), encoding="utf-8")
+        write_report(content, folder)
     partial.unlink(missing_ok=True)
     remove_partials(partial)
+    if recovery is not None:
+        try:
+            result.recovery = recover_model(
+                model,
+                checkpoint,
+                out,
+                data,
+                recovery,
+                held_out=held_out,
+                evaluate=evaluate,
+                device=device,
+                progress=progress,
+            )
+        except ValueError as error:
+            raise ValueError(f"{out} holds the pruned model, and recovery stopped: {error}") from error
     return result
 
 
@@ -176,82 +148,3 @@ def _tensor_rows(changed: Mapping[str, float], result: PruneResult) -> dict[str,
             if pattern and target.expert is None and target.parameter in rows:
                 rows[target.parameter] |= {"pattern": pattern, "dim": int(target.layout != "in_out")}
     return rows
-
-
-def _sequences(checkpoint: Checkpoint, text: CalibrationText) -> tuple[Tensor, Tensor]:
-    """Calibration and held-out sequences, int64 [samples, tokens], by the checkpoint's tokenizer."""
-    tokenizer = open_tokenizer(checkpoint.folder)
-    positions = position_count(checkpoint.config, checkpoint.folder) or 2048
-    length = min(tokenizer.model_max_length, positions, 2048) if text.seq_len is None else text.seq_len
-    if not 2 <= length <= positions:
-        raise ValueError(f"seq_len must be from 2 to the model's {positions} positions, got {length}")
-    vocabulary = checkpoint.config.get("vocab_size")
-
-    def encode(document: str) -> Sequence[int]:
-        with encoding(checkpoint.folder):
-            return tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-
-    def cut(documents: tuple[str, ...], count: int) -> Tensor:
-        sequences = token_sequences(
-            encode,
-            documents,
-            count,
-            length,
-            end=tokenizer.eos_token_id,
-            seed=text.seed,
-        )
-        if isinstance(vocabulary, int) and int(sequences.max()) >= vocabulary:
-            raise ValueError(
-                f"{checkpoint.folder}: its tokenizer has more tokens than the model, which has {vocabulary}"
-            )
-        return sequences
-
-    if text.held_out_documents is not None:
-        return cut(text.documents, text.samples), cut(text.held_out_documents, text.held_out)
-    sequences = cut(text.documents, text.samples + text.held_out)
-    return sequences[text.held_out :], sequences[: text.held_out]
-
-
-def token_sequences(
-    encode: Callable[[str], Sequence[int]], texts: Iterable[str], count: int, length: int, *, end: int | None, seed: int
-) -> Tensor:
-    """Cut ``count`` sequences of ``length`` tokens from text, at random and without overlap.
-
-    Joins documents by the end-of-text token, cuts them into consecutive pieces, and draws ``count`` of these.
-
-    Args:
-        encode: a text -> its token numbers, without special tokens.
-        texts: the documents.
-        count: number of sequences.
-        length: tokens per sequence.
-        end: the token appended to every document; None appends nothing.
-        seed: of the random choice and order of the pieces.
-
-    Returns:
-        int64 [count, length].
-
-    Raises:
-        ValueError: for too little text; the message gives both numbers of tokens.
-    """
-    tokens: list[int] = []
-    for text in texts:
-        tokens += encode(text)
-        if end is not None:
-            tokens.append(end)
-    pieces = len(tokens) // length
-    if pieces < count:
-        raise ValueError(
-            f"the text is too short: {count} sequences of {length} tokens take {count * length:,} tokens, it has "
-            f"{len(tokens):,}; give more text, or ask for fewer or shorter sequences"
-        )
-    drawn = torch.randperm(pieces, generator=torch.Generator().manual_seed(seed))[:count]
-    return torch.tensor(tokens[: pieces * length], dtype=torch.int64).view(pieces, length)[drawn]
-
-
-def _perplexity(model: nn.Module, sequences: Any) -> tuple[float, int]:
-    """Perplexity over some sequences, and the number of predicted tokens."""
-    with evaluating(model):
-        batches = as_batches(sequences, model, batch_size=4)
-        check_runs(model, batches[0])
-        per_batch = [cross_entropy_sums(batch.run(model), batch) for batch in batches]
-    return math.exp(summarise(per_batch).mean), int(sum(float(counts.sum()) for _, counts in per_batch))
