@@ -1,12 +1,15 @@
-"""Rules for reading checkpoint folders that somebody else wrote: names, links, JSON, weight files.
+"""Rules for checkpoint folders: reading those that somebody else wrote (names, links, JSON, weights), making new ones.
 
 Every reader of such a folder goes through this module. Nothing in a folder is run, and nothing outside it is read or
 written. What cannot be read becomes a ValueError of one line that names the file.
 """
 
+import errno
 import json
+import os
+import shutil
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -15,9 +18,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from leanstep._files import one_line
+from leanstep._files import free_bytes, is_disk_full, one_line, remove_leftovers, staged_folder
 
 TEMPLATES = "additional_chat_templates"
+# endings of files with weights, in any format
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 # files of a folder whose keys may name code or other files
 _NAMING = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 # what libraries raise for damaged files; a ValueError of our own passes as it is
@@ -100,6 +105,78 @@ def files_in(folder: Path) -> list[Path]:
             with suppress(FileNotFoundError):  # a link of the hub's cache whose blob was removed
                 files.append(checked_file(entry))
     return files
+
+
+def copy_other_files(folder: Path, target: Path, without: Collection[str] = ()) -> None:
+    """Copy the files of a checkpoint folder that are not weights, hidden or named in ``without``; also chat templates.
+
+    Raises:
+        ValueError: as :func:`checked_file`.
+    """
+    for path in files_in(folder):
+        if not (path.name.startswith(".") or path.name.endswith(_WEIGHTS) or path.name in without):
+            shutil.copyfile(path, target / path.name)
+    templates = folder / TEMPLATES
+    if templates.is_dir() and not templates.is_symlink():
+        (target / TEMPLATES).mkdir()
+        for path in files_in(templates):
+            shutil.copyfile(path, target / TEMPLATES / path.name)
+
+
+def check_output(out: str | Path, needed: int = 0) -> Path:
+    """Check that a folder can be created, and remove leftovers of a killed process.
+
+    Args:
+        out: the folder to create.
+        needed: its size in bytes.
+
+    Raises:
+        ValueError: if it exists, its parent is not a writable folder, or the disk has too little space.
+    """
+    out = Path(out).expanduser()
+    if out.exists() or out.is_symlink():
+        raise ValueError(f"{out} exists already, and nothing is overwritten; name another folder, or remove it")
+    parent = out.absolute().parent
+    if not parent.is_dir():
+        raise ValueError(f"{out} cannot be made: {parent} is not a folder")
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"{out} cannot be made: {parent} is not writable")
+    remove_leftovers(out)
+    free = free_bytes(parent)
+    if needed > free:
+        raise ValueError(
+            f"{out} takes {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; make room, or name a folder "
+            "on another disk"
+        )
+    return out
+
+
+def check_apart(out: Path, source: Path) -> None:
+    """Raise ValueError if ``out`` is the folder of a checkpoint, in it, or around it, links followed."""
+    written, read = out.absolute().parent.resolve() / out.name, source.resolve()
+    if written.is_relative_to(read) or read.is_relative_to(written):
+        raise ValueError(f"{out} is, contains or lies in the checkpoint {source}; name a folder beside it")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Context manager: a temporary folder, renamed to ``out`` on success and removed on any error.
+
+    Raises:
+        OSError: if it could not be written; ``out`` does not exist then.
+    """
+    try:
+        with staged_folder(out) as folder:
+            yield folder
+    except (OSError, SafetensorError) as error:
+        full = is_disk_full(error)
+        if not full and not isinstance(error, OSError):
+            raise
+        raise OSError(
+            getattr(error, "errno", None) or errno.ENOSPC,
+            f"{out} could not be written: {'the disk is full' if full else error}. Nothing of it was kept; make room "
+            "or name a folder on another disk",
+        ) from error
 
 
 def check_folder(folder: Path) -> None:

@@ -1,12 +1,14 @@
-"""Torch helpers of several methods: DTensors, Conv1D, the output head, hooks around an optimizer step."""
+"""Torch helpers of several methods: DTensors, Conv1D, experts, the output head, hooks around an optimizer step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -63,12 +65,56 @@ def is_conv1d(module: nn.Module) -> bool:
     return any(cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.") for cls in type(module).__mro__)
 
 
+# experts of transformers that store matrices (in, out) and have no attribute `is_transposed`
+_TRANSPOSED_EXPERTS = ("Llama4TextExperts", "GptOssExperts")
+_EXPERT_NAME = re.compile(r"(^|[._])experts?([._]|$)")
+
+
+def is_of_experts(name: str, module: nn.Module) -> bool:
+    """Whether a parameter called ``name`` of a module belongs to the experts of a mixture."""
+    return bool(_EXPERT_NAME.search(name)) or "expert" in type(module).__name__.lower()
+
+
+def expert_tensors(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The tensors of a module of experts by attribute, parametrized ones too."""
+    if isinstance(module, parametrize.ParametrizationList):
+        return
+    for leaf, tensor in module.named_parameters(recurse=False):
+        if is_of_experts(f"{name}.{leaf}", module) and not nn.parameter.is_lazy(tensor):
+            yield leaf, tensor
+    for leaf, inner in getattr(module, "parametrizations", {}).items():
+        if is_of_experts(f"{name}.{leaf}", module) and isinstance(getattr(inner, "original", None), nn.Parameter):
+            yield leaf, inner.original
+
+
+def expert_weights(name: str, module: nn.Module) -> list[str]:
+    """Attributes of a module that hold one matrix per expert: (e, out, in), or (e, in, out)."""
+    return [leaf for leaf, tensor in expert_tensors(name, module) if tensor.dim() == 3 and 1 not in tensor.shape[1:]]
+
+
+def stores_in_out(module: nn.Module) -> bool:
+    """Whether a module stores its matrices (in, out), or those of its experts (e, in, out)."""
+    # a parametrization derives a class of another name
+    classes = {cls.__name__ for cls in type(module).__mro__}
+    transposed = getattr(module, "is_transposed", False) is True
+    return is_conv1d(module) or transposed or not classes.isdisjoint(_TRANSPOSED_EXPERTS)
+
+
 def output_head(model: nn.Module) -> nn.Module | None:
     """Return the module that computes the logits, by transformers' ``get_output_embeddings``, or None."""
-    get = getattr(model, "get_output_embeddings", None)
+    return _embeddings(model, "get_output_embeddings")
+
+
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    """Return the module that embeds tokens, by transformers' ``get_input_embeddings``, or None."""
+    return _embeddings(model, "get_input_embeddings")
+
+
+def _embeddings(model: nn.Module, getter: str) -> nn.Module | None:
+    get = getattr(model, getter, None)
     try:
         return cast("nn.Module | None", get()) if callable(get) else None
-    except NotImplementedError:
+    except NotImplementedError:  # models of images and sounds
         return None
 
 

@@ -107,8 +107,10 @@ def _parser() -> argparse.ArgumentParser:
     kinds = recipes.add_subparsers(metavar="list|show|copy", required=True)
     listing = command("list", _recipes_list, "List the recipes: size, data, what they need.", to=kinds)
     listing.add_argument("--json", action="store_true", help="as JSON")
-    show = command("show", _recipes_show, "Print a recipe; one with a base, or with key=value, resolved.", to=kinds)
+    show = command("show", _recipes_show, "Print a recipe as it is written, or resolved.", to=kinds)
     _add_recipe(show)
+    resolved = "all values, with those of the base and the defaults; key=value implies it"
+    show.add_argument("--resolved", action="store_true", help=resolved)
     copy = command("copy", _recipes_copy, "Copy a recipe into a file of your own.", to=kinds)
     copy.add_argument("recipe", metavar="NAME", help="a recipe of `leanstep recipes list`")
     copy.add_argument("file", metavar="FILE", nargs="?", help="where to; default NAME.yaml here")
@@ -151,6 +153,14 @@ def _parser() -> argparse.ArgumentParser:
         help="what it should be: of all matrices, or of layers by wildcards as in '*.mlp.*=1:8'; exit 1 if it is not",
     )
     verify.add_argument("--json", action="store_true", help="as JSON")
+    export = command("export", _export, "Write a checkpoint without its zeros, or back with them.")
+    export.add_argument("path", metavar="DIR", help="a Hugging Face folder with safetensors weights")
+    export.add_argument("--format", required=True, choices=("sparse", "dense"), help="of the weights to write")
+    export.add_argument("--out", required=True, metavar="OUT", help="the folder to create")
+    export.add_argument(
+        "--values", choices=("int8",), help="quantise the nonzeros of sparse weights; default: as stored"
+    )
+    export.add_argument("--json", action="store_true", help="as JSON")
     report = command("report", _report, "Write one HTML page about one run, or comparing several.")
     report.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folders")
     report.add_argument(
@@ -222,8 +232,7 @@ def _recipes_show(options: argparse.Namespace, rest: list[str]) -> int:
         text = read_text(path, follow=True)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read as a text file: {error}") from None
-    derived = any(line.startswith("base:") for line in text.splitlines())
-    print(dump(load(options.recipe, overrides)) if overrides or derived else text, end="")
+    print(dump(load(options.recipe, overrides)) if overrides or options.resolved else text, end="")
     return 0
 
 
@@ -338,6 +347,22 @@ def _verify(options: argparse.Namespace, rest: list[str]) -> int:
         raise UsageError(one_line(error)) from None
     print(json.dumps(verdict.as_dict(), indent=2) if options.json else verdict)
     return 1 if verdict.ok is False else 0
+
+
+def _export(options: argparse.Namespace, rest: list[str]) -> int:
+    _nothing_left(rest)
+    from leanstep._files import one_line
+    from leanstep.sparsity.inference import export_folder
+
+    try:
+        export = export_folder(options.path, options.out, format=options.format, values=options.values)
+    except ValueError as error:
+        raise UsageError(one_line(error)) from None
+    except OSError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return EXIT_FAILED
+    print(json.dumps(export.as_dict(), indent=2) if options.json else export)
+    return 0
 
 
 def _report(options: argparse.Namespace, rest: list[str]) -> int:

@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import nn
 
-from leanstep._torch import is_conv1d, output_head
+from leanstep._torch import expert_weights, is_conv1d, output_head
 from leanstep.lora.config import HEAD_TASKS, HEADS, LoraConfig
 from leanstep.lora.layers.frozen import is_linear, why_no_tensor, widths
+from leanstep.lora.peft.experts import names_read_as_experts
 
 
 def select(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
@@ -129,11 +130,46 @@ def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module], config: Lora
     if narrow:
         names = ", ".join(narrow[:4]) + (f" and {len(narrow) - 4} more" if len(narrow) > 4 else "")
         warnings.warn(f"apply_lora: 'all-linear' leaves out {names}: narrower than the rank", stacklevel=5)
+    _warn_of_experts(model)
+    _warn_of_frozen_head(model, config)
     if not selected:
         raise ValueError(
             "apply_lora: target_modules 'all-linear' selects nothing; the model has no suitable linear layer"
         )
     return selected
+
+
+def _warn_of_experts(model: nn.Module) -> None:
+    """Warn about tensors of all experts, which "all-linear" leaves out."""
+    tensors = {
+        f"{name}.{leaf}": getattr(module, leaf)
+        for name, module in model.named_modules()
+        if not is_linear(module)
+        for leaf in expert_weights(name, module)
+    }
+    if not tensors:
+        return
+    more = f" and {len(tensors) - 2} more" if len(tensors) > 2 else ""
+    share = sum(t.numel() for t in tensors.values()) / sum(p.numel() for p in model.parameters())
+    renamed = sorted(names_read_as_experts(model))
+    peft = f"; PEFT adapts them and the routers, and no other layer called {', '.join(renamed)}" if renamed else ""
+    warnings.warn(
+        f"apply_lora: 'all-linear' leaves out {', '.join(list(tensors)[:2])}{more} ({share:.0%} of the weights): "
+        f"fused experts have no adapters here{peft}",
+        stacklevel=6,
+    )
+
+
+def _warn_of_frozen_head(model: nn.Module, config: LoraConfig) -> None:
+    """Warn about a classifier that gets an adapter, and keeps the weights of its initialisation below it."""
+    heads = [head for head in HEADS if isinstance(getattr(model, head, None), nn.Module)]
+    frozen = [head for head in heads if not _is_saved(config, head) and not _fits(config.exclude_modules, head)]
+    if type(model).__name__.endswith("Classification") and frozen:
+        warnings.warn(
+            f"apply_lora: {frozen[0]} keeps its weights under an adapter; if it is new, train it whole by "
+            f"task_type='SEQ_CLS' or modules_to_save=[{frozen[0]!r}]",
+            stacklevel=6,
+        )
 
 
 def _warn_of_exclusions(modules: Iterable[str], config: LoraConfig) -> None:

@@ -1,15 +1,28 @@
-"""Optimizer steps inside the backward pass, one parameter at a time, so that gradients are freed at once."""
+"""Optimizer steps inside the backward pass, a few parameters at a time, so that gradients are freed at once.
+
+Each way of training completes gradients at another place:
+
+* one process, and tensor parallelism: autograd, one parameter at a time;
+* FSDP2: ``fully_shard`` calls the same hooks after the reduce-scatter of a block, for all parameters of the block;
+* DistributedDataParallel: the communication hook reduces a bucket of parameters; autograd's hook would be too early.
+"""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+import sys
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from leanstep._torch import is_dtensor
 from leanstep.optimizers.common.base import LeanOptimizer
+from leanstep.optimizers.common.checks import describe
+from leanstep.optimizers.common.engines import is_flattened
 from leanstep.optimizers.common.sharding import run, together
 
 
@@ -33,18 +46,24 @@ class GradientRelease:
 
 
 def release_gradients(model: nn.Module, optimizer: LeanOptimizer) -> GradientRelease:
-    """Update each parameter in the backward pass, as soon as its gradient is complete, and free the gradient.
+    """Update parameters in the backward pass, as soon as their gradients are complete, and free the gradients.
 
-    Gradient memory peaks at about the largest parameter, not at the whole model. The update is bit-identical to
-    ``optimizer.step()`` after the backward pass, with one exception: SinkGD's AdamW parameters with a non-finite
-    gradient are skipped one by one instead of together.
+    Gradient memory peaks at the largest parameter, not at the whole model; under FSDP2 at the largest block, a module
+    that was given to ``fully_shard``. DistributedDataParallel keeps its buckets, which have the size of all gradients:
+    take ``fully_shard`` on a mesh of shape (processes, 1) to replicate the model and free its gradients.
 
-    Call ``optimizer.step()`` after each backward pass as usual; it ends the step. ``zero_grad()`` and learning-rate
-    schedulers work as before.
+    The update is bit-identical to ``optimizer.step()`` after the backward pass, with two exceptions. SinkGD's AdamW
+    parameters with a non-finite gradient are skipped block by block instead of together. SinkGD reduces the sums of
+    sharded matrices block by block, and three or more processes may add them in another order.
+
+    Call ``optimizer.step()`` after each backward pass as usual; it ends the step, and updates parameters whose
+    gradients this function has not seen. ``zero_grad()`` and learning-rate schedulers work as before.
 
     Args:
-        model: the model whose parameters the optimizer has. Run one backward pass per step; gradient accumulation is
-            not supported.
+        model: the model whose parameters the optimizer has, wrapped as it is called. Run one backward pass per step.
+            To accumulate gradients, suspend communication in all but the last pass: ``model.no_sync()`` of
+            DistributedDataParallel, ``model.set_requires_gradient_sync(False)`` of FSDP2. Gradients are then freed by
+            the last pass only. One process cannot accumulate.
         optimizer: :class:`Lion` or :class:`SinkGD`.
 
     Returns:
@@ -53,63 +72,261 @@ def release_gradients(model: nn.Module, optimizer: LeanOptimizer) -> GradientRel
     Raises:
         TypeError: the optimizer's rule needs the gradients of several parameters together.
         ValueError: the optimizer has parameters that are not the model's; a group has nonfinite="raise", which checks
-            all gradients before any update; the model is sharded or in DistributedDataParallel, where gradients are
-            complete only after communication.
-        RuntimeError: a second backward pass runs before ``step()`` (raised by ``backward()``).
+            all gradients before any update; parameters are flattened (FSDP1), hold partial sums, or have shards that
+            the optimizer refuses; DistributedDataParallel looks for unused parameters, has a communication hook,
+            computes in mixed precision, or wraps a part of the model. Nothing was changed.
+        RuntimeError: a second backward pass completes a gradient before ``step()`` (raised by ``backward()``); the
+            model runs inside a DistributedDataParallel that this function was not given (raised by its forward pass).
 
     Notes:
         Do not clip by global norm: ``clip_grad_norm_`` finds no gradient after ``backward()``. Do not use
         ``GradScaler``: the hooks would step on scaled gradients. SinkGD's normalized updates need neither.
     """
     _refuse(model, optimizer)
-    stepped: set[Tensor] = set()
-
-    @torch.no_grad()
-    def step_one(group_index: int, first_index: int, position: int, param: Tensor) -> None:
-        if param in stepped:
-            raise RuntimeError(
-                "release_gradients: a second backward pass reached a parameter before optimizer.step(). The "
-                "first pass used and freed its gradient, so gradients cannot be accumulated: use larger batches, or "
-                "do without release_gradients."
-            )
-        stepped.add(param)
-        # looked up at every step: loading a state replaces the groups
-        group = optimizer.param_groups[group_index]
-        run(together(optimizer._group_steps(group, first_index, position)))
-        param.grad = None
-
+    updates = _Updates(optimizer)
     handles: list[Any] = []
-    first_index = 0
-    for group_index, group in enumerate(optimizer.param_groups):
-        for position, param in enumerate(group["params"]):
-            if param.requires_grad:
-                hook = functools.partial(step_one, group_index, first_index, position)
-                handles.append(param.register_post_accumulate_grad_hook(hook))
-        first_index += len(group["params"])
-    handles.append(optimizer.register_step_post_hook(lambda *_: stepped.clear()))
+    if isinstance(model, DistributedDataParallel):
+        buckets = _after_buckets(model, updates)
+        handles += [buckets, optimizer.register_step_post_hook(lambda *_: buckets.end_step())]
+    else:
+        handles.append(model.register_forward_pre_hook(_refuse_data_parallel))
+        for block in _blocks(model, updates.places):
+            arrived = functools.partial(updates.arrived, block)
+            handles += [param.register_post_accumulate_grad_hook(arrived) for param in block]
+    handles.append(optimizer.register_step_post_hook(lambda *_: updates.end_step()))
     return GradientRelease(handles)
 
 
+class _Place(NamedTuple):
+    """Where an optimizer has a parameter."""
+
+    group_index: int
+    first_index: int  # number of parameters in the groups before
+    position: int
+
+
+class _Updates:
+    """Updates of some parameters at a time, each parameter once a step."""
+
+    def __init__(self, optimizer: LeanOptimizer) -> None:
+        self.optimizer = optimizer
+        self.places: dict[Tensor, _Place] = {}
+        self._stepped: set[Tensor] = set()
+        self._block: Sequence[Tensor] = ()
+        self._waiting: list[Tensor] = []  # parameters of the block whose gradients are complete
+        first_index = 0
+        for group_index, group in enumerate(optimizer.param_groups):
+            for position, param in enumerate(group["params"]):
+                if param.requires_grad:
+                    self.places[param] = _Place(group_index, first_index, position)
+            first_index += len(group["params"])
+
+    def arrived(self, block: Sequence[Tensor], param: Tensor) -> None:
+        """Note that the gradient of a parameter is complete; update its block if that was the last one.
+
+        A gradient of another block shows that the rest of a block has none in this pass. The last block waits for
+        ``step()`` in that case.
+        """
+        self.refuse_second(param)
+        if block is not self._block:
+            self._update_waiting()
+            self._block = block
+        self._waiting.append(param)
+        if len(self._waiting) == len(block):
+            self._update_waiting()
+
+    def refuse_second(self, param: Tensor) -> None:
+        """Raise RuntimeError if a parameter was updated since the last step."""
+        if param in self._stepped:
+            raise RuntimeError(
+                "release_gradients: a second backward pass reached a parameter before optimizer.step(). The "
+                "first pass used and freed its gradient, so gradients cannot be accumulated: use larger batches, "
+                "suspend communication in all but the last pass (no_sync, set_requires_gradient_sync), or do without "
+                "release_gradients."
+            )
+
+    def end_step(self) -> None:
+        """Begin a new step. ``optimizer.step()`` has updated the parameters that still waited."""
+        self._stepped.clear()
+        self._waiting.clear()
+        self._block = ()
+
+    def _update_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        self.update(waiting)
+
+    @torch.no_grad()
+    def update(self, params: Sequence[Tensor]) -> None:
+        """Update parameters of the optimizer by their gradients, and free the gradients."""
+        positions: dict[tuple[int, int], list[int]] = {}
+        for param in params:
+            place = self.places[param]
+            positions.setdefault((place.group_index, place.first_index), []).append(place.position)
+        rules = []
+        for (group_index, first_index), only in sorted(positions.items()):
+            # looked up at every step: loading a state replaces the groups
+            rules += self.optimizer._group_steps(self.optimizer.param_groups[group_index], first_index, sorted(only))
+        run(together(rules))
+        self._stepped.update(params)
+        for param in params:
+            param.grad = None
+
+
+# ---- blocks: autograd and FSDP2
+
+
+def _blocks(model: nn.Module, places: dict[Tensor, _Place]) -> Iterator[list[Tensor]]:
+    """Yield the parameters of the optimizer, those of an FSDP2 module together and all others alone.
+
+    FSDP2 completes the gradients of a module together and holds them in one tensor. Their update shares collectives.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    owners: dict[Tensor, nn.Module] = {}
+    for module in model.modules():  # the innermost module comes last
+        if fsdp is not None and isinstance(module, fsdp.FSDPModule):
+            owners.update(dict.fromkeys(module.parameters(), module))
+    blocks: dict[Any, list[Tensor]] = {}
+    for param in places:
+        alone = param not in owners or not is_dtensor(param)  # ignored parameters of FSDP2 are plain
+        blocks.setdefault(param if alone else owners[param], []).append(param)
+    yield from blocks.values()
+
+
+def _refuse_data_parallel(model: nn.Module, args: Any) -> None:
+    """Raise RuntimeError in a forward pass inside a DistributedDataParallel: autograd's hooks come before it."""
+    if DistributedDataParallel._get_active_ddp_module() is not None:
+        raise RuntimeError(
+            "release_gradients: the model runs inside a DistributedDataParallel, which reduces gradients later than "
+            "they would be used. Nothing was changed. Call release_gradients with the DistributedDataParallel."
+        )
+
+
+# ---- buckets: DistributedDataParallel
+
+# DistributedDataParallel keeps its communication hook, and takes no second one
+_buckets: weakref.WeakKeyDictionary[DistributedDataParallel, _Buckets] = weakref.WeakKeyDictionary()
+
+
+class _Buckets:
+    """A communication hook of DistributedDataParallel that updates the parameters of a bucket after its reduction.
+
+    A bucket is updated when the next one is ready, so that its reduction runs beside the backward pass.
+    """
+
+    def __init__(self, parallel: DistributedDataParallel) -> None:
+        self.updates: _Updates | None = None
+        self._group = parallel.process_group
+        self._reducing: list[tuple[torch.futures.Future[Any], list[tuple[Tensor, Tensor]]]] = []
+        self._updated: list[Tensor] = []
+        parallel.register_comm_hook(None, lambda state, bucket: self._reduce(bucket))
+
+    def remove(self) -> None:
+        """Go on as a communication hook that only reduces."""
+        self.updates = None
+
+    def end_step(self) -> None:
+        """Forget what a backward pass that failed has left."""
+        self._reducing, self._updated = [], []
+
+    def _reduce(self, bucket: torch.distributed.GradBucket) -> torch.futures.Future[Tensor]:
+        if self.updates is not None:
+            for param in bucket.parameters():
+                self.updates.refuse_second(param)
+        # the products and sums of DistributedDataParallel without a hook, to the same bits
+        buffer = bucket.buffer().mul_(1.0 / self._group.size())
+        work = torch.distributed.all_reduce(buffer, group=self._group, async_op=True)
+        future = work.get_future()
+        if self.updates is not None:
+            if not self._reducing:
+                torch.autograd.Variable._execution_engine.queue_callback(self._end_pass)
+            self._update_reduced(self.updates)
+            self._reducing.append((future, list(zip(bucket.parameters(), bucket.gradients(), strict=True))))
+        return future.then(lambda done: done.value()[0])
+
+    def _update_reduced(self, updates: _Updates) -> None:
+        reducing, self._reducing = self._reducing, []
+        for future, gradients in reducing:
+            future.wait()
+            params = [param for param, _ in gradients if param in updates.places]
+            for param, grad in gradients:
+                if param in updates.places:
+                    param.grad = grad
+            updates.update(params)
+            self._updated += params
+
+    def _end_pass(self) -> None:
+        """Update the last bucket. DistributedDataParallel sets all gradients after this, and they are freed then."""
+        if self.updates is not None:
+            self._update_reduced(self.updates)
+        torch.autograd.Variable._execution_engine.queue_callback(self._free)
+
+    def _free(self) -> None:
+        for param in self._updated:
+            param.grad = None
+        self._updated = []
+
+
+def _after_buckets(parallel: DistributedDataParallel, updates: _Updates) -> _Buckets:
+    """Update the parameters of every bucket after its reduction."""
+    if parallel not in _buckets:
+        try:
+            _buckets[parallel] = _Buckets(parallel)
+        except RuntimeError as error:
+            raise ValueError(
+                "release_gradients: expected a DistributedDataParallel without a communication hook, but it has one "
+                "already, and takes no second one. Nothing was changed. Do without the hook or without "
+                "release_gradients."
+            ) from error
+    _buckets[parallel].updates = updates
+    return _buckets[parallel]
+
+
+# ---- refusals
+
+
 def _refuse(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raise before anything changes if parameters cannot be updated inside the backward pass."""
     if not isinstance(optimizer, LeanOptimizer) or not optimizer._separable:
         separable = sorted(cls.__name__ for cls in LeanOptimizer.__subclasses__() if cls._separable)
         raise TypeError(
             f"release_gradients: {type(optimizer).__name__} cannot step parameters one by one; "
             f"expected one of {', '.join(separable)}"
         )
-    if isinstance(model, nn.parallel.DistributedDataParallel):
+    if isinstance(model, DistributedDataParallel):
+        _refuse_settings(model)
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules() if module is not model):
         raise ValueError(
-            "release_gradients: under DistributedDataParallel a gradient is complete only after its bucket was "
-            "reduced, later than this hook. Use fully_shard with optimizer.step(), or one process."
+            "release_gradients: a DistributedDataParallel wraps a part of the model and reduces gradients later than "
+            "they would be used. Nothing was changed. Wrap the whole model, and give that to release_gradients."
         )
     of_model = {id(p) for p in model.parameters()}
     for group in optimizer.param_groups:
         if group["nonfinite"] == "raise":
             raise ValueError("release_gradients: nonfinite='raise' must see all gradients first; use 'skip' or 'pass'")
-        for param in group["params"]:
+        for position, param in enumerate(group["params"]):
             if id(param) not in of_model:
                 raise ValueError("release_gradients: the optimizer holds parameters that the model does not")
-            if is_dtensor(param):
+            if is_flattened(param):
                 raise ValueError(
-                    "release_gradients: sharded parameters get their gradient after communication: use step()"
+                    f"release_gradients: FSDP1 has flattened {describe(group, position)} and reduces its gradient "
+                    "later than it would be used. Nothing was changed. Shard by FSDP2 "
+                    "(torch.distributed.fsdp.fully_shard), or use step() alone."
                 )
+            if param.requires_grad:
+                optimizer._check_placements(group, position, param)
+
+
+def _refuse_settings(parallel: DistributedDataParallel) -> None:
+    """Raise ValueError for settings under which DistributedDataParallel changes gradients after their bucket."""
+    advice = {
+        # whether all processes leave a parameter unused is known after the pass; buckets have zeros for it
+        "find_unused_parameters": "Set it to False, and freeze parameters that have no gradients.",
+        "static_graph": "Set it to False; checkpointing with use_reentrant=False does not need it.",
+        "mixed_precision": "Take torch.autocast in its place.",
+    }
+    for name, change in advice.items():
+        if getattr(parallel, name, None):
+            raise ValueError(
+                f"release_gradients: expected a DistributedDataParallel without {name}, under which gradients change "
+                f"after their buckets are reduced. Nothing was changed. {change}"
+            )

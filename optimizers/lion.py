@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -144,7 +144,9 @@ class Lion(LeanOptimizer):
         rules = super()._rules_of(group, param)
         return {**rules, **quantized_rules("exp_avg")} if _is_int8(group, param) else rules
 
-    def _group_steps(self, group: dict[str, Any], first_index: int, only: int | None = None) -> list[Reducer[None]]:
+    def _group_steps(
+        self, group: dict[str, Any], first_index: int, only: Sequence[int] | None = None
+    ) -> list[Reducer[None]]:
         batches = self._batches(group, first_index, only, lambda param: "int8" if _is_int8(group, param) else "")
         return [_step(batch, int8=name == "int8") for name, batch in batches]
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from leanstep._heads import attention_blocks
-from leanstep._torch import is_conv1d, output_head
+from leanstep._torch import is_conv1d, is_of_experts, output_head, stores_in_out
 from leanstep.optimizers.common.engines import is_flattened
 
 SPLITS = (None, "fused", "heads")
@@ -58,11 +58,8 @@ _HEAD_NAME = re.compile(
 # inner blocks use these names too, so they count only at the top of a model
 _HEAD_NAME_AT_TOP = re.compile(r"^((transformer|model|decoder)\.)?(output|output_layer|proj_out)$")
 _LORA_NAME = re.compile(r"(^|[._])lora_(A|B|embedding_A|embedding_B|magnitude_vector)([._]|$)")
-_EXPERT_NAME = re.compile(r"(^|[._])experts?([._]|$)")
 _ROUTER_CLASS = re.compile(r"[Rr]outer|Top[kK]Gat(e|ing)$|M[oO]EGate$")
 _MIXTURE = re.compile(r"expert|moe", re.IGNORECASE)
-# expert modules of transformers that store matrices (in, out) and have no attribute `is_transposed`
-_TRANSPOSED_EXPERTS = ("Llama4TextExperts", "GptOssExperts")
 _NORM_CLASS = re.compile(r"(norm|LayerScale)", re.IGNORECASE)
 # path components that torch.compile, checkpointing, FSDP1 and PEFT insert for their wrappers
 _WRAPPER = (
@@ -274,12 +271,7 @@ def transposed_parameters(model: nn.Module) -> set[int]:
         param_id
         for param_id, uses in _uses(model).items()
         for use in uses
-        if use.dims in (2, 3)
-        and (
-            is_conv1d(use.module)
-            or type(use.module).__name__ in _TRANSPOSED_EXPERTS
-            or getattr(use.module, "is_transposed", False) is True
-        )
+        if use.dims in (2, 3) and stores_in_out(use.module)
     }
 
 
@@ -303,7 +295,9 @@ def _blocks_of_parameters(model: nn.Module, transposed: set[int], *, heads: bool
 def _is_gate_up(use: _Use) -> bool:
     """Whether a parameter is the weight of a gate, then that of another layer with the same input."""
     if use.dims == 3:  # of experts; GPT-OSS has their rows in turn
-        in_turn = type(use.module).__name__ == "GptOssExperts" or getattr(use.module, "is_concatenated", True) is False
+        # parametrizations derive a class of another name
+        names = {cls.__name__ for cls in type(use.module).__mro__}
+        in_turn = "GptOssExperts" in names or getattr(use.module, "is_concatenated", True) is False
         return use.leaf == "gate_up_proj" and not in_turn
     return use.dims == 2 and use.leaf == "weight" and use.path.rpartition(".")[2] == "gate_up_proj"
 
@@ -360,7 +354,7 @@ def _role(name: str, param: nn.Parameter, uses: list[_Use], in_head: bool) -> st
     if sum(side != 1 for side in param.shape) < 2:
         return "other"  # a vector, such as (1, n)
     if param.dim() == 3:
-        return "expert" if _EXPERT_NAME.search(name) or "expert" in class_name.lower() else "other"
+        return "expert" if is_of_experts(name, use.module) else "other"
     if not known and not _WEIGHT_LEAF.fullmatch(use.leaf):
         return "other"
     if param.dim() > 3:

@@ -13,7 +13,8 @@ from leanstep.pruning.finetune import (
     prune_iteratively,
     renew_batch_norms,
 )
-from leanstep.pruning.folder.run import CalibrationText, prune_checkpoint
+from leanstep.pruning.folder.run import prune_checkpoint
+from leanstep.pruning.folder.text import CalibrationText
 from leanstep.pruning.measure.curves import Curve, level_grid, nm_levels
 from leanstep.pruning.measure.measure import measure_curves
 from leanstep.pruning.prune import prune

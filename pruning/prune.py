@@ -10,13 +10,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from leanstep.pruning.allocate.allocation import METHODS, Budget, BudgetConstraint, allocate
+from leanstep.pruning.allocate.allocation import Budget, BudgetConstraint, allocate
 from leanstep.pruning.allocate.closed_form import atp_betas, in_blocks, snap
 from leanstep.pruning.allocate.latency import LatencyTable
+from leanstep.pruning.choices import check_choices, fixed_pattern
 from leanstep.pruning.measure.activation_cache import ActivationCache
 from leanstep.pruning.measure.batches import Batch, as_batches, batches_hash
-from leanstep.pruning.measure.checks import CORRECTIONS, Trial
-from leanstep.pruning.measure.curves import SOURCES, Curve, Levels, levels_of
+from leanstep.pruning.measure.checks import Trial
+from leanstep.pruning.measure.curves import Curve, Levels, levels_of
 from leanstep.pruning.measure.measure import (
     Measurement,
     Stored,
@@ -24,12 +25,12 @@ from leanstep.pruning.measure.measure import (
     evaluating,
     measure_curves,
 )
-from leanstep.pruning.measure.metrics import METRICS, Metric, check_runs, metric_name
+from leanstep.pruning.measure.metrics import Metric, check_runs, metric_name
 from leanstep.pruning.measure.points import Progress
 from leanstep.pruning.result import Additivity, Allocation, PruneResult
 from leanstep.pruning.score.base import NEEDS
 from leanstep.pruning.score.calibration import Pruning, leave_out
-from leanstep.pruning.score.targets import GRANULARITIES, Group, check_filled, count_uses, find_targets, make_groups
+from leanstep.pruning.score.targets import Group, check_filled, count_uses, find_targets, make_groups
 from leanstep.sparsity import NM
 
 # most slopes of ATP to try
@@ -53,6 +54,7 @@ def prune(
     curves: Mapping[str, Curve] | str | None = None,
     minutes: float = 30.0,
     correction: str = "none",
+    inputs: str = "pruned",
     levels: Sequence[float] | None = None,
     budget: Budget | LatencyTable | str | None = None,
     score_options: Mapping[str, Any] | None = None,
@@ -90,6 +92,8 @@ def prune(
         minutes: time for measurements; see :func:`measure_curves`.
         correction: ``none``; or ``relinearise``, which measures curves again around the uniformly pruned model. The
             allocation with the smallest joint distortion on ``curve_data`` is taken.
+        inputs: on which a block is pruned: ``pruned``, those that the pruned blocks before it produce; or ``dense``,
+            those of the dense model. Curves are of one matrix in the dense model with either.
         levels: sparsities at which curves are measured; None: a grid around ``sparsity``.
         budget: with ``dp``, a constraint other than the number of weights. ``"flops"``, ``"bytes"`` or a
             :class:`leanstep.pruning.LatencyTable` limits that cost to ``1 - sparsity`` of the dense model's. A
@@ -115,8 +119,11 @@ def prune(
         depth-wise convolutions of state-space models, and convolutions with groups. Experts with fewer than 32
         calibration tokens are pruned by magnitude. The result's notes name both.
 
-        Masks are chosen block by block, from inputs that the already pruned blocks compute. Whole heads and
-        channels are not pruned: transformers gives all layers of a model one width and could not open the result.
+        ``inputs="dense"`` keeps all pruned matrices until the last one is pruned, which takes the memory of a copy.
+        ``inputs="pruned"`` takes a pass over the data for every block of a model whose activations cannot be cached.
+
+        Whole heads and channels are not pruned: transformers gives all layers of a model one width and could not open
+        the result.
         Unstructured zeros make a model neither smaller nor faster in PyTorch.
 
     References:
@@ -130,6 +137,7 @@ def prune(
         pattern=pattern,
         granularity=granularity,
         correction=correction,
+        inputs=inputs,
         curves=curves,
         minutes=minutes,
         budget=budget,
@@ -160,6 +168,7 @@ def prune(
         pattern=pattern,
         metric=metric,
         correction=correction,
+        inputs=inputs,
         levels=levels,
         curve_method=curves if isinstance(curves, str) else None,
         minutes=minutes,
@@ -175,76 +184,6 @@ def prune(
     )
     with planner.snapshot.restored_on_error(), evaluating(model):
         return planner.run(None if isinstance(curves, str) else curves, fixed)
-
-
-def check_choices(
-    *,
-    data: Any,
-    sparsity: float | None = None,
-    allocation: str = "dp",
-    score: str = "wanda",
-    pattern: str = "unstructured",
-    granularity: str = "matrix",
-    correction: str = "none",
-    curves: Mapping[str, Curve] | str | None = None,
-    minutes: float = 30.0,
-    budget: Budget | LatencyTable | str | None = None,
-    metric: str | Metric | None = None,
-    **others: Any,
-) -> None:
-    """Raise ValueError for unknown or contradictory settings of :func:`prune`, before anything is loaded."""
-    for name, value, known in (
-        ("allocation", allocation, METHODS),
-        ("score", score, tuple(NEEDS)),
-        ("granularity", granularity, GRANULARITIES),
-        ("correction", correction, CORRECTIONS),
-        *([("metric", metric, tuple(METRICS))] if isinstance(metric, str) else []),
-        *([("curves", curves, SOURCES)] if isinstance(curves, str) else []),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-    if isinstance(budget, str) and budget not in ("params", "flops", "bytes"):
-        raise ValueError(
-            f"budget must be params, flops, bytes, a Budget or, for latencies, a LatencyTable; got {budget!r}"
-        )
-    if not minutes > 0:
-        raise ValueError(f"minutes is the time for measurements and must be positive, got {minutes:g}")
-    if isinstance(curves, str) and allocation != "dp":
-        raise ValueError(f"curves={curves!r} are for allocation='dp' only, got {allocation!r}")
-    by_weights = budget in (None, "params")
-    fixed = fixed_pattern(pattern)
-    if fixed is not None:
-        if sparsity is not None and abs(sparsity - fixed.sparsity) > 1e-9:
-            raise ValueError(
-                f"pattern {pattern} has a sparsity of {fixed.sparsity:g}, got sparsity={sparsity:g}; leave "
-                f"sparsity out, or use the pattern N:{fixed.m}, which chooses n for each matrix"
-            )
-        if allocation not in ("uniform", "dp"):
-            raise ValueError(
-                f"pattern {pattern} is the same for every matrix, which leaves {allocation!r} nothing to allocate"
-            )
-        if not by_weights:
-            raise ValueError(f"pattern {pattern} is the same for every matrix, whatever the budget; leave that out")
-    elif (sparsity is None) != isinstance(budget, Budget):
-        raise ValueError("expected a sparsity, such as 0.6, alone or with the name of a budget; or a Budget alone")
-    if sparsity is not None and not 0 < sparsity < 1:
-        raise ValueError(f"sparsity is the fraction of zeros and must lie between 0 and 1, got {sparsity:g}")
-    if not by_weights and allocation != "dp":
-        raise ValueError(f"a budget other than a number of weights needs allocation='dp', got {allocation!r}")
-    if correction != "none" and allocation != "dp":
-        raise ValueError(
-            f"correction={correction!r} corrects curves, which only allocation='dp' has; got {allocation!r}"
-        )
-    if data is None and (NEEDS[score] or (allocation in ("dp", "owl", "atp") and fixed is None)):
-        raise ValueError(
-            f"allocation={allocation!r} with score={score!r} needs data; without data, use score='magnitude' and one "
-            "of uniform, global, lamp, erk"
-        )
-
-
-def fixed_pattern(pattern: str) -> NM | None:
-    """Parse a fixed pattern such as "2:4"; None for "unstructured" and for "N:8"."""
-    return None if pattern == "unstructured" or pattern.startswith("N:") else NM.parse(pattern)
 
 
 def _split_data(
@@ -279,6 +218,7 @@ class Planner:
     pattern: str
     metric: str | Metric | None
     correction: str
+    inputs: str
     levels: Sequence[float] | None
     curve_method: str | None
     minutes: float
@@ -313,6 +253,7 @@ class Planner:
             allocation=allocation,
             score=self.score,
             pattern=self.pattern,
+            inputs=self.inputs,
             metric=metric_name(self.metric, self.model),
             groups=self.groups,
             curves=measured,
@@ -333,7 +274,7 @@ class Planner:
     def trial(self) -> Trial:
         """The matrices with their score, and the calibration data for its statistics."""
         cache = ActivationCache(self.model, self.batches, enabled=bool(self.batches))
-        return Trial(self.groups, Pruning(cache, self.score, self.score_options), self.snapshot)
+        return Trial(self.groups, Pruning(cache, self.score, self.score_options), self.snapshot, self.inputs)
 
     def _nonzero(self) -> dict[str, int]:
         return {group.name: group.nonzero() for group in self.groups}

@@ -115,7 +115,7 @@ class PruneResult:
 
     Attributes:
         allocation: the applied allocation.
-        score, pattern, metric: the settings, with defaults filled in.
+        score, pattern, inputs, metric: the settings, with defaults filled in.
         groups: the matrices, in groups that share a level.
         curves: the measured curves, raw; empty for allocations without curves.
         held_out: cost on held-out data of the allocation that was applied; None without data.
@@ -139,6 +139,7 @@ class PruneResult:
     notes: list[str] = field(default_factory=list)
     data: str = ""
     budget: dict[str, Any] = field(default_factory=dict)
+    inputs: str = "pruned"
     perplexity: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -179,6 +180,7 @@ class PruneResult:
             "allocation": allocation,
             "score": self.score,
             "pattern": self.pattern,
+            "inputs": self.inputs,
             "metric": self.metric,
             "calibration": self.data,
             "held_out": None if self.held_out is None else self.held_out.to_dict(),

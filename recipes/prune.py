@@ -26,7 +26,7 @@ _HELD_OUT_BYTES = 400_000
 # options that are arguments of prune() of the same name
 _SETTINGS = (
     *("sparsity", "allocation", "score", "pattern", "metric", "granularity", "correction", "levels"),
-    *("include", "exclude", "batch_size", "curves", "minutes"),
+    *("include", "exclude", "batch_size", "curves", "minutes", "inputs"),
 )
 _OPTIONS = {"data.val_path": "--data", "data.text_key": "--text-key", "seq_len": "--seq-len", "samples": "--samples"}
 
@@ -106,6 +106,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--minutes", type=float, default=30.0, metavar="M", help="time for measurements, see --curves; default 30")
     add("--correction", default="none", choices=("none", "relinearise"), help="for curves that do not add up")
+    add(
+        "--inputs",
+        default="pruned",
+        choices=("pruned", "dense"),
+        help="prune a block on the inputs that the pruned blocks before it produce (default), or on the dense model's",
+    )
     add("--levels", type=_levels, metavar="S,S,...", help="sparsities to measure; default: a grid around --sparsity")
     add("--include", action="append", metavar="NAMES", help="wildcards over parameter names: prune these only")
     add("--exclude", action="append", default=[], metavar="NAMES", help="wildcards: leave these out")
@@ -269,7 +275,8 @@ def _spent(budget: dict[str, Any]) -> str:
 
 def _summary(result: "PruneResult", out: str) -> str:
     lines = [f"sparsity       {result.sparsity:.4f} of {sum(row['numel'] for row in result.layers()):,} weights"]
-    lines.append(f"allocation     {result.allocation.method}, score {result.score}, pattern {result.pattern}")
+    settings = f"score {result.score}, pattern {result.pattern}, inputs {result.inputs}"
+    lines.append(f"allocation     {result.allocation.method}, {settings}")
     if result.budget["kind"] != "params":
         lines.append(f"budget         {_spent(result.budget)}")
     sources = Counter(curve.source for curve in result.curves.values())

@@ -12,7 +12,7 @@ import json
 import math
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from leanstep._checkpoint import TensorFile
 from leanstep._files import one_line, replacing
 from leanstep.kernels.nm.matmul import nm_compress, nm_decompress
-from leanstep.sparsity.masks import tightest
+from leanstep.sparsity.masks import group_dims, tightest
 from leanstep.sparsity.modules import sparse_layers
 from leanstep.sparsity.patterns import NM, as_pattern
 from leanstep.sparsity.squash import check_finished, plain_state_dict
@@ -163,41 +163,64 @@ def unpack_indices(packed: Tensor, count: int, m: int) -> Tensor:
 
 
 def _compress(name: str, dense: Tensor, pattern: NM, dim: int) -> tuple[Tensor, Tensor]:
-    rows = dense.movedim(dim, -1)
-    padded = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % pattern.m)).contiguous()
     try:
-        values, indices = nm_compress(padded, pattern.n, pattern.m)
+        return pack_nm(dense, pattern, dim)
     except ValueError as error:
         raise ValueError(f"export_compressed: {name}: {error}") from None
+
+
+def pack_nm(dense: Tensor, pattern: NM, dim: int) -> tuple[Tensor, Tensor]:
+    """The values and packed indices of a weight with groups along ``dim``.
+
+    Raises:
+        ValueError: for a weight that violates the pattern, or has more negative zeros than the pattern has room for.
+            The message lacks the weight's name.
+    """
+    rows = dense.movedim(dim, -1)
+    padded = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % pattern.m)).contiguous()
+    values, indices = nm_compress(padded, pattern.n, pattern.m)
     restored = nm_decompress(values, indices, pattern.m)
     # bytes tell negative zeros from positive ones
     if not torch.equal(restored.contiguous().view(torch.uint8), padded.view(torch.uint8)):
         raise ValueError(
-            f"export_compressed: {name} has more negative zeros than {pattern} has room for; add 0.0 to the weight "
-            "(or squash it), which makes them positive"
+            f"it has more negative zeros than {pattern} has room for; add 0.0 to the weight (or squash it), which "
+            "makes them positive"
         )
     return values.contiguous(), pack_indices(indices, pattern.m)
 
 
 def _decompress(where: str, values: Tensor, packed: Tensor, entry: dict[str, Any]) -> Tensor:
     pattern, dim, shape = _checked_entry(where, entry)
-    moved = [*(size for i, size in enumerate(shape) if i != dim), shape[dim]]
-    expected = (*moved[:-1], -(-shape[dim] // pattern.m), pattern.n)
-    size = -(-math.prod(expected) * index_bits(pattern.m) // 8)
-    if tuple(values.shape) != expected or packed.dtype != torch.uint8 or tuple(packed.shape) != (size,):
-        raise ValueError(
-            f"load_compressed: {where}: expected values {expected} for {pattern} of {shape} and {size} bytes of "
-            f"indices, got {tuple(values.shape)} and {tuple(packed.shape)} of {packed.dtype}"
-        )
-    if entry.get("crc32") not in (None, [_bytes_checksum(values), _bytes_checksum(packed)]):
-        raise ValueError(
-            f"load_compressed: {where}: the checksum is wrong: values or indices were changed after writing"
-        )
-    indices = unpack_indices(packed, values.numel(), pattern.m).view(values.shape)
     try:
-        rows = nm_decompress(values, indices, pattern.m)
+        check_nm(values, packed, pattern, dim, shape)
+        if entry.get("crc32") not in (None, [_bytes_checksum(values), _bytes_checksum(packed)]):
+            raise ValueError("the checksum is wrong: values or indices were changed after writing")
+        return unpack_nm(values, packed, pattern, dim, shape)
     except (ValueError, RuntimeError) as error:  # wrong indices; a shape that no memory holds
         raise ValueError(f"load_compressed: {where}: {one_line(error)}") from None
+
+
+def nm_sizes(pattern: NM, dim: int, shape: Sequence[int]) -> tuple[tuple[int, ...], int]:
+    """Shape of the values, and bytes of the packed indices, of a weight of ``shape``."""
+    others = (size for i, size in enumerate(shape) if i != dim)
+    expected = (*others, -(-shape[dim] // pattern.m), pattern.n)
+    return expected, -(-math.prod(expected) * index_bits(pattern.m) // 8)
+
+
+def check_nm(values: Tensor, packed: Tensor, pattern: NM, dim: int, shape: Sequence[int]) -> None:
+    """Raise ValueError for values or packed indices that are not those of a weight of ``shape``."""
+    expected, size = nm_sizes(pattern, dim, shape)
+    if tuple(values.shape) != expected or packed.dtype != torch.uint8 or tuple(packed.shape) != (size,):
+        raise ValueError(
+            f"expected values {expected} for {pattern} of {list(shape)} and {size} bytes of indices, got "
+            f"{tuple(values.shape)} and {tuple(packed.shape)} of {packed.dtype}"
+        )
+
+
+def unpack_nm(values: Tensor, packed: Tensor, pattern: NM, dim: int, shape: Sequence[int]) -> Tensor:
+    """Restore the dense weight of :func:`pack_nm`. Raises ValueError for indices out of range or order."""
+    indices = unpack_indices(packed, values.numel(), pattern.m).view(values.shape)
+    rows = nm_decompress(values, indices, pattern.m)
     return rows[..., : shape[dim]].movedim(-1, dim).contiguous()
 
 
@@ -281,15 +304,15 @@ def _state_and_layouts(
             raise ValueError(f"export_compressed: there is no tensor {unknown[0]!r}; the names are {', '.join(state)}")
         layouts = {name: (as_pattern(pattern), 1) for name, pattern in patterns.items()}
     elif not layouts:
-        layouts = {name: layout for name, tensor in state.items() if (layout := _smallest_layout(tensor)) is not None}
+        layouts = {name: layout for name, tensor in state.items() if (layout := smallest_layout(tensor)) is not None}
     return state, layouts
 
 
-def _smallest_layout(tensor: Tensor) -> tuple[NM, int] | None:
-    """The pattern and dimension (1 or 0) that make a tensor smallest; None if none makes it smaller."""
+def smallest_layout(tensor: Tensor) -> tuple[NM, int] | None:
+    """The pattern and dimension (2 of experts, 1 or 0) that make a tensor smallest; None if none makes it smaller."""
     if tensor.dim() < 2 or not tensor.is_floating_point():
         return None
-    layouts = [(pattern, dim) for dim in (1, 0) if (pattern := tightest(tensor, dim)) is not None]
+    layouts = [(pattern, dim) for dim in group_dims(tensor) if (pattern := tightest(tensor, dim)) is not None]
     sizes = [compressed_bytes(tensor.shape, tensor.element_size(), *layout) for layout in layouts]
     return layouts[sizes.index(min(sizes))] if sizes and min(sizes) < tensor.nbytes else None
 

@@ -105,6 +105,11 @@ def is_nm(weight: Tensor, pattern: NM | str, *, axis: str = "in") -> bool:
     return violations(weight, as_pattern(pattern), axis_dim(weight.shape, axis)) == 0
 
 
+def group_dims(weight: Tensor) -> tuple[int, ...]:
+    """The dimensions along which groups can lie: 1 or 0 of matrices and convolutions, 2 of a tensor of experts."""
+    return (1, 0, 2) if weight.dim() == 3 else (1, 0)
+
+
 def tightest(weight: Tensor, dim: int) -> NM | None:
     """The N:M of lowest density (then smallest M) that a tensor obeys along a dimension; None for a dense tensor."""
     candidates = _obeyed_patterns(weight, dim, min(weight.shape[dim], _LONGEST))

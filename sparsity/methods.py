@@ -87,13 +87,14 @@ def sparsify(
     ==================  =======================================  =====================================================
 
     Args:
-        model: any module. Linear layers, convolutions, ``nn.MultiheadAttention`` and transformers' ``Conv1D`` can be
-            sparse. Changed in place.
+        model: any module. Linear layers, convolutions, ``nn.MultiheadAttention``, transformers' ``Conv1D`` and fused
+            experts (one tensor for the matrices of all experts) can be sparse. Changed in place.
         patterns: shell-style wildcards over layer names -> pattern, such as ``{"*.mlp.*": NM(1, 8),
             "*.q_proj": "2:4"}``; the first match decides. Projections of ``nn.MultiheadAttention`` go by the names of
-            their parameters (``attn.in_proj_weight``). A dense pattern such as ``NM(1, 1)`` leaves layers out; 0:M
-            prunes everything, with a warning. A single pattern applies to every such layer except a transformers
-            model's output head.
+            their parameters (``attn.in_proj_weight``), and so do experts (``mlp.experts.gate_up_proj``). A dense
+            pattern such as ``NM(1, 1)`` leaves layers out; 0:M prunes everything, with a warning. A single pattern
+            applies to every such layer except a transformers model's output head, and those whose rows are shorter
+            than a group (patch embeddings, depthwise convolutions), of which it warns.
         schedule: the way to N:M. An integer: number of steps; the method sets the kind. None: only for methods with
             a constant schedule.
         method: a row of the table. None: the method of the schedule's kind; "ste" for a constant schedule.

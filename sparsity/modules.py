@@ -8,6 +8,7 @@ process computes the mask of its rows from the full-precision weights and gather
 from __future__ import annotations
 
 import struct
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -17,10 +18,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from leanstep._torch import is_conv1d, is_dtensor, join_parts, local_part, output_head, place_like, whole_tensor
+from leanstep._torch import (
+    expert_weights,
+    is_conv1d,
+    is_dtensor,
+    join_parts,
+    local_part,
+    output_head,
+    place_like,
+    stores_in_out,
+    whole_tensor,
+)
+from leanstep.sparsity.experts import cache_in_forward, flat_experts, stop_caching
 from leanstep.sparsity.functional import s_ste_weight, sparse_weight
 from leanstep.sparsity.masks import PADS, check_fit
-from leanstep.sparsity.patterns import NM, match_patterns
+from leanstep.sparsity.patterns import NM, as_pattern, match_patterns
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -244,6 +256,8 @@ def plan_layers(
 ) -> list[SparseLayer]:
     """Select and check the layers that the patterns match, without changing the model.
 
+    Warns about layers that a single pattern leaves dense.
+
     Raises:
         TypeError, ValueError: as :func:`leanstep.sparsity.sparsify` does.
     """
@@ -251,8 +265,7 @@ def plan_layers(
         raise ValueError(f"sparsify: expected axis in {AXES} and pad in {PADS}, got {axis!r} and {pad!r}")
     candidates = dict(_candidates(model, axis))
     if not isinstance(patterns, Mapping):
-        head = output_head(model)
-        candidates = {name: layer for name, layer in candidates.items() if layer.uses[0][0] is not head}
+        candidates = _wide_enough(model, candidates, as_pattern(patterns))
     if not candidates:
         raise ValueError(f"sparsify: {type(model).__name__} has no linear or convolution layer to make sparse")
     targets = match_patterns(candidates, patterns)
@@ -279,6 +292,30 @@ def plan_layers(
     return list(layers.values())
 
 
+def _wide_enough(model: nn.Module, candidates: dict[str, SparseLayer], pattern: NM) -> dict[str, SparseLayer]:
+    """The layers that a single pattern makes sparse: all but the output head and those shorter than a group."""
+    head = output_head(model)
+    hidden = {name: layer for name, layer in candidates.items() if layer.uses[0][0] is not head}
+    narrow = [name for name, layer in hidden.items() if _is_narrow(layer, pattern)]
+    if len(narrow) == len(hidden):
+        return hidden
+    _warn_of_dense(narrow, f"a group of {pattern} is longer than their rows")
+    _warn_of_dense(flat_experts(model), "experts in one matrix, whose layout is not known")
+    return {name: layer for name, layer in hidden.items() if name not in set(narrow)}
+
+
+def _is_narrow(layer: SparseLayer, pattern: NM) -> bool:
+    weight = getattr(*layer.uses[0])
+    # a lazy weight has no shape yet
+    return not nn.parameter.is_lazy(weight) and 0 < weight.shape[layer.dim] < pattern.m and not pattern.is_dense
+
+
+def _warn_of_dense(names: list[str], reason: str) -> None:
+    if names:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        warnings.warn(f"sparsify: {', '.join(names[:5])}{more} stay dense: {reason}", stacklevel=5)
+
+
 def install(layer: SparseLayer, grad_flow: str, continuous: bool) -> None:
     """Register the layer's parametrization for all uses of its weight. The Parameter stays the same object."""
     layer.transform = SparseWeight(layer.weight, layer.target, layer.dim, grad_flow=grad_flow, continuous=continuous)
@@ -288,6 +325,8 @@ def install(layer: SparseLayer, grad_flow: str, continuous: bool) -> None:
         parametrize.register_parametrization(module, attribute, layer.transform, unsafe=True)
         # remove() restores the order of parameters with it
         _holder(module, attribute).following = names[names.index(attribute) + 1 :]
+        if attribute in expert_weights(layer.name, module):
+            cache_in_forward(module)
 
 
 def remove(module: nn.Module, attribute: str) -> None:
@@ -297,26 +336,31 @@ def remove(module: nn.Module, attribute: str) -> None:
     # torch appends it, which would change the order of state_dict() and parameters()
     for name in [name for name in module._parameters if name in following]:
         module._parameters[name] = module._parameters.pop(name)
+    if not parametrize.is_parametrized(module):
+        stop_caching(module)
 
 
 def group_dim(module: nn.Module, axis: str) -> int:
-    """The dimension of a layer's weight along which groups lie: its inputs (in-channels) or its outputs."""
-    return int((axis == "in") != is_conv1d(module))
+    """The dimension of a layer's matrices along which groups lie: their inputs (in-channels) or their outputs."""
+    return int((axis == "in") != stores_in_out(module))
 
 
 def _candidates(model: nn.Module, axis: str) -> Iterator[tuple[str, SparseLayer]]:
     """Every weight that may become sparse, by name; tied modules appear under all their names."""
     for module_name, module in model.named_modules(remove_duplicate=False):
+        # the first dimension of a tensor of experts counts them
         attributes: tuple[str, ...] = ()
+        before = 0
         if isinstance(module, (nn.Linear, *_CONVOLUTIONS)) or is_conv1d(module) or _is_foreign_linear(module):
             attributes = ("weight",)
         elif isinstance(module, nn.MultiheadAttention):
             attributes = _ATTENTION_WEIGHTS
+        else:
+            attributes, before = tuple(expert_weights(module_name, module)), 1
         for attribute in attributes:
             if getattr(module, attribute, None) is not None:
                 name = _layer_name(module_name, attribute)
-                layer = SparseLayer(name, [(module, attribute)], group_dim(module, axis), NM(1, 1))
-                yield name, layer
+                yield name, SparseLayer(name, [(module, attribute)], before + group_dim(module, axis), NM(1, 1))
 
 
 def _is_foreign_linear(module: nn.Module) -> bool:

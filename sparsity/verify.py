@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from leanstep._checkpoint import TensorFile, index_files, load_pickled, read_json, reason
 from leanstep._files import one_line
 from leanstep.sparsity.compressed import is_compressed, load_compressed
-from leanstep.sparsity.masks import pattern_of, violations
+from leanstep.sparsity.inference.reader import SparseFiles, is_sparse_file
+from leanstep.sparsity.masks import group_dims, pattern_of, violations
 from leanstep.sparsity.patterns import NM, match_patterns
 from leanstep.sparsity.squash import plain_state_dict
 
@@ -103,7 +104,8 @@ def verify(
 
     Returns:
         :class:`Verification`; print it for a table. sparsity.json names the dimension of the groups. Without it, this
-        is 1 (inputs of (out, in) weights, in-channels) or 0, whichever fits.
+        is 1 (inputs of (out, in) weights, in-channels), 0, or 2 of tensors with three dimensions (inputs of experts),
+        whichever fits.
 
     Raises:
         ValueError: for a path without a checkpoint, a damaged or missing file, an index that names files elsewhere,
@@ -124,6 +126,9 @@ def verify(
             raise ValueError(f"verify: {where} has no tensor {missing[0]!r}, which its {PATTERNS_FILE} lists")
         patterns = {name: NM.parse(entry["pattern"]) for name, entry in recorded.items()}
         dims = {name: entry["dim"] for name, entry in recorded.items()}
+        flat = next((name for name, dim in dims.items() if dim >= matrices[name][0].dim()), None)
+        if flat is not None:
+            raise ValueError(f"verify: {where}: {PATTERNS_FILE} has groups along dimension 2 of {flat!r}, a matrix")
     reports = []
     for name, matrix in matrices.items():
         try:
@@ -137,7 +142,7 @@ def verify(
 
 
 def _report(name: str, tensor: Tensor, note: str, expected: NM | None, dim: int | None) -> TensorReport:
-    dims = (1, 0) if dim is None else (dim,)
+    dims = group_dims(tensor) if dim is None else (dim,)
     patterns = [(pattern, d) for d in dims if (pattern := pattern_of(tensor, d)) is not None]
     pattern, along = min(patterns, key=lambda pair: pair[0].density, default=(None, None))
     violated = 0
@@ -218,8 +223,8 @@ def _recorded_patterns(folder: Path) -> dict[str, Any]:
         # a pruned model's file has more entries, and matrices without a pattern
         rows = {name: entry for name, entry in content.get("tensors", content).items() if set(entry) != {"sparsity"}}
         recorded = {name: {"pattern": str(NM.parse(row["pattern"])), "dim": row["dim"]} for name, row in rows.items()}
-        if any(type(row["dim"]) is not int or row["dim"] not in (0, 1) for row in recorded.values()):
-            raise ValueError("expected dim 0 or 1")
+        if any(type(row["dim"]) is not int or row["dim"] not in (0, 1, 2) for row in recorded.values()):
+            raise ValueError("expected dim 0, 1 or 2")
     except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:  # a link to nothing
         raise ValueError(f"verify: {file} is not a patterns file: {one_line(error)}") from None
     return recorded
@@ -234,6 +239,9 @@ def _read(path: Path) -> Tensors:
             yield from _noted(state if isinstance(state, Mapping) else {})
         elif is_compressed(path):
             yield from _noted(load_compressed(path))
+        elif is_sparse_file(path):
+            with SparseFiles([path]) as files:
+                yield from (row for name, tensor in files.stored(path) for row in _noted({name: tensor}))
         else:
             with TensorFile(path) as file:
                 for name in file.names:

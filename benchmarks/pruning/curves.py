@@ -23,7 +23,7 @@ from common import command_line, print_table
 
 from leanstep.pruning import measure_curves, prune
 from leanstep.pruning.folder.loading import load_model, open_checkpoint
-from leanstep.pruning.folder.run import token_sequences
+from leanstep.pruning.folder.text import token_sequences
 from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.curves import Curve
 from leanstep.pruning.measure.measure import Measurement, WeightSnapshot

@@ -25,7 +25,7 @@ from common import append_json_line, command_line, print_table, pyplot, read_jso
 
 from leanstep.pruning import measure_curves, prune
 from leanstep.pruning.folder.loading import load_model, open_checkpoint
-from leanstep.pruning.folder.run import token_sequences
+from leanstep.pruning.folder.text import token_sequences
 from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.measure import Measurement, WeightSnapshot, evaluating, weights_hash
 from leanstep.pruning.measure.metrics import cross_entropy_sums, summarise

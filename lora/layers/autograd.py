@@ -2,7 +2,8 @@
 
 The formulas are in :mod:`leanstep.lora.layers.rule`. Layers with the same input save X once. With ``save="min"``,
 backward recomputes H, at ``2 M n r`` operations; it always recomputes dropout's mask from its seed. DoRA then saves Y
-and gets ``Z = Y / c`` from it. With a bias, ``Y - b`` would lose digits of Z, so backward recomputes Z from X.
+and gets ``Z = Y / c`` from it. With a bias, ``Y - b`` would lose digits of Z, so backward recomputes Z from X; it does
+the same if other code has changed Y in place.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from leanstep.kernels import lora_dropout, product
 from leanstep.kernels._backend import on_remembered_backend, remember_backend
 from leanstep.lora.layers import rule
+from leanstep.lora.layers.changes import ADVICE, watched, without_changed
 from leanstep.lora.layers.contraction import ContractionPath
 
 
@@ -134,7 +136,7 @@ class LoRAFunction(torch.autograd.Function):
                 outputs.append(y)
                 saved += h_z_y
                 needs_x |= needs_input
-        ctx.save_for_backward(x if needs_x else None, *saved, *tensors)
+        ctx.save_for_backward(x if needs_x else None, *watched(ctx, saved), *tensors)
         ctx.settings = settings
         remember_backend(ctx)
         return tuple(outputs)
@@ -180,6 +182,7 @@ def layers_of(
 
     # the first two arguments are x and the settings
     needs = ctx.needs_input_grad[2:]
+    saved = without_changed(ctx, saved)
     return [
         LayerPass(setting, weights_of(i, tensors), tensors[i], weights_of(i, needs), *saved[3 * i : 3 * i + 3])
         for i, setting in enumerate(settings)
@@ -246,11 +249,7 @@ def saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
     except RuntimeError as error:
         if any(setting.save == "min" for setting in ctx.settings) and "inplace operation" in str(error):
             # only inputs and DoRA's outputs are saved here and visible to other code
-            raise RuntimeError(
-                f"{error}\nAn input of an adapted layer, or the output of one with DoRA, was changed in place after it "
-                "was computed, as nn.ReLU(inplace=True) does; change a copy, or let DoRA keep its products with "
-                'LoraConfig(save="full")'
-            ) from None
+            raise RuntimeError(f"{error}\n{ADVICE}") from None
         raise
 
 
@@ -368,7 +367,8 @@ def _magnitude_gradient(layer: LayerPass, inner: InnerGradients, x: Tensor | Non
         # sums of dY Y; layers with a magnitude of 0 save Z instead
         divisor = weights.magnitude.to(weights.norm.dtype)
     elif layer.z is None:
-        assert x is not None
+        if x is None:
+            raise RuntimeError(ADVICE)
         dropped = lora_dropout(x, setting.dropout, layer.seed)
         base = product(dropped, dense_weight(setting, weights.weight, x.dtype).t())
         h, b = rule.hidden(dropped, weights.a.to(x.dtype)), weights.b.to(x.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -25,11 +26,14 @@ from leanstep.lora.layers.autograd import (
     tensors_to_save,
     weight_gradients,
 )
+from leanstep.lora.layers.changes import watched
 from leanstep.lora.layers.frozen import is_watched
 from leanstep.lora.layers.linear import FastLinear, FastPath, LoRALinearLayer, Mixin, autocasted, fast_linear, mixture
 
 # names of projections that share an input within one module
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
+# modules whose queries have another input than their keys and values
+_CROSS_ATTENTION = re.compile(r"cross_?att|encoder_att|enc_?dec", re.IGNORECASE)
 SWIGLU = ("gate_proj", "up_proj", "down_proj")
 ACTIVATIONS = ("torch.nn.modules.activation.SiLU", "transformers.activations.SiLUActivation")
 
@@ -39,38 +43,45 @@ class Siblings:
 
     The first call computes the outputs of all layers in one function, with one gradient of the input. The calls of the
     other layers return their waiting outputs. If a layer is called with another input, as in cross-attention,
-    the group breaks for good, and every layer computes its own output.
+    the group breaks for good, and every layer computes its own output. Activation checkpointing still recomputes the
+    pass that broke the group as it was: it compares the saved tensors.
     """
 
     def __init__(self, layers: Sequence[FastLinear]) -> None:
         self.layers = list(layers)
         self.broken = False
+        # index of the layer that ran for all in the pass that broke the group; None after that pass
+        self._first: int | None = None
         self._forget()
 
     def _forget(self) -> None:
         self._waiting: dict[int, Tensor] = {}
-        self._source: tuple[weakref.ref, int, bool] | None = None
+        self._source: tuple[weakref.ref, int, bool, int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"layers": self.layers, "broken": self.broken}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.layers, self.broken = state["layers"], state["broken"]
+        self._first = None
         self._forget()
 
     def take(self, layer: FastLinear, x: Tensor) -> Tensor | None:
         """The output of one layer, or None if the layer has to compute it itself."""
         # a compiled program shares the input's storage anyway, and must not depend on waiting outputs;
         # inference tensors do not count in-place changes
-        if self.broken or torch.compiler.is_compiling() or x.is_inference():
+        if torch.compiler.is_compiling() or x.is_inference():
             return None
         index = next((i for i, other in enumerate(self.layers) if other is layer), None)
         if index is None:
             # a replica of the layer, as DataParallel makes them
             return None
+        if self.broken and not self._recomputes(index):
+            self._forget()
+            return None
         if self._waiting:
             assert self._source is not None
-            reference, version, grad = self._source
+            reference, version, grad, first = self._source
             same_input = reference() is x and version == x._version and grad == torch.is_grad_enabled()
             if index in self._waiting and same_input:
                 return self._waiting.pop(index)
@@ -78,6 +89,7 @@ class Siblings:
             self.broken = reference() is not None
             self._forget()
             if self.broken:
+                self._first = first
                 return None
         # before reading other layers: a PEFT layer without the active adapter has no settings
         if any(other.why_not_fast(x) is not None for other in self.layers):
@@ -86,13 +98,21 @@ class Siblings:
         settings, weights = zip(*(other.operands(inputs) for other in self.layers), strict=True)
         outputs = lora_linears(inputs, settings, weights, [other.seed() for other in self.layers])
         self._waiting = {i: y for i, y in enumerate(outputs) if i != index}
-        self._source = (weakref.ref(x), x._version, torch.is_grad_enabled())
+        self._source = (weakref.ref(x), x._version, torch.is_grad_enabled(), index)
         return outputs[index]
+
+    def _recomputes(self, index: int) -> bool:
+        """Whether this call begins the recomputation, inside backward, of the pass that broke the group."""
+        if index == self._first and torch._C._current_graph_task_id() == -1:
+            self._first = None
+        return index == self._first
 
 
 def join_siblings(model: nn.Module) -> None:
     """Group the fast layers of each module by the names in :data:`GROUPS`."""
-    for module in model.modules():
+    for path, module in model.named_modules():
+        if _CROSS_ATTENTION.search(path):
+            continue
         for names in GROUPS:
             layers = [fast_linear(getattr(module, name, None)) for name in names]
             ungrouped = [layer for layer in layers if layer is not None and layer.siblings is None]
@@ -150,7 +170,7 @@ class SwiGLUFunction(torch.autograd.Function):
             u, save_up, up_needs_x = tensors_to_save(forward_layer(up, x, h_up))
             y, save_down, _ = tensors_to_save(forward_layer(down, swiglu(e, u)))
         save_x = x if gate_needs_x or up_needs_x else None
-        ctx.save_for_backward(save_x, e, u, *save_gate, *save_up, *save_down, *tensors)
+        ctx.save_for_backward(save_x, e, u, *watched(ctx, (*save_gate, *save_up, *save_down)), *tensors)
         ctx.settings = settings
         remember_backend(ctx)
         return y

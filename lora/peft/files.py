@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from leanstep._checkpoint import load_pickled, load_tensors, read_json
 from leanstep._files import one_line, replacing, write_text
-from leanstep._torch import is_dtensor, place_like, whole_tensor
+from leanstep._torch import input_embedding, is_dtensor, output_head, place_like, whole_tensor
 from leanstep.lora.apply import Model, adapted_layers, attach_adapters, modules_to_save, plan_lora
 from leanstep.lora.config import LoraConfig
 from leanstep.lora.layers.frozen import widths
 from leanstep.lora.layers.linear import LoRALinearLayer
+from leanstep.lora.peft.experts import names_read_as_experts
 from leanstep.lora.targets import rank_of, scale_of, without_foreign_names
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -66,6 +67,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     Raises:
         ValueError: for a model without adapters, a tensor with a NaN or an infinity, or a file in place of the folder.
             Nothing is written.
+
+    Notes:
+        Warns about layers whose adapters PEFT reads as those of experts: it renames layers of mixtures by their names.
     """
     config = getattr(model, "lora_config", None)
     if not isinstance(config, LoraConfig):
@@ -83,12 +87,26 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         settings["base_model_name_or_path"] = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     if settings["target_modules"] == "all-linear":
         settings["target_modules"] = sorted(name for name, _ in adapted_layers(model))
+    _warn_of_renaming(model)
     target.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.cpu().contiguous().clone() for key, value in sorted(state.items())}
     with replacing(target / WEIGHTS) as partial:
         save_file(tensors, partial, metadata={"format": "pt"})
     write_text(target / CONFIG, json.dumps(settings, indent=2, sort_keys=True))
     return target
+
+
+def _warn_of_renaming(model: nn.Module) -> None:
+    """Warn if PEFT reads the adapters of some layers as those of experts."""
+    renamed = [name for name, _ in adapted_layers(model) if name.rpartition(".")[2] in names_read_as_experts(model)]
+    if renamed:
+        more = f" and {len(renamed) - 1} more" if len(renamed) > 1 else ""
+        warnings.warn(
+            f"save_adapter: PEFT reads the adapters of {renamed[0]}{more} as those of experts, since it renames layers "
+            f"called {', '.join(sorted(names_read_as_experts(model)))} in this kind of model, and computes something "
+            "else; load the folder by leanstep.lora.load_adapter, or merge the adapters",
+            stacklevel=3,
+        )
 
 
 def load_adapter(model: Model, folder: str | os.PathLike[str], **changes: object) -> Model:
@@ -204,8 +222,7 @@ def _embedding_shapes(model: nn.Module, others: set[str]) -> dict[str, tuple[int
 
     PEFT writes these weights if they are adapted or resized.
     """
-    getters = (getattr(model, f"get_{side}_embeddings", lambda: None) for side in ("input", "output"))
-    modules = [module for getter in getters if (module := getter()) is not None]
+    modules = [module for module in (input_embedding(model), output_head(model)) if module is not None]
     names = {f"{name}.weight": module for name, module in model.named_modules() if any(module is m for m in modules)}
     return {name: tuple(names[name].weight.shape) for name in others & set(names)}
 

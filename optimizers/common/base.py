@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -253,8 +253,10 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
         """Return what loading accepts of every entry of a parameter's state."""
         return {**STATE_RULES, **self._state_rules}
 
-    def _group_steps(self, group: dict[str, Any], first_index: int, only: int | None = None) -> list[Reducer[None]]:
-        """Return generators that update a group, or only its parameter at position ``only``.
+    def _group_steps(
+        self, group: dict[str, Any], first_index: int, only: Sequence[int] | None = None
+    ) -> list[Reducer[None]]:
+        """Return generators that update a group, or only its parameters at the positions ``only``.
 
         ``first_index`` is the number of parameters in the groups before. A bad gradient raises here, before any
         update.
@@ -304,13 +306,15 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
             for position, param, _ in self._with_gradient(group):
                 self._state_of(group, position, param)
 
-    def _with_gradient(self, group: dict[str, Any], only: int | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield (position, parameter, gradient) of every parameter with a gradient, or only of the one at ``only``.
+    def _with_gradient(
+        self, group: dict[str, Any], only: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield (position, parameter, gradient) of every parameter with a gradient, or only of those at ``only``.
 
         Raises:
             RuntimeError: for a sparse gradient.
         """
-        for position in range(len(group["params"])) if only is None else (only,):
+        for position in range(len(group["params"])) if only is None else only:
             param = group["params"][position]
             if param.grad is not None:
                 yield position, param, dense_gradient(type(self).__name__, group, position, param)
@@ -319,7 +323,7 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
         self,
         group: dict[str, Any],
         first_index: int,
-        only: int | None = None,
+        only: Sequence[int] | None = None,
         rule: Callable[[Tensor], str] = lambda param: "",
     ) -> list[tuple[str, Batch]]:
         """Return (rule name, batch) for every rule, device and dtype; with ``foreach=False`` for every parameter.

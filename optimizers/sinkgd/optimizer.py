@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -311,7 +311,9 @@ class SinkGD(LeanOptimizer):
             shapes["power_vector"] = power_vector_shape(param, group)
         return shapes | scale_shapes(param, *_quantized_keys(group, param))
 
-    def _group_steps(self, group: dict[str, Any], first_index: int, only: int | None = None) -> list[Reducer[None]]:
+    def _group_steps(
+        self, group: dict[str, Any], first_index: int, only: Sequence[int] | None = None
+    ) -> list[Reducer[None]]:
         batches = self._batches(group, first_index, only, lambda param: _rule_of(group, param))
         return [
             step_adamw(batch, int8=name == "adamw int8")

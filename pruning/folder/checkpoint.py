@@ -11,11 +11,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from leanstep._checkpoint import TEMPLATES, TensorFile, checked_file, files_in
+from leanstep._checkpoint import TensorFile, checked_file, copy_other_files
 from leanstep.pruning.folder.loading import INDEX, Checkpoint, written_name
 
-# not copied: weights in any format, and files about the dense weights
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+# not copied: files about the dense weights
 _REPORT_FILES = ("sparsity.json", "report.html")
 
 
@@ -112,11 +111,4 @@ def _drop_aliases(tensors: dict[str, Tensor], values: Mapping[str, Tensor]) -> s
 
 def copy_others(checkpoint: Checkpoint, folder: Path) -> None:
     """Copy everything but the weights into a folder: configuration, tokenizer, model card, code."""
-    for path in files_in(checkpoint.folder):
-        if not (path.name.startswith(".") or path.name.endswith(_WEIGHTS) or path.name in _REPORT_FILES):
-            shutil.copyfile(path, folder / path.name)
-    templates = checkpoint.folder / TEMPLATES
-    if templates.is_dir() and not templates.is_symlink():
-        (folder / TEMPLATES).mkdir()
-        for path in files_in(templates):
-            shutil.copyfile(path, folder / TEMPLATES / path.name)
+    copy_other_files(checkpoint.folder, folder, without=_REPORT_FILES)

@@ -56,6 +56,8 @@ def _lead(content: Mapping[str, Any]) -> str:
         f"pattern {content['pattern']}",
         f"metric {content['metric']}",
     ]
+    if content.get("inputs"):
+        facts.append(f"inputs {content['inputs']}")
     sources = sorted({curve.get("source", "measured") for curve in (content.get("curves") or {}).values()})
     if sources:
         facts.append(f"curves {', '.join(sources)}")

@@ -2,77 +2,26 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import math
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
 
-from leanstep._files import free_bytes, is_disk_full, remove_leftovers, remove_partials, staged_folder
+from leanstep._checkpoint import check_apart, check_output, new_folder
+from leanstep._files import remove_partials
 from leanstep._version import __version__
+from leanstep.pruning.choices import check_choices
 from leanstep.pruning.folder.checkpoint import copy_others, write_weights
-from leanstep.pruning.folder.loading import (
-    Checkpoint,
-    checkpoint_values,
-    encoding,
-    load_model,
-    open_checkpoint,
-    open_tokenizer,
-    position_count,
-    stored_parameters,
-)
-from leanstep.pruning.measure.batches import as_batches
-from leanstep.pruning.measure.measure import evaluating
-from leanstep.pruning.measure.metrics import check_runs, cross_entropy_sums, summarise
+from leanstep.pruning.folder.loading import checkpoint_values, load_model, open_checkpoint, stored_parameters
+from leanstep.pruning.folder.text import CalibrationText, perplexity_of, sequences_of
 from leanstep.pruning.measure.points import Progress
-from leanstep.pruning.prune import check_choices, prune
+from leanstep.pruning.prune import prune
 from leanstep.pruning.result import PruneResult
 
 SIDECAR = "sparsity.json"
 REPORT = "report.html"
-
-
-@dataclass(frozen=True)
-class CalibrationText:
-    """Text to calibrate a language model with, and how much of it.
-
-    Attributes:
-        documents: the texts, in order.
-        label: name of the texts in messages and in the report.
-        samples: sequences for the scores.
-        curve_samples: number of these sequences for the curves.
-        held_out: sequences for the comparison with uniform sparsity, and for perplexity; disjoint from the others.
-        held_out_documents: texts for the held-out sequences; None: ``documents``.
-        seq_len: tokens of a sequence; None: the tokenizer's ``model_max_length``, at most 2048.
-        seed: of the random choice of sequences.
-
-    Raises:
-        ValueError: for numbers of sequences below 1, or more sequences for the curves than for the scores.
-    """
-
-    documents: tuple[str, ...]
-    label: str = "text"
-    samples: int = 128
-    curve_samples: int = 16
-    held_out: int = 8
-    held_out_documents: tuple[str, ...] | None = None
-    seq_len: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if min(self.samples, self.curve_samples, self.held_out) < 1 or self.curve_samples > self.samples:
-            raise ValueError(
-                "expected samples, curve_samples and held_out of at least 1, and curve_samples <= samples; got "
-                f"{self.samples}, {self.curve_samples} and {self.held_out}"
-            )
 
 
 def prune_checkpoint(
@@ -134,7 +83,7 @@ def prune_checkpoint(
     checkpoint = open_checkpoint(source)
     check_output(out, checkpoint.size)
     check_apart(out, checkpoint.folder)
-    sequences = _sequences(checkpoint, data) if isinstance(data, CalibrationText) else None
+    sequences = sequences_of(checkpoint, data) if isinstance(data, CalibrationText) else None
     model = load_model(checkpoint, device)
     content: dict[str, Any] = {"leanstep": __version__, "source": str(source)}
     if sequences is not None:
@@ -149,11 +98,11 @@ def prune_checkpoint(
     if evaluate:
         if held_out is None:
             raise ValueError("perplexity needs held-out sequences: give a text")
-        perplexity["before"], perplexity["tokens"] = _perplexity(model, held_out)
+        perplexity["before"], perplexity["tokens"] = perplexity_of(model, held_out)
     stored = stored_parameters(checkpoint, model)
     result = prune(model, data, held_out=held_out, resume=partial, progress=progress, stored=stored, **settings)
     if evaluate:
-        perplexity["after"], _ = _perplexity(model, held_out)
+        perplexity["after"], _ = perplexity_of(model, held_out)
         result.perplexity = perplexity
     from leanstep.pruning.folder.report import report_page
 
@@ -170,62 +119,6 @@ def prune_checkpoint(
     return result
 
 
-def check_output(out: str | Path, needed: int = 0) -> Path:
-    """Check that a folder can be created, and remove leftovers of a killed process.
-
-    Args:
-        out: the folder to create.
-        needed: its size in bytes.
-
-    Raises:
-        ValueError: if it exists, its parent is not a writable folder, or the disk has too little space.
-    """
-    out = Path(out).expanduser()
-    if out.exists() or out.is_symlink():
-        raise ValueError(f"{out} exists already, and nothing is overwritten; name another folder, or remove it")
-    parent = out.absolute().parent
-    if not parent.is_dir():
-        raise ValueError(f"{out} cannot be made: {parent} is not a folder")
-    if not os.access(parent, os.W_OK):
-        raise ValueError(f"{out} cannot be made: {parent} is not writable")
-    remove_leftovers(out)
-    free = free_bytes(parent)
-    if needed > free:
-        raise ValueError(
-            f"{out} takes {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; make room, or name a folder "
-            "on another disk"
-        )
-    return out
-
-
-def check_apart(out: Path, source: Path) -> None:
-    """Raise ValueError if ``out`` is the folder of a checkpoint, in it, or around it, links followed."""
-    written, read = out.absolute().parent.resolve() / out.name, source.resolve()
-    if written.is_relative_to(read) or read.is_relative_to(written):
-        raise ValueError(f"{out} is, contains or lies in the checkpoint {source}; name a folder beside it")
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """Context manager: a temporary folder, renamed to ``out`` on success and removed on any error.
-
-    Raises:
-        OSError: if it could not be written; ``out`` does not exist then.
-    """
-    try:
-        with staged_folder(out) as folder:
-            yield folder
-    except (OSError, SafetensorError) as error:
-        full = is_disk_full(error)
-        if not full and not isinstance(error, OSError):
-            raise
-        raise OSError(
-            getattr(error, "errno", None) or errno.ENOSPC,
-            f"{out} could not be written: {'the disk is full' if full else error}. Nothing of it was kept; make room "
-            "or name a folder on another disk",
-        ) from error
-
-
 def _tensor_rows(changed: Mapping[str, float], result: PruneResult) -> dict[str, dict[str, Any]]:
     """Sparsity and pattern of each changed tensor, under the keys that ``leanstep verify`` reads."""
     rows: dict[str, dict[str, Any]] = {name: {"sparsity": zeros} for name, zeros in changed.items()}
@@ -235,82 +128,3 @@ def _tensor_rows(changed: Mapping[str, float], result: PruneResult) -> dict[str,
             if pattern and target.expert is None and target.parameter in rows:
                 rows[target.parameter] |= {"pattern": pattern, "dim": int(target.layout != "in_out")}
     return rows
-
-
-def _sequences(checkpoint: Checkpoint, text: CalibrationText) -> tuple[Tensor, Tensor]:
-    """Calibration and held-out sequences, int64 [samples, tokens], by the checkpoint's tokenizer."""
-    tokenizer = open_tokenizer(checkpoint.folder)
-    positions = position_count(checkpoint.config, checkpoint.folder) or 2048
-    length = min(tokenizer.model_max_length, positions, 2048) if text.seq_len is None else text.seq_len
-    if not 2 <= length <= positions:
-        raise ValueError(f"seq_len must be from 2 to the model's {positions} positions, got {length}")
-    vocabulary = checkpoint.config.get("vocab_size")
-
-    def encode(document: str) -> Sequence[int]:
-        with encoding(checkpoint.folder):
-            return tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-
-    def cut(documents: tuple[str, ...], count: int) -> Tensor:
-        sequences = token_sequences(
-            encode,
-            documents,
-            count,
-            length,
-            end=tokenizer.eos_token_id,
-            seed=text.seed,
-        )
-        if isinstance(vocabulary, int) and int(sequences.max()) >= vocabulary:
-            raise ValueError(
-                f"{checkpoint.folder}: its tokenizer has more tokens than the model, which has {vocabulary}"
-            )
-        return sequences
-
-    if text.held_out_documents is not None:
-        return cut(text.documents, text.samples), cut(text.held_out_documents, text.held_out)
-    sequences = cut(text.documents, text.samples + text.held_out)
-    return sequences[text.held_out :], sequences[: text.held_out]
-
-
-def token_sequences(
-    encode: Callable[[str], Sequence[int]], texts: Iterable[str], count: int, length: int, *, end: int | None, seed: int
-) -> Tensor:
-    """Cut ``count`` sequences of ``length`` tokens from text, at random and without overlap.
-
-    Joins documents by the end-of-text token, cuts them into consecutive pieces, and draws ``count`` of these.
-
-    Args:
-        encode: a text -> its token numbers, without special tokens.
-        texts: the documents.
-        count: number of sequences.
-        length: tokens per sequence.
-        end: the token appended to every document; None appends nothing.
-        seed: of the random choice and order of the pieces.
-
-    Returns:
-        int64 [count, length].
-
-    Raises:
-        ValueError: for too little text; the message gives both numbers of tokens.
-    """
-    tokens: list[int] = []
-    for text in texts:
-        tokens += encode(text)
-        if end is not None:
-            tokens.append(end)
-    pieces = len(tokens) // length
-    if pieces < count:
-        raise ValueError(
-            f"the text is too short: {count} sequences of {length} tokens take {count * length:,} tokens, it has "
-            f"{len(tokens):,}; give more text, or ask for fewer or shorter sequences"
-        )
-    drawn = torch.randperm(pieces, generator=torch.Generator().manual_seed(seed))[:count]
-    return torch.tensor(tokens[: pieces * length], dtype=torch.int64).view(pieces, length)[drawn]
-
-
-def _perplexity(model: nn.Module, sequences: Any) -> tuple[float, int]:
-    """Perplexity over some sequences, and the number of predicted tokens."""
-    with evaluating(model):
-        batches = as_batches(sequences, model, batch_size=4)
-        check_runs(model, batches[0])
-        per_batch = [cross_entropy_sums(batch.run(model), batch) for batch in batches]
-    return math.exp(summarise(per_batch).mean), int(sum(float(counts.sum()) for _, counts in per_batch))

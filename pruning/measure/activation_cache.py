@@ -138,6 +138,18 @@ class ActivationCache:
             by_start.setdefault(max(start for start in self.starts if start <= first), []).append(group)
         return sorted(by_start.items(), key=lambda item: item[0])
 
+    def by_block(self, groups: Sequence[Group]) -> list[tuple[int, list[Group]]]:
+        """As :meth:`by_start`, with an entry for each block where the blocks of several can only start together."""
+        entries: list[tuple[int, list[Group]]] = []
+        for start, stage in self.by_start(groups):
+            blocks: dict[tuple[int, int], list[Group]] = {}
+            for group in stage:
+                first = min(self.number(target.module) or 0 for target in group.targets)
+                block = -1 if group.layer.block is None else group.layer.block
+                blocks.setdefault((first, block), []).append(group)
+            entries += [(start, blocks[key]) for key in sorted(blocks)]
+        return entries
+
     def reset(self) -> None:
         """Clear the cache and return to the first stage."""
         self.position, self._outputs = 0, []

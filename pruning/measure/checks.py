@@ -17,6 +17,7 @@ from leanstep.pruning.score.calibration import Pruning, prune_group
 from leanstep.pruning.score.targets import Group, Target
 
 CORRECTIONS = ("none", "relinearise")
+INPUTS = ("pruned", "dense")
 
 
 @dataclass
@@ -27,21 +28,34 @@ class Trial:
         groups: the matrices.
         pruning: score and calibration data.
         snapshot: of the dense weights.
+        inputs: of a block, on which it is pruned: "pruned", those that the pruned blocks before it produce; or "dense",
+            those of the dense model.
     """
 
     groups: Sequence[Group]
     pruning: Pruning
     snapshot: WeightSnapshot
+    inputs: str = "pruned"
 
     def apply(self, allocation: Allocation) -> None:
-        """Prune the model in place, block by block. Statistics of a block are collected after pruning those before."""
+        """Prune the model in place, block by block.
+
+        With pruned inputs, the statistics of a block are collected after pruning those before it. With dense inputs,
+        no matrix is written before all are pruned.
+        """
         self.snapshot.take()
-        cache = self.pruning.cache
+        cache, later = self.pruning.cache, list[tuple[Target, Tensor]]()
         cache.reset()
         with evaluating(cache.model):
-            for start, stage in cache.by_start(self.groups):
-                for group, pruners in self.pruning.each(stage, start):
-                    _write(prune_group(group, pruners, *allocation.level(group.name)))
+            dense = self.inputs == "dense"
+            for start, block in cache.by_start(self.groups) if dense else cache.by_block(self.groups):
+                for group, pruners in self.pruning.each(block, start):
+                    changed = prune_group(group, pruners, *allocation.level(group.name))
+                    if dense:
+                        later += changed
+                    else:
+                        _write(changed)
+        _write(later)
         cache.reset()
 
     def joint(self, measurement: Measurement, allocation: Allocation, *, stay: bool = False) -> Distortion:

@@ -6,6 +6,7 @@ gives the lines, :mod:`leanstep.recipes.config.references` resolves ``${...}``, 
 A recipe with ``base: NAME_OR_FILE`` inherits the values that it does not set, except ``name``, ``description`` and
 ``expect``. Mappings are merged key by key. A recipe that sets ``optimizer.name`` or ``model.family`` does not inherit
 the keys of that class (``optimizer.args``, ``optimizer.groups``, ``model.config``).
+:mod:`leanstep.recipes.config.bases` says which files may be a base.
 """
 
 import os
@@ -19,6 +20,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from leanstep._files import one_line, read_text
+from leanstep.recipes.config.bases import find_base
 from leanstep.recipes.config.differences import SWITCHES, expectation_breakers
 from leanstep.recipes.config.references import References
 from leanstep.recipes.config.rules import group_options, joint_problems, model_keys, optimizer_arguments
@@ -111,10 +113,16 @@ def find_recipe(name_or_path: str | os.PathLike[str]) -> Path:
         inner = path / "config.yaml"
         hint = f"; its recipe is {inner}" if inner.is_file() else ""
         raise ConfigError([f"{text} is a folder, not a recipe{hint}"])
+    raise _no_recipe(text)
+
+
+def _no_recipe(text: str) -> ConfigError:
+    """The error for a name that is neither a recipe nor a file, with the nearest names."""
+    path = Path(text)
     near = get_close_matches(path.stem, [*ALIASES, *recipe_names()], n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(repr(name) for name in near)}?" if near else "`leanstep recipes list` shows all"
     problem = "no such file" if path.suffix in (".yaml", ".yml") or "/" in text else "no recipe or file of that name"
-    raise ConfigError([f"{text}: {problem}; {hint}"])
+    return ConfigError([f"{text}: {problem}; {hint}"])
 
 
 class _Reader:
@@ -154,13 +162,15 @@ class _Reader:
         try:
             if not isinstance(name, str):
                 raise ConfigError([f"expected the name of a recipe or a file, got {show(name)}"])
-            file = path.parent / name
-            base = file if file.is_file() else find_recipe(name)
-            if base.resolve() in (path.resolve(), *(other.resolve() for other in above)):
-                raise ConfigError([f"{name} derives from itself"])
+            shipped = _shipped()
+            shipped |= {alias: shipped[target] for alias, target in ALIASES.items()}
+            base = find_base(name, path, above, shipped)
+            if base is None:
+                raise _no_recipe(name)
             values = self._read(base, (*above, path))
-        except ConfigError as error:
-            self.problems += [(location, f"base: {problem}") for problem in error.problems]
+        except ValueError as error:
+            problems = error.problems if isinstance(error, ConfigError) else [str(error)]
+            self.problems += [(location, f"base: {problem}") for problem in problems]
             return {}
         return {key: value for key, value in values.items() if key not in _NOT_INHERITED}
 

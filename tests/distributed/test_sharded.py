@@ -17,6 +17,7 @@ MODULES = (
     "distributed_sparsity",
     "distributed_lora",
     "distributed_mesh",
+    "distributed_release",
 )
 load_cases(MODULES)
 

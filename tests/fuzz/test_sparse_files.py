@@ -13,6 +13,9 @@ from safetensors.torch import load_file, save, save_file
 
 from leanstep.sparsity import export_compressed, load_compressed, nm_mask, verify
 from leanstep.sparsity.compressed import _checksum
+from leanstep.sparsity.inference import export_folder
+from leanstep.sparsity.inference.manifest import CHECKSUM_KEY, KEY, Manifest
+from leanstep.sparsity.inference.reader import SparseFiles
 
 PATTERNS = {"a.weight": "2:4", "b.weight": "1:8"}
 
@@ -160,3 +163,97 @@ def test_nothing_but_a_file_is_read(folder, tmp_path, name, entry):
 
     read = judged("sparsity.json" if name == "sparsity.json" else "verify, command", lambda: verify(tmp_path), right)
     assert read == (name == "sparsity.json" and entry == "nothing")
+
+
+# ---- sparse checkpoint folders
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory):
+    """A sparse folder with bit masks, N:M and int8 values."""
+    root = tmp_path_factory.mktemp("sparse folder")
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 40, generator=generator)
+    state = {"a.weight": weight * (torch.rand(6, 40, generator=generator) < 0.4) + 0.0}
+    state |= {"b.weight": weight * nm_mask(weight, "1:8") + 0.0, "a.bias": weight[0].clone()}
+    (root / "dense").mkdir()
+    (root / "outside").mkdir()
+    save_file(state, root / "dense" / "model.safetensors")
+    (root / "dense" / "config.json").write_text("{}")
+    for name, values in (("plain", None), ("int8", "int8")):
+        export_folder(root / "dense", root / name, values=values)
+    return root
+
+
+def read_sparse(path):
+    with SparseFiles([path]) as files:
+        files.check_content()
+        return bits(dict(files.stored(path)))
+
+
+@pytest.mark.parametrize("name", ["plain", "int8"])
+@given(data=st.data())
+@fuzz(100)
+def test_damaged_sparse_files(sparse, name, data):
+    """A manifest has checksums of every tensor and of itself. Other metadata is not read."""
+    file = sparse / name / "model.safetensors"
+    whole, expected = file.read_bytes(), read_sparse(file)
+    write(file, data.draw(safetensors_files(whole)))
+    try:
+        judged("sparse folders", lambda: read_sparse(file), same_as(expected), outside=sparse / "outside")
+    finally:
+        write(file, whole)
+
+
+@pytest.mark.parametrize("name", ["plain", "int8"])
+@given(data=st.data())
+@fuzz(100)
+def test_sparse_files_with_other_manifests_and_right_checksums(sparse, name, data):
+    """Other matrices may be asked for than were written, as long as offsets, masks and positions fit."""
+    file = sparse / name / "model.safetensors"
+    whole, expected = file.read_bytes(), read_sparse(file)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    content = data.draw(edits(json.loads(metadata[KEY])))
+    text = json.dumps(content)
+    write(file, save(load_file(file), {KEY: text, CHECKSUM_KEY: str(zlib.crc32(text.encode()))}))
+    try:
+        judged("sparse folders", lambda: read_sparse(file), lambda state: state == expected)
+    finally:
+        write(file, whole)
+
+
+@pytest.mark.parametrize("name", ["plain", "int8"])
+@given(data=st.data())
+@fuzz(100)
+def test_sparse_files_with_other_tensors_and_right_checksums(sparse, name, data):
+    """Offsets out of range, masks that do not fit and scales below zero are refused, whoever wrote them."""
+    file = sparse / name / "model.safetensors"
+    whole, stored = file.read_bytes(), load_file(file)
+    with safe_open(file, "pt") as opened:
+        manifest = Manifest.from_metadata(opened.metadata())
+    part = data.draw(st.sampled_from(sorted(stored)))
+    raw = bytearray(stored[part].contiguous().view(torch.uint8).numpy().tobytes())
+    raw[data.draw(st.integers(0, len(raw) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    changed = torch.frombuffer(raw, dtype=torch.uint8).view(stored[part].dtype).view(stored[part].shape)
+    stored[part] = changed.clone()
+    manifest.add(stored)
+    write(file, save(stored, manifest.to_metadata()))
+    try:
+        read = judged("sparse folders", lambda: read_sparse(file), lambda state: False)
+    finally:
+        write(file, whole)
+    assert not (read and part.endswith((".mask", ".offsets")))
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_nothing_but_a_file_is_exported(sparse, tmp_path, entry):
+    source = tmp_path / "source"
+    source.mkdir()
+    for file in (sparse / "plain").iterdir():
+        (source / file.name).write_bytes(file.read_bytes())
+    plant(source / "model.safetensors", entry, tmp_path / "copy")
+    assert not told(
+        "sparse folders", "export", source, "--format", "dense", "--out", tmp_path / "out", right=bool, outside=tmp_path
+    )
+    assert not (tmp_path / "out").exists()

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from leanstep._torch import place_like
-from leanstep.optimizers import LANTON, Lion, NonFiniteGradientError, SinkGD, param_groups, release_gradients
+from leanstep.optimizers import LANTON, Lion, NonFiniteGradientError, SinkGD, param_groups
 
 WORLDS = (2, 1, 3, 4)  # 2 first: what it saves, the others load
 
@@ -328,15 +328,6 @@ def accumulated_gradients_equal_one_batch(world: World) -> None:
         train(plain, build(name, plain), None)
         train(sharded, build(name, sharded), world, micro=3)
         assert_same(sharded, plain, 1e-6, name)
-
-
-@case(2)
-def released_gradients_are_refused_where_they_are_incomplete(world: World) -> None:
-    model = new_model()
-    parallel = nn.parallel.DistributedDataParallel(model)
-    refused(ValueError, "DistributedDataParallel", lambda: release_gradients(parallel, build("lion", model)))
-    sharded = shard(new_model(), world.size)
-    refused(ValueError, "sharded parameters", lambda: release_gradients(sharded, build("sinkgd", sharded)))
 
 
 @case(2)

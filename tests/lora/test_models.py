@@ -3,10 +3,12 @@
 import copy
 import functools
 import pickle
+import re
 
 import peft
 import pytest
 import torch
+from architectures import make as make_architecture
 from lora_models import (
     GPT2_TARGETS,
     LLAMA_TARGETS,
@@ -18,9 +20,11 @@ from lora_models import (
     tiny_llama,
     tokens,
 )
+from pruned_models import VOCABULARY
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from leanstep.lora import LoraConfig, apply_lora, keep_zeros, lora_groups, remove_lora, saved_bytes, set_adapters
+from leanstep.lora.layers import block
 from leanstep.lora.layers.contraction import ContractionPath
 
 VARIANTS = {
@@ -232,16 +236,57 @@ def test_whole_models_are_pickled(make):
 
 
 @pytest.mark.parametrize("save", ["min", "full"])
-def test_a_dora_output_that_is_changed_in_place_is_an_error_that_says_what_to_do(save):
+@pytest.mark.parametrize("activation", [torch.nn.ReLU, torch.nn.SiLU])
+def test_a_dora_output_may_be_changed_in_place(activation, save):
+    def gradients(inplace):
+        torch.manual_seed(0)
+        layers = torch.nn.Linear(8, 6, bias=False), activation(inplace=inplace), torch.nn.Linear(6, 2)
+        model = torch.nn.Sequential(*layers).double()
+        config = LoraConfig(r=2, target_modules=["0"], use_dora=True, save=save, init_lora_weights=False)
+        apply_lora(model, config)
+        assert model[0].fast_path.on
+        model(torch.randn(4, 8, dtype=torch.float64)).square().sum().backward()
+        return [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+
+    for changed, unchanged in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(changed, unchanged, rtol=1e-12, atol=1e-12)
+
+
+def test_a_changed_dora_output_of_which_no_input_was_saved_is_an_error_that_says_what_to_do():
     layers = torch.nn.Linear(8, 6, bias=False), torch.nn.ReLU(inplace=True), torch.nn.Linear(6, 2)
-    model = apply_lora(torch.nn.Sequential(*layers), LoraConfig(r=2, target_modules=["0"], use_dora=True, save=save))
-    loss = model(torch.randn(4, 8)).sum()
-    if save == "full":
-        loss.backward()
-        assert model[0].lora_magnitude_vector.grad.abs().max() > 0
-    else:
-        with pytest.raises(RuntimeError, match=r'changed in place .*save="full"'):
-            loss.backward()
+    model = apply_lora(torch.nn.Sequential(*layers), LoraConfig(r=2, target_modules=["0"], use_dora=True))
+    model[0].lora_A.weight.requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r'changed in place .*save="full"'):
+        model(torch.randn(4, 8)).sum().backward()
+
+
+@pytest.mark.parametrize("name", ["bart", "whisper"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_cross_attention_under_activation_checkpointing_gives_the_same_gradients(name, fused, monkeypatch):
+    if not fused:  # a module whose name does not say that it is one of cross-attention
+        monkeypatch.setattr(block, "_CROSS_ATTENTION", re.compile("(?!)"))
+    ids = torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
+    features = torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(0))
+    batch = {"input_features": features, "labels": ids} if name == "whisper" else {"input_ids": ids, "labels": ids}
+
+    def gradients(checkpointed):
+        model = make_architecture(name).train()
+        config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+        torch.manual_seed(0)
+        apply_lora(model, config)
+        for module in model.modules():
+            if hasattr(module, "dropout") and isinstance(module.dropout, float):
+                module.dropout = 0.0
+        if checkpointed:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        for _ in range(2):  # the first pass finds that queries have another input
+            model.zero_grad()
+            model(**batch).loss.backward()
+        return {key: value.grad for key, value in model.named_parameters() if value.requires_grad}
+
+    checkpointed, plain = gradients(True), gradients(False)
+    for key, value in plain.items():
+        torch.testing.assert_close(checkpointed[key], value)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

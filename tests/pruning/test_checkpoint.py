@@ -13,9 +13,9 @@ from pruned_models import make_deit, make_gpt2, make_llama, make_mixtral, make_v
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from leanstep._checkpoint import check_output, new_folder
 from leanstep.pruning.folder.checkpoint import copy_others, write_weights
 from leanstep.pruning.folder.loading import checkpoint_values, load_model, open_checkpoint, stored_parameters
-from leanstep.pruning.folder.run import check_output, new_folder
 from leanstep.pruning.score.targets import find_targets
 
 MAKERS = {"llama": make_llama, "gpt2": make_gpt2, "mixtral": make_mixtral, "vit": make_vit, "deit": make_deit}
@@ -237,7 +237,7 @@ def test_a_disk_that_fills_leaves_nothing(writer, saved, tmp_path, monkeypatch):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from leanstep.pruning.folder.run import new_folder
+from leanstep._checkpoint import new_folder
 with new_folder(Path(sys.argv[1])) as folder:
     (folder / "half").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)

@@ -8,7 +8,7 @@ from pruned_models import images, make_cnn, make_gpt2, make_llama, make_mixtral,
 from torch import nn
 
 from leanstep.pruning import find_targets, measure_curves
-from leanstep.pruning.folder.run import token_sequences
+from leanstep.pruning.folder.text import token_sequences
 from leanstep.pruning.measure.activation_cache import ActivationCache
 from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.measure import Measurement, weights_hash

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from run_folders import write_run
 
 from leanstep.cli import main
 from leanstep.recipes.config import loader
-from leanstep.recipes.config.loader import load
+from leanstep.recipes.config.loader import find_recipe, load
 
 # Runs the command line and then says on stderr which heavy packages it has imported.
 PROBE = """
@@ -137,10 +138,15 @@ def test_copy_never_overwrites_unless_forced(tmp_path, monkeypatch, capsys):
     assert main(["recipes", "copy", "llama-60m", "no/such/folder.yaml"]) == 2
 
 
-def test_a_recipe_with_a_base_is_shown_whole(capsys):
+def test_a_recipe_with_a_base_is_shown_as_written_or_resolved(tmp_path, capsys):
     assert main(["recipes", "show", "llama-nano-lion"]) == 0
+    assert capsys.readouterr().out == find_recipe("llama-nano-lion").read_text()
+    assert main(["recipes", "show", "llama-nano-lion", "--resolved"]) == 0
     printed = capsys.readouterr().out
     assert "hidden_size: 128" in printed and "name: lion" in printed and "base:" not in printed
+    path = tmp_path / "again.yaml"
+    path.write_text(printed)
+    assert replace(load(path), source_file="") == replace(load("llama-nano-lion"), source_file="")
 
 
 def test_shown_changes_load_again(tmp_path, capsys):

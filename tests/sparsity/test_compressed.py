@@ -72,7 +72,7 @@ def test_negative_zeros_survive_or_are_refused(tmp_path):
     export_compressed({"w": kept}, tmp_path / "w.safetensors", patterns={"w": "2:4"})
     assert torch.equal(bits(load_compressed(tmp_path / "w.safetensors")["w"]), bits(kept))
     crowded = torch.tensor([[-0.0, 1, 3, 0]])
-    with pytest.raises(ValueError, match="w has more negative zeros than 2:4 has room for; add 0.0"):
+    with pytest.raises(ValueError, match="w: it has more negative zeros than 2:4 has room for; add 0.0"):
         export_compressed({"w": crowded}, tmp_path / "x.safetensors", patterns={"w": "2:4"})
     assert not (tmp_path / "x.safetensors").exists()
     export_compressed({"w": crowded + 0.0}, tmp_path / "x.safetensors", patterns={"w": "2:4"})

@@ -1,0 +1,87 @@
+"""The settings of a pruning run: which exist, and which go together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from leanstep.pruning.allocate.allocation import METHODS, Budget
+from leanstep.pruning.allocate.latency import LatencyTable
+from leanstep.pruning.measure.checks import CORRECTIONS, INPUTS
+from leanstep.pruning.measure.curves import SOURCES, Curve
+from leanstep.pruning.measure.metrics import METRICS, Metric
+from leanstep.pruning.score.base import NEEDS
+from leanstep.pruning.score.targets import GRANULARITIES
+from leanstep.sparsity import NM
+
+
+def check_choices(
+    *,
+    data: Any,
+    sparsity: float | None = None,
+    allocation: str = "dp",
+    score: str = "wanda",
+    pattern: str = "unstructured",
+    granularity: str = "matrix",
+    correction: str = "none",
+    inputs: str = "pruned",
+    curves: Mapping[str, Curve] | str | None = None,
+    minutes: float = 30.0,
+    budget: Budget | LatencyTable | str | None = None,
+    metric: str | Metric | None = None,
+    **others: Any,
+) -> None:
+    """Raise ValueError for unknown or contradictory settings of ``prune``, before anything is loaded."""
+    for name, value, known in (
+        ("allocation", allocation, METHODS),
+        ("score", score, tuple(NEEDS)),
+        ("granularity", granularity, GRANULARITIES),
+        ("correction", correction, CORRECTIONS),
+        ("inputs", inputs, INPUTS),
+        *([("metric", metric, tuple(METRICS))] if isinstance(metric, str) else []),
+        *([("curves", curves, SOURCES)] if isinstance(curves, str) else []),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    if isinstance(budget, str) and budget not in ("params", "flops", "bytes"):
+        raise ValueError(
+            f"budget must be params, flops, bytes, a Budget or, for latencies, a LatencyTable; got {budget!r}"
+        )
+    if not minutes > 0:
+        raise ValueError(f"minutes is the time for measurements and must be positive, got {minutes:g}")
+    if isinstance(curves, str) and allocation != "dp":
+        raise ValueError(f"curves={curves!r} are for allocation='dp' only, got {allocation!r}")
+    by_weights = budget in (None, "params")
+    fixed = fixed_pattern(pattern)
+    if fixed is not None:
+        if sparsity is not None and abs(sparsity - fixed.sparsity) > 1e-9:
+            raise ValueError(
+                f"pattern {pattern} has a sparsity of {fixed.sparsity:g}, got sparsity={sparsity:g}; leave "
+                f"sparsity out, or use the pattern N:{fixed.m}, which chooses n for each matrix"
+            )
+        if allocation not in ("uniform", "dp"):
+            raise ValueError(
+                f"pattern {pattern} is the same for every matrix, which leaves {allocation!r} nothing to allocate"
+            )
+        if not by_weights:
+            raise ValueError(f"pattern {pattern} is the same for every matrix, whatever the budget; leave that out")
+    elif (sparsity is None) != isinstance(budget, Budget):
+        raise ValueError("expected a sparsity, such as 0.6, alone or with the name of a budget; or a Budget alone")
+    if sparsity is not None and not 0 < sparsity < 1:
+        raise ValueError(f"sparsity is the fraction of zeros and must lie between 0 and 1, got {sparsity:g}")
+    if not by_weights and allocation != "dp":
+        raise ValueError(f"a budget other than a number of weights needs allocation='dp', got {allocation!r}")
+    if correction != "none" and allocation != "dp":
+        raise ValueError(
+            f"correction={correction!r} corrects curves, which only allocation='dp' has; got {allocation!r}"
+        )
+    if data is None and (NEEDS[score] or (allocation in ("dp", "owl", "atp") and fixed is None)):
+        raise ValueError(
+            f"allocation={allocation!r} with score={score!r} needs data; without data, use score='magnitude' and one "
+            "of uniform, global, lamp, erk"
+        )
+
+
+def fixed_pattern(pattern: str) -> NM | None:
+    """Parse a fixed pattern such as "2:4"; None for "unstructured" and for "N:8"."""
+    return None if pattern == "unstructured" or pattern.startswith("N:") else NM.parse(pattern)

@@ -1,0 +1,130 @@
+"""Calibration text: how much of which, its sequences of tokens, and perplexity on them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leanstep.pruning.folder.loading import Checkpoint, encoding, open_tokenizer, position_count
+from leanstep.pruning.measure.batches import as_batches
+from leanstep.pruning.measure.measure import evaluating
+from leanstep.pruning.measure.metrics import check_runs, cross_entropy_sums, summarise
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Text to calibrate a language model with, and how much of it.
+
+    Attributes:
+        documents: the texts, in order.
+        label: name of the texts in messages and in the report.
+        samples: sequences for the scores.
+        curve_samples: number of these sequences for the curves.
+        held_out: sequences for the comparison with uniform sparsity, and for perplexity; disjoint from the others.
+        held_out_documents: texts for the held-out sequences; None: ``documents``.
+        seq_len: tokens of a sequence; None: the tokenizer's ``model_max_length``, at most 2048.
+        seed: of the random choice of sequences.
+
+    Raises:
+        ValueError: for numbers of sequences below 1, or more sequences for the curves than for the scores.
+    """
+
+    documents: tuple[str, ...]
+    label: str = "text"
+    samples: int = 128
+    curve_samples: int = 16
+    held_out: int = 8
+    held_out_documents: tuple[str, ...] | None = None
+    seq_len: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.samples, self.curve_samples, self.held_out) < 1 or self.curve_samples > self.samples:
+            raise ValueError(
+                "expected samples, curve_samples and held_out of at least 1, and curve_samples <= samples; got "
+                f"{self.samples}, {self.curve_samples} and {self.held_out}"
+            )
+
+
+def sequences_of(checkpoint: Checkpoint, text: CalibrationText) -> tuple[Tensor, Tensor]:
+    """Calibration and held-out sequences, int64 [samples, tokens], by the checkpoint's tokenizer."""
+    tokenizer = open_tokenizer(checkpoint.folder)
+    positions = position_count(checkpoint.config, checkpoint.folder) or 2048
+    length = min(tokenizer.model_max_length, positions, 2048) if text.seq_len is None else text.seq_len
+    if not 2 <= length <= positions:
+        raise ValueError(f"seq_len must be from 2 to the model's {positions} positions, got {length}")
+    vocabulary = checkpoint.config.get("vocab_size")
+
+    def encode(document: str) -> Sequence[int]:
+        with encoding(checkpoint.folder):
+            return tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def cut(documents: tuple[str, ...], count: int) -> Tensor:
+        sequences = token_sequences(
+            encode,
+            documents,
+            count,
+            length,
+            end=tokenizer.eos_token_id,
+            seed=text.seed,
+        )
+        if isinstance(vocabulary, int) and int(sequences.max()) >= vocabulary:
+            raise ValueError(
+                f"{checkpoint.folder}: its tokenizer has more tokens than the model, which has {vocabulary}"
+            )
+        return sequences
+
+    if text.held_out_documents is not None:
+        return cut(text.documents, text.samples), cut(text.held_out_documents, text.held_out)
+    sequences = cut(text.documents, text.samples + text.held_out)
+    return sequences[text.held_out :], sequences[: text.held_out]
+
+
+def token_sequences(
+    encode: Callable[[str], Sequence[int]], texts: Iterable[str], count: int, length: int, *, end: int | None, seed: int
+) -> Tensor:
+    """Cut ``count`` sequences of ``length`` tokens from text, at random and without overlap.
+
+    Joins documents by the end-of-text token, cuts them into consecutive pieces, and draws ``count`` of these.
+
+    Args:
+        encode: a text -> its token numbers, without special tokens.
+        texts: the documents.
+        count: number of sequences.
+        length: tokens per sequence.
+        end: the token appended to every document; None appends nothing.
+        seed: of the random choice and order of the pieces.
+
+    Returns:
+        int64 [count, length].
+
+    Raises:
+        ValueError: for too little text; the message gives both numbers of tokens.
+    """
+    tokens: list[int] = []
+    for text in texts:
+        tokens += encode(text)
+        if end is not None:
+            tokens.append(end)
+    pieces = len(tokens) // length
+    if pieces < count:
+        raise ValueError(
+            f"the text is too short: {count} sequences of {length} tokens take {count * length:,} tokens, it has "
+            f"{len(tokens):,}; give more text, or ask for fewer or shorter sequences"
+        )
+    drawn = torch.randperm(pieces, generator=torch.Generator().manual_seed(seed))[:count]
+    return torch.tensor(tokens[: pieces * length], dtype=torch.int64).view(pieces, length)[drawn]
+
+
+def perplexity_of(model: nn.Module, sequences: Any) -> tuple[float, int]:
+    """Perplexity over some sequences, and the number of predicted tokens."""
+    with evaluating(model):
+        batches = as_batches(sequences, model, batch_size=4)
+        check_runs(model, batches[0])
+        per_batch = [cross_entropy_sums(batch.run(model), batch) for batch in batches]
+    return math.exp(summarise(per_batch).mean), int(sum(float(counts.sum()) for _, counts in per_batch))

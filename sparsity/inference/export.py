@@ -1,0 +1,211 @@
+"""Convert a checkpoint folder between dense weights with zeros and sparse files without them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from leanstep._checkpoint import TensorFile, check_apart, check_output, copy_other_files, new_folder, read_json
+from leanstep._files import format_bytes, one_line
+from leanstep.sparsity.inference.manifest import Manifest, checksum
+from leanstep.sparsity.inference.matrices import Form, compress, smallest_form
+from leanstep.sparsity.inference.reader import INDEX, SparseFiles, is_sparse_file, weight_files
+
+QUANT_METHOD = "leanstep"
+FORMATS = ("sparse", "dense")
+VALUES = ("int8",)
+
+
+@dataclass(frozen=True)
+class Export:
+    """What :func:`export_folder` wrote.
+
+    Attributes:
+        out: the folder.
+        forms: weight -> how it is stored, of those without zeros. Empty for a dense folder.
+        bytes_before, bytes_after: of the weight files.
+    """
+
+    out: Path
+    forms: dict[str, Form]
+    bytes_before: int
+    bytes_after: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """The result as plain values, for JSON."""
+        forms = {name: form.to_json() for name, form in self.forms.items()}
+        sizes = {"bytes_before": self.bytes_before, "bytes_after": self.bytes_after}
+        return {"out": str(self.out), **sizes, "matrices": forms}
+
+    def __str__(self) -> str:
+        patterns = [form for form in self.forms.values() if form.pattern is not None]
+        masks, int8 = len(self.forms) - len(patterns), sum(form.int8 for form in self.forms.values())
+        stored = f"{masks} matrices by bit masks{f' ({int8} with int8 values)' if int8 else ''}, {len(patterns)} as N:M"
+        share = f"{self.bytes_after / max(self.bytes_before, 1):.3f} of before"
+        size = f"{format_bytes(self.bytes_after)} of weights, {share}"
+        return f"{self.out}: {size}" + (f"; {stored}" if self.forms else "; all dense")
+
+
+def export_folder(source: str | Path, out: str | Path, *, format: str = "sparse", values: str | None = None) -> Export:
+    """Write a checkpoint folder again with its zeros left out, or back with them.
+
+    To sparse: every weight takes the form of fewest bytes: dense, N:M values with positions, or values with a bit mask
+    (:mod:`leanstep.sparsity.inference.matrices` has the layout). Tensors of other dtypes, of one dimension, or with few
+    zeros stay as they are. To dense: every tensor comes back bit for bit, negative zeros included, unless its values
+    were quantised.
+
+    Args:
+        source: a Hugging Face folder with safetensors weights, of one file or several; it is not changed.
+        out: the folder to create. It appears when all files are written. Weight files keep their names.
+        format: "sparse" or "dense".
+        values: "int8": store the nonzeros of every weight that has a sparse form as int8, symmetric, rounded to
+            nearest, with one fp32 scale per row: ``max |row| / 127``. None: as they are.
+
+    Returns:
+        :class:`Export`; print it for one line.
+
+    Raises:
+        ValueError: for a folder that cannot be read, is quantised, or is of that format already; a damaged file; an
+            ``out`` that exists or lies in ``source``; NaN or infinity with ``values="int8"``.
+        OSError: if the disk is full. ``out`` does not exist then.
+
+    Notes:
+        Memory: one weight file of the result at a time, and one dense weight.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"export: format should be {' or '.join(FORMATS)}, got {format!r}")
+    if values is not None and (values not in VALUES or format == "dense"):
+        raise ValueError(f"export: values should be {' or '.join(VALUES)}, of the format sparse, got {values!r}")
+    source, out = Path(source).expanduser(), Path(out).expanduser()
+    paths, config = _opened(source, format)
+    size = sum(path.stat().st_size for path in paths)
+    check_output(out, 0 if format == "dense" else size)
+    check_apart(out, source)
+    with new_folder(out) as folder:
+        if format == "sparse":
+            config["quantization_config"] = {"quant_method": QUANT_METHOD}
+            forms, weight_map = _write_sparse(paths, folder, int8=values == "int8", ties=_ties(config))
+        else:
+            config.pop("quantization_config", None)
+            forms, weight_map = {}, _write_dense(paths, folder)
+        copy_other_files(source, folder)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if len(paths) > 1 or paths[0].name != "model.safetensors":
+            _write_index(source, folder, weight_map)
+        written = sum((folder / path.name).stat().st_size for path in paths)
+    return Export(out, forms, size, written)
+
+
+def _opened(source: Path, format: str) -> tuple[list[Path], dict[str, Any]]:
+    """Weight files and configuration of a folder that can be converted to ``format``."""
+    paths = weight_files(source)
+    try:
+        config = read_json(source / "config.json")
+    except FileNotFoundError:
+        raise ValueError(f"{source} is no checkpoint: it has no config.json") from None
+    unfit = [path.name for path in paths if path.suffix != ".safetensors"]
+    if unfit:
+        raise ValueError(f"{source}: expected safetensors weights, got {unfit[0]}; save the model by save_pretrained")
+    sparse = [is_sparse_file(path) for path in paths]
+    if format == "dense" and not all(sparse):
+        raise ValueError(f"{source}: expected sparse files, {paths[sparse.index(False)].name} is none")
+    if format == "sparse" and any(sparse):
+        raise ValueError(f"{source} has sparse files already")
+    if format == "sparse" and config.get("quantization_config"):
+        raise ValueError(
+            f"{source} is quantised (quantization_config in config.json): expected plain weights of fp32, bf16 or fp16"
+        )
+    return paths, config
+
+
+def _ties(config: Mapping[str, Any]) -> bool:
+    """Whether config.json says that the output head is the embedding."""
+    text = config.get("text_config")
+    return any(part.get("tie_word_embeddings") is True for part in (config, text) if isinstance(part, dict))
+
+
+def _write_sparse(paths: list[Path], folder: Path, *, int8: bool, ties: bool) -> tuple[dict[str, Form], dict[str, str]]:
+    forms: dict[str, Form] = {}
+    weight_map: dict[str, str] = {}
+    stored_matrices: dict[tuple[Any, ...], tuple[str, Path]] = {}
+    for path in paths:
+        manifest, stored = Manifest(), dict[str, Tensor]()
+        with TensorFile(path) as file:
+            for name in file.names:
+                weight = file.tensor(name)
+                twin = _twin(name, weight, path, stored_matrices) if ties else None
+                if twin is not None:
+                    manifest.tied[name] = twin
+                    continue
+                form = smallest_form(weight, int8=int8)
+                if form is None:
+                    stored[name] = weight
+                    continue
+                manifest.matrices[name] = form
+                parts = {f"{name}.{part}": tensor for part, tensor in _compressed(path, name, weight, form).items()}
+                clashes = sorted(parts.keys() & set(file.names))
+                if clashes:
+                    raise ValueError(f"{path}: {one_line(clashes[0])} has the name of a part of a sparse weight")
+                stored |= parts
+            try:
+                manifest.add(stored)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+            metadata = {"format": "pt", **file.metadata, **manifest.to_metadata()}
+            save_file(stored, folder / path.name, metadata=metadata)
+        forms |= manifest.matrices
+        weight_map |= dict.fromkeys(stored, path.name)
+    return forms, weight_map
+
+
+def _compressed(path: Path, name: str, weight: Tensor, form: Form) -> dict[str, Tensor]:
+    if form.int8 and not bool(weight.isfinite().all()):
+        raise ValueError(f"{path}: {one_line(name)} holds NaN or infinity; expected finite weights for int8 values")
+    return compress(weight, form)
+
+
+def _twin(name: str, weight: Tensor, path: Path, stored: dict[tuple[Any, ...], tuple[str, Path]]) -> str | None:
+    """The name under which the same matrix is stored already; otherwise remembers this one."""
+    if weight.dim() != 2 or not weight.numel():
+        return None
+    key = (weight.dtype, tuple(weight.shape), checksum(weight))
+    twin, where = stored.setdefault(key, (name, path))
+    if twin == name:
+        return None
+    with TensorFile(where) as file:
+        same = torch.equal(weight.contiguous().view(torch.uint8), file.tensor(twin).contiguous().view(torch.uint8))
+    return twin if same else None
+
+
+def _write_dense(paths: list[Path], folder: Path) -> dict[str, str]:
+    weight_map: dict[str, str] = {}
+    with SparseFiles(paths) as files:
+        for path in paths:
+            tensors = dict(files.stored(path))
+            save_file(tensors, folder / path.name, metadata=files.metadata(path))
+            weight_map |= dict.fromkeys(tensors, path.name)
+    return weight_map
+
+
+def _write_index(source: Path, folder: Path, weight_map: dict[str, str]) -> None:
+    index = read_json(source / INDEX)
+    metadata = index.get("metadata")
+    size = sum(_bytes(folder / file) for file in sorted(set(weight_map.values())))
+    content = {
+        "metadata": {**(metadata if isinstance(metadata, dict) else {}), "total_size": size},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _bytes(path: Path) -> int:
+    """Bytes of the tensors of a file, without its header."""
+    with path.open("rb") as file:
+        return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")

@@ -1,0 +1,184 @@
+"""Stored forms of one weight: a bit mask with its values, or N:M values with positions; and the weight back.
+
+A weight of shape (..., in) is a matrix (rows, in) of its flattened leading dimensions.
+
+* ``bitmask``: ``NAME.values`` (nnz,), row after row; ``NAME.mask`` (rows, ceil(in / 32)) int32, bit j of word k for
+  column 32 k + j; ``NAME.offsets`` (rows + 1,) int64, where each row begins in the values. Values of int8 have
+  ``NAME.scales`` (rows,) fp32: weight = code * scale.
+* ``nm``: ``NAME.nm_values`` and ``NAME.nm_indices``, as :mod:`leanstep.sparsity.compressed` defines them.
+
+A negative zero is stored as a value, so weights come back bit for bit, unless they were quantised.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from leanstep.sparsity.compressed import check_nm, compressed_bytes, nm_sizes, pack_nm, smallest_layout, unpack_nm
+from leanstep.sparsity.inference._ops import bitmask_pack, bitmask_quantize, bitmask_unpack, bitmask_validate
+from leanstep.sparsity.patterns import NM
+
+# safetensors' names of the dtypes that tensors of a checkpoint have
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# of weights that can be stored without zeros
+_WEIGHT_DTYPES = ("F32", "F16", "BF16")
+_MOST = 2**48  # entries of a weight, far beyond any model
+
+
+class Form(NamedTuple):
+    """How a weight is stored.
+
+    Attributes:
+        shape: of the dense weight, two or three dimensions.
+        dtype: of the dense weight, as safetensors names it: F32, F16 or BF16.
+        pattern: of the N:M form, with its dimension; None for a bit mask.
+        dim: 0 or 1, of the flattened matrix.
+        int8: whether the values are quantised.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    pattern: NM | None = None
+    dim: int = 1
+    int8: bool = False
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Shape (rows, columns) of the weight with its leading dimensions flattened."""
+        return math.prod(self.shape[:-1]), self.shape[-1]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Endings of the names of its tensors."""
+        if self.pattern is not None:
+            return ("nm_values", "nm_indices")
+        return ("values", "mask", "offsets", "scales") if self.int8 else ("values", "mask", "offsets")
+
+    def to_json(self) -> dict[str, Any]:
+        """The form's entry of the manifest."""
+        entry: dict[str, Any] = {"shape": list(self.shape), "dtype": self.dtype}
+        if self.pattern is not None:
+            return {**entry, "stored": "nm", "pattern": str(self.pattern), "dim": self.dim}
+        return {**entry, "stored": "bitmask", "values": "I8" if self.int8 else self.dtype}
+
+    @classmethod
+    def from_json(cls, entry: Any) -> Form:
+        """The form of an entry. Raises ValueError for one that :meth:`to_json` does not write."""
+        if not isinstance(entry, dict):
+            raise ValueError(f"expected an object, got {entry!r}")
+        shape, dtype, stored = entry.get("shape"), entry.get("dtype"), entry.get("stored")
+        sizes = isinstance(shape, list) and all(type(size) is int and 0 < size < _MOST for size in shape)
+        if not sizes or len(shape) not in (2, 3) or math.prod(shape) >= _MOST:
+            raise ValueError(f"expected a shape of two or three dimensions, got {shape!r}")
+        if dtype not in _WEIGHT_DTYPES:
+            raise ValueError(f"expected a dtype of {', '.join(_WEIGHT_DTYPES)}, got {dtype!r}")
+        if stored == "nm":
+            pattern, dim = NM.parse(str(entry.get("pattern"))), entry.get("dim")
+            if pattern.m > 256 or type(dim) is not int or dim not in (0, 1):
+                raise ValueError(f"expected M of at most 256 and dim 0 or 1, got {pattern} and {dim!r}")
+            form = cls(tuple(shape), dtype, pattern, dim)
+        elif stored == "bitmask":
+            form = cls(tuple(shape), dtype, int8=entry.get("values") == "I8")
+        else:
+            raise ValueError(f"expected stored: bitmask or nm, got {stored!r}")
+        if form.to_json() != entry:
+            raise ValueError(f"expected {form.to_json()}, got {entry}")
+        return form
+
+    def part_shapes(self, nnz: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Dtype and shape of each of its tensors; ``nnz`` is the number of values of a bit mask."""
+        rows, columns = self.matrix
+        if self.pattern is not None:
+            values, size = nm_sizes(self.pattern, self.dim, self.matrix)
+            return {"nm_values": (self.dtype, values), "nm_indices": ("U8", (size,))}
+        shapes = {
+            "values": ("I8" if self.int8 else self.dtype, (nnz,)),
+            "mask": ("I32", (rows, -(-columns // 32))),
+            "offsets": ("I64", (rows + 1,)),
+            "scales": ("F32", (rows,)),
+        }
+        return {part: shapes[part] for part in self.parts}
+
+
+def smallest_form(weight: Tensor, *, int8: bool = False) -> Form | None:
+    """The stored form of fewest bytes; None where that is the dense tensor, or for no weight of 2 or 3 dimensions.
+
+    Args:
+        weight: on the CPU.
+        int8: store the values of sparse weights as int8; then every sparse form is a bit mask.
+    """
+    dtype = DTYPE_NAMES.get(weight.dtype, "")
+    if dtype not in _WEIGHT_DTYPES or weight.dim() not in (2, 3) or not weight.numel():
+        return None
+    matrix = weight.flatten(0, -2)
+    form = Form(tuple(weight.shape), dtype)
+    shapes = form.part_shapes(int(nonzero_bits(matrix).count_nonzero()))
+    size = sum(math.prod(shape) * DTYPES[name].itemsize for name, shape in shapes.values())
+    layout = smallest_layout(matrix)
+    if layout is not None and compressed_bytes(matrix.shape, matrix.element_size(), *layout) < size and not int8:
+        try:
+            pack_nm(matrix, *layout)
+            return form._replace(pattern=layout[0], dim=layout[1])
+        except ValueError:  # negative zeros that have no room
+            pass
+    if layout is None and size >= weight.nbytes:
+        return None
+    return form._replace(int8=int8) if size < weight.nbytes or int8 else None
+
+
+def nonzero_bits(weight: Tensor) -> Tensor:
+    """Where a floating-point tensor has any bit set: nonzeros, NaN and negative zeros."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return weight.contiguous().view(kinds[weight.element_size()]) != 0
+
+
+def compress(weight: Tensor, form: Form) -> dict[str, Tensor]:
+    """The tensors of a weight in a form, by the endings of their names."""
+    matrix = weight.flatten(0, -2).contiguous()
+    if form.pattern is not None:
+        return dict(zip(form.parts, pack_nm(matrix, form.pattern, form.dim), strict=True))
+    values, mask, offsets = bitmask_pack(matrix)
+    if not form.int8:
+        return {"values": values, "mask": mask, "offsets": offsets}
+    codes, scales = bitmask_quantize(values, offsets)
+    return {"values": codes, "mask": mask, "offsets": offsets, "scales": scales}
+
+
+def check_parts(form: Form, parts: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for tensors that no weight of this form has: offsets, masks, scales, dtypes, shapes."""
+    if form.pattern is not None:
+        check_nm(parts["nm_values"], parts["nm_indices"], form.pattern, form.dim, form.matrix)
+        return
+    bitmask_validate(parts["values"], parts["mask"], parts["offsets"], form.matrix, parts.get("scales"))
+
+
+def decompress(form: Form, parts: Mapping[str, Tensor]) -> Tensor:
+    """The dense weight. Raises ValueError as :func:`check_parts`, and for N:M indices out of range or order."""
+    check_parts(form, parts)
+    if form.pattern is not None:
+        matrix = unpack_nm(parts["nm_values"], parts["nm_indices"], form.pattern, form.dim, form.matrix)
+    else:
+        dtype = DTYPES[form.dtype] if form.int8 else None
+        matrix = bitmask_unpack(
+            parts["values"], parts["mask"], parts["offsets"], form.matrix, parts.get("scales"), dtype
+        )
+    return matrix.view(form.shape)

@@ -1,0 +1,161 @@
+"""Read sparse weight files: everything is checked before a weight is built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from leanstep._checkpoint import TensorFile, check_folder, index_files
+from leanstep._files import one_line
+from leanstep.sparsity.inference.manifest import KEY, Manifest, checksum
+from leanstep.sparsity.inference.matrices import Form, check_parts, decompress
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class SparseFiles:
+    """The sparse weight files of one checkpoint, open for reading; a context manager.
+
+    Headers are checked on opening: the manifest's checksum and version, and that the files hold exactly the tensors of
+    the manifests, in their dtypes and shapes. :meth:`check_content` reads all tensors.
+
+    Attributes:
+        manifest: of all files together.
+
+    Raises:
+        ValueError: for a damaged file, or files that do not belong together; the message names file and tensor.
+        FileNotFoundError: if a file is missing.
+    """
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self.manifest = Manifest()
+        self._files: dict[Path, TensorFile] = {}
+        self._owners: dict[str, TensorFile] = {}
+        try:
+            for path in paths:
+                self._open(path)
+            missing = sorted(self.manifest.tensors.keys() - self._owners.keys())
+            missing += sorted(set(self.manifest.tied.values()) - self._owners.keys() - self.manifest.matrices.keys())
+            if missing:
+                where = ", ".join(str(path) for path in self._files)
+                raise ValueError(f"{where}: the tensor {one_line(missing[0])} of the manifest is in no file")
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, path: Path) -> None:
+        file = self._files[path] = TensorFile(path).__enter__()
+        try:
+            manifest = Manifest.from_metadata(file.metadata)
+            self.manifest.merge(manifest)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        for name in file.names:
+            row = manifest.tensors.get(name)
+            got = file.dtype(name), file.shape(name)
+            if row is None or (row.dtype, row.shape) != got:
+                expected = "no such tensor" if row is None else f"{row.dtype} {row.shape}"
+                raise ValueError(f"{path}: {one_line(name)} is {got[0]} {got[1]}, the manifest has {expected}")
+            if name in self._owners:
+                raise ValueError(f"{path}: {one_line(name)} is in another file as well")
+            self._owners[name] = file
+
+    def __enter__(self) -> SparseFiles:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files.values():
+            file.__exit__(None, None, None)
+
+    def check_content(self) -> None:
+        """Read every tensor once, and check checksums, offsets, masks and scales. Allocates masks at most.
+
+        Raises:
+            ValueError: the message names file and tensor.
+        """
+        for name in self._owners:
+            self._tensor(name)
+        for name, form in self.manifest.matrices.items():
+            self._checked(name, check_parts, form)
+
+    def dense_names(self) -> set[str]:
+        """Names of the tensors that are stored as they are."""
+        return self._owners.keys() - self.manifest.part_names()
+
+    def stored(self, path: Path) -> Iterator[tuple[str, Tensor]]:
+        """The dense tensors of a file: weights whose first part it has, other tensors, and names tied to them."""
+        first = {f"{name}.{form.parts[0]}": name for name, form in self.manifest.matrices.items()}
+        parts = self.manifest.part_names()
+        for stored in self._files[path].names:
+            name = first.get(stored, "" if stored in parts else stored)
+            aliases = [alias for alias, target in self.manifest.tied.items() if target == name]
+            if name:
+                yield name, self.tensor(name)
+            for alias in aliases:
+                yield alias, self.tensor(name).clone()
+
+    def metadata(self, path: Path) -> dict[str, str]:
+        """Metadata of one file, as it was before the manifest was added."""
+        return {key: text for key, text in self._files[path].metadata.items() if not key.startswith(KEY)}
+
+    def tensor(self, name: str) -> Tensor:
+        """One dense tensor or weight, or a tied one."""
+        name = self.manifest.tied.get(name, name)
+        form = self.manifest.matrices.get(name)
+        return self._tensor(name) if form is None else self._checked(name, decompress, form)
+
+    def _checked(self, name: str, read: object, form: Form) -> Tensor:
+        try:
+            return read(form, {part: self._tensor(f"{name}.{part}") for part in form.parts})  # type: ignore[operator]
+        except ValueError as error:
+            where = self._owners[f"{name}.{form.parts[0]}"].path
+            text = str(error)
+            raise ValueError(text if str(where) in text else f"{where}: {one_line(name)}: {text}") from None
+
+    def _tensor(self, name: str) -> Tensor:
+        file = self._owners[name]
+        tensor = file.tensor(name)
+        if checksum(tensor) != self.manifest.tensors[name].crc32:
+            raise ValueError(
+                f"{file.path}: the checksum of {one_line(name)} is wrong: it was changed after writing; copy or "
+                "download the file again"
+            )
+        return tensor
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder, from its index or the single one. Checks the folder's other files.
+
+    Raises:
+        ValueError: for a folder without such files, one with names or links that lead out of it, or a missing file.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: expected a Hugging Face folder, with config.json and weights in it")
+    check_folder(folder)
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if not (folder / INDEX).is_file():
+        raise ValueError(
+            f"{folder} has no {SINGLE} and no {INDEX}: expected safetensors weights; save the model again by "
+            "save_pretrained"
+        )
+    files = [folder / name for name in sorted(set(index_files(folder / INDEX).values()))]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ValueError(f"{folder} is incomplete: {missing[0]}, which {INDEX} names, is missing; copy it again")
+    return files
+
+
+def is_sparse_file(path: Path) -> bool:
+    """Whether a file has the manifest of a sparse weight file."""
+    try:
+        with TensorFile(path) as file:
+            return KEY in file.metadata
+    except (ValueError, OSError):
+        return False

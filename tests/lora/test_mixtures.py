@@ -1,0 +1,97 @@
+"""Mixtures of experts, classifiers, models of images: what "all-linear" leaves out, and what PEFT reads otherwise."""
+
+import peft
+import pytest
+import torch
+from architectures import CAUSAL, make
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from pruned_models import VOCABULARY
+
+from leanstep.lora import LoraConfig, apply_lora, load_adapter, save_adapter
+from leanstep.lora.apply import adapted_layers
+from leanstep.lora.peft.experts import names_read_as_experts
+
+# PEFT asks transformers for an attribute by its old name
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "llama4", "deepseek_v3", "qwen3_next", "jamba"]
+
+
+def tokens():
+    return torch.randint(VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_the_names_that_peft_replaces(name):
+    model = make(name)
+    ends = {n.rpartition(".")[2] for n, _ in model.named_modules()} | {"w1", "w2", "w3", "gate_proj", "up_proj"}
+    ends -= {"", *map(str, range(8))}
+    config = peft.LoraConfig(target_modules=sorted(ends))
+    convert_peft_config_for_transformers(config, model, None)
+    replaced = ends - set(config.target_modules)
+    assert replaced == names_read_as_experts(model) & ends
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.filterwarnings("ignore:apply_lora. 'all-linear' leaves out.*(narrower|returns a tuple)")
+def test_fused_experts_without_adapters_are_told(name):
+    model = make(name)
+    message = r"'all-linear' leaves out model.layers.*experts.* of the weights\): fused experts have no adapters here"
+    with pytest.warns(UserWarning, match=message) as caught:
+        apply_lora(model, LoraConfig(r=2, target_modules="all-linear"))
+    (told,) = [str(w.message) for w in caught if "fused experts" in str(w.message)]
+    assert ("; PEFT adapts them" in told) == bool(names_read_as_experts(make(name)))
+    assert all(w.filename == __file__ for w in caught)
+
+
+@pytest.mark.parametrize(("name", "layer"), [("deepseek_v3", "model.layers.0.mlp"), ("qwen3_next", "shared_expert")])
+def test_adapters_that_peft_reads_as_those_of_experts_are_told(name, layer, tmp_path):
+    config = LoraConfig(r=2, target_modules=["down_proj", "o_proj"], init_lora_weights=False)
+    model = apply_lora(make(name), config)
+    with pytest.warns(UserWarning, match=rf"save_adapter: PEFT reads the adapters of .*{layer}.*those of experts"):
+        save_adapter(model, tmp_path)
+    # ours is read the same, and PEFT's computes something else
+    assert torch.equal(load_adapter(make(name), tmp_path)(tokens()).logits, model(tokens()).logits)
+    attention = apply_lora(make(name), LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=False))
+    save_adapter(attention, tmp_path / "attention")
+    theirs = peft.PeftModel.from_pretrained(make(name), tmp_path / "attention")
+    torch.testing.assert_close(theirs(tokens()).logits, attention(tokens()).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_models_without_experts_are_saved_without_a_line(tmp_path):
+    for name in ("llama", "gpt_oss"):
+        assert name in CAUSAL and not names_read_as_experts(make(name))
+        save_adapter(apply_lora(make(name), LoraConfig(r=2, target_modules=["q_proj"])), tmp_path / name)
+
+
+@pytest.mark.parametrize("field", ["target_parameters", "trainable_token_indices"])
+def test_adapters_of_parameters_and_tokens_are_refused_by_name(field, tmp_path):
+    settings = {"target_parameters": ["mlp.experts.down_proj"], "trainable_token_indices": [1, 2]}
+    model = peft.get_peft_model(make("mixtral"), peft.LoraConfig(target_modules=["q_proj"], **{field: settings[field]}))
+    model.save_pretrained(tmp_path)
+    base = make("mixtral")
+    with pytest.raises(ValueError, match=f"the adapter uses {field}, which is not in leanstep.lora; load it with peft"):
+        load_adapter(base, tmp_path)
+    assert not list(adapted_layers(base))
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_a_classifier_that_is_not_trained_whole_is_told(name, recwarn):
+    with pytest.warns(UserWarning, match=r"classifier keeps its weights under an adapter; .*task_type='SEQ_CLS' or"):
+        apply_lora(make(name), LoraConfig(r=2, target_modules="all-linear"))
+    for settings in ({"task_type": "SEQ_CLS"}, {"modules_to_save": ["classifier"]}):
+        model = apply_lora(make(name), LoraConfig(r=2, target_modules="all-linear", **settings))
+        assert model.classifier.weight.requires_grad
+    assert not list(recwarn)
+
+
+@pytest.mark.parametrize("name", ["clip_pair", "convnext", "swin"])
+def test_adapters_load_where_a_model_embeds_no_tokens(name, tmp_path):
+    settings = {"r": 2, "target_modules": "all-linear", "modules_to_save": ["classifier"], "init_lora_weights": False}
+    if name == "clip_pair":
+        del settings["modules_to_save"]
+    model = apply_lora(make(name), LoraConfig(**settings))
+    save_adapter(model, tmp_path)
+    loaded = load_adapter(make(name), tmp_path)
+    ours = dict(model.named_parameters())
+    assert all(torch.equal(value, ours[key]) for key, value in loaded.named_parameters())

@@ -1,0 +1,198 @@
+"""Sparse checkpoint folders: every architecture comes back bit for bit, in the form of fewest bytes."""
+
+import json
+import math
+
+import pytest
+import torch
+from architectures import CAUSAL, ENCODER_DECODER, make
+from pruned_models import make_llama, save_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from sparse_folders import config, drop, save_sparse, tensors
+
+from leanstep.cli import main
+from leanstep.sparsity import nm_mask, verify
+from leanstep.sparsity.inference import export_folder
+from leanstep.sparsity.inference.manifest import CHECKSUM_KEY, KEY, Manifest
+from leanstep.sparsity.inference.matrices import compress, decompress, smallest_form
+
+
+def matrices(folder):
+    """Names of the weights that a folder stores, whole or in parts."""
+    return {name.rpartition(".weight")[0] + ".weight" for name in tensors(folder)}
+
+
+@pytest.mark.parametrize("name", [*CAUSAL, *ENCODER_DECODER])
+def test_every_architecture_comes_back_bit_for_bit(name, tmp_path):
+    dense = save_sparse(tmp_path / "dense", make(name))
+    export = export_folder(dense, tmp_path / "sparse")
+    assert export.forms and config(tmp_path / "sparse")["quantization_config"] == {"quant_method": "leanstep"}
+    export_folder(tmp_path / "sparse", tmp_path / "back", format="dense")
+    assert tensors(tmp_path / "back") == tensors(dense) and config(tmp_path / "back") == config(dense)
+    assert {path.name for path in (tmp_path / "back").iterdir()} == {path.name for path in dense.iterdir()}
+
+
+def test_files_of_several_shards_keep_their_names_and_tokenizers(tmp_path):
+    dense = save_sparse(tmp_path / "dense", make_llama(), shard="5KB")
+    save_model(make_llama(), tmp_path / "with tokenizer")
+    (dense / "tokenizer.json").write_bytes((tmp_path / "with tokenizer" / "tokenizer.json").read_bytes())
+    export_folder(dense, tmp_path / "sparse")
+    names = {path.name for path in dense.iterdir()}
+    assert {path.name for path in (tmp_path / "sparse").iterdir()} == names and len(names) > 5
+    index = json.loads((tmp_path / "sparse" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(tensors(tmp_path / "sparse"))
+    export_folder(tmp_path / "sparse", tmp_path / "back", format="dense")
+    assert tensors(tmp_path / "back") == tensors(dense)
+    index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
+    assert index == json.loads((dense / "model.safetensors.index.json").read_text())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 31), (5, 32), (4, 70), (3, 4, 40), (64, 1)], ids=str)
+def test_any_shape_and_dtype(shape, dtype):
+    """Negative zeros and NaN are values; rows may be empty."""
+    generator = torch.Generator().manual_seed(1)
+    weight = drop(torch.randn(shape, generator=generator).to(dtype), 0.9, generator)
+    weight[0] = 0.0
+    weight.view(-1)[-1] = -0.0
+    if weight.numel() > 100:
+        weight.view(-1)[-2] = math.nan
+    form = smallest_form(weight)
+    if form is None:
+        assert weight.numel() < 100
+        return
+    back = decompress(form, compress(weight, form))
+    assert back.shape == weight.shape and torch.equal(back.view(torch.uint8), weight.view(torch.uint8))
+
+
+def test_the_form_of_fewest_bytes_is_taken():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 128, generator=generator).bfloat16()
+    assert smallest_form(weight) is None and smallest_form(weight, int8=True) is None
+    assert smallest_form(drop(weight, 0.03, generator)) is None
+    half = smallest_form(drop(weight, 0.5, generator))
+    assert half.pattern is None and half.shape == (64, 128)
+    assert str(smallest_form(weight * nm_mask(weight, "1:8") + 0.0).pattern) == "1:8"
+    assert smallest_form(weight * nm_mask(weight, "1:8") + 0.0, int8=True).parts[-1] == "scales"
+    assert smallest_form(torch.zeros(64, dtype=torch.bfloat16)) is None
+    assert smallest_form(torch.zeros(64, 128, dtype=torch.int64)) is None
+    # the pattern has no room for as many negative zeros
+    crowded = weight * nm_mask(weight, "1:8")
+    assert torch.signbit(crowded[crowded == 0]).any() and smallest_form(crowded).pattern is None
+
+
+def test_bytes_of_a_bit_mask_are_those_of_its_formula():
+    generator = torch.Generator().manual_seed(0)
+    weight = drop(torch.randn(128, 256, generator=generator).bfloat16(), 0.6, generator)
+    nnz = int((weight != 0).sum())
+    stored = sum(part.nbytes for part in compress(weight, smallest_form(weight)).values())
+    assert stored == 2 * nnz + 128 * 256 // 8 + 8 * 129
+
+
+def test_int8_values_are_rounded_to_nearest_with_a_scale_per_row(tmp_path):
+    dense = save_sparse(tmp_path / "dense", make_llama(), dtype=torch.float32)
+    export = export_folder(dense, tmp_path / "sparse", values="int8")
+    assert export.forms and all(form.int8 for form in export.forms.values())
+    export_folder(tmp_path / "sparse", tmp_path / "back", format="dense")
+    before, after = load_file(dense / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
+    for name, weight in before.items():
+        restored = after[name]
+        if name not in export.forms:
+            assert torch.equal(restored, weight)
+            continue
+        scales = weight.double().abs().amax(dim=1, keepdim=True) / 127
+        expected = (weight.double() / scales).nan_to_num().round() * scales
+        # a quotient beside a half may round to the other side in fp32
+        error = (restored.double() - expected).abs()
+        assert bool((error <= scales * 1.0001).all()) and float((error > 1e-4 * scales).double().mean()) < 1e-3
+        assert bool((restored[weight == 0] == 0).all())
+
+
+def test_int8_refuses_weights_that_are_not_finite(tmp_path):
+    dense = save_sparse(tmp_path / "dense", make_llama())
+    weights = load_file(dense / "model.safetensors")
+    weights["lm_head.weight"][0, 0] = math.inf
+    save_file(weights, dense / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lm_head.weight holds NaN or infinity; expected finite"):
+        export_folder(dense, tmp_path / "sparse", values="int8")
+    assert not (tmp_path / "sparse").exists()
+    export_folder(dense, tmp_path / "sparse")
+
+
+def test_tied_weights_are_stored_once(tmp_path):
+    """save_pretrained drops one of the names; files of others hold both."""
+    dense = save_sparse(tmp_path / "dense", make_llama(tie_word_embeddings=True))
+    weights = load_file(dense / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, dense / "model.safetensors", metadata={"format": "pt"})
+    export_folder(dense, tmp_path / "sparse")
+    assert len({"lm_head.weight", "model.embed_tokens.weight"} & matrices(tmp_path / "sparse")) == 1
+    export_folder(tmp_path / "sparse", tmp_path / "back", format="dense")
+    assert tensors(tmp_path / "back") == tensors(dense)
+    # equal matrices of a model without ties are two
+    untied = config(dense) | {"tie_word_embeddings": False}
+    (dense / "config.json").write_text(json.dumps(untied))
+    export_folder(dense, tmp_path / "untied")
+    assert {"lm_head.weight", "model.embed_tokens.weight"} < matrices(tmp_path / "untied")
+
+
+def test_verify_reads_sparse_folders(tmp_path):
+    dense = save_sparse(tmp_path / "dense", make_llama(), pattern="2:4")
+    export_folder(dense, tmp_path / "sparse")
+    assert verify(tmp_path / "sparse").tensors == verify(dense).tensors
+    assert main(["verify", str(tmp_path / "sparse"), "--expect", "2:4"]) == 0
+
+
+def test_the_command_writes_both_ways(tmp_path, capsys):
+    dense = save_sparse(tmp_path / "dense", make_llama(hidden_size=128, intermediate_size=256))
+    assert main(["export", str(dense), "--format", "sparse", "--out", str(tmp_path / "sparse")]) == 0
+    text = capsys.readouterr().out
+    assert "matrices by bit masks" in text and "of before" in text
+    arguments = ["export", str(tmp_path / "sparse"), "--format", "dense", "--out", str(tmp_path / "back"), "--json"]
+    assert main(arguments) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["matrices"] == {} and answer["bytes_after"] > answer["bytes_before"]
+    assert tensors(tmp_path / "back") == tensors(dense)
+
+
+def test_what_cannot_be_exported_is_named(tmp_path, capsys):
+    dense = save_sparse(tmp_path / "dense", make_llama())
+    sparse = export_folder(dense, tmp_path / "sparse").out
+
+    def refused(match, source, out, **settings):
+        with pytest.raises(ValueError, match=match):
+            export_folder(source, out, **settings)
+
+    refused("has sparse files already", sparse, tmp_path / "out")
+    refused("expected sparse files, model.safetensors is none", dense, tmp_path / "out", format="dense")
+    refused("sparse exists already, and nothing is overwritten", dense, sparse)
+    refused("is, contains or lies in the checkpoint", dense, dense / "inside")
+    refused("is no folder", tmp_path / "nowhere", tmp_path / "out")
+    refused("format should be sparse or dense, got 'onnx'", dense, tmp_path / "out", format="onnx")
+    refused("values should be int8, of the format sparse, got 'int3'", dense, tmp_path / "out", values="int3")
+    refused("of the format sparse, got 'int8'", sparse, tmp_path / "out", format="dense", values="int8")
+    (dense / "config.json").write_text(json.dumps(config(dense) | {"quantization_config": {"quant_method": "gptq"}}))
+    refused("is quantised", dense, tmp_path / "out")
+    (dense / "config.json").unlink()
+    refused("it has no config.json", dense, tmp_path / "out")
+    (dense / "model.safetensors").rename(dense / "pytorch_model.bin")
+    refused("has no model.safetensors and no", dense, tmp_path / "out")
+    assert main(["export", str(dense), "--format", "sparse", "--out", str(tmp_path / "out")]) == 2
+    assert "expected safetensors weights" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_manifest_of_another_version_or_content_is_refused(tmp_path):
+    sparse = export_folder(save_sparse(tmp_path / "dense", make_llama()), tmp_path / "sparse").out
+    with safe_open(sparse / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    manifest = Manifest.from_metadata(metadata)
+    assert manifest.to_metadata() == {KEY: metadata[KEY], CHECKSUM_KEY: metadata[CHECKSUM_KEY]}
+    with pytest.raises(ValueError, match="the checksum is wrong"):
+        Manifest.from_metadata(metadata | {KEY: metadata[KEY].replace('"version":1', '"version":2')})
+    changed = Manifest.from_metadata(metadata)
+    name = next(iter(changed.matrices))
+    changed.matrices[name] = changed.matrices[name]._replace(shape=(7, 7))
+    with pytest.raises(ValueError, match=f"{name}.* should be BF16"):
+        Manifest.from_metadata(changed.to_metadata())
