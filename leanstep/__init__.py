@@ -12,6 +12,7 @@ Import the same objects from :mod:`leanstep.optimizers` and :mod:`leanstep.kerne
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from leanstep import _transformers
 from leanstep._version import __version__
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ __all__ = [
     "release_gradients",
     "use_backend",
 ]
+
+_transformers.register_when_imported()
 
 _SUBPACKAGES = frozenset({"kernels", "lora", "optimizers", "pruning", "recipes", "sparsity"})
 

@@ -18,6 +18,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 10, 40
 class Series:
     """One curve: y over x, of equal length. A y that is None or not finite breaks the line.
 
+    ``spread`` draws a bar of that half-length through each point; None draws none.
     ``look`` is ``line``, ``faint`` (raw values behind their smoothed line, without a legend entry) or ``dash``;
     ``dots`` marks each point and names its values on hover.
     """
@@ -28,6 +29,7 @@ class Series:
     color: int = 0
     look: str = "line"
     dots: bool = False
+    spread: Sequence[float | None] = ()
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,7 @@ def chart(
     log_y: bool = False,
     marks: Sequence[tuple[float, str]] = (),
     events: Events | None = None,
+    x_ticks: Sequence[tuple[float, str]] = (),
     wide: bool = False,
     most_points: int = 400,
 ) -> str:
@@ -177,6 +180,7 @@ def chart(
         log_y: logarithmic vertical axis.
         marks: horizontal lines, each with its text.
         events: vertical lines; those beyond the curves are left out.
+        x_ticks: positions and texts on the horizontal axis, also on hover; by default round numbers.
         wide: over the whole width of the page.
         most_points: points per curve; longer curves are thinned, keeping minima and maxima.
     """
@@ -186,11 +190,14 @@ def chart(
         return ""
     xs = [x for _, points in lines for x, _ in points]
     values = [y for _, points in lines for _, y in points if y is not None]
+    bars = {id(line): _bars(line, log_y) for line, _ in lines}
+    values += [end for pairs in bars.values() for _, *ends in pairs for end in ends]
     bottom, top = _limits(values, [value for value, _ in marks], log_y)
     width, height = (940, 330) if wide else (460, 250)
     right = max(xs) if max(xs) > min(xs) else min(xs) + 1
     plane = _Plane(width, height, min(xs), right, bottom, top, log_y)
-    x_ticks = _ticks(plane.left, plane.right, 10 if wide else 5)
+    ticks = _ticks(plane.left, plane.right, 10 if wide else 5)
+    texts = dict(x_ticks) or dict(zip(ticks, _tick_texts(ticks), strict=True))
     y_ticks = _log_ticks(bottom, top) if log_y else _ticks(bottom, top, 6)
     y_texts = [compact(tick) for tick in y_ticks] if log_y else _tick_texts(y_ticks)
     curves = [
@@ -200,7 +207,10 @@ def chart(
             "look": line.look,
             "last": y_format(next(y for _, y in reversed(points) if y is not None)),
             "path": _path(_thin(points, most_points), plane),
-            "dots": _dots(points, plane, line.name, y_format) if line.dots else (),
+            "dots": _dots(points, plane, line.name, y_format, dict(x_ticks)) if line.dots else (),
+            "bars": "".join(
+                f"M{plane.px(x):.1f} {plane.py(low):.1f}V{plane.py(high):.1f}" for x, low, high in bars[id(line)]
+            ),
         }
         for line, points in lines
     ]
@@ -214,7 +224,7 @@ def chart(
         top=_TOP,
         px="{:.1f}".format,
         clip="clip-" + "".join(letter if letter.isalnum() else "-" for letter in title),
-        x_ticks=list(zip(map(plane.px, x_ticks), _tick_texts(x_ticks), strict=True)),
+        x_ticks=[(plane.px(x), text) for x, text in texts.items()],
         y_ticks=list(zip(map(plane.py, y_ticks), y_texts, strict=True)),
         marks=[(plane.py(value), text) for value, text in marks],
         events_name=events.name if events else "",
@@ -237,6 +247,15 @@ def _points(line: Series, log_y: bool) -> list[tuple[float, float | None]]:
 
     pairs = zip(line.x, line.y, strict=True)
     return [(float(x), float(y or 0.0) if drawable(y) else None) for x, y in pairs if math.isfinite(x)]
+
+
+def _bars(line: Series, log_y: bool) -> list[tuple[float, float, float]]:
+    """Return x, low and high end of the bars that can be drawn."""
+    bars = []
+    for (x, y), spread in zip(_points(line, log_y), line.spread, strict=False):
+        if y is not None and spread is not None and 0 < spread < math.inf and (y > spread or not log_y):
+            bars.append((x, y - spread, y + spread))
+    return bars
 
 
 def _tick_texts(ticks: list[float]) -> list[str]:
@@ -264,9 +283,14 @@ def _path(points: list[tuple[float, float | None]], plane: _Plane) -> str:
 
 
 def _dots(
-    points: list[tuple[float, float | None]], plane: _Plane, name: str, y_format: Callable[[float], str]
+    points: list[tuple[float, float | None]],
+    plane: _Plane,
+    name: str,
+    y_format: Callable[[float], str],
+    x_texts: dict[float, str],
 ) -> list[tuple[float, float, str]]:
     """Return pixels and text of about 40 points, including the last one."""
     usable = [(x, y) for x, y in points if y is not None]
     every = math.ceil(len(usable) / 40)
-    return [(plane.px(x), plane.py(y), f"{name}, {compact(x)}: {y_format(y)}") for x, y in usable[::-1][::every][::-1]]
+    shown = usable[::-1][::every][::-1]
+    return [(plane.px(x), plane.py(y), f"{name}, {x_texts.get(x) or compact(x)}: {y_format(y)}") for x, y in shown]

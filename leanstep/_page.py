@@ -19,11 +19,13 @@ def render(template: Path, **values: Any) -> str:
     Args:
         template: the file. It may include or extend templates beside it and those of this package.
         values: the template's variables. Pages that extend ``layout.html`` have a ``title`` and may have a ``footer``
-            (texts).
+            (texts) and ``refresh`` (seconds after which a browser loads the page again).
     """
     loader = FileSystemLoader([template.parent, TEMPLATES])
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    page = environment.get_template(template.name).render({"version": __version__, "footer": (), **values})
+    page = environment.get_template(template.name).render(
+        {"version": __version__, "footer": (), "refresh": 0, **values}
+    )
     return _FORBIDDEN.sub("\ufffd", page) + "\n"

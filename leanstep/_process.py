@@ -12,6 +12,8 @@ from types import FrameType
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
+# process number of the one that `leanstep train` ends with
+PARENT_VARIABLE = "LEANSTEP_PARENT"
 
 
 class LossyOutput(io.RawIOBase):
@@ -180,3 +182,10 @@ def end_with_parent(parent: int | None = None) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if parent is not None and os.getppid() != parent:
         sys.exit(143)
+
+
+def end_with_named_parent() -> None:
+    """Call :func:`end_with_parent` if :data:`PARENT_VARIABLE` names a process, and remove that variable."""
+    parent = os.environ.pop(PARENT_VARIABLE, "")
+    if parent.isdecimal():
+        end_with_parent(int(parent))

@@ -13,7 +13,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from leanstep._process import InterruptibleStart, open_standard_streams, output_error
+from leanstep._process import InterruptibleStart, end_with_named_parent, open_standard_streams, output_error
 from leanstep._version import __version__
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, run: Callable, text: str, *, to: argparse._SubParsersAction = commands) -> _Parser:
         # these pass all their arguments, --help included, to a parser of their own
-        has_own_parser = name in ("eval", "prune")
+        has_own_parser = name in ("eval", "prune", "sweep", "generate", "bench")
         added = to.add_parser(name, help=text, description=text, allow_abbrev=False, add_help=not has_own_parser)
         added.set_defaults(run=run)
         return added
@@ -135,6 +135,8 @@ def _parser() -> argparse.ArgumentParser:
         help="what to do with checkpoints; alone it means auto; default: the recipe's checkpoint.resume",
     )
     train.add_argument("--dry-run", action="store_true", help="print what would run, and how to launch it elsewhere")
+    sweep = command("sweep", _sweep, "Train a grid of settings and seeds; show which setting is best.")
+    sweep.add_argument("arguments", nargs=argparse.REMAINDER, help="RECIPE key=value,value ... --jobs N --out DIR")
     check = command("check", _check, "Check a recipe here: data, devices, disk, parameter groups, memory.")
     _add_recipe(check)
     check.add_argument("--nproc", type=_positive, metavar="N", default=None, help="processes; default 1")
@@ -161,11 +163,28 @@ def _parser() -> argparse.ArgumentParser:
         "--values", choices=("int8",), help="quantise the nonzeros of sparse weights; default: as stored"
     )
     export.add_argument("--json", action="store_true", help="as JSON")
+    generate = command("generate", _generate, "Continue a prompt with a dense or a sparse checkpoint.")
+    generate.add_argument("arguments", nargs=argparse.REMAINDER, help="DIR PROMPT ...")
+    bench = command("bench", _bench, "Measure tokens per second and memory of checkpoints, in turns.")
+    bench.add_argument("arguments", nargs=argparse.REMAINDER, help="DIR --against DIR ...")
     report = command("report", _report, "Write one HTML page about one run, or comparing several.")
     report.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folders")
     report.add_argument(
         "--out", metavar="FILE", type=Path, help=f"default report.html in the run; of several: {COMPARISON} here"
     )
+    compare = command("compare", _compare, "Compare runs at equal tokens, time, memory and loss, in one HTML page.")
+    compare.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folders, at least two")
+    compare.add_argument("--out", metavar="FILE", type=Path, help=f"default {COMPARISON} here")
+    for parser_of_runs in (report, compare):
+        parser_of_runs.add_argument(
+            "--watch",
+            nargs="?",
+            const=10,
+            default=0,
+            type=_positive,
+            metavar="SECONDS",
+            help="write the page again every SECONDS (10) while a run is running; an open browser follows",
+        )
     return parser
 
 
@@ -278,6 +297,7 @@ def _data_build(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _train(options: argparse.Namespace, rest: list[str]) -> int:
+    end_with_named_parent()
     resume = options.resume
     if resume and "=" in resume and not Path(resume).exists():  # `--resume steps=3`: the value belongs to the recipe
         rest, resume = [*rest, resume], "auto"
@@ -297,6 +317,13 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
     with InterruptibleStart():
         from leanstep.recipes.training.train import train
     return train(config)
+
+
+def _sweep(options: argparse.Namespace, rest: list[str]) -> int:
+    _need("training")
+    from leanstep.recipes.sweep import command
+
+    return command.main([*rest, *options.arguments])
 
 
 def _check(options: argparse.Namespace, rest: list[str]) -> int:
@@ -349,6 +376,12 @@ def _verify(options: argparse.Namespace, rest: list[str]) -> int:
     return 1 if verdict.ok is False else 0
 
 
+def _compare(options: argparse.Namespace, rest: list[str]) -> int:
+    if len(options.runs) < 2:
+        raise UsageError("expected at least two runs to compare; `leanstep report RUN` is about one")
+    return _report(options, rest)
+
+
 def _export(options: argparse.Namespace, rest: list[str]) -> int:
     _nothing_left(rest)
     from leanstep._files import one_line
@@ -365,6 +398,20 @@ def _export(options: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
+def _generate(options: argparse.Namespace, rest: list[str]) -> int:
+    _need("training")
+    from leanstep.recipes import generate
+
+    return int(generate.main([*rest, *options.arguments]) or 0)
+
+
+def _bench(options: argparse.Namespace, rest: list[str]) -> int:
+    _need("training")
+    from leanstep.recipes import bench
+
+    return int(bench.main([*rest, *options.arguments]) or 0)
+
+
 def _report(options: argparse.Namespace, rest: list[str]) -> int:
     _nothing_left(rest)
     _need("recipes")
@@ -376,18 +423,23 @@ def _report(options: argparse.Namespace, rest: list[str]) -> int:
             raise UsageError(
                 f"--out {options.out} is the report of {run} alone; choose another file for the comparison"
             )
-    from leanstep.recipes.report.report import write_report
+    from leanstep.recipes.report.report import watch, write_report
 
     numbered = (Path(COMPARISON.replace(".", f"-{number}.")) for number in count(2))
     comparison = next(path for path in chain([Path(COMPARISON)], numbered) if not path.exists())
     default = options.runs[0] / "report.html" if len(options.runs) == 1 else comparison
+    out = options.out or default
     try:
-        page = write_report(options.runs, options.out or default)
+        if options.watch:
+            print(f"{out} is written every {options.watch} s while a run is running; open it in a browser", flush=True)
+            page = watch(options.runs, out, options.watch)
+        else:
+            page = write_report(options.runs, out)
     except ValueError as error:
         raise UsageError(str(error)) from None
     except OSError as error:
         reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        print(f"the report {options.out or default} could not be written: {reason}", file=sys.stderr)
+        print(f"the report {out} could not be written: {reason}", file=sys.stderr)
         return EXIT_FAILED
     print(f"{page} written")
     return 0

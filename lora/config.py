@@ -47,8 +47,9 @@ class LoraConfig:
         target_modules: the layers to adapt. A list holds names, each the whole name of a layer or its end after a dot.
             A string is a regular expression for the whole name. ``"all-linear"`` selects every linear layer except the
             output head, layers in ``modules_to_save``, layers narrower than their rank, layers that are never called
-            (``out_proj`` of ``nn.MultiheadAttention``), and layers that return no tensor (a router of experts). It
-            warns about the last three, about fused experts, and about a classifier that is not trained whole.
+            (``out_proj`` of ``nn.MultiheadAttention``), layers whose weight a state-space mixer multiplies by itself
+            (``dt_proj``), and layers that return no tensor (a router of experts). It warns about the last four, about
+            fused experts, and about a classifier that is not trained whole.
         exclude_modules: selected layers to leave out: a list of names or a regular expression.
         lora_dropout: probability of dropping an entry of the adapter's input in training.
         bias: biases of the base model to train: ``"none"``, ``"all"``, or ``"lora_only"`` for those of adapted layers.

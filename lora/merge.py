@@ -139,7 +139,13 @@ def _check_mergeable(name: str, layer: LoRALayer) -> None:
         raise ValueError(f"merge: {name} is a {kind}, to be quantised again after a merge; load the base in 16 bits")
     if _has_bias_on_b(layer) and layer.bias is None:
         raise ValueError(f"merge: {name} has a bias on B, but its base layer has none to add it to")
-    if not isinstance(getattr(layer, "weight", None), nn.Parameter):
+    weight = getattr(layer, "weight", None)
+    if weight is not None and type(weight).__module__.startswith("leanstep."):
+        raise ValueError(
+            f"merge: the weight of {name} is a {type(weight).__name__}, which cannot be changed; merge into the dense "
+            "model"
+        )
+    if not isinstance(weight, nn.Parameter):
         raise ValueError(f"merge: the weight of {name} is made by a parametrization; remove that first")
 
 

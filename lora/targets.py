@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import inspect
 import math
 import re
 import warnings
@@ -113,6 +115,23 @@ def why_not_adaptable(model: nn.Module, name: str, module: nn.Module) -> str | N
     return None if isinstance(module, nn.Embedding) else why_no_tensor(module, widths(module)[0])
 
 
+def _why_read_directly(model: nn.Module, name: str) -> str | None:
+    """The reason why the mixer of a state-space model would skip a layer's adapter, or None."""
+    path, _, leaf = name.rpartition(".")
+    owner = type(model.get_submodule(path))
+    if not hasattr(model.get_submodule(path), "A_log") or f"self.{leaf}.weight" not in _source(owner):
+        return None
+    return f"{owner.__name__} multiplies by its weight itself, at least in its kernels, which would skip the adapter"
+
+
+@functools.cache
+def _source(cls: type[nn.Module]) -> str:
+    try:
+        return inspect.getsource(cls)
+    except (OSError, TypeError):  # a class without a file
+        return ""
+
+
 def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig) -> dict[str, nn.Module]:
     head = output_head(model)
     selected: dict[str, nn.Module] = {}
@@ -120,7 +139,7 @@ def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module], config: Lora
     for name, module in modules.items():
         if not is_linear(module) or module is head or _fits(config.exclude_modules, name) or _is_saved(config, name):
             continue
-        reason = why_not_adaptable(model, name, module)
+        reason = why_not_adaptable(model, name, module) or _why_read_directly(model, name)
         if reason is not None:
             warnings.warn(f"apply_lora: 'all-linear' leaves out {name}: {reason}", stacklevel=5)
         elif rank_of(config, name) > min(widths(module)):

@@ -3,6 +3,7 @@
 from leanstep.sparsity.compressed import export_compressed, load_compressed
 from leanstep.sparsity.controller import Controller
 from leanstep.sparsity.functional import s_ste_scale, s_ste_weight, sparse_weight
+from leanstep.sparsity.inference import Export, SparseLinear, export_folder, load_sparse
 from leanstep.sparsity.masks import is_nm, nm_mask
 from leanstep.sparsity.methods import sparsify
 from leanstep.sparsity.patterns import NM, match_patterns
@@ -23,13 +24,17 @@ __all__ = [
     "NM",
     "Controller",
     "Conversion",
+    "Export",
     "ObsMask",
     "Schedule",
+    "SparseLinear",
     "Stage",
     "Verification",
     "export_compressed",
+    "export_folder",
     "is_nm",
     "load_compressed",
+    "load_sparse",
     "magnitude",
     "magnitude_times_activation",
     "magnitude_times_gradient",

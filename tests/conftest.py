@@ -34,6 +34,7 @@ from hypothesis import Phase, settings  # noqa: E402
 from interpreter_session import InterpreterSession, in_interpreter  # noqa: E402
 from network import refuse_network  # noqa: E402
 from scheduling import FileScheduling, tell_scheduler  # noqa: E402
+from selection import mark_exhaustive, shorten_default_run  # noqa: E402
 
 # The same examples in every run of the suite. `pytest tests/fuzz --hypothesis-profile long` draws others, forty times
 # as many, or LEANSTEP_FUZZ times as many.
@@ -49,6 +50,11 @@ _SAFE_PATH = "PYTHONSAFEPATH" in os.environ
 _session = pytest.StashKey[InterpreterSession]()
 
 
+def pytest_configure(config):
+    """Shorten a run of which nothing is named: `pytest` alone."""
+    shorten_default_run(config)
+
+
 def pytest_unconfigure(config):
     """End the interpreter process when the run is interrupted, and remove the caches this run made."""
     if _session in config.stash:
@@ -57,8 +63,15 @@ def pytest_unconfigure(config):
         shutil.rmtree(CACHE, ignore_errors=True)
 
 
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection_modifyitems(config, items):
+    """Mark the exhaustive cases before pytest deselects; then order what is left."""
+    mark_exhaustive(items)
+    yield
+    _prepare(config, items)
+
+
+def _prepare(config, items):
     """Skip GPU tests where there is no GPU, and give the interpreter tests to their own process."""
     if not torch.cuda.is_available():
         for item in items:

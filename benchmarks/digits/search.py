@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common import append_json_line, machine_line, read_json_lines
-from comparison.search import Point, best, grid_search, is_interior
+from comparison.search import Point, best_inside, grid_search, is_interior
 from comparison.training import start_worker
 
 from digits.tables import Cell, Judged
@@ -41,12 +41,12 @@ def plan(cell: Cell, done: dict[Run, dict[str, Any]], budget: int, seeds: int, s
         rate, second = (value * 2.0**power for value, power in zip(start, point, strict=True))
         return Run("tune", *cell, TUNE_SEED, steps // 2, rate, second)
 
-    reach = range(-8, 9)
+    reach = range(-budget, budget + 1)  # no search gets further: a round moves the edge by one
     losses = {p: done[tuning(p)]["loss"] for p in ((i, j) for i in reach for j in reach) if tuning(p) in done}
     points, missing = grid_search(losses, budget)
     if missing:
         return State([tuning(point) for point in missing])
-    centre = best(losses, points)
+    centre = best_inside(losses, points)
     chosen = tuning(centre)
     if not is_interior(centre, points):
         return State([], chosen, True)

@@ -1,6 +1,6 @@
 """What N:M methods cost in accuracy: a small vision transformer on scikit-learn's digits, sparse while it trains.
 
-    python benchmarks sparsity/quality --out runs/sparse-digits.jsonl [--workers 2] [--budget 24] [--seeds 5]
+    python benchmarks sparsity/quality --out runs/sparse-digits.jsonl [--workers 2] [--budget 36] [--seeds 5]
     python benchmarks sparsity/quality --report docs/results/sparse-digits.jsonl [--write]
 
 SR-STE, two kinds of mask decay (MDGF) and two of structure decay (SDGF) train to 2:4, 1:4, 1:8, 1:16 and 1:32, and a
@@ -30,7 +30,7 @@ from digits.tables import text, write
 
 ROOT = Path(__file__).parents[2]
 PARSER = command_line(
-    __doc__, budget=(24, "tuning runs of every method and target; default: %(default)s"),
+    __doc__, budget=(36, "tuning runs of every method and target; default: %(default)s"),
     seeds=(5, "judged runs of every method and target; default: %(default)s"),
     steps=(500, "steps of a judged run; default: %(default)s"), workers=(1, "processes; default: %(default)s"),
     out=Path("runs/sparse-digits.jsonl"), write=(False, "with --report: write the tables and the figure into docs/"),

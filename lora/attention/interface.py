@@ -19,6 +19,12 @@ from torch._compile import _disable_dynamo
 
 _PREFIX = "leanstep_"
 _ATTRIBUTE = "_leanstep_tap"
+# features of attention that low-rank attention lacks, by the argument that transformers passes
+_FEATURES = {
+    "softcap": "capped logits (softcap)",
+    "s_aux": "attention sinks (s_aux)",
+    "position_bias": "a bias by position (position_bias)",
+}
 
 
 class AttentionInputs(NamedTuple):
@@ -48,7 +54,7 @@ class Call:
         unsupported_mask: why low-rank attention cannot handle this mask, or None.
         dropout: dropout probability of attention weights.
         exact: runs the exact implementation; returns the output [B, L, Hq, e], and the weights or None.
-        special: names of the layer's features that low-rank attention lacks.
+        special: the layer's features that low-rank attention lacks, in words.
     """
 
     layer: nn.Module
@@ -193,7 +199,7 @@ def _tapped(
     if mask is not None:
         causal, key_mask, unsupported_mask = read_mask(mask, key.shape[0], query.shape[2], key.shape[2])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    special = tuple(name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None)
+    special = tuple(words for name, words in _FEATURES.items() if kwargs.get(name) is not None)
     inputs = AttentionInputs(*tensors, scale, causal, key_mask)
     call = Call(module, inputs, unsupported_mask, dropout, exact, special)
     for observer in list(tap.observers):

@@ -146,6 +146,7 @@ class NormMonitor:
         self.model, self.tolerance, self.speed = model, tolerance, speed
         self.generator = torch.Generator().manual_seed(0)
         self._armed, self._active = False, False
+        self._called: set[nn.Module] = set()
         self.skipped: dict[str, str] = {}
         self._reports: dict[str, list[HeadReport]] = {}
         self._first: dict[str, Tensor] = {}
@@ -191,7 +192,8 @@ class NormMonitor:
     def report(self) -> list[HeadReport]:
         """The last measurement of every head, in the model's order; empty before the first measurement.
 
-        ``skipped`` maps each layer that could not be measured to the reason. A pass that measures no layer warns.
+        ``skipped`` maps each layer that could not be measured to the reason: a window or another mask, capped logits,
+        attention sinks, a bias by position, or a forward of its own. A pass that measures no layer warns.
         """
         return [row for rows in self._reports.values() for row in rows]
 
@@ -214,11 +216,14 @@ class NormMonitor:
     def _begin(self, *_: Any) -> None:
         self._active, self._armed = self._armed, False
         if self._active:
-            self._logits = {}
+            self._logits, self._called = {}, set()
         for norms in self._projections.values():
             norms.on, norms.largest, norms.full = self._active, {}, None
 
     def _end(self, *_: Any) -> None:
+        if self._active:
+            silent = [tap.name for layer, tap in self._taps.items() if layer not in self._called]
+            self.skipped |= dict.fromkeys(silent, "its attention was not called by name in transformers' registry")
         if self._active and self.skipped and not self._reports:
             reasons = "; ".join(dict.fromkeys(self.skipped.values()))
             warnings.warn(
@@ -234,6 +239,7 @@ class NormMonitor:
         if not self._active:
             return
         name = self._taps[call.layer].name
+        self._called.add(call.layer)
         if call.unsupported_mask or call.special or call.inputs.query.shape[2] < 2:
             self.skipped[name] = call.unsupported_mask or ", ".join(call.special) or "a single query"
             return

@@ -95,11 +95,14 @@ def why_no_tensor(module: nn.Module, width: int) -> str | None:
 
 
 def quantized_kind(module: nn.Module) -> str | None:
-    """``"Linear4bit"``, ``"Linear8bitLt"`` or None, by the class's name, without importing bitsandbytes."""
+    """``"Linear4bit"``, ``"Linear8bitLt"``, the class of torchao's weight, or None; imports neither package."""
     for cls in type(module).__mro__:
         if cls.__module__.split(".")[0] == "bitsandbytes" and cls.__name__ in QUANTIZED:
             return cls.__name__
-    return None
+    weight = getattr(module, "weight", None)
+    if type(weight) is nn.Parameter or type(weight) is Tensor:
+        return None
+    return type(weight).__name__ if type(weight).__module__.split(".")[0] == "torchao" else None
 
 
 def dequantizer(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
@@ -107,7 +110,15 @@ def dequantizer(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     kind = quantized_kind(module)
     if kind is None:
         return None
+    if kind not in QUANTIZED:
+        return _dense_torchao
     return _dense_4bit if kind == "Linear4bit" else functools.partial(_dense_8bit, module)
+
+
+def _dense_torchao(weight: Any) -> Tensor:
+    # NF4Tensor has another name for it
+    dense = getattr(weight, "get_original_weight", None) or weight.dequantize
+    return dense()
 
 
 def _dense_4bit(weight: Any) -> Tensor:
@@ -133,14 +144,29 @@ def _dense_8bit(module: Any, weight: Any) -> Tensor:
 
 def why_unsupported(module: nn.Module, weight: Tensor) -> str | None:
     """The reason why the dtype of a layer's weight rules out an adapter; None if it does not."""
+    kind = quantized_kind(module)
+    if kind is not None and kind not in QUANTIZED:
+        return _why_not_dequantized(kind, weight)
     if weight.dtype in FLOATS:
         return None
-    kind = quantized_kind(module)
     if kind is None:
         name, *known = (str(dtype).removeprefix("torch.") for dtype in (weight.dtype, *FLOATS))
-        return f"its weight is {name}; expected {', '.join(known)}, or bitsandbytes' 4 or 8 bits"
+        return f"its weight is {name}; expected {', '.join(known)}, bitsandbytes' 4 or 8 bits, or torchao's"
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
         return f"it is a {kind} of bitsandbytes, which cannot be imported here: {error}"
+    return None
+
+
+def _why_not_dequantized(kind: str, weight: Any) -> str | None:
+    """The reason why a layer with a weight of torchao computes something else than a product with a dense matrix."""
+    for name in ("act_quant_kwargs", "act_quant_scale", "act_pre_scale"):
+        if getattr(weight, name, None) is not None:
+            return (
+                f"its weight is torchao's {kind} with {name}, which quantises or scales inputs; expected a weight-only "
+                "configuration, such as Int8WeightOnlyConfig"
+            )
+    if not callable(getattr(weight, "dequantize", None)):
+        return f"its weight is torchao's {kind}, which has no dequantize()"
     return None

@@ -21,7 +21,7 @@ from leanstep.recipes.config.loader import dump
 from leanstep.recipes.config.schema import RunConfig, accumulation_steps, targets_note, trained_size
 from leanstep.recipes.data.hub import check_hub, from_hub, offline, offline_recipes, unreachable
 from leanstep.recipes.data.sequences import load_data
-from leanstep.recipes.data.sources import find_files, open_corpus, open_stream
+from leanstep.recipes.data.sources import find_files, look, open_corpus, open_stream
 from leanstep.recipes.data.tokens import open_tokenizer, vocabulary_size
 from leanstep.recipes.methods.pruned import masked_names, pruned_start_warning, zeros_of
 from leanstep.recipes.methods.sparse import plan, run_operations, schedule_of
@@ -196,7 +196,10 @@ class Check:
             return
         files = find_files(data.path, data.source) if data.path and data.source != "sotu" else []
         if data.streaming or unknown or sum(file.stat().st_size for file in files) > LOAD_LIMIT:
-            (open_stream if data.streaming else open_corpus)(data)
+            if data.source == "chat":
+                look(data)
+            else:
+                (open_stream if data.streaming else open_corpus)(data)
             section.add("source", f"{data.source} {data.path}, read as text; its tokens are not counted here")
             return
         loaded = load_data(data, seed=config.seed, rank=0, world_size=1)

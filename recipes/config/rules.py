@@ -52,12 +52,20 @@ def joint_problems(config: RunConfig, world_size: int = 1) -> Iterator[tuple[tup
             f"is for the rules of matrices of sinkgd and lanton, and optimizer.name is {config.optimizer.name!r}; "
             "take split=null",
         )
-    if data.source in ("text", "json", "parquet", "local_c4") and not data.path:
+    if data.source in ("text", "json", "parquet", "local_c4", "chat") and not data.path:
         yield ("data.path", "data.source"), f"is needed by data.source '{data.source}': a file, a folder or a pattern"
     if data.source == "hf" and not data.name:
         yield ("data.name", "data.source"), "is needed by data.source 'hf': a dataset on the hub, as in 'allenai/c4'"
-    if data.source == "sotu" and data.streaming:
-        yield ("data.streaming", "data.source"), "is not possible with data.source 'sotu', which is read whole"
+    if data.source in ("sotu", "chat") and data.streaming:
+        yield (
+            ("data.streaming", "data.source"),
+            f"is not possible with data.source '{data.source}', which is read whole",
+        )
+    if data.source == "chat" and trained_size(data.tokenizer):
+        yield (
+            ("data.tokenizer", "data.source"),
+            f"must be that of the model with data.source 'chat', a folder or a name on the hub, got '{data.tokenizer}'",
+        )
     if schedule.warmup_steps is not None and schedule.warmup_steps > config.steps:
         yield ("schedule.warmup_steps", "steps"), f"must be at most steps ({config.steps}), got {schedule.warmup_steps}"
     if release and accumulation > 1:

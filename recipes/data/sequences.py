@@ -46,7 +46,7 @@ class PackedSequences(Dataset):
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        index = _checked(index, self.length)
+        index = checked_index(index, self.length)
         begin = self.start + index * self.seq_len
         return as_sequence(self.file.tokens[begin : min(begin + self.seq_len, self.stop)], self.seq_len, self.pad_id)
 
@@ -65,7 +65,7 @@ class PaddedDocuments(Dataset):
         return self.stop - self.start
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        document = self.start + _checked(index, len(self))
+        document = self.start + checked_index(index, len(self))
         begin, end = (int(self.file.ends[document - 1]) if document else 0), int(self.file.ends[document])
         return as_sequence(cut_document(self.file.tokens[begin:end], self.seq_len), self.seq_len, self.pad_id)
 
@@ -75,7 +75,8 @@ def cut_document(tokens: np.ndarray, seq_len: int) -> np.ndarray:
     return tokens if len(tokens) <= seq_len else np.concatenate([tokens[: seq_len - 1], tokens[-1:]])
 
 
-def _checked(index: int, length: int) -> int:
+def checked_index(index: int, length: int) -> int:
+    """Return the index from 0 on. Raises IndexError, which ends a loop over a dataset."""
     if not -length <= index < length:
         raise IndexError(f"sequence {index} of {length}")
     return index % length
@@ -147,6 +148,10 @@ def load_data(config: "DataConfig", *, seed: int, rank: int = 0, world_size: int
         from leanstep.recipes.data.streaming import load_stream
 
         return load_stream(config, seed=seed, rank=rank, world_size=world_size)
+    if config.source == "chat":
+        from leanstep.recipes.data.chat import load_chat
+
+        return load_chat(config)
     corpus = open_corpus(config)
     separate = open_validation(config) if config.val_path or config.val_tokens else None
     tokenizer, file = _tokenise_held_out(config, corpus, 0 if separate else config.val_tokens)

@@ -28,6 +28,7 @@ _SUFFIXES = {
     "json": (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst"),
     "parquet": (".parquet",),
     "local_c4": (".json.gz",),
+    "chat": (".jsonl", ".json", ".jsonl.gz", ".json.gz"),
 }
 
 
@@ -260,7 +261,8 @@ def look(config: "DataConfig") -> list[str]:
     else:
         lines = [_look_at(config, _path(config), config.source, "data.path")]
     if config.val_path:
-        lines.append(_look_at(config, config.val_path, _kind_of(config.val_path), "data.val_path"))
+        kind = "chat" if config.source == "chat" else _kind_of(config.val_path)
+        lines.append(_look_at(config, config.val_path, kind, "data.val_path"))
     return lines
 
 
@@ -274,6 +276,10 @@ def _look_at(config: "DataConfig", path: str, kind: str, key: str) -> str:
             with file.open("rb") as stream:
                 beginning = stream.read(_BEGINNING)
                 _decode(beginning, str(file), whole=len(beginning) < _BEGINNING)
+    elif kind == "chat":
+        from leanstep.recipes.data.chat import read_rows
+
+        next(read_rows(path, key), None)
     else:
         _load_files(files, kind, config.text_key, config.cache_dir, streaming=True)
     count = "1 file" if len(files) == 1 else f"{len(files):,} files"

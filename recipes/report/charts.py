@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 from leanstep._charts import Events, Series, chart, compact, smooth
+from leanstep.recipes.report.budgets import validations
 from leanstep.recipes.report.runlog import Run, number
 
 _LONGEST = 100  # characters of a name
@@ -39,6 +40,7 @@ def curves(runs: list[Run], most_points: int) -> str:
     else:
         losses = draw_loss(validation, title="Validation loss", x_label="step", wide=True)
         losses += draw_loss(training, title="Training loss over steps", x_label="step", wide=True)
+        losses += _validation_costs(runs, draw_loss, unit, per_unit)
     over_time = _losses(runs, over("elapsed_s", per_unit))
     # rates of different optimizers differ by orders of magnitude
     log_rates = len(peaks) > 1 and max(peaks) > 8 * min(peaks)
@@ -53,6 +55,31 @@ def curves(runs: list[Run], most_points: int) -> str:
         draw(_plain(runs, "memory_gib"), title="Peak device memory (GiB)", x_label="step"),
     ]
     return "".join(charts) or '<p class="lead">Nothing was logged yet.</p>'
+
+
+def _validation_costs(runs: list[Run], draw_loss: Callable[..., str], unit: str, per_unit: float) -> str:
+    """Draw validation loss over tokens, over time, and against the peak memory."""
+
+    def over(cost: str, scale: float = 1.0) -> list[Series]:
+        series = []
+        for color, run in enumerate(runs):
+            points = validations(run, cost)
+            series.append(Series(run.name, [x / scale for x, _ in points], [y for _, y in points], color, dots=True))
+        return series
+
+    last = [(run.last("memory_gib"), number(run.final_eval.get("loss"))) for run in runs]
+    memory = [
+        Series(run.name, [peak], [loss], color, dots=True)
+        for color, (run, (peak, loss)) in enumerate(zip(runs, last, strict=True))
+        if peak is not None and loss is not None
+    ]
+    return "".join(
+        [
+            draw_loss(over("tokens"), title="Validation loss over tokens", x_label="tokens"),
+            draw_loss(over("elapsed_s", per_unit), title="Validation loss over time", x_label=f"time ({unit})"),
+            draw_loss(memory, title="Validation loss against memory", x_label="peak device memory (GiB)"),
+        ]
+    )
 
 
 def _spike_events(run: Run) -> Events:

@@ -1,5 +1,6 @@
 """The report: a self-contained HTML page about a run, or a comparison of several. No scripts, under 300 KB."""
 
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from leanstep._charts import COLORS, compact
 from leanstep._files import replacing
 from leanstep._page import render
+from leanstep.recipes.report.budgets import compare, rows
 from leanstep.recipes.report.charts import curves, reported_curves
 from leanstep.recipes.report.runlog import Run, duration, flat, number, read_run
 
@@ -34,8 +36,10 @@ _SECTIONS: dict[str, tuple[str, str, tuple[str, ...]]] = {
 _SHARED_FACTS = ("device", "versions.torch", "versions.leanstep", "world")
 
 
-def write_report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
+def write_report(run_dirs: Sequence[str | Path], out: str | Path, *, refresh: int = 0) -> Path:
     """Write the report of one run, or the comparison of several, to ``out`` and return its path.
+
+    ``refresh``: seconds after which a browser loads the page again; 0 for never.
 
     Reads config.yaml, log.jsonl, status.json, env.json, train.log, command.txt and the ``*_report.json`` files of each
     run. The report lists missing or damaged files. The write is atomic.
@@ -49,7 +53,7 @@ def write_report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
         raise ValueError("a report needs at least one run folder")
     _name_apart(runs)
     for most_points, most_text in [(points, _MOST_TEXT) for points in _POINTS] + [(10, 400), (4, 0)]:
-        page = _page(runs, most_points, most_text).encode("utf-8")
+        page = _page(runs, most_points, most_text, refresh).encode("utf-8")
         if len(page) < MOST_BYTES:
             break
     out = Path(out)
@@ -57,6 +61,21 @@ def write_report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
     with replacing(out) as partial:
         partial.write_bytes(page)
     return out
+
+
+def watch(run_dirs: Sequence[str | Path], out: str | Path, seconds: int) -> Path:
+    """Write the report every ``seconds`` while a run is running, and once more at the end.
+
+    The page tells a browser to load it again; the last one, also after Ctrl-C, does not. Raises as
+    :func:`write_report`.
+    """
+    try:
+        while any(read_run(Path(folder)).state == "running" for folder in run_dirs):
+            write_report(run_dirs, out, refresh=seconds)
+            time.sleep(seconds)
+    finally:
+        page = write_report(run_dirs, out)
+    return page
 
 
 def _name_apart(runs: list[Run]) -> None:
@@ -74,10 +93,11 @@ def _place(run: Run) -> tuple[str, ...]:
     return (out,) if "${" in out else run.folder.resolve().parts
 
 
-def _page(runs: list[Run], most_points: int, most_text: int) -> str:
+def _page(runs: list[Run], most_points: int, most_text: int, refresh: int = 0) -> str:
     version = next((text for run in runs if (text := flat(run.env).get("versions.leanstep"))), "")
     shared = {
         "version": version,
+        "refresh": refresh,
         "footer": [_place(run)[-1][:_WORD] for run in runs],
         "curves": curves(runs, most_points),
     }
@@ -225,7 +245,9 @@ def _format(value: Any, text: str) -> str:
 def _comparison(runs: list[Run], most_text: int) -> dict[str, Any]:
     """Template values for several runs."""
     configurations, environments = [flat(run.config) for run in runs], [flat(run.env) for run in runs]
+    header, budgets = rows(compare(runs), [run.name for run in runs])
     return {
+        "budgets": {"header": header, "rows": budgets},
         "title": f"{len(runs)} runs: {', '.join(run.name for run in runs)}"[:200],
         "runs": runs,
         "results": _results(runs),

@@ -44,6 +44,15 @@ def format_line(entry: dict[str, Any], steps: int, eta: float | None, notes: lis
     return "  ".join(parts) + "".join(f"  [{note}]" for note in notes)
 
 
+def format_live(entry: dict[str, Any], steps: int, eta: float | None, notes: list[str]) -> str:
+    """Format a ``train`` entry for the line beside the bar, which a narrow terminal cuts at its end."""
+    rate = entry.get("tokens_per_s")
+    parts = [f"{entry['step']}/{steps}", f"loss {entry['loss']:.4f}"]
+    parts += [format_rate(rate)] if rate else []
+    parts += [f"eta {format_duration(eta)}"] if eta is not None else []
+    return "  ".join([*(f"[{note}]" for note in notes), *parts, f"lr {entry['lr']:.2e}"])
+
+
 def flat_scalars(tree: dict[str, Any]) -> dict[str, int | float | str | bool]:
     """Flatten nested dicts to dotted keys for trackers; values that are no number, bool or text become text."""
     return {

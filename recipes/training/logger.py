@@ -22,7 +22,7 @@ from leanstep.recipes.methods import sparse
 from leanstep.recipes.training.build import describe_world, device_name
 from leanstep.recipes.training.checkpoint import TrainState
 from leanstep.recipes.training.folder import RunFolder, environment
-from leanstep.recipes.training.formatting import flat_scalars, format_line
+from leanstep.recipes.training.formatting import flat_scalars, format_line, format_live
 from leanstep.recipes.training.step import StepResult
 from leanstep.recipes.training.validation import EvalResult
 
@@ -129,13 +129,13 @@ class Progress:
             else:
                 print(text, file=sys.stderr if error else sys.stdout, flush=True)
 
-    def line(self, step: int, text: str, is_logged: bool) -> None:
-        """Show a step: on a live line always, in plain output and train.log only if ``is_logged``."""
+    def line(self, step: int, text: str, is_logged: bool, live: str | None = None) -> None:
+        """Show a step: ``live`` beside the bar always, ``text`` in plain output and train.log only if ``is_logged``."""
         if not self._active:
             return
         if self._bar is not None:
             with contextlib.suppress(OSError, ValueError):
-                self._bar.update(self._task, completed=step, description=text)
+                self._bar.update(self._task, completed=step, description=text if live is None else live)
             if is_logged:
                 self._folder.text(text)
         elif is_logged:
@@ -225,8 +225,8 @@ class RunLogger:
             numbers: dict[str, Any] = {key: value for key, value in entry.items() if key not in ("step", "kind")}
             numbers |= {f"{name}/{key}": value for name, values in reported.items() for key, value in values.items()}
             self._track(numbers, state.step)
-        line = format_line(entry, config.steps, self._eta(state.step), [note] if note else [])
-        self.progress.line(state.step, line, is_logged or first_here)
+        facts = entry, config.steps, self._eta(state.step), [note] if note else []
+        self.progress.line(state.step, format_line(*facts), is_logged or first_here, live=format_live(*facts))
 
     def is_logged(self, step: int) -> bool:
         """Whether a step has a line in log.jsonl: the first, the last, and every ``log.every``."""

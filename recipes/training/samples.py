@@ -11,19 +11,27 @@ from leanstep.recipes.data.sequences import IGNORED
 
 TEMPERATURE = 0.8
 _SAMPLES = 3
+_LONGEST_PROMPT = 512  # tokens of a prompt of fine-tuning data
 _PROMPT_TOKENS, _NEW_TOKENS = 16, 64
 
 
 def held_out_prompts(validation: Dataset, end_of_text: int) -> list[list[int]]:
     """Return the first tokens of up to three validation sequences, spread evenly; ``[end_of_text]`` if there are none.
 
-    A prompt has at most 16 tokens, and none is padding or ``end_of_text``.
+    A prompt has at most 16 tokens, and none is padding or ``end_of_text``. Where the first tokens have no labels, as in
+    fine-tuning data, they are the prompt, up to 512.
     """
     length = len(validation)  # type: ignore[arg-type]
     prompts = []
     for number in range(min(_SAMPLES, length)):
         sequence = validation[number * length // _SAMPLES]
-        tokens = sequence["input_ids"][sequence["labels"] != IGNORED].tolist()
+        is_learned = sequence["labels"] != IGNORED
+        first = int(is_learned.nonzero()[0]) if is_learned.any() else 0
+        # a packed sequence without a prompt has no label at its first token only
+        if first > 1:
+            prompts.append(sequence["input_ids"][:first][-_LONGEST_PROMPT:].tolist())
+            continue
+        tokens = sequence["input_ids"][is_learned].tolist()
         prompts.append([token for token in tokens[:_PROMPT_TOKENS] if token != end_of_text])
     return [prompt for prompt in prompts if prompt] or [[end_of_text]]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from leanstep._checkpoint import TensorFile, check_apart, check_output, copy_other_files, new_folder, read_json
 from leanstep._files import format_bytes, one_line
 from leanstep.sparsity.inference.manifest import Manifest, checksum
-from leanstep.sparsity.inference.matrices import Form, compress, smallest_form
+from leanstep.sparsity.inference.matrices import Form, compress, part_name, smallest_form
 from leanstep.sparsity.inference.reader import INDEX, SparseFiles, is_sparse_file, weight_files
 
 QUANT_METHOD = "leanstep"
@@ -149,7 +149,9 @@ def _write_sparse(paths: list[Path], folder: Path, *, int8: bool, ties: bool) ->
                     stored[name] = weight
                     continue
                 manifest.matrices[name] = form
-                parts = {f"{name}.{part}": tensor for part, tensor in _compressed(path, name, weight, form).items()}
+                parts = {
+                    part_name(name, part): tensor for part, tensor in _compressed(path, name, weight, form).items()
+                }
                 clashes = sorted(parts.keys() & set(file.names))
                 if clashes:
                     raise ValueError(f"{path}: {one_line(clashes[0])} has the name of a part of a sparse weight")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from leanstep._checkpoint import unique_names
 from leanstep._files import one_line, parse_json
-from leanstep.sparsity.inference.matrices import DTYPE_NAMES, DTYPES, Form
+from leanstep.sparsity.inference.matrices import DTYPE_NAMES, DTYPES, Form, part_name
 
 VERSION = 1
 # entries of a safetensors file's metadata
@@ -86,7 +86,7 @@ class Manifest:
                 f"it has version {one_line(content.get('version'))} of the format, expected {VERSION}: use the version "
                 "of leanstep that wrote it"
             )
-        sections = [content.get(key) for key in ("matrices", "tensors", "tied")]
+        sections: list[Any] = [content.get(key) for key in ("matrices", "tensors", "tied")]
         if not all(isinstance(section, dict) for section in sections):
             raise ValueError("its manifest is damaged: expected objects 'matrices', 'tensors' and 'tied'")
         matrices, tensors, tied = sections
@@ -100,30 +100,35 @@ class Manifest:
 
     def merge(self, other: Manifest) -> None:
         """Add the manifest of another file. Raises ValueError where they differ about a name."""
-        for mine, theirs in ((self.matrices, other.matrices), (self.tensors, other.tensors), (self.tied, other.tied)):
-            for name, entry in theirs.items():  # type: ignore[attr-defined]
-                if mine.setdefault(name, entry) != entry:  # type: ignore[attr-defined]
+        pairs: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
+            (self.matrices, other.matrices),
+            (self.tensors, other.tensors),
+            (self.tied, other.tied),
+        )
+        for entries, others in pairs:
+            for name, entry in others.items():
+                if entries.setdefault(name, entry) != entry:
                     raise ValueError(f"its manifest differs from that of another file about {one_line(name)}")
 
     def check(self) -> None:
         """Raise ValueError where a matrix lacks one of its tensors, or has one in another dtype or shape."""
         for name, form in self.matrices.items():
-            values = self.tensors.get(f"{name}.values")
+            values = self.tensors.get(part_name(name, "values"))
             nnz = values.shape[0] if values is not None and len(values.shape) == 1 else 0
             for part, expected in form.part_shapes(nnz).items():
-                row = self.tensors.get(f"{name}.{part}")
+                row = self.tensors.get(part_name(name, part))
                 if row is None or row[:2] != expected:
                     got = "none" if row is None else f"{row.dtype} {row.shape}"
                     raise ValueError(
-                        f"its manifest is damaged: {one_line(name)}.{part} should be {expected[0]} {expected[1]}, got "
-                        f"{got}"
+                        f"its manifest is damaged: {one_line(part_name(name, part))} should be {expected[0]} "
+                        f"{expected[1]}, got {got}"
                     )
             if name in self.tensors or name in self.tied:
                 raise ValueError(f"its manifest is damaged: {one_line(name)} is stored twice")
 
     def part_names(self) -> set[str]:
         """Names of all tensors that are parts of a matrix."""
-        return {f"{name}.{part}" for name, form in self.matrices.items() for part in form.parts}
+        return {part_name(name, part) for name, form in self.matrices.items() for part in form.parts}
 
 
 def checksum(tensor: Tensor) -> int:

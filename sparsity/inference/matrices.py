@@ -2,10 +2,10 @@
 
 A weight of shape (..., in) is a matrix (rows, in) of its flattened leading dimensions.
 
-* ``bitmask``: ``NAME.values`` (nnz,), row after row; ``NAME.mask`` (rows, ceil(in / 32)) int32, bit j of word k for
-  column 32 k + j; ``NAME.offsets`` (rows + 1,) int64, where each row begins in the values. Values of int8 have
-  ``NAME.scales`` (rows,) fp32: weight = code * scale.
-* ``nm``: ``NAME.nm_values`` and ``NAME.nm_indices``, as :mod:`leanstep.sparsity.compressed` defines them.
+* ``bitmask``: ``NAME_values`` (nnz,), row after row; ``NAME_mask`` (rows, ceil(in / 32)) int32, bit j of word k for
+  column 32 k + j; ``NAME_offsets`` (rows + 1,) int64, where each row begins in the values. Values of int8 have
+  ``NAME_scales`` (rows,) fp32: weight = code * scale.
+* ``nm``: ``NAME_nm_values`` and ``NAME_nm_indices``, as :mod:`leanstep.sparsity.compressed` defines them.
 
 A negative zero is stored as a value, so weights come back bit for bit, unless they were quantised.
 """
@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from leanstep.kernels import bitmask_pack, bitmask_quantize, bitmask_unpack, bitmask_validate
 from leanstep.sparsity.compressed import check_nm, compressed_bytes, nm_sizes, pack_nm, smallest_layout, unpack_nm
-from leanstep.sparsity.inference._ops import bitmask_pack, bitmask_quantize, bitmask_unpack, bitmask_validate
 from leanstep.sparsity.patterns import NM
 
 # safetensors' names of the dtypes that tensors of a checkpoint have
@@ -85,7 +85,8 @@ class Form(NamedTuple):
         """The form of an entry. Raises ValueError for one that :meth:`to_json` does not write."""
         if not isinstance(entry, dict):
             raise ValueError(f"expected an object, got {entry!r}")
-        shape, dtype, stored = entry.get("shape"), entry.get("dtype"), entry.get("stored")
+        shape: Any = entry.get("shape")
+        dtype, stored = entry.get("dtype"), entry.get("stored")
         sizes = isinstance(shape, list) and all(type(size) is int and 0 < size < _MOST for size in shape)
         if not sizes or len(shape) not in (2, 3) or math.prod(shape) >= _MOST:
             raise ValueError(f"expected a shape of two or three dimensions, got {shape!r}")
@@ -117,6 +118,11 @@ class Form(NamedTuple):
             "scales": ("F32", (rows,)),
         }
         return {part: shapes[part] for part in self.parts}
+
+
+def part_name(name: str, part: str) -> str:
+    """Name under which a part of a weight is stored."""
+    return f"{name}_{part}"
 
 
 def smallest_form(weight: Tensor, *, int8: bool = False) -> Form | None:

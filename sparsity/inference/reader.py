@@ -10,7 +10,7 @@ from torch import Tensor
 from leanstep._checkpoint import TensorFile, check_folder, index_files
 from leanstep._files import one_line
 from leanstep.sparsity.inference.manifest import KEY, Manifest, checksum
-from leanstep.sparsity.inference.matrices import Form, check_parts, decompress
+from leanstep.sparsity.inference.matrices import Form, check_parts, decompress, part_name
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -90,7 +90,7 @@ class SparseFiles:
 
     def stored(self, path: Path) -> Iterator[tuple[str, Tensor]]:
         """The dense tensors of a file: weights whose first part it has, other tensors, and names tied to them."""
-        first = {f"{name}.{form.parts[0]}": name for name, form in self.manifest.matrices.items()}
+        first = {part_name(name, form.parts[0]): name for name, form in self.manifest.matrices.items()}
         parts = self.manifest.part_names()
         for stored in self._files[path].names:
             name = first.get(stored, "" if stored in parts else stored)
@@ -104,6 +104,10 @@ class SparseFiles:
         """Metadata of one file, as it was before the manifest was added."""
         return {key: text for key, text in self._files[path].metadata.items() if not key.startswith(KEY)}
 
+    def part(self, name: str, part: str) -> Tensor:
+        """One part of a weight, as stored."""
+        return self._tensor(part_name(name, part))
+
     def tensor(self, name: str) -> Tensor:
         """One dense tensor or weight, or a tied one."""
         name = self.manifest.tied.get(name, name)
@@ -112,9 +116,9 @@ class SparseFiles:
 
     def _checked(self, name: str, read: object, form: Form) -> Tensor:
         try:
-            return read(form, {part: self._tensor(f"{name}.{part}") for part in form.parts})  # type: ignore[operator]
+            return read(form, {part: self._tensor(part_name(name, part)) for part in form.parts})  # type: ignore[operator]
         except ValueError as error:
-            where = self._owners[f"{name}.{form.parts[0]}"].path
+            where = self._owners[part_name(name, form.parts[0])].path
             text = str(error)
             raise ValueError(text if str(where) in text else f"{where}: {one_line(name)}: {text}") from None
 

@@ -39,6 +39,7 @@ def outcomes(tmp_path_factory, request):
     return found
 
 
+@pytest.mark.sample(16)
 @pytest.mark.parametrize(
     ("name", "size"), [pytest.param(c.name, size, id=f"{c.name}-{size}") for c in CASES.values() for size in c.worlds]
 )

@@ -191,3 +191,36 @@ def a_model_sharded_across_its_groups_is_refused(world: World) -> None:
     attached.attach(optimizer)
     steps(other, optimizer, part(world), 2)
     assert is_nm(attached.layers[0].transform.mask.float().T, "1:4")
+
+
+class Experts(nn.Module):
+    """Three experts in one tensor, each (4, 8), of which every process has some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up_proj = nn.Parameter(torch.randn(3, 4, 8) / 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([nn.functional.linear(x, self.up_proj[index]) for index in range(3)]).sum(0)
+
+
+@case(*WORLDS)
+def sharded_experts_equal_one_process(world: World) -> None:
+    def trained(sharded: bool) -> Any:
+        net = nn.Sequential(Experts())
+        controller = sparsify(net, "2:4", **OPTIONS)
+        assert [(layer.name, layer.dim) for layer in controller.layers] == [("0.up_proj", 2)]
+        if sharded:
+            shard(net, world.size)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.3)
+        controller.attach(optimizer)
+        inputs, targets = batch()
+        rows = len(inputs) // world.size * world.size
+        steps(net, optimizer, part(world) if sharded else (inputs[:rows], targets[:rows]), 6)
+        return controller
+
+    (layer,), (its_layer,) = trained(True).layers, trained(False).layers
+    everyone_has(layer.transform.mask.view(torch.uint8), world.size)
+    assert torch.equal(layer.transform.mask, its_layer.transform.mask)
+    torch.testing.assert_close(layer.weight.full_tensor(), its_layer.weight, rtol=1e-4, atol=1e-6)

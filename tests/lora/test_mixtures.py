@@ -33,7 +33,7 @@ def test_the_names_that_peft_replaces(name):
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-@pytest.mark.filterwarnings("ignore:apply_lora. 'all-linear' leaves out.*(narrower|returns a tuple)")
+@pytest.mark.filterwarnings("ignore:apply_lora. 'all-linear' leaves out.*(narrower|returns a tuple|skip the adapter)")
 def test_fused_experts_without_adapters_are_told(name):
     model = make(name)
     message = r"'all-linear' leaves out model.layers.*experts.* of the weights\): fused experts have no adapters here"
@@ -95,3 +95,17 @@ def test_adapters_load_where_a_model_embeds_no_tokens(name, tmp_path):
     loaded = load_adapter(make(name), tmp_path)
     ours = dict(model.named_parameters())
     assert all(torch.equal(value, ours[key]) for key, value in loaded.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "left_out"),
+    [("mamba", {"x_proj", "dt_proj", "out_proj"}), ("mamba2", {"out_proj"}), ("jamba", {"dt_proj"})],
+)
+def test_layers_whose_weight_a_mixer_reads_itself_are_left_out(name, left_out):
+    model = make(name).train()
+    with pytest.warns(UserWarning) as caught:
+        apply_lora(model, LoraConfig(r=1, target_modules="all-linear", init_lora_weights=False))
+    told = [str(w.message) for w in caught if "would skip the adapter" in str(w.message)]
+    assert {text.split(": ")[1].rpartition(".")[2] for text in told} == left_out
+    model(tokens()).logits.square().sum().backward()
+    assert all(layer.lora_A.weight.grad is not None for _, layer in adapted_layers(model))

@@ -2,9 +2,13 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
+import transformers
+from architectures import CAUSAL
+from pruned_models import VOCABULARY
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -454,7 +458,33 @@ def test_a_model_of_which_nothing_can_be_measured_is_said_to_be_one():
     with NormMonitor(model) as monitor:
         model(input_ids=IDS, labels=IDS)
         monitor.arm()
-        message = "no attention layer of T5ForConditionalGeneration could be measured: position_bias"
+        message = "no attention layer of T5ForConditionalGeneration could be measured: a bias by position"
         with pytest.warns(UserWarning, match=message):
             model(input_ids=IDS, labels=IDS)
-        assert monitor.report() == [] and set(monitor.skipped.values()) == {"position_bias"}
+        assert monitor.report() == [] and set(monitor.skipped.values()) == {"a bias by position (position_bias)"}
+
+
+REASONS = {
+    "falcon": ({}, "its attention was not called by name"),
+    "gpt_oss": ({}, "attention sinks"),
+    "mistral": ({"sliding_window": 4}, "a mask that is neither causal nor padding: windows"),
+    "gemma3": ({"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}, "windows"),
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_every_layer_is_measured_or_has_a_reason(name):
+    class_name, settings = CAUSAL[name]
+    changes, reason = REASONS[name]
+    model_class = getattr(transformers, class_name)
+    model = model_class(model_class.config_class(**settings, **changes)).eval()
+    ids = torch.randint(VOCABULARY, (1, 12))
+    with warnings.catch_warnings(record=True) as caught, NormMonitor(model) as monitor:
+        warnings.simplefilter("always")
+        monitor.arm()
+        model(ids)
+        measured, layers = {row.layer for row in monitor.report()}, set(monitor.layers().keys())
+        assert measured | set(monitor.skipped) == layers and not measured & set(monitor.skipped)
+        assert all(reason in text for text in monitor.skipped.values()) and monitor.skipped
+    told = [str(w.message) for w in caught if "NormMonitor: no attention layer" in str(w.message)]
+    assert len(told) == (not measured) and all(reason in text for text in told)

@@ -5,7 +5,11 @@ import copy
 import peft
 import pytest
 import torch
+import transformers
 from lora_models import LLAMA_TARGETS, randomise, tiny_gpt2, tiny_llama, tokens
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 from leanstep.lora import LoraConfig, accelerate_peft, apply_lora, load_adapter, lora_groups, merge, remove_lora
 from leanstep.optimizers import LANTON, MFAC, Lion, SinkGD, param_groups
@@ -144,3 +148,25 @@ def test_factors_are_matrices_and_no_warning_says_that_they_may_be_embeddings(op
     model = apply_lora(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
     with pytest.warns(UserWarning, match=r": 1 parameters of two or more dimensions .* Embeddings and heads"):
         optimizer(lora_groups(model))
+
+
+@pytest.mark.filterwarnings("ignore")  # of trl, datasets and transformers
+def test_dpo_takes_the_model_at_its_start_as_the_reference(tmp_path):
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "<eos>", *"abcdefgh"])}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+    rows = [{"prompt": "a b ", "chosen": "c d", "rejected": "e f"}] * 8
+    settings = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}
+    quiet = {"report_to": [], "use_cpu": True, "bf16": False, "save_strategy": "no", "disable_tqdm": True}
+    # a model made from a config has no name, by which TRL would load a second model as the reference
+    arguments = trl.DPOConfig(str(tmp_path), precompute_ref_log_probs=True, **settings, **quiet)
+    model = apply_lora(tiny_llama(), LoraConfig(r=4, target_modules="all-linear"))
+    trainer = trl.DPOTrainer(
+        model, args=arguments, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer
+    )
+    trainer.train()
+    margins = [row["rewards/margins"] for row in trainer.state.log_history if "rewards/margins" in row]
+    assert abs(margins[0]) < 1e-4 < margins[-1]

@@ -32,7 +32,12 @@ def v2(limit: object, current: int, cache: int = 0) -> dict[str, str]:
 
 def test_without_limits_it_is_what_the_machine_has(cgroups):
     cgroups("0::/user\n", {"user": v2("max", 5 * MIB)})
-    assert abs(free_memory("cpu") - psutil.virtual_memory().available) < 512 * MIB
+    before = psutil.virtual_memory()
+    free = free_memory("cpu")
+    after = psutil.virtual_memory()
+    # other processes take and give memory between the readings
+    margin = before.total // 8
+    assert min(before.available, after.available) - margin < free < max(before.available, after.available) + margin
 
 
 def test_a_limit_of_the_process_counts_and_its_page_cache_is_free(cgroups):

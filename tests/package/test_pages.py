@@ -13,6 +13,8 @@ from documentation import PAGES, ROOT, blocks, command_lines, leanstep_arguments
 from leanstep import cli
 from leanstep.recipes import evaluate
 from leanstep.recipes.config import loader
+from leanstep.recipes.sweep import command as sweep_command
+from leanstep.recipes.sweep.grid import make_plan
 
 PROGRAMS = [(page, number, code) for page in PAGES for number, code in enumerate(programs(page))]
 COMMANDS = list(dict.fromkeys(line for page in PAGES for line in command_lines(page)))
@@ -96,6 +98,12 @@ def test_eval_commands_parse(arguments):
 def test_recipes_and_overrides_are_valid(arguments):
     options, overrides = parse(arguments)
     loader.load(options.recipe, overrides, world_size=options.nproc)
+
+
+@pytest.mark.parametrize("arguments", [a for a in LEANSTEP if a[0] == "sweep"], ids=" ".join)
+def test_sweeps_are_valid(arguments):
+    options = sweep_command.parser().parse_args(arguments[1:])
+    assert len(make_plan(options.recipe, options.values, options.out).runs) > 1
 
 
 def test_modules_and_recipes_of_other_launchers_exist():

@@ -23,9 +23,10 @@ def loss_at(run, start, x0=1, y0=0):
     return 0.1 + (x - x0) ** 2 + 0.5 * (y - y0) ** 2
 
 
-def finish(parts, cell, loss):
+def finish(parts, cell, loss, **settings):
     done = {}
-    while (state := parts.search.plan(cell, done, **SETTINGS)).missing:
+    while (state := parts.search.plan(cell, done, **SETTINGS | settings)).missing:
+        assert not done.keys() & set(state.missing)
         done |= {run: {"accuracy": 0.9, "loss": loss(run)} for run in state.missing}
     return state, done
 
@@ -48,6 +49,26 @@ def test_a_best_on_the_edge_gets_no_row(parts):
     start = parts.search.STARTS[cell.method]
     state, done = finish(parts, cell, lambda run: loss_at(run, start, x0=8))
     assert state.on_edge and not state.missing and all(run.kind == "tune" for run in done)
+
+
+def test_a_search_may_go_as_far_as_its_budget_reaches(parts):
+    cell = parts.search.CELLS[1]
+    start = parts.search.STARTS[cell.method]
+    state, done = finish(parts, cell, lambda run: loss_at(run, start, x0=0, y0=-30), budget=60)
+    assert state.on_edge and len(done) == 60
+    assert min(run.second for run in done) < start[1] / 2**9
+
+
+def test_an_equal_loss_inside_is_preferred_to_one_on_the_edge(parts):
+    """Less than a step at the target is none: from there on, the second setting changes nothing."""
+    cell = parts.search.CELLS[3]
+    start = parts.search.STARTS[cell.method]
+
+    def loss(run):
+        return 0.1 + math.log2(run.rate / start[0]) ** 2 + max(math.log2(run.second / start[1]), -1)
+
+    state, _ = finish(parts, cell, loss)
+    assert not state.on_edge and state.chosen.rate == start[0] and state.chosen.second < start[1]
 
 
 def test_runs_are_reproducible_and_a_file_of_other_settings_is_refused(parts, tmp_path):

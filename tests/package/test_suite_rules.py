@@ -59,18 +59,16 @@ def test_caches_belong_to_the_run():
 """
 
 
-@pytest.fixture(scope="module")
-def outcome(tmp_path_factory) -> dict[str, str]:
-    """Run the small suite; return what pytest said of each test, and everything it said."""
-    root = tmp_path_factory.mktemp("small suite")
-    (root / "tests").mkdir()
+def run_suite(root: Path, text: str, *arguments: str) -> dict[str, str]:
+    """Run a suite of one file; return what pytest said of each test, and everything it said."""
+    (root / "tests").mkdir(parents=True)
     shutil.copy(TESTS.parent / "pyproject.toml", root)
     shutil.copy(TESTS / "conftest.py", root / "tests")
     shutil.copytree(TESTS / "helpers", root / "tests" / "helpers")
-    (root / "tests" / "test_small.py").write_text(SMALL_SUITE)
+    (root / "tests" / "test_small.py").write_text(text)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-rA"]
+    command = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-rA", *arguments]
     run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     said = {}
     for line in run.stdout.splitlines():
@@ -78,6 +76,11 @@ def outcome(tmp_path_factory) -> dict[str, str]:
         if word in {"PASSED", "FAILED", "ERROR", "SKIPPED"} and "::" in rest:
             said[rest.split("::")[1].split(" - ")[0]] = word
     return said | {"output": run.stdout + run.stderr}
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory) -> dict[str, str]:
+    return run_suite(tmp_path_factory.mktemp("small suite"), SMALL_SUITE)
 
 
 def test_interpreter_tests_are_reported_one_by_one(outcome):
@@ -103,3 +106,42 @@ def test_the_network_is_refused_even_if_the_error_is_caught(outcome):
 def test_uninitialised_memory_and_caches(outcome):
     for name in ("test_dirty_memory", "test_dirty_memory_is_over", "test_caches_belong_to_the_run"):
         assert outcome[name] == "PASSED", outcome["output"]
+
+
+SAMPLED_SUITE = """
+import pytest
+
+@pytest.mark.parametrize("case", range(30))
+def test_cases(case):
+    pass
+
+@pytest.mark.sample(7)
+@pytest.mark.parametrize("case", range(30))
+def test_sampled(case):
+    pass
+
+@pytest.mark.slow
+def test_slow():
+    pass
+
+def test_plain():
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "counts"),
+    [
+        ([], (2, 7, 0, 1)),
+        (["-n", "1"], (2, 7, 0, 1)),
+        (["-n", "0", "-m", "slow or not slow"], (30, 30, 1, 1)),
+        (["tests/test_small.py"], (30, 30, 1, 1)),
+        (["-n", "0", "-k", "cases"], (30, 0, 0, 0)),
+    ],
+    ids=["nothing named", "one worker", "everything", "a file", "a keyword"],
+)
+def test_a_run_of_nothing_named_takes_a_sample_of_every_test(tmp_path, arguments, counts):
+    outcomes = run_suite(tmp_path, SAMPLED_SUITE, *arguments)
+    names = [name.split("[")[0] for name in outcomes if name.startswith("test_")]
+    assert tuple(names.count(f"test_{name}") for name in ("cases", "sampled", "slow", "plain")) == counts
+    assert run_suite(tmp_path / "again", SAMPLED_SUITE, *arguments).keys() == outcomes.keys()

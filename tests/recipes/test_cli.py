@@ -47,6 +47,7 @@ LIGHT = {
     "list": (["recipes", "list"], 0, "llama-nano-sinkgd"),
     "show": (["recipes", "show", "llama-60m"], 0, "# llama-60m-sinkgd"),
     "show changed": (["recipes", "show", "llama-60m", "steps=7"], 0, "steps: 7"),
+    "sweep": (["sweep", "llama-nano-lion", "seed=0,1", "--dry-run"], 0, "2 runs of llama-nano-lion"),
     "typo in a recipe": (["train", "llama-nano-lion", "stepz=3"], 2, ""),
     "typo in check": (["check", "llama-nano-lion", "optimizer.args.beta=1"], 2, ""),
     "no such recipe": (["train", "llama-nano-lio"], 2, ""),

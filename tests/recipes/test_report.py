@@ -8,11 +8,11 @@ import random
 import re
 import shutil
 import xml.etree.ElementTree as ElementTree
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import yaml
+from report_pages import Page
 from run_folders import write_run
 
 from leanstep import cli
@@ -20,36 +20,6 @@ from leanstep._charts import Events, Series, chart, compact, smooth
 from leanstep.recipes.report.report import MOST_BYTES, write_report
 from leanstep.recipes.report.runlog import duration, read_run
 from leanstep.recipes.training.folder import RunFolder
-
-VOID = {"meta", "br"}
-
-
-class Page(HTMLParser):
-    """Checks that tags are balanced, and collects text, tags and attributes."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.open, self.tags, self.attributes, self.text = [], [], [], ""
-        self.feed(html)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if "style" not in self.open:
-            self.text += data
 
 
 def report(tmp_path, *folders):

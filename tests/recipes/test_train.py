@@ -21,7 +21,7 @@ from leanstep.recipes.data.batches import MicroBatches, count_targets
 from leanstep.recipes.data.sequences import as_sequence, shuffled
 from leanstep.recipes.training.build import schedule_factor
 from leanstep.recipes.training.folder import RunFolder
-from leanstep.recipes.training.formatting import flat_scalars, format_duration, format_line, format_rate
+from leanstep.recipes.training.formatting import flat_scalars, format_duration, format_line, format_live, format_rate
 from leanstep.recipes.training.logger import Clock, Progress
 from leanstep.recipes.training.samples import held_out_prompts, sample
 from leanstep.recipes.training.saver import compare
@@ -426,6 +426,16 @@ def test_the_live_line_follows_every_step(tmp_path, capsys):
     assert (tmp_path / "train.log").read_text() == "step 1/10  loss 4.0000\n[brackets] are not markup\n"
     printed = capsys.readouterr().out
     assert "[brackets] are not markup" in printed and "step 2/10  loss 3.9000" in printed
+
+
+def test_loss_rate_and_time_left_fit_beside_the_bar(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    entry = {"step": 123456, "loss": 4.0, "lr": 1e-3, "grad_norm": 1.25, "tokens_per_s": 123456.7, "mfu": 0.4}
+    with Progress(RunFolder(tmp_path), 200000, active=True, live=True) as progress:
+        facts = entry, 200000, 3 * 86400.0, []
+        progress.line(123456, format_line(*facts), is_logged=False, live=format_live(*facts))
+    printed = capsys.readouterr().out
+    assert "123456/200000  loss 4.0000  123.5k tok/s  eta 3d 0:00:00" in printed
 
 
 def test_other_processes_are_silent(tmp_path, capsys):

@@ -1,0 +1,1 @@
+"""Sweeps: a grid of runs of one recipe, their ledger, and their results."""

@@ -1,0 +1,157 @@
+"""A linear layer whose weight stays compressed in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from leanstep.kernels import bitmask_linear, bitmask_pack, bitmask_unpack, bitmask_validate
+from leanstep.sparsity.inference.matrices import DTYPE_NAMES, Form
+
+
+class CompressedWeight(Tensor):
+    """Stands for the weight of a :class:`SparseLinear`: its shape, dtype and device, without storage.
+
+    Code that asks for a layer's dtype or device gets an answer. An operation that reads the weight gets a dense copy,
+    and one that would change it raises TypeError.
+    """
+
+    _is_hf_initialized: bool
+    _layer: SparseLinear
+
+    @staticmethod
+    def __new__(cls, layer: SparseLinear, dtype: torch.dtype) -> CompressedWeight:
+        """The weight of a layer."""
+        shape, device = (layer.out_features, layer.in_features), layer.weight_mask.device
+        weight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        weight._layer = layer
+        # transformers initialises the weights that it did not load
+        weight._is_hf_initialized = True
+        return weight
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"CompressedWeight({tuple(self.shape)}, {self.dtype}, {self.device})"
+
+    @property
+    def data(self) -> CompressedWeight:
+        """The weight itself, which is constant."""
+        return self
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise TypeError(_constant("data"))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        if func._schema.is_mutable:
+            raise TypeError(_constant(func))
+        args, kwargs = tree_map_only(cls, lambda weight: weight._layer.dense_weight(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _constant(operation: object) -> str:
+    return (
+        f"{operation}: the weight of a SparseLinear is compressed and cannot be changed; `leanstep export --format "
+        "dense` writes a folder with dense weights"
+    )
+
+
+class SparseLinear(nn.Linear):
+    """``x W^T + bias`` of a constant weight that is stored as a bit mask and its nonzeros.
+
+    Buffers: ``weight_values`` (nnz,), ``weight_mask`` (out, ceil(in / 32)) int32, ``weight_offsets`` (out + 1,) int64,
+    and, for int8 values, ``weight_scales`` (out,) fp32. ``leanstep.sparsity.inference.matrices`` has their layout.
+    ``weight`` is a :class:`CompressedWeight`. Gradients flow to the input and the bias.
+
+    Args:
+        in_features, out_features: as for nn.Linear.
+        bias: (out,), or None.
+        dtype: of the weight and of the product; with int8 values, of the bias.
+        parts: the buffers without ``weight_``.
+
+    Notes:
+        Memory: the buffers. Products of many tokens expand one tile of the weight at a time.
+    """
+
+    weight_values: Tensor
+    weight_mask: Tensor
+    weight_offsets: Tensor
+    weight_scales: Tensor | None
+    _dtype: torch.dtype
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        parts: dict[str, Tensor],
+        dtype: torch.dtype,
+        bias: nn.Parameter | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self._dtype = in_features, out_features, dtype
+        for part in ("values", "mask", "offsets", "scales"):
+            self.register_buffer(f"weight_{part}", parts.get(part))
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def from_dense(cls, weight: Tensor, bias: nn.Parameter | None = None) -> SparseLinear:
+        """Compress a weight (out, in)."""
+        parts = dict(zip(("values", "mask", "offsets"), bitmask_pack(weight.detach()), strict=True))
+        return cls(weight.shape[1], weight.shape[0], parts=parts, dtype=weight.dtype, bias=bias)
+
+    @property
+    def weight(self) -> CompressedWeight:  # type: ignore[override]
+        """Shape, dtype and device of the weight; reading it makes a dense copy."""
+        return CompressedWeight(self, self._dtype)
+
+    def form(self) -> Form:
+        """How the weight is stored in a file."""
+        shape = (self.out_features, self.in_features)
+        return Form(shape, DTYPE_NAMES[self._dtype], int8=self.weight_scales is not None)
+
+    def validate(self) -> None:
+        """Raise ValueError for offsets, masks and scales that do not fit the values. Meta tensors pass."""
+        if not self.weight_values.is_meta:
+            parts = (self.weight_values, self.weight_mask, self.weight_offsets)
+            bitmask_validate(*parts, (self.out_features, self.in_features), self.weight_scales)
+
+    def dense_weight(self) -> Tensor:
+        """The dense weight (out, in), a copy."""
+        shape = (self.out_features, self.in_features)
+        if self.weight_mask.is_meta:
+            return torch.empty(shape, dtype=self._dtype, device="meta")
+        dtype = None if self.weight_scales is None else self._dtype
+        return bitmask_unpack(
+            self.weight_values, self.weight_mask, self.weight_offsets, shape, self.weight_scales, dtype
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out]."""
+        if self.weight_scales is None and torch.is_autocast_enabled(x.device.type):
+            # autocast does not know the operation; the values cannot be cast at every call
+            x = x.to(self._dtype)
+        return bitmask_linear(
+            x,
+            self.weight_values,
+            self.weight_mask,
+            self.weight_offsets,
+            self.in_features,
+            self.bias if self.bias is None else self.bias.to(x.dtype),
+            self.weight_scales,
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
+        scales = self.weight_scales
+        super()._apply(fn, recurse)
+        if scales is not None:
+            # the scales of int8 values stay fp32, and the layer follows the dtype that was asked for
+            self.weight_scales = scales.to(self.weight_mask.device)
+            self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
+        else:
+            self._dtype = self.weight_values.dtype
+        return self

@@ -1,0 +1,67 @@
+"""Open a sparse checkpoint as a model of transformers whose weights stay compressed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from leanstep._checkpoint import read_json, reason
+from leanstep._files import one_line
+from leanstep.sparsity.inference.export import QUANT_METHOD
+from leanstep.sparsity.inference.reader import weight_files
+
+
+def load_sparse(
+    folder: str | Path,
+    model_class: Any = None,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device_map: Any = "cpu",
+) -> nn.Module:
+    """Load a folder of :func:`~leanstep.sparsity.inference.export_folder` into a model of transformers.
+
+    Linear layers become :class:`~leanstep.sparsity.inference.SparseLinear`, which computes from the compressed weight.
+    Other sparse weights (embeddings, heads tied to them, experts) become dense. ``from_pretrained``
+    of the model's class loads the same after ``import leanstep``; this function also refuses missing weights.
+
+    Args:
+        folder: with sparse files.
+        model_class: a class of transformers; None: ``AutoModelForCausalLM``.
+        dtype: of the model; "auto": as stored. Values of another dtype are converted once.
+        device_map: as for ``from_pretrained``.
+
+    Returns:
+        The model, in evaluation mode. ``generate``, static and dynamic caches, batches and adapters work.
+
+    Raises:
+        ValueError: for a folder without sparse files, or a damaged or incomplete one; the message names the file or the
+            tensor.
+
+    Notes:
+        Memory: the stored values, one bit per weight and 8 bytes per row; and, while loading, one dense weight.
+    """
+    import transformers
+
+    folder = Path(folder).expanduser()
+    weight_files(folder)
+    try:
+        config = read_json(folder / "config.json")
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is no checkpoint: it has no config.json") from None
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if method != QUANT_METHOD:
+        raise ValueError(f"{folder} is no sparse checkpoint: quant_method in config.json is {one_line(method)}")
+    chosen = transformers.AutoModelForCausalLM if model_class is None else model_class
+    try:
+        model, info = chosen.from_pretrained(
+            str(folder), dtype=dtype, device_map=device_map, trust_remote_code=False, output_loading_info=True
+        )
+    except Exception as error:  # transformers and safetensors raise many types for a damaged file
+        raise ValueError(f"{folder} cannot be loaded: {reason(error)}") from error
+    missing = [*sorted(map(str, info["missing_keys"])), *sorted(str(row[0]) for row in info["mismatched_keys"])]
+    if missing:
+        raise ValueError(f"{folder}: the files lack the weight {one_line(missing[0])} of the model in config.json")
+    return model

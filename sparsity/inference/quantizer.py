@@ -1,0 +1,207 @@
+"""Loads sparse checkpoints by transformers' quantizer interface, weights compressed in memory.
+
+``from_pretrained`` of a folder whose config.json has ``quant_method: leanstep`` calls :class:`SparseQuantizer`. Before
+loading it checks the files and puts a :class:`~leanstep.sparsity.inference.linear.SparseLinear` where the model has a
+linear layer with a sparse weight. Other sparse weights (embeddings, tied heads, experts, convolutions) become dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import WeightConverter
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from leanstep._files import one_line
+from leanstep.sparsity.inference.conversion import Names, Restore, RestoreMerged
+from leanstep.sparsity.inference.export import QUANT_METHOD
+from leanstep.sparsity.inference.linear import SparseLinear
+from leanstep.sparsity.inference.manifest import Manifest
+from leanstep.sparsity.inference.matrices import DTYPES, Form, nonzero_bits, part_name
+from leanstep.sparsity.inference.reader import SparseFiles
+
+
+class SparseConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` of a sparse checkpoint; the manifest in the weight files says the rest."""
+
+    def __init__(self, quant_method: str = QUANT_METHOD, **unknown: Any) -> None:
+        if unknown:
+            raise ValueError(
+                f"quantization_config of {QUANT_METHOD} has the entry {one_line(next(iter(unknown)))!r}, expected "
+                "quant_method alone: the folder was written by another version"
+            )
+        self.quant_method = quant_method
+
+
+class SparseQuantizer(HfQuantizer):
+    """Replaces linear layers by compressed ones, and restores other weights."""
+
+    requires_calibration = True
+    quantization_config: SparseConfig
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.manifest = Manifest()
+        # stored names of the weights that were built so far
+        self.restored: set[str] = set()
+        # stored name -> compressed layer; stored name -> parameter; parameter -> dtype
+        self.layers: dict[str, SparseLinear] = {}
+        self.targets: dict[str, str] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self.merged: dict[str, dict[str, list[str]]] = {}
+        self.converters: list[WeightConverter] = []
+        self.has_transposed = False
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> nn.Module:
+        if not checkpoint_files:
+            raise ValueError(f"a model of quant_method {QUANT_METHOD} loads from its folder, not from a state dict")
+        ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+        names = Names(model)
+        self.dtypes = {name: parameter.dtype for name, parameter in model.named_parameters(remove_duplicate=False)}
+        with SparseFiles(map(Path, checkpoint_files)) as files:
+            files.check_content()
+            self.manifest = files.manifest
+            self.merged = names.merged([*self.manifest.matrices, *files.dense_names()])
+            for name, form in self.manifest.matrices.items():
+                target, pattern = names.target(name)
+                self.targets[name] = target
+                if pattern is not None:
+                    continue
+                layer = None
+                owner = target.rpartition(".")[0]
+                linear: Any = model.get_submodule(owner)
+                shape = tuple(model.get_parameter(target).shape)
+                if shape != form.shape:
+                    raise ValueError(
+                        f"the weights do not fit config.json: {one_line(name)} is {form.shape}, expected {shape}"
+                    )
+                if _is_plain_linear(linear) and target not in {*ties.keys(), *ties.values()}:
+                    layer = self.layers[name] = _empty(linear, form, _nonzeros(files, name, form))
+                    _set_module(model, owner, layer)
+                if layer is None or form.pattern is not None:
+                    self.converters.append(self._converter(names, name, layer))
+        return model
+
+    def _converter(self, names: Names, name: str, layer: SparseLinear | None) -> WeightConverter:
+        form, stem = self.manifest.matrices[name], names.renamed(name)
+        sources = [f"^{names.renamed(part_name(name, part))}" for part in form.parts]
+        targets = [stem] if layer is None else [part_name(stem, part) for part in ("values", "mask", "offsets")]
+        operation = Restore(name, form, self.dtypes[self.targets[name]], layer, self.restored)
+        return WeightConverter(sources, targets, [operation])
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        """Add the converters of stored weights, and let those of the model merge such weights."""
+        merged_patterns = {pattern for group in self.merged.values() for pattern in group}
+        updated = []
+        for converter in weight_conversions:
+            if isinstance(converter, WeightConverter) and merged_patterns & set(converter.source_patterns):
+                patterns = list(converter._original_source_patterns)
+                operation = RestoreMerged(self.manifest.matrices, self.merged, patterns, self.dtypes, self.restored)
+                operations = [operation, *converter.operations]
+                targets = list(converter._original_target_patterns)
+                converter = converter.copy(RestoreMerged.extended(patterns), targets, operations=operations)
+            updated.append(converter)
+        return [*self.converters, *updated]
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        own = {id(converter) for converter in self.converters}
+        conversions = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [conversion for conversion in conversions if id(conversion) not in own]  # type: ignore[assignment]
+        lost = sorted(self.targets.keys() - self.layers.keys() - self.restored)
+        lost += [name for name, layer in self.layers.items() if not _is_loaded(layer)]
+        if lost:
+            raise ValueError(f"the weight {one_line(lost[0])} was not loaded: this architecture renames it")
+        for alias, name in self.manifest.tied.items():
+            if model.get_parameter(alias) is not model.get_parameter(name):
+                raise ValueError(f"{alias} is stored as tied to {name}, and the model of config.json does not tie them")
+        dense = [self.targets[name] for name in self.restored - self.layers.keys()]
+        self.has_transposed = _compress_conv1d(model, dense)
+        return model
+
+    def is_serializable(self) -> bool:
+        """Whether save_pretrained can write the model."""
+        return not self.has_transposed
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The tensors to save, and their manifest. Raises ValueError for an architecture that renames weights."""
+        from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+        if getattr(model, "_weight_conversions", None):
+            raise ValueError(
+                "save_pretrained: this architecture renames its weights on loading, which a sparse folder cannot "
+                "record; copy the folder that it was loaded from"
+            )
+        state = remove_tied_weights_from_state_dict(model.state_dict(), model)
+        manifest = Manifest()
+        for name, module in model.named_modules():
+            if isinstance(module, SparseLinear):
+                manifest.matrices[f"{name}.weight"] = module.form()
+        manifest.add({name: tensor.cpu() for name, tensor in state.items()})
+        return state, manifest.to_metadata()
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters can be trained on top; the compressed weights cannot."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether torch.compile traces the model."""
+        return True
+
+
+def _nonzeros(files: SparseFiles, name: str, form: Form) -> int:
+    """Number of values of the weight's bit mask."""
+    if form.pattern is None:
+        return files.manifest.tensors[part_name(name, "values")].shape[0]
+    return int(nonzero_bits(files.part(name, "nm_values")).count_nonzero())
+
+
+def _empty(linear: nn.Linear, form: Form, nnz: int) -> SparseLinear:
+    """A compressed layer in place of a linear one, without values yet."""
+    dtype = linear.weight.dtype
+    shapes = form._replace(pattern=None).part_shapes(nnz)
+    with torch.device("meta"):
+        parts = {part: torch.empty(shape, dtype=DTYPES[name]) for part, (name, shape) in shapes.items()}
+        if not form.int8:
+            parts["values"] = parts["values"].to(dtype)
+    return SparseLinear(linear.in_features, linear.out_features, parts=parts, dtype=dtype, bias=linear.bias)
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module computes x W^T + b and nothing else."""
+    falcon = type(module).__name__ == "FalconLinear" and type(module).__module__.startswith("transformers.")
+    return type(module) is nn.Linear or falcon
+
+
+def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def _is_loaded(layer: SparseLinear) -> bool:
+    """Whether a layer's offsets and mask are those of its values; they are not where memory was never written."""
+    try:
+        layer.validate()
+    except ValueError:
+        return False
+    return True
+
+
+def _compress_conv1d(model: nn.Module, weights: Iterable[str]) -> bool:
+    """Replace transformers' Conv1D layers, whose weights were restored, by compressed ones; whether there were any."""
+    owners = [name.rpartition(".")[0] for name in weights]
+    chosen = [name for name in owners if type(model.get_submodule(name)) is Conv1D]
+    for name in chosen:
+        layer: Any = model.get_submodule(name)
+        if not layer.weight.is_meta:
+            _set_module(model, name, SparseLinear.from_dense(layer.weight.t().contiguous(), layer.bias))
+    return bool(chosen)

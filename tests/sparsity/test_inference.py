@@ -1,0 +1,264 @@
+"""Sparse checkpoints as models of transformers: compressed in memory, the same logits, generation, adapters."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from architectures import CAUSAL, make
+from pruned_models import make_gpt2, make_llama, tokens
+from safetensors.torch import load_file, save_file
+from sparse_folders import config, save_sparse
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import leanstep  # noqa: F401
+from leanstep.lora import LoraConfig, apply_lora, merge
+from leanstep.sparsity import load_sparse
+from leanstep.sparsity.inference import SparseLinear, export_folder
+from leanstep.sparsity.inference.manifest import Manifest
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A dense folder and its sparse ones, by name."""
+    root = tmp_path_factory.mktemp("sparse")
+    model = make_llama(hidden_size=64, intermediate_size=96)
+    save_sparse(root / "dense", model, dtype=torch.float32)
+    export_folder(root / "dense", root / "sparse")
+    export_folder(root / "dense", root / "int8", values="int8")
+    save_sparse(root / "dense nm", make_llama(hidden_size=64, intermediate_size=96), pattern="1:8")
+    export_folder(root / "dense nm", root / "nm")
+    return root
+
+
+def logits(model, length=16):
+    with torch.no_grad():
+        return model(tokens(3, length)).logits
+
+
+def compressed(model):
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseLinear)}
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_every_architecture_computes_what_the_dense_model_does(name, tmp_path):
+    """In fp32 products differ by the order of their sums: a hundred roundings at most."""
+    save_sparse(tmp_path / "dense", make(name), dtype=torch.float32)
+    export_folder(tmp_path / "dense", tmp_path / "sparse")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    sparse = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
+    expected = logits(dense)
+    assert compressed(sparse)
+    assert float((logits(sparse) - expected).abs().max()) <= 100 * 2**-24 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("kind", ["sparse", "nm"])
+def test_weights_stay_compressed_in_memory(folders, kind):
+    sparse = load_sparse(folders / kind)
+    dense = AutoModelForCausalLM.from_pretrained(folders / ("dense nm" if kind == "nm" else "dense"))
+    linears = {name for name, layer in dense.named_modules() if isinstance(layer, nn.Linear)}
+    assert set(compressed(sparse)) == linears
+    assert not [name for name, _ in sparse.named_parameters() if name.removesuffix(".weight") in linears]
+    weights = sum(dense.get_submodule(name).weight.nbytes for name in linears)
+    stored = sum(b.nbytes for layer in compressed(sparse).values() for b in layer.buffers())
+    # of four bytes, 0.3 remain and one bit; of two, one eighth; and eight bytes per row
+    assert stored < (0.3 + 1 / 32 if kind == "sparse" else 1 / 8 + 1 / 16) * weights * 1.05 + 8 * 2000
+    for name, layer in compressed(sparse).items():
+        assert torch.equal(layer.dense_weight(), dense.get_submodule(name).weight)
+
+
+@pytest.mark.parametrize("settings", [{}, {"cache_implementation": "static"}, {"use_cache": False}], ids=str)
+def test_generation_is_that_of_the_dense_model(folders, settings):
+    sparse, dense = load_sparse(folders / "sparse"), AutoModelForCausalLM.from_pretrained(folders / "dense")
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **settings}
+    assert torch.equal(sparse.generate(tokens(2, 5), **settings), dense.generate(tokens(2, 5), **settings))
+
+
+def test_int8_values_compute_what_their_dense_weights_do(folders, tmp_path):
+    export_folder(folders / "int8", tmp_path / "back", format="dense")
+    sparse = load_sparse(folders / "int8")
+    expected = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "back"))
+    assert all(layer.weight_scales is not None for layer in compressed(sparse).values())
+    assert float((logits(sparse) - expected).abs().max()) <= 1000 * 2**-24 * float(expected.abs().max())
+    # the scales stay fp32 where the rest is cast
+    cast = copy.deepcopy(sparse).to(torch.bfloat16)
+    layer = next(iter(compressed(cast).values()))
+    assert layer.weight_scales.dtype == torch.float32 and layer.weight.dtype == torch.bfloat16
+    assert logits(cast).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_model_loads_in_another_dtype(folders, dtype):
+    sparse = load_sparse(folders / "sparse", dtype=dtype)
+    expected = AutoModelForCausalLM.from_pretrained(folders / "dense", dtype=dtype)
+    assert all(layer.weight.dtype == layer.weight_values.dtype == dtype for layer in compressed(sparse).values())
+    difference = (logits(sparse).double() - logits(expected).double()).abs().max()
+    assert float(difference) <= 50 * torch.finfo(dtype).eps * float(logits(expected).double().abs().max())
+
+
+def test_conv1d_layers_are_compressed_too(tmp_path):
+    save_sparse(tmp_path / "dense", make_gpt2(), dtype=torch.float32)
+    export_folder(tmp_path / "dense", tmp_path / "sparse")
+    sparse = load_sparse(tmp_path / "sparse")
+    assert len(compressed(sparse)) == 8
+    with pytest.raises(ValueError, match="not serializable"):
+        sparse.save_pretrained(tmp_path / "again")
+
+
+@pytest.mark.parametrize("kind", ["sparse", "int8", "nm"])
+def test_save_pretrained_writes_a_sparse_folder(folders, kind, tmp_path):
+    sparse = load_sparse(folders / kind)
+    sparse.save_pretrained(tmp_path, max_shard_size="20KB")
+    again = load_sparse(tmp_path)
+    assert torch.equal(logits(again), logits(sparse)) and len(compressed(again)) == len(compressed(sparse))
+
+
+def test_a_tied_head_is_dense_and_tied(tmp_path):
+    save_sparse(tmp_path / "dense", make_llama(tie_word_embeddings=True), dtype=torch.float32)
+    export_folder(tmp_path / "dense", tmp_path / "sparse")
+    sparse = load_sparse(tmp_path / "sparse")
+    assert sparse.lm_head.weight is sparse.model.embed_tokens.weight and "lm_head" not in compressed(sparse)
+    assert torch.equal(logits(sparse), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")))
+
+
+def test_adapters_train_on_top(folders):
+    """Their gradients are those on the dense model, and the base has none."""
+    gradients = []
+    for model in (load_sparse(folders / "sparse"), AutoModelForCausalLM.from_pretrained(folders / "dense")):
+        torch.manual_seed(0)
+        apply_lora(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
+        model(tokens(2), labels=tokens(2)).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    sparse, dense = gradients
+    assert sparse.keys() == dense.keys() and all("lora_" in name for name in sparse)
+    for name, gradient in dense.items():
+        torch.testing.assert_close(sparse[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_peft_adapters_train_on_top_and_do_not_merge(folders):
+    import peft
+
+    model = peft.get_peft_model(load_sparse(folders / "sparse"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    model(tokens(2), labels=tokens(2)).loss.backward()
+    trained = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+    assert trained and all("lora_" in name for name in trained)
+    with pytest.raises(TypeError, match="the weight of a SparseLinear is compressed and cannot be changed"):
+        model.merge_and_unload()
+
+
+def test_adapters_do_not_merge_into_a_compressed_weight(folders):
+    model = apply_lora(load_sparse(folders / "sparse"), LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="q_proj is a CompressedWeight, which cannot be changed"):
+        merge(model)
+
+
+def test_a_compressed_weight_can_be_read_and_not_changed(folders):
+    layer = next(iter(compressed(load_sparse(folders / "sparse")).values()))
+    assert layer.weight.shape == (64, 64) and not layer.weight.requires_grad
+    assert torch.equal(layer.weight.t() + 0, layer.dense_weight().t())
+    with pytest.raises(TypeError, match="cannot be changed"):
+        layer.weight.mul_(2)
+    with pytest.raises(TypeError, match="cannot be changed"):
+        layer.weight.data = torch.zeros(64, 64)
+
+
+def test_the_model_compiles_whole(folders):
+    model = load_sparse(folders / "sparse")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(logits(compiled), logits(model))
+
+
+def test_leanstep_registers_its_loader_before_and_after_transformers(folders):
+    """Without importing transformers itself."""
+    for first, second in (("transformers", "leanstep"), ("leanstep", "transformers")):
+        code = (
+            f"import {first}, {second}, sys; from transformers import AutoModelForCausalLM as A\n"
+            f"print(type(A.from_pretrained(sys.argv[1]).lm_head).__name__)"
+        )
+        run = subprocess.run(
+            [sys.executable, "-P", "-c", code, str(folders / "sparse")], capture_output=True, text=True, check=False
+        )
+        assert run.stdout.strip() == "SparseLinear", run.stderr
+
+
+def rewrite(folder, change, to):
+    """A copy of a sparse folder with other tensors and manifest, and right checksums."""
+    to.mkdir()
+    stored = load_file(folder / "model.safetensors")
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        manifest = Manifest.from_metadata(file.metadata())
+    change(stored, manifest)
+    manifest.tensors.clear()
+    manifest.add(stored)
+    save_file(stored, to / "model.safetensors", metadata={"format": "pt", **manifest.to_metadata()})
+    (to / "config.json").write_text((folder / "config.json").read_text())
+    return to
+
+
+def test_files_that_do_not_fit_are_refused(folders, tmp_path, caplog):
+    sparse = folders / "sparse"
+    name = "model.layers.0.mlp.up_proj.weight"
+
+    def drop_norm(stored, manifest):
+        del stored["model.norm.weight"]
+
+    def other_shape(stored, manifest):
+        stored[f"{name}_offsets"] = stored[f"{name}_offsets"][:-1].clone()
+        stored[f"{name}_mask"] = stored[f"{name}_mask"][:-1].clone()
+        stored[f"{name}_values"] = stored[f"{name}_values"][: int(stored[f"{name}_offsets"][-1])].clone()
+        manifest.matrices[name] = manifest.matrices[name]._replace(shape=(95, 64))
+
+    def rename(stored, manifest):
+        for part in ("values", "mask", "offsets"):
+            stored[f"model.norn.weight_{part}"] = stored.pop(f"{name}_{part}")
+        manifest.matrices["model.norn.weight"] = manifest.matrices.pop(name)
+
+    def flip(stored, manifest):
+        stored[f"{name}_mask"][3] ^= 1
+
+    cases = {
+        drop_norm: "lack the weight model.norm.weight",
+        other_shape: r"up_proj.weight is \(95, 64\), expected \(96, 64\)",
+        rename: "its model has no weight model.norn.weight",
+        flip: f"{name}: .*row 3",
+    }
+    for change, match in cases.items():
+        folder = rewrite(sparse, change, tmp_path / change.__name__)
+        with pytest.raises(ValueError, match=match):
+            load_sparse(folder)
+    for change in (other_shape, rename, flip):
+        with pytest.raises(ValueError, match=cases[change]):
+            AutoModelForCausalLM.from_pretrained(tmp_path / change.__name__)
+
+
+def test_other_folders_are_refused(folders, tmp_path):
+    with pytest.raises(ValueError, match="is no sparse checkpoint: quant_method in config.json is None"):
+        load_sparse(folders / "dense")
+    with pytest.raises(ValueError, match="is no folder"):
+        load_sparse(tmp_path / "nowhere")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "model.safetensors").write_bytes((folders / "sparse" / "model.safetensors").read_bytes())
+    settings = config(folders / "sparse")
+    settings["quantization_config"]["block"] = 3
+    (other / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="quantization_config of leanstep has the entry 'block'"):
+        load_sparse(other)
+    (other / "model.safetensors").write_bytes((folders / "dense" / "model.safetensors").read_bytes())
+    (other / "config.json").write_text((folders / "sparse" / "config.json").read_text())
+    with pytest.raises(ValueError, match="it has no manifest"):
+        load_sparse(other)
+    whole = (folders / "sparse" / "model.safetensors").read_bytes()
+    (other / "model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="is damaged"):
+        load_sparse(other)
