@@ -66,8 +66,8 @@ def _bench(options: argparse.Namespace) -> dict[str, Any]:
         rows.append((row, model, {"prompt": [], "generation": []}))
     for _ in range(options.repeats):
         for _, model, times in rows:
-            for kind, seconds in _turn(model, options).items():
-                times[kind].append(seconds)
+            for kind, elapsed in _turn(model, options).items():
+                times[kind].append(elapsed)
     tokens = {"prompt": options.prompt_tokens, "generation": options.new_tokens}
     for row, _, times in rows:
         for kind, seconds in times.items():
