@@ -57,7 +57,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "nm_mask": BACKENDS,
     "nm_apply": BACKENDS,
     "nm_matmul": BACKENDS,
-    "bitmask_linear": ("reference",),
+    "bitmask_linear": ("reference", "cpp"),
     "lora_dropout": BACKENDS,
     "lora_down": BACKENDS,
     "lora_down_backward": BACKENDS,
@@ -191,4 +191,13 @@ def backend_table() -> list[tuple[str, str, str, str]]:
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if accelerator is not None:
         devices.append(accelerator)
-    return [(op, str(device), *choose(op, device)) for device in devices for op in OPS]
+    return [(op, str(device), *_with_instructions(op, choose(op, device))) for device in devices for op in OPS]
+
+
+def _with_instructions(op: str, choice: Choice) -> Choice:
+    """Add the processor's instructions to the reason, for an op whose speed depends on them most."""
+    if op != "bitmask_linear" or choice.backend != "cpp":
+        return choice
+    from leanstep.kernels.cpp_impl.sparse.linear import instructions
+
+    return Choice(choice.backend, f"{choice.reason}, by {instructions()}")

@@ -142,13 +142,18 @@ def check_output(out: str | Path, needed: int = 0) -> Path:
     if not os.access(parent, os.W_OK):
         raise ValueError(f"{out} cannot be made: {parent} is not writable")
     remove_leftovers(out)
-    free = free_bytes(parent)
+    check_space(out, needed)
+    return out
+
+
+def check_space(out: Path, needed: int) -> None:
+    """Raise ValueError if the disk of a folder to write has less than ``needed`` bytes."""
+    free = free_bytes(out.absolute().parent)
     if needed > free:
         raise ValueError(
             f"{out} takes {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; make room, or name a folder "
             "on another disk"
         )
-    return out
 
 
 def check_apart(out: Path, source: Path) -> None:
@@ -159,23 +164,29 @@ def check_apart(out: Path, source: Path) -> None:
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
     """Context manager: a temporary folder, renamed to ``out`` on success and removed on any error.
 
+    Args:
+        out: the folder to create.
+        replace: take the place of an ``out`` that exists.
+
     Raises:
-        OSError: if it could not be written; ``out`` does not exist then.
+        OSError: if it could not be written; ``out`` does not exist then, or is what it was.
     """
     try:
-        with staged_folder(out) as folder:
+        with staged_folder(out, replace=replace) as folder:
             yield folder
     except (OSError, SafetensorError) as error:
         full = is_disk_full(error)
         if not full and not isinstance(error, OSError):
             raise
+        state = "Nothing of it was kept; make room or name a folder on another disk"
+        if replace:
+            state = "It is what it was; make room"
         raise OSError(
             getattr(error, "errno", None) or errno.ENOSPC,
-            f"{out} could not be written: {'the disk is full' if full else error}. Nothing of it was kept; make room "
-            "or name a folder on another disk",
+            f"{out} could not be written: {'the disk is full' if full else error}. {state}",
         ) from error
 
 

@@ -236,8 +236,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def staged_folder(target: Path) -> Iterator[Path]:
-    """Yield an empty folder to fill; afterwards it is renamed to ``target``, which must not exist.
+def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield an empty folder to fill; afterwards it is renamed to ``target``, which must not exist without ``replace``.
 
     When the block raises, the folder is removed. :func:`remove_leftovers` removes the folders of killed processes.
 
@@ -249,7 +249,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
     staged.mkdir()
     try:
         yield staged
-        if target.exists():
+        if target.exists() and not replace:
             raise FileExistsError(errno.EEXIST, "it was made by another process in the meantime", str(target))
         publish_folder(staged, target)
     finally:
@@ -277,6 +277,17 @@ def publish_folder(staged: Path, target: Path) -> None:
     os.replace(staged, target)
     sync(target.parent)
     remove(replaced)
+
+
+def restore_replaced(target: Path) -> None:
+    """Finish what a process killed inside :func:`publish_folder` left: restore the old folder, or remove it."""
+    replaced = target.absolute().with_name(f"{REPLACED}{target.name}")
+    if not replaced.is_dir() or replaced.is_symlink():
+        return
+    if os.path.lexists(target):
+        remove(replaced)
+    else:
+        os.replace(replaced, target)
 
 
 def remove(path: Path) -> None:

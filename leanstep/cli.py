@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, run: Callable, text: str, *, to: argparse._SubParsersAction = commands) -> _Parser:
         # these pass all their arguments, --help included, to a parser of their own
-        has_own_parser = name in ("eval", "prune", "sweep")
+        has_own_parser = name in ("eval", "prune", "sweep", "generate", "bench")
         added = to.add_parser(name, help=text, description=text, allow_abbrev=False, add_help=not has_own_parser)
         added.set_defaults(run=run)
         return added
@@ -163,6 +163,10 @@ def _parser() -> argparse.ArgumentParser:
         "--values", choices=("int8",), help="quantise the nonzeros of sparse weights; default: as stored"
     )
     export.add_argument("--json", action="store_true", help="as JSON")
+    generate = command("generate", _generate, "Continue a prompt with a dense or a sparse checkpoint.")
+    generate.add_argument("arguments", nargs=argparse.REMAINDER, help="DIR PROMPT ...")
+    bench = command("bench", _bench, "Measure tokens per second and memory of checkpoints, in turns.")
+    bench.add_argument("arguments", nargs=argparse.REMAINDER, help="DIR --against DIR ...")
     report = command("report", _report, "Write one HTML page about one run, or comparing several.")
     report.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folders")
     report.add_argument(
@@ -392,6 +396,20 @@ def _export(options: argparse.Namespace, rest: list[str]) -> int:
         return EXIT_FAILED
     print(json.dumps(export.as_dict(), indent=2) if options.json else export)
     return 0
+
+
+def _generate(options: argparse.Namespace, rest: list[str]) -> int:
+    _need("training")
+    from leanstep.recipes import generate
+
+    return int(generate.main([*rest, *options.arguments]) or 0)
+
+
+def _bench(options: argparse.Namespace, rest: list[str]) -> int:
+    _need("training")
+    from leanstep.recipes import bench
+
+    return int(bench.main([*rest, *options.arguments]) or 0)
 
 
 def _report(options: argparse.Namespace, rest: list[str]) -> int:

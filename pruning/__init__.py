@@ -13,11 +13,13 @@ from leanstep.pruning.finetune import (
     prune_iteratively,
     renew_batch_norms,
 )
+from leanstep.pruning.folder.recovery import recover_checkpoint
 from leanstep.pruning.folder.run import prune_checkpoint
 from leanstep.pruning.folder.text import CalibrationText
 from leanstep.pruning.measure.curves import Curve, level_grid, nm_levels
 from leanstep.pruning.measure.measure import measure_curves
 from leanstep.pruning.prune import prune
+from leanstep.pruning.recovery import Recovery, RecoveryResult, recover
 from leanstep.pruning.result import Allocation, PruneResult
 from leanstep.pruning.score.base import LayerPruner, LayerStatistics, Pruned
 from leanstep.pruning.score.scores import layer_pruner
@@ -38,6 +40,8 @@ __all__ = [
     "MaskKeeper",
     "PruneResult",
     "Pruned",
+    "Recovery",
+    "RecoveryResult",
     "Target",
     "allocate",
     "allocations_along",
@@ -55,6 +59,8 @@ __all__ = [
     "prune",
     "prune_checkpoint",
     "prune_iteratively",
+    "recover",
+    "recover_checkpoint",
     "renew_batch_norms",
     "snap",
     "solve_knapsack",

@@ -140,6 +140,10 @@ class MaskKeeper:
         for name, parameter in self.parameters.items():
             parameter.masked_fill_(self._pruned[name], 0)
 
+    def filled(self) -> list[str]:
+        """Names of the parameters with a pruned weight that is not zero."""
+        return [n for n, parameter in self.parameters.items() if bool(parameter.detach()[self._pruned[n]].any())]
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Add the current zeros to the masks, after pruning further. Pruned weights stay pruned."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from leanstep.pruning.measure.curves import Curve
 from leanstep.pruning.score.targets import Group
+
+if TYPE_CHECKING:
+    from leanstep.pruning.recovery import RecoveryResult
 
 _FRONT_POINTS = 100
 # a note appears if joint / summed distortion, or its inverse, is larger
@@ -126,6 +129,7 @@ class PruneResult:
             model ``after``, in weights, operations per sample, bytes or seconds.
         perplexity: ``before`` and ``after`` on held-out sequences, and the number of ``tokens`` predicted; empty where
             it was not measured.
+        recovery: what training after pruning did; None without it.
     """
 
     allocation: Allocation
@@ -141,6 +145,7 @@ class PruneResult:
     budget: dict[str, Any] = field(default_factory=dict)
     inputs: str = "pruned"
     perplexity: dict[str, Any] = field(default_factory=dict)
+    recovery: RecoveryResult | None = None
 
     @property
     def sparsity(self) -> float:
@@ -186,6 +191,7 @@ class PruneResult:
             "held_out": None if self.held_out is None else self.held_out.to_dict(),
             "compared": [one.to_dict() for one in self.compared],
             "perplexity": self.perplexity or None,
+            "recovery": None if self.recovery is None else self.recovery.to_dict(),
             "notes": self.notes,
             "layers": self.layers(),
             "curves": {name: curve.to_dict() for name, curve in self.curves.items()},

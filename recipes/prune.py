@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from leanstep._files import one_line
+from leanstep._files import one_line, restore_replaced
 from leanstep.recipes.data.sources import open_file, sotu_corpus
 from leanstep.recipes.evaluate import in_options
 from leanstep.recipes.training.formatting import format_duration
@@ -17,7 +17,7 @@ from leanstep.recipes.training.formatting import format_duration
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from leanstep.pruning import CalibrationText, PruneResult
+    from leanstep.pruning import CalibrationText, PruneResult, Recovery, RecoveryResult
 
 __all__ = ["main", "split_newest"]
 
@@ -44,12 +44,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\ninterrupted; {options.out} was not created. Add --resume to the command to continue", file=sys.stderr)
+        state = "holds the pruned model" if Path(options.out).exists() else "was not created"
+        print(f"\ninterrupted; {options.out} {state}. Add --resume to the command to continue", file=sys.stderr)
         return 130
     if options.json:
         print(json.dumps(result.to_dict()))
         return 0
-    print(_summary(result, options.out))
+    from leanstep.pruning import RecoveryResult
+
+    print("\n".join(_recovery_lines(result)) if isinstance(result, RecoveryResult) else _summary(result, options.out))
     peak = _peak_bytes()
     memory = "" if peak is None else f", at most {peak / 2**30:.2f} GiB of memory"
     print(f"took {format_duration(time.monotonic() - begin)}{memory}")
@@ -118,7 +121,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=8, metavar="N", help="sequences at once; default 8")
     add("--device", default="cpu", help="where to calibrate; default cpu")
     add("--eval", action="store_true", help="perplexity on the held-out sequences, before and after")
-    add("--resume", action="store_true", help="continue with the curves of an interrupted run")
+    add("--recover", type=int, metavar="STEPS", help="train after pruning on --data, with the zeros held")
+    add("--recover-lr", type=float, metavar="LR", help="root mean square of an entry's change in a step; default 3e-4")
+    add("--recover-rank", type=int, metavar="R", help="recover by LoRA factors of this rank, merged at the end")
+    add(
+        "--distill",
+        action=argparse.BooleanOptionalAction,
+        help="recover on the dense model's outputs, or on the next tokens; default: the first, where memory allows",
+    )
+    add("--resume", action="store_true", help="continue an interrupted run: with its curves, or with recovery")
     add("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -133,13 +144,25 @@ def _levels(text: str) -> tuple[float, ...]:
     return levels
 
 
-def _prune(options: argparse.Namespace) -> "PruneResult":
-    from leanstep.pruning import LatencyTable, prune_checkpoint
+def _prune(options: argparse.Namespace) -> "PruneResult | RecoveryResult":
+    from leanstep.pruning import LatencyTable, prune_checkpoint, recover_checkpoint
 
     if (options.budget == "latency") != (options.latency_table is not None):
         raise ValueError("--budget latency goes with a --latency-table FILE, and no other budget does")
     latencies = None if options.latency_table is None else LatencyTable.read(options.latency_table)
+    recovery = _recovery(options)
+    restore_replaced(Path(options.out))
     with _Bar() as bar:
+        if recovery is not None and options.resume and Path(options.out).exists():
+            return recover_checkpoint(
+                options.checkpoint,
+                options.out,
+                recovery=recovery,
+                evaluate=options.eval,
+                device=options.device,
+                progress=bar,
+                **{name: value for name, value in _data(options).items() if name != "curve_data"},
+            )
         return prune_checkpoint(
             options.checkpoint,
             options.out,
@@ -147,10 +170,33 @@ def _prune(options: argparse.Namespace) -> "PruneResult":
             resume=options.resume,
             device=options.device,
             progress=bar,
+            recovery=recovery,
             budget=options.budget if latencies is None else latencies,
             **{name: getattr(options, name) for name in _SETTINGS},
             **_data(options),
         )
+
+
+def _recovery(options: argparse.Namespace) -> "Recovery | None":
+    from leanstep.pruning import Recovery
+
+    if options.recover is None:
+        for option, value in (("lr", options.recover_lr), ("rank", options.recover_rank)):
+            if value is not None:
+                raise ValueError(f"--recover-{option} goes with --recover STEPS")
+        if options.distill is not None:
+            raise ValueError("--distill and --no-distill go with --recover STEPS")
+        return None
+    if options.data is None:
+        raise ValueError("--recover trains on --data, which is missing")
+    return Recovery(
+        steps=options.recover,
+        lr=options.recover_lr,
+        rank=options.recover_rank,
+        batch_size=options.batch_size,
+        distill=options.distill,
+        seed=options.seed,
+    )
 
 
 def _data(options: argparse.Namespace) -> dict[str, Any]:
@@ -231,6 +277,7 @@ class _Bar:
         self._task: Any = None
         self._began = self._printed = time.monotonic()
         self._first: int | None = None
+        self._phase = ""
 
     def __enter__(self) -> "_Bar":
         return self
@@ -241,6 +288,10 @@ class _Bar:
 
     def __call__(self, done: int, total: int, name: str) -> None:
         now = time.monotonic()
+        phase = "taken {}/{} steps" if name == "recovery" else "measured {}/{} points"
+        if phase != self._phase:
+            self.__exit__()
+            self._live, self._first, self._phase, self._printed = None, None, phase, now
         if self._first is None:  # points that an earlier run measured do not count for the rate
             self._first, self._began = done - 1, now
         if sys.stderr.isatty():
@@ -248,7 +299,8 @@ class _Bar:
         elif done == total or (now - self._printed > 30 and done > self._first + 1):
             self._printed = now
             left = (now - self._began) / max(done - self._first - 1, 1) * (total - done)
-            print(f"measured {done}/{total} points, {name}, {format_duration(left)} left", file=sys.stderr, flush=True)
+            text = f"{phase.format(done, total)}, {name}, {format_duration(left)} left"
+            print(text, file=sys.stderr, flush=True)
 
     def _show(self, done: int, total: int) -> None:
         if self._live is None:
@@ -258,7 +310,9 @@ class _Bar:
             columns = (*Progress.get_default_columns(), MofNCompleteColumn())
             self._live = Progress(*columns, console=Console(stderr=True))
             self._live.start()
-            self._task = self._live.add_task("curves", total=total, completed=done)
+            self._task = self._live.add_task(
+                "recovery" if "steps" in self._phase else "curves", total=total, completed=done
+            )
         self._live.update(self._task, completed=done, total=total)
 
 
@@ -271,6 +325,17 @@ def _spent(budget: dict[str, Any]) -> str:
         f"{after:.6g} {UNITS[budget['kind']]} after, {before:.6g} before: {removed:.4f} of {dense:.6g} removed, "
         f"{requested:.4f} asked for"
     )
+
+
+def _recovery_lines(recovery: "RecoveryResult") -> list[str]:
+    names = {"kl": "KL from the dense model", "cross_entropy": "cross-entropy"}
+    lines = [f"recovery       {recovery.settings.steps} steps, {'applied' if recovery.applied else 'not applied'}"]
+    if recovery.before is not None and recovery.after is not None:
+        change = f"{recovery.before.mean:.4g} pruned, {recovery.after.mean:.4g} trained"
+        lines[0] += f"; held out, {names[recovery.metric]}: {change}"
+    if recovery.perplexity is not None:
+        lines.append(f"perplexity     {recovery.perplexity:.2f} recovered")
+    return lines + [f"note           {note}" for note in recovery.notes]
 
 
 def _summary(result: "PruneResult", out: str) -> str:
@@ -293,6 +358,8 @@ def _summary(result: "PruneResult", out: str) -> str:
     if result.perplexity:
         before, after = result.perplexity["before"], result.perplexity["after"]
         lines.append(f"perplexity     {before:.2f} before, {after:.2f} after ({result.perplexity['tokens']:,} targets)")
+    if result.recovery is not None:
+        lines += _recovery_lines(result.recovery)
     lines += [f"note           {note}" for note in result.notes]
     lines.append("File size and speed are those of the dense model: zeros alone make neither PyTorch nor vLLM faster.")
     lines.append(f"model, sparsity.json and report.html: {out}")

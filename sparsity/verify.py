@@ -22,6 +22,8 @@ from leanstep.sparsity.squash import plain_state_dict
 PATTERNS_FILE = "sparsity.json"
 # a matrix with fewer zeros counts as dense
 _UNSTRUCTURED = 0.01
+# the pattern of sparse tensor cores
+_HARDWARE = NM(2, 4)
 _INNER = ("final", "last/hf", "hf")
 
 
@@ -105,7 +107,8 @@ def verify(
     Returns:
         :class:`Verification`; print it for a table. sparsity.json names the dimension of the groups. Without it, this
         is 1 (inputs of (out, in) weights, in-channels), 0, or 2 of tensors with three dimensions (inputs of experts),
-        whichever fits.
+        whichever fits. A note warns of negative zeros in a 2:4 matrix: a reader that counts set bits finds more than
+        two values in a group.
 
     Raises:
         ValueError: for a path without a checkpoint, a damaged or missing file, an index that names files elsewhere,
@@ -151,6 +154,9 @@ def _report(name: str, tensor: Tensor, note: str, expected: NM | None, dim: int 
         along = next((d for d in dims if not counts[d]), dims[0])
         violated = counts[along]
         pattern = expected if pattern is None and not violated else pattern
+    if pattern == _HARDWARE and (zeros := _negative_zeros(tensor)):
+        warning = f"{zeros:,} negative zeros, which readers of 2:4 files may take for values; add 0.0 to the weight"
+        note = "; ".join(filter(None, (note, warning)))
     return TensorReport(
         name=name,
         shape=tuple(tensor.shape),
@@ -162,6 +168,10 @@ def _report(name: str, tensor: Tensor, note: str, expected: NM | None, dim: int 
         violations=violated,
         note=note,
     )
+
+
+def _negative_zeros(tensor: Tensor) -> int:
+    return int((tensor.detach().signbit() & (tensor == 0)).count_nonzero())
 
 
 def _cells(report: TensorReport) -> tuple[str, ...]:

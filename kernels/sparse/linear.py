@@ -7,6 +7,7 @@ from torch import Tensor
 
 from leanstep.kernels._backend import choose, on_remembered_backend, remember_backend
 from leanstep.kernels._modes import is_traced
+from leanstep.kernels.cpp_impl.sparse import linear as cpp
 from leanstep.kernels.reference.sparse import linear as reference
 from leanstep.kernels.sparse.bitmask import check_parts
 
@@ -81,15 +82,25 @@ def _check(
 def _run(
     x: Tensor, values: Tensor, mask: Tensor, offsets: Tensor, bias: Tensor | None, scales: Tensor | None
 ) -> Tensor:
-    choose("bitmask_linear", x.device, x.dtype)
-    return reference.bitmask_linear(x, values, mask, offsets, bias, scales)
+    if not x.numel() or not len(mask):
+        return x.new_empty(x.shape[0], len(mask))
+    x, values, mask, offsets = x.contiguous(), values.contiguous(), mask.contiguous(), offsets.contiguous()
+    return _module(x).bitmask_linear(x, values, mask, offsets, bias, scales)
 
 
 @torch.no_grad()
 def _run_backward(
     grad: Tensor, values: Tensor, mask: Tensor, offsets: Tensor, columns: int, scales: Tensor | None
 ) -> Tensor:
-    return reference.bitmask_linear_backward(grad, values, mask, offsets, columns, scales)
+    if not grad.numel():
+        return grad.new_zeros(len(grad), columns)
+    values, mask, offsets = values.contiguous(), mask.contiguous(), offsets.contiguous()
+    return _module(grad).bitmask_linear_backward(grad, values, mask, offsets, columns, scales)
+
+
+def _module(x: Tensor) -> Any:
+    backend = choose("bitmask_linear", x.device, x.dtype).backend
+    return cpp if backend == "cpp" else reference
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -136,7 +136,10 @@ class LoRAFunction(torch.autograd.Function):
                 outputs.append(y)
                 saved += h_z_y
                 needs_x |= needs_input
-        ctx.save_for_backward(x if needs_x else None, *watched(ctx, saved), *tensors)
+        ctx.counts = {}
+        # only DoRA saves outputs
+        saved = watched(ctx, saved) if any(y is not None for y in saved[2::3]) else saved
+        ctx.save_for_backward(x if needs_x else None, *saved, *tensors)
         ctx.settings = settings
         remember_backend(ctx)
         return tuple(outputs)
@@ -182,7 +185,8 @@ def layers_of(
 
     # the first two arguments are x and the settings
     needs = ctx.needs_input_grad[2:]
-    saved = without_changed(ctx, saved)
+    if saved and ctx.counts:
+        saved = without_changed(ctx, saved)
     return [
         LayerPass(setting, weights_of(i, tensors), tensors[i], weights_of(i, needs), *saved[3 * i : 3 * i + 3])
         for i, setting in enumerate(settings)

@@ -170,7 +170,11 @@ class SwiGLUFunction(torch.autograd.Function):
             u, save_up, up_needs_x = tensors_to_save(forward_layer(up, x, h_up))
             y, save_down, _ = tensors_to_save(forward_layer(down, swiglu(e, u)))
         save_x = x if gate_needs_x or up_needs_x else None
-        ctx.save_for_backward(save_x, e, u, *watched(ctx, (*save_gate, *save_up, *save_down)), *tensors)
+        saved = [*save_gate, *save_up, *save_down]
+        ctx.counts = {}
+        # only DoRA saves outputs
+        saved = watched(ctx, saved) if any(y is not None for y in saved[2::3]) else saved
+        ctx.save_for_backward(save_x, e, u, *saved, *tensors)
         ctx.settings = settings
         remember_backend(ctx)
         return y

@@ -28,9 +28,8 @@ class _Count(NamedTuple):
 
 
 def watched(ctx: Any, saved: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The saved (H, Z, Y) of every layer in one list, with Y in a form that may be changed; counts its changes."""
+    """The saved (H, Z, Y) of every layer in one list, with Y in a form that may be changed; fills ``ctx.counts``."""
     tensors = list(saved)
-    ctx.counts = {}
     for i in range(2, len(tensors), 3):
         y = tensors[i]
         # a compiled program has no changes in place, and subclasses, such as fake tensors, do not reveal them
@@ -43,6 +42,6 @@ def watched(ctx: Any, saved: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 def without_changed(ctx: Any, saved: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     """``saved`` with None for every Y that was changed since :func:`watched`."""
-    counts: dict[int, _Count] = getattr(ctx, "counts", {}) if saved else {}
+    counts: dict[int, _Count] = ctx.counts
     changed = {i for i, (counter, version) in counts.items() if counter._version != version}
     return [None if i in changed else tensor for i, tensor in enumerate(saved)] if changed else saved

@@ -99,8 +99,10 @@ def quantized_kind(module: nn.Module) -> str | None:
     for cls in type(module).__mro__:
         if cls.__module__.split(".")[0] == "bitsandbytes" and cls.__name__ in QUANTIZED:
             return cls.__name__
-    weight = type(getattr(module, "weight", None))
-    return weight.__name__ if weight.__module__.split(".")[0] == "torchao" else None
+    weight = getattr(module, "weight", None)
+    if type(weight) is nn.Parameter or type(weight) is Tensor:
+        return None
+    return type(weight).__name__ if type(weight).__module__.split(".")[0] == "torchao" else None
 
 
 def dequantizer(module: nn.Module) -> Callable[[Tensor], Tensor] | None:

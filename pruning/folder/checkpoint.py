@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -15,7 +16,7 @@ from leanstep._checkpoint import TensorFile, checked_file, copy_other_files
 from leanstep.pruning.folder.loading import INDEX, Checkpoint, written_name
 
 # not copied: files about the dense weights
-_REPORT_FILES = ("sparsity.json", "report.html")
+SIDECAR, REPORT = "sparsity.json", "report.html"
 
 
 def write_weights(checkpoint: Checkpoint, values: Mapping[str, Tensor], folder: Path) -> dict[str, float]:
@@ -109,6 +110,14 @@ def _drop_aliases(tensors: dict[str, Tensor], values: Mapping[str, Tensor]) -> s
     return dropped
 
 
+def write_report(content: Mapping[str, Any], folder: Path) -> None:
+    """Write ``sparsity.json`` and its page, ``report.html``, into a folder."""
+    from leanstep.pruning.folder.report import report_page
+
+    (folder / SIDECAR).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    (folder / REPORT).write_text(report_page(content), encoding="utf-8")
+
+
 def copy_others(checkpoint: Checkpoint, folder: Path) -> None:
     """Copy everything but the weights into a folder: configuration, tokenizer, model card, code."""
-    copy_other_files(checkpoint.folder, folder, without=_REPORT_FILES)
+    copy_other_files(checkpoint.folder, folder, without=(SIDECAR, REPORT))

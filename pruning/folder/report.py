@@ -15,6 +15,11 @@ from leanstep.pruning.score.targets import role_of
 _MOST_LINES = COLORS
 _MOST_CHARTS = 12
 _MOST_ROWS = 1000
+_PERPLEXITIES = (
+    ("before", "Perplexity before"),
+    ("after", "Perplexity after"),
+    ("recovered", "Perplexity recovered"),
+)
 ZEROS_ALONE = (
     "File size and speed are those of the dense model: zeros alone make neither PyTorch nor vLLM faster. 2:4 patterns "
     "can use sparse tensor cores."
@@ -37,7 +42,9 @@ def report_page(content: Mapping[str, Any]) -> str:
         title=f"{Path(content.get('source') or 'model').name} pruned to {content['sparsity']:.2%} zeros",
         lead=_lead(content),
         numbers=_numbers(content),
-        remarks=[*content.get("notes", ()), ZEROS_ALONE],
+        remarks=[*content.get("notes", ()), *(content.get("recovery") or {}).get("notes", ()), ZEROS_ALONE],
+        recovery=_recovery(content),
+        recovery_chart=_recovery_chart(content),
         allocation=_allocation_chart(content["layers"]),
         comparison=[_compared(one, content["allocation"]["method"]) for one in content.get("compared") or ()],
         curves=_curve_charts(content) if content.get("curves") else "",
@@ -74,7 +81,7 @@ def _numbers(content: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         note = f"of {compact(budget['before'])} before; the budget: {compact(budget['target'])} at most"
         numbers.append((UNITS[budget["kind"]].capitalize(), compact(budget["after"]), note))
     perplexity = content.get("perplexity") or {}
-    for name, label in (("before", "Perplexity before"), ("after", "Perplexity after")):
+    for name, label in _PERPLEXITIES:
         if perplexity.get(name) is not None:
             numbers.append((label, f"{perplexity[name]:.2f}", f"over {compact(perplexity.get('tokens') or 0)} targets"))
     held_out = content.get("held_out") or {}
@@ -94,6 +101,34 @@ def _compared(one: Mapping[str, Any], applied: str) -> list[str]:
     ratio = "-" if one.get("ratio") is None else f"{one['ratio']:.3f}"
     mark = " (applied)" if one["method"] == applied else ""
     return [one["method"] + mark, compact(one["joint"]) + error, compact(one["summed"]), ratio]
+
+
+def _recovery(content: Mapping[str, Any]) -> list[list[str]]:
+    """Table rows of the dense, the pruned and the recovered model; none without recovery."""
+    recovery, perplexity = content.get("recovery") or {}, content.get("perplexity") or {}
+    if not recovery:
+        return []
+    rows = []
+    for name, loss, key in (
+        ("dense", None, "before"),
+        ("pruned", "before", "after"),
+        ("recovered", "after", "recovered"),
+    ):
+        cost = recovery.get(loss) if loss else None
+        error = "" if not cost or cost["stderr"] is None else f" ± {compact(cost['stderr'])}"
+        mark = "" if name != "recovered" or recovery["applied"] else " (not applied)"
+        number = "-" if perplexity.get(key) is None else f"{perplexity[key]:.2f}"
+        rows.append([name + mark, "-" if not cost else f"{recovery['metric']} {compact(cost['mean'])}{error}", number])
+    return rows
+
+
+def _recovery_chart(content: Mapping[str, Any]) -> str:
+    """Training loss of recovery over its steps."""
+    losses = (content.get("recovery") or {}).get("losses") or []
+    if not losses:
+        return ""
+    series = Series("training loss", list(range(1, len(losses) + 1)), losses, color=0)
+    return chart([series], title="Training loss of recovery", x_label="step", wide=True)
 
 
 def _allocation_chart(layers: Sequence[Mapping[str, Any]]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,18 +9,17 @@ from typing import Any
 import torch
 
 from leanstep._checkpoint import check_apart, check_output, new_folder
-from leanstep._files import remove_partials
+from leanstep._files import remove_partials, restore_replaced
 from leanstep._version import __version__
 from leanstep.pruning.choices import check_choices
-from leanstep.pruning.folder.checkpoint import copy_others, write_weights
+from leanstep.pruning.folder.checkpoint import SIDECAR, copy_others, write_report, write_weights
 from leanstep.pruning.folder.loading import checkpoint_values, load_model, open_checkpoint, stored_parameters
+from leanstep.pruning.folder.recovery import recover_model
 from leanstep.pruning.folder.text import CalibrationText, perplexity_of, sequences_of
 from leanstep.pruning.measure.points import Progress
 from leanstep.pruning.prune import prune
+from leanstep.pruning.recovery import Recovery
 from leanstep.pruning.result import PruneResult
-
-SIDECAR = "sparsity.json"
-REPORT = "report.html"
 
 
 def prune_checkpoint(
@@ -34,6 +32,7 @@ def prune_checkpoint(
     resume: bool = False,
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
+    recovery: Recovery | None = None,
     **settings: Any,
 ) -> PruneResult:
     """Prune a Hugging Face checkpoint into a new folder of the same files, names and dtypes, with exact zeros.
@@ -52,12 +51,15 @@ def prune_checkpoint(
             ``out``, removes them, and raises the error of an ``out`` that exists.
         device: of the model during calibration.
         progress: see :func:`measure_curves`.
+        recovery: train the pruned model on ``data`` after its folder is written, and replace that; see
+            :func:`leanstep.pruning.recover_checkpoint`, which also goes on where a run was interrupted in this.
         **settings: those of :func:`prune`.
 
     Raises:
         ValueError: for an incomplete or quantised checkpoint, too little text, contradictory settings, a target out of
             reach, an ``out`` that exists or lies in ``source``, or curves of an interrupted run without ``resume``.
-        OSError: if the disk is full. After any error, ``source`` is unchanged and ``out`` does not exist.
+        OSError: if the disk is full. After any error, ``source`` is unchanged and ``out`` does not exist, or holds the
+            pruned model if the error came in recovery.
 
     Notes:
         Memory: the model, and the memory of :func:`prune` without its copy of the dense weights, which are read again
@@ -65,11 +67,14 @@ def prune_checkpoint(
         those that transformers fuses or renames on loading, such as experts, are copied.
     """
     check_choices(data=data, **settings)
+    if recovery is not None and data is None:
+        raise ValueError("recovery trains on the calibration data: give data")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"the device {str(device)!r} is not available: {str(error).splitlines()[0]}") from None
     out = Path(out).expanduser()
+    restore_replaced(out)
     partial = out.with_name(f"{out.name}.curves.jsonl")
     if resume and (out / SIDECAR).is_file():
         # the interrupted run had written its folder and was about to remove these
@@ -81,7 +86,7 @@ def prune_checkpoint(
             f"begin again"
         )
     checkpoint = open_checkpoint(source)
-    check_output(out, checkpoint.size)
+    check_output(out, checkpoint.size * (1 if recovery is None else 2))
     check_apart(out, checkpoint.folder)
     sequences = sequences_of(checkpoint, data) if isinstance(data, CalibrationText) else None
     model = load_model(checkpoint, device)
@@ -94,6 +99,9 @@ def prune_checkpoint(
             f"{data.label}, {len(scores)} x {scores.shape[1]} tokens, seed {data.seed}; curves {data.curve_samples}"
         )
         data = scores
+    elif recovery is not None and not isinstance(data, torch.Tensor):
+        batches: Any = data
+        data = list(batches)  # it is read twice
     perplexity: dict[str, Any] = {}
     if evaluate:
         if held_out is None:
@@ -104,18 +112,30 @@ def prune_checkpoint(
     if evaluate:
         perplexity["after"], _ = perplexity_of(model, held_out)
         result.perplexity = perplexity
-    from leanstep.pruning.folder.report import report_page
-
     content |= result.to_dict()
     with new_folder(out) as folder:
         values = checkpoint_values(checkpoint, model)
         changed = write_weights(checkpoint, values, folder)
         copy_others(checkpoint, folder)
         content["tensors"] = _tensor_rows(changed, result)
-        (folder / SIDECAR).write_text(json.dumps(content, indent=1), encoding="utf-8")
-        (folder / REPORT).write_text(report_page(content), encoding="utf-8")
+        write_report(content, folder)
     partial.unlink(missing_ok=True)
     remove_partials(partial)
+    if recovery is not None:
+        try:
+            result.recovery = recover_model(
+                model,
+                checkpoint,
+                out,
+                data,
+                recovery,
+                held_out=held_out,
+                evaluate=evaluate,
+                device=device,
+                progress=progress,
+            )
+        except ValueError as error:
+            raise ValueError(f"{out} holds the pruned model, and recovery stopped: {error}") from error
     return result
 
 

@@ -68,18 +68,18 @@ class _TokenMetric(Metric):
     """Mean over unmasked tokens of a value per token. A classifier's output counts as one token per sample."""
 
     def reference(self, output: Any, batch: Batch) -> list[Any]:
-        return [self._reference_of(rows) for rows in _rows(values_of(output), batch)]
+        return [self._reference_of(rows) for rows in token_rows(values_of(output), batch)]
 
     def compare(self, reference: list[Any], output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         # sample by sample: a copy of the logits of a whole batch in fp32 would be the peak of memory
-        pairs = zip(reference, _rows(values_of(output), batch), strict=True)
+        pairs = zip(reference, token_rows(values_of(output), batch), strict=True)
         values = [self._values(dense, rows).double() for dense, rows in pairs]
         sums = torch.stack([value.sum() for value in values]).cpu()
         return sums, torch.tensor([float(len(value)) for value in values], dtype=torch.float64)
 
     def root(self, output: Any, batch: Batch) -> list[Tensor]:
         """See :meth:`Metric.root`; in fp32, or fp64 for logits in fp64."""
-        rows = _rows(values_of(output), batch)
+        rows = token_rows(values_of(output), batch)
         return [self._root(logits.to(torch.promote_types(logits.dtype, torch.float32))) for logits in rows]
 
     def _reference_of(self, rows: Tensor) -> Any:
@@ -277,7 +277,7 @@ def check_runs(model: nn.Module, batch: Batch) -> None:
         ) from error
 
 
-def _rows(values: Tensor, batch: Batch) -> list[Tensor]:
+def token_rows(values: Tensor, batch: Batch) -> list[Tensor]:
     """[tokens, width] of each sample, without masked tokens; of values [batch, width], one row per sample."""
     if values.dim() == 2:
         return [row[None] for row in values]

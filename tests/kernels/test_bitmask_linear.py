@@ -3,8 +3,18 @@
 import pytest
 import torch
 from kernel_cases import DTYPES, bits_equal, dtype_name
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from leanstep.kernels import bitmask_linear, bitmask_pack, bitmask_quantize, bitmask_unpack, use_backend
+from leanstep.kernels import (
+    backend_table,
+    bitmask_linear,
+    bitmask_pack,
+    bitmask_quantize,
+    bitmask_unpack,
+    use_backend,
+)
+from leanstep.kernels.cpp_impl._build import library, why_not_cpp
+from leanstep.kernels.cpp_impl.sparse import linear as cpp
 from leanstep.kernels.reference.sparse import bitmask as reference
 
 
@@ -53,6 +63,78 @@ def test_products_of_codes_against_float64(dtype, tokens, dirty_memory, monkeypa
     tolerance = 1e-6 if tokens <= 16 else max(1e-6, torch.finfo(dtype).eps)
     for b in (None, bias):
         check_product(bitmask_linear(x, codes, mask, offsets, 333, b, scales), x, rounded, b, tolerance)
+
+
+needs_cpp = pytest.mark.skipif(why_not_cpp() is not None, reason=f"needs the C++ kernels: {why_not_cpp()}")
+
+
+@needs_cpp
+@pytest.mark.parametrize("isa", range(len(cpp.INSTRUCTIONS) - 1), ids=lambda isa: cpp.INSTRUCTIONS[isa])
+@pytest.mark.parametrize("codes", [False, True], ids=["values", "codes"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+def test_products_by_the_instructions_of_older_processors(dtype, codes, isa, monkeypatch):
+    if isa > library("sparse/instructions", {}).instructions():
+        pytest.skip("this processor has no such instructions")
+    macros = cpp._macros
+    monkeypatch.setattr(cpp, "_macros", lambda x, values: macros(x, values) | {"ISA": isa})
+    monkeypatch.setattr(reference, "TILE", 4000)
+    weight = sparse(43, 100, dtype=dtype)
+    values, *layout = bitmask_pack(weight)
+    scales = None
+    if codes:
+        values, scales = bitmask_quantize(values, layout[1])
+    exact = bitmask_unpack(values, *layout, weight.shape, scales, torch.float64)
+    for tokens in (1, 2, 4, 11, 30):
+        x = torch.randn(tokens, 100).to(dtype)
+        rounded = codes and tokens > cpp.FEW
+        tolerance = max(1e-6, torch.finfo(dtype).eps) if rounded else 1e-6
+        with use_backend("cpp"):
+            check_product(bitmask_linear(x, values, *layout, 100, None, scales), x, exact, None, tolerance)
+
+
+@needs_cpp
+@pytest.mark.parametrize("isa", range(len(cpp.INSTRUCTIONS)), ids=lambda isa: cpp.INSTRUCTIONS[isa])
+def test_damaged_parts_never_read_outside_of_the_values(isa, monkeypatch):
+    """NaN surrounds the values: a product that read one would be NaN."""
+    if isa > library("sparse/instructions", {}).instructions():
+        pytest.skip("this processor has no such instructions")
+    monkeypatch.setattr(cpp, "_macros", lambda x, values: {"X": "float", "VALUE": "float", "ISA": isa})
+    surrounded = torch.full((3000,), float("nan"))
+    values = surrounded[1000:1300].fill_(1.0)
+    full = torch.full((10, 4), -1, dtype=torch.int32)
+    for offsets in (torch.arange(11) * 30, torch.full((11,), 2**62), torch.full((11,), -(2**62)), torch.arange(11) - 5):
+        for tokens in (1, 8, 20):
+            with use_backend("cpp"):
+                assert bitmask_linear(torch.ones(tokens, 128), values, full, offsets, 128).isfinite().all()
+
+
+@needs_cpp
+def test_the_table_of_backends_names_the_instructions():
+    reasons = {row[0]: row[3] for row in backend_table() if row[1] == "cpu"}
+    assert reasons["bitmask_linear"].endswith(cpp.instructions())
+    with use_backend("reference"):
+        assert "by" not in {row[0]: row[3] for row in backend_table()}["bitmask_linear"].split()
+
+
+def test_no_more_than_a_tile_is_expanded(monkeypatch):
+    monkeypatch.setattr(reference, "TILE", 64 * 100)
+    weight, x = sparse(500, 100), torch.randn(40, 100)
+    parts = bitmask_pack(weight)
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
+            result = function(*arguments, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                self.size = max(self.size, result.numel())
+            return result
+
+    for backend in ("reference", "auto"):
+        with use_backend(backend), Largest() as largest:
+            bitmask_linear(x, *parts, 100)
+        # the result has 20,000 entries, and the matrix 50,000
+        assert largest.size <= 20_000
 
 
 def test_products_in_float64_are_the_dense_ones():

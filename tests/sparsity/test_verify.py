@@ -223,3 +223,19 @@ def test_a_dtype_without_arithmetic_is_named(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
     with pytest.raises(ValueError, match=r"w \(float4_e2m1fn_x2\) cannot be examined"):
         verify(tmp_path)
+
+
+def test_negative_zeros_of_2_4_matrices_are_noted():
+    """Masks leave a negative zero where the weight was negative; readers that count bits take it for a value."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(16, 32, generator=generator)
+    masked = weight * nm_mask(weight, "2:4")
+    count = int((masked.signbit() & (masked == 0)).sum())
+    (report,) = verify({"w": masked}, "2:4").tensors
+    assert (
+        count and report.ok and f"{count} negative zeros" in report.note and report.note in str(verify({"w": masked}))
+    )
+    (clean,) = verify({"w": masked + 0.0}).tensors
+    assert clean.pattern == "2:4" and clean.note == ""
+    (other,) = verify({"w": weight * nm_mask(weight, "1:8")}).tensors
+    assert other.pattern == "1:8" and other.note == ""

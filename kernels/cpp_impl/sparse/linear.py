@@ -1,0 +1,71 @@
+"""Launchers of linear.cpp: products of a few tokens from the packed matrix, of many by expanded tiles and the BLAS."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from leanstep.kernels.cpp_impl._build import TYPES, call, library
+from leanstep.kernels.matrices.dense_product import product
+from leanstep.kernels.reference.sparse.bitmask import row_tiles
+
+# up to this number of tokens, the packed product runs
+FEW = 16
+# rows of a tile are whole blocks of the BLAS
+BLOCK = 64
+_CODES = {torch.int8: "int8_t"}
+# by the number ISA of instructions.h
+INSTRUCTIONS = ("plain loops", "AVX2", "AVX-512", "AVX-512 VBMI2 and BF16")
+
+
+def bitmask_linear(
+    x: Tensor, values: Tensor, mask: Tensor, offsets: Tensor, bias: Tensor | None, scales: Tensor | None
+) -> Tensor:
+    """``x W^T + bias`` for row-major parts."""
+    out = x.new_empty(len(x), len(mask))
+    if len(x) <= FEW:
+        bias, scales = _contiguous(bias), _contiguous(scales)
+        arguments = (x, values, mask, offsets, bias, scales, out, len(x), len(values), len(mask), x.shape[1])
+        call("sparse/linear", "bitmask_linear", _macros(x, values), *arguments)
+        return out
+    for begin, end, tile in _tiles(x, values, mask, offsets, x.shape[1], scales):
+        out[:, begin:end] = product(x, tile.T, None if bias is None else bias[begin:end])
+    return out
+
+
+def bitmask_linear_backward(
+    grad: Tensor, values: Tensor, mask: Tensor, offsets: Tensor, columns: int, scales: Tensor | None
+) -> Tensor:
+    """``grad W``, with sums over tiles in fp32."""
+    sums = grad.new_zeros(len(grad), columns, dtype=torch.float32)
+    for begin, end, tile in _tiles(grad, values, mask, offsets, columns, scales):
+        sums += product(grad[:, begin:end], tile)
+    return sums.to(grad.dtype)
+
+
+def instructions() -> str:
+    """Name the instructions of this processor that the products use."""
+    return INSTRUCTIONS[library("sparse/instructions", {}).instructions()]
+
+
+def _tiles(
+    x: Tensor, values: Tensor, mask: Tensor, offsets: Tensor, columns: int, scales: Tensor | None
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Expand the matrix to x's dtype, a tile of rows at a time, all in the same memory."""
+    buffer, scales, macros = None, _contiguous(scales), _macros(x, values)
+    for begin, end in row_tiles(len(mask), columns, BLOCK):
+        if buffer is None:
+            buffer = x.new_empty(end - begin, columns)
+        arguments = (values, mask, offsets, scales, buffer, len(values), len(mask), columns, begin, end)
+        call("sparse/linear", "bitmask_expand", macros, *arguments)
+        yield begin, end, buffer[: end - begin]
+
+
+def _macros(x: Tensor, values: Tensor) -> dict[str, str | int]:
+    return {"X": TYPES[x.dtype], "VALUE": _CODES.get(values.dtype) or TYPES[values.dtype]}
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()

@@ -1,0 +1,177 @@
+"""Recover a pruned folder: train it on the calibration data and replace it in one step."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from leanstep._checkpoint import check_apart, check_space, new_folder, read_json
+from leanstep._files import remove_leftovers, restore_replaced
+from leanstep._memory import free_memory
+from leanstep.pruning.folder.checkpoint import SIDECAR, copy_others, write_report, write_weights
+from leanstep.pruning.folder.loading import (
+    Checkpoint,
+    checkpoint_values,
+    load_model,
+    open_checkpoint,
+    stored_parameters,
+)
+from leanstep.pruning.folder.text import CalibrationText, perplexity_of, sequences_of
+from leanstep.pruning.measure.points import Progress
+from leanstep.pruning.recovery import Recovery, RecoveryResult, recover
+from leanstep.pruning.score.targets import find_targets
+
+
+def recover_checkpoint(
+    source: str | Path,
+    folder: str | Path,
+    data: CalibrationText | Any,
+    recovery: Recovery,
+    *,
+    held_out: Any = None,
+    evaluate: bool = False,
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+) -> RecoveryResult:
+    """Train a folder that :func:`prune_checkpoint` wrote, with its zeros held, and replace it. See :func:`recover`.
+
+    Only pruned matrices change. The new folder is written beside the old one and takes its name when it is complete;
+    ``sparsity.json`` and ``report.html`` then compare the model before and after.
+
+    Args:
+        source: the dense checkpoint, the teacher.
+        folder: the pruned one.
+        data, held_out: as for :func:`prune_checkpoint`.
+        recovery: the settings. With ``distill=None``, the dense model is the teacher if it and the gradients fit into
+            the free memory; else the data's next tokens are learnt, and a note says so.
+        evaluate: measure perplexity on the held-out sequences.
+        device: of both models.
+        progress: see :func:`recover`.
+
+    Raises:
+        ValueError: for a folder that is not of :func:`prune_checkpoint`, was pruned from another source, was recovered
+            before, or has other zeros than its ``sparsity.json`` says; and as :func:`recover`.
+        OSError: if the disk is full. After any error, the pruned folder is what it was.
+
+    Notes:
+        Memory: both models and what :func:`recover` needs. fp16 weights are trained in fp32. Disk: the folder twice.
+    """
+    folder = Path(folder).expanduser()
+    restore_replaced(folder)
+    remove_leftovers(folder)
+    content = pruned_content(folder)
+    if content.get("source") != str(source):
+        raise ValueError(f"{folder} was pruned from {content.get('source')}, not from {source}; name that")
+    pruned = open_checkpoint(folder)
+    check_space(folder, pruned.size)
+    dense = open_checkpoint(source)
+    check_apart(folder, dense.folder)
+    if isinstance(data, CalibrationText):
+        data, held_out = sequences_of(dense, data)
+    model = load_model(pruned, device)
+    _check_unchanged(folder, content, model)
+    return recover_model(
+        model, dense, folder, data, recovery, held_out=held_out, evaluate=evaluate, device=device, progress=progress
+    )
+
+
+def recover_model(
+    model: nn.Module,
+    dense: Checkpoint,
+    folder: Path,
+    data: Any,
+    recovery: Recovery,
+    *,
+    held_out: Any,
+    evaluate: bool,
+    device: str | torch.device,
+    progress: Progress | None,
+) -> RecoveryResult:
+    """As :func:`recover_checkpoint`, with the model of the pruned folder and the opened dense checkpoint."""
+    content, pruned = pruned_content(folder), open_checkpoint(folder)
+    names = _pruned_names(content)
+    if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+        model.float()
+    teacher, note = _teacher(dense, model, names, recovery, device)
+    result = recover(
+        model,
+        data,
+        recovery,
+        teacher=teacher,
+        held_out=None if held_out is False else held_out,
+        include=names,
+        progress=progress,
+        stored=stored_parameters(pruned, model),
+    )
+    del teacher
+    result.notes.extend(filter(None, [note]))
+    if evaluate:
+        content["perplexity"] = dict(content.get("perplexity") or {})
+        perplexity, content["perplexity"]["tokens"] = perplexity_of(model, held_out)
+        content["perplexity"]["recovered"] = perplexity
+        result = replace(result, perplexity=perplexity)
+    content["recovery"] = result.to_dict()
+    with new_folder(folder, replace=True) as staged:
+        changed = write_weights(pruned, checkpoint_values(pruned, model), staged)
+        copy_others(pruned, staged)
+        rows = content["tensors"]
+        if refilled := [name for name, zeros in changed.items() if zeros < rows.get(name, {}).get("sparsity", 0.0)]:
+            raise RuntimeError(f"recovery filled zeros of {', '.join(refilled)}; {folder} is what it was")
+        for name, zeros in changed.items():
+            rows[name] = rows.get(name, {}) | {"sparsity": zeros}
+        write_report(content, staged)
+    return result
+
+
+def pruned_content(folder: Path) -> dict[str, Any]:
+    """Content of ``sparsity.json`` of a folder that was pruned and not recovered. Raises ValueError for any other."""
+    try:
+        content = read_json(folder / SIDECAR)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} is no folder of leanstep prune: its {SIDECAR} cannot be read ({error})") from None
+    if not isinstance(content, dict) or not isinstance(content.get("tensors"), dict) or "layers" not in content:
+        raise ValueError(f"{folder} is no folder of leanstep prune: its {SIDECAR} has no layers and tensors")
+    if content.get("recovery"):
+        raise ValueError(f"{folder} was recovered before; prune again into another folder to recover otherwise")
+    return content
+
+
+def _pruned_names(content: Mapping[str, Any]) -> list[str]:
+    """Names of the pruned parameters; an expert's ends with its number in brackets."""
+    return list(dict.fromkeys(re.sub(r"\[\d+\]$", "", str(row["name"])) for row in content["layers"]))
+
+
+def _check_unchanged(folder: Path, content: Mapping[str, Any], model: nn.Module) -> None:
+    """Compare the numbers of nonzero weights with those that were written."""
+    try:
+        targets = {target.name: target for target in find_targets(model, include=_pruned_names(content))}
+        nonzero = {str(row["name"]): row["nonzero"] for row in content["layers"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: its {SIDECAR} does not describe its model: {error}") from None
+    for name, count in nonzero.items():
+        if name not in targets or int(targets[name].weight.count_nonzero()) != count:
+            raise ValueError(
+                f"{folder} changed since it was pruned: {name} has not {count} nonzero weights; prune again"
+            )
+
+
+def _teacher(
+    dense: Checkpoint, model: nn.Module, names: list[str], recovery: Recovery, device: str | torch.device
+) -> tuple[nn.Module | None, str]:
+    """The dense model, or None and a note why not."""
+    if recovery.distill is False:
+        return None, ""
+    free = free_memory(device)
+    trained = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if name in set(names))
+    if recovery.distill is None and free is not None and dense.size + trained > free:
+        return None, (
+            f"recovery learnt the next tokens, not the dense model's outputs: that model and the gradients take "
+            f"{(dense.size + trained) / 1e9:.2f} GB and {free / 1e9:.2f} GB were free"
+        )
+    return load_model(dense, device), ""

@@ -1,0 +1,339 @@
+"""Recovery after pruning: train the weights that are left on the dense model's outputs, with the zeros held."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import kl_div
+
+from leanstep.lora import LoraConfig, apply_lora, keep_zeros, merge, remove_lora
+from leanstep.optimizers import NonFiniteGradientError, create
+from leanstep.pruning.finetune import MaskKeeper, keep_masks
+from leanstep.pruning.measure.batches import Batch, as_batches
+from leanstep.pruning.measure.measure import Stored, WeightSnapshot, evaluating
+from leanstep.pruning.measure.metrics import (
+    KL,
+    Distortion,
+    check_runs,
+    cross_entropy_sums,
+    logits_of,
+    summarise,
+    token_rows,
+)
+from leanstep.pruning.measure.points import Progress
+from leanstep.pruning.score.targets import Target, find_targets
+
+# logits of one pass, which take 4 bytes each, four times
+_TOGETHER = 1 << 26
+# part of the steps in which the learning rate rises
+_WARM_UP = 0.1
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """Settings of :func:`recover`.
+
+    Attributes:
+        steps: number of updates.
+        lr: root mean square of an entry's change in a step, at its highest; None: 3e-4, with ``rank`` 3e-3. It rises
+            in the first tenth of the steps and falls to 0 along a cosine.
+        rank: train LoRA factors of this rank in place of the weights, and merge them; None: the weights.
+        batch_size: samples of a step.
+        distill: train on the dense model's outputs; False: on the data's next tokens. None: as memory allows, where a
+            folder is recovered; else as a teacher is given.
+        seed: of the order of the samples, and of the factors.
+
+    Raises:
+        ValueError: for a number that is not positive.
+    """
+
+    steps: int
+    lr: float | None = None
+    rank: int | None = None
+    batch_size: int = 8
+    distill: bool | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        positive = {"steps": self.steps, "lr": self.step_size, "rank": self.rank or 1, "batch_size": self.batch_size}
+        if self.rank == 0 or not all(value > 0 and math.isfinite(value) for value in positive.values()):
+            given = ", ".join(f"{name}={getattr(self, name)}" for name in positive)
+            raise ValueError(f"recovery takes positive steps, lr, rank and batch_size, got {given}")
+
+    @property
+    def step_size(self) -> float:
+        """The learning rate, with the default filled in."""
+        return (3e-4 if self.rank is None else 3e-3) if self.lr is None else self.lr
+
+
+@dataclass(frozen=True)
+class RecoveryResult:
+    """The result of :func:`recover`.
+
+    Attributes:
+        settings: with defaults filled in.
+        losses: mean training loss of every step: KL from the dense model in nats per token, or the cross-entropy.
+        metric: of ``before`` and ``after``: ``kl`` or ``cross_entropy``.
+        before, after: mean on held-out data, and its standard error, of the pruned and of the trained model; None
+            without such data.
+        applied: whether the trained weights were taken. False: they were no better on held-out data, and the pruned
+            ones are back.
+        perplexity: of the model in the end on held-out sequences; None where it was not measured.
+        notes: remarks for the reader, in sentences.
+    """
+
+    settings: Recovery
+    losses: tuple[float, ...]
+    metric: str
+    before: Distortion | None = None
+    after: Distortion | None = None
+    applied: bool = True
+    perplexity: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; None for a standard error that one sample does not give."""
+
+        def plain(cost: Distortion | None) -> dict[str, float | None] | None:
+            if cost is None:
+                return None
+            return {"mean": cost.mean, "stderr": cost.stderr if math.isfinite(cost.stderr) else None}
+
+        return asdict(self) | {"before": plain(self.before), "after": plain(self.after), "losses": list(self.losses)}
+
+
+def recover(
+    model: nn.Module,
+    data: Any,
+    recovery: Recovery,
+    *,
+    teacher: nn.Module | None = None,
+    held_out: Any = None,
+    include: Iterable[str] | None = None,
+    exclude: Iterable[str] = (),
+    progress: Progress | None = None,
+    stored: Stored | None = None,
+) -> RecoveryResult:
+    """Train a pruned model in place, with its zeros held. Only the matrices that :func:`find_targets` selects change.
+
+    The loss is ``KL(softmax(teacher(x)) || softmax(model(x)))``, a mean over tokens; without a teacher, the
+    cross-entropy of the next token. :class:`leanstep.SinkGD` takes the steps, which has no state for matrices:
+    ``W -= lr_t * X * mask`` with X the normalized gradient. With ``rank``, it steps LoRA factors whose product is
+    masked, and these are merged at the end. Dropout is off.
+
+    Args:
+        model: with zeros in its matrices.
+        data: see :func:`leanstep.pruning.measure.batches.as_batches`. Samples of a tensor are shuffled, and passes
+            begin again until all steps are taken. Batches are steps as they are.
+        recovery: the settings.
+        teacher: the dense model, on the model's device.
+        held_out: data for a comparison of the pruned with the trained model; the better one stays. None: no comparison.
+        include, exclude: see :func:`find_targets`.
+        progress: called with (steps taken, steps in all, "recovery").
+        stored: see :func:`leanstep.pruning.prune`.
+
+    Returns:
+        :class:`RecoveryResult`.
+
+    Raises:
+        ValueError: for a model without a zero or without logits, ``distill=True`` without a teacher, data without next
+            tokens and no teacher, a rank for a model without linear layers to adapt, or a loss that is not finite. The
+            weights are the pruned ones after any error.
+
+    Notes:
+        Memory besides both models: the gradients of the trained matrices, a mask of 1 byte per weight, a copy of the
+        matrices that are not ``stored``, and the activations and logits of some samples, at most 2^26 logits unless one
+        sample has more. Time: a step is three passes of the model and one of the teacher over ``batch_size`` samples.
+
+    References:
+        G. Hinton, O. Vinyals, J. Dean, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531; M. Scetbon et
+        al., arXiv 2502.06742 (SinkGD); J. P. Munoz et al., arXiv 2410.03750 (adapters on a sparse base).
+    """
+    if recovery.distill and teacher is None:
+        raise ValueError("recovery with distill=True needs the dense model as teacher, got None")
+    teacher = None if recovery.distill is False else teacher
+    targets = find_targets(model, include=include, exclude=exclude)
+    with evaluating(model), nullcontext() if teacher is None else evaluating(teacher):
+        samples = _Samples(data, model, teacher, recovery)
+        compared = [] if held_out is None else as_batches(held_out, model, batch_size=1, what="held_out")
+        snapshot = WeightSnapshot(targets, stored)
+        with keep_masks(model, include=[target.parameter for target in targets]) as keeper:
+            before = _cost(model, teacher, compared)
+            snapshot.take()
+            with snapshot.restored_on_error():
+                losses = _train(model, teacher, targets, keeper, samples, recovery, progress)
+                if filled := keeper.filled():
+                    raise RuntimeError(f"recovery filled zeros of {', '.join(filled)}; the pruned weights are back")
+                after = _cost(model, teacher, compared)
+    applied = before is None or after is None or after.mean < before.mean
+    notes = []
+    if before is None:
+        notes.append("there was no held-out data: the effect of recovery was not measured")
+    elif not applied and after is not None:
+        snapshot.restore()
+        notes.append(
+            f"recovery was not applied: it takes the held-out loss from {before.mean:.4g} to {after.mean:.4g}; try "
+            "more samples, more steps or a smaller rate"
+        )
+    settings = replace(recovery, lr=recovery.step_size, distill=teacher is not None)
+    metric = "cross_entropy" if teacher is None else "kl"
+    return RecoveryResult(settings, tuple(losses), metric, before, after, applied, notes=notes)
+
+
+def _train(
+    model: nn.Module,
+    teacher: nn.Module | None,
+    targets: Sequence[Target],
+    keeper: MaskKeeper,
+    samples: _Samples,
+    recovery: Recovery,
+    progress: Progress | None,
+) -> list[float]:
+    """Take all steps; returns their losses."""
+    losses = []
+    with _trained(model, targets, recovery):
+        half = any(p.dtype == torch.bfloat16 for p in model.parameters() if p.requires_grad)
+        optimizer = create(
+            model,
+            "sinkgd",
+            lr=recovery.step_size,
+            scale=1.0,
+            rounding="stochastic" if half else "nearest",
+            seed=recovery.seed,
+            nonfinite="raise",
+            say=None,
+        )
+        if recovery.rank is None:
+            keeper.attach(optimizer)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, recovery.steps))
+        for step, batches in enumerate(islice(samples.batches(), recovery.steps), 1):
+            losses.append(_step(model, teacher, batches, optimizer))
+            schedule.step()
+            if progress is not None:
+                progress(step, recovery.steps, "recovery")
+    return losses
+
+
+def _rate(step: int, steps: int) -> float:
+    """Factor of the learning rate at a step, from 0: rises to 1, then falls to 0 along a cosine."""
+    rise = (step + 1) / max(1, round(_WARM_UP * steps))
+    return min(1.0, rise) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+class _Samples:
+    """The training data: batches of every step, without end."""
+
+    def __init__(self, data: Any, model: nn.Module, teacher: nn.Module | None, recovery: Recovery) -> None:
+        self.model, self.recovery = model, recovery
+        self.data: Tensor | list[Batch] = data if isinstance(data, Tensor) else as_batches(data, model)
+        first = as_batches(self.data[:1], model)[0].sample(0)
+        check_runs(model, first)
+        try:
+            logits = logits_of(first.run(model))
+        except TypeError as error:
+            raise ValueError(f"recovery compares logits: {error}") from None
+        if teacher is None and (first.labels is None or logits.dim() != 3):
+            raise ValueError(
+                "recovery without distillation predicts the next token, and this model or data has none; distil from "
+                "the dense model"
+            )
+        if teacher is not None and (dense := logits_of(first.run(teacher)).shape) != logits.shape:
+            raise ValueError(f"the dense model gives logits {tuple(dense)}, the pruned one {tuple(logits.shape)}")
+        # samples of one pass
+        self.rows = max(1, min(recovery.batch_size, _TOGETHER // logits.numel()))
+
+    def batches(self) -> Iterator[list[Batch]]:
+        generator = torch.Generator().manual_seed(self.recovery.seed)
+        while True:
+            order = torch.randperm(len(self.data), generator=generator)
+            if not isinstance(self.data, Tensor):
+                yield from ([self.data[index]] for index in order.tolist())
+                continue
+            for indices in order.split(self.recovery.batch_size):
+                yield as_batches(self.data[indices.to(self.data.device)], self.model, batch_size=self.rows)
+
+
+def _step(
+    model: nn.Module, teacher: nn.Module | None, batches: Sequence[Batch], optimizer: torch.optim.Optimizer
+) -> float:
+    """One update by the mean loss of some batches; returns that."""
+    size, total = sum(batch.size for batch in batches), 0.0
+    for batch in batches:
+        with torch.enable_grad():
+            loss = _loss(model, teacher, batch) * (batch.size / size)
+            loss.backward()
+        total += float(loss.detach())
+    try:
+        if not math.isfinite(total):
+            raise NonFiniteGradientError(f"the loss is {total}")
+        optimizer.step()
+    except NonFiniteGradientError as error:
+        raise ValueError(f"recovery stopped, take a smaller learning rate: {error}") from error
+    optimizer.zero_grad()
+    return total
+
+
+def _loss(model: nn.Module, teacher: nn.Module | None, batch: Batch) -> Tensor:
+    """Mean over tokens of the divergence from the teacher, or of the cross-entropy."""
+    if teacher is None:
+        sums, counts = cross_entropy_sums(batch.run(model), batch)
+        return sums.sum() / counts.sum()
+    with torch.no_grad():
+        dense = token_rows(logits_of(batch.run(teacher)), batch)
+    rows = token_rows(logits_of(batch.run(model)), batch)
+    divergences = [
+        kl_div(row.float().log_softmax(-1), expected.float().log_softmax(-1), log_target=True, reduction="sum")
+        for row, expected in zip(rows, dense, strict=True)
+    ]
+    return torch.stack(divergences).sum() / sum(len(row) for row in rows)
+
+
+def _cost(model: nn.Module, teacher: nn.Module | None, batches: Sequence[Batch]) -> Distortion | None:
+    """The loss on held-out batches; None for none."""
+    if not batches:
+        return None
+    if teacher is None:
+        return summarise(cross_entropy_sums(batch.run(model), batch) for batch in batches)
+    metric = KL()
+    return summarise(
+        metric.compare(metric.reference(batch.run(teacher), batch), batch.run(model), batch) for batch in batches
+    )
+
+
+@contextmanager
+def _trained(model: nn.Module, targets: Sequence[Target], recovery: Recovery) -> Iterator[None]:
+    """Context manager: only the targets' parameters, or factors beside them that are merged at the end, are trained."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        if recovery.rank is None:
+            for target in targets:
+                getattr(target.module, target.attribute).requires_grad_(True)
+            yield
+            return
+        config = LoraConfig(
+            r=recovery.rank,
+            lora_alpha=recovery.rank,
+            target_modules=[target.parameter.removesuffix(".weight") for target in targets if target.expert is None],
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(recovery.seed)
+            apply_lora(model, config)
+        try:
+            keep_zeros(model)
+            yield
+            merge(model)
+        finally:
+            remove_lora(model)
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+            parameter.grad = None

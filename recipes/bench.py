@@ -1,0 +1,167 @@
+"""The command ``leanstep bench``: speed and memory of checkpoints that generate, measured in turns in one process."""
+
+import argparse
+import gc
+import inspect
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from leanstep._files import format_bytes, one_line
+from leanstep.recipes.evaluate import find_model_folder, positive
+from leanstep.recipes.generate import open_generator
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``leanstep bench``. Returns 0, or 2 after an error message about the input."""
+    options = _parser().parse_args(argv)
+    try:
+        result = _bench(options)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+    print(json.dumps(result, indent=2) if options.json else _table(result))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="leanstep bench",
+        description="Tokens per second of the prompt and of generation, memory and file size, measured in turns.",
+    )
+    parser.add_argument("checkpoint", metavar="DIR", help="a Hugging Face folder, sparse or dense, or a run folder")
+    parser.add_argument("--against", action="append", default=[], metavar="DIR", help="another folder; may be repeated")
+    parser.add_argument("--prompt-tokens", type=positive, default=128, metavar="N", help="default 128")
+    parser.add_argument("--new-tokens", type=positive, default=64, metavar="N", help="default 64")
+    parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="sequences at once; default 1")
+    parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="turns; default 5")
+    parser.add_argument("--threads", type=positive, metavar="N", help="of torch; default: as torch sets it")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, ...; default cpu")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, with every time")
+    return parser
+
+
+def _bench(options: argparse.Namespace) -> dict[str, Any]:
+    folders = [find_model_folder(folder) for folder in (options.checkpoint, *options.against)]
+    import torch
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    rows: list[tuple[dict[str, Any], Any, dict[str, list[float]]]] = []
+    for folder in folders:
+        _import_model(folder)
+        before = _resident()
+        model = open_generator(folder, options.device)
+        _check_positions(model, options)
+        row: dict[str, Any] = {"folder": str(folder), "dtype": str(model.dtype).removeprefix("torch.")}
+        row["file_bytes"] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        row["weight_bytes"] = _weight_bytes(model)
+        row["resident_bytes"] = _resident() - before
+        # the first turn warms up
+        _turn(model, options)
+        rows.append((row, model, {"prompt": [], "generation": []}))
+    for _ in range(options.repeats):
+        for _, model, times in rows:
+            for kind, elapsed in _turn(model, options).items():
+                times[kind].append(elapsed)
+    tokens = {"prompt": options.prompt_tokens, "generation": options.new_tokens}
+    for row, _, times in rows:
+        for kind, seconds in times.items():
+            row[f"{kind}_seconds"] = seconds
+            row[f"{kind}_tokens_per_second"] = options.batch_size * tokens[kind] / statistics.median(seconds)
+    settings = {"prompt_tokens": options.prompt_tokens, "new_tokens": options.new_tokens, "repeats": options.repeats}
+    machine = {"batch_size": options.batch_size, "device": options.device, "threads": torch.get_num_threads()}
+    return {**settings, **machine, "load": os.getloadavg()[0], "checkpoints": [row for row, _, _ in rows]}
+
+
+def _check_positions(model: Any, options: argparse.Namespace) -> None:
+    positions = getattr(model.config, "max_position_embeddings", None)
+    needed = options.prompt_tokens + options.new_tokens
+    if isinstance(positions, int) and needed > positions:
+        raise ValueError(
+            f"{needed} tokens are asked for and the model has {positions} positions; set --prompt-tokens and "
+            "--new-tokens lower"
+        )
+
+
+def _turn(model: Any, options: argparse.Namespace) -> dict[str, float]:
+    """Seconds of one forward pass over the prompt, and of the new tokens after its last token."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    shape = (options.batch_size, options.prompt_tokens)
+    tokens = torch.randint(model.config.get_text_config().vocab_size, shape, generator=generator).to(options.device)
+    settings = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "max_new_tokens": options.new_tokens}
+    # generation computes the logits of the last position alone, where the architecture can
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    with torch.inference_mode():
+        prompt = _seconds(lambda: model(tokens, **last), options.device)
+        generation = _seconds(lambda: model.generate(tokens[:, -1:], **settings), options.device)
+    return {"prompt": prompt, "generation": generation}
+
+
+def _seconds(call: Callable[[], Any], device: str) -> float:
+    import torch
+
+    begin = time.perf_counter()
+    call()
+    if device != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - begin
+
+
+def _weight_bytes(model: Any) -> int:
+    """Bytes of parameters and buffers, shared ones once. Reads every page, so that mapped files become resident."""
+    tensors = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}
+    for tensor in tensors.values():
+        tensor.detach().count_nonzero()
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _import_model(folder: Path) -> None:
+    """Import the code of a model, which takes memory that is not the model's."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from leanstep._checkpoint import check_folder
+
+    check_folder(folder)
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), trust_remote_code=False)
+    except Exception:  # opening the model says better what is wrong
+        return
+    torch.ones(64, 64) @ torch.ones(64, 64)
+
+
+def _resident() -> int:
+    """Bytes of this process in memory, those of mapped files included."""
+    import psutil
+
+    gc.collect()
+    return int(psutil.Process().memory_info().rss)
+
+
+def _table(result: dict[str, Any]) -> str:
+    rows = [("FOLDER", "DTYPE", "FILES", "WEIGHTS", "RESIDENT", "PROMPT/S", "NEW/S", "RATIO")]
+    last = result["checkpoints"][-1]["generation_tokens_per_second"]
+    for row in result["checkpoints"]:
+        sizes = (format_bytes(row[key]) for key in ("file_bytes", "weight_bytes", "resident_bytes"))
+        prompt, generation = row["prompt_tokens_per_second"], row["generation_tokens_per_second"]
+        name = Path(row["folder"]).name or row["folder"]
+        rows.append((name, row["dtype"], *sizes, f"{prompt:.1f}", f"{generation:.1f}", f"{generation / last:.2f}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(
+        [
+            *lines,
+            f"tokens per second, medians of {result['repeats']} turns: a prompt of {result['prompt_tokens']}, "
+            f"{result['new_tokens']} new ones, batch {result['batch_size']}; ratio of new tokens to the last row; "
+            f"{result['threads']} threads, load {result['load']:.1f}",
+        ]
+    )

@@ -1,0 +1,111 @@
+"""The command ``leanstep generate``: continue a prompt with a dense or a sparse checkpoint."""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from leanstep._files import one_line
+from leanstep.recipes.evaluate import find_model_folder, positive
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``leanstep generate``. Returns 0, or 2 after an error message about the input."""
+    options = _parser().parse_args(argv)
+    try:
+        result = _generate(options)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps(result))
+        return 0
+    print(result["prompt"] + result["text"])
+    print(f"{result['tokens']} tokens, {result['tokens_per_second']:.1f} a second", file=sys.stderr)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="leanstep generate", description="Continue a prompt with a dense or a sparse checkpoint."
+    )
+    parser.add_argument("checkpoint", metavar="DIR", help="a Hugging Face folder, sparse or dense, or a run folder")
+    parser.add_argument("prompt", metavar="PROMPT", help="the text to continue")
+    parser.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="default 64")
+    parser.add_argument(
+        "--temperature",
+        type=_temperature,
+        default=0.0,
+        metavar="T",
+        help="0 (default): the likeliest; else sample",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the samples; default 0")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, ...; default cpu")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number from 0, got {text!r}")
+    return value
+
+
+def _generate(options: argparse.Namespace) -> dict[str, Any]:
+    folder = find_model_folder(options.checkpoint)
+    import torch
+
+    from leanstep.pruning.folder.loading import encoding, open_tokenizer
+
+    tokenizer = open_tokenizer(folder)
+    model = open_generator(folder, options.device)
+    with encoding(folder):
+        inputs = tokenizer(options.prompt, return_tensors="pt", return_token_type_ids=False)
+    count = inputs["input_ids"].shape[1]
+    if not count:
+        raise ValueError("the prompt has no tokens; expected a text to continue")
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(positions, int) and count + options.max_new_tokens > positions:
+        raise ValueError(
+            f"the prompt has {count} tokens, {options.max_new_tokens} are asked for, and the model has {positions} "
+            "positions; shorten one of them (--max-new-tokens)"
+        )
+    settings: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "do_sample": options.temperature > 0}
+    if options.temperature > 0:
+        settings["temperature"] = options.temperature
+    if tokenizer.pad_token_id is None:
+        settings["pad_token_id"] = tokenizer.eos_token_id or 0
+    torch.manual_seed(options.seed)
+    begin = time.perf_counter()
+    tokens = model.generate(**inputs.to(options.device), **settings)[0, count:]
+    seconds = time.perf_counter() - begin
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    facts = {"tokens": len(tokens), "seconds": seconds, "tokens_per_second": len(tokens) / seconds}
+    return {"checkpoint": str(folder), "prompt": options.prompt, "text": text, **facts}
+
+
+def open_generator(folder: Any, device: str) -> Any:
+    """Open a dense or sparse folder as a language model on a device.
+
+    Raises:
+        ValueError: as :func:`leanstep.pruning.folder.loading.open_model`, and for a device that is not there.
+    """
+    import torch
+
+    from leanstep.pruning.folder.loading import open_model
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} cannot be used: {one_line(error).split('. ')[0]}") from None
+    model = open_model(folder).to(device)
+    if not callable(getattr(model, "generate", None)):
+        raise ValueError(f"{folder}: {type(model).__name__} does not generate text; expected a language model")
+    return model

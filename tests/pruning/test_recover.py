@@ -1,0 +1,145 @@
+"""Recovery after pruning: the zeros stay, the rest approaches the dense model, and an error leaves the pruned model."""
+
+import pytest
+import torch
+from pruned_models import images, make_gpt2, make_llama, make_mixtral, make_vit, tokens
+from torch.nn.functional import cross_entropy, kl_div
+
+from leanstep import SinkGD
+from leanstep.pruning import Recovery, find_targets, prune, recover
+from leanstep.pruning import recovery as recovery_module
+from leanstep.pruning.measure.batches import as_batches
+
+
+def pruned(make=make_llama, sparsity=0.6, **settings):
+    model = make(**settings)
+    prune(model, sparsity=sparsity, allocation="uniform", score="magnitude")
+    return model
+
+
+def masks(model):
+    return {target.name: target.weight != 0 for target in find_targets(model)}
+
+
+@pytest.mark.parametrize("make", [make_llama, make_gpt2, make_mixtral])
+@pytest.mark.parametrize("rank", [None, 2])
+def test_zeros_stay_and_the_model_approaches_the_dense_one(make, rank):
+    runs = []
+    for _ in range(2):
+        model, dense = pruned(make), make()
+        before, others = masks(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        model.train()
+        result = recover(
+            model, tokens(32), Recovery(12, lr=1e-2, rank=rank, batch_size=4), teacher=dense, held_out=tokens(8, seed=1)
+        )
+        runs.append((model.state_dict(), result))
+        after = masks(model)
+        assert all(torch.equal(after[name], mask) for name, mask in before.items())
+        trained = {target.parameter for target in find_targets(model)}
+        moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, others[name])}
+        assert moved and moved <= trained and (rank or moved == trained)
+        assert list(model.state_dict()) == list(others)
+        assert all(p.requires_grad and p.grad is None for p in model.parameters()) and model.training
+        assert result.applied and result.metric == "kl" and result.settings.distill
+        assert result.after.mean < 0.9 * result.before.mean
+        assert len(result.losses) == 12 and result.losses[-1] < result.losses[0]
+    assert runs[0][1] == runs[1][1]
+    assert all(torch.equal(tensor, runs[1][0][name]) for name, tensor in runs[0][0].items())
+
+
+def test_the_first_step_is_that_of_the_formula():
+    data = tokens(4)
+    model, by_hand, dense = pruned(), pruned(), make_llama()
+    recover(model, data, Recovery(1, lr=1e-3, batch_size=4), teacher=dense)
+    targets = find_targets(by_hand)
+    with torch.no_grad():
+        expected = dense(data).logits.log_softmax(-1)
+    loss = kl_div(by_hand(data).logits.log_softmax(-1), expected, log_target=True, reduction="none").sum(-1).mean()
+    loss.backward()
+    held = masks(by_hand)
+    for target in targets:
+        target.module.weight.grad.mul_(held[target.name])
+    SinkGD([target.module.weight for target in targets], lr=1e-3, scale=1.0, algorithm="sinkgd").step()
+    for target, other in zip(targets, find_targets(model), strict=True):
+        torch.testing.assert_close(other.weight, target.weight * held[target.name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("distilled", [True, False])
+def test_the_loss_is_that_of_float64_without_masked_tokens(distilled):
+    model, dense = pruned(), make_llama()
+    data = tokens(3)
+    mask = torch.ones_like(data)
+    mask[0, 10:] = 0
+    [batch] = as_batches([{"input_ids": data, "attention_mask": mask}], model)
+    got = recovery_module._loss(model, dense if distilled else None, batch)
+    with torch.no_grad():
+        rows = model(data, attention_mask=mask).logits.double()
+        expected = dense(data, attention_mask=mask).logits.double()
+    if distilled:
+        p, q = expected.log_softmax(-1), rows.log_softmax(-1)
+        oracle = (p.exp() * (p - q)).sum(-1)[mask.bool()].mean()
+    else:
+        labels = data.masked_fill(mask == 0, -100)
+        oracle = cross_entropy(rows[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    assert float(got.detach()) == pytest.approx(float(oracle), rel=1e-5)
+    got.backward()
+
+
+def test_next_tokens_are_learnt_without_a_teacher():
+    model = pruned()
+    data = torch.arange(16).repeat(8, 1)
+    result = recover(model, data, Recovery(10, lr=1e-2, batch_size=4), held_out=data[:2])
+    assert result.metric == "cross_entropy" and not result.settings.distill
+    assert result.applied and result.after.mean < result.before.mean
+
+
+def test_images_are_distilled_and_need_a_teacher():
+    model = pruned(make_vit)
+    with pytest.raises(ValueError, match="without distillation predicts the next token"):
+        recover(model, images(6), Recovery(2))
+    result = recover(model, images(12), Recovery(8, lr=1e-2, batch_size=6), teacher=make_vit(), held_out=images(6))
+    assert result.after.mean < result.before.mean
+
+
+def test_training_that_makes_it_worse_is_taken_back():
+    model = pruned()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    result = recover(model, tokens(8), Recovery(3, lr=5.0), teacher=make_llama(), held_out=tokens(4, seed=1))
+    assert not result.applied and result.after.mean > result.before.mean
+    assert "was not applied" in result.notes[0]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_an_error_on_the_way_puts_the_pruned_weights_back(rank, monkeypatch):
+    model = pruned()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    losses, steps = recovery_module._loss, []
+
+    def third_is_nan(*arguments):
+        steps.append(1)
+        return losses(*arguments) * (float("nan") if len(steps) == 3 else 1)
+
+    monkeypatch.setattr(recovery_module, "_loss", third_is_nan)
+    with pytest.raises(ValueError, match="recovery stopped, take a smaller learning rate: the loss is nan"):
+        recover(model, tokens(16), Recovery(5, rank=rank), teacher=make_llama())
+    assert len(steps) == 3
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_what_cannot_be_recovered_is_refused():
+    for settings, text in (
+        ({"steps": 0}, "steps=0"),
+        ({"steps": 5, "lr": -1.0}, "lr=-1.0"),
+        ({"steps": 5, "rank": 0}, "rank=0"),
+        ({"steps": 5, "lr": float("nan")}, "lr=nan"),
+    ):
+        with pytest.raises(ValueError, match=f"takes positive steps.*{text}"):
+            Recovery(**settings)
+    with pytest.raises(ValueError, match="no matrix of the model has a zero"):
+        recover(make_llama(), tokens(4), Recovery(2), teacher=make_llama())
+    with pytest.raises(ValueError, match="needs the dense model as teacher"):
+        recover(pruned(), tokens(4), Recovery(2, distill=True))
+    with pytest.raises(ValueError, match="the dense model gives logits"):
+        recover(pruned(), tokens(4), Recovery(2), teacher=make_llama(vocab_size=70))

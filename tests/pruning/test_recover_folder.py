@@ -1,0 +1,264 @@
+"""``leanstep prune --recover``: the pruned folder first, then the recovered one in its place, and nothing lost."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from pruned_models import make_llama, save_model
+from safetensors import safe_open
+from texts import sentences
+from transformers import AutoModelForCausalLM
+
+from leanstep import _files
+from leanstep.cli import main
+from leanstep.pruning import CalibrationText, Recovery, find_targets, prune_checkpoint, recover_checkpoint
+from leanstep.pruning.folder import recovery as folder_recovery
+from leanstep.sparsity import verify
+
+SMALL = [
+    "--samples",
+    "12",
+    "--batch-size",
+    "4",
+    "--held-out",
+    "4",
+    "--seq-len",
+    "24",
+    "--sparsity",
+    "0.6",
+    "--allocation",
+    "uniform",
+]
+RECOVER = ["--recover", "6", "--recover-lr", "1e-2"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    save_model(make_llama(2), folder / "model", max_shard_size="12KB")
+    (folder / "text.txt").write_text(sentences(60))
+    return folder
+
+
+def arguments(base, out, *more):
+    return ["prune", str(base / "model"), "--out", str(out), "--data", str(base / "text.txt"), *SMALL, *more]
+
+
+@pytest.fixture(scope="module")
+def pruned(base, tmp_path_factory):
+    out = tmp_path_factory.mktemp("pruned") / "out"
+    assert main(arguments(base, out, "--eval")) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def recovered(base, tmp_path_factory):
+    out = tmp_path_factory.mktemp("recovered") / "out"
+    assert main(arguments(base, out, "--eval", *RECOVER)) == 0
+    return out
+
+
+def snapshot(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def tensors(folder):
+    values = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            values |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return values
+
+
+def content_of(folder):
+    return json.loads((folder / "sparsity.json").read_text())
+
+
+def test_the_folder_has_the_zeros_of_the_pruned_one_and_says_what_recovery_did(base, pruned, recovered):
+    before, after = tensors(pruned), tensors(recovered)
+    assert {path.name for path in recovered.parent.iterdir()} == {"out"}
+    assert set(snapshot(recovered)) == set(snapshot(pruned))
+    targets = {target.name for target in find_targets(AutoModelForCausalLM.from_pretrained(recovered))}
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype and torch.equal(tensor == 0, after[name] == 0), name
+        assert torch.equal(tensor, after[name]) != (name in targets), name
+    content = content_of(recovered)
+    recovery = content["recovery"]
+    assert recovery["applied"] and recovery["metric"] == "kl" and len(recovery["losses"]) == 6
+    assert recovery["settings"] == {
+        "steps": 6, "lr": 1e-2, "rank": None, "batch_size": 4, "distill": True, "seed": 0,
+    }  # fmt: skip
+    assert recovery["after"]["mean"] < recovery["before"]["mean"]
+    # the same sequences and the same metric as of the comparison of allocations
+    assert recovery["before"]["mean"] == pytest.approx(content["held_out"]["joint"], rel=1e-5)
+    perplexity = content["perplexity"]
+    assert perplexity["after"] == content_of(pruned)["perplexity"]["after"] != perplexity["recovered"] > 1
+    assert content["tensors"] == content_of(pruned)["tensors"]
+    assert verify(recovered).tensors
+    page = (recovered / "report.html").read_text()
+    for text in ("Perplexity recovered", "<h2>Recovery</h2>", "Training loss of recovery"):
+        assert text in page and text not in (pruned / "report.html").read_text()
+
+
+def test_adapters_are_merged_and_next_tokens_need_no_teacher(base, pruned, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(folder_recovery, "free_memory", lambda device: 10)
+    assert main(arguments(base, tmp_path / "out", *RECOVER, "--recover-rank", "2", "--json")) == 0
+    printed = json.loads(capsys.readouterr().out)["recovery"]
+    assert printed == content_of(tmp_path / "out")["recovery"]
+    assert printed["settings"]["rank"] == 2 and printed["settings"]["distill"] is False
+    assert printed["metric"] == "cross_entropy"
+    assert any("learnt the next tokens" in note for note in printed["notes"])
+    before, after = tensors(pruned), tensors(tmp_path / "out")
+    assert all(torch.equal(tensor == 0, after[name] == 0) for name, tensor in before.items())
+    assert list(after) == list(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays(dtype, base, tmp_path):
+    save_model(make_llama(2).to(dtype), tmp_path / "model")
+    text = CalibrationText((sentences(60),), samples=12, curve_samples=3, held_out=4, seq_len=24)
+    prune_checkpoint(
+        tmp_path / "model",
+        tmp_path / "out",
+        text,
+        sparsity=0.6,
+        allocation="uniform",
+        recovery=Recovery(6, lr=1e-2, batch_size=4),
+    )
+    assert content_of(tmp_path / "out")["recovery"]["applied"]
+    dense, after = tensors(tmp_path / "model"), tensors(tmp_path / "out")
+    assert {tensor.dtype for tensor in after.values()} == {dtype}
+    rows = content_of(tmp_path / "out")["tensors"]
+    assert all(float((after[name] == 0).double().mean()) >= row["sparsity"] > 0.5 for name, row in rows.items())
+    assert set(dense) == set(after)
+
+
+KILLED = """
+import os, signal, sys
+from leanstep import pruning
+from leanstep.cli import main
+from leanstep.pruning import recovery
+step, count = recovery._step, []
+def dying(*given):
+    count.append(1)
+    if len(count) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(*given)
+recovery._step = dying
+main(sys.argv[1:])
+"""
+
+
+def test_a_run_killed_in_recovery_leaves_the_pruned_folder_and_goes_on(base, pruned, recovered, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = [sys.executable, "-P", "-c", KILLED, *arguments(base, out, "--eval", *RECOVER)]
+    assert subprocess.run(command, check=False, capture_output=True).returncode == -signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert snapshot(out) == snapshot(pruned)
+    assert main(arguments(base, out, "--eval", *RECOVER)) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert snapshot(out) == snapshot(pruned)
+    assert main(arguments(base, out, "--eval", *RECOVER, "--resume")) == 0
+    assert "recovery       6 steps, applied; held out, KL" in capsys.readouterr().out
+    again = tensors(out)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in tensors(recovered).items())
+    assert content_of(out)["recovery"] == content_of(recovered)["recovery"]
+    assert main(arguments(base, out, "--eval", *RECOVER, "--resume")) == 2
+    assert "was recovered before" in capsys.readouterr().err
+
+
+def test_a_run_killed_while_it_replaces_the_folder_loses_neither(base, pruned, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    pruned_files = snapshot(pruned)
+    out.mkdir()
+    for name, raw in pruned_files.items():
+        (out / name).write_bytes(raw)
+    replace = os.replace
+
+    def dying(old, new):
+        if str(new) == str(out.absolute()):
+            raise KeyboardInterrupt
+        replace(old, new)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(_files.os, "replace", dying)
+        assert main(arguments(base, out, *RECOVER, "--resume")) == 130
+    assert [path.name for path in tmp_path.iterdir()] == [".replaced-out"]
+    assert main(arguments(base, out, *RECOVER, "--resume")) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert content_of(out)["recovery"]["applied"]
+
+
+def test_a_disk_that_fills_leaves_the_pruned_folder(base, pruned, tmp_path, monkeypatch, capsys):
+    from leanstep.pruning.folder import checkpoint
+
+    copy, calls = checkpoint.shutil.copyfile, []
+
+    def full(*given, **options):
+        calls.append(given)
+        if ".writing-" in str(given[1]) and (tmp_path / "out").exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return copy(*given, **options)
+
+    monkeypatch.setattr(checkpoint.shutil, "copyfile", full)
+    assert main(arguments(base, tmp_path / "out", "--eval", *RECOVER)) == 1
+    assert "the disk is full. It is what it was" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert snapshot(tmp_path / "out") == snapshot(pruned)
+
+
+REFUSED = {
+    "steps": (["--recover", "0"], "recovery takes positive steps"),
+    "rate without steps": (["--recover-lr", "1e-3"], "--recover-lr goes with --recover STEPS"),
+    "rank without steps": (["--recover-rank", "4"], "--recover-rank goes with --recover STEPS"),
+    "distillation without steps": (["--no-distill"], "go with --recover STEPS"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_done_is_refused_before_anything_is_written(case, base, tmp_path, capsys):
+    more, message = REFUSED[case]
+    assert main(arguments(base, tmp_path / "out", *more)) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_data_there_is_nothing_to_train_on(base, tmp_path, capsys):
+    command = ["prune", str(base / "model"), "--out", str(tmp_path / "out"), "--sparsity", "0.5", "--recover", "3"]
+    assert main([*command, "--score", "magnitude", "--allocation", "uniform"]) == 2
+    assert "--recover trains on --data" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_with_room_for_one_folder_only_is_refused_at_the_start(base, tmp_path, monkeypatch, capsys):
+    from leanstep import _checkpoint
+
+    size = sum(path.stat().st_size for path in (base / "model").glob("*.safetensors"))
+    monkeypatch.setattr(_checkpoint, "free_bytes", lambda path: int(1.5 * size))
+    assert main(arguments(base, tmp_path / "out", *RECOVER)) == 2
+    assert "make room" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_not_the_pruned_one_is_refused(base, pruned, tmp_path):
+    text = CalibrationText((sentences(60),), samples=12, curve_samples=3, held_out=4, seq_len=24)
+    with pytest.raises(ValueError, match=r"is no folder of leanstep prune: its sparsity\.json cannot be read"):
+        recover_checkpoint(base / "model", base / "model", text, Recovery(2))
+    with pytest.raises(ValueError, match="was pruned from .*, not from elsewhere"):
+        recover_checkpoint("elsewhere", pruned, text, Recovery(2))
+    out = tmp_path / "out"
+    out.mkdir()
+    for name, raw in snapshot(pruned).items():
+        (out / name).write_bytes(raw)
+    content = content_of(out)
+    content["layers"][3]["nonzero"] -= 1
+    (out / "sparsity.json").write_text(json.dumps(content))
+    before = snapshot(out)
+    with pytest.raises(ValueError, match="changed since it was pruned"):
+        recover_checkpoint(str(base / "model"), out, text, Recovery(2))
+    assert snapshot(out) == before

@@ -1,0 +1,85 @@
+"""The commands generate and bench, on dense and sparse folders."""
+
+import json
+
+import pytest
+import torch
+from pruned_models import make_llama, save_tokenizer
+from sparse_folders import save_sparse
+
+from leanstep.cli import main
+from leanstep.sparsity import export_folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("generate")
+    save_sparse(root / "dense", make_llama(hidden_size=64, intermediate_size=96), dtype=torch.float32)
+    save_tokenizer(root / "dense")
+    export_folder(root / "dense", root / "sparse")
+    return root
+
+
+def answer(capsys, *arguments):
+    assert main([str(argument) for argument in arguments]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_dense_and_sparse_folders_continue_a_prompt_alike(folders, capsys):
+    answers = [
+        answer(capsys, "generate", folders / kind, "Hello", "--max-new-tokens", 12, "--json")
+        for kind in ("sparse", "dense")
+    ]
+    assert answers[0]["text"] == answers[1]["text"] and answers[0]["tokens"] == 12
+    assert main(["generate", str(folders / "sparse"), "Hello", "--max-new-tokens", "12"]) == 0
+    assert capsys.readouterr().out == "Hello" + answers[0]["text"] + "\n"
+
+
+def test_a_sparse_folder_is_evaluated_like_its_dense_one(folders, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("Hello world. This is a text, and there is more of it. " * 20)
+    options = ("--data", text, "--seq-len", 16, "--json")
+    sparse, dense = (answer(capsys, "eval", folders / kind, *options) for kind in ("sparse", "dense"))
+    assert sparse["parameters"] == dense["parameters"]
+    assert sparse["loss"] == pytest.approx(dense["loss"], rel=1e-5)
+
+
+def test_samples_come_from_the_seed(folders, capsys):
+    options = ("--temperature", 2, "--max-new-tokens", 20, "--json")
+    texts = [
+        answer(capsys, "generate", folders / "dense", "Hello", *options, "--seed", seed)["text"] for seed in (1, 1, 2)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("nowhere", "x"), "'nowhere' is not there"),
+        (("dense", ""), "the prompt has no tokens"),
+        (
+            ("dense", "Hello", "--max-new-tokens", "60"),
+            "has 5 tokens, 60 are asked for, and the model has 64",
+        ),
+        (("dense", "Hello", "--device", "pdp11"), "--device pdp11 cannot be used"),
+    ],
+)
+def test_what_cannot_be_generated_is_told_in_one_line(folders, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(folders)
+    assert main(["generate", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_benchmark_measures_every_folder_in_turns(folders, capsys):
+    sizes = ("--prompt-tokens", 8, "--new-tokens", 4, "--repeats", 2)
+    result = answer(capsys, "bench", folders / "sparse", "--against", folders / "dense", *sizes, "--json")
+    sparse, dense = result["checkpoints"]
+    for row in (sparse, dense):
+        assert len(row["prompt_seconds"]) == len(row["generation_seconds"]) == 2
+        assert row["prompt_tokens_per_second"] > 0 and row["generation_tokens_per_second"] > 0
+    assert sparse["weight_bytes"] < 0.6 * dense["weight_bytes"] and sparse["file_bytes"] < 0.6 * dense["file_bytes"]
+    assert main(["bench", str(folders / "dense"), *map(str, sizes)]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("FOLDER") and "1.00" in text and "load" in text
+    assert main(["bench", str(folders / "dense"), "--prompt-tokens", "80"]) == 2
+    assert "144 tokens are asked for and the model has 64 positions" in capsys.readouterr().err
