@@ -1,5 +1,10 @@
-"""Free memory of a device, within the limits of control groups. Imports torch only for an accelerator."""
+"""Free memory of a device, within the limits of control groups, and the peak of this process.
 
+Imports torch only for an accelerator.
+"""
+
+import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +20,12 @@ PROCESS_CGROUPS = Path("/proc/self/cgroup")
 # files with the limit and the usage, and the key of the reclaimable page cache: cgroup v2, then v1
 _V2 = ("memory.max", "memory.current", "inactive_file")
 _V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+def peak_process_memory() -> int:
+    """Return the largest number of bytes of this process that were in memory at once, libraries included."""
+    # Linux counts in KiB, macOS in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def free_memory(device: "torch.device | str") -> int | None:

@@ -19,7 +19,8 @@ class Comparison:
         loss: the target, the highest of the runs' lowest validation losses: each run reaches it.
         at_tokens, at_seconds: validation losses at the budgets.
         tokens_to_loss, seconds_to_loss: what each run takes to reach the target.
-        memory: the peak on the device in GiB; runs on a CPU log none.
+        memory: the peak in GiB: on the device, or, if no run has that, of the first process with its libraries.
+        memory_of: ``device`` or ``process``.
     """
 
     tokens: float | None
@@ -30,6 +31,7 @@ class Comparison:
     tokens_to_loss: list[float | None]
     seconds_to_loss: list[float | None]
     memory: list[float | None]
+    memory_of: str
 
 
 def compare(runs: Sequence[Run]) -> Comparison:
@@ -42,6 +44,7 @@ def compare(runs: Sequence[Run]) -> Comparison:
     lowest = [min((loss for _, loss in points), default=None) for points in by_tokens]
     known = [loss for loss in lowest if loss is not None]
     loss = max(known) if known and len(known) == len(runs) else None
+    memory_of, memory = peak_memory(runs)
     return Comparison(
         tokens,
         seconds,
@@ -50,8 +53,17 @@ def compare(runs: Sequence[Run]) -> Comparison:
         [_loss_at(points, seconds) for points in by_seconds],
         [_cost_of(points, loss) for points in by_tokens],
         [_cost_of(points, loss) for points in by_seconds],
-        [run.last("memory_gib") for run in runs],
+        memory,
+        memory_of,
     )
+
+
+def peak_memory(runs: Sequence[Run]) -> tuple[str, list[float | None]]:
+    """Return ("device" or "process", the peak of each run in GiB): the two are not comparable with each other."""
+    on_device = [run.last("memory_gib") for run in runs]
+    if any(value is not None for value in on_device):
+        return "device", on_device
+    return "process", [run.last("process_gib") for run in runs]
 
 
 def validations(run: Run, cost: str) -> Points:
@@ -81,7 +93,7 @@ def rows(comparison: Comparison, names: Sequence[str]) -> tuple[list[str], list[
         (f"Loss at {duration(seconds)}", comparison.at_seconds, "{:.4f}".format),
         (f"Tokens to loss {loss or 0:.4f}", comparison.tokens_to_loss, compact),
         (f"Time to loss {loss or 0:.4f}", comparison.seconds_to_loss, duration),
-        ("Peak memory (GiB)", comparison.memory, "{:.2f}".format),
+        (f"Peak {comparison.memory_of} memory (GiB)", comparison.memory, "{:.2f}".format),
     ]
     shown = [column for column in columns if any(value is not None for value in column[1])]
     if not shown:

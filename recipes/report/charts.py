@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 from leanstep._charts import Events, Series, chart, compact, smooth
-from leanstep.recipes.report.budgets import validations
+from leanstep.recipes.report.budgets import peak_memory, validations
 from leanstep.recipes.report.runlog import Run, number
 
 _LONGEST = 100  # characters of a name
@@ -67,7 +67,8 @@ def _validation_costs(runs: list[Run], draw_loss: Callable[..., str], unit: str,
             series.append(Series(run.name, [x / scale for x, _ in points], [y for _, y in points], color, dots=True))
         return series
 
-    last = [(run.last("memory_gib"), number(run.final_eval.get("loss"))) for run in runs]
+    memory_of, peaks = peak_memory(runs)
+    last = [(peak, number(run.final_eval.get("loss"))) for peak, run in zip(peaks, runs, strict=True)]
     memory = [
         Series(run.name, [peak], [loss], color, dots=True)
         for color, (run, (peak, loss)) in enumerate(zip(runs, last, strict=True))
@@ -77,7 +78,7 @@ def _validation_costs(runs: list[Run], draw_loss: Callable[..., str], unit: str,
         [
             draw_loss(over("tokens"), title="Validation loss over tokens", x_label="tokens"),
             draw_loss(over("elapsed_s", per_unit), title="Validation loss over time", x_label=f"time ({unit})"),
-            draw_loss(memory, title="Validation loss against memory", x_label="peak device memory (GiB)"),
+            draw_loss(memory, title="Validation loss against memory", x_label=f"peak {memory_of} memory (GiB)"),
         ]
     )
 

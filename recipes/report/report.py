@@ -177,6 +177,8 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     shown.append(("Time", duration(run.last("elapsed_s")), str(run.env.get("device") or "")[:_WORD]))
     if (memory := run.last("memory_gib")) is not None:
         shown.append(("Peak memory", f"{memory:.2f} GiB", "on the device"))
+    elif (memory := run.last("process_gib")) is not None:
+        shown.append(("Peak memory", f"{memory:.2f} GiB", "of the first process, libraries included"))
     return shown
 
 

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from leanstep._files import write_text
+from leanstep._memory import peak_process_memory
 from leanstep.recipes.check.costs import FORMULA, peak_flops
 from leanstep.recipes.config.loader import dump
 from leanstep.recipes.config.schema import RunConfig
@@ -220,6 +221,8 @@ class RunLogger:
             entry["mfu"] = round(1e12 * self.tflops / self._peak, 4)
         if self.accelerator.device.type == "cuda":
             entry["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+        elif self.accelerator.device.type == "cpu":
+            entry["process_gib"] = round(peak_process_memory() / 2**30, 3)
         if is_logged:
             self.folder.log({**entry, **reported})
             numbers: dict[str, Any] = {key: value for key, value in entry.items() if key not in ("step", "kind")}

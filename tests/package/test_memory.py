@@ -4,7 +4,7 @@ import psutil
 import pytest
 
 from leanstep import _memory
-from leanstep._memory import free_memory
+from leanstep._memory import free_memory, peak_process_memory
 
 MIB = 2**20
 
@@ -78,3 +78,13 @@ def test_files_that_cannot_be_read_limit_nothing(cgroups):
 
 def test_devices_that_do_not_tell(cgroups):
     assert free_memory("meta") is None and free_memory("mps:0") is None
+
+
+def test_the_peak_of_the_process_is_in_bytes_and_never_falls():
+    before = peak_process_memory()
+    assert before >= 0.9 * psutil.Process().memory_info().rss
+    grown = b"x" * (before + 64 * MIB)
+    peak = peak_process_memory()
+    assert peak >= len(grown) > before
+    del grown
+    assert peak_process_memory() >= peak

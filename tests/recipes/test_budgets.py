@@ -9,19 +9,19 @@ from run_folders import write_run
 
 from leanstep.cli import main
 from leanstep.recipes.report import report as report_module
-from leanstep.recipes.report.budgets import compare, rows, validations
+from leanstep.recipes.report.budgets import compare, peak_memory, rows, validations
 from leanstep.recipes.report.report import write_report
 from leanstep.recipes.report.runlog import read_run
 from leanstep.recipes.training.folder import RunFolder
 
 
-def run_of(folder, evaluations, *, tokens_per_step=100, seconds_per_step=1.0, memory=None):
+def run_of(folder, evaluations, *, tokens_per_step=100, seconds_per_step=1.0, memory=None, key="memory_gib"):
     """A run with an evaluation (step, loss) each, and training lines at every tenth step."""
     write_run(folder, folder.name, made=0, sample=None)
     entries = []
     for step in range(0, max((step for step, _ in evaluations), default=0) + 1, 10):
         entry = {"step": step, "kind": "train", "loss": 5.0, "tokens": step * tokens_per_step}
-        entries.append({**entry, "elapsed_s": step * seconds_per_step, **({"memory_gib": memory} if memory else {})})
+        entries.append({**entry, "elapsed_s": step * seconds_per_step, **({key: memory} if memory else {})})
     entries += [{"step": step, "kind": "eval", "loss": loss} for step, loss in evaluations]
     (folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     return folder
@@ -39,7 +39,7 @@ def test_losses_at_the_budgets_that_all_runs_reach(tmp_path):
     assert made.seconds_to_loss == pytest.approx([20, 20 + 40 * 2 / 3])
     assert made.memory == [1.5, None]
     header, lines = rows(made, ["short", "long"])
-    assert header[1:3] == ["Loss at 2000 tokens", "Loss at 20.0 s"] and header[-1] == "Peak memory (GiB)"
+    assert header[1:3] == ["Loss at 2000 tokens", "Loss at 20.0 s"] and header[-1] == "Peak device memory (GiB)"
     assert lines[1][:3] == ["long", "4.5000", "6.0000"] and lines[1][-1] == "-"
 
 
@@ -79,11 +79,21 @@ def test_the_comparison_shows_them(tmp_path, monkeypatch, capsys):
     for title in ("Validation loss over tokens", "Validation loss over time", "Validation loss against memory"):
         figure = re.search(rf"<h3>{title}</h3>.*?</figure>", html, re.DOTALL)[0]
         assert figure.count("<path") == 2 and "first" in figure and "second" in figure, title
-    # on a CPU no memory is logged
+    # runs of before the peak was logged
     write_report([run_of(first, [(10, 5.0)]), run_of(second, [(10, 5.0)])], tmp_path / "out.html")
     assert "against memory" not in (tmp_path / "out.html").read_text()
     assert main(["compare", "first"]) == 2
     assert "expected at least two runs to compare" in capsys.readouterr().err
+
+
+def test_memory_of_a_device_and_of_a_process_are_not_compared(tmp_path):
+    gpu = read_run(run_of(tmp_path / "gpu", [(10, 5.0)], memory=1.5))
+    cpu, other = (read_run(run_of(tmp_path / n, [(10, 5.0)], memory=2.5, key="process_gib")) for n in ("a", "b"))
+    assert peak_memory([gpu, cpu]) == ("device", [1.5, None])
+    assert peak_memory([cpu, other]) == ("process", [2.5, 2.5])
+    write_report([cpu.folder, other.folder], tmp_path / "out.html")
+    text = (tmp_path / "out.html").read_text()
+    assert "Peak process memory (GiB)" in text and "Validation loss against memory" in text
 
 
 def test_a_watched_run_is_reported_until_its_end(tmp_path, monkeypatch, capsys):

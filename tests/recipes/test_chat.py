@@ -177,6 +177,33 @@ def test_templates_that_cannot_be_used_are_told(folder, tmp_path):
         encode_row(row, "FILE:1", other)
 
 
+FAMILIES = {
+    "headers": (
+        "{{ '<s>' }}{% for m in messages %}<h>{{ m.role }}</h>\n\n{{ m.content }}<eot>{% endfor %}"
+        "{% if add_generation_prompt %}<h>assistant</h>\n\n{% endif %}",
+        ["A model.<eot>", "A model, again.<eot>"],
+    ),
+    "no generation prompt": (
+        "{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}</s>"
+        "{% else %}[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}",
+        [" A model.</s>", " A model, again.</s>"],
+    ),
+    "plain lines": (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}",
+        [" A model.\n", " A model, again.\n"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("template", "answers"), FAMILIES.values(), ids=FAMILIES.keys())
+def test_the_answers_of_other_kinds_of_templates(folder, template, answers):
+    other = PreTrainedTokenizerFast.from_pretrained(folder)
+    other.chat_template = template
+    data = ChatSequences([encode_row({"messages": TALK}, "", other)], 256, pad_id=0, packing=False)
+    assert learned(other, data[0]) == answers
+
+
 def test_settings_that_do_not_go_with_it(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("data: {source: chat, streaming: true}\n")

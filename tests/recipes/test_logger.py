@@ -84,6 +84,7 @@ def test_the_work_done_is_logged(talking):
     entries = [entry for entry in read_log(talking.out) if entry["kind"] == "train"]
     for entry in entries:
         assert entry["tflops"] > 0 and "mfu" not in entry, "no peak is known of a CPU"
+        assert 0.1 < entry["process_gib"] < 100 and "memory_gib" not in entry
         # 256 positions a step of which 248 are targets
         expected = facts["flops_per_token"] * entry["tokens_per_s"] * 256 / 248 / 1e12
         assert entry["tflops"] == pytest.approx(expected, rel=2e-3)
