@@ -47,6 +47,7 @@ from leanstep.kernels import (
 from leanstep.kernels.nm.mask import MAX_FAST_M
 from leanstep.kernels.reference.quantization import BLOCK
 from leanstep.kernels.steps.adamw_int8 import adamw_step_int8
+from leanstep.kernels.steps.average_int8 import average_step_int8
 
 HALF = (torch.bfloat16, torch.float16)
 ALL = (torch.float32, *HALF)
@@ -137,6 +138,14 @@ def _adamw_int8(rounding: str, inputs: Inputs) -> list[Tensor]:
     options = inputs.options(rounding, 0.999, 0.9, 0.1, 0.999, 0.001, 1e-8)
     adamw_step_int8(params, grads, codes, scales, square_codes, square_scales, corrections, state, options)
     return [*params, *codes, *scales, *square_codes, *square_scales, *state]
+
+
+def _average_int8(nesterov: bool, inputs: Inputs) -> list[Tensor]:
+    grads, (codes, scales) = inputs.normal_matrices(), _int8_momenta(inputs)
+    options = inputs.options("stochastic", 0.9, 0.1)
+    outputs = [torch.empty_like(g, dtype=options.scalars.dtype) for g in grads]
+    average_step_int8(grads, codes, scales, outputs, options, nesterov=nesterov)
+    return [*codes, *scales, *outputs]
 
 
 def _agreement_int8(inputs: Inputs) -> list[Tensor]:
@@ -279,6 +288,8 @@ OPERATIONS = {
     "lion_agreement_int8": Operation(_agreement_int8, ALL, BITS),
     "adamw_step_int8": Operation(partial(_adamw_int8, "nearest"), ALL, BITS),
     "adamw_step_int8, split": Operation(partial(_adamw_int8, "split"), (torch.bfloat16,), BITS),
+    "average_step_int8": Operation(partial(_average_int8, False), ALL, BITS),
+    "average_step_int8, nesterov": Operation(partial(_average_int8, True), ALL, BITS),
     "sinkhorn": Operation(_sinkhorn),
     "scaled_step": Operation(partial(_scaled, "nearest"), ALL, BITS),
     "scaled_step, stochastic": Operation(partial(_scaled, "stochastic"), (torch.bfloat16,), BITS),

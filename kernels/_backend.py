@@ -44,6 +44,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "lion_step_int8": BACKENDS,
     "lion_agreement_int8": BACKENDS,
     "adamw_step_int8": BACKENDS,
+    "average_step_int8": BACKENDS,
     "sinkhorn": BACKENDS,
     "scaled_step": BACKENDS,
     "nonfinite_flags": ("reference", "cpp"),

@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import inspect
 import json
 import os
 import statistics
@@ -96,8 +97,10 @@ def _turn(model: Any, options: argparse.Namespace) -> dict[str, float]:
     shape = (options.batch_size, options.prompt_tokens)
     tokens = torch.randint(model.config.get_text_config().vocab_size, shape, generator=generator).to(options.device)
     settings = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "max_new_tokens": options.new_tokens}
+    # generation computes the logits of the last position alone, where the architecture can
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     with torch.inference_mode():
-        prompt = _seconds(lambda: model(tokens, logits_to_keep=1), options.device)
+        prompt = _seconds(lambda: model(tokens, **last), options.device)
         generation = _seconds(lambda: model.generate(tokens[:, -1:], **settings), options.device)
     return {"prompt": prompt, "generation": generation}
 

@@ -122,6 +122,7 @@ def _evaluate_folder(options: argparse.Namespace) -> dict[str, Any]:
     from leanstep.recipes.data.sequences import load_data, load_validation
     from leanstep.recipes.data.tokens import open_tokenizer, vocabulary_size
     from leanstep.recipes.training.validation import evaluate
+    from leanstep.sparsity import SparseLinear
 
     folder = find_model_folder(options.checkpoint)
     require("transformers")
@@ -157,6 +158,8 @@ def _evaluate_folder(options: argparse.Namespace) -> dict[str, Any]:
     if not math.isfinite(result.loss):
         raise ValueError(f"the loss of the model in '{folder}' is {result.loss}, though all its weights are finite")
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    compressed = [layer for layer in model.modules() if isinstance(layer, SparseLinear)]
+    parameters += sum(layer.in_features * layer.out_features for layer in compressed)
     return {
         "checkpoint": str(folder),
         "parameters": parameters,

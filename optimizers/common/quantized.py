@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from leanstep._torch import is_dtensor, join_parts
 from leanstep.kernels.reference.quantization import dequantize, quantize, scale_shape
-from leanstep.kernels.steps.common import compute_dtype
+from leanstep.kernels.steps.common import StepOptions, compute_dtype, pack
 from leanstep.optimizers.common.rounding import init_step
 from leanstep.optimizers.common.saved_tensors import COUNT, StateRule
 from leanstep.optimizers.common.sharding import dtype_of, local, new_state, shard_of
@@ -69,26 +70,20 @@ def init_average(
         state[key] = average
 
 
-def read_average(state: dict[str, Any], key: str, param: Tensor) -> Tensor:
-    """Return this process's shard of an average: the stored tensor itself, or the values of its codes."""
-    stored, scales = local(state[key]), state.get(scale_key(key))
-    return stored if scales is None else dequantize(stored, local(scales), compute_dtype(param.dtype))
+def average_codes(states: Sequence[dict[str, Any]], key: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Return this process's codes and scales of an average of several parameters."""
+    return [local(state[key]) for state in states], [local(state[scale_key(key)]) for state in states]
 
 
-def write_codes(
-    state: dict[str, Any], key: str, values: Tensor, seed: Tensor, offset: Tensor | int, skip: Tensor | None = None
-) -> None:
-    """Round values, of the shape of the average, to its codes and scales.
+def average_options(weight: float, like: Tensor, seeds: Tensor | None, offsets: Tensor | None) -> StepOptions:
+    """Return the options of :func:`average_step_int8` for averages with this weight of the old one.
 
     Args:
-        seed, offset: of the random bits, as for :func:`leanstep.kernels.reference.quantization.quantize`.
-        skip: bool [1] or [rows], true to leave the codes as they are.
+        like: an output, or a tensor of its device and dtype.
+        seeds, offsets: of the random bits, one per tensor.
     """
-    for name, new in zip((key, scale_key(key)), quantize(values, seed, offset), strict=True):
-        stored = local(state[name])
-        if skip is not None:
-            new = torch.where(skip.view(-1, *[1] * (stored.dim() - 1)), stored, new)
-        stored.copy_(new)
+    scalars = pack([weight, 1.0 - weight], like.device, compute_dtype(like.dtype))
+    return StepOptions(scalars, seeds=seeds, offsets=offsets)
 
 
 def _new_scales(param: Tensor) -> Tensor:

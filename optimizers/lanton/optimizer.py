@@ -145,7 +145,8 @@ class LANTON(MarkedHalves, LeanOptimizer):
         A layer has f = 1, and does not enter the maximum, until its first estimate. With "previous" that needs two
         gradients. A gradient of zeros (an expert without tokens), or none, leaves H and G' unchanged.
         State: ``momentum_buffer`` (4 bytes per fp32 parameter) and, with "previous", ``previous_grad`` (4 bytes);
-        1.03 bytes each with int8, which decodes one layer at a time, and ``step``.
+        1.03 bytes each with int8, and ``step``. One pass updates an int8 state in place; a difference or a direction
+        decodes one layer at a time to fp32.
         "halves" needs one more copy of the gradients between mark_half and the step. ``noise`` and ``noise_steps``: one
         number each per matrix. ``variance`` adds ``row_mean_sq``, one number per row; ``rounding`` its state.
         A step allocates differences or directions of a few matrices at a time (64 MB in fp32, or one matrix) and the

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from leanstep.kernels.steps.average_int8 import average_step_int8
 from leanstep.kernels.steps.common import compute_dtype, constant, nonfinite_flags
 from leanstep.optimizers.common.base import by_device_and_dtype, count_nonfinite
 from leanstep.optimizers.common.matrices import as_written, write_back
-from leanstep.optimizers.common.quantized import read_average, scale_key, write_codes
+from leanstep.optimizers.common.quantized import average_options, scale_key
 from leanstep.optimizers.common.rounding import rounding_states, seeds_for
 from leanstep.optimizers.common.sharding import Reducer, Shard, local, positions_of, sum_over_shards
 from leanstep.optimizers.lanton import matrices, rule
@@ -176,8 +177,7 @@ def _measure(layers: list[LayerStep], rows: list[slice], table: Tensor) -> None:
                 active = grad.flatten(1).any(dim=1) if span.stop - span.start > 1 else _any(grad).view(1)
             _local_values(layer, table[span, _ACTIVE]).copy_(active)
         if layer.norm == "vector":
-            momentum = rule.momentum(_momentum(layer), _signed(layer), layer.group["betas"][0])
-            momentum = _direction_momentum(layer, momentum)
+            momentum = _direction_momentum(layer, _preview_momentum(layer))
             table[span.start, _SQUARE] = torch.linalg.vector_norm(momentum, dtype=table.dtype).square()
         if layer.measures and layer.norm != "rms":
             table[span.start, _DUAL] = rule.partial_dual_norm(_difference(layer), layer.norm, table.dtype)
@@ -288,22 +288,66 @@ def _signed(layer: LayerStep) -> Tensor:
     return -grad if layer.group["maximize"] else grad
 
 
-def _momentum(layer: LayerStep) -> Tensor:
-    return read_average(layer.state, "momentum_buffer", layer.param)
+def _average_int8(
+    layer: LayerStep,
+    key: str,
+    weight: float,
+    skip: Tensor | None = None,
+    output: Tensor | None = None,
+    *,
+    nesterov: bool = False,
+    update: bool = True,
+) -> None:
+    """Update an average in 8 bits by the gradient, or write its values, by :func:`average_step_int8`.
+
+    Args:
+        weight: of the old average.
+        skip: int32, one per tensor of the parameter's first dimension, or one for all. None: update all.
+    """
+    grad, codes, scales = (local(t) for t in (layer.grad, layer.state[key], layer.state[scale_key(key)]))
+    if grad.numel() == 0:  # a process without matrices of a stack has no flags
+        return
+    seeds = seeds_for([layer.state["step"]], [layer.param_index], layer.group["seed"], grad.device)
+    seeds = seeds ^ (_PREVIOUS if key == "previous_grad" else 0)
+    offsets = positions_of([layer.shard], grad.device)["offsets"]
+    lists = [[grad], [codes], [scales], [] if output is None else [output]]
+    if skip is not None and skip.numel() > 1:  # each matrix of a stack has a flag
+        lists = [[row for tensor in tensors for row in tensor.split(1)] for tensors in lists]
+        distances = constant([i * grad[0].numel() for i in range(len(grad))], grad.device, torch.int64)
+        seeds, offsets = seeds.expand(len(grad)).contiguous(), offsets + distances
+    options = average_options(weight, local(layer.param), seeds, offsets)
+    maximize = layer.group["maximize"] and key == "momentum_buffer"  # G' has the gradient's own sign
+    options = options._replace(maximize=maximize)
+    grads, all_codes, all_scales, outputs = lists
+    average_step_int8(grads, all_codes, all_scales, outputs, options, skip=skip, nesterov=nesterov, update=update)
 
 
-def _write_codes(layer: LayerStep, key: str, values: Tensor, skip: Tensor | None) -> None:
-    """Round values to the 8 bits of an average."""
-    seeds = seeds_for([layer.state["step"]], [layer.param_index], layer.group["seed"], values.device)
-    seed = seeds[0] ^ (_PREVIOUS if key == "previous_grad" else 0)
-    offset = positions_of([layer.shard], values.device)["offsets"][0]
-    write_codes(layer.state, key, values, seed, offset, skip)
+def _new_values(layer: LayerStep) -> Tensor:
+    """Return uninitialised memory for the values of an average in 8 bits."""
+    weight = local(layer.param)
+    return torch.empty_like(weight, dtype=compute_dtype(weight.dtype), memory_format=torch.contiguous_format)
+
+
+def _preview_momentum(layer: LayerStep) -> Tensor:
+    """Return the momentum that this step will store, before rounding, and leave the stored one."""
+    beta = layer.group["betas"][0]
+    if scale_key("momentum_buffer") not in layer.state:
+        return rule.momentum(local(layer.state["momentum_buffer"]), _signed(layer), beta)
+    values = _new_values(layer)
+    # the average with G of what is stored
+    _average_int8(layer, "momentum_buffer", beta, output=values, nesterov=True, update=False)
+    return values
 
 
 def _direction_momentum(layer: LayerStep, momentum: Tensor | None = None) -> Tensor:
     """Return the tensor that determines O: the stored momentum, or Nesterov's average of it with G."""
-    momentum = _momentum(layer) if momentum is None else momentum
-    return rule.nesterov(momentum, _signed(layer), layer.group["betas"][0]) if layer.group["nesterov"] else momentum
+    beta, nesterov = layer.group["betas"][0], layer.group["nesterov"]
+    if momentum is None and scale_key("momentum_buffer") in layer.state:
+        values = _new_values(layer)
+        _average_int8(layer, "momentum_buffer", beta, output=values, nesterov=nesterov, update=False)
+        return values
+    momentum = local(layer.state["momentum_buffer"]) if momentum is None else momentum
+    return rule.nesterov(momentum, _signed(layer), beta) if nesterov else momentum
 
 
 def _difference(layer: LayerStep) -> Tensor:
@@ -313,7 +357,11 @@ def _difference(layer: LayerStep) -> Tensor:
     """
     grad = local(layer.grad)
     if layer.group["noise"] == "previous":
-        return grad - read_average(layer.state, "previous_grad", layer.param)
+        if scale_key("previous_grad") not in layer.state:
+            return grad - local(layer.state["previous_grad"])
+        values = _new_values(layer)
+        _average_int8(layer, "previous_grad", 0.0, output=values, update=False)
+        return values.neg_().add_(grad)
     half = local(layer.state["half_grad"])
     return half.sub(grad, alpha=layer.group["half_fraction"]) if layer.group["half_content"] == "gradient" else half
 
@@ -326,7 +374,7 @@ def _store_gradient(info: GradientInfo) -> None:
     grad, previous = local(layer.grad), local(layer.state["previous_grad"])
     take = _local_values(layer, info.active & ~info.nonfinite)
     if scale_key("previous_grad") in layer.state:
-        _write_codes(layer, "previous_grad", grad.to(compute_dtype(grad.dtype)), ~take)
+        _average_int8(layer, "previous_grad", 0.0, skip=(~take).to(torch.int32))
     elif _on_host(grad) and bool(take.all()):
         previous.copy_(grad)
     else:
@@ -339,10 +387,10 @@ def _store_gradient(info: GradientInfo) -> None:
 
 def _update_momentum(info: GradientInfo) -> None:
     """Update the momentum, unless the gradient is not finite."""
-    layer, buffer, beta = info.layer, _momentum(info.layer), info.layer.group["betas"][0]
+    layer, buffer, beta = info.layer, local(info.layer.state["momentum_buffer"]), info.layer.group["betas"][0]
     if scale_key("momentum_buffer") in layer.state:
-        skip = info.nonfinite.view(1) if layer.group["nonfinite"] == "skip" else None
-        _write_codes(layer, "momentum_buffer", rule.momentum(buffer, _signed(layer), beta), skip)
+        skip = info.nonfinite.view(1).to(torch.int32) if layer.group["nonfinite"] == "skip" else None
+        _average_int8(layer, "momentum_buffer", beta, skip=skip)
     elif not _on_host(buffer) and layer.group["nonfinite"] == "skip":  # on the host, step() has dropped these layers
         buffer.copy_(torch.where(info.nonfinite, buffer, rule.momentum(buffer, _signed(layer), beta)))
     else:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels import Scales, StepOptions, scaled_step, sinkhorn_step
-from leanstep.kernels.steps.common import nonfinite_flags
+from leanstep.kernels.steps.average_int8 import average_step_int8
+from leanstep.kernels.steps.common import compute_dtype, nonfinite_flags
 from leanstep.optimizers.common.base import Batch, LeanOptimizer, count_nonfinite
 from leanstep.optimizers.common.checks import (
     check_betas,
@@ -29,13 +30,13 @@ from leanstep.optimizers.common.checks import (
 )
 from leanstep.optimizers.common.matrices import as_matrices, matrix_shape, oriented, sides_of, write_back
 from leanstep.optimizers.common.quantized import (
+    average_codes,
+    average_options,
     init_average,
     is_quantized,
     quantized_rules,
-    read_average,
     scale_key,
     scale_shapes,
-    write_codes,
 )
 from leanstep.optimizers.common.rounding import effective, init_rounding
 from leanstep.optimizers.common.saved_tensors import COUNT, SHAPED, StateRule
@@ -408,21 +409,32 @@ def _average(
 ) -> list[Tensor]:
     """Update the momenta of finite matrices; return the fp32 (fp64) averages before rounding."""
     group, averages = batch.group, []
+    if scale_key("momentum_buffer") in batch.states[0]:
+        return _average_int8(matrices, batch, nonfinite, options, nesterov=nesterov)
     for i, (matrix, state) in enumerate(zip(matrices, batch.states, strict=True)):
-        stored = read_average(state, "momentum_buffer", batch.params[i])
+        stored = local(state["momentum_buffer"])
         buffer = as_matrices(stored, group["transposed"], group["flatten"])
         average = rule.momentum_average(buffer, matrix, group["momentum"])
         if nonfinite is not None:
             average = torch.where(nonfinite[i] > 0, buffer.to(average.dtype), average)
-        new = average.mT if group["transposed"] else average.view_as(stored)
-        if scale_key("momentum_buffer") in state:
-            assert options.seeds is not None and options.offsets is not None
-            skip = None if nonfinite is None else nonfinite[i : i + 1] > 0
-            write_codes(state, "momentum_buffer", new, options.seeds[i], options.offsets[i], skip)
-        else:
-            stored.copy_(new)
+        stored.copy_(average.mT if group["transposed"] else average.view_as(stored))
         averages.append(rule.momentum_average(average, matrix, group["momentum"]) if nesterov else average)
     return averages
+
+
+def _average_int8(
+    matrices: list[Tensor], batch: Batch, nonfinite: Tensor | None, options: StepOptions, *, nesterov: bool
+) -> list[Tensor]:
+    """Do the same for momenta in 8 bits: :func:`rule.momentum_average` in one pass over gradients and codes."""
+    group = batch.group
+    codes, scales = average_codes(batch.states, "momentum_buffer")
+    layouts = [g.mT if group["transposed"] else g.view_as(c) for g, c in zip(matrices, codes, strict=True)]
+    averages = [
+        torch.empty_like(c, dtype=compute_dtype(w.dtype)) for c, w in zip(codes, map(local, batch.params), strict=True)
+    ]
+    numbers = average_options(group["momentum"], averages[0], options.seeds, options.offsets)
+    average_step_int8(layouts, codes, scales, averages, numbers, skip=nonfinite, nesterov=nesterov)
+    return [as_matrices(average, group["transposed"], group["flatten"]) for average in averages]
 
 
 def _reset(scales: Scales) -> None:

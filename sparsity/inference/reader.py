@@ -79,7 +79,7 @@ class SparseFiles:
         Raises:
             ValueError: the message names file and tensor.
         """
-        for name in self._owners:
+        for name in self.dense_names():
             self._tensor(name)
         for name, form in self.manifest.matrices.items():
             self._checked(name, check_parts, form)

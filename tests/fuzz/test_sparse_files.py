@@ -2,16 +2,19 @@
 
 import json
 import zlib
+from random import Random
 
 import pytest
 import torch
 from fuzzing import ENTRIES, damaged, edits, fuzz, json_files, judged, plant, safetensors_files, same_as, told, write
 from hypothesis import given
 from hypothesis import strategies as st
+from pruned_models import make_llama
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
+from sparse_folders import save_sparse
 
-from leanstep.sparsity import export_compressed, load_compressed, nm_mask, verify
+from leanstep.sparsity import SparseLinear, export_compressed, load_compressed, load_sparse, nm_mask, verify
 from leanstep.sparsity.compressed import _checksum
 from leanstep.sparsity.inference import export_folder
 from leanstep.sparsity.inference.manifest import CHECKSUM_KEY, KEY, Manifest
@@ -257,3 +260,34 @@ def test_nothing_but_a_file_is_exported(sparse, tmp_path, entry):
         "sparse folders", "export", source, "--format", "dense", "--out", tmp_path / "out", right=bool, outside=tmp_path
     )
     assert not (tmp_path / "out").exists()
+
+
+def dense_weights(model):
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseLinear)}
+    return bits({name: layer.dense_weight() for name, layer in layers.items()})
+
+
+@pytest.fixture(scope="module")
+def sparse_model(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sparse model")
+    save_sparse(root / "dense", make_llama(layers=1), dtype=torch.float32)
+    export_folder(root / "dense", root / "sparse")
+    return root / "sparse", dense_weights(load_sparse(root / "sparse"))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_models_of_damaged_sparse_folders(sparse_model, seed):
+    """A bit flipped, or the file cut off: a line that says so, or the weights that were written."""
+    folder, expected = sparse_model
+    path, random = folder / "model.safetensors", Random(seed)
+    whole = path.read_bytes()
+    changed, place = bytearray(whole), random.randrange(len(whole))
+    if seed % 4:
+        changed[place] ^= 1 << random.randrange(8)
+    else:
+        del changed[place:]
+    write(path, bytes(changed))
+    try:
+        judged("sparse models", lambda: dense_weights(load_sparse(folder)), same_as(expected))
+    finally:
+        write(path, whole)

@@ -31,6 +31,8 @@ def mark_exhaustive(items: list[pytest.Item]) -> None:
     for item in items:
         if hasattr(item, "callspec"):
             cases[item.nodeid.split("[", 1)[0]].append(item)
+        elif item.get_closest_marker("sample"):  # a module whose methods torch's tools multiply by device and dtype
+            cases[item.nodeid.split("::", 1)[0]].append(item)
     for tests in cases.values():
         sample = tests[0].get_closest_marker("sample")
         count = sample.args[0] if sample else CASES

@@ -257,6 +257,7 @@ def test_gradients_that_change_slowly(change, damping, backend, dtype):
     assert error < 1e-6  # measured 3e-8
 
 
+@pytest.mark.slow
 @pytest.mark.interpret
 @pytest.mark.parametrize("change", [1e-2, 1e-5])
 def test_gradients_that_change_slowly_in_triton(change):

@@ -173,6 +173,7 @@ def test_reference(dtype):
     swiglu_case("reference", dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.interpret
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_triton_in_the_interpreter(dtype):

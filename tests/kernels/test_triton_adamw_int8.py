@@ -56,6 +56,7 @@ def compare(p_dtype, g_dtype, rounding, device="cpu", maximize=False):
             bits_equal(actual, want)
 
 
+@pytest.mark.slow
 @pytest.mark.interpret
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")
 @pytest.mark.parametrize(("p_dtype", "g_dtype"), [(p, g) for p in DTYPES for g in (p, torch.float32)], ids=dtype_name)
@@ -63,6 +64,7 @@ def test_every_dtype_equals_the_reference_bit_for_bit(p_dtype, g_dtype):
     compare(p_dtype, g_dtype, "nearest", maximize=True)
 
 
+@pytest.mark.slow
 @pytest.mark.interpret
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")
 @pytest.mark.parametrize("rounding", ROUNDINGS)

@@ -45,6 +45,7 @@ def check(m, dtype, vector_dtype, groups, device="cpu"):
     return dots, gram, *out
 
 
+@pytest.mark.slow
 @pytest.mark.interpret
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("m", [1, 8, 19])

@@ -74,6 +74,7 @@ def test_every_rounding_equals_the_reference_bit_for_bit(p_dtype, rounding):
     compare(p_dtype, p_dtype, rounding, {"skip_nonfinite": True}, poison=True)
 
 
+@pytest.mark.slow
 @pytest.mark.interpret
 @pytest.mark.parametrize("switch", SWITCHES, ids=lambda s: next(iter(s), "plain"))
 def test_every_switch_equals_the_reference_bit_for_bit(switch):

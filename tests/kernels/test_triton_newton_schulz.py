@@ -98,6 +98,7 @@ def test_tiles_of_a_large_triangle_are_found():
     assert column.tolist() == [*[0] * 16, *rows.tolist()]
 
 
+@pytest.mark.slow
 @pytest.mark.interpret
 @pytest.mark.parametrize("shape", [(24, 72), (72, 24), (2, 13, 13)], ids=str)
 def test_the_op_on_this_backend(shape):

@@ -45,6 +45,7 @@ def compare(p_dtype, g_dtype, rounding, *, poison=False, device="cpu", **switche
             bits_equal(actual, want)
 
 
+@pytest.mark.slow
 @pytest.mark.interpret
 @pytest.mark.parametrize("g_dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("p_dtype", DTYPES, ids=dtype_name)
@@ -59,6 +60,7 @@ def test_every_rounding_equals_the_reference_and_nan_matrices_are_left_alone(p_d
     compare(p_dtype, p_dtype, rounding, poison=True)
 
 
+@pytest.mark.slow
 @pytest.mark.interpret
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_decay_of_aligned_entries_equals_the_reference_bit_for_bit(rounding):

@@ -47,6 +47,7 @@ def run(mats, iterations=2, device="cpu"):
     return rows, cols
 
 
+@pytest.mark.slow
 @pytest.mark.interpret
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_passes_follow_a_float64_oracle(dtype):
@@ -59,6 +60,7 @@ def test_passes_follow_a_float64_oracle(dtype):
         bits_equal(mat, want)
 
 
+@pytest.mark.slow
 @pytest.mark.interpret
 def test_many_row_blocks_and_an_all_zero_matrix():
     generator = torch.Generator().manual_seed(1)

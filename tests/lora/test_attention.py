@@ -221,6 +221,7 @@ CASES = st.tuples(
 )
 
 
+@pytest.mark.slow
 @given(CASES)
 @settings(max_examples=500, deadline=None)
 def test_errors_stay_within_their_bounds(case):

@@ -772,6 +772,7 @@ def peak_of(call) -> int:
     return peak
 
 
+@pytest.mark.slow
 @every_case
 def test_compiles_as_one_graph(case: OptimizerCase):
     """fullgraph from the first step on, over two groups, and few graphs in six steps of a schedule."""
@@ -805,6 +806,7 @@ def test_compiles_as_one_graph(case: OptimizerCase):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "backend"),
     [pytest.param(case, "aot_eager", id=f"{case.name}-aot_eager") for case in CASES]

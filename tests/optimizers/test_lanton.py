@@ -118,6 +118,7 @@ def test_first_step_has_factor_one_and_uses_no_difference():
     assert all(row["H"] > 0 for row in a.noise_report())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scaling", ["scion", "muon"])
 @pytest.mark.parametrize("options", [{}, {"nesterov": True, "weight_decay": 0.1}], ids=["plain", "nesterov"])
 def test_without_noise_it_is_the_base_optimizer_bit_for_bit(scaling, options):
@@ -459,6 +460,7 @@ def test_convolutions_of_one_shape_in_channels_last(rounding):
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning:torch")
 @pytest.mark.parametrize(
     ("backend", "kinds", "options"),

@@ -36,6 +36,7 @@ def test_one_gradient_and_orthogonal_ones():
         assert step_and_compare(optimizer, params, expected, LR) < 1e-13
 
 
+@pytest.mark.slow
 def test_the_gram_matrix_stays_that_of_the_rows():
     params = new_params(((3, 2), (4,)))
     optimizer = MFAC(params, lr=1e-4, window=5, damping=1e-2)
@@ -316,6 +317,7 @@ def test_gradients_may_be_accumulated():
     assert a.state[params[0]]["counters"].tolist() == [4, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"compression": "topk", "density": 0.3, "momentum": 0.9}])
 def test_a_step_compiled_by_inductor_is_the_eager_one(options):
     torch._dynamo.reset()

@@ -15,7 +15,10 @@ from torch.testing._internal.common_utils import parametrize
 from torch_suite import INFOS, SINKGD, STEPS, GenericTestCase, all_inputs, problem
 
 # notes on how bare parameters are routed, wanted once by users and not by every test here
-pytestmark = pytest.mark.filterwarnings("ignore:(SinkGD|LANTON). .* taken as (hidden )?matrices")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:(SinkGD|LANTON). .* taken as (hidden )?matrices"),
+    pytest.mark.sample(16),
+]
 
 
 class GenericStateTests(GenericTestCase):

@@ -1,7 +1,11 @@
 """The examples run as they are, and their loss falls. They need the packages of the extra ``dev``."""
 
 import copy
+import os
+import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,23 +14,64 @@ import torch
 from leanstep.optimizers import Lion, SinkGD
 
 FOLDER = Path(__file__).parents[2] / "examples"
-TRAINED = ("transformers_trainer", "trl_sft", "lightning_module")
+TRAINED = ("transformers_trainer", "trl_sft", "lightning_module", "sparse_export")
+OTHERS = ("fsdp2_loop", "prune_then_lora", "torchtitan_container")
+
+
+@pytest.fixture
+def one_thread():
+    """Small products, which several threads slow down where other processes have the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def test_every_example_is_short_and_tested():
     names = {path.stem: len(path.read_text("utf-8").splitlines()) for path in FOLDER.glob("*.py")}
-    assert set(names) == {*TRAINED, "torchtitan_container"}
+    assert set(names) == {*TRAINED, *OTHERS}
     assert max(names.values()) < 40
 
 
 @pytest.mark.filterwarnings("ignore")  # of the trainers' packages
 @pytest.mark.parametrize("name", TRAINED)
-def test_the_loss_of_an_example_falls(name, tmp_path, monkeypatch, capsys):
+def test_the_loss_of_an_example_falls(name, one_thread, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     torch.manual_seed(0)
     losses = runpy.run_path(str(FOLDER / f"{name}.py"))["losses"]
     assert sum(losses[-4:]) < 0.75 * sum(losses[:4])
+
+
+def test_the_exported_model_is_sparse_and_computes_the_same(one_thread, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = runpy.run_path(str(FOLDER / "sparse_export.py"))
+    model, loaded, tokens = names["model"].eval(), names["loaded"].eval(), names["tokens"]
+    weights = [w for name, w in loaded.named_parameters() if ".mlp." in name]
+    assert len(weights) == 6 and all((w.unflatten(-1, (-1, 8)) != 0).sum(-1).max() == 1 for w in weights)
+    assert torch.equal(model(input_ids=tokens).logits, loaded(input_ids=tokens).logits)
+
+
+def test_lora_recovers_a_pruned_model_and_keeps_its_zeros(one_thread, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = runpy.run_path(str(FOLDER / "prune_then_lora.py"))
+    weights = dict(names["model"].named_parameters())
+    pruned = [name for name, zeros in names["zeros"].items() if zeros.any()]
+    assert len(pruned) == 14 and all((weights[name][names["zeros"][name]] == 0).all() for name in pruned)
+    assert abs(names["result"].sparsity - 0.6) < 0.01
+    assert names["dense"] < names["pruned"] and names["recovered"] < 0.5 * names["pruned"]
+
+
+def test_two_processes_share_the_model_of_the_plain_loop(tmp_path):
+    launcher = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run = subprocess.run(
+        [*launcher, FOLDER / "fsdp2_loop.py"], cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    first, last = map(float, re.search(r"^2 processes, loss ([\d.]+) -> ([\d.]+)$", run.stdout, re.MULTILINE).groups())
+    assert last < 0.25 * first
+    assert len(list((tmp_path / "runs" / "fsdp2").glob("*.distcp"))) == 2
 
 
 @pytest.mark.parametrize(("name", "cls"), [("sinkgd", SinkGD), ("lion", Lion)])

@@ -147,6 +147,7 @@ def test_a_stage_that_crashes_goes_on_with_the_cases_that_never_started(run_stag
     assert all("rows" in case for case in cases["kernels"].values()) and run_stages.crashed == ["kernels"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_stage_too(modules, tmp_path):
     script = f"import sys; sys.path.insert(0, {str(FOLDER)!r}); import gpu; from pathlib import Path; "
     script += (
@@ -173,6 +174,7 @@ def run_cases(modules, monkeypatch, tmp_path, cases, **settings):
     return code, json.loads((tmp_path / "stage.json").read_text())["cases"]
 
 
+@pytest.mark.slow
 def test_a_case_that_fails_says_why_and_is_tried_again_after_the_others(modules, monkeypatch, tmp_path, capsys):
     calls = []
 

@@ -131,6 +131,7 @@ def test_too_little_text_for_one_step(run):
     assert found[0].startswith("Length: one step takes 2048 sequences, the text has ")
 
 
+@pytest.mark.slow
 def test_a_hub_recipe_offline_names_those_that_need_no_network():
     # one sequence at a time: the estimate is not what is tested
     small = ["batch={tokens_per_step: 256, micro_batch_size: 1}"]

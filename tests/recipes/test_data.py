@@ -405,6 +405,7 @@ def test_hub_that_cannot_be_reached(corpus, monkeypatch, no_network):
     no_network.clear()
 
 
+@pytest.mark.slow
 def test_cache_of_two_processes_at_once(corpus, tmp_path):
     """Two processes load the same data into an empty cache; both see the same tokens."""
     config = corpus()

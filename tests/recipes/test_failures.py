@@ -39,6 +39,7 @@ def whole(recipe, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("fault", [faults.nan_at_step_3, faults.infinite_gradient_at_step_3])
 def test_a_non_finite_step_stops_before_the_update(recipe, tmp_path, fault, world):
@@ -92,6 +93,7 @@ def test_max_hours_saves_and_stops(recipe, tmp_path):
     assert [path.name for path in find_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-000001"]
 
 
+@pytest.mark.slow
 def test_out_of_memory_names_what_to_change(recipe, tmp_path):
     out = tmp_path / "run"
     failed = run(recipe, ["checkpoint.every=2"], out, prepare=faults.out_of_memory_at_step_3)
@@ -173,6 +175,7 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(recipe, whole, tmp_path):
     assert numbers(out) == numbers(whole)
 
 
+@pytest.mark.slow
 def test_a_folder_that_vanishes_and_comes_back(recipe, whole, tmp_path):
     out, away = tmp_path / "run", tmp_path / "away"
     options = ["steps=8", "checkpoint.every=2"]
@@ -302,6 +305,7 @@ CODES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), CODES)
 def test_a_signal_in_a_step_finishes_it_and_saves(recipe, whole, tmp_path, number, code):
     out = tmp_path / "run"
@@ -316,6 +320,7 @@ def test_a_signal_in_a_step_finishes_it_and_saves(recipe, whole, tmp_path, numbe
     assert numbers(out) == numbers(whole)
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_evaluation_saves_and_evaluates_again(recipe, tmp_path):
     options = ["steps=8", "checkpoint.every=0", "eval.every=3", "batch.micro_batch_size=2"]
     straight = run(recipe, options, tmp_path / "straight")
@@ -343,6 +348,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(recipe, tmp_path):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_stopped_process_ends_the_run_after_the_timeout(recipe, tmp_path, victim):
     options = ["steps=100000", "checkpoint.every=2", "eval.every=0", "batch.micro_batch_size=2"]

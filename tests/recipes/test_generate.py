@@ -35,6 +35,15 @@ def test_dense_and_sparse_folders_continue_a_prompt_alike(folders, capsys):
     assert capsys.readouterr().out == "Hello" + answers[0]["text"] + "\n"
 
 
+def test_a_sparse_folder_is_evaluated_like_its_dense_one(folders, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("Hello world. This is a text, and there is more of it. " * 20)
+    options = ("--data", text, "--seq-len", 16, "--json")
+    sparse, dense = (answer(capsys, "eval", folders / kind, *options) for kind in ("sparse", "dense"))
+    assert sparse["parameters"] == dense["parameters"]
+    assert sparse["loss"] == pytest.approx(dense["loss"], rel=1e-5)
+
+
 def test_samples_come_from_the_seed(folders, capsys):
     options = ("--temperature", 2, "--max-new-tokens", 20, "--json")
     texts = [

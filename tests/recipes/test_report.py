@@ -213,6 +213,7 @@ def test_a_folder_that_is_no_run(tmp_path):
         write_report([], tmp_path / "report.html")
 
 
+@pytest.mark.slow
 def test_long_and_many_runs_stay_small(tmp_path):
     run = write_run(tmp_path / "run", steps=20_000, every=1)
     with open(run / "config.yaml", "a") as config:
@@ -402,6 +403,7 @@ def damage(chance, path):
         path.write_text(json.dumps(mutate(chance, read(content))))
 
 
+@pytest.mark.slow
 def test_hostile_values_make_a_right_page(tmp_path):
     sound = write_run(tmp_path / "sound", steps=200)
     log = [json.loads(line) for line in (sound / "log.jsonl").read_text().splitlines()]

@@ -62,6 +62,7 @@ def sequences(training: Training) -> int:
     return int(re.search(r"training +(\d+) sequences", training.text())[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "world"), CASES)
 def test_kill_9_at_a_random_step_changes_nothing(recipe, tmp_path, optimizer, world):
     options = settings(optimizer, world)
@@ -192,6 +193,7 @@ def test_another_number_of_processes_continues_and_says_so(recipe, unfinished, w
     assert losses == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_more_steps_are_possible_when_the_rate_does_not_depend_on_them(recipe, tmp_path):
     schedule = "schedule={name: constant, warmup_steps: 2}"
     assert run(recipe, ["steps=6", schedule], tmp_path / "run").codes == [0]
@@ -321,6 +323,7 @@ def test_a_path_is_taken_although_a_later_checkpoint_is_unreadable(recipe, whole
     assert checkpoint_names(out) == {"step-000009", "abandoned-step-000012"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("die", [die_before_the_marker, die_before_the_rename])
 def test_killed_while_saving_leaves_the_older_checkpoint(recipe, whole, tmp_path, die):
     broken = run(recipe, ["steps=12"], tmp_path / "run", prepare=die)
@@ -335,6 +338,7 @@ def test_killed_while_saving_leaves_the_older_checkpoint(recipe, whole, tmp_path
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("die", [die_while_removing_a_checkpoint, die_while_linking])
 def test_killed_while_tidying_leaves_nothing_behind(recipe, whole, tmp_path, die):
     out = tmp_path / "run"
@@ -387,6 +391,7 @@ def test_the_best_checkpoint_is_kept(recipe, tmp_path):
     assert [path.name for path in find_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-000006", "step-000015"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_stream_continues_where_it_was_killed(recipe, tmp_path, world):
     words = (recipe.parent / "text.txt").read_text().split()

@@ -247,6 +247,7 @@ def test_other_file_formats_stream_too(tokenizer, tmp_path, source):
     assert sorted(numbers(tokenizer, take(stream))) == list(range(90))
 
 
+@pytest.mark.slow
 def test_another_process_gives_the_same_sequences(stream, c4, tmp_path):
     """No hash seed, thread or global random state of this process has a part in the order."""
     code = f"""
@@ -265,6 +266,7 @@ print([next(it)["input_ids"].tolist() for _ in range(40)])
     assert json.loads(out) == take(stream(), 40)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world", "packing"), [(1, "true"), (2, "false")])
 def test_a_killed_run_continues_in_mid_stream(c4, tmp_path, world, packing):
     """Real training processes, killed by ``kill -9``: every later loss is that of the run that was never stopped."""

@@ -130,6 +130,7 @@ def test_half_of_a_window_is_marked_with_the_gradient_of_that_half(passes, fresh
         assert not torch.equal(found, both)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 def test_lanton_takes_its_noise_from_the_halves_of_a_step(recipe, tmp_path, world):
     lanton = "optimizer={name: lanton, lr: 1e-3, args: {noise: halves}}"
@@ -154,6 +155,7 @@ def test_a_non_finite_loss_can_be_caught_before_backward(fresh_accelerate):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_two_processes_compute_what_one_does(recipe, tmp_path):
     # without packing, each document is cut or padded: 8 documents a step with unequal numbers of tokens
     documents = recipe.parent / "documents.jsonl"
@@ -347,6 +349,7 @@ def straight(recipe, tmp_path_factory):
     return numbers(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["activation_checkpointing=true", "max_grad_norm=1e9", "compile=true"])
 def test_options_that_must_not_change_the_numbers(recipe, straight, tmp_path, option):
     training = run(
@@ -358,6 +361,7 @@ def test_options_that_must_not_change_the_numbers(recipe, straight, tmp_path, op
     assert [entry[2] for entry in left] == pytest.approx([entry[2] for entry in right], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["lion", "sinkgd"])
 def test_released_gradients_change_nothing_but_memory(recipe, tmp_path, optimizer):
     options = ["steps=4", f"optimizer.name={optimizer}", "checkpoint.every=0", "batch.micro_batch_size=8"]

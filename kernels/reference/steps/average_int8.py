@@ -1,0 +1,48 @@
+"""An average in 8 bits, one tensor at a time, as plain torch: the definition."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from leanstep.kernels.reference.quantization import dequantize, quantize
+from leanstep.kernels.steps.common import StepOptions
+
+
+def average_step_int8(
+    grad: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    output: Tensor | None,
+    skip: Tensor | None,
+    *,
+    options: StepOptions,
+    nesterov: bool,
+    update: bool,
+) -> None:
+    """Update codes and scales, and write the output; see :func:`leanstep.kernels.steps.average_int8.average_step_int8`.
+
+    Args:
+        skip: 0-d, of this tensor.
+        options: of one tensor, from :meth:`StepOptions.of`.
+    """
+    assert options.seeds is not None
+    beta, one_minus_beta = options.scalars
+    gradient = grad.to(beta.dtype)
+    if options.maximize:
+        gradient = -gradient
+    old = dequantize(codes, scales, beta.dtype)
+    average = old
+    if update:
+        # a weight of 0 forgets infinities and NaNs
+        average = torch.where(beta == 0, gradient, beta * old + one_minus_beta * gradient)
+    result = beta * average + one_minus_beta * gradient if nesterov else average
+    if skip is not None:
+        result = torch.where(skip > 0, old, result)
+    if output is not None:
+        output.copy_(result)
+    if not update:
+        return
+    offset = 0 if options.offsets is None else options.offsets
+    for tensor, value in zip((codes, scales), quantize(average, options.seeds, offset), strict=True):
+        tensor.copy_(value if skip is None else torch.where(skip > 0, tensor, value))
