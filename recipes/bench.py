@@ -160,8 +160,8 @@ def _table(result: dict[str, Any]) -> str:
     return "\n".join(
         [
             *lines,
-            f"tokens per second, medians of {result['repeats']} turns: a prompt of {result['prompt_tokens']}, "
-            f"{result['new_tokens']} new ones, batch {result['batch_size']}; ratio of new tokens to the last row; "
-            f"{result['threads']} threads, load {result['load']:.1f}",
+            f"tokens per second, medians of {result['repeats']} turns: a prompt of {result['prompt_tokens']}; "
+            f"{result['new_tokens']} new ones after a prompt of 1; batch {result['batch_size']}; ratio of new tokens "
+            f"to the last row; {result['threads']} threads, load {result['load']:.1f}",
         ]
     )

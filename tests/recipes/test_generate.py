@@ -81,5 +81,6 @@ def test_a_benchmark_measures_every_folder_in_turns(folders, capsys):
     assert main(["bench", str(folders / "dense"), *map(str, sizes)]) == 0
     text = capsys.readouterr().out
     assert text.startswith("FOLDER") and "1.00" in text and "load" in text
+    assert "a prompt of 8; 4 new ones after a prompt of 1" in text
     assert main(["bench", str(folders / "dense"), "--prompt-tokens", "80"]) == 2
     assert "144 tokens are asked for and the model has 64 positions" in capsys.readouterr().err
