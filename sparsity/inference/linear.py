@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from leanstep.kernels import bitmask_linear, bitmask_pack, bitmask_unpack, bitmask_validate
-from leanstep.sparsity.inference.matrices import DTYPE_NAMES, Form
+from leanstep.sparsity.inference.matrices import DTYPE_NAMES, WEIGHT_DTYPES, Form
 
 
 class CompressedWeight(Tensor):
@@ -110,9 +110,14 @@ class SparseLinear(nn.Linear):
         return CompressedWeight(self, self._dtype)
 
     def form(self) -> Form:
-        """How the weight is stored in a file."""
-        shape = (self.out_features, self.in_features)
-        return Form(shape, DTYPE_NAMES[self._dtype], int8=self.weight_scales is not None)
+        """How the weight is stored in a file. Raises ValueError for a dtype that files do not have."""
+        shape, dtype = (self.out_features, self.in_features), DTYPE_NAMES[self._dtype]
+        if dtype not in WEIGHT_DTYPES:
+            raise ValueError(
+                f"a compressed weight of {self._dtype} cannot be saved: expected {', '.join(WEIGHT_DTYPES)}; convert "
+                "the model first, as by model.float()"
+            )
+        return Form(shape, dtype, int8=self.weight_scales is not None)
 
     def validate(self) -> None:
         """Raise ValueError for offsets, masks and scales that do not fit the values. Meta tensors pass."""

@@ -51,9 +51,13 @@ def load_sparse(
         config = read_json(folder / "config.json")
     except FileNotFoundError:
         raise ValueError(f"{folder} is no checkpoint: it has no config.json") from None
-    method = (config.get("quantization_config") or {}).get("quant_method")
+    quantization = config.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method != QUANT_METHOD:
-        raise ValueError(f"{folder} is no sparse checkpoint: quant_method in config.json is {one_line(method)}")
+        raise ValueError(
+            f"{folder} is no sparse checkpoint: quant_method in config.json is {one_line(method)}, expected "
+            f"{QUANT_METHOD}; `leanstep export --format sparse` writes such a folder"
+        )
     chosen = transformers.AutoModelForCausalLM if model_class is None else model_class
     try:
         model, info = chosen.from_pretrained(

@@ -40,7 +40,7 @@ DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # of weights that can be stored without zeros
-_WEIGHT_DTYPES = ("F32", "F16", "BF16")
+WEIGHT_DTYPES = ("F32", "F16", "BF16")
 _MOST = 2**48  # entries of a weight, far beyond any model
 
 
@@ -90,8 +90,8 @@ class Form(NamedTuple):
         sizes = isinstance(shape, list) and all(type(size) is int and 0 < size < _MOST for size in shape)
         if not sizes or len(shape) not in (2, 3) or math.prod(shape) >= _MOST:
             raise ValueError(f"expected a shape of two or three dimensions, got {shape!r}")
-        if dtype not in _WEIGHT_DTYPES:
-            raise ValueError(f"expected a dtype of {', '.join(_WEIGHT_DTYPES)}, got {dtype!r}")
+        if dtype not in WEIGHT_DTYPES:
+            raise ValueError(f"expected a dtype of {', '.join(WEIGHT_DTYPES)}, got {dtype!r}")
         if stored == "nm":
             pattern, dim = NM.parse(str(entry.get("pattern"))), entry.get("dim")
             if pattern.m > 256 or type(dim) is not int or dim not in (0, 1):
@@ -133,7 +133,7 @@ def smallest_form(weight: Tensor, *, int8: bool = False) -> Form | None:
         int8: store the values of sparse weights as int8; then every sparse form is a bit mask.
     """
     dtype = DTYPE_NAMES.get(weight.dtype, "")
-    if dtype not in _WEIGHT_DTYPES or weight.dim() not in (2, 3) or not weight.numel():
+    if dtype not in WEIGHT_DTYPES or weight.dim() not in (2, 3) or not weight.numel():
         return None
     matrix = weight.flatten(0, -2)
     form = Form(tuple(weight.shape), dtype)

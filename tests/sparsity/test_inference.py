@@ -116,6 +116,12 @@ def test_save_pretrained_writes_a_sparse_folder(folders, kind, tmp_path):
     assert torch.equal(logits(again), logits(sparse)) and len(compressed(again)) == len(compressed(sparse))
 
 
+def test_weights_of_fp64_are_not_saved(folders, tmp_path):
+    """No sparse file has them."""
+    with pytest.raises(ValueError, match="a compressed weight of torch.float64 cannot be saved: .*model.float()"):
+        load_sparse(folders / "sparse").double().save_pretrained(tmp_path)
+
+
 def test_a_tied_head_is_dense_and_tied(tmp_path):
     save_sparse(tmp_path / "dense", make_llama(tie_word_embeddings=True), dtype=torch.float32)
     export_folder(tmp_path / "dense", tmp_path / "sparse")
@@ -246,6 +252,12 @@ def test_other_folders_are_refused(folders, tmp_path):
         load_sparse(folders / "dense")
     with pytest.raises(ValueError, match="is no folder"):
         load_sparse(tmp_path / "nowhere")
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "model.safetensors").write_bytes((folders / "sparse" / "model.safetensors").read_bytes())
+    (damaged / "config.json").write_text(json.dumps(config(folders / "sparse") | {"quantization_config": "leanstep"}))
+    with pytest.raises(ValueError, match="is no sparse checkpoint: .*expected leanstep"):
+        load_sparse(damaged)
     other = tmp_path / "other"
     other.mkdir()
     (other / "model.safetensors").write_bytes((folders / "sparse" / "model.safetensors").read_bytes())
