@@ -46,16 +46,23 @@ class Names:
         Raises:
             ValueError: for a weight that the model does not have.
         """
-        target, pattern = rename_source_key(name, self._renamings, self._converters, self._prefix, self._parameters)
+        target, pattern = self._renamed(name)
         if target not in self._parameters:
             raise ValueError(f"the weights do not fit config.json: its model has no weight {one_line(name)}")
         return target, pattern
+
+    def located(self, name: str) -> str:
+        """The parameter of a stored weight, whether or not the model has it."""
+        return self._renamed(name)[0]
+
+    def _renamed(self, name: str) -> tuple[str, str | None]:
+        return rename_source_key(name, self._renamings, self._converters, self._prefix, self._parameters)
 
     def merged(self, names: Iterable[str]) -> dict[str, dict[str, list[str]]]:
         """Parameter -> pattern -> the stored weights that are merged into it, in the order of loading."""
         groups: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
         for name in sorted(names, key=dot_natural_key):
-            target, pattern = rename_source_key(name, self._renamings, self._converters, self._prefix, self._parameters)
+            target, pattern = self._renamed(name)
             if pattern is not None:
                 groups[target][pattern].append(name)
         return groups

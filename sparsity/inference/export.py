@@ -16,7 +16,7 @@ from leanstep._checkpoint import TensorFile, check_apart, check_output, copy_oth
 from leanstep._files import format_bytes, one_line
 from leanstep.sparsity.inference.manifest import Manifest, checksum
 from leanstep.sparsity.inference.matrices import Form, compress, part_name, smallest_form
-from leanstep.sparsity.inference.reader import INDEX, SparseFiles, is_sparse_file, weight_files
+from leanstep.sparsity.inference.reader import INDEX, SparseFiles, has_manifest, weight_files
 
 QUANT_METHOD = "leanstep"
 FORMATS = ("sparse", "dense")
@@ -91,7 +91,7 @@ def export_folder(source: str | Path, out: str | Path, *, format: str = "sparse"
     with new_folder(out) as folder:
         if format == "sparse":
             config["quantization_config"] = {"quant_method": QUANT_METHOD}
-            forms, weight_map = _write_sparse(paths, folder, int8=values == "int8", ties=_ties(config))
+            forms, weight_map = _write_sparse(paths, folder, int8=values == "int8", tied_rows=_tied_rows(config))
         else:
             config.pop("quantization_config", None)
             forms, weight_map = {}, _write_dense(paths, folder)
@@ -113,9 +113,9 @@ def _opened(source: Path, format: str) -> tuple[list[Path], dict[str, Any]]:
     unfit = [path.name for path in paths if path.suffix != ".safetensors"]
     if unfit:
         raise ValueError(f"{source}: expected safetensors weights, got {unfit[0]}; save the model by save_pretrained")
-    sparse = [is_sparse_file(path) for path in paths]
+    sparse = [has_manifest(path) for path in paths]
     if format == "dense" and not all(sparse):
-        raise ValueError(f"{source}: expected sparse files, {paths[sparse.index(False)].name} is none")
+        raise ValueError(f"{source} has dense weights already, in {paths[sparse.index(False)].name}")
     if format == "sparse" and any(sparse):
         raise ValueError(f"{source} has sparse files already")
     if format == "sparse" and config.get("quantization_config"):
@@ -125,13 +125,17 @@ def _opened(source: Path, format: str) -> tuple[list[Path], dict[str, Any]]:
     return paths, config
 
 
-def _ties(config: Mapping[str, Any]) -> bool:
-    """Whether config.json says that the output head is the embedding."""
-    text = config.get("text_config")
-    return any(part.get("tie_word_embeddings") is True for part in (config, text) if isinstance(part, dict))
+def _tied_rows(config: Mapping[str, Any]) -> set[int]:
+    """Rows of the embedding, if config.json says that the output head is the embedding; otherwise empty."""
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+    if not any(part.get("tie_word_embeddings") is True for part in parts):
+        return set()
+    return {part["vocab_size"] for part in parts if type(part.get("vocab_size")) is int}
 
 
-def _write_sparse(paths: list[Path], folder: Path, *, int8: bool, ties: bool) -> tuple[dict[str, Form], dict[str, str]]:
+def _write_sparse(
+    paths: list[Path], folder: Path, *, int8: bool, tied_rows: set[int]
+) -> tuple[dict[str, Form], dict[str, str]]:
     forms: dict[str, Form] = {}
     weight_map: dict[str, str] = {}
     stored_matrices: dict[tuple[Any, ...], tuple[str, Path]] = {}
@@ -140,8 +144,11 @@ def _write_sparse(paths: list[Path], folder: Path, *, int8: bool, ties: bool) ->
         with TensorFile(path) as file:
             for name in file.names:
                 weight = file.tensor(name)
-                twin = _twin(name, weight, path, stored_matrices) if ties else None
-                if twin is not None:
+                # other equal matrices, such as those without a nonzero, are not tied
+                may_be_tied = weight.dim() == 2 and weight.shape[0] in tied_rows
+                twin = _twin(name, weight, path, stored_matrices) if may_be_tied else None
+                # the index does not name a file without tensors, so a file keeps its last one
+                if twin is not None and (stored or name != file.names[-1]):
                     manifest.tied[name] = twin
                     continue
                 form = smallest_form(weight, int8=int8)
@@ -175,8 +182,6 @@ def _compressed(path: Path, name: str, weight: Tensor, form: Form) -> dict[str, 
 
 def _twin(name: str, weight: Tensor, path: Path, stored: dict[tuple[Any, ...], tuple[str, Path]]) -> str | None:
     """The name under which the same matrix is stored already; otherwise remembers this one."""
-    if weight.dim() != 2 or not weight.numel():
-        return None
     key = (weight.dtype, tuple(weight.shape), checksum(weight))
     twin, where = stored.setdefault(key, (name, path))
     if twin == name:

@@ -111,7 +111,7 @@ class Manifest:
                     raise ValueError(f"its manifest differs from that of another file about {one_line(name)}")
 
     def check(self) -> None:
-        """Raise ValueError where a matrix lacks one of its tensors, or has one in another dtype or shape."""
+        """Raise ValueError for a weight that is stored twice, and for parts that are missing or have other shapes."""
         for name, form in self.matrices.items():
             values = self.tensors.get(part_name(name, "values"))
             nnz = values.shape[0] if values is not None and len(values.shape) == 1 else 0
@@ -123,8 +123,11 @@ class Manifest:
                         f"its manifest is damaged: {one_line(part_name(name, part))} should be {expected[0]} "
                         f"{expected[1]}, got {got}"
                     )
-            if name in self.tensors or name in self.tied:
-                raise ValueError(f"its manifest is damaged: {one_line(name)} is stored twice")
+        twice = sorted(
+            (self.matrices.keys() | self.tied.keys()) & self.tensors.keys() | self.matrices.keys() & self.tied.keys()
+        )
+        if twice:
+            raise ValueError(f"its manifest is damaged: {one_line(twice[0])} is stored twice")
 
     def part_names(self) -> set[str]:
         """Names of all tensors that are parts of a matrix."""

@@ -54,6 +54,8 @@ class SparseQuantizer(HfQuantizer):
         self.layers: dict[str, SparseLinear] = {}
         self.targets: dict[str, str] = {}
         self.dtypes: dict[str, torch.dtype] = {}
+        # parameter -> the parameter that it is tied to
+        self.tied: dict[str, str] = {}
         self.merged: dict[str, dict[str, list[str]]] = {}
         self.converters: list[WeightConverter] = []
         self.has_transposed = False
@@ -69,6 +71,8 @@ class SparseQuantizer(HfQuantizer):
         with SparseFiles(map(Path, checkpoint_files)) as files:
             files.check_content()
             self.manifest = files.manifest
+            tied = files.manifest.tied
+            self.tied = {names.located(alias): names.located(name) for alias, name in tied.items()}
             self.merged = names.merged([*self.manifest.matrices, *files.dense_names()])
             for name, form in self.manifest.matrices.items():
                 target, pattern = names.target(name)
@@ -119,9 +123,14 @@ class SparseQuantizer(HfQuantizer):
         lost += [name for name, layer in self.layers.items() if not _is_loaded(layer)]
         if lost:
             raise ValueError(f"the weight {one_line(lost[0])} was not loaded: this architecture renames it")
-        for alias, name in self.manifest.tied.items():
-            if model.get_parameter(alias) is not model.get_parameter(name):
-                raise ValueError(f"{alias} is stored as tied to {name}, and the model of config.json does not tie them")
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for alias, name in self.tied.items():
+            # a base model may lack the head
+            if alias in parameters and parameters[alias] is not parameters.get(name):
+                raise ValueError(
+                    f"{one_line(alias)} is stored as tied to {one_line(name)}, and the model of config.json does not "
+                    "tie them; export the dense folder again"
+                )
         dense = [self.targets[name] for name in self.restored - self.layers.keys()]
         self.has_transposed = _compress_conv1d(model, dense)
         return model

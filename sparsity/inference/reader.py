@@ -36,10 +36,14 @@ class SparseFiles:
         try:
             for path in paths:
                 self._open(path)
+            where = ", ".join(str(path) for path in self._files)
+            try:
+                self.manifest.check()
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}; expected files of one export") from None
             missing = sorted(self.manifest.tensors.keys() - self._owners.keys())
             missing += sorted(set(self.manifest.tied.values()) - self._owners.keys() - self.manifest.matrices.keys())
             if missing:
-                where = ", ".join(str(path) for path in self._files)
                 raise ValueError(f"{where}: the tensor {one_line(missing[0])} of the manifest is in no file")
         except BaseException:
             self.close()
@@ -156,10 +160,15 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
+def has_manifest(path: Path) -> bool:
+    """Whether a safetensors file is a sparse weight file. Raises as :class:`TensorFile`."""
+    with TensorFile(path) as file:
+        return KEY in file.metadata
+
+
 def is_sparse_file(path: Path) -> bool:
-    """Whether a file has the manifest of a sparse weight file."""
+    """Whether a file, which may be of any kind, can be read and is a sparse weight file."""
     try:
-        with TensorFile(path) as file:
-            return KEY in file.metadata
+        return has_manifest(path)
     except (ValueError, OSError):
         return False

@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from sparse_folders import config, drop, save_sparse, tensors
 
 from leanstep.cli import main
-from leanstep.sparsity import nm_mask, verify
+from leanstep.sparsity import load_sparse, nm_mask, verify
 from leanstep.sparsity.inference import export_folder
 from leanstep.sparsity.inference.manifest import CHECKSUM_KEY, KEY, Manifest
 from leanstep.sparsity.inference.matrices import compress, decompress, smallest_form
+from leanstep.sparsity.inference.reader import SparseFiles
 
 
 def matrices(folder):
@@ -137,6 +138,60 @@ def test_tied_weights_are_stored_once(tmp_path):
     assert {"lm_head.weight", "model.embed_tokens.weight"} < matrices(tmp_path / "untied")
 
 
+def test_equal_matrices_that_are_no_embedding_are_not_tied(tmp_path):
+    """Such as those of layers without a nonzero; the model would miss all but one."""
+    model = make_llama(tie_word_embeddings=True)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.zero_()
+    dense = save_sparse(tmp_path / "dense", model)
+    export_folder(dense, tmp_path / "sparse")
+    assert matrices(tmp_path / "sparse") == matrices(dense)
+    for layer in load_sparse(tmp_path / "sparse").model.layers:
+        assert layer.self_attn.q_proj.weight.count_nonzero() == 0
+
+
+def test_a_tied_weight_in_a_file_of_its_own_comes_back(tmp_path):
+    """An index lists no file without tensors."""
+    dense = save_sparse(tmp_path / "dense", make_llama(tie_word_embeddings=True))
+    weights = load_file(dense / "model.safetensors")
+    (dense / "model.safetensors").unlink()
+    files = {
+        "a.safetensors": weights,
+        "b.safetensors": {"lm_head.weight": weights["model.embed_tokens.weight"].clone()},
+    }
+    for name, stored in files.items():
+        save_file(stored, dense / name, metadata={"format": "pt"})
+    weight_map = {name: file for file, stored in files.items() for name in stored}
+    (dense / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    export_folder(dense, tmp_path / "sparse")
+    export_folder(tmp_path / "sparse", tmp_path / "back", format="dense")
+    assert tensors(tmp_path / "back") == tensors(dense)
+
+
+def test_files_of_two_exports_are_refused(tmp_path):
+    """One stores a weight sparse, the other stores it dense."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 64, generator=generator)
+    files = []
+    for name, tensor in (("sparse", drop(weight, 0.8, generator)), ("dense", weight)):
+        (tmp_path / name).mkdir()
+        save_file({"a.weight": tensor}, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text("{}")
+        files.append(export_folder(tmp_path / name, tmp_path / f"{name} export").out / "model.safetensors")
+    with pytest.raises(ValueError, match="a.weight is stored twice; expected files of one export"):
+        SparseFiles(files)
+
+
+def test_a_damaged_sparse_file_is_called_damaged(tmp_path):
+    sparse = export_folder(save_sparse(tmp_path / "dense", make_llama()), tmp_path / "sparse").out
+    file = sparse / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged: .*copy or download it again"):
+        export_folder(sparse, tmp_path / "back", format="dense")
+    assert not (tmp_path / "back").exists()
+
+
 def test_verify_reads_sparse_folders(tmp_path):
     dense = save_sparse(tmp_path / "dense", make_llama(), pattern="2:4")
     export_folder(dense, tmp_path / "sparse")
@@ -165,7 +220,7 @@ def test_what_cannot_be_exported_is_named(tmp_path, capsys):
             export_folder(source, out, **settings)
 
     refused("has sparse files already", sparse, tmp_path / "out")
-    refused("expected sparse files, model.safetensors is none", dense, tmp_path / "out", format="dense")
+    refused("dense has dense weights already, in model.safetensors", dense, tmp_path / "out", format="dense")
     refused("sparse exists already, and nothing is overwritten", dense, sparse)
     refused("is, contains or lies in the checkpoint", dense, dense / "inside")
     refused("is no folder", tmp_path / "nowhere", tmp_path / "out")
