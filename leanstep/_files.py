@@ -271,10 +271,14 @@ def publish_folder(staged: Path, target: Path) -> None:
         sync(path)
     replaced = target.with_name(f"{REPLACED}{target.name}")
     remove(replaced)
-    if os.path.lexists(target):
-        # no system call replaces a nonempty folder
-        os.replace(target, replaced)
-    os.replace(staged, target)
+    try:
+        if os.path.lexists(target):
+            # no system call replaces a nonempty folder
+            os.replace(target, replaced)
+        os.replace(staged, target)
+    except BaseException:  # Ctrl-C included
+        restore_replaced(target)
+        raise
     sync(target.parent)
     remove(replaced)
 

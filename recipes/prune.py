@@ -23,6 +23,8 @@ __all__ = ["main", "split_newest"]
 
 # bytes of the newest addresses to hold out; the recipes hold out more from training
 _HELD_OUT_BYTES = 400_000
+# difference of --sparsity and the fraction of zeros, by rounding in small matrices
+_SAME_SPARSITY = 0.02
 # options that are arguments of prune() of the same name
 _SETTINGS = (
     *("sparsity", "allocation", "score", "pattern", "metric", "granularity", "correction", "levels"),
@@ -154,6 +156,7 @@ def _prune(options: argparse.Namespace) -> "PruneResult | RecoveryResult":
     restore_replaced(Path(options.out))
     with _Bar() as bar:
         if recovery is not None and options.resume and Path(options.out).exists():
+            _refuse_other_settings(options)
             return recover_checkpoint(
                 options.checkpoint,
                 options.out,
@@ -175,6 +178,26 @@ def _prune(options: argparse.Namespace) -> "PruneResult | RecoveryResult":
             **{name: getattr(options, name) for name in _SETTINGS},
             **_data(options),
         )
+
+
+def _refuse_other_settings(options: argparse.Namespace) -> None:
+    """Raise ValueError if the pruned folder has other settings than the command: recovery would ignore these."""
+    from leanstep.pruning.folder.recovery import pruned_content
+
+    content = pruned_content(Path(options.out))
+    names = ("score", "pattern", "inputs")
+    settings = [(f"--{name}", content.get(name, getattr(options, name)), getattr(options, name)) for name in names]
+    sparsity = content.get("sparsity")
+    if options.budget == "params" and options.sparsity is not None and isinstance(sparsity, float):
+        # allocations round the number of weights of each matrix
+        is_same = abs(sparsity - options.sparsity) < _SAME_SPARSITY
+        settings.append(("--sparsity", options.sparsity if is_same else round(sparsity, 4), options.sparsity))
+    for option, written, asked in settings:
+        if written != asked:
+            raise ValueError(
+                f"{options.out} was pruned with {option} {written}, and the command has {option} {asked}: repeat the "
+                "settings of pruning to recover that folder, or name another --out"
+            )
 
 
 def _recovery(options: argparse.Namespace) -> "Recovery | None":

@@ -56,7 +56,7 @@ def recover_checkpoint(
 
     Raises:
         ValueError: for a folder that is not of :func:`prune_checkpoint`, was pruned from another source, was recovered
-            before, or has other zeros than its ``sparsity.json`` says; and as :func:`recover`.
+            before (and that was applied), or has other zeros than its ``sparsity.json`` says; and as :func:`recover`.
         OSError: if the disk is full. After any error, the pruned folder is what it was.
 
     Notes:
@@ -111,11 +111,13 @@ def recover_model(
     )
     del teacher
     result.notes.extend(filter(None, [note]))
+    content["perplexity"] = dict(content.get("perplexity") or {})
+    content["perplexity"].pop("recovered", None)  # of an earlier recovery that was not applied
     if evaluate:
-        content["perplexity"] = dict(content.get("perplexity") or {})
         perplexity, content["perplexity"]["tokens"] = perplexity_of(model, held_out)
         content["perplexity"]["recovered"] = perplexity
         result = replace(result, perplexity=perplexity)
+    content["perplexity"] = content["perplexity"] or None
     content["recovery"] = result.to_dict()
     with new_folder(folder, replace=True) as staged:
         changed = write_weights(pruned, checkpoint_values(pruned, model), staged)
@@ -130,14 +132,18 @@ def recover_model(
 
 
 def pruned_content(folder: Path) -> dict[str, Any]:
-    """Content of ``sparsity.json`` of a folder that was pruned and not recovered. Raises ValueError for any other."""
+    """Content of ``sparsity.json`` of a folder with the weights of pruning. Raises ValueError for any other.
+
+    A recovery that was not applied has left these weights.
+    """
     try:
         content = read_json(folder / SIDECAR)
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} is no folder of leanstep prune: its {SIDECAR} cannot be read ({error})") from None
     if not isinstance(content, dict) or not isinstance(content.get("tensors"), dict) or "layers" not in content:
         raise ValueError(f"{folder} is no folder of leanstep prune: its {SIDECAR} has no layers and tensors")
-    if content.get("recovery"):
+    earlier = content.get("recovery")
+    if earlier and not (isinstance(earlier, dict) and earlier.get("applied") is False):
         raise ValueError(f"{folder} was recovered before; prune again into another folder to recover otherwise")
     return content
 

@@ -31,7 +31,8 @@ def find_base(name: str, recipe: Path, derived: Sequence[Path], built_in: Mappin
     beside = recipe.parent / path
     exists = os.path.lexists(beside)
     if name in built_in:
-        if exists and not _is_same(beside, built_in[name]):
+        # a folder cannot be a base: it may be that of a run, which has the recipe's name
+        if exists and not beside.is_dir() and not _is_same(beside, built_in[name]):
             raise ValueError(
                 f"{name} is a built-in recipe and a file beside {recipe.name}: write ./{name} for the file, or rename "
                 "the file to use the built-in recipe"

@@ -6,6 +6,7 @@ and the completion with the end-of-text token; two lists of messages are a conve
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,7 +143,8 @@ def _read(path: str, key: str, tokenizer: "PreTrainedTokenizerFast", seq_len: in
     examples, left_out = [], 0
     for where, row in read_rows(path, key):
         example = encode_row(row, where, tokenizer)
-        cut = Example(example.tokens[:seq_len], example.is_answer[:seq_len])
+        # copies: a view would keep the whole example in memory
+        cut = Example(example.tokens[:seq_len].copy(), example.is_answer[:seq_len].copy())
         if cut.is_answer[1:].any():
             examples.append(cut)
         else:
@@ -164,16 +166,29 @@ def read_rows(path: str, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where}: not JSON: {one_line(error)[:200]}; expected one object a line") from None
             _check_row(row, where)
+            if "\\ud" in line.lower():
+                _check_unicode(row, where)
             yield where, row
 
 
 def _lines(file: Path) -> Iterator[str]:
-    with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{file}:{number}: not UTF-8 text: {error.reason}") from None
+    for number, line in enumerate(_byte_lines(file), start=1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}:{number}: not UTF-8 text: {error.reason}") from None
+
+
+def _byte_lines(file: Path) -> Iterator[bytes]:
+    if file.suffix != ".gz":
+        with file.open("rb") as lines:
+            yield from lines
+        return
+    with gzip.open(file, "rb") as lines:
+        try:
+            yield from lines
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{file} is damaged: {one_line(error)}; copy or download it again") from None
 
 
 def _check_row(row: Any, where: str) -> None:
@@ -193,6 +208,17 @@ def _check_row(row: Any, where: str) -> None:
         _check_messages(completion, f"{where}: completion")
     elif not (isinstance(prompt, str) and isinstance(completion, str)):
         raise ValueError(f"{where}: 'prompt' and 'completion' must be two texts or two lists of messages")
+
+
+def _check_unicode(row: dict[str, Any], where: str) -> None:
+    """Raise ValueError for half of a surrogate pair, which JSON can spell and no tokenizer takes."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError(f"{where}: its values are nested too deeply; {_EXPECTED}") from None
+    except UnicodeEncodeError as error:
+        half = error.object[error.start].encode("unicode_escape").decode()
+        raise ValueError(f"{where}: the text has half of a surrogate pair, {half}; remove it") from None
 
 
 def _check_messages(messages: Any, where: str) -> None:

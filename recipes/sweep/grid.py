@@ -75,8 +75,8 @@ def make_plan(recipe: str, words: Sequence[str], out: Path | None, *, processes:
         processes: of each run.
 
     Raises:
-        ConfigError: a word is no override, nothing is swept, a value occurs twice, or the recipe of a run is invalid;
-            it lists all problems.
+        ConfigError: a word is no override, nothing is swept, a value occurs twice, or the recipe of a run is invalid or
+            has no validation data; it lists all problems.
     """
     fixed, grid = read_words(words)
     base = load(recipe, [*fixed, *(f"{key}={texts[0]}" for key, texts in grid.items())], world_size=processes)
@@ -99,6 +99,11 @@ def make_plan(recipe: str, words: Sequence[str], out: Path | None, *, processes:
         except ConfigError as error:
             problems += error.problems
             continue
+        if not config.data.val_tokens and not config.data.val_path:
+            problems.append(
+                "data.val_tokens: 0 leaves no validation loss, by which a sweep compares settings; hold out some "
+                "tokens, or give data.val_path"
+            )
         runs.append(PlannedRun(name, values, dump(config)))
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))

@@ -87,6 +87,23 @@ def test_a_folder_replaces_an_older_one(tmp_path):
     assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["new"]
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_error_between_the_renames_puts_the_older_folder_back(tmp_path, monkeypatch, error):
+    out, replace = tmp_path / "out", os.replace
+    with staged_folder(out) as staged:
+        (staged / "old").write_text("x")
+
+    def stopped(source, target):
+        if ".writing-" in str(source):
+            raise error
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", stopped)
+    with pytest.raises(error), staged_folder(out, replace=True) as staged:
+        (staged / "new").write_text("x")
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(out) == ["old"]
+
+
 def test_what_a_killed_process_left_is_removed_and_a_running_ones_is_not(tmp_path):
     out = tmp_path / "out"
     code = (

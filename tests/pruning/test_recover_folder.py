@@ -172,6 +172,37 @@ def test_a_run_killed_in_recovery_leaves_the_pruned_folder_and_goes_on(base, pru
     assert "was recovered before" in capsys.readouterr().err
 
 
+def copied(folder, out):
+    out.mkdir()
+    for name, raw in snapshot(folder).items():
+        (out / name).write_bytes(raw)
+    return out
+
+
+def test_a_recovery_that_was_not_applied_can_be_tried_again(base, pruned, tmp_path, capsys):
+    out = copied(pruned, tmp_path / "out")
+    assert main(arguments(base, out, "--eval", "--recover", "3", "--recover-lr", "5", "--resume")) == 0
+    assert "not applied" in capsys.readouterr().out
+    assert not content_of(out)["recovery"]["applied"] and "recovered" in content_of(out)["perplexity"]
+    before, after = tensors(pruned), tensors(out)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert main(arguments(base, out, *RECOVER, "--resume")) == 0
+    assert content_of(out)["recovery"]["applied"]
+    assert content_of(out)["perplexity"] == content_of(pruned)["perplexity"]
+
+
+@pytest.mark.parametrize(
+    ("option", "written", "asked"),
+    [("--sparsity", "0.6", "0.7"), ("--score", "wanda", "magnitude"), ("--inputs", "pruned", "dense")],
+)
+def test_other_settings_of_pruning_are_refused_with_resume(option, written, asked, base, pruned, tmp_path, capsys):
+    out = copied(pruned, tmp_path / "out")
+    assert main(arguments(base, out, *RECOVER, "--resume", option, asked)) == 2
+    error = capsys.readouterr().err
+    assert f"was pruned with {option} {written}" in error and f"the command has {option} {asked}" in error
+    assert snapshot(out) == snapshot(pruned)
+
+
 def test_a_run_killed_while_it_replaces_the_folder_loses_neither(base, pruned, tmp_path, monkeypatch):
     out = tmp_path / "out"
     pruned_files = snapshot(pruned)

@@ -98,7 +98,9 @@ def test_a_base_is_not_looked_up_in_the_working_folder(folder):
 @pytest.mark.parametrize("name", ["llama-nano-adamw", "llama-60m"])
 def test_a_file_with_the_name_of_a_built_in_recipe_is_ambiguous(folder, name):
     built_in = load(name).steps
+    (folder / name).mkdir()  # of a run
     assert load(derived(folder, name)).steps == built_in
+    (folder / name).rmdir()
     (folder / name).write_text(STEPS)
     assert f"{name} is a built-in recipe and a file beside mine.yaml: write ./{name}" in problem(derived(folder, name))
     assert load(derived(folder, f"./{name}")).steps == 7 != built_in

@@ -108,6 +108,8 @@ def test_long_examples_are_cut_and_those_without_an_answer_left_out(folder, tmp_
     data = load_data(data_config(write(tmp_path / "a.jsonl", rows), folder, seq_len=32), seed=0)
     assert len(data.train) == 1 and int((data.train[0]["labels"] != IGNORED).sum()) > 20
     assert data.facts["left out"].startswith("1 examples without an answer in their first 32 tokens")
+    # the tokens that were cut off do not stay in memory
+    assert all(example.tokens.base is None and example.is_answer.base is None for example in data.train.examples)
     with pytest.raises(ValueError, match="no answer lies within data.seq_len 32"):
         load_data(data_config(write(tmp_path / "b.jsonl", rows[:1]), folder, seq_len=32), seed=0)
 
@@ -140,6 +142,8 @@ def test_the_last_examples_are_held_out(tokenizer, folder, tmp_path):
         ('{"prompt": "a", "completion": ["b"]}', "must be two texts or two lists of messages"),
         ('{"prompt": 3, "completion": "b"}', "must be two texts or two lists of messages"),
         ("[" * 100_000, "not JSON"),
+        (r'{"prompt": "a \ud83d", "completion": "b"}', r"half of a surrogate pair, \ud83d; remove it"),
+        (r'{"messages": [{"role": "assistant", "content": "\uDE00"}]}', r"half of a surrogate pair, \ude00"),
     ],
 )
 def test_a_line_that_is_no_example_is_told_with_its_place(tmp_path, line, message):
@@ -160,6 +164,22 @@ def test_compressed_folders_and_bytes_that_are_no_text(tmp_path):
         list(read_rows(str(tmp_path), "data.path"))
     (tmp_path / "b.jsonl").write_text("\n")
     assert look(DataConfig(source="chat", path=str(tmp_path / "a.jsonl.gz")))[0].startswith("data.path: ")
+
+
+def test_a_whole_surrogate_pair_is_a_character(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(r'{"prompt": "\ud83d\ude00", "completion": "b"}')
+    assert [row["prompt"] for _, row in read_rows(str(path), "data.path")] == ["\U0001f600"]
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda packed: packed[: len(packed) // 2], lambda packed: packed[:30] + b"\xff" * 40]
+)
+def test_a_damaged_archive_is_told_with_its_name(tmp_path, damage):
+    rows = "".join(json.dumps({"prompt": f"{number**5}", "completion": "b"}) + "\n" for number in range(500))
+    (tmp_path / "a.jsonl.gz").write_bytes(damage(gzip.compress(rows.encode())))
+    with pytest.raises(ValueError, match=r"a.jsonl.gz is damaged: .*; copy or download it again"):
+        list(read_rows(str(tmp_path / "a.jsonl.gz"), "data.path"))
 
 
 def test_templates_that_cannot_be_used_are_told(folder, tmp_path):

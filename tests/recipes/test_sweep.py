@@ -76,6 +76,13 @@ def test_a_plan_has_every_combination_and_the_last_key_varies_fastest(plan, tmp_
     assert config.out == str(tmp_path / "sweep" / "runs" / config.name)
 
 
+def test_a_sweep_without_validation_is_refused(plan):
+    with pytest.raises(ConfigError) as caught:
+        plan("data.val_tokens=0", *GRID)
+    (problem,) = caught.value.problems
+    assert "no validation loss, by which a sweep compares settings" in problem
+
+
 def test_a_swept_value_reaches_the_keys_that_refer_to_it(plan, tmp_path):
     recipe = write_recipe(tmp_path)
     recipe.write_text(recipe.read_text() + "seed: ${steps}\n")
