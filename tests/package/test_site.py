@@ -33,6 +33,12 @@ def test_every_page_is_in_the_menu_once():
     assert sorted(menu(CONFIG["nav"])) == sorted([*pages, *ROOT_PAGES.values()])
 
 
+def test_the_first_page_links_every_page():
+    linked = re.findall(r"\]\(([^)#]+\.md)\)", (ROOT / "docs" / "index.md").read_text("utf-8"))
+    pages = [page.removeprefix("docs/") for page in PAGES if page.startswith("docs/")]
+    assert sorted(linked) == sorted(set(pages) - {"index.md"})
+
+
 def test_the_checks_build_the_site_and_fail_on_a_warning():
     script = (ROOT / ".ci" / "run").read_text("utf-8")
     assert re.search(r"pip install .*\.\[docs\].*\n.*mkdocs build --strict", script)
