@@ -385,5 +385,6 @@ def _summary(result: "PruneResult", out: str) -> str:
         lines += _recovery_lines(result.recovery)
     lines += [f"note           {note}" for note in result.notes]
     lines.append("File size and speed are those of the dense model: zeros alone make neither PyTorch nor vLLM faster.")
+    lines.append(f"To store and run it without the zeros: leanstep export {out} --format sparse --out {out}-sparse")
     lines.append(f"model, sparsity.json and report.html: {out}")
     return "\n".join(lines)
