@@ -84,6 +84,7 @@ def files(interrupted):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @fuzz(8)
 def test_damage_costs_a_checkpoint_and_changes_nothing(interrupted, data):
@@ -105,6 +106,7 @@ def rewrite(interrupted, name, content):
     marker.write_text(json.dumps(facts))
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @fuzz(8)
 def test_damage_with_right_checksums_is_told_or_makes_another_run(interrupted, data):
@@ -135,6 +137,7 @@ PROGRESS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @given(changes=edits(PROGRESS))
 @example(changes={"elapsed_s": float("inf")})
 @example(changes={"elapsed_s": float("nan"), "tokens": -5})

@@ -221,6 +221,7 @@ def _alike(value, tensor):
     return isinstance(value, torch.Tensor) and not value.is_nested and value.shape == tensor.shape
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @fuzz(250)
 def test_changed_tensors(data):

@@ -67,6 +67,7 @@ NAMES = ("config.yaml", "log.jsonl", "status.json", "env.json", "command.txt", "
 HOSTILE = (*WORDS, "<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "{{ 7*7 }}", "javascript:alert(1)")
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @fuzz(25)
 def test_damaged_files_of_a_run(folder, data):
@@ -80,6 +81,7 @@ def test_damaged_files_of_a_run(folder, data):
         write(path, whole)
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @fuzz(15)
 def test_other_lines_of_a_log(folder, data):

@@ -51,6 +51,7 @@ def file(folder):
     return folder / "compressed" / "model.safetensors"
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @fuzz(120)
 def test_damaged_compressed_files(folder, file, data):
@@ -208,6 +209,7 @@ def test_damaged_sparse_files(sparse, name, data):
         write(file, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "int8"])
 @given(data=st.data())
 @fuzz(100)
@@ -226,6 +228,7 @@ def test_sparse_files_with_other_manifests_and_right_checksums(sparse, name, dat
         write(file, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "int8"])
 @given(data=st.data())
 @fuzz(100)

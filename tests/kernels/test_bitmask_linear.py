@@ -68,6 +68,7 @@ def test_products_of_codes_against_float64(dtype, tokens, dirty_memory, monkeypa
 needs_cpp = pytest.mark.skipif(why_not_cpp() is not None, reason=f"needs the C++ kernels: {why_not_cpp()}")
 
 
+@pytest.mark.slow
 @needs_cpp
 @pytest.mark.parametrize("isa", range(len(cpp.INSTRUCTIONS) - 1), ids=lambda isa: cpp.INSTRUCTIONS[isa])
 @pytest.mark.parametrize("codes", [False, True], ids=["values", "codes"])
@@ -92,6 +93,7 @@ def test_products_by_the_instructions_of_older_processors(dtype, codes, isa, mon
             check_product(bitmask_linear(x, values, *layout, 100, None, scales), x, exact, None, tolerance)
 
 
+@pytest.mark.slow
 @needs_cpp
 @pytest.mark.parametrize("isa", range(len(cpp.INSTRUCTIONS)), ids=lambda isa: cpp.INSTRUCTIONS[isa])
 def test_damaged_parts_never_read_outside_of_the_values(isa, monkeypatch):

@@ -79,6 +79,7 @@ def test_a_variant_is_built_once_and_loaded_by_another_process(fresh_cache):
     assert (fresh_cache / built[0]).stat().st_mtime_ns == stamp
 
 
+@pytest.mark.slow
 def test_processes_that_build_at_one_time_do_not_meet(fresh_cache):
     together = [subprocess.Popen([sys.executable, "-P", "-c", STEP]) for _ in range(3)]
     assert [process.wait(timeout=120) for process in together] == [0, 0, 0]
@@ -102,6 +103,7 @@ def test_a_pipe_in_place_of_a_library_is_not_waited_for(tmp_path):
     assert _cache._load(tmp_path / "steps-other.so") is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["truncated", "empty", "flipped bit", "of another name", "without digest"])
 def test_a_damaged_library_is_built_again(fresh_cache, damage):
     run(STEP)
@@ -122,6 +124,7 @@ def test_a_damaged_library_is_built_again(fresh_cache, damage):
     assert path.read_bytes() == sound and len(libraries(fresh_cache)) == 1
 
 
+@pytest.mark.slow
 def test_a_killed_build_leaves_nothing_for_long(fresh_cache, tmp_path, monkeypatch):
     started = tmp_path / "started"
     compiler(tmp_path, monkeypatch, f'case "$*" in *--version*) ;; *) touch {started}; exec sleep 60;; esac')
@@ -156,6 +159,7 @@ def test_a_library_is_flushed_before_it_takes_its_name(fresh_cache, monkeypatch)
 # ---- other users
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refused", ["folder of another", "writable folder", "writable parent", "parent of another"])
 def test_a_folder_that_others_can_change_is_replaced_by_the_next(fresh_cache, tmp_path, monkeypatch, refused):
     run(BUILD)  # a library that must not be loaded
@@ -200,6 +204,7 @@ def test_the_private_group_of_the_user_may_write_to_parents(tmp_path, monkeypatc
             private_folder(tmp_path / "cache")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["writable", "a symbolic link"])
 def test_a_file_that_others_could_have_written_is_replaced(fresh_cache, tmp_path, kind):
     run(BUILD)

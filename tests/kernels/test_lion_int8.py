@@ -247,6 +247,7 @@ def test_empty_lists():
     assert lion_agreement_int8([], [], [], options()).numel() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounding", ["nearest", "kahan"])
 def test_opcheck(rounding):
     params, grads = [normal((3, 5), torch.bfloat16)], [normal((3, 5), torch.bfloat16, 1)]

@@ -74,6 +74,7 @@ def test_a_block_is_rounded_as_in_the_whole(step, backend):
         check(step)
 
 
+@pytest.mark.slow
 @pytest.mark.interpret
 @pytest.mark.parametrize("step", [lion, scaled])
 def test_triton_rounds_a_block_as_in_the_whole(step):

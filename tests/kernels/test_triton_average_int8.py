@@ -48,6 +48,7 @@ def compare(dtype, mode, device="cpu", *, beta=0.9, skips=False, maximize=False)
             bits_equal(actual, want)
 
 
+@pytest.mark.slow
 @pytest.mark.interpret
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)

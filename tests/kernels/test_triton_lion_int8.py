@@ -60,6 +60,7 @@ def compare(p_dtype, g_dtype, rounding, switch, device="cpu", poison=False):
     assert flags.dtype == torch.int32 and flags.bool().tolist() == skipped
 
 
+@pytest.mark.slow
 @pytest.mark.interpret
 @pytest.mark.parametrize("g_dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("p_dtype", DTYPES, ids=dtype_name)
@@ -67,6 +68,7 @@ def test_every_dtype_equals_the_reference_bit_for_bit(p_dtype, g_dtype):
     compare(p_dtype, g_dtype, "nearest", {"skip_nonfinite": True})
 
 
+@pytest.mark.slow
 @pytest.mark.interpret
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("p_dtype", DTYPES, ids=dtype_name)
@@ -87,6 +89,7 @@ def test_nonfinite_gradients_pass_when_told_to():
     compare(torch.float32, torch.float32, "nearest", {}, poison=True)
 
 
+@pytest.mark.slow
 @pytest.mark.interpret
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_agreement_counts_exactly(dtype):

@@ -26,6 +26,7 @@ def check(dim, degree, columns, device="cpu"):
     assert torch.equal(x, before[0]) and torch.equal(grad, before[1])
 
 
+@pytest.mark.slow
 @pytest.mark.interpret
 @pytest.mark.parametrize("columns", [1, 64, 70])
 @pytest.mark.parametrize(("dim", "degree"), SHAPES, ids=str)

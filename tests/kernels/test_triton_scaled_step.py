@@ -53,6 +53,7 @@ def test_every_dtype_equals_the_reference_bit_for_bit(p_dtype, g_dtype):
     compare(p_dtype, g_dtype, "nearest")
 
 
+@pytest.mark.slow
 @pytest.mark.interpret
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("p_dtype", DTYPES, ids=dtype_name)
@@ -67,6 +68,7 @@ def test_decay_of_aligned_entries_equals_the_reference_bit_for_bit(rounding):
     compare(torch.bfloat16, torch.float32, rounding, decay_where_aligned=True)
 
 
+@pytest.mark.slow
 @pytest.mark.interpret
 def test_close_to_a_float64_oracle():
     params, mats, rows, cols, states, seeds, offsets = build(torch.float32, torch.float32, "nearest")

@@ -46,6 +46,7 @@ def check(m, dtype, groups, device="cpu"):
     return dots, *out
 
 
+@pytest.mark.slow
 @pytest.mark.interpret
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("m", [1, 9])

@@ -461,6 +461,7 @@ def test_fused_blocks_keep_less():
     assert kept(fused_blocks=False) - kept() == 2 * 2 * 40 * 48 * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"lora_dropout": 0.3}, {"use_dora": True}], ids=str)
 def test_torch_compile_traces_through_without_a_graph_break(settings):
     torch.compiler.reset()

@@ -265,6 +265,7 @@ def test_a_damaged_adapter_leaves_the_model_as_it_was(how, message, tmp_path):
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_an_adapter_for_another_base_is_refused(tmp_path):
     config = LoraConfig(r=4, target_modules=["q_proj"], base_model_name_or_path="org/wide")
     save_adapter(apply_lora(tiny_llama(hidden_size=64), config), tmp_path / "wide")

@@ -42,6 +42,7 @@ def losses(model, steps, optimizer=None, accumulate=1):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "steps", "accumulate"),
     [({}, 100, 1), ({"use_rslora": True}, 50, 2), ({"use_dora": True}, 200, 1)],
@@ -150,6 +151,7 @@ def test_factors_are_matrices_and_no_warning_says_that_they_may_be_embeddings(op
         optimizer(lora_groups(model))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of trl, datasets and transformers
 def test_dpo_takes_the_model_at_its_start_as_the_reference(tmp_path):
     trl = pytest.importorskip("trl", reason="trl is not installed")

@@ -25,6 +25,7 @@ def test_every_exported_optimizer_has_a_row():
     assert len({case.name for case in CASES}) == len(CASES)
 
 
+@pytest.mark.slow
 @every_case
 def test_loss_falls(case: OptimizerCase):
     params = case.params(((6, 5), (2, 3, 4), (7,), ()))

@@ -330,6 +330,7 @@ def test_an_override_gives_blocks_and_split_is_checked():
         create(model, "lion", split="heads", say=None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [LANTON, SinkGD])
 def test_steps_compile_as_one_graph(cls):
     group = {"norm": "rms", "blocks": 4} if cls is LANTON else {"algorithm": "sinkgd", "blocks": 4, "momentum": 0.9}

@@ -133,6 +133,7 @@ def test_gradients_that_change_slowly(form, gradient_of, backend):
     assert error < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.interpret
 @pytest.mark.parametrize("form", ["dense", "sparse", "low rank", "blocks"])
 def test_gradients_that_change_slowly_in_triton(form):

@@ -404,6 +404,7 @@ def role_mistakes(model):
         yield "the input embeddings are none"
 
 
+@pytest.mark.slow
 def test_roles_on_the_architectures_of_transformers():
     """Decoders, encoders, both, mixtures of experts, state-space, vision and speech models, in their default widths."""
     wrong, built = [], set()

@@ -68,6 +68,7 @@ def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.slow
 @both
 def test_trainer_with_an_optimizer_object(name, tmp_path):
     """The loss falls, and a run resumed from a checkpoint ends where the uninterrupted one does, bit for bit."""
@@ -100,6 +101,7 @@ def test_trainer_with_a_class(name, tmp_path):
     assert losses(trainer)[-1] < 0.95 * losses(trainer)[0]
 
 
+@pytest.mark.slow
 @both
 def test_trainer_with_create(name, tmp_path):
     """The Trainer makes the optimizer itself and gets the one of ``optimizers=``, bit for bit."""
@@ -270,6 +272,7 @@ def best_loss(name, problem, seed, rates=None, steps=150):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_small_problems(seed):
     """A quadratic scaled over four orders, where gradient descent crawls, and a factorisation, where it does not."""
@@ -279,6 +282,7 @@ def test_small_problems(seed):
         assert best_loss(name, factorisation, seed) < 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_language_model(seed):
     """Far below gradient descent: the margin stands above what the order of a CPU's sums moves."""

@@ -93,6 +93,7 @@ def test_the_command_lists_every_script():
     assert [line.split()[0] for line in listed.splitlines()] == SCRIPTS
 
 
+@pytest.mark.slow
 def test_killed_runs_lose_nothing_and_finished_trials_are_not_repeated(tmp_path):
     command = [sys.executable, FOLDER / "faults.py", "--kills", "2", "--only", "lion", "--out", tmp_path]
     first = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -124,6 +124,7 @@ def ends(pid, seconds=60.0):
     return False
 
 
+@pytest.mark.slow
 def test_a_stage_that_hangs_is_killed_with_its_children_and_the_next_one_runs(
     modules, run_stages, tmp_path, capsys, monkeypatch
 ):
@@ -294,6 +295,7 @@ def test_a_captured_step_that_differs_or_cannot_be_captured_is_a_failed_check(mo
         graphs.compare_captured(stage, case)
 
 
+@pytest.mark.slow
 def test_an_optimizer_that_does_not_run_leaves_the_others(modules, monkeypatch):
     steps = importlib.import_module("device.steps")
 

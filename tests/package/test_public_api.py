@@ -114,6 +114,7 @@ def test_importtime_shows_nothing_heavy():
     assert not {name.split(".")[0] for name in names} & set(HEAVY)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "package", [f"leanstep.{name}" for name in ("kernels", "lora", "optimizers", "pruning", "sparsity")]
 )

@@ -285,6 +285,7 @@ def test_an_error_on_the_way_puts_the_weights_back(held_out, stored, monkeypatch
     assert weights_hash(model) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("correction", ["none", "relinearise"])
 def test_what_is_stored_elsewhere_is_read_again_to_the_same_end(correction):
     asked = []

@@ -213,6 +213,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_folder(base, pruned, tmp_path):
     out = tmp_path / "out"
     arguments = ["prune", str(base / "model"), "--out", str(out), "--data", str(base / "text.txt"), *SMALL]
@@ -227,6 +228,7 @@ def test_a_killed_run_resumes_to_the_same_folder(base, pruned, tmp_path):
         assert (out / name).read_bytes() == raw, name
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_its_folder_was_written_leaves_no_curves(base, tmp_path, capsys):
     dying = """
 import os, signal, sys

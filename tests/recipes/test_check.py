@@ -53,6 +53,7 @@ def problems(config, **options):
     return [f"{part.title}: {problem}" for part in Check(config, **options).sections() for problem in part.problems]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [f"{family}-nano-{o}" for family in ("llama", "gpt") for o in ("adamw", "lion", "sinkgd")]
 )

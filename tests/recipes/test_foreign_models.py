@@ -93,6 +93,7 @@ def needs_code(folder, marker):
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
 
 
+@pytest.mark.slow
 def test_code_in_a_folder_never_runs_whatever_is_typed(saved, folder, tmp_path):
     marker = tmp_path / "marker"
     needs_code(folder, marker)

@@ -44,6 +44,7 @@ def start(*command, cwd=None, **environment) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_launcher_then_torchrun_continues(recipe, tmp_path, expected):
     out = tmp_path / "run"
     options = [f"out={out}", *OPTIONS]
@@ -71,6 +72,7 @@ def test_a_signal_to_the_launcher_then_torchrun_continues(recipe, tmp_path, expe
     assert numbers(out) == expected
 
 
+@pytest.mark.slow
 def test_accelerate_launch_connects_its_processes_on_a_cpu(recipe, tmp_path, expected):
     # by itself Accelerate starts two processes here that do not know of each other
     out = tmp_path / "run"
@@ -82,6 +84,7 @@ def test_accelerate_launch_connects_its_processes_on_a_cpu(recipe, tmp_path, exp
     assert numbers(out) == expected
 
 
+@pytest.mark.slow
 def test_accelerate_launch_that_starts_too_few_is_stopped(recipe, tmp_path):
     out = tmp_path / "run"
     command = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1]

@@ -88,6 +88,7 @@ DEEP = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", DEEP)
 def test_a_deep_model_takes_what_its_layers_take_whether_or_not_it_is_built(case):
     config = recipe(*DEEP[case])

@@ -309,6 +309,7 @@ def with_contents(checkpoint, name, content):
     (checkpoint / "COMPLETE").write_text(json.dumps(marker))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["optimizer.bin", "scheduler.bin", "random_states_0.pkl"])
 @pytest.mark.parametrize("kind", ["payload", "noise", "empty", "other", "cut"])
 def test_hostile_state_is_told_in_one_line_and_runs_nothing(kind, name, finished, tmp_path):
@@ -355,6 +356,7 @@ def finished_by_lion(tmp_path_factory):
     return recipe, folder / "run"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [_without_an_entry, _of_other_numbers, _of_another_shape])
 def test_an_optimizer_state_that_no_step_can_use_is_told_in_one_line(damage, finished_by_lion, tmp_path):
     recipe, out = finished_by_lion

@@ -203,6 +203,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_run_that_rolled_back_is_one_that_never_read_the_spike(recipe, tmp_path, variant):
     more, world, prepare = VARIANTS[variant]
@@ -243,6 +244,7 @@ def trainer_state(trainer: Path) -> dict[str, torch.Tensor]:
     return state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_skipped_step_changes_no_weight(recipe, tmp_path, variant):
     more, world, prepare = VARIANTS[variant]
@@ -260,6 +262,7 @@ def test_a_skipped_step_changes_no_weight(recipe, tmp_path, variant):
     assert not any(torch.equal(weights[0][name], weights[1][name]) for name in names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("action", ["skip", "rollback"])
 def test_the_decay_of_pruned_weights_follows_the_steps_of_the_run(recipe, tmp_path, action):
     more, *_ = VARIANTS["sparse"]
@@ -273,6 +276,7 @@ def test_the_decay_of_pruned_weights_follows_the_steps_of_the_run(recipe, tmp_pa
     assert (tmp_path / "run" / "final" / PATTERNS_FILE).exists()
 
 
+@pytest.mark.slow
 def test_kill_9_before_a_rollback_is_saved_repeats_it(recipe, rolled_back, tmp_path):
     out = tmp_path / "run"
     options = settings(f"stop={{on_spike: rollback, {SPIKES}}}")
@@ -283,6 +287,7 @@ def test_kill_9_before_a_rollback_is_saved_repeats_it(recipe, rolled_back, tmp_p
     assert_same_weights(out, rolled_back)
 
 
+@pytest.mark.slow
 def test_two_processes_roll_back_a_stream_and_survive_kill_9(tmp_path):
     """Each process reads the rows of a shard in blocks of 16, or 4 steps. The fifth block is garbage."""
     chance = random.Random(1)

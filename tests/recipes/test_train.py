@@ -180,6 +180,7 @@ def test_two_processes_compute_what_one_does(recipe, tmp_path):
     assert len(steps) > 3, "the steps were to have unequal numbers of targets"
 
 
+@pytest.mark.slow
 def test_the_rate_follows_the_schedule_whatever_the_processes(recipe, tmp_path):
     options = ["steps=10", "schedule={name: cosine, warmup_steps: 3, final_fraction: 0.2}", "batch.micro_batch_size=1"]
     assert run(recipe, options, tmp_path / "run", world=2).codes == [0, 0]
@@ -299,6 +300,7 @@ def test_what_was_expected_is_compared_and_never_fatal(finished):
     assert inside.endswith("perplexity 7.77: within the expected 2.0000 +- 0.1 (seed 0), difference +0.0500")
 
 
+@pytest.mark.slow
 def test_a_changed_recipe_is_not_compared(recipe, tmp_path):
     text = recipe.read_text().replace("steps: 24", "steps: 3\nexpect: {val_loss: 5.0, tolerance: 9.0, source: seed 0}")
     own = tmp_path / "own.yaml"

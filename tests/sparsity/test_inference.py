@@ -182,6 +182,7 @@ def test_the_model_compiles_whole(folders):
     torch.testing.assert_close(logits(compiled), logits(model))
 
 
+@pytest.mark.slow
 def test_leanstep_registers_its_loader_before_and_after_transformers(folders):
     """Without importing transformers itself."""
     for first, second in (("transformers", "leanstep"), ("leanstep", "transformers")):
