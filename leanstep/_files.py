@@ -4,6 +4,7 @@ Folders may come from elsewhere: nothing here writes through a symbolic link or 
 """
 
 import errno
+import fcntl
 import grp
 import json
 import os
@@ -25,6 +26,24 @@ REPLACED = ".replaced-"
 # bytes that read_text reads at most: far more than any configuration or report
 READ_LIMIT = 1 << 26
 DEPTH_LIMIT = 64
+
+
+def lock_file(descriptor: int) -> bool:
+    """Lock an open file for this process alone, until it is closed or the process ends, also by ``kill -9``.
+
+    Returns:
+        False where the file system has no locks, as some of a network.
+
+    Raises:
+        BlockingIOError: another process holds the lock.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True
 
 
 def open_regular(path: Path, flags: int = os.O_RDONLY, *, follow: bool = False) -> int:

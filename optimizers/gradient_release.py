@@ -90,14 +90,14 @@ def release_gradients(model: nn.Module, optimizer: LeanOptimizer) -> GradientRel
         handles += [buckets, optimizer.register_step_post_hook(lambda *_: buckets.end_step())]
     else:
         handles.append(model.register_forward_pre_hook(_refuse_data_parallel))
-        for block in _blocks(model, updates.places):
+        for block in _blocks(model, updates.slots):
             arrived = functools.partial(updates.arrived, block)
             handles += [param.register_post_accumulate_grad_hook(arrived) for param in block]
     handles.append(optimizer.register_step_post_hook(lambda *_: updates.end_step()))
     return GradientRelease(handles)
 
 
-class _Place(NamedTuple):
+class _Slot(NamedTuple):
     """Where an optimizer has a parameter."""
 
     group_index: int
@@ -110,7 +110,7 @@ class _Updates:
 
     def __init__(self, optimizer: LeanOptimizer) -> None:
         self.optimizer = optimizer
-        self.places: dict[Tensor, _Place] = {}
+        self.slots: dict[Tensor, _Slot] = {}
         self._stepped: set[Tensor] = set()
         self._block: Sequence[Tensor] = ()
         self._waiting: list[Tensor] = []  # parameters of the block whose gradients are complete
@@ -118,7 +118,7 @@ class _Updates:
         for group_index, group in enumerate(optimizer.param_groups):
             for position, param in enumerate(group["params"]):
                 if param.requires_grad:
-                    self.places[param] = _Place(group_index, first_index, position)
+                    self.slots[param] = _Slot(group_index, first_index, position)
             first_index += len(group["params"])
 
     def arrived(self, block: Sequence[Tensor], param: Tensor) -> None:
@@ -160,8 +160,8 @@ class _Updates:
         """Update parameters of the optimizer by their gradients, and free the gradients."""
         positions: dict[tuple[int, int], list[int]] = {}
         for param in params:
-            place = self.places[param]
-            positions.setdefault((place.group_index, place.first_index), []).append(place.position)
+            slot = self.slots[param]
+            positions.setdefault((slot.group_index, slot.first_index), []).append(slot.position)
         rules = []
         for (group_index, first_index), only in sorted(positions.items()):
             # looked up at every step: loading a state replaces the groups
@@ -175,7 +175,7 @@ class _Updates:
 # ---- blocks: autograd and FSDP2
 
 
-def _blocks(model: nn.Module, places: dict[Tensor, _Place]) -> Iterator[list[Tensor]]:
+def _blocks(model: nn.Module, slots: dict[Tensor, _Slot]) -> Iterator[list[Tensor]]:
     """Yield the parameters of the optimizer, those of an FSDP2 module together and all others alone.
 
     FSDP2 completes the gradients of a module together and holds them in one tensor. Their update shares collectives.
@@ -186,7 +186,7 @@ def _blocks(model: nn.Module, places: dict[Tensor, _Place]) -> Iterator[list[Ten
         if fsdp is not None and isinstance(module, fsdp.FSDPModule):
             owners.update(dict.fromkeys(module.parameters(), module))
     blocks: dict[Any, list[Tensor]] = {}
-    for param in places:
+    for param in slots:
         alone = param not in owners or not is_dtensor(param)  # ignored parameters of FSDP2 are plain
         blocks.setdefault(param if alone else owners[param], []).append(param)
     yield from blocks.values()
@@ -247,9 +247,9 @@ class _Buckets:
         reducing, self._reducing = self._reducing, []
         for future, gradients in reducing:
             future.wait()
-            params = [param for param, _ in gradients if param in updates.places]
+            params = [param for param, _ in gradients if param in updates.slots]
             for param, grad in gradients:
-                if param in updates.places:
+                if param in updates.slots:
                     param.grad = grad
             updates.update(params)
             self._updated += params

@@ -31,11 +31,11 @@ def measure(options: argparse.Namespace, dtype: torch.dtype) -> Iterator[list[st
     """One row per sparsity, one column per number of tokens."""
     generator = torch.Generator().manual_seed(0)
     dense = torch.randn(options.rows, options.columns, generator=generator)
-    places = torch.rand(options.rows, options.columns, generator=generator)
+    uniform = torch.rand(options.rows, options.columns, generator=generator)
     inputs = [torch.randn(tokens, options.columns, generator=generator) for tokens in options.tokens]
     inputs = [x.to(options.device, dtype) for x in inputs]
     for sparsity in options.sparsity:
-        weight = torch.where(places < sparsity, 0.0, dense).to(options.device, dtype)
+        weight = torch.where(uniform < sparsity, 0.0, dense).to(options.device, dtype)
         values, mask, offsets = bitmask_pack(weight)
         scales = None
         if options.int8:

@@ -60,11 +60,11 @@ class ChatSequences(Dataset):
         begin = 0
         for example in row:
             tokens = torch.from_numpy(example.tokens)
-            place = slice(begin, begin + len(tokens))
-            input_ids[place] = tokens
+            span = slice(begin, begin + len(tokens))
+            input_ids[span] = tokens
             is_learned = torch.from_numpy(example.is_answer).clone()
             is_learned[0] = False
-            labels[place] = torch.where(is_learned, tokens, IGNORED)
+            labels[span] = torch.where(is_learned, tokens, IGNORED)
             begin += len(tokens)
         return {"input_ids": input_ids, "labels": labels}
 

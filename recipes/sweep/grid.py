@@ -88,12 +88,12 @@ def make_plan(recipe: str, words: Sequence[str], out: Path | None, *, processes:
         values = dict(zip(grid, texts, strict=True))
         name = _name(f"{number:0{digits}}", values)
         changes = [f"{key}={text}" for key, text in values.items()]
-        own = {"name": name, "out": str(folder / "runs" / name), "checkpoint.resume": "auto"}
+        managed = {"name": name, "out": str(folder / "runs" / name), "checkpoint.resume": "auto"}
         try:
             config = load(
                 recipe,
                 # quoted, since a path may look like something else to YAML
-                [*fixed, *changes, *(f"{key}={json.dumps(text)}" for key, text in own.items())],
+                [*fixed, *changes, *(f"{key}={json.dumps(text)}" for key, text in managed.items())],
                 world_size=processes,
             )
         except ConfigError as error:

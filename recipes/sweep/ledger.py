@@ -1,13 +1,12 @@
 """The ledger of a sweep: JSON lines, appended and flushed to disk one by one, so that a killed sweep resumes."""
 
-import fcntl
 import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-from leanstep._files import one_line, open_regular, parse_json, read_text, sync, write_text
+from leanstep._files import lock_file, one_line, open_regular, parse_json, read_text, sync, write_text
 from leanstep.recipes.config.values import leaves, read_document
 from leanstep.recipes.sweep.grid import Plan, PlannedRun
 
@@ -82,14 +81,12 @@ class Ledger:
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = open_regular(self.folder / ".lock", os.O_RDWR | os.O_CREAT)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(lock)
         except BlockingIOError:
             os.close(lock)
             raise LedgerError(
                 f"another process sweeps in {self.folder}; wait for it, stop it, or choose another --out"
             ) from None
-        except OSError:
-            pass  # some network file systems have no locks
         for name in _FOLDERS:
             path = self.folder / name
             if path.is_symlink():

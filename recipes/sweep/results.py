@@ -99,9 +99,9 @@ def _edges(plan: Plan, best: Row) -> list[str]:
         numbers = [number(text) for text in texts]
         if key == SEED or any(value is None for value in numbers):
             continue
-        chosen = number(best.values[key])
+        best_value = number(best.values[key])
         for name, limit, advice in (("smallest", min, "smaller"), ("largest", max, "larger")):
-            if chosen == limit(value for value in numbers if value is not None):
+            if best_value == limit(value for value in numbers if value is not None):
                 sentences.append(
                     f"{key}={best.values[key]} is the {name} value of the grid: the best one may be {advice}"
                 )

@@ -195,7 +195,8 @@ def visible_gpus() -> list[str]:
 def _reason(code: int, console: Path) -> str:
     """Why a run failed: the signal that killed it, or its last line."""
     if code < 0:
-        return f"killed by {signal.Signals(-code).name}"
+        names = {int(one): one.name for one in signal.Signals}
+        return f"killed by {names.get(-code, f'signal {-code}')}"  # the real-time signals have no names
     try:
         lines = read_text(console, errors="replace").split("\n")
     except OSError:

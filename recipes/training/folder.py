@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from leanstep._files import open_regular, parse_json, read_text, remove, replacing, write_text
+from leanstep._files import lock_file, open_regular, parse_json, read_text, remove, replacing, write_text
 
 # files of a start that failed before the run began
 _TRACES = {".lock", "train.log", "status.json"}
@@ -107,15 +107,13 @@ class RunFolder:
                 f"out: the folder {self.root} cannot be written ({_reason(error)}); choose another with out=FOLDER"
             ) from None
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_locked = lock_file(self._lock)
         except BlockingIOError:
             self.release()
             raise FolderError(
                 f"out: another process is training in {self.root}; wait for it, stop it, or choose out=ANOTHER_FOLDER"
             ) from None
-        except OSError:
-            pass  # some network file systems have no locks
-        else:
+        if is_locked:
             # temporary files and links of a killed run
             for path in self.root.glob(".*.tmp"):
                 remove(path)

@@ -58,9 +58,9 @@ def load_sparse(
             f"{folder} is no sparse checkpoint: quant_method in config.json is {one_line(method)}, expected "
             f"{QUANT_METHOD}; `leanstep export --format sparse` writes such a folder"
         )
-    chosen = transformers.AutoModelForCausalLM if model_class is None else model_class
+    auto_class = transformers.AutoModelForCausalLM if model_class is None else model_class
     try:
-        model, info = chosen.from_pretrained(
+        model, info = auto_class.from_pretrained(
             str(folder), dtype=dtype, device_map=device_map, trust_remote_code=False, output_loading_info=True
         )
     except Exception as error:  # transformers and safetensors raise many types for a damaged file

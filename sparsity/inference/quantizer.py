@@ -116,9 +116,9 @@ class SparseQuantizer(HfQuantizer):
         return [*self.converters, *updated]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        own = {id(converter) for converter in self.converters}
+        ours = {id(converter) for converter in self.converters}
         conversions = getattr(model, "_weight_conversions", None) or []
-        model._weight_conversions = [conversion for conversion in conversions if id(conversion) not in own]  # type: ignore[assignment]
+        model._weight_conversions = [conversion for conversion in conversions if id(conversion) not in ours]  # type: ignore[assignment]
         lost = sorted(self.targets.keys() - self.layers.keys() - self.restored)
         lost += [name for name, layer in self.layers.items() if not _is_loaded(layer)]
         if lost:
@@ -208,9 +208,9 @@ def _is_loaded(layer: SparseLinear) -> bool:
 def _compress_conv1d(model: nn.Module, weights: Iterable[str]) -> bool:
     """Replace transformers' Conv1D layers, whose weights were restored, by compressed ones; whether there were any."""
     owners = [name.rpartition(".")[0] for name in weights]
-    chosen = [name for name in owners if type(model.get_submodule(name)) is Conv1D]
-    for name in chosen:
+    compressed = [name for name in owners if type(model.get_submodule(name)) is Conv1D]
+    for name in compressed:
         layer: Any = model.get_submodule(name)
         if not layer.weight.is_meta:
             _set_module(model, name, SparseLinear.from_dense(layer.weight.t().contiguous(), layer.bias))
-    return bool(chosen)
+    return bool(compressed)

@@ -451,3 +451,8 @@ def test_bars_and_ticks_of_a_chart():
     heights = [float(text) for text in figure.split('bar" d="M')[1].split('"')[0].replace("V", " ").split()[1:]]
     plain = chart([Series("mean", [0.0, 1.0], [0.5, 2.0])], title="A", x_label="x")
     assert heights[0] > heights[1] and plain.count("bar") == 0
+
+
+@pytest.mark.parametrize(("code", "name"), [(-9, "SIGKILL"), (-40, "signal 40")])
+def test_a_run_that_a_signal_killed_says_which(tmp_path, code, name):
+    assert runner._reason(code, tmp_path / "none.txt") == f"killed by {name}"

@@ -295,12 +295,12 @@ void multiply(const Matrix& w, const X* x, int64_t tokens, const Output& output,
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t block = 0; block < (w.rows + ROWS - 1) / ROWS; ++block) {
         for (int64_t tile = 0; tile < tiles; ++tile) {
-            const Entry* own = entries + tile * TOKENS * width;
+            const Entry* inputs = entries + tile * TOKENS * width;
             const int64_t row = block * ROWS, first = tile * TOKENS;
             if (row + ROWS <= w.rows) {
-                multiply_block<TOKENS, ROWS>(w, row, own, first, tokens - first, output);
+                multiply_block<TOKENS, ROWS>(w, row, inputs, first, tokens - first, output);
             } else {
-                multiply_block<TOKENS, 1>(w, row, own, first, tokens - first, output);
+                multiply_block<TOKENS, 1>(w, row, inputs, first, tokens - first, output);
             }
         }
     }
