@@ -4,6 +4,7 @@ The checks live in modules of their own and register themselves there; each runs
 it raised on any of them is what the test of that check reports.
 """
 
+import faulthandler
 import importlib
 import multiprocessing
 import multiprocessing.forkserver
@@ -101,15 +102,26 @@ def run_world(size: int, names: list[str], folder: Path, modules: Sequence[str])
                 outcomes[rank][name] = text
         except EOFError:
             pass
-    for process in processes:
-        process.join(5)
-        process.kill()
+    ends = [_end(process, _crash_file(folder, size, rank)) for rank, process in enumerate(processes)]
     errors = {}
     for name in names:
-        missing = "did not come to an end (an earlier check broke the world, or the process died)"
-        texts = [f"rank {rank}: {outcomes[rank].get(name, missing)}" for rank in range(size)]
-        errors[name] = "\n".join(text for rank, text in enumerate(texts) if outcomes[rank].get(name, missing))
+        texts = [outcomes[rank].get(name, ends[rank]) for rank in range(size)]
+        errors[name] = "\n".join(f"rank {rank}: {text}" for rank, text in enumerate(texts) if text)
     return errors
+
+
+def _end(process: Any, crash: Path) -> str:
+    """Wait for a process, and say how it ended: what a check reports that the process did not bring to an end."""
+    process.join(5)
+    code = "still running" if process.exitcode is None else f"exit code {process.exitcode}"
+    process.kill()
+    stacks = crash.read_text() if crash.exists() else ""
+    return f"did not come to an end: an earlier check broke the world, or the process died ({code})\n{stacks}"
+
+
+def _crash_file(folder: Path, size: int, rank: int) -> Path:
+    """Where a process of a world writes its stacks when a signal such as SIGSEGV ends it."""
+    return folder / f"crash-{size}-{rank}.txt"
 
 
 def _work(rank: int, size: int, port: int, names: list[str], folder: Path, modules: Sequence[str], sender: Any) -> None:
@@ -118,6 +130,8 @@ def _work(rank: int, size: int, port: int, names: list[str], folder: Path, modul
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo", ACCELERATE_USE_CPU="true",
         OMP_NUM_THREADS="1",
     )  # fmt: skip
+    crash = _crash_file(folder, size, rank).open("w")
+    faulthandler.enable(crash)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", FutureWarning)
     load_cases(modules)
