@@ -7,10 +7,10 @@
     python benchmarks pruning/smollm2 runs/smollm2 --compare runs/smollm2-pruned
 
 The package (Apache-2.0) holds the weights in Q4_1, some 16 values for every 32 weights. They are de-quantised to fp32
-here, and rounded to bf16 with ``--dtype bfloat16``: a model of the quality of its 4 bits, in which many magnitudes are the same. Numbers measured on it compare with
-each other and not with those of the model as it was released. ``--compare`` checks that a folder that
-``leanstep prune`` made opens in transformers, and that its logits are, bit for bit, those of this model with the pruned
-weights put in by hand.
+here, and rounded to bf16 with ``--dtype bfloat16``: a model of the quality of its 4 bits, in which many magnitudes are
+the same. Numbers measured on it compare with each other and not with those of the model as it was released.
+``--compare`` checks that a folder that ``leanstep prune`` made opens in transformers, and that its logits are, bit for
+bit, those of this model with the pruned weights put in by hand.
 """
 
 from __future__ import annotations
