@@ -58,7 +58,6 @@ class SparseQuantizer(HfQuantizer):
         self.tied: dict[str, str] = {}
         self.merged: dict[str, dict[str, list[str]]] = {}
         self.converters: list[WeightConverter] = []
-        self.has_transposed = False
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -131,13 +130,12 @@ class SparseQuantizer(HfQuantizer):
                     f"{one_line(alias)} is stored as tied to {one_line(name)}, and the model of config.json does not "
                     "tie them; export the dense folder again"
                 )
-        dense = [self.targets[name] for name in self.restored - self.layers.keys()]
-        self.has_transposed = _compress_conv1d(model, dense)
+        _compress_conv1d(model, [self.targets[name] for name in self.restored - self.layers.keys()])
         return model
 
     def is_serializable(self) -> bool:
         """Whether save_pretrained can write the model."""
-        return not self.has_transposed
+        return True
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The tensors to save, and their manifest. Raises ValueError for an architecture that renames weights."""
@@ -153,6 +151,8 @@ class SparseQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, SparseLinear):
                 manifest.matrices[f"{name}.weight"] = module.form()
+                if module.is_transposed:
+                    state |= {f"{name}.weight_{part}": tensor for part, tensor in module.stored_parts().items()}
         manifest.add({name: tensor.cpu() for name, tensor in state.items()})
         return state, manifest.to_metadata()
 
@@ -205,12 +205,10 @@ def _is_loaded(layer: SparseLinear) -> bool:
     return True
 
 
-def _compress_conv1d(model: nn.Module, weights: Iterable[str]) -> bool:
-    """Replace transformers' Conv1D layers, whose weights were restored, by compressed ones; whether there were any."""
+def _compress_conv1d(model: nn.Module, weights: Iterable[str]) -> None:
+    """Replace transformers' Conv1D layers, whose weights were restored, by compressed ones."""
     owners = [name.rpartition(".")[0] for name in weights]
-    compressed = [name for name in owners if type(model.get_submodule(name)) is Conv1D]
-    for name in compressed:
+    for name in [owner for owner in owners if type(model.get_submodule(owner)) is Conv1D]:
         layer: Any = model.get_submodule(name)
         if not layer.weight.is_meta:
-            _set_module(model, name, SparseLinear.from_dense(layer.weight.t().contiguous(), layer.bias))
-    return bool(compressed)
+            _set_module(model, name, SparseLinear.from_conv1d(layer.weight, layer.bias))
