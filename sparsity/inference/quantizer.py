@@ -7,13 +7,14 @@ linear layer with a sparse weight. Other sparse weights (embeddings, tied heads,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import WeightConverter
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -71,10 +72,20 @@ class SparseQuantizer(HfQuantizer):
             files.check_content()
             self.manifest = files.manifest
             tied = files.manifest.tied
-            self.tied = {names.located(alias): names.located(name) for alias, name in tied.items()}
+            # a base model has the embedding, and not the head under whose name both may be stored
+            stands_for = {name: alias for alias, name in tied.items() if names.lacks(name) and not names.lacks(alias)}
+            self.tied = {
+                names.located(alias): names.located(stands_for.get(name, name)) for alias, name in tied.items()
+            }
             self.merged = names.merged([*self.manifest.matrices, *files.dense_names()])
+            for name in stands_for.keys() - self.manifest.matrices.keys():
+                self.converters.append(
+                    WeightRenaming(f"^{re.escape(names.renamed(name))}$", names.located(stands_for[name]))
+                )
             for name, form in self.manifest.matrices.items():
-                target, pattern = names.target(name)
+                if name not in stands_for and names.is_of_head(name):
+                    continue
+                target, pattern = names.target(stands_for.get(name, name))
                 self.targets[name] = target
                 if pattern is not None:
                     continue
@@ -90,11 +101,12 @@ class SparseQuantizer(HfQuantizer):
                     layer = self.layers[name] = _empty(linear, form, _nonzeros(files, name, form))
                     _set_module(model, owner, layer)
                 if layer is None or form.pattern is not None:
-                    self.converters.append(self._converter(names, name, layer))
+                    self.converters.append(self._converter(names, name, stands_for.get(name, name), layer))
         return model
 
-    def _converter(self, names: Names, name: str, layer: SparseLinear | None) -> WeightConverter:
-        form, stem = self.manifest.matrices[name], names.renamed(name)
+    def _converter(self, names: Names, name: str, to: str, layer: SparseLinear | None) -> WeightConverter:
+        """The converter of the stored weight ``name`` to the model's weight that is stored as ``to``."""
+        form, stem = self.manifest.matrices[name], names.located(to)
         sources = [f"^{names.renamed(part_name(name, part))}" for part in form.parts]
         targets = [stem] if layer is None else [part_name(stem, part) for part in ("values", "mask", "offsets")]
         operation = Restore(name, form, self.dtypes[self.targets[name]], layer, self.restored)
