@@ -56,7 +56,8 @@ def why_not_cpp() -> str | None:
     """Why kernels cannot be built here, or None. The first call builds a small kernel to test it."""
     if not sys.platform.startswith("linux"):
         return f"C++ kernels are built on Linux, not on {sys.platform}"
-    return _why_it_fails(cpp_compiler(), uses_prebuilt())
+    compiler, prebuilt = cpp_compiler(), uses_prebuilt()
+    return _why_it_fails(compiler, prebuilt) if compiler or prebuilt else _NO_COMPILER
 
 
 @functools.cache

@@ -63,7 +63,10 @@ def steps(optimizer, *, dtype=torch.float32, count=2, **options):
     params = [
         torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in ((6, 8), (16, 4), (5,))
     ]
-    groups = [{"params": params[:2]}, {"params": params[2:]}]
+    rules = ("sinkgd", "adamw") if optimizer is SinkGD else (None, None)
+    groups = [
+        {"params": ps} | ({"algorithm": a} if a else {}) for ps, a in zip((params[:2], params[2:]), rules, strict=True)
+    ]
     made = optimizer(groups, lr=1e-2, **options)
     for _ in range(count):
         for param in params:
@@ -82,7 +85,7 @@ def steps(optimizer, *, dtype=torch.float32, count=2, **options):
             {"dtype": torch.bfloat16, "rounding": name}
             for name in ("nearest", "stochastic", "kahan", "master", "split")
         ),
-        {"nonfinite": "ignore"},
+        {"nonfinite": "raise"},
     ],
     ids=str,
 )
@@ -185,8 +188,8 @@ class TestWithoutCompiler:
         assert choose("lion_step", CPU, torch.float32).backend == "reference"
 
     def test_info_says_which_kernels_there_are(self, installed, capsys):
-        folder = installed(FLAGS, LION)
+        folder = installed(FLAGS, LION, ("sparse/instructions", {}))
         assert cli.main(["info"]) == 0
         printed = capsys.readouterr().out
-        assert f"prebuilt CPU kernels: 2 for {folder.name}\n" in printed
+        assert f"prebuilt CPU kernels: 3 for {folder.name}\n" in printed
         assert "none; those that are not prebuilt run as their definitions" in printed

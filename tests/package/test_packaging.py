@@ -7,7 +7,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import tomllib
 import venv
@@ -65,7 +64,7 @@ def installed(wheel: Path, base: Path) -> Path:
     run(sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", wheel, cwd=base)
     # a folder named in a .pth file is searched, but its own .pth files are not read: the editable install stays out
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=base).strip())
-    libraries = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    libraries = {path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")}
     (site / "libraries.pth").write_text("\n".join(sorted(libraries)))
     return python
 
