@@ -153,9 +153,7 @@ class Lion(LeanOptimizer):
     def _gradient_average(self, group: dict[str, Any], param: Tensor) -> GradientAverage | str:
         beta1, beta2 = group["betas"]
         if beta1 != beta2 or not beta1:
-            return (
-                f"mixes gradient and momentum by two weights, betas=({beta1}, {beta2}), where one above 0 was expected"
-            )
+            return f"needs one weight of the momentum, above 0, and has betas=({beta1}, {beta2})"
         if group["cautious"]:
             return "compares update and gradient (cautious=True)"
         if _is_int8(group, param):

@@ -197,8 +197,8 @@ def test_accumulation_in_bf16_is_as_near_as_accumulated_gradients():
             for m, p in ((exact, truth), (plain, summed), (released, ours))
         ]
         errors = [(m - momenta[0]).norm() / momenta[0].norm() for m in momenta[1:]]
-        # measured 0.9 to 1.1 of the error of gradients summed in bf16
-        assert errors[1] < 2 * errors[0]
+        # measured over 12 seeds: 1.06 to 1.28 times the error of gradients summed in bf16
+        assert errors[1] < 1.6 * errors[0]
 
 
 def test_a_parameter_without_a_gradient_in_the_last_pass_gets_its_sum():
@@ -234,7 +234,10 @@ def test_a_nonfinite_gradient_is_left_out_of_the_sum_and_counted():
 
 
 REFUSED = {
-    "adamw": (lambda m: SinkGD(param_groups(m), **MOMENTUM), "'0.bias' has the square of the gradient"),
+    "adamw": (
+        lambda m: SinkGD(param_groups(m), **MOMENTUM),
+        r"SinkGD's step of 2.weight \(48,\) has the square of the gradient",
+    ),
     "no momentum": (lambda m: SinkGD(matrices(m), algorithm="sinkgd"), "has no momentum"),
     "nesterov": (lambda m: SinkGD(matrices(m), **MOMENTUM, algorithm="sinkgd", nesterov=True), "beside the momentum"),
     "post": (
@@ -245,7 +248,10 @@ REFUSED = {
         lambda m: SinkGD(matrices(m), **MOMENTUM, algorithm="sinkgd", momentum_dtype=torch.int8),
         "momentum of 8 bits",
     ),
-    "lion": (lambda m: Lion(m.named_parameters()), r"Lion's step of '0.weight'.*betas=\(0.9, 0.99\)"),
+    "lion": (
+        lambda m: Lion(m.named_parameters()),
+        r"Lion's step of 0.weight \(48, 24\) needs one weight.*betas=\(0.9, 0.99\)",
+    ),
     "lion cautious": (lambda m: Lion(m.parameters(), **SIGNUM, cautious=True), "cautious=True"),
     "lion int8": (lambda m: Lion(m.parameters(), **SIGNUM, momentum_dtype=torch.int8), "momentum of 8 bits"),
 }
