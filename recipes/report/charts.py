@@ -11,7 +11,8 @@ from leanstep.recipes.report.runlog import Run, number
 
 _LONGEST = 100  # characters of a name
 # model.layers.3.mlp.up_proj.weight[0]: block 3, up_proj
-_BLOCK = re.compile(r"[^\d]*\.(?P<block>\d{1,4})\.(?:.*\.)?(?P<kind>[^.]+?)(?:\.weight)?(?:\[\d+\])*")
+_BLOCK = re.compile(r"\.(\d{1,4})\.")
+_ENDING = re.compile(r"(\.weight)?(\[\d+\])*$")
 _MOST_CHARTS, _MOST_LINES = 12, 16  # of the optimizer's numbers; a model has hundreds of layers
 _MOST_EVENTS = 100
 
@@ -145,9 +146,10 @@ def layer_map(rows: Sequence[Any], key: str, title: str) -> str:
     cells = []
     for row in rows:
         value = number(row.get(key)) if isinstance(row, dict) else None
-        name = _BLOCK.fullmatch(str(row.get("name"))[:_LONGEST]) if value is not None else None
-        if name is not None and value is not None:
-            cells.append((name["kind"], int(name["block"]), value))
+        name = str(row.get("name"))[:_LONGEST] if isinstance(row, dict) else ""
+        block = _BLOCK.search(name)
+        if block is not None and value is not None:
+            cells.append((_ENDING.sub("", name, count=1).rpartition(".")[2], int(block[1]), value))
     return heat_map(cells, title=title, x_label="block")
 
 
