@@ -49,6 +49,7 @@ def folder(tmp_path_factory):
     return models
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
 @pytest.mark.parametrize("allocation, granularity", [("uniform", "matrix"), ("dp", "block")])
 def test_pruning_a_checkpoint_takes_no_copy_of_it(allocation, granularity, folder):

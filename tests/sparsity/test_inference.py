@@ -211,6 +211,7 @@ def test_a_compressed_weight_can_be_read_and_not_changed(folders):
         layer.weight.data = torch.zeros(64, 64)
 
 
+@pytest.mark.slow
 def test_the_model_compiles_whole(folders):
     model = load_sparse(folders / "sparse")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
