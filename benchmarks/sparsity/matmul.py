@@ -4,10 +4,10 @@
         [--dtype float32 bfloat16] [--patterns 2:4 1:8] [--cpu-time]
 
 Each entry is the time of the dense product, by the faster of the two libraries that torch has for it on this processor
-(``leanstep.kernels.product``), over that of ``nm_matmul``, and behind a slash over that of ``bitmask_linear``, medians of interleaved runs in one process: above 1 the
-compressed matrix is faster. The last column is the dense matrix's bytes over those of values and one-byte indices,
-which bounds a product of one token. On a machine that others use, ``--cpu-time`` counts this process's processor time
-instead of the clock's.
+(``leanstep.kernels.product``), over that of ``nm_matmul``, and behind a slash over that of ``bitmask_linear``, medians
+of interleaved runs in one process: above 1 the compressed matrix is faster. The last column is the dense matrix's bytes
+over those of values and one-byte indices, which bounds a product of one token. On a machine that others use,
+``--cpu-time`` counts this process's processor time instead of the clock's.
 """
 
 from __future__ import annotations

@@ -161,12 +161,12 @@ def check_parts(values: Tensor, mask: Tensor, offsets: Tensor, columns: int, sca
     if offsets.dtype is not torch.int64 or offsets.shape != (len(mask) + 1,):
         raise ValueError(f"{name}: expected int64 offsets [{len(mask) + 1}], got {offsets.dtype} {list(offsets.shape)}")
     if scales is not None:
-        dtype, shape = torch.float32, (len(mask),)
+        dtype, shape = torch.float32, [len(mask)]
         if values.dtype is torch.uint8:
-            dtype, shape = torch.bfloat16, (len(mask), reference.blocks(columns))
-        if scales.dtype is not dtype or scales.shape != shape:
+            dtype, shape = torch.bfloat16, [len(mask), reference.blocks(columns)]
+        if scales.dtype is not dtype or list(scales.shape) != shape:
             raise ValueError(
-                f"{name}: expected {dtype} scales {list(shape)} of {values.dtype} values, got {scales.dtype} "
+                f"{name}: expected {dtype} scales {shape} of {values.dtype} values, got {scales.dtype} "
                 f"{list(scales.shape)}"
             )
     devices = {part.device for part in (values, mask, offsets, scales) if part is not None}

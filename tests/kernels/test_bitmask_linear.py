@@ -241,7 +241,7 @@ def test_bad_arguments_are_named():
         ((x[:, :64], values, mask, offsets, 64), "int32 mask"),
         ((x.double(), values, mask, offsets, 70), "one floating dtype"),
         ((x, codes, mask, offsets, 70), "without scales"),
-        ((x, codes, mask, offsets, 70, None, scales[1:]), "fp32 scales"),
+        ((x, codes, mask, offsets, 70, None, scales[1:]), "float32 scales"),
         ((x, values, mask, offsets[1:], 70), "int64 offsets"),
         ((x, values, mask, offsets, 70, torch.ones(19)), r"expected a bias \[20\]"),
         ((x, values, mask, offsets, 70, torch.ones(20).double()), r"expected a bias \[20\]"),

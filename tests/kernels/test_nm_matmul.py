@@ -7,7 +7,8 @@ import torch
 from kernel_cases import DTYPES, bits_equal, dtype_name
 
 from leanstep.kernels import nm_compress, nm_decompress, nm_mask, nm_matmul, use_backend
-from leanstep.kernels.cpp_impl._build import call, library, why_not_cpp
+from leanstep.kernels.cpp_impl._build import call as call_cpp
+from leanstep.kernels.cpp_impl._build import library, why_not_cpp
 from leanstep.kernels.nm import matmul
 
 PATTERNS = [(2, 4), (4, 8), (1, 8), (3, 7), (1, 32), (1, 128), (100, 256), (4, 4), (0, 4), (1, 1)]
@@ -59,7 +60,7 @@ def test_few_tokens_select_their_entries_in_registers(dtype, isa, monkeypatch):
     if isa > library("sparse/instructions", {}).instructions():
         pytest.skip("this processor has no such instructions")
     monkeypatch.setattr(
-        matmul, "call", lambda name, function, macros, *rest: call(name, function, {**macros, "ISA": isa}, *rest)
+        matmul, "call", lambda name, function, macros, *rest: call_cpp(name, function, {**macros, "ISA": isa}, *rest)
     )
     for (n, m), groups, tokens in itertools.product([(2, 4), (3, 7), (4, 8), (1, 32), (1, 1)], [16, 45], [1, 2, 3, 7]):
         weight, x = sparse(n, m, dtype, rows=9, groups=groups), torch.randn(tokens, groups * m).to(dtype)

@@ -29,12 +29,12 @@ def bitmask_linear(
     """``x W^T + bias`` for row-major parts."""
     out = x.new_empty(len(x), len(mask))
     if len(x) <= FEW or not runs_on_blas(x):
-        bias, scales, macros = _contiguous(bias), _scales(scales), _macros(x, values)
+        bias, both_scales, macros = _contiguous(bias), _scales(scales), _macros(x, values)
         count = _count(values)
         for begin, end in token_chunks(len(x)):
             some, to = x[begin:end], out[begin:end]
             name = "linear" if len(some) <= FEW else "linear_many"
-            arguments = (some, values, mask, offsets, bias, *scales, to, len(some), count, len(mask), x.shape[1])
+            arguments = (some, values, mask, offsets, bias, *both_scales, to, len(some), count, len(mask), x.shape[1])
             call(f"sparse/{name}", f"bitmask_{name}", macros, *arguments)
         return out
     for begin, end, tile in _tiles(x, values, mask, offsets, x.shape[1], scales):

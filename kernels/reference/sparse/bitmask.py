@@ -91,16 +91,16 @@ def unpack_rows(
     values: Tensor, mask: Tensor, offsets: Tensor, scales: Tensor | None, out: Tensor, begin: int, end: int
 ) -> None:
     """Write rows begin..end of the matrix to ``out`` [end - begin, columns]: value * scale, rounded once."""
-    first, last = offsets[begin].item(), offsets[end].item()
-    if values.dtype is torch.uint8:
+    first, last = int(offsets[begin]), int(offsets[end])
+    if scales is None:
+        entries = values[first:last]
+    elif values.dtype is torch.uint8:
         counts = block_counts(mask[begin:end]).flatten()
         entries = unpack_codes(values, first, last).float()
         entries = entries * scales[begin:end].flatten().float().repeat_interleave(counts)
-    elif scales is not None:
+    else:
         counts = offsets[begin : end + 1].diff()
         entries = values[first:last].to(scales.dtype) * scales[begin:end].repeat_interleave(counts)
-    else:
-        entries = values[first:last]
     out.zero_()
     out[bits_of(mask[begin:end], out.shape[1])] = entries.to(out.dtype)
 
