@@ -21,7 +21,7 @@ def run(name):
     data = torch.arange(96).view(6, 16) % 64
     settings = {"levels": (0.5,)} if sys.argv[2] == "dp" else {}
     prune_checkpoint(
-        Path(sys.argv[1]) / name, Path(sys.argv[1]) / f"{name} {sys.argv[2]} {sys.argv[3]}", data[:4], held_out=data[4:],
+        Path(sys.argv[1]) / name, Path(sys.argv[1]) / " ".join([name, *sys.argv[2:4]]), data[:4], held_out=data[4:],
         curve_data=data[:1], sparsity=0.5, allocation=sys.argv[2], granularity=sys.argv[3],
         resident=int(sys.argv[4]), **settings,
     )
