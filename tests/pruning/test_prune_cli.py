@@ -180,15 +180,18 @@ def test_an_output_that_exists_is_refused_before_anything_is_done(base, pruned, 
 
 
 def test_a_disk_that_fills_leaves_the_curves_and_no_folder(base, tmp_path, monkeypatch, capsys):
-    from leanstep.pruning.folder import checkpoint
+    from leanstep.pruning.folder import checkpoint, run
 
     def full(*arguments, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patched:
-        patched.setattr(checkpoint.shutil, "copyfile", full)
-        assert leanstep_prune(base, tmp_path / "out", "--sparsity", "0.6") == 1
-    assert "the disk is full" in capsys.readouterr().err
+    # while the weights are copied, before anything is measured; and while the last files are written
+    for module, name, left in ((checkpoint.shutil, "copyfile", []), (run, "write_report", ["out.curves.jsonl"])):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, full)
+            assert leanstep_prune(base, tmp_path / "out", "--sparsity", "0.6") == 1
+        assert "the disk is full" in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir()] == left
     assert [path.name for path in tmp_path.iterdir()] == ["out.curves.jsonl"]
     assert leanstep_prune(base, tmp_path / "out", "--sparsity", "0.6") == 2
     assert "go on with it (--resume)" in capsys.readouterr().err
