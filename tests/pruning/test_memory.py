@@ -50,6 +50,7 @@ def folder(tmp_path_factory):
     return models
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
 @pytest.mark.parametrize("allocation, granularity", [("uniform", "matrix"), ("dp", "matrix"), ("dp", "block")])
 def test_memory_is_bounded_by_a_block_and_not_by_the_model(allocation, granularity, folder):
