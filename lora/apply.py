@@ -15,6 +15,7 @@ from leanstep.lora.layers.block import fuse_blocks, unfuse_blocks
 from leanstep.lora.layers.embedding import attach_embedding
 from leanstep.lora.layers.frozen import is_linear, why_custom_forward, why_unsupported, widths
 from leanstep.lora.layers.linear import Adapter, LoRALayer, attach_linear, detach
+from leanstep.lora.layers.pissa import is_pissa, move_start, start_factors, why_no_pissa
 from leanstep.lora.targets import rank_of, scale_of, select, why_not_adaptable, with_heads
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -61,6 +62,8 @@ def plan_lora(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
         raise ValueError("apply_lora: this is a PEFT model; make it fast with accelerate_peft(model)")
     plan = select(model, config)
     problems = [problem for name, module in plan.items() for problem in _problems(model, name, module, config)]
+    if is_pissa(config.init_lora_weights):
+        problems += shared_weights(model, plan)
     if problems:
         more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise ValueError("apply_lora: " + "; ".join(problems[:4]) + more)
@@ -99,7 +102,8 @@ def attach_adapters(model: nn.Module, plan: dict[str, nn.Module], config: LoraCo
 def remove_lora(model: Model) -> Model:
     """Undo :func:`apply_lora`: restore the classes of layers and the ``requires_grad`` of parameters.
 
-    A merged adapter stays in the weights; an unmerged one is lost. Modules in ``modules_to_save`` and biases keep their
+    A merged adapter stays in the weights; an unmerged one is lost, and PiSSA's principal part returns to the weight, up
+    to its rounding. Modules in ``modules_to_save`` and biases keep their
     trained values.
 
     Raises:
@@ -115,6 +119,8 @@ def remove_lora(model: Model) -> Model:
         raise ValueError("remove_lora: the model has no adapters")
     unfuse_blocks(model)
     for module in layers.values():
+        if start_factors(module) is not None and not module.lora.merged:
+            move_start(module)
         detach(module)
         _rebind_hooks(module)
     frozen: dict[str, bool] = model.lora_frozen  # type: ignore[assignment]
@@ -166,6 +172,8 @@ def _problems(model: nn.Module, name: str, module: nn.Module, config: LoraConfig
             f"{name} has a weight that is a DTensor (FSDP2, tensor parallelism), where whole factors would train on a "
             "part of the gradient; call apply_lora first and fully_shard then. Tensor-parallel layers have no adapters"
         )
+    if is_pissa(config.init_lora_weights) and (reason := why_no_pissa(module, rank_of(config, name))) is not None:
+        yield f"{name} cannot begin with {config.init_lora_weights!r}: {reason}"
     reason = None if is_embedding else why_custom_forward(type(module))
     if config.fast_path and reason is not None:
         yield f"fast_path=True was asked for, but {name} cannot run on the fast path: {reason}"
@@ -181,6 +189,17 @@ def _problems(model: nn.Module, name: str, module: nn.Module, config: LoraConfig
         yield f"{name} is an embedding with max_norm or sparse gradients, which adapters do not support"
     if "forward" in vars(module) and "_old_forward" not in vars(module):
         yield f"{name} has a custom forward, set by another tool, which would skip the adapter"
+
+
+def shared_weights(model: nn.Module, plan: dict[str, nn.Module]) -> Iterator[str]:
+    """The reasons why PiSSA must not change the weights of some layers: other modules compute with them, too."""
+    holders: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        holders.setdefault(id(parameter), []).append(name)
+    for name in plan:
+        others = [other for other in holders[id(model.get_parameter(f"{name}.weight"))] if other != f"{name}.weight"]
+        if others:
+            yield f"{name} shares its weight with {others[0]}, and PiSSA changes the base weight; leave it out"
 
 
 def modules_to_save(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from leanstep.lora.layers.pissa import is_pissa
+
 SAVES = ("min", "full", "lora_fa")
 BIASES = ("none", "all", "lora_only")
 
@@ -59,6 +61,9 @@ class LoraConfig:
         modules_to_save: names of modules to train and save whole, such as a new head.
         init_lora_weights: True: A uniform as in ``torch.nn.Linear``, B zero; ``"gaussian"``: A normal with standard
             deviation 1 / r, B zero; ``"orthogonal"``: A with orthonormal rows, B zero; False: both random, for tests.
+            ``"pissa"``: the r largest singular vectors of the base weight, which keeps the rest (Meng, Wang, Zhang,
+            "PiSSA", arXiv 2404.02948); ``"pissa_niter_N"``: a faster, randomised decomposition. The adapter is saved
+            with rank 2 r, for the plain base.
         fan_in_fan_out: stored in the file only; a layer's class determines the layout of its weight.
         layers_to_transform: indices of the layers to adapt, for names that contain an index.
         layers_pattern: the name before that index.
@@ -157,11 +162,16 @@ class LoraConfig:
             ("bias", BIASES),
             ("save", SAVES),
             ("fast_path", (None, True, False)),
-            ("init_lora_weights", (True, False, "gaussian", "orthogonal")),
             *((name, (True, False)) for name in _SWITCHES),
         ):
             if getattr(self, name) not in allowed:
                 problems.append(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
+        init = self.init_lora_weights
+        if init not in (True, False, "gaussian", "orthogonal") and not is_pissa(init):
+            problems.append(
+                "init_lora_weights must be one of True, False, 'gaussian', 'orthogonal', 'pissa', 'pissa_niter_N', "
+                f"got {init!r}"
+            )
         if self.target_modules is not None and not self.target_modules:
             problems.append("target_modules is empty; name the layers to adapt, or take 'all-linear'")
         expressions = [("target_modules", self.target_modules), ("exclude_modules", self.exclude_modules)]
@@ -192,7 +202,8 @@ class LoraConfig:
 
         Raises:
             ValueError: for another kind of adapter, a variant of LoRA that is not implemented here, or an
-                initialisation that changed the base (``init_lora_weights`` of PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA).
+                initialisation that changed the base and cannot be repeated (``init_lora_weights`` of OLoRA, CorDA,
+                LoftQ, LoRA-GA, randomised PiSSA).
         """
         kind = settings.get("peft_type", "LORA")
         if str(kind).rsplit(".", 1)[-1] != "LORA":
@@ -210,13 +221,13 @@ class LoraConfig:
             warnings.warn(f"LoraConfig: ignored the unknown fields {', '.join(unknown)}", stacklevel=2)
         known = {key: value for key, value in settings.items() if key in names}
         init = known.get("init_lora_weights", True)
-        if init not in _PLAIN_INITS:
+        if init not in (*_PLAIN_INITS, "pissa"):
             raise ValueError(
                 f"LoraConfig: the adapter began with init_lora_weights {init!r}, which changes the base, so it does "
                 "not fit the plain base; convert it with peft: save_pretrained("
                 "path_initial_model_for_weight_conversion=...)"
             )
-        if not isinstance(init, bool):
+        if not isinstance(init, bool) and init != "pissa":
             # the factors come from the file, so their initialisation does not matter
             known["init_lora_weights"] = True
         return cls(**known)

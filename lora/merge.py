@@ -20,6 +20,7 @@ from leanstep.lora.apply import adapted_layers
 from leanstep.lora.layers.embedding import LoRAEmbeddingLayer
 from leanstep.lora.layers.frozen import quantized_kind
 from leanstep.lora.layers.linear import LoRALayer, LoRALinearLayer
+from leanstep.lora.layers.pissa import start_factors
 from leanstep.lora.layers.rule import dora_factor
 
 # smaller DoRA factors leave too few digits of a row to divide them out again
@@ -104,6 +105,10 @@ def merge(model: nn.Module, *, keep_mask: bool = False, backup: bool = False) ->
     for name, layer in layers.items():
         if layer.lora.merged:
             raise ValueError(f"merge: {name} is merged already")
+        if keep_mask and start_factors(layer) is not None:
+            raise ValueError(
+                f"merge: {name} began with PiSSA, so its base weight has no zeros to keep; unset keep_mask"
+            )
         _check_mergeable(name, layer)
         # checks one layer at a time before any change, without a copy of the model
         if not torch.isfinite(merged_weight(layer, keep_mask)).all():

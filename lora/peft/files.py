@@ -14,6 +14,7 @@ import os
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -26,6 +27,7 @@ from leanstep.lora.apply import Model, adapted_layers, attach_adapters, modules_
 from leanstep.lora.config import LoraConfig
 from leanstep.lora.layers.frozen import widths
 from leanstep.lora.layers.linear import LoRALinearLayer
+from leanstep.lora.layers.pissa import is_pissa, move_start, start_factors
 from leanstep.lora.peft.experts import names_read_as_experts
 from leanstep.lora.targets import rank_of, scale_of, without_foreign_names
 
@@ -51,14 +53,28 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
         else:
             continue
         state[PREFIX + key] = whole_tensor(parameter.detach())
+    for name, layer in layers.items():
+        if (start := start_factors(layer)) is not None:
+            a, b = (f"{PREFIX}{name}.{factor}.weight" for factor in ("lora_A", "lora_B"))
+            state[a] = torch.cat([state[a], start[0].to(state[a])])
+            state[b] = torch.cat([state[b], -start[1].to(state[b])], dim=1)
     return state
+
+
+def _double_rank(settings: dict[str, Any]) -> None:
+    """Describe an adapter that began with PiSSA as one of rank 2 r for the plain base, with the same scales."""
+    alpha = math.sqrt(2) if settings["use_rslora"] else 2
+    settings |= {"init_lora_weights": True, "r": 2 * settings["r"], "lora_alpha": alpha * settings["lora_alpha"]}
+    settings["rank_pattern"] = {key: 2 * r for key, r in settings["rank_pattern"].items()}
+    settings["alpha_pattern"] = {key: alpha * value for key, value in settings["alpha_pattern"].items()}
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     """Write a model's adapter for :func:`load_adapter` and ``peft.PeftModel.from_pretrained``.
 
     Args:
-        model: a model that :func:`leanstep.lora.apply_lora` adapted, merged or not.
+        model: a model that :func:`leanstep.lora.apply_lora` adapted, merged or not. An adapter that began with PiSSA
+            is written with rank 2 r: it opens over the plain base.
         folder: created if missing; each file is replaced atomically.
 
     Returns:
@@ -87,6 +103,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         settings["base_model_name_or_path"] = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     if settings["target_modules"] == "all-linear":
         settings["target_modules"] = sorted(name for name, _ in adapted_layers(model))
+    if is_pissa(config.init_lora_weights):
+        _double_rank(settings)
     _warn_of_renaming(model)
     target.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.cpu().contiguous().clone() for key, value in sorted(state.items())}
@@ -119,12 +137,13 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], **changes: object
         changes: fields of :class:`leanstep.lora.LoraConfig` that override the file's, such as ``save``.
 
     Returns:
-        The model. The adapter can be trained further.
+        The model. The adapter can be trained further. A model adapted by ``init_lora_weights="pissa"`` takes a file of
+        such a model, and goes on at rank r.
 
     Raises:
         FileNotFoundError: if a file is missing.
         ValueError: for another kind of adapter; for another base (an unknown target, a missing or unexpected key, a
-            different shape); for an initialisation that changed the base (PiSSA and the like); for tensors with a NaN
+            different shape); for an initialisation that changed the base (OLoRA and the like); for tensors with a NaN
             or an infinity, or of integers; for an adapted model that is merged or has another scale (``lora_alpha``,
             ``use_rslora``, patterns). The model is unchanged.
 
@@ -146,7 +165,7 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], **changes: object
     plan: dict[str, nn.Module] = {}
     if adapted:
         expected = {key.removeprefix(PREFIX).replace(".base_layer.bias", ".bias") for key in adapter_state(model)}
-        shapes = {key: tuple(model.get_parameter(key).shape) for key in expected}
+        shapes = {key: _stored_shape(model, key) for key in expected}
     else:
         try:
             config = without_foreign_names(model, config, str(source))
@@ -163,12 +182,37 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], **changes: object
     if not adapted:
         attach_adapters(model, plan, config)
     with torch.no_grad():
-        for key, value in state.items():
+        for key, value in (_take_starts(model, state) if adapted else state).items():
             parameter = model.get_parameter(key)
             parameter.copy_(place_like(value.to(parameter.dtype), parameter) if is_dtensor(parameter) else value)
     for _, layer in adapted_layers(model):
         layer.lora.norms = None
     return model
+
+
+def _stored_shape(model: nn.Module, key: str) -> tuple[int, ...]:
+    """The shape of a parameter in a file: PiSSA's factors have twice their rank there."""
+    m, *n = model.get_parameter(key).shape
+    owner, _, factor = key.removesuffix(".weight").rpartition(".")
+    if factor not in ("lora_A", "lora_B") or start_factors(model.get_submodule(owner)) is None:
+        return (m, *n)
+    return (2 * m, *n) if factor == "lora_A" else (m, 2 * n[0])
+
+
+def _take_starts(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give layers that began with PiSSA the start in a file; returns the tensors with the trained half of the factors.
+
+    The base weight changes where the file's start is another one, as after a decomposition on another machine.
+    """
+    state = dict(state)
+    for name, layer in adapted_layers(model):
+        if (start := start_factors(layer)) is None:
+            continue
+        keys = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+        (a, start_a), (b, start_b) = state[keys[0]].chunk(2), state[keys[1]].chunk(2, dim=1)
+        move_start(layer, start_a.to(start[0]), -start_b.to(start[1]))
+        state |= {keys[0]: a, keys[1]: b}
+    return state
 
 
 def read_config(folder: Path) -> LoraConfig:

@@ -23,6 +23,7 @@ from leanstep.recipes.data.hub import check_hub, from_hub, offline, offline_reci
 from leanstep.recipes.data.sequences import load_data
 from leanstep.recipes.data.sources import find_files, look, open_corpus, open_stream
 from leanstep.recipes.data.tokens import open_tokenizer, vocabulary_size
+from leanstep.recipes.methods.lora import optimizer_section
 from leanstep.recipes.methods.pruned import masked_names, pruned_start_warning, zeros_of
 from leanstep.recipes.methods.sparse import plan, run_operations, schedule_of
 from leanstep.recipes.training.build import build_optimizer, initial_problem, missing_here, wants_cpu
@@ -244,7 +245,7 @@ class Check:
     def groups(self, section: Section) -> None:
         """List the parameter groups of the optimizer and their options."""
         if vocabulary := self.known_vocabulary(section):
-            optimizer = build_optimizer(self.config.optimizer, meta_model(self.config, vocabulary))
+            optimizer = build_optimizer(optimizer_section(self.config), meta_model(self.config, vocabulary))
             section.add_table(routing_rows(optimizer))
 
     def sparsity(self, section: Section) -> None:

@@ -181,6 +181,8 @@ def _lora_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
     if not config.lora.target_modules:
         if config.lora.attention != "exact":
             yield ("lora.attention", "lora.target_modules"), "goes with adapters; name layers in lora.target_modules"
+        if config.lora.lr_ratio != 1:
+            yield ("lora.lr_ratio", "lora.target_modules"), "goes with adapters; name layers in lora.target_modules"
         return
     keys = ("lora.target_modules",)
     if not config.model.init_from:
@@ -193,6 +195,11 @@ def _lora_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
         yield (
             ("lora.use_dora", "pruning.keep_masks"),
             "scales by norms of the unmasked sum; with pruning.keep_masks take lora.use_dora=false",
+        )
+    if str(config.lora.init_lora_weights).startswith("pissa") and config.pruning.keep_masks:
+        yield (
+            ("lora.init_lora_weights", "pruning.keep_masks"),
+            "leaves no zeros in the base; with pruning.keep_masks take lora.init_lora_weights=true",
         )
 
 

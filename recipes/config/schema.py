@@ -234,7 +234,7 @@ class LoraSectionConfig:
 
     ``target_modules`` are ends of layer names, or ``[all-linear]``. The other keys are fields of
     :class:`leanstep.lora.LoraConfig`. ``final/`` holds the merged model, ``final/adapter/`` the adapter in PEFT's
-    format.
+    format. ``lr_ratio`` is that of LoRA+: the learning rate of B is so many times ``optimizer.lr``.
 
     With ``attention: auto``, a layer's attention runs low-rank if its measured error is at most ``attention_tolerance``
     and its predicted cost is lower (:class:`leanstep.lora.LowRankGate`). That takes small logits and long sequences.
@@ -247,6 +247,8 @@ class LoraSectionConfig:
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     use_rslora: bool = False
     use_dora: bool = False
+    init_lora_weights: bool | Annotated[str, Field(pattern=r"^(gaussian|orthogonal|pissa(_niter_\d+)?)$")] = True
+    lr_ratio: float = Field(default=1.0, ge=1)
     modules_to_save: list[str] = Field(default_factory=list)
     save: Literal["min", "full", "lora_fa"] = "min"
     attention: Literal["exact", "auto"] = "exact"
