@@ -17,7 +17,7 @@ BIASES = ("none", "all", "lora_only")
 # fields that adapter_config.json does not have
 _FAST_PATH_FIELDS = ("save", "fast_path", "fused_blocks")
 # older versions of PEFT cannot read these fields: write them only if they are set
-_RECENT = ("exclude_modules", "lora_bias")
+_RECENT = ("exclude_modules", "lora_bias", "target_parameters")
 # PEFT also trains these heads for these tasks
 HEADS, HEAD_TASKS = ("classifier", "score"), ("SEQ_CLS", "TOKEN_CLS")
 # PEFT's fields that change an adapter's output and are not implemented here
@@ -28,7 +28,6 @@ _FOREIGN = (
     "layer_replication",
     "megatron_config",
     "monteclora_config",
-    "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
     "use_qalora",
@@ -52,6 +51,9 @@ class LoraConfig:
             (``out_proj`` of ``nn.MultiheadAttention``), layers whose weight a state-space mixer multiplies by itself
             (``dt_proj``), and layers that return no tensor (a router of experts). It warns about the last four, about
             fused experts, and about a classifier that is not trained whole.
+        target_parameters: parameters to adapt that are no layer's weight, above all the fused weights of experts (E,
+            out, in): names, each whole or its end after a dot, such as ``"mlp.experts.down_proj"``. Every expert gets
+            factors of rank r. Without dropout, DoRA, bias on B and PiSSA, as in PEFT.
         exclude_modules: selected layers to leave out: a list of names or a regular expression.
         lora_dropout: probability of dropping an entry of the adapter's input in training.
         bias: biases of the base model to train: ``"none"``, ``"all"``, or ``"lora_only"`` for those of adapted layers.
@@ -91,6 +93,7 @@ class LoraConfig:
     r: int = 8
     lora_alpha: float = 8
     target_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
     exclude_modules: list[str] | str | None = None
     lora_dropout: float = 0.0
     bias: Literal["none", "all", "lora_only"] = "none"
@@ -113,7 +116,7 @@ class LoraConfig:
     fused_blocks: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        for name in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save"):
             value = getattr(self, name)
             if isinstance(value, (set, frozenset, tuple)):
                 setattr(self, name, sorted(value, key=str))
@@ -128,7 +131,8 @@ class LoraConfig:
 
     def _wrong_types(self) -> list[str]:
         problems = []
-        for name, text in (("target_modules", True), ("exclude_modules", True), ("modules_to_save", False)):
+        texts = {"target_modules": True, "exclude_modules": True, "target_parameters": False, "modules_to_save": False}
+        for name, text in texts.items():
             value = getattr(self, name)
             if value is None or (text and isinstance(value, str)):
                 continue
@@ -172,7 +176,9 @@ class LoraConfig:
                 "init_lora_weights must be one of True, False, 'gaussian', 'orthogonal', 'pissa', 'pissa_niter_N', "
                 f"got {init!r}"
             )
-        if self.target_modules is not None and not self.target_modules:
+        if self.target_parameters:
+            problems += self._parameter_problems()
+        if self.target_modules is not None and not self.target_modules and not self.target_parameters:
             problems.append("target_modules is empty; name the layers to adapt, or take 'all-linear'")
         expressions = [("target_modules", self.target_modules), ("exclude_modules", self.exclude_modules)]
         expressions += [(name, key) for name in ("rank_pattern", "alpha_pattern") for key in getattr(self, name)]
@@ -187,6 +193,16 @@ class LoraConfig:
             problems.append("layers_pattern needs layers_to_transform, which is not set")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             problems.append("layers_to_transform needs a list of target_modules, not a regular expression")
+        return problems
+
+    def _parameter_problems(self) -> list[str]:
+        set_here = {"lora_dropout": self.lora_dropout != 0, "use_dora": self.use_dora, "lora_bias": self.lora_bias}
+        problems = [f"target_parameters excludes {name}, as in PEFT; unset it" for name, on in set_here.items() if on]
+        if self.init_lora_weights not in (True, False, "gaussian"):
+            problems.append(
+                "target_parameters takes init_lora_weights True, False or 'gaussian', as adapters of many experts, got "
+                f"{self.init_lora_weights!r}"
+            )
         return problems
 
     def to_dict(self) -> dict[str, Any]:

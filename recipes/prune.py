@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from leanstep._arguments import OneLineParser
 from leanstep._files import one_line, restore_replaced
 from leanstep.recipes.data.sources import open_file, sotu_corpus
 from leanstep.recipes.evaluate import in_options
@@ -71,7 +72,7 @@ def _peak_bytes() -> int | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="leanstep prune",
         description="Prune a checkpoint, each matrix as far as it hurts least. CHECKPOINT is never changed.",
     )

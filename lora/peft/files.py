@@ -23,13 +23,22 @@ from torch import Tensor, nn
 from leanstep._checkpoint import load_pickled, load_tensors, read_json
 from leanstep._files import one_line, replacing, write_text
 from leanstep._torch import input_embedding, is_dtensor, output_head, place_like, whole_tensor
-from leanstep.lora.apply import Model, adapted_layers, attach_adapters, modules_to_save, plan_lora
+from leanstep.lora.apply import (
+    Model,
+    adapted_experts,
+    adapted_layers,
+    all_adapters,
+    attach_adapters,
+    modules_to_save,
+    plan_lora,
+)
 from leanstep.lora.config import LoraConfig
+from leanstep.lora.layers.experts import expert_sizes, file_keys
 from leanstep.lora.layers.frozen import widths
 from leanstep.lora.layers.linear import LoRALinearLayer
 from leanstep.lora.layers.pissa import is_pissa, move_start, start_factors
 from leanstep.lora.peft.experts import names_read_as_experts
-from leanstep.lora.targets import rank_of, scale_of, without_foreign_names
+from leanstep.lora.targets import rank_of, scale_of, select_parameters, without_foreign_names
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -41,13 +50,13 @@ _FACTORS = ("lora_A.", "lora_B.", "lora_magnitude_vector", "lora_embedding_A", "
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of a model's adapter under PEFT's keys. If tensors are sharded, all processes must call it."""
     config: LoraConfig = model.lora_config  # type: ignore[assignment]
-    layers = dict(adapted_layers(model))
+    layers, in_files = dict(adapted_layers(model)), _adapted_keys(model)
     saved_whole = tuple(f"{name}." for name in modules_to_save(model, config))
     state = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner, _, end = name.rpartition(".")
         if any(f".{factor}" in f".{name}" for factor in _FACTORS) or name.startswith(saved_whole):
-            key = name
+            key = in_files.get(name, name)
         elif end == "bias" and parameter.requires_grad and config.bias != "none":
             key = f"{owner}.base_layer.bias" if owner in layers else name
         else:
@@ -153,26 +162,28 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], **changes: object
         are adapted or resized.
     """
     source = Path(folder)
-    merged = [name for name, layer in adapted_layers(model) if layer.lora.merged]
+    merged = [adapter.name for adapter in all_adapters(model) if adapter.merged]
     if merged:
         raise ValueError(f"load_adapter: {merged[0]} is merged; unmerge the model first")
     config = dataclasses.replace(read_config(source), inference_mode=False, **changes)  # type: ignore[arg-type]
     tensors = _read_weights(source)
     _check_values(tensors, source)
-    state = _by_parameter(tensors)
     base = f"the adapter was made for {config.base_model_name_or_path or 'a model whose name it does not say'}"
     adapted = isinstance(getattr(model, "lora_config", None), LoraConfig)
     plan: dict[str, nn.Module] = {}
     if adapted:
-        expected = {key.removeprefix(PREFIX).replace(".base_layer.bias", ".bias") for key in adapter_state(model)}
+        by_key = {key: name for name, key in _adapted_keys(model).items()}
+        expected = set(_by_parameter(adapter_state(model), by_key))
         shapes = {key: _stored_shape(model, key) for key in expected}
     else:
         try:
             config = without_foreign_names(model, config, str(source))
             plan = plan_lora(model, config)
             shapes = _planned_shapes(model, plan, config)
+            by_key = {key: name for name, key in _planned_keys(model, config).items()}
         except ValueError as error:
             raise ValueError(f"load_adapter: {source} does not fit this model ({base}): {error}") from error
+    state = _by_parameter(tensors, by_key)
     embeddings = _embedding_shapes(model, set(state) - set(shapes))
     shapes |= embeddings
     _compare(shapes, {key: tuple(value.shape) for key, value in state.items()}, f"{source} ({base})")
@@ -247,8 +258,22 @@ def _check_values(tensors: dict[str, Tensor], source: Path) -> None:
             raise ValueError(f"load_adapter: {source}: {key} holds NaN or infinity")
 
 
-def _by_parameter(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a file's tensors to the names of the model's parameters.
+def _planned_keys(model: nn.Module, config: LoraConfig) -> dict[str, str]:
+    """The names of the factors of ``target_parameters`` in the model -> their names in a file."""
+    leaves: dict[str, list[str]] = {}
+    for path, leaf in select_parameters(model, config).values():
+        leaves.setdefault(path, []).append(leaf)
+    return {name: key for path, inside in leaves.items() for name, key in file_keys(path, inside).items()}
+
+
+def _adapted_keys(model: nn.Module) -> dict[str, str]:
+    """The same of an adapted model."""
+    modules = adapted_experts(model)
+    return {name: key for path, module in modules for name, key in file_keys(path, list(module.lora)).items()}
+
+
+def _by_parameter(tensors: dict[str, Tensor], by_key: dict[str, str]) -> dict[str, Tensor]:
+    """Rename a file's tensors to the names of the model's parameters. ``by_key`` has those of adapted parameters.
 
     With ``bias="all"``, PEFT writes the biases of ``modules_to_save`` three times: also under its wrapper's names, and
     with their values before training.
@@ -257,6 +282,7 @@ def _by_parameter(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for key, value in tensors.items():
         if not key.endswith(".original_module.bias"):
             name = key.removeprefix(PREFIX).replace(".modules_to_save.bias", ".bias")
+            name = by_key.get(name, name)
             state[re.sub(r"\.base_layer\.(bias|weight)$", r".\1", name)] = value
     return state
 
@@ -298,6 +324,10 @@ def _planned_shapes(model: nn.Module, plan: dict[str, nn.Module], config: LoraCo
                 shapes[f"{name}.lora_B.bias"] = (m,)
         if config.use_dora:
             shapes[f"{name}.lora_magnitude_vector"] = (m,)
+    for name, (path, leaf) in select_parameters(model, config).items():
+        count, n, m = expert_sizes(model.get_submodule(path), leaf)
+        rank = rank_of(config, name) * count
+        shapes |= {f"{path}.lora_A.{leaf}.weight": (rank, n), f"{path}.lora_B.{leaf}.weight": (m, rank)}
     for name, root in modules_to_save(model, config).items():
         shapes |= {f"{name}.{key}": tuple(p.shape) for key, p in root.named_parameters()}
     for name, parameter in model.named_parameters():
@@ -324,7 +354,7 @@ def _compare(expected: dict[str, tuple[int, ...]], shapes: dict[str, tuple[int, 
 
 def _compare_scales(model: nn.Module, config: LoraConfig, where: str) -> None:
     """Raise ValueError if a scale of an adapted model differs from the file's."""
-    scales = {name: (layer.lora.scale, scale_of(config, name)) for name, layer in adapted_layers(model)}
+    scales = {adapter.name: (adapter.scale, scale_of(config, adapter.name)) for adapter in all_adapters(model)}
     differ = {name: pair for name, pair in scales.items() if not math.isclose(*pair, rel_tol=1e-6)}
     if differ:
         name, (current, stored) = next(iter(differ.items()))

@@ -26,7 +26,13 @@ from leanstep.recipes.data.tokens import open_tokenizer, vocabulary_size
 from leanstep.recipes.methods.lora import optimizer_section
 from leanstep.recipes.methods.pruned import masked_names, pruned_start_warning, zeros_of
 from leanstep.recipes.methods.sparse import plan, run_operations, schedule_of
-from leanstep.recipes.training.build import build_optimizer, initial_problem, missing_here, wants_cpu
+from leanstep.recipes.training.build import (
+    build_optimizer,
+    initial_problem,
+    missing_here,
+    trackers_of,
+    wants_cpu,
+)
 from leanstep.recipes.training.checkpoint import disk_need, find_checkpoints
 from leanstep.recipes.training.failures import lighter_state
 from leanstep.recipes.training.folder import RunFolder, is_held
@@ -117,7 +123,7 @@ class Check:
         section.add("device", f"{self.device_name} (asked for: {config.device})")
         section.add("precision", config.precision)
         section.add("processes", f"{world_size}, {config.distributed.strategy}" if world_size > 1 else "1")
-        section.add("log", ", ".join(["log.jsonl", "report.html", *config.log.trackers]))
+        section.add("log", ", ".join(["log.jsonl", "report.html", *trackers_of(config)]))
         section.problems += missing_here(config, cpu)
         if not cpu and world_size > torch.accelerator.device_count():
             section.problems.append(

@@ -104,6 +104,12 @@ def joint_problems(config: RunConfig, world_size: int = 1) -> Iterator[tuple[tup
         yield ("log.attention_norms", "compile"), "looks into attention layers, which compile hides; set one to false"
     if config.compile and config.qk_clip.threshold is not None:
         yield ("qk_clip.threshold", "compile"), "looks into attention layers, which compile hides; set compile=false"
+    if config.fp8 and config.precision in ("fp32", "fp16"):
+        yield ("fp8", "precision"), "goes with 16-bit products elsewhere; take precision=bf16 or bf16-pure"
+    if config.fp8 and config.lora.target_modules:
+        yield ("fp8", "lora.target_modules"), "converts layers that are trained whole; with adapters take fp8=null"
+    if config.fp8 and config.sparsity.patterns:
+        yield ("fp8", "sparsity.patterns"), "rounds weights that the masks choose from; take fp8=null or patterns={}"
     if config.lora.target_modules and config.qk_clip.threshold is not None:
         yield (
             ("qk_clip.threshold", "lora.target_modules"),

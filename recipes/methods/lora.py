@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from leanstep.lora import LoraConfig, apply_lora, load_adapter
-from leanstep.lora.apply import adapted_layers
+from leanstep.lora.apply import all_adapters
 from leanstep.recipes.config.schema import OptimizerConfig, RunConfig
 from leanstep.recipes.methods.pruned import mask_adapters
 from leanstep.recipes.training.checkpoint import CheckpointError
@@ -30,6 +30,7 @@ def adapt(config: RunConfig, model: torch.nn.Module) -> None:
         # `leanstep check` counts sizes; PiSSA would decompose the weights
         settings["init_lora_weights"] = True
     settings["modules_to_save"] = settings["modules_to_save"] or None
+    settings["target_parameters"] = settings["target_parameters"] or None
     lora = LoraConfig(**settings, task_type="CAUSAL_LM", base_model_name_or_path=config.model.init_from)
     try:
         apply_lora(model, lora)
@@ -46,16 +47,11 @@ def optimizer_section(config: RunConfig) -> OptimizerConfig:
     return replace(section, groups=[*section.groups, {"match": FACTOR_B, "lr": ratio * section.lr}])
 
 
-def is_adapted(model: torch.nn.Module) -> bool:
-    """Whether a model has adapters."""
-    return next(adapted_layers(model), None) is not None
-
-
 def describe_adapters(model: torch.nn.Module) -> str:
     """``14 layers, 98,304 of 1,164,800 parameters are trained``."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
-    return f"{len(list(adapted_layers(model)))} layers, {trained:,} of {total:,} parameters are trained"
+    return f"{len(all_adapters(model))} layers, {trained:,} of {total:,} parameters are trained"
 
 
 def load_adapters(model: torch.nn.Module, path: Path) -> None:

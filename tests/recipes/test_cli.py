@@ -96,6 +96,35 @@ def test_usage_mistakes_exit_with_2(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+ONE_LINE = {
+    "command": (["frobnicate"], "invalid choice: 'frobnicate'"),
+    "near command": (["recipes", "lst"], "did you mean 'list'?"),
+    "near choice": (["export", "x", "--format", "spars", "--out", "o"], "did you mean 'sparse'?"),
+    "no recipe": (["train"], "required: NAME|FILE; see `leanstep train --help`"),
+    "no swept recipe": (["sweep"], "required: RECIPE; see"),
+    "jobs": (["sweep", "x", "--jobs", "0"], "expected a whole number of at least 1, got '0'"),
+    "no checkpoint": (["eval"], "required: CHECKPOINT, --data"),
+    "no folder": (["prune", "x", "--sparsity", "0.5"], "required: --out; see `leanstep prune --help`"),
+    "sparsity": (["prune", "x", "--sparsity", "abc", "--out", "o"], "--sparsity: expected a number, got 'abc'"),
+    "no prompt": (["generate", "x"], "required: PROMPT"),
+    "no folder to measure": (["bench"], "required: DIR"),
+    "audit": (["audit", "--foo"], "unrecognized arguments: --foo"),
+    "no path": (["verify"], "required: PATH"),
+    "no run": (["compare"], "required: RUN"),
+    "corpus": (["data", "build", "nosuch"], "invalid choice: 'nosuch' (choose from 'english')"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), ONE_LINE.values(), ids=ONE_LINE.keys())
+def test_a_usage_mistake_is_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    captured = capsys.readouterr()
+    assert caught.value.code == 2 and captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert message in line
+
+
 def test_module_runs_as_the_command(tmp_path):
     result = subprocess.run(
         [sys.executable, "-m", "leanstep", "recipes", "list"], capture_output=True, text=True, cwd=tmp_path
