@@ -370,8 +370,9 @@ class RunConfig:
     """A whole run: everything that decides its result. ``name`` defaults to the file's name, ``out`` to ``runs/NAME``.
 
     ``precision``: ``fp32``; ``bf16`` or ``fp16`` autocast over fp32 weights; ``bf16-pure`` keeps weights, gradients and
-    optimizer state in bf16. ``fp8`` multiplies the linear layers but the head in 8-bit floating point, by torchao's recipe
-    of that name, on a GPU that can; ``compile: true`` makes it fast. ``device``: ``auto`` takes an accelerator when there is one; ``cpu`` or ``cuda`` insist.
+    optimizer state in bf16. ``fp8`` multiplies the linear layers but the head in 8-bit floating point, by torchao's
+    recipe of that name, on a GPU that can; ``compile: true`` makes it fast. ``device``: ``auto`` takes an accelerator
+    when there is one; ``cpu`` or ``cuda`` insist.
     """
 
     recipe: Literal["pretrain"] = "pretrain"

@@ -1,4 +1,4 @@
-"""Training with products in 8-bit floating point, by torchao: ``fp8: tensorwise``, ``rowwise`` or ``rowwise_with_gw_hp``.
+"""Products in 8-bit floating point, by torchao: ``fp8: tensorwise``, ``rowwise`` or ``rowwise_with_gw_hp``.
 
 Weights, gradients and optimizer state stay as ``precision`` says; torchao casts both factors of each product.
 """

@@ -72,6 +72,7 @@ MESSAGES = {
     "option": (["train", "llama-nano-lion", "--npoc=3"], "unknown option --npoc=3"),
     "processes": (["train", "llama-nano-lion", "--nproc", "3"], "* 3 processes = 6144 tokens; take 6144"),
     "resume": (["train", "llama-nano-lion", "--resume", "stepz=3"], "override: unknown key 'stepz'"),
+    "swept recipe": (["sweep", "llama-nano-lio"], "no recipe or file of that name; did you mean 'llama-nano-lion'"),
     "run": (["report", "nowhere"], "no run in nowhere: a run folder holds log.jsonl"),
     "argument": (["recipes", "list", "all"], "unexpected argument 'all'"),
 }
@@ -94,6 +95,14 @@ def test_usage_mistakes_exit_with_2(arguments, message, capsys):
         main(arguments)
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["text.bin", "text.safetensors"])
+def test_a_text_is_no_checkpoint(name, tmp_path, capsys):
+    (tmp_path / name).write_text("hello, this is a text\n")
+    assert main(["verify", str(tmp_path / name)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "torch.save has written" in line if name.endswith("bin") else "no whole safetensors file" in line
 
 
 ONE_LINE = {
