@@ -144,9 +144,9 @@ def remove_lora(model: Model) -> Model:
             move_start(module)
         detach(module)
         _rebind_hooks(module)
-    for module in experts.values():
-        detach_experts(module)
-        _rebind_hooks(module)
+    for adapted in experts.values():
+        detach_experts(adapted)
+        _rebind_hooks(adapted)
     frozen: dict[str, bool] = model.lora_frozen  # type: ignore[assignment]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(frozen.get(name, parameter.requires_grad))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import PurePath
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,10 +37,10 @@ class LoRAExpertsLayer(Mixin):
 
     def factors(self, leaf: str) -> tuple[Tensor, Tensor]:
         """A (E, r, in) and B (E, out, r) of one parameter, as views."""
-        a, b = self.lora_A[leaf].weight, self.lora_B[leaf].weight
+        a, b = cast("Tensor", self.lora_A[leaf].weight), cast("Tensor", self.lora_B[leaf].weight)
         rank = self.lora[leaf].rank
-        count = a.shape[0] // rank  # type: ignore[operator]
-        return a.view(count, rank, -1), b.view(-1, rank, count).permute(2, 0, 1)  # type: ignore[operator]
+        count = a.shape[0] // rank
+        return a.view(count, rank, -1), b.view(-1, rank, count).permute(2, 0, 1)
 
     def summed(self, leaf: str) -> Tensor:
         """The parameter plus its adapter's product, in the wider of their dtypes."""
@@ -192,10 +192,11 @@ def attach_experts(module: Any, adapters: dict[str, Adapter], init: bool | str) 
                 nn.init.normal_(a[leaf].weight, std=1 / adapter.rank)  # type: ignore[arg-type]
             if init is not False:
                 nn.init.zeros_(b[leaf].weight)  # type: ignore[arg-type]
-        a[leaf].weight.requires_grad_(adapter.save != "lora_fa")  # type: ignore[union-attr]
+        a[leaf].weight.requires_grad_(adapter.save != "lora_fa")
         adapter.transposed, adapter.base = is_stored_in_out(module, leaf), type(module)
     module.lora_A, module.lora_B, module.lora = a.train(module.training), b.train(module.training), adapters
-    module.__class__ = mixture(type(module), LoRAExpertsLayer)
+    cls: Any = type(module)
+    module.__class__ = mixture(cls, LoRAExpertsLayer)
 
 
 def detach_experts(module: Any) -> None:

@@ -3,7 +3,9 @@
 Weights, gradients and optimizer state stay as ``precision`` says; torchao casts both factors of each product.
 """
 
+from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -38,19 +40,19 @@ def to_fp8(config: RunConfig, model: torch.nn.Module, *, emulate: bool = False) 
     Raises:
         ValueError: if no layer is left.
     """
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-    from torchao.float8.float8_linear import Float8Linear
+    torchao: Any = import_module("torchao.float8")
+    linear: Any = import_module("torchao.float8.float8_linear").Float8Linear
 
     head = output_head(model)
 
     def fits(module: torch.nn.Module, name: str) -> bool:
         return module is not head and not any(size % MULTIPLE for size in module.weight.shape)  # type: ignore[union-attr]
 
-    recipe = Float8LinearConfig.from_recipe_name(config.fp8)
+    recipe = torchao.Float8LinearConfig.from_recipe_name(config.fp8)
     if emulate:
         object.__setattr__(recipe, "emulate", True)
-    convert_to_float8_training(model, config=recipe, module_filter_fn=fits)
-    count = sum(isinstance(module, Float8Linear) for module in model.modules())
+    torchao.convert_to_float8_training(model, config=recipe, module_filter_fn=fits)
+    count = sum(isinstance(module, linear) for module in model.modules())
     if not count:
         raise ValueError(
             f"fp8: no linear layer besides the head has sizes that are multiples of {MULTIPLE}; take fp8=null"
