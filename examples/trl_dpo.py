@@ -15,7 +15,7 @@ sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "nu
 model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
 apply_lora(model, LoraConfig(r=4, target_modules="all-linear"))
 arguments = DPOConfig(
-    "runs/dpo", max_steps=20, per_device_train_batch_size=8, precompute_ref_log_probs=True, max_grad_norm=0,
+    "runs/dpo", max_steps=20, beta=0.5, per_device_train_batch_size=8, precompute_ref_log_probs=True, max_grad_norm=0,
     logging_steps=1, save_strategy="no", report_to=[], bf16=False,
 )  # fmt: skip
 texts = [(f"w{i % 8}", f"w{8 + i % 8} w16 w17", f"w{32 + i % 8} w40 w41") for i in range(64)]
@@ -24,7 +24,7 @@ trainer = DPOTrainer(
     args=arguments,
     train_dataset=Dataset.from_list([{"prompt": p, "chosen": c, "rejected": r} for p, c, r in texts]),
     processing_class=PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"),
-    optimizers=(SinkGD(lora_groups(model, lr=2e-2)), None),
+    optimizers=(SinkGD(lora_groups(model, lr=2e-1)), None),
 )
 trainer.train()
 losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -24,7 +24,7 @@ trainer = SFTTrainer(
     arguments,
     train_dataset=Dataset.from_dict({"text": [" ".join(words[2 + i % 8 :][:16]) for i in range(64)]}),
     processing_class=PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"),
-    optimizers=(SinkGD(lora_groups(model, lr=2e-2, lr_ratio=2)), None),
+    optimizers=(SinkGD(lora_groups(model, lr=1e-1, lr_ratio=2)), None),
 )
 trainer.train()
 losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
