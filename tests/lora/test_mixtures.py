@@ -75,7 +75,7 @@ def test_adapters_of_tokens_are_refused_by_name(tmp_path):
 
 
 # PEFT looks for the keys among modules, and follows them for parameters all the same
-@pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
 def test_pefts_all_linear_of_a_mixture_loads(name, tmp_path):
     config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
