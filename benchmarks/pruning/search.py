@@ -7,10 +7,10 @@
 ``refined`` is ``leanstep prune --refine``: curves, the dynamic programme, and exchanges from its allocation.
 ``evolution`` is a search over levels from uniform sparsity, as EvoPress (arXiv 2410.14649) describes it. Both are
 judged by the KL divergence to the dense model on the same sequences, with the same score, and use the same cached
-inputs of blocks. The clock of both is this process's processor time, and that of the first includes its curves: at a budget that
-these take, its allocation is uniform. The allocations that both have at several times then prune the model, and the KL
-divergence is measured on sequences of the newest addresses, which neither has seen. Calibration sequences are drawn
-anew with every seed. Differences are paired by seed, with Student's interval.
+inputs of blocks. The clock of both is this process's processor time, and that of the first includes its curves: until
+these are measured, its allocation is uniform. The allocations that both have at several times then prune the model, and
+the KL divergence is measured on sequences of the newest addresses, which neither has seen. Calibration sequences are
+drawn anew with every seed. Differences are paired by seed, with Student's interval.
 
 The results file has a line for each cell; an interrupted call goes on where it stopped. ``--write`` puts the tables of
 a file into docs/.

@@ -111,7 +111,7 @@ def _refinement(content: Mapping[str, Any]) -> str:
     search = content.get("refinement") or {}
     if not search:
         return ""
-    (_, _, start, _), *_, (_, _, end, _) = [search["points"][0], *search["points"]]
+    start, end = search["points"][0][2], search["points"][-1][2]
     return (
         f"{search['accepted']} of {search['evaluations']} exchanges between matrices were better by more than their "
         f"noise. Joint distortion on the judging data: {compact(start)} at the start, {compact(end)} at the end."
