@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from leanstep._mapped import Scratch
 from leanstep.pruning.allocate.allocation import Budget, BudgetConstraint, allocate
 from leanstep.pruning.allocate.closed_form import atp_betas, in_blocks, snap
 from leanstep.pruning.allocate.descent import Descent, Refinement
@@ -65,6 +66,7 @@ def prune(
     progress: Progress | None = None,
     stored: Stored | None = None,
     refine: Refinement | None = None,
+    scratch: str | Path | None = None,
 ) -> PruneResult:
     """Prune a model in place, each matrix to the sparsity that an allocation gives it. Existing zeros stay zero.
 
@@ -107,6 +109,7 @@ def prune(
             again on restoring, not copied before pruning.
         refine: with ``dp``, limits of a search from its allocation: exchanges of weights between matrices within the
             budget, each judged by the joint distortion on data of its own. None: no search.
+        scratch: see :func:`measure_curves`.
 
     Returns:
         :class:`PruneResult`.
@@ -198,6 +201,7 @@ def prune(
         notes=notes,
         refine=refine,
         judging=judging,
+        scratch=None if scratch is None else Scratch(Path(scratch)),
     )
     with planner.snapshot.restored_on_error(), evaluating(model):
         return planner.run(None if isinstance(curves, str) else curves, fixed)
@@ -255,6 +259,7 @@ class Planner:
     notes: list[str] = field(default_factory=list)
     refine: Refinement | None = None
     judging: list[Batch] = field(default_factory=list)
+    scratch: Scratch | None = None
 
     def run(self, curves: Mapping[str, Curve] | None, fixed: NM | None) -> PruneResult:
         """Measure, allocate, compare, prune."""
@@ -301,7 +306,7 @@ class Planner:
     @cached_property
     def trial(self) -> Trial:
         """The matrices with their score, and the calibration data for its statistics."""
-        cache = ActivationCache(self.model, self.batches, enabled=bool(self.batches))
+        cache = ActivationCache(self.model, self.batches, enabled=bool(self.batches), scratch=self.scratch)
         return Trial(self.groups, Pruning(cache, self.score, self.score_options), self.snapshot, self.inputs)
 
     def _nonzero(self) -> dict[str, int]:
@@ -346,6 +351,7 @@ class Planner:
             method=self.curve_method,
             minutes=self.minutes,
             solve=lambda curves: self._allocate("dp", curves=curves),
+            scratch=None if self.scratch is None else self.scratch.folder,
         )
 
     def _by_curves(self, curves: Mapping[str, Curve]) -> Allocation:
@@ -432,7 +438,7 @@ class Planner:
         return Allocation("uniform", numel, counts, sum(counts.values()), dict.fromkeys(numel, str(pattern)))
 
     def _measurement(self, batches: list[Batch]) -> Measurement:
-        return Measurement(self.model, batches, self.metric, like=self.trial.pruning.cache)
+        return Measurement(self.model, batches, self.metric, like=self.trial.pruning.cache, scratch=self.scratch)
 
     def _compare_and_prune(self, candidate: Allocation, programme: Allocation) -> tuple[Allocation, list[Additivity]]:
         """Measure on held-out data, and prune; for allocations by curves, by the programme's or uniform sparsity if

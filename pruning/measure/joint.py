@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leanstep._mapped import Scratch
 from leanstep._memory import free_memory
 from leanstep.pruning.measure.activation_cache import BlockCache
 from leanstep.pruning.measure.measure import Measurement
@@ -157,7 +158,9 @@ class JointJudge:
         try:
             for batch, reference in zip(self._batches, self._reference, strict=True):
                 with torch.enable_grad():
-                    distortion = self.metric.compare(reference, batch.run(self.model), batch)[0].sum() / total
+                    distortion = (
+                        self.metric.compare(Scratch.open(reference), batch.run(self.model), batch)[0].sum() / total
+                    )
                     if not distortion.requires_grad:
                         return None
                     gradients = torch.autograd.grad(distortion, list(parameters.values()), allow_unused=True)
@@ -196,7 +199,7 @@ class JointJudge:
         self.passes += (1 - start / max(len(self._cache.stages), 1)) / len(self._batches)
         with torch.no_grad():
             output = self._cache.run_from(start, index)
-            return self.metric.compare(self._reference[index], output, self._batches[index])
+            return self.metric.compare(Scratch.open(self._reference[index]), output, self._batches[index])
 
     def _change(self, measured: Sequence[tuple[Tensor, Tensor]]) -> Distortion:
         pairs = zip(measured, self._current, strict=False)

@@ -320,6 +320,7 @@ def test_a_vector_is_no_matrix(algorithm):
     assert len(optimizer.param_groups) == 1
 
 
+@pytest.mark.slow
 def test_small_updates_of_bf16_matrices():
     """Steps of 1e-4 from 1: plain bf16 loses them all; stochastic rounding keeps the mean, master and Kahan the sum."""
     ends = {}
