@@ -21,23 +21,19 @@ inline float value_of(int32_t code, float scale) {
     return from_bits(to_bits(magnitude) ^ (static_cast<uint32_t>(code) & 0x80000000u));
 }
 
-// writes the values of momenta's codes in units of their scales, which bf16 numbers hold exactly. 16-bit lanes hold twice
-// as many numbers as 32-bit lanes, and several short loops are vectorised better than one.
-inline void units_of(const int8_t* __restrict codes, int64_t n, bf16* __restrict units) {
-    alignas(64) uint16_t words[PIECE];
+// writes +-(1 + |value| / scale) of momenta's codes, which bf16 numbers hold exactly; the sign of 0 is plus. 16-bit lanes
+// hold twice as many numbers as 32-bit lanes.
+inline void signed_z_of(const int8_t* __restrict codes, int64_t n, bf16* __restrict z) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-        words[i] = static_cast<uint16_t>((std::abs(static_cast<int16_t>(codes[i])) + ONE) << (DROPPED - 16));
+        const int16_t code = codes[i];
+        const int16_t magnitude = static_cast<int16_t>((std::abs(code) + ONE) << (DROPPED - 16));
+        z[i] = static_cast<bf16>(static_cast<uint16_t>(magnitude | (code & 0x8000)));
     }
-#pragma omp simd
-    for (int64_t j = 0; j < (n + 1) / 2; ++j) {
-        const Pair z = load_pair(reinterpret_cast<const bf16*>(words), j);
-        const uint32_t word = (to_bits(z.low - 1.0f) >> 16) | (to_bits(z.high - 1.0f) & 0xFFFF0000u);
-        std::memcpy(units + 2 * j, &word, sizeof word);
-    }
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) units[i] = static_cast<bf16>(units[i] | (static_cast<int16_t>(codes[i]) & 0x8000));
 }
+
+// the value of such a number in units of its scale, exactly
+inline float unit_of(float z) { return z - from_bits(to_bits(1.0f) | (to_bits(z) & 0x80000000u)); }
 
 // the pattern of +-(1 + |value| / scale), rounded up where 16 random bits are larger than the dropped bits; squares above
 // 0 have the sign bit
@@ -55,8 +51,7 @@ inline int16_t code_of(uint16_t half) {
     const int16_t magnitude = static_cast<int16_t>(((half & 0x7FFFu) >> (DROPPED - 16)) - ONE);
     // a square above 0 never has code 0
     if constexpr (squares) return std::max<int16_t>(magnitude, half >> 15);
-    const int16_t sign = static_cast<int16_t>(half) >> 15;
-    return (magnitude ^ sign) - sign;
+    return static_cast<int16_t>(half) < 0 ? -magnitude : magnitude;
 }
 
 // momenta of a block, neighbours in two arrays: vectors then need no permutation
@@ -92,7 +87,8 @@ inline void quantize(
     const Momenta& momenta, int64_t n, Code* __restrict codes, float* scale, uint32_t first_pair, uint32_t given_seed
 ) {
     constexpr bool squares = std::is_unsigned_v<Code>;
-    const uint32_t seed = ~(squares ? given_seed ^ SQUARES : given_seed);
+    // blocks begin at multiples of 64 pairs, so the sum of this number and a pair of the block is their xor
+    const uint32_t shared = first_shift(first_pair ^ ~(squares ? given_seed ^ SQUARES : given_seed));
     const float unit = momenta.largest * (1.0f / ((squares ? LARGEST_SQUARE : LARGEST) - 1.0f));
     if (!(is_finite(unit) && unit >= SMALLEST_SCALE)) {
         *scale = is_finite(unit) ? 0.0f : std::numeric_limits<float>::quiet_NaN();
@@ -105,7 +101,7 @@ inline void quantize(
         alignas(64) uint16_t halves[SCALED];
 #pragma omp simd
         for (int64_t j = 0; j < (size + 1) / 2; ++j) {
-            const uint32_t random = hash32((first_pair + static_cast<uint32_t>(j)) ^ seed);
+            const uint32_t random = after_first_shift(shared ^ static_cast<uint32_t>(j));
             const uint32_t low = code_pattern<squares>(momenta.low[j], inverse, random & 0xFFFFu);
             const uint32_t high = code_pattern<squares>(momenta.high[j], inverse, random >> 16);
             const uint32_t word = (low >> 16) | (high & 0xFFFF0000u);
