@@ -146,13 +146,6 @@ def check_dtype(owner: str, name: str, dtype: Any, *, int8: bool = False) -> Non
     raise TypeError(f"{owner}: {name} must be {expected} or None, got {dtype!r}")
 
 
-def check_no_int8(owner: str, group: dict[str, Any], *names: str) -> None:
-    """Raise ValueError if a dtype of state is int8 in a group with ``blocks``, whose rows have codes of their own."""
-    for name in names:
-        if group[name] in (torch.int8, "int8"):
-            raise ValueError(f"{owner}: {name}=torch.int8 takes whole matrices; leave it None in groups with blocks")
-
-
 def check_betas(owner: str, betas: Any) -> None:
     """Raise unless betas are two numbers in [0, 1)."""
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:

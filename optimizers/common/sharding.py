@@ -285,16 +285,6 @@ def check_indices(setting: str, name: str, shard: Shard) -> None:
         )
 
 
-def check_row_shards(setting: str, name: str, shard: Shard) -> None:
-    """Raise ValueError if ``setting`` needs shards that are ranges of a parameter's rows, and these are not."""
-    if first_index(shard) is None:
-        raise ValueError(
-            f"{setting} takes parameters whose shards are ranges of rows, got {name} with placements "
-            f"{shard.placements}; nothing was changed. Use another dtype for it, such as torch.bfloat16, or shard it "
-            "along dimension 0 alone."
-        )
-
-
 def positions_of(shards: Sequence[Shard], device: torch.device) -> dict[str, Any]:
     """Return ``offsets`` and ``runs`` of :class:`leanstep.kernels.StepOptions`, for stochastic rounding.
 
