@@ -120,7 +120,7 @@ inline void for_entries(int64_t n, Momenta& momenta, One one) {
 }
 
 #if ISA >= 3
-// the upper halves of the patterns of 16 pairs, rounded at random as by code_pattern, in order
+// the upper halves of code_pattern of 16 pairs, in order; `shared` as in quantize
 inline __m512i halves_of(const Momenta& momenta, int64_t j, __m512 inverse, __m512i shared) {
     const __m512i pair = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int32_t>(j)),
                                           _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
@@ -144,17 +144,21 @@ inline __m512i halves_of(const Momenta& momenta, int64_t j, __m512 inverse, __m5
     return _mm512_mask_blend_epi16(0xAAAAAAAAu, first, second);
 }
 
+// which bytes of two vectors are the lower and the upper ones of their 16-bit lanes
+struct Halves {
+    alignas(64) uint8_t lower[64] = {}, upper[64] = {};
+
+    constexpr Halves() {
+        for (int i = 0; i < 64; ++i) {
+            lower[i] = static_cast<uint8_t>(2 * i), upper[i] = static_cast<uint8_t>(2 * i + 1);
+        }
+    }
+};
+constexpr Halves HALVES;
+
 // writes the codes of 128 momenta: those of 64 from the bytes of two vectors of halves
 inline void encode(const Momenta& momenta, float inverse, uint32_t shared, int8_t* codes) {
-    alignas(64) static constexpr struct Bytes {
-        uint8_t lower[64] = {}, upper[64] = {};
-        constexpr Bytes() {
-            for (int i = 0; i < 64; ++i) {
-                lower[i] = static_cast<uint8_t>(2 * i), upper[i] = static_cast<uint8_t>(2 * i + 1);
-            }
-        }
-    } bytes;
-    const __m512i lower = _mm512_load_si512(bytes.lower), upper = _mm512_load_si512(bytes.upper);
+    const __m512i lower = _mm512_load_si512(HALVES.lower), upper = _mm512_load_si512(HALVES.upper);
     const __m512 inverses = _mm512_set1_ps(inverse);
     const __m512i seeds = _mm512_set1_epi32(static_cast<int32_t>(shared));
     for (int64_t j = 0; j < SCALED / 2; j += 32) {
@@ -178,7 +182,7 @@ inline void quantize(
     const Momenta& momenta, int64_t n, Code* __restrict codes, float* scale, uint32_t first_pair, uint32_t given_seed
 ) {
     constexpr bool squares = std::is_unsigned_v<Code>;
-    // blocks begin at multiples of 64 pairs, so the sum of this number and a pair of the block is their xor
+    // blocks begin at multiples of 64 pairs, so the index of pair j is first_pair ^ j
     const uint32_t shared = first_shift(first_pair ^ ~(squares ? given_seed ^ SQUARES : given_seed));
     const float unit = momenta.largest * (1.0f / ((squares ? LARGEST_SQUARE : LARGEST) - 1.0f));
     if (!(is_finite(unit) && unit >= SMALLEST_SCALE)) {
