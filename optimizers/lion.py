@@ -10,7 +10,7 @@ from torch import Tensor
 
 from leanstep.kernels import StepOptions, lion_agreement, lion_agreement_int8, lion_step, lion_step_int8
 from leanstep.kernels.steps.common import compute_dtype, constant, decay_factor, pack
-from leanstep.optimizers.common.base import Batch, LeanOptimizer, count_nonfinite
+from leanstep.optimizers.common.base import Batch, GradientAverage, LeanOptimizer, count_nonfinite
 from leanstep.optimizers.common.checks import check_betas, check_dtype, check_flags, describe, settings_of
 from leanstep.optimizers.common.column_shards import check_blocks, cuts_rows
 from leanstep.optimizers.common.quantized import (
@@ -163,6 +163,16 @@ class Lion(LeanOptimizer):
             _step_columns(batch) if name == "int8 columns" else _step(batch, int8=name == "int8")
             for name, batch in batches
         ]
+
+    def _gradient_average(self, group: dict[str, Any], param: Tensor) -> GradientAverage | str:
+        beta1, beta2 = group["betas"]
+        if beta1 != beta2 or not beta1:
+            return f"needs one weight of the momentum, above 0, and has betas=({beta1}, {beta2})"
+        if group["cautious"]:
+            return "compares update and gradient (cautious=True)"
+        if _is_int8(group, param):
+            return "would round its momentum of 8 bits in every pass"
+        return GradientAverage("exp_avg", beta1)
 
 
 def _is_int8(group: dict[str, Any], param: Tensor) -> bool:

@@ -139,9 +139,16 @@ def _obeyed_patterns(weight: Tensor, dim: int, longest: int) -> Iterator[NM]:
     nonzero = weight.detach().movedim(dim, -1) != 0
     if not weight.numel() or bool(nonzero.all()):
         return
+    # group length -> nonzeros of every group, from those of its largest divisor; at most _LONGEST, so they fit a byte
+    counts = {1: nonzero.contiguous().view(torch.uint8)}
     for m in range(2, longest + 1):
         if weight.shape[dim] % m == 0:
-            pattern = NM(int(nonzero.unflatten(-1, (-1, m)).sum(dim=-1).max()), m)
+            divisor = max(length for length in counts if m % length == 0)
+            parts = counts[divisor].unflatten(-1, (-1, m // divisor)).unbind(-1)
+            counts[m] = parts[0] + parts[1]
+            for part in parts[2:]:
+                counts[m] += part
+            pattern = NM(int(counts[m].max()), m)
             if not pattern.is_dense:
                 yield pattern
 

@@ -1,13 +1,16 @@
-"""Converts 2:4 sparse linear layers to torch's semi-structured tensors, and gives the reason for every other layer."""
+"""Converts 2:4 sparse linear layers to semi-structured tensors of torch or torchao; a reason for every other layer."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from leanstep._files import one_line
 from leanstep._torch import is_conv1d
 from leanstep.sparsity.masks import violations
 from leanstep.sparsity.patterns import NM
@@ -16,6 +19,9 @@ _SUBCLASSES = {
     "cusparselt": torch.sparse.SparseSemiStructuredTensorCUSPARSELT,
     "cutlass": torch.sparse.SparseSemiStructuredTensorCUTLASS,
 }
+_TORCHAO = "torchao-float8"
+# of the weight, for torchao's float8 products
+_TORCHAO_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
@@ -40,19 +46,21 @@ def to_semi_structured(model: nn.Module, *, backend: str = "auto") -> list[Conve
 
     Args:
         model: a plain or squashed model; changed in place.
-        backend: "cusparselt", "cutlass", or "auto" for the first one available.
+        backend: "cusparselt", "cutlass", "auto" for the first of these that is available, or "torchao-float8":
+            torchao's tensors, with weights rounded to float8 with a scale per row, and inputs rounded at every product.
 
     Returns:
         One :class:`Conversion` for each linear layer and convolution, in the model's order.
 
     Raises:
-        ValueError: for another backend, or one that this installation of torch lacks.
+        ValueError: for another backend, or one that is not installed.
 
     Notes:
         Products of one or a few tokens can be slower than dense ones (pytorch/pytorch issue 111339): measure first.
-        Skips fp32 weights, for which hardware supports 1:2, not 2:4.
+        Skips fp32 weights, for which hardware supports 1:2, not 2:4. "torchao-float8" has not been run on a GPU by this
+        repository.
     """
-    backend = _choose_backend(backend)
+    backend, convert = _choose_backend(backend)
     results = []
     for name, module in model.named_modules():
         if not (isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) or is_conv1d(module)):
@@ -60,10 +68,30 @@ def to_semi_structured(model: nn.Module, *, backend: str = "auto") -> list[Conve
         reason = obstacle(module, backend)
         if not reason:
             with torch.no_grad():
-                sparse = _SUBCLASSES[backend].from_dense(module.weight.detach().contiguous())
-            module.weight = nn.Parameter(sparse, requires_grad=False)
+                reason = convert(module)
         results.append(Conversion(name, reason))
     return results
+
+
+def _convert_by_torch(module: Any, backend: str) -> str:
+    sparse = _SUBCLASSES[backend].from_dense(module.weight.detach().contiguous())
+    module.weight = nn.Parameter(sparse, requires_grad=False)
+    return ""
+
+
+def _convert_by_torchao(module: Any, quantize: Callable[..., Any], config: Any) -> str:
+    """Replace the weight; the reason if torchao refuses, or leaves the layer as it is."""
+    weight = module.weight
+    # its compression may take a negative zero for a value
+    module.weight = nn.Parameter(weight.detach() + 0.0, requires_grad=False)
+    try:
+        quantize(module, config)
+        reason = "torchao left it as it is" if type(module.weight.data) is Tensor else ""
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = f"torchao refused: {one_line(error)}"
+    if reason:
+        module.weight = weight
+    return reason
 
 
 def obstacle(
@@ -80,12 +108,11 @@ def obstacle(
     weight = module.weight
     if type(weight.data) is not Tensor:
         return f"its weight is a {type(weight.data).__name__}, not a plain tensor"
-    limits = _SUBCLASSES[backend]._DTYPE_SHAPE_CONSTRAINTS
     if weight.dtype == torch.float32:
         return "fp32 is 1:2 sparse in hardware, not 2:4; convert the model to bf16 or fp16 first"
     if weight.dtype not in (torch.float16, torch.bfloat16):
         return f"{backend} multiplies fp16 and bf16 here, its weight is {str(weight.dtype).removeprefix('torch.')}"
-    rows, columns = limits[weight.dtype].sparse_min_rows, limits[weight.dtype].sparse_min_cols
+    rows, columns = _multiples(backend, weight.dtype)
     if weight.shape[0] % rows or weight.shape[1] % columns:
         return f"{backend} takes multiples of {rows} x {columns}, its weight is {weight.shape[0]} x {weight.shape[1]}"
     count = violations(weight, NM(2, 4), dim=1)
@@ -95,15 +122,46 @@ def obstacle(
     if kind != "cuda":
         return f"its weight is on {kind}, and sparse units are on NVIDIA GPUs"
     major, minor = capability or torch.cuda.get_device_capability(weight.device)
-    if (major, minor) < (8, 0):
-        return f"the GPU has compute capability {major}.{minor}, sparse units come with 8.0"
+    needed = (9, 0) if backend == _TORCHAO else (8, 0)
+    if (major, minor) < needed:
+        units = "sparse units for float8" if backend == _TORCHAO else "sparse units"
+        return f"the GPU has compute capability {major}.{minor}, {units} come with {needed[0]}.{needed[1]}"
     return ""
 
 
-def _choose_backend(backend: str) -> str:
-    if backend not in ("auto", *_SUBCLASSES):
-        raise ValueError(f"to_semi_structured: backend must be one of auto, {', '.join(_SUBCLASSES)}, got {backend!r}")
+def _multiples(backend: str, dtype: torch.dtype) -> tuple[int, int]:
+    """What the rows and columns of a weight are multiples of."""
+    if backend == _TORCHAO:
+        return _TORCHAO_MULTIPLE, _TORCHAO_MULTIPLE
+    limits = _SUBCLASSES[backend]._DTYPE_SHAPE_CONSTRAINTS[dtype]
+    return limits.sparse_min_rows, limits.sparse_min_cols
+
+
+def _choose_backend(backend: str) -> tuple[str, Callable[[nn.Module], str]]:
+    """The backend and its conversion of one layer, which returns the reason if it fails."""
+    if backend not in ("auto", *_SUBCLASSES, _TORCHAO):
+        choices = ", ".join(("auto", *_SUBCLASSES, _TORCHAO))
+        raise ValueError(f"to_semi_structured: backend must be one of {choices}, got {backend!r}")
+    if backend == _TORCHAO:
+        quantize, config = _torchao()
+        return backend, lambda module: _convert_by_torchao(module, quantize, config)
     available = torch.backends.cusparselt.is_available()
     if backend == "cusparselt" and not available:
         raise ValueError("to_semi_structured: this torch was built without cuSPARSELt; take backend='cutlass'")
-    return ("cusparselt" if available else "cutlass") if backend == "auto" else backend
+    name = ("cusparselt" if available else "cutlass") if backend == "auto" else backend
+    return name, lambda module: _convert_by_torch(module, name)
+
+
+def _torchao() -> tuple[Callable[..., Any], Any]:
+    """torchao's function that quantises a model, and its settings for float8 weights in the 2:4 format."""
+    try:
+        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+        from torchao.quantization.quantize_.workflows import Float8PackingFormat
+
+        packing = Float8PackingFormat.SPARSE_2D_DATA_2D_METADATA
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"to_semi_structured: backend='{_TORCHAO}' takes torchao with 2:4 float8 tensors, as in 0.18 "
+            f"(pip install 'torchao>=0.18'): {one_line(error)}"
+        ) from None
+    return quantize_, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), packing_format=packing)

@@ -7,10 +7,10 @@
     python benchmarks pruning/smollm2 runs/smollm2 --compare runs/smollm2-pruned
 
 The package (Apache-2.0) holds the weights in Q4_1, some 16 values for every 32 weights. They are de-quantised to fp32
-here: a model of the quality of its 4 bits, in which many magnitudes are the same. Numbers measured on it compare with
-each other and not with those of the model as it was released. ``--compare`` checks that a folder that
-``leanstep prune`` made opens in transformers, and that its logits are, bit for bit, those of this model with the pruned
-weights put in by hand.
+here, and rounded to bf16 with ``--dtype bfloat16``: a model of the quality of its 4 bits, in which many magnitudes are
+the same. Numbers measured on it compare with each other and not with those of the model as it was released.
+``--compare`` checks that a folder that ``leanstep prune`` made opens in transformers, and that its logits are, bit for
+bit, those of this model with the pruned weights put in by hand.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from common import command_line
+from common import DTYPES, command_line
 
 PARSER = command_line(__doc__)
 PARSER.add_argument("folder", type=Path, help="the folder of the dense model")
+PARSER.add_argument("--dtype", default="float32", choices=DTYPES, help="of the weights; default: %(default)s")
 PARSER.add_argument("--compare", type=Path, metavar="PRUNED", help="check a folder that leanstep prune made of it")
 
 
@@ -39,7 +40,7 @@ def gguf_file() -> Path:
     return files[0]
 
 
-def make(out: Path) -> None:
+def make(out: Path, dtype: str) -> None:
     """Read the weights, check that the copy gives the same logits, and write the folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -59,10 +60,10 @@ def make(out: Path) -> None:
         assert torch.equal(model(tokens).logits, source(tokens).logits)
     staged = out.with_name(f".{out.name}")
     shutil.rmtree(staged, ignore_errors=True)
-    model.save_pretrained(staged)
+    model.to(getattr(torch, dtype)).save_pretrained(staged)
     tokenizer.save_pretrained(staged)
     staged.rename(out)
-    print(f"{out}: {sum(parameter.numel() for parameter in model.parameters()):,} parameters, {file.name} in fp32")
+    print(f"{out}: {sum(parameter.numel() for parameter in model.parameters()):,} parameters, {file.name} in {dtype}")
 
 
 def compare(dense: Path, pruned: Path) -> None:
@@ -89,4 +90,4 @@ def main() -> None:
     if options.compare:
         compare(options.folder, options.compare)
     else:
-        make(options.folder)
+        make(options.folder, options.dtype)

@@ -81,6 +81,13 @@ class Batch(NamedTuple):
         return StepOptions(scalars, self.rounding, **more)
 
 
+class GradientAverage(NamedTuple):
+    """The entry of a parameter's state through which alone a step depends on its gradient."""
+
+    key: str
+    weight: float  # of the old average; the gradient has the rest
+
+
 class LeanOptimizer(StateLoading, torch.optim.Optimizer):
     """Base class: loading preserves the dtypes of state, and non-finite gradients are counted.
 
@@ -262,6 +269,13 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
         update.
         """
         raise NotImplementedError
+
+    def _gradient_average(self, group: dict[str, Any], param: Tensor) -> GradientAverage | str:
+        """Return the average that can take a sum of gradients in parts, or why there is none.
+
+        The reason is the end of a sentence that begins with the step of the parameter.
+        """
+        return "is not linear in the gradient"
 
     def _steps(self) -> list[Reducer[None]]:
         """Return the generators of a whole step. Subclasses whose rule spans groups override this."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from leanstep.kernels import Scales, StepOptions, scaled_step, sinkhorn_step
 from leanstep.kernels.steps.average_int8 import average_step_int8
 from leanstep.kernels.steps.common import compute_dtype, nonfinite_flags
-from leanstep.optimizers.common.base import Batch, LeanOptimizer, count_nonfinite
+from leanstep.optimizers.common.base import Batch, GradientAverage, LeanOptimizer, count_nonfinite
 from leanstep.optimizers.common.checks import (
     check_betas,
     check_blocks,
@@ -324,6 +324,20 @@ class SinkGD(LeanOptimizer):
             else _step(batch, balanced=name.startswith("balanced"), wide=name.endswith("wide"))
             for name, batch in batches
         ]
+
+    def _gradient_average(self, group: dict[str, Any], param: Tensor) -> GradientAverage | str:
+        algorithm = algorithm_of(group, param)
+        if algorithm == "adamw":
+            return "has the square of the gradient (algorithm='adamw')"
+        if not group["momentum"]:
+            return "has no momentum (momentum=0)"
+        if algorithm == "balanced" or group["nesterov"]:
+            return "uses the gradient beside the momentum (Nesterov)"
+        if group["momentum_order"] == "post":
+            return "normalizes the gradient before the momentum (momentum_order='post')"
+        if _quantized_keys(group, param):
+            return "would round its momentum of 8 bits in every pass"
+        return GradientAverage("momentum_buffer", group["momentum"])
 
 
 def _quantized_keys(group: dict[str, Any], param: Tensor) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import importlib
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import signal
 import socket
 import traceback
 import warnings
@@ -31,6 +32,9 @@ _PRELOAD = (
     "torch.distributed.optim",
     "torch.distributed.tensor",
 )
+
+# how the end of a process reads that the system killed, or somebody else: no code of ours raises this signal
+_KILLED = f"(exit code {-signal.SIGKILL})"
 
 # the longest that processes wait for one another: a check that fails on one of them leaves the others waiting
 _PATIENCE = 30
@@ -79,7 +83,32 @@ def load_cases(modules: Sequence[str]) -> None:
 
 
 def run_world(size: int, names: list[str], folder: Path, modules: Sequence[str]) -> dict[str, str]:
-    """Run checks in a new world of ``size`` processes; the error text of each, "" where it passed on all."""
+    """Run checks in worlds of ``size`` processes; the error text of each, "" where it passed on all processes.
+
+    One world runs them all. Where a check fails, a new world goes on with the next, so that each fails for itself. A
+    check during which the system killed a process, as it does when memory is short, is run once more.
+    """
+    errors: dict[str, str] = {}
+    killed: set[str] = set()
+    while remaining := [name for name in names if name not in errors]:
+        outcomes, ends = _run_processes(size, remaining, folder, modules)
+        for name in remaining:
+            texts = [outcome.get(name, end) for outcome, end in zip(outcomes, ends, strict=True)]
+            text = "\n".join(f"rank {rank}: {text}" for rank, text in enumerate(texts) if text)
+            if text and any(_KILLED in end for end in ends) and name not in killed:
+                warnings.warn(f"{name}: the system killed a process of {size}; the check runs once more", stacklevel=2)
+                killed.add(name)
+                break
+            errors[name] = text
+            if text:
+                break
+    return errors
+
+
+def _run_processes(
+    size: int, names: list[str], folder: Path, modules: Sequence[str]
+) -> tuple[list[dict[str, str]], list[str]]:
+    """Start a world, and let it run checks up to the first that fails: what each rank sent, and how each ended."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
@@ -103,11 +132,7 @@ def run_world(size: int, names: list[str], folder: Path, modules: Sequence[str])
         except EOFError:
             pass
     ends = [_end(process, _crash_file(folder, size, rank)) for rank, process in enumerate(processes)]
-    errors = {}
-    for name in names:
-        texts = [outcomes[rank].get(name, ends[rank]) for rank in range(size)]
-        errors[name] = "\n".join(f"rank {rank}: {text}" for rank, text in enumerate(texts) if text)
-    return errors
+    return outcomes, ends
 
 
 def _end(process: Any, crash: Path) -> str:
@@ -116,7 +141,7 @@ def _end(process: Any, crash: Path) -> str:
     code = "still running" if process.exitcode is None else f"exit code {process.exitcode}"
     process.kill()
     stacks = crash.read_text() if crash.exists() else ""
-    return f"did not come to an end: an earlier check broke the world, or the process died ({code})\n{stacks}"
+    return f"did not come to an end ({code})\n{stacks}"
 
 
 def _crash_file(folder: Path, size: int, rank: int) -> Path:

@@ -13,7 +13,7 @@ from leanstep.kernels import (
     bitmask_unpack,
     use_backend,
 )
-from leanstep.kernels.cpp_impl._build import library, why_not_cpp
+from leanstep.kernels.cpp_impl._build import TYPES, library, why_not_cpp
 from leanstep.kernels.cpp_impl.sparse import linear as cpp
 from leanstep.kernels.reference.sparse import bitmask as reference
 
@@ -51,7 +51,7 @@ def test_products_against_float64(shape, dtype, tokens, dirty_memory, monkeypatc
         bits_equal(tensor, want)
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 16, 20])
+@pytest.mark.parametrize("tokens", [1, 5, 16, 30])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_products_of_codes_against_float64(dtype, tokens, dirty_memory, monkeypatch):
     monkeypatch.setattr(reference, "TILE", 4000)
@@ -59,8 +59,9 @@ def test_products_of_codes_against_float64(dtype, tokens, dirty_memory, monkeypa
     values, mask, offsets = bitmask_pack(weight)
     codes, scales = bitmask_quantize(values, offsets)
     rounded = bitmask_unpack(codes, mask, offsets, weight.shape, scales, torch.float64)
-    # tiles for many tokens hold weights that are rounded to the dtype
-    tolerance = 1e-6 if tokens <= 16 else max(1e-6, torch.finfo(dtype).eps)
+    # without AVX-512, tiles for many tokens hold weights that are rounded to the dtype
+    exact = tokens <= cpp.FEW or dtype not in TYPES or why_not_cpp() or not cpp.runs_on_blas(x)
+    tolerance = 1e-6 if exact else max(1e-6, torch.finfo(dtype).eps)
     for b in (None, bias):
         check_product(bitmask_linear(x, codes, mask, offsets, 333, b, scales), x, rounded, b, tolerance)
 
@@ -78,6 +79,7 @@ def test_products_by_the_instructions_of_older_processors(dtype, codes, isa, mon
         pytest.skip("this processor has no such instructions")
     macros = cpp._macros
     monkeypatch.setattr(cpp, "_macros", lambda x, values: macros(x, values) | {"ISA": isa})
+    monkeypatch.setattr(cpp, "runs_on_blas", lambda x: isa < cpp.AVX512)
     monkeypatch.setattr(reference, "TILE", 4000)
     weight = sparse(43, 100, dtype=dtype)
     values, *layout = bitmask_pack(weight)
@@ -87,7 +89,7 @@ def test_products_by_the_instructions_of_older_processors(dtype, codes, isa, mon
     exact = bitmask_unpack(values, *layout, weight.shape, scales, torch.float64)
     for tokens in (1, 2, 4, 11, 30):
         x = torch.randn(tokens, 100).to(dtype)
-        rounded = codes and tokens > cpp.FEW
+        rounded = codes and tokens > cpp.FEW and isa < cpp.AVX512
         tolerance = max(1e-6, torch.finfo(dtype).eps) if rounded else 1e-6
         with use_backend("cpp"):
             check_product(bitmask_linear(x, values, *layout, 100, None, scales), x, exact, None, tolerance)
@@ -101,13 +103,38 @@ def test_damaged_parts_never_read_outside_of_the_values(isa, monkeypatch):
     if isa > library("sparse/instructions", {}).instructions():
         pytest.skip("this processor has no such instructions")
     monkeypatch.setattr(cpp, "_macros", lambda x, values: {"X": "float", "VALUE": "float", "ISA": isa})
+    monkeypatch.setattr(cpp, "runs_on_blas", lambda x: isa < cpp.AVX512)
     surrounded = torch.full((3000,), float("nan"))
     values = surrounded[1000:1300].fill_(1.0)
     full = torch.full((10, 4), -1, dtype=torch.int32)
     for offsets in (torch.arange(11) * 30, torch.full((11,), 2**62), torch.full((11,), -(2**62)), torch.arange(11) - 5):
-        for tokens in (1, 8, 20):
+        for tokens in (1, 8, 30):
             with use_backend("cpp"):
                 assert bitmask_linear(torch.ones(tokens, 128), values, full, offsets, 128).isfinite().all()
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+@pytest.mark.parametrize("tokens", [25, 63, 130])
+def test_chunks_of_tokens_and_tiles_of_the_blas(tokens, dtype, monkeypatch):
+    """Rows and columns beyond one tile of the cache; and the path of processors without AVX-512."""
+    weight, x, bias = sparse(117, 1100, dtype=dtype), torch.randn(tokens, 1100).to(dtype), torch.randn(117).to(dtype)
+    parts = bitmask_pack(weight)
+    if not cpp.runs_on_blas(x):
+        monkeypatch.setattr(cpp, "MANY", 64)
+        check_product(bitmask_linear(x, *parts, 1100, bias), x, weight, bias)
+    monkeypatch.setattr(reference, "TILE", 64 * 1100)
+    monkeypatch.setattr(cpp, "runs_on_blas", lambda x: True)
+    check_product(bitmask_linear(x, *parts, 1100, bias), x, weight, bias)
+
+
+def test_chunks_cover_the_tokens_and_differ_by_less_than_a_panel():
+    for tokens in (25, 1024, 1025, 3000):
+        chunks = list(cpp.token_chunks(tokens))
+        assert [begin for begin, _ in chunks[1:]] == [end for _, end in chunks[:-1]]
+        assert chunks[0][0] == 0 and chunks[-1][1] == tokens
+        assert max(end - begin for begin, end in chunks) <= cpp.MANY
+    assert [end - begin for begin, end in cpp.token_chunks(1025)] == [544, 481]
 
 
 @needs_cpp

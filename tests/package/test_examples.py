@@ -15,7 +15,7 @@ from leanstep.optimizers import Lion, SinkGD
 
 FOLDER = Path(__file__).parents[2] / "examples"
 TRAINED = ("transformers_trainer", "trl_sft", "lightning_module", "sparse_export")
-OTHERS = ("fsdp2_loop", "prune_then_lora", "torchtitan_container")
+OTHERS = ("fsdp2_loop", "prune_then_lora", "sparse_to_onnx", "torchtitan_container")
 
 
 @pytest.fixture
@@ -60,6 +60,17 @@ def test_lora_recovers_a_pruned_model_and_keeps_its_zeros(one_thread, tmp_path, 
     assert len(pruned) == 14 and all((weights[name][names["zeros"][name]] == 0).all() for name in pruned)
     assert abs(names["result"].sparsity - 0.6) < 0.01
     assert names["dense"] < names["pruned"] and names["recovered"] < 0.5 * names["pruned"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the exporter
+def test_zeros_and_logits_survive_in_an_onnx_file(one_thread, tmp_path, monkeypatch, capsys):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    names = runpy.run_path(str(FOLDER / "sparse_to_onnx.py"))
+    assert names["zeros_in_file"] == names["zeros"] > 10_000
+    assert names["logits"].shape == (3, 7, 64) and names["error"] < 1e-5
 
 
 def test_two_processes_share_the_model_of_the_plain_loop(tmp_path):

@@ -5,7 +5,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from leanstep.sparsity import NM, is_nm, nm_mask
+from leanstep.sparsity import NM, is_nm, masks, nm_mask
 from leanstep.sparsity.masks import axis_dim, group_counts, violations
 
 
@@ -84,3 +84,15 @@ def test_violations_are_counted_per_group():
     assert violations(weight, NM(2, 4), -1) == 2 and violations(weight, NM(3, 4), -1) == 0
     assert is_nm(weight, "2:3") is False and violations(weight[:, :7], NM(1, 4), -1) == 2
     assert is_nm(weight, "1:2", axis="out") and not is_nm(weight, "0:2", axis="out")
+
+
+@pytest.mark.parametrize("shape", [(6, 12), (5, 128), (3, 360), (120, 7), (4, 60, 24), (2, 256), (1, 1)])
+@pytest.mark.parametrize("density", [0.05, 0.3, 0.9])
+def test_obeyed_patterns_are_the_largest_counts_of_all_group_lengths(shape, density):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.where(torch.rand(shape, generator=generator) < density, torch.randn(shape, generator=generator), 0.0)
+    for dim, size in enumerate(shape):
+        lengths = [m for m in range(2, min(size, 128) + 1) if size % m == 0]
+        largest = {m: int((weight.movedim(dim, -1).unflatten(-1, (-1, m)) != 0).sum(-1).max()) for m in lengths}
+        want = [NM(n, m) for m, n in largest.items() if n < m]
+        assert list(masks._obeyed_patterns(weight, dim, min(size, 128))) == want

@@ -1,4 +1,4 @@
-"""Launchers of linear.cpp: products of a few tokens from the packed matrix, of many by expanded tiles and the BLAS."""
+"""Launchers of linear.cpp (few tokens, from the packed matrix) and linear_many.cpp (expanded tiles), or of the BLAS."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from leanstep.kernels.cpp_impl._build import TYPES, call, library
 from leanstep.kernels.matrices.dense_product import product
 from leanstep.kernels.reference.sparse.bitmask import row_tiles
 
-# up to this number of tokens, the packed product runs
-FEW = 16
+# up to this number of tokens, the packed product runs: it is as fast as expanded tiles at about 28 tokens
+FEW = 24
+# tokens of one product by linear_many.cpp, at most
+MANY = 1024
 # rows of a tile are whole blocks of the BLAS
 BLOCK = 64
 _CODES = {torch.int8: "int8_t"}
 # by the number ISA of instructions.h
+AVX512 = 2
 INSTRUCTIONS = ("plain loops", "AVX2", "AVX-512", "AVX-512 VBMI2 and BF16")
 
 
@@ -25,10 +28,13 @@ def bitmask_linear(
 ) -> Tensor:
     """``x W^T + bias`` for row-major parts."""
     out = x.new_empty(len(x), len(mask))
-    if len(x) <= FEW:
-        bias, scales = _contiguous(bias), _contiguous(scales)
-        arguments = (x, values, mask, offsets, bias, scales, out, len(x), len(values), len(mask), x.shape[1])
-        call("sparse/linear", "bitmask_linear", _macros(x, values), *arguments)
+    if len(x) <= FEW or not runs_on_blas(x):
+        bias, scales, macros = _contiguous(bias), _contiguous(scales), _macros(x, values)
+        for begin, end in token_chunks(len(x)):
+            some, to = x[begin:end], out[begin:end]
+            name = "linear" if len(some) <= FEW else "linear_many"
+            arguments = (some, values, mask, offsets, bias, scales, to, len(some), len(values), len(mask), x.shape[1])
+            call(f"sparse/{name}", f"bitmask_{name}", macros, *arguments)
         return out
     for begin, end, tile in _tiles(x, values, mask, offsets, x.shape[1], scales):
         out[:, begin:end] = product(x, tile.T, None if bias is None else bias[begin:end])
@@ -43,6 +49,21 @@ def bitmask_linear_backward(
     for begin, end, tile in _tiles(grad, values, mask, offsets, columns, scales):
         sums += product(grad[:, begin:end], tile)
     return sums.to(grad.dtype)
+
+
+def runs_on_blas(x: Tensor) -> bool:
+    """Whether the BLAS multiplies tiles of the matrix: without AVX-512, or where it has matrix units of 16 bits."""
+    if library("sparse/instructions", {}).instructions() < AVX512:
+        return True
+    return x.dtype is not torch.float32 and torch.cpu._is_amx_tile_supported()
+
+
+def token_chunks(tokens: int) -> Iterator[tuple[int, int]]:
+    """Bounds of equal chunks of at most MANY tokens; the laid out copy of x and the sums are that large."""
+    count = -(-tokens // MANY)
+    size = -(-tokens // (count * 32)) * 32
+    for begin in range(0, tokens, size):
+        yield begin, min(begin + size, tokens)
 
 
 def instructions() -> str:

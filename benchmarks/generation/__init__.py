@@ -1,0 +1,1 @@
+"""Parts of ``sparsity/generation``: the engines it measures, and the tables of its results."""
