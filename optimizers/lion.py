@@ -12,7 +12,7 @@ from leanstep.kernels import StepOptions, lion_agreement, lion_agreement_int8, l
 from leanstep.kernels.steps.common import compute_dtype, constant, decay_factor, pack
 from leanstep.optimizers.common.base import Batch, GradientAverage, LeanOptimizer, count_nonfinite
 from leanstep.optimizers.common.checks import check_betas, check_dtype, check_flags, describe, settings_of
-from leanstep.optimizers.common.column_shards import check_blocks, cuts_rows
+from leanstep.optimizers.common.column_shards import check_int8_shard, cuts_rows
 from leanstep.optimizers.common.quantized import (
     average_values,
     init_average,
@@ -139,7 +139,7 @@ class Lion(LeanOptimizer):
     def _check_shard(self, group: dict[str, Any], position: int, shard: Shard) -> None:
         super()._check_shard(group, position, shard)
         if _is_int8(group, group["params"][position]):
-            check_blocks("Lion: momentum_dtype=torch.int8", describe(group, position), shard)
+            check_int8_shard("Lion: momentum_dtype=torch.int8", describe(group, position), shard)
 
     def _init_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
         state = self.state[param]

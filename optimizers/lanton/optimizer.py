@@ -24,7 +24,7 @@ from leanstep.optimizers.common.checks import (
     settings_of,
     warn_how_auto_routes,
 )
-from leanstep.optimizers.common.column_shards import check_blocks as check_block_shards
+from leanstep.optimizers.common.column_shards import check_int8_shard
 from leanstep.optimizers.common.engines import in_pipeline, inside_zero, partial_model
 from leanstep.optimizers.common.loading import Loaded
 from leanstep.optimizers.common.quantized import init_average, is_quantized, quantized_rules, scale_shapes
@@ -316,7 +316,7 @@ class LANTON(MarkedHalves, LeanOptimizer):
     def _check_shard(self, group: dict[str, Any], position: int, shard: Shard) -> None:
         super()._check_shard(group, position, shard)
         if _quantized_keys(group, group["params"][position]):
-            check_block_shards("LANTON: an 8-bit momentum or gradient", describe(group, position), shard)
+            check_int8_shard("LANTON: an 8-bit momentum or gradient", describe(group, position), shard)
         if shard.cuts and shard.ranges is None and norm_of(group, group["params"][position]) == "rms":
             raise ValueError(
                 f"LANTON takes matrices whose shards are blocks, got {describe(group, position)} with placements "

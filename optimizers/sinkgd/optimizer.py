@@ -27,8 +27,7 @@ from leanstep.optimizers.common.checks import (
     settings_of,
     warn_how_auto_routes,
 )
-from leanstep.optimizers.common.column_shards import check_blocks as check_block_shards
-from leanstep.optimizers.common.column_shards import cuts_rows
+from leanstep.optimizers.common.column_shards import check_int8_shard, cuts_rows
 from leanstep.optimizers.common.matrices import as_matrices, matrix_shape, oriented, sides_of, write_back
 from leanstep.optimizers.common.quantized import (
     average_codes,
@@ -276,7 +275,7 @@ class SinkGD(LeanOptimizer):
     def _check_shard(self, group: dict[str, Any], position: int, shard: Shard) -> None:
         super()._check_shard(group, position, shard)
         if _quantized_keys(group, group["params"][position]):
-            check_block_shards("SinkGD: momentum_dtype=torch.int8", describe(group, position), shard)
+            check_int8_shard("SinkGD: momentum_dtype=torch.int8", describe(group, position), shard)
         if algorithm_of(group, group["params"][position]) == "adamw":
             return
         if group["blocks"] is not None and shard.ranges is None:

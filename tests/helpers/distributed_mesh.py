@@ -169,7 +169,8 @@ def int8_state_on_meshes(world: World) -> None:
     name = "blocks.0.up.weight (10, 6) with placements"
     for optimizer, owner in (("lion_int8", "Lion"), ("sinkgd_int8", "SinkGD"), ("lanton_int8", "LANTON")):
         said = "int8" if owner != "LANTON" else "an 8-bit momentum or gradient"
-        refused_unchanged(optimizer, *GAPS[0], f"{said} takes parameters whose shards are blocks, got {name}")
+        said += " takes parameters whose shards are blocks, cut along dimension 0 and two others at most; got " + name
+        refused_unchanged(optimizer, *GAPS[0], said)
 
 
 @case(WORLD)
