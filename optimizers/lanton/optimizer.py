@@ -91,7 +91,7 @@ class LANTON(MarkedHalves, LeanOptimizer):
             layer has H = 0, f is 0.84 at sqrt(H) = alpha and 0.32 at 10 alpha. H scales with 1 / batch size, and
             changes with model, loss scale and clipping: choose alpha by :meth:`noise_report`, per group if needed.
             "auto" (experimental): at every step the median of sqrt(H) over the layers that share a maximum; f then
-            depends only on ratios of noise.
+            depends only on ratios of noise. The blocks of a matrix count as one layer together.
         weight_decay: decoupled, multiplied by lr and not by f.
         cautious_decay: decay only entries whose update and parameter agree in sign (arXiv 2510.12402). No gain over no
             decay was measured (docs/measured.md).

@@ -264,13 +264,20 @@ def factors_and_noise(layers: Sequence[Layer], device: torch.device) -> tuple[Te
     measured, factors = counts >= 1, torch.ones_like(noise)
     alphas = [layer.group["alpha"] for layer in layers for _ in range(matrix_count(layer))]
     maxima = [maximum_of(layer) for layer in layers for _ in range(matrix_count(layer))]
+    # the heads of Q and K outnumber all other matrices, and their noise is far smaller
+    blocks = [block_count(layer.group, layer.norm, layer.param.shape) for layer in layers]
+    weights = [1.0 / count for layer, count in zip(layers, blocks, strict=True) for _ in range(matrix_count(layer))]
     for maximum in dict.fromkeys(maxima):
         indices = [i for i, name in enumerate(maxima) if name == maximum]
         index = constant(indices, device, torch.int64)
         automatic = [alphas[i] == "auto" for i in indices]
         alpha = constant([1.0 if alphas[i] == "auto" else float(alphas[i]) for i in indices], device, noise.dtype)
         if any(automatic):
-            median = rule.automatic_alpha(torch.where(measured[index], noise[index], float("nan")))
+            counted = [weights[i] for i in indices]
+            median = rule.automatic_alpha(
+                torch.where(measured[index], noise[index], float("nan")),
+                None if set(counted) == {1.0} else constant(counted, device, noise.dtype),
+            )
             alpha = torch.where(constant(automatic, device, torch.bool), median, alpha)
         rates = rule.inverse_rates(noise[index], alpha)
         factors = factors.index_put((index,), rule.factors(rates, measured[index]))

@@ -53,7 +53,7 @@ from leanstep.optimizers.common.sharding import (
 )
 from leanstep.optimizers.sinkgd import rule
 from leanstep.optimizers.sinkgd.adamw import init_adamw, step_adamw
-from leanstep.optimizers.sinkgd.blocks import flags_of_parameters, in_blocks
+from leanstep.optimizers.sinkgd.blocks import flags_of_parameters, in_blocks, in_parts
 from leanstep.optimizers.sinkgd.sharded import all_reduce_row_norms, normalize
 from leanstep.optimizers.sinkgd.spectral import init_power_vector, pin_operator_norms, power_vector_shape
 
@@ -380,7 +380,8 @@ def _step(batch: Batch, *, balanced: bool, wide: bool) -> Reducer[None]:
 def _step_blocks(batch: Batch, *, balanced: bool) -> Reducer[None]:
     """Update the matrices of a batch, and their state, in place; each block of a matrix as a matrix."""
     if batch.group["blocks"] is None:
-        yield from _step_matrices(batch, balanced=balanced)
+        for part in in_parts(batch):
+            yield from _step_matrices(part, balanced=balanced)
         return
     weights = [readable(p) for p in batch.params]
     blocks = in_blocks(batch, weights)

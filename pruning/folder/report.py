@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from leanstep._charts import COLORS, Series, chart, compact
+from leanstep._charts import COLORS, Series, chart, compact, heat_map
 from leanstep._page import render
 from leanstep.pruning.allocate.allocation import UNITS
 from leanstep.pruning.score.targets import role_of
@@ -46,7 +46,7 @@ def report_page(content: Mapping[str, Any]) -> str:
         remarks=[*content.get("notes", ()), *(content.get("recovery") or {}).get("notes", ()), ZEROS_ALONE],
         recovery=_recovery(content),
         recovery_chart=_recovery_chart(content),
-        allocation=_allocation_chart(content["layers"]),
+        allocation=_allocation_charts(content["layers"]),
         comparison=[_compared(one, content["allocation"]["method"]) for one in content.get("compared") or ()],
         curves=_curve_charts(content) if content.get("curves") else "",
         matrices={
@@ -132,8 +132,10 @@ def _recovery_chart(content: Mapping[str, Any]) -> str:
     return chart([series], title="Training loss of recovery", x_label="step", wide=True)
 
 
-def _allocation_chart(layers: Sequence[Mapping[str, Any]]) -> str:
-    """Sparsity over depth, a line for each kind of matrix."""
+def _allocation_charts(layers: Sequence[Mapping[str, Any]]) -> str:
+    """Sparsity over depth: a map of all matrices, and a line for each kind of them."""
+    cells = [(role_of(row["name"]), row["block"], row["sparsity"]) for row in layers if row.get("block") is not None]
+    shades = heat_map(cells, title="Sparsity of each matrix", x_label="block", text="{:.3f}".format)
     roles: dict[str, list[tuple[float, float]]] = {}
     for index, layer in enumerate(layers):
         depth = layer.get("block")
@@ -144,9 +146,7 @@ def _allocation_chart(layers: Sequence[Mapping[str, Any]]) -> str:
         Series(role, [x for x, _ in points], [y for _, y in points], color=number, dots=True)
         for number, (role, points) in enumerate(roles.items())
     ]
-    return chart(
-        series, title="Sparsity of each matrix", x_label="block", wide=True, y_format=lambda value: f"{value:.3f}"
-    )
+    return shades + chart(series, title="Sparsity over depth", x_label="block", wide=True, y_format="{:.3f}".format)
 
 
 def _curve_charts(content: Mapping[str, Any]) -> str:

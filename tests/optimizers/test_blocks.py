@@ -414,3 +414,18 @@ def test_steps_compile_as_one_graph(cls):
         param.grad = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
         step()
     torch.testing.assert_close(*params, rtol=1e-5, atol=1e-6)
+
+
+def test_the_blocks_of_a_matrix_count_as_one_in_the_median_of_the_noise():
+    """alpha="auto" is a size of noise of the model; the quiet heads of Q and K must not decide it by their number."""
+    quiet, *loud = (nn.Parameter(torch.zeros(16, 8, dtype=torch.float64)) for _ in range(3))
+    groups = [{"params": [quiet], "blocks": 2}, {"params": loud}]
+    optimizer = LANTON(groups, lr=0.1, alpha="auto", norm="rms", nuclear="svd")
+    for step in range(2):
+        for param, scale in zip((quiet, *loud), (1e-3, 1.0, 1.0), strict=True):
+            param.grad = scale * torch.randn(16, 8, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        optimizer.step()
+    factors = [row["factor"] for row in optimizer.noise_report()]
+    assert len(factors) == 10 and min(factors[:8]) > 0.99
+    # one of them is the median, with f = 2^(-1/4); where blocks count one by one, both are below 0.04
+    assert min(factors[8:]) > 0.7

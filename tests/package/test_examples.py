@@ -52,6 +52,7 @@ def test_the_exported_model_is_sparse_and_computes_the_same(one_thread, tmp_path
     assert torch.equal(model(input_ids=tokens).logits, loaded(input_ids=tokens).logits)
 
 
+@pytest.mark.slow
 def test_lora_recovers_a_pruned_model_and_keeps_its_zeros(one_thread, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = runpy.run_path(str(FOLDER / "prune_then_lora.py"))
@@ -73,6 +74,7 @@ def test_zeros_and_logits_survive_in_an_onnx_file(one_thread, tmp_path, monkeypa
     assert names["logits"].shape == (3, 7, 64) and names["error"] < 1e-5
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_model_of_the_plain_loop(tmp_path):
     launcher = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     run = subprocess.run(

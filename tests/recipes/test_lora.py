@@ -86,6 +86,7 @@ def test_validation_improves(finished):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_as_if_it_had_not_been(base, finished, tmp_path):
     recipe, _, options = base
     options = [*options, "steps=12"]
