@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from leanstep._mapped import Scratch
 from leanstep.pruning.allocate.allocation import Budget, BudgetConstraint, allocate
 from leanstep.pruning.allocate.closed_form import atp_betas, in_blocks, snap
 from leanstep.pruning.allocate.latency import LatencyTable
@@ -62,6 +63,7 @@ def prune(
     resume: str | Path | None = None,
     progress: Progress | None = None,
     stored: Stored | None = None,
+    scratch: str | Path | None = None,
 ) -> PruneResult:
     """Prune a model in place, each matrix to the sparsity that an allocation gives it. Existing zeros stay zero.
 
@@ -102,6 +104,7 @@ def prune(
         batch_size, resume, progress: see :func:`measure_curves`.
         stored: function from a parameter's name to its original values, or None. Parameters with such values are read
             again on restoring, not copied before pruning.
+        scratch: see :func:`measure_curves`.
 
     Returns:
         :class:`PruneResult`.
@@ -181,6 +184,7 @@ def prune(
         progress=progress,
         snapshot=WeightSnapshot(targets, stored),
         notes=notes,
+        scratch=None if scratch is None else Scratch(Path(scratch)),
     )
     with planner.snapshot.restored_on_error(), evaluating(model):
         return planner.run(None if isinstance(curves, str) else curves, fixed)
@@ -231,6 +235,7 @@ class Planner:
     progress: Progress | None
     snapshot: WeightSnapshot
     notes: list[str] = field(default_factory=list)
+    scratch: Scratch | None = None
 
     def run(self, curves: Mapping[str, Curve] | None, fixed: NM | None) -> PruneResult:
         """Measure, allocate, compare, prune."""
@@ -273,7 +278,7 @@ class Planner:
     @cached_property
     def trial(self) -> Trial:
         """The matrices with their score, and the calibration data for its statistics."""
-        cache = ActivationCache(self.model, self.batches, enabled=bool(self.batches))
+        cache = ActivationCache(self.model, self.batches, enabled=bool(self.batches), scratch=self.scratch)
         return Trial(self.groups, Pruning(cache, self.score, self.score_options), self.snapshot, self.inputs)
 
     def _nonzero(self) -> dict[str, int]:
@@ -318,6 +323,7 @@ class Planner:
             method=self.curve_method,
             minutes=self.minutes,
             solve=lambda curves: self._allocate("dp", curves=curves),
+            scratch=None if self.scratch is None else self.scratch.folder,
         )
 
     def _by_curves(self, curves: Mapping[str, Curve]) -> Allocation:
@@ -395,7 +401,7 @@ class Planner:
         return Allocation("uniform", numel, counts, sum(counts.values()), dict.fromkeys(numel, str(pattern)))
 
     def _measurement(self, batches: list[Batch]) -> Measurement:
-        return Measurement(self.model, batches, self.metric, like=self.trial.pruning.cache)
+        return Measurement(self.model, batches, self.metric, like=self.trial.pruning.cache, scratch=self.scratch)
 
     def _compare_and_prune(self, candidate: Allocation) -> tuple[Allocation, list[Additivity]]:
         """Measure on held-out data, and prune; for "dp", by uniform sparsity if that is better.

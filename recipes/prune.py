@@ -122,6 +122,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--exclude", action="append", default=[], metavar="NAMES", help="wildcards: leave these out")
     add("--batch-size", type=int, default=8, metavar="N", help="sequences at once; default 8")
     add("--device", default="cpu", help="where to calibrate; default cpu")
+    add(
+        "--activations",
+        default="memory",
+        choices=("memory", "disk"),
+        help="where the activations before a block and the dense outputs are kept; default memory",
+    )
     add("--eval", action="store_true", help="perplexity on the held-out sequences, before and after")
     add("--recover", type=int, metavar="STEPS", help="train after pruning on --data, with the zeros held")
     add("--recover-lr", type=float, metavar="LR", help="root mean square of an entry's change in a step; default 3e-4")
@@ -174,6 +180,7 @@ def _prune(options: argparse.Namespace) -> "PruneResult | RecoveryResult":
             device=options.device,
             progress=bar,
             recovery=recovery,
+            activations=options.activations,
             budget=options.budget if latencies is None else latencies,
             **{name: getattr(options, name) for name in _SETTINGS},
             **_data(options),

@@ -10,9 +10,17 @@ import torch
 
 from leanstep._checkpoint import check_apart, check_output, new_folder
 from leanstep._files import remove_partials, restore_replaced
+from leanstep._mapped import RESIDENT, ResidentSet
 from leanstep._version import __version__
 from leanstep.pruning.choices import check_choices
-from leanstep.pruning.folder.checkpoint import SIDECAR, copy_others, write_report, write_weights
+from leanstep.pruning.folder.checkpoint import (
+    SIDECAR,
+    copy_others,
+    map_weights,
+    unmapped_note,
+    write_report,
+    write_weights,
+)
 from leanstep.pruning.folder.loading import checkpoint_values, load_model, open_checkpoint, stored_parameters
 from leanstep.pruning.folder.recovery import recover_model
 from leanstep.pruning.folder.text import CalibrationText, perplexity_of, sequences_of
@@ -20,6 +28,8 @@ from leanstep.pruning.measure.points import Progress
 from leanstep.pruning.prune import prune
 from leanstep.pruning.recovery import Recovery
 from leanstep.pruning.result import PruneResult
+
+ACTIVATIONS = ("memory", "disk")
 
 
 def prune_checkpoint(
@@ -33,6 +43,8 @@ def prune_checkpoint(
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
     recovery: Recovery | None = None,
+    activations: str = "memory",
+    resident: int = RESIDENT,
     **settings: Any,
 ) -> PruneResult:
     """Prune a Hugging Face checkpoint into a new folder of the same files, names and dtypes, with exact zeros.
@@ -53,6 +65,9 @@ def prune_checkpoint(
         progress: see :func:`measure_curves`.
         recovery: train the pruned model on ``data`` after its folder is written, and replace that; see
             :func:`leanstep.pruning.recover_checkpoint`, which also goes on where a run was interrupted in this.
+        activations: where the activations before a block and the dense outputs are kept: ``memory``, or ``disk``, in
+            files beside ``out``.
+        resident: bytes of weights that stay in memory.
         **settings: those of :func:`prune`.
 
     Raises:
@@ -62,11 +77,19 @@ def prune_checkpoint(
             pruned model if the error came in recovery.
 
     Notes:
-        Memory: the model, and the memory of :func:`prune` without its copy of the dense weights, which are read again
-        from the files. Weights are memory-mapped until they are pruned. Weights from files of ``torch.save``, and
-        those that transformers fuses or renames on loading, such as experts, are copied.
+        Memory: ``resident``, and that of :func:`prune` without its copy of the dense weights, which are read again
+        from the files. Weights are mapped from copies of the files, which become ``out``: a pruned matrix is written
+        there, and weights that were used longest ago leave the memory. Weights from files of ``torch.save``, those that
+        transformers fuses or converts on loading, such as experts, and all on another device than the CPU stay in
+        memory; the result's notes say so. Disk: ``out``, and with ``activations="disk"`` tokens x width values for each
+        of ``data`` and ``held_out``, and for ``kl`` 4 bytes per token and entry of the vocabulary.
     """
     check_choices(data=data, **settings)
+    if activations not in ACTIVATIONS or resident < 0:
+        raise ValueError(
+            f"expected activations of {' or '.join(ACTIVATIONS)} and resident bytes of at least 0, got {activations!r} "
+            f"and {resident}"
+        )
     if recovery is not None and data is None:
         raise ValueError("recovery trains on the calibration data: give data")
     try:
@@ -107,15 +130,29 @@ def prune_checkpoint(
         if held_out is None:
             raise ValueError("perplexity needs held-out sequences: give a text")
         perplexity["before"], perplexity["tokens"] = perplexity_of(model, held_out)
-    stored = stored_parameters(checkpoint, model)
-    result = prune(model, data, held_out=held_out, resume=partial, progress=progress, stored=stored, **settings)
-    if evaluate:
-        perplexity["after"], _ = perplexity_of(model, held_out)
-        result.perplexity = perplexity
-    content |= result.to_dict()
     with new_folder(out) as folder:
-        values = checkpoint_values(checkpoint, model)
-        changed = write_weights(checkpoint, values, folder)
+        mapped = None
+        if torch.device(device).type == "cpu":
+            mapped = map_weights(checkpoint, model, folder, ResidentSet(resident))
+        result = prune(
+            model,
+            data,
+            held_out=held_out,
+            resume=partial,
+            progress=progress,
+            stored=stored_parameters(checkpoint, model),
+            scratch=folder if activations == "disk" else None,
+            **settings,
+        )
+        if evaluate:
+            perplexity["after"], _ = perplexity_of(model, held_out)
+            result.perplexity = perplexity
+        if mapped is not None:
+            result.notes.extend(filter(None, [unmapped_note(mapped)]))
+        content |= result.to_dict()
+        changed = write_weights(checkpoint, checkpoint_values(checkpoint, model), folder)
+        if mapped is not None:
+            mapped.detach()
         copy_others(checkpoint, folder)
         content["tensors"] = _tensor_rows(changed, result)
         write_report(content, folder)

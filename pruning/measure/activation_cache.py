@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from leanstep._mapped import FileTensor, Scratch
 from leanstep.pruning.measure.batches import Batch
 from leanstep.pruning.score.targets import Group
 
@@ -62,21 +63,28 @@ class ActivationCache:
     """Runs a model on fixed batches from one of its stages on.
 
     The cache holds the output of the last stage before :attr:`position` for every batch: tokens x width values, in the
-    model's dtype and on its device. A position is the index of a stage. :attr:`starts` lists the positions from which
-    the model can be run; a skip connection across a position excludes it. Cached outputs come from the weights at the
-    time of :meth:`advance`.
+    model's dtype, on its device or in files. A position is the index of a stage. :attr:`starts` lists the positions
+    from which the model can be run; a skip connection across a position excludes it. Cached outputs come from the
+    weights at the time of :meth:`advance`.
 
     Args:
         model: run in its current mode.
         batches: the inputs.
         enabled: False runs every pass from the first stage.
         like: another cache of the same model, from which to take stages and starts instead of searching them.
+        scratch: where to keep the outputs; None: in memory.
     """
 
     def __init__(
-        self, model: nn.Module, batches: Sequence[Batch], *, enabled: bool = True, like: ActivationCache | None = None
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        *,
+        enabled: bool = True,
+        like: ActivationCache | None = None,
+        scratch: Scratch | None = None,
     ) -> None:
-        self.model, self.batches = model, batches
+        self.model, self.batches, self.scratch = model, batches, scratch
         self.stages: list[tuple[str, nn.Module]] = []
         # the model can be run from these positions: later stages need only the output of the stage before
         self.starts: tuple[int, ...] = (0,)
@@ -165,7 +173,8 @@ class ActivationCache:
             return
         if position not in self.starts or position < self.position:
             raise ValueError(f"cannot advance from {self.position} to {position}, only to later ones of {self.starts}")
-        self._outputs = [self.until(index, position - 1)[2] for index in range(len(self.batches))]
+        outputs = (self.until(index, position - 1)[2] for index in range(len(self.batches)))
+        self._outputs = [output if self.scratch is None else self.scratch.store(output) for output in outputs]
         self.position = position
 
     @torch.no_grad()
@@ -215,4 +224,4 @@ def _tensors(output: Any) -> list[Tensor]:
 
 
 def _cloned(output: Any) -> Any:
-    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, output)
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, (Tensor, FileTensor)) else leaf, output)
