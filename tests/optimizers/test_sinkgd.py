@@ -362,3 +362,25 @@ def test_a_power_vector_survives_that_spectral_is_switched_off():
     resumed.load_state_dict(optimizer.state_dict())
     (loaded,) = [s["power_vector"] for s in resumed.state.values() if "power_vector" in s]
     assert torch.equal(loaded, optimizer.state[params[0]]["power_vector"])
+
+
+@pytest.mark.parametrize("options", [{"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}, {"row_mask_tau": 0.1}])
+def test_copies_of_gradients_exist_one_at_a_time(monkeypatch, options):
+    """A step of many matrices takes the memory of one, on a CPU."""
+    from leanstep.optimizers.sinkgd import optimizer as module
+
+    counts = []
+    for name in ("scaled_step", "sinkhorn_step"):
+        step = getattr(module, name)
+
+        def counted(targets, matrices, *args, step=step, **settings):
+            counts.append(len(matrices))
+            return step(targets, matrices, *args, **settings)
+
+        monkeypatch.setattr(module, name, counted)
+    params = [torch.nn.Parameter(torch.randn(6, 4)) for _ in range(5)]
+    optimizer = SinkGD(params, algorithm="sinkgd", **options)
+    for param in params:
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    assert counts == [1] * 5
