@@ -15,6 +15,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+import yaml
 from layering import imported_names, package_files
 from packaging.requirements import Requirement
 
@@ -118,6 +119,15 @@ def test_a_wheel_with_kernels_steps_without_a_compiler_as_with_one(tmp_path):
     assert prebuilt == run(sys.executable, "-P", "-c", STEPS, cwd=tmp_path)
     printed = run(python, "-P", "-m", "leanstep", "info", cwd=tmp_path, **alone)
     assert "prebuilt for " in printed and "C++ compiler for the CPU kernels: none" in printed
+
+
+def test_the_workflow_builds_wheels_for_every_machine_that_has_levels():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "wheels.yml").read_text("utf-8"))
+    for job in workflow["jobs"].values():
+        assert {row["machine"] for row in job["strategy"]["matrix"]["include"]} == set(LEVELS)
+    settings = PROJECT["tool"]["cibuildwheel"]
+    assert settings["environment"] == {"LEANSTEP_PREBUILD": "1"}
+    assert all(settings[f"manylinux-{machine}-image"] for machine in LEVELS)
 
 
 def folder_of(package: str) -> str:
