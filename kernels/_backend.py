@@ -3,12 +3,13 @@
 Every op has one name and up to three implementations:
 
 * ``reference``: the definition in plain torch; runs everywhere, in every dtype.
-* ``cpp``: a small C++ file, compiled on first use; the fast path on a CPU, one call for all tensors of a list.
+* ``cpp``: a small C++ file, prebuilt in a wheel or compiled on first use; the fast path on a CPU, one call for all
+  tensors of a list.
 * ``triton``: one launch for all tensors of a list; the fast path on a GPU.
 
-``auto`` runs Triton on a GPU and C++ on a CPU. It runs the definition in float64, without Triton, without a C++
-compiler, and in dtypes that the C++ kernels do not take. An op raises :class:`BackendError` if :func:`use_backend`
-selected a backend that cannot run it: nothing falls back silently.
+``auto`` runs Triton on a GPU and C++ on a CPU. It runs the definition in float64, without Triton, without prebuilt C++
+kernels and a compiler, and in dtypes that the C++ kernels do not take. An op raises :class:`BackendError` if
+:func:`use_backend` selected a backend that cannot run it: nothing falls back silently.
 
 A backward pass runs on the backend that was selected in its forward pass. Autograd's threads do not inherit the
 selection, so an autograd function saves it with :func:`remember_backend` and restores it with
@@ -27,7 +28,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
-from leanstep.kernels.cpp_impl._build import TYPES, why_not_cpp
+from leanstep.kernels.cpp_impl._build import TYPES, origin, why_not_cpp
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -183,7 +184,7 @@ def choose(op: str, device: torch.device, *dtypes: torch.dtype) -> Choice:
     if OPS[op] == _PRODUCTS:
         return Choice("reference", "products of torch's BLAS")
     reason = why_not(op, "cpp", device, *dtypes)
-    return Choice("reference", reason) if reason else Choice("cpp", "CPU with a C++ compiler")
+    return Choice("reference", reason) if reason else Choice("cpp", f"CPU, {origin()}")
 
 
 def backend_table() -> list[tuple[str, str, str, str]]:

@@ -1,4 +1,6 @@
-"""Line charts as inline SVG, without scripts, fonts or other files; ``templates/chart.html`` has the markup.
+"""Line charts and heat maps as inline SVG, without scripts, fonts or other files.
+
+``templates/chart.html`` and ``templates/heat_map.html`` have the markup.
 
 Curves have the classes ``c0`` to ``c7``, whose colours ``templates/style.css`` defines.
 """
@@ -6,12 +8,14 @@ Curves have the classes ``c0`` to ``c7``, whose colours ``templates/style.css`` 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from leanstep._page import TEMPLATES, render
 
 COLORS = 8
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 10, 40
+_HEAT_WIDTH = 940
 
 
 @dataclass(frozen=True)
@@ -92,11 +96,13 @@ def _thin(points: list[tuple[float, float | None]], most: int) -> list[tuple[flo
     return thinned if thinned[-1] == points[-1] else [*thinned, points[-1]]
 
 
-def _ticks(low: float, high: float, wanted: int) -> list[float]:
-    """Return about ``wanted`` round numbers from ``low`` to ``high``."""
+def _ticks(low: float, high: float, wanted: int, whole: bool = False) -> list[float]:
+    """Return about ``wanted`` round numbers from ``low`` to ``high``; ``whole``: without fractions."""
     raw = (high - low) / max(1, wanted)
     unit = 10.0 ** math.floor(math.log10(raw))
     step = next((unit * m for m in (1, 2, 2.5, 5, 10) if unit * m >= raw * 0.999), unit * 10)
+    if whole:
+        step = max(1.0, math.ceil(step))
     first = math.ceil(low / step - 1e-9)
     return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
 
@@ -122,6 +128,10 @@ def _limits(values: list[float], marks: list[float], log: bool) -> tuple[float, 
     low, high = min([low, *marks]), max([high, *marks])
     if log:
         return low / 1.15, high * 1.15
+    # a smaller range would need numbers of more than four digits beside the axis
+    widening = 1e-3 * max(abs(low), abs(high)) - (high - low)
+    if low < high and widening > 0:
+        low, high = low - widening / 2, high + widening / 2
     margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
     bottom = low - margin
     # the axis of a nonnegative quantity begins at 0
@@ -196,7 +206,8 @@ def chart(
     width, height = (940, 330) if wide else (460, 250)
     right = max(xs) if max(xs) > min(xs) else min(xs) + 1
     plane = _Plane(width, height, min(xs), right, bottom, top, log_y)
-    ticks = _ticks(plane.left, plane.right, 10 if wide else 5)
+    whole = all(x.is_integer() for x in xs)  # steps, tokens, blocks
+    ticks = _ticks(plane.left, plane.right, 10 if wide else 5, whole)
     texts = dict(x_ticks) or dict(zip(ticks, _tick_texts(ticks), strict=True))
     y_ticks = _log_ticks(bottom, top) if log_y else _ticks(bottom, top, 6)
     y_texts = [compact(tick) for tick in y_ticks] if log_y else _tick_texts(y_ticks)
@@ -230,6 +241,60 @@ def chart(
         events_name=events.name if events else "",
         events=_inside(events, plane) if events else [],
         curves=curves,
+    )
+
+
+def heat_map(
+    cells: Iterable[tuple[str, int, float]],
+    *,
+    title: str,
+    x_label: str,
+    text: Callable[[float], str] = compact,
+    most_rows: int = 24,
+    most_cells: int = 800,
+) -> str:
+    """Draw values over (row, column) as shades of one colour and return an HTML ``<figure>``. Each is named on hover.
+
+    Args:
+        cells: row, a name; column, a number such as a block's; and value. Rows stand in order of appearance. Values of
+            one place, such as those of experts, are averaged. One that is not finite is left out.
+        title, x_label: texts.
+        text: formats a value.
+        most_rows, most_cells: a map with more is hard to read and takes 0.2 KB a cell: it is "", as is one with none.
+    """
+    places: dict[tuple[str, int], list[float]] = {}
+    for row, column, value in cells:
+        if math.isfinite(value):
+            places.setdefault((row, column), []).append(value)
+    finite = {place: fmean(values) for place, values in places.items()}
+    rows, columns = list(dict.fromkeys(row for row, _ in finite)), sorted({column for _, column in finite})
+    if not finite or len(rows) > most_rows or len(finite) > most_cells:
+        return ""
+    low, high = min(finite.values()), max(finite.values())
+    left, height = 8 + 7 * min(24, max(map(len, rows))), 24
+    size = (_HEAT_WIDTH - left) / len(columns)
+    x_of = {column: left + index * size for index, column in enumerate(columns)}
+    every = math.ceil(len(columns) / 24)
+    return render(
+        TEMPLATES / "heat_map.html",
+        title=title,
+        x_label=x_label,
+        width=_HEAT_WIDTH,
+        left=left,
+        rows=[(row[:24], index * height) for index, row in enumerate(rows)],
+        columns=[(column, x_of[column] + size / 2) for column in columns[::every]],
+        size=(max(size - 1.5, 0.75 * size), height - 1.5),
+        bottom=len(rows) * height,
+        ends=(text(low), text(high)),
+        cells=[
+            (
+                f"{x_of[column]:.1f}",
+                rows.index(row) * height,
+                f"{0.08 + 0.92 * (0.5 if text(low) == text(high) else (value - low) / (high - low)):.2f}",
+                f"{row}, {x_label} {column}: {text(value)}",
+            )
+            for (row, column), value in finite.items()
+        ],
     )
 
 

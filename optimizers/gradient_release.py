@@ -9,8 +9,10 @@ Each way of training completes gradients at another place:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -24,19 +26,63 @@ from leanstep.optimizers.common.base import LeanOptimizer
 from leanstep.optimizers.common.checks import describe
 from leanstep.optimizers.common.engines import is_flattened
 from leanstep.optimizers.common.sharding import run, together
+from leanstep.optimizers.gradient_accumulation import add_to_average, refuse_accumulation
 
 
 class GradientRelease:
     """Handle of :func:`release_gradients`. ``remove()``, or the end of the ``with`` block, removes the hooks."""
 
-    def __init__(self, handles: list[Any]) -> None:
+    def __init__(self, handles: list[Any], updates: _Updates) -> None:
         self._handles = handles
+        self._updates = updates
 
     def remove(self) -> None:
         """Remove the hooks; the optimizer steps as usual again."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    @contextlib.contextmanager
+    def accumulate(self, *, keep_others: bool = False) -> Iterator[None]:
+        """Add the gradients of the passes inside the ``with`` block to the next step, and free them at once.
+
+        Run all backward passes of a step but the last one inside, each on its part of the loss. The momentum of a
+        parameter takes the sum of its gradients, so the step equals that of the summed gradients up to rounding to the
+        momentum's dtype. Needs no memory beyond one gradient.
+
+        Works for rules that use the gradient through one momentum alone: :class:`SinkGD` with ``momentum`` and without
+        ``nesterov``, its algorithm "sinkgd"; :class:`Lion` with equal betas and without ``cautious``. Lion's published
+        betas mix gradient and momentum by two weights, and AdamW squares the gradient.
+
+        Args:
+            keep_others: let parameters of other rules keep and accumulate their gradients (``.grad``) as without
+                :func:`release_gradients`, until the last pass. False: refuse them.
+
+        Raises:
+            ValueError: a parameter's rule needs the gradient itself, without ``keep_others``; its momentum has 8 bits;
+                several processes train the model, which have their own ways (see :func:`release_gradients`). Nothing
+                was changed.
+
+        Notes:
+            With nonfinite="skip", a parameter's non-finite gradient of one of these passes is left out of the sum, and
+            counted; without this function the sum would be non-finite. Between these passes and ``step()``, the
+            momentum contains the sum: save the state after ``step()``; ``zero_grad()`` does not clear it.
+
+        Example:
+            >>> model = torch.nn.Linear(4, 2, bias=False)
+            >>> optimizer = SinkGD([{"params": [model.weight], "algorithm": "sinkgd"}], momentum=0.9)
+            >>> release = release_gradients(model, optimizer)
+            >>> first, last = torch.randn(8, 4), torch.randn(8, 4)
+            >>> with release.accumulate():
+            ...     (model(first).square().mean() / 2).backward()
+            >>> (model(last).square().mean() / 2).backward()
+            >>> optimizer.step()
+        """
+        self._updates.begin_accumulation(keep_others=keep_others)
+        try:
+            yield
+        finally:
+            self._updates.accumulating = False
 
     def __enter__(self) -> GradientRelease:
         return self
@@ -63,11 +109,11 @@ def release_gradients(model: nn.Module, optimizer: LeanOptimizer) -> GradientRel
         model: the model whose parameters the optimizer has, wrapped as it is called. Run one backward pass per step.
             To accumulate gradients, suspend communication in all but the last pass: ``model.no_sync()`` of
             DistributedDataParallel, ``model.set_requires_gradient_sync(False)`` of FSDP2. Gradients are then freed by
-            the last pass only. One process cannot accumulate.
+            the last pass only. One process accumulates by :meth:`GradientRelease.accumulate`, into the momentum.
         optimizer: :class:`Lion` or :class:`SinkGD`.
 
     Returns:
-        A handle with ``remove()``; also a context manager.
+        A handle with ``remove()`` and ``accumulate()``; also a context manager.
 
     Raises:
         TypeError: the optimizer's rule needs the gradients of several parameters together.
@@ -79,11 +125,13 @@ def release_gradients(model: nn.Module, optimizer: LeanOptimizer) -> GradientRel
             model runs inside a DistributedDataParallel that this function was not given (raised by its forward pass).
 
     Notes:
+        A model on several devices of one process, whose backward pass has a thread for each, is updated by one thread
+        at a time.
         Do not clip by global norm: ``clip_grad_norm_`` finds no gradient after ``backward()``. Do not use
         ``GradScaler``: the hooks would step on scaled gradients. SinkGD's normalized updates need neither.
     """
     _refuse(model, optimizer)
-    updates = _Updates(optimizer)
+    updates = _Updates(optimizer, whole_model=not isinstance(model, DistributedDataParallel))
     handles: list[Any] = []
     if isinstance(model, DistributedDataParallel):
         buckets = _after_buckets(model, updates)
@@ -93,8 +141,9 @@ def release_gradients(model: nn.Module, optimizer: LeanOptimizer) -> GradientRel
         for block in _blocks(model, updates.slots):
             arrived = functools.partial(updates.arrived, block)
             handles += [param.register_post_accumulate_grad_hook(arrived) for param in block]
+    handles.append(optimizer.register_step_pre_hook(lambda *_: updates.update_accumulated()))
     handles.append(optimizer.register_step_post_hook(lambda *_: updates.end_step()))
-    return GradientRelease(handles)
+    return GradientRelease(handles, updates)
 
 
 class _Slot(NamedTuple):
@@ -108,8 +157,13 @@ class _Slot(NamedTuple):
 class _Updates:
     """Updates of some parameters at a time, each parameter once a step."""
 
-    def __init__(self, optimizer: LeanOptimizer) -> None:
+    def __init__(self, optimizer: LeanOptimizer, *, whole_model: bool) -> None:
         self.optimizer = optimizer
+        self.accumulating = False
+        self._whole_model = whole_model  # False: DistributedDataParallel, whose buckets never accumulate
+        self._accumulated: set[Tensor] = set()
+        # autograd runs the hooks of every GPU's parameters in a thread of its own
+        self._lock = threading.RLock()
         self.slots: dict[Tensor, _Slot] = {}
         self._stepped: set[Tensor] = set()
         self._block: Sequence[Tensor] = ()
@@ -127,26 +181,54 @@ class _Updates:
         A gradient of another block shows that the rest of a block has none in this pass. The last block waits for
         ``step()`` in that case.
         """
-        self.refuse_second(param)
-        if block is not self._block:
-            self._update_waiting()
-            self._block = block
-        self._waiting.append(param)
-        if len(self._waiting) == len(block):
-            self._update_waiting()
+        with self._lock:
+            self.refuse_second(param)
+            if self.accumulating:
+                self._accumulate(param)
+                return
+            if block is not self._block:
+                self._update_waiting()
+                self._block = block
+            self._waiting.append(param)
+            if len(self._waiting) == len(block):
+                self._update_waiting()
 
     def refuse_second(self, param: Tensor) -> None:
         """Raise RuntimeError if a parameter was updated since the last step."""
         if param in self._stepped:
             raise RuntimeError(
                 "release_gradients: a second backward pass reached a parameter before optimizer.step(). The "
-                "first pass used and freed its gradient, so gradients cannot be accumulated: use larger batches, "
-                "suspend communication in all but the last pass (no_sync, set_requires_gradient_sync), or do without "
-                "release_gradients."
+                "first pass used and freed its gradient, so gradients cannot be accumulated: run all passes but the "
+                "last inside `with release.accumulate():`; with several processes, suspend communication in them "
+                "(no_sync or set_requires_gradient_sync); use larger batches; or do without release_gradients."
             )
+
+    def begin_accumulation(self, *, keep_others: bool) -> None:
+        """Let the next backward passes accumulate, or raise ValueError for parameters whose rules cannot."""
+        if not self._whole_model:
+            raise ValueError(
+                "release_gradients: accumulate() is for one process, got a DistributedDataParallel. Nothing was "
+                "changed. Run all passes but the last inside `with model.no_sync():`."
+            )
+        if not keep_others:
+            refuse_accumulation(self.optimizer)
+        self.accumulating = True
+
+    def _accumulate(self, param: Tensor) -> None:
+        slot = self.slots[param]
+        if add_to_average(self.optimizer, self.optimizer.param_groups[slot.group_index], slot.position):
+            self._accumulated.add(param)
+
+    def update_accumulated(self) -> None:
+        """Update parameters that have accumulated gradients, but got none in the last pass."""
+        for param in self._accumulated - self._stepped:
+            if param.grad is None:
+                param.grad = torch.zeros_like(param)
+                self.update([param])
 
     def end_step(self) -> None:
         """Begin a new step. ``optimizer.step()`` has updated the parameters that still waited."""
+        self._accumulated.clear()
         self._stepped.clear()
         self._waiting.clear()
         self._block = ()

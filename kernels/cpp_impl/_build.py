@@ -1,9 +1,11 @@
-"""Build and load the C++ kernels: small files, compiled on first use for this processor.
+"""Build and load the C++ kernels: small files, prebuilt in a wheel or compiled on first use for this processor.
 
 One call processes a whole list of tensors, split over torch's threads. Macros select dtypes and flags. Each combination
 of macros is a shared library: it takes about a second to build, stays in the cache folder, and is loaded with ctypes.
 There are no torch headers, there is no extension module, and nothing needs to be installed. The libraries use torch's
 OpenMP runtime, so that both share one pool of threads.
+
+A library that the wheel carries (``_prebuilt.py``) comes first; ``LEANSTEP_PREBUILT=0`` leaves it out.
 """
 
 from __future__ import annotations
@@ -23,16 +25,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leanstep.kernels.cpp_impl import _prebuilt
 from leanstep.kernels.cpp_impl._cache import KernelCacheError, load_or_build
+from leanstep.kernels.cpp_impl._prebuilt import FLAGS, SOURCES
 
-SOURCES = Path(__file__).parent
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
-
-_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp")
+_NO_COMPILER = "no C++ compiler on the PATH (CXX, g++, clang++)"
 
 
 class BuildError(RuntimeError):
     """The C++ compiler did not build a kernel; the message holds what it printed."""
+
+
+class MissingKernelError(BuildError):
+    """A kernel with these macros is not prebuilt, and there is no compiler to build it."""
 
 
 def cpp_compiler() -> str | None:
@@ -50,27 +56,38 @@ def why_not_cpp() -> str | None:
     """Why kernels cannot be built here, or None. The first call builds a small kernel to test it."""
     if not sys.platform.startswith("linux"):
         return f"C++ kernels are built on Linux, not on {sys.platform}"
-    compiler = cpp_compiler()
-    if compiler is None:
-        return "no C++ compiler on the PATH (CXX, g++, clang++)"
-    return _why_it_fails(compiler)
+    compiler, prebuilt = cpp_compiler(), uses_prebuilt()
+    return _why_it_fails(compiler, prebuilt) if compiler or prebuilt else _NO_COMPILER
 
 
 @functools.cache
-def _why_it_fails(compiler: str) -> str | None:
+def _why_it_fails(compiler: str | None, prebuilt: bool) -> str | None:
     try:
         library("steps/nonfinite_flags", {"TENSOR": "float"})
-    except KernelCacheError as error:
+    except (KernelCacheError, MissingKernelError) as error:
         return str(error)
     except (BuildError, OSError) as error:
         return f"{compiler} failed: {str(error).splitlines()[-1]}"
     return None
 
 
+def uses_prebuilt() -> bool:
+    """Whether prebuilt libraries are loaded: this installation has some for this processor, and none are refused."""
+    return os.environ.get("LEANSTEP_PREBUILT", "1") not in ("", "0") and bool(_prebuilt.installed_levels())
+
+
+def origin() -> str:
+    """Say in words where the C++ kernels come from."""
+    if uses_prebuilt():
+        return f"prebuilt for {_prebuilt.installed_levels()[0][0]}"
+    return "built on first use by a C++ compiler"
+
+
 def library(name: str, macros: Mapping[str, str | int]) -> ctypes.CDLL:
-    """Load ``NAME.cpp`` compiled with these macros. Build it first if it is not in the cache.
+    """Load ``NAME.cpp`` compiled with these macros, prebuilt or from the cache. Build it first if it is in neither.
 
     Raises:
+        MissingKernelError: there is no compiler.
         BuildError: the compiler failed.
         KernelCacheError: no folder can hold the library.
     """
@@ -79,11 +96,17 @@ def library(name: str, macros: Mapping[str, str | int]) -> ctypes.CDLL:
 
 @functools.cache
 def _library(name: str, macros: tuple[tuple[str, str | int], ...]) -> ctypes.CDLL:
+    refused = None
+    if uses_prebuilt():
+        try:
+            return _load_prebuilt(name, dict(macros))
+        except OSError as error:
+            refused = str(error)
     compiler = cpp_compiler()
     if compiler is None:
-        raise BuildError("no C++ compiler on the PATH (CXX, g++, clang++)")
-    command = [compiler, *_FLAGS, *_native(), *(f"-D{key}={value}" for key, value in macros)]
-    ingredients = [*command, _version(compiler), _processor(), _sources()]
+        raise MissingKernelError(f"{refused}, and {_NO_COMPILER}" if refused else _NO_COMPILER)
+    command = [compiler, *FLAGS, *_native(), *(f"-D{key}={value}" for key, value in macros)]
+    ingredients = [*command, _version(compiler), _processor(), _prebuilt.sources()]
     digest = hashlib.sha256("\0".join(ingredients).encode()).hexdigest()[:24]
 
     def build(target: Path) -> None:
@@ -96,15 +119,30 @@ def _library(name: str, macros: tuple[tuple[str, str | int], ...]) -> ctypes.CDL
     return load_or_build(f"{name.replace('/', '-')}-{digest}.so", build)
 
 
+def _load_prebuilt(name: str, macros: Mapping[str, str | int]) -> ctypes.CDLL:
+    """Load the best prebuilt library for this processor. Raises OSError if there is none, or the loader refuses it."""
+    paths = _prebuilt.find(name, macros)
+    if not paths:
+        flags = ", ".join(f"{key}={value}" for key, value in sorted(macros.items()))
+        raise FileNotFoundError(f"no prebuilt {name} with {flags}")
+    _share_openmp()
+    return ctypes.CDLL(str(paths[0]))
+
+
 @functools.cache
-def _sources() -> str:
-    return "\0".join(p.read_text() for p in sorted((*SOURCES.rglob("*.cpp"), *SOURCES.glob("*.h"))))
+def _share_openmp() -> None:
+    """Let prebuilt libraries see the OpenMP runtime that torch has loaded; they are linked with none."""
+    for path in _bundled_openmp():
+        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+
+
+def _bundled_openmp() -> list[Path]:
+    return sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
 
 
 def _openmp() -> list[str]:
     """Link torch's OpenMP runtime, not the compiler's: two runtimes would have two pools of threads."""
-    bundled = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
-    return ["-Wl,--as-needed", *map(str, bundled)]
+    return ["-Wl,--as-needed", *map(str, _bundled_openmp())]
 
 
 def _native() -> list[str]:

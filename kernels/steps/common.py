@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from leanstep.kernels._backend import choose
-from leanstep.kernels.cpp_impl._build import TYPES, call, group_by_dtypes, is_dense
+from leanstep.kernels._backend import BackendError, choose, requested_backend
+from leanstep.kernels.cpp_impl._build import TYPES, MissingKernelError, call, group_by_dtypes, is_dense
 from leanstep.kernels.reference.quantization import scale_shape
 
 
@@ -81,12 +82,42 @@ def step_on_host(
         written: the lists that the step changes. C++ does not count their versions, so this does.
     """
     walkable = [backend == "cpp" and all(t.is_contiguous() for t in row) for row in zip(*lists, strict=True)]
-    for indices in group_by_dtypes(lists, walkable):
-        cpp(indices, [[ts[i] for i in indices] for ts in lists])
+    call_groups(lists, walkable, cpp)
     if backend == "cpp":
         torch.autograd.graph.increment_version([t for ts in written for t in ts])
     for i in (i for i, is_covered in enumerate(walkable) if not is_covered):
         definition(i, [ts[i] for ts in lists])
+
+
+def call_groups(
+    lists: Sequence[Sequence[Tensor]], covered: list[bool], cpp: Callable[[list[int], list[list[Tensor]]], None]
+) -> None:
+    """Call C++ once per group of equal dtypes. Clear ``covered`` where a kernel is not built and cannot be.
+
+        cpp: takes indices, and the tensors there, of one dtype per list. It loads its kernel before it writes.
+
+    Args:
+        lists: of equal length.
+        covered: per index, whether C++ takes the tensors; written.
+        cpp: takes indices, and the lists' tensors there, of one dtype per list. Loads its kernel before it writes.
+
+    Raises:
+        BackendError: such a kernel, and "cpp" was asked for.
+    """
+    for indices in group_by_dtypes(lists, covered):
+        try:
+            cpp(indices, [[ts[i] for i in indices] for ts in lists])
+        except MissingKernelError as error:
+            if requested_backend() == "cpp":
+                raise BackendError(f"backend 'cpp' was asked for, but: {error}") from None
+            _tell_once(f"{error}: the definition runs. Install a C++ compiler, for instance by apt-get install g++")
+            for i in indices:
+                covered[i] = False
+
+
+@functools.cache
+def _tell_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
 
 
 def check_scales(op: str, codes: Sequence[Tensor], scales: Sequence[Tensor]) -> None:

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
-from leanstep.kernels.cpp_impl._build import TYPES, call, group_by_dtypes, same_layout
+from leanstep.kernels.cpp_impl._build import TYPES, call, same_layout
 from leanstep.kernels.reference.steps import lion_step as reference
-from leanstep.kernels.steps.common import StepOptions, check_shapes
+from leanstep.kernels.steps.common import StepOptions, call_groups, check_shapes
 
 
 def lion_step(
@@ -70,8 +70,11 @@ def _step(
     flags = torch.zeros(len(params), dtype=torch.int32, device=params[0].device)
     row_major = options.rounding == "stochastic"
     walkable = [backend == "cpp" and same_layout(row, row_major=row_major) for row in zip(*lists, strict=True)]
-    for indices in group_by_dtypes(lists, walkable):
-        flags[indices] = _cpp_step([[ts[i] for i in indices] for ts in lists], options.of(indices))
+
+    def cpp(indices: list[int], lists: list[list[Tensor]]) -> None:
+        flags[indices] = _cpp_step(lists, options.of(indices))
+
+    call_groups(lists, walkable, cpp)
     if backend == "cpp":
         torch.autograd.graph.increment_version([t for ts in (params, exp_avgs, rounding_state) for t in ts])
     for i in (i for i, is_covered in enumerate(walkable) if not is_covered):
@@ -144,9 +147,11 @@ def _agreement(
         return triton_lion.lion_agreement(grads, exp_avgs, options)
     counts = torch.zeros(len(grads), device=grads[0].device)
     walkable = [backend == "cpp" and same_layout(row) for row in zip(grads, exp_avgs, strict=True)]
-    for indices in group_by_dtypes([grads, exp_avgs], walkable):
-        exact = _cpp_agreement([grads[i] for i in indices], [exp_avgs[i] for i in indices], options)
-        counts[indices] = exact.to(counts.dtype)
+
+    def cpp(indices: list[int], lists: list[list[Tensor]]) -> None:
+        counts[indices] = _cpp_agreement(lists[0], lists[1], options).to(counts.dtype)
+
+    call_groups([grads, exp_avgs], walkable, cpp)
     for i in (i for i, is_covered in enumerate(walkable) if not is_covered):
         counts[i] = reference.lion_agreement(grads[i], exp_avgs[i], options)
     return counts

@@ -1,16 +1,17 @@
 """The step p <- p * decay - step * r_i c_j G_ij on lists of matrices, with given scales or with Sinkhorn's."""
 
+import contextlib
 import itertools
 
 import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
-from leanstep.kernels.cpp_impl._build import TYPES, call, group_by_dtypes
+from leanstep.kernels.cpp_impl._build import TYPES, MissingKernelError, call
 from leanstep.kernels.matrices.sinkhorn import sinkhorn
 from leanstep.kernels.reference.rounding import index_in_whole
 from leanstep.kernels.reference.steps import scaled_step as reference
-from leanstep.kernels.steps.common import StepOptions, check_shapes
+from leanstep.kernels.steps.common import StepOptions, call_groups, check_shapes
 
 
 def scaled_step(
@@ -84,14 +85,16 @@ def sinkhorn_step(
         Gives the bits of the two operations. The C++ backend scales and updates one matrix after another, so it reads a
         matrix of less than 4 MB from memory once instead of twice.
     """
-    if not _fits_one_call(params, mats, rounding_state):
-        scales = sinkhorn(mats, num_iters, end_with_rows=end_with_rows)
-        return scaled_step(params, mats, scales.rows, scales.cols, rounding_state, options)
-    state = [rounding_state] if rounding_state else []
-    check_shapes("sinkhorn_step", params, mats, *state)
-    flags = _cpp_step(params, mats, None, None, *state, options=options, iterations=(num_iters, end_with_rows))
-    torch.autograd.graph.increment_version([*params, *rounding_state])
-    return flags
+    if _fits_one_call(params, mats, rounding_state):
+        state = [rounding_state] if rounding_state else []
+        check_shapes("sinkhorn_step", params, mats, *state)
+        # a kernel of a wheel may be missing where there is no compiler: then each operation says what it runs on
+        with contextlib.suppress(MissingKernelError):
+            flags = _cpp_step(params, mats, None, None, *state, options=options, iterations=(num_iters, end_with_rows))
+            torch.autograd.graph.increment_version([*params, *rounding_state])
+            return flags
+    scales = sinkhorn(mats, num_iters, end_with_rows=end_with_rows)
+    return scaled_step(params, mats, scales.rows, scales.cols, rounding_state, options)
 
 
 def _fits_one_call(params: list[Tensor], mats: list[Tensor], rounding_state: list[Tensor]) -> bool:
@@ -145,8 +148,11 @@ def _step(
     flags = torch.zeros(len(params), dtype=torch.int32, device=params[0].device)
     lists = [ts for ts in (params, mats, rows, cols, rounding_state) if ts]
     contiguous = [backend == "cpp" and all(t.is_contiguous() for t in row) for row in zip(*lists, strict=True)]
-    for indices in group_by_dtypes(lists, contiguous):
-        flags[indices] = _cpp_step(*([ts[i] for i in indices] for ts in lists), options=options.of(indices))
+
+    def cpp(indices: list[int], lists: list[list[Tensor]]) -> None:
+        flags[indices] = _cpp_step(*lists, options=options.of(indices))
+
+    call_groups(lists, contiguous, cpp)
     if backend == "cpp":
         torch.autograd.graph.increment_version([*params, *rounding_state])
     for i in (i for i, is_covered in enumerate(contiguous) if not is_covered):

@@ -81,6 +81,13 @@ class Batch(NamedTuple):
         return StepOptions(scalars, self.rounding, **more)
 
 
+class GradientAverage(NamedTuple):
+    """The entry of a parameter's state through which alone a step depends on its gradient."""
+
+    key: str
+    weight: float  # of the old average; the gradient has the rest
+
+
 class LeanOptimizer(StateLoading, torch.optim.Optimizer):
     """Base class: loading preserves the dtypes of state, and non-finite gradients are counted.
 
@@ -237,7 +244,10 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
     def _check_shard(self, group: dict[str, Any], position: int, shard: Shard) -> None:
         """Raise ValueError if a sharded parameter does not fit its group's settings. Nothing was changed before."""
         if effective(type(self).__name__, group, position, group["params"][position]) == "stochastic":
-            check_indices(f"{type(self).__name__}: rounding='stochastic'", describe(group, position), shard)
+            check_indices(
+                f"{type(self).__name__}: rounding='stochastic'", describe(group, position), shard,
+                instead="another rounding ('split', 'master')",
+            )  # fmt: skip
 
     def _state_shapes(self, group: dict[str, Any], param: Tensor) -> dict[str, tuple[int, ...]]:
         """Return the shapes, before sharding, of all state tensors that depend on their parameter's shape."""
@@ -262,6 +272,13 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
         update.
         """
         raise NotImplementedError
+
+    def _gradient_average(self, group: dict[str, Any], param: Tensor) -> GradientAverage | str:
+        """Return the average that can take a sum of gradients in parts, or why there is none.
+
+        The reason is the end of a sentence that begins with the step of the parameter.
+        """
+        return "is not linear in the gradient"
 
     def _steps(self) -> list[Reducer[None]]:
         """Return the generators of a whole step. Subclasses whose rule spans groups override this."""

@@ -216,9 +216,24 @@ def load_model(checkpoint: Checkpoint, device: str | torch.device = "cpu") -> nn
         ValueError: if transformers cannot open it, if it needs code of its own, if the weights do not fit its
             config.json, or if one holds NaN or infinity.
     """
-    model = open_model(checkpoint.folder, _model_class(checkpoint.config.get("architectures")))
-    checkpoint_values(checkpoint, model)
+    model = open_model(checkpoint.folder, _model_class(checkpoint.config.get("architectures")), finite=False)
+    _check_finite(checkpoint, model)
     return model.eval().to(device)
+
+
+def _check_finite(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Check all weights. Reads those that the model has as stored from the files, one in memory at a time."""
+    places = stored_names(checkpoint, model)
+    dtypes = {name: dtype for _, name, dtype, _ in _stored_dtypes(checkpoint.folder)}
+    state = model.state_dict()
+    as_stored = {
+        name: place
+        for name, place in places.items()
+        if place[0].endswith(".safetensors") and dtypes.get(place[1]) == _SHORT.get(state[name].dtype)
+    }
+    check_finite(((name, checkpoint.tensor(*place)) for name, place in as_stored.items()), checkpoint.folder)
+    aliases = {state[name].data_ptr() for name in as_stored}
+    check_finite(((name, t) for name, t in state.items() if t.data_ptr() not in aliases), checkpoint.folder)
 
 
 def _model_class(architectures: Any) -> Any:
@@ -259,18 +274,22 @@ def stored_parameters(checkpoint: Checkpoint, model: nn.Module) -> Callable[[str
 
     The function returns None for parameters that transformers fused, and for those in files of ``torch.save``.
     """
+    places = stored_names(checkpoint, model)
+
+    def stored(parameter: str) -> Tensor | None:
+        file, name = places.get(parameter, ("", ""))
+        return checkpoint.tensor(file, name) if file.endswith(".safetensors") else None
+
+    return stored
+
+
+def stored_names(checkpoint: Checkpoint, model: nn.Module) -> dict[str, tuple[str, str]]:
+    """Weight file and stored name of each parameter that transformers neither fused nor cut on loading."""
     files = {name: file for file, names in checkpoint.files.items() for name in names}
     # the shape tells the first expert from the fused parameter, which begins at the same address
     named = {(tensor.data_ptr(), tensor.shape): name for name, tensor in checkpoint_values(checkpoint, model).items()}
-    stored_names = {name: named.get((value.data_ptr(), value.shape)) for name, value in model.named_parameters()}
-
-    def stored(parameter: str) -> Tensor | None:
-        name = stored_names.get(parameter)
-        if name is None or not files[name].endswith(".safetensors"):
-            return None
-        return checkpoint.tensor(files[name], name)
-
-    return stored
+    by_parameter = {name: named.get((value.data_ptr(), value.shape)) for name, value in model.named_parameters()}
+    return {parameter: (files[name], name) for parameter, name in by_parameter.items() if name is not None}
 
 
 def open_config(source: str | Path) -> Any:
@@ -328,7 +347,12 @@ def position_count(config: Mapping[str, Any], source: str | Path) -> int | None:
 
 
 def open_model(
-    source: str | Path, model_class: Any = None, *, dtype: torch.dtype | str = "auto", new_heads: Iterable[str] = ()
+    source: str | Path,
+    model_class: Any = None,
+    *,
+    dtype: torch.dtype | str = "auto",
+    new_heads: Iterable[str] = (),
+    finite: bool = True,
 ) -> nn.Module:
     """Load a model whose weights fit its configuration.
 
@@ -337,6 +361,7 @@ def open_model(
         model_class: a class of transformers; None: ``AutoModelForCausalLM``.
         dtype: of the weights; "auto": as stored.
         new_heads: see :func:`check_weights`.
+        finite: read all weights and refuse NaN and infinity.
 
     Raises:
         ValueError: as :func:`check_weights`, and for a weight with NaN or infinity.
@@ -347,7 +372,8 @@ def open_model(
         model = _class(model_class).from_pretrained(
             path, dtype=dtype, trust_remote_code=False, ignore_mismatched_sizes=bool(new_heads)
         )
-    check_finite(model.state_dict().items(), source)
+    if finite:
+        check_finite(model.state_dict().items(), source)
     return model
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from leanstep._charts import COLORS, Series, chart, compact
+from leanstep._charts import COLORS, Series, chart, compact, heat_map
 from leanstep._page import render
 from leanstep.pruning.allocate.allocation import UNITS
 from leanstep.pruning.score.targets import role_of
@@ -44,9 +44,11 @@ def report_page(content: Mapping[str, Any]) -> str:
         lead=_lead(content),
         numbers=_numbers(content),
         remarks=[*content.get("notes", ()), *(content.get("recovery") or {}).get("notes", ()), ZEROS_ALONE],
+        refinement=_refinement(content),
+        refinement_chart=_refinement_chart(content),
         recovery=_recovery(content),
         recovery_chart=_recovery_chart(content),
-        allocation=_allocation_chart(content["layers"]),
+        allocation=_allocation_charts(content["layers"]),
         comparison=[_compared(one, content["allocation"]["method"]) for one in content.get("compared") or ()],
         curves=_curve_charts(content) if content.get("curves") else "",
         matrices={
@@ -104,6 +106,34 @@ def _compared(one: Mapping[str, Any], applied: str) -> list[str]:
     return [one["method"] + mark, compact(one["joint"]) + error, compact(one["summed"]), ratio]
 
 
+def _refinement(content: Mapping[str, Any]) -> str:
+    """What the search on joint distortion did, in one sentence; "" without it."""
+    search = content.get("refinement") or {}
+    if not search:
+        return ""
+    start, end = search["points"][0][2], search["points"][-1][2]
+    return (
+        f"{search['accepted']} of {search['evaluations']} exchanges between matrices were better by more than their "
+        f"noise. Joint distortion on the judging data: {compact(start)} at the start, {compact(end)} at the end."
+    )
+
+
+def _refinement_chart(content: Mapping[str, Any]) -> str:
+    """Joint distortion of the search over its evaluations: steps down at the accepted exchanges."""
+    search = content.get("refinement") or {}
+    if not search:
+        return ""
+    evaluations = [point[0] for point in search["points"]]
+    distortion = [point[2] for point in search["points"]]
+    x = [
+        position
+        for step in zip(evaluations, [*evaluations[1:], search["evaluations"]], strict=True)
+        for position in step
+    ]
+    series = Series("joint distortion", x, [value for value in distortion for _ in range(2)])
+    return chart([series], title="Joint distortion of the search", x_label="exchanges judged", wide=True)
+
+
 def _recovery(content: Mapping[str, Any]) -> list[list[str]]:
     """Table rows of the dense, the pruned and the recovered model; none without recovery."""
     recovery, perplexity = content.get("recovery") or {}, content.get("perplexity") or {}
@@ -132,8 +162,10 @@ def _recovery_chart(content: Mapping[str, Any]) -> str:
     return chart([series], title="Training loss of recovery", x_label="step", wide=True)
 
 
-def _allocation_chart(layers: Sequence[Mapping[str, Any]]) -> str:
-    """Sparsity over depth, a line for each kind of matrix."""
+def _allocation_charts(layers: Sequence[Mapping[str, Any]]) -> str:
+    """Sparsity over depth: a map of all matrices, and a line for each kind of them."""
+    cells = [(role_of(row["name"]), row["block"], row["sparsity"]) for row in layers if row.get("block") is not None]
+    shades = heat_map(cells, title="Sparsity of each matrix", x_label="block", text="{:.3f}".format)
     roles: dict[str, list[tuple[float, float]]] = {}
     for index, layer in enumerate(layers):
         depth = layer.get("block")
@@ -144,9 +176,7 @@ def _allocation_chart(layers: Sequence[Mapping[str, Any]]) -> str:
         Series(role, [x for x, _ in points], [y for _, y in points], color=number, dots=True)
         for number, (role, points) in enumerate(roles.items())
     ]
-    return chart(
-        series, title="Sparsity of each matrix", x_label="block", wide=True, y_format=lambda value: f"{value:.3f}"
-    )
+    return shades + chart(series, title="Sparsity over depth", x_label="block", wide=True, y_format="{:.3f}".format)
 
 
 def _curve_charts(content: Mapping[str, Any]) -> str:

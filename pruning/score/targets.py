@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leanstep._mapped import touched
 from leanstep.optimizers.param_groups import parameter_roles, transposed_parameters
 from leanstep.pruning.measure.batches import Batch
 
@@ -124,7 +125,7 @@ class Target:
     @property
     def weight(self) -> Tensor:
         """The current weight [out, in], a view: writes change the model."""
-        data = getattr(self.module, self.attribute).data
+        data = touched(getattr(self.module, self.attribute)).data
         return as_matrix(data if self.expert is None else data[self.expert], self.layout)
 
 

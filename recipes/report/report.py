@@ -9,7 +9,7 @@ from leanstep._charts import COLORS, compact
 from leanstep._files import replacing
 from leanstep._page import render
 from leanstep.recipes.report.budgets import compare, rows
-from leanstep.recipes.report.charts import curves, reported_curves
+from leanstep.recipes.report.charts import curves, layer_map, reported_curves
 from leanstep.recipes.report.runlog import Run, duration, flat, number, read_run
 
 MOST_BYTES = 300_000
@@ -33,6 +33,8 @@ _SECTIONS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "optimizer": ("Optimizer", "optimizer_report.json", ()),
 }
+# section -> column of its rows that is drawn over the layers, and its title
+_MAPS = {"sparsity": ("sparsity", "Sparsity of each matrix"), "optimizer": ("factor", "Step size of each matrix")}
 _SHARED_FACTS = ("device", "versions.torch", "versions.leanstep", "world")
 
 
@@ -195,11 +197,16 @@ def _sections(run: Run, most_points: int, most_text: int) -> Iterator[dict[str, 
         if run.reported_keys(name) or rows[name] or (name == "sparsity" and run.sparsity_report):
             yield {
                 "title": title,
-                "curves": reported_curves(run, name, min(most_points, 200)),
+                "curves": _map(rows[name], name) + reported_curves(run, name, min(most_points, 200)),
                 "operations": _operations(run) if name == "sparsity" else [],
                 "table": _table([row for row in rows[name] if isinstance(row, dict)], columns, most_text),
                 "file": file,
             }
+
+
+def _map(rows: list[Any], section: str) -> str:
+    """The map of a section's rows over the layers, or ""."""
+    return layer_map(rows, *_MAPS[section]) if section in _MAPS else ""
 
 
 def _operations(run: Run) -> list[tuple[str, str, str]]:

@@ -32,7 +32,7 @@ from leanstep.recipes.data.tokens import vocabulary_size
 from leanstep.recipes.methods.attention import build_clip, build_gate, build_monitor, read_gate
 from leanstep.recipes.methods.ema import WeightAverage
 from leanstep.recipes.methods.halves import find_halves
-from leanstep.recipes.methods.lora import describe_adapters
+from leanstep.recipes.methods.lora import describe_adapters, optimizer_section
 from leanstep.recipes.methods.pruned import build_masks, pruned_start_warning
 from leanstep.recipes.methods.sparse import build_controller, describe_sparsity
 from leanstep.recipes.training.build import (
@@ -265,7 +265,7 @@ class Run:
         model = build_run_model(config, self.data.tokenizer)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.flops_per_token = flops_per_token(model, config.data.seq_len)
-        optimizer = build_optimizer(config.optimizer, model)
+        optimizer = build_optimizer(optimizer_section(config), model)
         self.say(f"model       {type(model).__name__}, {self.parameters:,} parameters")
         if config.lora.target_modules:
             self.say(f"adapters    {describe_adapters(model)}")

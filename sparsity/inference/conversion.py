@@ -35,6 +35,7 @@ class Names:
         self._converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
         self._prefix = getattr(model, "base_model_prefix", "")
+        self._is_base = getattr(model, "base_model", None) is model
 
     def renamed(self, name: str) -> str:
         """The name before the prefix of the base model is added or removed."""
@@ -54,6 +55,14 @@ class Names:
     def located(self, name: str) -> str:
         """The parameter of a stored weight, whether or not the model has it."""
         return self._renamed(name)[0]
+
+    def lacks(self, name: str) -> bool:
+        """Whether the model has no parameter for a stored weight."""
+        return self._renamed(name)[0] not in self._parameters
+
+    def is_of_head(self, name: str) -> bool:
+        """Whether a stored weight belongs to the head of a larger model, and this is its base model."""
+        return self._is_base and self.lacks(name) and not name.startswith(f"{self._prefix}.")
 
     def _renamed(self, name: str) -> tuple[str, str | None]:
         return rename_source_key(name, self._renamings, self._converters, self._prefix, self._parameters)

@@ -73,8 +73,9 @@ def export_folder(source: str | Path, out: str | Path, *, format: str = "sparse"
 
     Raises:
         ValueError: for a folder that cannot be read, is quantised, or is of that format already; a damaged file; an
-            ``out`` that exists or lies in ``source``; NaN or infinity with ``values="int8"``.
-        OSError: if the disk is full. ``out`` does not exist then.
+            ``out`` that exists or lies in ``source``, or whose disk has too little space; NaN or infinity with
+            ``values="int8"``.
+        OSError: if the disk becomes full. ``out`` does not exist then.
 
     Notes:
         Memory: one weight file of the result at a time, and one dense weight.
@@ -86,7 +87,7 @@ def export_folder(source: str | Path, out: str | Path, *, format: str = "sparse"
     source, out = Path(source).expanduser(), Path(out).expanduser()
     paths, config = _opened(source, format)
     size = sum(path.stat().st_size for path in paths)
-    check_output(out, 0 if format == "dense" else size)
+    check_output(out, _dense_bytes(paths) if format == "dense" else size)
     check_apart(out, source)
     with new_folder(out) as folder:
         if format == "sparse":
@@ -189,6 +190,11 @@ def _twin(name: str, weight: Tensor, path: Path, stored: dict[tuple[Any, ...], t
     with TensorFile(where) as file:
         same = torch.equal(weight.contiguous().view(torch.uint8), file.tensor(twin).contiguous().view(torch.uint8))
     return twin if same else None
+
+
+def _dense_bytes(paths: list[Path]) -> int:
+    with SparseFiles(paths) as files:
+        return files.manifest.dense_bytes()
 
 
 def _write_dense(paths: list[Path], folder: Path) -> dict[str, str]:

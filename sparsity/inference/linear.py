@@ -67,6 +67,9 @@ class SparseLinear(nn.Linear):
     and, for int8 values, ``weight_scales`` (out,) fp32. ``leanstep.sparsity.inference.matrices`` has their layout.
     ``weight`` is a :class:`CompressedWeight`. Gradients flow to the input and the bias.
 
+    Attributes:
+        is_transposed: whether files have the weight as (in, out), as transformers' Conv1D does.
+
     Args:
         in_features, out_features: as for nn.Linear.
         bias: (out,), or None.
@@ -93,6 +96,7 @@ class SparseLinear(nn.Linear):
         bias: nn.Parameter | None = None,
     ) -> None:
         nn.Module.__init__(self)
+        self.is_transposed = False
         self.in_features, self.out_features, self._dtype = in_features, out_features, dtype
         for part in ("values", "mask", "offsets", "scales"):
             self.register_buffer(f"weight_{part}", parts.get(part))
@@ -104,6 +108,13 @@ class SparseLinear(nn.Linear):
         parts = dict(zip(("values", "mask", "offsets"), bitmask_pack(weight.detach()), strict=True))
         return cls(weight.shape[1], weight.shape[0], parts=parts, dtype=weight.dtype, bias=bias)
 
+    @classmethod
+    def from_conv1d(cls, weight: Tensor, bias: nn.Parameter | None = None) -> SparseLinear:
+        """Compress the weight (in, out) of transformers' Conv1D."""
+        layer = cls.from_dense(weight.t().contiguous(), bias)
+        layer.is_transposed = True
+        return layer
+
     @property
     def weight(self) -> CompressedWeight:  # type: ignore[override]
         """Shape, dtype and device of the weight; reading it makes a dense copy."""
@@ -112,12 +123,21 @@ class SparseLinear(nn.Linear):
     def form(self) -> Form:
         """How the weight is stored in a file. Raises ValueError for a dtype that files do not have."""
         shape, dtype = (self.out_features, self.in_features), DTYPE_NAMES[self._dtype]
+        if self.is_transposed:
+            shape = shape[::-1]
         if dtype not in WEIGHT_DTYPES:
             raise ValueError(
                 f"a compressed weight of {self._dtype} cannot be saved: expected {', '.join(WEIGHT_DTYPES)}; convert "
                 "the model first, as by model.float()"
             )
         return Form(shape, dtype, int8=self.weight_scales is not None)
+
+    def stored_parts(self) -> dict[str, Tensor]:
+        """The parts of the weight in the orientation of its file. A transposed one is packed again, by a dense copy."""
+        if self.is_transposed:
+            return dict(zip(("values", "mask", "offsets"), bitmask_pack(self.dense_weight().t()), strict=True))
+        parts = {part: getattr(self, f"weight_{part}") for part in ("values", "mask", "offsets", "scales")}
+        return {part: tensor for part, tensor in parts.items() if tensor is not None}
 
     def validate(self) -> None:
         """Raise ValueError for offsets, masks and scales that do not fit the values. Meta tensors pass."""

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -129,9 +130,20 @@ class Manifest:
         if twice:
             raise ValueError(f"its manifest is damaged: {one_line(twice[0])} is stored twice")
 
+    def dense_bytes(self) -> int:
+        """Bytes of all tensors when every weight is dense, tied ones included."""
+        parts = self.part_names()
+        sizes = {name: _bytes(row.dtype, row.shape) for name, row in self.tensors.items() if name not in parts}
+        sizes |= {name: _bytes(form.dtype, form.shape) for name, form in self.matrices.items()}
+        return sum(sizes.values()) + sum(sizes.get(name, 0) for name in self.tied.values())
+
     def part_names(self) -> set[str]:
         """Names of all tensors that are parts of a matrix."""
         return {part_name(name, part) for name, form in self.matrices.items() for part in form.parts}
+
+
+def _bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * DTYPES[dtype].itemsize
 
 
 def checksum(tensor: Tensor) -> int:

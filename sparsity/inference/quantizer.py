@@ -7,13 +7,14 @@ linear layer with a sparse weight. Other sparse weights (embeddings, tied heads,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import WeightConverter
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -58,7 +59,6 @@ class SparseQuantizer(HfQuantizer):
         self.tied: dict[str, str] = {}
         self.merged: dict[str, dict[str, list[str]]] = {}
         self.converters: list[WeightConverter] = []
-        self.has_transposed = False
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -72,10 +72,20 @@ class SparseQuantizer(HfQuantizer):
             files.check_content()
             self.manifest = files.manifest
             tied = files.manifest.tied
-            self.tied = {names.located(alias): names.located(name) for alias, name in tied.items()}
+            # a base model has the embedding, and not the head under whose name both may be stored
+            stands_for = {name: alias for alias, name in tied.items() if names.lacks(name) and not names.lacks(alias)}
+            self.tied = {
+                names.located(alias): names.located(stands_for.get(name, name)) for alias, name in tied.items()
+            }
             self.merged = names.merged([*self.manifest.matrices, *files.dense_names()])
+            for name in stands_for.keys() - self.manifest.matrices.keys():
+                self.converters.append(
+                    WeightRenaming(f"^{re.escape(names.renamed(name))}$", names.located(stands_for[name]))
+                )
             for name, form in self.manifest.matrices.items():
-                target, pattern = names.target(name)
+                if name not in stands_for and names.is_of_head(name):
+                    continue
+                target, pattern = names.target(stands_for.get(name, name))
                 self.targets[name] = target
                 if pattern is not None:
                     continue
@@ -91,11 +101,12 @@ class SparseQuantizer(HfQuantizer):
                     layer = self.layers[name] = _empty(linear, form, _nonzeros(files, name, form))
                     _set_module(model, owner, layer)
                 if layer is None or form.pattern is not None:
-                    self.converters.append(self._converter(names, name, layer))
+                    self.converters.append(self._converter(names, name, stands_for.get(name, name), layer))
         return model
 
-    def _converter(self, names: Names, name: str, layer: SparseLinear | None) -> WeightConverter:
-        form, stem = self.manifest.matrices[name], names.renamed(name)
+    def _converter(self, names: Names, name: str, to: str, layer: SparseLinear | None) -> WeightConverter:
+        """The converter of the stored weight ``name`` to the model's weight that is stored as ``to``."""
+        form, stem = self.manifest.matrices[name], names.located(to)
         sources = [f"^{names.renamed(part_name(name, part))}" for part in form.parts]
         targets = [stem] if layer is None else [part_name(stem, part) for part in ("values", "mask", "offsets")]
         operation = Restore(name, form, self.dtypes[self.targets[name]], layer, self.restored)
@@ -131,13 +142,12 @@ class SparseQuantizer(HfQuantizer):
                     f"{one_line(alias)} is stored as tied to {one_line(name)}, and the model of config.json does not "
                     "tie them; export the dense folder again"
                 )
-        dense = [self.targets[name] for name in self.restored - self.layers.keys()]
-        self.has_transposed = _compress_conv1d(model, dense)
+        _compress_conv1d(model, [self.targets[name] for name in self.restored - self.layers.keys()])
         return model
 
     def is_serializable(self) -> bool:
         """Whether save_pretrained can write the model."""
-        return not self.has_transposed
+        return True
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The tensors to save, and their manifest. Raises ValueError for an architecture that renames weights."""
@@ -153,6 +163,8 @@ class SparseQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, SparseLinear):
                 manifest.matrices[f"{name}.weight"] = module.form()
+                if module.is_transposed:
+                    state |= {f"{name}.weight_{part}": tensor for part, tensor in module.stored_parts().items()}
         manifest.add({name: tensor.cpu() for name, tensor in state.items()})
         return state, manifest.to_metadata()
 
@@ -205,12 +217,10 @@ def _is_loaded(layer: SparseLinear) -> bool:
     return True
 
 
-def _compress_conv1d(model: nn.Module, weights: Iterable[str]) -> bool:
-    """Replace transformers' Conv1D layers, whose weights were restored, by compressed ones; whether there were any."""
+def _compress_conv1d(model: nn.Module, weights: Iterable[str]) -> None:
+    """Replace transformers' Conv1D layers, whose weights were restored, by compressed ones."""
     owners = [name.rpartition(".")[0] for name in weights]
-    compressed = [name for name in owners if type(model.get_submodule(name)) is Conv1D]
-    for name in compressed:
+    for name in [owner for owner in owners if type(model.get_submodule(owner)) is Conv1D]:
         layer: Any = model.get_submodule(name)
         if not layer.weight.is_meta:
-            _set_module(model, name, SparseLinear.from_dense(layer.weight.t().contiguous(), layer.bias))
-    return bool(compressed)
+            _set_module(model, name, SparseLinear.from_conv1d(layer.weight, layer.bias))

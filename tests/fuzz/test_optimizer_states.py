@@ -293,6 +293,7 @@ def changed_entries(draw, name):
     return Mutant(state_dict, changes)
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @fuzz(250)
 def test_changed_entries(data):

@@ -97,6 +97,7 @@ def test_overrides(folders, overrides):
     problems_or_equal(folders, "llama-nano-adamw", overrides)
 
 
+@pytest.mark.slow
 @given(references=st.lists(st.lists(st.sampled_from(PIECES), max_size=8).map("".join), min_size=1, max_size=3))
 @fuzz(100)
 def test_references(folders, references):

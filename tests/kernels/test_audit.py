@@ -158,6 +158,7 @@ def test_the_audit_complains(changes, complaint):
     assert complaint in problem
 
 
+@pytest.mark.slow
 def test_the_command_prints_json_and_a_table(capsys):
     assert audit.main(["--match", "column_nan", "--target", "sm_90", "--target", "gfx942", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)

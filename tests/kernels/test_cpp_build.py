@@ -232,6 +232,7 @@ def test_where_every_folder_is_refused_the_definition_runs_and_info_says_why(
     assert "cache of compiled CPU kernels: none: " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_user_without_home_and_entry_builds_in_the_temporary_folder(tmp_path):
     program = "import pwd\ndef getpwuid(uid): raise KeyError(uid)\npwd.getpwuid = getpwuid\n"
     program += STEP + "from leanstep.recipes.data.tokens import cache_root; print(cache_root())"

@@ -189,6 +189,7 @@ def test_all_backends_drop_the_state_of_the_same_entries(rounding, backend):
         assert torch.equal(got, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounding", ["kahan", "master", "split"])
 def test_generated_code_rounds_as_the_definition(rounding):
     """Inductor leaves out conversions to low precision that are followed by conversions back."""

@@ -14,6 +14,8 @@ VARIANTS = {
     "SinkGD": (SinkGD, {}),
     "SinkGD, momentum": (SinkGD, {"momentum": 0.9}),
     "SinkGD, matrices": (SinkGD, {}),
+    "SinkGD, matrices, momentum": (SinkGD, {"momentum": 0.9}),
+    "SinkGD, matrices, balanced": (SinkGD, {"momentum": 0.9, "algorithm": "balanced"}),
     "SinkGD, AdamW": (SinkGD, {"algorithm": "adamw", "fused": False}),
     "SinkGD, fused AdamW": (SinkGD, {"algorithm": "adamw", "fused": True}),
     "LANTON": (LANTON, {}),
@@ -50,7 +52,7 @@ def trained(variant, lr, weight_decay, device="cpu", steps=4, capture=False):
     """The parameters after steps whose rate and decay change; a captured step is replayed for all but the first two."""
     cls, options = VARIANTS[variant]
     torch.manual_seed(0)
-    model = torch.nn.Linear(5, 4, bias=variant != "SinkGD, matrices").to(device)
+    model = torch.nn.Linear(5, 4, bias="matrices" not in variant).to(device)
     optimizer = cls(model.parameters(), lr=lr, weight_decay=weight_decay, **options)
     (group,) = optimizer.param_groups
     data = torch.randn(steps, 8, 5, generator=torch.Generator().manual_seed(1)).to(device)
@@ -82,7 +84,7 @@ def test_rate_and_decay_as_tensors_are_the_numbers(variant, shape):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("variant", ["Lion", "SinkGD, matrices", "LANTON"])
+@pytest.mark.parametrize("variant", ["Lion", "LANTON", *(name for name in VARIANTS if "SinkGD, matrices" in name)])
 def test_a_captured_step_reads_rate_and_decay_anew(variant):
     """docs/gpu.md: the tensors of a graph are read at each replay."""
     device = torch.device("cuda")

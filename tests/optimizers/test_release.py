@@ -1,6 +1,8 @@
 """Stepping inside the backward pass: the same update, and no gradient left behind."""
 
 import copy
+import threading
+import time
 
 import pytest
 import torch
@@ -122,3 +124,191 @@ def test_a_nonfinite_gradient_is_skipped_and_counted():
     (model(torch.randn(4, 24)).sum() * float("nan")).backward()
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert optimizer.nonfinite_count() == 6
+
+
+# ---- accumulation into the momentum
+
+SIGNUM = {"lr": 1e-3, "betas": (0.9, 0.9), "weight_decay": 0.1}
+MOMENTUM = {"lr": 1e-2, "momentum": 0.9}
+ACCUMULATING = {
+    "lion": lambda model: Lion(model.parameters(), **SIGNUM),
+    "lion maximize": lambda model: Lion(model.parameters(), **SIGNUM, maximize=True),
+    "lion cautious decay": lambda model: Lion(model.parameters(), **SIGNUM, cautious_decay=True),
+    "sinkgd": lambda model: SinkGD(param_groups(model), **MOMENTUM),
+    "sinkgd maximize": lambda model: SinkGD(param_groups(model), **MOMENTUM, maximize=True),
+    "sinkgd masked rows": lambda model: SinkGD(param_groups(model), **MOMENTUM, row_mask_tau=0.5),
+    "sinkgd spectral": lambda model: SinkGD(param_groups(model), **MOMENTUM, spectral="muon"),
+    "sinkgd blocks": lambda model: SinkGD(matrices(model), **MOMENTUM, algorithm="sinkgd", blocks=8),
+    "sinkgd transposed": lambda model: SinkGD(matrices(model), **MOMENTUM, algorithm="sinkgd", transposed=True),
+}
+
+
+def matrices(model):
+    return [p for p in model.parameters() if p.dim() == 2]
+
+
+def loss_of(model, inputs):
+    return model(inputs).square().mean() / 3
+
+
+@pytest.mark.parametrize("build", ACCUMULATING.values(), ids=ACCUMULATING.keys())
+def test_accumulation_into_the_momentum_equals_summed_gradients(build):
+    plain, released = model_of().double(), model_of().double()
+    first, second = build(plain), build(released)
+    release = release_gradients(released, second)
+    for _ in range(3):
+        batches = torch.randn(3, 4, 24, dtype=torch.float64)
+        first.zero_grad()
+        for batch in batches:
+            loss_of(plain, batch).backward()
+        first.step()
+        second.zero_grad()
+        with release.accumulate(keep_others=True):
+            for batch in batches[:-1]:
+                loss_of(released, batch).backward()
+                accumulates = [p for p in released.parameters() if p.dim() == 2 or isinstance(second, Lion)]
+                assert all(p.grad is None for p in accumulates)
+        loss_of(released, batches[-1]).backward()
+        second.step()
+    for a, b in zip(plain.parameters(), released.parameters(), strict=True):
+        torch.testing.assert_close(b, a, rtol=0, atol=1e-13)
+        for key, value in first.state.get(a, {}).items():
+            torch.testing.assert_close(second.state[b][key], value, rtol=1e-12, atol=1e-14)
+
+
+def test_accumulation_in_bf16_is_as_near_as_accumulated_gradients():
+    """The momentum in bf16 rounds every pass; summed gradients in bf16 do, too."""
+    exact, plain, released = model_of().double(), model_of().bfloat16(), model_of().bfloat16()
+    exact.load_state_dict({name: value.double() for name, value in plain.state_dict().items()})
+    optimizers = {m: SinkGD(matrices(m), **MOMENTUM, algorithm="sinkgd") for m in (exact, plain, released)}
+    release = release_gradients(released, optimizers[released])
+    batches = torch.randn(8, 4, 24).bfloat16()
+    for batch in batches:
+        loss_of(exact, batch.double()).backward()
+        loss_of(plain, batch).backward()
+    with release.accumulate(keep_others=True):
+        for batch in batches:
+            loss_of(released, batch).backward()
+    for optimizer in optimizers.values():
+        optimizer.step()
+    for truth, summed, ours in zip(*map(matrices, (exact, plain, released)), strict=True):
+        momenta = [
+            optimizers[m].state[p]["momentum_buffer"].double()
+            for m, p in ((exact, truth), (plain, summed), (released, ours))
+        ]
+        errors = [(m - momenta[0]).norm() / momenta[0].norm() for m in momenta[1:]]
+        # measured over 12 seeds: 1.06 to 1.28 times the error of gradients summed in bf16
+        assert errors[1] < 1.6 * errors[0]
+
+
+def test_a_parameter_without_a_gradient_in_the_last_pass_gets_its_sum():
+    plain, released = model_of(), model_of()
+    first, second = (Lion(m.parameters(), **SIGNUM) for m in (plain, released))
+    release = release_gradients(released, second)
+    inputs = torch.randn(4, 24)
+    for model in (plain, released):
+        with release.accumulate():
+            loss_of(model, inputs).backward()
+        model[0](inputs).sum().backward()  # the last layer has no part in it
+    for optimizer in (first, second):
+        optimizer.step()
+    for a, b in zip(plain.parameters(), released.parameters(), strict=True):
+        torch.testing.assert_close(b, a, rtol=0, atol=1e-6)
+        assert b.grad is None
+
+
+def test_a_nonfinite_gradient_is_left_out_of_the_sum_and_counted():
+    plain, released = model_of(), model_of()
+    first, second = (SinkGD(matrices(m), **MOMENTUM, algorithm="sinkgd") for m in (plain, released))
+    release = release_gradients(released, second)
+    inputs = torch.randn(4, 24)
+    loss_of(plain, inputs).backward()
+    first.step()
+    with release.accumulate(keep_others=True):
+        (loss_of(released, inputs) * float("nan")).backward()
+    loss_of(released, inputs).backward()
+    second.step()
+    assert second.nonfinite_count() == 2
+    for a, b in zip(matrices(plain), matrices(released), strict=True):
+        assert torch.equal(a, b)
+
+
+REFUSED = {
+    "adamw": (
+        lambda m: SinkGD(param_groups(m), **MOMENTUM),
+        r"SinkGD's step of 2.weight \(48,\) has the square of the gradient",
+    ),
+    "no momentum": (lambda m: SinkGD(matrices(m), algorithm="sinkgd"), "has no momentum"),
+    "nesterov": (lambda m: SinkGD(matrices(m), **MOMENTUM, algorithm="sinkgd", nesterov=True), "beside the momentum"),
+    "post": (
+        lambda m: SinkGD(matrices(m), **MOMENTUM, algorithm="sinkgd", momentum_order="post"),
+        "normalizes the gradient before",
+    ),
+    "int8": (
+        lambda m: SinkGD(matrices(m), **MOMENTUM, algorithm="sinkgd", momentum_dtype=torch.int8),
+        "momentum of 8 bits",
+    ),
+    "lion": (
+        lambda m: Lion(m.named_parameters()),
+        r"Lion's step of 0.weight \(48, 24\) needs one weight.*betas=\(0.9, 0.99\)",
+    ),
+    "lion cautious": (lambda m: Lion(m.parameters(), **SIGNUM, cautious=True), "cautious=True"),
+    "lion int8": (lambda m: Lion(m.parameters(), **SIGNUM, momentum_dtype=torch.int8), "momentum of 8 bits"),
+}
+
+
+@pytest.mark.parametrize(("build", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_rules_that_need_the_gradient_itself_are_refused_by_name(build, message):
+    model = model_of()
+    optimizer = build(model)
+    release = release_gradients(model, optimizer)
+    with pytest.raises(ValueError, match=message) as error, release.accumulate():
+        pass
+    assert "Nothing was changed" in str(error.value)
+    # their gradients stay until the last pass, and the step is that of their sum
+    other = model_of()
+    plain = build(other)
+    inputs = torch.randn(2, 4, 24)
+    with release.accumulate(keep_others=True):
+        loss_of(model, inputs[0]).backward()
+    loss_of(model, inputs[1]).backward()
+    optimizer.step()
+    for batch in inputs:
+        loss_of(other, batch).backward()
+    plain.step()
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_threads_of_several_devices_update_one_after_the_other():
+    """autograd runs the hooks of every GPU in a thread of its own; two backward passes in two threads do the same."""
+    halves = nn.ModuleList([model_of(0), model_of(1)])
+    optimizer = SinkGD(param_groups(halves), lr=1e-2)
+    inside, most, group_steps = 0, 0, optimizer._group_steps
+
+    def slow_steps(*args):
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(0.01)  # lets the other thread run
+        steps = group_steps(*args)
+        inside -= 1
+        return steps
+
+    optimizer._group_steps = slow_steps
+    expected = copy.deepcopy(halves)
+    inputs = torch.randn(4, 24)
+    with release_gradients(halves, optimizer):
+        losses = [loss_of(half, inputs) for half in halves]
+        threads = [threading.Thread(target=loss.backward) for loss in losses]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        optimizer.step()
+    assert most == 1
+    plain = SinkGD(param_groups(expected), lr=1e-2)
+    sum(loss_of(half, inputs) for half in expected).backward()
+    plain.step()
+    for a, b in zip(halves.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(a, b)

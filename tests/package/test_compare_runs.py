@@ -108,6 +108,7 @@ def test_the_rest_of_a_peer_is_adamw(parts, name):
 # -- runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt"])
 def test_every_method_builds_with_the_rates_of_its_roles(parts, family):
     overrides = TINY[4:] if family == "gpt" else TINY
@@ -153,6 +154,7 @@ def test_a_run_is_that_of_the_recipe(parts, tmp_path, precision):
     assert [row["loss"] for row in rows if row["kind"] == "eval"][-1] == ours
 
 
+@pytest.mark.slow
 def test_a_killed_comparison_goes_on_and_repeats_nothing(parts, tmp_path):
     path = tmp_path / "llama-nano.jsonl"
     process = subprocess.Popen(command(tmp_path), stdout=subprocess.DEVNULL)
@@ -192,6 +194,7 @@ def test_the_time_that_is_given_is_not_passed(parts, scheduler):
         scheduler(1e-4).go()
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_told(parts, scheduler, monkeypatch):
     monkeypatch.setattr(parts.schedule, "train", killed)
     with pytest.raises(parts.protocol.ComparisonError, match="a worker process was killed, .*fewer --workers"):

@@ -313,6 +313,7 @@ def test_an_optimizer_that_does_not_run_leaves_the_others(modules, monkeypatch):
     assert (missing["optimizer"], missing["note"]) == ("bitsandbytes Lion8bit", "not installed")
 
 
+@pytest.mark.slow
 def test_bytes_moved_are_those_that_the_audit_finds_in_the_kernels(modules):
     pytest.importorskip("triton")
     # in a process of its own: Triton's recorded launches would live until this one ends

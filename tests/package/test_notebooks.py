@@ -45,6 +45,7 @@ def test_the_notebooks():
     assert NAMES == ["first_run", "prune_a_checkpoint"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the packages that run notebooks
 def test_the_first_run_draws_curves_that_fall(executed):
     text = executed("first_run")
@@ -58,6 +59,7 @@ def test_the_first_run_draws_curves_that_fall(executed):
     assert lion < sinkgd < adamw
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_pruned_checkpoint_opens_and_has_its_zeros(executed):
     text = executed("prune_a_checkpoint")

@@ -1,11 +1,12 @@
 """The wheel: built from a clean copy, installed away from the repository, and every module of it imported."""
 
 import ast
+import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import tomllib
 import venv
@@ -14,8 +15,11 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+import yaml
 from layering import imported_names, package_files
 from packaging.requirements import Requirement
+
+from leanstep.kernels.cpp_impl._prebuilt import LEVELS
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
@@ -51,16 +55,77 @@ def wheel(built) -> Path:
 
 @pytest.fixture(scope="module")
 def clean_python(wheel, tmp_path_factory) -> Path:
+    return installed(wheel, tmp_path_factory.mktemp("clean"))
+
+
+def installed(wheel: Path, base: Path) -> Path:
     """Python of a new environment with the wheel in it and, beneath, the libraries of this one but not its leanstep."""
-    base = tmp_path_factory.mktemp("clean")
     venv.create(base / "ve", with_pip=False)
     python = base / "ve" / "bin" / "python"
     run(sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", wheel, cwd=base)
     # a folder named in a .pth file is searched, but its own .pth files are not read: the editable install stays out
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=base).strip())
-    libraries = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    libraries = {path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")}
     (site / "libraries.pth").write_text("\n".join(sorted(libraries)))
     return python
+
+
+STEPS = """
+import hashlib, torch
+from leanstep import Lion, SinkGD, use_backend
+for optimizer, options in ((Lion, {}), (SinkGD, {"algorithm": "sinkgd"})):
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        param = torch.nn.Parameter(torch.randn(48, 80).to(dtype))
+        made = optimizer([param], lr=1e-2, **options)
+        for _ in range(3):
+            param.grad = torch.randn(48, 80).to(dtype)
+            with use_backend("cpp"):
+                made.step()
+        content = param.detach().view(torch.uint8).numpy().tobytes()
+        print(optimizer.__name__, dtype, hashlib.sha256(content).hexdigest())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler to build the wheel")
+@pytest.mark.skipif(platform.machine() not in LEVELS, reason="wheels have no kernels for this machine")
+def test_a_wheel_with_kernels_steps_without_a_compiler_as_with_one(tmp_path):
+    shutil.copytree(ROOT, tmp_path / "source", ignore=SKIPPED)
+    table = tmp_path / "source" / "kernels" / "cpp_impl" / "prebuilt.json"
+    listed = json.loads(table.read_text("utf-8"))
+    # what these steps need, for all levels; the whole list takes minutes
+    needed = {name: listed[name] for name in ("steps/nonfinite_flags", "steps/adamw_step", "sparse/instructions")}
+    wanted = ("float", "bf16", "NEAREST", "STOCHASTIC")  # and of a flag, the first value
+    for name in ("steps/lion_step", "steps/sinkhorn_step"):
+        needed[name] = [
+            {key: [v for v in vs if v in wanted] or vs[:1] for key, vs in block.items()} for block in listed[name]
+        ]
+    table.write_text(json.dumps(needed), "utf-8")
+    command = (sys.executable, "-P", "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, "source")
+    run(*command, cwd=tmp_path, LEANSTEP_PREBUILD="1")
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.split("-")[2:4] == ["py3", "none"] and wheel.stem.endswith(platform.machine())
+    metadata = zipfile.ZipFile(wheel).read(f"{'-'.join(wheel.name.split('-')[:2])}.dist-info/WHEEL").decode()
+    assert "Root-Is-Purelib: false" in metadata
+    libraries = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    assert libraries and all(name.startswith("leanstep/kernels/cpp_impl/prebuilt/") for name in libraries)
+    python = installed(wheel, tmp_path)
+    alone = {"PATH": str(python.parent), "CXX": "", "LEANSTEP_CACHE": str(tmp_path / "cache")}
+    prebuilt = run(python, "-P", "-W", "error", "-c", STEPS, cwd=tmp_path, **alone)
+    assert not (tmp_path / "cache").exists(), "nothing was built"
+    assert prebuilt == run(sys.executable, "-P", "-c", STEPS, cwd=tmp_path)
+    printed = run(python, "-P", "-m", "leanstep", "info", cwd=tmp_path, **alone)
+    assert "prebuilt for " in printed and "C++ compiler for the CPU kernels: none" in printed
+
+
+def test_the_workflow_builds_wheels_for_every_machine_that_has_levels():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "wheels.yml").read_text("utf-8"))
+    for job in workflow["jobs"].values():
+        assert {row["machine"] for row in job["strategy"]["matrix"]["include"]} == set(LEVELS)
+    settings = PROJECT["tool"]["cibuildwheel"]
+    assert settings["environment"] == {"LEANSTEP_PREBUILD": "1"}
+    assert all(settings[f"manylinux-{machine}-image"] for machine in LEVELS)
 
 
 def folder_of(package: str) -> str:

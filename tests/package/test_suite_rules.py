@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+# each starts pytest anew
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).parents[1]
 
 SMALL_SUITE = """
@@ -132,8 +135,8 @@ def test_plain():
 @pytest.mark.parametrize(
     ("arguments", "counts"),
     [
-        ([], (2, 7, 0, 1)),
-        (["-n", "1"], (2, 7, 0, 1)),
+        ([], (1, 7, 0, 1)),
+        (["-n", "1"], (1, 7, 0, 1)),
         (["-n", "0", "-m", "slow or not slow"], (30, 30, 1, 1)),
         (["tests/test_small.py"], (30, 30, 1, 1)),
         (["-n", "0", "-k", "cases"], (30, 0, 0, 0)),

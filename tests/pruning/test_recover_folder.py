@@ -154,6 +154,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_recovery_leaves_the_pruned_folder_and_goes_on(base, pruned, recovered, tmp_path, capsys):
     out = tmp_path / "out"
     command = [sys.executable, "-P", "-c", KILLED, *arguments(base, out, "--eval", *RECOVER)]

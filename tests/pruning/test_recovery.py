@@ -131,6 +131,7 @@ def test_zeros_that_will_be_filled_are_told(recipe, tmp_path):
     assert not section.lines
 
 
+@pytest.mark.slow
 def test_adapters_on_a_pruned_base_keep_its_zeros_to_the_merged_model(recipe, tmp_path):
     before = masks_of(recipe.parent / "pruned")[0]
     options = ["lora.target_modules=[c_attn, c_fc]", "lora.r=4", "lora.lora_dropout=0.1", "steps=8"]

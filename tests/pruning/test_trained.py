@@ -38,6 +38,7 @@ def perplexity(model, rows):
     return math.exp(float(model(rows, labels=rows).loss))
 
 
+@pytest.mark.slow
 def test_the_allocation_beats_uniform_in_at_least_four_of_five_seeds(trained):
     model, training, held_out = trained
     dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -64,6 +64,7 @@ def leanstep_prune(folder, out, *more, data="images.safetensors", checkpoint="vi
     return main(["prune", *paths, *amounts, "--sparsity", "0.6", "--levels", "0.3,0.5,0.7,0.85", *more])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", ["wanda", "sparsegpt"])
 def test_a_vision_transformer_keeps_its_accuracy_no_worse_than_by_uniform_sparsity(score, trained):
     test, labels = draw(400, 3)

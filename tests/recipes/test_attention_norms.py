@@ -126,6 +126,7 @@ def assert_the_same_run(out, whole):
     assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill", [7, 10])
 def test_a_killed_run_with_low_rank_layers_continues_as_if_it_had_not_been(recipe, gated, tmp_path, kill):
     settings, whole = gated
@@ -141,6 +142,7 @@ def test_a_killed_run_with_low_rank_layers_continues_as_if_it_had_not_been(recip
     assert_the_same_run(tmp_path / "broken", whole)
 
 
+@pytest.mark.slow
 def test_each_process_takes_over_its_own_decisions(recipe, gated, tmp_path):
     settings, _ = gated
     pays, other = partial(low_rank_takes, 1e-3), partial(low_rank_takes, 1e3)
@@ -159,6 +161,7 @@ def test_each_process_takes_over_its_own_decisions(recipe, gated, tmp_path):
     assert_the_same_run(tmp_path / "broken", whole.out)
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_is_made_again_is_judged_once(recipe, gated, tmp_path):
     settings, whole = gated
     prepare = partial(low_rank_takes, 1e-3, partial(signal_in_evaluation, signal.SIGTERM))

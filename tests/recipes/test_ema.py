@@ -75,6 +75,7 @@ def test_the_expected_loss_of_a_recipe_holds_with_an_average():
     assert load("llama-nano-adamw", ["ema.decay=0.99"]).expect == load("llama-nano-adamw").expect
 
 
+@pytest.mark.slow
 def test_a_run_averages_beside_training_and_resumes_bit_for_bit(tmp_path, capsys):
     recipe, backend = write_recipe(tmp_path), partial(on_backend, "reference")
     held_out = write_text(tmp_path / "held-out.txt", words=200, seed=1)

@@ -71,6 +71,7 @@ def test_the_run_goes_on_from_the_last_good_checkpoint(recipe, whole, tmp_path):
     assert numbers(out) == numbers(whole)
 
 
+@pytest.mark.slow
 def test_stop_nan_off_leaves_the_step_out_and_counts_it(recipe, tmp_path):
     out = tmp_path / "run"
     options = ["steps=6", "stop.nan=false", "checkpoint.every=0"]

@@ -70,6 +70,7 @@ def test_what_cannot_be_generated_is_told_in_one_line(folders, capsys, monkeypat
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_benchmark_measures_every_folder_in_turns(folders, capsys):
     sizes = ("--prompt-tokens", 8, "--new-tokens", 4, "--repeats", 2)
     result = answer(capsys, "bench", folders / "sparse", "--against", folders / "dense", *sizes, "--json")

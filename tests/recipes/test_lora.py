@@ -53,6 +53,10 @@ def test_mistakes_are_named_before_torch_is_imported():
     assert "did you mean 'lora.target_modules'" in problems("lora.target_module=[q_proj]")
     assert "name its folder in model.init_from" in problems("model.init_from=null")
     assert "goes with distributed.strategy ddp" in problems("distributed.strategy=fsdp2")
+    assert "goes with adapters" in problems("lora.target_modules=[]", "lora.lr_ratio=4")
+    assert "must be at least 1, got 0.5" in problems("lora.lr_ratio=0.5")
+    assert "lora.init_lora_weights" in problems("lora.init_lora_weights=pisa")
+    assert "leaves no zeros" in problems("lora.init_lora_weights=pissa", "pruning.keep_masks=true")
     # orders by time would differ between the starts of a run
     assert "unknown key 'lora.order'" in problems("lora.order=time")
     assert "leaves the base as it is" in problems("sparsity.patterns={'*': '2:4'}")
@@ -81,11 +85,30 @@ def test_the_adapter_opens_in_peft_and_the_folder_is_the_merged_model(base, fini
     assert not any("lora" in name for name in load_file(final / "model.safetensors"))
 
 
+def test_pissa_and_lora_plus_end_in_an_adapter_for_the_plain_base(base, tmp_path):
+    peft = pytest.importorskip("peft")
+    recipe, folder, options = base
+    options = [*options, "lora.init_lora_weights=pissa", "lora.lr_ratio=4", "lora.lora_dropout=0", "optimizer.lr=1e-3"]
+    section = Section("groups")
+    Check(load(recipe, options), vocabulary=300).groups(section)
+    rows = [line for line in section.lines if "lora_" in line]
+    assert "0.004" in "".join(row for row in rows if "lora_B" in row)
+    training = run(recipe, [*options, "steps=3"], tmp_path / "run")
+    assert training.codes == [0], training.text()
+    final, ids = tmp_path / "run" / "final", torch.arange(32).view(1, -1)
+    merged = AutoModelForCausalLM.from_pretrained(final)(ids).logits
+    with pytest.warns(FutureWarning, match="is_gradient_checkpointing"):
+        theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), final / "adapter")
+    assert theirs.peft_config["default"].r == 8
+    torch.testing.assert_close(theirs(ids).logits, merged, rtol=1e-4, atol=1e-5)
+
+
 def test_validation_improves(finished):
     losses = [row[2] for row in numbers(finished.out) if row[0] == "eval"]
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_as_if_it_had_not_been(base, finished, tmp_path):
     recipe, _, options = base
     options = [*options, "steps=12"]

@@ -31,6 +31,7 @@ def shell(line, cwd, **environment):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "streams", ["| head -n 1", "> /dev/full", ">&- 2>&- <&-"], ids=["a broken pipe", "a full disk", "closed streams"]
 )
@@ -43,6 +44,7 @@ def test_output_that_cannot_be_written_ends_no_run(streams, recipe, tmp_path):
     assert log.startswith("leanstep ") and (tmp_path / "run" / ".lock").read_bytes() == b""
 
 
+@pytest.mark.slow
 def test_a_failed_run_whose_output_is_closed_fails(recipe, tmp_path):
     ended = shell(f"leanstep train {recipe} out=run {' '.join(SHORT)} optimizer.lr=1e30 2>&1 | head -n 1", tmp_path)
     assert ended.returncode == 3, ended.stderr
@@ -117,6 +119,7 @@ def launched(recipe, out):
         return subprocess.Popen([*command, *ENDLESS], stdout=console, stderr=subprocess.STDOUT)
 
 
+@pytest.mark.slow
 def test_workers_end_with_their_launcher(recipe, tmp_path):
     out = tmp_path / "run"
     launcher = launched(recipe, out)
@@ -129,6 +132,7 @@ def test_workers_end_with_their_launcher(recipe, tmp_path):
     assert status(out)["status"] == "interrupted" and (out / "last").is_symlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_dead_process_ends_the_others(rank, recipe, tmp_path):
     out = tmp_path / "run"

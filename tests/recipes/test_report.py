@@ -16,7 +16,7 @@ from report_pages import Page
 from run_folders import write_run
 
 from leanstep import cli
-from leanstep._charts import Events, Series, chart, compact, smooth
+from leanstep._charts import Events, Series, chart, compact, heat_map, smooth
 from leanstep.recipes.report.report import MOST_BYTES, write_report
 from leanstep.recipes.report.runlog import duration, read_run
 from leanstep.recipes.training.folder import RunFolder
@@ -460,3 +460,42 @@ def test_a_report_that_cannot_be_written_is_told_in_a_line(tmp_path, capsys, mon
     assert cli.main(["report", str(run)]) == 1
     assert "No space left on device" in capsys.readouterr().err
     assert not list(run.glob("*.html")) and not list(run.glob("*.tmp"))
+
+
+def test_a_map_shows_a_number_of_every_layer_over_the_blocks(tmp_path):
+    run = write_run(tmp_path / "run")
+    layers = [
+        {"name": f"model.layers.{block}.{kind}.weight", "sparsity": block / 10 + index / 100}
+        for block in range(4)
+        for index, kind in enumerate(("self_attn.q_proj", "mlp.up_proj"))
+    ]
+    odd = [{"name": "lm_head.weight", "sparsity": 0.9}, {"name": "model.layers.x.q_proj", "sparsity": 0.9}, "text"]
+    odd += [{"name": "model.layers.0.k_proj.weight", "sparsity": None}]
+    (run / "sparsity_report.json").write_text(json.dumps({"layers": [*layers, *odd], "operations": {}}))
+    noise = [{"name": f"h.0.mlp.c_fc.weight[{expert}]", "factor": factor} for expert, factor in enumerate((0.2, 0.4))]
+    (run / "optimizer_report.json").write_text(json.dumps(noise))
+    html, _ = report(tmp_path, run)
+    titles = re.findall(r'<rect class="cell"[^>]*><title>([^<]*)</title>', html)
+    assert titles[:2] == ["q_proj, block 0: 0", "up_proj, block 0: 0.01"] and len(titles) == 9
+    assert titles[-1] == "c_fc, block 0: 0.3", "the mean of the two matrices of a stack"
+
+
+def test_shades_of_a_map_grow_with_the_value_and_are_equal_where_the_texts_are():
+    def shades(*values, **options):
+        drawn = heat_map([("row", i, v) for i, v in enumerate(values)], title="t", x_label="block", **options)
+        return [float(text) for text in re.findall(r'fill-opacity="([^"]*)"', drawn)]
+
+    assert shades(1.0, 3.0, 2.0) == [0.08, 1.0, 0.54]
+    assert shades(0.60001, 0.60002, text="{:.3f}".format) == [0.54, 0.54]
+    assert shades(1.0, math.nan, math.inf) == [0.54]
+    assert heat_map([], title="t", x_label="block") == ""
+    assert heat_map([(f"{i}", 0, 1.0) for i in range(40)], title="t", x_label="block") == "", "too many rows"
+    assert heat_map([("row", i, 1.0) for i in range(900)], title="t", x_label="block") == "", "too many cells"
+
+
+def test_ticks_of_steps_are_whole_and_labels_of_nearly_equal_values_differ():
+    drawn = chart([Series("x", [0, 1, 2, 3], [0.6, 0.60001, 0.6, 0.6])], title="t", x_label="step", wide=True)
+    labels = re.findall(r"<text[^>]*>([^<]*)</text>", drawn)
+    assert [text for text in labels if text.isdigit()] == ["0", "1", "2", "3"]
+    heights = [text for text in labels if text.startswith("0.")]
+    assert len(heights) >= 2 and len(set(heights)) == len(heights)

@@ -350,6 +350,7 @@ def test_killed_while_tidying_leaves_nothing_behind(recipe, whole, tmp_path, die
     assert left == expected
 
 
+@pytest.mark.slow
 def test_killed_before_the_links_of_the_last_checkpoint_sets_them_and_removes_old_ones(recipe, tmp_path):
     out, straight = tmp_path / "run", tmp_path / "straight"
     options = ["steps=6", "checkpoint={every: 3, keep_last: 1}"]
@@ -362,6 +363,7 @@ def test_killed_before_the_links_of_the_last_checkpoint_sets_them_and_removes_ol
     assert os.readlink(out / "last") == "checkpoints/step-000006" and left == expected
 
 
+@pytest.mark.slow
 def test_killed_while_describing_the_run_begins_again(recipe, whole, tmp_path):
     out = tmp_path / "run"
     assert run(recipe, ["steps=12"], out, prepare=die_before_the_checkpoints).codes == [-9]

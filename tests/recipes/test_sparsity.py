@@ -73,6 +73,7 @@ def _tree(config):
     return OmegaConf.to_container(OmegaConf.create(dump(config)))
 
 
+@pytest.mark.slow
 def test_check_tells_layers_schedule_and_operations(tmp_path):
     config = load("llama-nano-sparse-1of16", [f"out={tmp_path / 'run'}"])
     section = next(section for section in Check(config).sections() if section.title == "Sparsity")
@@ -118,6 +119,7 @@ METHOD_CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "more"), METHOD_CASES, ids=[name for name, _ in METHOD_CASES])
 def test_a_killed_run_continues_as_if_it_had_not_been(recipe, tmp_path, method, more):
     # 8 sequences a step: accumulation 2
@@ -191,6 +193,7 @@ def test_log_and_report_show_sparsity(finished):
     assert all(f"Sparsity: {what}" in page for what in ("sparsity", "flip_rate", "kept_magnitude", "gradient_noise"))
 
 
+@pytest.mark.slow
 def test_a_sharded_run_that_is_killed_trains_as_one_process_does(recipe, tmp_path):
     # GPT-2 keeps its weights as (in, out): rows that are shared out would cut groups, which is refused
     llama = "{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2}"

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sparse_folders import config, drop, save_sparse, tensors
 
+from leanstep import _checkpoint
 from leanstep.cli import main
 from leanstep.sparsity import load_sparse, nm_mask, verify
 from leanstep.sparsity.inference import export_folder
@@ -136,6 +137,23 @@ def test_tied_weights_are_stored_once(tmp_path):
     (dense / "config.json").write_text(json.dumps(untied))
     export_folder(dense, tmp_path / "untied")
     assert {"lm_head.weight", "model.embed_tokens.weight"} < matrices(tmp_path / "untied")
+
+
+@pytest.mark.parametrize("format", ["sparse", "dense"])
+def test_a_disk_without_room_is_found_before_anything_is_written(format, tmp_path, monkeypatch):
+    """A dense folder is larger than the sparse one it is made from."""
+    dense = save_sparse(tmp_path / "dense", make_llama(tie_word_embeddings=True))
+    weights = load_file(dense / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, dense / "model.safetensors", metadata={"format": "pt"})
+    size = sum(tensor.nbytes for tensor in weights.values())
+    source = dense if format == "sparse" else export_folder(dense, tmp_path / "sparse").out
+    monkeypatch.setattr(_checkpoint, "free_bytes", lambda path: size - 1)
+    with pytest.raises(ValueError, match="GB free; make room"):
+        export_folder(source, tmp_path / "out", format=format)
+    assert not list(tmp_path.glob("*out*"))
+    monkeypatch.setattr(_checkpoint, "free_bytes", lambda path: size + 100_000)
+    export_folder(source, tmp_path / "out", format=format)
 
 
 def test_equal_matrices_that_are_no_embedding_are_not_tied(tmp_path):

@@ -10,9 +10,9 @@ import torch
 from architectures import CAUSAL, make
 from pruned_models import make_gpt2, make_llama, tokens
 from safetensors.torch import load_file, save_file
-from sparse_folders import config, save_sparse
+from sparse_folders import config, save_sparse, tensors
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 import leanstep  # noqa: F401
 from leanstep.lora import LoraConfig, apply_lora, merge
@@ -104,8 +104,12 @@ def test_conv1d_layers_are_compressed_too(tmp_path):
     export_folder(tmp_path / "dense", tmp_path / "sparse")
     sparse = load_sparse(tmp_path / "sparse")
     assert len(compressed(sparse)) == 8
-    with pytest.raises(ValueError, match="not serializable"):
-        sparse.save_pretrained(tmp_path / "again")
+    # files have these weights as (in, out)
+    sparse.save_pretrained(tmp_path / "again", max_shard_size="20KB")
+    again = load_sparse(tmp_path / "again")
+    assert torch.equal(logits(again), logits(sparse)) and len(compressed(again)) == 8
+    export_folder(tmp_path / "again", tmp_path / "back", format="dense")
+    assert tensors(tmp_path / "back") == tensors(tmp_path / "dense")
 
 
 @pytest.mark.parametrize("kind", ["sparse", "int8", "nm"])
@@ -128,6 +132,37 @@ def test_a_tied_head_is_dense_and_tied(tmp_path):
     sparse = load_sparse(tmp_path / "sparse")
     assert sparse.lm_head.weight is sparse.model.embed_tokens.weight and "lm_head" not in compressed(sparse)
     torch.testing.assert_close(logits(sparse), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")))
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.7])
+def test_a_base_model_gets_the_embedding_that_is_stored_as_the_head(sparsity, tmp_path):
+    """The head is in the first file, so that the embedding is the tied name."""
+    dense = save_sparse(tmp_path / "dense", make_llama(tie_word_embeddings=True), sparsity)
+    weights = load_file(dense / "model.safetensors")
+    (dense / "model.safetensors").unlink()
+    files = {
+        "a.safetensors": {"lm_head.weight": weights["model.embed_tokens.weight"].clone()},
+        "b.safetensors": weights,
+    }
+    files["a.safetensors"]["model.norm.weight"] = weights.pop("model.norm.weight")
+    for name, stored in files.items():
+        save_file(stored, dense / name, metadata={"format": "pt"})
+    weight_map = {name: file for file, stored in files.items() for name in stored}
+    (dense / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    export_folder(dense, tmp_path / "sparse")
+    model, report = AutoModel.from_pretrained(tmp_path / "sparse", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert torch.equal(model.embed_tokens.weight, weights["model.embed_tokens.weight"])
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
+    assert expected.lm_head.weight is expected.model.embed_tokens.weight
+    assert torch.equal(model(tokens(3, 16)).last_hidden_state, expected.model(tokens(3, 16)).last_hidden_state)
+
+
+def test_a_base_model_loads_without_the_head_of_the_files(folders):
+    model = AutoModel.from_pretrained(folders / "sparse")
+    expected = load_sparse(folders / "sparse").model
+    assert len(compressed(model)) == len(compressed(expected))
+    assert torch.equal(model(tokens(3, 16)).last_hidden_state, expected(tokens(3, 16)).last_hidden_state)
 
 
 def test_adapters_train_on_top(folders):
@@ -176,6 +211,7 @@ def test_a_compressed_weight_can_be_read_and_not_changed(folders):
         layer.weight.data = torch.zeros(64, 64)
 
 
+@pytest.mark.slow
 def test_the_model_compiles_whole(folders):
     model = load_sparse(folders / "sparse")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

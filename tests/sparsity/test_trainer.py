@@ -59,6 +59,7 @@ def test_the_callback_counts_optimizer_steps_and_logs(tmp_path):
     squash(run.model)
 
 
+@pytest.mark.slow
 def test_a_resumed_training_is_the_same(tmp_path):
     straight, controller = trainer(tmp_path / "straight", 8)
     straight.train()

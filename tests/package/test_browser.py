@@ -1,0 +1,201 @@
+"""Reports in a real browser: no message, no request, nothing cut off, on a screen, on a phone and on paper.
+
+With ``LEANSTEP_PICTURES=FOLDER`` the last test writes the pictures of the documentation from the reports in FOLDER.
+"""
+
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import pytest
+from browser import MISSING, Screen, browser, browser_path
+from run_folders import write_run
+from training import write_recipe
+
+from leanstep.pruning.folder.report import report_page
+from leanstep.recipes.report.report import write_report
+from leanstep.recipes.sweep.grid import make_plan
+from leanstep.recipes.sweep.page import write_pages
+from leanstep.recipes.sweep.results import summarize
+
+ROOT = Path(__file__).parents[2]
+PAGES = ("report", "comparison", "pruned", "sweep")
+# A4 without the margins of @page, at 96 pixels per inch
+PAPER = Screen(688, 1016, media="print")
+SCREENS = {
+    "light": Screen(),
+    "dark": Screen(scheme="dark"),
+    "phone": Screen(360, 740),
+    "print": PAPER,
+}
+ROLES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
+
+pytestmark = pytest.mark.skipif(browser_path() is None, reason=MISSING)
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory):
+    with browser(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """One report of each kind, with long names, from made-up numbers."""
+    folder = tmp_path_factory.mktemp("pages")
+    names = ("llama-nano-sinkgd-with-warmup", "llama-nano-lion", "llama-nano-adamw-of-the-second-attempt")
+    runs = [write_run(folder / name, name, floor=4.4 + i / 10, seed=i) for i, name in enumerate(names)]
+    written = {
+        "report": write_report(runs[:1], folder / "report.html"),
+        "comparison": write_report(runs, folder / "comparison.html"),
+        "pruned": folder / "pruned.html",
+        "sweep": sweep_page(folder),
+    }
+    written["pruned"].write_text(report_page(pruned_content()))
+    return written
+
+
+def pruned_content():
+    layers = [
+        {"name": f"model.layers.{block}.{role}.weight", "shape": [256, 256], "block": block, "pattern": None,
+         "sparsity": 0.3 + 0.05 * block + 0.01 * index}
+        for block in range(8) for index, role in enumerate(ROLES)
+    ]  # fmt: skip
+    return {
+        "source": "runs/llama/final", "sparsity": 0.5, "score": "wanda", "pattern": "unstructured", "metric": "kl",
+        "allocation": {"method": "dp", "predicted": 0.1}, "layers": layers, "notes": ["a remark " * 20],
+    }  # fmt: skip
+
+
+def sweep_page(folder):
+    plan = make_plan(str(write_recipe(folder)), ("optimizer.lr=1e-3,2e-3,4e-3", "seed=0,1"), folder / "sweep")
+    losses = (5.0, 5.2, 3.0, 3.1, 4.0, 4.1)
+    ends = {
+        run.name: {"kind": "end", "run": run.name, "status": "done", "val_loss": loss}
+        for run, loss in zip(plan.runs, losses, strict=True)
+    }
+    plan.folder.mkdir()
+    return write_pages(plan, summarize(plan, ends), ends)
+
+
+@pytest.mark.sample(len(PAGES))
+@pytest.mark.parametrize("screen", SCREENS)
+@pytest.mark.parametrize("name", PAGES)
+def test_a_report_says_nothing_and_asks_for_nothing(tab, pages, name, screen):
+    visit = tab.open(pages[name], SCREENS[screen])
+    assert visit.messages == []
+    assert visit.requests == [pages[name].as_uri()]
+    assert tab.evaluate("document.documentElement.scrollWidth") <= SCREENS[screen].width, "the page scrolls sideways"
+    assert tab.evaluate("document.querySelectorAll('svg').length") > 0
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_no_table_is_cut_off_on_a_screen_or_on_paper(tab, pages, name):
+    for screen in ("light", "print"):
+        tab.open(pages[name], SCREENS[screen])
+        wide = "[...document.querySelectorAll('.card')].filter(c => c.scrollWidth > c.clientWidth).length"
+        assert tab.evaluate(wide) == 0, screen
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_labels_of_an_axis_differ_and_stay_inside(tab, pages, name):
+    tab.open(pages[name], SCREENS["light"])
+    outside = """[...document.querySelectorAll('figure')].flatMap(f => [...f.querySelectorAll('text')].filter(t => {
+        const a = t.getBoundingClientRect(), b = f.getBoundingClientRect();
+        return a.left < b.left || a.right > b.right || a.bottom > b.bottom;
+    }).map(t => t.textContent))"""
+    assert tab.evaluate(outside) == []
+    # labels of one axis stand at one height, or end at one place
+    doubled = """[...document.querySelectorAll('svg')].flatMap(s => {
+        const places = [...s.querySelectorAll('text')].map(t => t.getAttribute('x') + ' ' + t.textContent);
+        return places.filter((p, i) => places.indexOf(p) != i);
+    })"""
+    assert tab.evaluate(doubled) == []
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_labels_can_be_read_on_a_phone(tab, pages, name):
+    tab.open(pages[name], SCREENS["phone"])
+    heights = tab.evaluate("[...document.querySelectorAll('svg text')].map(t => t.getBoundingClientRect().height)")
+    assert min(heights) > 8, "pixels"
+
+
+def test_dark_is_dark_and_paper_is_white_for_readers_of_the_dark_too(tab, pages):
+    def brightness(screen):
+        tab.open(pages["report"], screen)
+        colour = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+        return sum(int(part) for part in colour.strip("rgb()").split(","))
+
+    assert brightness(SCREENS["light"]) > 600 > 150 > brightness(SCREENS["dark"])
+    assert brightness(PAPER._replace(scheme="dark")) == 3 * 255
+
+
+def test_text_stands_out_from_its_ground(tab, pages):
+    """Contrast of at least 4.5, which WCAG 2 asks for small text."""
+    script = """(() => {
+        const parse = c => c.match(/[\\d.]+/g).map(Number);
+        const luminance = c => parse(c).slice(0, 3).map(v => v / 255)
+            .map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+            .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
+        const ground = e => {
+            while (e && (parse(getComputedStyle(e).backgroundColor)[3] ?? 1) == 0) e = e.parentElement;
+            return getComputedStyle(e || document.body).backgroundColor; };
+        return [...document.querySelectorAll('body *')].filter(e => e.children.length == 0 && e.textContent.trim()
+            && e.getClientRects().length && !['title', 'STYLE'].includes(e.tagName)).map(e => {
+            const style = getComputedStyle(e), over = luminance(ground(e));
+            const text = luminance(e.namespaceURI.endsWith('svg') ? style.fill : style.color);
+            return [(Math.max(text, over) + .05) / (Math.min(text, over) + .05), e.textContent.slice(0, 40)];
+        }).filter(([contrast]) => contrast < 4.5);
+    })()"""
+    for screen in ("light", "dark"):
+        for name in PAGES:
+            tab.open(pages[name], SCREENS[screen])
+            assert tab.evaluate(script) == [], (screen, name)
+
+
+def test_every_value_of_a_curve_and_of_a_map_is_named_on_hover(tab, pages):
+    tab.open(pages["pruned"], SCREENS["light"])
+    names = tab.evaluate("[...document.querySelectorAll('rect.cell')].map(r => r.querySelector('title').textContent)")
+    assert len(names) == 48 and names[0] == "q_proj, block 0: 0.300"
+    # the pointer meets the cell itself, nothing lies over it
+    hit = """(() => { const r = document.querySelector('rect.cell').getBoundingClientRect();
+        return document.elementFromPoint(r.x + r.width / 2, r.y + r.height / 2).getAttribute('class'); })()"""
+    assert tab.evaluate(hit) == "cell"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_report_prints(tab, pages, name):
+    tab.open(pages[name], Screen())
+    assert tab.pdf().startswith(b"%PDF-")
+
+
+def test_a_page_that_loads_something_is_caught(tab, tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text(
+        "<!doctype html><title>x</title><script>console.log('said')</script><img src='http://a.test/b.png'>"
+    )
+    visit = tab.open(page, Screen())
+    assert any("said" in message for message in visit.messages)
+    assert "http://a.test/b.png" in visit.requests
+
+
+PICTURES = os.environ.get("LEANSTEP_PICTURES")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PICTURES, reason="writes the pictures of docs/ where LEANSTEP_PICTURES names real reports")
+def test_pictures_of_the_documentation(tab):
+    """``report.html``, ``comparison.html``, ``pruned.html`` and ``sweep.html`` of FOLDER become docs/NAME.png."""
+    for name in PAGES:
+        page = Path(PICTURES or "", f"{name}.html")
+        if page.exists():
+            tab.open(page, Screen(1040, 800))
+            tab.screenshot(ROOT / "docs" / f"{name}.png", height=800)
+            assert width_of(ROOT / "docs" / f"{name}.png") == 1040
+
+
+def width_of(picture):
+    content = picture.read_bytes()
+    assert content[12:16] == b"IHDR" and zlib.crc32(content[12:29]) == struct.unpack(">I", content[29:33])[0]
+    return struct.unpack(">I", content[16:20])[0]
