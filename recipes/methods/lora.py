@@ -31,8 +31,8 @@ def adapt(config: RunConfig, model: torch.nn.Module) -> None:
         settings["init_lora_weights"] = True
     settings["modules_to_save"] = settings["modules_to_save"] or None
     settings["target_parameters"] = settings["target_parameters"] or None
-    lora = LoraConfig(**settings, task_type="CAUSAL_LM", base_model_name_or_path=config.model.init_from)
     try:
+        lora = LoraConfig(**settings, task_type="CAUSAL_LM", base_model_name_or_path=config.model.init_from)
         apply_lora(model, lora)
     except ValueError as error:
         raise ValueError(f"lora: {error}") from None
