@@ -312,8 +312,10 @@ def open_tokenizer(source: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     folder = Path(source).expanduser()
-    if folder.is_dir() and not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
-        raise ValueError(f"{source} holds no tokenizer (no tokenizer.json); save the model's own there by save_pretrained")
+    if folder.is_dir() and not any(any(folder.glob(name)) for name in ("*token*", "vocab*", "*.model")):
+        raise ValueError(
+            f"{source} holds no tokenizer (no tokenizer.json); save the model's own there by save_pretrained"
+        )
     with _opening("tokenizer", source) as path:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         longest = tokenizer.model_max_length
