@@ -2,6 +2,7 @@
 
 from leanstep.pruning.allocate.allocation import Budget, allocate, allocations_along
 from leanstep.pruning.allocate.closed_form import atp_betas, outlier_ratio, snap
+from leanstep.pruning.allocate.descent import Refinement
 from leanstep.pruning.allocate.knapsack import InfeasibleBudget, KnapsackTable, solve_knapsack
 from leanstep.pruning.allocate.latency import LatencyTable
 from leanstep.pruning.finetune import (
@@ -44,6 +45,7 @@ __all__ = [
     "Pruned",
     "Recovery",
     "RecoveryResult",
+    "Refinement",
     "Target",
     "Workload",
     "allocate",

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from leanstep._arguments import OneLineParser
 from leanstep._checkpoint import check_apart
 from leanstep._files import format_bytes, one_line, restore_replaced
 from leanstep.recipes.data.sources import open_file, sotu_corpus
@@ -18,7 +19,7 @@ from leanstep.recipes.training.formatting import format_duration
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from leanstep.pruning import CalibrationText, Estimate, PruneResult, Recovery, RecoveryResult
+    from leanstep.pruning import CalibrationText, Estimate, PruneResult, Recovery, RecoveryResult, Refinement
 
 __all__ = ["main", "split_newest"]
 
@@ -31,6 +32,12 @@ _SETTINGS = (
     *("sparsity", "allocation", "score", "pattern", "metric", "granularity", "correction", "levels"),
     *("include", "exclude", "batch_size", "curves", "minutes", "inputs"),
 )
+# what is counted in a phase of progress, by its name; others are points of curves
+_PHASES = {
+    "recovery": "taken {}/{} steps",
+    "refinement": "judged {}/{} exchanges",
+    "refinement time": "searched {}/{} seconds",
+}
 _OPTIONS = {"data.val_path": "--data", "data.text_key": "--text-key", "seq_len": "--seq-len", "samples": "--samples"}
 
 
@@ -74,7 +81,7 @@ def _peak_bytes() -> int | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="leanstep prune",
         description="Prune a checkpoint, each matrix as far as it hurts least. CHECKPOINT is never changed.",
     )
@@ -104,6 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--held-out", type=int, default=8, metavar="N", help="sequences held out for checks; default 8")
     add("--seq-len", type=int, metavar="N", help="tokens of a sequence; default: as trained, at most 2048")
     add("--seed", type=int, default=0, metavar="N", help="decides which sequences are taken; default 0")
+    add("--refine", type=float, metavar="MINUTES", help="search from the allocation on joint distortion, for this long")
+    add("--refine-evaluations", type=int, metavar="N", help="search by at most N exchanges: the result is reproducible")
+    add("--refine-samples", type=int, default=32, metavar="N", help="sequences that judge exchanges; default 32")
     add("--metric", metavar="NAME", help="kl (default for language models), kl_topk or mse_logits")
     add("--granularity", default="matrix", choices=("matrix", "role", "block"), help="matrices that share a level")
     add(
@@ -141,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
         help="recover on the dense model's outputs, or on the next tokens; default: the first, where memory allows",
     )
     add("--dry-run", action="store_true", help="state memory, disk and time, by config and file headers, and end")
-    add("--resume", action="store_true", help="continue an interrupted run: with its curves, or with recovery")
+    add("--resume", action="store_true", help="continue an interrupted run: with its curves, search or recovery")
     add("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -184,6 +194,7 @@ def _prune(options: argparse.Namespace) -> "PruneResult | RecoveryResult":
             device=options.device,
             progress=bar,
             recovery=recovery,
+            refine=_refinement(options),
             activations=options.activations,
             budget=options.budget if latencies is None else latencies,
             **{name: getattr(options, name) for name in _SETTINGS},
@@ -281,6 +292,14 @@ def _recovery(options: argparse.Namespace) -> "Recovery | None":
     )
 
 
+def _refinement(options: argparse.Namespace) -> "Refinement | None":
+    from leanstep.pruning import Refinement
+
+    if options.refine is None and options.refine_evaluations is None:
+        return None
+    return Refinement(minutes=options.refine, evaluations=options.refine_evaluations, seed=options.seed)
+
+
 def _data(options: argparse.Namespace) -> dict[str, Any]:
     if options.data is None:
         return {}
@@ -339,6 +358,7 @@ def _text(options: argparse.Namespace) -> "CalibrationText":
         held_out_documents=held_out,
         seq_len=options.seq_len,
         seed=options.seed,
+        refine_samples=options.refine_samples,
     )
 
 
@@ -370,7 +390,7 @@ class _Bar:
 
     def __call__(self, done: int, total: int, name: str) -> None:
         now = time.monotonic()
-        phase = "taken {}/{} steps" if name == "recovery" else "measured {}/{} points"
+        phase = _PHASES.get(name, "measured {}/{} points")
         if phase != self._phase:
             self.__exit__()
             self._live, self._first, self._phase, self._printed = None, None, phase, now
@@ -392,9 +412,8 @@ class _Bar:
             columns = (*Progress.get_default_columns(), MofNCompleteColumn())
             self._live = Progress(*columns, console=Console(stderr=True))
             self._live.start()
-            self._task = self._live.add_task(
-                "recovery" if "steps" in self._phase else "curves", total=total, completed=done
-            )
+            name = next((name for name, phase in _PHASES.items() if phase == self._phase), "curves")
+            self._task = self._live.add_task(name, total=total, completed=done)
         self._live.update(self._task, completed=done, total=total)
 
 
@@ -431,6 +450,13 @@ def _summary(result: "PruneResult", out: str) -> str:
         lines.append("curves         " + ", ".join(f"{number} {source}" for source, number in sources.items()))
     if result.allocation.predicted is not None:
         lines.append(f"predicted      {result.allocation.predicted:.4g} ({result.metric}, sum of the curves)")
+    if result.refinement:
+        search = result.refinement
+        first, last = search["points"][0][2], search["points"][-1][2]
+        lines.append(
+            f"refined        {search['accepted']} of {search['evaluations']} exchanges; {result.metric} on the judging "
+            f"data {first:.4g} before, {last:.4g} after"
+        )
     for one in result.compared:
         error = "" if one.joint_stderr != one.joint_stderr else f" +- {one.joint_stderr:.2g}"
         lines.append(

@@ -321,6 +321,11 @@ def open_tokenizer(source: str | Path) -> Any:
     """Tokenizer in a folder, or by name from the hub. Raises ValueError for one that cannot be opened or encode "a"."""
     from transformers import AutoTokenizer
 
+    folder = Path(source).expanduser()
+    if folder.is_dir() and not any(any(folder.glob(name)) for name in ("*token*", "vocab*", "*.model")):
+        raise ValueError(
+            f"{source} holds no tokenizer (no tokenizer.json); save the model's own there by save_pretrained"
+        )
     with _opening("tokenizer", source) as path:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         longest = tokenizer.model_max_length

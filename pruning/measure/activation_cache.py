@@ -164,7 +164,7 @@ class ActivationCache:
 
     def run(self, index: int) -> Any:
         """Run the model on a batch from :attr:`position` on; returns its output."""
-        with self._cached_outputs(self.position, index):
+        with self._cached_outputs(self.position, self._outputs[index] if self.position else None):
             return self.batches[index].run(self.model)
 
     def advance(self, position: int) -> None:
@@ -180,6 +180,10 @@ class ActivationCache:
     @torch.no_grad()
     def until(self, index: int, stage: int) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
         """Run a batch up to a stage; returns the stage's arguments, keyword arguments and output."""
+        return self._until(index, stage, self.position, self._outputs[index] if self.position else None)
+
+    def _until(self, index: int, stage: int, position: int, before: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+        """As :meth:`until`, from a position on, given the output of the stage before it."""
         captured: list[Any] = []
 
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -188,7 +192,7 @@ class ActivationCache:
 
         handle = self.stages[stage][1].register_forward_hook(hook, with_kwargs=True)
         try:
-            with self._cached_outputs(self.position, index):
+            with self._cached_outputs(position, before):
                 self.batches[index].run(self.model)
         except _Reached:
             pass
@@ -197,10 +201,9 @@ class ActivationCache:
         return captured[0]
 
     @contextmanager
-    def _cached_outputs(self, position: int, index: int) -> Iterator[None]:
-        """Context manager: stages before ``position`` return the cached output instead of computing."""
+    def _cached_outputs(self, position: int, output: Any) -> Iterator[None]:
+        """Context manager: stages before ``position`` return the given output instead of computing."""
         stored: list[tuple[nn.Module, Any]] = []
-        output = self._outputs[index] if position else None
         # clone the output: later stages may write into it, like nn.ReLU(inplace=True)
         unused = _cloned(output) if position > 1 else None
         try:
@@ -217,6 +220,60 @@ class ActivationCache:
                     del stage.forward
                 else:
                     stage.forward = forward
+
+
+class BlockCache(ActivationCache):
+    """Runs a model on fixed batches from any of its starts on, with the inputs of all blocks cached as they are needed.
+
+    Cached inputs come from the weights at that time: :meth:`forget` drops those that a change of weights made wrong.
+
+    Args:
+        like: a cache of the same model with its stages and starts.
+        batches: the inputs.
+        limit: most bytes of cached inputs in memory; beyond it, passes run from an earlier block. Files have no limit.
+    """
+
+    def __init__(self, like: ActivationCache, batches: Sequence[Batch], limit: float) -> None:
+        super().__init__(like.model, batches, enabled=bool(like.stages), like=like, scratch=like.scratch)
+        self._limit, self._size = limit, 0
+        # (start, index of the batch) -> output of the stage before the start
+        self._inputs: dict[tuple[int, int], Any] = {}
+
+    def start_of(self, groups: Sequence[Group]) -> int:
+        """The last start whose pass still runs all matrices of some groups."""
+        return min((start for start, _ in self.by_start(groups)), default=0)
+
+    @torch.no_grad()
+    def run_from(self, start: int, index: int) -> Any:
+        """Run the model on a batch from a start on; returns its output."""
+        position, output = self._before(start, index)
+        with self._cached_outputs(position, output):
+            return self.batches[index].run(self.model)
+
+    def forget(self, start: int) -> None:
+        """Drop the inputs of the blocks after a start: weights of the stages from there on have changed."""
+        for key in [key for key in self._inputs if key[0] > start]:
+            self._size -= _bytes(self._inputs.pop(key))
+
+    def _before(self, start: int, index: int) -> tuple[int, Any]:
+        """The start, or an earlier one if its input does not fit into memory, and the output of the stage before it."""
+        position, output = 0, None
+        for at in (at for at in self.starts if 0 < at <= start):
+            if (at, index) in self._inputs:
+                position, output = at, self._inputs[at, index]
+        if position < start:
+            output = self._until(index, start - 1, position, output)[2]
+            position = start
+            if self.scratch is not None:
+                self._inputs[start, index] = self.scratch.store(output)
+            elif self._size + _bytes(output) <= self._limit:
+                self._inputs[start, index] = output
+                self._size += _bytes(output)
+        return position, output
+
+
+def _bytes(output: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(output))
 
 
 def _tensors(output: Any) -> list[Tensor]:
