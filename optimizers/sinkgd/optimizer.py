@@ -144,7 +144,8 @@ class SinkGD(LeanOptimizer):
         State: none for matrices without options; AdamW's moments for the rest (8 bytes per fp32 parameter, 2.06 with
         int8). Options add ``momentum_buffer``,
         ``power_vector`` and ``power_warm``, and the state of ``rounding``, as for Lion. A step allocates one
-        fp32 matrix on a CPU, and partial column sums on a GPU.
+        fp32 matrix on a CPU, and partial column sums on a GPU. ``momentum`` and ``row_mask_tau`` add the averages of
+        the largest matrix, or 64 MB of them where matrices are smaller; of all sharded matrices together.
         Sharded matrices (FSDP2, tensor parallelism, both) are not gathered. An iteration reduces column sums over each
         mesh dimension that shards rows, and row sums over each that shards columns; these also need one all-reduce of
         the rows' largest entries. All matrices of the model share the all-reduces. ``spectral`` needs whole columns.
@@ -364,6 +365,12 @@ def _step(batch: Batch, *, balanced: bool, wide: bool) -> Reducer[None]:
     if not wide:
         yield from _step_blocks(batch, balanced=balanced)
         return
+    for part in in_parts(batch):
+        yield from _step_wide(part, balanced=balanced)
+
+
+def _step_wide(batch: Batch, *, balanced: bool) -> Reducer[None]:
+    """Decode momenta of 8 bits, step with them in fp32 (fp64 for fp64 parameters), and encode them."""
     key, steps = "momentum_buffer", [state["step"] for state in batch.states]
     if batch.rounding != "stochastic":  # which counts the steps itself
         torch._foreach_add_(steps, 1)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from leanstep._checkpoint import check_apart, check_output, new_folder
+from leanstep._checkpoint import check_apart, check_output, check_space, new_folder
 from leanstep._files import remove_partials, restore_replaced
 from leanstep._mapped import RESIDENT, ResidentSet
 from leanstep._version import __version__
@@ -23,6 +23,7 @@ from leanstep.pruning.folder.checkpoint import (
     write_report,
     write_weights,
 )
+from leanstep.pruning.folder.estimate import scratch_bytes
 from leanstep.pruning.folder.loading import checkpoint_values, load_model, open_checkpoint, stored_parameters
 from leanstep.pruning.folder.recovery import recover_model
 from leanstep.pruning.folder.text import CalibrationText, perplexity_of, sequences_of
@@ -140,6 +141,9 @@ def prune_checkpoint(
     elif recovery is not None and not isinstance(data, torch.Tensor):
         batches: Any = data
         data = list(batches)  # it is read twice
+    if activations == "disk":
+        scratch = scratch_bytes(model, data, held_out, settings.get("score", "wanda"))
+        check_space(out, checkpoint.size * (1 if recovery is None else 2) + scratch)
     perplexity: dict[str, Any] = {}
     if evaluate:
         if held_out is None:
