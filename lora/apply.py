@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from leanstep._torch import is_conv1d, is_dtensor
-from leanstep.lora.config import LoraConfig
+from leanstep.lora.config import LoraConfig, is_pissa
 from leanstep.lora.layers.block import fuse_blocks, unfuse_blocks
 from leanstep.lora.layers.embedding import attach_embedding
 from leanstep.lora.layers.experts import LoRAExpertsLayer, attach_experts, detach_experts, why_no_parameter_adapter
 from leanstep.lora.layers.frozen import is_linear, why_custom_forward, why_unsupported, widths
 from leanstep.lora.layers.linear import Adapter, LoRALayer, attach_linear, detach
-from leanstep.lora.layers.pissa import is_pissa, move_start, start_factors, why_no_pissa
+from leanstep.lora.layers.pissa import move_start, start_factors, why_no_pissa
 from leanstep.lora.targets import rank_of, scale_of, select, select_parameters, why_not_adaptable, with_heads
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from leanstep.lora.layers.pissa import is_pissa
-
 SAVES = ("min", "full", "lora_fa")
 BIASES = ("none", "all", "lora_only")
 
@@ -36,6 +34,11 @@ _FOREIGN = (
 _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 
 _SWITCHES = ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias", "inference_mode", "fused_blocks")
+
+
+def is_pissa(init: object) -> bool:
+    """Whether ``init_lora_weights`` names PiSSA: ``"pissa"``, or ``"pissa_niter_N"``."""
+    return isinstance(init, str) and re.fullmatch(r"pissa(_niter_\d+)?", init) is not None
 
 
 @dataclass

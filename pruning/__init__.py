@@ -14,6 +14,7 @@ from leanstep.pruning.finetune import (
     prune_iteratively,
     renew_batch_norms,
 )
+from leanstep.pruning.folder.estimate import Estimate, Workload, estimate_pruning
 from leanstep.pruning.folder.recovery import recover_checkpoint
 from leanstep.pruning.folder.run import prune_checkpoint
 from leanstep.pruning.folder.text import CalibrationText
@@ -31,6 +32,7 @@ __all__ = [
     "Budget",
     "CalibrationText",
     "Curve",
+    "Estimate",
     "GradualPruner",
     "InfeasibleBudget",
     "KnapsackTable",
@@ -45,10 +47,12 @@ __all__ = [
     "RecoveryResult",
     "Refinement",
     "Target",
+    "Workload",
     "allocate",
     "allocations_along",
     "as_matrix",
     "atp_betas",
+    "estimate_pruning",
     "find_targets",
     "gradual_sparsity",
     "iterative_sparsities",

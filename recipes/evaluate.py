@@ -128,7 +128,7 @@ def _evaluate_folder(options: argparse.Namespace) -> dict[str, Any]:
     folder = find_model_folder(options.checkpoint)
     require("transformers")
     model: Any = open_model(folder)
-    tokenizer = open_tokenizer(str(folder))
+    tokenizer = open_tokenizer(str(folder), key=None)
     needed = vocabulary_size(tokenizer)
     if needed > model.config.vocab_size:
         raise ValueError(f"the tokenizer in '{folder}' has {needed} tokens, the model {model.config.vocab_size}")

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leanstep._arguments import OneLineParser
-from leanstep._files import one_line, restore_replaced
+from leanstep._checkpoint import check_apart
+from leanstep._files import format_bytes, one_line, restore_replaced
 from leanstep.recipes.data.sources import open_file, sotu_corpus
 from leanstep.recipes.evaluate import in_options
 from leanstep.recipes.training.formatting import format_duration
@@ -18,7 +19,7 @@ from leanstep.recipes.training.formatting import format_duration
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from leanstep.pruning import CalibrationText, PruneResult, Recovery, RecoveryResult, Refinement
+    from leanstep.pruning import CalibrationText, Estimate, PruneResult, Recovery, RecoveryResult, Refinement
 
 __all__ = ["main", "split_newest"]
 
@@ -45,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     begin = time.monotonic()
     try:
+        if options.dry_run:
+            return _dry_run(options)
         result = _prune(options)
     except (ValueError, ImportError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
@@ -147,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="recover on the dense model's outputs, or on the next tokens; default: the first, where memory allows",
     )
+    add("--dry-run", action="store_true", help="state memory, disk and time, by config and file headers, and end")
     add("--resume", action="store_true", help="continue an interrupted run: with its curves, search or recovery")
     add("--json", action="store_true", help="print one JSON object")
     return parser
@@ -198,13 +202,62 @@ def _prune(options: argparse.Namespace) -> "PruneResult | RecoveryResult":
         )
 
 
+def _dry_run(options: argparse.Namespace) -> int:
+    """Print what the command would take. Returns 2 if that does not fit."""
+    from dataclasses import asdict
+
+    from leanstep.pruning import Workload, estimate_pruning
+    from leanstep.pruning.folder.loading import open_checkpoint
+
+    if options.device != "cpu":
+        raise ValueError(f"--dry-run estimates a run on the CPU, and the command has --device {options.device}")
+    check_apart(Path(options.out), (checkpoint := open_checkpoint(options.checkpoint)).folder)
+    names = ("samples", "held_out", "batch_size", "allocation", "score", "metric", "curves", "minutes", "granularity")
+    workload = Workload(
+        **{name: getattr(options, name) for name in (*names, "activations")},
+        curve_samples=min(options.curve_samples, options.samples),
+        tokens=options.seq_len,
+        levels=None if options.levels is None else len(options.levels),
+        sparsity=0.5 if options.sparsity is None else options.sparsity,
+    )
+    estimate = estimate_pruning(
+        checkpoint, options.out, workload, include=options.include, exclude=options.exclude, steps=options.recover or 0
+    )
+    problems = estimate.problems()
+    if options.json:
+        print(json.dumps(asdict(estimate) | {"problems": problems}))
+    else:
+        print("\n".join(_estimate_lines(estimate)))
+    for problem in problems:
+        print(f"error: {options.checkpoint}: {problem}", file=sys.stderr)
+    return 2 if problems else 0
+
+
+def _estimate_lines(estimate: "Estimate") -> list[str]:
+    """A table of an estimate."""
+    free = "" if estimate.free_memory is None else f", {format_bytes(estimate.free_memory)} free"
+    lines = [
+        f"{estimate.parameters:,} parameters, {estimate.pruned:,} of them in {estimate.matrices:,} matrices to prune",
+        f"memory {format_bytes(sum(estimate.memory.values()))}{free}",
+        *(f"  {use:<28}{format_bytes(size):>12}" for use, size in estimate.memory.items()),
+        f"disk {format_bytes(sum(estimate.disk.values()))}, {format_bytes(estimate.free_disk)} free",
+        *(f"  {use:<28}{format_bytes(size):>12}" for use, size in estimate.disk.items()),
+        f"time about {format_duration(sum(estimate.seconds.values()))} at the rates of this machine as loaded now",
+        *(f"  {use:<28}{format_duration(duration):>12}" for use, duration in estimate.seconds.items()),
+    ]
+    if estimate.reads:
+        lines.append(f"the model does not fit into the free memory: {format_bytes(estimate.reads)} are read from disk")
+    return lines
+
+
 def _refuse_other_settings(options: argparse.Namespace) -> None:
     """Raise ValueError if the pruned folder has other settings than the command: recovery would ignore these."""
     from leanstep.pruning.folder.recovery import pruned_content
 
     content = pruned_content(Path(options.out))
-    names = ("score", "pattern", "inputs")
-    settings = [(f"--{name}", content.get(name, getattr(options, name)), getattr(options, name)) for name in names]
+    written = {name: content[name] for name in ("score", "pattern", "inputs") if name in content}
+    written |= content.get("settings", {})
+    settings = [(f"--{name}", value, getattr(options, name, value)) for name, value in written.items()]
     sparsity = content.get("sparsity")
     if options.budget == "params" and options.sparsity is not None and isinstance(sparsity, float):
         # allocations round the number of weights of each matrix

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from leanstep._torch import is_dtensor
 from leanstep.kernels._modes import outside_dispatch_modes
+from leanstep.lora.config import is_pissa
 from leanstep.lora.layers.autograd import Setting, Weights, dense_weight, lora_linears, new_seed, seeded_dropout
 from leanstep.lora.layers.contraction import ContractionPath, contraction_path
 from leanstep.lora.layers.dora import NormCache
 from leanstep.lora.layers.frozen import dequantizer, why_custom_forward, widths
-from leanstep.lora.layers.pissa import START_A, START_B, is_pissa, start_factors, start_product, take_principal_part
+from leanstep.lora.layers.pissa import START_A, START_B, start_factors, start_product, take_principal_part
 from leanstep.lora.layers.rule import dora_factor
 
 

@@ -9,7 +9,6 @@ The trained layer is ``W' + s B A = W + s [B, -B0] [A; A0]``: to the plain base,
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
@@ -18,12 +17,6 @@ from torch import Tensor
 from leanstep.lora.layers.frozen import quantized_kind
 
 START_A, START_B = "lora_start_A", "lora_start_B"
-_NAME = re.compile(r"pissa(_niter_\d+)?")
-
-
-def is_pissa(init: object) -> bool:
-    """Whether ``init_lora_weights`` names this start: ``"pissa"``, or ``"pissa_niter_N"``."""
-    return isinstance(init, str) and _NAME.fullmatch(init) is not None
 
 
 @torch.no_grad()

@@ -32,11 +32,11 @@ from leanstep.lora.apply import (
     modules_to_save,
     plan_lora,
 )
-from leanstep.lora.config import LoraConfig
+from leanstep.lora.config import LoraConfig, is_pissa
 from leanstep.lora.layers.experts import expert_sizes, file_keys
 from leanstep.lora.layers.frozen import widths
 from leanstep.lora.layers.linear import LoRALinearLayer
-from leanstep.lora.layers.pissa import is_pissa, move_start, start_factors
+from leanstep.lora.layers.pissa import move_start, start_factors
 from leanstep.lora.peft.experts import names_read_as_experts
 from leanstep.lora.targets import rank_of, scale_of, select_parameters, without_foreign_names
 

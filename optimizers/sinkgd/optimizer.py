@@ -365,6 +365,12 @@ def _step(batch: Batch, *, balanced: bool, wide: bool) -> Reducer[None]:
     if not wide:
         yield from _step_blocks(batch, balanced=balanced)
         return
+    for part in in_parts(batch):
+        yield from _step_wide(part, balanced=balanced)
+
+
+def _step_wide(batch: Batch, *, balanced: bool) -> Reducer[None]:
+    """Decode momenta of 8 bits, step with them in fp32 (fp64 for fp64 parameters), and encode them."""
     key, steps = "momentum_buffer", [state["step"] for state in batch.states]
     if batch.rounding != "stochastic":  # which counts the steps itself
         torch._foreach_add_(steps, 1)

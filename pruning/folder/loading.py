@@ -224,7 +224,7 @@ def load_model(checkpoint: Checkpoint, device: str | torch.device = "cpu") -> nn
 def _check_finite(checkpoint: Checkpoint, model: nn.Module) -> None:
     """Check all weights. Reads those that the model has as stored from the files, one in memory at a time."""
     places = stored_names(checkpoint, model)
-    dtypes = {name: dtype for _, name, dtype, _ in _stored_dtypes(checkpoint.folder)}
+    dtypes = {name: dtype for _, name, dtype, _ in stored_dtypes(checkpoint.folder)}
     state = model.state_dict()
     as_stored = {
         name: place
@@ -307,10 +307,25 @@ def empty_model(source: str | Path, dtype: torch.dtype) -> nn.Module:
         return _class(None).from_config(config, dtype=dtype, trust_remote_code=False)
 
 
+def empty_model_of(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
+    """The model of a checkpoint on the meta device, without values; ValueError if it cannot be built."""
+    config = open_config(checkpoint.folder)
+    model_class = _model_class(checkpoint.config.get("architectures"))
+    with _opening("model", checkpoint.folder), torch.device("meta"):
+        if model_class is None:
+            return _class(None).from_config(config, dtype=dtype, trust_remote_code=False)
+        return model_class._from_config(config, dtype=dtype)
+
+
 def open_tokenizer(source: str | Path) -> Any:
     """Tokenizer in a folder, or by name from the hub. Raises ValueError for one that cannot be opened or encode "a"."""
     from transformers import AutoTokenizer
 
+    folder = Path(source).expanduser()
+    if folder.is_dir() and not any(any(folder.glob(name)) for name in ("*token*", "vocab*", "*.model")):
+        raise ValueError(
+            f"{source} holds no tokenizer (no tokenizer.json); save the model's own there by save_pretrained"
+        )
     with _opening("tokenizer", source) as path:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         longest = tokenizer.model_max_length
@@ -416,7 +431,7 @@ def check_weights(source: str | Path, model_class: Any = None, *, new_heads: Ite
 
 def _check_dtypes(folder: Path) -> None:
     """Refuse weights and biases that are not floating-point, which transformers would convert without a word."""
-    for file, name, dtype, dim in _stored_dtypes(folder):
+    for file, name, dtype, dim in stored_dtypes(folder):
         # GPT-2's attn.bias is a mask of four dimensions
         if dtype not in _FLOATING_DTYPES and (name.endswith(".weight") or (name.endswith(".bias") and dim == 1)):
             raise ValueError(
@@ -425,7 +440,7 @@ def _check_dtypes(folder: Path) -> None:
             )
 
 
-def _stored_dtypes(folder: Path) -> Iterator[tuple[Path, str, str, int]]:
+def stored_dtypes(folder: Path) -> Iterator[tuple[Path, str, str, int]]:
     """File, name, dtype and dimensions of every tensor in the weight files of a folder."""
     index = _index_name(folder)
     single = [name for name in _SINGLE if (folder / name).is_file()][:1]

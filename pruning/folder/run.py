@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from leanstep._checkpoint import check_apart, check_output, new_folder
+from leanstep._checkpoint import check_apart, check_output, check_space, new_folder
 from leanstep._files import remove_partials, restore_replaced
 from leanstep._mapped import RESIDENT, ResidentSet
 from leanstep._version import __version__
@@ -23,6 +23,7 @@ from leanstep.pruning.folder.checkpoint import (
     write_report,
     write_weights,
 )
+from leanstep.pruning.folder.estimate import scratch_bytes
 from leanstep.pruning.folder.loading import checkpoint_values, load_model, open_checkpoint, stored_parameters
 from leanstep.pruning.folder.recovery import recover_model
 from leanstep.pruning.folder.text import CalibrationText, perplexity_of, sequences_of
@@ -32,6 +33,9 @@ from leanstep.pruning.recovery import Recovery
 from leanstep.pruning.result import PruneResult
 
 ACTIVATIONS = ("memory", "disk")
+
+# settings that the result does not show, with their defaults
+_ASKED = {"allocation": "dp", "granularity": "matrix"}
 
 
 def prune_checkpoint(
@@ -122,6 +126,8 @@ def prune_checkpoint(
         refine = replace(refine, state=search)
     model = load_model(checkpoint, device)
     content: dict[str, Any] = {"leanstep": __version__, "source": str(source)}
+    # as asked for: the allocation that is applied may be another, which the comparison found to be better
+    content["settings"] = {name: settings.get(name, default) for name, default in _ASKED.items()}
     if sequences is not None:
         assert isinstance(data, CalibrationText)
         scores, held_out, judging = sequences
@@ -135,6 +141,9 @@ def prune_checkpoint(
     elif recovery is not None and not isinstance(data, torch.Tensor):
         batches: Any = data
         data = list(batches)  # it is read twice
+    if activations == "disk":
+        scratch = scratch_bytes(model, data, held_out, settings.get("score", "wanda"))
+        check_space(out, checkpoint.size * (1 if recovery is None else 2) + scratch)
     perplexity: dict[str, Any] = {}
     if evaluate:
         if held_out is None:

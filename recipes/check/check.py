@@ -23,13 +23,13 @@ from leanstep.recipes.data.hub import check_hub, from_hub, offline, offline_reci
 from leanstep.recipes.data.sequences import load_data
 from leanstep.recipes.data.sources import find_files, look, open_corpus, open_stream
 from leanstep.recipes.data.tokens import open_tokenizer, vocabulary_size
-from leanstep.recipes.methods.lora import optimizer_section
 from leanstep.recipes.methods.pruned import masked_names, pruned_start_warning, zeros_of
 from leanstep.recipes.methods.sparse import plan, run_operations, schedule_of
 from leanstep.recipes.training.build import (
     build_optimizer,
     initial_problem,
     missing_here,
+    optimizer_section,
     trackers_of,
     wants_cpu,
 )

@@ -30,10 +30,10 @@ from leanstep.pruning.folder.loading import empty_model
 from leanstep.recipes.config.schema import RunConfig, trained_size
 from leanstep.recipes.methods.attention import build_gate, build_monitor
 from leanstep.recipes.methods.halves import halved_groups
-from leanstep.recipes.methods.lora import adapt, optimizer_section
+from leanstep.recipes.methods.lora import adapt
 from leanstep.recipes.methods.pruned import masked_names
 from leanstep.recipes.methods.sparse import plan
-from leanstep.recipes.training.build import build_model, build_optimizer, checkpoint_activations
+from leanstep.recipes.training.build import build_model, build_optimizer, checkpoint_activations, optimizer_section
 
 
 @dataclass(frozen=True)

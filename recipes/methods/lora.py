@@ -4,19 +4,18 @@ A saved model is the merged model, an ordinary Hugging Face folder, with ``adapt
 run loads the base from ``model.init_from`` and the adapter from the checkpoint.
 """
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from leanstep.lora import LoraConfig, apply_lora, load_adapter
 from leanstep.lora.apply import all_adapters
-from leanstep.recipes.config.schema import OptimizerConfig, RunConfig
+from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.methods.pruned import mask_adapters
 from leanstep.recipes.training.checkpoint import CheckpointError
 
 ADAPTER = "adapter"
-FACTOR_B = r"(^|\.)lora_(embedding_)?B(\.|$)"
 
 
 def adapt(config: RunConfig, model: torch.nn.Module) -> None:
@@ -31,20 +30,12 @@ def adapt(config: RunConfig, model: torch.nn.Module) -> None:
         settings["init_lora_weights"] = True
     settings["modules_to_save"] = settings["modules_to_save"] or None
     settings["target_parameters"] = settings["target_parameters"] or None
-    lora = LoraConfig(**settings, task_type="CAUSAL_LM", base_model_name_or_path=config.model.init_from)
     try:
+        lora = LoraConfig(**settings, task_type="CAUSAL_LM", base_model_name_or_path=config.model.init_from)
         apply_lora(model, lora)
     except ValueError as error:
         raise ValueError(f"lora: {error}") from None
     mask_adapters(config, model)
-
-
-def optimizer_section(config: RunConfig) -> OptimizerConfig:
-    """``config.optimizer`` with the learning rate of B by ``lora.lr_ratio`` (LoRA+), after the groups that it names."""
-    section, ratio = config.optimizer, config.lora.lr_ratio
-    if ratio == 1 or not config.lora.target_modules:
-        return section
-    return replace(section, groups=[*section.groups, {"match": FACTOR_B, "lr": ratio * section.lr}])
 
 
 def describe_adapters(model: torch.nn.Module) -> str:

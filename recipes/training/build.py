@@ -8,6 +8,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from importlib import import_module
 from importlib.util import find_spec
@@ -50,6 +51,8 @@ T = TypeVar("T")
 
 # optimizers with two algorithms: that of their name for matrices, and AdamW for the rest
 _WITH_ADAMW = ("sinkgd", "muon")
+# LoRA's B by its names here and in PEFT
+FACTOR_B = r"(^|\.)lora_(embedding_)?B(\.|$)"
 _SELECTORS = {"match", "role"}
 
 _MIXED_PRECISION = {"bf16": "bf16", "fp16": "fp16", "fp32": "no", "bf16-pure": "no"}
@@ -348,6 +351,14 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     """Import the optimizer class ``name``."""
     module, _, cls = OPTIMIZERS[name].partition(":")
     return getattr(import_module(module), cls)
+
+
+def optimizer_section(config: RunConfig) -> OptimizerConfig:
+    """``config.optimizer`` with the learning rate of B by ``lora.lr_ratio`` (LoRA+), after the groups that it names."""
+    section, ratio = config.optimizer, config.lora.lr_ratio
+    if ratio == 1 or not config.lora.target_modules:
+        return section
+    return replace(section, groups=[*section.groups, {"match": FACTOR_B, "lr": ratio * section.lr}])
 
 
 def build_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> torch.optim.Optimizer:

@@ -32,7 +32,7 @@ from leanstep.recipes.data.tokens import vocabulary_size
 from leanstep.recipes.methods.attention import build_clip, build_gate, build_monitor, read_gate
 from leanstep.recipes.methods.ema import WeightAverage
 from leanstep.recipes.methods.halves import find_halves
-from leanstep.recipes.methods.lora import describe_adapters, optimizer_section
+from leanstep.recipes.methods.lora import describe_adapters
 from leanstep.recipes.methods.pruned import build_masks, pruned_start_warning
 from leanstep.recipes.methods.sparse import build_controller, describe_sparsity
 from leanstep.recipes.training.build import (
@@ -44,6 +44,7 @@ from leanstep.recipes.training.build import (
     describe_world,
     main_does,
     maximum,
+    optimizer_section,
     release_gradients,
     seed_process,
 )

@@ -24,6 +24,7 @@ from leanstep._heads import attention_projections
 from leanstep._torch import is_conv1d
 from leanstep.kernels.reference.quantization import dequantize
 from leanstep.optimizers import LANTON, SinkGD, create, param_groups
+from leanstep.optimizers.sinkgd import blocks as sinkgd_blocks
 
 LANTONS = {
     "plain": {"alpha": 0.5},
@@ -242,6 +243,22 @@ def test_a_bad_gradient_leaves_its_block_and_a_momentum_of_8_bits():
     after = values(optimizer, param, "momentum_buffer")
     torch.testing.assert_close(after[4:8], momentum[4:8], rtol=0.07, atol=1e-5)
     assert optimizer.nonfinite_count() == 1
+
+
+def test_momenta_of_8_bits_may_be_decoded_one_matrix_at_a_time(monkeypatch):
+    results = []
+    for limit in (sinkgd_blocks._ENTRIES_TOGETHER, 1):
+        monkeypatch.setattr(sinkgd_blocks, "_ENTRIES_TOGETHER", limit)
+        params = [nn.Parameter(torch.randn(12, 150, generator=torch.Generator().manual_seed(i))) for i in range(3)]
+        optimizer = SinkGD(
+            [{"params": params, "algorithm": "sinkgd", "blocks": 4}], lr=0.1, momentum=0.9, momentum_dtype=torch.int8
+        )
+        for step in range(2):
+            for i, param in enumerate(params):
+                param.grad = torch.randn(12, 150, generator=torch.Generator().manual_seed(3 * step + i + 3))
+            optimizer.step()
+        results.append([*params, *(optimizer.state[p]["momentum_buffer"] for p in params)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("layout", WIDE[:2], ids=str)

@@ -10,7 +10,7 @@ from training import Training, numbers, run, write_recipe, write_text
 from transformers import AutoModelForCausalLM
 
 from leanstep.lora import load_adapter
-from leanstep.recipes.check.check import Check, Section
+from leanstep.recipes.check.check import Check, Section, check
 from leanstep.recipes.check.costs import estimate
 from leanstep.recipes.config.differences import config_differences
 from leanstep.recipes.config.loader import ConfigError, load
@@ -140,6 +140,13 @@ def test_check_shows_what_is_trained(base):
     Check(load(recipe, [*options, "lora.use_dora=true"]), vocabulary=300).groups(section)
     text = "\n".join(section.lines)
     assert "lora_A" in text and "lora_magnitude_vector" in text and "wte" not in text
+
+
+def test_settings_that_adapters_exclude_are_one_problem_of_check(base, capsys):
+    recipe, _, options = base
+    assert check(load(recipe, [*options, "lora.target_parameters=[wte.weight]"])) == 1
+    problems = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  - ")]
+    assert any("lora: LoraConfig: target_parameters excludes lora_dropout, as in PEFT; unset it" in p for p in problems)
 
 
 @pytest.mark.parametrize("targets", ["[nothing]", "[c_atn]"])
