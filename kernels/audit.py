@@ -7,7 +7,6 @@ stack, makes narrow accesses where it promises 128 bits, or moves more bytes per
 Triton's cache folder (TRITON_CACHE_DIR) keeps compiled kernels and measurements. This module imports without Triton.
 """
 
-import argparse
 import hashlib
 import json
 import multiprocessing
@@ -20,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from leanstep._arguments import OneLineParser
 from leanstep.kernels._backend import has_triton
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -272,7 +272,7 @@ def _format_widths(widths: dict[int, int]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the audit. Return 1 if a kernel has a problem, 2 if the audit cannot run here."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="leanstep audit",
         description="Compile every Triton kernel for every target, without a GPU, and print a table. "
         "Loads and stores are those of the main loop: count x bits.",

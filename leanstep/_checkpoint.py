@@ -38,6 +38,8 @@ def reason(error: BaseException) -> str:
         line = f"it has no entry {line}"
     if "weights_only" in str(error) or "Weights only" in line:
         return "it is damaged, or holds more than tensors, and nothing in it is run"
+    if "mmap can only be used with files saved with" in line:
+        return "it is neither a safetensors file nor one that torch.save has written since torch 1.6"
     return one_line(line)
 
 

@@ -7,12 +7,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from difflib import get_close_matches
 from importlib.util import find_spec
 from itertools import chain, count
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
+from leanstep._arguments import EXIT_BAD_INPUT, OneLineParser
 from leanstep._process import InterruptibleStart, end_with_named_parent, open_standard_streams, output_error
 from leanstep._version import __version__
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 EXIT_FAILED = 1
-EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 COMPARISON = "comparison.html"
 EXTRAS = {
@@ -33,16 +32,6 @@ EXTRAS = {
 
 class UsageError(ValueError):
     """An invalid command line; the message says what to type instead."""
-
-
-class _Parser(argparse.ArgumentParser):
-    """ArgumentParser that suggests the nearest command for an unknown one."""
-
-    def error(self, message: str) -> NoReturn:
-        wrong = message.partition("invalid choice: '")[2].partition("'")[0]
-        choices = [name for action in self._actions if isinstance(action.choices, dict) for name in action.choices]
-        near = get_close_matches(wrong, choices, n=1) if wrong else []
-        super().error(message + (f"; did you mean '{near[0]}'?" if near else ""))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,11 +76,11 @@ def _imported(module: str, name: str) -> type[Exception]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="leanstep", description="Train transformers with lean optimizers.")
+    parser = OneLineParser(prog="leanstep", description="Train transformers with lean optimizers.")
     parser.add_argument("--version", action="version", version=f"leanstep {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def command(name: str, run: Callable, text: str, *, to: argparse._SubParsersAction = commands) -> _Parser:
+    def command(name: str, run: Callable, text: str, *, to: argparse._SubParsersAction = commands) -> OneLineParser:
         # these pass all their arguments, --help included, to a parser of their own
         has_own_parser = name in ("eval", "prune", "sweep", "generate", "bench")
         added = to.add_parser(name, help=text, description=text, allow_abbrev=False, add_help=not has_own_parser)

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from leanstep._torch import is_conv1d, is_dtensor
-from leanstep.lora.config import LoraConfig
+from leanstep.lora.config import LoraConfig, is_pissa
 from leanstep.lora.layers.block import fuse_blocks, unfuse_blocks
 from leanstep.lora.layers.embedding import attach_embedding
+from leanstep.lora.layers.experts import LoRAExpertsLayer, attach_experts, detach_experts, why_no_parameter_adapter
 from leanstep.lora.layers.frozen import is_linear, why_custom_forward, why_unsupported, widths
 from leanstep.lora.layers.linear import Adapter, LoRALayer, attach_linear, detach
-from leanstep.lora.targets import rank_of, scale_of, select, why_not_adaptable, with_heads
+from leanstep.lora.layers.pissa import move_start, start_factors, why_no_pissa
+from leanstep.lora.targets import rank_of, scale_of, select, select_parameters, why_not_adaptable, with_heads
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -55,12 +57,15 @@ def apply_lora(model: Model, config: LoraConfig) -> Model:
 
 def plan_lora(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
     """Run every check of :func:`apply_lora`; returns the layers to adapt by name."""
-    if next(adapted_layers(model), None) is not None:
+    if is_adapted(model):
         raise ValueError("apply_lora: the model has adapters already; merge or remove_lora them first")
     if any(type(module).__module__.startswith("peft.") for module in model.modules()):
         raise ValueError("apply_lora: this is a PEFT model; make it fast with accelerate_peft(model)")
     plan = select(model, config)
     problems = [problem for name, module in plan.items() for problem in _problems(model, name, module, config)]
+    if is_pissa(config.init_lora_weights):
+        problems += shared_weights(model, plan)
+    problems += _parameter_problems(model, plan, config)
     if problems:
         more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise ValueError("apply_lora: " + "; ".join(problems[:4]) + more)
@@ -92,31 +97,56 @@ def attach_adapters(model: nn.Module, plan: dict[str, nn.Module], config: LoraCo
     _train_biases(model, plan, config)
     model.lora_config = config  # type: ignore[assignment]
     model.lora_frozen = frozen  # type: ignore[assignment]
+    _attach_parameters(model, config)
     if config.fused_blocks:
         fuse_blocks(model)
+
+
+def _attach_parameters(model: nn.Module, config: LoraConfig) -> None:
+    by_module: dict[str, dict[str, Adapter]] = {}
+    for name, (path, leaf) in select_parameters(model, config).items():
+        by_module.setdefault(path, {})[leaf] = Adapter(
+            name=name,
+            rank=rank_of(config, name),
+            scale=scale_of(config, name),
+            dropout=0.0,
+            save=config.save,
+            fast_path=config.fast_path,
+            transposed=False,
+        )
+    for path, adapters in by_module.items():
+        module = model.get_submodule(path)
+        attach_experts(module, adapters, config.init_lora_weights)
+        _rebind_hooks(module)
 
 
 def remove_lora(model: Model) -> Model:
     """Undo :func:`apply_lora`: restore the classes of layers and the ``requires_grad`` of parameters.
 
-    A merged adapter stays in the weights; an unmerged one is lost. Modules in ``modules_to_save`` and biases keep their
+    A merged adapter stays in the weights; an unmerged one is lost, and PiSSA's principal part returns to the weight, up
+    to its rounding. Modules in ``modules_to_save`` and biases keep their
     trained values.
 
     Raises:
         ValueError: for a model without adapters, or a layer whose class has changed since (by a parametrization, say).
     """
-    layers = dict(adapted_layers(model))
+    layers, experts = dict(adapted_layers(model)), dict(adapted_experts(model))
     for name, module in layers.items():
         if not type(module).__name__ == f"LoRA{module.lora.base.__name__}":
             raise ValueError(
                 f"remove_lora: {name} has become a {type(module).__name__} since it was adapted; undo that first"
             )
-    if not layers:
+    if not layers and not experts:
         raise ValueError("remove_lora: the model has no adapters")
     unfuse_blocks(model)
     for module in layers.values():
+        if start_factors(module) is not None and not module.lora.merged:
+            move_start(module)
         detach(module)
         _rebind_hooks(module)
+    for adapted in experts.values():
+        detach_experts(adapted)
+        _rebind_hooks(adapted)
     frozen: dict[str, bool] = model.lora_frozen  # type: ignore[assignment]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(frozen.get(name, parameter.requires_grad))
@@ -134,16 +164,44 @@ def set_adapters(model: nn.Module, enabled: bool) -> None:
     Raises:
         ValueError: for a model without adapters, or with a merged one.
     """
-    layers = list(adapted_layers(model))
-    if not layers or any(layer.lora.merged for _, layer in layers):
+    adapters = all_adapters(model)
+    if not adapters or any(adapter.merged for adapter in adapters):
         raise ValueError("set_adapters: expected a model with adapters that are not merged")
-    for _, layer in layers:
-        layer.lora.enabled = enabled
+    for adapter in adapters:
+        adapter.enabled = enabled
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
     """The adapted layers of a model by name."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALayer))
+
+
+def adapted_experts(model: nn.Module) -> Iterator[tuple[str, LoRAExpertsLayer]]:
+    """The modules with adapted parameters by name."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRAExpertsLayer))
+
+
+def all_adapters(model: nn.Module) -> list[Adapter]:
+    """The adapters of layers and parameters."""
+    inside = [adapter for _, module in adapted_experts(model) for adapter in module.lora.values()]
+    return [layer.lora for _, layer in adapted_layers(model)] + inside
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether a model has adapters."""
+    return any(isinstance(module, (LoRALayer, LoRAExpertsLayer)) for module in model.modules())
+
+
+def _parameter_problems(model: nn.Module, plan: dict[str, nn.Module], config: LoraConfig) -> Iterator[str]:
+    """The reasons why parameters of ``target_parameters`` cannot be adapted."""
+    for name, (path, leaf) in select_parameters(model, config).items():
+        module = model.get_submodule(path)
+        if path in plan or is_linear(module) or isinstance(module, nn.Embedding):
+            yield f"{name} is the weight of a layer; name {path.rpartition('.')[2]} in target_modules instead"
+        elif not path:
+            yield f"{name} is a parameter of the model itself, which PEFT cannot adapt; wrap the model in a module"
+        elif (reason := why_no_parameter_adapter(module, leaf, rank_of(config, name))) is not None:
+            yield f"{name} cannot be adapted: {reason}"
 
 
 def _problems(model: nn.Module, name: str, module: nn.Module, config: LoraConfig) -> Iterator[str]:
@@ -166,6 +224,8 @@ def _problems(model: nn.Module, name: str, module: nn.Module, config: LoraConfig
             f"{name} has a weight that is a DTensor (FSDP2, tensor parallelism), where whole factors would train on a "
             "part of the gradient; call apply_lora first and fully_shard then. Tensor-parallel layers have no adapters"
         )
+    if is_pissa(config.init_lora_weights) and (reason := why_no_pissa(module, rank_of(config, name))) is not None:
+        yield f"{name} cannot begin with {config.init_lora_weights!r}: {reason}"
     reason = None if is_embedding else why_custom_forward(type(module))
     if config.fast_path and reason is not None:
         yield f"fast_path=True was asked for, but {name} cannot run on the fast path: {reason}"
@@ -181,6 +241,17 @@ def _problems(model: nn.Module, name: str, module: nn.Module, config: LoraConfig
         yield f"{name} is an embedding with max_norm or sparse gradients, which adapters do not support"
     if "forward" in vars(module) and "_old_forward" not in vars(module):
         yield f"{name} has a custom forward, set by another tool, which would skip the adapter"
+
+
+def shared_weights(model: nn.Module, plan: dict[str, nn.Module]) -> Iterator[str]:
+    """The reasons why PiSSA must not change the weights of some layers: other modules compute with them, too."""
+    holders: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        holders.setdefault(id(parameter), []).append(name)
+    for name in plan:
+        others = [other for other in holders[id(model.get_parameter(f"{name}.weight"))] if other != f"{name}.weight"]
+        if others:
+            yield f"{name} shares its weight with {others[0]}, and PiSSA changes the base weight; leave it out"
 
 
 def modules_to_save(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:

@@ -15,7 +15,7 @@ BIASES = ("none", "all", "lora_only")
 # fields that adapter_config.json does not have
 _FAST_PATH_FIELDS = ("save", "fast_path", "fused_blocks")
 # older versions of PEFT cannot read these fields: write them only if they are set
-_RECENT = ("exclude_modules", "lora_bias")
+_RECENT = ("exclude_modules", "lora_bias", "target_parameters")
 # PEFT also trains these heads for these tasks
 HEADS, HEAD_TASKS = ("classifier", "score"), ("SEQ_CLS", "TOKEN_CLS")
 # PEFT's fields that change an adapter's output and are not implemented here
@@ -26,7 +26,6 @@ _FOREIGN = (
     "layer_replication",
     "megatron_config",
     "monteclora_config",
-    "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
     "use_qalora",
@@ -35,6 +34,11 @@ _FOREIGN = (
 _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 
 _SWITCHES = ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias", "inference_mode", "fused_blocks")
+
+
+def is_pissa(init: object) -> bool:
+    """Whether ``init_lora_weights`` names PiSSA: ``"pissa"``, or ``"pissa_niter_N"``."""
+    return isinstance(init, str) and re.fullmatch(r"pissa(_niter_\d+)?", init) is not None
 
 
 @dataclass
@@ -50,6 +54,9 @@ class LoraConfig:
             (``out_proj`` of ``nn.MultiheadAttention``), layers whose weight a state-space mixer multiplies by itself
             (``dt_proj``), and layers that return no tensor (a router of experts). It warns about the last four, about
             fused experts, and about a classifier that is not trained whole.
+        target_parameters: parameters to adapt that are no layer's weight, above all the fused weights of experts (E,
+            out, in): names, each whole or its end after a dot, such as ``"mlp.experts.down_proj"``. Every expert gets
+            factors of rank r. Without dropout, DoRA, bias on B and PiSSA, as in PEFT.
         exclude_modules: selected layers to leave out: a list of names or a regular expression.
         lora_dropout: probability of dropping an entry of the adapter's input in training.
         bias: biases of the base model to train: ``"none"``, ``"all"``, or ``"lora_only"`` for those of adapted layers.
@@ -59,6 +66,9 @@ class LoraConfig:
         modules_to_save: names of modules to train and save whole, such as a new head.
         init_lora_weights: True: A uniform as in ``torch.nn.Linear``, B zero; ``"gaussian"``: A normal with standard
             deviation 1 / r, B zero; ``"orthogonal"``: A with orthonormal rows, B zero; False: both random, for tests.
+            ``"pissa"``: the r largest singular vectors of the base weight, which keeps the rest (Meng, Wang, Zhang,
+            "PiSSA", arXiv 2404.02948); ``"pissa_niter_N"``: a faster, randomised decomposition. The adapter is saved
+            with rank 2 r, for the plain base.
         fan_in_fan_out: stored in the file only; a layer's class determines the layout of its weight.
         layers_to_transform: indices of the layers to adapt, for names that contain an index.
         layers_pattern: the name before that index.
@@ -86,6 +96,7 @@ class LoraConfig:
     r: int = 8
     lora_alpha: float = 8
     target_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
     exclude_modules: list[str] | str | None = None
     lora_dropout: float = 0.0
     bias: Literal["none", "all", "lora_only"] = "none"
@@ -108,7 +119,7 @@ class LoraConfig:
     fused_blocks: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        for name in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save"):
             value = getattr(self, name)
             if isinstance(value, (set, frozenset, tuple)):
                 setattr(self, name, sorted(value, key=str))
@@ -123,7 +134,8 @@ class LoraConfig:
 
     def _wrong_types(self) -> list[str]:
         problems = []
-        for name, text in (("target_modules", True), ("exclude_modules", True), ("modules_to_save", False)):
+        texts = {"target_modules": True, "exclude_modules": True, "target_parameters": False, "modules_to_save": False}
+        for name, text in texts.items():
             value = getattr(self, name)
             if value is None or (text and isinstance(value, str)):
                 continue
@@ -157,12 +169,19 @@ class LoraConfig:
             ("bias", BIASES),
             ("save", SAVES),
             ("fast_path", (None, True, False)),
-            ("init_lora_weights", (True, False, "gaussian", "orthogonal")),
             *((name, (True, False)) for name in _SWITCHES),
         ):
             if getattr(self, name) not in allowed:
                 problems.append(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
-        if self.target_modules is not None and not self.target_modules:
+        init = self.init_lora_weights
+        if init not in (True, False, "gaussian", "orthogonal") and not is_pissa(init):
+            problems.append(
+                "init_lora_weights must be one of True, False, 'gaussian', 'orthogonal', 'pissa', 'pissa_niter_N', "
+                f"got {init!r}"
+            )
+        if self.target_parameters:
+            problems += self._parameter_problems()
+        if self.target_modules is not None and not self.target_modules and not self.target_parameters:
             problems.append("target_modules is empty; name the layers to adapt, or take 'all-linear'")
         expressions = [("target_modules", self.target_modules), ("exclude_modules", self.exclude_modules)]
         expressions += [(name, key) for name in ("rank_pattern", "alpha_pattern") for key in getattr(self, name)]
@@ -179,6 +198,16 @@ class LoraConfig:
             problems.append("layers_to_transform needs a list of target_modules, not a regular expression")
         return problems
 
+    def _parameter_problems(self) -> list[str]:
+        set_here = {"lora_dropout": self.lora_dropout != 0, "use_dora": self.use_dora, "lora_bias": self.lora_bias}
+        problems = [f"target_parameters excludes {name}, as in PEFT; unset it" for name, on in set_here.items() if on]
+        if self.init_lora_weights not in (True, False, "gaussian"):
+            problems.append(
+                "target_parameters takes init_lora_weights True, False or 'gaussian', as adapters of many experts, got "
+                f"{self.init_lora_weights!r}"
+            )
+        return problems
+
     def to_dict(self) -> dict[str, Any]:
         """The contents of ``adapter_config.json``: PEFT's fields, ready for JSON."""
         known = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _FAST_PATH_FIELDS}
@@ -192,7 +221,8 @@ class LoraConfig:
 
         Raises:
             ValueError: for another kind of adapter, a variant of LoRA that is not implemented here, or an
-                initialisation that changed the base (``init_lora_weights`` of PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA).
+                initialisation that changed the base and cannot be repeated (``init_lora_weights`` of OLoRA, CorDA,
+                LoftQ, LoRA-GA, randomised PiSSA).
         """
         kind = settings.get("peft_type", "LORA")
         if str(kind).rsplit(".", 1)[-1] != "LORA":
@@ -210,13 +240,13 @@ class LoraConfig:
             warnings.warn(f"LoraConfig: ignored the unknown fields {', '.join(unknown)}", stacklevel=2)
         known = {key: value for key, value in settings.items() if key in names}
         init = known.get("init_lora_weights", True)
-        if init not in _PLAIN_INITS:
+        if init not in (*_PLAIN_INITS, "pissa"):
             raise ValueError(
                 f"LoraConfig: the adapter began with init_lora_weights {init!r}, which changes the base, so it does "
                 "not fit the plain base; convert it with peft: save_pretrained("
                 "path_initial_model_for_weight_conversion=...)"
             )
-        if not isinstance(init, bool):
+        if not isinstance(init, bool) and init != "pissa":
             # the factors come from the file, so their initialisation does not matter
             known["init_lora_weights"] = True
         return cls(**known)

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from leanstep._torch import is_dtensor
-from leanstep.lora.apply import adapted_layers
+from leanstep.lora.apply import adapted_experts, adapted_layers, all_adapters
 from leanstep.lora.layers.embedding import LoRAEmbeddingLayer
+from leanstep.lora.layers.experts import LoRAExpertsLayer
 from leanstep.lora.layers.frozen import quantized_kind
 from leanstep.lora.layers.linear import LoRALayer, LoRALinearLayer
+from leanstep.lora.layers.pissa import start_factors
 from leanstep.lora.layers.rule import dora_factor
 
 # smaller DoRA factors leave too few digits of a row to divide them out again
@@ -98,12 +100,18 @@ def merge(model: nn.Module, *, keep_mask: bool = False, backup: bool = False) ->
         ties remain in a transformers model, its config gets ``tie_word_embeddings=False``. :func:`unmerge` ties them
         again.
     """
-    layers = dict(adapted_layers(model))
-    if not layers:
+    layers, experts = dict(adapted_layers(model)), dict(adapted_experts(model))
+    if not layers and not experts:
         raise ValueError("merge: the model has no adapters")
+    for name, module in experts.items():
+        _check_experts(name, module)
     for name, layer in layers.items():
         if layer.lora.merged:
             raise ValueError(f"merge: {name} is merged already")
+        if keep_mask and start_factors(layer) is not None:
+            raise ValueError(
+                f"merge: {name} began with PiSSA, so its base weight has no zeros to keep; unset keep_mask"
+            )
         _check_mergeable(name, layer)
         # checks one layer at a time before any change, without a copy of the model
         if not torch.isfinite(merged_weight(layer, keep_mask)).all():
@@ -130,7 +138,32 @@ def merge(model: nn.Module, *, keep_mask: bool = False, backup: bool = False) ->
             report.masked[name] = int((~mask).sum())
         layer.lora.merged, layer.lora.norms = True, None
         _add_to_bias(layer, 1)
+    for module in experts.values():
+        for leaf, adapter in module.lora.items():
+            weight, exact = getattr(module, leaf), _summed_parameter(module, leaf)
+            mask = weight != 0 if keep_mask else None
+            adapter.undo = _Undo(weight.detach().clone() if backup else None, None, mask, None)
+            weight.copy_(exact if mask is None else torch.where(mask, exact, 0.0))
+            drift = (weight.to(exact.dtype) - exact).abs()
+            report.layers[adapter.name] = float((drift if mask is None else drift * mask).max())
+            if mask is not None:
+                report.masked[adapter.name] = int((~mask).sum())
+            adapter.merged = True
     return report
+
+
+def _summed_parameter(module: LoRAExpertsLayer, leaf: str) -> Tensor:
+    """The merged parameter of experts, in fp32 or fp64."""
+    weight = getattr(module, leaf)
+    return module.summed(leaf).to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def _check_experts(name: str, module: LoRAExpertsLayer) -> None:
+    for leaf, adapter in module.lora.items():
+        if adapter.merged:
+            raise ValueError(f"merge: {name} is merged already")
+        if not torch.isfinite(_summed_parameter(module, leaf)).all():
+            raise ValueError(f"merge: the merged {name}.{leaf} holds NaN or infinity; nothing was merged")
 
 
 def _check_mergeable(name: str, layer: LoRALayer) -> None:
@@ -166,8 +199,8 @@ def unmerge(model: nn.Module) -> MergeReport:
         Without a backup, 16-bit weights come back with rounding errors. Rows that a DoRA magnitude near 0 scaled away
         come back exactly, because :func:`merge` stores them.
     """
-    layers = dict(adapted_layers(model))
-    if not layers or not all(layer.lora.merged for layer in layers.values()):
+    layers, adapters = dict(adapted_layers(model)), all_adapters(model)
+    if not adapters or not all(adapter.merged for adapter in adapters):
         raise ValueError("unmerge: expected a model with merged adapters")
     report = MergeReport()
     restored = retie(model)
@@ -189,6 +222,18 @@ def unmerge(model: nn.Module) -> MergeReport:
         if f"{name}.bias" not in restored:
             _add_to_bias(layer, -1)
         layer.lora.merged, layer.lora.undo, layer.lora.norms = False, None, None
+    for _, module in adapted_experts(model):
+        for leaf, adapter in module.lora.items():
+            weight, undo = getattr(module, leaf), adapter.undo
+            report.layers[adapter.name] = 0.0
+            if undo.backup is not None:
+                weight.copy_(undo.backup)
+            else:
+                report.layers[adapter.name] = float(weight.abs().max()) * torch.finfo(weight.dtype).eps
+                # the sum with the opposite sign
+                exact = 2 * _widened(weight) - _summed_parameter(module, leaf)
+                weight.copy_(exact if undo.mask is None else torch.where(undo.mask, exact, 0.0))
+            adapter.merged, adapter.undo = False, None
     return report
 
 
@@ -207,7 +252,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Copies the weights of adapted layers. Lists parameters tied to one of them under every name; save the model inside
     :func:`config_of_merged`, so that its config matches. Raises ValueError for quantised or parametrized bases.
     """
-    layers = dict(adapted_layers(model))
+    layers, experts = dict(adapted_layers(model)), dict(adapted_experts(model))
     untied = {holder.name for group in tied_groups(model) for holder in group}
     state = {}
     for name, value in model.state_dict().items():
@@ -218,6 +263,8 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
         if layer is not None and not layer.lora.merged and key == "weight":
             _check_mergeable(owner, layer)
             value = merged_weight(layer).to(value.dtype)
+        elif owner in experts and key in experts[owner].lora and not experts[owner].lora[key].merged:
+            value = _summed_parameter(experts[owner], key).to(value.dtype)
         elif layer is not None and not layer.lora.merged and key == "bias" and _has_bias_on_b(layer):
             value = value + _bias_shift(layer)
         elif name in untied:

@@ -16,6 +16,8 @@ _FACTOR = re.compile(r"(?:^|\.)lora_(?:embedding_)?([AB])(?:\.|$)(?!(?:.*\.)?bia
 def lora_groups(
     model: nn.Module,
     *,
+    lr: float | None = None,
+    lr_ratio: float | None = None,
     a: Mapping[str, Any] | None = None,
     b: Mapping[str, Any] | None = None,
     rest: Mapping[str, Any] | None = None,
@@ -24,8 +26,11 @@ def lora_groups(
 
     Args:
         model: adapted by leanstep or PEFT. Parameters that need no gradient are left out.
-        a, b: options for A (r, in) and B (out, r), such as ``lr`` or an optimizer's ``algorithm``. LoRA+ (Hayou,
-            Ghosh, Yu, arXiv 2402.12354) gives B a learning rate several times that of A.
+        lr: learning rate of A and of all other trained parameters; None: that of the optimizer.
+        lr_ratio: learning rate of B as a multiple of ``lr``, at least 1: LoRA+ (Hayou, Ghosh, Yu, arXiv 2402.12354),
+            which recommends 16. Needs ``lr``.
+        a, b: options for A (r, in) and B (out, r), such as ``lr`` or an optimizer's ``algorithm``; they override the
+            rates above.
         rest: options for all other trained parameters: magnitudes, biases, modules trained whole.
 
     Returns:
@@ -33,11 +38,14 @@ def lora_groups(
         torch's optimizers take them) and the options. Empty groups are left out.
 
     Raises:
-        ValueError: for a model that trains no parameter, or neither A nor B.
+        ValueError: for a model that trains no parameter, or neither A nor B; for an ``lr_ratio`` without ``lr``, below
+            1, or for a model that trains no B.
 
     Notes:
         Warns about options for an empty group.
     """
+    if lr_ratio is not None and (lr is None or not lr_ratio >= 1):
+        raise ValueError(f"lora_groups: expected lr, and lr_ratio >= 1 (LoRA+), got lr={lr!r}, lr_ratio={lr_ratio!r}")
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {"lora_A": [], "lora_B": [], "rest": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -57,4 +65,11 @@ def lora_groups(
             f"lora_groups: ignored the options for {', '.join(unused)}: the model trains no such parameter",
             stacklevel=2,
         )
-    return [{**(options[name] or {}), "name": name, "params": params} for name, params in groups.items() if params]
+    if lr_ratio is not None and not groups["lora_B"]:
+        raise ValueError(f"lora_groups: lr_ratio={lr_ratio!r} is a rate of B, and the model trains no lora_B")
+    rates = {name: {} if lr is None else {"lr": lr * (lr_ratio or 1) if name == "lora_B" else lr} for name in groups}
+    return [
+        {**rates[name], **(options[name] or {}), "name": name, "params": params}
+        for name, params in groups.items()
+        if params
+    ]

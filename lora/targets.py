@@ -28,6 +28,8 @@ def select(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
             or for a pattern of ranks or alphas that fits no selected module.
     """
     modules = {name: module for name, module in model.named_modules() if name}
+    if not config.target_modules and config.target_parameters:
+        return {}
     if config.target_modules is None:
         targets = [n for n, m in modules.items() if type(m) in (nn.Linear, nn.Embedding) or is_conv1d(m)]
         ends = sorted({name.rsplit(".", 1)[-1] for name in targets})
@@ -43,8 +45,26 @@ def select(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
             raise ValueError(_why_nothing(rule, modules))
     for patterns in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, patterns):
-            if not any(_fits_end(key, name) for name in selected):
+            if not any(_fits_end(key, name) for name in [*selected, *select_parameters(model, config)]):
                 raise ValueError(f"apply_lora: {patterns} {key!r} fits none of the {len(selected)} adapted layers")
+    return selected
+
+
+def select_parameters(model: nn.Module, config: LoraConfig) -> dict[str, tuple[str, str]]:
+    """The parameters that ``target_parameters`` selects: name -> the name of its module and its attribute.
+
+    Raises:
+        ValueError: for an entry that fits no parameter (the message suggests similar names).
+    """
+    targets = config.target_parameters or []
+    names = {name: (path, leaf) for name, _ in model.named_parameters() for path, _, leaf in [name.rpartition(".")]}
+    selected = {name: place for name, place in names.items() if targets and _fits(targets, name)}
+    for target in targets:
+        if not any(_fits([target], name) for name in selected):
+            ends = {".".join(name.split(".")[-length:]) for name in names for length in (1, 2, 3)}
+            similar = difflib.get_close_matches(target, sorted(ends), n=3, cutoff=0.5)
+            hint = f"; did you mean {' or '.join(map(repr, similar))}?" if similar else ""
+            raise ValueError(f"apply_lora: target_parameters {target!r} fits no parameter of the model{hint}")
     return selected
 
 
@@ -93,6 +113,7 @@ def without_foreign_names(model: nn.Module, config: LoraConfig, where: str) -> L
     selected = [name for name in names if matches(config, name)]
     if not selected:
         return config
+    parameters = [name for name, _ in model.named_parameters() if _fits(config.target_parameters, name)]
     changes: dict[str, Any] = {}
     foreign: list[str] = []
     if isinstance(config.target_modules, list):
@@ -100,8 +121,10 @@ def without_foreign_names(model: nn.Module, config: LoraConfig, where: str) -> L
         foreign += [f"target_modules {t!r}" for t in config.target_modules if not any(_fits([t], n) for n in names)]
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, field)
-        changes[field] = {key: value for key, value in patterns.items() if any(_fits_end(key, n) for n in selected)}
-        foreign += [f"{field} {key!r}" for key in patterns if not any(_fits_end(key, name) for name in names)]
+        changes[field] = {
+            key: value for key, value in patterns.items() if any(_fits_end(key, n) for n in [*selected, *parameters])
+        }
+        foreign += [f"{field} {key!r}" for key in patterns if not any(_fits_end(key, n) for n in [*names, *parameters])]
     if foreign:
         warnings.warn(f"load_adapter: {where}: {', '.join(foreign)} fits nothing in this model", stacklevel=3)
     return dataclasses.replace(config, **changes)
@@ -151,7 +174,7 @@ def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module], config: Lora
     if narrow:
         names = ", ".join(narrow[:4]) + (f" and {len(narrow) - 4} more" if len(narrow) > 4 else "")
         warnings.warn(f"apply_lora: 'all-linear' leaves out {names}: narrower than the rank", stacklevel=5)
-    _warn_of_experts(model)
+    _warn_of_experts(model, config)
     _warn_of_frozen_head(model, config)
     if not selected:
         raise ValueError(
@@ -160,13 +183,14 @@ def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module], config: Lora
     return selected
 
 
-def _warn_of_experts(model: nn.Module) -> None:
-    """Warn about tensors of all experts, which "all-linear" leaves out."""
+def _warn_of_experts(model: nn.Module, config: LoraConfig) -> None:
+    """Warn about tensors of all experts, which "all-linear" leaves out and ``target_parameters`` does not name."""
     tensors = {
         f"{name}.{leaf}": getattr(module, leaf)
         for name, module in model.named_modules()
         if not is_linear(module)
         for leaf in expert_weights(name, module)
+        if not _fits(config.target_parameters, f"{name}.{leaf}")
     }
     if not tensors:
         return
@@ -176,9 +200,13 @@ def _warn_of_experts(model: nn.Module) -> None:
     peft = f"; PEFT adapts them and the routers, and no other layer called {', '.join(renamed)}" if renamed else ""
     warnings.warn(
         f"apply_lora: 'all-linear' leaves out {', '.join(list(tensors)[:2])}{more} ({share:.0%} of the weights): "
-        f"fused experts have no adapters here{peft}",
+        f"name fused experts in target_parameters, as {sorted({_last_two(name) for name in tensors})}{peft}",
         stacklevel=6,
     )
+
+
+def _last_two(name: str) -> str:
+    return ".".join(name.split(".")[-2:])
 
 
 def _warn_of_frozen_head(model: nn.Module, config: LoraConfig) -> None:

@@ -8,19 +8,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanstep.kernels import lion_agreement, lion_agreement_int8, lion_step, lion_step_int8
+from leanstep.kernels import StepOptions, lion_agreement, lion_agreement_int8, lion_step, lion_step_int8
 from leanstep.kernels.steps.common import compute_dtype, constant, decay_factor, pack
 from leanstep.optimizers.common.base import Batch, GradientAverage, LeanOptimizer, count_nonfinite
 from leanstep.optimizers.common.checks import check_betas, check_dtype, check_flags, describe, settings_of
-from leanstep.optimizers.common.quantized import init_average, is_quantized, quantized_rules, scale_key, scale_shapes
+from leanstep.optimizers.common.column_shards import check_int8_shard, cuts_rows
+from leanstep.optimizers.common.quantized import (
+    average_values,
+    init_average,
+    is_quantized,
+    quantized_rules,
+    scale_key,
+    scale_shapes,
+    store_averages,
+)
 from leanstep.optimizers.common.rounding import effective, init_rounding
 from leanstep.optimizers.common.saved_tensors import SHAPED, StateRule
 from leanstep.optimizers.common.sharding import (
     Reducer,
     Shard,
-    check_row_shards,
     local,
     readable,
+    shard_of,
     store,
     sum_over_shards,
 )
@@ -63,8 +72,9 @@ class Lion(LeanOptimizer):
         momentum_dtype: dtype of m; None: the parameter's. torch.int8: 8-bit codes with one fp32 scale for every 128
             neighbours of a row, for parameters of two or more dimensions; others have the parameter's dtype. Rounding
             to codes is stochastic and unbiased, because rounding to nearest would lose slow changes of m:
-            ``leanstep/kernels/reference/quantization.py`` has the numbers. Needs unsharded parameters or shards along
-            dimension 0. Setting ``group["momentum_dtype"]`` converts m in the next step.
+            ``leanstep/kernels/reference/quantization.py`` has the numbers. Shards that cut rows are stepped in plain
+            torch, with m in fp32 for the time of the step. Setting ``group["momentum_dtype"]`` converts m in the next
+            step.
         seed: seed of stochastic rounding, an int in [0, 2**32).
         nonfinite: how to treat infinite or NaN gradients. "skip": leave these entries of parameter and momentum
             unchanged (an 8-bit momentum up to rounding), and count the tensor (:meth:`nonfinite_count`). "raise": check
@@ -84,8 +94,9 @@ class Lion(LeanOptimizer):
         (4 bytes per 128 entries of a row; a short block at the end of a row counts too) and ``step``. "kahan" adds
         ``kahan_compensation`` (2 bytes), "master" adds ``master_param`` (4 bytes), "split" adds ``split_difference``
         (1 byte), "stochastic" adds ``step`` (a scalar). A step allocates no temporary of a parameter's size.
-        FSDP2: no communication; with ``cautious`` one all-reduce of one number per tensor. ``nonfinite_count`` counts
-        the shards of this process.
+        FSDP2: no communication; with ``cautious`` one all-reduce of one number per tensor. int8 with shards that cut
+        rows: one all-reduce of the largest entries per mesh dimension that cuts columns, unless all of them get a
+        multiple of 128 columns of a matrix. ``nonfinite_count`` counts the shards of this process.
 
     References:
         Chen, Liang, Huang, Real, Wang, Liu, Pham, Dong, Luong, Hsieh, Lu, Le, "Symbolic Discovery of Optimization
@@ -128,7 +139,7 @@ class Lion(LeanOptimizer):
     def _check_shard(self, group: dict[str, Any], position: int, shard: Shard) -> None:
         super()._check_shard(group, position, shard)
         if _is_int8(group, group["params"][position]):
-            check_row_shards("Lion: momentum_dtype=torch.int8", describe(group, position), shard)
+            check_int8_shard("Lion: momentum_dtype=torch.int8", describe(group, position), shard)
 
     def _init_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
         state = self.state[param]
@@ -146,9 +157,12 @@ class Lion(LeanOptimizer):
 
     def _group_steps(
         self, group: dict[str, Any], first_index: int, only: Sequence[int] | None = None
-    ) -> list[Reducer[None]]:
-        batches = self._batches(group, first_index, only, lambda param: "int8" if _is_int8(group, param) else "")
-        return [_step(batch, int8=name == "int8") for name, batch in batches]
+    ) -> list[Reducer[Any]]:
+        batches = self._batches(group, first_index, only, lambda param: _rule_of(group, param))
+        return [
+            _step_columns(batch) if name == "int8 columns" else _step(batch, int8=name == "int8")
+            for name, batch in batches
+        ]
 
     def _gradient_average(self, group: dict[str, Any], param: Tensor) -> GradientAverage | str:
         beta1, beta2 = group["betas"]
@@ -165,15 +179,35 @@ def _is_int8(group: dict[str, Any], param: Tensor) -> bool:
     return is_quantized(group["momentum_dtype"], param)
 
 
-def _step(batch: Batch, *, int8: bool) -> Reducer[None]:
-    """Update parameters, momenta and rounding states in place; count non-finite gradients."""
+def _rule_of(group: dict[str, Any], param: Tensor) -> str:
+    if not _is_int8(group, param):
+        return ""
+    return "int8 columns" if cuts_rows(shard_of(param)) else "int8"
+
+
+def _step_columns(batch: Batch) -> Reducer[None]:
+    """Step parameters whose shards cut rows: decode their momenta of 8 bits, step, and encode them."""
+    dtype = compute_dtype(batch.params[0].dtype)
+    pairs = zip(batch.states, batch.shards, strict=True)
+    momenta = [average_values(state, "exp_avg", shard, dtype) for state, shard in pairs]
+    states = [{**state, "exp_avg": momentum} for state, momentum in zip(batch.states, momenta, strict=True)]
+    options = yield from _step(batch._replace(states=states), int8=False, seeded=True)
+    assert options.seeds is not None
+    yield from store_averages(momenta, batch.states, "exp_avg", batch.shards, options.seeds.unbind())
+
+
+def _step(batch: Batch, *, int8: bool, seeded: bool = False) -> Reducer[StepOptions]:
+    """Update parameters, momenta and rounding states in place; count non-finite gradients; return the step's options.
+
+    ``seeded``: momenta are rounded stochastically afterwards.
+    """
     group = batch.group
     params, grads = ([readable(t) for t in ts] for ts in (batch.params, batch.grads))
     exp_avgs = [readable(state["exp_avg"]) for state in batch.states]
     scales = [local(state[scale_key("exp_avg")]) for state in batch.states] if int8 else []
     scalars = lion_scalars(group["lr"], group["betas"], group["weight_decay"], params[0])
     options = batch.options(
-        scalars, seeded=int8, decay_where_aligned=group["cautious_decay"], maximize=group["maximize"]
+        scalars, seeded=int8 or seeded, decay_where_aligned=group["cautious_decay"], maximize=group["maximize"]
     )
     if group["cautious"]:
         if int8:
@@ -188,6 +222,7 @@ def _step(batch: Batch, *, int8: bool) -> Reducer[None]:
         flags = lion_step(params, grads, exp_avgs, batch.rounding_state(), options)
     store(params, batch.params)
     count_nonfinite(group, flags)
+    return options
 
 
 # ---- the scalars of the rule, which leanstep.kernels.lion_step applies

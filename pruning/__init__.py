@@ -2,6 +2,7 @@
 
 from leanstep.pruning.allocate.allocation import Budget, allocate, allocations_along
 from leanstep.pruning.allocate.closed_form import atp_betas, outlier_ratio, snap
+from leanstep.pruning.allocate.descent import Refinement
 from leanstep.pruning.allocate.knapsack import InfeasibleBudget, KnapsackTable, solve_knapsack
 from leanstep.pruning.allocate.latency import LatencyTable
 from leanstep.pruning.finetune import (
@@ -13,6 +14,7 @@ from leanstep.pruning.finetune import (
     prune_iteratively,
     renew_batch_norms,
 )
+from leanstep.pruning.folder.estimate import Estimate, Workload, estimate_pruning
 from leanstep.pruning.folder.recovery import recover_checkpoint
 from leanstep.pruning.folder.run import prune_checkpoint
 from leanstep.pruning.folder.text import CalibrationText
@@ -30,6 +32,7 @@ __all__ = [
     "Budget",
     "CalibrationText",
     "Curve",
+    "Estimate",
     "GradualPruner",
     "InfeasibleBudget",
     "KnapsackTable",
@@ -42,11 +45,14 @@ __all__ = [
     "Pruned",
     "Recovery",
     "RecoveryResult",
+    "Refinement",
     "Target",
+    "Workload",
     "allocate",
     "allocations_along",
     "as_matrix",
     "atp_betas",
+    "estimate_pruning",
     "find_targets",
     "gradual_sparsity",
     "iterative_sparsities",

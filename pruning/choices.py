@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from leanstep.pruning.allocate.allocation import METHODS, Budget
+from leanstep.pruning.allocate.descent import Refinement
 from leanstep.pruning.allocate.latency import LatencyTable
 from leanstep.pruning.measure.checks import CORRECTIONS, INPUTS
 from leanstep.pruning.measure.curves import SOURCES, Curve
@@ -29,6 +30,7 @@ def check_choices(
     minutes: float = 30.0,
     budget: Budget | LatencyTable | str | None = None,
     metric: str | Metric | None = None,
+    refine: Refinement | None = None,
     **others: Any,
 ) -> None:
     """Raise ValueError for unknown or contradictory settings of ``prune``, before anything is loaded."""
@@ -74,6 +76,11 @@ def check_choices(
     if correction != "none" and allocation != "dp":
         raise ValueError(
             f"correction={correction!r} corrects curves, which only allocation='dp' has; got {allocation!r}"
+        )
+    if refine is not None and (allocation != "dp" or fixed is not None):
+        raise ValueError(
+            "refine searches from the allocation of the dynamic programme: expected allocation='dp' and no fixed "
+            f"pattern, got {allocation!r} and {pattern}"
         )
     if data is None and (NEEDS[score] or (allocation in ("dp", "owl", "atp") and fixed is None)):
         raise ValueError(

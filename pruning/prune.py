@@ -10,8 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from leanstep._mapped import Scratch
 from leanstep.pruning.allocate.allocation import Budget, BudgetConstraint, allocate
 from leanstep.pruning.allocate.closed_form import atp_betas, in_blocks, snap
+from leanstep.pruning.allocate.descent import Descent, Refinement
 from leanstep.pruning.allocate.latency import LatencyTable
 from leanstep.pruning.choices import check_choices, fixed_pattern
 from leanstep.pruning.measure.activation_cache import ActivationCache
@@ -27,6 +29,7 @@ from leanstep.pruning.measure.measure import (
 )
 from leanstep.pruning.measure.metrics import Metric, check_runs, metric_name
 from leanstep.pruning.measure.points import Progress
+from leanstep.pruning.refine import REFINED, judging_batches, refine_allocation
 from leanstep.pruning.result import Additivity, Allocation, PruneResult
 from leanstep.pruning.score.base import NEEDS
 from leanstep.pruning.score.calibration import Pruning, leave_out
@@ -62,6 +65,8 @@ def prune(
     resume: str | Path | None = None,
     progress: Progress | None = None,
     stored: Stored | None = None,
+    refine: Refinement | None = None,
+    scratch: str | Path | None = None,
 ) -> PruneResult:
     """Prune a model in place, each matrix to the sparsity that an allocation gives it. Existing zeros stay zero.
 
@@ -102,6 +107,9 @@ def prune(
         batch_size, resume, progress: see :func:`measure_curves`.
         stored: function from a parameter's name to its original values, or None. Parameters with such values are read
             again on restoring, not copied before pruning.
+        refine: with ``dp``, limits of a search from its allocation: exchanges of weights between matrices within the
+            budget, each judged by the joint distortion on data of its own. None: no search.
+        scratch: see :func:`measure_curves`.
 
     Returns:
         :class:`PruneResult`.
@@ -118,6 +126,11 @@ def prune(
         Layers whose inputs a score needs and the model does not show are left out: those that it never calls, such as
         depth-wise convolutions of state-space models, and convolutions with groups. Experts with fewer than 32
         calibration tokens are pruned by magnitude. The result's notes name both.
+
+        ``refine`` keeps the pruners of all matrices, the gradient of each, and as many inputs of blocks as a quarter of
+        the free memory holds. An exchange takes a pass over its data from the first changed block on, a round of
+        exchanges one more with gradients. The refined allocation, the programme's and uniform sparsity are compared on
+        held-out data, and the best is applied.
 
         ``inputs="dense"`` keeps all pruned matrices until the last one is pruned, which takes the memory of a copy.
         ``inputs="pruned"`` takes a pass over the data for every block of a model whose activations cannot be cached.
@@ -142,11 +155,16 @@ def prune(
         minutes=minutes,
         budget=budget,
         metric=metric,
+        refine=refine,
     )
     targets = find_targets(model, include=include, exclude=exclude)
     fixed = fixed_pattern(pattern)
     if fixed is not None and sparsity is None:
         sparsity = fixed.sparsity
+    data, held_out = _set_aside(model, data, held_out, batch_size)
+    judging: list[Batch] = []
+    if refine is not None:
+        data, judging = judging_batches(model, data, refine, batch_size)
     batches, held_out_batches, curve_batches = _split_data(model, data, held_out, curve_data, batch_size)
     notes: list[str] = []
     if batches:
@@ -181,9 +199,24 @@ def prune(
         progress=progress,
         snapshot=WeightSnapshot(targets, stored),
         notes=notes,
+        refine=refine,
+        judging=judging,
+        scratch=None if scratch is None else Scratch(Path(scratch)),
     )
     with planner.snapshot.restored_on_error(), evaluating(model):
         return planner.run(None if isinstance(curves, str) else curves, fixed)
+
+
+def _set_aside(model: nn.Module, data: Any, held_out: Any, batch_size: int) -> tuple[Any, Any]:
+    """Return calibration data and held-out data, by default the last fifth of all."""
+    if data is None or held_out is not None:
+        return data, held_out
+    whole = data if isinstance(data, Tensor) else as_batches(data, model, batch_size=batch_size)
+    if len(whole) < 2:
+        unit = "sample" if isinstance(data, Tensor) else "batch"
+        raise ValueError(f"data has one {unit}, and at least one is held out; give more, or held_out")
+    first = len(whole) - max(1, len(whole) // 5)
+    return whole[:first], whole[first:]
 
 
 def _split_data(
@@ -192,13 +225,6 @@ def _split_data(
     """Return batches for the scores, for the held-out comparison, and for the curves."""
     if data is None:
         return [], [], []
-    if held_out is None:
-        whole = data if isinstance(data, Tensor) else as_batches(data, model, batch_size=batch_size)
-        if len(whole) < 2:
-            unit = "sample" if isinstance(data, Tensor) else "batch"
-            raise ValueError(f"data has one {unit}, and at least one is held out; give more, or held_out")
-        first = len(whole) - max(1, len(whole) // 5)
-        data, held_out = whole[:first], whole[first:]
     batches = as_batches(data, model, batch_size=batch_size)
     compared = [] if held_out is False else as_batches(held_out, model, batch_size=batch_size, what="held_out")
     if curve_data is None:
@@ -231,6 +257,9 @@ class Planner:
     progress: Progress | None
     snapshot: WeightSnapshot
     notes: list[str] = field(default_factory=list)
+    refine: Refinement | None = None
+    judging: list[Batch] = field(default_factory=list)
+    scratch: Scratch | None = None
 
     def run(self, curves: Mapping[str, Curve] | None, fixed: NM | None) -> PruneResult:
         """Measure, allocate, compare, prune."""
@@ -245,7 +274,10 @@ class Planner:
             candidate = self._by_curves(measured)
         else:
             candidate = self._by_rule()
-        allocation, compared = self._compare_and_prune(candidate)
+        programme, descent = candidate, None
+        if self.refine is not None:
+            candidate, descent = self._refined(programme, measured, self.refine)
+        allocation, compared = self._compare_and_prune(candidate, programme)
         pruning = self.trial.pruning
         self.notes += [*filter(None, [pruning.cache.note]), *pruning.notes()]
         budget = self.constraint.budget
@@ -261,6 +293,7 @@ class Planner:
             compared=compared,
             notes=self.notes,
             data=batches_hash(self.batches),
+            refinement={} if descent is None else descent.to_dict(),
             budget={
                 "kind": budget.kind,
                 "target": budget.target if allocation.target is None else allocation.target,
@@ -273,7 +306,7 @@ class Planner:
     @cached_property
     def trial(self) -> Trial:
         """The matrices with their score, and the calibration data for its statistics."""
-        cache = ActivationCache(self.model, self.batches, enabled=bool(self.batches))
+        cache = ActivationCache(self.model, self.batches, enabled=bool(self.batches), scratch=self.scratch)
         return Trial(self.groups, Pruning(cache, self.score, self.score_options), self.snapshot, self.inputs)
 
     def _nonzero(self) -> dict[str, int]:
@@ -318,6 +351,7 @@ class Planner:
             method=self.curve_method,
             minutes=self.minutes,
             solve=lambda curves: self._allocate("dp", curves=curves),
+            scratch=None if self.scratch is None else self.scratch.folder,
         )
 
     def _by_curves(self, curves: Mapping[str, Curve]) -> Allocation:
@@ -341,6 +375,15 @@ class Planner:
                 break
             best, lowest = around, cost
         return best
+
+    def _refined(
+        self, programme: Allocation, curves: Mapping[str, Curve], settings: Refinement
+    ) -> tuple[Allocation, Descent]:
+        """Search from the programme's allocation."""
+        measurement, budget = self._measurement(self.judging), self.constraint.budget
+        return refine_allocation(
+            programme, self.trial, self.batches, measurement, curves, budget, settings, self.progress
+        )
 
     def _by_rule(self) -> Allocation:
         pruning = self.trial.pruning
@@ -395,10 +438,11 @@ class Planner:
         return Allocation("uniform", numel, counts, sum(counts.values()), dict.fromkeys(numel, str(pattern)))
 
     def _measurement(self, batches: list[Batch]) -> Measurement:
-        return Measurement(self.model, batches, self.metric, like=self.trial.pruning.cache)
+        return Measurement(self.model, batches, self.metric, like=self.trial.pruning.cache, scratch=self.scratch)
 
-    def _compare_and_prune(self, candidate: Allocation) -> tuple[Allocation, list[Additivity]]:
-        """Measure on held-out data, and prune; for "dp", by uniform sparsity if that is better.
+    def _compare_and_prune(self, candidate: Allocation, programme: Allocation) -> tuple[Allocation, list[Additivity]]:
+        """Measure on held-out data, and prune; for allocations by curves, by the programme's or uniform sparsity if
+        that is better.
 
         The candidate is measured last, so that the model is already pruned if it wins.
         """
@@ -406,22 +450,34 @@ class Planner:
             self.notes.append("there was no held-out data: the cost of pruning was not measured")
             self.trial.apply(candidate)
             return candidate, []
-        uniform = self._uniform() if candidate.method == "dp" else None
-        if candidate.method == "dp" and uniform is None:
+        by_curves = programme.method == "dp"
+        uniform = self._uniform() if by_curves else None
+        if by_curves and uniform is None:
             self.notes.append("no uniform sparsity meets the budget: the allocation was compared with nothing")
         measurement = self._measurement(self.held_out)
-        baseline = None if uniform is None else self.trial.additivity(measurement, uniform, stay=False)
+        others = [one for one in (programme if candidate is not programme else None, uniform) if one is not None]
+        costs = [self.trial.additivity(measurement, one, stay=False) for one in others]
         cost = self.trial.additivity(measurement, candidate, stay=True)
-        if uniform is None or baseline is None:
-            return candidate, [cost]
-        if cost.joint < baseline.joint:
-            self.notes += filter(None, [cost.note()])
-            return candidate, [cost, baseline]
-        self.notes.append(
-            f"the allocation by dynamic programming costs {cost.joint:.4g} on held-out data, uniform sparsity "
-            f"{baseline.joint:.4g}: the model was pruned uniformly. The summed distortion of the allocation is "
-            f"{1 / cost.ratio:.2f} times its joint distortion"
-        )
+        compared = [cost, *costs]
+        best = min(zip(compared, (candidate, *others), strict=True), key=lambda pair: pair[0].joint)
+        if best[1] is candidate or not others:
+            self.notes += filter(None, [cost.note() if others else ""])
+            return candidate, compared
+        self.notes += _why_not(candidate, cost, *best)
         self.snapshot.restore()
-        self.trial.apply(uniform)
-        return uniform, [cost, baseline]
+        self.trial.apply(best[1])
+        return best[1], compared
+
+
+def _why_not(candidate: Allocation, cost: Additivity, best: Additivity, other: Allocation) -> list[str]:
+    """Notes on an allocation that another one beats on held-out data."""
+    if candidate.method == REFINED and other.method == "dp":
+        return [
+            f"the refined allocation costs {cost.joint:.4g} on held-out data, the programme's {best.joint:.4g}: the "
+            "model was pruned by the programme's"
+        ]
+    name = "refined allocation" if candidate.method == REFINED else "allocation by dynamic programming"
+    return [
+        f"the {name} costs {cost.joint:.4g} on held-out data, uniform sparsity {best.joint:.4g}: the model was pruned "
+        f"uniformly. The summed distortion of the allocation is {1 / cost.ratio:.2f} times its joint distortion"
+    ]

@@ -23,7 +23,7 @@ class Allocation:
     """Number of weights that each layer keeps.
 
     Attributes:
-        method: the method of :func:`allocate`.
+        method: the method of :func:`allocate`, or ``refined`` after a search on joint distortion.
         numel, counts: number of weights of each layer, and how many of them it keeps.
         target: largest sum of the counts; None for other budgets.
         patterns: N:M pattern of each layer; empty for unstructured pruning.
@@ -129,6 +129,9 @@ class PruneResult:
             model ``after``, in weights, operations per sample, bytes or seconds.
         perplexity: ``before`` and ``after`` on held-out sequences, and the number of ``tokens`` predicted; empty where
             it was not measured.
+        refinement: the search on joint distortion: exchanges judged (``evaluations``) and ``accepted``, its ``seconds``
+            and ``passes`` of the model, why it ``ended``, and ``points`` (evaluation, seconds, joint distortion on its
+            own data, standard error); empty without it.
         recovery: what training after pruning did; None without it.
     """
 
@@ -145,6 +148,7 @@ class PruneResult:
     budget: dict[str, Any] = field(default_factory=dict)
     inputs: str = "pruned"
     perplexity: dict[str, Any] = field(default_factory=dict)
+    refinement: dict[str, Any] = field(default_factory=dict)
     recovery: RecoveryResult | None = None
 
     @property
@@ -191,6 +195,7 @@ class PruneResult:
             "held_out": None if self.held_out is None else self.held_out.to_dict(),
             "compared": [one.to_dict() for one in self.compared],
             "perplexity": self.perplexity or None,
+            "refinement": self.refinement or None,
             "recovery": None if self.recovery is None else self.recovery.to_dict(),
             "notes": self.notes,
             "layers": self.layers(),

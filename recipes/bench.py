@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from leanstep._arguments import OneLineParser
 from leanstep._files import format_bytes, one_line
 from leanstep.recipes.evaluate import find_model_folder, positive
 from leanstep.recipes.generate import open_generator
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="leanstep bench",
         description="Tokens per second of the prompt and of generation, memory and file size, measured in turns.",
     )

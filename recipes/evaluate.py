@@ -12,6 +12,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from leanstep._arguments import OneLineParser
 from leanstep._files import one_line, read_text
 from leanstep.recipes.config.schema import DataConfig
 from leanstep.recipes.data.sources import open_file
@@ -56,7 +57,7 @@ def in_options(message: str, options: dict[str, str]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="leanstep eval", description="Perplexity and bits per byte of a checkpoint.")
+    parser = OneLineParser(prog="leanstep eval", description="Perplexity and bits per byte of a checkpoint.")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a Hugging Face folder, a checkpoint, or a run folder")
     parser.add_argument(
         "--data",
@@ -127,7 +128,7 @@ def _evaluate_folder(options: argparse.Namespace) -> dict[str, Any]:
     folder = find_model_folder(options.checkpoint)
     require("transformers")
     model: Any = open_model(folder)
-    tokenizer = open_tokenizer(str(folder))
+    tokenizer = open_tokenizer(str(folder), key=None)
     needed = vocabulary_size(tokenizer)
     if needed > model.config.vocab_size:
         raise ValueError(f"the tokenizer in '{folder}' has {needed} tokens, the model {model.config.vocab_size}")

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from leanstep._arguments import OneLineParser
 from leanstep._files import one_line
 from leanstep.recipes.evaluate import find_model_folder, positive
 
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="leanstep generate", description="Continue a prompt with a dense or a sparse checkpoint."
     )
     parser.add_argument("checkpoint", metavar="DIR", help="a Hugging Face folder, sparse or dense, or a run folder")

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from leanstep._files import one_line, restore_replaced
+from leanstep._arguments import OneLineParser
+from leanstep._checkpoint import check_apart
+from leanstep._files import format_bytes, one_line, restore_replaced
 from leanstep.recipes.data.sources import open_file, sotu_corpus
 from leanstep.recipes.evaluate import in_options
 from leanstep.recipes.training.formatting import format_duration
@@ -17,7 +19,7 @@ from leanstep.recipes.training.formatting import format_duration
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from leanstep.pruning import CalibrationText, PruneResult, Recovery, RecoveryResult
+    from leanstep.pruning import CalibrationText, Estimate, PruneResult, Recovery, RecoveryResult, Refinement
 
 __all__ = ["main", "split_newest"]
 
@@ -30,6 +32,12 @@ _SETTINGS = (
     *("sparsity", "allocation", "score", "pattern", "metric", "granularity", "correction", "levels"),
     *("include", "exclude", "batch_size", "curves", "minutes", "inputs"),
 )
+# what is counted in a phase of progress, by its name; others are points of curves
+_PHASES = {
+    "recovery": "taken {}/{} steps",
+    "refinement": "judged {}/{} exchanges",
+    "refinement time": "searched {}/{} seconds",
+}
 _OPTIONS = {"data.val_path": "--data", "data.text_key": "--text-key", "seq_len": "--seq-len", "samples": "--samples"}
 
 
@@ -38,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     begin = time.monotonic()
     try:
+        if options.dry_run:
+            return _dry_run(options)
         result = _prune(options)
     except (ValueError, ImportError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
@@ -71,7 +81,7 @@ def _peak_bytes() -> int | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="leanstep prune",
         description="Prune a checkpoint, each matrix as far as it hurts least. CHECKPOINT is never changed.",
     )
@@ -101,6 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--held-out", type=int, default=8, metavar="N", help="sequences held out for checks; default 8")
     add("--seq-len", type=int, metavar="N", help="tokens of a sequence; default: as trained, at most 2048")
     add("--seed", type=int, default=0, metavar="N", help="decides which sequences are taken; default 0")
+    add("--refine", type=float, metavar="MINUTES", help="search from the allocation on joint distortion, for this long")
+    add("--refine-evaluations", type=int, metavar="N", help="search by at most N exchanges: the result is reproducible")
+    add("--refine-samples", type=int, default=32, metavar="N", help="sequences that judge exchanges; default 32")
     add("--metric", metavar="NAME", help="kl (default for language models), kl_topk or mse_logits")
     add("--granularity", default="matrix", choices=("matrix", "role", "block"), help="matrices that share a level")
     add(
@@ -122,6 +135,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--exclude", action="append", default=[], metavar="NAMES", help="wildcards: leave these out")
     add("--batch-size", type=int, default=8, metavar="N", help="sequences at once; default 8")
     add("--device", default="cpu", help="where to calibrate; default cpu")
+    add(
+        "--activations",
+        default="memory",
+        choices=("memory", "disk"),
+        help="where the activations before a block and the dense outputs are kept; default memory",
+    )
     add("--eval", action="store_true", help="perplexity on the held-out sequences, before and after")
     add("--recover", type=int, metavar="STEPS", help="train after pruning on --data, with the zeros held")
     add("--recover-lr", type=float, metavar="LR", help="root mean square of an entry's change in a step; default 3e-4")
@@ -131,7 +150,8 @@ def _parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="recover on the dense model's outputs, or on the next tokens; default: the first, where memory allows",
     )
-    add("--resume", action="store_true", help="continue an interrupted run: with its curves, or with recovery")
+    add("--dry-run", action="store_true", help="state memory, disk and time, by config and file headers, and end")
+    add("--resume", action="store_true", help="continue an interrupted run: with its curves, search or recovery")
     add("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -174,10 +194,60 @@ def _prune(options: argparse.Namespace) -> "PruneResult | RecoveryResult":
             device=options.device,
             progress=bar,
             recovery=recovery,
+            refine=_refinement(options),
+            activations=options.activations,
             budget=options.budget if latencies is None else latencies,
             **{name: getattr(options, name) for name in _SETTINGS},
             **_data(options),
         )
+
+
+def _dry_run(options: argparse.Namespace) -> int:
+    """Print what the command would take. Returns 2 if that does not fit."""
+    from dataclasses import asdict
+
+    from leanstep.pruning import Workload, estimate_pruning
+    from leanstep.pruning.folder.loading import open_checkpoint
+
+    if options.device != "cpu":
+        raise ValueError(f"--dry-run estimates a run on the CPU, and the command has --device {options.device}")
+    check_apart(Path(options.out), (checkpoint := open_checkpoint(options.checkpoint)).folder)
+    names = ("samples", "held_out", "batch_size", "allocation", "score", "metric", "curves", "minutes", "granularity")
+    workload = Workload(
+        **{name: getattr(options, name) for name in (*names, "activations")},
+        curve_samples=min(options.curve_samples, options.samples),
+        tokens=options.seq_len,
+        levels=None if options.levels is None else len(options.levels),
+        sparsity=0.5 if options.sparsity is None else options.sparsity,
+    )
+    estimate = estimate_pruning(
+        checkpoint, options.out, workload, include=options.include, exclude=options.exclude, steps=options.recover or 0
+    )
+    problems = estimate.problems()
+    if options.json:
+        print(json.dumps(asdict(estimate) | {"problems": problems}))
+    else:
+        print("\n".join(_estimate_lines(estimate)))
+    for problem in problems:
+        print(f"error: {options.checkpoint}: {problem}", file=sys.stderr)
+    return 2 if problems else 0
+
+
+def _estimate_lines(estimate: "Estimate") -> list[str]:
+    """A table of an estimate."""
+    free = "" if estimate.free_memory is None else f", {format_bytes(estimate.free_memory)} free"
+    lines = [
+        f"{estimate.parameters:,} parameters, {estimate.pruned:,} of them in {estimate.matrices:,} matrices to prune",
+        f"memory {format_bytes(sum(estimate.memory.values()))}{free}",
+        *(f"  {use:<28}{format_bytes(size):>12}" for use, size in estimate.memory.items()),
+        f"disk {format_bytes(sum(estimate.disk.values()))}, {format_bytes(estimate.free_disk)} free",
+        *(f"  {use:<28}{format_bytes(size):>12}" for use, size in estimate.disk.items()),
+        f"time about {format_duration(sum(estimate.seconds.values()))} at the rates of this machine as loaded now",
+        *(f"  {use:<28}{format_duration(duration):>12}" for use, duration in estimate.seconds.items()),
+    ]
+    if estimate.reads:
+        lines.append(f"the model does not fit into the free memory: {format_bytes(estimate.reads)} are read from disk")
+    return lines
 
 
 def _refuse_other_settings(options: argparse.Namespace) -> None:
@@ -185,8 +255,9 @@ def _refuse_other_settings(options: argparse.Namespace) -> None:
     from leanstep.pruning.folder.recovery import pruned_content
 
     content = pruned_content(Path(options.out))
-    names = ("score", "pattern", "inputs")
-    settings = [(f"--{name}", content.get(name, getattr(options, name)), getattr(options, name)) for name in names]
+    written = {name: content[name] for name in ("score", "pattern", "inputs") if name in content}
+    written |= content.get("settings", {})
+    settings = [(f"--{name}", value, getattr(options, name, value)) for name, value in written.items()]
     sparsity = content.get("sparsity")
     if options.budget == "params" and options.sparsity is not None and isinstance(sparsity, float):
         # allocations round the number of weights of each matrix
@@ -220,6 +291,14 @@ def _recovery(options: argparse.Namespace) -> "Recovery | None":
         distill=options.distill,
         seed=options.seed,
     )
+
+
+def _refinement(options: argparse.Namespace) -> "Refinement | None":
+    from leanstep.pruning import Refinement
+
+    if options.refine is None and options.refine_evaluations is None:
+        return None
+    return Refinement(minutes=options.refine, evaluations=options.refine_evaluations, seed=options.seed)
 
 
 def _data(options: argparse.Namespace) -> dict[str, Any]:
@@ -280,6 +359,7 @@ def _text(options: argparse.Namespace) -> "CalibrationText":
         held_out_documents=held_out,
         seq_len=options.seq_len,
         seed=options.seed,
+        refine_samples=options.refine_samples,
     )
 
 
@@ -311,7 +391,7 @@ class _Bar:
 
     def __call__(self, done: int, total: int, name: str) -> None:
         now = time.monotonic()
-        phase = "taken {}/{} steps" if name == "recovery" else "measured {}/{} points"
+        phase = _PHASES.get(name, "measured {}/{} points")
         if phase != self._phase:
             self.__exit__()
             self._live, self._first, self._phase, self._printed = None, None, phase, now
@@ -333,9 +413,8 @@ class _Bar:
             columns = (*Progress.get_default_columns(), MofNCompleteColumn())
             self._live = Progress(*columns, console=Console(stderr=True))
             self._live.start()
-            self._task = self._live.add_task(
-                "recovery" if "steps" in self._phase else "curves", total=total, completed=done
-            )
+            name = next((name for name, phase in _PHASES.items() if phase == self._phase), "curves")
+            self._task = self._live.add_task(name, total=total, completed=done)
         self._live.update(self._task, completed=done, total=total)
 
 
@@ -372,6 +451,13 @@ def _summary(result: "PruneResult", out: str) -> str:
         lines.append("curves         " + ", ".join(f"{number} {source}" for source, number in sources.items()))
     if result.allocation.predicted is not None:
         lines.append(f"predicted      {result.allocation.predicted:.4g} ({result.metric}, sum of the curves)")
+    if result.refinement:
+        search = result.refinement
+        first, last = search["points"][0][2], search["points"][-1][2]
+        lines.append(
+            f"refined        {search['accepted']} of {search['evaluations']} exchanges; {result.metric} on the judging "
+            f"data {first:.4g} before, {last:.4g} after"
+        )
     for one in result.compared:
         error = "" if one.joint_stderr != one.joint_stderr else f" +- {one.joint_stderr:.2g}"
         lines.append(

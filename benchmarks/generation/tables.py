@@ -47,7 +47,7 @@ def _cells(row: dict[str, Any], baseline: float) -> list[str]:
     spread = f"{ratios[1]:.2f} ({ratios[0]:.2f} to {ratios[2]:.2f})"
     return [
         row["name"],
-        "–" if row["zeros"] is None else f"{row['zeros']:.0%}",
+        "–" if row["zeros"] is None else f"{100 * row['zeros']:.0f} %",
         "–" if row["file_bytes"] is None else f"{row['file_bytes'] / 1e6:.0f}",
         f"{row['resident_bytes'] / 1e6:.0f}",
         f"{row['perplexity']:.2f}" if "perplexity" in row else "–",

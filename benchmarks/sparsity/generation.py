@@ -84,7 +84,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         print(f"{rows[-1]}", flush=True)
         before = resident_bytes()
     runs = {name: lambda engine=engine: engine.generate(options.new_tokens) for name, engine in engines.items()}
-    seconds = interleaved_seconds(runs, options.rounds, clock_of(options))
+    # each has generated two tokens already
+    seconds = interleaved_seconds(runs, options.rounds, clock_of(options), warmup=0)
     for row in rows:
         row["seconds"] = [round(value, 4) for value in seconds[row["name"]]]
         row["tokens_per_second"] = options.new_tokens / statistics.median(seconds[row["name"]])

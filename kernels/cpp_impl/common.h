@@ -107,14 +107,18 @@ inline float fused(float a, float b, float c) {
 #endif
 }
 
-// two rounds of xor-shift and multiply: reference.rounding.hash32
-inline uint32_t hash32(uint32_t x) {
-    x ^= x >> 16;
+// two rounds of xor-shift and multiply: reference.rounding.hash32. The first shift alone is linear: numbers that differ in
+// their lower 16 bits share it.
+inline uint32_t first_shift(uint32_t x) { return x ^ (x >> 16); }
+
+inline uint32_t after_first_shift(uint32_t x) {
     x *= 0x7FEB352Du;
     x ^= x >> 15;
     x *= 0x846CA68Bu;
     return x ^ (x >> 16);
 }
+
+inline uint32_t hash32(uint32_t x) { return after_first_shift(first_shift(x)); }
 
 // rounds to bf16, up with the probability of the dropped fraction; the caller's narrowing is then exact
 inline float round_stochastic(float value, uint32_t random) {

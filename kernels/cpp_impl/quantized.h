@@ -3,12 +3,13 @@
 #pragma once
 
 #include "common.h"
+#include "instructions.h"
 
 namespace {
 
 // entries with one scale, and blocks that are updated, then quantized, at a time: the latencies of their largest entries
 // and inverse scales overlap
-constexpr int64_t SCALED = 128, BLOCKS = 8, PIECE = BLOCKS * SCALED;
+constexpr int64_t SCALED = 128, BLOCKS = 4, PIECE = BLOCKS * SCALED;
 constexpr float SMALLEST_SCALE = 0x1p-100f;
 // codes are bits 19 to 25 (squares: 26) of the fp32 pattern of 1 + |value| / scale, which is at most LARGEST
 constexpr float LARGEST = 248.0f, LARGEST_SQUARE = 63488.0f;
@@ -21,23 +22,59 @@ inline float value_of(int32_t code, float scale) {
     return from_bits(to_bits(magnitude) ^ (static_cast<uint32_t>(code) & 0x80000000u));
 }
 
-// writes the values of momenta's codes in units of their scales, which bf16 numbers hold exactly. 16-bit lanes hold twice
-// as many numbers as 32-bit lanes, and several short loops are vectorised better than one.
-inline void units_of(const int8_t* __restrict codes, int64_t n, bf16* __restrict units) {
-    alignas(64) uint16_t words[PIECE];
+#if ISA >= 3
+// the magnitudes of momenta's codes in units of their scales, as bytes of bf16 numbers, which hold them exactly
+struct Magnitudes {
+    alignas(64) uint8_t lower[128] = {}, upper[128] = {};
+
+    constexpr Magnitudes() {
+        for (uint32_t code = 1; code < 128; ++code) {
+            // z - 1 in units of 1/16: z has the exponent code / 16, and the mantissa 16 + code % 16
+            const uint32_t sixteenths = ((16 + code % 16) << (code / 16)) - 16;
+            uint32_t exponent = 0;
+            while (sixteenths >> (exponent + 1)) ++exponent;
+            const uint32_t mantissa = exponent > 7 ? sixteenths >> (exponent - 7) : sixteenths << (7 - exponent);
+            const uint32_t pattern = (exponent + 123) << 7 | (mantissa & 0x7F);
+            lower[code] = static_cast<uint8_t>(pattern), upper[code] = static_cast<uint8_t>(pattern >> 8);
+        }
+    }
+};
+constexpr Magnitudes MAGNITUDES;
+
+// writes momenta's codes in units of their scales, from a table of 128 entries in registers
+inline void stored_of(const int8_t* __restrict codes, int64_t n, bf16* __restrict units) {
+    const __m512i lower[2] = {_mm512_load_si512(MAGNITUDES.lower), _mm512_load_si512(MAGNITUDES.lower + 64)};
+    const __m512i upper[2] = {_mm512_load_si512(MAGNITUDES.upper), _mm512_load_si512(MAGNITUDES.upper + 64)};
+    const __m512i signs = _mm512_set1_epi8(-128), order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+    for (int64_t i = 0; i < n; i += 64) {
+        const __mmask64 here = n - i >= 64 ? ~0ull : (1ull << (n - i)) - 1;
+        // unpacking interleaves within 128 bits
+        const __m512i code = _mm512_permutexvar_epi64(order, _mm512_maskz_loadu_epi8(here, codes + i));
+        const __m512i magnitude = _mm512_abs_epi8(code);
+        const __m512i low = _mm512_permutex2var_epi8(lower[0], magnitude, lower[1]);
+        __m512i high = _mm512_permutex2var_epi8(upper[0], magnitude, upper[1]);
+        high = _mm512_ternarylogic_epi32(high, code, signs, 0xF8);  // high | (code & signs)
+        _mm512_store_si512(units + i, _mm512_unpacklo_epi8(low, high));
+        _mm512_store_si512(units + i + 32, _mm512_unpackhi_epi8(low, high));
+    }
+}
+
+inline float unit_of(float stored) { return stored; }
+#else
+// writes +-(1 + |value| / scale) of momenta's codes, which bf16 numbers hold exactly; the sign of 0 is plus. 16-bit lanes
+// hold twice as many numbers as 32-bit lanes.
+inline void stored_of(const int8_t* __restrict codes, int64_t n, bf16* __restrict z) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-        words[i] = static_cast<uint16_t>((std::abs(static_cast<int16_t>(codes[i])) + ONE) << (DROPPED - 16));
+        const int16_t code = codes[i];
+        const int16_t magnitude = static_cast<int16_t>((std::abs(code) + ONE) << (DROPPED - 16));
+        z[i] = static_cast<bf16>(static_cast<uint16_t>(magnitude | (code & 0x8000)));
     }
-#pragma omp simd
-    for (int64_t j = 0; j < (n + 1) / 2; ++j) {
-        const Pair z = load_pair(reinterpret_cast<const bf16*>(words), j);
-        const uint32_t word = (to_bits(z.low - 1.0f) >> 16) | (to_bits(z.high - 1.0f) & 0xFFFF0000u);
-        std::memcpy(units + 2 * j, &word, sizeof word);
-    }
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) units[i] = static_cast<bf16>(units[i] | (static_cast<int16_t>(codes[i]) & 0x8000));
 }
+
+// the value of such a number in units of its scale, exactly
+inline float unit_of(float z) { return z - from_bits(to_bits(1.0f) | (to_bits(z) & 0x80000000u)); }
+#endif
 
 // the pattern of +-(1 + |value| / scale), rounded up where 16 random bits are larger than the dropped bits; squares above
 // 0 have the sign bit
@@ -55,8 +92,7 @@ inline int16_t code_of(uint16_t half) {
     const int16_t magnitude = static_cast<int16_t>(((half & 0x7FFFu) >> (DROPPED - 16)) - ONE);
     // a square above 0 never has code 0
     if constexpr (squares) return std::max<int16_t>(magnitude, half >> 15);
-    const int16_t sign = static_cast<int16_t>(half) >> 15;
-    return (magnitude ^ sign) - sign;
+    return static_cast<int16_t>(half) < 0 ? -magnitude : magnitude;
 }
 
 // momenta of a block, neighbours in two arrays: vectors then need no permutation
@@ -83,6 +119,60 @@ inline void for_entries(int64_t n, Momenta& momenta, One one) {
     momenta.largest = from_bits(largest);
 }
 
+#if ISA >= 3
+// the upper halves of code_pattern of 16 pairs, in order; `shared` as in quantize
+inline __m512i halves_of(const Momenta& momenta, int64_t j, __m512 inverse, __m512i shared) {
+    const __m512i pair = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int32_t>(j)),
+                                          _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    __m512i random = _mm512_mullo_epi32(_mm512_xor_si512(shared, pair), _mm512_set1_epi32(0x7FEB352D));
+    random = _mm512_xor_si512(random, _mm512_srli_epi32(random, 15));
+    random = _mm512_mullo_epi32(random, _mm512_set1_epi32(static_cast<int32_t>(0x846CA68Bu)));
+    random = _mm512_xor_si512(random, _mm512_srli_epi32(random, 16));
+    const auto z = [&](const float* values) {
+        const __m512i value = _mm512_load_si512(values), one = _mm512_castps_si512(_mm512_set1_ps(1.0f));
+        const __m512i signs = _mm512_set1_epi32(INT32_MIN);
+        const __m512 signed_one = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(one, value, signs, 0xF8));
+        return _mm512_castps_si512(
+            _mm512_add_ps(signed_one, _mm512_mul_ps(_mm512_castsi512_ps(value), inverse)));
+    };
+    constexpr int32_t kept = 0xFFFF << (DROPPED - 16);
+    const __m512i bits = _mm512_set1_epi32(kept);
+    const __m512i low = _mm512_and_si512(_mm512_slli_epi32(random, DROPPED - 16), bits);
+    const __m512i high = _mm512_and_si512(_mm512_srli_epi32(random, 32 - DROPPED), bits);
+    const __m512i first = _mm512_srli_epi32(_mm512_add_epi32(z(momenta.low + j), low), 16);
+    const __m512i second = _mm512_add_epi32(z(momenta.high + j), high);
+    return _mm512_mask_blend_epi16(0xAAAAAAAAu, first, second);
+}
+
+// which bytes of two vectors are the lower and the upper ones of their 16-bit lanes
+struct Halves {
+    alignas(64) uint8_t lower[64] = {}, upper[64] = {};
+
+    constexpr Halves() {
+        for (int i = 0; i < 64; ++i) {
+            lower[i] = static_cast<uint8_t>(2 * i), upper[i] = static_cast<uint8_t>(2 * i + 1);
+        }
+    }
+};
+constexpr Halves HALVES;
+
+// writes the codes of 128 momenta: those of 64 from the bytes of two vectors of halves
+inline void encode(const Momenta& momenta, float inverse, uint32_t shared, int8_t* codes) {
+    const __m512i lower = _mm512_load_si512(HALVES.lower), upper = _mm512_load_si512(HALVES.upper);
+    const __m512 inverses = _mm512_set1_ps(inverse);
+    const __m512i seeds = _mm512_set1_epi32(static_cast<int32_t>(shared));
+    for (int64_t j = 0; j < SCALED / 2; j += 32) {
+        const __m512i first = halves_of(momenta, j, inverses, seeds), second = halves_of(momenta, j + 16, inverses, seeds);
+        __m512i magnitude = _mm512_permutex2var_epi8(
+            _mm512_srli_epi16(first, DROPPED - 16), lower, _mm512_srli_epi16(second, DROPPED - 16));
+        magnitude = _mm512_sub_epi8(magnitude, _mm512_set1_epi8(static_cast<int8_t>(ONE & 0xFF)));
+        const __mmask64 negative = _mm512_movepi8_mask(_mm512_permutex2var_epi8(first, upper, second));
+        _mm512_storeu_si512(
+            codes + 2 * j, _mm512_mask_sub_epi8(magnitude, negative, _mm512_setzero_si512(), magnitude));
+    }
+}
+#endif
+
 // makes the random bits of squares independent of those of momenta
 constexpr uint32_t SQUARES = 0x5BD1E995u;
 
@@ -92,7 +182,8 @@ inline void quantize(
     const Momenta& momenta, int64_t n, Code* __restrict codes, float* scale, uint32_t first_pair, uint32_t given_seed
 ) {
     constexpr bool squares = std::is_unsigned_v<Code>;
-    const uint32_t seed = ~(squares ? given_seed ^ SQUARES : given_seed);
+    // blocks begin at multiples of 64 pairs, so the index of pair j is first_pair ^ j
+    const uint32_t shared = first_shift(first_pair ^ ~(squares ? given_seed ^ SQUARES : given_seed));
     const float unit = momenta.largest * (1.0f / ((squares ? LARGEST_SQUARE : LARGEST) - 1.0f));
     if (!(is_finite(unit) && unit >= SMALLEST_SCALE)) {
         *scale = is_finite(unit) ? 0.0f : std::numeric_limits<float>::quiet_NaN();
@@ -105,7 +196,7 @@ inline void quantize(
         alignas(64) uint16_t halves[SCALED];
 #pragma omp simd
         for (int64_t j = 0; j < (size + 1) / 2; ++j) {
-            const uint32_t random = hash32((first_pair + static_cast<uint32_t>(j)) ^ seed);
+            const uint32_t random = after_first_shift(shared ^ static_cast<uint32_t>(j));
             const uint32_t low = code_pattern<squares>(momenta.low[j], inverse, random & 0xFFFFu);
             const uint32_t high = code_pattern<squares>(momenta.high[j], inverse, random >> 16);
             const uint32_t word = (low >> 16) | (high & 0xFFFF0000u);
@@ -115,11 +206,17 @@ inline void quantize(
         for (int64_t i = 0; i < size; ++i) codes[i] = static_cast<Code>(code_of<squares>(halves[i]));
     };
     // loops of a constant length have no remainder
-    if (n == SCALED) {
-        write(SCALED);
-    } else {
+    if (n < SCALED) {
         write(n);
+        return;
     }
+#if ISA >= 3
+    if constexpr (!squares) {
+        encode(momenta, inverse, shared, codes);
+        return;
+    }
+#endif
+    write(SCALED);
 }
 
 inline int64_t blocks_of(int64_t columns) { return (columns + SCALED - 1) / SCALED; }

@@ -42,10 +42,7 @@ def scale_shape(shape: torch.Size) -> tuple[int, int]:
 
 def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the values of ``codes`` [rows, ...] with fp32 ``scales`` [rows, blocks], in fp32 or fp64."""
-    blocks = _blocks(codes).to(torch.int32)
-    z = ((blocks.abs() + _ONE) << _DROPPED).view(torch.float32)
-    magnitudes = (z - 1).to(dtype) * scales.to(dtype).unsqueeze(-1)
-    return _entries(torch.where(blocks < 0, -magnitudes, magnitudes), codes)
+    return _entries(decode(_blocks(codes), scales.unsqueeze(-1), dtype), codes)
 
 
 def quantize(
@@ -58,30 +55,60 @@ def quantize(
         offset: index of the first entry in the whole tensor, if ``values`` are some of its rows.
         squares: the values are averages of squares.
     """
-    largest, most = (_LARGEST_SQUARE, 255) if squares else (_LARGEST, 127)
     blocks = _blocks(values)
-    scales = blocks.abs().amax(dim=-1, keepdim=True).float() * (1.0 / (largest - 1.0))
-    usable = torch.isfinite(scales) & (scales >= _SMALLEST_SCALE)
-    z = (1.0 + blocks.abs() * torch.where(usable, 1.0 / scales, 0.0)).float()
-    seed = seed ^ _SQUARES if squares else seed
-    random = _random16(blocks, seed, offset // max(values.shape[1:].numel(), 1))
-    # the dropped bits are the probability of rounding up
-    codes = (((z.view(torch.int32) + (random << (_DROPPED - 16))) >> _DROPPED) - _ONE).clamp(max=most)
-    codes = torch.where(blocks < 0, -codes, torch.where(blocks > 0, codes.clamp(min=1), 0) if squares else codes)
-    codes = torch.where(usable, codes, 0)
-    scales = torch.where(torch.isfinite(scales), torch.where(usable, scales, 0.0), torch.nan)
-    return _entries(codes, values).to(torch.uint8 if squares else torch.int8), scales.squeeze(-1)
-
-
-def _random16(blocks: Tensor, seed: Tensor | int, first_row: Tensor | int) -> Tensor:
-    """Return 16 random bits for every entry: one half of the hash of a pair of neighbours.
-
-    The complement of the seed makes them independent of the bits that round parameters.
-    """
     rows, count, _ = blocks.shape
+    scales, inverses = scales_of(blocks.abs().amax(dim=-1, keepdim=True), squares=squares)
+    first_row = offset // max(values.shape[1:].numel(), 1)
     pairs = torch.arange(rows * count * (BLOCK // 2), device=blocks.device) + first_row * count * (BLOCK // 2)
-    bits = hash32(pairs, ~seed)
-    return torch.stack([bits & 0xFFFF, (bits >> 16) & 0xFFFF], dim=-1).view(blocks.shape)
+    bits = random_bits(pairs, seed, squares=squares)
+    random = torch.stack([bits & 0xFFFF, (bits >> 16) & 0xFFFF], dim=-1).view(blocks.shape)
+    return _entries(encode(blocks, inverses, random, squares=squares), values), scales.squeeze(-1)
+
+
+def decode(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the values of codes, in fp32 or fp64; the fp32 scales of their blocks broadcast to the codes."""
+    wide = codes.to(torch.int32)
+    z = ((wide.abs() + _ONE) << _DROPPED).view(torch.float32)
+    magnitudes = (z - 1).to(dtype) * scales.to(dtype)
+    return torch.where(wide < 0, -magnitudes, magnitudes)
+
+
+def scales_of(largest: Tensor, *, squares: bool) -> tuple[Tensor, Tensor]:
+    """Return the fp32 scales of blocks with these largest magnitudes, and their inverses.
+
+    The inverse is 0 where the block becomes 0 or NaN.
+    """
+    scales = largest.float() * (1.0 / ((_LARGEST_SQUARE if squares else _LARGEST) - 1.0))
+    usable = torch.isfinite(scales) & (scales >= _SMALLEST_SCALE)
+    inverses = torch.where(usable, 1.0 / scales, 0.0)
+    return torch.where(torch.isfinite(scales), torch.where(usable, scales, 0.0), torch.nan), inverses
+
+
+def encode(values: Tensor, inverses: Tensor, random: Tensor, *, squares: bool) -> Tensor:
+    """Return the codes of values.
+
+    Args:
+        values: fp32 or fp64.
+        inverses: of the scales, from :func:`scales_of`; broadcast to the values.
+        random: 16 random bits for each value. The bits of 1 + |value| / scale below its code are the probability of
+            rounding up.
+    """
+    z = (1.0 + values.abs() * inverses).float()
+    codes = ((z.view(torch.int32) + (random << (_DROPPED - 16))) >> _DROPPED) - _ONE
+    codes = codes.clamp(max=255 if squares else 127)
+    if squares:
+        codes = torch.where(values > 0, codes.clamp(min=1), 0)
+    codes = torch.where(values < 0, -codes, codes)
+    return torch.where(inverses > 0, codes, 0).to(torch.uint8 if squares else torch.int8)
+
+
+def random_bits(pairs: Tensor, seed: Tensor | int, *, squares: bool) -> Tensor:
+    """Return 32 random bits for every pair of neighbours of a block: its first entry takes the lower half.
+
+    Pairs count along blocks and rows of the whole tensor; short blocks have 64 pairs, too. The complement of the seed
+    makes the bits independent of those that round parameters.
+    """
+    return hash32(pairs, ~(seed ^ _SQUARES if squares else seed))
 
 
 def _blocks(tensor: Tensor) -> Tensor:

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from leanstep._torch import is_dtensor
 from leanstep.kernels._modes import outside_dispatch_modes
+from leanstep.lora.config import is_pissa
 from leanstep.lora.layers.autograd import Setting, Weights, dense_weight, lora_linears, new_seed, seeded_dropout
 from leanstep.lora.layers.contraction import ContractionPath, contraction_path
 from leanstep.lora.layers.dora import NormCache
 from leanstep.lora.layers.frozen import dequantizer, why_custom_forward, widths
+from leanstep.lora.layers.pissa import START_A, START_B, start_factors, start_product, take_principal_part
 from leanstep.lora.layers.rule import dora_factor
 
 
@@ -315,7 +317,10 @@ class LoRALinearLayer(FastLinear, LoRALayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., in] to [..., out]."""
         if self.lora.merged or not self.lora.enabled:
-            return super().forward(x, *args, **kwargs)
+            y = super().forward(x, *args, **kwargs)
+            if self.lora.merged or start_factors(self) is None:
+                return y
+            return (y + start_product(self, x)).to(y.dtype)
         return self.run(x, *args, **kwargs)
 
     def plain(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -367,7 +372,10 @@ def attach_linear(module: Any, adapter: Adapter, config: Any) -> None:
     (n, m), like = widths(module), factor_type(module.weight)
     module.lora_A = nn.Linear(n, adapter.rank, bias=False, **like)
     module.lora_B = nn.Linear(adapter.rank, m, bias=config.lora_bias, **like)
-    _initialize(module.lora_A, module.lora_B, config.init_lora_weights)
+    if is_pissa(config.init_lora_weights):
+        take_principal_part(module, config.init_lora_weights, adapter.scale, adapter.transposed)
+    else:
+        _initialize(module.lora_A, module.lora_B, config.init_lora_weights)
     module.siblings = None
     mix_in(LoRALinearLayer, module, adapter, config.use_dora)
     module.lora_A.train(module.training)
@@ -412,7 +420,7 @@ def detach(module: Any) -> None:
     """Remove the adapter from a linear layer or an embedding, and restore the class it had before."""
     base = module.lora.base
     factors = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
-    for name in (*factors, "lora", "siblings"):
+    for name in (*factors, START_A, START_B, "lora", "siblings"):
         if hasattr(module, name):
             delattr(module, name)
     module.__class__ = base

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from leanstep.lora.layers.frozen import quantized_kind, why_custom_forward
 from leanstep.lora.layers.linear import LoRALinearLayer
+from leanstep.lora.layers.pissa import start_factors
 
 
 def keep_zeros(model: nn.Module, layers: Iterable[str] | None = None) -> list[str]:
@@ -28,8 +29,9 @@ def keep_zeros(model: nn.Module, layers: Iterable[str] | None = None) -> list[st
         The names of the layers.
 
     Raises:
-        ValueError: for a name that is not an adapted linear layer, DoRA (its norms need the unmasked sum), a quantised
-            base, a layer with a custom forward, ``fast_path=True``, or a merged adapter. The model is unchanged.
+        ValueError: for a name that is not an adapted linear layer, DoRA (its norms need the unmasked sum), PiSSA, a
+            quantised base, a layer with a custom forward, ``fast_path=True``, or a merged adapter. The model is
+            unchanged.
 
     Notes:
         Such a layer forms the (out, in) product of its factors, and autograd saves a matrix of its weight's size. An
@@ -58,6 +60,8 @@ def keep_zeros(model: nn.Module, layers: Iterable[str] | None = None) -> list[st
 def _why_not(layer: LoRALinearLayer) -> str | None:
     if layer.lora_magnitude_vector is not None:
         return "has DoRA, whose norms need the unmasked sum; use LoRA"
+    if start_factors(layer) is not None:
+        return "began with PiSSA, whose base weight has no zeros left; take another init_lora_weights"
     if quantized_kind(layer) is not None:
         return f"is a {quantized_kind(layer)}, whose zeros are not exact; use a base in 16 bits"
     if why_custom_forward(layer.lora.base) is not None:

@@ -14,6 +14,7 @@ import os
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -22,12 +23,22 @@ from torch import Tensor, nn
 from leanstep._checkpoint import load_pickled, load_tensors, read_json
 from leanstep._files import one_line, replacing, write_text
 from leanstep._torch import input_embedding, is_dtensor, output_head, place_like, whole_tensor
-from leanstep.lora.apply import Model, adapted_layers, attach_adapters, modules_to_save, plan_lora
-from leanstep.lora.config import LoraConfig
+from leanstep.lora.apply import (
+    Model,
+    adapted_experts,
+    adapted_layers,
+    all_adapters,
+    attach_adapters,
+    modules_to_save,
+    plan_lora,
+)
+from leanstep.lora.config import LoraConfig, is_pissa
+from leanstep.lora.layers.experts import expert_sizes, file_keys
 from leanstep.lora.layers.frozen import widths
 from leanstep.lora.layers.linear import LoRALinearLayer
+from leanstep.lora.layers.pissa import move_start, start_factors
 from leanstep.lora.peft.experts import names_read_as_experts
-from leanstep.lora.targets import rank_of, scale_of, without_foreign_names
+from leanstep.lora.targets import rank_of, scale_of, select_parameters, without_foreign_names
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -39,26 +50,40 @@ _FACTORS = ("lora_A.", "lora_B.", "lora_magnitude_vector", "lora_embedding_A", "
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of a model's adapter under PEFT's keys. If tensors are sharded, all processes must call it."""
     config: LoraConfig = model.lora_config  # type: ignore[assignment]
-    layers = dict(adapted_layers(model))
+    layers, in_files = dict(adapted_layers(model)), _adapted_keys(model)
     saved_whole = tuple(f"{name}." for name in modules_to_save(model, config))
     state = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner, _, end = name.rpartition(".")
         if any(f".{factor}" in f".{name}" for factor in _FACTORS) or name.startswith(saved_whole):
-            key = name
+            key = in_files.get(name, name)
         elif end == "bias" and parameter.requires_grad and config.bias != "none":
             key = f"{owner}.base_layer.bias" if owner in layers else name
         else:
             continue
         state[PREFIX + key] = whole_tensor(parameter.detach())
+    for name, layer in layers.items():
+        if (start := start_factors(layer)) is not None:
+            a, b = (f"{PREFIX}{name}.{factor}.weight" for factor in ("lora_A", "lora_B"))
+            state[a] = torch.cat([state[a], start[0].to(state[a])])
+            state[b] = torch.cat([state[b], -start[1].to(state[b])], dim=1)
     return state
+
+
+def _double_rank(settings: dict[str, Any]) -> None:
+    """Describe an adapter that began with PiSSA as one of rank 2 r for the plain base, with the same scales."""
+    alpha = math.sqrt(2) if settings["use_rslora"] else 2
+    settings |= {"init_lora_weights": True, "r": 2 * settings["r"], "lora_alpha": alpha * settings["lora_alpha"]}
+    settings["rank_pattern"] = {key: 2 * r for key, r in settings["rank_pattern"].items()}
+    settings["alpha_pattern"] = {key: alpha * value for key, value in settings["alpha_pattern"].items()}
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     """Write a model's adapter for :func:`load_adapter` and ``peft.PeftModel.from_pretrained``.
 
     Args:
-        model: a model that :func:`leanstep.lora.apply_lora` adapted, merged or not.
+        model: a model that :func:`leanstep.lora.apply_lora` adapted, merged or not. An adapter that began with PiSSA
+            is written with rank 2 r: it opens over the plain base.
         folder: created if missing; each file is replaced atomically.
 
     Returns:
@@ -87,6 +112,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         settings["base_model_name_or_path"] = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     if settings["target_modules"] == "all-linear":
         settings["target_modules"] = sorted(name for name, _ in adapted_layers(model))
+    if is_pissa(config.init_lora_weights):
+        _double_rank(settings)
     _warn_of_renaming(model)
     target.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.cpu().contiguous().clone() for key, value in sorted(state.items())}
@@ -119,12 +146,13 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], **changes: object
         changes: fields of :class:`leanstep.lora.LoraConfig` that override the file's, such as ``save``.
 
     Returns:
-        The model. The adapter can be trained further.
+        The model. The adapter can be trained further. A model adapted by ``init_lora_weights="pissa"`` takes a file of
+        such a model, and goes on at rank r.
 
     Raises:
         FileNotFoundError: if a file is missing.
         ValueError: for another kind of adapter; for another base (an unknown target, a missing or unexpected key, a
-            different shape); for an initialisation that changed the base (PiSSA and the like); for tensors with a NaN
+            different shape); for an initialisation that changed the base (OLoRA and the like); for tensors with a NaN
             or an infinity, or of integers; for an adapted model that is merged or has another scale (``lora_alpha``,
             ``use_rslora``, patterns). The model is unchanged.
 
@@ -134,26 +162,28 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], **changes: object
         are adapted or resized.
     """
     source = Path(folder)
-    merged = [name for name, layer in adapted_layers(model) if layer.lora.merged]
+    merged = [adapter.name for adapter in all_adapters(model) if adapter.merged]
     if merged:
         raise ValueError(f"load_adapter: {merged[0]} is merged; unmerge the model first")
     config = dataclasses.replace(read_config(source), inference_mode=False, **changes)  # type: ignore[arg-type]
     tensors = _read_weights(source)
     _check_values(tensors, source)
-    state = _by_parameter(tensors)
     base = f"the adapter was made for {config.base_model_name_or_path or 'a model whose name it does not say'}"
     adapted = isinstance(getattr(model, "lora_config", None), LoraConfig)
     plan: dict[str, nn.Module] = {}
     if adapted:
-        expected = {key.removeprefix(PREFIX).replace(".base_layer.bias", ".bias") for key in adapter_state(model)}
-        shapes = {key: tuple(model.get_parameter(key).shape) for key in expected}
+        by_key = {key: name for name, key in _adapted_keys(model).items()}
+        expected = set(_by_parameter(adapter_state(model), by_key))
+        shapes = {key: _stored_shape(model, key) for key in expected}
     else:
         try:
             config = without_foreign_names(model, config, str(source))
             plan = plan_lora(model, config)
             shapes = _planned_shapes(model, plan, config)
+            by_key = {key: name for name, key in _planned_keys(model, config).items()}
         except ValueError as error:
             raise ValueError(f"load_adapter: {source} does not fit this model ({base}): {error}") from error
+    state = _by_parameter(tensors, by_key)
     embeddings = _embedding_shapes(model, set(state) - set(shapes))
     shapes |= embeddings
     _compare(shapes, {key: tuple(value.shape) for key, value in state.items()}, f"{source} ({base})")
@@ -163,12 +193,37 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], **changes: object
     if not adapted:
         attach_adapters(model, plan, config)
     with torch.no_grad():
-        for key, value in state.items():
+        for key, value in (_take_starts(model, state) if adapted else state).items():
             parameter = model.get_parameter(key)
             parameter.copy_(place_like(value.to(parameter.dtype), parameter) if is_dtensor(parameter) else value)
     for _, layer in adapted_layers(model):
         layer.lora.norms = None
     return model
+
+
+def _stored_shape(model: nn.Module, key: str) -> tuple[int, ...]:
+    """The shape of a parameter in a file: PiSSA's factors have twice their rank there."""
+    m, *n = model.get_parameter(key).shape
+    owner, _, factor = key.removesuffix(".weight").rpartition(".")
+    if factor not in ("lora_A", "lora_B") or start_factors(model.get_submodule(owner)) is None:
+        return (m, *n)
+    return (2 * m, *n) if factor == "lora_A" else (m, 2 * n[0])
+
+
+def _take_starts(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give layers that began with PiSSA the start in a file; returns the tensors with the trained half of the factors.
+
+    The base weight changes where the file's start is another one, as after a decomposition on another machine.
+    """
+    state = dict(state)
+    for name, layer in adapted_layers(model):
+        if (start := start_factors(layer)) is None:
+            continue
+        keys = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+        (a, start_a), (b, start_b) = state[keys[0]].chunk(2), state[keys[1]].chunk(2, dim=1)
+        move_start(layer, start_a.to(start[0]), -start_b.to(start[1]))
+        state |= {keys[0]: a, keys[1]: b}
+    return state
 
 
 def read_config(folder: Path) -> LoraConfig:
@@ -203,8 +258,22 @@ def _check_values(tensors: dict[str, Tensor], source: Path) -> None:
             raise ValueError(f"load_adapter: {source}: {key} holds NaN or infinity")
 
 
-def _by_parameter(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a file's tensors to the names of the model's parameters.
+def _planned_keys(model: nn.Module, config: LoraConfig) -> dict[str, str]:
+    """The names of the factors of ``target_parameters`` in the model -> their names in a file."""
+    leaves: dict[str, list[str]] = {}
+    for path, leaf in select_parameters(model, config).values():
+        leaves.setdefault(path, []).append(leaf)
+    return {name: key for path, inside in leaves.items() for name, key in file_keys(path, inside).items()}
+
+
+def _adapted_keys(model: nn.Module) -> dict[str, str]:
+    """The same of an adapted model."""
+    modules = adapted_experts(model)
+    return {name: key for path, module in modules for name, key in file_keys(path, list(module.lora)).items()}
+
+
+def _by_parameter(tensors: dict[str, Tensor], by_key: dict[str, str]) -> dict[str, Tensor]:
+    """Rename a file's tensors to the names of the model's parameters. ``by_key`` has those of adapted parameters.
 
     With ``bias="all"``, PEFT writes the biases of ``modules_to_save`` three times: also under its wrapper's names, and
     with their values before training.
@@ -213,6 +282,7 @@ def _by_parameter(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for key, value in tensors.items():
         if not key.endswith(".original_module.bias"):
             name = key.removeprefix(PREFIX).replace(".modules_to_save.bias", ".bias")
+            name = by_key.get(name, name)
             state[re.sub(r"\.base_layer\.(bias|weight)$", r".\1", name)] = value
     return state
 
@@ -254,6 +324,10 @@ def _planned_shapes(model: nn.Module, plan: dict[str, nn.Module], config: LoraCo
                 shapes[f"{name}.lora_B.bias"] = (m,)
         if config.use_dora:
             shapes[f"{name}.lora_magnitude_vector"] = (m,)
+    for name, (path, leaf) in select_parameters(model, config).items():
+        count, n, m = expert_sizes(model.get_submodule(path), leaf)
+        rank = rank_of(config, name) * count
+        shapes |= {f"{path}.lora_A.{leaf}.weight": (rank, n), f"{path}.lora_B.{leaf}.weight": (m, rank)}
     for name, root in modules_to_save(model, config).items():
         shapes |= {f"{name}.{key}": tuple(p.shape) for key, p in root.named_parameters()}
     for name, parameter in model.named_parameters():
@@ -280,7 +354,7 @@ def _compare(expected: dict[str, tuple[int, ...]], shapes: dict[str, tuple[int, 
 
 def _compare_scales(model: nn.Module, config: LoraConfig, where: str) -> None:
     """Raise ValueError if a scale of an adapted model differs from the file's."""
-    scales = {name: (layer.lora.scale, scale_of(config, name)) for name, layer in adapted_layers(model)}
+    scales = {adapter.name: (adapter.scale, scale_of(config, adapter.name)) for adapter in all_adapters(model)}
     differ = {name: pair for name, pair in scales.items() if not math.isclose(*pair, rel_tol=1e-6)}
     if differ:
         name, (current, stored) = next(iter(differ.items()))

@@ -244,7 +244,10 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
     def _check_shard(self, group: dict[str, Any], position: int, shard: Shard) -> None:
         """Raise ValueError if a sharded parameter does not fit its group's settings. Nothing was changed before."""
         if effective(type(self).__name__, group, position, group["params"][position]) == "stochastic":
-            check_indices(f"{type(self).__name__}: rounding='stochastic'", describe(group, position), shard)
+            check_indices(
+                f"{type(self).__name__}: rounding='stochastic'", describe(group, position), shard,
+                instead="another rounding ('split', 'master')",
+            )  # fmt: skip
 
     def _state_shapes(self, group: dict[str, Any], param: Tensor) -> dict[str, tuple[int, ...]]:
         """Return the shapes, before sharding, of all state tensors that depend on their parameter's shape."""

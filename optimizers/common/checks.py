@@ -136,21 +136,23 @@ def check_choice(owner: str, name: str, value: Any, choices: Iterable[Any]) -> N
 
 
 def check_dtype(owner: str, name: str, dtype: Any, *, int8: bool = False) -> None:
-    """Raise unless the value is a floating dtype, the name of one, or None; with ``int8``, torch.int8 is valid too."""
+    """Raise unless the value is a floating dtype of 16 bits or more, the name of one, or None.
+
+    With ``int8``, torch.int8 is valid too.
+    """
     named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if isinstance(named, torch.dtype) and named.is_floating_point and named.itemsize == 1:
+        raise TypeError(
+            f"{owner}: {name} takes no dtype of 8-bit floating point, got {dtype!r}: it has no scales, and rounding to "
+            "nearest loses slow changes. Use torch.int8, whose codes are floating point with a scale per 128 entries, "
+            "or torch.bfloat16."
+        )
     if dtype is None or (
         isinstance(named, torch.dtype) and (named.is_floating_point or (int8 and named == torch.int8))
     ):
         return
     expected = "a floating torch.dtype, torch.int8" if int8 else "a floating torch.dtype"
     raise TypeError(f"{owner}: {name} must be {expected} or None, got {dtype!r}")
-
-
-def check_no_int8(owner: str, group: dict[str, Any], *names: str) -> None:
-    """Raise ValueError if a dtype of state is int8 in a group with ``blocks``, whose rows have codes of their own."""
-    for name in names:
-        if group[name] in (torch.int8, "int8"):
-            raise ValueError(f"{owner}: {name}=torch.int8 takes whole matrices; leave it None in groups with blocks")
 
 
 def check_betas(owner: str, betas: Any) -> None:

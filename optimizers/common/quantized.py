@@ -14,9 +14,10 @@ from torch import Tensor
 from leanstep._torch import is_dtensor, join_parts
 from leanstep.kernels.reference.quantization import dequantize, quantize, scale_shape
 from leanstep.kernels.steps.common import StepOptions, compute_dtype, pack
+from leanstep.optimizers.common.column_shards import cuts_rows, decoded, encode, scale_placements
 from leanstep.optimizers.common.rounding import init_step
 from leanstep.optimizers.common.saved_tensors import COUNT, StateRule
-from leanstep.optimizers.common.sharding import dtype_of, local, new_state, shard_of
+from leanstep.optimizers.common.sharding import Reducer, Shard, dtype_of, first_index, local, new_state, run, shard_of
 
 
 def is_quantized(setting: torch.dtype | str | None, param: Tensor) -> bool:
@@ -47,8 +48,7 @@ def init_average(
     """Create the average ``key`` as the setting of its dtype says, with its scales if that is int8.
 
     Parameters without two dimensions have an average in their own dtype. Converts an average whose scales, or their
-    absence, contradict the setting: it was changed after a step. A parameter with int8 is whole or sharded along
-    dimension 0.
+    absence, contradict the setting: it was changed after a step.
     """
     if key in state and state[key].shape != param.shape:
         return  # resized after a step, which the step refuses by name
@@ -58,16 +58,52 @@ def init_average(
         if scales_name in state:
             return
         codes, scales = new_state(param, torch.uint8 if squares else torch.int8), _new_scales(param)
-        if key in state:
-            new_codes, new_scales = quantize(local(state[key]).to(wide), 0, squares=squares)
-            local(codes).copy_(new_codes)
-            local(scales).copy_(new_scales)
+        old = state.get(key)
         state[scales_name], state[key] = scales, codes
+        if old is not None:
+            run(store_averages([local(old).to(wide)], [state], key, [shard_of(param)], [0], squares=squares))
     elif key not in state or scales_name in state:
         average = new_state(param, None if dtype_of(setting) == torch.int8 else setting)
         if key in state:
-            local(average).copy_(dequantize(local(state[key]), local(state.pop(scales_name)), wide))
+            local(average).copy_(average_values(state, key, shard_of(param), wide))
+            del state[scales_name]
         state[key] = average
+
+
+def average_values(state: dict[str, Any], key: str, shard: Shard, dtype: torch.dtype) -> Tensor:
+    """Return the values of this process's codes of an average, in fp32 or fp64."""
+    codes, scales = local(state[key]), local(state[scale_key(key)])
+    return decoded(codes, scales, shard, dtype) if cuts_rows(shard) else dequantize(codes, scales, dtype)
+
+
+def store_averages(
+    values: Sequence[Tensor],
+    states: Sequence[dict[str, Any]],
+    key: str,
+    shards: Sequence[Shard],
+    seeds: Sequence[Tensor | int],
+    *,
+    squares: bool = False,
+) -> Reducer[None]:
+    """Store this process's values of averages as codes and scales, in fp32 or fp64.
+
+    Args:
+        seeds: of the random bits, one for each tensor.
+    """
+    cut = [i for i, shard in enumerate(shards) if cuts_rows(shard)]
+    if cut:
+        yield from encode(
+            [values[i] for i in cut], [states[i] for i in cut], key, [shards[i] for i in cut], [seeds[i] for i in cut],
+            squares=squares,
+        )  # fmt: skip
+    for i, (value, state, shard) in enumerate(zip(values, states, shards, strict=True)):
+        if i in cut:
+            continue
+        offset = first_index(shard)
+        assert offset is not None
+        new = quantize(value, seeds[i], offset, squares=squares)
+        for tensor, result in zip((state[key], state[scale_key(key)]), new, strict=True):
+            local(tensor).copy_(result)
 
 
 def average_codes(states: Sequence[dict[str, Any]], key: str) -> tuple[list[Tensor], list[Tensor]]:
@@ -87,7 +123,9 @@ def average_options(weight: float, like: Tensor, seeds: Tensor | None, offsets: 
 
 
 def _new_scales(param: Tensor) -> Tensor:
-    """Return zeros for the scales, with the placements of the parameter."""
-    shard = shard_of(param)
-    scales = torch.zeros(scale_shape(local(param).shape), dtype=torch.float32, device=local(param).device)
-    return join_parts(scales, param, scale_shape(shard.shape)) if is_dtensor(param) else scales
+    """Return zeros for the scales, with the placements of the parameter where they do not divide blocks."""
+    shard, part = shard_of(param), local(param)
+    placements = scale_placements(param, shard)
+    shape = scale_shape(part.shape) if placements is None else (len(part), scale_shape(shard.shape)[1])
+    scales = torch.zeros(shape, dtype=torch.float32, device=part.device)
+    return join_parts(scales, param, scale_shape(shard.shape), placements) if is_dtensor(param) else scales

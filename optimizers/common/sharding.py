@@ -275,23 +275,16 @@ def runs_of(shard: Shard) -> tuple[int, ...] | None:
     return length, distance, count, math.prod(shape[first:])
 
 
-def check_indices(setting: str, name: str, shard: Shard) -> None:
-    """Raise ValueError if ``setting`` needs the index of every element, and :func:`runs_of` does not have it."""
+def check_indices(setting: str, name: str, shard: Shard, *, instead: str) -> None:
+    """Raise ValueError if ``setting`` needs the index of every element, and :func:`runs_of` does not have it.
+
+    ``instead``: what the user may take in its place.
+    """
     if runs_of(shard) is None:
         raise ValueError(
             f"{setting} takes parameters whose shards are blocks, cut along dimension 0 and two others at most; got "
             f"{name} with placements {shard.placements}; nothing was changed. Redistribute the parameter, or use "
-            "another rounding ('split', 'master')."
-        )
-
-
-def check_row_shards(setting: str, name: str, shard: Shard) -> None:
-    """Raise ValueError if ``setting`` needs shards that are ranges of a parameter's rows, and these are not."""
-    if first_index(shard) is None:
-        raise ValueError(
-            f"{setting} takes parameters whose shards are ranges of rows, got {name} with placements "
-            f"{shard.placements}; nothing was changed. Use another dtype for it, such as torch.bfloat16, or shard it "
-            "along dimension 0 alone."
+            f"{instead}."
         )
 
 

@@ -18,19 +18,19 @@ from leanstep.optimizers.common.checks import (
     check_dtype,
     check_flags,
     check_layout,
-    check_no_int8,
     check_number,
     check_rows,
     describe,
     settings_of,
     warn_how_auto_routes,
 )
+from leanstep.optimizers.common.column_shards import check_int8_shard
 from leanstep.optimizers.common.engines import in_pipeline, inside_zero, partial_model
 from leanstep.optimizers.common.loading import Loaded
 from leanstep.optimizers.common.quantized import init_average, is_quantized, quantized_rules, scale_shapes
 from leanstep.optimizers.common.rounding import effective, init_rounding
 from leanstep.optimizers.common.saved_tensors import StateRule
-from leanstep.optimizers.common.sharding import Reducer, Shard, check_row_shards, local
+from leanstep.optimizers.common.sharding import Reducer, Shard, local
 from leanstep.optimizers.lanton.halves import UNMARKED, MarkedHalves
 from leanstep.optimizers.lanton.matrices import block_count, is_stack, matrix_shape
 from leanstep.optimizers.lanton.saved import STATE_RULES, check_entries, check_half_gradients, reshaped_estimates
@@ -91,7 +91,7 @@ class LANTON(MarkedHalves, LeanOptimizer):
             layer has H = 0, f is 0.84 at sqrt(H) = alpha and 0.32 at 10 alpha. H scales with 1 / batch size, and
             changes with model, loss scale and clipping: choose alpha by :meth:`noise_report`, per group if needed.
             "auto" (experimental): at every step the median of sqrt(H) over the layers that share a maximum; f then
-            depends only on ratios of noise.
+            depends only on ratios of noise. The blocks of a matrix count as one layer together.
         weight_decay: decoupled, multiplied by lr and not by f.
         cautious_decay: decay only entries whose update and parameter agree in sign (arXiv 2510.12402). No gain over no
             decay was measured (docs/measured.md).
@@ -124,8 +124,8 @@ class LANTON(MarkedHalves, LeanOptimizer):
             layers of similar shape.
         transposed, flatten, blocks: as for :class:`leanstep.optimizers.SinkGD`. Each block has its own O, H and f, as a
             matrix of its own would; a non-finite gradient leaves the whole parameter unchanged.
-        momentum_dtype: dtype of B; None: the parameter's; torch.int8: as for :class:`leanstep.optimizers.Lion`, not
-            with ``blocks``. O is computed from the stored B.
+        momentum_dtype: dtype of B; None: the parameter's; torch.int8: as for :class:`leanstep.optimizers.Lion`. O is
+            computed from the stored B.
         noise_dtype: dtype of the stored gradient or half; None: the parameter's. bf16 halves its memory for fp32
             parameters, and adds up to 2^-9 of the gradient to the noise. torch.int8 adds about 2 % of it. Halves have
             the parameter's dtype then.
@@ -146,7 +146,7 @@ class LANTON(MarkedHalves, LeanOptimizer):
         gradients. A gradient of zeros (an expert without tokens), or none, leaves H and G' unchanged.
         State: ``momentum_buffer`` (4 bytes per fp32 parameter) and, with "previous", ``previous_grad`` (4 bytes);
         1.03 bytes each with int8, and ``step``. One pass updates an int8 state in place; a difference or a direction
-        decodes one layer at a time to fp32.
+        decodes one layer at a time to fp32, and so does an update of shards that cut rows.
         "halves" needs one more copy of the gradients between mark_half and the step. ``noise`` and ``noise_steps``: one
         number each per matrix. ``variance`` adds ``row_mean_sq``, one number per row; ``rounding`` its state.
         A step allocates differences or directions of a few matrices at a time (64 MB in fp32, or one matrix) and the
@@ -243,8 +243,6 @@ class LANTON(MarkedHalves, LeanOptimizer):
         check_flags("LANTON", group, ("nesterov", "cautious_decay", "noise_adaptive"))
         check_layout("LANTON", group)
         check_blocks("LANTON", group)
-        if group["blocks"] is not None and group["norm"] in ("auto", "rms"):
-            check_no_int8("LANTON", group, "momentum_dtype", "noise_dtype")
         for name in ("momentum_dtype", "noise_dtype", "ns_dtype"):
             check_dtype("LANTON", name, group[name], int8=name != "ns_dtype")
 
@@ -318,7 +316,7 @@ class LANTON(MarkedHalves, LeanOptimizer):
     def _check_shard(self, group: dict[str, Any], position: int, shard: Shard) -> None:
         super()._check_shard(group, position, shard)
         if _quantized_keys(group, group["params"][position]):
-            check_row_shards("LANTON: an 8-bit momentum or gradient", describe(group, position), shard)
+            check_int8_shard("LANTON: an 8-bit momentum or gradient", describe(group, position), shard)
         if shard.cuts and shard.ranges is None and norm_of(group, group["params"][position]) == "rms":
             raise ValueError(
                 f"LANTON takes matrices whose shards are blocks, got {describe(group, position)} with placements "

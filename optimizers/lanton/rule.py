@@ -128,9 +128,19 @@ def noise_estimate(noise: Tensor, dual_norms: Tensor, beta2: Tensor | float) -> 
 # ---- a = alpha / sqrt(alpha^2 + H),  f = sqrt(a / a_max)
 
 
-def automatic_alpha(noise: Tensor) -> Tensor:
-    """Return the median of sqrt(H) over layers that share a maximum, for alpha="auto". Ignores NaN (no estimate)."""
-    return noise.nanmedian().sqrt().clamp_min(_SMALLEST_ALPHA)
+def automatic_alpha(noise: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return the median of sqrt(H) over layers that share a maximum, for alpha="auto". Ignores NaN (no estimate).
+
+    ``weights``: how much each entry counts: the blocks of a matrix count as one matrix together. Between two middle
+    entries the median is the lower one.
+    """
+    if weights is None:
+        return noise.nanmedian().sqrt().clamp_min(_SMALLEST_ALPHA)
+    ordered, order = noise.sort()  # NaN comes last
+    total = torch.where(noise.isnan(), 0.0, weights)[order].cumsum(0)
+    # a little below the half, because three thirds may sum to less than one
+    first = torch.searchsorted(total, total[-1:] * (0.5 - 1e-9))
+    return ordered.gather(0, first).squeeze(0).sqrt().clamp_min(_SMALLEST_ALPHA)
 
 
 def inverse_rates(noise: Tensor, alpha: Tensor | float) -> Tensor:

@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from leanstep.kernels.steps.average_int8 import average_step_int8
 from leanstep.kernels.steps.common import compute_dtype, constant, nonfinite_flags
 from leanstep.optimizers.common.base import by_device_and_dtype, count_nonfinite
 from leanstep.optimizers.common.matrices import as_written, write_back
-from leanstep.optimizers.common.quantized import average_options, scale_key
+from leanstep.optimizers.common.quantized import scale_key
 from leanstep.optimizers.common.rounding import rounding_states, seeds_for
 from leanstep.optimizers.common.sharding import Reducer, Shard, local, positions_of, sum_over_shards
 from leanstep.optimizers.lanton import matrices, rule
 from leanstep.optimizers.lanton.matrices import block_count, is_stack
+from leanstep.optimizers.lanton.quantized import update_int8, values_int8
 from leanstep.optimizers.lanton.variance import normalize_rows
 
 # Columns of a table with one row per matrix, summed over processes:
@@ -28,9 +28,6 @@ _DUAL = 0  # "rms": the difference's dual norm; "sign", "vector": rule.partial_d
 _NONFINITE = 1  # above 0 if the gradient is not finite
 _ACTIVE = 2  # above 0 if the gradient has a nonzero entry
 _SQUARE = 3  # the sum of squares of a vector's new momentum
-
-# makes the random bits of stored gradients independent of those of momenta
-_PREVIOUS = 0x2545F491
 
 
 class Layer(NamedTuple):
@@ -149,8 +146,8 @@ def step(layers: list[LayerStep], estimated: list[Layer]) -> Reducer[None]:
         infos = [info for info in infos if not info.nonfinite]  # reading flags on the host needs no wait
     # G' of the next step, B, and p along O
     for info in infos:
-        _store_gradient(info)
-        _update_momentum(info)
+        yield from _store_gradient(info)
+        yield from _update_momentum(info)
     _write([_elementwise_update(info) for info in infos if info.layer.norm != "rms"])
     hidden = [info for info in infos if info.layer.norm == "rms"]
     for batch in matrices.directions([info.layer for info in hidden], lambda i: _direction_momentum(hidden[i].layer)):
@@ -267,13 +264,20 @@ def factors_and_noise(layers: Sequence[Layer], device: torch.device) -> tuple[Te
     measured, factors = counts >= 1, torch.ones_like(noise)
     alphas = [layer.group["alpha"] for layer in layers for _ in range(matrix_count(layer))]
     maxima = [maximum_of(layer) for layer in layers for _ in range(matrix_count(layer))]
+    # the heads of Q and K outnumber all other matrices, and their noise is far smaller
+    blocks = [block_count(layer.group, layer.norm, layer.param.shape) for layer in layers]
+    weights = [1.0 / count for layer, count in zip(layers, blocks, strict=True) for _ in range(matrix_count(layer))]
     for maximum in dict.fromkeys(maxima):
         indices = [i for i, name in enumerate(maxima) if name == maximum]
         index = constant(indices, device, torch.int64)
         automatic = [alphas[i] == "auto" for i in indices]
         alpha = constant([1.0 if alphas[i] == "auto" else float(alphas[i]) for i in indices], device, noise.dtype)
         if any(automatic):
-            median = rule.automatic_alpha(torch.where(measured[index], noise[index], float("nan")))
+            counted = [weights[i] for i in indices]
+            median = rule.automatic_alpha(
+                torch.where(measured[index], noise[index], float("nan")),
+                None if set(counted) == {1.0} else constant(counted, device, noise.dtype),
+            )
             alpha = torch.where(constant(automatic, device, torch.bool), median, alpha)
         rates = rule.inverse_rates(noise[index], alpha)
         factors = factors.index_put((index,), rule.factors(rates, measured[index]))
@@ -288,64 +292,20 @@ def _signed(layer: LayerStep) -> Tensor:
     return -grad if layer.group["maximize"] else grad
 
 
-def _average_int8(
-    layer: LayerStep,
-    key: str,
-    weight: float,
-    skip: Tensor | None = None,
-    output: Tensor | None = None,
-    *,
-    nesterov: bool = False,
-    update: bool = True,
-) -> None:
-    """Update an average in 8 bits by the gradient, or write its values, by :func:`average_step_int8`.
-
-    Args:
-        weight: of the old average.
-        skip: int32, one per tensor of the parameter's first dimension, or one for all. None: update all.
-    """
-    grad, codes, scales = (local(t) for t in (layer.grad, layer.state[key], layer.state[scale_key(key)]))
-    if grad.numel() == 0:  # a process without matrices of a stack has no flags
-        return
-    seeds = seeds_for([layer.state["step"]], [layer.param_index], layer.group["seed"], grad.device)
-    seeds = seeds ^ (_PREVIOUS if key == "previous_grad" else 0)
-    offsets = positions_of([layer.shard], grad.device)["offsets"]
-    lists = [[grad], [codes], [scales], [] if output is None else [output]]
-    if skip is not None and skip.numel() > 1:  # each matrix of a stack has a flag
-        lists = [[row for tensor in tensors for row in tensor.split(1)] for tensors in lists]
-        distances = constant([i * grad[0].numel() for i in range(len(grad))], grad.device, torch.int64)
-        seeds, offsets = seeds.expand(len(grad)).contiguous(), offsets + distances
-    options = average_options(weight, local(layer.param), seeds, offsets)
-    maximize = layer.group["maximize"] and key == "momentum_buffer"  # G' has the gradient's own sign
-    options = options._replace(maximize=maximize)
-    grads, all_codes, all_scales, outputs = lists
-    average_step_int8(grads, all_codes, all_scales, outputs, options, skip=skip, nesterov=nesterov, update=update)
-
-
-def _new_values(layer: LayerStep) -> Tensor:
-    """Return uninitialised memory for the values of an average in 8 bits."""
-    weight = local(layer.param)
-    return torch.empty_like(weight, dtype=compute_dtype(weight.dtype), memory_format=torch.contiguous_format)
-
-
 def _preview_momentum(layer: LayerStep) -> Tensor:
     """Return the momentum that this step will store, before rounding, and leave the stored one."""
     beta = layer.group["betas"][0]
     if scale_key("momentum_buffer") not in layer.state:
         return rule.momentum(local(layer.state["momentum_buffer"]), _signed(layer), beta)
-    values = _new_values(layer)
     # the average with G of what is stored
-    _average_int8(layer, "momentum_buffer", beta, output=values, nesterov=True, update=False)
-    return values
+    return values_int8(layer, "momentum_buffer", beta, nesterov=True)
 
 
 def _direction_momentum(layer: LayerStep, momentum: Tensor | None = None) -> Tensor:
     """Return the tensor that determines O: the stored momentum, or Nesterov's average of it with G."""
     beta, nesterov = layer.group["betas"][0], layer.group["nesterov"]
     if momentum is None and scale_key("momentum_buffer") in layer.state:
-        values = _new_values(layer)
-        _average_int8(layer, "momentum_buffer", beta, output=values, nesterov=nesterov, update=False)
-        return values
+        return values_int8(layer, "momentum_buffer", beta, nesterov=nesterov)
     momentum = local(layer.state["momentum_buffer"]) if momentum is None else momentum
     return rule.nesterov(momentum, _signed(layer), beta) if nesterov else momentum
 
@@ -359,14 +319,12 @@ def _difference(layer: LayerStep) -> Tensor:
     if layer.group["noise"] == "previous":
         if scale_key("previous_grad") not in layer.state:
             return grad - local(layer.state["previous_grad"])
-        values = _new_values(layer)
-        _average_int8(layer, "previous_grad", 0.0, output=values, update=False)
-        return values.neg_().add_(grad)
+        return values_int8(layer, "previous_grad", 0.0).neg_().add_(grad)
     half = local(layer.state["half_grad"])
     return half.sub(grad, alpha=layer.group["half_fraction"]) if layer.group["half_content"] == "gradient" else half
 
 
-def _store_gradient(info: GradientInfo) -> None:
+def _store_gradient(info: GradientInfo) -> Reducer[None]:
     """Store the gradient as G' of the next step, except matrices with a zero or non-finite gradient."""
     layer = info.layer
     if not layer.stores:
@@ -374,7 +332,12 @@ def _store_gradient(info: GradientInfo) -> None:
     grad, previous = local(layer.grad), local(layer.state["previous_grad"])
     take = _local_values(layer, info.active & ~info.nonfinite)
     if scale_key("previous_grad") in layer.state:
-        _average_int8(layer, "previous_grad", 0.0, skip=(~take).to(torch.int32))
+        if _has_blocks(layer):
+            old = values_int8(layer, "previous_grad", 0.0)
+            layer = layer._replace(grad=torch.where(matrices.spread(layer, take, grad.dim()), grad.to(old.dtype), old))
+            yield from update_int8(layer, "previous_grad", 0.0, None)
+        else:
+            yield from update_int8(layer, "previous_grad", 0.0, (~take).to(torch.int32))
     elif _on_host(grad) and bool(take.all()):
         previous.copy_(grad)
     else:
@@ -385,12 +348,12 @@ def _store_gradient(info: GradientInfo) -> None:
         previous.copy_(torch.where(mask, grad, previous))
 
 
-def _update_momentum(info: GradientInfo) -> None:
+def _update_momentum(info: GradientInfo) -> Reducer[None]:
     """Update the momentum, unless the gradient is not finite."""
     layer, buffer, beta = info.layer, local(info.layer.state["momentum_buffer"]), info.layer.group["betas"][0]
     if scale_key("momentum_buffer") in layer.state:
         skip = info.nonfinite.view(1).to(torch.int32) if layer.group["nonfinite"] == "skip" else None
-        _average_int8(layer, "momentum_buffer", beta, skip=skip)
+        yield from update_int8(layer, "momentum_buffer", beta, skip)
     elif not _on_host(buffer) and layer.group["nonfinite"] == "skip":  # on the host, step() has dropped these layers
         buffer.copy_(torch.where(info.nonfinite, buffer, rule.momentum(buffer, _signed(layer), beta)))
     else:

@@ -11,11 +11,13 @@ from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from leanstep.kernels.cpp_impl._build import same_layout
 from leanstep.kernels.reference.rounding import narrow, widen
+from leanstep.kernels.reference.steps.adamw_int8 import adamw_step as adamw_step_of_one
 from leanstep.kernels.steps.adamw_int8 import adamw_step_int8
 from leanstep.kernels.steps.adamw_step import adamw_step as adamw_step_on_host
 from leanstep.kernels.steps.common import StepOptions, compute_dtype, decay_factor, nonfinite_flags, pack
 from leanstep.optimizers.common.base import Batch, count_nonfinite
-from leanstep.optimizers.common.quantized import init_average, is_quantized
+from leanstep.optimizers.common.column_shards import cuts_rows
+from leanstep.optimizers.common.quantized import average_values, init_average, is_quantized, store_averages
 from leanstep.optimizers.common.rounding import seeds_for
 from leanstep.optimizers.common.sharding import Reducer, all_reduce_flags, local, positions_of, readable, store
 
@@ -72,7 +74,7 @@ def step_adamw(batch: Batch, *, int8: bool) -> Reducer[None]:
                 return
             skip = None
     if int8:
-        _update_int8(params, grads, batch, skip)
+        yield from _update_int8(params, grads, batch, skip)
     elif batch.rounding == "nearest":
         _decay_and_update(params, grads, batch.states, group, skip)
     else:
@@ -160,7 +162,7 @@ def _update(
         tensor.copy_(torch.where(skip.to(tensor.device), before, tensor))
 
 
-def _update_int8(params: list[Tensor], grads: list[Tensor], batch: Batch, skip: Tensor | None) -> None:
+def _update_int8(params: list[Tensor], grads: list[Tensor], batch: Batch, skip: Tensor | None) -> Reducer[None]:
     """Step AdamW with moments in 8 bits; a true flag ``skip`` on the device leaves everything unchanged."""
     group, states, (beta1, beta2) = batch.group, batch.states, batch.group["betas"]
     device, dtype = params[0].device, compute_dtype(params[0].dtype)
@@ -184,13 +186,40 @@ def _update_int8(params: list[Tensor], grads: list[Tensor], batch: Batch, skip: 
         decay_where_aligned=group["cautious_decay"],
         maximize=group["maximize"],
         seeds=seeds_for(steps, batch.indices, group["seed"], device),
-        offsets=positions_of(batch.shards, device)["offsets"],
+        **positions_of(batch.shards, device),
     )
     codes, scales, square_codes, square_scales = moments
-    adamw_step_int8(params, grads, codes, scales, square_codes, square_scales, corrections, rounding_state, options)
+    if cuts_rows(batch.shards[0]):
+        yield from _update_columns(params, grads, batch, corrections, rounding_state, options)
+    else:
+        adamw_step_int8(params, grads, codes, scales, square_codes, square_scales, corrections, rounding_state, options)
     for tensor, before in backups:
         assert skip is not None
         tensor.copy_(torch.where(skip.to(tensor.device), before, tensor))
+
+
+def _update_columns(
+    params: list[Tensor],
+    grads: list[Tensor],
+    batch: Batch,
+    corrections: Tensor,
+    rounding_state: list[Tensor],
+    options: StepOptions,
+) -> Reducer[None]:
+    """Do the same for shards that cut rows: decode the moments, step by the definition, and encode them."""
+    assert options.seeds is not None
+    dtype, averages, squares = options.scalars.dtype, [], []
+    for i, (param, grad, state, shard) in enumerate(zip(params, grads, batch.states, batch.shards, strict=True)):
+        average, square = (average_values(state, key, shard, dtype) for key in ("exp_avg", "exp_avg_sq"))
+        remainder = rounding_state[i] if rounding_state else None
+        average, square = adamw_step_of_one(
+            param, grad, average, square, corrections[i], remainder, options=options.of(i)
+        )  # fmt: skip
+        averages.append(average)
+        squares.append(square)
+    seeds = options.seeds.unbind()
+    yield from store_averages(averages, batch.states, "exp_avg", batch.shards, seeds)
+    yield from store_averages(squares, batch.states, "exp_avg_sq", batch.shards, seeds, squares=True)
 
 
 def _update_rounded(params: list[Tensor], grads: list[Tensor], batch: Batch, skip: Tensor | None) -> None:

@@ -21,37 +21,39 @@ from leanstep.optimizers.common.checks import (
     check_dtype,
     check_flags,
     check_layout,
-    check_no_int8,
     check_number,
     check_rows,
     describe,
     settings_of,
     warn_how_auto_routes,
 )
+from leanstep.optimizers.common.column_shards import check_int8_shard, cuts_rows
 from leanstep.optimizers.common.matrices import as_matrices, matrix_shape, oriented, sides_of, write_back
 from leanstep.optimizers.common.quantized import (
     average_codes,
     average_options,
+    average_values,
     init_average,
     is_quantized,
     quantized_rules,
     scale_key,
     scale_shapes,
+    store_averages,
 )
-from leanstep.optimizers.common.rounding import effective, init_rounding
+from leanstep.optimizers.common.rounding import effective, init_rounding, seeds_for
 from leanstep.optimizers.common.saved_tensors import COUNT, SHAPED, StateRule
 from leanstep.optimizers.common.sharding import (
     Reducer,
     Shard,
     all_reduce_flags,
-    check_row_shards,
     local,
     readable,
+    shard_of,
     store,
 )
 from leanstep.optimizers.sinkgd import rule
 from leanstep.optimizers.sinkgd.adamw import init_adamw, step_adamw
-from leanstep.optimizers.sinkgd.blocks import flags_of_parameters, in_blocks
+from leanstep.optimizers.sinkgd.blocks import flags_of_parameters, in_blocks, in_parts
 from leanstep.optimizers.sinkgd.sharded import all_reduce_row_norms, normalize
 from leanstep.optimizers.sinkgd.spectral import init_power_vector, pin_operator_norms, power_vector_shape
 
@@ -127,7 +129,8 @@ class SinkGD(LeanOptimizer):
         momentum_dtype: as for :class:`leanstep.optimizers.Lion`. torch.int8 stores AdamW's two moments in 8 bits, too,
             and its step is then not torch's: both are rounded stochastically, the second one without bias and never to
             0. The root of the second moment differs by 8 % (standard deviation) from that of AdamW. Other dtypes do not
-            change AdamW's moments. Matrices with ``blocks`` have no momentum of 8 bits.
+            change AdamW's moments. Momenta of 8 bits of a group with ``blocks``, and of shards that cut rows, are in
+            fp32 for the time of the step.
         rounding, seed, maximize: as for :class:`leanstep.optimizers.Lion`.
         nonfinite: "skip": do not update a matrix with a non-finite gradient, and count it. One non-finite gradient
             skips all AdamW parameters of its group, device and dtype. "raise", "pass": as for Lion.
@@ -141,7 +144,8 @@ class SinkGD(LeanOptimizer):
         State: none for matrices without options; AdamW's moments for the rest (8 bytes per fp32 parameter, 2.06 with
         int8). Options add ``momentum_buffer``,
         ``power_vector`` and ``power_warm``, and the state of ``rounding``, as for Lion. A step allocates one
-        fp32 matrix on a CPU, and partial column sums on a GPU.
+        fp32 matrix on a CPU, and partial column sums on a GPU. ``momentum`` and ``row_mask_tau`` add the averages of
+        the largest matrix, or 64 MB of them where matrices are smaller; of all sharded matrices together.
         Sharded matrices (FSDP2, tensor parallelism, both) are not gathered. An iteration reduces column sums over each
         mesh dimension that shards rows, and row sums over each that shards columns; these also need one all-reduce of
         the rows' largest entries. All matrices of the model share the all-reduces. ``spectral`` needs whole columns.
@@ -218,8 +222,6 @@ class SinkGD(LeanOptimizer):
         check_blocks("SinkGD", group)
         if group["blocks"] is not None and group["spectral"] is not None:
             raise ValueError("SinkGD: spectral scales whole matrices; leave it None in groups with blocks")
-        if group["blocks"] is not None and group["algorithm"] != "adamw":
-            check_no_int8("SinkGD", group, "momentum_dtype")
         check_count("SinkGD", "num_iters", group["num_iters"])
         check_dtype("SinkGD", "momentum_dtype", group["momentum_dtype"], int8=True)
         if group["base_width"] is not None:
@@ -274,7 +276,7 @@ class SinkGD(LeanOptimizer):
     def _check_shard(self, group: dict[str, Any], position: int, shard: Shard) -> None:
         super()._check_shard(group, position, shard)
         if _quantized_keys(group, group["params"][position]):
-            check_row_shards("SinkGD: momentum_dtype=torch.int8", describe(group, position), shard)
+            check_int8_shard("SinkGD: momentum_dtype=torch.int8", describe(group, position), shard)
         if algorithm_of(group, group["params"][position]) == "adamw":
             return
         if group["blocks"] is not None and shard.ranges is None:
@@ -317,9 +319,9 @@ class SinkGD(LeanOptimizer):
     ) -> list[Reducer[None]]:
         batches = self._batches(group, first_index, only, lambda param: _rule_of(group, param))
         return [
-            step_adamw(batch, int8=name == "adamw int8")
+            step_adamw(batch, int8=name.startswith("adamw int8"))
             if name.startswith("adamw")
-            else _step(batch, name == "balanced")
+            else _step(batch, balanced=name.startswith("balanced"), wide=name.endswith("wide"))
             for name, batch in batches
         ]
 
@@ -348,14 +350,45 @@ def _quantized_keys(group: dict[str, Any], param: Tensor) -> tuple[str, ...]:
 
 
 def _rule_of(group: dict[str, Any], param: Tensor) -> str:
+    """Return the algorithm, with " int8" for AdamW's moments and " wide" for momenta that kernels do not decode."""
     algorithm = algorithm_of(group, param)
-    return "adamw int8" if algorithm == "adamw" and _quantized_keys(group, param) else algorithm
+    if not _quantized_keys(group, param):
+        return algorithm
+    cut = cuts_rows(shard_of(param))
+    if algorithm == "adamw":
+        return "adamw int8 columns" if cut else "adamw int8"
+    return f"{algorithm} wide" if cut or group["blocks"] is not None else algorithm
 
 
-def _step(batch: Batch, balanced: bool) -> Reducer[None]:
+def _step(batch: Batch, *, balanced: bool, wide: bool) -> Reducer[None]:
+    """Update the matrices of a batch, and their state, in place; ``wide``: with momenta of 8 bits in fp32 meanwhile."""
+    if not wide:
+        yield from _step_blocks(batch, balanced=balanced)
+        return
+    for part in in_parts(batch):
+        yield from _step_wide(part, balanced=balanced)
+
+
+def _step_wide(batch: Batch, *, balanced: bool) -> Reducer[None]:
+    """Decode momenta of 8 bits, step with them in fp32 (fp64 for fp64 parameters), and encode them."""
+    key, steps = "momentum_buffer", [state["step"] for state in batch.states]
+    if batch.rounding != "stochastic":  # which counts the steps itself
+        torch._foreach_add_(steps, 1)
+    triples = zip(batch.params, batch.states, batch.shards, strict=True)
+    momenta = [average_values(state, key, shard, compute_dtype(p.dtype)) for p, state, shard in triples]
+    states = [{**state, key: momentum} for state, momentum in zip(batch.states, momenta, strict=True)]
+    for state in states:
+        del state[scale_key(key)]
+    yield from _step_blocks(batch._replace(states=states), balanced=balanced)
+    seeds = seeds_for(steps, batch.indices, batch.group["seed"], momenta[0].device)
+    yield from store_averages(momenta, batch.states, key, batch.shards, seeds.unbind())
+
+
+def _step_blocks(batch: Batch, *, balanced: bool) -> Reducer[None]:
     """Update the matrices of a batch, and their state, in place; each block of a matrix as a matrix."""
     if batch.group["blocks"] is None:
-        yield from _step_matrices(batch, balanced=balanced)
+        for part in in_parts(batch):
+            yield from _step_matrices(part, balanced=balanced)
         return
     weights = [readable(p) for p in batch.params]
     blocks = in_blocks(batch, weights)
@@ -376,7 +409,7 @@ def _step_matrices(batch: Batch, *, balanced: bool) -> Reducer[None]:
         matrices = [-g for g in matrices]
     weights = [local(p) for p in batch.params]
     scalars = rule.step_scalars(group["lr"], group["scale"], group["weight_decay"], weights[0])
-    seeded = bool(_quantized_keys(group, batch.params[0]))
+    seeded = scale_key("momentum_buffer") in states[0]
     options = batch.options(scalars, seeded=seeded, decay_where_aligned=group["cautious_decay"])
     momentum_last = group["momentum_order"] == "post" and not balanced
     nonfinite = None

@@ -244,21 +244,32 @@ def _bounds(layers: Sequence[Layer], at_most: Mapping[str, int] | None) -> dict[
 def _program(
     layers: Sequence[Layer], curves: Mapping[str, Curve], budget: Budget, at_most: Mapping[str, int] | None
 ) -> Program:
-    """The knapsack of some layers: curves become levels with costs.
+    """The knapsack of some layers: curves become levels with costs."""
+    _check_curves(layers, curves)
+    unit = _unit(layers, curves, budget)
+    return Program(layer_levels(layers, curves, budget, at_most), budget.kind, budget.target, unit)
+
+
+def layer_levels(
+    layers: Sequence[Layer], curves: Mapping[str, Curve], budget: Budget, at_most: Mapping[str, int] | None = None
+) -> list[LayerLevels]:
+    """The levels of layers by their curves, with costs; arguments as for :func:`allocate`.
 
     Unstructured curves get levels between the measured ones, except for latencies, which are known at the measured
     levels only.
     """
-    _check_curves(layers, curves)
-    upper = _bounds(layers, at_most)
+    upper, unit = _bounds(layers, at_most), _unit(layers, curves, budget)
+    return [_levels(layer, curves[layer.name], budget, upper[layer.name], unit) for layer in layers]
+
+
+def _unit(layers: Sequence[Layer], curves: Mapping[str, Curve], budget: Budget) -> float:
+    """Cost of one state of a table whose costs have to be rounded."""
     ordered = sorted(layers, key=lambda layer: layer.name)
     if budget.seconds is None:
         dense = sum(float(cost(budget.kind, layer, curves[layer.name].counts[0])) for layer in ordered)
     else:
         dense = sum(float(next(iter(budget.seconds.get(layer.name, ())), 0.0)) for layer in ordered)
-    unit = dense / STATES
-    levels = [_levels(layer, curves[layer.name], budget, upper[layer.name], unit) for layer in layers]
-    return Program(levels, budget.kind, budget.target, unit)
+    return dense / STATES
 
 
 def _check_curves(layers: Sequence[Layer], curves: Mapping[str, Curve]) -> None:

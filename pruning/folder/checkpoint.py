@@ -10,10 +10,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from leanstep._checkpoint import TensorFile, checked_file, copy_other_files
-from leanstep.pruning.folder.loading import INDEX, Checkpoint, written_name
+from leanstep._files import format_bytes
+from leanstep._mapped import MappedParameters, ResidentSet
+from leanstep.pruning.folder.loading import INDEX, Checkpoint, stored_names, written_name
+from leanstep.pruning.score.targets import some
 
 # not copied: files about the dense weights
 SIDECAR, REPORT = "sparsity.json", "report.html"
@@ -22,9 +25,9 @@ SIDECAR, REPORT = "sparsity.json", "report.html"
 def write_weights(checkpoint: Checkpoint, values: Mapping[str, Tensor], folder: Path) -> dict[str, float]:
     """Write the checkpoint's files into a folder, with the tensors of ``values`` that differ from the stored ones.
 
-    Files, names, dtypes, metadata and unchanged tensors stay the same. A safetensors file is copied, then its changed
-    tensors are overwritten, one in memory at a time. A file of ``torch.save`` becomes a safetensors file; all its
-    tensors are in memory at once.
+    Files, names, dtypes, metadata and unchanged tensors stay the same. A safetensors file is copied, unless
+    :func:`map_weights` did so, then its changed tensors are overwritten, one in memory at a time. A file of
+    ``torch.save`` becomes a safetensors file; all its tensors are in memory at once.
 
     Returns:
         name of each changed tensor -> its fraction of zeros.
@@ -69,20 +72,82 @@ def _has_format(path: Path) -> bool:
 def _copy_changed(checkpoint: Checkpoint, file: str, values: Mapping[str, Tensor], to: Path) -> dict[str, float]:
     """Copy a safetensors file and overwrite its changed tensors; returns as :func:`write_weights`."""
     changed: dict[str, float] = {}
-    shutil.copyfile(checked_file(checkpoint.folder / file), to)
+    if not to.exists():
+        shutil.copyfile(checked_file(checkpoint.folder / file), to)
+    offsets = _tensor_offsets(to)
     with to.open("r+b") as copy:
-        length = int.from_bytes(copy.read(8), "little")
-        header = json.loads(copy.read(length))
         for name in checkpoint.files[file]:
             stored, value = checkpoint.tensor(file, name), values.get(name)
             if value is None or value.shape != stored.shape:
                 continue
+            written = stored
+            if value.untyped_storage().filename == str(to):
+                # read by a mapping of its own, which ends with the tensor
+                with TensorFile(to) as opened:
+                    value = written = opened.tensor(name)
             merged = _merge(stored, value.detach().cpu())
             if merged is not stored:
-                copy.seek(8 + length + header[name]["data_offsets"][0])
-                copy.write(merged.contiguous().reshape(-1).view(torch.uint8).numpy().data)
                 changed[name] = float((merged == 0).double().mean())
+            if not torch.equal(_bytes_of(merged), _bytes_of(written)):
+                copy.seek(offsets[name])
+                copy.write(_bytes_of(merged).numpy().data)
     return changed
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _tensor_offsets(path: Path) -> dict[str, int]:
+    """Where each tensor of a safetensors file begins, in bytes from the start of the file."""
+    with path.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    return {name: 8 + length + row["data_offsets"][0] for name, row in header.items() if name != "__metadata__"}
+
+
+def map_weights(checkpoint: Checkpoint, model: nn.Module, folder: Path, resident: ResidentSet) -> MappedParameters:
+    """Copy the safetensors files of a checkpoint into a folder, and map the model's parameters to the copies.
+
+    What is then written to a parameter is written to its copy. Parameters stay in memory that transformers fused or
+    converted on loading, and those in files of ``torch.save``; see :func:`unmapped_note`.
+
+    Args:
+        checkpoint: the files.
+        model: on the CPU, loaded from them and unchanged.
+        folder: where :func:`write_weights` will finish the copies.
+        resident: bounds the part of the mapped weights in memory.
+    """
+    places: dict[str, tuple[Path, int]] = {}
+    offsets: dict[str, dict[str, int]] = {}
+    for parameter, (file, name) in stored_names(checkpoint, model).items():
+        value = model.get_parameter(parameter)
+        if file not in offsets:
+            offsets[file] = {}
+            if _has_format(checkpoint.folder / file):
+                shutil.copyfile(checked_file(checkpoint.folder / file), folder / file)
+                offsets[file] = _tensor_offsets(folder / file)
+        offset = offsets[file].get(name)
+        if offset is None or offset % value.element_size() or not value.is_contiguous():
+            continue
+        if checkpoint.tensor(file, name).dtype == value.dtype:
+            places[parameter] = (folder / file, offset)
+    mapped = MappedParameters(model, resident)
+    mapped.map(places)
+    return mapped
+
+
+def unmapped_note(mapped: MappedParameters) -> str:
+    """What part of a model is in memory although its files are mapped; "" for little."""
+    sizes = {name: parameter.nbytes for name, parameter in mapped.model.named_parameters()}
+    held = {name: size for name, size in sizes.items() if name not in mapped.names}
+    if sum(held.values()) < 0.01 * sum(sizes.values()):
+        return ""
+    return (
+        f"{len(held)} of {len(sizes)} parameters ({format_bytes(sum(held.values()))}) were held in memory, not mapped "
+        f"from their files: {some(list(held), 3)}. transformers fuses or converts them on loading, or their files are "
+        "those of torch.save"
+    )
 
 
 def _merge(stored: Tensor, value: Tensor) -> Tensor:

@@ -216,9 +216,24 @@ def load_model(checkpoint: Checkpoint, device: str | torch.device = "cpu") -> nn
         ValueError: if transformers cannot open it, if it needs code of its own, if the weights do not fit its
             config.json, or if one holds NaN or infinity.
     """
-    model = open_model(checkpoint.folder, _model_class(checkpoint.config.get("architectures")))
-    checkpoint_values(checkpoint, model)
+    model = open_model(checkpoint.folder, _model_class(checkpoint.config.get("architectures")), finite=False)
+    _check_finite(checkpoint, model)
     return model.eval().to(device)
+
+
+def _check_finite(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Check all weights. Reads those that the model has as stored from the files, one in memory at a time."""
+    places = stored_names(checkpoint, model)
+    dtypes = {name: dtype for _, name, dtype, _ in stored_dtypes(checkpoint.folder)}
+    state = model.state_dict()
+    as_stored = {
+        name: place
+        for name, place in places.items()
+        if place[0].endswith(".safetensors") and dtypes.get(place[1]) == _SHORT.get(state[name].dtype)
+    }
+    check_finite(((name, checkpoint.tensor(*place)) for name, place in as_stored.items()), checkpoint.folder)
+    aliases = {state[name].data_ptr() for name in as_stored}
+    check_finite(((name, t) for name, t in state.items() if t.data_ptr() not in aliases), checkpoint.folder)
 
 
 def _model_class(architectures: Any) -> Any:
@@ -259,18 +274,22 @@ def stored_parameters(checkpoint: Checkpoint, model: nn.Module) -> Callable[[str
 
     The function returns None for parameters that transformers fused, and for those in files of ``torch.save``.
     """
+    places = stored_names(checkpoint, model)
+
+    def stored(parameter: str) -> Tensor | None:
+        file, name = places.get(parameter, ("", ""))
+        return checkpoint.tensor(file, name) if file.endswith(".safetensors") else None
+
+    return stored
+
+
+def stored_names(checkpoint: Checkpoint, model: nn.Module) -> dict[str, tuple[str, str]]:
+    """Weight file and stored name of each parameter that transformers neither fused nor cut on loading."""
     files = {name: file for file, names in checkpoint.files.items() for name in names}
     # the shape tells the first expert from the fused parameter, which begins at the same address
     named = {(tensor.data_ptr(), tensor.shape): name for name, tensor in checkpoint_values(checkpoint, model).items()}
-    stored_names = {name: named.get((value.data_ptr(), value.shape)) for name, value in model.named_parameters()}
-
-    def stored(parameter: str) -> Tensor | None:
-        name = stored_names.get(parameter)
-        if name is None or not files[name].endswith(".safetensors"):
-            return None
-        return checkpoint.tensor(files[name], name)
-
-    return stored
+    by_parameter = {name: named.get((value.data_ptr(), value.shape)) for name, value in model.named_parameters()}
+    return {parameter: (files[name], name) for parameter, name in by_parameter.items() if name is not None}
 
 
 def open_config(source: str | Path) -> Any:
@@ -288,10 +307,25 @@ def empty_model(source: str | Path, dtype: torch.dtype) -> nn.Module:
         return _class(None).from_config(config, dtype=dtype, trust_remote_code=False)
 
 
+def empty_model_of(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
+    """The model of a checkpoint on the meta device, without values; ValueError if it cannot be built."""
+    config = open_config(checkpoint.folder)
+    model_class = _model_class(checkpoint.config.get("architectures"))
+    with _opening("model", checkpoint.folder), torch.device("meta"):
+        if model_class is None:
+            return _class(None).from_config(config, dtype=dtype, trust_remote_code=False)
+        return model_class._from_config(config, dtype=dtype)
+
+
 def open_tokenizer(source: str | Path) -> Any:
     """Tokenizer in a folder, or by name from the hub. Raises ValueError for one that cannot be opened or encode "a"."""
     from transformers import AutoTokenizer
 
+    folder = Path(source).expanduser()
+    if folder.is_dir() and not any(any(folder.glob(name)) for name in ("*token*", "vocab*", "*.model")):
+        raise ValueError(
+            f"{source} holds no tokenizer (no tokenizer.json); save the model's own there by save_pretrained"
+        )
     with _opening("tokenizer", source) as path:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         longest = tokenizer.model_max_length
@@ -328,7 +362,12 @@ def position_count(config: Mapping[str, Any], source: str | Path) -> int | None:
 
 
 def open_model(
-    source: str | Path, model_class: Any = None, *, dtype: torch.dtype | str = "auto", new_heads: Iterable[str] = ()
+    source: str | Path,
+    model_class: Any = None,
+    *,
+    dtype: torch.dtype | str = "auto",
+    new_heads: Iterable[str] = (),
+    finite: bool = True,
 ) -> nn.Module:
     """Load a model whose weights fit its configuration.
 
@@ -337,6 +376,7 @@ def open_model(
         model_class: a class of transformers; None: ``AutoModelForCausalLM``.
         dtype: of the weights; "auto": as stored.
         new_heads: see :func:`check_weights`.
+        finite: read all weights and refuse NaN and infinity.
 
     Raises:
         ValueError: as :func:`check_weights`, and for a weight with NaN or infinity.
@@ -347,7 +387,8 @@ def open_model(
         model = _class(model_class).from_pretrained(
             path, dtype=dtype, trust_remote_code=False, ignore_mismatched_sizes=bool(new_heads)
         )
-    check_finite(model.state_dict().items(), source)
+    if finite:
+        check_finite(model.state_dict().items(), source)
     return model
 
 
@@ -390,7 +431,7 @@ def check_weights(source: str | Path, model_class: Any = None, *, new_heads: Ite
 
 def _check_dtypes(folder: Path) -> None:
     """Refuse weights and biases that are not floating-point, which transformers would convert without a word."""
-    for file, name, dtype, dim in _stored_dtypes(folder):
+    for file, name, dtype, dim in stored_dtypes(folder):
         # GPT-2's attn.bias is a mask of four dimensions
         if dtype not in _FLOATING_DTYPES and (name.endswith(".weight") or (name.endswith(".bias") and dim == 1)):
             raise ValueError(
@@ -399,7 +440,7 @@ def _check_dtypes(folder: Path) -> None:
             )
 
 
-def _stored_dtypes(folder: Path) -> Iterator[tuple[Path, str, str, int]]:
+def stored_dtypes(folder: Path) -> Iterator[tuple[Path, str, str, int]]:
     """File, name, dtype and dimensions of every tensor in the weight files of a folder."""
     index = _index_name(folder)
     single = [name for name in _SINGLE if (folder / name).is_file()][:1]

@@ -73,7 +73,7 @@ def recover_checkpoint(
     dense = open_checkpoint(source)
     check_apart(folder, dense.folder)
     if isinstance(data, CalibrationText):
-        data, held_out = sequences_of(dense, data)
+        data, held_out, _ = sequences_of(dense, data)
     model = load_model(pruned, device)
     _check_unchanged(folder, content, model)
     return recover_model(

@@ -44,6 +44,8 @@ def report_page(content: Mapping[str, Any]) -> str:
         lead=_lead(content),
         numbers=_numbers(content),
         remarks=[*content.get("notes", ()), *(content.get("recovery") or {}).get("notes", ()), ZEROS_ALONE],
+        refinement=_refinement(content),
+        refinement_chart=_refinement_chart(content),
         recovery=_recovery(content),
         recovery_chart=_recovery_chart(content),
         allocation=_allocation_charts(content["layers"]),
@@ -102,6 +104,34 @@ def _compared(one: Mapping[str, Any], applied: str) -> list[str]:
     ratio = "-" if one.get("ratio") is None else f"{one['ratio']:.3f}"
     mark = " (applied)" if one["method"] == applied else ""
     return [one["method"] + mark, compact(one["joint"]) + error, compact(one["summed"]), ratio]
+
+
+def _refinement(content: Mapping[str, Any]) -> str:
+    """What the search on joint distortion did, in one sentence; "" without it."""
+    search = content.get("refinement") or {}
+    if not search:
+        return ""
+    start, end = search["points"][0][2], search["points"][-1][2]
+    return (
+        f"{search['accepted']} of {search['evaluations']} exchanges between matrices were better by more than their "
+        f"noise. Joint distortion on the judging data: {compact(start)} at the start, {compact(end)} at the end."
+    )
+
+
+def _refinement_chart(content: Mapping[str, Any]) -> str:
+    """Joint distortion of the search over its evaluations: steps down at the accepted exchanges."""
+    search = content.get("refinement") or {}
+    if not search:
+        return ""
+    evaluations = [point[0] for point in search["points"]]
+    distortion = [point[2] for point in search["points"]]
+    x = [
+        position
+        for step in zip(evaluations, [*evaluations[1:], search["evaluations"]], strict=True)
+        for position in step
+    ]
+    series = Series("joint distortion", x, [value for value in distortion for _ in range(2)])
+    return chart([series], title="Joint distortion of the search", x_label="exchanges judged", wide=True)
 
 
 def _recovery(content: Mapping[str, Any]) -> list[list[str]]:

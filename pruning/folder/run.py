@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from leanstep._checkpoint import check_apart, check_output, new_folder
+from leanstep._checkpoint import check_apart, check_output, check_space, new_folder
 from leanstep._files import remove_partials, restore_replaced
+from leanstep._mapped import RESIDENT, ResidentSet
 from leanstep._version import __version__
+from leanstep.pruning.allocate.descent import Refinement
 from leanstep.pruning.choices import check_choices
-from leanstep.pruning.folder.checkpoint import SIDECAR, copy_others, write_report, write_weights
+from leanstep.pruning.folder.checkpoint import (
+    SIDECAR,
+    copy_others,
+    map_weights,
+    unmapped_note,
+    write_report,
+    write_weights,
+)
+from leanstep.pruning.folder.estimate import scratch_bytes
 from leanstep.pruning.folder.loading import checkpoint_values, load_model, open_checkpoint, stored_parameters
 from leanstep.pruning.folder.recovery import recover_model
 from leanstep.pruning.folder.text import CalibrationText, perplexity_of, sequences_of
@@ -20,6 +31,11 @@ from leanstep.pruning.measure.points import Progress
 from leanstep.pruning.prune import prune
 from leanstep.pruning.recovery import Recovery
 from leanstep.pruning.result import PruneResult
+
+ACTIVATIONS = ("memory", "disk")
+
+# settings that the result does not show, with their defaults
+_ASKED = {"allocation": "dp", "granularity": "matrix"}
 
 
 def prune_checkpoint(
@@ -33,6 +49,9 @@ def prune_checkpoint(
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
     recovery: Recovery | None = None,
+    refine: Refinement | None = None,
+    activations: str = "memory",
+    resident: int = RESIDENT,
     **settings: Any,
 ) -> PruneResult:
     """Prune a Hugging Face checkpoint into a new folder of the same files, names and dtypes, with exact zeros.
@@ -47,12 +66,17 @@ def prune_checkpoint(
         data: a :class:`CalibrationText` for language models, or data as for :func:`prune`.
         held_out: as for :func:`prune`; ignored with a :class:`CalibrationText`, which has its own.
         evaluate: measure perplexity on the held-out sequences before and after.
-        resume: continue with the curves of an interrupted run, from ``OUT.curves.jsonl``. If that run had finished
-            ``out``, removes them, and raises the error of an ``out`` that exists.
+        resume: continue an interrupted run: with its curves, from ``OUT.curves.jsonl``, and its search, from
+            ``OUT.refine.json``. If that run had finished ``out``, removes them, and raises the error of an ``out`` that
+            exists.
         device: of the model during calibration.
         progress: see :func:`measure_curves`.
         recovery: train the pruned model on ``data`` after its folder is written, and replace that; see
             :func:`leanstep.pruning.recover_checkpoint`, which also goes on where a run was interrupted in this.
+        refine: as for :func:`prune`. Without data of its own, :attr:`CalibrationText.refine_samples` sequences judge.
+        activations: where the activations before a block and the dense outputs are kept: ``memory``, or ``disk``, in
+            files beside ``out``.
+        resident: bytes of weights that stay in memory.
         **settings: those of :func:`prune`.
 
     Raises:
@@ -62,11 +86,19 @@ def prune_checkpoint(
             pruned model if the error came in recovery.
 
     Notes:
-        Memory: the model, and the memory of :func:`prune` without its copy of the dense weights, which are read again
-        from the files. Weights are memory-mapped until they are pruned. Weights from files of ``torch.save``, and
-        those that transformers fuses or renames on loading, such as experts, are copied.
+        Memory: ``resident``, and that of :func:`prune` without its copy of the dense weights, which are read again
+        from the files. Weights are mapped from copies of the files, which become ``out``: a pruned matrix is written
+        there, and weights that were used longest ago leave the memory. Weights from files of ``torch.save``, those that
+        transformers fuses or converts on loading, such as experts, and all on another device than the CPU stay in
+        memory; the result's notes say so. Disk: ``out``, and with ``activations="disk"`` tokens x width values for each
+        of ``data`` and ``held_out``, and for ``kl`` 4 bytes per token and entry of the vocabulary.
     """
-    check_choices(data=data, **settings)
+    check_choices(data=data, refine=refine, **settings)
+    if activations not in ACTIVATIONS or resident < 0:
+        raise ValueError(
+            f"expected activations of {' or '.join(ACTIVATIONS)} and resident bytes of at least 0, got {activations!r} "
+            f"and {resident}"
+        )
     if recovery is not None and data is None:
         raise ValueError("recovery trains on the calibration data: give data")
     try:
@@ -75,25 +107,32 @@ def prune_checkpoint(
         raise ValueError(f"the device {str(device)!r} is not available: {str(error).splitlines()[0]}") from None
     out = Path(out).expanduser()
     restore_replaced(out)
-    partial = out.with_name(f"{out.name}.curves.jsonl")
+    partial, search = out.with_name(f"{out.name}.curves.jsonl"), out.with_name(f"{out.name}.refine.json")
     if resume and (out / SIDECAR).is_file():
         # the interrupted run had written its folder and was about to remove these
         partial.unlink(missing_ok=True)
+        search.unlink(missing_ok=True)
     check_output(out)
-    if partial.exists() and not resume:
-        raise ValueError(
-            f"{partial} holds curves that an interrupted run measured: go on with it (--resume), or remove it to "
-            f"begin again"
-        )
+    for file, content_of in ((partial, "curves that an interrupted run measured"), (search, "an interrupted search")):
+        if file.exists() and not resume:
+            raise ValueError(f"{file} holds {content_of}: go on with it (--resume), or remove it to begin again")
     checkpoint = open_checkpoint(source)
     check_output(out, checkpoint.size * (1 if recovery is None else 2))
     check_apart(out, checkpoint.folder)
-    sequences = sequences_of(checkpoint, data) if isinstance(data, CalibrationText) else None
+    sequences = None
+    if isinstance(data, CalibrationText):
+        sequences = sequences_of(checkpoint, data, refine=refine is not None and refine.data is None)
+    if refine is not None:
+        refine = replace(refine, state=search)
     model = load_model(checkpoint, device)
     content: dict[str, Any] = {"leanstep": __version__, "source": str(source)}
+    # as asked for: the allocation that is applied may be another, which the comparison found to be better
+    content["settings"] = {name: settings.get(name, default) for name, default in _ASKED.items()}
     if sequences is not None:
         assert isinstance(data, CalibrationText)
-        scores, held_out = sequences
+        scores, held_out, judging = sequences
+        if refine is not None and refine.data is None:
+            refine = replace(refine, data=judging)
         settings = {"curve_data": scores[: data.curve_samples], **settings}
         content["calibration_text"] = (
             f"{data.label}, {len(scores)} x {scores.shape[1]} tokens, seed {data.seed}; curves {data.curve_samples}"
@@ -102,25 +141,44 @@ def prune_checkpoint(
     elif recovery is not None and not isinstance(data, torch.Tensor):
         batches: Any = data
         data = list(batches)  # it is read twice
+    if activations == "disk":
+        scratch = scratch_bytes(model, data, held_out, settings.get("score", "wanda"))
+        check_space(out, checkpoint.size * (1 if recovery is None else 2) + scratch)
     perplexity: dict[str, Any] = {}
     if evaluate:
         if held_out is None:
             raise ValueError("perplexity needs held-out sequences: give a text")
         perplexity["before"], perplexity["tokens"] = perplexity_of(model, held_out)
-    stored = stored_parameters(checkpoint, model)
-    result = prune(model, data, held_out=held_out, resume=partial, progress=progress, stored=stored, **settings)
-    if evaluate:
-        perplexity["after"], _ = perplexity_of(model, held_out)
-        result.perplexity = perplexity
-    content |= result.to_dict()
     with new_folder(out) as folder:
-        values = checkpoint_values(checkpoint, model)
-        changed = write_weights(checkpoint, values, folder)
+        mapped = None
+        if torch.device(device).type == "cpu":
+            mapped = map_weights(checkpoint, model, folder, ResidentSet(resident))
+        result = prune(
+            model,
+            data,
+            held_out=held_out,
+            resume=partial,
+            progress=progress,
+            stored=stored_parameters(checkpoint, model),
+            refine=refine,
+            scratch=folder if activations == "disk" else None,
+            **settings,
+        )
+        if evaluate:
+            perplexity["after"], _ = perplexity_of(model, held_out)
+            result.perplexity = perplexity
+        if mapped is not None:
+            result.notes.extend(filter(None, [unmapped_note(mapped)]))
+        content |= result.to_dict()
+        changed = write_weights(checkpoint, checkpoint_values(checkpoint, model), folder)
+        if mapped is not None:
+            mapped.detach()
         copy_others(checkpoint, folder)
         content["tensors"] = _tensor_rows(changed, result)
         write_report(content, folder)
-    partial.unlink(missing_ok=True)
-    remove_partials(partial)
+    for file in (partial, search):
+        file.unlink(missing_ok=True)
+        remove_partials(file)
     if recovery is not None:
         try:
             result.recovery = recover_model(

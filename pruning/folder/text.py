@@ -25,13 +25,15 @@ class CalibrationText:
         label: name of the texts in messages and in the report.
         samples: sequences for the scores.
         curve_samples: number of these sequences for the curves.
+        refine_samples: sequences that judge exchanges, besides ``samples``.
         held_out: sequences for the comparison with uniform sparsity, and for perplexity; disjoint from the others.
         held_out_documents: texts for the held-out sequences; None: ``documents``.
         seq_len: tokens of a sequence; None: the tokenizer's ``model_max_length``, at most 2048.
         seed: of the random choice of sequences.
 
     Raises:
-        ValueError: for numbers of sequences below 1, or more sequences for the curves than for the scores.
+        ValueError: for numbers of sequences below 1, below 2 for ``refine_samples``, or more sequences for the curves
+            than for the scores.
     """
 
     documents: tuple[str, ...]
@@ -42,6 +44,7 @@ class CalibrationText:
     held_out_documents: tuple[str, ...] | None = None
     seq_len: int | None = None
     seed: int = 0
+    refine_samples: int = 32
 
     def __post_init__(self) -> None:
         if min(self.samples, self.curve_samples, self.held_out) < 1 or self.curve_samples > self.samples:
@@ -49,10 +52,17 @@ class CalibrationText:
                 "expected samples, curve_samples and held_out of at least 1, and curve_samples <= samples; got "
                 f"{self.samples}, {self.curve_samples} and {self.held_out}"
             )
+        if self.refine_samples < 2:
+            raise ValueError(f"expected refine_samples of at least 2, got {self.refine_samples}")
 
 
-def sequences_of(checkpoint: Checkpoint, text: CalibrationText) -> tuple[Tensor, Tensor]:
-    """Calibration and held-out sequences, int64 [samples, tokens], by the checkpoint's tokenizer."""
+def sequences_of(
+    checkpoint: Checkpoint, text: CalibrationText, *, refine: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Calibration and held-out sequences, and with ``refine`` those that judge, by the checkpoint's tokenizer.
+
+    Each int64 [samples, tokens]. The first two do not depend on ``refine``.
+    """
     tokenizer = open_tokenizer(checkpoint.folder)
     positions = position_count(checkpoint.config, checkpoint.folder) or 2048
     length = min(tokenizer.model_max_length, positions, 2048) if text.seq_len is None else text.seq_len
@@ -79,10 +89,13 @@ def sequences_of(checkpoint: Checkpoint, text: CalibrationText) -> tuple[Tensor,
             )
         return sequences
 
+    count = text.samples + (text.refine_samples if refine else 0)
     if text.held_out_documents is not None:
-        return cut(text.documents, text.samples), cut(text.held_out_documents, text.held_out)
-    sequences = cut(text.documents, text.samples + text.held_out)
-    return sequences[text.held_out :], sequences[: text.held_out]
+        sequences, held_out = cut(text.documents, count), cut(text.held_out_documents, text.held_out)
+    else:
+        sequences = cut(text.documents, count + text.held_out)
+        held_out, sequences = sequences[: text.held_out], sequences[text.held_out :]
+    return sequences[: text.samples], held_out, sequences[text.samples :]
 
 
 def token_sequences(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from leanstep._mapped import FileTensor, Scratch
 from leanstep.pruning.measure.batches import Batch
 from leanstep.pruning.score.targets import Group
 
@@ -62,21 +63,28 @@ class ActivationCache:
     """Runs a model on fixed batches from one of its stages on.
 
     The cache holds the output of the last stage before :attr:`position` for every batch: tokens x width values, in the
-    model's dtype and on its device. A position is the index of a stage. :attr:`starts` lists the positions from which
-    the model can be run; a skip connection across a position excludes it. Cached outputs come from the weights at the
-    time of :meth:`advance`.
+    model's dtype, on its device or in files. A position is the index of a stage. :attr:`starts` lists the positions
+    from which the model can be run; a skip connection across a position excludes it. Cached outputs come from the
+    weights at the time of :meth:`advance`.
 
     Args:
         model: run in its current mode.
         batches: the inputs.
         enabled: False runs every pass from the first stage.
         like: another cache of the same model, from which to take stages and starts instead of searching them.
+        scratch: where to keep the outputs; None: in memory.
     """
 
     def __init__(
-        self, model: nn.Module, batches: Sequence[Batch], *, enabled: bool = True, like: ActivationCache | None = None
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        *,
+        enabled: bool = True,
+        like: ActivationCache | None = None,
+        scratch: Scratch | None = None,
     ) -> None:
-        self.model, self.batches = model, batches
+        self.model, self.batches, self.scratch = model, batches, scratch
         self.stages: list[tuple[str, nn.Module]] = []
         # the model can be run from these positions: later stages need only the output of the stage before
         self.starts: tuple[int, ...] = (0,)
@@ -156,7 +164,7 @@ class ActivationCache:
 
     def run(self, index: int) -> Any:
         """Run the model on a batch from :attr:`position` on; returns its output."""
-        with self._cached_outputs(self.position, index):
+        with self._cached_outputs(self.position, self._outputs[index] if self.position else None):
             return self.batches[index].run(self.model)
 
     def advance(self, position: int) -> None:
@@ -165,12 +173,17 @@ class ActivationCache:
             return
         if position not in self.starts or position < self.position:
             raise ValueError(f"cannot advance from {self.position} to {position}, only to later ones of {self.starts}")
-        self._outputs = [self.until(index, position - 1)[2] for index in range(len(self.batches))]
+        outputs = (self.until(index, position - 1)[2] for index in range(len(self.batches)))
+        self._outputs = [output if self.scratch is None else self.scratch.store(output) for output in outputs]
         self.position = position
 
     @torch.no_grad()
     def until(self, index: int, stage: int) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
         """Run a batch up to a stage; returns the stage's arguments, keyword arguments and output."""
+        return self._until(index, stage, self.position, self._outputs[index] if self.position else None)
+
+    def _until(self, index: int, stage: int, position: int, before: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+        """As :meth:`until`, from a position on, given the output of the stage before it."""
         captured: list[Any] = []
 
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -179,7 +192,7 @@ class ActivationCache:
 
         handle = self.stages[stage][1].register_forward_hook(hook, with_kwargs=True)
         try:
-            with self._cached_outputs(self.position, index):
+            with self._cached_outputs(position, before):
                 self.batches[index].run(self.model)
         except _Reached:
             pass
@@ -188,10 +201,9 @@ class ActivationCache:
         return captured[0]
 
     @contextmanager
-    def _cached_outputs(self, position: int, index: int) -> Iterator[None]:
-        """Context manager: stages before ``position`` return the cached output instead of computing."""
+    def _cached_outputs(self, position: int, output: Any) -> Iterator[None]:
+        """Context manager: stages before ``position`` return the given output instead of computing."""
         stored: list[tuple[nn.Module, Any]] = []
-        output = self._outputs[index] if position else None
         # clone the output: later stages may write into it, like nn.ReLU(inplace=True)
         unused = _cloned(output) if position > 1 else None
         try:
@@ -210,9 +222,63 @@ class ActivationCache:
                     stage.forward = forward
 
 
+class BlockCache(ActivationCache):
+    """Runs a model on fixed batches from any of its starts on, with the inputs of all blocks cached as they are needed.
+
+    Cached inputs come from the weights at that time: :meth:`forget` drops those that a change of weights made wrong.
+
+    Args:
+        like: a cache of the same model with its stages and starts.
+        batches: the inputs.
+        limit: most bytes of cached inputs in memory; beyond it, passes run from an earlier block. Files have no limit.
+    """
+
+    def __init__(self, like: ActivationCache, batches: Sequence[Batch], limit: float) -> None:
+        super().__init__(like.model, batches, enabled=bool(like.stages), like=like, scratch=like.scratch)
+        self._limit, self._size = limit, 0
+        # (start, index of the batch) -> output of the stage before the start
+        self._inputs: dict[tuple[int, int], Any] = {}
+
+    def start_of(self, groups: Sequence[Group]) -> int:
+        """The last start whose pass still runs all matrices of some groups."""
+        return min((start for start, _ in self.by_start(groups)), default=0)
+
+    @torch.no_grad()
+    def run_from(self, start: int, index: int) -> Any:
+        """Run the model on a batch from a start on; returns its output."""
+        position, output = self._before(start, index)
+        with self._cached_outputs(position, output):
+            return self.batches[index].run(self.model)
+
+    def forget(self, start: int) -> None:
+        """Drop the inputs of the blocks after a start: weights of the stages from there on have changed."""
+        for key in [key for key in self._inputs if key[0] > start]:
+            self._size -= _bytes(self._inputs.pop(key))
+
+    def _before(self, start: int, index: int) -> tuple[int, Any]:
+        """The start, or an earlier one if its input does not fit into memory, and the output of the stage before it."""
+        position, output = 0, None
+        for at in (at for at in self.starts if 0 < at <= start):
+            if (at, index) in self._inputs:
+                position, output = at, self._inputs[at, index]
+        if position < start:
+            output = self._until(index, start - 1, position, output)[2]
+            position = start
+            if self.scratch is not None:
+                self._inputs[start, index] = self.scratch.store(output)
+            elif self._size + _bytes(output) <= self._limit:
+                self._inputs[start, index] = output
+                self._size += _bytes(output)
+        return position, output
+
+
+def _bytes(output: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(output))
+
+
 def _tensors(output: Any) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
 
 
 def _cloned(output: Any) -> Any:
-    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, output)
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, (Tensor, FileTensor)) else leaf, output)

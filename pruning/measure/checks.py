@@ -13,6 +13,7 @@ from leanstep.pruning.measure.measure import Measurement, WeightSnapshot, evalua
 from leanstep.pruning.measure.metrics import Distortion
 from leanstep.pruning.measure.points import Progress
 from leanstep.pruning.result import Additivity, Allocation
+from leanstep.pruning.score.base import LayerPruner
 from leanstep.pruning.score.calibration import Pruning, prune_group
 from leanstep.pruning.score.targets import Group, Target
 
@@ -37,11 +38,11 @@ class Trial:
     snapshot: WeightSnapshot
     inputs: str = "pruned"
 
-    def apply(self, allocation: Allocation) -> None:
+    def apply(self, allocation: Allocation, used: dict[str, LayerPruner] | None = None) -> None:
         """Prune the model in place, block by block.
 
         With pruned inputs, the statistics of a block are collected after pruning those before it. With dense inputs,
-        no matrix is written before all are pruned.
+        no matrix is written before all are pruned. ``used`` gets the pruners, by name of the matrix.
         """
         self.snapshot.take()
         cache, later = self.pruning.cache, list[tuple[Target, Tensor]]()
@@ -51,6 +52,8 @@ class Trial:
             for start, block in cache.by_start(self.groups) if dense else cache.by_block(self.groups):
                 for group, pruners in self.pruning.each(block, start):
                     changed = prune_group(group, pruners, *allocation.level(group.name))
+                    if used is not None:
+                        used |= {target.name: pruners[target.name] for target in group.targets}
                     if dense:
                         later += changed
                     else:

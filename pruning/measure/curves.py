@@ -336,10 +336,10 @@ class PartialCurves:
         descriptor = open_regular(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         with open(descriptor, "a", encoding="utf-8") as file:
             if new:
-                file.write(_line({"identity": self.identity}))
+                file.write(checked_line({"identity": self.identity}))
             # of one sample no error is known, and curves have 0 then
             stderr = 0.0 if math.isnan(point.stderr) else point.stderr
-            file.write(_line([name, count, point.mean, stderr]))
+            file.write(checked_line([name, count, point.mean, stderr]))
             file.flush()
             os.fsync(file.fileno())
         self.points[name, count] = point
@@ -358,7 +358,7 @@ class PartialCurves:
             raw = read_text(self.path)
             whole = raw[: raw.rfind("\n") + 1]
             lines = whole.split("\n")[:-1]
-            contents = [_content(line) for line in lines]
+            contents = [checked_content(line) for line in lines]
             identity = contents[0]["identity"] if lines else self.identity
             if not isinstance(identity, dict):
                 raise ValueError("its first line identifies no model")
@@ -368,13 +368,7 @@ class PartialCurves:
             raise ValueError(
                 f"{self.path} holds no measured curves ({one_line(error)}); remove it, or name another file"
             ) from None
-        differing = [key for key in {**identity, **self.identity} if identity.get(key) != self.identity.get(key)]
-        if differing:
-            changes = "; ".join(f"{key}: {identity.get(key)} then, {self.identity.get(key)} now" for key in differing)
-            raise ValueError(
-                f"{self.path} was measured under other circumstances ({one_line(changes)}): undo the change to go on "
-                "with it, or remove it to begin again"
-            )
+        check_identity(self.path, identity, self.identity)
         if whole != raw or not lines:  # a line that a crash cut short
             if lines:
                 write_text(self.path, whole)
@@ -382,13 +376,25 @@ class PartialCurves:
                 self.path.unlink()
 
 
-def _line(content: Any) -> str:
+def check_identity(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise ValueError if a file was written for another model, other data or other settings."""
+    differing = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+    if differing:
+        changes = "; ".join(f"{key}: {then.get(key)} then, {now.get(key)} now" for key in differing)
+        raise ValueError(
+            f"{path} was measured under other circumstances ({one_line(changes)}): undo the change to go on "
+            "with it, or remove it to begin again"
+        )
+
+
+def checked_line(content: Any) -> str:
     """JSON and its checksum, as one line."""
     text = json.dumps(content)
     return f"{text} {zlib.crc32(text.encode()):08x}\n"
 
 
-def _content(line: str) -> Any:
+def checked_content(line: str) -> Any:
+    """The content of a line of :func:`checked_line`; raises ValueError for a wrong checksum."""
     text, _, checksum = line.rpartition(" ")
     if checksum != f"{zlib.crc32(text.encode()):08x}":
         raise ValueError("the checksum of a line is wrong")

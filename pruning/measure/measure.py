@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leanstep._mapped import Scratch, touched
 from leanstep.pruning.allocate.allocation import allocate
 from leanstep.pruning.measure.activation_cache import ActivationCache
 from leanstep.pruning.measure.anchored import Solve, anchored_curves
@@ -52,6 +53,7 @@ def measure_curves(
     method: str | None = "measured",
     minutes: float = 30.0,
     solve: Solve | None = None,
+    scratch: str | Path | None = None,
 ) -> dict[str, Curve]:
     """Measure how the model's output changes when one matrix alone is pruned, to each of several levels.
 
@@ -86,6 +88,7 @@ def measure_curves(
             curves.
         solve: curves -> the allocation near which ``anchored`` measures; None: that of :func:`allocate` for
             ``sparsity``.
+        scratch: folder on a disk for the dense outputs and cached activations; None: they are kept in memory.
 
     Returns:
         name of the matrix or group -> :class:`Curve`, in the order of the targets. Its ``source`` is the method.
@@ -112,7 +115,7 @@ def measure_curves(
     levels_by_name = levels_of(groups, sparsity, pattern, levels=levels)
     batches = as_batches(data, model, batch_size=batch_size)
     source = batches if score_data is None else as_batches(score_data, model, batch_size=batch_size, what="score_data")
-    partial = None
+    partial, files = None, None if scratch is None else Scratch(Path(scratch))
     if resume is not None:
         identity = {
             "weights": weights_hash(model),
@@ -126,12 +129,12 @@ def measure_curves(
         partial = PartialCurves(Path(resume), identity)
     with evaluating(model):
         if method == "fisher":
-            cache = ActivationCache(model, source, enabled=prefix_cache)
+            cache = ActivationCache(model, source, enabled=prefix_cache, scratch=files)
             second = SecondOrder(model, batches, make_metric(metric, model))
             points = Points(groups, levels_by_name, partial, progress, prefix="fisher: ")
             return fisher_curves(second, points, Pruning(cache, score, score_options))
-        measurement = Measurement(model, batches, metric, prefix_cache=prefix_cache)
-        cache = ActivationCache(model, source, enabled=prefix_cache, like=measurement.cache)
+        measurement = Measurement(model, batches, metric, prefix_cache=prefix_cache, scratch=files)
+        cache = ActivationCache(model, source, enabled=prefix_cache, like=measurement.cache, scratch=files)
         pruning, points = Pruning(cache, score, score_options), Points(groups, levels_by_name, partial, progress)
         if method is None:
             fits = measurement.seconds_of(points) <= 60 * minutes
@@ -150,7 +153,7 @@ def measure_curves(
 class Measurement:
     """Measures changed weights against the dense model's outputs on fixed data.
 
-    The dense outputs are those of the weights at construction.
+    The dense outputs are those of the weights at construction, in memory or with ``scratch`` in files.
     """
 
     def __init__(
@@ -161,12 +164,14 @@ class Measurement:
         *,
         prefix_cache: bool = True,
         like: ActivationCache | None = None,
+        scratch: Scratch | None = None,
     ) -> None:
         self.model, self.batches = model, batches
         self.metric = make_metric(metric, model)
         with evaluating(model):
-            self.cache = ActivationCache(model, batches, enabled=prefix_cache, like=like)
-            self.reference = [self.metric.reference(batch.run(model), batch) for batch in batches]
+            self.cache = ActivationCache(model, batches, enabled=prefix_cache, like=like, scratch=scratch)
+            references = (self.metric.reference(batch.run(model), batch) for batch in batches)
+            self.reference = [one if scratch is None else scratch.store(one) for one in references]
             begin = time.monotonic()
             change = self.joint()
             # of one pass over all stages
@@ -247,7 +252,7 @@ class Measurement:
 
     def _run(self) -> Distortion:
         return summarise(
-            self.metric.compare(self.reference[index], self.cache.run(index), batch)
+            self.metric.compare(Scratch.open(self.reference[index]), self.cache.run(index), batch)
             for index, batch in enumerate(self.batches)
         )
 
@@ -293,7 +298,7 @@ class WeightSnapshot:
         value = None if self._stored is None else self._stored(name)
         if value is None or value.dtype != parameter.dtype or value.shape != parameter.shape:
             return False
-        return torch.equal(value.to(parameter.device), parameter)
+        return torch.equal(value.to(parameter.device), touched(parameter))
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -306,7 +311,7 @@ class WeightSnapshot:
                 assert self._stored is not None
                 value = self._stored(name)
             assert value is not None
-            parameter.copy_(value)
+            touched(parameter).copy_(value)
         self._changed = False
 
     @contextmanager
@@ -344,7 +349,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def weights_hash(model: nn.Module) -> str:
     """Hash of all parameters and buffers."""
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        touched(tensor)
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

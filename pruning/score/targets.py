@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leanstep._mapped import touched
 from leanstep.optimizers.param_groups import parameter_roles, transposed_parameters
 from leanstep.pruning.measure.batches import Batch
 
@@ -124,7 +125,7 @@ class Target:
     @property
     def weight(self) -> Tensor:
         """The current weight [out, in], a view: writes change the model."""
-        data = getattr(self.module, self.attribute).data
+        data = touched(getattr(self.module, self.attribute)).data
         return as_matrix(data if self.expert is None else data[self.expert], self.layout)
 
 
@@ -150,7 +151,7 @@ def find_targets(
     names = prunable_names(model, include=include, exclude=exclude)
     roles = parameter_roles(model)
     parameters = dict(model.named_parameters())
-    transposed, blocks = transposed_parameters(model), _block_numbers(names)
+    transposed, blocks = transposed_parameters(model), block_numbers(names)
     targets = []
     for name in names:
         module_name, _, attribute = name.rpartition(".")
@@ -253,7 +254,7 @@ def _special(model: nn.Module, name: str) -> bool:
     )
 
 
-def _block_numbers(names: list[str]) -> dict[str, int]:
+def block_numbers(names: list[str]) -> dict[str, int]:
     """Block of each matrix: its index in the module list that holds most matrices; without one, the matrix's index."""
     matches = {name: match for name in names if (match := _INDEX.search(name))}
     lists = Counter(name[: match.start(1)] for name, match in matches.items())

@@ -25,7 +25,14 @@ from leanstep.recipes.data.sources import find_files, look, open_corpus, open_st
 from leanstep.recipes.data.tokens import open_tokenizer, vocabulary_size
 from leanstep.recipes.methods.pruned import masked_names, pruned_start_warning, zeros_of
 from leanstep.recipes.methods.sparse import plan, run_operations, schedule_of
-from leanstep.recipes.training.build import build_optimizer, initial_problem, missing_here, wants_cpu
+from leanstep.recipes.training.build import (
+    build_optimizer,
+    initial_problem,
+    missing_here,
+    optimizer_section,
+    trackers_of,
+    wants_cpu,
+)
 from leanstep.recipes.training.checkpoint import disk_need, find_checkpoints
 from leanstep.recipes.training.failures import lighter_state
 from leanstep.recipes.training.folder import RunFolder, is_held
@@ -116,7 +123,7 @@ class Check:
         section.add("device", f"{self.device_name} (asked for: {config.device})")
         section.add("precision", config.precision)
         section.add("processes", f"{world_size}, {config.distributed.strategy}" if world_size > 1 else "1")
-        section.add("log", ", ".join(["log.jsonl", "report.html", *config.log.trackers]))
+        section.add("log", ", ".join(["log.jsonl", "report.html", *trackers_of(config)]))
         section.problems += missing_here(config, cpu)
         if not cpu and world_size > torch.accelerator.device_count():
             section.problems.append(
@@ -244,7 +251,7 @@ class Check:
     def groups(self, section: Section) -> None:
         """List the parameter groups of the optimizer and their options."""
         if vocabulary := self.known_vocabulary(section):
-            optimizer = build_optimizer(self.config.optimizer, meta_model(self.config, vocabulary))
+            optimizer = build_optimizer(optimizer_section(self.config), meta_model(self.config, vocabulary))
             section.add_table(routing_rows(optimizer))
 
     def sparsity(self, section: Section) -> None:

@@ -33,7 +33,7 @@ from leanstep.recipes.methods.halves import halved_groups
 from leanstep.recipes.methods.lora import adapt
 from leanstep.recipes.methods.pruned import masked_names
 from leanstep.recipes.methods.sparse import plan
-from leanstep.recipes.training.build import build_model, build_optimizer, checkpoint_activations
+from leanstep.recipes.training.build import build_model, build_optimizer, checkpoint_activations, optimizer_section
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _measured(config: RunConfig, vocab_size: int, world_size: int, device: str) 
     """Build the model with fake tensors, and step it."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = fake_model(config, vocab_size, device)
-        optimizer = build_optimizer(config.optimizer, model)
+        optimizer = build_optimizer(optimizer_section(config), model)
         ids = torch.zeros(config.batch.micro_batch_size, config.data.seq_len, dtype=torch.int64, device=device)
         autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
         context = torch.autocast(torch.device(device).type, dtype=autocast) if autocast else nullcontext()
@@ -192,7 +192,7 @@ def check_layers(config: RunConfig) -> None:
     trained = trained_size(config.data.tokenizer) or 0
     # no setting depends on the vocabulary
     model = meta_model(config, max(trained, config.model.config.get("vocab_size", 0)) or 512)
-    build_optimizer(config.optimizer, model)
+    build_optimizer(optimizer_section(config), model)
     if config.log.attention_norms:
         build_monitor(model).close()
     if config.lora.attention != "exact":

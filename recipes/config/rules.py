@@ -104,6 +104,12 @@ def joint_problems(config: RunConfig, world_size: int = 1) -> Iterator[tuple[tup
         yield ("log.attention_norms", "compile"), "looks into attention layers, which compile hides; set one to false"
     if config.compile and config.qk_clip.threshold is not None:
         yield ("qk_clip.threshold", "compile"), "looks into attention layers, which compile hides; set compile=false"
+    if config.fp8 and config.precision in ("fp32", "fp16"):
+        yield ("fp8", "precision"), "goes with 16-bit products elsewhere; take precision=bf16 or bf16-pure"
+    if config.fp8 and config.lora.target_modules:
+        yield ("fp8", "lora.target_modules"), "converts layers that are trained whole; with adapters take fp8=null"
+    if config.fp8 and config.sparsity.patterns:
+        yield ("fp8", "sparsity.patterns"), "rounds weights that the masks choose from; take fp8=null or patterns={}"
     if config.lora.target_modules and config.qk_clip.threshold is not None:
         yield (
             ("qk_clip.threshold", "lora.target_modules"),
@@ -181,6 +187,8 @@ def _lora_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
     if not config.lora.target_modules:
         if config.lora.attention != "exact":
             yield ("lora.attention", "lora.target_modules"), "goes with adapters; name layers in lora.target_modules"
+        if config.lora.lr_ratio != 1:
+            yield ("lora.lr_ratio", "lora.target_modules"), "goes with adapters; name layers in lora.target_modules"
         return
     keys = ("lora.target_modules",)
     if not config.model.init_from:
@@ -193,6 +201,11 @@ def _lora_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
         yield (
             ("lora.use_dora", "pruning.keep_masks"),
             "scales by norms of the unmasked sum; with pruning.keep_masks take lora.use_dora=false",
+        )
+    if str(config.lora.init_lora_weights).startswith("pissa") and config.pruning.keep_masks:
+        yield (
+            ("lora.init_lora_weights", "pruning.keep_masks"),
+            "leaves no zeros in the base; with pruning.keep_masks take lora.init_lora_weights=true",
         )
 
 

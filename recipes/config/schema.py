@@ -232,9 +232,10 @@ class PruningConfig:
 class LoraSectionConfig:
     """Fine-tuning by low-rank adapters of the model in ``model.init_from``. Off without ``target_modules``.
 
-    ``target_modules`` are ends of layer names, or ``[all-linear]``. The other keys are fields of
-    :class:`leanstep.lora.LoraConfig`. ``final/`` holds the merged model, ``final/adapter/`` the adapter in PEFT's
-    format.
+    ``target_modules`` are ends of layer names, or ``[all-linear]``; ``target_parameters`` adds fused weights of
+    experts. ``lr_ratio`` is that of LoRA+: the learning rate of B is so many times ``optimizer.lr``. The other keys are
+    fields of :class:`leanstep.lora.LoraConfig`. ``final/`` holds the merged model, ``final/adapter/`` the adapter in
+    PEFT's format.
 
     With ``attention: auto``, a layer's attention runs low-rank if its measured error is at most ``attention_tolerance``
     and its predicted cost is lower (:class:`leanstep.lora.LowRankGate`). That takes small logits and long sequences.
@@ -242,11 +243,14 @@ class LoraSectionConfig:
     """
 
     target_modules: list[str] = Field(default_factory=list)
+    target_parameters: list[str] = Field(default_factory=list)
     r: int = Field(default=8, ge=1, le=2**16)
     lora_alpha: float = Field(default=16.0, gt=0)
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     use_rslora: bool = False
     use_dora: bool = False
+    init_lora_weights: bool | Annotated[str, Field(pattern=r"^(gaussian|orthogonal|pissa(_niter_\d+)?)$")] = True
+    lr_ratio: float = Field(default=1.0, ge=1)
     modules_to_save: list[str] = Field(default_factory=list)
     save: Literal["min", "full", "lora_fa"] = "min"
     attention: Literal["exact", "auto"] = "exact"
@@ -308,13 +312,15 @@ class CheckpointConfig:
 class LogConfig:
     """A log line every ``every`` steps, and the Accelerate trackers to feed besides ``log.jsonl``.
 
+    ``trackers`` null: TensorBoard, where it is installed. ``[]``: none.
+
     ``attention_norms`` measures, for every attention head, the norms that must be small for low-rank attention, at log
     steps on the first micro batch (:class:`leanstep.lora.NormMonitor`).
     """
 
     every: int = Field(default=10, ge=1)
     attention_norms: bool = False
-    trackers: list[str] = Field(default_factory=list)
+    trackers: list[str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -364,7 +370,9 @@ class RunConfig:
     """A whole run: everything that decides its result. ``name`` defaults to the file's name, ``out`` to ``runs/NAME``.
 
     ``precision``: ``fp32``; ``bf16`` or ``fp16`` autocast over fp32 weights; ``bf16-pure`` keeps weights, gradients and
-    optimizer state in bf16. ``device``: ``auto`` takes an accelerator when there is one; ``cpu`` or ``cuda`` insist.
+    optimizer state in bf16. ``fp8`` multiplies the linear layers but the head in 8-bit floating point, by torchao's
+    recipe of that name, on a GPU that can; ``compile: true`` makes it fast. ``device``: ``auto`` takes an accelerator
+    when there is one; ``cpu`` or ``cuda`` insist.
     """
 
     recipe: Literal["pretrain"] = "pretrain"
@@ -387,6 +395,7 @@ class RunConfig:
     precision: Literal["bf16", "fp32", "fp16", "bf16-pure"] = "bf16"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = False
+    fp8: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
     activation_checkpointing: bool = False
     max_grad_norm: float | None = Field(default=None, gt=0)
     eval: EvalConfig = Field(default_factory=EvalConfig)

@@ -154,13 +154,16 @@ def _load(cache_dir: str | None, path: str, *arguments: Any, **options: Any) -> 
     require("datasets")
     import datasets
 
-    shown = not datasets.are_progress_bars_disabled()
+    shown, verbosity = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    # it logs an error that it raises, too
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         cache = str(cache_root(cache_dir) / "datasets")
         rows: Any = datasets.load_dataset(path, *arguments, cache_dir=cache, **options)
         return rows, rows.column_names or list(next(iter(rows), {}))
     finally:
+        datasets.logging.set_verbosity(verbosity)
         if shown:
             datasets.enable_progress_bars()
 

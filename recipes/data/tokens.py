@@ -179,29 +179,31 @@ def _file_hash(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def open_tokenizer(spec: str) -> "PreTrainedTokenizerFast":
-    """Open a fast tokenizer with an end-of-text token, from a local folder or by name from the hub."""
+def open_tokenizer(spec: str, key: str | None = "data.tokenizer") -> "PreTrainedTokenizerFast":
+    """Open a fast tokenizer with an end-of-text token, from a local folder or by name from the hub.
+
+    ``key`` begins messages: the key of a recipe that names the tokenizer; None where a checkpoint must bring its own.
+    """
+    begin = f"{key}: " if key else ""
+    advice = f"One that needs no network: {key}=train:4096" if key else "Save the model's own there by save_pretrained"
     require("transformers")
     from leanstep.pruning.folder import loading
 
     folder = Path(spec).expanduser()
     if folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        raise ValueError(f"data.tokenizer: the folder '{spec}' holds no tokenizer (no tokenizer.json)")
+        raise ValueError(f"{begin}the folder '{spec}' holds no tokenizer (no tokenizer.json). {advice}")
     if not folder.is_dir() and is_folder_name(spec):
-        raise ValueError(f"data.tokenizer: the folder '{spec}' does not exist")
+        raise ValueError(f"{begin}the folder '{spec}' does not exist")
     try:
         with nullcontext() if folder.is_dir() or unreachable() is None else offline():
             tokenizer = loading.open_tokenizer(spec)
     except ValueError as error:
         what = "the folder" if folder.is_dir() else "the hub's"
-        raise ValueError(
-            f"data.tokenizer: could not open {what} '{spec}' ({error}). "
-            f"One that needs no network: data.tokenizer=train:4096"
-        ) from error
+        raise ValueError(f"{begin}could not open {what} '{spec}' ({error}). {advice}") from error
     if not tokenizer.is_fast:
-        raise ValueError(f"data.tokenizer: '{spec}' has no fast version (tokenizer.json), which is needed here")
+        raise ValueError(f"{begin}'{spec}' has no fast version (tokenizer.json), which is needed here")
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"data.tokenizer: '{spec}' has no end-of-text token (eos_token), which separates documents")
+        raise ValueError(f"{begin}'{spec}' has no end-of-text token (eos_token), which separates documents")
     return tokenizer
 
 

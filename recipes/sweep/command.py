@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from leanstep._arguments import OneLineParser
 from leanstep._files import one_line
 from leanstep._process import EXIT_CODES
 from leanstep.recipes.config.loader import ConfigError
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The options of the command."""
     text = "Train a grid of settings and seeds, and show which setting is best. The same command continues a sweep."
-    made = argparse.ArgumentParser(prog="leanstep sweep", description=text, allow_abbrev=False)
+    made = OneLineParser(prog="leanstep sweep", description=text, allow_abbrev=False)
     made.add_argument("recipe", metavar="RECIPE", help="a recipe of `leanstep recipes list`, or a file")
     made.add_argument(
         "values",

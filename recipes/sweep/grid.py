@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from leanstep.recipes.config.loader import ConfigError, dump, load
+from leanstep.recipes.config.loader import ConfigError, dump, find_recipe, load
 from leanstep.recipes.config.values import parse_scalar
 
 SEED = "seed"  # runs that differ only in it repeat one setting
@@ -78,6 +78,7 @@ def make_plan(recipe: str, words: Sequence[str], out: Path | None, *, processes:
         ConfigError: a word is no override, nothing is swept, a value occurs twice, or the recipe of a run is invalid or
             has no validation data; it lists all problems.
     """
+    find_recipe(recipe)
     fixed, grid = read_words(words)
     base = load(recipe, [*fixed, *(f"{key}={texts[0]}" for key, texts in grid.items())], world_size=processes)
     folder = out if out is not None else Path("runs") / f"{base.name}-sweep"

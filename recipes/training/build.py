@@ -1,5 +1,6 @@
 """Build a run: its connected processes, model, optimizer and schedule."""
 
+import functools
 import inspect
 import math
 import os
@@ -7,8 +8,10 @@ import random
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,6 +42,7 @@ from leanstep.recipes.config.schema import (
     accumulation_steps,
 )
 from leanstep.recipes.data.tokens import vocabulary_size
+from leanstep.recipes.methods.fp8 import to_fp8, why_no_fp8
 from leanstep.recipes.methods.lora import adapt
 from leanstep.recipes.methods.scale import scale_algorithm
 from leanstep.recipes.training.failures import lost_process
@@ -47,6 +51,8 @@ T = TypeVar("T")
 
 # optimizers with two algorithms: that of their name for matrices, and AdamW for the rest
 _WITH_ADAMW = ("sinkgd", "muon")
+# LoRA's B by its names here and in PEFT
+FACTOR_B = r"(^|\.)lora_(embedding_)?B(\.|$)"
 _SELECTORS = {"match", "role"}
 
 _MIXED_PRECISION = {"bf16": "bf16", "fp16": "fp16", "fp32": "no", "bf16-pure": "no"}
@@ -82,7 +88,7 @@ def build_accelerator(config: RunConfig) -> Accelerator:
             fsdp_plugin=_fsdp_plugin() if limits.strategy == "fsdp2" else None,
             # one schedule step is one optimizer step, however many processes there are
             step_scheduler_with_optimizer=False,
-            log_with=list(config.log.trackers) or None,
+            log_with=trackers_of(config) or None,
             project_dir=config.out,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=limits.connect_minutes))],
         )
@@ -129,14 +135,39 @@ def missing_here(config: RunConfig, cpu: bool) -> Iterator[str]:
         yield "precision: fp16 needs a GPU, this run is on the CPU; take precision=bf16 or precision=fp32"
     if cpu and config.distributed.strategy == "fsdp2":
         yield "distributed.strategy: fsdp2 needs GPUs, this run is on the CPU; take strategy=ddp"
+    if config.fp8 and (reason := why_no_fp8(cpu)) is not None:
+        yield f"fp8: {reason}; take fp8=null"
     installed = {str(getattr(name, "value", name)) for name in tracking.get_available_trackers()}
     shipped = {item.value for item in LoggerType} - {"all"}
     # trackers that a user registered with Accelerate
     installed |= set(map(str, tracking.LOGGER_TYPE_TO_CLASS)) - shipped
-    for name in config.log.trackers:
+    if not has_tensorboard():
+        installed.discard("tensorboard")
+    for name in trackers_of(config):
         if name not in installed:
             hint = f"pip install {name}" if name in shipped else f"Accelerate knows {', '.join(sorted(shipped))}"
             yield f"log.trackers: {name!r} is not available here ({hint}); or take log.trackers=[]"
+
+
+def trackers_of(config: RunConfig) -> list[str]:
+    """``log.trackers``; where it is null, TensorBoard if that can be imported."""
+    if config.log.trackers is not None:
+        return list(config.log.trackers)
+    return ["tensorboard"] if has_tensorboard() else []
+
+
+@functools.cache
+def has_tensorboard() -> bool:
+    """Whether torch finds TensorBoard, or Accelerate tensorboardX, with the packages that these need."""
+    if find_spec("tensorboardX") is not None:
+        return True
+    if find_spec("tensorboard") is None:
+        return False
+    try:
+        import_module("torch.utils.tensorboard")
+    except ImportError:
+        return False
+    return True
 
 
 def asked_world_size(environ: Mapping[str, str] = os.environ, parent: str | None = None) -> dict[str, int]:
@@ -291,6 +322,8 @@ def build_run_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Pr
         adapt(config, model)
     if config.activation_checkpointing:
         checkpoint_activations(model)
+    if config.fp8:
+        to_fp8(config, model)
     if config.compile:
         model.compile()
     return model
@@ -318,6 +351,14 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     """Import the optimizer class ``name``."""
     module, _, cls = OPTIMIZERS[name].partition(":")
     return getattr(import_module(module), cls)
+
+
+def optimizer_section(config: RunConfig) -> OptimizerConfig:
+    """``config.optimizer`` with the learning rate of B by ``lora.lr_ratio`` (LoRA+), after the groups that it names."""
+    section, ratio = config.optimizer, config.lora.lr_ratio
+    if ratio == 1 or not config.lora.target_modules:
+        return section
+    return replace(section, groups=[*section.groups, {"match": FACTOR_B, "lr": ratio * section.lr}])
 
 
 def build_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> torch.optim.Optimizer:

@@ -20,7 +20,7 @@ from leanstep.recipes.config.loader import dump
 from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.config.values import recorded
 from leanstep.recipes.methods import sparse
-from leanstep.recipes.training.build import describe_world, device_name
+from leanstep.recipes.training.build import describe_world, device_name, trackers_of
 from leanstep.recipes.training.checkpoint import TrainState
 from leanstep.recipes.training.folder import RunFolder, environment
 from leanstep.recipes.training.formatting import flat_scalars, format_line, format_live
@@ -160,7 +160,7 @@ class RunLogger:
 
     def __init__(self, config: RunConfig, accelerator: Accelerator, folder: RunFolder, progress: Progress) -> None:
         self.config, self.accelerator, self.folder, self.progress = config, accelerator, folder, progress
-        self.main, self.say = accelerator.is_main_process, progress.say
+        self.main, self.say, self.trackers = accelerator.is_main_process, progress.say, trackers_of(config)
         self.clock = Clock()
         self.flops_per_token = 0
         self.tflops: float | None = None
@@ -185,7 +185,7 @@ class RunLogger:
             )
             self.folder.describe(dump(config), facts)
         self.status("running", state)
-        if config.log.trackers:
+        if self.trackers:
             accelerator.init_trackers("leanstep", config=flat_scalars(recorded(config)))
 
     def step(
@@ -309,7 +309,7 @@ class RunLogger:
             self.tflops = float(f"{done / self.clock.step_s / 1e12:.4g}")
 
     def _track(self, numbers: dict[str, Any], step: int) -> None:
-        if self.config.log.trackers:
+        if self.trackers:
             self.accelerator.log({key: value for key, value in numbers.items() if value is not None}, step=step)
 
     def _eta(self, step: int) -> float | None:

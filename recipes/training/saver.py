@@ -20,13 +20,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from leanstep._checkpoint import load_tensors
 from leanstep._files import STAGED, format_bytes, free_bytes, publish_folder, remove
 from leanstep.lora import LowRankGate, save_adapter
+from leanstep.lora.apply import is_adapted
 from leanstep.lora.merge import config_of_merged, merged_state_dict
 from leanstep.recipes.config.schema import CheckpointConfig, ExpectConfig, RunConfig
 from leanstep.recipes.data.batches import Windows
 from leanstep.recipes.data.sequences import LoadedData
 from leanstep.recipes.methods.attention import write_gate
 from leanstep.recipes.methods.ema import WeightAverage
-from leanstep.recipes.methods.lora import ADAPTER, is_adapted, load_adapters
+from leanstep.recipes.methods.lora import ADAPTER, load_adapters
 from leanstep.recipes.methods.pruned import write_sparsity
 from leanstep.recipes.methods.sparse import load_sparse, save_sparse, without_sparse, write_patterns
 from leanstep.recipes.training.build import all_agree, main_does

@@ -44,6 +44,7 @@ from leanstep.recipes.training.build import (
     describe_world,
     main_does,
     maximum,
+    optimizer_section,
     release_gradients,
     seed_process,
 )
@@ -265,7 +266,7 @@ class Run:
         model = build_run_model(config, self.data.tokenizer)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.flops_per_token = flops_per_token(model, config.data.seq_len)
-        optimizer = build_optimizer(config.optimizer, model)
+        optimizer = build_optimizer(optimizer_section(config), model)
         self.say(f"model       {type(model).__name__}, {self.parameters:,} parameters")
         if config.lora.target_modules:
             self.say(f"adapters    {describe_adapters(model)}")

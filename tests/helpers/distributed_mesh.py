@@ -33,6 +33,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from leanstep.optimizers import LANTON, MFAC, Lion, SinkGD, param_groups
 
 WORLD = 4
+_LANTON_INT8 = {"momentum_dtype": torch.int8, "noise_dtype": torch.int8}
 
 
 # ---- given placements
@@ -149,16 +150,57 @@ def mfac_on_meshes(world: World) -> None:
 
 @case(WORLD)
 def stochastic_rounding_on_meshes(world: World) -> None:
-    """The bits of one process; momenta of 8 bits where the shards are ranges of rows."""
+    """The bits of one process."""
     for sizes, placements in (*ROWS[1:], *COLUMNS[:5]):
         follows_unsharded("lion_stochastic", sizes, placements)
     for sizes, placements in (ROWS[1], *COLUMNS[:2]):
         follows_unsharded("lanton_stochastic", sizes, placements)
         follows_unsharded("sinkgd_stochastic", sizes, placements)
-    follows_unsharded("lion_int8", *ROWS[1])
     name = "blocks.0.up.weight (10, 6) with placements"
     refused_unchanged("lion_stochastic", *GAPS[0], f"cut along dimension 0 and two others at most; got {name}")
-    refused_unchanged("lion_int8", *COLUMNS[0], f"int8 takes parameters whose shards are ranges of rows, got {name}")
+
+
+@case(WORLD)
+def int8_state_on_meshes(world: World) -> None:
+    """Codes, scales and random bits are those of one process; processes share blocks of 128 entries."""
+    for name in ("lion_int8", "lion_split", "adamw_int8", "sinkgd_int8", "lanton_int8"):
+        for sizes, placements in (ROWS[1], *COLUMNS):
+            follows_unsharded(name, sizes, placements)
+    name = "blocks.0.up.weight (10, 6) with placements"
+    for optimizer, owner in (("lion_int8", "Lion"), ("sinkgd_int8", "SinkGD"), ("lanton_int8", "LANTON")):
+        said = "int8" if owner != "LANTON" else "an 8-bit momentum or gradient"
+        said += " takes parameters whose shards are blocks, cut along dimension 0 and two others at most; got " + name
+        refused_unchanged(optimizer, *GAPS[0], said)
+
+
+@case(WORLD)
+def int8_state_of_whole_blocks(world: World) -> None:
+    """Processes with multiples of 128 columns have scales of their own, and Lion and AdamW communicate nothing."""
+    for sizes, placements, here in (
+        ((1, 4), (Replicate(), Shard(1)), (6, 1)),
+        ((2, 2), (Shard(0), Shard(1)), (3, 2)),
+        ((2, 2), (_StridedShard(1, split_factor=2), Shard(1)), (6, 1)),
+        ((2, 2), (Replicate(), Shard(1)), (6, 2)),
+    ):
+        for cls, settings, keys in (
+            (Lion, {"lr": 0.1}, ("exp_avg",)),
+            (SinkGD, {"lr": 0.1, "algorithm": "adamw", "nonfinite": "pass"}, ("exp_avg", "exp_avg_sq")),
+        ):
+            start = torch.randn(6, 512, generator=torch.Generator().manual_seed(3))
+            plain, sharded = nn.Linear(512, 6, bias=False), nn.Linear(512, 6, bias=False)
+            plain.weight = nn.Parameter(start.clone())
+            sharded.weight = nn.Parameter(distribute_tensor(start, grid(*sizes), placements, src_data_rank=None))
+            optimizers = [cls(model.parameters(), momentum_dtype=torch.int8, **settings) for model in (plain, sharded)]
+            for step in range(3):
+                set_grads(plain, step)
+                optimizers[0].step()
+                assert count_collectives(optimizers[1], sharded, step) == []
+            assert_same(sharded, plain, 0, f"{cls.__name__} {placements}")
+            full, part = (o.state[m.weight] for o, m in zip(optimizers, (plain, sharded), strict=True))
+            for key in keys:
+                assert part[f"{key}_scale"].to_local().shape == here
+                for each in (key, f"{key}_scale"):
+                    assert torch.equal(whole(part[each]), full[each]), (each, placements)
 
 
 # ---- communication
@@ -202,6 +244,13 @@ def blocks_on_meshes(world: World) -> None:
     for cls, settings, dtype, tolerance in (
         (SinkGD, {"lr": 0.1, "momentum": 0.9, "row_mask_tau": 0.1}, torch.float64, 1e-9),
         (SinkGD, {"lr": 0.1, "rounding": "stochastic"}, torch.bfloat16, 2**-7),
+        (SinkGD, {"lr": 0.1, "momentum": 0.9, "momentum_dtype": torch.int8}, torch.float64, 1e-9),
+        (
+            LANTON,
+            {"lr": 0.1, "norm": "rms", "momentum_dtype": torch.int8, "noise_dtype": torch.int8},
+            torch.float64,
+            1e-9,
+        ),
         (LANTON, {"lr": 0.1, "norm": "rms", "alpha": 0.1, "variance": "rows"}, torch.float64, 1e-9),
     ):
         for shape, transposed, blocks in (((12, 5), False, (2, 7, 3)), ((5, 12), True, 4)):
@@ -288,7 +337,7 @@ def experts_with_fsdp(world: World) -> None:
 
 def checkpoint_returns(cls: Any, settings: dict[str, Any], dtype: torch.dtype, world: World) -> None:
     """Saved on a 2 x 2 mesh after two steps; on any mesh, and with FSDP2 alone, the next two steps are the same."""
-    folder = world.folder / f"mesh-{cls.__name__}"
+    folder = world.folder / f"mesh-{cls.__name__}-{'momentum_dtype' in settings}"
 
     def make(sizes: tuple[int, ...]) -> tuple[Llama, Any]:
         model = titan(sizes, dtype)
@@ -319,9 +368,13 @@ for _cls, _settings, _dtype in (
     (LANTON, {"lr": 0.02, "alpha": 0.1}, torch.float64),
     (MFAC, {"lr": 0.02, "window": 3, "damping": 0.1}, torch.float64),
     (Lion, {"lr": 1e-3, "rounding": "stochastic"}, torch.bfloat16),
+    (Lion, {"lr": 1e-3, "momentum_dtype": torch.int8}, torch.float64),
+    (SinkGD, {"lr": 0.05, "momentum": 0.9, "momentum_dtype": torch.int8}, torch.float64),
+    (LANTON, {"lr": 0.02, "alpha": 0.1, **_LANTON_INT8}, torch.float64),
 ):
+    _int8 = "_int8" if "momentum_dtype" in _settings else ""
     add_case(
-        f"mesh_checkpoint_returns_{_cls.__name__.lower()}", (WORLD,),
+        f"mesh_checkpoint_returns_{_cls.__name__.lower()}{_int8}", (WORLD,),
         functools.partial(checkpoint_returns, _cls, _settings, _dtype),
     )  # fmt: skip
 

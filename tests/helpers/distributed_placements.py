@@ -94,6 +94,7 @@ def by_hand(size: int, *placements: Any, dtype: torch.dtype = torch.float32, on:
 def columns_may_be_sharded(world: World) -> None:
     """Shard(1), uneven and empty: matrices by columns, stacks by rows, convolutions by input channels."""
     for name in (
+        "lion_int8", "lion_split", "adamw_int8", "sinkgd_int8", "lanton_int8",
         "sinkgd", "sinkgd_momentum", "sinkgd_post", "sinkgd_balanced", "sinkgd_width", "lion", "lion_cautious", "adamw",
     ):  # fmt: skip
         *_, dtype, tolerance = OPTIMIZERS[name]
@@ -132,6 +133,7 @@ def two_mesh_dimensions(world: World) -> None:
         ("lion", (Shard(0), Shard(1))), ("lion_cautious", (Shard(0), Shard(1))), ("lion_kahan", (Shard(0), Shard(0))),
         ("adamw", (Shard(0), Shard(1))), ("lion_int8", (Replicate(), Shard(0))),
         ("lion_stochastic", (Shard(0), Shard(1))), ("lion_int8", (Shard(0), Shard(0))),
+        ("lion_int8", (Shard(0), Shard(1))), ("adamw_int8", (Shard(1), Shard(0))),
     ):  # fmt: skip
         *_, dtype, tolerance = OPTIMIZERS[name]
         plain, sharded = new_model(dtype), by_hand(4, *placements, dtype=dtype, on=grid)

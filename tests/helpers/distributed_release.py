@@ -159,7 +159,9 @@ def a_second_pass_is_refused_where_gradients_are_released(world: World) -> None:
     for kind in ("fsdp", "ddp"):
         model = new_model()
         wrapped = wrap(kind, model, world)
-        release_gradients(wrapped, build("lion", model))
+        release = release_gradients(wrapped, Lion(model.named_parameters(), betas=(0.9, 0.9)))
+        advice = {"fsdp": "accumulate by set_requires_gradient_sync", "ddp": r"inside `with model.no_sync"}[kind]
+        refused(ValueError, advice, release.accumulate().__enter__)
         batch = tokens(12).chunk(2)[world.rank]
         wrapped(batch).backward()
         before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -14,6 +14,8 @@ from leanstep.kernels import (
 )
 from leanstep.kernels.reference import quantization
 from leanstep.kernels.reference.quantization import BLOCK, dequantize, quantize, scale_shape
+from leanstep.kernels.steps import lion_int8
+from leanstep.kernels.steps.average_int8 import average_step_int8
 
 SCALARS = torch.tensor((0.01, 0.999, 0.9, 0.1, 0.99, 0.01))
 SHAPES = [(1, 1), (0, 3), (3, 0), (5, 128), (7, 129), (65, 77), (3, 4, 50), (130, 256), (2, 5, 3, 3), (1, 40000)]
@@ -184,6 +186,40 @@ def test_backends_agree_bit_for_bit(rounding, dtypes, switches):
         results.append([*params, *codes, *scales, *states])
     for reference, cpp in zip(*results, strict=True):
         bits_equal(cpp, reference)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES[:2], ids=str)
+def test_processors_without_byte_permutations_give_the_same_bits(dtypes, monkeypatch):
+    macros, results = lion_int8._macros, []
+    for isa in ({}, {"ISA": 2}):  # those of this processor, and less
+        monkeypatch.setattr(lion_int8, "_macros", lambda *args, isa=isa: macros(*args) | isa)
+        params, grads, codes, scales, _ = problem(*dtypes)
+        with use_backend("cpp"):
+            for _ in range(2):
+                lion_step_int8(params, grads, codes, scales, [], options())
+        results.append([*params, *codes, *scales])
+    for this, other in zip(*results, strict=True):
+        bits_equal(this, other)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_every_code_stands_for_its_value(backend):
+    """All codes, with a scale that is no power of two; a step that leaves the momentum leaves them."""
+    codes = [torch.arange(-127, 128, dtype=torch.int8).view(1, 255)]
+    scales = [torch.full((1, 2), 0.3)]
+    zeros, seeds = [torch.zeros(1, 255)], torch.tensor([3])
+    outputs = [torch.zeros(1, 255)]
+    still = StepOptions(torch.tensor((0.0, 1.0, 0.9, 0.1, 1.0, 0.0)), seeds=seeds)
+    with use_backend(backend):
+        average_step_int8(
+            zeros, codes, scales, outputs, StepOptions(torch.tensor((1.0, 0.0)), seeds=seeds), update=False
+        )
+        lion_step_int8([torch.zeros(1, 255)], zeros, codes, scales, [], still)
+    code = torch.arange(-127, 128).double()
+    z = torch.exp2(code.abs() // 16) * (1 + code.abs() % 16 / 16)
+    torch.testing.assert_close(outputs[0][0].double(), code.sign() * (z - 1) * 0.3, rtol=1e-6, atol=0)
+    # the scale may have changed in its last bit
+    assert (codes[0][0].double() - code).abs().max() <= 1
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])

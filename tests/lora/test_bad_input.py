@@ -57,7 +57,7 @@ def test_targets_that_cannot_be(settings, message):
         ({"lora_dropout": 1.0}, "lora_dropout must be at least 0 and below 1, got 1.0"),
         ({"bias": "some"}, "bias must be one of 'none', 'all', 'lora_only', got 'some'"),
         ({"save": "all"}, "save must be one of"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights must be one of"),
+        ({"init_lora_weights": "pissa_niter"}, "init_lora_weights must be one of"),
         ({"target_modules": "a", "layers_to_transform": [1]}, "layers_to_transform needs a list"),
         ({"r": 0, "lora_dropout": -1}, "r must be.*; lora_dropout must be"),
         ({"lora_alpha": 0}, "lora_alpha must be a finite number above 0, got 0"),

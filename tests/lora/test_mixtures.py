@@ -36,7 +36,7 @@ def test_the_names_that_peft_replaces(name):
 @pytest.mark.filterwarnings("ignore:apply_lora. 'all-linear' leaves out.*(narrower|returns a tuple|skip the adapter)")
 def test_fused_experts_without_adapters_are_told(name):
     model = make(name)
-    message = r"'all-linear' leaves out model.layers.*experts.* of the weights\): fused experts have no adapters here"
+    message = r"'all-linear' leaves out model.layers.*experts.* of the weights\): name fused experts in target_param"
     with pytest.warns(UserWarning, match=message) as caught:
         apply_lora(model, LoraConfig(r=2, target_modules="all-linear"))
     (told,) = [str(w.message) for w in caught if "fused experts" in str(w.message)]
@@ -64,15 +64,25 @@ def test_models_without_experts_are_saved_without_a_line(tmp_path):
         save_adapter(apply_lora(make(name), LoraConfig(r=2, target_modules=["q_proj"])), tmp_path / name)
 
 
-@pytest.mark.parametrize("field", ["target_parameters", "trainable_token_indices"])
-def test_adapters_of_parameters_and_tokens_are_refused_by_name(field, tmp_path):
-    settings = {"target_parameters": ["mlp.experts.down_proj"], "trainable_token_indices": [1, 2]}
-    model = peft.get_peft_model(make("mixtral"), peft.LoraConfig(target_modules=["q_proj"], **{field: settings[field]}))
-    model.save_pretrained(tmp_path)
+def test_adapters_of_tokens_are_refused_by_name(tmp_path):
+    config = peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2])
+    peft.get_peft_model(make("mixtral"), config).save_pretrained(tmp_path)
     base = make("mixtral")
-    with pytest.raises(ValueError, match=f"the adapter uses {field}, which is not in leanstep.lora; load it with peft"):
+    message = "the adapter uses trainable_token_indices, which is not in leanstep.lora; load it with peft"
+    with pytest.raises(ValueError, match=message):
         load_adapter(base, tmp_path)
     assert not list(adapted_layers(base))
+
+
+# PEFT looks for the keys among modules, and follows them for parameters all the same
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_pefts_all_linear_of_a_mixture_loads(name, tmp_path):
+    config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    theirs = peft.get_peft_model(make(name), config).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = load_adapter(make(name), tmp_path).eval()
+    torch.testing.assert_close(ours(tokens()).logits, theirs(tokens()).logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["vit", "swin"])

@@ -428,6 +428,26 @@ def test_groups_know_pefts_names():
     assert [name.rsplit(".", 3)[1:] for name, _ in groups[2]["params"]] == [["lora_B", "default", "bias"]] * 2
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_lora_plus_gives_b_a_multiple_of_the_rate():
+    ours = apply_lora(tiny_llama(), LoraConfig(target_modules=["q_proj"], use_dora=True))
+    theirs = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["q_proj"], use_dora=True))
+    for model in (ours, theirs):
+        groups = lora_groups(model, lr=1e-3, lr_ratio=16)
+        rates = {"lora_A": 1e-3, "lora_B": 16e-3, "rest": 1e-3}
+        assert {group["name"]: group["lr"] for group in groups} == rates
+        assert [len(group["params"]) for group in groups] == [2, 2, 2]
+    assert [group["lr"] for group in lora_groups(ours, lr=1e-3)] == [1e-3] * 3
+    assert lora_groups(ours, lr=1e-3, lr_ratio=16, b={"lr": 0.5})[1]["lr"] == 0.5
+    for wrong in ({"lr_ratio": 16}, {"lr": 1e-3, "lr_ratio": 0.5}, {"lr": 1e-3, "lr_ratio": float("nan")}):
+        with pytest.raises(ValueError, match=r"expected lr, and lr_ratio >= 1 \(LoRA\+\), got"):
+            lora_groups(ours, **wrong)
+    only_a = torch.nn.Module()
+    only_a.lora_A = torch.nn.Linear(2, 2, bias=False)
+    with pytest.raises(ValueError, match="the model trains no lora_B"):
+        lora_groups(only_a, lr=1e-3, lr_ratio=4)
+
+
 def test_groups_say_what_was_not_found():
     with pytest.raises(ValueError, match=r"expected trained parameters called lora_A or lora_B, got 21 others"):
         lora_groups(tiny_llama(), b={"lr": 1e-2})

@@ -35,7 +35,7 @@ def edit(folder, **settings):
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
 
 
-CHANGED = ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"]
+CHANGED = ["pissa_niter_4", "olora", "corda", "loftq", "lora_ga"]
 
 
 @pytest.mark.parametrize("start", CHANGED)

@@ -22,7 +22,9 @@ from transformers import (
 
 from leanstep._heads import attention_projections
 from leanstep._torch import is_conv1d
+from leanstep.kernels.reference.quantization import dequantize
 from leanstep.optimizers import LANTON, SinkGD, create, param_groups
+from leanstep.optimizers.sinkgd import blocks as sinkgd_blocks
 
 LANTONS = {
     "plain": {"alpha": 0.5},
@@ -185,15 +187,103 @@ def test_sinkgd_scales_whole_matrices_to_an_operator_norm():
         SinkGD([{**group, "spectral": "muon"}])
 
 
-def test_momenta_of_8_bits_are_those_of_whole_matrices():
-    for cls, group, setting in (
-        (LANTON, {"norm": "rms"}, "momentum_dtype"),
-        (LANTON, {"norm": "rms"}, "noise_dtype"),
-        (SinkGD, {"algorithm": "sinkgd", "momentum": 0.9}, "momentum_dtype"),
-    ):
-        params = [nn.Parameter(torch.randn(8, 6))]
-        with pytest.raises(ValueError, match=rf"{setting}=torch.int8 takes whole matrices"):
-            cls([{"params": params, **group, "blocks": 4, setting: torch.int8}])
+def values(optimizer, param, key):
+    """A state of 8 bits, decoded."""
+    state = optimizer.state[param]
+    return dequantize(state[key], state[f"{key}_scale"], torch.float32)
+
+
+WIDE = (
+    {"shape": (12, 150), "blocks": (2, 7, 3)},
+    {"shape": (150, 12), "blocks": 4, "transposed": True},
+    {"shape": (2, 12, 150), "blocks": (5, 7)},
+    {"shape": (2, 150, 12), "blocks": 6, "transposed": True},
+)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"nesterov": True}, {"momentum_order": "post"}], ids=["pre", "nesterov", "post"]
+)
+@pytest.mark.parametrize("layout", WIDE, ids=str)
+def test_momenta_of_8_bits_step_blocks_as_their_values_would(layout, options):
+    """A step from codes is a step from the fp32 momentum that they stand for, and stores it to the error of a code."""
+    shape, group = layout["shape"], {**layout, **options, "algorithm": "sinkgd", "momentum": 0.9}
+    del group["shape"]
+    params = [nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1))) for _ in range(2)]
+    eight, wide = (
+        SinkGD([{"params": [param], **group, "momentum_dtype": dtype}], lr=0.1)
+        for param, dtype in zip(params, (torch.int8, None), strict=True)
+    )
+    for step in range(3):
+        for param in params:
+            param.grad = torch.randn(shape, generator=torch.Generator().manual_seed(step + 2))
+        if step:
+            wide.state[params[1]]["momentum_buffer"].copy_(values(eight, params[0], "momentum_buffer"))
+        for optimizer in (eight, wide):
+            optimizer.step()
+        assert torch.equal(*params)
+        stored, exact = values(eight, params[0], "momentum_buffer"), wide.state[params[1]]["momentum_buffer"]
+        assert ((stored - exact).abs() <= (exact.abs() + exact.abs().amax() / 247) / 15).all()
+        assert not torch.equal(stored, exact)
+    assert eight.state[params[0]]["step"] == 3
+
+
+def test_a_bad_gradient_leaves_its_block_and_a_momentum_of_8_bits():
+    param = nn.Parameter(torch.randn(12, 150))
+    optimizer = SinkGD(
+        [{"params": [param], "algorithm": "sinkgd", "blocks": 4}], lr=0.1, momentum=0.9, momentum_dtype=torch.int8
+    )
+    param.grad = torch.randn(12, 150)
+    optimizer.step()
+    weight, momentum = param.detach().clone(), values(optimizer, param, "momentum_buffer")
+    param.grad[5, 7] = float("nan")
+    optimizer.step()
+    assert torch.equal(param[4:8], weight[4:8])
+    assert (param[:4] != weight[:4]).all() and (param[8:] != weight[8:]).all()
+    after = values(optimizer, param, "momentum_buffer")
+    torch.testing.assert_close(after[4:8], momentum[4:8], rtol=0.07, atol=1e-5)
+    assert optimizer.nonfinite_count() == 1
+
+
+def test_momenta_of_8_bits_may_be_decoded_one_matrix_at_a_time(monkeypatch):
+    results = []
+    for limit in (sinkgd_blocks._ENTRIES_TOGETHER, 1):
+        monkeypatch.setattr(sinkgd_blocks, "_ENTRIES_TOGETHER", limit)
+        params = [nn.Parameter(torch.randn(12, 150, generator=torch.Generator().manual_seed(i))) for i in range(3)]
+        optimizer = SinkGD(
+            [{"params": params, "algorithm": "sinkgd", "blocks": 4}], lr=0.1, momentum=0.9, momentum_dtype=torch.int8
+        )
+        for step in range(2):
+            for i, param in enumerate(params):
+                param.grad = torch.randn(12, 150, generator=torch.Generator().manual_seed(3 * step + i + 3))
+            optimizer.step()
+        results.append([*params, *(optimizer.state[p]["momentum_buffer"] for p in params)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("layout", WIDE[:2], ids=str)
+def test_lanton_directs_blocks_by_its_momentum_of_8_bits(layout):
+    """The weights move along O of the values that were stored; a block with a gradient of zeros keeps its G'."""
+    shape, group = layout["shape"], {key: layout[key] for key in layout if key != "shape"}
+    params = [nn.Parameter(torch.zeros(shape)) for _ in range(2)]
+    dtypes = {"momentum_dtype": torch.int8, "noise_dtype": torch.int8}
+    eight = LANTON([{"params": params[:1], "norm": "rms", **group, **dtypes}], lr=0.1)
+    one_step = LANTON([{"params": params[1:], "norm": "rms", **group}], lr=0.1, betas=(0.0, 0.9), noise_adaptive=False)
+    params[0].grad = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    eight.step()
+    params[1].grad = values(eight, params[0], "momentum_buffer")
+    one_step.step()
+    torch.testing.assert_close(*params, rtol=1e-4, atol=1e-5)
+    first = slice(0, group["blocks"] if isinstance(group["blocks"], int) else group["blocks"][0])
+    rows = params[0].grad.mT if group.get("transposed") else params[0].grad
+    stored = values(eight, params[0], "previous_grad")
+    torch.testing.assert_close(stored, params[0].grad, rtol=0.07, atol=0.02)
+    rows[first] = 0
+    eight.step()
+    again = values(eight, params[0], "previous_grad")
+    stored, again = (t.mT if group.get("transposed") else t for t in (stored, again))
+    torch.testing.assert_close(again[first], stored[first], rtol=0.07, atol=0.02)
+    assert (stored[first].abs() > 0.1).any()
 
 
 def test_rules_without_matrices_ignore_blocks():
@@ -341,3 +431,18 @@ def test_steps_compile_as_one_graph(cls):
         param.grad = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
         step()
     torch.testing.assert_close(*params, rtol=1e-5, atol=1e-6)
+
+
+def test_the_blocks_of_a_matrix_count_as_one_in_the_median_of_the_noise():
+    """alpha="auto" is a size of noise of the model; the quiet heads of Q and K must not decide it by their number."""
+    quiet, *loud = (nn.Parameter(torch.zeros(16, 8, dtype=torch.float64)) for _ in range(3))
+    groups = [{"params": [quiet], "blocks": 2}, {"params": loud}]
+    optimizer = LANTON(groups, lr=0.1, alpha="auto", norm="rms", nuclear="svd")
+    for step in range(2):
+        for param, scale in zip((quiet, *loud), (1e-3, 1.0, 1.0), strict=True):
+            param.grad = scale * torch.randn(16, 8, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        optimizer.step()
+    factors = [row["factor"] for row in optimizer.noise_report()]
+    assert len(factors) == 10 and min(factors[:8]) > 0.99
+    # one of them is the median, with f = 2^(-1/4); where blocks count one by one, both are below 0.04
+    assert min(factors[8:]) > 0.7

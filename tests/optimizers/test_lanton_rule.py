@@ -93,6 +93,13 @@ def test_estimates_and_factors():
     )
     assert rule.automatic_alpha(torch.tensor([4.0, math.nan, 1.0, 9.0])) == 2.0
     assert rule.automatic_alpha(torch.zeros(2)) > 0
+    noise = torch.tensor([16.0, 1.0, 1.0, math.nan, 1.0, 9.0], dtype=torch.float64)
+    weights = torch.tensor([1, 1 / 3, 1 / 3, 1, 1 / 3, 1], dtype=torch.float64)
+    assert rule.automatic_alpha(noise, weights) == 3.0
+    for count in (1, 2, 5, 6):
+        values = torch.rand(count, dtype=torch.float64)
+        assert rule.automatic_alpha(values, torch.full((count,), 1 / 3)) == rule.automatic_alpha(values)
+    assert rule.automatic_alpha(torch.full((2,), math.nan), torch.ones(2)).isnan()
 
 
 def test_update():

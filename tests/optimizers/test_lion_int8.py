@@ -7,7 +7,7 @@ import torch
 from optimizer_cases import run
 
 from leanstep.kernels.reference.quantization import dequantize
-from leanstep.optimizers import Lion
+from leanstep.optimizers import LANTON, Lion, SinkGD
 
 SHAPES = ((64, 256), (5, 130), (7,), ())
 
@@ -98,6 +98,13 @@ def test_codes_without_scales_are_refused():
         with pytest.raises(ValueError, match=rf"{said}.*nothing was changed"):
             target.load_state_dict(state)
     assert torch.equal(decoded(target, others[0]), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, "float8_e4m3fn"])
+@pytest.mark.parametrize("cls", [Lion, SinkGD, LANTON])
+def test_dtypes_of_8_bit_floating_point_are_refused_by_name(cls, dtype):
+    with pytest.raises(TypeError, match=rf"{cls.__name__}: momentum_dtype .*float8_e.m.*Use torch.int8"):
+        cls([torch.nn.Parameter(torch.ones(2, 2))], momentum_dtype=dtype)
 
 
 def test_other_integers_are_refused():

@@ -362,3 +362,28 @@ def test_a_power_vector_survives_that_spectral_is_switched_off():
     resumed.load_state_dict(optimizer.state_dict())
     (loaded,) = [s["power_vector"] for s in resumed.state.values() if "power_vector" in s]
     assert torch.equal(loaded, optimizer.state[params[0]]["power_vector"])
+
+
+@pytest.mark.parametrize("options", [{"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}, {"row_mask_tau": 0.1}])
+def test_few_copies_of_gradients_exist_at_a_time(monkeypatch, options):
+    """A step of many matrices has averages of a bounded size in memory, or of the largest matrix."""
+    from leanstep.optimizers.sinkgd import blocks
+    from leanstep.optimizers.sinkgd import optimizer as module
+
+    monkeypatch.setattr(blocks, "_ENTRIES_TOGETHER", 512)
+    counts = []
+    for name in ("scaled_step", "sinkhorn_step"):
+        step = getattr(module, name)
+
+        def counted(targets, matrices, *args, step=step, **settings):
+            counts.append(len(matrices))
+            return step(targets, matrices, *args, **settings)
+
+        monkeypatch.setattr(module, name, counted)
+    sizes = [(30, 20), (16, 16), (16, 16), (1, 8), (30, 20)]
+    params = [torch.nn.Parameter(torch.randn(size)) for size in sizes]
+    optimizer = SinkGD(params, algorithm="sinkgd", **options)
+    for param in params:
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    assert counts == [1, 2, 1, 1]

@@ -114,6 +114,13 @@ def test_labels_of_an_axis_differ_and_stay_inside(tab, pages, name):
     assert tab.evaluate(doubled) == []
 
 
+@pytest.mark.parametrize("name", PAGES)
+def test_labels_can_be_read_on_a_phone(tab, pages, name):
+    tab.open(pages[name], SCREENS["phone"])
+    heights = tab.evaluate("[...document.querySelectorAll('svg text')].map(t => t.getBoundingClientRect().height)")
+    assert min(heights) > 8, "pixels"
+
+
 def test_dark_is_dark_and_paper_is_white_for_readers_of_the_dark_too(tab, pages):
     def brightness(screen):
         tab.open(pages["report"], screen)

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from leanstep.optimizers import Lion, SinkGD
 
 FOLDER = Path(__file__).parents[2] / "examples"
-TRAINED = ("transformers_trainer", "trl_sft", "lightning_module", "sparse_export")
+TRAINED = ("transformers_trainer", "trl_sft", "trl_lora", "trl_dpo", "lightning_module", "sparse_export")
 OTHERS = ("fsdp2_loop", "prune_then_lora", "sparse_to_onnx", "torchtitan_container")
 
 
@@ -85,6 +86,19 @@ def test_two_processes_share_the_model_of_the_plain_loop(tmp_path):
     first, last = map(float, re.search(r"^2 processes, loss ([\d.]+) -> ([\d.]+)$", run.stdout, re.MULTILINE).groups())
     assert last < 0.25 * first
     assert len(list((tmp_path / "runs" / "fsdp2").glob("*.distcp"))) == 2
+
+
+@pytest.mark.filterwarnings("ignore")  # of the trainers' packages
+def test_what_the_lora_example_saves_opens_in_peft_and_transformers(one_thread, tmp_path, monkeypatch, capsys):
+    peft = pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    runpy.run_path(str(FOLDER / "trl_lora.py"))
+    base = LlamaForCausalLM.from_pretrained("runs/base")
+    merged = LlamaForCausalLM.from_pretrained("runs/sft-lora/merged").eval()
+    ids = torch.arange(2, 34).view(1, -1)
+    adapted = peft.PeftModel.from_pretrained(base, "runs/sft-lora/adapter").eval()
+    torch.testing.assert_close(adapted(input_ids=ids).logits, merged(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("name", "cls"), [("sinkgd", SinkGD), ("lion", Lion)])

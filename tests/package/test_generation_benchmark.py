@@ -83,7 +83,7 @@ def test_a_table_joins_calls_and_compares_with_the_first_of_each(parts, tmp_path
     assert name == "generation-x" and caption.endswith("m, load 1.0 to 2.5.") and "Perplexity" not in caption
     assert table[0].splitlines()[2:] == [
         "| dense | – | – | 2 | 1.3 | 1.00 (0.75 to 1.50) |",
-        "| sparse | 60% | 5 | 2 | 2.7 | 2.00 (1.50 to 3.00) |",
+        "| sparse | 60 % | 5 | 2 | 2.7 | 2.00 (1.50 to 3.00) |",
         "| Q8_0 | – | – | 2 | 2.7 | 4.00 (4.00 to 4.00) |",
     ]
     (tmp_path / "docs").mkdir()
@@ -98,3 +98,11 @@ def test_a_call_needs_a_title_and_different_names(parts, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         script["main"]()
     assert "expected models of different names and a --title" in capsys.readouterr().err
+
+
+def test_the_page_is_that_of_the_committed_results(parts):
+    blocks = parts.tables.tables(ROOT / "docs" / "results" / "generation.jsonl")
+    page = (ROOT / parts.tables.PAGE).read_text("utf-8")
+    for name, text in blocks.items():
+        assert f"<!-- table:{name} -->\n{text}\n<!-- /table:{name} -->" in page
+    assert set(blocks) == {"generation-smollm2", "generation-llama-1b"}

@@ -15,6 +15,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+import yaml
 from layering import imported_names, package_files
 from packaging.requirements import Requirement
 
@@ -69,21 +70,20 @@ def installed(wheel: Path, base: Path) -> Path:
     return python
 
 
-# macros of these names have a word for their value
-DTYPES = ("PARAM", "GRAD", "AVG", "MAT", "ROUNDING")
 STEPS = """
-import sys, torch
+import hashlib, torch
 from leanstep import Lion, SinkGD, use_backend
-for optimizer in (Lion, SinkGD):
+for optimizer, options in ((Lion, {}), (SinkGD, {"algorithm": "sinkgd"})):
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
         param = torch.nn.Parameter(torch.randn(48, 80).to(dtype))
-        made = optimizer([param], lr=1e-2)
+        made = optimizer([param], lr=1e-2, **options)
         for _ in range(3):
             param.grad = torch.randn(48, 80).to(dtype)
             with use_backend("cpp"):
                 made.step()
-        print(optimizer.__name__, param.view(torch.int16 if dtype == torch.bfloat16 else torch.int32).sum().item())
+        content = param.detach().view(torch.uint8).numpy().tobytes()
+        print(optimizer.__name__, dtype, hashlib.sha256(content).hexdigest())
 """
 
 
@@ -96,11 +96,10 @@ def test_a_wheel_with_kernels_steps_without_a_compiler_as_with_one(tmp_path):
     listed = json.loads(table.read_text("utf-8"))
     # what these steps need, for all levels; the whole list takes minutes
     needed = {name: listed[name] for name in ("steps/nonfinite_flags", "steps/adamw_step", "sparse/instructions")}
-    wanted = ("float", "bf16", "NEAREST", "STOCHASTIC")
+    wanted = ("float", "bf16", "NEAREST", "STOCHASTIC")  # and of a flag, the first value
     for name in ("steps/lion_step", "steps/sinkhorn_step"):
         needed[name] = [
-            {key: [v for v in values if v in wanted] if key in DTYPES else values[:2] for key, values in block.items()}
-            for block in listed[name]
+            {key: [v for v in vs if v in wanted] or vs[:1] for key, vs in block.items()} for block in listed[name]
         ]
     table.write_text(json.dumps(needed), "utf-8")
     command = (sys.executable, "-P", "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, "source")
@@ -118,6 +117,15 @@ def test_a_wheel_with_kernels_steps_without_a_compiler_as_with_one(tmp_path):
     assert prebuilt == run(sys.executable, "-P", "-c", STEPS, cwd=tmp_path)
     printed = run(python, "-P", "-m", "leanstep", "info", cwd=tmp_path, **alone)
     assert "prebuilt for " in printed and "C++ compiler for the CPU kernels: none" in printed
+
+
+def test_the_workflow_builds_wheels_for_every_machine_that_has_levels():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "wheels.yml").read_text("utf-8"))
+    for job in workflow["jobs"].values():
+        assert {row["machine"] for row in job["strategy"]["matrix"]["include"]} == set(LEVELS)
+    settings = PROJECT["tool"]["cibuildwheel"]
+    assert settings["environment"] == {"LEANSTEP_PREBUILD": "1"}
+    assert all(settings[f"manylinux-{machine}-image"] for machine in LEVELS)
 
 
 def folder_of(package: str) -> str:

@@ -180,15 +180,18 @@ def test_an_output_that_exists_is_refused_before_anything_is_done(base, pruned, 
 
 
 def test_a_disk_that_fills_leaves_the_curves_and_no_folder(base, tmp_path, monkeypatch, capsys):
-    from leanstep.pruning.folder import checkpoint
+    from leanstep.pruning.folder import checkpoint, run
 
     def full(*arguments, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patched:
-        patched.setattr(checkpoint.shutil, "copyfile", full)
-        assert leanstep_prune(base, tmp_path / "out", "--sparsity", "0.6") == 1
-    assert "the disk is full" in capsys.readouterr().err
+    # while the weights are copied, before anything is measured; and while the last files are written
+    for module, name, left in ((checkpoint.shutil, "copyfile", []), (run, "write_report", ["out.curves.jsonl"])):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, full)
+            assert leanstep_prune(base, tmp_path / "out", "--sparsity", "0.6") == 1
+        assert "the disk is full" in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir()] == left
     assert [path.name for path in tmp_path.iterdir()] == ["out.curves.jsonl"]
     assert leanstep_prune(base, tmp_path / "out", "--sparsity", "0.6") == 2
     assert "go on with it (--resume)" in capsys.readouterr().err
@@ -219,7 +222,8 @@ def test_a_killed_run_resumes_to_the_same_folder(base, pruned, tmp_path):
     arguments = ["prune", str(base / "model"), "--out", str(out), "--data", str(base / "text.txt"), *SMALL]
     command = [sys.executable, "-P", "-c", KILLED, *arguments, "--sparsity", "0.6", "--eval"]
     assert subprocess.run(command, check=False, capture_output=True).returncode == -signal.SIGKILL
-    assert [path.name for path in tmp_path.iterdir()] == ["out.curves.jsonl"]
+    # the half-written folder, which the next run removes, is hidden
+    assert [path.name for path in tmp_path.iterdir() if path.name[0] != "."] == ["out.curves.jsonl"]
     measured = (tmp_path / "out.curves.jsonl").read_text()
     assert measured.count("\n") == 10 and measured.endswith('["model.laye')
     assert main([*arguments, "--sparsity", "0.6", "--eval", "--resume"]) == 0

@@ -28,7 +28,9 @@ from leanstep.recipes.training.build import (
     build_model,
     build_optimizer,
     build_schedule,
+    missing_here,
     optimizer_class,
+    trackers_of,
 )
 
 INSTALLED = [name for name, spec in OPTIMIZERS.items() if find_spec(spec.partition(":")[0])]
@@ -277,3 +279,14 @@ def test_what_this_machine_cannot_do(monkeypatch):
         build_accelerator(RunConfig(device="cpu", distributed=DistributedConfig(strategy="fsdp2")))
     with pytest.raises(ValueError, match=r"log.trackers: 'comet_ml' is not available here"):
         build_accelerator(RunConfig(device="cpu", log=LogConfig(trackers=["comet_ml"])))
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_tensorboard_is_the_default_where_it_can_be_imported(installed, monkeypatch):
+    monkeypatch.setattr(build, "has_tensorboard", lambda: installed)
+    assert trackers_of(RunConfig()) == (["tensorboard"] if installed else [])
+    assert trackers_of(RunConfig(log=LogConfig(trackers=[]))) == []
+    monkeypatch.setattr(build.tracking, "get_available_trackers", lambda: ["tensorboard"])
+    problems = list(missing_here(RunConfig(log=LogConfig(trackers=["tensorboard"])), cpu=True))
+    # Accelerate finds a package that lacks those it needs itself, too
+    assert problems == [] if installed else "pip install tensorboard" in problems[0]

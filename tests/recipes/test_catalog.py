@@ -43,6 +43,12 @@ def test_the_recipes_that_are_promised_are_there():
         find_recipe("nothing")
 
 
+@pytest.mark.parametrize("name", NANO)
+def test_a_first_run_prints_a_loss_before_it_evaluates_anything(name):
+    config = load(name)
+    assert not config.eval.at_start and config.eval.every > 0
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_each_recipe_loads_describes_itself_and_round_trips(name, tmp_path):
     config = load(name)

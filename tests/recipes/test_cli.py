@@ -72,6 +72,7 @@ MESSAGES = {
     "option": (["train", "llama-nano-lion", "--npoc=3"], "unknown option --npoc=3"),
     "processes": (["train", "llama-nano-lion", "--nproc", "3"], "* 3 processes = 6144 tokens; take 6144"),
     "resume": (["train", "llama-nano-lion", "--resume", "stepz=3"], "override: unknown key 'stepz'"),
+    "swept recipe": (["sweep", "llama-nano-lio"], "no recipe or file of that name; did you mean 'llama-nano-lion'"),
     "run": (["report", "nowhere"], "no run in nowhere: a run folder holds log.jsonl"),
     "argument": (["recipes", "list", "all"], "unexpected argument 'all'"),
 }
@@ -94,6 +95,43 @@ def test_usage_mistakes_exit_with_2(arguments, message, capsys):
         main(arguments)
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["text.bin", "text.safetensors"])
+def test_a_text_is_no_checkpoint(name, tmp_path, capsys):
+    (tmp_path / name).write_text("hello, this is a text\n")
+    assert main(["verify", str(tmp_path / name)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "torch.save has written" in line if name.endswith("bin") else "no whole safetensors file" in line
+
+
+ONE_LINE = {
+    "command": (["frobnicate"], "invalid choice: 'frobnicate'"),
+    "near command": (["recipes", "lst"], "did you mean 'list'?"),
+    "near choice": (["export", "x", "--format", "spars", "--out", "o"], "did you mean 'sparse'?"),
+    "no recipe": (["train"], "required: NAME|FILE; see `leanstep train --help`"),
+    "no swept recipe": (["sweep"], "required: RECIPE; see"),
+    "jobs": (["sweep", "x", "--jobs", "0"], "expected a whole number of at least 1, got '0'"),
+    "no checkpoint": (["eval"], "required: CHECKPOINT, --data"),
+    "no folder": (["prune", "x", "--sparsity", "0.5"], "required: --out; see `leanstep prune --help`"),
+    "sparsity": (["prune", "x", "--sparsity", "abc", "--out", "o"], "--sparsity: expected a number, got 'abc'"),
+    "no prompt": (["generate", "x"], "required: PROMPT"),
+    "no folder to measure": (["bench"], "required: DIR"),
+    "audit": (["audit", "--foo"], "unrecognized arguments: --foo"),
+    "no path": (["verify"], "required: PATH"),
+    "no run": (["compare"], "required: RUN"),
+    "corpus": (["data", "build", "nosuch"], "invalid choice: 'nosuch' (choose from 'english')"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), ONE_LINE.values(), ids=ONE_LINE.keys())
+def test_a_usage_mistake_is_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    captured = capsys.readouterr()
+    assert caught.value.code == 2 and captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert message in line
 
 
 def test_module_runs_as_the_command(tmp_path):

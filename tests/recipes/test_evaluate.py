@@ -139,6 +139,15 @@ def trained(tmp_path_factory):
     return folder
 
 
+def test_eval_of_a_folder_without_a_tokenizer_says_where_one_belongs(trained, tmp_path, capsys):
+    tiny_llama(300).save_pretrained(tmp_path / "bare")
+    assert main([str(tmp_path / "bare"), "--data", str(trained / "text.txt")]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    # the key of a recipe would lead nowhere here
+    assert "holds no tokenizer (no tokenizer.json). Save the model's own there" in message
+    assert "data.tokenizer" not in message
+
+
 def test_eval_of_a_file(trained, capsys):
     assert main([str(trained / "run"), "--data", str(trained / "text.txt"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -17,6 +17,7 @@ def folders(tmp_path_factory):
     save_sparse(root / "dense", make_llama(hidden_size=64, intermediate_size=96), dtype=torch.float32)
     save_tokenizer(root / "dense")
     export_folder(root / "dense", root / "sparse")
+    save_sparse(root / "bare", make_llama(hidden_size=64, intermediate_size=96), dtype=torch.float32)
     return root
 
 
@@ -57,6 +58,7 @@ def test_samples_come_from_the_seed(folders, capsys):
     [
         (("nowhere", "x"), "'nowhere' is not there"),
         (("dense", ""), "the prompt has no tokens"),
+        (("bare", "x"), "holds no tokenizer (no tokenizer.json); save the model's own there by save_pretrained"),
         (
             ("dense", "Hello", "--max-new-tokens", "60"),
             "has 5 tokens, 60 are asked for, and the model has 64",

@@ -10,7 +10,7 @@ from training import Training, numbers, run, write_recipe, write_text
 from transformers import AutoModelForCausalLM
 
 from leanstep.lora import load_adapter
-from leanstep.recipes.check.check import Check, Section
+from leanstep.recipes.check.check import Check, Section, check
 from leanstep.recipes.check.costs import estimate
 from leanstep.recipes.config.differences import config_differences
 from leanstep.recipes.config.loader import ConfigError, load
@@ -53,6 +53,10 @@ def test_mistakes_are_named_before_torch_is_imported():
     assert "did you mean 'lora.target_modules'" in problems("lora.target_module=[q_proj]")
     assert "name its folder in model.init_from" in problems("model.init_from=null")
     assert "goes with distributed.strategy ddp" in problems("distributed.strategy=fsdp2")
+    assert "goes with adapters" in problems("lora.target_modules=[]", "lora.lr_ratio=4")
+    assert "must be at least 1, got 0.5" in problems("lora.lr_ratio=0.5")
+    assert "lora.init_lora_weights" in problems("lora.init_lora_weights=pisa")
+    assert "leaves no zeros" in problems("lora.init_lora_weights=pissa", "pruning.keep_masks=true")
     # orders by time would differ between the starts of a run
     assert "unknown key 'lora.order'" in problems("lora.order=time")
     assert "leaves the base as it is" in problems("sparsity.patterns={'*': '2:4'}")
@@ -79,6 +83,24 @@ def test_the_adapter_opens_in_peft_and_the_folder_is_the_merged_model(base, fini
     torch.testing.assert_close(theirs(ids).logits, merged, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(load_adapter(plain, final / "adapter").eval()(ids).logits, merged, rtol=1e-4, atol=1e-5)
     assert not any("lora" in name for name in load_file(final / "model.safetensors"))
+
+
+def test_pissa_and_lora_plus_end_in_an_adapter_for_the_plain_base(base, tmp_path):
+    peft = pytest.importorskip("peft")
+    recipe, folder, options = base
+    options = [*options, "lora.init_lora_weights=pissa", "lora.lr_ratio=4", "lora.lora_dropout=0", "optimizer.lr=1e-3"]
+    section = Section("groups")
+    Check(load(recipe, options), vocabulary=300).groups(section)
+    rows = [line for line in section.lines if "lora_" in line]
+    assert "0.004" in "".join(row for row in rows if "lora_B" in row)
+    training = run(recipe, [*options, "steps=3"], tmp_path / "run")
+    assert training.codes == [0], training.text()
+    final, ids = tmp_path / "run" / "final", torch.arange(32).view(1, -1)
+    merged = AutoModelForCausalLM.from_pretrained(final)(ids).logits
+    with pytest.warns(FutureWarning, match="is_gradient_checkpointing"):
+        theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), final / "adapter")
+    assert theirs.peft_config["default"].r == 8
+    torch.testing.assert_close(theirs(ids).logits, merged, rtol=1e-4, atol=1e-5)
 
 
 def test_validation_improves(finished):
@@ -118,6 +140,13 @@ def test_check_shows_what_is_trained(base):
     Check(load(recipe, [*options, "lora.use_dora=true"]), vocabulary=300).groups(section)
     text = "\n".join(section.lines)
     assert "lora_A" in text and "lora_magnitude_vector" in text and "wte" not in text
+
+
+def test_settings_that_adapters_exclude_are_one_problem_of_check(base, capsys):
+    recipe, _, options = base
+    assert check(load(recipe, [*options, "lora.target_parameters=[wte.weight]"])) == 1
+    problems = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  - ")]
+    assert any("lora: LoraConfig: target_parameters excludes lora_dropout, as in PEFT; unset it" in p for p in problems)
 
 
 @pytest.mark.parametrize("targets", ["[nothing]", "[c_atn]"])

@@ -11,11 +11,11 @@ struct Settings {
 // averages the n entries of one block; `fresh`: without the old average
 template <bool fresh, bool skipped>
 static inline void average(
-    const GRAD* __restrict g, const bf16* __restrict units, float scale, float* __restrict output, int64_t n,
+    const GRAD* __restrict g, const bf16* __restrict stored, float scale, float* __restrict output, int64_t n,
     const Settings& settings, Momenta& averages
 ) {
     for_entries(n, averages, [&](int64_t i) {
-        const float gradient = settings.direction * widen(g[i]), old = widen(units[i]) * scale;
+        const float gradient = settings.direction * widen(g[i]), old = unit_of(widen(stored[i])) * scale;
         float value = old;
         if constexpr (UPDATE && !skipped) value = fresh ? gradient : settings.beta * old + settings.rest * gradient;
         if (output) {
@@ -31,12 +31,12 @@ static void step(
     const GRAD* g, int8_t* codes, float* scales, float* output, int64_t n, const Settings& given, uint32_t first_pair
 ) {
     const Settings settings = given;
-    alignas(64) bf16 units[PIECE];
+    alignas(64) bf16 stored[PIECE];
     Momenta averages[BLOCKS];
-    units_of(codes, n, units);
+    stored_of(codes, n, stored);
     for (int64_t b = 0, from = 0; from < n; ++b, from += SCALED) {
         const auto block = [&](int64_t size) {
-            average<fresh, skipped>(g + from, units + from, scales[b], output ? output + from : nullptr, size, settings,
+            average<fresh, skipped>(g + from, stored + from, scales[b], output ? output + from : nullptr, size, settings,
                                     averages[b]);
         };
         // loops of a constant length have no remainder

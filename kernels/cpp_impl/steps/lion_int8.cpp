@@ -14,14 +14,14 @@ struct Settings {
 // updates the n parameters of one block; with `skipping`, not those whose gradient is not finite
 template <bool skipping>
 static inline void update(
-    PARAM* __restrict p, const GRAD* __restrict g, const bf16* __restrict units, float scale, StateT* __restrict state,
+    PARAM* __restrict p, const GRAD* __restrict g, const bf16* __restrict stored, float scale, StateT* __restrict state,
     int64_t n, const Settings& settings, uint32_t index, Momenta& momenta
 ) {
     constexpr bool in_pairs = !skipping && all_bf16<PARAM, GRAD>;
     const uint32_t seed = settings.seed;
     // updates entry i, and returns its momentum
     const auto one = [&](int64_t i) {
-        const float gradient = signed_gradient(widen(g[i])), momentum = widen(units[i]) * scale;
+        const float gradient = signed_gradient(widen(g[i])), momentum = unit_of(widen(stored[i])) * scale;
         const float weight = weight_of<ROUNDING>(p[i], state, i);
         const Moved moved = move(gradient, momentum, weight, settings.scalars, settings.cautious_scale);
         const bool keep = skipping && !is_finite(gradient);
@@ -35,10 +35,10 @@ static inline void update(
     uint32_t largest = 0;
 #pragma omp simd reduction(max : largest)
     for (int64_t j = 0; j < n / 2; ++j) {
-        const Pair gradient = load_pair(g, j), unit = load_pair(units, j), weight = weights_of<ROUNDING>(p, state, j);
-        const Moved even = move(signed_gradient(gradient.low), unit.low * scale, weight.low, settings.scalars,
+        const Pair gradient = load_pair(g, j), coded = load_pair(stored, j), weight = weights_of<ROUNDING>(p, state, j);
+        const Moved even = move(signed_gradient(gradient.low), unit_of(coded.low) * scale, weight.low, settings.scalars,
                                 settings.cautious_scale);
-        const Moved odd = move(signed_gradient(gradient.high), unit.high * scale, weight.high, settings.scalars,
+        const Moved odd = move(signed_gradient(gradient.high), unit_of(coded.high) * scale, weight.high, settings.scalars,
                                settings.cautious_scale);
         const uint32_t i = index + static_cast<uint32_t>(2 * j);
         store_weights<ROUNDING>({even.weight, odd.weight}, p, state, j, i, seed);
@@ -59,12 +59,12 @@ static void step(
     uint32_t index, uint32_t first_pair
 ) {
     const Settings settings = given;
-    alignas(64) bf16 units[PIECE];
+    alignas(64) bf16 stored[PIECE];
     Momenta momenta[BLOCKS];
-    units_of(codes, n, units);
+    stored_of(codes, n, stored);
     for (int64_t b = 0, from = 0; from < n; ++b, from += SCALED) {
         const auto block = [&](int64_t size) {
-            update<skipping>(p + from, g + from, units + from, scales[b], state ? state + from : nullptr, size,
+            update<skipping>(p + from, g + from, stored + from, scales[b], state ? state + from : nullptr, size,
                              settings, index + static_cast<uint32_t>(from), momenta[b]);
         };
         // loops of a constant length have no remainder

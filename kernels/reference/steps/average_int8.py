@@ -27,16 +27,8 @@ def average_step_int8(
         options: of one tensor, from :meth:`StepOptions.of`.
     """
     assert options.seeds is not None
-    beta, one_minus_beta = options.scalars
-    gradient = grad.to(beta.dtype)
-    if options.maximize:
-        gradient = -gradient
-    old = dequantize(codes, scales, beta.dtype)
-    average = old
-    if update:
-        # a weight of 0 forgets infinities and NaNs
-        average = torch.where(beta == 0, gradient, beta * old + one_minus_beta * gradient)
-    result = beta * average + one_minus_beta * gradient if nesterov else average
+    old = dequantize(codes, scales, options.scalars.dtype)
+    average, result = averages(old, grad, options, nesterov=nesterov, update=update)
     if skip is not None:
         result = torch.where(skip > 0, old, result)
     if output is not None:
@@ -46,3 +38,16 @@ def average_step_int8(
     offset = 0 if options.offsets is None else options.offsets
     for tensor, value in zip((codes, scales), quantize(average, options.seeds, offset), strict=True):
         tensor.copy_(value if skip is None else torch.where(skip > 0, tensor, value))
+
+
+def averages(old: Tensor, grad: Tensor, options: StepOptions, *, nesterov: bool, update: bool) -> tuple[Tensor, Tensor]:
+    """Return the new average and the output, of old values in fp32 or fp64."""
+    beta, one_minus_beta = options.scalars
+    gradient = grad.to(beta.dtype)
+    if options.maximize:
+        gradient = -gradient
+    average = old
+    if update:
+        # a weight of 0 forgets infinities and NaNs
+        average = torch.where(beta == 0, gradient, beta * old + one_minus_beta * gradient)
+    return average, beta * average + one_minus_beta * gradient if nesterov else average

@@ -1,0 +1,26 @@
+"""The argument parser of all commands: a mistake is one line, with what to type."""
+
+import argparse
+import re
+from difflib import get_close_matches
+from typing import NoReturn
+
+EXIT_BAD_INPUT = 2
+_KINDS = {"float": "a number", "int": "a whole number"}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """ArgumentParser that answers a mistake by one line and exit code 2, and suggests the nearest command."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print what was expected, what came, and what to type."""
+        wrong = message.partition("invalid choice: '")[2].partition("'")[0]
+        choices = [name for action in self._actions for name in action.choices or () if isinstance(name, str)]
+        near = get_close_matches(wrong, choices, n=1) if wrong else []
+        message = re.sub(r"invalid (float|int) value: (.*)", lambda m: f"expected {_KINDS[m[1]]}, got {m[2]}", message)
+        for action in self._actions:
+            if not action.option_strings and action.nargs == "*" and action.metavar:
+                # argparse names them, too, though none is needed
+                message = message.replace(f", {action.metavar}", "")
+        hint = f"; did you mean '{near[0]}'?" if near else f"; see `{self.prog} --help`"
+        self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {message}{hint}\n")

@@ -1,0 +1,202 @@
+"""Tensors in memory-mapped files, and a bound on the part of them that is resident."""
+
+import ctypes
+import mmap
+import os
+import tempfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
+
+# bytes of mapped tensors that stay resident; one layer of a large model
+RESIDENT = 2**30
+_DONT_NEED = getattr(mmap, "MADV_DONTNEED", None)
+
+
+class ResidentSet:
+    """Keeps the resident bytes of shared file mappings near a limit: releases the tensors that were used longest ago.
+
+    A released tensor keeps its values, written ones too: its pages stay in the page cache or go to the file, and the
+    next access maps them again.
+
+    Args:
+        limit: bytes. The tensor in use may exceed it.
+    """
+
+    def __init__(self, limit: int = RESIDENT) -> None:
+        self.limit = limit
+        self._sizes: OrderedDict[int, int] = OrderedDict()
+        self._total = 0
+
+    def touch(self, tensor: Tensor) -> None:
+        """Note that a tensor in a shared mapping is about to be read or written."""
+        address = tensor.data_ptr()
+        self._total += tensor.nbytes - self._sizes.pop(address, 0)
+        self._sizes[address] = tensor.nbytes
+        while self._total > self.limit and len(self._sizes) > 1:
+            oldest, size = self._sizes.popitem(last=False)
+            self._total -= size
+            release_pages(oldest, size)
+
+    def release(self, tensor: Tensor) -> None:
+        """Release the pages of a tensor in a shared mapping."""
+        self._total -= self._sizes.pop(tensor.data_ptr(), 0)
+        release_pages(tensor.data_ptr(), tensor.nbytes)
+
+
+def release_pages(address: int, size: int) -> None:
+    """Unmap the whole pages of a range of a shared file mapping; nothing happens where the system has no madvise.
+
+    Never for other memory, whose values would be lost.
+    """
+    page = mmap.PAGESIZE
+    start, stop = -(-address // page) * page, (address + size) // page * page
+    if _DONT_NEED is not None and stop > start:
+        madvise = ctypes.CDLL(None, use_errno=True).madvise
+        madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), ctypes.c_int(_DONT_NEED))
+
+
+def mapped_storage(path: Path, *, shared: bool = True) -> torch.UntypedStorage:
+    """Map a file. Writes to a shared mapping change the file, those to another one do not."""
+    storage = torch.UntypedStorage.from_file(str(path), shared, path.stat().st_size)
+    assert isinstance(storage, torch.UntypedStorage)
+    return storage
+
+
+def mapped_view(storage: torch.UntypedStorage, offset: int, like: Tensor) -> Tensor:
+    """The tensor at a byte offset, contiguous, with dtype and shape of ``like``."""
+    empty = torch.empty(0, dtype=like.dtype)
+    return empty.set_(storage, offset // like.element_size(), like.shape)  # type: ignore[call-overload]
+
+
+class FileTensor:
+    """A tensor in a file without a name, which is removed with it.
+
+    Attributes:
+        view: mapped, on the CPU.
+        device: of the tensor that was stored.
+    """
+
+    def __init__(self, view: Tensor, device: torch.device, resident: ResidentSet) -> None:
+        self.view, self.device, self._resident = view, device, resident
+
+    def clone(self) -> Tensor:
+        """A copy in memory, on its device."""
+        self._resident.touch(self.view)
+        return self.view.to(self.device, copy=True)
+
+    def open(self) -> Tensor:
+        """The tensor to read: mapped on the CPU, a copy on another device."""
+        self._resident.touch(self.view)
+        return self.view.to(self.device)
+
+    def __del__(self) -> None:
+        self._resident.release(self.view)
+
+
+class Scratch:
+    """Keeps tensors in files, in place of memory.
+
+    Args:
+        folder: on the disk to use. No file stays in it, whatever ends the process.
+        resident: bounds what stays in memory.
+    """
+
+    def __init__(self, folder: Path, resident: ResidentSet | None = None) -> None:
+        self.folder, self.resident = folder, resident or ResidentSet()
+
+    def store(self, tree: Any) -> Any:
+        """The tree with a :class:`FileTensor` for every tensor."""
+        return tree_map(lambda leaf: self._store(leaf) if isinstance(leaf, Tensor) and leaf.numel() else leaf, tree)
+
+    @staticmethod
+    def open(tree: Any) -> Any:
+        """The tree with the tensors again."""
+        return tree_map(lambda leaf: leaf.open() if isinstance(leaf, FileTensor) else leaf, tree)
+
+    def _store(self, tensor: Tensor) -> FileTensor:
+        descriptor, name = tempfile.mkstemp(prefix=".leanstep-scratch-", dir=self.folder)
+        try:
+            # real blocks: a write to a mapped hole of a full disk would kill the process
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(descriptor, 0, tensor.nbytes)
+            else:
+                os.truncate(descriptor, tensor.nbytes)
+            view = mapped_view(mapped_storage(Path(name)), 0, tensor)
+        finally:
+            os.close(descriptor)
+            os.unlink(name)
+        self.resident.touch(view)
+        return FileTensor(view.copy_(tensor), tensor.device, self.resident)
+
+
+class MappedParameters:
+    """Parameters of a model that live in files, mapped shared: what is written to them is in the files.
+
+    Forward passes touch the parameters of each module that they call, and :func:`touched` those that are read besides.
+
+    Args:
+        model: on the CPU.
+        resident: bounds what stays in memory.
+    """
+
+    def __init__(self, model: nn.Module, resident: ResidentSet) -> None:
+        self.model, self.resident = model, resident
+        self._places: dict[str, tuple[Path, int]] = {}
+        self._handles: list[Any] = []
+
+    @property
+    def names(self) -> set[str]:
+        """Names of the mapped parameters."""
+        return set(self._places)
+
+    def map(self, places: dict[str, tuple[Path, int]]) -> None:
+        """Replace the data of parameters by the mapped bytes of (file, byte offset), which hold the same values."""
+        self._places = places
+        self._remap(shared=True)
+        parameters = {name: self.model.get_parameter(name) for name in places}
+        for parameter in parameters.values():
+            _RESIDENT_SETS[parameter] = self.resident
+        if sum(parameter.nbytes for parameter in parameters.values()) <= self.resident.limit:
+            return
+        mapped = {id(parameter) for parameter in parameters.values()}
+        for module in self.model.modules():
+            if any(id(parameter) in mapped for parameter in module.parameters(recurse=False)):
+                self._handles.append(module.register_forward_pre_hook(_touch_parameters))
+
+    def detach(self) -> None:
+        """Map the files anew so that writes to the parameters stay in memory and the files are what they are now."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._remap(shared=False)
+        for name in self._places:
+            _RESIDENT_SETS.pop(self.model.get_parameter(name), None)
+
+    def _remap(self, *, shared: bool) -> None:
+        storages = {path: mapped_storage(path, shared=shared) for path in {path for path, _ in self._places.values()}}
+        for name, (path, offset) in self._places.items():
+            parameter = self.model.get_parameter(name)
+            parameter.data = mapped_view(storages[path], offset, parameter.data)
+
+
+# of mapped parameters
+_RESIDENT_SETS: Any = WeakTensorKeyDictionary()
+
+
+def touched(parameter: Tensor) -> Tensor:
+    """The parameter, noted as in use if it is one of :class:`MappedParameters`."""
+    resident = _RESIDENT_SETS.get(parameter)
+    if resident is not None:
+        resident.touch(parameter)
+    return parameter
+
+
+def _touch_parameters(module: nn.Module, _: Any) -> None:
+    for parameter in module.parameters(recurse=False):
+        touched(parameter)

@@ -1,0 +1,328 @@
+"""Estimate memory, disk and time of pruning a checkpoint from its configuration and the headers of its files."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from leanstep._files import free_bytes
+from leanstep._mapped import RESIDENT
+from leanstep._memory import free_memory
+from leanstep.pruning.folder.loading import Checkpoint, empty_model_of, position_count, stored_dtypes
+from leanstep.pruning.measure.curves import level_grid
+from leanstep.pruning.score.base import NEEDS
+from leanstep.pruning.score.scores import layer_pruner
+from leanstep.pruning.score.targets import block_numbers, prunable_names
+
+# bytes for each weight of a matrix while it is ranked or updated, besides the matrix itself: fp32 copies, scores,
+# sorted scores, an order in int64 with the workspace of the sort, and a mask
+_PRUNER_BYTES = 40
+# samples whose gradients score="mfac" collects
+_GRADIENTS = 128
+# rows of a product, and the passes over the data, of Fisher curves
+_FISHER_ROWS, _FISHER_PASSES = 4096, 5
+_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Calibration data and settings that decide what pruning takes.
+
+    Attributes:
+        samples, curve_samples, held_out: numbers of sequences (or images).
+        tokens: of a sequence; None: the model's positions, at most 2048.
+        batch_size: samples per pass.
+        allocation, score, metric, curves, minutes, granularity, sparsity: as for :func:`leanstep.pruning.prune`.
+        levels: number of levels of a curve; None: those of the default grid.
+        activations, resident: as for :func:`leanstep.pruning.prune_checkpoint`.
+    """
+
+    samples: int = 128
+    curve_samples: int = 16
+    held_out: int = 8
+    tokens: int | None = None
+    batch_size: int = 8
+    allocation: str = "dp"
+    score: str = "wanda"
+    metric: str | None = None
+    curves: str | None = None
+    minutes: float = 30.0
+    levels: int | None = None
+    granularity: str = "matrix"
+    sparsity: float = 0.5
+    activations: str = "memory"
+    resident: int = RESIDENT
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What pruning a checkpoint takes.
+
+    Attributes:
+        parameters: of the model; pruned: of the matrices to prune; matrices: their number.
+        memory: bytes by use; they add up to the peak of one process.
+        disk: bytes by use.
+        seconds: by use, at the measured rates of this machine as it is loaded now.
+        free_memory, free_disk: bytes; None if the system does not report them.
+        reads: bytes of weights read from the disk, if the model is larger than the free memory.
+    """
+
+    parameters: int
+    pruned: int
+    matrices: int
+    memory: dict[str, int]
+    disk: dict[str, int]
+    seconds: dict[str, float]
+    free_memory: int | None
+    free_disk: int
+    reads: int
+
+    def problems(self) -> list[str]:
+        """Sentences about what does not fit."""
+        problems = []
+        memory, disk = sum(self.memory.values()), sum(self.disk.values())
+        if self.free_memory is not None and memory > self.free_memory:
+            problems.append(
+                f"it takes {memory / 1e9:.2f} GB of memory and {self.free_memory / 1e9:.2f} GB are free: fewer or "
+                "shorter samples, a smaller batch size, or activations on disk take less"
+            )
+        if disk > self.free_disk:
+            problems.append(
+                f"it takes {disk / 1e9:.2f} GB and the disk has {self.free_disk / 1e9:.2f} GB free; make room, or name "
+                "a folder on another disk"
+            )
+        return problems
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """Matrices [out, in] of a model by name, with their blocks, and its sizes."""
+
+    matrices: list[tuple[int, int]]
+    blocks: list[list[tuple[int, int]]]
+    parameters: int
+    # used for one token: of experts, those that it is routed to
+    active: int
+    width: int
+    outputs: int
+    fused_bytes: int
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, model: nn.Module, itemsize: int, names: Iterable[str]) -> _Shapes:
+        parameters = dict(model.named_parameters())
+        numbers = block_numbers(list(names))
+        blocks: dict[Any, list[tuple[int, int]]] = {}
+        for name in names:
+            shape = parameters[name].shape
+            fused = len(shape) == 3 and "expert" in name
+            count, rows = (shape[0], shape[1]) if fused else (1, shape[0])
+            matrix = (rows, math.prod(shape) // (count * rows))
+            blocks.setdefault(numbers.get(name, name), []).extend([matrix] * count)
+        config: Any = getattr(model, "config", None)
+        text = config.get_text_config() if config is not None else None
+        experts = sum(p.numel() for name, p in parameters.items() if ".experts." in name)
+        total, routed = (
+            next((value for key in keys if (value := getattr(text, key, None))), 1)
+            for keys in (("num_local_experts", "num_experts", "n_routed_experts"), ("num_experts_per_tok", "top_k"))
+        )
+        numel = sum(parameter.numel() for parameter in parameters.values())
+        largest = max(max(matrix) for block in blocks.values() for matrix in block)
+        embeddings = getattr(model, "get_output_embeddings", lambda: None)()
+        return cls(
+            [matrix for block in blocks.values() for matrix in block],
+            list(blocks.values()),
+            numel,
+            int(numel - experts * (1 - min(1.0, routed / total))),
+            getattr(text, "hidden_size", None) or largest,
+            embeddings.weight.shape[0] if embeddings is not None else getattr(config, "num_labels", largest),
+            sum(p.numel() for name, p in parameters.items() if name not in checkpoint.names and ".experts." in name)
+            * itemsize,
+        )
+
+
+def estimate_pruning(
+    checkpoint: Checkpoint,
+    out: str | Path,
+    workload: Workload,
+    *,
+    include: Iterable[str] | None = None,
+    exclude: Iterable[str] = (),
+    steps: int = 0,
+) -> Estimate:
+    """Estimate what :func:`leanstep.pruning.prune_checkpoint` takes. Reads no weight and runs no part of the model.
+
+    Times follow from the operations and the rates of a product and a ranking, which are measured for half a second.
+    Memory counts what the code holds at the same time; tests compare it with measured peaks.
+
+    Args:
+        checkpoint: opened by :func:`open_checkpoint`.
+        out: the folder to create; its disk is looked at.
+        workload: data and settings.
+        include, exclude: see :func:`leanstep.pruning.find_targets`.
+        steps: of recovery, which writes the folder a second time. Its memory and time are not in the estimate.
+
+    Raises:
+        ValueError: for a configuration that transformers cannot open, or nothing to prune.
+    """
+    dtype = _most_common_dtype(checkpoint)
+    model = empty_model_of(checkpoint, _DTYPES[dtype])
+    shapes = _Shapes.of(checkpoint, model, _BYTES[dtype], prunable_names(model, include=include, exclude=exclude))
+    tokens = workload.tokens
+    if tokens is None:
+        tokens = min(position_count(checkpoint.config, checkpoint.folder) or 1, 2048)
+    activations = _activations(shapes, workload, tokens, _BYTES[dtype])
+    memory = {
+        "libraries": psutil.Process().memory_info().rss,
+        "weights": min(workload.resident + _block_bytes(shapes, _BYTES[dtype]), checkpoint.size),
+        "experts, fused": shapes.fused_bytes,
+        "activations of a batch": _batch_bytes(shapes, workload, tokens, _BYTES[dtype]),
+        "statistics of a block": _statistics_bytes(shapes, workload),
+        "pruner of a matrix": _pruner_bytes(shapes, workload, _BYTES[dtype]),
+    }
+    disk = {"output": checkpoint.size * (2 if steps else 1)}
+    if workload.activations == "disk":
+        disk |= activations
+        memory["mapped activations"] = min(workload.resident, sum(activations.values()))
+    else:
+        memory |= activations
+    passes, seconds = _seconds(shapes, workload, tokens, _DTYPES[dtype])
+    free = free_memory("cpu")
+    fits = free is None or checkpoint.size + sum(memory.values()) <= free
+    return Estimate(
+        shapes.parameters,
+        sum(rows * columns for rows, columns in shapes.matrices),
+        len(shapes.matrices),
+        {use: size for use, size in memory.items() if size},
+        disk,
+        seconds,
+        free,
+        free_bytes(Path(out).expanduser().absolute().parent),
+        0 if fits else int(passes * checkpoint.size),
+    )
+
+
+def scratch_bytes(model: nn.Module, data: Any, held_out: Any, score: str) -> int:
+    """Bytes of cached activations and dense outputs in files, for tensors [samples, tokens]; 0 for other data."""
+    if not isinstance(data, torch.Tensor) or data.is_floating_point() or not hasattr(model, "config"):
+        return 0
+    samples, tokens = data.shape
+    compared = len(held_out) if isinstance(held_out, torch.Tensor) else 0
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    parameter = next(model.parameters())
+    width = getattr(model.config.get_text_config(), "hidden_size", 0)  # type: ignore[operator, union-attr]
+    cached = (2 * samples if NEEDS[score] else 0) + 2 * compared
+    outputs = 0 if head is None else compared * tokens * head.weight.shape[0] * 4
+    return cached * tokens * width * parameter.element_size() + outputs
+
+
+def _most_common_dtype(checkpoint: Checkpoint) -> str:
+    counts = Counter(dtype for _, _, dtype, _ in stored_dtypes(checkpoint.folder) if dtype in _BYTES)
+    if not counts:
+        raise ValueError(f"{checkpoint.folder}: expected weights of {', '.join(_BYTES)}, its files have none")
+    return counts.most_common(1)[0][0]
+
+
+def _activations(shapes: _Shapes, workload: Workload, tokens: int, itemsize: int) -> dict[str, int]:
+    """Bytes of cached activations and dense outputs, in memory or on disk."""
+    compared = max(workload.curve_samples if workload.allocation == "dp" else 0, workload.held_out)
+    # the next position's are computed while those of the last are there
+    cached = (2 * workload.samples if NEEDS[workload.score] else 0) + 2 * compared
+    if not compared:
+        return {"activations before a block": cached * tokens * shapes.width * itemsize}
+    kept = min(shapes.outputs, 512 * 3) if workload.metric == "kl_topk" else shapes.outputs
+    return {
+        "activations before a block": cached * tokens * shapes.width * itemsize,
+        "dense outputs": compared * tokens * kept * 4,
+    }
+
+
+def _block_bytes(shapes: _Shapes, itemsize: int) -> int:
+    return max(sum(rows * columns for rows, columns in block) for block in shapes.blocks) * itemsize
+
+
+def _batch_bytes(shapes: _Shapes, workload: Workload, tokens: int, itemsize: int) -> int:
+    """Largest of a block's activations and the logits of one batch."""
+    largest_in, largest_out = (max(matrix[side] for matrix in shapes.matrices) for side in (1, 0))
+    samples = min(workload.batch_size, max(workload.samples, workload.held_out))
+    block = samples * tokens * ((4 * shapes.width + 3 * largest_out) * itemsize + 8 * largest_in)
+    compared = min(workload.batch_size, max(workload.curve_samples, workload.held_out))
+    # the logits of a batch, and in fp32 those of one sample and their logarithms
+    logits = tokens * shapes.outputs * (max(compared, 1) * itemsize + 12)
+    return max(block, logits)
+
+
+def _statistics_bytes(shapes: _Shapes, workload: Workload) -> int:
+    needs = NEEDS[workload.score]
+    per_block = [
+        sum(
+            8 * columns * ("square_sum" in needs)
+            + 4 * columns**2 * ("gram" in needs)
+            + 8 * min(_GRADIENTS, workload.samples) * rows * columns * ("gradients" in needs)
+            for rows, columns in block
+        )
+        for block in shapes.blocks
+    ]
+    return max(per_block)
+
+
+def _pruner_bytes(shapes: _Shapes, workload: Workload, itemsize: int) -> int:
+    factor = 20 if "gram" in NEEDS[workload.score] else 0
+    return max(rows * columns * (_PRUNER_BYTES + itemsize) + factor * columns**2 for rows, columns in shapes.matrices)
+
+
+def _seconds(shapes: _Shapes, workload: Workload, tokens: int, dtype: torch.dtype) -> tuple[float, dict[str, float]]:
+    """Passes over all weights, and seconds by use."""
+    count, blocks = len(shapes.matrices), len(shapes.blocks)
+    groups = blocks if workload.granularity == "block" else count
+    rate, ranked = _operations_per_second(dtype), _seconds_per_weight()
+    sample = 2 * shapes.active * tokens / rate
+    weights = sum(rows * columns for rows, columns in shapes.matrices)
+    prune_all = weights * ranked
+    if "gram" in NEEDS[workload.score]:
+        prune_all += sum(2 * rows * columns**2 + columns**3 for rows, columns in shapes.matrices) / rate
+    statistics = 2 * workload.samples * sample if NEEDS[workload.score] else 0.0
+    compared = {"dp": 2}.get(workload.allocation, 1) if workload.held_out else 0
+    seconds = {"search of the cut points": blocks / 2 * sample, "statistics and pruning": statistics + prune_all}
+    passes = blocks / 2 + 2 * workload.samples / workload.batch_size
+    if workload.allocation == "dp":
+        levels = workload.levels or len(level_grid(10**6, workload.sparsity)) - 1
+        measured = groups * levels / 2 * workload.curve_samples * sample + statistics + prune_all * (1 + levels / 4)
+        fisher = _FISHER_PASSES * workload.curve_samples * sample
+        fisher += 2 * _FISHER_ROWS * levels * weights / rate + statistics + prune_all * (1 + levels / 4)
+        limit = 60 * workload.minutes
+        use = workload.curves or ("measured" if measured <= limit else "anchored")
+        seconds[f"curves, {use}"] = {"measured": measured, "fisher": fisher}.get(use, fisher + min(limit, measured))
+        passes += groups * levels / 2 if use == "measured" else 0
+    if compared:
+        alone = workload.held_out * (groups + blocks + 4) / 2 * sample
+        seconds["comparison on held-out data"] = compared * (alone + 2 * statistics + 2 * prune_all)
+        passes += compared * (groups + blocks) / 2
+    return passes, seconds
+
+
+def _operations_per_second(dtype: torch.dtype, seconds: float = 0.25) -> float:
+    left, right = torch.randn(256, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
+    left @ right
+    begin, calls = time.perf_counter(), 0
+    while time.perf_counter() - begin < seconds:
+        left @ right
+        calls += 1
+    return calls * 2 * 256 * 1024 * 1024 / (time.perf_counter() - begin)
+
+
+def _seconds_per_weight() -> float:
+    weight = torch.randn(512, 512)
+    begin = time.perf_counter()
+    for _ in range(2):
+        layer_pruner(weight, "magnitude", scope="row").prune(weight.numel() // 2)
+    return (time.perf_counter() - begin) / (2 * weight.numel())

@@ -1,0 +1,225 @@
+"""Judge exchanges of weights between matrices by what all pruned matrices together do to the model's output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leanstep._mapped import Scratch
+from leanstep._memory import free_memory
+from leanstep.pruning.measure.activation_cache import BlockCache
+from leanstep.pruning.measure.measure import Measurement
+from leanstep.pruning.measure.metrics import Distortion, summarise
+from leanstep.pruning.score.base import LayerPruner
+from leanstep.pruning.score.calibration import prune_group
+from leanstep.pruning.score.targets import Group, Target, as_matrix
+
+Counts = Mapping[str, int]
+# largest tolerated change of the output by a cached input
+_NOISE = 1e-9
+# parts of the data after which a change that seems to do harm is rejected
+_PARTS = (0.25, 0.5)
+# part of the free memory for the inputs of blocks
+_MEMORY = 0.25
+
+
+class JointJudge:
+    """Measures the joint distortion of a pruned model, and of changes of the levels of a few of its matrices.
+
+    Every matrix has one pruner, whose statistics stay as they are. A pass runs from the first changed block on.
+
+    Args:
+        groups: the matrices.
+        measurement: of the dense model, on the data that decides.
+        pruners: of each matrix by name, made of the dense weights.
+        counts, patterns: the levels to which the model is pruned now.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        measurement: Measurement,
+        pruners: Mapping[str, LayerPruner],
+        counts: Counts,
+        patterns: Mapping[str, str],
+    ) -> None:
+        self.model, self.metric = measurement.model, measurement.metric
+        self._groups, self._pruners = {group.name: group for group in groups}, pruners
+        self._batches, self._reference = measurement.batches, measurement.reference
+        limit = _MEMORY * (free_memory(next(self.model.parameters()).device) or 0)
+        self._cache = BlockCache(measurement.cache, self._batches, limit)
+        self.counts, self.patterns = dict(counts), dict(patterns)
+        # passes over all data, in batches of which each counts by the stages that it ran
+        self.passes = 0.0
+        self._current = [self._compare(0, index) for index in range(len(self._batches))]
+        # gradients, and the levels at which they were computed
+        self._gradient: dict[str, Tensor] | None = None
+        self._slopes_of: dict[str, int] | None = None
+        self._check_cache()
+
+    @property
+    def distortion(self) -> Distortion:
+        """Joint distortion of the current levels."""
+        return summarise(self._current)
+
+    def go_to(self, counts: Counts, patterns: Mapping[str, str]) -> None:
+        """Prune the model to other levels, and measure these."""
+        groups = self._differing(counts, patterns)
+        if not groups:
+            return
+        self._write(self._pruned(groups, counts, patterns))
+        self._cache.forget(self._cache.start_of(groups))
+        self.counts, self.patterns = dict(counts), dict(patterns)
+        self._current = [self._compare(0, index) for index in range(len(self._batches))]
+
+    def judge(self, counts: Counts, patterns: Mapping[str, str], noise: float) -> Distortion | None:
+        """Take other levels if they are better than the current ones by more than their noise.
+
+        The samples of both are compared pair by pair. The change must be below ``-noise`` standard errors of its mean.
+        After a quarter and half of the data, a change above 0 ends the comparison.
+
+        Returns:
+            the change of the distortion, from the data until the decision; None if no matrix changes.
+        """
+        groups = self._differing(counts, patterns)
+        if not groups:
+            return None
+        changed = self._pruned(groups, counts, patterns)
+        before = [(target, target.weight.clone()) for target, _ in changed]
+        start = self._cache.start_of(groups)
+        # before anything is written: the inputs of the first changed block do not depend on the change
+        measured, accepted = [], False
+        checks = {math.ceil(part * len(self._batches)) for part in _PARTS}
+        try:
+            self._write(changed)
+            for index in range(len(self._batches)):
+                measured.append(self._compare(start, index))
+                change = self._change(measured)
+                if len(measured) in checks and change.mean > 0:
+                    break
+            accepted = len(measured) == len(self._current) and change.mean < -noise * _error(change)
+        finally:
+            if not accepted:
+                self._write(before)
+        if accepted:
+            self._cache.forget(start)
+            self.counts, self.patterns, self._current = dict(counts), dict(patterns), measured
+        return change
+
+    def at(self, counts: Counts, batches: int | None = None) -> float:
+        """Joint distortion of other levels on the first batches; unstructured ones. The current levels stay."""
+        groups = self._differing(counts, {})
+        changed = self._pruned(groups, counts, {})
+        before = [(target, target.weight.clone()) for target, _ in changed]
+        start = self._cache.start_of(groups) if groups else 0
+        try:
+            self._write(changed)
+            measured = [self._compare(start, index) for index in range(batches or len(self._batches))]
+        finally:
+            self._write(before)
+        return summarise(measured).mean
+
+    def slopes(self, levels: Mapping[str, tuple[int, str]]) -> dict[str, float] | None:
+        """First-order change of the joint distortion if one group alone goes to another level: <gradient, change of W>.
+
+        Args:
+            levels: (count, pattern) by group.
+
+        Returns:
+            changes by group; None for a metric that gives no gradient.
+        """
+        if self._slopes_of != self.counts:
+            self._slopes_of, self._gradient = dict(self.counts), self._gradients()
+        gradients = self._gradient
+        if gradients is None:
+            return None
+        slopes = {}
+        for name, level in levels.items():
+            pruned = prune_group(self._groups[name], self._pruners, *level)
+            slopes[name] = sum(
+                float((gradients[target.name] * (weight.float() - target.weight.float())).sum())
+                for target, weight in pruned
+            )
+        return slopes
+
+    def _gradients(self) -> dict[str, Tensor] | None:
+        """Gradient of the joint distortion by each matrix, [out, in]; None if the metric gives none."""
+        targets = [target for group in self._groups.values() for target in group.targets]
+        parameters = {target.parameter: getattr(target.module, target.attribute) for target in targets}
+        frozen = [parameter for parameter in parameters.values() if not parameter.requires_grad]
+        total = sum(float(counts.sum()) for _, counts in self._current)
+        sums: dict[str, Tensor] = {}
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        try:
+            for batch, reference in zip(self._batches, self._reference, strict=True):
+                with torch.enable_grad():
+                    distortion = (
+                        self.metric.compare(Scratch.open(reference), batch.run(self.model), batch)[0].sum() / total
+                    )
+                    if not distortion.requires_grad:
+                        return None
+                    gradients = torch.autograd.grad(distortion, list(parameters.values()), allow_unused=True)
+                for name, gradient in zip(parameters, gradients, strict=True):
+                    if gradient is not None:
+                        sums[name] = sums[name] + gradient if name in sums else gradient
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+        self.passes += 3  # a backward pass takes the work of two
+        by_name = {}
+        for target in targets:
+            gradient = sums.get(target.parameter, torch.zeros_like(parameters[target.parameter]))
+            matrix = gradient if target.expert is None else gradient[target.expert]
+            by_name[target.name] = as_matrix(matrix.detach(), target.layout).float()
+        return by_name
+
+    def _differing(self, counts: Counts, patterns: Mapping[str, str]) -> list[Group]:
+        return [
+            group
+            for name, group in self._groups.items()
+            if (counts[name], patterns.get(name, "")) != (self.counts[name], self.patterns.get(name, ""))
+        ]
+
+    def _pruned(
+        self, groups: Sequence[Group], counts: Counts, patterns: Mapping[str, str]
+    ) -> list[tuple[Target, Tensor]]:
+        return [
+            change
+            for group in groups
+            for change in prune_group(group, self._pruners, counts[group.name], patterns.get(group.name, ""))
+        ]
+
+    def _compare(self, start: int, index: int) -> tuple[Tensor, Tensor]:
+        """(sums, counts) per sample of a batch, with a pass from a start on."""
+        self.passes += (1 - start / max(len(self._cache.stages), 1)) / len(self._batches)
+        with torch.no_grad():
+            output = self._cache.run_from(start, index)
+            return self.metric.compare(Scratch.open(self._reference[index]), output, self._batches[index])
+
+    def _change(self, measured: Sequence[tuple[Tensor, Tensor]]) -> Distortion:
+        pairs = zip(measured, self._current, strict=False)
+        return summarise((new - old, counts) for (new, counts), (old, _) in pairs)
+
+    def _check_cache(self) -> None:
+        """Run every pass from the first stage if a cached input changes an output."""
+        for start in self._cache.starts[1:]:
+            sums, counts = self._compare(start, 0)
+            change = summarise([(sums - self._current[0][0], counts)]).mean
+            if not abs(change) <= _NOISE:
+                self._cache.disable(f"from {self._cache.stages[start][0]} on, cached activations change the output")
+                return
+
+    @staticmethod
+    def _write(changes: Sequence[tuple[Target, Any]]) -> None:
+        for target, weight in changes:
+            target.weight.copy_(weight)
+
+
+def _error(change: Distortion) -> float:
+    """Standard error of a change; infinite for a single sample, of which none is known."""
+    return math.inf if math.isnan(change.stderr) else change.stderr

@@ -1,0 +1,134 @@
+"""Refine an allocation of a model by the search on its joint distortion."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from leanstep.pruning.allocate.allocation import Budget, layer_levels
+from leanstep.pruning.allocate.descent import Descent, Refinement, SearchFile, descend
+from leanstep.pruning.allocate.exchange import ExchangeSpace
+from leanstep.pruning.measure.batches import Batch, as_batches, batches_hash
+from leanstep.pruning.measure.checks import Trial
+from leanstep.pruning.measure.curves import Curve
+from leanstep.pruning.measure.joint import JointJudge
+from leanstep.pruning.measure.measure import Measurement, evaluating, weights_hash
+from leanstep.pruning.measure.points import Progress
+from leanstep.pruning.result import Allocation
+from leanstep.pruning.score.base import LayerPruner
+
+# method of a refined allocation
+REFINED = "refined"
+# part of the calibration data that judges, where no other data is given
+_SHARE = 4
+# batches of the judging data: a change can be rejected after a quarter of them
+_BATCHES = 8
+
+
+def judging_batches(model: nn.Module, data: Any, settings: Refinement, batch_size: int) -> tuple[Any, list[Batch]]:
+    """The calibration data without what is set aside to judge exchanges, and the batches that judge.
+
+    Raises:
+        ValueError: for too few samples.
+    """
+    if settings.data is not None:
+        judging: Any = settings.data
+    else:
+        data = data if isinstance(data, Tensor) else as_batches(data, model, batch_size=batch_size)
+        first = len(data) - max(2, len(data) // _SHARE)
+        if first < 1:
+            unit = "samples" if isinstance(data, Tensor) else "batches"
+            raise ValueError(
+                f"refinement sets at least 2 {unit} aside to judge, of {len(data)}; give more, or its data"
+            )
+        data, judging = data[:first], data[first:]
+    if isinstance(judging, Tensor):
+        batch_size = max(1, min(batch_size, len(judging) // _BATCHES))
+    batches = as_batches(judging, model, batch_size=batch_size, what="the data of refinement")
+    if sum(batch.size for batch in batches) < 2:
+        raise ValueError("refinement compares changes over samples: give at least 2 to judge them")
+    return data, batches
+
+
+def refine_allocation(
+    start: Allocation,
+    trial: Trial,
+    batches: Sequence[Batch],
+    measurement: Measurement,
+    curves: Mapping[str, Curve],
+    budget: Budget,
+    settings: Refinement,
+    progress: Progress | None = None,
+) -> tuple[Allocation, Descent]:
+    """Search from an allocation by exchanges within its budget; the model's dense weights are restored.
+
+    Args:
+        start: the allocation of the dynamic programme.
+        trial: the matrices, their score and its calibration data; the model has its dense weights.
+        batches: the calibration data, for the identity of the search.
+        measurement: of the dense model on the data that judges.
+        curves, budget: of the programme.
+        settings: limits, seed and file of the search.
+        progress: see :func:`leanstep.pruning.allocate.descent.descend`.
+
+    Returns:
+        the allocation, and how the search went.
+
+    Raises:
+        ValueError: for a file of another search.
+    """
+    layers = [group.layer for group in trial.groups]
+    nonzero = {group.name: group.nonzero() for group in trial.groups}
+    space = ExchangeSpace(layer_levels(layers, curves, budget, nonzero), budget.target)
+    state = None if settings.state is None else Path(settings.state)
+    file = SearchFile(state, _identity(start, trial, batches, measurement, space, settings))
+    file.read()  # refuse a file of another search before anything is pruned
+    pruners: dict[str, LayerPruner] = {}
+    with evaluating(measurement.model), trial.snapshot.restored():
+        trial.apply(start, pruners)
+        judge = JointJudge(trial.groups, measurement, pruners, start.counts, start.patterns)
+        descent = descend(judge, space, settings, file, progress)
+    counts = {name: descent.counts[name] for name in start.counts}
+    predicted = sum(
+        float(np.interp(counts[name], layer.counts[::-1], layer.loss[::-1])) for name, layer in space.levels.items()
+    )
+    refined = replace(
+        start,
+        method=REFINED,
+        counts=counts,
+        patterns=space.patterns(counts),
+        cost=space.cost(counts),
+        predicted=predicted,
+    )
+    return refined, descent
+
+
+def _identity(
+    start: Allocation,
+    trial: Trial,
+    batches: Sequence[Batch],
+    measurement: Measurement,
+    space: ExchangeSpace,
+    settings: Refinement,
+) -> dict[str, Any]:
+    """Everything that the search depends on."""
+    levels = [(name, layer.counts.tolist(), layer.cost.tolist()) for name, layer in space.levels.items()]
+    return {
+        "weights": weights_hash(measurement.model),
+        "data": batches_hash(measurement.batches),
+        "score data": batches_hash(batches),
+        "metric": measurement.metric.name,
+        "score": trial.pruning.score,
+        "score options": trial.pruning.options,
+        "inputs": trial.inputs,
+        "start": hashlib.sha256(repr((sorted(start.counts.items()), space.target)).encode()).hexdigest(),
+        "levels": hashlib.sha256(repr(levels).encode()).hexdigest(),
+        "seed": settings.seed,
+        "noise": settings.noise,
+    }
