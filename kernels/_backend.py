@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
-from leanstep.kernels.cpp_impl._build import TYPES, origin, why_not_cpp
+from leanstep.kernels.cpp_impl._build import SPARSE_TYPES, TYPES, origin, why_not_cpp
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -157,8 +157,10 @@ def why_not(op: str, backend: str, device: torch.device, *dtypes: torch.dtype) -
     if backend == "cpp":
         if device.type != "cpu":
             return f"C++ kernels run on the CPU, not on {device.type!r}"
-        unsupported = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes if dtype not in TYPES})
-        return f"the C++ kernels take fp32 and bf16, not {', '.join(unsupported)}" if unsupported else why_not_cpp()
+        types = SPARSE_TYPES if op == "bitmask_linear" else TYPES
+        unsupported = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes if dtype not in types})
+        taken = "fp32, bf16 and fp16" if torch.float16 in types else "fp32 and bf16"
+        return f"the C++ kernels take {taken}, not {', '.join(unsupported)}" if unsupported else why_not_cpp()
     return None
 
 

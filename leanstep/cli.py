@@ -149,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--format", required=True, choices=("sparse", "dense"), help="of the weights to write")
     export.add_argument("--out", required=True, metavar="OUT", help="the folder to create")
     export.add_argument(
-        "--values", choices=("int8",), help="quantise the nonzeros of sparse weights; default: as stored"
+        "--values", choices=("int8", "int4"), help="quantise the nonzeros of sparse weights; default: as stored"
     )
     export.add_argument("--json", action="store_true", help="as JSON")
     generate = command("generate", _generate, "Continue a prompt with a dense or a sparse checkpoint.")

@@ -255,8 +255,9 @@ def _refuse_other_settings(options: argparse.Namespace) -> None:
     from leanstep.pruning.folder.recovery import pruned_content
 
     content = pruned_content(Path(options.out))
-    names = ("score", "pattern", "inputs")
-    settings = [(f"--{name}", content.get(name, getattr(options, name)), getattr(options, name)) for name in names]
+    written = {name: content[name] for name in ("score", "pattern", "inputs") if name in content}
+    written |= content.get("settings", {})
+    settings = [(f"--{name}", value, getattr(options, name, value)) for name, value in written.items()]
     sparsity = content.get("sparsity")
     if options.budget == "params" and options.sparsity is not None and isinstance(sparsity, float):
         # allocations round the number of weights of each matrix

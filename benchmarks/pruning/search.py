@@ -250,16 +250,19 @@ def table(path: Path) -> str:
         f"time includes), {settings['judge_samples']} x {settings['seq_len']} tokens that judge: KL divergence to the "
         f"dense model on {settings['eval_samples']} other sequences, mean over the seeds. {settings['machine']}."
     )
-    return "\n\n".join([caption, markdown(head, lines), reading(readings)])
+    return "\n\n".join([caption, markdown(head, lines), reading(readings, len(lines) - len(readings))])
 
 
-def reading(intervals: list[Interval]) -> str:
-    """What the intervals let one say."""
+def reading(intervals: list[Interval], single: int) -> str:
+    """What the intervals let one say; ``single`` rows have one seed, and so no interval."""
+    alone = f"{single} rows have one seed, and no interval." if single else ""
+    if not intervals:
+        return alone
     ahead, behind = sum(i.high < 0 for i in intervals), sum(i.low > 0 for i in intervals)
     return (
         f"Paired by seed, 95 % intervals: the refined search is ahead in {ahead} of {len(intervals)} rows, behind in "
-        f"{behind}; in the others no difference is seen."
-    )
+        f"{behind}; in the others no difference is seen. {alone}"
+    ).rstrip()
 
 
 def main() -> None:

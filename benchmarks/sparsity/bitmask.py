@@ -1,13 +1,13 @@
 """Products with bitmask matrices beside torch's dense product: matrices with zeros in any place.
 
     python benchmarks sparsity/bitmask [--rows 4096] [--columns 11008] [--threads 1] [--rounds 9] [--device cuda]
-        [--tokens 1 4 16 64] [--dtype bfloat16 float32] [--sparsity 0.5 0.6 0.7 0.8] [--int8] [--cpu-time]
+        [--tokens 1 4 16 64] [--dtype bfloat16 float32] [--sparsity 0.5 0.6 0.7 0.8] [--bits 8] [--cpu-time]
 
 Each entry is the time of the dense product, by the faster of the two libraries that torch has for it on this processor
 (``leanstep.kernels.product``), over that of ``bitmask_linear``, medians of interleaved runs in one process: above 1 the
-packed matrix is faster. The last column is the packed matrix's bytes over the dense matrix's. With ``--int8``, values
-have 8 bits and a scale per row. On a machine that others use, ``--cpu-time`` counts this process's processor time
-instead of the clock's.
+packed matrix is faster. The last column is the packed matrix's bytes over the dense matrix's. With ``--bits 8``, values
+have 8 bits and a scale per row; with ``--bits 4``, 4 bits and a scale per 64 columns. On a machine that others use,
+``--cpu-time`` counts this process's processor time instead of the clock's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from leanstep.kernels import bitmask_linear, bitmask_pack, bitmask_quantize, pro
 
 PARSER = command_line(
     __doc__, rows=4096, columns=11008, tokens=[1, 4, 16, 64], threads=1, rounds=9, sparsity=[0.5, 0.6, 0.7, 0.8],
-    device="cpu", dtype=["bfloat16", "float32"], int8=(False, "round the values to 8 bits"),
+    device="cpu", dtype=["bfloat16", "float32"], bits=(16, "of the values: 4, 8, or 16 for those of the dtype"),
     cpu_time=(False, "measure processor time"),
 )  # fmt: skip
 
@@ -38,8 +38,8 @@ def measure(options: argparse.Namespace, dtype: torch.dtype) -> Iterator[list[st
         weight = torch.where(uniform < sparsity, 0.0, dense).to(options.device, dtype)
         values, mask, offsets = bitmask_pack(weight)
         scales = None
-        if options.int8:
-            values, scales = bitmask_quantize(values, offsets)
+        if options.bits in (4, 8):
+            values, scales = bitmask_quantize(values, offsets, mask, bits=options.bits)
         cells = []
         for x in inputs:
             runs = {

@@ -30,6 +30,8 @@ from leanstep.kernels.cpp_impl._cache import KernelCacheError, load_or_build
 from leanstep.kernels.cpp_impl._prebuilt import FLAGS, SOURCES
 
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
+# of the products with bit masks
+SPARSE_TYPES = {**TYPES, torch.float16: "fp16"}
 _NO_COMPILER = "no C++ compiler on the PATH (CXX, g++, clang++)"
 
 

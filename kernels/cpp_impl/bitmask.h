@@ -1,4 +1,5 @@
-// Matrices of values and bit masks: reference/sparse/bitmask.py. X: float or bf16. VALUE: X, or int8_t for codes of 8 bits.
+// Matrices of values and bit masks: reference/sparse/bitmask.py. X: float, bf16 or fp16. VALUE: X, or int8_t for codes of 8
+// bits, or int4 for codes of 4 bits.
 //
 // A step loads the next LANES values of a row and moves them to the columns whose bits are set. instructions.h selects
 // the instructions.
@@ -9,10 +10,30 @@
 
 namespace {
 
+// two codes of 4 bits in two's complement, the first one in the lower fp16
+enum int4 : uint8_t {};
+
 constexpr int64_t WORD = 32;
+// columns whose 4-bit codes share a scale
+constexpr int64_t SCALED = 64;
+// whether every SCALED columns of a row have a scale
+constexpr bool BLOCKED = std::is_same_v<VALUE, int4>;
 
 // the float of a stored value; the same for codes, whose scale is applied to sums
 inline float widen(int8_t code) { return code; }
+
+// the code of 4 bits at an index
+inline int8_t code_at(const int4* codes, int64_t index) {
+    return static_cast<int8_t>(static_cast<uint8_t>((codes[index / 2] >> (index % 2 * 4) & 15) ^ 8)) - 8;
+}
+
+// 16 codes of 4 bits from an index on; reads 9 bytes
+inline uint64_t sixteen_codes(const int4* codes, int64_t index) {
+    uint64_t word;
+    std::memcpy(&word, codes + index / 2, sizeof word);
+    const uint64_t next = codes[index / 2 + 8];
+    return index % 2 ? word >> 4 | next << 60 : word;
+}
 
 // ---- vectors: load LANES values, expand them to the columns of a mask, multiply and add
 
@@ -28,6 +49,7 @@ constexpr int64_t LANES = PAIRS ? 32 : 16;
 using Sum = __m512;
 
 inline Sum zero() { return _mm512_setzero_ps(); }
+inline Sum add_scaled(Sum sum, float scale, Sum plus) { return _mm512_fmadd_ps(sum, _mm512_set1_ps(scale), plus); }
 inline float total(Sum sum) { return _mm512_reduce_add_ps(sum); }
 
 #if ISA == 3
@@ -39,6 +61,31 @@ struct PairVector {
         const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(codes)));
         const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(codes, 1)));
         return {reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low))};
+    }
+    static PairVector load_codes(const int4* codes, int64_t index) {
+        const __m128i words = _mm_set_epi64x(
+            static_cast<int64_t>(sixteen_codes(codes, index + 16)), static_cast<int64_t>(sixteen_codes(codes, index))
+        );
+        const __m128i low = _mm_and_si128(words, _mm_set1_epi8(15));
+        const __m128i high = _mm_and_si128(_mm_srli_epi16(words, 4), _mm_set1_epi8(15));
+        const __m256i nibbles = _mm256_set_m128i(_mm_unpackhi_epi8(low, high), _mm_unpacklo_epi8(low, high));
+        // bf16 of 0 to 7 and of -8 to -1
+        const __m256i numbers = _mm256_setr_epi16(
+            0, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0, static_cast<int16_t>(0xC100),
+            static_cast<int16_t>(0xC0E0), static_cast<int16_t>(0xC0C0), static_cast<int16_t>(0xC0A0),
+            static_cast<int16_t>(0xC080), static_cast<int16_t>(0xC040), static_cast<int16_t>(0xC000),
+            static_cast<int16_t>(0xBF80)
+        );
+        return {_mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(nibbles), _mm512_broadcast_i64x4(numbers))};
+    }
+    PairVector scaled(float scale) const {
+        const __m512 factor = _mm512_set1_ps(scale);
+        const __m512 even = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)), factor);
+        const __m512i upper = _mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u)));
+        const __m512 odd = _mm512_mul_ps(_mm512_castsi512_ps(upper), factor);
+        const __m512i evens = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(even)));
+        const __m512i odds = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(odd)));
+        return {_mm512_or_si512(evens, _mm512_slli_epi32(odds, 16))};
     }
     PairVector expand(uint32_t mask) const {
         __m512i loaded = bits;
@@ -59,9 +106,23 @@ struct FloatVector {
         const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
         return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
     }
+    static FloatVector load(const fp16* x) {
+        return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)))};
+    }
     static FloatVector load(const int8_t* x) {
         return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))))};
     }
+    static FloatVector load_codes(const int4* codes, int64_t index) {
+        const uint64_t word = sixteen_codes(codes, index);
+        const __m512i lanes = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+        const __m512i halves = _mm512_mask_set1_epi32(
+            _mm512_set1_epi32(static_cast<int>(word)), 0xFF00, static_cast<int>(word >> 32)
+        );
+        // the code moves to the upper bits and back, with its sign
+        const __m512i moved = _mm512_slli_epi32(_mm512_srlv_epi32(halves, lanes), 28);
+        return {_mm512_cvtepi32_ps(_mm512_srai_epi32(moved, 28))};
+    }
+    FloatVector scaled(float scale) const { return {_mm512_mul_ps(floats, _mm512_set1_ps(scale))}; }
     FloatVector expand(uint32_t mask) const {
         // Keeps the load in an instruction of its own, so that the compiler does not make it one with the expansion.
         __m512 loaded = floats;
@@ -76,6 +137,7 @@ constexpr int64_t LANES = 8;
 using Sum = float __attribute__((vector_size(32)));
 
 inline Sum zero() { return Sum{}; }
+inline Sum add_scaled(Sum sum, float scale, Sum plus) { return sum * scale + plus; }
 inline float total(Sum sum) { return ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7])); }
 
 #if ISA == 1
@@ -100,12 +162,23 @@ struct FloatVector {
         for (int64_t j = 0; j < LANES; ++j) vector.floats[j] = widen(x[j]);
         return vector;
     }
+    static FloatVector load_codes(const int4* codes, int64_t index) {
+        FloatVector vector;
+        for (int64_t j = 0; j < LANES; ++j) vector.floats[j] = code_at(codes, index + j);
+        return vector;
+    }
+    FloatVector scaled(float scale) const { return {floats * scale}; }
 #if ISA == 1
     static FloatVector load(const float* x) { return {reinterpret_cast<Sum>(_mm256_loadu_ps(x))}; }
     static FloatVector load(const bf16* x) {
         const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
         return {reinterpret_cast<Sum>(_mm256_slli_epi32(wide, 16))};
     }
+#if defined(__F16C__)
+    static FloatVector load(const fp16* x) {
+        return {reinterpret_cast<Sum>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))))};
+    }
+#endif
     static FloatVector load(const int8_t* x) {
         const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(x));
         return {reinterpret_cast<Sum>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)))};
@@ -151,27 +224,43 @@ struct Matrix {
     const VALUE* values;
     const uint32_t* mask;
     const int64_t* offsets;
+    // of blocks, [rows, blocks()]; not read for other values
+    const bf16* block_scales;
     int64_t count, rows, columns;
 
     int64_t words() const { return (columns + WORD - 1) / WORD; }
+    int64_t blocks() const { return (columns + SCALED - 1) / SCALED; }
+    float block_scale(int64_t row, int64_t word) const {
+        return widen(block_scales[row * blocks() + word / (SCALED / WORD)]);
+    }
     // where a row's values begin; damaged offsets read nothing
     int64_t begin(int64_t row) const {
         return offsets[row] < 0 || offsets[row] > count ? count : offsets[row];
     }
     // whether no load of this row can leave the values, whatever its mask says
-    bool inside(int64_t row) const { return begin(row) + words() * WORD + LANES <= count; }
+    bool inside(int64_t row) const { return begin(row) + words() * WORD + 2 * LANES <= count; }
+    // the element of memory that holds a value
+    const VALUE* address(int64_t at) const { return values + (BLOCKED ? at / 2 : at); }
 };
+
+template <typename T>
+inline T stored_at(const T* values, int64_t index) { return values[index]; }
+inline int8_t stored_at(const int4* values, int64_t index) { return code_at(values, index); }
+
+template <typename T>
+inline Vector load_at(const T* values, int64_t index) { return Vector::load(values + index); }
+inline Vector load_at(const int4* values, int64_t index) { return Vector::load_codes(values, index); }
 
 // the next LANES values from index `at` on; at the end of the values (careful), zeros follow
 template <bool careful>
 inline Vector load_values(const Matrix& w, int64_t at) {
     if constexpr (careful) {
-        VALUE rest[LANES] = {};
+        decltype(stored_at(w.values, at)) rest[LANES] = {};
         const int64_t left = std::max<int64_t>(0, std::min(LANES, w.count - at));
-        std::copy(w.values + std::min(at, w.count), w.values + std::min(at, w.count) + left, rest);
+        for (int64_t j = 0; j < left; ++j) rest[j] = stored_at(w.values, at + j);
         return Vector::load(rest);
     }
-    return Vector::load(w.values + at);
+    return load_at(w.values, at);
 }
 
 // a number of x as the products take it

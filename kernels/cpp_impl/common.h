@@ -48,6 +48,25 @@ inline void narrow(float value, bf16& out) {
     out = static_cast<bf16>(value != value ? 0x7FC0u : round_upper(value) >> 16);
 }
 
+enum fp16 : uint16_t {};
+
+inline float widen(fp16 value) {
+    const uint32_t sign = (value & 0x8000u) << 16, magnitude = (value & 0x7FFFu) << 13;
+    // the exponents' biases differ by 112; the product is also right for subnormal numbers
+    const uint32_t finite = to_bits(from_bits(magnitude) * 0x1p112f);
+    return from_bits(sign | (magnitude < 0x0F800000u ? finite : magnitude | 0x7F800000u));
+}
+
+// rounds to nearest even
+inline void narrow(float value, fp16& out) {
+    const uint32_t bits = to_bits(value), magnitude = bits & 0x7FFFFFFFu;
+    uint32_t rounded = (magnitude + 0xFFFu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
+    // adding 1/2 moves the unit of subnormal numbers to the last bit
+    if (magnitude < 0x38800000u) rounded = to_bits(from_bits(magnitude) + 0.5f) - to_bits(0.5f);
+    if (magnitude >= 0x47800000u) rounded = magnitude > 0x7F800000u ? 0x7E00u : 0x7C00u;
+    out = static_cast<fp16>(rounded | ((bits >> 16) & 0x8000u));
+}
+
 template <typename... T>
 constexpr bool all_bf16 = (std::is_same_v<T, bf16> && ...);
 

@@ -74,10 +74,12 @@ def nm_matmul(x: Tensor, values: Tensor, indices: Tensor, m: int) -> Tensor:
         BackendError: the requested backend cannot run here.
 
     Notes:
-        Computes in fp32 (fp64 for fp64) and rounds once. A CPU reads the compressed matrix once per 64 rows of x, a GPU
-        once per 4. Both do n / m of the dense product's multiplications. From 32 rows on, a GPU forms the dense matrix
-        first, as the reference does, in scratch memory of its size. ``benchmarks/sparsity/matmul.py`` measures where
-        this is faster than the dense product.
+        Computes in fp32 (fp64 for fp64) and rounds once. A CPU with AVX-512 reads the compressed matrix once per 4 rows
+        of x, for up to 4 rows (8 in bf16) and M of at most 32; otherwise once per 64 rows. A GPU reads it once per 4.
+        Both do n / m of the dense product's multiplications. bf16 dot products of a CPU take subnormal numbers for
+        zero. From 32 rows on, a GPU forms the dense matrix first, as the reference does, in scratch memory of its size.
+        :func:`bitmask_linear` of the same matrix is faster where at least a third of the entries are nonzero, as with
+        2:4. ``benchmarks/sparsity/matmul.py`` measures where either is faster than the dense product.
     """
     _check_compressed(values, indices, m, "nm_matmul")
     if values.dim() != 3 or x.dim() == 0 or x.shape[-1] != values.shape[1] * m:

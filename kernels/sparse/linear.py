@@ -25,11 +25,11 @@ def bitmask_linear(
 
     Args:
         x: [..., columns], floating; not written.
-        values: [nonzeros] of x's dtype; or int8, from :func:`bitmask_quantize`.
+        values: [nonzeros] of x's dtype; or int8 or uint8 codes, from :func:`bitmask_quantize`.
         mask: int32 [rows, ceil(columns / 32)]. offsets: int64 [rows + 1].
         columns: columns of W.
         bias: [rows] of x's dtype, or None.
-        scales: fp32 [rows], for int8 values only.
+        scales: of the codes, from :func:`bitmask_quantize`.
 
     Returns:
         [..., rows] of x's dtype. Differentiable in x and bias; values are constants.
@@ -68,7 +68,7 @@ def _check(
         raise ValueError(f"{name}: expected x [..., {columns}] with columns, got {list(x.shape)}")
     if not x.is_floating_point() or x.device != values.device or (scales is None and x.dtype != values.dtype):
         raise ValueError(
-            f"{name}: expected x and values of one floating dtype (or int8 values) on one device, got {x.dtype} on "
+            f"{name}: expected x and values of one floating dtype (or codes) on one device, got {x.dtype} on "
             f"{x.device} and {values.dtype} on {values.device}"
         )
     if bias is not None and (bias.shape != (len(mask),) or bias.dtype != x.dtype or bias.device != x.device):

@@ -196,6 +196,9 @@ def descend(
 
     Returns:
         :class:`Descent`. A continued search ends as one that was not interrupted, if evaluations limit it.
+
+    Raises:
+        ValueError: for a file of another search, or one whose counts are not within the budget.
     """
     search = _Search(judge, space, settings, file, progress)
     return search.run()
@@ -216,6 +219,8 @@ class _Search:
             self.descent = Descent(dict(judge.counts))
             self.descent.points.append((0, 0.0, *judge.distortion))
         else:
+            if not space.holds(stored.counts):
+                raise ValueError(f"{file.path} holds counts that are no levels within the budget; remove it")
             self.descent = stored
             judge.go_to(stored.counts, space.patterns(stored.counts))
         self._before = self.descent.seconds, self.descent.passes

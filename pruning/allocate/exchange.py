@@ -45,6 +45,17 @@ class ExchangeSpace:
         """N:M pattern of every layer that has some."""
         return {name: self.pattern(name, counts[name]) for name, layer in self.levels.items() if layer.patterns}
 
+    def holds(self, counts: Mapping[str, int]) -> bool:
+        """Whether counts are levels of these layers, within the budget."""
+        if set(counts) != set(self.levels):
+            return False
+        inside = (
+            layer.counts[-1] <= counts[name] <= layer.counts[0]
+            and (layer.between is not None or counts[name] in layer.counts)
+            for name, layer in self.levels.items()
+        )
+        return all(inside) and self.cost(counts) <= self.target * (1 + 1e-9)
+
     def denser(self, name: str, count: int, share: float) -> int | None:
         """The count with about ``share`` of the layer's weights more, at least one level; None at the densest."""
         layer, most = self.levels[name], count + max(1, round(share * self.levels[name].numel))

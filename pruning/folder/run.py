@@ -34,6 +34,9 @@ from leanstep.pruning.result import PruneResult
 
 ACTIVATIONS = ("memory", "disk")
 
+# settings that the result does not show, with their defaults
+_ASKED = {"allocation": "dp", "granularity": "matrix"}
+
 
 def prune_checkpoint(
     source: str | Path,
@@ -123,6 +126,8 @@ def prune_checkpoint(
         refine = replace(refine, state=search)
     model = load_model(checkpoint, device)
     content: dict[str, Any] = {"leanstep": __version__, "source": str(source)}
+    # as asked for: the allocation that is applied may be another, which the comparison found to be better
+    content["settings"] = {name: settings.get(name, default) for name, default in _ASKED.items()}
     if sequences is not None:
         assert isinstance(data, CalibrationText)
         scores, held_out, judging = sequences

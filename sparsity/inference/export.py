@@ -15,12 +15,11 @@ from torch import Tensor
 from leanstep._checkpoint import TensorFile, check_apart, check_output, copy_other_files, new_folder, read_json
 from leanstep._files import format_bytes, one_line
 from leanstep.sparsity.inference.manifest import Manifest, checksum
-from leanstep.sparsity.inference.matrices import Form, compress, part_name, smallest_form
+from leanstep.sparsity.inference.matrices import CODES, Form, compress, part_name, smallest_form
 from leanstep.sparsity.inference.reader import INDEX, SparseFiles, has_manifest, weight_files
 
 QUANT_METHOD = "leanstep"
 FORMATS = ("sparse", "dense")
-VALUES = ("int8",)
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,9 @@ class Export:
 
     def __str__(self) -> str:
         patterns = [form for form in self.forms.values() if form.pattern is not None]
-        masks, int8 = len(self.forms) - len(patterns), sum(form.int8 for form in self.forms.values())
-        stored = f"{masks} matrices by bit masks{f' ({int8} with int8 values)' if int8 else ''}, {len(patterns)} as N:M"
+        masks, codes = len(self.forms) - len(patterns), [form.codes for form in self.forms.values() if form.codes]
+        stored = f"{masks} matrices by bit masks{f' ({len(codes)} with {codes[0]} values)' if codes else ''}"
+        stored += f", {len(patterns)} as N:M"
         share = f"{self.bytes_after / max(self.bytes_before, 1):.3f} of before"
         size = f"{format_bytes(self.bytes_after)} of weights, {share}"
         return f"{self.out}: {size}" + (f"; {stored}" if self.forms else "; all dense")
@@ -66,15 +66,16 @@ def export_folder(source: str | Path, out: str | Path, *, format: str = "sparse"
         out: the folder to create. It appears when all files are written. Weight files keep their names.
         format: "sparse" or "dense".
         values: "int8": store the nonzeros of every weight that has a sparse form as int8, symmetric, rounded to
-            nearest, with one fp32 scale per row: ``max |row| / 127``. None: as they are.
+            nearest, with one fp32 scale per row: ``max |row| / 127``. "int4": with one bf16 scale per 64 columns of a
+            row, ``max |values| / 7``. None: as they are.
 
     Returns:
         :class:`Export`; print it for one line.
 
     Raises:
         ValueError: for a folder that cannot be read, is quantised, or is of that format already; a damaged file; an
-            ``out`` that exists or lies in ``source``, or whose disk has too little space; NaN or infinity with
-            ``values="int8"``.
+            ``out`` that exists or lies in ``source``, or whose disk has too little space; NaN or infinity in
+            values to quantise.
         OSError: if the disk becomes full. ``out`` does not exist then.
 
     Notes:
@@ -82,8 +83,8 @@ def export_folder(source: str | Path, out: str | Path, *, format: str = "sparse"
     """
     if format not in FORMATS:
         raise ValueError(f"export: format should be {' or '.join(FORMATS)}, got {format!r}")
-    if values is not None and (values not in VALUES or format == "dense"):
-        raise ValueError(f"export: values should be {' or '.join(VALUES)}, of the format sparse, got {values!r}")
+    if values is not None and (values not in CODES or format == "dense"):
+        raise ValueError(f"export: values should be {' or '.join(CODES)}, of the format sparse, got {values!r}")
     source, out = Path(source).expanduser(), Path(out).expanduser()
     paths, config = _opened(source, format)
     size = sum(path.stat().st_size for path in paths)
@@ -92,7 +93,7 @@ def export_folder(source: str | Path, out: str | Path, *, format: str = "sparse"
     with new_folder(out) as folder:
         if format == "sparse":
             config["quantization_config"] = {"quant_method": QUANT_METHOD}
-            forms, weight_map = _write_sparse(paths, folder, int8=values == "int8", tied_rows=_tied_rows(config))
+            forms, weight_map = _write_sparse(paths, folder, codes=values, tied_rows=_tied_rows(config))
         else:
             config.pop("quantization_config", None)
             forms, weight_map = {}, _write_dense(paths, folder)
@@ -135,7 +136,7 @@ def _tied_rows(config: Mapping[str, Any]) -> set[int]:
 
 
 def _write_sparse(
-    paths: list[Path], folder: Path, *, int8: bool, tied_rows: set[int]
+    paths: list[Path], folder: Path, *, codes: str | None, tied_rows: set[int]
 ) -> tuple[dict[str, Form], dict[str, str]]:
     forms: dict[str, Form] = {}
     weight_map: dict[str, str] = {}
@@ -152,7 +153,7 @@ def _write_sparse(
                 if twin is not None and (stored or name != file.names[-1]):
                     manifest.tied[name] = twin
                     continue
-                form = smallest_form(weight, int8=int8)
+                form = smallest_form(weight, codes=codes)
                 if form is None:
                     stored[name] = weight
                     continue
@@ -176,8 +177,10 @@ def _write_sparse(
 
 
 def _compressed(path: Path, name: str, weight: Tensor, form: Form) -> dict[str, Tensor]:
-    if form.int8 and not bool(weight.isfinite().all()):
-        raise ValueError(f"{path}: {one_line(name)} holds NaN or infinity; expected finite weights for int8 values")
+    if form.codes and not bool(weight.isfinite().all()):
+        raise ValueError(
+            f"{path}: {one_line(name)} holds NaN or infinity; expected finite weights for {form.codes} values"
+        )
     return compress(weight, form)
 
 

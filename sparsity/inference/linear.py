@@ -64,7 +64,7 @@ class SparseLinear(nn.Linear):
     """``x W^T + bias`` of a constant weight that is stored as a bit mask and its nonzeros.
 
     Buffers: ``weight_values`` (nnz,), ``weight_mask`` (out, ceil(in / 32)) int32, ``weight_offsets`` (out + 1,) int64,
-    and, for int8 values, ``weight_scales`` (out,) fp32. ``leanstep.sparsity.inference.matrices`` has their layout.
+    and, for values of int8 or int4, ``weight_scales``. ``leanstep.sparsity.inference.matrices`` has their layout.
     ``weight`` is a :class:`CompressedWeight`. Gradients flow to the input and the bias.
 
     Attributes:
@@ -73,7 +73,7 @@ class SparseLinear(nn.Linear):
     Args:
         in_features, out_features: as for nn.Linear.
         bias: (out,), or None.
-        dtype: of the weight and of the product; with int8 values, of the bias.
+        dtype: of the weight and of the product; with quantised values, of the bias.
         parts: the buffers without ``weight_``.
 
     Notes:
@@ -130,7 +130,8 @@ class SparseLinear(nn.Linear):
                 f"a compressed weight of {self._dtype} cannot be saved: expected {', '.join(WEIGHT_DTYPES)}; convert "
                 "the model first, as by model.float()"
             )
-        return Form(shape, dtype, int8=self.weight_scales is not None)
+        codes = {torch.int8: "int8", torch.uint8: "int4"}.get(self.weight_values.dtype)
+        return Form(shape, dtype, codes=codes)
 
     def stored_parts(self) -> dict[str, Tensor]:
         """The parts of the weight in the orientation of its file. A transposed one is packed again, by a dense copy."""
@@ -174,7 +175,7 @@ class SparseLinear(nn.Linear):
         scales = self.weight_scales
         super()._apply(fn, recurse)
         if scales is not None:
-            # the scales of int8 values stay fp32, and the layer follows the dtype that was asked for
+            # the scales keep their dtype, and the layer follows the dtype that was asked for
             self.weight_scales = scales.to(self.weight_mask.device)
             self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
         else:

@@ -115,7 +115,7 @@ class Manifest:
         """Raise ValueError for a weight that is stored twice, and for parts that are missing or have other shapes."""
         for name, form in self.matrices.items():
             values = self.tensors.get(part_name(name, "values"))
-            nnz = values.shape[0] if values is not None and len(values.shape) == 1 else 0
+            nnz = form.most_values(values.shape[0]) if values is not None and len(values.shape) == 1 else 0
             for part, expected in form.part_shapes(nnz).items():
                 row = self.tensors.get(part_name(name, part))
                 if row is None or row[:2] != expected:

@@ -3,8 +3,9 @@
 A weight of shape (..., in) is a matrix (rows, in) of its flattened leading dimensions.
 
 * ``bitmask``: ``NAME_values`` (nnz,), row after row; ``NAME_mask`` (rows, ceil(in / 32)) int32, bit j of word k for
-  column 32 k + j; ``NAME_offsets`` (rows + 1,) int64, where each row begins in the values. Values of int8 have
-  ``NAME_scales`` (rows,) fp32: weight = code * scale.
+  column 32 k + j; ``NAME_offsets`` (rows + 1,) int64, where each row begins in the values. Codes have ``NAME_scales``,
+  and weight = code * scale: for int8, (rows,) fp32; for int4, (rows, ceil(in / 64)) bf16. Two codes of int4 are in a
+  uint8, so that ``NAME_values`` is (ceil(nnz / 2),), the first code in the lower half.
 * ``nm``: ``NAME_nm_values`` and ``NAME_nm_indices``, as :mod:`leanstep.sparsity.compressed` defines them.
 
 A negative zero is stored as a value, so weights come back bit for bit, unless they were quantised.
@@ -41,6 +42,8 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # of weights that can be stored without zeros
 WEIGHT_DTYPES = ("F32", "F16", "BF16")
+# codes of quantised values -> their name in a manifest, the dtype of the tensor, bits
+CODES = {"int8": ("I8", "I8", 8), "int4": ("I4", "U8", 4)}
 _MOST = 2**48  # entries of a weight, far beyond any model
 
 
@@ -52,14 +55,14 @@ class Form(NamedTuple):
         dtype: of the dense weight, as safetensors names it: F32, F16 or BF16.
         pattern: of the N:M form, with its dimension; None for a bit mask.
         dim: 0 or 1, of the flattened matrix.
-        int8: whether the values are quantised.
+        codes: "int8" or "int4" for quantised values, else None.
     """
 
     shape: tuple[int, ...]
     dtype: str
     pattern: NM | None = None
     dim: int = 1
-    int8: bool = False
+    codes: str | None = None
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -71,14 +74,14 @@ class Form(NamedTuple):
         """Endings of the names of its tensors."""
         if self.pattern is not None:
             return ("nm_values", "nm_indices")
-        return ("values", "mask", "offsets", "scales") if self.int8 else ("values", "mask", "offsets")
+        return ("values", "mask", "offsets", "scales") if self.codes else ("values", "mask", "offsets")
 
     def to_json(self) -> dict[str, Any]:
         """The form's entry of the manifest."""
         entry: dict[str, Any] = {"shape": list(self.shape), "dtype": self.dtype}
         if self.pattern is not None:
             return {**entry, "stored": "nm", "pattern": str(self.pattern), "dim": self.dim}
-        return {**entry, "stored": "bitmask", "values": "I8" if self.int8 else self.dtype}
+        return {**entry, "stored": "bitmask", "values": CODES[self.codes][0] if self.codes else self.dtype}
 
     @classmethod
     def from_json(cls, entry: Any) -> Form:
@@ -98,12 +101,17 @@ class Form(NamedTuple):
                 raise ValueError(f"expected M of at most 256 and dim 0 or 1, got {pattern} and {dim!r}")
             form = cls(tuple(shape), dtype, pattern, dim)
         elif stored == "bitmask":
-            form = cls(tuple(shape), dtype, int8=entry.get("values") == "I8")
+            codes = next((name for name, row in CODES.items() if row[0] == entry.get("values")), None)
+            form = cls(tuple(shape), dtype, codes=codes)
         else:
             raise ValueError(f"expected stored: bitmask or nm, got {stored!r}")
         if form.to_json() != entry:
             raise ValueError(f"expected {form.to_json()}, got {entry}")
         return form
+
+    def most_values(self, size: int) -> int:
+        """Number of values in ``NAME_values`` of this size; with int4, the last byte may hold one code less."""
+        return 2 * size if self.codes == "int4" else size
 
     def part_shapes(self, nnz: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Dtype and shape of each of its tensors; ``nnz`` is the number of values of a bit mask."""
@@ -111,12 +119,14 @@ class Form(NamedTuple):
         if self.pattern is not None:
             values, size = nm_sizes(self.pattern, self.dim, self.matrix)
             return {"nm_values": (self.dtype, values), "nm_indices": ("U8", (size,))}
-        shapes = {
-            "values": ("I8" if self.int8 else self.dtype, (nnz,)),
+        shapes: dict[str, tuple[str, tuple[int, ...]]] = {
+            "values": (CODES[self.codes][1] if self.codes else self.dtype, (nnz,)),
             "mask": ("I32", (rows, -(-columns // 32))),
             "offsets": ("I64", (rows + 1,)),
             "scales": ("F32", (rows,)),
         }
+        if self.codes == "int4":
+            shapes |= {"values": ("U8", (-(-nnz // 2),)), "scales": ("BF16", (rows, -(-columns // 64)))}
         return {part: shapes[part] for part in self.parts}
 
 
@@ -125,12 +135,12 @@ def part_name(name: str, part: str) -> str:
     return f"{name}_{part}"
 
 
-def smallest_form(weight: Tensor, *, int8: bool = False) -> Form | None:
+def smallest_form(weight: Tensor, *, codes: str | None = None) -> Form | None:
     """The stored form of fewest bytes; None where that is the dense tensor, or for no weight of 2 or 3 dimensions.
 
     Args:
         weight: on the CPU.
-        int8: store the values of sparse weights as int8; then every sparse form is a bit mask.
+        codes: "int8" or "int4" for the values of sparse weights; then every sparse form is a bit mask.
     """
     dtype = DTYPE_NAMES.get(weight.dtype, "")
     if dtype not in WEIGHT_DTYPES or weight.dim() not in (2, 3) or not weight.numel():
@@ -140,7 +150,7 @@ def smallest_form(weight: Tensor, *, int8: bool = False) -> Form | None:
     shapes = form.part_shapes(int(nonzero_bits(matrix).count_nonzero()))
     size = sum(math.prod(shape) * DTYPES[name].itemsize for name, shape in shapes.values())
     layout = smallest_layout(matrix)
-    if layout is not None and compressed_bytes(matrix.shape, matrix.element_size(), *layout) < size and not int8:
+    if layout is not None and compressed_bytes(matrix.shape, matrix.element_size(), *layout) < size and not codes:
         try:
             pack_nm(matrix, *layout)
             return form._replace(pattern=layout[0], dim=layout[1])
@@ -148,7 +158,7 @@ def smallest_form(weight: Tensor, *, int8: bool = False) -> Form | None:
             pass
     if layout is None and size >= weight.nbytes:
         return None
-    return form._replace(int8=int8) if size < weight.nbytes or int8 else None
+    return form._replace(codes=codes) if size < weight.nbytes or codes else None
 
 
 def nonzero_bits(weight: Tensor) -> Tensor:
@@ -163,9 +173,9 @@ def compress(weight: Tensor, form: Form) -> dict[str, Tensor]:
     if form.pattern is not None:
         return dict(zip(form.parts, pack_nm(matrix, form.pattern, form.dim), strict=True))
     values, mask, offsets = bitmask_pack(matrix)
-    if not form.int8:
+    if not form.codes:
         return {"values": values, "mask": mask, "offsets": offsets}
-    codes, scales = bitmask_quantize(values, offsets)
+    codes, scales = bitmask_quantize(values, offsets, mask, bits=CODES[form.codes][2])
     return {"values": codes, "mask": mask, "offsets": offsets, "scales": scales}
 
 
@@ -183,7 +193,7 @@ def decompress(form: Form, parts: Mapping[str, Tensor]) -> Tensor:
     if form.pattern is not None:
         matrix = unpack_nm(parts["nm_values"], parts["nm_indices"], form.pattern, form.dim, form.matrix)
     else:
-        dtype = DTYPES[form.dtype] if form.int8 else None
+        dtype = DTYPES[form.dtype] if form.codes else None
         matrix = bitmask_unpack(
             parts["values"], parts["mask"], parts["offsets"], form.matrix, parts.get("scales"), dtype
         )

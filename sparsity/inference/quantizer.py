@@ -182,7 +182,7 @@ class SparseQuantizer(HfQuantizer):
 def _nonzeros(files: SparseFiles, name: str, form: Form) -> int:
     """Number of values of the weight's bit mask."""
     if form.pattern is None:
-        return files.manifest.tensors[part_name(name, "values")].shape[0]
+        return form.most_values(files.manifest.tensors[part_name(name, "values")].shape[0])
     return int(nonzero_bits(files.part(name, "nm_values")).count_nonzero())
 
 
@@ -192,7 +192,7 @@ def _empty(linear: nn.Linear, form: Form, nnz: int) -> SparseLinear:
     shapes = form._replace(pattern=None).part_shapes(nnz)
     with torch.device("meta"):
         parts = {part: torch.empty(shape, dtype=DTYPES[name]) for part, (name, shape) in shapes.items()}
-        if not form.int8:
+        if not form.codes:
             parts["values"] = parts["values"].to(dtype)
     return SparseLinear(linear.in_features, linear.out_features, parts=parts, dtype=dtype, bias=linear.bias)
 

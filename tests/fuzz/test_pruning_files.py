@@ -10,6 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from leanstep.pruning import LatencyTable
+from leanstep.pruning.allocate.descent import Descent, SearchFile
 from leanstep.pruning.measure.curves import Curve, PartialCurves
 from leanstep.pruning.measure.metrics import Distortion
 
@@ -101,6 +102,42 @@ def test_nothing_but_a_file_holds_partial_curves(folder, partial_curves, entry):
     finally:
         path.rmdir() if entry == "folder" else path.unlink()
         (folder / "outside" / "curves").unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="module")
+def search_state(folder):
+    file = SearchFile(folder / "inside" / "out.refine.json", IDENTITY)
+    file.write(Descent({"a": 5, "b": 7}, 9, 1.5, 2.25, [(0, 0.0, 1.0, 0.5), (4, 0.5, 0.25, 0.125)], "", 1, 3))
+    return file.path.read_bytes()
+
+
+def read_state(folder, content):
+    path = folder / "inside" / "out.refine.json"
+    write(path, content)
+    return SearchFile(path, IDENTITY).read()
+
+
+@given(data=st.data())
+@fuzz(80)
+def test_damaged_states_of_a_search_are_refused(folder, search_state, data):
+    content, expected = data.draw(damaged(search_state)), read_state(folder, search_state)
+    inside, outside = folder / "inside", folder / "outside"
+    judged("state", lambda: read_state(folder, content), lambda state: state == expected, inside, outside=outside)
+
+
+@given(data=st.data())
+@fuzz(100)
+def test_states_of_a_search_with_other_values_and_right_checksums_are_valid(folder, search_state, data):
+    row = json.dumps(data.draw(edits(json.loads(search_state.decode().rpartition(" ")[0]))))
+    content, expected = f"{row} {zlib.crc32(row.encode()):08x}\n".encode(), read_state(folder, search_state)
+
+    def right(state):
+        assert all(type(count) is int and count >= 0 for count in state.counts.values())
+        assert type(state.evaluations) is int and state.points and math.isfinite(state.points[-1][2])
+        return state == expected
+
+    inside, outside = folder / "inside", folder / "outside"
+    judged("state", lambda: read_state(folder, content), right, inside, outside=outside)
 
 
 @given(content=json_files(json.dumps(TABLE).encode()))

@@ -174,7 +174,7 @@ def test_nothing_but_a_file_is_read(folder, tmp_path, name, entry):
 
 @pytest.fixture(scope="module")
 def sparse(tmp_path_factory):
-    """A sparse folder with bit masks, N:M and int8 values."""
+    """A sparse folder with bit masks, N:M, and int8 and int4 values."""
     root = tmp_path_factory.mktemp("sparse folder")
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(6, 40, generator=generator)
@@ -184,7 +184,7 @@ def sparse(tmp_path_factory):
     (root / "outside").mkdir()
     save_file(state, root / "dense" / "model.safetensors")
     (root / "dense" / "config.json").write_text("{}")
-    for name, values in (("plain", None), ("int8", "int8")):
+    for name, values in (("plain", None), ("int8", "int8"), ("int4", "int4")):
         export_folder(root / "dense", root / name, values=values)
     return root
 
@@ -195,7 +195,7 @@ def read_sparse(path):
         return bits(dict(files.stored(path)))
 
 
-@pytest.mark.parametrize("name", ["plain", "int8"])
+@pytest.mark.parametrize("name", ["plain", "int8", "int4"])
 @given(data=st.data())
 @fuzz(100)
 def test_damaged_sparse_files(sparse, name, data):
@@ -210,7 +210,7 @@ def test_damaged_sparse_files(sparse, name, data):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["plain", "int8"])
+@pytest.mark.parametrize("name", ["plain", "int8", "int4"])
 @given(data=st.data())
 @fuzz(100)
 def test_sparse_files_with_other_manifests_and_right_checksums(sparse, name, data):
@@ -229,7 +229,7 @@ def test_sparse_files_with_other_manifests_and_right_checksums(sparse, name, dat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["plain", "int8"])
+@pytest.mark.parametrize("name", ["plain", "int8", "int4"])
 @given(data=st.data())
 @fuzz(100)
 def test_sparse_files_with_other_tensors_and_right_checksums(sparse, name, data):

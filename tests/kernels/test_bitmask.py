@@ -1,4 +1,4 @@
-"""Matrices as values and bit masks: exact round trips, rounding to 8 bits, and damaged parts."""
+"""Matrices as values and bit masks: exact round trips, rounding to 8 and 4 bits, and damaged parts."""
 
 import pytest
 import torch
@@ -62,6 +62,56 @@ def test_codes_are_the_nearest_ones(dtype):
     for row in (0, 5):  # the largest magnitude of a row has the largest code
         assert codes[offsets[row] : offsets[row + 1]].abs().max() == 127
     assert bitmask_unpack(codes, mask, offsets, weight.shape, scales, dtype).dtype == dtype
+
+
+@pytest.mark.parametrize("shape", [(9, 50), (7, 64), (5, 200), (1, 1)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_codes_of_4_bits_are_the_nearest_ones(dtype, shape, monkeypatch):
+    monkeypatch.setattr(reference, "TILE", 300)
+    weight = sparse(*shape, dtype=dtype)
+    weight[0, 0], weight[-1, :60] = 0, weight[-1, :60] * 1e-3
+    values, mask, offsets = bitmask_pack(weight)
+    codes, scales = bitmask_quantize(values, offsets, mask, bits=4)
+    bitmask_validate(codes, mask, offsets, weight.shape, scales)
+    rows, columns = shape
+    assert codes.dtype == torch.uint8 and codes.shape == (-(-len(values) // 2),)
+    assert scales.dtype == torch.bfloat16 and scales.shape == (rows, -(-columns // 64))
+    unpacked = bitmask_unpack(codes, mask, offsets, weight.shape, scales, torch.float64)
+    blocks = torch.nn.functional.pad(weight.double(), (0, -columns % 64)).unflatten(1, (-1, 64))
+    # the scale is rounded to 8 bits
+    expected = blocks.abs().amax(dim=2) / 7
+    assert ((scales.double() - expected).abs() <= expected * 2.0**-8).all()
+    wide = scales.double().repeat_interleave(64, dim=1)[:, :columns]
+    # half a scale, and that of a largest value of 7 scales by a scale that was rounded down
+    assert ((unpacked - weight.double()).abs() <= wide * 0.5001).all()
+    nearest = (weight.double() / wide).nan_to_num().round() * wide
+    assert ((unpacked - nearest).abs() > 1e-6 * wide).double().mean() <= 0.01
+    assert (unpacked[weight == 0] == 0).all()
+
+
+def test_codes_of_4_bits_have_the_documented_layout():
+    weight = torch.tensor([[7.0, 0.0, -7.0, 3.0], [0.0, 0.0, 0.0, -1.0]])
+    values, mask, offsets = bitmask_pack(weight)
+    codes, scales = bitmask_quantize(values, offsets, mask, bits=4)
+    assert scales.tolist() == [[1.0], [0.142578125]]
+    assert [code % 16 for code in codes.tolist()] == [7, 3] and [code // 16 for code in codes.tolist()] == [9, 9]
+
+
+def test_damaged_codes_of_4_bits_are_named():
+    values, mask, offsets = bitmask_pack(torch.ones(3, 33))
+    codes, scales = bitmask_quantize(values, offsets, mask, bits=4)
+    assert len(codes) == 50
+    for parts, message in [
+        ((codes[:-1], mask, offsets, (3, 33), scales), "offsets from 0 to 98, got 0 to 99"),
+        ((torch.cat([codes, codes[:1]]), mask, offsets, (3, 33), scales), "offsets from 0 to 102, got 0 to 99"),
+        ((codes | 128, mask, offsets, (3, 33), scales), "a code follows the last of 99"),
+        ((codes, mask, offsets, (3, 33), scales.float()), r"torch.bfloat16 scales \[3, 1\] of torch.uint8"),
+        ((codes, mask, offsets, (3, 33), scales[:, 0]), r"torch.bfloat16 scales \[3, 1\]"),
+        ((codes, mask, offsets, (3, 33), None), "uint8 .*without scales"),
+        ((codes, mask, offsets, (3, 33), scales / -1), "row 0 has the scale -0.14"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            bitmask_unpack(*parts)
 
 
 def test_quantisation_of_nothing_and_of_tiny_rows():
@@ -130,7 +180,7 @@ def test_bits_beyond_the_columns_and_bad_scales_are_named():
 
 
 def test_bad_arguments_are_named():
-    values, _, offsets = bitmask_pack(torch.ones(2, 33))
+    values, mask, offsets = bitmask_pack(torch.ones(2, 33))
     for call, message in [
         (lambda: bitmask_pack(torch.ones(2, 3, 4)), "flatten the leading dimensions"),
         (lambda: bitmask_pack(torch.ones(2, 3).int()), "floating matrix"),
@@ -138,6 +188,9 @@ def test_bad_arguments_are_named():
         (lambda: bitmask_quantize(values.int(), offsets), "floating values"),
         (lambda: bitmask_quantize(values / 0, offsets), "66 of 66 values are not finite"),
         (lambda: bitmask_quantize(values, offsets + 1), "expected offsets from 0"),
+        (lambda: bitmask_quantize(values, offsets, mask, bits=3), "expected 4 or 8 bits, got 3"),
+        (lambda: bitmask_quantize(values, offsets, bits=4), r"need the int32 mask \[2, words\] .*, got none"),
+        (lambda: bitmask_quantize(values, offsets, mask - 1, bits=4), "row 0 has 33 values and"),
     ]:
         with pytest.raises(ValueError, match=message):
             call()

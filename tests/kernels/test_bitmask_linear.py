@@ -13,7 +13,7 @@ from leanstep.kernels import (
     bitmask_unpack,
     use_backend,
 )
-from leanstep.kernels.cpp_impl._build import TYPES, library, why_not_cpp
+from leanstep.kernels.cpp_impl._build import library, why_not_cpp
 from leanstep.kernels.cpp_impl.sparse import linear as cpp
 from leanstep.kernels.reference.sparse import bitmask as reference
 
@@ -51,16 +51,19 @@ def test_products_against_float64(shape, dtype, tokens, dirty_memory, monkeypatc
         bits_equal(tensor, want)
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 16, 30])
+@pytest.mark.parametrize("tokens", [1, 3, 5, 16, 30])
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-def test_products_of_codes_against_float64(dtype, tokens, dirty_memory, monkeypatch):
+def test_products_of_codes_against_float64(dtype, bits, tokens, dirty_memory, monkeypatch):
     monkeypatch.setattr(reference, "TILE", 4000)
     weight, x, bias = sparse(40, 333), torch.randn(tokens, 333).to(dtype), torch.randn(40).to(dtype)
     values, mask, offsets = bitmask_pack(weight)
-    codes, scales = bitmask_quantize(values, offsets)
+    codes, scales = bitmask_quantize(values, offsets, mask, bits=bits)
     rounded = bitmask_unpack(codes, mask, offsets, weight.shape, scales, torch.float64)
-    # without AVX-512, tiles for many tokens hold weights that are rounded to the dtype
-    exact = tokens <= cpp.FEW or dtype not in TYPES or why_not_cpp() or not cpp.runs_on_blas(x)
+    # without AVX-512, tiles for many tokens hold weights that are rounded to the dtype; so do those of 4 bits in bf16
+    exact = (
+        tokens <= cpp.FEW or why_not_cpp() or (not cpp.runs_on_blas(x) and not (bits == 4 and dtype == torch.bfloat16))
+    )
     tolerance = 1e-6 if exact else max(1e-6, torch.finfo(dtype).eps)
     for b in (None, bias):
         check_product(bitmask_linear(x, codes, mask, offsets, 333, b, scales), x, rounded, b, tolerance)
@@ -72,9 +75,9 @@ needs_cpp = pytest.mark.skipif(why_not_cpp() is not None, reason=f"needs the C++
 @pytest.mark.slow
 @needs_cpp
 @pytest.mark.parametrize("isa", range(len(cpp.INSTRUCTIONS) - 1), ids=lambda isa: cpp.INSTRUCTIONS[isa])
-@pytest.mark.parametrize("codes", [False, True], ids=["values", "codes"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
-def test_products_by_the_instructions_of_older_processors(dtype, codes, isa, monkeypatch):
+@pytest.mark.parametrize("bits", [0, 8, 4], ids=["values", "int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_name)
+def test_products_by_the_instructions_of_older_processors(dtype, bits, isa, monkeypatch):
     if isa > library("sparse/instructions", {}).instructions():
         pytest.skip("this processor has no such instructions")
     macros = cpp._macros
@@ -84,12 +87,12 @@ def test_products_by_the_instructions_of_older_processors(dtype, codes, isa, mon
     weight = sparse(43, 100, dtype=dtype)
     values, *layout = bitmask_pack(weight)
     scales = None
-    if codes:
-        values, scales = bitmask_quantize(values, layout[1])
+    if bits:
+        values, scales = bitmask_quantize(values, layout[1], layout[0], bits=bits)
     exact = bitmask_unpack(values, *layout, weight.shape, scales, torch.float64)
     for tokens in (1, 2, 4, 11, 30):
         x = torch.randn(tokens, 100).to(dtype)
-        rounded = codes and tokens > cpp.FEW and isa < cpp.AVX512
+        rounded = bits and tokens > cpp.FEW and isa < cpp.AVX512
         tolerance = max(1e-6, torch.finfo(dtype).eps) if rounded else 1e-6
         with use_backend("cpp"):
             check_product(bitmask_linear(x, values, *layout, 100, None, scales), x, exact, None, tolerance)
@@ -111,6 +114,19 @@ def test_damaged_parts_never_read_outside_of_the_values(isa, monkeypatch):
         for tokens in (1, 8, 30):
             with use_backend("cpp"):
                 assert bitmask_linear(torch.ones(tokens, 128), values, full, offsets, 128).isfinite().all()
+
+
+@needs_cpp
+def test_damaged_codes_of_4_bits_never_read_outside_of_the_values(monkeypatch):
+    """Codes of 7 surround codes of 1, so that a product that read one would be larger."""
+    surrounded = torch.full((3000,), 0x77, dtype=torch.uint8)
+    codes = surrounded[1000:1150].fill_(0x11)
+    full = torch.full((10, 4), -1, dtype=torch.int32)
+    scales = torch.ones(10, 2, dtype=torch.bfloat16)
+    for offsets in (torch.arange(11) * 30, torch.full((11,), 2**62), torch.full((11,), -(2**62)), torch.arange(11) - 5):
+        for tokens in (1, 8, 30):
+            with use_backend("cpp"):
+                assert bitmask_linear(torch.ones(tokens, 128), codes, full, offsets, 128, None, scales).max() <= 128
 
 
 @needs_cpp
@@ -225,7 +241,7 @@ def test_bad_arguments_are_named():
         ((x[:, :64], values, mask, offsets, 64), "int32 mask"),
         ((x.double(), values, mask, offsets, 70), "one floating dtype"),
         ((x, codes, mask, offsets, 70), "without scales"),
-        ((x, codes, mask, offsets, 70, None, scales[1:]), "fp32 scales"),
+        ((x, codes, mask, offsets, 70, None, scales[1:]), "float32 scales"),
         ((x, values, mask, offsets[1:], 70), "int64 offsets"),
         ((x, values, mask, offsets, 70, torch.ones(19)), r"expected a bias \[20\]"),
         ((x, values, mask, offsets, 70, torch.ones(20).double()), r"expected a bias \[20\]"),

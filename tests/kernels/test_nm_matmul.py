@@ -1,10 +1,15 @@
 """Compressed N:M matrices: exact round trips, and products equal to the dense ones."""
 
+import itertools
+
 import pytest
 import torch
 from kernel_cases import DTYPES, bits_equal, dtype_name
 
 from leanstep.kernels import nm_compress, nm_decompress, nm_mask, nm_matmul, use_backend
+from leanstep.kernels.cpp_impl._build import call as call_cpp
+from leanstep.kernels.cpp_impl._build import library, why_not_cpp
+from leanstep.kernels.nm import matmul
 
 PATTERNS = [(2, 4), (4, 8), (1, 8), (3, 7), (1, 32), (1, 128), (100, 256), (4, 4), (0, 4), (1, 1)]
 
@@ -44,6 +49,25 @@ def test_the_compressed_form_of_a_group_is_determined():
 def test_products_in_float64_are_the_dense_ones(n, m):
     weight, x = sparse(n, m, torch.float64), torch.randn(6, 5 * m, dtype=torch.float64)
     bits_equal(nm_matmul(x, *nm_compress(weight, n, m), m), x @ weight.T)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(why_not_cpp() is not None, reason="needs the C++ kernels")
+@pytest.mark.parametrize("isa", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+def test_few_tokens_select_their_entries_in_registers(dtype, isa, monkeypatch):
+    """Rows that end inside a vector, M that is no power of two, and tiles of 1, 2 and 4 tokens."""
+    if isa > library("sparse/instructions", {}).instructions():
+        pytest.skip("this processor has no such instructions")
+    monkeypatch.setattr(
+        matmul, "call", lambda name, function, macros, *rest: call_cpp(name, function, {**macros, "ISA": isa}, *rest)
+    )
+    for (n, m), groups, tokens in itertools.product([(2, 4), (3, 7), (4, 8), (1, 32), (1, 1)], [16, 45], [1, 2, 3, 7]):
+        weight, x = sparse(n, m, dtype, rows=9, groups=groups), torch.randn(tokens, groups * m).to(dtype)
+        product = nm_matmul(x, *nm_compress(weight, n, m), m)
+        exact, size = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
+        bound = torch.finfo(dtype).eps / 2 * exact.abs() * 1.01 + 1e-6 * size
+        assert ((product.double() - exact).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 16, 40, 70])

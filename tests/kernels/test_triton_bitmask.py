@@ -10,7 +10,7 @@ from leanstep.kernels.reference.sparse import bitmask as reference
 pytest.importorskip("triton")
 
 
-def check(dtype, tokens, codes=False, device="cpu", shape=(13, 600)):
+def check(dtype, tokens, bits=0, device="cpu", shape=(13, 600)):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=generator)
     weight = torch.where(torch.rand(shape, generator=generator) < 0.6, 0.0, weight).to(device, dtype)
@@ -18,8 +18,8 @@ def check(dtype, tokens, codes=False, device="cpu", shape=(13, 600)):
     x, bias = torch.randn(tokens, shape[1]).to(device, dtype), torch.randn(shape[0]).to(device, dtype)
     values, mask, offsets = bitmask_pack(weight)
     scales = None
-    if codes:
-        values, scales = bitmask_quantize(values, offsets)
+    if bits:
+        values, scales = bitmask_quantize(values, offsets, mask, bits=bits)
     exact_weight = bitmask_unpack(values, mask, offsets, shape, scales, torch.float64)
     for b in (None, bias):
         with use_backend("triton"):
@@ -32,12 +32,12 @@ def check(dtype, tokens, codes=False, device="cpu", shape=(13, 600)):
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("codes", [False, True], ids=["values", "codes"])
+@pytest.mark.parametrize("bits", [0, 8, 4], ids=["values", "int8", "int4"])
 @pytest.mark.parametrize("tokens", [1, 6, 18])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
-def test_products(dtype, tokens, codes, monkeypatch):
+def test_products(dtype, tokens, bits, monkeypatch):
     monkeypatch.setattr(reference, "TILE", 2000)
-    check(dtype, tokens, codes)
+    check(dtype, tokens, bits)
 
 
 @pytest.mark.interpret
@@ -64,5 +64,5 @@ def test_damaged_parts_never_read_outside_of_the_values():
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_on_a_device(dtype):
     for tokens in (1, 2, 7, 16, 40):
-        for codes in (False, True):
-            check(dtype, tokens, codes, "cuda", (513, 1100))
+        for bits in (0, 8, 4):
+            check(dtype, tokens, bits, "cuda", (513, 1100))

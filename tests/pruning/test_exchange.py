@@ -191,6 +191,16 @@ def test_another_search_and_damage_are_refused(tmp_path):
             SearchFile(path, {"weights": "abc", "seed": 0}).read()
 
 
+def test_a_state_beyond_the_budget_is_refused(tmp_path):
+    layers, curves, budget, space = space_of()
+    counts = allocate(layers, budget=budget, curves=curves).counts
+    file = SearchFile(tmp_path / "out.refine.json", {"weights": "abc"})
+    for wrong in ({**counts, "a": counts["a"] + 1}, {"a": 5}, {**counts, "a": 0}):
+        file.write(Descent(wrong, 3, points=[(0, 0.0, 1.0, 0.5)]))
+        with pytest.raises(ValueError, match=r"out.refine.json holds counts that are no levels within the budget"):
+            descend(AdditiveJudge(counts), space, Refinement(evaluations=9), file)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -194,7 +194,13 @@ def test_a_recovery_that_was_not_applied_can_be_tried_again(base, pruned, tmp_pa
 
 @pytest.mark.parametrize(
     ("option", "written", "asked"),
-    [("--sparsity", "0.6", "0.7"), ("--score", "wanda", "magnitude"), ("--inputs", "pruned", "dense")],
+    [
+        ("--sparsity", "0.6", "0.7"),
+        ("--score", "wanda", "magnitude"),
+        ("--inputs", "pruned", "dense"),
+        ("--allocation", "uniform", "erk"),
+        ("--granularity", "matrix", "block"),
+    ],
 )
 def test_other_settings_of_pruning_are_refused_with_resume(option, written, asked, base, pruned, tmp_path, capsys):
     out = copied(pruned, tmp_path / "out")

@@ -71,12 +71,12 @@ def test_any_shape_and_dtype(shape, dtype):
 def test_the_form_of_fewest_bytes_is_taken():
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 128, generator=generator).bfloat16()
-    assert smallest_form(weight) is None and smallest_form(weight, int8=True) is None
+    assert smallest_form(weight) is None and smallest_form(weight, codes="int8") is None
     assert smallest_form(drop(weight, 0.03, generator)) is None
     half = smallest_form(drop(weight, 0.5, generator))
     assert half.pattern is None and half.shape == (64, 128)
     assert str(smallest_form(weight * nm_mask(weight, "1:8") + 0.0).pattern) == "1:8"
-    assert smallest_form(weight * nm_mask(weight, "1:8") + 0.0, int8=True).parts[-1] == "scales"
+    assert smallest_form(weight * nm_mask(weight, "1:8") + 0.0, codes="int8").parts[-1] == "scales"
     assert smallest_form(torch.zeros(64, dtype=torch.bfloat16)) is None
     assert smallest_form(torch.zeros(64, 128, dtype=torch.int64)) is None
     # the pattern has no room for as many negative zeros
@@ -92,10 +92,12 @@ def test_bytes_of_a_bit_mask_are_those_of_its_formula():
     assert stored == 2 * nnz + 128 * 256 // 8 + 8 * 129
 
 
-def test_int8_values_are_rounded_to_nearest_with_a_scale_per_row(tmp_path):
+@pytest.mark.parametrize("codes", ["int8", "int4"])
+def test_quantised_values_are_rounded_to_nearest_with_their_scales(codes, tmp_path):
     dense = save_sparse(tmp_path / "dense", make_llama(), dtype=torch.float32)
-    export = export_folder(dense, tmp_path / "sparse", values="int8")
-    assert export.forms and all(form.int8 for form in export.forms.values())
+    export = export_folder(dense, tmp_path / "sparse", values=codes)
+    assert export.forms and all(form.codes == codes for form in export.forms.values())
+    assert f"({len(export.forms)} with {codes} values)" in str(export)
     export_folder(tmp_path / "sparse", tmp_path / "back", format="dense")
     before, after = load_file(dense / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
     for name, weight in before.items():
@@ -103,7 +105,11 @@ def test_int8_values_are_rounded_to_nearest_with_a_scale_per_row(tmp_path):
         if name not in export.forms:
             assert torch.equal(restored, weight)
             continue
-        scales = weight.double().abs().amax(dim=1, keepdim=True) / 127
+        size, most = (weight.shape[1], 127) if codes == "int8" else (64, 7)
+        blocks = torch.nn.functional.pad(weight, (0, -weight.shape[1] % size)).unflatten(1, (-1, size))
+        scales = blocks.abs().amax(dim=2) / most
+        scales = (scales if codes == "int8" else scales.bfloat16()).double().repeat_interleave(size, dim=1)
+        scales = scales[:, : weight.shape[1]]
         expected = (weight.double() / scales).nan_to_num().round() * scales
         # a quotient beside a half may round to the other side in fp32
         error = (restored.double() - expected).abs()

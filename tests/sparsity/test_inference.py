@@ -29,6 +29,7 @@ def folders(tmp_path_factory):
     save_sparse(root / "dense", model, dtype=torch.float32)
     export_folder(root / "dense", root / "sparse")
     export_folder(root / "dense", root / "int8", values="int8")
+    export_folder(root / "dense", root / "int4", values="int4")
     save_sparse(root / "dense nm", make_llama(hidden_size=64, intermediate_size=96), pattern="1:8")
     export_folder(root / "dense nm", root / "nm")
     return root
@@ -77,17 +78,21 @@ def test_generation_is_that_of_the_dense_model(folders, settings):
     assert torch.equal(sparse.generate(tokens(2, 5), **settings), dense.generate(tokens(2, 5), **settings))
 
 
-def test_int8_values_compute_what_their_dense_weights_do(folders, tmp_path):
-    export_folder(folders / "int8", tmp_path / "back", format="dense")
-    sparse = load_sparse(folders / "int8")
+@pytest.mark.parametrize("codes", ["int8", "int4"])
+def test_quantised_values_compute_what_their_dense_weights_do(folders, codes, tmp_path):
+    export_folder(folders / codes, tmp_path / "back", format="dense")
+    sparse = load_sparse(folders / codes)
     expected = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "back"))
     assert all(layer.weight_scales is not None for layer in compressed(sparse).values())
     assert float((logits(sparse) - expected).abs().max()) <= 1000 * 2**-24 * float(expected.abs().max())
-    # the scales stay fp32 where the rest is cast
+    # the scales keep their dtype where the rest is cast
     cast = copy.deepcopy(sparse).to(torch.bfloat16)
     layer = next(iter(compressed(cast).values()))
-    assert layer.weight_scales.dtype == torch.float32 and layer.weight.dtype == torch.bfloat16
+    kept = torch.float32 if codes == "int8" else torch.bfloat16
+    assert layer.weight_scales.dtype == kept and layer.weight.dtype == torch.bfloat16
     assert logits(cast).dtype == torch.bfloat16
+    layer = next(iter(compressed(copy.deepcopy(sparse).to(torch.float16)).values()))
+    assert layer.weight_scales.dtype == kept and layer.weight.dtype == torch.float16
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -112,7 +117,7 @@ def test_conv1d_layers_are_compressed_too(tmp_path):
     assert tensors(tmp_path / "back") == tensors(tmp_path / "dense")
 
 
-@pytest.mark.parametrize("kind", ["sparse", "int8", "nm"])
+@pytest.mark.parametrize("kind", ["sparse", "int8", "int4", "nm"])
 def test_save_pretrained_writes_a_sparse_folder(folders, kind, tmp_path):
     sparse = load_sparse(folders / kind)
     sparse.save_pretrained(tmp_path, max_shard_size="20KB")

@@ -1,8 +1,10 @@
 // Products with a compressed N:M matrix: reference/nm/matmul.py. VALUE: float or bf16.
 //
-// WIDE or NARROW rows of x are laid side by side, so that a stored weight multiplies vectors. If x has one row, every
-// row of the matrix gathers its entries.
+// With AVX-512, M of at most 32 and few rows of x, stored weights select their entries of x in registers. Otherwise WIDE
+// or NARROW rows of x are laid side by side, so that a stored weight multiplies vectors. If x has one row, every row of
+// the matrix gathers its entries.
 #include "common.h"
+#include "instructions.h"
 
 namespace {
 
@@ -116,6 +118,161 @@ void multiply_one(const Compressed& w, const VALUE* x, VALUE* out, int threads) 
     }
 }
 
+#if ISA >= 2
+// ---- few rows of x: M candidates of every stored weight lie in M vectors, and bits of its index select one of them
+
+#if ISA == 3
+constexpr bool PAIRS = all_bf16<VALUE>;
+#else
+constexpr bool PAIRS = false;
+#endif
+constexpr int64_t STORED = PAIRS ? 32 : 16;
+using Entry = std::conditional_t<PAIRS, bf16, float>;
+using Lanes = std::conditional_t<PAIRS, __mmask32, __mmask16>;
+// rows of x that share the masks of a row of the matrix, and the largest M
+constexpr int64_t TILE = 4, LARGEST = 32;
+// most rows of x: from more on, rows of x side by side are faster (2:4 and 1:8, Zen 4)
+constexpr int64_t FEW = PAIRS ? 8 : 4;
+// bytes of values ahead of the current one: the processor's prefetcher stops at the end of a page
+constexpr int64_t DISTANCE = 2048;
+
+#if ISA == 3
+inline __m512i load_entries(const bf16* x, __mmask32 lanes) { return _mm512_maskz_loadu_epi16(lanes, x); }
+inline __m512i select(__mmask32 upper, __m512i low, __m512i high) { return _mm512_mask_blend_epi16(upper, low, high); }
+inline __m512 multiply_add(__m512 sum, __m512i v, __m512i x) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(v), reinterpret_cast<__m512bh>(x));
+}
+#endif
+inline __m512 load_entries(const float* x, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, x); }
+inline __m512 select(__mmask16 upper, __m512 low, __m512 high) { return _mm512_mask_blend_ps(upper, low, high); }
+inline __m512 multiply_add(__m512 sum, __m512 v, __m512 x) { return _mm512_fmadd_ps(v, x, sum); }
+
+#if ISA == 2
+inline __m512 load_entries(const bf16* x, __mmask16 lanes) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, x)), 16));
+}
+#endif
+
+// lanes whose index has the bit
+inline __mmask32 with_bit(const uint8_t* index, __mmask32 lanes, int bit) {
+    return _mm256_test_epi8_mask(_mm256_maskz_loadu_epi8(lanes, index), _mm256_set1_epi8(static_cast<char>(1 << bit)));
+}
+inline __mmask16 with_bit(const uint8_t* index, __mmask16 lanes, int bit) {
+    return _mm_test_epi8_mask(_mm_maskz_loadu_epi8(lanes, index), _mm_set1_epi8(static_cast<char>(1 << bit)));
+}
+
+constexpr int bits_of(int64_t m) { return m > 1 ? 1 + bits_of((m + 1) / 2) : 0; }
+
+// of 2^BITS vectors, in every lane the one that its mask bits name
+template <int BITS>
+inline auto select_entries(const Entry* x, const Lanes* bits) {
+    if constexpr (BITS == 0) {
+        return load_entries(x, static_cast<Lanes>(~Lanes(0)));
+    } else {
+        const auto low = select_entries<BITS - 1>(x, bits);
+        return select(bits[BITS - 1], low, select_entries<BITS - 1>(x + (STORED << (BITS - 1)), bits));
+    }
+}
+
+// STORED weights, those of `lanes`, times TOKENS rows of x; x: [TOKENS][2^BITS][STORED]
+template <int BITS, int TOKENS>
+inline void add_stored(const VALUE* v, const uint8_t* index, Lanes lanes, const Entry* x, __m512 (&sums)[TOKENS]) {
+    Lanes bits[BITS + 1];
+#pragma GCC unroll 5
+    for (int b = 0; b < BITS; ++b) bits[b] = with_bit(index, lanes, b);
+    const auto weights = load_entries(v, lanes);
+#pragma GCC unroll 4
+    for (int t = 0; t < TOKENS; ++t) {
+        sums[t] = multiply_add(sums[t], weights, select_entries<BITS>(x + t * (STORED << BITS), bits));
+    }
+}
+
+// one row of the matrix times TOKENS rows of x; x: [blocks][TOKENS][2^BITS][STORED]
+template <int BITS, int TOKENS>
+void select_row(const Compressed& w, int64_t row, const Entry* x, float* sums) {
+    constexpr int64_t SIZE = TOKENS * (STORED << BITS);
+    const int64_t length = w.row_length();
+    const VALUE* v = w.values + row * length;
+    const uint8_t* index = w.indices + row * length;
+    __m512 even[TOKENS], odd[TOKENS];
+    for (int t = 0; t < TOKENS; ++t) even[t] = odd[t] = _mm512_setzero_ps();
+    constexpr Lanes ALL = static_cast<Lanes>(~Lanes(0));
+    int64_t k = 0;
+    for (; k + 2 * STORED <= length; k += 2 * STORED, x += 2 * SIZE) {
+        const char* next = reinterpret_cast<const char*>(v + k) + DISTANCE;
+        __builtin_prefetch(next);
+        __builtin_prefetch(next + 64);
+        __builtin_prefetch(index + k + DISTANCE / 2);
+        add_stored<BITS, TOKENS>(v + k, index + k, ALL, x, even);
+        add_stored<BITS, TOKENS>(v + k + STORED, index + k + STORED, ALL, x + SIZE, odd);
+    }
+    for (; k < length; k += STORED, x += SIZE) {
+        const Lanes lanes = static_cast<Lanes>((uint64_t{1} << std::min(STORED, length - k)) - 1);
+        add_stored<BITS, TOKENS>(v + k, index + k, lanes, x, even);
+    }
+    for (int t = 0; t < TOKENS; ++t) sums[t] = _mm512_reduce_add_ps(_mm512_add_ps(even[t], odd[t]));
+}
+
+inline void copy_entry(VALUE x, float& to) { to = widen(x); }
+inline void copy_entry(bf16 x, bf16& to) { to = x; }
+
+// entry j of the group of every stored weight, for all j; zeros for rows of x that are missing, and from M on
+template <int BITS, int TOKENS>
+void lay_out(const Compressed& w, const VALUE* x, int64_t count, Entry* entries, int threads) {
+    const int64_t in = w.groups * w.m, length = w.row_length();
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t block = 0; block < (length + STORED - 1) / STORED; ++block) {
+        // where the group of each stored weight begins
+        int64_t begin[STORED];
+        const int64_t present = std::min(STORED, length - block * STORED);
+        for (int64_t lane = 0; lane < present; ++lane) begin[lane] = (block * STORED + lane) / w.n * w.m;
+        Entry* to = entries + block * TOKENS * (STORED << BITS);
+        std::fill(to, to + TOKENS * (STORED << BITS), Entry(0));
+        for (int64_t t = 0; t < count; ++t) {
+            for (int64_t j = 0; j < w.m; ++j) {
+                Entry* lanes = to + ((t << BITS) + j) * STORED;
+                for (int64_t lane = 0; lane < present; ++lane) copy_entry(x[t * in + begin[lane] + j], lanes[lane]);
+            }
+        }
+    }
+}
+
+template <int BITS, int TOKENS>
+void select_tile(const Compressed& w, const VALUE* x, VALUE* out, int64_t count, int threads) {
+    const int64_t blocks = (w.row_length() + STORED - 1) / STORED;
+    Buffer memory(blocks * TOKENS * (STORED << BITS) * static_cast<int64_t>(sizeof(Entry)) / 4);
+    Entry* entries = reinterpret_cast<Entry*>(memory.data());
+    lay_out<BITS, TOKENS>(w, x, count, entries, threads);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < w.rows; ++row) {
+        float sums[TOKENS];
+        select_row<BITS, TOKENS>(w, row, entries, sums);
+        for (int64_t t = 0; t < count; ++t) narrow(sums[t], out[t * w.rows + row]);
+    }
+}
+
+template <int BITS>
+void select_few(const Compressed& w, const VALUE* x, VALUE* out, int64_t tokens, int threads) {
+    const int64_t in = w.groups * w.m;
+    for (int64_t t = 0; t < tokens; t += TILE) {
+        const int64_t count = std::min(TILE, tokens - t);
+        const auto multiply = count == 1 ? select_tile<BITS, 1> : count == 2 ? select_tile<BITS, 2> : select_tile<BITS, TILE>;
+        multiply(w, x + t * in, out + t * w.rows, count, threads);
+    }
+}
+
+void select_few(const Compressed& w, const VALUE* x, VALUE* out, int64_t tokens, int threads) {
+    switch (bits_of(w.m)) {
+        case 0: return select_few<0>(w, x, out, tokens, threads);
+        case 1: return select_few<1>(w, x, out, tokens, threads);
+        case 2: return select_few<2>(w, x, out, tokens, threads);
+        case 3: return select_few<3>(w, x, out, tokens, threads);
+        case 4: return select_few<4>(w, x, out, tokens, threads);
+        default: return select_few<5>(w, x, out, tokens, threads);
+    }
+}
+#endif
+
 }  // namespace
 
 // x: [tokens, groups * m]; values, indices: [rows, groups, n]; out: [tokens, rows]
@@ -124,6 +281,9 @@ extern "C" void nm_matmul(
     int64_t groups, int64_t n, int64_t m, int threads
 ) {
     const Compressed w = {values, indices, rows, groups, n, m};
+#if ISA >= 2
+    if (tokens <= FEW && m <= LARGEST) return select_few(w, x, out, tokens, threads);
+#endif
     if (tokens == 1) {
         multiply_one(w, x, out, threads);
     } else {

@@ -1,5 +1,4 @@
-// Products with matrices of values and bit masks: reference/sparse/linear.py. X: float or bf16. VALUE: X, or int8_t for
-// codes of 8 bits.
+// Products with matrices of values and bit masks: reference/sparse/linear.py. X, VALUE: as in bitmask.h.
 //
 // bitmask.h expands values to the columns whose bits are set; here they are multiplied by x.
 #include "bitmask.h"
@@ -13,7 +12,7 @@ constexpr int64_t AHEAD = 2048;
 
 // rows of x that share an expanded row of the matrix, and rows of the matrix that share a loaded x
 template <int TOKENS>
-constexpr int SHARING = ISA >= 2 && !(PAIRS && TOKENS == 1) ? 2 : 1;
+constexpr int SHARING = ISA >= 2 && !(PAIRS && TOKENS == 1) && !(BLOCKED && TOKENS == 8) ? 2 : 1;
 
 // adds word k of ROWS rows; x: [words * WORD / LANES][TOKENS][LANES]
 template <int TOKENS, int ROWS, bool careful>
@@ -39,6 +38,23 @@ inline void add_word(
     }
 }
 
+// adds `count` words of a block from word k on, times the block's scale
+template <int TOKENS, int ROWS, bool careful>
+inline void add_block(
+    const Matrix& w, int64_t row, int64_t k, int64_t count, const Entry* x, int64_t (&at)[ROWS],
+    Sum (&sums)[ROWS][TOKENS]
+) {
+    Sum block[ROWS][TOKENS];
+    for (int r = 0; r < ROWS; ++r) {
+        for (int t = 0; t < TOKENS; ++t) block[r][t] = zero();
+    }
+    for (int64_t word = k; word < k + count; ++word) add_word<TOKENS, ROWS, careful>(w, row, word, x, at, block);
+    for (int r = 0; r < ROWS; ++r) {
+        const float scale = w.block_scale(row + r, k);
+        for (int t = 0; t < TOKENS; ++t) sums[r][t] = add_scaled(block[r][t], scale, sums[r][t]);
+    }
+}
+
 template <int TOKENS, int ROWS, bool careful>
 void multiply_rows(const Matrix& w, int64_t row, const Entry* x, float (&out)[ROWS][TOKENS]) {
     // even and odd words have sums of their own, so that products need not wait for each other
@@ -52,9 +68,13 @@ void multiply_rows(const Matrix& w, int64_t row, const Entry* x, float (&out)[RO
     int64_t k = 0;
     for (; k + 1 < words; k += 2) {
         for (int r = 0; r < ROWS; ++r) {
-            const char* next = reinterpret_cast<const char*>(w.values + at[r]) + AHEAD;
+            const char* next = reinterpret_cast<const char*>(w.address(at[r])) + AHEAD;
             __builtin_prefetch(next);
             if constexpr (sizeof(VALUE) == 4) __builtin_prefetch(next + 64);
+        }
+        if constexpr (BLOCKED) {
+            add_block<TOKENS, ROWS, careful>(w, row, k, 2, x, at, even);
+            continue;
         }
         add_word<TOKENS, ROWS, careful>(w, row, k, x, at, even);
         // more sums than registers would be slower
@@ -64,7 +84,11 @@ void multiply_rows(const Matrix& w, int64_t row, const Entry* x, float (&out)[RO
             add_word<TOKENS, ROWS, careful>(w, row, k + 1, x, at, odd);
         }
     }
-    if (k < words) add_word<TOKENS, ROWS, careful>(w, row, k, x, at, even);
+    if constexpr (BLOCKED) {
+        if (k < words) add_block<TOKENS, ROWS, careful>(w, row, k, 1, x, at, even);
+    } else {
+        if (k < words) add_word<TOKENS, ROWS, careful>(w, row, k, x, at, even);
+    }
     for (int r = 0; r < ROWS; ++r) {
         for (int t = 0; t < TOKENS; ++t) out[r][t] = total(even[r][t] + odd[r][t]);
     }
@@ -151,6 +175,7 @@ void expand_row(const Matrix& w, int64_t row, float scale, X* out) {
     for (int64_t column = 0; column < w.columns; column += LANES) {
         const uint32_t bits = (w.mask[row * w.words() + column / WORD] >> (column % WORD)) & PART_BITS;
         const Vector weights = load_values<careful>(w, at).expand(bits);
+        if constexpr (BLOCKED) scale = w.block_scale(row, column / WORD);
         at += __builtin_popcount(bits);
         // a constant count lets the compiler write whole vectors
         if (column + LANES <= w.columns) {
@@ -163,13 +188,13 @@ void expand_row(const Matrix& w, int64_t row, float scale, X* out) {
 
 }  // namespace
 
-// x: [tokens, columns]; values: [count]; mask: [rows, words]; offsets: [rows + 1]; bias, scales: [rows] or null;
-// out: [tokens, rows]
+// x: [tokens, columns]; values: [count]; mask: [rows, words]; offsets: [rows + 1]; bias, scales: [rows] or null; blocks:
+// scales of blocks, [rows, ceil(columns / SCALED)], or null; out: [tokens, rows]
 extern "C" void bitmask_linear(
     const X* x, const VALUE* values, const uint32_t* mask, const int64_t* offsets, const X* bias, const float* scales,
-    X* out, int64_t tokens, int64_t count, int64_t rows, int64_t columns, int threads
+    const bf16* blocks, X* out, int64_t tokens, int64_t count, int64_t rows, int64_t columns, int threads
 ) {
-    const Matrix w = {values, mask, offsets, count, rows, columns};
+    const Matrix w = {values, mask, offsets, blocks, count, rows, columns};
     const Output output = {bias, scales, out, rows};
     if (tokens == 1) return multiply<1>(w, x, tokens, output, threads);
     if (tokens == 2) return multiply<2>(w, x, tokens, output, threads);
@@ -179,10 +204,10 @@ extern "C" void bitmask_linear(
 
 // writes rows begin..end of the matrix to out [end - begin, columns]
 extern "C" void bitmask_expand(
-    const VALUE* values, const uint32_t* mask, const int64_t* offsets, const float* scales, X* out, int64_t count,
-    int64_t rows, int64_t columns, int64_t begin, int64_t end, int threads
+    const VALUE* values, const uint32_t* mask, const int64_t* offsets, const float* scales, const bf16* blocks, X* out,
+    int64_t count, int64_t rows, int64_t columns, int64_t begin, int64_t end, int threads
 ) {
-    const Matrix w = {values, mask, offsets, count, rows, columns};
+    const Matrix w = {values, mask, offsets, blocks, count, rows, columns};
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t row = begin; row < end; ++row) {
         X* to = out + (row - begin) * columns;

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from leanstep.kernels.cpp_impl._build import TYPES, call, library
+from leanstep.kernels.cpp_impl._build import SPARSE_TYPES, call, library
 from leanstep.kernels.matrices.dense_product import product
 from leanstep.kernels.reference.sparse.bitmask import row_tiles
 
@@ -17,7 +17,7 @@ FEW = 24
 MANY = 1024
 # rows of a tile are whole blocks of the BLAS
 BLOCK = 64
-_CODES = {torch.int8: "int8_t"}
+_CODES = {torch.int8: "int8_t", torch.uint8: "int4"}
 # by the number ISA of instructions.h
 AVX512 = 2
 INSTRUCTIONS = ("plain loops", "AVX2", "AVX-512", "AVX-512 VBMI2 and BF16")
@@ -29,11 +29,12 @@ def bitmask_linear(
     """``x W^T + bias`` for row-major parts."""
     out = x.new_empty(len(x), len(mask))
     if len(x) <= FEW or not runs_on_blas(x):
-        bias, scales, macros = _contiguous(bias), _contiguous(scales), _macros(x, values)
+        bias, both_scales, macros = _contiguous(bias), _scales(scales), _macros(x, values)
+        count = _count(values)
         for begin, end in token_chunks(len(x)):
             some, to = x[begin:end], out[begin:end]
             name = "linear" if len(some) <= FEW else "linear_many"
-            arguments = (some, values, mask, offsets, bias, scales, to, len(some), len(values), len(mask), x.shape[1])
+            arguments = (some, values, mask, offsets, bias, *both_scales, to, len(some), count, len(mask), x.shape[1])
             call(f"sparse/{name}", f"bitmask_{name}", macros, *arguments)
         return out
     for begin, end, tile in _tiles(x, values, mask, offsets, x.shape[1], scales):
@@ -75,17 +76,27 @@ def _tiles(
     x: Tensor, values: Tensor, mask: Tensor, offsets: Tensor, columns: int, scales: Tensor | None
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Expand the matrix to x's dtype, a tile of rows at a time, all in the same memory."""
-    buffer, scales, macros = None, _contiguous(scales), _macros(x, values)
+    buffer, both_scales, macros = None, _scales(scales), _macros(x, values)
     for begin, end in row_tiles(len(mask), columns, BLOCK):
         if buffer is None:
             buffer = x.new_empty(end - begin, columns)
-        arguments = (values, mask, offsets, scales, buffer, len(values), len(mask), columns, begin, end)
+        arguments = (values, mask, offsets, *both_scales, buffer, _count(values), len(mask), columns, begin, end)
         call("sparse/linear", "bitmask_expand", macros, *arguments)
         yield begin, end, buffer[: end - begin]
 
 
 def _macros(x: Tensor, values: Tensor) -> dict[str, str | int]:
-    return {"X": TYPES[x.dtype], "VALUE": _CODES.get(values.dtype) or TYPES[values.dtype]}
+    return {"X": SPARSE_TYPES[x.dtype], "VALUE": _CODES.get(values.dtype) or SPARSE_TYPES[values.dtype]}
+
+
+def _scales(scales: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Scales of rows, and scales of blocks."""
+    scales = _contiguous(scales)
+    return (scales, None) if scales is None or scales.dim() == 1 else (None, scales)
+
+
+def _count(values: Tensor) -> int:
+    return 2 * len(values) if values.dtype is torch.uint8 else len(values)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

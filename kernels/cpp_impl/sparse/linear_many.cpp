@@ -133,12 +133,14 @@ int64_t expand_words(const Matrix& w, int64_t row, int64_t begin, int64_t end, i
 #pragma GCC unroll 4
         for (int64_t part = 0; part < WORD / LANES; ++part) {
             const uint32_t bits = (word >> (part * LANES)) & PART_BITS;
-            load_values<careful>(w, at).expand(bits).store(out + (k - begin) * WORD + part * LANES);
+            Vector weights = load_values<careful>(w, at).expand(bits);
+            if constexpr (BLOCKED) weights = weights.scaled(w.block_scale(row, k));
+            weights.store(out + (k - begin) * WORD + part * LANES);
             at += __builtin_popcount(bits);
         }
     }
     // those of the next words are in the cache when they are needed
-    fetch(w.values, at, std::min(2 * at - first, w.count));
+    fetch(w.address(0), w.address(at) - w.values, w.address(std::min(2 * at - first, w.count)) - w.values);
     return at;
 }
 
@@ -190,13 +192,13 @@ void multiply_tile(
 
 }  // namespace
 
-// x: [tokens, columns]; values: [count]; mask: [rows, words]; offsets: [rows + 1]; bias, scales: [rows] or null;
-// out: [tokens, rows]
+// x: [tokens, columns]; values: [count]; mask: [rows, words]; offsets: [rows + 1]; bias, scales: [rows] or null; blocks:
+// scales of blocks, [rows, ceil(columns / SCALED)], or null; out: [tokens, rows]
 extern "C" void bitmask_linear_many(
     const X* x, const VALUE* values, const uint32_t* mask, const int64_t* offsets, const X* bias, const float* scales,
-    X* out, int64_t tokens, int64_t count, int64_t rows, int64_t columns, int threads
+    const bf16* blocks, X* out, int64_t tokens, int64_t count, int64_t rows, int64_t columns, int threads
 ) {
-    const Matrix w = {values, mask, offsets, count, rows, columns};
+    const Matrix w = {values, mask, offsets, blocks, count, rows, columns};
     const Dimensions size = {tokens, rows, columns, w.words()};
     const Output output = {bias, scales, out, rows};
     Buffer inputs(size.panels() * PANEL * size.width() * sizeof(Entry) / sizeof(float));

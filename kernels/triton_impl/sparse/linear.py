@@ -42,8 +42,8 @@ def count_bits(x):
 
 @triton.jit
 def expanded(
-    v_ptr, m_ptr, begin, offs_o, w, rows, words, count,
-    BLOCK_O: tl.constexpr, BLOCK_W: tl.constexpr,
+    v_ptr, m_ptr, s_ptr, begin, offs_o, w, rows, words, count,
+    INT4: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """Values [BLOCK_O, BLOCK_W * WORD] of the words from `w` on, as fp32, and where the values of later words begin."""
     offs_w = w + tl.arange(0, BLOCK_W)
@@ -55,14 +55,22 @@ def expanded(
     index = first[:, :, None] + count_bits(bits[:, :, None] & ((1 << lane) - 1))
     # damaged masks and offsets must not read outside of the values
     stored = (((bits[:, :, None] >> lane) & 1) != 0) & (index >= 0) & (index < count)
-    v = to_float(tl.load(v_ptr + index, mask=stored, other=0))
+    if INT4:
+        # two codes in a byte, in two's complement; two words of the mask share a scale
+        byte = tl.load(v_ptr + index // 2, mask=stored, other=0).to(tl.int32)
+        codes = ((byte >> (index % 2 * 4).to(tl.int32)) & 15) ^ 8
+        scales = s_ptr + offs_o.to(tl.int64)[:, None] * ((words + 1) // 2) + offs_w[None, :] // 2
+        scale = to_float(tl.load(scales, mask=mask, other=0.0))
+        v = tl.where(stored, (codes - 8).to(tl.float32) * scale[:, :, None], 0.0)
+    else:
+        v = to_float(tl.load(v_ptr + index, mask=stored, other=0))
     return tl.reshape(v, [BLOCK_O, BLOCK_W * WORD]), begin + tl.sum(counts, 1)
 
 
 @triton.jit(do_not_specialize=["tokens", "rows", "columns", "words", "count"])
 def bitmask_linear_kernel(
     x_ptr, v_ptr, m_ptr, o_ptr, b_ptr, s_ptr, out_ptr, tokens, rows, columns, words, count,
-    HAS_BIAS: tl.constexpr, HAS_SCALES: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SCALES: tl.constexpr, INT4: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_T rows of x times BLOCK_O rows of the matrix, BLOCK_W words of the mask at a time."""
@@ -72,7 +80,7 @@ def bitmask_linear_kernel(
     x_rows = x_ptr + offs_t.to(tl.int64)[:, None] * columns
     sums = tl.zeros([BLOCK_T, BLOCK_O, BLOCK_W * WORD], dtype=tl.float32)
     for w in range(0, words, BLOCK_W):
-        v, begin = expanded(v_ptr, m_ptr, begin, offs_o, w, rows, words, count, BLOCK_O, BLOCK_W)
+        v, begin = expanded(v_ptr, m_ptr, s_ptr, begin, offs_o, w, rows, words, count, INT4, BLOCK_O, BLOCK_W)
         column = (tl.arange(0, BLOCK_W * WORD) + w * WORD)[None, :]
         x = to_float(tl.load(x_rows + column, mask=(column < columns) & (offs_t < tokens)[:, None], other=0.0))
         sums += x[:, None, :] * v[None, :, :]
@@ -89,14 +97,14 @@ def bitmask_linear_kernel(
 @triton.jit(do_not_specialize=["first", "rows", "columns", "words", "count"])
 def bitmask_expand_kernel(
     v_ptr, m_ptr, o_ptr, s_ptr, out_ptr, first, rows, columns, words, count,
-    HAS_SCALES: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_W: tl.constexpr,
+    HAS_SCALES: tl.constexpr, INT4: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """Rows `first` to `rows` of the matrix, row-major; BLOCK_O of them."""
     offs_o = first + tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     begin = tl.load(o_ptr + offs_o, mask=offs_o < rows, other=0)
     to = out_ptr + (offs_o - first).to(tl.int64)[:, None] * columns
     for w in range(0, words, BLOCK_W):
-        v, begin = expanded(v_ptr, m_ptr, begin, offs_o, w, rows, words, count, BLOCK_O, BLOCK_W)
+        v, begin = expanded(v_ptr, m_ptr, s_ptr, begin, offs_o, w, rows, words, count, INT4, BLOCK_O, BLOCK_W)
         if HAS_SCALES:
             v = v * tl.load(s_ptr + offs_o, mask=offs_o < rows, other=0.0)[:, None]
         column = (tl.arange(0, BLOCK_W * WORD) + w * WORD)[None, :]
@@ -119,8 +127,8 @@ def bitmask_linear(
     with on_device(x.device):
         bitmask_linear_kernel[(triton.cdiv(rows, block_o), triton.cdiv(tokens, block_t))](
             x, values, mask, offsets, x if bias is None else bias.contiguous(),
-            offsets if scales is None else scales.contiguous(), out, tokens, rows, columns, words, len(values),
-            HAS_BIAS=bias is not None, HAS_SCALES=scales is not None,
+            offsets if scales is None else scales.contiguous(), out, tokens, rows, columns, words, _count(values),
+            HAS_BIAS=bias is not None, **_scale_flags(values, scales),
             BLOCK_T=block_t, BLOCK_O=block_o, BLOCK_W=block_w, num_warps=warps(THREADS), enable_fp_fusion=True,
         )  # fmt: skip
     return out
@@ -148,32 +156,48 @@ def _tiles(
         with on_device(x.device):
             bitmask_expand_kernel[(triton.cdiv(end - begin, block_o),)](
                 values, mask, offsets, offsets if scales is None else scales.contiguous(), buffer,
-                begin, end, columns, mask.shape[1], len(values), HAS_SCALES=scales is not None,
+                begin, end, columns, mask.shape[1], _count(values), **_scale_flags(values, scales),
                 BLOCK_O=block_o, BLOCK_W=block_w, num_warps=warps(THREADS), enable_fp_fusion=True,
             )  # fmt: skip
         yield begin, end, buffer[: end - begin]
 
 
+def _count(values: Tensor) -> int:
+    return 2 * len(values) if values.dtype is torch.uint8 else len(values)
+
+
+def _scale_flags(values: Tensor, scales: Tensor | None) -> dict[str, bool]:
+    """Whether rows have scales, and whether blocks of 4-bit codes have them."""
+    int4 = values.dtype is torch.uint8
+    return {"HAS_SCALES": scales is not None and not int4, "INT4": int4}
+
+
 def audit_launches() -> Promises:
     """Launch every configuration that the launchers above can choose, and return their promises."""
     mask, offsets, scales = torch.zeros(4, 1, dtype=torch.int32), torch.zeros(5, dtype=torch.int64), torch.zeros(4)
-    for dtype, codes, tokens in itertools.product(TL_DTYPE, (False, True), (1, 2, FEW + 1)):
-        values = torch.zeros(8, dtype=torch.int8 if codes else dtype)
+    blocks = torch.zeros(4, 1, dtype=torch.bfloat16)
+    kinds: tuple[tuple[torch.dtype | None, Tensor | None], ...] = (
+        (None, None), (torch.int8, scales), (torch.uint8, blocks)
+    )  # fmt: skip
+    for dtype, (codes, of_codes), tokens in itertools.product(TL_DTYPE, kinds, (1, 2, FEW + 1)):
+        values = torch.zeros(8, dtype=codes or dtype)
         x, bias = torch.zeros(tokens, 32, dtype=dtype), torch.zeros(4, dtype=dtype)
-        bitmask_linear(x, values, mask, offsets, None if tokens == 1 else bias, scales if codes else None)
+        bitmask_linear(x, values, mask, offsets, None if tokens == 1 else bias, of_codes)
     return {bitmask_linear_kernel: _promise, bitmask_expand_kernel: _promise}
 
 
 def _promise(launch: Launch) -> dict[str, Any]:
     out = launch.dtype("out_ptr")
-    stored = torch.int8 if launch.arguments["v_ptr"] == "*i8" else launch.dtype("v_ptr")
+    codes = {"*i8": torch.int8, "*u8": torch.uint8}.get(launch.arguments["v_ptr"])
+    stored = codes or launch.dtype("v_ptr")
     rows, tokens = launch.constants["BLOCK_O"], launch.constants.get("BLOCK_T", 0)
     label = f"v {stored} out {out} {tokens} rows" if tokens else f"v {stored} out {out}"
     return dict(
         label=label.replace("torch.", ""),
         elements=rows * launch.constants["BLOCK_W"] * WORD.value,
         # at no sparsity: a value and a bit; and x, which all programs share, once per rows of the matrix
-        read=stored.itemsize + 1 / 8,
+        # and of 4-bit codes, half a byte and a scale for every 64
+        read=(1 / 2 + 2 / 64 if codes is torch.uint8 else stored.itemsize) + 1 / 8,
         written=0 if tokens else out.itemsize,
         cached=out.itemsize * tokens / rows,
     )

@@ -1,0 +1,73 @@
+"""The benchmark of searches over allocations: the evolutionary search it compares with, its table, its page."""
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+import scipy.stats
+from comparison_runs import benchmark_modules
+
+ROOT = Path(__file__).parents[2]
+SIZES = {"a": 1000, "b": 3000, "c": 2000}
+SETTINGS = {
+    "name": "nano", "score": "wanda", "curves": "anchored", "samples": 4, "curve_samples": 2, "judge_samples": 4,
+    "eval_samples": 4, "seq_len": 8, "budgets": [1.0, 2.0], "weights": "abc", "machine": "m",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def search():
+    yield from (parts.search for parts in benchmark_modules("pruning", ("search",)))
+
+
+def test_the_evolutionary_search_keeps_the_budget_and_comes_near_the_optimum(search):
+    """Of distortions that add up; the first batches are a part of all."""
+    calls = []
+
+    def fitness(counts, batches):
+        calls.append(batches)
+        assert sum(counts.values()) == 3000 and all(50 <= count <= SIZES[name] for name, count in counts.items())
+        scales = {"a": 9.0, "b": 1.0, "c": 0.1}
+        return sum(scale * (1 - counts[name] / SIZES[name]) ** 2 for name, scale in scales.items())
+
+    start = {name: size // 2 for name, size in SIZES.items()}
+    bounds = {name: (50, size) for name, size in SIZES.items()}
+    run = search.Evolution(start, bounds, fitness, 8, seed=0)
+    before, values = run.value, [run.value]
+    for _ in range(40):
+        run.generation()
+        values.append(run.value)
+    assert values == sorted(values, reverse=True) and run.parent["a"] == pytest.approx(1000, abs=110)
+    assert values[-1] < 0.3 * before
+    # a generation: all children on an eighth, the best on half, the best of these on all
+    assert calls[1:22] == [1] * 16 + [4] * 4 + [8]
+    again = search.Evolution(start, bounds, fitness, 8, seed=0)
+    for _ in range(40):
+        again.generation()
+    assert again.parent == run.parent
+
+
+def test_the_table_pairs_the_seeds_and_reads_their_intervals(search, tmp_path):
+    ours, theirs = {0: (0.5, 0.4), 1: (0.6, 0.41), 2: (0.55, 0.39)}, {0: (0.6, 0.5), 1: (0.5, 0.5), 2: (0.6, 0.5)}
+    lines = [SETTINGS]
+    for method, cells in (("refined", ours), ("evolution", theirs)):
+        for seed, values in cells.items():
+            costs = dict(zip(("1", "2"), values, strict=True))
+            row = {"seed": seed, "sparsity": 0.7, "method": method, "held_out": costs, "uniform": 1.0, "changes": 2}
+            lines.append(row | {"programme": 0.7, "curve_seconds": 0.5})
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = search.table(path)
+    percent = [100 * (ours[seed][1] / theirs[seed][1] - 1) for seed in range(3)]
+    low, high = scipy.stats.t.interval(0.95, 2, statistics.mean(percent), scipy.stats.sem(percent))
+    assert f"| 70% | 2 | 3 | 1.0000 | 0.7000 | 0.4000 | 0.5000 | -20.0 [{low:+.1f}, {high:+.1f}] |" in text
+    assert "ahead in 1 of 2 rows, behind in 0" in text
+
+
+def test_the_page_is_that_of_the_committed_results(search):
+    files = sorted((ROOT / "docs" / "results").glob("prune-search-*.jsonl"))
+    assert files
+    page = (ROOT / search.PAGE).read_text("utf-8")
+    for file in files:
+        assert f"<!-- table:{file.stem} -->\n{search.table(file)}\n<!-- /table:{file.stem} -->" in page
