@@ -7,6 +7,7 @@ libraries read them once. Child processes inherit them.
 import os
 import random
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -21,6 +22,10 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(CACHE / "inductor")
 os.environ["TRITON_CACHE_DIR"] = str(CACHE / "triton")
 os.environ["HF_HOME"] = str(CACHE / "huggingface")
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# A shell that starts pytest in the background lets it ignore Ctrl-C, and so would every process of a test.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The tensors are small: a second thread costs more than it brings, and sums stay in one order on every machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

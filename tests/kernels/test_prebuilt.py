@@ -1,5 +1,6 @@
 """Kernels that a wheel carries: which processors take which, what is listed, and what happens where one is missing."""
 
+import platform
 import shutil
 import subprocess
 import warnings
@@ -41,6 +42,18 @@ def test_every_listed_kernel_exists_and_is_listed_once():
     assert len(set(listed)) == len(listed) > 100
     sources = {p.relative_to(_prebuilt.SOURCES).with_suffix("").as_posix() for p in _prebuilt.SOURCES.rglob("*.cpp")}
     assert {kernel for kernel, _ in listed} == sources, "every kernel has a line in prebuilt.json"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize("level", _prebuilt.LEVELS.get(platform.machine(), ()), ids=lambda level: level.name)
+def test_every_listed_kernel_compiles_for_every_level_of_this_machine(level):
+    for kernel, macros in _prebuilt.variants():
+        if level.only in (None, kernel.split("/")[0]):
+            source = [f"-I{_prebuilt.SOURCES}", *(f"-D{k}={v}" for k, v in macros.items())]
+            command = ["g++", *_prebuilt.FLAGS, *level.flags, *source, "-fsyntax-only"]
+            ran = subprocess.run([*command, f"{_prebuilt.SOURCES / kernel}.cpp"], capture_output=True, text=True)
+            assert ran.returncode == 0, f"{kernel} {macros}: {ran.stderr[:1000]}"
 
 
 @pytest.fixture

@@ -135,6 +135,7 @@ def test_every_method_builds_with_the_rates_of_its_roles(parts, family):
         assert training.bytes()["weights"] == training.bytes()["gradients"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_is_that_of_the_recipe(parts, tmp_path, precision):
     protocol = parts.protocol.Protocol(overrides=TINY, precision=precision, judge_steps=5)

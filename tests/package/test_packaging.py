@@ -173,6 +173,7 @@ def test_the_sdist_is_complete(built):
     assert {"pyproject.toml", "README.md", "LICENSE", "recipes/config/loader.py", "kernels/__init__.py"} <= inside
 
 
+@pytest.mark.slow
 def test_every_module_of_the_wheel_imports_in_a_clean_environment(wheel, clean_python, tmp_path):
     modules = [name for name in modules_of(wheel) if not name.endswith("__main__")]
     assert "leanstep.recipes.config.loader" in modules

@@ -85,6 +85,7 @@ def test_a_vision_transformer_keeps_its_accuracy_no_worse_than_by_uniform_sparsi
     assert found["dp"][1] > 0.9 * dense
 
 
+@pytest.mark.slow
 def test_the_command_takes_images_and_gives_what_the_function_gives(trained, folder, tmp_path, capsys):
     assert leanstep_prune(folder, tmp_path / "out") == 0
     assert "allocation     dp, score wanda" in capsys.readouterr().out

@@ -226,6 +226,7 @@ SOTU = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("data", "argv", "tokens", "message"), SOTU.values(), ids=SOTU.keys())
 def test_what_is_said_of_sotu_is_what_the_run_says(of_a_run, capsys, data, argv, tokens, message):
     run = of_a_run(data)

@@ -17,6 +17,7 @@ def recipe(tmp_path_factory):
     return write_recipe(tmp_path_factory.mktemp("recipe"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "sinkgd"])
 def test_sharded_equals_replicated_and_resumes(recipe, tmp_path, optimizer):
     options = [f"model={{family: llama, config: {LLAMA}}}", f"optimizer.name={optimizer}", "max_grad_norm=1.0"]

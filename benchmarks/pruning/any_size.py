@@ -1,0 +1,75 @@
+"""Peak memory of pruning a checkpoint of 1.1 billion parameters from folder to folder, imports included.
+
+    python benchmarks pruning/any_size FOLDER [--layers 22] [--samples 2] [--tokens 16] [--allocation uniform]
+
+FOLDER gets a LLaMA of random bf16 weights in the shape of TinyLlama, in shards of 500 MB, unless it is there, and is
+pruned to half by Wanda into FOLDER-pruned, which is removed. The data is random tokens: how well the model is pruned is
+not looked at. The peak is what the system counts as resident, pages of mapped files included.
+"""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+from common import command_line
+
+from leanstep._memory import peak_process_memory
+
+PARSER = command_line(__doc__, layers=22, samples=2, tokens=16, allocation="uniform", score="wanda")
+PARSER.add_argument("folder", metavar="FOLDER", type=Path)
+_SHARD = 500_000_000
+
+
+def main() -> None:
+    """Make the model if it is not there, prune it, and print the peak."""
+    options = PARSER.parse_args()
+    if not options.folder.exists():
+        make(options.folder, options.layers)
+    import torch
+
+    from leanstep.pruning import prune_checkpoint
+
+    imports, clock, processor = peak_process_memory(), time.monotonic(), time.process_time()
+    data = torch.randint(32000, (options.samples, options.tokens), generator=torch.Generator().manual_seed(0))
+    out = options.folder.with_name(f"{options.folder.name}-pruned")
+    result = prune_checkpoint(
+        options.folder, out, data, held_out=False, sparsity=0.5, allocation=options.allocation, score=options.score
+    )
+    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    shutil.rmtree(out)
+    print(f"weights         {size / 2**30:.2f} GiB, {result.sparsity:.3f} of {len(result.groups)} matrices zero")
+    print(f"peak            {peak_process_memory() / 2**30:.2f} GiB, {imports / 2**30:.2f} GiB of it before pruning")
+    print(f"processor time  {time.process_time() - processor:.0f} s, {time.monotonic() - clock:.0f} s by the clock")
+
+
+def make(folder: Path, layers: int) -> None:
+    """Write the model, a shard in memory at a time."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=layers, num_attention_heads=32,
+        num_key_value_heads=4, max_position_embeddings=2048, dtype="bfloat16", architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    shards: list[dict[str, torch.Size]] = [{}]
+    for name, parameter in model.named_parameters():
+        if 2 * (parameter.numel() + sum(shape.numel() for shape in shards[-1].values())) > _SHARD:
+            shards.append({})
+        shards[-1][name] = parameter.shape
+    weight_map, generator = {}, torch.Generator().manual_seed(0)
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        tensors = {
+            name: torch.ones(shape, dtype=torch.bfloat16)
+            if len(shape) == 1
+            else torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+            for name, shape in shard.items()
+        }
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
