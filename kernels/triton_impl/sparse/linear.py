@@ -124,6 +124,9 @@ def bitmask_linear(
         return out
     block_t = 1 if tokens == 1 else 4
     block_o, block_w = TILES[block_t]
+    if values.dtype is torch.uint8:
+        # masks of larger tiles of 4-bit codes spill on gfx942
+        block_w //= 2
     with on_device(x.device):
         bitmask_linear_kernel[(triton.cdiv(rows, block_o), triton.cdiv(tokens, block_t))](
             x, values, mask, offsets, x if bias is None else bias.contiguous(),
@@ -192,12 +195,14 @@ def _promise(launch: Launch) -> dict[str, Any]:
     stored = codes or launch.dtype("v_ptr")
     rows, tokens = launch.constants["BLOCK_O"], launch.constants.get("BLOCK_T", 0)
     label = f"v {stored} out {out} {tokens} rows" if tokens else f"v {stored} out {out}"
+    # two lanes share a byte of two codes, and two words the scale of 64 columns
+    int4 = codes is torch.uint8
+    value, shared = (1 / 2 + 2 / 64, 1 / 2 + 2 / 64) if int4 else (stored.itemsize, 0)
     return dict(
         label=label.replace("torch.", ""),
         elements=rows * launch.constants["BLOCK_W"] * WORD.value,
         # at no sparsity: a value and a bit; and x, which all programs share, once per rows of the matrix
-        # and of 4-bit codes, half a byte and a scale for every 64
-        read=(1 / 2 + 2 / 64 if codes is torch.uint8 else stored.itemsize) + 1 / 8,
+        read=value + 1 / 8,
         written=0 if tokens else out.itemsize,
-        cached=out.itemsize * tokens / rows,
+        cached=out.itemsize * tokens / rows + shared,
     )
