@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -459,7 +460,11 @@ class Planner:
         costs = [self.trial.additivity(measurement, one, stay=False) for one in others]
         cost = self.trial.additivity(measurement, candidate, stay=True)
         compared = [cost, *costs]
-        best = min(zip(compared, (candidate, *others), strict=True), key=lambda pair: pair[0].joint)
+        # a pruned model that overflows is never the best
+        best = min(
+            zip(compared, (candidate, *others), strict=True),
+            key=lambda pair: math.inf if math.isnan(pair[0].joint) else pair[0].joint,
+        )
         if best[1] is candidate or not others:
             self.notes += filter(None, [cost.note() if others else ""])
             return candidate, compared

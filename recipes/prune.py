@@ -4,22 +4,22 @@ import argparse
 import json
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leanstep._arguments import OneLineParser
 from leanstep._checkpoint import check_apart
-from leanstep._files import format_bytes, one_line, restore_replaced
+from leanstep._files import one_line, restore_replaced
 from leanstep.recipes.data.sources import open_file, sotu_corpus
 from leanstep.recipes.evaluate import in_options
+from leanstep.recipes.prune_output import ProgressBar, estimate_lines, recovery_lines, summary_of
 from leanstep.recipes.training.formatting import format_duration
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from leanstep.pruning import CalibrationText, Estimate, PruneResult, Recovery, RecoveryResult, Refinement
+    from leanstep.pruning import CalibrationText, PruneResult, Recovery, RecoveryResult, Refinement
 
 __all__ = ["main", "split_newest"]
 
@@ -32,12 +32,6 @@ _SETTINGS = (
     *("sparsity", "allocation", "score", "pattern", "metric", "granularity", "correction", "levels"),
     *("include", "exclude", "batch_size", "curves", "minutes", "inputs"),
 )
-# what is counted in a phase of progress, by its name; others are points of curves
-_PHASES = {
-    "recovery": "taken {}/{} steps",
-    "refinement": "judged {}/{} exchanges",
-    "refinement time": "searched {}/{} seconds",
-}
 _OPTIONS = {"data.val_path": "--data", "data.text_key": "--text-key", "seq_len": "--seq-len", "samples": "--samples"}
 
 
@@ -64,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     from leanstep.pruning import RecoveryResult
 
-    print("\n".join(_recovery_lines(result)) if isinstance(result, RecoveryResult) else _summary(result, options.out))
+    print("\n".join(recovery_lines(result)) if isinstance(result, RecoveryResult) else summary_of(result, options.out))
     peak = _peak_bytes()
     memory = "" if peak is None else f", at most {peak / 2**30:.2f} GiB of memory"
     print(f"took {format_duration(time.monotonic() - begin)}{memory}")
@@ -174,7 +168,7 @@ def _prune(options: argparse.Namespace) -> "PruneResult | RecoveryResult":
     latencies = None if options.latency_table is None else LatencyTable.read(options.latency_table)
     recovery = _recovery(options)
     restore_replaced(Path(options.out))
-    with _Bar() as bar:
+    with ProgressBar() as bar:
         if recovery is not None and options.resume and Path(options.out).exists():
             _refuse_other_settings(options)
             return recover_checkpoint(
@@ -206,12 +200,25 @@ def _dry_run(options: argparse.Namespace) -> int:
     """Print what the command would take. Returns 2 if that does not fit."""
     from dataclasses import asdict
 
-    from leanstep.pruning import Workload, estimate_pruning
+    from leanstep.pruning import LatencyTable, Workload, estimate_pruning
+    from leanstep.pruning.choices import check_choices
     from leanstep.pruning.folder.loading import open_checkpoint
 
     if options.device != "cpu":
         raise ValueError(f"--dry-run estimates a run on the CPU, and the command has --device {options.device}")
+    latencies = None if options.latency_table is None else LatencyTable.read(options.latency_table)
+    _recovery(options)
+    refine = _refinement(options)
+    check_choices(
+        data=options.data or "chosen later",
+        refine=refine,
+        budget=options.budget if latencies is None else latencies,
+        **{name: getattr(options, name) for name in _SETTINGS},
+    )
     check_apart(Path(options.out), (checkpoint := open_checkpoint(options.checkpoint)).folder)
+    amounts = (options.samples, options.curve_samples, options.held_out)
+    if options.data is not None and min(amounts) < 1:
+        raise ValueError(f"--samples, --curve-samples and --held-out must be at least 1, got {amounts}")
     names = ("samples", "held_out", "batch_size", "allocation", "score", "metric", "curves", "minutes", "granularity")
     workload = Workload(
         **{name: getattr(options, name) for name in (*names, "activations")},
@@ -227,27 +234,15 @@ def _dry_run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(asdict(estimate) | {"problems": problems}))
     else:
-        print("\n".join(_estimate_lines(estimate)))
+        print("\n".join(estimate_lines(estimate)))
+        uncounted = [
+            name for name, value in (("--refine", _refinement(options)), ("--recover", options.recover)) if value
+        ]
+        if uncounted:
+            print(f"memory and time of {' and '.join(uncounted)} are not in the estimate")
     for problem in problems:
         print(f"error: {options.checkpoint}: {problem}", file=sys.stderr)
     return 2 if problems else 0
-
-
-def _estimate_lines(estimate: "Estimate") -> list[str]:
-    """A table of an estimate."""
-    free = "" if estimate.free_memory is None else f", {format_bytes(estimate.free_memory)} free"
-    lines = [
-        f"{estimate.parameters:,} parameters, {estimate.pruned:,} of them in {estimate.matrices:,} matrices to prune",
-        f"memory {format_bytes(sum(estimate.memory.values()))}{free}",
-        *(f"  {use:<28}{format_bytes(size):>12}" for use, size in estimate.memory.items()),
-        f"disk {format_bytes(sum(estimate.disk.values()))}, {format_bytes(estimate.free_disk)} free",
-        *(f"  {use:<28}{format_bytes(size):>12}" for use, size in estimate.disk.items()),
-        f"time about {format_duration(sum(estimate.seconds.values()))} at the rates of this machine as loaded now",
-        *(f"  {use:<28}{format_duration(duration):>12}" for use, duration in estimate.seconds.items()),
-    ]
-    if estimate.reads:
-        lines.append(f"the model does not fit into the free memory: {format_bytes(estimate.reads)} are read from disk")
-    return lines
 
 
 def _refuse_other_settings(options: argparse.Namespace) -> None:
@@ -370,107 +365,3 @@ def split_newest(documents: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str
         first -= 1
         room -= len(documents[first])
     return documents[:first], documents[first:]
-
-
-class _Bar:
-    """Progress and time left: a live bar on a terminal, else a line every 30 seconds."""
-
-    def __init__(self) -> None:
-        self._live: Any = None
-        self._task: Any = None
-        self._began = self._printed = time.monotonic()
-        self._first: int | None = None
-        self._phase = ""
-
-    def __enter__(self) -> "_Bar":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-    def __call__(self, done: int, total: int, name: str) -> None:
-        now = time.monotonic()
-        phase = _PHASES.get(name, "measured {}/{} points")
-        if phase != self._phase:
-            self.__exit__()
-            self._live, self._first, self._phase, self._printed = None, None, phase, now
-        if self._first is None:  # points that an earlier run measured do not count for the rate
-            self._first, self._began = done - 1, now
-        if sys.stderr.isatty():
-            self._show(done, total)
-        elif done == total or (now - self._printed > 30 and done > self._first + 1):
-            self._printed = now
-            left = (now - self._began) / max(done - self._first - 1, 1) * (total - done)
-            text = f"{phase.format(done, total)}, {name}, {format_duration(left)} left"
-            print(text, file=sys.stderr, flush=True)
-
-    def _show(self, done: int, total: int) -> None:
-        if self._live is None:
-            from rich.console import Console
-            from rich.progress import MofNCompleteColumn, Progress
-
-            columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-            self._live = Progress(*columns, console=Console(stderr=True))
-            self._live.start()
-            name = next((name for name, phase in _PHASES.items() if phase == self._phase), "curves")
-            self._task = self._live.add_task(name, total=total, completed=done)
-        self._live.update(self._task, completed=done, total=total)
-
-
-def _spent(budget: dict[str, Any]) -> str:
-    from leanstep.pruning.allocate.allocation import UNITS
-
-    before, after, dense = budget["before"], budget["after"], budget["dense"]
-    removed, requested = 1 - after / dense, 1 - budget["target"] / dense
-    return (
-        f"{after:.6g} {UNITS[budget['kind']]} after, {before:.6g} before: {removed:.4f} of {dense:.6g} removed, "
-        f"{requested:.4f} asked for"
-    )
-
-
-def _recovery_lines(recovery: "RecoveryResult") -> list[str]:
-    names = {"kl": "KL from the dense model", "cross_entropy": "cross-entropy"}
-    lines = [f"recovery       {recovery.settings.steps} steps, {'applied' if recovery.applied else 'not applied'}"]
-    if recovery.before is not None and recovery.after is not None:
-        change = f"{recovery.before.mean:.4g} pruned, {recovery.after.mean:.4g} trained"
-        lines[0] += f"; held out, {names[recovery.metric]}: {change}"
-    if recovery.perplexity is not None:
-        lines.append(f"perplexity     {recovery.perplexity:.2f} recovered")
-    return lines + [f"note           {note}" for note in recovery.notes]
-
-
-def _summary(result: "PruneResult", out: str) -> str:
-    lines = [f"sparsity       {result.sparsity:.4f} of {sum(row['numel'] for row in result.layers()):,} weights"]
-    settings = f"score {result.score}, pattern {result.pattern}, inputs {result.inputs}"
-    lines.append(f"allocation     {result.allocation.method}, {settings}")
-    if result.budget["kind"] != "params":
-        lines.append(f"budget         {_spent(result.budget)}")
-    sources = Counter(curve.source for curve in result.curves.values())
-    if set(sources) - {"measured"}:
-        lines.append("curves         " + ", ".join(f"{number} {source}" for source, number in sources.items()))
-    if result.allocation.predicted is not None:
-        lines.append(f"predicted      {result.allocation.predicted:.4g} ({result.metric}, sum of the curves)")
-    if result.refinement:
-        search = result.refinement
-        first, last = search["points"][0][2], search["points"][-1][2]
-        lines.append(
-            f"refined        {search['accepted']} of {search['evaluations']} exchanges; {result.metric} on the judging "
-            f"data {first:.4g} before, {last:.4g} after"
-        )
-    for one in result.compared:
-        error = "" if one.joint_stderr != one.joint_stderr else f" +- {one.joint_stderr:.2g}"
-        lines.append(
-            f"held out       {one.method}: {one.joint:.4g}{error} together, {one.summed:.4g} summed, ratio "
-            f"{one.ratio:.3f}"
-        )
-    if result.perplexity:
-        before, after = result.perplexity["before"], result.perplexity["after"]
-        lines.append(f"perplexity     {before:.2f} before, {after:.2f} after ({result.perplexity['tokens']:,} targets)")
-    if result.recovery is not None:
-        lines += _recovery_lines(result.recovery)
-    lines += [f"note           {note}" for note in result.notes]
-    lines.append("File size and speed are those of the dense model: zeros alone make neither PyTorch nor vLLM faster.")
-    lines.append(f"To store and run it without the zeros: leanstep export {out} --format sparse --out {out}-sparse")
-    lines.append(f"model, sparsity.json and report.html: {out}")
-    return "\n".join(lines)

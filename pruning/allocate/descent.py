@@ -238,7 +238,7 @@ class _Search:
                 if accepted or descent.ended:
                     break
             else:
-                if descent.round_ == len(STEPS):
+                if descent.round_ >= len(STEPS):  # beyond it where a search that had ended is continued
                     descent.ended = "no exchange"
                 descent.round_, descent.position = descent.round_ + 1, 0
             if accepted:

@@ -45,6 +45,9 @@ class Workload:
         allocation, score, metric, curves, minutes, granularity, sparsity: as for :func:`leanstep.pruning.prune`.
         levels: number of levels of a curve; None: those of the default grid.
         activations, resident: as for :func:`leanstep.pruning.prune_checkpoint`.
+
+    Raises:
+        ValueError: for numbers of samples or tokens that no run takes.
     """
 
     samples: int = 128
@@ -62,6 +65,16 @@ class Workload:
     sparsity: float = 0.5
     activations: str = "memory"
     resident: int = RESIDENT
+
+    def __post_init__(self) -> None:
+        counts = (self.samples, self.curve_samples, self.held_out)
+        if self.batch_size < 1 or min(counts) < 0:
+            raise ValueError(
+                "expected samples, curve_samples and held_out of at least 0 and batch_size of at least 1, got "
+                f"{', '.join(map(str, (*counts, self.batch_size)))}"
+            )
+        if self.tokens is not None and self.tokens < 2:
+            raise ValueError(f"expected at least 2 tokens in a sequence, got {self.tokens}")
 
 
 @dataclass(frozen=True)
@@ -172,14 +185,18 @@ def estimate_pruning(
         steps: of recovery, which writes the folder a second time. Its memory and time are not in the estimate.
 
     Raises:
-        ValueError: for a configuration that transformers cannot open, or nothing to prune.
+        ValueError: for a configuration that transformers cannot open, sequences beyond its positions, or nothing to
+            prune.
     """
     dtype = _most_common_dtype(checkpoint)
     model = empty_model_of(checkpoint, _DTYPES[dtype])
     shapes = _Shapes.of(checkpoint, model, _BYTES[dtype], prunable_names(model, include=include, exclude=exclude))
+    positions = position_count(checkpoint.config, checkpoint.folder)
     tokens = workload.tokens
     if tokens is None:
-        tokens = min(position_count(checkpoint.config, checkpoint.folder) or 1, 2048)
+        tokens = min(positions or 1, 2048)
+    elif tokens > (positions or tokens):
+        raise ValueError(f"a sequence has at most the model's {positions} positions, got {tokens} tokens")
     activations = _activations(shapes, workload, tokens, _BYTES[dtype])
     memory = {
         "libraries": psutil.Process().memory_info().rss,

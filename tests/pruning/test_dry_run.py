@@ -164,3 +164,31 @@ def test_the_estimated_memory_is_near_the_measured_peak(score, tmp_path):
     # beyond the libraries, which both have
     ratio = (estimated - libraries) / (measured - libraries)
     assert 0.8 < ratio < 2.5, numbers
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch-size", "0"], "batch_size of at least 1"),
+        (["--samples", "0"], "must be at least 1"),
+        (["--seq-len", "99999"], "at most the model's 128 positions"),
+        (["--sparsity", "1.5"], "must lie between 0 and 1"),
+        (["--allocation", "uniform", "--refine", "1"], "refine searches from the allocation"),
+        (["--recover-lr", "1"], "--recover-lr goes with --recover"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_refuses(options, message, tmp_path, capsys):
+    config = LlamaConfig(
+        vocab_size=16,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    command = ["prune", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--sparsity", "0.5", "--dry-run"]
+    assert main([*command, "--data", "text.txt", *options]) == 2
+    assert message in capsys.readouterr().err
+    assert main([*command, "--data", "text.txt", "--refine", "1"]) == 0
+    assert "memory and time of --refine are not in the estimate" in capsys.readouterr().out

@@ -176,6 +176,27 @@ def test_an_interrupted_search_goes_on_to_the_same_end(tmp_path, stop):
     assert file.read() == again
 
 
+def test_a_search_that_ended_without_an_exchange_ends_again_when_continued(tmp_path):
+    class Nothing(ExchangeSpace):
+        drawn = 0
+
+        def proposals(self, *given):
+            return iter(())
+
+        def random(self, *given):
+            self.drawn += 1
+            assert self.drawn < 1000, "the search does not end"
+
+    layers, curves, budget, space = space_of()
+    counts = allocate(layers, budget=budget, curves=curves).counts
+    file = SearchFile(tmp_path / "out.refine.json", {})
+    for _ in range(3):
+        descent = descend(
+            AdditiveJudge(counts), Nothing(list(space.levels.values()), space.target), Refinement(minutes=5), file
+        )
+        assert descent.ended == "no exchange" and descent.evaluations == 0
+
+
 def test_another_search_and_damage_are_refused(tmp_path):
     path = tmp_path / "out.refine.json"
     descent = Descent({"a": 5}, 3, points=[(0, 0.0, 1.0, math.nan), (2, 0.5, 0.5, 0.25)])

@@ -18,7 +18,7 @@ from leanstep.pruning.measure.checks import Trial
 from leanstep.pruning.measure.measure import weights_hash
 from leanstep.pruning.result import Additivity
 from leanstep.pruning.score.targets import count_uses
-from leanstep.recipes.prune import _summary
+from leanstep.recipes.prune_output import summary_of
 from leanstep.sparsity import is_nm
 
 LEVELS = (0.3, 0.6, 0.8, 0.9)
@@ -142,7 +142,7 @@ def test_a_sum_that_is_not_near_what_it_stands_for_is_told_where_it_was_taken(cu
         assert bool(note) == told, joint
         assert not told or f"{joint:.2f} times the sum" in note
     # the notes are in the summary of the command and in the report
-    assert "may do better" in _summary(replace(result, notes=[note]), "out")
+    assert "may do better" in summary_of(replace(result, notes=[note]), "out")
     assert "may do better" in report_page({**result.to_dict(), "notes": [note]})
 
 

@@ -183,6 +183,18 @@ def test_the_result_is_the_best_on_held_out_data(curves, monkeypatch):
     assert result.allocation.method == "dp" and "the refined allocation costs" in result.notes[0]
 
 
+def test_an_allocation_whose_outputs_overflow_is_not_applied(curves, monkeypatch):
+    measured = Trial.additivity
+
+    def overflowing(self, measurement, allocation, *, stay):
+        cost = measured(self, measurement, allocation, stay=stay)
+        return replace(cost, joint=math.nan) if allocation.method == "dp" else cost
+
+    monkeypatch.setattr(Trial, "additivity", overflowing)
+    result = prune(make_llama(2), tokens(10), sparsity=0.6, curves=curves)
+    assert result.allocation.method == "uniform"
+
+
 @pytest.mark.parametrize(
     "settings", [{"pattern": "N:8"}, {"granularity": "role"}, {"budget": "bytes"}, {"inputs": "dense"}]
 )

@@ -1,0 +1,143 @@
+"""What ``leanstep prune`` prints: progress, the summary of a result, and the table of an estimate."""
+
+import sys
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from leanstep._files import format_bytes
+from leanstep.recipes.training.formatting import format_duration
+
+if TYPE_CHECKING:
+    from leanstep.pruning import Estimate, PruneResult, RecoveryResult
+
+# what is counted in a phase of progress, by its name; others are points of curves
+_PHASES = {
+    "recovery": "taken {}/{} steps",
+    "refinement": "judged {}/{} exchanges",
+    "refinement time": "searched {}/{} seconds",
+}
+
+
+def estimate_lines(estimate: "Estimate") -> list[str]:
+    """A table of an estimate."""
+    free = "" if estimate.free_memory is None else f", {format_bytes(estimate.free_memory)} free"
+    lines = [
+        f"{estimate.parameters:,} parameters, {estimate.pruned:,} of them in {estimate.matrices:,} matrices to prune",
+        f"memory {format_bytes(sum(estimate.memory.values()))}{free}",
+        *(f"  {use:<28}{format_bytes(size):>12}" for use, size in estimate.memory.items()),
+        f"disk {format_bytes(sum(estimate.disk.values()))}, {format_bytes(estimate.free_disk)} free",
+        *(f"  {use:<28}{format_bytes(size):>12}" for use, size in estimate.disk.items()),
+        f"time about {format_duration(sum(estimate.seconds.values()))} at the rates of this machine as loaded now",
+        *(f"  {use:<28}{format_duration(duration):>12}" for use, duration in estimate.seconds.items()),
+    ]
+    if estimate.reads:
+        lines.append(f"the model does not fit into the free memory: {format_bytes(estimate.reads)} are read from disk")
+    return lines
+
+
+class ProgressBar:
+    """Progress and time left: a live bar on a terminal, else a line every 30 seconds."""
+
+    def __init__(self) -> None:
+        self._live: Any = None
+        self._task: Any = None
+        self._began = self._printed = time.monotonic()
+        self._first: int | None = None
+        self._phase = ""
+
+    def __enter__(self) -> "ProgressBar":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def __call__(self, done: int, total: int, name: str) -> None:
+        """Show that ``done`` of ``total`` are done; ``name`` is a phase, or the matrix of a measured point."""
+        now = time.monotonic()
+        phase = _PHASES.get(name, "measured {}/{} points")
+        if phase != self._phase:
+            self.__exit__()
+            self._live, self._first, self._phase, self._printed = None, None, phase, now
+        if self._first is None:  # points that an earlier run measured do not count for the rate
+            self._first, self._began = done - 1, now
+        if sys.stderr.isatty():
+            self._show(done, total)
+        elif done == total or (now - self._printed > 30 and done > self._first + 1):
+            self._printed = now
+            left = (now - self._began) / max(done - self._first - 1, 1) * (total - done)
+            text = f"{phase.format(done, total)}, {name}, {format_duration(left)} left"
+            print(text, file=sys.stderr, flush=True)
+
+    def _show(self, done: int, total: int) -> None:
+        if self._live is None:
+            from rich.console import Console
+            from rich.progress import MofNCompleteColumn, Progress
+
+            columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+            self._live = Progress(*columns, console=Console(stderr=True))
+            self._live.start()
+            name = next((name for name, phase in _PHASES.items() if phase == self._phase), "curves")
+            self._task = self._live.add_task(name, total=total, completed=done)
+        self._live.update(self._task, completed=done, total=total)
+
+
+def _spent(budget: dict[str, Any]) -> str:
+    from leanstep.pruning.allocate.allocation import UNITS
+
+    before, after, dense = budget["before"], budget["after"], budget["dense"]
+    removed, requested = 1 - after / dense, 1 - budget["target"] / dense
+    return (
+        f"{after:.6g} {UNITS[budget['kind']]} after, {before:.6g} before: {removed:.4f} of {dense:.6g} removed, "
+        f"{requested:.4f} asked for"
+    )
+
+
+def recovery_lines(recovery: "RecoveryResult") -> list[str]:
+    """Lines about the training after pruning."""
+    names = {"kl": "KL from the dense model", "cross_entropy": "cross-entropy"}
+    lines = [f"recovery       {recovery.settings.steps} steps, {'applied' if recovery.applied else 'not applied'}"]
+    if recovery.before is not None and recovery.after is not None:
+        change = f"{recovery.before.mean:.4g} pruned, {recovery.after.mean:.4g} trained"
+        lines[0] += f"; held out, {names[recovery.metric]}: {change}"
+    if recovery.perplexity is not None:
+        lines.append(f"perplexity     {recovery.perplexity:.2f} recovered")
+    return lines + [f"note           {note}" for note in recovery.notes]
+
+
+def summary_of(result: "PruneResult", out: str) -> str:
+    """Lines about a result that was written to the folder ``out``."""
+    lines = [f"sparsity       {result.sparsity:.4f} of {sum(row['numel'] for row in result.layers()):,} weights"]
+    settings = f"score {result.score}, pattern {result.pattern}, inputs {result.inputs}"
+    lines.append(f"allocation     {result.allocation.method}, {settings}")
+    if result.budget["kind"] != "params":
+        lines.append(f"budget         {_spent(result.budget)}")
+    sources = Counter(curve.source for curve in result.curves.values())
+    if set(sources) - {"measured"}:
+        lines.append("curves         " + ", ".join(f"{number} {source}" for source, number in sources.items()))
+    if result.allocation.predicted is not None:
+        lines.append(f"predicted      {result.allocation.predicted:.4g} ({result.metric}, sum of the curves)")
+    if result.refinement:
+        search = result.refinement
+        first, last = search["points"][0][2], search["points"][-1][2]
+        lines.append(
+            f"refined        {search['accepted']} of {search['evaluations']} exchanges; {result.metric} on the judging "
+            f"data {first:.4g} before, {last:.4g} after"
+        )
+    for one in result.compared:
+        error = "" if one.joint_stderr != one.joint_stderr else f" +- {one.joint_stderr:.2g}"
+        lines.append(
+            f"held out       {one.method}: {one.joint:.4g}{error} together, {one.summed:.4g} summed, ratio "
+            f"{one.ratio:.3f}"
+        )
+    if result.perplexity:
+        before, after = result.perplexity["before"], result.perplexity["after"]
+        lines.append(f"perplexity     {before:.2f} before, {after:.2f} after ({result.perplexity['tokens']:,} targets)")
+    if result.recovery is not None:
+        lines += recovery_lines(result.recovery)
+    lines += [f"note           {note}" for note in result.notes]
+    lines.append("File size and speed are those of the dense model: zeros alone make neither PyTorch nor vLLM faster.")
+    lines.append(f"To store and run it without the zeros: leanstep export {out} --format sparse --out {out}-sparse")
+    lines.append(f"model, sparsity.json and report.html: {out}")
+    return "\n".join(lines)
