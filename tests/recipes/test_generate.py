@@ -1,6 +1,7 @@
 """The commands generate and bench, on dense and sparse folders."""
 
 import json
+import time
 from xml.etree import ElementTree
 
 import pytest
@@ -9,6 +10,7 @@ from pruned_models import make_llama, save_tokenizer
 from sparse_folders import save_sparse
 
 from leanstep.cli import main
+from leanstep.recipes import generate
 from leanstep.sparsity import export_folder
 
 
@@ -44,6 +46,19 @@ def test_a_sparse_folder_is_evaluated_like_its_dense_one(folders, tmp_path, caps
     sparse, dense = (answer(capsys, "eval", folders / kind, *options) for kind in ("sparse", "dense"))
     assert sparse["parameters"] == dense["parameters"]
     assert sparse["loss"] == pytest.approx(dense["loss"], rel=1e-5)
+
+
+def test_the_rate_does_not_include_the_first_pass(folders, capsys, monkeypatch):
+    opened, pauses = generate.open_generator, [3.0]
+
+    def open_slowly(*arguments):
+        model = opened(*arguments)
+        model.register_forward_pre_hook(lambda *_: time.sleep(pauses.pop() if pauses else 0))
+        return model
+
+    monkeypatch.setattr(generate, "open_generator", open_slowly)
+    result = answer(capsys, "generate", folders / "dense", "Hello", "--max-new-tokens", 2, "--json")
+    assert not pauses and result["tokens"] == 2 and result["seconds"] < 2.5
 
 
 def test_samples_come_from_the_seed(folders, capsys):
