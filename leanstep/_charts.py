@@ -1,6 +1,6 @@
-"""Line charts and heat maps as inline SVG, without scripts, fonts or other files.
+"""Line charts and heat maps as inline SVG, and bar charts as SVG files, without scripts, fonts or other files.
 
-``templates/chart.html`` and ``templates/heat_map.html`` have the markup.
+``templates/chart.html``, ``templates/heat_map.html`` and ``templates/bars.svg`` have the markup.
 
 Curves have the classes ``c0`` to ``c7``, whose colours ``templates/style.css`` defines.
 """
@@ -16,6 +16,7 @@ COLORS = 8
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 10, 40
 _HEAT_WIDTH = 940
+_BARS_WIDTH, _BAR_HEIGHT, _NAME_LENGTH = 720, 22, 32
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,15 @@ class Events:
 
     name: str
     x: Sequence[float]
+    texts: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One quantity of a bar chart: a value and its text for every name, at least 0."""
+
+    title: str
+    values: Sequence[float]
     texts: Sequence[str]
 
 
@@ -295,6 +305,39 @@ def heat_map(
             )
             for (row, column), value in finite.items()
         ],
+    )
+
+
+def bars(names: Sequence[str], quantities: Sequence[Quantity], *, title: str, notes: Sequence[str] = ()) -> str:
+    """Draw bars of several quantities and return an SVG file, in light or dark colours as the reader's screen is.
+
+    Args:
+        names: what is compared; each has a colour. Longer ones keep their last 32 characters and are whole on hover.
+        quantities: one block of bars each; the longest bar of a block fills its width.
+        title: the first line.
+        notes: lines below the bars.
+    """
+    shown = [name if len(name) <= _NAME_LENGTH else f"…{name[1 - _NAME_LENGTH :]}" for name in names]
+    left = 24 + 7.5 * max(map(len, shown), default=0)
+    widest = _BARS_WIDTH - left - 110  # room for the value's text
+    blocks, y = [], 52.0
+    for quantity in quantities:
+        largest = max(quantity.values, default=0.0) or 1.0
+        lengths = [max(1.0, widest * value / largest) for value in quantity.values]
+        tops = [y + 12 + _BAR_HEIGHT * index for index in range(len(names))]
+        blocks.append((quantity.title, y, list(zip(names, shown, tops, lengths, quantity.texts, strict=True))))
+        y += 12 + _BAR_HEIGHT * len(names) + 28
+    return render(
+        TEMPLATES / "bars.svg",
+        title=title,
+        notes=[(y + 18 * index, text) for index, text in enumerate(notes)],
+        width=_BARS_WIDTH,
+        height=y + 18 * len(notes),
+        left=left,
+        bar=_BAR_HEIGHT - 6,
+        blocks=blocks,
+        colors=COLORS,
+        px="{:.1f}".format,
     )
 
 

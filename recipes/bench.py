@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from leanstep._arguments import OneLineParser
-from leanstep._files import format_bytes, one_line
+from leanstep._charts import Quantity, bars
+from leanstep._files import format_bytes, one_line, write_text
 from leanstep.recipes.evaluate import find_model_folder, positive
 from leanstep.recipes.generate import open_generator
 
@@ -27,6 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     print(json.dumps(result, indent=2) if options.json else _table(result))
+    if options.picture:
+        try:
+            write_text(options.picture, _picture(result))
+        except OSError as error:
+            print(f"error: the picture was not written: {one_line(error)}", file=sys.stderr)
+            return 2
     return 0
 
 
@@ -43,8 +50,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="turns; default 5")
     parser.add_argument("--threads", type=positive, metavar="N", help="of torch; default: as torch sets it")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ...; default cpu")
+    parser.add_argument("--picture", type=_svg, metavar="FILE", help="draw the table as bars into FILE, an .svg")
     parser.add_argument("--json", action="store_true", help="print one JSON object, with every time")
     return parser
+
+
+def _svg(text: str) -> Path:
+    path = Path(text)
+    if path.suffix != ".svg" or path.is_dir():
+        raise argparse.ArgumentTypeError(f"must be the path of an .svg file, got {text!r}")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"the folder {str(path.parent)!r} is not there; create it first")
+    return path
 
 
 def _bench(options: argparse.Namespace) -> dict[str, Any]:
@@ -148,21 +165,45 @@ def _resident() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def _names(result: dict[str, Any]) -> list[str]:
+    """Return the last parts of the folders' paths, as many as tell them apart."""
+    paths = [Path(row["folder"]).absolute().parts for row in result["checkpoints"]]
+    lengths = range(1, max(map(len, paths)) + 1)
+    length = next(n for n in lengths if len({path[-n:] for path in paths}) == len(set(paths)))
+    return [str(Path(*path[-length:])) for path in paths]
+
+
 def _table(result: dict[str, Any]) -> str:
     rows = [("FOLDER", "DTYPE", "FILES", "WEIGHTS", "RESIDENT", "PROMPT/S", "NEW/S", "RATIO")]
     last = result["checkpoints"][-1]["generation_tokens_per_second"]
-    for row in result["checkpoints"]:
+    for name, row in zip(_names(result), result["checkpoints"], strict=True):
         sizes = (format_bytes(row[key]) for key in ("file_bytes", "weight_bytes", "resident_bytes"))
         prompt, generation = row["prompt_tokens_per_second"], row["generation_tokens_per_second"]
-        name = Path(row["folder"]).name or row["folder"]
         rows.append((name, row["dtype"], *sizes, f"{prompt:.1f}", f"{generation:.1f}", f"{generation / last:.2f}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(
-        [
-            *lines,
-            f"tokens per second, medians of {result['repeats']} turns: a prompt of {result['prompt_tokens']}; "
-            f"{result['new_tokens']} new ones after a prompt of 1; batch {result['batch_size']}; ratio of new tokens "
-            f"to the last row; {result['threads']} threads, load {result['load']:.1f}",
-        ]
-    )
+    return "\n".join([*lines, *_notes(result), "ratio: new tokens per second beside those of the last row"])
+
+
+def _picture(result: dict[str, Any]) -> str:
+    quantities = [
+        _quantity(result, "New tokens per second", "generation_tokens_per_second", "{:.1f}".format),
+        _quantity(result, "Tokens per second of the prompt", "prompt_tokens_per_second", "{:.1f}".format),
+        _quantity(result, "Resident memory", "resident_bytes", format_bytes),
+        _quantity(result, "Weight files", "file_bytes", format_bytes),
+    ]
+    return bars(_names(result), quantities, title="leanstep bench", notes=_notes(result))
+
+
+def _quantity(result: dict[str, Any], title: str, key: str, text: Callable[[float], str]) -> Quantity:
+    # resident memory can fall while a model loads, where the process gives other memory back
+    values = [max(0.0, row[key]) for row in result["checkpoints"]]
+    return Quantity(title, values, [text(value) for value in values])
+
+
+def _notes(result: dict[str, Any]) -> list[str]:
+    return [
+        f"tokens per second: medians of {result['repeats']} turns, batch {result['batch_size']}",
+        f"a prompt of {result['prompt_tokens']} tokens; {result['new_tokens']} new ones after a prompt of 1",
+        f"{result['device']}, {result['threads']} threads, load {result['load']:.1f}",
+    ]

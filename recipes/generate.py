@@ -83,13 +83,21 @@ def _generate(options: argparse.Namespace) -> dict[str, Any]:
         settings["temperature"] = options.temperature
     if tokenizer.pad_token_id is None:
         settings["pad_token_id"] = tokenizer.eos_token_id or 0
+    inputs = inputs.to(options.device)
+    _warm_up(model, inputs, settings)
     torch.manual_seed(options.seed)
     begin = time.perf_counter()
-    tokens = model.generate(**inputs.to(options.device), **settings)[0, count:]
+    tokens = model.generate(**inputs, **settings)[0, count:]
     seconds = time.perf_counter() - begin
     text = tokenizer.decode(tokens, skip_special_tokens=True)
     facts = {"tokens": len(tokens), "seconds": seconds, "tokens_per_second": len(tokens) / seconds}
     return {"checkpoint": str(folder), "prompt": options.prompt, "text": text, **facts}
+
+
+def _warm_up(model: Any, inputs: Any, settings: dict[str, Any]) -> None:
+    """Generate from the end of the prompt, so that the time measured afterwards does not include compiling kernels."""
+    few = {"max_new_tokens": min(2, settings["max_new_tokens"]), "eos_token_id": None}
+    model.generate(**{name: tensor[:, -32:] for name, tensor in inputs.items()}, **{**settings, **few})
 
 
 def open_generator(folder: Any, device: str) -> Any:

@@ -122,13 +122,16 @@ def _library(name: str, macros: tuple[tuple[str, str | int], ...]) -> ctypes.CDL
 
 
 def _load_prebuilt(name: str, macros: Mapping[str, str | int]) -> ctypes.CDLL:
-    """Load the best prebuilt library for this processor. Raises OSError if there is none, or the loader refuses it."""
-    paths = _prebuilt.find(name, macros)
-    if not paths:
-        flags = ", ".join(f"{key}={value}" for key, value in sorted(macros.items()))
-        raise FileNotFoundError(f"no prebuilt {name} with {flags}")
-    _share_openmp()
-    return ctypes.CDLL(str(paths[0]))
+    """Load the best prebuilt library that the loader takes. Raises OSError if there is none for this processor."""
+    flags = ", ".join(f"{key}={value}" for key, value in sorted(macros.items()))
+    refused: OSError = FileNotFoundError(f"no prebuilt {name} with {flags}")
+    for path in _prebuilt.find(name, macros):
+        _share_openmp()
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError as error:
+            refused = error
+    raise refused
 
 
 @functools.cache

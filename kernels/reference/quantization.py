@@ -4,8 +4,8 @@ A row is all that one index of the first dimension selects, so a shard along dim
 
 * A code is the sign of a value and 7 bits of the floating-point number z = 1 + |value| / scale: 3 bits of exponent and
   4 of mantissa. Neighbours are 3 % to 6 % of z apart, so entries down to a thousandth of the block's largest survive.
-* scale = largest magnitude of the block / 247, so z is at most 248, which has code 127. A block with a scale below
-  2**-100 becomes 0. A block with an infinite or NaN entry becomes NaN.
+* scale = largest magnitude of the block / 247, so z is at most 248, which has code 127; -128 is no code.
+  A block with a scale below 2**-100 becomes 0. A block with an infinite or NaN entry becomes NaN.
 * Rounding is stochastic, because nearest loses slow changes: a momentum of weight 0.99 moves by 1 % of its distance to
   the gradient, less than half the distance between codes. In fp64, with gradients of constant size of which half change
   their sign for good, four of five of these signs never arrive in a momentum that is rounded to nearest. All arrive

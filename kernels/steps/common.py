@@ -94,8 +94,6 @@ def call_groups(
 ) -> None:
     """Call C++ once per group of equal dtypes. Clear ``covered`` where a kernel is not built and cannot be.
 
-        cpp: takes indices, and the tensors there, of one dtype per list. It loads its kernel before it writes.
-
     Args:
         lists: of equal length.
         covered: per index, whether C++ takes the tensors; written.

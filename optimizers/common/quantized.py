@@ -32,7 +32,9 @@ def scale_key(key: str) -> str:
 
 def quantized_rules(key: str, *, squares: bool = False) -> dict[str, StateRule]:
     """Return what loading accepts of an average in codes. Scales may be infinite or NaN, as other averages."""
-    codes = StateRule((torch.uint8 if squares else torch.int8,), shaped=True)
+    codes = StateRule((torch.uint8,), shaped=True)
+    if not squares:  # -128 is no code, and kernels do not agree on its value
+        codes = StateRule((torch.int8,), shaped=True, least=-127, most=127)
     # the step count seeds the rounding of the codes
     return {key: codes, scale_key(key): StateRule((torch.float32,)), "step": COUNT._replace(required=True)}
 

@@ -178,7 +178,10 @@ def _check_values(part: Tensor, rule: StateRule) -> None:
         return
     least = -math.inf if rule.least is None else rule.least
     most = math.inf if rule.most is None else rule.most
-    wide = part.detach().to(torch.float64)
+    part = part.detach()
+    if part.numel() and not part.dtype.is_floating_point:  # codes are as many as parameters: no copy of them
+        part = torch.stack(part.aminmax())
+    wide = part.to(torch.float64)
     good = (wide >= least) & (wide <= most)
     if rule.whole:
         good &= wide == wide.floor()

@@ -108,6 +108,12 @@ def test_ordinary_steps_use_listed_kernels(optimizer, options, calls):
     assert calls and calls <= listed
 
 
+def test_maximizing_adamw_is_listed_because_no_definition_stands_in_for_its_kernel(calls):
+    steps(SinkGD, dtype=torch.bfloat16, maximize=True)
+    listed = {_prebuilt.file_name(kernel, macros) for kernel, macros in _prebuilt.variants()}
+    assert "steps-adamw_step-MAXIMIZE_1.so" in calls & listed
+
+
 # ---- an installation with few prebuilt kernels and without a compiler
 
 
@@ -194,6 +200,12 @@ class TestWithoutCompiler:
         folder = installed(FLAGS, compiler=True)
         (folder / _prebuilt.file_name(*FLAGS)).write_bytes(b"\x7fELF")
         assert choose("lion_step", CPU, torch.float32).backend == "cpp", "built by the compiler instead"
+
+    def test_a_library_of_a_lower_level_stands_in_for_a_damaged_one(self, installed, monkeypatch, tmp_path):
+        good = installed(FLAGS) / _prebuilt.file_name(*FLAGS)
+        (damaged := tmp_path / "damaged.so").write_bytes(b"\x7fELF")
+        monkeypatch.setattr(_prebuilt, "find", lambda kernel, macros: [damaged, good])
+        assert _build.library(*FLAGS)._name == str(good)
 
     def test_prebuilt_kernels_can_be_refused(self, installed, monkeypatch):
         installed(FLAGS, LION)

@@ -100,6 +100,23 @@ def test_codes_without_scales_are_refused():
     assert torch.equal(decoded(target, others[0]), before)
 
 
+def test_a_byte_that_is_no_code_is_refused():
+    """-128, which no step writes: kernels do not agree on its value."""
+    source, params = build()
+    run(source, params, range(2))
+    damaged = copy.deepcopy(source.state_dict())
+    damaged["state"][1]["exp_avg"][2, 3] = -128
+    target, others = build()
+    run(target, others, range(1))
+    before = decoded(target, others[1])
+    with pytest.raises(ValueError, match=r"exp_avg.*expected numbers in \[-127, 127\], got -128"):
+        target.load_state_dict(damaged)
+    assert torch.equal(decoded(target, others[1]), before)
+    damaged["state"][1]["exp_avg"][2, 3] = -127
+    target.load_state_dict(damaged)
+    assert target.state[others[1]]["exp_avg"][2, 3] == -127
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, "float8_e4m3fn"])
 @pytest.mark.parametrize("cls", [Lion, SinkGD, LANTON])
 def test_dtypes_of_8_bit_floating_point_are_refused_by_name(cls, dtype):

@@ -11,10 +11,14 @@ import torch.distributed as dist
 from documentation import PAGES, ROOT, blocks, command_lines, leanstep_arguments, programs
 
 from leanstep import cli
-from leanstep.recipes import evaluate
+from leanstep.recipes import bench, evaluate, generate, prune
 from leanstep.recipes.config import loader
 from leanstep.recipes.sweep import command as sweep_command
 from leanstep.recipes.sweep.grid import make_plan
+
+# commands that have a parser of their own
+OWN_PARSERS = {module.__name__.rpartition(".")[2]: module._parser for module in (prune, generate, bench)}
+OWN_PARSERS["eval"] = evaluate._parser
 
 PROGRAMS = [(page, number, code) for page in PAGES for number, code in enumerate(programs(page))]
 COMMANDS = list(dict.fromkeys(line for page in PAGES for line in command_lines(page)))
@@ -79,7 +83,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 @pytest.mark.parametrize("arguments", LEANSTEP, ids=" ".join)
 def test_leanstep_commands_parse(arguments):
     _, overrides = parse(arguments)
-    if arguments[0] != "eval":  # has a parser of its own, below
+    if arguments[0] not in OWN_PARSERS:
         assert all("=" in word and not word.startswith("-") for word in overrides), overrides
 
 
@@ -89,9 +93,9 @@ def test_a_command_that_does_not_exist_does_not_parse(capsys):
     assert "did you mean 'train'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [a for a in LEANSTEP if a[0] == "eval"], ids=" ".join)
-def test_eval_commands_parse(arguments):
-    evaluate._parser().parse_args(arguments[1:])
+@pytest.mark.parametrize("arguments", [a for a in LEANSTEP if a[0] in OWN_PARSERS], ids=" ".join)
+def test_commands_with_a_parser_of_their_own_parse(arguments):
+    OWN_PARSERS[arguments[0]]().parse_args(arguments[1:])
 
 
 @pytest.mark.parametrize("arguments", [a for a in LEANSTEP if a[0] in {"train", "check"}], ids=" ".join)

@@ -1,6 +1,8 @@
 """The commands generate and bench, on dense and sparse folders."""
 
 import json
+import time
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from pruned_models import make_llama, save_tokenizer
 from sparse_folders import save_sparse
 
 from leanstep.cli import main
+from leanstep.recipes import generate
 from leanstep.sparsity import export_folder
 
 
@@ -43,6 +46,19 @@ def test_a_sparse_folder_is_evaluated_like_its_dense_one(folders, tmp_path, caps
     sparse, dense = (answer(capsys, "eval", folders / kind, *options) for kind in ("sparse", "dense"))
     assert sparse["parameters"] == dense["parameters"]
     assert sparse["loss"] == pytest.approx(dense["loss"], rel=1e-5)
+
+
+def test_the_rate_does_not_include_the_first_pass(folders, capsys, monkeypatch):
+    opened, pauses = generate.open_generator, [3.0]
+
+    def open_slowly(*arguments):
+        model = opened(*arguments)
+        model.register_forward_pre_hook(lambda *_: time.sleep(pauses.pop() if pauses else 0))
+        return model
+
+    monkeypatch.setattr(generate, "open_generator", open_slowly)
+    result = answer(capsys, "generate", folders / "dense", "Hello", "--max-new-tokens", 2, "--json")
+    assert not pauses and result["tokens"] == 2 and result["seconds"] < 2.5
 
 
 def test_samples_come_from_the_seed(folders, capsys):
@@ -84,6 +100,49 @@ def test_a_benchmark_measures_every_folder_in_turns(folders, capsys):
     assert main(["bench", str(folders / "dense"), *map(str, sizes)]) == 0
     text = capsys.readouterr().out
     assert text.startswith("FOLDER") and "1.00" in text and "load" in text
-    assert "a prompt of 8; 4 new ones after a prompt of 1" in text
+    assert "a prompt of 8 tokens; 4 new ones after a prompt of 1" in text
     assert main(["bench", str(folders / "dense"), "--prompt-tokens", "80"]) == 2
     assert "144 tokens are asked for and the model has 64 positions" in capsys.readouterr().err
+
+
+def test_a_benchmark_draws_its_table(folders, tmp_path, capsys):
+    run = tmp_path / "a <run> & more, with a name of many characters"
+    run.mkdir()
+    (run / "final").symlink_to(folders / "dense", target_is_directory=True)
+    picture = tmp_path / "bench.svg"
+    sizes = ("--prompt-tokens", 8, "--new-tokens", 2, "--repeats", 1, "--picture", picture, "--json")
+    result = answer(capsys, "bench", folders / "sparse", "--against", run / "final", *sizes)
+    root = ElementTree.parse(picture).getroot()
+    texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    for row in result["checkpoints"]:
+        assert f"{row['generation_tokens_per_second']:.1f}" in texts
+    assert "a prompt of 8 tokens; 2 new ones after a prompt of 1" in texts
+    rects = [element for element in root.iter("{http://www.w3.org/2000/svg}rect") if element.get("class") != "page"]
+    width, height = (float(root.get(key)) for key in ("width", "height"))
+    assert len(rects) == 8
+    for rect in rects:
+        x, y, wide, high = (float(rect.get(key)) for key in ("x", "y", "width", "height"))
+        assert 0 < x < x + wide <= width - 100 and 0 < y < y + high < height
+    files = [float(rect.get("width")) for rect in rects[-2:]]
+    sparse, dense = (row["file_bytes"] for row in result["checkpoints"])
+    assert files[0] / files[1] == pytest.approx(sparse / dense, abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    "name, message", [("bench.png", "must be the path of an .svg file"), ("none/bench.svg", "is not there")]
+)
+def test_a_picture_that_cannot_be_written_is_told_before_measuring(folders, monkeypatch, capsys, name, message):
+    monkeypatch.chdir(folders)
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", "dense", "--picture", name])
+    assert message in capsys.readouterr().err
+
+
+def test_folders_of_one_name_are_told_apart(folders, tmp_path, capsys):
+    for run in ("first", "second"):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "final").symlink_to(folders / "dense", target_is_directory=True)
+    sizes = map(str, ("--prompt-tokens", 8, "--new-tokens", 2, "--repeats", 1))
+    assert main(["bench", str(tmp_path / "first"), "--against", str(tmp_path / "second"), *sizes]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("first/final ") and lines[2].startswith("second/final ")
