@@ -18,6 +18,7 @@ import os, socket
 import pytest, torch
 
 @pytest.mark.interpret
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["a", "b c"])
 def test_runs_in_the_interpreter_on_dirty_memory(name):
     assert os.environ["TRITON_INTERPRET"] == "1"
