@@ -43,7 +43,10 @@ def folder(tmp_path_factory):
 
 
 def bits(state):
-    return {name: (str(tensor.dtype), tuple(tensor.shape), tensor.numpy().tobytes()) for name, tensor in state.items()}
+    return {
+        name: (str(tensor.dtype), tuple(tensor.shape), tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        for name, tensor in state.items()
+    }
 
 
 @pytest.fixture(scope="module")

@@ -111,7 +111,7 @@ def test_slow_changes_arrive(monkeypatch):
     momentum, _ = momenta_of(gradients, range(1400))
     change = flipped != sizes
     assert (momentum.sign() != flipped.sign())[change].double().mean() < 0.002
-    monkeypatch.setattr(quantization, "_random16", lambda blocks, *_: torch.full_like(blocks, 2**15, dtype=torch.int32))
+    monkeypatch.setattr(quantization, "random_bits", lambda pairs, *_, **__: torch.full_like(pairs, 2**31 + 2**15))
     momentum, _ = momenta_of(gradients, range(1400))
     assert 0.7 < (momentum.sign() != flipped.sign())[change].double().mean() < 0.95
 

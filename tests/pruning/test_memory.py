@@ -37,7 +37,7 @@ print(peak() - before)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     models = tmp_path_factory.mktemp("memory")
-    for name, hidden, layers in (("small", 32, 1), ("large", 512, 12)):
+    for name, hidden, layers in (("small", 32, 1), ("large", 512, 24)):
         config = LlamaConfig(
             vocab_size=64,
             hidden_size=hidden,
@@ -58,5 +58,5 @@ def test_memory_is_bounded_by_a_block_and_not_by_the_model(allocation, granulari
     command = [sys.executable, "-P", "-c", PEAK, str(folder), allocation, granularity, str(resident)]
     grown = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     size = (folder / "large" / "model.safetensors").stat().st_size
-    # one matrix of a model of 12 blocks and its ranking, or all matrices of one block
-    assert grown < 0.5 * size, grown / size
+    # one matrix of a model of 24 blocks and its ranking; or those of one block, about ten times its size (measured 0.4)
+    assert grown < 0.6 * size, grown / size

@@ -249,7 +249,7 @@ def test_what_cannot_be_exported_is_named(tmp_path, capsys):
     refused("is, contains or lies in the checkpoint", dense, dense / "inside")
     refused("is no folder", tmp_path / "nowhere", tmp_path / "out")
     refused("format should be sparse or dense, got 'onnx'", dense, tmp_path / "out", format="onnx")
-    refused("values should be int8, of the format sparse, got 'int3'", dense, tmp_path / "out", values="int3")
+    refused("values should be int8 or int4, of the format sparse, got 'int3'", dense, tmp_path / "out", values="int3")
     refused("of the format sparse, got 'int8'", sparse, tmp_path / "out", format="dense", values="int8")
     (dense / "config.json").write_text(json.dumps(config(dense) | {"quantization_config": {"quant_method": "gptq"}}))
     refused("is quantised", dense, tmp_path / "out")
