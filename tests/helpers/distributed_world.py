@@ -33,8 +33,9 @@ _PRELOAD = (
     "torch.distributed.tensor",
 )
 
-# how the end of a process reads that the system killed, or somebody else: no code of ours raises this signal
-_KILLED = f"(exit code {-signal.SIGKILL})"
+# How the end of a process reads that the system killed, as it does when memory is short, or that torch aborted: its
+# threads end a process now and then with "terminate called without an active exception".
+_KILLED = tuple(f"(exit code {-number})" for number in (signal.SIGKILL, signal.SIGABRT))
 
 # the longest that processes wait for one another: a check that fails on one of them leaves the others waiting
 _PATIENCE = 30
@@ -86,7 +87,7 @@ def run_world(size: int, names: list[str], folder: Path, modules: Sequence[str])
     """Run checks in worlds of ``size`` processes; the error text of each, "" where it passed on all processes.
 
     One world runs them all. Where a check fails, a new world goes on with the next, so that each fails for itself. A
-    check during which the system killed a process, as it does when memory is short, is run once more.
+    check during which the system killed a process, or torch aborted it, is run once more.
     """
     errors: dict[str, str] = {}
     killed: set[str] = set()
@@ -95,8 +96,8 @@ def run_world(size: int, names: list[str], folder: Path, modules: Sequence[str])
         for name in remaining:
             texts = [outcome.get(name, end) for outcome, end in zip(outcomes, ends, strict=True)]
             text = "\n".join(f"rank {rank}: {text}" for rank, text in enumerate(texts) if text)
-            if text and any(_KILLED in end for end in ends) and name not in killed:
-                warnings.warn(f"{name}: the system killed a process of {size}; the check runs once more", stacklevel=2)
+            if text and any(killer in end for end in ends for killer in _KILLED) and name not in killed:
+                warnings.warn(f"{name}: a process of {size} was killed; the check runs once more", stacklevel=2)
                 killed.add(name)
                 break
             errors[name] = text

@@ -65,7 +65,8 @@ def import_all() -> None:
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"]
     for package in packages:
         for path in (ROOT / package.removeprefix("leanstep.").replace(".", "/")).glob("*.py"):
-            if path.stem not in ("__init__", "__main__"):
+            # _wheel belongs to the build, and imports what only setuptools may find
+            if path.stem not in ("__init__", "__main__", "_wheel"):
                 importlib.import_module(f"{package}.{path.stem}")
 
 

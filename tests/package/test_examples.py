@@ -78,10 +78,13 @@ def test_zeros_and_logits_survive_in_an_onnx_file(one_thread, tmp_path, monkeypa
 @pytest.mark.slow
 def test_two_processes_share_the_model_of_the_plain_loop(tmp_path):
     launcher = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run = subprocess.run(
-        [*launcher, FOLDER / "fsdp2_loop.py"], cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    for _ in range(2):
+        run = subprocess.run(
+            [*launcher, FOLDER / "fsdp2_loop.py"], cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if "terminate called without an active exception" not in run.stderr:  # a thread of torch, now and then
+            break
     assert run.returncode == 0, run.stderr
     first, last = map(float, re.search(r"^2 processes, loss ([\d.]+) -> ([\d.]+)$", run.stdout, re.MULTILINE).groups())
     assert last < 0.25 * first
