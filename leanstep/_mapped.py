@@ -1,6 +1,7 @@
 """Tensors in memory-mapped files, and a bound on the part of them that is resident."""
 
 import ctypes
+import functools
 import mmap
 import os
 import tempfile
@@ -57,8 +58,12 @@ def release_pages(address: int, size: int) -> None:
     page = mmap.PAGESIZE
     start, stop = -(-address // page) * page, (address + size) // page * page
     if _DONT_NEED is not None and stop > start:
-        madvise = ctypes.CDLL(None, use_errno=True).madvise
-        madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), ctypes.c_int(_DONT_NEED))
+        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), ctypes.c_int(_DONT_NEED))
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def mapped_storage(path: Path, *, shared: bool = True) -> torch.UntypedStorage:

@@ -235,9 +235,7 @@ def _dry_run(options: argparse.Namespace) -> int:
         print(json.dumps(asdict(estimate) | {"problems": problems}))
     else:
         print("\n".join(estimate_lines(estimate)))
-        uncounted = [
-            name for name, value in (("--refine", _refinement(options)), ("--recover", options.recover)) if value
-        ]
+        uncounted = [name for name, value in (("--refine", refine), ("--recover", options.recover)) if value]
         if uncounted:
             print(f"memory and time of {' and '.join(uncounted)} are not in the estimate")
     for problem in problems:

@@ -107,11 +107,11 @@ class LoRAExpertsLayer(Mixin):
     def _run(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The experts' outputs, [tokens, width]: tokens in the order of experts, one expert after another."""
         tokens, top_k = top_k_index.shape
-        chosen = top_k_index.reshape(-1)
-        order = torch.argsort(chosen, stable=True)
+        expert_of = top_k_index.reshape(-1)
+        order = torch.argsort(expert_of, stable=True)
         up, down = self._leaves()
         count = getattr(self, down).shape[0]
-        sizes = torch.bincount(chosen, minlength=count).tolist()
+        sizes = torch.bincount(expert_of, minlength=count).tolist()
         experts = {leaf: self._experts(leaf) for leaf in (up, down)}
         outputs = []
         for index, x in enumerate(hidden[order // top_k].split(sizes)):

@@ -92,18 +92,16 @@ def store_averages(
     Args:
         seeds: of the random bits, one for each tensor.
     """
-    cut = [i for i, shard in enumerate(shards) if cuts_rows(shard)]
-    if cut:
-        yield from encode(
-            [values[i] for i in cut], [states[i] for i in cut], key, [shards[i] for i in cut], [seeds[i] for i in cut],
-            squares=squares,
-        )  # fmt: skip
-    for i, (value, state, shard) in enumerate(zip(values, states, shards, strict=True)):
-        if i in cut:
+    rows = list(zip(values, states, shards, seeds, strict=True))
+    if cut := [row for row in rows if cuts_rows(row[2])]:
+        cut_values, cut_states, cut_shards, cut_seeds = zip(*cut, strict=True)
+        yield from encode(cut_values, cut_states, key, cut_shards, cut_seeds, squares=squares)
+    for value, state, shard, seed in rows:
+        if cuts_rows(shard):
             continue
         offset = first_index(shard)
         assert offset is not None
-        new = quantize(value, seeds[i], offset, squares=squares)
+        new = quantize(value, seed, offset, squares=squares)
         for tensor, result in zip((state[key], state[scale_key(key)]), new, strict=True):
             local(tensor).copy_(result)
 

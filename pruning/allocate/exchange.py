@@ -140,8 +140,8 @@ class ExchangeSpace:
         tried: list[Counts] = [counts]
         width = len(self.levels) // 2
         while width > 1:
-            chosen = set(gainers[:width])
-            new = self.exchange(counts, gainers[:width], [n for n in payers if n not in chosen][:width], share)
+            ups = gainers[:width]
+            new = self.exchange(counts, ups, [name for name in payers if name not in ups][:width], share)
             if new is not None and new not in tried:
                 tried.append(new)
                 yield new

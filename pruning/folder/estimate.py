@@ -256,10 +256,10 @@ def _activations(shapes: _Shapes, workload: Workload, tokens: int, itemsize: int
     cached = (2 * workload.samples if NEEDS[workload.score] else 0) + 2 * compared
     if not compared:
         return {"activations before a block": cached * tokens * shapes.width * itemsize}
-    kept = min(shapes.outputs, 512 * 3) if workload.metric == "kl_topk" else shapes.outputs
+    per_token = min(shapes.outputs, 512 * 3) if workload.metric == "kl_topk" else shapes.outputs
     return {
         "activations before a block": cached * tokens * shapes.width * itemsize,
-        "dense outputs": compared * tokens * kept * 4,
+        "dense outputs": compared * tokens * per_token * 4,
     }
 
 

@@ -223,15 +223,15 @@ def load_model(checkpoint: Checkpoint, device: str | torch.device = "cpu") -> nn
 
 def _check_finite(checkpoint: Checkpoint, model: nn.Module) -> None:
     """Check all weights. Reads those that the model has as stored from the files, one in memory at a time."""
-    places = stored_names(checkpoint, model)
+    stored = stored_names(checkpoint, model)
     dtypes = {name: dtype for _, name, dtype, _ in stored_dtypes(checkpoint.folder)}
     state = model.state_dict()
     as_stored = {
-        name: place
-        for name, place in places.items()
-        if place[0].endswith(".safetensors") and dtypes.get(place[1]) == _SHORT.get(state[name].dtype)
+        name: (file, key)
+        for name, (file, key) in stored.items()
+        if file.endswith(".safetensors") and dtypes.get(key) == _SHORT.get(state[name].dtype)
     }
-    check_finite(((name, checkpoint.tensor(*place)) for name, place in as_stored.items()), checkpoint.folder)
+    check_finite(((name, checkpoint.tensor(file, key)) for name, (file, key) in as_stored.items()), checkpoint.folder)
     aliases = {state[name].data_ptr() for name in as_stored}
     check_finite(((name, t) for name, t in state.items() if t.data_ptr() not in aliases), checkpoint.folder)
 
@@ -274,10 +274,10 @@ def stored_parameters(checkpoint: Checkpoint, model: nn.Module) -> Callable[[str
 
     The function returns None for parameters that transformers fused, and for those in files of ``torch.save``.
     """
-    places = stored_names(checkpoint, model)
+    names = stored_names(checkpoint, model)
 
     def stored(parameter: str) -> Tensor | None:
-        file, name = places.get(parameter, ("", ""))
+        file, name = names.get(parameter, ("", ""))
         return checkpoint.tensor(file, name) if file.endswith(".safetensors") else None
 
     return stored

@@ -75,8 +75,8 @@ def test_codes_and_scales_are_those_of_the_whole(name, dtype, squares, monkeypat
         torch.testing.assert_close(
             state["m_scale"], scales[rows.start : rows.stop, columns], equal_nan=True, rtol=0, atol=0
         )
-        found = decoded(state["m"], state["m_scale"], part, dtype)
-        torch.testing.assert_close(found, selected(expected, part), equal_nan=True, rtol=0, atol=0)
+        values = decoded(state["m"], state["m_scale"], part, dtype)
+        torch.testing.assert_close(values, selected(expected, part), equal_nan=True, rtol=0, atol=0)
 
 
 def test_skipped_rows_keep_their_codes(monkeypatch):

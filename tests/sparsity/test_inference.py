@@ -88,11 +88,11 @@ def test_quantised_values_compute_what_their_dense_weights_do(folders, codes, tm
     # the scales keep their dtype where the rest is cast
     cast = copy.deepcopy(sparse).to(torch.bfloat16)
     layer = next(iter(compressed(cast).values()))
-    kept = torch.float32 if codes == "int8" else torch.bfloat16
-    assert layer.weight_scales.dtype == kept and layer.weight.dtype == torch.bfloat16
+    scale_dtype = torch.float32 if codes == "int8" else torch.bfloat16
+    assert layer.weight_scales.dtype == scale_dtype and layer.weight.dtype == torch.bfloat16
     assert logits(cast).dtype == torch.bfloat16
     layer = next(iter(compressed(copy.deepcopy(sparse).to(torch.float16)).values()))
-    assert layer.weight_scales.dtype == kept and layer.weight.dtype == torch.float16
+    assert layer.weight_scales.dtype == scale_dtype and layer.weight.dtype == torch.float16
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
