@@ -75,8 +75,8 @@ def _generate(options: argparse.Namespace) -> dict[str, Any]:
     vocabulary = model.get_input_embeddings().num_embeddings
     if int(inputs["input_ids"].max()) >= vocabulary:
         raise ValueError(
-            f"{folder}: its tokenizer has more tokens than the model, which has {vocabulary}; save the tokenizer that the "
-            "model was trained with there"
+            f"{folder}: its tokenizer has more tokens than the model, which has {vocabulary}; save the tokenizer "
+            "that the model was trained with there"
         )
     positions = getattr(model.config, "max_position_embeddings", None)
     if isinstance(positions, int) and count + options.max_new_tokens > positions:
