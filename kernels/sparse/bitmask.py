@@ -140,8 +140,8 @@ def bitmask_validate(
     if values.dtype is torch.uint8 and int(offsets[-1]) % 2 and int(values[-1]) > 15:
         raise ValueError(f"{name}: a code follows the last of {int(offsets[-1])}: a damaged file")
     if values.dtype is torch.int8 and len(values) and int(values.min()) == -128:
-        at = int((values == -128).nonzero()[0])
-        raise ValueError(f"{name}: value {at} has the code -128, expected -127 to 127: a damaged file")
+        index = int((values == -128).nonzero()[0])
+        raise ValueError(f"{name}: value {index} has the code -128, expected -127 to 127: a damaged file")
     if scales is not None and not (scales.isfinite() & (scales >= 0)).all():
         at = (~(scales.isfinite() & (scales >= 0))).nonzero()[0].tolist()
         scale = scales[tuple(at)].item()
