@@ -10,11 +10,13 @@ import importlib
 import json
 import platform
 import random
+import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +158,26 @@ def interleaved_medians(runs: Runs, rounds: int, clock: Clock = wall_clock, warm
     """Median seconds of every run, interleaved."""
     times = interleaved_seconds(runs, rounds, clock, warmup)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def reset_peak_memory() -> None:
+    """Forget the process's peak memory so far, on Linux."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int:
+    """Peak resident bytes since :func:`reset_peak_memory`; now resident ones where the system has no such number."""
+    import psutil
+
+    with suppress(OSError):
+        match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        if match:
+            return int(match[1]) * 1024
+    return psutil.Process().memory_info().rss
 
 
 # -- output -----------------------------------------------------------------------------------------------------------
