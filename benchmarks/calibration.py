@@ -7,6 +7,7 @@ which calibration never sees.
 from __future__ import annotations
 
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class CalibratedModel:
         self.model: Any = load_model(checkpoint)
         if dtype is not None:
             self.model.to(dtype)
-        self.weights = weights_hash(self.model)
+        self.weights, self.made_by = weights_hash(self.model), _command(folder.parent / "command.txt")
         self.tokenizer, self.seq_len = AutoTokenizer.from_pretrained(checkpoint.folder), seq_len
         self.older, newest = split_newest(tuple(sotu_corpus().documents()))
         self.snapshot = WeightSnapshot(find_targets(self.model))
@@ -53,6 +54,15 @@ class CalibratedModel:
             scratch.mkdir(parents=True, exist_ok=True)
         files = None if scratch is None else Scratch(scratch)
         self.held_out = Measurement(self.model, batches, scratch=files)
+
+    @property
+    def name(self) -> str:
+        """What the configuration says of the model."""
+        config = self.model.config
+        return (
+            f"a {config.model_type} of {config.num_hidden_layers} layers, width {config.hidden_size}, "
+            f"{sum(parameter.numel() for parameter in self.model.parameters()) / 1e6:.1f} M parameters"
+        )
 
     def sequences(self, documents: tuple[str, ...], count: int, seed: int) -> torch.Tensor:
         """Token sequences that a seed draws from documents, int64 [count, seq_len]."""
@@ -81,3 +91,10 @@ class CalibratedModel:
                 losses.append(cross_entropy_sums(output, batch))
                 distortions.append(measurement.metric.compare(Scratch.open(reference), output, batch))
         return {"perplexity": math.exp(summarise(losses).mean), "kl": summarise(distortions).mean}
+
+
+def _command(file: Path) -> str:
+    """The command of the run that made a model, without the paths of its interpreter; "" where none is recorded."""
+    words = shlex.split(file.read_text("utf-8")) if file.exists() else []
+    names = [Path(word).name for word in words]
+    return shlex.join(["leanstep", *words[names.index("leanstep") + 1 :]]) if "leanstep" in names else ""

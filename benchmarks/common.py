@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import platform
 import random
 import re
@@ -107,6 +108,19 @@ def machine_line(device: str = "cpu") -> str:
 
     name, threads = processor_name(device), torch.get_num_threads()
     return f"{name}, {threads} threads, torch {torch.__version__}, commit {commit()}"
+
+
+def machine_state(device: str = "cpu") -> dict[str, Any]:
+    """The machine's line, its load and number of processors now, for a line of results."""
+    return {"machine": machine_line(device), "load": round(os.getloadavg()[0], 1), "processors": os.cpu_count()}
+
+
+def machines(rows: Sequence[Mapping[str, Any]]) -> str:
+    """For a table's caption: machine, commits and load of lines that have :func:`machine_state`."""
+    parts = [row["machine"].rpartition(", commit ") for row in rows]
+    lines, commits = (", ".join(dict.fromkeys(column)) for column in zip(*((p[0], p[2]) for p in parts), strict=True))
+    loads, several = [row["load"] for row in rows], "commits" if "," in commits else "commit"
+    return f"{lines}, {several} {commits}; load {min(loads)} to {max(loads)} on {rows[0]['processors']} processors"
 
 
 # -- timing -----------------------------------------------------------------------------------------------------------

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import shutil
 import statistics
 import time
@@ -35,8 +34,16 @@ from typing import Any, NamedTuple
 
 import torch
 from calibration import CalibratedModel
-from common import append_json_line, command_line, machine_line, peak_memory, read_json_lines, reset_peak_memory
-from comparison.summary import paired_difference
+from common import (
+    append_json_line,
+    command_line,
+    machine_state,
+    machines,
+    peak_memory,
+    read_json_lines,
+    reset_peak_memory,
+)
+from comparison.summary import paired_percent
 from comparison.tables import markdown, replace_blocks
 from evolution import Evolution
 
@@ -111,9 +118,7 @@ class Bench:
 
     def record(self, cell: Cell, values: Row) -> None:
         """Append a result to the file."""
-        row = cell._asdict() | values | {
-            "machine": machine_line(), "load": round(os.getloadavg()[0], 1), "processors": os.cpu_count(),
-        }  # fmt: skip
+        row = cell._asdict() | values | machine_state()
         self.rows[cell] = row
         append_json_line(self.options.out, row)
         print(row, flush=True)
@@ -293,25 +298,19 @@ def difference(rows: Mapping[int, Row], base: Mapping[int, Row]) -> str:
     seeds = sorted(set(rows) & set(base))
     if not seeds:
         return "–"
-    percent = [100 * (rows[seed]["kl"] / base[seed]["kl"] - 1) for seed in seeds]
-    if len(percent) == 1:
-        return f"{percent[0]:+.1f}"
-    interval = paired_difference(percent, [0.0] * len(percent))
-    return f"{interval.mean:+.1f} [{interval.low:+.1f}, {interval.high:+.1f}]"
+    interval = paired_percent([rows[seed]["kl"] for seed in seeds], [base[seed]["kl"] for seed in seeds])
+    return f"{interval:+.1f}"
 
 
 def _caption(path: Path, settings: Row, rows: list[Row], dense: float) -> str:
-    length, loads = settings["seq_len"], [row["load"] for row in rows]
-    machines = [row["machine"].rpartition(", commit ") for row in rows]
-    commits = ", ".join(dict.fromkeys(commit for *_, commit in machines))
+    length = settings["seq_len"]
     return (
         f"`python benchmarks pruning/evidence`, every cell in [{path.name}](results/{path.name}): {settings['name']} "
         f"(SHA-256 of its weights: {settings['weights'][:8]}), {settings['dtype']}, perplexity {dense:.2f} before "
         f"pruning. {settings['samples']} x {length} tokens for scores, {settings['curve_samples']} x {length} of them "
         f"for curves and ATP, {settings['judge_samples']} x {length} others that judge both searches, "
         f"{settings['eval_samples']} x {length} held out. Anchored curves have {settings['anchor_minutes']:g} minutes "
-        f"for their measurements, the refining search {settings['refine_minutes']:g}. {machines[0][0]}, commits "
-        f"{commits}, load {min(loads)} to {max(loads)} on {rows[0]['processors']} cores."
+        f"for their measurements, the refining search {settings['refine_minutes']:g}. {machines(rows)}."
     )
 
 
