@@ -45,15 +45,13 @@ def test_the_table_pairs_the_seeds_and_says_what_is_missing(evidence, tmp_path):
     assert "| Wanda 60%, uniform | 0, 1, 2 | 1.1000 | – | 11.00 | 7 | 1.25 |" in lines
     assert "| Wanda 60%, OWL | 0 | 1.5000 | +50.0 | 15.00 | 7 | 1.25 |" in lines
     assert (
-        f"| Wanda 60%, DP, anchored, refined | 0, 1, 2 | 0.9167 | {statistics.mean(percent):+.1f} "
+        f"| Wanda 60%, DP anchored and refined | 0, 1, 2 | 0.9167 | {statistics.mean(percent):+.1f} "
         f"[{low:+.1f}, {high:+.1f}] | 9.17 | 90 | 3.00 |"
     ) in lines
     assert "perplexity 3.25 before pruning" in text and "abcdef01)" in text
     assert "m, 1 threads, torch 2, commits aaa, bbb; load 0.5 to 1.5 on 2 processors" in text
     missing = lines[-1]
-    assert missing.startswith(
-        "Not measured: Wanda 50%; Wanda 60%: ATP, DP, measured (blocks), DP, anchored, evolution;"
-    )
+    assert missing.startswith("Not measured: Wanda 50%; Wanda 60%: ATP, DP measured by block, DP anchored, evolution;")
     assert missing.endswith("ALPS 70%.")
 
 
