@@ -220,13 +220,14 @@ def table(path: Path) -> str:
     head = ["sparsity", "processor s", "seeds", "uniform", "programme", "refined", "evolution",
             "refined to programme, %", "refined to evolution, %"]  # fmt: skip
     curve_seconds = [row["curve_seconds"] for row in rows if row["method"] == "refined"]
+    machine = settings.get("machine") or machines(rows)
     made = f", made by `{settings['made_by']}`" if settings.get("made_by") else ""
     caption = (
         f"`python benchmarks pruning/search`, {settings['name']} (SHA-256 of its weights: "
         f"{settings['weights'][:8]}){made}, score {settings['score']}, {settings['curves']} "
         f"curves ({min(curve_seconds):.1f} to {max(curve_seconds):.1f} processor seconds, which the refined search's "
         f"time includes), {settings['judge_samples']} x {settings['seq_len']} tokens that judge: KL divergence to the "
-        f"dense model on {settings['eval_samples']} other sequences, mean over the seeds. {machines(rows)}."
+        f"dense model on {settings['eval_samples']} other sequences, mean over the seeds. {machine}."
     )
     return "\n\n".join([caption, markdown(head, lines), reading(readings, len(lines) - len(readings))])
 
