@@ -26,7 +26,7 @@ V4 = f"{V3} avx512f avx512bw avx512cd avx512dq avx512vl"
         ("x86_64", V3, ["x86-64-v3"]),
         ("x86_64", V4.replace(" f16c", ""), []),
         ("x86_64", V4, ["x86-64-v4", "x86-64-v3"]),
-        ("x86_64", f"{V4} avx512_vbmi2 avx512_bf16", ["x86-64-v4-bf16", "x86-64-v4", "x86-64-v3"]),
+        ("x86_64", f"{V4} avx512vbmi avx512_vbmi2 avx512_bf16", ["x86-64-v4-bf16", "x86-64-v4", "x86-64-v3"]),
         ("aarch64", "fp asimd", ["armv8-a"]),
         ("riscv64", V4, []),
     ],
