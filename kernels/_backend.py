@@ -188,7 +188,8 @@ def choose(op: str, device: torch.device, *dtypes: torch.dtype) -> Choice:
     if OPS[op] == _PRODUCTS:
         return Choice("reference", "products of torch's BLAS")
     reason = why_not(op, "cpp", device, *dtypes)
-    return Choice("reference", reason) if reason else Choice("cpp", f"CPU, {origin()}")
+    family = "sparse" if op == "bitmask_linear" else "others"
+    return Choice("reference", reason) if reason else Choice("cpp", f"CPU, {origin(family)}")
 
 
 def backend_table() -> list[tuple[str, str, str, str]]:
