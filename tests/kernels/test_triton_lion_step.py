@@ -51,7 +51,7 @@ def compare(p_dtype, g_dtype, m_dtype, rounding, switch, device="cpu", poison=Fa
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize(("g", "p"), itertools.product(range(3), repeat=2), ids=str)
+@pytest.mark.parametrize(("g", "p"), list(itertools.product(range(3), repeat=2)), ids=str)
 def test_every_pair_of_dtypes_equals_the_reference_bit_for_bit(p, g):
     """Parameters, gradients and averages are each widened to fp32 when they are loaded: no three of them meet."""
     compare(DTYPES[p], DTYPES[g], DTYPES[(p + g) % 3], "nearest", {"skip_nonfinite": True})

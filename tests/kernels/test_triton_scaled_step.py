@@ -49,7 +49,7 @@ def compare(p_dtype, g_dtype, rounding, *, poison=False, device="cpu", **switche
 
 @pytest.mark.slow
 @pytest.mark.interpret
-@pytest.mark.parametrize(("p_dtype", "g_dtype"), itertools.permutations(DTYPES, 2), ids=dtype_name)
+@pytest.mark.parametrize(("p_dtype", "g_dtype"), list(itertools.permutations(DTYPES, 2)), ids=dtype_name)
 def test_mixed_dtypes_equal_the_reference_bit_for_bit(p_dtype, g_dtype):
     compare(p_dtype, g_dtype, "nearest")
 
