@@ -30,6 +30,7 @@ from leanstep.pruning.measure.measure import (
 )
 from leanstep.pruning.measure.metrics import Metric, check_runs, metric_name
 from leanstep.pruning.measure.points import Progress
+from leanstep.pruning.processes import Processes
 from leanstep.pruning.refine import REFINED, judging_batches, refine_allocation
 from leanstep.pruning.result import Additivity, Allocation, PruneResult
 from leanstep.pruning.score.base import NEEDS
@@ -68,6 +69,7 @@ def prune(
     stored: Stored | None = None,
     refine: Refinement | None = None,
     scratch: str | Path | None = None,
+    processes: Processes | None = None,
 ) -> PruneResult:
     """Prune a model in place, each matrix to the sparsity that an allocation gives it. Existing zeros stay zero.
 
@@ -111,6 +113,9 @@ def prune(
         refine: with ``dp``, limits of a search from its allocation: exchanges of weights between matrices within the
             budget, each judged by the joint distortion on data of its own. None: no search.
         scratch: see :func:`measure_curves`.
+        processes: those that prune this model together, each with all of it and all data. The calibration batches, and
+            the points of curves, exchanges and matrices of a block are spread over them. The result is that of one
+            process: bit for bit, but for sums of Gram matrices, which are added in another order. None: this one.
 
     Returns:
         :class:`PruneResult`.
@@ -203,6 +208,7 @@ def prune(
         refine=refine,
         judging=judging,
         scratch=None if scratch is None else Scratch(Path(scratch)),
+        processes=processes or Processes(),
     )
     with planner.snapshot.restored_on_error(), evaluating(model):
         return planner.run(None if isinstance(curves, str) else curves, fixed)
@@ -261,6 +267,7 @@ class Planner:
     refine: Refinement | None = None
     judging: list[Batch] = field(default_factory=list)
     scratch: Scratch | None = None
+    processes: Processes = field(default_factory=Processes)
 
     def run(self, curves: Mapping[str, Curve] | None, fixed: NM | None) -> PruneResult:
         """Measure, allocate, compare, prune."""
@@ -307,7 +314,10 @@ class Planner:
     @cached_property
     def trial(self) -> Trial:
         """The matrices with their score, and the calibration data for its statistics."""
-        cache = ActivationCache(self.model, self.batches, enabled=bool(self.batches), scratch=self.scratch)
+        enabled = bool(self.batches)
+        cache = ActivationCache(
+            self.model, self.batches, enabled=enabled, scratch=self.scratch, processes=self.processes
+        )
         return Trial(self.groups, Pruning(cache, self.score, self.score_options), self.snapshot, self.inputs)
 
     def _nonzero(self) -> dict[str, int]:
@@ -353,6 +363,7 @@ class Planner:
             minutes=self.minutes,
             solve=lambda curves: self._allocate("dp", curves=curves),
             scratch=None if self.scratch is None else self.scratch.folder,
+            processes=self.processes,
         )
 
     def _by_curves(self, curves: Mapping[str, Curve]) -> Allocation:

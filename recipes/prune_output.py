@@ -37,9 +37,14 @@ def estimate_lines(estimate: "Estimate") -> list[str]:
 
 
 class ProgressBar:
-    """Progress and time left: a live bar on a terminal, else a line every 30 seconds."""
+    """Progress and time left: a live bar on a terminal, else a line every 30 seconds.
 
-    def __init__(self) -> None:
+    Args:
+        shown: False shows nothing.
+    """
+
+    def __init__(self, *, shown: bool = True) -> None:
+        self._shown = shown
         self._live: Any = None
         self._task: Any = None
         self._began = self._printed = time.monotonic()
@@ -55,6 +60,8 @@ class ProgressBar:
 
     def __call__(self, done: int, total: int, name: str) -> None:
         """Show that ``done`` of ``total`` are done; ``name`` is a phase, or the matrix of a measured point."""
+        if not self._shown:
+            return
         now = time.monotonic()
         phase = _PHASES.get(name, "measured {}/{} points")
         if phase != self._phase:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,12 @@ def map_weights(checkpoint: Checkpoint, model: nn.Module, folder: Path, resident
     mapped = MappedParameters(model, resident)
     mapped.map(places)
     return mapped
+
+
+def map_copies(checkpoint: Checkpoint, model: nn.Module, folder: Path, resident: ResidentSet) -> MappedParameters:
+    """As :func:`map_weights`, to copies of this process alone: files without a name in the folder's disk."""
+    with tempfile.TemporaryDirectory(prefix=".leanstep-copies-", dir=folder) as copies:
+        return map_weights(checkpoint, model, Path(copies), resident)
 
 
 def unmapped_note(mapped: MappedParameters) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from leanstep.pruning.choices import check_choices
 from leanstep.pruning.folder.checkpoint import (
     SIDECAR,
     copy_others,
+    map_copies,
     map_weights,
     unmapped_note,
     write_report,
@@ -28,6 +30,7 @@ from leanstep.pruning.folder.loading import checkpoint_values, load_model, open_
 from leanstep.pruning.folder.recovery import recover_model
 from leanstep.pruning.folder.text import CalibrationText, perplexity_of, sequences_of
 from leanstep.pruning.measure.points import Progress
+from leanstep.pruning.processes import Processes
 from leanstep.pruning.prune import prune
 from leanstep.pruning.recovery import Recovery
 from leanstep.pruning.result import PruneResult
@@ -52,6 +55,7 @@ def prune_checkpoint(
     refine: Refinement | None = None,
     activations: str = "memory",
     resident: int = RESIDENT,
+    processes: Processes | None = None,
     **settings: Any,
 ) -> PruneResult:
     """Prune a Hugging Face checkpoint into a new folder of the same files, names and dtypes, with exact zeros.
@@ -77,6 +81,7 @@ def prune_checkpoint(
         activations: where the activations before a block and the dense outputs are kept: ``memory``, or ``disk``, in
             files beside ``out``.
         resident: bytes of weights that stay in memory.
+        processes: as for :func:`prune`, on one machine. The first writes ``out`` and recovers the model.
         **settings: those of :func:`prune`.
 
     Raises:
@@ -91,8 +96,10 @@ def prune_checkpoint(
         there, and weights that were used longest ago leave the memory. Weights from files of ``torch.save``, those that
         transformers fuses or converts on loading, such as experts, and all on another device than the CPU stay in
         memory; the result's notes say so. Disk: ``out``, and with ``activations="disk"`` tokens x width values for each
-        of ``data`` and ``held_out``, and for ``kl`` 4 bytes per token and entry of the vocabulary.
+        of ``data`` and ``held_out``, and for ``kl`` 4 bytes per token and entry of the vocabulary. Each of several
+        processes takes this memory and disk while it runs.
     """
+    processes = processes or Processes()
     check_choices(data=data, refine=refine, **settings)
     if activations not in ACTIVATIONS or resident < 0:
         raise ValueError(
@@ -106,18 +113,12 @@ def prune_checkpoint(
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"the device {str(device)!r} is not available: {str(error).splitlines()[0]}") from None
     out = Path(out).expanduser()
-    restore_replaced(out)
     partial, search = out.with_name(f"{out.name}.curves.jsonl"), out.with_name(f"{out.name}.refine.json")
-    if resume and (out / SIDECAR).is_file():
-        # the interrupted run had written its folder and was about to remove these
-        partial.unlink(missing_ok=True)
-        search.unlink(missing_ok=True)
-    check_output(out)
-    for file, content_of in ((partial, "curves that an interrupted run measured"), (search, "an interrupted search")):
-        if file.exists() and not resume:
-            raise ValueError(f"{file} holds {content_of}: go on with it (--resume), or remove it to begin again")
+    processes.from_first(lambda: _check_start(out, partial, search, resume=resume))
     checkpoint = open_checkpoint(source)
-    check_output(out, checkpoint.size * (1 if recovery is None else 2))
+    # a folder that recovery writes again, or a copy for each process
+    copies = max(processes.size, 1 if recovery is None else 2)
+    processes.from_first(lambda: check_output(out, checkpoint.size * copies))
     check_apart(out, checkpoint.folder)
     sequences = None
     if isinstance(data, CalibrationText):
@@ -143,16 +144,18 @@ def prune_checkpoint(
         data = list(batches)  # it is read twice
     if activations == "disk":
         scratch = scratch_bytes(model, data, held_out, settings.get("score", "wanda"))
-        check_space(out, checkpoint.size * (1 if recovery is None else 2) + scratch)
+        processes.from_first(lambda: check_space(out, checkpoint.size * copies + scratch * processes.size))
     perplexity: dict[str, Any] = {}
     if evaluate:
         if held_out is None:
             raise ValueError("perplexity needs held-out sequences: give a text")
-        perplexity["before"], perplexity["tokens"] = perplexity_of(model, held_out)
-    with new_folder(out) as folder:
+        if processes.is_first:
+            perplexity["before"], perplexity["tokens"] = perplexity_of(model, held_out)
+    with _staged(out, processes) as folder:
         mapped = None
         if torch.device(device).type == "cpu":
-            mapped = map_weights(checkpoint, model, folder, ResidentSet(resident))
+            map_model = map_weights if processes.is_first else map_copies
+            mapped = map_model(checkpoint, model, folder, ResidentSet(resident))
         result = prune(
             model,
             data,
@@ -162,8 +165,11 @@ def prune_checkpoint(
             stored=stored_parameters(checkpoint, model),
             refine=refine,
             scratch=folder if activations == "disk" else None,
+            processes=processes,
             **settings,
         )
+        if not processes.is_first:
+            return result
         if evaluate:
             perplexity["after"], _ = perplexity_of(model, held_out)
             result.perplexity = perplexity
@@ -195,6 +201,29 @@ def prune_checkpoint(
         except ValueError as error:
             raise ValueError(f"{out} holds the pruned model, and recovery stopped: {error}") from error
     return result
+
+
+def _check_start(out: Path, partial: Path, search: Path, *, resume: bool) -> None:
+    """Raise ValueError for a folder that exists, or files of an interrupted run that is not to be resumed."""
+    restore_replaced(out)
+    if resume and (out / SIDECAR).is_file():
+        # the interrupted run had written its folder and was about to remove these
+        partial.unlink(missing_ok=True)
+        search.unlink(missing_ok=True)
+    check_output(out)
+    for file, content_of in ((partial, "curves that an interrupted run measured"), (search, "an interrupted search")):
+        if file.exists() and not resume:
+            raise ValueError(f"{file} holds {content_of}: go on with it (--resume), or remove it to begin again")
+
+
+@contextmanager
+def _staged(out: Path, processes: Processes) -> Iterator[Path]:
+    """Context manager: the temporary folder of the first process, which becomes ``out``."""
+    if not processes.is_first:
+        yield processes.from_first(Path)
+        return
+    with new_folder(out) as folder:
+        yield processes.from_first(lambda: folder)
 
 
 def _tensor_rows(changed: Mapping[str, float], result: PruneResult) -> dict[str, dict[str, Any]]:
