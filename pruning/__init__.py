@@ -1,5 +1,6 @@
 """Prune trained models: score weights, measure distortion, and allocate sparsity to layers."""
 
+from leanstep._processes import Processes
 from leanstep.pruning.allocate.allocation import Budget, allocate, allocations_along
 from leanstep.pruning.allocate.closed_form import atp_betas, outlier_ratio, snap
 from leanstep.pruning.allocate.descent import Refinement
@@ -41,6 +42,7 @@ __all__ = [
     "LayerPruner",
     "LayerStatistics",
     "MaskKeeper",
+    "Processes",
     "PruneResult",
     "Pruned",
     "Recovery",

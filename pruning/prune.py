@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from leanstep._mapped import Scratch
+from leanstep._processes import Processes
 from leanstep.pruning.allocate.allocation import Budget, BudgetConstraint, allocate
 from leanstep.pruning.allocate.closed_form import atp_betas, in_blocks, snap
 from leanstep.pruning.allocate.descent import Descent, Refinement
@@ -30,7 +31,6 @@ from leanstep.pruning.measure.measure import (
 )
 from leanstep.pruning.measure.metrics import Metric, check_runs, metric_name
 from leanstep.pruning.measure.points import Progress
-from leanstep.pruning.processes import Processes
 from leanstep.pruning.refine import REFINED, judging_batches, refine_allocation
 from leanstep.pruning.result import Additivity, Allocation, PruneResult
 from leanstep.pruning.score.base import NEEDS

@@ -228,8 +228,8 @@ def _levels(text: str) -> tuple[float, ...]:
 
 def _prune(options: argparse.Namespace) -> "PruneResult | RecoveryResult | None":
     """The result; None in a process that has nothing to do."""
+    from leanstep._processes import Processes
     from leanstep.pruning import LatencyTable, prune_checkpoint, recover_checkpoint
-    from leanstep.pruning.processes import Processes
 
     if (options.budget == "latency") != (options.latency_table is not None):
         raise ValueError("--budget latency goes with a --latency-table FILE, and no other budget does")

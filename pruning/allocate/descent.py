@@ -18,10 +18,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from leanstep._files import one_line, read_text, write_text
+from leanstep._processes import Processes
 from leanstep.pruning.allocate.exchange import Counts, ExchangeSpace
 from leanstep.pruning.measure.curves import check_identity, checked_content, checked_line
 from leanstep.pruning.measure.metrics import Distortion
-from leanstep.pruning.processes import Processes
 
 # fraction of a layer's weights that an exchange moves, round by round
 STEPS = (0.1, 0.05, 0.025)

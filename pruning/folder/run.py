@@ -13,6 +13,7 @@ import torch
 from leanstep._checkpoint import check_apart, check_output, check_space, new_folder
 from leanstep._files import remove_partials, restore_replaced
 from leanstep._mapped import RESIDENT, ResidentSet
+from leanstep._processes import Processes
 from leanstep._version import __version__
 from leanstep.pruning.allocate.descent import Refinement
 from leanstep.pruning.choices import check_choices
@@ -27,10 +28,9 @@ from leanstep.pruning.folder.checkpoint import (
 )
 from leanstep.pruning.folder.estimate import scratch_bytes
 from leanstep.pruning.folder.loading import checkpoint_values, load_model, open_checkpoint, stored_parameters
-from leanstep.pruning.folder.recovery import recover_model
+from leanstep.pruning.folder.recovery import recover_model, space_beside, state_file
 from leanstep.pruning.folder.text import CalibrationText, perplexity_of, sequences_of
 from leanstep.pruning.measure.points import Progress
-from leanstep.pruning.processes import Processes
 from leanstep.pruning.prune import prune
 from leanstep.pruning.recovery import Recovery
 from leanstep.pruning.result import PruneResult
@@ -114,11 +114,12 @@ def prune_checkpoint(
         raise ValueError(f"the device {str(device)!r} is not available: {str(error).splitlines()[0]}") from None
     out = Path(out).expanduser()
     partial, search = out.with_name(f"{out.name}.curves.jsonl"), out.with_name(f"{out.name}.refine.json")
-    processes.from_first(lambda: _check_start(out, partial, search, resume=resume))
+    processes.from_first(lambda: _check_start(out, resume, partial, search))
     checkpoint = open_checkpoint(source)
-    # a folder that recovery writes again, or a copy for each process
-    copies = max(processes.size, 1 if recovery is None else 2)
-    processes.from_first(lambda: check_output(out, checkpoint.size * copies))
+    # a copy of the files for each process, and later the state of recovery and its folder
+    later = 0 if recovery is None else space_beside(checkpoint, recovery)
+    written = checkpoint.size + max(checkpoint.size * (processes.size - 1), later)
+    processes.from_first(lambda: check_output(out, written))
     check_apart(out, checkpoint.folder)
     sequences = None
     if isinstance(data, CalibrationText):
@@ -144,7 +145,7 @@ def prune_checkpoint(
         data = list(batches)  # it is read twice
     if activations == "disk":
         scratch = scratch_bytes(model, data, held_out, settings.get("score", "wanda"))
-        processes.from_first(lambda: check_space(out, checkpoint.size * copies + scratch * processes.size))
+        processes.from_first(lambda: check_space(out, written + scratch * processes.size))
     perplexity: dict[str, Any] = {}
     if evaluate:
         if held_out is None:
@@ -203,7 +204,7 @@ def prune_checkpoint(
     return result
 
 
-def _check_start(out: Path, partial: Path, search: Path, *, resume: bool) -> None:
+def _check_start(out: Path, resume: bool, partial: Path, search: Path) -> None:
     """Raise ValueError for a folder that exists, or files of an interrupted run that is not to be resumed."""
     restore_replaced(out)
     if resume and (out / SIDECAR).is_file():
@@ -211,7 +212,11 @@ def _check_start(out: Path, partial: Path, search: Path, *, resume: bool) -> Non
         partial.unlink(missing_ok=True)
         search.unlink(missing_ok=True)
     check_output(out)
-    for file, content_of in ((partial, "curves that an interrupted run measured"), (search, "an interrupted search")):
+    for file, content_of in (
+        (partial, "curves that an interrupted run measured"),
+        (search, "an interrupted search"),
+        (state_file(out), "an interrupted recovery"),
+    ):
         if file.exists() and not resume:
             raise ValueError(f"{file} holds {content_of}: go on with it (--resume), or remove it to begin again")
 

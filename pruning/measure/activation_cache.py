@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from leanstep._mapped import FileTensor, Scratch
+from leanstep._processes import Processes
 from leanstep.pruning.measure.batches import Batch
-from leanstep.pruning.processes import Processes
 from leanstep.pruning.score.targets import Group
 
 

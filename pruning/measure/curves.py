@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from leanstep._files import one_line, open_regular, read_text, write_text
+from leanstep._processes import Processes
 from leanstep.pruning.measure.metrics import Distortion
-from leanstep.pruning.processes import Processes
 from leanstep.pruning.score.targets import Group, check_filled
 from leanstep.sparsity.patterns import NM
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from leanstep._mapped import Scratch
 from leanstep._memory import free_memory
+from leanstep._processes import Processes
 from leanstep.pruning.measure.activation_cache import BlockCache
 from leanstep.pruning.measure.measure import Measurement
 from leanstep.pruning.measure.metrics import Distortion, summarise
-from leanstep.pruning.processes import Processes
 from leanstep.pruning.score.base import LayerPruner
 from leanstep.pruning.score.calibration import prune_group
 from leanstep.pruning.score.targets import Group, Target, as_matrix

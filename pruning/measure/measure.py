@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from leanstep._mapped import Scratch, touched
+from leanstep._processes import Processes
 from leanstep.pruning.allocate.allocation import allocate
 from leanstep.pruning.measure.activation_cache import ActivationCache
 from leanstep.pruning.measure.anchored import Solve, anchored_curves
@@ -23,7 +24,6 @@ from leanstep.pruning.measure.curves import SOURCES, Curve, PartialCurves, level
 from leanstep.pruning.measure.fisher import SecondOrder, fisher_curves
 from leanstep.pruning.measure.metrics import Distortion, Metric, make_metric, metric_name, summarise
 from leanstep.pruning.measure.points import Points, Progress
-from leanstep.pruning.processes import Processes
 from leanstep.pruning.result import Allocation
 from leanstep.pruning.score.calibration import Pruning, prune_group
 from leanstep.pruning.score.targets import Group, Target, find_targets, make_groups

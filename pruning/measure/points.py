@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from leanstep._processes import Processes
 from leanstep.pruning.measure.curves import Curve, Levels, PartialCurves, counts_and_patterns, curve_of
 from leanstep.pruning.measure.metrics import Distortion
-from leanstep.pruning.processes import Processes
 from leanstep.pruning.score.targets import Group
 
 Progress = Callable[[int, int, str], Any]

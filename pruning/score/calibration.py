@@ -14,11 +14,11 @@ from torch.nn.functional import cross_entropy, unfold
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
+from leanstep._processes import Processes
 from leanstep.pruning.allocate.closed_form import ComputedScores, outlier_ratio
 from leanstep.pruning.measure.activation_cache import ActivationCache
 from leanstep.pruning.measure.batches import Batch
 from leanstep.pruning.measure.metrics import logits_of
-from leanstep.pruning.processes import Processes
 from leanstep.pruning.score.base import NEEDS, LayerPruner, LayerStatistics
 from leanstep.pruning.score.scores import layer_pruner
 from leanstep.pruning.score.targets import Group, Target, as_matrix, some, split_count

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import logging
 import os
 import shlex
 import signal
@@ -89,6 +90,8 @@ def run_workers(module: str, arguments: Sequence[str], world: int, continued_by:
     launcher = ["--standalone", "--nproc-per-node", str(world), "--signals-to-handle", ",".join(names)]
     options = get_args_parser().parse_args([*launcher, "-m", module])
     options.training_script_args = list(arguments)  # not parsed: it would take --nproc for an abbreviation of its own
+    for logger in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
+        logging.getLogger(logger).setLevel(logging.CRITICAL)  # the workers, or a line below, say why they ended
     try:
         torchrun(options)
     except SignalException as ended:

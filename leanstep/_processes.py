@@ -1,4 +1,4 @@
-"""Several processes that prune one model together: which work each does, and what they tell one another."""
+"""Several processes that work on one model together: which work each does, and what they tell one another."""
 
 from __future__ import annotations
 
@@ -23,10 +23,9 @@ class ProcessEndedError(RuntimeError):
 
 
 class Processes:
-    """The processes that prune one model together. Each has the whole model and all data.
+    """The processes that work on one model together, each with the whole model and all data.
 
-    Matrices and levels are spread over them, and the batches from which statistics are collected. What depends on time
-    is decided by the first. All call the same functions in the same order.
+    All call the same functions in the same order. The first decides what depends on time, and writes files.
 
     Args:
         group: of torch.distributed, with the backend gloo; None: this process alone.
