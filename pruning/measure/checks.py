@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -71,7 +71,7 @@ class Trial:
         for index, (group, pruners) in enumerate(self.pruning.each(block, start)):
             if not alone and index % processes.size != processes.rank:
                 continue
-            changed = prune_group(group, pruners, *allocation.level(group.name))
+            changed = list(prune_group(group, pruners, *allocation.level(group.name)))
             if used is not None:
                 used |= {target.name: pruners[target.name] for target in group.targets}
             if alone:
@@ -145,6 +145,6 @@ class Trial:
         return {group.name: curves[group.name] for group in self.groups}
 
 
-def _write(changes: Sequence[tuple[Target, Tensor]]) -> None:
+def _write(changes: Iterable[tuple[Target, Tensor]]) -> None:
     for target, weight in changes:
         target.weight.copy_(weight)

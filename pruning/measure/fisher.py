@@ -11,7 +11,7 @@ one forward pass and some backward passes serve all matrices and levels, updates
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -130,7 +130,7 @@ class SecondOrder:
         self._collected = {}
 
     @torch.no_grad()
-    def distortion(self, changed: Sequence[tuple[Target, Tensor]]) -> Distortion:
+    def distortion(self, changed: Iterable[tuple[Target, Tensor]]) -> Distortion:
         """Distortion if collected matrices get these weights [out, in], all together."""
         responses: dict[Any, tuple[Any, Tensor]] = {}
         for target, weight in changed:

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -216,7 +216,6 @@ class Measurement:
                         continue
                     if time.monotonic() >= until:
                         break
-                    # do not name the pruned matrices: a name would hold them in memory until the next level
                     points.add(group.name, count, self.measure(prune_group(group, pruners, count, pattern)))
             points.exchange(pruning.processes)
 
@@ -276,15 +275,20 @@ class Measurement:
             for index, batch in enumerate(self.batches)
         )
 
-    def measure(self, changed: Sequence[tuple[Target, Tensor]]) -> Distortion:
-        """Distortion with some matrices changed, run from the cache's position on. Restores them, bit for bit."""
-        saved = [target.weight.clone() for target, _ in changed]
+    def measure(self, changed: Iterable[tuple[Target, Tensor]]) -> Distortion:
+        """Distortion with some matrices changed, run from the cache's position on. Restores them, bit for bit.
+
+        Of an iterator, each changed matrix is in memory until it is written.
+        """
+        saved: list[tuple[Target, Tensor]] = []
         try:
             for target, weight in changed:
+                saved.append((target, target.weight.clone()))
                 target.weight.copy_(weight)
+                del weight
             return self._run()
         finally:
-            for (target, _), weight in zip(changed, saved, strict=True):
+            for target, weight in saved:
                 target.weight.copy_(weight)
 
 

@@ -409,9 +409,8 @@ class Pruners:
 
 def prune_group(
     group: Group, pruners: Pruners | Mapping[str, LayerPruner], count: int, pattern: str = ""
-) -> list[tuple[Target, Tensor]]:
-    """Prune the matrices of a group to a level; returns (target, weight) and does not write the model."""
+) -> Iterator[tuple[Target, Tensor]]:
+    """Prune the matrices of a group to a level one by one; yields (target, weight) and does not write the model."""
     shares: list[Any] = [pattern] * len(group.targets) if pattern else list(split_count(count, group.sizes))
-    return [
-        (target, pruners[target.name].prune(share).weight) for target, share in zip(group.targets, shares, strict=True)
-    ]
+    for target, share in zip(group.targets, shares, strict=True):
+        yield target, pruners[target.name].prune(share).weight
