@@ -307,6 +307,8 @@ def _dry_run(options: argparse.Namespace) -> int:
         tokens=options.seq_len,
         levels=None if options.levels is None else len(options.levels),
         sparsity=0.5 if options.sparsity is None else options.sparsity,
+        refine_samples=0 if refine is None else _refine_samples(options),
+        processes=options.nproc,
     )
     estimate = estimate_pruning(
         checkpoint, options.out, workload, include=options.include, exclude=options.exclude, steps=options.recover or 0

@@ -24,7 +24,8 @@ def estimate_lines(estimate: "Estimate") -> list[str]:
     free = "" if estimate.free_memory is None else f", {format_bytes(estimate.free_memory)} free"
     lines = [
         f"{estimate.parameters:,} parameters, {estimate.pruned:,} of them in {estimate.matrices:,} matrices to prune",
-        f"memory {format_bytes(sum(estimate.memory.values()))}{free}",
+        f"memory {format_bytes(estimate.processes * sum(estimate.memory.values()))}{free}",
+        *([f"  in each of {estimate.processes} processes"] if estimate.processes > 1 else []),
         *(f"  {use:<28}{format_bytes(size):>12}" for use, size in estimate.memory.items()),
         f"disk {format_bytes(sum(estimate.disk.values()))}, {format_bytes(estimate.free_disk)} free",
         *(f"  {use:<28}{format_bytes(size):>12}" for use, size in estimate.disk.items()),

@@ -26,7 +26,7 @@ from leanstep.pruning.folder.checkpoint import (
     write_report,
     write_weights,
 )
-from leanstep.pruning.folder.estimate import scratch_bytes
+from leanstep.pruning.folder.estimate import MEASURED, Sequences, scratch_bytes
 from leanstep.pruning.folder.loading import checkpoint_values, load_model, open_checkpoint, stored_parameters
 from leanstep.pruning.folder.recovery import recover_model, space_beside, state_file
 from leanstep.pruning.folder.text import CalibrationText, perplexity_of, sequences_of
@@ -34,6 +34,7 @@ from leanstep.pruning.measure.points import Progress
 from leanstep.pruning.prune import prune
 from leanstep.pruning.recovery import Recovery
 from leanstep.pruning.result import PruneResult
+from leanstep.pruning.score.base import has_statistics
 
 ACTIVATIONS = ("memory", "disk")
 
@@ -144,7 +145,11 @@ def prune_checkpoint(
         batches: Any = data
         data = list(batches)  # it is read twice
     if activations == "disk":
-        scratch = scratch_bytes(model, data, held_out, settings.get("score", "wanda"))
+        scored = has_statistics(settings.get("allocation", "dp"), settings.get("score", "wanda"))
+        curves = data if settings.get("curve_data") is None else settings["curve_data"]
+        curves = curves if settings.get("allocation", "dp") in MEASURED else None
+        judging = None if refine is None else refine.data
+        scratch = scratch_bytes(model, Sequences.of(scored, data, curves, held_out, judging))
         processes.from_first(lambda: check_space(out, written + scratch * processes.size))
     perplexity: dict[str, Any] = {}
     if evaluate:

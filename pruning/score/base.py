@@ -23,6 +23,11 @@ NEEDS: dict[str, tuple[str, ...]] = {
 }
 
 
+def has_statistics(allocation: str, score: str) -> bool:
+    """Whether a pass over the calibration data is needed for a score, or for the outliers of OWL."""
+    return bool(NEEDS[score]) or allocation == "owl"
+
+
 @dataclass
 class LayerStatistics:
     """Sums over the inputs of a matrix [out, in] on calibration data, or gradients of it.
