@@ -283,7 +283,7 @@ def _dry_run(options: argparse.Namespace) -> int:
 
     from leanstep.pruning import LatencyTable, Workload, estimate_pruning
     from leanstep.pruning.choices import check_choices
-    from leanstep.pruning.folder.loading import open_checkpoint
+    from leanstep.pruning.folder.files import open_checkpoint
 
     if options.device != "cpu":
         raise ValueError(f"--dry-run estimates a run on the CPU, and the command has --device {options.device}")

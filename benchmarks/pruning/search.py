@@ -61,7 +61,8 @@ class Bench:
         from transformers import AutoTokenizer
 
         from leanstep.pruning import find_targets
-        from leanstep.pruning.folder.loading import load_model, open_checkpoint
+        from leanstep.pruning.folder.files import open_checkpoint
+        from leanstep.pruning.folder.loading import load_model
         from leanstep.pruning.measure.batches import as_batches
         from leanstep.pruning.measure.measure import Measurement, WeightSnapshot
         from leanstep.pruning.score.targets import make_groups

@@ -17,7 +17,8 @@ from torch import nn
 from leanstep._files import free_bytes
 from leanstep._mapped import RESIDENT
 from leanstep._memory import free_memory
-from leanstep.pruning.folder.loading import Checkpoint, empty_model_of, position_count, stored_dtypes
+from leanstep.pruning.folder.files import Checkpoint, stored_dtypes
+from leanstep.pruning.folder.loading import empty_model_of, position_count
 from leanstep.pruning.folder.recovery import space_beside
 from leanstep.pruning.measure.curves import level_grid
 from leanstep.pruning.recovery import Recovery

@@ -14,15 +14,9 @@ from torch import nn
 from leanstep._checkpoint import check_apart, check_space, new_folder, read_json
 from leanstep._files import remove_leftovers, remove_partials, restore_replaced
 from leanstep._memory import free_memory
-from leanstep.pruning.folder.checkpoint import SIDECAR, copy_others, write_report, write_weights
-from leanstep.pruning.folder.loading import (
-    Checkpoint,
-    checkpoint_values,
-    load_model,
-    open_checkpoint,
-    stored_dtypes,
-    stored_parameters,
-)
+from leanstep.pruning.folder.checkpoint import SIDECAR, copy_others, state_file, write_report, write_weights
+from leanstep.pruning.folder.files import Checkpoint, open_checkpoint, stored_dtypes
+from leanstep.pruning.folder.loading import checkpoint_values, load_model, stored_parameters
 from leanstep.pruning.folder.text import CalibrationText, perplexity_of, sequences_of
 from leanstep.pruning.measure.points import Progress
 from leanstep.pruning.recovery import Recovery, RecoveryResult, recover
@@ -138,11 +132,6 @@ def recover_model(
         state.unlink(missing_ok=True)
     remove_partials(state)
     return result
-
-
-def state_file(folder: Path) -> Path:
-    """The file of a recovery of a folder, beside it."""
-    return folder.with_name(f"{folder.name}.recovery.pt")
 
 
 def space_beside(pruned: Checkpoint, recovery: Recovery) -> int:

@@ -22,13 +22,15 @@ from leanstep.pruning.folder.checkpoint import (
     copy_others,
     map_copies,
     map_weights,
+    state_file,
     unmapped_note,
     write_report,
     write_weights,
 )
 from leanstep.pruning.folder.estimate import MEASURED, Sequences, scratch_bytes
-from leanstep.pruning.folder.loading import checkpoint_values, load_model, open_checkpoint, stored_parameters
-from leanstep.pruning.folder.recovery import recover_model, space_beside, state_file
+from leanstep.pruning.folder.files import open_checkpoint
+from leanstep.pruning.folder.loading import checkpoint_values, load_model, stored_parameters
+from leanstep.pruning.folder.recovery import recover_model, space_beside
 from leanstep.pruning.folder.text import CalibrationText, perplexity_of, sequences_of
 from leanstep.pruning.measure.points import Progress
 from leanstep.pruning.prune import prune

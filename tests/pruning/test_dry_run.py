@@ -19,7 +19,7 @@ from leanstep.cli import main
 from leanstep.pruning import Refinement, Workload, estimate_pruning, prune_checkpoint
 from leanstep.pruning.folder import estimate as module
 from leanstep.pruning.folder import run
-from leanstep.pruning.folder.loading import open_checkpoint
+from leanstep.pruning.folder.files import open_checkpoint
 
 SHAPES = {
     "8b": (4096, 14336, 32, 32, 8),
@@ -127,7 +127,7 @@ import sys
 from pathlib import Path
 import torch
 from leanstep.pruning import Workload, estimate_pruning, prune_checkpoint
-from leanstep.pruning.folder.loading import open_checkpoint
+from leanstep.pruning.folder.files import open_checkpoint
 
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
