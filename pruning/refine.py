@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from leanstep.pruning.allocate.allocation import Budget, layer_levels
+from leanstep.pruning.allocate.allocation import layer_levels
+from leanstep.pruning.allocate.budgets import Budget
 from leanstep.pruning.allocate.descent import Descent, Refinement, SearchFile, descend
 from leanstep.pruning.allocate.exchange import ExchangeSpace
 from leanstep.pruning.measure.batches import Batch, as_batches, batches_hash

@@ -92,7 +92,7 @@ class ProgressBar:
 
 
 def _spent(budget: dict[str, Any]) -> str:
-    from leanstep.pruning.allocate.allocation import UNITS
+    from leanstep.pruning.allocate.budgets import UNITS
 
     before, after, dense = budget["before"], budget["after"], budget["dense"]
     removed, requested = 1 - after / dense, 1 - budget["target"] / dense
