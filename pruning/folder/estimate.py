@@ -254,11 +254,10 @@ def scratch_bytes(model: nn.Module, sequences: Sequences) -> int:
         return 0
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     text = config.get_text_config()
-    outputs = getattr(config, "num_labels", 0) if head is None else head.weight.shape[0]
     sizes = _Stored(
-        width=getattr(text, "hidden_size", None) or getattr(text, "n_embd", 0),
-        outputs=outputs,
-        blocks=getattr(text, "num_hidden_layers", None) or getattr(text, "n_layer", 0),
+        width=getattr(text, "hidden_size", 0),
+        outputs=getattr(config, "num_labels", 0) if head is None else head.weight.shape[0],
+        blocks=getattr(text, "num_hidden_layers", 0),
         itemsize=next(model.parameters()).element_size(),
     )
     return sum(sizes.largest(sequences, tokens).values())
@@ -289,11 +288,9 @@ class Sequences:
     @classmethod
     def of(cls, scored: bool, data: Any, curves: Any, held_out: Any, judging: Any) -> Sequences:
         """Of tensors [samples, ...]; numbers of other data are 0."""
-        samples, *others = (
-            len(one) if isinstance(one, torch.Tensor) else 0 for one in (data, curves, held_out, judging)
-        )
+        numbers = [len(one) if isinstance(one, torch.Tensor) else 0 for one in (data, curves, held_out, judging)]
         is_text = isinstance(data, torch.Tensor) and not data.is_floating_point()
-        return cls(samples if scored else 0, *others, tokens=data.shape[1] if is_text else 0)
+        return cls(numbers[0] if scored else 0, numbers[1], numbers[2], numbers[3], data.shape[1] if is_text else 0)
 
 
 @dataclass(frozen=True)

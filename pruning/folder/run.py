@@ -148,8 +148,9 @@ def prune_checkpoint(
         data = list(batches)  # it is read twice
     if activations == "disk":
         scored = has_statistics(settings.get("allocation", "dp"), settings.get("score", "wanda"))
-        curves = data if settings.get("curve_data") is None else settings["curve_data"]
-        curves = curves if settings.get("allocation", "dp") in MEASURED else None
+        curves = None
+        if settings.get("allocation", "dp") in MEASURED:
+            curves = data if settings.get("curve_data") is None else settings["curve_data"]
         judging = None if refine is None else refine.data
         scratch = scratch_bytes(model, Sequences.of(scored, data, curves, held_out, judging))
         processes.from_first(lambda: check_space(out, written + scratch * processes.size))
