@@ -103,7 +103,8 @@ class Transformers:
         """Fraction of zeros in the compressed weights; None if there is none."""
         layers = [layer for layer in self.model.modules() if isinstance(layer, SparseLinear)]
         total = sum(layer.in_features * layer.out_features for layer in layers)
-        return 1 - sum(layer.weight_values.numel() for layer in layers) / total if total else None
+        # a byte of values may hold two codes
+        return 1 - sum(int(layer.weight_offsets[-1]) for layer in layers) / total if total else None
 
 
 class LlamaCpp:

@@ -24,7 +24,7 @@ PARSER.add_argument("out", type=Path, help="the folder to create")
 def main() -> None:
     """Prune."""
     from leanstep.pruning import CalibrationText, prune_checkpoint
-    from leanstep.pruning.folder.loading import open_checkpoint
+    from leanstep.pruning.folder.files import open_checkpoint
     from leanstep.pruning.folder.text import sequences_of
     from leanstep.recipes.data.sources import sotu_corpus
     from leanstep.recipes.prune import split_newest

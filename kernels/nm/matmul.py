@@ -84,8 +84,8 @@ def nm_matmul(x: Tensor, values: Tensor, indices: Tensor, m: int) -> Tensor:
         in bf16). All others are read once per 64 rows. A GPU reads the matrix once per 4 rows. All but 2:4 do n / m of
         the dense product's multiplications. bf16 dot products of a CPU take subnormal numbers for zero. From 32 rows
         on, a GPU forms the dense matrix first, as the reference does, in scratch memory of its size.
-        ``benchmarks/sparsity/matmul.py`` measures where this and :func:`bitmask_linear` of the same matrix are faster
-        than the dense product.
+        :func:`bitmask_linear` of the same matrix is faster where a third or more of its entries are nonzero, as with
+        4:8. ``benchmarks/sparsity/matmul.py`` measures where either is faster than the dense product.
     """
     _check_compressed(values, indices, m, "nm_matmul")
     if values.dim() != 3 or x.dim() == 0 or x.shape[-1] != values.shape[1] * m:

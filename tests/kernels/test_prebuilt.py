@@ -115,7 +115,7 @@ def test_maximizing_adamw_is_listed_because_no_definition_stands_in_for_its_kern
 
 
 def test_a_level_of_sparse_kernels_alone_is_named_for_these_only(monkeypatch):
-    levels = _prebuilt.levels_of("x86_64", [f"flags : {V4} avx512_vbmi2 avx512_bf16"])
+    levels = _prebuilt.levels_of("x86_64", [f"flags : {V4} avx512vbmi avx512_vbmi2 avx512_bf16"])
     monkeypatch.setattr(_prebuilt, "levels", lambda: levels)
     monkeypatch.setattr(_prebuilt, "installed_levels", lambda: [(level.name, 1) for level in levels])
     assert _build.origin("sparse") == "prebuilt for x86-64-v4-bf16"
