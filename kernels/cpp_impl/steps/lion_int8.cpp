@@ -125,9 +125,10 @@ struct Updates {
     bool sound;      // whether all gradients are finite
 };
 
-// updates PIECE entries
+// updates PIECE entries; a template, since it is compiled for parameters of bf16 alone
+template <typename Param>
 static inline void update(
-    PARAM* __restrict p, const GRAD* __restrict g, const int8_t* __restrict codes, const float* __restrict scales,
+    Param* __restrict p, const GRAD* __restrict g, const int8_t* __restrict codes, const float* __restrict scales,
     StateT* __restrict state, const Settings& settings, uint32_t index, Updates& updates
 ) {
     __m512 largest[BLOCKS];
@@ -186,8 +187,9 @@ static void repair(
 }
 
 // steps PIECE entries; returns whether all gradients are finite
+template <typename Param>
 static bool step_piece(
-    PARAM* p, const GRAD* g, int8_t* codes, float* scales, StateT* state, const Settings& settings, uint32_t index,
+    Param* p, const GRAD* g, int8_t* codes, float* scales, StateT* state, const Settings& settings, uint32_t index,
     uint32_t first_pair
 ) {
     Updates updates;
@@ -198,8 +200,9 @@ static bool step_piece(
 }
 
 // steps n entries of adjacent blocks, fewer than PIECE, in copies
+template <typename Param>
 static bool step_short(
-    PARAM* p, const GRAD* g, int8_t* codes, float* scales, StateT* state, int64_t n, const Settings& settings,
+    Param* p, const GRAD* g, int8_t* codes, float* scales, StateT* state, int64_t n, const Settings& settings,
     uint32_t index, uint32_t first_pair
 ) {
     alignas(64) PARAM weights[PIECE] = {};
@@ -219,6 +222,23 @@ static bool step_short(
 }
 #endif
 
+// steps n entries of adjacent blocks; returns whether all gradients are finite, or count as such
+template <typename Param>
+static bool step_blocks(
+    Param* p, const GRAD* g, int8_t* codes, float* scales, StateT* state, int64_t n, const Settings& settings,
+    uint32_t index, uint32_t first_pair
+) {
+#if ISA >= 3
+    if constexpr (IN_REGISTERS) {
+        if (n == PIECE) return step_piece(p, g, codes, scales, state, settings, index, first_pair);
+        return step_short(p, g, codes, scales, state, n, settings, index, first_pair);
+    }
+#endif
+    const bool masked = SKIP && any_nonfinite(g, n);
+    (masked ? step<true> : step<false>)(p, g, codes, scales, state, n, settings, index, first_pair);
+    return !masked;
+}
+
 extern "C" void lion_step_int8(
     int64_t count, PARAM** params, const GRAD** grads, int8_t** codes, float** scales, StateT** states,
     const int64_t* rows, const int64_t* columns, const float* scalars, const float* cautious_scale,
@@ -233,22 +253,10 @@ extern "C" void lion_step_int8(
         bool sound = true;
         for (int64_t at = from; at < from + size; at += PIECE, block += BLOCKS) {
             const int64_t n = std::min(PIECE, from + size - at);
-            const uint32_t index = static_cast<uint32_t>(offset + at);
-            const uint32_t pair = static_cast<uint32_t>(first_pair + (at - from) / 2);
-            const auto run = [&](auto function, auto... count) {
-                StateT* state = states ? states[t] + at : nullptr;
-                return function(params[t] + at, grads[t] + at, codes[t] + at, scales[t] + block, state, count..., settings,
-                                index, pair);
-            };
-#if ISA >= 3
-            if constexpr (IN_REGISTERS) {
-                sound &= n == PIECE ? run(step_piece) : run(step_short, n);
-                continue;
-            }
-#endif
-            const bool masked = SKIP && any_nonfinite(grads[t] + at, n);
-            masked ? run(step<true>, n) : run(step<false>, n);
-            sound &= !masked;
+            sound &= step_blocks(
+                params[t] + at, grads[t] + at, codes[t] + at, scales[t] + block, states ? states[t] + at : nullptr, n,
+                settings, static_cast<uint32_t>(offset + at), static_cast<uint32_t>(first_pair + (at - from) / 2)
+            );
         }
         if (SKIP && !sound) raise_flag(flags + t);
     });
