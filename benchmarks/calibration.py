@@ -35,7 +35,8 @@ class CalibratedModel:
 
         from leanstep._mapped import Scratch
         from leanstep.pruning import find_targets
-        from leanstep.pruning.folder.loading import load_model, open_checkpoint
+        from leanstep.pruning.folder.files import open_checkpoint
+        from leanstep.pruning.folder.loading import load_model
         from leanstep.pruning.measure.batches import as_batches
         from leanstep.pruning.measure.measure import Measurement, WeightSnapshot, weights_hash
         from leanstep.recipes.data.sources import sotu_corpus

@@ -102,7 +102,8 @@ class Bench:
     def refined(self, sparsity: float, seed: int, seconds: float) -> Trace:
         """Curves, programme and exchanges."""
         from leanstep.pruning import Refinement, allocate, measure_curves
-        from leanstep.pruning.allocate.allocation import Budget, layer_levels
+        from leanstep.pruning.allocate.allocation import layer_levels
+        from leanstep.pruning.allocate.budgets import Budget
         from leanstep.pruning.allocate.descent import SearchFile, descend
         from leanstep.pruning.allocate.exchange import ExchangeSpace
 

@@ -50,8 +50,8 @@ LEVELS: dict[str, tuple[Level, ...]] = {
     "x86_64": (
         Level(
             "x86-64-v4-bf16",
-            ("-march=x86-64-v4", "-mavx512vbmi2", "-mavx512bf16", _WIDE),
-            _V4 | {"avx512_vbmi2", "avx512_bf16"},
+            ("-march=x86-64-v4", "-mavx512vbmi", "-mavx512vbmi2", "-mavx512bf16", _WIDE),
+            _V4 | {"avx512vbmi", "avx512_vbmi2", "avx512_bf16"},
             only="sparse",
         ),
         Level("x86-64-v4", ("-march=x86-64-v4", _WIDE), _V4),

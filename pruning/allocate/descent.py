@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from leanstep._files import one_line, read_text, write_text
+from leanstep._processes import Processes
 from leanstep.pruning.allocate.exchange import Counts, ExchangeSpace
 from leanstep.pruning.measure.curves import check_identity, checked_content, checked_line
 from leanstep.pruning.measure.metrics import Distortion
@@ -188,6 +189,7 @@ def descend(
     settings: Refinement,
     file: SearchFile,
     progress: Callable[[int, int, str], Any] | None = None,
+    processes: Processes | None = None,
 ) -> Descent:
     """Search from the judge's levels until a limit is reached. The judge's model is left at the result.
 
@@ -198,6 +200,7 @@ def descend(
         file: with the state of an interrupted search, which is continued.
         progress: called with (exchanges judged, exchanges in all, "refinement"), or with a limit of time (seconds,
             seconds in all, "refinement time").
+        processes: of the judge. The first keeps the time and the file.
 
     Returns:
         :class:`Descent`. A continued search ends as one that was not interrupted, if evaluations limit it.
@@ -205,7 +208,7 @@ def descend(
     Raises:
         ValueError: for a file of another search, or one whose counts are not within the budget.
     """
-    search = _Search(judge, space, settings, file, progress)
+    search = _Search(judge, space, settings, file, progress, processes or Processes())
     return search.run()
 
 
@@ -217,9 +220,11 @@ class _Search:
         settings: Refinement,
         file: SearchFile,
         progress: Callable[[int, int, str], Any] | None,
+        processes: Processes,
     ) -> None:
         self.judge, self.space, self.settings, self.file, self.progress = judge, space, settings, file, progress
-        stored = file.read()
+        self.processes = processes
+        stored = processes.from_first(file.read)
         if stored is None:
             self.descent = Descent(dict(judge.counts))
             self.descent.points.append((0, 0.0, *judge.distortion))
@@ -281,7 +286,8 @@ class _Search:
             self.progress(min(int(descent.seconds), total), total, "refinement time")
 
     def _save(self) -> None:
-        self.file.write(self.descent)
+        if self.processes.is_first:
+            self.file.write(self.descent)
         self._saved = time.monotonic()
 
     def _limit(self) -> str:
@@ -289,7 +295,9 @@ class _Search:
         settings, descent = self.settings, self.descent
         if settings.evaluations is not None and descent.evaluations >= settings.evaluations:
             return "evaluations"
-        return "minutes" if settings.minutes is not None and descent.seconds >= 60 * settings.minutes else ""
+        if settings.minutes is None:
+            return ""
+        return "minutes" if self.processes.gather(descent.seconds)[0] >= 60 * settings.minutes else ""
 
     def _proposals(self) -> Iterator[Counts]:
         """The last exchange once more, and then those of this round that are not judged yet."""
