@@ -69,7 +69,7 @@ def _prune(folder: Path) -> list[tuple[str, str]]:
 
 def _train(folder: Path) -> list[tuple[str, str]]:
     recipe = write_recipe(folder)
-    return walk(lambda: main(["train", str(recipe), f"out={folder / 'run'}"]), until=LOOP)
+    return walk(lambda: main(["train", str(recipe), f"out={folder / 'run'}", "log.trackers=[]"]), until=LOOP)
 
 
 PROGRAMME = "pruning/allocate/knapsack.py:solve_knapsack"
