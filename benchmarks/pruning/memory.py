@@ -5,8 +5,8 @@
 A LLaMA of random weights, wide and with few blocks, is saved in one file (``--shards N``: in several) and pruned by
 :func:`leanstep.pruning.prune_checkpoint`, in a process of its own for each row. Counted is the largest resident size of
 that process, less what it was before the model was opened and after a small model was pruned, by which everything is
-imported. ``dp-block`` is ``dp`` with one level for a block. The data is random tokens: how well the model is pruned is not
-looked at.
+imported. ``dp-block`` is ``dp`` with one level for a block. The data is random tokens: how well the model is pruned is
+not looked at.
 """
 
 import argparse
@@ -97,5 +97,6 @@ def run(folder, name, allocation, score):
     with tempfile.TemporaryDirectory(dir=folder) as out:
         prune_checkpoint(
             folder / name, Path(out) / "out", data[2:], held_out=data[:2], curve_data=data[2:4], sparsity=0.5,
-            allocation=allocation, score=score, levels=(0.5, 0.7) if allocation == "dp" else None, granularity=granularity or "matrix",
+            allocation=allocation, score=score, levels=(0.5, 0.7) if allocation == "dp" else None,
+            granularity=granularity or "matrix",
         )  # fmt: skip
