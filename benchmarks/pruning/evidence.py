@@ -23,6 +23,7 @@ docs/.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import shutil
 import statistics
@@ -56,6 +57,11 @@ ALLOCATIONS = {
 SCORES = {"wanda": "Wanda", "sparsegpt": "SparseGPT", "alps": "ALPS"}
 # to which the others are compared
 BASELINE = "uniform"
+# (score, allocation) beside another; "" stands for each score
+PAIRS = (
+    ("", "anchored", "", "measured"), ("", "anchored", "", "atp"), ("", "refined", "", "anchored"),
+    ("", "refined", "", "evolution"), ("alps", "uniform", "sparsegpt", "uniform"),
+)  # fmt: skip
 # sparsities of the curves' levels, for all targets: of matrices, of blocks
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 BLOCK_LEVELS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -271,7 +277,8 @@ def table(path: Path) -> str:
     ]
     head = ["", "seeds", "KL", "to uniform, %", "perplexity", "processor s", "peak, GiB"]
     dense = next(row["perplexity"] for row in rows if row["allocation"] == "dense")
-    parts = [_caption(path, settings, rows, dense), markdown(head, lines), _legend(), _missing(cells)]
+    parts = [_caption(path, settings, rows, dense), markdown(head, lines), _legend(), _pairs(cells, results)]
+    parts.append(_missing(cells))
     return "\n\n".join(filter(None, parts))
 
 
@@ -315,7 +322,7 @@ def _caption(path: Path, settings: Row, rows: list[Row], dense: float) -> str:
         f"pruning. {settings['samples']} x {length} tokens for scores, {settings['curve_samples']} x {length} of them "
         f"for curves and ATP, {settings['judge_samples']} x {length} others that judge both searches, "
         f"{settings['eval_samples']} x {length} held out. Anchored curves have {settings['anchor_minutes']:g} minutes "
-        f"for their measurements, the refining search {settings['refine_minutes']:g}. {machines(rows)}."
+        f"by the clock for their measurements, the refining search {settings['refine_minutes']:g}. {machines(rows)}."
     )
 
 
@@ -325,6 +332,25 @@ def _legend() -> str:
         "paired by seed, with Student's 95 % interval; a row of one seed has none, and its difference may be chance. "
         "Processor seconds include all curves."
     )
+
+
+def _pairs(cells: list[Cell], results: Mapping[Cell, Row]) -> str:
+    """A table of differences between two rows of at least two common seeds."""
+    lines = []
+    for sparsity in sorted({cell.sparsity for cell in cells}):
+        for score, (of_score, allocation, base_score, base) in itertools.product(SCORES, PAIRS):
+            if of_score not in ("", score):
+                continue
+            mine, other = (
+                {cell.seed: results[cell] for cell in cells if cell[:2] + cell[3:] == (s or score, sparsity, name)}
+                for s, name in ((of_score, allocation), (base_score, base))
+            )
+            if len(set(mine) & set(other)) > 1:
+                names = (
+                    f"{ALLOCATIONS[allocation]}, to {SCORES[base_score] + ' ' if base_score else ''}{ALLOCATIONS[base]}"
+                )
+                lines.append([f"{SCORES[score]} {sparsity:.0%}, {names}", difference(mine, other)])
+    return markdown(["of the same seeds", "KL, %"], lines) if lines else ""
 
 
 def _missing(cells: list[Cell]) -> str:

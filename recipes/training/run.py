@@ -225,8 +225,7 @@ class Run:
         if checkpoint is not None and state.world_size != world:
             self.say(f"WARNING: {world} processes go on where {state.world_size} stopped: not bit for bit the same")
         state.config, state.world_size = recorded(config), world
-        if config.release_gradients:
-            release_gradients(accelerator, model, optimizer)
+        self.release = release_gradients(accelerator, model, optimizer) if config.release_gradients else None
         self.halves = find_halves(optimizer, accelerator) if hasattr(optimizer, "mark_half") else None
         self.norms = build_monitor(model) if config.log.attention_norms else None
         self.clip = None
@@ -304,7 +303,7 @@ class Run:
             self.clip.arm(self.state.step)
         try:
             half = None if self.halves is None else self.halves.half
-            loss_part, targets = backward(accelerator, self.model, window, check=config.release_gradients, half=half)
+            loss_part, targets = backward(accelerator, self.model, window, release=self.release, half=half)
         except NonFinite as error:
             raise self.failure(window, StepResult(error.loss, None, 0, 0), f"loss is {error.loss}", "nan") from None
         if self.halves is not None:

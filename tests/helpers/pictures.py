@@ -11,28 +11,33 @@ from browser import Browser, Screen
 WIDTH = 1040
 KEYWORD = b"layout"
 # what one sees of a page: the texts that templates write, where its boxes begin and how wide they are, its colours
-_LAYOUT = """(height => {
+_LAYOUT = """((heading, height) => {
     const top = e => e.getBoundingClientRect().top + scrollY;
-    const shown = names => [...document.querySelectorAll(names)].filter(e => top(e) < height);
+    const first = [...document.querySelectorAll('h2')].find(e => e.textContent.trim() == heading);
+    const start = first ? Math.round(top(first)) - 14 : 0;
+    const isIn = e => top(e) >= start && top(e) < start + height;
+    const shown = names => [...document.querySelectorAll(names)].filter(isIn);
     const boxes = shown('.tile, .card, figure').map(e => [e.tagName + '.' + e.className,
         Math.round(e.getBoundingClientRect().left), Math.round(e.getBoundingClientRect().width)].join(' '));
-    return {texts: shown('.tile span, h2, h3, thead th').map(e => e.textContent.trim()).filter(t => t),
+    return {start: start, texts: shown('.tile span, h2, h3, thead th').map(e => e.textContent.trim()).filter(t => t),
         boxes: [...new Set(boxes)].sort(),
         colours: ['backgroundColor', 'color'].map(name => getComputedStyle(document.body)[name])};
-})(%d)"""
+})(%r, %d)"""
 
 
 class Picture(NamedTuple):
-    """A picture of the first ``height`` pixels of a report.
+    """A picture of ``height`` pixels of a report.
 
     Attributes:
-        page: the kind of the report, which a test makes with made-up numbers.
-        source: file of the real report.
+        page: the kind of the report: a file of real numbers, and a page that a test makes of made-up ones.
+        height: in pixels.
+        heading: where the picture begins; empty: at the top.
+        scheme: of colours.
     """
 
     page: str
-    source: str
     height: int
+    heading: str = ""
     scheme: str = "light"
 
     @property
@@ -42,15 +47,16 @@ class Picture(NamedTuple):
 
 
 def layout(tab: Browser, page: Path, picture: Picture) -> dict[str, Any]:
-    """Show a report as a picture does; return its layout."""
+    """Show a report as a picture does; return its layout, and the pixels above the picture as ``start``."""
     tab.open(page, picture.screen)
-    return dict(tab.evaluate(_LAYOUT % picture.height))
+    return dict(tab.evaluate(_LAYOUT % (picture.heading, picture.height)))
 
 
 def take(tab: Browser, page: Path, picture: Picture, out: Path) -> None:
     """Write a picture of a report; the layout stands inside the file."""
-    text = json.dumps(layout(tab, page, picture), separators=(",", ":"), sort_keys=True)
-    tab.screenshot(out, height=picture.height)
+    shown = layout(tab, page, picture)
+    text = json.dumps(shown, separators=(",", ":"), sort_keys=True)
+    tab.screenshot(out, height=picture.height, top=shown["start"])
     content = out.read_bytes()
     # after the signature and the first chunk, IHDR
     out.write_bytes(content[:33] + _chunk(b"tEXt", KEYWORD + b"\0" + text.encode()) + content[33:])

@@ -38,6 +38,10 @@ def test_the_table_pairs_the_seeds_and_says_what_is_missing(evidence, tmp_path):
     rows += [row("wanda", 0.6, seed, "refined", kl, seconds=90.0, gib=1 + seed) for seed, kl in refined.items()]
     rows += [row("wanda", 0.6, 0, "owl", 1.5, machine="m, 1 threads, torch 2, commit bbb")]
     rows += [row("wanda", 0.0, 0, "curves fisher", 0.0)]
+    rows += [row("wanda", 0.6, seed, "anchored", kl) for seed, kl in uniform.items()]
+    rows += [
+        row(score, 0.7, seed, "uniform", kl) for score, kl in (("alps", 1.0), ("sparsegpt", 2.0)) for seed in (0, 1)
+    ]
     text = evidence.table(write(tmp_path / "r.jsonl", rows))
     percent = [100 * (refined[seed] / uniform[seed] - 1) for seed in range(3)]
     low, high = scipy.stats.t.interval(0.95, 2, statistics.mean(percent), scipy.stats.sem(percent))
@@ -48,11 +52,14 @@ def test_the_table_pairs_the_seeds_and_says_what_is_missing(evidence, tmp_path):
         f"| Wanda 60%, DP anchored and refined | 0, 1, 2 | 0.9167 | {statistics.mean(percent):+.1f} "
         f"[{low:+.1f}, {high:+.1f}] | 9.17 | 90 | 3.00 |"
     ) in lines
+    percent = f"{statistics.mean(percent):+.1f} [{low:+.1f}, {high:+.1f}]"
+    assert f"| Wanda 60%, DP anchored and refined, to DP anchored | {percent} |" in lines
+    assert "| ALPS 70%, uniform, to SparseGPT uniform | -50.0 [-50.0, -50.0] |" in lines
     assert "perplexity 3.25 before pruning" in text and "abcdef01)" in text
     assert "m, 1 threads, torch 2, commits aaa, bbb; load 0.5 to 1.5 on 2 processors" in text
     missing = lines[-1]
-    assert missing.startswith("Not measured: Wanda 50%; Wanda 60%: ATP, DP measured by block, DP anchored, evolution;")
-    assert missing.endswith("ALPS 70%.")
+    assert missing.startswith("Not measured: Wanda 50%; Wanda 60%: ATP, DP measured by block, evolution;")
+    assert "; ALPS 60%; ALPS 70%: OWL, " in missing
 
 
 def test_measured_and_fisher_curves_serve_all_sparsities(evidence):

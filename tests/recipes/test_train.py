@@ -387,6 +387,17 @@ def test_released_gradients_change_nothing_but_memory(recipe, tmp_path, optimize
     assert all(entry[4] is None for entry in right) and left[0][4] is not None
 
 
+@pytest.mark.slow
+def test_released_gradients_of_several_passes_are_summed_in_the_momentum(recipe, tmp_path):
+    options = ["steps=4", "optimizer={name: sinkgd, lr: 1e-2, args: {momentum: 0.9}}", "checkpoint.every=0"]
+    options += ["batch.micro_batch_size=4"]
+    kept, released = (run(recipe, [*options, *more], tmp_path / name) for name, more in
+                      (("kept", []), ("released", ["release_gradients=true"])))  # fmt: skip
+    assert kept.codes == released.codes == [0], released.text()
+    left, right = ([entry[2] for entry in numbers(tmp_path / name) if entry[2]] for name in ("kept", "released"))
+    assert len(left) == len(right) > 3 and right == pytest.approx(left, rel=1e-4)
+
+
 def test_released_gradients_are_refused_where_they_cannot_work(recipe, tmp_path):
     options = ["release_gradients=true", "batch.micro_batch_size=8"]
     refused = run(recipe, options, tmp_path / "adamw")

@@ -14,9 +14,9 @@ from leanstep.sparsity.modules import SparseWeight
 # layer -> the dimension along which an expert's inputs lie
 EXPERTS = {"mixtral": 2, "qwen3_moe": 2, "gpt_oss": 1, "llama4": 1}
 NARROW = {
-    "vit": "vit.embeddings.patch_embeddings.projection stay",
-    "clip": "vision_model.embeddings.patch_embedding stay",
-    "swin": "swin.embeddings.patch_embeddings.projection stay",
+    "vit": "vit.embeddings.patch_embeddings.projection",
+    "clip": "vision_model.embeddings.patch_embedding",
+    "swin": "swin.embeddings.patch_embeddings.projection",
     "mamba": "backbone.layers.0.mixer.conv1d, backbone.layers.0.mixer.dt_proj",
     "jamba": "model.layers.0.mamba.conv1d",
 }
