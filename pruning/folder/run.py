@@ -151,8 +151,8 @@ def prune_checkpoint(
         curves = None
         if settings.get("allocation", "dp") in MEASURED:
             curves = data if settings.get("curve_data") is None else settings["curve_data"]
-        judging = None if refine is None else refine.data
-        scratch = scratch_bytes(model, Sequences.of(scored, data, curves, held_out, judging))
+        judges = None if refine is None else refine.data
+        scratch = scratch_bytes(model, Sequences.of(scored, data, curves, held_out, judges))
         processes.from_first(lambda: check_space(out, written + scratch * processes.size))
     perplexity: dict[str, Any] = {}
     if evaluate:

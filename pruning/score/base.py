@@ -103,11 +103,12 @@ class Ranking:
             raise ValueError(f"Ranking: scope must be one of {', '.join(SCOPES)}, got {scope!r}")
         if scores.dim() != 2 or not bool(scores.isfinite().all()):
             raise ValueError(f"Ranking: expected finite scores [out, in], got shape {tuple(scores.shape)}")
-        self.shape, self.scope, self._scores_of = scores.shape, scope, scores_of
+        self.shape, self.scope = scores.shape, scope
         if scope == "matrix":
             narrow = torch.int32 if scores.numel() < 2**31 else torch.int64
             self._order = scores.flatten().argsort(stable=True).to(narrow)
         else:
+            self._scores_of = scores_of
             narrow = torch.int16 if scores.shape[1] < 2**15 else torch.int32
             order = scores.argsort(dim=1, stable=True)
             ranks = torch.arange(scores.shape[1], dtype=narrow, device=scores.device)

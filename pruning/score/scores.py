@@ -184,7 +184,9 @@ class ScoredPruner(LayerPruner):
 
     def _prune_count(self, keep: int) -> tuple[Tensor, Tensor]:
         if self._ranking is None:
-            self._ranking = Ranking(lambda: zeros_first(self.scores, self.given), self._scope)
+            # not of self: a cycle of references would hold this pruner until the next garbage collection
+            scores_of, given = self._scores_of, self.given
+            self._ranking = Ranking(lambda: zeros_first(scores_of().detach(), given), self._scope)
         return self.given, self._ranking.mask(keep)
 
     def _prune_pattern(self, pattern: NM) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from leanstep._torch import output_head
 from leanstep.kernels import use_backend
+from leanstep.optimizers.common.base import LeanOptimizer
 from leanstep.optimizers.common.sharding import dtype_of
 from leanstep.optimizers.gradient_accumulation import keeping_gradients
 from leanstep.optimizers.param_groups import parameter_roles
@@ -163,7 +164,7 @@ def _measured(config: RunConfig, vocab_size: int, world_size: int, device: str) 
         gradient = unique_bytes(gradients)
         if config.release_gradients:
             gradient = max((tensor.nbytes for tensor in gradients), default=0)
-            if accumulation_steps(config, world_size) > 1:
+            if accumulation_steps(config, world_size) > 1 and isinstance(optimizer, LeanOptimizer):
                 gradient += unique_bytes(p.grad for p in keeping_gradients(optimizer) if p.grad is not None)
         state = optimizer_state_bytes(optimizer)
         # LANTON's copies of the gradients at half a step

@@ -28,8 +28,8 @@ def accumulates_in_momentum(config: RunConfig) -> bool:
         return False
     if config.optimizer.name == "sinkgd":
         return bool(args.get("momentum")) and not args.get("nesterov") and args.get("momentum_order", "pre") == "pre"
-    betas = args.get("betas")
-    return config.optimizer.name == "lion" and bool(betas) and len(set(betas)) == 1 and not args.get("cautious")
+    betas = args.get("betas") or ()
+    return config.optimizer.name == "lion" and len(set(betas)) == 1 and not args.get("cautious")
 
 
 def joint_problems(config: RunConfig, world_size: int = 1) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -58,8 +58,8 @@ def backward(
     factor = accelerator.gradient_accumulation_steps * accelerator.num_processes
     total = torch.zeros((), device=accelerator.device)
     for number, batch in enumerate(window, start=1):
-        summing = release is not None and number < len(window)
-        with accelerator.accumulate(model), release.accumulate(keep_others=True) if summing else nullcontext():
+        summing = nullcontext() if release is None or number == len(window) else release.accumulate(keep_others=True)
+        with accelerator.accumulate(model), summing:
             loss = model(**batch, use_cache=False, num_items_in_batch=divisor).loss
             if release is not None and not torch.isfinite(loss):
                 raise NonFinite(float(loss.detach()))

@@ -467,7 +467,7 @@ def test_convolutions_of_one_shape_in_channels_last(rounding):
     [
         ("aot_eager", {"rms": ((5, 4), (2, 3, 4)), "sign": ((3, 2),), "vector": ((6,), (3,))}, {}),
         ("aot_eager", {"rms": ((5, 4), (2, 3, 4))}, {"noise_every": 2, "alpha": "auto"}),
-        ("inductor", {"rms": ((5, 4),), "vector": ((6,),)}, {"noise_every": 2}),
+        ("inductor", {"rms": ((5, 4), (3, 4)), "vector": ((6,),)}, {"noise_every": 2}),
     ],
     ids=["every step", "every other step", "inductor"],
 )
