@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from leanstep._memory import free_memory
+
 T = TypeVar("T")
 
 # one process may search or compute for long while the others wait; the end of a process closes its connections at once
@@ -85,6 +87,11 @@ class Processes:
             raise content[1]
         return content[0]
 
+    def free_memory(self, device: str | torch.device) -> int | None:
+        """Free bytes of a device that this process may take: an equal part of the machine's, all of a GPU's."""
+        free = free_memory(device)
+        return free if free is None or torch.device(device).type != "cpu" else free // self.size
+
     def gather(self, value: T) -> list[T]:
         """The values of all processes, in their order."""
         if self.size == 1:
@@ -120,6 +127,16 @@ class Processes:
     def _global(self, rank: int) -> int:
         assert self.group is not None
         return dist.get_global_rank(self.group, rank)
+
+
+def is_first_to_fail() -> bool:
+    """Whether no other process of the run has called this before. An error of several is printed once then."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return int(os.environ.get("RANK", "0")) == 0
+    try:
+        return dist.distributed_c10d._get_default_store().add("leanstep.failed", 1) == 1
+    except RuntimeError:  # the process that serves the store has ended, with an error of its own
+        return False
 
 
 @contextmanager
