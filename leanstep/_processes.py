@@ -92,7 +92,7 @@ class Processes:
         free = free_memory(device)
         return free if free is None or torch.device(device).type != "cpu" else free // self.size
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """The values of all processes, in their order."""
         if self.size == 1:
             return [value]
@@ -103,9 +103,9 @@ class Processes:
 
     def merged(self, values: Mapping[str, T]) -> dict[str, T]:
         """The entries of all processes."""
-        return {name: value for part in self.gather(dict(values)) for name, value in part.items()}
+        return {name: value for part in self.all_gather(dict(values)) for name, value in part.items()}
 
-    def add_up(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, with the same bits in each; may be the tensor itself."""
         if self.size == 1:
             return tensor
@@ -114,7 +114,7 @@ class Processes:
             dist.all_reduce(total, group=self.group)
         return total.to(tensor.device)
 
-    def send(self, tensor: Tensor, source: int) -> Tensor:
+    def broadcast(self, tensor: Tensor, source: int) -> Tensor:
         """A tensor of the process ``source``; the others give one of its shape and dtype, which is overwritten."""
         if self.size == 1:
             return tensor

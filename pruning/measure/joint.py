@@ -202,7 +202,7 @@ class JointJudge:
         # a batch is always the same process's, which has its cached inputs
         share = set(self._processes.share(range(len(self._batches))))
         compared = {index: self._compare(start, index) for index in indices if index in share}
-        compared = {index: pair for part in self._processes.gather(compared) for index, pair in part.items()}
+        compared = {index: pair for part in self._processes.all_gather(compared) for index, pair in part.items()}
         for _ in indices:
             self.passes += (1 - start / max(len(self._cache.stages), 1)) / len(self._batches)
         return [compared[index] for index in indices]

@@ -109,7 +109,7 @@ def pruning_raises_what_the_first_process_meets_in_all(world: World) -> None:
 @case(2)
 def pruning_prints_an_error_once(world: World) -> None:
     processes = Processes(dist.group.WORLD)
-    assert sorted(processes.gather(is_first_to_fail())) == [False, True]
+    assert sorted(processes.all_gather(is_first_to_fail())) == [False, True]
 
 
 @case(2)
