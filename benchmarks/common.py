@@ -8,13 +8,16 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import platform
 import random
+import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +110,19 @@ def machine_line(device: str = "cpu") -> str:
     return f"{name}, {threads} threads, torch {torch.__version__}, commit {commit()}"
 
 
+def machine_state(device: str = "cpu") -> dict[str, Any]:
+    """The machine's line, its load and number of processors now, for a line of results."""
+    return {"machine": machine_line(device), "load": round(os.getloadavg()[0], 1), "processors": os.cpu_count()}
+
+
+def machines(rows: Sequence[Mapping[str, Any]]) -> str:
+    """For a table's caption: machine, commits and load of lines that have :func:`machine_state`."""
+    parts = [row["machine"].rpartition(", commit ") for row in rows]
+    lines, commits = (", ".join(dict.fromkeys(column)) for column in zip(*((p[0], p[2]) for p in parts), strict=True))
+    loads, several = [row["load"] for row in rows], "commits" if "," in commits else "commit"
+    return f"{lines}, {several} {commits}; load {min(loads)} to {max(loads)} on {rows[0]['processors']} processors"
+
+
 # -- timing -----------------------------------------------------------------------------------------------------------
 
 
@@ -156,6 +172,26 @@ def interleaved_medians(runs: Runs, rounds: int, clock: Clock = wall_clock, warm
     """Median seconds of every run, interleaved."""
     times = interleaved_seconds(runs, rounds, clock, warmup)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def reset_peak_memory() -> None:
+    """Forget the process's peak memory so far, on Linux."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int:
+    """Peak resident bytes since :func:`reset_peak_memory`; now resident ones where the system has no such number."""
+    import psutil
+
+    with suppress(OSError):
+        match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        if match:
+            return int(match[1]) * 1024
+    return psutil.Process().memory_info().rss
 
 
 # -- output -----------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from leanstep.kernels.lora.products import lora_down, lora_down_backward, lora_d
 from leanstep.kernels.lora.scale import lora_scale_, lora_scale_backward
 from leanstep.kernels.lora.swiglu import swiglu, swiglu_backward_
 from leanstep.kernels.matrices.dense_product import product
+from leanstep.kernels.matrices.few_tokens import few_token_linear
 from leanstep.kernels.matrices.newton_schulz import COEFFICIENTS, newton_schulz, nuclear_norm
 from leanstep.kernels.matrices.sinkhorn import Scales, sinkhorn
 from leanstep.kernels.nm.apply import nm_apply
@@ -49,6 +50,7 @@ __all__ = [
     "bitmask_quantize",
     "bitmask_unpack",
     "bitmask_validate",
+    "few_token_linear",
     "linear_combination",
     "lion_agreement",
     "lion_agreement_int8",

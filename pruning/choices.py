@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from leanstep.pruning.allocate.allocation import METHODS, Budget
+from leanstep.pruning.allocate.allocation import METHODS
+from leanstep.pruning.allocate.budgets import Budget
 from leanstep.pruning.allocate.descent import Refinement
 from leanstep.pruning.allocate.latency import LatencyTable
 from leanstep.pruning.measure.checks import CORRECTIONS, INPUTS

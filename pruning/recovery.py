@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from torch.nn.functional import kl_div
 from leanstep.lora import LoraConfig, apply_lora, keep_zeros, merge, remove_lora
 from leanstep.optimizers import NonFiniteGradientError, create
 from leanstep.pruning.finetune import MaskKeeper, keep_masks
-from leanstep.pruning.measure.batches import Batch, as_batches
-from leanstep.pruning.measure.measure import Stored, WeightSnapshot, evaluating
+from leanstep.pruning.measure.batches import Batch, as_batches, batches_hash
+from leanstep.pruning.measure.measure import Stored, WeightSnapshot, evaluating, weights_hash
 from leanstep.pruning.measure.metrics import (
     KL,
     Distortion,
@@ -28,6 +29,7 @@ from leanstep.pruning.measure.metrics import (
     token_rows,
 )
 from leanstep.pruning.measure.points import Progress
+from leanstep.pruning.recovery_file import RecoveryFile
 from leanstep.pruning.score.targets import Target, find_targets
 
 # logits of one pass, which take 4 bytes each, four times
@@ -120,6 +122,7 @@ def recover(
     exclude: Iterable[str] = (),
     progress: Progress | None = None,
     stored: Stored | None = None,
+    state: str | Path | None = None,
 ) -> RecoveryResult:
     """Train a pruned model in place, with its zeros held. Only the matrices that :func:`find_targets` selects change.
 
@@ -138,19 +141,22 @@ def recover(
         include, exclude: see :func:`find_targets`.
         progress: called with (steps taken, steps in all, "recovery").
         stored: see :func:`leanstep.pruning.prune`.
+        state: file for the trained weights and the optimizer, replaced about once a minute. An interrupted recovery
+            goes on from it, to the weights of one that was not interrupted. None: no file.
 
     Returns:
         :class:`RecoveryResult`.
 
     Raises:
         ValueError: for a model without a zero or without logits, ``distill=True`` without a teacher, data without next
-            tokens and no teacher, a rank for a model without linear layers to adapt, or a loss that is not finite. The
-            weights are the pruned ones after any error.
+            tokens and no teacher, a rank for a model without linear layers to adapt, a ``state`` of another recovery,
+            or a loss that is not finite. The weights are the pruned ones after any error.
 
     Notes:
         Memory besides both models: the gradients of the trained matrices, a mask of 1 byte per weight, a copy of the
-        matrices that are not ``stored``, and the activations and logits of some samples, at most 2^26 logits unless one
-        sample has more. Time: a step is three passes of the model and one of the teacher over ``batch_size`` samples.
+        matrices that are not ``stored``, one of the trained weights while a ``state`` is written, and the activations
+        and logits of some samples, at most 2^26 logits unless one sample has more. Time: a step is three passes of the
+        model and one of the teacher over ``batch_size`` samples.
 
     References:
         G. Hinton, O. Vinyals, J. Dean, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531; M. Scetbon et
@@ -168,12 +174,16 @@ def recover(
             before = _cost(model, teacher, compared)
             snapshot.take()
             with snapshot.restored_on_error():
-                losses = _train(model, teacher, targets, keeper, samples, recovery, progress)
+                file = RecoveryFile(
+                    None if state is None else Path(state),
+                    {} if state is None else _identity(model, teacher, samples, recovery),
+                )
+                losses = _train(model, teacher, targets, keeper, samples, recovery, progress, file)
                 if filled := keeper.filled():
                     raise RuntimeError(f"recovery filled zeros of {', '.join(filled)}; the pruned weights are back")
                 after = _cost(model, teacher, compared)
     applied = before is None or after is None or after.mean < before.mean
-    notes = []
+    notes = [*filter(None, [file.note])]
     if before is None:
         notes.append("there was no held-out data: the effect of recovery was not measured")
     elif not applied and after is not None:
@@ -195,9 +205,9 @@ def _train(
     samples: _Samples,
     recovery: Recovery,
     progress: Progress | None,
+    file: RecoveryFile,
 ) -> list[float]:
-    """Take all steps; returns their losses."""
-    losses = []
+    """Take all steps that the file's state has not taken; returns the losses of all."""
     with _trained(model, targets, recovery):
         half = any(p.dtype == torch.bfloat16 for p in model.parameters() if p.requires_grad)
         optimizer = create(
@@ -212,13 +222,28 @@ def _train(
         )
         if recovery.rank is None:
             keeper.attach(optimizer)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, recovery.steps))
-        for step, batches in enumerate(islice(samples.batches(), recovery.steps), 1):
+        rates = [group["lr"] for group in optimizer.param_groups]
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        losses = file.restore(trained, optimizer)
+        for step, batches in enumerate(islice(samples.batches(), len(losses), recovery.steps), len(losses) + 1):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * _rate(step - 1, recovery.steps)
             losses.append(_step(model, teacher, batches, optimizer))
-            schedule.step()
+            file.save(trained, optimizer, losses)
             if progress is not None:
                 progress(step, recovery.steps, "recovery")
     return losses
+
+
+def _identity(model: nn.Module, teacher: nn.Module | None, samples: _Samples, recovery: Recovery) -> dict[str, Any]:
+    """Everything that the trained weights depend on."""
+    settings = asdict(replace(recovery, lr=recovery.step_size, distill=teacher is not None))
+    return {
+        "weights": weights_hash(model),
+        "dense weights": None if teacher is None else weights_hash(teacher),
+        "data": batches_hash(as_batches(samples.data, model)),
+        "settings": settings,
+    }
 
 
 def _rate(step: int, steps: int) -> float:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from leanstep.pruning.allocate.allocation import Budget, layer_levels
+from leanstep.pruning.allocate.allocation import layer_levels
+from leanstep.pruning.allocate.budgets import Budget
 from leanstep.pruning.allocate.descent import Descent, Refinement, SearchFile, descend
 from leanstep.pruning.allocate.exchange import ExchangeSpace
 from leanstep.pruning.measure.batches import Batch, as_batches, batches_hash
@@ -88,12 +89,13 @@ def refine_allocation(
     space = ExchangeSpace(layer_levels(layers, curves, budget, nonzero), budget.target)
     state = None if settings.state is None else Path(settings.state)
     file = SearchFile(state, _identity(start, trial, batches, measurement, space, settings))
-    file.read()  # refuse a file of another search before anything is pruned
+    processes = trial.pruning.processes
+    processes.from_first(file.read)  # refuse a file of another search before anything is pruned
     pruners: dict[str, LayerPruner] = {}
     with evaluating(measurement.model), trial.snapshot.restored():
         trial.apply(start, pruners)
-        judge = JointJudge(trial.groups, measurement, pruners, start.counts, start.patterns)
-        descent = descend(judge, space, settings, file, progress)
+        judge = JointJudge(trial.groups, measurement, pruners, start.counts, start.patterns, processes)
+        descent = descend(judge, space, settings, file, progress, processes)
     counts = {name: descent.counts[name] for name in start.counts}
     predicted = sum(
         float(np.interp(counts[name], layer.counts[::-1], layer.loss[::-1])) for name, layer in space.levels.items()

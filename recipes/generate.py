@@ -72,6 +72,12 @@ def _generate(options: argparse.Namespace) -> dict[str, Any]:
     count = inputs["input_ids"].shape[1]
     if not count:
         raise ValueError("the prompt has no tokens; expected a text to continue")
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if int(inputs["input_ids"].max()) >= vocabulary:
+        raise ValueError(
+            f"{folder}: its tokenizer has more tokens than the model, which has {vocabulary}; save the tokenizer "
+            "that the model was trained with there"
+        )
     positions = getattr(model.config, "max_position_embeddings", None)
     if isinstance(positions, int) and count + options.max_new_tokens > positions:
         raise ValueError(

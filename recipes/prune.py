@@ -2,9 +2,11 @@
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,32 +29,56 @@ __all__ = ["main", "split_newest"]
 _HELD_OUT_BYTES = 400_000
 # difference of --sparsity and the fraction of zeros, by rounding in small matrices
 _SAME_SPARSITY = 0.02
+# sequences or images that judge exchanges
+_REFINE_SAMPLES = 32
 # options that are arguments of prune() of the same name
 _SETTINGS = (
     *("sparsity", "allocation", "score", "pattern", "metric", "granularity", "correction", "levels"),
     *("include", "exclude", "batch_size", "curves", "minutes", "inputs"),
 )
+_Group = argparse._ArgumentGroup
 _OPTIONS = {"data.val_path": "--data", "data.text_key": "--text-key", "seq_len": "--seq-len", "samples": "--samples"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``leanstep prune``. Returns 0, 2 after an error message about the input, or 1 about the disk."""
-    options = _parser().parse_args(argv)
-    begin = time.monotonic()
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    options = _parser().parse_args(arguments)
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1 and options.nproc > 1 and not options.dry_run:
+        from leanstep.recipes.training.launch import run_workers
+
+        return run_workers("leanstep", ["prune", *arguments], options.nproc, "the same command with --resume")
+    if size == 1:
+        return _run(options)
+    from leanstep.recipes.training.launch import leave
+
+    leave(_run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
+    """The command in this process, one of several where torchrun started it; returns as :func:`main`."""
+    begin, rank = time.monotonic(), int(os.environ.get("RANK", "0"))
     try:
         if options.dry_run:
             return _dry_run(options)
         result = _prune(options)
-    except (ValueError, ImportError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
+    except (ValueError, ImportError, OSError) as error:
+        code = 1 if isinstance(error, OSError) else 2
+        if rank == 0 or code == 1:
+            print(f"error: {one_line(error)}", file=sys.stderr)
+        return code
     except KeyboardInterrupt:
         state = "holds the pruned model" if Path(options.out).exists() else "was not created"
-        print(f"\ninterrupted; {options.out} {state}. Add --resume to the command to continue", file=sys.stderr)
+        if rank == 0:
+            print(f"\ninterrupted; {options.out} {state}. Add --resume to the command to continue", file=sys.stderr)
         return 130
+    except RuntimeError as error:
+        if type(error).__name__ != "ProcessEndedError":
+            raise
+        return 1  # the process that ended has said why, or its launcher says it
+    if rank > 0 or result is None:
+        return 0
     if options.json:
         print(json.dumps(result.to_dict()))
         return 0
@@ -79,20 +105,24 @@ def _parser() -> argparse.ArgumentParser:
         prog="leanstep prune",
         description="Prune a checkpoint, each matrix as far as it hurts least. CHECKPOINT is never changed.",
     )
+    _folder_options(parser)
+    _data_options(parser.add_argument_group("calibration data"))
+    _allocation_options(parser.add_argument_group("how far each matrix is pruned"))
+    _weight_options(parser.add_argument_group("which weights are pruned"))
+    _afterwards_options(parser.add_argument_group("recovery and evaluation"))
+    _resource_options(parser.add_argument_group("memory, time and output"))
+    return parser
+
+
+def _folder_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="a Hugging Face folder, or the name of a model on the hub")
     add("--out", required=True, metavar="DIR", help="the folder to create")
     add("--sparsity", type=float, metavar="S", help="fraction of zeros over all pruned matrices, such as 0.6")
-    add(
-        "--budget",
-        default="params",
-        choices=("params", "flops", "bytes", "latency"),
-        help="unit of --sparsity, the fraction to remove: weights (default), operations, bytes, or seconds",
-    )
-    add("--latency-table", metavar="FILE", help="JSON: seconds of every matrix at some sparsities")
-    add("--allocation", default="dp", choices=("dp", "uniform", "global", "lamp", "erk", "owl", "atp"))
-    add("--score", default="wanda", choices=("magnitude", "wanda", "sparsegpt", "alps", "mfac"))
-    add("--pattern", default="unstructured", metavar="unstructured|N:M", help="N:8: n of 8 by matrix; or 2:4 for all")
+
+
+def _data_options(group: _Group) -> None:
+    add = group.add_argument
     add(
         "--data",
         metavar="sotu|FILE",
@@ -102,14 +132,24 @@ def _parser() -> argparse.ArgumentParser:
     add("--text-key", default="text", metavar="KEY", help="column of JSON or Parquet; default text")
     add("--samples", type=int, default=128, metavar="N", help="sequences or images for scores; default 128")
     add("--curve-samples", type=int, default=16, metavar="N", help="of --samples, those for curves; default 16")
-    add("--held-out", type=int, default=8, metavar="N", help="sequences held out for checks; default 8")
+    add("--held-out", type=int, default=8, metavar="N", help="sequences or images held out for checks; default 8")
     add("--seq-len", type=int, metavar="N", help="tokens of a sequence; default: as trained, at most 2048")
     add("--seed", type=int, default=0, metavar="N", help="decides which sequences are taken; default 0")
-    add("--refine", type=float, metavar="MINUTES", help="search from the allocation on joint distortion, for this long")
-    add("--refine-evaluations", type=int, metavar="N", help="search by at most N exchanges: the result is reproducible")
-    add("--refine-samples", type=int, default=32, metavar="N", help="sequences that judge exchanges; default 32")
-    add("--metric", metavar="NAME", help="kl (default for language models), kl_topk or mse_logits")
+
+
+def _allocation_options(group: _Group) -> None:
+    add = group.add_argument
+    add("--allocation", default="dp", choices=("dp", "uniform", "global", "lamp", "erk", "owl", "atp"))
+    add(
+        "--budget",
+        default="params",
+        choices=("params", "flops", "bytes", "latency"),
+        help="unit of --sparsity, the fraction to remove: weights (default), operations, bytes, or seconds",
+    )
+    add("--latency-table", metavar="FILE", help="JSON: seconds of every matrix at some sparsities")
     add("--granularity", default="matrix", choices=("matrix", "role", "block"), help="matrices that share a level")
+    add("--levels", type=_levels, metavar="S,S,...", help="sparsities to measure; default: a grid around --sparsity")
+    add("--metric", metavar="NAME", help="kl (default for language models), kl_topk or mse_logits")
     add(
         "--curves",
         choices=("measured", "fisher", "anchored"),
@@ -118,23 +158,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--minutes", type=float, default=30.0, metavar="M", help="time for measurements, see --curves; default 30")
     add("--correction", default="none", choices=("none", "relinearise"), help="for curves that do not add up")
+    add("--refine", type=float, metavar="MINUTES", help="search from the allocation on joint distortion, for this long")
+    add("--refine-evaluations", type=int, metavar="N", help="search by at most N exchanges: the result is reproducible")
+    add("--refine-samples", type=int, metavar="N", help="sequences or images that judge exchanges; default 32")
+
+
+def _weight_options(group: _Group) -> None:
+    add = group.add_argument
+    add("--score", default="wanda", choices=("magnitude", "wanda", "sparsegpt", "alps", "mfac"))
+    add("--pattern", default="unstructured", metavar="unstructured|N:M", help="N:8: n of 8 by matrix; or 2:4 for all")
     add(
         "--inputs",
         default="pruned",
         choices=("pruned", "dense"),
         help="prune a block on the inputs that the pruned blocks before it produce (default), or on the dense model's",
     )
-    add("--levels", type=_levels, metavar="S,S,...", help="sparsities to measure; default: a grid around --sparsity")
     add("--include", action="append", metavar="NAMES", help="wildcards over parameter names: prune these only")
     add("--exclude", action="append", default=[], metavar="NAMES", help="wildcards: leave these out")
-    add("--batch-size", type=int, default=8, metavar="N", help="sequences at once; default 8")
-    add("--device", default="cpu", help="where to calibrate; default cpu")
-    add(
-        "--activations",
-        default="memory",
-        choices=("memory", "disk"),
-        help="where the activations before a block and the dense outputs are kept; default memory",
-    )
+
+
+def _afterwards_options(group: _Group) -> None:
+    add = group.add_argument
     add("--eval", action="store_true", help="perplexity on the held-out sequences, before and after")
     add("--recover", type=int, metavar="STEPS", help="train after pruning on --data, with the zeros held")
     add("--recover-lr", type=float, metavar="LR", help="root mean square of an entry's change in a step; default 3e-4")
@@ -144,10 +188,32 @@ def _parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="recover on the dense model's outputs, or on the next tokens; default: the first, where memory allows",
     )
+
+
+def _resource_options(group: _Group) -> None:
+    add = group.add_argument
+    add("--batch-size", type=int, default=8, metavar="N", help="sequences or images at once; default 8")
+    add("--device", default="cpu", help="where to calibrate; default cpu")
+    add("--nproc", type=_count, default=1, metavar="N", help="processes on this machine that share the work; default 1")
+    add(
+        "--activations",
+        default="memory",
+        choices=("memory", "disk"),
+        help="where the activations before a block and the dense outputs are kept; default memory",
+    )
     add("--dry-run", action="store_true", help="state memory, disk and time, by config and file headers, and end")
     add("--resume", action="store_true", help="continue an interrupted run: with its curves, search or recovery")
     add("--json", action="store_true", help="print one JSON object")
-    return parser
+
+
+def _count(text: str) -> int:
+    try:
+        count = int(text)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return count
 
 
 def _levels(text: str) -> tuple[float, ...]:
@@ -160,39 +226,54 @@ def _levels(text: str) -> tuple[float, ...]:
     return levels
 
 
-def _prune(options: argparse.Namespace) -> "PruneResult | RecoveryResult":
+def _prune(options: argparse.Namespace) -> "PruneResult | RecoveryResult | None":
+    """The result; None in a process that has nothing to do."""
+    from leanstep._processes import Processes
     from leanstep.pruning import LatencyTable, prune_checkpoint, recover_checkpoint
 
     if (options.budget == "latency") != (options.latency_table is not None):
         raise ValueError("--budget latency goes with a --latency-table FILE, and no other budget does")
     latencies = None if options.latency_table is None else LatencyTable.read(options.latency_table)
-    recovery = _recovery(options)
-    restore_replaced(Path(options.out))
-    with ProgressBar() as bar:
-        if recovery is not None and options.resume and Path(options.out).exists():
+    recovery, refine = _recovery(options), _refinement(options)
+    processes = Processes.from_environment()
+    processes.from_first(lambda: restore_replaced(Path(options.out)))
+    if options.nproc not in (1, processes.size):
+        raise ValueError(f"--nproc {options.nproc} in a run of {processes.size} processes; leave it out under torchrun")
+    device = options.device
+    if device == "cuda" and processes.size > 1:
+        device = f"cuda:{processes.rank}"
+    data = _data(options)
+    judging = data.pop("judging", None)
+    if refine is not None and judging is not None:
+        refine = replace(refine, data=judging)
+    with ProgressBar(shown=processes.is_first) as bar:
+        if recovery is not None and options.resume and processes.from_first(Path(options.out).exists):
+            if not processes.is_first:
+                return None
             _refuse_other_settings(options)
             return recover_checkpoint(
                 options.checkpoint,
                 options.out,
                 recovery=recovery,
                 evaluate=options.eval,
-                device=options.device,
+                device=device,
                 progress=bar,
-                **{name: value for name, value in _data(options).items() if name != "curve_data"},
+                **{name: value for name, value in data.items() if name != "curve_data"},
             )
         return prune_checkpoint(
             options.checkpoint,
             options.out,
             evaluate=options.eval,
             resume=options.resume,
-            device=options.device,
+            device=device,
             progress=bar,
+            processes=processes,
             recovery=recovery,
-            refine=_refinement(options),
+            refine=refine,
             activations=options.activations,
             budget=options.budget if latencies is None else latencies,
             **{name: getattr(options, name) for name in _SETTINGS},
-            **_data(options),
+            **data,
         )
 
 
@@ -202,7 +283,7 @@ def _dry_run(options: argparse.Namespace) -> int:
 
     from leanstep.pruning import LatencyTable, Workload, estimate_pruning
     from leanstep.pruning.choices import check_choices
-    from leanstep.pruning.folder.loading import open_checkpoint
+    from leanstep.pruning.folder.files import open_checkpoint
 
     if options.device != "cpu":
         raise ValueError(f"--dry-run estimates a run on the CPU, and the command has --device {options.device}")
@@ -226,6 +307,8 @@ def _dry_run(options: argparse.Namespace) -> int:
         tokens=options.seq_len,
         levels=None if options.levels is None else len(options.levels),
         sparsity=0.5 if options.sparsity is None else options.sparsity,
+        refine_samples=0 if refine is None else _refine_samples(options),
+        processes=options.nproc,
     )
     estimate = estimate_pruning(
         checkpoint, options.out, workload, include=options.include, exclude=options.exclude, steps=options.recover or 0
@@ -290,6 +373,8 @@ def _refinement(options: argparse.Namespace) -> "Refinement | None":
     from leanstep.pruning import Refinement
 
     if options.refine is None and options.refine_evaluations is None:
+        if options.refine_samples is not None:
+            raise ValueError("--refine-samples goes with --refine MINUTES or --refine-evaluations N")
         return None
     return Refinement(minutes=options.refine, evaluations=options.refine_evaluations, seed=options.seed)
 
@@ -301,7 +386,7 @@ def _data(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _images(options: argparse.Namespace) -> "dict[str, Tensor]":
-    """Draw images for the scores, the curves and the comparison from a file."""
+    """Draw images for the scores, the curves, the comparison and with a search those that judge, from a file."""
     import torch
 
     from leanstep._checkpoint import load_tensors
@@ -321,15 +406,26 @@ def _images(options: argparse.Namespace) -> "dict[str, Tensor]":
             f"--data {options.data}: expected a floating tensor pixel_values [images, channels, height, width], got "
             f"{got}"
         )
-    count = options.samples + options.held_out
-    if len(images) < count:
+    counts = {"--samples": options.samples, "--held-out": options.held_out}
+    if _refinement(options) is not None:
+        counts["--refine-samples"] = _refine_samples(options)
+    if len(images) < (count := sum(counts.values())):
         raise ValueError(
-            f"--data {options.data} has {len(images)} images; --samples {options.samples} and --held-out "
-            f"{options.held_out} take {count}: give more, or ask for fewer"
+            f"--data {options.data} has {len(images)} images; "
+            f"{', '.join(f'{option} {number}' for option, number in counts.items())} take {count}: give more, or ask "
+            "for fewer"
         )
     drawn = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(options.seed))[:count]]
-    samples = drawn[options.held_out :]
-    return {"data": samples, "curve_data": samples[: options.curve_samples], "held_out": drawn[: options.held_out]}
+    held_out, samples, judging = drawn.tensor_split([options.held_out, options.held_out + options.samples])
+    data = {"data": samples, "curve_data": samples[: options.curve_samples], "held_out": held_out}
+    return data | ({"judging": judging} if len(judging) else {})
+
+
+def _refine_samples(options: argparse.Namespace) -> int:
+    count = _REFINE_SAMPLES if options.refine_samples is None else options.refine_samples
+    if count < 2:
+        raise ValueError(f"--refine-samples must be at least 2, got {count}")
+    return count
 
 
 def _text(options: argparse.Namespace) -> "CalibrationText":
@@ -352,7 +448,7 @@ def _text(options: argparse.Namespace) -> "CalibrationText":
         held_out_documents=held_out,
         seq_len=options.seq_len,
         seed=options.seed,
-        refine_samples=options.refine_samples,
+        refine_samples=_refine_samples(options),
     )
 
 

@@ -24,7 +24,8 @@ def estimate_lines(estimate: "Estimate") -> list[str]:
     free = "" if estimate.free_memory is None else f", {format_bytes(estimate.free_memory)} free"
     lines = [
         f"{estimate.parameters:,} parameters, {estimate.pruned:,} of them in {estimate.matrices:,} matrices to prune",
-        f"memory {format_bytes(sum(estimate.memory.values()))}{free}",
+        f"memory {format_bytes(estimate.processes * sum(estimate.memory.values()))}{free}",
+        *([f"  in each of {estimate.processes} processes"] if estimate.processes > 1 else []),
         *(f"  {use:<28}{format_bytes(size):>12}" for use, size in estimate.memory.items()),
         f"disk {format_bytes(sum(estimate.disk.values()))}, {format_bytes(estimate.free_disk)} free",
         *(f"  {use:<28}{format_bytes(size):>12}" for use, size in estimate.disk.items()),
@@ -37,9 +38,14 @@ def estimate_lines(estimate: "Estimate") -> list[str]:
 
 
 class ProgressBar:
-    """Progress and time left: a live bar on a terminal, else a line every 30 seconds."""
+    """Progress and time left: a live bar on a terminal, else a line every 30 seconds.
 
-    def __init__(self) -> None:
+    Args:
+        shown: False shows nothing.
+    """
+
+    def __init__(self, *, shown: bool = True) -> None:
+        self._shown = shown
         self._live: Any = None
         self._task: Any = None
         self._began = self._printed = time.monotonic()
@@ -55,6 +61,8 @@ class ProgressBar:
 
     def __call__(self, done: int, total: int, name: str) -> None:
         """Show that ``done`` of ``total`` are done; ``name`` is a phase, or the matrix of a measured point."""
+        if not self._shown:
+            return
         now = time.monotonic()
         phase = _PHASES.get(name, "measured {}/{} points")
         if phase != self._phase:
@@ -84,7 +92,7 @@ class ProgressBar:
 
 
 def _spent(budget: dict[str, Any]) -> str:
-    from leanstep.pruning.allocate.allocation import UNITS
+    from leanstep.pruning.allocate.budgets import UNITS
 
     before, after, dense = budget["before"], budget["after"], budget["dense"]
     removed, requested = 1 - after / dense, 1 - budget["target"] / dense

@@ -3,7 +3,14 @@
 from leanstep.sparsity.compressed import export_compressed, load_compressed
 from leanstep.sparsity.controller import Controller
 from leanstep.sparsity.functional import s_ste_scale, s_ste_weight, sparse_weight
-from leanstep.sparsity.inference import Export, SparseLinear, export_folder, load_sparse
+from leanstep.sparsity.inference import (
+    Export,
+    FewTokenLinear,
+    SparseLinear,
+    export_folder,
+    load_sparse,
+    to_few_token_linear,
+)
 from leanstep.sparsity.masks import is_nm, nm_mask
 from leanstep.sparsity.methods import sparsify
 from leanstep.sparsity.patterns import NM, match_patterns
@@ -25,6 +32,7 @@ __all__ = [
     "Controller",
     "Conversion",
     "Export",
+    "FewTokenLinear",
     "ObsMask",
     "Schedule",
     "SparseLinear",
@@ -47,6 +55,7 @@ __all__ = [
     "sparse_weight",
     "sparsify",
     "squash",
+    "to_few_token_linear",
     "to_semi_structured",
     "transposable_mask",
     "verify",

@@ -313,7 +313,8 @@ def _is_narrow(layer: SparseLayer, pattern: NM) -> bool:
 def _warn_of_dense(names: list[str], reason: str) -> None:
     if names:
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        warnings.warn(f"sparsify: {', '.join(names[:5])}{more} stay dense: {reason}", stacklevel=5)
+        verb = "stays" if len(names) == 1 else "stay"
+        warnings.warn(f"sparsify: {', '.join(names[:5])}{more} {verb} dense: {reason}", stacklevel=5)
 
 
 def install(layer: SparseLayer, grad_flow: str, continuous: bool) -> None:

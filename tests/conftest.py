@@ -38,7 +38,7 @@ import torch  # noqa: E402
 from hypothesis import Phase, settings  # noqa: E402
 from interpreter_session import InterpreterSession, in_interpreter  # noqa: E402
 from network import refuse_network  # noqa: E402
-from scheduling import FileScheduling, tell_scheduler  # noqa: E402
+from scheduling import FileScheduling, longest_files_first, tell_scheduler  # noqa: E402
 from selection import mark_exhaustive, shorten_default_run  # noqa: E402
 
 # The same examples in every run of the suite. `pytest tests/fuzz --hypothesis-profile long` draws others, forty times
@@ -84,10 +84,11 @@ def _prepare(config, items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm device"))
     if in_interpreter():
         return
-    # last, so that the process which runs them has been at work beside this one for as long as possible
-    items.sort(key=_is_interpreted)
     if hasattr(config, "workerinput"):  # before pytest-xdist reports the collection
+        longest_files_first(items, _interpreted(items))
         tell_scheduler(CACHE, _interpreted(items))
+    else:  # last, so that the process which runs them has been at work beside this one for as long as possible
+        items.sort(key=_is_interpreted)
 
 
 def pytest_collection_finish(session):

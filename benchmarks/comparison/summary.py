@@ -20,11 +20,16 @@ CONFIDENCE = 0.95
 
 
 class Interval(NamedTuple):
-    """A mean with its confidence interval."""
+    """A mean with its confidence interval; the ends are NaN where there is none."""
 
     mean: float
     low: float
     high: float
+
+    def __format__(self, spec: str) -> str:
+        """``mean [low, high]``, or the mean alone."""
+        ends = "" if math.isnan(self.low) else f" [{self.low:{spec}}, {self.high:{spec}}]"
+        return f"{self.mean:{spec}}{ends}"
 
     @property
     def reading(self) -> str:
@@ -81,6 +86,14 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Int
     mean = statistics.mean(differences)
     margin = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1)) * standard_error(differences)
     return Interval(mean, mean - margin, mean + margin)
+
+
+def paired_percent(values: Sequence[float], baseline: Sequence[float]) -> Interval:
+    """Mean of ``values / baseline - 1`` in percent, paired by position, as :func:`paired_difference`."""
+    percent = [100 * (value / base - 1) for value, base in zip(values, baseline, strict=True)]
+    if len(percent) == 1:
+        return Interval(percent[0], math.nan, math.nan)
+    return paired_difference(percent, [0.0] * len(percent))
 
 
 def loss_at_step(curve: Sequence[Sequence[float]], step: float) -> float | None:

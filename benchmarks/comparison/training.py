@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 import platform
-import re
 import statistics
 import time
-from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 import transformers
-from common import commit, interleaved, processor_name
+from common import commit, interleaved, peak_memory, processor_name, reset_peak_memory
 from torch.utils.data import Subset
 from transformers.utils.logging import disable_progress_bar
 
@@ -104,7 +101,7 @@ class Training:
 
 def train(protocol: Protocol, run: Run) -> dict[str, Any]:
     """Train and evaluate. Returns status, losses at evaluations as (step, tokens, loss), bytes, seconds."""
-    _reset_peak()
+    reset_peak_memory()
     begin, cpu_begin = time.perf_counter(), time.process_time()
     training, validation = Training(protocol, run), held_out(protocol, run.kind)
     steps, every = run.steps(protocol), protocol.eval_every if run.kind == "judge" else run.steps(protocol)
@@ -125,7 +122,7 @@ def train(protocol: Protocol, run: Run) -> dict[str, Any]:
             result |= {"status": f"diverged at step {step}", "losses": result["losses"][: (step - 1) // every]}
             break
     seconds = {"wall": time.perf_counter() - begin, "processor": time.process_time() - cpu_begin}
-    return {**result, "seconds": {key: round(value, 1) for key, value in seconds.items()}, "peak_bytes": _peak()}
+    return {**result, "seconds": {key: round(value, 1) for key, value in seconds.items()}, "peak_bytes": peak_memory()}
 
 
 def time_steps(protocol: Protocol, runs: list[Run], rounds: int = 8) -> dict[str, Any]:
@@ -161,21 +158,6 @@ def _busy() -> float:
     """Seconds in which the machine's processors were busy."""
     times = psutil.cpu_times()
     return sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
-
-
-def _reset_peak() -> None:
-    """Forget the process's peak memory of earlier runs, on Linux."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak() -> int:
-    """Peak resident bytes since :func:`_reset_peak`; now resident ones where the system has no such number."""
-    with suppress(OSError):
-        match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        if match:
-            return int(match[1]) * 1024
-    return psutil.Process().memory_info().rss
 
 
 def environment() -> dict[str, str]:

@@ -15,10 +15,10 @@ from common import required
 from torch import Tensor, nn
 
 from leanstep.recipes.generate import open_generator
-from leanstep.sparsity.inference import SparseLinear
+from leanstep.sparsity.inference import SparseLinear, to_few_token_linear
 
-INT8_DYNAMIC = "int8-dynamic"
-VARIANTS = ("float32", "bfloat16", INT8_DYNAMIC)
+INT8_DYNAMIC, FEW_TOKENS = "int8-dynamic", "few-token-linear"
+VARIANTS = ("float32", "bfloat16", INT8_DYNAMIC, FEW_TOKENS)
 
 
 class Spec(NamedTuple):
@@ -57,7 +57,7 @@ def open_engine(spec: Spec, threads: int) -> Engine:
 
 def file_bytes(spec: Spec) -> int | None:
     """Bytes of the weight files; None for weights that are quantised or converted after loading."""
-    if spec.variant:
+    if spec.variant not in ("", FEW_TOKENS):
         return None
     return sum(file.stat().st_size for file in [spec.path, *spec.path.glob("*.safetensors")] if file.is_file())
 
@@ -73,13 +73,15 @@ def resident_bytes() -> int:
 
 
 class Transformers:
-    """A folder in transformers: dense, sparse, converted, or with torch's dynamic int8 quantisation."""
+    """A folder in transformers: dense, sparse, converted, by our dense loop, or quantised by torch as it runs."""
 
     def __init__(self, spec: Spec) -> None:
         model: Any = open_generator(spec.path, "cpu").eval()
         if spec.variant == INT8_DYNAMIC:
             # weights int8 per tensor, inputs int8 by their range at every call
             model = torch.ao.quantization.quantize_dynamic(model.float(), {nn.Linear}, dtype=torch.qint8)
+        elif spec.variant == FEW_TOKENS:
+            to_few_token_linear(model)
         elif spec.variant:
             model = model.to(getattr(torch, spec.variant))
         self.model = model
@@ -101,7 +103,8 @@ class Transformers:
         """Fraction of zeros in the compressed weights; None if there is none."""
         layers = [layer for layer in self.model.modules() if isinstance(layer, SparseLinear)]
         total = sum(layer.in_features * layer.out_features for layer in layers)
-        return 1 - sum(layer.weight_values.numel() for layer in layers) / total if total else None
+        # a byte of values may hold two codes
+        return 1 - sum(int(layer.weight_offsets[-1]) for layer in layers) / total if total else None
 
 
 class LlamaCpp:

@@ -1,4 +1,4 @@
-"""Tables of ``sparsity/generation``, and their place in the documentation."""
+"""Tables and pictures of ``sparsity/generation``, and their place in the documentation."""
 
 from __future__ import annotations
 
@@ -9,21 +9,55 @@ from typing import Any
 from common import read_json_lines
 from comparison.tables import markdown, replace_blocks
 
+from leanstep._charts import Quantity, bars
+
 PAGE = "docs/measured.md"
 
 
 def tables(path: Path) -> dict[str, str]:
     """Text of each block of the page, by its name: one per title."""
-    titles: dict[str, list[dict[str, Any]]] = {}
-    for call in read_json_lines(path):
-        titles.setdefault(call["title"], []).append(call)
-    return {f"generation-{title}": _block(calls) for title, calls in titles.items()}
+    return {f"generation-{title}": _block(calls) for title, calls in _titles(path).items()}
+
+
+def pictures(path: Path) -> dict[str, str]:
+    """Bars of speed, memory and perplexity as SVG files, by name: one per title."""
+    return {f"generation-{title}.svg": _bars(title, calls) for title, calls in _titles(path).items()}
 
 
 def write(path: Path, root: Path) -> None:
-    """Put the tables of a file of results into the page."""
+    """Put the tables of a file of results into the page, and the pictures beside it."""
     page = root / PAGE
     page.write_text(replace_blocks(page.read_text("utf-8"), tables(path)), "utf-8")
+    for name, picture in pictures(path).items():
+        (page.parent / name).write_text(picture, "utf-8")
+
+
+def _titles(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """The calls of each title."""
+    titles: dict[str, list[dict[str, Any]]] = {}
+    for call in read_json_lines(path):
+        titles.setdefault(call["title"], []).append(call)
+    return titles
+
+
+def _bars(title: str, calls: list[dict[str, Any]]) -> str:
+    models: dict[str, dict[str, Any]] = {}
+    for call in calls:
+        for row in call["models"]:
+            models.setdefault(row["name"], row)
+    rows = list(models.values())
+
+    def quantity(heading: str, values: list[float], text: str) -> Quantity:
+        return Quantity(heading, values, [text.format(value) for value in values])
+
+    speed = "New tokens per second" + (" of processor time" if calls[0]["cpu_time"] else "")
+    quantities = [
+        quantity(speed, [row["tokens_per_second"] for row in rows], "{:.1f}"),
+        quantity("Resident memory, MB", [row["resident_bytes"] / 1e6 for row in rows], "{:.0f}"),
+    ]
+    if all("perplexity" in row for row in rows):
+        quantities.append(quantity("Perplexity", [row["perplexity"] for row in rows], "{:.2f}"))
+    return bars(list(models), quantities, title=title, notes=[calls[0]["machine"]])
 
 
 def _block(calls: list[dict[str, Any]]) -> str:

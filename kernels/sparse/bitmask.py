@@ -119,11 +119,11 @@ def bitmask_validate(
 
     Raises:
         ValueError: for wrong dtypes, shapes or devices; offsets that do not start at 0, fall, or do not end at the
-            number of values; a row whose mask has more or fewer bits than values; bits beyond the last column; codes
-            without scales, values with scales, and scales that are negative or not finite.
+            number of values; a row whose mask has more or fewer bits than values; bits beyond the last column; the
+            8-bit code -128; codes without scales, values with scales, and scales that are negative or not finite.
 
     Notes:
-        Reads mask and offsets, not the values. Needs 12 bytes of scratch memory per word of the mask.
+        Reads mask, offsets and 8-bit codes, not other values. Needs 12 bytes of scratch memory per word of the mask.
     """
     name = "bitmask_validate"
     if len(shape) != 2 or min(shape) < 0 or not shape[1]:
@@ -139,6 +139,9 @@ def bitmask_validate(
         raise ValueError(f"{name}: row {row} has bits beyond its {shape[1]} columns: a damaged file")
     if values.dtype is torch.uint8 and int(offsets[-1]) % 2 and int(values[-1]) > 15:
         raise ValueError(f"{name}: a code follows the last of {int(offsets[-1])}: a damaged file")
+    if values.dtype is torch.int8 and len(values) and int(values.min()) == -128:
+        index = int((values == -128).nonzero()[0])
+        raise ValueError(f"{name}: value {index} has the code -128, expected -127 to 127: a damaged file")
     if scales is not None and not (scales.isfinite() & (scales >= 0)).all():
         at = (~(scales.isfinite() & (scales >= 0))).nonzero()[0].tolist()
         scale = scales[tuple(at)].item()
@@ -158,12 +161,14 @@ def check_parts(values: Tensor, mask: Tensor, offsets: Tensor, columns: int, sca
             f"{name}: expected an int32 mask [rows, {reference.words(columns)}] for {columns} columns, got "
             f"{mask.dtype} {list(mask.shape)}"
         )
-    if offsets.dtype is not torch.int64 or offsets.shape != (len(mask) + 1,):
-        raise ValueError(f"{name}: expected int64 offsets [{len(mask) + 1}], got {offsets.dtype} {list(offsets.shape)}")
+    if offsets.dtype is not torch.int64 or offsets.shape != (mask.shape[0] + 1,):
+        raise ValueError(
+            f"{name}: expected int64 offsets [{mask.shape[0] + 1}], got {offsets.dtype} {list(offsets.shape)}"
+        )
     if scales is not None:
-        dtype, shape = torch.float32, [len(mask)]
+        dtype, shape = torch.float32, [mask.shape[0]]
         if values.dtype is torch.uint8:
-            dtype, shape = torch.bfloat16, [len(mask), reference.blocks(columns)]
+            dtype, shape = torch.bfloat16, [mask.shape[0], reference.blocks(columns)]
         if scales.dtype is not dtype or list(scales.shape) != shape:
             raise ValueError(
                 f"{name}: expected {dtype} scales {shape} of {values.dtype} values, got {scales.dtype} "

@@ -50,7 +50,7 @@ def bitmask_linear(
     flat = x.reshape(-1, columns)
     recorded = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     product = torch.ops.leanstep.bitmask_linear if recorded or is_traced(x) else _run
-    return product(flat, values, mask, offsets, bias, scales).view(*x.shape[:-1], len(mask))
+    return product(flat, values, mask, offsets, bias, scales).view(*x.shape[:-1], mask.shape[0])
 
 
 def _check(
@@ -71,10 +71,10 @@ def _check(
             f"{name}: expected x and values of one floating dtype (or codes) on one device, got {x.dtype} on "
             f"{x.device} and {values.dtype} on {values.device}"
         )
-    if bias is not None and (bias.shape != (len(mask),) or bias.dtype != x.dtype or bias.device != x.device):
+    if bias is not None and (bias.shape != (mask.shape[0],) or bias.dtype != x.dtype or bias.device != x.device):
         raise ValueError(
-            f"{name}: expected a bias [{len(mask)}] of {x.dtype} on {x.device}, got {bias.dtype} {list(bias.shape)} on "
-            f"{bias.device}"
+            f"{name}: expected a bias [{mask.shape[0]}] of {x.dtype} on {x.device}, got {bias.dtype} "
+            f"{list(bias.shape)} on {bias.device}"
         )
     if values.requires_grad:
         raise ValueError(
@@ -86,8 +86,8 @@ def _check(
 def _run(
     x: Tensor, values: Tensor, mask: Tensor, offsets: Tensor, bias: Tensor | None, scales: Tensor | None
 ) -> Tensor:
-    if not x.numel() or not len(mask):
-        return x.new_empty(x.shape[0], len(mask))
+    if not x.numel() or not mask.shape[0]:
+        return x.new_empty(x.shape[0], mask.shape[0])
     x, values, mask, offsets = x.contiguous(), values.contiguous(), mask.contiguous(), offsets.contiguous()
     return _module(x).bitmask_linear(x, values, mask, offsets, bias, scales)
 
@@ -97,7 +97,7 @@ def _run_backward(
     grad: Tensor, values: Tensor, mask: Tensor, offsets: Tensor, columns: int, scales: Tensor | None
 ) -> Tensor:
     if not grad.numel():
-        return grad.new_zeros(len(grad), columns)
+        return grad.new_zeros(grad.shape[0], columns)
     values, mask, offsets = values.contiguous(), mask.contiguous(), offsets.contiguous()
     return _module(grad).bitmask_linear_backward(grad, values, mask, offsets, columns, scales)
 
@@ -132,5 +132,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _linear_op = torch.library.custom_op("leanstep::bitmask_linear", _run, mutates_args=())
 _backward_op = torch.library.custom_op("leanstep::bitmask_linear_backward", _run_backward, mutates_args=())
 _linear_op.register_fake(lambda x, values, mask, *_: x.new_empty(x.shape[0], mask.shape[0]))
-_backward_op.register_fake(lambda grad, values, mask, offsets, columns, scales: grad.new_empty(len(grad), columns))
+_backward_op.register_fake(lambda grad, values, mask, offsets, columns, scales: grad.new_empty(grad.shape[0], columns))
 _linear_op.register_autograd(_backward, setup_context=_save)

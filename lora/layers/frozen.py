@@ -18,6 +18,7 @@ from leanstep._torch import is_conv1d
 KNOWN_FORWARDS = frozenset(
     {
         "torch.nn.modules.linear.Linear.forward",
+        "leanstep.sparsity.inference.dense.FewTokenLinear.forward",
         "transformers.pytorch_utils.Conv1D.forward",
         "bitsandbytes.nn.modules.Linear4bit.forward",
         "bitsandbytes.nn.modules.Linear8bitLt.forward",

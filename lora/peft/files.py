@@ -38,6 +38,7 @@ from leanstep.lora.layers.frozen import widths
 from leanstep.lora.layers.linear import LoRALinearLayer
 from leanstep.lora.layers.pissa import move_start, start_factors
 from leanstep.lora.peft.experts import names_read_as_experts
+from leanstep.lora.peft.layer_parameters import name_by_layers, name_by_weights, why_not_parameters
 from leanstep.lora.targets import rank_of, scale_of, select_parameters, without_foreign_names
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -94,7 +95,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
             Nothing is written.
 
     Notes:
-        Warns about layers whose adapters PEFT reads as those of experts: it renames layers of mixtures by their names.
+        In mixtures of experts, PEFT takes layers called ``gate_proj``, ``up_proj`` or ``down_proj`` for experts. Such
+        layers are named by their weights, in ``target_parameters``. ``lora_dropout`` is then written as 0, with a
+        warning. With DoRA, a bias on B or a quantised base PEFT computes something else; a warning says so.
     """
     config = getattr(model, "lora_config", None)
     if not isinstance(config, LoraConfig):
@@ -114,7 +117,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         settings["target_modules"] = sorted(name for name, _ in adapted_layers(model))
     if is_pissa(config.init_lora_weights):
         _double_rank(settings)
-    _warn_of_renaming(model)
+    _name_renamed_layers(model, settings)
     target.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.cpu().contiguous().clone() for key, value in sorted(state.items())}
     with replacing(target / WEIGHTS) as partial:
@@ -123,15 +126,27 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     return target
 
 
-def _warn_of_renaming(model: nn.Module) -> None:
-    """Warn if PEFT reads the adapters of some layers as those of experts."""
-    renamed = [name for name, _ in adapted_layers(model) if name.rpartition(".")[2] in names_read_as_experts(model)]
-    if renamed:
-        more = f" and {len(renamed) - 1} more" if len(renamed) > 1 else ""
+def _name_renamed_layers(model: nn.Module, settings: dict[str, Any]) -> None:
+    """Name layers that PEFT would take for experts by their weights. Warn of what is lost, or where that fails."""
+    ends = names_read_as_experts(model)
+    renamed = [name for name, _ in adapted_layers(model) if name.rpartition(".")[2] in ends]
+    if not renamed:
+        return
+    layers = renamed[0] + (f" and {len(renamed) - 1} more" if len(renamed) > 1 else "")
+    dropout, reason = settings["lora_dropout"], why_not_parameters(model, settings, renamed)
+    if reason is not None:
         warnings.warn(
-            f"save_adapter: PEFT reads the adapters of {renamed[0]}{more} as those of experts, since it renames layers "
-            f"called {', '.join(sorted(names_read_as_experts(model)))} in this kind of model, and computes something "
-            "else; load the folder by leanstep.lora.load_adapter, or merge the adapters",
+            f"save_adapter: PEFT reads the adapters of {layers} as those of experts, since it renames layers called "
+            f"{', '.join(sorted(ends))} in this kind of model, and takes them by no other name where {reason}; load "
+            "the folder by leanstep.lora.load_adapter, or merge the adapters",
+            stacklevel=3,
+        )
+        return
+    name_by_weights(model, settings, renamed)
+    if dropout:
+        warnings.warn(
+            f"save_adapter: writes lora_dropout 0 instead of {dropout:g}, since PEFT adapts {layers} without dropout "
+            f"only; to train further, load_adapter(model, folder, lora_dropout={dropout:g})",
             stacklevel=3,
         )
 
@@ -165,12 +180,17 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], **changes: object
     merged = [adapter.name for adapter in all_adapters(model) if adapter.merged]
     if merged:
         raise ValueError(f"load_adapter: {merged[0]} is merged; unmerge the model first")
-    config = dataclasses.replace(read_config(source), inference_mode=False, **changes)  # type: ignore[arg-type]
+    config = dataclasses.replace(read_config(source), inference_mode=False)
     tensors = _read_weights(source)
     _check_values(tensors, source)
     base = f"the adapter was made for {config.base_model_name_or_path or 'a model whose name it does not say'}"
     adapted = isinstance(getattr(model, "lora_config", None), LoraConfig)
     plan: dict[str, nn.Module] = {}
+    try:
+        config = name_by_layers(model, config)
+    except ValueError as error:
+        raise ValueError(f"load_adapter: {source} does not fit this model ({base}): {error}") from error
+    config = dataclasses.replace(config, **changes)  # type: ignore[arg-type]
     if adapted:
         by_key = {key: name for name, key in _adapted_keys(model).items()}
         expected = set(_by_parameter(adapter_state(model), by_key))

@@ -1,8 +1,9 @@
 """Refine an allocation by exchanges that are judged by the joint distortion: the search, its state, and its result.
 
 From the programme's allocation, each round proposes exchanges in the order of the slopes of the joint distortion: of
-many layers at once, then of fewer, then of two. The first that the judge accepts ends the round. A round without one
-halves the step. After the smallest step, exchanges are drawn at random.
+many layers at once, then of fewer, then of two. The first that the judge accepts ends the round, and is repeated for as
+long as that is accepted too, which takes no new slopes. A round without one halves the step. After the smallest step,
+exchanges are drawn at random.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from leanstep._files import one_line, read_text, write_text
+from leanstep._processes import Processes
 from leanstep.pruning.allocate.exchange import Counts, ExchangeSpace
 from leanstep.pruning.measure.curves import check_identity, checked_content, checked_line
 from leanstep.pruning.measure.metrics import Distortion
@@ -100,7 +102,8 @@ class Descent:
         points: (evaluation, seconds, joint distortion, standard error) of the start and of each accepted exchange.
         ended: why the search ended: ``minutes``, ``evaluations``, or ``no exchange`` if none is possible.
         round_: number of the step in :data:`STEPS`; beyond them, exchanges are random.
-        position: exchanges judged in this round.
+        position: exchanges judged in this round, repetitions not counted.
+        last: change of each count by the last accepted exchange, to be repeated; empty if there is none.
     """
 
     counts: Counts
@@ -111,6 +114,7 @@ class Descent:
     ended: str = ""
     round_: int = 0
     position: int = 0
+    last: Counts = field(default_factory=dict)
 
     @property
     def accepted(self) -> int:
@@ -163,18 +167,20 @@ class SearchFile:
 
 def _descent(state: Mapping[str, Any]) -> Descent:
     """Check a stored state."""
-    points = [tuple(point) for point in state["points"]]
+    points, last = [tuple(point) for point in state["points"]], dict(state.get("last", {}))
     counts, whole = dict(state["counts"]), (state["evaluations"], state["round_"], state["position"])
     numbers = [state["seconds"], state["passes"], *(value for point in points for value in point[:3])]
     if not all(type(value) is int and value >= 0 for value in (*whole, *counts.values())):
         raise ValueError("expected whole numbers from 0 on as counts and positions")
+    if not set(last) <= set(counts) or not all(type(change) is int for change in last.values()):
+        raise ValueError("expected whole numbers as changes of counts")
     if not points or any(len(point) != 4 for point in points):
         raise ValueError("expected points of four numbers")
     if not all(type(value) in (int, float) and math.isfinite(value) for value in numbers):
         raise ValueError("expected finite numbers")
     if not all(type(point[3]) is float for point in points):
         raise ValueError("expected numbers as errors")
-    return Descent(**{**state, "points": points, "counts": counts})
+    return Descent(**{**state, "points": points, "counts": counts, "last": last})
 
 
 def descend(
@@ -183,6 +189,7 @@ def descend(
     settings: Refinement,
     file: SearchFile,
     progress: Callable[[int, int, str], Any] | None = None,
+    processes: Processes | None = None,
 ) -> Descent:
     """Search from the judge's levels until a limit is reached. The judge's model is left at the result.
 
@@ -193,6 +200,7 @@ def descend(
         file: with the state of an interrupted search, which is continued.
         progress: called with (exchanges judged, exchanges in all, "refinement"), or with a limit of time (seconds,
             seconds in all, "refinement time").
+        processes: of the judge. The first keeps the time and the file.
 
     Returns:
         :class:`Descent`. A continued search ends as one that was not interrupted, if evaluations limit it.
@@ -200,7 +208,7 @@ def descend(
     Raises:
         ValueError: for a file of another search, or one whose counts are not within the budget.
     """
-    search = _Search(judge, space, settings, file, progress)
+    search = _Search(judge, space, settings, file, progress, processes or Processes())
     return search.run()
 
 
@@ -212,9 +220,11 @@ class _Search:
         settings: Refinement,
         file: SearchFile,
         progress: Callable[[int, int, str], Any] | None,
+        processes: Processes,
     ) -> None:
         self.judge, self.space, self.settings, self.file, self.progress = judge, space, settings, file, progress
-        stored = file.read()
+        self.processes = processes
+        stored = processes.from_first(file.read)
         if stored is None:
             self.descent = Descent(dict(judge.counts))
             self.descent.points.append((0, 0.0, *judge.distortion))
@@ -251,10 +261,12 @@ class _Search:
         descent, judge = self.descent, self.judge
         judge.judge(counts, self.space.patterns(counts), self.settings.noise)
         descent.evaluations += 1
-        descent.position += 1
+        # a rejected repetition leaves the exchanges of this round, and their number, as they were
+        descent.position += not descent.last
         descent.seconds = self._before[0] + time.monotonic() - self._begin
         descent.passes = self._before[1] + judge.passes - self._passes
-        accepted = judge.counts == counts
+        accepted, before = judge.counts == counts, descent.counts
+        descent.last = {n: count - before[n] for n, count in counts.items() if count != before[n]} if accepted else {}
         if accepted:
             descent.counts, descent.position = dict(counts), 0
             descent.points.append((descent.evaluations, descent.seconds, *judge.distortion))
@@ -274,7 +286,8 @@ class _Search:
             self.progress(min(int(descent.seconds), total), total, "refinement time")
 
     def _save(self) -> None:
-        self.file.write(self.descent)
+        if self.processes.is_first:
+            self.file.write(self.descent)
         self._saved = time.monotonic()
 
     def _limit(self) -> str:
@@ -282,11 +295,17 @@ class _Search:
         settings, descent = self.settings, self.descent
         if settings.evaluations is not None and descent.evaluations >= settings.evaluations:
             return "evaluations"
-        return "minutes" if settings.minutes is not None and descent.seconds >= 60 * settings.minutes else ""
+        if settings.minutes is None:
+            return ""
+        return "minutes" if self.processes.gather(descent.seconds)[0] >= 60 * settings.minutes else ""
 
     def _proposals(self) -> Iterator[Counts]:
-        """The exchanges of this round that are not judged yet."""
+        """The last exchange once more, and then those of this round that are not judged yet."""
         descent = self.descent
+        again = {name: count + descent.last.get(name, 0) for name, count in descent.counts.items()}
+        if descent.last and self.space.holds(again):
+            yield again
+        descent.last = {}
         if descent.round_ >= len(STEPS):
             yield from self._random()
             return

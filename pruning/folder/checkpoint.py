@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from leanstep._checkpoint import TensorFile, checked_file, copy_other_files
 from leanstep._files import format_bytes
 from leanstep._mapped import MappedParameters, ResidentSet
-from leanstep.pruning.folder.loading import INDEX, Checkpoint, stored_names, written_name
+from leanstep.pruning.folder.files import INDEX, Checkpoint, written_name
+from leanstep.pruning.folder.loading import stored_names
 from leanstep.pruning.score.targets import some
 
 # not copied: files about the dense weights
@@ -137,6 +139,12 @@ def map_weights(checkpoint: Checkpoint, model: nn.Module, folder: Path, resident
     return mapped
 
 
+def map_copies(checkpoint: Checkpoint, model: nn.Module, folder: Path, resident: ResidentSet) -> MappedParameters:
+    """As :func:`map_weights`, to copies of this process alone: files without a name in the folder's disk."""
+    with tempfile.TemporaryDirectory(prefix=".leanstep-copies-", dir=folder) as copies:
+        return map_weights(checkpoint, model, Path(copies), resident)
+
+
 def unmapped_note(mapped: MappedParameters) -> str:
     """What part of a model is in memory although its files are mapped; "" for little."""
     sizes = {name: parameter.nbytes for name, parameter in mapped.model.named_parameters()}
@@ -181,6 +189,11 @@ def write_report(content: Mapping[str, Any], folder: Path) -> None:
 
     (folder / SIDECAR).write_text(json.dumps(content, indent=1), encoding="utf-8")
     (folder / REPORT).write_text(report_page(content), encoding="utf-8")
+
+
+def state_file(folder: Path) -> Path:
+    """The file of an unfinished recovery of a folder, beside it."""
+    return folder.with_name(f"{folder.name}.recovery.pt")
 
 
 def copy_others(checkpoint: Checkpoint, folder: Path) -> None:

@@ -17,9 +17,12 @@ from torch import nn
 from leanstep._files import free_bytes
 from leanstep._mapped import RESIDENT
 from leanstep._memory import free_memory
-from leanstep.pruning.folder.loading import Checkpoint, empty_model_of, position_count, stored_dtypes
+from leanstep.pruning.folder.files import Checkpoint, stored_dtypes
+from leanstep.pruning.folder.loading import empty_model_of, position_count
+from leanstep.pruning.folder.recovery import space_beside
 from leanstep.pruning.measure.curves import level_grid
-from leanstep.pruning.score.base import NEEDS
+from leanstep.pruning.recovery import Recovery
+from leanstep.pruning.score.base import NEEDS, has_statistics
 from leanstep.pruning.score.scores import layer_pruner
 from leanstep.pruning.score.targets import block_numbers, prunable_names
 
@@ -30,6 +33,8 @@ _PRUNER_BYTES = 40
 _GRADIENTS = 128
 # rows of a product, and the passes over the data, of Fisher curves
 _FISHER_ROWS, _FISHER_PASSES = 4096, 5
+# allocations for which distortions of single changes, or of candidates, are measured on the data for curves
+MEASURED = ("dp", "atp")
 _BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -45,6 +50,8 @@ class Workload:
         allocation, score, metric, curves, minutes, granularity, sparsity: as for :func:`leanstep.pruning.prune`.
         levels: number of levels of a curve; None: those of the default grid.
         activations, resident: as for :func:`leanstep.pruning.prune_checkpoint`.
+        refine_samples: sequences that judge exchanges; 0: no search.
+        processes: that share the work.
 
     Raises:
         ValueError: for numbers of samples or tokens that no run takes.
@@ -65,6 +72,8 @@ class Workload:
     sparsity: float = 0.5
     activations: str = "memory"
     resident: int = RESIDENT
+    refine_samples: int = 0
+    processes: int = 1
 
     def __post_init__(self) -> None:
         counts = (self.samples, self.curve_samples, self.held_out)
@@ -84,6 +93,7 @@ class Estimate:
     Attributes:
         parameters: of the model; pruned: of the matrices to prune; matrices: their number.
         memory: bytes by use; they add up to the peak of one process.
+        processes: that take this memory.
         disk: bytes by use.
         seconds: by use, at the measured rates of this machine as it is loaded now.
         free_memory, free_disk: bytes; None if the system does not report them.
@@ -99,15 +109,17 @@ class Estimate:
     free_memory: int | None
     free_disk: int
     reads: int
+    processes: int = 1
 
     def problems(self) -> list[str]:
         """Sentences about what does not fit."""
         problems = []
-        memory, disk = sum(self.memory.values()), sum(self.disk.values())
+        memory, disk = self.processes * sum(self.memory.values()), sum(self.disk.values())
         if self.free_memory is not None and memory > self.free_memory:
             problems.append(
                 f"it takes {memory / 1e9:.2f} GB of memory and {self.free_memory / 1e9:.2f} GB are free: fewer or "
-                "shorter samples, a smaller batch size, or activations on disk take less"
+                f"shorter samples, a smaller batch size, {'fewer processes, ' if self.processes > 1 else ''}or "
+                "activations on disk take less"
             )
         if disk > self.free_disk:
             problems.append(
@@ -182,7 +194,8 @@ def estimate_pruning(
         out: the folder to create; its disk is looked at.
         workload: data and settings.
         include, exclude: see :func:`leanstep.pruning.find_targets`.
-        steps: of recovery, which writes the folder a second time. Its memory and time are not in the estimate.
+        steps: of recovery, which writes its state and the folder a second time. Its memory and time are not in the
+            estimate.
 
     Raises:
         ValueError: for a configuration that transformers cannot open, sequences beyond its positions, or nothing to
@@ -194,7 +207,7 @@ def estimate_pruning(
     positions = position_count(checkpoint.config, checkpoint.folder)
     tokens = workload.tokens
     if tokens is None:
-        tokens = min(positions or 1, 2048)
+        tokens = min(positions, 2048) if positions else max(_patches(getattr(model, "config", None)), 1)
     elif tokens > (positions or tokens):
         raise ValueError(f"a sequence has at most the model's {positions} positions, got {tokens} tokens")
     activations = _activations(shapes, workload, tokens, _BYTES[dtype])
@@ -206,9 +219,13 @@ def estimate_pruning(
         "statistics of a block": _statistics_bytes(shapes, workload),
         "pruner of a matrix": _pruner_bytes(shapes, workload, _BYTES[dtype]),
     }
-    disk = {"output": checkpoint.size * (2 if steps else 1)}
+    disk = {"output": checkpoint.size}
+    if steps:
+        disk["recovery"] = space_beside(checkpoint, Recovery(steps))
+    if workload.processes > 1:
+        disk["copies of the other processes"] = checkpoint.size * (workload.processes - 1)
     if workload.activations == "disk":
-        disk |= activations
+        disk |= {use: size * workload.processes for use, size in activations.items()}
         memory["mapped activations"] = min(workload.resident, sum(activations.values()))
     else:
         memory |= activations
@@ -225,21 +242,81 @@ def estimate_pruning(
         free,
         free_bytes(Path(out).expanduser().absolute().parent),
         0 if fits else int(passes * checkpoint.size),
+        workload.processes,
     )
 
 
-def scratch_bytes(model: nn.Module, data: Any, held_out: Any, score: str) -> int:
-    """Bytes of cached activations and dense outputs in files, for tensors [samples, tokens]; 0 for other data."""
-    if not isinstance(data, torch.Tensor) or data.is_floating_point() or not hasattr(model, "config"):
+def scratch_bytes(model: nn.Module, sequences: Sequences) -> int:
+    """Most bytes of activations and dense outputs in files at one time; 0 for other data than tokens and images."""
+    config: Any = getattr(model, "config", None)
+    tokens = 0 if config is None else sequences.tokens or _patches(config)
+    if not tokens:
         return 0
-    samples, tokens = data.shape
-    compared = len(held_out) if isinstance(held_out, torch.Tensor) else 0
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
-    parameter = next(model.parameters())
-    width = getattr(model.config.get_text_config(), "hidden_size", 0)  # type: ignore[operator, union-attr]
-    cached = (2 * samples if NEEDS[score] else 0) + 2 * compared
-    outputs = 0 if head is None else compared * tokens * head.weight.shape[0] * 4
-    return cached * tokens * width * parameter.element_size() + outputs
+    text = config.get_text_config()
+    sizes = _Stored(
+        width=getattr(text, "hidden_size", 0),
+        outputs=getattr(config, "num_labels", 0) if head is None else head.weight.shape[0],
+        blocks=getattr(text, "num_hidden_layers", 0),
+        itemsize=next(model.parameters()).element_size(),
+    )
+    return sum(sizes.largest(sequences, tokens).values())
+
+
+def _patches(config: Any) -> int:
+    """Tokens of an image; 0 for a model without patches."""
+    image, patch = (getattr(config, name, None) for name in ("image_size", "patch_size"))
+    return (image // patch) ** 2 + 1 if isinstance(image, int) and isinstance(patch, int) and patch else 0
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Numbers of sequences or images by use.
+
+    Attributes:
+        scored: for the statistics of a score; 0 where it needs none.
+        curves, held_out, judging: for curves, the comparison, and a search.
+        tokens: of a sequence; 0 for images.
+    """
+
+    scored: int
+    curves: int
+    held_out: int
+    judging: int = 0
+    tokens: int = 0
+
+    @classmethod
+    def of(cls, scored: bool, data: Any, curves: Any, held_out: Any, judging: Any) -> Sequences:
+        """Of tensors [samples, ...]; numbers of other data are 0."""
+        numbers = [len(one) if isinstance(one, torch.Tensor) else 0 for one in (data, curves, held_out, judging)]
+        is_text = isinstance(data, torch.Tensor) and not data.is_floating_point()
+        return cls(numbers[0] if scored else 0, numbers[1], numbers[2], numbers[3], data.shape[1] if is_text else 0)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Sizes of what is cached of one token."""
+
+    width: int
+    outputs: int
+    blocks: int
+    itemsize: int
+
+    def largest(self, sequences: Sequences, tokens: int) -> dict[str, int]:
+        """Bytes at the time when most are stored: for curves, in the comparison, or in a search."""
+        # the next position's are computed while those of the last are there
+        cached = {count: 2 * (sequences.scored + count) for count in (sequences.curves, sequences.held_out)}
+        judging = max(2 * (sequences.scored + sequences.judging), self.blocks * sequences.judging)
+        phases = [*cached.items(), *([(sequences.judging, judging)] if sequences.judging else [])]
+        uses = [
+            {
+                "activations before a block": positions * tokens * self.width * self.itemsize,
+                "dense outputs": compared * tokens * self.outputs * 4,
+            }
+            for compared, positions in phases
+        ]
+        largest = max(uses, key=lambda use: sum(use.values()))
+        return {use: size for use, size in largest.items() if size or use == "activations before a block"}
 
 
 def _most_common_dtype(checkpoint: Checkpoint) -> str:
@@ -251,16 +328,15 @@ def _most_common_dtype(checkpoint: Checkpoint) -> str:
 
 def _activations(shapes: _Shapes, workload: Workload, tokens: int, itemsize: int) -> dict[str, int]:
     """Bytes of cached activations and dense outputs, in memory or on disk."""
-    compared = max(workload.curve_samples if workload.allocation == "dp" else 0, workload.held_out)
-    # the next position's are computed while those of the last are there
-    cached = (2 * workload.samples if NEEDS[workload.score] else 0) + 2 * compared
-    if not compared:
-        return {"activations before a block": cached * tokens * shapes.width * itemsize}
-    per_token = min(shapes.outputs, 512 * 3) if workload.metric == "kl_topk" else shapes.outputs
-    return {
-        "activations before a block": cached * tokens * shapes.width * itemsize,
-        "dense outputs": compared * tokens * per_token * 4,
-    }
+    outputs = min(shapes.outputs, 512 * 3) if workload.metric == "kl_topk" else shapes.outputs
+    sequences = Sequences(
+        workload.samples if has_statistics(workload.allocation, workload.score) else 0,
+        workload.curve_samples if workload.allocation in MEASURED else 0,
+        workload.held_out,
+        # in memory, a search caches no more than is free
+        workload.refine_samples if workload.activations == "disk" else 0,
+    )
+    return _Stored(shapes.width, outputs, len(shapes.blocks), itemsize).largest(sequences, tokens)
 
 
 def _block_bytes(shapes: _Shapes, itemsize: int) -> int:
@@ -293,8 +369,19 @@ def _statistics_bytes(shapes: _Shapes, workload: Workload) -> int:
 
 
 def _pruner_bytes(shapes: _Shapes, workload: Workload, itemsize: int) -> int:
+    """Of the largest matrix while it is ranked or updated, and what is held of the matrices that change together."""
     factor = 20 if "gram" in NEEDS[workload.score] else 0
-    return max(rows * columns * (_PRUNER_BYTES + itemsize) + factor * columns**2 for rows, columns in shapes.matrices)
+    largest = max(
+        rows * columns * (_PRUNER_BYTES + itemsize) + factor * columns**2 for rows, columns in shapes.matrices
+    )
+    if workload.allocation != "dp" or workload.granularity != "block":
+        return largest
+    # copies before and after, and ranks; Cholesky factors
+    held = max(
+        sum(rows * columns * (2 * itemsize + 2) + factor // 5 * columns**2 for rows, columns in block)
+        for block in shapes.blocks
+    )
+    return largest + held
 
 
 def _seconds(shapes: _Shapes, workload: Workload, tokens: int, dtype: torch.dtype) -> tuple[float, dict[str, float]]:

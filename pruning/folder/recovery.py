@@ -12,16 +12,11 @@ import torch
 from torch import nn
 
 from leanstep._checkpoint import check_apart, check_space, new_folder, read_json
-from leanstep._files import remove_leftovers, restore_replaced
+from leanstep._files import remove_leftovers, remove_partials, restore_replaced
 from leanstep._memory import free_memory
-from leanstep.pruning.folder.checkpoint import SIDECAR, copy_others, write_report, write_weights
-from leanstep.pruning.folder.loading import (
-    Checkpoint,
-    checkpoint_values,
-    load_model,
-    open_checkpoint,
-    stored_parameters,
-)
+from leanstep.pruning.folder.checkpoint import SIDECAR, copy_others, state_file, write_report, write_weights
+from leanstep.pruning.folder.files import Checkpoint, open_checkpoint, stored_dtypes
+from leanstep.pruning.folder.loading import checkpoint_values, load_model, stored_parameters
 from leanstep.pruning.folder.text import CalibrationText, perplexity_of, sequences_of
 from leanstep.pruning.measure.points import Progress
 from leanstep.pruning.recovery import Recovery, RecoveryResult, recover
@@ -60,16 +55,21 @@ def recover_checkpoint(
         OSError: if the disk is full. After any error, the pruned folder is what it was.
 
     Notes:
-        Memory: both models and what :func:`recover` needs. fp16 weights are trained in fp32. Disk: the folder twice.
+        A run that was interrupted goes on from its last state, at most about a minute before, which is in
+        ``FOLDER.recovery.pt`` until the end.
+
+        Memory: both models and what :func:`recover` needs. fp16 weights are trained in fp32. Disk: the folder twice,
+        and without a rank once more in the dtype in which it is trained.
     """
     folder = Path(folder).expanduser()
     restore_replaced(folder)
     remove_leftovers(folder)
     content = pruned_content(folder)
+    state = state_file(folder)
     if content.get("source") != str(source):
         raise ValueError(f"{folder} was pruned from {content.get('source')}, not from {source}; name that")
     pruned = open_checkpoint(folder)
-    check_space(folder, pruned.size)
+    check_space(folder, space_beside(pruned, recovery) - (state.stat().st_size if state.exists() else 0))
     dense = open_checkpoint(source)
     check_apart(folder, dense.folder)
     if isinstance(data, CalibrationText):
@@ -108,6 +108,7 @@ def recover_model(
         include=names,
         progress=progress,
         stored=stored_parameters(pruned, model),
+        state=(state := state_file(folder)),
     )
     del teacher
     result.notes.extend(filter(None, [note]))
@@ -128,7 +129,16 @@ def recover_model(
         for name, zeros in changed.items():
             rows[name] = rows.get(name, {}) | {"sparsity": zeros}
         write_report(content, staged)
+        state.unlink(missing_ok=True)
+    remove_partials(state)
     return result
+
+
+def space_beside(pruned: Checkpoint, recovery: Recovery) -> int:
+    """Most bytes on the disk besides the pruned folder: two states, or a state and the new folder."""
+    half = any(dtype == "F16" for _, _, dtype, _ in stored_dtypes(pruned.folder))
+    state = 0 if recovery.rank is not None else pruned.size * (2 if half else 1)
+    return max(2 * state, state + pruned.size)
 
 
 def pruned_content(folder: Path) -> dict[str, Any]:

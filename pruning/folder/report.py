@@ -9,7 +9,7 @@ from typing import Any
 
 from leanstep._charts import COLORS, Series, chart, compact, heat_map
 from leanstep._page import render
-from leanstep.pruning.allocate.allocation import UNITS
+from leanstep.pruning.allocate.budgets import UNITS
 from leanstep.pruning.score.targets import role_of
 
 _MOST_LINES = COLORS

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,25 +13,30 @@ import torch
 from leanstep._checkpoint import check_apart, check_output, check_space, new_folder
 from leanstep._files import remove_partials, restore_replaced
 from leanstep._mapped import RESIDENT, ResidentSet
+from leanstep._processes import Processes
 from leanstep._version import __version__
 from leanstep.pruning.allocate.descent import Refinement
 from leanstep.pruning.choices import check_choices
 from leanstep.pruning.folder.checkpoint import (
     SIDECAR,
     copy_others,
+    map_copies,
     map_weights,
+    state_file,
     unmapped_note,
     write_report,
     write_weights,
 )
-from leanstep.pruning.folder.estimate import scratch_bytes
-from leanstep.pruning.folder.loading import checkpoint_values, load_model, open_checkpoint, stored_parameters
-from leanstep.pruning.folder.recovery import recover_model
+from leanstep.pruning.folder.estimate import MEASURED, Sequences, scratch_bytes
+from leanstep.pruning.folder.files import open_checkpoint
+from leanstep.pruning.folder.loading import checkpoint_values, load_model, stored_parameters
+from leanstep.pruning.folder.recovery import recover_model, space_beside
 from leanstep.pruning.folder.text import CalibrationText, perplexity_of, sequences_of
 from leanstep.pruning.measure.points import Progress
 from leanstep.pruning.prune import prune
 from leanstep.pruning.recovery import Recovery
 from leanstep.pruning.result import PruneResult
+from leanstep.pruning.score.base import has_statistics
 
 ACTIVATIONS = ("memory", "disk")
 
@@ -52,6 +58,7 @@ def prune_checkpoint(
     refine: Refinement | None = None,
     activations: str = "memory",
     resident: int = RESIDENT,
+    processes: Processes | None = None,
     **settings: Any,
 ) -> PruneResult:
     """Prune a Hugging Face checkpoint into a new folder of the same files, names and dtypes, with exact zeros.
@@ -77,6 +84,7 @@ def prune_checkpoint(
         activations: where the activations before a block and the dense outputs are kept: ``memory``, or ``disk``, in
             files beside ``out``.
         resident: bytes of weights that stay in memory.
+        processes: as for :func:`prune`, on one machine. The first writes ``out`` and recovers the model.
         **settings: those of :func:`prune`.
 
     Raises:
@@ -91,8 +99,10 @@ def prune_checkpoint(
         there, and weights that were used longest ago leave the memory. Weights from files of ``torch.save``, those that
         transformers fuses or converts on loading, such as experts, and all on another device than the CPU stay in
         memory; the result's notes say so. Disk: ``out``, and with ``activations="disk"`` tokens x width values for each
-        of ``data`` and ``held_out``, and for ``kl`` 4 bytes per token and entry of the vocabulary.
+        of ``data`` and ``held_out``, and for ``kl`` 4 bytes per token and entry of the vocabulary. Each of several
+        processes takes this memory and disk while it runs.
     """
+    processes = processes or Processes()
     check_choices(data=data, refine=refine, **settings)
     if activations not in ACTIVATIONS or resident < 0:
         raise ValueError(
@@ -106,18 +116,13 @@ def prune_checkpoint(
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"the device {str(device)!r} is not available: {str(error).splitlines()[0]}") from None
     out = Path(out).expanduser()
-    restore_replaced(out)
     partial, search = out.with_name(f"{out.name}.curves.jsonl"), out.with_name(f"{out.name}.refine.json")
-    if resume and (out / SIDECAR).is_file():
-        # the interrupted run had written its folder and was about to remove these
-        partial.unlink(missing_ok=True)
-        search.unlink(missing_ok=True)
-    check_output(out)
-    for file, content_of in ((partial, "curves that an interrupted run measured"), (search, "an interrupted search")):
-        if file.exists() and not resume:
-            raise ValueError(f"{file} holds {content_of}: go on with it (--resume), or remove it to begin again")
+    processes.from_first(lambda: _check_start(out, resume, partial, search))
     checkpoint = open_checkpoint(source)
-    check_output(out, checkpoint.size * (1 if recovery is None else 2))
+    # a copy of the files for each process, and later the state of recovery and its folder
+    later = 0 if recovery is None else space_beside(checkpoint, recovery)
+    written = checkpoint.size + max(checkpoint.size * (processes.size - 1), later)
+    processes.from_first(lambda: check_output(out, written))
     check_apart(out, checkpoint.folder)
     sequences = None
     if isinstance(data, CalibrationText):
@@ -142,17 +147,24 @@ def prune_checkpoint(
         batches: Any = data
         data = list(batches)  # it is read twice
     if activations == "disk":
-        scratch = scratch_bytes(model, data, held_out, settings.get("score", "wanda"))
-        check_space(out, checkpoint.size * (1 if recovery is None else 2) + scratch)
+        scored = has_statistics(settings.get("allocation", "dp"), settings.get("score", "wanda"))
+        curves = None
+        if settings.get("allocation", "dp") in MEASURED:
+            curves = data if settings.get("curve_data") is None else settings["curve_data"]
+        judges = None if refine is None else refine.data
+        scratch = scratch_bytes(model, Sequences.of(scored, data, curves, held_out, judges))
+        processes.from_first(lambda: check_space(out, written + scratch * processes.size))
     perplexity: dict[str, Any] = {}
     if evaluate:
         if held_out is None:
             raise ValueError("perplexity needs held-out sequences: give a text")
-        perplexity["before"], perplexity["tokens"] = perplexity_of(model, held_out)
-    with new_folder(out) as folder:
+        if processes.is_first:
+            perplexity["before"], perplexity["tokens"] = perplexity_of(model, held_out)
+    with _staged(out, processes) as folder:
         mapped = None
         if torch.device(device).type == "cpu":
-            mapped = map_weights(checkpoint, model, folder, ResidentSet(resident))
+            map_model = map_weights if processes.is_first else map_copies
+            mapped = map_model(checkpoint, model, folder, ResidentSet(resident))
         result = prune(
             model,
             data,
@@ -162,8 +174,11 @@ def prune_checkpoint(
             stored=stored_parameters(checkpoint, model),
             refine=refine,
             scratch=folder if activations == "disk" else None,
+            processes=processes,
             **settings,
         )
+        if not processes.is_first:
+            return result
         if evaluate:
             perplexity["after"], _ = perplexity_of(model, held_out)
             result.perplexity = perplexity
@@ -195,6 +210,33 @@ def prune_checkpoint(
         except ValueError as error:
             raise ValueError(f"{out} holds the pruned model, and recovery stopped: {error}") from error
     return result
+
+
+def _check_start(out: Path, resume: bool, partial: Path, search: Path) -> None:
+    """Raise ValueError for a folder that exists, or files of an interrupted run that is not to be resumed."""
+    restore_replaced(out)
+    if resume and (out / SIDECAR).is_file():
+        # the interrupted run had written its folder and was about to remove these
+        partial.unlink(missing_ok=True)
+        search.unlink(missing_ok=True)
+    check_output(out)
+    for file, content_of in (
+        (partial, "curves that an interrupted run measured"),
+        (search, "an interrupted search"),
+        (state_file(out), "an interrupted recovery"),
+    ):
+        if file.exists() and not resume:
+            raise ValueError(f"{file} holds {content_of}: go on with it (--resume), or remove it to begin again")
+
+
+@contextmanager
+def _staged(out: Path, processes: Processes) -> Iterator[Path]:
+    """Context manager: the temporary folder of the first process, which becomes ``out``."""
+    if not processes.is_first:
+        yield processes.from_first(Path)
+        return
+    with new_folder(out) as folder:
+        yield processes.from_first(lambda: folder)
 
 
 def _tensor_rows(changed: Mapping[str, float], result: PruneResult) -> dict[str, dict[str, Any]]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from leanstep._mapped import FileTensor, Scratch
+from leanstep._processes import Processes
 from leanstep.pruning.measure.batches import Batch
 from leanstep.pruning.score.targets import Group
 
@@ -73,6 +74,7 @@ class ActivationCache:
         enabled: False runs every pass from the first stage.
         like: another cache of the same model, from which to take stages and starts instead of searching them.
         scratch: where to keep the outputs; None: in memory.
+        processes: of the run; the cache has this process's share of the batches. None: it has all.
     """
 
     def __init__(
@@ -83,8 +85,11 @@ class ActivationCache:
         enabled: bool = True,
         like: ActivationCache | None = None,
         scratch: Scratch | None = None,
+        processes: Processes | None = None,
     ) -> None:
-        self.model, self.batches, self.scratch = model, batches, scratch
+        self.model, self.scratch = model, scratch
+        self.processes = processes or Processes()
+        self.all_batches, self.batches = batches, self.processes.share(batches)
         self.stages: list[tuple[str, nn.Module]] = []
         # the model can be run from these positions: later stages need only the output of the stage before
         self.starts: tuple[int, ...] = (0,)
@@ -96,12 +101,11 @@ class ActivationCache:
         if enabled and like is not None and like.model is model and like.stages:
             self.stages, self.starts, self.note = like.stages, like.starts, like.note
         elif enabled:
-            self._find_starts()
+            self._find_starts(batches[0].sample(0))
 
     @torch.no_grad()
-    def _find_starts(self) -> None:
+    def _find_starts(self, sample: Batch) -> None:
         """Find the stages, and by trying on one sample the positions from which the model can be run."""
-        sample = self.batches[0].sample(0)
         self.stages = find_stages(self.model, sample)
         expected = _tensors(sample.run(self.model))
         trial = ActivationCache(self.model, [sample], enabled=False)

@@ -49,7 +49,10 @@ def anchored_curves(
         wanted = {n: _nearest(curve, allocation.counts[n]) for n, curve in curves.items() if len(curve.counts) > 1}
         new = {n: curves[n].distortion[k] for n, k in wanted.items() if curves[n].counts[k] not in points.at(n)}
         ordered = sorted((g for g in points.groups if g.name in new), key=lambda group: -new[group.name])
-        affordable = measurement.affordable(ordered, until - time.monotonic())
+        seconds = (until - time.monotonic()) * pruning.processes.size
+        # by the clock of the first process
+        names = pruning.processes.gather([group.name for group in measurement.affordable(ordered, seconds)])[0]
+        affordable = [group for group in ordered if group.name in names]
         levels = {g.name: [points.missing_level(g.name, curves[g.name].counts[wanted[g.name]])] for g in affordable}
         measurement.measure_points(points, levels, pruning, until)
         for name, level in wanted.items():

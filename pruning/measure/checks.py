@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from leanstep.pruning.measure.curves import Curve, Levels, counts_and_patterns, curve_of
@@ -42,7 +43,8 @@ class Trial:
         """Prune the model in place, block by block.
 
         With pruned inputs, the statistics of a block are collected after pruning those before it. With dense inputs,
-        no matrix is written before all are pruned. ``used`` gets the pruners, by name of the matrix.
+        no matrix is written before all are pruned. ``used`` gets the pruners, by name of the matrix. Several processes
+        prune a share of each block's matrices and exchange them.
         """
         self.snapshot.take()
         cache, later = self.pruning.cache, list[tuple[Target, Tensor]]()
@@ -50,16 +52,36 @@ class Trial:
         with evaluating(cache.model):
             dense = self.inputs == "dense"
             for start, block in cache.by_start(self.groups) if dense else cache.by_block(self.groups):
-                for group, pruners in self.pruning.each(block, start):
-                    changed = prune_group(group, pruners, *allocation.level(group.name))
-                    if used is not None:
-                        used |= {target.name: pruners[target.name] for target in group.targets}
+                for changed in self._pruned(block, start, allocation, used):
                     if dense:
                         later += changed
                     else:
                         _write(changed)
         _write(later)
         cache.reset()
+
+    def _pruned(
+        self, block: Sequence[Group], start: int, allocation: Allocation, used: dict[str, LayerPruner] | None
+    ) -> Iterator[list[tuple[Target, Tensor]]]:
+        """The pruned matrices of each group of a block."""
+        processes = self.pruning.processes
+        share: dict[str, list[Tensor]] = {}
+        # pruners are wanted for all matrices: each process makes all of them
+        alone = processes.size == 1 or used is not None
+        for index, (group, pruners) in enumerate(self.pruning.each(block, start)):
+            if not alone and index % processes.size != processes.rank:
+                continue
+            changed = list(prune_group(group, pruners, *allocation.level(group.name)))
+            if used is not None:
+                used |= {target.name: pruners[target.name] for target in group.targets}
+            if alone:
+                yield changed
+            else:
+                share[group.name] = [weight for _, weight in changed]
+        for index, group in enumerate(() if alone else block):
+            weights = share.pop(group.name, None) or [torch.empty_like(target.weight) for target in group.targets]
+            owner = index % processes.size
+            yield [(t, processes.send(weight, owner)) for t, weight in zip(group.targets, weights, strict=True)]
 
     def joint(self, measurement: Measurement, allocation: Allocation, *, stay: bool = False) -> Distortion:
         """Distortion of an allocation. Restores the weights, or with ``stay`` leaves the model pruned."""
@@ -99,11 +121,15 @@ class Trial:
         with evaluating(measurement.model), self.snapshot.restored():
             self.pruning.cache.reset()
             pruners = self.pruning.pruners(self.groups)  # each is made of the dense weights, before its group is pruned
+            share = {group.name for group in self.pruning.processes.share(self.groups)}
             for group in self.groups:
                 _write(prune_group(group, pruners, *around.level(group.name)))
             for start, stage in measurement.cache.by_start(self.groups):
                 measurement.cache.advance(start)
                 for group in stage:
+                    if group.name not in share:
+                        pruners.release(group)
+                        continue
                     points = []
                     for k, (count, pattern) in enumerate(counts_and_patterns(levels[group.name])):
                         dense = [(target, pruners[target.name].given) for target in group.targets] if k == 0 else None
@@ -115,9 +141,10 @@ class Trial:
                     base, name = points[0].mean, measurement.metric.name
                     curves[group.name] = curve_of(group, levels[group.name], points[1:], name, base)
             measurement.cache.reset()
+        curves = self.pruning.processes.merged(curves)
         return {group.name: curves[group.name] for group in self.groups}
 
 
-def _write(changes: Sequence[tuple[Target, Tensor]]) -> None:
+def _write(changes: Iterable[tuple[Target, Tensor]]) -> None:
     for target, weight in changes:
         target.weight.copy_(weight)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from leanstep._files import one_line, open_regular, read_text, write_text
+from leanstep._processes import Processes
 from leanstep.pruning.measure.metrics import Distortion
 from leanstep.pruning.score.targets import Group, check_filled
 from leanstep.sparsity.patterns import NM
@@ -330,19 +331,32 @@ class PartialCurves:
         if os.path.lexists(path):
             self._read()
 
+    @classmethod
+    def shared(cls, path: Path, identity: dict[str, Any], processes: Processes) -> PartialCurves:
+        """The file of all processes: each appends what it measures."""
+
+        def read() -> PartialCurves:
+            partial = cls(path, identity)
+            if processes.size > 1 and not path.exists():
+                partial._append({"identity": partial.identity})  # before any of them adds a point
+            return partial
+
+        return processes.from_first(read)
+
     def add(self, name: str, count: int, point: Distortion) -> None:
         """Append a point, and sync the file to disk."""
-        new = not self.path.exists()
-        descriptor = open_regular(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        with open(descriptor, "a", encoding="utf-8") as file:
-            if new:
-                file.write(checked_line({"identity": self.identity}))
-            # of one sample no error is known, and curves have 0 then
-            stderr = 0.0 if math.isnan(point.stderr) else point.stderr
-            file.write(checked_line([name, count, point.mean, stderr]))
-            file.flush()
-            os.fsync(file.fileno())
+        # of one sample no error is known, and curves have 0 then
+        stderr = 0.0 if math.isnan(point.stderr) else point.stderr
+        lines = [] if self.path.exists() else [{"identity": self.identity}]
+        self._append(*lines, [name, count, point.mean, stderr])
         self.points[name, count] = point
+
+    def _append(self, *contents: Any) -> None:
+        """Append lines in one write, between which no other process's can come, and sync the file to disk."""
+        descriptor = open_regular(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        with open(descriptor, "ab", buffering=0) as file:
+            file.write("".join(map(checked_line, contents)).encode())
+            os.fsync(file.fileno())
 
     def _take(self, name: str, count: int, mean: float, stderr: float) -> None:
         """Check a point that was read from the file, and add it."""

@@ -11,7 +11,7 @@ one forward pass and some backward passes serve all matrices and levels, updates
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -130,7 +130,7 @@ class SecondOrder:
         self._collected = {}
 
     @torch.no_grad()
-    def distortion(self, changed: Sequence[tuple[Target, Tensor]]) -> Distortion:
+    def distortion(self, changed: Iterable[tuple[Target, Tensor]]) -> Distortion:
         """Distortion if collected matrices get these weights [out, in], all together."""
         responses: dict[Any, tuple[Any, Tensor]] = {}
         for target, weight in changed:
@@ -201,31 +201,35 @@ class SecondOrder:
 def fisher_curves(second: SecondOrder, points: Points, pruning: Pruning) -> dict[str, Curve]:
     """The curves of all groups of ``points``, to second order; adds the missing points.
 
-    Matrices are collected together as far as half of the free memory goes, and at least those of one stage.
+    Matrices are collected together as far as half of the free memory goes, and at least those of one stage. Each
+    process collects its share of the matrices.
     """
     missing = [group for group in points.groups if points.missing[group.name]]
-    for stages in _portions(second, pruning.cache.by_start(missing)):
-        second.collect([target for _, groups in stages for group in groups for target in group.targets])
+    share = {group.name for group in pruning.processes.share(missing)}
+    for stages in _portions(second, pruning.cache.by_start(missing), share):
+        if targets := [t for _, groups in stages for group in groups if group.name in share for t in group.targets]:
+            second.collect(targets)
         for start, groups in stages:
             for group, pruners in pruning.each(groups, start):
-                for count, pattern in points.missing[group.name]:
+                for count, pattern in points.missing[group.name] if group.name in share else ():
                     points.add(group.name, count, second.distortion(prune_group(group, pruners, count, pattern)))
+            points.exchange(pruning.processes)
     second.release()
     pruning.cache.reset()
     return points.curves(second.metric.name, "fisher")
 
 
 def _portions(
-    second: SecondOrder, stages: Sequence[tuple[int, list[Group]]]
+    second: SecondOrder, stages: Sequence[tuple[int, list[Group]]], share: Container[str]
 ) -> Iterator[Sequence[tuple[int, list[Group]]]]:
-    """Split stages so that what is collected of a portion fits into memory."""
+    """Split stages so that what is collected of a portion, of the named groups, fits into memory."""
     device = next(second.model.parameters()).device
     free = free_memory(device)
     limit = _BYTES if free is None else free // 2
     portion: list[tuple[int, list[Group]]] = []
     size = 0
     for start, groups in stages:
-        needed = sum(second.bytes_of(target) for group in groups for target in group.targets)
+        needed = sum(second.bytes_of(t) for group in groups if group.name in share for t in group.targets)
         if portion and size + needed > limit:
             yield portion
             portion, size = [], 0

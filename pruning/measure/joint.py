@@ -11,6 +11,7 @@ from torch import Tensor
 
 from leanstep._mapped import Scratch
 from leanstep._memory import free_memory
+from leanstep._processes import Processes
 from leanstep.pruning.measure.activation_cache import BlockCache
 from leanstep.pruning.measure.measure import Measurement
 from leanstep.pruning.measure.metrics import Distortion, summarise
@@ -37,6 +38,7 @@ class JointJudge:
         measurement: of the dense model, on the data that decides.
         pruners: of each matrix by name, made of the dense weights.
         counts, patterns: the levels to which the model is pruned now.
+        processes: of the run. Each runs its share of the batches; all take the same decisions.
     """
 
     def __init__(
@@ -46,7 +48,9 @@ class JointJudge:
         pruners: Mapping[str, LayerPruner],
         counts: Counts,
         patterns: Mapping[str, str],
+        processes: Processes | None = None,
     ) -> None:
+        self._processes = processes or Processes()
         self.model, self.metric = measurement.model, measurement.metric
         self._groups, self._pruners = {group.name: group for group in groups}, pruners
         self._batches, self._reference = measurement.batches, measurement.reference
@@ -55,7 +59,7 @@ class JointJudge:
         self.counts, self.patterns = dict(counts), dict(patterns)
         # passes over all data, in batches of which each counts by the stages that it ran
         self.passes = 0.0
-        self._current = [self._compare(0, index) for index in range(len(self._batches))]
+        self._current = self._compare_all(0, range(len(self._batches)))
         # gradients, and the levels at which they were computed
         self._gradient: dict[str, Tensor] | None = None
         self._slopes_of: dict[str, int] | None = None
@@ -74,7 +78,7 @@ class JointJudge:
         self._write(self._pruned(groups, counts, patterns))
         self._cache.forget(self._cache.start_of(groups))
         self.counts, self.patterns = dict(counts), dict(patterns)
-        self._current = [self._compare(0, index) for index in range(len(self._batches))]
+        self._current = self._compare_all(0, range(len(self._batches)))
 
     def judge(self, counts: Counts, patterns: Mapping[str, str], noise: float) -> Distortion | None:
         """Take other levels if they are better than the current ones by more than their noise.
@@ -92,14 +96,14 @@ class JointJudge:
         before = [(target, target.weight.clone()) for target, _ in changed]
         start = self._cache.start_of(groups)
         # before anything is written: the inputs of the first changed block do not depend on the change
-        measured, accepted = [], False
+        measured, accepted = list[tuple[Tensor, Tensor]](), False
         checks = {math.ceil(part * len(self._batches)) for part in _PARTS}
         try:
             self._write(changed)
-            for index in range(len(self._batches)):
-                measured.append(self._compare(start, index))
+            for end in sorted(checks | {len(self._batches)}):
+                measured += self._compare_all(start, range(len(measured), end))
                 change = self._change(measured)
-                if len(measured) in checks and change.mean > 0:
+                if end in checks and change.mean > 0:
                     break
             accepted = len(measured) == len(self._current) and change.mean < -noise * _error(change)
         finally:
@@ -118,7 +122,7 @@ class JointJudge:
         start = self._cache.start_of(groups) if groups else 0
         try:
             self._write(changed)
-            measured = [self._compare(start, index) for index in range(batches or len(self._batches))]
+            measured = self._compare_all(start, range(batches or len(self._batches)))
         finally:
             self._write(before)
         return summarise(measured).mean
@@ -194,9 +198,15 @@ class JointJudge:
             for change in prune_group(group, self._pruners, counts[group.name], patterns.get(group.name, ""))
         ]
 
+    def _compare_all(self, start: int, indices: range) -> list[tuple[Tensor, Tensor]]:
+        """(sums, counts) per sample of each batch, with passes from a start on."""
+        compared = {index: self._compare(start, index) for index in self._processes.share(indices)}
+        compared = {index: pair for part in self._processes.gather(compared) for index, pair in part.items()}
+        for _ in indices:
+            self.passes += (1 - start / max(len(self._cache.stages), 1)) / len(self._batches)
+        return [compared[index] for index in indices]
+
     def _compare(self, start: int, index: int) -> tuple[Tensor, Tensor]:
-        """(sums, counts) per sample of a batch, with a pass from a start on."""
-        self.passes += (1 - start / max(len(self._cache.stages), 1)) / len(self._batches)
         with torch.no_grad():
             output = self._cache.run_from(start, index)
             return self.metric.compare(Scratch.open(self._reference[index]), output, self._batches[index])
@@ -208,7 +218,7 @@ class JointJudge:
     def _check_cache(self) -> None:
         """Run every pass from the first stage if a cached input changes an output."""
         for start in self._cache.starts[1:]:
-            sums, counts = self._compare(start, 0)
+            [(sums, counts)] = self._compare_all(start, range(1))
             change = summarise([(sums - self._current[0][0], counts)]).mean
             if not abs(change) <= _NOISE:
                 self._cache.disable(f"from {self._cache.stages[start][0]} on, cached activations change the output")

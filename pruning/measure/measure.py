@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from leanstep._mapped import Scratch, touched
+from leanstep._processes import Processes
 from leanstep.pruning.allocate.allocation import allocate
 from leanstep.pruning.measure.activation_cache import ActivationCache
 from leanstep.pruning.measure.anchored import Solve, anchored_curves
@@ -24,7 +25,7 @@ from leanstep.pruning.measure.fisher import SecondOrder, fisher_curves
 from leanstep.pruning.measure.metrics import Distortion, Metric, make_metric, metric_name, summarise
 from leanstep.pruning.measure.points import Points, Progress
 from leanstep.pruning.result import Allocation
-from leanstep.pruning.score.calibration import Pruners, Pruning, prune_group
+from leanstep.pruning.score.calibration import Pruning, prune_group
 from leanstep.pruning.score.targets import Group, Target, find_targets, make_groups
 
 # largest tolerated change of the output of unchanged weights
@@ -54,6 +55,7 @@ def measure_curves(
     minutes: float = 30.0,
     solve: Solve | None = None,
     scratch: str | Path | None = None,
+    processes: Processes | None = None,
 ) -> dict[str, Curve]:
     """Measure how the model's output changes when one matrix alone is pruned, to each of several levels.
 
@@ -89,6 +91,7 @@ def measure_curves(
         solve: curves -> the allocation near which ``anchored`` measures; None: that of :func:`allocate` for
             ``sparsity``.
         scratch: folder on a disk for the dense outputs and cached activations; None: they are kept in memory.
+        processes: see :func:`leanstep.pruning.prune`. Matrices and levels are spread over them.
 
     Returns:
         name of the matrix or group -> :class:`Curve`, in the order of the targets. Its ``source`` is the method.
@@ -115,6 +118,7 @@ def measure_curves(
     levels_by_name = levels_of(groups, sparsity, pattern, levels=levels)
     batches = as_batches(data, model, batch_size=batch_size)
     source = batches if score_data is None else as_batches(score_data, model, batch_size=batch_size, what="score_data")
+    processes = processes or Processes()
     partial, files = None, None if scratch is None else Scratch(Path(scratch))
     if resume is not None:
         identity = {
@@ -126,19 +130,22 @@ def measure_curves(
             "score options": dict(score_options or {}),
             "levels": hashlib.sha256(repr(levels_by_name).encode()).hexdigest(),
         }
-        partial = PartialCurves(Path(resume), identity)
+        partial = PartialCurves.shared(Path(resume), identity, processes)
     with evaluating(model):
         if method == "fisher":
-            cache = ActivationCache(model, source, enabled=prefix_cache, scratch=files)
+            cache = ActivationCache(model, source, enabled=prefix_cache, scratch=files, processes=processes)
             second = SecondOrder(model, batches, make_metric(metric, model))
             points = Points(groups, levels_by_name, partial, progress, prefix="fisher: ")
             return fisher_curves(second, points, Pruning(cache, score, score_options))
         measurement = Measurement(model, batches, metric, prefix_cache=prefix_cache, scratch=files)
-        cache = ActivationCache(model, source, enabled=prefix_cache, like=measurement.cache, scratch=files)
+        cache = ActivationCache(
+            model, source, enabled=prefix_cache, like=measurement.cache, scratch=files, processes=processes
+        )
         pruning, points = Pruning(cache, score, score_options), Points(groups, levels_by_name, partial, progress)
         if method is None:
-            fits = measurement.seconds_of(points) <= 60 * minutes
+            fits = measurement.seconds_of(points) <= 60 * minutes * processes.size
             method = "measured" if fits or not measurement.metric.has_root else "anchored"
+            method = processes.gather(method)[0]
         if method == "measured":
             measurement.measure_points(points, points.missing, pruning)
             return points.curves(measurement.metric.name)
@@ -198,14 +205,19 @@ class Measurement:
     ) -> None:
         """Measure (count, N:M pattern) of some groups, in the order of the stages, and add them to the points.
 
-        Begins none after ``time.monotonic()`` has reached ``until``.
+        Begins none after ``time.monotonic()`` has reached ``until``. Each process measures a portion of every stage.
         """
-        for group, pruners in self._pruned_alone([g for g in points.groups if missing.get(g.name)], pruning):
-            for count, pattern in missing[group.name]:
-                if time.monotonic() >= until:
-                    break
-                # do not name the pruned matrices: a name would hold them in memory until the next level
-                points.add(group.name, count, self.measure(prune_group(group, pruners, count, pattern)))
+        for start, stage in self._stages([g for g in points.groups if missing.get(g.name)], pruning):
+            levels = [(group.name, count) for group in stage for count, _ in missing[group.name]]
+            portion = set(pruning.processes.portion(levels))
+            for group, pruners in pruning.each(stage, start):
+                for count, pattern in missing[group.name]:
+                    if (group.name, count) not in portion:
+                        continue
+                    if time.monotonic() >= until:
+                        break
+                    points.add(group.name, count, self.measure(prune_group(group, pruners, count, pattern)))
+            points.exchange(pruning.processes)
 
     def seconds_of(self, points: Points) -> float:
         """Expected time to measure all missing points: one pass each from its stage on."""
@@ -223,16 +235,21 @@ class Measurement:
 
     def singles(self, groups: Sequence[Group], allocation: Allocation, pruning: Pruning) -> list[Distortion]:
         """Distortion of each group alone at its allocated level, in the order of the stages."""
-        return [
-            self.measure(prune_group(group, pruners, *allocation.level(group.name)))
-            for group, pruners in self._pruned_alone(groups, pruning)
-        ]
+        by_name: dict[str, Distortion] = {}
+        share, in_order = {group.name for group in pruning.processes.share(groups)}, list[str]()
+        for start, stage in self._stages(groups, pruning):
+            in_order += [group.name for group in stage]
+            for group, pruners in pruning.each(stage, start):
+                if group.name in share:
+                    by_name[group.name] = self.measure(prune_group(group, pruners, *allocation.level(group.name)))
+        by_name = pruning.processes.merged(by_name)
+        return [by_name[name] for name in in_order]
 
-    def _pruned_alone(self, groups: Sequence[Group], pruning: Pruning) -> Iterator[tuple[Group, Pruners]]:
-        """Each group with its pruners, in the order of the stages; the caches are at the stage of the group."""
+    def _stages(self, groups: Sequence[Group], pruning: Pruning) -> Iterator[tuple[int, list[Group]]]:
+        """Start and groups of each stage, with the caches at the start."""
         for start, stage in self.cache.by_start(groups):
             self._enter(start, pruning.cache)
-            yield from pruning.each(stage, start)
+            yield start, stage
         self.cache.reset()
         pruning.cache.reset()
 
@@ -241,8 +258,10 @@ class Measurement:
         if start not in self.cache.starts:  # disabled at an earlier start
             return
         self.cache.advance(start)
-        change = self._run().mean
-        if not abs(change) <= _NOISE:
+        # that of one process decides for all
+        changes = statistics_cache.processes.gather(self._run().mean)
+        change = next((change for change in changes if not abs(change) <= _NOISE), 0.0)
+        if change != 0.0:
             note = (
                 f"activations are not cached: from {self.cache.stages[start][0]} on, they change the output of "
                 f"unchanged weights by {change:g} in {self.metric.name}"
@@ -256,15 +275,20 @@ class Measurement:
             for index, batch in enumerate(self.batches)
         )
 
-    def measure(self, changed: Sequence[tuple[Target, Tensor]]) -> Distortion:
-        """Distortion with some matrices changed, run from the cache's position on. Restores them, bit for bit."""
-        saved = [target.weight.clone() for target, _ in changed]
+    def measure(self, changed: Iterable[tuple[Target, Tensor]]) -> Distortion:
+        """Distortion with some matrices changed, run from the cache's position on. Restores them, bit for bit.
+
+        Of an iterator, each changed matrix is in memory until it is written.
+        """
+        saved: list[tuple[Target, Tensor]] = []
         try:
             for target, weight in changed:
+                saved.append((target, target.weight.clone()))
                 target.weight.copy_(weight)
+                del weight
             return self._run()
         finally:
-            for (target, _), weight in zip(changed, saved, strict=True):
+            for target, weight in saved:
                 target.weight.copy_(weight)
 
 

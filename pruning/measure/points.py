@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from leanstep._processes import Processes
 from leanstep.pruning.measure.curves import Curve, Levels, PartialCurves, counts_and_patterns, curve_of
 from leanstep.pruning.measure.metrics import Distortion
 from leanstep.pruning.score.targets import Group
@@ -41,6 +42,8 @@ class Points:
             self._points |= {key: point for key, point in points.items() if point is not None}
             self.missing[group.name] = [level for level in pruned if (group.name, level[0]) not in self._points]
         self._total = len(self._points) + sum(map(len, self.missing.values()))
+        # points since the last exchange
+        self._new: dict[tuple[str, int], Distortion] = {}
 
     def at(self, name: str) -> dict[int, Distortion]:
         """The points of a group by count, the dense one not included."""
@@ -54,9 +57,15 @@ class Points:
         """Add a point, in the file too."""
         if self._partial is not None:
             self._partial.add(self._prefix + name, count, point)
-        self._points[name, count] = point
+        self._points[name, count] = self._new[name, count] = point
         if self._progress is not None:
             self._progress(len(self._points), self._total, name)
+
+    def exchange(self, processes: Processes) -> None:
+        """Take the points that the other processes added, which have written them to the file."""
+        for points in processes.gather(self._new):
+            self._points |= points
+        self._new = {}
 
     def curves(self, metric: str, source: str = "measured") -> dict[str, Curve]:
         """The curves of all groups, none of whose points is missing."""

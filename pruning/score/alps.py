@@ -92,7 +92,7 @@ class ALPSPruner(LayerPruner):
         def project(scores: Tensor) -> Tensor:
             ordered = torch.where(self._unused, 0.0, scores).masked_fill(self.weight == 0, -1.0)
             if self._scope == "row":
-                return Ranking(ordered, "row").mask(keep)
+                return Ranking(lambda: ordered, "row").mask(keep)
             flat = torch.zeros(ordered.numel(), dtype=torch.bool, device=ordered.device)
             flat[ordered.flatten().topk(keep, sorted=False).indices] = True
             return flat.view_as(ordered)

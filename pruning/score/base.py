@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,11 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "alps": ("gram",),
     "mfac": ("gradients",),
 }
+
+
+def has_statistics(allocation: str, score: str) -> bool:
+    """Whether a pass over the calibration data is needed for a score, or for the outliers of OWL."""
+    return bool(NEEDS[score]) or allocation == "owl"
 
 
 @dataclass
@@ -78,7 +84,8 @@ class Ranking:
     """The order in which the weights of a matrix are pruned.
 
     Args:
-        scores: [out, in], floating, finite; the smallest are pruned first. Ties go to the lower index.
+        scores_of: gives the scores [out, in], floating, finite, the same at every call; the smallest are pruned first.
+            Ties go to the lower index.
         scope: "matrix" compares all weights. "row" compares within rows. For P pruned weights, P // out are pruned in
             every row, and one more in the P % out rows whose next weight has the lowest score.
 
@@ -86,22 +93,26 @@ class Ranking:
         ValueError: for another scope, or scores that are not a finite matrix.
 
     Notes:
-        Keeps 8 bytes per weight ("matrix"), or 4 and the scores ("row"). Each mask then costs one pass.
+        Keeps 4 bytes per weight ("matrix"), or 2 ("row"); twice that for 2^31 weights, or 2^15 inputs. Each mask then
+        costs one pass, and for "row" the scores again.
     """
 
-    def __init__(self, scores: Tensor, scope: str = "matrix"):
+    def __init__(self, scores_of: Callable[[], Tensor], scope: str = "matrix"):
+        scores = scores_of()
         if scope not in SCOPES:
             raise ValueError(f"Ranking: scope must be one of {', '.join(SCOPES)}, got {scope!r}")
         if scores.dim() != 2 or not bool(scores.isfinite().all()):
             raise ValueError(f"Ranking: expected finite scores [out, in], got shape {tuple(scores.shape)}")
         self.shape, self.scope = scores.shape, scope
         if scope == "matrix":
-            self._order = scores.flatten().argsort(stable=True)
+            narrow = torch.int32 if scores.numel() < 2**31 else torch.int64
+            self._order = scores.flatten().argsort(stable=True).to(narrow)
         else:
+            self._scores_of = scores_of
+            narrow = torch.int16 if scores.shape[1] < 2**15 else torch.int32
             order = scores.argsort(dim=1, stable=True)
-            self._sorted = scores.gather(1, order)
-            ranks = torch.arange(scores.shape[1], dtype=torch.int32, device=scores.device)
-            self._rank = torch.empty_like(order, dtype=torch.int32).scatter_(1, order, ranks.expand_as(order))
+            ranks = torch.arange(scores.shape[1], dtype=narrow, device=scores.device)
+            self._rank = torch.empty_like(order, dtype=narrow).scatter_(1, order, ranks.expand_as(order))
 
     def mask(self, keep: int) -> Tensor:
         """Bool [out, in], True for the ``keep`` weights that are pruned last."""
@@ -112,9 +123,10 @@ class Ranking:
             mask[self._order[:pruned]] = False
             return mask.view(rows, columns)
         each, more = divmod(pruned, rows)
-        threshold = torch.full((rows, 1), each, dtype=torch.int32, device=self._rank.device)
+        threshold = torch.full((rows, 1), each, dtype=self._rank.dtype, device=self._rank.device)
         if more:
-            threshold[self._sorted[:, each].argsort(stable=True)[:more]] += 1
+            next_scores = self._scores_of()[self._rank == each]  # one in every row
+            threshold[next_scores.argsort(stable=True)[:more]] += 1
         return self._rank >= threshold
 
 
@@ -149,8 +161,11 @@ class LayerPruner(ABC):
         if weight.dim() != 2 or not weight.is_floating_point():
             raise ValueError(f"expected a floating weight [out, in], got {tuple(weight.shape)} of {weight.dtype}")
         self.given = weight.detach()
-        # fp32 for computing, or fp64 if the given weight is
-        self.weight = self.given.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """The given weight in fp32 for computing, or in fp64 if it is; a copy of half precision, made when needed."""
+        return self.given.to(torch.float64 if self.given.dtype == torch.float64 else torch.float32)
 
     @torch.no_grad()
     def prune(self, keep: int | NM | str) -> Pruned:
@@ -162,14 +177,14 @@ class LayerPruner(ABC):
         """
         pattern = NM.parse(keep) if isinstance(keep, str) else keep
         if isinstance(pattern, NM):
-            if self.weight.shape[1] % pattern.m:
+            if self.given.shape[1] % pattern.m:
                 raise ValueError(
-                    f"groups of {pattern.m} do not fill the {self.weight.shape[1]} inputs of a matrix of shape "
-                    f"{tuple(self.weight.shape)}: use another pattern, or leave this matrix out"
+                    f"groups of {pattern.m} do not fill the {self.given.shape[1]} inputs of a matrix of shape "
+                    f"{tuple(self.given.shape)}: use another pattern, or leave this matrix out"
                 )
             weight, mask = self._prune_pattern(pattern)
         else:
-            weight, mask = self._prune_count(check_keep(pattern, self.weight.numel()))
+            weight, mask = self._prune_count(check_keep(pattern, self.given.numel()))
         # masked_fill also removes negative zeros and updates of pruned weights
         return Pruned(weight.to(self.given.dtype).masked_fill(~mask, 0), mask)
 

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy, unfold
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
+from leanstep._processes import Processes
 from leanstep.pruning.allocate.closed_form import ComputedScores, outlier_ratio
 from leanstep.pruning.measure.activation_cache import ActivationCache
 from leanstep.pruning.measure.batches import Batch
@@ -33,6 +34,9 @@ def statistics_for(
 ) -> dict[str, LayerStatistics]:
     """Collect the statistics of some layers, with the current weights.
 
+    Each process of the cache runs its share of the batches, and all get the sums over all batches: of squares, with the
+    bits of one process.
+
     Args:
         cache: the model and the data. Passes run from its position to the last stage with a target.
         targets: the layers.
@@ -43,16 +47,45 @@ def statistics_for(
     """
     statistics_by_name = {t.name: LayerStatistics.empty(needs, t.weight.shape[1], t.weight.device) for t in targets}
     if "gradients" in needs:
-        gradients = collect_gradients(cache.model, cache.batches, targets)
+        gradients = collect_gradients(cache.model, cache.all_batches, targets)
         for name, rows in gradients.items():
             statistics_by_name[name].gradients = rows
             statistics_by_name[name].count = int(rows.any(dim=1).sum())
     if {"square_sum", "gram"} & set(needs):
-        collect_inputs(cache, targets, {name: statistics.add for name, statistics in statistics_by_name.items()})
+        if cache.processes.size == 1:
+            collect_inputs(cache, targets, {name: statistics.add for name, statistics in statistics_by_name.items()})
+        else:
+            _collect_shares(cache, targets, statistics_by_name)
         for target in targets:
             if target.expert is None and not statistics_by_name[target.name].count:
                 raise ValueError(f"{target.name} was never run on the calibration data; leave it out with exclude")
     return statistics_by_name
+
+
+def _collect_shares(
+    cache: ActivationCache, targets: Sequence[Target], statistics_by_name: Mapping[str, LayerStatistics]
+) -> None:
+    """Collect sums over this process's batches, and add up those of all processes."""
+    # of each batch alone, to be added in the order of one process
+    squares: dict[str, list[Tensor]] = {name: [] for name in statistics_by_name}
+    for index in range(len(cache.batches)):
+        collect_inputs(cache, targets, {name: one.add for name, one in statistics_by_name.items()}, [index])
+        for name, statistics in statistics_by_name.items():
+            if statistics.square_sum is not None:
+                squares[name].append(statistics.square_sum.cpu())
+                statistics.square_sum = torch.zeros_like(statistics.square_sum)
+    processes = cache.processes
+    counts = processes.gather({name: statistics.count for name, statistics in statistics_by_name.items()})
+    shares = processes.gather(squares)
+    for name, statistics in statistics_by_name.items():
+        statistics.count = sum(count[name] for count in counts)
+        if statistics.gram is not None:
+            statistics.gram = processes.add_up(statistics.gram)
+        if statistics.square_sum is not None:
+            for index in range(len(cache.all_batches)):
+                # batches are dealt in turns
+                number, owner = divmod(index, processes.size)
+                statistics.square_sum += shares[owner][name][number].to(statistics.square_sum.device)
 
 
 def leave_out(model: nn.Module, targets: Sequence[Target], batches: Sequence[Batch]) -> tuple[list[Target], list[str]]:
@@ -93,8 +126,13 @@ def leave_out(model: nn.Module, targets: Sequence[Target], batches: Sequence[Bat
 
 
 @torch.no_grad()
-def collect_inputs(cache: ActivationCache, targets: Sequence[Target], add: dict[str, Callable[[Tensor], Any]]) -> None:
-    """Run the batches and pass each layer's inputs [rows, in], without masked tokens, to ``add[name]``."""
+def collect_inputs(
+    cache: ActivationCache,
+    targets: Sequence[Target],
+    add: Mapping[str, Callable[[Tensor], Any]],
+    indices: Sequence[int] | None = None,
+) -> None:
+    """Run batches, by default all, and pass each layer's inputs [rows, in], without masked tokens, to ``add[name]``."""
     current: list[Batch] = []
 
     def give(target: Target, inputs: Tensor) -> None:
@@ -117,8 +155,8 @@ def collect_inputs(cache: ActivationCache, targets: Sequence[Target], add: dict[
             stack.enter_context(_ExpertInputs(experts, give))
         numbers = [cache.number(target.module) for target in targets]
         known = [number for number in numbers if number is not None]
-        for index, batch in enumerate(cache.batches):
-            current[:] = [batch]
+        for index in range(len(cache.batches)) if indices is None else indices:
+            current[:] = [cache.batches[index]]
             if len(known) == len(numbers):
                 cache.until(index, max(known))
             else:
@@ -265,6 +303,11 @@ class Pruning:
         self._few: dict[str, int] = {}
         self._short: dict[str, tuple[int, int]] = {}
 
+    @property
+    def processes(self) -> Processes:
+        """Those of the cache, over which the work on several matrices is spread."""
+        return self.cache.processes
+
     def pruners(self, groups: Sequence[Group], start: int = 0) -> Pruners:
         """One pruner per matrix; their statistics take one pass over the data from the stage ``start`` on."""
         targets = [target for group in groups for target in group.targets]
@@ -314,23 +357,24 @@ class Pruning:
 
     def notes(self) -> list[str]:
         """Remarks about layers with too few calibration tokens, in sentences."""
-        notes = []
-        if self._few:
-            counts = [f"{name} ({count})" for name, count in sorted(self._few.items(), key=lambda item: item[1])]
-            few = f"fewer than {_FEWEST_ROWS} calibration tokens"
+        notes, processes = [], self.cache.processes
+        few, short = processes.merged(self._few), processes.merged(self._short)
+        if few:
+            counts = [f"{name} ({count})" for name, count in sorted(few.items(), key=lambda item: item[1])]
+            too_few = f"fewer than {_FEWEST_ROWS} calibration tokens"
             notes.append(
-                f"{len(self._few)} experts got {'no sample with a gradient' if self.score == 'mfac' else few} and were "
+                f"{len(few)} experts got {'no sample with a gradient' if self.score == 'mfac' else too_few} and were "
                 f"pruned by magnitude: {some(counts)}; more samples reach more experts"
             )
-        if self._short:
-            fewest, inputs = min(count for count, _ in self._short.values()), max(n for _, n in self._short.values())
+        if short:
+            fewest, inputs = min(count for count, _ in short.values()), max(n for _, n in short.values())
             reason = (
                 f"fewer than their inputs (up to {inputs}), so that SparseGPT's Gram matrices are singular"
                 if "gram" in NEEDS[self.score]
                 else "too few for their statistics"
             )
             notes.append(
-                f"the calibration data is short: {len(self._short)} matrices got {fewest} tokens or not many more, "
+                f"the calibration data is short: {len(short)} matrices got {fewest} tokens or not many more, "
                 f"{reason}; give more or longer samples"
             )
         return notes
@@ -365,9 +409,8 @@ class Pruners:
 
 def prune_group(
     group: Group, pruners: Pruners | Mapping[str, LayerPruner], count: int, pattern: str = ""
-) -> list[tuple[Target, Tensor]]:
-    """Prune the matrices of a group to a level; returns (target, weight) and does not write the model."""
+) -> Iterator[tuple[Target, Tensor]]:
+    """Prune the matrices of a group to a level one by one; yields (target, weight) and does not write the model."""
     shares: list[Any] = [pattern] * len(group.targets) if pattern else list(split_count(count, group.sizes))
-    return [
-        (target, pruners[target.name].prune(share).weight) for target, share in zip(group.targets, shares, strict=True)
-    ]
+    for target, share in zip(group.targets, shares, strict=True):
+        yield target, pruners[target.name].prune(share).weight

@@ -81,7 +81,7 @@ class FisherPruner(LayerPruner):
 
     def _prune_count(self, keep: int) -> tuple[Tensor, Tensor]:
         if self._ranking is None:
-            self._ranking = Ranking(zeros_first(self.scores, self.weight))
+            self._ranking = Ranking(lambda: zeros_first(self.scores, self.weight))
         return self._updated(self._ranking.mask(keep))
 
     def _prune_pattern(self, pattern: NM) -> tuple[Tensor, Tensor]:

@@ -103,7 +103,7 @@ def layer_pruner(
                 update=update,
             )
         mask_scope = scope or (_SCOPE.get(score, "matrix") if isinstance(score, str) else "matrix")
-        return ScoredPruner(matrix, _scores(matrix, score, statistics), mask_scope)
+        return ScoredPruner(matrix, lambda: _scores(matrix, score, statistics), mask_scope)
 
     if spacing > 1:
         return SpacedPruner(weight, spacing, make, statistics)
@@ -162,32 +162,35 @@ class ScoredPruner(LayerPruner):
 
     Args:
         weight: [out, in].
-        scores: like the weight, >= 0.
+        scores_of: gives scores like the weight, >= 0; called for each use, so that none is held.
         scope: "matrix" or "row"; see :class:`leanstep.pruning.score.base.Ranking`.
     """
 
-    def __init__(self, weight: Tensor, scores: Tensor, scope: str):
+    def __init__(self, weight: Tensor, scores_of: Callable[[], Tensor], scope: str):
         super().__init__(weight)
+        self._scores_of, self._scope = scores_of, scope
+        scores = scores_of()
         if scores.shape != weight.shape or not scores.is_floating_point():
             raise ValueError(
                 f"expected floating scores of the weight's shape {tuple(weight.shape)}, got {tuple(scores.shape)} of "
                 f"{scores.dtype}"
             )
-        self._scores, self._scope = scores.detach(), scope
         self._ranking: Ranking | None = None
 
     @property
     def scores(self) -> Tensor:
-        """[out, in]."""
-        return self._scores
+        """[out, in], computed at every access."""
+        return self._scores_of().detach()
 
     def _prune_count(self, keep: int) -> tuple[Tensor, Tensor]:
         if self._ranking is None:
-            self._ranking = Ranking(zeros_first(self._scores, self.weight), self._scope)
+            # not of self: a cycle of references would hold this pruner until the next garbage collection
+            scores_of, given = self._scores_of, self.given
+            self._ranking = Ranking(lambda: zeros_first(scores_of().detach(), given), self._scope)
         return self.given, self._ranking.mask(keep)
 
     def _prune_pattern(self, pattern: NM) -> tuple[Tensor, Tensor]:
-        return self.given, nm_mask(self._scores.masked_fill(self.weight == 0, 0.0), pattern)
+        return self.given, nm_mask(self.scores.masked_fill(self.given == 0, 0.0), pattern)
 
 
 class SpacedPruner(LayerPruner):

@@ -24,10 +24,12 @@ from transformers import PreTrainedModel
 
 from leanstep._torch import output_head
 from leanstep.kernels import use_backend
+from leanstep.optimizers.common.base import LeanOptimizer
 from leanstep.optimizers.common.sharding import dtype_of
+from leanstep.optimizers.gradient_accumulation import keeping_gradients
 from leanstep.optimizers.param_groups import parameter_roles
 from leanstep.pruning.folder.loading import empty_model
-from leanstep.recipes.config.schema import RunConfig, trained_size
+from leanstep.recipes.config.schema import RunConfig, accumulation_steps, trained_size
 from leanstep.recipes.methods.attention import build_gate, build_monitor
 from leanstep.recipes.methods.halves import halved_groups
 from leanstep.recipes.methods.lora import adapt
@@ -162,6 +164,8 @@ def _measured(config: RunConfig, vocab_size: int, world_size: int, device: str) 
         gradient = unique_bytes(gradients)
         if config.release_gradients:
             gradient = max((tensor.nbytes for tensor in gradients), default=0)
+            if accumulation_steps(config, world_size) > 1 and isinstance(optimizer, LeanOptimizer):
+                gradient += unique_bytes(p.grad for p in keeping_gradients(optimizer) if p.grad is not None)
         state = optimizer_state_bytes(optimizer)
         # LANTON's copies of the gradients at half a step
         half = sum(

@@ -21,6 +21,17 @@ from typing_extensions import TypedDict
 from leanstep.recipes.config.schema import MOST_TOKENS, RunConfig, accumulation_steps, trained_size
 
 
+def accumulates_in_momentum(config: RunConfig) -> bool:
+    """Whether the rule of matrices sums the gradients of several passes in its momentum."""
+    args = config.optimizer.args
+    if args.get("momentum_dtype") in ("int8", "torch.int8"):
+        return False
+    if config.optimizer.name == "sinkgd":
+        return bool(args.get("momentum")) and not args.get("nesterov") and args.get("momentum_order", "pre") == "pre"
+    betas = args.get("betas") or ()
+    return config.optimizer.name == "lion" and len(set(betas)) == 1 and not args.get("cautious")
+
+
 def joint_problems(config: RunConfig, world_size: int = 1) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yield ``(keys, message)`` for each broken rule between several fields, which are valid alone.
 
@@ -68,11 +79,12 @@ def joint_problems(config: RunConfig, world_size: int = 1) -> Iterator[tuple[tup
         )
     if schedule.warmup_steps is not None and schedule.warmup_steps > config.steps:
         yield ("schedule.warmup_steps", "steps"), f"must be at most steps ({config.steps}), got {schedule.warmup_steps}"
-    if release and accumulation > 1:
+    if release and accumulation > 1 and not accumulates_in_momentum(config):
         yield (
             ("release_gradients", *batch_keys),
-            f"steps inside backward, which gradient accumulation ({accumulation} passes a step) forbids; "
-            f"raise batch.micro_batch_size until one pass is one step, or set it to false",
+            f"steps inside backward, and the {accumulation} passes of a step can only be summed in a momentum: of "
+            "sinkgd with momentum and without nesterov, or of lion with equal betas, neither in 8 bits; set such an "
+            "optimizer, raise batch.micro_batch_size until one pass is one step, or set it to false",
         )
     if release and config.max_grad_norm is not None:
         yield ("release_gradients", "max_grad_norm"), "excludes max_grad_norm, which needs every gradient at once"

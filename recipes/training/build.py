@@ -438,7 +438,7 @@ def _groups(config: OptimizerConfig, model: torch.nn.Module) -> Iterator[dict[st
         raise ValueError(f"optimizer.groups[{number}]: {key} {text!r} selects no parameter of the model")
 
 
-def release_gradients(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any) -> None:
+def release_gradients(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any) -> optimizers.GradientRelease:
     """Let the optimizer step inside backward. Raises ValueError where it cannot."""
     if accelerator.num_processes > 1:
         raise ValueError(
@@ -446,7 +446,7 @@ def release_gradients(accelerator: Accelerator, model: torch.nn.Module, optimize
             f"one process and this run has {accelerator.num_processes}; set release_gradients=false"
         )
     try:
-        optimizers.release_gradients(model, optimizer)
+        return optimizers.release_gradients(model, optimizer)
     except TypeError as error:
         raise ValueError(str(error)) from None
 

@@ -1,6 +1,8 @@
 """Failures that end a run: their messages, with the last good checkpoint and settings to try, and nan_dump/."""
 
 import json
+import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,13 @@ class RunFailure(Exception):
     def __init__(self, reason: str, exit_code: int, message: str) -> None:
         self.reason, self.exit_code = reason, exit_code
         super().__init__(message)
+
+
+def refuse(error: Exception) -> int:
+    """Print the error of a run that cannot start, in the first process; return the exit code."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return EXIT_BAD_CONFIG
 
 
 def nonfinite_message(

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import logging
 import os
 import shlex
 import signal
@@ -63,7 +64,15 @@ def _has_gpu() -> bool:
 
 
 def launch(recipe: str, overrides: Sequence[str], world: int) -> int:
-    """Start the workers by torchrun's API and wait for them. Returns the exit code."""
+    """Train in ``world`` processes. Returns the exit code."""
+    return run_workers(_MODULE, [recipe, *overrides], world, "the same command")
+
+
+def run_workers(module: str, arguments: Sequence[str], world: int, continued_by: str) -> int:
+    """Start the workers of a module by torchrun's API and wait for them. Returns the exit code.
+
+    A worker that a signal ended is named in one line, with ``continued_by``, what continues the run.
+    """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser
@@ -78,8 +87,11 @@ def launch(recipe: str, overrides: Sequence[str], world: int) -> int:
     os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
     # the agent forwards these to the workers and waits; one that is ignored stays so (nohup)
     names = [name for name in _FORWARDED if signal.getsignal(signal.Signals[name]) is not signal.SIG_IGN]
-    arguments = ["--standalone", "--nproc-per-node", str(world), "--signals-to-handle", ",".join(names)]
-    options = get_args_parser().parse_args([*arguments, "-m", _MODULE, recipe, *overrides])
+    launcher = ["--standalone", "--nproc-per-node", str(world), "--signals-to-handle", ",".join(names)]
+    options = get_args_parser().parse_args([*launcher, "-m", module])
+    options.training_script_args = list(arguments)  # not parsed: it would take --nproc for an abbreviation of its own
+    for logger in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
+        logging.getLogger(logger).setLevel(logging.CRITICAL)  # the workers, or a line below, say why they ended
     try:
         torchrun(options)
     except SignalException as ended:
@@ -88,7 +100,7 @@ def launch(recipe: str, overrides: Sequence[str], world: int) -> int:
         for rank, failure in failed.failures.items():
             if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
                 name = signal.Signals(-failure.exitcode).name
-                print(f"error: process {rank} was ended by {name}; the same command continues the run", file=sys.stderr)
+                print(f"error: process {rank} was ended by {name}; {continued_by} continues the run", file=sys.stderr)
         return _worst(failure.exitcode for failure in failed.failures.values())
     finally:
         for variable in ("LEANSTEP_NPROC", LAUNCHER_VARIABLE):

@@ -1,6 +1,8 @@
 """Let the trained model continue held-out texts, for a reader's first impression."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +17,14 @@ _LONGEST_PROMPT = 512  # tokens of a prompt of fine-tuning data
 _PROMPT_TOKENS, _NEW_TOKENS = 16, 64
 
 
-def held_out_prompts(validation: Dataset, end_of_text: int) -> list[list[int]]:
+def held_out_prompts(
+    validation: Dataset, end_of_text: int, starts_word: Callable[[int], bool] = lambda token: True
+) -> list[list[int]]:
     """Return the first tokens of up to three validation sequences, spread evenly; ``[end_of_text]`` if there are none.
 
-    A prompt has at most 16 tokens, and none is padding or ``end_of_text``. Where the first tokens have no labels, as in
-    fine-tuning data, they are the prompt, up to 512.
+    A prompt has at most 16 tokens, and none is padding or ``end_of_text``. It begins and ends with a whole word, as far
+    as ``starts_word`` tells. Where the first tokens have no labels, as in fine-tuning data, they are the prompt, up to
+    512.
     """
     length = len(validation)  # type: ignore[arg-type]
     prompts = []
@@ -31,9 +36,23 @@ def held_out_prompts(validation: Dataset, end_of_text: int) -> list[list[int]]:
         if first > 1:
             prompts.append(sequence["input_ids"][:first][-_LONGEST_PROMPT:].tolist())
             continue
-        tokens = sequence["input_ids"][is_learned].tolist()
-        prompts.append([token for token in tokens[:_PROMPT_TOKENS] if token != end_of_text])
+        tokens = [token for token in sequence["input_ids"][is_learned].tolist() if token != end_of_text]
+        prompts.append(_whole_words(tokens, starts_word))
     return [prompt for prompt in prompts if prompt] or [[end_of_text]]
+
+
+def _whole_words(tokens: list[int], starts_word: Callable[[int], bool]) -> list[int]:
+    """The first 16 tokens without the rest of a word before them and the begin of one at their end."""
+    begin = next((index for index, token in enumerate(tokens[:_PROMPT_TOKENS]) if starts_word(token)), 0)
+    end = begin + _PROMPT_TOKENS
+    if end < len(tokens):
+        end = next((index for index in range(end, begin, -1) if starts_word(tokens[index])), end)
+    return tokens[begin:end]
+
+
+def word_starts(tokenizer: Any) -> Callable[[int], bool]:
+    """Whether a token of a byte-level or sentencepiece vocabulary begins a word."""
+    return lambda token: str(tokenizer.convert_ids_to_tokens(token)).startswith(("\u0120", "\u2581", " "))
 
 
 def sample(folder: Path, prompts: list[list[int]], seed: int, device: torch.device) -> str:

@@ -45,7 +45,7 @@ from leanstep.recipes.training.checkpoint import (
 )
 from leanstep.recipes.training.failures import RunFailure, disk_trouble
 from leanstep.recipes.training.folder import RunFolder
-from leanstep.recipes.training.samples import TEMPERATURE, held_out_prompts, sample
+from leanstep.recipes.training.samples import TEMPERATURE, held_out_prompts, sample, word_starts
 from leanstep.sparsity import plain_state_dict
 from leanstep.sparsity.modules import sparse_layers
 
@@ -281,7 +281,7 @@ def finish(
         with saver.ema.applied():
             export_final(accelerator, folder.final_ema, saver)
     if accelerator.is_main_process:
-        prompts = held_out_prompts(data.validation, data.tokenizer.eos_token_id)
+        prompts = held_out_prompts(data.validation, data.tokenizer.eos_token_id, word_starts(data.tokenizer))
         text = sample(folder.final, prompts, config.seed, accelerator.device)
         folder.log({"step": state.step, "kind": "sample", "text": text})
         say(f"samples ([held-out text] continued, temperature {TEMPERATURE:g}, seed {config.seed}):\n{text}")

@@ -3,12 +3,14 @@
 import math
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 
 from leanstep._torch import whole_tensor
+from leanstep.optimizers import GradientRelease
 from leanstep.recipes.data.batches import Batch, count_targets
 
 
@@ -38,14 +40,15 @@ def backward(
     model: torch.nn.Module,
     window: list[Batch],
     *,
-    check: bool,
+    release: GradientRelease | None = None,
     half: Callable[[float], None] | None = None,
 ) -> tuple[torch.Tensor, int]:
     """Accumulate the gradient of the mean loss per target; return (this process's term of the loss, targets).
 
     Loss = sum of token losses / number of targets, over all micro batches and processes, as in one large batch.
-    ``check`` raises NonFinite before the backward of a non-finite loss. ``half`` is called after half of the micro
-    batches, rounded down, with their fraction.
+    With ``release``, the last pass updates the weights, the others add their gradients to the momentum of parameters
+    whose rule allows it, and a non-finite loss raises NonFinite before its backward. ``half`` is called after half of
+    the micro batches, rounded down, with their fraction.
     """
     targets = count_targets(window)
     if accelerator.num_processes > 1:
@@ -55,9 +58,10 @@ def backward(
     factor = accelerator.gradient_accumulation_steps * accelerator.num_processes
     total = torch.zeros((), device=accelerator.device)
     for number, batch in enumerate(window, start=1):
-        with accelerator.accumulate(model):
+        summing = nullcontext() if release is None or number == len(window) else release.accumulate(keep_others=True)
+        with accelerator.accumulate(model), summing:
             loss = model(**batch, use_cache=False, num_items_in_batch=divisor).loss
-            if check and not torch.isfinite(loss):
+            if release is not None and not torch.isfinite(loss):
                 raise NonFinite(float(loss.detach()))
             accelerator.backward(loss * factor)
         total += loss.detach()

@@ -21,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from leanstep._files import one_line
 from leanstep.sparsity.inference.conversion import Names, Restore, RestoreMerged
+from leanstep.sparsity.inference.dense import to_few_token_linear
 from leanstep.sparsity.inference.export import QUANT_METHOD
 from leanstep.sparsity.inference.linear import SparseLinear
 from leanstep.sparsity.inference.manifest import Manifest
@@ -142,6 +143,7 @@ class SparseQuantizer(HfQuantizer):
                     f"{one_line(alias)} is stored as tied to {one_line(name)}, and the model of config.json does not "
                     "tie them; export the dense folder again"
                 )
+        to_few_token_linear(model)
         _compress_conv1d(model, [self.targets[name] for name in self.restored - self.layers.keys()])
         return model
 

@@ -18,6 +18,7 @@ MODULES = (
     "distributed_lora",
     "distributed_mesh",
     "distributed_release",
+    "distributed_pruning",
 )
 load_cases(MODULES)
 

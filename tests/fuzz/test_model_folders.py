@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from pruned_models import make_llama, save_model
 from safetensors.torch import load_file, save_file
 
-from leanstep.pruning.folder.loading import open_checkpoint, open_model, open_tokenizer
+from leanstep.pruning.folder.files import open_checkpoint
+from leanstep.pruning.folder.loading import open_model, open_tokenizer
 from leanstep.recipes.data.tokens import encode, vocabulary_size
 
 INDEX = "model.safetensors.index.json"

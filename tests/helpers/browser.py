@@ -120,10 +120,11 @@ class Browser:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
-    def screenshot(self, path: Path, height: int | None = None) -> None:
-        """Write a PNG of the page as it is shown: all of it, or the first ``height`` pixels."""
+    def screenshot(self, path: Path, height: int | None = None, top: float = 0) -> None:
+        """Write a PNG of the page as it is shown: all of it from ``top`` on, or ``height`` pixels."""
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
-        clip = {"x": 0, "y": 0, "width": size["width"], "height": height or size["height"], "scale": 1}
+        height = height or size["height"] - top
+        clip = {"x": 0, "y": top, "width": size["width"], "height": height, "scale": 1}
         answer = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)
         path.write_bytes(base64.b64decode(answer["data"]))
 

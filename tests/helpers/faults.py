@@ -120,11 +120,11 @@ def record_windows(path, *others):
     import json
     import zlib
 
-    from leanstep.recipes.training import train
+    from leanstep.recipes.training import run
 
     for other in others:
         other()
-    backward = train.backward
+    backward = run.backward
 
     def recorded(accelerator, model, window, **options):
         sums = [zlib.crc32(batch["input_ids"].numpy().tobytes()) for batch in window]
@@ -132,16 +132,16 @@ def record_windows(path, *others):
             file.write(json.dumps(sums) + "\n")
         return backward(accelerator, model, window, **options)
 
-    train.backward = recorded
+    run.backward = recorded
 
 
 def save_weights(folder):
     """Write the weights and AdamW's moments after each step to ``folder``."""
     import torch
 
-    from leanstep.recipes.training import train
+    from leanstep.recipes.training.run import Run
 
-    update = train.Run.update
+    update = Run.update
 
     def saved(run, **options):
         update(run, **options)
@@ -150,16 +150,17 @@ def save_weights(folder):
             content |= {f"{index}.{name}": value for name, value in moments.items()}
         torch.save({name: tensor.detach() for name, tensor in content.items()}, folder / f"{run.state.step + 1}.pt")
 
-    train.Run.update = saved
+    Run.update = saved
 
 
 def die_around_the_rollback(moment, *others):
     """After ``others``: die as by ``kill -9`` in the second rollback, before or after it writes its checkpoint."""
-    from leanstep.recipes.training import spikes, train
+    from leanstep.recipes.training import spikes
+    from leanstep.recipes.training.run import Run
 
     for other in others:
         other()
-    owner, name = {"before": (train.Run, "save"), "after": (spikes.SpikeDetector, "report_rollback")}[moment]
+    owner, name = {"before": (Run, "save"), "after": (spikes.SpikeDetector, "report_rollback")}[moment]
     action = getattr(owner, name)
 
     def dying(self, *arguments):
@@ -188,23 +189,23 @@ def die_while_connecting(rank, moment):
 
 def nan_at_step_3():
     """Make the loss of the third step NaN, as a bad batch does."""
-    from leanstep.recipes.training import train
+    from leanstep.recipes.training import run
 
-    backward, steps = train.backward, []
+    backward, steps = run.backward, []
 
     def poisoned(accelerator, model, window, **options):
         part, targets = backward(accelerator, model, window, **options)
         steps.append(1)
         return (part * float("nan") if len(steps) == 3 else part), targets
 
-    train.backward = poisoned
+    run.backward = poisoned
 
 
 def infinite_gradient_at_step_3():
     """Leave the loss as it is and make one element of one gradient infinite."""
-    from leanstep.recipes.training import train
+    from leanstep.recipes.training import run
 
-    backward, steps = train.backward, []
+    backward, steps = run.backward, []
 
     def poisoned(accelerator, model, window, **options):
         result = backward(accelerator, model, window, **options)
@@ -213,16 +214,16 @@ def infinite_gradient_at_step_3():
             next(model.parameters()).grad.view(-1)[0] = float("inf")
         return result
 
-    train.backward = poisoned
+    run.backward = poisoned
 
 
 def out_of_memory_at_step_3():
     """Raise what torch raises when a GPU's memory is used up."""
     import torch
 
-    from leanstep.recipes.training import train
+    from leanstep.recipes.training import run
 
-    backward, steps = train.backward, []
+    backward, steps = run.backward, []
 
     def exhausted(*arguments, **options):
         steps.append(1)
@@ -230,14 +231,14 @@ def out_of_memory_at_step_3():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         return backward(*arguments, **options)
 
-    train.backward = exhausted
+    run.backward = exhausted
 
 
 def signal_in_step_4(number):
     """Send this process a signal in the middle of its fourth step."""
-    from leanstep.recipes.training import train
+    from leanstep.recipes.training import run
 
-    backward, steps = train.backward, []
+    backward, steps = run.backward, []
 
     def signalled(*arguments, **options):
         steps.append(1)
@@ -245,7 +246,7 @@ def signal_in_step_4(number):
             os.kill(os.getpid(), number)
         return backward(*arguments, **options)
 
-    train.backward = signalled
+    run.backward = signalled
 
 
 def hangup_under_nohup():
@@ -256,9 +257,9 @@ def hangup_under_nohup():
 
 def swallowed_interrupt_while_starting():
     """Get Ctrl-C where the text is read, in code that catches everything."""
-    from leanstep.recipes.training import train
+    from leanstep.recipes.training import run
 
-    load_data = train.load_data
+    load_data = run.load_data
 
     def careless(*arguments, **options):
         try:
@@ -268,7 +269,7 @@ def swallowed_interrupt_while_starting():
             pass
         return load_data(*arguments, **options)
 
-    train.load_data = careless
+    run.load_data = careless
 
 
 def signal_in_evaluation(number):
@@ -308,9 +309,9 @@ def disk_fills_up_at_the_second_checkpoint():
 
 def hang_in_step_4():
     """Stay in the fourth step for ever, and say when a signal was noted."""
-    from leanstep.recipes.training import train
+    from leanstep.recipes.training import run
 
-    backward, steps = train.backward, []
+    backward, steps = run.backward, []
 
     def hanging(*arguments, **options):
         steps.append(1)
@@ -327,7 +328,7 @@ def hang_in_step_4():
                 time.sleep(0.01)
         return backward(*arguments, **options)
 
-    train.backward = hanging
+    run.backward = hanging
 
 
 def with_a_tracker():
@@ -492,15 +493,15 @@ def held_at(step, *others):
 
     Changes no number. A test that waits for an earlier step and kills then cannot come too late.
     """
-    from leanstep.recipes.training import train
+    from leanstep.recipes.training import run
 
     for other in others:
         other()
-    backward, steps = train.backward, []
+    backward, steps = run.backward, []
 
     def held(*arguments, **options):
         steps.append(1)
         time.sleep(10.0 if len(steps) == step else 0.01)
         return backward(*arguments, **options)
 
-    train.backward = held
+    run.backward = held

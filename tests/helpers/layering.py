@@ -28,7 +28,7 @@ ROOT_MODULES = {
     "_version": "version", "__version__": "version", "cli": "cli", "_charts": "page", "_page": "page",
     "_arguments": "shared", "_checkpoint": "shared", "_files": "shared", "_heads": "shared", "_mapped": "shared",
     "_memory": "shared",
-    "_process": "shared", "_torch": "shared",
+    "_process": "shared", "_processes": "shared", "_torch": "shared",
 }  # fmt: skip
 # everything may import these, so they import nothing of the package
 SHARED_FILES = {f"leanstep/{name}.py" for name, target in ROOT_MODULES.items() if target == "shared"}

@@ -12,23 +12,34 @@ pytest.importorskip("triton")
 
 
 @pytest.fixture(scope="module")
-def found():
-    return audit.measure(all_widths=False)
+def measured():
+    """Measurements of every configuration for sm_90 and gfx942, and of a few for sm_80 and sm_100.
+
+    Bytes and layouts come from Triton's intermediate code, which the three NVIDIA targets share. Registers do not: for
+    the other two, the configuration of each kernel that takes the most registers on sm_90 stands for the rest.
+    `leanstep audit` compiles all for all.
+    """
+    all_of_two = audit.measure(["sm_90", "gfx942"], all_widths=False)
+    largest = {}
+    for m in sorted((m for m in all_of_two if m.target == "sm_90"), key=lambda m: m.registers):
+        largest[m.kernel] = f"{m.kernel} {m.label}"
+    return all_of_two + audit.measure(["sm_80", "sm_100"], set(largest.values()), all_widths=False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", audit.TARGETS)
-def test_no_kernel_spills_or_moves_more_than_promised(found, target):
-    here = [m for m in found if m.target == target]
-    assert len(here) > 50
+def test_no_kernel_spills_or_moves_more_than_promised(measured, target):
+    here = [m for m in measured if m.target == target]
+    assert len(here) > (200 if target in ("sm_90", "gfx942") else 30)
+    assert {m.kernel for m in here} == {m.kernel for m in measured}
     assert {f"{m.kernel} {m.label}": audit.problems(m) for m in here if audit.problems(m)} == {}
 
 
 @pytest.mark.slow
-def test_the_promises_are_those_of_the_methods(found):
+def test_the_promises_are_those_of_the_methods(measured):
     def bytes_of(kernel, label):
         return {
-            (m.promised_read, m.promised_written) for m in found if m.kernel == kernel and m.label.startswith(label)
+            (m.promised_read, m.promised_written) for m in measured if m.kernel == kernel and m.label.startswith(label)
         }
 
     # Lion: p, g, m in, p, m out; SinkGD: G once per iteration, then G and p in and p out

@@ -179,6 +179,15 @@ def test_bits_beyond_the_columns_and_bad_scales_are_named():
             bitmask_validate(codes, mask, offsets, (2, 33), scales)
 
 
+def test_the_code_that_quantisation_never_writes_is_named():
+    """A symmetric code of 8 bits is from -127 to 127; the kernels take no other."""
+    values, mask, offsets = bitmask_pack(torch.ones(2, 33))
+    codes, scales = bitmask_quantize(values, offsets)
+    codes[40] = -128
+    with pytest.raises(ValueError, match="value 40 has the code -128, expected -127 to 127"):
+        bitmask_validate(codes, mask, offsets, (2, 33), scales)
+
+
 def test_bad_arguments_are_named():
     values, mask, offsets = bitmask_pack(torch.ones(2, 33))
     for call, message in [

@@ -62,12 +62,26 @@ def test_few_tokens_select_their_entries_in_registers(dtype, isa, monkeypatch):
     monkeypatch.setattr(
         matmul, "call", lambda name, function, macros, *rest: call_cpp(name, function, {**macros, "ISA": isa}, *rest)
     )
-    for (n, m), groups, tokens in itertools.product([(2, 4), (3, 7), (4, 8), (1, 32), (1, 1)], [16, 45], [1, 2, 3, 7]):
+    for (n, m), groups, tokens in itertools.product(
+        [(2, 4), (3, 7), (4, 8), (1, 32), (1, 1)], [16, 45], [1, 2, 3, 7, 12]
+    ):
         weight, x = sparse(n, m, dtype, rows=9, groups=groups), torch.randn(tokens, groups * m).to(dtype)
         product = nm_matmul(x, *nm_compress(weight, n, m), m)
         exact, size = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
         bound = torch.finfo(dtype).eps / 2 * exact.abs() * 1.01 + 1e-6 * size
         assert ((product.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 9, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+def test_pairs_in_any_order_are_multiplied_as_the_formula_says(dtype, tokens):
+    """Expanding a pair of 2:4 takes its entries in the order of the columns; every seventh row has them in another."""
+    weight, x = sparse(2, 4, dtype, rows=30, groups=37), torch.randn(tokens, 148).to(dtype)
+    values, indices = nm_compress(weight, 2, 4)
+    values[::7], indices[::7] = values[::7].flip(-1), indices[::7].flip(-1)
+    exact, size = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
+    bound = torch.finfo(dtype).eps / 2 * exact.abs() * 1.01 + 1e-6 * size
+    assert ((nm_matmul(x, values, indices, 4).double() - exact).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 16, 40, 70])

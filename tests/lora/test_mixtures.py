@@ -44,18 +44,71 @@ def test_fused_experts_without_adapters_are_told(name):
     assert all(w.filename == __file__ for w in caught)
 
 
-@pytest.mark.parametrize(("name", "layer"), [("deepseek_v3", "model.layers.0.mlp"), ("qwen3_next", "shared_expert")])
-def test_adapters_that_peft_reads_as_those_of_experts_are_told(name, layer, tmp_path):
-    config = LoraConfig(r=2, target_modules=["down_proj", "o_proj"], init_lora_weights=False)
-    model = apply_lora(make(name), config)
-    with pytest.warns(UserWarning, match=rf"save_adapter: PEFT reads the adapters of .*{layer}.*those of experts"):
+def trained(name, config):
+    """A model with adapters whose factors are all random."""
+    model = apply_lora(make(name).eval(), config)
+    draws = torch.Generator().manual_seed(0)
+    for parameter in (p for key, p in model.named_parameters() if ".lora_" in key):
+        torch.nn.init.normal_(parameter, std=0.1, generator=draws)
+    return model
+
+
+RENAMED = {
+    "all linear": {"target_modules": "all-linear"},
+    "these alone": {"target_modules": ["down_proj"]},
+    "an expression": {"target_modules": r".*(up_proj|o_proj)"},
+    "patterns": {
+        "target_modules": ["down_proj", "o_proj"], "rank_pattern": {"down_proj": 1},
+        "alpha_pattern": {r"layers\.0\.[a-z_.]*down_proj": 3.0, "o_proj": 5.0},
+    },
+    "filters": {"target_modules": ["down_proj", "o_proj"], "layers_to_transform": [1], "exclude_modules": ["lm_head"]},
+    "beside experts": {"target_modules": ["down_proj"], "target_parameters": ["experts.down_proj"]},
+    "pissa": {"target_modules": ["down_proj"], "init_lora_weights": "pissa"},
+}  # fmt: skip
+
+
+@pytest.mark.sample(4)
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_next", "qwen2_moe"])
+@pytest.mark.parametrize("case", RENAMED)
+# PEFT looks for the keys of patterns among modules, and follows them for parameters all the same
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:apply_lora. 'all-linear' leaves out", "ignore:Converting a tensor:UserWarning")
+def test_peft_reads_layers_that_it_would_take_for_experts(name, case, tmp_path):
+    model = trained(name, LoraConfig(**({"r": 2, "init_lora_weights": False} | RENAMED[case])))
+    logits = model(tokens()).logits
+    assert (logits - make(name).eval()(tokens()).logits).abs().max() > 0.01
+    save_adapter(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(make(name).eval(), tmp_path)
+    torch.testing.assert_close(theirs(tokens()).logits, logits, rtol=1e-4, atol=1e-5)
+    ours = load_adapter(make(name).eval(), tmp_path)
+    torch.testing.assert_close(ours(tokens()).logits, logits, rtol=1e-4, atol=1e-5)
+    assert [n for n, _ in adapted_layers(ours)] == [n for n, _ in adapted_layers(model)]
+    load_adapter(ours, tmp_path)
+    # and PEFT's own file of it loads
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = load_adapter(make(name).eval(), tmp_path / "theirs")
+    torch.testing.assert_close(again(tokens()).logits, logits, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_that_peft_cannot_read_is_told(tmp_path):
+    config = LoraConfig(r=2, target_modules=["down_proj"], lora_dropout=0.25)
+    model = trained("deepseek_v3", config)
+    with pytest.warns(UserWarning, match=r"writes lora_dropout 0 instead of 0.25, since PEFT adapts model.*down_proj"):
         save_adapter(model, tmp_path)
-    # ours is read the same, and PEFT's computes something else
-    assert torch.equal(load_adapter(make(name), tmp_path)(tokens()).logits, model(tokens()).logits)
-    attention = apply_lora(make(name), LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=False))
-    save_adapter(attention, tmp_path / "attention")
-    theirs = peft.PeftModel.from_pretrained(make(name), tmp_path / "attention")
-    torch.testing.assert_close(theirs(tokens()).logits, attention(tokens()).logits, rtol=1e-4, atol=1e-5)
+    logits = model(tokens()).logits
+    theirs = peft.PeftModel.from_pretrained(make("deepseek_v3").eval(), tmp_path)
+    torch.testing.assert_close(theirs(tokens()).logits, logits, rtol=1e-4, atol=1e-5)
+    ours = load_adapter(make("deepseek_v3").eval(), tmp_path, lora_dropout=0.25)
+    assert torch.equal(ours(tokens()).logits, logits)
+    assert {layer.lora.dropout for _, layer in adapted_layers(ours)} == {0.25}
+
+
+def test_adapters_that_peft_takes_by_no_other_name_are_told(tmp_path):
+    model = trained("deepseek_v3", LoraConfig(r=2, target_modules=["down_proj", "o_proj"], use_dora=True))
+    with pytest.warns(UserWarning, match=r"PEFT reads the adapters of .*mlp.* as those of experts.* use_dora is set"):
+        save_adapter(model, tmp_path)
+    ours = load_adapter(make("deepseek_v3").eval(), tmp_path)
+    assert torch.equal(ours(tokens()).logits, model(tokens()).logits)
 
 
 def test_models_without_experts_are_saved_without_a_line(tmp_path):
@@ -74,7 +127,6 @@ def test_adapters_of_tokens_are_refused_by_name(tmp_path):
     assert not list(adapted_layers(base))
 
 
-# PEFT looks for the keys among modules, and follows them for parameters all the same
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
 def test_pefts_all_linear_of_a_mixture_loads(name, tmp_path):

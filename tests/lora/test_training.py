@@ -11,7 +11,16 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from leanstep.lora import LoraConfig, accelerate_peft, apply_lora, load_adapter, lora_groups, merge, remove_lora
+from leanstep.lora import (
+    LoraConfig,
+    accelerate_peft,
+    apply_lora,
+    load_adapter,
+    lora_groups,
+    merge,
+    remove_lora,
+    save_adapter,
+)
 from leanstep.optimizers import LANTON, MFAC, Lion, SinkGD, param_groups
 from leanstep.sparsity import Schedule, is_nm, nm_mask, sparsify
 
@@ -113,18 +122,25 @@ def test_half_precision_bases_keep_fp32_factors():
     assert model.model.layers[0].self_attn.q_proj(torch.randn(2, 32).bfloat16()).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_quantised_bases_compute_with_what_they_hold(bits, dora):
+def quantised(bits, seed=0):
+    """One linear layer of bitsandbytes."""
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    from leanstep.lora.layers.frozen import dequantizer
-
     kind = bitsandbytes.nn.Linear4bit if bits == 4 else bitsandbytes.nn.Linear8bitLt
     options = {"compute_dtype": torch.float32} if bits == 4 else {"has_fp16_weights": False}
     model = torch.nn.Sequential(kind(64, 64, bias=True, **options))
+    torch.manual_seed(seed)
     model[0].load_state_dict(torch.nn.Linear(64, 64).state_dict())
     model = model.to("cpu")
     model(torch.randn(2, 64))
+    return model
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_bases_compute_with_what_they_hold(bits, dora):
+    from leanstep.lora.layers.frozen import dequantizer
+
+    model = quantised(bits)
     apply_lora(model, LoraConfig(r=4, target_modules=["0"], use_dora=dora))
     randomise(model)
     layer, x = model[0], torch.randn(5, 64, requires_grad=True)
@@ -140,6 +156,35 @@ def test_quantised_bases_compute_with_what_they_hold(bits, dora):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match="to be quantised again after"):
         merge(model)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_base_refuses_pissa_and_trains_with_lora_plus(bits, tmp_path):
+    model = quantised(bits)
+    with pytest.raises(ValueError, match="0 cannot begin with 'pissa': it is a Linear.*bit.*PiSSA changes the base"):
+        apply_lora(model, LoraConfig(r=4, target_modules=["0"], init_lora_weights="pissa"))
+    apply_lora(model, LoraConfig(r=4, target_modules=["0"]))
+    stored = model[0].weight.clone()
+    groups = lora_groups(model, lr=1e-3, lr_ratio=16)
+    assert sorted(group["lr"] for group in groups) == [1e-3, 16e-3]
+    optimizer = torch.optim.AdamW(groups)
+    x, y = torch.randn(64, 64), torch.randn(64, 64)
+    values = []
+    for _ in range(20):
+        loss = torch.nn.functional.mse_loss(model(x), y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        values.append(loss.item())
+    assert values[-1] < 0.95 * values[0]
+    assert torch.equal(model[0].weight, stored)
+    save_adapter(model, tmp_path)
+    outputs = model(x)
+    torch.testing.assert_close(load_adapter(quantised(bits), tmp_path)(x), outputs)
+    theirs = peft.PeftModel.from_pretrained(quantised(bits), tmp_path)
+    # to evaluate, bitsandbytes packs 4-bit weights with scales in bf16
+    assert (outputs - quantised(bits)(x)).abs().max() > 0.3
+    torch.testing.assert_close(theirs(x), outputs, rtol=0, atol=0.05)
 
 
 @pytest.mark.parametrize("optimizer", [SinkGD, LANTON])

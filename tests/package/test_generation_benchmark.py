@@ -48,6 +48,7 @@ def test_specs_name_a_path_and_a_variant(parts):
 @pytest.mark.filterwarnings("ignore")  # of torch's int8 quantisation
 def test_engines_of_a_folder_generate_and_score_alike(parts, folders):
     texts = {"dense": "dense", "fp32": "dense@float32", "int8": "dense@int8-dynamic", "sparse": "sparse"}
+    texts["loop"] = "dense@few-token-linear"
     specs = {name: parts.engines.Spec.parse(f"{name}={folders}/{text}") for name, text in texts.items()}
     engines = {name: parts.engines.open_engine(spec, threads=1) for name, spec in specs.items()}
     tokens = list(range(1, 40))
@@ -62,8 +63,15 @@ def test_engines_of_a_folder_generate_and_score_alike(parts, folders):
     assert engines["fp32"].losses(tokens).tolist() == pytest.approx(want.tolist())
     assert engines["dense"].zeros() is None and abs(engines["sparse"].zeros() - 0.5) < 0.01
     assert {name: parts.engines.file_bytes(spec) is None for name, spec in specs.items()} == {
-        "dense": False, "fp32": True, "int8": True, "sparse": False,
+        "dense": False, "fp32": True, "int8": True, "sparse": False, "loop": False,
     }  # fmt: skip
+
+
+def test_zeros_are_counted_by_the_masks(parts, folders):
+    """A byte of 4-bit values holds two of them."""
+    export_folder(folders / "dense", folders / "int4", values="int4")
+    engine = parts.engines.open_engine(parts.engines.Spec("int4", folders / "int4"), threads=1)
+    assert abs(engine.zeros() - 0.5) < 0.01
 
 
 def row(name, seconds, **more):
@@ -90,6 +98,9 @@ def test_a_table_joins_calls_and_compares_with_the_first_of_each(parts, tmp_path
     (tmp_path / parts.tables.PAGE).write_text("<!-- table:generation-x -->\n<!-- /table:generation-x -->\n")
     parts.tables.write(tmp_path / "r.jsonl", tmp_path)
     assert text in (tmp_path / parts.tables.PAGE).read_text()
+    picture = (tmp_path / "docs" / "generation-x.svg").read_text()
+    assert "New tokens per second of processor time" in picture and "Q8_0: 2.7" in picture
+    assert "Perplexity" not in picture
 
 
 def test_a_call_needs_a_title_and_different_names(parts, monkeypatch, capsys):
@@ -106,3 +117,5 @@ def test_the_page_is_that_of_the_committed_results(parts):
     for name, text in blocks.items():
         assert f"<!-- table:{name} -->\n{text}\n<!-- /table:{name} -->" in page
     assert set(blocks) == {"generation-smollm2", "generation-llama-1b"}
+    for name, picture in parts.tables.pictures(ROOT / "docs" / "results" / "generation.jsonl").items():
+        assert (ROOT / "docs" / name).read_text("utf-8") == picture and f"({name})" in page

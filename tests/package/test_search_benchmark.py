@@ -12,8 +12,9 @@ ROOT = Path(__file__).parents[2]
 SIZES = {"a": 1000, "b": 3000, "c": 2000}
 SETTINGS = {
     "name": "nano", "score": "wanda", "curves": "anchored", "samples": 4, "curve_samples": 2, "judge_samples": 4,
-    "eval_samples": 4, "seq_len": 8, "budgets": [1.0, 2.0], "weights": "abc", "machine": "m",
+    "eval_samples": 4, "seq_len": 8, "budgets": [1.0, 2.0], "weights": "abcdef0123", "made_by": "leanstep train x",
 }  # fmt: skip
+MACHINE = {"machine": "m, commit c", "load": 1.5, "processors": 2}
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +56,17 @@ def test_the_table_pairs_the_seeds_and_reads_their_intervals(search, tmp_path):
         for seed, values in cells.items():
             costs = dict(zip(("1", "2"), values, strict=True))
             row = {"seed": seed, "sparsity": 0.7, "method": method, "held_out": costs, "uniform": 1.0, "changes": 2}
+            row |= MACHINE
             lines.append(row | {"programme": 0.7, "curve_seconds": 0.5})
     path = tmp_path / "results.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = search.table(path)
     percent = [100 * (ours[seed][1] / theirs[seed][1] - 1) for seed in range(3)]
     low, high = scipy.stats.t.interval(0.95, 2, statistics.mean(percent), scipy.stats.sem(percent))
-    assert f"| 70% | 2 | 3 | 1.0000 | 0.7000 | 0.4000 | 0.5000 | -20.0 [{low:+.1f}, {high:+.1f}] |" in text
+    assert "| 70% | 2 | 3 | 1.0000 | 0.7000 | 0.4000 | 0.5000 | -42.9 [" in text
+    assert f"] | -20.0 [{low:+.1f}, {high:+.1f}] |" in text
+    assert "nano (SHA-256 of its weights: abcdef01), made by `leanstep train x`, score wanda" in text
+    assert "m, commit c; load 1.5 to 1.5 on 2 processors" in text
     assert "ahead in 1 of 2 rows, behind in 0" in text
 
 

@@ -5,8 +5,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from scheduling import longest_files_first
 
 # each starts pytest anew
 pytestmark = pytest.mark.slow
@@ -148,4 +150,17 @@ def test_a_run_of_nothing_named_takes_a_sample_of_every_test(tmp_path, arguments
     outcomes = run_suite(tmp_path, SAMPLED_SUITE, *arguments)
     names = [name.split("[")[0] for name in outcomes if name.startswith("test_")]
     assert tuple(names.count(f"test_{name}") for name in ("cases", "sampled", "slow", "plain")) == counts
-    assert run_suite(tmp_path / "again", SAMPLED_SUITE, *arguments).keys() == outcomes.keys()
+    if not arguments:  # the same sample again
+        assert run_suite(tmp_path / "again", SAMPLED_SUITE).keys() == outcomes.keys()
+
+
+def test_files_that_take_long_are_handed_out_first():
+    def item(file, name, slow):
+        return SimpleNamespace(nodeid=f"tests/{file}.py::{name}", get_closest_marker=lambda mark: slow or None)
+
+    items = [item("short", "test_a", False), *(item("many", f"test_{i}", False) for i in range(10))]
+    items += [item("slow", "test_b", True), item("short", "test_in_the_interpreter", True)]
+    longest_files_first(items, ["tests/short.py::test_in_the_interpreter"])
+    assert [test.nodeid.split("::")[0] for test in items] == [
+        f"tests/{name}.py" for name in ("short", "slow", *["many"] * 10, "short")
+    ]

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from leanstep.cli import main
 from leanstep.pruning import Budget, InfeasibleBudget, LatencyTable, find_targets, prune
-from leanstep.pruning.allocate.allocation import cost
+from leanstep.pruning.allocate.budgets import cost
 from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.measure import weights_hash
 from leanstep.pruning.score.targets import count_uses

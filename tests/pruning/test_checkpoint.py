@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from leanstep._checkpoint import check_output, new_folder
 from leanstep.pruning.folder.checkpoint import copy_others, write_weights
-from leanstep.pruning.folder.loading import checkpoint_values, load_model, open_checkpoint, stored_parameters
+from leanstep.pruning.folder.files import open_checkpoint
+from leanstep.pruning.folder.loading import checkpoint_values, load_model, stored_parameters
 from leanstep.pruning.score.targets import find_targets
 
 MAKERS = {"llama": make_llama, "gpt2": make_gpt2, "mixtral": make_mixtral, "vit": make_vit, "deit": make_deit}

@@ -1,22 +1,25 @@
 """A dry run states memory, disk and time by a configuration and the headers of files, for models of any size."""
 
+import dataclasses
 import json
 import math
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
 from architectures import make
-from pruned_models import save_model, tokens
+from pruned_models import make_llama, save_model, tokens
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from leanstep._mapped import Scratch
 from leanstep.cli import main
-from leanstep.pruning import Workload, estimate_pruning, prune_checkpoint
+from leanstep.pruning import Refinement, Workload, estimate_pruning, prune_checkpoint
 from leanstep.pruning.folder import estimate as module
 from leanstep.pruning.folder import run
-from leanstep.pruning.folder.loading import open_checkpoint
+from leanstep.pruning.folder.files import open_checkpoint
 
 SHAPES = {
     "8b": (4096, 14336, 32, 32, 8),
@@ -124,7 +127,7 @@ import sys
 from pathlib import Path
 import torch
 from leanstep.pruning import Workload, estimate_pruning, prune_checkpoint
-from leanstep.pruning.folder.loading import open_checkpoint
+from leanstep.pruning.folder.files import open_checkpoint
 
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -192,3 +195,69 @@ def test_a_dry_run_refuses_what_the_run_refuses(options, message, tmp_path, caps
     assert message in capsys.readouterr().err
     assert main([*command, "--data", "text.txt", "--refine", "1"]) == 0
     assert "memory and time of --refine are not in the estimate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "judging"),
+    [
+        ({"allocation": "dp", "curves": "measured", "levels": (0.4, 0.7)}, 0),
+        ({"allocation": "dp", "curves": "fisher", "levels": (0.4, 0.7)}, 24),
+        ({"allocation": "atp"}, 0),
+        ({"allocation": "owl", "score": "magnitude"}, 0),
+    ],
+)
+def test_the_estimated_disk_of_activations_is_no_less_than_what_is_stored(settings, judging, tmp_path, monkeypatch):
+    save_model(make_llama(4), tmp_path / "in")
+    stored, most = [], []
+    store = Scratch._store
+
+    def counting(scratch, tensor):
+        file = store(scratch, tensor)
+        stored.append(tensor.nbytes)
+        weakref.finalize(file, stored.remove, tensor.nbytes)
+        most.append(sum(stored))
+        return file
+
+    monkeypatch.setattr(Scratch, "_store", counting)
+    checked = []
+    monkeypatch.setattr(run, "check_space", lambda out, needed: checked.append(needed))
+    data = tokens(12 + 4 + judging, 16)
+    prune_checkpoint(
+        tmp_path / "in",
+        tmp_path / "out",
+        data[:12],
+        held_out=data[12:16],
+        curve_data=data[:8],
+        sparsity=0.6,
+        activations="disk",
+        refine=Refinement(evaluations=2, data=data[16:]) if judging else None,
+        **settings,
+    )
+    names = ("allocation", "score", "curves")
+    workload = Workload(
+        samples=12,
+        curve_samples=8,
+        held_out=4,
+        tokens=16,
+        activations="disk",
+        refine_samples=judging,
+        **{name: value for name, value in settings.items() if name in names},
+    )
+    checkpoint = open_checkpoint(tmp_path / "in")
+    disk = estimate_pruning(checkpoint, tmp_path / "o", workload).disk
+    assert max(most) <= sum(disk.values()) - disk["output"] <= 2.5 * max(most)
+    assert max(most) <= checked[0] - checkpoint.size <= 2.5 * max(most)
+
+
+def test_several_processes_take_their_number_of_times_the_memory(tmp_path):
+    save_model(make("llama"), tmp_path / "in")
+    checkpoint = open_checkpoint(tmp_path / "in")
+    one, three = (
+        estimate_pruning(checkpoint, tmp_path / "out", Workload(tokens=16, activations="disk", processes=number))
+        for number in (1, 3)
+    )
+    assert three.disk["copies of the other processes"] == 2 * checkpoint.size
+    assert three.disk["dense outputs"] == 3 * one.disk["dense outputs"]
+    memory = sum(three.memory.values())
+    tight = dataclasses.replace(three, free_memory=2 * memory, free_disk=10**15)
+    assert "fewer processes" in tight.problems()[0] and not dataclasses.replace(tight, processes=1).problems()

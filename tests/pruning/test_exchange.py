@@ -145,6 +145,34 @@ def test_the_search_depends_on_the_seed_alone():
     assert judged(0) == judged(0) != judged(1)
 
 
+def test_an_accepted_exchange_is_repeated_without_new_slopes_until_it_is_rejected():
+    layers, curves, budget, space = space_of()
+    counts = allocate(layers, 1 - budget.target / sum(SIZES.values()), method="uniform").counts
+
+    class Counting(AdditiveJudge):
+        calls = 0
+
+        def judge(self, new, patterns, noise):
+            before, calls, self.calls = self.counts, self.calls, 0
+            change = super().judge(new, patterns, noise)
+            steps.append(({name: new[name] - before[name] for name in SIZES}, calls, self.counts == new, new))
+            return change
+
+        def slopes(self, levels):
+            self.calls += 1
+            return super().slopes(levels)
+
+    steps = []
+    descend(Counting(counts), space, Refinement(evaluations=200), NO_FILE)
+    repetitions = 0
+    for (step, _, accepted, at), (following, calls, *_) in itertools.pairwise(steps):
+        again = {name: at[name] + step[name] for name in SIZES}
+        if accepted and space.holds(again):
+            assert following == step and calls == 0
+            repetitions += 1
+    assert repetitions > 2
+
+
 def test_without_a_gradient_the_curves_order_the_exchanges():
     layers, curves, budget, space = space_of()
     counts = allocate(layers, 1 - budget.target / sum(SIZES.values()), method="uniform").counts

@@ -13,7 +13,8 @@ from leanstep._checkpoint import check_finite
 from leanstep.cli import main
 from leanstep.pruning import prune_checkpoint
 from leanstep.pruning.folder.checkpoint import copy_others
-from leanstep.pruning.folder.loading import open_checkpoint, open_tokenizer, position_count
+from leanstep.pruning.folder.files import open_checkpoint
+from leanstep.pruning.folder.loading import open_tokenizer, position_count
 from leanstep.recipes.data.tokens import encode
 
 PLAIN = {"sparsity": 0.5, "score": "magnitude", "allocation": "uniform"}

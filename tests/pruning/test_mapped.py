@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from leanstep._mapped import FileTensor, ResidentSet, Scratch
 from leanstep.pruning import prune, prune_checkpoint
 from leanstep.pruning.folder.checkpoint import map_weights, unmapped_note
-from leanstep.pruning.folder.loading import load_model, open_checkpoint
+from leanstep.pruning.folder.files import open_checkpoint
+from leanstep.pruning.folder.loading import load_model
 
 QUICK = {"sparsity": 0.5, "levels": (0.4, 0.7), "batch_size": 4}
 NAMES = ("llama", "gpt2", "mixtral", "t5", "bert", "vit", "opt", "qwen3")

@@ -6,7 +6,7 @@ from pruned_models import images, make_gpt2, make_llama, make_mixtral, make_vit,
 from torch.nn.functional import cross_entropy, kl_div
 
 from leanstep import SinkGD
-from leanstep.pruning import Recovery, find_targets, prune, recover
+from leanstep.pruning import Recovery, find_targets, prune, recover, recovery_file
 from leanstep.pruning import recovery as recovery_module
 from leanstep.pruning.measure.batches import as_batches
 
@@ -45,6 +45,59 @@ def test_zeros_stay_and_the_model_approaches_the_dense_one(make, rank):
         assert len(result.losses) == 12 and result.losses[-1] < result.losses[0]
     assert runs[0][1] == runs[1][1]
     assert all(torch.equal(tensor, runs[1][0][name]) for name, tensor in runs[0][0].items())
+
+
+@pytest.mark.parametrize(("dtype", "rank"), [(torch.float32, None), (torch.bfloat16, None), (torch.float32, 2)])
+def test_an_interrupted_recovery_goes_on_to_the_same_weights(dtype, rank, tmp_path, monkeypatch):
+    monkeypatch.setattr(recovery_file, "_SECONDS", 0.0)
+    monkeypatch.setattr(recovery_file, "_SHARE", 0)
+    settings, state = Recovery(8, lr=1e-2, rank=rank, batch_size=4), tmp_path / "state.pt"
+
+    def recovered(**more):
+        model = pruned().to(dtype)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        try:
+            return model, recover(model, tokens(12), settings, teacher=make_llama().to(dtype), **more)
+        except KeyboardInterrupt:
+            assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+            return model, None
+
+    def interrupt(step, steps, phase):
+        if step == 5:
+            raise KeyboardInterrupt
+
+    expected, whole = recovered()
+    recovered(state=state, progress=interrupt)
+    assert state.exists()
+    steps = []
+    model, result = recovered(state=state, progress=lambda step, *_: steps.append(step))
+    assert steps == [6, 7, 8] and result == whole
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in expected.state_dict().items())
+
+
+def test_a_state_of_another_recovery_or_a_damaged_one_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(recovery_file, "_SECONDS", 0.0)
+    state, settings = tmp_path / "state.pt", Recovery(3, lr=1e-2, batch_size=4)
+    recover(pruned(), tokens(12), settings, teacher=make_llama(), state=state)
+    model = pruned()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for given, data, message in (
+        (Recovery(4, lr=1e-2, batch_size=4), tokens(12), "measured under other circumstances .settings: "),
+        (settings, tokens(13), "measured under other circumstances .data: "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            recover(model, data, given, teacher=make_llama(), state=state)
+    state.write_bytes(state.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"state\.pt holds no state of a recovery .*; remove it to begin again"):
+        recover(model, tokens(12), settings, teacher=make_llama(), state=state)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_disk_without_room_for_a_state_ends_no_recovery(tmp_path, monkeypatch):
+    monkeypatch.setattr(recovery_file, "_SECONDS", 0.0)
+    result = recover(pruned(), tokens(12), Recovery(3, batch_size=4), teacher=make_llama(), state=tmp_path / "no" / "s")
+    assert len(result.losses) == 3
+    assert result.notes[0].startswith("the state of recovery could not be saved, and an interrupted run begins again")
 
 
 def test_the_first_step_is_that_of_the_formula():

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from leanstep import _files
 from leanstep.cli import main
-from leanstep.pruning import CalibrationText, Recovery, find_targets, prune_checkpoint, recover_checkpoint
+from leanstep.pruning import CalibrationText, Recovery, find_targets, prune_checkpoint, recover_checkpoint, recovery
 from leanstep.pruning.folder import recovery as folder_recovery
 from leanstep.sparsity import verify
 
@@ -171,6 +171,34 @@ def test_a_run_killed_in_recovery_leaves_the_pruned_folder_and_goes_on(base, pru
     assert content_of(out)["recovery"] == content_of(recovered)["recovery"]
     assert main(arguments(base, out, "--eval", *RECOVER, "--resume")) == 2
     assert "was recovered before" in capsys.readouterr().err
+
+
+KILLED_WITH_A_STATE = """
+import sys
+from leanstep.pruning import recovery_file
+recovery_file._SECONDS = recovery_file._SHARE = 0
+""" + KILLED.replace("== 4", "== 5")
+
+
+@pytest.mark.slow
+def test_a_killed_recovery_goes_on_from_its_last_state(base, recovered, tmp_path, capsys, monkeypatch):
+    out, state = tmp_path / "out", tmp_path / "out.recovery.pt"
+    command = [sys.executable, "-P", "-c", KILLED_WITH_A_STATE, *arguments(base, out, "--eval", *RECOVER)]
+    assert subprocess.run(command, check=False, capture_output=True).returncode == -signal.SIGKILL
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.recovery.pt"}
+    before = snapshot(out)
+    assert main(arguments(base, out, "--eval", "--recover", "7", "--recover-lr", "1e-2", "--resume")) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "out.recovery.pt was measured under other circumstances" in error
+    assert snapshot(out) == before and state.exists()
+    step, taken = recovery._step, []
+    monkeypatch.setattr(recovery, "_step", lambda *given: taken.append(step(*given)) or taken[-1])
+    assert main(arguments(base, out, "--eval", *RECOVER, "--resume")) == 0
+    # killed in its fifth step, after the state of the fourth
+    assert len(taken) == 2 and content_of(out)["recovery"] == content_of(recovered)["recovery"]
+    again = tensors(out)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in tensors(recovered).items())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def copied(folder, out):

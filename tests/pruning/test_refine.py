@@ -167,7 +167,7 @@ def test_prune_refines_within_the_budget_and_compares_all_three(curves, tmp_path
 def test_the_result_is_the_best_on_held_out_data(curves, monkeypatch):
     """A search that ends at a worse allocation: the programme's is applied, and a note says so."""
 
-    def worse(judge, space, settings, file, progress):
+    def worse(judge, space, settings, file, progress, processes):
         counts = dict(judge.counts)
         names = sorted(counts, key=lambda name: counts[name])
         for up, down in zip(names[:5], names[::-1][:5], strict=True):

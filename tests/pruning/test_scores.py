@@ -1,6 +1,8 @@
 """Masks and updates of the scores, against torch, row by row, and brute force."""
 
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -363,3 +365,16 @@ def test_what_cannot_be_pruned_is_refused_with_the_reason(matrix):
             call()
     with pytest.raises(TypeError, match="number of weights to keep"):
         layer_pruner(weight).prune(0.5)
+
+
+@pytest.mark.parametrize("scope", ["matrix", "row"])
+def test_a_pruner_is_freed_with_its_last_reference(scope):
+    pruner = layer_pruner(torch.randn(6, 8), "magnitude", scope=scope)
+    pruner.prune(20)
+    freed = weakref.ref(pruner)
+    gc.disable()
+    try:
+        del pruner
+        assert freed() is None
+    finally:
+        gc.enable()

@@ -112,8 +112,48 @@ def test_the_command_counts_operations_of_a_vision_transformer(folder, tmp_path)
     assert 0.39 * budget["dense"] < budget["after"] <= budget["target"] == pytest.approx(0.4 * budget["dense"])
 
 
+def test_the_images_that_judge_exchanges_are_others_than_those_of_the_scores(folder, tmp_path, monkeypatch):
+    judged = []
+
+    class Noted(Exception):
+        pass
+
+    def noting(*given, refine, **settings):
+        judged.append((given, refine, settings))
+        raise Noted
+
+    monkeypatch.setattr("leanstep.pruning.prune_checkpoint", noting)
+    with pytest.raises(Noted):
+        leanstep_prune(folder, tmp_path / "out", "--refine-evaluations", "2", "--refine-samples", "4")
+    [(_, refine, settings)] = judged
+    drawn = draw(60, 1)[0][torch.randperm(60, generator=torch.Generator().manual_seed(0))]
+    assert torch.equal(refine.data, drawn[56:])
+    assert torch.equal(settings["held_out"], drawn[:16]) and torch.equal(settings["data"], drawn[16:56])
+
+
+def test_help_names_its_groups_of_options(capsys):
+    with pytest.raises(SystemExit):
+        main(["prune", "--help"])
+    shown = capsys.readouterr().out
+    groups = (
+        "calibration data",
+        "how far each matrix is pruned",
+        "which weights are pruned",
+        "recovery and evaluation",
+    )
+    places = [shown.index(f"\n{group}:\n") for group in groups]
+    assert places == sorted(places) and places[0] < shown.index("\n  --samples") < places[1]
+
+
 REFUSED = {
-    "too few": (["--samples", "60"], {}, "has 60 images; --samples 60 and --held-out 16 take 76"),
+    "too few": (["--samples", "60"], {}, "has 60 images; --samples 60, --held-out 16 take 76"),
+    "too few to judge": (
+        ["--refine-evaluations", "1", "--refine-samples", "5"],
+        {},
+        "--samples 40, --held-out 16, --refine-samples 5 take 61",
+    ),
+    "one to judge": (["--refine-evaluations", "1", "--refine-samples", "1"], {}, "--refine-samples must be at least 2"),
+    "judges of no search": (["--refine-samples", "4"], {}, "--refine-samples goes with --refine MINUTES"),
     "one image": ([], {"data": "one.safetensors"}, r"expected a floating tensor pixel_values .* got \(1, 8, 8\)"),
     "another name": ([], {"data": "named.safetensors"}, "expected a floating tensor pixel_values .* got none"),
     "a file cut short": ([], {"data": "cut.safetensors"}, "cut.safetensors cannot be read"),

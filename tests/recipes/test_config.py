@@ -419,7 +419,18 @@ def test_halves_need_two_passes_a_step(recipe):
 def test_release_gradients_excludes_accumulation_and_clipping(recipe):
     path = recipe(BASE.replace("micro_batch_size: 16", "micro_batch_size: 8") + "release_gradients: true\n")
     (found,) = problems_of(path)
-    assert found.startswith("mine.yaml:7: release_gradients steps inside backward, which gradient accumulation (2 ")
+    assert found.startswith(
+        "mine.yaml:7: release_gradients steps inside backward, and the 2 passes of a step can only "
+    )
+    load(path, ["optimizer={name: sinkgd, args: {momentum: 0.9}}"])
+    load(path, ["optimizer={name: lion, args: {betas: [0.9, 0.9]}}"])
+    for refused in (
+        "{name: sinkgd}", "{name: sinkgd, args: {momentum: 0.9, nesterov: true}}", "{name: lion}",
+        "{name: sinkgd, args: {momentum: 0.9, momentum_dtype: int8}}",
+        "{name: lion, args: {betas: [0.9, 0.9], cautious: true}}",
+    ):  # fmt: skip
+        (found,) = problems_of(path, [f"optimizer={refused}"])
+        assert "can only be summed in a momentum" in found
     (found,) = problems_of(path, ["batch.micro_batch_size=16", "max_grad_norm=1.0"])
     assert "release_gradients excludes max_grad_norm" in found
 

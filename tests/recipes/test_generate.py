@@ -20,6 +20,8 @@ def folders(tmp_path_factory):
     save_sparse(root / "dense", make_llama(hidden_size=64, intermediate_size=96), dtype=torch.float32)
     save_tokenizer(root / "dense")
     export_folder(root / "dense", root / "sparse")
+    save_sparse(root / "small", make_llama(hidden_size=64, intermediate_size=96, vocab_size=30), dtype=torch.float32)
+    save_tokenizer(root / "small")
     save_sparse(root / "bare", make_llama(hidden_size=64, intermediate_size=96), dtype=torch.float32)
     return root
 
@@ -75,6 +77,7 @@ def test_samples_come_from_the_seed(folders, capsys):
         (("nowhere", "x"), "'nowhere' is not there"),
         (("dense", ""), "the prompt has no tokens"),
         (("bare", "x"), "holds no tokenizer (no tokenizer.json); save the model's own there by save_pretrained"),
+        (("small", "Hello"), "its tokenizer has more tokens than the model, which has 30"),
         (
             ("dense", "Hello", "--max-new-tokens", "60"),
             "has 5 tokens, 60 are asked for, and the model has 64",

@@ -30,9 +30,9 @@ from leanstep.recipes.methods.sparse import schedule_of
 from leanstep.recipes.report.runlog import read_run
 from leanstep.recipes.training.checkpoint import SpikeRecord, TrainState, write_state
 from leanstep.recipes.training.folder import RunFolder
+from leanstep.recipes.training.run import Run
 from leanstep.recipes.training.spikes import SpikeDetector, spike_threshold
 from leanstep.recipes.training.step import StepResult
-from leanstep.recipes.training.train import Run
 from leanstep.sparsity import NM
 from leanstep.sparsity.verify import PATTERNS_FILE
 

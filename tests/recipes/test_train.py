@@ -4,6 +4,7 @@ import json
 import math
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from leanstep.recipes.training.build import schedule_factor
 from leanstep.recipes.training.folder import RunFolder
 from leanstep.recipes.training.formatting import flat_scalars, format_duration, format_line, format_live, format_rate
 from leanstep.recipes.training.logger import Clock, Progress
-from leanstep.recipes.training.samples import held_out_prompts, sample
+from leanstep.recipes.training.samples import held_out_prompts, sample, word_starts
 from leanstep.recipes.training.saver import compare
 from leanstep.recipes.training.step import NonFinite, backward, gradient_norm
 
@@ -288,9 +289,19 @@ def test_a_sample_is_never_blank(finished, tmp_path):
 
 def test_prompts_are_the_first_tokens_of_held_out_sequences():
     sequences = [as_sequence(np.array([9, *range(row, row + 30)]), 40, 0) for row in range(10, 17)]
-    assert held_out_prompts(sequences, end_of_text=9) == [list(range(row, row + 15)) for row in (10, 12, 14)]
+    assert held_out_prompts(sequences, end_of_text=9) == [list(range(row, row + 16)) for row in (10, 12, 14)]
     assert held_out_prompts([as_sequence(np.array([9]), 4, 0)], end_of_text=9) == [[9]]
     assert held_out_prompts([], end_of_text=9) == [[9]]
+
+
+def test_prompts_begin_and_end_with_whole_words():
+    long, short = (as_sequence(np.array([99, *range(length)]), 40, 0) for length in (30, 9))
+    assert held_out_prompts([long], 99, lambda token: token % 5 == 3) == [list(range(3, 18))]
+    assert held_out_prompts([long], 99, lambda token: False) == [list(range(16))]
+    assert held_out_prompts([short], 99, lambda token: token % 5 == 3) == [list(range(3, 9))]
+    tokens = ["\u0120the", "ory", "\u2581of", ".", " a"]
+    starts = word_starts(SimpleNamespace(convert_ids_to_tokens=tokens.__getitem__))
+    assert list(map(starts, range(5))) == [True, False, True, False, True]
 
 
 def test_what_was_expected_is_compared_and_never_fatal(finished):
@@ -374,6 +385,17 @@ def test_released_gradients_change_nothing_but_memory(recipe, tmp_path, optimize
     left, right = numbers(tmp_path / "kept"), numbers(tmp_path / "released")
     assert [entry[:4] for entry in left] == [entry[:4] for entry in right]
     assert all(entry[4] is None for entry in right) and left[0][4] is not None
+
+
+@pytest.mark.slow
+def test_released_gradients_of_several_passes_are_summed_in_the_momentum(recipe, tmp_path):
+    options = ["steps=4", "optimizer={name: sinkgd, lr: 1e-2, args: {momentum: 0.9}}", "checkpoint.every=0"]
+    options += ["batch.micro_batch_size=4"]
+    kept, released = (run(recipe, [*options, *more], tmp_path / name) for name, more in
+                      (("kept", []), ("released", ["release_gradients=true"])))  # fmt: skip
+    assert kept.codes == released.codes == [0], released.text()
+    left, right = ([entry[2] for entry in numbers(tmp_path / name) if entry[2]] for name in ("kept", "released"))
+    assert len(left) == len(right) > 3 and right == pytest.approx(left, rel=1e-4)
 
 
 def test_released_gradients_are_refused_where_they_cannot_work(recipe, tmp_path):

@@ -15,8 +15,10 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 import leanstep  # noqa: F401
+from leanstep.kernels.cpp_impl._build import why_not_cpp
+from leanstep.kernels.cpp_impl.sparse import linear as cpp
 from leanstep.lora import LoraConfig, apply_lora, merge
-from leanstep.sparsity import load_sparse
+from leanstep.sparsity import load_sparse, to_few_token_linear
 from leanstep.sparsity.inference import SparseLinear, export_folder
 from leanstep.sparsity.inference.manifest import Manifest
 
@@ -137,6 +139,31 @@ def test_a_tied_head_is_dense_and_tied(tmp_path):
     sparse = load_sparse(tmp_path / "sparse")
     assert sparse.lm_head.weight is sparse.model.embed_tokens.weight and "lm_head" not in compressed(sparse)
     torch.testing.assert_close(logits(sparse), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")))
+
+
+def test_layers_that_stay_dense_generate_by_the_loop_and_train_as_before(tmp_path, monkeypatch):
+    """In bf16 a step of one token calls the loop for the tied head, and nothing else of a sparse model."""
+    if why_not_cpp() is not None:
+        pytest.skip(f"needs the C++ kernels: {why_not_cpp()}")
+    save_sparse(tmp_path / "dense", make_llama(tie_word_embeddings=True))
+    export_folder(tmp_path / "dense", tmp_path / "sparse")
+    sparse, dense = load_sparse(tmp_path / "sparse"), AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    widths, loop = [], cpp.dense_linear
+    monkeypatch.setattr(cpp, "dense_linear", lambda x, w, b: widths.append(len(w)) or loop(x, w, b))
+    monkeypatch.setattr(cpp, "is_faster_than_torch", lambda x: x.dtype is torch.bfloat16 and x.numel() == x.shape[-1])
+    one = tokens(1, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(sparse(one).logits, dense(one).logits, rtol=0.02, atol=0.02)
+    assert widths == [sparse.config.vocab_size]
+    names = to_few_token_linear(dense)
+    assert len(names) == 7 * 3 + 1 and "lm_head" in names and to_few_token_linear(dense) == []
+    assert dense.lm_head.weight is dense.model.embed_tokens.weight
+    with torch.no_grad():
+        dense(one)
+    assert len(widths) == 1 + len(names)
+    apply_lora(dense, LoraConfig(r=2, target_modules=["q_proj"]))
+    dense(tokens(2), labels=tokens(2)).loss.backward()
+    assert len(widths) == 1 + len(names)
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.7])

@@ -1,7 +1,7 @@
 // Products with a compressed N:M matrix: reference/nm/matmul.py. VALUE: float or bf16.
 //
-// With AVX-512, M of at most 32 and few rows of x, stored weights select their entries of x in registers. Otherwise WIDE
-// or NARROW rows of x are laid side by side, so that a stored weight multiplies vectors. If x has one row, every row of
+// With AVX-512 and few rows of x, the weights of a 2:4 matrix are expanded in registers; for other M of at most 32, stored
+// weights select their entries of x. Otherwise WIDE or NARROW rows of x are laid side by side, so that a stored weight multiplies vectors. If x has one row, every row of
 // the matrix gathers its entries.
 #include "common.h"
 #include "instructions.h"
@@ -271,6 +271,181 @@ void select_few(const Compressed& w, const VALUE* x, VALUE* out, int64_t tokens,
         default: return select_few<5>(w, x, out, tokens, threads);
     }
 }
+// ---- few rows of x and a 2:4 matrix: stored weights are expanded to their columns
+
+// columns and stored weights of a step, and most rows of x
+constexpr int64_t COLUMNS = 64, HALF = COLUMNS / 2, MOST_EXPANDED = 8;
+
+// bits of the columns that 32 indices name, and whether all pairs ascend; 0xFF names no column
+inline uint64_t columns_of(__m256i indices, __mmask32& ascending) {
+    const __m256i bits = _mm256_setr_epi8(
+        1, 2, 4, 8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 2, 4, 8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+    // sums of two bits are groups of 4, sums of two groups are bytes
+    const __m256i groups = _mm256_maddubs_epi16(_mm256_shuffle_epi8(bits, indices), _mm256_set1_epi8(1));
+    const __m256i bytes = _mm256_madd_epi16(groups, _mm256_set1_epi32(0x00100001));
+    ascending &= _mm256_cmplt_epu8_mask(indices, _mm256_srli_epi16(indices, 8));
+    return static_cast<uint64_t>(_mm_cvtsi128_si64(_mm256_cvtepi32_epi8(bytes)));
+}
+
+// as columns_of, for the last `count` indices of a row
+inline uint64_t last_columns(const uint8_t* index, int64_t count, __mmask32& ascending, __m256i& largest) {
+    uint8_t present[HALF];
+    std::fill(present, present + HALF, uint8_t{0xFF});
+    std::copy(index, index + count, present);
+    const __mmask32 lanes = static_cast<__mmask32>((uint64_t{1} << count) - 1);
+    const __m256i indices = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(present));
+    largest = _mm256_max_epu8(largest, _mm256_maskz_mov_epi8(lanes, indices));
+    __mmask32 pairs = ~__mmask32{0};
+    const uint64_t columns = columns_of(indices, pairs);
+    ascending &= pairs | ~lanes;
+    return columns;
+}
+
+#if ISA == 3
+inline __m512i expand(uint64_t columns, int64_t part, const bf16* v) {
+    __m512i loaded = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(v + part * 16)));
+    asm("" : "+v"(loaded));  // the load stays an instruction of its own
+    return _mm512_maskz_expand_epi16(static_cast<__mmask32>(columns >> (32 * part)), loaded);
+}
+#else
+inline __m512 expand(uint64_t columns, int64_t part, const bf16* v) {
+    const __m512 loaded = load_entries(v + part * 8, __mmask16(0xFF));
+    return _mm512_maskz_expand_ps(static_cast<__mmask16>(columns >> (16 * part)), loaded);
+}
+#endif
+inline __m512 expand(uint64_t columns, int64_t part, const float* v) {
+    __m512 loaded = _mm512_castps256_ps512(_mm256_loadu_ps(v + part * 8));
+    asm("" : "+v"(loaded));
+    return _mm512_maskz_expand_ps(static_cast<__mmask16>(columns >> (16 * part)), loaded);
+}
+
+// rows of the matrix that share a loaded x
+template <int TOKENS>
+constexpr int SHARING = TOKENS > 2 ? 2 : 1;
+
+template <int TOKENS, int ROWS>
+inline void add_expanded(
+    const VALUE* const (&v)[ROWS], const uint64_t (&columns)[ROWS], const Entry* x, __m512 (&sums)[ROWS][TOKENS]
+) {
+#pragma GCC unroll 4
+    for (int64_t part = 0; part < COLUMNS / STORED; ++part) {
+        decltype(expand(0, 0, v[0])) weights[ROWS];
+#pragma GCC unroll 2
+        for (int r = 0; r < ROWS; ++r) weights[r] = expand(columns[r], part, v[r]);
+#pragma GCC unroll 8
+        for (int t = 0; t < TOKENS; ++t) {
+            const auto entries = load_entries(x + (part * TOKENS + t) * STORED, Lanes(~Lanes(0)));
+#pragma GCC unroll 2
+            for (int r = 0; r < ROWS; ++r) sums[r][t] = multiply_add(sums[r][t], weights[r], entries);
+        }
+    }
+}
+
+// ROWS rows of the matrix times TOKENS rows of x; x: [blocks of COLUMNS][COLUMNS / STORED][TOKENS][STORED]. Returns
+// whether all indices ascend and are below 4; the sums are wrong otherwise.
+template <int TOKENS, int ROWS>
+bool expand_rows(const Compressed& w, int64_t row, const Entry* x, float (&out)[ROWS][TOKENS]) {
+    const int64_t length = w.row_length();
+    constexpr __mmask32 FIRST = 0x55555555;
+    __mmask32 ascending = FIRST;
+    __m256i largest = _mm256_setzero_si256();
+    __m512 sums[ROWS][TOKENS];
+    for (auto& of_row : sums) {
+        for (__m512& sum : of_row) sum = _mm512_setzero_ps();
+    }
+    int64_t k = 0;
+    for (; k + HALF <= length; k += HALF, x += TOKENS * COLUMNS) {
+        const VALUE* v[ROWS];
+        uint64_t columns[ROWS];
+#pragma GCC unroll 2
+        for (int r = 0; r < ROWS; ++r) {
+            const int64_t first = (row + r) * length + k;
+            v[r] = w.values + first;
+            const char* next = reinterpret_cast<const char*>(v[r]) + DISTANCE;
+            __builtin_prefetch(next);
+            if constexpr (sizeof(VALUE) == 4) __builtin_prefetch(next + 64);
+            __builtin_prefetch(w.indices + first + DISTANCE / 2);
+            const __m256i indices = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w.indices + first));
+            largest = _mm256_max_epu8(largest, indices);
+            columns[r] = columns_of(indices, ascending);
+        }
+        add_expanded<TOKENS, ROWS>(v, columns, x, sums);
+    }
+    if (k < length) {
+        VALUE rest[ROWS][HALF] = {};
+        const VALUE* v[ROWS];
+        uint64_t columns[ROWS];
+        for (int r = 0; r < ROWS; ++r) {
+            const int64_t first = (row + r) * length;
+            std::copy(w.values + first + k, w.values + first + length, rest[r]);
+            v[r] = rest[r];
+            columns[r] = last_columns(w.indices + first + k, length - k, ascending, largest);
+        }
+        add_expanded<TOKENS, ROWS>(v, columns, x, sums);
+    }
+    for (int r = 0; r < ROWS; ++r) {
+        for (int t = 0; t < TOKENS; ++t) out[r][t] = _mm512_reduce_add_ps(sums[r][t]);
+    }
+    return ascending == FIRST && !_mm256_cmpgt_epu8_mask(largest, _mm256_set1_epi8(3));
+}
+
+// the definition, for indices in any order
+inline float sum_of(const Compressed& w, int64_t row, const VALUE* x) {
+    float sum = 0.0f;
+    for (int64_t k = 0; k < w.row_length(); ++k) {
+        const int64_t stored = row * w.row_length() + k;
+        sum += widen(w.values[stored]) * widen(x[k / w.n * w.m + w.indices[stored]]);
+    }
+    return sum;
+}
+
+// `count` rows of x, also laid out as `entries`
+template <int TOKENS, int ROWS>
+void expand_block(const Compressed& w, int64_t row, const Entry* entries, const VALUE* x, VALUE* out, int64_t count) {
+    float sums[ROWS][TOKENS];
+    const bool ascending = expand_rows<TOKENS, ROWS>(w, row, entries, sums);
+    for (int64_t t = 0; t < count; ++t) {
+        for (int r = 0; r < ROWS; ++r) {
+            const float sum = ascending ? sums[r][t] : sum_of(w, row + r, x + t * w.groups * w.m);
+            narrow(sum, out[t * w.rows + row + r]);
+        }
+    }
+}
+
+template <int TOKENS>
+void expand_tile(const Compressed& w, const VALUE* x, VALUE* out, int64_t count, int threads) {
+    const int64_t in = w.groups * w.m, parts = (in + COLUMNS - 1) / COLUMNS * (COLUMNS / STORED);
+    Buffer memory(parts * TOKENS * STORED);
+    Entry* entries = reinterpret_cast<Entry*>(memory.data());
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t part = 0; part < parts; ++part) {
+        for (int64_t t = 0; t < TOKENS; ++t) {
+            Entry* to = entries + (part * TOKENS + t) * STORED;
+            const int64_t present = t < count ? std::max<int64_t>(0, std::min(STORED, in - part * STORED)) : 0;
+            for (int64_t j = 0; j < present; ++j) copy_entry(x[t * in + part * STORED + j], to[j]);
+            for (int64_t j = present; j < STORED; ++j) to[j] = Entry(0);
+        }
+    }
+    constexpr int ROWS = SHARING<TOKENS>;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < (w.rows + ROWS - 1) / ROWS * ROWS; row += ROWS) {
+        if (row + ROWS <= w.rows) {
+            expand_block<TOKENS, ROWS>(w, row, entries, x, out, count);
+        } else {
+            expand_block<TOKENS, 1>(w, row, entries, x, out, count);
+        }
+    }
+}
+
+void expand_few(const Compressed& w, const VALUE* x, VALUE* out, int64_t tokens, int threads) {
+    const int64_t in = w.groups * w.m;
+    for (int64_t t = 0; t < tokens; t += 8) {
+        const int64_t count = std::min<int64_t>(8, tokens - t);
+        const auto few = count == 1 ? expand_tile<1> : expand_tile<2>;
+        const auto multiply = count <= 2 ? few : count <= 4 ? expand_tile<4> : expand_tile<8>;
+        multiply(w, x + t * in, out + t * w.rows, count, threads);
+    }
+}
 #endif
 
 }  // namespace
@@ -282,6 +457,7 @@ extern "C" void nm_matmul(
 ) {
     const Compressed w = {values, indices, rows, groups, n, m};
 #if ISA >= 2
+    if (tokens <= MOST_EXPANDED && n == 2 && m == 4) return expand_few(w, x, out, tokens, threads);
     if (tokens <= FEW && m <= LARGEST) return select_few(w, x, out, tokens, threads);
 #endif
     if (tokens == 1) {
@@ -289,4 +465,39 @@ extern "C" void nm_matmul(
     } else {
         multiply_many(w, x, out, tokens, threads);
     }
+}
+
+// the bit mask of a 2:4 matrix, [rows, ceil(groups / 8)]; valid becomes 0 unless all pairs of indices ascend below 4
+extern "C" void nm_bits(
+    const uint8_t* indices, uint32_t* mask, int32_t* valid, int64_t rows, int64_t groups, int threads
+) {
+    constexpr int64_t GROUPS = 8;
+    const int64_t words = (groups + GROUPS - 1) / GROUPS;
+    uint32_t invalid = 0;
+#pragma omp parallel for schedule(static) num_threads(threads) reduction(| : invalid)
+    for (int64_t row = 0; row < rows; ++row) {
+        const uint8_t* index = indices + row * groups * 2;
+        uint32_t* bits = mask + row * words;
+        int64_t word = 0;
+#if ISA >= 2
+        __mmask32 ascending = 0x55555555;
+        __m256i largest = _mm256_setzero_si256();
+        for (; (word + 2) * GROUPS <= groups; word += 2) {
+            const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index + word * GROUPS * 2));
+            largest = _mm256_max_epu8(largest, pairs);
+            const uint64_t columns = columns_of(pairs, ascending);
+            std::memcpy(bits + word, &columns, sizeof columns);
+        }
+        invalid |= (ascending ^ 0x55555555) | _mm256_cmpgt_epu8_mask(largest, _mm256_set1_epi8(3));
+#endif
+        for (; word < words; ++word) {
+            bits[word] = 0;
+            for (int64_t g = word * GROUPS; g < std::min(groups, (word + 1) * GROUPS); ++g) {
+                const uint32_t low = index[2 * g], high = index[2 * g + 1];
+                invalid |= static_cast<uint32_t>(low >= high || high > 3);
+                bits[word] |= (1u << (low & 3) | 1u << (high & 3)) << (g % GROUPS * 4);
+            }
+        }
+    }
+    *valid = invalid == 0;
 }

@@ -1,12 +1,11 @@
 // Products with matrices of values and bit masks: reference/sparse/linear.py. X, VALUE: as in bitmask.h.
 //
-// bitmask.h expands values to the columns whose bits are set; here they are multiplied by x.
+// bitmask.h expands values to the columns whose bits are set; here they are multiplied by x. Codes that meet bf16 dot
+// products are expanded by code_blocks.h.
 #include "bitmask.h"
+#include "code_blocks.h"
 
 namespace {
-
-// bytes of a row's values ahead of the current one: the processor's prefetcher stops at the end of a page
-constexpr int64_t AHEAD = 2048;
 
 // ---- products with 1 to 8 rows of x
 
@@ -55,8 +54,64 @@ inline void add_block(
     }
 }
 
+#if ISA == 3
+// whether rows are multiplied 64 columns at a time
+constexpr bool CODE_BLOCKS = PAIRS && sizeof(VALUE) == 1;
+
+// as multiply_rows, for codes; x: [blocks][2][TOKENS][LANES]
+template <int TOKENS, int ROWS, bool careful>
+void multiply_codes(const Matrix& w, int64_t row, const bf16* x, float (&out)[ROWS][TOKENS]) {
+    const Decoder decoder;
+    Sum even[ROWS][TOKENS], odd[ROWS][TOKENS];
+    int64_t at[ROWS];
+    for (int r = 0; r < ROWS; ++r) {
+        at[r] = w.begin(row + r);
+        for (int t = 0; t < TOKENS; ++t) even[r][t] = odd[r][t] = zero();
+    }
+    for (int64_t k = 0; k < w.words(); k += 2, x += 2 * TOKENS * LANES) {
+        PairVector first[ROWS], second[ROWS];
+        float scales[ROWS];
+#pragma GCC unroll 2
+        for (int r = 0; r < ROWS; ++r) {
+            const uint32_t* mask = w.mask + (row + r) * w.words() + k;
+            const uint64_t bits = mask[0] | (k + 1 < w.words() ? static_cast<uint64_t>(mask[1]) << 32 : 0);
+            __builtin_prefetch(reinterpret_cast<const char*>(w.address(at[r])) + AHEAD);
+            const __m512i codes = load_block<careful>(w.values, at[r], w.count);
+            decoder.decode(_mm512_maskz_expand_epi8(bits, codes), first[r].bits, second[r].bits);
+            at[r] += __builtin_popcountll(bits);
+            if constexpr (BLOCKED) scales[r] = w.block_scale(row + r, k);
+        }
+#pragma GCC unroll 8
+        for (int t = 0; t < TOKENS; ++t) {
+            const PairVector low = PairVector::load(x + t * LANES), high = PairVector::load(x + (TOKENS + t) * LANES);
+#pragma GCC unroll 2
+            for (int r = 0; r < ROWS; ++r) {
+                if constexpr (BLOCKED) {
+                    const Sum block = second[r].times(high, first[r].times(low, zero()));
+                    even[r][t] = add_scaled(block, scales[r], even[r][t]);
+                } else if constexpr (TOKENS * ROWS > 4) {
+                    // more sums than registers would be slower
+                    even[r][t] = second[r].times(high, first[r].times(low, even[r][t]));
+                } else {
+                    even[r][t] = first[r].times(low, even[r][t]);
+                    odd[r][t] = second[r].times(high, odd[r][t]);
+                }
+            }
+        }
+    }
+    for (int r = 0; r < ROWS; ++r) {
+        for (int t = 0; t < TOKENS; ++t) out[r][t] = total(even[r][t] + odd[r][t]);
+    }
+}
+#else
+constexpr bool CODE_BLOCKS = false;
+#endif
+
 template <int TOKENS, int ROWS, bool careful>
 void multiply_rows(const Matrix& w, int64_t row, const Entry* x, float (&out)[ROWS][TOKENS]) {
+#if ISA == 3
+    if constexpr (CODE_BLOCKS) return multiply_codes<TOKENS, ROWS, careful>(w, row, x, out);
+#endif
     // even and odd words have sums of their own, so that products need not wait for each other
     Sum even[ROWS][TOKENS], odd[ROWS][TOKENS];
     int64_t at[ROWS];
@@ -110,27 +165,11 @@ void multiply_block(const Matrix& w, int64_t row, const Entry* x, int64_t token,
     }
 }
 
-// x laid out in tiles of TOKENS rows as add_word takes them, with zeros for missing rows and columns
-template <int TOKENS>
-void lay_out(const X* x, int64_t tokens, int64_t columns, int64_t width, Entry* entries, int threads) {
-    const int64_t parts = width / LANES, tiles = (tokens + TOKENS - 1) / TOKENS;
-#pragma omp parallel for schedule(static) num_threads(threads) if (tokens * columns > BLOCK)
-    for (int64_t s = 0; s < tiles * parts; ++s) {
-        const int64_t tile = s / parts, first = s % parts * LANES;
-        for (int64_t t = 0; t < TOKENS; ++t) {
-            Entry* to = entries + (s * TOKENS + t) * LANES;
-            const int64_t token = tile * TOKENS + t;
-            const int64_t count = token < tokens ? std::max<int64_t>(0, std::min(LANES, columns - first)) : 0;
-            for (int64_t j = 0; j < count; ++j) copy_entry(x[token * columns + first + j], to[j]);
-            for (int64_t j = count; j < LANES; ++j) to[j] = Entry(0);
-        }
-    }
-}
-
 template <int TOKENS>
 void multiply(const Matrix& w, const X* x, int64_t tokens, const Output& output, int threads) {
     constexpr int ROWS = SHARING<TOKENS>;
-    const int64_t width = w.words() * WORD, tiles = (tokens + TOKENS - 1) / TOKENS;
+    constexpr int64_t UNIT = CODE_BLOCKS ? 2 * WORD : WORD;
+    const int64_t width = (w.columns + UNIT - 1) / UNIT * UNIT, tiles = (tokens + TOKENS - 1) / TOKENS;
     Buffer memory(tiles * TOKENS * width);
     Entry* entries = reinterpret_cast<Entry*>(memory.data());
     lay_out<TOKENS>(x, tokens, w.columns, width, entries, threads);

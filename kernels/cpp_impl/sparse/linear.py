@@ -1,4 +1,7 @@
-"""Launchers of linear.cpp (few tokens, from the packed matrix) and linear_many.cpp (expanded tiles), or of the BLAS."""
+"""Launchers of linear.cpp (few tokens, from the packed matrix), linear_many.cpp (expanded tiles) and the BLAS.
+
+And of dense.cpp: few tokens, from a dense matrix.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,21 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from leanstep.kernels.cpp_impl._build import SPARSE_TYPES, call, library
+from leanstep.kernels.cpp_impl._build import SPARSE_TYPES, call, library, why_not_cpp
 from leanstep.kernels.matrices.dense_product import product
 from leanstep.kernels.reference.sparse.bitmask import row_tiles
 
 # up to this number of tokens, the packed product runs: it is as fast as expanded tiles at about 28 tokens
 FEW = 24
+# up to this number of tokens, dense.cpp multiplies bf16 matrices faster than torch does
+FEW_DENSE = 1
 # tokens of one product by linear_many.cpp, at most
 MANY = 1024
 # rows of a tile are whole blocks of the BLAS
 BLOCK = 64
 _CODES = {torch.int8: "int8_t", torch.uint8: "int4"}
 # by the number ISA of instructions.h
-AVX512 = 2
+AVX512, BF16 = 2, 3
 INSTRUCTIONS = ("plain loops", "AVX2", "AVX-512", "AVX-512 VBMI2 and BF16")
 
 
@@ -27,17 +32,19 @@ def bitmask_linear(
     x: Tensor, values: Tensor, mask: Tensor, offsets: Tensor, bias: Tensor | None, scales: Tensor | None
 ) -> Tensor:
     """``x W^T + bias`` for row-major parts."""
-    out = x.new_empty(len(x), len(mask))
-    if len(x) <= FEW or not runs_on_blas(x):
-        bias, both_scales, macros = _contiguous(bias), _scales(scales), _macros(x, values)
-        count = _count(values)
-        for begin, end in token_chunks(len(x)):
-            some, to = x[begin:end], out[begin:end]
-            name = "linear" if len(some) <= FEW else "linear_many"
-            arguments = (some, values, mask, offsets, bias, *both_scales, to, len(some), count, len(mask), x.shape[1])
-            call(f"sparse/{name}", f"bitmask_{name}", macros, *arguments)
+    tokens, columns = x.shape
+    rows, count = mask.shape[0], _count(values)
+    out = x.new_empty(tokens, rows)
+    if tokens <= FEW or not runs_on_blas(x):
+        matrix, macros = (values, mask, offsets, _contiguous(bias), *_scales(scales)), _macros(x, values)
+        if tokens <= FEW:
+            call("sparse/linear", "bitmask_linear", macros, x, *matrix, out, tokens, count, rows, columns)
+            return out
+        for begin, end in token_chunks(tokens):
+            arguments = (x[begin:end], *matrix, out[begin:end], end - begin, count, rows, columns)
+            call("sparse/linear_many", "bitmask_linear_many", macros, *arguments)
         return out
-    for begin, end, tile in _tiles(x, values, mask, offsets, x.shape[1], scales):
+    for begin, end, tile in _tiles(x, values, mask, offsets, columns, scales):
         out[:, begin:end] = product(x, tile.T, None if bias is None else bias[begin:end])
     return out
 
@@ -50,6 +57,19 @@ def bitmask_linear_backward(
     for begin, end, tile in _tiles(grad, values, mask, offsets, columns, scales):
         sums += product(grad[:, begin:end], tile)
     return sums.to(grad.dtype)
+
+
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x W^T + bias`` for a dense row-major W, which is read once per 8 tokens."""
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    call("sparse/dense", "dense_linear", _macros(x, x), x, weight, _contiguous(bias), out, x.shape[0], *weight.shape)
+    return out
+
+
+def is_faster_than_torch(x: Tensor) -> bool:
+    """Whether :func:`dense_linear` is faster than torch's product, for x [..., in]."""
+    few = x.dtype is torch.bfloat16 and x.numel() <= FEW_DENSE * x.shape[-1]
+    return few and why_not_cpp() is None and library("sparse/instructions", {}).instructions() == BF16
 
 
 def runs_on_blas(x: Tensor) -> bool:
@@ -77,10 +97,10 @@ def _tiles(
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Expand the matrix to x's dtype, a tile of rows at a time, all in the same memory."""
     buffer, both_scales, macros = None, _scales(scales), _macros(x, values)
-    for begin, end in row_tiles(len(mask), columns, BLOCK):
+    for begin, end in row_tiles(mask.shape[0], columns, BLOCK):
         if buffer is None:
             buffer = x.new_empty(end - begin, columns)
-        arguments = (values, mask, offsets, *both_scales, buffer, _count(values), len(mask), columns, begin, end)
+        arguments = (values, mask, offsets, *both_scales, buffer, _count(values), mask.shape[0], columns, begin, end)
         call("sparse/linear", "bitmask_expand", macros, *arguments)
         yield begin, end, buffer[: end - begin]
 
@@ -96,7 +116,7 @@ def _scales(scales: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _count(values: Tensor) -> int:
-    return 2 * len(values) if values.dtype is torch.uint8 else len(values)
+    return 2 * values.shape[0] if values.dtype is torch.uint8 else values.shape[0]
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

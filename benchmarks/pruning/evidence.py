@@ -1,0 +1,390 @@
+"""Allocations of a pruned language model beside one another: quality, processor time and memory, one command.
+
+    python benchmarks pruning/smollm2 runs/smollm2 --dtype bfloat16
+    python benchmarks pruning/evidence --model runs/smollm2 --out runs/evidence.jsonl
+    python benchmarks pruning/evidence --report docs/results/prune-evidence-smollm2.jsonl [--write]
+
+For every score, sparsity and calibration seed: uniform sparsity, OWL, ATP, the dynamic programme on curves that are
+measured for each block, the programme on anchored curves of each matrix, the same refined by the search, and an
+evolutionary search from uniform sparsity (EvoPress, arXiv 2410.14649) with the processor time that curves and
+refinement take together. Scores see ``--samples`` sequences of the older addresses of the State of the Union text, the
+curves and ATP's choice of a slope ``--curve-samples`` of them; both searches are judged on ``--judge-samples`` others.
+KL divergence to the dense model and perplexity are those on sequences of the newest addresses, which nothing has seen.
+Statistics are those of dense inputs for the curves, of pruned inputs for pruning.
+
+Processor seconds of a cell contain its curves, whole, also where several cells share them: measured curves serve all
+sparsities, and Fisher curves all anchored ones. GiB are the peak of the process, in which the model is.
+
+The results file has a line for each cell, and one for each set of curves, whose points lie in ``--work``; an
+interrupted call goes on where it stopped. ``--minutes`` ends it in time. ``--write`` puts the table of a file into
+docs/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from calibration import CalibratedModel
+from common import (
+    append_json_line,
+    command_line,
+    machine_state,
+    machines,
+    peak_memory,
+    read_json_lines,
+    reset_peak_memory,
+)
+from comparison.summary import paired_percent
+from comparison.tables import markdown, replace_blocks
+from evolution import Evolution
+
+PAGE = "docs/measured.md"
+ROOT = Path(__file__).parents[2]
+ALLOCATIONS = {
+    "uniform": "uniform", "owl": "OWL", "atp": "ATP", "measured": "DP measured by block", "anchored": "DP anchored",
+    "refined": "DP anchored and refined", "evolution": "evolution",
+}  # fmt: skip
+SCORES = {"wanda": "Wanda", "sparsegpt": "SparseGPT", "alps": "ALPS"}
+# to which the others are compared
+BASELINE = "uniform"
+# (score, allocation) beside another; "" stands for each score
+PAIRS = (
+    ("", "anchored", "", "measured"), ("", "anchored", "", "atp"), ("", "refined", "", "anchored"),
+    ("", "refined", "", "evolution"), ("alps", "uniform", "sparsegpt", "uniform"),
+)  # fmt: skip
+# sparsities of the curves' levels, for all targets: of matrices, of blocks
+LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
+BLOCK_LEVELS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+PARSER = command_line(
+    __doc__, model=Path("runs/smollm2"), name=("SmolLM2-135M", "the model's name in the table"), seeds=[0],
+    sparsities=[0.6], samples=(8, "calibration sequences"), curve_samples=(2, "of them for curves and ATP"),
+    judge_samples=(8, "sequences that judge"), eval_samples=(16, "held-out sequences"), seq_len=256,
+    anchor_minutes=(2.0, "for the measurements of anchored curves"), refine_minutes=(2.0, "of the refining search"),
+    out=Path("runs/prune-evidence.jsonl"), work=(Path("runs/prune-evidence"), "folder of the curves' points"),
+    minutes=(math.inf, "after which no cell is begun"), write=(False, "with --report: write the table into docs/"),
+)  # fmt: skip
+PARSER.add_argument("--scores", nargs="+", default=["wanda"], choices=SCORES)
+PARSER.add_argument("--allocations", nargs="+", default=list(ALLOCATIONS), choices=ALLOCATIONS)
+PARSER.add_argument("--report", type=Path, help="a file of results whose table to print")
+SETTINGS = ("name", "samples", "curve_samples", "judge_samples", "eval_samples", "seq_len", "anchor_minutes",
+            "refine_minutes")  # fmt: skip
+Row = dict[str, Any]
+
+
+class Cell(NamedTuple):
+    """What one line of the results is about; ``allocation`` may be a kind of curves, or "dense"."""
+
+    score: str
+    sparsity: float
+    seed: int
+    allocation: str
+
+
+class Bench:
+    """A model and the results so far; :meth:`run` measures what is missing."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, rows = options, read_json_lines(options.out)
+        self.text = CalibratedModel(
+            options.model, options.seq_len, options.eval_samples, scratch=options.work / "outputs"
+        )
+        self.model = self.text.model
+        dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
+        settings = {name: getattr(options, name) for name in SETTINGS}
+        settings |= {"weights": self.text.weights, "dtype": dtype}
+        if not rows:
+            append_json_line(options.out, settings)
+        elif rows[0] != settings:
+            raise SystemExit(f"{options.out} is of another model or other settings: give another --out")
+        self.rows = {cell_of(row): row for row in rows[1:]}
+        self.end = time.monotonic() + 60 * options.minutes
+
+    def run(self) -> None:
+        """Measure every missing cell, in the order of scores, seeds, sparsities and allocations."""
+        options, dense = self.options, Cell("", 0.0, 0, "dense")
+        if dense not in self.rows:
+            self.record(dense, self.text.cost())
+        for score in options.scores:
+            for seed in options.seeds:
+                for sparsity in options.sparsities:
+                    for allocation in options.allocations:
+                        cell = Cell(score, sparsity, seed, allocation)
+                        if cell not in self.rows and time.monotonic() < self.end:
+                            self.measure(cell)
+
+    def record(self, cell: Cell, values: Row) -> None:
+        """Append a result to the file."""
+        row = cell._asdict() | values | machine_state()
+        self.rows[cell] = row
+        append_json_line(self.options.out, row)
+        print(row, flush=True)
+
+    def measure(self, cell: Cell) -> None:
+        """Prune by one cell, and measure the pruned model."""
+        options = self.options
+        data = self.text.calibration(options.samples + options.judge_samples, cell.seed)
+        self.data, self.judging = data[: options.samples], data[options.samples :]
+        self.curve_data = self.data[: options.curve_samples]
+        prune: Callable[[Cell], Row] = getattr(self, f"_{cell.allocation}", self._rule)
+        shared = self._curve_rows(cell)
+        with self.text.snapshot.restored():
+            more, used = timed_and_peak(lambda: prune(cell))
+            values = self.text.cost() | more
+        for row in shared:
+            used = {"seconds": used["seconds"] + row["seconds"], "gib": max(used["gib"], row["gib"])}
+        self.record(cell, values | used)
+
+    # -- the allocations; each prunes the model ------------------------------------------------------------------------
+
+    def _rule(self, cell: Cell) -> Row:
+        self._prune(cell, allocation=cell.allocation, curve_data=self.curve_data)
+        return {}
+
+    def _measured(self, cell: Cell) -> Row:
+        self._prune(cell, curves=self._curves(cell, "measured"), granularity="block", levels=BLOCK_LEVELS)
+        return {}
+
+    def _anchored(self, cell: Cell) -> Row:
+        curves = self._curves(cell, "anchored")
+        self._prune(cell, curves=curves, levels=LEVELS)
+        return {}
+
+    def _refined(self, cell: Cell) -> Row:
+        from leanstep.pruning import Refinement
+
+        settings = Refinement(minutes=self.options.refine_minutes, data=self.judging, seed=cell.seed)
+        result = self._prune(cell, curves=self._curves(cell, "anchored"), levels=LEVELS, refine=settings)
+        return {name: result.refinement[name] for name in ("evaluations", "accepted", "passes", "points")}
+
+    def _evolution(self, cell: Cell) -> Row:
+        """The evolutionary search, for the processor seconds of curves and refinement."""
+        from leanstep.pruning import allocate, find_targets
+        from leanstep.pruning.measure.activation_cache import ActivationCache
+        from leanstep.pruning.measure.batches import as_batches
+        from leanstep.pruning.measure.checks import Trial
+        from leanstep.pruning.measure.joint import JointJudge
+        from leanstep.pruning.measure.measure import Measurement, evaluating
+        from leanstep.pruning.score.calibration import Pruning
+        from leanstep.pruning.score.targets import make_groups
+
+        refined = self.rows.get(cell._replace(allocation="refined"))
+        if refined is None:
+            raise SystemExit("evolution has the time of refined: name both in --allocations")
+        begin, limit = time.process_time(), refined["seconds"]
+        groups = make_groups(find_targets(self.model), "matrix")
+        start = allocate([group.layer for group in groups], cell.sparsity, method="uniform")
+        cache = ActivationCache(self.model, as_batches(self.data, self.model), like=self.text.held_out.cache)
+        judging = Measurement(self.model, as_batches(self.judging, self.model, batch_size=1), like=cache)
+        trial, pruners = Trial(groups, Pruning(cache, cell.score), self.text.snapshot), dict[str, Any]()
+        with evaluating(self.model):
+            trial.apply(start, pruners)
+            again = time.process_time() - begin  # what it will take to prune by the result
+            judge = JointJudge(groups, judging, pruners, start.counts, start.patterns)
+            bounds = {group.name: (round(0.05 * group.layer.numel), group.layer.numel) for group in groups}
+            search, generations = Evolution(start.counts, bounds, judge.at, len(judging.batches), cell.seed), 0
+            while time.process_time() - begin + again < limit:
+                search.generation()
+                generations += 1
+            self.text.snapshot.restore()
+            trial.apply(replace(start, counts=search.parent))
+        return {"generations": generations}
+
+    def _prune(self, cell: Cell, **settings: Any) -> Any:
+        from leanstep.pruning import prune
+
+        return prune(self.model, self.data, sparsity=cell.sparsity, score=cell.score, held_out=False, **settings)
+
+    # -- curves --------------------------------------------------------------------------------------------------------
+
+    def _curve_rows(self, cell: Cell) -> list[Row]:
+        """Results of the curves that a cell uses; those that are missing are measured."""
+        kinds = {"measured": ["measured"], "anchored": ["fisher", "anchored"], "refined": ["fisher", "anchored"]}
+        rows = []
+        for kind in kinds.get(cell.allocation, []):
+            key = curves_of(cell, kind)
+            if key not in self.rows:
+                shutil.rmtree(self._folder(key), ignore_errors=True)
+                self.record(key, timed_and_peak(lambda kind=kind: self._curves(cell, kind) and {})[1])
+            elif not self._folder(key).exists():
+                self._curves(cell, kind)  # of an earlier call whose folder is gone
+            rows.append(self.rows[key])
+        return rows
+
+    def _curves(self, cell: Cell, kind: str) -> Mapping[str, Any]:
+        """The curves of a cell, from the points in the folder, where they are."""
+        from leanstep.pruning import measure_curves
+
+        options, folder = self.options, self._folder(curves_of(cell, kind))
+        file = folder / "points.jsonl"
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            fisher = self._folder(curves_of(cell, "fisher")) / "points.jsonl"
+            if kind == "anchored":
+                shutil.copy(fisher, file)
+        settings: Row = {"levels": LEVELS, "minutes": options.anchor_minutes}
+        if kind == "measured":
+            settings = {"levels": BLOCK_LEVELS, "granularity": "block"}
+        return measure_curves(
+            self.model, self.curve_data, sparsity=cell.sparsity, score=cell.score, score_data=self.data, method=kind,
+            resume=file, **settings,
+        )  # fmt: skip
+
+    def _folder(self, key: Cell) -> Path:
+        return self.options.work / f"{key.score}-{key.seed}-{key.allocation.replace(' ', '-')}-{key.sparsity:g}"
+
+
+def curves_of(cell: Cell, kind: str) -> Cell:
+    """The cell of curves of a kind; measured and Fisher curves serve all sparsities."""
+    return cell._replace(allocation=f"curves {kind}", sparsity=cell.sparsity if kind == "anchored" else 0.0)
+
+
+def cell_of(row: Row) -> Cell:
+    """The cell of a line of the results."""
+    return Cell(**{name: row[name] for name in Cell._fields})
+
+
+def timed_and_peak(run: Callable[[], Row]) -> tuple[Row, Row]:
+    """The result of a call, with its processor seconds and peak memory."""
+    reset_peak_memory()
+    begin = time.process_time()
+    result = run()
+    return result, {"seconds": time.process_time() - begin, "gib": peak_memory() / 2**30}
+
+
+# -- the table --------------------------------------------------------------------------------------------------------
+
+
+def table(path: Path) -> str:
+    """The block of the page: a row for each score, sparsity and allocation that the file has, and what is missing."""
+    settings, *rows = read_json_lines(path)
+    results = {cell_of(row): row for row in rows}
+    cells = [cell for cell in results if cell.allocation in ALLOCATIONS]
+    order = sorted({(list(SCORES).index(cell.score), cell.sparsity) for cell in cells})
+    lines = [
+        line
+        for score, sparsity in order
+        for line in _lines({c: results[c] for c in cells if (c.score, c.sparsity) == (list(SCORES)[score], sparsity)})
+    ]
+    head = ["", "seeds", "KL", "to uniform, %", "perplexity", "processor s", "peak, GiB"]
+    dense = next(row["perplexity"] for row in rows if row["allocation"] == "dense")
+    parts = [_caption(path, settings, rows, dense), markdown(head, lines), _legend(), _pairs(cells, results)]
+    parts.append(_missing(cells))
+    return "\n\n".join(filter(None, parts))
+
+
+def _lines(cells: Mapping[Cell, Row]) -> Iterator[list[str]]:
+    """The rows of the table for one score and sparsity."""
+    by_allocation: dict[str, dict[int, Row]] = {}
+    for cell, row in cells.items():
+        by_allocation.setdefault(cell.allocation, {})[cell.seed] = row
+    first = next(iter(cells))
+    base = by_allocation.get(BASELINE, {})
+    for name, label in ALLOCATIONS.items():
+        of_seed = by_allocation.get(name, {})
+        if not of_seed:
+            continue
+        means = {key: statistics.mean(row[key] for row in of_seed.values()) for key in ("kl", "perplexity", "seconds")}
+        yield [
+            f"{SCORES[first.score]} {first.sparsity:.0%}, {label}",
+            ", ".join(map(str, sorted(of_seed))),
+            f"{means['kl']:.4f}",
+            "–" if name == BASELINE else difference(of_seed, base),
+            f"{means['perplexity']:.2f}",
+            f"{means['seconds']:.0f}",
+            f"{max(row['gib'] for row in of_seed.values()):.2f}",
+        ]
+
+
+def difference(rows: Mapping[int, Row], base: Mapping[int, Row]) -> str:
+    """Difference of the KL divergence in percent, paired by seed, with its interval; of one seed without."""
+    seeds = sorted(set(rows) & set(base))
+    if not seeds:
+        return "–"
+    interval = paired_percent([rows[seed]["kl"] for seed in seeds], [base[seed]["kl"] for seed in seeds])
+    return f"{interval:+.1f}"
+
+
+def _caption(path: Path, settings: Row, rows: list[Row], dense: float) -> str:
+    length = settings["seq_len"]
+    return (
+        f"`python benchmarks pruning/evidence`, every cell in [{path.name}](results/{path.name}): {settings['name']} "
+        f"(SHA-256 of its weights: {settings['weights'][:8]}), {settings['dtype']}, perplexity {dense:.2f} before "
+        f"pruning. {settings['samples']} x {length} tokens for scores, {settings['curve_samples']} x {length} of them "
+        f"for curves and ATP, {settings['judge_samples']} x {length} others that judge both searches, "
+        f"{settings['eval_samples']} x {length} held out. Anchored curves have {settings['anchor_minutes']:g} minutes "
+        f"by the clock for their measurements, the refining search {settings['refine_minutes']:g}. {machines(rows)}."
+    )
+
+
+def _legend() -> str:
+    return (
+        "KL is the divergence to the dense model on held-out text, its difference to uniform sparsity in percent is "
+        "paired by seed, with Student's 95 % interval; a row of one seed has none, and its difference may be chance. "
+        "Processor seconds include all curves."
+    )
+
+
+def _pairs(cells: list[Cell], results: Mapping[Cell, Row]) -> str:
+    """A table of differences between two rows of at least two common seeds."""
+    lines = []
+    for sparsity in sorted({cell.sparsity for cell in cells}):
+        for score, (of_score, allocation, base_score, base) in itertools.product(SCORES, PAIRS):
+            if of_score not in ("", score):
+                continue
+            mine, other = (
+                {cell.seed: results[cell] for cell in cells if cell[:2] + cell[3:] == (s or score, sparsity, name)}
+                for s, name in ((of_score, allocation), (base_score, base))
+            )
+            if len(set(mine) & set(other)) > 1:
+                names = (
+                    f"{ALLOCATIONS[allocation]}, to {SCORES[base_score] + ' ' if base_score else ''}{ALLOCATIONS[base]}"
+                )
+                lines.append([f"{SCORES[score]} {sparsity:.0%}, {names}", difference(mine, other)])
+    return markdown(["of the same seeds", "KL, %"], lines) if lines else ""
+
+
+def _missing(cells: list[Cell]) -> str:
+    """Which cells are not measured."""
+    seeds = sorted({cell.seed for cell in cells})
+    texts = []
+    for score, label in SCORES.items():
+        for sparsity in (0.5, 0.6, 0.7):
+            names = [
+                name
+                for key, name in ALLOCATIONS.items()
+                if not any(Cell(score, sparsity, seed, key) in cells for seed in seeds)
+            ]
+            if len(names) == len(ALLOCATIONS):
+                texts.append(f"{label} {sparsity:.0%}")
+            elif names:
+                texts.append(f"{label} {sparsity:.0%}: {', '.join(names)}")
+    return f"Not measured: {'; '.join(texts)}." if texts else ""
+
+
+def main() -> None:
+    """Measure, or read a file; print the table."""
+    options = PARSER.parse_args()
+    path = options.report or options.out
+    if options.report is None:
+        torch.set_num_threads(1)
+        Bench(options).run()
+    elif not path.exists():
+        PARSER.error(f"--report: expected a file of results, {path} is none")
+    print(table(path))
+    if options.write:
+        page = ROOT / PAGE
+        page.write_text(replace_blocks(page.read_text("utf-8"), {path.stem: table(path)}), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,299 @@
+"""One call of prune after its checks: measure curves, allocate, compare on held-out data, prune."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from leanstep._mapped import Scratch
+from leanstep._processes import Processes
+from leanstep.pruning.allocate.allocation import allocate
+from leanstep.pruning.allocate.budgets import Budget, BudgetConstraint
+from leanstep.pruning.allocate.closed_form import atp_betas, in_blocks, snap
+from leanstep.pruning.allocate.descent import Descent, Refinement
+from leanstep.pruning.allocate.latency import LatencyTable
+from leanstep.pruning.measure.activation_cache import ActivationCache
+from leanstep.pruning.measure.batches import Batch, batches_hash
+from leanstep.pruning.measure.checks import Trial
+from leanstep.pruning.measure.curves import Curve, Levels, levels_of
+from leanstep.pruning.measure.measure import (
+    Measurement,
+    WeightSnapshot,
+    measure_curves,
+)
+from leanstep.pruning.measure.metrics import Metric, metric_name
+from leanstep.pruning.measure.points import Progress
+from leanstep.pruning.refine import REFINED, refine_allocation
+from leanstep.pruning.result import Additivity, Allocation, PruneResult
+from leanstep.pruning.score.calibration import Pruning
+from leanstep.pruning.score.targets import Group, check_filled
+from leanstep.sparsity import NM
+
+# most slopes of ATP to try
+_SLOPES = 9
+
+
+@dataclass
+class Planner:
+    """One call of :func:`prune` after its checks; :meth:`run` is the order of events."""
+
+    model: nn.Module
+    groups: list[Group]
+    sparsity: float | None
+    method: str
+    score: str
+    pattern: str
+    metric: str | Metric | None
+    correction: str
+    inputs: str
+    levels: Sequence[float] | None
+    curve_method: str | None
+    minutes: float
+    budget: Budget | LatencyTable | str
+    batches: list[Batch]
+    held_out: list[Batch]
+    curve_batches: list[Batch]
+    score_options: dict[str, Any]
+    resume: str | Path | None
+    progress: Progress | None
+    snapshot: WeightSnapshot
+    notes: list[str] = field(default_factory=list)
+    refine: Refinement | None = None
+    judging: list[Batch] = field(default_factory=list)
+    scratch: Scratch | None = None
+    processes: Processes = field(default_factory=Processes)
+
+    def run(self, curves: Mapping[str, Curve] | None, fixed: NM | None) -> PruneResult:
+        """Measure, allocate, compare, prune."""
+        before = self._nonzero()
+        self.constraint = self._constraint()
+        measured: dict[str, Curve] = {}
+        if fixed is not None:
+            candidate = self._fixed(fixed)
+        elif self.method == "dp":
+            self.constraint.check_reach(self._levels(), before, self._target_sparsity())
+            measured = self._measure() if curves is None else dict(curves)
+            candidate = self._by_curves(measured)
+        else:
+            candidate = self._by_rule()
+        programme, descent = candidate, None
+        if self.refine is not None:
+            candidate, descent = self._refined(programme, measured, self.refine)
+        allocation, compared = self._compare_and_prune(candidate, programme)
+        pruning = self.trial.pruning
+        self.notes += [*filter(None, [pruning.cache.note]), *pruning.notes()]
+        budget = self.constraint.budget
+        return PruneResult(
+            allocation=allocation,
+            score=self.score,
+            pattern=self.pattern,
+            inputs=self.inputs,
+            metric=metric_name(self.metric, self.model),
+            groups=self.groups,
+            curves=measured,
+            held_out=next((one for one in compared if one.method == allocation.method), None),
+            compared=compared,
+            notes=self.notes,
+            data=batches_hash(self.batches),
+            refinement={} if descent is None else descent.to_dict(),
+            budget={
+                "kind": budget.kind,
+                "target": budget.target if allocation.target is None else allocation.target,
+                "dense": self.constraint.dense,
+                "before": self.constraint.cost(before),
+                "after": self.constraint.cost(self._nonzero()),
+            },
+        )
+
+    @cached_property
+    def trial(self) -> Trial:
+        """The matrices with their score, and the calibration data for its statistics."""
+        enabled = bool(self.batches)
+        cache = ActivationCache(
+            self.model, self.batches, enabled=enabled, scratch=self.scratch, processes=self.processes
+        )
+        return Trial(self.groups, Pruning(cache, self.score, self.score_options), self.snapshot, self.inputs)
+
+    def _nonzero(self) -> dict[str, int]:
+        return {group.name: group.nonzero() for group in self.groups}
+
+    def _sizes(self) -> dict[str, int]:
+        return {group.name: group.layer.numel for group in self.groups}
+
+    def _constraint(self) -> BudgetConstraint:
+        counts: dict[str, Sequence[int]] = {}
+        if isinstance(self.budget, LatencyTable) or getattr(self.budget, "kind", None) == "latency":
+            levels = levels_of(self.groups, 0.5, self.pattern, levels=self.levels)
+            counts = {name: level_counts for name, (level_counts, _) in levels.items()}
+        return BudgetConstraint.of(self.budget, self.groups, self.sparsity, counts)
+
+    def _target_sparsity(self) -> float | None:
+        """The target, if it is a number of weights that a sparsity gives, not a cost."""
+        return self.sparsity if self.constraint.budget.kind == "params" else None
+
+    def _around(self) -> float:
+        """Sparsity at the center of the grid of levels."""
+        target = self._target_sparsity()
+        return self.constraint.uniform_sparsity if target is None else target
+
+    def _levels(self) -> Levels:
+        return levels_of(self.groups, self._around(), self.pattern, levels=self.levels)
+
+    def _measure(self) -> dict[str, Curve]:
+        return measure_curves(
+            self.model,
+            self.curve_batches,
+            sparsity=self._around(),
+            score=self.score,
+            pattern=self.pattern,
+            metric=self.metric,
+            groups=self.groups,
+            levels=self.levels,
+            score_options=self.score_options,
+            score_data=self.batches,
+            resume=self.resume,
+            progress=self.progress,
+            method=self.curve_method,
+            minutes=self.minutes,
+            solve=lambda curves: self._allocate("dp", curves=curves),
+            scratch=None if self.scratch is None else self.scratch.folder,
+            processes=self.processes,
+        )
+
+    def _by_curves(self, curves: Mapping[str, Curve]) -> Allocation:
+        """Minimize the summed distortion, or with a correction the joint distortion."""
+        if self.correction == "none":
+            return self._allocate("dp", curves=curves)
+        measurement = self._measurement(self.curve_batches)
+
+        def joint(allocation: Allocation) -> float:
+            return self.trial.joint(measurement, allocation).mean
+
+        best = self._allocate("dp", curves=curves)
+        lowest = joint(best)
+        # measure curves around the uniform allocation, then around the new one, while the joint distortion falls
+        around = self._uniform() or best
+        for _ in range(2):
+            again = self.trial.relinearised_curves(measurement, self._levels(), around, self.progress)
+            around = self._allocate("dp", curves=again)
+            cost = joint(around)
+            if cost >= lowest:
+                break
+            best, lowest = around, cost
+        return best
+
+    def _refined(
+        self, programme: Allocation, curves: Mapping[str, Curve], settings: Refinement
+    ) -> tuple[Allocation, Descent]:
+        """Search from the programme's allocation."""
+        measurement, budget = self._measurement(self.judging), self.constraint.budget
+        return refine_allocation(
+            programme, self.trial, self.batches, measurement, curves, budget, settings, self.progress
+        )
+
+    def _by_rule(self) -> Allocation:
+        pruning = self.trial.pruning
+        if self.method == "global":
+            return self._allocate("global", scores=pruning.scores(self.groups))
+        if self.method == "lamp":  # LAMP squares the weights
+            return self._allocate("lamp", scores={group.name: group.targets[0].weight for group in self.groups})
+        if self.method == "owl":
+            return self._allocate("owl", outliers=Pruning(pruning.cache, "wanda").outliers(self.groups))
+        if self.method != "atp":
+            return self._allocate(self.method)
+        # the slope with the smallest joint distortion on the curves' data
+        assert self.sparsity is not None
+        blocks = {layer.block for layer in in_blocks([group.layer for group in self.groups])}
+        betas = atp_betas(self.sparsity, len(blocks))
+        candidates = [self._allocate("atp", beta=beta) for beta in betas[:: -(-len(betas) // _SLOPES)]]
+        measurement = self._measurement(self.curve_batches)
+        return min(candidates, key=lambda one: self.trial.joint(measurement, one).mean)
+
+    def _uniform(self) -> Allocation | None:
+        """Uniform sparsity within the budget; None if no uniform sparsity meets it."""
+        budget = self.constraint.budget
+        if self._target_sparsity() is not None:
+            return self._allocate("uniform")
+        any_count = budget.kind != "latency" and not self.pattern.startswith("N:")
+        uniform = self.constraint.uniform(self._nonzero(), None if any_count else self._levels())
+        if uniform is None:
+            return None
+        counts, patterns = uniform
+        cost = self.constraint.cost(counts)
+        return Allocation("uniform", self._sizes(), counts, None, patterns, budget.kind, cost)
+
+    def _allocate(self, method: str, **needed: Any) -> Allocation:
+        """Allocate weights to the groups; existing zeros stay zero."""
+        layers, sparsity = [group.layer for group in self.groups], self._target_sparsity()
+        allocation = allocate(
+            in_blocks(layers) if method == "atp" else layers,
+            sparsity,
+            method=method,
+            budget=self.constraint.budget if sparsity is None else None,
+            at_most=self._nonzero(),
+            **needed,
+        )
+        if self.pattern.startswith("N:") and not allocation.patterns:
+            allocation = snap(allocation, self._levels())
+        return allocation
+
+    def _fixed(self, pattern: NM) -> Allocation:
+        check_filled(self.groups, pattern.m)
+        numel = self._sizes()
+        counts = {name: size // pattern.m * pattern.n for name, size in numel.items()}
+        return Allocation("uniform", numel, counts, sum(counts.values()), dict.fromkeys(numel, str(pattern)))
+
+    def _measurement(self, batches: list[Batch]) -> Measurement:
+        return Measurement(self.model, batches, self.metric, like=self.trial.pruning.cache, scratch=self.scratch)
+
+    def _compare_and_prune(self, candidate: Allocation, programme: Allocation) -> tuple[Allocation, list[Additivity]]:
+        """Measure on held-out data, and prune; for allocations by curves, by the programme's or uniform sparsity if
+        that is better.
+
+        The candidate is measured last, so that the model is already pruned if it wins.
+        """
+        if not self.held_out:
+            self.notes.append("there was no held-out data: the cost of pruning was not measured")
+            self.trial.apply(candidate)
+            return candidate, []
+        by_curves = programme.method == "dp"
+        uniform = self._uniform() if by_curves else None
+        if by_curves and uniform is None:
+            self.notes.append("no uniform sparsity meets the budget: the allocation was compared with nothing")
+        measurement = self._measurement(self.held_out)
+        others = [one for one in (programme if candidate is not programme else None, uniform) if one is not None]
+        costs = [self.trial.additivity(measurement, one, stay=False) for one in others]
+        cost = self.trial.additivity(measurement, candidate, stay=True)
+        compared = [cost, *costs]
+        # a pruned model that overflows is never the best
+        best = min(
+            zip(compared, (candidate, *others), strict=True),
+            key=lambda pair: math.inf if math.isnan(pair[0].joint) else pair[0].joint,
+        )
+        if best[1] is candidate or not others:
+            self.notes += filter(None, [cost.note() if others else ""])
+            return candidate, compared
+        self.notes += _why_not(candidate, cost, *best)
+        self.snapshot.restore()
+        self.trial.apply(best[1])
+        return best[1], compared
+
+
+def _why_not(candidate: Allocation, cost: Additivity, best: Additivity, other: Allocation) -> list[str]:
+    """Notes on an allocation that another one beats on held-out data."""
+    if candidate.method == REFINED and other.method == "dp":
+        return [
+            f"the refined allocation costs {cost.joint:.4g} on held-out data, the programme's {best.joint:.4g}: the "
+            "model was pruned by the programme's"
+        ]
+    name = "refined allocation" if candidate.method == REFINED else "allocation by dynamic programming"
+    return [
+        f"the {name} costs {cost.joint:.4g} on held-out data, uniform sparsity {best.joint:.4g}: the model was pruned "
+        f"uniformly. The summed distortion of the allocation is {1 / cost.ratio:.2f} times its joint distortion"
+    ]

@@ -1,0 +1,75 @@
+"""The benchmark of allocations of a language model: what it prints of its results, and its page."""
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+import scipy.stats
+from comparison_runs import benchmark_modules
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = {
+    "name": "small", "samples": 4, "curve_samples": 2, "judge_samples": 4, "eval_samples": 4, "seq_len": 8,
+    "anchor_minutes": 1.0, "refine_minutes": 2.0, "weights": "abcdef0123", "dtype": "bfloat16",
+}  # fmt: skip
+MACHINE = {"machine": "m, 1 threads, torch 2, commit aaa", "load": 1.5, "processors": 2}
+
+
+@pytest.fixture(scope="module")
+def evidence():
+    yield from (parts.evidence for parts in benchmark_modules("pruning", ("evidence",)))
+
+
+def row(score, sparsity, seed, allocation, kl, **more):
+    cell = {"score": score, "sparsity": sparsity, "seed": seed, "allocation": allocation, "kl": kl}
+    return cell | {"perplexity": 10 * kl, "seconds": 7.0, "gib": 1.25} | MACHINE | more
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(line) + "\n" for line in [SETTINGS, *rows]))
+    return path
+
+
+def test_the_table_pairs_the_seeds_and_says_what_is_missing(evidence, tmp_path):
+    uniform, refined = {0: 1.0, 1: 1.2, 2: 1.1}, {0: 0.8, 1: 1.0, 2: 0.95}
+    rows = [row("", 0.0, 0, "dense", 0.0, perplexity=3.25, load=0.5)]
+    rows += [row("wanda", 0.6, seed, "uniform", kl) for seed, kl in uniform.items()]
+    rows += [row("wanda", 0.6, seed, "refined", kl, seconds=90.0, gib=1 + seed) for seed, kl in refined.items()]
+    rows += [row("wanda", 0.6, 0, "owl", 1.5, machine="m, 1 threads, torch 2, commit bbb")]
+    rows += [row("wanda", 0.0, 0, "curves fisher", 0.0)]
+    rows += [row("wanda", 0.6, seed, "anchored", kl) for seed, kl in uniform.items()]
+    rows += [
+        row(score, 0.7, seed, "uniform", kl) for score, kl in (("alps", 1.0), ("sparsegpt", 2.0)) for seed in (0, 1)
+    ]
+    text = evidence.table(write(tmp_path / "r.jsonl", rows))
+    percent = [100 * (refined[seed] / uniform[seed] - 1) for seed in range(3)]
+    low, high = scipy.stats.t.interval(0.95, 2, statistics.mean(percent), scipy.stats.sem(percent))
+    lines = text.splitlines()
+    assert "| Wanda 60%, uniform | 0, 1, 2 | 1.1000 | – | 11.00 | 7 | 1.25 |" in lines
+    assert "| Wanda 60%, OWL | 0 | 1.5000 | +50.0 | 15.00 | 7 | 1.25 |" in lines
+    assert (
+        f"| Wanda 60%, DP anchored and refined | 0, 1, 2 | 0.9167 | {statistics.mean(percent):+.1f} "
+        f"[{low:+.1f}, {high:+.1f}] | 9.17 | 90 | 3.00 |"
+    ) in lines
+    percent = f"{statistics.mean(percent):+.1f} [{low:+.1f}, {high:+.1f}]"
+    assert f"| Wanda 60%, DP anchored and refined, to DP anchored | {percent} |" in lines
+    assert "| ALPS 70%, uniform, to SparseGPT uniform | -50.0 [-50.0, -50.0] |" in lines
+    assert "perplexity 3.25 before pruning" in text and "abcdef01)" in text
+    assert "m, 1 threads, torch 2, commits aaa, bbb; load 0.5 to 1.5 on 2 processors" in text
+    missing = lines[-1]
+    assert missing.startswith("Not measured: Wanda 50%; Wanda 60%: ATP, DP measured by block, evolution;")
+    assert "; ALPS 60%; ALPS 70%: OWL, " in missing
+
+
+def test_measured_and_fisher_curves_serve_all_sparsities(evidence):
+    cells = [evidence.Cell("wanda", sparsity, 1, "refined") for sparsity in (0.5, 0.6)]
+    for kind, count in (("measured", 1), ("fisher", 1), ("anchored", 2)):
+        keys = {evidence.curves_of(cell, kind) for cell in cells}
+        assert len(keys) == count and {key.seed for key in keys} == {1}
+
+
+def test_the_page_is_that_of_the_committed_results(evidence):
+    page = (ROOT / evidence.PAGE).read_text("utf-8")
+    for file in sorted((ROOT / "docs" / "results").glob("prune-evidence-*.jsonl")):
+        assert f"<!-- table:{file.stem} -->\n{evidence.table(file)}\n<!-- /table:{file.stem} -->" in page

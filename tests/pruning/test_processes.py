@@ -1,0 +1,92 @@
+"""``leanstep prune --nproc``: the folder that one process writes, also after one of several was killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from pruned_models import make_llama, save_model
+from texts import sentences
+
+SMALL = ["--samples", "12", "--batch-size", "4", "--curve-samples", "3", "--held-out", "2", "--seq-len", "24"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    save_model(make_llama(2), folder / "model", max_shard_size="12KB")
+    (folder / "text.txt").write_text(sentences(60))
+    return folder
+
+
+def command(base, out, *more):
+    data = ["--data", str(base / "text.txt"), "--sparsity", "0.6", "--curves", "measured", *SMALL]
+    return [sys.executable, "-P", "-m", "leanstep", "prune", str(base / "model"), "--out", str(out), *data, *more]
+
+
+def run(arguments):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
+
+
+def weights(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_killed_process_ends_the_others_in_one_line_and_one_alone_goes_on(base, tmp_path):
+    assert run(command(base, tmp_path / "one")).returncode == 0
+    out, points = tmp_path / "out", tmp_path / "out.curves.jsonl"
+    process = subprocess.Popen(
+        command(base, out, "--nproc", "2"),
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        until = time.monotonic() + 300
+        while not points.exists() or points.read_bytes().count(b"\n") < 20:
+            assert process.poll() is None and time.monotonic() < until, process.communicate()
+            time.sleep(0.05)
+        os.kill(second_worker_of(process.pid), signal.SIGKILL)
+        printed, errors = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert process.returncode == 1 and printed == ""
+    assert errors == "error: process 1 was ended by SIGKILL; the same command with --resume continues the run\n"
+    assert not out.exists() and points.exists()
+    refused = run(command(base, out, "--nproc", "2"))
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "go on with it (--resume)" in refused.stderr
+    assert run(command(base, out, "--resume")).returncode == 0
+    assert weights(out) == weights(tmp_path / "one")
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "out"}
+
+
+def second_worker_of(launcher):
+    """Number of the worker of rank 1."""
+    for path in sorted(os.listdir("/proc")):
+        if not path.isdigit():
+            continue
+        try:
+            with open(f"/proc/{path}/status") as status, open(f"/proc/{path}/environ", "rb") as environ:
+                is_child = f"PPid:\t{launcher}\n" in status.read()
+                if is_child and b"RANK=1" in environ.read().split(b"\0"):
+                    return int(path)
+        except OSError:
+            continue
+    raise AssertionError("there is no worker of rank 1")
+
+
+@pytest.mark.slow
+def test_processes_of_another_number_than_those_that_run_are_refused(base, tmp_path):
+    environment = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "RANK": "0"}
+    several = subprocess.run(
+        command(base, tmp_path / "out"), env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+    assert several.returncode == 2 and "expected the processes of one machine" in several.stderr
+    assert run(command(base, tmp_path / "out", "--nproc", "0")).returncode == 2
+    assert list(tmp_path.iterdir()) == []
