@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
+from leanstep.kernels._modes import is_traced
 from leanstep.kernels.cpp_impl._build import TYPES, call
 from leanstep.kernels.cpp_impl.sparse import linear as cpp
 from leanstep.kernels.reference.nm import matmul as reference
@@ -104,7 +105,7 @@ def nm_matmul(x: Tensor, values: Tensor, indices: Tensor, m: int) -> Tensor:
             "with nm_decompress(values, indices, m)"
         )
     flat = x.reshape(-1, x.shape[-1])
-    if torch.compiler.is_compiling():
+    if is_traced(x) or is_traced(values):
         return torch.ops.leanstep.nm_matmul(flat, values, indices, m).view(*x.shape[:-1], values.shape[0])
     return _run(flat, values, indices, m).view(*x.shape[:-1], values.shape[0])
 
@@ -117,7 +118,7 @@ def _run(x: Tensor, values: Tensor, indices: Tensor, m: int) -> Tensor:
     if backend == "cpp":
         x, values, indices = x.contiguous(), values.contiguous(), indices.contiguous()
         if len(x) > MOST_EXPANDED and (values.shape[-1], m) == (2, 4) and (mask := _bits(indices)) is not None:
-            offsets = torch.arange(len(mask) + 1) * values[0].numel()
+            offsets = torch.arange(len(mask) + 1, device=values.device) * values[0].numel()
             return cpp.bitmask_linear(x, values.flatten(), mask, offsets, None, None)
         out = x.new_empty(x.shape[0], values.shape[0])
         macros = {"VALUE": TYPES[x.dtype]}
@@ -135,8 +136,8 @@ def _bits(indices: Tensor) -> Tensor | None:
 
     None if a pair of indices does not ascend below 4.
     """
-    mask = torch.empty(len(indices), -(-indices.shape[1] // 8), dtype=torch.int32)
-    valid = torch.zeros(1, dtype=torch.int32)
+    mask = indices.new_empty(len(indices), -(-indices.shape[1] // 8), dtype=torch.int32)
+    valid = indices.new_zeros(1, dtype=torch.int32)
     call("nm/matmul", "nm_bits", {"VALUE": "float"}, indices, mask, valid, *indices.shape[:2])
     return mask if valid else None
 
