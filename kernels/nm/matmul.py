@@ -82,11 +82,12 @@ def nm_matmul(x: Tensor, values: Tensor, indices: Tensor, m: int) -> Tensor:
         Computes in fp32 (fp64 for fp64) and rounds once. A CPU with AVX-512 expands a 2:4 matrix in registers, and
         reads it once, for up to 8 rows of x. More rows run as :func:`bitmask_linear`, with a mask of one bit per entry
         that is made for the call, unless the indices of a group do not ascend. A CPU with AVX-512 reads other matrices
-        with an M of at most 32 once per 4 rows, for up to 4 rows (8 in bf16). All others are read once per 64 rows. A GPU reads the matrix once per 4 rows. All but 2:4 do n / m of
-        the dense product's multiplications. bf16 dot products of a CPU take subnormal numbers for zero. From 32 rows
-        on, a GPU forms the dense matrix first, as the reference does, in scratch memory of its size.
-        :func:`bitmask_linear` of the same matrix is faster where a third or more of its entries are nonzero, as with
-        4:8. ``benchmarks/sparsity/matmul.py`` measures where either is faster than the dense product.
+        with an M of at most 32 once per 4 rows, for up to 4 rows (8 in bf16). All others are read once per 64 rows. A
+        GPU reads the matrix once per 4 rows. All but 2:4 do n / m of the dense product's multiplications. bf16 dot
+        products of a CPU take subnormal numbers for zero. From 32 rows on, a GPU forms the dense matrix first, as the
+        reference does, in scratch memory of its size. :func:`bitmask_linear` of the same matrix is faster where a third
+        or more of its entries are nonzero, as with 4:8. ``benchmarks/sparsity/matmul.py`` measures where either is
+        faster than the dense product.
     """
     _check_compressed(values, indices, m, "nm_matmul")
     if values.dim() != 3 or x.dim() == 0 or x.shape[-1] != values.shape[1] * m:
