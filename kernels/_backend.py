@@ -75,6 +75,14 @@ OPS: dict[str, tuple[str, ...]] = {
 # These ops have only a C++ version; on any other requested backend they run as plain torch.
 _TORCH_ELSEWHERE = ("nonfinite_flags", "adamw_step", "few_token_linear")
 _SPARSE = ("bitmask_linear", "few_token_linear")
+# the C++ kernels that a wheel holds for newer instructions than others
+_KERNELS = {
+    "bitmask_linear": "sparse/linear",
+    "few_token_linear": "sparse/dense",
+    "lion_step_int8": "steps/lion_int8",
+    "lion_agreement_int8": "steps/lion_int8",
+    "average_step_int8": "steps/average_int8",
+}
 
 _requested: contextvars.ContextVar[str] = contextvars.ContextVar("leanstep_backend", default="auto")
 
@@ -188,8 +196,7 @@ def choose(op: str, device: torch.device, *dtypes: torch.dtype) -> Choice:
     if OPS[op] == _PRODUCTS:
         return Choice("reference", "products of torch's BLAS")
     reason = why_not(op, "cpp", device, *dtypes)
-    family = "sparse" if op == "bitmask_linear" else "others"
-    return Choice("reference", reason) if reason else Choice("cpp", f"CPU, {origin(family)}")
+    return Choice("reference", reason) if reason else Choice("cpp", f"CPU, {origin(_KERNELS.get(op, op))}")
 
 
 def backend_table() -> list[tuple[str, str, str, str]]:

@@ -1,4 +1,4 @@
-"""Where kernels must not run: tensors without memory of their own, torch.compile, and dispatch modes."""
+"""Where kernels must not run: tensors without memory of their own, graphs, transforms, and dispatch modes."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -9,8 +9,15 @@ Result = TypeVar("Result")
 
 
 def is_traced(tensor: torch.Tensor) -> bool:
-    """Whether no kernel can run on a tensor: under torch.compile, or for a subclass such as a fake tensor."""
-    return torch.compiler.is_compiling() or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
+    """Whether no kernel can run on a tensor: a graph is recorded, torch.func transforms it, or it is a fake tensor."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    return in_transform() or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
+
+
+def in_transform() -> bool:
+    """Whether a transform of torch.func, such as vmap, is on, outside torch.compile: its tensors have no memory."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def in_dispatch_mode() -> bool:

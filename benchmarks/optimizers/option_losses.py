@@ -6,8 +6,8 @@ Trains every row of a table from each seed, one run after the other. Finished ru
 interrupted command continues. Runs of one seed share batches, and weights where they start, so losses are compared in
 pairs: a row has the mean difference to the row above it that it is compared with, and its interval of Student's t.
 
-The table "int8" has all averages in 8 bits, those of the AdamW fallback too, except those of vectors. In "qk-clip" a
-run is one whose logits pass the threshold; it prints how many heads did.
+The table "int8" has all averages in 8 bits, those of the AdamW fallback too, except those of vectors. "qk-clip" also
+prints each run's largest logit, and how many heads were clipped in all.
 """
 
 from __future__ import annotations

@@ -59,8 +59,9 @@ SCORES = {"wanda": "Wanda", "sparsegpt": "SparseGPT", "alps": "ALPS"}
 BASELINE = "uniform"
 # (score, allocation) beside another; "" stands for each score
 PAIRS = (
-    ("", "anchored", "", "measured"), ("", "anchored", "", "atp"), ("", "refined", "", "anchored"),
-    ("", "refined", "", "evolution"), ("alps", "uniform", "sparsegpt", "uniform"),
+    ("", "anchored", "", "measured"), ("", "anchored", "", "owl"), ("", "anchored", "", "atp"),
+    ("", "refined", "", "anchored"), ("", "refined", "", "evolution"), ("sparsegpt", "uniform", "wanda", "uniform"),
+    ("sparsegpt", "uniform", "wanda", "refined"), ("alps", "uniform", "sparsegpt", "uniform"),
 )  # fmt: skip
 # sparsities of the curves' levels, for all targets: of matrices, of blocks
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
@@ -300,7 +301,7 @@ def _lines(cells: Mapping[Cell, Row]) -> Iterator[list[str]]:
             f"{means['kl']:.4f}",
             "–" if name == BASELINE else difference(of_seed, base),
             f"{means['perplexity']:.2f}",
-            f"{means['seconds']:.0f}",
+            f"{means['seconds']:.1f}",
             f"{max(row['gib'] for row in of_seed.values()):.2f}",
         ]
 
@@ -366,6 +367,8 @@ def _missing(cells: list[Cell]) -> str:
             ]
             if len(names) == len(ALLOCATIONS):
                 texts.append(f"{label} {sparsity:.0%}")
+            elif names == [name for key, name in ALLOCATIONS.items() if key != BASELINE]:
+                texts.append(f"{label} {sparsity:.0%}: all but {BASELINE}")
             elif names:
                 texts.append(f"{label} {sparsity:.0%}: {', '.join(names)}")
     return f"Not measured: {'; '.join(texts)}." if texts else ""

@@ -78,12 +78,12 @@ def uses_prebuilt() -> bool:
     return os.environ.get("LEANSTEP_PREBUILT", "1") not in ("", "0") and bool(_prebuilt.installed_levels())
 
 
-def origin(family: str) -> str:
-    """Say in words where the C++ kernels of a family (``steps``, ``sparse``, ...) come from."""
+def origin(kernel: str) -> str:
+    """Say in words where a C++ kernel (``steps/lion_int8``, ...) comes from."""
     if uses_prebuilt():
         names = dict(_prebuilt.installed_levels())
         for level in _prebuilt.levels():
-            if level.name in names and level.only in (None, family):
+            if level.name in names and (level.only is None or kernel.startswith(level.only)):
                 return f"prebuilt for {level.name}"
     return "built on first use by a C++ compiler"
 

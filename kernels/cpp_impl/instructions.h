@@ -6,7 +6,8 @@
 #endif
 
 #if !defined(ISA)
-#if defined(__AVX512VBMI__) && defined(__AVX512VBMI2__) && defined(__AVX512VNNI__) && defined(__AVX512BF16__)
+#if defined(__AVX512VBMI__) && defined(__AVX512VBMI2__) && defined(__AVX512VNNI__) && defined(__AVX512BF16__) && \
+    defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define ISA 3
 #elif defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define ISA 2

@@ -39,6 +39,9 @@ def _runs_loop(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     tensors = [x, weight] if bias is None else [x, weight, bias]
     if any(is_traced(tensor) or tensor.dtype is not x.dtype or tensor.device != x.device for tensor in tensors):
         return False
+    # a kernel reads memory, where numbers of such a view have the other sign
+    if any(tensor.is_neg() for tensor in tensors):
+        return False
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return False
     if x.device.type != "cpu" or x.dtype not in SPARSE_TYPES or in_dispatch_mode() or torch.is_autocast_enabled("cpu"):

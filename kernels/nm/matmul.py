@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
+from leanstep.kernels._modes import is_traced
 from leanstep.kernels.cpp_impl._build import TYPES, call
 from leanstep.kernels.cpp_impl.sparse import linear as cpp
 from leanstep.kernels.reference.nm import matmul as reference
@@ -80,12 +81,13 @@ def nm_matmul(x: Tensor, values: Tensor, indices: Tensor, m: int) -> Tensor:
     Notes:
         Computes in fp32 (fp64 for fp64) and rounds once. A CPU with AVX-512 expands a 2:4 matrix in registers, and
         reads it once, for up to 8 rows of x. More rows run as :func:`bitmask_linear`, with a mask of one bit per entry
-        that is made for the call. It reads other matrices with an M of at most 32 once per 4 rows, for up to 4 rows (8
-        in bf16). All others are read once per 64 rows. A GPU reads the matrix once per 4 rows. All but 2:4 do n / m of
-        the dense product's multiplications. bf16 dot products of a CPU take subnormal numbers for zero. From 32 rows
-        on, a GPU forms the dense matrix first, as the reference does, in scratch memory of its size.
-        :func:`bitmask_linear` of the same matrix is faster where a third or more of its entries are nonzero, as with
-        4:8. ``benchmarks/sparsity/matmul.py`` measures where either is faster than the dense product.
+        that is made for the call, unless the indices of a group do not ascend. A CPU with AVX-512 reads other matrices
+        with an M of at most 32 once per 4 rows, for up to 4 rows (8 in bf16). All others are read once per 64 rows. A
+        GPU reads the matrix once per 4 rows. All but 2:4 do n / m of the dense product's multiplications. bf16 dot
+        products of a CPU take subnormal numbers for zero. From 32 rows on, a GPU forms the dense matrix first, as the
+        reference does, in scratch memory of its size. :func:`bitmask_linear` of the same matrix is faster where a third
+        or more of its entries are nonzero, as with 4:8. ``benchmarks/sparsity/matmul.py`` measures where either is
+        faster than the dense product.
     """
     _check_compressed(values, indices, m, "nm_matmul")
     if values.dim() != 3 or x.dim() == 0 or x.shape[-1] != values.shape[1] * m:
@@ -104,7 +106,7 @@ def nm_matmul(x: Tensor, values: Tensor, indices: Tensor, m: int) -> Tensor:
             "with nm_decompress(values, indices, m)"
         )
     flat = x.reshape(-1, x.shape[-1])
-    if torch.compiler.is_compiling():
+    if is_traced(x) or is_traced(values):
         return torch.ops.leanstep.nm_matmul(flat, values, indices, m).view(*x.shape[:-1], values.shape[0])
     return _run(flat, values, indices, m).view(*x.shape[:-1], values.shape[0])
 
@@ -117,7 +119,7 @@ def _run(x: Tensor, values: Tensor, indices: Tensor, m: int) -> Tensor:
     if backend == "cpp":
         x, values, indices = x.contiguous(), values.contiguous(), indices.contiguous()
         if len(x) > MOST_EXPANDED and (values.shape[-1], m) == (2, 4) and (mask := _bits(indices)) is not None:
-            offsets = torch.arange(len(mask) + 1) * values[0].numel()
+            offsets = torch.arange(len(mask) + 1, device=values.device) * values[0].numel()
             return cpp.bitmask_linear(x, values.flatten(), mask, offsets, None, None)
         out = x.new_empty(x.shape[0], values.shape[0])
         macros = {"VALUE": TYPES[x.dtype]}
@@ -135,8 +137,8 @@ def _bits(indices: Tensor) -> Tensor | None:
 
     None if a pair of indices does not ascend below 4.
     """
-    mask = torch.empty(len(indices), -(-indices.shape[1] // 8), dtype=torch.int32)
-    valid = torch.zeros(1, dtype=torch.int32)
+    mask = indices.new_empty(len(indices), -(-indices.shape[1] // 8), dtype=torch.int32)
+    valid = indices.new_zeros(1, dtype=torch.int32)
     call("nm/matmul", "nm_bits", {"VALUE": "float"}, indices, mask, valid, *indices.shape[:2])
     return mask if valid else None
 

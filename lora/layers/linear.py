@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from leanstep._torch import is_dtensor
-from leanstep.kernels._modes import outside_dispatch_modes
+from leanstep.kernels._modes import in_transform, outside_dispatch_modes
 from leanstep.lora.config import is_pissa
 from leanstep.lora.layers.autograd import Setting, Weights, dense_weight, lora_linears, new_seed, seeded_dropout
 from leanstep.lora.layers.contraction import ContractionPath, contraction_path
@@ -158,7 +158,7 @@ def why_not_fast(lora: Adapter, tensors: dict[str, Tensor | None]) -> str | None
     for name, tensor in tensors.items():
         if is_dtensor(tensor):
             return f"{name} is sharded (DTensor), which only torch's own operations can multiply"
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+    if in_transform():
         return "inside a torch.func transform, which the fast path's autograd function does not support"
     return None
 

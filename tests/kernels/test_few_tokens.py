@@ -8,6 +8,7 @@ from leanstep.kernels import few_token_linear, use_backend
 from leanstep.kernels.cpp_impl._build import library, why_not_cpp
 from leanstep.kernels.cpp_impl.sparse import linear as cpp
 from leanstep.kernels.matrices import few_tokens
+from leanstep.sparsity import to_few_token_linear
 
 needs_cpp = pytest.mark.skipif(why_not_cpp() is not None, reason=f"needs the C++ kernels: {why_not_cpp()}")
 
@@ -65,6 +66,31 @@ def test_the_loop_runs_for_one_token_of_bf16_and_torch_for_all_else(monkeypatch)
     assert len(calls) == 2
     few_token_linear(x, parameter).float().sum().backward()
     assert parameter.grad.abs().sum() > 0
+
+
+@needs_cpp
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda layer, x: torch.jit.trace(layer, torch.zeros_like(x))(x),
+        lambda layer, x: torch.fx.symbolic_trace(layer)(x),
+        lambda layer, x: torch.export.export(layer, (torch.zeros_like(x),)).module()(x),
+        lambda layer, x: torch.func.vmap(layer)(x),
+        lambda layer, x: torch.func.jvp(layer, (x,), (x,))[0],
+        lambda layer, x: layer(torch._neg_view(-x)),
+    ],
+    ids=["jit", "fx", "export", "vmap", "jvp", "negative"],
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@torch.no_grad()
+def test_what_reads_no_memory_or_records_is_torchs(run, monkeypatch):
+    """A recorded call must be a graph of torch's operations, not the numbers of one example."""
+    monkeypatch.setattr(cpp, "is_faster_than_torch", lambda x: x.dtype is torch.bfloat16)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32)).bfloat16()
+    x = torch.randn(1, 64).bfloat16()
+    expected = model(x)
+    to_few_token_linear(model)
+    torch.testing.assert_close(run(model, x), expected, rtol=0.02, atol=0.02)
 
 
 def test_torch_says_what_is_wrong():

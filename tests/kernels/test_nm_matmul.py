@@ -84,6 +84,15 @@ def test_pairs_in_any_order_are_multiplied_as_the_formula_says(dtype, tokens):
     assert ((nm_matmul(x, values, indices, 4).double() - exact).abs() <= bound).all()
 
 
+def test_a_default_device_does_not_move_the_mask():
+    """More rows than are expanded in registers need a mask; it lies where the matrix lies."""
+    weight, x = sparse(2, 4, torch.float32, rows=9, groups=16), torch.randn(12, 64)
+    compressed = nm_compress(weight, 2, 4)
+    with torch.device("meta"):
+        product = nm_matmul(x, *compressed, 4)
+    torch.testing.assert_close(product, x @ weight.T)
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 16, 40, 70])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize(("n", "m"), PATTERNS)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from leanstep import Lion, SinkGD, cli
-from leanstep.kernels import BackendError, use_backend
+from leanstep.kernels import BackendError, _backend, use_backend
 from leanstep.kernels._backend import choose
 from leanstep.kernels.cpp_impl import _build, _prebuilt
 from leanstep.kernels.steps import common
@@ -39,6 +39,26 @@ def test_levels_of_a_processor(machine, features, names):
     key = "Features" if machine == "aarch64" else "flags"
     lines = ["model name\t: some", f"{key}\t\t: {features}", "", f"{key}\t\t: other"]
     assert [level.name for level in _prebuilt.levels_of(machine, lines)] == names
+
+
+@pytest.mark.parametrize(
+    ("op", "level"),
+    [
+        ("bitmask_linear", "x86-64-v4-bf16"),
+        ("few_token_linear", "x86-64-v4-bf16"),
+        ("lion_step_int8", "x86-64-v4-bf16"),
+        ("average_step_int8", "x86-64-v4-bf16"),
+        ("lion_step", "x86-64-v4"),
+        ("nm_matmul", "x86-64-v4"),
+    ],
+)
+def test_the_reason_names_the_level_that_runs(op, level, monkeypatch):
+    levels = _prebuilt.LEVELS["x86_64"]
+    monkeypatch.delenv("LEANSTEP_PREBUILT", raising=False)
+    monkeypatch.setattr(_prebuilt, "levels", lambda: levels)
+    monkeypatch.setattr(_prebuilt, "installed_levels", lambda: [(level.name, 1) for level in levels])
+    monkeypatch.setattr(_backend, "why_not_cpp", lambda: None)
+    assert choose(op, CPU, torch.float32) == ("cpp", f"CPU, prebuilt for {level}")
 
 
 def test_every_listed_kernel_exists_and_is_listed_once():

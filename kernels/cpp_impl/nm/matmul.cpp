@@ -1,8 +1,8 @@
 // Products with a compressed N:M matrix: reference/nm/matmul.py. VALUE: float or bf16.
 //
-// With AVX-512 and few rows of x, the weights of a 2:4 matrix are expanded in registers; for other M of at most 32, stored
-// weights select their entries of x. Otherwise WIDE or NARROW rows of x are laid side by side, so that a stored weight multiplies vectors. If x has one row, every row of
-// the matrix gathers its entries.
+// With AVX-512 and few rows of x, the weights of a 2:4 matrix are expanded in registers; for other M of at most 32,
+// stored weights select their entries of x. Otherwise WIDE or NARROW rows of x are laid side by side, so that a stored
+// weight multiplies vectors. If x has one row, every row of the matrix gathers its entries.
 #include "common.h"
 #include "instructions.h"
 
@@ -437,14 +437,11 @@ void expand_tile(const Compressed& w, const VALUE* x, VALUE* out, int64_t count,
     }
 }
 
+// at most MOST_EXPANDED tokens
 void expand_few(const Compressed& w, const VALUE* x, VALUE* out, int64_t tokens, int threads) {
-    const int64_t in = w.groups * w.m;
-    for (int64_t t = 0; t < tokens; t += 8) {
-        const int64_t count = std::min<int64_t>(8, tokens - t);
-        const auto few = count == 1 ? expand_tile<1> : expand_tile<2>;
-        const auto multiply = count <= 2 ? few : count <= 4 ? expand_tile<4> : expand_tile<8>;
-        multiply(w, x + t * in, out + t * w.rows, count, threads);
-    }
+    const auto few = tokens == 1 ? expand_tile<1> : expand_tile<2>;
+    const auto multiply = tokens <= 2 ? few : tokens <= 4 ? expand_tile<4> : expand_tile<MOST_EXPANDED>;
+    multiply(w, x, out, tokens, threads);
 }
 #endif
 
