@@ -108,7 +108,7 @@ def test_a_model_whose_activations_are_not_cached_is_pruned_block_by_block_too(m
         model = make_gpt2()
         with monkeypatch.context() as patched:
             if not cached:
-                patched.setattr(ActivationCache, "_find_starts", lambda self: self.disable("not cached"))
+                patched.setattr(ActivationCache, "_find_starts", lambda self, _: self.disable("not cached"))
             result = prune(model, data, sparsity=0.6, allocation="uniform", score="sparsegpt", held_out=False)
         assert ("not cached" in result.notes) != cached
         weights.append({target.name: target.weight.clone() for target in find_targets(model)})
