@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from leanstep._memory import free_memory
+
 T = TypeVar("T")
 
 # one process may search or compute for long while the others wait; the end of a process closes its connections at once
@@ -85,7 +87,12 @@ class Processes:
             raise content[1]
         return content[0]
 
-    def gather(self, value: T) -> list[T]:
+    def free_memory(self, device: str | torch.device) -> int | None:
+        """Free bytes of a device that this process may take: an equal part of the machine's, all of a GPU's."""
+        free = free_memory(device)
+        return free if free is None or torch.device(device).type != "cpu" else free // self.size
+
+    def all_gather(self, value: T) -> list[T]:
         """The values of all processes, in their order."""
         if self.size == 1:
             return [value]
@@ -96,9 +103,9 @@ class Processes:
 
     def merged(self, values: Mapping[str, T]) -> dict[str, T]:
         """The entries of all processes."""
-        return {name: value for part in self.gather(dict(values)) for name, value in part.items()}
+        return {name: value for part in self.all_gather(dict(values)) for name, value in part.items()}
 
-    def add_up(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, with the same bits in each; may be the tensor itself."""
         if self.size == 1:
             return tensor
@@ -107,7 +114,7 @@ class Processes:
             dist.all_reduce(total, group=self.group)
         return total.to(tensor.device)
 
-    def send(self, tensor: Tensor, source: int) -> Tensor:
+    def broadcast(self, tensor: Tensor, source: int) -> Tensor:
         """A tensor of the process ``source``; the others give one of its shape and dtype, which is overwritten."""
         if self.size == 1:
             return tensor
@@ -120,6 +127,16 @@ class Processes:
     def _global(self, rank: int) -> int:
         assert self.group is not None
         return dist.get_global_rank(self.group, rank)
+
+
+def is_first_to_fail() -> bool:
+    """Whether no other process of the run has called this before. An error of several is printed once then."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return int(os.environ.get("RANK", "0")) == 0
+    try:
+        return dist.distributed_c10d._get_default_store().add("leanstep.failed", 1) == 1
+    except RuntimeError:  # the process that serves the store has ended, with an error of its own
+        return False
 
 
 @contextmanager

@@ -104,7 +104,8 @@ def prune(
         scratch: see :func:`measure_curves`.
         processes: those that prune this model together, each with all of it and all data. The calibration batches, and
             the points of curves, exchanges and matrices of a block are spread over them. The result is that of one
-            process: bit for bit, but for sums of Gram matrices, which are added in another order. None: this one.
+            process with as many threads: bit for bit, but for sums of Gram matrices, which are added in another order.
+            None: this one.
 
     Returns:
         :class:`PruneResult`.

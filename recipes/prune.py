@@ -64,10 +64,12 @@ def _run(options: argparse.Namespace) -> int:
             return _dry_run(options)
         result = _prune(options)
     except (ValueError, ImportError, OSError) as error:
-        code = 1 if isinstance(error, OSError) else 2
-        if rank == 0 or code == 1:
+        from leanstep._processes import is_first_to_fail
+
+        # of several processes all meet most errors, and one alone may meet others
+        if is_first_to_fail():
             print(f"error: {one_line(error)}", file=sys.stderr)
-        return code
+        return 1 if isinstance(error, OSError) else 2
     except KeyboardInterrupt:
         state = "holds the pruned model" if Path(options.out).exists() else "was not created"
         if rank == 0:

@@ -38,6 +38,10 @@ class Method:
     embeddings: str = "adamw"
     roles: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    def start_for(self, model: str) -> tuple[float, float] | None:
+        """Where the search begins on a model, for example ``"gpt-nano"``: its own start, or that of all models."""
+        return MOVED_STARTS.get((self.label, model), self.start) if self.start else None
+
     @property
     def definition(self) -> dict[str, Any]:
         """All that decides a result besides protocol and run."""
@@ -97,6 +101,9 @@ _UNSCALED = {"scale": 1.0}
 _SPARSE_MFAC = {"window": 256, "damping": 1e-4, "compression": "topk", "density": 0.01, "momentum": 0.9}
 _SINKGD, _LANTON = "leanstep.optimizers:SinkGD", "leanstep.optimizers:LANTON"
 _LION, _MFAC = "leanstep.optimizers:Lion", "leanstep.optimizers:MFAC"
+
+# searches from the start of all models that ended on an edge, by label and model
+MOVED_STARTS = {("LANTON", "gpt-nano"): (2e-2, 5e-3), ("LANTON, plain", "gpt-nano"): (2e-2, 5e-3)}
 
 # in the order in which they run: the first answers come first
 METHODS = {

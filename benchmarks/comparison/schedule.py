@@ -27,8 +27,8 @@ class Scheduler:
     def __init__(self, results: Results, writer: Writer, methods: list[str], budget: int, workers: int,
                  minutes: float) -> None:  # fmt: skip
         self.results, self.writer, self.methods = results, writer, methods
-        self.search = Search.of_this_version(budget)
         self.protocol: Protocol = results.protocol
+        self.search = Search.of_this_version(budget, self.protocol.model)
         self.workers = workers
         self.deadline = time.monotonic() + 60 * minutes if minutes else math.inf
         self.edges: dict[str, str] = {}

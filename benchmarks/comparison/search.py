@@ -31,9 +31,10 @@ class Search(NamedTuple):
     starts: Mapping[str, tuple[float, float]]
 
     @classmethod
-    def of_this_version(cls, budget: int) -> Search:
-        """The starts of :data:`comparison.methods.METHODS`."""
-        return cls(budget, {name: method.start for name, method in METHODS.items() if method.start is not None})
+    def of_this_version(cls, budget: int, model: str) -> Search:
+        """The starts of :data:`comparison.methods.METHODS` on a model."""
+        starts = {name: method.start_for(model) for name, method in METHODS.items()}
+        return cls(budget, {name: start for name, start in starts.items() if start is not None})
 
 
 class Plan(NamedTuple):
@@ -157,5 +158,5 @@ def _edge(run: Run, budget: int, diverged: bool) -> str:
     return (
         f"{run.method}: the best learning rates, {where}, are on the edge of those tried, and all {budget} tuning "
         f"runs are spent; give all methods a larger budget (--budget {budget + 4}), or move the start of {run.method} "
-        f"in {source}; finished runs are used again"
+        f"(MOVED_STARTS in {source}); finished runs are used again"
     )

@@ -12,6 +12,8 @@ from comparison.tables import markdown, replace_blocks
 from leanstep._charts import Quantity, bars
 
 PAGE = "docs/measured.md"
+# what the pictures say over the bars; other titles stand as they are
+HEADINGS = {"smollm2": "Generation by SmolLM2-135M", "llama-1b": "Generation by a LLaMA of 1.1B with random weights"}
 
 
 def tables(path: Path) -> dict[str, str]:
@@ -57,7 +59,7 @@ def _bars(title: str, calls: list[dict[str, Any]]) -> str:
     ]
     if all("perplexity" in row for row in rows):
         quantities.append(quantity("Perplexity", [row["perplexity"] for row in rows], "{:.2f}"))
-    return bars(list(models), quantities, title=title, notes=[calls[0]["machine"]])
+    return bars(list(models), quantities, title=HEADINGS.get(title, title), notes=[calls[0]["machine"]])
 
 
 def _block(calls: list[dict[str, Any]]) -> str:

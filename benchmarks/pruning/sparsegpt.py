@@ -3,8 +3,7 @@
     python benchmarks pruning/sparsegpt runs/smollm2 runs/smollm2-60 --sparsity 0.6
 
 This is ``leanstep prune FOLDER --out OUT --sparsity S --score sparsegpt --curves fisher --data sotu --samples 32
---curve-samples 4 --seq-len 512 --levels 0.3,0.4,0.5,0.6,0.7,0.8,0.9`` without the comparison on held-out sequences,
-which takes longer than the rest of it.
+--curve-samples 4 --seq-len 512 --levels 0.3,0.4,0.5,0.6,0.7,0.8,0.9`` without the comparison on held-out sequences.
 """
 
 from __future__ import annotations

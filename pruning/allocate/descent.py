@@ -297,7 +297,7 @@ class _Search:
             return "evaluations"
         if settings.minutes is None:
             return ""
-        return "minutes" if self.processes.gather(descent.seconds)[0] >= 60 * settings.minutes else ""
+        return "minutes" if self.processes.all_gather(descent.seconds)[0] >= 60 * settings.minutes else ""
 
     def _proposals(self) -> Iterator[Counts]:
         """The last exchange once more, and then those of this round that are not judged yet."""

@@ -219,11 +219,11 @@ def estimate_pruning(
         "statistics of a block": _statistics_bytes(shapes, workload),
         "pruner of a matrix": _pruner_bytes(shapes, workload, _BYTES[dtype]),
     }
+    later = space_beside(checkpoint, Recovery(steps)) if steps else 0
+    copies = checkpoint.size * (workload.processes - 1)
     disk = {"output": checkpoint.size}
-    if steps:
-        disk["recovery"] = space_beside(checkpoint, Recovery(steps))
-    if workload.processes > 1:
-        disk["copies of the other processes"] = checkpoint.size * (workload.processes - 1)
+    if largest := max(copies, later):  # the copies are gone when recovery begins
+        disk["recovery" if later == largest else "copies of the other processes"] = largest
     if workload.activations == "disk":
         disk |= {use: size * workload.processes for use, size in activations.items()}
         memory["mapped activations"] = min(workload.resident, sum(activations.values()))

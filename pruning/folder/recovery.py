@@ -55,11 +55,12 @@ def recover_checkpoint(
         OSError: if the disk is full. After any error, the pruned folder is what it was.
 
     Notes:
-        A run that was interrupted goes on from its last state, at most about a minute before, which is in
-        ``FOLDER.recovery.pt`` until the end.
+        A run that was interrupted goes on from its last state, which is in ``FOLDER.recovery.pt`` until the new folder
+        is complete. A state is written every minute, and more rarely where that would take over 5 % of the time.
 
-        Memory: both models and what :func:`recover` needs. fp16 weights are trained in fp32. Disk: the folder twice,
-        and without a rank once more in the dtype in which it is trained.
+        Memory: both models and what :func:`recover` needs. fp16 weights are trained in fp32. Disk: the folder, and
+        besides a state and the new folder, or two states while one replaces the other. Without a rank, a state has the
+        trained matrices in the dtype of training.
     """
     folder = Path(folder).expanduser()
     restore_replaced(folder)
@@ -129,9 +130,13 @@ def recover_model(
         for name, zeros in changed.items():
             rows[name] = rows.get(name, {}) | {"sparsity": zeros}
         write_report(content, staged)
-        state.unlink(missing_ok=True)
-    remove_partials(state)
+    _remove_state(state)
     return result
+
+
+def _remove_state(state: Path) -> None:
+    state.unlink(missing_ok=True)
+    remove_partials(state)
 
 
 def space_beside(pruned: Checkpoint, recovery: Recovery) -> int:
@@ -144,7 +149,7 @@ def space_beside(pruned: Checkpoint, recovery: Recovery) -> int:
 def pruned_content(folder: Path) -> dict[str, Any]:
     """Content of ``sparsity.json`` of a folder with the weights of pruning. Raises ValueError for any other.
 
-    A recovery that was not applied has left these weights.
+    A recovery that was not applied has left these weights. The state of a finished one is removed.
     """
     try:
         content = read_json(folder / SIDECAR)
@@ -154,6 +159,7 @@ def pruned_content(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} is no folder of leanstep prune: its {SIDECAR} has no layers and tensors")
     earlier = content.get("recovery")
     if earlier and not (isinstance(earlier, dict) and earlier.get("applied") is False):
+        _remove_state(state_file(folder))  # a run was killed between the folder's new name and this
         raise ValueError(f"{folder} was recovered before; prune again into another folder to recover otherwise")
     return content
 

@@ -147,12 +147,7 @@ def prune_checkpoint(
         batches: Any = data
         data = list(batches)  # it is read twice
     if activations == "disk":
-        scored = has_statistics(settings.get("allocation", "dp"), settings.get("score", "wanda"))
-        curves = None
-        if settings.get("allocation", "dp") in MEASURED:
-            curves = data if settings.get("curve_data") is None else settings["curve_data"]
-        judges = None if refine is None else refine.data
-        scratch = scratch_bytes(model, Sequences.of(scored, data, curves, held_out, judges))
+        scratch = scratch_bytes(model, _sequences(data, held_out, refine, settings))
         processes.from_first(lambda: check_space(out, written + scratch * processes.size))
     perplexity: dict[str, Any] = {}
     if evaluate:
@@ -210,6 +205,17 @@ def prune_checkpoint(
         except ValueError as error:
             raise ValueError(f"{out} holds the pruned model, and recovery stopped: {error}") from error
     return result
+
+
+def _sequences(data: Any, held_out: Any, refine: Refinement | None, settings: Mapping[str, Any]) -> Sequences:
+    """Numbers of sequences whose activations are stored."""
+    allocation, curves = settings.get("allocation", "dp"), settings.get("curve_data")
+    if allocation not in MEASURED:
+        curves = None
+    elif curves is None:
+        curves = data
+    has_scores = has_statistics(allocation, settings.get("score", "wanda"))
+    return Sequences.of(has_scores, data, curves, held_out, None if refine is None else refine.data)
 
 
 def _check_start(out: Path, resume: bool, partial: Path, search: Path) -> None:

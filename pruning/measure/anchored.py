@@ -51,7 +51,7 @@ def anchored_curves(
         ordered = sorted((g for g in points.groups if g.name in new), key=lambda group: -new[group.name])
         seconds = (until - time.monotonic()) * pruning.processes.size
         # by the clock of the first process
-        names = pruning.processes.gather([group.name for group in measurement.affordable(ordered, seconds)])[0]
+        names = pruning.processes.all_gather([group.name for group in measurement.affordable(ordered, seconds)])[0]
         affordable = [group for group in ordered if group.name in names]
         levels = {g.name: [points.missing_level(g.name, curves[g.name].counts[wanted[g.name]])] for g in affordable}
         measurement.measure_points(points, levels, pruning, until)

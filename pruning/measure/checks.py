@@ -81,7 +81,7 @@ class Trial:
         for index, group in enumerate(() if alone else block):
             weights = share.pop(group.name, None) or [torch.empty_like(target.weight) for target in group.targets]
             owner = index % processes.size
-            yield [(t, processes.send(weight, owner)) for t, weight in zip(group.targets, weights, strict=True)]
+            yield [(t, processes.broadcast(weight, owner)) for t, weight in zip(group.targets, weights, strict=True)]
 
     def joint(self, measurement: Measurement, allocation: Allocation, *, stay: bool = False) -> Distortion:
         """Distortion of an allocation. Restores the weights, or with ``stay`` leaves the model pruned."""

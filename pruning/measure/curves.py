@@ -354,8 +354,9 @@ class PartialCurves:
     def _append(self, *contents: Any) -> None:
         """Append lines in one write, between which no other process's can come, and sync the file to disk."""
         descriptor = open_regular(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        with open(descriptor, "ab", buffering=0) as file:
+        with open(descriptor, "ab") as file:  # its buffer holds the lines: one write, or an error on a full disk
             file.write("".join(map(checked_line, contents)).encode())
+            file.flush()
             os.fsync(file.fileno())
 
     def _take(self, name: str, count: int, mean: float, stderr: float) -> None:

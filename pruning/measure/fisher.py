@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from leanstep._memory import free_memory
+from leanstep._processes import Processes
 from leanstep.pruning.measure.batches import Batch
 from leanstep.pruning.measure.curves import Curve
 from leanstep.pruning.measure.metrics import Distortion, Metric, summarise, values_of
@@ -206,7 +206,7 @@ def fisher_curves(second: SecondOrder, points: Points, pruning: Pruning) -> dict
     """
     missing = [group for group in points.groups if points.missing[group.name]]
     share = {group.name for group in pruning.processes.share(missing)}
-    for stages in _portions(second, pruning.cache.by_start(missing), share):
+    for stages in _portions(second, pruning.cache.by_start(missing), share, pruning.processes):
         if targets := [t for _, groups in stages for group in groups if group.name in share for t in group.targets]:
             second.collect(targets)
         for start, groups in stages:
@@ -220,11 +220,11 @@ def fisher_curves(second: SecondOrder, points: Points, pruning: Pruning) -> dict
 
 
 def _portions(
-    second: SecondOrder, stages: Sequence[tuple[int, list[Group]]], share: Container[str]
+    second: SecondOrder, stages: Sequence[tuple[int, list[Group]]], share: Container[str], processes: Processes
 ) -> Iterator[Sequence[tuple[int, list[Group]]]]:
     """Split stages so that what is collected of a portion, of the named groups, fits into memory."""
     device = next(second.model.parameters()).device
-    free = free_memory(device)
+    free = processes.free_memory(device)
     limit = _BYTES if free is None else free // 2
     portion: list[tuple[int, list[Group]]] = []
     size = 0

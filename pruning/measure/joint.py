@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from leanstep._mapped import Scratch
-from leanstep._memory import free_memory
 from leanstep._processes import Processes
 from leanstep.pruning.measure.activation_cache import BlockCache
 from leanstep.pruning.measure.measure import Measurement
@@ -54,7 +53,7 @@ class JointJudge:
         self.model, self.metric = measurement.model, measurement.metric
         self._groups, self._pruners = {group.name: group for group in groups}, pruners
         self._batches, self._reference = measurement.batches, measurement.reference
-        limit = _MEMORY * (free_memory(next(self.model.parameters()).device) or 0)
+        limit = _MEMORY * (self._processes.free_memory(next(self.model.parameters()).device) or 0)
         self._cache = BlockCache(measurement.cache, self._batches, limit)
         self.counts, self.patterns = dict(counts), dict(patterns)
         # passes over all data, in batches of which each counts by the stages that it ran
@@ -200,8 +199,10 @@ class JointJudge:
 
     def _compare_all(self, start: int, indices: range) -> list[tuple[Tensor, Tensor]]:
         """(sums, counts) per sample of each batch, with passes from a start on."""
-        compared = {index: self._compare(start, index) for index in self._processes.share(indices)}
-        compared = {index: pair for part in self._processes.gather(compared) for index, pair in part.items()}
+        # a batch is always the same process's, which has its cached inputs
+        share = set(self._processes.share(range(len(self._batches))))
+        compared = {index: self._compare(start, index) for index in indices if index in share}
+        compared = {index: pair for part in self._processes.all_gather(compared) for index, pair in part.items()}
         for _ in indices:
             self.passes += (1 - start / max(len(self._cache.stages), 1)) / len(self._batches)
         return [compared[index] for index in indices]

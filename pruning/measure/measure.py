@@ -145,7 +145,7 @@ def measure_curves(
         if method is None:
             fits = measurement.seconds_of(points) <= 60 * minutes * processes.size
             method = "measured" if fits or not measurement.metric.has_root else "anchored"
-            method = processes.gather(method)[0]
+            method = processes.all_gather(method)[0]
         if method == "measured":
             measurement.measure_points(points, points.missing, pruning)
             return points.curves(measurement.metric.name)
@@ -259,7 +259,7 @@ class Measurement:
             return
         self.cache.advance(start)
         # that of one process decides for all
-        changes = statistics_cache.processes.gather(self._run().mean)
+        changes = statistics_cache.processes.all_gather(self._run().mean)
         change = next((change for change in changes if not abs(change) <= _NOISE), 0.0)
         if change != 0.0:
             note = (

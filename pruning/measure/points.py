@@ -63,7 +63,7 @@ class Points:
 
     def exchange(self, processes: Processes) -> None:
         """Take the points that the other processes added, which have written them to the file."""
-        for points in processes.gather(self._new):
+        for points in processes.all_gather(self._new):
             self._points |= points
         self._new = {}
 

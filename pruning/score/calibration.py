@@ -75,12 +75,12 @@ def _collect_shares(
                 squares[name].append(statistics.square_sum.cpu())
                 statistics.square_sum = torch.zeros_like(statistics.square_sum)
     processes = cache.processes
-    counts = processes.gather({name: statistics.count for name, statistics in statistics_by_name.items()})
-    shares = processes.gather(squares)
+    counts = processes.all_gather({name: statistics.count for name, statistics in statistics_by_name.items()})
+    shares = processes.all_gather(squares)
     for name, statistics in statistics_by_name.items():
         statistics.count = sum(count[name] for count in counts)
         if statistics.gram is not None:
-            statistics.gram = processes.add_up(statistics.gram)
+            statistics.gram = processes.all_reduce(statistics.gram)
         if statistics.square_sum is not None:
             for index in range(len(cache.all_batches)):
                 # batches are dealt in turns

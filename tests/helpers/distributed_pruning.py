@@ -8,8 +8,10 @@ import torch.distributed as dist
 from distributed_world import World, add_case, case
 from pruned_models import make_llama, tokens
 
-from leanstep._processes import Processes
+from leanstep import _processes
+from leanstep._processes import Processes, is_first_to_fail
 from leanstep.pruning import PruneResult, Refinement, measure_curves, prune
+from leanstep.pruning.measure.joint import JointJudge
 
 # settings, and whether sums are added in another order, so that the last bits differ
 SETTINGS: dict[str, tuple[dict[str, Any], bool]] = {
@@ -102,3 +104,39 @@ def pruning_raises_what_the_first_process_meets_in_all(world: World) -> None:
         assert str(error) == "expected a folder"
     else:
         raise AssertionError("no error")
+
+
+@case(2)
+def pruning_prints_an_error_once(world: World) -> None:
+    processes = Processes(dist.group.WORLD)
+    assert sorted(processes.all_gather(is_first_to_fail())) == [False, True]
+
+
+@case(2)
+def pruning_divides_the_memory_of_the_machine(world: World) -> None:
+    free_memory = _processes.free_memory
+    _processes.free_memory = lambda device: 100
+    try:
+        assert Processes().free_memory("cpu") == 100
+        assert Processes(dist.group.WORLD).free_memory("cpu") == 50
+        assert Processes(dist.group.WORLD).free_memory("cuda:0") == 100
+    finally:
+        _processes.free_memory = free_memory
+
+
+@case(3)
+def pruning_compares_a_batch_in_the_process_that_has_its_inputs(world: World) -> None:
+    judged: set[int] = set()
+    compare = JointJudge._compare
+
+    def recorded(self: JointJudge, start: int, index: int) -> Any:
+        judged.add(index)
+        return compare(self, start, index)
+
+    JointJudge._compare = recorded  # type: ignore[method-assign]
+    try:
+        pruned(Processes(dist.group.WORLD), curves="fisher", refine=Refinement(evaluations=3, data=tokens(8)))
+    finally:
+        JointJudge._compare = compare  # type: ignore[method-assign]
+    # the first batch also runs in a check of the cache
+    assert judged == set(range(world.rank, 8, 3)), judged

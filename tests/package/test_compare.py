@@ -29,7 +29,7 @@ def finish(parts, protocol, method, budget, surface):
     """Plan and make tuning runs until the settings are chosen; returns the last plan and the loss of each run made."""
     losses = {}
     while True:
-        state = parts.search.plan(method, protocol, parts.search.Search.of_this_version(budget), losses)
+        state = parts.search.plan(method, protocol, parts.search.Search.of_this_version(budget, protocol.model), losses)
         if state.chosen is not None:
             return state, losses
         losses |= {run: loss_of(parts, surface, run) for run in state.missing}
@@ -76,7 +76,7 @@ def test_a_best_on_the_edge_is_an_error_that_a_larger_budget_cures(parts):
     state, losses = finish(parts, protocol, "lion", 32, surface)
     assert state.chosen.hidden_lr == parts.methods.METHODS["lion"].start[0] * 2**6
     # the runs of the smaller budget are the first of the larger one
-    small, search = {}, parts.search.Search.of_this_version(20)
+    small, search = {}, parts.search.Search.of_this_version(20, protocol.model)
     with pytest.raises(parts.search.EdgeError):
         while missing := parts.search.plan("lion", protocol, search, small).missing:
             small |= {run: loss_of(parts, surface, run) for run in missing}
@@ -183,7 +183,7 @@ def synthetic(parts, path, **changes):
     protocol = replace(parts.protocol.Protocol(overrides=TINY), **changes)
     environment = {"processor": "a", "torch": "1", "commit": "abc"}
     with parts.results.writing(path, protocol) as (_, writer):
-        search = parts.search.Search.of_this_version(20)
+        search = parts.search.Search.of_this_version(20, protocol.model)
         writer.append({"kind": "search", **search._asdict()})
         for method, level in (("adamw", 0.0), ("sinkgd", -0.3), ("lion-default", 0.2)):
             losses = {}
@@ -357,3 +357,11 @@ def test_a_cut_file_is_reported_without_its_last_line(parts, tmp_path, capsys):
     cut = capsys.readouterr()
     assert (whole.err, cut.out) == ("", whole.out)
     assert "is cut off and does not count" in cut.err
+
+
+def test_a_start_is_moved_for_the_model_whose_search_ended_on_an_edge(parts):
+    lanton = parts.methods.METHODS["lanton"]
+    assert lanton.start_for("llama-nano") == lanton.start != lanton.start_for("gpt-nano")
+    assert parts.methods.METHODS["lanton-default"].start_for("gpt-nano") is None
+    labels = {method.label for method in parts.methods.METHODS.values() if method.start}
+    assert {label for label, _ in parts.methods.MOVED_STARTS} <= labels

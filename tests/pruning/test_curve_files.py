@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import resource
 import zlib
 
 import pytest
@@ -133,3 +134,15 @@ def test_a_curve_of_other_types_is_refused(change):
 def test_whole_numbers_in_a_curve_are_numbers():
     saved = Curve("w", 64, (64, 32, 16), (0.0, 0.5, 1.0), (0.0, 0.5, 0.5), "kl").to_dict()
     assert Curve.from_dict(saved | {"stderr": [0, 1, 10**30]}).cleaned().distortion == (0.0, 0.5, 1.0)
+
+
+def test_a_point_that_is_written_in_part_is_an_error_and_the_others_are_read(file):
+    curves = PartialCurves(file, IDENTITY)
+    before, limits = dict(curves.points), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 5, limits[1]))
+    try:
+        with pytest.raises(OSError, match="large"):
+            curves.add("layer.3.weight", 64, Distortion(1.0, 0.25))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert PartialCurves(file, IDENTITY).points == before

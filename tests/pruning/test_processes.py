@@ -90,3 +90,29 @@ def test_processes_of_another_number_than_those_that_run_are_refused(base, tmp_p
     assert several.returncode == 2 and "expected the processes of one machine" in several.stderr
     assert run(command(base, tmp_path / "out", "--nproc", "0")).returncode == 2
     assert list(tmp_path.iterdir()) == []
+
+
+FAILS_ALONE = """
+import os, sys
+from leanstep.cli import main
+from leanstep.pruning.measure.measure import Measurement
+measure, rank = Measurement.measure, os.environ["RANK"]
+def fail_in_one(*given):
+    if rank == "1":
+        raise ValueError("expected a finite score")
+    return measure(*given)
+Measurement.measure = fail_in_one
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_an_error_of_the_second_process_alone_is_printed_once(base, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(FAILS_ALONE)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    python, _, _, _, *arguments = command(base, tmp_path / "out")
+    several = run([python, "-P", *launcher, *arguments])
+    assert several.returncode != 0 and several.stderr.count("error: ") == 1
+    assert "error: expected a finite score\n" in several.stderr
+    assert not (tmp_path / "out").exists()

@@ -16,7 +16,15 @@ from transformers import AutoModelForCausalLM
 
 from leanstep import _files
 from leanstep.cli import main
-from leanstep.pruning import CalibrationText, Recovery, find_targets, prune_checkpoint, recover_checkpoint, recovery
+from leanstep.pruning import (
+    CalibrationText,
+    Recovery,
+    find_targets,
+    prune_checkpoint,
+    recover_checkpoint,
+    recovery,
+    recovery_file,
+)
 from leanstep.pruning.folder import recovery as folder_recovery
 from leanstep.sparsity import verify
 
@@ -198,6 +206,30 @@ def test_a_killed_recovery_goes_on_from_its_last_state(base, recovered, tmp_path
     assert len(taken) == 2 and content_of(out)["recovery"] == content_of(recovered)["recovery"]
     again = tensors(out)
     assert all(torch.equal(tensor, again[name]) for name, tensor in tensors(recovered).items())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_state_stays_until_the_recovered_folder_has_its_name(base, recovered, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(recovery_file, "_SECONDS", 0.0)
+    out, state = tmp_path / "out", tmp_path / "out.recovery.pt"
+    publish = _files.publish_folder
+
+    def full(staged, target):
+        if target.exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        publish(staged, target)
+
+    monkeypatch.setattr(_files, "publish_folder", full)
+    assert main(arguments(base, out, "--eval", *RECOVER)) == 1
+    assert "the disk is full. It is what it was" in capsys.readouterr().err and state.exists()
+    stored = state.read_bytes()
+    monkeypatch.setattr(_files, "publish_folder", publish)
+    assert main(arguments(base, out, "--eval", *RECOVER, "--resume")) == 0
+    assert content_of(out)["recovery"] == content_of(recovered)["recovery"] and not state.exists()
+    # as if a kill had come before the state was removed
+    state.write_bytes(stored)
+    assert main(arguments(base, out, "--eval", *RECOVER, "--resume")) == 2
+    assert "was recovered before" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
