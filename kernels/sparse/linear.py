@@ -42,8 +42,8 @@ def bitmask_linear(
         Checks no element of mask and offsets; :func:`bitmask_validate` does. Computes in fp32 (fp64 for fp64) and
         rounds once. Up to 16 tokens (24 on a CPU) read the packed matrix. More multiply expanded tiles, never all of
         W: tiles of 48 rows in the cache on a CPU with AVX-512, with a copy of at most 1024 tokens of x; elsewhere tiles
-        of about a million entries for the BLAS, with codes rounded to x's dtype. bf16 dot products of a CPU take
-        subnormal numbers for zero.
+        of about a million entries for the BLAS, with codes rounded to x's dtype. Weights of 4 bits are rounded to bf16
+        in tiles for x in bf16. bf16 dot products of a CPU take subnormal numbers for zero.
         ``benchmarks/sparsity/bitmask.py`` measures where this is faster than the dense product.
     """
     _check(x, values, mask, offsets, columns, bias, scales)
