@@ -57,7 +57,7 @@ optimizer: {{name: adamw, lr: 1e-3, weight_decay: 0.1}}
 precision: fp32
 eval: {{every: 6}}
 checkpoint: {{every: 3}}
-log: {{every: 1}}
+log: {{every: 1, trackers: []}}
 """
 
 

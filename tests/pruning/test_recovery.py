@@ -25,7 +25,7 @@ max_grad_norm: 1.0
 precision: fp32
 eval: {every: 0}
 checkpoint: {every: 3}
-log: {every: 1}
+log: {every: 1, trackers: []}
 """
 
 
