@@ -79,7 +79,7 @@ class Training:
 
     def backward(self) -> tuple[float, int]:
         """Compute the gradient of the next batch; return loss and targets."""
-        loss, targets = backward(self.accelerator, self.model, next(self.windows), check=False)
+        loss, targets = backward(self.accelerator, self.model, next(self.windows))
         if self.config.max_grad_norm is not None:
             gradient_norm(self.accelerator, self.model, self.config.max_grad_norm)
         return float(loss), targets

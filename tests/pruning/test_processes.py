@@ -57,10 +57,13 @@ def test_a_killed_process_ends_the_others_in_one_line_and_one_alone_goes_on(base
     finally:
         process.kill()
     assert process.returncode == 1 and printed == ""
-    assert errors == "error: process 1 was ended by SIGKILL; the same command with --resume continues the run\n"
+    # packages may say something while they are imported
+    said = [line for line in errors.splitlines() if line.startswith(("error:", "Traceback"))]
+    assert said == ["error: process 1 was ended by SIGKILL; the same command with --resume continues the run"]
     assert not out.exists() and points.exists()
     refused = run(command(base, out, "--nproc", "2"))
-    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "go on with it (--resume)" in refused.stderr
+    assert refused.returncode == 2 and "go on with it (--resume)" in refused.stderr.splitlines()[-1]
+    assert "Traceback" not in refused.stderr
     assert run(command(base, out, "--resume")).returncode == 0
     assert weights(out) == weights(tmp_path / "one")
     assert {path.name for path in tmp_path.iterdir()} == {"one", "out"}
