@@ -95,7 +95,7 @@ def recover_model(
     progress: Progress | None,
 ) -> RecoveryResult:
     """As :func:`recover_checkpoint`, with the model of the pruned folder and the opened dense checkpoint."""
-    content, pruned = pruned_content(folder), open_checkpoint(folder)
+    content, pruned, state = pruned_content(folder), open_checkpoint(folder), state_file(folder)
     names = _pruned_names(content)
     if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
         model.float()
@@ -109,7 +109,7 @@ def recover_model(
         include=names,
         progress=progress,
         stored=stored_parameters(pruned, model),
-        state=(state := state_file(folder)),
+        state=state,
     )
     del teacher
     result.notes.extend(filter(None, [note]))

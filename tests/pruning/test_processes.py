@@ -10,6 +10,8 @@ import pytest
 from pruned_models import make_llama, save_model
 from texts import sentences
 
+from leanstep import _processes
+
 SMALL = ["--samples", "12", "--batch-size", "4", "--curve-samples", "3", "--held-out", "2", "--seq-len", "24"]
 
 
@@ -119,3 +121,11 @@ def test_an_error_of_the_second_process_alone_is_printed_once(base, tmp_path):
     assert several.returncode != 0 and several.stderr.count("error: ") == 1
     assert "error: expected a finite score\n" in several.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_only_a_lost_connection_is_taken_for_a_process_that_ended():
+    with pytest.raises(_processes.ProcessEndedError, match="cannot go on alone"), _processes._connected():
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer")
+    with pytest.raises(RuntimeError, match="out of memory") as raised, _processes._connected():
+        raise RuntimeError("out of memory")
+    assert type(raised.value) is RuntimeError
