@@ -35,6 +35,14 @@ inline uint64_t sixteen_codes(const int4* codes, int64_t index) {
     return index % 2 ? word >> 4 | next << 60 : word;
 }
 
+// Number of set bits. A count stays a number: the compiler would put those of several rows together in a vector, which is
+// slower than the additions that this saves.
+inline int64_t set_bits(uint64_t mask) {
+    int64_t count = __builtin_popcountll(mask);
+    asm("" : "+r"(count));
+    return count;
+}
+
 // ---- vectors: load LANES values, expand them to the columns of a mask, multiply and add
 
 // products of two bf16 numbers, two neighbours into each fp32 lane; codes are exact in bf16

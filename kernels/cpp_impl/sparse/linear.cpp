@@ -28,7 +28,7 @@ inline void add_word(
         for (int r = 0; r < ROWS; ++r) {
             const uint32_t bits = (w.mask[rows[r] * w.words() + k] >> (part * LANES)) & PART_BITS;
             weights[r] = load_values<careful>(w, at[r]).expand(bits);
-            at[r] += __builtin_popcount(bits);
+            at[r] += set_bits(bits);
         }
         const Entry* entries = x + (k * (WORD / LANES) + part) * TOKENS * LANES;
 #pragma GCC unroll 8
@@ -81,7 +81,7 @@ void multiply_codes(const Matrix& w, const Rows& rows, const bf16* x, float (&ou
             w.fetch_ahead(rows[r], k, at[r]);
             const __m512i codes = load_block<careful>(w.values, at[r], w.count);
             decoder.decode(expand_epi8(bits, codes), first[r].bits, second[r].bits);
-            at[r] += __builtin_popcountll(bits);
+            at[r] += set_bits(bits);
             if constexpr (BLOCKED) scales[r] = w.block_scale(rows[r], k);
         }
 #pragma GCC unroll 8
