@@ -5,6 +5,7 @@ A process costs a fraction of a second instead of the seconds that the imports t
 
 import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import random
 import socket
@@ -15,8 +16,30 @@ from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["leanstep.recipes.training.train", "leanstep.recipes.report.report", "transformers.models.gpt2"]
+    [
+        "leanstep.recipes.training.train",
+        "leanstep.recipes.report.report",
+        "transformers.models.gpt2.modeling_gpt2",
+        "transformers.generation.utils",
+        "transformers.generation.continuous_batching",
+        "warm_process",
+    ]
 )
+
+
+def _start_server() -> None:
+    """Start the server that processes are forked from, if it does not run, so that it finds ``warm_process``."""
+    before = os.environ.get("PYTHONPATH")
+    # Python 3.11 to 3.13 do not give it their own search path
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), before]))
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
 
 _WORDS = [
     "the",
@@ -111,6 +134,7 @@ class Training:
         arguments = [str(recipe), f"out={out}", *overrides]
         port = free_port() if world > 1 else 0
         self.processes = []
+        _start_server()
         for rank in range(world):
             environment = {}
             if world > 1:
