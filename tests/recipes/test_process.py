@@ -61,6 +61,7 @@ def test_lost_output_of_other_commands(recipe, tmp_path):
     assert closed.returncode == 2
 
 
+@pytest.mark.slow
 def test_characters_that_the_terminal_lacks_are_escaped(recipe, tmp_path):
     (tmp_path / "ünï.yaml").write_text(recipe.read_text())
     ended = shell("leanstep train ünï.yaml --dry-run 'description=\u00b1'", tmp_path, PYTHONIOENCODING="ascii")
