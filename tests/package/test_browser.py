@@ -52,6 +52,8 @@ def pages(tmp_path_factory):
         "sweep": sweep_page(folder),
     }
     written["pruned"].write_text(report_page(pruned_content()))
+    # adapters are trained by a run like any other
+    written["lora"] = written["report"]
     return written
 
 
@@ -185,6 +187,8 @@ REPORTS = os.environ.get("LEANSTEP_PICTURES")
 PICTURES = {
     "report": Picture("report", 468, "Curves"),
     "report-dark": Picture("report", 468, "Curves", scheme="dark"),
+    "comparison": Picture("comparison", 468, "Curves"),
+    "lora": Picture("lora", 468, "Curves"),
     "pruned": Picture("pruned", 676),
 }
 
