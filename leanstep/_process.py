@@ -186,7 +186,7 @@ def ended_by_signals() -> Iterator[None]:
 
 
 def _exit(number: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(EXIT_CODES[number])
+    raise SystemExit(EXIT_CODES[signal.Signals(number)])
 
 
 class StopFlag:
