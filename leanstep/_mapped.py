@@ -6,6 +6,7 @@ import mmap
 import os
 import tempfile
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -192,16 +193,37 @@ class MappedParameters:
 
 # of mapped parameters
 _RESIDENT_SETS: Any = WeakTensorKeyDictionary()
+# parameter -> function that is called before it is read or written
+_LISTENERS: Any = WeakTensorKeyDictionary()
 
 
 def touched(parameter: Tensor) -> Tensor:
+    """The parameter, about to be read or written: noted as in use, and told to who listens."""
+    listener = _LISTENERS.get(parameter)
+    if listener is not None:
+        listener(parameter)
+    return note_use(parameter)
+
+
+def note_use(parameter: Tensor) -> Tensor:
     """The parameter, noted as in use if it is one of :class:`MappedParameters`."""
     resident = _RESIDENT_SETS.get(parameter)
-    if resident is not None:
+    # while its block runs on a device, its data is a copy there
+    if resident is not None and parameter.untyped_storage().filename is not None:
         resident.touch(parameter)
     return parameter
 
 
+def listen(parameter: Tensor, listener: Callable[[Tensor], None]) -> None:
+    """Call a function with a parameter whenever it is :func:`touched`."""
+    _LISTENERS[parameter] = listener
+
+
+def unlisten(parameter: Tensor) -> None:
+    """End :func:`listen`."""
+    _LISTENERS.pop(parameter, None)
+
+
 def _touch_parameters(module: nn.Module, _: Any) -> None:
     for parameter in module.parameters(recurse=False):
-        touched(parameter)
+        note_use(parameter)
