@@ -13,7 +13,7 @@ from torch import nn
 
 from leanstep._checkpoint import check_apart, check_output, check_space, new_folder
 from leanstep._files import remove_partials, restore_replaced
-from leanstep._mapped import RESIDENT, ResidentSet
+from leanstep._mapped import RESIDENT, CopiesInFiles, ResidentSet, Scratch
 from leanstep._processes import Processes
 from leanstep._version import __version__
 from leanstep.pruning.allocate.descent import Refinement
@@ -29,7 +29,7 @@ from leanstep.pruning.folder.checkpoint import (
     write_weights,
 )
 from leanstep.pruning.folder.estimate import MEASURED, Sequences, scratch_bytes
-from leanstep.pruning.folder.files import Checkpoint, open_checkpoint
+from leanstep.pruning.folder.files import EXPERT_COPIES, Checkpoint, fused_bytes, open_checkpoint
 from leanstep.pruning.folder.loading import checkpoint_values, load_model, stored_parameters
 from leanstep.pruning.folder.recovery import recover_model, space_beside
 from leanstep.pruning.folder.text import CalibrationText, perplexity_of, sequences_of
@@ -100,16 +100,17 @@ def prune_checkpoint(
     Notes:
         Memory: ``resident``, and that of :func:`prune` without its copy of the dense weights, which are read again
         from the files. Weights are mapped from copies of the files, which become ``out``: a pruned matrix is written
-        there, and weights that were used longest ago leave the memory. Weights from files of ``torch.save``, and those
-        that transformers fuses or converts on loading, such as experts, stay in memory; the result's notes say so.
+        there, and weights that were used longest ago leave the memory. Experts that transformers fuses on loading are
+        in files, too. Weights from files of ``torch.save``, and others that it converts, stay in memory; the result's
+        notes say so.
 
         Another device than the CPU holds two blocks at a time, their activations and statistics, and with
         ``activations="memory"`` the cached ones. It holds the whole model for ``mfac``, the gradients of ``refine``,
         Fisher curves of classifiers and recovery, and where blocks do not run alone, which a note says.
 
         Disk: ``out``, and with ``activations="disk"`` tokens x width values for each of ``data`` and ``held_out``, and
-        for ``kl`` 4 bytes per token and entry of the vocabulary. Each of several processes takes this memory and disk
-        while it runs.
+        for ``kl`` 4 bytes per token and entry of the vocabulary; three copies of fused experts while it runs. Each of
+        several processes takes this memory and disk while it runs.
     """
     processes = processes or Processes()
     check_choices(data=data, refine=refine, **settings)
@@ -121,6 +122,7 @@ def prune_checkpoint(
     # a copy of the files for each process, and later the state of recovery and its folder
     later = 0 if recovery is None else space_beside(checkpoint, recovery)
     written = checkpoint.size + max(checkpoint.size * (processes.size - 1), later)
+    written += EXPERT_COPIES * fused_bytes(checkpoint) * processes.size
     processes.from_first(lambda: check_output(out, written))
     check_apart(out, checkpoint.folder)
     if refine is not None:
@@ -128,7 +130,10 @@ def prune_checkpoint(
     calibration = _calibration(checkpoint, data, held_out, refine, settings, several=recovery is not None)
     if evaluate and calibration.held_out is None:
         raise ValueError("perplexity needs held-out sequences: give a text")
-    model = load_model(checkpoint)
+    # experts that transformers joins
+    joined = Scratch(out.absolute().parent)
+    with CopiesInFiles(joined):
+        model = load_model(checkpoint)
     if activations == "disk":
         scratch = scratch_bytes(model, _sequences(calibration))
         processes.from_first(lambda: check_space(out, written + scratch * processes.size))
@@ -139,7 +144,9 @@ def prune_checkpoint(
         content["calibration_text"] = calibration.text
     with _staged(out, processes) as folder:
         map_model = map_weights if processes.is_first else map_copies
-        mapped = map_model(checkpoint, model, folder, ResidentSet(resident))
+        with CopiesInFiles(joined):
+            mapped = map_model(checkpoint, model, folder, ResidentSet(resident))
+            stored = stored_parameters(checkpoint, model, joined)
         with _computing_on(device, model, calibration.data) as notes:
             result = _pruned(
                 model,
@@ -147,7 +154,7 @@ def prune_checkpoint(
                 evaluate=evaluate and processes.is_first,
                 resume=partial,
                 progress=progress,
-                stored=stored_parameters(checkpoint, model),
+                stored=stored,
                 scratch=folder if activations == "disk" else None,
                 processes=processes,
             )
@@ -155,7 +162,10 @@ def prune_checkpoint(
             return result
         result.notes.extend(filter(None, [*notes, unmapped_note(mapped)]))
         content |= result.to_dict()
-        changed = write_weights(checkpoint, checkpoint_values(checkpoint, model), folder)
+        with CopiesInFiles(joined):
+            values = checkpoint_values(checkpoint, model)
+        changed = write_weights(checkpoint, values, folder)
+        del values
         mapped.detach()
         copy_others(checkpoint, folder)
         content["tensors"] = _tensor_rows(changed, result)
