@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leanstep._torch import output_head
-from leanstep.pruning.measure.blocks import device_of
+from leanstep._torch import device_of, output_head
 
 
 @dataclass(frozen=True)

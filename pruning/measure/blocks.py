@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 
 from leanstep._files import one_line
 from leanstep._mapped import listen, note_use, unlisten
+from leanstep._torch import COMPUTES_ON
 
 # each weight of a block begins at a multiple of this, as in memory of its own
 _ALIGNMENT = 256
@@ -180,10 +181,12 @@ class BlockMover:
             for parameter in block.parameters:
                 listen(parameter, self._drop)
         _MOVERS[self.model] = self
+        COMPUTES_ON[self.model] = self.device
         return self
 
     def __exit__(self, *error: object) -> None:
         _MOVERS.pop(self.model, None)
+        COMPUTES_ON.pop(self.model, None)
         for block in self._blocks:
             forward = block.module.forward
             assert isinstance(forward, partial)
@@ -315,14 +318,6 @@ def _outside(slot: _Slot, output: Any) -> Any:
 
 # of models that are inside their context
 _MOVERS: WeakKeyDictionary[nn.Module, BlockMover] = WeakKeyDictionary()
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """The device on which a model computes."""
-    if model in _MOVERS:
-        return _MOVERS[model].device
-    parameter = next(model.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
 
 
 @contextmanager

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from leanstep._processes import Processes
+from leanstep._torch import device_of
 from leanstep.pruning.measure.batches import Batch
-from leanstep.pruning.measure.blocks import device_of, whole_on_device
+from leanstep.pruning.measure.blocks import whole_on_device
 from leanstep.pruning.measure.curves import Curve
 from leanstep.pruning.measure.metrics import Distortion, Metric, summarise, values_of
 from leanstep.pruning.measure.points import Points

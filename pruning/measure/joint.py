@@ -11,8 +11,9 @@ from torch import Tensor
 
 from leanstep._mapped import Scratch
 from leanstep._processes import Processes
+from leanstep._torch import device_of
 from leanstep.pruning.measure.activation_cache import BlockCache
-from leanstep.pruning.measure.blocks import device_of, whole_on_device
+from leanstep.pruning.measure.blocks import whole_on_device
 from leanstep.pruning.measure.measure import Measurement
 from leanstep.pruning.measure.metrics import Distortion, summarise
 from leanstep.pruning.score.base import LayerPruner

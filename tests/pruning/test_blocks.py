@@ -8,12 +8,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from leanstep._mapped import touched
+from leanstep._torch import device_of
 from leanstep.pruning import Refinement, prune, prune_checkpoint
 from leanstep.pruning.folder import run
 from leanstep.pruning.folder.files import open_checkpoint
 from leanstep.pruning.folder.loading import load_model
 from leanstep.pruning.measure.batches import Batch, as_batches
-from leanstep.pruning.measure.blocks import BlockMover, candidate_blocks, device_of, whole_on_device
+from leanstep.pruning.measure.blocks import BlockMover, candidate_blocks, whole_on_device
 
 QUICK = {"sparsity": 0.5, "batch_size": 4}
 MEASURED = {"levels": (0.4, 0.7), "curves": "measured"}
