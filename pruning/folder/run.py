@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -127,7 +127,8 @@ def prune_checkpoint(
     check_apart(out, checkpoint.folder)
     if refine is not None:
         refine = replace(refine, state=search)
-    calibration = _calibration(checkpoint, data, held_out, refine, settings, several=recovery is not None)
+    several = recovery is not None or moves_blocks(torch.device(device))
+    calibration = _calibration(checkpoint, data, held_out, refine, settings, several=several)
     if evaluate and calibration.held_out is None:
         raise ValueError("perplexity needs held-out sequences: give a text")
     # experts that transformers joins
@@ -230,7 +231,7 @@ def _calibration(
 ) -> _Calibration:
     """Draw the sequences of a text; other data is taken as it is, as a list if it is read ``several`` times."""
     if not isinstance(data, CalibrationText):
-        if several and not isinstance(data, torch.Tensor):
+        if several and data is not None and not isinstance(data, torch.Tensor):
             data = list(data)
         return _Calibration(data, held_out, refine, settings)
     has_judging = refine is None or refine.data is not None
@@ -263,12 +264,7 @@ def _computing_on(device: str | torch.device, model: nn.Module, data: Any) -> It
         yield []
         return
     with BlockMover(model, device) as mover:
-        note = ""
-        if data is None:
-            mover.hold()
-        elif isinstance(data, (torch.Tensor, Sequence)):
-            note = mover.try_on(as_batches(data, model)[0].sample(0))
-        yield [note]
+        yield [] if data is None else [mover.try_on(as_batches(data, model)[0].sample(0))]
 
 
 def moves_blocks(device: torch.device) -> bool:

@@ -164,7 +164,8 @@ class BlockMover:
         # the block that ran after a block the last time, to be copied ahead
         self._next: dict[_Block, _Block] = {}
         self._last: _Block | None = None
-        self._running: _Slot | None = None
+        # of the block that runs, and of those that it was called from
+        self._running: list[_Slot] = []
         self._is_whole = False
 
     def __enter__(self) -> BlockMover:
@@ -252,7 +253,7 @@ class BlockMover:
         slot = self._loaded(block)
         slot.wait()
         hosts = [parameter.data for parameter in block.parameters]
-        self._running = slot
+        self._running.append(slot)
         try:
             for parameter, view in zip(block.parameters, block.views(slot.buffer), strict=True):
                 parameter.data = view
@@ -264,16 +265,20 @@ class BlockMover:
         finally:
             for parameter, host in zip(block.parameters, hosts, strict=True):
                 parameter.data = host
-            self._running = None
+            self._running.pop()
             slot.mark_read()
-            if (ahead := self._next.get(block)) is not None:
+            if not self._running and (ahead := self._next.get(block)) is not None:
                 self._loaded(ahead)
 
     def _loaded(self, block: _Block) -> _Slot:
         """The slot of a block, which is filled if the block is not on the device; the other one was used last."""
         slot = next((slot for slot in self._slots if slot.block is block), None)
         if slot is None:
-            slot = self._slots[0]
+            slot = next((slot for slot in self._slots if slot not in self._running), None)
+            if slot is None:
+                raise RuntimeError(
+                    f"{len(self._slots) + 1} blocks of {type(self.model).__name__} run inside each other"
+                )
             slot.block = None
             slot.fill(block)
         if len(self._slots) > 1 and slot is self._slots[0]:
@@ -284,14 +289,14 @@ class BlockMover:
         """Forget the copies of a parameter that may be about to change."""
         for slot in self._slots:
             is_there = slot.block is not None and any(parameter is one for one in slot.block.parameters)
-            if is_there and slot is not self._running:
+            if is_there and slot not in self._running:
                 slot.block = None
 
     def _pack(self, slot: _Slot, tensor: Tensor) -> Any:
         if tensor.untyped_storage().data_ptr() != slot.buffer.untyped_storage().data_ptr():
             return tensor
         assert slot.block is not None
-        return _SavedWeight(slot.block, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
+        return _SavedWeight(slot.block, tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
     def _unpack(self, saved: Any) -> Tensor:
         if not isinstance(saved, _SavedWeight):
@@ -300,7 +305,7 @@ class BlockMover:
         slot = self._loaded(saved.block)
         slot.wait()
         empty = torch.empty(0, dtype=saved.dtype, device=self.device)
-        return empty.set_(slot.buffer.untyped_storage(), saved.offset, saved.shape, saved.stride)  # type: ignore[call-overload, no-any-return]
+        return empty.set_(slot.buffer.untyped_storage(), saved.offset, saved.shape, saved.stride)
 
     def _move_buffers(self, device: torch.device) -> None:
         for module in self.model.modules():

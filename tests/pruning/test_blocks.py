@@ -233,6 +233,40 @@ def test_an_output_that_is_a_part_of_a_weight_is_not_overwritten_by_the_next_blo
             assert torch.equal(model(x), expected) and torch.equal(model(x), expected)
 
 
+class Outer(nn.Module):
+    """A block that calls another one in the middle of its own work."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.before, self.after = nn.Linear(4, 4), nn.Linear(4, 4)
+        object.__setattr__(self, "inner", inner)
+
+    def forward(self, x):
+        return self.after(self.inner(self.before(x)))
+
+
+class Nested(nn.Module):
+    def __init__(self, depth):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(4, 4)])
+        for _ in range(depth):
+            self.blocks.append(Outer(self.blocks[-1]))
+
+    def forward(self, x):
+        return self.blocks[-1](self.blocks[0](x))
+
+
+def test_a_block_that_another_one_calls_leaves_its_weights_where_they_are():
+    x = torch.randn(3, 4)
+    for depth, note in ((1, ""), (2, "3 blocks of Nested run inside each other")):
+        model = Nested(depth)
+        with torch.no_grad():
+            expected = model(x)
+            with BlockMover(model, "cpu") as mover:
+                assert mover.try_on(Batch((x,))).endswith(note)
+                assert torch.equal(model(x), expected) and torch.equal(model(x), expected)
+
+
 def test_after_an_error_the_model_is_what_it_was():
     model = make_llama(2)
     hosts = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
