@@ -55,7 +55,7 @@ class Rates:
             _seconds_of(lambda: small + small),
             _seconds_of(compare) / logits.numel(),
             _seconds_of(lambda: copy.copy_(raw)) / raw.nbytes,
-            _seconds_of(lambda: hashlib.sha256(raw.numpy())) / raw.nbytes,
+            _seconds_of(lambda: hashlib.sha256(raw.numpy().data)) / raw.nbytes,
         )
 
 

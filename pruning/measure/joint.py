@@ -179,9 +179,11 @@ class JointJudge:
         self.passes += 3  # a backward pass takes the work of two
         by_name = {}
         for target in targets:
-            gradient = sums.get(target.parameter)
-            if gradient is None:
-                gradient = torch.zeros_like(parameters[target.parameter], device=device_of(self.model))
+            gradient = (
+                sums[target.parameter]
+                if target.parameter in sums
+                else torch.zeros_like(parameters[target.parameter], device=device_of(self.model))
+            )
             matrix = gradient if target.expert is None else gradient[target.expert]
             by_name[target.name] = as_matrix(matrix.detach(), target.layout).float()
         return by_name
