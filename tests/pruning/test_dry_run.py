@@ -19,8 +19,10 @@ from leanstep.cli import main
 from leanstep.pruning import Recovery, Refinement, Workload, estimate_pruning, prune_checkpoint
 from leanstep.pruning.folder import estimate as module
 from leanstep.pruning.folder import run
+from leanstep.pruning.folder.duration import Duration, Rates, Sizes
 from leanstep.pruning.folder.files import open_checkpoint
 from leanstep.pruning.recovery_file import RecoveryFile
+from leanstep.recipes.prune_output import _processor
 
 SHAPES = {
     "8b": (4096, 14336, 32, 32, 8),
@@ -87,6 +89,7 @@ def test_the_command_states_what_a_large_model_takes_and_ends(size, tmp_path, mo
     assert main([*command, "--activations", "disk", "--score", "sparsegpt", "--allocation", "uniform"]) == 0
     text = capsys.readouterr().out
     assert all(line in text for line in ("memory", "disk", "time about", "dense outputs", "statistics of a block"))
+    assert f"an estimate, at the rates of this machine ({_processor()}) as loaded now" in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
@@ -153,6 +156,20 @@ def test_the_statistics_of_owl_are_counted(tmp_path):
     assert owl.seconds["outliers"] > 0 and "outliers" not in uniform.seconds
 
 
+def test_a_small_model_takes_the_time_of_its_calls_and_its_comparisons():
+    sizes = Sizes([(8, 8)] * 14, blocks=2, active=1000, outputs=64, tokens=16, size=10000)
+    workload = Workload(samples=4, curve_samples=2, held_out=0, levels=3, curves="measured", batch_size=2)
+    none = {name: 0.0 for name in ("operation", "ranked", "call", "logit", "copied", "hashed")}
+    calls = Duration(sizes, workload, Rates(**none | {"call": 1e-6})).seconds()
+    # a batch makes 60 calls in each block and 60 around them; statistics run every block twice
+    assert calls["statistics and pruning"] == pytest.approx(2 * 2 * 180e-6)
+    assert calls["curves, measured"] == pytest.approx(2 * 2 * 180e-6 + 14 * 3 / 2 * 180e-6)
+    logits = Duration(sizes, workload, Rates(**none | {"logit": 1e-6})).seconds()
+    assert logits["curves, measured"] == pytest.approx(14 * 3 / 2 * 2 * 16 * 64e-6)
+    files = Duration(sizes, workload, Rates(**none | {"copied": 1e-6, "hashed": 1e-3})).seconds()
+    assert files["files"] == pytest.approx(10000 * (6e-6 + 1e-3))
+
+
 def matrices(model):
     return [layer for layer in model.model.layers.modules() if isinstance(layer, torch.nn.Linear)]
 
@@ -196,8 +213,10 @@ import sys
 from pathlib import Path
 import torch
 from leanstep.pruning import Workload, estimate_pruning, prune_checkpoint
+from leanstep.pruning.folder.duration import Duration, Rates, Sizes
 from leanstep.pruning.folder.files import open_checkpoint
 from leanstep.pruning.recovery_file import RecoveryFile
+from leanstep.recipes.prune_output import _processor
 
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
