@@ -284,7 +284,7 @@ def test_after_an_error_the_model_is_what_it_was():
 @pytest.mark.gpu
 @pytest.mark.parametrize("settings", [MEASURED, FISHER, {"score": "sparsegpt", "allocation": "uniform"}])
 def test_a_gpu_gives_the_results_of_the_cpu_to_rounding_and_never_holds_the_model(settings, tmp_path):
-    save_model(make_llama(12, hidden_size=256, intermediate_size=1024), tmp_path / "in")
+    save_model(make_llama(12, hidden_size=512, intermediate_size=2048), tmp_path / "in")
     data = tokens(8, 16)
     on_cpu = prune_checkpoint(tmp_path / "in", tmp_path / "cpu", data, **QUICK, **settings)
     torch.cuda.empty_cache()
