@@ -105,8 +105,8 @@ def _decay_and_update(
     if factors is None:
         _update(params, grads, states, group, skip)
         return
-    for *one, rate in zip(params, grads, states, _clipped_rates(group["lr"], factors), strict=True):
-        param, grad, state = one
+    rates = _clipped_rates(group["lr"], factors)
+    for param, grad, state, rate in zip(params, grads, states, rates, strict=True):
         _update([param], [grad], [state], {**group, "lr": rate}, skip)
 
 
