@@ -59,7 +59,11 @@ def create(
     if unknown := sorted(options.keys() - known):
         raise TypeError(f"create: {cls.__name__} has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}")
     if embeddings == "balanced" and cls is not SinkGD:
-        raise ValueError(f"create: embeddings='balanced' is a rule of SinkGD; {cls.__name__} does not have it")
+        raise ValueError(
+            f"create: embeddings='balanced' is a rule of SinkGD; {cls.__name__} does not have it. Take 'sinkgd', or "
+            "two optimizers: SinkGD for the groups of param_groups(model, embeddings='balanced') with "
+            f"algorithm='balanced', {cls.__name__} for the others."
+        )
     if split is not None and "blocks" not in known:
         raise ValueError(
             f"create: split={split!r} is for the rules of matrices of SinkGD and LANTON, not {cls.__name__}"

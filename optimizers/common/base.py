@@ -136,6 +136,13 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
                     "optimizers that this one does not have; leave it out. The group was not added. (docs/gpu.md says "
                     "which steps a CUDA graph captures.)"
                 )
+        if param_group.get("algorithm") == "balanced" and "algorithm" not in self.defaults:
+            raise ValueError(
+                f"{type(self).__name__}: group {param_group.get('name', len(self.param_groups))!r} has "
+                "algorithm='balanced', a rule of SinkGD. The group was not added. Give such groups to a SinkGD beside "
+                "this optimizer (docs/optimizers.md shows how), or make them by param_groups(model) without "
+                "embeddings='balanced'."
+            )
         # set before the first step: torch.distributed.checkpoint reads the keys of a fresh optimizer
         group = {"nonfinite_count": 0, **self._group_entries, **param_group, "optimizer": self._method()}
         self._check_group({**self.defaults, **group})

@@ -20,6 +20,7 @@ from leanstep.optimizers.common.column_shards import cuts_rows
 from leanstep.optimizers.common.quantized import average_values, init_average, is_quantized, store_averages
 from leanstep.optimizers.common.rounding import seeds_for
 from leanstep.optimizers.common.sharding import Reducer, all_reduce_flags, local, positions_of, readable, store
+from leanstep.optimizers.sinkgd.clipping import clip_factors
 
 
 def init_adamw(state: dict[str, Any], param: Tensor, group: dict[str, Any], rounding: str) -> None:
@@ -73,12 +74,17 @@ def step_adamw(batch: Batch, *, int8: bool) -> Reducer[None]:
             if skip:
                 return
             skip = None
+    factors = None
+    if group["clip_threshold"] is not None:
+        wide = torch.float32 if params[0].device.type == "mps" else torch.float64
+        factors = torch.empty(len(params), dtype=wide, device=params[0].device)
+        yield from clip_factors(grads, batch, factors)
     if int8:
-        yield from _update_int8(params, grads, batch, skip)
+        yield from _update_int8(params, grads, batch, skip, factors)
     elif batch.rounding == "nearest":
-        _decay_and_update(params, grads, batch.states, group, skip)
+        _decay_and_update(params, grads, batch.states, group, skip, factors)
     else:
-        _update_rounded(params, grads, batch, skip)
+        _update_rounded(params, grads, batch, skip, factors)
     store(params, batch.params)
 
 
@@ -88,23 +94,54 @@ def _decay_and_update(
     states: list[dict[str, Any]],
     group: dict[str, Any],
     skip: Tensor | None,
+    factors: Tensor | None,
 ) -> None:
-    """Update parameters and moments; with cautious_decay, decay only entries whose update and value agree in sign."""
+    """Update parameters and moments. Decays first where torch's step cannot: cautiously, or not by the clipped rate."""
     decays: Any = group["weight_decay"]
-    if group["cautious_decay"] and (isinstance(decays, Tensor) or decays != 0):  # no wait for a tensor
-        decay, weight = decay_factor(group["lr"], group["weight_decay"]), 1.0 - group["betas"][0]
-        if isinstance(decay, Tensor):
-            decay = decay.reshape(())  # a tensor of shape (1, 1) would broadcast
-        for param, grad, state in zip(params, grads, states, strict=True):
+    has_decay = isinstance(decays, Tensor) or decays != 0  # no wait for a tensor
+    if has_decay and (group["cautious_decay"] or factors is not None):
+        _decay(params, grads, states, group, skip)
+        group = {**group, "weight_decay": 0.0}
+    if factors is None:
+        _update(params, grads, states, group, skip)
+        return
+    for *one, rate in zip(params, grads, states, _clipped_rates(group["lr"], factors), strict=True):
+        param, grad, state = one
+        _update([param], [grad], [state], {**group, "lr": rate}, skip)
+
+
+def _clipped_rates(lr: float | Tensor, factors: Tensor) -> list[Any]:
+    """Return the learning rate of every tensor: numbers on a CPU, else fp32 tensors, as torch's fused kernel takes."""
+    if factors.device.type == "cpu" and not torch.compiler.is_compiling():
+        return [float(lr) * factor for factor in factors.tolist()]
+    rate = lr.reshape(()).to(factors.device) if isinstance(lr, Tensor) else lr
+    return list((rate * factors).to(torch.float32).unbind())
+
+
+def _decay(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[dict[str, Any]],
+    group: dict[str, Any],
+    skip: Tensor | None,
+) -> None:
+    """Decay parameters; with cautious_decay, only entries whose update and value agree in sign."""
+    decay, weight = decay_factor(group["lr"], group["weight_decay"]), 1.0 - group["betas"][0]
+    if isinstance(decay, Tensor):
+        decay = decay.reshape(())  # a tensor of shape (1, 1) would broadcast
+    for param, grad, state in zip(params, grads, states, strict=True):
+        if group["cautious_decay"]:
             average = local(state["exp_avg"])
             # AdamW divides the new average by positive numbers, so it has the update's sign
             gradient = (-grad if group["maximize"] else grad).to(average.dtype)
-            aligned = average.lerp(gradient, weight) * param >= 0
+            decaying = average.lerp(gradient, weight) * param >= 0
             if skip is not None:
-                aligned &= ~skip.to(aligned.device)
-            param.copy_(torch.where(aligned, param * decay, param))
-        group = {**group, "weight_decay": 0.0}
-    _update(params, grads, states, group, skip)
+                decaying &= ~skip.to(decaying.device)
+            param.copy_(torch.where(decaying, param * decay, param))
+        elif skip is None:
+            param.mul_(decay)
+        else:
+            param.copy_(torch.where(skip.to(param.device), param, param * decay))
 
 
 def _update(
@@ -162,7 +199,9 @@ def _update(
         tensor.copy_(torch.where(skip.to(tensor.device), before, tensor))
 
 
-def _update_int8(params: list[Tensor], grads: list[Tensor], batch: Batch, skip: Tensor | None) -> Reducer[None]:
+def _update_int8(
+    params: list[Tensor], grads: list[Tensor], batch: Batch, skip: Tensor | None, factors: Tensor | None
+) -> Reducer[None]:
     """Step AdamW with moments in 8 bits; a true flag ``skip`` on the device leaves everything unchanged."""
     group, states, (beta1, beta2) = batch.group, batch.states, batch.group["betas"]
     device, dtype = params[0].device, compute_dtype(params[0].dtype)
@@ -178,7 +217,10 @@ def _update_int8(params: list[Tensor], grads: list[Tensor], batch: Batch, skip: 
     counts = torch.stack([step.to(device) for step in steps]).to(
         torch.float32 if device.type == "mps" else torch.float64
     )
-    corrections = torch.stack([group["lr"] / (1.0 - beta1**counts), (1.0 - beta2**counts).rsqrt()], 1).to(dtype)
+    sizes = group["lr"] / (1.0 - beta1**counts)
+    if factors is not None:
+        sizes = sizes * factors
+    corrections = torch.stack([sizes, (1.0 - beta2**counts).rsqrt()], 1).to(dtype)
     decay = decay_factor(group["lr"], group["weight_decay"])
     options = StepOptions(
         pack([decay, beta1, 1.0 - beta1, beta2, 1.0 - beta2, group["eps"]], device, dtype),
@@ -222,14 +264,16 @@ def _update_columns(
     yield from store_averages(squares, batch.states, "exp_avg_sq", batch.shards, seeds, squares=True)
 
 
-def _update_rounded(params: list[Tensor], grads: list[Tensor], batch: Batch, skip: Tensor | None) -> None:
+def _update_rounded(
+    params: list[Tensor], grads: list[Tensor], batch: Batch, skip: Tensor | None, factors: Tensor | None
+) -> None:
     """Step AdamW on fp32 copies (or master weights) of the batch, then round into the parameters."""
     states, rounding, device = batch.states, batch.rounding, params[0].device
     rounding_state: Any = batch.rounding_state() or [None] * len(params)
     pairs = zip(params, rounding_state, strict=True)
     masters = rounding == "master"
     wide = [r.copy_(widen(p, r, rounding)) if masters and r is not None else widen(p, r, rounding) for p, r in pairs]
-    _decay_and_update(wide, [g.float() for g in grads], states, batch.group, skip)
+    _decay_and_update(wide, [g.float() for g in grads], states, batch.group, skip, factors)
     randomness: list[Any] = [()] * len(params)  # seed, offset and runs
     if rounding == "stochastic":
         seeds = seeds_for([s["step"] for s in states], batch.indices, batch.group["seed"], device)

@@ -117,6 +117,12 @@ class SinkGD(LeanOptimizer):
             parameters. A 16-bit parameter of AdamW with rounding="nearest" is rounded after the decay and after the
             step, as by torch's AdamW without ``fused``. No gain was measured (docs/measured.md).
         betas, eps: for AdamW.
+        clip_threshold: for AdamW: divide a tensor's update U by max(1, RMS(U) / clip_threshold), with the root mean
+            square of the whole tensor (arXiv 1804.04235, section 6; published as 1.0). The decay is not clipped. It is
+            the clipping that goes with :func:`leanstep.optimizers.release_gradients`; normalized updates have a set
+            root mean square anyway. Reads gradient and moments once more; one call per tensor, and one number per
+            tensor all-reduced over its shards. With rounding="nearest" a decayed 16-bit parameter is rounded after the
+            decay and after the step. None: do not clip.
         fused: for AdamW; None: if torch has a fused kernel for the device.
         foreach: None or True: one call for all tensors of a device and dtype. False: one call per tensor.
         transposed: the group's matrices are stored (in, out), as in transformers' ``Conv1D`` (GPT-2), or (e, in, out).
@@ -193,6 +199,7 @@ class SinkGD(LeanOptimizer):
         cautious_decay: bool = False,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        clip_threshold: float | None = None,
         fused: bool | None = None,
         algorithm: str = "auto",
         transposed: bool = False,
@@ -215,6 +222,8 @@ class SinkGD(LeanOptimizer):
             check_number("SinkGD", name, group[key], 0.0)
         check_number("SinkGD", "momentum", group["momentum"], 0.0, 1.0, open_high=True)
         check_betas("SinkGD", group["betas"])
+        if group["clip_threshold"] is not None:
+            check_number("SinkGD", "clip_threshold", group["clip_threshold"], 0.0)
         for name, choices in CHOICES.items():
             check_choice("SinkGD", name, group[name], choices)
         check_flags("SinkGD", group, ("nesterov", "cautious_decay"), ("fused",))
@@ -251,7 +260,8 @@ class SinkGD(LeanOptimizer):
                 check_rows("SinkGD", group, position, matrix_shape(whole)[0])
 
     def _takes_flattened(self, group: dict[str, Any]) -> bool:
-        return group["algorithm"] == "adamw"
+        # which would be clipped by the root mean square of several parameters
+        return group["algorithm"] == "adamw" and group["clip_threshold"] is None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Fill in settings that an older state does not have, and convert step counts to tensors."""

@@ -146,6 +146,9 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any], dict[str, Any], torch.dtype, fl
         torch.bfloat16, 0,
     ),
     "adamw": (SinkGD, {"lr": 1e-2, "algorithm": "adamw"}, {}, torch.float32, 1e-6),
+    "adamw_clipped": (
+        SinkGD, {"lr": 1e-2, "algorithm": "adamw", "clip_threshold": 0.6, "weight_decay": 0.1}, {}, torch.float32, 1e-6,
+    ),
     "lanton": (LANTON, _LANTON, {}, torch.float64, 1e-9),
     "lanton_muon": (
         LANTON,

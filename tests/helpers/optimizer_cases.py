@@ -249,6 +249,15 @@ CASES = (
         large=True,
     ),
     OptimizerCase(
+        name="SinkGD-adamw-clipped",
+        cls=SinkGD,
+        kwargs={"algorithm": "adamw", "lr": 1e-2, "weight_decay": 0.1, "clip_threshold": 0.5},
+        state={"exp_avg": torch.float32, "exp_avg_sq": torch.float32, "step": torch.float32},
+        coupled=True,
+        skips_together=True,
+        extra_fp32=1.5,
+    ),
+    OptimizerCase(
         name="SinkGD-spectral",
         cls=SinkGD,
         kwargs={"spectral": "muon", "row_mask_tau": 0.1},

@@ -111,3 +111,12 @@ def test_settings_change_balanced_embeddings():
     }
     assert groups["embedding"]["momentum"] == 0.0 and groups["embedding"]["row_mask_tau"] == 1e-3
     assert groups["head"]["algorithm"] == "adamw"
+
+
+@pytest.mark.parametrize("cls", [LANTON, Lion, MFAC])
+def test_balanced_groups_are_refused_by_optimizers_without_the_rule(cls):
+    groups = param_groups(Model(), embeddings="balanced")
+    with pytest.raises(ValueError, match=rf"{cls.__name__}: group 'embedding' has algorithm='balanced'"):
+        cls(groups)
+    rest = [group for group in groups if group["algorithm"] != "balanced"]
+    assert len(cls(rest).param_groups) == len(rest) > 0

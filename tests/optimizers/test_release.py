@@ -21,6 +21,7 @@ CASES = {
     "lion cautious": lambda model: Lion(model.parameters(), lr=1e-3, cautious=True),
     "lion stochastic": lambda model: Lion(model.to(torch.bfloat16).parameters(), lr=1e-3, rounding="stochastic"),
     "sinkgd": lambda model: SinkGD(param_groups(model), lr=1e-2),
+    "sinkgd clipped": lambda model: SinkGD(param_groups(model), lr=1e-2, weight_decay=0.1, clip_threshold=0.5),
     "sinkgd momentum": lambda model: SinkGD(param_groups(model), lr=1e-2, momentum=0.9),
     "sinkgd stochastic": lambda model: SinkGD(param_groups(model.to(torch.bfloat16)), lr=1e-2, rounding="stochastic"),
 }
