@@ -172,7 +172,9 @@ def _check_values(part: Tensor, rule: StateRule) -> None:
     if rule.finite and part.numel():
         rows = part.detach() if part.dim() else part.detach().view(1)
         count = max(1, _CHUNK_ELEMENTS * len(rows) // part.numel())
-        if not all(bool(torch.isfinite(chunk).all()) for chunk in rows.split(count)):
+        # torch has no isfinite for numbers of 8 bits
+        chunks = (chunk.float() if chunk.dtype.itemsize == 1 else chunk for chunk in rows.split(count))
+        if not all(bool(torch.isfinite(chunk).all()) for chunk in chunks):
             raise Misfit("expected finite numbers, got infinity or NaN")
     if not rule.whole and rule.least is None:
         return

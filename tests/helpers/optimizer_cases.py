@@ -203,6 +203,14 @@ CASES = (
         large=True,
     ),
     OptimizerCase(
+        name="Lion-fp8",
+        cls=Lion,
+        kwargs={"lr": 1e-2, "weight_decay": 0.1, "momentum_dtype": "fp8", "seed": 3},
+        state={**_LION_INT8, "exp_avg": torch.float8_e4m3fn},
+        replayable=False,
+        large=True,
+    ),
+    OptimizerCase(
         name="Lion-int8-split",
         cls=Lion,
         kwargs={"lr": 1e-3, "rounding": "split", "momentum_dtype": torch.int8, "seed": 3},
