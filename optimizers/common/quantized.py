@@ -71,7 +71,8 @@ def init_average(
             old = average_values(state, key, shard_of(param), wide)
         elif key in state:
             old = local(state[key]).to(wide)
-        state[key], state[scales_name] = new_state(param, dtype), _new_scales(param)
+        # scales first: a state without the setting is refused by their name
+        state[scales_name], state[key] = _new_scales(param), new_state(param, dtype)
         if old is not None:
             run(store_averages([old], [state], key, [shard_of(param)], [0]))
     elif key not in state or scales_name in state:
