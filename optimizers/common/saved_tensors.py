@@ -6,6 +6,7 @@ expect to be there.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -30,6 +31,28 @@ _CHUNK_ELEMENTS = 1 << 24
 
 # fp32 counts whole numbers up to here
 LAST_COUNT = 2**24
+
+
+def is_fp8(value: Any) -> bool:
+    """Whether a value is a plain tensor in fp8."""
+    return type(value) is Tensor and value.dtype == torch.float8_e4m3fn
+
+
+class Pickled:
+    """A tensor in fp8 in a form that pickle can write: bytes. It is read as the tensor. torch pickles no fp8."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __reduce__(self) -> Any:
+        return _fp8, (self.tensor.view(torch.uint8),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return copy.deepcopy(self.tensor, memo)
+
+
+def _fp8(numbers: Tensor) -> Tensor:
+    return numbers.view(torch.float8_e4m3fn)
 
 
 class StateRule(NamedTuple):
