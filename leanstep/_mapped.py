@@ -6,11 +6,13 @@ import mmap
 import os
 import tempfile
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -124,7 +126,8 @@ class Scratch:
         """The tree with the tensors again."""
         return tree_map(lambda leaf: leaf.open() if isinstance(leaf, FileTensor) else leaf, tree)
 
-    def _store(self, tensor: Tensor) -> FileTensor:
+    def empty_like(self, tensor: Tensor) -> Tensor:
+        """A tensor of the dtype and shape, contiguous, mapped from a file that is removed with it."""
         descriptor, name = tempfile.mkstemp(prefix=".leanstep-scratch-", dir=self.folder)
         try:
             # real blocks: a write to a mapped hole of a full disk would kill the process
@@ -132,18 +135,57 @@ class Scratch:
                 os.posix_fallocate(descriptor, 0, tensor.nbytes)
             else:
                 os.truncate(descriptor, tensor.nbytes)
-            view = mapped_view(mapped_storage(Path(name)), 0, tensor)
+            return mapped_view(mapped_storage(Path(name)), 0, tensor)
         finally:
             os.close(descriptor)
             os.unlink(name)
+
+    def _store(self, tensor: Tensor) -> FileTensor:
+        view = self.empty_like(tensor)
         self.resident.touch(view)
         return FileTensor(view.copy_(tensor), tensor.device, self.resident)
+
+
+_COPIES = (torch.stack, torch.cat, Tensor.contiguous, Tensor.clone, torch.clone)
+
+
+class CopiesInFiles(TorchFunctionMode):
+    """Context manager: large copies of tensors on the CPU are kept in files, one of them in memory at a time.
+
+    For code of others that joins or splits weights: results of ``stack``, ``cat``, ``clone`` and ``contiguous``.
+
+    Args:
+        scratch: where the files are.
+        least: bytes from which a copy is large.
+    """
+
+    def __init__(self, scratch: Scratch, least: int = 2**20) -> None:
+        super().__init__()
+        self._scratch, self._least = scratch, least
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func not in _COPIES or output.device.type != "cpu" or output.nbytes < self._least:
+            return output
+        if isinstance(args[0], Tensor) and args[0].data_ptr() == output.data_ptr():  # contiguous as it was
+            return output
+        copy = self._scratch.empty_like(output).copy_(output)
+        release_pages(copy.data_ptr(), copy.nbytes)
+        return copy
+
+
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether a tensor is in a shared file mapping."""
+    return tensor.device.type == "cpu" and tensor.untyped_storage().filename is not None
 
 
 class MappedParameters:
     """Parameters of a model that live in files, mapped shared: what is written to them is in the files.
 
     Forward passes touch the parameters of each module that they call, and :func:`touched` those that are read besides.
+
+    Attributes:
+        names: of the mapped parameters.
 
     Args:
         model: on the CPU.
@@ -154,17 +196,17 @@ class MappedParameters:
         self.model, self.resident = model, resident
         self._places: dict[str, tuple[Path, int]] = {}
         self._handles: list[Any] = []
-
-    @property
-    def names(self) -> set[str]:
-        """Names of the mapped parameters."""
-        return set(self._places)
+        self.names: set[str] = set()
 
     def map(self, places: dict[str, tuple[Path, int]]) -> None:
-        """Replace the data of parameters by the mapped bytes of (file, byte offset), which hold the same values."""
+        """Replace the data of parameters by the mapped bytes of (file, byte offset), which hold the same values.
+
+        Other parameters that are in shared mappings already stay there, and are bounded too.
+        """
         self._places = places
         self._remap(shared=True)
-        parameters = {name: self.model.get_parameter(name) for name in places}
+        parameters = {name: one for name, one in self.model.named_parameters() if is_mapped(one)}
+        self.names = set(parameters)
         for parameter in parameters.values():
             _RESIDENT_SETS[parameter] = self.resident
         if sum(parameter.nbytes for parameter in parameters.values()) <= self.resident.limit:
@@ -180,7 +222,7 @@ class MappedParameters:
             handle.remove()
         self._handles.clear()
         self._remap(shared=False)
-        for name in self._places:
+        for name in self.names:
             _RESIDENT_SETS.pop(self.model.get_parameter(name), None)
 
     def _remap(self, *, shared: bool) -> None:
@@ -192,16 +234,37 @@ class MappedParameters:
 
 # of mapped parameters
 _RESIDENT_SETS: Any = WeakTensorKeyDictionary()
+# parameter -> function that is called before it is read or written
+_LISTENERS: Any = WeakTensorKeyDictionary()
 
 
 def touched(parameter: Tensor) -> Tensor:
+    """The parameter, about to be read or written: noted as in use, and told to who listens."""
+    listener = _LISTENERS.get(parameter)
+    if listener is not None:
+        listener(parameter)
+    return note_use(parameter)
+
+
+def note_use(parameter: Tensor) -> Tensor:
     """The parameter, noted as in use if it is one of :class:`MappedParameters`."""
     resident = _RESIDENT_SETS.get(parameter)
-    if resident is not None:
+    # while its block runs on a device, its data is a copy there
+    if resident is not None and is_mapped(parameter):
         resident.touch(parameter)
     return parameter
 
 
+def listen(parameter: Tensor, listener: Callable[[Tensor], None]) -> None:
+    """Call a function with a parameter whenever it is :func:`touched`."""
+    _LISTENERS[parameter] = listener
+
+
+def unlisten(parameter: Tensor) -> None:
+    """End :func:`listen`."""
+    _LISTENERS.pop(parameter, None)
+
+
 def _touch_parameters(module: nn.Module, _: Any) -> None:
     for parameter in module.parameters(recurse=False):
-        touched(parameter)
+        note_use(parameter)

@@ -1,10 +1,11 @@
-"""Torch helpers of several methods: DTensors, Conv1D, experts, the output head, hooks around an optimizer step."""
+"""Torch helpers of several methods: DTensors, Conv1D, experts, devices, the output head, hooks of optimizer steps."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,16 @@ if TYPE_CHECKING:
 def is_dtensor(tensor: Any) -> bool:
     """Whether a tensor is a DTensor. Does not import that class, which would import torch's compiler."""
     return hasattr(tensor, "placements")
+
+
+# device of models whose weights are elsewhere while they do not run
+COMPUTES_ON: WeakKeyDictionary[nn.Module, torch.device] = WeakKeyDictionary()
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device on which a model computes."""
+    parameter = next(model.parameters(), None)
+    return COMPUTES_ON.get(model, torch.device("cpu") if parameter is None else parameter.device)
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -287,11 +287,8 @@ def _dry_run(options: argparse.Namespace) -> int:
     from leanstep.pruning.choices import check_choices
     from leanstep.pruning.folder.files import open_checkpoint
 
-    if options.device != "cpu":
-        raise ValueError(f"--dry-run estimates a run on the CPU, and the command has --device {options.device}")
     latencies = None if options.latency_table is None else LatencyTable.read(options.latency_table)
-    _recovery(options)
-    refine = _refinement(options)
+    recovery, refine = _recovery(options), _refinement(options)
     check_choices(
         data=options.data or "chosen later",
         refine=refine,
@@ -311,9 +308,10 @@ def _dry_run(options: argparse.Namespace) -> int:
         sparsity=0.5 if options.sparsity is None else options.sparsity,
         refine_samples=0 if refine is None else _refine_samples(options),
         processes=options.nproc,
+        device=options.device,
     )
     estimate = estimate_pruning(
-        checkpoint, options.out, workload, include=options.include, exclude=options.exclude, steps=options.recover or 0
+        checkpoint, options.out, workload, include=options.include, exclude=options.exclude, recovery=recovery
     )
     problems = estimate.problems()
     if options.json:

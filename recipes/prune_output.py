@@ -1,8 +1,11 @@
 """What ``leanstep prune`` prints: progress, the summary of a result, and the table of an estimate."""
 
+import os
+import platform
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leanstep._files import format_bytes
@@ -29,12 +32,28 @@ def estimate_lines(estimate: "Estimate") -> list[str]:
         *(f"  {use:<28}{format_bytes(size):>12}" for use, size in estimate.memory.items()),
         f"disk {format_bytes(sum(estimate.disk.values()))}, {format_bytes(estimate.free_disk)} free",
         *(f"  {use:<28}{format_bytes(size):>12}" for use, size in estimate.disk.items()),
-        f"time about {format_duration(sum(estimate.seconds.values()))} at the rates of this machine as loaded now",
-        *(f"  {use:<28}{format_duration(duration):>12}" for use, duration in estimate.seconds.items()),
     ]
+    if estimate.device_memory:
+        free = "" if estimate.free_device is None else f", {format_bytes(estimate.free_device)} free"
+        lines.append(f"memory of the device {format_bytes(sum(estimate.device_memory.values()))}{free}")
+        lines += [f"  {use:<28}{format_bytes(size):>12}" for use, size in estimate.device_memory.items()]
+        lines.append("time is not estimated: the rates of that device are not known")
+    else:
+        total = format_duration(sum(estimate.seconds.values()))
+        lines.append(f"time about {total}: an estimate, at the rates of this machine ({_processor()}) as loaded now")
+        lines += [f"  {use:<28}{format_duration(duration):>12}" for use, duration in estimate.seconds.items()]
     if estimate.reads:
         lines.append(f"the model does not fit into the free memory: {format_bytes(estimate.reads)} are read from disk")
     return lines
+
+
+def _processor() -> str:
+    """Name and number of this machine's processors."""
+    name = platform.processor() or platform.machine()
+    if (file := Path("/proc/cpuinfo")).exists():
+        lines = file.read_text(encoding="utf-8").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} processors"
 
 
 class ProgressBar:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from leanstep._checkpoint import TensorFile, checked_file, copy_other_files
 from leanstep._files import format_bytes
-from leanstep._mapped import MappedParameters, ResidentSet
+from leanstep._mapped import MappedParameters, ResidentSet, is_mapped, release_pages
 from leanstep.pruning.folder.files import INDEX, Checkpoint, written_name
 from leanstep.pruning.folder.loading import stored_names
 from leanstep.pruning.score.targets import some
@@ -93,6 +93,8 @@ def _copy_changed(checkpoint: Checkpoint, file: str, values: Mapping[str, Tensor
             if not torch.equal(_bytes_of(merged), _bytes_of(written)):
                 copy.seek(offsets[name])
                 copy.write(_bytes_of(merged).numpy().data)
+            if is_mapped(value) and value.is_contiguous():
+                release_pages(value.data_ptr(), value.nbytes)
     return changed
 
 

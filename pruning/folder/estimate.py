@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,13 @@ from torch import nn
 from leanstep._files import free_bytes
 from leanstep._mapped import RESIDENT
 from leanstep._memory import free_memory
-from leanstep.pruning.folder.files import Checkpoint, stored_dtypes
+from leanstep.pruning.folder.duration import Duration, Rates, Sizes
+from leanstep.pruning.folder.files import EXPERT_COPIES, Checkpoint, fused_bytes, stored_dtypes
 from leanstep.pruning.folder.loading import empty_model_of, position_count
 from leanstep.pruning.folder.recovery import space_beside
-from leanstep.pruning.measure.curves import level_grid
+from leanstep.pruning.measure.blocks import candidate_blocks
 from leanstep.pruning.recovery import Recovery
 from leanstep.pruning.score.base import NEEDS, has_statistics
-from leanstep.pruning.score.scores import layer_pruner
 from leanstep.pruning.score.targets import block_numbers, prunable_names
 
 # bytes for each weight of a matrix while it is ranked or updated, besides the matrix itself: fp32 copies, scores,
@@ -31,8 +30,6 @@ from leanstep.pruning.score.targets import block_numbers, prunable_names
 _PRUNER_BYTES = 40
 # samples whose gradients score="mfac" collects
 _GRADIENTS = 128
-# rows of a product, and the passes over the data, of Fisher curves
-_FISHER_ROWS, _FISHER_PASSES = 4096, 5
 # allocations for which distortions of single changes, or of candidates, are measured on the data for curves
 MEASURED = ("dp", "atp")
 _BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
@@ -52,6 +49,7 @@ class Workload:
         activations, resident: as for :func:`leanstep.pruning.prune_checkpoint`.
         refine_samples: sequences that judge exchanges; 0: no search.
         processes: that share the work.
+        device: that computes. Of another one than the CPU, the memory is estimated and not the time.
 
     Raises:
         ValueError: for numbers of samples or tokens that no run takes.
@@ -74,6 +72,7 @@ class Workload:
     resident: int = RESIDENT
     refine_samples: int = 0
     processes: int = 1
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         counts = (self.samples, self.curve_samples, self.held_out)
@@ -95,9 +94,11 @@ class Estimate:
         memory: bytes by use; they add up to the peak of one process.
         processes: that take this memory.
         disk: bytes by use.
-        seconds: by use, at the measured rates of this machine as it is loaded now.
+        seconds: by use, at the measured rates of this machine as it is loaded now; empty for another device.
         free_memory, free_disk: bytes; None if the system does not report them.
         reads: bytes of weights read from the disk, if the model is larger than the free memory.
+        device_memory: bytes by use on a device other than the CPU.
+        free_device: bytes; None for the CPU, and for a device that is not here.
     """
 
     parameters: int
@@ -110,6 +111,8 @@ class Estimate:
     free_disk: int
     reads: int
     processes: int = 1
+    device_memory: dict[str, int] = field(default_factory=dict)
+    free_device: int | None = None
 
     def problems(self) -> list[str]:
         """Sentences about what does not fit."""
@@ -120,6 +123,12 @@ class Estimate:
                 f"it takes {memory / 1e9:.2f} GB of memory and {self.free_memory / 1e9:.2f} GB are free: fewer or "
                 f"shorter samples, a smaller batch size, {'fewer processes, ' if self.processes > 1 else ''}or "
                 "activations on disk take less"
+            )
+        on_device = sum(self.device_memory.values())
+        if self.free_device is not None and on_device > self.free_device:
+            problems.append(
+                f"it takes {on_device / 1e9:.2f} GB on the device and {self.free_device / 1e9:.2f} GB are free there: "
+                "fewer or shorter samples, a smaller batch size, or activations on disk take less"
             )
         if disk > self.free_disk:
             problems.append(
@@ -141,6 +150,8 @@ class _Shapes:
     width: int
     outputs: int
     fused_bytes: int
+    # bytes of the largest block that is copied to a device
+    moved: int
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, model: nn.Module, itemsize: int, names: Iterable[str]) -> _Shapes:
@@ -170,9 +181,17 @@ class _Shapes:
             int(numel - experts * (1 - min(1.0, routed / total))),
             getattr(text, "hidden_size", None) or largest,
             embeddings.weight.shape[0] if embeddings is not None else getattr(config, "num_labels", largest),
-            sum(p.numel() for name, p in parameters.items() if name not in checkpoint.names and ".experts." in name)
-            * itemsize,
+            # joined in memory, then copied to a mapped file
+            2
+            * itemsize
+            * max((p.numel() for name, p in parameters.items() if _is_joined(name, checkpoint)), default=0),
+            max((sum(p.numel() for p in b.parameters()) for _, b in candidate_blocks(model)), default=0) * itemsize,
         )
+
+
+def _is_joined(name: str, checkpoint: Checkpoint) -> bool:
+    """Whether a parameter of experts is made of several tensors of the files."""
+    return ".experts." in name and name not in checkpoint.names
 
 
 def estimate_pruning(
@@ -182,11 +201,12 @@ def estimate_pruning(
     *,
     include: Iterable[str] | None = None,
     exclude: Iterable[str] = (),
-    steps: int = 0,
+    recovery: Recovery | None = None,
 ) -> Estimate:
     """Estimate what :func:`leanstep.pruning.prune_checkpoint` takes. Reads no weight and runs no part of the model.
 
-    Times follow from the operations and the rates of a product and a ranking, which are measured for half a second.
+    Times follow from the operations, and from rates that are measured for about a second: of a product, a ranking, a
+    call, a comparison of outputs, copies and hashes. They are those of this machine as it is loaded at that moment.
     Memory counts what the code holds at the same time; tests compare it with measured peaks.
 
     Args:
@@ -194,8 +214,8 @@ def estimate_pruning(
         out: the folder to create; its disk is looked at.
         workload: data and settings.
         include, exclude: see :func:`leanstep.pruning.find_targets`.
-        steps: of recovery, which writes its state and the folder a second time. Its memory and time are not in the
-            estimate.
+        recovery: settings of recovery, which writes its state and the folder a second time. Its memory and time are
+            not in the estimate.
 
     Raises:
         ValueError: for a configuration that transformers cannot open, sequences beyond its positions, or nothing to
@@ -211,25 +231,36 @@ def estimate_pruning(
     elif tokens > (positions or tokens):
         raise ValueError(f"a sequence has at most the model's {positions} positions, got {tokens} tokens")
     activations = _activations(shapes, workload, tokens, _BYTES[dtype])
+    computing = {
+        "activations of a batch": _batch_bytes(shapes, workload, tokens, _BYTES[dtype]),
+        "statistics of a block": _statistics_bytes(shapes, workload, _BYTES[dtype]),
+        "pruner of a matrix": _pruner_bytes(shapes, workload, _BYTES[dtype]),
+    }
     memory = {
         "libraries": psutil.Process().memory_info().rss,
         "weights": min(workload.resident + _block_bytes(shapes, _BYTES[dtype]), checkpoint.size),
         "experts, fused": shapes.fused_bytes,
-        "activations of a batch": _batch_bytes(shapes, workload, tokens, _BYTES[dtype]),
-        "statistics of a block": _statistics_bytes(shapes, workload),
-        "pruner of a matrix": _pruner_bytes(shapes, workload, _BYTES[dtype]),
     }
-    later = space_beside(checkpoint, Recovery(steps)) if steps else 0
+    is_cpu = workload.device == "cpu"
+    on_device = memory if is_cpu else {"two blocks": 2 * shapes.moved}
+    if not is_cpu:
+        memory["pinned, two blocks"] = 2 * shapes.moved
+    on_device |= computing
+    later = 0 if recovery is None else space_beside(checkpoint, recovery)
     copies = checkpoint.size * (workload.processes - 1)
     disk = {"output": checkpoint.size}
+    if experts := EXPERT_COPIES * fused_bytes(checkpoint) * workload.processes:
+        disk["experts, fused"] = experts
     if largest := max(copies, later):  # the copies are gone when recovery begins
         disk["recovery" if later == largest else "copies of the other processes"] = largest
     if workload.activations == "disk":
         disk |= {use: size * workload.processes for use, size in activations.items()}
         memory["mapped activations"] = min(workload.resident, sum(activations.values()))
     else:
-        memory |= activations
-    passes, seconds = _seconds(shapes, workload, tokens, _DTYPES[dtype])
+        on_device |= activations
+    sizes = Sizes(shapes.matrices, len(shapes.blocks), shapes.active, shapes.outputs, tokens, checkpoint.size)
+    duration = Duration(sizes, workload, Rates.measured(_DTYPES[dtype]))
+    seconds, passes = duration.seconds(), duration.passes
     free = free_memory("cpu")
     fits = free is None or checkpoint.size + sum(memory.values()) <= free
     return Estimate(
@@ -238,11 +269,13 @@ def estimate_pruning(
         len(shapes.matrices),
         {use: size for use, size in memory.items() if size},
         disk,
-        seconds,
+        seconds if is_cpu else {},
         free,
         free_bytes(Path(out).expanduser().absolute().parent),
         0 if fits else int(passes * checkpoint.size),
         workload.processes,
+        {} if is_cpu else {use: size for use, size in on_device.items() if size},
+        None if is_cpu or not torch.cuda.is_available() else free_memory(workload.device),
     )
 
 
@@ -354,8 +387,12 @@ def _batch_bytes(shapes: _Shapes, workload: Workload, tokens: int, itemsize: int
     return max(block, logits)
 
 
-def _statistics_bytes(shapes: _Shapes, workload: Workload) -> int:
+def _statistics_bytes(shapes: _Shapes, workload: Workload, itemsize: int) -> int:
     needs = NEEDS[workload.score]
+    outliers = 0
+    if workload.allocation == "owl":  # Wanda's sums of all matrices, and scores and pruners of a block
+        outliers = sum(8 * columns for _, columns in shapes.matrices)
+        outliers += max(sum(rows * columns for rows, columns in block) for block in shapes.blocks) * (4 + itemsize)
     per_block = [
         sum(
             8 * columns * ("square_sum" in needs)
@@ -365,7 +402,7 @@ def _statistics_bytes(shapes: _Shapes, workload: Workload) -> int:
         )
         for block in shapes.blocks
     ]
-    return max(per_block)
+    return max(outliers, *per_block)
 
 
 def _pruner_bytes(shapes: _Shapes, workload: Workload, itemsize: int) -> int:
@@ -382,51 +419,3 @@ def _pruner_bytes(shapes: _Shapes, workload: Workload, itemsize: int) -> int:
         for block in shapes.blocks
     )
     return largest + held
-
-
-def _seconds(shapes: _Shapes, workload: Workload, tokens: int, dtype: torch.dtype) -> tuple[float, dict[str, float]]:
-    """Passes over all weights, and seconds by use."""
-    count, blocks = len(shapes.matrices), len(shapes.blocks)
-    groups = blocks if workload.granularity == "block" else count
-    rate, ranked = _operations_per_second(dtype), _seconds_per_weight()
-    sample = 2 * shapes.active * tokens / rate
-    weights = sum(rows * columns for rows, columns in shapes.matrices)
-    prune_all = weights * ranked
-    if "gram" in NEEDS[workload.score]:
-        prune_all += sum(2 * rows * columns**2 + columns**3 for rows, columns in shapes.matrices) / rate
-    statistics = 2 * workload.samples * sample if NEEDS[workload.score] else 0.0
-    compared = {"dp": 2}.get(workload.allocation, 1) if workload.held_out else 0
-    seconds = {"search of the cut points": blocks / 2 * sample, "statistics and pruning": statistics + prune_all}
-    passes = blocks / 2 + 2 * workload.samples / workload.batch_size
-    if workload.allocation == "dp":
-        levels = workload.levels or len(level_grid(10**6, workload.sparsity)) - 1
-        measured = groups * levels / 2 * workload.curve_samples * sample + statistics + prune_all * (1 + levels / 4)
-        fisher = _FISHER_PASSES * workload.curve_samples * sample
-        fisher += 2 * _FISHER_ROWS * levels * weights / rate + statistics + prune_all * (1 + levels / 4)
-        limit = 60 * workload.minutes
-        use = workload.curves or ("measured" if measured <= limit else "anchored")
-        seconds[f"curves, {use}"] = {"measured": measured, "fisher": fisher}.get(use, fisher + min(limit, measured))
-        passes += groups * levels / 2 if use == "measured" else 0
-    if compared:
-        alone = workload.held_out * (groups + blocks + 4) / 2 * sample
-        seconds["comparison on held-out data"] = compared * (alone + 2 * statistics + 2 * prune_all)
-        passes += compared * (groups + blocks) / 2
-    return passes, seconds
-
-
-def _operations_per_second(dtype: torch.dtype, seconds: float = 0.25) -> float:
-    left, right = torch.randn(256, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
-    left @ right
-    begin, calls = time.perf_counter(), 0
-    while time.perf_counter() - begin < seconds:
-        left @ right
-        calls += 1
-    return calls * 2 * 256 * 1024 * 1024 / (time.perf_counter() - begin)
-
-
-def _seconds_per_weight() -> float:
-    weight = torch.randn(512, 512)
-    begin = time.perf_counter()
-    for _ in range(2):
-        layer_pruner(weight, "magnitude", scope="row").prune(weight.numel() // 2)
-    return (time.perf_counter() - begin) / (2 * weight.numel())

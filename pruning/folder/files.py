@@ -5,6 +5,8 @@ They are complete and hold plain weights; otherwise a ValueError of one line say
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,10 @@ _SINGLE = ("model.safetensors", "pytorch_model.bin")
 _QUANTISED_DTYPES = ("I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4")
 # names of floating dtypes in safetensors files
 DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+# of experts that transformers joins: those of the model, the dense ones, and those that are split again to be written
+EXPERT_COPIES = 3
+ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
 
 
@@ -203,3 +209,23 @@ def stored_dtypes(folder: Path) -> Iterator[tuple[Path, str, str, int]]:
             continue
         with TensorFile(file) as opened:
             yield from ((file, name, opened.dtype(name), len(opened.shape(name))) for name in opened.names)
+
+
+def stored_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Name, dtype and shape of every tensor in the weight files of a checkpoint."""
+    for file, names in checkpoint.files.items():
+        if file.endswith(".bin"):
+            for name, tensor in _load_bin(checkpoint.folder / file).items():
+                yield name, DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)
+            continue
+        with TensorFile(checkpoint.folder / file) as opened:
+            yield from ((name, opened.dtype(name), tuple(opened.shape(name))) for name in names)
+
+
+def fused_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of the experts that are stored one by one, which transformers joins on loading."""
+    return sum(
+        math.prod(shape) * ITEM_BYTES.get(dtype, 4)
+        for name, dtype, shape in stored_tensors(checkpoint)
+        if _EXPERT.search(name) and len(shape) == 2
+    )

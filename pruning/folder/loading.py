@@ -16,13 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from leanstep._checkpoint import (
+    TensorFile,
     check_finite,
     check_folder,
     code_files,
+    load_pickled,
     read_json,
     reason,
 )
 from leanstep._files import is_folder_name, one_line
+from leanstep._mapped import Scratch, is_mapped, release_pages
 from leanstep.pruning.folder.files import DTYPE_NAMES, Checkpoint, stored_dtypes
 
 _FLOATING_DTYPES = tuple(DTYPE_NAMES.values())
@@ -57,7 +60,11 @@ def _check_finite(checkpoint: Checkpoint, model: nn.Module) -> None:
     }
     check_finite(((name, checkpoint.tensor(file, key)) for name, (file, key) in as_stored.items()), checkpoint.folder)
     aliases = {state[name].data_ptr() for name in as_stored}
-    check_finite(((name, t) for name, t in state.items() if t.data_ptr() not in aliases), checkpoint.folder)
+    others = {name: t for name, t in state.items() if t.data_ptr() not in aliases}
+    for name, tensor in others.items():
+        check_finite([(name, tensor)], checkpoint.folder)
+        if is_mapped(tensor):
+            release_pages(tensor.data_ptr(), tensor.nbytes)
 
 
 def _model_class(architectures: Any) -> Any:
@@ -93,14 +100,29 @@ def checkpoint_values(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Ten
     return {name: tensor for name, tensor in values.items() if name in names}
 
 
-def stored_parameters(checkpoint: Checkpoint, model: nn.Module) -> Callable[[str], Tensor | None]:
+def stored_parameters(
+    checkpoint: Checkpoint, model: nn.Module, scratch: Scratch | None = None
+) -> Callable[[str], Tensor | None]:
     """Make a function from a parameter's name to its values in the checkpoint's safetensors files.
 
-    The function returns None for parameters that transformers fused, and for those in files of ``torch.save``.
+    The function returns None for parameters in files of ``torch.save``, and for those that transformers fused. With
+    ``scratch``, it copies the fused ones that are mapped into files there.
     """
     names = stored_names(checkpoint, model)
+    copies = (
+        {}
+        if scratch is None
+        else {
+            name: scratch.store(parameter.detach())
+            for name, parameter in model.named_parameters()
+            if name not in names and is_mapped(parameter)
+        }
+    )
 
     def stored(parameter: str) -> Tensor | None:
+        if parameter in copies:
+            copy: Tensor = copies[parameter].open()
+            return copy
         file, name = names.get(parameter, ("", ""))
         return checkpoint.tensor(file, name) if file.endswith(".safetensors") else None
 
@@ -251,6 +273,16 @@ def check_weights(source: str | Path, model_class: Any = None, *, new_heads: Ite
         raise ValueError(_misfit(source, missing, mismatched, sorted(map(str, info["unexpected_keys"]))))
     if Path(path).is_dir() and not read_json(Path(path) / "config.json").get("quantization_config"):
         _check_dtypes(Path(path))
+
+
+def check_values(folder: Path) -> None:
+    """Read all weights of a folder, one in memory at a time. Raises ValueError for NaN and infinity."""
+    for file in dict.fromkeys(file for file, *_ in stored_dtypes(folder)):
+        if file.suffix == ".bin":
+            check_finite(((str(n), t) for n, t in load_pickled(file).items() if isinstance(t, Tensor)), file)
+            continue
+        with TensorFile(file) as opened:
+            check_finite(((name, opened.tensor(name)) for name in opened.names), file)
 
 
 def _check_dtypes(folder: Path) -> None:

@@ -15,7 +15,7 @@ from leanstep._checkpoint import check_apart, check_space, new_folder, read_json
 from leanstep._files import remove_leftovers, remove_partials, restore_replaced
 from leanstep._memory import free_memory
 from leanstep.pruning.folder.checkpoint import SIDECAR, copy_others, state_file, write_report, write_weights
-from leanstep.pruning.folder.files import Checkpoint, open_checkpoint, stored_dtypes
+from leanstep.pruning.folder.files import Checkpoint, open_checkpoint, stored_dtypes, stored_tensors
 from leanstep.pruning.folder.loading import checkpoint_values, load_model, stored_parameters
 from leanstep.pruning.folder.text import CalibrationText, perplexity_of, sequences_of
 from leanstep.pruning.measure.points import Progress
@@ -142,7 +142,10 @@ def _remove_state(state: Path) -> None:
 def space_beside(pruned: Checkpoint, recovery: Recovery) -> int:
     """Most bytes on the disk besides the pruned folder: two states, or a state and the new folder."""
     half = any(dtype == "F16" for _, _, dtype, _ in stored_dtypes(pruned.folder))
-    state = 0 if recovery.rank is not None else pruned.size * (2 if half else 1)
+    state = pruned.size * (2 if half else 1)
+    if recovery.rank is not None:  # two factors of each matrix in fp32, without a state of the optimizer
+        matrices = (shape for _, _, shape in stored_tensors(pruned) if len(shape) == 2)
+        state = sum(4 * recovery.rank * sum(shape) for shape in matrices)
     return max(2 * state, state + pruned.size)
 
 

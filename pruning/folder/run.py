@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from leanstep._checkpoint import check_apart, check_output, check_space, new_folder
 from leanstep._files import remove_partials, restore_replaced
-from leanstep._mapped import RESIDENT, ResidentSet
+from leanstep._mapped import RESIDENT, CopiesInFiles, ResidentSet, Scratch
 from leanstep._processes import Processes
 from leanstep._version import __version__
 from leanstep.pruning.allocate.descent import Refinement
@@ -28,10 +29,12 @@ from leanstep.pruning.folder.checkpoint import (
     write_weights,
 )
 from leanstep.pruning.folder.estimate import MEASURED, Sequences, scratch_bytes
-from leanstep.pruning.folder.files import open_checkpoint
+from leanstep.pruning.folder.files import EXPERT_COPIES, Checkpoint, fused_bytes, open_checkpoint
 from leanstep.pruning.folder.loading import checkpoint_values, load_model, stored_parameters
 from leanstep.pruning.folder.recovery import recover_model, space_beside
 from leanstep.pruning.folder.text import CalibrationText, perplexity_of, sequences_of
+from leanstep.pruning.measure.batches import as_batches
+from leanstep.pruning.measure.blocks import BlockMover
 from leanstep.pruning.measure.points import Progress
 from leanstep.pruning.prune import prune
 from leanstep.pruning.recovery import Recovery
@@ -76,7 +79,8 @@ def prune_checkpoint(
         resume: continue an interrupted run: with its curves, from ``OUT.curves.jsonl``, and its search, from
             ``OUT.refine.json``. If that run had finished ``out``, removes them, and raises the error of an ``out`` that
             exists.
-        device: of the model during calibration.
+        device: that computes. On another device than the CPU, a block is copied there while it runs; see
+            :class:`leanstep.pruning.measure.blocks.BlockMover`.
         progress: see :func:`measure_curves`.
         recovery: train the pruned model on ``data`` after its folder is written, and replace that; see
             :func:`leanstep.pruning.recover_checkpoint`, which also goes on where a run was interrupted in this.
@@ -96,14 +100,102 @@ def prune_checkpoint(
     Notes:
         Memory: ``resident``, and that of :func:`prune` without its copy of the dense weights, which are read again
         from the files. Weights are mapped from copies of the files, which become ``out``: a pruned matrix is written
-        there, and weights that were used longest ago leave the memory. Weights from files of ``torch.save``, those that
-        transformers fuses or converts on loading, such as experts, and all on another device than the CPU stay in
-        memory; the result's notes say so. Disk: ``out``, and with ``activations="disk"`` tokens x width values for each
-        of ``data`` and ``held_out``, and for ``kl`` 4 bytes per token and entry of the vocabulary. Each of several
-        processes takes this memory and disk while it runs.
+        there, and weights that were used longest ago leave the memory. Experts that transformers fuses on loading are
+        in files, too. Weights from files of ``torch.save``, and others that it converts, stay in memory; the result's
+        notes say so.
+
+        Another device than the CPU holds two blocks at a time, their activations and statistics, and with
+        ``activations="memory"`` the cached ones. It holds the whole model for ``mfac``, the gradients of ``refine``,
+        Fisher curves of classifiers and recovery, and where blocks do not run alone, which a note says.
+
+        Disk: ``out``, and with ``activations="disk"`` tokens x width values for each of ``data`` and ``held_out``, and
+        for ``kl`` 4 bytes per token and entry of the vocabulary; three copies of fused experts while it runs. Each of
+        several processes takes this memory and disk while it runs.
     """
     processes = processes or Processes()
     check_choices(data=data, refine=refine, **settings)
+    _check_arguments(data, activations, resident, recovery, device)
+    out = Path(out).expanduser()
+    partial, search = out.with_name(f"{out.name}.curves.jsonl"), out.with_name(f"{out.name}.refine.json")
+    processes.from_first(lambda: _check_start(out, resume, partial, search))
+    checkpoint = open_checkpoint(source)
+    # a copy of the files for each process, and later the state of recovery and its folder
+    later = 0 if recovery is None else space_beside(checkpoint, recovery)
+    written = checkpoint.size + max(checkpoint.size * (processes.size - 1), later)
+    written += EXPERT_COPIES * fused_bytes(checkpoint) * processes.size
+    processes.from_first(lambda: check_output(out, written))
+    check_apart(out, checkpoint.folder)
+    if refine is not None:
+        refine = replace(refine, state=search)
+    several = recovery is not None or moves_blocks(torch.device(device))
+    calibration = _calibration(checkpoint, data, held_out, refine, settings, several=several)
+    if evaluate and calibration.held_out is None:
+        raise ValueError("perplexity needs held-out sequences: give a text")
+    # experts that transformers joins
+    joined = Scratch(out.absolute().parent)
+    with CopiesInFiles(joined):
+        model = load_model(checkpoint)
+    if activations == "disk":
+        scratch = scratch_bytes(model, _sequences(calibration))
+        processes.from_first(lambda: check_space(out, written + scratch * processes.size))
+    content: dict[str, Any] = {"leanstep": __version__, "source": str(source)}
+    # as asked for: the allocation that is applied may be another, which the comparison found to be better
+    content["settings"] = {name: settings.get(name, default) for name, default in _ASKED.items()}
+    if calibration.text:
+        content["calibration_text"] = calibration.text
+    with _staged(out, processes) as folder:
+        map_model = map_weights if processes.is_first else map_copies
+        with CopiesInFiles(joined):
+            mapped = map_model(checkpoint, model, folder, ResidentSet(resident))
+            stored = stored_parameters(checkpoint, model, joined)
+        with _computing_on(device, model, calibration.data) as notes:
+            result = _pruned(
+                model,
+                calibration,
+                evaluate=evaluate and processes.is_first,
+                resume=partial,
+                progress=progress,
+                stored=stored,
+                scratch=folder if activations == "disk" else None,
+                processes=processes,
+            )
+        if not processes.is_first:
+            return result
+        result.notes.extend(filter(None, [*notes, unmapped_note(mapped)]))
+        content |= result.to_dict()
+        with CopiesInFiles(joined):
+            values = checkpoint_values(checkpoint, model)
+        changed = write_weights(checkpoint, values, folder)
+        del values
+        mapped.detach()
+        copy_others(checkpoint, folder)
+        content["tensors"] = _tensor_rows(changed, result)
+        write_report(content, folder)
+    for file in (partial, search):
+        file.unlink(missing_ok=True)
+        remove_partials(file)
+    if recovery is not None:
+        try:
+            result.recovery = recover_model(
+                model.to(device),
+                checkpoint,
+                out,
+                calibration.data,
+                recovery,
+                held_out=calibration.held_out,
+                evaluate=evaluate,
+                device=device,
+                progress=progress,
+            )
+        except ValueError as error:
+            raise ValueError(f"{out} holds the pruned model, and recovery stopped: {error}") from error
+    return result
+
+
+def _check_arguments(
+    data: Any, activations: str, resident: int, recovery: Recovery | None, device: str | torch.device
+) -> None:
+    """Raise ValueError for arguments that only :func:`prune_checkpoint` has."""
     if activations not in ACTIVATIONS or resident < 0:
         raise ValueError(
             f"expected activations of {' or '.join(ACTIVATIONS)} and resident bytes of at least 0, got {activations!r} "
@@ -115,107 +207,81 @@ def prune_checkpoint(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"the device {str(device)!r} is not available: {str(error).splitlines()[0]}") from None
-    out = Path(out).expanduser()
-    partial, search = out.with_name(f"{out.name}.curves.jsonl"), out.with_name(f"{out.name}.refine.json")
-    processes.from_first(lambda: _check_start(out, resume, partial, search))
-    checkpoint = open_checkpoint(source)
-    # a copy of the files for each process, and later the state of recovery and its folder
-    later = 0 if recovery is None else space_beside(checkpoint, recovery)
-    written = checkpoint.size + max(checkpoint.size * (processes.size - 1), later)
-    processes.from_first(lambda: check_output(out, written))
-    check_apart(out, checkpoint.folder)
-    sequences = None
-    if isinstance(data, CalibrationText):
-        sequences = sequences_of(checkpoint, data, refine=refine is not None and refine.data is None)
-    if refine is not None:
-        refine = replace(refine, state=search)
-    model = load_model(checkpoint, device)
-    content: dict[str, Any] = {"leanstep": __version__, "source": str(source)}
-    # as asked for: the allocation that is applied may be another, which the comparison found to be better
-    content["settings"] = {name: settings.get(name, default) for name, default in _ASKED.items()}
-    if sequences is not None:
-        assert isinstance(data, CalibrationText)
-        scores, held_out, judging = sequences
-        if refine is not None and refine.data is None:
-            refine = replace(refine, data=judging)
-        settings = {"curve_data": scores[: data.curve_samples], **settings}
-        content["calibration_text"] = (
-            f"{data.label}, {len(scores)} x {scores.shape[1]} tokens, seed {data.seed}; curves {data.curve_samples}"
-        )
-        data = scores
-    elif recovery is not None and not isinstance(data, torch.Tensor):
-        batches: Any = data
-        data = list(batches)  # it is read twice
-    if activations == "disk":
-        scratch = scratch_bytes(model, _sequences(data, held_out, refine, settings))
-        processes.from_first(lambda: check_space(out, written + scratch * processes.size))
-    perplexity: dict[str, Any] = {}
+
+
+@dataclass
+class _Calibration:
+    """Data by use, the other settings of pruning, and a line about the text; "" for other data."""
+
+    data: Any
+    held_out: Any
+    refine: Refinement | None
+    settings: dict[str, Any]
+    text: str = ""
+
+
+def _calibration(
+    checkpoint: Checkpoint,
+    data: Any,
+    held_out: Any,
+    refine: Refinement | None,
+    settings: dict[str, Any],
+    *,
+    several: bool,
+) -> _Calibration:
+    """Draw the sequences of a text; other data is taken as it is, as a list if it is read ``several`` times."""
+    if not isinstance(data, CalibrationText):
+        if several and data is not None and not isinstance(data, torch.Tensor):
+            data = list(data)
+        return _Calibration(data, held_out, refine, settings)
+    has_judging = refine is None or refine.data is not None
+    scores, held_out, judging = sequences_of(checkpoint, data, refine=not has_judging)
+    if refine is not None and not has_judging:
+        refine = replace(refine, data=judging)
+    settings = {"curve_data": scores[: data.curve_samples], **settings}
+    text = f"{data.label}, {len(scores)} x {scores.shape[1]} tokens, seed {data.seed}; curves {data.curve_samples}"
+    return _Calibration(scores, held_out, refine, settings, text)
+
+
+def _pruned(model: nn.Module, calibration: _Calibration, *, evaluate: bool, **options: Any) -> PruneResult:
+    """Prune a model in place, with its perplexity before and after if asked for."""
+    held_out, perplexity = calibration.held_out, dict[str, Any]()
     if evaluate:
-        if held_out is None:
-            raise ValueError("perplexity needs held-out sequences: give a text")
-        if processes.is_first:
-            perplexity["before"], perplexity["tokens"] = perplexity_of(model, held_out)
-    with _staged(out, processes) as folder:
-        mapped = None
-        if torch.device(device).type == "cpu":
-            map_model = map_weights if processes.is_first else map_copies
-            mapped = map_model(checkpoint, model, folder, ResidentSet(resident))
-        result = prune(
-            model,
-            data,
-            held_out=held_out,
-            resume=partial,
-            progress=progress,
-            stored=stored_parameters(checkpoint, model),
-            refine=refine,
-            scratch=folder if activations == "disk" else None,
-            processes=processes,
-            **settings,
-        )
-        if not processes.is_first:
-            return result
-        if evaluate:
-            perplexity["after"], _ = perplexity_of(model, held_out)
-            result.perplexity = perplexity
-        if mapped is not None:
-            result.notes.extend(filter(None, [unmapped_note(mapped)]))
-        content |= result.to_dict()
-        changed = write_weights(checkpoint, checkpoint_values(checkpoint, model), folder)
-        if mapped is not None:
-            mapped.detach()
-        copy_others(checkpoint, folder)
-        content["tensors"] = _tensor_rows(changed, result)
-        write_report(content, folder)
-    for file in (partial, search):
-        file.unlink(missing_ok=True)
-        remove_partials(file)
-    if recovery is not None:
-        try:
-            result.recovery = recover_model(
-                model,
-                checkpoint,
-                out,
-                data,
-                recovery,
-                held_out=held_out,
-                evaluate=evaluate,
-                device=device,
-                progress=progress,
-            )
-        except ValueError as error:
-            raise ValueError(f"{out} holds the pruned model, and recovery stopped: {error}") from error
+        perplexity["before"], perplexity["tokens"] = perplexity_of(model, held_out)
+    result = prune(
+        model, calibration.data, held_out=held_out, refine=calibration.refine, **calibration.settings, **options
+    )
+    if evaluate:
+        perplexity["after"], _ = perplexity_of(model, held_out)
+        result.perplexity = perplexity
     return result
 
 
-def _sequences(data: Any, held_out: Any, refine: Refinement | None, settings: Mapping[str, Any]) -> Sequences:
+@contextmanager
+def _computing_on(device: str | torch.device, model: nn.Module, data: Any) -> Iterator[list[str]]:
+    """Context manager: the model, in host memory, computes on a device; yields notes about how."""
+    if not moves_blocks(torch.device(device)):
+        yield []
+        return
+    with BlockMover(model, device) as mover:
+        yield [] if data is None else [mover.try_on(as_batches(data, model)[0].sample(0))]
+
+
+def moves_blocks(device: torch.device) -> bool:
+    """Whether blocks are copied to a device while they run; the CPU reads them where they are."""
+    return device.type != "cpu"
+
+
+def _sequences(calibration: _Calibration) -> Sequences:
     """Numbers of sequences whose activations are stored."""
+    data, settings, refine = calibration.data, calibration.settings, calibration.refine
     allocation, curves = settings.get("allocation", "dp"), settings.get("curve_data")
     if allocation not in MEASURED:
         curves = None
     elif curves is None:
         curves = data
     has_scores = has_statistics(allocation, settings.get("score", "wanda"))
-    return Sequences.of(has_scores, data, curves, held_out, None if refine is None else refine.data)
+    return Sequences.of(has_scores, data, curves, calibration.held_out, None if refine is None else refine.data)
 
 
 def _check_start(out: Path, resume: bool, partial: Path, search: Path) -> None:

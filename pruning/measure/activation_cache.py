@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from leanstep._mapped import FileTensor, Scratch
 from leanstep._processes import Processes
 from leanstep.pruning.measure.batches import Batch
+from leanstep.pruning.measure.blocks import candidate_blocks
 from leanstep.pruning.score.targets import Group
 
 
@@ -25,12 +26,8 @@ class _Reached(Exception):
 
 
 def find_stages(model: nn.Module, batch: Batch) -> list[tuple[str, nn.Module]]:
-    """The modules that a model calls exactly once, in the order of the calls: blocks, embeddings, the head.
-
-    Descends into lists (``nn.ModuleList``, ``nn.Sequential``), and into a module with most of its parent's weights, as
-    ``model.model``.
-    """
-    modules = dict(_expand(model, "", inside_list=False))
+    """Those of :func:`candidate_blocks` that a model calls exactly once, in the order of the calls."""
+    modules = dict(candidate_blocks(model))
     calls: list[str] = []
     handles = [
         module.register_forward_pre_hook(lambda _module, _args, name=name: calls.append(name))
@@ -43,21 +40,6 @@ def find_stages(model: nn.Module, batch: Batch) -> list[tuple[str, nn.Module]]:
         for handle in handles:
             handle.remove()
     return [(name, modules[name]) for name in calls if calls.count(name) == 1]
-
-
-def _expand(module: nn.Module, prefix: str, *, inside_list: bool) -> Iterator[tuple[str, nn.Module]]:
-    whole = sum(parameter.numel() for parameter in module.parameters())
-    for child_name, child in module.named_children():
-        name = f"{prefix}{child_name}"
-        size = sum(parameter.numel() for parameter in child.parameters())
-        if size == 0:
-            continue
-        if isinstance(child, (nn.ModuleList, nn.Sequential)):
-            yield from _expand(child, f"{name}.", inside_list=True)
-        elif not inside_list and 2 * size > whole and any(True for _ in child.children()):
-            yield from _expand(child, f"{name}.", inside_list=False)
-        else:
-            yield name, child
 
 
 class ActivationCache:

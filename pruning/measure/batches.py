@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leanstep._torch import output_head
+from leanstep._torch import device_of, output_head
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Batch:
 
 
 def as_batches(data: Any, model: nn.Module, *, batch_size: int = 8, what: str = "data") -> list[Batch]:
-    """Batches on the model's device from a tensor of samples, or from an iterable of batches such as a DataLoader.
+    """Batches on the model's device, from a tensor of samples or an iterable of batches such as a DataLoader.
 
     Args:
         data: int64 [samples, tokens] of token numbers; floating [samples, ...] such as images; or batches: mappings
@@ -76,7 +76,7 @@ def as_batches(data: Any, model: nn.Module, *, batch_size: int = 8, what: str = 
     else:
         given = data
     parameter = next(model.parameters(), None)
-    device = torch.device("cpu") if parameter is None else parameter.device
+    device = device_of(model)
     dtype = torch.float32 if parameter is None else parameter.dtype
     batches = [batch if isinstance(batch, Batch) else _as_batch(batch, model, device, dtype, what) for batch in given]
     if not batches:

@@ -21,11 +21,19 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from leanstep._processes import Processes
+from leanstep._torch import device_of
 from leanstep.pruning.measure.batches import Batch
+from leanstep.pruning.measure.blocks import whole_on_device
 from leanstep.pruning.measure.curves import Curve
 from leanstep.pruning.measure.metrics import Distortion, Metric, summarise, values_of
 from leanstep.pruning.measure.points import Points
-from leanstep.pruning.score.calibration import Pruning, input_rows, one_expert_at_a_time, prune_group
+from leanstep.pruning.score.calibration import (
+    ExpertWeights,
+    Pruning,
+    input_rows,
+    one_expert_at_a_time,
+    prune_group,
+)
 from leanstep.pruning.score.targets import Group, Target, as_matrix
 
 # rows of each matrix, over all sequences, whose x and g are stored
@@ -136,7 +144,7 @@ class SecondOrder:
         for target, weight in changed:
             part = self._collected[target.name]
             dtype = torch.promote_types(weight.dtype, torch.float32)
-            response = part.response(weight.to(dtype) - target.weight.to(dtype))
+            response = part.response(weight.to(dtype) - target.weight.to(weight.device, dtype))
             before = responses.get(part.key)
             responses[part.key] = part, response if before is None else before[1] + response
         sums = torch.zeros(len(self.samples), dtype=torch.float64)
@@ -154,8 +162,9 @@ class SecondOrder:
     def _sample_gradients(self, targets: Sequence[Target]) -> dict[str, Pairs | SampleGradients]:
         parameters = {target.parameter: getattr(target.module, target.attribute) for target in targets}
         draws, count = min(_SAMPLE_DRAWS, self._classes), len(self.samples)
-        by_name = {t.name: t.weight.new_empty(draws, count, t.layer.numel) for t in targets}
-        with _only_gradients_of(self.model, list(parameters.values())):
+        device = device_of(self.model)
+        by_name = {t.name: t.weight.new_empty(draws, count, t.layer.numel, device=device) for t in targets}
+        with _only_gradients_of(self.model, list(parameters.values())), whole_on_device(self.model):
             for index in range(count):
                 roots = self._roots(index)
                 for draw, direction in enumerate(_orthogonal_directions(roots, draws, index)):
@@ -195,7 +204,7 @@ class SecondOrder:
                 for call, rows in zip(recorded, gradients, strict=True):
                     call.output = None  # holds the graph
                     calls[call.target.name].append((index, call, rows))
-        return {target.name: _joined(target, calls[target.name]) for target in targets}
+        return {target.name: _joined(target, calls[target.name], device_of(self.model)) for target in targets}
 
 
 def fisher_curves(second: SecondOrder, points: Points, pruning: Pruning) -> dict[str, Curve]:
@@ -223,8 +232,7 @@ def _portions(
     second: SecondOrder, stages: Sequence[tuple[int, list[Group]]], share: Container[str], processes: Processes
 ) -> Iterator[Sequence[tuple[int, list[Group]]]]:
     """Split stages so that what is collected of a portion, of the named groups, fits into memory."""
-    device = next(second.model.parameters()).device
-    free = processes.free_memory(device)
+    free = processes.free_memory(device_of(second.model))
     limit = _BYTES if free is None else free // 2
     portion: list[tuple[int, list[Group]]] = []
     size = 0
@@ -256,14 +264,15 @@ class _Call:
         return gradient.reshape(-1, gradient.shape[-1])[self.rows]
 
 
-def _joined(target: Target, calls: Sequence[tuple[int, _Call, list[Tensor]]]) -> Pairs:
+def _joined(target: Target, calls: Sequence[tuple[int, _Call, list[Tensor]]], device: torch.device) -> Pairs:
     """The pairs of a matrix from all its calls."""
     if not calls:
         if target.expert is None:
             raise _unused(target)
         weight, none = target.weight, torch.zeros(0, dtype=torch.int64)  # an expert without a token
         rows, columns = weight.shape
-        return Pairs(weight.new_empty(0, columns), weight.new_empty(_DRAWS, 0, rows), none, none.double(), target.name)
+        inputs, gradients = (weight.new_empty(shape, device=device) for shape in ((0, columns), (_DRAWS, 0, rows)))
+        return Pairs(inputs, gradients, none, none.double(), target.name)
     sizes = torch.tensor([len(call.rows) for _, call, _ in calls])
     weights = torch.tensor([call.total for _, call, _ in calls], dtype=torch.float64) / sizes
     # rows are drawn by their number, so that equal numbers of rows give the same tokens
@@ -299,17 +308,17 @@ def _recording(
                     lambda _, args, output, target=target: record(target, args[0], output)
                 )
                 stack.callback(handle.remove)
-        experts = {target.weight.data_ptr(): target for target in targets if target.expert is not None}
+        experts = [target for target in targets if target.expert is not None]
         if experts:
             stack.enter_context(one_expert_at_a_time(model))
-            stack.enter_context(_ExpertProducts(experts, record))
+            stack.enter_context(_ExpertProducts(ExpertWeights(experts), record))
         yield
 
 
 class _ExpertProducts(TorchFunctionMode):
     """Passes every product with the weight of one expert to ``record``, and goes on with the output it returns."""
 
-    def __init__(self, experts: dict[int, Target], record: Callable[[Target, Tensor, Tensor], Tensor]) -> None:
+    def __init__(self, experts: ExpertWeights, record: Callable[[Target, Tensor, Tensor], Tensor]) -> None:
         super().__init__()
         self.experts, self.record = experts, record
 
@@ -317,12 +326,12 @@ class _ExpertProducts(TorchFunctionMode):
         output = func(*args, **(kwargs or {}))
         products = (nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
         if func in products and len(args) > 1 and isinstance(args[1], Tensor):
-            target = self.experts.get(args[1].data_ptr())
+            target = self.experts.get(args[1])
             if target is not None and args[0].shape[-1] == target.weight.shape[1]:
                 return self.record(target, args[0], output)
         if func in (torch.bmm, Tensor.bmm) and len(args) > 1:  # of all experts at once
             each = zip(args[0], args[1], output, strict=True)
-            targets = [self.experts.get(weight.data_ptr()) for weight in args[1]]
+            targets = [self.experts.get(weight) for weight in args[1]]
             if any(target is not None for target in targets):
                 outputs = [
                     part if target is None else self.record(target, inputs, part)

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from leanstep._mapped import Scratch
 from leanstep._processes import Processes
+from leanstep._torch import device_of
 from leanstep.pruning.measure.activation_cache import BlockCache
+from leanstep.pruning.measure.blocks import whole_on_device
 from leanstep.pruning.measure.measure import Measurement
 from leanstep.pruning.measure.metrics import Distortion, summarise
 from leanstep.pruning.score.base import LayerPruner
@@ -53,7 +55,7 @@ class JointJudge:
         self.model, self.metric = measurement.model, measurement.metric
         self._groups, self._pruners = {group.name: group for group in groups}, pruners
         self._batches, self._reference = measurement.batches, measurement.reference
-        limit = _MEMORY * (self._processes.free_memory(next(self.model.parameters()).device) or 0)
+        limit = _MEMORY * (self._processes.free_memory(device_of(self.model)) or 0)
         self._cache = BlockCache(measurement.cache, self._batches, limit)
         self.counts, self.patterns = dict(counts), dict(patterns)
         # passes over all data, in batches of which each counts by the stages that it ran
@@ -144,7 +146,7 @@ class JointJudge:
         for name, level in levels.items():
             pruned = prune_group(self._groups[name], self._pruners, *level)
             slopes[name] = sum(
-                float((gradients[target.name] * (weight.float() - target.weight.float())).sum())
+                float((gradients[target.name] * (weight.float() - target.weight.to(weight.device).float())).sum())
                 for target, weight in pruned
             )
         return slopes
@@ -159,24 +161,29 @@ class JointJudge:
         for parameter in frozen:
             parameter.requires_grad_(True)
         try:
-            for batch, reference in zip(self._batches, self._reference, strict=True):
-                with torch.enable_grad():
-                    distortion = (
-                        self.metric.compare(Scratch.open(reference), batch.run(self.model), batch)[0].sum() / total
-                    )
-                    if not distortion.requires_grad:
-                        return None
-                    gradients = torch.autograd.grad(distortion, list(parameters.values()), allow_unused=True)
-                for name, gradient in zip(parameters, gradients, strict=True):
-                    if gradient is not None:
-                        sums[name] = sums[name] + gradient if name in sums else gradient
+            with whole_on_device(self.model):
+                for batch, reference in zip(self._batches, self._reference, strict=True):
+                    with torch.enable_grad():
+                        distortion = (
+                            self.metric.compare(Scratch.open(reference), batch.run(self.model), batch)[0].sum() / total
+                        )
+                        if not distortion.requires_grad:
+                            return None
+                        gradients = torch.autograd.grad(distortion, list(parameters.values()), allow_unused=True)
+                    for name, gradient in zip(parameters, gradients, strict=True):
+                        if gradient is not None:
+                            sums[name] = sums[name] + gradient if name in sums else gradient
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(False)
         self.passes += 3  # a backward pass takes the work of two
         by_name = {}
         for target in targets:
-            gradient = sums.get(target.parameter, torch.zeros_like(parameters[target.parameter]))
+            gradient = (
+                sums[target.parameter]
+                if target.parameter in sums
+                else torch.zeros_like(parameters[target.parameter], device=device_of(self.model))
+            )
             matrix = gradient if target.expert is None else gradient[target.expert]
             by_name[target.name] = as_matrix(matrix.detach(), target.layout).float()
         return by_name

@@ -15,9 +15,11 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
 from leanstep._processes import Processes
+from leanstep._torch import device_of
 from leanstep.pruning.allocate.closed_form import ComputedScores, outlier_ratio
 from leanstep.pruning.measure.activation_cache import ActivationCache
 from leanstep.pruning.measure.batches import Batch
+from leanstep.pruning.measure.blocks import whole_on_device
 from leanstep.pruning.measure.metrics import logits_of
 from leanstep.pruning.score.base import NEEDS, LayerPruner, LayerStatistics
 from leanstep.pruning.score.scores import layer_pruner
@@ -45,7 +47,8 @@ def statistics_for(
     Raises:
         ValueError: for a layer, other than an expert, that never ran on the data, or whose inputs cannot be collected.
     """
-    statistics_by_name = {t.name: LayerStatistics.empty(needs, t.weight.shape[1], t.weight.device) for t in targets}
+    device = device_of(cache.model)
+    statistics_by_name = {t.name: LayerStatistics.empty(needs, t.weight.shape[1], device) for t in targets}
     if "gradients" in needs:
         gradients = collect_gradients(cache.model, cache.all_batches, targets)
         for name, rows in gradients.items():
@@ -142,17 +145,16 @@ def collect_inputs(
             inputs = inputs[mask]
         add[target.name](input_rows(target.module, inputs))
 
-    experts: dict[int, Target] = {}
+    experts = [target for target in targets if target.expert is not None]
     with ExitStack() as stack:
         for target in targets:
             if target.expert is not None:
-                experts[target.weight.data_ptr()] = target
-                stack.enter_context(one_expert_at_a_time(cache.model))
                 continue
             handle = target.module.register_forward_pre_hook(lambda _, args, target=target: give(target, args[0]))
             stack.callback(handle.remove)
         if experts:
-            stack.enter_context(_ExpertInputs(experts, give))
+            stack.enter_context(one_expert_at_a_time(cache.model))
+            stack.enter_context(_ExpertInputs(ExpertWeights(experts), give))
         numbers = [cache.number(target.module) for target in targets]
         known = [number for number in numbers if number is not None]
         for index in range(len(cache.batches)) if indices is None else indices:
@@ -200,25 +202,45 @@ def input_rows(module: nn.Module, inputs: Tensor) -> Tensor:
     return columns.transpose(1, 2).reshape(-1, columns.shape[1])
 
 
+class ExpertWeights:
+    """Tells which expert a weight in a product belongs to, wherever the parameter's data is at that moment."""
+
+    def __init__(self, experts: Sequence[Target]) -> None:
+        self._experts: dict[tuple[nn.Module, str], dict[int, Target]] = {}
+        for target in experts:
+            assert target.expert is not None
+            self._experts.setdefault((target.module, target.attribute), {})[target.expert] = target
+
+    def get(self, weight: Tensor) -> Target | None:
+        """The target whose weight begins where this one does; None for any other."""
+        for (module, attribute), experts in self._experts.items():
+            whole = getattr(module, attribute)
+            distance = weight.data_ptr() - whole.data_ptr()
+            expert, rest = divmod(distance, whole.stride(0) * whole.element_size())
+            if not rest and expert in experts:
+                return experts[expert]
+        return None
+
+
 class _ExpertInputs(TorchFunctionMode):
     """Intercepts every matrix product with the weight of one expert, wherever the model computes it.
 
     In a product of all experts at once (``torch.bmm``), a token that is not routed to an expert is a row of zeros.
     """
 
-    def __init__(self, experts: dict[int, Target], give: Callable[[Target, Tensor], None]) -> None:
+    def __init__(self, experts: ExpertWeights, give: Callable[[Target, Tensor], None]) -> None:
         super().__init__()
         self.experts, self.give = experts, give
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         products = (nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
         if func in products and len(args) > 1 and isinstance(args[1], Tensor):
-            target = self.experts.get(args[1].data_ptr())
+            target = self.experts.get(args[1])
             if target is not None and args[0].shape[-1] == target.weight.shape[1]:
                 self.give(target, args[0])
         if func in (torch.bmm, Tensor.bmm) and len(args) > 1:
             for inputs, weight in zip(args[0], args[1], strict=True):
-                target = self.experts.get(weight.data_ptr())
+                target = self.experts.get(weight)
                 if target is not None:
                     self.give(target, inputs[inputs.any(dim=-1)])
         return func(*args, **(kwargs or {}))
@@ -252,18 +274,21 @@ def collect_gradients(model: nn.Module, batches: Sequence[Batch], targets: Seque
     for parameter in frozen:
         parameter.requires_grad_(True)
     try:
-        singles = (batch.sample(row) for batch in batches for row in range(batch.size))
-        for single in islice(singles, _GRADIENTS):
-            with torch.enable_grad():
-                loss = _loss(model, single, generator)
-                gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-            by_name = dict(zip(parameters, gradients, strict=True))
-            for target in targets:
-                gradient = by_name[target.parameter]
-                if gradient is None:
-                    raise ValueError(f"the model's output does not depend on {target.name}; leave it out with exclude")
-                matrix = gradient if target.expert is None else gradient[target.expert]
-                rows[target.name].append(as_matrix(matrix.contiguous(), target.layout).reshape(-1).float())
+        with whole_on_device(model):
+            singles = (batch.sample(row) for batch in batches for row in range(batch.size))
+            for single in islice(singles, _GRADIENTS):
+                with torch.enable_grad():
+                    loss = _loss(model, single, generator)
+                    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+                by_name = dict(zip(parameters, gradients, strict=True))
+                for target in targets:
+                    gradient = by_name[target.parameter]
+                    if gradient is None:
+                        raise ValueError(
+                            f"the model's output does not depend on {target.name}; leave it out with exclude"
+                        )
+                    matrix = gradient if target.expert is None else gradient[target.expert]
+                    rows[target.name].append(as_matrix(matrix.contiguous(), target.layout).reshape(-1).float())
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
@@ -346,14 +371,15 @@ class Pruning:
         """The pruner of one matrix."""
         spacing = math.prod(target.layer.shape[2:])  # N:M groups of a convolution lie along its in-channels
         count, needs = statistics.count, NEEDS[self.score]
+        weight = target.weight.to(device_of(self.cache.model), copy=True)
         if needs and target.expert is not None and count < (1 if "gradients" in needs else _FEWEST_ROWS):
             self._few[target.name] = min(count, self._few.get(target.name, count))
             scope = self.options.get("scope") or ("row" if self.score == "wanda" else None)
-            return layer_pruner(target.weight.clone(), "magnitude", scope=scope)
-        inputs = target.weight.shape[1]
+            return layer_pruner(weight, "magnitude", scope=scope)
+        inputs = weight.shape[1]
         if target.expert is None and count < (inputs if "gram" in needs else _FEWEST_ROWS if needs else 0):
             self._short[target.name] = (count, inputs)
-        return layer_pruner(target.weight.clone(), self.score, statistics, spacing=spacing, **self.options)
+        return layer_pruner(weight, self.score, statistics, spacing=spacing, **self.options)
 
     def notes(self) -> list[str]:
         """Remarks about layers with too few calibration tokens, in sentences."""

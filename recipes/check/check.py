@@ -15,7 +15,8 @@ from huggingface_hub import try_to_load_from_cache
 
 from leanstep._files import format_bytes, is_folder_name
 from leanstep._memory import free_memory
-from leanstep.pruning.folder.loading import check_weights
+from leanstep.pruning.folder.files import stored_dtypes
+from leanstep.pruning.folder.loading import check_values, check_weights
 from leanstep.recipes.check.costs import MemoryEstimate, check_layers, estimate, flops_per_token, meta_model
 from leanstep.recipes.config.loader import dump
 from leanstep.recipes.config.schema import RunConfig, accumulation_steps, targets_note, trained_size
@@ -38,6 +39,9 @@ from leanstep.recipes.training.failures import lighter_state
 from leanstep.recipes.training.folder import RunFolder, is_held
 
 LOAD_LIMIT = 64 * 2**20  # tokenise local text up to this size to count its tokens; the run reuses the cache
+
+# bytes of the weights of model.init_from that are read
+_READ = 2**30
 
 
 @dataclass
@@ -155,7 +159,7 @@ class Check:
             )
 
     def initial(self, section: Section) -> None:
-        """Check that the files of ``model.init_from`` hold every weight, in the model's shape; no weight is read."""
+        """Check that the files of ``model.init_from`` hold every weight, in the model's shape; small ones are read."""
         source, new_heads = self.config.model.init_from, self.config.model.new_heads
         if not source:
             return
@@ -163,12 +167,18 @@ class Check:
         if not Path(source).expanduser().is_dir():
             section.add("weights", "not compared: they are not in a folder here")
             return
+        folder = Path(source).expanduser()
         try:
             check_weights(source, new_heads=new_heads)
+            size = sum(file.stat().st_size for file in {file for file, *_ in stored_dtypes(folder)})
+            if size <= _READ:
+                check_values(folder)
         except ValueError as error:
             raise ValueError(initial_problem(error)) from error
         drawn = f", but for {', '.join(new_heads)}, drawn anew" if new_heads else ""
         section.add("weights", f"fit its config.json{drawn}")
+        told = "all finite" if size <= _READ else "not read: NaN and infinity are refused when the run begins"
+        section.add("values", f"{format_bytes(size)}, {told}")
 
     def data(self, section: Section) -> None:
         """Check that the text is readable, the tokenizer opens and its vocabulary fits the model."""

@@ -16,10 +16,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from leanstep._mapped import Scratch
 from leanstep.cli import main
-from leanstep.pruning import Refinement, Workload, estimate_pruning, prune_checkpoint
+from leanstep.pruning import Recovery, Refinement, Workload, estimate_pruning, prune_checkpoint
 from leanstep.pruning.folder import estimate as module
 from leanstep.pruning.folder import run
+from leanstep.pruning.folder.duration import Duration, Rates, Sizes
 from leanstep.pruning.folder.files import open_checkpoint
+from leanstep.pruning.recovery_file import RecoveryFile
+from leanstep.recipes.prune_output import _processor
 
 SHAPES = {
     "8b": (4096, 14336, 32, 32, 8),
@@ -86,6 +89,7 @@ def test_the_command_states_what_a_large_model_takes_and_ends(size, tmp_path, mo
     assert main([*command, "--activations", "disk", "--score", "sparsegpt", "--allocation", "uniform"]) == 0
     text = capsys.readouterr().out
     assert all(line in text for line in ("memory", "disk", "time about", "dense outputs", "statistics of a block"))
+    assert f"an estimate, at the rates of this machine ({_processor()}) as loaded now" in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
@@ -112,6 +116,87 @@ def test_too_little_disk_for_activations_is_refused_before_anything_is_measured(
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
+def test_a_dry_run_for_a_gpu_that_is_not_here_states_the_memory_of_both(tmp_path, monkeypatch, capsys):
+    source = tmp_path / "model"
+    source.mkdir()
+    headers_alone(source, *SHAPES["8b"])
+    monkeypatch.setattr(module, "free_bytes", lambda path: 10**13)
+    monkeypatch.setattr(module, "free_memory", lambda device: 10**12)
+    command = ["prune", str(source), "--out", str(tmp_path / "out"), "--sparsity", "0.5", "--dry-run"]
+    assert main([*command, "--json"]) == 0
+    on_cpu = json.loads(capsys.readouterr().out)
+    assert main([*command, "--device", "cuda", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    embedding = 2 * 128256 * 4096  # larger than a block
+    assert content["device_memory"]["two blocks"] == content["memory"]["pinned, two blocks"] == 2 * embedding
+    moved = ("activations of a batch", "pruner of a matrix", "dense outputs", "activations before a block")
+    assert all(content["device_memory"][use] == on_cpu["memory"][use] for use in moved)
+    assert not set(moved) & set(content["memory"]) and content["memory"]["weights"] == on_cpu["memory"]["weights"]
+    assert content["seconds"] == {} and on_cpu["device_memory"] == {}
+    assert main([*command, "--device", "cuda", "--activations", "disk"]) == 0
+    shown = capsys.readouterr().out
+    assert "memory of the device" in shown and "time is not estimated: the rates of that device" in shown
+
+    tight = dataclasses.replace(
+        estimate_pruning(open_checkpoint(source), tmp_path / "out", Workload(device="cuda", tokens=64)),
+        free_device=10**9,
+    )
+    assert "GB on the device and 1.00 GB are free there" in tight.problems()[0]
+
+
+def test_the_statistics_of_owl_are_counted(tmp_path):
+    save_model(make("llama"), tmp_path / "in")
+    checkpoint = open_checkpoint(tmp_path / "in")
+    uniform, owl = (
+        estimate_pruning(checkpoint, tmp_path / "o", Workload(tokens=16, allocation=allocation, score="magnitude"))
+        for allocation in ("uniform", "owl")
+    )
+    inputs = sum(module_.in_features for module_ in matrices(make("llama")))
+    assert "statistics of a block" not in uniform.memory and owl.memory["statistics of a block"] > 8 * inputs
+    assert owl.seconds["outliers"] > 0 and "outliers" not in uniform.seconds
+
+
+def test_a_small_model_takes_the_time_of_its_calls_and_its_comparisons():
+    sizes = Sizes([(8, 8)] * 14, blocks=2, active=1000, outputs=64, tokens=16, size=10000)
+    workload = Workload(samples=4, curve_samples=2, held_out=0, levels=3, curves="measured", batch_size=2)
+    none = {name: 0.0 for name in ("operation", "ranked", "call", "logit", "copied", "hashed")}
+    calls = Duration(sizes, workload, Rates(**none | {"call": 1e-6})).seconds()
+    # a batch makes 60 calls in each block and 60 around them; statistics run every block twice
+    assert calls["statistics and pruning"] == pytest.approx(2 * 2 * 180e-6)
+    assert calls["curves, measured"] == pytest.approx(2 * 2 * 180e-6 + 14 * 3 / 2 * 180e-6)
+    logits = Duration(sizes, workload, Rates(**none | {"logit": 1e-6})).seconds()
+    assert logits["curves, measured"] == pytest.approx(14 * 3 / 2 * 2 * 16 * 64e-6)
+    files = Duration(sizes, workload, Rates(**none | {"copied": 1e-6, "hashed": 1e-3})).seconds()
+    assert files["files"] == pytest.approx(10000 * (6e-6 + 1e-3))
+
+
+def matrices(model):
+    return [layer for layer in model.model.layers.modules() if isinstance(layer, torch.nn.Linear)]
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_the_estimated_disk_of_a_recovery_is_no_less_than_its_states(rank, tmp_path, monkeypatch):
+    save_model(make_llama(2, hidden_size=64, intermediate_size=160), tmp_path / "in")
+    states, save = [], RecoveryFile.save
+
+    def saving(file, *rest):
+        file._next = 0.0
+        save(file, *rest)
+        states.append(file.path.stat().st_size)
+
+    monkeypatch.setattr(RecoveryFile, "save", saving)
+    recovery = Recovery(2, rank=rank)
+    estimate = estimate_pruning(
+        open_checkpoint(tmp_path / "in"), tmp_path / "out", Workload(tokens=16), recovery=recovery
+    )
+    data, settings = tokens(8, 16), {"sparsity": 0.5, "allocation": "uniform", "recovery": recovery}
+    prune_checkpoint(tmp_path / "in", tmp_path / "out", data[:6], held_out=data[6:], **settings)
+    size = estimate.disk["output"]
+    # the folder again, or a second state, beside a state
+    assert max(states) <= estimate.disk["recovery"] - min(size, max(states)) <= 3 * max(states) + size
+    assert (estimate.disk["recovery"] - size < size) == (rank is not None)
+
+
 @pytest.mark.parametrize("name", ["mixtral", "t5", "vit", "gpt2", "bert"])
 def test_other_architectures_are_estimated_too(name, tmp_path):
     model = make(name)
@@ -119,7 +204,8 @@ def test_other_architectures_are_estimated_too(name, tmp_path):
     estimate = estimate_pruning(open_checkpoint(tmp_path / "in"), tmp_path / "out", Workload(tokens=16))
     assert estimate.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert 0 < estimate.pruned < estimate.parameters and all(map(math.isfinite, estimate.seconds.values()))
-    assert ("experts, fused" in estimate.memory) == (name == "mixtral")
+    assert ("experts, fused" in estimate.memory) == ("experts, fused" in estimate.disk) == (name == "mixtral")
+    assert estimate.seconds["start and imports"] > 0
 
 
 PEAK = """
@@ -127,7 +213,10 @@ import sys
 from pathlib import Path
 import torch
 from leanstep.pruning import Workload, estimate_pruning, prune_checkpoint
+from leanstep.pruning.folder.duration import Duration, Rates, Sizes
 from leanstep.pruning.folder.files import open_checkpoint
+from leanstep.pruning.recovery_file import RecoveryFile
+from leanstep.recipes.prune_output import _processor
 
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -9,11 +9,13 @@ from pruned_models import images, save_model, tokens
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from leanstep._mapped import FileTensor, ResidentSet, Scratch
+from leanstep._mapped import CopiesInFiles, FileTensor, ResidentSet, Scratch, is_mapped
 from leanstep.pruning import prune, prune_checkpoint
+from leanstep.pruning.folder import run
 from leanstep.pruning.folder.checkpoint import map_weights, unmapped_note
 from leanstep.pruning.folder.files import open_checkpoint
 from leanstep.pruning.folder.loading import load_model
+from leanstep.pruning.measure.measure import WeightSnapshot
 
 QUICK = {"sparsity": 0.5, "levels": (0.4, 0.7), "batch_size": 4}
 NAMES = ("llama", "gpt2", "mixtral", "t5", "bert", "vit", "opt", "qwen3")
@@ -76,9 +78,9 @@ def test_a_result_can_be_changed_and_the_folder_stays_what_it_is(tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in tensors_of(tmp_path / "out").items())
 
 
-def test_parameters_that_transformers_fuses_are_said_to_be_in_memory(tmp_path):
+def test_parameters_that_are_held_in_memory_are_said(tmp_path):
     for name, held in (("mixtral", "experts"), ("llama", "")):
-        save_model(make(name), tmp_path / name)
+        save_model(make(name), tmp_path / name)  # experts below a megabyte
         prune_checkpoint(tmp_path / name, tmp_path / f"{name} out", tokens(8, 16), **QUICK)
         notes = json.loads((tmp_path / f"{name} out" / "sparsity.json").read_text())["notes"]
         said = [note for note in notes if "held in memory, not mapped" in note]
@@ -144,3 +146,46 @@ def test_settings_out_of_range_are_refused(tmp_path):
     for settings in ({"activations": "tape"}, {"resident": -1}):
         with pytest.raises(ValueError, match="expected activations of memory or disk and resident bytes"):
             prune_checkpoint(tmp_path / "in", tmp_path / "out", tokens(8, 16), **settings, **QUICK)
+
+
+def test_fused_experts_are_in_files_and_give_the_bits_of_memory(tmp_path, monkeypatch):
+    save_model(make("mixtral"), tmp_path / "in", max_shard_size="20KB")
+    monkeypatch.setattr(run, "CopiesInFiles", lambda scratch: CopiesInFiles(scratch, least=1))
+    held, mapped_model = [], run.map_weights
+
+    def mapping(checkpoint, model, *others):
+        mapped = mapped_model(checkpoint, model, *others)
+        held.extend(name for name, parameter in model.named_parameters() if not is_mapped(parameter))
+        return mapped
+
+    monkeypatch.setattr(run, "map_weights", mapping)
+    data = tokens(8, 16)
+    expected = prune(model := load_model(open_checkpoint(tmp_path / "in")), data, score="sparsegpt", **QUICK)
+    copies = []
+    monkeypatch.setattr(
+        WeightSnapshot, "take", lambda self, take=WeightSnapshot.take: copies.append(take_all(self, take))
+    )
+    result = prune_checkpoint(tmp_path / "in", tmp_path / "out", data, score="sparsegpt", resident=0, **QUICK)
+    assert held == [] and copies and not any(copies)
+    assert result.allocation == expected.allocation and result.compared == expected.compared
+    assert not [note for note in result.notes if "held in memory" in note]
+    again = load_model(open_checkpoint(tmp_path / "out"))
+    for (key, weight), (_, other) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+        assert torch.equal(weight, other), key
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
+def take_all(snapshot, take):
+    """Names of the parameters of which a snapshot has a copy in memory."""
+    take(snapshot)
+    return list(snapshot._copies)
+
+
+def test_large_copies_are_in_files_and_small_ones_and_views_are_not(tmp_path):
+    parts = [torch.randn(8, 4) for _ in range(3)]
+    with CopiesInFiles(Scratch(tmp_path), least=3 * 8 * 4 * 4):
+        joined, small = torch.stack(parts), torch.cat(parts[:2])
+        turned, same = joined.transpose(1, 2).contiguous(), joined.contiguous()
+    assert [is_mapped(tensor) for tensor in (joined, small, turned)] == [True, False, True]
+    assert same.data_ptr() == joined.data_ptr() and not list(tmp_path.iterdir())
+    assert torch.equal(joined, torch.stack(parts)) and torch.equal(turned, torch.stack(parts).transpose(1, 2))

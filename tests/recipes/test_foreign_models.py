@@ -232,6 +232,14 @@ def test_heads_named_in_the_recipe_are_drawn_anew_and_all_else_is_read(saved, fo
         build_model(ModelConfig(init_from=str(folder), new_heads=["lm_head", "score"]), 300)
 
 
+def test_check_says_when_weights_are_too_large_to_be_read(saved, folder, tmp_path, monkeypatch, capsys):
+    arguments, _ = commands(saved, folder, tmp_path)["check"]
+    for limit, said in ((2**30, "all finite"), (1000, "not read: NaN and infinity are refused when the run begins")):
+        monkeypatch.setattr("leanstep.recipes.check.check._READ", limit)
+        assert main(arguments) == 0
+        assert said in capsys.readouterr().out
+
+
 def test_tied_weights_are_not_missing(folder):
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
     model = build_model(ModelConfig(init_from=str(folder)), 300)
@@ -249,6 +257,9 @@ def test_weights_that_are_not_finite_are_refused_by_name(saved, folder, tmp_path
         arguments, code = commands(saved, folder, tmp_path)[name]
         assert main(arguments) == code == 2
         assert f"{MATRIX} holds NaN or infinity" in capsys.readouterr().err
+    arguments, code = commands(saved, folder, tmp_path)["check"]
+    assert main(arguments) == code == 1
+    assert f"{MATRIX} holds NaN or infinity" in capsys.readouterr().out
     with pytest.raises(ValueError, match=f"model.init_from: .*{MATRIX} holds NaN or infinity"):
         build_model(ModelConfig(init_from=str(folder)), 300)
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,149 @@
+"""Estimate the time of pruning from the number of operations and rates that are measured on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+
+from leanstep.pruning.measure.curves import level_grid
+from leanstep.pruning.measure.metrics import kl_divergence
+from leanstep.pruning.score.base import NEEDS, has_statistics
+from leanstep.pruning.score.scores import layer_pruner
+
+if TYPE_CHECKING:
+    from leanstep.pruning.folder.estimate import Workload
+
+# rows of a product, and the passes over the data, of Fisher curves
+_FISHER_ROWS, _FISHER_PASSES = 4096, 5
+# calls of torch in a block of a transformer, and around the blocks
+_BLOCK_CALLS, _OTHER_CALLS = 60, 60
+# times that the files are read or written, and hashed: copies, checks of values, comparisons with what is stored
+_READS, _HASHES = 6, 1
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds on this machine as it is loaded now: of an operation of a product, of a weight that is ranked, of a call
+    of torch, of a logit that is compared, of a byte that is copied and that is hashed.
+    """
+
+    operation: float
+    ranked: float
+    call: float
+    logit: float
+    copied: float
+    hashed: float
+
+    @classmethod
+    def measured(cls, dtype: torch.dtype) -> Rates:
+        """Measure for about a second."""
+        left, right = torch.randn(256, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
+        weight, small = torch.randn(512, 512), torch.randn(16, 16)
+        logits, raw = torch.randn(32, 8192), torch.randint(0, 255, (2**22,), dtype=torch.uint8)
+        copy = torch.empty_like(raw)
+        prune = lambda: layer_pruner(weight, "magnitude", scope="row").prune(weight.numel() // 2)  # noqa: E731
+        compare = lambda: kl_divergence(logits.log_softmax(-1), logits.log_softmax(-1))  # noqa: E731
+        return cls(
+            _seconds_of(lambda: left @ right) / (2 * 256 * 1024 * 1024),
+            _seconds_of(prune) / weight.numel(),
+            _seconds_of(lambda: small + small),
+            _seconds_of(compare) / logits.numel(),
+            _seconds_of(lambda: copy.copy_(raw)) / raw.nbytes,
+            _seconds_of(lambda: hashlib.sha256(raw.numpy().data)) / raw.nbytes,
+        )
+
+
+def _seconds_of(function: Callable[[], object], seconds: float = 0.15) -> float:
+    """Mean seconds of a call, after one that is not counted."""
+    function()
+    begin, calls = time.perf_counter(), 0
+    while (spent := time.perf_counter() - begin) < seconds:
+        function()
+        calls += 1
+    return spent / calls
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the time depends on.
+
+    Attributes:
+        matrices: [out, in] of those that are pruned.
+        blocks: number of blocks.
+        active: parameters that are used for one token.
+        outputs: logits of a token.
+        tokens: of a sample.
+        size: bytes of all weights.
+    """
+
+    matrices: Sequence[tuple[int, int]]
+    blocks: int
+    active: int
+    outputs: int
+    tokens: int
+    size: int
+
+
+class Duration:
+    """Seconds of the parts of a run, and its passes over all weights."""
+
+    def __init__(self, sizes: Sizes, workload: Workload, rates: Rates) -> None:
+        self._sizes, self._workload, self._rates = sizes, workload, rates
+        needs = NEEDS[workload.score]
+        self._prune_all = sum(rows * columns for rows, columns in sizes.matrices) * rates.ranked
+        if "gram" in needs:
+            products = (2 * rows * columns**2 + columns**3 for rows, columns in sizes.matrices)
+            self._prune_all += sum(products) * rates.operation
+        # each block runs once for the statistics and once for the input of the next
+        self._statistics = 2 * self._pass(workload.samples) if needs else 0.0
+        self.passes = 0.0
+
+    def _pass(self, samples: float, *, compared: bool = False, batch_size: int | None = None) -> float:
+        """Of a pass of samples through all blocks."""
+        sizes, rates = self._sizes, self._rates
+        batches = samples / min(batch_size or self._workload.batch_size, max(samples, 1))
+        seconds = 2 * sizes.active * sizes.tokens * samples * rates.operation
+        seconds += batches * (_BLOCK_CALLS * sizes.blocks + _OTHER_CALLS) * rates.call
+        return seconds + (samples * sizes.tokens * sizes.outputs * rates.logit if compared else 0.0)
+
+    def seconds(self) -> dict[str, float]:
+        """By use."""
+        sizes, workload, rates = self._sizes, self._workload, self._rates
+        blocks = sizes.blocks
+        groups = blocks if workload.granularity == "block" else len(sizes.matrices)
+        seconds = {
+            "start and imports": time.time() - psutil.Process().create_time(),
+            "files": sizes.size * (_READS * rates.copied + _HASHES * rates.hashed),
+            "search of the cut points": (blocks / 2 + 2) * self._pass(1),
+            "statistics and pruning": self._statistics + self._prune_all,
+        }
+        self.passes = blocks / 2 + 2 * workload.samples / workload.batch_size
+        if has_statistics(workload.allocation, "magnitude"):
+            seconds["outliers"] = self._pass(workload.samples) + self._prune_all
+        if workload.allocation == "dp":
+            self._add_curves(seconds, groups)
+        if workload.held_out:
+            allocations = {"dp": 2}.get(workload.allocation, 1)
+            alone = (groups + blocks + 4) / 2 * self._pass(workload.held_out, compared=True)
+            seconds["comparison on held-out data"] = allocations * (alone + 2 * self._statistics + 2 * self._prune_all)
+            self.passes += allocations * (groups + blocks) / 2
+        return seconds
+
+    def _add_curves(self, seconds: dict[str, float], groups: int) -> None:
+        sizes, workload = self._sizes, self._workload
+        levels = workload.levels or len(level_grid(10**6, workload.sparsity)) - 1
+        prepared = self._statistics + self._prune_all * (1 + levels / 4)
+        measured = prepared + groups * levels / 2 * self._pass(workload.curve_samples, compared=True)
+        weights = sum(rows * columns for rows, columns in sizes.matrices)
+        fisher = prepared + _FISHER_PASSES * self._pass(workload.curve_samples, compared=True, batch_size=1)
+        fisher += 2 * _FISHER_ROWS * levels * weights * self._rates.operation
+        limit = 60 * workload.minutes
+        use = workload.curves or ("measured" if measured <= limit else "anchored")
+        seconds[f"curves, {use}"] = {"measured": measured, "fisher": fisher}.get(use, fisher + min(limit, measured))
+        self.passes += groups * levels / 2 if use == "measured" else 0
