@@ -107,7 +107,7 @@ def machine_line(device: str = "cpu") -> str:
     import torch
 
     name, threads = processor_name(device), torch.get_num_threads()
-    return f"{name}, {threads} threads, torch {torch.__version__}, commit {commit()}"
+    return f"{name}, {threads} thread{'' if threads == 1 else 's'}, torch {torch.__version__}, commit {commit()}"
 
 
 def machine_state(device: str = "cpu") -> dict[str, Any]:

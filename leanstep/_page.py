@@ -1,5 +1,6 @@
 """HTML of reports, from Jinja templates: every value is escaped, and colours follow the reader's light or dark mode."""
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,16 @@ def render(template: Path, **values: Any) -> str:
         values: the template's variables. Pages that extend ``layout.html`` have a ``title`` and may have a ``footer``
             (texts) and ``refresh`` (seconds after which a browser loads the page again).
     """
-    loader = FileSystemLoader([template.parent, TEMPLATES])
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.get_template(template.name).render(
-        {"version": __version__, "footer": (), "refresh": 0, **values}
+    page = (
+        environment(template.parent)
+        .get_template(template.name)
+        .render({"version": __version__, "footer": (), "refresh": 0, **values})
     )
     return _FORBIDDEN.sub("\ufffd", page) + "\n"
+
+
+@functools.cache
+def environment(folder: Path) -> Environment:
+    """Jinja's environment for the templates of a folder, which compiles each of them once."""
+    loader = FileSystemLoader([folder, TEMPLATES])
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)

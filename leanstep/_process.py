@@ -2,14 +2,15 @@
 
 import contextlib
 import io
+import logging
 import os
 import select
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 _PR_SET_PDEATHSIG = 1
 # process number of the one that `leanstep train` ends with
@@ -92,6 +93,40 @@ def output_error() -> OSError | None:
     return raw.error if isinstance(raw, LossyOutput) else None
 
 
+# logger, the beginning of a message, and what else it says
+_IMPORT_LINES = (
+    ("torchao", "Failed to load ", "torchao/_C"),
+    ("torch.utils._pytree", "<enum ", " is an Enum subclass and is now natively supported by torch.compile"),
+)
+
+
+def quiet_imports() -> None:
+    """Drop two warnings of torchao's import, which transformers starts: they ask nothing of whoever runs a command.
+
+    The one about libraries for GPUs is dropped only where torch sees no GPU.
+    """
+    for name, start, words in _IMPORT_LINES:
+        logger = logging.getLogger(name)
+        if not any(isinstance(entry, _ImportLine) for entry in logger.filters):
+            logger.addFilter(_ImportLine(start, words, without_gpu=name == "torchao"))
+
+
+class _ImportLine(logging.Filter):
+    """Drops the messages that begin with ``start`` and contain ``words``; with ``without_gpu``, only without a GPU."""
+
+    def __init__(self, start: str, words: str, *, without_gpu: bool) -> None:
+        super().__init__()
+        self._start, self._words, self._without_gpu = start, words, without_gpu
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if not text.startswith(self._start) or self._words not in text:
+            return True
+        # the package that warns has imported it
+        torch = sys.modules.get("torch")
+        return self._without_gpu and torch is not None and bool(torch.cuda.is_available())
+
+
 class InterruptibleStart:
     """Context manager: Ctrl-C raises KeyboardInterrupt at its end if the code inside swallowed it.
 
@@ -128,6 +163,30 @@ EXIT_CODES = {
     signal.SIGUSR2: 143,
     signal.SIGINT: 130,
 }
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise SystemExit with code 143 inside, so that half-written files are removed.
+
+    Signals that the process ignores (``nohup``) or handles stay as they are, and so do all outside the main thread, and
+    all of one of several processes: waiting for the others in a collective, it would not see them.
+    """
+    previous = {}
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if alone and threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_DFL:
+                previous[number] = signal.signal(number, _exit)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _exit(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(EXIT_CODES[signal.Signals(number)])
 
 
 class StopFlag:

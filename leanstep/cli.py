@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from importlib.util import find_spec
 from itertools import chain, count
@@ -13,7 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from leanstep._arguments import EXIT_BAD_INPUT, OneLineParser
-from leanstep._process import InterruptibleStart, end_with_named_parent, open_standard_streams, output_error
+from leanstep._process import (
+    InterruptibleStart,
+    end_with_named_parent,
+    ended_by_signals,
+    open_standard_streams,
+    output_error,
+    quiet_imports,
+)
 from leanstep._version import __version__
 
 if TYPE_CHECKING:
@@ -37,9 +45,12 @@ class UsageError(ValueError):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 done, 1 failed, 2 bad input, 130 Ctrl-C; ``train`` has more.
 
+    SIGTERM and SIGHUP raise SystemExit with code 143; on its way, half-written files are removed.
+
     A closed pipe (``| head``) does not change the code, other lost output is a failure; training goes on without it.
     """
     open_standard_streams()
+    quiet_imports()
     # without it, Python processes that a command starts import modules of the working folder
     os.environ["PYTHONSAFEPATH"] = "1"
     try:
@@ -54,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_BAD_INPUT
     options, rest = parser.parse_known_args(arguments)
     try:
-        code = int(options.run(options, rest))
+        # training saves at a signal, by handlers of its own
+        with nullcontext() if options.run is _train else ended_by_signals():
+            code = int(options.run(options, rest))
         lost = output_error()
         if code == 0 and options.run is not _train and lost is not None and lost.errno != errno.EPIPE:
             print(f"the output could not be written: {lost.strerror}", file=sys.stderr)

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from leanstep._torch import expert_weights, is_conv1d, output_head
+from leanstep._torch import expert_weights, output_head
 from leanstep.lora.config import HEAD_TASKS, HEADS, LoraConfig
 from leanstep.lora.layers.frozen import is_linear, why_no_tensor, widths
 from leanstep.lora.peft.experts import names_read_as_experts
@@ -31,7 +31,7 @@ def select(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
     if not config.target_modules and config.target_parameters:
         return {}
     if config.target_modules is None:
-        targets = [n for n, m in modules.items() if type(m) in (nn.Linear, nn.Embedding) or is_conv1d(m)]
+        targets = [n for n, m in modules.items() if type(m) is nn.Embedding or is_linear(m)]
         ends = sorted({name.rsplit(".", 1)[-1] for name in targets})
         raise ValueError(
             f"apply_lora: target_modules is not set; this model has {', '.join(ends)}; or take 'all-linear'"

@@ -141,10 +141,9 @@ def missing_here(config: RunConfig, cpu: bool) -> Iterator[str]:
     shipped = {item.value for item in LoggerType} - {"all"}
     # trackers that a user registered with Accelerate
     installed |= set(map(str, tracking.LOGGER_TYPE_TO_CLASS)) - shipped
-    if not has_tensorboard():
-        installed.discard("tensorboard")
     for name in trackers_of(config):
-        if name not in installed:
+        # Accelerate also finds a TensorBoard that lacks packages it needs
+        if name not in installed or (name == "tensorboard" and not has_tensorboard()):
             hint = f"pip install {name}" if name in shipped else f"Accelerate knows {', '.join(sorted(shipped))}"
             yield f"log.trackers: {name!r} is not available here ({hint}); or take log.trackers=[]"
 

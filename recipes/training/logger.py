@@ -25,6 +25,7 @@ from leanstep.recipes.training.checkpoint import TrainState
 from leanstep.recipes.training.folder import RunFolder, environment
 from leanstep.recipes.training.formatting import flat_scalars, format_line, format_live
 from leanstep.recipes.training.step import StepResult
+from leanstep.recipes.training.trackers import Trackers
 from leanstep.recipes.training.validation import EvalResult
 
 
@@ -160,7 +161,8 @@ class RunLogger:
 
     def __init__(self, config: RunConfig, accelerator: Accelerator, folder: RunFolder, progress: Progress) -> None:
         self.config, self.accelerator, self.folder, self.progress = config, accelerator, folder, progress
-        self.main, self.say, self.trackers = accelerator.is_main_process, progress.say, trackers_of(config)
+        self.main, self.say = accelerator.is_main_process, progress.say
+        self.trackers = Trackers(accelerator, progress.say)
         self.clock = Clock()
         self.flops_per_token = 0
         self.tflops: float | None = None
@@ -185,8 +187,13 @@ class RunLogger:
             )
             self.folder.describe(dump(config), facts)
         self.status("running", state)
-        if self.trackers:
-            accelerator.init_trackers("leanstep", config=flat_scalars(recorded(config)))
+        if trackers_of(config):
+            self.trackers.open(flat_scalars(recorded(config)))
+
+    def end(self) -> None:
+        """Close the trackers and the group of processes."""
+        self.trackers.close()
+        self.accelerator.end_training()
 
     def step(
         self, state: TrainState, result: StepResult, rate: float, sources: Mapping[str, Any], note: str | None = None
@@ -227,7 +234,7 @@ class RunLogger:
             self.folder.log({**entry, **reported})
             numbers: dict[str, Any] = {key: value for key, value in entry.items() if key not in ("step", "kind")}
             numbers |= {f"{name}/{key}": value for name, values in reported.items() for key, value in values.items()}
-            self._track(numbers, state.step)
+            self.trackers.log(numbers, state.step)
         facts = entry, config.steps, self._eta(state.step), [note] if note else []
         self.progress.line(state.step, format_line(*facts), is_logged or first_here, live=format_live(*facts))
 
@@ -242,7 +249,7 @@ class RunLogger:
             numbers |= {f"ema_{key}": value for key, value in dataclasses.asdict(averaged).items() if key != "tokens"}
         if self.main:
             self.folder.log({"step": state.step, "kind": "eval", **numbers})
-            self._track({f"val_{key}": value for key, value in numbers.items()}, state.step)
+            self.trackers.log({f"val_{key}": value for key, value in numbers.items()}, state.step)
             per_byte = "" if result.bits_per_byte is None else f"  bits/byte {result.bits_per_byte:.4f}"
             self.say(
                 f"step {state.step}/{self.config.steps}  validation loss {result.loss:.4f}  perplexity "
@@ -307,10 +314,6 @@ class RunLogger:
             # every position costs operations, target or not
             done = self.flops_per_token * self.config.batch.tokens_per_step
             self.tflops = float(f"{done / self.clock.step_s / 1e12:.4g}")
-
-    def _track(self, numbers: dict[str, Any], step: int) -> None:
-        if self.trackers:
-            self.accelerator.log({key: value for key, value in numbers.items() if value is not None}, step=step)
 
     def _eta(self, step: int) -> float | None:
         """Estimated seconds to the end."""

@@ -112,7 +112,7 @@ class Run:
         self.logger.status("done", self.state)
         if self.accelerator.is_main_process:
             write_report(self.folder, self.say)
-        self.accelerator.end_training()
+        self.logger.end()
         return EXIT_DONE
 
     def begin(self) -> bool:
@@ -486,7 +486,7 @@ class Run:
             why = f"stop.max_hours ({self.config.stop.max_hours:g})"
         outcome = self.saver.trouble or "saved. The same command continues it"
         self.say(f"stopped by {why} after step {self.state.step}: {outcome}")
-        self.accelerator.end_training()
+        self.logger.end()
         return EXIT_CODES[signal.Signals(number)]
 
     def out_of_time(self) -> bool:

@@ -13,9 +13,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from leanstep._process import EXIT_CODES, end_with_parent, open_standard_streams, quiet_imports
+
+if __name__ == "__main__":
+    # before the imports that warn
+    quiet_imports()
+
 from transformers.utils.logging import disable_progress_bar
 
-from leanstep._process import EXIT_CODES, end_with_parent, open_standard_streams
 from leanstep.recipes.config.loader import ConfigError, load
 from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.config.values import hidden_texts

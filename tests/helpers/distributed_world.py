@@ -6,8 +6,6 @@ it raised on any of them is what the test of that check reports.
 
 import faulthandler
 import importlib
-import multiprocessing
-import multiprocessing.forkserver
 import os
 import signal
 import socket
@@ -21,8 +19,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from forked import CONTEXT, preload, start_server
 
-_CONTEXT = multiprocessing.get_context("forkserver")
 # imported once, before the processes are forked
 _PRELOAD = (
     "leanstep.optimizers",
@@ -113,13 +111,12 @@ def _run_processes(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    # the server is shared with other tests, which have wishes of their own
-    wishes = [*multiprocessing.forkserver._forkserver._preload_modules, *_PRELOAD]
-    _CONTEXT.set_forkserver_preload(list(dict.fromkeys(wishes)))
+    preload(*_PRELOAD, *modules)
+    start_server()
     receivers, processes = [], []
     for rank in range(size):
-        receiver, sender = _CONTEXT.Pipe(duplex=False)
-        process = _CONTEXT.Process(target=_work, args=(rank, size, port, names, folder, modules, sender), daemon=True)
+        receiver, sender = CONTEXT.Pipe(duplex=False)
+        process = CONTEXT.Process(target=_work, args=(rank, size, port, names, folder, modules, sender), daemon=True)
         process.start()
         sender.close()
         receivers.append(receiver)

@@ -3,8 +3,8 @@
 A process costs a fraction of a second instead of the seconds that the imports take, and can be killed like any other.
 """
 
+import atexit
 import json
-import multiprocessing
 import os
 import random
 import socket
@@ -13,9 +13,15 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["leanstep.recipes.training.train", "leanstep.recipes.report.report", "transformers.models.gpt2"]
+from forked import CONTEXT, preload, start_server
+
+preload(
+    "leanstep.recipes.training.train",
+    "leanstep.recipes.report.report",
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.generation.utils",
+    "transformers.generation.continuous_batching",
+    "warm_process",
 )
 
 _WORDS = [
@@ -111,6 +117,7 @@ class Training:
         arguments = [str(recipe), f"out={out}", *overrides]
         port = free_port() if world > 1 else 0
         self.processes = []
+        start_server()
         for rank in range(world):
             environment = {}
             if world > 1:
@@ -122,9 +129,11 @@ class Training:
                     "MASTER_ADDR": "127.0.0.1",
                     "MASTER_PORT": str(port),
                 }
-            process = _CONTEXT.Process(target=_train, args=(arguments, environment, self.console, prepare))
+            process = CONTEXT.Process(target=_train, args=(arguments, environment, self.console, prepare))
             process.start()
             self.processes.append(process)
+        # a failed test leaves no endless run behind
+        atexit.register(self.kill)
 
     def wait(self, timeout: float = 120) -> list[int]:
         """Wait for all and return their exit codes."""

@@ -63,6 +63,7 @@ def test_the_promises_are_those_of_the_methods(measured):
     assert bytes_of("bitmask_expand_kernel", "v int8 out bfloat16") == {(1.125, 2)}
 
 
+@pytest.mark.slow
 def test_every_kernel_of_the_package_is_audited():
     script = """
 import json

@@ -1,11 +1,14 @@
 """What is refused, in which words, and that a refused call changes nothing."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from lora_models import tiny_llama, tokens
 from torch import nn
 
 from leanstep.lora import LoraConfig, apply_lora, load_adapter, remove_lora, save_adapter, set_adapters
+from leanstep.sparsity import FewTokenLinear
 
 
 @pytest.mark.parametrize(
@@ -45,6 +48,13 @@ def test_targets_that_cannot_be(settings, message):
     assert {name: type(module) for name, module in model.named_modules()} == before
     assert all(p.requires_grad for p in model.parameters())
     assert not any("lora" in name for name in model.state_dict())
+
+
+def test_the_layers_that_a_message_names_may_be_of_classes_of_their_own():
+    model = nn.Sequential(OrderedDict(plain=nn.Linear(4, 4), quick=nn.Linear(4, 4), norm=nn.LayerNorm(4)))
+    model.quick.__class__ = FewTokenLinear
+    with pytest.raises(ValueError, match="this model has plain, quick; or take 'all-linear'"):
+        apply_lora(model, LoraConfig())
 
 
 @pytest.mark.parametrize(

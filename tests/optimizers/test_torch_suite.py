@@ -32,7 +32,7 @@ from torch_suite import ADAMW, COUPLED, INFOS, OURS, SINKGD, STEPS, GenericTestC
 # notes on how bare parameters are routed, wanted once by users and not by every test here
 pytestmark = [
     pytest.mark.filterwarnings("ignore:(SinkGD|LANTON). .* taken as (hidden )?matrices"),
-    pytest.mark.sample(32),
+    pytest.mark.sample(24),
 ]
 
 

@@ -88,6 +88,12 @@ def test_print_table(modules, capsys):
     assert capsys.readouterr().out == "| name | ms |\n| --- | ---: |\n| a | 1.5 |\n| b |  |\n"
 
 
+def test_the_line_of_a_machine_counts_its_threads(modules, monkeypatch):
+    for threads, text in ((1, ", 1 thread, torch "), (2, ", 2 threads, torch ")):
+        monkeypatch.setattr("torch.get_num_threads", lambda threads=threads: threads)
+        assert text in modules["common"].machine_line()
+
+
 def test_the_command_lists_every_script():
     listed = subprocess.run([sys.executable, FOLDER], capture_output=True, text=True, check=True).stdout
     assert [line.split()[0] for line in listed.splitlines()] == SCRIPTS

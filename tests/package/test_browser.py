@@ -52,6 +52,8 @@ def pages(tmp_path_factory):
         "sweep": sweep_page(folder),
     }
     written["pruned"].write_text(report_page(pruned_content()))
+    # adapters are trained by a run like any other
+    written["lora"] = written["report"]
     return written
 
 

@@ -96,7 +96,7 @@ def test_unknown_names_are_errors_that_list_the_known_ones():
 
 
 def test_subpackages_are_attributes():
-    assert python("import leanstep; print(leanstep.optimizers.__name__)").strip() == "leanstep.optimizers"
+    assert python("import leanstep; print(leanstep.recipes.__name__)").strip() == "leanstep.recipes"
 
 
 def test_importing_leanstep_imports_next_to_nothing():

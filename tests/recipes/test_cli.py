@@ -293,6 +293,7 @@ def test_info_names_versions_devices_and_backends(capsys):
         assert any(operation in line and backend in line and reason in line for line in out.splitlines())
 
 
+@pytest.mark.slow
 def test_info_without_a_compiler_says_so(tmp_path):
     result = run("info", env={"PATH": str(tmp_path), "CXX": ""})
     assert result.returncode == 0, result.stderr

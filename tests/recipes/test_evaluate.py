@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from leanstep.recipes.config.schema import DataConfig
+from leanstep.recipes.data import sources
 from leanstep.recipes.data.sequences import IGNORED, load_data
 from leanstep.recipes.evaluate import find_model_folder, main
 from leanstep.recipes.training.validation import evaluate
@@ -254,7 +255,9 @@ def test_what_is_said_of_a_file_is_what_the_run_says(trained, of_a_run, capsys):
     assert said("[no, section]").startswith("not known"), "a damaged file says nothing"
 
 
-def test_errors_name_the_options_of_the_command(trained, tmp_path, capsys):
+def test_errors_name_the_options_of_the_command(trained, tmp_path, capsys, monkeypatch):
+    # the whole corpus takes seconds
+    monkeypatch.setattr(sources, "sotu_corpus", lambda: sources.Corpus.of_texts("sotu", texts.documents(30)))
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"body": "some text"}\n')
     for argv, message in (

@@ -180,7 +180,7 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(recipe, whole, tmp_path):
 @pytest.mark.slow
 def test_a_folder_that_vanishes_and_comes_back(recipe, whole, tmp_path):
     out, away = tmp_path / "run", tmp_path / "away"
-    options = ["steps=8", "checkpoint.every=2"]
+    options = ["steps=8", "checkpoint.every=2", "log.trackers=[tensorboard]"]
     training = Training(recipe, options, out, prepare=partial(faults.held_at, 5))
     training.wait_for(lambda seen: seen.last_step() >= 4)
     training.wait_for(lambda seen: len(find_checkpoints(out / "checkpoints")) == 2)
@@ -189,6 +189,7 @@ def test_a_folder_that_vanishes_and_comes_back(recipe, whole, tmp_path):
     text = training.text()
     assert text.count("No such file or directory") >= 3 and "Traceback" not in text
     assert "checkpoint at step 6 failed: cannot write" in text and f"{out}/final could not be written" in text
+    assert text.count("WARNING: tracker tensorboard: ") == 1
     assert not out.exists(), "nothing makes it anew"
     away.rename(out)
     again = run(recipe, options, out)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from training import write_recipe
 
 from leanstep.recipes.check.check import check
 from leanstep.recipes.config.loader import ConfigError, load
@@ -26,10 +27,10 @@ def test_settings_that_it_excludes_are_named():
     assert "take fp8=null" in problems(*OPTIONS, "sparsity.patterns={'*': '2:4'}")
 
 
-def test_a_machine_that_cannot_is_told_in_one_line(monkeypatch, capsys):
+def test_a_machine_that_cannot_is_told_in_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fp8, "find_spec", lambda name: name)
     assert "needs a GPU that multiplies in fp8 (compute capability 8.9" in why_no_fp8(cpu=True)
-    assert check(load("llama-nano-adamw", [*OPTIONS, "device=cpu"])) == 1
+    assert check(load(str(write_recipe(tmp_path)), [*OPTIONS, "device=cpu"])) == 1
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  - ")]
     assert "fp8: needs a GPU" in line and line.endswith("this run is on the CPU; take fp8=null")
     monkeypatch.setattr(fp8, "find_spec", lambda name: None)

@@ -141,6 +141,7 @@ def test_a_picture_that_cannot_be_written_is_told_before_measuring(folders, monk
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_folders_of_one_name_are_told_apart(folders, tmp_path, capsys):
     for run in ("first", "second"):
         (tmp_path / run).mkdir()

@@ -5,6 +5,7 @@ from functools import partial
 
 import faults
 import pytest
+from accelerate import Accelerator
 from run_folders import write_run
 from training import read_log, run, status, write_recipe
 
@@ -13,6 +14,7 @@ from leanstep.recipes.config.schema import ModelConfig
 from leanstep.recipes.report.report import write_report
 from leanstep.recipes.training.build import build_model
 from leanstep.recipes.training.formatting import format_line
+from leanstep.recipes.training.trackers import Trackers
 
 
 @pytest.fixture(scope="module")
@@ -135,3 +137,18 @@ def test_many_layers_and_damaged_reports(tmp_path):
     (folder / "optimizer_report.json").write_text(json.dumps([{"name": f"<u>{i}", "H": i} for i in range(3)] + [7]))
     page = write_report([folder], tmp_path / "report.html").read_text()
     assert "&lt;u&gt;2" in page and "<u>" not in page
+
+
+def test_a_tracker_whose_folder_vanishes_is_told_once_and_ends_no_run(tmp_path, capfd):
+    pytest.importorskip("torch.utils.tensorboard", reason="tensorboard is not installed")
+    said = []
+    trackers = Trackers(Accelerator(log_with="tensorboard", project_dir=str(tmp_path / "run"), cpu=True), said.append)
+    trackers.open({"lr": 1e-3})
+    trackers.log({"loss": 1.0, "mfu": None}, step=1)
+    assert said == [] and list((tmp_path / "run" / "leanstep").glob("events.*"))
+    (tmp_path / "run").rename(tmp_path / "away")
+    for step in (2, 3, 4):
+        trackers.log({"loss": 1.0}, step)
+    trackers.close()
+    assert len(said) == 1 and said[0].startswith("WARNING: tracker tensorboard: [Errno 2] No such file"), said
+    assert capfd.readouterr().err == "", "its thread printed a traceback"

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import faults
 import pytest
+from pruned_models import make_llama
+from sparse_folders import save_sparse
 from training import Training, read_log, run, status, write_recipe
 
-from leanstep._process import InterruptibleStart
+from leanstep._process import InterruptibleStart, ended_by_signals
 
 ENDLESS = ["eval.every=0", "checkpoint.every=0", "log.every=1"]
 SHORT = ["steps=3", "checkpoint.every=0", "eval.every=0"]
@@ -59,6 +61,7 @@ def test_lost_output_of_other_commands(recipe, tmp_path):
     assert closed.returncode == 2
 
 
+@pytest.mark.slow
 def test_characters_that_the_terminal_lacks_are_escaped(recipe, tmp_path):
     (tmp_path / "ünï.yaml").write_text(recipe.read_text())
     ended = shell("leanstep train ünï.yaml --dry-run 'description=\u00b1'", tmp_path, PYTHONIOENCODING="ascii")
@@ -85,6 +88,67 @@ def test_an_interrupt_that_is_swallowed_counts():
         except BaseException:
             pass
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# `leanstep export` that stops in the middle of its files
+EXPORT = """
+import sys, time
+from leanstep.cli import main
+from leanstep.sparsity.inference import export
+export.copy_other_files = lambda *_: (print("writing", flush=True), time.sleep(600))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_terminated_export_leaves_nothing(tmp_path):
+    folder = save_sparse(tmp_path / "dense", make_llama())
+    command = [sys.executable, "-P", "-c", EXPORT, "export", str(folder), "--format", "sparse", "--out"]
+    with subprocess.Popen([*command, str(tmp_path / "sparse")], stdout=subprocess.PIPE, text=True) as export:
+        assert export.stdout.readline() == "writing\n"
+        assert any(name.startswith(".sparse.writing-") for name in os.listdir(tmp_path))
+        export.terminate()
+    assert export.returncode == 143 and os.listdir(tmp_path) == ["dense"]
+
+
+def test_signals_end_a_block_and_are_put_back(monkeypatch):
+    with pytest.raises(SystemExit) as ended, ended_by_signals():
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(10)
+    assert ended.value.code == 143
+    assert {signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)} == {signal.SIG_DFL}
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ended_by_signals():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN, "nohup"
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with ended_by_signals():
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "a worker"
+
+
+# what torchao and torch log when torchao is imported without a GPU
+WARNINGS = """
+import logging, sys
+from leanstep.cli import main
+main(["recipes", "list"])
+import torch
+torchao, pytree = logging.getLogger("torchao"), logging.getLogger("torch.utils._pytree")
+torch.cuda.is_available = lambda: sys.argv[1] == "gpu"
+torchao.warning("Failed to load /x/torchao/_C_mxfp8.so: Could not load this library: /x/torchao/_C_mxfp8.so")
+torchao.warning("something else")
+pytree.warning("%s is an Enum subclass and is now natively supported by torch.compile as an opaque", "<enum 'A'>")
+pytree.warning("%s cannot be registered", "A")
+"""
+
+
+@pytest.mark.parametrize(("device", "shown"), [("cpu", False), ("gpu", True)])
+@pytest.mark.sample(2)
+def test_a_command_says_nothing_of_what_torchao_cannot_load_without_a_gpu(device, shown):
+    command = [sys.executable, "-P", "-c", WARNINGS, device]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert ("Failed to load" in said) == shown and "Enum" not in said
+    assert "something else" in said and "A cannot be registered" in said
 
 
 def test_ctrl_c_while_starting_ends_the_run(recipe, tmp_path):
