@@ -135,7 +135,7 @@ class Training:
         # a failed test leaves no endless run behind
         atexit.register(self.kill)
 
-    def wait(self, timeout: float = 120) -> list[int]:
+    def wait(self, timeout: float = 600) -> list[int]:
         """Wait for all and return their exit codes."""
         for process in self.processes:
             process.join(timeout)
@@ -144,7 +144,7 @@ class Training:
                 raise AssertionError(f"still running after {timeout} s:\n{self.text()}")
         return [process.exitcode for process in self.processes]
 
-    def wait_for(self, seen: Callable[["Training"], bool], timeout: float = 60) -> None:
+    def wait_for(self, seen: Callable[["Training"], bool], timeout: float = 300) -> None:
         """Wait until ``seen(self)`` while the run goes on."""
         deadline = time.monotonic() + timeout
         while not seen(self):

@@ -187,6 +187,8 @@ REPORTS = os.environ.get("LEANSTEP_PICTURES")
 PICTURES = {
     "report": Picture("report", 468, "Curves"),
     "report-dark": Picture("report", 468, "Curves", scheme="dark"),
+    "comparison": Picture("comparison", 468, "Curves"),
+    "lora": Picture("lora", 468, "Curves"),
     "pruned": Picture("pruned", 676),
 }
 
