@@ -26,6 +26,14 @@ from leanstep.sparsity.inference.matrices import Form, decompress, part_name
 PARTS = ("values", "mask", "offsets", "scales", "nm_values", "nm_indices")
 
 
+def has_another_head(model: nn.Module) -> bool:
+    """Whether a model is a base model without a head, or of another class than config.json names."""
+    if getattr(model, "base_model", None) is model:
+        return True
+    architectures = getattr(getattr(model, "config", None), "architectures", None)
+    return bool(architectures) and type(model).__name__ not in architectures
+
+
 class Names:
     """Names of stored weights in a model, by the renamings that transformers has for its architecture."""
 
@@ -35,7 +43,7 @@ class Names:
         self._converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
         self._prefix = getattr(model, "base_model_prefix", "")
-        self._is_base = getattr(model, "base_model", None) is model
+        self._has_another_head = has_another_head(model)
 
     def renamed(self, name: str) -> str:
         """The name before the prefix of the base model is added or removed."""
@@ -61,8 +69,8 @@ class Names:
         return self._renamed(name)[0] not in self._parameters
 
     def is_of_head(self, name: str) -> bool:
-        """Whether a stored weight belongs to the head of a larger model, and this is its base model."""
-        return self._is_base and self.lacks(name) and not name.startswith(f"{self._prefix}.")
+        """Whether a stored weight belongs to the head of another model, of which this is the base or has the same."""
+        return self._has_another_head and self.lacks(name) and not name.startswith(f"{self._prefix}.")
 
     def _renamed(self, name: str) -> tuple[str, str | None]:
         return rename_source_key(name, self._renamings, self._converters, self._prefix, self._parameters)

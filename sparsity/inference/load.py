@@ -25,7 +25,8 @@ def load_sparse(
 
     Linear layers become :class:`~leanstep.sparsity.inference.SparseLinear`, which computes from the compressed weight.
     Other sparse weights (embeddings, heads tied to them, experts) become dense. ``from_pretrained``
-    of the model's class loads the same after ``import leanstep``; this function also refuses missing weights.
+    of the model's class loads the same after ``import leanstep``; this function also refuses a class whose head the
+    files lack.
 
     Args:
         folder: with sparse files.

@@ -20,7 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from leanstep._files import one_line
-from leanstep.sparsity.inference.conversion import Names, Restore, RestoreMerged
+from leanstep.sparsity.inference.conversion import Names, Restore, RestoreMerged, has_another_head
 from leanstep.sparsity.inference.dense import to_few_token_linear
 from leanstep.sparsity.inference.export import QUANT_METHOD
 from leanstep.sparsity.inference.linear import SparseLinear
@@ -78,7 +78,10 @@ class SparseQuantizer(HfQuantizer):
             self.tied = {
                 names.located(alias): names.located(stands_for.get(name, name)) for alias, name in tied.items()
             }
-            self.merged = names.merged([*self.manifest.matrices, *files.dense_names()])
+            stored = {*self.manifest.matrices, *files.dense_names()}
+            self.merged = names.merged(stored)
+            located = {names.located(stands_for.get(name, name)) for name in stored} | self.tied.keys()
+            missing = _missing(model, located)
             for name in stands_for.keys() - self.manifest.matrices.keys():
                 self.converters.append(
                     WeightRenaming(f"^{re.escape(names.renamed(name))}$", names.located(stands_for[name]))
@@ -103,6 +106,12 @@ class SparseQuantizer(HfQuantizer):
                     _set_module(model, owner, layer)
                 if layer is None or form.pattern is not None:
                     self.converters.append(self._converter(names, name, stands_for.get(name, name), layer))
+        if missing:
+            where = ", ".join(map(one_line, checkpoint_files))
+            raise ValueError(
+                f"{where}: the files lack the weight {one_line(missing[0])} of the model in config.json, "
+                f"{len(missing)} in all; copy the folder again, or export it again"
+            )
         return model
 
     def _converter(self, names: Names, name: str, to: str, layer: SparseLinear | None) -> WeightConverter:
@@ -179,6 +188,22 @@ class SparseQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Whether torch.compile traces the model."""
         return True
+
+
+def _missing(model: nn.Module, located: set[str]) -> list[str]:
+    """The weights that are not in the files, which transformers would initialise at random, with a warning.
+
+    Not those of a head that is to be trained, such as a classifier on a language model.
+    """
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    missing = model.state_dict().keys() - located
+    missing -= {name for pair in ties.items() if not located.isdisjoint(pair) for name in pair}
+    optional = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    missing -= {name for name in missing if any(re.search(pattern, name) for pattern in optional)}
+    base: Any = model.base_model
+    if base is not model and has_another_head(model):
+        missing = {name for name in missing if name.startswith(f"{model.base_model_prefix}.")}
+    return sorted(missing)
 
 
 def _nonzeros(files: SparseFiles, name: str, form: Form) -> int:

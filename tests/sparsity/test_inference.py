@@ -12,7 +12,7 @@ from pruned_models import make_gpt2, make_llama, tokens
 from safetensors.torch import load_file, save_file
 from sparse_folders import config, save_sparse, tensors
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import leanstep  # noqa: F401
 from leanstep.kernels.cpp_impl._build import why_not_cpp
@@ -302,7 +302,7 @@ def test_files_that_do_not_fit_are_refused(folders, tmp_path, caplog):
         stored[f"{name}_mask"][3] ^= 1
 
     cases = {
-        drop_norm: "lack the weight model.norm.weight",
+        drop_norm: "model.safetensors: the files lack the weight model.norm.weight .*, 1 in all; copy the folder again",
         other_shape: r"up_proj.weight is \(95, 64\), expected \(96, 64\)",
         rename: "its model has no weight model.norn.weight",
         flip: f"{name}: .*row 3",
@@ -311,9 +311,34 @@ def test_files_that_do_not_fit_are_refused(folders, tmp_path, caplog):
         folder = rewrite(sparse, change, tmp_path / change.__name__)
         with pytest.raises(ValueError, match=match):
             load_sparse(folder)
-    for change in (other_shape, rename, flip):
+    for change in cases:
         with pytest.raises(ValueError, match=cases[change]):
             AutoModelForCausalLM.from_pretrained(tmp_path / change.__name__)
+
+
+def test_the_8_bit_code_that_no_export_writes_is_refused(folders, tmp_path):
+    name = "model.layers.0.mlp.up_proj.weight"
+
+    def set_code(stored, manifest):
+        stored[f"{name}_values"][5] = -128
+
+    folder = rewrite(folders / "int8", set_code, tmp_path / "code")
+    for load in (load_sparse, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match=f"{name}: .*value 5 has the code -128, expected -127 to 127"):
+            load(folder)
+
+
+def test_a_classifier_on_a_sparse_language_model_gets_a_new_head(folders, tmp_path):
+    classifier = AutoModelForSequenceClassification.from_pretrained(folders / "sparse", num_labels=3)
+    assert classifier.score.weight.shape == (3, 64) and compressed(classifier)
+
+    def drop_norm(stored, manifest):
+        del stored["model.norm.weight"]
+
+    folder = rewrite(folders / "sparse", drop_norm, tmp_path / "no norm")
+    for auto_class in (AutoModelForSequenceClassification, AutoModel):
+        with pytest.raises(ValueError, match="model.safetensors: the files lack the weight .*norm.weight"):
+            auto_class.from_pretrained(folder)
 
 
 def test_other_folders_are_refused(folders, tmp_path):
