@@ -30,7 +30,7 @@ def has_another_head(model: nn.Module) -> bool:
     """Whether a model is a base model without a head, or of another class than config.json names."""
     if getattr(model, "base_model", None) is model:
         return True
-    architectures = getattr(getattr(model, "config", None), "architectures", None)
+    architectures: list[str] = getattr(getattr(model, "config", None), "architectures", None) or []
     return bool(architectures) and type(model).__name__ not in architectures
 
 
