@@ -120,13 +120,15 @@ def _int8_momenta(inputs: Inputs) -> tuple[list[Tensor], list[Tensor]]:
     return codes, [torch.rand(len(c), -(-c.shape[1] // BLOCK), generator=generator, device=device) for c in codes]
 
 
-def _lion_int8(rounding: str, inputs: Inputs) -> list[Tensor]:
+def _lion_int8(rounding: str, inputs: Inputs, *, fp8: bool = False) -> list[Tensor]:
     params, grads = inputs.normal_matrices(), inputs.normal_matrices()
     codes, scales = _int8_momenta(inputs)
+    if fp8:  # 127 is NaN
+        codes = [(code % 127 | code & -128).view(torch.float8_e4m3fn) for code in codes]
     state = inputs.rounding_state(params, rounding)
     options = inputs.options(rounding, 1e-2, 0.999, 0.9, 0.1, 0.99, 0.01)
     lion_step_int8(params, grads, codes, scales, state, options)
-    return [*params, *codes, *scales, *state]
+    return [*params, *(code.view(torch.int8) for code in codes), *scales, *state]
 
 
 def _adamw_int8(rounding: str, inputs: Inputs) -> list[Tensor]:
@@ -285,6 +287,7 @@ OPERATIONS = {
     "lion_step_int8": Operation(partial(_lion_int8, "nearest"), ALL, BITS),
     "lion_step_int8, stochastic": Operation(partial(_lion_int8, "stochastic"), (torch.bfloat16,), BITS),
     "lion_step_int8, split": Operation(partial(_lion_int8, "split"), (torch.bfloat16,), BITS),
+    "lion_step_int8, fp8": Operation(partial(_lion_int8, "nearest", fp8=True), (torch.bfloat16,), BITS),
     "lion_agreement_int8": Operation(_agreement_int8, ALL, BITS),
     "adamw_step_int8": Operation(partial(_adamw_int8, "nearest"), ALL, BITS),
     "adamw_step_int8, split": Operation(partial(_adamw_int8, "split"), (torch.bfloat16,), BITS),

@@ -1,7 +1,7 @@
 """Where kernels must not run: tensors without memory of their own, graphs, transforms, and dispatch modes."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -43,3 +43,24 @@ def outside_dispatch_modes(compute: Callable[[], Result]) -> Result:
 
     with _disable_current_modes():
         return compute()
+
+
+def vmap_over_rows(operation: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor, int]]:
+    """The rule of torch.func.vmap for an operation on the rows [n, in] of its first argument.
+
+    A batch of first arguments becomes more rows of one call. Where another argument is batched, too, each example gets
+    a call.
+    """
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[torch.Tensor, int]:
+        rows, *others = arguments
+        if all(dim is None for dim in in_dims[1:]):
+            rows = rows.movedim(in_dims[0], 0)
+            return operation(rows.flatten(0, 1), *others).unflatten(0, rows.shape[:2]), 0
+        examples = (
+            [part if dim is None else part.select(dim, i) for part, dim in zip(arguments, in_dims, strict=True)]
+            for i in range(info.batch_size)
+        )
+        return torch.stack([operation(*example) for example in examples]), 0
+
+    return rule

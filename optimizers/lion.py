@@ -74,7 +74,8 @@ class Lion(LeanOptimizer):
             to codes is stochastic and unbiased, because rounding to nearest would lose slow changes of m:
             ``leanstep/kernels/reference/quantization.py`` has the numbers. Shards that cut rows are stepped in plain
             torch, with m in fp32 for the time of the step. Setting ``group["momentum_dtype"]`` converts m in the next
-            step.
+            step. torch.float8_e4m3fn or "fp8": numbers of this format in place of the codes; they take the same memory,
+            and are rounded about twice as coarsely.
         seed: seed of stochastic rounding, an int in [0, 2**32).
         nonfinite: how to treat infinite or NaN gradients. "skip": leave these entries of parameter and momentum
             unchanged (an 8-bit momentum up to rounding), and count the tensor (:meth:`nonfinite_count`). "raise": check
@@ -90,10 +91,11 @@ class Lion(LeanOptimizer):
         NonFiniteGradientError: a gradient is not finite, with nonfinite="raise".
 
     Notes:
-        State: ``exp_avg``, 1 value per parameter (4 bytes in fp32, 2 in bf16, 1 in int8). int8 adds ``exp_avg_scale``
-        (4 bytes per 128 entries of a row; a short block at the end of a row counts too) and ``step``. "kahan" adds
-        ``kahan_compensation`` (2 bytes), "master" adds ``master_param`` (4 bytes), "split" adds ``split_difference``
-        (1 byte), "stochastic" adds ``step`` (a scalar). A step allocates no temporary of a parameter's size.
+        State: ``exp_avg``, 1 value per parameter (4 bytes in fp32, 2 in bf16, 1 in int8 and fp8). These two add
+        ``exp_avg_scale`` (4 bytes per 128 entries of a row; a short block at the end of a row counts too) and ``step``.
+        "kahan" adds ``kahan_compensation`` (2 bytes), "master" adds ``master_param`` (4 bytes), "split" adds
+        ``split_difference`` (1 byte), "stochastic" adds ``step`` (a scalar). A step allocates no
+        temporary of a parameter's size.
         FSDP2: no communication; with ``cautious`` one all-reduce of one number per tensor. int8 with shards that cut
         rows: one all-reduce of the largest entries per mesh dimension that cuts columns, unless all of them get a
         multiple of 128 columns of a matrix. ``nonfinite_count`` counts the shards of this process.
@@ -134,12 +136,12 @@ class Lion(LeanOptimizer):
         super()._check_group(group)
         check_betas("Lion", group["betas"])
         check_flags("Lion", group, ("cautious", "cautious_decay"))
-        check_dtype("Lion", "momentum_dtype", group["momentum_dtype"], int8=True)
+        check_dtype("Lion", "momentum_dtype", group["momentum_dtype"], codes=True)
 
     def _check_shard(self, group: dict[str, Any], position: int, shard: Shard) -> None:
         super()._check_shard(group, position, shard)
         if _is_int8(group, group["params"][position]):
-            check_int8_shard("Lion: momentum_dtype=torch.int8", describe(group, position), shard)
+            check_int8_shard("Lion: a momentum of 8 bits", describe(group, position), shard)
 
     def _init_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
         state = self.state[param]
@@ -153,7 +155,7 @@ class Lion(LeanOptimizer):
 
     def _rules_of(self, group: dict[str, Any], param: Tensor) -> Mapping[str, StateRule]:
         rules = super()._rules_of(group, param)
-        return {**rules, **quantized_rules("exp_avg")} if _is_int8(group, param) else rules
+        return {**rules, **quantized_rules("exp_avg", group["momentum_dtype"])} if _is_int8(group, param) else rules
 
     def _group_steps(
         self, group: dict[str, Any], first_index: int, only: Sequence[int] | None = None

@@ -72,7 +72,7 @@ def measure(dtype: str, rounds: int, device: str, size: int, matrices: int, cloc
 
     for name in methods:
         cls, settings, dtypes = METHODS[name]
-        for state in (None, torch.int8):
+        for state in (None, torch.int8, torch.float8_e4m3fn):
             add((name, state), cls, {**settings, **dict.fromkeys(dtypes, state)})
     for name, (module, cls_name, method) in PEERS.items():
         if method not in methods:
@@ -88,20 +88,20 @@ def measure(dtype: str, rounds: int, device: str, size: int, matrices: int, cloc
     def cells(key: Any) -> tuple[str, str]:
         return (f"{state_bytes[key]:.2f}", f"{medians[key] * 1e3:.1f}") if key in medians else ("", "")
 
-    def row(name: str, method: str) -> list[str]:
-        ratio = medians[name, torch.int8] / medians[method, None]
-        label = name if name in PEERS else f"leanstep {name}"
-        return [label, *cells((name, None)), *cells((name, torch.int8)), f"{ratio:.2f}"]
+    def row(name: str, state: torch.dtype, method: str) -> list[str]:
+        ratio = medians[name, state] / medians[method, None]
+        label = name if name in PEERS else f"leanstep {name}, {'int8' if state == torch.int8 else 'fp8'}"
+        return [label, *cells((name, None)), *cells((name, state)), f"{ratio:.2f}"]
 
-    rows = [row(name, method) for method in methods for name, state in runs if state is not None
+    rows = [row(name, state, method) for method in methods for name, state in runs if state is not None
             if method == (PEERS[name][2] if name in PEERS else name)]  # fmt: skip
     print()
     head = [
         "bytes per parameter",
         "median ms",
-        "int8, bytes per parameter",
-        "int8, median ms",
-        "int8 ÷ leanstep, dtype",
+        "8 bits, bytes per parameter",
+        "8 bits, median ms",
+        "8 bits ÷ leanstep, dtype",
     ]
     print_table([dtype, *head], rows)
 

@@ -37,20 +37,22 @@ class Variant(NamedTuple):
 
 
 def _int8() -> Iterator[Variant]:
-    """Every method, with averages in fp32 and in 8 bits; Lion also with weights of 24 bits beside those of 32."""
+    """Every method, with averages in fp32 and in 8 bits; Lion also in fp8, and with weights of 24 bits."""
     int8 = "optimizer.args.momentum_dtype=int8"
     adamw = ("optimizer.name=sinkgd", "optimizer.groups=[{match: '', algorithm: adamw}]")
     nesterov = ("optimizer.args.momentum=0.9", "optimizer.args.nesterov=true")
+    split = ("precision=bf16-pure", "optimizer.args.rounding=split", int8)
     for name, recipe, settings, of_int8 in (
         ("SinkGD, momentum 0.9, Nesterov", "llama-nano-sinkgd", nesterov, (int8,)),
-        ("LANTON", "llama-nano-lanton", (), (int8, "optimizer.args.noise_dtype=int8")),
-        ("AdamW", "llama-nano-adamw", adamw, (int8,)),
         ("Lion", "llama-nano-lion", (), (int8,)),
+        ("AdamW", "llama-nano-adamw", adamw, (int8,)),
+        ("LANTON", "llama-nano-lanton", (), (int8, "optimizer.args.noise_dtype=int8")),
     ):
         yield Variant(name, recipe, settings)
         yield Variant(f"{name}, int8", recipe, (*settings, *of_int8), name)
-    split = ("precision=bf16-pure", "optimizer.args.rounding=split", int8)
-    yield Variant("Lion, int8, split weights", "llama-nano-lion", split, "Lion")
+        if name == "Lion":
+            yield Variant("Lion, int8, split weights", recipe, split, name)
+            yield Variant("Lion, fp8", recipe, ("optimizer.args.momentum_dtype=fp8",), name)
 
 
 DECAY, CAUTIOUS = "optimizer.weight_decay=0.5", "optimizer.args.cautious_decay=true"

@@ -35,6 +35,14 @@ inline uint64_t sixteen_codes(const int4* codes, int64_t index) {
     return index % 2 ? word >> 4 | next << 60 : word;
 }
 
+// Number of set bits. A count stays a number: the compiler would put those of several rows together in a vector, which is
+// slower than the additions that this saves.
+inline int64_t set_bits(uint64_t mask) {
+    int64_t count = __builtin_popcountll(mask);
+    asm("" : "+r"(count));
+    return count;
+}
+
 // ---- vectors: load LANES values, expand them to the columns of a mask, multiply and add
 
 // products of two bf16 numbers, two neighbours into each fp32 lane; codes are exact in bf16
@@ -87,11 +95,7 @@ struct PairVector {
         const __m512i odds = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(odd)));
         return {_mm512_or_si512(evens, _mm512_slli_epi32(odds, 16))};
     }
-    PairVector expand(uint32_t mask) const {
-        __m512i loaded = bits;
-        asm("" : "+v"(loaded));  // as below
-        return {_mm512_maskz_expand_epi16(mask, loaded)};
-    }
+    PairVector expand(uint32_t mask) const { return {expand_epi16(mask, bits)}; }
     Sum times(PairVector x, Sum plus) const {
         return _mm512_dpbf16_ps(plus, reinterpret_cast<__m512bh>(bits), reinterpret_cast<__m512bh>(x.bits));
     }
@@ -123,12 +127,7 @@ struct FloatVector {
         return {_mm512_cvtepi32_ps(_mm512_srai_epi32(moved, 28))};
     }
     FloatVector scaled(float scale) const { return {_mm512_mul_ps(floats, _mm512_set1_ps(scale))}; }
-    FloatVector expand(uint32_t mask) const {
-        // Keeps the load in an instruction of its own, so that the compiler does not make it one with the expansion.
-        __m512 loaded = floats;
-        asm("" : "+v"(loaded));
-        return {_mm512_maskz_expand_ps(static_cast<__mmask16>(mask), loaded)};
-    }
+    FloatVector expand(uint32_t mask) const { return {expand_ps(static_cast<__mmask16>(mask), floats)}; }
     Sum times(FloatVector x, Sum plus) const { return _mm512_fmadd_ps(floats, x.floats, plus); }
     void store(float* out) const { _mm512_storeu_ps(out, floats); }
 };
@@ -219,7 +218,7 @@ using Vector = FloatVector;
 using Entry = std::conditional_t<PAIRS, bf16, float>;
 
 // bytes of a row ahead of the current one: the processor's prefetcher stops at the end of a page
-constexpr int64_t AHEAD = 2048;
+constexpr int64_t AHEAD = 2048, MASK_AHEAD = 512;
 
 constexpr uint32_t PART_BITS = static_cast<uint32_t>((uint64_t{1} << LANES) - 1);
 
@@ -247,6 +246,13 @@ struct Matrix {
     bool inside(int64_t row) const { return begin(row) + words() * WORD + MOST_READ <= count; }
     // the element of memory that holds a value
     const VALUE* address(int64_t at) const { return values + (BLOCKED ? at / 2 : at); }
+    // prefetches the mask and the values some columns after word k of a row, whose values begin at `at`
+    void fetch_ahead(int64_t row, int64_t k, int64_t at) const {
+        const char* next = reinterpret_cast<const char*>(address(at)) + AHEAD;
+        __builtin_prefetch(next);
+        if constexpr (sizeof(VALUE) == 4) __builtin_prefetch(next + 64);
+        __builtin_prefetch(reinterpret_cast<const char*>(mask + row * words() + k) + MASK_AHEAD);
+    }
 };
 
 template <typename T>

@@ -265,6 +265,30 @@ private:
 // n, rounded up to whole cache lines of floats
 constexpr int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
 
+// the rows `first`, `first` + `stride`, ... of a matrix
+struct Rows {
+    int64_t first, stride;
+    int64_t operator[](int64_t r) const { return first + r * stride; }
+};
+
+// Calls work(count, rows) for COUNT rows of a matrix at a time; count is the constant COUNT, or 1 for the last rows.
+//
+// The COUNT rows are far apart: a thread reads each of COUNT bands of the matrix from one end to the other, and these
+// reads wait for memory at the same time. With neighbouring rows, every stream would skip what the others read, and
+// neither the processor nor a prefetch a fixed distance ahead would get the beginnings of rows in time.
+template <int COUNT, typename Work>
+void for_rows(int64_t rows, int threads, Work work) {
+    const int64_t blocks = rows / COUNT;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t b = 0; b < blocks + rows % COUNT; ++b) {
+        if (b < blocks) {
+            work(std::integral_constant<int, COUNT>(), Rows{b, blocks});
+        } else {
+            work(std::integral_constant<int, 1>(), Rows{b + blocks * (COUNT - 1), 1});
+        }
+    }
+}
+
 // calls work(t, begin, end) for pieces of 0..sizes[t] with at most block(t) elements; a thread gets adjacent pieces
 template <typename Block, typename Work>
 void for_blocks(int64_t count, const int64_t* sizes, int threads, Block block, Work work) {

@@ -5,7 +5,15 @@
 #include "common.h"
 #include "vectors.h"
 
+// FP8: whether codes of momenta are fp8 numbers. Those of squares are not.
+#ifndef FP8
+#define FP8 0
+#endif
+
 namespace {
+
+enum class fp8 : uint8_t {};  // float8_e4m3fn: sign, 4 bits of exponent and 3 of mantissa; NaN where these are ones
+using Code = std::conditional_t<FP8 != 0, fp8, int8_t>;
 
 // entries with one scale, and blocks that are updated, then quantized, at a time: the latencies of their largest entries
 // and inverse scales overlap
@@ -20,6 +28,35 @@ inline float value_of(int32_t code, float scale) {
     const uint32_t pattern = (static_cast<uint32_t>(std::abs(code)) + ONE) << DROPPED;
     const float magnitude = (from_bits(pattern) - 1.0f) * scale;
     return from_bits(to_bits(magnitude) ^ (static_cast<uint32_t>(code) & 0x80000000u));
+}
+
+// codes of numbers below the smallest normal one, 2^-6, have the bits of their sum with it, but for the exponent
+constexpr float LARGEST_FP8 = 448.0f;
+constexpr uint32_t SMALLEST_NORMAL = 0x3C800000u, EXPONENT_FP8 = 960;
+constexpr int DROPPED_FP8 = 20;
+
+inline float unit_of(fp8 code) {
+    const uint32_t bits = static_cast<uint8_t>(code), magnitude = bits & 0x7Fu;
+    const uint32_t small = magnitude < 8 ? ~0u : 0u;
+    const float shifted = from_bits((magnitude + EXPONENT_FP8 + (small & 8u)) << DROPPED_FP8);
+    return from_bits(to_bits(shifted - from_bits(small & SMALLEST_NORMAL)) | (bits & 0x80u) << 24);
+}
+
+inline float value_of(fp8 code, float scale) { return unit_of(code) * scale; }
+
+// the code of a value, rounded up where 16 random bits are larger than the dropped bits. No clamp, as in code_of: the
+// smallest error that would carry LARGEST_FP8 to NaN is 16 units in the last place.
+inline uint32_t fp8_of(float value, float inverse, uint32_t random) {
+    const float units = from_bits(to_bits(value) & 0x7FFFFFFFu) * inverse;
+    const uint32_t small = units < from_bits(SMALLEST_NORMAL) ? ~0u : 0u;
+    const uint32_t pattern = to_bits(units + from_bits(small & SMALLEST_NORMAL)) + (random << (DROPPED_FP8 - 16));
+    return ((pattern >> DROPPED_FP8) - EXPONENT_FP8 - (small & 8u)) | (to_bits(value) >> 24 & 0x80u);
+}
+
+// writes codes in units of their scales, which bf16 numbers hold exactly
+inline void stored_of(const fp8* __restrict codes, int64_t n, bf16* __restrict units) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) units[i] = static_cast<bf16>(static_cast<uint16_t>(to_bits(unit_of(codes[i])) >> 16));
 }
 
 #if ISA >= 3
@@ -78,8 +115,8 @@ inline void stored_of(const int8_t* __restrict codes, int64_t n, bf16* __restric
     }
 }
 
-// the value of such a number in units of its scale, exactly
-inline float unit_of(float z) { return z - from_bits(to_bits(1.0f) | (to_bits(z) & 0x80000000u)); }
+// the value of such a number in units of its scale, exactly; numbers of fp8 codes are these units
+inline float unit_of(float z) { return FP8 ? z : z - from_bits(to_bits(1.0f) | (to_bits(z) & 0x80000000u)); }
 #endif
 
 // the pattern of +-(1 + |value| / scale), rounded up where 16 random bits are larger than the dropped bits; squares above
@@ -186,18 +223,18 @@ inline void encode(const Momenta& momenta, float inverse, uint32_t shared, int8_
 // makes the random bits of squares independent of those of momenta
 constexpr uint32_t SQUARES = 0x5BD1E995u;
 
-// writes the codes and the scale of n momenta, or of n squares where Code is unsigned
-template <typename Code>
+// writes the codes and the scale of n momenta, or of n squares where they are unsigned integers
+template <typename Any>
 inline void quantize(
-    const Momenta& momenta, int64_t n, Code* __restrict codes, float* scale, uint32_t first_pair, uint32_t given_seed
+    const Momenta& momenta, int64_t n, Any* __restrict codes, float* scale, uint32_t first_pair, uint32_t given_seed
 ) {
-    constexpr bool squares = std::is_unsigned_v<Code>;
+    constexpr bool squares = std::is_same_v<Any, uint8_t>, floating = std::is_same_v<Any, fp8>;
     // blocks begin at multiples of 64 pairs, so the index of pair j is first_pair ^ j
     const uint32_t shared = first_shift(first_pair ^ ~(squares ? given_seed ^ SQUARES : given_seed));
-    const float unit = momenta.largest * (1.0f / ((squares ? LARGEST_SQUARE : LARGEST) - 1.0f));
+    const float unit = momenta.largest * (1.0f / (floating ? LARGEST_FP8 : (squares ? LARGEST_SQUARE : LARGEST) - 1.0f));
     if (!(is_finite(unit) && unit >= SMALLEST_SCALE)) {
         *scale = is_finite(unit) ? 0.0f : std::numeric_limits<float>::quiet_NaN();
-        std::fill(codes, codes + n, Code{0});
+        std::fill(codes, codes + n, Any{0});
         return;
     }
     *scale = unit;
@@ -207,13 +244,25 @@ inline void quantize(
 #pragma omp simd
         for (int64_t j = 0; j < (size + 1) / 2; ++j) {
             const uint32_t random = after_first_shift(shared ^ static_cast<uint32_t>(j));
-            const uint32_t low = code_pattern<squares>(momenta.low[j], inverse, random & 0xFFFFu);
-            const uint32_t high = code_pattern<squares>(momenta.high[j], inverse, random >> 16);
+            uint32_t low, high;
+            if constexpr (floating) {
+                low = fp8_of(momenta.low[j], inverse, random & 0xFFFFu) << 16;
+                high = fp8_of(momenta.high[j], inverse, random >> 16) << 16;
+            } else {
+                low = code_pattern<squares>(momenta.low[j], inverse, random & 0xFFFFu);
+                high = code_pattern<squares>(momenta.high[j], inverse, random >> 16);
+            }
             const uint32_t word = (low >> 16) | (high & 0xFFFF0000u);
             std::memcpy(halves + 2 * j, &word, sizeof word);
         }
 #pragma omp simd
-        for (int64_t i = 0; i < size; ++i) codes[i] = static_cast<Code>(code_of<squares>(halves[i]));
+        for (int64_t i = 0; i < size; ++i) {
+            if constexpr (floating) {
+                codes[i] = static_cast<fp8>(static_cast<uint8_t>(halves[i]));
+            } else {
+                codes[i] = static_cast<Any>(code_of<squares>(halves[i]));
+            }
+        }
     };
     // loops of a constant length have no remainder
     if (n < SCALED) {
@@ -221,7 +270,7 @@ inline void quantize(
         return;
     }
 #if ISA >= 3
-    if constexpr (!squares) {
+    if constexpr (std::is_same_v<Any, int8_t>) {
         encode(momenta, inverse, shared, codes);
         return;
     }

@@ -10,7 +10,7 @@ from leanstep.kernels.cpp_impl.sparse import linear as cpp
 
 
 def few_token_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x W^T + bias``, as torch.nn.functional.linear, by a faster loop for one token of bf16 on a CPU.
+    """``x W^T + bias``, as torch.nn.functional.linear, by a faster loop for up to 8 tokens on a CPU.
 
     Args:
         x: [..., in], floating; not written.
@@ -23,9 +23,10 @@ def few_token_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
         RuntimeError: from torch, for shapes, dtypes or devices that do not match.
 
     Notes:
-        The loop runs for one token in bf16 on a processor with AVX-512 VBMI2 and BF16, where autograd records
-        nothing and torch.compile does not trace; ``use_backend("cpp")`` asks for it with any processor, fp32 and fp16,
-        too. It reads the weight once per 8 tokens, computes in fp32 and rounds once. All other calls are torch's.
+        On a processor with AVX-512 VBMI2 and BF16, the loop runs for up to 8 tokens in bf16 (one with AMX, whose
+        products of more are faster), and on AMD's also in fp32; where autograd records nothing and torch.compile does
+        not trace. ``use_backend("cpp")`` asks for it with any processor and number of tokens, and fp16, too. The loop
+        reads the weight once per 8 tokens, computes in fp32 and rounds once. All other calls are torch's.
         bf16 dot products of a CPU take subnormal numbers for zero. ``benchmarks/sparsity/bitmask.py`` measures it.
     """
     if not _runs_loop(x, weight, bias):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
-from leanstep.kernels._modes import is_traced
+from leanstep.kernels._modes import is_traced, vmap_over_rows
 from leanstep.kernels.cpp_impl._build import TYPES, call
 from leanstep.kernels.cpp_impl.sparse import linear as cpp
 from leanstep.kernels.reference.nm import matmul as reference
@@ -84,7 +84,8 @@ def nm_matmul(x: Tensor, values: Tensor, indices: Tensor, m: int) -> Tensor:
         that is made for the call, unless the indices of a group do not ascend. A CPU with AVX-512 reads other matrices
         with an M of at most 32 once per 4 rows, for up to 4 rows (8 in bf16). All others are read once per 64 rows. A
         GPU reads the matrix once per 4 rows. All but 2:4 do n / m of the dense product's multiplications. bf16 dot
-        products of a CPU take subnormal numbers for zero. From 32 rows on, a GPU forms the dense matrix first, as the
+        products of a CPU take subnormal numbers for zero. torch.func.vmap works: a batch of x becomes rows of one call.
+        From 32 rows on, a GPU forms the dense matrix first, as the
         reference does, in scratch memory of its size. :func:`bitmask_linear` of the same matrix is faster where a third
         or more of its entries are nonzero, as with 4:8. ``benchmarks/sparsity/matmul.py`` measures where either is
         faster than the dense product.
@@ -155,3 +156,4 @@ def _check_compressed(values: Tensor, indices: Tensor, m: int, name: str) -> Non
 
 _nm_matmul_op = torch.library.custom_op("leanstep::nm_matmul", _run, mutates_args=())
 _nm_matmul_op.register_fake(lambda x, values, indices, m: x.new_empty(x.shape[0], values.shape[0]))
+_nm_matmul_op.register_vmap(vmap_over_rows(_nm_matmul_op))

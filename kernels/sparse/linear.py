@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose, on_remembered_backend, remember_backend
-from leanstep.kernels._modes import is_traced
+from leanstep.kernels._modes import is_traced, vmap_over_rows
 from leanstep.kernels.cpp_impl.sparse import linear as cpp
 from leanstep.kernels.reference.sparse import linear as reference
 from leanstep.kernels.sparse.bitmask import check_parts
@@ -134,3 +134,5 @@ _backward_op = torch.library.custom_op("leanstep::bitmask_linear_backward", _run
 _linear_op.register_fake(lambda x, values, mask, *_: x.new_empty(x.shape[0], mask.shape[0]))
 _backward_op.register_fake(lambda grad, values, mask, offsets, columns, scales: grad.new_empty(grad.shape[0], columns))
 _linear_op.register_autograd(_backward, setup_context=_save)
+_linear_op.register_vmap(vmap_over_rows(_linear_op))
+_backward_op.register_vmap(vmap_over_rows(_backward_op))

@@ -6,7 +6,14 @@ from torch import Tensor
 from leanstep.kernels._backend import choose
 from leanstep.kernels.cpp_impl._build import TYPES, call
 from leanstep.kernels.reference.steps import adamw_int8 as reference
-from leanstep.kernels.steps.common import StepOptions, check_scales, check_shapes, rows_and_columns, step_on_host
+from leanstep.kernels.steps.common import (
+    StepOptions,
+    check_scales,
+    check_shapes,
+    fp8_macro,
+    rows_and_columns,
+    step_on_host,
+)
 
 
 def adamw_step_int8(
@@ -33,7 +40,7 @@ def adamw_step_int8(
     Args:
         params: tensors of one device and dtype, of two or more dimensions; updated in place.
         grads: same shapes; any floating dtype; not written.
-        codes: int8, same shapes, of m; updated in place.
+        codes: int8 or float8_e4m3fn, same shapes, of m; updated in place.
         scales: fp32 [rows, blocks], one for every 128 neighbours of a row; updated in place.
         square_codes, square_scales: the same of v, with uint8 codes; updated in place.
         corrections: [len(params), 2] in the dtype of ``scalars``: lr / (1 - beta1^t) and 1 / sqrt(1 - beta2^t), with
@@ -117,7 +124,7 @@ def _cpp_step(lists: list[list[Tensor]], corrections: Tensor, options: StepOptio
     """Step contiguous tensors of one dtype per list."""
     params, grads, *moments = lists
     dtypes = {"PARAM": TYPES[params[0].dtype], "GRAD": TYPES[grads[0].dtype]}
-    macros = {**dtypes, "ROUNDING": options.rounding.upper()}
+    macros = {**dtypes, "ROUNDING": options.rounding.upper(), **fp8_macro(moments[0][0])}
     rounding_state = moments[4] if len(moments) > 4 else None
     numbers = (options.scalars, corrections, options.seeds, options.offsets)
     call(

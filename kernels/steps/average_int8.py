@@ -6,7 +6,14 @@ from torch import Tensor
 from leanstep.kernels._backend import choose
 from leanstep.kernels.cpp_impl._build import TYPES, call
 from leanstep.kernels.reference.steps import average_int8 as reference
-from leanstep.kernels.steps.common import StepOptions, check_scales, check_shapes, rows_and_columns, step_on_host
+from leanstep.kernels.steps.common import (
+    StepOptions,
+    check_scales,
+    check_shapes,
+    fp8_macro,
+    rows_and_columns,
+    step_on_host,
+)
 
 
 def average_step_int8(
@@ -31,7 +38,7 @@ def average_step_int8(
 
     Args:
         grads: tensors of one device, of two or more dimensions; any floating dtype; not written.
-        codes: int8, same shapes; updated in place.
+        codes: int8 or float8_e4m3fn, same shapes; updated in place.
         scales: fp32 [rows, blocks], one for every 128 neighbours of a row; updated in place.
         outputs: in the dtype of ``scalars``, same shapes; written. Empty: none.
         options: see :class:`StepOptions`; ``scalars`` are [beta, 1 - beta]. Reads ``maximize``, ``seeds`` (required),
@@ -105,6 +112,7 @@ def _cpp_step(
     grads, codes, scales, *outputs = lists
     numbers = (options.scalars, options.seeds, options.offsets)
     macros: dict[str, str | int] = {"GRAD": TYPES[grads[0].dtype], "NESTEROV": int(nesterov), "UPDATE": int(update)}
+    macros |= fp8_macro(codes[0])
     call(
         "steps/average_int8", "average_step_int8", macros, len(grads), grads, codes, scales,
         outputs[0] if outputs else None, *rows_and_columns(grads), *numbers, skip, int(options.maximize),

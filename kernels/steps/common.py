@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from leanstep.kernels._backend import BackendError, choose, requested_backend
 from leanstep.kernels.cpp_impl._build import TYPES, MissingKernelError, call, group_by_dtypes, is_dense
-from leanstep.kernels.reference.quantization import scale_shape
+from leanstep.kernels.reference.quantization import FP8, scale_shape
 
 
 class StepOptions(NamedTuple):
@@ -126,6 +126,11 @@ def check_scales(op: str, codes: Sequence[Tensor], scales: Sequence[Tensor]) -> 
                 f"{op}: expected scales of shape {scale_shape(code.shape)} for codes of {tuple(code.shape)}, got "
                 f"{tuple(scale.shape)}"
             )
+
+
+def fp8_macro(codes: Tensor) -> dict[str, str | int]:
+    """Return the macro of C++ kernels for codes in fp8; none for int8."""
+    return {"FP8": 1} if codes.dtype == FP8 else {}
 
 
 def rows_and_columns(tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:

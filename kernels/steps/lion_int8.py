@@ -6,7 +6,14 @@ from torch import Tensor
 from leanstep.kernels._backend import choose
 from leanstep.kernels.cpp_impl._build import TYPES, call
 from leanstep.kernels.reference.steps import lion_int8 as reference
-from leanstep.kernels.steps.common import StepOptions, check_scales, check_shapes, rows_and_columns, step_on_host
+from leanstep.kernels.steps.common import (
+    StepOptions,
+    check_scales,
+    check_shapes,
+    fp8_macro,
+    rows_and_columns,
+    step_on_host,
+)
 
 
 def lion_step_int8(
@@ -25,7 +32,7 @@ def lion_step_int8(
     Args:
         params: tensors of one device and dtype, of two or more dimensions; updated in place.
         grads: same shapes; any floating dtype; not written.
-        codes: int8, same shapes; updated in place.
+        codes: int8 or float8_e4m3fn, same shapes; updated in place.
         scales: fp32 [rows, blocks], one for every 128 neighbours of a row; a row is all that one index of the first
             dimension selects. Updated in place.
         rounding_state: as for ``lion_step``.
@@ -89,7 +96,7 @@ def _cpp_step(lists: list[list[Tensor]], options: StepOptions) -> Tensor:
     """Step contiguous tensors of one dtype per list."""
     params, grads, codes, scales, *rounding_state = lists
     macros = {
-        **_macros(grads[0], options.maximize, options.skip_nonfinite),
+        **_macros(grads[0], codes[0], options.maximize, options.skip_nonfinite),
         "PARAM": TYPES[params[0].dtype],
         "ROUNDING": options.rounding.upper(),
         "CAUTIOUS": int(options.cautious_scale is not None),
@@ -102,8 +109,8 @@ def _cpp_step(lists: list[list[Tensor]], options: StepOptions) -> Tensor:
     return flags
 
 
-def _macros(grad: Tensor, maximize: bool, skip_nonfinite: bool) -> dict[str, str | int]:
-    return {"GRAD": TYPES[grad.dtype], "MAXIMIZE": int(maximize), "SKIP": int(skip_nonfinite)}
+def _macros(grad: Tensor, codes: Tensor, maximize: bool, skip_nonfinite: bool) -> dict[str, str | int]:
+    return {"GRAD": TYPES[grad.dtype], "MAXIMIZE": int(maximize), "SKIP": int(skip_nonfinite), **fp8_macro(codes)}
 
 
 def lion_agreement_int8(grads: list[Tensor], codes: list[Tensor], scales: list[Tensor], options: StepOptions) -> Tensor:
@@ -161,7 +168,7 @@ def _agreement(
 def _cpp_agreement(lists: list[list[Tensor]], options: StepOptions) -> Tensor:
     """int64 counts of agreeing entries, for contiguous tensors of one dtype per list."""
     grads = lists[0]
-    macros = _macros(grads[0], options.maximize, options.skip_nonfinite)
+    macros = _macros(grads[0], lists[1][0], options.maximize, options.skip_nonfinite)
     variant = {**macros, "PARAM": "float", "ROUNDING": "NEAREST", "CAUTIOUS": 1, "ALIGNED": 0}
     counts = torch.zeros(len(grads), dtype=torch.int64)
     sizes = rows_and_columns(grads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from leanstep.optimizers.common.rounding import (
     rounding_states,
     seeds_for,
 )
-from leanstep.optimizers.common.saved_tensors import StateRule
+from leanstep.optimizers.common.saved_tensors import Pickled, StateRule, is_fp8
 from leanstep.optimizers.common.sharding import (
     Reducer,
     Shard,
@@ -375,8 +376,21 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
             batch.shards.append(shard)
         return list(batches.values())
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return torch's state for pickle and copies, with tensors in fp8 in a form that pickle can write."""
+        packed = super().__getstate__()
+        return {
+            **packed,
+            "state": _with_entries(packed["state"], lambda value: Pickled(value) if is_fp8(value) else value),
+        }
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Fill in settings that an older state does not have."""
+        if "state" in state:  # of a shallow copy
+            unpacked = _with_entries(
+                state["state"], lambda value: value.tensor if isinstance(value, Pickled) else value
+            )
+            state = {**state, "state": unpacked}
         super().__setstate__(state)
         for group in self.param_groups:
             group.update({key: value for key, value in self._first_values().items() if key not in group})
@@ -550,6 +564,21 @@ def dense_gradient(owner: str, group: dict[str, Any], position: int, param: Tens
 def _dims_of(groups: list[dict[str, Any]]) -> list[list[int]]:
     """Return the number of dimensions of every parameter, by group."""
     return [[param.dim() for param in group["params"]] for group in groups]
+
+
+def _with_entries(states: Any, change: Callable[[Any], Any]) -> Any:
+    """Return the states of parameters with changed entries; the same object where none changes."""
+    changed = {}
+    for param, entries in states.items():
+        if isinstance(entries, dict):
+            new = {key: change(value) for key, value in entries.items()}
+            if any(new[key] is not entries[key] for key in new):
+                changed[param] = new
+    if not changed:
+        return states
+    result = copy.copy(states)
+    result.update(changed)
+    return result
 
 
 def _name_dtypes(group: dict[str, Any]) -> None:

@@ -135,23 +135,24 @@ def check_choice(owner: str, name: str, value: Any, choices: Iterable[Any]) -> N
         raise ValueError(f"Invalid {name}: {value!r}; {owner} expects one of {tuple(choices)}")
 
 
-def check_dtype(owner: str, name: str, dtype: Any, *, int8: bool = False) -> None:
+def check_dtype(owner: str, name: str, dtype: Any, *, codes: bool = False) -> None:
     """Raise unless the value is a floating dtype of 16 bits or more, the name of one, or None.
 
-    With ``int8``, torch.int8 is valid too.
+    With ``codes``, torch.int8, torch.float8_e4m3fn and "fp8" are valid too.
     """
     named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if isinstance(named, torch.dtype) and named.is_floating_point and named.itemsize == 1:
-        raise TypeError(
-            f"{owner}: {name} takes no dtype of 8-bit floating point, got {dtype!r}: it has no scales, and rounding to "
-            "nearest loses slow changes. Use torch.int8, whose codes are floating point with a scale per 128 entries, "
-            "or torch.bfloat16."
-        )
-    if dtype is None or (
-        isinstance(named, torch.dtype) and (named.is_floating_point or (int8 and named == torch.int8))
-    ):
+    if codes and (dtype == "fp8" or named in (torch.int8, torch.float8_e4m3fn)):
         return
-    expected = "a floating torch.dtype, torch.int8" if int8 else "a floating torch.dtype"
+    if isinstance(named, torch.dtype) and named.is_floating_point and named.itemsize == 1:
+        instead = (
+            "torch.int8 or torch.float8_e4m3fn, which have a scale per 128 entries, or" if codes else "for instance"
+        )
+        raise TypeError(
+            f"{owner}: {name} does not take {dtype!r}, whose numbers are too few; take {instead} torch.bfloat16"
+        )
+    if dtype is None or (isinstance(named, torch.dtype) and named.is_floating_point):
+        return
+    expected = "a floating torch.dtype, torch.int8, 'fp8'" if codes else "a floating torch.dtype"
     raise TypeError(f"{owner}: {name} must be {expected} or None, got {dtype!r}")
 
 

@@ -80,8 +80,6 @@ def encode(
     shards: Sequence[Shard],
     seeds: Iterable[Tensor | int],
     skip: Sequence[Tensor] | None = None,
-    *,
-    squares: bool = False,
 ) -> Reducer[None]:
     """Store values as codes and scales of the average ``key``. Reduces the largest entries of blocks that are divided.
 
@@ -95,13 +93,13 @@ def encode(
     largest = [_largest(_rows(value), each) for value, each in zip(values, entries, strict=True)]
     yield from _maximum_over_columns(largest, shards)
     for i, (value, state, each, seed) in enumerate(zip(values, states, entries, seeds, strict=True)):
-        flat = _rows(value)
-        new_scales, inverses = quantization.scales_of(largest[i].view(torch.float32), squares=squares)
+        flat, dtype = _rows(value), local(state[key]).dtype
+        new_scales, inverses = quantization.scales_of(largest[i].view(torch.float32), dtype)
         rows = torch.arange(each.first_row, each.first_row + len(flat), device=flat.device)
         pairs = rows.unsqueeze(1) * (each.blocks * (BLOCK // 2)) + each.pair
-        bits = quantization.random_bits(pairs, seed, squares=squares)
+        bits = quantization.random_bits(pairs, seed, dtype)
         random = torch.where(each.lower, bits, bits >> 16) & 0xFFFF
-        new_codes = quantization.encode(flat, inverses.index_select(1, each.block), random, squares=squares)
+        new_codes = quantization.encode(flat, inverses.index_select(1, each.block), random, dtype)
         for tensor, new in ((local(state[key]), new_codes), (local(state[f"{key}_scale"]), new_scales)):
             new = new.view(tensor.shape)
             if skip is not None:

@@ -12,17 +12,20 @@ import torch
 from torch import Tensor
 
 from leanstep._torch import is_dtensor, join_parts
-from leanstep.kernels.reference.quantization import dequantize, quantize, scale_shape
+from leanstep.kernels.reference.quantization import FP8, dequantize, quantize, scale_shape
 from leanstep.kernels.steps.common import StepOptions, compute_dtype, pack
 from leanstep.optimizers.common.column_shards import cuts_rows, decoded, encode, scale_placements
 from leanstep.optimizers.common.rounding import init_step
 from leanstep.optimizers.common.saved_tensors import COUNT, StateRule
 from leanstep.optimizers.common.sharding import Reducer, Shard, dtype_of, first_index, local, new_state, run, shard_of
 
+# what a setting of a momentum's dtype may be, besides ordinary dtypes
+CODES = (torch.int8, FP8)
+
 
 def is_quantized(setting: torch.dtype | str | None, param: Tensor) -> bool:
-    """Whether a dtype's setting is int8 and the parameter has the two dimensions that codes need."""
-    return dtype_of(setting) == torch.int8 and param.dim() >= 2
+    """Whether a dtype's setting is one of codes, and the parameter has the two dimensions that codes need."""
+    return dtype_of(setting) in CODES and param.dim() >= 2
 
 
 def scale_key(key: str) -> str:
@@ -30,10 +33,13 @@ def scale_key(key: str) -> str:
     return f"{key}_scale"
 
 
-def quantized_rules(key: str, *, squares: bool = False) -> dict[str, StateRule]:
+def quantized_rules(key: str, setting: torch.dtype | str | None, *, squares: bool = False) -> dict[str, StateRule]:
     """Return what loading accepts of an average in codes. Scales may be infinite or NaN, as other averages."""
-    codes = StateRule((torch.uint8,), shaped=True)
-    if not squares:  # -128 is no code, and kernels do not agree on its value
+    if squares:
+        codes = StateRule((torch.uint8,), shaped=True)
+    elif dtype_of(setting) == FP8:  # NaN is no code
+        codes = StateRule((FP8,), shaped=True, finite=True)
+    else:  # -128 is no code, and kernels do not agree on its value
         codes = StateRule((torch.int8,), shaped=True, least=-127, most=127)
     # the step count seeds the rounding of the codes
     return {key: codes, scale_key(key): StateRule((torch.float32,)), "step": COUNT._replace(required=True)}
@@ -47,7 +53,7 @@ def scale_shapes(param: Tensor, *keys: str) -> dict[str, tuple[int, ...]]:
 def init_average(
     state: dict[str, Any], key: str, param: Tensor, setting: torch.dtype | str | None, *, squares: bool = False
 ) -> None:
-    """Create the average ``key`` as the setting of its dtype says, with its scales if that is int8.
+    """Create the average ``key`` as the setting of its dtype says, with its scales if that is one of codes.
 
     Parameters without two dimensions have an average in their own dtype. Converts an average whose scales, or their
     absence, contradict the setting: it was changed after a step.
@@ -57,15 +63,20 @@ def init_average(
     scales_name, wide = scale_key(key), compute_dtype(param.dtype)
     if is_quantized(setting, param):
         init_step(state, param)
-        if scales_name in state:
+        dtype = torch.uint8 if squares else dtype_of(setting)
+        if scales_name in state and state[key].dtype == dtype:
             return
-        codes, scales = new_state(param, torch.uint8 if squares else torch.int8), _new_scales(param)
-        old = state.get(key)
-        state[scales_name], state[key] = scales, codes
+        old = None
+        if scales_name in state:
+            old = average_values(state, key, shard_of(param), wide)
+        elif key in state:
+            old = local(state[key]).to(wide)
+        # scales first: a state without the setting is refused by their name
+        state[scales_name], state[key] = _new_scales(param), new_state(param, dtype)
         if old is not None:
-            run(store_averages([local(old).to(wide)], [state], key, [shard_of(param)], [0], squares=squares))
+            run(store_averages([old], [state], key, [shard_of(param)], [0]))
     elif key not in state or scales_name in state:
-        average = new_state(param, None if dtype_of(setting) == torch.int8 else setting)
+        average = new_state(param, None if dtype_of(setting) in CODES else setting)
         if key in state:
             local(average).copy_(average_values(state, key, shard_of(param), wide))
             del state[scales_name]
@@ -84,8 +95,6 @@ def store_averages(
     key: str,
     shards: Sequence[Shard],
     seeds: Sequence[Tensor | int],
-    *,
-    squares: bool = False,
 ) -> Reducer[None]:
     """Store this process's values of averages as codes and scales, in fp32 or fp64.
 
@@ -95,13 +104,13 @@ def store_averages(
     rows = list(zip(values, states, shards, seeds, strict=True))
     if cut := [row for row in rows if cuts_rows(row[2])]:
         cut_values, cut_states, cut_shards, cut_seeds = zip(*cut, strict=True)
-        yield from encode(cut_values, cut_states, key, cut_shards, cut_seeds, squares=squares)
+        yield from encode(cut_values, cut_states, key, cut_shards, cut_seeds)
     for value, state, shard, seed in rows:
         if cuts_rows(shard):
             continue
         offset = first_index(shard)
         assert offset is not None
-        new = quantize(value, seed, offset, squares=squares)
+        new = quantize(value, seed, offset, dtype=local(state[key]).dtype)
         for tensor, result in zip((state[key], state[scale_key(key)]), new, strict=True):
             local(tensor).copy_(result)
 

@@ -6,6 +6,7 @@ expect to be there.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -30,6 +31,28 @@ _CHUNK_ELEMENTS = 1 << 24
 
 # fp32 counts whole numbers up to here
 LAST_COUNT = 2**24
+
+
+def is_fp8(value: Any) -> bool:
+    """Whether a value is a plain tensor in fp8."""
+    return type(value) is Tensor and value.dtype == torch.float8_e4m3fn
+
+
+class Pickled:
+    """A tensor in fp8 in a form that pickle can write: bytes. It is read as the tensor. torch pickles no fp8."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __reduce__(self) -> Any:
+        return _fp8, (self.tensor.view(torch.uint8),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return copy.deepcopy(self.tensor, memo)
+
+
+def _fp8(numbers: Tensor) -> Tensor:
+    return numbers.view(torch.float8_e4m3fn)
 
 
 class StateRule(NamedTuple):
@@ -172,7 +195,9 @@ def _check_values(part: Tensor, rule: StateRule) -> None:
     if rule.finite and part.numel():
         rows = part.detach() if part.dim() else part.detach().view(1)
         count = max(1, _CHUNK_ELEMENTS * len(rows) // part.numel())
-        if not all(bool(torch.isfinite(chunk).all()) for chunk in rows.split(count)):
+        # torch has no isfinite for numbers of 8 bits
+        chunks = (chunk.float() if chunk.dtype.itemsize == 1 else chunk for chunk in rows.split(count))
+        if not all(bool(torch.isfinite(chunk).all()) for chunk in chunks):
             raise Misfit("expected finite numbers, got infinity or NaN")
     if not rule.whole and rule.least is None:
         return

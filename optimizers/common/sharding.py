@@ -215,6 +215,8 @@ def dtype_of(setting: torch.dtype | str | None) -> torch.dtype | None:
     Groups store names, because ``torch.distributed.checkpoint`` cannot gather a ``torch.dtype``
     (``StateDictOptions(full_state_dict=True)``).
     """
+    if setting == "fp8":
+        return torch.float8_e4m3fn
     return getattr(torch, setting) if isinstance(setting, str) else setting
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from leanstep._torch import is_dtensor
 from leanstep.optimizers.common.base import dense_gradient
+from leanstep.optimizers.common.quantized import CODES
 from leanstep.optimizers.common.sharding import Reduction, dtype_of, local, placed_like, run
 
 # Entries of a group. half_content: content of its parameters' ``half_grad``: "none", the "gradient" of the first half,
@@ -79,7 +80,7 @@ class MarkedHalves:
                     continue
                 grad = dense_gradient("LANTON", group, position, param).detach()
                 dtype = dtype_of(group["noise_dtype"])
-                dtype = param.dtype if dtype in (None, torch.int8) else dtype
+                dtype = param.dtype if dtype is None or dtype in CODES else dtype
                 half = _unscaled(grad, loss_scale).to(dtype, copy=True)
                 self.state[param]["half_grad"] = half
                 copies.append(half)

@@ -124,11 +124,11 @@ class LANTON(MarkedHalves, LeanOptimizer):
             layers of similar shape.
         transposed, flatten, blocks: as for :class:`leanstep.optimizers.SinkGD`. Each block has its own O, H and f, as a
             matrix of its own would; a non-finite gradient leaves the whole parameter unchanged.
-        momentum_dtype: dtype of B; None: the parameter's; torch.int8: as for :class:`leanstep.optimizers.Lion`. O is
-            computed from the stored B.
+        momentum_dtype: dtype of B; None: the parameter's; torch.int8, "fp8": as for :class:`leanstep.optimizers.Lion`.
+            O is computed from the stored B.
         noise_dtype: dtype of the stored gradient or half; None: the parameter's. bf16 halves its memory for fp32
-            parameters, and adds up to 2^-9 of the gradient to the noise. torch.int8 adds about 2 % of it. Halves have
-            the parameter's dtype then.
+            parameters, and adds up to 2^-9 of the gradient to the noise. torch.int8 adds about 2 % of it, "fp8" twice
+            that. Halves have the parameter's dtype then.
         rounding, seed, maximize: as for :class:`leanstep.optimizers.Lion`.
         nonfinite: "skip": leave a parameter with a non-finite gradient and its state unchanged, and count it. "raise",
             "pass": as for Lion. A non-finite difference never enters H.
@@ -244,7 +244,7 @@ class LANTON(MarkedHalves, LeanOptimizer):
         check_layout("LANTON", group)
         check_blocks("LANTON", group)
         for name in ("momentum_dtype", "noise_dtype", "ns_dtype"):
-            check_dtype("LANTON", name, group[name], int8=name != "ns_dtype")
+            check_dtype("LANTON", name, group[name], codes=name != "ns_dtype")
 
     def _check_params(self, group: dict[str, Any], given: dict[str, Any]) -> None:
         super()._check_params(group, given)
@@ -304,7 +304,8 @@ class LANTON(MarkedHalves, LeanOptimizer):
     def _rules_of(self, group: dict[str, Any], param: Tensor) -> Mapping[str, StateRule]:
         rules = {**super()._rules_of(group, param)}
         for key in _quantized_keys(group, param):
-            rules |= quantized_rules(key)
+            setting = group["noise_dtype" if key == "previous_grad" else "momentum_dtype"]
+            rules |= quantized_rules(key, setting)
         return rules if group["variance"] else {**rules, KEY: KEY_RULE._replace(required=False)}
 
     def _loadable_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:

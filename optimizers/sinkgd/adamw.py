@@ -26,11 +26,11 @@ from leanstep.optimizers.sinkgd.clipping import clip_factors
 def init_adamw(state: dict[str, Any], param: Tensor, group: dict[str, Any], rounding: str) -> None:
     """Create step, exp_avg and exp_avg_sq as torch does; the moments are fp32 unless rounding is "nearest".
 
-    With an int8 setting, the moments of parameters of two or more dimensions are in 8 bits.
+    With a setting of 8 bits, the moments of parameters of two or more dimensions are in 8 bits.
     """
-    dtype: torch.dtype | None = None if rounding == "nearest" else torch.float32
+    dtype: torch.dtype | str | None = None if rounding == "nearest" else torch.float32
     if is_quantized(group["momentum_dtype"], param):
-        dtype = torch.int8
+        dtype = group["momentum_dtype"]
     elif "step" not in state:
         device = local(param).device if uses_fused(param, group) else torch.device("cpu")
         state["step"] = torch.zeros((), dtype=torch.float32, device=device)
@@ -261,7 +261,7 @@ def _update_columns(
         squares.append(square)
     seeds = options.seeds.unbind()
     yield from store_averages(averages, batch.states, "exp_avg", batch.shards, seeds)
-    yield from store_averages(squares, batch.states, "exp_avg_sq", batch.shards, seeds, squares=True)
+    yield from store_averages(squares, batch.states, "exp_avg_sq", batch.shards, seeds)
 
 
 def _update_rounded(

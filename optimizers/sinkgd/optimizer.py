@@ -132,7 +132,8 @@ class SinkGD(LeanOptimizer):
         blocks: the rows of the group's matrices (out, in) are several matrices, each normalized by itself. An int:
             blocks of so many rows. A tuple: the rows of every block. Without meaning for AdamW's parameters.
             :func:`leanstep.optimizers.param_groups` sets it for heads and fused weights, with ``split``.
-        momentum_dtype: as for :class:`leanstep.optimizers.Lion`. torch.int8 stores AdamW's two moments in 8 bits, too,
+        momentum_dtype: as for :class:`leanstep.optimizers.Lion`. torch.int8 stores AdamW's two moments in 8 bits, too
+            ("fp8": the first in this format, the second as with int8),
             and its step is then not torch's: both are rounded stochastically, the second one without bias and never to
             0. The root of the second moment differs by 8 % (standard deviation) from that of AdamW. Other dtypes do not
             change AdamW's moments. Momenta of 8 bits of a group with ``blocks``, and of shards that cut rows, are in
@@ -232,7 +233,7 @@ class SinkGD(LeanOptimizer):
         if group["blocks"] is not None and group["spectral"] is not None:
             raise ValueError("SinkGD: spectral scales whole matrices; leave it None in groups with blocks")
         check_count("SinkGD", "num_iters", group["num_iters"])
-        check_dtype("SinkGD", "momentum_dtype", group["momentum_dtype"], int8=True)
+        check_dtype("SinkGD", "momentum_dtype", group["momentum_dtype"], codes=True)
         if group["base_width"] is not None:
             check_number("SinkGD", "base_width", group["base_width"], 1)
             if group["spectral"] == "muon":
@@ -286,7 +287,7 @@ class SinkGD(LeanOptimizer):
     def _check_shard(self, group: dict[str, Any], position: int, shard: Shard) -> None:
         super()._check_shard(group, position, shard)
         if _quantized_keys(group, group["params"][position]):
-            check_int8_shard("SinkGD: momentum_dtype=torch.int8", describe(group, position), shard)
+            check_int8_shard("SinkGD: a momentum of 8 bits", describe(group, position), shard)
         if algorithm_of(group, group["params"][position]) == "adamw":
             return
         if group["blocks"] is not None and shard.ranges is None:
@@ -305,7 +306,7 @@ class SinkGD(LeanOptimizer):
     def _rules_of(self, group: dict[str, Any], param: Tensor) -> Mapping[str, StateRule]:
         rules = {**super()._rules_of(group, param)}
         for key in _quantized_keys(group, param):
-            rules |= quantized_rules(key, squares=key == "exp_avg_sq")
+            rules |= quantized_rules(key, group["momentum_dtype"], squares=key == "exp_avg_sq")
         if algorithm_of(group, param) == "adamw":
             rules["step"] = COUNT._replace(required=True)
         elif not group["spectral"]:  # switched off during the training

@@ -24,7 +24,7 @@ from leanstep.recipes.config.schema import MOST_TOKENS, RunConfig, accumulation_
 def accumulates_in_momentum(config: RunConfig) -> bool:
     """Whether the rule of matrices sums the gradients of several passes in its momentum."""
     args = config.optimizer.args
-    if args.get("momentum_dtype") in ("int8", "torch.int8"):
+    if args.get("momentum_dtype") in ("int8", "torch.int8", "fp8"):
         return False
     if config.optimizer.name == "sinkgd":
         return bool(args.get("momentum")) and not args.get("nesterov") and args.get("momentum_order", "pre") == "pre"

@@ -390,7 +390,7 @@ def _python_value(key: str, value: Any) -> Any:
     if isinstance(value, list):
         return tuple(value)
     if key.endswith("dtype") and isinstance(value, str):
-        dtype = getattr(torch, value.removeprefix("torch."), None)
+        dtype = torch.float8_e4m3fn if value == "fp8" else getattr(torch, value.removeprefix("torch."), None)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"optimizer.args.{key}: torch has no dtype {value!r}; take float32 or bfloat16")
         return dtype

@@ -8,7 +8,7 @@ from leanstep.kernels import few_token_linear
 
 
 class FewTokenLinear(nn.Linear):
-    """nn.Linear by :func:`~leanstep.kernels.few_token_linear`: one token of bf16 on a CPU reads the weight faster."""
+    """nn.Linear by :func:`~leanstep.kernels.few_token_linear`: up to 8 tokens on a CPU read the weight faster."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
@@ -19,8 +19,8 @@ def to_few_token_linear(model: nn.Module) -> list[str]:
     """Let the linear layers of a model generate faster on a CPU; their weights stay as they are.
 
     Layers of the type nn.Linear become :class:`FewTokenLinear`, with the same parameters, hooks and names: heads that
-    are tied to an embedding stay tied. Training, compiled and batched calls compute as before. ``load_sparse`` and
-    ``from_pretrained`` of a sparse folder do this to the layers that stay dense.
+    are tied to an embedding stay tied. Training, compiled calls and those of many tokens compute as before.
+    ``load_sparse`` and ``from_pretrained`` of a sparse folder do this to the layers that stay dense.
 
     Args:
         model: changed in place.

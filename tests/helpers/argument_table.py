@@ -82,7 +82,7 @@ def optimizer_entry(cls: type, name: str, hint: Any) -> dict[str, Any]:
             entry["choices"] = words
             entry["types"] = [kind for kind in entry["types"] if kind != "str"]
     if entry.get("choices") == DTYPES and refusal(cls, name, torch.int8) is None:
-        entry["choices"] = ["int8", *DTYPES]
+        entry["choices"] = ["int8", "fp8", *DTYPES]
     return {key: value for key, value in {**entry, **limits(cls, name, entry)}.items() if value != []}
 
 

@@ -87,7 +87,7 @@ def checkpoint_moves(name: str, world: World) -> None:
 
 for _name in (
     "stateless", "sinkgd", "lion", "lion_stochastic", "lion_master", "lion_kahan", "lion_int8", "lion_split",
-    "sinkgd_int8", "adamw_int8", "lanton_int8", "sinkgd_momentum", "sinkgd_balanced", "sinkgd_muon",
+    "lion_fp8", "sinkgd_int8", "adamw_int8", "lanton_int8", "sinkgd_momentum", "sinkgd_balanced", "sinkgd_muon",
     "lanton", "lanton_muon", "lanton_stochastic", "lanton_master",
 ):  # fmt: skip
     _worlds = (1, 2, 3, 4) if _name in ("stateless", "sinkgd", "sinkgd_muon", "lion_stochastic") else (1, 2, 3)

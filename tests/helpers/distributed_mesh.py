@@ -163,12 +163,12 @@ def stochastic_rounding_on_meshes(world: World) -> None:
 @case(WORLD)
 def int8_state_on_meshes(world: World) -> None:
     """Codes, scales and random bits are those of one process; processes share blocks of 128 entries."""
-    for name in ("lion_int8", "lion_split", "adamw_int8", "sinkgd_int8", "lanton_int8"):
+    for name in ("lion_int8", "lion_fp8", "lion_split", "adamw_int8", "sinkgd_int8", "lanton_int8"):
         for sizes, placements in (ROWS[1], *COLUMNS):
             follows_unsharded(name, sizes, placements)
     name = "blocks.0.up.weight (10, 6) with placements"
     for optimizer, owner in (("lion_int8", "Lion"), ("sinkgd_int8", "SinkGD"), ("lanton_int8", "LANTON")):
-        said = "int8" if owner != "LANTON" else "an 8-bit momentum or gradient"
+        said = "a momentum of 8 bits" if owner != "LANTON" else "an 8-bit momentum or gradient"
         said += " takes parameters whose shards are blocks, cut along dimension 0 and two others at most; got " + name
         refused_unchanged(optimizer, *GAPS[0], said)
 

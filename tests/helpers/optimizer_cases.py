@@ -124,7 +124,9 @@ def snapshot(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """Copies of the parameters and all state tensors, in a fixed order."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     state = [v for p in params for _, v in sorted(optimizer.state.get(p, {}).items())]
-    return [t.detach().clone() for t in (*params, *state)]
+    tensors = [t.detach().clone() for t in (*params, *state)]
+    # numbers in fp8 by their bits: torch knows little arithmetic of them
+    return [t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t for t in tensors]
 
 
 _BF16 = torch.bfloat16
@@ -199,6 +201,14 @@ CASES = (
         cls=Lion,
         kwargs={"lr": 1e-2, "weight_decay": 0.1, "cautious": True, "momentum_dtype": torch.int8, "seed": 3},
         state=_LION_INT8,
+        replayable=False,
+        large=True,
+    ),
+    OptimizerCase(
+        name="Lion-fp8",
+        cls=Lion,
+        kwargs={"lr": 1e-2, "weight_decay": 0.1, "momentum_dtype": "fp8", "seed": 3},
+        state={**_LION_INT8, "exp_avg": torch.float8_e4m3fn},
         replayable=False,
         large=True,
     ),

@@ -28,7 +28,7 @@ def normal(shape, dtype=torch.float32, seed=0):
 def test_squares_are_unbiased_and_never_become_zero():
     """The mean of 4000 roundings is the value, down to the smallest code; below it, the smallest code."""
     values = torch.logspace(-9, 0, BLOCK, dtype=torch.float64)
-    codes, scales = quantize(values.expand(4000, BLOCK), 3, squares=True)
+    codes, scales = quantize(values.expand(4000, BLOCK), 3, dtype=torch.uint8)
     assert codes.dtype == torch.uint8 and codes.min() == 1
     decoded = dequantize(codes, scales, torch.float64)
     smallest = 1 / 63487 / 16
@@ -38,14 +38,14 @@ def test_squares_are_unbiased_and_never_become_zero():
     assert ((decoded.mean(dim=0) - values).abs() <= 5 * deviation + 2**-15 * spacing)[above].all()
     torch.testing.assert_close(decoded[:, ~above], torch.full_like(decoded[:, ~above], smallest), rtol=1e-6, atol=0)
     assert ((decoded - values).abs() <= 1.0001 * spacing)[:, above].all()
-    assert not quantize(torch.zeros(1, BLOCK), 0, squares=True)[0].any()
+    assert not quantize(torch.zeros(1, BLOCK), 0, dtype=torch.uint8)[0].any()
 
 
 def run_adamw(gradients, size=1e-3):
     """Steps of the definition in fp64 arithmetic with codes, and of AdamW in fp64. Returns (m, v, p) of both."""
     shape = gradients[0].shape
     (codes, scales), (square_codes, square_scales) = (
-        quantize(torch.zeros(shape), 0, squares=squares) for squares in (False, True)
+        quantize(torch.zeros(shape), 0, dtype=dtype) for dtype in (torch.int8, torch.uint8)
     )
     param, wide, m, v = (torch.zeros(shape, dtype=torch.float64) for _ in range(4))
     scalars = torch.tensor((1.0, BETA1, 1 - BETA1, BETA2, 1 - BETA2, EPS), dtype=torch.float64)
@@ -95,7 +95,7 @@ def problem(p_dtype, g_dtype, rounding="nearest"):
     moments = [[], [], [], []]
     for i, shape in enumerate(SHAPES):
         average = normal(shape, seed=100 + i) * normal(shape, seed=150 + i).exp()
-        both = *quantize(average, i), *quantize(average.square(), i, squares=True)
+        both = *quantize(average, i), *quantize(average.square(), i, dtype=torch.uint8)
         for tensors, tensor in zip(moments, both, strict=True):
             tensors.append(tensor)
     return params, grads, *moments, rounding_states(params, rounding)
@@ -185,8 +185,8 @@ def test_refuses_scales_of_another_shape():
 @pytest.mark.parametrize("rounding", ["nearest", "split"])
 def test_opcheck(rounding):
     lists = [[normal((3, 5), torch.bfloat16)], [normal((3, 5), torch.bfloat16, 1)]]
-    for squares in (False, True):
-        lists += [[t] for t in quantize(normal((3, 5), seed=2).square(), 4, squares=squares)]
+    for dtype in (torch.int8, torch.uint8):
+        lists += [[t] for t in quantize(normal((3, 5), seed=2).square(), 4, dtype=dtype)]
     states = rounding_states(lists[0], rounding)
     seeds = torch.tensor([3])
     args = (*lists, CORRECTIONS[:1], states, SCALARS, rounding, False, False, seeds, seeds)

@@ -201,6 +201,18 @@ def test_leading_dimensions_layouts_and_nothing():
     assert bitmask_linear(x, *bitmask_pack(weight[:0]), 50).shape == (2, 3, 0)
 
 
+def test_a_vmapped_batch_becomes_rows_or_a_call_for_each_bias():
+    weight = sparse(37, 50)
+    parts = bitmask_pack(weight)
+    x, biases = torch.randn(2, 3, 50, requires_grad=True), torch.randn(2, 37)
+    product = torch.vmap(lambda x: bitmask_linear(x, *parts, 50), in_dims=1, out_dims=1)(x)
+    torch.testing.assert_close(product, x @ weight.T)
+    product.sum().backward()
+    torch.testing.assert_close(x.grad, weight.sum(dim=0).expand(2, 3, 50))
+    product = torch.vmap(lambda x, bias: bitmask_linear(x, *parts, 50, bias))(x, biases)
+    torch.testing.assert_close(product, x @ weight.T + biases[:, None])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=dtype_name)
 @pytest.mark.parametrize("tokens", [1, 30])
 def test_gradients_are_those_of_the_dense_product(dtype, tokens, monkeypatch):

@@ -1,5 +1,7 @@
 """Linear layers of few tokens: torch's results, by a loop where that is faster."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from kernel_cases import bits_equal, dtype_name
@@ -102,3 +104,20 @@ def test_torch_says_what_is_wrong():
             few_token_linear(*arguments)
         assert str(ours.value) == str(raised.value)
     assert not few_tokens._runs_loop(x[:0], weight, None)
+
+
+@needs_cpp
+def test_where_the_loop_is_taken_to_be_faster(monkeypatch):
+    instructions, amx, mkl = [cpp.BF16], [False], [None]
+    monkeypatch.setattr(cpp, "library", lambda *_: SimpleNamespace(instructions=lambda: instructions[0]))
+    monkeypatch.setattr(cpp, "why_not_onednn", lambda: mkl[0])
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx[0])
+
+    def faster(dtype):
+        return [tokens for tokens in (1, 2, 8, 9) if cpp.is_faster_than_torch(torch.ones(tokens, 64, dtype=dtype))]
+
+    assert [faster(dtype) for dtype in (torch.bfloat16, torch.float32, torch.float16)] == [[1, 2, 8], [1, 2, 8], []]
+    amx[0], mkl[0] = True, "MKL is made for this processor"
+    assert [faster(dtype) for dtype in (torch.bfloat16, torch.float32)] == [[1], []]
+    instructions[0] = cpp.AVX512
+    assert not faster(torch.bfloat16)

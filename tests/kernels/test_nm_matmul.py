@@ -119,6 +119,21 @@ def test_leading_dimensions_and_nothing():
     assert torch.equal(nm_matmul(x[0], values[..., :0], indices[..., :0], 4), torch.zeros(3, 37))
 
 
+def test_a_vmapped_batch_becomes_rows_or_a_call_for_each_matrix():
+    weights = [sparse(2, 4, torch.float32, seed=seed) for seed in (0, 1)]
+    (values, indices), second = (nm_compress(weight, 2, 4) for weight in weights)
+    x = torch.randn(2, 3, 20)
+    expected = x @ weights[0].T
+    torch.testing.assert_close(torch.vmap(lambda x: nm_matmul(x, values, indices, 4))(x), expected)
+    torch.testing.assert_close(
+        torch.vmap(lambda x: nm_matmul(x, values, indices, 4), in_dims=1, out_dims=1)(x), expected
+    )
+    torch.testing.assert_close(torch.vmap(torch.vmap(lambda x: nm_matmul(x, values, indices, 4)))(x), expected)
+    stacked = (torch.stack(parts) for parts in zip((values, indices), second, strict=True))
+    products = torch.vmap(lambda v, i: nm_matmul(x[0], v, i, 4))(*stacked)
+    torch.testing.assert_close(products, torch.stack([x[0] @ weight.T for weight in weights]))
+
+
 def test_bad_arguments_are_named():
     weight = sparse(2, 4, torch.float32)
     values, indices = nm_compress(weight, 2, 4)

@@ -14,7 +14,7 @@ ROUNDINGS = ("nearest", "stochastic", "kahan", "master", "split")
 SHAPES = ((1, 1), (0, 5), (3, 0), (7, 3), (5, 130), (70, 256), (2, 8200), (3, 5, 77), (1, 8320), (24, 1))
 
 
-def build(p_dtype, g_dtype, rounding, device="cpu"):
+def build(p_dtype, g_dtype, rounding, device="cpu", code=torch.int8):
     chance = torch.Generator().manual_seed(0)
 
     def randn(shape, dtype=torch.float32):
@@ -28,8 +28,8 @@ def build(p_dtype, g_dtype, rounding, device="cpu"):
     lists = [params, grads, [], [], [], []]
     for shape in SHAPES:
         average = randn(shape) * randn(shape).exp()
-        for k, squares in enumerate((False, True)):
-            codes, scales = quantize(average.square() if squares else average, 5, squares=squares)
+        for k, (values, dtype) in enumerate(((average, code), (average.square(), torch.uint8))):
+            codes, scales = quantize(values, 5, dtype=dtype)
             lists[2 + 2 * k].append(codes)
             lists[3 + 2 * k].append(scales)
     states = rounding_states(params, rounding)
@@ -41,8 +41,8 @@ def build(p_dtype, g_dtype, rounding, device="cpu"):
     return lists, corrections, seeds, offsets
 
 
-def compare(p_dtype, g_dtype, rounding, device="cpu", maximize=False):
-    lists, corrections, seeds, offsets = build(p_dtype, g_dtype, rounding, device)
+def compare(p_dtype, g_dtype, rounding, device="cpu", maximize=False, code=torch.int8):
+    lists, corrections, seeds, offsets = build(p_dtype, g_dtype, rounding, device, code)
     lists[1][4][1, 129], lists[1][8][0, 8319], lists[1][3][0, 0] = float("nan"), float("inf"), 6e4
     expected = [[t.clone() for t in part] for part in lists]
     numbers = torch.tensor(SCALARS, device=device)
@@ -74,6 +74,12 @@ def test_every_rounding_equals_the_reference_bit_for_bit(p_dtype, rounding):
 
 
 @pytest.mark.interpret
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")
+def test_fp8_equals_the_reference_bit_for_bit():
+    compare(torch.bfloat16, torch.bfloat16, "nearest", code=torch.float8_e4m3fn)
+
+
+@pytest.mark.interpret
 def test_an_empty_list_and_empty_tensors_launch_nothing():
     options = StepOptions(torch.tensor(SCALARS))
     triton_adamw.adamw_step_int8([[]] * 6, torch.zeros(0, 2), options)
@@ -85,7 +91,8 @@ def test_an_empty_list_and_empty_tensors_launch_nothing():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("code", [torch.int8, torch.float8_e4m3fn], ids=dtype_name)
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("p_dtype", DTYPES, ids=dtype_name)
-def test_on_a_gpu_every_rounding_equals_the_reference_bit_for_bit(p_dtype, rounding):
-    compare(p_dtype, p_dtype, rounding, "cuda")
+def test_on_a_gpu_every_rounding_equals_the_reference_bit_for_bit(p_dtype, rounding, code):
+    compare(p_dtype, p_dtype, rounding, "cuda", code=code)

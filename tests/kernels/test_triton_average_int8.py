@@ -14,14 +14,15 @@ SHAPES = ((1, 1), (0, 5), (3, 0), (7, 3), (5, 130), (70, 256), (2, 8200), (3, 5,
 MODES = ((True, False, True), (True, True, True), (False, False, True), (True, False, False), (True, True, False))
 
 
-def build(dtype, device):
+def build(dtype, device, code):
     chance = torch.Generator().manual_seed(0)
     grads = [torch.randn(shape, generator=chance).to(device=device, dtype=dtype) for shape in SHAPES]
     # another layout, and an odd address
     grads[5] = grads[5].t().contiguous().t()
     grads[6] = torch.cat([grads[6].flatten()[:1], grads[6].flatten()])[1:].view(SHAPES[6])
     grads[4][1, 129], grads[8][0, 8319], grads[3][0, 0] = float("nan"), float("inf"), 6e4
-    pairs = [quantize(torch.randn(s, generator=chance) * torch.randn(s, generator=chance).exp(), 5) for s in SHAPES]
+    averages = [torch.randn(s, generator=chance) * torch.randn(s, generator=chance).exp() for s in SHAPES]
+    pairs = [quantize(average, 5, dtype=code) for average in averages]
     codes, scales = ([t.to(device) for t in ts] for ts in zip(*pairs, strict=True))
     rows = torch.randint(0, 2**30, (len(SHAPES),), generator=chance)
     offsets = (rows * torch.tensor([torch.Size(s[1:]).numel() for s in SHAPES])).to(device)
@@ -30,9 +31,9 @@ def build(dtype, device):
     return [grads, codes, scales, outputs], seeds, offsets
 
 
-def compare(dtype, mode, device="cpu", *, beta=0.9, skips=False, maximize=False):
+def compare(dtype, mode, device="cpu", *, beta=0.9, skips=False, maximize=False, code=torch.int8):
     has_outputs, nesterov, update = mode
-    lists, seeds, offsets = build(dtype, device)
+    lists, seeds, offsets = build(dtype, device, code)
     lists = lists if has_outputs else lists[:3]
     expected = [[t.clone() for t in part] for part in lists]
     numbers = torch.tensor((beta, 1 - beta), device=device)
@@ -65,6 +66,13 @@ def test_every_mode_equals_the_reference_bit_for_bit(mode):
 
 @pytest.mark.interpret
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")
+@pytest.mark.parametrize("mode", MODES[:2], ids=str)
+def test_fp8_equals_the_reference_bit_for_bit(mode):
+    compare(torch.bfloat16, mode, skips=True, code=torch.float8_e4m3fn)
+
+
+@pytest.mark.interpret
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")
 def test_a_weight_of_zero_equals_the_reference_bit_for_bit():
     compare(torch.float32, MODES[2], beta=0.0)
 
@@ -78,7 +86,8 @@ def test_an_empty_list_and_empty_tensors_launch_nothing():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("code", [torch.int8, torch.float8_e4m3fn], ids=dtype_name)
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-def test_on_a_gpu_every_mode_equals_the_reference_bit_for_bit(dtype, mode):
-    compare(dtype, mode, "cuda", skips=True)
+def test_on_a_gpu_every_mode_equals_the_reference_bit_for_bit(dtype, mode, code):
+    compare(dtype, mode, "cuda", skips=True, code=code)

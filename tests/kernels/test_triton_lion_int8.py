@@ -17,7 +17,7 @@ SWITCHES = ({}, {"maximize": True}, {"decay_where_aligned": True}, {"skip_nonfin
 SHAPES = ((1, 1), (0, 5), (3, 0), (7, 3), (5, 130), (70, 256), (2, 8200), (3, 5, 77), (1, 8320), (24, 1))
 
 
-def build(p_dtype, g_dtype, rounding, device="cpu", seed=0):
+def build(p_dtype, g_dtype, rounding, device="cpu", seed=0, code=torch.int8):
     chance = torch.Generator().manual_seed(seed)
 
     def randn(shape, dtype):
@@ -28,7 +28,8 @@ def build(p_dtype, g_dtype, rounding, device="cpu", seed=0):
     # other layouts, and an odd address
     params[5] = params[5].t().contiguous().t()
     grads[6] = torch.cat([grads[6].flatten()[:1], grads[6].flatten()])[1:].view(SHAPES[6])
-    coded = [quantize(randn(shape, torch.float32) * randn(shape, torch.float32).exp(), 5) for shape in SHAPES]
+    momenta = [randn(shape, torch.float32) * randn(shape, torch.float32).exp() for shape in SHAPES]
+    coded = [quantize(momentum, 5, dtype=code) for momentum in momenta]
     codes, scales = ([pair[k] for pair in coded] for k in range(2))
     states = rounding_states(params, rounding)
     seeds = torch.randint(0, 2**32, (len(SHAPES),), generator=chance).to(device)
@@ -37,8 +38,8 @@ def build(p_dtype, g_dtype, rounding, device="cpu", seed=0):
     return params, grads, codes, scales, states, seeds, offsets
 
 
-def compare(p_dtype, g_dtype, rounding, switch, device="cpu", poison=False):
-    params, grads, codes, scales, states, seeds, offsets = build(p_dtype, g_dtype, rounding, device)
+def compare(p_dtype, g_dtype, rounding, switch, device="cpu", poison=False, code=torch.int8):
+    params, grads, codes, scales, states, seeds, offsets = build(p_dtype, g_dtype, rounding, device, code=code)
     if poison:
         grads[4][1, 129] = float("nan")
         grads[8][0, 8319] = float("inf")
@@ -90,11 +91,19 @@ def test_nonfinite_gradients_pass_when_told_to():
     compare(torch.float32, torch.float32, "nearest", {}, poison=True)
 
 
+@pytest.mark.interpret
+@pytest.mark.parametrize("rounding", ["nearest", "master"])
+def test_fp8_equals_the_reference_bit_for_bit(rounding):
+    switch = {"skip_nonfinite": True, "cautious": True}
+    compare(torch.bfloat16, torch.bfloat16, rounding, switch, poison=True, code=torch.float8_e4m3fn)
+
+
 @pytest.mark.slow
 @pytest.mark.interpret
+@pytest.mark.parametrize("code", [torch.int8, torch.float8_e4m3fn], ids=dtype_name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-def test_agreement_counts_exactly(dtype):
-    _, grads, codes, scales, *_ = build(dtype, dtype, "nearest")
+def test_agreement_counts_exactly(dtype, code):
+    _, grads, codes, scales, *_ = build(dtype, dtype, "nearest", code=code)
     grads[5][3, 7] = float("inf")
     for switches in ({"maximize": False, "skip_nonfinite": True}, {"maximize": True, "skip_nonfinite": False}):
         options = StepOptions(torch.tensor(SCALARS), **switches)
@@ -115,10 +124,11 @@ def test_an_empty_list_and_empty_tensors_launch_nothing():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("code", [torch.int8, torch.float8_e4m3fn], ids=dtype_name)
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("p_dtype", DTYPES, ids=dtype_name)
-def test_on_a_gpu_every_rounding_equals_the_reference_bit_for_bit(p_dtype, rounding):
-    compare(p_dtype, p_dtype, rounding, {"skip_nonfinite": True}, "cuda", poison=True)
+def test_on_a_gpu_every_rounding_equals_the_reference_bit_for_bit(p_dtype, rounding, code):
+    compare(p_dtype, p_dtype, rounding, {"skip_nonfinite": True}, "cuda", poison=True, code=code)
 
 
 @pytest.mark.gpu

@@ -41,10 +41,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("squares", [False, True], ids=["momenta", "squares"])
+@pytest.mark.parametrize("code", [torch.int8, torch.uint8, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_codes_and_scales_are_those_of_the_whole(name, dtype, squares, monkeypatch):
+def test_codes_and_scales_are_those_of_the_whole(name, dtype, code, monkeypatch):
     parts = CASES[name]
     monkeypatch.setattr(column_shards.torch.distributed, "get_world_size", lambda group: len(parts))
     shape, rows = parts[0].shape, parts[0].ranges[0]
@@ -52,8 +52,8 @@ def test_codes_and_scales_are_those_of_the_whole(name, dtype, squares, monkeypat
     values[0] *= values[0].exp()
     values[-1] = 0.0
     values[1].view(-1)[0] = float("inf")  # its block becomes NaN on every process
-    values = values.square() if squares else values
-    codes, scales = quantize(values, 11, squares=squares)
+    values = values.square() if code == torch.uint8 else values
+    codes, scales = quantize(values, 11, dtype=code)
     assert all(cuts_rows(part) for part in parts)
     whole_blocks = not divides_blocks(parts[0])
     assert whole_blocks == (name == "whole blocks")
@@ -64,7 +64,7 @@ def test_codes_and_scales_are_those_of_the_whole(name, dtype, squares, monkeypat
         states.append({"m": torch.full_like(here, 3), "m_scale": torch.zeros(len(rows), stored)})
     together(
         [
-            encode([selected(values, part)], [state], "m", [part], [11], squares=squares)
+            encode([selected(values, part)], [state], "m", [part], [11])
             for part, state in zip(parts, states, strict=True)
         ]
     )

@@ -8,6 +8,7 @@ from optimizer_cases import run
 
 from leanstep.kernels.reference.quantization import dequantize
 from leanstep.optimizers import LANTON, Lion, SinkGD
+from leanstep.optimizers.common.quantized import init_average
 
 SHAPES = ((64, 256), (5, 130), (7,), ())
 
@@ -117,16 +118,55 @@ def test_a_byte_that_is_no_code_is_refused():
     assert target.state[others[1]]["exp_avg"][2, 3] == -127
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, "float8_e4m3fn"])
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, "float8_e4m3fnuz"])
 @pytest.mark.parametrize("cls", [Lion, SinkGD, LANTON])
-def test_dtypes_of_8_bit_floating_point_are_refused_by_name(cls, dtype):
-    with pytest.raises(TypeError, match=rf"{cls.__name__}: momentum_dtype .*float8_e.m.*Use torch.int8"):
+def test_other_dtypes_of_8_bit_floating_point_are_refused_by_name(cls, dtype):
+    with pytest.raises(TypeError, match=rf"{cls.__name__}: momentum_dtype .*float8_e.m.*take torch.int8 or"):
         cls([torch.nn.Parameter(torch.ones(2, 2))], momentum_dtype=dtype)
 
 
 def test_other_integers_are_refused():
-    with pytest.raises(TypeError, match=r"momentum_dtype must be a floating torch.dtype, torch.int8 or None"):
+    with pytest.raises(TypeError, match=r"momentum_dtype must be a floating torch.dtype, torch.int8, 'fp8' or None"):
         build(torch.int16)
+
+
+@pytest.mark.parametrize("name", ["fp8", torch.float8_e4m3fn], ids=str)
+def test_a_momentum_in_fp8_becomes_one_in_int8_and_back(name):
+    """As close as two roundings allow: 1 / 8 and 1 / 16 of a value at most, and the scales of both."""
+    optimizer, params = build(name)
+    run(optimizer, params, range(3))
+    codes, scales = (optimizer.state[params[0]][key] for key in ("exp_avg", "exp_avg_scale"))
+    assert codes.dtype == torch.float8_e4m3fn and not codes.isnan().any()
+    old = decoded(optimizer, params[0])
+    largest = scales.max().item() * 448
+    for setting, share in (("int8", 1 / 16), ("fp8", 1 / 8)):
+        optimizer.param_groups[0]["momentum_dtype"] = setting
+        init_average(optimizer.state[params[0]], "exp_avg", params[0], setting)
+        new = decoded(optimizer, params[0])
+        assert ((new - old).abs() <= share * (old.abs() + largest / 247)).all() and not torch.equal(new, old)
+        old = new
+
+
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+@pytest.mark.parametrize("cls", [Lion, SinkGD])
+def test_nan_among_codes_in_fp8_is_refused_on_load(cls, code):
+    param = torch.nn.Parameter(torch.ones(5, 200))
+    settings = {"algorithm": "adamw"} if cls is SinkGD else {}
+    optimizer = cls([{"params": [param], **settings}], momentum_dtype="fp8")
+    param.grad = torch.randn(5, 200, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    before = param.detach().clone(), optimizer.state[param]["exp_avg"].clone()
+    damaged = copy.deepcopy(optimizer.state_dict())
+    damaged["state"][0]["exp_avg"].view(torch.uint8)[2, 3] = code
+    with pytest.raises(
+        ValueError, match="'exp_avg' .*expected finite numbers, got infinity or NaN; nothing was changed"
+    ):
+        optimizer.load_state_dict(damaged)
+    assert torch.equal(param, before[0]) and torch.equal(optimizer.state[param]["exp_avg"], before[1])
+    wrong = copy.deepcopy(optimizer.state_dict())
+    wrong["state"][0]["exp_avg"] = torch.zeros(5, 200, dtype=torch.int8)
+    with pytest.raises(ValueError, match="'exp_avg' .*expected float8_e4m3fn, got int8"):
+        optimizer.load_state_dict(wrong)
 
 
 @pytest.mark.parametrize(("before", "after"), [((64,), (8, 8)), ((8, 8), (64,))])

@@ -195,6 +195,8 @@ def test_arguments_reach_the_class():
         OptimizerConfig(name="lion", args={"betas": [0.95, 0.98], "momentum_dtype": "bfloat16"}), model
     )
     assert lion.defaults["betas"] == (0.95, 0.98) and lion.defaults["momentum_dtype"] is torch.bfloat16
+    fp8 = build_optimizer(OptimizerConfig(name="lion", args={"momentum_dtype": "fp8"}), model)
+    assert fp8.defaults["momentum_dtype"] is torch.float8_e4m3fn
     with pytest.raises(ValueError, match=r"Lion takes no argument 'momentun'"):
         build_optimizer(OptimizerConfig(name="lion", args={"momentun": 0.9}), model)
     with pytest.raises(ValueError, match=r"torch has no dtype 'bfloat'"):

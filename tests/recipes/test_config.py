@@ -337,8 +337,8 @@ CHOICES = {
     "spectral=norm": "optimizer.args.spectral must be 'unit' or 'muon', got 'norm'",
     "momentum_order=before": "optimizer.args.momentum_order must be 'pre' or 'post', got 'before'",
     "num_iters=0": "optimizer.args.num_iters must be at least 1, got 0",
-    "momentum_dtype=fp32": "optimizer.args.momentum_dtype must be 'int8', 'float16', 'bfloat16', 'float32' or "
-    "'float64'",
+    "momentum_dtype=fp32": "optimizer.args.momentum_dtype must be 'int8', 'fp8', 'float16', 'bfloat16', 'float32' "
+    "or 'float64'",
 }
 
 

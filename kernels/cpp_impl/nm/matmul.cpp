@@ -303,25 +303,23 @@ inline uint64_t last_columns(const uint8_t* index, int64_t count, __mmask32& asc
 
 #if ISA == 3
 inline __m512i expand(uint64_t columns, int64_t part, const bf16* v) {
-    __m512i loaded = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(v + part * 16)));
-    asm("" : "+v"(loaded));  // the load stays an instruction of its own
-    return _mm512_maskz_expand_epi16(static_cast<__mmask32>(columns >> (32 * part)), loaded);
+    const __m512i loaded = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(v + part * 16)));
+    return expand_epi16(static_cast<__mmask32>(columns >> (32 * part)), loaded);
 }
 #else
 inline __m512 expand(uint64_t columns, int64_t part, const bf16* v) {
     const __m512 loaded = load_entries(v + part * 8, __mmask16(0xFF));
-    return _mm512_maskz_expand_ps(static_cast<__mmask16>(columns >> (16 * part)), loaded);
+    return expand_ps(static_cast<__mmask16>(columns >> (16 * part)), loaded);
 }
 #endif
 inline __m512 expand(uint64_t columns, int64_t part, const float* v) {
-    __m512 loaded = _mm512_castps256_ps512(_mm256_loadu_ps(v + part * 8));
-    asm("" : "+v"(loaded));
-    return _mm512_maskz_expand_ps(static_cast<__mmask16>(columns >> (16 * part)), loaded);
+    const __m512 loaded = _mm512_castps256_ps512(_mm256_loadu_ps(v + part * 8));
+    return expand_ps(static_cast<__mmask16>(columns >> (16 * part)), loaded);
 }
 
 // rows of the matrix that share a loaded x
 template <int TOKENS>
-constexpr int SHARING = TOKENS > 2 ? 2 : 1;
+constexpr int SHARING = TOKENS > 4 ? 2 : 4;
 
 template <int TOKENS, int ROWS>
 inline void add_expanded(
@@ -330,12 +328,12 @@ inline void add_expanded(
 #pragma GCC unroll 4
     for (int64_t part = 0; part < COLUMNS / STORED; ++part) {
         decltype(expand(0, 0, v[0])) weights[ROWS];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r) weights[r] = expand(columns[r], part, v[r]);
 #pragma GCC unroll 8
         for (int t = 0; t < TOKENS; ++t) {
             const auto entries = load_entries(x + (part * TOKENS + t) * STORED, Lanes(~Lanes(0)));
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int r = 0; r < ROWS; ++r) sums[r][t] = multiply_add(sums[r][t], weights[r], entries);
         }
     }
@@ -344,7 +342,7 @@ inline void add_expanded(
 // ROWS rows of the matrix times TOKENS rows of x; x: [blocks of COLUMNS][COLUMNS / STORED][TOKENS][STORED]. Returns
 // whether all indices ascend and are below 4; the sums are wrong otherwise.
 template <int TOKENS, int ROWS>
-bool expand_rows(const Compressed& w, int64_t row, const Entry* x, float (&out)[ROWS][TOKENS]) {
+bool expand_rows(const Compressed& w, const Rows& rows, const Entry* x, float (&out)[ROWS][TOKENS]) {
     const int64_t length = w.row_length();
     constexpr __mmask32 FIRST = 0x55555555;
     __mmask32 ascending = FIRST;
@@ -357,9 +355,9 @@ bool expand_rows(const Compressed& w, int64_t row, const Entry* x, float (&out)[
     for (; k + HALF <= length; k += HALF, x += TOKENS * COLUMNS) {
         const VALUE* v[ROWS];
         uint64_t columns[ROWS];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r) {
-            const int64_t first = (row + r) * length + k;
+            const int64_t first = rows[r] * length + k;
             v[r] = w.values + first;
             const char* next = reinterpret_cast<const char*>(v[r]) + DISTANCE;
             __builtin_prefetch(next);
@@ -376,7 +374,7 @@ bool expand_rows(const Compressed& w, int64_t row, const Entry* x, float (&out)[
         const VALUE* v[ROWS];
         uint64_t columns[ROWS];
         for (int r = 0; r < ROWS; ++r) {
-            const int64_t first = (row + r) * length;
+            const int64_t first = rows[r] * length;
             std::copy(w.values + first + k, w.values + first + length, rest[r]);
             v[r] = rest[r];
             columns[r] = last_columns(w.indices + first + k, length - k, ascending, largest);
@@ -401,13 +399,15 @@ inline float sum_of(const Compressed& w, int64_t row, const VALUE* x) {
 
 // `count` rows of x, also laid out as `entries`
 template <int TOKENS, int ROWS>
-void expand_block(const Compressed& w, int64_t row, const Entry* entries, const VALUE* x, VALUE* out, int64_t count) {
+void expand_block(
+    const Compressed& w, const Rows& rows, const Entry* entries, const VALUE* x, VALUE* out, int64_t count
+) {
     float sums[ROWS][TOKENS];
-    const bool ascending = expand_rows<TOKENS, ROWS>(w, row, entries, sums);
+    const bool ascending = expand_rows<TOKENS, ROWS>(w, rows, entries, sums);
     for (int64_t t = 0; t < count; ++t) {
         for (int r = 0; r < ROWS; ++r) {
-            const float sum = ascending ? sums[r][t] : sum_of(w, row + r, x + t * w.groups * w.m);
-            narrow(sum, out[t * w.rows + row + r]);
+            const float sum = ascending ? sums[r][t] : sum_of(w, rows[r], x + t * w.groups * w.m);
+            narrow(sum, out[t * w.rows + rows[r]]);
         }
     }
 }
@@ -426,15 +426,9 @@ void expand_tile(const Compressed& w, const VALUE* x, VALUE* out, int64_t count,
             for (int64_t j = present; j < STORED; ++j) to[j] = Entry(0);
         }
     }
-    constexpr int ROWS = SHARING<TOKENS>;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t row = 0; row < (w.rows + ROWS - 1) / ROWS * ROWS; row += ROWS) {
-        if (row + ROWS <= w.rows) {
-            expand_block<TOKENS, ROWS>(w, row, entries, x, out, count);
-        } else {
-            expand_block<TOKENS, 1>(w, row, entries, x, out, count);
-        }
-    }
+    for_rows<SHARING<TOKENS>>(w.rows, threads, [&](auto height, const Rows& rows) {
+        expand_block<TOKENS, height>(w, rows, entries, x, out, count);
+    });
 }
 
 // at most MOST_EXPANDED tokens

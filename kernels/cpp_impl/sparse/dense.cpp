@@ -3,36 +3,48 @@
 
 namespace {
 
-// one row of the matrix times TOKENS rows of x; x: [width / LANES][TOKENS][LANES]
-template <int TOKENS>
-void multiply_row(const X* weights, int64_t columns, const Entry* x, float (&out)[TOKENS]) {
-    // more sums than registers would be slower
-    constexpr int CHAINS = TOKENS > 2 ? 2 : 4;
-    Sum sums[CHAINS][TOKENS];
-    for (auto& chain : sums) {
-        for (Sum& sum : chain) sum = zero();
+// rows of the matrix that share a loaded x
+constexpr int SHARING = ISA >= 2 ? 4 : 2;
+
+// ROWS rows of the matrix times TOKENS rows of x; x: [width / LANES][TOKENS][LANES]
+template <int TOKENS, int ROWS>
+void multiply_rows(const X* weight, const Rows& rows, int64_t columns, const Entry* x, float (&out)[ROWS][TOKENS]) {
+    Sum sums[ROWS][TOKENS];
+    for (auto& of_row : sums) {
+        for (Sum& sum : of_row) sum = zero();
     }
-    const auto add = [&](const X* part, const Entry* entries, Sum (&chain)[TOKENS]) {
-        const Vector loaded = Vector::load(part);
-#pragma GCC unroll 8
-        for (int t = 0; t < TOKENS; ++t) chain[t] = loaded.times(Vector::load(entries + t * LANES), chain[t]);
-    };
-    int64_t column = 0;
-    for (; column + CHAINS * LANES <= columns; column += CHAINS * LANES) {
+    const auto add = [&](const X* const (&parts)[ROWS], const Entry* entries) {
+        Vector loaded[ROWS];
 #pragma GCC unroll 4
-        for (int c = 0; c < CHAINS; ++c) {
-            __builtin_prefetch(reinterpret_cast<const char*>(weights + column + c * LANES) + AHEAD);
-            add(weights + column + c * LANES, x + (column + c * LANES) * TOKENS, sums[c]);
+        for (int r = 0; r < ROWS; ++r) loaded[r] = Vector::load(parts[r]);
+#pragma GCC unroll 8
+        for (int t = 0; t < TOKENS; ++t) {
+            const Vector columns = Vector::load(entries + t * LANES);
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS; ++r) sums[r][t] = loaded[r].times(columns, sums[r][t]);
         }
+    };
+    const X* parts[ROWS];
+    int64_t column = 0;
+    for (; column + LANES <= columns; column += LANES) {
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r) {
+            parts[r] = weight + rows[r] * columns + column;
+            __builtin_prefetch(reinterpret_cast<const char*>(parts[r]) + AHEAD);
+        }
+        add(parts, x + column * TOKENS);
     }
-    for (; column < columns; column += LANES) {
-        X rest[LANES] = {};
-        std::copy(weights + column, weights + std::min(columns, column + LANES), rest);
-        add(rest, x + column * TOKENS, sums[0]);
+    if (column < columns) {
+        X rest[ROWS][LANES] = {};
+        for (int r = 0; r < ROWS; ++r) {
+            const X* row = weight + rows[r] * columns;
+            std::copy(row + column, row + columns, rest[r]);
+            parts[r] = rest[r];
+        }
+        add(parts, x + column * TOKENS);
     }
-    for (int t = 0; t < TOKENS; ++t) {
-        for (int c = 1; c < CHAINS; ++c) sums[0][t] = sums[0][t] + sums[c][t];
-        out[t] = total(sums[0][t]);
+    for (int r = 0; r < ROWS; ++r) {
+        for (int t = 0; t < TOKENS; ++t) out[r][t] = total(sums[r][t]);
     }
 }
 
@@ -42,15 +54,17 @@ void multiply(const X* x, const X* weight, int64_t tokens, int64_t columns, cons
     Buffer memory(tiles * TOKENS * width);
     Entry* entries = reinterpret_cast<Entry*>(memory.data());
     lay_out<TOKENS>(x, tokens, columns, width, entries, threads);
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t row = 0; row < output.rows; ++row) {
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-            float sums[TOKENS];
-            multiply_row<TOKENS>(weight + row * columns, columns, entries + tile * TOKENS * width, sums);
-            const int64_t first = tile * TOKENS, count = std::min<int64_t>(TOKENS, tokens - first);
-            for (int64_t t = 0; t < count; ++t) output.store(sums[t], first + t, row);
+    for_rows<SHARING>(output.rows, threads, [&](auto height, const Rows& rows) {
+        for (int64_t token = 0; token < tokens; token += TOKENS) {
+            float sums[height][TOKENS];
+            multiply_rows<TOKENS, height>(weight, rows, columns, entries + token * width, sums);
+            for (int r = 0; r < height; ++r) {
+                for (int t = 0; t < std::min<int64_t>(TOKENS, tokens - token); ++t) {
+                    output.store(sums[r][t], token + t, rows[r]);
+                }
+            }
         }
-    }
+    });
 }
 
 }  // namespace

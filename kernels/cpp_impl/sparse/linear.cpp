@@ -9,29 +9,32 @@ namespace {
 
 // ---- products with 1 to 8 rows of x
 
-// rows of x that share an expanded row of the matrix, and rows of the matrix that share a loaded x
+// rows of the matrix that share a loaded x
 template <int TOKENS>
-constexpr int SHARING = ISA >= 2 && !(PAIRS && TOKENS == 1) && !(BLOCKED && TOKENS == 8) ? 2 : 1;
+constexpr int SHARING = ISA == 0 || (BLOCKED && TOKENS > 2) ? 1 : ISA >= 2 && TOKENS <= 4 ? 4 : 2;
+// up to this number of sums, even and odd parts of a row have their own, so that products need not wait for each other;
+// more would not fit into registers
+constexpr int SPLIT_SUMS = 8;
 
 // adds word k of ROWS rows; x: [words * WORD / LANES][TOKENS][LANES]
 template <int TOKENS, int ROWS, bool careful>
 inline void add_word(
-    const Matrix& w, int64_t row, int64_t k, const Entry* x, int64_t (&at)[ROWS], Sum (&sums)[ROWS][TOKENS]
+    const Matrix& w, const Rows& rows, int64_t k, const Entry* x, int64_t (&at)[ROWS], Sum (&sums)[ROWS][TOKENS]
 ) {
 #pragma GCC unroll 4
     for (int64_t part = 0; part < WORD / LANES; ++part) {
         Vector weights[ROWS];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r) {
-            const uint32_t bits = (w.mask[(row + r) * w.words() + k] >> (part * LANES)) & PART_BITS;
+            const uint32_t bits = (w.mask[rows[r] * w.words() + k] >> (part * LANES)) & PART_BITS;
             weights[r] = load_values<careful>(w, at[r]).expand(bits);
-            at[r] += __builtin_popcount(bits);
+            at[r] += set_bits(bits);
         }
         const Entry* entries = x + (k * (WORD / LANES) + part) * TOKENS * LANES;
 #pragma GCC unroll 8
         for (int t = 0; t < TOKENS; ++t) {
             const Vector columns = Vector::load(entries + t * LANES);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int r = 0; r < ROWS; ++r) sums[r][t] = weights[r].times(columns, sums[r][t]);
         }
     }
@@ -40,16 +43,16 @@ inline void add_word(
 // adds `count` words of a block from word k on, times the block's scale
 template <int TOKENS, int ROWS, bool careful>
 inline void add_block(
-    const Matrix& w, int64_t row, int64_t k, int64_t count, const Entry* x, int64_t (&at)[ROWS],
+    const Matrix& w, const Rows& rows, int64_t k, int64_t count, const Entry* x, int64_t (&at)[ROWS],
     Sum (&sums)[ROWS][TOKENS]
 ) {
     Sum block[ROWS][TOKENS];
     for (int r = 0; r < ROWS; ++r) {
         for (int t = 0; t < TOKENS; ++t) block[r][t] = zero();
     }
-    for (int64_t word = k; word < k + count; ++word) add_word<TOKENS, ROWS, careful>(w, row, word, x, at, block);
+    for (int64_t word = k; word < k + count; ++word) add_word<TOKENS, ROWS, careful>(w, rows, word, x, at, block);
     for (int r = 0; r < ROWS; ++r) {
-        const float scale = w.block_scale(row + r, k);
+        const float scale = w.block_scale(rows[r], k);
         for (int t = 0; t < TOKENS; ++t) sums[r][t] = add_scaled(block[r][t], scale, sums[r][t]);
     }
 }
@@ -60,37 +63,36 @@ constexpr bool CODE_BLOCKS = PAIRS && sizeof(VALUE) == 1;
 
 // as multiply_rows, for codes; x: [blocks][2][TOKENS][LANES]
 template <int TOKENS, int ROWS, bool careful>
-void multiply_codes(const Matrix& w, int64_t row, const bf16* x, float (&out)[ROWS][TOKENS]) {
+void multiply_codes(const Matrix& w, const Rows& rows, const bf16* x, float (&out)[ROWS][TOKENS]) {
     const Decoder decoder;
     Sum even[ROWS][TOKENS], odd[ROWS][TOKENS];
     int64_t at[ROWS];
     for (int r = 0; r < ROWS; ++r) {
-        at[r] = w.begin(row + r);
+        at[r] = w.begin(rows[r]);
         for (int t = 0; t < TOKENS; ++t) even[r][t] = odd[r][t] = zero();
     }
     for (int64_t k = 0; k < w.words(); k += 2, x += 2 * TOKENS * LANES) {
         PairVector first[ROWS], second[ROWS];
         float scales[ROWS];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r) {
-            const uint32_t* mask = w.mask + (row + r) * w.words() + k;
+            const uint32_t* mask = w.mask + rows[r] * w.words() + k;
             const uint64_t bits = mask[0] | (k + 1 < w.words() ? static_cast<uint64_t>(mask[1]) << 32 : 0);
-            __builtin_prefetch(reinterpret_cast<const char*>(w.address(at[r])) + AHEAD);
+            w.fetch_ahead(rows[r], k, at[r]);
             const __m512i codes = load_block<careful>(w.values, at[r], w.count);
-            decoder.decode(_mm512_maskz_expand_epi8(bits, codes), first[r].bits, second[r].bits);
-            at[r] += __builtin_popcountll(bits);
-            if constexpr (BLOCKED) scales[r] = w.block_scale(row + r, k);
+            decoder.decode(expand_epi8(bits, codes), first[r].bits, second[r].bits);
+            at[r] += set_bits(bits);
+            if constexpr (BLOCKED) scales[r] = w.block_scale(rows[r], k);
         }
 #pragma GCC unroll 8
         for (int t = 0; t < TOKENS; ++t) {
             const PairVector low = PairVector::load(x + t * LANES), high = PairVector::load(x + (TOKENS + t) * LANES);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int r = 0; r < ROWS; ++r) {
                 if constexpr (BLOCKED) {
                     const Sum block = second[r].times(high, first[r].times(low, zero()));
                     even[r][t] = add_scaled(block, scales[r], even[r][t]);
-                } else if constexpr (TOKENS * ROWS > 4) {
-                    // more sums than registers would be slower
+                } else if constexpr (TOKENS * ROWS > SPLIT_SUMS) {
                     even[r][t] = second[r].times(high, first[r].times(low, even[r][t]));
                 } else {
                     even[r][t] = first[r].times(low, even[r][t]);
@@ -108,83 +110,72 @@ constexpr bool CODE_BLOCKS = false;
 #endif
 
 template <int TOKENS, int ROWS, bool careful>
-void multiply_rows(const Matrix& w, int64_t row, const Entry* x, float (&out)[ROWS][TOKENS]) {
+void multiply_rows(const Matrix& w, const Rows& rows, const Entry* x, float (&out)[ROWS][TOKENS]) {
 #if ISA == 3
-    if constexpr (CODE_BLOCKS) return multiply_codes<TOKENS, ROWS, careful>(w, row, x, out);
+    if constexpr (CODE_BLOCKS) return multiply_codes<TOKENS, ROWS, careful>(w, rows, x, out);
 #endif
-    // even and odd words have sums of their own, so that products need not wait for each other
     Sum even[ROWS][TOKENS], odd[ROWS][TOKENS];
     int64_t at[ROWS];
     for (int r = 0; r < ROWS; ++r) {
-        at[r] = w.begin(row + r);
+        at[r] = w.begin(rows[r]);
         for (int t = 0; t < TOKENS; ++t) even[r][t] = odd[r][t] = zero();
     }
     const int64_t words = w.words();
     int64_t k = 0;
     for (; k + 1 < words; k += 2) {
-        for (int r = 0; r < ROWS; ++r) {
-            const char* next = reinterpret_cast<const char*>(w.address(at[r])) + AHEAD;
-            __builtin_prefetch(next);
-            if constexpr (sizeof(VALUE) == 4) __builtin_prefetch(next + 64);
-        }
+        for (int r = 0; r < ROWS; ++r) w.fetch_ahead(rows[r], k, at[r]);
         if constexpr (BLOCKED) {
-            add_block<TOKENS, ROWS, careful>(w, row, k, 2, x, at, even);
+            add_block<TOKENS, ROWS, careful>(w, rows, k, 2, x, at, even);
             continue;
         }
-        add_word<TOKENS, ROWS, careful>(w, row, k, x, at, even);
-        // more sums than registers would be slower
-        if constexpr (TOKENS * ROWS > 4) {
-            add_word<TOKENS, ROWS, careful>(w, row, k + 1, x, at, even);
+        add_word<TOKENS, ROWS, careful>(w, rows, k, x, at, even);
+        if constexpr (TOKENS * ROWS > SPLIT_SUMS) {
+            add_word<TOKENS, ROWS, careful>(w, rows, k + 1, x, at, even);
         } else {
-            add_word<TOKENS, ROWS, careful>(w, row, k + 1, x, at, odd);
+            add_word<TOKENS, ROWS, careful>(w, rows, k + 1, x, at, odd);
         }
     }
     if constexpr (BLOCKED) {
-        if (k < words) add_block<TOKENS, ROWS, careful>(w, row, k, 1, x, at, even);
+        if (k < words) add_block<TOKENS, ROWS, careful>(w, rows, k, 1, x, at, even);
     } else {
-        if (k < words) add_word<TOKENS, ROWS, careful>(w, row, k, x, at, even);
+        if (k < words) add_word<TOKENS, ROWS, careful>(w, rows, k, x, at, even);
     }
     for (int r = 0; r < ROWS; ++r) {
         for (int t = 0; t < TOKENS; ++t) out[r][t] = total(even[r][t] + odd[r][t]);
     }
 }
 
-// ROWS rows from `row` on times `count` rows of x from `token` on
+// ROWS rows times `count` rows of x from `token` on
 template <int TOKENS, int ROWS>
-void multiply_block(const Matrix& w, int64_t row, const Entry* x, int64_t token, int64_t count, const Output& output) {
+void multiply_block(
+    const Matrix& w, const Rows& rows, const Entry* x, int64_t token, int64_t count, const Output& output
+) {
     float sums[ROWS][TOKENS];
     bool inside = true;
-    for (int r = 0; r < ROWS; ++r) inside &= w.inside(row + r);
+    for (int r = 0; r < ROWS; ++r) inside &= w.inside(rows[r]);
     if (inside) {
-        multiply_rows<TOKENS, ROWS, false>(w, row, x, sums);
+        multiply_rows<TOKENS, ROWS, false>(w, rows, x, sums);
     } else {
-        multiply_rows<TOKENS, ROWS, true>(w, row, x, sums);
+        multiply_rows<TOKENS, ROWS, true>(w, rows, x, sums);
     }
     for (int r = 0; r < ROWS; ++r) {
-        for (int t = 0; t < std::min<int64_t>(TOKENS, count); ++t) output.store(sums[r][t], token + t, row + r);
+        for (int t = 0; t < std::min<int64_t>(TOKENS, count); ++t) output.store(sums[r][t], token + t, rows[r]);
     }
 }
 
 template <int TOKENS>
 void multiply(const Matrix& w, const X* x, int64_t tokens, const Output& output, int threads) {
-    constexpr int ROWS = SHARING<TOKENS>;
     constexpr int64_t UNIT = CODE_BLOCKS ? 2 * WORD : WORD;
     const int64_t width = (w.columns + UNIT - 1) / UNIT * UNIT, tiles = (tokens + TOKENS - 1) / TOKENS;
     Buffer memory(tiles * TOKENS * width);
     Entry* entries = reinterpret_cast<Entry*>(memory.data());
     lay_out<TOKENS>(x, tokens, w.columns, width, entries, threads);
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t block = 0; block < (w.rows + ROWS - 1) / ROWS; ++block) {
+    for_rows<SHARING<TOKENS>>(w.rows, threads, [&](auto count, const Rows& rows) {
         for (int64_t tile = 0; tile < tiles; ++tile) {
-            const Entry* inputs = entries + tile * TOKENS * width;
-            const int64_t row = block * ROWS, first = tile * TOKENS;
-            if (row + ROWS <= w.rows) {
-                multiply_block<TOKENS, ROWS>(w, row, inputs, first, tokens - first, output);
-            } else {
-                multiply_block<TOKENS, 1>(w, row, inputs, first, tokens - first, output);
-            }
+            const int64_t token = tile * TOKENS;
+            multiply_block<TOKENS, count>(w, rows, entries + token * width, token, tokens - token, output);
         }
-    }
+    });
 }
 
 // ---- expanded rows

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels.cpp_impl._build import SPARSE_TYPES, call, library, why_not_cpp
-from leanstep.kernels.matrices.dense_product import product
+from leanstep.kernels.matrices.dense_product import product, why_not_onednn
 from leanstep.kernels.reference.sparse.bitmask import row_tiles
 
 # up to this number of tokens, the packed product runs: it is as fast as expanded tiles at about 28 tokens
 FEW = 24
-# up to this number of tokens, dense.cpp multiplies bf16 matrices faster than torch does
-FEW_DENSE = 1
+# up to this number of tokens, dense.cpp multiplies faster than torch does
+FEW_DENSE = 8
 # tokens of one product by linear_many.cpp, at most
 MANY = 1024
 # rows of a tile are whole blocks of the BLAS
@@ -68,8 +68,13 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def is_faster_than_torch(x: Tensor) -> bool:
     """Whether :func:`dense_linear` is faster than torch's product, for x [..., in]."""
-    few = x.dtype is torch.bfloat16 and x.numel() <= FEW_DENSE * x.shape[-1]
-    return few and why_not_cpp() is None and library("sparse/instructions", {}).instructions() == BF16
+    tokens = x.numel() // x.shape[-1]
+    if tokens > FEW_DENSE or why_not_cpp() is not None or library("sparse/instructions", {}).instructions() < BF16:
+        return False
+    if x.dtype is torch.bfloat16:
+        return tokens == 1 or not torch.cpu._is_amx_tile_supported()
+    # MKL is slow on AMD processors, and the fast one elsewhere
+    return x.dtype is torch.float32 and why_not_onednn() is None
 
 
 def runs_on_blas(x: Tensor) -> bool:

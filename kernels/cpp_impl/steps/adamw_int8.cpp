@@ -1,6 +1,6 @@
 // AdamW with 8-bit moments on a list of tensors: reference/steps/adamw_int8.py, one pass over p, g and the codes.
 //
-// PARAM, GRAD: float or bf16. ROUNDING: see common.h.
+// PARAM, GRAD: float or bf16. ROUNDING: see common.h. FP8: 0 or 1.
 #include "quantized.h"
 
 using StateT = RoundingState<PARAM, ROUNDING>::type;
@@ -13,7 +13,7 @@ struct Settings {
 
 // updates the n parameters of one block
 static inline void update(
-    PARAM* __restrict p, const GRAD* __restrict g, const int8_t* __restrict codes, float scale,
+    PARAM* __restrict p, const GRAD* __restrict g, const Code* __restrict codes, float scale,
     const uint8_t* __restrict square_codes, float square_scale, StateT* __restrict state, int64_t n,
     const Settings& settings, uint32_t index, Momenta& averages, Momenta& squares
 ) {
@@ -49,7 +49,7 @@ static inline void update(
 }
 
 extern "C" void adamw_step_int8(
-    int64_t count, PARAM** params, const GRAD** grads, int8_t** codes, float** scales, uint8_t** square_codes,
+    int64_t count, PARAM** params, const GRAD** grads, Code** codes, float** scales, uint8_t** square_codes,
     float** square_scales, StateT** states, const int64_t* rows, const int64_t* columns, const float* scalars,
     const float* corrections, const int64_t* seeds, const int64_t* offsets, int64_t aligned, int64_t maximize, int threads
 ) {

@@ -1,6 +1,6 @@
 // An average in 8 bits on a list of tensors: reference/steps/average_int8.py, one pass over g and the codes.
 //
-// GRAD: float or bf16. NESTEROV, UPDATE: 0 or 1.
+// GRAD: float or bf16. NESTEROV, UPDATE, FP8: 0 or 1.
 #include "quantized.h"
 
 struct Settings {
@@ -28,7 +28,7 @@ static inline void average(
 // averages n entries of adjacent blocks
 template <bool fresh, bool skipped>
 static void step(
-    const GRAD* g, int8_t* codes, float* scales, float* output, int64_t n, const Settings& given, uint32_t first_pair
+    const GRAD* g, Code* codes, float* scales, float* output, int64_t n, const Settings& given, uint32_t first_pair
 ) {
     const Settings settings = given;
     alignas(64) bf16 stored[PIECE];
@@ -54,7 +54,7 @@ static void step(
 }
 
 extern "C" void average_step_int8(
-    int64_t count, const GRAD** grads, int8_t** codes, float** scales, float** outputs, const int64_t* rows,
+    int64_t count, const GRAD** grads, Code** codes, float** scales, float** outputs, const int64_t* rows,
     const int64_t* columns, const float* scalars, const int64_t* seeds, const int64_t* offsets, const int32_t* skip,
     int64_t maximize, int threads
 ) {

@@ -1,6 +1,6 @@
 // Lion with an 8-bit momentum on a list of tensors: reference/steps/lion_int8.py, one pass over p, g and the codes.
 //
-// PARAM, GRAD: float or bf16. ROUNDING: see common.h. CAUTIOUS, ALIGNED, MAXIMIZE, SKIP: 0 or 1.
+// PARAM, GRAD: float or bf16. ROUNDING: see common.h. CAUTIOUS, ALIGNED, MAXIMIZE, SKIP, FP8: 0 or 1.
 #include "lion.h"
 #include "quantized.h"
 
@@ -55,7 +55,7 @@ static inline void update(
 // steps n entries of adjacent blocks
 template <bool skipping>
 static void step(
-    PARAM* p, const GRAD* g, int8_t* codes, float* scales, StateT* state, int64_t n, const Settings& given,
+    PARAM* p, const GRAD* g, Code* codes, float* scales, StateT* state, int64_t n, const Settings& given,
     uint32_t index, uint32_t first_pair
 ) {
     const Settings settings = given;
@@ -80,7 +80,7 @@ static void step(
     }
 }
 
-#if ISA >= 3
+#if ISA >= 3 && !FP8
 constexpr bool IN_REGISTERS = all_bf16<PARAM, GRAD> && ROUNDING != KAHAN && ROUNDING != MASTER;
 
 // move() of 16 entries
@@ -225,10 +225,10 @@ static bool step_short(
 // steps n entries of adjacent blocks; returns whether all gradients are finite, or count as such
 template <typename Param>
 static bool step_blocks(
-    Param* p, const GRAD* g, int8_t* codes, float* scales, StateT* state, int64_t n, const Settings& settings,
+    Param* p, const GRAD* g, Code* codes, float* scales, StateT* state, int64_t n, const Settings& settings,
     uint32_t index, uint32_t first_pair
 ) {
-#if ISA >= 3
+#if ISA >= 3 && !FP8
     if constexpr (IN_REGISTERS) {
         if (n == PIECE) return step_piece(p, g, codes, scales, state, settings, index, first_pair);
         return step_short(p, g, codes, scales, state, n, settings, index, first_pair);
@@ -240,7 +240,7 @@ static bool step_blocks(
 }
 
 extern "C" void lion_step_int8(
-    int64_t count, PARAM** params, const GRAD** grads, int8_t** codes, float** scales, StateT** states,
+    int64_t count, PARAM** params, const GRAD** grads, Code** codes, float** scales, StateT** states,
     const int64_t* rows, const int64_t* columns, const float* scalars, const float* cautious_scale,
     const int64_t* seeds, const int64_t* offsets, int32_t* flags, int threads
 ) {
@@ -263,7 +263,7 @@ extern "C" void lion_step_int8(
 }
 
 extern "C" void lion_agreement_int8(
-    int64_t count, const GRAD** grads, const int8_t** codes, const float** scales, const int64_t* rows,
+    int64_t count, const GRAD** grads, const Code** codes, const float** scales, const int64_t* rows,
     const int64_t* columns, const float* scalars, int64_t* counts, int threads
 ) {
     const float beta1 = scalars[2], rest1 = scalars[3];
@@ -271,7 +271,7 @@ extern "C" void lion_agreement_int8(
         int32_t agreeing = 0;
         for (int64_t first = 0; first < n; first += SCALED, ++block) {
             const GRAD* g = grads[t] + from + first;
-            const int8_t* m = codes[t] + from + first;
+            const Code* m = codes[t] + from + first;
             const float scale = scales[t][block];
             const int64_t size = std::min(SCALED, n - first);
 #pragma omp simd reduction(+ : agreeing)

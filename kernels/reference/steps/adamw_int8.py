@@ -33,11 +33,8 @@ def adamw_step_int8(
     average, square = dequantize(codes, scales, dtype), dequantize(square_codes, square_scales, dtype)
     average, square = adamw_step(param, grad, average, square, corrections, rounding_state, options=options)
     offset = 0 if options.offsets is None else options.offsets
-    for old, new in (
-        ((codes, scales), quantize(average, options.seeds, offset)),
-        ((square_codes, square_scales), quantize(square, options.seeds, offset, squares=True)),
-    ):
-        for tensor, value in zip(old, new, strict=True):
+    for old, new in (((codes, scales), average), ((square_codes, square_scales), square)):
+        for tensor, value in zip(old, quantize(new, options.seeds, offset, dtype=old[0].dtype), strict=True):
             tensor.copy_(value)
 
 

@@ -36,7 +36,8 @@ def average_step_int8(
     if not update:
         return
     offset = 0 if options.offsets is None else options.offsets
-    for tensor, value in zip((codes, scales), quantize(average, options.seeds, offset), strict=True):
+    new = quantize(average, options.seeds, offset, dtype=codes.dtype)
+    for tensor, value in zip((codes, scales), new, strict=True):
         tensor.copy_(value if skip is None else torch.where(skip > 0, tensor, value))
 
 

@@ -30,7 +30,7 @@ def lion_step_int8(
     momentum = dequantize(codes, scales, options.scalars.dtype)
     flag = lion.lion_step(param, grad, momentum, rounding_state, options=options)
     offset = 0 if options.offsets is None else options.offsets
-    new_codes, new_scales = quantize(momentum, options.seeds, offset)
+    new_codes, new_scales = quantize(momentum, options.seeds, offset, dtype=codes.dtype)
     codes.copy_(new_codes)
     scales.copy_(new_scales)
     return flag

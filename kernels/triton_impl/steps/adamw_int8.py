@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from leanstep.kernels.reference.quantization import FP8
 from leanstep.kernels.steps.common import StepOptions
 from leanstep.kernels.triton_impl._common import (
     ROUNDINGS,
@@ -39,7 +40,7 @@ from leanstep.kernels.triton_impl._multi_tensor import (
     seeds_and_offsets,
     warps,
 )
-from leanstep.kernels.triton_impl._quantized import SCALED, place, quantized, value_of
+from leanstep.kernels.triton_impl._quantized import SCALED, as_int8, coded, place, quantized, value_of
 
 # blocks of a tile: 8 elements per thread, 64 bits of codes
 BLOCKS = 16
@@ -50,13 +51,13 @@ FEW = tl.constexpr(8)
 
 
 @triton.jit
-def _codes_of(c_ptr, s_ptr, offs, mask, s_offs, s_mask):
+def _codes_of(c_ptr, s_ptr, offs, mask, s_offs, s_mask, FP8: tl.constexpr):
     """fp32 values of a tile of codes."""
     if mask is None:
-        value = value_of(tl.load(c_ptr + offs), tl.load(s_ptr + s_offs))
+        value = value_of(tl.load(c_ptr + offs), tl.load(s_ptr + s_offs), FP8)
     else:
         code = tl.load(c_ptr + offs, mask=mask, other=0)
-        value = value_of(code, tl.load(s_ptr + s_offs, mask=s_mask, other=0.0))
+        value = value_of(code, tl.load(s_ptr + s_offs, mask=s_mask, other=0.0), FP8)
     return value
 
 
@@ -64,17 +65,18 @@ def _codes_of(c_ptr, s_ptr, offs, mask, s_offs, s_mask):
 def _step_tile(
     p_ptr, g_ptr, m_ptr, v_ptr, m_scales, v_scales, e_ptr, offs, mask, s_offs, s_mask, pair, shift, seed, index,
     decay, beta1, omb1, beta2, omb2, eps, size, inverse_root, direction, aligned, ROUNDING: tl.constexpr,
+    FP8: tl.constexpr,
 ):  # fmt: skip
     """Update one tile of blocks; `mask` is None for a whole tile."""
     g = to_float(load_tile(g_ptr + offs, mask)) * direction
-    v = beta2 * _codes_of(v_ptr, v_scales, offs, mask, s_offs, s_mask) + (omb2 * g) * g
+    v = beta2 * _codes_of(v_ptr, v_scales, offs, mask, s_offs, s_mask, False) + (omb2 * g) * g
     # an infinite square would make its block NaN, which must stay NaN
     v = tl.where(v > 3.4028234663852886e38, 3.4028234663852886e38, v)
-    code, unit = quantized(v, pair, shift, seed, True)
+    code, unit = quantized(v, pair, shift, seed, True, False)
     tl.store(v_ptr + offs, code, mask=mask)
     tl.store(v_scales + s_offs, unit, mask=s_mask)
-    m = beta1 * _codes_of(m_ptr, m_scales, offs, mask, s_offs, s_mask) + omb1 * g
-    code, unit = quantized(m, pair, shift, seed, False)
+    m = beta1 * _codes_of(m_ptr, m_scales, offs, mask, s_offs, s_mask, FP8) + omb1 * g
+    code, unit = quantized(m, pair, shift, seed, False, FP8)
     tl.store(m_ptr + offs, code, mask=mask)
     tl.store(m_scales + s_offs, unit, mask=s_mask)
     step = size * tl.div_rn(m, tl.sqrt_rn(v) * inverse_root + eps)
@@ -94,7 +96,7 @@ def _step_tile(
 @triton.jit(do_not_specialize=["aligned"])
 def adamw_step_int8_kernel(
     rows, programs, scalars, corrections, seeds, offsets, direction, aligned,
-    P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, E_DTYPE: tl.constexpr, ROUNDING: tl.constexpr,
+    P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, E_DTYPE: tl.constexpr, ROUNDING: tl.constexpr, FP8: tl.constexpr,
     BLOCKS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Program k updates TILES * BLOCKS blocks of one tensor.
@@ -139,7 +141,7 @@ def adamw_step_int8_kernel(
         _step_tile(
             p_ptr, g_ptr, m_ptr, v_ptr, m_scales, v_scales, e_ptr, near * 128 + lane, None, near, None,
             pair + (near * 64 + lane // 2).to(tl.uint32), shift, seed, index,
-            decay, beta1, omb1, beta2, omb2, eps, size, inverse_root, direction, aligned, ROUNDING,
+            decay, beta1, omb1, beta2, omb2, eps, size, inverse_root, direction, aligned, ROUNDING, FP8,
         )  # fmt: skip
     # the tail, and other tensors; addresses are read again, because holding them would spill registers
     columns = tl.load(row + 8).to(tl.int32)
@@ -163,7 +165,7 @@ def adamw_step_int8_kernel(
         _step_tile(
             p_ptr, g_ptr, m_ptr, v_ptr, m_scales, v_scales, e_ptr, offs, mask, near, near < blocks,
             pair + (near * 64 + lane // 2).to(tl.uint32), shift, seed, index,
-            decay, beta1, omb1, beta2, omb2, eps, size, inverse_root, direction, aligned, ROUNDING,
+            decay, beta1, omb1, beta2, omb2, eps, size, inverse_root, direction, aligned, ROUNDING, FP8,
         )  # fmt: skip
 
 
@@ -181,8 +183,9 @@ def adamw_step_int8(lists: Sequence[Sequence[Tensor]], corrections: Tensor, opti
     staging = Staging()
     rows, keys, pieces = [], [], []
     for i, (p, g, m, m_scale, v, v_scale, *state) in enumerate(zip(*lists, strict=True)):
+        code = m.dtype
         p, e, rounds = staging.rounded(p, state[0] if state else None, options.rounding)
-        p, m, m_scale, v, v_scale = (staging.write(t) for t in (p, m, m_scale, v, v_scale))
+        p, m, m_scale, v, v_scale = (staging.write(t) for t in (p, as_int8(m), m_scale, v, v_scale))
         g = staging.read(g, native_dtype(g.dtype, p.dtype))
         e = None if e is None else staging.write(e)
         columns = p.shape[1:].numel()
@@ -190,7 +193,7 @@ def adamw_step_int8(lists: Sequence[Sequence[Tensor]], corrections: Tensor, opti
         whole = columns % SCALED == 0 and is_aligned(*tensors)
         addresses = [0 if t is None else t.data_ptr() for t in tensors]
         rows.append((*addresses, m_scale.numel(), columns, whole, i))
-        keys.append((p.dtype, g.dtype, p.dtype if e is None else e.dtype, rounds))
+        keys.append((p.dtype, g.dtype, p.dtype if e is None else e.dtype, rounds, code))
         pieces.append(triton.cdiv(m_scale.numel(), BLOCKS * TILES))
     if not any(pieces):
         return
@@ -198,21 +201,22 @@ def adamw_step_int8(lists: Sequence[Sequence[Tensor]], corrections: Tensor, opti
     table = device_rows(rows, device)
     direction = -1.0 if options.maximize else 1.0
     with on_device(device):
-        for (*dtypes, rounds), programs in launches(keys, pieces, device):
+        for (*dtypes, rounds, code), programs in launches(keys, pieces, device):
             # fused multiply-adds would round differently from the definition
             adamw_step_int8_kernel[(programs.numel(),)](
                 table, programs, options.scalars, corrections.contiguous(), seeds, offsets, direction,
                 int(options.decay_where_aligned),
-                *(STATE_DTYPE[d] for d in dtypes), ROUNDING=rounds, BLOCKS=BLOCKS, TILES=TILES,
-                num_warps=warps(THREADS), enable_fp_fusion=False,
+                *(STATE_DTYPE[d] for d in dtypes), ROUNDING=rounds, FP8=code == FP8, BLOCKS=BLOCKS,
+                TILES=TILES, num_warps=warps(THREADS), enable_fp_fusion=False,
             )  # fmt: skip
     staging.finish()
 
 
 def audit_launches() -> Promises:
     """Launch every configuration that the launcher above can choose, and return what the kernel promises."""
-    codes, square_codes = torch.zeros(1, 8, dtype=torch.int8), torch.zeros(1, 8, dtype=torch.uint8)
-    for p_dtype, g_dtype, rounding in itertools.product(TL_DTYPE, TL_DTYPE, ROUNDINGS):
+    square_codes = torch.zeros(1, 8, dtype=torch.uint8)
+    for p_dtype, g_dtype, rounding, dtype in itertools.product(TL_DTYPE, TL_DTYPE, ROUNDINGS, (torch.int8, FP8)):
+        codes = torch.zeros(1, 8, dtype=dtype)
         p, g, scale = torch.zeros(1, 8, dtype=p_dtype), torch.zeros(1, 8, dtype=g_dtype), torch.zeros(1, 1)
         states = [[state] for state in zero_states(p, rounding)]
         lists = [[p], [g], [codes], [scale], [square_codes], [scale], *states]
@@ -225,6 +229,6 @@ def _promise(launch: Launch) -> dict[str, Any]:
     rounding = launch.constants["ROUNDING"]
     state = e.itemsize if has_state(rounding) else 0
     return dict(
-        label=f"p {p} g {g} {rounding}".replace("torch.", ""), elements=BLOCKS * SCALED,
+        label=coded(f"p {p} g {g} {rounding}", launch), elements=BLOCKS * SCALED,
         read=p.itemsize + g.itemsize + 2 + state, written=p.itemsize + 2 + state,
     )  # fmt: skip

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from leanstep.kernels.reference.quantization import FP8
 from leanstep.kernels.steps.common import StepOptions
 from leanstep.kernels.triton_impl._common import STATE_DTYPE, TL_DTYPE, aligned_pointer, load_tile, to_float
 from leanstep.kernels.triton_impl._compile import Launch, Promises
@@ -25,7 +26,7 @@ from leanstep.kernels.triton_impl._multi_tensor import (
     seeds_and_offsets,
     warps,
 )
-from leanstep.kernels.triton_impl._quantized import SCALED, place, quantized, value_of
+from leanstep.kernels.triton_impl._quantized import SCALED, as_int8, coded, place, quantized, value_of
 
 # blocks of a tile: 16 elements per thread, one 128-bit access for the codes
 BLOCKS = 32
@@ -38,19 +39,19 @@ FEW = tl.constexpr(8)
 @triton.jit
 def _step_tile(
     g_ptr, c_ptr, s_ptr, o_ptr, offs, mask, s_offs, s_mask, pair, shift, seed, beta, omb, direction, skipped,
-    OUTPUT: tl.constexpr, NESTEROV: tl.constexpr, UPDATE: tl.constexpr,
+    OUTPUT: tl.constexpr, NESTEROV: tl.constexpr, UPDATE: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """Average one tile of blocks; `mask` is None for a whole tile."""
     if mask is None:
-        m = value_of(tl.load(c_ptr + offs), tl.load(s_ptr + s_offs))
+        m = value_of(tl.load(c_ptr + offs), tl.load(s_ptr + s_offs), FP8)
     else:
-        m = value_of(tl.load(c_ptr + offs, mask=mask, other=0), tl.load(s_ptr + s_offs, mask=s_mask, other=0.0))
+        m = value_of(tl.load(c_ptr + offs, mask=mask, other=0), tl.load(s_ptr + s_offs, mask=s_mask, other=0.0), FP8)
     g = to_float(load_tile(g_ptr + offs, mask)) * direction
     new = m
     if UPDATE:
         # a weight of 0 forgets infinities and NaNs
         new = tl.where(beta == 0, g, beta * m + omb * g)
-        code, unit = quantized(new, pair, shift, seed, False)
+        code, unit = quantized(new, pair, shift, seed, False, FP8)
         if skipped == 0:
             tl.store(c_ptr + offs, code, mask=mask)
             tl.store(s_ptr + s_offs, unit, mask=s_mask)
@@ -64,7 +65,7 @@ def _step_tile(
 def average_step_int8_kernel(
     rows, programs, scalars, seeds, offsets, skip, direction,
     G_DTYPE: tl.constexpr, SKIP: tl.constexpr, OUTPUT: tl.constexpr, NESTEROV: tl.constexpr, UPDATE: tl.constexpr,
-    BLOCKS: tl.constexpr, TILES: tl.constexpr,
+    FP8: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Program k averages TILES * BLOCKS blocks of one tensor.
 
@@ -100,7 +101,7 @@ def average_step_int8_kernel(
         _step_tile(
             g_ptr, c_ptr, s_ptr, o_ptr, near * 128 + lane, None, near, None,
             pair + (near * 64 + lane // 2).to(tl.uint32), shift, seed, beta, omb, direction, skipped,
-            OUTPUT, NESTEROV, UPDATE,
+            OUTPUT, NESTEROV, UPDATE, FP8,
         )  # fmt: skip
     # the tail, and other tensors; addresses are read again, because holding them would spill registers
     columns = tl.load(row + 5).to(tl.int32)
@@ -119,7 +120,7 @@ def average_step_int8_kernel(
         _step_tile(
             g_ptr, c_ptr, s_ptr, o_ptr, offs, mask, near, near < blocks,
             pair + (near * 64 + lane // 2).to(tl.uint32), shift, seed, beta, omb, direction, skipped,
-            OUTPUT, NESTEROV, UPDATE,
+            OUTPUT, NESTEROV, UPDATE, FP8,
         )  # fmt: skip
 
 
@@ -140,14 +141,15 @@ def average_step_int8(
     staging = Staging()
     rows, keys, pieces = [], [], []
     for i, (g, c, s, *output) in enumerate(zip(*lists, strict=True)):
-        c, s = staging.write(c), staging.write(s)
+        code = c.dtype
+        c, s = staging.write(as_int8(c)), staging.write(s)
         g = staging.read(g, g.dtype if g.dtype in TL_DTYPE else torch.float32)
         o = staging.write(output[0]) if output else None
         columns = g.shape[1:].numel()
         whole = columns % SCALED == 0 and is_aligned(g, c, s, o)
         addresses = (g.data_ptr(), c.data_ptr(), s.data_ptr(), 0 if o is None else o.data_ptr())
         rows.append((*addresses, s.numel(), columns, whole, i))
-        keys.append((g.dtype,))
+        keys.append((g.dtype, code))
         pieces.append(triton.cdiv(s.numel(), BLOCKS * TILES))
     if not any(pieces):
         return
@@ -155,23 +157,24 @@ def average_step_int8(
     table = device_rows(rows, device)
     direction = -1.0 if options.maximize else 1.0
     with on_device(device):
-        for (dtype,), programs in launches(keys, pieces, device):
+        for (dtype, code), programs in launches(keys, pieces, device):
             # fused multiply-adds would round differently from the definition
             average_step_int8_kernel[(programs.numel(),)](
                 table, programs, options.scalars, seeds, offsets, seeds if skip is None else skip, direction,
                 STATE_DTYPE[dtype], SKIP=skip is not None, OUTPUT=len(lists) > 3, NESTEROV=nesterov, UPDATE=update,
-                BLOCKS=BLOCKS, TILES=TILES, num_warps=warps(THREADS), enable_fp_fusion=False,
+                FP8=code == FP8, BLOCKS=BLOCKS, TILES=TILES, num_warps=warps(THREADS), enable_fp_fusion=False,
             )  # fmt: skip
     staging.finish()
 
 
 def audit_launches() -> Promises:
     """Launch every configuration that the launcher above can choose, and return what the kernel promises."""
-    codes, scale, skip = torch.zeros(1, 8, dtype=torch.int8), torch.zeros(1, 1), torch.zeros(1, dtype=torch.int32)
+    scale, skip = torch.zeros(1, 1), torch.zeros(1, dtype=torch.int32)
     # (output, nesterov, update) of SinkGD and LANTON
     modes = ((True, False, True), (True, True, True), (False, False, True), (True, False, False), (True, True, False))
-    for g_dtype, flags, (output, nesterov, update) in itertools.product(TL_DTYPE, (None, skip), modes):
-        g = torch.zeros(1, 8, dtype=g_dtype)
+    kinds = itertools.product(TL_DTYPE, (None, skip), modes, (torch.int8, FP8))
+    for g_dtype, flags, (output, nesterov, update), dtype in kinds:
+        g, codes = torch.zeros(1, 8, dtype=g_dtype), torch.zeros(1, 8, dtype=dtype)
         lists = [[g], [codes], [scale], *([[torch.zeros(1, 8)]] if output else [])]
         average_step_int8(lists, flags, StepOptions(torch.zeros(2)), nesterov=nesterov, update=update)
     return {average_step_int8_kernel: _promise}
@@ -182,6 +185,6 @@ def _promise(launch: Launch) -> dict[str, Any]:
     names = [name.lower() for name in ("SKIP", "OUTPUT", "NESTEROV", "UPDATE") if constants[name]]
     read = 1 + (g.itemsize if constants["UPDATE"] or constants["NESTEROV"] else 0)
     return dict(
-        label=" ".join([f"g {g}".replace("torch.", ""), *names]), elements=BLOCKS * SCALED,
+        label=coded(" ".join([f"g {g}", *names]), launch), elements=BLOCKS * SCALED,
         read=read, written=4 * constants["OUTPUT"] + constants["UPDATE"],
     )  # fmt: skip

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from leanstep.kernels.reference.quantization import FP8
 from leanstep.kernels.steps.common import StepOptions
 from leanstep.kernels.triton_impl._common import (
     ROUNDINGS,
@@ -39,7 +40,7 @@ from leanstep.kernels.triton_impl._multi_tensor import (
     seeds_and_offsets,
     warps,
 )
-from leanstep.kernels.triton_impl._quantized import SCALED, place, quantized, value_of
+from leanstep.kernels.triton_impl._quantized import SCALED, as_int8, coded, place, quantized, value_of
 from leanstep.kernels.triton_impl.steps.lion_step import CAUTIOUS, DECAY_WHERE_ALIGNED, MAXIMIZE, SKIP_NONFINITE
 
 # blocks of a tile. 16 elements per thread: one 128-bit access for the codes. With a rounding state they would spill
@@ -54,7 +55,7 @@ FEW = tl.constexpr(8)
 @triton.jit
 def _step_tile(
     p_ptr, g_ptr, c_ptr, s_ptr, e_ptr, offs, mask, s_offs, s_mask, pair, shift, seed, index, scale,
-    lr, decay, beta1, omb1, beta2, omb2, mode, ROUNDING: tl.constexpr,
+    lr, decay, beta1, omb1, beta2, omb2, mode, ROUNDING: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """Update one tile of blocks; `mask` is None for a whole tile. Returns 1 where a non-finite gradient is skipped."""
     g = to_float(load_tile(g_ptr + offs, mask))
@@ -64,7 +65,7 @@ def _step_tile(
     else:
         code = tl.load(c_ptr + offs, mask=mask, other=0)
         unit = tl.load(s_ptr + s_offs, mask=s_mask, other=0.0)
-    m = value_of(code, unit)
+    m = value_of(code, unit, FP8)
     g = tl.where((mode & 1) != 0, -g, g)
     skip = ((mode & 2) != 0) & ~(tl.abs(g) < float("inf"))
     c = beta1 * m + omb1 * g
@@ -74,7 +75,7 @@ def _step_tile(
     # NaN marks skipped elements until the parameter is written
     u = tl.where(skip, float("nan"), u)
     # before the parameter is read, which needs as many registers
-    new_code, new_unit = quantized(m, pair, shift, seed, False)
+    new_code, new_unit = quantized(m, pair, shift, seed, False, FP8)
     tl.store(c_ptr + offs, new_code, mask=mask)
     tl.store(s_ptr + s_offs, new_unit, mask=s_mask)
 
@@ -96,7 +97,7 @@ def _step_tile(
 @triton.jit(do_not_specialize=["mode"])
 def lion_step_int8_kernel(
     rows, programs, scalars, scales, seeds, offsets, flags, mode,
-    P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, E_DTYPE: tl.constexpr, ROUNDING: tl.constexpr,
+    P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, E_DTYPE: tl.constexpr, ROUNDING: tl.constexpr, FP8: tl.constexpr,
     BLOCKS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Program k updates TILES * BLOCKS blocks of one tensor.
@@ -139,7 +140,7 @@ def lion_step_int8_kernel(
         skipped |= _step_tile(
             p_ptr, g_ptr, c_ptr, s_ptr, e_ptr, near * 128 + lane, None, near, None,
             pair + (near * 64 + lane // 2).to(tl.uint32), shift, seed, index, scale,
-            lr, decay, beta1, omb1, beta2, omb2, mode, ROUNDING,
+            lr, decay, beta1, omb1, beta2, omb2, mode, ROUNDING, FP8,
         )  # fmt: skip
     # the tail, and other tensors; addresses are read again, because holding them would spill registers
     columns = tl.load(row + 6).to(tl.int32)
@@ -162,19 +163,19 @@ def lion_step_int8_kernel(
         skipped_few |= _step_tile(
             p_ptr, g_ptr, c_ptr, s_ptr, e_ptr, offs, mask, near, near < blocks,
             pair + (near * 64 + lane // 2).to(tl.uint32), shift, seed, index, scale,
-            lr, decay, beta1, omb1, beta2, omb2, mode, ROUNDING,
+            lr, decay, beta1, omb1, beta2, omb2, mode, ROUNDING, FP8,
         )  # fmt: skip
     if tl.max(tl.max(skipped, 1), 0) | tl.max(tl.max(skipped_few, 1), 0) != 0:
         tl.store(flags + tl.load(row + 8), 1)
 
 
 @triton.jit
-def _agreement_tile(g_ptr, c_ptr, s_ptr, offs, mask, s_offs, s_mask, beta1, omb1, mode):
+def _agreement_tile(g_ptr, c_ptr, s_ptr, offs, mask, s_offs, s_mask, beta1, omb1, mode, FP8: tl.constexpr):
     g = to_float(load_tile(g_ptr + offs, mask))
     if mask is None:
-        m = value_of(tl.load(c_ptr + offs), tl.load(s_ptr + s_offs))
+        m = value_of(tl.load(c_ptr + offs), tl.load(s_ptr + s_offs), FP8)
     else:
-        m = value_of(tl.load(c_ptr + offs, mask=mask, other=0), tl.load(s_ptr + s_offs, mask=s_mask, other=0.0))
+        m = value_of(tl.load(c_ptr + offs, mask=mask, other=0), tl.load(s_ptr + s_offs, mask=s_mask, other=0.0), FP8)
     g = tl.where((mode & 1) != 0, -g, g)
     c = beta1 * m + omb1 * g
     # the gradient with the sign of its product with the update; 0 where the update is 0
@@ -185,7 +186,15 @@ def _agreement_tile(g_ptr, c_ptr, s_ptr, offs, mask, s_offs, s_mask, beta1, omb1
 
 @triton.jit(do_not_specialize=["mode"])
 def lion_agreement_int8_kernel(
-    rows, programs, scalars, counts, mode, G_DTYPE: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr
+    rows,
+    programs,
+    scalars,
+    counts,
+    mode,
+    G_DTYPE: tl.constexpr,
+    FP8: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     """Count the elements whose update has the gradient's sign.
 
@@ -207,7 +216,7 @@ def lion_agreement_int8_kernel(
     s_ptr = aligned_pointer(tl.load(row + 2), tl.float32) + first
     for t in range(0, whole):
         near = t * BLOCKS + block
-        agree += _agreement_tile(g_ptr, c_ptr, s_ptr, near * 128 + lane, None, near, None, beta1, omb1, mode)
+        agree += _agreement_tile(g_ptr, c_ptr, s_ptr, near * 128 + lane, None, near, None, beta1, omb1, mode, FP8)
     columns = tl.load(row + 4).to(tl.int32)
     per_row = (columns + 127) // 128
     first_column = (first % per_row).to(tl.int32) * 128
@@ -220,7 +229,7 @@ def lion_agreement_int8_kernel(
     for t in range(whole * BLOCKS // FEW, tl.cdiv(blocks, FEW)):
         near = t * FEW + few
         offs, mask = place(near, lane, first_column, columns, per_row, blocks)
-        agree_few += _agreement_tile(g_ptr, c_ptr, s_ptr, offs, mask, near, near < blocks, beta1, omb1, mode)
+        agree_few += _agreement_tile(g_ptr, c_ptr, s_ptr, offs, mask, near, near < blocks, beta1, omb1, mode, FP8)
     # the sum of integers does not depend on their order
     tl.atomic_add(
         counts + tl.load(row + 6), (tl.sum(tl.sum(agree, 1), 0) + tl.sum(tl.sum(agree_few, 1), 0)).to(tl.int64)
@@ -245,14 +254,14 @@ def lion_step_int8(
     rows, keys, pieces = [], [], []
     for i, (p, g, c, s) in enumerate(zip(params, grads, codes, scales, strict=True)):
         p, e, rounds = staging.rounded(p, rounding_state[i] if rounding_state else None, options.rounding)
-        p, c, s = (staging.write(t) for t in (p, c, s))
+        p, c, s = (staging.write(t) for t in (p, as_int8(c), s))
         g = staging.read(g, native_dtype(g.dtype, p.dtype))
         e = None if e is None else staging.write(e)
         columns = p.shape[1:].numel()
         whole = columns % SCALED == 0 and is_aligned(p, g, c, s, e)
         addresses = (p.data_ptr(), g.data_ptr(), c.data_ptr(), s.data_ptr(), 0 if e is None else e.data_ptr())
         rows.append((*addresses, s.numel(), columns, whole, i, 0))
-        keys.append((p.dtype, g.dtype, p.dtype if e is None else e.dtype, rounds))
+        keys.append((p.dtype, g.dtype, p.dtype if e is None else e.dtype, rounds, codes[i].dtype))
         pieces.append(triton.cdiv(s.numel(), BLOCKS[rounds] * TILES))
     if not any(pieces):
         return flags
@@ -262,12 +271,12 @@ def lion_step_int8(
     mode |= (options.cautious_scale is not None) * CAUTIOUS
     table = device_rows(rows, device)
     with on_device(device):
-        for (*dtypes, rounds), programs in launches(keys, pieces, device):
+        for (*dtypes, rounds, code), programs in launches(keys, pieces, device):
             # fused multiply-adds would round differently from the definition
             lion_step_int8_kernel[(programs.numel(),)](
                 table, programs, scalars, cautious, seeds, offsets, flags, mode,
-                *(STATE_DTYPE[d] for d in dtypes), ROUNDING=rounds, BLOCKS=BLOCKS[rounds], TILES=TILES,
-                num_warps=warps(THREADS), enable_fp_fusion=False,
+                *(STATE_DTYPE[d] for d in dtypes), ROUNDING=rounds, FP8=code == FP8, BLOCKS=BLOCKS[rounds],
+                TILES=TILES, num_warps=warps(THREADS), enable_fp_fusion=False,
             )  # fmt: skip
     staging.finish()
     return flags
@@ -286,18 +295,18 @@ def lion_agreement_int8(
     staging = Staging()
     rows, keys, pieces = [], [], []
     for i, tensors in enumerate(zip(grads, codes, scales, strict=True)):
-        g, c, s = map(staging.read, tensors)
+        g, c, s = (staging.read(as_int8(t)) for t in tensors)
         columns = g.shape[1:].numel()
         whole = columns % SCALED == 0 and is_aligned(g, c, s)
         rows.append((g.data_ptr(), c.data_ptr(), s.data_ptr(), s.numel(), columns, whole, i, 0))
-        keys.append(g.dtype)
+        keys.append((g.dtype, codes[i].dtype))
         pieces.append(triton.cdiv(s.numel(), BLOCKS["nearest"] * TILES))
     if any(pieces):
         table = device_rows(rows, device)
         with on_device(device):
-            for dtype, programs in launches(keys, pieces, device):
+            for (dtype, code), programs in launches(keys, pieces, device):
                 lion_agreement_int8_kernel[(programs.numel(),)](
-                    table, programs, options.scalars, counts, _mode(options), TL_DTYPE[dtype],
+                    table, programs, options.scalars, counts, _mode(options), TL_DTYPE[dtype], code == FP8,
                     BLOCKS=BLOCKS["nearest"], TILES=TILES, num_warps=warps(THREADS), enable_fp_fusion=False,
                 )  # fmt: skip
     staging.finish()
@@ -306,8 +315,9 @@ def lion_agreement_int8(
 
 def audit_launches() -> Promises:
     """Launch every configuration that the launchers above can choose, and return what the kernels promise."""
-    codes, scales = torch.zeros(1, 8, dtype=torch.int8), torch.zeros(1, 1)
-    for p_dtype, g_dtype in itertools.product(TL_DTYPE, repeat=2):
+    scales = torch.zeros(1, 1)
+    for p_dtype, g_dtype, dtype in itertools.product(TL_DTYPE, TL_DTYPE, (torch.int8, FP8)):
+        codes = torch.zeros(1, 8, dtype=dtype)
         p, g = torch.zeros(1, 8, dtype=p_dtype), torch.zeros(1, 8, dtype=g_dtype)
         lion_agreement_int8([g], [codes], [scales], StepOptions(torch.zeros(6)))
         for rounding in ROUNDINGS:
@@ -320,12 +330,13 @@ def _step_promise(launch: Launch) -> dict[str, Any]:
     rounding = launch.constants["ROUNDING"]
     state = e.itemsize if has_state(rounding) else 0
     return dict(
-        label=f"p {p} g {g} {rounding}".replace("torch.", ""), elements=BLOCKS[rounding] * SCALED, wide=not state,
+        label=coded(f"p {p} g {g} {rounding}", launch), elements=BLOCKS[rounding] * SCALED, wide=not state,
         read=p.itemsize + g.itemsize + 1 + state, written=p.itemsize + 1 + state,
     )  # fmt: skip
 
 
 def _agreement_promise(launch: Launch) -> dict[str, Any]:
     g = launch.dtype("G_DTYPE")
-    label = f"g {g}".replace("torch.", "")
-    return dict(label=label, elements=BLOCKS["nearest"] * SCALED, read=g.itemsize + 1, written=0, wide=True)
+    return dict(
+        label=coded(f"g {g}", launch), elements=BLOCKS["nearest"] * SCALED, read=g.itemsize + 1, written=0, wide=True
+    )
