@@ -26,7 +26,7 @@ from leanstep.kernels.cpp_impl._build import why_not_cpp
 from leanstep.kernels.cpp_impl.sparse import linear as cpp
 from leanstep.lora import LoraConfig, apply_lora, merge
 from leanstep.pruning.folder.loading import open_model
-from leanstep.sparsity import load_sparse, to_few_token_linear
+from leanstep.sparsity import load_sparse, to_few_token_linear, verify
 from leanstep.sparsity.inference import SparseLinear, export_folder
 from leanstep.sparsity.inference.manifest import Manifest
 
@@ -137,8 +137,11 @@ def test_save_pretrained_writes_a_sparse_folder(folders, kind, tmp_path):
 
 def test_weights_of_fp64_are_not_saved(folders, tmp_path):
     """No sparse file has them."""
-    with pytest.raises(ValueError, match="a compressed weight of torch.float64 cannot be saved: .*model.float()"):
-        load_sparse(folders / "sparse").double().save_pretrained(tmp_path)
+    model = load_sparse(folders / "sparse").double()
+    with pytest.raises(ValueError, match=r"a compressed weight of torch.float64 cannot .*model.to\(torch.float32\)"):
+        model.save_pretrained(tmp_path / "fp64")
+    model.to(torch.float32).save_pretrained(tmp_path / "fp32")
+    assert tensors(tmp_path / "fp32") == tensors(folders / "sparse")
 
 
 def test_a_tied_head_is_dense_and_tied(tmp_path):
@@ -355,7 +358,7 @@ def test_sparse_files_beside_the_config_of_a_dense_model_are_refused(folders, tm
         if kind == "removed":
             del settings["quantization_config"]
         (folder / "config.json").write_text(json.dumps(settings))
-        for load in (load_sparse, open_model):
+        for load in (load_sparse, open_model, verify):
             with pytest.raises(ValueError, match="sparse weight files, and its config.json has no quantization_config"):
                 load(folder)
 
