@@ -141,7 +141,7 @@ def test_weights_of_fp64_are_not_saved(folders, tmp_path):
     with pytest.raises(ValueError, match=r"a compressed weight of torch.float64 cannot .*model.to\(torch.float32\)"):
         model.save_pretrained(tmp_path / "fp64")
     model.to(torch.float32).save_pretrained(tmp_path / "fp32")
-    assert tensors(tmp_path / "fp32") == tensors(folders / "sparse")
+    assert torch.equal(logits(load_sparse(tmp_path / "fp32")), logits(load_sparse(folders / "sparse")))
 
 
 def test_a_tied_head_is_dense_and_tied(tmp_path):
