@@ -32,8 +32,12 @@ _CHUNK = 2**22  # elements of one comparison with infinity
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an error's message, without the advice of libraries to run what a file holds."""
-    line = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    """The first line of an error's message, without the advice of libraries to run what a file holds.
+
+    A first line that ends in a colon goes on with the second.
+    """
+    first, *rest = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    line = f"{first} {rest[0]}" if rest and first.endswith(":") else first
     if isinstance(error, KeyError):  # whose text is the key alone
         line = f"it has no entry {line}"
     if "weights_only" in str(error) or "Weights only" in line:

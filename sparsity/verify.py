@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from leanstep._checkpoint import TensorFile, index_files, load_pickled, read_json, reason
 from leanstep._files import one_line
 from leanstep.sparsity.compressed import is_compressed, load_compressed
+from leanstep.sparsity.inference.load import check_declared
 from leanstep.sparsity.inference.reader import SparseFiles, is_sparse_file
 from leanstep.sparsity.masks import group_dims, pattern_of, violations
 from leanstep.sparsity.patterns import NM, match_patterns
@@ -206,6 +207,7 @@ def _open(source: Any) -> tuple[str, Tensors, dict[str, Any]]:
             files = sorted(folder.glob(kind))
             if files:
                 _check_indexes(folder, kind, files)
+                _check_config(folder, files)
                 return str(folder), (row for file in files for row in _read(file)), _recorded_patterns(folder)
     raise ValueError(f"verify: {path} holds no checkpoint: no *.safetensors, *.bin or *.pt in it or in its final/")
 
@@ -222,6 +224,15 @@ def _check_indexes(folder: Path, kind: str, files: list[Path]) -> None:
                 f"verify: {folder} is incomplete: {missing[0]}, which {index.name} names, is missing; copy or download "
                 "again"
             )
+
+
+def _check_config(folder: Path, files: list[Path]) -> None:
+    """Raise ValueError for a config.json beside sparse files with which transformers would not read them."""
+    if (folder / "config.json").is_file() and any(map(is_sparse_file, files)):
+        try:
+            check_declared(folder, read_json(folder / "config.json"))
+        except ValueError as error:
+            raise ValueError(f"verify: {one_line(error)}") from None
 
 
 def _recorded_patterns(folder: Path) -> dict[str, Any]:

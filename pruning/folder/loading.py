@@ -27,6 +27,7 @@ from leanstep._checkpoint import (
 from leanstep._files import is_folder_name, one_line
 from leanstep._mapped import Scratch, is_mapped, release_pages
 from leanstep.pruning.folder.files import DTYPE_NAMES, Checkpoint, stored_dtypes
+from leanstep.sparsity.inference.load import check_declared
 
 _FLOATING_DTYPES = tuple(DTYPE_NAMES.values())
 
@@ -270,6 +271,8 @@ def check_weights(source: str | Path, model_class: Any = None, *, new_heads: Ite
     missing = [name for name in missing if not any(_selects(head, name) for head in new_heads)]
     mismatched = {name: row for name, row in mismatched.items() if not any(_selects(h, name) for h in new_heads)}
     if missing or mismatched:
+        if Path(path).is_dir():
+            check_declared(Path(path), read_json(Path(path) / "config.json"))
         raise ValueError(_misfit(source, missing, mismatched, sorted(map(str, info["unexpected_keys"]))))
     if Path(path).is_dir() and not read_json(Path(path) / "config.json").get("quantization_config"):
         _check_dtypes(Path(path))

@@ -128,7 +128,7 @@ class SparseLinear(nn.Linear):
         if dtype not in WEIGHT_DTYPES:
             raise ValueError(
                 f"a compressed weight of {self._dtype} cannot be saved: expected {', '.join(WEIGHT_DTYPES)}; convert "
-                "the model first, as by model.float()"
+                "the model first, as by model.to(torch.float32)"
             )
         codes = {torch.int8: "int8", torch.uint8: "int4"}.get(self.weight_values.dtype)
         return Form(shape, dtype, codes=codes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 from leanstep._checkpoint import read_json, reason
 from leanstep._files import one_line
 from leanstep.sparsity.inference.export import QUANT_METHOD
-from leanstep.sparsity.inference.reader import weight_files
+from leanstep.sparsity.inference.reader import is_sparse_file, weight_files
 
 
 def load_sparse(
@@ -53,6 +54,7 @@ def load_sparse(
     except FileNotFoundError:
         raise ValueError(f"{folder} is no checkpoint: it has no config.json") from None
     quantization = config.get("quantization_config")
+    check_declared(folder, config)
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method != QUANT_METHOD:
         raise ValueError(
@@ -70,3 +72,15 @@ def load_sparse(
     if missing:
         raise ValueError(f"{folder}: the files lack the weight {one_line(missing[0])} of the model in config.json")
     return model
+
+
+def check_declared(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise ValueError for sparse weight files beside a config.json without ``quantization_config``.
+
+    transformers reads such a folder as a dense one, and draws the weights that it does not find at random.
+    """
+    if not config.get("quantization_config") and any(map(is_sparse_file, sorted(folder.glob("*.safetensors")))):
+        raise ValueError(
+            f"{folder} has sparse weight files, and its config.json has no quantization_config: copy the config.json "
+            f'that `leanstep export` wrote, or add "quantization_config": {{"quant_method": "{QUANT_METHOD}"}} to it'
+        )

@@ -84,8 +84,8 @@ class Manifest:
         content = _parsed(text)
         if content.get("version") != VERSION:
             raise ValueError(
-                f"it has version {one_line(content.get('version'))} of the format, expected {VERSION}: use the version "
-                "of leanstep that wrote it"
+                f"it has version {one_line(repr(content.get('version')))} of the format, expected {VERSION}: use the "
+                "version of leanstep that wrote it"
             )
         sections: list[Any] = [content.get(key) for key in ("matrices", "tensors", "tied")]
         if not all(isinstance(section, dict) for section in sections):

@@ -82,6 +82,7 @@ class SparseQuantizer(HfQuantizer):
             self.merged = names.merged(stored)
             located = {names.located(stands_for.get(name, name)) for name in stored} | self.tied.keys()
             missing = _missing(model, located)
+            _check_dense_shapes(model, names, files)
             for name in stands_for.keys() - self.manifest.matrices.keys():
                 self.converters.append(
                     WeightRenaming(f"^{re.escape(names.renamed(name))}$", names.located(stands_for[name]))
@@ -96,11 +97,7 @@ class SparseQuantizer(HfQuantizer):
                 layer = None
                 owner = target.rpartition(".")[0]
                 linear: Any = model.get_submodule(owner)
-                shape = tuple(model.get_parameter(target).shape)
-                if shape != form.shape:
-                    raise ValueError(
-                        f"the weights do not fit config.json: {one_line(name)} is {form.shape}, expected {shape}"
-                    )
+                _check_shape(name, form.shape, model.get_parameter(target))
                 if _is_plain_linear(linear) and target not in {*ties.keys(), *ties.values()}:
                     layer = self.layers[name] = _empty(linear, form, _nonzeros(files, name, form))
                     _set_module(model, owner, layer)
@@ -204,6 +201,27 @@ def _missing(model: nn.Module, located: set[str]) -> list[str]:
     if base is not model and has_another_head(model):
         missing = {name for name in missing if name.startswith(f"{model.base_model_prefix}.")}
     return sorted(missing)
+
+
+def _check_dense_shapes(model: nn.Module, names: Names, files: SparseFiles) -> None:
+    """Compare the weights that are stored as they are with the model's.
+
+    Those of a head may differ: with ``ignore_mismatched_sizes``, transformers makes a new one.
+    """
+    base: Any = model.base_model
+    prefix = "" if base is model else f"{model.base_model_prefix}."
+    for name in sorted(files.dense_names()):
+        if names.lacks(name):
+            continue
+        target, pattern = names.target(name)
+        if pattern is None and target.startswith(prefix):
+            _check_shape(name, files.manifest.tensors[name].shape, model.get_parameter(target))
+
+
+def _check_shape(name: str, shape: tuple[int, ...], parameter: Tensor) -> None:
+    expected = tuple(parameter.shape)
+    if shape != expected:
+        raise ValueError(f"the weights do not fit config.json: {one_line(name)} is {shape}, expected {expected}")
 
 
 def _nonzeros(files: SparseFiles, name: str, form: Form) -> int:

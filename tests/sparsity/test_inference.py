@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 
@@ -12,13 +13,20 @@ from pruned_models import make_gpt2, make_llama, tokens
 from safetensors.torch import load_file, save_file
 from sparse_folders import config, save_sparse, tensors
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
 import leanstep  # noqa: F401
 from leanstep.kernels.cpp_impl._build import why_not_cpp
 from leanstep.kernels.cpp_impl.sparse import linear as cpp
 from leanstep.lora import LoraConfig, apply_lora, merge
-from leanstep.sparsity import load_sparse, to_few_token_linear
+from leanstep.pruning.folder.loading import open_model
+from leanstep.sparsity import load_sparse, to_few_token_linear, verify
 from leanstep.sparsity.inference import SparseLinear, export_folder
 from leanstep.sparsity.inference.manifest import Manifest
 
@@ -129,8 +137,11 @@ def test_save_pretrained_writes_a_sparse_folder(folders, kind, tmp_path):
 
 def test_weights_of_fp64_are_not_saved(folders, tmp_path):
     """No sparse file has them."""
-    with pytest.raises(ValueError, match="a compressed weight of torch.float64 cannot be saved: .*model.float()"):
-        load_sparse(folders / "sparse").double().save_pretrained(tmp_path)
+    model = load_sparse(folders / "sparse").double()
+    with pytest.raises(ValueError, match=r"a compressed weight of torch.float64 cannot .*model.to\(torch.float32\)"):
+        model.save_pretrained(tmp_path / "fp64")
+    model.to(torch.float32).save_pretrained(tmp_path / "fp32")
+    assert torch.equal(logits(load_sparse(tmp_path / "fp32")), logits(load_sparse(folders / "sparse")))
 
 
 def test_a_tied_head_is_dense_and_tied(tmp_path):
@@ -314,6 +325,50 @@ def test_files_that_do_not_fit_are_refused(folders, tmp_path, caplog):
     for change in cases:
         with pytest.raises(ValueError, match=cases[change]):
             AutoModelForCausalLM.from_pretrained(tmp_path / change.__name__)
+
+
+def test_a_config_of_another_size_is_refused_where_the_weight_is_dense(tmp_path):
+    save_sparse(tmp_path / "dense", make_llama(), sparsity=0.0)
+    export_folder(tmp_path / "dense", tmp_path / "sparse")
+    settings = config(tmp_path / "sparse")
+    shape = rf"\({settings['vocab_size']}, {settings['hidden_size']}\), expected \(7, {settings['hidden_size']}\)"
+    (tmp_path / "sparse" / "config.json").write_text(json.dumps(settings | {"vocab_size": 7}))
+    for load in (load_sparse, AutoModelForCausalLM.from_pretrained, open_model):
+        with pytest.raises(ValueError, match=f"the weights do not fit config.json: .*weight is {shape}"):
+            load(tmp_path / "sparse")
+
+
+def test_a_classifier_of_another_number_of_labels_gets_a_new_head(tmp_path):
+    language_model = make_llama()
+    classes = {"num_labels": 2, "pad_token_id": 0}
+    classifier = LlamaForSequenceClassification(LlamaConfig(**language_model.config.to_dict() | classes))
+    save_sparse(tmp_path / "dense", classifier, sparsity=0.0)
+    export_folder(tmp_path / "dense", tmp_path / "sparse")
+    model = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "sparse", num_labels=3, ignore_mismatched_sizes=True
+    )
+    assert model.score.weight.shape[0] == 3
+
+
+def test_sparse_files_beside_the_config_of_a_dense_model_are_refused(folders, tmp_path):
+    for kind in ("removed", "null"):
+        folder = shutil.copytree(folders / "sparse", tmp_path / kind)
+        settings = config(folder)
+        settings["quantization_config"] = None
+        if kind == "removed":
+            del settings["quantization_config"]
+        (folder / "config.json").write_text(json.dumps(settings))
+        for load in (load_sparse, open_model, verify):
+            with pytest.raises(ValueError, match="sparse weight files, and its config.json has no quantization_config"):
+                load(folder)
+
+
+def test_an_error_of_transformers_in_two_lines_keeps_its_cause(folders, tmp_path):
+    folder = shutil.copytree(folders / "sparse", tmp_path / "heads")
+    (folder / "config.json").write_text(json.dumps(config(folder) | {"hidden_size": 65}))
+    for load in (load_sparse, open_model):
+        with pytest.raises(ValueError, match=r"(?s)\A[^\n]*hidden size \(65\) is not a multiple[^\n]*\Z"):
+            load(folder)
 
 
 def test_the_8_bit_code_that_no_export_writes_is_refused(folders, tmp_path):
