@@ -78,7 +78,7 @@ SINKGD = OptimizerInfo(
         ({"weight_decay": 0.1}, "nonzero weight_decay"),
         ({"weight_decay": 0.1, "maximize": True}, "maximize, weight_decay"),
         ({"weight_decay": 0.1, "cautious_decay": True}, "cautious decay"),
-        ({"algorithm": "adamw", "weight_decay": 0.1, "clip_threshold": 0.5}, "clipped updates"),
+        ({"weight_decay": 0.1, "clip_threshold": 0.5}, "clipped updates of AdamW"),
         ({"momentum": 0.9, "nesterov": True}, "momentum, nesterov"),
         ({"momentum": 0.9, "momentum_order": "post"}, "momentum of normalised gradients"),
         ({"spectral": "unit"}, "spectral"),

@@ -86,5 +86,5 @@ CASES = {
     "MFAC.step": Case(_step(lambda model: MFAC(model.parameters(), lr=1e-2, window=8)), 9, 9, ("optimizers/",)),
     "apply_lora to backward": Case(_lora, 9, 9, ("lora/",)),
     "leanstep prune to the programme": Case(_prune, 21, 21, ("pruning/", *COMMANDS)),
-    "leanstep train to the loop": Case(_train, 16, 16, COMMANDS),
+    "leanstep train to the loop": Case(_train, 17, 17, COMMANDS),
 }
