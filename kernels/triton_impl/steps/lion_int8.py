@@ -285,7 +285,8 @@ def lion_step_int8(
             lion_step_int8_kernel[(programs.numel(),)](
                 table, programs, scalars, cautious, seeds, offsets, flags, mode,
                 *(STATE_DTYPE[d] for d in dtypes), ROUNDING=rounds, FP8=fp8,
-                BLOCKS=_blocks(rounds, dtypes[0], dtypes[1], fp8=fp8), TILES=TILES, num_warps=warps(THREADS), enable_fp_fusion=False,
+                BLOCKS=_blocks(rounds, dtypes[0], dtypes[1], fp8=fp8), TILES=TILES,
+                num_warps=warps(THREADS), enable_fp_fusion=False,
             )  # fmt: skip
     staging.finish()
     return flags
