@@ -9,7 +9,6 @@ import argparse
 import importlib
 import json
 import os
-import platform
 import random
 import re
 import statistics
@@ -86,11 +85,9 @@ def processor_name(device: str = "cpu") -> str:
         import torch
 
         return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
-    return model
+    from leanstep.recipes.check import machine
+
+    return machine.processor_name()
 
 
 def commit() -> str:

@@ -1,14 +1,13 @@
 """What ``leanstep prune`` prints: progress, the summary of a result, and the table of an estimate."""
 
 import os
-import platform
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leanstep._files import format_bytes
+from leanstep.recipes.check.machine import processor_name
 from leanstep.recipes.training.formatting import format_duration
 
 if TYPE_CHECKING:
@@ -40,20 +39,12 @@ def estimate_lines(estimate: "Estimate") -> list[str]:
         lines.append("time is not estimated: the rates of that device are not known")
     else:
         total = format_duration(sum(estimate.seconds.values()))
-        lines.append(f"time about {total}: an estimate, at the rates of this machine ({_processor()}) as loaded now")
+        machine = f"{processor_name()}, {os.cpu_count()} processors"
+        lines.append(f"time about {total}: an estimate, at the rates of this machine ({machine}) as loaded now")
         lines += [f"  {use:<28}{format_duration(duration):>12}" for use, duration in estimate.seconds.items()]
     if estimate.reads:
         lines.append(f"the model does not fit into the free memory: {format_bytes(estimate.reads)} are read from disk")
     return lines
-
-
-def _processor() -> str:
-    """Name and number of this machine's processors."""
-    name = platform.processor() or platform.machine()
-    if (file := Path("/proc/cpuinfo")).exists():
-        lines = file.read_text(encoding="utf-8").splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {os.cpu_count()} processors"
 
 
 class ProgressBar:

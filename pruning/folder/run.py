@@ -132,7 +132,8 @@ def prune_checkpoint(
     if evaluate and calibration.held_out is None:
         raise ValueError("perplexity needs held-out sequences: give a text")
     # experts that transformers joins
-    joined = Scratch(out.absolute().parent)
+    resident_weights = ResidentSet(resident)
+    joined = Scratch(out.absolute().parent, resident_weights)
     with CopiesInFiles(joined):
         model = load_model(checkpoint)
     if activations == "disk":
@@ -146,7 +147,7 @@ def prune_checkpoint(
     with _staged(out, processes) as folder:
         map_model = map_weights if processes.is_first else map_copies
         with CopiesInFiles(joined):
-            mapped = map_model(checkpoint, model, folder, ResidentSet(resident))
+            mapped = map_model(checkpoint, model, folder, resident_weights)
             stored = stored_parameters(checkpoint, model, joined)
         with _computing_on(device, model, calibration.data) as notes:
             result = _pruned(

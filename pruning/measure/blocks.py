@@ -72,9 +72,9 @@ class _Block:
         """The parameters' places in a buffer of bytes, with their shapes and strides."""
         views = []
         for parameter, offset in zip(self.parameters, self.offsets, strict=True):
-            place = buffer[offset : offset + parameter.nbytes].view(parameter.dtype)
+            entries = buffer[offset : offset + parameter.nbytes].view(parameter.dtype)
             stride = torch.empty_like(parameter.data, device="meta").stride()
-            views.append(place.as_strided(parameter.shape, stride))
+            views.append(entries.as_strided(parameter.shape, stride))
         return views
 
 

@@ -17,6 +17,7 @@ class Trackers:
 
     def __init__(self, accelerator: Accelerator, say: Callable[[str], object]) -> None:
         self._accelerator, self._say = accelerator, say
+        self._threads_hook = threading.excepthook
 
     def open(self, config: Mapping[str, Any]) -> None:
         """Start the trackers of the accelerator with the recipe."""
@@ -33,6 +34,7 @@ class Trackers:
         if self._accelerator.is_main_process:
             self._each(lambda tracker: tracker.finish())
         self._accelerator.trackers = []
+        threading.excepthook = self._threads_hook
 
     def _each(self, call: Callable[[Any], object]) -> None:
         for tracker in list(self._accelerator.trackers):

@@ -22,7 +22,7 @@ from leanstep.pruning.folder import run
 from leanstep.pruning.folder.duration import Duration, Rates, Sizes
 from leanstep.pruning.folder.files import open_checkpoint
 from leanstep.pruning.recovery_file import RecoveryFile
-from leanstep.recipes.prune_output import _processor
+from leanstep.recipes.check.machine import processor_name
 
 SHAPES = {
     "8b": (4096, 14336, 32, 32, 8),
@@ -89,7 +89,10 @@ def test_the_command_states_what_a_large_model_takes_and_ends(size, tmp_path, mo
     assert main([*command, "--activations", "disk", "--score", "sparsegpt", "--allocation", "uniform"]) == 0
     text = capsys.readouterr().out
     assert all(line in text for line in ("memory", "disk", "time about", "dense outputs", "statistics of a block"))
-    assert f"an estimate, at the rates of this machine ({_processor()}) as loaded now" in text
+    assert (
+        f"an estimate, at the rates of this machine ({processor_name()}, {os.cpu_count()} processors) as loaded now"
+        in text
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
@@ -213,10 +216,7 @@ import sys
 from pathlib import Path
 import torch
 from leanstep.pruning import Workload, estimate_pruning, prune_checkpoint
-from leanstep.pruning.folder.duration import Duration, Rates, Sizes
 from leanstep.pruning.folder.files import open_checkpoint
-from leanstep.pruning.recovery_file import RecoveryFile
-from leanstep.recipes.prune_output import _processor
 
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()

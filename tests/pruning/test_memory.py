@@ -80,5 +80,5 @@ def test_experts_that_transformers_joins_leave_the_memory_once_loaded(tmp_path):
     command = [sys.executable, "-P", "-c", PEAK, str(tmp_path), "uniform", "matrix", str(2**20)]
     grown = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     size = (tmp_path / "large" / "model.safetensors").stat().st_size
-    # transformers has all of them in memory when it loads and joins them (measured 1.8; 2.4 where they stay there)
-    assert grown < 2.1 * size, grown / size
+    # transformers has all of them in memory when it loads and joins them (measured 1.6); afterwards they are in files
+    assert grown < 1.9 * size, grown / size
