@@ -201,7 +201,8 @@ def _check_row(row: Any, where: str) -> None:
             raise ValueError(f"{where}: no message has the role '{_ANSWERS}', so there is nothing to learn")
         return
     if not {"prompt", "completion"} <= row.keys():
-        raise ValueError(f"{where}: {_EXPECTED}, got the keys {', '.join(map(str, row))[:200] or 'of an empty object'}")
+        keys = one_line(", ".join(map(str, row)))[:200]
+        raise ValueError(f"{where}: {_EXPECTED}, got the keys {keys or 'of an empty object'}")
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
         _check_messages(prompt, f"{where}: prompt")

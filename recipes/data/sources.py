@@ -16,6 +16,7 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from leanstep._files import one_line
 from leanstep.recipes.data.hub import check_hub, no_network
 from leanstep.recipes.data.tokens import cache_root, require
 
@@ -188,8 +189,8 @@ def _check_column(columns: list[str], text_key: str, where: str) -> None:
         raise ValueError(f"'{where}' is empty: it holds no row")
     if text_key not in columns:
         near = difflib.get_close_matches(text_key, columns, 1)
-        hint = f"; did you mean data.text_key={near[0]}?" if near else "; set data.text_key to one of them"
-        raise ValueError(f"'{where}' has no column '{text_key}', it has: {', '.join(columns)}{hint}")
+        hint = f"; did you mean data.text_key={one_line(near[0])}?" if near else "; set data.text_key to one of them"
+        raise ValueError(f"'{where}' has no column '{text_key}', it has: {one_line(', '.join(columns))}{hint}")
 
 
 def row_text(row: dict[str, Any], text_key: str) -> str:

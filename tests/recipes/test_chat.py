@@ -135,6 +135,7 @@ def test_the_last_examples_are_held_out(tokenizer, folder, tmp_path):
         ("{", "not JSON"),
         ("[1]", "expected 'messages', or 'prompt' and 'completion' in an object, got list"),
         ('{"text": "a", "label": 1}', "or 'prompt' and 'completion', got the keys text, label"),
+        ('{"\\u200bmessages": [], "a\\nb": 1}', r"got the keys \u200bmessages, a b"),
         ("{}", "got the keys of an empty object"),
         ('{"messages": []}', "messages: expected a list of messages, got"),
         ('{"messages": [{"role": "assistant"}]}', "expected objects with 'role' and 'content'"),
