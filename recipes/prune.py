@@ -306,8 +306,10 @@ def _dry_run(options: argparse.Namespace) -> int:
     amounts = (options.samples, options.curve_samples, options.held_out)
     if options.data is not None and min(amounts) < 1:
         raise ValueError(f"--samples, --curve-samples and --held-out must be at least 1, got {amounts}")
-    names = ("samples", "held_out", "batch_size", "allocation", "score", "metric", "curves", "minutes", "granularity")
-    names += ("products",)
+    names = (
+        *("samples", "held_out", "batch_size", "allocation", "score", "metric", "curves", "minutes", "granularity"),
+        "products",
+    )
     workload = Workload(
         **{name: getattr(options, name) for name in (*names, "activations")},
         curve_samples=min(options.curve_samples, options.samples),
