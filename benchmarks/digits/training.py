@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from models import digit_images
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from leanstep.sparsity import Schedule, sparsify, squash, verify
@@ -72,11 +72,26 @@ def batches(data: Images, steps: int, seed: int) -> Iterator[Images]:
 
 def train(run: Run) -> dict[str, Any]:
     """Train once and test the squashed model: accuracy, cross-entropy (inf where it is not finite), seconds."""
-    from transformers import ViTConfig, ViTForImageClassification
-
     kind = METHODS[run.method].kind if run.method != "dense" else None
     if kind and run.second >= 1:  # no step would be left for the decay
         return {"accuracy": 0.0, "loss": math.inf, "seconds": 0.0}
+    start = time.perf_counter()
+    model = trained(run)
+    seconds = time.perf_counter() - start
+    pixels, digits = images()[run.kind]
+    with torch.no_grad():
+        logits = model(pixel_values=pixels).logits
+    accuracy = float((logits.argmax(dim=1) == digits).double().mean())
+    loss = round(float(cross_entropy(logits, digits)), 5)
+    if not math.isfinite(loss):
+        loss = math.inf
+    return {"accuracy": round(accuracy, 5), "loss": loss, "seconds": round(seconds, 2)}
+
+
+def trained(run: Run) -> nn.Module:
+    """The model that a training ends in, squashed and in eval mode."""
+    from transformers import ViTConfig, ViTForImageClassification
+
     torch.manual_seed(run.seed)
     model = ViTForImageClassification(ViTConfig(**MODEL, **IMAGE))
     weight_decay = run.second if run.method == "dense" else WEIGHT_DECAY
@@ -87,23 +102,15 @@ def train(run: Run) -> dict[str, Any]:
     rules = dict.fromkeys(LAYERS, run.pattern)
     sparse = run.method != "dense"
     if sparse:
+        kind = METHODS[run.method].kind
         schedule = Schedule(kind=kind or "constant", total_steps=run.steps, finetune=run.second if kind else FINETUNE)
         factor = None if kind else run.second
         sparsify(model, rules, schedule=schedule, method=run.method, srste_lambda=factor).attach(optimizer)
-    start = time.perf_counter()
     for pixels, digits in batches(images()["train"], run.steps, run.seed):
         cross_entropy(model(pixel_values=pixels).logits, digits).backward()
         optimizer.step()
         optimizer.zero_grad()
         rate.step()
-    seconds = time.perf_counter() - start
     if sparse and not verify(squash(model), rules).ok:
         raise AssertionError(f"{run}: the weights are not {run.pattern}")
-    pixels, digits = images()[run.kind]
-    with torch.no_grad():
-        logits = model.eval()(pixel_values=pixels).logits
-    accuracy = float((logits.argmax(dim=1) == digits).double().mean())
-    loss = round(float(cross_entropy(logits, digits)), 5)
-    if not math.isfinite(loss):
-        loss = math.inf
-    return {"accuracy": round(accuracy, 5), "loss": loss, "seconds": round(seconds, 2)}
+    return model.eval()

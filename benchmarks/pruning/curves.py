@@ -1,13 +1,15 @@
-"""Fisher, anchored and measured curves of a small language model: cost, ranks, and the allocations they lead to.
+"""Fisher, anchored and measured curves of a small model: cost, ranks, and the allocations they lead to.
 
     leanstep train llama-nano-sinkgd
     python benchmarks pruning/curves --model runs/llama-nano-sinkgd/final
+    python benchmarks pruning/curves --model digits --samples 128 --curve-samples 64 --eval-samples 256
 
 Calibration sequences are drawn from the older addresses of the State of the Union text, anew with every seed. For
 every kind of curve: processor time; for some levels, Spearman's rank correlation with the measured curves over all
-matrices and the median of the ratios to them; for every sparsity, the KL divergence to the dense model, on sequences
-of the newest addresses, of the model that its allocation prunes. The differences to the measured curves are paired by
-seed, with Student's interval.
+matrices and the median of the ratios to them; for every sparsity, the divergence to the dense model, on sequences of
+the newest addresses, of the model that its allocation prunes. The differences to the measured curves are paired by
+seed, with Student's interval. ``--model digits`` trains a ViT on half of scikit-learn's digits, draws from that half,
+and judges on the other; its divergence is the squared difference of logits.
 """
 
 from __future__ import annotations
@@ -15,11 +17,13 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import command_line, print_table
+from common import command_line, machine_line, print_table
+from torch import Tensor, nn
 
 from leanstep.pruning import measure_curves, prune
 from leanstep.pruning.folder.files import open_checkpoint
@@ -42,29 +46,16 @@ PARSER = command_line(
 
 def main() -> None:
     """Measure, and print two tables."""
-    from transformers import AutoTokenizer
-
-    from leanstep.recipes.data.sources import sotu_corpus
-    from leanstep.recipes.prune import split_newest
-
     options = PARSER.parse_args()
     torch.set_num_threads(1)
-    checkpoint = open_checkpoint(options.model)
-    model: Any = load_model(checkpoint)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
-    older, newest = split_newest(tuple(sotu_corpus().documents()))
-
-    def sequences(documents: tuple[str, ...], count: int, seed: int) -> torch.Tensor:
-        encode = lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # noqa: E731
-        return token_sequences(encode, documents, count, options.seq_len, end=tokenizer.eos_token_id, seed=seed)
-
-    measurement = Measurement(model, as_batches(sequences(newest, options.eval_samples, 0), model))
+    model, draw, held_out = (vision_transformer if str(options.model) == "digits" else language_model)(options)
+    measurement = Measurement(model, as_batches(held_out, model))
     snapshot = WeightSnapshot(find_targets(model))
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     ranks: dict[tuple[str, float], list[tuple[float, float]]] = {}
     losses: dict[tuple[str, float], list[float]] = {}
     for seed in options.seeds:
-        data = sequences(older[::10], options.samples, seed)
+        data = draw(seed)
         settings = {"score": options.score, "sparsity": max(options.sparsities)}
         curves = {}
         for kind in reversed(KINDS):
@@ -83,7 +74,41 @@ def main() -> None:
                     prune(model, data, sparsity=sparsity, score=options.score, held_out=False, **allocation)
                     losses.setdefault((kind, sparsity), []).append(measurement.joint()[0])
     print_agreement(options, seconds, ranks)
-    print_losses(options, losses)
+    print_losses(options, losses, measurement.metric.name)
+    print(f"{len(next(iter(curves.values())))} matrices, {len(LEVELS)} levels; {machine_line()}")
+
+
+def language_model(options: Any) -> tuple[nn.Module, Callable[[int], Tensor], Tensor]:
+    """A language model, a function that draws calibration sequences by seed, and held-out sequences."""
+    from transformers import AutoTokenizer
+
+    from leanstep.recipes.data.sources import sotu_corpus
+    from leanstep.recipes.prune import split_newest
+
+    checkpoint = open_checkpoint(options.model)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+    older, newest = split_newest(tuple(sotu_corpus().documents()))
+
+    def sequences(documents: tuple[str, ...], count: int, seed: int) -> Tensor:
+        encode = lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # noqa: E731
+        return token_sequences(encode, documents, count, options.seq_len, end=tokenizer.eos_token_id, seed=seed)
+
+    draw = lambda seed: sequences(older[::10], options.samples, seed)  # noqa: E731
+    return load_model(checkpoint), draw, sequences(newest, options.eval_samples, 0)
+
+
+def vision_transformer(options: Any) -> tuple[nn.Module, Callable[[int], Tensor], Tensor]:
+    """A ViT trained on digits, a function that draws calibration images by seed, and held-out images."""
+    from digits.training import Run, images, trained
+
+    pixels = images()["train"][0]
+
+    def draw(seed: int) -> Tensor:
+        order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))
+        return pixels[order[: options.samples]]
+
+    model = trained(Run("judge", "dense", "", seed=0, steps=600, rate=1e-3, second=0.05))
+    return model, draw, images()["judge"][0][: options.eval_samples]
 
 
 def agreement(curves: dict[str, Curve], measured: dict[str, Curve], level: float) -> tuple[float, float]:
@@ -109,7 +134,7 @@ def print_agreement(options: Any, seconds: dict[str, list[float]], ranks: dict[A
     print_table(["curves", "processor s", *(f"{level:.0%}: Spearman, ratio" for level in options.levels)], rows)
 
 
-def print_losses(options: Any, losses: dict[tuple[str, float], list[float]]) -> None:
+def print_losses(options: Any, losses: dict[tuple[str, float], list[float]], metric: str) -> None:
     """Print the held-out divergence of every allocation, and its difference to that of the measured curves."""
     from scipy.stats import t
 
@@ -125,7 +150,7 @@ def print_losses(options: Any, losses: dict[tuple[str, float], list[float]]) -> 
                 cell += f" ({statistics.mean(percent):+.1f} ± {half:.1f} %)"
             row.append(cell)
         rows.append(row)
-    print_table(["curves", *(f"{sparsity:.0%}: KL" for sparsity in options.sparsities)], rows)
+    print_table(["curves", *(f"{sparsity:.0%}: {metric}" for sparsity in options.sparsities)], rows)
 
 
 if __name__ == "__main__":
