@@ -21,7 +21,7 @@ from leanstep.optimizers import Lion, release_gradients
 from leanstep.recipes.config.schema import ExpectConfig, ScheduleConfig
 from leanstep.recipes.data.batches import MicroBatches, count_targets
 from leanstep.recipes.data.sequences import as_sequence, shuffled
-from leanstep.recipes.training.build import schedule_factor
+from leanstep.recipes.training.build import build_schedule, schedule_factor
 from leanstep.recipes.training.folder import RunFolder
 from leanstep.recipes.training.formatting import flat_scalars, format_duration, format_line, format_live, format_rate
 from leanstep.recipes.training.logger import Clock, Progress
@@ -220,6 +220,16 @@ def test_decay_after_warmup_and_over_all_steps():
     assert rates(0, 1.0) == pytest.approx([1, 0.75, 0.5, 0.25, 0])
     assert rates(3, 1.0) == pytest.approx([0.25, 0.5, 0.75, 1, 0])  # decays after the warm-up
     assert rates(0, 0.0) == [1.0] * 5
+
+
+@pytest.mark.parametrize("settings", [{"decay_fraction": 0.0}, {"warmup_steps": 4}, {"decay_fraction": 0.09}], ids=str)
+def test_a_schedule_without_a_step_of_decay_is_asked_after_the_last_step_too(settings):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = build_schedule(ScheduleConfig(name="wsd", **{"warmup_fraction": 0.0, **settings}), optimizer, 5)
+    for _ in range(5):
+        optimizer.step()
+        assert 0 < schedule.get_last_lr()[0] <= 1
+        schedule.step()
 
 
 def test_the_order_is_a_function_of_the_position():
