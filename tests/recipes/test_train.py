@@ -304,6 +304,7 @@ def test_a_sample_is_never_blank(finished, tmp_path):
 def test_prompts_are_the_first_tokens_of_held_out_sequences():
     sequences = [as_sequence(np.array([9, *range(row, row + 30)]), 40, 0) for row in range(10, 17)]
     assert held_out_prompts(sequences, end_of_text=9) == [list(range(row, row + 16)) for row in (10, 12, 14)]
+    assert held_out_prompts(sequences[:2], end_of_text=9) == [list(range(row, row + 16)) for row in (10, 11)]
     assert held_out_prompts([as_sequence(np.array([9]), 4, 0)], end_of_text=9) == [[9]]
     assert held_out_prompts([], end_of_text=9) == [[9]]
 
