@@ -3,9 +3,9 @@
     python benchmarks optimizers/int8_state [--device cuda] [--dtype bfloat16] [--threads 1] [--rounds 10] [--cpu-time]
         [--methods Lion AdamW]
 
-Square matrices, gradients of root mean square 0.001; medians, and bytes of state per parameter after a step. SinkGD has momentum and LANTON noise from
-successive gradients. The 8-bit optimizers of bitsandbytes and torchao are measured where they are installed; torchao
-compiles its step first.
+Square matrices with gradients of root mean square 0.001; medians, and bytes of state per parameter after a step. SinkGD
+has momentum and LANTON noise from successive gradients. The 8-bit optimizers of bitsandbytes and torchao are measured
+where they are installed; torchao compiles its step first.
 """
 
 from __future__ import annotations
