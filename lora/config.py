@@ -184,7 +184,10 @@ class LoraConfig:
         if self.target_modules is not None and not self.target_modules and not self.target_parameters:
             problems.append("target_modules is empty; name the layers to adapt, or take 'all-linear'")
         expressions = [("target_modules", self.target_modules), ("exclude_modules", self.exclude_modules)]
-        expressions += [(name, key) for name in ("rank_pattern", "alpha_pattern") for key in getattr(self, name)]
+        lists = {name: getattr(self, name) or () for name in ("modules_to_save", "layers_pattern")}
+        lists = {name: [value] if isinstance(value, str) else value for name, value in lists.items()}
+        lists |= {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        expressions += [(name, expression) for name, values in lists.items() for expression in values]
         for name, expression in expressions:
             try:
                 re.compile(expression if isinstance(expression, str) else "")
