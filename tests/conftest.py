@@ -36,6 +36,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import Phase, settings  # noqa: E402
+from interpreter_speed import spare_repeated_work  # noqa: E402
 from interpreter_session import InterpreterSession, in_interpreter  # noqa: E402
 from network import refuse_network  # noqa: E402
 from scheduling import FileScheduling, longest_files_first, tell_scheduler  # noqa: E402
@@ -58,6 +59,8 @@ _session = pytest.StashKey[InterpreterSession]()
 def pytest_configure(config):
     """Shorten a run of which nothing is named: `pytest` alone."""
     shorten_default_run(config)
+    if in_interpreter():
+        spare_repeated_work()
 
 
 def pytest_unconfigure(config):
