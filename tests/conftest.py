@@ -36,8 +36,8 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import Phase, settings  # noqa: E402
-from interpreter_speed import spare_repeated_work  # noqa: E402
 from interpreter_session import InterpreterSession, in_interpreter  # noqa: E402
+from interpreter_speed import spare_repeated_work  # noqa: E402
 from network import refuse_network  # noqa: E402
 from scheduling import FileScheduling, longest_files_first, tell_scheduler  # noqa: E402
 from selection import mark_exhaustive, shorten_default_run  # noqa: E402
