@@ -4,6 +4,7 @@ Importing this file sets environment variables, before any test module imports t
 libraries read them once. Child processes inherit them.
 """
 
+import gc
 import os
 import random
 import shutil
@@ -65,10 +66,22 @@ def pytest_configure(config):
 
 def pytest_unconfigure(config):
     """End the interpreter process when the run is interrupted, and remove the caches this run made."""
+    gc.unfreeze()  # nanobind takes what is never collected for a leak
     if _session in config.stash:
         config.stash[_session].close()
     if _OWN_CACHE and not hasattr(config, "workerinput"):
         shutil.rmtree(CACHE, ignore_errors=True)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection():
+    """Import the tests without the garbage collector, and keep it from visiting afterwards what they imported."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -156,7 +156,11 @@ TEXTS = {
     "binary": (bytes(range(256)) * 10, "text", "error: '{path}' is not a text file"),
     "latin": (b"caf\xe9 " * 20_000, "text", "error: '{path}' is not UTF-8 text: byte 3 is 0xe9"),
     "no column": (b'{"body": "text"}\n', "json", "error: '{path}' has no column 'text', it has: body"),
-    "a column of control characters": (b'{"a\\nb": "text"}\n', "json", "error: '{path}' has no column 'text', it has: a b"),
+    "a column of control characters": (
+        b'{"a\\nb": "text"}\n',
+        "json",
+        "error: '{path}' has no column 'text', it has: a b",
+    ),
     "no rows": (b"not json at all", "json", "error: could not read '{path}' as json"),
 }
 
