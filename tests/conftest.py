@@ -4,6 +4,7 @@ Importing this file sets environment variables, before any test module imports t
 libraries read them once. Child processes inherit them.
 """
 
+import atexit
 import gc
 import os
 import random
@@ -66,7 +67,6 @@ def pytest_configure(config):
 
 def pytest_unconfigure(config):
     """End the interpreter process when the run is interrupted, and remove the caches this run made."""
-    gc.unfreeze()  # nanobind takes what is never collected for a leak
     if _session in config.stash:
         config.stash[_session].close()
     if _OWN_CACHE and not hasattr(config, "workerinput"):
@@ -81,6 +81,7 @@ def pytest_collection():
         return (yield)
     finally:
         gc.freeze()
+        atexit.register(gc.unfreeze)  # nanobind takes what is never collected for a leak
         gc.enable()
 
 
