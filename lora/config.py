@@ -184,7 +184,10 @@ class LoraConfig:
         if self.target_modules is not None and not self.target_modules and not self.target_parameters:
             problems.append("target_modules is empty; name the layers to adapt, or take 'all-linear'")
         expressions = [("target_modules", self.target_modules), ("exclude_modules", self.exclude_modules)]
-        expressions += [(name, key) for name in ("rank_pattern", "alpha_pattern") for key in getattr(self, name)]
+        lists = {name: getattr(self, name) or () for name in ("modules_to_save", "layers_pattern")}
+        lists = {name: [value] if isinstance(value, str) else value for name, value in lists.items()}
+        lists |= {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        expressions += [(name, expression) for name, values in lists.items() for expression in values]
         for name, expression in expressions:
             try:
                 re.compile(expression if isinstance(expression, str) else "")
@@ -230,7 +233,8 @@ class LoraConfig:
         foreign = [name for name in _FOREIGN if settings.get(name)]
         if foreign:
             raise ValueError(
-                f"LoraConfig: the adapter uses {', '.join(foreign)}, which is not in leanstep.lora; load it with peft"
+                f"LoraConfig: the adapter uses {', '.join(foreign)}, which leanstep.lora does not have; load it with "
+                "peft, and make it fast with accelerate_peft"
             )
         names = {f.name for f in fields(cls)} - set(_FAST_PATH_FIELDS)
         ignored = {"peft_type", "auto_mapping", "peft_version", "loftq_config", "corda_config", "eva_config"}

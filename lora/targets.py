@@ -261,9 +261,9 @@ def _is_saved(config: LoraConfig, name: str) -> bool:
 def _layer_index(config: LoraConfig, name: str) -> int | None:
     patterns = config.layers_pattern or [r"[^.]*"]
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        match = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name)
+        match = re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", name)
         if match:
-            return int(match.group(1))
+            return int(match.group("index"))
     return None
 
 

@@ -12,6 +12,7 @@ from leanstep.pruning.allocate.latency import LatencyTable
 from leanstep.pruning.measure.checks import CORRECTIONS, INPUTS
 from leanstep.pruning.measure.curves import SOURCES, Curve
 from leanstep.pruning.measure.metrics import METRICS, Metric
+from leanstep.pruning.measure.products import PRODUCTS
 from leanstep.pruning.score.base import NEEDS
 from leanstep.pruning.score.targets import GRANULARITIES
 from leanstep.sparsity import NM
@@ -32,6 +33,7 @@ def check_choices(
     budget: Budget | LatencyTable | str | None = None,
     metric: str | Metric | None = None,
     refine: Refinement | None = None,
+    products: str = "auto",
     **others: Any,
 ) -> None:
     """Raise ValueError for unknown or contradictory settings of ``prune``, before anything is loaded."""
@@ -41,6 +43,7 @@ def check_choices(
         ("granularity", granularity, GRANULARITIES),
         ("correction", correction, CORRECTIONS),
         ("inputs", inputs, INPUTS),
+        ("products", products, PRODUCTS),
         *([("metric", metric, tuple(METRICS))] if isinstance(metric, str) else []),
         *([("curves", curves, SOURCES)] if isinstance(curves, str) else []),
     ):

@@ -23,6 +23,7 @@ from leanstep.pruning.measure.measure import (
 )
 from leanstep.pruning.measure.metrics import Metric, check_runs
 from leanstep.pruning.measure.points import Progress
+from leanstep.pruning.measure.products import products_in, products_note
 from leanstep.pruning.planner import Planner
 from leanstep.pruning.refine import judging_batches
 from leanstep.pruning.result import PruneResult
@@ -59,6 +60,7 @@ def prune(
     refine: Refinement | None = None,
     scratch: str | Path | None = None,
     processes: Processes | None = None,
+    products: str = "auto",
 ) -> PruneResult:
     """Prune a model in place, each matrix to the sparsity that an allocation gives it. Existing zeros stay zero.
 
@@ -106,6 +108,9 @@ def prune(
             the points of curves, exchanges and matrices of a block are spread over them. The result is that of one
             process with as many threads: bit for bit, but for sums of Gram matrices, which are added in another order.
             None: this one.
+        products: dtype of the model's products: ``stored``, that of the weights; ``bf16``; or ``auto``: ``stored``,
+            unless this CPU is slow in it. fp16 is then computed in bf16. See
+            :func:`leanstep.pruning.measure.products.product_dtype`. Weights keep their dtype.
 
     Returns:
         :class:`PruneResult`.
@@ -152,6 +157,7 @@ def prune(
         budget=budget,
         metric=metric,
         refine=refine,
+        products=products,
     )
     targets = find_targets(model, include=include, exclude=exclude)
     fixed = fixed_pattern(pattern)
@@ -164,7 +170,7 @@ def prune(
     batches, held_out_batches, curve_batches = _split_data(model, data, held_out, curve_data, batch_size)
     notes: list[str] = []
     if batches:
-        with evaluating(model):
+        with products_in(model, products), evaluating(model):
             check_runs(model, batches[0])
             if {"square_sum", "gram"} & {*NEEDS[score], *(NEEDS["wanda"] if allocation == "owl" else ())}:
                 targets, notes = leave_out(model, targets, batches)
@@ -200,7 +206,8 @@ def prune(
         scratch=None if scratch is None else Scratch(Path(scratch)),
         processes=processes or Processes(),
     )
-    with planner.snapshot.restored_on_error(), evaluating(model):
+    with planner.snapshot.restored_on_error(), products_in(model, products), evaluating(model):
+        planner.notes += filter(None, [products_note(model)])
         return planner.run(None if isinstance(curves, str) else curves, fixed)
 
 

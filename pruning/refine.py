@@ -21,6 +21,7 @@ from leanstep.pruning.measure.curves import Curve
 from leanstep.pruning.measure.joint import JointJudge
 from leanstep.pruning.measure.measure import Measurement, evaluating, weights_hash
 from leanstep.pruning.measure.points import Progress
+from leanstep.pruning.measure.products import products_of
 from leanstep.pruning.result import Allocation
 from leanstep.pruning.score.base import LayerPruner
 
@@ -129,6 +130,7 @@ def _identity(
         "score": trial.pruning.score,
         "score options": trial.pruning.options,
         "inputs": trial.inputs,
+        "products": products_of(measurement.model),
         "start": hashlib.sha256(repr((sorted(start.counts.items()), space.target)).encode()).hexdigest(),
         "levels": hashlib.sha256(repr(levels).encode()).hexdigest(),
         "seed": settings.seed,

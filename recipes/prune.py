@@ -34,7 +34,7 @@ _REFINE_SAMPLES = 32
 # options that are arguments of prune() of the same name
 _SETTINGS = (
     *("sparsity", "allocation", "score", "pattern", "metric", "granularity", "correction", "levels"),
-    *("include", "exclude", "batch_size", "curves", "minutes", "inputs"),
+    *("include", "exclude", "batch_size", "curves", "minutes", "inputs", "products"),
 )
 _Group = argparse._ArgumentGroup
 _OPTIONS = {"data.val_path": "--data", "data.text_key": "--text-key", "seq_len": "--seq-len", "samples": "--samples"}
@@ -196,6 +196,13 @@ def _resource_options(group: _Group) -> None:
     add = group.add_argument
     add("--batch-size", type=int, default=8, metavar="N", help="sequences or images at once; default 8")
     add("--device", default="cpu", help="where to calibrate; default cpu")
+    add(
+        "--products",
+        default="auto",
+        choices=("auto", "stored", "bf16"),
+        help="dtype of the model's products: that of the weights, or bf16; auto (default): the first, unless this CPU "
+        "is slow in it, as most are in fp16",
+    )
     add("--nproc", type=_count, default=1, metavar="N", help="processes on this machine that share the work; default 1")
     add(
         "--activations",
@@ -299,7 +306,10 @@ def _dry_run(options: argparse.Namespace) -> int:
     amounts = (options.samples, options.curve_samples, options.held_out)
     if options.data is not None and min(amounts) < 1:
         raise ValueError(f"--samples, --curve-samples and --held-out must be at least 1, got {amounts}")
-    names = ("samples", "held_out", "batch_size", "allocation", "score", "metric", "curves", "minutes", "granularity")
+    names = (
+        *("samples", "held_out", "batch_size", "allocation", "score", "metric", "curves", "minutes", "granularity"),
+        "products",
+    )
     workload = Workload(
         **{name: getattr(options, name) for name in (*names, "activations")},
         curve_samples=min(options.curve_samples, options.samples),

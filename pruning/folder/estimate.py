@@ -21,6 +21,7 @@ from leanstep.pruning.folder.files import EXPERT_COPIES, Checkpoint, fused_bytes
 from leanstep.pruning.folder.loading import empty_model_of, position_count
 from leanstep.pruning.folder.recovery import space_beside
 from leanstep.pruning.measure.blocks import candidate_blocks
+from leanstep.pruning.measure.products import product_dtype
 from leanstep.pruning.recovery import Recovery
 from leanstep.pruning.score.base import NEEDS, has_statistics
 from leanstep.pruning.score.targets import block_numbers, prunable_names
@@ -44,7 +45,8 @@ class Workload:
         samples, curve_samples, held_out: numbers of sequences (or images).
         tokens: of a sequence; None: the model's positions, at most 2048.
         batch_size: samples per pass.
-        allocation, score, metric, curves, minutes, granularity, sparsity: as for :func:`leanstep.pruning.prune`.
+        allocation, score, metric, curves, minutes, granularity, sparsity, products: as for
+            :func:`leanstep.pruning.prune`.
         levels: number of levels of a curve; None: those of the default grid.
         activations, resident: as for :func:`leanstep.pruning.prune_checkpoint`.
         refine_samples: sequences that judge exchanges; 0: no search.
@@ -73,6 +75,7 @@ class Workload:
     refine_samples: int = 0
     processes: int = 1
     device: str = "cpu"
+    products: str = "auto"
 
     def __post_init__(self) -> None:
         counts = (self.samples, self.curve_samples, self.held_out)
@@ -259,7 +262,7 @@ def estimate_pruning(
     else:
         on_device |= activations
     sizes = Sizes(shapes.matrices, len(shapes.blocks), shapes.active, shapes.outputs, tokens, checkpoint.size)
-    duration = Duration(sizes, workload, Rates.measured(_DTYPES[dtype]))
+    duration = Duration(sizes, workload, Rates.measured(product_dtype(_DTYPES[dtype], workload.products)))
     seconds, passes = duration.seconds(), duration.passes
     free = free_memory("cpu")
     fits = free is None or checkpoint.size + sum(memory.values()) <= free

@@ -36,6 +36,7 @@ from leanstep.pruning.folder.text import CalibrationText, perplexity_of, sequenc
 from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.blocks import BlockMover
 from leanstep.pruning.measure.points import Progress
+from leanstep.pruning.measure.products import products_in
 from leanstep.pruning.prune import prune
 from leanstep.pruning.recovery import Recovery
 from leanstep.pruning.result import PruneResult
@@ -247,14 +248,15 @@ def _calibration(
 def _pruned(model: nn.Module, calibration: _Calibration, *, evaluate: bool, **options: Any) -> PruneResult:
     """Prune a model in place, with its perplexity before and after if asked for."""
     held_out, perplexity = calibration.held_out, dict[str, Any]()
-    if evaluate:
-        perplexity["before"], perplexity["tokens"] = perplexity_of(model, held_out)
-    result = prune(
-        model, calibration.data, held_out=held_out, refine=calibration.refine, **calibration.settings, **options
-    )
-    if evaluate:
-        perplexity["after"], _ = perplexity_of(model, held_out)
-        result.perplexity = perplexity
+    with products_in(model, calibration.settings.get("products", "auto")):
+        if evaluate:
+            perplexity["before"], perplexity["tokens"] = perplexity_of(model, held_out)
+        result = prune(
+            model, calibration.data, held_out=held_out, refine=calibration.refine, **calibration.settings, **options
+        )
+        if evaluate:
+            perplexity["after"], _ = perplexity_of(model, held_out)
+            result.perplexity = perplexity
     return result
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from leanstep._torch import device_of, output_head
+from leanstep.pruning.measure.products import computing_products
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Batch:
 
     def run(self, model: nn.Module) -> Any:
         """The model's output."""
-        return model(*self.args, **self.kwargs)
+        with computing_products(model):
+            return model(*self.args, **self.kwargs)
 
     def sample(self, index: int) -> Batch:
         """One sample alone, as a batch."""

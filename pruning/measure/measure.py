@@ -24,6 +24,7 @@ from leanstep.pruning.measure.curves import SOURCES, Curve, PartialCurves, level
 from leanstep.pruning.measure.fisher import SecondOrder, fisher_curves
 from leanstep.pruning.measure.metrics import Distortion, Metric, make_metric, metric_name, summarise
 from leanstep.pruning.measure.points import Points, Progress
+from leanstep.pruning.measure.products import products_in, products_of
 from leanstep.pruning.result import Allocation
 from leanstep.pruning.score.calibration import Pruning, prune_group
 from leanstep.pruning.score.targets import Group, Target, find_targets, make_groups
@@ -56,6 +57,7 @@ def measure_curves(
     solve: Solve | None = None,
     scratch: str | Path | None = None,
     processes: Processes | None = None,
+    products: str = "auto",
 ) -> dict[str, Curve]:
     """Measure how the model's output changes when one matrix alone is pruned, to each of several levels.
 
@@ -92,6 +94,7 @@ def measure_curves(
             ``sparsity``.
         scratch: folder on a disk for the dense outputs and cached activations; None: they are kept in memory.
         processes: see :func:`leanstep.pruning.prune`. Matrices and levels are spread over them.
+        products: dtype of the model's products; see :func:`leanstep.pruning.prune`.
 
     Returns:
         name of the matrix or group -> :class:`Curve`, in the order of the targets. Its ``source`` is the method.
@@ -129,9 +132,10 @@ def measure_curves(
             "score": score,
             "score options": dict(score_options or {}),
             "levels": hashlib.sha256(repr(levels_by_name).encode()).hexdigest(),
+            "products": products_of(model, products),
         }
         partial = PartialCurves.shared(Path(resume), identity, processes)
-    with evaluating(model):
+    with products_in(model, products), evaluating(model):
         if method == "fisher":
             cache = ActivationCache(model, source, enabled=prefix_cache, scratch=files, processes=processes)
             second = SecondOrder(model, batches, make_metric(metric, model))

@@ -79,6 +79,11 @@ def test_the_layers_that_a_message_names_may_be_of_classes_of_their_own():
         ({"fast_path": "on"}, "fast_path must be one of None, True, False, got 'on'"),
         ({"modules_to_save": "lm_head"}, "modules_to_save must be a list of names, got 'lm_head'"),
         ({"rank_pattern": {"(": 2}}, r"rank_pattern '\(' is no regular expression: missing \)"),
+        ({"modules_to_save": [")"]}, r"modules_to_save '\)' is no regular expression: unbalanced parenthesis"),
+        (
+            {"layers_pattern": "layers[", "layers_to_transform": 1},
+            r"layers_pattern 'layers\[' is no regular expression: unterminated",
+        ),
         ({"target_modules": "*.q_proj"}, "target_modules .* is no regular expression: nothing to repeat"),
         ({"target_modules": []}, "target_modules is empty; name the layers to adapt, or take 'all-linear'"),
         ({"target_modules": ""}, "target_modules is empty"),

@@ -530,3 +530,5 @@ def test_layers_are_left_out_by_name_and_by_number():
     assert found == {name for name in names if ".1." in name}
     found = adapted(target_modules=["q_proj"], layers_to_transform=[0, 2], layers_pattern="layers")
     assert found == {"model.layers.0.self_attn.q_proj", "model.layers.2.self_attn.q_proj"}
+    # groups of the expression are not taken for the number of the layer
+    assert adapted(target_modules=["q_proj"], layers_to_transform=[0, 2], layers_pattern="(h|layers)") == found
