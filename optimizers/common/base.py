@@ -202,7 +202,8 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
 
     def _note_settings(self) -> None:
         """Note the settings of all groups: they are checked."""
-        self._checked = [{key: group[key] for key in self.defaults if key in group} for group in self.param_groups]
+        settings = [key for key in self.defaults if key != "lr"]  # which every step checks
+        self._checked = [{key: group[key] for key in settings if key in group} for group in self.param_groups]
 
     def _check_changed_groups(self) -> None:
         """Check the groups whose settings were changed since they were checked.

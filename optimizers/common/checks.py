@@ -55,14 +55,17 @@ def naming_options(owner: str, init: Callable[..., None]) -> Callable[..., None]
 
 
 def differ(group: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
-    """Whether a setting of a group is another object than before. The learning rate may be."""
-    return any(group[key] is not value for key, value in settings.items() if key != "lr")
+    """Whether a setting of a group is another object than before."""
+    for key, value in settings.items():  # noqa: SIM110  every step asks, and a generator takes longer
+        if group[key] is not value:
+            return True
+    return False
 
 
 def check_rate(owner: str, group: Mapping[str, Any]) -> None:
     """Raise ValueError unless the learning rate of a step is a finite number or a one-element tensor."""
     rate = group["lr"]
-    if isinstance(rate, Tensor) and rate.numel() == 1:
+    if type(rate) is float and math.isfinite(rate) or (isinstance(rate, Tensor) and rate.numel() == 1):
         return
     if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not math.isfinite(rate):
         came = f"a tensor of shape {tuple(rate.shape)}" if isinstance(rate, Tensor) else f"{rate!r:.80}"
