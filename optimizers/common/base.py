@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,10 +17,8 @@ from leanstep.optimizers.common.checks import (
     check_choice,
     check_flags,
     check_number,
-    check_rate,
     check_rounding,
     describe,
-    differ,
     naming_options,
     no_option,
 )
@@ -214,8 +214,8 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
         """
         changed = []
         for number, group in enumerate(self.param_groups):
-            check_rate(type(self).__name__, group)
-            if number >= len(self._checked) or differ(group, self._checked[number]):
+            _check_rate(type(self).__name__, group)
+            if number >= len(self._checked) or _differ(group, self._checked[number]):
                 changed.append(number)
         if not changed:
             return
@@ -611,6 +611,27 @@ def dense_gradient(owner: str, group: dict[str, Any], position: int, param: Tens
         if not has_memory(tensor):
             check_class(owner, f"{whose}{describe(group, position)}", tensor)
     return plain(placed_like(grad, param))
+
+
+def _differ(group: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    """Whether a setting of a group is another object than before."""
+    for key, value in settings.items():  # noqa: SIM110  every step asks, and a generator takes longer
+        if group[key] is not value:
+            return True
+    return False
+
+
+def _check_rate(owner: str, group: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the learning rate of a step is a finite number or a one-element tensor."""
+    rate = group["lr"]
+    if type(rate) is float and math.isfinite(rate) or (isinstance(rate, Tensor) and rate.numel() == 1):
+        return
+    if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not math.isfinite(rate):
+        came = f"a tensor of shape {tuple(rate.shape)}" if isinstance(rate, Tensor) else f"{rate!r:.80}"
+        raise ValueError(
+            f"{owner}: expected a finite number or a one-element tensor as lr of group "
+            f"{group.get('name', '(unnamed)')!r}, got {came}; nothing was updated. Set group['lr'] again."
+        )
 
 
 def _dims_of(groups: list[dict[str, Any]]) -> list[list[int]]:

@@ -6,9 +6,8 @@ import difflib
 import functools
 import inspect
 import math
-import numbers
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -52,27 +51,6 @@ def naming_options(owner: str, init: Callable[..., None]) -> Callable[..., None]
         init(self, *args, **options)
 
     return checked
-
-
-def differ(group: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
-    """Whether a setting of a group is another object than before."""
-    for key, value in settings.items():  # noqa: SIM110  every step asks, and a generator takes longer
-        if group[key] is not value:
-            return True
-    return False
-
-
-def check_rate(owner: str, group: Mapping[str, Any]) -> None:
-    """Raise ValueError unless the learning rate of a step is a finite number or a one-element tensor."""
-    rate = group["lr"]
-    if type(rate) is float and math.isfinite(rate) or (isinstance(rate, Tensor) and rate.numel() == 1):
-        return
-    if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not math.isfinite(rate):
-        came = f"a tensor of shape {tuple(rate.shape)}" if isinstance(rate, Tensor) else f"{rate!r:.80}"
-        raise ValueError(
-            f"{owner}: expected a finite number or a one-element tensor as lr of group "
-            f"{group.get('name', '(unnamed)')!r}, got {came}; nothing was updated. Set group['lr'] again."
-        )
 
 
 def describe(group: dict[str, Any], position: int) -> str:
