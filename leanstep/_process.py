@@ -1,6 +1,7 @@
 """The process of a command: its standard streams, its signals, the end of its parent. Imports no torch."""
 
 import contextlib
+import gc
 import io
 import logging
 import os
@@ -109,6 +110,18 @@ def quiet_imports() -> None:
         logger = logging.getLogger(name)
         if not any(isinstance(entry, _ImportLine) for entry in logger.filters):
             logger.addFilter(_ImportLine(start, words, without_gpu=name == "torchao"))
+
+
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """Pause the garbage collector inside, for imports: they leave little garbage, and the search takes long."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _ImportLine(logging.Filter):

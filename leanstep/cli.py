@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from leanstep._arguments import EXIT_BAD_INPUT, OneLineParser
 from leanstep._process import (
     InterruptibleStart,
+    collector_paused,
     end_with_named_parent,
     ended_by_signals,
     open_standard_streams,
@@ -316,7 +317,7 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
             return dry_run(config, options.recipe, overrides, processes)
         return launch(options.recipe, overrides, processes)
     # packages may swallow Ctrl-C while they are imported
-    with InterruptibleStart():
+    with InterruptibleStart(), collector_paused():
         from leanstep.recipes.training.train import train
     return train(config)
 

@@ -233,7 +233,8 @@ class LoraConfig:
         foreign = [name for name in _FOREIGN if settings.get(name)]
         if foreign:
             raise ValueError(
-                f"LoraConfig: the adapter uses {', '.join(foreign)}, which is not in leanstep.lora; load it with peft"
+                f"LoraConfig: the adapter uses {', '.join(foreign)}, which leanstep.lora does not have; load it with "
+                "peft, and make it fast with accelerate_peft"
             )
         names = {f.name for f in fields(cls)} - set(_FAST_PATH_FIELDS)
         ignored = {"peft_type", "auto_mapping", "peft_version", "loftq_config", "corda_config", "eva_config"}

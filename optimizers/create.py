@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from leanstep.optimizers.common.base import LeanOptimizer
+from leanstep.optimizers.common.checks import no_option
 from leanstep.optimizers.lanton.optimizer import LANTON
 from leanstep.optimizers.lion import Lion
 from leanstep.optimizers.mfac.optimizer import MFAC
@@ -57,7 +58,7 @@ def create(
     cls = OPTIMIZERS[name]
     known = set(inspect.signature(cls).parameters) - {"params"}
     if unknown := sorted(options.keys() - known):
-        raise TypeError(f"create: {cls.__name__} has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+        raise TypeError(f"create: {no_option(cls.__name__, unknown, known)}")
     if embeddings == "balanced" and cls is not SinkGD:
         raise ValueError(
             f"create: embeddings='balanced' is a rule of SinkGD; {cls.__name__} does not have it. Take 'sinkgd', or "

@@ -241,6 +241,8 @@ class _Updates:
     @torch.no_grad()
     def update(self, params: Sequence[Tensor]) -> None:
         """Update parameters of the optimizer by their gradients, and free the gradients."""
+        if not self._stepped:
+            self.optimizer._check_changed_groups()
         positions: dict[tuple[int, int], list[int]] = {}
         for param in params:
             slot = self.slots[param]

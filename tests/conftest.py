@@ -4,6 +4,8 @@ Importing this file sets environment variables, before any test module imports t
 libraries read them once. Child processes inherit them.
 """
 
+import atexit
+import gc
 import os
 import random
 import shutil
@@ -37,6 +39,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import Phase, settings  # noqa: E402
 from interpreter_session import InterpreterSession, in_interpreter  # noqa: E402
+from interpreter_speed import spare_repeated_work  # noqa: E402
 from network import refuse_network  # noqa: E402
 from scheduling import FileScheduling, longest_files_first, tell_scheduler  # noqa: E402
 from selection import mark_exhaustive, shorten_default_run  # noqa: E402
@@ -58,6 +61,8 @@ _session = pytest.StashKey[InterpreterSession]()
 def pytest_configure(config):
     """Shorten a run of which nothing is named: `pytest` alone."""
     shorten_default_run(config)
+    if in_interpreter():
+        spare_repeated_work()
 
 
 def pytest_unconfigure(config):
@@ -66,6 +71,18 @@ def pytest_unconfigure(config):
         config.stash[_session].close()
     if _OWN_CACHE and not hasattr(config, "workerinput"):
         shutil.rmtree(CACHE, ignore_errors=True)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection():
+    """Import the tests without the garbage collector, and keep it from visiting afterwards what they imported."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        atexit.register(gc.unfreeze)  # nanobind takes what is never collected for a leak
+        gc.enable()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

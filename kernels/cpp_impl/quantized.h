@@ -53,38 +53,41 @@ inline uint32_t fp8_of(float value, float inverse, uint32_t random) {
     return ((pattern >> DROPPED_FP8) - EXPONENT_FP8 - (small & 8u)) | (to_bits(value) >> 24 & 0x80u);
 }
 
-// writes codes in units of their scales, which bf16 numbers hold exactly
-inline void stored_of(const fp8* __restrict codes, int64_t n, bf16* __restrict units) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) units[i] = static_cast<bf16>(static_cast<uint16_t>(to_bits(unit_of(codes[i])) >> 16));
-}
-
 #if ISA >= 3
 // the magnitudes of momenta's codes in units of their scales, as bytes of bf16 numbers, which hold them exactly
+template <typename Any>
 struct Magnitudes {
     alignas(64) uint8_t lower[128] = {}, upper[128] = {};
 
     constexpr Magnitudes() {
         for (uint32_t code = 1; code < 128; ++code) {
-            // z - 1 in units of 1/16: z has the exponent code / 16, and the mantissa 16 + code % 16
-            const uint32_t sixteenths = ((16 + code % 16) << (code / 16)) - 16;
+            // int8: z - 1 in units of 1/16, where z has the exponent code / 16 and the mantissa 16 + code % 16.
+            // fp8: units of 2^-9, with the exponent max(code / 8 - 1, 0)
+            constexpr bool floating = std::is_same_v<Any, fp8>;
+            const uint32_t normal = (8 + code % 8) << (code / 8 - (code >= 8)), smallest = floating ? 118 : 123;
+            const uint32_t units = floating ? (code < 8 ? code : normal) : ((16 + code % 16) << (code / 16)) - 16;
             uint32_t exponent = 0;
-            while (sixteenths >> (exponent + 1)) ++exponent;
-            const uint32_t mantissa = exponent > 7 ? sixteenths >> (exponent - 7) : sixteenths << (7 - exponent);
-            const uint32_t pattern = (exponent + 123) << 7 | (mantissa & 0x7F);
+            while (units >> (exponent + 1)) ++exponent;
+            const uint32_t mantissa = exponent > 7 ? units >> (exponent - 7) : units << (7 - exponent);
+            const uint32_t pattern = (exponent + smallest) << 7 | (mantissa & 0x7F);
             lower[code] = static_cast<uint8_t>(pattern), upper[code] = static_cast<uint8_t>(pattern >> 8);
         }
     }
 };
-constexpr Magnitudes MAGNITUDES;
+template <typename Any>
+constexpr Magnitudes<Any> MAGNITUDES;
 
 // the values of 64 codes of momenta in units of their scales, from a table of 128 entries in registers
+template <typename Any>
 inline void units_of(__m512i codes, __m512i* units) {
-    const __m512i lower[2] = {_mm512_load_si512(MAGNITUDES.lower), _mm512_load_si512(MAGNITUDES.lower + 64)};
-    const __m512i upper[2] = {_mm512_load_si512(MAGNITUDES.upper), _mm512_load_si512(MAGNITUDES.upper + 64)};
+    const auto& magnitudes = MAGNITUDES<Any>;
+    const __m512i lower[2] = {_mm512_load_si512(magnitudes.lower), _mm512_load_si512(magnitudes.lower + 64)};
+    const __m512i upper[2] = {_mm512_load_si512(magnitudes.upper), _mm512_load_si512(magnitudes.upper + 64)};
     const __m512i signs = _mm512_set1_epi8(-128), order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
     // unpacking interleaves within 128 bits
-    const __m512i code = _mm512_permutexvar_epi64(order, codes), magnitude = _mm512_abs_epi8(code);
+    const __m512i code = _mm512_permutexvar_epi64(order, codes);
+    // permutations read 7 bits of an index: all of fp8's but the sign
+    const __m512i magnitude = std::is_same_v<Any, fp8> ? code : _mm512_abs_epi8(code);
     const __m512i low = _mm512_permutex2var_epi8(lower[0], magnitude, lower[1]);
     __m512i high = _mm512_permutex2var_epi8(upper[0], magnitude, upper[1]);
     high = _mm512_ternarylogic_epi32(high, code, signs, 0xF8);  // high | (code & signs)
@@ -92,11 +95,12 @@ inline void units_of(__m512i codes, __m512i* units) {
 }
 
 // writes momenta's codes in units of their scales
-inline void stored_of(const int8_t* __restrict codes, int64_t n, bf16* __restrict units) {
+template <typename Any>
+inline void stored_of(const Any* __restrict codes, int64_t n, bf16* __restrict units) {
     for (int64_t i = 0; i < n; i += 64) {
         const __mmask64 here = n - i >= 64 ? ~0ull : (1ull << (n - i)) - 1;
         __m512i vectors[2];
-        units_of(_mm512_maskz_loadu_epi8(here, codes + i), vectors);
+        units_of<Any>(_mm512_maskz_loadu_epi8(here, codes + i), vectors);
         _mm512_store_si512(units + i, vectors[0]);
         _mm512_store_si512(units + i + 32, vectors[1]);
     }
@@ -104,6 +108,12 @@ inline void stored_of(const int8_t* __restrict codes, int64_t n, bf16* __restric
 
 inline float unit_of(float stored) { return stored; }
 #else
+// writes codes in units of their scales, which bf16 numbers hold exactly
+inline void stored_of(const fp8* __restrict codes, int64_t n, bf16* __restrict units) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) units[i] = static_cast<bf16>(static_cast<uint16_t>(to_bits(unit_of(codes[i])) >> 16));
+}
+
 // writes +-(1 + |value| / scale) of momenta's codes, which bf16 numbers hold exactly; the sign of 0 is plus. 16-bit lanes
 // hold twice as many numbers as 32-bit lanes.
 inline void stored_of(const int8_t* __restrict codes, int64_t n, bf16* __restrict z) {
@@ -173,20 +183,36 @@ struct PairIndices {
 };
 constexpr PairIndices PAIRS;
 
-// the upper halves of code_pattern of 16 pairs, in order; `shared` as in quantize
+// the upper halves of the patterns of 16 pairs, in order, whose bits are those of their codes, less a constant, and the
+// sign; `shared` as in quantize
+template <typename Any>
 inline __m512i halves_of(const Momenta& momenta, int64_t j, __m512 inverse, __m512i shared) {
-    const __m512i random = after_first_shift(_mm512_xor_si512(shared, _mm512_load_si512(PAIRS.index + j)));
-    const auto z = [&](const float* values) {
+    constexpr bool floating = std::is_same_v<Any, fp8>;
+    constexpr int up = (floating ? DROPPED_FP8 : DROPPED) - 16;
+    // of the random bits x ^ (x >> 16), 16 of each half, where the codes end
+    const __m512i x = between_shifts(_mm512_xor_si512(shared, _mm512_load_si512(PAIRS.index + j)));
+    const __m512i bits = all(0xFFFFu << up), upper = _mm512_srli_epi32(x, 16 - up);
+    const __m512i low = _mm512_ternarylogic_epi32(_mm512_slli_epi32(x, up), upper, bits, 0x28);  // (a ^ b) & c
+    const __m512i high = _mm512_and_si512(upper, bits);
+    const auto pattern = [&](const float* values, __m512i random) {
         const __m512i value = _mm512_load_si512(values);
-        // 1 | (value & sign)
-        const __m512i signed_one = _mm512_ternarylogic_epi32(all(to_bits(1.0f)), value, all(SIGN), 0xF8);
         const __m512 units = _mm512_mul_ps(_mm512_castsi512_ps(value), inverse);
-        return _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(signed_one), units));
+        if constexpr (floating) {
+            const __m512 smallest = _mm512_castsi512_ps(all(SMALLEST_NORMAL));
+            __m512 magnitude = _mm512_abs_ps(units);
+            const __mmask16 small = _mm512_cmp_ps_mask(magnitude, smallest, _CMP_LT_OQ);
+            magnitude = _mm512_mask_add_ps(magnitude, small, magnitude, smallest);
+            __m512i sum = _mm512_add_epi32(_mm512_castps_si512(magnitude), random);
+            sum = _mm512_mask_sub_epi32(sum, small, sum, all(8u << DROPPED_FP8));
+            return _mm512_ternarylogic_epi32(sum, value, all(SIGN), 0xF8);  // sum | (value & sign)
+        } else {
+            // 1 | (value & sign)
+            const __m512i signed_one = _mm512_ternarylogic_epi32(all(to_bits(1.0f)), value, all(SIGN), 0xF8);
+            const __m512 z = _mm512_add_ps(_mm512_castsi512_ps(signed_one), units);
+            return _mm512_add_epi32(_mm512_castps_si512(z), random);
+        }
     };
-    const __m512i bits = all(0xFFFFu << (DROPPED - 16));
-    const __m512i low = _mm512_and_si512(_mm512_slli_epi32(random, DROPPED - 16), bits);
-    const __m512i high = _mm512_and_si512(_mm512_srli_epi32(random, 32 - DROPPED), bits);
-    return upper_halves(_mm512_add_epi32(z(momenta.low + j), low), _mm512_add_epi32(z(momenta.high + j), high));
+    return upper_halves(pattern(momenta.low + j, low), pattern(momenta.high + j, high));
 }
 
 // which bytes of two vectors are the lower and the upper ones of their 16-bit lanes
@@ -202,20 +228,28 @@ struct Halves {
 constexpr Halves HALVES;
 
 // writes the codes of 128 momenta: those of 64 from the bytes of two vectors of halves
-inline void encode(const Momenta& momenta, float inverse, uint32_t shared, int8_t* codes) {
+template <typename Any>
+inline void encode(const Momenta& momenta, float inverse, uint32_t shared, Any* codes) {
+    constexpr bool floating = std::is_same_v<Any, fp8>;
+    constexpr int dropped = (floating ? DROPPED_FP8 : DROPPED) - 16;
     const __m512i lower = _mm512_load_si512(HALVES.lower), upper = _mm512_load_si512(HALVES.upper);
+    const __m512i zero = _mm512_set1_epi8(static_cast<int8_t>((floating ? EXPONENT_FP8 : ONE) & 0xFF));
     const __m512 inverses = _mm512_set1_ps(inverse);
     const __m512i seeds = all(shared);
 #pragma GCC unroll 2
     for (int64_t j = 0; j < SCALED / 2; j += 32) {
-        const __m512i first = halves_of(momenta, j, inverses, seeds);
-        const __m512i second = halves_of(momenta, j + 16, inverses, seeds);
-        __m512i magnitude = _mm512_permutex2var_epi8(
-            _mm512_srli_epi16(first, DROPPED - 16), lower, _mm512_srli_epi16(second, DROPPED - 16));
-        magnitude = _mm512_sub_epi8(magnitude, _mm512_set1_epi8(static_cast<int8_t>(ONE & 0xFF)));
-        const __mmask64 negative = _mm512_movepi8_mask(_mm512_permutex2var_epi8(first, upper, second));
-        _mm512_storeu_si512(
-            codes + 2 * j, _mm512_mask_sub_epi8(magnitude, negative, _mm512_setzero_si512(), magnitude));
+        const __m512i first = halves_of<Any>(momenta, j, inverses, seeds);
+        const __m512i second = halves_of<Any>(momenta, j + 16, inverses, seeds);
+        __m512i code = _mm512_permutex2var_epi8(
+            _mm512_srli_epi16(first, dropped), lower, _mm512_srli_epi16(second, dropped));
+        code = _mm512_sub_epi8(code, zero);
+        const __m512i signs = _mm512_permutex2var_epi8(first, upper, second);
+        if constexpr (floating) {
+            code = _mm512_ternarylogic_epi32(code, signs, _mm512_set1_epi8(-128), 0xF8);  // code | (signs & -128)
+        } else {
+            code = _mm512_mask_sub_epi8(code, _mm512_movepi8_mask(signs), _mm512_setzero_si512(), code);
+        }
+        _mm512_storeu_si512(codes + 2 * j, code);
     }
 }
 #endif
@@ -270,7 +304,7 @@ inline void quantize(
         return;
     }
 #if ISA >= 3
-    if constexpr (std::is_same_v<Any, int8_t>) {
+    if constexpr (!squares) {
         encode(momenta, inverse, shared, codes);
         return;
     }
@@ -293,22 +327,34 @@ inline __m128 largest_lanes(const __m512* x) {
     return _mm512_castps512_ps128(_mm512_permutexvar_ps(one_of_each, lanes));
 }
 
-// quantize() of BLOCKS whole blocks of momenta, with the largest magnitudes in `largest`
-inline void quantize_piece(
-    const Momenta* momenta, __m128 largest, int8_t* codes, float* scales, uint32_t first_pair, uint32_t seed
-) {
-    const __m128 unit = _mm_mul_ps(largest, _mm_set1_ps(1.0f / (LARGEST - 1.0f)));
+// new momenta of BLOCKS whole blocks, and what their codes are made with
+struct NewMomenta {
+    Momenta momenta[BLOCKS];
+    alignas(16) float inverses[BLOCKS];  // of the scales
+    __mmask8 usable;                     // blocks; the codes of others are 0
+    uint32_t first_pair;
+};
+
+// the first half of quantize(): writes the scales of blocks with these largest magnitudes
+template <typename Any>
+inline void scale(NewMomenta& updated, __m128 largest, float* scales) {
+    const float most = std::is_same_v<Any, fp8> ? LARGEST_FP8 : LARGEST - 1.0f;
+    const __m128 unit = _mm_mul_ps(largest, _mm_set1_ps(1.0f / most));
     const __mmask8 finite = _mm_cmp_ps_mask(unit, _mm_set1_ps(std::numeric_limits<float>::infinity()), _CMP_LT_OQ);
-    const __mmask8 usable = finite & _mm_cmp_ps_mask(unit, _mm_set1_ps(SMALLEST_SCALE), _CMP_GE_OQ);
+    updated.usable = finite & _mm_cmp_ps_mask(unit, _mm_set1_ps(SMALLEST_SCALE), _CMP_GE_OQ);
     const __m128 nan = _mm_set1_ps(std::numeric_limits<float>::quiet_NaN());
-    _mm_storeu_ps(scales, _mm_mask_blend_ps(finite, nan, _mm_maskz_mov_ps(usable, unit)));
-    // with an inverse of 0, finite momenta have code 0
-    alignas(16) float inverses[BLOCKS];
-    _mm_store_ps(inverses, _mm_maskz_div_ps(usable, _mm_set1_ps(1.0f), unit));
+    _mm_storeu_ps(scales, _mm_mask_blend_ps(finite, nan, _mm_maskz_mov_ps(updated.usable, unit)));
+    _mm_store_ps(updated.inverses, _mm_maskz_div_ps(updated.usable, _mm_set1_ps(1.0f), unit));
+}
+
+// its second half: writes the codes
+template <typename Any>
+inline void encode(const NewMomenta& updated, uint32_t seed, Any* codes) {
     for (int b = 0; b < BLOCKS; ++b) {
-        const uint32_t pair = first_pair + static_cast<uint32_t>(b * (SCALED / 2));
-        encode(momenta[b], inverses[b], first_shift(pair ^ ~seed), codes + b * SCALED);
-        if (!(finite >> b & 1)) std::fill(codes + b * SCALED, codes + (b + 1) * SCALED, int8_t{0});
+        const uint32_t pair = updated.first_pair + static_cast<uint32_t>(b * (SCALED / 2));
+        Any* of_block = codes + b * SCALED;
+        encode(updated.momenta[b], updated.inverses[b], first_shift(pair ^ ~seed), of_block);
+        if (!(updated.usable >> b & 1)) std::fill(of_block, of_block + SCALED, Any{0});
     }
 }
 #endif

@@ -35,14 +35,17 @@ inline __m512i round_upper(__m512 value) {
     return _mm512_dpbusd_epi32(bits, bytes, all(0x0001027Fu));
 }
 
-inline __m512i after_first_shift(__m512i x) {
+// hash32() of common.h between its first shift and its last one
+inline __m512i between_shifts(__m512i x) {
     x = _mm512_mullo_epi32(x, all(0x7FEB352Du));
     x = _mm512_xor_si512(x, _mm512_srli_epi32(x, 15));
-    x = _mm512_mullo_epi32(x, all(0x846CA68Bu));
-    return _mm512_xor_si512(x, _mm512_srli_epi32(x, 16));
+    return _mm512_mullo_epi32(x, all(0x846CA68Bu));
 }
 
-inline __m512i hash32(__m512i x) { return after_first_shift(_mm512_xor_si512(x, _mm512_srli_epi32(x, 16))); }
+inline __m512i hash32(__m512i x) {
+    x = between_shifts(_mm512_xor_si512(x, _mm512_srli_epi32(x, 16)));
+    return _mm512_xor_si512(x, _mm512_srli_epi32(x, 16));
+}
 
 // weights_of() of common.h, of 32 neighbours
 template <int rounding, typename StateT>

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,11 +13,14 @@ from torch import Tensor
 
 from leanstep.kernels import StepOptions
 from leanstep.optimizers.common.checks import (
+    OTHER_NAMES,
     check_choice,
     check_flags,
     check_number,
     check_rounding,
     describe,
+    naming_options,
+    no_option,
 )
 from leanstep.optimizers.common.engines import refuse_flattened, refuse_replaced
 from leanstep.optimizers.common.loading import StateLoading
@@ -103,6 +108,7 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
         _shaped_state: names of the state tensors that have the shape of their parameter, by ``_state_rules``.
         _drop_state: how a user drops the state of a resized parameter.
         _dims: the number of dimensions of every parameter, by group, when the groups were added.
+        _checked: the settings of every group when they were checked.
         _separable: whether the update of a parameter depends on its own gradient and state alone.
         _group_entries: entries of every group that are not settings, with their first values.
         _older_names: names of state and group entries in states of older versions -> their names now.
@@ -137,6 +143,13 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
                     "optimizers that this one does not have; leave it out. The group was not added. (docs/gpu.md says "
                     "which steps a CUDA graph captures.)"
                 )
+        if "params" not in param_group:
+            raise ValueError(
+                f"{type(self).__name__}: expected 'params' in a group, got only {', '.join(map(repr, param_group))}. "
+                "The group was not added."
+            )
+        if unknown := OTHER_NAMES.keys() & param_group.keys():
+            raise TypeError(f"{no_option(type(self).__name__, unknown, self.defaults)}. The group was not added.")
         if param_group.get("algorithm") == "balanced" and "algorithm" not in self.defaults:
             raise ValueError(
                 f"{type(self).__name__}: group {param_group.get('name', len(self.param_groups))!r} has "
@@ -167,6 +180,7 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
             self.param_groups.pop()
             raise
         self._dims = _dims_of(self.param_groups)
+        self._note_settings()
 
     def _names_differ(self, group: dict[str, Any], error: ValueError) -> ValueError:
         """Return the error for a group that has names of its parameters where the first has none, or the reverse."""
@@ -185,6 +199,38 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
         check_choice(owner, "nonfinite", group["nonfinite"], NONFINITE)
         check_flags(owner, group, ("maximize",), ("foreach",))
         check_rounding(owner, group)
+
+    def _note_settings(self) -> None:
+        """Note the settings of all groups: they are checked."""
+        settings = [key for key in self.defaults if key != "lr"]  # which every step checks
+        self._checked = [{key: group[key] for key in settings if key in group} for group in self.param_groups]
+
+    def _check_changed_groups(self) -> None:
+        """Check the groups whose settings were changed since they were checked.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: a setting is out of range, or does not fit the parameters. Nothing was
+                changed.
+        """
+        changed = []
+        for number, group in enumerate(self.param_groups):
+            _check_rate(type(self).__name__, group)
+            if number >= len(self._checked) or _differ(group, self._checked[number]):
+                changed.append(number)
+        if not changed:
+            return
+        for check in (
+            lambda group: self._check_group({**group, "lr": 0.0}),  # schedulers may set a rate slightly below 0
+            lambda group: self._check_fit(self.param_groups, group),
+        ):
+            for number in changed:
+                group = self.param_groups[number]
+                try:
+                    check(group)
+                except (ValueError, TypeError, RuntimeError) as error:
+                    name = group.get("name", number)
+                    raise type(error)(f"{error} (Group {name!r} was changed; nothing was updated.)") from error
+        self._note_settings()
 
     def _check_params(self, group: dict[str, Any], given: dict[str, Any]) -> None:
         """Raise ValueError if a parameter does not fit its new group; ``given`` lacks the default settings."""
@@ -262,8 +308,10 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
         return dict.fromkeys(self._shaped_state, tuple(param.shape))
 
     def __init_subclass__(cls, **settings: Any) -> None:
-        """Set :attr:`_shaped_state`."""
+        """Set :attr:`_shaped_state`, and let the constructor name its options."""
         super().__init_subclass__(**settings)
+        if "__init__" in vars(cls):
+            cls.__init__ = naming_options(cls.__name__, cls.__init__)  # type: ignore[method-assign]
         # here and not in a cached function, at which torch.compile would break the step's graph
         cls._shaped_state = tuple(key for key, rule in {**STATE_RULES, **cls._state_rules}.items() if rule.shaped)
 
@@ -315,9 +363,11 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._raise_on_nonfinite()
         if torch.compiler.is_compiling():
             self._init_group()
+        else:
+            self._check_changed_groups()
+        self._raise_on_nonfinite()
         run(together(self._steps()))
         return loss
 
@@ -327,6 +377,7 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
         torch.compile calls a method of this name instead of tracing it, and then reads the state once. State that is
         created later is lost.
         """
+        self._check_changed_groups()
         for group in self.param_groups:
             for position, param, _ in self._with_gradient(group):
                 self._state_of(group, position, param)
@@ -396,6 +447,7 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
             group.update({key: value for key, value in self._first_values().items() if key not in group})
             _name_dtypes(group)
         self._dims = _dims_of(self.param_groups)
+        self._note_settings()
 
     def _first_values(self) -> dict[str, Any]:
         """Return the first values of a group's settings and entries."""
@@ -559,6 +611,27 @@ def dense_gradient(owner: str, group: dict[str, Any], position: int, param: Tens
         if not has_memory(tensor):
             check_class(owner, f"{whose}{describe(group, position)}", tensor)
     return plain(placed_like(grad, param))
+
+
+def _differ(group: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    """Whether a setting of a group is another object than before."""
+    for key, value in settings.items():  # noqa: SIM110  every step asks, and a generator takes longer
+        if group[key] is not value:
+            return True
+    return False
+
+
+def _check_rate(owner: str, group: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the learning rate of a step is a finite number or a one-element tensor."""
+    rate = group["lr"]
+    if type(rate) is float and math.isfinite(rate) or (isinstance(rate, Tensor) and rate.numel() == 1):
+        return
+    if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not math.isfinite(rate):
+        came = f"a tensor of shape {tuple(rate.shape)}" if isinstance(rate, Tensor) else f"{rate!r:.80}"
+        raise ValueError(
+            f"{owner}: expected a finite number or a one-element tensor as lr of group "
+            f"{group.get('name', '(unnamed)')!r}, got {came}; nothing was updated. Set group['lr'] again."
+        )
 
 
 def _dims_of(groups: list[dict[str, Any]]) -> list[list[int]]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
+import inspect
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -16,6 +19,38 @@ from leanstep.kernels.reference.rounding import ROUNDINGS
 def settings_of(arguments: dict[str, Any]) -> dict[str, Any]:
     """Return an optimizer's settings from the ``locals()`` of its constructor."""
     return {name: value for name, value in arguments.items() if name not in ("self", "params", "__class__")}
+
+
+# what other packages and papers call an option -> what one of leanstep's optimizers may call it
+OTHER_NAMES = {"state_dtype": ("momentum_dtype", "noise_dtype", "storage"), "beta1": ("betas",), "beta2": ("betas",)}
+
+
+def no_option(owner: str, unknown: Collection[str], options: Iterable[str]) -> str:
+    """Return the message for options that an optimizer does not have."""
+    options = sorted(options)
+    nearest = [
+        name
+        for option in unknown
+        for name in OTHER_NAMES.get(option, difflib.get_close_matches(option, options, n=1, cutoff=0.75))
+        if name in options
+    ]
+    advice = f"take {' or '.join(dict.fromkeys(nearest))}; " if nearest else ""
+    return f"{owner} has no option {', '.join(sorted(unknown))}; {advice}it has {', '.join(options)}"
+
+
+def naming_options(owner: str, init: Callable[..., None]) -> Callable[..., None]:
+    """Return a constructor that names its options where it is called with another one. Its signature is the same."""
+    parameters = inspect.signature(init).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return init
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **options: Any) -> None:
+        if unknown := options.keys() - parameters.keys():
+            raise TypeError(no_option(owner, unknown, parameters.keys() - {"self", "params"}))
+        init(self, *args, **options)
+
+    return checked
 
 
 def describe(group: dict[str, Any], position: int) -> str:
@@ -44,7 +79,7 @@ def warn_how_auto_routes(groups: list[dict[str, Any]], owner: str, matrices: str
             f"{owner}: {count} parameters of two or more dimensions are taken as {matrices}{others}. Embeddings and "
             f"heads are {matrices} here too: leanstep.optimizers.param_groups(model) routes them by module; {choice} "
             "means them all.",
-            stacklevel=3,
+            stacklevel=4,  # above the constructors of the class and of naming_options
         )
 
 

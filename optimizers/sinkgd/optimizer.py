@@ -225,6 +225,8 @@ class SinkGD(LeanOptimizer):
         check_betas("SinkGD", group["betas"])
         if group["clip_threshold"] is not None:
             check_number("SinkGD", "clip_threshold", group["clip_threshold"], 0.0)
+            if group["clip_threshold"] == 0:
+                raise ValueError("Invalid clip_threshold: 0; SinkGD expects a number above 0, or None for no clipping")
         for name, choices in CHOICES.items():
             check_choice("SinkGD", name, group[name], choices)
         check_flags("SinkGD", group, ("nesterov", "cautious_decay"), ("fused",))

@@ -453,6 +453,8 @@ def release_gradients(accelerator: Accelerator, model: torch.nn.Module, optimize
 def schedule_factor(config: ScheduleConfig, steps: int) -> Callable[[int], float]:
     """Return the factor on the learning rate as a function of the number n of steps made, 0 to steps - 1.
 
+    The scheduler also asks for n = steps, after the last step.
+
     Warm-up of w steps: ``(n + 1) / (w + 1)``, so no step has rate 0. Then, with ``t = (n - w) / (steps - 1 - w)`` and
     ``f = final_fraction``: cosine ``f + (1 - f) (1 + cos(pi t)) / 2``, linear ``1 - (1 - f) t``, constant 1. wsd is 1
     until the last d = ``decay_fraction * steps`` steps: ``1 - (1 - f) (n - (steps - 1 - d)) / d``.
@@ -473,7 +475,7 @@ def schedule_factor(config: ScheduleConfig, steps: int) -> Callable[[int], float
         if config.name == "linear":
             return 1 - (1 - final) * progress
         if config.name == "wsd" and made > stable_until:
-            return 1 - (1 - final) * min(1.0, (made - stable_until) / (steps - 1 - stable_until))
+            return 1 - (1 - final) * min(1.0, (made - stable_until) / max(1, steps - 1 - stable_until))
         return 1.0
 
     return factor

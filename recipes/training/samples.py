@@ -27,9 +27,10 @@ def held_out_prompts(
     512.
     """
     length = len(validation)  # type: ignore[arg-type]
+    count = min(_SAMPLES, length)
     prompts = []
-    for number in range(min(_SAMPLES, length)):
-        sequence = validation[number * length // _SAMPLES]
+    for number in range(count):
+        sequence = validation[number * length // count]
         is_learned = sequence["labels"] != IGNORED
         first = int(is_learned.nonzero()[0]) if is_learned.any() else 0
         # a packed sequence without a prompt has no label at its first token only

@@ -7,6 +7,7 @@
 """
 
 import argparse
+import gc
 import os
 import signal
 import sys
@@ -16,8 +17,9 @@ from pathlib import Path
 from leanstep._process import EXIT_CODES, end_with_parent, open_standard_streams, quiet_imports
 
 if __name__ == "__main__":
-    # before the imports that warn
+    # before the imports that warn; the garbage collector would take long, and they leave little garbage
     quiet_imports()
+    gc.disable()
 
 from transformers.utils.logging import disable_progress_bar
 
@@ -30,6 +32,9 @@ from leanstep.recipes.training.folder import RunFolder
 from leanstep.recipes.training.launch import LAUNCHER_VARIABLE
 from leanstep.recipes.training.logger import Progress
 from leanstep.recipes.training.run import Run
+
+if __name__ == "__main__":
+    gc.enable()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,6 +16,7 @@ def preload(*modules: str) -> None:
 
 def start_server() -> None:
     """Start the server if it does not run."""
+    preload("frozen_heap")
     before = os.environ.get("PYTHONPATH")
     # Python 3.11 to 3.13 do not give it this process's search path; warm_process takes the folder away again
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), before]))

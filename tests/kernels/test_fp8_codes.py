@@ -174,3 +174,27 @@ def test_adamw_of_both_backends_agrees_bit_for_bit(dtype, rounding):
         results.append([t for part in (*lists, states) for t in part])
     for reference, cpp in zip(*results, strict=True):
         bits_equal(cpp, reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, FP8], ids=str)
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "split"])
+def test_pieces_of_every_kind_follow_each_other_as_in_the_definition(rounding, dtype):
+    """Pieces of 512 entries: small and large gradients, not finite ones, and blocks with no scale."""
+    kinds = {"small": 1e-3, "large": 1e3, "none": 0.0, "tiny": -1e-38, "small again": 1e-2, "short": 0.1}
+    sizes = [512] * 5 + [300]
+    factors = torch.cat([torch.full((size,), k) for size, k in zip(sizes, kinds.values(), strict=True)])
+    grad = (normal((2, 2860), seed=1).abs() * factors).bfloat16()
+    grad[0, 3 * 512 - 5], grad[1, 700], grad[1, 1400] = torch.inf, -torch.inf, torch.nan
+    scalars, results = torch.tensor((0.01, 0.999, 0.9, 0.1, 0.99, 0.01)), []
+    for backend in ("reference", "cpp"):
+        params = [normal((2, 2860)).bfloat16()]
+        codes, scales = (list(ts) for ts in zip(quantize(torch.zeros(2, 2860), 1, dtype=dtype), strict=True))
+        states = rounding_states(params, rounding)
+        with use_backend(backend):
+            for seed in range(3):
+                options = StepOptions(scalars, rounding, seeds=torch.tensor([seed]))
+                lion_step_int8(params, [grad], codes, scales, states, options)
+        results.append([*params, *codes, *scales, *states])
+    for reference, cpp in zip(*results, strict=True):
+        bits_equal(cpp, reference)
+    assert 0 < (results[0][2] == 0).double().mean() < 1  # some blocks have no scale

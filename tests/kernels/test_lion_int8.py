@@ -165,8 +165,8 @@ SWITCHES = {
     "pass": {"skip_nonfinite": False},
     "cautious": {"cautious_scale": torch.linspace(1, 2, len(SHAPES)), "decay_where_aligned": True},
 }
-# roundings whose steps, all in bf16, run in registers; each needs every switch, since undoing a skipped update depends
-# on both. The other roundings and dtypes share one loop, where a weight is moved first and stored then: pairs suffice.
+# roundings whose steps, all in bf16, run in registers; each needs every switch. The other roundings and dtypes share a
+# loop, where a weight is moved first and stored then: pairs suffice.
 IN_REGISTERS = ["nearest", "stochastic", "split"]
 LOOPED = [rounding for rounding in ROUNDINGS if rounding not in IN_REGISTERS]
 AGREEING = [

@@ -7,7 +7,7 @@ from architectures import CAUSAL, make
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from pruned_models import VOCABULARY
 
-from leanstep.lora import LoraConfig, apply_lora, load_adapter, save_adapter
+from leanstep.lora import LoraConfig, accelerate_peft, apply_lora, load_adapter, save_adapter
 from leanstep.lora.apply import adapted_layers
 from leanstep.lora.peft.experts import names_read_as_experts
 
@@ -121,10 +121,34 @@ def test_adapters_of_tokens_are_refused_by_name(tmp_path):
     config = peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2])
     peft.get_peft_model(make("mixtral"), config).save_pretrained(tmp_path)
     base = make("mixtral")
-    message = "the adapter uses trainable_token_indices, which is not in leanstep.lora; load it with peft"
+    message = "trainable_token_indices, which leanstep.lora does not have; load it with peft, .* accelerate_peft"
     with pytest.raises(ValueError, match=message):
         load_adapter(base, tmp_path)
     assert not list(adapted_layers(base))
+
+
+def test_adapters_of_tokens_are_fast_where_peft_loads_them(tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 2], init_lora_weights=False)
+    saved = peft.get_peft_model(make("llama"), config)
+    torch.nn.init.normal_(saved.get_input_embeddings().token_adapter.trainable_tokens_delta["default"])
+    saved.save_pretrained(tmp_path)
+    model = peft.PeftModel.from_pretrained(make("llama"), tmp_path, is_trainable=True)
+    ids = tokens().clamp(max=3)
+
+    def gradients():
+        model.zero_grad()
+        logits = model(ids).logits
+        logits.square().mean().backward()
+        return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    wanted, wanted_gradients = gradients()
+    paths = accelerate_peft(model).fast_path()
+    assert len(paths) == 2 and all(path.on for path in paths.values())
+    logits, ours = gradients()
+    torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-5)
+    assert ours.keys() == wanted_gradients.keys() and any("trainable_tokens" in name for name in ours)
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, wanted_gradients[name], rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")

@@ -280,7 +280,7 @@ def test_an_adapter_for_another_base_is_refused(tmp_path):
 def test_adapters_of_other_kinds_are_refused():
     with pytest.raises(ValueError, match="expected an adapter of peft_type 'LORA', got 'IA3'"):
         LoraConfig.from_dict({"peft_type": "IA3"})
-    with pytest.raises(ValueError, match="uses use_qalora, which is not in leanstep.lora; load it with peft"):
+    with pytest.raises(ValueError, match="uses use_qalora, which leanstep.lora does not have; load it with peft"):
         LoraConfig.from_dict({"peft_type": "LORA", "use_qalora": True})
     with pytest.warns(UserWarning, match="ignored the unknown fields novelty"):
         LoraConfig.from_dict({"r": 3, "novelty": 1})

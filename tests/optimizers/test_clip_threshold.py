@@ -118,7 +118,7 @@ def test_a_nan_gradient_is_skipped_or_passed_as_without_clipping():
         assert results[0].isnan().sum() == (nonfinite == "pass")
 
 
-@pytest.mark.parametrize("value", [-1.0, "1", float("nan")])
+@pytest.mark.parametrize("value", [-1.0, 0.0, "1", float("nan")])
 def test_a_threshold_that_is_no_limit_is_refused(value):
     with pytest.raises((TypeError, ValueError), match="clip_threshold"):
         SinkGD(parameters(torch.float32), algorithm="adamw", clip_threshold=value)

@@ -1,9 +1,13 @@
 """Settings of groups: names, options of torch's optimizers, and numbers as tensors, which a CUDA graph reads anew."""
 
+import copy
+import inspect
+import math
+
 import pytest
 import torch
 
-from leanstep.optimizers import LANTON, MFAC, Lion, SinkGD
+from leanstep.optimizers import LANTON, MFAC, Lion, SinkGD, create, release_gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore:(SinkGD|LANTON). .* taken as")
 
@@ -46,6 +50,149 @@ def test_options_of_torch_are_refused_where_they_would_be_ignored(name, option):
     CLASSES[name]([{"params": params, option: False}])
     with pytest.raises(TypeError, match=option):
         CLASSES[name](params, **{option: True})
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "advice"),
+    [
+        ("Lion", "state_dtype", "take momentum_dtype"),
+        ("SinkGD", "state_dtype", "take momentum_dtype"),
+        ("LANTON", "state_dtype", "take momentum_dtype or noise_dtype"),
+        ("MFAC", "state_dtype", "take storage"),
+        ("Lion", "beta1", "take betas"),
+        ("SinkGD", "momentum_dtyp", "take momentum_dtype"),
+        ("LANTON", "blocs", "take blocks"),
+        ("MFAC", "windows", "take window"),
+        ("Lion", "xyz", "it has betas"),
+    ],
+)
+def test_an_unknown_option_is_refused_in_one_line_that_names_the_nearest(name, option, advice):
+    model = torch.nn.Linear(3, 3)
+    message = f"{name} has no option {option}; .*{advice}"
+    for refused in (
+        lambda: CLASSES[name](model.parameters(), lr=1e-3, **{option: "int8"}),
+        lambda: create(model, name.lower(), say=None, lr=1e-3, **{option: "int8"}),
+    ):
+        with pytest.raises(TypeError, match=message) as caught:
+            refused()
+        assert "\n" not in str(caught.value)
+
+
+@every_class
+def test_a_group_with_the_state_dtype_of_others_is_refused(name):
+    first, late = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    optimizer = CLASSES[name](first.parameters())
+    with pytest.raises(TypeError, match=f"{name} has no option state_dtype; take .*not added"):
+        optimizer.add_param_group({"params": list(late.parameters()), "state_dtype": "int8"})
+    with pytest.raises(ValueError, match=f"{name}: expected 'params' in a group, got only 'lr'.*not added"):
+        optimizer.add_param_group({"lr": 1.0})
+    assert len(optimizer.param_groups) == 1
+
+
+@every_class
+def test_the_constructor_keeps_its_signature(name):
+    parameters = inspect.signature(CLASSES[name]).parameters
+    assert {"params", "lr", "weight_decay", "rounding"} <= parameters.keys()
+
+    class Subclass(CLASSES[name]):
+        def __init__(self, params, extra, **options):
+            super().__init__(params, **options)
+            self.extra = extra
+
+    params = list(torch.nn.Linear(3, 3).parameters())
+    assert Subclass(params, extra=2, lr=1e-3).extra == 2
+    with pytest.raises(TypeError, match=f"{name} has no option lrs; take lr"):
+        Subclass(params, extra=2, lrs=1e-3)
+
+
+# settings that no step can use -> the classes that have them
+WRONG = [
+    ("lr", math.nan, tuple(CLASSES)),
+    ("lr", "1e-3", tuple(CLASSES)),
+    ("lr", torch.ones(2), tuple(CLASSES)),
+    ("weight_decay", "x", tuple(CLASSES)),
+    ("weight_decay", -1.0, tuple(CLASSES)),
+    ("rounding", "up", tuple(CLASSES)),
+    ("seed", -1, tuple(CLASSES)),
+    ("nonfinite", "ignore", tuple(CLASSES)),
+    ("maximize", "no", tuple(CLASSES)),
+    ("betas", (0.9, 1.0), ("Lion", "SinkGD", "LANTON")),
+    ("momentum_dtype", "int4", ("Lion", "SinkGD", "LANTON")),
+    ("blocks", (2, 3), ("SinkGD", "LANTON")),
+    ("algorithm", "muon", ("SinkGD",)),
+    ("momentum", 1.0, ("SinkGD", "MFAC")),
+    ("num_iters", 0, ("SinkGD",)),
+    ("nesterov", True, ("SinkGD",)),
+    ("spectral", "mup", ("SinkGD",)),
+    ("norm", "l7", ("LANTON",)),
+    ("variance", "columns", ("LANTON",)),
+    ("noise_dtype", "int4", ("LANTON",)),
+    ("scope", "x", ("MFAC",)),
+    ("storage", "int8", ("MFAC",)),
+    ("damping", 0.0, ("MFAC",)),
+    ("cautious", 1, ("Lion",)),
+]
+
+
+def values_of(optimizer):
+    """Copies of the parameters and of all state."""
+    state = {i: dict(entries) for i, entries in enumerate(optimizer.state.values())}
+    return copy.deepcopy(([p.detach() for group in optimizer.param_groups for p in group["params"]], state))
+
+
+@pytest.mark.sample(4)
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [(name, key, value) for key, value, names in WRONG for name in names],
+    ids=lambda value: str(value).replace("\n", " "),
+)
+def test_a_group_that_is_changed_to_what_no_step_can_use_is_refused_before_the_step(name, key, value):
+    params = [torch.nn.Parameter(torch.randn(4, 3)) for _ in range(2)]
+    optimizer = CLASSES[name]([{"params": params[:1]}, {"params": params[1:], "name": "second"}])
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.randn(4, 3)
+        optimizer.step()
+    before = values_of(optimizer)
+    first, second = optimizer.param_groups
+    first["weight_decay"] = 0.5  # a change that is right does not hide the wrong one
+    right, second[key] = second[key], value
+    for _ in range(2):  # every step, not the first one alone
+        with pytest.raises((ValueError, TypeError), match="(?=.*second)(?=.*nothing was updated)") as caught:
+            optimizer.step()
+        assert "\n" not in str(caught.value)
+        torch.testing.assert_close(values_of(optimizer), before, rtol=0, atol=0)
+    second[key] = right
+    optimizer.step()
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(values_of(optimizer)[0], before[0], rtol=0, atol=0)
+
+
+def test_a_changed_group_is_checked_before_a_released_gradient_updates():
+    model = torch.nn.Linear(4, 3)
+    optimizer = Lion(model.parameters(), lr=1e-2)
+    release_gradients(model, optimizer)
+    optimizer.param_groups[0]["betas"] = (2, 2)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="beta parameter at index 0: 2"):
+        model(torch.randn(2, 4)).sum().backward()
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+@every_class
+def test_a_rate_that_a_scheduler_rounds_below_zero_and_copied_and_loaded_optimizers_step(name):
+    param = torch.nn.Parameter(torch.ones(4, 3))
+    param.grad = torch.ones(4, 3)
+    optimizer = CLASSES[name]([param])
+    optimizer.param_groups[0]["lr"] = -1e-20
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = 1e-3
+    twin = copy.deepcopy(optimizer)
+    twin.load_state_dict(optimizer.state_dict())
+    twin.step()
+    twin.param_groups[0]["weight_decay"] = -1.0
+    with pytest.raises(ValueError, match="weight_decay.*nothing was updated"):
+        twin.step()
 
 
 def trained(variant, lr, weight_decay, device="cpu", steps=4, capture=False):

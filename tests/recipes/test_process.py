@@ -1,5 +1,6 @@
 """Runs in real processes: closed streams, signals, and what happens when one of several processes ends."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from pruned_models import make_llama
 from sparse_folders import save_sparse
 from training import Training, read_log, run, status, write_recipe
 
-from leanstep._process import InterruptibleStart, ended_by_signals
+from leanstep._process import InterruptibleStart, collector_paused, ended_by_signals
 
 ENDLESS = ["eval.every=0", "checkpoint.every=0", "log.every=1"]
 SHORT = ["steps=3", "checkpoint.every=0", "eval.every=0"]
@@ -88,6 +89,18 @@ def test_an_interrupt_that_is_swallowed_counts():
         except BaseException:
             pass
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_collector_pauses_and_is_afterwards_as_before():
+    with pytest.raises(ImportError), collector_paused():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled()
+    gc.disable()
+    with collector_paused():
+        pass
+    assert not gc.isenabled()
+    gc.enable()
 
 
 # `leanstep export` that stops in the middle of its files

@@ -21,7 +21,7 @@ from leanstep.optimizers import Lion, release_gradients
 from leanstep.recipes.config.schema import ExpectConfig, ScheduleConfig
 from leanstep.recipes.data.batches import MicroBatches, count_targets
 from leanstep.recipes.data.sequences import as_sequence, shuffled
-from leanstep.recipes.training.build import schedule_factor
+from leanstep.recipes.training.build import build_schedule, schedule_factor
 from leanstep.recipes.training.folder import RunFolder
 from leanstep.recipes.training.formatting import flat_scalars, format_duration, format_line, format_live, format_rate
 from leanstep.recipes.training.logger import Clock, Progress
@@ -222,6 +222,16 @@ def test_decay_after_warmup_and_over_all_steps():
     assert rates(0, 0.0) == [1.0] * 5
 
 
+@pytest.mark.parametrize("settings", [{"decay_fraction": 0.0}, {"warmup_steps": 4}, {"decay_fraction": 0.09}], ids=str)
+def test_a_schedule_without_a_step_of_decay_is_asked_after_the_last_step_too(settings):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = build_schedule(ScheduleConfig(name="wsd", **{"warmup_fraction": 0.0, **settings}), optimizer, 5)
+    for _ in range(5):
+        optimizer.step()
+        assert 0 < schedule.get_last_lr()[0] <= 1
+        schedule.step()
+
+
 def test_the_order_is_a_function_of_the_position():
     whole = [index for batch in MicroBatches(10, seed=3, batch_size=4, start=0, count=10) for index in batch]
     assert whole[:10] == shuffled(10, 3, 0).tolist() and whole[10:20] == shuffled(10, 3, 1).tolist()
@@ -294,6 +304,7 @@ def test_a_sample_is_never_blank(finished, tmp_path):
 def test_prompts_are_the_first_tokens_of_held_out_sequences():
     sequences = [as_sequence(np.array([9, *range(row, row + 30)]), 40, 0) for row in range(10, 17)]
     assert held_out_prompts(sequences, end_of_text=9) == [list(range(row, row + 16)) for row in (10, 12, 14)]
+    assert held_out_prompts(sequences[:2], end_of_text=9) == [list(range(row, row + 16)) for row in (10, 11)]
     assert held_out_prompts([as_sequence(np.array([9]), 4, 0)], end_of_text=9) == [[9]]
     assert held_out_prompts([], end_of_text=9) == [[9]]
 

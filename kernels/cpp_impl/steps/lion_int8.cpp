@@ -80,7 +80,7 @@ static void step(
     }
 }
 
-#if ISA >= 3 && !FP8
+#if ISA >= 3
 constexpr bool IN_REGISTERS = all_bf16<PARAM, GRAD> && ROUNDING != KAHAN && ROUNDING != MASTER;
 
 // move() of 16 entries
@@ -116,105 +116,99 @@ static inline Lanes signed_gradients(Lanes x) {
     return {_mm512_xor_ps(x.low, sign), _mm512_xor_ps(x.high, sign)};
 }
 
-// new momenta of a piece, and its old weights
-struct Updates {
-    alignas(64) PARAM weights[PIECE];
-    alignas(64) StateT state[PIECE];
-    Momenta momenta[BLOCKS];
-    __m128 largest;  // momenta of the blocks
-    bool sound;      // whether all gradients are finite
-};
+// whether a gradient of PIECE is 2 or more in magnitude, or not finite: bit 14 says so, and costs less than any_nonfinite
+static inline bool any_large(const GRAD* g) {
+    __m512i bits = _mm512_setzero_si512();
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < PIECE; i += 64) {
+        bits = _mm512_ternarylogic_epi32(bits, _mm512_loadu_si512(g + i), _mm512_loadu_si512(g + i + 32), 0xFE);
+    }
+    return _mm512_test_epi16_mask(bits, all(0x40004000u));
+}
 
-// updates PIECE entries; a template, since it is compiled for parameters of bf16 alone
+// updates PIECE entries with finite gradients, and writes the scales of their new momenta; a template, since it is compiled
+// for parameters of bf16 alone
 template <typename Param>
 static inline void update(
-    Param* __restrict p, const GRAD* __restrict g, const int8_t* __restrict codes, const float* __restrict scales,
-    StateT* __restrict state, const Settings& settings, uint32_t index, Updates& updates
+    Param* __restrict p, const GRAD* __restrict g, const Code* __restrict codes, float* __restrict scales,
+    StateT* __restrict state, const Settings& settings, uint32_t index, NewMomenta& updated
 ) {
     __m512 largest[BLOCKS];
-    __m512i gradients = _mm512_setzero_si512();
     for (int64_t b = 0; b < BLOCKS; ++b) {
         const __m512 scale = _mm512_set1_ps(scales[b]);
         __m512 most = _mm512_set1_ps(std::numeric_limits<float>::quiet_NaN());
 #pragma GCC unroll 2
         for (int64_t from = 0; from < SCALED; from += 64) {
             __m512i units[2];
-            units_of(_mm512_loadu_si512(codes + b * SCALED + from), units);
+            units_of<Code>(_mm512_loadu_si512(codes + b * SCALED + from), units);
 #pragma GCC unroll 2
             for (int64_t j = from; j < from + 64; j += 32) {
                 const int64_t i = b * SCALED + j;
-                const __m512i words = _mm512_loadu_si512(g + i);
-                gradients = _mm512_max_epu16(gradients, _mm512_and_si512(words, all(0x7FFF7FFFu)));
-                const Lanes gradient = signed_gradients(widen(words)), unit = widen(units[(j - from) / 32]);
+                const Lanes gradient = signed_gradients(widen(_mm512_loadu_si512(g + i)));
+                const Lanes unit = widen(units[(j - from) / 32]);
                 Lanes momentum{_mm512_mul_ps(unit.low, scale), _mm512_mul_ps(unit.high, scale)};
                 Lanes weight = weights_of<ROUNDING>(p + i, state + i);
-                std::memcpy(updates.weights + i, p + i, 32 * sizeof(PARAM));
-                if (is_split<ROUNDING, PARAM>) std::memcpy(updates.state + i, state + i, 32);
                 move(gradient.low, momentum.low, weight.low, settings);
                 move(gradient.high, momentum.high, weight.high, settings);
                 store_weights<ROUNDING>(weight, p + i, state + i, index + static_cast<uint32_t>(i), settings.seed);
-                _mm512_store_ps(updates.momenta[b].low + j / 2, momentum.low);
-                _mm512_store_ps(updates.momenta[b].high + j / 2, momentum.high);
-                // magnitudes. NaN yields to numbers: a momentum is NaN with its gradient, or with its whole block.
+                _mm512_store_ps(updated.momenta[b].low + j / 2, momentum.low);
+                _mm512_store_ps(updated.momenta[b].high + j / 2, momentum.high);
+                // magnitudes. NaN yields to numbers: momenta are NaN with their whole block alone.
                 most = _mm512_range_ps(_mm512_range_ps(momentum.low, momentum.high, 0xB), most, 0xB);
             }
         }
         largest[b] = most;
     }
-    updates.largest = largest_lanes(largest);
-    updates.sound = !_mm512_cmpge_epu16_mask(gradients, all(0x7F807F80u));
+    ::scale<Code>(updated, largest_lanes(largest), scales);
 }
 
-// with SKIP, undoes the updates of entries with a non-finite gradient; finds the largest momenta, NaN among them
-static void repair(
-    PARAM* p, const GRAD* g, const int8_t* codes, const float* scales, StateT* state, Updates& updates
-) {
-    alignas(16) float largest[BLOCKS];
-    for (int64_t b = 0; b < BLOCKS; ++b) {
-        uint32_t most = 0;
-        for (int64_t j = 0; j < SCALED; ++j) {
-            const int64_t i = b * SCALED + j;
-            float& momentum = (j % 2 ? updates.momenta[b].high : updates.momenta[b].low)[j / 2];
-            if (SKIP && !is_finite(widen(g[i]))) {
-                momentum = value_of(codes[i], scales[b]), p[i] = updates.weights[i];
-                if (is_split<ROUNDING, PARAM>) state[i] = updates.state[i];
-            }
-            most = larger(most, momentum);
-        }
-        largest[b] = from_bits(most);
-    }
-    updates.largest = _mm_load_ps(largest);
-}
-
-// steps PIECE entries; returns whether all gradients are finite
+// Steps n entries of adjacent blocks, a multiple of PIECE; returns whether all gradients are finite.
+//
+// The codes of a piece are written after the update of the next one, which hides the latency of the inverse scales.
 template <typename Param>
-static bool step_piece(
-    Param* p, const GRAD* g, int8_t* codes, float* scales, StateT* state, const Settings& settings, uint32_t index,
-    uint32_t first_pair
+static bool step_pieces(
+    Param* p, const GRAD* g, Code* codes, float* scales, StateT* state, int64_t n, const Settings& settings,
+    uint32_t index, uint32_t first_pair
 ) {
-    Updates updates;
-    update(p, g, codes, scales, state, settings, index, updates);
-    if (!updates.sound) repair(p, g, codes, scales, state, updates);
-    quantize_piece(updates.momenta, updates.largest, codes, scales, first_pair, settings.seed);
-    return updates.sound;
+    NewMomenta pieces[2];
+    NewMomenta *updated = pieces, *waiting = pieces + 1;
+    Code* codes_of_waiting = nullptr;
+    bool sound = true;
+    for (int64_t at = 0; at < n; at += PIECE) {
+        const auto i = index + static_cast<uint32_t>(at);
+        const auto pair = first_pair + static_cast<uint32_t>(at / 2);
+        StateT* of_weights = state ? state + at : nullptr;
+        if (any_large(g + at) && any_nonfinite(g + at, PIECE)) {
+            step<SKIP>(p + at, g + at, codes + at, scales + at / SCALED, of_weights, PIECE, settings, i, pair);
+            sound = false;
+            continue;
+        }
+        updated->first_pair = pair;
+        update(p + at, g + at, codes + at, scales + at / SCALED, of_weights, settings, i, *updated);
+        if (codes_of_waiting) encode(*waiting, settings.seed, codes_of_waiting);
+        std::swap(updated, waiting), codes_of_waiting = codes + at;
+    }
+    if (codes_of_waiting) encode(*waiting, settings.seed, codes_of_waiting);
+    return sound;
 }
 
 // steps n entries of adjacent blocks, fewer than PIECE, in copies
 template <typename Param>
 static bool step_short(
-    Param* p, const GRAD* g, int8_t* codes, float* scales, StateT* state, int64_t n, const Settings& settings,
+    Param* p, const GRAD* g, Code* codes, float* scales, StateT* state, int64_t n, const Settings& settings,
     uint32_t index, uint32_t first_pair
 ) {
     alignas(64) PARAM weights[PIECE] = {};
     alignas(64) GRAD gradients[PIECE] = {};
-    alignas(64) int8_t of_momenta[PIECE] = {};
+    alignas(64) Code of_momenta[PIECE] = {};
     StateT of_weights[PIECE] = {};
     float of_blocks[BLOCKS] = {};
     const int64_t blocks = (n + SCALED - 1) / SCALED;
     std::copy(p, p + n, weights), std::copy(g, g + n, gradients), std::copy(codes, codes + n, of_momenta);
     std::copy(scales, scales + blocks, of_blocks);
     if (state) std::copy(state, state + n, of_weights);
-    const bool sound = step_piece(weights, gradients, of_momenta, of_blocks, of_weights, settings, index, first_pair);
+    const bool sound = step_pieces(
+        weights, gradients, of_momenta, of_blocks, of_weights, PIECE, settings, index, first_pair);
     std::copy(weights, weights + n, p), std::copy(of_momenta, of_momenta + n, codes);
     std::copy(of_blocks, of_blocks + blocks, scales);
     if (state) std::copy(of_weights, of_weights + n, state);
@@ -228,15 +222,25 @@ static bool step_blocks(
     Param* p, const GRAD* g, Code* codes, float* scales, StateT* state, int64_t n, const Settings& settings,
     uint32_t index, uint32_t first_pair
 ) {
-#if ISA >= 3 && !FP8
+    const auto from = [&](int64_t at, int64_t count, auto step_part) {
+        return step_part(p + at, g + at, codes + at, scales + at / SCALED, state ? state + at : nullptr, count, settings,
+                         index + static_cast<uint32_t>(at), first_pair + static_cast<uint32_t>(at / 2));
+    };
+#if ISA >= 3
     if constexpr (IN_REGISTERS) {
-        if (n == PIECE) return step_piece(p, g, codes, scales, state, settings, index, first_pair);
-        return step_short(p, g, codes, scales, state, n, settings, index, first_pair);
+        const int64_t whole = n / PIECE * PIECE;
+        const bool sound = !whole || from(0, whole, step_pieces<Param>);
+        return (whole == n || from(whole, n - whole, step_short<Param>)) && sound;
     }
 #endif
-    const bool masked = SKIP && any_nonfinite(g, n);
-    (masked ? step<true> : step<false>)(p, g, codes, scales, state, n, settings, index, first_pair);
-    return !masked;
+    bool sound = true;
+    for (int64_t at = 0; at < n; at += PIECE) {
+        const int64_t size = std::min(PIECE, n - at);
+        const bool masked = SKIP && any_nonfinite(g + at, size);
+        from(at, size, masked ? step<true> : step<false>);
+        sound &= !masked;
+    }
+    return sound;
 }
 
 extern "C" void lion_step_int8(
@@ -250,14 +254,10 @@ extern "C" void lion_step_int8(
         std::copy(scalars, scalars + 6, settings.scalars);
         const int64_t offset = offsets ? offsets[t] : 0;
         const int64_t first_pair = (offset / columns[t] * blocks_of(columns[t]) + block) * (SCALED / 2);
-        bool sound = true;
-        for (int64_t at = from; at < from + size; at += PIECE, block += BLOCKS) {
-            const int64_t n = std::min(PIECE, from + size - at);
-            sound &= step_blocks(
-                params[t] + at, grads[t] + at, codes[t] + at, scales[t] + block, states ? states[t] + at : nullptr, n,
-                settings, static_cast<uint32_t>(offset + at), static_cast<uint32_t>(first_pair + (at - from) / 2)
-            );
-        }
+        const bool sound = step_blocks(
+            params[t] + from, grads[t] + from, codes[t] + from, scales[t] + block, states ? states[t] + from : nullptr,
+            size, settings, static_cast<uint32_t>(offset + from), static_cast<uint32_t>(first_pair)
+        );
         if (SKIP && !sound) raise_flag(flags + t);
     });
 }
