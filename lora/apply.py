@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,16 @@ from leanstep.lora.layers.experts import LoRAExpertsLayer, attach_experts, detac
 from leanstep.lora.layers.frozen import is_linear, why_custom_forward, why_unsupported, widths
 from leanstep.lora.layers.linear import Adapter, LoRALayer, attach_linear, detach
 from leanstep.lora.layers.pissa import move_start, start_factors, why_no_pissa
-from leanstep.lora.targets import rank_of, scale_of, select, select_parameters, why_not_adaptable, with_heads
+from leanstep.lora.layers.tokens import TokenLayer, attach_tokens, detach_tokens, why_no_tokens
+from leanstep.lora.targets import (
+    rank_of,
+    scale_of,
+    select,
+    select_parameters,
+    select_tokens,
+    why_not_adaptable,
+    with_heads,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -66,6 +75,7 @@ def plan_lora(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
     if is_pissa(config.init_lora_weights):
         problems += shared_weights(model, plan)
     problems += _parameter_problems(model, plan, config)
+    problems += _token_problems(model, plan, config)
     if problems:
         more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise ValueError("apply_lora: " + "; ".join(problems[:4]) + more)
@@ -98,6 +108,7 @@ def attach_adapters(model: nn.Module, plan: dict[str, nn.Module], config: LoraCo
     model.lora_config = config  # type: ignore[assignment]
     model.lora_frozen = frozen  # type: ignore[assignment]
     _attach_parameters(model, config)
+    _attach_tokens(model, config)
     if config.fused_blocks:
         fuse_blocks(model)
 
@@ -118,6 +129,13 @@ def _attach_parameters(model: nn.Module, config: LoraConfig) -> None:
         module = model.get_submodule(path)
         attach_experts(module, adapters, config.init_lora_weights)
         _rebind_hooks(module)
+
+
+def _attach_tokens(model: nn.Module, config: LoraConfig) -> None:
+    for name, rows in select_tokens(model, config).items():
+        shared: Any = model.get_submodule(rows.shares) if rows.shares else None
+        attach_tokens(rows.module, name, rows.tokens, None if shared is None else shared.lora_token_rows)
+        _rebind_hooks(rows.module)
 
 
 def remove_lora(model: Model) -> Model:
@@ -147,6 +165,9 @@ def remove_lora(model: Model) -> Model:
     for adapted in experts.values():
         detach_experts(adapted)
         _rebind_hooks(adapted)
+    for _, trained in list(token_layers(model)):
+        detach_tokens(trained)
+        _rebind_hooks(trained)
     frozen: dict[str, bool] = model.lora_frozen  # type: ignore[assignment]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(frozen.get(name, parameter.requires_grad))
@@ -159,7 +180,8 @@ def remove_lora(model: Model) -> Model:
 def set_adapters(model: nn.Module, enabled: bool) -> None:
     """Turn all adapters on or off. Layers with adapters off compute as in the base model.
 
-    Modules in ``modules_to_save`` and biases keep their trained values in both cases.
+    Modules in ``modules_to_save`` and biases keep their trained values in both cases; trained rows of embeddings are
+    turned off, too.
 
     Raises:
         ValueError: for a model without adapters, or with a merged one.
@@ -169,6 +191,8 @@ def set_adapters(model: nn.Module, enabled: bool) -> None:
         raise ValueError("set_adapters: expected a model with adapters that are not merged")
     for adapter in adapters:
         adapter.enabled = enabled
+    for _, module in token_layers(model):
+        module.tokens.enabled = enabled
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
@@ -179,6 +203,11 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
 def adapted_experts(model: nn.Module) -> Iterator[tuple[str, LoRAExpertsLayer]]:
     """The modules with adapted parameters by name."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRAExpertsLayer))
+
+
+def token_layers(model: nn.Module) -> Iterator[tuple[str, TokenLayer]]:
+    """The modules with trained rows by name."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, TokenLayer))
 
 
 def all_adapters(model: nn.Module) -> list[Adapter]:
@@ -202,6 +231,20 @@ def _parameter_problems(model: nn.Module, plan: dict[str, nn.Module], config: Lo
             yield f"{name} is a parameter of the model itself, which PEFT cannot adapt; wrap the model in a module"
         elif (reason := why_no_parameter_adapter(module, leaf, rank_of(config, name))) is not None:
             yield f"{name} cannot be adapted: {reason}"
+
+
+def _token_problems(model: nn.Module, plan: dict[str, nn.Module], config: LoraConfig) -> Iterator[str]:
+    """The reasons why rows of ``trainable_token_indices`` cannot be trained."""
+    saved = {id(inner) for root in modules_to_save(model, config).values() for inner in root.modules()}
+    for name, rows in select_tokens(model, config).items():
+        if name in plan:
+            yield f"{name} has an adapter and trained rows; leave it out of target_modules or trainable_token_indices"
+        elif id(rows.module) in saved:
+            yield f"{name} is trained whole by modules_to_save; leave it out of that or of trainable_token_indices"
+        elif (reason := why_no_tokens(rows.module, rows.tokens)) is not None:
+            yield f"rows of {name} cannot be trained: {reason}"
+        elif is_dtensor(rows.module.weight):
+            yield f"{name} has a weight that is a DTensor; call apply_lora first and fully_shard then"
 
 
 def _problems(model: nn.Module, name: str, module: nn.Module, config: LoraConfig) -> Iterator[str]:

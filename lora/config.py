@@ -15,7 +15,7 @@ BIASES = ("none", "all", "lora_only")
 # fields that adapter_config.json does not have
 _FAST_PATH_FIELDS = ("save", "fast_path", "fused_blocks")
 # older versions of PEFT cannot read these fields: write them only if they are set
-_RECENT = ("exclude_modules", "lora_bias", "target_parameters")
+_RECENT = ("exclude_modules", "lora_bias", "target_parameters", "trainable_token_indices")
 # PEFT also trains these heads for these tasks
 HEADS, HEAD_TASKS = ("classifier", "score"), ("SEQ_CLS", "TOKEN_CLS")
 # PEFT's fields that change an adapter's output and are not implemented here
@@ -26,7 +26,6 @@ _FOREIGN = (
     "layer_replication",
     "megatron_config",
     "monteclora_config",
-    "trainable_token_indices",
     "use_bdlora",
     "use_qalora",
 )
@@ -39,6 +38,12 @@ _SWITCHES = ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias", "inference
 def is_pissa(init: object) -> bool:
     """Whether ``init_lora_weights`` names PiSSA: ``"pissa"``, or ``"pissa_niter_N"``."""
     return isinstance(init, str) and re.fullmatch(r"pissa(_niter_\d+)?", init) is not None
+
+
+def is_token_list(indices: object) -> bool:
+    """Whether something is a list of different token numbers."""
+    is_number = lambda i: isinstance(i, int) and not isinstance(i, bool) and i >= 0  # noqa: E731
+    return isinstance(indices, list) and all(map(is_number, indices)) and 0 < len(indices) == len(set(indices))
 
 
 @dataclass
@@ -64,6 +69,9 @@ class LoraConfig:
         use_dora: also train a magnitude per output (Liu et al., "DoRA", arXiv 2402.09353), for linear layers, Conv1D
             and embeddings.
         modules_to_save: names of modules to train and save whole, such as a new head.
+        trainable_token_indices: tokens whose rows of the embedding are trained, such as new ones: a list of whole
+            numbers, or names of embeddings and heads -> lists. Modules with the same weight, such as a tied head, have
+            the same rows.
         init_lora_weights: True: A uniform as in ``torch.nn.Linear``, B zero; ``"gaussian"``: A normal with standard
             deviation 1 / r, B zero; ``"orthogonal"``: A with orthonormal rows, B zero; False: both random, for tests.
             ``"pissa"``: the r largest singular vectors of the base weight, which keeps the rest (Meng, Wang, Zhang,
@@ -103,6 +111,7 @@ class LoraConfig:
     use_rslora: bool = False
     use_dora: bool = False
     modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     init_lora_weights: bool | str = True
     fan_in_fan_out: bool = False
     layers_to_transform: list[int] | int | None = None
@@ -146,6 +155,14 @@ class LoraConfig:
             value = getattr(self, name)
             if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
                 problems.append(f"{name} must be a dictionary of names and numbers, got {value!r}")
+        tokens = self.trainable_token_indices
+        for indices in tokens.values() if isinstance(tokens, Mapping) else [] if tokens is None else [tokens]:
+            if not is_token_list(indices):
+                problems.append(
+                    f"trainable_token_indices must be a list of whole numbers from 0, each once, or a dictionary of "
+                    f"names and such lists, got {tokens!r}"
+                )
+                break
         layers = self.layers_to_transform
         numbers = layers if isinstance(layers, list) else [] if layers is None else [layers]
         if not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):

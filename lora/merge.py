@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from leanstep._torch import is_dtensor
-from leanstep.lora.apply import adapted_experts, adapted_layers, all_adapters
+from leanstep.lora.apply import adapted_experts, adapted_layers, all_adapters, token_layers
 from leanstep.lora.layers.embedding import LoRAEmbeddingLayer
 from leanstep.lora.layers.experts import LoRAExpertsLayer
 from leanstep.lora.layers.frozen import quantized_kind
 from leanstep.lora.layers.linear import LoRALayer, LoRALinearLayer
 from leanstep.lora.layers.pissa import start_factors
 from leanstep.lora.layers.rule import dora_factor
+from leanstep.lora.layers.tokens import merge_tokens, unmerge_tokens
 
 # smaller DoRA factors leave too few digits of a row to divide them out again
 SMALL_FACTOR = 2.0**-8
@@ -116,6 +117,10 @@ def merge(model: nn.Module, *, keep_mask: bool = False, backup: bool = False) ->
         # checks one layer at a time before any change, without a copy of the model
         if not torch.isfinite(merged_weight(layer, keep_mask)).all():
             raise ValueError(f"merge: the merged weight of {name} holds NaN or infinity; nothing was merged")
+    tokens = dict(token_layers(model))
+    for name, trained in tokens.items():
+        if not torch.isfinite(trained.lora_token_rows).all():
+            raise ValueError(f"merge: the trained rows of {name} hold NaN or infinity; nothing was merged")
     report = MergeReport()
     if groups := tied_groups(model):
         model.lora_ties = untie(model, groups)  # type: ignore[assignment]
@@ -149,6 +154,8 @@ def merge(model: nn.Module, *, keep_mask: bool = False, backup: bool = False) ->
             if mask is not None:
                 report.masked[adapter.name] = int((~mask).sum())
             adapter.merged = True
+    for name, trained in tokens.items():
+        report.layers[name] = merge_tokens(trained, keep_mask)
     return report
 
 
@@ -234,6 +241,9 @@ def unmerge(model: nn.Module) -> MergeReport:
                 exact = 2 * _widened(weight) - _summed_parameter(module, leaf)
                 weight.copy_(exact if undo.mask is None else torch.where(undo.mask, exact, 0.0))
             adapter.merged, adapter.undo = False, None
+    for name, trained in token_layers(model):
+        unmerge_tokens(trained)
+        report.layers[name] = 0.0
     return report
 
 
@@ -253,6 +263,9 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     :func:`config_of_merged`, so that its config matches. Raises ValueError for quantised or parametrized bases.
     """
     layers, experts = dict(adapted_layers(model)), dict(adapted_experts(model))
+    tokens = {name: module for name, module in token_layers(model) if not module.tokens.merged}
+    # weights with trained rows, by those rows: tied modules have one
+    replaced: dict[int, Tensor] = {}
     untied = {holder.name for group in tied_groups(model) for holder in group}
     state = {}
     for name, value in model.state_dict().items():
@@ -267,6 +280,11 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
             value = _summed_parameter(experts[owner], key).to(value.dtype)
         elif layer is not None and not layer.lora.merged and key == "bias" and _has_bias_on_b(layer):
             value = value + _bias_shift(layer)
+        elif owner in tokens and key == "weight":
+            rows = id(tokens[owner].lora_token_rows)
+            if rows not in replaced:
+                replaced[rows] = tokens[owner].replaced(value)
+            value = replaced[rows]
         elif name in untied:
             # a copy, so that the file stores tied parameters under every name
             value = value.clone()

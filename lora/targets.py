@@ -10,11 +10,11 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
-from leanstep._torch import expert_weights, output_head
+from leanstep._torch import expert_weights, input_embedding, output_head
 from leanstep.lora.config import HEAD_TASKS, HEADS, LoraConfig
 from leanstep.lora.layers.frozen import is_linear, why_no_tensor, widths
 from leanstep.lora.peft.experts import names_read_as_experts
@@ -251,6 +251,56 @@ def fits_end(pattern: str, name: str) -> bool:
 def by_pattern(patterns: Mapping[str, float], name: str, default: float) -> float:
     """The value of the first pattern that fits the end of ``name``."""
     return next((value for key, value in patterns.items() if fits_end(key, name)), default)
+
+
+class Rows(NamedTuple):
+    """A module with trained rows, its tokens, and the name of the module whose rows it shares; "" for its own."""
+
+    module: nn.Module
+    tokens: list[int]
+    shares: str
+
+
+def select_tokens(model: nn.Module, config: LoraConfig) -> dict[str, Rows]:
+    """The modules of ``trainable_token_indices`` by name, each before those that have its weight.
+
+    Raises:
+        ValueError: for a name that fits no module, a model without an input embedding, or two lists for one weight.
+    """
+    asked = config.trainable_token_indices
+    if not asked:
+        return {}
+    modules = dict(model.named_modules())
+    if isinstance(asked, Mapping):
+        owners = {n: tokens for end, tokens in asked.items() for n in modules if n == end or n.endswith(f".{end}")}
+        if absent := [end for end in asked if not any(n == end or n.endswith(f".{end}") for n in modules)]:
+            raise ValueError(f"apply_lora: trainable_token_indices names {absent[0]!r}, which fits no module")
+    else:
+        embedding = input_embedding(model)
+        if embedding is None:
+            raise ValueError(
+                "apply_lora: trainable_token_indices is a list, and the model has no input embedding; give a "
+                "dictionary of module names and lists"
+            )
+        owners = {next(n for n, module in modules.items() if module is embedding): asked}
+    chosen: dict[str, Rows] = {}
+    for name, tokens in owners.items():
+        weight = getattr(modules[name], "weight", None)
+        first = next((n for n in chosen if getattr(modules[n], "weight", None) is weight), "")
+        if not first:
+            chosen[name] = Rows(modules[name], list(tokens), "")
+        elif chosen[first].tokens != tokens:
+            raise ValueError(
+                f"apply_lora: {first} and {name} have one weight, and trainable_token_indices gives them different "
+                "tokens; give both the same"
+            )
+    tied = {
+        n: Rows(module, rows.tokens, first)
+        for first, rows in chosen.items()
+        for n, module in modules.items()
+        if n not in chosen and isinstance(module, (nn.Embedding, nn.Linear)) and module.weight is rows.module.weight
+    }
+    return chosen | tied
 
 
 def _is_saved(config: LoraConfig, name: str) -> bool:

@@ -2,7 +2,8 @@
 
 A key is ``base_model.model.`` followed by PEFT's name of the parameter without the adapter's name:
 ``LAYER.lora_A.weight`` (r, in), ``LAYER.lora_B.weight`` (out, r), ``LAYER.lora_magnitude_vector`` (out,),
-``LAYER.lora_embedding_A`` (r, vocabulary). The bias of an adapted layer is ``LAYER.base_layer.bias``.
+``LAYER.lora_embedding_A`` (r, vocabulary), ``LAYER.token_adapter.trainable_tokens_delta`` (tokens, width). The bias of
+an adapted layer is ``LAYER.base_layer.bias``.
 """
 
 from __future__ import annotations
@@ -31,32 +32,39 @@ from leanstep.lora.apply import (
     attach_adapters,
     modules_to_save,
     plan_lora,
+    token_layers,
 )
 from leanstep.lora.config import LoraConfig, is_pissa
 from leanstep.lora.layers.experts import expert_sizes, file_keys
 from leanstep.lora.layers.frozen import widths
 from leanstep.lora.layers.linear import LoRALinearLayer
 from leanstep.lora.layers.pissa import move_start, start_factors
+from leanstep.lora.layers.tokens import IN_FILES, ROWS
 from leanstep.lora.peft.experts import names_read_as_experts
 from leanstep.lora.peft.layer_parameters import name_by_layers, name_by_weights, why_not_parameters
-from leanstep.lora.targets import rank_of, scale_of, select_parameters, without_foreign_names
+from leanstep.lora.targets import rank_of, scale_of, select_parameters, select_tokens, without_foreign_names
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 # those that torch converts to fp32
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
-_FACTORS = ("lora_A.", "lora_B.", "lora_magnitude_vector", "lora_embedding_A", "lora_embedding_B")
+_FACTORS = ("lora_A.", "lora_B.", "lora_magnitude_vector", "lora_embedding_A", "lora_embedding_B", ROWS)
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of a model's adapter under PEFT's keys. If tensors are sharded, all processes must call it."""
     config: LoraConfig = model.lora_config  # type: ignore[assignment]
     layers, in_files = dict(adapted_layers(model)), _adapted_keys(model)
+    shared = {name for name, module in token_layers(model) if module.tokens.shares}
     saved_whole = tuple(f"{name}." for name in modules_to_save(model, config))
     state = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner, _, end = name.rpartition(".")
-        if any(f".{factor}" in f".{name}" for factor in _FACTORS) or name.startswith(saved_whole):
+        if end == ROWS:
+            if owner in shared:
+                continue
+            key = f"{owner}.{IN_FILES}"
+        elif any(f".{factor}" in f".{name}" for factor in _FACTORS) or name.startswith(saved_whole):
             key = in_files.get(name, name)
         elif end == "bias" and parameter.requires_grad and config.bias != "none":
             key = f"{owner}.base_layer.bias" if owner in layers else name
@@ -192,6 +200,7 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], **changes: object
         raise ValueError(f"load_adapter: {source} does not fit this model ({base}): {error}") from error
     config = dataclasses.replace(config, **changes)  # type: ignore[arg-type]
     if adapted:
+        _compare_tokens(model, config, f"{source} ({base})")
         by_key = {key: name for name, key in _adapted_keys(model).items()}
         expected = set(_by_parameter(adapter_state(model), by_key))
         shapes = {key: _stored_shape(model, key) for key in expected}
@@ -301,7 +310,10 @@ def _by_parameter(tensors: dict[str, Tensor], by_key: dict[str, str]) -> dict[st
     state: dict[str, Tensor] = {}
     for key, value in tensors.items():
         if not key.endswith(".original_module.bias"):
-            name = key.removeprefix(PREFIX).replace(".modules_to_save.bias", ".bias")
+            name = (
+                key.removeprefix(PREFIX).replace(".modules_to_save.bias", ".bias").replace(f".{IN_FILES}", f".{ROWS}")
+            )
+            name = name.replace(".token_adapter.base_layer.", ".base_layer.")
             name = by_key.get(name, name)
             state[re.sub(r"\.base_layer\.(bias|weight)$", r".\1", name)] = value
     return state
@@ -348,6 +360,10 @@ def _planned_shapes(model: nn.Module, plan: dict[str, nn.Module], config: LoraCo
         count, n, m = expert_sizes(model.get_submodule(path), leaf)
         rank = rank_of(config, name) * count
         shapes |= {f"{path}.lora_A.{leaf}.weight": (rank, n), f"{path}.lora_B.{leaf}.weight": (m, rank)}
+    for name, rows in select_tokens(model, config).items():
+        if not rows.shares:
+            weight: Any = rows.module.weight
+            shapes[f"{name}.{ROWS}"] = (len(rows.tokens), weight.shape[1])
     for name, root in modules_to_save(model, config).items():
         shapes |= {f"{name}.{key}": tuple(p.shape) for key, p in root.named_parameters()}
     for name, parameter in model.named_parameters():
@@ -383,6 +399,17 @@ def _compare_scales(model: nn.Module, config: LoraConfig, where: str) -> None:
             f"load_adapter: {where} does not fit this model: {name} has scale {stored:g} in the file, {current:g} in "
             f"the model{more}, by lora_alpha, use_rslora or a pattern; call remove_lora(model) first to adapt it by "
             "the file's configuration"
+        )
+
+
+def _compare_tokens(model: nn.Module, config: LoraConfig, where: str) -> None:
+    """Raise ValueError if an adapted model trains the rows of other tokens than the file's."""
+    current = model.lora_config.trainable_token_indices  # type: ignore[union-attr]
+    if (current or None) != (config.trainable_token_indices or None):
+        raise ValueError(
+            f"load_adapter: {where} does not fit this model: it has trainable_token_indices "
+            f"{config.trainable_token_indices}, the model {current}; call remove_lora(model) first to adapt it by the "
+            "file's configuration"
         )
 
 

@@ -117,16 +117,6 @@ def test_models_without_experts_are_saved_without_a_line(tmp_path):
         save_adapter(apply_lora(make(name), LoraConfig(r=2, target_modules=["q_proj"])), tmp_path / name)
 
 
-def test_adapters_of_tokens_are_refused_by_name(tmp_path):
-    config = peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2])
-    peft.get_peft_model(make("mixtral"), config).save_pretrained(tmp_path)
-    base = make("mixtral")
-    message = "trainable_token_indices, which leanstep.lora does not have; load it with peft, .* accelerate_peft"
-    with pytest.raises(ValueError, match=message):
-        load_adapter(base, tmp_path)
-    assert not list(adapted_layers(base))
-
-
 def test_adapters_of_tokens_are_fast_where_peft_loads_them(tmp_path):
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 2], init_lora_weights=False)
     saved = peft.get_peft_model(make("llama"), config)

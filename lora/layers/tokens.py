@@ -1,0 +1,166 @@
+"""Trained rows of embeddings and heads, PEFT's ``trainable_token_indices``: ``y = V[t]`` for the trained tokens t.
+
+V (tokens, width) begins at the rows of the base weight and replaces them. The logits of these tokens in a head are
+``V x``, with the head's bias.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from leanstep.lora.layers.linear import Mixin, factor_type, mixture
+
+# the parameter's name here, and in PEFT's files
+ROWS, IN_FILES = "lora_token_rows", "token_adapter.trainable_tokens_delta"
+
+
+@dataclass
+class TrainedTokens:
+    """The state of a module with trained rows.
+
+    Attributes:
+        name: the module's name in the model.
+        base: the class that the module had before.
+        shares: whether the rows are those of another module that has the same weight.
+        enabled: whether the trained rows are on.
+        merged: whether the base weight contains them.
+        undo: the rows of the base weight before a merge.
+    """
+
+    name: str
+    base: Any = nn.Module
+    shares: bool = False
+    enabled: bool = True
+    merged: bool = False
+    undo: Tensor | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether a forward pass computes with the rows."""
+        return self.enabled and not self.merged
+
+
+class TokenLayer(Mixin):
+    """Base of modules with trained rows.
+
+    Attributes:
+        tokens: the :class:`TrainedTokens`.
+        lora_token_rows: V (tokens, width).
+        lora_tokens, lora_token_order: int64 (tokens,), the tokens in ascending order, and the place of each in V. Not
+            in the state.
+    """
+
+    tokens: TrainedTokens
+    lora_token_rows: nn.Parameter
+    lora_tokens: Tensor
+    lora_token_order: Tensor
+
+    @property
+    def indices(self) -> Tensor:
+        """The tokens in the order of V, int64."""
+        return torch.empty_like(self.lora_tokens).index_copy_(0, self.lora_token_order, self.lora_tokens)
+
+    def replaced(self, weight: Tensor) -> Tensor:
+        """A copy of the base weight with V in place of its rows."""
+        rows = self.lora_token_rows.detach().to(weight)
+        return weight.detach().index_copy(0, self.indices, rows)
+
+
+class TokenEmbedding(TokenLayer):
+    """An embedding with trained rows, mixed into the embedding's class."""
+
+    def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Integer tokens [...] to [..., width]."""
+        base = super().forward(tokens, *args, **kwargs)
+        if not self.tokens.active:
+            return base
+        place = torch.searchsorted(self.lora_tokens, tokens).clamp_(max=len(self.lora_tokens) - 1)
+        is_trained = torch.eq(self.lora_tokens[place], tokens).unsqueeze(-1)
+        rows = F.embedding(self.lora_token_order[place], self.lora_token_rows)
+        embed_scale = getattr(self, "embed_scale", None)
+        if embed_scale is not None:
+            # some models scale the output inside the embedding
+            rows = rows * torch.as_tensor(embed_scale).to(rows)
+        if self.padding_idx is not None:
+            rows = torch.where(torch.eq(tokens, self.padding_idx).unsqueeze(-1), rows.detach(), rows)  # type: ignore[arg-type]
+        return torch.where(is_trained, rows.to(base.dtype), base)
+
+
+class TokenHead(TokenLayer):
+    """An output head with trained rows, mixed into a linear layer's class."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """[..., width] to logits [..., vocabulary]."""
+        base = super().forward(x, *args, **kwargs)
+        if not self.tokens.active:
+            return base
+        bias = getattr(self, "bias", None)
+        indices = self.indices
+        logits = F.linear(x, self.lora_token_rows.to(x.dtype), None if bias is None else bias[indices].to(x.dtype))
+        return base.index_copy(-1, indices, logits.to(base.dtype))
+
+
+def why_no_tokens(module: nn.Module, indices: list[int]) -> str | None:
+    """Why rows of a module cannot be trained; None if they can."""
+    if not isinstance(module, (nn.Embedding, nn.Linear)):
+        return f"it is a {type(module).__name__}; expected an embedding or a linear output head"
+    count = module.num_embeddings if isinstance(module, nn.Embedding) else module.out_features
+    outside = [index for index in indices if index >= count]
+    if outside:
+        return f"it has {count} tokens, and {outside[0]} is not one of them"
+    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
+        return "it has max_norm or sparse gradients"
+    if not isinstance(module.weight, nn.Parameter) or not module.weight.is_floating_point():
+        return "its weight is quantised or made by a parametrization"
+    return None
+
+
+def attach_tokens(module: Any, name: str, indices: list[int], rows: nn.Parameter | None = None) -> None:
+    """Train rows of a module, in place, after all checks; ``rows`` are those of another module with the same weight."""
+    weight = module.weight
+    given = torch.tensor(indices, dtype=torch.int64, device=weight.device)
+    tokens, order = given.sort()
+    module.register_buffer("lora_tokens", tokens, persistent=False)
+    module.register_buffer("lora_token_order", order, persistent=False)
+    module.tokens = TrainedTokens(name, type(module), rows is not None)
+    if rows is None:
+        rows = nn.Parameter(weight.detach()[given].to(**factor_type(weight)))
+    module.lora_token_rows = rows
+    mixin: Any = TokenEmbedding if isinstance(module, nn.Embedding) else TokenHead
+    base: Any = type(module)
+    module.__class__ = mixture(base, mixin)
+
+
+def detach_tokens(module: Any) -> None:
+    """Remove the trained rows of a module, and restore the class it had before. Merged rows stay in the weight."""
+    base = module.tokens.base
+    for name in (ROWS, "lora_tokens", "lora_token_order", "tokens"):
+        delattr(module, name)
+    module.__class__ = base
+
+
+def merge_tokens(module: Any, keep_mask: bool) -> float:
+    """Write the trained rows into the base weight; returns the rounding error. Raises nothing: checked before."""
+    state: TrainedTokens = module.tokens
+    state.merged = True
+    if state.shares:
+        return 0.0
+    indices, rows = module.indices, module.lora_token_rows.detach()
+    state.undo = module.weight.detach()[indices].clone()
+    if keep_mask:
+        rows = torch.where(state.undo != 0, rows, 0.0)
+    module.weight.index_copy_(0, indices, rows.to(module.weight.dtype))
+    return float((module.weight[indices].to(rows.dtype) - rows).abs().max())
+
+
+def unmerge_tokens(module: Any) -> None:
+    """Write the rows of before the merge back, bit for bit."""
+    state: TrainedTokens = module.tokens
+    if state.undo is not None:
+        module.weight.index_copy_(0, module.indices, state.undo)
+    state.merged, state.undo = False, None
