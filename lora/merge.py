@@ -23,7 +23,7 @@ from leanstep.lora.layers.frozen import quantized_kind
 from leanstep.lora.layers.linear import LoRALayer, LoRALinearLayer
 from leanstep.lora.layers.pissa import start_factors
 from leanstep.lora.layers.rule import dora_factor
-from leanstep.lora.layers.tokens import merge_tokens, unmerge_tokens
+from leanstep.lora.layers.tokens import check_tokens, merge_tokens, unmerge_tokens
 
 # smaller DoRA factors leave too few digits of a row to divide them out again
 SMALL_FACTOR = 2.0**-8
@@ -119,8 +119,7 @@ def merge(model: nn.Module, *, keep_mask: bool = False, backup: bool = False) ->
             raise ValueError(f"merge: the merged weight of {name} holds NaN or infinity; nothing was merged")
     tokens = dict(token_layers(model))
     for name, trained in tokens.items():
-        if not torch.isfinite(trained.lora_token_rows).all():
-            raise ValueError(f"merge: the trained rows of {name} hold NaN or infinity; nothing was merged")
+        check_tokens(name, trained)
     report = MergeReport()
     if groups := tied_groups(model):
         model.lora_ties = untie(model, groups)  # type: ignore[assignment]
@@ -156,6 +155,8 @@ def merge(model: nn.Module, *, keep_mask: bool = False, backup: bool = False) ->
             adapter.merged = True
     for name, trained in tokens.items():
         report.layers[name] = merge_tokens(trained, keep_mask)
+        if keep_mask and trained.tokens.undo is not None:
+            report.masked[name] = int((trained.tokens.undo == 0).sum())
     return report
 
 
@@ -282,6 +283,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
             value = value + _bias_shift(layer)
         elif owner in tokens and key == "weight":
             rows = id(tokens[owner].lora_token_rows)
+            check_tokens(owner, tokens[owner])
             if rows not in replaced:
                 replaced[rows] = tokens[owner].replaced(value)
             value = replaced[rows]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from leanstep._torch import is_dtensor
 from leanstep.lora.layers.linear import Mixin, factor_type, mixture
 
 # the parameter's name here, and in PEFT's files
@@ -79,9 +80,9 @@ class TokenEmbedding(TokenLayer):
         base = super().forward(tokens, *args, **kwargs)
         if not self.tokens.active:
             return base
-        place = torch.searchsorted(self.lora_tokens, tokens).clamp_(max=len(self.lora_tokens) - 1)
-        is_trained = torch.eq(self.lora_tokens[place], tokens).unsqueeze(-1)
-        rows = F.embedding(self.lora_token_order[place], self.lora_token_rows)
+        position = torch.searchsorted(self.lora_tokens, tokens).clamp_(max=len(self.lora_tokens) - 1)
+        is_trained = torch.eq(self.lora_tokens[position], tokens).unsqueeze(-1)
+        rows = F.embedding(self.lora_token_order[position], self.lora_token_rows)
         embed_scale = getattr(self, "embed_scale", None)
         if embed_scale is not None:
             # some models scale the output inside the embedding
@@ -144,8 +145,16 @@ def detach_tokens(module: Any) -> None:
     module.__class__ = base
 
 
+def check_tokens(name: str, module: Any) -> None:
+    """Raise ValueError if the trained rows cannot be written into the base weight."""
+    if is_dtensor(module.weight):
+        raise ValueError(f"merge: the weight of {name}, whose rows are trained, is sharded; merge before it is sharded")
+    if not torch.isfinite(module.lora_token_rows).all():
+        raise ValueError(f"merge: the trained rows of {name} hold NaN or infinity; nothing was merged")
+
+
 def merge_tokens(module: Any, keep_mask: bool) -> float:
-    """Write the trained rows into the base weight; returns the rounding error. Raises nothing: checked before."""
+    """Write the trained rows into the base weight; returns the rounding error. :func:`check_tokens` comes first."""
     state: TrainedTokens = module.tokens
     state.merged = True
     if state.shares:

@@ -128,6 +128,33 @@ def test_merging_writes_the_rows_and_unmerging_returns_the_weights(tied, asked, 
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in plain.named_parameters()]
 
 
+def test_merging_keeps_zeros_on_request():
+    model = base()
+    model.get_input_embeddings().weight.data[1, :4] = 0
+    apply_lora(model, LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=TRAINED))
+    rows = model.get_input_embeddings().lora_token_rows
+    nn.init.normal_(rows)
+    report = merge(model, keep_mask=True)
+    assert report.masked["model.embed_tokens"] == 4
+    weight = model.get_input_embeddings().weight
+    assert not weight[1, :4].any() and torch.equal(weight[1, 4:], rows[TRAINED.index(1), 4:])
+
+
+@pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "not-finite"])
+def test_rows_that_cannot_be_merged_are_refused_before_anything_changes(sharded, monkeypatch):
+    config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=TRAINED, init_lora_weights=False)
+    model = apply_lora(base(), config)
+    if sharded:
+        monkeypatch.setattr("leanstep.lora.layers.tokens.is_dtensor", lambda tensor: True)
+    else:
+        model.get_input_embeddings().lora_token_rows.data[0, 0] = torch.nan
+    before = {name: tensor.nan_to_num() for name, tensor in model.state_dict().items()}
+    for write in (merge, merged_state_dict):
+        with pytest.raises(ValueError, match="sharded; merge before" if sharded else "hold NaN or infinity"):
+            write(model)
+    assert all(torch.equal(tensor.nan_to_num(), before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_only_the_rows_are_trained_and_a_step_changes_no_other_token():
     model = apply_lora(base(), LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=TRAINED))
     groups = {group["name"]: [name for name, _ in group["params"]] for group in lora_groups(model, lr=1e-2)}
