@@ -316,7 +316,6 @@ def hang_in_step_4():
     def hanging(*arguments, **options):
         steps.append(1)
         if len(steps) == 4:
-            print("hanging", flush=True)
             handler = signal.getsignal(signal.SIGINT)
 
             def noted(*details):
@@ -324,6 +323,8 @@ def hang_in_step_4():
                 print("noted", flush=True)
 
             signal.signal(signal.SIGINT, noted)
+            # last: who reads it may send the signal at once
+            print("hanging", flush=True)
             while True:
                 time.sleep(0.01)
         return backward(*arguments, **options)
