@@ -102,8 +102,15 @@ _SPARSE_MFAC = {"window": 256, "damping": 1e-4, "compression": "topk", "density"
 _SINKGD, _LANTON = "leanstep.optimizers:SinkGD", "leanstep.optimizers:LANTON"
 _LION, _MFAC = "leanstep.optimizers:Lion", "leanstep.optimizers:MFAC"
 
-# searches from the start of all models that ended on an edge, by label and model
-MOVED_STARTS = {("LANTON", "gpt-nano"): (2e-2, 5e-3), ("LANTON, plain", "gpt-nano"): (2e-2, 5e-3)}
+# by label and model: searches from the start of all models that ended on an edge, and the one rate of adapters
+MOVED_STARTS = {
+    ("LANTON", "gpt-nano"): (2e-2, 5e-3),
+    ("LANTON, plain", "gpt-nano"): (2e-2, 5e-3),
+    ("AdamW", "llama-nano-lora"): (8e-3, 8e-3),
+    ("SinkGD, AdamW on the rest", "llama-nano-lora"): (8e-2, 8e-2),
+    ("Muon, AdamW on the rest", "llama-nano-lora"): (3.2e-2, 3.2e-2),
+    ("Lion", "llama-nano-lora"): (1e-3, 1e-3),
+}
 
 # in the order in which they run: the first answers come first
 METHODS = {

@@ -43,7 +43,13 @@ class Protocol:
     @cached_property
     def config(self) -> RunConfig:
         """The recipe of AdamW for this model. Raises ConfigError for a model without one."""
-        return load(f"{self.model}-adamw", (f"precision={self.precision}", *self.overrides))
+        name = self.model if self.model.endswith("-lora") else f"{self.model}-adamw"
+        return load(name, (f"precision={self.precision}", *self.overrides))
+
+    @property
+    def rates(self) -> int:
+        """Learning rates that the search moves: 2, or 1 where adapters alone are trained, which have one role."""
+        return 1 if self.config.lora.target_modules else 2
 
     @cached_property
     def definition(self) -> dict[str, Any]:
@@ -54,9 +60,11 @@ class Protocol:
         """
         defaults = asdict(RunConfig())
         recipe: dict[str, Any] = {}
-        for section in ("model", "data", "batch", "schedule"):
+        for section in ("model", "data", "batch", "schedule", "lora"):
             values = asdict(getattr(self.config, section))
-            recipe[section] = {k: v for k, v in values.items() if v != defaults[section][k] and k != "cache_dir"}
+            different = {k: v for k, v in values.items() if v != defaults[section][k] and k != "cache_dir"}
+            if different or section != "lora":
+                recipe[section] = different
         recipe["max_grad_norm"] = self.config.max_grad_norm
         return json.loads(json.dumps({"version": VERSION, **asdict(self), "recipe": recipe}))
 
@@ -74,7 +82,7 @@ class Protocol:
 class Run:
     """One training run. Step sizes and weight decay are None where the defaults of the optimizer's class hold."""
 
-    kind: str  # tune or judge
+    kind: str  # tune, judge, or half: judged with a schedule of half the steps
     method: str
     seed: int
     hidden_lr: float | None
@@ -84,7 +92,8 @@ class Run:
 
     def steps(self, protocol: Protocol) -> int:
         """Number of steps."""
-        return protocol.tune_steps if self.kind == "tune" else protocol.judge_steps
+        steps = {"tune": protocol.tune_steps, "judge": protocol.judge_steps, "half": protocol.judge_steps // 2}
+        return steps[self.kind]
 
 
 def digest(value: Any) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from comparison.protocol import ComparisonError, Protocol, Run
 from comparison.results import Results, Writer, run_row
-from comparison.search import EdgeError, Search, plan
+from comparison.search import EdgeError, Search, judged_runs, plan
 from comparison.training import environment, start_worker, time_steps, train
 
 
@@ -25,8 +25,8 @@ class Scheduler:
     """Runs what the methods need, those of earlier methods first."""
 
     def __init__(self, results: Results, writer: Writer, methods: list[str], budget: int, workers: int,
-                 minutes: float) -> None:  # fmt: skip
-        self.results, self.writer, self.methods = results, writer, methods
+                 minutes: float, half: bool = False) -> None:  # fmt: skip
+        self.results, self.writer, self.methods, self.half = results, writer, methods, half
         self.protocol: Protocol = results.protocol
         self.search = Search.of_this_version(budget, self.protocol.model)
         self.workers = workers
@@ -80,14 +80,18 @@ class Scheduler:
     def wanted(self) -> list[Run]:
         """Runs that could start now, in order; methods that end on an edge have none."""
         runs: list[Run] = []
+        half: list[Run] = []
         for method in self.methods:
             try:
-                runs += plan(method, self.protocol, self.search, self.results.losses).missing
+                state = plan(method, self.protocol, self.search, self.results.losses)
+                runs += state.missing
+                if self.half and state.chosen is not None:
+                    half += judged_runs(state.chosen, self.protocol, "half")
             except EdgeError as error:
                 if method not in self.edges:
                     self.edges[method] = str(error)
                     print(f"error: {error}", flush=True)
-        return runs
+        return runs + [run for run in half if run not in self.results.rows]
 
     def _store(self, run: Run, result: dict[str, Any]) -> None:
         row = run_row(self.protocol, run, {**result, "environment": self.environment})

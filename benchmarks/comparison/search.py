@@ -14,7 +14,6 @@ from comparison.methods import METHODS, default_run
 from comparison.protocol import ComparisonError, Protocol, Run
 
 Point = tuple[int, int]  # powers of two of hidden and other learning rate, relative to the start
-FIRST = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
 _REACH = 4
 # losses this close are the same: the standard errors of judged rows are larger
 TIE = 1e-3
@@ -45,34 +44,40 @@ class Plan(NamedTuple):
     chosen: Run | None
 
 
+def square(reach: int, rates: int = 2) -> list[Point]:
+    """The points of at most this distance from the start along the axis of each learning rate."""
+    along = range(-reach, reach + 1)
+    return [(i, j) for i in along for j in (along if rates == 2 else (0,))]
+
+
 def grid_size(protocol: Protocol, budget: int) -> int:
     """Runs of the budget that go to learning rates. Raises ComparisonError for a budget too small to widen the grid."""
+    first = len(square(1, protocol.rates))
     size = budget - len(protocol.other_settings())
-    if size <= len(FIRST):
+    if size <= first:
         raise ComparisonError(
-            f"a budget of {budget} tuning runs is too small: {len(FIRST)} are the first grid, "
+            f"a budget of {budget} tuning runs is too small: {first} are the first grid, "
             f"{len(protocol.other_settings())} are for weight decay and warm-up, and the grid must be able to widen; "
-            f"take at least {len(FIRST) + len(protocol.other_settings()) + 1}"
+            f"take at least {first + len(protocol.other_settings()) + 1}"
         )
     return size
 
 
-def grid_search(losses: Mapping[Point, float], size: int) -> tuple[list[Point], list[Point]]:
+def grid_search(losses: Mapping[Point, float], size: int, rates: int = 2) -> tuple[list[Point], list[Point]]:
     """Replay the search of ``size`` learning-rate pairs. Returns (points tried or to try, those without a loss).
 
-    After the first grid of 3 x 3, a round takes the untried points that are nearest to the best one, so the grid widens
-    to the side of the best. Points of a round do not depend on each other.
+    After the first grid of 3 x 3 (3 where there is one rate), a round takes the untried points that are nearest to the
+    best one, so the grid widens to the side of the best. Points of a round do not depend on each other.
     """
-    points = FIRST[:size]
+    points = square(1, rates)[:size]
     while not (missing := [point for point in points if point not in losses]) and len(points) < size:
-        points = points + _nearest(best(losses, points), points)[: size - len(points)]
+        points = points + _nearest(best(losses, points), points, rates)[: size - len(points)]
     return points, missing
 
 
-def _nearest(centre: Point, points: list[Point]) -> list[Point]:
+def _nearest(centre: Point, points: list[Point], rates: int) -> list[Point]:
     """The untried points at the smallest distance from the centre."""
-    steps = range(-_REACH, _REACH + 1)
-    around = [(centre[0] + i, centre[1] + j) for i in steps for j in steps]
+    around = [(centre[0] + i, centre[1] + j) for i, j in square(_REACH, rates)]
     distances = {p: math.dist(p, centre) for p in around if p not in points}
     return [point for point, distance in distances.items() if distance == min(distances.values())]
 
@@ -82,18 +87,19 @@ def best(losses: Mapping[Point, float], points: list[Point]) -> Point:
     return min(points, key=lambda point: (losses[point], sum(point), point))
 
 
-def is_interior(point: Point, points: list[Point]) -> bool:
-    """Whether both neighbours of a point along both axes were tried."""
+def is_interior(point: Point, points: list[Point], rates: int = 2) -> bool:
+    """Whether both neighbours of a point along the axis of each rate were tried."""
     i, j = point
-    return {(i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)} <= set(points)
+    neighbours = {(i - 1, j), (i + 1, j)} | ({(i, j - 1), (i, j + 1)} if rates == 2 else set())
+    return neighbours <= set(points)
 
 
-def best_inside(losses: Mapping[Point, float], points: list[Point]) -> Point:
+def best_inside(losses: Mapping[Point, float], points: list[Point], rates: int = 2) -> Point:
     """The best point; if it is on an edge, the best one inside with the same loss (to :data:`TIE`), if there is one."""
     overall = best(losses, points)
-    if is_interior(overall, points):
+    if is_interior(overall, points, rates):
         return overall
-    inside = [point for point in points if is_interior(point, points) and losses[point] <= losses[overall] + TIE]
+    inside = [point for point in points if is_interior(point, points, rates) and losses[point] <= losses[overall] + TIE]
     return best(losses, inside) if inside else overall
 
 
@@ -114,19 +120,19 @@ def plan(method: str, protocol: Protocol, search: Search, losses: Mapping[Run, f
         chosen = default_run(method, protocol, protocol.judge_seeds[0])
         return Plan([], [run for run in judged_runs(chosen, protocol) if run not in losses], chosen)
     first, start = (protocol.weight_decays[0], protocol.warmups[0]), search.starts[method]
-    size = grid_size(protocol, search.budget)
+    size, rates = grid_size(protocol, search.budget), protocol.rates
 
     def run_at(point: Point, settings: tuple[float, float] = first) -> Run:
         return tune_run(method, protocol, start, point, settings)
 
     run_points = {_point(run, start) for run in losses if run.kind == "tune" and run.method == method}
     tried = {point: losses[run_at(point)] for point in run_points if run_at(point) in losses}
-    points, missing = grid_search(tried, size)
+    points, missing = grid_search(tried, size, rates)
     grid = [run_at(point) for point in points]
     if missing:
         return Plan(grid, [run_at(point) for point in missing], None)
-    centre = best_inside(tried, points)
-    if not is_interior(centre, points) or math.isinf(tried[centre]):
+    centre = best_inside(tried, points, rates)
+    if not is_interior(centre, points, rates) or math.isinf(tried[centre]):
         raise EdgeError(_edge(run_at(centre), search.budget, math.isinf(tried[centre])))
     others = [run_at(centre, settings) for settings in protocol.other_settings()]
     if missing_others := [run for run in others if run not in losses]:
@@ -145,9 +151,9 @@ def _settings(run: Run) -> tuple[float | None, float | None, float | None, float
     return run.hidden_lr, run.other_lr, run.weight_decay, run.warmup
 
 
-def judged_runs(chosen: Run, protocol: Protocol) -> list[Run]:
-    """The judged runs of the chosen settings, by seed."""
-    return [Run("judge", chosen.method, seed, *_settings(chosen)) for seed in protocol.judge_seeds]
+def judged_runs(chosen: Run, protocol: Protocol, kind: str = "judge") -> list[Run]:
+    """The judged runs of the chosen settings, by seed; ``kind="half"``: those of half the steps."""
+    return [Run(kind, chosen.method, seed, *_settings(chosen)) for seed in protocol.judge_seeds]
 
 
 def _edge(run: Run, budget: int, diverged: bool) -> str:

@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from comparison.growth import budget_table, transfer_table
 from comparison.methods import METHODS
 from comparison.protocol import ComparisonError
 from comparison.results import Results, read
@@ -29,10 +30,16 @@ def blocks(path: Path) -> dict[str, str]:
     results = read(path)
     rows, others = summarise(results)
     model = results.protocol.model
-    return {
+    contents = {
         f"compare-{model}": _comparison(results, rows, others, path),
         f"chosen-{model}": _chosen(results, rows),
     }
+    if budgets := budget_table(results, rows):
+        head, cells, reading = budgets
+        contents[f"budgets-{model}"] = f"{markdown(head, cells)}\n\n{_paragraph(reading)}"
+    if transfer := transfer_table(results, rows, path):
+        contents[f"transfer-{model}"] = markdown(*transfer)
+    return contents
 
 
 def figure_path(model: str) -> str:

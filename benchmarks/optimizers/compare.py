@@ -1,12 +1,13 @@
 """Compare optimizers on a nano model against a tuned AdamW: the same search for all, judged on other seeds.
 
     python benchmarks optimizers/compare --out runs/compare [--family llama] [--size nano] [--workers 2] \
-        [--minutes 30] [--budget 20] [--methods adamw sinkgd] [key=value ...]
+        [--minutes 30] [--budget 20] [--half] [--methods adamw sinkgd] [key=value ...]
     python benchmarks optimizers/compare --report docs/results/llama-nano.jsonl [--write]
 
 docs/protocol.md has the rules. The first command makes the runs that its file (OUT/FAMILY-SIZE.jsonl) does not have yet
 and prints the tables; it can be killed at any moment and goes on where it stopped. ``--minutes`` ends it in time.
-Further ``key=value`` pairs are settings of the recipe FAMILY-SIZE-adamw, for all runs. The second command prints the
+``--size nano-lora`` compares them on the adapters of a pretrained nano. Further ``key=value`` pairs are settings of the
+recipe FAMILY-SIZE-adamw (of llama-nano-lora itself), for all runs. The second command prints the
 tables of a file; ``--write`` puts them into docs/, with the figure.
 Exit codes: 0 complete, 1 a problem, 2 bad settings, 3 time is up.
 """
@@ -38,6 +39,7 @@ PARSER = command_line(
     eval_every=(_DEFAULTS.eval_every, "steps between evaluations of judged runs; default: %(default)s"),
     precision=(_DEFAULTS.precision, "fp32, or bf16 for products; default: %(default)s"),
     judge_seeds=list(_DEFAULTS.judge_seeds),
+    half=(False, "judge with half of the steps too, and compare the orders"),
     write=(False, "with --report: write tables and figure into docs/"),
 )
 PARSER.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder; default: %(default)s")
@@ -83,7 +85,7 @@ def compare(options) -> int:
         METHODS[method].optimizer_class()
     path, code = options.out / f"{protocol.model}.jsonl", 0
     with writing(path, protocol) as (results, writer):
-        scheduler = Scheduler(results, writer, methods, options.budget, options.workers, options.minutes)
+        scheduler = Scheduler(results, writer, methods, options.budget, options.workers, options.minutes, options.half)
         try:
             scheduler.go()
         except Stopped as stop:

@@ -18,9 +18,9 @@ parts = pytest.fixture(scope="module")(comparison_modules)
 # -- the search
 
 
-def loss_of(parts, surface, run):
+def loss_of(parts, surface, run, model):
     """Loss of a tuning run on a surface over log2 of its rates relative to the start."""
-    start = parts.methods.METHODS[run.method].start
+    start = parts.methods.METHODS[run.method].start_for(model)
     point = math.log2(run.hidden_lr / start[0]), math.log2(run.other_lr / start[1])
     return surface(*point, run.weight_decay, run.warmup)
 
@@ -32,7 +32,7 @@ def finish(parts, protocol, method, budget, surface):
         state = parts.search.plan(method, protocol, parts.search.Search.of_this_version(budget, protocol.model), losses)
         if state.chosen is not None:
             return state, losses
-        losses |= {run: loss_of(parts, surface, run) for run in state.missing}
+        losses |= {run: loss_of(parts, surface, run, protocol.model) for run in state.missing}
 
 
 def quadratic(x0, y0, tilt=0.0, decay=0.0, warmup=0.15):
@@ -79,7 +79,7 @@ def test_a_best_on_the_edge_is_an_error_that_a_larger_budget_cures(parts):
     small, search = {}, parts.search.Search.of_this_version(20, protocol.model)
     with pytest.raises(parts.search.EdgeError):
         while missing := parts.search.plan("lion", protocol, search, small).missing:
-            small |= {run: loss_of(parts, surface, run) for run in missing}
+            small |= {run: loss_of(parts, surface, run, protocol.model) for run in missing}
     assert set(small) < set(losses)
 
 
@@ -115,6 +115,21 @@ def test_a_missing_class_is_told(parts):
     method = parts.methods.Method("torch.optim:NoSuchOptimizer", "No such optimizer")
     with pytest.raises(parts.protocol.ComparisonError, match="install a torch that has it.*--methods"):
         method.optimizer_class()
+
+
+@pytest.mark.parametrize("optimum", [0, 2, -3, 1.4])
+def test_adapters_have_one_rate(parts, optimum):
+    protocol = parts.protocol.Protocol(model="llama-nano-lora")
+    assert protocol.rates == 1 and parts.search.grid_size(protocol, 12) == 7
+    surface = quadratic(optimum, 0)
+    state, losses = finish(parts, protocol, "sinkgd", 12, surface)
+    hidden, other = parts.methods.METHODS["sinkgd"].start_for(protocol.model)
+    assert {run.other_lr for run in losses} == {other} and len(losses) == 12
+    assert math.log2(state.chosen.hidden_lr / hidden) == round(optimum)
+    with pytest.raises(parts.search.EdgeError, match="on the edge"):
+        finish(parts, protocol, "sinkgd", 9, quadratic(4, 0))
+    with pytest.raises(parts.protocol.ComparisonError, match="3 are the first grid.*take at least 9"):
+        parts.search.grid_size(protocol, 8)
 
 
 # -- statistics
@@ -173,6 +188,43 @@ def test_the_pages_are_those_of_the_committed_results(parts):
     for file in files:
         for page, text in parts.tables.pages(file, ROOT).items():
             assert page.read_text("utf-8") == text, f"{page} is not what --report {file.name} --write makes of it"
+
+
+def appended(parts, path, protocol, kind, loss):
+    """Add judged runs of a kind, for each method that has settings; ``loss`` of method and seed."""
+    with parts.results.writing(path, protocol) as (results, writer):
+        for method in ("adamw", "sinkgd", "lion-default"):
+            chosen = parts.search.plan(method, protocol, results.search, results.losses).chosen
+            for run in parts.search.judged_runs(chosen, protocol, kind):
+                row = {"status": "done", "losses": [[40, 4000, loss(method, run.seed)]], "bytes": {"weights": 1}}
+                writer.append(parts.results.run_row(protocol, run, {**row, "environment": {"commit": "abc"}}))
+
+
+@pytest.mark.parametrize(("sinkgd", "reading"), [
+    (5.6, "SinkGD, AdamW on the rest and AdamW (an interval of their difference holds zero)"),
+    (5.0, "the same with half of the steps and with all"),
+])  # fmt: skip
+def test_orders_at_half_and_all_steps(parts, tmp_path, sinkgd, reading):
+    path = tmp_path / "r.jsonl"
+    protocol = synthetic(parts, path)
+    assert "budgets-llama-nano" not in parts.tables.blocks(path)
+    levels = {"adamw": 5.5, "sinkgd": sinkgd, "lion-default": 7.0}
+    # at 5.6, the difference is 0, 0.1 and 0.2
+    appended(parts, path, protocol, "half", lambda m, seed: levels[m] + 0.1 * (seed - 2) * (2 if m == "sinkgd" else 1))
+    assert parts.protocol.Run("half", "adamw", 1, None, None, None, 0.05).steps(protocol) == protocol.judge_steps // 2
+    text = parts.tables.blocks(path)["budgets-llama-nano"]
+    assert reading in " ".join(text.split())
+    assert f"| AdamW | 5.500 ± {scipy.stats.sem([5.4, 5.5, 5.6]):.3f} | {1 if sinkgd > 5.5 else 2} | – |" in text
+
+
+def test_rates_of_the_nano_beside_a_larger_model(parts, tmp_path):
+    nano, larger = tmp_path / "llama-nano.jsonl", tmp_path / "llama-micro.jsonl"
+    synthetic(parts, larger, model="llama-micro")
+    assert "transfer-llama-micro" not in parts.tables.blocks(larger)
+    synthetic(parts, nano)
+    assert "transfer-llama-nano" not in parts.tables.blocks(nano)
+    text = parts.tables.blocks(larger)["transfer-llama-micro"]
+    assert "| AdamW | 0.001 | 0.02 | 0.001 (1 x) | 0.02 (1 x) | +0.000 |" in text and "Lion" not in text
 
 
 # -- the file of results

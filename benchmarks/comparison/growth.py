@@ -1,0 +1,121 @@
+"""How the order of the methods changes with the number of steps, and their best rates with the size of the model."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from pathlib import Path
+
+from comparison.methods import METHODS
+from comparison.protocol import Run
+from comparison.results import Results, final_loss, read
+from comparison.search import judged_runs, plan
+from comparison.summary import BASELINE, Interval, Row, paired_difference, standard_error
+
+_HEAD = ("loss, mean ± s.e.", "rank", "difference to tuned AdamW [95 %]")
+
+
+def budget_table(results: Results, rows: list[Row]) -> tuple[list[str], list[list[str]], str] | None:
+    """Head, cells and reading of the methods judged with half of the steps and with all; None if fewer than two are.
+
+    Rows with a seed that diverged are left out.
+    """
+    whole = {row.method: row.losses for row in rows if row.mean is not None}
+    halves = {row.method: losses for row in rows if (losses := _half_losses(results, row.chosen)) is not None}
+    methods = [method for method in whole if method in halves]
+    if len(methods) < 2:
+        return None
+    columns = []
+    for losses in ({m: halves[m] for m in methods}, {m: whole[m] for m in methods}):
+        order = sorted(methods, key=lambda m, by=losses: statistics.mean(by[m]))
+        columns.append({m: _budget_cells(losses, m, order.index(m) + 1) for m in methods})
+    steps = results.protocol.judge_steps
+    head = ["optimizer", *(f"{steps // 2} steps: {name}" for name in _HEAD), *(f"{steps}: {name}" for name in _HEAD)]
+    cells = [[METHODS[m].label + ("" if METHODS[m].start else ", defaults"), *columns[0][m], *columns[1][m]]
+             for m in methods]  # fmt: skip
+    return head, cells, _order_reading(methods, halves, whole)
+
+
+def _half_losses(results: Results, chosen: Run) -> tuple[float, ...] | None:
+    """Losses of all seeds with half of the steps; None unless all are there and finite."""
+    runs = judged_runs(chosen, results.protocol, "half")
+    if any(run not in results.rows for run in runs):
+        return None
+    losses = tuple(final_loss(results.rows[run]) for run in runs)
+    return losses if all(map(math.isfinite, losses)) else None
+
+
+def _budget_cells(losses: dict[str, tuple[float, ...]], method: str, rank: int) -> list[str]:
+    values = losses[method]
+    difference = "–"
+    if method != BASELINE and BASELINE in losses:
+        difference = f"{paired_difference(values, losses[BASELINE]):+.3f}"
+    return [f"{statistics.mean(values):.3f} ± {standard_error(values):.3f}", str(rank), difference]
+
+
+def _order_reading(
+    methods: list[str], halves: dict[str, tuple[float, ...]], whole: dict[str, tuple[float, ...]]
+) -> str:
+    """Which pairs change places, and whether their intervals allow to say so."""
+    changes = []
+    for first, second in itertools.combinations(methods, 2):
+        early, late = paired_difference(halves[first], halves[second]), paired_difference(whole[first], whole[second])
+        if early.mean * late.mean < 0:
+            told = "at both the interval of their difference leaves out zero"
+            if _holds_zero(early) or _holds_zero(late):
+                told = "an interval of their difference holds zero"
+            changes.append(f"{METHODS[first].label} and {METHODS[second].label} ({told})")
+    if not changes:
+        return "The order by mean loss is the same with half of the steps and with all."
+    return f"These change places between half of the steps and all: {'; '.join(changes)}."
+
+
+def _holds_zero(interval: Interval) -> bool:
+    return interval.low <= 0 <= interval.high
+
+
+def transfer_table(results: Results, rows: list[Row], path: Path) -> tuple[list[str], list[list[str]]] | None:
+    """Best rates here beside those of the nano model of the same family, whose file lies beside this one.
+
+    The last column is the tuning loss, on this model, at the nano's rates, minus the lowest: what it costs not to tune
+    again. Weight decay and warm-up are the first of the protocol in both. None without such a file, or for the nano.
+    """
+    family, _, size = results.protocol.model.partition("-")
+    nano = path.with_name(f"{family}-nano.jsonl")
+    if size == "nano" or size.endswith("lora") or not nano.exists():
+        return None
+    smaller, cells = read(nano), []
+    for row in rows:
+        before = _chosen_rates(smaller, row.method)
+        if row.chosen.hidden_lr is None or before is None:
+            continue
+        grid, now = _grid_losses(results, row.method), (row.chosen.hidden_lr, row.chosen.other_lr)
+        moved = [f"{a:g} ({a / b:g} x)" for a, b in zip(now, before, strict=True)]
+        cost = f"{grid[before] - min(grid.values()):+.3f}" if before in grid else "not tried"
+        cells.append([METHODS[row.method].label, *(f"{rate:g}" for rate in before), *moved, cost])
+    if not cells:
+        return None
+    head = ["optimizer", "nano: hidden lr", "nano: other lr", "hidden lr", "other lr", "tuning loss lost at nano's"]
+    return head, cells
+
+
+def _chosen_rates(results: Results, method: str) -> tuple[float, float] | None:
+    """Hidden and other learning rate that the search chose; None where it has not."""
+    if method not in results.search.starts:
+        return None
+    chosen = plan(method, results.protocol, results.search, results.losses).chosen
+    if chosen is None or chosen.hidden_lr is None or chosen.other_lr is None:
+        return None
+    return chosen.hidden_lr, chosen.other_lr
+
+
+def _grid_losses(results: Results, method: str) -> dict[tuple[float | None, float | None], float]:
+    """Tuning loss by hidden and other learning rate, with the weight decay and warm-up of the search."""
+    protocol = results.protocol
+    first = protocol.weight_decays[0], protocol.warmups[0]
+    return {
+        (run.hidden_lr, run.other_lr): loss
+        for run, loss in results.losses.items()
+        if (run.kind, run.method, run.weight_decay, run.warmup) == ("tune", method, *first)
+    }
