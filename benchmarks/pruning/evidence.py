@@ -12,6 +12,9 @@ curves and ATP's choice of a slope ``--curve-samples`` of them; both searches ar
 KL divergence to the dense model and perplexity are those on sequences of the newest addresses, which nothing has seen.
 Statistics are those of dense inputs for the curves, of pruned inputs for pruning.
 
+``--recover STEPS`` trains each pruned model on the dense model's outputs for so many steps of ``--recover-batch``
+sequences, drawn from ``--recover-samples`` of the older addresses, with the zeros held, and measures it once more.
+
 Processor seconds of a cell contain its curves, whole, also where several cells share them: measured curves serve all
 sparsities, and Fisher curves all anchored ones. GiB are the peak of the process, in which the model is.
 
@@ -23,6 +26,7 @@ docs/.
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import math
 import shutil
@@ -57,6 +61,8 @@ ALLOCATIONS = {
 SCORES = {"wanda": "Wanda", "sparsegpt": "SparseGPT", "alps": "ALPS"}
 # to which the others are compared
 BASELINE = "uniform"
+# after the allocation, in cells of models that were trained after pruning
+RECOVERED = " recovered"
 # (score, allocation) beside another; "" stands for each score
 PAIRS = (
     ("", "anchored", "", "measured"), ("", "anchored", "", "owl"), ("", "anchored", "", "atp"),
@@ -72,6 +78,8 @@ PARSER = command_line(
     judge_samples=(8, "sequences that judge"), eval_samples=(16, "held-out sequences"), seq_len=256,
     anchor_minutes=(2.0, "for the measurements of anchored curves"), refine_minutes=(2.0, "of the refining search"),
     out=Path("runs/prune-evidence.jsonl"), work=(Path("runs/prune-evidence"), "folder of the curves' points"),
+    recover=(0, "steps of recovery after pruning"), recover_batch=(8, "sequences of such a step"),
+    recover_samples=(512, "sequences it draws from"),
     minutes=(math.inf, "after which no cell is begun"), write=(False, "with --report: write the table into docs/"),
 )  # fmt: skip
 PARSER.add_argument("--scores", nargs="+", default=["wanda"], choices=SCORES)
@@ -83,7 +91,7 @@ Row = dict[str, Any]
 
 
 class Cell(NamedTuple):
-    """What one line of the results is about; ``allocation`` may be a kind of curves, or "dense"."""
+    """What one line of the results is about; ``allocation`` may be a kind of curves, "dense", or end in RECOVERED."""
 
     score: str
     sparsity: float
@@ -108,6 +116,7 @@ class Bench:
         elif rows[0] != settings:
             raise SystemExit(f"{options.out} is of another model or other settings: give another --out")
         self.rows = {cell_of(row): row for row in rows[1:]}
+        self.dense = copy.deepcopy(self.model) if options.recover else None
         self.end = time.monotonic() + 60 * options.minutes
 
     def run(self) -> None:
@@ -120,7 +129,8 @@ class Bench:
                 for sparsity in options.sparsities:
                     for allocation in options.allocations:
                         cell = Cell(score, sparsity, seed, allocation)
-                        if cell not in self.rows and time.monotonic() < self.end:
+                        missing = cell not in self.rows or options.recover and recovered(cell) not in self.rows
+                        if missing and time.monotonic() < self.end:
                             self.measure(cell)
 
     def record(self, cell: Cell, values: Row) -> None:
@@ -141,9 +151,24 @@ class Bench:
         with self.text.snapshot.restored():
             more, used = timed_and_peak(lambda: prune(cell))
             values = self.text.cost() | more
-        for row in shared:
-            used = {"seconds": used["seconds"] + row["seconds"], "gib": max(used["gib"], row["gib"])}
-        self.record(cell, values | used)
+            for row in shared:
+                used = {"seconds": used["seconds"] + row["seconds"], "gib": max(used["gib"], row["gib"])}
+            if cell not in self.rows:
+                self.record(cell, values | used)
+            if options.recover:
+                more, used = timed_and_peak(lambda: self._recover(cell))
+                self.record(recovered(cell), self.text.cost() | {"kl_before": values["kl"]} | more | used)
+
+    def _recover(self, cell: Cell) -> Row:
+        """Train the pruned model, as ``leanstep prune --recover``."""
+        from leanstep.pruning import Recovery, recover
+
+        options = self.options
+        data = self.text.calibration(options.recover_samples, cell.seed)
+        settings = Recovery(options.recover, batch_size=options.recover_batch, seed=cell.seed)
+        result = recover(self.model, data, settings, teacher=self.dense)
+        return {"steps": options.recover, "batch": options.recover_batch, "samples": options.recover_samples,
+                "lr": result.settings.lr}  # fmt: skip
 
     # -- the allocations; each prunes the model ------------------------------------------------------------------------
 
@@ -249,6 +274,11 @@ def curves_of(cell: Cell, kind: str) -> Cell:
     return cell._replace(allocation=f"curves {kind}", sparsity=cell.sparsity if kind == "anchored" else 0.0)
 
 
+def recovered(cell: Cell) -> Cell:
+    """The cell of the same pruned model after recovery."""
+    return cell._replace(allocation=cell.allocation + RECOVERED)
+
+
 def cell_of(row: Row) -> Cell:
     """The cell of a line of the results."""
     return Cell(**{name: row[name] for name in Cell._fields})
@@ -279,7 +309,7 @@ def table(path: Path) -> str:
     head = ["", "seeds", "KL", "to uniform, %", "perplexity", "processor s", "peak, GiB"]
     dense = next(row["perplexity"] for row in rows if row["allocation"] == "dense")
     parts = [_caption(path, settings, rows, dense), markdown(head, lines), _legend(), _pairs(cells, results)]
-    parts.append(_missing(cells))
+    parts += [_recovered_table(results), _missing(cells)]
     return "\n\n".join(filter(None, parts))
 
 
@@ -352,6 +382,38 @@ def _pairs(cells: list[Cell], results: Mapping[Cell, Row]) -> str:
                 )
                 lines.append([f"{SCORES[score]} {sparsity:.0%}, {names}", difference(mine, other)])
     return markdown(["of the same seeds", "KL, %"], lines) if lines else ""
+
+
+def _recovered_table(results: Mapping[Cell, Row]) -> str:
+    """Models after recovery, by score, sparsity and allocation, and how the steps were made; "" without any."""
+    groups: dict[tuple[str, float, str], dict[int, Row]] = {}
+    for cell, row in results.items():
+        if cell.allocation.endswith(RECOVERED):
+            groups.setdefault((cell.score, cell.sparsity, cell.allocation.removesuffix(RECOVERED)), {})[cell.seed] = row
+    if not groups:
+        return ""
+    lines = []
+    order = sorted(groups, key=lambda key: (list(SCORES).index(key[0]), key[1], list(ALLOCATIONS).index(key[2])))
+    for score, sparsity, name in order:
+        rows, base = groups[score, sparsity, name], groups.get((score, sparsity, BASELINE), {})
+        before, after, perplexity, seconds = (
+            statistics.mean(row[key] for row in rows.values()) for key in ("kl_before", "kl", "perplexity", "seconds")
+        )
+        lines.append(
+            [f"{SCORES[score]} {sparsity:.0%}, {ALLOCATIONS[name]}", ", ".join(map(str, sorted(rows))), f"{before:.4f}",
+             f"{after:.4f}", "–" if name == BASELINE else difference(rows, base), f"{perplexity:.2f}", f"{seconds:.0f}"]
+        )  # fmt: skip
+    ways = {
+        (row["steps"], row["batch"], row["samples"], row["lr"]) for rows in groups.values() for row in rows.values()
+    }
+    text = "; ".join(
+        f"{steps} steps of {batch} sequences out of {samples}, lr {lr:g}" for steps, batch, samples, lr in sorted(ways)
+    )
+    head = ["after recovery", "seeds", "KL before", "KL", "to uniform, %", "perplexity", "processor s"]
+    return (
+        f"After recovery on the dense model's outputs with the zeros held, as `leanstep prune --recover` ({text}); "
+        f"processor seconds of the recovery alone:\n\n{markdown(head, lines)}"
+    )
 
 
 def _missing(cells: list[Cell]) -> str:
