@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import scipy.stats
+import torch
 from comparison_runs import benchmark_modules
+from pruned_models import make_llama, save_model
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {
@@ -60,6 +62,38 @@ def test_the_table_pairs_the_seeds_and_says_what_is_missing(evidence, tmp_path):
     missing = lines[-1]
     assert missing.startswith("Not measured: Wanda 50%; Wanda 60%: ATP, DP measured by block, evolution;")
     assert missing.endswith("; ALPS 50%; ALPS 60%; ALPS 70%: all but uniform.")
+
+
+def test_recovered_models_have_a_table_of_their_own(evidence, tmp_path):
+    how = {"kl_before": 2.0, "steps": 300, "batch": 8, "samples": 512, "lr": 3e-4}
+    rows = [row("", 0.0, 0, "dense", 0.0), row("wanda", 0.6, 0, "uniform", 2.0)]
+    assert "after recovery" not in evidence.table(write(tmp_path / "r.jsonl", rows))
+    rows += [row("wanda", 0.6, seed, "uniform recovered", 1.0 + seed, **how) for seed in (0, 1)]
+    rows += [row("wanda", 0.6, seed, "anchored recovered", 0.9 * (1 + seed), **how) for seed in (0, 1)]
+    text = evidence.table(write(tmp_path / "r.jsonl", rows))
+    lines = text.splitlines()
+    assert "| Wanda 60%, uniform | 0, 1 | 2.0000 | 1.5000 | – | 15.00 | 7 |" in lines
+    assert "| Wanda 60%, DP anchored | 0, 1 | 2.0000 | 1.3500 | -10.0 [-10.0, -10.0] | 13.50 | 7 |" in lines
+    assert "(300 steps of 8 sequences out of 512, lr 0.0003)" in text
+    assert lines.count("| Wanda 60%, uniform | 0 | 2.0000 | – | 20.00 | 7.0 | 1.25 |") == 1
+
+
+def test_recovery_trains_the_pruned_model_and_leaves_the_dense_one(evidence, tmp_path):
+    """A cell and its recovery, of a tiny LLaMA: the zeros are held, and the weights come back."""
+    folder = save_model(make_llama(2), tmp_path / "model")
+    arguments = ["--model", str(folder), "--name", "tiny", "--samples", "2", "--judge-samples", "1", "--eval-samples"]
+    arguments += ["2", "--seq-len", "16", "--allocations", "uniform", "--recover", "3", "--recover-samples", "4"]
+    options = evidence.PARSER.parse_args([*arguments, "--out", str(tmp_path / "r.jsonl"), "--work", str(tmp_path)])
+    bench = evidence.Bench(options)
+    dense = {name: value.clone() for name, value in bench.model.state_dict().items()}
+    bench.run()
+    cell = evidence.Cell("wanda", 0.6, 0, "uniform")
+    pruned, trained = bench.rows[cell], bench.rows[evidence.recovered(cell)]
+    assert trained["kl_before"] == pruned["kl"] > trained["kl"] and trained["steps"] == 3
+    assert all(torch.equal(value, dense[name]) for name, value in bench.model.state_dict().items())
+    count = len(bench.rows)
+    bench.run()
+    assert len(bench.rows) == count == len((tmp_path / "r.jsonl").read_text().splitlines()) - 1
 
 
 def test_measured_and_fisher_curves_serve_all_sparsities(evidence):
