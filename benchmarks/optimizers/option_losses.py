@@ -6,8 +6,9 @@ Trains every row of a table from each seed, one run after the other. Finished ru
 interrupted command continues. Runs of one seed share batches, and weights where they start, so losses are compared in
 pairs: a row has the mean difference to the row above it that it is compared with, and its interval of Student's t.
 
-The table "int8" has all averages in 8 bits, those of the AdamW fallback too, except those of vectors. "qk-clip" also
-prints each run's largest logit, and how many heads were clipped in all.
+The table "int8" has all averages in 8 bits, those of the AdamW fallback too, except those of vectors. "int8-micro" has
+them on llama-micro, which needs `leanstep data build english`. "qk-clip" also prints each run's largest logit, and how
+many heads were clipped in all.
 """
 
 from __future__ import annotations
@@ -55,11 +56,32 @@ def _int8() -> Iterator[Variant]:
             yield Variant("Lion, fp8", recipe, ("optimizer.args.momentum_dtype=fp8",), name)
 
 
+def _int8_micro() -> Iterator[Variant]:
+    """The same for three methods on a LLaMA of 6M parameters, over twice as many steps of twice as many tokens."""
+    longer = (
+        "batch.tokens_per_step=2048", "data.val_path=null", "data.val_tokens=60000", f"steps={2 * LOSSES[-1]}",
+        f"eval.every={LOSSES[-1]}",
+    )  # fmt: skip
+    int8 = "optimizer.args.momentum_dtype=int8"
+    alone = ("optimizer.groups=[]", "optimizer.args={}")
+    adamw = ("optimizer.name=sinkgd", "optimizer.lr=1e-3", "optimizer.args={}",
+             "optimizer.groups=[{match: '', algorithm: adamw}]")  # fmt: skip
+    lanton = ("optimizer.name=lanton", *alone, "optimizer.args.alpha=auto", "optimizer.lr=2e-2")
+    for name, settings, of_int8 in (
+        ("AdamW", adamw, (int8,)),
+        ("Lion", ("optimizer.name=lion", *alone, "optimizer.lr=5e-4"), (int8,)),
+        ("LANTON", lanton, (int8, "optimizer.args.noise_dtype=int8")),
+    ):
+        yield Variant(name, "llama-micro-adamw", (*longer, *settings))
+        yield Variant(f"{name}, int8", "llama-micro-adamw", (*longer, *settings, *of_int8), name)
+
+
 DECAY, CAUTIOUS = "optimizer.weight_decay=0.5", "optimizer.args.cautious_decay=true"
 FAST = "optimizer.groups=[{match: 'q_proj|k_proj', lr: 0.16}]"
 NESTEROV = ("optimizer.args.momentum=0.95", "optimizer.args.nesterov=true")
 TABLES: dict[str, list[Variant]] = {
     "int8": list(_int8()),
+    "int8-micro": list(_int8_micro()),
     "rows": [
         Variant("LANTON", "llama-nano-lanton"),
         Variant('LANTON, `variance="rows"`', "llama-nano-lanton", ("optimizer.args.variance=rows",), "LANTON"),
@@ -148,8 +170,8 @@ def main() -> None:
     for table in options.tables:
         print()
         with_logits = table == "qk-clip"
-        head = [""]
-        for step in LOSSES:
+        head, times = [""], 2 if table == "int8-micro" else 1
+        for step in (times * step for step in LOSSES):
             head += [f"losses, step {step}", "difference [95 % interval]", "reading"]
         head += ["largest logit (heads clipped)"] * with_logits
         curves: dict[str, Curves] = {}
