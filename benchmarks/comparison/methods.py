@@ -102,8 +102,12 @@ _SPARSE_MFAC = {"window": 256, "damping": 1e-4, "compression": "topk", "density"
 _SINKGD, _LANTON = "leanstep.optimizers:SinkGD", "leanstep.optimizers:LANTON"
 _LION, _MFAC = "leanstep.optimizers:Lion", "leanstep.optimizers:MFAC"
 
-# by label and model: searches from the start of all models that ended on an edge, and the one rate of adapters
+# by label and model: searches from the start of all models that ended on an edge, guesses from the nano's best rates,
+# and the one rate of adapters
 MOVED_STARTS = {
+    ("AdamW", "llama-micro"): (5e-4, 4e-2),
+    ("SinkGD, AdamW on the rest", "llama-micro"): (1e-2, 4e-2),
+    ("Muon, AdamW on the rest", "llama-micro"): (8e-3, 3.2e-2),
     ("LANTON", "gpt-nano"): (2e-2, 5e-3),
     ("LANTON, plain", "gpt-nano"): (2e-2, 5e-3),
     ("AdamW", "llama-nano-lora"): (8e-3, 8e-3),
