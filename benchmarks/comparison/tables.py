@@ -135,7 +135,8 @@ def _paragraph(text: str) -> str:
 
 def _caption(results: Results, path: Path) -> list[str]:
     protocol, environments = results.protocol, results.environments()
-    text = {"sotu": "the State of the Union addresses"}.get(protocol.config.data.source, protocol.config.data.source)
+    data = protocol.config.data
+    text = {"sotu": "the State of the Union addresses"}.get(data.source, data.path or data.source)
     tokens = protocol.judge_steps * protocol.config.batch.tokens_per_step / 1e6
     made = "no run is finished yet"
     if environments:
@@ -191,7 +192,8 @@ def _chosen(results: Results, rows: list[Row]) -> str:
             settings = [f"{name}, defaults", *["the class's"] * 3, f"{run.warmup:.0%}", "–"]
         else:
             loss = next(results.losses[k] for k in results.rows if k.kind == "tune" and _same_settings(k, run))
-            rates = [f"{run.hidden_lr:g}", f"{run.other_lr:g}", f"{run.weight_decay:g}"]
+            other = f"{run.other_lr:g}" if results.protocol.rates == 2 else "–"
+            rates = [f"{run.hidden_lr:g}", other, f"{run.weight_decay:g}"]
             settings = [name, *rates, f"{run.warmup:.0%}", f"{loss:.4f}"]
         lines.append([*settings, str(row.tuning_runs), seeds])
     return markdown(head, lines) if lines else "No row is complete."
