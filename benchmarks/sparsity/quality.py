@@ -24,7 +24,7 @@ import sys
 from pathlib import Path
 
 from common import command_line
-from comparison.search import FIRST
+from comparison.search import square
 from digits.search import CELLS, make, summarise
 from digits.tables import text, write
 
@@ -43,8 +43,8 @@ def main() -> int:
     options = PARSER.parse_args()
     path = options.report or options.out
     if options.report is None:
-        if options.budget <= len(FIRST):
-            PARSER.error(f"--budget: expected more than the {len(FIRST)} runs of the first grid, got {options.budget}")
+        if options.budget <= (first := len(square(1))):
+            PARSER.error(f"--budget: expected more than the {first} runs of the first grid, got {options.budget}")
         try:
             make(path, {name: getattr(options, name) for name in ("budget", "seeds", "steps")}, options.workers)
         except ValueError as error:
