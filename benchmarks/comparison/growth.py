@@ -10,8 +10,8 @@ from pathlib import Path
 from comparison.methods import METHODS
 from comparison.protocol import Run
 from comparison.results import Results, final_loss, read
-from comparison.search import judged_runs, plan
-from comparison.summary import BASELINE, Interval, Row, paired_difference, standard_error
+from comparison.search import EdgeError, judged_runs, plan
+from comparison.summary import BASELINE, Row, paired_difference, standard_error
 
 _HEAD = ("loss, mean ± s.e.", "rank", "difference to tuned AdamW [95 %]")
 
@@ -32,7 +32,7 @@ def budget_table(results: Results, rows: list[Row]) -> tuple[list[str], list[lis
         columns.append({m: _budget_cells(losses, m, order.index(m) + 1) for m in methods})
     steps = results.protocol.judge_steps
     head = ["optimizer", *(f"{steps // 2} steps: {name}" for name in _HEAD), *(f"{steps}: {name}" for name in _HEAD)]
-    cells = [[METHODS[m].label + ("" if METHODS[m].start else ", defaults"), *columns[0][m], *columns[1][m]]
+    cells = [[METHODS[m].title, *columns[0][m], *columns[1][m]]
              for m in methods]  # fmt: skip
     return head, cells, _order_reading(methods, halves, whole)
 
@@ -63,16 +63,12 @@ def _order_reading(
         early, late = paired_difference(halves[first], halves[second]), paired_difference(whole[first], whole[second])
         if early.mean * late.mean < 0:
             told = "at both the interval of their difference leaves out zero"
-            if _holds_zero(early) or _holds_zero(late):
+            if "no difference seen" in (early.reading, late.reading):
                 told = "an interval of their difference holds zero"
-            changes.append(f"{METHODS[first].label} and {METHODS[second].label} ({told})")
+            changes.append(f"{METHODS[first].title} and {METHODS[second].title} ({told})")
     if not changes:
         return "The order by mean loss is the same with half of the steps and with all."
     return f"These change places between half of the steps and all: {'; '.join(changes)}."
-
-
-def _holds_zero(interval: Interval) -> bool:
-    return interval.low <= 0 <= interval.high
 
 
 def transfer_table(results: Results, rows: list[Row], path: Path) -> tuple[list[str], list[list[str]]] | None:
@@ -101,13 +97,16 @@ def transfer_table(results: Results, rows: list[Row], path: Path) -> tuple[list[
 
 
 def _chosen_rates(results: Results, method: str) -> tuple[float, float] | None:
-    """Hidden and other learning rate that the search chose; None where it has not."""
+    """Hidden and other learning rate that the search chose; None where it has not, or ended on an edge."""
     if method not in results.search.starts:
         return None
-    chosen = plan(method, results.protocol, results.search, results.losses).chosen
-    if chosen is None or chosen.hidden_lr is None or chosen.other_lr is None:
+    try:
+        best = plan(method, results.protocol, results.search, results.losses).chosen
+    except EdgeError:
         return None
-    return chosen.hidden_lr, chosen.other_lr
+    if best is None or best.hidden_lr is None or best.other_lr is None:
+        return None
+    return best.hidden_lr, best.other_lr
 
 
 def _grid_losses(results: Results, method: str) -> dict[tuple[float | None, float | None], float]:

@@ -43,6 +43,11 @@ class Method:
         return MOVED_STARTS.get((self.label, model), self.start) if self.start else None
 
     @property
+    def title(self) -> str:
+        """The label, with a word where the class's defaults hold."""
+        return self.label if self.start else f"{self.label}, defaults"
+
+    @property
     def definition(self) -> dict[str, Any]:
         """All that decides a result besides protocol and run."""
         fixed = {"args": self.args, "matrices": self.matrices, "roles": self.roles}
@@ -112,7 +117,6 @@ MOVED_STARTS = {
     ("LANTON, plain", "gpt-nano"): (2e-2, 5e-3),
     ("AdamW", "llama-nano-lora"): (8e-3, 8e-3),
     ("SinkGD, AdamW on the rest", "llama-nano-lora"): (8e-2, 8e-2),
-    ("Muon, AdamW on the rest", "llama-nano-lora"): (3.2e-2, 3.2e-2),
     ("Lion", "llama-nano-lora"): (1e-3, 1e-3),
 }
 

@@ -47,8 +47,8 @@ class Protocol:
         return load(name, (f"precision={self.precision}", *self.overrides))
 
     @property
-    def rates(self) -> int:
-        """Learning rates that the search moves: 2, or 1 where adapters alone are trained, which have one role."""
+    def num_rates(self) -> int:
+        """How many learning rates the search moves: 2, or 1 where adapters alone are trained, which have one role."""
         return 1 if self.config.lora.target_modules else 2
 
     @cached_property

@@ -44,15 +44,15 @@ class Plan(NamedTuple):
     chosen: Run | None
 
 
-def square(reach: int, rates: int = 2) -> list[Point]:
+def square(reach: int, num_rates: int = 2) -> list[Point]:
     """The points of at most this distance from the start along the axis of each learning rate."""
     along = range(-reach, reach + 1)
-    return [(i, j) for i in along for j in (along if rates == 2 else (0,))]
+    return [(i, j) for i in along for j in (along if num_rates == 2 else (0,))]
 
 
 def grid_size(protocol: Protocol, budget: int) -> int:
     """Runs of the budget that go to learning rates. Raises ComparisonError for a budget too small to widen the grid."""
-    first = len(square(1, protocol.rates))
+    first = len(square(1, protocol.num_rates))
     size = budget - len(protocol.other_settings())
     if size <= first:
         raise ComparisonError(
@@ -63,21 +63,21 @@ def grid_size(protocol: Protocol, budget: int) -> int:
     return size
 
 
-def grid_search(losses: Mapping[Point, float], size: int, rates: int = 2) -> tuple[list[Point], list[Point]]:
+def grid_search(losses: Mapping[Point, float], size: int, num_rates: int = 2) -> tuple[list[Point], list[Point]]:
     """Replay the search of ``size`` learning-rate pairs. Returns (points tried or to try, those without a loss).
 
     After the first grid of 3 x 3 (3 where there is one rate), a round takes the untried points that are nearest to the
     best one, so the grid widens to the side of the best. Points of a round do not depend on each other.
     """
-    points = square(1, rates)[:size]
+    points = square(1, num_rates)[:size]
     while not (missing := [point for point in points if point not in losses]) and len(points) < size:
-        points = points + _nearest(best(losses, points), points, rates)[: size - len(points)]
+        points = points + _nearest(best(losses, points), points, num_rates)[: size - len(points)]
     return points, missing
 
 
-def _nearest(centre: Point, points: list[Point], rates: int) -> list[Point]:
+def _nearest(centre: Point, points: list[Point], num_rates: int) -> list[Point]:
     """The untried points at the smallest distance from the centre."""
-    around = [(centre[0] + i, centre[1] + j) for i, j in square(_REACH, rates)]
+    around = [(centre[0] + i, centre[1] + j) for i, j in square(_REACH, num_rates)]
     distances = {p: math.dist(p, centre) for p in around if p not in points}
     return [point for point, distance in distances.items() if distance == min(distances.values())]
 
@@ -87,19 +87,21 @@ def best(losses: Mapping[Point, float], points: list[Point]) -> Point:
     return min(points, key=lambda point: (losses[point], sum(point), point))
 
 
-def is_interior(point: Point, points: list[Point], rates: int = 2) -> bool:
+def is_interior(point: Point, points: list[Point], num_rates: int = 2) -> bool:
     """Whether both neighbours of a point along the axis of each rate were tried."""
     i, j = point
-    neighbours = {(i - 1, j), (i + 1, j)} | ({(i, j - 1), (i, j + 1)} if rates == 2 else set())
+    neighbours = {(i - 1, j), (i + 1, j)} | ({(i, j - 1), (i, j + 1)} if num_rates == 2 else set())
     return neighbours <= set(points)
 
 
-def best_inside(losses: Mapping[Point, float], points: list[Point], rates: int = 2) -> Point:
+def best_inside(losses: Mapping[Point, float], points: list[Point], num_rates: int = 2) -> Point:
     """The best point; if it is on an edge, the best one inside with the same loss (to :data:`TIE`), if there is one."""
     overall = best(losses, points)
-    if is_interior(overall, points, rates):
+    if is_interior(overall, points, num_rates):
         return overall
-    inside = [point for point in points if is_interior(point, points, rates) and losses[point] <= losses[overall] + TIE]
+    inside = [
+        point for point in points if is_interior(point, points, num_rates) and losses[point] <= losses[overall] + TIE
+    ]
     return best(losses, inside) if inside else overall
 
 
@@ -120,19 +122,19 @@ def plan(method: str, protocol: Protocol, search: Search, losses: Mapping[Run, f
         chosen = default_run(method, protocol, protocol.judge_seeds[0])
         return Plan([], [run for run in judged_runs(chosen, protocol) if run not in losses], chosen)
     first, start = (protocol.weight_decays[0], protocol.warmups[0]), search.starts[method]
-    size, rates = grid_size(protocol, search.budget), protocol.rates
+    size, num_rates = grid_size(protocol, search.budget), protocol.num_rates
 
     def run_at(point: Point, settings: tuple[float, float] = first) -> Run:
         return tune_run(method, protocol, start, point, settings)
 
     run_points = {_point(run, start) for run in losses if run.kind == "tune" and run.method == method}
     tried = {point: losses[run_at(point)] for point in run_points if run_at(point) in losses}
-    points, missing = grid_search(tried, size, rates)
+    points, missing = grid_search(tried, size, num_rates)
     grid = [run_at(point) for point in points]
     if missing:
         return Plan(grid, [run_at(point) for point in missing], None)
-    centre = best_inside(tried, points, rates)
-    if not is_interior(centre, points, rates) or math.isinf(tried[centre]):
+    centre = best_inside(tried, points, num_rates)
+    if not is_interior(centre, points, num_rates) or math.isinf(tried[centre]):
         raise EdgeError(_edge(run_at(centre), search.budget, math.isinf(tried[centre])))
     others = [run_at(centre, settings) for settings in protocol.other_settings()]
     if missing_others := [run for run in others if run not in losses]:

@@ -192,7 +192,7 @@ def _chosen(results: Results, rows: list[Row]) -> str:
             settings = [f"{name}, defaults", *["the class's"] * 3, f"{run.warmup:.0%}", "–"]
         else:
             loss = next(results.losses[k] for k in results.rows if k.kind == "tune" and _same_settings(k, run))
-            other = f"{run.other_lr:g}" if results.protocol.rates == 2 else "–"
+            other = f"{run.other_lr:g}" if results.protocol.num_rates == 2 else "–"
             rates = [f"{run.hidden_lr:g}", other, f"{run.weight_decay:g}"]
             settings = [name, *rates, f"{run.warmup:.0%}", f"{loss:.4f}"]
         lines.append([*settings, str(row.tuning_runs), seeds])
@@ -228,7 +228,7 @@ def figure(rows: list[Row], model: str) -> str:
         assert row.difference is not None
         y = top + line * number + 8
         mean, first, last = row.difference
-        name = METHODS[row.method].label + ("" if METHODS[row.method].start else ", defaults")
+        name = METHODS[row.method].title
         colour = "#888" if first <= 0 <= last else "#1f6f54" if mean < 0 else "#b3452c"
         marks += [
             f'<text x="{left - 12}" y="{y + 4}" text-anchor="end">{html.escape(name)}</text>',

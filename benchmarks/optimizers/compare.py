@@ -6,9 +6,9 @@
 
 docs/protocol.md has the rules. The first command makes the runs that its file (OUT/FAMILY-SIZE.jsonl) does not have yet
 and prints the tables; it can be killed at any moment and goes on where it stopped. ``--minutes`` ends it in time.
-``--size nano-lora`` compares them on the adapters of a pretrained nano. Further ``key=value`` pairs are settings of the
-recipe FAMILY-SIZE-adamw (of llama-nano-lora itself), for all runs. The second command prints the
-tables of a file; ``--write`` puts them into docs/, with the figure.
+``--size nano-lora`` compares them on the adapters of a pretrained nano, ``--half`` judges with half of the steps too.
+Further ``key=value`` pairs are settings of the recipe FAMILY-SIZE-adamw (of llama-nano-lora itself), for all runs. The
+second command prints the tables of a file; ``--write`` puts them into docs/, with the figure.
 Exit codes: 0 complete, 1 a problem, 2 bad settings, 3 time is up.
 """
 

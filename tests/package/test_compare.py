@@ -120,7 +120,7 @@ def test_a_missing_class_is_told(parts):
 @pytest.mark.parametrize("optimum", [0, 2, -3, 1.4])
 def test_adapters_have_one_rate(parts, optimum):
     protocol = parts.protocol.Protocol(model="llama-nano-lora")
-    assert protocol.rates == 1 and parts.search.grid_size(protocol, 12) == 7
+    assert protocol.num_rates == 1 and parts.search.grid_size(protocol, 12) == 7
     surface = quadratic(optimum, 0)
     state, losses = finish(parts, protocol, "sinkgd", 12, surface)
     hidden, other = parts.methods.METHODS["sinkgd"].start_for(protocol.model)
@@ -194,8 +194,8 @@ def appended(parts, path, protocol, kind, loss):
     """Add judged runs of a kind, for each method that has settings; ``loss`` of method and seed."""
     with parts.results.writing(path, protocol) as (results, writer):
         for method in ("adamw", "sinkgd", "lion-default"):
-            chosen = parts.search.plan(method, protocol, results.search, results.losses).chosen
-            for run in parts.search.judged_runs(chosen, protocol, kind):
+            best = parts.search.plan(method, protocol, results.search, results.losses).chosen
+            for run in parts.search.judged_runs(best, protocol, kind):
                 row = {"status": "done", "losses": [[40, 4000, loss(method, run.seed)]], "bytes": {"weights": 1}}
                 writer.append(parts.results.run_row(protocol, run, {**row, "environment": {"commit": "abc"}}))
 
@@ -217,7 +217,7 @@ def test_orders_at_half_and_all_steps(parts, tmp_path, sinkgd, reading):
     assert f"| AdamW | 5.500 ± {scipy.stats.sem([5.4, 5.5, 5.6]):.3f} | {1 if sinkgd > 5.5 else 2} | – |" in text
 
 
-def test_rates_of_the_nano_beside_a_larger_model(parts, tmp_path):
+def test_rates_of_the_nano_beside_a_larger_model(parts, tmp_path, monkeypatch):
     nano, larger = tmp_path / "llama-nano.jsonl", tmp_path / "llama-micro.jsonl"
     synthetic(parts, larger, model="llama-micro")
     assert "transfer-llama-micro" not in parts.tables.blocks(larger)
@@ -225,6 +225,12 @@ def test_rates_of_the_nano_beside_a_larger_model(parts, tmp_path):
     assert "transfer-llama-nano" not in parts.tables.blocks(nano)
     text = parts.tables.blocks(larger)["transfer-llama-micro"]
     assert "| AdamW | 0.001 | 0.02 | 0.001 (1 x) | 0.02 (1 x) | +0.000 |" in text and "Lion" not in text
+
+    def on_edge(*_):
+        raise parts.search.EdgeError("the nano's best rates are on an edge")
+
+    monkeypatch.setattr("comparison.growth.plan", on_edge)
+    assert "transfer-llama-micro" not in parts.tables.blocks(larger)
 
 
 # -- the file of results
