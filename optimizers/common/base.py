@@ -1,8 +1,7 @@
-"""The base class of all optimizers: steps, checks, state dicts, counts of non-finite gradients."""
+"""The base class of all optimizers: steps, batches of parameters, counts of non-finite gradients."""
 
 from __future__ import annotations
 
-import copy
 import math
 import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,27 +11,12 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels import StepOptions
-from leanstep.optimizers.common.checks import (
-    OTHER_NAMES,
-    check_choice,
-    check_flags,
-    check_number,
-    check_rounding,
-    describe,
-    naming_options,
-    no_option,
-)
+from leanstep.optimizers.common.checks import describe, naming_options
 from leanstep.optimizers.common.engines import refuse_flattened, refuse_replaced
 from leanstep.optimizers.common.loading import StateLoading
-from leanstep.optimizers.common.rounding import (
-    STATE_RULES,
-    effective,
-    full_precision,
-    multiply,
-    rounding_states,
-    seeds_for,
-)
-from leanstep.optimizers.common.saved_tensors import Pickled, StateRule, is_fp8
+from leanstep.optimizers.common.rounding import STATE_RULES, effective, rounding_states, seeds_for
+from leanstep.optimizers.common.saved_tensors import StateRule
+from leanstep.optimizers.common.saving import StateSaving
 from leanstep.optimizers.common.sharding import (
     Reducer,
     Shard,
@@ -48,10 +32,6 @@ from leanstep.optimizers.common.sharding import (
     shard_of,
     together,
 )
-
-NONFINITE = ("skip", "raise", "pass")
-# torch's optimizers have these; a group may not ask for what its optimizer does not do
-_TORCH_OPTIONS = {"amsgrad", "capturable", "differentiable"}
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -94,7 +74,7 @@ class GradientAverage(NamedTuple):
     weight: float  # of the old average; the gradient has the rest
 
 
-class LeanOptimizer(StateLoading, torch.optim.Optimizer):
+class LeanOptimizer(StateLoading, StateSaving):
     """Base class: loading preserves the dtypes of state, and non-finite gradients are counted.
 
     All state is in ``self.state`` and ``self.param_groups``. deepcopy, pickle, ``state_dict`` and
@@ -110,7 +90,6 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
         _dims: the number of dimensions of every parameter, by group, when the groups were added.
         _checked: the settings of every group when they were checked.
         _separable: whether the update of a parameter depends on its own gradient and state alone.
-        _group_entries: entries of every group that are not settings, with their first values.
         _older_names: names of state and group entries in states of older versions -> their names now.
         _older_settings: settings of older versions -> the values that still load.
     """
@@ -119,86 +98,12 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
     _shaped_state: tuple[str, ...] = ()
     _drop_state = "del optimizer.state[parameter]"
     _separable = False
-    _group_entries: Mapping[str, Any] = {}
     _older_names: Mapping[str, str] = {}
     _older_settings: Mapping[str, tuple[Any, ...]] = {}
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._check_group(defaults)
         super().__init__(params, defaults)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Check the settings of a group and add it. The given dict is not changed.
-
-        Raises:
-            ValueError, TypeError: as the constructor; a parameter is complex, in another group already, or does not
-                fit the group's settings. The group is not added.
-        """
-        if not isinstance(param_group, dict):
-            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
-        for name in _TORCH_OPTIONS - self.defaults.keys():
-            if param_group.get(name):
-                raise ValueError(
-                    f"{type(self).__name__}: a group has {name}={param_group[name]!r:.80}, an option of torch's "
-                    "optimizers that this one does not have; leave it out. The group was not added. (docs/gpu.md says "
-                    "which steps a CUDA graph captures.)"
-                )
-        if "params" not in param_group:
-            raise ValueError(
-                f"{type(self).__name__}: expected 'params' in a group, got only {', '.join(map(repr, param_group))}. "
-                "The group was not added."
-            )
-        if unknown := OTHER_NAMES.keys() & param_group.keys():
-            raise TypeError(f"{no_option(type(self).__name__, unknown, self.defaults)}. The group was not added.")
-        if param_group.get("algorithm") == "balanced" and "algorithm" not in self.defaults:
-            raise ValueError(
-                f"{type(self).__name__}: group {param_group.get('name', len(self.param_groups))!r} has "
-                "algorithm='balanced', a rule of SinkGD. The group was not added. Give such groups to a SinkGD beside "
-                "this optimizer (docs/optimizers.md shows how), or make them by param_groups(model) without "
-                "embeddings='balanced'."
-            )
-        # set before the first step: torch.distributed.checkpoint reads the keys of a fresh optimizer
-        group = {"nonfinite_count": 0, **self._group_entries, **param_group, "optimizer": self._method()}
-        self._check_group({**self.defaults, **group})
-        try:
-            super().add_param_group(group)
-        except ValueError as error:
-            if "param groups should be with" in str(error):
-                raise self._names_differ(group, error) from None
-            group_names = {p: g.get("name", i) for i, g in enumerate(self.param_groups) for p in g["params"]}
-            duplicate = next((i for i, p in enumerate(group["params"]) if p in group_names), None)
-            if duplicate is None:
-                raise
-            other = group_names[group["params"][duplicate]]
-            raise ValueError(
-                f"{type(self).__name__}: {error}: {describe(group, duplicate)} is in group {other!r} already"
-            ) from None
-        _name_dtypes(self.param_groups[-1])
-        try:
-            self._check_params(self.param_groups[-1], param_group)
-        except Exception:
-            self.param_groups.pop()
-            raise
-        self._dims = _dims_of(self.param_groups)
-        self._note_settings()
-
-    def _names_differ(self, group: dict[str, Any], error: ValueError) -> ValueError:
-        """Return the error for a group that has names of its parameters where the first has none, or the reverse."""
-        wanted = bool(self.param_groups) and "param_names" in self.param_groups[0]
-        form = "(name, parameter) pairs, as model.named_parameters() gives" if wanted else "parameters without names"
-        return ValueError(
-            f"{type(self).__name__}: {error}: expected {form} in group {group.get('name', len(self.param_groups))!r}, "
-            "as in the first one. The group was not added."
-        )
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        """Raise ValueError or TypeError if a setting is out of range. Subclasses extend the check to their settings."""
-        owner = type(self).__name__
-        check_number(owner, "learning rate", group["lr"], 0.0)
-        check_number(owner, "weight_decay value", group["weight_decay"], 0.0)
-        check_choice(owner, "nonfinite", group["nonfinite"], NONFINITE)
-        check_flags(owner, group, ("maximize",), ("foreach",))
-        check_rounding(owner, group)
 
     def _note_settings(self) -> None:
         """Note the settings of all groups: they are checked."""
@@ -231,21 +136,6 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
                     name = group.get("name", number)
                     raise type(error)(f"{error} (Group {name!r} was changed; nothing was updated.)") from error
         self._note_settings()
-
-    def _check_params(self, group: dict[str, Any], given: dict[str, Any]) -> None:
-        """Raise ValueError if a parameter does not fit its new group; ``given`` lacks the default settings."""
-        for position, param in enumerate(group["params"]):
-            if param.is_complex():
-                raise ValueError(
-                    f"{type(self).__name__}: {describe(group, position)} is complex ({param.dtype}); expected a real "
-                    "floating dtype. Give torch.view_as_real(parameter) to the optimizer or use another one."
-                )
-            if not self._takes_flattened(group):
-                refuse_flattened(type(self).__name__, group, position)
-
-    def _takes_flattened(self, group: dict[str, Any]) -> bool:
-        """Whether the rule of a group is right for the elements of parameters in any shape, and for parts of them."""
-        return True
 
     def _check_first_step(self, group: dict[str, Any], position: int) -> None:
         """Raise ValueError if a parameter without state was replaced by one that its rule cannot take.
@@ -427,124 +317,12 @@ class LeanOptimizer(StateLoading, torch.optim.Optimizer):
             batch.shards.append(shard)
         return list(batches.values())
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return torch's state for pickle and copies, with tensors in fp8 in a form that pickle can write."""
-        packed = super().__getstate__()
-        return {
-            **packed,
-            "state": _with_entries(packed["state"], lambda value: Pickled(value) if is_fp8(value) else value),
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Fill in settings that an older state does not have."""
-        if "state" in state:  # of a shallow copy
-            unpacked = _with_entries(
-                state["state"], lambda value: value.tensor if isinstance(value, Pickled) else value
-            )
-            state = {**state, "state": unpacked}
-        super().__setstate__(state)
-        for group in self.param_groups:
-            group.update({key: value for key, value in self._first_values().items() if key not in group})
-            _name_dtypes(group)
-        self._dims = _dims_of(self.param_groups)
-        self._note_settings()
-
-    def _first_values(self) -> dict[str, Any]:
-        """Return the first values of a group's settings and entries."""
-        values = {"optimizer": self._method(), "nonfinite_count": 0, **self._group_entries, **self.defaults}
-        values.pop("differentiable", None)  # torch adds it to the defaults on loading
-        return values
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return torch's state dict, with ``nonfinite_count`` as an int (reads the device).
-
-        ``torch.distributed.checkpoint`` cannot load a value that is an int before the first step and a tensor after.
-        """
-        packed = super().state_dict()
-        for group in packed["param_groups"]:
-            group["nonfinite_count"] = int(group.get("nonfinite_count", 0))
-        return packed
-
     @classmethod
     def _method(cls) -> str:
         """Return the name of the direct subclass of LeanOptimizer, also for a user's subclass of it."""
         return next(
             c.__name__ for c in reversed(cls.__mro__) if issubclass(c, LeanOptimizer) and c is not LeanOptimizer
         )
-
-    def nonfinite_count(self) -> int:
-        """Return how many times a tensor's gradient had infinite or NaN entries, over all steps (reads the device).
-
-        Only groups with ``nonfinite="skip"`` count. Steps that ``GradScaler`` skips do not count. Every process counts
-        its shards. ``group["nonfinite_count"]`` is the count of a group; state dicts contain it.
-        """
-        return sum(int(group.get("nonfinite_count", 0)) for group in self.param_groups)
-
-    @torch.no_grad()
-    def multiply_parameter(self, param: Tensor, factor: Tensor) -> bool:
-        """Multiply this process's shard of a parameter in place, together with its rounding state.
-
-        A change from outside drops what the state of ``rounding="kahan"``, "master" or "split" adds to a weight.
-
-        Args:
-            param: the parameter.
-            factor: broadcasts to the shard.
-
-        Returns:
-            Whether the optimizer has the parameter; otherwise nothing is changed.
-        """
-        for group in self.param_groups:
-            if any(param is other for other in group["params"]):
-                multiply(param, self.state.get(param, {}), group["rounding"], factor)
-                return True
-        return False
-
-    def state_bytes(self) -> int:
-        """Return the bytes of all state tensors, 0 before the first step. Counts sharded tensors in full."""
-        return sum(
-            value.numel() * value.element_size()
-            for state in self.state.values()
-            if isinstance(state, dict)  # hooks may add other values
-            for value in state.values()
-            if isinstance(value, Tensor)
-        )
-
-    @torch.no_grad()
-    def full_precision_state_dict(self, model: torch.nn.Module | None = None) -> dict[str, Any]:
-        """Return copies of the weights in fp32 (fp64 for fp64), with the bits that ``rounding`` keeps in the state.
-
-        Args:
-            model: names the weights. The result has the entries of ``model.state_dict()``, so that a model in fp32
-                loads it: floating parameters in fp32, also those that this optimizer does not have, and everything
-                else as it is. None: the names of named parameters (``param_groups(model)`` or
-                ``model.named_parameters()``).
-
-        Returns:
-            Name -> weight. Weights of sharded parameters are DTensors with the same placements; communicates nothing.
-
-        Raises:
-            ValueError: without a model, a group has no names.
-
-        Notes:
-            Weights of fp16 and bf16 parameters have the fp32 bits of "master", 24 bits with "split", about 16 with
-            "kahan", and the parameter's own bits otherwise, or before the first step. Takes 4 bytes per parameter.
-        """
-        settings = {p: (self.state.get(p, {}), g["rounding"]) for g in self.param_groups for p in g["params"]}
-        if model is not None:
-            tensors = dict(model.state_dict(keep_vars=True))
-        elif all("param_names" in group for group in self.param_groups):
-            tensors = {n: p for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)}
-        else:
-            raise ValueError(
-                f"{type(self).__name__}: expected named parameters, got groups without names. Call "
-                "full_precision_state_dict(model), or build the optimizer from param_groups(model)."
-            )
-        for name, tensor in tensors.items():
-            if tensor in settings or (isinstance(tensor, torch.nn.Parameter) and tensor.is_floating_point()):
-                tensors[name] = full_precision(tensor, *settings.get(tensor, ({}, "nearest")))
-            elif isinstance(tensor, Tensor):
-                tensors[name] = tensor.detach().clone()
-        return tensors
 
     def _raise_on_nonfinite(self) -> None:
         """Raise NonFiniteGradientError if a gradient of a group with nonfinite="raise" is not finite; waits once."""
@@ -632,33 +410,6 @@ def _check_rate(owner: str, group: Mapping[str, Any]) -> None:
             f"{owner}: expected a finite number or a one-element tensor as lr of group "
             f"{group.get('name', '(unnamed)')!r}, got {came}; nothing was updated. Set group['lr'] again."
         )
-
-
-def _dims_of(groups: list[dict[str, Any]]) -> list[list[int]]:
-    """Return the number of dimensions of every parameter, by group."""
-    return [[param.dim() for param in group["params"]] for group in groups]
-
-
-def _with_entries(states: Any, change: Callable[[Any], Any]) -> Any:
-    """Return the states of parameters with changed entries; the same object where none changes."""
-    changed = {}
-    for param, entries in states.items():
-        if isinstance(entries, dict):
-            new = {key: change(value) for key, value in entries.items()}
-            if any(new[key] is not entries[key] for key in new):
-                changed[param] = new
-    if not changed:
-        return states
-    result = copy.copy(states)
-    result.update(changed)
-    return result
-
-
-def _name_dtypes(group: dict[str, Any]) -> None:
-    """Replace the dtypes in a group's settings by their names; see :func:`dtype_of`."""
-    for key, value in group.items():
-        if isinstance(value, torch.dtype):
-            group[key] = str(value).removeprefix("torch.")
 
 
 def by_device_and_dtype(params: list[Tensor], *, alone: bool = False) -> list[list[int]]:

@@ -81,7 +81,7 @@ EVERYTHING = ("kernels/", "leanstep/", "lora/", "optimizers/", "pruning/", "reci
 COMMANDS = ("leanstep/cli.py", "recipes/")
 CASES = {
     "Lion.step": Case(_step(lambda model: Lion(model.parameters(), lr=1e-3)), 9, 9, EVERYTHING),
-    "SinkGD.step": Case(_step(lambda model: SinkGD(param_groups(model), lr=1e-2)), 15, 15, EVERYTHING),
+    "SinkGD.step": Case(_step(lambda model: SinkGD(param_groups(model), lr=1e-2)), 16, 16, EVERYTHING),
     "LANTON.step": Case(_step(lambda model: LANTON(param_groups(model), lr=1e-2)), 9, 9, ("optimizers/",)),
     "MFAC.step": Case(_step(lambda model: MFAC(model.parameters(), lr=1e-2, window=8)), 9, 9, ("optimizers/",)),
     "apply_lora to backward": Case(_lora, 9, 9, ("lora/",)),

@@ -368,7 +368,7 @@ def test_a_power_vector_survives_that_spectral_is_switched_off():
 def test_few_copies_of_gradients_exist_at_a_time(monkeypatch, options):
     """A step of many matrices has averages of a bounded size in memory, or of the largest matrix."""
     from leanstep.optimizers.sinkgd import blocks
-    from leanstep.optimizers.sinkgd import optimizer as module
+    from leanstep.optimizers.sinkgd import step as module
 
     monkeypatch.setattr(blocks, "_ENTRIES_TOGETHER", 512)
     counts = []
