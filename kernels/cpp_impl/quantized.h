@@ -94,6 +94,15 @@ inline void units_of(__m512i codes, __m512i* units) {
     units[0] = _mm512_unpacklo_epi8(low, high), units[1] = _mm512_unpackhi_epi8(low, high);
 }
 
+// 32 codes of squares in units of their scales
+inline Lanes units_of_squares(const uint8_t* codes) {
+    const __m512i words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+    const __m512i sums = _mm512_add_epi16(words, _mm512_set1_epi16(ONE));
+    const auto unit = [](__m512i pattern) { return _mm512_sub_ps(_mm512_castsi512_ps(pattern), _mm512_set1_ps(1.0f)); };
+    return {unit(_mm512_slli_epi32(sums, DROPPED)),
+            unit(_mm512_slli_epi32(_mm512_and_si512(sums, all(0xFFFF0000u)), DROPPED - 16))};
+}
+
 // writes momenta's codes in units of their scales
 template <typename Any>
 inline void stored_of(const Any* __restrict codes, int64_t n, bf16* __restrict units) {
@@ -187,7 +196,7 @@ constexpr PairIndices PAIRS;
 // sign; `shared` as in quantize
 template <typename Any>
 inline __m512i halves_of(const Momenta& momenta, int64_t j, __m512 inverse, __m512i shared) {
-    constexpr bool floating = std::is_same_v<Any, fp8>;
+    constexpr bool floating = std::is_same_v<Any, fp8>, squares = std::is_same_v<Any, uint8_t>;
     constexpr int up = (floating ? DROPPED_FP8 : DROPPED) - 16;
     // of the random bits x ^ (x >> 16), 16 of each half, where the codes end
     const __m512i x = between_shifts(_mm512_xor_si512(shared, _mm512_load_si512(PAIRS.index + j)));
@@ -205,6 +214,11 @@ inline __m512i halves_of(const Momenta& momenta, int64_t j, __m512 inverse, __m5
             __m512i sum = _mm512_add_epi32(_mm512_castps_si512(magnitude), random);
             sum = _mm512_mask_sub_epi32(sum, small, sum, all(8u << DROPPED_FP8));
             return _mm512_ternarylogic_epi32(sum, value, all(SIGN), 0xF8);  // sum | (value & sign)
+        } else if constexpr (squares) {
+            const __mmask16 positive = _mm512_cmp_ps_mask(_mm512_castsi512_ps(value), _mm512_setzero_ps(), _CMP_GT_OQ);
+            const __m512i z = _mm512_castps_si512(_mm512_add_ps(_mm512_set1_ps(1.0f), units));
+            const __m512i sum = _mm512_add_epi32(z, random);
+            return _mm512_mask_or_epi32(sum, positive, sum, all(SIGN));
         } else {
             // 1 | (value & sign)
             const __m512i signed_one = _mm512_ternarylogic_epi32(all(to_bits(1.0f)), value, all(SIGN), 0xF8);
@@ -227,10 +241,10 @@ struct Halves {
 };
 constexpr Halves HALVES;
 
-// writes the codes of 128 momenta: those of 64 from the bytes of two vectors of halves
+// writes the codes of 128 momenta or squares: those of 64 from the bytes of two vectors of halves
 template <typename Any>
 inline void encode(const Momenta& momenta, float inverse, uint32_t shared, Any* codes) {
-    constexpr bool floating = std::is_same_v<Any, fp8>;
+    constexpr bool floating = std::is_same_v<Any, fp8>, squares = std::is_same_v<Any, uint8_t>;
     constexpr int dropped = (floating ? DROPPED_FP8 : DROPPED) - 16;
     const __m512i lower = _mm512_load_si512(HALVES.lower), upper = _mm512_load_si512(HALVES.upper);
     const __m512i zero = _mm512_set1_epi8(static_cast<int8_t>((floating ? EXPONENT_FP8 : ONE) & 0xFF));
@@ -246,6 +260,9 @@ inline void encode(const Momenta& momenta, float inverse, uint32_t shared, Any* 
         const __m512i signs = _mm512_permutex2var_epi8(first, upper, second);
         if constexpr (floating) {
             code = _mm512_ternarylogic_epi32(code, signs, _mm512_set1_epi8(-128), 0xF8);  // code | (signs & -128)
+        } else if constexpr (squares) {
+            // a square above 0 never has code 0
+            code = _mm512_mask_max_epu8(code, _mm512_movepi8_mask(signs), code, _mm512_set1_epi8(1));
         } else {
             code = _mm512_mask_sub_epi8(code, _mm512_movepi8_mask(signs), _mm512_setzero_si512(), code);
         }
@@ -304,12 +321,10 @@ inline void quantize(
         return;
     }
 #if ISA >= 3
-    if constexpr (!squares) {
-        encode(momenta, inverse, shared, codes);
-        return;
-    }
-#endif
+    encode(momenta, inverse, shared, codes);
+#else
     write(SCALED);
+#endif
 }
 
 #if ISA >= 3
@@ -338,7 +353,7 @@ struct NewMomenta {
 // the first half of quantize(): writes the scales of blocks with these largest magnitudes
 template <typename Any>
 inline void scale(NewMomenta& updated, __m128 largest, float* scales) {
-    const float most = std::is_same_v<Any, fp8> ? LARGEST_FP8 : LARGEST - 1.0f;
+    const float most = std::is_same_v<Any, fp8> ? LARGEST_FP8 : (std::is_same_v<Any, uint8_t> ? LARGEST_SQUARE : LARGEST) - 1.0f;
     const __m128 unit = _mm_mul_ps(largest, _mm_set1_ps(1.0f / most));
     const __mmask8 finite = _mm_cmp_ps_mask(unit, _mm_set1_ps(std::numeric_limits<float>::infinity()), _CMP_LT_OQ);
     updated.usable = finite & _mm_cmp_ps_mask(unit, _mm_set1_ps(SMALLEST_SCALE), _CMP_GE_OQ);

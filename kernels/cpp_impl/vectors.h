@@ -21,6 +21,18 @@ inline Lanes widen(__m512i words) {
             _mm512_castsi512_ps(_mm512_and_si512(words, all(0xFFFF0000u)))};
 }
 
+// whether one of some multiple of 64 bf16 numbers is 2 or more in magnitude, or not finite: bit 14 says so, and costs less
+// than any_nonfinite
+template <int64_t count, typename T>
+inline bool any_large(const T* x) {
+    __m512i bits = _mm512_setzero_si512();
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < count; i += 64) {
+        bits = _mm512_ternarylogic_epi32(bits, _mm512_loadu_si512(x + i), _mm512_loadu_si512(x + i + 32), 0xFE);
+    }
+    return _mm512_test_epi16_mask(bits, all(0x40004000u));
+}
+
 // the upper halves of the 32-bit lanes of two vectors, as pairs
 inline __m512i upper_halves(__m512i low, __m512i high) {
     const __m128i upper = _mm_setr_epi8(2, 3, 2, 3, 6, 7, 6, 7, 10, 11, 10, 11, 14, 15, 14, 15);

@@ -116,16 +116,6 @@ static inline Lanes signed_gradients(Lanes x) {
     return {_mm512_xor_ps(x.low, sign), _mm512_xor_ps(x.high, sign)};
 }
 
-// whether a gradient of PIECE is 2 or more in magnitude, or not finite: bit 14 says so, and costs less than any_nonfinite
-static inline bool any_large(const GRAD* g) {
-    __m512i bits = _mm512_setzero_si512();
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < PIECE; i += 64) {
-        bits = _mm512_ternarylogic_epi32(bits, _mm512_loadu_si512(g + i), _mm512_loadu_si512(g + i + 32), 0xFE);
-    }
-    return _mm512_test_epi16_mask(bits, all(0x40004000u));
-}
-
 // updates PIECE entries with finite gradients, and writes the scales of their new momenta; a template, since it is compiled
 // for parameters of bf16 alone
 template <typename Param>
@@ -178,7 +168,7 @@ static bool step_pieces(
         const auto i = index + static_cast<uint32_t>(at);
         const auto pair = first_pair + static_cast<uint32_t>(at / 2);
         StateT* of_weights = state ? state + at : nullptr;
-        if (any_large(g + at) && any_nonfinite(g + at, PIECE)) {
+        if (any_large<PIECE>(g + at) && any_nonfinite(g + at, PIECE)) {
             step<SKIP>(p + at, g + at, codes + at, scales + at / SCALED, of_weights, PIECE, settings, i, pair);
             sound = false;
             continue;
