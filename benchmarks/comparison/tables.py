@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import html
 import math
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from comparison.growth import budget_table, transfer_table
@@ -80,6 +81,26 @@ def write(path: Path, root: Path) -> list[Path]:
     for target in changed:
         target.write_text(targets[target], "utf-8")
     return changed
+
+
+def measure_or_report(
+    parser: argparse.ArgumentParser, measure: Callable[[argparse.Namespace], None], table: Callable[[Path], str]
+) -> None:
+    """Measure into the file of ``--out``, or read that of ``--report``; print its table, and ``--write`` it.
+
+    The block of the page has the name of the file.
+    """
+    options = parser.parse_args()
+    path = options.report or options.out
+    if options.report is None:
+        measure(options)
+    elif not path.exists():
+        parser.error(f"--report: expected a file of results, {path} is none")
+    text = table(path)
+    print(text)
+    if options.write:
+        page = Path(__file__).parents[2] / PAGES[0]
+        page.write_text(replace_blocks(page.read_text("utf-8"), {path.stem: text}), "utf-8")
 
 
 def _number(value: float | None, digits: int = 3) -> str:

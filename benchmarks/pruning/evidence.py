@@ -27,15 +27,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import itertools
 import math
 import shutil
-import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from calibration import CalibratedModel
@@ -43,32 +41,14 @@ from common import (
     append_json_line,
     command_line,
     machine_state,
-    machines,
     peak_memory,
     read_json_lines,
     reset_peak_memory,
 )
-from comparison.summary import paired_percent
-from comparison.tables import markdown, replace_blocks
+from comparison.tables import measure_or_report
+from evidence_tables import ALLOCATIONS, SCORES, Cell, Row, cell_of, recovered, table
 from evolution import Evolution
 
-PAGE = "docs/measured.md"
-ROOT = Path(__file__).parents[2]
-ALLOCATIONS = {
-    "uniform": "uniform", "owl": "OWL", "atp": "ATP", "measured": "DP measured by block", "anchored": "DP anchored",
-    "refined": "DP anchored and refined", "evolution": "evolution",
-}  # fmt: skip
-SCORES = {"wanda": "Wanda", "sparsegpt": "SparseGPT", "alps": "ALPS"}
-# to which the others are compared
-BASELINE = "uniform"
-# after the allocation, in cells of models that were trained after pruning
-RECOVERED = " recovered"
-# (score, allocation) beside another; "" stands for each score
-PAIRS = (
-    ("", "anchored", "", "measured"), ("", "anchored", "", "owl"), ("", "anchored", "", "atp"),
-    ("", "refined", "", "anchored"), ("", "refined", "", "evolution"), ("sparsegpt", "uniform", "wanda", "uniform"),
-    ("sparsegpt", "uniform", "wanda", "refined"), ("alps", "uniform", "sparsegpt", "uniform"),
-)  # fmt: skip
 # sparsities of the curves' levels, for all targets: of matrices, of blocks
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 BLOCK_LEVELS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -87,16 +67,6 @@ PARSER.add_argument("--allocations", nargs="+", default=list(ALLOCATIONS), choic
 PARSER.add_argument("--report", type=Path, help="a file of results whose table to print")
 SETTINGS = ("name", "samples", "curve_samples", "judge_samples", "eval_samples", "seq_len", "anchor_minutes",
             "refine_minutes")  # fmt: skip
-Row = dict[str, Any]
-
-
-class Cell(NamedTuple):
-    """What one line of the results is about; ``allocation`` may be a kind of curves, "dense", or end in RECOVERED."""
-
-    score: str
-    sparsity: float
-    seed: int
-    allocation: str
 
 
 class Bench:
@@ -274,16 +244,6 @@ def curves_of(cell: Cell, kind: str) -> Cell:
     return cell._replace(allocation=f"curves {kind}", sparsity=cell.sparsity if kind == "anchored" else 0.0)
 
 
-def recovered(cell: Cell) -> Cell:
-    """The cell of the same pruned model after recovery."""
-    return cell._replace(allocation=cell.allocation + RECOVERED)
-
-
-def cell_of(row: Row) -> Cell:
-    """The cell of a line of the results."""
-    return Cell(**{name: row[name] for name in Cell._fields})
-
-
 def timed_and_peak(run: Callable[[], Row]) -> tuple[Row, Row]:
     """The result of a call, with its processor seconds and peak memory."""
     reset_peak_memory()
@@ -292,163 +252,15 @@ def timed_and_peak(run: Callable[[], Row]) -> tuple[Row, Row]:
     return result, {"seconds": time.process_time() - begin, "gib": peak_memory() / 2**30}
 
 
-# -- the table --------------------------------------------------------------------------------------------------------
-
-
-def table(path: Path) -> str:
-    """The block of the page: a row for each score, sparsity and allocation that the file has, and what is missing."""
-    settings, *rows = read_json_lines(path)
-    results = {cell_of(row): row for row in rows}
-    cells = [cell for cell in results if cell.allocation in ALLOCATIONS]
-    order = sorted({(list(SCORES).index(cell.score), cell.sparsity) for cell in cells})
-    lines = [
-        line
-        for score, sparsity in order
-        for line in _lines({c: results[c] for c in cells if (c.score, c.sparsity) == (list(SCORES)[score], sparsity)})
-    ]
-    head = ["", "seeds", "KL", "to uniform, %", "perplexity", "processor s", "peak, GiB"]
-    dense = next(row["perplexity"] for row in rows if row["allocation"] == "dense")
-    parts = [_caption(path, settings, rows, dense), markdown(head, lines), _legend(), _pairs(cells, results)]
-    parts += [_recovered_table(results), _missing(cells)]
-    return "\n\n".join(filter(None, parts))
-
-
-def _lines(cells: Mapping[Cell, Row]) -> Iterator[list[str]]:
-    """The rows of the table for one score and sparsity."""
-    by_allocation: dict[str, dict[int, Row]] = {}
-    for cell, row in cells.items():
-        by_allocation.setdefault(cell.allocation, {})[cell.seed] = row
-    first = next(iter(cells))
-    base = by_allocation.get(BASELINE, {})
-    for name, label in ALLOCATIONS.items():
-        of_seed = by_allocation.get(name, {})
-        if not of_seed:
-            continue
-        means = {key: statistics.mean(row[key] for row in of_seed.values()) for key in ("kl", "perplexity", "seconds")}
-        yield [
-            f"{SCORES[first.score]} {first.sparsity:.0%}, {label}",
-            ", ".join(map(str, sorted(of_seed))),
-            f"{means['kl']:.4f}",
-            "–" if name == BASELINE else difference(of_seed, base),
-            f"{means['perplexity']:.2f}",
-            f"{means['seconds']:.1f}",
-            f"{max(row['gib'] for row in of_seed.values()):.2f}",
-        ]
-
-
-def difference(rows: Mapping[int, Row], base: Mapping[int, Row]) -> str:
-    """Difference of the KL divergence in percent, paired by seed, with its interval; of one seed without."""
-    seeds = sorted(set(rows) & set(base))
-    if not seeds:
-        return "–"
-    interval = paired_percent([rows[seed]["kl"] for seed in seeds], [base[seed]["kl"] for seed in seeds])
-    return f"{interval:+.1f}"
-
-
-def _caption(path: Path, settings: Row, rows: list[Row], dense: float) -> str:
-    length = settings["seq_len"]
-    return (
-        f"`python benchmarks pruning/evidence`, every cell in [{path.name}](results/{path.name}): {settings['name']} "
-        f"(SHA-256 of its weights: {settings['weights'][:8]}), {settings['dtype']}, perplexity {dense:.2f} before "
-        f"pruning. {settings['samples']} x {length} tokens for scores, {settings['curve_samples']} x {length} of them "
-        f"for curves and ATP, {settings['judge_samples']} x {length} others that judge both searches, "
-        f"{settings['eval_samples']} x {length} held out. Anchored curves have {settings['anchor_minutes']:g} minutes "
-        f"by the clock for their measurements, the refining search {settings['refine_minutes']:g}. {machines(rows)}."
-    )
-
-
-def _legend() -> str:
-    return (
-        "KL is the divergence to the dense model on held-out text, its difference to uniform sparsity in percent is "
-        "paired by seed, with Student's 95 % interval; a row of one seed has none, and its difference may be chance. "
-        "Processor seconds include all curves."
-    )
-
-
-def _pairs(cells: list[Cell], results: Mapping[Cell, Row]) -> str:
-    """A table of differences between two rows of at least two common seeds."""
-    lines = []
-    for sparsity in sorted({cell.sparsity for cell in cells}):
-        for score, (of_score, allocation, base_score, base) in itertools.product(SCORES, PAIRS):
-            if of_score not in ("", score):
-                continue
-            mine, other = (
-                {cell.seed: results[cell] for cell in cells if cell[:2] + cell[3:] == (s or score, sparsity, name)}
-                for s, name in ((of_score, allocation), (base_score, base))
-            )
-            if len(set(mine) & set(other)) > 1:
-                names = (
-                    f"{ALLOCATIONS[allocation]}, to {SCORES[base_score] + ' ' if base_score else ''}{ALLOCATIONS[base]}"
-                )
-                lines.append([f"{SCORES[score]} {sparsity:.0%}, {names}", difference(mine, other)])
-    return markdown(["of the same seeds", "KL, %"], lines) if lines else ""
-
-
-def _recovered_table(results: Mapping[Cell, Row]) -> str:
-    """Models after recovery, by score, sparsity and allocation, and how the steps were made; "" without any."""
-    groups: dict[tuple[str, float, str], dict[int, Row]] = {}
-    for cell, row in results.items():
-        if cell.allocation.endswith(RECOVERED):
-            groups.setdefault((cell.score, cell.sparsity, cell.allocation.removesuffix(RECOVERED)), {})[cell.seed] = row
-    if not groups:
-        return ""
-    lines = []
-    order = sorted(groups, key=lambda key: (list(SCORES).index(key[0]), key[1], list(ALLOCATIONS).index(key[2])))
-    for score, sparsity, name in order:
-        rows, base = groups[score, sparsity, name], groups.get((score, sparsity, BASELINE), {})
-        before, after, perplexity, seconds = (
-            statistics.mean(row[key] for row in rows.values()) for key in ("kl_before", "kl", "perplexity", "seconds")
-        )
-        lines.append(
-            [f"{SCORES[score]} {sparsity:.0%}, {ALLOCATIONS[name]}", ", ".join(map(str, sorted(rows))), f"{before:.4f}",
-             f"{after:.4f}", "–" if name == BASELINE else difference(rows, base), f"{perplexity:.2f}", f"{seconds:.0f}"]
-        )  # fmt: skip
-    ways = {
-        (row["steps"], row["batch"], row["samples"], row["lr"]) for rows in groups.values() for row in rows.values()
-    }
-    text = "; ".join(
-        f"{steps} steps of {batch} sequences out of {samples}, lr {lr:g}" for steps, batch, samples, lr in sorted(ways)
-    )
-    head = ["after recovery", "seeds", "KL before", "KL", "to uniform, %", "perplexity", "processor s"]
-    return (
-        f"After recovery on the dense model's outputs with the zeros held, as `leanstep prune --recover` ({text}); "
-        f"processor seconds of the recovery alone:\n\n{markdown(head, lines)}"
-    )
-
-
-def _missing(cells: list[Cell]) -> str:
-    """Which cells are not measured."""
-    seeds = sorted({cell.seed for cell in cells})
-    texts = []
-    for score, label in SCORES.items():
-        for sparsity in (0.5, 0.6, 0.7):
-            names = [
-                name
-                for key, name in ALLOCATIONS.items()
-                if not any(Cell(score, sparsity, seed, key) in cells for seed in seeds)
-            ]
-            if len(names) == len(ALLOCATIONS):
-                texts.append(f"{label} {sparsity:.0%}")
-            elif names == [name for key, name in ALLOCATIONS.items() if key != BASELINE]:
-                texts.append(f"{label} {sparsity:.0%}: all but {BASELINE}")
-            elif names:
-                texts.append(f"{label} {sparsity:.0%}: {', '.join(names)}")
-    return f"Not measured: {'; '.join(texts)}." if texts else ""
+def run(options: argparse.Namespace) -> None:
+    """Measure what the file of results does not have."""
+    torch.set_num_threads(1)
+    Bench(options).run()
 
 
 def main() -> None:
     """Measure, or read a file; print the table."""
-    options = PARSER.parse_args()
-    path = options.report or options.out
-    if options.report is None:
-        torch.set_num_threads(1)
-        Bench(options).run()
-    elif not path.exists():
-        PARSER.error(f"--report: expected a file of results, {path} is none")
-    print(table(path))
-    if options.write:
-        page = ROOT / PAGE
-        page.write_text(replace_blocks(page.read_text("utf-8"), {path.stem: table(path)}), "utf-8")
+    measure_or_report(PARSER, run, table)
 
 
 if __name__ == "__main__":

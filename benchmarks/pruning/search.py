@@ -32,11 +32,9 @@ import torch
 from calibration import CalibratedModel
 from common import append_json_line, command_line, machine_state, machines, read_json_lines
 from comparison.summary import Interval, paired_percent
-from comparison.tables import markdown, replace_blocks
+from comparison.tables import markdown, measure_or_report
 from evolution import Evolution
 
-PAGE = "docs/measured.md"
-ROOT = Path(__file__).parents[2]
 PARSER = command_line(
     __doc__, model=Path("runs/llama-nano-sinkgd/final"), name=("", "in the table; default: from the configuration"),
     seeds=[0, 1, 2], sparsities=[0.5, 0.6, 0.7, 0.8], budgets=([20.0, 40.0, 80.0], "processor seconds"),
@@ -247,16 +245,7 @@ def reading(intervals: list[Interval], single: int) -> str:
 
 def main() -> None:
     """Measure, or read a file; print the table."""
-    options = PARSER.parse_args()
-    path = options.report or options.out
-    if options.report is None:
-        run(options)
-    elif not path.exists():
-        PARSER.error(f"--report: expected a file of results, {path} is none")
-    print(table(path))
-    if options.write:
-        page = ROOT / PAGE
-        page.write_text(replace_blocks(page.read_text("utf-8"), {path.stem: table(path)}), "utf-8")
+    measure_or_report(PARSER, run, table)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,190 @@
+"""The tables of pruning/evidence: models by score, sparsity and allocation, beside one another."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common import machines, read_json_lines
+from comparison.summary import paired_percent
+from comparison.tables import markdown
+
+ALLOCATIONS = {
+    "uniform": "uniform", "owl": "OWL", "atp": "ATP", "measured": "DP measured by block", "anchored": "DP anchored",
+    "refined": "DP anchored and refined", "evolution": "evolution",
+}  # fmt: skip
+SCORES = {"wanda": "Wanda", "sparsegpt": "SparseGPT", "alps": "ALPS"}
+# to which the others are compared
+BASELINE = "uniform"
+# after the allocation, in cells of models that were trained after pruning
+RECOVERED = " recovered"
+# (score, allocation) beside another; "" stands for each score
+PAIRS = (
+    ("", "anchored", "", "measured"), ("", "anchored", "", "owl"), ("", "anchored", "", "atp"),
+    ("", "refined", "", "anchored"), ("", "refined", "", "evolution"), ("sparsegpt", "uniform", "wanda", "uniform"),
+    ("sparsegpt", "uniform", "wanda", "refined"), ("alps", "uniform", "sparsegpt", "uniform"),
+)  # fmt: skip
+Row = dict[str, Any]
+
+
+class Cell(NamedTuple):
+    """What one line of the results is about; ``allocation`` may be a kind of curves, "dense", or end in RECOVERED."""
+
+    score: str
+    sparsity: float
+    seed: int
+    allocation: str
+
+
+def recovered(cell: Cell) -> Cell:
+    """The cell of the same pruned model after recovery."""
+    return cell._replace(allocation=cell.allocation + RECOVERED)
+
+
+def cell_of(row: Row) -> Cell:
+    """The cell of a line of the results."""
+    return Cell(**{name: row[name] for name in Cell._fields})
+
+
+def table(path: Path) -> str:
+    """The block of the page: a row for each score, sparsity and allocation that the file has, and what is missing."""
+    settings, *rows = read_json_lines(path)
+    results = {cell_of(row): row for row in rows}
+    cells = [cell for cell in results if cell.allocation in ALLOCATIONS]
+    order = sorted({(list(SCORES).index(cell.score), cell.sparsity) for cell in cells})
+    lines = [
+        line
+        for score, sparsity in order
+        for line in _lines({c: results[c] for c in cells if (c.score, c.sparsity) == (list(SCORES)[score], sparsity)})
+    ]
+    head = ["", "seeds", "KL", "to uniform, %", "perplexity", "processor s", "peak, GiB"]
+    dense = next(row["perplexity"] for row in rows if row["allocation"] == "dense")
+    parts = [_caption(path, settings, rows, dense), markdown(head, lines), _legend(), _pairs(cells, results)]
+    parts += [_recovered_table(results), _missing(cells)]
+    return "\n\n".join(filter(None, parts))
+
+
+def _lines(cells: Mapping[Cell, Row]) -> Iterator[list[str]]:
+    """The rows of the table for one score and sparsity."""
+    by_allocation: dict[str, dict[int, Row]] = {}
+    for cell, row in cells.items():
+        by_allocation.setdefault(cell.allocation, {})[cell.seed] = row
+    first = next(iter(cells))
+    base = by_allocation.get(BASELINE, {})
+    for name, label in ALLOCATIONS.items():
+        of_seed = by_allocation.get(name, {})
+        if not of_seed:
+            continue
+        means = {key: statistics.mean(row[key] for row in of_seed.values()) for key in ("kl", "perplexity", "seconds")}
+        yield [
+            f"{SCORES[first.score]} {first.sparsity:.0%}, {label}",
+            ", ".join(map(str, sorted(of_seed))),
+            f"{means['kl']:.4f}",
+            "–" if name == BASELINE else difference(of_seed, base),
+            f"{means['perplexity']:.2f}",
+            f"{means['seconds']:.1f}",
+            f"{max(row['gib'] for row in of_seed.values()):.2f}",
+        ]
+
+
+def difference(rows: Mapping[int, Row], base: Mapping[int, Row]) -> str:
+    """Difference of the KL divergence in percent, paired by seed, with its interval; of one seed without."""
+    seeds = sorted(set(rows) & set(base))
+    if not seeds:
+        return "–"
+    interval = paired_percent([rows[seed]["kl"] for seed in seeds], [base[seed]["kl"] for seed in seeds])
+    return f"{interval:+.1f}"
+
+
+def _caption(path: Path, settings: Row, rows: list[Row], dense: float) -> str:
+    length = settings["seq_len"]
+    return (
+        f"`python benchmarks pruning/evidence`, every cell in [{path.name}](results/{path.name}): {settings['name']} "
+        f"(SHA-256 of its weights: {settings['weights'][:8]}), {settings['dtype']}, perplexity {dense:.2f} before "
+        f"pruning. {settings['samples']} x {length} tokens for scores, {settings['curve_samples']} x {length} of them "
+        f"for curves and ATP, {settings['judge_samples']} x {length} others that judge both searches, "
+        f"{settings['eval_samples']} x {length} held out. Anchored curves have {settings['anchor_minutes']:g} minutes "
+        f"by the clock for their measurements, the refining search {settings['refine_minutes']:g}. {machines(rows)}."
+    )
+
+
+def _legend() -> str:
+    return (
+        "KL is the divergence to the dense model on held-out text, its difference to uniform sparsity in percent is "
+        "paired by seed, with Student's 95 % interval; a row of one seed has none, and its difference may be chance. "
+        "Processor seconds include all curves."
+    )
+
+
+def _pairs(cells: list[Cell], results: Mapping[Cell, Row]) -> str:
+    """A table of differences between two rows of at least two common seeds."""
+    lines = []
+    for sparsity in sorted({cell.sparsity for cell in cells}):
+        for score, (of_score, allocation, base_score, base) in itertools.product(SCORES, PAIRS):
+            if of_score not in ("", score):
+                continue
+            mine, other = (
+                {cell.seed: results[cell] for cell in cells if cell[:2] + cell[3:] == (s or score, sparsity, name)}
+                for s, name in ((of_score, allocation), (base_score, base))
+            )
+            if len(set(mine) & set(other)) > 1:
+                names = (
+                    f"{ALLOCATIONS[allocation]}, to {SCORES[base_score] + ' ' if base_score else ''}{ALLOCATIONS[base]}"
+                )
+                lines.append([f"{SCORES[score]} {sparsity:.0%}, {names}", difference(mine, other)])
+    return markdown(["of the same seeds", "KL, %"], lines) if lines else ""
+
+
+def _recovered_table(results: Mapping[Cell, Row]) -> str:
+    """Models after recovery, by score, sparsity and allocation, and how the steps were made; "" without any."""
+    groups: dict[tuple[str, float, str], dict[int, Row]] = {}
+    for cell, row in results.items():
+        if cell.allocation.endswith(RECOVERED):
+            groups.setdefault((cell.score, cell.sparsity, cell.allocation.removesuffix(RECOVERED)), {})[cell.seed] = row
+    if not groups:
+        return ""
+    lines = []
+    order = sorted(groups, key=lambda key: (list(SCORES).index(key[0]), key[1], list(ALLOCATIONS).index(key[2])))
+    for score, sparsity, name in order:
+        rows, base = groups[score, sparsity, name], groups.get((score, sparsity, BASELINE), {})
+        before, after, perplexity, seconds = (
+            statistics.mean(row[key] for row in rows.values()) for key in ("kl_before", "kl", "perplexity", "seconds")
+        )
+        lines.append(
+            [f"{SCORES[score]} {sparsity:.0%}, {ALLOCATIONS[name]}", ", ".join(map(str, sorted(rows))), f"{before:.4f}",
+             f"{after:.4f}", "–" if name == BASELINE else difference(rows, base), f"{perplexity:.2f}", f"{seconds:.0f}"]
+        )  # fmt: skip
+    ways = {
+        (row["steps"], row["batch"], row["samples"], row["lr"]) for rows in groups.values() for row in rows.values()
+    }
+    text = "; ".join(
+        f"{steps} steps of {batch} sequences out of {samples}, lr {lr:g}" for steps, batch, samples, lr in sorted(ways)
+    )
+    head = ["after recovery", "seeds", "KL before", "KL", "to uniform, %", "perplexity", "processor s"]
+    return (
+        f"After recovery on the dense model's outputs with the zeros held, as `leanstep prune --recover` ({text}); "
+        f"processor seconds of the recovery alone:\n\n{markdown(head, lines)}"
+    )
+
+
+def _missing(cells: list[Cell]) -> str:
+    """Which cells are not measured."""
+    seeds = sorted({cell.seed for cell in cells})
+    texts = []
+    for score, label in SCORES.items():
+        for sparsity in (0.5, 0.6, 0.7):
+            names = [
+                name
+                for key, name in ALLOCATIONS.items()
+                if not any(Cell(score, sparsity, seed, key) in cells for seed in seeds)
+            ]
+            if len(names) == len(ALLOCATIONS):
+                texts.append(f"{label} {sparsity:.0%}")
+            elif names == [name for key, name in ALLOCATIONS.items() if key != BASELINE]:
+                texts.append(f"{label} {sparsity:.0%}: all but {BASELINE}")
+            elif names:
+                texts.append(f"{label} {sparsity:.0%}: {', '.join(names)}")
+    return f"Not measured: {'; '.join(texts)}." if texts else ""
