@@ -22,7 +22,7 @@ def budget_table(results: Results, rows: list[Row]) -> tuple[list[str], list[lis
     Rows with a seed that diverged are left out.
     """
     whole = {row.method: row.losses for row in rows if row.mean is not None}
-    halves = {row.method: losses for row in rows if (losses := _half_losses(results, row.chosen)) is not None}
+    halves = {row.method: losses for row in rows if (losses := _judged(results, row.chosen, "half")) is not None}
     methods = [method for method in whole if method in halves]
     if len(methods) < 2:
         return None
@@ -37,9 +37,27 @@ def budget_table(results: Results, rows: list[Row]) -> tuple[list[str], list[lis
     return head, cells, _order_reading(methods, halves, whole)
 
 
-def _half_losses(results: Results, chosen: Run) -> tuple[float, ...] | None:
-    """Losses of all seeds with half of the steps; None unless all are there and finite."""
-    runs = judged_runs(chosen, results.protocol, "half")
+def double_reading(results: Results, rows: list[Row]) -> str:
+    """Whether twice the chosen hidden rate would have been better at full length; "" where it was not judged.
+
+    Tuning runs are shorter than judged ones, and may prefer another rate.
+    """
+    texts = []
+    for row in rows:
+        losses = _judged(results, row.chosen, "double")
+        if losses is not None and row.mean is not None:
+            difference = paired_difference(losses, row.losses)
+            texts.append(
+                f"{METHODS[row.method].title} {statistics.mean(losses):.3f}, {difference:+.3f}, {difference.reading}"
+            )
+    if not texts:
+        return ""
+    return f"Judged with twice the hidden rate, mean loss and difference to the chosen one: {'; '.join(texts)}."
+
+
+def _judged(results: Results, chosen: Run, kind: str) -> tuple[float, ...] | None:
+    """Losses of all seeds of a kind of judged runs; None unless all are there and finite."""
+    runs = judged_runs(chosen, results.protocol, kind)
     if any(run not in results.rows for run in runs):
         return None
     losses = tuple(final_loss(results.rows[run]) for run in runs)

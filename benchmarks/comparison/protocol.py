@@ -82,7 +82,7 @@ class Protocol:
 class Run:
     """One training run. Step sizes and weight decay are None where the defaults of the optimizer's class hold."""
 
-    kind: str  # tune, judge, or half: judged with a schedule of half the steps
+    kind: str  # tune, judge, half: judged with half of the steps, or double: judged with twice the hidden rate
     method: str
     seed: int
     hidden_lr: float | None
@@ -92,8 +92,8 @@ class Run:
 
     def steps(self, protocol: Protocol) -> int:
         """Number of steps."""
-        steps = {"tune": protocol.tune_steps, "judge": protocol.judge_steps, "half": protocol.judge_steps // 2}
-        return steps[self.kind]
+        steps = {"tune": protocol.tune_steps, "half": protocol.judge_steps // 2}
+        return steps.get(self.kind, protocol.judge_steps)
 
 
 def digest(value: Any) -> str:

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import statistics
 import time
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -25,8 +26,8 @@ class Scheduler:
     """Runs what the methods need, those of earlier methods first."""
 
     def __init__(self, results: Results, writer: Writer, methods: list[str], budget: int, workers: int,
-                 minutes: float, half: bool = False) -> None:  # fmt: skip
-        self.results, self.writer, self.methods, self.half = results, writer, methods, half
+                 minutes: float, half: bool = False, double: Sequence[str] = ()) -> None:  # fmt: skip
+        self.results, self.writer, self.methods, self.half, self.double = results, writer, methods, half, double
         self.protocol: Protocol = results.protocol
         self.search = Search.of_this_version(budget, self.protocol.model)
         self.workers = workers
@@ -80,18 +81,20 @@ class Scheduler:
     def wanted(self) -> list[Run]:
         """Runs that could start now, in order; methods that end on an edge have none."""
         runs: list[Run] = []
-        half: list[Run] = []
+        more: list[Run] = []
         for method in self.methods:
             try:
                 state = plan(method, self.protocol, self.search, self.results.losses)
                 runs += state.missing
                 if self.half and state.chosen is not None:
-                    half += judged_runs(state.chosen, self.protocol, "half")
+                    more += judged_runs(state.chosen, self.protocol, "half")
+                if method in self.double and state.chosen is not None:
+                    more += judged_runs(state.chosen, self.protocol, "double")
             except EdgeError as error:
                 if method not in self.edges:
                     self.edges[method] = str(error)
                     print(f"error: {error}", flush=True)
-        return runs + [run for run in half if run not in self.results.rows]
+        return runs + [run for run in more if run not in self.results.rows]
 
     def _store(self, run: Run, result: dict[str, Any]) -> None:
         row = run_row(self.protocol, run, {**result, "environment": self.environment})

@@ -154,8 +154,11 @@ def _settings(run: Run) -> tuple[float | None, float | None, float | None, float
 
 
 def judged_runs(chosen: Run, protocol: Protocol, kind: str = "judge") -> list[Run]:
-    """The judged runs of the chosen settings, by seed; ``kind="half"``: those of half the steps."""
-    return [Run(kind, chosen.method, seed, *_settings(chosen)) for seed in protocol.judge_seeds]
+    """The judged runs of the chosen settings, by seed; of kind "half" or "double", see :class:`Run`."""
+    hidden, *others = _settings(chosen)
+    if kind == "double" and hidden is not None:
+        hidden *= 2
+    return [Run(kind, chosen.method, seed, hidden, *others) for seed in protocol.judge_seeds]
 
 
 def _edge(run: Run, budget: int, diverged: bool) -> str:

@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from comparison.growth import budget_table, transfer_table
+from comparison.growth import budget_table, double_reading, transfer_table
 from comparison.methods import METHODS
 from comparison.protocol import ComparisonError
 from comparison.results import Results, read
@@ -35,6 +35,8 @@ def blocks(path: Path) -> dict[str, str]:
         f"compare-{model}": _comparison(results, rows, others, path),
         f"chosen-{model}": _chosen(results, rows),
     }
+    if reading := double_reading(results, rows):
+        contents[f"chosen-{model}"] += f"\n\n{_paragraph(reading)}"
     if budgets := budget_table(results, rows):
         head, cells, reading = budgets
         contents[f"budgets-{model}"] = f"{markdown(head, cells)}\n\n{_paragraph(reading)}"

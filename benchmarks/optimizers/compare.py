@@ -1,12 +1,13 @@
 """Compare optimizers on a nano model against a tuned AdamW: the same search for all, judged on other seeds.
 
     python benchmarks optimizers/compare --out runs/compare [--family llama] [--size nano] [--workers 2] \
-        [--minutes 30] [--budget 20] [--half] [--methods adamw sinkgd] [key=value ...]
+        [--minutes 30] [--budget 20] [--half] [--double adamw] [--methods adamw sinkgd] [key=value ...]
     python benchmarks optimizers/compare --report docs/results/llama-nano.jsonl [--write]
 
 docs/protocol.md has the rules. The first command makes the runs that its file (OUT/FAMILY-SIZE.jsonl) does not have yet
 and prints the tables; it can be killed at any moment and goes on where it stopped. ``--minutes`` ends it in time.
-``--size nano-lora`` compares them on the adapters of a pretrained nano, ``--half`` judges with half of the steps too.
+``--size nano-lora`` compares them on the adapters of a pretrained nano. ``--half`` judges with half of the steps too,
+``--double`` judges these methods with twice the hidden rate that shorter tuning runs chose.
 Further ``key=value`` pairs are settings of the recipe FAMILY-SIZE-adamw (of llama-nano-lora itself), for all runs. The
 second command prints the tables of a file; ``--write`` puts them into docs/, with the figure.
 Exit codes: 0 complete, 1 a problem, 2 bad settings, 3 time is up.
@@ -46,6 +47,7 @@ PARSER.add_argument("--out", type=Path, default=Path("runs/compare"), help="fold
 PARSER.add_argument("--report", type=Path, help="a file of results whose tables to print")
 PARSER.add_argument("--family", default="llama", choices=["llama", "gpt"])
 PARSER.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+PARSER.add_argument("--double", nargs="+", default=[], choices=[name for name, m in METHODS.items() if m.start])
 PARSER.add_argument("settings", nargs="*", metavar="key=value", help="settings of the recipe, for all runs")
 ROOT = Path(__file__).parents[2]
 
@@ -85,7 +87,9 @@ def compare(options) -> int:
         METHODS[method].optimizer_class()
     path, code = options.out / f"{protocol.model}.jsonl", 0
     with writing(path, protocol) as (results, writer):
-        scheduler = Scheduler(results, writer, methods, options.budget, options.workers, options.minutes, options.half)
+        scheduler = Scheduler(
+            results, writer, methods, options.budget, options.workers, options.minutes, options.half, options.double
+        )
         try:
             scheduler.go()
         except Stopped as stop:

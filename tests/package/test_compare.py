@@ -217,6 +217,20 @@ def test_orders_at_half_and_all_steps(parts, tmp_path, sinkgd, reading):
     assert f"| AdamW | 5.500 ± {scipy.stats.sem([5.4, 5.5, 5.6]):.3f} | {1 if sinkgd > 5.5 else 2} | – |" in text
 
 
+def test_twice_the_hidden_rate_is_told_beside_the_chosen_one(parts, tmp_path):
+    path = tmp_path / "r.jsonl"
+    protocol = synthetic(parts, path)
+    chosen = parts.results.read(path)
+    assert "twice" not in parts.tables.blocks(path)["chosen-llama-nano"]
+    rows = {row.method: row for row in parts.summary.summarise(chosen)[0]}
+    appended(parts, path, protocol, "double", lambda method, seed: rows[method].losses[seed - 1] - 0.25)
+    doubled = [run for run in parts.results.read(path).rows if run.kind == "double" and run.method == "adamw"]
+    assert {run.hidden_lr for run in doubled} == {2 * rows["adamw"].chosen.hidden_lr}
+    assert {run.steps(protocol) for run in doubled} == {protocol.judge_steps}
+    text = " ".join(parts.tables.blocks(path)["chosen-llama-nano"].split())
+    assert f"AdamW {rows['adamw'].mean - 0.25:.3f}, -0.250 [-0.250, -0.250], lower loss" in text
+
+
 def test_rates_of_the_nano_beside_a_larger_model(parts, tmp_path, monkeypatch):
     nano, larger = tmp_path / "llama-nano.jsonl", tmp_path / "llama-micro.jsonl"
     synthetic(parts, larger, model="llama-micro")
