@@ -15,8 +15,10 @@ struct Settings {
 static inline void update(
     PARAM* __restrict p, const GRAD* __restrict g, const Code* __restrict codes, float scale,
     const uint8_t* __restrict square_codes, float square_scale, StateT* __restrict state, int64_t n,
-    const Settings& settings, uint32_t index, Momenta& averages, Momenta& squares
+    const Settings& given, uint32_t index, Momenta& averages, Momenta& squares
 ) {
+    // a copy, which no pointer to float can change: the loop is not in vectors otherwise
+    const Settings settings = given;
     uint32_t largest = 0, largest_square = 0;
     // updates entry i, and writes its moments
     const auto one = [&](int64_t i, float& average, float& square) {
