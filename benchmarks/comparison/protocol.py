@@ -92,8 +92,8 @@ class Run:
 
     def steps(self, protocol: Protocol) -> int:
         """Number of steps."""
-        steps = {"tune": protocol.tune_steps, "half": protocol.judge_steps // 2}
-        return steps.get(self.kind, protocol.judge_steps)
+        judge = protocol.judge_steps
+        return {"tune": protocol.tune_steps, "judge": judge, "half": judge // 2, "double": judge}[self.kind]
 
 
 def digest(value: Any) -> str:

@@ -1,7 +1,7 @@
 """Compare optimizers on a nano model against a tuned AdamW: the same search for all, judged on other seeds.
 
-    python benchmarks optimizers/compare --out runs/compare [--family llama] [--size nano] [--workers 2] \
-        [--minutes 30] [--budget 20] [--half] [--double adamw] [--methods adamw sinkgd] [key=value ...]
+    python benchmarks optimizers/compare [key=value ...] --out runs/compare [--family llama] [--size nano] \
+        [--workers 2] [--minutes 30] [--budget 20] [--half] [--double adamw] [--methods adamw sinkgd]
     python benchmarks optimizers/compare --report docs/results/llama-nano.jsonl [--write]
 
 docs/protocol.md has the rules. The first command makes the runs that its file (OUT/FAMILY-SIZE.jsonl) does not have yet
@@ -47,7 +47,13 @@ PARSER.add_argument("--out", type=Path, default=Path("runs/compare"), help="fold
 PARSER.add_argument("--report", type=Path, help="a file of results whose tables to print")
 PARSER.add_argument("--family", default="llama", choices=["llama", "gpt"])
 PARSER.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-PARSER.add_argument("--double", nargs="+", default=[], choices=[name for name, m in METHODS.items() if m.start])
+PARSER.add_argument(
+    "--double",
+    nargs="+",
+    default=[],
+    choices=[name for name, m in METHODS.items() if m.start],
+    help="judge these methods with twice the chosen hidden rate, too",
+)
 PARSER.add_argument("settings", nargs="*", metavar="key=value", help="settings of the recipe, for all runs")
 ROOT = Path(__file__).parents[2]
 

@@ -32,6 +32,10 @@ inline float value_of(int32_t code, float scale) {
 
 // codes of numbers below the smallest normal one, 2^-6, have the bits of their sum with it, but for the exponent
 constexpr float LARGEST_FP8 = 448.0f;
+// the largest value of a block in units of its scale, by the type of its codes
+template <typename Any>
+constexpr float MOST_UNITS =
+    std::is_same_v<Any, fp8> ? LARGEST_FP8 : (std::is_same_v<Any, uint8_t> ? LARGEST_SQUARE : LARGEST) - 1.0f;
 constexpr uint32_t SMALLEST_NORMAL = 0x3C800000u, EXPONENT_FP8 = 960;
 constexpr int DROPPED_FP8 = 20;
 
@@ -282,7 +286,7 @@ inline void quantize(
     constexpr bool squares = std::is_same_v<Any, uint8_t>, floating = std::is_same_v<Any, fp8>;
     // blocks begin at multiples of 64 pairs, so the index of pair j is first_pair ^ j
     const uint32_t shared = first_shift(first_pair ^ ~(squares ? given_seed ^ SQUARES : given_seed));
-    const float unit = momenta.largest * (1.0f / (floating ? LARGEST_FP8 : (squares ? LARGEST_SQUARE : LARGEST) - 1.0f));
+    const float unit = momenta.largest * (1.0f / MOST_UNITS<Any>);
     if (!(is_finite(unit) && unit >= SMALLEST_SCALE)) {
         *scale = is_finite(unit) ? 0.0f : std::numeric_limits<float>::quiet_NaN();
         std::fill(codes, codes + n, Any{0});
@@ -353,8 +357,7 @@ struct NewMomenta {
 // the first half of quantize(): writes the scales of blocks with these largest magnitudes
 template <typename Any>
 inline void scale(NewMomenta& updated, __m128 largest, float* scales) {
-    const float most = std::is_same_v<Any, fp8> ? LARGEST_FP8 : (std::is_same_v<Any, uint8_t> ? LARGEST_SQUARE : LARGEST) - 1.0f;
-    const __m128 unit = _mm_mul_ps(largest, _mm_set1_ps(1.0f / most));
+    const __m128 unit = _mm_mul_ps(largest, _mm_set1_ps(1.0f / MOST_UNITS<Any>));
     const __mmask8 finite = _mm_cmp_ps_mask(unit, _mm_set1_ps(std::numeric_limits<float>::infinity()), _CMP_LT_OQ);
     updated.usable = finite & _mm_cmp_ps_mask(unit, _mm_set1_ps(SMALLEST_SCALE), _CMP_GE_OQ);
     const __m128 nan = _mm_set1_ps(std::numeric_limits<float>::quiet_NaN());

@@ -220,9 +220,9 @@ def test_orders_at_half_and_all_steps(parts, tmp_path, sinkgd, reading):
 def test_twice_the_hidden_rate_is_told_beside_the_chosen_one(parts, tmp_path):
     path = tmp_path / "r.jsonl"
     protocol = synthetic(parts, path)
-    chosen = parts.results.read(path)
+    results = parts.results.read(path)
     assert "twice" not in parts.tables.blocks(path)["chosen-llama-nano"]
-    rows = {row.method: row for row in parts.summary.summarise(chosen)[0]}
+    rows = {row.method: row for row in parts.summary.summarise(results)[0]}
     appended(parts, path, protocol, "double", lambda method, seed: rows[method].losses[seed - 1] - 0.25)
     doubled = [run for run in parts.results.read(path).rows if run.kind == "double" and run.method == "adamw"]
     assert {run.hidden_lr for run in doubled} == {2 * rows["adamw"].chosen.hidden_lr}
