@@ -66,7 +66,7 @@ class Training:
         seed_process(run.seed)
         # the accelerator is the same for all runs of a process, and holds on to what it prepares
         self.accelerator.free_memory()
-        model = build_run_model(config, data.tokenizer)
+        model = build_run_model(config, data.tokenizer, data.vocabulary)
         self.optimizer = METHODS[run.method].build(model, run)
         self.model = self.accelerator.prepare(model)
         self.schedule = build_schedule(schedule, self.optimizer, steps)

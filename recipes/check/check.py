@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import try_to_load_from_cache
 
-from leanstep._files import format_bytes, is_folder_name
+from leanstep._files import format_bytes, is_folder_name, parse_json, read_text
 from leanstep._memory import free_memory
 from leanstep.pruning.folder.files import stored_dtypes
 from leanstep.pruning.folder.loading import check_values, check_weights
@@ -193,14 +193,9 @@ class Check:
             self.vocabulary = size if size is not None else vocabulary_size(open_tokenizer(data.tokenizer))
             at_most = "" if size is None else "at most "
             section.add("tokenizer", f"{data.tokenizer}, {at_most}{self.vocabulary:,} tokens")
-        model_vocabulary = config.model.config.get("vocab_size")
-        if model_vocabulary is not None:
-            section.add("model", f"vocabulary of {model_vocabulary:,}")
-            if self.vocabulary > model_vocabulary:
-                section.problems.append(
-                    f"the tokenizer {data.tokenizer} produces {self.vocabulary:,} tokens, model.config.vocab_size is "
-                    f"{model_vocabulary:,}; raise it, or leave it out to take the tokenizer's"
-                )
+        if self.model_vocabulary() is not None:
+            section.add("model", f"vocabulary of {self.model_vocabulary():,}")
+            self.compare_vocabularies(section)
         if data.source == "hf":
             if not self.offline:
                 check_hub(data.name or "")
@@ -224,10 +219,35 @@ class Check:
             if name != "tokenizer":
                 section.add(name, fact)
         self.train_sequences = len(loaded.train)
-        size = vocabulary_size(loaded.tokenizer)
-        if size < self.vocabulary:
-            section.add("trained to", f"{size:,} tokens: the text gives no more")
-            self.vocabulary = size
+        if loaded.vocabulary < self.vocabulary:
+            section.add("trained to", f"{loaded.vocabulary:,} tokens: the text gives no more")
+        grows, self.vocabulary = loaded.vocabulary > self.vocabulary, loaded.vocabulary
+        if grows:
+            section.add("special tokens", f"the text has some: {loaded.vocabulary:,} tokens with them")
+            self.compare_vocabularies(section)
+
+    def model_vocabulary(self) -> int | None:
+        """The vocabulary that the recipe or the model of ``model.init_from`` has; None if the tokenizer decides."""
+        source, stated = self.config.model.init_from, self.config.model.config.get("vocab_size")
+        if stated is not None or not source:
+            return stated
+        try:
+            saved = parse_json(read_text(Path(source).expanduser() / "config.json"))
+            return int((saved.get("text_config") or saved)["vocab_size"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    def compare_vocabularies(self, section: Section) -> None:
+        """Add a problem if the tokenizer produces tokens that the model does not have."""
+        size, source = self.model_vocabulary(), self.config.model.init_from
+        has, advice = "model.config.vocab_size is", "raise it, or leave it out to take the tokenizer's"
+        if source:
+            has, advice = f"the model in {source} has", "give it rows for them (resize_token_embeddings)"
+        if size is not None and self.vocabulary > size:
+            section.problems.append(
+                f"the tokenizer {self.config.data.tokenizer} produces {self.vocabulary:,} tokens, {has} {size:,}; "
+                f"{advice}"
+            )
 
     def length(self, section: Section) -> None:
         """Count steps, tokens and epochs."""
@@ -296,7 +316,7 @@ class Check:
                 section.add("note", warning)
             return
         names = masked_names(config, meta_model(config, self.vocabulary))
-        folder = Path(str(config.model.init_from))
+        folder = Path(str(config.model.init_from)).expanduser()
         counts = zeros_of(folder, names)
         if not counts:
             section.add("zeros", f"not counted: no safetensors file in {folder} has these matrices under their names")

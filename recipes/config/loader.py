@@ -31,7 +31,7 @@ from leanstep.recipes.config.values import (
     check,
     leaves,
     overlay,
-    parse_scalar,
+    parse_override,
     read_document,
     recorded,
     remove_at,
@@ -183,7 +183,7 @@ class _Reader:
                 self.problems.append((_OVERRIDE, f"expected key.path=value, got {show(override)}"))
                 continue
             try:
-                set_at(self.value, path, parse_scalar(text))
+                set_at(self.value, path, parse_override(path, text))
             except ValueError as error:
                 self.problems.append((_OVERRIDE, f"{show(key)}: {error}" if len(key) > 100 else f"{key}: {error}"))
                 continue
@@ -216,7 +216,8 @@ class _Reader:
                 self._add(self._written(paths), f"{keys[0]} {message}", joint=True)
         if self.problems:
             raise ConfigError(self._report())
-        return replace(config, references=references)
+        resume = replace(config.checkpoint, resume=os.path.expanduser(config.checkpoint.resume))
+        return replace(config, out=os.path.expanduser(config.out), checkpoint=resume, references=references)
 
     def expectation(self, config: RunConfig) -> ExpectConfig:
         """Return the expected result: the file's, unless overrides affect it."""

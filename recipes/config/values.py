@@ -1,7 +1,8 @@
 """Values of a recipe: read YAML with line numbers, get and set values by path, validate with hints.
 
-Numbers follow YAML 1.2, unlike PyYAML's: ``1e-4`` is a number. Dates stay text. Text that would take long to read or
-much memory to hold (long, deeply nested, multiplied by aliases) is refused.
+Numbers follow YAML 1.2, unlike PyYAML's: ``1e-4`` is a number. Dates, ``1:30`` and whole numbers with a leading zero
+stay text, so a key that takes a number refuses them. Text that would take long to read or much memory to hold (long,
+deeply nested, multiplied by aliases) is refused.
 """
 
 import json
@@ -12,7 +13,8 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from functools import lru_cache
 from itertools import islice
-from typing import Any
+from types import NoneType
+from typing import Annotated, Any, get_args, get_origin
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -31,7 +33,7 @@ _SHORTEST_HIDDEN = 4  # characters; shorter values would be replaced in other wo
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with the floats of YAML 1.2, without dates and with limited nesting."""
+    """SafeLoader with the numbers of YAML 1.2, without dates and with limited nesting."""
 
     def __init__(self, stream: Any) -> None:
         super().__init__(stream)
@@ -49,7 +51,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":timestamp", ":float", ":merge"))]
+    first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":timestamp", ":int", ":float", ":merge"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
@@ -63,6 +65,11 @@ _Loader.add_implicit_resolver(
         re.VERBOSE,
     ),
     list("-+0123456789."),
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int",
+    re.compile(r"^(?:[-+]?(?:0|[1-9][0-9_]*)|0x[0-9a-fA-F]+)$"),
+    list("-+0123456789"),
 )
 
 
@@ -118,6 +125,34 @@ def parse_scalar(text: str) -> Any:
     if document.problems:
         raise ValueError(document.problems[0][1])
     return document.value
+
+
+def parse_override(path: KeyPath, text: str) -> Any:
+    """Parse ``text`` as the value of a key on the command line: YAML, but the text itself where the key takes text.
+
+    ``*.txt`` and ``notes #1.txt`` need no quotes. ``null``, numbers and text in quotes are YAML for all keys.
+
+    Raises:
+        ValueError: not YAML, where the key takes no text.
+    """
+    raw = text.strip()
+    if not _takes_text(path) or raw[:1] in ("'", '"'):
+        return parse_scalar(text)
+    try:
+        value = parse_scalar(text)
+    except ValueError:
+        return raw
+    return raw if isinstance(value, str | dict) else value
+
+
+def _takes_text(path: KeyPath) -> bool:
+    """Whether the schema has text, or text or null, at ``path``."""
+    kind: Any = RunConfig
+    for step in path:
+        kind = _fields(kind).get(step)
+    if get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    return kind is str or set(get_args(kind)) == {str, NoneType}
 
 
 def _convert(node: yaml.Node, path: KeyPath, document: Document, parents: tuple[int, ...]) -> Any:

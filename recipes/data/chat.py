@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from leanstep._files import one_line
 from leanstep.recipes.data.sequences import IGNORED, LoadedData, checked_index
 from leanstep.recipes.data.sources import find_files
-from leanstep.recipes.data.tokens import open_tokenizer
+from leanstep.recipes.data.tokens import open_tokenizer, tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -115,13 +115,28 @@ def load_chat(config: "DataConfig") -> LoadedData:
     facts["validation"] = f"{_count(validation)}, {len(datasets[1]):,} sequences" if validation else "none"
     if left_out:
         facts["left out"] = f"{left_out:,} examples without an answer in their first {config.seq_len} tokens"
-    return LoadedData(tokenizer, datasets[0], datasets[1], None, facts=facts)
+    return LoadedData(
+        tokenizer,
+        datasets[0],
+        datasets[1],
+        None,
+        facts=facts,
+        identity={"tokenizer": tokenizer_fingerprint(tokenizer), "text": _identity(train)},
+        largest_id=max(int(example.tokens.max()) for example in [*train, *validation]),
+    )
 
 
 def _count(examples: Sequence[Example]) -> str:
     tokens = sum(len(example.tokens) for example in examples)
     answers = sum(int(example.is_answer.sum()) for example in examples)
     return f"{len(examples):,} examples, {tokens:,} tokens, {answers:,} of them in answers"
+
+
+def _identity(examples: Sequence[Example]) -> str:
+    checksum = 0
+    for example in examples:
+        checksum = zlib.crc32(example.is_answer.tobytes(), zlib.crc32(example.tokens.tobytes(), checksum))
+    return f"{_count(examples)}, CRC-32 {checksum:08x}"
 
 
 def _hold_out(examples: list[Example], config: "DataConfig") -> tuple[list[Example], list[Example]]:
@@ -233,8 +248,7 @@ def _check_messages(messages: Any, where: str) -> None:
 def encode_row(row: dict[str, Any], where: str, tokenizer: "PreTrainedTokenizerFast") -> Example:
     """Tokenise a row and mark its answers. Raises ValueError, with ``where``, if the chat template cannot render it."""
     if "messages" not in row and isinstance(row["prompt"], str):
-        start = [tokenizer.bos_token_id] if getattr(tokenizer, "add_bos_token", False) else []
-        prompt = start + tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
+        prompt = _prefix(tokenizer) + tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
         answer = [*tokenizer(row["completion"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         return Example(np.array(prompt + answer, np.int64), np.repeat([False, True], [len(prompt), len(answer)]))
     if "messages" in row:
@@ -250,6 +264,13 @@ def encode_row(row: dict[str, Any], where: str, tokenizer: "PreTrainedTokenizerF
     for begin, end in spans:
         is_answer |= (starts >= begin) & (starts < end)
     return Example(np.array(encoded["input_ids"], np.int64), is_answer)
+
+
+def _prefix(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
+    """The tokens that the tokenizer puts before a text, mostly none or the begin of text. Generation puts them, too."""
+    plain, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    starts = range(len(whole) - len(plain) + 1)
+    return whole[: next((start for start in starts if whole[start : start + len(plain)] == plain), 0)]
 
 
 def render(

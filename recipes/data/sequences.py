@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from leanstep.recipes.config.schema import trained_size
 from leanstep.recipes.data.sources import Corpus, open_corpus, open_validation
-from leanstep.recipes.data.tokens import TokenFile, load_tokenizer, tokenise
+from leanstep.recipes.data.tokens import TokenFile, load_tokenizer, tokenise, tokenizer_fingerprint, vocabulary_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -114,6 +114,8 @@ class LoadedData:
             ``loss / ln 2 / bytes_per_token`` is bits per byte. None without validation text.
         stream: whether ``train`` is a :class:`leanstep.recipes.data.streaming.StreamedSequences`.
         facts: the lines of :meth:`summary`, by name.
+        identity: what must be the same in a run that resumes: a hash of the tokenizer, and of the text unless streamed.
+        largest_id: the largest token id of the data, where special tokens may be in it, else 0.
     """
 
     tokenizer: "PreTrainedTokenizerFast"
@@ -122,6 +124,13 @@ class LoadedData:
     bytes_per_token: float | None
     stream: bool = False
     facts: dict[str, str] = field(default_factory=dict)
+    identity: dict[str, str] = field(default_factory=dict)
+    largest_id: int = 0
+
+    @property
+    def vocabulary(self) -> int:
+        """The smallest vocabulary of a model that this data can train."""
+        return max(vocabulary_size(self.tokenizer), self.largest_id + 1)
 
     def summary(self) -> str:
         """Describe source, tokenizer, training and validation data, one line each."""
@@ -178,7 +187,8 @@ def load_data(config: "DataConfig", *, seed: int, rank: int = 0, world_size: int
     if config.packing:
         tokens = f"{len(train) * config.seq_len:,} tokens an epoch"
         facts["training"] = f"{len(train):,} sequences of {config.seq_len} tokens ({tokens})"
-    return LoadedData(tokenizer, train, validation, bytes_per_token, facts=facts)
+    identity = {"tokenizer": tokenizer_fingerprint(tokenizer), "text": file.identity}
+    return LoadedData(tokenizer, train, validation, bytes_per_token, facts=facts, identity=identity)
 
 
 def _tokenise_held_out(config: "DataConfig", corpus: Corpus, val_tokens: int) -> tuple[Any, TokenFile]:

@@ -194,10 +194,10 @@ def _check_column(columns: list[str], text_key: str, where: str) -> None:
 
 
 def row_text(row: dict[str, Any], text_key: str) -> str:
-    """Return the text of a row, "" for null. Raises TypeError for other values than strings."""
+    """Return the text of a row, "" for null. Raises ValueError for other values than strings."""
     text = row[text_key]
     if text is not None and not isinstance(text, str):
-        raise TypeError(f"data.text_key '{text_key}' must hold strings, got {type(text).__name__}: {str(text)[:60]!r}")
+        raise ValueError(f"data.text_key '{text_key}' must hold strings, got {type(text).__name__}: {str(text)[:60]!r}")
     return text or ""
 
 

@@ -19,7 +19,7 @@ from leanstep._files import one_line
 from leanstep.recipes.config.schema import trained_size
 from leanstep.recipes.data.sequences import LoadedData, as_sequence, cut_document, load_validation, shuffled
 from leanstep.recipes.data.sources import Corpus, open_stream, open_validation, row_text
-from leanstep.recipes.data.tokens import encode, load_tokenizer
+from leanstep.recipes.data.tokens import encode, load_tokenizer, tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -216,7 +216,8 @@ def load_stream(config: "DataConfig", *, seed: int, rank: int, world_size: int) 
     bytes_per_token, facts["validation"] = None, "none (data.val_tokens: 0)"
     if separate is not None:
         validation, bytes_per_token, facts["validation"] = load_validation(config, separate, tokenizer)
-    return LoadedData(tokenizer, train, validation, bytes_per_token, stream=True, facts=facts)
+    identity = {"tokenizer": tokenizer_fingerprint(tokenizer)}
+    return LoadedData(tokenizer, train, validation, bytes_per_token, stream=True, facts=facts, identity=identity)
 
 
 def _tokenizer(config: "DataConfig", rows: Any) -> "PreTrainedTokenizerFast":

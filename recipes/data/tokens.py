@@ -269,13 +269,16 @@ _FORMAT = 1  # of the cache folder; raise it when the same text gives other toke
 def write_shard(path: Path, chunks: Iterable[np.ndarray], vocab_size: int) -> int:
     """Write token chunks as one shard and return their number. 2 bytes a token for a vocabulary up to 65,536, else 4.
 
-    Not atomic. Raises ValueError beyond 2**31 - 1 tokens.
+    ``vocab_size`` is the largest token id plus one. Not atomic. Raises ValueError for an id beyond it, and beyond
+    2**31 - 1 tokens.
     """
     version = 1 if vocab_size <= 1 << 16 else 2
     count = checksum = 0
     with open(path, "wb") as stream:
         stream.write(bytes(_HEADER_BYTES))
         for chunk in chunks:
+            if len(chunk) and int(chunk.max()) >= vocab_size:
+                raise ValueError(f"the tokenizer produced the token {int(chunk.max())}, its largest is {vocab_size - 1}")
             raw = chunk.astype(_VERSIONS[version]).tobytes()
             checksum = zlib.crc32(raw, checksum)
             count += len(chunk)
@@ -310,6 +313,11 @@ def read_shard(path: Path) -> np.ndarray:
     if zlib.crc32(tokens.data) != int(header[3:4].view("<u4")[0]):
         raise ValueError(f"'{path}' is damaged: its tokens do not match their checksum")
     return tokens
+
+
+def _checksum(path: Path) -> int:
+    """The CRC-32 in a shard's header."""
+    return int(np.fromfile(path, dtype="<u4", count=4)[3])
 
 
 def write_documents(path: Path, ends: Sequence[int], text_bytes: Sequence[int]) -> None:
@@ -367,6 +375,11 @@ class TokenFile:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def identity(self) -> str:
+        """Number and CRC-32 of the tokens, as the shard's header has them."""
+        return f"{len(self):,} tokens, CRC-32 {_checksum(self.folder / 'tokens.bin'):08x}"
+
 
 def tokenise(
     corpus: "Corpus", tokenizer: "PreTrainedTokenizerFast", cache_dir: str | None = None, at_most: int | None = None
@@ -383,7 +396,7 @@ def tokenise(
         ends: list[int] = []
         sizes: list[int] = []
         chunks = _documents(corpus.documents(), tokenizer, ends, sizes, at_most)
-        write_shard(folder / "tokens.bin", chunks, len(tokenizer))
+        write_shard(folder / "tokens.bin", chunks, 1 + max(tokenizer.get_vocab().values()))
         write_documents(folder / "documents.npy", ends, sizes)
 
     def is_valid(folder: Path) -> bool:

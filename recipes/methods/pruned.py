@@ -59,7 +59,7 @@ def pruned_start_warning(config: RunConfig) -> str:
     source = config.model.init_from
     if config.pruning.keep_masks or config.sparsity.patterns or not source:
         return ""
-    if not (Path(source) / PATTERNS_FILE).is_file():
+    if not (Path(source).expanduser() / PATTERNS_FILE).is_file():
         return ""
     return (
         f"{source} is pruned, as its {PATTERNS_FILE} says, and training fills its zeros; pruning.keep_masks=true keeps "
@@ -85,7 +85,7 @@ def write_sparsity(names: list[str], source: str, path: Path) -> None:
     """
     rows: dict[str, dict[str, Any]] = {}
     counts = zeros_of(path, names)
-    patterns = _patterns(Path(source))
+    patterns = _patterns(Path(source).expanduser())
     for name, (zeros, numel) in counts.items():
         rows[name] = {"sparsity": zeros / numel, **patterns.get(name, {})}
     if rows:

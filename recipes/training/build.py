@@ -41,7 +41,6 @@ from leanstep.recipes.config.schema import (
     ScheduleConfig,
     accumulation_steps,
 )
-from leanstep.recipes.data.tokens import vocabulary_size
 from leanstep.recipes.methods.fp8 import to_fp8, why_no_fp8
 from leanstep.recipes.methods.lora import adapt
 from leanstep.recipes.methods.scale import scale_algorithm
@@ -307,10 +306,13 @@ def initial_problem(error: ValueError) -> str:
     return f"model.init_from: {error}{hint}"
 
 
-def build_run_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Build the model that a run trains: :func:`build_model`, then adapters, recomputation and compilation."""
+def build_run_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> PreTrainedModel:
+    """Build the model that a run trains: :func:`build_model`, then adapters, recomputation and compilation.
+
+    ``vocab_size`` is what the data needs (``LoadedData.vocabulary``).
+    """
     dtype = torch.bfloat16 if config.precision == "bf16-pure" else torch.float32
-    model = build_model(config.model, vocabulary_size(tokenizer), dtype, tokenizer.eos_token_id)
+    model = build_model(config.model, vocab_size, dtype, tokenizer.eos_token_id)
     seq_len, positions = config.data.seq_len, getattr(model.config, "max_position_embeddings", None)
     if positions is not None and seq_len > positions:
         raise ValueError(

@@ -42,11 +42,12 @@ from leanstep._files import (
 )
 from leanstep.recipes.config.differences import config_differences
 from leanstep.recipes.config.schema import RunConfig
-from leanstep.recipes.config.values import read_document
+from leanstep.recipes.config.values import read_document, recorded
 from leanstep.recipes.training.folder import FolderError, RunFolder
 
 if TYPE_CHECKING:
     from leanstep.recipes.check.costs import MemoryEstimate
+    from leanstep.recipes.data.sequences import LoadedData
 
 MARKER = "COMPLETE"
 _REMOVED = ".removed-"
@@ -84,8 +85,9 @@ class TrainState:
     """Progress of a run: ``tokens`` counts targets, ``elapsed_s`` the seconds of all its starts.
 
     ``val_loss`` is the newest validation loss, ``ema_loss`` that of the averaged weights (``ema``).
-    ``nonfinite`` counts steps skipped for a non-finite loss or gradient. ``eval_pending``: a signal interrupted the
-    evaluation of this step, which the resumed run repeats.
+    ``nonfinite`` counts steps skipped for a non-finite loss or gradient. ``data``: identity of tokenizer and text;
+    empty in checkpoints of older versions. ``eval_pending``: a signal interrupted the evaluation of this step, which
+    the resumed run repeats.
     """
 
     step: Annotated[int, Ge(0)] = 0
@@ -99,6 +101,7 @@ class TrainState:
     nonfinite: int = 0
     spikes: SpikeRecord = field(default_factory=SpikeRecord)
     world_size: int = 1
+    data: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -301,7 +304,8 @@ def choose_start(config: RunConfig, folder: RunFolder) -> Start:
 
     ``checkpoint.resume``: ``auto`` takes the newest undamaged checkpoint in ``out``, with a warning for each damaged
     one, and begins at step 0 in an empty folder. ``never`` needs an empty folder. A path takes that checkpoint, or the
-    newest one of that run folder.
+    newest one of that run folder. Where ``out`` has a run that began from the same path elsewhere, its newest
+    checkpoint is taken.
 
     Raises:
         FolderError: ``out`` holds another run or other files, or another process trains there.
@@ -313,7 +317,7 @@ def choose_start(config: RunConfig, folder: RunFolder) -> Start:
     )
     resume = config.checkpoint.resume
     if resume not in ("auto", "never"):
-        start.checkpoint = _at_path(Path(resume), folder, start.aside)
+        start.checkpoint = _at_path(Path(resume), config, folder, start)
     elif folder.is_empty():
         return start
     elif resume == "never":
@@ -393,8 +397,11 @@ def _ways_out() -> str:
     )
 
 
-def _at_path(path: Path, folder: RunFolder, aside: dict[Path, str]) -> Path:
-    """Return the requested checkpoint, verified. Later checkpoints of the same run go to ``aside``."""
+def _at_path(path: Path, config: RunConfig, folder: RunFolder, start: Start) -> Path:
+    """Return the requested checkpoint, verified, or the newest of the run in ``out`` that began there.
+
+    Checkpoints after the requested one in the same run go to ``start.aside``.
+    """
     if not path.exists():
         raise CheckpointError(f"checkpoint.resume: {path} does not exist")
     path = path.resolve()
@@ -408,10 +415,45 @@ def _at_path(path: Path, folder: RunFolder, aside: dict[Path, str]) -> Path:
         # the run repeats the steps after it, so their checkpoints must not be taken for newer ones
         step = read_state(path).step
         checkpoints = find_checkpoints(folder.checkpoints)
-        aside.update({later: "abandoned" for later in checkpoints if int(later.name.removeprefix("step-")) > step})
+        start.aside.update(
+            {later: "abandoned" for later in checkpoints if int(later.name.removeprefix("step-")) > step}
+        )
     elif not folder.is_empty():
-        raise FolderError(f"out: {folder.root} already holds a run other than that of {path}. {_ways_out()}")
+        if _resumed_by(folder) != recorded(config)["checkpoint"]["resume"]:
+            raise FolderError(f"out: {folder.root} already holds a run other than that of {path}. {_ways_out()}")
+        if find_checkpoints(folder.checkpoints):
+            return _newest_here(config, folder, start) or path
     return path
+
+
+def _resumed_by(folder: RunFolder) -> Any:
+    """``checkpoint.resume`` of the last start in ``out``; None if it cannot be told."""
+    try:
+        return read_document(read_text(folder.root / "config.yaml")).value["checkpoint"]["resume"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def how_to_continue(config: RunConfig, run: str = "it") -> str:
+    """Name the command that continues a run from its newest checkpoint."""
+    resume = config.checkpoint.resume
+    in_out = resume not in ("auto", "never") and Path(resume).resolve().is_relative_to(Path(config.out).resolve())
+    resumes = " with --resume auto" if resume == "never" or in_out else ""
+    return f"The same command{resumes} continues {run}"
+
+
+def check_data(state: TrainState, data: "LoadedData", checkpoint: Path) -> None:
+    """Raise CheckpointError if the tokenizer or the text is not that of the run that wrote ``checkpoint``."""
+    changed = [name for name, identity in data.identity.items() if state.data.get(name, identity) != identity]
+    if not changed:
+        return
+    then, now = state.data.get("text"), data.identity.get("text")
+    counts = f" (the text was {then}, is {now} now)" if "text" in changed else ""
+    raise CheckpointError(
+        f"the {' and the '.join(changed)} changed since {checkpoint} was written, so this would not be the same "
+        f"run{counts}. Restore what was there to continue it, or write elsewhere with out=ANOTHER_FOLDER (the weights "
+        f"alone can be taken over with model.init_from={checkpoint / 'hf'})"
+    )
 
 
 def _newest_here(config: RunConfig, folder: RunFolder, start: Start) -> Path | None:

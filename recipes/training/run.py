@@ -20,7 +20,6 @@ from leanstep.recipes.config.schema import RunConfig, targets_note
 from leanstep.recipes.config.values import recorded
 from leanstep.recipes.data.batches import Batch, Windows
 from leanstep.recipes.data.sequences import load_data
-from leanstep.recipes.data.tokens import vocabulary_size
 from leanstep.recipes.methods.attention import build_clip, build_gate, build_monitor, read_gate
 from leanstep.recipes.methods.ema import WeightAverage
 from leanstep.recipes.methods.halves import find_halves
@@ -41,8 +40,10 @@ from leanstep.recipes.training.build import (
 )
 from leanstep.recipes.training.checkpoint import (
     TrainState,
+    check_data,
     check_room,
     choose_start,
+    how_to_continue,
     read_state,
     reading,
     rename_skipped,
@@ -142,6 +143,8 @@ class Run:
             return False
         check_layers(config)
         self.load_data()
+        if start.checkpoint is not None:
+            check_data(self.state, self.data, start.checkpoint)
         self.build_model_and_optimizer()
         self.resume(start.checkpoint)
         for note in main_does(accelerator, lambda: rename_skipped(start)):
@@ -163,9 +166,8 @@ class Run:
         self.memory: MemoryEstimate | None = None
         self.memory_unknown = ""
         if self.state.step < config.steps:
-            vocabulary = vocabulary_size(self.data.tokenizer)
             try:
-                self.memory = estimate(config, vocabulary, world_size=world, device=accelerator.device.type)
+                self.memory = estimate(config, self.data.vocabulary, world_size=world, device=accelerator.device.type)
             except Exception as error:  # an estimate must not end a run
                 self.memory_unknown = str(error) or type(error).__name__
             warning = main_does(accelerator, lambda: check_room(config, self.folder, self.memory, world))
@@ -177,7 +179,7 @@ class Run:
         config, accelerator = self.config, self.accelerator
         # the same weights in every process; resume() seeds each process differently
         seed_process(config.seed)
-        model = build_run_model(config, self.data.tokenizer)
+        model = build_run_model(config, self.data.tokenizer, self.data.vocabulary)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.flops_per_token = flops_per_token(model, config.data.seq_len)
         optimizer = build_optimizer(optimizer_section(config), model)
@@ -224,7 +226,7 @@ class Run:
                 self.data.train.load_state_dict(stream)
         if checkpoint is not None and state.world_size != world:
             self.say(f"WARNING: {world} processes go on where {state.world_size} stopped: not bit for bit the same")
-        state.config, state.world_size = recorded(config), world
+        state.config, state.world_size, state.data = recorded(config), world, self.data.identity
         self.release = release_gradients(accelerator, model, optimizer) if config.release_gradients else None
         self.halves = find_halves(optimizer, accelerator) if hasattr(optimizer, "mark_half") else None
         self.norms = build_monitor(model) if config.log.attention_norms else None
@@ -449,7 +451,7 @@ class Run:
                 return interruption.signal
         state.eval_pending = False
         state.val_loss, state.ema_loss = result.loss, averaged.loss if averaged else None
-        if state.best_loss is None or result.loss < state.best_loss:
+        if state.best_loss is None or math.isnan(state.best_loss) or result.loss < state.best_loss:
             state.best_loss, state.best_step = result.loss, state.step
         self.logger.evaluation(state, result, averaged)
         return 0
@@ -484,7 +486,7 @@ class Run:
         why = signal.Signals(self.stop.received or number).name
         if self.out_of_time():
             why = f"stop.max_hours ({self.config.stop.max_hours:g})"
-        outcome = self.saver.trouble or "saved. The same command continues it"
+        outcome = self.saver.trouble or f"saved. {how_to_continue(self.config)}"
         self.say(f"stopped by {why} after step {self.state.step}: {outcome}")
         self.logger.end()
         return EXIT_CODES[signal.Signals(number)]

@@ -193,7 +193,8 @@ class Saver:
             best = self._folder.checkpoints / checkpoint_name(state.best_step)
             if best.is_dir():
                 self._link("best", best)
-                keep.append(best)
+            # where the best could not be saved, the link has the one before
+            keep.append(self._folder.root / "best")
         try:
             prune(self._folder.checkpoints, self._config.keep_last, keep)
         except OSError as error:

@@ -27,6 +27,7 @@ from leanstep.recipes.config.loader import ConfigError, load
 from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.config.values import hidden_texts
 from leanstep.recipes.training.build import build_accelerator
+from leanstep.recipes.training.checkpoint import how_to_continue
 from leanstep.recipes.training.failures import EXIT_FAILED, RunFailure, lost_process, refuse
 from leanstep.recipes.training.folder import RunFolder
 from leanstep.recipes.training.launch import LAUNCHER_VARIABLE
@@ -94,7 +95,7 @@ def train(config: RunConfig) -> int:
                 run.logger.status(f"failed:{reason}", run.state, any_process=True)
             if lost is None:
                 raise
-            message = f"{reason} after step {run.state.step} ({lost[1]}); the same command continues the run"
+            message = f"{reason} after step {run.state.step} ({lost[1]}); {how_to_continue(config, 'the run')}"
             progress.say(f"error: {message}", error=True)
             if not accelerator.is_main_process:
                 # the first process may be the lost one

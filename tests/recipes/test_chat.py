@@ -7,15 +7,18 @@ import numpy as np
 import pytest
 import texts
 from tokenizers import AddedToken
+from tokenizers.processors import TemplateProcessing
 from training import read_log, run
 from transformers import PreTrainedTokenizerFast
 
+from leanstep.recipes.check.check import Check
 from leanstep.recipes.config.loader import ConfigError, load
 from leanstep.recipes.config.schema import DataConfig
 from leanstep.recipes.data.chat import ChatSequences, Example, encode_row, read_rows
 from leanstep.recipes.data.sequences import IGNORED, load_data
 from leanstep.recipes.data.sources import look
 from leanstep.recipes.data.tokens import train_bpe
+from leanstep.recipes.training.build import build_run_model
 from leanstep.recipes.training.samples import held_out_prompts
 
 TEMPLATE = """\
@@ -90,6 +93,35 @@ def test_prompt_and_completion(tokenizer, folder, tmp_path):
     # nothing stands before the first token, which could predict it
     first = tokenizer("a text alone")["input_ids"][0]
     assert tokenizer.decode([first]) + learned(tokenizer, data.train[2])[0] == "a text alone<|end|>"
+
+
+@pytest.mark.parametrize(("post", "before"), [("<|user|> $A", 1), ("$A <|end|>", 0), ("<|user|> $A <|end|>", 1)])
+def test_a_prompt_begins_as_the_tokenizer_begins_a_text(folder, post, before):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    ids = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<|user|>", "<|end|>")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=post, special_tokens=ids)
+    example = encode_row({"prompt": "2 and 2", "completion": " are 4"}, "here", tokenizer)
+    plain = tokenizer("2 and 2", add_special_tokens=False)["input_ids"]
+    assert example.tokens[: before + len(plain)].tolist() == tokenizer("2 and 2")["input_ids"][: before + len(plain)]
+    assert example.is_answer.tolist().index(True) == before + len(plain)
+
+
+def test_role_tokens_that_the_model_does_not_have_are_counted(folder, tmp_path):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    path = write(tmp_path / "a.jsonl", [{"messages": TALK}] * 3)
+    data = load_data(data_config(path, folder, seq_len=64), seed=0)
+    assert data.vocabulary == len(tokenizer)
+    recipe = tmp_path / "chat.yaml"
+    recipe.write_text(RECIPE.format(path=path, folder=folder))
+    count = len(tokenizer)
+    config = load(recipe, ["data.val_tokens=0", f"model.config.vocab_size={count - 3}"])
+    told = [problem for part in Check(config).sections() if part.title == "Data" for problem in part.problems]
+    assert told == [
+        f"the tokenizer {folder} produces {count} tokens, model.config.vocab_size is {count - 3}; raise it, or "
+        "leave it out to take the tokenizer's"
+    ]
+    with pytest.raises(ValueError, match=f"the model has {count - 3} tokens, the tokenizer produces {count}"):
+        build_run_model(config, data.tokenizer, data.vocabulary)
 
 
 def test_packed_examples_are_whole_and_do_not_predict_each_other():

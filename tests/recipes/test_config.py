@@ -63,6 +63,19 @@ def test_numbers_in_every_notation(recipe, text):
     assert from_file.optimizer.lr == from_override.optimizer.lr == 1e-4
 
 
+@pytest.mark.parametrize("text", ["*.txt", "notes #1.txt", "[x] book.txt", "{a,b}.txt", "@home.txt", "%x", "it's: a"])
+def test_text_on_the_command_line_needs_no_yaml(recipe, text):
+    for value in (text, json.dumps(text)):
+        config = load(recipe(), ["data.source=text", f"data.path={value}"])
+        assert config.data.path == text
+
+
+def test_home_is_expanded_in_the_folders_of_a_run(recipe, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load(recipe(), ["out=~/runs/a", "checkpoint.resume=~/runs/b"])
+    assert (config.out, config.checkpoint.resume) == (f"{tmp_path}/runs/a", f"{tmp_path}/runs/b")
+
+
 def test_an_override_replaces_the_value_at_its_path(recipe):
     path = recipe(BASE + "log: {every: 3, trackers: [tensorboard]}\n")
     assert load(path, ["log.trackers=[]"]).log.trackers == []
@@ -268,7 +281,9 @@ WRONG = {
     "not a key": ("foo", "expected key.path=value, got 'foo'"),
     "empty key": (".steps=3", "expected key.path=value, got '.steps=3'"),
     "below a value": ("steps.x=3", "steps.x: steps is 10, which has no keys below it"),
-    "not YAML": ("data.path=[", "data.path: not valid YAML"),
+    "not YAML": ("steps=[", "steps: not valid YAML"),
+    "leading zero": ("steps=010", "steps must be a whole number, got '010'"),
+    "minutes": ("steps=1:30", "steps must be a whole number, got '1:30'"),
     "no such position": ("optimizer.groups.0.lr=1", "optimizer.groups must be a list, got a mapping {'0': {'lr"),
     "tokenizer size": ("data.tokenizer=train:200", "data.tokenizer must be 'train:SIZE' with a size of at least 257"),
     "name with a slash": ("name=a/b", "name must be a plain name without slashes, got 'a/b'"),

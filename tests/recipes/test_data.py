@@ -313,6 +313,8 @@ def test_shard_format(tmp_path, vocabulary, version, dtype):
     np.testing.assert_array_equal(np.fromfile(path, dtype=dtype, offset=1024), tokens)
     assert read_shard(path).dtype == dtype
     np.testing.assert_array_equal(read_shard(path), tokens)
+    with pytest.raises(ValueError, match=f"the token {vocabulary}, its largest is {vocabulary - 1}"):
+        write_shard(path, [np.array([vocabulary])], vocabulary)
 
 
 # -- bad input ------------------------------------------------------------------------------------------------------
@@ -368,7 +370,7 @@ def test_bad_rows(corpus, tmp_path):
     with pytest.raises(ValueError, match=r"no column 'text', it has: txt; did you mean data.text_key=txt\?"):
         load_data(corpus(source="json", path=str(file)), seed=0)
     file.write_text(json.dumps({"text": ["a", "list"]}) + "\n")
-    with pytest.raises(TypeError, match="must hold strings, got list"):
+    with pytest.raises(ValueError, match="must hold strings, got list"):
         load_data(corpus(source="json", path=str(file)), seed=0)
     file.write_text(json.dumps({"text": ""}) + "\n" + json.dumps({"text": None}) + "\n")
     with pytest.raises(ValueError, match="holds no text in column 'text'"):

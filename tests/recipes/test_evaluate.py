@@ -259,9 +259,10 @@ def test_errors_name_the_options_of_the_command(trained, tmp_path, capsys, monke
     # the whole corpus takes seconds
     monkeypatch.setattr(sources, "sotu_corpus", lambda: sources.Corpus.of_texts("sotu", texts.documents(30)))
     rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"body": "some text"}\n')
+    rows.write_text('{"body": "some text", "number": 3}\n')
     for argv, message in (
         (["--data", str(rows)], "set --text-key to one of them"),
+        (["--data", str(rows), "--text-key", "number"], "--text-key 'number' must hold strings, got int: '3'"),
         (["--data", "sotu", "--val-tokens", "999999999"], "--val-tokens: "),
         (["--data", str(tmp_path / "no*.txt")], "--data: "),
     ):

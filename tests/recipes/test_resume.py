@@ -24,7 +24,10 @@ from faults import (
 from safetensors.torch import load_file
 from training import Training, numbers, read_log, run, status, write_recipe
 
-from leanstep.recipes.training.checkpoint import find_checkpoints
+from leanstep.recipes.config.schema import CheckpointConfig
+from leanstep.recipes.training.checkpoint import MARKER, TrainState, checkpoint_name, find_checkpoints
+from leanstep.recipes.training.folder import RunFolder
+from leanstep.recipes.training.saver import Saver
 
 # dropout in every place GPT-2 has it
 MODEL = "n_embd: 32, n_layer: 2, n_head: 2, n_positions: 32, resid_pdrop: 0.1, attn_pdrop: 0.1, embd_pdrop: 0.1"
@@ -283,6 +286,38 @@ def test_a_path_takes_that_checkpoint_and_sets_later_ones_aside(recipe, whole, t
     assert missing.codes == [2] and "/nowhere/step-000001 does not exist" in missing.text()
 
 
+def test_a_run_that_began_at_a_path_elsewhere_continues_by_the_same_command(recipe, whole, tmp_path):
+    out, origin = tmp_path / "run", whole / "checkpoints" / "step-000009"
+    command = ["steps=12", "checkpoint.every=1", f"checkpoint.resume={origin}"]
+    stopped = run(recipe, [*command, "stop.max_hours=1e-9"], out)
+    assert stopped.codes == [143], stopped.text()
+    assert "saved. The same command continues it" in stopped.text()
+    again = run(recipe, command, out)
+    assert again.codes == [0], again.text()
+    assert f"resuming from {out}/checkpoints/step-000010" in again.text()
+    assert (out / "final" / "model.safetensors").read_bytes() == (whole / "final" / "model.safetensors").read_bytes()
+    another = run(recipe, ["steps=12", f"checkpoint.resume={whole}"], out)
+    assert another.codes == [2] and "already holds a run other than that of" in another.text()
+
+
+def test_what_continues_a_run_is_told_where_the_same_command_does_not(recipe, tmp_path):
+    stopped = run(recipe, ["checkpoint.resume=never", "stop.max_hours=1e-9"], tmp_path / "run")
+    assert "saved. The same command with --resume auto continues it" in stopped.text()
+
+
+def test_another_text_or_tokenizer_is_refused(tmp_path):
+    own, text, out = write_recipe(tmp_path), tmp_path / "text.txt", tmp_path / "run"
+    stopped = run(own, ["steps=4", "stop.max_hours=1e-9"], out)
+    assert stopped.codes == [143], stopped.text()
+    before = text.read_text()
+    text.write_text(before + " A sentence that was not there.")
+    refused = run(own, ["steps=4"], out)
+    assert refused.codes == [2], refused.text()
+    assert "text changed since" in refused.text() and "CRC-32" in refused.text()
+    text.write_text(before)
+    assert run(own, ["steps=4"], out).codes == [0]
+
+
 def checkpoint_names(out) -> set[str]:
     return {path.name for path in (out / "checkpoints").iterdir()}
 
@@ -381,6 +416,19 @@ def test_killed_before_the_first_checkpoint_begins_again(recipe, whole, tmp_path
     assert again.codes == [0], again.text()
     assert "beginning again at step 0" in again.text()
     assert numbers(tmp_path / "run") == numbers(whole)
+
+
+def test_the_best_of_before_is_kept_where_the_new_best_could_not_be_saved(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    saver = Saver.__new__(Saver)
+    saver._folder, saver._config = folder, CheckpointConfig(keep_last=1, keep_best=True)
+    for step, best in ((3, 3), (9, 6)):  # step 6 was the best, and the disk was full
+        path = folder.checkpoints / checkpoint_name(step)
+        path.mkdir(parents=True)
+        (path / MARKER).touch()
+        saver.settle(path, TrainState(step=step, best_step=best))
+    assert (folder.root / "best").resolve().name == "step-000003"
+    assert {path.name for path in folder.checkpoints.iterdir()} == {"step-000003", "step-000009"}
 
 
 def test_the_best_checkpoint_is_kept(recipe, tmp_path):
