@@ -29,6 +29,7 @@ KeyPath = tuple[str, ...]  # ("optimizer", "groups", "0", "lr"); positions in li
 _MOST_TEXT, _MOST_DEPTH, _MOST_VALUES, _MOST_EXPANDED, _MOST_DIGITS = 1 << 16, 50, 5000, 1 << 18, 100
 _YAML = "tag:yaml.org,2002:"
 _MOST_PROBLEMS = 50  # in one check
+_MOST_TYPED = 4096  # characters of a text on the command line, as of a path
 _SHORTEST_HIDDEN = 4  # characters; shorter values would be replaced in other words
 
 
@@ -130,13 +131,14 @@ def parse_scalar(text: str) -> Any:
 def parse_override(path: KeyPath, text: str) -> Any:
     """Parse ``text`` as the value of a key on the command line: YAML, but the text itself where the key takes text.
 
-    ``*.txt`` and ``notes #1.txt`` need no quotes. ``null``, numbers and text in quotes are YAML for all keys.
+    ``*.txt`` and ``notes #1.txt`` need no quotes, up to 4,096 characters. ``null``, numbers and quotes are YAML for
+    all keys.
 
     Raises:
         ValueError: not YAML, where the key takes no text.
     """
     raw = text.strip()
-    if not _takes_text(path) or raw[:1] in ("'", '"'):
+    if not _takes_text(path) or raw[:1] in ("'", '"') or not raw.isprintable() or len(raw) > _MOST_TYPED:
         return parse_scalar(text)
     try:
         value = parse_scalar(text)

@@ -65,7 +65,13 @@ def test_keys_of_overrides_are_told_in_printable_lines(key):
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_overrides_are_told_in_lines(case):
     text, message = HOSTILE[case]
-    problems = problems_of("llama-nano-adamw", [f"data.path={text}"])
+    problems = problems_of("llama-nano-adamw", [f"steps={text}"])
+    assert problems and all(len(problem) < 400 and problem.isprintable() for problem in problems)
+
+
+@pytest.mark.parametrize("text", ["*.txt\n", "a\0b", "a: \x1b[31m", "[" * 5000])
+def test_text_of_an_override_is_printable_and_short(text):
+    problems = problems_of("llama-nano-adamw", [f"data.subset=*{text}*"])
     assert problems and all(len(problem) < 400 and problem.isprintable() for problem in problems)
 
 
