@@ -13,7 +13,7 @@ from torch.optim.adamw import adamw
 
 from leanstep.kernels._backend import choose
 from leanstep.kernels.cpp_impl._build import call
-from leanstep.kernels.steps.common import check_shapes
+from leanstep.kernels.steps.common import check_dtypes, check_shapes
 
 # elements that torch's fused kernel processes at a time; it rounds the remaining ones differently
 LANES = 64
@@ -46,7 +46,7 @@ def adamw_step(
 
     Raises:
         BackendError: the requested backend cannot run here.
-        ValueError: tensors at one index have different shapes.
+        ValueError: tensors at one index have different shapes or dtypes.
 
     Notes:
         Reads p, g, m, v once and writes p, m, v once. Does not detect non-finite gradients, and does not increase
@@ -58,6 +58,7 @@ def adamw_step(
         return
     columns = (params, grads, exp_avgs, exp_avg_sqs)
     check_shapes("adamw_step", *columns)
+    check_dtypes("adamw_step", *columns)
     options = _Options(lr, betas, eps, weight_decay, maximize)
     choice = choose("adamw_step", params[0].device, *dict.fromkeys(p.dtype for p in params))
     if choice.backend == "cpp" and params[0].dtype == torch.bfloat16 and _same_bits():

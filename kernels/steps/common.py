@@ -65,6 +65,15 @@ def check_shapes(op: str, *lists: Sequence[Tensor]) -> None:
             raise ValueError(f"{op}: expected tensors of one shape at index {index}, got {shapes}")
 
 
+def check_dtypes(op: str, *lists: Sequence[Tensor]) -> None:
+    """Raise ValueError unless the tensors at every index have one dtype, for kernels that read all as the first."""
+    for index, (first, *others) in enumerate(zip(*lists, strict=True)):
+        dtype = first.dtype
+        if any(tensor.dtype != dtype for tensor in others):
+            dtypes = ", ".join(str(tensor.dtype) for tensor in (first, *others))
+            raise ValueError(f"{op}: expected tensors of one dtype at index {index}, got {dtypes}; convert them first")
+
+
 def step_on_host(
     backend: str,
     lists: Sequence[Sequence[Tensor]],

@@ -49,6 +49,16 @@ class Batch(NamedTuple):
     indices: list[int]  # index of the parameter, counted over all groups
     shards: list[Shard]
 
+    def part(self, span: slice) -> Batch:
+        """Return the batch of some of the parameters."""
+        return self._replace(
+            params=self.params[span],
+            grads=self.grads[span],
+            states=self.states[span],
+            indices=self.indices[span],
+            shards=self.shards[span],
+        )
+
     def rounding_state(self) -> list[Tensor]:
         """Return this process's shards of the rounding state; an empty list if there is none."""
         return rounding_states(self.states, self.rounding)
@@ -291,6 +301,7 @@ class LeanOptimizer(StateLoading, StateSaving):
         first_index: int,
         only: Sequence[int] | None = None,
         rule: Callable[[Tensor], str] = lambda param: "",
+        joined: Callable[[str], bool] = lambda name: False,
     ) -> list[tuple[str, Batch]]:
         """Return (rule name, batch) for every rule, device and dtype; with ``foreach=False`` for every parameter.
 
@@ -299,13 +310,15 @@ class LeanOptimizer(StateLoading, StateSaving):
         Args:
             group, first_index, only: as for :meth:`_group_steps`.
             rule: returns the name of a parameter's rule.
+            joined: whether the rule of this name takes all its parameters at once also with ``foreach=False``.
         """
         batches: dict[Any, tuple[str, Batch]] = {}
         for position, param, grad in self._with_gradient(group, only):
             shard = self._check_placements(group, position, param)
             state = self._state_of(group, position, param, checked=True)
             name = rule(param)
-            key = (name, param.device, param.dtype, position if group["foreach"] is False else None)
+            alone = group["foreach"] is False and not joined(name)
+            key = (name, param.device, param.dtype, position if alone else None)
             if key not in batches:
                 rounding = effective(type(self).__name__, group, position, param)
                 batches[key] = name, Batch(group, rounding, [], [], [], [], [])

@@ -60,6 +60,20 @@ def describe(group: dict[str, Any], position: int) -> str:
     return f"{name} {tuple(group['params'][position].shape)}"
 
 
+def names_of(groups: list[dict[str, Any]]) -> dict[Tensor, str]:
+    """Return a name for every parameter; without names its group and position.
+
+    The number of a group is added where several have one name, or none.
+    """
+    prefixes = [str(group.get("name", "group")) for group in groups]
+    names: dict[Tensor, str] = {}
+    for number, (group, prefix) in enumerate(zip(groups, prefixes, strict=True)):
+        of_group = f"{prefix}{number}" if prefixes.count(prefix) > 1 else prefix
+        unnamed = (f"{of_group}.{i}" for i in range(len(group["params"])))
+        names.update(zip(group["params"], group.get("param_names") or unnamed, strict=True))
+    return names
+
+
 def warn_how_auto_routes(groups: list[dict[str, Any]], owner: str, matrices: str, rest: str, choice: str) -> None:
     """Warn once that "auto" takes all parameters of two or more dimensions, also embeddings, as matrices.
 

@@ -354,8 +354,7 @@ def _created_states(
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
     ghost = object.__new__(type(optimizer))
-    # creating state takes masks out of their list
-    twins = [{k: list(v) if isinstance(v, list) else v for k, v in group.items()} for group in groups]
+    twins = [dict(group) for group in groups]
     ghost.__dict__.update(optimizer.__dict__, state=defaultdict(dict), param_groups=twins)
     mode, result = FakeTensorMode(allow_non_fake_inputs=True), []
     for entry in entries:

@@ -55,8 +55,8 @@ def init_average(
 ) -> None:
     """Create the average ``key`` as the setting of its dtype says, with its scales if that is one of codes.
 
-    Parameters without two dimensions have an average in their own dtype. Converts an average whose scales, or their
-    absence, contradict the setting: it was changed after a step.
+    Parameters without two dimensions have an average in their own dtype instead of codes. Converts an average that
+    contradicts the setting, which was changed after a step. Without a setting an average keeps its dtype.
     """
     if key in state and state[key].shape != param.shape:
         return  # resized after a step, which the step refuses by name
@@ -75,12 +75,17 @@ def init_average(
         state[scales_name], state[key] = _new_scales(param), new_state(param, dtype)
         if old is not None:
             run(store_averages([old], [state], key, [shard_of(param)], [0]))
-    elif key not in state or scales_name in state:
-        average = new_state(param, None if dtype_of(setting) in CODES else setting)
-        if key in state:
-            local(average).copy_(average_values(state, key, shard_of(param), wide))
-            del state[scales_name]
+        return
+    dtype = None if dtype_of(setting) in CODES else dtype_of(setting)
+    if key not in state:
+        state[key] = new_state(param, dtype)
+    elif scales_name in state:
+        average = new_state(param, dtype)
+        local(average).copy_(average_values(state, key, shard_of(param), wide))
+        del state[scales_name]
         state[key] = average
+    elif dtype not in (None, state[key].dtype):
+        state[key] = state[key].to(dtype)
 
 
 def average_values(state: dict[str, Any], key: str, shard: Shard, dtype: torch.dtype) -> Tensor:

@@ -104,9 +104,11 @@ class StateSaving(CheckedGroups):
                 "full_precision_state_dict(model), or build the optimizer from param_groups(model)."
             )
         for name, tensor in tensors.items():
+            if not isinstance(tensor, Tensor):  # a module's extra state
+                continue
             if tensor in settings or (isinstance(tensor, torch.nn.Parameter) and tensor.is_floating_point()):
                 tensors[name] = full_precision(tensor, *settings.get(tensor, ({}, "nearest")))
-            elif isinstance(tensor, Tensor):
+            else:
                 tensors[name] = tensor.detach().clone()
         return tensors
 

@@ -153,13 +153,15 @@ def local_range(shard: Shard, dim: int) -> tuple[int, int]:
 def has_memory(tensor: Tensor) -> bool:
     """Whether kernels can address the elements of a tensor (of the local shard of a DTensor).
 
-    They cannot for wrapper subclasses (``torch.Tensor._make_wrapper_subclass``), such as quantized weights. Fake and
-    functional tensors of torch's tracing count as addressable.
+    They cannot for wrapper subclasses (``torch.Tensor._make_wrapper_subclass``), such as quantized weights, and for
+    tensors with torch's negative bit, whose memory has the other sign: autograd makes such gradients of the imaginary
+    parts of conjugates. Fake and functional tensors of torch's tracing count as addressable.
     """
     if torch.compiler.is_compiling():
         return True
-    kind = type(local(tensor))
-    return kind in _ORDINARY or kind.__module__.startswith("torch._subclasses.")
+    shard = local(tensor)
+    kind = type(shard)
+    return (kind in _ORDINARY and not shard.is_neg()) or kind.__module__.startswith("torch._subclasses.")
 
 
 def readable(tensor: Tensor) -> Tensor:

@@ -64,8 +64,7 @@ class MarkedHalves:
             ValueError: the fraction is outside (0, 1); ``averaged`` is None with several processes and replicated
                 parameters.
         """
-        if not 0 < fraction < 1:
-            raise ValueError(f"LANTON.mark_half: expected a fraction of the micro-batches in (0, 1), got {fraction}")
+        _check_fraction("mark_half", fraction)
         groups = self._groups_with_halves()
         if not groups:
             raise RuntimeError("LANTON.mark_half: no group has noise='halves'")
@@ -108,14 +107,18 @@ class MarkedHalves:
 
         Raises:
             RuntimeError: :meth:`mark_half` was never called.
+            ValueError: the fraction is outside (0, 1).
         """
+        if fraction is not None:
+            _check_fraction("mark_whole", fraction)
         groups = self._groups_with_halves()
         if not any(g["half_marked"] for g in groups):
             raise RuntimeError("LANTON.mark_whole: call mark_half() after the first half of the micro-batches")
         for group in groups:
             if group["half_content"] != "gradient":
                 continue
-            group["half_fraction"] = fraction or group["half_fraction"]
+            if fraction is not None:
+                group["half_fraction"] = float(fraction)
             for param in group["params"]:
                 state = self.state.get(param, {})
                 if "half_grad" in state and param.grad is not None:
@@ -195,6 +198,12 @@ class HalvesMarker:
             for group in self.optimizer._groups_with_halves():
                 self.optimizer._delete_halves(group)
         self.done = self.marked = 0
+
+
+def _check_fraction(method: str, fraction: float) -> None:
+    """Raise ValueError unless a first and a second half have micro-batches."""
+    if not 0 < fraction < 1:
+        raise ValueError(f"LANTON.{method}: expected a fraction of the micro-batches in (0, 1), got {fraction}")
 
 
 def _unscaled(grad: Tensor, loss_scale: float | Tensor) -> Tensor:

@@ -21,13 +21,14 @@ from leanstep.optimizers.common.checks import (
     check_number,
     check_rows,
     describe,
+    names_of,
     settings_of,
     warn_how_auto_routes,
 )
 from leanstep.optimizers.common.column_shards import check_int8_shard
 from leanstep.optimizers.common.engines import in_pipeline, inside_zero, partial_model
 from leanstep.optimizers.common.loading import Loaded
-from leanstep.optimizers.common.quantized import init_average, is_quantized, quantized_rules, scale_shapes
+from leanstep.optimizers.common.quantized import init_average, is_quantized, quantized_rules, scale_key, scale_shapes
 from leanstep.optimizers.common.rounding import effective, init_rounding
 from leanstep.optimizers.common.saved_tensors import StateRule
 from leanstep.optimizers.common.sharding import Reducer, Shard, local
@@ -109,7 +110,8 @@ class LANTON(MarkedHalves, LeanOptimizer):
             the step's micro-batches, which :meth:`mark_half` separates. H has the same scale but no drift, and no
             gradient is stored between steps.
         noise_adaptive: False: f = 1 and no estimates. This is the base optimizer (Scion or Muon for matrices, plus the
-            sign and vector rules), bit-identical to a very large alpha.
+            sign and vector rules), bit-identical to a very large alpha. A step drops G' then; once this is True again,
+            a first gradient is only stored.
         noise_every: update H every ``noise_every`` steps, from two consecutive gradients. An estimate costs a fifth
             of an update on a CPU and more than half on a GPU, and H changes slowly.
         grouping: which layers share a_max. "norm": all layers with the same norm, over all groups and including layers
@@ -340,6 +342,8 @@ class LANTON(MarkedHalves, LeanOptimizer):
         init_rounding(state, param, effective("LANTON", group, position, param))
         if group["variance"] and norm_of(group, param) == "rms":
             init_rows(state, param, group)
+        if not _stores_gradient(group):
+            _drop_previous(state)
         if not group["noise_adaptive"]:
             return state
         if "noise" not in state:
@@ -348,7 +352,7 @@ class LANTON(MarkedHalves, LeanOptimizer):
             state["noise"] = torch.zeros(count, dtype=estimate_dtype(device), device=device)
             # number of estimates in H; -1 (below) until there is a previous gradient
             state["noise_steps"] = torch.zeros(count, dtype=torch.float32, device=device)
-        if group["noise"] == "previous":
+        if _stores_gradient(group):
             if "previous_grad" not in state:
                 state["noise_steps"].fill_(-1)
             init_average(state, "previous_grad", param, group["noise_dtype"])
@@ -432,10 +436,7 @@ class LANTON(MarkedHalves, LeanOptimizer):
         if not layers:
             return []
         factors, noise, counts = (v.tolist() for v in factors_and_noise(layers, local(layers[0].param).device))
-        names: dict[Tensor, str] = {}
-        for group in self.param_groups:
-            unnamed = (f"{group.get('name', 'group')}.{i}" for i in range(len(group["params"])))
-            names.update(zip(group["params"], group.get("param_names") or unnamed, strict=True))
+        names = names_of(self.param_groups)
         rows: list[dict[str, Any]] = []
         for layer in layers:
             stack = is_stack(layer.group, layer.norm, layer.param.dim())
@@ -471,5 +472,17 @@ class LANTON(MarkedHalves, LeanOptimizer):
 def _quantized_keys(group: dict[str, Any], param: Tensor) -> list[str]:
     """Return the names of the state that is stored in 8 bits."""
     keys = ["momentum_buffer"] if is_quantized(group["momentum_dtype"], param) else []
-    stores_gradient = group["noise_adaptive"] and group["noise"] == "previous"
-    return [*keys, "previous_grad"] if stores_gradient and is_quantized(group["noise_dtype"], param) else keys
+    return [*keys, "previous_grad"] if _stores_gradient(group) and is_quantized(group["noise_dtype"], param) else keys
+
+
+def _stores_gradient(group: dict[str, Any]) -> bool:
+    return group["noise_adaptive"] and group["noise"] == "previous"
+
+
+def _drop_previous(state: dict[str, Any]) -> None:
+    """Drop the stored gradient. When gradients are stored again, it would be older than one step."""
+    if "previous_grad" in state:
+        del state["previous_grad"]
+        state.pop(scale_key("previous_grad"), None)
+        if "noise_steps" in state:
+            state["noise_steps"].clamp_min_(0)  # halves need no previous gradient

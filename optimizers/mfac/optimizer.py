@@ -190,6 +190,8 @@ class MFAC(LeanOptimizer):
     def _check_params(self, group: dict[str, Any], given: dict[str, Any]) -> None:
         super()._check_params(group, given)
         self._check_scope(self.param_groups, group)
+        if group["masks"] is not None:  # the caller's list may change
+            group["masks"] = list(group["masks"])
         if group["scope"] in ("model", "group") and inside_zero():
             advice = "Take scope='layer' or an int"
             raise partial_model("MFAC", f"scope={group['scope']!r}", "ZeroRedundancyOptimizer", advice)
@@ -242,6 +244,31 @@ class MFAC(LeanOptimizer):
     def _check_loaded_states(self, groups: list[dict[str, Any]], entries: list[Loaded]) -> None:
         check_loaded_states(groups, entries)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return torch's state dict; masks are in the states, and in ``masks`` of groups only before the first step."""
+        packed = super().state_dict()
+        for group in packed["param_groups"]:
+            if group.get("masks") is not None:
+                stored = ["mask" in packed["state"].get(key, {}) for key in group["params"]]
+                group["masks"] = [None if s else mask for s, mask in zip(stored, group["masks"], strict=True)]
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state as the other optimizers do; see there.
+
+        Groups have the loaded masks, too, so that excluded weights stay excluded when ``optimizer.state`` is cleared.
+
+        Raises:
+            ValueError: the state does not fit; see the class. Nothing is changed.
+        """
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            masks = group["masks"] or [None] * len(group["params"])
+            states = [self.state.get(param, {}) for param in group["params"]]
+            masks = [state.get("mask", mask) for state, mask in zip(states, masks, strict=True)]
+            group["masks"] = masks if any(mask is not None for mask in masks) else None
+        self._note_settings()
+
     def diagnostics(self) -> dict[str, float]:
         """Return statistics over all scopes (reads the device).
 
@@ -277,10 +304,10 @@ class MFAC(LeanOptimizer):
         init_window(state, param, group)
         if group["momentum"] and "momentum_buffer" not in state:
             state["momentum_buffer"] = new_state(param, compute_dtype(param.dtype))
-        masks = group["masks"]
-        if masks is not None and masks[position] is not None:
-            state["mask"] = masks[position]
-            masks[position] = None  # now in the state
+        mask = None if group["masks"] is None else group["masks"][position]
+        if mask is not None and state.get("mask") is not mask:
+            check_masks(group)
+            state["mask"] = mask
         init_rounding(state, param, effective("MFAC", group, position, param))
         return state
 

@@ -138,10 +138,12 @@ def step_scopes(scopes: list[Scope]) -> Reducer[None]:
     for i, entry in enumerate(entries):
         groups.setdefault(id(entry.group), []).append(i)
     for indices in groups.values():
-        count_nonfinite(entries[indices[0]].group, flags[indices])
+        group = entries[indices[0]].group
+        if group["nonfinite"] == "skip":
+            count_nonfinite(group, flags[indices])
         moved = [(i, u) for i in indices if (u := updates[i]) is not None and entries[i].grad is not None]
         params = [entries[i].param for i, _ in moved]
-        for positions in by_device_and_dtype(params, alone=entries[indices[0]].group["foreach"] is False):
+        for positions in by_device_and_dtype(params, alone=group["foreach"] is False):
             batch = [moved[k] for k in positions]
             in_batch = None if updated is None else updated[[i for i, _ in batch]]
             _move([entries[i] for i, _ in batch], [u for _, u in batch], in_batch)

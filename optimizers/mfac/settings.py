@@ -31,7 +31,7 @@ def check_settings(group: dict[str, Any]) -> None:
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"MFAC: {name} must be an int, got {value!r}")
         check_count("MFAC", name, value)
-    for name in ("damping", "shrinkage"):
+    for name in ("damping", "shrinkage", "density", "max_update_norm"):
         if isinstance(group[name], Tensor):
             raise TypeError(f"MFAC: {name} must be a number, got {group[name]!r}")
     _check_positive("damping", group["damping"], "a number greater than 0 (the Fisher matrix alone has no inverse)")
@@ -69,6 +69,8 @@ def _check_schedule(schedule: Any) -> None:
         )
     check_choice("MFAC", "damping_schedule", schedule[0], SCHEDULES)
     for name, value in zip(("number of steps or rate", "last damping"), schedule[1:], strict=False):
+        if isinstance(value, Tensor):
+            raise TypeError(f"MFAC: the {name} of damping_schedule must be a number, got {value!r}")
         check_number("MFAC", f"damping_schedule: {name}", value, 0.0)
         if value == 0:
             raise ValueError(f"Invalid damping_schedule: {schedule!r}; MFAC expects the {name} to be greater than 0")

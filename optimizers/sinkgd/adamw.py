@@ -19,16 +19,25 @@ from leanstep.optimizers.common.base import Batch, count_nonfinite
 from leanstep.optimizers.common.column_shards import cuts_rows
 from leanstep.optimizers.common.quantized import average_values, init_average, is_quantized, store_averages
 from leanstep.optimizers.common.rounding import seeds_for
-from leanstep.optimizers.common.sharding import Reducer, all_reduce_flags, local, positions_of, readable, store
+from leanstep.optimizers.common.sharding import (
+    Reducer,
+    all_reduce_flags,
+    local,
+    positions_of,
+    readable,
+    store,
+    together,
+)
 from leanstep.optimizers.sinkgd.clipping import clip_factors
 
 
 def init_adamw(state: dict[str, Any], param: Tensor, group: dict[str, Any], rounding: str) -> None:
-    """Create step, exp_avg and exp_avg_sq as torch does; the moments are fp32 unless rounding is "nearest".
+    """Create step, exp_avg and exp_avg_sq as torch does; convert moments of another dtype.
 
-    With a setting of 8 bits, the moments of parameters of two or more dimensions are in 8 bits.
+    The moments are fp32, or have the parameter's dtype if rounding is "nearest", as torch's step expects. With a
+    setting of 8 bits, the moments of parameters of two or more dimensions are in 8 bits.
     """
-    dtype: torch.dtype | str | None = None if rounding == "nearest" else torch.float32
+    dtype: torch.dtype | str = param.dtype if rounding == "nearest" else torch.float32
     if is_quantized(group["momentum_dtype"], param):
         dtype = group["momentum_dtype"]
     elif "step" not in state:
@@ -59,11 +68,14 @@ def uses_fused(param: Tensor, group: dict[str, Any]) -> bool:
 def step_adamw(batch: Batch, *, int8: bool) -> Reducer[None]:
     """Step AdamW: bit-identical to ``torch.optim.AdamW`` with the same ``fused`` and ``foreach``.
 
-    With nonfinite="skip", one non-finite gradient skips the whole batch, without a wait for the device. ``int8``: the
-    moments are in 8 bits, and the step is that of :func:`leanstep.kernels.steps.adamw_int8.adamw_step_int8`.
+    With nonfinite="skip", one non-finite gradient skips the whole batch, without a wait for the device. Otherwise
+    ``foreach=False`` steps its parameters one at a time. ``int8``: the moments are in 8 bits, and the step is that of
+    :func:`leanstep.kernels.steps.adamw_int8.adamw_step_int8`.
     """
     group = batch.group
     params, grads = [readable(p) for p in batch.params], [local(g) for g in batch.grads]
+    if batch.rounding == "nearest" and not int8:  # torch's step takes one dtype, and gradients may have another one
+        grads = [g.to(p.dtype) for g, p in zip(grads, params, strict=True)]
     skip = None
     if group["nonfinite"] == "skip":
         flags = nonfinite_flags(grads)
@@ -79,13 +91,31 @@ def step_adamw(batch: Batch, *, int8: bool) -> Reducer[None]:
         wide = torch.float32 if params[0].device.type == "mps" else torch.float64
         factors = torch.empty(len(params), dtype=wide, device=params[0].device)
         yield from clip_factors(grads, batch, factors)
+    spans = [slice(i, i + 1) for i in range(len(params))] if group["foreach"] is False else [slice(len(params))]
+    parts = []
+    for span in spans:
+        factors_here = None if factors is None else factors[span]
+        parts.append(_update_part(params[span], grads[span], batch.part(span), skip, factors_here, int8=int8))
+    yield from together(parts)
+    store(params, batch.params)
+
+
+def _update_part(
+    params: list[Tensor],
+    grads: list[Tensor],
+    batch: Batch,
+    skip: Tensor | None,
+    factors: Tensor | None,
+    *,
+    int8: bool,
+) -> Reducer[None]:
+    """Step the parameters of a batch; a true flag ``skip`` on the device leaves everything unchanged."""
     if int8:
         yield from _update_int8(params, grads, batch, skip, factors)
     elif batch.rounding == "nearest":
-        _decay_and_update(params, grads, batch.states, group, skip, factors)
+        _decay_and_update(params, grads, batch.states, batch.group, skip, factors)
     else:
         _update_rounded(params, grads, batch, skip, factors)
-    store(params, batch.params)
 
 
 def _decay_and_update(

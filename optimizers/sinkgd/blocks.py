@@ -116,13 +116,4 @@ def in_parts(batch: Batch) -> list[Batch]:
             start, entries = position, 0
         entries += param.numel()
     ranges.append(slice(start, len(batch.params)))
-    return [
-        batch._replace(
-            params=batch.params[part],
-            grads=batch.grads[part],
-            states=batch.states[part],
-            indices=batch.indices[part],
-            shards=batch.shards[part],
-        )
-        for part in ranges
-    ]
+    return [batch.part(span) for span in ranges]

@@ -306,10 +306,10 @@ class SinkGD(LeanOptimizer):
     def _group_steps(
         self, group: dict[str, Any], first_index: int, only: Sequence[int] | None = None
     ) -> list[Reducer[None]]:
-        batches = self._batches(group, first_index, only, lambda param: _rule_of(group, param))
+        batches = self._batches(group, first_index, only, lambda param: _rule_of(group, param), _is_adamw)
         return [
             step_adamw(batch, int8=name.startswith("adamw int8"))
-            if name.startswith("adamw")
+            if _is_adamw(name)
             else step_matrices(batch, balanced=name.startswith("balanced"), wide=name.endswith("wide"))
             for name, batch in batches
         ]
@@ -347,6 +347,10 @@ def _rule_of(group: dict[str, Any], param: Tensor) -> str:
     if algorithm == "adamw":
         return "adamw int8 columns" if cut else "adamw int8"
     return f"{algorithm} wide" if cut or group["blocks"] is not None else algorithm
+
+
+def _is_adamw(rule: str) -> bool:
+    return rule.startswith("adamw")
 
 
 def algorithm_of(group: dict[str, Any], param: Tensor) -> str:

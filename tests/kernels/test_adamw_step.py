@@ -92,3 +92,13 @@ def test_another_build_of_torch_keeps_its_own_kernel(monkeypatch):
 
 def test_nothing_to_do():
     adamw_step([], [], [], [], [], lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+
+
+@pytest.mark.parametrize("odd", range(4))
+def test_tensors_of_another_dtype_are_refused_and_nothing_is_written(odd):
+    columns = [[torch.ones(128, dtype=torch.bfloat16)] for _ in range(4)]
+    columns[odd] = [torch.ones(128)]
+    steps = [torch.zeros(())]
+    with pytest.raises(ValueError, match="adamw_step: expected tensors of one dtype at index 0.*float32.*convert"):
+        adamw_step(*columns, steps, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+    assert steps[0] == 0 and all((tensor == 1).all() for (tensor,) in columns)

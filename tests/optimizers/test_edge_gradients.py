@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from leanstep.kernels import sinkhorn, use_backend
-from leanstep.optimizers import Lion, SinkGD, release_gradients
+from leanstep.optimizers import LANTON, MFAC, Lion, SinkGD, release_gradients
 
 # the note on how bare parameters are routed has tests of its own
 pytestmark = pytest.mark.filterwarnings("ignore:SinkGD. .* taken as matrices")
@@ -121,3 +121,93 @@ def test_flags_are_true_or_false(build, setting):
     name = next(iter(setting))
     with pytest.raises(TypeError, match=f"{name} must be True"):
         build([torch.nn.Parameter(torch.zeros(2, 2))], **setting)
+
+
+STEPS = {
+    "Lion": (Lion, {}),
+    "SinkGD": (SinkGD, {"algorithm": "sinkgd"}),
+    "SinkGD, momentum": (SinkGD, {"algorithm": "sinkgd", "momentum": 0.9}),
+    "SinkGD, AdamW": (SinkGD, {"algorithm": "adamw"}),
+    "LANTON": (LANTON, {"norm": "rms"}),
+    "MFAC": (MFAC, {"window": 2, "damping": 0.1}),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("of_parameter", [False, True])
+def test_torchs_negative_bit_does_not_change_the_sign(name, of_parameter):
+    """Tensors with this bit have the opposite numbers in memory."""
+    cls, settings = STEPS[name]
+    weight, grads = torch.randn(8, 12), [torch.randn(8, 12) for _ in range(3)]
+    results = []
+    for negative in (False, True):
+        param = torch._neg_view(-weight) if negative and of_parameter else weight.clone()
+        param.requires_grad_()
+        assert param.is_neg() == (negative and of_parameter)
+        optimizer = cls([param], lr=0.1, **settings)
+        for grad in grads:
+            param.grad = torch._neg_view(-grad) if negative else grad.clone()
+            optimizer.step()
+        results.append(param.detach().resolve_neg())
+    assert not torch.equal(results[0], weight) and torch.equal(*results)
+
+
+@pytest.mark.parametrize("name", [name for name in STEPS if name != "SinkGD, momentum"])
+def test_the_gradient_of_the_imaginary_part_of_a_conjugate_has_its_sign(name):
+    """Autograd leaves it with the negative bit."""
+    cls, settings = STEPS[name]
+    imaginary = torch.nn.Parameter(torch.full((1, 1), 0.7))
+    optimizer = cls([imaginary], lr=0.1, **settings)
+    number = torch.complex(torch.full((1, 1), 0.3), imaginary)
+    (number.conj() * (1.0 + 2j)).real.sum().backward()
+    assert imaginary.grad.is_neg() and imaginary.grad == 2
+    optimizer.step()
+    assert imaginary < 0.7
+
+
+@pytest.mark.parametrize("settings", [{}, {"fused": False}, {"foreach": False}, {"clip_threshold": 0.5}], ids=str)
+@pytest.mark.parametrize("rounding", ["nearest", "master"])
+def test_adamw_takes_fp32_gradients_of_bf16_parameters(settings, rounding):
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        param = torch.nn.Parameter(torch.linspace(-1, 1, 200).bfloat16())
+        param.grad_dtype = dtype
+        optimizer = SinkGD([param], lr=0.1, weight_decay=0.1, algorithm="adamw", rounding=rounding, **settings)
+        for step in range(3):
+            grad = torch.randn(200, generator=torch.Generator().manual_seed(step)).bfloat16()
+            param.grad = grad.to(dtype)
+            optimizer.step()
+        results.append(param.detach())
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("settings", [{}, {"momentum_dtype": torch.int8}, {"clip_threshold": 0.5}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_bad_gradient_skips_all_adamw_parameters_also_one_call_at_a_time(settings, dtype):
+    rounding = "master" if dtype == torch.bfloat16 else "nearest"
+    results = []
+    for foreach in (None, False):
+        params = [torch.nn.Parameter(torch.linspace(-1, 1, 512).view(2, 256).to(dtype)) for _ in range(3)]
+        optimizer = SinkGD(
+            params,
+            lr=0.1,
+            weight_decay=0.1,
+            algorithm="adamw",
+            fused=False,
+            foreach=foreach,
+            rounding=rounding,
+            **settings,
+        )
+        for step in range(4):
+            chance = torch.Generator().manual_seed(step)
+            before = [param.detach().clone() for param in params]
+            for param in params:
+                param.grad = torch.randn(param.shape, generator=chance).to(dtype)
+            params[1].grad[0, 3] = float("nan") if step == 2 else 1.0
+            optimizer.step()
+            moved = [not torch.equal(old, param) for old, param in zip(before, params, strict=True)]
+            assert moved == [step != 2] * 3
+        assert optimizer.nonfinite_count() == 1
+        assert all(optimizer.state[param]["step"] == 3 for param in params)
+        results.append(torch.stack([param.detach() for param in params]))
+    torch.testing.assert_close(*results, rtol=1e-2, atol=1e-3)

@@ -68,6 +68,22 @@ def test_a_model_in_fp32_loads_the_weights(rounding):
     assert all(torch.equal(before[name], weight) for name, weight in weights.items())
 
 
+def test_the_extra_state_of_a_module_is_left_as_it_is():
+    class WithExtraState(torch.nn.Linear):
+        def get_extra_state(self):
+            return {"count": 7}
+
+        def set_extra_state(self, state):
+            self.count = state["count"]
+
+    model = WithExtraState(3, 3, dtype=torch.bfloat16)
+    weights = Lion(model.named_parameters()).full_precision_state_dict(model)
+    assert weights["weight"].dtype == torch.float32 and weights["_extra_state"] == {"count": 7}
+    wide = WithExtraState(3, 3)
+    wide.load_state_dict(weights)
+    assert wide.count == 7
+
+
 @pytest.mark.parametrize("rounding", [r for r in PRECISION if r != "nearest"])
 def test_a_step_follows_fp64_to_the_precision_of_the_rounding(rounding):
     """From the same weights, one step: the error is that of one rounding, beside those of fp32 arithmetic."""

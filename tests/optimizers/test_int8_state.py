@@ -7,7 +7,7 @@ import torch
 from optimizer_cases import run
 
 from leanstep.kernels.reference.quantization import dequantize
-from leanstep.optimizers import LANTON, SinkGD
+from leanstep.optimizers import LANTON, Lion, SinkGD
 
 # name -> (class, settings, settings of 8 bits, bytes of state per parameter of a matrix)
 METHODS = {
@@ -122,3 +122,66 @@ def test_parameters_of_one_dimension_have_averages_of_their_dtype():
         run(optimizer, [param], range(2))
         assert all(v.dtype == torch.float32 for v in averages(optimizer, param).values())
         assert not any(key.endswith("_scale") for key in optimizer.state[param])
+
+
+@pytest.mark.parametrize("name", ["lion", *(name for name in METHODS if name != "adamw")])
+def test_changing_the_setting_between_ordinary_dtypes_converts_the_state(name):
+    """The next step converts; without a setting every tensor keeps its dtype."""
+    cls, settings, dtypes, _ = METHODS.get(name, (Lion, {"lr": 1e-3}, ("momentum_dtype",), None))
+    param = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    optimizer = cls([param], **settings)
+    run(optimizer, [param], range(2))
+    before = averages(optimizer, param)
+    for setting, expected in ((torch.bfloat16, torch.bfloat16), ("float64", torch.float64), (None, torch.float64)):
+        for name_of_setting in dtypes:
+            optimizer.param_groups[0][name_of_setting] = setting
+        param.grad = torch.full_like(param, float("nan"))  # which the step skips
+        optimizer.step()
+        after = averages(optimizer, param)
+        assert after.keys() == before.keys() and all(value.dtype == expected for value in after.values())
+        assert all(torch.equal(after[key].float(), old.bfloat16().float()) for key, old in before.items())
+    run(optimizer, [param], range(2, 4))
+    assert torch.isfinite(param).all()
+
+
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("into", ["nearest", "master", "kahan", "split", "stochastic"])
+@pytest.mark.parametrize("start", ["nearest", "master", "kahan", "split", "stochastic"])
+def test_changing_the_rounding_converts_the_moments_of_adamw(start, into, fused):
+    param = torch.nn.Parameter(torch.linspace(-1, 1, 256).bfloat16())
+    twin = torch.nn.Parameter(param.detach().float())
+    optimizer = SinkGD([param], lr=1e-2, algorithm="adamw", rounding=start, fused=fused)
+    control = torch.optim.AdamW([twin], lr=1e-2, weight_decay=0.0)
+    for step in range(6):
+        if step == 3:
+            optimizer.param_groups[0]["rounding"] = into
+        param.grad = torch.randn(256, generator=torch.Generator().manual_seed(step)).bfloat16()
+        twin.grad = param.grad.float()
+        optimizer.step()
+        control.step()
+    dtype = torch.bfloat16 if into == "nearest" else torch.float32
+    state = optimizer.state[param]
+    assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == dtype
+    torch.testing.assert_close(param.float(), twin, rtol=0.02, atol=0.05)
+    for key in ("exp_avg", "exp_avg_sq"):
+        torch.testing.assert_close(state[key].float(), control.state[twin][key], rtol=0.03, atol=5e-3)
+
+
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("start", [torch.float32, torch.bfloat16], ids=str)
+def test_adamw_follows_a_model_that_changes_its_dtype(start, fused):
+    into = torch.bfloat16 if start == torch.float32 else torch.float32
+    model = torch.nn.Linear(256, 1, bias=False)
+    twin = torch.nn.Parameter(model.weight.detach().clone())
+    model.to(start)
+    optimizer = SinkGD(model.parameters(), lr=1e-3, algorithm="adamw", fused=fused)
+    control = torch.optim.AdamW([twin], lr=1e-3, weight_decay=0.0)
+    for step in range(6):
+        if step == 3:
+            model.to(into)
+        twin.grad = torch.randn(1, 256, generator=torch.Generator().manual_seed(step)).bfloat16().float()
+        model.weight.grad = twin.grad.to(model.weight.dtype)
+        optimizer.step()
+        control.step()
+    assert optimizer.state[model.weight]["exp_avg"].dtype == into
+    torch.testing.assert_close(model.weight.float(), twin, rtol=0.02, atol=2e-3)

@@ -118,6 +118,27 @@ def test_first_step_has_factor_one_and_uses_no_difference():
     assert all(row["H"] > 0 for row in a.noise_report())
 
 
+@pytest.mark.parametrize("without", [{"noise_adaptive": False}, {"noise": "halves"}], ids=str)
+@pytest.mark.parametrize("noise_dtype", [None, torch.int8], ids=str)
+def test_after_steps_that_stored_no_gradient_one_is_stored_before_one_is_compared(without, noise_dtype):
+    params, norms = layers()
+    optimizer = grouped(params, norms, lr=0.0, noise_dtype=noise_dtype, **EXACT)
+    run(optimizer, params, range(3))
+    before = [row["H"] for row in optimizer.noise_report()]
+    for group in optimizer.param_groups:
+        group.update(without, half_marked=True)
+    run(optimizer, params, range(3, 5))
+    assert not any(key.startswith("previous_grad") for p in params for key in optimizer.state[p])
+    for group in optimizer.param_groups:
+        group.update(noise_adaptive=True, noise="previous")
+    run(optimizer, params, range(5, 6))
+    assert [optimizer.state[p]["noise"].item() for p in params] == before
+    assert all(row["H"] is None and row["factor"] == 1.0 for row in optimizer.noise_report())
+    run(optimizer, params, range(5, 6))  # the same gradient: no noise
+    rows = optimizer.noise_report()
+    assert all(row["H"] == pytest.approx(0.9 * h, rel=0.1) for row, h in zip(rows, before, strict=True))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scaling", ["scion", "muon"])
 @pytest.mark.parametrize("options", [{}, {"nesterov": True, "weight_decay": 0.1}], ids=["plain", "nesterov"])
@@ -665,6 +686,19 @@ def test_noise_report_and_diagnostics():
     assert len(logged) == 2 * len(rows) and all(isinstance(v, float) for v in logged.values())
     assert {row["norm"] for row in optimizer.noise_report("sign")} == {"sign"}
     assert LANTON(param_groups(Net()), noise_adaptive=False).noise_report() == []
+
+
+@pytest.mark.parametrize("names", [(None, None, "heads"), ("heads", "heads", None)])
+def test_every_parameter_of_groups_without_names_has_its_own_entry(names):
+    params = [torch.nn.Parameter(torch.zeros(4, 4)) for _ in range(4)]
+    groups = [{"params": params[:2], "norm": "rms"}, {"params": params[2:3], "norm": "sign"}]
+    groups.append({"params": params[3:], "norm": "rms"})
+    optimizer = LANTON([{**g, "name": n} if n else g for g, n in zip(groups, names, strict=True)])
+    run(optimizer, params, range(2))
+    rows = optimizer.noise_report()
+    assert len({row["name"] for row in rows}) == 4
+    logged = optimizer.diagnostics()
+    assert len(logged) == 8 and all(logged[f"noise/{row['name']}"] == row["H"] for row in rows)
 
 
 # ---- bad input

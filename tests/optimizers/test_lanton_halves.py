@@ -247,6 +247,12 @@ def test_what_is_asked_for_in_the_wrong_place_is_an_error():
     for fraction in (0.0, 1.0, -1.0):
         with pytest.raises(ValueError, match="fraction of the micro-batches"):
             optimizer.mark_half(fraction)
+    optimizer.mark_half()
+    half = optimizer.state[param]["half_grad"].clone()
+    for fraction in (0, 0.0, 1.0, 1.5, -1.0):
+        with pytest.raises(ValueError, match="mark_whole: expected a fraction of the micro-batches in .0, 1."):
+            optimizer.mark_whole(fraction=fraction)
+    assert torch.equal(optimizer.state[param]["half_grad"], half)
     with pytest.raises(RuntimeError, match="no group has noise='halves'"):
         LANTON([{"params": [param], "norm": "rms"}]).mark_half()
 

@@ -33,6 +33,9 @@ SHAPES = ((4, 3), (5,))
         ({"rank": 0}, ValueError, "Invalid rank: 0"),
         ({"momentum": 1.0}, ValueError, "Invalid momentum value: 1.0"),
         ({"decay": "l2"}, ValueError, "Invalid decay: 'l2'"),
+        ({"density": torch.tensor(0.5)}, TypeError, "density must be a number"),
+        ({"max_update_norm": torch.tensor(1.0)}, TypeError, "max_update_norm must be a number"),
+        ({"damping_schedule": ("linear", 9, torch.tensor(1.0))}, TypeError, "last damping of damping_schedule must be"),
         ({"max_update_norm": 0.0}, ValueError, "Invalid max_update_norm: 0"),
         ({"shrinkage": -1.0}, ValueError, "Invalid shrinkage: -1"),
         ({"damping_schedule": ("linear", 10)}, ValueError, "Invalid damping_schedule"),
@@ -59,6 +62,49 @@ def test_masks_must_fit():
     ):
         with pytest.raises(ValueError, match=said):
             MFAC([{"params": params, "masks": masks}], window=2)
+
+
+def test_masks_of_the_caller_are_read_and_never_changed():
+    given = [None, torch.tensor([True, False, True, True, False])]
+    masks, moved = list(given), []
+    for _ in range(2):  # the second optimizer has the same masks
+        params = new_params(SHAPES)
+        start = params[1].detach().clone()
+        optimizer = MFAC([{"params": params, "masks": masks}], lr=0.1, window=2, damping=0.1)
+        early = optimizer.state_dict()
+        set_grads(params, 0)
+        optimizer.step()
+        assert all(mine is theirs for mine, theirs in zip(masks, given, strict=True))
+        assert early["param_groups"][0]["masks"][1] is given[1]
+        moved.append(params[1] != start)
+    assert torch.equal(moved[0], given[1]) and torch.equal(moved[1], given[1])
+
+
+@pytest.mark.parametrize("saved_and_loaded", [False, True])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_excluded_weights_never_change_also_after_the_state_is_dropped(sparse, saved_and_loaded):
+    params = new_params(SHAPES)
+    given = torch.tensor([True, False, True, True, False])
+    with torch.no_grad():
+        params[0][:, 1] = 0.0
+    group = {"params": params, "masks": [params[0] != 0, given], "sparse": sparse}
+    optimizer = MFAC([group], lr=0.1, window=2, damping=0.1, weight_decay=0.1, decay="coupled")
+    before = [p.detach().clone() for p in params]
+    set_grads(params, 0)
+    optimizer.step()
+    if saved_and_loaded:
+        file = io.BytesIO()
+        torch.save(optimizer.state_dict(), file)
+        file.seek(0)
+        optimizer = MFAC([{"params": params, "sparse": sparse}], lr=0.1, window=2, damping=0.1)
+        optimizer.load_state_dict(torch.load(file))
+    assert optimizer.state_dict()["param_groups"][0]["masks"] == [None, None]  # saved once, in the states
+    optimizer.state.clear()
+    for step in range(1, 3):
+        set_grads(params, step)
+        optimizer.step()
+    for param, start, mask in zip(params, before, group["masks"], strict=True):
+        assert torch.equal(param != start, mask)
 
 
 def test_groups_of_one_window_must_agree():
