@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
-from typing import Any, TypeVar
+from collections.abc import Container, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -133,8 +133,7 @@ def _attach_parameters(model: nn.Module, config: LoraConfig) -> None:
 
 def _attach_tokens(model: nn.Module, config: LoraConfig) -> None:
     for name, rows in select_tokens(model, config).items():
-        shared: Any = model.get_submodule(rows.shares) if rows.shares else None
-        attach_tokens(rows.module, name, rows.tokens, None if shared is None else shared.lora_token_rows)
+        attach_tokens(rows.module, name, rows.tokens, model.get_submodule(rows.shares) if rows.shares else None)
         _rebind_hooks(rows.module)
 
 
