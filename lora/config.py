@@ -88,7 +88,8 @@ class LoraConfig:
         save: the tensors that autograd saves. ``"min"``: the input, and the output of DoRA without bias. ``"full"``:
             also the products with A, which avoids ``2 M n r`` operations, and DoRA's product, which avoids
             ``2 M n m`` if the layer has a bias. ``"lora_fa"``: only the products with A, M r numbers; A is frozen
-            (Zhang et al., "LoRA-FA", arXiv 2308.03303).
+            (Zhang et al., "LoRA-FA", arXiv 2308.03303). Embeddings save M r numbers with any value, and train A, which
+            starts at zero.
         fast_path: None: layers that cannot run on the fast path run in plain torch, and their ``fast_path`` says why.
             True: such a layer is an error. False: plain torch everywhere.
         fused_blocks: run q, k and v of a block as one function, and each SwiGLU block as one, which then saves only its

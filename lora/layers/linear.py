@@ -389,7 +389,8 @@ def factor_type(weight: Tensor) -> dict[str, Any]:
 
 
 def mix_in(mixin: Any, module: Any, adapter: Adapter, use_dora: bool) -> None:
-    """Make a module with factors an adapted layer. DoRA's magnitude starts at the norms; LoRA-FA freezes A."""
+    """Make a module with factors an adapted layer. DoRA's magnitude starts at the norms."""
+    module.lora_A.weight.requires_grad_(adapter.save != "lora_fa")
     module.lora = adapter
     module.register_parameter("lora_magnitude_vector", None)
     base: Any = type(module)
@@ -397,7 +398,6 @@ def mix_in(mixin: Any, module: Any, adapter: Adapter, use_dora: bool) -> None:
     a, b = module.factors()
     if use_dora:
         module.lora_magnitude_vector = nn.Parameter(module.norms().to(b.dtype))
-    a.requires_grad_(adapter.save != "lora_fa")
 
 
 @torch.no_grad()
@@ -407,6 +407,7 @@ def _initialize(a: nn.Linear, b: nn.Linear, how: bool | str) -> None:
         return
     if how == "gaussian":
         nn.init.normal_(a.weight, std=1 / a.out_features)
+        _, b = module.factors()
     elif how == "orthogonal":
         nn.init.orthogonal_(a.weight)
     else:
