@@ -304,7 +304,8 @@ def modules_to_save(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module
     """
     modules: dict[str, nn.Module] = {}
     for entry in config.modules_to_save or ():
-        matches = {name: m for name, m in model.named_modules() if name == entry or name.endswith(f".{entry}")}
+        # by the end of the name, also within a word, as in PEFT: "classifier" fits "pre_classifier"
+        matches = {name: module for name, module in model.named_modules() if name.endswith(entry)}
         if not matches:
             raise ValueError(f"apply_lora: modules_to_save {entry!r} fits no module of the model")
         modules |= matches

@@ -68,7 +68,9 @@ class LoraConfig:
         use_rslora: use ``scale = lora_alpha / sqrt(r)`` (Kalajdzievski, arXiv 2312.03732).
         use_dora: also train a magnitude per output (Liu et al., "DoRA", arXiv 2402.09353), for linear layers, Conv1D
             and embeddings.
-        modules_to_save: names of modules to train and save whole, such as a new head.
+        modules_to_save: names of modules to train and save whole, such as a new head, with their buffers. Each is the
+            whole name of a module or its end, also within a word, as in PEFT: ``"classifier"`` also names
+            ``pre_classifier``.
         trainable_token_indices: tokens whose rows of the embedding are trained, such as new ones: a list of whole
             numbers, or names of embeddings and heads -> lists. Modules with the same weight, such as a tied head, have
             the same rows.
