@@ -18,7 +18,7 @@ from leanstep.lora.layers.block import (
     why_not_fused,
 )
 from leanstep.lora.layers.dora import NormCache
-from leanstep.lora.layers.frozen import is_watched
+from leanstep.lora.layers.frozen import is_watched, widths
 from leanstep.lora.layers.linear import Adapter, FastLinear, FastPath, LoRALayer, fast_linear
 
 _LAYERS = {"peft.tuners.lora.layer.Linear", "peft.tuners.lora.bnb.Linear4bit", "peft.tuners.lora.bnb.Linear8bitLt"}
@@ -147,6 +147,10 @@ class PeftLinear(FastLinear):
         a, b = module.lora_A[name], module.lora_B[name]
         magnitude = module.lora_magnitude_vector[name].weight if name in module.lora_magnitude_vector else None
         return module.get_base_layer(), a.weight, b.weight, b.bias, magnitude
+
+    def input_width(self) -> int:
+        """The number of entries that the layer takes of each input row."""
+        return widths(self.module.get_base_layer())[0]
 
     @property
     def training(self) -> bool:  # type: ignore[override]
