@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
-from typing import Any, TypeVar
+from collections.abc import Container, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +104,8 @@ def attach_adapters(model: nn.Module, plan: dict[str, nn.Module], config: LoraCo
         (attach_embedding if is_embedding else attach_linear)(module, adapter, config)
         _rebind_hooks(module)
     _train_saved(model, saved)
-    _train_biases(model, plan, config)
+    for bias in trained_biases(model, plan, config).values():
+        bias.requires_grad_(True)
     model.lora_config = config  # type: ignore[assignment]
     model.lora_frozen = frozen  # type: ignore[assignment]
     _attach_parameters(model, config)
@@ -133,8 +134,7 @@ def _attach_parameters(model: nn.Module, config: LoraConfig) -> None:
 
 def _attach_tokens(model: nn.Module, config: LoraConfig) -> None:
     for name, rows in select_tokens(model, config).items():
-        shared: Any = model.get_submodule(rows.shares) if rows.shares else None
-        attach_tokens(rows.module, name, rows.tokens, None if shared is None else shared.lora_token_rows)
+        attach_tokens(rows.module, name, rows.tokens, model.get_submodule(rows.shares) if rows.shares else None)
         _rebind_hooks(rows.module)
 
 
@@ -305,11 +305,32 @@ def modules_to_save(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module
     """
     modules: dict[str, nn.Module] = {}
     for entry in config.modules_to_save or ():
-        matches = {name: m for name, m in model.named_modules() if name == entry or name.endswith(f".{entry}")}
+        # by the end of the name, also within a word, as in PEFT: "classifier" fits "pre_classifier"
+        matches = {name: module for name, module in model.named_modules() if name.endswith(entry)}
         if not matches:
             raise ValueError(f"apply_lora: modules_to_save {entry!r} fits no module of the model")
         modules |= matches
     return modules
+
+
+def saved_buffers(model: nn.Module, config: LoraConfig) -> dict[str, Tensor]:
+    """The persistent buffers of :func:`modules_to_save` by name, such as BatchNorm's running statistics."""
+    return {
+        f"{name}.{inner}.{key}" if inner else f"{name}.{key}": buffer
+        for name, root in modules_to_save(model, config).items()
+        for inner, module in root.named_modules()
+        for key, buffer in module.named_buffers(recurse=False)
+        if key not in module._non_persistent_buffers_set
+    }
+
+
+def trained_biases(model: nn.Module, layers: Container[str], config: LoraConfig) -> dict[str, nn.Parameter]:
+    """The base model's biases that ``config.bias`` trains, by name; ``layers``: the names of the adapted layers."""
+    named = model.named_parameters(remove_duplicate=False)
+    biases = {name: p for name, p in named if name.endswith("bias") and ".lora_" not in name}
+    if config.bias == "lora_only":
+        return {n: p for n, p in biases.items() if n.endswith(".bias") and n.removesuffix(".bias") in layers}
+    return biases if config.bias == "all" else {}
 
 
 def _train_saved(model: nn.Module, saved: dict[str, nn.Module]) -> None:
@@ -325,17 +346,6 @@ def _train_saved(model: nn.Module, saved: dict[str, nn.Module]) -> None:
                     parameter = nn.Parameter(parameter.detach().clone())
                     setattr(module, name, parameter)
                 parameter.requires_grad_(True)
-
-
-def _train_biases(model: nn.Module, plan: dict[str, nn.Module], config: LoraConfig) -> None:
-    if config.bias == "all":
-        biases = [p for name, p in model.named_parameters() if name.endswith("bias") and ".lora_" not in name]
-    elif config.bias == "lora_only":
-        biases = [module.bias for module in plan.values() if isinstance(getattr(module, "bias", None), nn.Parameter)]  # type: ignore[misc]
-    else:
-        biases = []
-    for bias in biases:
-        bias.requires_grad_(True)
 
 
 def _rebind_hooks(module: nn.Module) -> None:

@@ -68,7 +68,9 @@ class LoraConfig:
         use_rslora: use ``scale = lora_alpha / sqrt(r)`` (Kalajdzievski, arXiv 2312.03732).
         use_dora: also train a magnitude per output (Liu et al., "DoRA", arXiv 2402.09353), for linear layers, Conv1D
             and embeddings.
-        modules_to_save: names of modules to train and save whole, such as a new head.
+        modules_to_save: names of modules to train and save whole, such as a new head, with their buffers. Each is the
+            whole name of a module or its end, also within a word, as in PEFT: ``"classifier"`` also names
+            ``pre_classifier``.
         trainable_token_indices: tokens whose rows of the embedding are trained, such as new ones: a list of whole
             numbers, or names of embeddings and heads -> lists. Modules with the same weight, such as a tied head, have
             the same rows.
@@ -88,7 +90,8 @@ class LoraConfig:
         save: the tensors that autograd saves. ``"min"``: the input, and the output of DoRA without bias. ``"full"``:
             also the products with A, which avoids ``2 M n r`` operations, and DoRA's product, which avoids
             ``2 M n m`` if the layer has a bias. ``"lora_fa"``: only the products with A, M r numbers; A is frozen
-            (Zhang et al., "LoRA-FA", arXiv 2308.03303).
+            (Zhang et al., "LoRA-FA", arXiv 2308.03303). Embeddings save M r numbers with any value, and train A, which
+            starts at zero.
         fast_path: None: layers that cannot run on the fast path run in plain torch, and their ``fast_path`` says why.
             True: such a layer is an error. False: plain torch everywhere.
         fused_blocks: run q, k and v of a block as one function, and each SwiGLU block as one, which then saves only its

@@ -62,7 +62,7 @@ class _Undo:
     """The state that :func:`unmerge` needs for one layer.
 
     Attributes:
-        backup: a copy of the base weight, with ``backup=True``.
+        backup, bias: copies of the base weight and of a bias that the merge changes, with ``backup=True``.
         factor: DoRA's factors, shaped to multiply the base weight.
         mask: True at nonzero base weights, if zeros stay zero.
         small: indices of the outputs whose factor is too small to divide out, and their base weights.
@@ -72,6 +72,7 @@ class _Undo:
     factor: Tensor | None
     mask: Tensor | None
     small: tuple[Tensor, Tensor] | None
+    bias: Tensor | None = None
 
 
 @torch.no_grad()
@@ -86,15 +87,15 @@ def merge(model: nn.Module, *, keep_mask: bool = False, backup: bool = False) ->
         keep_mask: keep zeros of the base weight zero, so that a pruned model stays pruned. This changes the output of
             the layer, unless :func:`leanstep.lora.keep_zeros` was called before training; such layers keep their zeros
             in any case.
-        backup: store a copy of every adapted weight for an exact :func:`unmerge`.
+        backup: store a copy of every changed weight and bias for an exact :func:`unmerge`.
 
     Returns:
         The :class:`MergeReport`.
 
     Raises:
-        ValueError: for a model without adapters or with merged ones, a NaN or infinity in a merged weight, a quantised
-            or parametrized base weight, a sharded tied one, or a bias on B without a bias in the base. No weight is
-            changed.
+        ValueError: for a model without adapters or with merged ones, a NaN or infinity in a merged weight or bias,
+            also one that only its dtype makes infinite, a quantised or parametrized base weight, a sharded tied one, or
+            a bias on B without a bias in the base. No weight is changed.
 
     Notes:
         Unties adapted weights that are tied, such as those of an embedding and an output head, with a warning. If no
@@ -115,8 +116,9 @@ def merge(model: nn.Module, *, keep_mask: bool = False, backup: bool = False) ->
             )
         _check_mergeable(name, layer)
         # checks one layer at a time before any change, without a copy of the model
-        if not torch.isfinite(merged_weight(layer, keep_mask)).all():
-            raise ValueError(f"merge: the merged weight of {name} holds NaN or infinity; nothing was merged")
+        _check_finite(f"the merged weight of {name}", merged_weight(layer, keep_mask), layer.weight)
+        if _has_bias_on_b(layer):
+            _check_finite(f"the merged bias of {name}", layer.bias + _bias_shift(layer), layer.bias)
     tokens = dict(token_layers(model))
     for name, trained in tokens.items():
         check_tokens(name, trained)
@@ -135,13 +137,16 @@ def merge(model: nn.Module, *, keep_mask: bool = False, backup: bool = False) ->
         original = weight.detach().clone() if backup and f"{name}.weight" not in report.untied else None
         factor = _dora_factors(layer)
         small = None if original is not None or factor is None else _small_rows(weight.detach(), factor)
-        layer.lora.undo = _Undo(original, factor, mask, small)
+        keeps_bias = backup and _has_bias_on_b(layer) and f"{name}.bias" not in report.untied
+        bias = layer.bias.detach().clone() if keeps_bias else None
+        layer.lora.undo = _Undo(original, factor, mask, small, bias)
         weight.copy_(exact)
         report.layers[name] = float((weight.to(exact.dtype) - exact).abs().max()) if exact.numel() else 0.0
         if mask is not None:
             report.masked[name] = int((~mask).sum())
         layer.lora.merged, layer.lora.norms = True, None
-        _add_to_bias(layer, 1)
+        if _has_bias_on_b(layer):
+            layer.bias.add_(_bias_shift(layer))
     for module in experts.values():
         for leaf, adapter in module.lora.items():
             weight, exact = getattr(module, leaf), _summed_parameter(module, leaf)
@@ -170,8 +175,13 @@ def _check_experts(name: str, module: LoRAExpertsLayer) -> None:
     for leaf, adapter in module.lora.items():
         if adapter.merged:
             raise ValueError(f"merge: {name} is merged already")
-        if not torch.isfinite(_summed_parameter(module, leaf)).all():
-            raise ValueError(f"merge: the merged {name}.{leaf} holds NaN or infinity; nothing was merged")
+        _check_finite(f"the merged {name}.{leaf}", _summed_parameter(module, leaf), getattr(module, leaf))
+
+
+def _check_finite(what: str, exact: Tensor, stored: Tensor) -> None:
+    """Raise ValueError for a sum that is not finite in the dtype of the parameter that is to store it."""
+    if not torch.isfinite(exact.to(stored.dtype)).all():
+        raise ValueError(f"merge: {what} holds NaN or infinity in {stored.dtype}; nothing was merged")
 
 
 def _check_mergeable(name: str, layer: LoRALayer) -> None:
@@ -227,8 +237,8 @@ def unmerge(model: nn.Module) -> MergeReport:
             weight.copy_(exact if undo.mask is None else torch.where(undo.mask, exact, 0.0))
             if undo.small is not None:
                 weight.index_copy_(_output_dim(undo.factor), *undo.small)
-        if f"{name}.bias" not in restored:
-            _add_to_bias(layer, -1)
+        if f"{name}.bias" not in restored and _has_bias_on_b(layer):
+            layer.bias.copy_(base_bias(layer))
         layer.lora.merged, layer.lora.undo, layer.lora.norms = False, None, None
     for _, module in adapted_experts(model):
         for leaf, adapter in module.lora.items():
@@ -344,9 +354,13 @@ def _bias_shift(layer: Any) -> Tensor:
     return (shift if factor is None else shift * factor.flatten()).to(layer.bias.dtype)
 
 
-def _add_to_bias(layer: Any, sign: int) -> None:
-    if _has_bias_on_b(layer):
-        layer.bias.add_(_bias_shift(layer), alpha=sign)
+def base_bias(layer: Any) -> Tensor:
+    """The layer's bias without B's: of a merged layer from its backup, or up to rounding."""
+    bias: Tensor = layer.bias.detach()
+    if not layer.lora.merged or not _has_bias_on_b(layer):
+        return bias
+    backup: Tensor | None = layer.lora.undo.bias
+    return bias - _bias_shift(layer) if backup is None else backup
 
 
 # --- tied parameters --------------------------------------------------------------------------------------------------

@@ -38,11 +38,12 @@ def select(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
         )
     _warn_of_exclusions(modules, config)
     if config.target_modules == "all-linear":
-        return _all_linear(model, modules, config)
-    selected = {name: module for name, module in modules.items() if matches(config, name)}
-    for rule in _rules(config.target_modules):
-        if not any(_fits(rule, name) for name in selected):
-            raise ValueError(_why_nothing(rule, modules))
+        selected = _all_linear(model, modules, config)
+    else:
+        selected = {name: module for name, module in modules.items() if matches(config, name)}
+        for rule in _rules(config.target_modules):
+            if not any(_fits(rule, name) for name in selected):
+                raise ValueError(_why_nothing(rule, modules))
     for patterns in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, patterns):
             if not any(fits_end(key, name) for name in [*selected, *select_parameters(model, config)]):
@@ -92,9 +93,9 @@ def scale_of(config: LoraConfig, name: str) -> float:
 
 def with_heads(model: nn.Module, config: LoraConfig) -> LoraConfig:
     """Add the model's classifier to ``modules_to_save`` if the task has one."""
-    ends = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    names = [name for name, _ in model.named_modules()]
     saved = config.modules_to_save or []
-    heads = [head for head in HEADS if head in ends and head not in saved]
+    heads = [head for head in HEADS if head not in saved and any(name.endswith(head) for name in names)]
     if config.task_type not in HEAD_TASKS or not heads:
         return config
     return dataclasses.replace(config, modules_to_save=[*saved, *heads])
@@ -108,7 +109,7 @@ def without_foreign_names(model: nn.Module, config: LoraConfig, where: str) -> L
     """
     names = [name for name, _ in model.named_modules() if name]
     if config.modules_to_save and config.task_type in HEAD_TASKS:
-        saved = [n for n in config.modules_to_save if n not in HEADS or any(_fits([n], name) for name in names)]
+        saved = [n for n in config.modules_to_save if n not in HEADS or any(name.endswith(n) for name in names)]
         config = dataclasses.replace(config, modules_to_save=saved)
     selected = [name for name in names if matches(config, name)]
     if not selected:
@@ -305,7 +306,7 @@ def select_tokens(model: nn.Module, config: LoraConfig) -> dict[str, Rows]:
 
 def _is_saved(config: LoraConfig, name: str) -> bool:
     """Whether a module is one of ``modules_to_save`` or inside one."""
-    return any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in config.modules_to_save or ())
+    return any(f"{saved}." in f"{name}." for saved in config.modules_to_save or ())
 
 
 def _layer_index(config: LoraConfig, name: str) -> int | None:

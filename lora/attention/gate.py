@@ -358,7 +358,7 @@ def why_impossible(call: Call) -> str | None:
 
 def autocasted_inputs(inputs: AttentionInputs) -> AttentionInputs:
     """Cast q, k and v as autocast does for exact attention; fp64 tensors stay fp64."""
-    q, k, v = (x if x.dtype == torch.float64 else autocasted(x) for x in inputs[:3])
+    q, k, v = (autocasted(x) for x in inputs[:3])
     return inputs._replace(query=q, key=k, value=v)
 
 

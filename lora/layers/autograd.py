@@ -157,18 +157,22 @@ class LoRAFunction(torch.autograd.Function):
 
 
 class _DropoutFunction(torch.autograd.Function):
+    # torch.func takes no function that saves tensors in its forward
     @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float, seed: Tensor) -> Tensor:
-        ctx.p, ctx.shape = p, x.shape
+    def forward(x: Tensor, p: float, seed: Tensor) -> Tensor:
+        return lora_dropout(x.reshape(-1, x.shape[-1]), p, seed).view(x.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float, Tensor], output: Tensor) -> None:
+        _, ctx.p, seed = inputs
         ctx.save_for_backward(seed)
         remember_backend(ctx)
-        return lora_dropout(x.reshape(-1, x.shape[-1]), p, seed).view(x.shape)
 
     @staticmethod
     @on_remembered_backend
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        rows = grad.reshape(-1, grad.shape[-1])
-        return lora_dropout(rows, ctx.p, ctx.saved_tensors[0]).view(ctx.shape), None, None
+        # linear in x, with a symmetric matrix: its gradient is itself, to every order
+        return seeded_dropout(grad, ctx.p, ctx.saved_tensors[0]), None, None
 
 
 # --- forward ----------------------------------------------------------------------------------------------------------

@@ -42,9 +42,10 @@ class Siblings:
     """Layers of one block that are called with the same input one after another.
 
     The first call computes the outputs of all layers in one function, with one gradient of the input. The calls of the
-    other layers return their waiting outputs. If a layer is called with another input, as in cross-attention,
-    the group breaks for good, and every layer computes its own output. Activation checkpointing still recomputes the
-    pass that broke the group as it was: it compares the saved tensors.
+    other layers return their waiting outputs. If a layer is called with another input, as in cross-attention, or after
+    its tensors, its settings or autocast have changed, the group breaks for good, and every layer computes its own
+    output. Activation checkpointing still recomputes the pass that broke the group as it was: it compares the saved
+    tensors.
     """
 
     def __init__(self, layers: Sequence[FastLinear]) -> None:
@@ -55,7 +56,8 @@ class Siblings:
         self._forget()
 
     def _forget(self) -> None:
-        self._waiting: dict[int, Tensor] = {}
+        # index of a layer -> its output and the state in which it was computed
+        self._waiting: dict[int, tuple[Tensor, tuple[object, ...]]] = {}
         self._source: tuple[weakref.ref, int, bool, int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -84,7 +86,9 @@ class Siblings:
             reference, version, grad, first = self._source
             same_input = reference() is x and version == x._version and grad == torch.is_grad_enabled()
             if index in self._waiting and same_input:
-                return self._waiting.pop(index)
+                y, state = self._waiting.pop(index)
+                if state == _current_state(layer, x):
+                    return y
             # if the input is gone, an exception ended the pass that left outputs waiting
             self.broken = reference() is not None
             self._forget()
@@ -97,7 +101,8 @@ class Siblings:
         inputs = autocasted(x)
         settings, weights = zip(*(other.operands(inputs) for other in self.layers), strict=True)
         outputs = lora_linears(inputs, settings, weights, [other.seed() for other in self.layers])
-        self._waiting = {i: y for i, y in enumerate(outputs) if i != index}
+        states = (_state(other, x, *own[:6]) for other, own in zip(self.layers, weights, strict=True))
+        self._waiting = {i: waiting for i, waiting in enumerate(zip(outputs, states, strict=True)) if i != index}
         self._source = (weakref.ref(x), x._version, torch.is_grad_enabled(), index)
         return outputs[index]
 
@@ -108,8 +113,30 @@ class Siblings:
         return index == self._first
 
 
+def _current_state(layer: FastLinear, x: Tensor) -> tuple[object, ...]:
+    base, *factors = layer.operand_tensors()
+    return _state(layer, x, base._parameters.get("weight"), base._parameters.get("bias"), *factors)
+
+
+def _state(
+    layer: FastLinear, x: Tensor, weight: Tensor | None, bias: Tensor | None, *factors: Tensor | None
+) -> tuple[object, ...]:
+    """What a layer's output depends on besides x: its tensors and their in-place changes, its settings and autocast."""
+    # a parametrization makes another tensor at every access
+    base = (tensor if isinstance(tensor, nn.Parameter) else None for tensor in (weight, bias))
+    tensors = (*base, *factors)
+    device, lora = x.device.type, layer.lora
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return layer.training, lora.scale, lora.dropout, autocast, *map(id, tensors), *map(_changes, tensors)
+
+
+def _changes(tensor: Tensor | None) -> int:
+    """The count of in-place changes of a tensor; inference tensors have none."""
+    return -1 if tensor is None or tensor.is_inference() else tensor._version
+
+
 def join_siblings(model: nn.Module) -> None:
-    """Group the fast layers of each module by the names in :data:`GROUPS`."""
+    """Group the fast layers of each module by the names in :data:`GROUPS` and their input widths."""
     for path, module in model.named_modules():
         if _CROSS_ATTENTION.search(path):
             continue
@@ -117,9 +144,19 @@ def join_siblings(model: nn.Module) -> None:
             layers = [fast_linear(getattr(module, name, None)) for name in names]
             ungrouped = [layer for layer in layers if layer is not None and layer.siblings is None]
             if len(ungrouped) == len(names):
-                group = Siblings(ungrouped)
-                for layer in ungrouped:
-                    layer.siblings = group
+                _join(ungrouped)
+
+
+def _join(layers: Sequence[FastLinear]) -> None:
+    """Group the layers that may share an input: those of one input width."""
+    by_width: dict[int, list[FastLinear]] = {}
+    for layer in layers:
+        by_width.setdefault(layer.input_width(), []).append(layer)
+    for members in by_width.values():
+        if len(members) > 1:
+            group = Siblings(members)
+            for layer in members:
+                layer.siblings = group
 
 
 def fuse_blocks(model: nn.Module) -> None:

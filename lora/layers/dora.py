@@ -78,9 +78,11 @@ class NormCache:
         if not training and self._norms is not None and self._norms[0] == version:
             return self._norms[1]
         dtype = _norm_dtype(weight, a, b)
-        if self._squares is None or self._squares[0] != (version[0], dtype):
-            self._squares = ((version[0], dtype), row_squares(weight, dtype), source.detach())
-        norms = row_norms(weight, a, b, scale, self._squares[1])
+        # a later pass may need gradients, and autograd saves no tensor made in inference mode
+        with torch.inference_mode(False):
+            if self._squares is None or self._squares[0] != (version[0], dtype):
+                self._squares = ((version[0], dtype), row_squares(weight, dtype), source.detach())
+            norms = row_norms(weight, a, b, scale, self._squares[1])
         if not training:
             self._norms = (version, norms, [tensor.detach() for tensor in (source, a, b)])
         return norms

@@ -48,7 +48,8 @@ class LoRAEmbeddingLayer(LoRALayer):
             # some models scale the output inside the embedding
             h = h * torch.as_tensor(embed_scale).to(h)
         base_rows, h_rows = base.reshape(-1, base.shape[-1]), h.reshape(-1, h.shape[-1])
-        y = torch.addmm(base_rows.to(b.dtype), h_rows, b.t(), alpha=self.lora.scale)
+        # not addmm: autocast would round the base
+        y = torch.add(base_rows.to(b.dtype), torch.mm(h_rows, b.t()), alpha=self.lora.scale)
         if self.lora_magnitude_vector is not None:
             y = y * dora_factor(self.lora_magnitude_vector, self.norms())
         return y.to(base.dtype).view(base.shape)

@@ -180,6 +180,10 @@ class FastLinear:
         """The module with the base weight and bias, A, B, B's bias, and DoRA's magnitude."""
         raise NotImplementedError
 
+    def input_width(self) -> int:
+        """The number of entries that the layer takes of each input row."""
+        raise NotImplementedError
+
     def plain(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output in plain torch."""
         raise NotImplementedError
@@ -213,7 +217,9 @@ class FastLinear:
             return None
         if not x.is_floating_point():
             return f"the input is {x.dtype}, which has no gradient"
-        if not quantized and x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        # autocast does not cast fp64
+        casts = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+        if not quantized and x.dtype != weight.dtype and not casts:
             return f"the input is {x.dtype} and the base weight {weight.dtype}"
         return None
 
@@ -275,9 +281,11 @@ def _can_read(tensor: Tensor) -> bool:
 
 
 def autocasted(x: Tensor) -> Tensor:
-    """Cast x to autocast's dtype if autocast is on."""
+    """Cast x to autocast's dtype if autocast is on. As in torch, fp64 stays."""
     device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
 
 
 def fast_linear(module: nn.Module | None) -> FastLinear | None:
@@ -313,6 +321,10 @@ class LoRALinearLayer(FastLinear, LoRALayer):
     def operand_tensors(self) -> tuple[nn.Module, Tensor, Tensor, Tensor | None, Tensor | None]:
         """The layer, A, B, B's bias, and DoRA's magnitude."""
         return self, self.lora_A.weight, self.lora_B.weight, self.lora_B.bias, self.lora_magnitude_vector
+
+    def input_width(self) -> int:
+        """The number of entries that the layer takes of each input row."""
+        return widths(self)[0]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., in] to [..., out]."""
@@ -378,6 +390,7 @@ def attach_linear(module: Any, adapter: Adapter, config: Any) -> None:
         _initialize(module.lora_A, module.lora_B, config.init_lora_weights)
     module.siblings = None
     mix_in(LoRALinearLayer, module, adapter, config.use_dora)
+    module.lora_A.weight.requires_grad_(adapter.save != "lora_fa")
     module.lora_A.train(module.training)
     module.lora_B.train(module.training)
 
@@ -389,15 +402,14 @@ def factor_type(weight: Tensor) -> dict[str, Any]:
 
 
 def mix_in(mixin: Any, module: Any, adapter: Adapter, use_dora: bool) -> None:
-    """Make a module with factors an adapted layer. DoRA's magnitude starts at the norms; LoRA-FA freezes A."""
+    """Make a module with factors an adapted layer. DoRA's magnitude starts at the norms."""
     module.lora = adapter
     module.register_parameter("lora_magnitude_vector", None)
     base: Any = type(module)
     adapter.base, module.__class__ = base, mixture(base, mixin)
-    a, b = module.factors()
     if use_dora:
+        _, b = module.factors()
         module.lora_magnitude_vector = nn.Parameter(module.norms().to(b.dtype))
-    a.requires_grad_(adapter.save != "lora_fa")
 
 
 @torch.no_grad()

@@ -77,18 +77,23 @@ def masked_update(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 class _MaskedProduct(torch.autograd.Function):
-    """Saves only the factors and the weight; backward recomputes the mask from the weight."""
+    """Saves only the factors and the weight; backward recomputes the mask from the weight.
+
+    Autocast is off inside, as its backward would meet the factors in another dtype than the product.
+    """
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(weight, a, b)
         ctx.scale = scale
         # out of place: selective activation checkpointing may hold the product
-        return ((b @ a) * scale).masked_fill(weight == 0, 0)
+        with torch.autocast(a.device.type, enabled=False):
+            return ((b @ a) * scale).masked_fill(weight == 0, 0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None, None]:
         weight, a, b = ctx.saved_tensors
-        grad = grad.masked_fill(weight == 0, 0).mul_(ctx.scale)
-        return None, b.t() @ grad if ctx.needs_input_grad[1] else None, grad @ a.t(), None
+        grad = grad.to(a.dtype).masked_fill(weight == 0, 0).mul_(ctx.scale)
+        with torch.autocast(a.device.type, enabled=False):
+            return None, b.t() @ grad if ctx.needs_input_grad[1] else None, grad @ a.t(), None

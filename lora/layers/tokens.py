@@ -27,7 +27,7 @@ class TrainedTokens:
     Attributes:
         name: the module's name in the model.
         base: the class that the module had before.
-        shares: whether the rows are those of another module that has the same weight.
+        owner: the module with the same weight whose rows these are; None for rows of its own.
         enabled: whether the trained rows are on.
         merged: whether the base weight contains them.
         undo: the rows of the base weight before a merge.
@@ -35,10 +35,15 @@ class TrainedTokens:
 
     name: str
     base: Any = nn.Module
-    shares: bool = False
+    owner: Any = None
     enabled: bool = True
     merged: bool = False
     undo: Tensor | None = None
+
+    @property
+    def shares(self) -> bool:
+        """Whether the rows are those of another module."""
+        return self.owner is not None
 
     @property
     def active(self) -> bool:
@@ -106,6 +111,24 @@ class TokenHead(TokenLayer):
         return base.index_copy(-1, indices, logits.to(base.dtype))
 
 
+class SharedRows(TokenLayer):
+    """Reads the rows of their owner. A parameter in two modules would be a tie that transformers does not know."""
+
+    @property
+    def lora_token_rows(self) -> nn.Parameter:  # type: ignore[override]
+        """V (tokens, width) of the owner."""
+        rows: nn.Parameter = self.tokens.owner.lora_token_rows
+        return rows
+
+
+class SharedTokenEmbedding(SharedRows, TokenEmbedding):
+    """A :class:`TokenEmbedding` with the rows of another module."""
+
+
+class SharedTokenHead(SharedRows, TokenHead):
+    """A :class:`TokenHead` with the rows of another module."""
+
+
 def why_no_tokens(module: nn.Module, indices: list[int]) -> str | None:
     """Why rows of a module cannot be trained; None if they can."""
     if not isinstance(module, (nn.Embedding, nn.Linear)):
@@ -121,26 +144,28 @@ def why_no_tokens(module: nn.Module, indices: list[int]) -> str | None:
     return None
 
 
-def attach_tokens(module: Any, name: str, indices: list[int], rows: nn.Parameter | None = None) -> None:
-    """Train rows of a module, in place, after all checks; ``rows`` are those of another module with the same weight."""
+def attach_tokens(module: Any, name: str, indices: list[int], owner: nn.Module | None = None) -> None:
+    """Train rows of a module, in place, after all checks; ``owner``: the module with the same weight that has them."""
     weight = module.weight
     given = torch.tensor(indices, dtype=torch.int64, device=weight.device)
     tokens, order = given.sort()
     module.register_buffer("lora_tokens", tokens, persistent=False)
     module.register_buffer("lora_token_order", order, persistent=False)
-    module.tokens = TrainedTokens(name, type(module), rows is not None)
-    if rows is None:
-        rows = nn.Parameter(weight.detach()[given].to(**factor_type(weight)))
-    module.lora_token_rows = rows
-    mixin: Any = TokenEmbedding if isinstance(module, nn.Embedding) else TokenHead
     base: Any = type(module)
+    module.tokens = TrainedTokens(name, base, owner)
+    mixin: Any
+    if owner is None:
+        module.lora_token_rows = nn.Parameter(weight.detach()[given].to(**factor_type(weight)))
+        mixin = TokenEmbedding if isinstance(module, nn.Embedding) else TokenHead
+    else:
+        mixin = SharedTokenEmbedding if isinstance(module, nn.Embedding) else SharedTokenHead
     module.__class__ = mixture(base, mixin)
 
 
 def detach_tokens(module: Any) -> None:
     """Remove the trained rows of a module, and restore the class it had before. Merged rows stay in the weight."""
-    base = module.tokens.base
-    for name in (ROWS, "lora_tokens", "lora_token_order", "tokens"):
+    base, own = module.tokens.base, () if module.tokens.shares else (ROWS,)
+    for name in (*own, "lora_tokens", "lora_token_order", "tokens"):
         delattr(module, name)
     module.__class__ = base
 
@@ -149,8 +174,10 @@ def check_tokens(name: str, module: Any) -> None:
     """Raise ValueError if the trained rows cannot be written into the base weight."""
     if is_dtensor(module.weight):
         raise ValueError(f"merge: the weight of {name}, whose rows are trained, is sharded; merge before it is sharded")
-    if not torch.isfinite(module.lora_token_rows).all():
-        raise ValueError(f"merge: the trained rows of {name} hold NaN or infinity; nothing was merged")
+    if not torch.isfinite(module.lora_token_rows.to(module.weight.dtype)).all():
+        raise ValueError(
+            f"merge: the trained rows of {name} hold NaN or infinity in {module.weight.dtype}; nothing was merged"
+        )
 
 
 def merge_tokens(module: Any, keep_mask: bool) -> float:

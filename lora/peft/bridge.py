@@ -18,7 +18,7 @@ from leanstep.lora.layers.block import (
     why_not_fused,
 )
 from leanstep.lora.layers.dora import NormCache
-from leanstep.lora.layers.frozen import is_watched
+from leanstep.lora.layers.frozen import is_watched, widths
 from leanstep.lora.layers.linear import Adapter, FastLinear, FastPath, LoRALayer, fast_linear
 
 _LAYERS = {"peft.tuners.lora.layer.Linear", "peft.tuners.lora.bnb.Linear4bit", "peft.tuners.lora.bnb.Linear8bitLt"}
@@ -55,7 +55,8 @@ def accelerate_peft(
 
     Args:
         model: a PEFT model, or any model with ``peft.tuners.lora`` layers; changed in place.
-        save, fast_path, fused_blocks: as in :class:`leanstep.lora.LoraConfig`.
+        save, fast_path, fused_blocks: as in :class:`leanstep.lora.LoraConfig`, without ``save="lora_fa"``: PEFT decides
+            what is trained. Where ``lora_A`` is frozen, ``save="min"`` saves only the products with A, too.
 
     Returns:
         The :class:`Acceleration`, with ``fast_path()`` and ``undo()``.
@@ -72,6 +73,11 @@ def accelerate_peft(
     """
     if save not in SAVES:
         raise ValueError(f"accelerate_peft: save must be one of {', '.join(map(repr, SAVES))}, got {save!r}")
+    if save == "lora_fa":
+        raise ValueError(
+            "accelerate_peft: save='lora_fa' freezes A, and PEFT decides what its model trains; freeze the weights of "
+            "lora_A by requires_grad_(False) and take save='min', which then saves the same"
+        )
     layers = {
         name: PeftLinear(module, name, save, fast_path)
         for name, module in model.named_modules()
@@ -141,6 +147,10 @@ class PeftLinear(FastLinear):
         a, b = module.lora_A[name], module.lora_B[name]
         magnitude = module.lora_magnitude_vector[name].weight if name in module.lora_magnitude_vector else None
         return module.get_base_layer(), a.weight, b.weight, b.bias, magnitude
+
+    def input_width(self) -> int:
+        """The number of entries that the layer takes of each input row."""
+        return widths(self.module.get_base_layer())[0]
 
     @property
     def training(self) -> bool:  # type: ignore[override]

@@ -3,7 +3,7 @@
 A key is ``base_model.model.`` followed by PEFT's name of the parameter without the adapter's name:
 ``LAYER.lora_A.weight`` (r, in), ``LAYER.lora_B.weight`` (out, r), ``LAYER.lora_magnitude_vector`` (out,),
 ``LAYER.lora_embedding_A`` (r, vocabulary), ``LAYER.token_adapter.trainable_tokens_delta`` (tokens, width). The bias of
-an adapted layer is ``LAYER.base_layer.bias``.
+an adapted layer is ``LAYER.base_layer.bias``. Modules trained whole have their parameters and persistent buffers.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import math
 import os
 import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ from leanstep.lora.apply import (
     attach_adapters,
     modules_to_save,
     plan_lora,
-    token_layers,
+    saved_buffers,
+    trained_biases,
 )
 from leanstep.lora.config import LoraConfig, is_pissa
 from leanstep.lora.layers.experts import expert_sizes, file_keys
@@ -40,6 +42,7 @@ from leanstep.lora.layers.frozen import widths
 from leanstep.lora.layers.linear import LoRALinearLayer
 from leanstep.lora.layers.pissa import move_start, start_factors
 from leanstep.lora.layers.tokens import IN_FILES, ROWS
+from leanstep.lora.merge import base_bias
 from leanstep.lora.peft.experts import names_read_as_experts
 from leanstep.lora.peft.layer_parameters import name_by_layers, name_by_weights, why_not_parameters
 from leanstep.lora.targets import rank_of, scale_of, select_parameters, select_tokens, without_foreign_names
@@ -48,6 +51,7 @@ CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors
 PREFIX = "base_model.model."
 # those that torch converts to fp32
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 _FACTORS = ("lora_A.", "lora_B.", "lora_magnitude_vector", "lora_embedding_A", "lora_embedding_B", ROWS)
 
 
@@ -55,22 +59,22 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of a model's adapter under PEFT's keys. If tensors are sharded, all processes must call it."""
     config: LoraConfig = model.lora_config  # type: ignore[assignment]
     layers, in_files = dict(adapted_layers(model)), _adapted_keys(model)
-    shared = {name for name, module in token_layers(model) if module.tokens.shares}
+    biases = trained_biases(model, layers, config)
     saved_whole = tuple(f"{name}." for name in modules_to_save(model, config))
     state = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner, _, end = name.rpartition(".")
         if end == ROWS:
-            if owner in shared:
-                continue
             key = f"{owner}.{IN_FILES}"
         elif any(f".{factor}" in f".{name}" for factor in _FACTORS) or name.startswith(saved_whole):
             key = in_files.get(name, name)
-        elif end == "bias" and parameter.requires_grad and config.bias != "none":
+        elif name in biases:
             key = f"{owner}.base_layer.bias" if owner in layers else name
         else:
             continue
-        state[PREFIX + key] = whole_tensor(parameter.detach())
+        is_base_bias = end == "bias" and owner in layers
+        state[PREFIX + key] = whole_tensor(base_bias(layers[owner]) if is_base_bias else parameter.detach())
+    state |= {PREFIX + name: whole_tensor(buffer) for name, buffer in saved_buffers(model, config).items()}
     for name, layer in layers.items():
         if (start := start_factors(layer)) is not None:
             a, b = (f"{PREFIX}{name}.{factor}.weight" for factor in ("lora_A", "lora_B"))
@@ -166,7 +170,8 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], **changes: object
         model: the adapter's base model, plain or with such an adapter; changed in place. A plain model is adapted by
             the file's configuration.
         folder: folder with ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``.bin``).
-        changes: fields of :class:`leanstep.lora.LoraConfig` that override the file's, such as ``save``.
+        changes: fields of :class:`leanstep.lora.LoraConfig` that override the file's, such as ``save``. An adapted
+            model has its settings already, and takes no others.
 
     Returns:
         The model. The adapter can be trained further. A model adapted by ``init_lora_weights="pissa"`` takes a file of
@@ -176,8 +181,8 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], **changes: object
         FileNotFoundError: if a file is missing.
         ValueError: for another kind of adapter; for another base (an unknown target, a missing or unexpected key, a
             different shape); for an initialisation that changed the base (OLoRA and the like); for tensors with a NaN
-            or an infinity, or of integers; for an adapted model that is merged or has another scale (``lora_alpha``,
-            ``use_rslora``, patterns). The model is unchanged.
+            or an infinity, or of integers where the model has none; for an adapted model that is merged, has another
+            scale (``lora_alpha``, ``use_rslora``, patterns) or other values of ``changes``. The model is unchanged.
 
     Notes:
         Warns if the file names another base model, or layers that the model lacks. Also warns if the file holds a
@@ -190,7 +195,7 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], **changes: object
         raise ValueError(f"load_adapter: {merged[0]} is merged; unmerge the model first")
     config = dataclasses.replace(read_config(source), inference_mode=False)
     tensors = _read_weights(source)
-    _check_values(tensors, source)
+    _check_values(model, tensors, source)
     base = f"the adapter was made for {config.base_model_name_or_path or 'a model whose name it does not say'}"
     adapted = isinstance(getattr(model, "lora_config", None), LoraConfig)
     plan: dict[str, nn.Module] = {}
@@ -200,6 +205,7 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], **changes: object
         raise ValueError(f"load_adapter: {source} does not fit this model ({base}): {error}") from error
     config = dataclasses.replace(config, **changes)  # type: ignore[arg-type]
     if adapted:
+        _refuse_changes(model, config, changes)
         _compare_tokens(model, config, f"{source} ({base})")
         by_key = {key: name for name, key in _adapted_keys(model).items()}
         expected = set(_by_parameter(adapter_state(model), by_key))
@@ -223,20 +229,28 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], **changes: object
         attach_adapters(model, plan, config)
     with torch.no_grad():
         for key, value in (_take_starts(model, state) if adapted else state).items():
-            parameter = model.get_parameter(key)
-            parameter.copy_(place_like(value.to(parameter.dtype), parameter) if is_dtensor(parameter) else value)
+            tensor = _tensor(model, key)
+            tensor.copy_(place_like(value.to(tensor.dtype), tensor) if is_dtensor(tensor) else value)
     for _, layer in adapted_layers(model):
         layer.lora.norms = None
     return model
 
 
 def _stored_shape(model: nn.Module, key: str) -> tuple[int, ...]:
-    """The shape of a parameter in a file: PiSSA's factors have twice their rank there."""
-    m, *n = model.get_parameter(key).shape
+    """The shape of a tensor in a file: PiSSA's factors have twice their rank there."""
+    shape = _tensor(model, key).shape
     owner, _, factor = key.removesuffix(".weight").rpartition(".")
     if factor not in ("lora_A", "lora_B") or start_factors(model.get_submodule(owner)) is None:
-        return (m, *n)
-    return (2 * m, *n) if factor == "lora_A" else (m, 2 * n[0])
+        return tuple(shape)
+    m, n = shape
+    return (2 * m, n) if factor == "lora_A" else (m, 2 * n)
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer by its name."""
+    owner, _, key = name.rpartition(".")
+    tensor: Tensor = getattr(model.get_submodule(owner), key)
+    return tensor
 
 
 def _take_starts(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -278,8 +292,12 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     raise FileNotFoundError(f"{folder} has neither {WEIGHTS} nor {OLD_WEIGHTS}")
 
 
-def _check_values(tensors: dict[str, Tensor], source: Path) -> None:
+def _check_values(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
+    # BatchNorm counts its batches
+    integers = {PREFIX + name for name, buffer in model.named_buffers() if not buffer.is_floating_point()}
     for key, value in tensors.items():
+        if key in integers and isinstance(value, Tensor) and value.dtype in _INTEGERS:
+            continue
         if not isinstance(value, Tensor) or value.dtype not in _DTYPES:
             kind = str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"load_adapter: {source}: {key} is {kind}; expected a tensor of floating-point numbers")
@@ -366,11 +384,8 @@ def _planned_shapes(model: nn.Module, plan: dict[str, nn.Module], config: LoraCo
             shapes[f"{name}.{ROWS}"] = (len(rows.tokens), weight.shape[1])
     for name, root in modules_to_save(model, config).items():
         shapes |= {f"{name}.{key}": tuple(p.shape) for key, p in root.named_parameters()}
-    for name, parameter in model.named_parameters():
-        owner, _, end = name.rpartition(".")
-        if end == "bias" and (config.bias == "all" or (config.bias == "lora_only" and owner in plan)):
-            shapes[name] = tuple(parameter.shape)
-    return shapes
+    others: dict[str, Tensor] = {**saved_buffers(model, config), **trained_biases(model, plan, config)}
+    return shapes | {name: tuple(tensor.shape) for name, tensor in others.items()}
 
 
 def _compare(expected: dict[str, tuple[int, ...]], shapes: dict[str, tuple[int, ...]], where: str) -> None:
@@ -386,6 +401,17 @@ def _compare(expected: dict[str, tuple[int, ...]], shapes: dict[str, tuple[int, 
             break
     if problems:
         raise ValueError(f"load_adapter: {where} does not fit this model: " + "; ".join(problems))
+
+
+def _refuse_changes(model: nn.Module, config: LoraConfig, changes: Iterable[str]) -> None:
+    """Raise ValueError for settings that an adapted model does not have: its layers are made already."""
+    for name in changes:
+        value, current = getattr(config, name), getattr(model.lora_config, name)
+        if value != current:
+            raise ValueError(
+                f"load_adapter: got {name}={value!r}, and the model is adapted already, with {name}={current!r}; call "
+                f"remove_lora(model) first to adapt it with {name}={value!r}"
+            )
 
 
 def _compare_scales(model: nn.Module, config: LoraConfig, where: str) -> None:

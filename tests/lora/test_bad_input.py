@@ -23,8 +23,10 @@ from leanstep.sparsity import FewTokenLinear
             r"q_proj has a weight of \(32, 32\), rank 33 is larger; set at most 32",
         ),
         ({"target_modules": ["q_proj"], "rank_pattern": {"k_proj": 2}}, "rank_pattern 'k_proj' fits none of the 2"),
+        ({"target_modules": "all-linear", "rank_pattern": {"q_prj": 2}}, "rank_pattern 'q_prj' fits none of the 14"),
+        ({"target_modules": "all-linear", "alpha_pattern": {"q_prj": 2}}, "alpha_pattern 'q_prj' fits none of the 14"),
         ({"target_modules": ["mlp"]}, "model.layers.0.mlp is a LlamaMLP; expected a linear layer"),
-        ({"target_modules": ["q_proj"], "modules_to_save": ["head"]}, "modules_to_save 'head' fits no module"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["heads"]}, "modules_to_save 'heads' fits no module"),
         (
             {"target_modules": "q_proj"},
             r"regular expression for the whole name.*whose names end so, write \['q_proj'\]",

@@ -110,6 +110,15 @@ def test_in_evaluation_norms_are_computed_once(model):
     assert layer.lora.norms._squares[1] is layer.lora.norms._squares[1] is not squares
 
 
+def test_norms_of_inference_mode_serve_a_pass_with_gradients(model):
+    layer = layer_of(model.eval())
+    with torch.inference_mode():
+        layer(torch.randn(3, 32))
+        assert layer.norms() is layer.norms()
+    layer(torch.randn(3, 32)).sum().backward()
+    assert layer.lora_magnitude_vector.grad.any()
+
+
 def test_in_training_squares_of_the_weight_are_computed_once_however_often_train_is_called(model):
     layer = layer_of(model.train())
     layer.norms()

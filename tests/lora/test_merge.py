@@ -51,6 +51,30 @@ def test_a_backup_gives_the_weights_back_bit_for_bit():
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+def test_a_backup_gives_a_bias_back_bit_for_bit():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8)).bfloat16()
+    bias = model[0].bias.detach().clone()
+    adapted(lambda _: model, {"target_modules": ["0"], "lora_bias": True})
+    with torch.no_grad():
+        model[0].lora_B.bias.mul_(100)
+    merge(model, backup=True)
+    assert not torch.equal(model[0].bias, bias)
+    unmerge(model)
+    assert torch.equal(model[0].bias, bias)
+
+
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_a_sum_that_its_dtype_makes_infinite_is_refused(part):
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8)).half()
+    adapted(lambda _: model, {"target_modules": ["0"], "lora_bias": True})
+    with torch.no_grad():
+        getattr(model[0].lora_B, part).mul_(1e7)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"the merged {part} of 0 holds NaN or infinity in torch.float16; nothing was"):
+        merge(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", ["dora", "gpt2 dora", "embeddings"])
 @pytest.mark.parametrize("magnitude", [0.0, 1e-6])

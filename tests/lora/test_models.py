@@ -23,8 +23,18 @@ from lora_models import (
 from pruned_models import VOCABULARY
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from leanstep.lora import LoraConfig, apply_lora, keep_zeros, lora_groups, remove_lora, saved_bytes, set_adapters
+from leanstep.lora import (
+    LoraConfig,
+    accelerate_peft,
+    apply_lora,
+    keep_zeros,
+    lora_groups,
+    remove_lora,
+    saved_bytes,
+    set_adapters,
+)
 from leanstep.lora.layers import block
+from leanstep.lora.layers.autograd import new_seed, seeded_dropout
 from leanstep.lora.layers.contraction import ContractionPath
 
 VARIANTS = {
@@ -210,6 +220,87 @@ def test_an_input_that_was_changed_in_place_is_another_input():
     torch.testing.assert_close(attention.k_proj(x), slow_copy(attention.k_proj)(x))
 
 
+class Mixed(torch.nn.Module):
+    """Attention whose queries are of another width than keys and values."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (torch.nn.Linear(n, 8) for n in (10, 6, 6))
+
+    def forward(self, x, context):
+        return self.q_proj(x) + self.k_proj(context) * self.v_proj(context)
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_projections_of_other_widths_are_no_siblings(accelerated):
+    torch.manual_seed(0)
+    model, settings = Mixed(), {"r": 2, "target_modules": ["q_proj", "k_proj", "v_proj"], "init_lora_weights": False}
+    inputs = torch.randn(3, 10), torch.randn(3, 6)
+    if accelerated:
+        model = peft.get_peft_model(model, peft.LoraConfig(**settings))
+        wanted = model(*inputs)
+        accelerate_peft(model)
+    else:
+        wanted = slow_copy(apply_lora(model, LoraConfig(**settings)))(*inputs)
+        assert model.q_proj.siblings is None
+        assert model.k_proj.siblings is model.v_proj.siblings is not None
+    torch.testing.assert_close(model(*inputs), wanted)
+
+
+def write_factor(layer):
+    with torch.no_grad():
+        layer.lora_B.weight.mul_(100)
+
+
+def write_base(layer):
+    with torch.no_grad():
+        layer.weight.mul_(100)
+
+
+def swap_factor(layer):
+    layer.lora_A.weight = torch.nn.Parameter(100 * layer.lora_A.weight.detach())
+
+
+def change_magnitude(layer):
+    with torch.no_grad():
+        layer.lora_magnitude_vector.mul_(100)
+
+
+def change_scale(layer):
+    layer.lora.scale *= 100
+
+
+def turn_dropout_off(layer):
+    layer.eval()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [write_factor, write_base, swap_factor, change_magnitude, change_scale, turn_dropout_off],
+    ids=lambda f: f.__name__,
+)
+def test_a_layer_that_changed_returns_no_output_of_before(change):
+    settings = {"use_dora": change is change_magnitude, "lora_dropout": 0.5 if change is turn_dropout_off else 0.0}
+    attention = adapted(**settings).model.layers[0].self_attn
+    x = torch.randn(3, 32, dtype=torch.float64)
+    attention.q_proj(x)
+    change(attention.k_proj)
+    torch.testing.assert_close(attention.k_proj(x), slow_copy(attention.k_proj)(x))
+    assert attention.v_proj(x).shape == (3, 16)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_layer_outside_of_autocast_returns_no_output_of_inside(fused):
+    model = apply_lora(tiny_llama(layers=1), LoraConfig(r=2, target_modules=LLAMA_TARGETS, fused_blocks=fused))
+    attention, x = model.model.layers[0].self_attn, torch.randn(3, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        q = attention.q_proj(x)
+        with torch.autocast("cpu", enabled=False):
+            k = attention.k_proj(x)
+        v = attention.v_proj(x)
+    assert [y.dtype for y in (q, k, v)] == [torch.bfloat16, torch.float32, torch.bfloat16]
+
+
 def test_copies_and_pickles_are_whole():
     model = adapted()
     ids = tokens()
@@ -392,6 +483,56 @@ def test_autocast_computes_in_its_dtype(fused):
     for name in fast[1]:
         assert fast[1][name].dtype == torch.float32
         assert relative_error(fast[1][name], slow[1][name]) < 0.1
+
+
+@pytest.mark.parametrize("fast_path", [None, False])
+def test_autocast_leaves_fp64(fast_path):
+    model = apply_lora(torch.nn.Sequential(torch.nn.Linear(8, 8)).double(), LoraConfig(r=2, target_modules=["0"]))
+    model[0].lora.fast_path = fast_path
+    x = torch.randn(3, 8, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(x)
+    assert torch.equal(found, model(x))
+
+
+def test_autocast_does_not_round_an_embedding():
+    model, ids = torch.nn.Sequential(torch.nn.Embedding(20, 16)), torch.arange(20)
+    base = model(ids)
+    apply_lora(model, LoraConfig(r=4, target_modules=["0"]))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(ids), base)
+
+
+def test_torch_func_transforms_a_layer_with_dropout():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8)).double()
+    apply_lora(model, LoraConfig(r=2, target_modules=["0"], lora_dropout=0.5, init_lora_weights=False)).train()
+    x = torch.randn(3, 8, dtype=torch.float64)
+
+    def loss(parameters):
+        torch.manual_seed(3)
+        return torch.func.functional_call(model, parameters, (x,)).square().sum()
+
+    found = torch.func.grad(loss)({name: p.detach() for name, p in model.named_parameters()})
+    loss(dict(model.named_parameters())).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None or torch.allclose(found[name], parameter.grad), name
+
+
+def test_plain_torch_has_second_derivatives_with_dropout():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8)).double()
+    settings = {"lora_dropout": 0.5, "fast_path": False, "init_lora_weights": False}
+    layer = apply_lora(model, LoraConfig(r=2, target_modules=["0"], **settings)).train()[0]
+    x, a, b = torch.randn(5, 8, dtype=torch.float64, requires_grad=True), layer.lora_A.weight, layer.lora_B.weight
+    torch.manual_seed(3)
+    dropped = x * seeded_dropout(torch.ones_like(x), 0.5, new_seed())
+    wanted = torch.nn.functional.linear(x, layer.weight, layer.bias) + layer.lora.scale * dropped @ a.t() @ b.t()
+    torch.manual_seed(3)
+    seconds = []
+    for y in (model(x), wanted):
+        (first,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+        seconds.append(torch.autograd.grad(first.square().sum(), [x, a, b]))
+    for found, expected in zip(*seconds, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_groups_name_every_trained_parameter_once():

@@ -30,6 +30,7 @@ from leanstep.lora import (
     merge,
     remove_lora,
     save_adapter,
+    saved_bytes,
     unmerge,
 )
 
@@ -497,6 +498,17 @@ def test_a_forward_of_somebody_elses_is_not_taken():
     block.up_proj.forward = block.up_proj.forward
     with pytest.raises(ValueError, match="up_proj has a custom forward already; remove that first"):
         accelerate_peft(theirs)
+
+
+def test_what_is_trained_is_left_to_peft():
+    theirs = with_peft(lambda _: torch.nn.Sequential(torch.nn.Linear(64, 64)), {"target_modules": ["0"], "r": 2})
+    with pytest.raises(ValueError, match=r"lora_fa' freezes A.*requires_grad_\(False\) and take save='min'"):
+        accelerate_peft(theirs, save="lora_fa")
+    assert not any("forward" in vars(module) for module in theirs.modules())
+    accelerate_peft(theirs)
+    theirs.base_model.model[0].lora_A.default.weight.requires_grad_(False)
+    x = torch.randn(50, 64)
+    assert saved_bytes(lambda: theirs(x * 1), theirs.parameters()) == 4 * 50 * 2
 
 
 def test_a_model_that_cannot_be_accelerated_is_refused():

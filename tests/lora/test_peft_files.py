@@ -3,6 +3,7 @@
 import json
 import os
 import warnings
+from collections import OrderedDict
 
 import peft
 import pytest
@@ -11,7 +12,7 @@ import transformers
 from lora_models import randomise, tiny_llama, tokens
 from safetensors.torch import load_file, save_file
 
-from leanstep.lora import LoraConfig, apply_lora, load_adapter, save_adapter
+from leanstep.lora import LoraConfig, apply_lora, load_adapter, merge, save_adapter
 
 # PEFT asks transformers by a name that is on its way out
 pytestmark = [
@@ -83,6 +84,16 @@ def tiny_bert(labels=3, seed=0):
     return transformers.BertForSequenceClassification(config)
 
 
+def tiny_distilbert(seed=0):
+    """A classifier of two layers, ``pre_classifier`` and ``classifier``: PEFT trains both whole."""
+    sizes = {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64}
+    drop = {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0}
+    torch.manual_seed(seed)
+    return transformers.DistilBertForSequenceClassification(
+        transformers.DistilBertConfig(vocab_size=61, num_labels=3, **sizes, **drop)
+    )
+
+
 ODD = {
     "embedding": (tiny_llama, {"target_modules": ["embed_tokens", "q_proj"]}),
     "head": (tiny_llama, {"target_modules": ["lm_head", "q_proj"], "use_dora": True}),
@@ -90,6 +101,7 @@ ODD = {
     "all but some": (tiny_llama, {"target_modules": "all-linear", "exclude_modules": ["k_proj"]}),
     "all but the head": (tiny_bert, {"target_modules": "all-linear", "modules_to_save": ["classifier"]}),
     "a task": (tiny_bert, {"target_modules": ["query"], "task_type": "SEQ_CLS"}),
+    "a task with two heads": (tiny_distilbert, {"target_modules": ["q_lin"], "task_type": "SEQ_CLS"}),
     "all of a task": (tiny_bert, {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
     "rank of what is left out": (
         tiny_llama,
@@ -158,6 +170,84 @@ def test_the_head_of_a_task_is_trained_and_saved(task, tmp_path):
     save_adapter(plain, tmp_path / "plain")
     edit(tmp_path / "plain", task_type="SEQ_CLS")
     assert not load_adapter(tiny_bert(), tmp_path / "plain").classifier.weight.requires_grad
+
+
+@pytest.mark.parametrize("targets", [["q_lin"], "all-linear"], ids=str)
+def test_modules_are_trained_whole_by_the_ends_of_their_names(targets, tmp_path):
+    model = apply_lora(tiny_distilbert(), LoraConfig(r=2, target_modules=targets, task_type="SEQ_CLS"))
+    whole = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
+    assert whole == {f"{head}.{end}" for head in ("pre_classifier", "classifier") for end in ("weight", "bias")}
+    save_adapter(randomise(model), tmp_path)
+    theirs = peft.PeftModel.from_pretrained(tiny_distilbert(), tmp_path).eval()
+    torch.testing.assert_close(theirs(tokens()).logits, model.eval()(tokens()).logits, rtol=1e-5, atol=1e-5)
+
+
+def normalised(seed=0):
+    """A layer and a BatchNorm, whose running statistics are buffers."""
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(OrderedDict(layer=torch.nn.Linear(8, 8), norm=torch.nn.BatchNorm1d(8)))
+
+
+def test_buffers_of_modules_trained_whole_are_saved_with_them(tmp_path):
+    settings, x = {"r": 2, "target_modules": ["layer"], "modules_to_save": ["norm"]}, torch.randn(16, 8) * 5 + 3
+    theirs = peft.get_peft_model(normalised(), peft.LoraConfig(**settings))
+    ours = apply_lora(normalised(), LoraConfig(**settings))
+    for name, model in (("theirs", theirs), ("ours", ours)):
+        model.train()(x)
+        model.save_pretrained(tmp_path / name) if name == "theirs" else save_adapter(model, tmp_path / name)
+        wanted = model.eval()(x)
+        assert torch.equal(load_adapter(normalised(), tmp_path / name).eval()(x), wanted)
+        torch.testing.assert_close(peft.PeftModel.from_pretrained(normalised(), tmp_path / name).eval()(x), wanted)
+    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "ours")]
+    assert files[0].keys() == files[1].keys()
+    other = load_adapter(apply_lora(normalised(), LoraConfig(**settings)), tmp_path / "ours")
+    assert other.norm.num_batches_tracked == 1 and torch.equal(other.norm.running_mean, ours.norm.running_mean)
+
+
+@pytest.mark.parametrize("backup", [False, True])
+def test_a_merged_model_is_saved_with_the_bias_that_was_trained(backup, tmp_path):
+    settings = {"r": 2, "target_modules": ["layer"], "bias": "lora_only", "lora_bias": True}
+    model, x = randomise(apply_lora(normalised(), LoraConfig(**settings))).eval(), torch.randn(3, 8)
+    wanted, bias = model(x), model.layer.bias.detach().clone()
+    merge(model, backup=backup)
+    save_adapter(model, tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")["base_model.model.layer.base_layer.bias"]
+    torch.testing.assert_close(saved, bias, **({"rtol": 0, "atol": 0} if backup else {}))
+    torch.testing.assert_close(load_adapter(normalised(), tmp_path).eval()(x), wanted)
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_trained_biases_are_saved_of_a_frozen_model_too(bias, tmp_path):
+    model = randomise(apply_lora(normalised(), LoraConfig(r=2, target_modules=["layer"], bias=bias))).eval()
+    save_adapter(model.requires_grad_(False), tmp_path)
+    x = torch.randn(3, 8)
+    assert torch.equal(load_adapter(normalised(), tmp_path).eval()(x), model(x))
+
+
+def test_biases_of_any_name_are_saved(tmp_path):
+    def build():
+        return torch.nn.ModuleDict({"attention": torch.nn.MultiheadAttention(8, 2), "mlp": torch.nn.Linear(8, 8)})
+
+    model = randomise(apply_lora(build(), LoraConfig(r=2, target_modules=["mlp"], bias="all")))
+    assert model.attention.in_proj_bias.requires_grad
+    save_adapter(model, tmp_path)
+    assert torch.equal(load_adapter(build(), tmp_path).attention.in_proj_bias, model.attention.in_proj_bias)
+
+
+def test_settings_that_an_adapted_model_does_not_have_are_refused(tmp_path):
+    settings = {"r": 2, "target_modules": ["layer"]}
+    save_adapter(randomise(apply_lora(normalised(), LoraConfig(**settings))), tmp_path)
+    model = apply_lora(normalised(), LoraConfig(**settings, lora_dropout=0.2))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for changes in ({"lora_dropout": 0.3}, {"lora_dropout": 0.2, "save": "full"}):
+        name, value = list(changes.items())[-1]
+        with pytest.raises(
+            ValueError, match=rf"got {name}={value!r}, and the model is adapted.*remove_lora\(model\) first"
+        ):
+            load_adapter(model, tmp_path, **changes)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    load_adapter(model, tmp_path, lora_dropout=0.2, target_modules=("layer",))
+    assert load_adapter(normalised(), tmp_path, lora_dropout=0.3).layer.lora.dropout == 0.3
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])

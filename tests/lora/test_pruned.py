@@ -119,3 +119,23 @@ def test_what_cannot_be_is_refused():
     merge(model)
     with pytest.raises(ValueError, match="merged already"):
         keep_zeros(model, list(layers(model)))
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["backward-outside", "backward-inside"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_under_autocast_factors_get_gradients_of_their_dtype(dtype, inside):
+    model, x = adapted().train(), torch.randn(2, 32)
+    layer = next(iter(layers(model).values()))
+    keep_zeros(model)
+    gradients = []
+    for enabled in (True, False):
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            y = layer(x[:, : layer.in_features]).float().square().sum()
+            if inside:
+                y.backward()
+        if not inside:
+            y.backward()
+        gradients.append(layer.lora_B.weight.grad)
+        layer.zero_grad()
+    assert gradients[0].dtype == torch.float32
+    torch.testing.assert_close(*gradients, rtol=0.05, atol=0.02 * float(gradients[1].abs().max()))

@@ -1,6 +1,7 @@
 """Trained rows of embeddings and heads: PEFT's outputs, gradients and files, merging, and what is refused."""
 
 import copy
+import pickle
 
 import peft
 import pytest
@@ -218,3 +219,13 @@ def test_files_of_other_tokens_do_not_load_into_an_adapted_model(tmp_path):
     model = apply_lora(base(), LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1]))
     with pytest.raises(ValueError, match=r"trainable_token_indices \[5, 1, 2\], the model \[1\]; call remove_lora"):
         load_adapter(model, tmp_path)
+
+
+def test_a_tied_model_is_saved_and_copied(tmp_path):
+    model = apply_lora(base(tied=True), LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=TRAINED))
+    assert [name for name in model.state_dict() if "lora_token" in name] == ["model.embed_tokens.lora_token_rows"]
+    model.save_pretrained(tmp_path)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin.lm_head.lora_token_rows is twin.get_input_embeddings().lora_token_rows
+        assert twin.lm_head.lora_token_rows is not model.lm_head.lora_token_rows
+        assert torch.equal(twin(ids()).logits, model(ids()).logits)

@@ -114,6 +114,15 @@ def test_lora_fa_trains_b_alone():
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
 
 
+def test_lora_fa_trains_both_factors_of_an_embedding():
+    model = apply_lora(tiny_gpt2(), LoraConfig(r=4, target_modules=["wte", "c_attn"], save="lora_fa"))
+    layer = model.transformer.wte
+    assert layer.lora_embedding_A.requires_grad and not model.transformer.h[0].attn.c_attn.lora_A.weight.requires_grad
+    before = layer.lora_embedding_B.detach().clone()
+    losses(model, 3)
+    assert layer.lora_embedding_A.any() and not torch.equal(layer.lora_embedding_B, before)
+
+
 def test_half_precision_bases_keep_fp32_factors():
     model = randomise(apply_lora(tiny_llama(torch.bfloat16, layers=1), LoraConfig(r=4, target_modules=LLAMA_TARGETS)))
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
