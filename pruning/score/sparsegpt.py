@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,8 +30,8 @@ class SparseGPTPruner(LayerPruner):
     Notes:
         U is computed in float64 and kept in the dtype of the sweep: 4 in^2 bytes. Each level is a sweep of about
         ``out * in^2`` multiply-adds. Keeps exactly the requested count: after each block, the total of pruned
-        weights is the share of the columns so far, rounded down. The published code thresholds each block alone.
-        Weights of inputs that are always zero are pruned first, within the count.
+        weights is the share of the columns so far, rounded down. A block with fewer nonzero weights than its share
+        leaves the rest to the others. The published code thresholds each block alone. Weights of inputs that are always zero are pruned first, within the count.
 
     References:
         Frantar, Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", arXiv 2301.00774,
@@ -53,17 +53,16 @@ class SparseGPTPruner(LayerPruner):
         return self.weight.square() / inverse_diagonal * ~self._unused
 
     def _prune_count(self, keep: int) -> tuple[Tensor, Tensor]:
-        total, (rows, columns) = self.weight.numel() - keep, self.weight.shape
+        rows, blocks = self.weight.shape[0], self.weight.split(self._block_size, dim=1)
+        kept = shares(keep, [block.numel() for block in blocks], [int(block.count_nonzero()) for block in blocks])
 
-        def prune_share(start: int, scores: Tensor) -> Tensor:
-            stop = start + scores.shape[1]
-            pruned = total * stop // columns - total * start // columns
+        def keep_share(start: int, scores: Tensor) -> Tensor:
             order = scores.flatten().argsort(stable=True)
             mask = torch.ones_like(order, dtype=torch.bool)
-            mask[order[:pruned]] = False
+            mask[order[: len(order) - kept[start // self._block_size]]] = False
             return mask.view(rows, -1)
 
-        return self._sweep(self._block_size, prune_share, self._block_size)
+        return self._sweep(self._block_size, keep_share, self._block_size)
 
     def _prune_pattern(self, pattern: NM) -> tuple[Tensor, Tensor]:
         block = max(self._block_size // pattern.m, 1) * pattern.m
@@ -88,6 +87,32 @@ class SparseGPTPruner(LayerPruner):
             weight[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
         # the updates also changed zeros: reset them
         return weight.masked_fill(self.weight == 0, 0.0), mask
+
+
+def shares(keep: int, sizes: Sequence[int], nonzero: Sequence[int]) -> list[int]:
+    """Weights that each block keeps: ``keep`` in all, in proportion to their sizes as far as they have nonzeros.
+
+    The total of pruned weights after each block is the share of the sizes so far, rounded down, among the blocks that
+    this does not ask for more weights than they have.
+    """
+    if (zeros_kept := keep - sum(nonzero)) > 0:
+        zeros = [size - count for size, count in zip(sizes, nonzero, strict=True)]
+        return [sum(pair) for pair in zip(nonzero, shares(zeros_kept, zeros, zeros), strict=True)]
+    kept, waiting = list(nonzero), list(range(len(sizes)))
+    while waiting:
+        whole = sum(sizes[i] for i in waiting)
+        total, seen, pruned, full = whole - keep, 0, 0, list[int]()
+        for i in waiting:
+            seen += sizes[i]
+            before, pruned = pruned, total * seen // whole
+            kept[i] = min(sizes[i] - (pruned - before), nonzero[i])
+            if sizes[i] - (pruned - before) > nonzero[i]:
+                full.append(i)
+        if not full:
+            break
+        keep -= sum(nonzero[i] for i in full)
+        waiting = [i for i in waiting if i not in full]
+    return kept
 
 
 def damped_gram(gram: Tensor, damping: float) -> Tensor:
