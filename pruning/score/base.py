@@ -87,9 +87,9 @@ class Ranking:
     Args:
         scores_of: gives the scores [out, in], floating, finite, the same at every call; the smallest are pruned first.
             Ties go to the lower index.
-        scope: "matrix" compares all weights. "row" compares within rows, which keep equally many weights, or as close to
-            that as their zeros allow (scores below 0, see :func:`zeros_first`). A rest that does not suffice for all
-            rows goes to those whose next weight has the highest score.
+        scope: "matrix" compares all weights. "row" compares within rows. These keep equally many weights, as far as
+            they have so many that are not zero: zeros have scores below 0, see :func:`zeros_first`. A rest that does
+            not suffice for all rows goes to those whose next weight has the highest score.
 
     Raises:
         ValueError: for another scope, or scores that are not a finite matrix.
@@ -155,6 +155,29 @@ def check_keep(keep: int, numel: int) -> int:
     if not 0 <= keep <= numel:
         raise ValueError(f"cannot keep {keep} of {numel} weights")
     return keep
+
+
+def deal(
+    count: int, sizes: Sequence[int], nonzero: Sequence[int], split: Callable[[int, Sequence[int]], Sequence[int]]
+) -> list[int]:
+    """Deal ``count`` weights to parts by ``split(count, sizes)``; a part gets no zeros before all nonzeros are dealt.
+
+    What a part cannot take is split among the others.
+    """
+    if (zeros_kept := count - sum(nonzero)) > 0:
+        zeros = [size - most for size, most in zip(sizes, nonzero, strict=True)]
+        return [most + more for most, more in zip(nonzero, deal(zeros_kept, zeros, zeros, split), strict=True)]
+    dealt, waiting = list(nonzero), list(range(len(sizes)))
+    while waiting:
+        shares = dict(zip(waiting, split(count, [sizes[part] for part in waiting]), strict=True))
+        full = {part for part, share in shares.items() if share > nonzero[part]}
+        if not full:
+            for part, share in shares.items():
+                dealt[part] = share
+            break
+        count -= sum(nonzero[part] for part in full)
+        waiting = [part for part in waiting if part not in full]
+    return dealt
 
 
 class Pruned(NamedTuple):

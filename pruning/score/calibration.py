@@ -21,7 +21,7 @@ from leanstep.pruning.measure.activation_cache import ActivationCache
 from leanstep.pruning.measure.batches import Batch
 from leanstep.pruning.measure.blocks import whole_on_device
 from leanstep.pruning.measure.metrics import logits_of
-from leanstep.pruning.score.base import NEEDS, LayerPruner, LayerStatistics
+from leanstep.pruning.score.base import NEEDS, LayerPruner, LayerStatistics, deal
 from leanstep.pruning.score.scores import layer_pruner
 from leanstep.pruning.score.targets import Group, Target, as_matrix, some, split_count
 
@@ -437,6 +437,11 @@ def prune_group(
     group: Group, pruners: Pruners | Mapping[str, LayerPruner], count: int, pattern: str = ""
 ) -> Iterator[tuple[Target, Tensor]]:
     """Prune the matrices of a group to a level one by one; yields (target, weight) and does not write the model."""
-    shares: list[Any] = [pattern] * len(group.targets) if pattern else list(split_count(count, group.sizes))
+    shares: list[Any] = [pattern] * len(group.targets)
+    if not pattern:
+        shares = [count]
+        if len(group.targets) > 1:
+            nonzero = [int(pruners[target.name].given.count_nonzero()) for target in group.targets]
+            shares = deal(count, group.sizes, nonzero, split_count)
     for target, share in zip(group.targets, shares, strict=True):
         yield target, pruners[target.name].prune(share).weight

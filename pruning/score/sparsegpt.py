@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from leanstep.pruning.score.base import LayerPruner, zeros_first
+from leanstep.pruning.score.base import LayerPruner, deal, zeros_first
 from leanstep.sparsity import NM, nm_mask
 
 
@@ -30,8 +31,9 @@ class SparseGPTPruner(LayerPruner):
     Notes:
         U is computed in float64 and kept in the dtype of the sweep: 4 in^2 bytes. Each level is a sweep of about
         ``out * in^2`` multiply-adds. Keeps exactly the requested count: after each block, the total of pruned
-        weights is the share of the columns so far, rounded down. A block with fewer nonzero weights than its share
-        leaves the rest to the others. The published code thresholds each block alone. Weights of inputs that are always zero are pruned first, within the count.
+        weights is the share of the columns so far, rounded down. What a block with few nonzeros cannot keep is shared
+        by the others. The published code thresholds each block alone. Weights of inputs that are always zero are
+        pruned first, within the count.
 
     References:
         Frantar, Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", arXiv 2301.00774,
@@ -54,7 +56,8 @@ class SparseGPTPruner(LayerPruner):
 
     def _prune_count(self, keep: int) -> tuple[Tensor, Tensor]:
         rows, blocks = self.weight.shape[0], self.weight.split(self._block_size, dim=1)
-        kept = shares(keep, [block.numel() for block in blocks], [int(block.count_nonzero()) for block in blocks])
+        nonzero = [int(block.count_nonzero()) for block in blocks]
+        kept = deal(keep, [block.numel() for block in blocks], nonzero, _split_in_order)
 
         def keep_share(start: int, scores: Tensor) -> Tensor:
             order = scores.flatten().argsort(stable=True)
@@ -89,30 +92,11 @@ class SparseGPTPruner(LayerPruner):
         return weight.masked_fill(self.weight == 0, 0.0), mask
 
 
-def shares(keep: int, sizes: Sequence[int], nonzero: Sequence[int]) -> list[int]:
-    """Weights that each block keeps: ``keep`` in all, in proportion to their sizes as far as they have nonzeros.
-
-    The total of pruned weights after each block is the share of the sizes so far, rounded down, among the blocks that
-    this does not ask for more weights than they have.
-    """
-    if (zeros_kept := keep - sum(nonzero)) > 0:
-        zeros = [size - count for size, count in zip(sizes, nonzero, strict=True)]
-        return [sum(pair) for pair in zip(nonzero, shares(zeros_kept, zeros, zeros), strict=True)]
-    kept, waiting = list(nonzero), list(range(len(sizes)))
-    while waiting:
-        whole = sum(sizes[i] for i in waiting)
-        total, seen, pruned, full = whole - keep, 0, 0, list[int]()
-        for i in waiting:
-            seen += sizes[i]
-            before, pruned = pruned, total * seen // whole
-            kept[i] = min(sizes[i] - (pruned - before), nonzero[i])
-            if sizes[i] - (pruned - before) > nonzero[i]:
-                full.append(i)
-        if not full:
-            break
-        keep -= sum(nonzero[i] for i in full)
-        waiting = [i for i in waiting if i not in full]
-    return kept
+def _split_in_order(keep: int, sizes: Sequence[int]) -> list[int]:
+    """Weights that each block keeps: the pruned ones after each are the share of the sizes so far, rounded down."""
+    whole = sum(sizes)
+    pruned = [(whole - keep) * end // whole for end in itertools.accumulate(sizes, initial=0)]
+    return [size - (after - before) for size, before, after in zip(sizes, pruned, pruned[1:], strict=False)]
 
 
 def damped_gram(gram: Tensor, damping: float) -> Tensor:
