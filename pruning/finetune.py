@@ -353,8 +353,8 @@ def renew_batch_norms(model: nn.Module, data: Any, *, batch_size: int = 256) -> 
     Args:
         model: a pruned model. Its mode is restored.
         data: see :func:`leanstep.pruning.measure.batches.as_batches`; labels are not needed.
-        batch_size: samples per batch, if ``data`` is a tensor. Batches are of nearly equal size, and none of several has
-            one sample, of which there is no variance. Statistics are means over batches.
+        batch_size: samples per batch, if ``data`` is a tensor. Batches are of nearly equal size, and none of several
+            has one sample, of which there is no variance. Statistics are means over batches.
 
     Returns:
         Number of batch norms.

@@ -136,9 +136,13 @@ def token_sequences(
 
 
 def perplexity_of(model: nn.Module, sequences: Any) -> tuple[float, int]:
-    """Perplexity over some sequences, and the number of predicted tokens."""
+    """Perplexity over some sequences, infinite where fp64 does not hold it, and the number of predicted tokens."""
     with evaluating(model):
         batches = as_batches(sequences, model, batch_size=4)
         check_runs(model, batches[0])
         per_batch = [cross_entropy_sums(batch.run(model), batch) for batch in batches]
-    return math.exp(summarise(per_batch).mean), int(sum(float(counts.sum()) for _, counts in per_batch))
+    loss, tokens = summarise(per_batch).mean, int(sum(float(counts.sum()) for _, counts in per_batch))
+    try:
+        return math.exp(loss), tokens
+    except OverflowError:
+        return math.inf, tokens

@@ -379,7 +379,10 @@ class Pruning:
         inputs = weight.shape[1]
         if target.expert is None and count < (inputs if "gram" in needs else _FEWEST_ROWS if needs else 0):
             self._short[target.name] = (count, inputs)
-        return layer_pruner(weight, self.score, statistics, spacing=spacing, **self.options)
+        try:
+            return layer_pruner(weight, self.score, statistics, spacing=spacing, **self.options)
+        except ValueError as error:
+            raise ValueError(f"{target.name}: {error}") from error
 
     def notes(self) -> list[str]:
         """Remarks about layers with too few calibration tokens, in sentences."""

@@ -300,6 +300,15 @@ def test_mfac_leaves_weights_that_are_zero_out_of_the_fisher_matrix():
     torch.testing.assert_close(pruned.weight.flatten()[alive], w + change, rtol=1e-8, atol=1e-10)
 
 
+def test_mfac_prunes_a_matrix_of_zeros_by_nothing():
+    statistics = LayerStatistics(gradients=torch.randn(5, 32))
+    pruner = layer_pruner(torch.zeros(4, 8), "mfac", statistics)
+    assert not pruner.scores.any()
+    for keep in (0, 7, 32):
+        assert int(pruner.prune(keep).mask.sum()) == keep and not pruner.prune(keep).weight.any()
+    assert not pruner.prune("2:4").weight.any()
+
+
 def test_scores_do_not_depend_on_the_scale_of_the_loss(matrix):
     weight, statistics = matrix
     scaled = LayerStatistics(gradients=statistics.gradients * 1e-4, gram=statistics.gram * 1e6)
