@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import NoneType
 from typing import Any
 
 from leanstep.pruning.allocate.allocation import METHODS
@@ -121,8 +122,6 @@ def _check_curve_settings(allocation: str, pattern: str, **given: Any) -> None:
         for name, default in CURVE_SETTINGS.items()
         if (given[name] is not None if default is None else given[name] != default)
     ]
-    if pattern.startswith("N:") and "levels" in set_by_caller:
-        raise ValueError(f"the levels of pattern {pattern} are n of {pattern[2:]}; leave levels out")
     if not set_by_caller:
         return
     name, value = set_by_caller[0], given[set_by_caller[0]]
@@ -134,6 +133,19 @@ def _check_curve_settings(allocation: str, pattern: str, **given: Any) -> None:
         raise ValueError(
             f"pattern {pattern} is the same for every matrix, so that {what} would have no effect; leave {name} out"
         )
+
+
+def asked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of ``prune`` that its result does not show, as they were asked for, in plain values for JSON."""
+    asked = {name: settings.get(name, default) for name, default in {"allocation": "dp", **CURVE_SETTINGS}.items()}
+    asked |= {name: settings.get(name) for name in ("metric", "include", "exclude", "budget")}
+    if not isinstance(asked["budget"], str):
+        by_table = isinstance(asked["budget"], LatencyTable)
+        asked["budget"] = "latency" if by_table else getattr(asked["budget"], "kind", "params")
+    for name, given in (("metric", "custom"), ("curves", "given")):
+        if not isinstance(asked[name], (str, NoneType)):
+            asked[name] = given
+    return asked | {name: list(asked[name] or ()) for name in ("include", "exclude", "levels")}
 
 
 def fixed_pattern(pattern: str) -> NM | None:

@@ -33,8 +33,8 @@ class CalibrationText:
         seed: of the random choice of sequences.
 
     Raises:
-        ValueError: for numbers of sequences below 1, below 2 for ``refine_samples``, or more sequences for the curves
-            than for the scores.
+        ValueError: for numbers of sequences below 1, below 2 for ``refine_samples``, more sequences for the curves than
+            for the scores, or a seed that is not of 63 bits.
     """
 
     documents: tuple[str, ...]
@@ -55,6 +55,8 @@ class CalibrationText:
             )
         if self.refine_samples < 2:
             raise ValueError(f"expected refine_samples of at least 2, got {self.refine_samples}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"expected a seed from 0 to 2^63 - 1, got {self.seed}")
 
 
 def sequences_of(

@@ -310,7 +310,6 @@ BAD = {
             "granularity": "block",
         }.items()
     },
-    "levels of N:M": ({"pattern": "N:8", "levels": [0.5]}, "the levels of pattern N:8 are n of 8; leave levels out"),
     "nothing to measure": ({"data": None}, "needs data"),
     "nothing to hold out": ({"data": tokens(1)}, "at least one is held out"),
     "out of reach": ({"pattern": "N:8", "sparsity": 0.9}, "out of reach"),
