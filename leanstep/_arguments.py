@@ -3,7 +3,10 @@
 import argparse
 import re
 from difflib import get_close_matches
+from pathlib import Path
 from typing import NoReturn
+
+from leanstep._files import output_folder
 
 EXIT_BAD_INPUT = 2
 _KINDS = {"float": "a number", "int": "a whole number"}
@@ -24,3 +27,18 @@ class OneLineParser(argparse.ArgumentParser):
                 message = message.replace(f", {action.metavar}", "")
         hint = f"; did you mean '{near[0]}'?" if near else f"; see `{self.prog} --help`"
         self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {message}{hint}\n")
+
+
+def seed(text: str) -> int:
+    """The type of an option with a seed of random numbers."""
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2^63 - 1, got {text!r}")
+    return int(text)
+
+
+def new_folder(text: str) -> Path:
+    """The type of an option that names a folder to create."""
+    try:
+        return output_folder(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

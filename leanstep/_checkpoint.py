@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from leanstep._files import free_bytes, is_disk_full, one_line, remove_leftovers, staged_folder
+from leanstep._files import free_bytes, is_disk_full, one_line, output_folder, remove_leftovers, staged_folder
 
 TEMPLATES = "additional_chat_templates"
 # endings of files with weights, in any format
@@ -137,9 +137,9 @@ def check_output(out: str | Path, needed: int = 0) -> Path:
         needed: its size in bytes.
 
     Raises:
-        ValueError: if it exists, its parent is not a writable folder, or the disk has too little space.
+        ValueError: if it has no name, or exists, its parent is not a writable folder, or the disk has too little space.
     """
-    out = Path(out).expanduser()
+    out = output_folder(out)
     if out.exists() or out.is_symlink():
         raise ValueError(f"{out} exists already, and nothing is overwritten; name another folder, or remove it")
     parent = out.absolute().parent

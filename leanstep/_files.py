@@ -302,6 +302,17 @@ def publish_folder(staged: Path, target: Path) -> None:
     remove(replaced)
 
 
+def output_folder(out: str | Path) -> Path:
+    """The path of a folder to create, with a leading ``~`` expanded. Raises ValueError for a path without a name."""
+    try:
+        path = Path(out).expanduser()
+    except RuntimeError as error:  # a user without a home
+        raise ValueError(f"{str(out)!r} names no folder: {error}") from None
+    if path.name in ("", ".."):
+        raise ValueError(f"expected the name of a folder to create, got {str(out)!r}")
+    return path
+
+
 def restore_replaced(target: Path) -> None:
     """Finish what a process killed inside :func:`publish_folder` left: restore the old folder, or remove it."""
     replaced = target.absolute().with_name(f"{REPLACED}{target.name}")

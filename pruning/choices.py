@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from types import NoneType
 from typing import Any
 
 from leanstep.pruning.allocate.allocation import METHODS
@@ -16,6 +17,15 @@ from leanstep.pruning.measure.products import PRODUCTS
 from leanstep.pruning.score.base import NEEDS
 from leanstep.pruning.score.targets import GRANULARITIES
 from leanstep.sparsity import NM
+
+# settings that only the curves of allocation="dp" have, with their defaults
+CURVE_SETTINGS: dict[str, Any] = {
+    "granularity": "matrix",
+    "correction": "none",
+    "curves": None,
+    "minutes": 30.0,
+    "levels": None,
+}
 
 
 def check_choices(
@@ -34,6 +44,7 @@ def check_choices(
     metric: str | Metric | None = None,
     refine: Refinement | None = None,
     products: str = "auto",
+    levels: Sequence[float] | None = None,
     **others: Any,
 ) -> None:
     """Raise ValueError for unknown or contradictory settings of ``prune``, before anything is loaded."""
@@ -55,8 +66,6 @@ def check_choices(
         )
     if not minutes > 0:
         raise ValueError(f"minutes is the time for measurements and must be positive, got {minutes:g}")
-    if isinstance(curves, str) and allocation != "dp":
-        raise ValueError(f"curves={curves!r} are for allocation='dp' only, got {allocation!r}")
     by_weights = budget in (None, "params")
     fixed = fixed_pattern(pattern)
     if fixed is not None:
@@ -73,6 +82,10 @@ def check_choices(
             raise ValueError(f"pattern {pattern} is the same for every matrix, whatever the budget; leave that out")
     elif (sparsity is None) != isinstance(budget, Budget):
         raise ValueError("expected a sparsity, such as 0.6, alone or with the name of a budget; or a Budget alone")
+    if fixed is not None and not 0 < fixed.sparsity < 1:
+        raise ValueError(
+            f"pattern {pattern} has a sparsity of {fixed.sparsity:g}, and must lie between 0 and 1, such as 2:4"
+        )
     if sparsity is not None and not 0 < sparsity < 1:
         raise ValueError(f"sparsity is the fraction of zeros and must lie between 0 and 1, got {sparsity:g}")
     if not by_weights and allocation != "dp":
@@ -81,6 +94,15 @@ def check_choices(
         raise ValueError(
             f"correction={correction!r} corrects curves, which only allocation='dp' has; got {allocation!r}"
         )
+    _check_curve_settings(
+        allocation,
+        pattern,
+        granularity=granularity,
+        correction=correction,
+        curves=curves,
+        minutes=minutes,
+        levels=levels,
+    )
     if refine is not None and (allocation != "dp" or fixed is not None):
         raise ValueError(
             "refine searches from the allocation of the dynamic programme: expected allocation='dp' and no fixed "
@@ -91,6 +113,39 @@ def check_choices(
             f"allocation={allocation!r} with score={score!r} needs data; without data, use score='magnitude' and one "
             "of uniform, global, lamp, erk"
         )
+
+
+def _check_curve_settings(allocation: str, pattern: str, **given: Any) -> None:
+    """Raise ValueError for settings of curves, other than the defaults, where no curve is measured."""
+    set_by_caller = [
+        name
+        for name, default in CURVE_SETTINGS.items()
+        if (given[name] is not None if default is None else given[name] != default)
+    ]
+    if not set_by_caller:
+        return
+    name, value = set_by_caller[0], given[set_by_caller[0]]
+    what = f"{name}={value!r}" if isinstance(value, (str, float, int)) else name
+    if allocation != "dp":
+        verb = "is" if name == "granularity" else "are"
+        raise ValueError(f"{what} {verb} for allocation='dp' only, got {allocation!r}")
+    if fixed_pattern(pattern) is not None:
+        raise ValueError(
+            f"pattern {pattern} is the same for every matrix, so that {what} would have no effect; leave {name} out"
+        )
+
+
+def asked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of ``prune`` that its result does not show, as they were asked for, in plain values for JSON."""
+    asked = {name: settings.get(name, default) for name, default in {"allocation": "dp", **CURVE_SETTINGS}.items()}
+    asked |= {name: settings.get(name) for name in ("metric", "include", "exclude", "budget")}
+    if not isinstance(asked["budget"], str):
+        by_table = isinstance(asked["budget"], LatencyTable)
+        asked["budget"] = "latency" if by_table else getattr(asked["budget"], "kind", "params")
+    for name, given in (("metric", "custom"), ("curves", "given")):
+        if not isinstance(asked[name], (str, NoneType)):
+            asked[name] = given
+    return asked | {name: list(asked[name] or ()) for name in ("include", "exclude", "levels")}
 
 
 def fixed_pattern(pattern: str) -> NM | None:

@@ -12,7 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from leanstep._torch import StepHooks, place_like, whole_tensor
 from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.measure import evaluating
-from leanstep.pruning.score.targets import find_targets
+from leanstep.pruning.result import PruneResult
+from leanstep.pruning.score.targets import find_targets, prunable_names
 
 Result = TypeVar("Result")
 
@@ -158,6 +159,22 @@ class MaskKeeper:
                 parameter.grad.masked_fill_(self._pruned[name], 0)
 
 
+def _keep_pruned(
+    model: nn.Module, result: Any, earlier: Iterable[str], include: Sequence[str] | None, exclude: Sequence[str]
+) -> MaskKeeper:
+    """Keep the zeros of the matrices in a :class:`PruneResult`, of those masked earlier, and of ``find_targets``."""
+    names = list(earlier)
+    if isinstance(result, PruneResult):
+        names += [target.parameter for group in result.groups for target in group.targets]
+    try:
+        names += prunable_names(model, include=include, exclude=exclude)
+    except ValueError:
+        # a model of which nothing but what the result names is pruned
+        if include is not None or exclude or not names:
+            raise
+    return keep_masks(model, include=list(dict.fromkeys(names)))
+
+
 def gradual_sparsity(
     step: int, *, begin: int, end: int, final: float, initial: float = 0.0, kind: str = "cubic"
 ) -> float:
@@ -208,6 +225,9 @@ def prune_iteratively(
     sparsities: Sequence[float],
     prune_to: Callable[[float], Result],
     fine_tune: Callable[[MaskKeeper], object],
+    *,
+    include: Iterable[str] | None = None,
+    exclude: Iterable[str] = (),
 ) -> list[Result]:
     """Prune and fine-tune with the masks, from one sparsity to the next.
 
@@ -217,24 +237,28 @@ def prune_iteratively(
         prune_to: prunes the model to a sparsity, for instance ``lambda s: prune(model, data, sparsity=s)``. It is
             called on the current model: curves are measured anew, and zeros stay zero.
         fine_tune: trains the model. It gets a :class:`MaskKeeper`, to which it attaches its optimizer.
+        include, exclude: whose zeros are kept, see :func:`leanstep.pruning.find_targets`. The matrices of a
+            :class:`leanstep.pruning.PruneResult` that ``prune_to`` returns are kept in any case.
 
     Returns:
         The results of ``prune_to``. The model is also fine-tuned after the last one.
 
     Raises:
-        ValueError: for sparsities that do not increase.
+        ValueError: for sparsities that do not increase, or a model without a zero after ``prune_to``.
 
     References:
         Xu et al., arXiv 2308.10438, for rate-distortion curves; Han, Pool, Tran, Dally, arXiv 1506.02626.
     """
     if any(a >= b for a, b in zip(sparsities, sparsities[1:], strict=False)):
         raise ValueError(f"prune_iteratively: sparsities must increase, got {list(sparsities)}")
-    results = []
+    rules, without = None if include is None else list(include), list(exclude)
+    results, masked = [], list[str]()
     for sparsity in sparsities:
         results.append(prune_to(sparsity))
-        with keep_masks(model) as keeper:
+        with _keep_pruned(model, results[-1], masked, rules, without) as keeper:
             fine_tune(keeper)
             keeper.apply()
+        masked = list(keeper.parameters)
     return results
 
 
@@ -248,12 +272,14 @@ class GradualPruner:
             after the update.
         schedule: sparsity at a step, for instance ``partial(gradual_sparsity, begin=100, end=1000, final=0.8)``.
         every: optimizer steps between two prunings. Prunes only if the schedule has risen.
+        include, exclude: whose zeros are kept; see :func:`prune_iteratively`.
 
     Raises:
-        ValueError: for ``every`` below 1.
+        ValueError: for ``every`` below 1; in a step, for a model without a zero after ``prune_to``.
 
     Notes:
-        The step count is in :meth:`state_dict`; the masks are the zeros of the weights.
+        The step count and the names of the masked parameters are in :meth:`state_dict`; the masks are the zeros of the
+        weights.
     """
 
     def __init__(
@@ -263,12 +289,16 @@ class GradualPruner:
         prune_to: Callable[[float], Any],
         schedule: Callable[[int], float],
         every: int = 1,
+        *,
+        include: Iterable[str] | None = None,
+        exclude: Iterable[str] = (),
     ):
         if every < 1:
             raise ValueError(f"GradualPruner: expected every >= 1, got {every}")
         self.model, self.optimizer = model, optimizer
         self.step_count, self.sparsity = 0, 0.0
         self._prune_to, self._schedule, self._every = prune_to, schedule, every
+        self._include, self._exclude = None if include is None else list(include), list(exclude)
         self._keeper: MaskKeeper | None = None
         # registered once: no hook can be added while an optimizer runs its hooks
         self._hooks = StepHooks(
@@ -286,22 +316,30 @@ class GradualPruner:
         target = self._schedule(self.step_count)
         if self.step_count % self._every or target <= self.sparsity:
             return
-        self._prune_to(target)
+        result = self._prune_to(target)
         self.sparsity = target
-        self._keeper = keep_masks(self.model)
+        self._keeper = _keep_pruned(self.model, result, self._masked, self._include, self._exclude)
+
+    @property
+    def _masked(self) -> list[str]:
+        """Names of the masked parameters."""
+        return [] if self._keeper is None else list(self._keeper.parameters)
 
     def detach(self) -> None:
         """Remove the hooks from the optimizer; training may then change pruned weights."""
         self._hooks.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """The step count and the current sparsity."""
-        return {"step": self.step_count, "sparsity": self.sparsity}
+        """The step count, the current sparsity and the names of the masked parameters."""
+        return {"step": self.step_count, "sparsity": self.sparsity, "masked": self._masked}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`; load the model's weights of that step before."""
         self.step_count, self.sparsity = state["step"], state["sparsity"]
-        self._keeper = keep_masks(self.model) if self.sparsity > 0 else None
+        masked = state.get("masked", ())
+        self._keeper = None
+        if self.sparsity > 0:
+            self._keeper = _keep_pruned(self.model, None, masked, self._include, self._exclude)
 
 
 @torch.no_grad()
@@ -315,7 +353,8 @@ def renew_batch_norms(model: nn.Module, data: Any, *, batch_size: int = 256) -> 
     Args:
         model: a pruned model. Its mode is restored.
         data: see :func:`leanstep.pruning.measure.batches.as_batches`; labels are not needed.
-        batch_size: samples per batch, if ``data`` is a tensor. Statistics are means over batches.
+        batch_size: samples per batch, if ``data`` is a tensor. Batches are of nearly equal size, and none of several
+            has one sample, of which there is no variance. Statistics are means over batches.
 
     Returns:
         Number of batch norms.
@@ -326,6 +365,9 @@ def renew_batch_norms(model: nn.Module, data: Any, *, batch_size: int = 256) -> 
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     if not norms:
         return 0
+    if isinstance(data, Tensor) and batch_size > 1:
+        # a last batch of one sample has no variance, and any smaller one would count as much as the others
+        data = data.tensor_split(max(1, min(-(-len(data) // batch_size), len(data) // 2))) if len(data) else ()
     batches = as_batches(data, model, batch_size=batch_size)
     before = [(norm.momentum, {name: value.clone() for name, value in norm.named_buffers()}) for norm in norms]
     try:

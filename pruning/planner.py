@@ -73,6 +73,8 @@ class Planner:
         """Measure, allocate, compare, prune."""
         before = self._nonzero()
         self.constraint = self._constraint()
+        if fixed is None:
+            self.constraint.check_sparsity(self._target_sparsity(), before, may_keep_none=self.method == "dp")
         measured: dict[str, Curve] = {}
         if fixed is not None:
             candidate = self._fixed(fixed)

@@ -158,6 +158,7 @@ def prune(
         metric=metric,
         refine=refine,
         products=products,
+        levels=levels,
     )
     targets = find_targets(model, include=include, exclude=exclude)
     fixed = fixed_pattern(pattern)
@@ -181,7 +182,7 @@ def prune(
         levels = budget.levels[1:]
     planner = Planner(
         model=model,
-        groups=make_groups(targets, granularity if allocation == "dp" else "matrix"),
+        groups=make_groups(targets, granularity),
         sparsity=sparsity,
         method=allocation,
         score=score,

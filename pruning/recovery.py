@@ -30,6 +30,7 @@ from leanstep.pruning.measure.metrics import (
 )
 from leanstep.pruning.measure.points import Progress
 from leanstep.pruning.recovery_file import RecoveryFile
+from leanstep.pruning.result import finite_values
 from leanstep.pruning.score.targets import Target, find_targets
 
 # logits of one pass, which take 4 bytes each, four times
@@ -101,14 +102,18 @@ class RecoveryResult:
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; None for a standard error that one sample does not give."""
+        """Plain values, for JSON; None for what is not finite, as a standard error of one sample."""
 
         def plain(cost: Distortion | None) -> dict[str, float | None] | None:
             if cost is None:
                 return None
             return {"mean": cost.mean, "stderr": cost.stderr if math.isfinite(cost.stderr) else None}
 
-        return asdict(self) | {"before": plain(self.before), "after": plain(self.after), "losses": list(self.losses)}
+        return finite_values(asdict(self)) | {
+            "before": plain(self.before),
+            "after": plain(self.after),
+            "losses": list(self.losses),
+        }
 
 
 def recover(

@@ -108,8 +108,12 @@ class Additivity:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; None for NaN and infinity."""
-        values = asdict(self) | {"ratio": self.ratio}
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        return finite_values(asdict(self) | {"ratio": self.ratio})
+
+
+def finite_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, None for NaN and infinity, which JSON has not."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 @dataclass
@@ -194,7 +198,7 @@ class PruneResult:
             "calibration": self.data,
             "held_out": None if self.held_out is None else self.held_out.to_dict(),
             "compared": [one.to_dict() for one in self.compared],
-            "perplexity": self.perplexity or None,
+            "perplexity": finite_values(self.perplexity) or None,
             "refinement": self.refinement or None,
             "recovery": None if self.recovery is None else self.recovery.to_dict(),
             "notes": self.notes,

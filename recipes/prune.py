@@ -10,12 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from leanstep._arguments import OneLineParser
+from leanstep._arguments import OneLineParser, new_folder, seed
 from leanstep._checkpoint import check_apart
 from leanstep._files import one_line, restore_replaced
 from leanstep.recipes.data.sources import open_file, sotu_corpus
 from leanstep.recipes.evaluate import in_options
-from leanstep.recipes.prune_output import ProgressBar, estimate_lines, recovery_lines, summary_of
+from leanstep.recipes.prune_output import ProgressBar, estimate_lines, recovery_lines, shown, summary_of
 from leanstep.recipes.training.formatting import format_duration
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def _run(options: argparse.Namespace) -> int:
     """The command in this process, one of several where torchrun started it; returns as :func:`main`."""
     begin, rank = time.monotonic(), int(os.environ.get("RANK", "0"))
     try:
+        options.curve_samples = min(options.curve_samples, options.samples)
         if options.dry_run:
             return _dry_run(options)
         result = _prune(options)
@@ -71,7 +72,7 @@ def _run(options: argparse.Namespace) -> int:
             print(f"error: {one_line(error)}", file=sys.stderr)
         return 1 if isinstance(error, OSError) else 2
     except KeyboardInterrupt:
-        state = "holds the pruned model" if Path(options.out).exists() else "was not created"
+        state = "holds the pruned model" if options.out.exists() else "was not created"
         if rank == 0:
             print(f"\ninterrupted; {options.out} {state}. Add --resume to the command to continue", file=sys.stderr)
         return 130
@@ -119,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
 def _folder_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="a Hugging Face folder, or the name of a model on the hub")
-    add("--out", required=True, metavar="DIR", help="the folder to create")
+    add("--out", required=True, type=new_folder, metavar="DIR", help="the folder to create")
     add("--sparsity", type=float, metavar="S", help="fraction of zeros over all pruned matrices, such as 0.6")
 
 
@@ -136,7 +137,7 @@ def _data_options(group: _Group) -> None:
     add("--curve-samples", type=int, default=16, metavar="N", help="of --samples, those for curves; default 16")
     add("--held-out", type=int, default=8, metavar="N", help="sequences or images held out for checks; default 8")
     add("--seq-len", type=int, metavar="N", help="tokens of a sequence; default: as trained, at most 2048")
-    add("--seed", type=int, default=0, metavar="N", help="decides which sequences are taken; default 0")
+    add("--seed", type=seed, default=0, metavar="N", help="decides which sequences are taken; default 0")
 
 
 def _allocation_options(group: _Group) -> None:
@@ -245,7 +246,7 @@ def _prune(options: argparse.Namespace) -> "PruneResult | RecoveryResult | None"
     latencies = None if options.latency_table is None else LatencyTable.read(options.latency_table)
     recovery, refine = _recovery(options), _refinement(options)
     processes = Processes.from_environment()
-    processes.from_first(lambda: restore_replaced(Path(options.out)))
+    processes.from_first(lambda: restore_replaced(options.out))
     if options.nproc not in (1, processes.size):
         raise ValueError(f"--nproc {options.nproc} in a run of {processes.size} processes; leave it out under torchrun")
     device = options.device
@@ -256,7 +257,7 @@ def _prune(options: argparse.Namespace) -> "PruneResult | RecoveryResult | None"
     if refine is not None and judging is not None:
         refine = replace(refine, data=judging)
     with ProgressBar(shown=processes.is_first) as bar:
-        if recovery is not None and options.resume and processes.from_first(Path(options.out).exists):
+        if recovery is not None and options.resume and processes.from_first(options.out.exists):
             if not processes.is_first:
                 return None
             _refuse_other_settings(options)
@@ -302,7 +303,7 @@ def _dry_run(options: argparse.Namespace) -> int:
         budget=options.budget if latencies is None else latencies,
         **{name: getattr(options, name) for name in _SETTINGS},
     )
-    check_apart(Path(options.out), (checkpoint := open_checkpoint(options.checkpoint)).folder)
+    check_apart(options.out, (checkpoint := open_checkpoint(options.checkpoint)).folder)
     amounts = (options.samples, options.curve_samples, options.held_out)
     if options.data is not None and min(amounts) < 1:
         raise ValueError(f"--samples, --curve-samples and --held-out must be at least 1, got {amounts}")
@@ -312,7 +313,7 @@ def _dry_run(options: argparse.Namespace) -> int:
     )
     workload = Workload(
         **{name: getattr(options, name) for name in (*names, "activations")},
-        curve_samples=min(options.curve_samples, options.samples),
+        curve_samples=options.curve_samples,
         tokens=options.seq_len,
         levels=None if options.levels is None else len(options.levels),
         sparsity=0.5 if options.sparsity is None else options.sparsity,
@@ -340,10 +341,11 @@ def _refuse_other_settings(options: argparse.Namespace) -> None:
     """Raise ValueError if the pruned folder has other settings than the command: recovery would ignore these."""
     from leanstep.pruning.folder.recovery import pruned_content
 
-    content = pruned_content(Path(options.out))
+    content = pruned_content(options.out)
     written = {name: content[name] for name in ("score", "pattern", "inputs") if name in content}
     written |= content.get("settings", {})
-    settings = [(f"--{name}", value, getattr(options, name, value)) for name, value in written.items()]
+    asked = {name: getattr(options, name, value) for name, value in written.items()}
+    settings = [(f"--{name.replace('_', '-')}", shown(written[name]), shown(asked[name])) for name in written]
     sparsity = content.get("sparsity")
     if options.budget == "params" and options.sparsity is not None and isinstance(sparsity, float):
         # allocations round the number of weights of each matrix
@@ -453,7 +455,7 @@ def _text(options: argparse.Namespace) -> "CalibrationText":
         documents,
         options.data,
         samples=options.samples,
-        curve_samples=min(options.curve_samples, options.samples),
+        curve_samples=options.curve_samples,
         held_out=options.held_out,
         held_out_documents=held_out,
         seq_len=options.seq_len,

@@ -124,6 +124,13 @@ def recovery_lines(recovery: "RecoveryResult") -> list[str]:
     return lines + [f"note           {note}" for note in recovery.notes]
 
 
+def shown(value: Any) -> str:
+    """The value of an option as it is typed."""
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(str, value)) or "left out"
+    return "left out" if value is None else str(value)
+
+
 def summary_of(result: "PruneResult", out: str) -> str:
     """Lines about a result that was written to the folder ``out``."""
     lines = [f"sparsity       {result.sparsity:.4f} of {sum(row['numel'] for row in result.layers()):,} weights"]

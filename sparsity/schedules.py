@@ -32,6 +32,8 @@ KINDS = ("constant", *DECAYS, *STRUCTURES, *(f"{structure}+{decay}" for structur
 
 # a smaller alpha becomes 0: the weights no longer matter, and only exact zeros save work
 NEGLIGIBLE_ALPHA = 1e-6
+# 0.1 is more than 1 - 0.9 in floating point
+_ROUNDING = 1e-9
 
 
 def frame_at(j: int, span: int, frames: int) -> int:
@@ -145,7 +147,7 @@ class Schedule:
         for name, accepted, expected in (
             ("total_steps", isinstance(self.total_steps, int) and self.total_steps >= 1, "an integer >= 1"),
             ("dense", 0 <= self.dense <= 1, "a fraction in [0, 1]"),
-            ("finetune", 0 <= self.finetune <= 1 - self.dense, "a fraction in [0, 1 - dense]"),
+            ("finetune", 0 <= self.finetune <= 1 - self.dense + _ROUNDING, "a fraction in [0, 1 - dense]"),
             ("decay", self.decay is None or 0 < self.decay < math.inf, "> 0, or None"),
             ("alpha_end", self.alpha_end is None or lowest <= self.alpha_end < 1, "in (0, 1), or None"),
             ("coarsest", power, "a power of two >= 1"),
@@ -170,7 +172,7 @@ class Schedule:
     @property
     def span(self) -> int:
         """Steps between the dense and the last phase."""
-        return self.total_steps - self.dense_steps - self.finetune_steps
+        return max(self.total_steps - self.dense_steps - self.finetune_steps, 0)
 
     def frames(self, target: NM) -> list[NM]:
         """The patterns that lead to ``target``, in order; ``target`` is the last."""

@@ -190,6 +190,30 @@ class BudgetConstraint:
             )
         raise InfeasibleBudget(message, least, most)
 
+    def check_sparsity(self, sparsity: float | None, nonzero: Mapping[str, int], *, may_keep_none: bool) -> None:
+        """Raise InfeasibleBudget for a model with more zeros than asked, or for a sparsity that keeps no weight.
+
+        Args:
+            sparsity: the requested one; None for costs, which are checked by :meth:`check_reach` alone.
+            nonzero: weights of each layer that are not zero.
+            may_keep_none: whether the allocation itself refuses to keep no weight.
+        """
+        if sparsity is None:
+            return
+        total, left = sum(layer.numel for layer in self.layers), sum(nonzero.values())
+        keep = keep_total(total, sparsity)
+        if keep > left:
+            raise InfeasibleBudget(
+                f"the model already has {1 - left / total:.4g} zeros, more than the {sparsity:g} that was asked, and "
+                "zeros stay zero: ask for more, or prune the dense model",
+                0,
+                left,
+            )
+        if keep == 0 and not may_keep_none:
+            raise InfeasibleBudget(
+                f"a sparsity of {sparsity!r} keeps none of the {total:,} weights; ask for less", 1, left
+            )
+
     def uniform(self, upper: Mapping[str, int], levels: Levels | None) -> tuple[dict[str, int], dict[str, str]] | None:
         """Counts and patterns of the densest uniform sparsity within the budget; None if there is none.
 

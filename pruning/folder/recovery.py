@@ -20,6 +20,7 @@ from leanstep.pruning.folder.loading import checkpoint_values, load_model, store
 from leanstep.pruning.folder.text import CalibrationText, perplexity_of, sequences_of
 from leanstep.pruning.measure.points import Progress
 from leanstep.pruning.recovery import Recovery, RecoveryResult, recover
+from leanstep.pruning.result import finite_values
 from leanstep.pruning.score.targets import find_targets
 
 
@@ -119,7 +120,7 @@ def recover_model(
         perplexity, content["perplexity"]["tokens"] = perplexity_of(model, held_out)
         content["perplexity"]["recovered"] = perplexity
         result = replace(result, perplexity=perplexity)
-    content["perplexity"] = content["perplexity"] or None
+    content["perplexity"] = finite_values(content["perplexity"]) or None
     content["recovery"] = result.to_dict()
     with new_folder(folder, replace=True) as staged:
         changed = write_weights(pruned, checkpoint_values(pruned, model), staged)

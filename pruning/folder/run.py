@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from leanstep._checkpoint import check_apart, check_output, check_space, new_folder
-from leanstep._files import remove_partials, restore_replaced
+from leanstep._files import output_folder, remove_partials, restore_replaced
 from leanstep._mapped import RESIDENT, CopiesInFiles, ResidentSet, Scratch
 from leanstep._processes import Processes
 from leanstep._version import __version__
 from leanstep.pruning.allocate.descent import Refinement
-from leanstep.pruning.choices import check_choices
+from leanstep.pruning.choices import asked_settings, check_choices
 from leanstep.pruning.folder.checkpoint import (
     SIDECAR,
     copy_others,
@@ -43,9 +43,6 @@ from leanstep.pruning.result import PruneResult
 from leanstep.pruning.score.base import has_statistics
 
 ACTIVATIONS = ("memory", "disk")
-
-# settings that the result does not show, with their defaults
-_ASKED = {"allocation": "dp", "granularity": "matrix"}
 
 
 def prune_checkpoint(
@@ -114,9 +111,11 @@ def prune_checkpoint(
         several processes takes this memory and disk while it runs.
     """
     processes = processes or Processes()
+    # an iterator serves once, and these are read again for the report
+    settings |= {name: list(settings[name]) for name in ("include", "exclude") if settings.get(name) is not None}
     check_choices(data=data, refine=refine, **settings)
     _check_arguments(data, activations, resident, recovery, device)
-    out = Path(out).expanduser()
+    out = output_folder(out)
     partial, search = out.with_name(f"{out.name}.curves.jsonl"), out.with_name(f"{out.name}.refine.json")
     processes.from_first(lambda: _check_start(out, resume, partial, search))
     checkpoint = open_checkpoint(source)
@@ -142,7 +141,7 @@ def prune_checkpoint(
         processes.from_first(lambda: check_space(out, written + scratch * processes.size))
     content: dict[str, Any] = {"leanstep": __version__, "source": str(source)}
     # as asked for: the allocation that is applied may be another, which the comparison found to be better
-    content["settings"] = {name: settings.get(name, default) for name, default in _ASKED.items()}
+    content["settings"] = asked_settings(settings) | _amounts(data, held_out, settings)
     if calibration.text:
         content["calibration_text"] = calibration.text
     with _staged(out, processes) as folder:
@@ -207,8 +206,18 @@ def _check_arguments(
         raise ValueError("recovery trains on the calibration data: give data")
     try:
         torch.empty(0, device=device)
+        if torch.device(device).type == "meta":
+            raise RuntimeError("it holds no values")
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"the device {str(device)!r} is not available: {str(error).splitlines()[0]}") from None
+
+
+def _amounts(data: Any, held_out: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """How many samples were asked for, and of a text which; nothing about data whose length is not known."""
+    if isinstance(data, CalibrationText):
+        return {name: getattr(data, name) for name in ("samples", "curve_samples", "held_out", "seq_len", "seed")}
+    given = {"samples": data, "curve_samples": settings.get("curve_data"), "held_out": held_out}
+    return {name: len(value) for name, value in given.items() if isinstance(value, torch.Tensor)}
 
 
 @dataclass

@@ -33,8 +33,8 @@ class CalibrationText:
         seed: of the random choice of sequences.
 
     Raises:
-        ValueError: for numbers of sequences below 1, below 2 for ``refine_samples``, or more sequences for the curves
-            than for the scores.
+        ValueError: for numbers of sequences below 1, below 2 for ``refine_samples``, more sequences for the curves than
+            for the scores, or a seed that is not of 63 bits.
     """
 
     documents: tuple[str, ...]
@@ -55,6 +55,8 @@ class CalibrationText:
             )
         if self.refine_samples < 2:
             raise ValueError(f"expected refine_samples of at least 2, got {self.refine_samples}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"expected a seed from 0 to 2^63 - 1, got {self.seed}")
 
 
 def sequences_of(
@@ -136,9 +138,13 @@ def token_sequences(
 
 
 def perplexity_of(model: nn.Module, sequences: Any) -> tuple[float, int]:
-    """Perplexity over some sequences, and the number of predicted tokens."""
+    """Perplexity over some sequences, infinite where fp64 does not hold it, and the number of predicted tokens."""
     with evaluating(model):
         batches = as_batches(sequences, model, batch_size=4)
         check_runs(model, batches[0])
         per_batch = [cross_entropy_sums(batch.run(model), batch) for batch in batches]
-    return math.exp(summarise(per_batch).mean), int(sum(float(counts.sum()) for _, counts in per_batch))
+    loss, tokens = summarise(per_batch).mean, int(sum(float(counts.sum()) for _, counts in per_batch))
+    try:
+        return math.exp(loss), tokens
+    except OverflowError:
+        return math.inf, tokens

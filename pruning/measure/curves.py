@@ -16,7 +16,7 @@ import numpy as np
 from leanstep._files import one_line, open_regular, read_text, write_text
 from leanstep._processes import Processes
 from leanstep.pruning.measure.metrics import Distortion
-from leanstep.pruning.score.targets import Group, check_filled
+from leanstep.pruning.score.targets import Group, check_filled, some
 from leanstep.sparsity.patterns import NM
 
 Levels = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
@@ -395,11 +395,31 @@ def check_identity(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) 
     """Raise ValueError if a file was written for another model, other data or other settings."""
     differing = [key for key in {**then, **now} if then.get(key) != now.get(key)]
     if differing:
-        changes = "; ".join(f"{key}: {then.get(key)} then, {now.get(key)} now" for key in differing)
+        changes = "; ".join(f"{key}: {_change(then.get(key), now.get(key))}" for key in differing)
         raise ValueError(
             f"{path} was measured under other circumstances ({one_line(changes)}): undo the change to go on "
             "with it, or remove it to begin again"
         )
+
+
+def _change(then: Any, now: Any) -> str:
+    """What differs between two values: of mappings the names of one alone, or the first that both have."""
+    if not (isinstance(then, Mapping) and isinstance(now, Mapping)):
+        return f"{_brief(then)} then, {_brief(now)} now"
+    parts = [
+        f"{len(alone)} more {when} ({some(alone, 3)})"
+        for when, alone in (("then", [k for k in then if k not in now]), ("now", [k for k in now if k not in then]))
+        if alone
+    ]
+    if changed := [key for key in then if key in now and then[key] != now[key]]:
+        parts.append(f"of {changed[0]} {_brief(then[changed[0]])} then, {_brief(now[changed[0]])} now")
+    return ", ".join(parts)
+
+
+def _brief(value: Any) -> str:
+    """A value in at most 80 characters."""
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def checked_line(content: Any) -> str:

@@ -131,7 +131,7 @@ def measure_curves(
             "metric": metric_name(metric, model),
             "score": score,
             "score options": dict(score_options or {}),
-            "levels": hashlib.sha256(repr(levels_by_name).encode()).hexdigest(),
+            "levels": {name: patterns or counts for name, (counts, patterns) in levels_by_name.items()},
             "products": products_of(model, products),
         }
         partial = PartialCurves.shared(Path(resume), identity, processes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -86,8 +87,9 @@ class Ranking:
     Args:
         scores_of: gives the scores [out, in], floating, finite, the same at every call; the smallest are pruned first.
             Ties go to the lower index.
-        scope: "matrix" compares all weights. "row" compares within rows. For P pruned weights, P // out are pruned in
-            every row, and one more in the P % out rows whose next weight has the lowest score.
+        scope: "matrix" compares all weights. "row" compares within rows. These keep equally many weights, as far as
+            they have so many that are not zero: zeros have scores below 0, see :func:`zeros_first`. A rest that does
+            not suffice for all rows goes to those whose next weight has the highest score.
 
     Raises:
         ValueError: for another scope, or scores that are not a finite matrix.
@@ -113,6 +115,7 @@ class Ranking:
             order = scores.argsort(dim=1, stable=True)
             ranks = torch.arange(scores.shape[1], dtype=narrow, device=scores.device)
             self._rank = torch.empty_like(order, dtype=narrow).scatter_(1, order, ranks.expand_as(order))
+            self._nonzero = (scores >= 0).sum(dim=1)
 
     def mask(self, keep: int) -> Tensor:
         """Bool [out, in], True for the ``keep`` weights that are pruned last."""
@@ -122,12 +125,27 @@ class Ranking:
             mask = torch.ones(rows * columns, dtype=torch.bool, device=self._order.device)
             mask[self._order[:pruned]] = False
             return mask.view(rows, columns)
-        each, more = divmod(pruned, rows)
-        threshold = torch.full((rows, 1), each, dtype=self._rank.dtype, device=self._rank.device)
-        if more:
-            next_scores = self._scores_of()[self._rank == each]  # one in every row
-            threshold[next_scores.argsort(stable=True)[:more]] += 1
-        return self._rank >= threshold
+        return self._rank >= (columns - self._kept_per_row(keep)).to(self._rank.dtype)[:, None]
+
+    def _kept_per_row(self, keep: int) -> Tensor:
+        """Weights that each row keeps, int64 [out]: no zero before the last nonzero weight of all rows."""
+        columns, nonzero = self.shape[1], self._nonzero
+        if keep <= int(nonzero.sum()):
+            least, most = torch.zeros_like(nonzero), nonzero
+        else:
+            least, most = nonzero, torch.full_like(nonzero, columns)
+
+        def bounded(each: int) -> Tensor:
+            return torch.minimum(torch.maximum(least, torch.full_like(least, each)), most)
+
+        each = bisect_right(range(columns), keep, key=lambda count: int(bounded(count).sum())) - 1
+        kept = bounded(each)
+        if missing := keep - int(kept.sum()):
+            following = ((least <= each) & (each < most)).nonzero().flatten()
+            next_scores = self._scores_of()[self._rank == columns - each - 1]  # one in every row
+            order = next_scores[following].argsort(stable=True)
+            kept[following[order[len(following) - missing :]]] += 1
+        return kept
 
 
 def check_keep(keep: int, numel: int) -> int:
@@ -137,6 +155,29 @@ def check_keep(keep: int, numel: int) -> int:
     if not 0 <= keep <= numel:
         raise ValueError(f"cannot keep {keep} of {numel} weights")
     return keep
+
+
+def deal(
+    count: int, sizes: Sequence[int], nonzero: Sequence[int], split: Callable[[int, Sequence[int]], Sequence[int]]
+) -> list[int]:
+    """Deal ``count`` weights to parts by ``split(count, sizes)``; a part gets no zeros before all nonzeros are dealt.
+
+    What a part cannot take is split among the others.
+    """
+    if (zeros_kept := count - sum(nonzero)) > 0:
+        zeros = [size - most for size, most in zip(sizes, nonzero, strict=True)]
+        return [most + more for most, more in zip(nonzero, deal(zeros_kept, zeros, zeros, split), strict=True)]
+    dealt, waiting = list(nonzero), list(range(len(sizes)))
+    while waiting:
+        shares = dict(zip(waiting, split(count, [sizes[part] for part in waiting]), strict=True))
+        full = {part for part, share in shares.items() if share > nonzero[part]}
+        if not full:
+            for part, share in shares.items():
+                dealt[part] = share
+            break
+        count -= sum(nonzero[part] for part in full)
+        waiting = [part for part in waiting if part not in full]
+    return dealt
 
 
 class Pruned(NamedTuple):

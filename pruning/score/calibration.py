@@ -21,7 +21,7 @@ from leanstep.pruning.measure.activation_cache import ActivationCache
 from leanstep.pruning.measure.batches import Batch
 from leanstep.pruning.measure.blocks import whole_on_device
 from leanstep.pruning.measure.metrics import logits_of
-from leanstep.pruning.score.base import NEEDS, LayerPruner, LayerStatistics
+from leanstep.pruning.score.base import NEEDS, LayerPruner, LayerStatistics, deal
 from leanstep.pruning.score.scores import layer_pruner
 from leanstep.pruning.score.targets import Group, Target, as_matrix, some, split_count
 
@@ -379,7 +379,10 @@ class Pruning:
         inputs = weight.shape[1]
         if target.expert is None and count < (inputs if "gram" in needs else _FEWEST_ROWS if needs else 0):
             self._short[target.name] = (count, inputs)
-        return layer_pruner(weight, self.score, statistics, spacing=spacing, **self.options)
+        try:
+            return layer_pruner(weight, self.score, statistics, spacing=spacing, **self.options)
+        except ValueError as error:
+            raise ValueError(f"{target.name}: {error}") from error
 
     def notes(self) -> list[str]:
         """Remarks about layers with too few calibration tokens, in sentences."""
@@ -437,6 +440,11 @@ def prune_group(
     group: Group, pruners: Pruners | Mapping[str, LayerPruner], count: int, pattern: str = ""
 ) -> Iterator[tuple[Target, Tensor]]:
     """Prune the matrices of a group to a level one by one; yields (target, weight) and does not write the model."""
-    shares: list[Any] = [pattern] * len(group.targets) if pattern else list(split_count(count, group.sizes))
+    shares: list[Any] = [pattern] * len(group.targets)
+    if not pattern:
+        shares = [count]
+        if len(group.targets) > 1:
+            nonzero = [int(pruners[target.name].given.count_nonzero()) for target in group.targets]
+            shares = deal(count, group.sizes, nonzero, split_count)
     for target, share in zip(group.targets, shares, strict=True):
         yield target, pruners[target.name].prune(share).weight

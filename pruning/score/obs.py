@@ -39,7 +39,8 @@ class FisherPruner(LayerPruner):
         update: a name of the list above.
 
     Raises:
-        ValueError: for values out of range, gradients that are all zero or not finite, or a damping too small.
+        ValueError: for values out of range, gradients that are not finite or all zero at the nonzero weights, or a
+            damping too small.
 
     Notes:
         Gradients of zero weights are set to zero, which excludes these weights. Memory besides the gradients: that of
@@ -67,7 +68,8 @@ class FisherPruner(LayerPruner):
         mean_square = sum(float(row.to(torch.float64).square().mean()) for row in rows) / len(rows)
         if not 0 < mean_square < torch.inf:
             raise ValueError(
-                f"FisherPruner: expected finite gradients, not all 0; the mean of their squares is {mean_square}"
+                "FisherPruner: expected finite gradients of the nonzero weights, not all 0; the mean of their squares "
+                f"is {mean_square}"
             )
         self._update, self._damping = update, damping * mean_square
         self._fisher = BlockInverseFisher(rows, damping=self._damping, block_size=min(block_size, weight.numel()))

@@ -93,6 +93,9 @@ def layer_pruner(
                 scope=scope or "matrix",
                 block_size=block_size,
             )
+        if score == "mfac" and not bool(matrix.any()):
+            # without a nonzero weight there is no Fisher matrix, and nothing to rank
+            return ScoredPruner(matrix, lambda: _scores(matrix, "magnitude", None), "matrix")
         if score == "mfac":
             assert statistics is not None and statistics.gradients is not None
             return FisherPruner(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from leanstep.pruning.score.base import LayerPruner, zeros_first
+from leanstep.pruning.score.base import LayerPruner, deal, zeros_first
 from leanstep.sparsity import NM, nm_mask
 
 
@@ -30,8 +31,9 @@ class SparseGPTPruner(LayerPruner):
     Notes:
         U is computed in float64 and kept in the dtype of the sweep: 4 in^2 bytes. Each level is a sweep of about
         ``out * in^2`` multiply-adds. Keeps exactly the requested count: after each block, the total of pruned
-        weights is the share of the columns so far, rounded down. The published code thresholds each block alone.
-        Weights of inputs that are always zero are pruned first, within the count.
+        weights is the share of the columns so far, rounded down. What a block with few nonzeros cannot keep is shared
+        by the others. The published code thresholds each block alone. Weights of inputs that are always zero are
+        pruned first, within the count.
 
     References:
         Frantar, Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", arXiv 2301.00774,
@@ -53,17 +55,17 @@ class SparseGPTPruner(LayerPruner):
         return self.weight.square() / inverse_diagonal * ~self._unused
 
     def _prune_count(self, keep: int) -> tuple[Tensor, Tensor]:
-        total, (rows, columns) = self.weight.numel() - keep, self.weight.shape
+        rows, blocks = self.weight.shape[0], self.weight.split(self._block_size, dim=1)
+        nonzero = [int(block.count_nonzero()) for block in blocks]
+        kept = deal(keep, [block.numel() for block in blocks], nonzero, _split_in_order)
 
-        def prune_share(start: int, scores: Tensor) -> Tensor:
-            stop = start + scores.shape[1]
-            pruned = total * stop // columns - total * start // columns
+        def keep_share(start: int, scores: Tensor) -> Tensor:
             order = scores.flatten().argsort(stable=True)
             mask = torch.ones_like(order, dtype=torch.bool)
-            mask[order[:pruned]] = False
+            mask[order[: len(order) - kept[start // self._block_size]]] = False
             return mask.view(rows, -1)
 
-        return self._sweep(self._block_size, prune_share, self._block_size)
+        return self._sweep(self._block_size, keep_share, self._block_size)
 
     def _prune_pattern(self, pattern: NM) -> tuple[Tensor, Tensor]:
         block = max(self._block_size // pattern.m, 1) * pattern.m
@@ -88,6 +90,13 @@ class SparseGPTPruner(LayerPruner):
             weight[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
         # the updates also changed zeros: reset them
         return weight.masked_fill(self.weight == 0, 0.0), mask
+
+
+def _split_in_order(keep: int, sizes: Sequence[int]) -> list[int]:
+    """Weights that each block keeps: the pruned ones after each are the share of the sizes so far, rounded down."""
+    whole = sum(sizes)
+    pruned = [(whole - keep) * end // whole for end in itertools.accumulate(sizes, initial=0)]
+    return [size - (after - before) for size, before, after in zip(sizes, pruned, pruned[1:], strict=False)]
 
 
 def damped_gram(gram: Tensor, damping: float) -> Tensor:

@@ -14,6 +14,7 @@ from leanstep.lora import LoraConfig, apply_lora, merge
 from leanstep.optimizers import Lion, SinkGD, param_groups
 from leanstep.pruning import (
     GradualPruner,
+    find_targets,
     gradual_sparsity,
     iterative_sparsities,
     keep_masks,
@@ -199,6 +200,16 @@ def test_statistics_of_batch_norms_are_those_of_the_pruned_model():
     assert renew_batch_norms(nn.Linear(2, 2), torch.ones(4, 2)) == 0
 
 
+@pytest.mark.parametrize(("samples", "batch_size"), [(257, 256), (5, 2), (9, 4), (3, 2)])
+def test_statistics_of_batch_norms_need_no_number_of_samples_that_batches_divide(samples, batch_size):
+    """One sample alone has no variance. Batches of nearly equal size make their mean that of all samples, nearly."""
+    model, x = nn.Sequential(nn.BatchNorm1d(3)), torch.randn(samples, 3)
+    assert renew_batch_norms(model, x, batch_size=batch_size) == 1
+    sizes = max(1, min(-(-samples // batch_size), samples // 2))
+    means = [part.mean(0) for part in x.tensor_split(sizes)]
+    torch.testing.assert_close(model[0].running_mean, torch.stack(means).mean(0))
+
+
 def test_statistics_of_batch_norms_stay_where_they_cannot_be_taken():
     model = make_cnn()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -242,6 +253,55 @@ def test_iterative_pruning_follows_the_paper_s_targets_and_nothing_comes_back():
     assert int((model[0].weight == 0).sum()) == round(0.7 * 192)
     with pytest.raises(ValueError, match="must increase"):
         prune_iteratively(model, [0.5, 0.5], partial(prune_to, model), fine_tune)
+
+
+@pytest.mark.parametrize("include", [["4.weight", "0.weight"], ["4.weight"]])
+def test_zeros_of_matrices_that_pruning_includes_by_name_are_held(include):
+    """A head is left out by default, and pruned where a rule names it."""
+    model = nn.ModuleDict({"body": net()})
+    model.get_output_embeddings = lambda: model["body"][4]
+    assert "body.4.weight" not in {target.parameter for target in find_targets(model)}
+    names = [f"body.{name}" for name in include]
+
+    def to(model, sparsity):
+        return prune(model, sparsity=sparsity, allocation="uniform", score="magnitude", include=names)
+
+    def zeros(model):
+        return [int((model.get_parameter(name) == 0).sum()) for name in names]
+
+    def fine_tune(keeper):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        keeper.attach(optimizer)
+        train(model["body"], optimizer, 3)
+
+    start = copy.deepcopy(model)
+    prune_iteratively(model, [0.25, 0.5], partial(to, model), fine_tune)
+    expected = [model.get_parameter(name).numel() // 2 for name in names]
+    assert zeros(model) == expected
+
+    model = start
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    pruner = GradualPruner(model, optimizer, partial(to, model), lambda step: 0.5)
+    train(model["body"], optimizer, 3)
+    assert zeros(model) == expected
+    pruner.detach()
+    resumed = GradualPruner(model, optimizer, partial(to, model), lambda step: 0.5)
+    resumed.load_state_dict(pruner.state_dict())
+    train(model["body"], optimizer, 3)
+    assert zeros(model) == expected
+
+
+def test_zeros_are_held_in_the_matrices_that_rules_name_where_pruning_returns_no_result():
+    model = net()
+    model.get_output_embeddings = lambda: model[4]
+
+    def to(sparsity):
+        model[4].weight.data.copy_(layer_pruner(model[4].weight, "magnitude").prune(16).weight)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    GradualPruner(model, optimizer, to, lambda step: 0.5, include=["4.weight"])
+    train(model, optimizer, 3)
+    assert int((model[4].weight == 0).sum()) == 16
 
 
 def test_schedules_are_their_formulas():

@@ -7,13 +7,13 @@ import torch
 from pruned_models import images, make_cnn, make_gpt2, make_llama, make_mixtral, make_vit, tokens
 from torch import nn
 
-from leanstep.pruning import find_targets, measure_curves
+from leanstep.pruning import find_targets, layer_pruner, measure_curves
 from leanstep.pruning.folder.text import token_sequences
 from leanstep.pruning.measure.activation_cache import ActivationCache
 from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.measure import Measurement, weights_hash
 from leanstep.pruning.measure.metrics import KLTopK, Metric, kl_divergence, make_metric, summarise
-from leanstep.pruning.score.calibration import collect_inputs, statistics_for
+from leanstep.pruning.score.calibration import collect_inputs, prune_group, statistics_for
 from leanstep.pruning.score.targets import make_groups, split_count
 
 LEVELS = (0.5, 0.9)
@@ -151,7 +151,11 @@ def test_measuring_goes_on_where_it_was_cut_and_only_under_the_same_circumstance
     for change, message in (
         ({"metric": "mse_logits"}, "metric: kl then, mse_logits now"),
         ({"score": "magnitude"}, "score: wanda then, magnitude now"),
-        ({"levels": (0.5,)}, "levels: "),
+        ({"levels": (0.5,)}, r"levels: of model\.layers\.0\.\S+ \[.*\] then, \[\d+, \d+\] now"),
+        (
+            {"groups": make_groups(find_targets(model, exclude=["*.0.*"]), "matrix")},
+            r"levels: 7 more then \(model\.layers\.0\.\S+, .* and 4 more\)\)",
+        ),
     ):
         with pytest.raises(ValueError, match=f"other circumstances.*{message}"):
             measure_curves(model, samples, **{"levels": LEVELS, "resume": file} | change)
@@ -163,6 +167,17 @@ def test_measuring_goes_on_where_it_was_cut_and_only_under_the_same_circumstance
     file.write_text("nothing of ours\n")
     with pytest.raises(ValueError, match="holds no measured curves"):
         measure_curves(model, samples, levels=LEVELS, resume=file)
+
+
+def test_a_matrix_of_a_group_gets_no_more_weights_than_it_has():
+    model = make_llama(1)
+    group = make_groups(find_targets(model), "role")[0]
+    first, *others = group.targets
+    first.module.weight.data[1:] = 0
+    few, asked = int(first.weight.count_nonzero()), 120
+    pruners = {target.name: layer_pruner(target.weight, "magnitude") for target in group.targets}
+    left = {target.name: int(weight.count_nonzero()) for target, weight in prune_group(group, pruners, asked)}
+    assert others and left[first.name] == few and sum(left.values()) == asked
 
 
 def test_matrices_of_a_group_share_a_level():

@@ -174,7 +174,8 @@ def test_a_second_round_keeps_the_zeros_of_the_first():
     model = make_llama(2)
     previous = None
     for sparsity in (0.3, 0.5, 0.7):
-        prune(model, tokens(6), sparsity=sparsity, allocation="dp" if sparsity > 0.4 else "erk", levels=LEVELS)
+        how = {"allocation": "dp", "levels": LEVELS} if sparsity > 0.4 else {"allocation": "erk"}
+        prune(model, tokens(6), sparsity=sparsity, **how)
         masks = [target.weight != 0 for target in find_targets(model)]
         if previous is not None:
             assert not any(bool((new & ~old).any()) for new, old in zip(masks, previous, strict=True))
@@ -228,6 +229,51 @@ def test_without_data_only_what_needs_none():
     assert result.held_out is None and "was not measured" in result.notes[0]
 
 
+def test_mfac_leaves_a_matrix_of_zeros_as_it_is_and_names_one_without_gradients():
+    model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 4))
+    settings = {"sparsity": 0.6, "score": "mfac", "allocation": "uniform", "include": ["0.*", "2.*"]}
+    model[2].weight.data.zero_()
+    model[2].bias.data.fill_(1.0)
+    x = torch.randn(20, 8)
+    with pytest.raises(ValueError, match=r"^0\.weight: FisherPruner: expected finite gradients of the nonzero weights"):
+        prune(model, x, **settings)  # nothing passes the zeros
+    model[2].weight.data[0] = 1.0
+    prune(model, x, **settings)
+    shortcut = nn.ModuleList([nn.Linear(8, 12), nn.Linear(12, 12)])
+
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = shortcut
+
+        def forward(self, x):
+            hidden = self.layers[0](x)
+            return hidden + self.layers[1](hidden)
+
+    shortcut[1].weight.data.zero_()
+    assert prune(Residual(), x, sparsity=0.8, score="mfac", allocation="uniform").sparsity == pytest.approx(
+        0.8, abs=0.01
+    )
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "dp", "erk"])
+@pytest.mark.parametrize("held_out", [None, False])
+def test_a_model_with_more_zeros_than_asked_is_refused_before_anything_is_measured(allocation, held_out):
+    model, points = make_llama(1), []
+    prune(model, sparsity=0.7, allocation="uniform", score="magnitude")
+    before = weights_hash(model)
+    with pytest.raises(InfeasibleBudget, match=r"already has 0\.7001 zeros, more than the 0\.5 that was asked"):
+        prune(
+            model,
+            tokens(6),
+            sparsity=0.5,
+            allocation=allocation,
+            held_out=held_out,
+            progress=lambda *point: points.append(point),
+        )
+    assert not points and weights_hash(model) == before
+
+
 BAD = {
     "no target": ({"sparsity": None}, "expected a sparsity, such as 0.6, alone"),
     "all of it": ({"sparsity": 1.0}, "must lie between 0 and 1"),
@@ -236,11 +282,34 @@ BAD = {
     "score": ({"score": "best"}, "score must be one of magnitude"),
     "pattern": ({"pattern": "2of4"}, "expected 'N:M'"),
     "pattern and sparsity": ({"pattern": "2:4", "sparsity": 0.6}, "has a sparsity of 0.5, got sparsity=0.6"),
+    "pattern of no weight": ({"pattern": "0:4", "sparsity": None}, "pattern 0:4 has a sparsity of 1, and must lie"),
+    "pattern of all": ({"pattern": "4:4", "sparsity": None}, "pattern 4:4 has a sparsity of 0, and must lie"),
+    "no weight left": ({"allocation": "uniform", "sparsity": 0.999999999}, "keeps none of the [0-9,]+ weights"),
     "metric": ({"metric": "accuracy"}, "metric must be one of kl"),
     "granularity": ({"granularity": "row"}, "granularity must be one of matrix"),
     "correction": ({"correction": "all"}, "correction must be one of none"),
     "batch size": ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
     "correction of rules": ({"allocation": "erk", "correction": "relinearise"}, "which only allocation='dp' has"),
+    "levels of rules": ({"allocation": "uniform", "levels": [0.5]}, "levels are for allocation='dp' only, got 'unif"),
+    "minutes of rules": ({"allocation": "owl", "minutes": 5}, "minutes=5 are for allocation='dp' only, got 'owl'"),
+    "granularity of rules": (
+        {"allocation": "uniform", "granularity": "block"},
+        "granularity='block' is for allocation='dp' only, got 'uniform'",
+    ),
+    "curves of rules": ({"allocation": "uniform", "curves": {}}, "curves are for allocation='dp' only"),
+    **{
+        f"{name} of a fixed pattern": (
+            {"pattern": "2:4", "sparsity": None, name: value},
+            f"pattern 2:4 is the same for every matrix, so that {name}.* no effect; leave",
+        )
+        for name, value in {
+            "curves": "fisher",
+            "correction": "relinearise",
+            "levels": [0.5],
+            "minutes": 5.0,
+            "granularity": "block",
+        }.items()
+    },
     "nothing to measure": ({"data": None}, "needs data"),
     "nothing to hold out": ({"data": tokens(1)}, "at least one is held out"),
     "out of reach": ({"pattern": "N:8", "sparsity": 0.9}, "out of reach"),

@@ -147,6 +147,11 @@ REFUSED = {
     "empty sequence": (["--sparsity", "0.5", "--seq-len", "0"], {}, "seq_len must be from 2 to"),
     "batch size": (["--sparsity", "0.5", "--batch-size", "0"], {}, "batch_size must be at least 1, got 0"),
     "device": (["--sparsity", "0.5", "--device", "nowhere"], {}, "the device 'nowhere' is not available"),
+    "device without values": (
+        ["--sparsity", "0.5", "--device", "meta"],
+        {},
+        "'meta' is not available: it holds no val",
+    ),
     "metric": (["--sparsity", "0.5", "--metric", "kll"], {}, "metric must be one of kl, .*, got 'kll'"),
     "names": (["--sparsity", "0.5", "--exclude", "*.ffn.*"], {}, "matches no matrix"),
 }
@@ -165,6 +170,41 @@ def test_what_cannot_be_done_is_refused_with_nothing_written(case, base, tmp_pat
     assert re.search(message, error), error
     assert list(tmp_path.iterdir()) == []
     assert snapshot(base / "model") == before
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--out", ".", "expected the name of a folder to create, got '.'"),
+        ("--out", "..", "expected the name of a folder to create, got '..'"),
+        ("--seed", "9" * 20, "expected a whole number from 0 to 2^63 - 1, got '9"),
+        ("--seed", "one", "expected a whole number from 0 to 2^63 - 1, got 'one'"),
+    ],
+)
+def test_an_option_that_means_nothing_is_refused_before_anything_is_read(option, value, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["prune", "nothing", "--out", str(tmp_path / "out"), "--sparsity", "0.5", option, value])
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err
+    with pytest.raises(ValueError, match="expected the name of a folder to create, got"):
+        prune_checkpoint(tmp_path, ".", sparsity=0.5, score="magnitude", allocation="uniform")
+    with pytest.raises(ValueError, match=r"expected a seed from 0 to 2\^63 - 1, got 1000"):
+        CalibrationText(("a",), seed=10**20)
+
+
+def test_a_perplexity_beyond_fp64_is_infinite_and_written_as_none(base, tmp_path):
+    import math
+
+    folder = tmp_path / "model"
+    model = make_llama(1)
+    model.lm_head.weight.data.mul_(1e6)
+    save_model(model, folder)
+    text = CalibrationText(((base / "text.txt").read_text(),), samples=4, curve_samples=2, held_out=2, seq_len=16)
+    settings = {"sparsity": 0.5, "allocation": "uniform", "score": "magnitude"}
+    result = prune_checkpoint(folder, tmp_path / "out", text, evaluate=True, **settings)
+    assert result.perplexity["before"] == math.inf
+    written = json.loads((tmp_path / "out" / "sparsity.json").read_text(), parse_constant=pytest.fail)
+    assert written["perplexity"]["before"] is None
 
 
 def test_an_unknown_metric_is_told_before_anything_is_opened(tmp_path):

@@ -260,6 +260,16 @@ def test_a_recovery_that_was_not_applied_can_be_tried_again(base, pruned, tmp_pa
         ("--inputs", "pruned", "dense"),
         ("--allocation", "uniform", "erk"),
         ("--granularity", "matrix", "block"),
+        ("--exclude", "left out", "*.0.*"),
+        ("--include", "left out", "*.mlp.*"),
+        ("--budget", "params", "flops"),
+        ("--levels", "left out", "0.5,0.7"),
+        ("--curves", "left out", "fisher"),
+        ("--correction", "none", "relinearise"),
+        ("--metric", "left out", "mse_logits"),
+        ("--seed", "0", "7"),
+        ("--samples", "12", "13"),
+        ("--held-out", "4", "5"),
     ],
 )
 def test_other_settings_of_pruning_are_refused_with_resume(option, written, asked, base, pruned, tmp_path, capsys):
@@ -268,6 +278,22 @@ def test_other_settings_of_pruning_are_refused_with_resume(option, written, aske
     error = capsys.readouterr().err
     assert f"was pruned with {option} {written}" in error and f"the command has {option} {asked}" in error
     assert snapshot(out) == snapshot(pruned)
+
+
+def test_a_folder_that_does_not_say_all_its_settings_is_compared_by_those_it_has(base, pruned, tmp_path):
+    out = copied(pruned, tmp_path / "out")
+    content = content_of(out)
+    content["settings"] = {"allocation": "uniform", "granularity": "matrix"}
+    (out / "sparsity.json").write_text(json.dumps(content))
+    assert main(arguments(base, out, *RECOVER, "--resume", "--held-out", "3")) == 0
+    assert content_of(out)["recovery"]["applied"]
+
+
+def test_a_folder_below_the_home_is_found_again(base, pruned, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    copied(pruned, tmp_path / "out")
+    assert main(arguments(base, "~/out", *RECOVER, "--resume")) == 0
+    assert content_of(tmp_path / "out")["recovery"]["applied"]
 
 
 def test_a_run_killed_while_it_replaces_the_folder_loses_neither(base, pruned, tmp_path, monkeypatch):

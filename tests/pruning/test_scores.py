@@ -86,6 +86,28 @@ def test_what_is_zero_stays_zero_at_sparser_levels(matrix, score):
     assert not second.weight[~first.mask].any()
 
 
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("zeros", ["rows", "columns"])
+@pytest.mark.parametrize("keep", [37, 150, 192, 250])
+def test_a_matrix_with_zeros_in_one_place_keeps_the_asked_number_of_nonzeros(matrix, score, zeros, keep):
+    """Half the rows are zero, or half of the columns: the others keep what these cannot."""
+    weight, statistics = matrix
+    weight = weight.clone()
+    weight[slice(6) if zeros == "rows" else (slice(None), slice(16))] = 0
+    pruned = layer_pruner(weight, score, statistics, **({"block_size": 8} if score == "sparsegpt" else {})).prune(keep)
+    assert int(pruned.mask.sum()) == keep
+    assert int(pruned.weight.count_nonzero()) == min(keep, 192)
+
+
+def test_rows_with_few_nonzeros_leave_their_share_to_the_others():
+    weight = torch.ones(3, 4)
+    weight[0, 1:] = 0
+    scores = torch.tensor([[1.0, 1, 1, 1], [1, 2, 3, 4], [5, 6, 7, 8]])
+    mask = layer_pruner(weight, lambda w, s: scores, scope="row").prune(6).mask
+    # one of the first row, two of both others, and the third of the row where it is larger
+    assert mask.int().tolist() == [[1, 0, 0, 0], [0, 0, 1, 1], [0, 1, 1, 1]]
+
+
 @pytest.mark.parametrize("amount", [0.0, 0.13, 0.5, 0.77, 1.0])
 def test_magnitude_is_that_of_torch(amount):
     layer = torch.nn.Linear(23, 17)
@@ -276,6 +298,15 @@ def test_mfac_leaves_weights_that_are_zero_out_of_the_fisher_matrix():
     w = weight.flatten()[alive]
     change = -inverse[:, gone] @ torch.linalg.solve(inverse[gone][:, gone], w[gone])
     torch.testing.assert_close(pruned.weight.flatten()[alive], w + change, rtol=1e-8, atol=1e-10)
+
+
+def test_mfac_prunes_a_matrix_of_zeros_by_nothing():
+    statistics = LayerStatistics(gradients=torch.randn(5, 32))
+    pruner = layer_pruner(torch.zeros(4, 8), "mfac", statistics)
+    assert not pruner.scores.any()
+    for keep in (0, 7, 32):
+        assert int(pruner.prune(keep).mask.sum()) == keep and not pruner.prune(keep).weight.any()
+    assert not pruner.prune("2:4").weight.any()
 
 
 def test_scores_do_not_depend_on_the_scale_of_the_loss(matrix):

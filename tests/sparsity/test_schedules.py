@@ -165,6 +165,14 @@ def test_settings_that_cannot_be_meant(options, message):
         Schedule(**{"total_steps": 100, **options})
 
 
+@pytest.mark.parametrize("dense", [0.9, 0.7, 0.8, 0.1])
+def test_a_dense_and_a_last_phase_may_fill_the_run(dense):
+    """1 - 0.9 is less than 0.1 in floating point."""
+    schedule = Schedule(kind="mdgf-linear", total_steps=100, dense=dense, finetune=round(1 - dense, 1))
+    assert schedule.span in (0, 1)  # phases are rounded down
+    assert schedule.at(99, NM(2, 4)).phase == "finetune"
+
+
 def test_there_is_no_step_before_the_first():
     with pytest.raises(ValueError, match="step must be >= 0, got -1"):
         Schedule(total_steps=3).at(-1, NM(2, 4))
