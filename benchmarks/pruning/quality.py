@@ -116,26 +116,27 @@ class Bench:
     def measure(self, cells: list[Cell], data: torch.Tensor) -> None:
         """Measure cells of one seed and score."""
         seed, score, *_ = cells[0]
-        settings = {"score": score, "levels": LEVELS}
         curve_data = data[: self.options.curve_samples]
         curves = None
         if any(allocation in ("dp", RELINEARISED) for _, _, allocation, _ in cells):
             resume = self.options.out / f"curves-{score}-{seed}.jsonl"
-            curves = measure_curves(self.model, curve_data, score_data=data, resume=resume, **settings)
+            curves = measure_curves(self.model, curve_data, score_data=data, resume=resume, score=score, levels=LEVELS)
         for cell in cells:
             *_, allocation, sparsity = cell
             again = allocation == RELINEARISED
+            by_curves = again or allocation == "dp"
             with self.snapshot.restored():
                 result = prune(
                     self.model,
                     data,
                     sparsity=sparsity,
                     allocation="dp" if again else allocation,
-                    curves=curves if again or allocation == "dp" else None,
+                    curves=curves if by_curves else None,
+                    levels=LEVELS if by_curves else None,
                     correction="relinearise" if again else "none",
                     curve_data=curve_data,
                     held_out=False,
-                    **settings,
+                    score=score,
                 )
                 self.record(cell, sparsity=result.sparsity, predicted=result.allocation.predicted, **self.cost())
             print(*cell, f"perplexity {self.results[cell]['perplexity']:.2f}", flush=True)
