@@ -118,7 +118,7 @@ def merge(model: nn.Module, *, keep_mask: bool = False, backup: bool = False) ->
         # checks one layer at a time before any change, without a copy of the model
         _check_finite(f"the merged weight of {name}", merged_weight(layer, keep_mask), layer.weight)
         if _has_bias_on_b(layer):
-            _check_finite(f"the merged bias of {name}", layer.bias + _bias_shift(layer), layer.bias)
+            _check_finite(f"the merged bias of {name}", _bias(layer) + _bias_shift(layer), _bias(layer))
     tokens = dict(token_layers(model))
     for name, trained in tokens.items():
         check_tokens(name, trained)
@@ -138,7 +138,7 @@ def merge(model: nn.Module, *, keep_mask: bool = False, backup: bool = False) ->
         factor = _dora_factors(layer)
         small = None if original is not None or factor is None else _small_rows(weight.detach(), factor)
         keeps_bias = backup and _has_bias_on_b(layer) and f"{name}.bias" not in report.untied
-        bias = layer.bias.detach().clone() if keeps_bias else None
+        bias = _bias(layer).detach().clone() if keeps_bias else None
         layer.lora.undo = _Undo(original, factor, mask, small, bias)
         weight.copy_(exact)
         report.layers[name] = float((weight.to(exact.dtype) - exact).abs().max()) if exact.numel() else 0.0
@@ -146,7 +146,7 @@ def merge(model: nn.Module, *, keep_mask: bool = False, backup: bool = False) ->
             report.masked[name] = int((~mask).sum())
         layer.lora.merged, layer.lora.norms = True, None
         if _has_bias_on_b(layer):
-            layer.bias.add_(_bias_shift(layer))
+            _bias(layer).add_(_bias_shift(layer))
     for module in experts.values():
         for leaf, adapter in module.lora.items():
             weight, exact = getattr(module, leaf), _summed_parameter(module, leaf)
@@ -238,7 +238,7 @@ def unmerge(model: nn.Module) -> MergeReport:
             if undo.small is not None:
                 weight.index_copy_(_output_dim(undo.factor), *undo.small)
         if f"{name}.bias" not in restored and _has_bias_on_b(layer):
-            layer.bias.copy_(base_bias(layer))
+            _bias(layer).copy_(base_bias(layer))
         layer.lora.merged, layer.lora.undo, layer.lora.norms = False, None, None
     for _, module in adapted_experts(model):
         for leaf, adapter in module.lora.items():
@@ -352,6 +352,11 @@ def _bias_shift(layer: Any) -> Tensor:
     shift = layer.lora_B.bias.detach() * layer.lora.scale
     factor = layer.lora.undo.factor if layer.lora.merged else _dora_factors(layer)
     return (shift if factor is None else shift * factor.flatten()).to(layer.bias.dtype)
+
+
+def _bias(layer: Any) -> Tensor:
+    bias: Tensor = layer.bias
+    return bias
 
 
 def base_bias(layer: Any) -> Tensor:

@@ -350,11 +350,12 @@ def _refuse_other_settings(options: argparse.Namespace) -> None:
     if options.budget == "params" and options.sparsity is not None and isinstance(sparsity, float):
         # allocations round the number of weights of each matrix
         is_same = abs(sparsity - options.sparsity) < _SAME_SPARSITY
-        settings.append(("--sparsity", options.sparsity if is_same else round(sparsity, 4), options.sparsity))
-    for option, written, asked in settings:
-        if written != asked:
+        left = options.sparsity if is_same else round(sparsity, 4)
+        settings.append(("--sparsity", shown(left), shown(options.sparsity)))
+    for option, before, now in settings:
+        if before != now:
             raise ValueError(
-                f"{options.out} was pruned with {option} {written}, and the command has {option} {asked}: repeat the "
+                f"{options.out} was pruned with {option} {before}, and the command has {option} {now}: repeat the "
                 "settings of pruning to recover that folder, or name another --out"
             )
 

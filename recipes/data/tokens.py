@@ -278,7 +278,8 @@ def write_shard(path: Path, chunks: Iterable[np.ndarray], vocab_size: int) -> in
         stream.write(bytes(_HEADER_BYTES))
         for chunk in chunks:
             if len(chunk) and int(chunk.max()) >= vocab_size:
-                raise ValueError(f"the tokenizer produced the token {int(chunk.max())}, its largest is {vocab_size - 1}")
+                most = int(chunk.max())
+                raise ValueError(f"the tokenizer produced the token {most}, its largest is {vocab_size - 1}")
             raw = chunk.astype(_VERSIONS[version]).tobytes()
             checksum = zlib.crc32(raw, checksum)
             count += len(chunk)
