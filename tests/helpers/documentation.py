@@ -25,8 +25,9 @@ def programs(page: str) -> list[str]:
 
 
 def command_lines(page: str) -> list[str]:
-    """Shell lines of a page, comments left out."""
-    lines = [line for language, code in blocks(page) if language == "bash" for line in code.splitlines()]
+    """Shell lines of a page, those that a backslash continues joined, comments left out."""
+    shell = (re.sub(r"\\\n *", "", code) for language, code in blocks(page) if language == "bash")
+    lines = [line for code in shell for line in code.splitlines()]
     return [line for line in lines if not line.startswith("#")]
 
 
