@@ -94,6 +94,11 @@ def check_choices(
         raise ValueError(
             f"correction={correction!r} corrects curves, which only allocation='dp' has; got {allocation!r}"
         )
+    if refine is not None and (allocation != "dp" or fixed is not None):
+        raise ValueError(
+            "refine searches from the allocation of the dynamic programme: expected allocation='dp' and no fixed "
+            f"pattern, got {allocation!r} and {pattern}"
+        )
     _check_curve_settings(
         allocation,
         pattern,
@@ -103,11 +108,6 @@ def check_choices(
         minutes=minutes,
         levels=levels,
     )
-    if refine is not None and (allocation != "dp" or fixed is not None):
-        raise ValueError(
-            "refine searches from the allocation of the dynamic programme: expected allocation='dp' and no fixed "
-            f"pattern, got {allocation!r} and {pattern}"
-        )
     if data is None and (NEEDS[score] or (allocation in ("dp", "owl", "atp") and fixed is None)):
         raise ValueError(
             f"allocation={allocation!r} with score={score!r} needs data; without data, use score='magnitude' and one "
