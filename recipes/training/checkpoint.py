@@ -439,7 +439,7 @@ def how_to_continue(config: RunConfig, run: str = "it") -> str:
     resume = config.checkpoint.resume
     in_out = resume not in ("auto", "never") and Path(resume).resolve().is_relative_to(Path(config.out).resolve())
     resumes = " with --resume auto" if resume == "never" or in_out else ""
-    return f"The same command{resumes} continues {run}"
+    return f"the same command{resumes} continues {run}"
 
 
 def check_data(state: TrainState, data: "LoadedData", checkpoint: Path) -> None:

@@ -486,7 +486,7 @@ class Run:
         why = signal.Signals(self.stop.received or number).name
         if self.out_of_time():
             why = f"stop.max_hours ({self.config.stop.max_hours:g})"
-        outcome = self.saver.trouble or f"saved. {how_to_continue(self.config)}"
+        outcome = self.saver.trouble or f"saved; {how_to_continue(self.config)}"
         self.say(f"stopped by {why} after step {self.state.step}: {outcome}")
         self.logger.end()
         return EXIT_CODES[signal.Signals(number)]

@@ -317,7 +317,7 @@ def test_a_signal_in_a_step_finishes_it_and_saves(recipe, whole, tmp_path, numbe
     assert stopped.codes == [code], stopped.text()
     assert status(out)["status"] == "interrupted" and status(out)["step"] == 4
     assert [path.name for path in find_checkpoints(out / "checkpoints")] == ["step-000004"]
-    assert "The same command continues it" in stopped.text()
+    assert "the same command continues it" in stopped.text()
     again = run(recipe, options, out)
     assert again.codes == [0], again.text()
     assert numbers(out) == numbers(whole)

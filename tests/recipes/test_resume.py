@@ -291,7 +291,7 @@ def test_a_run_that_began_at_a_path_elsewhere_continues_by_the_same_command(reci
     command = ["steps=12", "checkpoint.every=1", f"checkpoint.resume={origin}"]
     stopped = run(recipe, [*command, "stop.max_hours=1e-9"], out)
     assert stopped.codes == [143], stopped.text()
-    assert "saved. The same command continues it" in stopped.text()
+    assert "saved; the same command continues it" in stopped.text()
     again = run(recipe, command, out)
     assert again.codes == [0], again.text()
     assert f"resuming from {out}/checkpoints/step-000010" in again.text()
@@ -302,7 +302,7 @@ def test_a_run_that_began_at_a_path_elsewhere_continues_by_the_same_command(reci
 
 def test_what_continues_a_run_is_told_where_the_same_command_does_not(recipe, tmp_path):
     stopped = run(recipe, ["checkpoint.resume=never", "stop.max_hours=1e-9"], tmp_path / "run")
-    assert "saved. The same command with --resume auto continues it" in stopped.text()
+    assert "saved; the same command with --resume auto continues it" in stopped.text()
 
 
 def test_another_text_or_tokenizer_is_refused(tmp_path):
