@@ -36,8 +36,7 @@ def problems(*overrides):
 
 
 def test_mistakes_are_named_before_torch_is_imported():
-    # YAML reads 1:16 as a number of base sixty
-    assert "got 76; put it in quotes" in problems("sparsity.patterns={'*.mlp.*': 1:16}")[0]
+    assert "got 16; put it in quotes" in problems("sparsity.patterns={'*.mlp.*': 16}")[0]
     assert "keeps 5 of 4; expected 0 < N <= M" in problems("sparsity.patterns={'*': '5:4'}")[0]
     assert "must be 'ste', 'srste'" in problems("sparsity.method=slow")[0]
     assert "did you mean 'sparsity.alpha_end'" in problems("sparsity.alpha_ends=1")[0]
@@ -52,6 +51,12 @@ def test_mistakes_are_named_before_torch_is_imported():
     assert "masks cannot be renewed" in "".join(problems("release_gradients=true"))
     ste = ("sparsity.method=s-ste", "sparsity.alpha_end=null")
     assert "does not go with sparsity.method s-ste, got 'decay'" in problems(*ste, "sparsity.grad_flow=decay")[0]
+
+
+def test_patterns_need_no_quotes():
+    # YAML 1.1 reads 1:16 as a number of base sixty
+    config = load("llama-nano-adamw", ["sparsity.patterns={'*.mlp.*': 1:16, '*.self_attn.*': 2:4}"])
+    assert config.sparsity.patterns == {"*.mlp.*": "1:16", "*.self_attn.*": "2:4"}
 
 
 def test_the_section_knows_every_method_and_says_nothing_where_it_is_empty():
