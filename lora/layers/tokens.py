@@ -164,8 +164,8 @@ def attach_tokens(module: Any, name: str, indices: list[int], owner: nn.Module |
 
 def detach_tokens(module: Any) -> None:
     """Remove the trained rows of a module, and restore the class it had before. Merged rows stay in the weight."""
-    base, own = module.tokens.base, () if module.tokens.shares else (ROWS,)
-    for name in (*own, "lora_tokens", "lora_token_order", "tokens"):
+    base, rows = module.tokens.base, () if module.tokens.shares else (ROWS,)
+    for name in (*rows, "lora_tokens", "lora_token_order", "tokens"):
         delattr(module, name)
     module.__class__ = base
 

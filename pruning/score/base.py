@@ -139,13 +139,13 @@ class Ranking:
             return torch.minimum(torch.maximum(least, torch.full_like(least, each)), most)
 
         each = bisect_right(range(columns), keep, key=lambda count: int(bounded(count).sum())) - 1
-        kept = bounded(each)
-        if missing := keep - int(kept.sum()):
+        counts = bounded(each)
+        if missing := keep - int(counts.sum()):
             following = ((least <= each) & (each < most)).nonzero().flatten()
             next_scores = self._scores_of()[self._rank == columns - each - 1]  # one in every row
             order = next_scores[following].argsort(stable=True)
-            kept[following[order[len(following) - missing :]]] += 1
-        return kept
+            counts[following[order[len(following) - missing :]]] += 1
+        return counts
 
 
 def check_keep(keep: int, numel: int) -> int:

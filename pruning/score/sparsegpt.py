@@ -57,12 +57,12 @@ class SparseGPTPruner(LayerPruner):
     def _prune_count(self, keep: int) -> tuple[Tensor, Tensor]:
         rows, blocks = self.weight.shape[0], self.weight.split(self._block_size, dim=1)
         nonzero = [int(block.count_nonzero()) for block in blocks]
-        kept = deal(keep, [block.numel() for block in blocks], nonzero, _split_in_order)
+        counts = deal(keep, [block.numel() for block in blocks], nonzero, _split_in_order)
 
         def keep_share(start: int, scores: Tensor) -> Tensor:
             order = scores.flatten().argsort(stable=True)
             mask = torch.ones_like(order, dtype=torch.bool)
-            mask[order[: len(order) - kept[start // self._block_size]]] = False
+            mask[order[: len(order) - counts[start // self._block_size]]] = False
             return mask.view(rows, -1)
 
         return self._sweep(self._block_size, keep_share, self._block_size)

@@ -193,8 +193,8 @@ class Check:
             self.vocabulary = size if size is not None else vocabulary_size(open_tokenizer(data.tokenizer))
             at_most = "" if size is None else "at most "
             section.add("tokenizer", f"{data.tokenizer}, {at_most}{self.vocabulary:,} tokens")
-        if self.model_vocabulary() is not None:
-            section.add("model", f"vocabulary of {self.model_vocabulary():,}")
+        if (size := self.model_vocabulary()) is not None:
+            section.add("model", f"vocabulary of {size:,}")
             self.compare_vocabularies(section)
         if data.source == "hf":
             if not self.offline:

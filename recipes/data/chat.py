@@ -9,6 +9,7 @@ import json
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -266,6 +267,7 @@ def encode_row(row: dict[str, Any], where: str, tokenizer: "PreTrainedTokenizerF
     return Example(np.array(encoded["input_ids"], np.int64), is_answer)
 
 
+@lru_cache(maxsize=1)  # one tokenizer encodes all rows
 def _prefix(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
     """The tokens that the tokenizer puts before a text, mostly none or the begin of text. Generation puts them, too."""
     plain, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]

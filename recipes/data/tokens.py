@@ -277,9 +277,8 @@ def write_shard(path: Path, chunks: Iterable[np.ndarray], vocab_size: int) -> in
     with open(path, "wb") as stream:
         stream.write(bytes(_HEADER_BYTES))
         for chunk in chunks:
-            if len(chunk) and int(chunk.max()) >= vocab_size:
-                most = int(chunk.max())
-                raise ValueError(f"the tokenizer produced the token {most}, its largest is {vocab_size - 1}")
+            if (largest := int(chunk.max(initial=0))) >= vocab_size:
+                raise ValueError(f"the tokenizer produced the token {largest}, its largest is {vocab_size - 1}")
             raw = chunk.astype(_VERSIONS[version]).tobytes()
             checksum = zlib.crc32(raw, checksum)
             count += len(chunk)

@@ -491,8 +491,8 @@ def test_autocast_leaves_fp64(fast_path):
     model[0].lora.fast_path = fast_path
     x = torch.randn(3, 8, dtype=torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
-        found = model(x)
-    assert torch.equal(found, model(x))
+        output = model(x)
+    assert torch.equal(output, model(x))
 
 
 def test_autocast_does_not_round_an_embedding():
@@ -512,10 +512,10 @@ def test_torch_func_transforms_a_layer_with_dropout():
         torch.manual_seed(3)
         return torch.func.functional_call(model, parameters, (x,)).square().sum()
 
-    found = torch.func.grad(loss)({name: p.detach() for name, p in model.named_parameters()})
+    gradients = torch.func.grad(loss)({name: p.detach() for name, p in model.named_parameters()})
     loss(dict(model.named_parameters())).backward()
     for name, parameter in model.named_parameters():
-        assert parameter.grad is None or torch.allclose(found[name], parameter.grad), name
+        assert parameter.grad is None or torch.allclose(gradients[name], parameter.grad), name
 
 
 def test_plain_torch_has_second_derivatives_with_dropout():
