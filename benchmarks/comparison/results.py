@@ -165,9 +165,12 @@ def writing(path: Path, protocol: Protocol) -> Iterator[tuple[Results, Writer]]:
     """Open a file of results to go on with; a new one gets the protocol as its first line.
 
     Removes a last line that was cut when its writer was killed. Raises ComparisonError as :func:`read`, for a file of
-    another protocol, one that another process writes, or a disk without room.
+    another protocol, one that another process writes, a folder that cannot be, or a disk without room.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ComparisonError(f"--out is a folder of results, and {path.parent} is a file or lies below one") from None
     if free_bytes(path.parent) < _ROOM:
         raise ComparisonError(f"{path.parent}: less than {_ROOM >> 20} MB are free on its disk; make room first")
     with path.open("a+b", buffering=0) as file:

@@ -384,6 +384,18 @@ def test_other_versions_and_settings_are_refused(parts, tmp_path, monkeypatch):
         parts.results.read(path)
 
 
+@pytest.mark.parametrize("below", [".", "more/folders"])
+def test_a_folder_of_results_that_is_a_file_is_told(parts, tmp_path, below):
+    file = tmp_path / "llama-micro.jsonl"
+    file.write_text("{}")
+    with (
+        pytest.raises(parts.protocol.ComparisonError, match="--out is a folder of results, and .* is a file"),
+        parts.results.writing(file / below / "llama-micro.jsonl", protocol=None),
+    ):
+        pass
+    assert file.read_text() == "{}"
+
+
 def test_a_full_disk_and_a_second_writer_are_told(parts, tmp_path, monkeypatch):
     path = tmp_path / "r.jsonl"
     protocol = synthetic(parts, path)
