@@ -4,7 +4,8 @@
 
 Trains every row of a table from each seed, one run after the other. Finished runs are not repeated, so that an
 interrupted command continues. Runs of one seed share batches, and weights where they start, so losses are compared in
-pairs: a row has the mean difference to the row above it that it is compared with, and its interval of Student's t.
+pairs: a row has the mean difference to the row above it that it is compared with, and its interval of Student's t,
+which takes two seeds or more. Commands with different seeds may share the folder and run at the same time.
 
 The table "int8" has all averages in 8 bits, those of the AdamW fallback too, except those of vectors. "int8-micro" has
 them on llama-micro, which needs `leanstep data build english`. "qk-clip" also prints each run's largest logit, and how
@@ -155,7 +156,11 @@ def row_of(variant: Variant, curves: dict[str, Curves], *, with_logits: bool) ->
         if variant.against is None:
             cells += ["", ""]
             continue
-        difference = paired_difference(losses, curves[variant.against].losses[step])
+        others = curves[variant.against].losses[step]
+        if len(losses) < 2:  # no interval
+            cells += [f"{losses[0] - others[0]:+.3f}", "one seed"]
+            continue
+        difference = paired_difference(losses, others)
         interval = f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
         cells += [interval, difference.reading]
     if with_logits:

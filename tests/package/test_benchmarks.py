@@ -83,6 +83,18 @@ def test_interleaved_warms_up_in_order_and_gives_every_run_its_turn(modules):
     }
 
 
+@pytest.mark.parametrize(
+    ("losses", "cells"),
+    [([5.0], ["+0.500", "one seed"]), ([5.0, 5.1], ["+0.550 [-0.085, +1.185]", "no difference seen"])],
+)
+def test_an_option_is_compared_on_one_seed_without_an_interval(modules, losses, cells):
+    module = modules["optimizers/option_losses"]
+    plain, option = module.Variant("plain", "recipe"), module.Variant("option", "recipe", (), "plain")
+    curves = {"plain": module.Curves({10: [4.5, 4.5][: len(losses)]}, []), "option": module.Curves({10: losses}, [])}
+    text = " ".join(f"{loss:.3f}" for loss in losses)
+    assert module.row_of(option, curves, with_logits=False) == ["option", text, *cells]
+
+
 def test_print_table(modules, capsys):
     modules["common"].print_table(["name", "ms"], [["a", "1.5"], ["b", None]])
     assert capsys.readouterr().out == "| name | ms |\n| --- | ---: |\n| a | 1.5 |\n| b |  |\n"
