@@ -89,7 +89,7 @@ def test_interleaved_warms_up_in_order_and_gives_every_run_its_turn(modules):
 )
 def test_an_option_is_compared_on_one_seed_without_an_interval(modules, losses, cells):
     module = modules["optimizers/option_losses"]
-    plain, option = module.Variant("plain", "recipe"), module.Variant("option", "recipe", (), "plain")
+    option = module.Variant("option", "recipe", (), "plain")
     curves = {"plain": module.Curves({10: [4.5, 4.5][: len(losses)]}, []), "option": module.Curves({10: losses}, [])}
     text = " ".join(f"{loss:.3f}" for loss in losses)
     assert module.row_of(option, curves, with_logits=False) == ["option", text, *cells]
