@@ -155,7 +155,8 @@ class LoRAFunction(torch.autograd.Function):
         x, *saved = saved_tensors(ctx)
         layers = layers_of(ctx, ctx.settings, saved[3 * len(ctx.settings) :], saved)
         used = {i: gradient for i, gradient in enumerate(gradients) if gradient is not None}
-        dx, d_weights = None, [None] * (len(layers) * _FIELDS)
+        dx: Tensor | None = None
+        d_weights: list[Tensor | None] = [None] * (len(layers) * _FIELDS)
         if used:
             with torch.autocast(next(iter(used.values())).device.type, enabled=False):
                 dx, d_used = backward_layers(x, [layers[i] for i in used], list(used.values()), ctx.needs_input_grad[0])
