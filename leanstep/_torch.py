@@ -129,6 +129,20 @@ def _embeddings(model: nn.Module, getter: str) -> nn.Module | None:
         return None
 
 
+_FREED_GRADIENTS = (
+    "expected the gradients at the optimizer's step, but release_gradients frees them inside backward. Nothing was "
+    "changed. Train without release_gradients."
+)
+
+
+def refuse_gradient_readers(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError, in the name of the caller of the hooks, if :class:`StepHooks` need an optimizer's gradients."""
+    for hook in optimizer._optimizer_step_pre_hooks.values():
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, StepHooks) and owner.reads_gradients:
+            raise ValueError(f"{owner.caller}: {_FREED_GRADIENTS}")
+
+
 class StepHooks:
     """Run one function on the gradients of an optimizer's step, and another one after the step.
 
@@ -141,10 +155,11 @@ class StepHooks:
         before, after: functions of the optimizer; their results are ignored.
         caller: begins error messages.
         parameters: by name; the optimizer must train those that require gradients.
+        reads_gradients: whether ``before`` or ``after`` need gradients, which ``release_gradients`` frees earlier.
 
     Raises:
         TypeError: for anything but a torch optimizer.
-        ValueError: if the optimizer does not train some of ``parameters``.
+        ValueError: if the optimizer does not train some of ``parameters``, or needed gradients are freed.
     """
 
     def __init__(
@@ -155,6 +170,7 @@ class StepHooks:
         *,
         caller: str,
         parameters: Mapping[str, Tensor] | None = None,
+        reads_gradients: bool = True,
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             hint = " (its .optimizer?)" if hasattr(optimizer, "optimizer") else ""
@@ -169,6 +185,9 @@ class StepHooks:
                 f"{', ...' if len(missing) > 5 else ''}; build the optimizer from this model's parameters (after "
                 "sharding, which replaces them), or freeze them"
             )
+        if reads_gradients and getattr(optimizer, "releases_gradients", False):
+            raise ValueError(f"{caller}: {_FREED_GRADIENTS}")
+        self.caller, self.reads_gradients = caller, reads_gradients
         self._before, self._after = before, after
         self._handles = [
             optimizer.register_step_pre_hook(self._pre_hook),

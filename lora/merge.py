@@ -23,7 +23,7 @@ from leanstep.lora.layers.frozen import quantized_kind
 from leanstep.lora.layers.linear import LoRALayer, LoRALinearLayer
 from leanstep.lora.layers.pissa import start_factors
 from leanstep.lora.layers.rule import dora_factor
-from leanstep.lora.layers.tokens import check_tokens, merge_tokens, unmerge_tokens
+from leanstep.lora.layers.tokens import TokenLayer, check_tokens, merge_tokens, unmerge_tokens
 
 # smaller DoRA factors leave too few digits of a row to divide them out again
 SMALL_FACTOR = 2.0**-8
@@ -273,35 +273,43 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Copies the weights of adapted layers. Lists parameters tied to one of them under every name; save the model inside
     :func:`config_of_merged`, so that its config matches. Raises ValueError for quantised or parametrized bases.
     """
-    layers, experts = dict(adapted_layers(model)), dict(adapted_experts(model))
-    tokens = {name: module for name, module in token_layers(model) if not module.tokens.merged}
-    # weights with trained rows, by those rows: tied modules have one
-    replaced: dict[int, Tensor] = {}
-    untied = {holder.name for group in tied_groups(model) for holder in group}
+    # a module may have several names, such as the embeddings of a T5 whose vocabulary was resized
+    modules = dict(model.named_modules(remove_duplicate=False))
+    untied = {(holder.module, holder.key) for group in tied_groups(model) for holder in group}
+    # by those rows: tied modules have one
+    with_rows: dict[int, Tensor] = {}
+    merged: dict[tuple[nn.Module | str, str], Tensor] = {}
     state = {}
     for name, value in model.state_dict().items():
-        owner, _, key = name.rpartition(".")
-        layer = layers.get(owner)
         if "lora_" in name:
             continue
-        if layer is not None and not layer.lora.merged and key == "weight":
-            _check_mergeable(owner, layer)
-            value = merged_weight(layer).to(value.dtype)
-        elif owner in experts and key in experts[owner].lora and not experts[owner].lora[key].merged:
-            value = _summed_parameter(experts[owner], key).to(value.dtype)
-        elif layer is not None and not layer.lora.merged and key == "bias" and _has_bias_on_b(layer):
-            value = value + _bias_shift(layer)
-        elif owner in tokens and key == "weight":
-            rows = id(tokens[owner].lora_token_rows)
-            check_tokens(owner, tokens[owner])
-            if rows not in replaced:
-                replaced[rows] = tokens[owner].replaced(value)
-            value = replaced[rows]
-        elif name in untied:
-            # a copy, so that the file stores tied parameters under every name
-            value = value.clone()
-        state[name] = value
+        owner, _, key = name.rpartition(".")
+        module = modules.get(owner)  # wrappers may leave themselves out of the names
+        place = (owner if module is None else module), key
+        earlier = merged.get(place)
+        tensor = _merged_tensor(owner, module, key, value, with_rows) if earlier is None else earlier
+        # a copy, so that the file stores tied parameters under every name
+        repeated = place in untied and (tensor is value or tensor is earlier)
+        merged[place], state[name] = tensor, tensor.clone() if repeated else tensor
     return state
+
+
+def _merged_tensor(name: str, module: Any, key: str, value: Tensor, with_rows: dict[int, Tensor]) -> Tensor:
+    """A tensor of a module as after a merge: ``value`` itself if the adapter does not change it."""
+    if isinstance(module, LoRALayer) and not module.lora.merged:
+        if key == "weight":
+            _check_mergeable(name, module)
+            return merged_weight(module).to(value.dtype)
+        return value + _bias_shift(module) if key == "bias" and _has_bias_on_b(module) else value
+    if isinstance(module, LoRAExpertsLayer) and key in module.lora and not module.lora[key].merged:
+        return _summed_parameter(module, key).to(value.dtype)
+    if isinstance(module, TokenLayer) and not module.tokens.merged and key == "weight":
+        check_tokens(name, module)
+        rows = id(module.lora_token_rows)
+        if rows not in with_rows:
+            with_rows[rows] = module.replaced(value)
+        return with_rows[rows]
+    return value
 
 
 def _widened(weight: Tensor) -> Tensor:

@@ -35,6 +35,8 @@ class QKClipCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         """Tap the model's attention."""
+        # an interrupted training has not ended
+        self.on_train_end(args, state, control)
         monitor = NormMonitor(objects["model"])
         try:
             self.clip = QKClip(monitor, objects["optimizer"], threshold=self.threshold, alpha=self.alpha)

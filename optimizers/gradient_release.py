@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from leanstep._torch import is_dtensor
+from leanstep._torch import is_dtensor, refuse_gradient_readers
 from leanstep.optimizers.common.base import LeanOptimizer
 from leanstep.optimizers.common.checks import describe
 from leanstep.optimizers.common.engines import is_flattened
@@ -41,6 +41,7 @@ class GradientRelease:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._updates.optimizer.releases_gradients = False
 
     @contextlib.contextmanager
     def accumulate(self, *, keep_others: bool = False) -> Iterator[None]:
@@ -120,7 +121,8 @@ def release_gradients(model: nn.Module, optimizer: LeanOptimizer) -> GradientRel
         ValueError: the optimizer has parameters that are not the model's; a group has nonfinite="raise", which checks
             all gradients before any update; parameters are flattened (FSDP1), hold partial sums, or have shards that
             the optimizer refuses; DistributedDataParallel looks for unused parameters, has a communication hook,
-            computes in mixed precision, or wraps a part of the model. Nothing was changed.
+            computes in mixed precision, or wraps a part of the model; :func:`leanstep.pruning.keep_masks`,
+            ``GradualPruner`` or a sparsity controller need gradients at the step. Nothing was changed.
         RuntimeError: a second backward pass completes a gradient before ``step()`` (raised by ``backward()``); the
             model runs inside a DistributedDataParallel that this function was not given (raised by its forward pass).
 
@@ -144,6 +146,7 @@ def release_gradients(model: nn.Module, optimizer: LeanOptimizer) -> GradientRel
             handles += [param.register_post_accumulate_grad_hook(arrived) for param in block]
     handles.append(optimizer.register_step_pre_hook(lambda *_: updates.update_accumulated()))
     handles.append(optimizer.register_step_post_hook(lambda *_: updates.end_step()))
+    optimizer.releases_gradients = True
     return GradientRelease(handles, updates)
 
 
@@ -377,6 +380,7 @@ def _refuse(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             f"release_gradients: {type(optimizer).__name__} cannot step parameters one by one; "
             f"expected one of {', '.join(separable)}"
         )
+    refuse_gradient_readers(optimizer)
     if isinstance(model, DistributedDataParallel):
         _refuse_settings(model)
     if any(isinstance(module, DistributedDataParallel) for module in model.modules() if module is not model):

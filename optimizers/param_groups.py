@@ -337,10 +337,9 @@ def _role(name: str, param: nn.Parameter, uses: list[_Use], in_head: bool) -> st
         if _is_embedding(use):
             return "position" if _is_position(use) else "embedding"
     use = uses[0]
-    class_name = type(use.module).__name__
-    if _NORM_CLASS.search(class_name):
-        return "norm"
     known = isinstance(use.module, (*_MATRIX_MODULES, *_CONV)) or is_conv1d(use.module)
+    if not known and _NORM_CLASS.search(type(use.module).__name__):
+        return "norm"
     if param.dim() >= 2 and not known and _is_position(use):
         return "position"
     if _BIAS_LEAF.fullmatch(use.leaf):

@@ -46,7 +46,8 @@ def keep_masks(
 
     Raises:
         ValueError: for masks of other names or shapes than the parameters, a model without a zero, or an optimizer that
-            does not train the masked parameters. Nothing is attached then.
+            does not train the masked parameters or whose gradients :func:`leanstep.release_gradients` frees before its
+            step. Nothing is attached then.
         TypeError: for anything but a torch optimizer.
 
     Notes:
@@ -275,7 +276,8 @@ class GradualPruner:
         include, exclude: whose zeros are kept; see :func:`prune_iteratively`.
 
     Raises:
-        ValueError: for ``every`` below 1; in a step, for a model without a zero after ``prune_to``.
+        ValueError: for ``every`` below 1, or freed gradients as for :func:`keep_masks`; in a step, for a model without
+            a zero after ``prune_to``.
 
     Notes:
         The step count and the names of the masked parameters are in :meth:`state_dict`; the masks are the zeros of the

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
 from leanstep.lora import LoraConfig, apply_lora, keep_zeros, merge, remove_lora
+from leanstep.lora.layers.frozen import is_linear
 from leanstep.optimizers import NonFiniteGradientError, create
 from leanstep.pruning.finetune import MaskKeeper, keep_masks
 from leanstep.pruning.measure.batches import Batch, as_batches, batches_hash
@@ -47,14 +48,15 @@ class Recovery:
         steps: number of updates.
         lr: root mean square of an entry's change in a step, at its highest; None: 3e-4, with ``rank`` 3e-3. It rises
             in the first tenth of the steps and falls to 0 along a cosine.
-        rank: train LoRA factors of this rank in place of the weights, and merge them; None: the weights.
+        rank: train LoRA factors of this rank in place of the weights of linear layers, and merge them; None: the
+            weights.
         batch_size: samples of a step.
         distill: train on the dense model's outputs; False: on the data's next tokens. None: as memory allows, where a
             folder is recovered; else as a teacher is given.
         seed: of the order of the samples, and of the factors.
 
     Raises:
-        ValueError: for a number that is not positive.
+        ValueError: for a number that is not positive, or not whole, other than ``lr``.
     """
 
     steps: int
@@ -69,6 +71,10 @@ class Recovery:
         if self.rank == 0 or not all(value > 0 and math.isfinite(value) for value in positive.values()):
             given = ", ".join(f"{name}={getattr(self, name)}" for name in positive)
             raise ValueError(f"recovery takes positive steps, lr, rank and batch_size, got {given}")
+        for name in ("steps", "rank", "batch_size", "seed"):
+            value = getattr(self, name)
+            if not isinstance(value, int | None):
+                raise ValueError(f"recovery takes a whole number as {name}, such as 100, got {value!r}")
 
     @property
     def step_size(self) -> float:
@@ -349,11 +355,14 @@ def _trained(model: nn.Module, targets: Sequence[Target], recovery: Recovery) ->
                 getattr(target.module, target.attribute).requires_grad_(True)
             yield
             return
-        config = LoraConfig(
-            r=recovery.rank,
-            lora_alpha=recovery.rank,
-            target_modules=[target.parameter.removesuffix(".weight") for target in targets if target.expert is None],
-        )
+        linear = [target for target in targets if target.expert is None and is_linear(target.module)]
+        if not linear:
+            raise ValueError(
+                f"recovery with rank={recovery.rank} adapts linear layers, and {type(model).__name__} has none among "
+                "its pruned ones; take rank=None, which trains the weights"
+            )
+        names = [target.parameter.removesuffix(".weight") for target in linear]
+        config = LoraConfig(r=recovery.rank, lora_alpha=recovery.rank, target_modules=names)
         with torch.random.fork_rng():
             torch.manual_seed(recovery.seed)
             apply_lora(model, config)

@@ -80,8 +80,9 @@ class Controller:
 
         Raises:
             TypeError: for anything but a torch optimizer (Accelerate's wrapper counts as one).
-            ValueError: if the controller is attached already, the optimizer does not train the sparse weights, or a
-                weight is sharded across its groups.
+            ValueError: if the controller is attached already, the optimizer does not train the sparse weights, a
+                weight is sharded across its groups, or SR-STE's term, measurements or the score "gradient" need the
+                gradients that :func:`leanstep.release_gradients` has freed.
         """
         if self._hooks is not None:
             raise ValueError("Controller.attach: attached already; call detach first, or each step would count twice")
@@ -90,6 +91,7 @@ class Controller:
         self._hooks = StepHooks(
             optimizer, self.before_step, lambda _: self.step(), caller="Controller.attach",
             parameters={layer.names[0]: layer.weight for layer in self.layers},
+            reads_gradients=bool(self.srste_lambda or self.measure_every or self.score == "gradient"),
         )  # fmt: skip
         if self.step_count == 0:
             # wrapping or sharding may have replaced the weights by those of another process
@@ -137,7 +139,8 @@ class Controller:
     def skip(self) -> None:
         """Count a step that changed no weight, so that the schedule ends with the run: pattern and alpha go on.
 
-        Masks change only where the pattern does. If weights are sharded, every process has to call it.
+        Masks change only where the pattern does, there by magnitudes in place of the score "gradient". If weights are
+        sharded, every process has to call it.
 
         Raises:
             ValueError: if the model has lost its parametrizations, as after :func:`squash`.
@@ -149,7 +152,7 @@ class Controller:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Recompute all masks, fixed ones too, from the current weights, without counting a step.
+        """Recompute all masks, fixed ones too, and S-STE's scale from the current weights, without counting a step.
 
         Call it after replacing weights; a loaded checkpoint contains its masks. If weights are sharded, every process
         has to call it.
@@ -285,7 +288,8 @@ class Controller:
             due_now = transform.pattern != stage.pattern if skipped else self._is_due(layer, stage)
             if not (always or due_now):
                 continue
-            if self.method.continuous and transform.pattern != stage.pattern and stage.phase != "dense":
+            new = always or transform.pattern != stage.pattern
+            if self.method.continuous and new and stage.phase != "dense":
                 transform.beta.fill_(s_ste_scale(whole_tensor(layer.weight.detach()), stage.pattern, dim=layer.dim))
             transform.pattern = stage.pattern
             if stage.pattern.is_dense:
@@ -295,7 +299,7 @@ class Controller:
                 weight = layer.weight
                 due.setdefault((stage.pattern, layer.dim, weight.device, weight.dtype), []).append(layer)
         for (pattern, dim, *_), layers in due.items():
-            self._update_masks(layers, pattern, dim, measure)
+            self._update_masks(layers, pattern, dim, measure, skipped)
 
     def _is_due(self, layer: SparseLayer, stage: Stage) -> bool:
         if layer.transform.pattern != stage.pattern:
@@ -303,8 +307,8 @@ class Controller:
         frozen = self.method.fixed or (self.schedule.freeze_mask_in_finetune and stage.phase == "finetune")
         return not frozen and stage.phase != "dense" and layer.transform.steps % self.mask_every == 0
 
-    def _update_masks(self, layers: list[SparseLayer], pattern: NM, dim: int, measure: bool) -> None:
-        scores = [self._score(layer) for layer in layers]
+    def _update_masks(self, layers: list[SparseLayer], pattern: NM, dim: int, measure: bool, skipped: bool) -> None:
+        scores = [self._score(layer, skipped) for layer in layers]
         for layer in layers:
             layer.check_sharding()
         masks = [layer.local_mask() for layer in layers]
@@ -320,7 +324,7 @@ class Controller:
                 flips = layer.total((before[i] ^ masks[i]).sum(dtype=torch.float32))
                 self.flip_rates[layer.name] = flips / layer.transform.mask.numel()
 
-    def _score(self, layer: SparseLayer) -> Tensor:
+    def _score(self, layer: SparseLayer, skipped: bool) -> Tensor:
         weight = local_part(layer.weight.detach())
         if callable(self.score):
             score = local_part(self.score(layer, layer.weight.detach()))
@@ -335,7 +339,8 @@ class Controller:
                 f"sparsify: score 'transposable' needs whole matrices, and {layer.name!r} is sharded; train under DDP, "
                 "or with another score"
             )
-        if self.score == "gradient" and layer.weight.grad is not None:
+        # the gradient of a skipped step may be non-finite
+        if self.score == "gradient" and not skipped and layer.weight.grad is not None:
             return magnitude_times_gradient(weight, local_part(layer.weight.grad))
         return weight
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from leanstep.sparsity.controller import Controller, Score
 from leanstep.sparsity.functional import GRAD_FLOWS
-from leanstep.sparsity.modules import SparseLayer, install, plan_layers
+from leanstep.sparsity.modules import SparseLayer, install, plan_layers, spare_from_broadcast
 from leanstep.sparsity.patterns import NM
 from leanstep.sparsity.schedules import DECAYS, STRUCTURES, Schedule
 
@@ -149,7 +149,7 @@ def sparsify(
         warnings.warn(f"sparsify: patterns 0:M prune every weight of {', '.join(empty[:5])}{more}", stacklevel=2)
     for layer in layers:
         install(layer, flow, resolved.continuous)
-    _spare_from_broadcast(model, layers)
+    spare_from_broadcast(model)
     controller.refresh()
     return controller
 
@@ -213,16 +213,3 @@ def _check_tiles(layers: list[SparseLayer]) -> None:
                 f"sparsify: score 'transposable' needs matrices that tiles of {m} x {m} fill, and {layer.name!r} has a "
                 f"weight of shape {shape}; leave it out of the patterns, or give it another pattern"
             )
-
-
-def _spare_from_broadcast(model: nn.Module, layers: list[SparseLayer]) -> None:
-    """Stop DDP from broadcasting masks before every forward pass: equal weights already give equal masks."""
-    transforms = {id(layer.transform) for layer in layers}
-    names = [
-        f"{name}.{buffer}"
-        for name, module in model.named_modules(remove_duplicate=False)
-        if id(module) in transforms
-        for buffer in ("mask", "alpha", "beta")
-    ]
-    known = list(getattr(model, "_ddp_params_and_buffers_to_ignore", []))
-    model._ddp_params_and_buffers_to_ignore = [*known, *names]  # type: ignore[assignment]

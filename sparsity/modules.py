@@ -7,9 +7,10 @@ process computes the mask of its rows from the full-precision weights and gather
 
 from __future__ import annotations
 
+import re
 import struct
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -101,6 +102,16 @@ class SparseWeight(nn.Module):
         # beta times a negative zero would not be +0
         return torch.where(alpha >= 1, weight, torch.where(value == 0, 0.0, value))
 
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> SparseWeight:
+        """Move to another device; alpha and beta keep fp32, which model.half() and the like would narrow."""
+        numbers = {"alpha": self.alpha, "beta": self.beta}
+        super()._apply(fn, recurse)
+        for name, number in numbers.items():
+            moved = getattr(self, name)
+            if moved.dtype != number.dtype:
+                setattr(self, name, number.to(moved.device))
+        return self
+
     def extra_repr(self) -> str:
         """The settings for ``print(model)``."""
         return f"{self.target} along dimension {self.dim}, now {self.pattern}, grad_flow={self.grad_flow!r}"
@@ -153,10 +164,10 @@ class SparseLayer:
 
     Attributes:
         name: the layer's name, or the parameter's if that is not called ``weight``.
-        uses: every (module, attribute) that holds the weight; several for tied weights.
+        uses: every (module, attribute) that holds the weight, each once; several for tied weights.
         dim: dimension along which groups lie.
         target: the final pattern.
-        names: parameter names, one per use.
+        names: parameter names of all uses; a module that the model has under two names has two.
         transform: the parametrization, shared by all uses.
     """
 
@@ -246,9 +257,17 @@ def sparse_layers(model: nn.Module) -> list[SparseLayer]:
             name = _layer_name(module_name, attribute)
             new = SparseLayer(name, [], transform.dim, transform.target, transform=transform)
             layer = layers.setdefault(id(transform), new)
-            layer.uses.append((module, attribute))
-            layer.names.append(f"{module_name}.{attribute}".lstrip("."))
+            _add_use(layer.uses, layer.names, module_name, module, attribute)
     return list(layers.values())
+
+
+def _add_use(
+    uses: list[tuple[nn.Module, str]], names: list[str], module_name: str, module: nn.Module, attribute: str
+) -> None:
+    """Add a name of a weight, and the module and attribute behind it unless another name has added them."""
+    names.append(f"{module_name}.{attribute}".lstrip("."))
+    if (module, attribute) not in uses:
+        uses.append((module, attribute))
 
 
 def plan_layers(
@@ -328,6 +347,23 @@ def install(layer: SparseLayer, grad_flow: str, continuous: bool) -> None:
         _holder(module, attribute).following = names[names.index(attribute) + 1 :]
         if attribute in expert_weights(layer.name, module):
             cache_in_forward(module)
+    if len(layer.names) > 1:
+        _declare_tied(layer)
+
+
+def _declare_tied(layer: SparseLayer) -> None:
+    """Let transformers' save_pretrained store a tied weight under one of its names; it refuses ties not declared.
+
+    It looks for patterns of the other names in every module, and puts the module's own name before them.
+    """
+    patterns = [re.escape(original_key(name)) for name in layer.names]
+    _holder(*layer.uses[0])._tied_weights_keys = {"|".join(["original", *patterns]): ""}
+
+
+def original_key(name: str) -> str:
+    """The key of a sparse parameter's dense weight: a.weight -> a.parametrizations.weight.original."""
+    module, _, attribute = name.rpartition(".")
+    return f"{module}.parametrizations.{attribute}.original".lstrip(".")
 
 
 def remove(module: nn.Module, attribute: str) -> None:
@@ -339,6 +375,31 @@ def remove(module: nn.Module, attribute: str) -> None:
         module._parameters[name] = module._parameters.pop(name)
     if not parametrize.is_parametrized(module):
         stop_caching(module)
+
+
+def spare_from_broadcast(model: nn.Module) -> None:
+    """Stop DDP from broadcasting masks before every forward pass: equal weights already give equal masks."""
+    known = list(getattr(model, "_ddp_params_and_buffers_to_ignore", []))
+    model._ddp_params_and_buffers_to_ignore = [*known, *_buffer_names(model)]  # type: ignore[assignment]
+
+
+def _buffer_names(model: nn.Module) -> list[str]:
+    return [
+        f"{name}.{buffer}"
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, SparseWeight)
+        for buffer in ("mask", "alpha", "beta")
+    ]
+
+
+def stop_sparing(model: nn.Module) -> None:
+    """Undo :func:`spare_from_broadcast`, before the masks are removed. Names that others gave stay."""
+    ours = set(_buffer_names(model))
+    others = [name for name in getattr(model, "_ddp_params_and_buffers_to_ignore", []) if name not in ours]
+    if others:
+        model._ddp_params_and_buffers_to_ignore = others  # type: ignore[assignment]
+    elif hasattr(model, "_ddp_params_and_buffers_to_ignore"):
+        del model._ddp_params_and_buffers_to_ignore
 
 
 def group_dim(module: nn.Module, axis: str) -> int:
@@ -379,11 +440,9 @@ def _layer_name(module_name: str, attribute: str) -> str:
 def _parameter_uses(model: nn.Module) -> dict[int, tuple[list[tuple[nn.Module, str]], list[str]]]:
     """Uses and names of every parameter, by the parameter's id."""
     uses_by_id: dict[int, tuple[list[tuple[nn.Module, str]], list[str]]] = {}
-    for module_name, module in model.named_modules():
+    for module_name, module in model.named_modules(remove_duplicate=False):
         for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            uses, names = uses_by_id.setdefault(id(parameter), ([], []))
-            uses.append((module, attribute))
-            names.append(f"{module_name}.{attribute}".lstrip("."))
+            _add_use(*uses_by_id.setdefault(id(parameter), ([], [])), module_name, module, attribute)
     return uses_by_id
 
 

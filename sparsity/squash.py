@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from leanstep._torch import is_dtensor
-from leanstep.sparsity.modules import SparseLayer, remove, sparse_layers
+from leanstep.sparsity.modules import SparseLayer, original_key, remove, sparse_layers, stop_sparing
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -46,6 +46,7 @@ def squash(model: Model, *, unfinished: str = "refuse") -> Model:
             f"squash: {sharded[0]!r} is sharded, and FSDP would lose its weight; save plain_state_dict(model, "
             "state_dict) of the gathered state dict, and load it into a plain model"
         )
+    stop_sparing(model)
     for layer in layers:
         weight = layer.weight
         value = layer.transform.effective(weight.detach())
@@ -53,8 +54,6 @@ def squash(model: Model, *, unfinished: str = "refuse") -> Model:
             remove(module, attribute)
         with torch.no_grad():
             weight.copy_(value)
-    if hasattr(model, "_ddp_params_and_buffers_to_ignore"):
-        del model._ddp_params_and_buffers_to_ignore
     return model
 
 
@@ -76,7 +75,7 @@ def plain_state_dict(model: nn.Module, state: Mapping[str, Any] | None = None) -
     renamed: dict[str, str] = {}
     values: dict[str, Tensor] = {}
     for layer in sparse_layers(model):
-        keys = [_original_key(name) for name in layer.names]
+        keys = [original_key(name) for name in layer.names]
         missing = [key for key in keys if key not in entries]
         if len(missing) == len(keys):
             raise ValueError(f"plain_state_dict: the state has no {keys[0]!r}; it is of another model")
@@ -103,12 +102,6 @@ def sparse_state(model: nn.Module) -> dict[str, Tensor]:
     modules = [name.rpartition(".")[0] for layer in sparse_layers(model) for name in layer.names]
     prefixes = tuple(f"{module}.parametrizations.".lstrip(".") for module in modules)
     return {key: value for key, value in model.state_dict().items() if key.startswith(prefixes)}
-
-
-def _original_key(name: str) -> str:
-    """The key of a sparse parameter's dense weight: a.weight -> a.parametrizations.weight.original."""
-    module, _, attribute = name.rpartition(".")
-    return f"{module}.parametrizations.{attribute}.original".lstrip(".")
 
 
 def check_finished(layers: list[SparseLayer], caller: str, advice: str = "take unfinished='keep'") -> None:

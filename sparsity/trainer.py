@@ -42,6 +42,11 @@ class SparsityCallback(TrainerCallback):
         self.controller.detach()
         self.controller.attach(objects["optimizer"])
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        """Count a step that a gradient scaler skipped: the Trainer counts it."""
+        while self.controller.step_count < state.global_step:
+            self.controller.skip()
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **objects: Any) -> None:
         """Add the controller's numbers, as ``sparse/KEY/LAYER``, to the training log and its history."""
         if logs is None or "loss" not in logs:

@@ -247,7 +247,9 @@ class NormMonitor:
         inputs = call.inputs.sequences(slice(SEQUENCES))
         norms = outside_dispatch_modes(lambda: head_norms(inputs, degrees=DEGREES, rows=ROWS, generator=self.generator))
         first = self._first.setdefault(name, torch.maximum(norms.gamma_q, norms.gamma_k).cpu())
-        self._logits[name] = norms.logit.float().cpu()
+        logits = norms.logit.float().cpu()
+        # a layer may run several times in a pass
+        self._logits[name] = torch.maximum(self._logits.get(name, logits), logits)
         self._reports[name] = list(self._judge(name, inputs, norms, first, self._projections[call.layer]))
 
     def _judge(

@@ -141,18 +141,27 @@ class LoRAFunction(torch.autograd.Function):
         saved = watched(ctx, saved) if any(y is not None for y in saved[2::3]) else saved
         ctx.save_for_backward(x if needs_x else None, *saved, *tensors)
         ctx.settings = settings
+        if len(settings) > 1:
+            # an unused output then has no gradient in place of zeros
+            ctx.set_materialize_grads(False)
         remember_backend(ctx)
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     @on_remembered_backend
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of x and of the tensors that need one."""
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradients of x and of the tensors that need one; none of the weights of a layer with unused output."""
         x, *saved = saved_tensors(ctx)
         layers = layers_of(ctx, ctx.settings, saved[3 * len(ctx.settings) :], saved)
-        with torch.autocast(gradients[0].device.type, enabled=False):
-            dx, d_weights = backward_layers(x, layers, gradients, ctx.needs_input_grad[0])
+        used = {i: gradient for i, gradient in enumerate(gradients) if gradient is not None}
+        dx: Tensor | None = None
+        d_weights: list[Tensor | None] = [None] * (len(layers) * _FIELDS)
+        if used:
+            with torch.autocast(next(iter(used.values())).device.type, enabled=False):
+                dx, d_used = backward_layers(x, [layers[i] for i in used], list(used.values()), ctx.needs_input_grad[0])
+            for number, i in enumerate(used):
+                d_weights[i * _FIELDS : (i + 1) * _FIELDS] = d_used[number * _FIELDS : (number + 1) * _FIELDS]
         return (dx, None, *(None,) * len(layers), *d_weights)
 
 

@@ -61,9 +61,13 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     layers, in_files = dict(adapted_layers(model)), _adapted_keys(model)
     biases = trained_biases(model, layers, config)
     saved_whole = tuple(f"{name}." for name in modules_to_save(model, config))
+    # a module under several names has one adapter
+    first_names = {name for name, _ in model.named_modules()}
     state = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner, _, end = name.rpartition(".")
+        if ".lora_" in f".{name}" and owner not in first_names:
+            continue
         if end == ROWS:
             key = f"{owner}.{IN_FILES}"
         elif any(f".{factor}" in f".{name}" for factor in _FACTORS) or name.startswith(saved_whole):
@@ -218,7 +222,7 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], **changes: object
             by_key = {key: name for name, key in _planned_keys(model, config).items()}
         except ValueError as error:
             raise ValueError(f"load_adapter: {source} does not fit this model ({base}): {error}") from error
-    state = _by_parameter(tensors, by_key)
+    state = _without_repetitions(model, _by_parameter(tensors, by_key))
     embeddings = _embedding_shapes(model, set(state) - set(shapes))
     shapes |= embeddings
     _compare(shapes, {key: tuple(value.shape) for key, value in state.items()}, f"{source} ({base})")
@@ -335,6 +339,21 @@ def _by_parameter(tensors: dict[str, Tensor], by_key: dict[str, str]) -> dict[st
             name = by_key.get(name, name)
             state[re.sub(r"\.base_layer\.(bias|weight)$", r".\1", name)] = value
     return state
+
+
+def _without_repetitions(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out factors under the later names of a module that are those under its first name, as PEFT writes them."""
+    first_names = {id(module): name for name, module in model.named_modules()}
+    later_names = {name: first_names[id(module)] for name, module in model.named_modules(remove_duplicate=False)}
+
+    def is_repeated(key: str) -> bool:
+        owner, dot, factor = key.partition(".lora_")
+        twin = f"{later_names.get(owner, owner)}{dot}{factor}"
+        if twin == key or twin not in state:
+            return False
+        return state[twin].dtype == state[key].dtype and torch.equal(state[twin], state[key])
+
+    return {key: value for key, value in state.items() if not is_repeated(key)}
 
 
 def _embedding_shapes(model: nn.Module, others: set[str]) -> dict[str, tuple[int, ...]]:

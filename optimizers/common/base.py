@@ -99,6 +99,7 @@ class LeanOptimizer(StateLoading, StateSaving):
         _drop_state: how a user drops the state of a resized parameter.
         _dims: the number of dimensions of every parameter, by group, when the groups were added.
         _checked: the settings of every group when they were checked.
+        releases_gradients: whether ``release_gradients`` steps inside backward.
         _separable: whether the update of a parameter depends on its own gradient and state alone.
         _older_names: names of state and group entries in states of older versions -> their names now.
         _older_settings: settings of older versions -> the values that still load.
@@ -107,6 +108,7 @@ class LeanOptimizer(StateLoading, StateSaving):
     _state_rules: Mapping[str, StateRule] = {}
     _shaped_state: tuple[str, ...] = ()
     _drop_state = "del optimizer.state[parameter]"
+    releases_gradients = False
     _separable = False
     _older_names: Mapping[str, str] = {}
     _older_settings: Mapping[str, tuple[Any, ...]] = {}

@@ -327,7 +327,7 @@ class Run:
         if spike is not None and spike.action == "rollback":
             self.roll_back(spike)
             return number
-        self.update(apply=sound and spike is None)
+        self.update(apply=sound and spike is None, finite=result.finite())
         self.state.step += 1
         self.state.tokens += targets
         self.logger.clock.stepped(targets)
@@ -354,14 +354,15 @@ class Run:
         self.state.nonfinite += not result.finite()
         return sound
 
-    def update(self, *, apply: bool) -> None:
+    def update(self, *, apply: bool, finite: bool) -> None:
         """Update the weights, or drop the gradients if not ``apply``; advance the schedules in any case."""
         if apply:
             # with release_gradients the weights are already updated, and this only ends the step
             self.optimizer.step()
             if self.clip is not None:
                 self.clip.step()
-            if self.ema is not None:
+            # a gradient scaler skips the step of gradients that are not finite
+            if self.ema is not None and finite:
                 self.ema.update()
         # the patterns follow the run's steps, also those that are left out here or by a gradient scaler
         while self.sparsity is not None and self.sparsity.step_count <= self.state.step:

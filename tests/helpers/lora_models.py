@@ -28,6 +28,19 @@ def tiny_gpt2(dtype=torch.float32, seed=0):
     return transformers.GPT2LMHeadModel(config).to(dtype)
 
 
+def tiny_t5(resized=False, seed=0):
+    """With one weight in its embeddings and head. If ``resized``, the embeddings are one module of 64 tokens."""
+    torch.manual_seed(seed)
+    config = transformers.T5Config(
+        vocab_size=61, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, dropout_rate=0.0,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    model = transformers.T5ForConditionalGeneration(config)
+    if resized:
+        model.resize_token_embeddings(64)
+    return model
+
+
 def tokens(rows=2, length=10, seed=0, vocabulary=61):
     return torch.randint(0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
 

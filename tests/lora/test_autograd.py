@@ -171,6 +171,21 @@ def test_layers_that_share_an_input_give_the_sum_of_their_gradients():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_a_layer_whose_output_is_not_used_has_no_gradient(dropout):
+    layers, x, seeds = [layer(m=m) for m in (4, 2, 3)], double(3, N), [torch.tensor(4) if dropout else None] * 3
+    settings = (Setting(0.5, dropout),) * 3
+    outputs = lora_linears(x, settings, layers, seeds)
+    leaves = [x, *(tensor for w in layers for tensor in (w.bias, w.a, w.b))]
+    found = torch.autograd.grad(outputs[0].sum() + outputs[2].square().sum(), leaves, allow_unused=True)
+    plain = [formula(x, *args) for args in zip(settings, layers, seeds, strict=True)]
+    wanted = torch.autograd.grad(plain[0].sum() + plain[2].square().sum(), leaves, allow_unused=True)
+    assert [gradient is None for gradient in found] == [False] * 4 + [True] * 3 + [False] * 3
+    for a, b in zip(found, wanted, strict=True):
+        if a is not None:
+            torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("dora", [False, True])
 def test_products_of_all_layers_at_once_are_those_of_each(dora):
     n, rows = 12, 9

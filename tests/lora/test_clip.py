@@ -185,3 +185,31 @@ def test_the_trainer_clips(tmp_path):
     assert first["qk_clip/heads"] > 0 and first[layer] > 6
     assert second[layer] == pytest.approx(5.0, rel=1e-4)
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_training_after_an_interrupted_one_leaves_nothing_behind():
+    model, callback = with_large_logits("llama"), QKClipCallback()
+    objects = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
+    for _ in range(2):
+        callback.on_train_begin(None, None, None, **objects)
+    callback.on_train_end(None, None, None)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_the_largest_logit_is_that_of_all_calls_of_a_shared_layer():
+    model = with_large_logits("llama")
+    model.model.layers[1] = model.model.layers[0]
+    calls = []
+
+    def observe(call):
+        logits = call.inputs.scale * call.inputs.query @ call.inputs.key.mT
+        later = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(1)
+        calls.append(logits.detach().masked_fill(later, -torch.inf).amax((0, 2, 3)).double())
+
+    with NormMonitor(model) as monitor:
+        for tap in monitor._taps.values():
+            tap.observers.append(observe)
+        measured = first_layer(logits_of(monitor, model))
+    first, second = calls
+    assert (first > second + 1).any(), "the last call does not hold the largest logit of every head"
+    torch.testing.assert_close(measured, torch.maximum(first, second), rtol=1e-4, atol=1e-4)

@@ -5,7 +5,16 @@ import copy
 import pytest
 import torch
 import transformers
-from lora_models import GPT2_TARGETS, LLAMA_TARGETS, loss_and_gradients, randomise, tiny_gpt2, tiny_llama, tokens
+from lora_models import (
+    GPT2_TARGETS,
+    LLAMA_TARGETS,
+    loss_and_gradients,
+    randomise,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_t5,
+    tokens,
+)
 
 from leanstep.lora import LoraConfig, apply_lora, merge, remove_lora, unmerge
 from leanstep.lora.merge import config_of_merged, merged_state_dict
@@ -225,20 +234,10 @@ def test_the_merged_state_of_a_tied_model_opens_too(tmp_path):
     assert plain.lm_head.weight is plain.transformer.wte.weight
 
 
+@pytest.mark.parametrize("resized", [False, True])
 @pytest.mark.parametrize("target", ["shared", "lm_head"])
-def test_a_weight_that_many_share(target, tmp_path):
-    config = transformers.T5Config(
-        vocab_size=61,
-        d_model=32,
-        d_kv=8,
-        d_ff=48,
-        num_layers=1,
-        num_heads=4,
-        dropout_rate=0.0,
-        decoder_start_token_id=0,
-    )
-    torch.manual_seed(0)
-    model = adapted(lambda _: transformers.T5ForConditionalGeneration(config), {"target_modules": [target]})
+def test_a_weight_that_many_share(target, resized, tmp_path):
+    model = adapted(lambda _: tiny_t5(resized), {"target_modules": [target]})
     holders = [model.shared, model.encoder.embed_tokens, model.decoder.embed_tokens, model.lm_head]
     assert len({id(holder.weight) for holder in holders}) == 1
     call = {"input_ids": tokens(), "decoder_input_ids": tokens(seed=1)}
@@ -254,6 +253,17 @@ def test_a_weight_that_many_share(target, tmp_path):
     torch.testing.assert_close(other(**call).logits, wanted, rtol=1e-4, atol=1e-4)
     unmerge(model)
     assert len({id(holder.weight) for holder in holders}) == 1
+
+
+@pytest.mark.parametrize("settings", [{"modules_to_save": ["shared"]}, {"trainable_token_indices": [3, 63]}])
+def test_the_merged_state_of_a_module_with_many_names_opens(settings, tmp_path):
+    model = adapted(lambda _: tiny_t5(resized=True), {"target_modules": ["q"], **settings})
+    assert model.encoder.embed_tokens is model.shared
+    call = {"input_ids": tokens(vocabulary=64), "decoder_input_ids": tokens(seed=1, vocabulary=64)}
+    with config_of_merged(model):
+        model.save_pretrained(tmp_path, state_dict=merged_state_dict(model))
+    other = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    torch.testing.assert_close(other(**call).logits, model(**call).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("targets", [["0"], ["0", "2"]])

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
-from lora_models import randomise, tiny_llama, tokens
+from lora_models import randomise, tiny_llama, tiny_t5, tokens
 from safetensors.torch import load_file, save_file
 
 from leanstep.lora import LoraConfig, apply_lora, load_adapter, merge, save_adapter
@@ -261,3 +261,27 @@ def test_files_of_an_adapter_are_ordinary_files_of_its_folder(tmp_path, name, ki
         os.mkfifo(tmp_path / "adapter" / name)
     with pytest.raises(ValueError, match=f"{name} is (a link to .* outside of the checkpoint|no ordinary file)"):
         load_adapter(tiny_llama(), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"target_modules": ["shared", "q"]}, {"target_modules": ["q"], "trainable_token_indices": [3, 63]}]
+)
+def test_a_module_with_many_names_has_one_adapter(settings, tmp_path):
+    model = randomise(apply_lora(tiny_t5(resized=True), LoraConfig(r=2, **settings)), scale=0.2).eval()
+    assert model.encoder.embed_tokens is model.shared
+    call = {"input_ids": tokens(vocabulary=64), "decoder_input_ids": tokens(seed=1, vocabulary=64)}
+    save_adapter(model, tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    written = load_file(path)
+    assert not any("embed_tokens" in key for key in written)
+    # files may have the tensors under every name
+    again = {key.replace(".shared.", ".decoder.embed_tokens."): value.clone() for key, value in written.items()}
+    for state in (written, written | again):
+        save_file(state, path)
+        other = load_adapter(tiny_t5(resized=True), tmp_path).eval()
+        assert torch.equal(other(**call).logits, model(**call).logits)
+        assert torch.equal(load_adapter(other, tmp_path)(**call).logits, model(**call).logits)
+    changed = {key: value + (key not in written) for key, value in (written | again).items()}
+    save_file(changed, path)
+    with pytest.raises(ValueError, match="keys are not of this model"):
+        load_adapter(tiny_t5(resized=True), tmp_path)

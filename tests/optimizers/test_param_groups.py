@@ -287,6 +287,15 @@ class Odd(nn.Module):
         self.output = nn.Linear(8, 16, bias=False)
 
 
+class NormalizedLinear(nn.Linear):
+    pass
+
+
+def test_a_linear_layer_that_is_named_after_a_norm_is_none():
+    roles = parameter_roles(nn.Sequential(NormalizedLinear(8, 8), nn.LayerNorm(8)))
+    assert roles == {"0.weight": "hidden", "0.bias": "bias", "1.weight": "norm", "1.bias": "norm"}
+
+
 def test_roles_of_odd_parameters():
     roles = parameter_roles(Odd())
     assert roles == {

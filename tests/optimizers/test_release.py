@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from leanstep.optimizers import Lion, SinkGD, param_groups, release_gradients
+from leanstep.pruning import GradualPruner, keep_masks
+from leanstep.sparsity import sparsify
 
 
 def model_of(seed=0):
@@ -313,3 +315,49 @@ def test_threads_of_several_devices_update_one_after_the_other():
     plain.step()
     for a, b in zip(halves.parameters(), expected.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "options", [{"method": "srste"}, {"method": "ste", "measure_every": 1}, {"method": "ste", "score": "gradient"}]
+)
+def test_a_sparsity_controller_that_reads_gradients_is_refused(options):
+    model = model_of()
+    optimizer = SinkGD(param_groups(model), lr=1e-2)
+    controller = sparsify(model, {"0": "2:4"}, **options)
+    with release_gradients(model, optimizer), pytest.raises(ValueError, match="attach: expected the gradients at the"):
+        controller.attach(optimizer)
+    controller.attach(optimizer)
+    with pytest.raises(ValueError, match="Controller.attach: .* Train without release_gradients"):
+        release_gradients(model, optimizer)
+    controller.detach()
+    release_gradients(model, optimizer).remove()
+
+
+def test_masks_of_magnitudes_follow_steps_inside_backward():
+    models = [model_of(), model_of()]
+    for model in models:
+        optimizer = SinkGD(param_groups(model), lr=1e-2)
+        controller = sparsify(model, {"0": "2:4"}).attach(optimizer)
+        if model is models[1]:
+            release_gradients(model, optimizer)
+        for _ in range(3):
+            model(torch.ones(4, 24)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert controller.step_count == 3
+    for left, right in zip(models[0].state_dict().values(), models[1].state_dict().values(), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_masks_of_pruned_weights_that_need_gradients_are_refused():
+    model = model_of()
+    model[0].weight.data[:, ::2] = 0
+    optimizer = Lion(param_groups(model), lr=1e-2)
+    with release_gradients(model, optimizer):
+        with pytest.raises(ValueError, match="keep_masks: expected the gradients at the optimizer's step"):
+            keep_masks(model, optimizer)
+        with pytest.raises(ValueError, match="GradualPruner: expected the gradients"):
+            GradualPruner(model, optimizer, lambda sparsity: None, lambda step: 0.5)
+    with keep_masks(model, optimizer), pytest.raises(ValueError, match="keep_masks: .* Nothing was changed"):
+        release_gradients(model, optimizer)
+    release_gradients(model, optimizer)

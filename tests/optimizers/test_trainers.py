@@ -272,6 +272,43 @@ def best_loss(name, problem, seed, rates=None, steps=150):
     )
 
 
+@pytest.mark.filterwarnings("ignore")  # of Lightning
+def test_halves_follow_lightnings_schedule_of_accumulation(monkeypatch):
+    """Also if the callback comes before the one that sets the numbers."""
+    lightning = pytest.importorskip("lightning")
+    from leanstep.optimizers import lightning as callbacks
+
+    class Regression(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.Linear(8, 8)
+
+        def training_step(self, batch, index):
+            return self.net(batch).square().mean()
+
+        def configure_optimizers(self):
+            return LANTON(param_groups(self), lr=1e-2, noise="halves")
+
+    def run(numbers):
+        trainer = lightning.Trainer(
+            max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[
+                callbacks.MarkHalves(), lightning.pytorch.callbacks.GradientAccumulationScheduler(scheduling=numbers)
+            ],
+        )  # fmt: skip
+        trainer.fit(Regression(), DataLoader(torch.randn(16, 8), batch_size=2))
+
+    seen, mark_half = [], LANTON.mark_half
+    monkeypatch.setattr(
+        LANTON, "mark_half", lambda self, part, **rest: seen.append(part) or mark_half(self, part, **rest)
+    )
+    run({0: 4, 1: 2})
+    assert seen == [0.5] * 2 + [0.5] * 4
+    with pytest.raises(ValueError, match="two or more micro-batches per step, got 1"):
+        run({0: 2, 1: 1})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_small_problems(seed):

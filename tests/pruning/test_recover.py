@@ -1,8 +1,11 @@
 """Recovery after pruning: the zeros stay, the rest approaches the dense model, and an error leaves the pruned model."""
 
+import copy
+
 import pytest
 import torch
 from pruned_models import images, make_gpt2, make_llama, make_mixtral, make_vit, tokens
+from torch import nn
 from torch.nn.functional import cross_entropy, kl_div
 
 from leanstep import SinkGD
@@ -154,6 +157,21 @@ def test_images_are_distilled_and_need_a_teacher():
     assert result.after.mean < result.before.mean
 
 
+def test_factors_are_trained_beside_layers_that_take_none():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Flatten(), nn.Linear(256, 8), nn.ReLU(), nn.Linear(8, 4))
+    dense, data = copy.deepcopy(model), torch.randn(16, 1, 8, 8)
+    for layer in (model[0], model[2]):
+        layer.weight.data[torch.rand(layer.weight.shape) < 0.5] = 0
+    before, kept = copy.deepcopy(model.state_dict()), masks(model)
+    result = recover(model, data, Recovery(10, lr=1e-2, rank=2), teacher=dense, held_out=data)
+    assert result.applied and all(torch.equal(masks(model)[name], mask) for name, mask in kept.items())
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {"2.weight", "4.weight"}
+    with pytest.raises(ValueError, match=r"recovery with rank=2 adapts linear layers, and Sequential has none among"):
+        recover(model, data, Recovery(10, rank=2), teacher=dense, include=["0.weight"])
+
+
 def test_training_that_makes_it_worse_is_taken_back():
     model = pruned()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -190,6 +208,9 @@ def test_what_cannot_be_recovered_is_refused():
     ):
         with pytest.raises(ValueError, match=f"takes positive steps.*{text}"):
             Recovery(**settings)
+    for name, value in (("steps", 1e3), ("batch_size", 2.0), ("rank", 1.5), ("seed", "0")):
+        with pytest.raises(ValueError, match=f"takes a whole number as {name}, such as 100, got {value!r}"):
+            Recovery(**{"steps": 5, name: value})
     with pytest.raises(ValueError, match="no matrix of the model has a zero"):
         recover(make_llama(), tokens(4), Recovery(2), teacher=make_llama())
     with pytest.raises(ValueError, match="needs the dense model as teacher"):

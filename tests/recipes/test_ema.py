@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from training import Training, numbers, read_log, run, status, write_recipe, wri
 from leanstep.recipes.config.loader import ConfigError, load
 from leanstep.recipes.evaluate import main as evaluate
 from leanstep.recipes.methods.ema import WeightAverage
+from leanstep.recipes.training.run import Run
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -73,6 +75,16 @@ def test_settings_that_exclude_an_average_are_refused(overrides, message):
 
 def test_the_expected_loss_of_a_recipe_holds_with_an_average():
     assert load("llama-nano-adamw", ["ema.decay=0.99"]).expect == load("llama-nano-adamw").expect
+
+
+def test_a_step_that_a_gradient_scaler_skips_is_none_of_the_average():
+    ema, nothing = WeightAverage(torch.nn.Linear(5, 3), 0.9), SimpleNamespace(step=lambda: None)
+    run = SimpleNamespace(
+        optimizer=nothing, schedule=nothing, clip=None, sparsity=None, ema=ema, drop_gradients=lambda **_: None
+    )
+    for apply, finite, updates in ((True, False, 0), (True, True, 1), (False, False, 1)):
+        Run.update(run, apply=apply, finite=finite)
+        assert ema.updates == updates
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from sparse_models import MLP, batch, make_mlp, train
 from torch import nn
 
-from leanstep.sparsity import NM, Schedule, is_nm, sparsify, squash, transposable_mask
+from leanstep.sparsity import NM, Schedule, is_nm, nm_mask, sparsify, squash, transposable_mask
 from leanstep.sparsity.methods import METHODS
 
 EVERY = [
@@ -482,3 +482,14 @@ def test_masked_weights_stay_out_of_the_window_of_m_fac():
         mask, name = layer.transform.mask, next(n for n, p in named if p is layer.weight)
         assert torch.equal(layer.weight[~mask], before[name][~mask]) and not torch.equal(layer.weight, before[name])
         assert not optimizer.state[layer.weight]["window"][:, ~mask].any()
+
+
+def test_a_skipped_step_scores_by_the_weight_where_the_pattern_changes():
+    model = nn.Sequential(nn.Linear(8, 8))
+    controller = sparsify(
+        model, {"0": "2:4"}, schedule=Schedule(total_steps=10, dense=0.1), method="fixed", score="gradient"
+    )
+    layer = controller.layers[0]
+    layer.weight.grad = torch.full((8, 8), torch.nan)
+    controller.skip()
+    assert torch.equal(layer.transform.mask, nm_mask(layer.weight.detach(), "2:4"))

@@ -15,7 +15,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from leanstep.sparsity import NM, Schedule, is_nm, sparsify, squash, verify
+from leanstep.sparsity import NM, Schedule, is_nm, s_ste_scale, sparsify, squash, verify
 
 
 def gpt2():
@@ -246,3 +246,28 @@ def test_train_helper_moves_every_layer():
     start = {name: value.clone() for name, value in model.state_dict().items()}
     train(model, None, steps=1)
     assert all(not torch.equal(value, start[name]) for name, value in model.state_dict().items())
+
+
+def test_the_scale_of_s_ste_belongs_to_the_weights_that_replace_others():
+    model = make_mlp()
+    controller = sparsify(model, MLP, method="s-ste")
+    layer = controller.layers[0]
+    with torch.no_grad():
+        layer.weight.pow_(3)
+    controller.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    assert torch.equal(layer.transform.beta, s_ste_scale(layer.weight.detach(), layer.target))
+    scale = layer.transform.beta.clone()
+    train(model, controller, steps=2)
+    assert torch.equal(layer.transform.beta, scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_the_decay_keeps_its_digits_in_a_model_of_another_dtype(dtype):
+    model = make_mlp()
+    controller = sparsify(model, MLP, schedule=1000, method="mdgf-linear")
+    model.to(dtype)
+    controller.step()
+    for layer in controller.layers:
+        assert layer.weight.dtype == dtype and layer.transform.beta.dtype == torch.float32
+        assert torch.equal(layer.transform.alpha, torch.tensor(1 - 1 / 1000))
+    assert not any("alpha" in key for key in model.state_dict())

@@ -136,3 +136,38 @@ def test_two_patterns_for_one_tied_weight_are_refused():
     with pytest.raises(ValueError, match="'a' and 'b' are one tied weight, but the rules give them 2:4 and 1:4"):
         sparsify(model, {"a": "2:4", "b": "1:4"})
     assert not hasattr(model["a"], "parametrizations")
+
+
+class Aliased(nn.Module):
+    """One module under two names, as the embeddings of a T5 whose vocabulary was resized."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.second = self.first
+        self.out = nn.Linear(8, 4)
+
+    def forward(self, inputs):
+        return self.out(self.second(torch.tanh(self.first(inputs))))
+
+
+def test_a_module_under_two_names_is_squashed_once():
+    model, plain = Aliased(), Aliased()
+    keys = list(model.state_dict())
+    controller = sparsify(model, "2:4")
+    assert controller.layers[0].names == ["first.weight", "second.weight"] and len(controller.layers[0].uses) == 1
+    expected = model(batch()[0])
+    plain.load_state_dict(plain_state_dict(model))
+    assert torch.equal(plain(batch()[0]), expected)
+    squash(model)
+    assert torch.equal(model(batch()[0]), expected) and list(model.state_dict()) == keys
+    assert not any(hasattr(module, "parametrizations") for module in model.modules())
+
+
+def test_what_others_keep_from_ddp_stays_after_squash():
+    model = make_mlp()
+    model._ddp_params_and_buffers_to_ignore = ["0.bias"]
+    sparsify(model, MLP)
+    assert "2.parametrizations.weight.0.mask" in model._ddp_params_and_buffers_to_ignore
+    squash(model)
+    assert model._ddp_params_and_buffers_to_ignore == ["0.bias"]
