@@ -357,10 +357,16 @@ def free_bytes(path: Path) -> int:
 
 def is_disk_full(error: BaseException) -> bool:
     """Whether an error says that the disk, or the user's quota on it, is full. Not every writer raises OSError."""
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-        return True
     text = str(error)
-    return any(sign in text for sign in ("No space left", "os error 28", "StorageFull")) or "quota" in text.lower()
+    signs = any(sign in text for sign in ("No space left", "os error 28", "StorageFull"))
+    return signs or getattr(error, "errno", None) == errno.ENOSPC or is_quota_used_up(error)
+
+
+def is_quota_used_up(error: BaseException) -> bool:
+    """Whether an error says that the user's quota on the disk is used up."""
+    number = getattr(error, "errno", None)
+    # the text of an OSError also holds a path
+    return "quota" in str(error).lower() if number is None else number == errno.EDQUOT
 
 
 def format_bytes(size: float) -> str:

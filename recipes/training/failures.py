@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
-from leanstep._files import format_bytes, free_bytes, is_disk_full, replacing, write_text
+from leanstep._files import format_bytes, free_bytes, is_disk_full, is_quota_used_up, replacing, write_text
 from leanstep._torch import whole_tensor
 from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.data.batches import Batch
@@ -156,6 +156,9 @@ def disk_trouble(error: BaseException, folder: Path, needed: int) -> str | None:
         free = free_bytes(folder)
     except OSError as gone:
         return f"cannot write: {gone}"
+    if is_quota_used_up(error):
+        # the disk may have room for others
+        return "disk full: the user's quota is used up"
     if is_disk_full(error) or (other and free < needed):
         return f"disk full, {format_bytes(free)} free"
     return f"cannot write: {error}" if isinstance(error, OSError) else None
