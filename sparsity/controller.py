@@ -78,8 +78,8 @@ class Controller:
         """Follow an optimizer with hooks around its ``step``, with or without a closure. Returns the controller.
 
         Any number of backward passes may lie between two steps. Steps that a gradient scaler skips do not count, unless
-        :meth:`skip` counts them. Wrap the model in DistributedDataParallel before: it gives all processes the weights of
-        the first one, and where that happens later, the passes before the first step run with each process's own masks.
+        :meth:`skip` counts them. Wrap the model in DistributedDataParallel before: it gives all processes the weights
+        of the first one. Where it does so later, the passes before the first step run with each process's own masks.
 
         Raises:
             TypeError: for anything but a torch optimizer (Accelerate's wrapper counts as one).
