@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -48,6 +49,9 @@ def check_memory(groups: list[dict[str, Any]], states: list[dict[str, Any]], pro
     allocated = sum(t.numel() * t.element_size() for t in tensors)
     for device, needed in needed_bytes(groups, process_group).items():
         available = free_memory(device)
+        if available is not None and device.type == "cpu":
+            # the processes of torchrun on this machine share it
+            available //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if available is not None and needed - allocated > available:
             raise ValueError(_refusal(groups, process_group, device, needed, available))
 
