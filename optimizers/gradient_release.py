@@ -110,7 +110,7 @@ def release_gradients(model: nn.Module, optimizer: LeanOptimizer) -> GradientRel
             To accumulate gradients, suspend communication in all but the last pass: ``model.no_sync()`` of
             DistributedDataParallel, ``model.set_requires_gradient_sync(False)`` of FSDP2. Gradients are then freed by
             the last pass only. One process accumulates by :meth:`GradientRelease.accumulate`, into the momentum.
-        optimizer: :class:`Lion` or :class:`SinkGD`.
+        optimizer: :class:`Lion` or :class:`SinkGD`. Call the function once for each optimizer of the model.
 
     Returns:
         A handle with ``remove()`` and ``accumulate()``; also a context manager.
