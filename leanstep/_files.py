@@ -200,8 +200,7 @@ def replacing(path: Path) -> Iterator[Path]:
     if path.exists() and not path.is_file():
         raise OSError(errno.EISDIR if path.is_dir() else errno.EINVAL, "is not a regular file", str(path))
     remove_partials(path)
-    writer = f"{secrets.token_hex(4)}-{_process_space()}-{os.getpid()}"
-    folder = path.with_name(f".{path.stem}.{writer}{path.suffix}.tmp")
+    folder = path.with_name(f".{path.stem}.{_new_writer()}{path.suffix}.tmp")
     folder.mkdir(mode=0o700)
     partial = folder / path.name
     try:
@@ -225,15 +224,20 @@ def remove_partials(path: Path) -> None:
     except OSError:
         return
     for name in names:
-        writer = name.removeprefix(start).removesuffix(end).split("-")
-        if (
-            len(writer) == 3
-            and writer[1] == _process_space()
-            and writer[2].isdigit()
-            and not _is_running(int(writer[2]))
-        ):
+        if _has_ended(name.removeprefix(start).removesuffix(end)):
             with suppress(OSError):
                 remove(path.with_name(name))
+
+
+def _new_writer() -> str:
+    """A part of a name that no other writer has: chance, the processes of this one, and its number among them."""
+    return f"{secrets.token_hex(4)}-{_process_space()}-{os.getpid()}"
+
+
+def _has_ended(writer: str) -> bool:
+    """Whether a :func:`_new_writer` was of a process of this machine that has ended."""
+    parts = writer.split("-")
+    return len(parts) == 3 and parts[1] == _process_space() and parts[2].isdigit() and not _is_running(int(parts[2]))
 
 
 @cache
@@ -264,7 +268,7 @@ def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         FileExistsError: another process made ``target`` in the meantime.
     """
     target = target.absolute()
-    staged = target.with_name(f".{target.name}{STAGED}{secrets.token_hex(4)}-{os.getpid()}")
+    staged = target.with_name(f".{target.name}{STAGED}{_new_writer()}")
     staged.mkdir()
     try:
         yield staged
@@ -333,10 +337,10 @@ def remove(path: Path) -> None:
 
 
 def remove_leftovers(target: Path) -> None:
-    """Remove half-written folders of :func:`staged_folder` whose process has ended."""
-    for path in target.absolute().parent.glob(f".{target.name}{STAGED}*"):
-        process = path.name.rpartition("-")[2]
-        if process.isdigit() and not _is_running(int(process)):
+    """Remove half-written folders of :func:`staged_folder` in processes that have ended on this machine."""
+    start = f".{target.name}{STAGED}"
+    for path in target.absolute().parent.glob(f"{start}*"):
+        if _has_ended(path.name.removeprefix(start)):
             remove(path)
 
 
@@ -357,10 +361,16 @@ def free_bytes(path: Path) -> int:
 
 def is_disk_full(error: BaseException) -> bool:
     """Whether an error says that the disk, or the user's quota on it, is full. Not every writer raises OSError."""
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-        return True
     text = str(error)
-    return any(sign in text for sign in ("No space left", "os error 28", "StorageFull")) or "quota" in text.lower()
+    signs = any(sign in text for sign in ("No space left", "os error 28", "StorageFull"))
+    return signs or getattr(error, "errno", None) == errno.ENOSPC or is_quota_used_up(error)
+
+
+def is_quota_used_up(error: BaseException) -> bool:
+    """Whether an error says that the user's quota on the disk is used up."""
+    number = getattr(error, "errno", None)
+    # the text of an OSError also holds a path
+    return "quota" in str(error).lower() if number is None else number == errno.EDQUOT
 
 
 def format_bytes(size: float) -> str:

@@ -111,7 +111,7 @@ def release_gradients(model: nn.Module, optimizer: LeanOptimizer) -> GradientRel
             To accumulate gradients, suspend communication in all but the last pass: ``model.no_sync()`` of
             DistributedDataParallel, ``model.set_requires_gradient_sync(False)`` of FSDP2. Gradients are then freed by
             the last pass only. One process accumulates by :meth:`GradientRelease.accumulate`, into the momentum.
-        optimizer: :class:`Lion` or :class:`SinkGD`.
+        optimizer: :class:`Lion` or :class:`SinkGD`. Call the function once for each optimizer of the model.
 
     Returns:
         A handle with ``remove()`` and ``accumulate()``; also a context manager.
@@ -137,8 +137,9 @@ def release_gradients(model: nn.Module, optimizer: LeanOptimizer) -> GradientRel
     updates = _Updates(optimizer, whole_model=not isinstance(model, DistributedDataParallel))
     handles: list[Any] = []
     if isinstance(model, DistributedDataParallel):
-        buckets = _after_buckets(model, updates)
-        handles += [buckets, optimizer.register_step_post_hook(lambda *_: buckets.end_step())]
+        buckets = _buckets_of(model)
+        buckets.add(updates)
+        handles += [_OfBuckets(buckets, updates), optimizer.register_step_post_hook(lambda *_: buckets.end_step())]
     else:
         handles.append(model.register_forward_pre_hook(_refuse_data_parallel))
         for block in _blocks(model, updates.slots):
@@ -302,50 +303,54 @@ class _Buckets:
     """
 
     def __init__(self, parallel: DistributedDataParallel) -> None:
-        self.updates: _Updates | None = None
+        self._updates: list[_Updates] = []  # one for each optimizer; without any, the hook only reduces
         self._group = parallel.process_group
         self._reducing: list[tuple[torch.futures.Future[Any], list[tuple[Tensor, Tensor]]]] = []
         self._updated: list[Tensor] = []
         parallel.register_comm_hook(None, lambda state, bucket: self._reduce(bucket))
 
-    def remove(self) -> None:
-        """Go on as a communication hook that only reduces."""
-        self.updates = None
+    def add(self, updates: _Updates) -> None:
+        """Update the parameters of one more optimizer, or of one that is here already in another way."""
+        self._updates = [each for each in self._updates if each.optimizer is not updates.optimizer] + [updates]
+
+    def remove(self, updates: _Updates) -> None:
+        """Leave the parameters of an optimizer to its step."""
+        self._updates = [each for each in self._updates if each is not updates]
 
     def end_step(self) -> None:
         """Forget what a backward pass that failed has left."""
         self._reducing, self._updated = [], []
 
     def _reduce(self, bucket: torch.distributed.GradBucket) -> torch.futures.Future[Tensor]:
-        if self.updates is not None:
+        for updates in self._updates:
             for param in bucket.parameters():
-                self.updates.refuse_second(param)
+                updates.refuse_second(param)
         # the products and sums of DistributedDataParallel without a hook, to the same bits
         buffer = bucket.buffer().mul_(1.0 / self._group.size())
         work = torch.distributed.all_reduce(buffer, group=self._group, async_op=True)
         future = work.get_future()
-        if self.updates is not None:
+        if self._updates:
             if not self._reducing:
                 torch.autograd.Variable._execution_engine.queue_callback(self._end_pass)
-            self._update_reduced(self.updates)
+            self._update_reduced()
             self._reducing.append((future, list(zip(bucket.parameters(), bucket.gradients(), strict=True))))
         return future.then(lambda done: done.value()[0])
 
-    def _update_reduced(self, updates: _Updates) -> None:
+    def _update_reduced(self) -> None:
         reducing, self._reducing = self._reducing, []
         for future, gradients in reducing:
             future.wait()
-            params = [param for param, _ in gradients if param in updates.slots]
-            for param, grad in gradients:
-                if param in updates.slots:
-                    param.grad = grad
-            updates.update(params)
-            self._updated += params
+            for updates in self._updates:
+                params = [param for param, _ in gradients if param in updates.slots]
+                for param, grad in gradients:
+                    if param in updates.slots:
+                        param.grad = grad
+                updates.update(params)
+                self._updated += params
 
     def _end_pass(self) -> None:
         """Update the last bucket. DistributedDataParallel sets all gradients after this, and they are freed then."""
-        if self.updates is not None:
-            self._update_reduced(self.updates)
+        self._update_reduced()
         torch.autograd.Variable._execution_engine.queue_callback(self._free)
 
     def _free(self) -> None:
@@ -354,8 +359,23 @@ class _Buckets:
         self._updated = []
 
 
-def _after_buckets(parallel: DistributedDataParallel, updates: _Updates) -> _Buckets:
-    """Update the parameters of every bucket after its reduction."""
+class _OfBuckets(NamedTuple):
+    """The handle of one optimizer among those whose parameters the buckets update."""
+
+    buckets: _Buckets
+    updates: _Updates
+
+    def remove(self) -> None:
+        """Leave the parameters to the optimizer's step."""
+        self.buckets.remove(self.updates)
+
+
+def _buckets_of(parallel: DistributedDataParallel) -> _Buckets:
+    """The communication hook of a DistributedDataParallel, which gets it in the first call.
+
+    Raises:
+        ValueError: it has another hook already.
+    """
     if parallel not in _buckets:
         try:
             _buckets[parallel] = _Buckets(parallel)
@@ -365,7 +385,6 @@ def _after_buckets(parallel: DistributedDataParallel, updates: _Updates) -> _Buc
                 "already, and takes no second one. Nothing was changed. Do without the hook or without "
                 "release_gradients."
             ) from error
-    _buckets[parallel].updates = updates
     return _buckets[parallel]
 
 

@@ -50,6 +50,8 @@ class Controller:
         self.flip_rates: dict[str, Tensor] = {}
         self.gradient_noise: dict[str, Tensor] = {}
         self._hooks: StepHooks | None = None
+        # torch's counts of the writes to the weights that the masks of attach were made of
+        self._attached_to: list[int] | None = None
 
     @property
     def step_count(self) -> int:
@@ -76,7 +78,8 @@ class Controller:
         """Follow an optimizer with hooks around its ``step``, with or without a closure. Returns the controller.
 
         Any number of backward passes may lie between two steps. Steps that a gradient scaler skips do not count, unless
-        :meth:`skip` counts them.
+        :meth:`skip` counts them. Wrap the model in DistributedDataParallel before: it gives all processes the weights
+        of the first one. Where it does so later, the passes before the first step run with each process's own masks.
 
         Raises:
             TypeError: for anything but a torch optimizer (Accelerate's wrapper counts as one).
@@ -96,6 +99,7 @@ class Controller:
         if self.step_count == 0:
             # wrapping or sharding may have replaced the weights by those of another process
             self.refresh()
+            self._attached_to = self._writes()
         return self
 
     def detach(self) -> None:
@@ -111,6 +115,8 @@ class Controller:
         The hooks of :meth:`attach` call this, also after every call of a closure.
         """
         self._check_installed()
+        if self._attached_to is not None:
+            self._follow_broadcast()
         if self._measures(self.step_count + 1):
             for layer in self.layers:
                 self._measure_gradient(layer)
@@ -251,6 +257,30 @@ class Controller:
             layer.transform.check_state(state[layer.name])
         for layer in self.layers:
             layer.transform.set_extra_state(state[layer.name])
+
+    def _writes(self) -> list[int]:
+        """torch's counts of the writes to the weights."""
+        return [local_part(layer.weight)._version for layer in self.layers]
+
+    def _follow_broadcast(self) -> None:
+        """Before the first step: recompute masks if the weights were replaced since :meth:`attach`.
+
+        DistributedDataParallel broadcasts weights when it wraps a model, and no masks.
+        """
+        before, self._attached_to = self._attached_to, None
+        replicated = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if self.step_count or not replicated or before == self._writes() or is_dtensor(self.layers[0].weight):
+            return
+        weights = [layer.weight for layer in self.layers]
+        gradients = [weight.grad for weight in weights]
+        try:
+            for weight in weights:
+                # attach scored without gradients, too
+                weight.grad = None
+            self.refresh()
+        finally:
+            for weight, gradient in zip(weights, gradients, strict=True):
+                weight.grad = gradient
 
     def _measures(self, step: int) -> bool:
         return self.measure_every > 0 and (step == 1 or step % self.measure_every == 0)

@@ -44,8 +44,8 @@ class QKClip:
     :func:`leanstep.lora.attention.clip.clip_factors`.
 
     S is the largest logit, ``scale * q k``, of the last measured pass of a :class:`leanstep.lora.NormMonitor`: over all
-    keys that 256 queries of the first two sequences see, and over all processes. It is a lower bound of the batch's.
-    A layer that the monitor could not measure is not scaled (``monitor.skipped``).
+    keys that 256 queries of the first two sequences see, and over the processes that train the model. It is a lower
+    bound of the batch's. A layer that the monitor could not measure is not scaled (``monitor.skipped``).
 
     Args:
         monitor: of the model in training. Its :meth:`NormMonitor.close` ends the clipping, too.
@@ -53,6 +53,7 @@ class QKClip:
             without it, the bits of the weight beyond its dtype are lost where it is scaled.
         threshold: largest logit that is left alone, tau in the paper, which takes 100.
         alpha: how much of the factor the queries get.
+        process_group: the processes that train this model, or this stage of a pipeline; None: all.
 
     Raises:
         ValueError: a setting is out of range, or attention has no weights whose scale is that of its logits: an unknown
@@ -90,6 +91,7 @@ class QKClip:
         *,
         threshold: float = 100.0,
         alpha: float = 0.5,
+        process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
         if not threshold > 0 or not 0 <= alpha <= 1:
             raise ValueError(f"QKClip: expected threshold > 0 and alpha in [0, 1], got {threshold} and {alpha}")
@@ -102,6 +104,7 @@ class QKClip:
         while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
             optimizer = inner  # inside the wrapper of Accelerate
         self.monitor, self.optimizer, self.threshold, self.alpha = monitor, optimizer, threshold, alpha
+        self._process_group = process_group
         self._armed = False
         self._logits: dict[str, Tensor] = {}
 
@@ -139,7 +142,7 @@ class QKClip:
         }
 
     def _largest_logits(self) -> dict[str, Tensor]:
-        """Return the largest logits of every layer's heads over all processes, -inf for what none has measured."""
+        """Return the largest logits of every layer's heads over the processes, -inf for what none has measured."""
         layers, measured = self.monitor.layers(), self.monitor.logits()
         heads = {name: attention_projections(layer)["q"].heads for name, layer in layers.items()}
         table = torch.full((len(layers), max(heads.values())), -torch.inf, dtype=torch.float32)
@@ -156,7 +159,7 @@ class QKClip:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             device = local_part(next(self.monitor.model.parameters())).device
             table = table.to(device)
-            torch.distributed.all_reduce(table, torch.distributed.ReduceOp.MAX)
+            torch.distributed.all_reduce(table, torch.distributed.ReduceOp.MAX, self._process_group)
         return {name: row[: heads[name]].double() for name, row in zip(layers, table.cpu(), strict=True)}
 
     def _scale(self, layer: nn.Module, logits: Tensor) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leanstep._torch import place_like
 from leanstep.lora.layers.frozen import quantized_kind
 
 START_A, START_B = "lora_start_A", "lora_start_B"
@@ -65,12 +66,14 @@ def move_start(module: Any, a: Tensor | None = None, b: Tensor | None = None) ->
         return
     weight = module.weight
     exact = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-    change = module.lora.scale * (old_b.to(exact) @ old_a.to(exact))
+    change = module.lora.scale * (old_b.to(exact.device, exact.dtype) @ old_a.to(exact.device, exact.dtype))
     if a is not None and b is not None:
-        change -= module.lora.scale * (b.to(exact) @ a.to(exact))
+        change -= module.lora.scale * (b.to(change) @ a.to(change))
+    weight.copy_(exact + place_like(change.t() if module.lora.transposed else change, weight))
+    if a is not None and b is not None:
+        # last: an error above leaves the layer as it was
         old_a.copy_(a)
         old_b.copy_(b)
-    weight.copy_(exact + (change.t() if module.lora.transposed else change))
 
 
 def why_no_pissa(module: Any, rank: int) -> str | None:

@@ -55,7 +55,8 @@ class MarkedHalves:
             averaged: whether the gradients of replicated parameters are averaged over processes already. True:
                 ``DistributedDataParallel`` has done so in the backward pass. False: they come from ``no_sync()`` (which
                 Accelerate's ``accumulate()`` uses before its last micro-batch); average the copies here, by one
-                reduction of all gradients. None: one process, or sharded parameters (FSDP2 reduces in every pass).
+                reduction of all gradients; a process that did not use a parameter adds zeros. None: one process, or
+                sharded parameters (FSDP2 reduces in every pass).
             process_group: the processes to average over; None: all.
             loss_scale: factor of the loss that the gradients still contain, such as ``scaler.get_scale()``.
 
@@ -68,25 +69,21 @@ class MarkedHalves:
         groups = self._groups_with_halves()
         if not groups:
             raise RuntimeError("LANTON.mark_half: no group has noise='halves'")
-        copies: list[Tensor] = []
+        entries: list[tuple[dict[str, Any], int, Tensor]] = []
         for group in groups:
             self._delete_halves(group)
             group["half_fraction"], group["half_marked"] = float(fraction), True
-            if group["noise_clock"]:
-                continue
-            for position, param in enumerate(group["params"]):
-                if param.grad is None:
-                    continue
-                grad = dense_gradient("LANTON", group, position, param).detach()
-                dtype = dtype_of(group["noise_dtype"])
-                dtype = param.dtype if dtype is None or dtype in CODES else dtype
-                half = _unscaled(grad, loss_scale).to(dtype, copy=True)
-                self.state[param]["half_grad"] = half
-                copies.append(half)
-            group["half_content"] = "gradient"
-        replicated = [c for c in copies if not is_dtensor(c)]
-        if replicated and averaged is not True:
-            _average(replicated, averaged, process_group)
+            if not group["noise_clock"]:
+                group["half_content"] = "gradient"
+                entries += [(group, position, param) for position, param in enumerate(group["params"])]
+        has_gradient = _with_gradient([param for *_, param in entries], averaged, process_group)
+        copies: list[Tensor] = []
+        for (group, position, param), has in zip(entries, has_gradient, strict=True):
+            if has:
+                copies.append(_copy_of_gradient(group, position, param, loss_scale))
+                self.state[param]["half_grad"] = copies[-1]
+        if averaged is False:
+            _average([copy for copy in copies if not is_dtensor(copy)], process_group)
         if not copies and any(g["half_content"] == "gradient" for g in groups):
             raise RuntimeError(
                 "LANTON.mark_half: no parameter has a gradient yet; call it after the backward passes of the first "
@@ -210,18 +207,51 @@ def _unscaled(grad: Tensor, loss_scale: float | Tensor) -> Tensor:
     return grad / loss_scale if isinstance(loss_scale, Tensor) or loss_scale != 1 else grad
 
 
-def _average(copies: list[Tensor], averaged: bool | None, process_group: Any) -> None:
-    """Average copies over processes, unless ``averaged`` or a single process."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    world = torch.distributed.get_world_size(process_group) if distributed else 1
-    if world == 1:
-        return
+def _copy_of_gradient(group: dict[str, Any], position: int, param: Tensor, loss_scale: float | Tensor) -> Tensor:
+    """Return the unscaled gradient in the dtype of copies; zeros for a parameter that has none in this process."""
+    dtype = dtype_of(group["noise_dtype"])
+    dtype = param.dtype if dtype is None or dtype in CODES else dtype
+    if param.grad is None:
+        return torch.zeros_like(param, dtype=dtype)
+    grad = dense_gradient("LANTON", group, position, param).detach()
+    return _unscaled(grad, loss_scale).to(dtype, copy=True)
+
+
+def _with_gradient(params: list[Tensor], averaged: bool | None, process_group: Any) -> list[bool]:
+    """Tell for each parameter whether it has a gradient: where copies are averaged, in any of the processes.
+
+    DistributedDataParallel with find_unused_parameters leaves those that a process did not use without one there.
+    """
+    flags = [param.grad is not None for param in params]
+    replicated = [i for i, param in enumerate(params) if not is_dtensor(param)]
+    world = _world_size(process_group)
+    if world == 1 or averaged is True or not replicated:
+        return flags
     if averaged is None:
+        if not any(flags[i] for i in replicated):
+            return flags
         raise ValueError(
             f"LANTON.mark_half: expected averaged=True or False for parameters replicated on {world} processes, got "
             "None. Pass averaged=False inside DistributedDataParallel's no_sync() (Accelerate's accumulate() uses it), "
             "averaged=True outside."
         )
+    anywhere = torch.tensor([flags[i] for i in replicated], dtype=torch.int32, device=params[replicated[0]].device)
+    torch.distributed.all_reduce(anywhere, torch.distributed.ReduceOp.MAX, process_group)
+    for i, flag in zip(replicated, anywhere.tolist(), strict=True):
+        flags[i] = bool(flag)
+    return flags
+
+
+def _world_size(process_group: Any) -> int:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size(process_group) if distributed else 1
+
+
+def _average(copies: list[Tensor], process_group: Any) -> None:
+    """Average copies, which are of the same parameters in all processes."""
+    world = _world_size(process_group)
+    if world == 1 or not copies:
+        return
     process_group = process_group or torch.distributed.group.WORLD
     starts = range(0, len(copies), _BUCKET)
     run([Reduction(copy, process_group) for copy in copies[i : i + _BUCKET]] for i in starts)

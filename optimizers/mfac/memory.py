@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -15,8 +16,11 @@ from leanstep.optimizers.mfac.window import is_fake
 _GIB = 2**30
 
 
-def needed_bytes(groups: list[dict[str, Any]]) -> dict[torch.device, int]:
-    """Return the bytes of all windows and scope states on this process, per device."""
+def needed_bytes(groups: list[dict[str, Any]], process_group: Any = None) -> dict[torch.device, int]:
+    """Return the bytes of all windows and scope states on this process, per device.
+
+    ``process_group``: the processes of ``shard_window``; None: all.
+    """
     needed: dict[torch.device, int] = {}
     scopes: set[Any] = set()
     index = 0
@@ -29,11 +33,11 @@ def needed_bytes(groups: list[dict[str, Any]]) -> dict[torch.device, int]:
             device = local_part(param).device
             once = 0 if key in scopes else scope_state_bytes(param, group)
             scopes.add(key)
-            needed[device] = needed.get(device, 0) + window_bytes(param, group) + once
+            needed[device] = needed.get(device, 0) + window_bytes(param, group, process_group) + once
     return needed
 
 
-def check_memory(groups: list[dict[str, Any]], states: list[dict[str, Any]]) -> None:
+def check_memory(groups: list[dict[str, Any]], states: list[dict[str, Any]], process_group: Any = None) -> None:
     """Raise ValueError unless every device has the memory for the windows that are not in ``states`` yet.
 
     The message has the sizes, and those of smaller settings.
@@ -43,13 +47,18 @@ def check_memory(groups: list[dict[str, Any]], states: list[dict[str, Any]]) -> 
         return  # nothing will be allocated
     tensors = [local_part(v) for state in states for v in state.values() if isinstance(v, Tensor)]
     allocated = sum(t.numel() * t.element_size() for t in tensors)
-    for device, needed in needed_bytes(groups).items():
+    for device, needed in needed_bytes(groups, process_group).items():
         available = free_memory(device)
+        if available is not None and device.type == "cpu":
+            # the processes of torchrun on this machine share it
+            available //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if available is not None and needed - allocated > available:
-            raise ValueError(_refusal(groups, device, needed, available))
+            raise ValueError(_refusal(groups, process_group, device, needed, available))
 
 
-def _refusal(groups: list[dict[str, Any]], device: torch.device, needed: int, available: int) -> str:
+def _refusal(
+    groups: list[dict[str, Any]], process_group: Any, device: torch.device, needed: int, available: int
+) -> str:
     params = [p for g in groups for p in g["params"] if p.requires_grad and local_part(p).device == device]
     count, window = sum(local_part(p).numel() for p in params), groups[0]["window"]
     options = {
@@ -60,7 +69,7 @@ def _refusal(groups: list[dict[str, Any]], device: torch.device, needed: int, av
     }
     smaller = []
     for text, change in options.items():
-        size = sum(needed_bytes([{**group, **change} for group in groups]).values())
+        size = sum(needed_bytes([{**group, **change} for group in groups], process_group).values())
         if size < needed:
             smaller.append(f"{text} takes {_gib(size)}")
     return (

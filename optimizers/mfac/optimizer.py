@@ -36,7 +36,7 @@ from leanstep.optimizers.mfac.scopes import (
     shared_settings,
     step_scopes,
 )
-from leanstep.optimizers.mfac.settings import check_masks, check_settings
+from leanstep.optimizers.mfac.settings import check_masks, check_process_group, check_settings
 from leanstep.optimizers.mfac.window import columns_of
 
 
@@ -91,7 +91,8 @@ class MFAC(LeanOptimizer):
         masks: per group, one bool tensor (or None) per parameter, False for excluded weights. Combined with ``sparse``.
             With leanstep.sparsity pass ``controller.masks_of(params)``: the optimizer's weights are dense.
         shard_window: for replicated parameters (DistributedDataParallel): shard windows along dimension 0 of every
-            parameter, and all-gather the updates. FSDP2 shards windows anyway.
+            parameter, and all-gather the updates. True: over all processes. A process group, that of
+            DistributedDataParallel: over its processes; groups have True then. FSDP2 shards windows anyway.
         rounding, seed, maximize: as for :class:`leanstep.optimizers.Lion`.
         foreach: None or True: write updates with one call per device and dtype. False: one call per tensor.
         nonfinite: how to treat a scope with a non-finite gradient, or one whose squared norm overflows fp64. "skip":
@@ -141,6 +142,8 @@ class MFAC(LeanOptimizer):
 
     _state_rules = {"momentum_buffer": SHAPED, **WINDOW_RULES, **SCOPE_RULES}
     _drop_state = "optimizer.state.clear(), because parameters share a window"
+    # the processes of shard_window; None: all
+    _process_group: torch.distributed.ProcessGroup | None = None
     _older_names = {"figures": "stats", "counts": "counters"}
     _older_settings = {
         "momentum_on": ("update",),
@@ -171,7 +174,7 @@ class MFAC(LeanOptimizer):
         max_update_norm: float | None = None,
         sparse: bool = False,
         masks: Sequence[Tensor | None] | None = None,
-        shard_window: bool = False,
+        shard_window: bool | torch.distributed.ProcessGroup = False,
         rounding: str = "nearest",
         seed: int = 0,
         nonfinite: str = "skip",
@@ -181,6 +184,10 @@ class MFAC(LeanOptimizer):
         if masks is not None:
             raise ValueError("MFAC: masks belong to a group: MFAC([{'params': [...], 'masks': [...]}])")
         damping_schedule = None if damping_schedule is None else list(damping_schedule)
+        if not isinstance(shard_window, bool):
+            check_process_group(shard_window)
+            # not in a group of parameters, since it can be neither copied nor saved
+            self._process_group, shard_window = shard_window, True
         super().__init__(params, settings_of(locals()))
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -199,7 +206,7 @@ class MFAC(LeanOptimizer):
             masks = group["masks"] or [None] * len(group["params"])
             nonzero = [p.detach() != 0 for p in group["params"]]
             group["masks"] = [n if mask is None else n & mask for n, mask in zip(nonzero, masks, strict=True)]
-        check_memory(self.param_groups, self._states())
+        check_memory(self.param_groups, self._states(), self._process_group)
 
     def _takes_flattened(self, group: dict[str, Any]) -> bool:
         return False
@@ -301,7 +308,7 @@ class MFAC(LeanOptimizer):
 
     def _init_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
         state = self.state[param]
-        init_window(state, param, group)
+        init_window(state, param, group, self._process_group)
         if group["momentum"] and "momentum_buffer" not in state:
             state["momentum_buffer"] = new_state(param, compute_dtype(param.dtype))
         mask = None if group["masks"] is None else group["masks"][position]
@@ -331,7 +338,8 @@ class MFAC(LeanOptimizer):
                 grad = gradients.get(param)
                 if param in self.state or grad is not None:
                     state = self._state_of(group, position, param)
-                    columns = columns_of(param, spread=group["shard_window"])
+                    spread = group["shard_window"]
+                    columns = columns_of(param, spread=spread, process_group=self._process_group)
                     entry = ScopeParam(group, position, index, param, grad, state, columns)
                     if param.numel():  # a scope of empty parameters would count steps
                         scopes.setdefault(scope_key(group, group_index, position, index), []).append(entry)

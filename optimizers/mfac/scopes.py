@@ -75,16 +75,17 @@ def shared_settings(groups: list[dict[str, Any]]) -> dict[str, Any]:
     return {key: first[key] for key in SHARED}
 
 
-def init_window(state: dict[str, Any], param: Tensor, group: dict[str, Any]) -> None:
+def init_window(state: dict[str, Any], param: Tensor, group: dict[str, Any], process_group: Any) -> None:
     """Create the window of a parameter, with rows of zeros, if it is missing."""
     if not any(f.key in state for f in FORMATS):
-        columns = columns_of(param, spread=group["shard_window"])
+        columns = columns_of(param, spread=group["shard_window"], process_group=process_group)
         new_format(param, group).init_state(state, param, columns, group)
 
 
-def window_bytes(param: Tensor, group: dict[str, Any]) -> int:
+def window_bytes(param: Tensor, group: dict[str, Any], process_group: Any) -> int:
     """Return the bytes that :func:`init_window` allocates on this process."""
-    return new_format(param, group).state_bytes(param, columns_of(param, spread=group["shard_window"]), group)
+    columns = columns_of(param, spread=group["shard_window"], process_group=process_group)
+    return new_format(param, group).state_bytes(param, columns, group)
 
 
 def new_format(param: Tensor, group: dict[str, Any]) -> type[DenseRows]:
@@ -185,7 +186,8 @@ def _gathered(entries: list[ScopeParam], updates: list[Tensor | None]) -> list[T
         if update is not None and entry.columns.chunk is not None:
             sets.setdefault(update.dtype, []).append((i, update))
     for parts in sets.values():
-        whole = gather([update for _, update in parts], [entries[i].param for i, _ in parts])
+        (process_group,) = entries[parts[0][0]].columns.groups  # one optimizer has one
+        whole = gather([update for _, update in parts], [entries[i].param for i, _ in parts], process_group)
         for (i, _), update in zip(parts, whole, strict=True):
             updates[i] = update
     return updates

@@ -94,6 +94,15 @@ def _check_joint(group: dict[str, Any]) -> None:
         raise ValueError("MFAC: compression='lowrank' takes whole matrices and excludes shard_window=True")
 
 
+def check_process_group(value: Any) -> None:
+    """Raise TypeError unless ``value`` is a process group of torch.distributed that has this process."""
+    distributed = torch.distributed
+    if not (
+        distributed.is_available() and isinstance(value, distributed.ProcessGroup) and distributed.get_rank(value) >= 0
+    ):
+        raise TypeError(f"MFAC: shard_window must be True, False or a process group with this process, got {value!r}")
+
+
 def check_masks(group: dict[str, Any]) -> None:
     """Raise unless ``masks`` is None or has a boolean tensor (or None) of every parameter's shape."""
     masks = group["masks"]

@@ -47,15 +47,19 @@ class Columns(NamedTuple):
         return shard if self.chunk is None else shard.narrow(*self.chunk)
 
 
-def columns_of(param: Tensor, *, spread: bool) -> Columns:
-    """Return this process's columns; ``spread`` (shard_window) shards plain parameters of one or more dimensions."""
+def columns_of(param: Tensor, *, spread: bool, process_group: Any = None) -> Columns:
+    """Return this process's columns; ``spread`` (shard_window) shards plain parameters of one or more dimensions.
+
+    ``process_group``: the processes over which to spread them; None: all.
+    """
     shard = shard_of(param)
     if is_dtensor(param):
         return Columns(tuple(local_part(param).shape), shard.groups, first_index(shard))
     if not spread or param.dim() == 0:
         return Columns(tuple(param.shape))
-    group = torch.distributed.group.WORLD
-    start, length = chunk_of(param.shape[0], torch.distributed.get_world_size(), torch.distributed.get_rank())
+    group = process_group or torch.distributed.group.WORLD
+    processes, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
+    start, length = chunk_of(param.shape[0], processes, rank)
     offset = start * math.prod(param.shape[1:])
     return Columns((length, *param.shape[1:]), (group,), offset, (0, start, length))
 
@@ -109,21 +113,22 @@ def _shifted(placement: Any, by: int) -> Any:
     return type(placement)(placement.dim + by)
 
 
-def gather(updates: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
+def gather(updates: Sequence[Tensor], params: Sequence[Tensor], process_group: Any) -> list[Tensor]:
     """All-gather the updates of replicated parameters with ``shard_window``.
 
     Args:
         updates: this process's shards (see :func:`columns_of`), of one dtype and device.
         params: the parameters.
+        process_group: the processes that have the other shards.
     """
-    processes = torch.distributed.get_world_size()
+    processes = torch.distributed.get_world_size(process_group)
     lengths = [[chunk_of(p.shape[0], processes, rank)[1] for p in params] for rank in range(processes)]
     sizes = [[n * math.prod(p.shape[1:]) for n, p in zip(row, params, strict=True)] for row in lengths]
     padded = updates[0].new_zeros(max(map(sum, sizes)))
     flat = torch.cat([u.reshape(-1) for u in updates])
     padded[: flat.numel()] = flat
     gathered = padded.new_empty(processes, padded.numel())
-    torch.distributed.all_gather_into_tensor(gathered.view(-1), padded)
+    torch.distributed.all_gather_into_tensor(gathered.view(-1), padded, process_group)
     parts = [row[: sum(size)].split(size) for row, size in zip(gathered, sizes, strict=True)]
     return [torch.cat([part[i] for part in parts]).view(p.shape) for i, p in enumerate(params)]
 

@@ -56,10 +56,15 @@ def in_blocks(batch: Batch, weights: Sequence[Tensor]) -> Batch:
 
 def flags_of_parameters(flags: Tensor, indices: Sequence[int]) -> Tensor:
     """Return one flag per parameter, set if that of one of its blocks is; ``indices`` are those of the blocks."""
-    parameters = [index % _STRIDE for index in indices]
+    parameters = parameters_of(indices)
     position = {index: k for k, index in enumerate(dict.fromkeys(parameters))}
     of_block = constant([position[index] for index in parameters], flags.device, torch.int64)
     return flags.new_zeros(len(position)).index_add_(0, of_block, flags).clamp_max(1)
+
+
+def parameters_of(indices: Sequence[int]) -> list[int]:
+    """Return the index of the parameter of every block."""
+    return [index % _STRIDE for index in indices]
 
 
 def _cuts_of_rows(group: dict[str, Any], shard: Shard) -> tuple[int, int, list[tuple[int, int]]]:

@@ -30,7 +30,7 @@ from leanstep.optimizers.common.rounding import effective, init_rounding
 from leanstep.optimizers.common.saved_tensors import COUNT, SHAPED, StateRule
 from leanstep.optimizers.common.sharding import Reducer, Shard, shard_of
 from leanstep.optimizers.sinkgd.adamw import init_adamw, step_adamw
-from leanstep.optimizers.sinkgd.spectral import init_power_vector, power_vector_shape
+from leanstep.optimizers.sinkgd.spectral import find_warm, init_power_vector, power_vector_shape
 from leanstep.optimizers.sinkgd.step import step_matrices
 
 CHOICES = {
@@ -237,6 +237,17 @@ class SinkGD(LeanOptimizer):
             if group["blocks"] is not None:
                 whole = oriented(Shard(param.shape), group["transposed"], group["flatten"])
                 check_rows("SinkGD", group, position, matrix_shape(whole)[0])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state as the other optimizers do; see there.
+
+        Raises:
+            ValueError: the state does not fit. Nothing is changed.
+        """
+        super().load_state_dict(state_dict)
+        for entry in self.state.values():
+            if isinstance(entry, dict):  # hooks may add other values
+                find_warm(entry)
 
     def _takes_flattened(self, group: dict[str, Any]) -> bool:
         # which would be clipped by the root mean square of several parameters

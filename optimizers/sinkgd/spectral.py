@@ -28,6 +28,12 @@ def init_power_vector(state: dict[str, Any], param: Tensor, group: dict[str, Any
         state["power_vector"] = new_vectors(param, power_vector_shape(param, group))
 
 
+def find_warm(state: dict[str, Any]) -> None:
+    """Set ``power_warm`` of a loaded state, which may be that of a process with other matrices of the stack."""
+    if "power_warm" in state:
+        state["power_warm"] = local(state["power_vector"]).any(dim=-1).all().cpu()
+
+
 def pin_operator_norms(
     matrices: list[Tensor],
     scales: Scales,

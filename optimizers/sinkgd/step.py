@@ -22,7 +22,7 @@ from leanstep.optimizers.common.quantized import (
 from leanstep.optimizers.common.rounding import seeds_for
 from leanstep.optimizers.common.sharding import Reducer, all_reduce_flags, local, readable, store
 from leanstep.optimizers.sinkgd import rule
-from leanstep.optimizers.sinkgd.blocks import flags_of_parameters, in_blocks, in_parts
+from leanstep.optimizers.sinkgd.blocks import flags_of_parameters, in_blocks, in_parts, parameters_of
 from leanstep.optimizers.sinkgd.sharded import all_reduce_row_norms, normalize
 from leanstep.optimizers.sinkgd.spectral import pin_operator_norms
 
@@ -61,6 +61,12 @@ def _step_blocks(batch: Batch, *, balanced: bool) -> Reducer[None]:
     blocks = in_blocks(batch, weights)
     if blocks.params:
         yield from _step_whole(blocks, balanced=balanced)
+    if batch.rounding == "stochastic":
+        # a saved state has one count for all processes, also those without a matrix of a stack
+        stepped = parameters_of(blocks.indices)
+        idle = [s["step"] for s, index in zip(batch.states, batch.indices, strict=True) if index not in stepped]
+        if idle:
+            torch._foreach_add_(idle, 1)
     store(weights, batch.params)
 
 

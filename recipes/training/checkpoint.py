@@ -311,10 +311,8 @@ def choose_start(config: RunConfig, folder: RunFolder) -> Start:
         FolderError: ``out`` holds another run or other files, or another process trains there.
         CheckpointError: the requested checkpoint is missing or damaged, or its recipe differs from this one.
     """
-    folder.claim()
-    start = Start(
-        notes=[f"removed the leftover of an interrupted save: {name}" for name in clean_leftovers(folder.checkpoints)]
-    )
+    removed = clean_leftovers(folder.checkpoints) if folder.claim() else []
+    start = Start(notes=[f"removed the leftover of an interrupted save: {name}" for name in removed])
     resume = config.checkpoint.resume
     if resume not in ("auto", "never"):
         start.checkpoint = _at_path(Path(resume), config, folder, start)

@@ -11,7 +11,8 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
-from leanstep._files import format_bytes, free_bytes, is_disk_full, replacing, write_text
+from leanstep._files import format_bytes, free_bytes, is_disk_full, is_quota_used_up, replacing, write_text
+from leanstep._processes import is_first_to_fail
 from leanstep._torch import whole_tensor
 from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.data.batches import Batch
@@ -21,18 +22,28 @@ EXIT_DONE, EXIT_FAILED, EXIT_BAD_CONFIG, EXIT_NAN, EXIT_MEMORY = 0, 1, 2, 3, 4
 
 
 class RunFailure(Exception):
-    """Ends the run with an exit code and a message; status.json gets ``failed:<reason>``."""
+    """Ends the run with an exit code and a message; status.json gets ``failed:<reason>``.
 
-    def __init__(self, reason: str, exit_code: int, message: str) -> None:
-        self.reason, self.exit_code = reason, exit_code
+    ``alone``: whether other processes may not know of it, so that the first to fail has to tell it.
+    """
+
+    def __init__(self, reason: str, exit_code: int, message: str, *, alone: bool = False) -> None:
+        self.reason, self.exit_code, self.alone = reason, exit_code, alone
         super().__init__(message)
 
 
 def refuse(error: Exception) -> int:
-    """Print the error of a run that cannot start, in the first process; return the exit code."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    """Print the error of a run that cannot start, in the first process that meets it; return the exit code."""
+    # all meet most errors, and one alone may meet others
+    if is_first_to_fail():
+        print(f"error: {of_process()}{error}", file=sys.stderr, flush=True)
     return EXIT_BAD_CONFIG
+
+
+def of_process() -> str:
+    """``process N: `` for messages of other processes than the first one, else nothing."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f"process {rank}: "
 
 
 def nonfinite_message(
@@ -156,6 +167,9 @@ def disk_trouble(error: BaseException, folder: Path, needed: int) -> str | None:
         free = free_bytes(folder)
     except OSError as gone:
         return f"cannot write: {gone}"
+    if is_quota_used_up(error):
+        # the disk may have room for others
+        return "disk full: the user's quota is used up"
     if is_disk_full(error) or (other and free < needed):
         return f"disk full, {format_bytes(free)} free"
     return f"cannot write: {error}" if isinstance(error, OSError) else None

@@ -88,10 +88,13 @@ class RunFolder:
         self._text = _Lines(root / "train.log")
         self._lock: int | None = None
 
-    def claim(self) -> None:
+    def claim(self) -> bool:
         """Create and lock the folder, and remove the temporary files of a killed run.
 
         The lock ends with the process, also after ``kill -9``.
+
+        Returns:
+            False where the file system has no locks: another process may train in the folder, so nothing was removed.
 
         Raises:
             FolderError: the folder is not writable, locked by another process, or has a symbolic link where a run
@@ -118,6 +121,7 @@ class RunFolder:
             for path in self.root.glob(".*.tmp"):
                 remove(path)
         self._refuse_links()
+        return is_locked
 
     def _refuse_links(self) -> None:
         """Raise FolderError for a link or pipe that the run would write through."""

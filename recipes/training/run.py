@@ -106,7 +106,7 @@ class Run:
                     raise
                 rows = self.memory.rows() if self.memory else ()
                 message = memory_message(self.config, self.folder.root, self.state.step + 1, rows)
-                raise RunFailure("out of memory", EXIT_MEMORY, message) from error
+                raise RunFailure("out of memory", EXIT_MEMORY, message, alone=True) from error
             if number:
                 return self.interrupted(number)
             self.finish()

@@ -3,10 +3,9 @@
 Training goes on when a full disk prevents a checkpoint. The newest complete checkpoint stays.
 """
 
-import errno
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -48,6 +47,8 @@ from leanstep.recipes.training.folder import RunFolder
 from leanstep.recipes.training.samples import TEMPERATURE, held_out_prompts, sample, word_starts
 from leanstep.sparsity import plain_state_dict
 from leanstep.sparsity.modules import sparse_layers
+
+_DONE = object()
 
 
 class Saver:
@@ -101,7 +102,7 @@ class Saver:
 
         problem = main_does(self._accelerator, disk_problem)
         if problem is None:
-            staged = Path(main_does(self._accelerator, lambda: str(self._stage(state.step))))
+            staged = self._folder.checkpoints / f"{STAGED}{checkpoint_name(state.step)}"
             fill = partial(self._fill, state=state, windows=windows)
             problem = self.write(staged, fill, lambda path: self.settle(commit(path), state), needed)
         self.trouble = problem and f"checkpoint at step {state.step} failed: {problem}"
@@ -112,18 +113,28 @@ class Saver:
         return problem is None
 
     def write(
-        self, staged: Path, fill: Callable[[Path], None], publish: Callable[[Path], None], needed: int = 0
+        self, staged: Path, fill: Callable[[Path], Iterator[None]], publish: Callable[[Path], None], needed: int = 0
     ) -> str | None:
         """Fill the folder ``staged`` in every process, then publish it in the first one.
+
+        ``fill`` yields before each part that no process may begin unless all have done the one before: where one fails
+        alone, the others would wait for it in the collective calls of the next part.
 
         Returns None, or the disk error that prevented it; then ``staged`` is removed. Raises other errors. ``needed``:
         bytes to write.
         """
+
+        def parts() -> Iterator[None]:
+            yield from fill(staged)
+            yield
+            if self._accelerator.is_main_process:
+                publish(staged)
+
         problem, failure = None, None
-        for work in (fill, publish):
+        done, rest = False, parts()
+        while not done:
             try:
-                if work is fill or self._accelerator.is_main_process:
-                    work(staged)
+                done = next(rest, _DONE) is _DONE
             except Exception as error:
                 problem, failure = disk_trouble(error, self._folder.root, needed), error
             # also a barrier: every process has written its files
@@ -137,19 +148,13 @@ class Saver:
             raise failure
         return problem or "another process could not write its part"
 
-    def _stage(self, step: int) -> Path:
-        try:
-            return staging(self._folder.checkpoints, step)
-        except OSError:
-            # writing fails on the same error and reports it
-            return self._folder.checkpoints / f".writing-{checkpoint_name(step)}"
-
-    def _fill(self, staged: Path, state: TrainState, windows: Windows) -> None:
+    def _fill(self, staged: Path, state: TrainState, windows: Windows) -> Iterator[None]:
         accelerator = self._accelerator
-        if accelerator.is_main_process and not staged.is_dir():
-            # the writers would make a folder that has been moved away anew
-            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(staged))
-        self.export(staged / "hf")
+        if accelerator.is_main_process:
+            staging(self._folder.checkpoints, state.step)
+        yield
+        yield from self.export(staged / "hf")
+        yield
         accelerator.save_state(str(staged / "trainer"))
         stream = windows.state()
         if stream is not None:
@@ -161,10 +166,11 @@ class Saver:
             if not self._sharded:
                 save_sparse(accelerator.unwrap_model(self._model), staged / "trainer")
 
-    def export(self, path: Path) -> None:
-        """Write model and tokenizer as a Hugging Face folder. Every process must call it if the model is sharded."""
+    def export(self, path: Path) -> Iterator[None]:
+        """Write model and tokenizer as a Hugging Face folder, in parts of :meth:`write`."""
         model: PreTrainedModel = self._accelerator.unwrap_model(self._model)
         weights = self._accelerator.get_state_dict(self._model) if self._sharded else None
+        yield
         if self._accelerator.is_main_process:
             if is_adapted(model):
                 weights = merged_state_dict(model)
@@ -307,11 +313,12 @@ def export_final(accelerator: Accelerator, target: Path, saver: Saver) -> None:
     """Write model and tokenizer to a staging folder and rename it to ``target``, replacing an older one."""
     staged = target.with_name(f"{STAGED}{target.name}")
 
-    def fill(path: Path) -> None:
+    def fill(path: Path) -> Iterator[None]:
         if accelerator.is_main_process:
             remove(path)
             path.mkdir()
-        saver.export(path)
+        yield
+        yield from saver.export(path)
 
     trouble = saver.write(staged, fill, lambda path: publish_folder(path, target))
     if trouble is not None:

@@ -23,12 +23,13 @@ if __name__ == "__main__":
 
 from transformers.utils.logging import disable_progress_bar
 
+from leanstep._processes import is_first_to_fail
 from leanstep.recipes.config.loader import ConfigError, load
 from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.config.values import hidden_texts
 from leanstep.recipes.training.build import build_accelerator
 from leanstep.recipes.training.checkpoint import how_to_continue
-from leanstep.recipes.training.failures import EXIT_FAILED, RunFailure, lost_process, refuse
+from leanstep.recipes.training.failures import EXIT_FAILED, RunFailure, lost_process, of_process, refuse
 from leanstep.recipes.training.folder import RunFolder
 from leanstep.recipes.training.launch import LAUNCHER_VARIABLE
 from leanstep.recipes.training.logger import Progress
@@ -80,7 +81,10 @@ def train(config: RunConfig) -> int:
             return run.go()
         except RunFailure as failure:
             run.logger.status(f"failed:{failure.reason}", run.state, any_process=True)
-            progress.say(str(failure), error=True)
+            if not failure.alone:
+                progress.say(str(failure), error=True)
+            elif is_first_to_fail():
+                _tell(progress, str(failure))
             return failure.exit_code
         except KeyboardInterrupt:
             if run.begun:
@@ -91,18 +95,24 @@ def train(config: RunConfig) -> int:
         except Exception as error:
             lost = lost_process(error, accelerator.num_processes)
             reason = lost[0] if lost else type(error).__name__
-            if run.begun:
+            # the lost process may have written why it ended
+            told = lost and str(folder.read_status().get("status")).startswith("failed:")
+            if run.begun and not told:
                 run.logger.status(f"failed:{reason}", run.state, any_process=True)
             if lost is None:
                 raise
             message = f"{reason} after step {run.state.step} ({lost[1]}); {how_to_continue(config, 'the run')}"
-            progress.say(f"error: {message}", error=True)
-            if not accelerator.is_main_process:
-                # the first process may be the lost one
-                print(f"error: process {accelerator.process_index}: {message}", file=sys.stderr, flush=True)
+            _tell(progress, message, begin="error: ")
             return EXIT_FAILED
         finally:
             folder.release()
+
+
+def _tell(progress: Progress, message: str, begin: str = "") -> None:
+    """Print a message of any process: the first one may be the lost one, or know nothing of it."""
+    progress.say(f"{begin}{message}", error=True)
+    if of_process():
+        print(f"{begin}{of_process()}{message}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

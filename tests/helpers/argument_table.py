@@ -151,7 +151,7 @@ def shape(hint: Any) -> dict[str, Any]:
             kind, "__name__", ""
         ) == "RopeParameters":
             found["types"].append("mapping")
-        elif kind not in (torch.Tensor, torch.device):
+        elif kind not in (torch.Tensor, torch.device, torch.distributed.ProcessGroup):
             return {"types": ["any"]}
     found["types"] = list(dict.fromkeys(found["types"]))
     entry = {key: value for key, value in found.items() if value}

@@ -13,6 +13,7 @@ from distributed_cases import (
     Model,
     assert_same,
     build,
+    mesh,
     new_model,
     set_grads,
     shard,
@@ -28,8 +29,27 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
     set_state_dict,
 )
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from leanstep.optimizers import SinkGD
+
+
+@case(2)
+def processes_without_a_matrix_of_a_stack_count_its_steps(world: World) -> None:
+    """Blocks with stochastic rounding: a checkpoint has one count, perhaps that of such a process."""
+    params = []
+    for matrices in (1, 2):
+        stack = distribute_tensor(torch.randn(matrices, 8, 6, dtype=torch.bfloat16), mesh(world.size), [Shard(0)])
+        params.append(nn.Parameter(stack))
+    for chosen in (params[:1], params):
+        for settings in ({}, {"momentum": 0.9, "momentum_dtype": torch.int8}):
+            groups = [{"params": chosen, "algorithm": "sinkgd", "blocks": 4}]
+            optimizer = SinkGD(groups, lr=0.1, rounding="stochastic", **settings)
+            for _ in range(3):
+                for param in chosen:
+                    param.grad = torch.ones_like(param)
+                optimizer.step()
+            assert [float(optimizer.state[param]["step"]) for param in chosen] == [3.0] * len(chosen)
 
 
 def steps(model: nn.Module, optimizer: Any, numbers: range) -> None:

@@ -201,3 +201,39 @@ def lanton_halves_must_be_told_whether_they_are_averaged(world: World) -> None:
     optimizer = halves(model)
     set_grads(model, 0)
     refused(ValueError, "averaged=False inside", optimizer.mark_half)
+
+
+class Branches(nn.Module):
+    """A layer that all use, and others of one shape of which a pass uses one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(4, 4, bias=False)
+        self.others = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(3))
+
+    def forward(self, x: torch.Tensor, other: int) -> torch.Tensor:
+        return self.others[other](self.first(x)).square().sum()
+
+
+@case(2)
+def lanton_halves_of_parameters_that_a_process_does_not_use(world: World) -> None:
+    """Inside no_sync() each has gradients of its own: those of the others count as zeros, unless nobody has any."""
+    model = Branches()
+    parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    optimizer = LANTON([{"params": list(model.named_parameters()), "norm": "rms"}], noise="halves", lr=0.01)
+    with parallel.no_sync():
+        parallel(torch.ones(2, 4), world.rank).backward()
+    expected = {}
+    for name, param in model.named_parameters():
+        gradient = torch.zeros_like(param) if param.grad is None else param.grad.clone()
+        torch.distributed.all_reduce(gradient)
+        expected[name] = gradient / world.size
+    optimizer.mark_half(averaged=False)
+    for name, param in model.named_parameters():
+        half = optimizer.state[param].get("half_grad")
+        if name == "others.2.weight":
+            assert half is None
+        else:
+            assert half is not None and expected[name].any(), name
+            torch.testing.assert_close(half, expected[name])

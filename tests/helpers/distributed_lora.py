@@ -13,8 +13,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from leanstep.lora import LoraConfig, NormMonitor, QKClip, apply_lora, load_adapter, save_adapter
+from leanstep.lora import LoraConfig, NormMonitor, QKClip, apply_lora, load_adapter, merge, save_adapter
 from leanstep.lora.attention.clip import clip_factors
+from leanstep.lora.merge import merged_state_dict
 from leanstep.optimizers import LANTON, Lion, SinkGD, param_groups
 
 WORLDS = (2,)
@@ -177,6 +178,49 @@ def lora_replicated_losses_are_pefts(world: World) -> None:
 
 
 @case(2)
+def lora_sharded_dora_merges_and_pissa_takes_other_starts(world: World) -> None:
+    settings = LoraConfig(r=4, target_modules=["0", "1"], use_dora=True)
+    models = []
+    for sharded in (False, True):
+        torch.manual_seed(0)
+        model = apply_lora(nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12)), settings)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "magnitude" in name:
+                nn.init.normal_(parameter)
+        models.append(shard(model, world) if sharded else model)
+    weights = [merged_state_dict(model) for model in models]
+    compare({name: _whole(value) for name, value in weights[1].items()}, weights[0], "merged_state_dict")
+    for model in models:
+        merge(model)
+    compare(*({f"{i}": _whole(layer.weight) for i, layer in enumerate(model)} for model in models[::-1]), "merge")
+
+    starts = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        base = nn.Sequential(nn.Linear(12, 12))
+        starts.append(apply_lora(base, LoraConfig(r=2, target_modules=["0"], init_lora_weights="pissa")))
+    folder = world.folder / f"pissa-{world.rank}"
+    save_adapter(starts[0], folder)
+    x = batch()[0]
+    expected = copy.deepcopy(starts[1])
+    for model in (expected, shard(starts[1], world)):
+        load_adapter(model, folder)
+    torch.testing.assert_close(starts[1](x), expected(x))
+    assert torch.equal(starts[1][0].lora_start_A, starts[0][0].lora_start_A)
+
+
+def shard(model: nn.Module, world: World) -> nn.Module:
+    """Every layer by itself, and the rest."""
+    for layer in model:
+        fully_shard(layer, mesh=mesh(world.size))
+    return fully_shard(model, mesh=mesh(world.size))
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@case(2)
 def tensor_parallel_layers_are_refused(world: World) -> None:
     """By name, in either order, for linear layers and for embeddings; a plan without adapted layers works."""
     from distributed_cases import refused
@@ -238,3 +282,14 @@ def clipped_heads_of_sharded_models(world: World) -> None:
                 whole = param.detach().full_tensor()
                 old = getattr(layer, leaf).weight if whole.dim() == 2 else getattr(layer, leaf).bias
                 torch.testing.assert_close(whole, old.detach() * expected, rtol=1e-4, atol=0)
+    # another model on the other process
+    groups = [torch.distributed.new_group([rank]) for rank in range(world.size)]
+    with NormMonitor(plain) as monitor:
+        clip = QKClip(monitor, threshold=2.0, process_group=groups[world.rank])
+        clip.arm()
+        rows = ids[2 * world.rank : 2 * world.rank + 2]
+        plain(rows, labels=rows)
+        clip.step()
+    found = clip.diagnostics()
+    for name, values in logits[world.rank].items():
+        assert abs(found[f"logit/{name}"] - float(values.max())) < 1e-4, name

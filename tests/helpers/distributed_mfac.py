@@ -1,5 +1,6 @@
 """Checks of M-FAC with its window spread over processes, by FSDP2 and by replicas that share it."""
 
+import copy
 import functools
 import math
 from typing import Any
@@ -166,6 +167,32 @@ def mfac_training_equals_one_process(world: World) -> None:
             parallel = nn.parallel.DistributedDataParallel(replica)
             train(parallel, build(name, replica, shard_window=spread), world)
             assert_same(replica, plain, 1e-8, f"{name} {spread}")
+
+
+@case(4)
+def mfac_spreads_over_the_processes_of_a_group(world: World) -> None:
+    """Two models, each on two processes: the steps are those of replicas that keep whole windows."""
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    group, other = groups[world.rank // 2], groups[1 - world.rank // 2]
+    plain, model = new_model(torch.float64), new_model(torch.float64)
+    alone, spread = build("model", plain), build("model", model, shard_window=group)
+    for step in range(4):
+        for one, optimizer in ((plain, alone), (model, spread)):
+            set_grads(one, step + 10 * (world.rank // 2))
+            optimizer.step()
+    assert_same(model, plain, 1e-11)
+    held = torch.tensor(float(sum(p.numel() for p in local_windows(spread))))
+    dist.all_reduce(held, group=group)
+    assert held == sum(p.numel() for p in local_windows(alone))
+    state = copy.deepcopy(spread.state_dict())
+    assert state["param_groups"][0]["shard_window"] is True
+    spread.load_state_dict(state)
+    set_grads(model, 7)
+    set_grads(plain, 7)
+    spread.step()
+    alone.step()
+    assert_same(model, plain, 1e-11)
+    refused(TypeError, "a process group with this process", lambda: build("model", model, shard_window=other))
 
 
 @case(2)

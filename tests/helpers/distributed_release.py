@@ -155,6 +155,30 @@ def a_block_without_some_gradients_is_released(world: World) -> None:
 
 
 @case(2)
+def two_optimizers_release_the_gradients_of_one_model(world: World) -> None:
+    """Each steps its parameters; removing one handle, in either order, leaves the other."""
+    for first_removed in (0, 1):
+        models = [new_model(), new_model()]
+        wrapped = [wrap("ddp", model, world) for model in models]
+        pairs = []
+        for model in models:
+            matrices = [(name, param) for name, param in model.named_parameters() if param.dim() >= 2]
+            vectors = [(name, param) for name, param in model.named_parameters() if param.dim() < 2]
+            pairs.append((Lion(matrices, lr=0.01), Lion(vectors, lr=0.02)))
+        releases = [release_gradients(wrapped[1], optimizer) for optimizer in pairs[1]]
+        for released in ({0, 1}, {1 - first_removed}, set()):
+            for net, optimizers in zip(wrapped, pairs, strict=True):
+                net(tokens(12, seed=len(released)).chunk(2)[world.rank]).backward()
+                for i, optimizer in enumerate(optimizers):
+                    freed = net is wrapped[1] and i in released
+                    assert all((p.grad is None) == freed for g in optimizer.param_groups for p in g["params"])
+                    optimizer.step()
+                    optimizer.zero_grad()
+            releases[first_removed if len(released) == 2 else 1 - first_removed].remove()
+        assert_same(models[1], models[0], 0)
+
+
+@case(2)
 def a_second_pass_is_refused_where_gradients_are_released(world: World) -> None:
     for kind in ("fsdp", "ddp"):
         model = new_model()

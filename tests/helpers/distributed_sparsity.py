@@ -91,6 +91,22 @@ def replicas_have_the_same_masks_and_send_none(world: World) -> None:
         assert torch.equal(layer.transform.mask, other.transform.mask)
 
 
+@case(2)
+def masks_follow_weights_that_ddp_replaces_after_attach(world: World) -> None:
+    # "fixed" never computes them again; "gradient" would score the second time by what attach had not
+    for options in ({"method": "fixed"}, {"method": "fixed", "score": "gradient"}):
+        model = make_mlp(seed=world.rank)
+        controller = sparsify(model, MLP, **options)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+        controller.attach(optimizer)
+        net = DistributedDataParallel(model)
+        steps(net, optimizer, part(world), 2)
+        _, its_controller = alone(world, 0, **options)
+        for layer, other in zip(controller.layers, its_controller.layers, strict=True):
+            everyone_has(layer.weight.detach(), world.size)
+            assert torch.equal(layer.transform.mask, other.transform.mask)
+
+
 @case(*WORLDS)
 def sharded_rows_train_as_one_process_does(world: World) -> None:
     model = make_mlp()

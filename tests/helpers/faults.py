@@ -217,6 +217,22 @@ def infinite_gradient_at_step_3():
     run.backward = poisoned
 
 
+def in_process(rank, fault):
+    """Let one of several processes alone suffer ``fault``."""
+    if os.environ.get("RANK", "0") == str(rank):
+        fault()
+
+
+def refuse_the_data():
+    """Find no text, as a process does whose machine lacks a disk."""
+    from leanstep.recipes.training import run
+
+    def load_data(*arguments, **options):
+        raise ValueError("data.path: 'text.txt' does not exist")
+
+    run.load_data = load_data
+
+
 def out_of_memory_at_step_3():
     """Raise what torch raises when a GPU's memory is used up."""
     import torch
@@ -305,6 +321,31 @@ def disk_fills_up_at_the_second_checkpoint():
         return save(content, file, *arguments, **options)
 
     torch.save = full
+
+
+def first_save_fails(part, *others):
+    """After ``others``: let the first process meet a used-up quota in one part of its first checkpoint.
+
+    ``part``: "staging", where the folder is made, or "export", where the model is written.
+    """
+    import errno
+
+    from transformers import PreTrainedModel
+
+    from leanstep.recipes.training import saver
+
+    for other in others:
+        other()
+    place, name = {"staging": (saver, "staging"), "export": (PreTrainedModel, "save_pretrained")}[part]
+    write, calls = getattr(place, name), []
+
+    def full(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 1:
+            raise OSError(errno.EDQUOT, "Disk quota exceeded", str(arguments[1]))
+        return write(*arguments, **options)
+
+    setattr(place, name, full)
 
 
 def hang_in_step_4():

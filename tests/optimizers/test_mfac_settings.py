@@ -139,6 +139,12 @@ def test_a_window_that_the_device_has_no_room_for_is_refused(monkeypatch):
     assert "compression='topk' takes" in text and "window=128 takes" in text and "shard_window=True" in text
     for smaller in ({"compression": "topk"}, {"window": 128}):
         MFAC([param], **{"window": 1024, **smaller})
+    # the processes of a machine share its memory
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(ValueError, match="has 0.2 GiB left"):
+        MFAC([param], window=128)
+    monkeypatch.undo()
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2 * 2**30)
     with pytest.raises(ValueError, match="scope='model' takes"):
         MFAC([torch.zeros(3, requires_grad=True) for _ in range(400)], window=1024, scope="layer")
 

@@ -1,5 +1,6 @@
 """SinkGD against its formula, its invariances, its fallback and its routing."""
 
+import copy
 import io
 import math
 import warnings
@@ -225,6 +226,22 @@ def test_spectral_warms_up_at_the_first_usable_gradient(first, stacked):
     torch.testing.assert_close(moved[0], moved[1], rtol=0, atol=1e-6)
     norms = torch.linalg.matrix_norm(moved[0], ord=2)
     assert norms.min() > 0.999 and norms.max() < 1.02
+
+
+def test_a_loaded_state_knows_itself_which_matrices_are_cold():
+    """A checkpoint of several processes has the flag of one, which may have other matrices of the stack."""
+    param = matrix(3, 24, 10)
+    optimizer = SinkGD([param], lr=1.0, scale=1.0, spectral="unit")
+    for idle in ([1], []):
+        fill_grads([param], 0)
+        param.grad[idle] = 0
+        optimizer.step()
+        state = copy.deepcopy(optimizer.state_dict())
+        warm = state["state"][0]["power_warm"]
+        assert bool(warm) == (not idle)
+        state["state"][0]["power_warm"] = ~warm
+        optimizer.load_state_dict(state)
+        assert optimizer.state[param]["power_warm"] == warm
 
 
 def test_every_expert_of_a_stack_warms_up_at_its_own_first_gradient():

@@ -96,11 +96,15 @@ def test_max_hours_saves_and_stops(recipe, tmp_path):
 
 
 @pytest.mark.slow
-def test_out_of_memory_names_what_to_change(recipe, tmp_path):
+@pytest.mark.parametrize("world", [1, 2])
+def test_out_of_memory_names_what_to_change(recipe, tmp_path, world):
     out = tmp_path / "run"
-    failed = run(recipe, ["checkpoint.every=2"], out, prepare=faults.out_of_memory_at_step_3)
-    assert failed.codes == [4] and status(out)["status"] == "failed:out of memory"
+    prepare = partial(faults.in_process, world - 1, faults.out_of_memory_at_step_3)
+    failed = run(recipe, ["checkpoint.every=2"], out, world=world, prepare=prepare)
+    assert failed.codes == ([4] if world == 1 else [1, 4]), failed.text()
+    assert status(out)["status"] == "failed:out of memory", "also where another process then lost this one"
     text = failed.text()
+    assert text.count("out of memory (") == 1 and ("process 1: step 3: " in text) == (world == 2)
     hints = ["batch.micro_batch_size=2", "activation_checkpointing=true", "precision=bf16", "optimizer.name=lion"]
     places = [text.index(hint) for hint in hints]
     assert places == sorted(places), "the cheapest first"
@@ -110,6 +114,8 @@ def test_out_of_memory_names_what_to_change(recipe, tmp_path):
         text.index(row) for row in ("out of memory (", "weights  ", "optimizer state ", "activations ", "peak, with")
     ]
     assert rows == sorted(rows) and rows[-1] < places[0]
+    if world == 2:
+        return
     # and the first of them continues the run
     again = run(recipe, ["checkpoint.every=2", "batch.micro_batch_size=2", "steps=24"], out)
     assert again.codes == [0], again.text()
@@ -256,6 +262,16 @@ def test_a_folder_that_cannot_be_written_is_a_message(recipe, tmp_path, key, wor
     assert text.count("error: ") == 1, "one process speaks"
 
 
+@pytest.mark.slow
+def test_an_error_of_one_process_alone_is_told_by_that_process(recipe, tmp_path):
+    options, prepare = ["batch.micro_batch_size=2"], partial(faults.in_process, 1, faults.refuse_the_data)
+    failed = run(recipe, options, tmp_path / "run", world=2, prepare=prepare)
+    assert failed.codes == [1, 2], failed.text()
+    told = [line for line in failed.text().splitlines() if line.startswith("error: ")]
+    assert sorted(told)[1] == "error: process 1: data.path: 'text.txt' does not exist", failed.text()
+    assert len(told) == 2 and "another process ended" in sorted(told)[0]
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A disk of 640 KiB, mounted for real; where mounting is not allowed, what needs it is skipped."""
@@ -289,7 +305,9 @@ def test_a_small_disk_for_real(recipe, small_disk):
 def test_which_errors_are_the_disk(tmp_path):
     enough = 0
     assert "disk full" in disk_trouble(OSError(28, "No space left on device"), tmp_path, enough)
-    assert "disk full" in disk_trouble(OSError(122, "Disk quota exceeded"), tmp_path, enough)
+    # the disk itself has room
+    assert "quota is used up" in disk_trouble(OSError(122, "Disk quota exceeded"), tmp_path, enough)
+    assert disk_trouble(OSError(5, "Input/output error", "quota/run"), tmp_path, enough).startswith("cannot write")
     # what safetensors says
     assert "disk full" in disk_trouble(Exception("I/O error: No space left on device (os error 28)"), tmp_path, enough)
     # torch.save's message does not say so; the free space does

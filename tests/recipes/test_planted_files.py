@@ -275,6 +275,18 @@ def test_no_command_of_the_working_folder_runs(tmp_path, monkeypatch):
     assert not (tmp_path / "executed").exists()
 
 
+def test_leftovers_stay_where_no_lock_tells_that_their_run_has_ended(tmp_path, monkeypatch):
+    left = tmp_path / "checkpoints" / ".writing-step-000009"
+    left.mkdir(parents=True)
+    for has_locks in (False, True):
+        monkeypatch.setattr("leanstep.recipes.training.folder.lock_file", lambda _, has_locks=has_locks: has_locks)
+        folder = RunFolder(tmp_path)
+        with pytest.raises(ValueError, match="holds no run"):
+            choose_start(_config(tmp_path), folder)
+        folder.release()
+        assert left.exists() != has_locks
+
+
 def test_a_folder_of_the_run_that_appears_as_a_link_is_refused_at_resume(finished, tmp_path):
     _, out = finished
     copy = shutil.copytree(out, tmp_path / "run", symlinks=True)

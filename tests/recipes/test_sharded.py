@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from faults import fsdp2_on_cpu, held_at, on_backend
+from faults import first_save_fails, fsdp2_on_cpu, held_at, on_backend
 from safetensors.torch import load_file
 from training import Training, numbers, run, write_recipe
 from transformers import AutoModelForCausalLM
@@ -18,8 +18,8 @@ def recipe(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adamw", "sinkgd"])
-def test_sharded_equals_replicated_and_resumes(recipe, tmp_path, optimizer):
+@pytest.mark.parametrize(("optimizer", "part"), [("adamw", "export"), ("sinkgd", "staging")])
+def test_sharded_equals_replicated_and_resumes(recipe, tmp_path, optimizer, part):
     options = [f"model={{family: llama, config: {LLAMA}}}", f"optimizer.name={optimizer}", "max_grad_norm=1.0"]
     options += ["steps=12", "batch.micro_batch_size=2"]
     replicated = run(recipe, options, tmp_path / "replicated", world=2, prepare=partial(on_backend, "reference"))
@@ -31,9 +31,15 @@ def test_sharded_equals_replicated_and_resumes(recipe, tmp_path, optimizer):
     sharded.wait_for(lambda training: training.last_step() >= 8)
     sharded.kill(1)
     assert 0 not in sharded.wait()
-    again = run(recipe, options, tmp_path / "sharded", world=2, prepare=fsdp2_on_cpu)
-    assert again.codes == [0, 0], again.text()
+    # a save that fails in the first process alone ends in all of them, and training goes on
+    prepare = partial(first_save_fails, part, fsdp2_on_cpu)
+    again = Training(recipe, options, tmp_path / "sharded", world=2, prepare=prepare)
+    assert again.wait(timeout=300) == [0, 0], again.text()
     assert "wrapping FSDP2" in again.text() and "resuming from" in again.text()
+    failed = "WARNING: checkpoint at step 9 failed: disk full: the user's quota is used up; training goes on"
+    assert again.text().count(failed) == 1, again.text()
+    saved = sorted(path.name for path in (tmp_path / "sharded" / "checkpoints").iterdir())
+    assert saved == ["step-000006", "step-000012"]
 
     # kind, step, loss, lr, gradient norm; the order of additions differs between the two
     left, right = numbers(tmp_path / "replicated")[:-1], numbers(tmp_path / "sharded")[:-1]
