@@ -144,7 +144,7 @@ def run_dots(
     if backend == "triton":
         dots = windows.triton().row_dots(*stored, flat_vectors, owners, max(owners) + 1)
     elif backend == "cpp":
-        dots = torch.zeros(max(owners) + 1, values[0].shape[0], dtype=torch.float64)
+        dots = torch.zeros(max(owners) + 1, values[0].shape[0], dtype=torch.float64, device="cpu")
         windows.cpp("row_dots", stored, [v.to(torch.float32).contiguous() for v in flat_vectors], owners, dots)
     else:
         dots = total_by_group(map(windows.reference.row_dots, *stored, flat_vectors), owners)

@@ -136,7 +136,7 @@ def nuclear_norm(
     if estimator not in ESTIMATORS:
         raise ValueError(f"nuclear_norm: expected estimator in {ESTIMATORS}, got {estimator!r}")
     if not matrices:
-        return torch.zeros(0)
+        return torch.zeros(0, dtype=torch.float32, device="cpu")
     flat = [number for triple in triples for number in triple]
     if torch.compiler.is_compiling():
         return torch.ops.leanstep.nuclear_norm(list(matrices), estimator, flat, dtype)
@@ -219,7 +219,7 @@ def _run(
     if _wants_definition(compute) and method != "gram":
         return [_definition(mat, triples, eps, compute) for mat in matrices]
     singles = singles_of(matrices)
-    factors = [torch.empty(0) for _ in singles]
+    factors = [torch.empty(0, device="cpu") for _ in singles]
     norms = norms_of(singles, compute)
     products, scratch = _products(backend, compute), Scratch(compute, matrices[0].device)
     for job in jobs_of(singles):
@@ -284,7 +284,7 @@ def _run_nuclear(
     elif estimator == "frobenius":
         for i, norm in enumerate(norms_of(singles, compute)):
             # torch.tensor without a dtype would round a Python float to fp32
-            values[i] = norm.to(wide) if isinstance(norm, Tensor) else torch.tensor(norm, dtype=wide)
+            values[i] = norm.to(wide) if isinstance(norm, Tensor) else torch.tensor(norm, dtype=wide, device="cpu")
     else:
         products, scratch = _products(backend, compute), Scratch(compute, matrices[0].device)
         for job in jobs_of(singles):

@@ -52,7 +52,7 @@ def sinkhorn(mats: Sequence[Tensor], num_iters: int, *, end_with_rows: bool = Fa
         Every iteration reads every matrix once. On a CPU, only the first one reads a matrix below 4 MB from memory.
     """
     if not mats:
-        empty = torch.zeros(0)
+        empty = torch.zeros(0, dtype=torch.float32, device="cpu")
         return Scales([], [], empty, empty)
     if torch.compiler.is_compiling():
         return _scales(mats, *torch.ops.leanstep.sinkhorn(list(mats), num_iters, end_with_rows))

@@ -82,7 +82,7 @@ def _monomials(tables: PolyTables) -> tuple[Tensor, Tensor]:
     """Variables of every feature [k, max(g, 1)], padded with -1, and its weight [k], fp32."""
     degree = len(tables.starts) - 2
     parent, last = tables.parent.long().cpu(), tables.last.cpu()
-    variables = torch.full((len(parent), max(degree, 1)), -1, dtype=torch.int32)
+    variables = torch.full((len(parent), max(degree, 1)), -1, dtype=torch.int32, device="cpu")
     norm = tables.weight.cpu().clone()
     for t in range(1, degree + 1):
         rows = slice(tables.starts[t], tables.starts[t + 1])
