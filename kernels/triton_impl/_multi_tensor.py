@@ -141,6 +141,10 @@ def on_device(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+# programs along the second and the third dimension of a grid; the first takes 2**31 - 1
+MOST_PROGRAMS = 65535
+
+
 def warps(threads: int) -> int:
     """Number of warps of `threads` threads: a warp has 32 on NVIDIA, 64 on AMD's data-centre devices."""
     return threads // (64 if torch.version.hip else 32)
