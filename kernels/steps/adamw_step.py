@@ -39,8 +39,8 @@ def adamw_step(
     are the averages of ``g`` and ``g^2``, and ``t`` counts the steps including this one (Loshchilov and Hutter, 2019).
 
     Args:
-        params, grads, exp_avgs, exp_avg_sqs: fp32 or bf16 tensors on the CPU, also both in one list. The four tensors at
-            an index have one dtype and one dense layout. All but the gradients are updated in place.
+        params, grads, exp_avgs, exp_avg_sqs: fp32 or bf16 tensors on the CPU, both in one list, too. The four tensors
+            at an index have one dtype and one dense layout. All but the gradients are updated in place.
         steps: 0-d fp32 tensors, the number of earlier steps; increased in place.
         lr, betas, eps, weight_decay, maximize: as ``torch.optim.AdamW`` takes them.
 
