@@ -175,7 +175,7 @@ def why_not(op: str, backend: str, device: torch.device, *dtypes: torch.dtype) -
 
 
 def choose(op: str, device: torch.device, *dtypes: torch.dtype) -> Choice:
-    """Choose the backend of ``op`` for tensors of ``dtypes`` on ``device``; the first dtype is the parameters'.
+    """Choose the backend of ``op`` for tensors of ``dtypes`` on ``device``.
 
     Raises:
         BackendError: if :func:`use_backend` selected a backend that cannot run here.
@@ -188,7 +188,7 @@ def choose(op: str, device: torch.device, *dtypes: torch.dtype) -> Choice:
         if reason is not None:
             raise BackendError(f"{op}: backend {requested!r} was asked for on {device}, but {reason}")
         return Choice(requested, "asked for with use_backend")
-    if dtypes[:1] == (torch.float64,):
+    if torch.float64 in dtypes:
         return Choice("reference", "float64 is for checking: the definition runs")
     if device.type != "cpu":
         reason = why_not(op, "triton", device)

@@ -1,5 +1,6 @@
 """Where kernels must not run: tensors without memory of their own, graphs, transforms, and dispatch modes."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -27,6 +28,19 @@ def in_dispatch_mode() -> bool:
     pass. An in-place addition to that tensor would then be made twice.
     """
     return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+
+
+def without_autocast(compute: Callable[..., Result]) -> Callable[..., Result]:
+    """Decorate the ``compute(x, ...)`` of an op that fixes the precision of its products: autocast would lower it."""
+
+    @functools.wraps(compute)
+    def run(x: torch.Tensor, *others: Any) -> Result:
+        if not torch.is_autocast_enabled(x.device.type):
+            return compute(x, *others)
+        with torch.autocast(x.device.type, enabled=False):
+            return compute(x, *others)
+
+    return run
 
 
 def outside_dispatch_modes(compute: Callable[[], Result]) -> Result:

@@ -10,11 +10,13 @@ A library that the wheel carries (``_prebuilt.py``) comes first; ``LEANSTEP_PREB
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -32,7 +34,6 @@ from leanstep.kernels.cpp_impl._prebuilt import FLAGS, SOURCES
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
 # of the products with bit masks
 SPARSE_TYPES = {**TYPES, torch.float16: "fp16"}
-_NO_COMPILER = "no C++ compiler on the PATH (CXX, g++, clang++)"
 
 
 class BuildError(RuntimeError):
@@ -43,15 +44,34 @@ class MissingKernelError(BuildError):
     """A kernel with these macros is not prebuilt, and there is no compiler to build it."""
 
 
-def cpp_compiler() -> str | None:
-    """Path of the C++ compiler, or None: ``$CXX``, or the first of g++, clang++ and c++ on the PATH."""
-    return _first_compiler(os.environ.get("CXX", ""), os.environ.get("PATH", ""))
+def cpp_compiler() -> tuple[str, ...]:
+    """Command of the C++ compiler, the path of a program first; empty without one.
+
+    ``$CXX``, which may have arguments (``ccache g++``), or the first of g++, clang++ and c++ on the PATH.
+    """
+    return _first_compiler(os.environ.get("CXX", "").strip(), os.environ.get("PATH", ""))
 
 
 @functools.cache
-def _first_compiler(requested: str, path: str) -> str | None:
-    names = [requested] if requested else ["g++", "clang++", "c++"]
-    return next((file for name in names if (file := shutil.which(name, path=path))), None)
+def _first_compiler(requested: str, path: str) -> tuple[str, ...]:
+    commands = [["g++"], ["clang++"], ["c++"]]
+    if requested:
+        # a program whose path has spaces, or a command
+        commands = [[requested]] if shutil.which(requested, path=path) else [_words(requested)]
+    found = ((shutil.which(name, path=path), arguments) for name, *arguments in commands)
+    return next(((file, *arguments) for file, arguments in found if file), ())
+
+
+def _words(command: str) -> list[str]:
+    with contextlib.suppress(ValueError):  # a quote without its end
+        return shlex.split(command) or [command]
+    return [command]
+
+
+def _no_compiler() -> str:
+    requested = os.environ.get("CXX", "").strip()
+    tried = f"CXX is {requested!r}, which names no program" if requested else "CXX, g++, clang++"
+    return f"no C++ compiler on the PATH ({tried})"
 
 
 def why_not_cpp() -> str | None:
@@ -59,17 +79,17 @@ def why_not_cpp() -> str | None:
     if not sys.platform.startswith("linux"):
         return f"C++ kernels are built on Linux, not on {sys.platform}"
     compiler, prebuilt = cpp_compiler(), uses_prebuilt()
-    return _why_it_fails(compiler, prebuilt) if compiler or prebuilt else _NO_COMPILER
+    return _why_it_fails(compiler, prebuilt) if compiler or prebuilt else _no_compiler()
 
 
 @functools.cache
-def _why_it_fails(compiler: str | None, prebuilt: bool) -> str | None:
+def _why_it_fails(compiler: tuple[str, ...], prebuilt: bool) -> str | None:
     try:
         library("steps/nonfinite_flags", {"TENSOR": "float"})
     except (KernelCacheError, MissingKernelError) as error:
         return str(error)
     except (BuildError, OSError) as error:
-        return f"{compiler} failed: {str(error).splitlines()[-1]}"
+        return f"{shlex.join(compiler)} failed: {str(error).splitlines()[-1]}"
     return None
 
 
@@ -108,10 +128,12 @@ def _library(name: str, macros: tuple[tuple[str, str | int], ...]) -> ctypes.CDL
         except OSError as error:
             refused = str(error)
     compiler = cpp_compiler()
-    if compiler is None:
-        raise MissingKernelError(f"{refused}, and {_NO_COMPILER}" if refused else _NO_COMPILER)
-    command = [compiler, *FLAGS, *_native(), *(f"-D{key}={value}" for key, value in macros)]
-    ingredients = [*command, _version(compiler), _processor(), _prebuilt.sources()]
+    if not compiler:
+        raise MissingKernelError(f"{refused}, and {_no_compiler()}" if refused else _no_compiler())
+    command = [*compiler, *FLAGS, *_native(), *(f"-D{key}={value}" for key, value in macros)]
+    # a library needs torch's OpenMP runtime by its name, which differs from one build of torch to another
+    runtimes = [path.name for path in _bundled_openmp()]
+    ingredients = [*command, *runtimes, _version(compiler), _processor(), _prebuilt.sources()]
     digest = hashlib.sha256("\0".join(ingredients).encode()).hexdigest()[:24]
 
     def build(target: Path) -> None:
@@ -160,8 +182,8 @@ def _native() -> list[str]:
 
 
 @functools.cache
-def _version(compiler: str) -> str:
-    return subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+def _version(compiler: tuple[str, ...]) -> str:
+    return subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
 
 
 @functools.cache

@@ -114,10 +114,10 @@ def total_by_group(dots: Iterable[Tensor], groups: Sequence[int]) -> Tensor:
     return torch.stack([totals.get(group, zero) for group in range(max(groups) + 1)])
 
 
-def backend_of(op: str, window: Tensor) -> str:
-    """Choose the backend of an op on windows. All backends take fp32, bf16 and fp16."""
-    wide = [window.dtype] if window.dtype == torch.float64 else []
-    return choose(op, window.device, *wide).backend
+def backend_of(op: str, window: Tensor, vectors: Sequence[Tensor] = ()) -> str:
+    """Choose the backend of an op on windows. All backends take fp32, bf16 and fp16; the definition takes fp64."""
+    is_wide = any(t.dtype == torch.float64 for t in (window, *vectors))
+    return choose(op, window.device, *([torch.float64] if is_wide else [])).backend
 
 
 class Format(NamedTuple):
@@ -140,11 +140,11 @@ def run_dots(
     values = stored[0]
     flat_vectors = [v.detach().reshape(-1) for v in vectors]
     owners = [0] * len(values) if groups is None else list(groups)
-    backend = backend_of(f"{windows.prefix}row_dots", values[0])
+    backend = backend_of(f"{windows.prefix}row_dots", values[0], vectors)
     if backend == "triton":
         dots = windows.triton().row_dots(*stored, flat_vectors, owners, max(owners) + 1)
     elif backend == "cpp":
-        dots = torch.zeros(max(owners) + 1, values[0].shape[0], dtype=torch.float64)
+        dots = torch.zeros(max(owners) + 1, values[0].shape[0], dtype=torch.float64, device="cpu")
         windows.cpp("row_dots", stored, [v.to(torch.float32).contiguous() for v in flat_vectors], owners, dots)
     else:
         dots = total_by_group(map(windows.reference.row_dots, *stored, flat_vectors), owners)

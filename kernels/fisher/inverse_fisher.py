@@ -98,7 +98,7 @@ def _run(gram: Tensor, right: Tensor, damping: Tensor, denominator: float) -> tu
     factor, info = torch.linalg.cholesky_ex(matrix)
     values = torch.cholesky_solve(right.unsqueeze(-1), factor).squeeze(-1)
     failed = (info != 0) | ~_is_accurate(gram, values, damping, denominator)
-    status = torch.zeros(failed.shape, dtype=torch.int32)
+    status = torch.zeros(failed.shape, dtype=torch.int32, device="cpu")
     failed_on_host = failed.cpu()  # the one wait for the device
     if failed_on_host.any():
         dampings = damping.expand(failed.shape)

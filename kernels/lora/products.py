@@ -20,7 +20,7 @@ def lora_dropout(x: Tensor, p: float, seed: Tensor | None = None) -> Tensor:
         x: [M, n], floating; not written. p, seed: as in :func:`lora_down`.
 
     Returns:
-        A new tensor like x; x itself for p = 0.
+        A new row-major tensor of x's shape and dtype; x itself for p = 0.
 
     Raises:
         ValueError, BackendError: as :func:`lora_down`.
@@ -114,6 +114,7 @@ def lora_up_(y: Tensor, h: Tensor, b: Tensor, scale: float, p: float = 0.0, seed
         torch.ops.leanstep.lora_up_(y, h, b, scale, p, seed)
     else:
         _up(y, h, b, scale, p, seed)
+        torch.autograd.graph.increment_version(y)  # kernels do not; the registered op does
     return y
 
 
@@ -135,7 +136,7 @@ def _check(name: str, x: Tensor, other: Tensor, p: float, seed: Tensor | None, f
 
 @torch.no_grad()
 def _dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    return _module("lora_dropout", x).dropout(x.contiguous(), p, int(seed)) if x.numel() else torch.empty_like(x)
+    return _module("lora_dropout", x).dropout(x.contiguous(), p, int(seed)) if x.numel() else x.new_empty(x.shape)
 
 
 @torch.no_grad()
@@ -177,7 +178,7 @@ _down_op = torch.library.custom_op("leanstep::lora_down", _down, mutates_args=()
 _down_backward_op = torch.library.custom_op("leanstep::lora_down_backward", _down_backward, mutates_args=())
 _up_op = torch.library.custom_op("leanstep::lora_up_", _up, mutates_args=("y",))
 
-_dropout_op.register_fake(lambda x, p, seed: torch.empty_like(x))
+_dropout_op.register_fake(lambda x, p, seed: x.new_empty(x.shape))
 _down_op.register_fake(lambda x, a, p, seed: x.new_empty(x.shape[0], a.shape[0]))
 _down_backward_op.register_fake(
     lambda x, e, a, p, seed: (x.new_empty(e.shape[1], x.shape[1]), x.new_empty(x.shape[0], 0 if a is None else len(a)))

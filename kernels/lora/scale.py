@@ -29,14 +29,17 @@ def lora_scale_(y: Tensor, c: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     _check("lora_scale_", y, c, bias)
     backend = _backend(y) if y.is_contiguous() else "reference"
+    if backend == "reference":
+        reference.lora_scale_(y, c, bias)
+        return y
+    c, bias = c.contiguous(), None if bias is None else bias.contiguous()
     if backend == "cpp":
-        call("lora/scale", "lora_scale", {"VALUE": TYPES[y.dtype]}, *y.shape, y, c.contiguous(), bias)
-    elif backend == "triton":
+        call("lora/scale", "lora_scale", {"VALUE": TYPES[y.dtype]}, *y.shape, y, c, bias)
+    else:
         from leanstep.kernels.triton_impl.lora import scale as triton_scale
 
-        triton_scale.lora_scale_(y, c.contiguous(), bias)
-    else:
-        reference.lora_scale_(y, c, bias)
+        triton_scale.lora_scale_(y, c, bias)
+    torch.autograd.graph.increment_version(y)  # kernels do not
     return y
 
 
@@ -69,17 +72,19 @@ def lora_scale_backward(g: Tensor, y: Tensor | None, c: Tensor, in_place: bool =
     g, c, y = g.contiguous(), c.contiguous(), None if y is None else y.contiguous()
     inner = g if in_place else torch.empty_like(g)
     backend = _backend(g)
+    if backend == "reference":
+        return reference.lora_scale_backward(g, y, c, inner)
+    if in_place:
+        torch.autograd.graph.increment_version(g)  # kernels do not
     if backend == "cpp":
         sums = g.new_empty(-(-g.shape[0] // ROWS), g.shape[1], dtype=torch.float32)
         # without y, the kernel sums squares that nobody reads
         tensors = (g, g if y is None else y, c, inner, sums)
         call("lora/scale", "lora_scale_backward", {"VALUE": TYPES[g.dtype]}, *g.shape, *tensors)
         return inner, sums.sum(0)
-    if backend == "triton":
-        from leanstep.kernels.triton_impl.lora import scale as triton_scale
+    from leanstep.kernels.triton_impl.lora import scale as triton_scale
 
-        return triton_scale.lora_scale_backward(g, y, c, inner)
-    return reference.lora_scale_backward(g, y, c, inner)
+    return triton_scale.lora_scale_backward(g, y, c, inner)
 
 
 def _backend(y: Tensor) -> str:

@@ -66,6 +66,7 @@ def swiglu_backward_(grad: Tensor, e: Tensor, u: Tensor) -> tuple[Tensor, Tensor
     if backend == "reference":
         return reference.swiglu_backward_(grad, e, u)
     e, u = e.detach().contiguous(), u.detach().contiguous()
+    torch.autograd.graph.increment_version(grad)  # kernels do not
     if backend == "triton":
         from leanstep.kernels.triton_impl.lora import swiglu as triton_swiglu
 

@@ -32,7 +32,8 @@ def product(x: Tensor, w: Tensor, plus: Tensor | None = None) -> Tensor:
     if runs_on_onednn(x) and x.shape[0] >= LEAST_ROWS and x.numel() and w.numel():
         linear = torch.ops.mkldnn._linear_pointwise
         if plus is None or plus.dim() == 1:
-            return linear(x, w.t(), plus, "none", [], "")
+            # oneDNN reads a bias as if its entries were adjacent
+            return linear(x, w.t(), plus if plus is None else plus.contiguous(), "none", [], "")
         return linear.binary(x, plus, w.t(), None, "add")
     if plus is None:
         return torch.mm(x, w)

@@ -52,8 +52,8 @@ def newton_schulz(
         method: "standard" iterates on X. "gram" iterates on A, with products of the smaller side only, and multiplies X
             after a few steps; it is cheaper unless matrices are nearly square. "auto" uses the method with fewer
             operations (:func:`flops`). In float64 and on the backend "reference", "auto" is "standard".
-        dtype: dtype of the products and the result. None: fp64 for fp64 matrices. Otherwise bf16 on GPUs that have it
-            and on CPUs that multiply it (AMX, AVX512-BF16), and fp32 elsewhere.
+        dtype: dtype of the products and the result. None: fp64 if a matrix is in fp64. Otherwise bf16 on GPUs that have
+            it and on CPUs that multiply it (AMX, AVX512-BF16), and fp32 elsewhere.
         eps: smallest norm to divide by, >= 0. Results of matrices with a smaller norm shrink in proportion. Muon uses
             1e-7. With 0, the limit is 1e-38 (1e-300 for fp64 matrices).
 
@@ -109,8 +109,8 @@ def nuclear_norm(
         steps, coefficients, dtype: as for :func:`newton_schulz`; "polar" reads them.
 
     Returns:
-        fp32 (fp64 for fp64 matrices), 1-D: one entry per matrix, in order, and one per matrix of a stack. NaN for a
-        matrix with a non-finite entry, 0 for a matrix without entries.
+        fp32 (fp64 if a matrix is in fp64), 1-D: one entry per matrix, in order, and one per matrix of a stack. NaN for
+        a matrix with a non-finite entry, 0 for a matrix without entries.
 
     Raises:
         ValueError, TypeError, BackendError: as for :func:`newton_schulz`.
@@ -136,7 +136,7 @@ def nuclear_norm(
     if estimator not in ESTIMATORS:
         raise ValueError(f"nuclear_norm: expected estimator in {ESTIMATORS}, got {estimator!r}")
     if not matrices:
-        return torch.zeros(0)
+        return torch.zeros(0, dtype=torch.float32, device="cpu")
     flat = [number for triple in triples for number in triple]
     if torch.compiler.is_compiling():
         return torch.ops.leanstep.nuclear_norm(list(matrices), estimator, flat, dtype)
@@ -180,19 +180,24 @@ def _check(matrices: Sequence[Tensor], method: str, op: str) -> None:
             raise TypeError(f"{op}: expected floating-point matrices, got {mat.dtype} at {i}")
 
 
-def compute_dtype(dtype: torch.dtype | None, mat: Tensor) -> torch.dtype:
-    """Return the dtype of a matrix's products, for the argument ``dtype`` of :func:`newton_schulz`."""
+def compute_dtype(dtype: torch.dtype | None, matrices: Sequence[Tensor]) -> torch.dtype:
+    """Return the dtype of the matrices' products, for the argument ``dtype`` of :func:`newton_schulz`."""
     if dtype is not None:
         if dtype not in GROWTH:
             raise ValueError(f"Newton-Schulz: expected dtype in {[str(d) for d in GROWTH]}, got {dtype}")
         return dtype
-    if mat.dtype == torch.float64:
+    if _sums_dtype(matrices) == torch.float64:
         return torch.float64
-    if mat.device.type == "cpu":
+    device = matrices[0].device.type
+    if device == "cpu":
         return torch.bfloat16 if _multiplies_bf16() else torch.float32
-    if mat.device.type == "cuda":
+    if device == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    return torch.bfloat16 if mat.device.type == "xpu" else torch.float32
+    return torch.bfloat16 if device == "xpu" else torch.float32
+
+
+def _sums_dtype(matrices: Sequence[Tensor]) -> torch.dtype:
+    return torch.float64 if any(mat.dtype == torch.float64 for mat in matrices) else torch.float32
 
 
 @functools.cache
@@ -214,12 +219,12 @@ def _run(
     matrices: list[Tensor], coefficients: list[float], method: str, dtype: torch.dtype | None, eps: float
 ) -> list[Tensor]:
     triples = _regrouped(coefficients)
-    compute = compute_dtype(dtype, matrices[0])
+    compute = compute_dtype(dtype, matrices)
     backend = choose("newton_schulz", matrices[0].device, compute).backend
     if _wants_definition(compute) and method != "gram":
         return [_definition(mat, triples, eps, compute) for mat in matrices]
     singles = singles_of(matrices)
-    factors = [torch.empty(0) for _ in singles]
+    factors = [torch.empty(0, device="cpu") for _ in singles]
     norms = norms_of(singles, compute)
     products, scratch = _products(backend, compute), Scratch(compute, matrices[0].device)
     for job in jobs_of(singles):
@@ -262,10 +267,10 @@ def _run_nuclear(
     matrices: list[Tensor], estimator: str, coefficients: list[float], dtype: torch.dtype | None
 ) -> Tensor:
     triples = _regrouped(coefficients)
-    compute = compute_dtype(dtype, matrices[0])
+    compute = compute_dtype(dtype, matrices)
     backend = choose("nuclear_norm", matrices[0].device, compute).backend
     singles = singles_of(matrices)
-    wide = torch.float64 if matrices[0].dtype == torch.float64 else torch.float32
+    wide = _sums_dtype(matrices)
     if estimator == "auto":
         estimator = "sketch" if matrices[0].device.type == "cpu" else "polar"
     values = [torch.zeros((), dtype=wide, device=matrices[0].device)] * len(singles)
@@ -284,7 +289,7 @@ def _run_nuclear(
     elif estimator == "frobenius":
         for i, norm in enumerate(norms_of(singles, compute)):
             # torch.tensor without a dtype would round a Python float to fp32
-            values[i] = norm.to(wide) if isinstance(norm, Tensor) else torch.tensor(norm, dtype=wide)
+            values[i] = norm.to(wide) if isinstance(norm, Tensor) else torch.tensor(norm, dtype=wide, device="cpu")
     else:
         products, scratch = _products(backend, compute), Scratch(compute, matrices[0].device)
         for job in jobs_of(singles):
@@ -335,11 +340,11 @@ _nuclear_norm_op = torch.library.custom_op("leanstep::nuclear_norm", _run_nuclea
 
 @_newton_schulz_op.register_fake
 def _(matrices, coefficients, method, dtype, eps):
-    compute = compute_dtype(dtype, matrices[0])
+    compute = compute_dtype(dtype, matrices)
     return [mat.new_empty(mat.shape, dtype=compute) for mat in matrices]
 
 
 @_nuclear_norm_op.register_fake
 def _(matrices, estimator, coefficients, dtype):
-    wide = torch.float64 if matrices[0].dtype == torch.float64 else torch.float32
+    wide = _sums_dtype(matrices)
     return matrices[0].new_empty(sum(mat.shape[:-2].numel() for mat in matrices), dtype=wide)

@@ -296,7 +296,9 @@ def nuclear_norms(
     norms = norms_of(mats, compute)
     estimates = _estimate(scaled(mats, norms, job, 0.0, scratch.take("x", job.shape())), triples, products, scratch)
     assert estimates is not None
-    sizes = [norm if isinstance(norm, Tensor) else torch.tensor(norm, dtype=torch.float64) for norm in norms]
+    sizes = [
+        norm if isinstance(norm, Tensor) else torch.tensor(norm, dtype=torch.float64, device="cpu") for norm in norms
+    ]
     return estimates * torch.stack(sizes)
 
 

@@ -40,7 +40,8 @@ def sinkhorn(mats: Sequence[Tensor], num_iters: int, *, end_with_rows: bool = Fa
         end_with_rows: scale the rows once more after the last iteration.
 
     Returns:
-        :class:`Scales` in fp32 (fp64 for fp64 matrices). A matrix with a non-finite entry has NaN in all its columns.
+        :class:`Scales` in fp32 (fp64 if a matrix is in fp64). A matrix with a non-finite entry has NaN in all its
+        columns.
 
     Raises:
         BackendError: the requested backend cannot run here.
@@ -52,7 +53,7 @@ def sinkhorn(mats: Sequence[Tensor], num_iters: int, *, end_with_rows: bool = Fa
         Every iteration reads every matrix once. On a CPU, only the first one reads a matrix below 4 MB from memory.
     """
     if not mats:
-        empty = torch.zeros(0)
+        empty = torch.zeros(0, dtype=torch.float32, device="cpu")
         return Scales([], [], empty, empty)
     if torch.compiler.is_compiling():
         return _scales(mats, *torch.ops.leanstep.sinkhorn(list(mats), num_iters, end_with_rows))
@@ -74,7 +75,7 @@ def _scales(mats: Sequence[Tensor], flat_rows: Tensor, flat_cols: Tensor) -> Sca
 def new_scales(mats: Sequence[Tensor]) -> Scales:
     """Allocate scales: 0 for rows, 1 for columns."""
     first = mats[0]
-    wide = torch.float64 if first.dtype == torch.float64 else torch.float32
+    wide = torch.float64 if any(m.dtype == torch.float64 for m in mats) else torch.float32
     rows = torch.zeros(sum(m.shape[:-1].numel() for m in mats), dtype=wide, device=first.device)
     cols = torch.ones(sum(m.shape[:-2].numel() * m.shape[-1] for m in mats), dtype=wide, device=first.device)
     return _scales(mats, rows, cols)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
-from leanstep.kernels._modes import is_traced, vmap_over_rows
+from leanstep.kernels._modes import is_traced, vmap_over_rows, without_autocast
 from leanstep.kernels.cpp_impl._build import TYPES, call
 from leanstep.kernels.cpp_impl.sparse import linear as cpp
 from leanstep.kernels.reference.nm import matmul as reference
@@ -112,6 +112,7 @@ def nm_matmul(x: Tensor, values: Tensor, indices: Tensor, m: int) -> Tensor:
     return _run(flat, values, indices, m).view(*x.shape[:-1], values.shape[0])
 
 
+@without_autocast
 @torch.no_grad()
 def _run(x: Tensor, values: Tensor, indices: Tensor, m: int) -> Tensor:
     if not x.numel() or not values.numel():

@@ -197,7 +197,11 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of q, k and v, in their dtype, from the output's gradient; None where not wanted."""
     inputs = (heads.q, heads.k, heads.v)
-    results = [torch.zeros_like(x, dtype=heads.wide) if want else None for x, want in zip(inputs, wanted, strict=True)]
+    # row-major whatever the layout of the inputs: a compiled graph relies on these strides
+    results = [
+        torch.zeros(x.shape, dtype=heads.wide, device=x.device) if want else None
+        for x, want in zip(inputs, wanted, strict=True)
+    ]
     for span, subset in heads.split():
         rows = [None if result is None else result[span] for result in results]
         upstream = _Upstream(grad[span], out[span], normaliser[span], *rows)

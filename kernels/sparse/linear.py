@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose, on_remembered_backend, remember_backend
-from leanstep.kernels._modes import is_traced, vmap_over_rows
+from leanstep.kernels._modes import is_traced, vmap_over_rows, without_autocast
 from leanstep.kernels.cpp_impl.sparse import linear as cpp
 from leanstep.kernels.reference.sparse import linear as reference
 from leanstep.kernels.sparse.bitmask import check_parts
@@ -82,6 +82,7 @@ def _check(
         )
 
 
+@without_autocast
 @torch.no_grad()
 def _run(
     x: Tensor, values: Tensor, mask: Tensor, offsets: Tensor, bias: Tensor | None, scales: Tensor | None
@@ -92,6 +93,7 @@ def _run(
     return _module(x).bitmask_linear(x, values, mask, offsets, bias, scales)
 
 
+@without_autocast
 @torch.no_grad()
 def _run_backward(
     grad: Tensor, values: Tensor, mask: Tensor, offsets: Tensor, columns: int, scales: Tensor | None

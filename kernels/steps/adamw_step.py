@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from leanstep.kernels._backend import choose
-from leanstep.kernels.cpp_impl._build import call
+from leanstep.kernels.cpp_impl._build import call, group_by_dtypes
 from leanstep.kernels.steps.common import check_dtypes, check_shapes
 
 # elements that torch's fused kernel processes at a time; it rounds the remaining ones differently
@@ -39,8 +39,8 @@ def adamw_step(
     are the averages of ``g`` and ``g^2``, and ``t`` counts the steps including this one (Loshchilov and Hutter, 2019).
 
     Args:
-        params, grads, exp_avgs, exp_avg_sqs: fp32 or bf16 tensors on the CPU. The four tensors at an index have one
-            dtype and one dense layout. All but the gradients are updated in place.
+        params, grads, exp_avgs, exp_avg_sqs: fp32 or bf16 tensors on the CPU, both in one list, too. The four tensors
+            at an index have one dtype and one dense layout. All but the gradients are updated in place.
         steps: 0-d fp32 tensors, the number of earlier steps; increased in place.
         lr, betas, eps, weight_decay, maximize: as ``torch.optim.AdamW`` takes them.
 
@@ -61,10 +61,10 @@ def adamw_step(
     check_dtypes("adamw_step", *columns)
     options = _Options(lr, betas, eps, weight_decay, maximize)
     choice = choose("adamw_step", params[0].device, *dict.fromkeys(p.dtype for p in params))
-    if choice.backend == "cpp" and params[0].dtype == torch.bfloat16 and _same_bits():
-        _cpp(columns, steps, options)
-    else:
-        _torch(columns, steps, options)
+    for indices in group_by_dtypes([params], [True] * len(params)):
+        first, second, third, fourth = ([column[i] for i in indices] for column in columns)
+        is_faster = choice.backend == "cpp" and first[0].dtype == torch.bfloat16 and _same_bits()
+        (_cpp if is_faster else _torch)((first, second, third, fourth), [steps[i] for i in indices], options)
 
 
 # parameters, gradients, averages, averages of squares
@@ -116,12 +116,14 @@ def _cpp(columns: _Columns, steps: list[Tensor], options: _Options) -> None:
 def _same_bits() -> bool:
     """Whether the C++ kernel gives the bits of this build of torch. Compilers may fuse products differently."""
     generator = torch.Generator().manual_seed(0)
-    *tensors, squares = (torch.randn(64 * LANES, generator=generator) * scale for scale in (2e-2, 1e-3, 1e-4, 1e-6))
+    normal = torch.randn(4, 64 * LANES, generator=generator, dtype=torch.float32, device="cpu")
+    *tensors, squares = (row * scale for row, scale in zip(normal, (2e-2, 1e-3, 1e-4, 1e-6), strict=True))
     for betas in ((0.9, 0.999), (0.0, 0.5)):
         results = []
         for run in (_torch, _cpp):
+            step = torch.zeros((), dtype=torch.float32, device="cpu")
             param, grad, avg, avg_sq = (t.bfloat16() for t in (*tensors, squares.abs()))
-            run(([param], [grad], [avg], [avg_sq]), [torch.zeros(())], _Options(1e-3, betas, 1e-8, 0.1, False))
+            run(([param], [grad], [avg], [avg_sq]), [step], _Options(1e-3, betas, 1e-8, 0.1, False))
             results.append(torch.stack([param, avg, avg_sq]))
         if not torch.equal(*results):
             return False

@@ -204,7 +204,7 @@ def constant(values: Sequence[float], device: torch.device, dtype: torch.dtype) 
 
 @functools.lru_cache(maxsize=256)
 def _constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    host = torch.tensor(values, dtype=dtype)
+    host = torch.tensor(values, dtype=dtype, device="cpu")
     if device.type != "cuda":
         return host.to(device)
     return host.pin_memory().to(device, non_blocking=True)  # from pageable memory the host would wait
@@ -224,12 +224,12 @@ def nonfinite_flags(tensors: list[Tensor]) -> Tensor:
         Reads every tensor once. Does not wait for the device.
     """
     if not tensors:
-        return torch.zeros(0, dtype=torch.int32)
+        return torch.zeros(0, dtype=torch.int32, device="cpu")
     if torch.compiler.is_compiling():
         return _nonfinite(tensors)
     if choose("nonfinite_flags", tensors[0].device, *dict.fromkeys(t.dtype for t in tensors)).backend != "cpp":
         return _nonfinite(tensors)
-    flags = torch.zeros(len(tensors), dtype=torch.int32)
+    flags = torch.zeros(len(tensors), dtype=torch.int32, device="cpu")
     dense = [is_dense(t) for t in tensors]
     for indices in group_by_dtypes([tensors], dense):
         group, group_flags = [tensors[i] for i in indices], flags.new_zeros(len(indices))

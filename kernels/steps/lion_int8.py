@@ -67,7 +67,7 @@ def _step(
 ) -> Tensor:
     options = StepOptions(*fields)
     if not params:
-        return torch.zeros(0, dtype=torch.int32)
+        return torch.zeros(0, dtype=torch.int32, device="cpu")
     check_shapes("lion_step_int8", *(ts for ts in (params, grads, codes, rounding_state) if ts))
     check_scales("lion_step_int8", codes, scales)
     dtypes = dict.fromkeys(t.dtype for ts in (params, grads) for t in ts)
@@ -102,7 +102,7 @@ def _cpp_step(lists: list[list[Tensor]], options: StepOptions) -> Tensor:
         "CAUTIOUS": int(options.cautious_scale is not None),
         "ALIGNED": int(options.decay_where_aligned),
     }
-    flags = torch.zeros(len(params), dtype=torch.int32)
+    flags = torch.zeros(len(params), dtype=torch.int32, device="cpu")
     tensors = (params, grads, codes, scales, rounding_state[0] if rounding_state else None)
     numbers = (options.scalars, options.cautious_scale, options.seeds, options.offsets)
     call("steps/lion_int8", "lion_step_int8", macros, len(params), *tensors, *rows_and_columns(params), *numbers, flags)
@@ -143,7 +143,7 @@ def _agreement(
 ) -> Tensor:
     options = StepOptions(scalars, maximize=maximize, skip_nonfinite=skip_nonfinite)
     if not grads:
-        return torch.zeros(0)
+        return torch.zeros(0, dtype=torch.float32, device="cpu")
     check_shapes("lion_agreement_int8", grads, codes)
     check_scales("lion_agreement_int8", codes, scales)
     dtypes = dict.fromkeys([scalars.dtype, *(g.dtype for g in grads)])
@@ -152,7 +152,7 @@ def _agreement(
         from leanstep.kernels.triton_impl.steps import lion_int8 as triton_lion
 
         return triton_lion.lion_agreement_int8(grads, codes, scales, options)
-    counts = torch.zeros(len(grads), device=grads[0].device)
+    counts = torch.zeros(len(grads), dtype=torch.float32, device=grads[0].device)
 
     def cpp(indices: list[int], lists: list[list[Tensor]]) -> None:
         counts[indices] = _cpp_agreement(lists, options).to(counts.dtype)
@@ -170,7 +170,7 @@ def _cpp_agreement(lists: list[list[Tensor]], options: StepOptions) -> Tensor:
     grads = lists[0]
     macros = _macros(grads[0], lists[1][0], options.maximize, options.skip_nonfinite)
     variant = {**macros, "PARAM": "float", "ROUNDING": "NEAREST", "CAUTIOUS": 1, "ALIGNED": 0}
-    counts = torch.zeros(len(grads), dtype=torch.int64)
+    counts = torch.zeros(len(grads), dtype=torch.int64, device="cpu")
     sizes = rows_and_columns(grads)
     call("steps/lion_int8", "lion_agreement_int8", variant, len(grads), *lists, *sizes, options.scalars, counts)
     return counts

@@ -58,7 +58,7 @@ def _step(
 ) -> Tensor:
     options = StepOptions(*fields)
     if not params:
-        return torch.zeros(0, dtype=torch.int32)
+        return torch.zeros(0, dtype=torch.int32, device="cpu")
     lists = [ts for ts in (params, grads, exp_avgs, rounding_state) if ts]
     check_shapes("lion_step", *lists)
     dtypes = dict.fromkeys(t.dtype for ts in (params, grads, exp_avgs) for t in ts)
@@ -94,7 +94,7 @@ def _cpp_step(lists: list[list[Tensor]], options: StepOptions) -> Tensor:
         "CAUTIOUS": int(options.cautious_scale is not None),
         "ALIGNED": int(options.decay_where_aligned),
     }
-    flags = torch.zeros(len(params), dtype=torch.int32)
+    flags = torch.zeros(len(params), dtype=torch.int32, device="cpu")
     tensors = (params, grads, exp_avgs, rounding_state[0] if rounding_state else None)
     numbers = (options.scalars, options.cautious_scale, options.seeds, options.offsets, options.runs)
     call("steps/lion_step", "lion_step", macros, len(params), *tensors, [p.numel() for p in params], *numbers, flags)
@@ -137,7 +137,7 @@ def _agreement(
 ) -> Tensor:
     options = StepOptions(scalars, maximize=maximize, skip_nonfinite=skip_nonfinite)
     if not grads:
-        return torch.zeros(0)
+        return torch.zeros(0, dtype=torch.float32, device="cpu")
     check_shapes("lion_agreement", grads, exp_avgs)
     dtypes = dict.fromkeys([scalars.dtype, *(t.dtype for ts in (grads, exp_avgs) for t in ts)])
     backend = choose("lion_agreement", grads[0].device, *dtypes).backend
@@ -145,7 +145,7 @@ def _agreement(
         from leanstep.kernels.triton_impl.steps import lion_step as triton_lion
 
         return triton_lion.lion_agreement(grads, exp_avgs, options)
-    counts = torch.zeros(len(grads), device=grads[0].device)
+    counts = torch.zeros(len(grads), dtype=torch.float32, device=grads[0].device)
     walkable = [backend == "cpp" and same_layout(row) for row in zip(grads, exp_avgs, strict=True)]
 
     def cpp(indices: list[int], lists: list[list[Tensor]]) -> None:
@@ -160,7 +160,7 @@ def _agreement(
 def _cpp_agreement(grads: list[Tensor], exp_avgs: list[Tensor], options: StepOptions) -> Tensor:
     """int64 counts of agreeing entries, for tensors of one dtype per list."""
     macros = _macros(grads[0], exp_avgs[0], options.maximize, options.skip_nonfinite)
-    counts = torch.zeros(len(grads), dtype=torch.int64)
+    counts = torch.zeros(len(grads), dtype=torch.int64, device="cpu")
     variant = {**macros, "PARAM": "float", "ROUNDING": "NEAREST", "CAUTIOUS": 1, "ALIGNED": 0}
     sizes = [g.numel() for g in grads]
     call("steps/lion_step", "lion_agreement", variant, len(grads), grads, exp_avgs, sizes, options.scalars, counts)

@@ -131,7 +131,7 @@ def _step(
         offsets=offsets, runs=runs,
     )  # fmt: skip
     if not params:
-        return torch.zeros(0, dtype=torch.int32)
+        return torch.zeros(0, dtype=torch.int32, device="cpu")
     check_shapes("scaled_step", *(ts for ts in (params, mats, rounding_state) if ts))
     for param, row, col in zip(params, rows, cols, strict=True):
         if row.shape != param.shape[:-1] or col.shape != param.shape[:-2] + param.shape[-1:]:
@@ -210,12 +210,13 @@ def _cpp_step(
     if rows is not None and cols is not None:
         name, scales = "scaled_step", [_matrices(rows, 1), _matrices(cols, 1)]
     else:
-        memory = torch.empty(sum(heights) + sum(widths))
+        # the kernel writes fp32 numbers, whatever the default dtype
+        memory = torch.empty(sum(heights) + sum(widths), dtype=torch.float32, device="cpu")
         byte_sizes = (memory.element_size() * size for size in (*heights, *widths))
         addresses = list(itertools.accumulate(byte_sizes, initial=memory.data_ptr()))
         name, scales = "sinkhorn_step", [addresses[: len(owners)], addresses[len(owners) :]]
     state = _matrices(rounding_state, 2) if rounding_state else None
-    flags = torch.zeros(len(params), dtype=torch.int32)
+    flags = torch.zeros(len(params), dtype=torch.int32, device="cpu")
     call(
         f"steps/{name}", name, macros, len(owners), _matrices(params, 2), _matrices(mats, 2), *scales, state,
         heights, widths, *(iterations if rows is None else ()), options.scalars, seeds, offsets, options.runs,

@@ -84,7 +84,7 @@ def _upload(values: np.ndarray, device: torch.device, capturing: bool) -> _Uploa
     host = torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64).reshape(-1))
     if device.type != "cuda":
         return _Upload(host, host.to(device))
-    pinned = torch.empty(host.shape, dtype=host.dtype, pin_memory=True)
+    pinned = torch.empty(host.shape, dtype=host.dtype, device="cpu", pin_memory=True)
     pinned.copy_(host)
     with torch.cuda.device(device):
         upload = _Upload(pinned, pinned.to(device, non_blocking=True), stream=torch.cuda.current_stream(device))
@@ -139,6 +139,10 @@ def has_aligned_rows(mat: Tensor) -> bool:
 def on_device(device: torch.device) -> AbstractContextManager:
     """Context manager that makes `device` current, because Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+# programs along the second and the third dimension of a grid; the first takes 2**31 - 1
+MOST_PROGRAMS = 65535
 
 
 def warps(threads: int) -> int:

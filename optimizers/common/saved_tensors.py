@@ -141,7 +141,7 @@ def as_number_tensor(value: Any, rule: StateRule | None) -> Any:
     """Return a Python number, as old states have for counts, as a tensor; anything else unchanged."""
     if rule is None or not rule.whole or isinstance(value, bool) or not isinstance(value, (int, float)):
         return value
-    return torch.tensor(float(value) if abs(value) < 2**63 else math.inf, dtype=torch.float32)
+    return torch.tensor(float(value) if abs(value) < 2**63 else math.inf, dtype=torch.float32, device="cpu")
 
 
 def owned(value: Any) -> Tensor:

@@ -240,7 +240,7 @@ def _like_polar(layer: LayerStep) -> Tensor:
     buffer = local(layer.state["momentum_buffer"])
     if not buffer.is_floating_point():  # codes, whose values have the dtype of updates
         buffer = buffer.new_empty(0, dtype=torch.promote_types(layer.param.dtype, torch.float32))
-    return torch.empty(0, dtype=compute_dtype(dtype_of(layer.group["ns_dtype"]), buffer), device=buffer.device)
+    return torch.empty(0, dtype=compute_dtype(dtype_of(layer.group["ns_dtype"]), [buffer]), device=buffer.device)
 
 
 def _whole_matrices(

@@ -81,11 +81,11 @@ def _run(vectors: list[Tensor], tensors: list[Tensor], rates: list[Tensor], plan
         except StopIteration as end:  # unsharded parameters need no reduction
             results = end.value
     *updates, flags, updated = out
-    flags.copy_(torch.tensor([f for r in results for f in r.flags], dtype=torch.int32))
+    flags.copy_(torch.tensor([f for r in results for f in r.flags], dtype=torch.int32, device="cpu"))
     values: list[Tensor | None] = []
     for problem, result in zip(problems, results, strict=True):
         values += result.updates or [None] * len(problem.vectors)
-    updated.copy_(torch.tensor([value is not None for value in values]))
+    updated.copy_(torch.tensor([value is not None for value in values], device="cpu"))
     for update, value in zip(updates, values, strict=True):
         if value is not None:
             update.copy_(value)

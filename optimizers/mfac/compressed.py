@@ -189,7 +189,8 @@ class LowRankRows(DenseRows):
         state["window_left"] = torch.zeros(m, rows, rank, dtype=dtype, device=param.device)
         state["window_right"] = torch.zeros(m, rest, rank, dtype=dtype, device=param.device)
         state["error"] = torch.zeros(param.shape, dtype=error_dtype(param), device=param.device)
-        start = torch.randn(rest, rank, generator=torch.Generator().manual_seed(0), dtype=error_dtype(param))
+        chance = torch.Generator().manual_seed(0)
+        start = torch.randn(rest, rank, generator=chance, dtype=error_dtype(param), device="cpu")
         state["basis"] = start.to(param.device)
 
     @staticmethod

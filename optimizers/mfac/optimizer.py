@@ -286,7 +286,7 @@ class MFAC(LeanOptimizer):
             shortened by ``max_update_norm``; ``nonfinite``, see :meth:`nonfinite_count`.
         """
         states = [state for state in self._states() if "gram" in state]
-        totals = torch.zeros(len(STATS), dtype=torch.float64)
+        totals = torch.zeros(len(STATS), dtype=torch.float64, device="cpu")
         for state in states:
             stats = state["stats"].cpu().clone()
             stats[:, STATS.index("norm")].square_()

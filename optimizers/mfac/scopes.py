@@ -103,7 +103,8 @@ def init_scope_state(state: dict[str, Any], param: Tensor, settings: dict[str, A
     m, device = settings["window"], local_part(param).device
     blocks = _block_count(param, settings["scope"])
     state["gram"] = torch.zeros(blocks, m, m, dtype=torch.float64, device=device)
-    state["counters"] = torch.zeros(2, dtype=torch.int64)  # steps, rows; on the CPU, which computes indices from them
+    # steps, rows; on the CPU, which computes indices from them
+    state["counters"] = torch.zeros(2, dtype=torch.int64, device="cpu")
     state["stats"] = torch.zeros(blocks, len(STATS), dtype=torch.float64, device=device)
     if settings["storage"] == "fp16":
         state["window_scale"] = torch.ones(blocks, m, dtype=torch.float32, device=device)
@@ -131,7 +132,8 @@ def step_scopes(scopes: list[Scope]) -> Reducer[None]:
         updates += computed
     else:
         results = yield from directions(problems)
-        flags = torch.tensor([flag for result in results for flag in result.flags], dtype=torch.int32)
+        found = [flag for result in results for flag in result.flags]
+        flags = torch.tensor(found, dtype=torch.int32, device="cpu")
         for scope, result in zip(scopes, results, strict=True):
             updates += result.updates or [None] * len(scope.entries)
         updates = _gathered(entries, updates)

@@ -217,7 +217,7 @@ class DenseRows:
 
     def largest(self, vectors: Sequence[Tensor]) -> Tensor:
         """Return the largest magnitude of every new row in these columns, fp32 [grams]."""
-        largest = torch.zeros(self.gram_count, device=vectors[0].device)
+        largest = torch.zeros(self.gram_count, dtype=torch.float32, device=vectors[0].device)
         for piece, vector in zip(self.pieces, vectors, strict=True):
             if vector.numel():
                 values = torch.linalg.vector_norm(vector.view(piece.blocks, -1), math.inf, dim=1).float()

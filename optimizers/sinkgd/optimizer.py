@@ -258,7 +258,7 @@ class SinkGD(LeanOptimizer):
         super().__setstate__(state)
         for entry in self.state.values():  # hooks may add other values
             if isinstance(entry, dict) and "step" in entry and not torch.is_tensor(entry["step"]):
-                entry["step"] = torch.tensor(float(entry["step"]), dtype=torch.float32)
+                entry["step"] = torch.tensor(float(entry["step"]), dtype=torch.float32, device="cpu")
 
     def _init_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
         # creates an empty entry: torch.distributed.checkpoint treats a missing one as lost

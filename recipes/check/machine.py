@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -46,7 +47,7 @@ def collect() -> dict[str, Any]:
         "cpu": {"cores": os.cpu_count(), "usable": usable, "threads": torch.get_num_threads()},
         "devices": _devices(),
         "cpp_prebuilt": installed_levels() if uses_prebuilt() else [],
-        "cpp_compiler": cpp_compiler(),
+        "cpp_compiler": shlex.join(cpp_compiler()) or None,
         "cpp_cache": folder_in_use(),
         "fp32_products": "oneDNN, faster than MKL on AMD processors with AVX-512"
         if not reason

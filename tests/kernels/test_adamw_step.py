@@ -53,6 +53,14 @@ def test_bits_are_those_of_torch(settings, dtype):
     assert_equal_to_torch(params, grads, **settings)
 
 
+@pytest.mark.parametrize("order", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
+def test_lists_of_both_dtypes(order):
+    chance = torch.Generator().manual_seed(0)
+    params = [torch.randn(130, generator=chance).to(dtype) for dtype in (*order, *order)]
+    grads = [[torch.randn(130, generator=chance).to(p.dtype) for p in params] for _ in range(3)]
+    assert_equal_to_torch(params, grads, **SETTINGS[0])
+
+
 def test_layouts():
     """Any one dense layout of a row: transposed matrices, channels last."""
     chance = torch.Generator().manual_seed(0)

@@ -92,6 +92,12 @@ def test_without_a_compiler_the_definition_runs(monkeypatch):
     assert choose("lion_step", torch.device("cpu")).backend == "reference"
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_list_with_a_float64_tensor_runs_the_definition(device):
+    for dtypes in ((torch.float64, torch.float32), (torch.float32, torch.float64)):
+        assert choose("sinkhorn", torch.device(device), *dtypes).reason.startswith("float64 is for checking")
+
+
 def test_the_table_covers_every_op():
     assert {row[0] for row in backend_table()} == set(OPS)
     assert all(reason for *_, reason in backend_table())

@@ -230,6 +230,21 @@ def test_gradients_are_those_of_the_dense_product(dtype, tokens, monkeypatch):
         bitmask_linear(x, parts[0].requires_grad_(), *parts[1:], 70)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_autocast_does_not_reach_the_products(tokens, backend, monkeypatch):
+    monkeypatch.setattr(cpp, "runs_on_blas", lambda x: True)
+    chance = torch.Generator().manual_seed(0)
+    parts = bitmask_pack(torch.randn(48, 64, generator=chance).relu())
+    x = torch.randn(tokens, 64, generator=chance).requires_grad_()
+    results = []
+    for enabled in (False, True):
+        with use_backend(backend), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = bitmask_linear(x, *parts, 64)
+            results.append((y.detach(), *torch.autograd.grad(y.sum(), x)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_compiles_whole_and_is_a_proper_op():
     parts = bitmask_pack(sparse(20, 70))
     x, bias = torch.randn(3, 70), torch.randn(20)

@@ -108,6 +108,17 @@ def test_scales_and_update_in_one_call_have_the_bits_of_two(rounding):
     assert run(True)[0].tolist() == [0, 1, 0, 0, 0]
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+def test_scales_and_update_in_one_call_are_in_fp32_whatever_the_default_dtype(default):
+    mat = torch.randn(300, 200, generator=torch.Generator().manual_seed(0))
+    options, params = StepOptions(torch.tensor([0.125, 0.75])), [mat.clone(), mat.clone()]
+    for param, dtype in zip(params, (torch.float32, default), strict=True):
+        torch.set_default_dtype(dtype)
+        with use_backend("cpp"):
+            sinkhorn_step([param], [mat], [], options, num_iters=3)
+    assert torch.equal(*params)
+
+
 @pytest.mark.parametrize("rounding", ["master", "kahan", "split"])
 @pytest.mark.parametrize("operation", ["lion_step", "scaled_step"])
 def test_written_parameters_are_seen_at_every_bit_pattern(operation, rounding):

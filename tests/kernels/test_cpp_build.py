@@ -95,6 +95,44 @@ def test_a_broken_compiler_is_named_and_not_used(fresh_cache, tmp_path, monkeypa
     assert not libraries(fresh_cache)
 
 
+def test_the_compiler_may_have_arguments(fresh_cache, tmp_path, monkeypatch):
+    compiler(tmp_path, monkeypatch, f'echo "$1" >> {tmp_path}/seen\nshift\nexec g++ "$@"')
+    script = os.environ["CXX"]
+    monkeypatch.setenv("CXX", f" {script} '-O 1' ")
+    _build.library(NAME, MACROS)
+    assert set((tmp_path / "seen").read_text().splitlines()) == {"-O 1"}
+    assert _build.cpp_compiler() == (script, "-O 1")
+    monkeypatch.setenv("CXX", f"{script} -O2")
+    forget()
+    _build.library(NAME, MACROS)
+    assert len(libraries(fresh_cache)) == 2
+
+
+def test_a_compiler_whose_path_has_spaces(tmp_path, monkeypatch):
+    (tmp_path / "my tools").mkdir()
+    compiler(tmp_path / "my tools", monkeypatch, "")
+    assert _build.cpp_compiler() == (str(tmp_path / "my tools" / "c++script"),)
+
+
+@pytest.mark.parametrize("value", ["missing-c++ -O3", "g++ 'half"])
+def test_a_compiler_that_is_missing_is_named(monkeypatch, value):
+    monkeypatch.setenv("CXX", value)
+    monkeypatch.setenv("LEANSTEP_PREBUILT", "0")
+    assert _build.cpp_compiler() == ()
+    assert _build.why_not_cpp() == f"no C++ compiler on the PATH (CXX is {value!r}, which names no program)"
+
+
+@pytest.mark.skipif(not _build._bundled_openmp(), reason="this torch carries no OpenMP runtime")
+def test_a_torch_with_another_openmp_runtime_has_its_own_library(fresh_cache, tmp_path, monkeypatch):
+    _build.library(NAME, MACROS)
+    other = tmp_path / "libgomp-0123abcd.so.1"
+    other.symlink_to(_build._bundled_openmp()[0])
+    monkeypatch.setattr(_build, "_bundled_openmp", lambda: [other])
+    forget()
+    _build.library(NAME, MACROS)
+    assert len(libraries(fresh_cache)) == 2
+
+
 # ---- damage
 
 

@@ -49,6 +49,12 @@ def test_products_and_sums_of_every_layout(library, rows, n, m):
     assert torch.equal(x, layouts(normal(rows, n))[0]) and torch.equal(w, normal(n, m, seed=1))
 
 
+@pytest.mark.parametrize("bias", [normal(40)[::2], normal(1).expand(20)], ids=["every second", "one number"])
+def test_a_bias_of_any_stride(library, bias):
+    x, w = normal(9, 24), normal(24, 20, seed=1)
+    torch.testing.assert_close(product(x, w, bias), x @ w + bias)
+
+
 def test_operations_are_counted(library):
     x, w = normal(40, 24), normal(24, 20)
     with FlopCounterMode(display=False) as counter:

@@ -5,7 +5,7 @@ import torch
 from gradient_windows import gram_row
 from kernel_cases import DTYPES, bits_equal, dtype_name
 
-from leanstep.kernels import linear_combination, row_dots, use_backend
+from leanstep.kernels import BackendError, linear_combination, row_dots, use_backend
 from leanstep.kernels.reference.fisher.gradient_window import row_scale
 
 BACKENDS = ["reference", "cpp"]
@@ -117,6 +117,16 @@ def test_scales_keep_fp16_from_overflow_and_underflow(size):
     torch.testing.assert_close(stored.double() * scale.double(), row.double(), rtol=2**-11, atol=2**-25 * float(scale))
     zero = row_scale(torch.zeros(()))
     assert zero.isfinite() and zero > 0
+
+
+def test_fp64_vectors_keep_fp64():
+    window, vector = torch.ones(1, 2), torch.tensor([1 + 2**-30, -1.0], dtype=torch.float64)
+    assert row_dots([window], [vector]).item() == 2**-30
+    assert row_dots([window, window], [vector.float(), vector]).item() == 2**-30
+    assert row_dots([window], [torch.tensor([1e39, -1e39], dtype=torch.float64)]).item() == 0
+    for backend in ("cpp", "triton"):
+        with use_backend(backend), pytest.raises(BackendError, match=f"row_dots: backend '{backend}'.*float64"):
+            row_dots([window], [vector])
 
 
 def test_bad_arguments_are_named():

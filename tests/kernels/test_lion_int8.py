@@ -286,6 +286,18 @@ def test_agreement(backend, switches):
     assert counts.dtype == torch.float32 and counts.max() > 1000
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("default", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_counts_are_fp32_whatever_the_default_dtype(backend, default):
+    grads = [torch.ones(3, 21859)]  # 65577 entries; fp16 would give infinity, bf16 65536
+    codes, scales = ([t] for t in quantize(grads[0], 0))
+    torch.set_default_dtype(default)
+    with use_backend(backend):
+        counts = lion_agreement_int8(grads, codes, scales, StepOptions(SCALARS))
+    assert counts.dtype == torch.float32 and counts.tolist() == [65577]
+    assert lion_agreement_int8([], [], [], StepOptions(SCALARS)).dtype == torch.float32
+
+
 def test_empty_lists():
     assert lion_step_int8([], [], [], [], [], options()).numel() == 0
     assert lion_agreement_int8([], [], [], options()).numel() == 0

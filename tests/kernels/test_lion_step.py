@@ -194,6 +194,17 @@ def test_agreement(backend, shape):
     assert found.item() == int(((torch.sign(c) * g > 0) & torch.isfinite(g)).sum())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("default", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_counts_are_fp32_whatever_the_default_dtype(backend, default):
+    grads = [torch.ones(65537)]  # fp16 would give infinity, bf16 65536
+    torch.set_default_dtype(default)
+    with use_backend(backend):
+        counts = lion_agreement(grads, grads, step_options())
+    assert counts.dtype == torch.float32 and counts.tolist() == [65537]
+    assert lion_agreement([], [], step_options()).dtype == torch.float32
+
+
 def test_empty_lists():
     assert lion_step([], [], [], [], step_options()).numel() == 0
     assert lion_agreement([], [], step_options()).numel() == 0

@@ -98,12 +98,12 @@ def scale_case(backend, dtype, device="cpu", shapes=SHAPES):
     for rows, m, _ in [*shapes, (300, 129, 1)]:
         y, g = normal(rows, m, dtype=dtype, device=device), normal(rows, m, dtype=dtype, seed=1, device=device)
         c, bias = normal(m, seed=2, device=device), normal(m, dtype=dtype, seed=3, device=device)
+        strided = normal(m, 2, dtype=dtype, seed=4, device=device)[:, 0]
         results = []
         for name in ("reference", backend):
             with use_backend(name):
-                results.append(
-                    (lora_scale_(y.clone(), c), lora_scale_(y.clone(), c, bias), *lora_scale_backward(g, y, c))
-                )
+                scaled = (lora_scale_(y.clone(), c, added) for added in (None, bias, strided, strided[:1].expand(m)))
+                results.append((*scaled, *lora_scale_backward(g, y, c)))
                 results[-1] += lora_scale_backward(g, None, c)[:1]
                 own = g.clone()
                 over = lora_scale_backward(own, y, c, in_place=True)
@@ -139,8 +139,9 @@ def norms_case(backend, dtype, device="cpu", shapes=SHAPES):
 def swiglu_case(backend, dtype, device="cpu"):
     for shape in [(1,), (7, 3), (0, 4), (3, 1000), (2049,)]:
         g, e, u = (normal(*shape, dtype=dtype, seed=i, device=device).mul_(3) for i in range(3))
-        if e.numel() > 6:
-            e.view(-1)[:6] = torch.tensor([-200.0, -88.0, 0.0, 30.0, 200.0, -1e-30], device=device).to(dtype)
+        edges = torch.tensor([-200.0, -88.0, 0.0, 30.0, 200.0, -1e-30, -6e4, -1e38, -3e38, -torch.inf], device=device)
+        if e.numel() > len(edges):
+            e.view(-1)[: len(edges)] = edges.to(dtype)
         wide = [t.double().requires_grad_() for t in (e, u)]
         exact = torch.nn.functional.silu(wide[0]) * wide[1]
         gradients = torch.autograd.grad(exact, wide, g.double())
@@ -150,7 +151,7 @@ def swiglu_case(backend, dtype, device="cpu"):
             assert du is g
         for found, wanted in ((out, exact), (again, exact), (de, gradients[0]), (du, gradients[1])):
             # half a unit of rounding to the dtype, and a few of the fp32 arithmetic
-            torch.testing.assert_close(found.double(), wanted.detach(), rtol=6 * eps(dtype), atol=1e-6)
+            torch.testing.assert_close(found.double(), wanted.detach(), rtol=6 * eps(dtype), atol=1e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 1.0])
@@ -184,6 +185,15 @@ def test_triton_in_the_interpreter(dtype):
     swiglu_case("triton", dtype)
 
 
+@pytest.mark.slow
+@pytest.mark.interpret
+def test_triton_takes_more_rows_than_one_grid(monkeypatch):
+    from leanstep.kernels.triton_impl.lora import scale
+
+    monkeypatch.setattr(scale, "MOST_PROGRAMS", 2)
+    scale_case("triton", torch.float32, shapes=[(70, 66, 17), (1030, 3, 3)])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_triton_on_a_device(dtype):
@@ -192,6 +202,27 @@ def test_triton_on_a_device(dtype):
     scale_case("triton", dtype, "cuda")
     norms_case("triton", dtype, "cuda")
     swiglu_case("triton", dtype, "cuda")
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda y: lora_scale_(y, torch.ones(5)),
+        lambda y: lora_scale_backward(y, None, torch.ones(5), in_place=True),
+        lambda y: lora_up_(y, torch.ones(4, 2), torch.ones(2, 5), 1.0),
+        lambda y: lora_up_(y, torch.ones(4, 2), torch.ones(2, 5), 1.0, 0.5, torch.tensor(3)),
+        lambda y: swiglu_backward_(y, torch.ones(4, 5), torch.ones(4, 5)),
+    ],
+    ids=["scale", "scale backward", "up", "up with dropout", "swiglu backward"],
+)
+def test_autograd_sees_what_is_written_in_place(backend, write):
+    x = torch.ones(4, 5, requires_grad=True)
+    saved = x.exp()  # whose gradient reads it
+    with use_backend(backend):
+        write(saved.detach())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.sum().backward()
 
 
 def test_results_do_not_depend_on_the_number_of_threads():
@@ -278,7 +309,8 @@ def test_what_is_refused():
 def test_the_registered_operations_are_whole(p):
     x, a, e, seed = torch.randn(6, 5), torch.randn(2, 5), torch.randn(6, 2), torch.tensor(3)
     operations = torch.ops.leanstep
-    torch.library.opcheck(operations.lora_dropout.default, (x, p, seed))
+    for layout in (x, x.t(), x[:0].t()):
+        torch.library.opcheck(operations.lora_dropout.default, (layout, p, seed))
     torch.library.opcheck(operations.lora_down.default, (x, a, p, seed))
     torch.library.opcheck(operations.lora_down_backward.default, (x, e, a, p, seed))
     torch.library.opcheck(operations.lora_up_.default, (torch.randn(6, 5), e, a, 0.5, p, seed))

@@ -271,6 +271,16 @@ def test_float64_keeps_its_range_and_precision(factor, estimator):
         torch.testing.assert_close(found[0], mat.norm(), rtol=1e-13, atol=0)
 
 
+def test_a_list_with_an_fp64_matrix_keeps_its_precision():
+    chance = torch.Generator().manual_seed(0)
+    narrow, wide = torch.randn(5, 7, generator=chance), torch.randn(6, 4, generator=chance, dtype=torch.float64)
+    for place, mats in enumerate(([wide, narrow], [narrow, wide])):
+        assert torch.equal(newton_schulz(mats)[place], newton_schulz([wide])[0])
+        for estimator in ("sketch", "polar", "svd", "frobenius"):
+            found = nuclear_norm(mats, estimator=estimator)[place]
+            torch.testing.assert_close(found, nuclear_norm([wide], estimator=estimator)[0], rtol=1e-12, atol=0)
+
+
 def test_below_eps_results_shrink_in_proportion():
     mat = normal(8, 8, dtype=torch.float64)
     (found,) = newton_schulz([mat / mat.norm() * 1e-9], steps=0, eps=1e-7)

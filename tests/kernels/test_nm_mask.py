@@ -7,6 +7,7 @@ import torch
 from kernel_cases import DTYPES, bits_equal, dtype_name
 
 from leanstep.kernels import nm_mask, use_backend
+from leanstep.kernels.cpp_impl import _build
 
 # selections of every kind: few taken, few dropped, many of both, all, none; groups within a vector and longer than one
 PATTERNS = [(1, 2), (2, 4), (1, 8), (7, 8), (1, 16), (9, 16), (16, 32), (1, 32), (20, 64), (40, 100), (64, 128), (0, 4)]
@@ -118,6 +119,14 @@ def test_bad_arguments_are_named():
         with pytest.raises(error, match=message):
             call()
     nm_mask([scores / 0], 1, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(_build.why_not_cpp() is not None or not _build.cpp_compiler(), reason="there is no compiler")
+def test_compiles_without_a_function_that_older_versions_of_gcc_lack():
+    if "clang" in _build._version(_build.cpp_compiler()):
+        pytest.skip("which clang++ has in every version")
+    _build.library("nm/mask", {"WORD": "uint16_t", "__builtin_shufflevector": "missing"})
 
 
 def test_compiles_whole_and_is_a_proper_op():

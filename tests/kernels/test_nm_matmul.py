@@ -110,6 +110,18 @@ def test_products_against_float64(n, m, dtype, tokens, dirty_memory):
         bits_equal(tensor, want)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_autocast_does_not_reach_the_products(tokens, backend, monkeypatch):
+    monkeypatch.setattr(matmul.cpp, "runs_on_blas", lambda x: True)
+    values, indices = nm_compress(sparse(2, 4, torch.float32), 2, 4)
+    x = torch.randn(tokens, 20, generator=torch.Generator().manual_seed(0))
+    with use_backend(backend):
+        want = nm_matmul(x, values, indices, 4)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(nm_matmul(x, values, indices, 4), want)
+
+
 def test_leading_dimensions_and_nothing():
     values, indices = nm_compress(sparse(2, 4, torch.float32), 2, 4)
     x = torch.randn(2, 3, 20)

@@ -183,6 +183,17 @@ def test_it_is_a_proper_op_and_compiles_whole():
     same(torch.autograd.grad(out.sum(), (q, k, v)), torch.autograd.grad(want.sum(), (q, k, v)))
 
 
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_backward_op_has_the_strides_that_it_promises(batch, causal):
+    """Of inputs [B, L, H, d] in transposed views, as attention layers make them."""
+    q, k, v = (torch.randn(batch, 9, 2, 3).transpose(1, 2) for _ in range(3))
+    settings = (None, None, taylor(2), 0.5, causal, 4)
+    out, sums = torch.ops.leanstep.poly_attention(q, k, v, *settings)
+    arguments = (torch.randn_like(out), q, k, v, out, sums, *settings, [True, True, True])
+    torch.library.opcheck(torch.ops.leanstep.poly_attention_backward.default, arguments)
+
+
 def test_bad_arguments_are_named():
     q, k, v = (x.detach() for x in inputs())
     mask = torch.ones(2, 20, dtype=torch.bool)

@@ -154,10 +154,10 @@ def installed(tmp_path, monkeypatch):
             source = [f"-I{_prebuilt.SOURCES}", *(f"-D{k}={v}" for k, v in macros.items())]
             compiled = path.with_suffix(".o")
             subprocess.run(
-                [_build.cpp_compiler(), *_prebuilt.FLAGS, *level.flags, *source, "-c",
+                [*_build.cpp_compiler(), *_prebuilt.FLAGS, *level.flags, *source, "-c",
                  str(_prebuilt.SOURCES / f"{kernel}.cpp"), "-o", str(compiled)], check=True,
             )  # fmt: skip
-            subprocess.run([_build.cpp_compiler(), "-shared", str(compiled), "-o", str(path)], check=True)
+            subprocess.run([*_build.cpp_compiler(), "-shared", str(compiled), "-o", str(path)], check=True)
             compiled.unlink()
         forget()
         if not compiler:

@@ -199,6 +199,15 @@ def test_non_finite_entries_show_in_every_column(backend, value):
     assert torch.isfinite(scales.cols[1][0]).all() and torch.isfinite(scales.cols[2]).all()
 
 
+def test_a_list_with_an_fp64_matrix_keeps_its_precision():
+    chance = torch.Generator().manual_seed(0)
+    narrow, wide = torch.randn(5, 7, generator=chance), torch.randn(6, 4, generator=chance, dtype=torch.float64)
+    alone = sinkhorn([wide], 3)
+    for place, mats in enumerate(([wide, narrow], [narrow, wide])):
+        found = sinkhorn(mats, 3)
+        assert torch.equal(found.rows[place], alone.rows[0]) and torch.equal(found.cols[place], alone.cols[0])
+
+
 def test_balanced_form_ends_with_rows():
     x = iterate(normal(30, 12), 2, end_with_rows=True)
     torch.testing.assert_close(x.square().mean(dim=1), torch.ones(30).double(), rtol=1e-6, atol=0)

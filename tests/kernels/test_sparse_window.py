@@ -155,6 +155,12 @@ def test_error_feedback_loses_nothing():
     assert error.abs().max() > 1
 
 
+def test_fp64_vectors_keep_fp64():
+    values, indices = torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int16)
+    vector = torch.tensor([1 + 2**-30, 0.0], dtype=torch.float64)
+    assert sparse_row_dots([values], [indices], [vector], [sparse_layout(2, 0.5, 2)]).item() == 1 + 2**-30
+
+
 def test_bad_arguments_are_named():
     layout = sparse_layout(10, 0.5, 4)
     values, indices = torch.ones(3, 5), torch.zeros(3, 5, dtype=torch.int16)

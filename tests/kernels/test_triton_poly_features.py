@@ -11,9 +11,9 @@ pytest.importorskip("triton")
 SHAPES = [(1, 3), (3, 2), (4, 1), (5, 4), (17, 2), (3, 0)]
 
 
-def check(dim, degree, columns, device="cpu"):
+def check(dim, degree, columns, device="cpu", count=2):
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, dim, columns, generator=generator).to(device)
+    x = torch.randn(count, dim, columns, generator=generator).to(device)
     exact = poly_features(x.double(), degree)
     grad = torch.randn(exact.shape, generator=generator).to(device)
     before = x.clone(), grad.clone()
@@ -32,6 +32,14 @@ def check(dim, degree, columns, device="cpu"):
 @pytest.mark.parametrize(("dim", "degree"), SHAPES, ids=str)
 def test_features_and_their_gradient(dim, degree, columns):
     check(dim, degree, columns)
+
+
+@pytest.mark.interpret
+def test_more_matrices_than_one_grid_takes(monkeypatch):
+    from leanstep.kernels.triton_impl.poly import features
+
+    monkeypatch.setattr(features, "MOST_PROGRAMS", 2)
+    check(3, 2, 5, count=5)
 
 
 @pytest.mark.interpret

@@ -42,6 +42,24 @@ def test_loss_falls(case: OptimizerCase):
 
 
 @every_case
+def test_default_dtype_and_device_change_nothing(case: OptimizerCase):
+    """A default device without memory stands for any other than the parameters'."""
+    results = []
+    for dtype, device in ((torch.float32, "cpu"), (torch.bfloat16, "cpu"), (torch.float32, "meta")):
+        params = case.params(case.shapes)
+        optimizer = case.build(params)
+        for step in range(2):
+            fill_grads(params, step)
+            torch.set_default_dtype(dtype)
+            with torch.device(device):
+                optimizer.step()
+            torch.set_default_dtype(torch.float32)
+        results.append(snapshot(optimizer))
+    for other in results[1:]:
+        assert_same(results[0], other)
+
+
+@every_case
 def test_closure(case: OptimizerCase):
     with_closure, without = case.params(), case.params()
     a, b = case.build(with_closure), case.build(without)

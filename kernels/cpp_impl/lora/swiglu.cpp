@@ -5,9 +5,9 @@ namespace {
 
 // 1 / (1 + exp(-x)), within 3 units in the last place; compilers vectorise std::exp only with -ffast-math
 inline float sigmoid(float x) {
-    // beyond these limits, the result is subnormal or 1
+    // beyond these limits, the result is 1, or so small that 0 takes its place
     float t = -x;
-    t = t > 87.0f ? 87.0f : t;
+    t = t > 88.0f ? 88.0f : t;
     t = t < -87.0f ? -87.0f : t;
     // exp(t) = 2^k exp(r), |r| <= ln(2) / 2, with ln(2) in two parts
     const float shifted = t * 1.44269504f + 12582912.0f;
@@ -22,7 +22,7 @@ inline float sigmoid(float x) {
     poly = fused(poly, r, 1.0f);
     poly = fused(poly, r, 1.0f);
     const uint32_t power = (to_bits(shifted) - 0x4B400000u + 127u) << 23;
-    const float value = 1.0f / (1.0f + poly * from_bits(power));
+    const float value = x < -88.0f ? 0.0f : 1.0f / (1.0f + poly * from_bits(power));
     return x != x ? x : value;
 }
 

@@ -35,7 +35,11 @@ using Lane = std::make_integer_sequence<int, 16>;
 template <int M, int by, int... lane>
 inline void rank_entries(Vec key, Vec& rank, std::integer_sequence<int, lane...> lanes) {
     if constexpr (by < M) {
+#ifdef __clang__
         const Vec other = __builtin_shufflevector(key, key, (lane / M * M + (lane + by) % M)...);
+#else  // g++ has had that function since version 12 only
+        const Vec other = __builtin_shuffle(key, Vec{(lane / M * M + (lane + by) % M)...});
+#endif
         const Vec is_later = {(lane % M + by < M ? 1 : 0)...};
         rank -= other > key - is_later;
         rank_entries<M, by + 1>(key, rank, lanes);

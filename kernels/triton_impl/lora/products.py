@@ -117,8 +117,10 @@ def lora_up_kernel(
 ):  # fmt: skip
     """A tile of y += dropout(scale h b), in place."""
     key, limit = key.to(tl.uint32, bitcast=True), limit.to(tl.uint32, bitcast=True)
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    # one dimension, row by row: the others of a grid have at most 65535 programs
+    tiles = tl.cdiv(m, BLOCK_N)
+    offs_n = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = tl.program_id(0) // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, BLOCK_R)
     dtype = y_ptr.dtype.element_ty
     mask_h = (offs_m < rows)[:, None] & (offs_r < r)[None, :]
@@ -180,7 +182,7 @@ def lora_up_(y: Tensor, h: Tensor, b: Tensor, scale: float, p: float, seed: int)
         y.add_(dropout(h @ b, p, seed), alpha=scale)
         return
     with on_device(y.device):
-        lora_up_kernel[(triton.cdiv(m, BLOCK_K), triton.cdiv(rows, BLOCK_M))](
+        lora_up_kernel[(triton.cdiv(m, BLOCK_K) * triton.cdiv(rows, BLOCK_M),)](
             y, h.contiguous(), b, rows, m, r, *b.stride(), scale, *_scalars(p, seed), BLOCK_M=BLOCK_M,
             BLOCK_N=BLOCK_K, BLOCK_R=_block_r(y, r), num_warps=warps(DOT_THREADS), enable_fp_fusion=True,
         )  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from leanstep.kernels.triton_impl._common import TL_DTYPE, round_to, to_float
 from leanstep.kernels.triton_impl._compile import Launch, Promises
-from leanstep.kernels.triton_impl._multi_tensor import on_device, warps
+from leanstep.kernels.triton_impl._multi_tensor import MOST_PROGRAMS, on_device, warps
 
 # rows and columns of a tile, and the number of tiles, one below the other, in a sum
 BLOCK_M, BLOCK_N, THREADS = 16, 128, 256
@@ -59,24 +59,26 @@ def lora_scale_backward_kernel(
 
 def lora_scale_(y: Tensor, c: Tensor, bias: Tensor | None) -> None:
     """`y = y * c + bias`, in place; y row-major."""
-    rows, columns = y.shape
+    columns = y.shape[1]
     with on_device(y.device):
-        lora_scale_kernel[(triton.cdiv(columns, BLOCK_N), triton.cdiv(rows, BLOCK_M))](
-            y, c, c if bias is None else bias, rows, columns, HAS_BIAS=bias is not None,
-            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=warps(THREADS), enable_fp_fusion=True,
-        )  # fmt: skip
+        for part in y.split(MOST_PROGRAMS * BLOCK_M):
+            lora_scale_kernel[(triton.cdiv(columns, BLOCK_N), triton.cdiv(len(part), BLOCK_M))](
+                part, c, c if bias is None else bias, len(part), columns, HAS_BIAS=bias is not None,
+                BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=warps(THREADS), enable_fp_fusion=True,
+            )  # fmt: skip
 
 
 def lora_scale_backward(g: Tensor, y: Tensor | None, c: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
     """`g * c` in `inner`, which may be g, and the sum of `g * y` over the rows, in fp32; matrices row-major."""
     rows, columns = g.shape
-    chunks = triton.cdiv(rows, BLOCK_M * TILES)
-    sums = g.new_empty(chunks, columns, dtype=torch.float32)
+    sums = g.new_empty(triton.cdiv(rows, BLOCK_M * TILES), columns, dtype=torch.float32)
+    matrices = (t.split(MOST_PROGRAMS * BLOCK_M * TILES) for t in (g, g if y is None else y, inner))
     with on_device(g.device):
-        lora_scale_backward_kernel[(triton.cdiv(columns, BLOCK_N), chunks)](
-            g, g if y is None else y, c, inner, sums, rows, columns,
-            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TILES=TILES, num_warps=warps(THREADS), enable_fp_fusion=True,
-        )  # fmt: skip
+        for of_g, of_y, of_inner, of_sums in zip(*matrices, sums.split(MOST_PROGRAMS), strict=True):
+            lora_scale_backward_kernel[(triton.cdiv(columns, BLOCK_N), len(of_sums))](
+                of_g, of_y, c, of_inner, of_sums, len(of_g), columns,
+                BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TILES=TILES, num_warps=warps(THREADS), enable_fp_fusion=True,
+            )  # fmt: skip
     return inner, sums.sum(0)
 
 

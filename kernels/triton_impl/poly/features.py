@@ -14,7 +14,7 @@ from torch import Tensor
 
 from leanstep.kernels.poly.tables import PolyTables, poly_tables
 from leanstep.kernels.triton_impl._compile import Launch, Promises
-from leanstep.kernels.triton_impl._multi_tensor import on_device, warps
+from leanstep.kernels.triton_impl._multi_tensor import MOST_PROGRAMS, on_device, warps
 
 THREADS = 128
 # Features and columns of a tile in the forward pass, variables and columns of a tile in the backward pass. gfx942 has
@@ -82,7 +82,7 @@ def _monomials(tables: PolyTables) -> tuple[Tensor, Tensor]:
     """Variables of every feature [k, max(g, 1)], padded with -1, and its weight [k], fp32."""
     degree = len(tables.starts) - 2
     parent, last = tables.parent.long().cpu(), tables.last.cpu()
-    variables = torch.full((len(parent), max(degree, 1)), -1, dtype=torch.int32)
+    variables = torch.full((len(parent), max(degree, 1)), -1, dtype=torch.int32, device="cpu")
     norm = tables.weight.cpu().clone()
     for t in range(1, degree + 1):
         rows = slice(tables.starts[t], tables.starts[t + 1])
@@ -100,24 +100,27 @@ def poly_features(x: Tensor, tables: PolyTables) -> Tensor:
     features = len(norm)
     out = x.new_empty(n, features, columns)
     with on_device(x.device):
-        poly_features_kernel[(triton.cdiv(features, BLOCK_F), triton.cdiv(columns, BLOCK_C), n)](
-            x, variables, norm, out, dim, features, columns, variables.shape[1],
-            BLOCK_F=BLOCK_F, BLOCK_C=BLOCK_C, num_warps=warps(THREADS), enable_fp_fusion=False,
-        )  # fmt: skip
+        for of_x, of_out in zip(x.split(MOST_PROGRAMS), out.split(MOST_PROGRAMS), strict=True):
+            poly_features_kernel[(triton.cdiv(features, BLOCK_F), triton.cdiv(columns, BLOCK_C), len(of_x))](
+                of_x, variables, norm, of_out, dim, features, columns, variables.shape[1],
+                BLOCK_F=BLOCK_F, BLOCK_C=BLOCK_C, num_warps=warps(THREADS), enable_fp_fusion=False,
+            )  # fmt: skip
     return out
 
 
 def poly_features_backward(grad: Tensor, x: Tensor, tables: PolyTables) -> Tensor:
     """Gradient of x [n, d, c], fp32 and not empty, for a degree of at least 1."""
     grad, x = grad.contiguous(), x.contiguous()
-    n, dim, columns = x.shape
+    _, dim, columns = x.shape
     variables, norm = _monomials(tables)
     out = torch.empty_like(x)
     with on_device(x.device):
-        poly_features_backward_kernel[(triton.cdiv(dim, BLOCK_I), triton.cdiv(columns, BLOCK_C), n)](
-            grad, x, variables, norm, tables.up, tables.lift32, out, dim, len(norm), len(tables.up), columns,
-            variables.shape[1], BLOCK_I=BLOCK_I, BLOCK_C=BLOCK_C, num_warps=warps(THREADS), enable_fp_fusion=True,
-        )  # fmt: skip
+        for of_grad, of_x, of_out in zip(*(t.split(MOST_PROGRAMS) for t in (grad, x, out)), strict=True):
+            poly_features_backward_kernel[(triton.cdiv(dim, BLOCK_I), triton.cdiv(columns, BLOCK_C), len(of_x))](
+                of_grad, of_x, variables, norm, tables.up, tables.lift32, of_out, dim, len(norm), len(tables.up),
+                columns, variables.shape[1], BLOCK_I=BLOCK_I, BLOCK_C=BLOCK_C, num_warps=warps(THREADS),
+                enable_fp_fusion=True,
+            )  # fmt: skip
     return out
 
 
