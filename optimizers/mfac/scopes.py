@@ -132,8 +132,8 @@ def step_scopes(scopes: list[Scope]) -> Reducer[None]:
         updates += computed
     else:
         results = yield from directions(problems)
-        found = [flag for result in results for flag in result.flags]
-        flags = torch.tensor(found, dtype=torch.int32, device="cpu")
+        values = [flag for result in results for flag in result.flags]
+        flags = torch.tensor(values, dtype=torch.int32, device="cpu")
         for scope, result in zip(scopes, results, strict=True):
             updates += result.updates or [None] * len(scope.entries)
         updates = _gathered(entries, updates)
