@@ -22,7 +22,8 @@ def sparse_gram_row(
 ) -> Tensor:
     """Row ``index`` of the Gram matrix of a sparse window."""
     triples = zip(values, indices, layouts, strict=True)
-    rows = [scatter(v[index], i[index], layout, dtype=torch.float64) for v, i, layout in triples]
+    wide = torch.promote_types(values[0].dtype, torch.float32)
+    rows = [scatter(v[index], i[index], layout, dtype=wide) for v, i, layout in triples]
     return sparse_row_dots(values, indices, rows, layouts)
 
 
