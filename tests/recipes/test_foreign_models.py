@@ -12,7 +12,13 @@ import texts
 import torch
 from safetensors.torch import load_file, save_file
 from training import write_recipe
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    Qwen3MoeConfig,
+)
 
 from leanstep.cli import main
 from leanstep.pruning.folder.loading import open_config
@@ -297,3 +303,40 @@ def test_an_index_that_names_files_elsewhere_is_refused(saved, folder, tmp_path,
 def test_a_folder_that_does_not_exist_is_told_as_such():
     with pytest.raises(ValueError, match=r"the folder runs/no/such does not exist: expected a Hugging Face folder"):
         open_config("runs/no/such")
+
+
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+}
+MIXTURES = {
+    "mixtral": MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
+}
+
+
+def start_from(saved, tmp_path, config):
+    """Write a new model of a configuration; return the words after ``train`` and ``check`` that start from it."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    for file in (saved / "model").glob("*token*"):
+        shutil.copy(file, tmp_path / "base")
+    words = [f"model.init_from={tmp_path / 'base'}", "model.config={}", f"data.tokenizer={tmp_path / 'base'}"]
+    return [str(saved / "tiny.yaml"), *words, f"out={tmp_path / 'run'}", "optimizer={name: adamw, lr: 1e-3}", "steps=2"]
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_mixture_of_experts_resumes(saved, tmp_path, name, capsys):
+    words = start_from(saved, tmp_path, MIXTURES[name])
+    assert main(["train", *words, "stop.max_hours=1e-9"]) == 143, capsys.readouterr().err
+    assert main(["train", *words]) == 0, capsys.readouterr().err
+    assert "resuming from" in (said := capsys.readouterr().out), said
+    assert main(["train", *words, f"out={tmp_path / 'whole'}"]) == 0
+    resumed, whole = (load_file(tmp_path / run / "final" / "model.safetensors") for run in ("run", "whole"))
+    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
