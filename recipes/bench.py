@@ -98,7 +98,7 @@ def _bench(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check_positions(model: Any, options: argparse.Namespace) -> None:
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     needed = options.prompt_tokens + options.new_tokens
     if isinstance(positions, int) and needed > positions:
         raise ValueError(

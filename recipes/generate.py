@@ -78,7 +78,7 @@ def _generate(options: argparse.Namespace) -> dict[str, Any]:
             f"{folder}: its tokenizer has more tokens than the model, which has {vocabulary}; save the tokenizer "
             "that the model was trained with there"
         )
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(positions, int) and count + options.max_new_tokens > positions:
         raise ValueError(
             f"the prompt has {count} tokens, {options.max_new_tokens} are asked for, and the model has {positions} "

@@ -111,8 +111,8 @@ class Check:
             try:
                 with offline() if self.offline else nullcontext():
                     fill(section)
-            except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
-                section.problems.append(str(error))
+            except Exception as error:
+                section.problems.append(str(error) or type(error).__name__)
             yield section
 
     def recipe(self, section: Section) -> None:
@@ -266,9 +266,10 @@ class Check:
             return
         section.add("epochs", f"{steps * sequences / self.train_sequences:.2f}")
         if self.train_sequences < sequences:
-            section.problems.append(
-                f"one step takes {sequences} sequences, the text has {self.train_sequences}; lower "
-                "batch.tokens_per_step or give more text"
+            section.add(
+                "note",
+                f"one step takes {sequences} sequences, the text has {self.train_sequences}: each step repeats some; "
+                "lower batch.tokens_per_step or give more text",
             )
 
     def known_vocabulary(self, section: Section) -> int:

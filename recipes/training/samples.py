@@ -64,7 +64,7 @@ def sample(folder: Path, prompts: list[list[int]], seed: int, device: torch.devi
     """
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    positions = getattr(model.config, "max_position_embeddings", _PROMPT_TOKENS + _NEW_TOKENS)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", _PROMPT_TOKENS + _NEW_TOKENS)
 
     def continued(prompt: list[int]) -> str:
         start = torch.tensor([prompt[: max(positions // 2, 1)]], device=device)

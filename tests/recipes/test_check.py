@@ -126,10 +126,19 @@ def test_texts_that_are_not_there_or_no_text(run, tmp_path):
         assert len(found) == 1 and message in found[0], (override, found)
 
 
-def test_too_little_text_for_one_step(run):
-    found = problems(run("batch={tokens_per_step: 65536, micro_batch_size: 4}"))
-    assert len(found) == 1
-    assert found[0].startswith("Length: one step takes 2048 sequences, the text has ")
+def test_a_step_that_repeats_a_short_text_is_a_note_since_it_trains(run):
+    config = run("batch={tokens_per_step: 65536, micro_batch_size: 4}")
+    assert not problems(config)
+    assert "one step takes 2048 sequences, the text has " in "\n".join(section(config, "Length").lines)
+
+
+def test_an_unexpected_error_of_one_section_is_a_problem_and_the_others_go_on(run, monkeypatch):
+    def fail(*arguments, **settings):
+        raise KeyError("rope")
+
+    monkeypatch.setattr(check_module, "estimate", fail)
+    parts = {part.title: part for part in Check(run()).sections()}
+    assert parts["Memory"].problems == ["'rope'"] and parts["Output"].lines
 
 
 @pytest.mark.slow
