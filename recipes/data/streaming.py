@@ -203,12 +203,7 @@ def load_stream(config: "DataConfig", *, seed: int, rank: int, world_size: int) 
     ``tokenizer: train:SIZE`` trains on the first 32 MB of the stream.
     """
     rows = open_stream(config)
-    separate = open_validation(config) if config.val_path or config.val_tokens else None
-    if separate is None and config.val_tokens:
-        raise ValueError(
-            "data.streaming: no validation text is held out from a stream, and this source has no validation split; "
-            "name one with data.val_path, or set data.val_tokens: 0"
-        )
+    separate = open_validation(config)
     tokenizer = _tokenizer(config, rows)
     tokenizer.model_max_length = config.seq_len
     train = StreamedSequences(
