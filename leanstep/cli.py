@@ -378,9 +378,14 @@ def _verify(options: argparse.Namespace, rest: list[str]) -> int:
     from leanstep._files import one_line
     from leanstep.sparsity import verify
 
-    rules = dict(rule.rpartition("=")[::2] for rule in options.expect)
+    rules: dict[str, str] = {}
+    for rule in options.expect:
+        layers, _, pattern = rule.rpartition("=")
+        if (layers or "*") in rules:
+            raise UsageError(f"--expect: two patterns for {layers or '*'!r}; write one, and name other layers first")
+        rules[layers or "*"] = pattern
     try:
-        verdict = verify(options.path, {layers or "*": pattern for layers, pattern in rules.items()} or None)
+        verdict = verify(options.path, rules or None)
     except ValueError as error:
         raise UsageError(one_line(error)) from None
     print(json.dumps(verdict.as_dict(), indent=2) if options.json else verdict)
