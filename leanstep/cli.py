@@ -381,9 +381,10 @@ def _verify(options: argparse.Namespace, rest: list[str]) -> int:
     rules: dict[str, str] = {}
     for rule in options.expect:
         layers, _, pattern = rule.rpartition("=")
-        if (layers or "*") in rules:
-            raise UsageError(f"--expect: two patterns for {layers or '*'!r}; write one, and name other layers first")
-        rules[layers or "*"] = pattern
+        layers = layers or "*"
+        if layers in rules:
+            raise UsageError(f"--expect: two patterns for {layers!r}, {rules[layers]} and {pattern}; keep one")
+        rules[layers] = pattern
     try:
         verdict = verify(options.path, rules or None)
     except ValueError as error:

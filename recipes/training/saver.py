@@ -271,7 +271,8 @@ def _stored(model: PreTrainedModel, folder: Path) -> Iterator[tuple[Path, dict[s
     if not files:
         raise CheckpointError(f"{folder} holds no weights (*.safetensors)")
     if get_model_conversion_mapping(model, add_legacy=False):
-        # transformers stores them in another form, as a mixture's experts one by one, and alone knows the way back
+        # transformers stores them in another form, as a mixture's experts one by one, and alone knows the way back;
+        # until they are copied, the weights take their memory twice
         yield folder, open_model(folder, type(model), finite=False).state_dict()
         return
     yield from ((file, load_tensors(file)) for file in files)

@@ -323,6 +323,11 @@ MIXTURES = {
     "qwen3_moe": Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
 }
 
+VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+GEMMA = Gemma3Config(
+    text_config=SIZES, vision_config={**VISION, "image_size": 16, "patch_size": 8}, mm_tokens_per_image=1
+)
+
 
 def start_from(saved, tmp_path, config):
     """Write a new model of a configuration; return the words after ``train`` and ``check`` that start from it."""
@@ -334,9 +339,9 @@ def start_from(saved, tmp_path, config):
     return [str(saved / "tiny.yaml"), *words, f"out={tmp_path / 'run'}", "optimizer={name: adamw, lr: 1e-3}", "steps=2"]
 
 
-@pytest.mark.parametrize("name", MIXTURES)
-def test_a_mixture_of_experts_resumes(saved, tmp_path, name, capsys):
-    words = start_from(saved, tmp_path, MIXTURES[name])
+@pytest.mark.parametrize("config", [*MIXTURES.values(), GEMMA], ids=lambda config: config.model_type)
+def test_models_that_transformers_stores_in_another_form_resume(saved, tmp_path, config, capsys):
+    words = start_from(saved, tmp_path, config)
     assert main(["train", *words, "stop.max_hours=1e-9"]) == 143, capsys.readouterr().err
     assert main(["train", *words]) == 0, capsys.readouterr().err
     assert "resuming from" in (said := capsys.readouterr().out), said
@@ -361,11 +366,7 @@ def test_the_memory_of_a_mixture_of_experts_is_that_of_a_real_pass(saved, tmp_pa
 
 
 def test_a_model_of_text_and_images_is_evaluated_checked_and_trained(saved, tmp_path, capsys):
-    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = Gemma3Config(
-        text_config=SIZES, vision_config={**vision, "image_size": 16, "patch_size": 8}, mm_tokens_per_image=1
-    )
-    words = start_from(saved, tmp_path, config)
+    words = start_from(saved, tmp_path, GEMMA)
     assert main(["check", *words]) == 0, capsys.readouterr().out
     assert main(["train", *words]) == 0, capsys.readouterr().err
     base = str(tmp_path / "base")
