@@ -6,6 +6,7 @@ Curves have the classes ``c0`` to ``c7``, whose colours ``templates/style.css`` 
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -14,6 +15,7 @@ from leanstep._page import TEMPLATES, render
 
 COLORS = 8
 
+_LEAST = sys.float_info.min  # of a logarithmic axis
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 10, 40
 _HEAT_WIDTH = 940
 _BARS_WIDTH, _BAR_HEIGHT, _NAME_LENGTH = 720, 22, 32
@@ -194,7 +196,7 @@ def chart(
     """Draw curves over one pair of axes and return an HTML ``<figure>``, or "" if there is nothing to draw.
 
     Args:
-        series: the curves; a logarithmic axis leaves out values that are not positive.
+        series: the curves; a logarithmic axis leaves out values below the smallest normal number.
         title, x_label: texts. No two charts on a page may have the same title.
         y_format: formats a value in the legend and on hover.
         log_y: logarithmic vertical axis.
@@ -214,7 +216,8 @@ def chart(
     values += [end for pairs in bars.values() for _, *ends in pairs for end in ends]
     bottom, top = _limits(values, [value for value, _ in marks], log_y)
     width, height = (940, 330) if wide else (460, 250)
-    right = max(xs) if max(xs) > min(xs) else min(xs) + 1
+    # 1 is lost beside a large number
+    right = max(xs) if max(xs) > min(xs) else min(xs) + max(1.0, 1e-9 * abs(min(xs)))
     plane = _Plane(width, height, min(xs), right, bottom, top, log_y)
     whole = all(x.is_integer() for x in xs)  # steps, tokens, blocks
     ticks = _ticks(plane.left, plane.right, 10 if wide else 5, whole)
@@ -351,7 +354,7 @@ def _points(line: Series, log_y: bool) -> list[tuple[float, float | None]]:
     """Return the points with a finite x; a y that cannot be drawn is None."""
 
     def drawable(y: float | None) -> bool:
-        return y is not None and math.isfinite(y) and (y > 0 or not log_y)
+        return y is not None and math.isfinite(y) and (y >= _LEAST or not log_y)
 
     pairs = zip(line.x, line.y, strict=True)
     return [(float(x), float(y or 0.0) if drawable(y) else None) for x, y in pairs if math.isfinite(x)]
@@ -361,7 +364,7 @@ def _bars(line: Series, log_y: bool) -> list[tuple[float, float, float]]:
     """Return x, low and high end of the bars that can be drawn."""
     bars = []
     for (x, y), spread in zip(_points(line, log_y), line.spread, strict=False):
-        if y is not None and spread is not None and 0 < spread < math.inf and (y > spread or not log_y):
+        if y is not None and spread is not None and 0 < spread < math.inf and (y - spread >= _LEAST or not log_y):
             bars.append((x, y - spread, y + spread))
     return bars
 

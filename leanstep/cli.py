@@ -246,14 +246,9 @@ def _recipes_list(options: argparse.Namespace, rest: list[str]) -> int:
 def _recipes_show(options: argparse.Namespace, rest: list[str]) -> int:
     overrides = _overrides(options, rest)
     _need("recipes")
-    from leanstep._files import read_text
-    from leanstep.recipes.config.loader import dump, find_recipe, load
+    from leanstep.recipes.config.loader import dump, load
 
-    path = find_recipe(options.recipe)
-    try:
-        text = read_text(path, follow=True)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read as a text file: {error}") from None
+    _, text = _read_recipe(options.recipe)
     print(dump(load(options.recipe, overrides)) if overrides or options.resolved else text, end="")
     return 0
 
@@ -261,23 +256,36 @@ def _recipes_show(options: argparse.Namespace, rest: list[str]) -> int:
 def _recipes_copy(options: argparse.Namespace, rest: list[str]) -> int:
     _nothing_left(rest)
     _need("recipes")
-    from leanstep.recipes.config.loader import find_recipe
+    from leanstep._files import write_text
 
-    source = find_recipe(options.recipe)
+    source, text = _read_recipe(options.recipe)
     target = Path(options.file or source.name)
     if target.is_dir():
         target /= source.name
     if not target.parent.is_dir():
         raise UsageError(f"{target.parent} is not a folder")
+    if os.path.exists(target) and target.samefile(source):
+        raise UsageError(f"{target} is the recipe itself; choose another name for the copy")
+    if os.path.lexists(target) and not options.force:
+        raise UsageError(f"{target} exists; choose another name, or overwrite it with --force")
     try:
-        with target.open("w" if options.force else "x", encoding="utf-8") as file:
-            file.write(source.read_text(encoding="utf-8"))
-    except FileExistsError:
-        raise UsageError(f"{target} exists; choose another name, or overwrite it with --force") from None
+        write_text(target, text)
     except OSError as error:
         raise UsageError(f"{target} cannot be written: {error.strerror}") from None
     print(f"{target} written; run it with: leanstep train {target if len(target.parts) > 1 else f'./{target}'}")
     return 0
+
+
+def _read_recipe(name: str) -> tuple[Path, str]:
+    """Find a recipe; return its file and the text. Raises UsageError for a file that is no text."""
+    from leanstep._files import read_text
+    from leanstep.recipes.config.loader import find_recipe
+
+    path = find_recipe(name)
+    try:
+        return path, read_text(path, follow=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read as a text file: {error}") from None
 
 
 def _data_build(options: argparse.Namespace, rest: list[str]) -> int:
@@ -370,9 +378,15 @@ def _verify(options: argparse.Namespace, rest: list[str]) -> int:
     from leanstep._files import one_line
     from leanstep.sparsity import verify
 
-    rules = dict(rule.rpartition("=")[::2] for rule in options.expect)
+    rules: dict[str, str] = {}
+    for rule in options.expect:
+        layers, _, pattern = rule.rpartition("=")
+        layers = layers or "*"
+        if layers in rules:
+            raise UsageError(f"--expect: two patterns for {layers!r}, {rules[layers]} and {pattern}; keep one")
+        rules[layers] = pattern
     try:
-        verdict = verify(options.path, {layers or "*": pattern for layers, pattern in rules.items()} or None)
+        verdict = verify(options.path, rules or None)
     except ValueError as error:
         raise UsageError(one_line(error)) from None
     print(json.dumps(verdict.as_dict(), indent=2) if options.json else verdict)

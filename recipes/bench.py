@@ -98,12 +98,13 @@ def _bench(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check_positions(model: Any, options: argparse.Namespace) -> None:
-    positions = getattr(model.config, "max_position_embeddings", None)
-    needed = options.prompt_tokens + options.new_tokens
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    # generation begins with one token of the prompt
+    needed = max(options.prompt_tokens, 1 + options.new_tokens)
     if isinstance(positions, int) and needed > positions:
         raise ValueError(
-            f"{needed} tokens are asked for and the model has {positions} positions; set --prompt-tokens and "
-            "--new-tokens lower"
+            f"sequences of {needed} tokens are asked for and the model has {positions} positions; set --prompt-tokens "
+            "or --new-tokens lower"
         )
 
 

@@ -110,7 +110,7 @@ def find_model_folder(path: str | Path) -> Path:
 def _sequence_length(requested: int | None, model: Any, tokenizer: Any) -> int:
     from leanstep.pruning.folder.loading import position_count
 
-    named = {"max_position_embeddings": getattr(model.config, "max_position_embeddings", None)}
+    named = {"max_position_embeddings": getattr(model.config.get_text_config(), "max_position_embeddings", None)}
     positions = position_count(named, model.config.name_or_path) or 2**31
     if requested is not None and not 2 <= requested <= positions:
         raise ValueError(f"--seq-len must be from 2 to the model's {positions} positions, got {requested}")
@@ -130,8 +130,9 @@ def _evaluate_folder(options: argparse.Namespace) -> dict[str, Any]:
     model: Any = open_model(folder)
     tokenizer = open_tokenizer(str(folder), key=None)
     needed = vocabulary_size(tokenizer)
-    if needed > model.config.vocab_size:
-        raise ValueError(f"the tokenizer in '{folder}' has {needed} tokens, the model {model.config.vocab_size}")
+    vocabulary = model.config.get_text_config().vocab_size
+    if needed > vocabulary:
+        raise ValueError(f"the tokenizer in '{folder}' has {needed} tokens, the model {vocabulary}")
     seq_len = _sequence_length(options.seq_len, model, tokenizer)
     settings = {"tokenizer": str(folder), "seq_len": seq_len, "text_key": options.text_key}
     training = read_training(folder)

@@ -8,9 +8,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from leanstep._arguments import OneLineParser
+from leanstep._arguments import OneLineParser, seed
 from leanstep._files import one_line
 from leanstep.recipes.evaluate import find_model_folder, positive
+
+LEAST_TEMPERATURE = 1e-6  # logits divided by less become infinite
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="T",
         help="0 (default): the likeliest; else sample",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the samples; default 0")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the samples; default 0")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ...; default cpu")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
@@ -54,8 +56,8 @@ def _temperature(text: str) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number from 0, got {text!r}")
+    if value != 0 and not LEAST_TEMPERATURE <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected 0, or a number from {LEAST_TEMPERATURE:g}, got {text!r}")
     return value
 
 
@@ -64,6 +66,7 @@ def _generate(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from leanstep.pruning.folder.loading import encoding, open_tokenizer
+    from leanstep.recipes.data.tokens import decode_halves
 
     tokenizer = open_tokenizer(folder)
     model = open_generator(folder, options.device)
@@ -78,7 +81,7 @@ def _generate(options: argparse.Namespace) -> dict[str, Any]:
             f"{folder}: its tokenizer has more tokens than the model, which has {vocabulary}; save the tokenizer "
             "that the model was trained with there"
         )
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(positions, int) and count + options.max_new_tokens > positions:
         raise ValueError(
             f"the prompt has {count} tokens, {options.max_new_tokens} are asked for, and the model has {positions} "
@@ -93,10 +96,11 @@ def _generate(options: argparse.Namespace) -> dict[str, Any]:
     _warm_up(model, inputs, settings)
     torch.manual_seed(options.seed)
     begin = time.perf_counter()
-    tokens = model.generate(**inputs, **settings)[0, count:]
+    tokens = model.generate(**inputs, **settings)[0]
     seconds = time.perf_counter() - begin
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
-    facts = {"tokens": len(tokens), "seconds": seconds, "tokens_per_second": len(tokens) / seconds}
+    _, text = decode_halves(tokenizer, tokens, count)
+    made = len(tokens) - count
+    facts = {"tokens": made, "seconds": seconds, "tokens_per_second": made / seconds}
     return {"checkpoint": str(folder), "prompt": options.prompt, "text": text, **facts}
 
 

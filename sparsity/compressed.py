@@ -67,16 +67,21 @@ def export_compressed(
     state, layouts = _state_and_layouts(model, patterns)
     stored: dict[str, Tensor] = {}
     layout: dict[str, Any] = {"tensors": {}, "aliases": {}}
-    rows, first_names = [], dict[tuple[Any, ...], str]()
+    rows, first_names, addresses = [], dict[tuple[Any, ...], str](), set[int]()
     for name, tensor in state.items():
-        identity = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
+        place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
+        # a view of another dtype, or of the conjugate, has other values at the same place
+        identity = (*place, tensor.dtype, tensor.is_conj(), tensor.is_neg())
         if tensor.numel() and identity in first_names:
             layout["aliases"][name] = first_names[identity]
             continue
         first_names[identity] = name
-        dense = tensor.detach().cpu().contiguous()
+        dense = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
         if name not in layouts:
-            stored[name] = dense
+            # safetensors refuses two tensors of one memory
+            address = dense.untyped_storage().data_ptr()
+            stored[name] = dense.clone() if address in addresses else dense
+            addresses.add(address)
             rows.append(Stored(name, None, dense.nbytes, dense.nbytes))
             continue
         pattern, dim = layouts[name]

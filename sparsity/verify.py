@@ -199,7 +199,7 @@ def _open(source: Any) -> tuple[str, Tensors, dict[str, Any]]:
         return "the state dict", _noted(source), {}
     path = Path(source).expanduser()
     if path.is_file():
-        return str(path), _read(path.resolve()), {}  # a link that the caller names is followed
+        return str(path), _read_all([path.resolve()]), {}  # a link that the caller names is followed
     if not path.is_dir():
         raise ValueError(f"verify: {path} is not there; expected a checkpoint file or a folder with one")
     for folder in (path, *(path / inner for inner in _INNER)):
@@ -208,7 +208,7 @@ def _open(source: Any) -> tuple[str, Tensors, dict[str, Any]]:
             if files:
                 _check_indexes(folder, kind, files)
                 _check_config(folder, files)
-                return str(folder), (row for file in files for row in _read(file)), _recorded_patterns(folder)
+                return str(folder), _read_all(files), _recorded_patterns(folder)
     raise ValueError(f"verify: {path} holds no checkpoint: no *.safetensors, *.bin or *.pt in it or in its final/")
 
 
@@ -251,24 +251,31 @@ def _recorded_patterns(folder: Path) -> dict[str, Any]:
     return recorded
 
 
-def _read(path: Path) -> Tensors:
-    """Read the tensors of a file, one at a time if the format allows it."""
+def _read_all(paths: list[Path]) -> Tensors:
+    """Read the tensors of the files of one checkpoint."""
     try:
-        if path.suffix != ".safetensors":
-            content = load_pickled(path)
-            state = content.get("state_dict", content.get("model", content)) if isinstance(content, Mapping) else {}
-            yield from _noted(state if isinstance(state, Mapping) else {})
-        elif is_compressed(path):
-            yield from _noted(load_compressed(path))
-        elif is_sparse_file(path):
-            with SparseFiles([path]) as files:
-                yield from (row for name, tensor in files.stored(path) for row in _noted({name: tensor}))
-        else:
-            with TensorFile(path) as file:
-                for name in file.names:
-                    yield from _noted({name: file.tensor(name)})
+        # sparse files name weights of each other
+        with SparseFiles([path for path in paths if is_sparse_file(path)]) as sparse:
+            for path in paths:
+                yield from _read(path, sparse)
     except ValueError as error:
         raise ValueError(f"verify: {error}") from None
+
+
+def _read(path: Path, sparse: SparseFiles) -> Tensors:
+    """Read the tensors of a file, one at a time if the format allows it."""
+    if path.suffix != ".safetensors":
+        content = load_pickled(path)
+        state = content.get("state_dict", content.get("model", content)) if isinstance(content, Mapping) else {}
+        yield from _noted(state if isinstance(state, Mapping) else {})
+    elif is_compressed(path):
+        yield from _noted(load_compressed(path))
+    elif is_sparse_file(path):
+        yield from (row for name, tensor in sparse.stored(path) for row in _noted({name: tensor}))
+    else:
+        with TensorFile(path) as file:
+            for name in file.names:
+                yield from _noted({name: file.tensor(name)})
 
 
 def _noted(state: Mapping[str, Any]) -> Tensors:

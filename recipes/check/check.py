@@ -22,7 +22,7 @@ from leanstep.recipes.config.loader import dump
 from leanstep.recipes.config.schema import RunConfig, accumulation_steps, targets_note, trained_size
 from leanstep.recipes.data.hub import check_hub, from_hub, offline, offline_recipes, unreachable
 from leanstep.recipes.data.sequences import load_data
-from leanstep.recipes.data.sources import find_files, look, open_corpus, open_stream
+from leanstep.recipes.data.sources import find_files, look, open_corpus, open_stream, open_validation
 from leanstep.recipes.data.tokens import open_tokenizer, vocabulary_size
 from leanstep.recipes.methods.pruned import masked_names, pruned_start_warning, zeros_of
 from leanstep.recipes.methods.sparse import plan, run_operations, schedule_of
@@ -34,7 +34,7 @@ from leanstep.recipes.training.build import (
     trackers_of,
     wants_cpu,
 )
-from leanstep.recipes.training.checkpoint import disk_need, find_checkpoints
+from leanstep.recipes.training.checkpoint import choose_start, disk_need, find_checkpoints
 from leanstep.recipes.training.failures import lighter_state
 from leanstep.recipes.training.folder import RunFolder, is_held
 
@@ -111,8 +111,8 @@ class Check:
             try:
                 with offline() if self.offline else nullcontext():
                     fill(section)
-            except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
-                section.problems.append(str(error))
+            except Exception as error:
+                section.problems.append(str(error) or type(error).__name__)
             yield section
 
     def recipe(self, section: Section) -> None:
@@ -200,6 +200,8 @@ class Check:
             if not self.offline:
                 check_hub(data.name or "")
             section.add("source", f"hub dataset {data.name} {'not checked' if self.offline else 'exists'}")
+            if data.val_path:
+                open_validation(data)
             return
         try:
             check_layers(config)
@@ -212,6 +214,7 @@ class Check:
                 look(data)
             else:
                 (open_stream if data.streaming else open_corpus)(data)
+                open_validation(data)
             section.add("source", f"{data.source} {data.path}, read as text; its tokens are not counted here")
             return
         loaded = load_data(data, seed=config.seed, rank=0, world_size=1)
@@ -266,9 +269,10 @@ class Check:
             return
         section.add("epochs", f"{steps * sequences / self.train_sequences:.2f}")
         if self.train_sequences < sequences:
-            section.problems.append(
-                f"one step takes {sequences} sequences, the text has {self.train_sequences}; lower "
-                "batch.tokens_per_step or give more text"
+            section.add(
+                "note",
+                f"one step takes {sequences} sequences, the text has {self.train_sequences}: each step repeats some; "
+                "lower batch.tokens_per_step or give more text",
             )
 
     def known_vocabulary(self, section: Section) -> int:
@@ -386,18 +390,18 @@ class Check:
         section.add("folder", str(out))
         if out.exists() and not out.is_dir():
             section.problems.append(f"{out} is a file; choose another with out=FOLDER")
-        elif is_held(out):
+            return
+        if is_held(out):
             section.problems.append(f"another process is training in {out}; wait for it, or choose out=ANOTHER_FOLDER")
-        elif folder.is_empty():
-            section.add("state", "no run: a new one begins")
-        elif not (out / "config.yaml").is_file() and not (out / "checkpoints").is_dir():
-            section.problems.append(f"{out} is not empty and holds no run; choose another with out=FOLDER")
-        else:
-            section.add("state", _describe_run(folder))
-            if self.config.checkpoint.resume == "never":
-                section.problems.append(
-                    f"{out} already holds a run and checkpoint.resume is never; choose out=ANOTHER_FOLDER"
-                )
+            return
+        try:
+            start = choose_start(self.config, folder, claim=False)
+        except ValueError as error:
+            section.problems.append(str(error))
+            return
+        for note in start.notes:
+            section.add("start", note)
+        section.add("state", "no run: a new one begins" if folder.is_empty() else _describe_run(folder))
 
 
 def routing_rows(optimizer: torch.optim.Optimizer) -> list[tuple[str, ...]]:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
@@ -154,7 +155,7 @@ def _measured(config: RunConfig, vocab_size: int, world_size: int, device: str) 
         ids = torch.zeros(config.batch.micro_batch_size, config.data.seq_len, dtype=torch.int64, device=device)
         autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
         context = torch.autocast(torch.device(device).type, dtype=autocast) if autocast else nullcontext()
-        with saved_storages(model) as saved, context:
+        with saved_storages(model) as saved, context, _ExpertsAsOne():
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         weights = unique_bytes(model.parameters())
@@ -181,11 +182,32 @@ def _measured(config: RunConfig, vocab_size: int, world_size: int, device: str) 
         gradients=-(-(gradient + half) // shards),
         optimizer_state=-(-state // shards),
         activations=sum(storage.nbytes() for storage in saved.values()),
-        logits=4 * config.batch.micro_batch_size * config.data.seq_len * model.config.vocab_size,
+        logits=4 * config.batch.micro_batch_size * config.data.seq_len * model.config.get_text_config().vocab_size,
         exchange=gradient if world_size > 1 and not sharded else 0,
         sparsity=_sparsity_bytes(config, vocab_size),
         average=average,
     )
+
+
+class _ExpertsAsOne(TorchFunctionMode):
+    """Multiply all tokens of a mixture by its first expert, which saves tensors of the same sizes.
+
+    torch's grouped product refuses fake tensors in fp32, and other forms of the experts save other tensors.
+    """
+
+    _GROUPED = tuple(
+        getattr(module, name)
+        for module, name in ((nn.functional, "grouped_mm"), (torch, "_grouped_mm"))
+        if hasattr(module, name)
+    )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in self._GROUPED:
+            return func(*args, **(kwargs or {}))
+        tokens, experts = args[:2]
+        # the grouped product has no rule of autocast, which would copy the expert
+        with torch.autocast(tokens.device.type, enabled=False):
+            return tokens @ experts[0]
 
 
 def check_layers(config: RunConfig) -> None:

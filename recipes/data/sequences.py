@@ -162,7 +162,7 @@ def load_data(config: "DataConfig", *, seed: int, rank: int = 0, world_size: int
 
         return load_chat(config)
     corpus = open_corpus(config)
-    separate = open_validation(config) if config.val_path or config.val_tokens else None
+    separate = open_validation(config)
     tokenizer, file = _tokenise_held_out(config, corpus, 0 if separate else config.val_tokens)
     tokenizer.model_max_length = config.seq_len
     facts = {"data": f"{corpus.label}: {len(file.ends):,} documents, {len(file):,} tokens"}

@@ -318,19 +318,26 @@ def open_file(path: str, text_key: str = "text", cache_dir: str | None = None) -
 
 
 def open_validation(config: "DataConfig") -> Corpus | None:
-    """Open the separate validation text; None if the recipe holds out training text.
+    """Open the separate validation text; None if the recipe holds out training text, or validates nothing.
 
     It is ``data.val_path``, the ``c4-validation`` shards of a local copy of C4, or the split ``validation`` of a
-    streamed hub dataset.
+    streamed hub dataset. Raises ValueError for a stream of another source, from which nothing is held out.
     """
     if config.val_path:
         return open_file(config.val_path, config.text_key, config.cache_dir)
+    if not config.val_tokens:
+        return None
     if config.source == "local_c4" and _c4_files(_path(config), "validation"):
         return _files_corpus(_path(config), "local_c4", "data.path", config.text_key, config.cache_dir, "validation")
     if config.source == "hf" and config.streaming:
         rows = _load_hub(config, "validation", streaming=True)
         identity = f"hf/{config.name}/{config.subset}/validation/{config.text_key}"
         return _rows_corpus(rows, config.text_key, f"hf {config.name} validation", identity)
+    if config.streaming:
+        raise ValueError(
+            "data.streaming: no validation text is held out from a stream, and this source has no validation split; "
+            "name one with data.val_path, or set data.val_tokens: 0"
+        )
     return None
 
 

@@ -1,8 +1,9 @@
 """Streamed data: shuffled in blocks, split over processes, resumed exactly in the middle of a block.
 
-The order of shards follows from (seed, epoch). A block has a fixed number of documents, and the order of its sequences
-follows from (seed, process, block). So a position is a few numbers: epoch, shard, documents read of that shard, tokens
-left over, and sequences given from the block. Restoring it reads at most one shard from its start.
+The order of shards follows from (seed, epoch). A block ends after a number of documents or of characters, whichever
+comes first, and the order of its sequences follows from (seed, process, block). So a position is a few numbers: epoch,
+shard, documents read of that shard, tokens left over, and sequences given from the block. Restoring it reads at most
+one shard from its start.
 """
 
 import copy
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from leanstep.recipes.config.schema import DataConfig
 
 BLOCK_DOCUMENTS = 1024  # about half a million tokens of C4
+BLOCK_CHARACTERS = 4 << 20  # about twice those of such a block; fewer documents where they are books
 _TOKENIZER_BYTES = 32 << 20  # bytes of text to train a tokenizer on
 
 
@@ -46,7 +48,8 @@ class StreamedSequences(IterableDataset):
         seed: decides every order.
         rank, world_size: of this process.
         epochs: number of epochs; None never ends.
-        block_documents: documents tokenised and shuffled at once.
+        block_documents: the most documents tokenised and shuffled at once.
+        block_characters: a block ends with the document that reaches this number.
 
     Raises:
         RuntimeError: iterated in a DataLoader worker, which cannot save the position.
@@ -66,6 +69,7 @@ class StreamedSequences(IterableDataset):
         world_size: int = 1,
         epochs: int | None = None,
         block_documents: int = BLOCK_DOCUMENTS,
+        block_characters: int = BLOCK_CHARACTERS,
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in [0, world_size), got rank {rank} of {world_size}")
@@ -73,7 +77,7 @@ class StreamedSequences(IterableDataset):
         self.rows, self.tokenizer, self.seq_len = rows, copy.deepcopy(tokenizer), seq_len
         self.text_key, self.packing = text_key, packing
         self.seed, self.rank, self.world_size, self.epochs = seed, rank, world_size, epochs
-        self.block_documents = block_documents
+        self.block_documents, self.block_characters = block_documents, block_characters
         self.num_shards = int(rows.num_shards)
         self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         # the position: the state at the start of a block, and the number of sequences given from it
@@ -116,8 +120,8 @@ class StreamedSequences(IterableDataset):
         self._block, self._given = block, given
 
     def _identity(self) -> dict[str, Any]:
-        names = ("seed", "rank", "world_size", "num_shards", "seq_len", "packing", "block_documents")
-        return {name: getattr(self, name) for name in names}
+        names = ("seed", "rank", "world_size", "num_shards", "seq_len", "packing")
+        return {name: getattr(self, name) for name in (*names, "block_documents", "block_characters")}
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         if get_worker_info() is not None:
@@ -142,11 +146,18 @@ class StreamedSequences(IterableDataset):
         self, texts: Iterator[tuple[str, dict[str, int]]], start: dict[str, Any]
     ) -> tuple[list[np.ndarray], dict[str, Any]] | None:
         """Make the sequences of the block at ``start``, and the start of the next block; None at the end."""
-        batch = list(islice(texts, self.block_documents))
+        batch: list[str] = []
+        size, position = 0, dict[str, int]()
+        for text, after in islice(texts, self.block_documents):
+            batch.append(text)
+            position = after
+            size += len(text)
+            if size >= self.block_characters:
+                break
         if not batch:
             return None
-        sequences, left_over = self._sequences([text for text, _ in batch], start["left_over"])
-        return sequences, {**batch[-1][1], "block": start["block"] + 1, "left_over": left_over}
+        sequences, left_over = self._sequences(batch, start["left_over"])
+        return sequences, {**position, "block": start["block"] + 1, "left_over": left_over}
 
     def _texts(self) -> Iterator[tuple[str, dict[str, int]]]:
         """Yield this process's texts from ``self._block`` on, each with the position after it."""
@@ -164,12 +175,17 @@ class StreamedSequences(IterableDataset):
                         any_text = True
                         yield text, {"epoch": epoch, "shard": shard, "row": number + 1}
                 skip = 0
-            if not any_text:
+            # another epoch may give this process a shard that is not blank
+            if not any_text and not (self.by_shards and self._has_text()):
                 raise ValueError(
                     f"data: no text for process {self.rank} of {self.world_size} in {self.num_shards} shards "
                     f"(column '{self.text_key}')"
                 )
             epoch, first_shard = epoch + 1, 0
+
+    def _has_text(self) -> bool:
+        """Whether any shard has a text; reads up to the first one."""
+        return any(row_text(row, self.text_key).strip() for row in self.rows)
 
     def _sequences(self, texts: list[str], left_over: list[int]) -> tuple[list[np.ndarray], list[int]]:
         """Tokenise the documents of a block; return its sequences and the tokens left over for the next block."""
@@ -187,12 +203,7 @@ def load_stream(config: "DataConfig", *, seed: int, rank: int, world_size: int) 
     ``tokenizer: train:SIZE`` trains on the first 32 MB of the stream.
     """
     rows = open_stream(config)
-    separate = open_validation(config) if config.val_path or config.val_tokens else None
-    if separate is None and config.val_tokens:
-        raise ValueError(
-            "data.streaming: no validation text is held out from a stream, and this source has no validation split; "
-            "name one with data.val_path, or set data.val_tokens: 0"
-        )
+    separate = open_validation(config)
     tokenizer = _tokenizer(config, rows)
     tokenizer.model_max_length = config.seq_len
     train = StreamedSequences(

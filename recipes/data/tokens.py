@@ -235,6 +235,15 @@ def encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[n
     return [np.concatenate([np.asarray(next(encoded).ids, np.int64) for _ in _pieces(text)]) for text in texts]
 
 
+def decode_halves(tokenizer: Any, tokens: Any, count: int) -> tuple[str, str]:
+    """Decode the first ``count`` tokens, and the rest as it follows them, both without special tokens.
+
+    A sentencepiece tokenizer strips the space before the first token of what it decodes.
+    """
+    begin, whole = (tokenizer.decode(part, skip_special_tokens=True) for part in (tokens[:count], tokens))
+    return begin, whole[len(os.path.commonprefix([begin, whole])) :]
+
+
 def _pieces(text: str) -> list[str]:
     """Cut a long text before single spaces or line breaks, where byte-level tokenizers cut anyway, to limit memory."""
     pieces, start = [], 0

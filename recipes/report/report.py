@@ -275,7 +275,7 @@ def _results(runs: list[Run]) -> list[dict[str, Any]]:
         return float("inf") if loss is None or loss != loss else loss
 
     ordered = sorted(enumerate(runs), key=lambda pair: loss_of(pair[1]))
-    best = min((loss_of(run) for run in runs if run.state == "done"), default=None)
+    best = min((loss_of(run) for run in runs if run.state == "done"), default=float("inf"))
     return [
         {
             "run": run,
@@ -283,7 +283,7 @@ def _results(runs: list[Run]) -> list[dict[str, Any]]:
             "optimizer": str(run.setting("optimizer.name") or "-")[:_WORD],
             "rate": _format(run.setting("optimizer.lr"), "{:g}"),
             "loss": _format(run.final_eval.get("loss"), "{:.4f}"),
-            "best": run.state == "done" and loss_of(run) == best,
+            "best": run.state == "done" and loss_of(run) == best < float("inf"),
             "numbers": [
                 _format(run.final_eval.get("perplexity"), "{:.2f}"),
                 _format(run.final_eval.get("bits_per_byte"), "{:.4f}"),

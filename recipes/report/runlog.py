@@ -262,8 +262,9 @@ def _judge(run: Run) -> list[str]:
         loss = number(run.final_eval["loss"])
         notes.append(f"The validation loss {loss:.4f} is not the expected {met[0]:g} ± {met[1]:g}.")
     losses = [(value, row["step"]) for value, row in zip(run.column("loss", "evals"), run.evals, strict=True) if value]
-    if losses and losses[-1][0] > 1.02 * min(losses)[0]:
-        best, at = min(losses)
+    # NaN has no order
+    best, at = min((pair for pair in losses if math.isfinite(pair[0])), default=(math.inf, 0))
+    if losses and losses[-1][0] > 1.02 * best:
         notes.append(f"The validation loss rose from {best:.4f} at step {at} to {losses[-1][0]:.4f}.")
     lines = [line.strip() for line in _text(run, "train.log", needed=False).splitlines() if "WARNING" in line]
     different = list(dict.fromkeys(lines))

@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--jobs", type=_positive, default=1, metavar="N", help="runs at once; default 1")
     made.add_argument("--nproc", type=_positive, default=1, metavar="N", help="processes of each run; default 1")
-    made.add_argument("--out", type=Path, metavar="DIR", help="folder of the sweep; default runs/NAME-sweep")
+    made.add_argument("--out", type=_folder, metavar="DIR", help="folder of the sweep; default runs/NAME-sweep")
     made.add_argument("--dry-run", action="store_true", help="list the runs and train nothing")
     return made
 
@@ -71,6 +71,14 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def _folder(text: str) -> Path:
+    # the runs expand ~ in their own folders, and the sweep must find them there
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # a user without a home
+        raise argparse.ArgumentTypeError(f"{text!r} names no folder: {error}") from None
 
 
 def _sweep(plan: Plan, ledger: Ledger, options: argparse.Namespace) -> int:

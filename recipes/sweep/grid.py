@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 
 from leanstep.recipes.config.loader import ConfigError, dump, find_recipe, load
-from leanstep.recipes.config.values import parse_scalar
+from leanstep.recipes.config.values import parse_override
 
 SEED = "seed"  # runs that differ only in it repeat one setting
 _MOST_RUNS = 10_000
@@ -131,7 +131,7 @@ def read_words(words: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
         if len(texts) == 1:
             fixed.append(word)
             continue
-        problems += [f"{key}: {problem}" for problem in _wrong_values(texts)]
+        problems += [f"{key}: {problem}" for problem in _wrong_values(key, texts)]
         grid[key] = texts
     if not grid and not problems:
         problems.append("nothing to sweep: give a key several values, as in optimizer.lr=1e-3,2e-3 or seed=0,1,2")
@@ -162,15 +162,16 @@ def split_values(text: str) -> list[str]:
     return [part.strip() for part in parts]
 
 
-def _wrong_values(texts: list[str]) -> Iterator[str]:
+def _wrong_values(key: str, texts: list[str]) -> Iterator[str]:
     """Problems of the values of one key: empty ones, and values that occur twice."""
     seen: dict[str, str] = {}
+    path = tuple(key.split("."))
     for text in texts:
         if not text:
             yield f"an empty value in {','.join(texts)!r}; write one value before and after each comma"
             continue
         try:
-            value = json.dumps(parse_scalar(text), sort_keys=True, default=str)
+            value = json.dumps(parse_override(path, text), sort_keys=True, default=str)
         except ValueError as error:
             yield str(error)
             continue

@@ -169,7 +169,7 @@ def describe(facts: dict[str, Any]) -> str:
 
 
 def run_environment(slot: int, jobs: int, processes: int) -> dict[str, str]:
-    """The environment of a run: a share of the processors, and one of the GPUs if there are several.
+    """The environment of a run: a share of the processors, and a GPU for each of its processes if there are enough.
 
     Settings of the user (``OMP_NUM_THREADS``) stay.
     """
@@ -179,8 +179,10 @@ def run_environment(slot: int, jobs: int, processes: int) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // (jobs * processes))))
     devices = visible_gpus()
-    if len(devices) > 1 and processes == 1:
-        environment["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
+    if len(devices) >= processes:
+        first = slot * processes
+        own = [devices[number % len(devices)] for number in range(first, first + processes)]
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
     return environment
 
 

@@ -275,7 +275,7 @@ def build_model(
     """
     if config.init_from is not None:
         model = _initial_model(config, dtype)
-        _check_vocabulary(model.config.vocab_size, vocab_size, f"model.init_from {config.init_from}")
+        _check_vocabulary(model.config.get_text_config().vocab_size, vocab_size, f"model.init_from {config.init_from}")
         return model
     config_class = CONFIG_MAPPING[config.family]
     known = set(config_class().to_dict()) | set(inspect.signature(config_class).parameters)
@@ -313,10 +313,10 @@ def build_run_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab
     """
     dtype = torch.bfloat16 if config.precision == "bf16-pure" else torch.float32
     model = build_model(config.model, vocab_size, dtype, tokenizer.eos_token_id)
-    seq_len, positions = config.data.seq_len, getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and seq_len > positions:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and config.data.seq_len > positions:
         raise ValueError(
-            f"data.seq_len: {seq_len} tokens, but the model has {positions} positions; shorten it, or set "
+            f"data.seq_len: {config.data.seq_len} tokens, but the model has {positions} positions; shorten it, or set "
             "model.config.max_position_embeddings (gpt2: n_positions)"
         )
     if config.lora.target_modules:

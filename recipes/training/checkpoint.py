@@ -299,20 +299,22 @@ class Start:
     aside: dict[Path, str] = field(default_factory=dict)
 
 
-def choose_start(config: RunConfig, folder: RunFolder) -> Start:
+def choose_start(config: RunConfig, folder: RunFolder, *, claim: bool = True) -> Start:
     """Claim the output folder and choose the checkpoint to begin from. Renames no checkpoint.
 
     ``checkpoint.resume``: ``auto`` takes the newest undamaged checkpoint in ``out``, with a warning for each damaged
     one, and begins at step 0 in an empty folder. ``never`` needs an empty folder. A path takes that checkpoint, or the
     newest one of that run folder. Where ``out`` has a run that began from the same path elsewhere, its newest
-    checkpoint is taken.
+    checkpoint is taken. Without ``claim`` the folder is only read.
 
     Raises:
         FolderError: ``out`` holds another run or other files, or another process trains there.
         CheckpointError: the requested checkpoint is missing or damaged, or its recipe differs from this one.
     """
-    removed = clean_leftovers(folder.checkpoints) if folder.claim() else []
-    start = Start(notes=[f"removed the leftover of an interrupted save: {name}" for name in removed])
+    start = Start()
+    if claim and folder.claim():
+        left = clean_leftovers(folder.checkpoints)
+        start.notes += [f"removed the leftover of an interrupted save: {name}" for name in left]
     resume = config.checkpoint.resume
     if resume not in ("auto", "never"):
         start.checkpoint = _at_path(Path(resume), config, folder, start)

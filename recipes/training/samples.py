@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from leanstep.recipes.data.sequences import IGNORED
+from leanstep.recipes.data.tokens import decode_halves
 
 TEMPERATURE = 0.8
 _SAMPLES = 3
@@ -64,7 +65,7 @@ def sample(folder: Path, prompts: list[list[int]], seed: int, device: torch.devi
     """
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    positions = getattr(model.config, "max_position_embeddings", _PROMPT_TOKENS + _NEW_TOKENS)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", _PROMPT_TOKENS + _NEW_TOKENS)
 
     def continued(prompt: list[int]) -> str:
         start = torch.tensor([prompt[: max(positions // 2, 1)]], device=device)
@@ -77,9 +78,7 @@ def sample(folder: Path, prompts: list[list[int]], seed: int, device: torch.devi
             suppress_tokens=[tokenizer.eos_token_id],
             pad_token_id=tokenizer.eos_token_id,
         )
-        begin, end = (
-            tokenizer.decode(part, skip_special_tokens=True) for part in tokens[0].tensor_split([start.shape[1]])
-        )
+        begin, end = decode_halves(tokenizer, tokens[0], start.shape[1])
         return f"[{begin.strip()}]{end.rstrip()}" if begin.strip() else end.strip()
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -15,12 +15,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import load
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from leanstep._checkpoint import load_tensors
 from leanstep._files import STAGED, format_bytes, free_bytes, publish_folder, remove
 from leanstep.lora import LowRankGate, save_adapter
 from leanstep.lora.apply import is_adapted
 from leanstep.lora.merge import config_of_merged, merged_state_dict
+from leanstep.pruning.folder.loading import open_model
 from leanstep.recipes.config.schema import CheckpointConfig, ExpectConfig, RunConfig
 from leanstep.recipes.data.batches import Windows
 from leanstep.recipes.data.sequences import LoadedData
@@ -251,13 +253,12 @@ class Saver:
             load_adapters(model, Path(trainer).parent / "hf")
             models.clear()
             return
-        files = sorted((Path(trainer).parent / "hf").glob("*.safetensors"))
-        if not files:
-            raise CheckpointError(f"{Path(trainer).parent / 'hf'} holds no weights (*.safetensors)")
         expected = model.state_dict()
         loaded: set[str] = set()
-        files_with_weights = ((file, without_sparse(model, load_tensors(file))) for file in files)
-        for file, weights in chain(files_with_weights, [(Path(trainer), load_sparse(model, Path(trainer)))]):
+        stored = (
+            (file, without_sparse(model, weights)) for file, weights in _stored(model, Path(trainer).parent / "hf")
+        )
+        for file, weights in chain(stored, [(Path(trainer), load_sparse(model, Path(trainer)))]):
             result = model.load_state_dict(weights, strict=False)
             if result.unexpected_keys:
                 raise CheckpointError(f"{file}: the model has no parameter {', '.join(result.unexpected_keys[:5])}")
@@ -268,6 +269,19 @@ class Saver:
         if missing:
             raise CheckpointError(f"{Path(trainer).parent / 'hf'}: no weights for {', '.join(missing[:5])}")
         models.clear()
+
+
+def _stored(model: PreTrainedModel, folder: Path) -> Iterator[tuple[Path, dict[str, torch.Tensor]]]:
+    """Yield the files of a Hugging Face folder and their weights, under the names of ``model``."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder} holds no weights (*.safetensors)")
+    if get_model_conversion_mapping(model, add_legacy=False):
+        # transformers stores them in another form, as a mixture's experts one by one, and alone knows the way back;
+        # until they are copied, the weights take their memory twice
+        yield folder, open_model(folder, type(model), finite=False).state_dict()
+        return
+    yield from ((file, load_tensors(file)) for file in files)
 
 
 def finish(

@@ -1,6 +1,8 @@
 """``leanstep check``: what it reports of a run that can start, and what stops one that cannot."""
 
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +12,10 @@ from leanstep.recipes.check import check as check_module
 from leanstep.recipes.check.check import Check, Section, check, routing_rows
 from leanstep.recipes.check.costs import MemoryEstimate
 from leanstep.recipes.config.catalog import describe
-from leanstep.recipes.config.loader import find_recipe, load, recipe_names
+from leanstep.recipes.config.loader import dump, find_recipe, load, recipe_names
+from leanstep.recipes.config.values import recorded
 from leanstep.recipes.data.tokens import vocabulary_size
-from leanstep.recipes.training.checkpoint import disk_need
+from leanstep.recipes.training.checkpoint import TrainState, commit, disk_need, staging, write_state
 from leanstep.recipes.training.folder import RunFolder
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 300
@@ -41,6 +44,15 @@ def run(tmp_path):
 
 def section(config, title, **options):
     return next(part for part in Check(config, **options).sections() if part.title == title)
+
+
+def write_checkpoint(config, step):
+    """Write a checkpoint without weights, as far as a start reads it."""
+    folder = Path(config.out) / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    staged = staging(folder, step)
+    write_state(staged, TrainState(step=step, config=recorded(config)))
+    return commit(staged)
 
 
 def output(config):
@@ -126,10 +138,19 @@ def test_texts_that_are_not_there_or_no_text(run, tmp_path):
         assert len(found) == 1 and message in found[0], (override, found)
 
 
-def test_too_little_text_for_one_step(run):
-    found = problems(run("batch={tokens_per_step: 65536, micro_batch_size: 4}"))
-    assert len(found) == 1
-    assert found[0].startswith("Length: one step takes 2048 sequences, the text has ")
+def test_a_step_that_repeats_a_short_text_is_a_note_since_it_trains(run):
+    config = run("batch={tokens_per_step: 65536, micro_batch_size: 4}")
+    assert not problems(config)
+    assert "one step takes 2048 sequences, the text has " in "\n".join(section(config, "Length").lines)
+
+
+def test_an_unexpected_error_of_one_section_is_a_problem_and_the_others_go_on(run, monkeypatch):
+    def fail(*arguments, **settings):
+        raise KeyError("rope")
+
+    monkeypatch.setattr(check_module, "estimate", fail)
+    parts = {part.title: part for part in Check(run()).sections()}
+    assert parts["Memory"].problems == ["'rope'"] and parts["Output"].lines
 
 
 @pytest.mark.slow
@@ -236,13 +257,13 @@ def test_output_folders(run, tmp_path):
     (out / "notes.txt").write_text("mine")
     (found,) = output(run()).problems
     assert "is not empty and holds no run" in found
-    (out / "config.yaml").write_text("steps: 3")
+    (out / "config.yaml").write_text(dump(run()))
     assert output(run()).problems == []
     found = output(run()).lines[-1]
     assert "without a complete checkpoint: `train` begins it again at step 0" in found
     (out / "checkpoints" / "step-000004").mkdir(parents=True)
     assert "without a complete checkpoint" in output(run()).lines[-1]
-    (out / "checkpoints" / "step-000004" / "COMPLETE").touch()
+    write_checkpoint(run(), 4)
     (out / "status.json").write_text('{"status": "running", "step": 6}')
     found = output(run()).lines[-1]
     assert "a run at step 6 (crashed: " in found and found.endswith("newest complete checkpoint, step-000004")
@@ -253,12 +274,39 @@ def test_output_folders(run, tmp_path):
     folder.release()
     (out / "status.json").write_text('{"status": "done", "step": 6}')
     assert "a run that is done (step 6)" in output(run()).lines[-1]
+    (found,) = output(run("optimizer.lr=7e-3")).problems
+    assert "1 key of the recipe changed" in found and "optimizer.lr" in found
+    (out / "checkpoints" / "step-000006").mkdir()
+    (out / "checkpoints" / "step-000006" / "COMPLETE").write_text("{")
+    found = output(run())
+    assert found.problems == [] and any("going back to an older checkpoint" in line for line in found.lines)
+    assert (out / "checkpoints" / "step-000006").is_dir()
     (found,) = output(run("checkpoint.resume=never")).problems
     assert "already holds a run" in found
     shutil.rmtree(out)
     out.write_text("a file")
     (found,) = output(run()).problems
     assert "is a file" in found
+
+
+def test_a_checkpoint_to_begin_from_is_looked_for(run, tmp_path):
+    (found,) = output(run(f"checkpoint.resume={tmp_path / 'nowhere'}")).problems
+    assert found.startswith("checkpoint.resume: ") and found.endswith("does not exist")
+    checkpoint = write_checkpoint(run(f"out={tmp_path / 'other'}"), 4)
+    found = output(run(f"checkpoint.resume={checkpoint}"))
+    assert found.problems == [] and any("resuming from" in line for line in found.lines)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stream_needs_validation_text_that_is_there(run, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": TEXT}) + "\n" for _ in range(3)))
+    stream = ["data.source=json", f"data.path={tmp_path / 'rows.jsonl'}", "data.streaming=true"]
+    (found,) = problems(run(*stream))
+    assert found.startswith("Data: data.streaming: no validation text is held out from a stream")
+    (found,) = problems(run(*stream, f"data.val_path={tmp_path / 'missing.txt'}"))
+    assert found.startswith("Data: data.val_path: ")
+    assert problems(run(*stream, f"data.val_path={tmp_path / 'text.txt'}")) == []
+    assert problems(run(*stream, "data.val_tokens=0")) == []
 
 
 def test_what_a_failed_start_leaves_is_no_foreign_folder(run, tmp_path):

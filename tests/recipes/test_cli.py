@@ -177,6 +177,20 @@ def test_copy_never_overwrites_unless_forced(tmp_path, monkeypatch, capsys):
     assert main(["recipes", "copy", "llama-60m", "no/such/folder.yaml"]) == 2
 
 
+def test_copy_keeps_the_target_where_the_source_cannot_be_copied(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    mine, foreign = Path("mine.yaml"), Path("foreign.yaml")
+    mine.write_text("steps: 7\n")
+    foreign.write_bytes(b"name: caf\xe9\n")
+    Path("link.yaml").symlink_to(mine)
+    for words in (["./mine.yaml"], ["./mine.yaml", "link.yaml"]):
+        assert main(["recipes", "copy", *words, "--force"]) == 2
+        assert "is the recipe itself; choose another name" in capsys.readouterr().err
+    assert main(["recipes", "copy", "./foreign.yaml", "mine.yaml", "--force"]) == 2
+    assert "cannot be read as a text file" in capsys.readouterr().err
+    assert mine.read_text() == "steps: 7\n"
+
+
 def test_a_recipe_with_a_base_is_shown_as_written_or_resolved(tmp_path, capsys):
     assert main(["recipes", "show", "llama-nano-lion"]) == 0
     assert capsys.readouterr().out == find_recipe("llama-nano-lion").read_text()

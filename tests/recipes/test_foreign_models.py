@@ -12,10 +12,19 @@ import texts
 import torch
 from safetensors.torch import load_file, save_file
 from training import write_recipe
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3Config,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    Qwen3MoeConfig,
+)
 
 from leanstep.cli import main
 from leanstep.pruning.folder.loading import open_config
+from leanstep.recipes.check.costs import estimate, saved_storages
+from leanstep.recipes.config.loader import load
 from leanstep.recipes.config.schema import DataConfig, ModelConfig
 from leanstep.recipes.data.sequences import load_data
 from leanstep.recipes.training.build import build_model
@@ -297,3 +306,74 @@ def test_an_index_that_names_files_elsewhere_is_refused(saved, folder, tmp_path,
 def test_a_folder_that_does_not_exist_is_told_as_such():
     with pytest.raises(ValueError, match=r"the folder runs/no/such does not exist: expected a Hugging Face folder"):
         open_config("runs/no/such")
+
+
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+}
+MIXTURES = {
+    "mixtral": MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
+}
+
+VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+GEMMA = Gemma3Config(
+    text_config=SIZES, vision_config={**VISION, "image_size": 16, "patch_size": 8}, mm_tokens_per_image=1
+)
+
+
+def start_from(saved, tmp_path, config):
+    """Write a new model of a configuration; return the words after ``train`` and ``check`` that start from it."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    for file in (saved / "model").glob("*token*"):
+        shutil.copy(file, tmp_path / "base")
+    words = [f"model.init_from={tmp_path / 'base'}", "model.config={}", f"data.tokenizer={tmp_path / 'base'}"]
+    return [str(saved / "tiny.yaml"), *words, f"out={tmp_path / 'run'}", "optimizer={name: adamw, lr: 1e-3}", "steps=2"]
+
+
+@pytest.mark.parametrize("config", [*MIXTURES.values(), GEMMA], ids=lambda config: config.model_type)
+def test_models_that_transformers_stores_in_another_form_resume(saved, tmp_path, config, capsys):
+    words = start_from(saved, tmp_path, config)
+    assert main(["train", *words, "stop.max_hours=1e-9"]) == 143, capsys.readouterr().err
+    assert main(["train", *words]) == 0, capsys.readouterr().err
+    assert "resuming from" in (said := capsys.readouterr().out), said
+    assert main(["train", *words, f"out={tmp_path / 'whole'}"]) == 0
+    resumed, whole = (load_file(tmp_path / run / "final" / "model.safetensors") for run in ("run", "whole"))
+    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_memory_of_a_mixture_of_experts_is_that_of_a_real_pass(saved, tmp_path, name, precision):
+    recipe, *words = start_from(saved, tmp_path, MIXTURES[name])
+    config = load(recipe, [*words, f"precision={precision}"])
+    found = estimate(config, 300)
+    model = build_model(config.model, 300)
+    ids = torch.randint(300, (config.batch.micro_batch_size, config.data.seq_len))
+    with saved_storages(model) as saved_bytes, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        model(input_ids=ids, labels=ids, use_cache=False)
+    assert found.weights == sum(parameter.nbytes for parameter in model.parameters())
+    real = sum(storage.nbytes() for storage in saved_bytes.values())
+    assert found.activations == pytest.approx(real, rel=0.05)
+
+
+def test_a_model_of_text_and_images_is_evaluated_checked_and_trained(saved, tmp_path, capsys):
+    words = start_from(saved, tmp_path, GEMMA)
+    assert main(["check", *words]) == 0, capsys.readouterr().out
+    assert main(["train", *words]) == 0, capsys.readouterr().err
+    base = str(tmp_path / "base")
+    assert main(["eval", base, "--data", str(saved / "long.txt"), "--batches", "1"]) == 0, capsys.readouterr().err
+    assert main(["eval", base, "--data", str(saved / "long.txt"), "--seq-len", "65"]) == 2
+    assert "--seq-len must be from 2 to the model's 64 positions" in capsys.readouterr().err
+    assert main(["generate", base, "Document", "--max-new-tokens", "100"]) == 2
+    assert "the model has 64 positions" in capsys.readouterr().err
+    assert main(["train", *words, f"out={tmp_path / 'long'}", "data.seq_len=128", "batch.tokens_per_step=1024"]) == 2
+    assert "the model has 64 positions" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """The commands generate and bench, on dense and sparse folders."""
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -8,9 +9,12 @@ import pytest
 import torch
 from pruned_models import make_llama, save_tokenizer
 from sparse_folders import save_sparse
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from leanstep.cli import main
-from leanstep.recipes import generate
+from leanstep.recipes import bench, generate
+from leanstep.recipes.data.tokens import decode_halves
 from leanstep.sparsity import export_folder
 
 
@@ -96,6 +100,43 @@ def test_what_cannot_be_generated_is_told_in_one_line(folders, capsys, monkeypat
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--temperature", "1e-45", "expected 0, or a number from 1e-06, got '1e-45'"),
+        ("--temperature", "inf", "expected 0, or a number from 1e-06"),
+        ("--seed", "99999999999999999999", "expected a whole number from 0 to 2^63 - 1"),
+    ],
+)
+def test_options_out_of_range_are_told_in_one_line(folders, capsys, option, value, expected):
+    with pytest.raises(SystemExit) as error:
+        main(["generate", str(folders / "dense"), "Hello", option, value])
+    assert error.value.code == 2 and expected in capsys.readouterr().err
+
+
+def test_the_least_temperature_samples_the_likeliest(folders, capsys):
+    options = ("--max-new-tokens", 5, "--json")
+    likeliest = answer(capsys, "generate", folders / "dense", "Hello", *options)
+    sampled = answer(capsys, "generate", folders / "dense", "Hello", *options, "--temperature", "1e-6")
+    assert sampled["text"] == likeliest["text"]
+
+
+def test_the_text_of_a_sentencepiece_tokenizer_keeps_the_space_before_it():
+    text = "the quick brown fox jumps over the lazy dog"
+    model = Tokenizer(models.BPE(unk_token="<unk>"))
+    model.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    model.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    model.train_from_iterator(
+        [text], trainers.BpeTrainer(vocab_size=90, special_tokens=["<unk>", "<s>"], show_progress=False)
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>", bos_token="<s>")
+    tokens = tokenizer(text)["input_ids"]
+    count = len(tokenizer("the quick brown")["input_ids"])
+    assert decode_halves(tokenizer, tokens, count) == ("the quick brown", " fox jumps over the lazy dog")
+    assert decode_halves(tokenizer, torch.tensor([1, *tokens]), count + 1)[1] == " fox jumps over the lazy dog"
+    assert decode_halves(tokenizer, tokens, len(tokens)) == (text, "")
+
+
 @pytest.mark.slow
 def test_a_benchmark_measures_every_folder_in_turns(folders, capsys):
     sizes = ("--prompt-tokens", 8, "--new-tokens", 4, "--repeats", 2)
@@ -110,7 +151,14 @@ def test_a_benchmark_measures_every_folder_in_turns(folders, capsys):
     assert text.startswith("FOLDER") and "1.00" in text and "load" in text
     assert "a prompt of 8 tokens; 4 new ones after a prompt of 1" in text
     assert main(["bench", str(folders / "dense"), "--prompt-tokens", "80"]) == 2
-    assert "144 tokens are asked for and the model has 64 positions" in capsys.readouterr().err
+    assert "sequences of 80 tokens are asked for and the model has 64 positions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("prompt", "new", "fits"), [(60, 8, True), (64, 63, True), (65, 1, False), (1, 64, False)])
+def test_a_benchmark_needs_positions_for_prompt_and_generation_apart(prompt, new, fits):
+    model = make_llama(hidden_size=64, intermediate_size=96)
+    with nullcontext() if fits else pytest.raises(ValueError, match="the model has 64 positions"):
+        bench._check_positions(model, SimpleNamespace(prompt_tokens=prompt, new_tokens=new))
 
 
 def test_a_benchmark_draws_its_table(folders, tmp_path, capsys):

@@ -17,7 +17,7 @@ from run_folders import write_run
 
 from leanstep import cli
 from leanstep._charts import Events, Series, chart, compact, heat_map, smooth
-from leanstep.recipes.report.report import MOST_BYTES, write_report
+from leanstep.recipes.report.report import MOST_BYTES, _results, write_report
 from leanstep.recipes.report.runlog import duration, read_run
 from leanstep.recipes.training.folder import RunFolder
 
@@ -168,11 +168,19 @@ def test_a_run_that_says_it_runs_but_is_dead(tmp_path):
 
 def test_interrupted_and_overfitted_runs(tmp_path):
     run = write_run(tmp_path / "run", made=200, status="interrupted")
-    with open(run / "log.jsonl", "a") as log:
-        log.write(json.dumps({"step": 200, "kind": "eval", "loss": 9.0, "perplexity": 8103.1, "bits_per_byte": 4.3}))
+    first = json.dumps({"step": 0, "kind": "eval", "loss": math.nan}) + "\n"
+    last = json.dumps({"step": 200, "kind": "eval", "loss": 9.0, "perplexity": 8103.1, "bits_per_byte": 4.3})
+    (run / "log.jsonl").write_text(first + (run / "log.jsonl").read_text() + last)
     _, page = report(tmp_path, run)
     assert "The run is not done (interrupted): step 200 of 600." in page.text
     assert re.search(r"The validation loss rose from 4\.\d+ at step 200 to 9\.0000", page.text)
+
+
+def test_runs_without_a_validation_loss_are_not_best(tmp_path):
+    runs = [write_run(tmp_path / name, made=50) for name in ("one", "two")]
+    assert not any(row["best"] for row in _results([read_run(run) for run in runs]))
+    runs.append(write_run(tmp_path / "three"))
+    assert [row["best"] for row in _results([read_run(run) for run in runs])] == [True, False, False]
 
 
 def test_nonfinite_numbers_break_the_curve(tmp_path):
@@ -304,6 +312,9 @@ def test_gaps_single_points_and_nothing():
     assert data.count("M") == 2 and data.count("L") == 0
     assert data.count("h.1") == 2, "points alone are dots"
     assert path_points(chart([Series("y", [7], [1.0])], title="t", x_label="x"))[1].endswith("h.1")
+    for x in (1e16, -1e17, 1e100):
+        assert "nan" not in (html := chart([Series("y", [x], [1.0])], title="t", x_label="x")) and "<path" in html
+    assert chart([Series("y", [0], [5e-324])], title="t", x_label="x", log_y=True) == ""
     assert chart([Series("y", [], [])], title="t", x_label="x") == ""
     assert chart([Series("y", [1], [None])], title="t", x_label="x") == ""
     assert "<path" in chart([Series("y", [0, 1], [0.0, 0.0])], title="t", x_label="x")

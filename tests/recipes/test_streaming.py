@@ -123,6 +123,30 @@ def test_resume_twice_and_across_epochs(stream):
     assert state["epoch"] >= 1
 
 
+def test_a_block_of_long_documents_ends_after_a_number_of_characters(stream):
+    settings = {"epochs": None, "block_characters": 3 * len(DOCUMENTS[0])}
+    one = stream(**settings)
+    _, after = one._prepare(one._texts(), one._block)
+    assert 1 <= after["row"] < 8
+    whole = take(stream(**settings), 200)
+    for stop in (1, 17, 60, 199):
+        first, second = stream(**settings), stream(**settings)
+        before = take(first, stop)
+        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        assert before + take(second, 200 - stop) == whole
+    with pytest.raises(ValueError, match="block_characters was"):
+        stream().load_state_dict(first.state_dict())
+
+
+def test_one_long_document_does_not_fill_a_block_of_its_repetitions(tokenizer, tmp_path):
+    (tmp_path / "book.txt").write_text("word " * 200)
+    config = DataConfig(source="text", path=str(tmp_path / "book.txt"), streaming=True, cache_dir=str(tmp_path))
+    rows = open_stream(config)
+    one = StreamedSequences(rows, tokenizer, seq_len=32, text_key=config.text_key, block_characters=500)
+    _, after = one._prepare(one._texts(), one._block)
+    assert (after["epoch"], after["block"]) == (0, 1)
+
+
 def test_state_survives_a_checkpoint_and_is_small(stream, tmp_path):
     one = stream()
     take(one, 30)
@@ -159,6 +183,19 @@ def test_a_process_without_text_is_an_error(tokenizer, tmp_path):
     stream = StreamedSequences(open_stream(config), tokenizer, seq_len=32, rank=2, world_size=3)
     with pytest.raises(ValueError, match="no text for process 2 of 3 in 2 shards"):
         next(iter(stream))
+
+
+def test_a_process_whose_shards_are_blank_reads_others_in_the_next_epoch(tokenizer, tmp_path):
+    for number, text in enumerate((DOCUMENTS[0], " ")):
+        (tmp_path / f"{number}.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    config = DataConfig(source="json", path=str(tmp_path), streaming=True, cache_dir=str(tmp_path / "cache"))
+    for rank in (0, 1):
+        settings = {"seq_len": 32, "rank": rank, "world_size": 2, "block_documents": 2}
+        one = StreamedSequences(open_stream(config), tokenizer, **settings)
+        assert one.by_shards and len(take(one, 10)) == 10
+    (tmp_path / "0.jsonl").write_text(json.dumps({"text": ""}) + "\n")
+    with pytest.raises(ValueError, match="no text for process 0 of 2 in 2 shards"):
+        next(iter(StreamedSequences(open_stream(config), tokenizer, seq_len=32, rank=0, world_size=2)))
 
 
 def test_state_of_another_stream_is_refused(stream):

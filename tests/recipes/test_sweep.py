@@ -32,6 +32,15 @@ def plan(tmp_path):
     return make
 
 
+def test_a_folder_in_the_home_is_found_by_the_sweep_and_by_its_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    out = parser().parse_args([str(write_recipe(tmp_path)), "--out=~/sweep"]).out
+    made = make_plan(str(tmp_path / "tiny.yaml"), ["seed=0,1"], out)
+    (tmp_path / "run.yaml").write_text(made.runs[0].recipe)
+    assert made.folder == tmp_path / "sweep"
+    assert load(str(tmp_path / "run.yaml")).out == str(tmp_path / "sweep" / "runs" / made.runs[0].name)
+
+
 def ends(plan, losses):
     """End entries by the values of (lr, seed): a loss, "diverged", "failed", or None for a run that did not start."""
     entries = {}
@@ -135,6 +144,11 @@ def test_a_dry_run_lists_the_runs_and_writes_nothing(tmp_path, monkeypatch, caps
     assert "unknown option --job;" in capsys.readouterr().err
     options = parser().parse_args(["tiny.yaml", "seed=0,1", "--jobs", "3", "--out", "x"])
     assert (options.jobs, str(options.out)) == (3, "x")
+
+
+def test_texts_that_train_takes_need_no_quotes():
+    assert read_words(["data.path=*.txt,*.md"])[1] == {"data.path": ["*.txt", "*.md"]}
+    assert read_words(["data.path=a #1.txt,b.txt"])[1] == {"data.path": ["a #1.txt", "b.txt"]}
 
 
 # -- the ledger -----------------------------------------------------------------------------------------------------
@@ -303,7 +317,11 @@ def test_runs_at_once_share_the_processors_and_the_gpus(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
     devices = [run_environment(slot, jobs=3, processes=1)["CUDA_VISIBLE_DEVICES"] for slot in range(3)]
     assert devices == ["3", "5", "3"]
-    assert run_environment(0, jobs=3, processes=2)["CUDA_VISIBLE_DEVICES"] == "3, 5"
+    assert run_environment(1, jobs=3, processes=2)["CUDA_VISIBLE_DEVICES"] == "3,5"
+    assert run_environment(0, jobs=2, processes=3)["CUDA_VISIBLE_DEVICES"] == "3, 5"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4")
+    devices = [run_environment(slot, jobs=3, processes=2)["CUDA_VISIBLE_DEVICES"] for slot in range(3)]
+    assert devices == ["0,1", "2,3", "4,0"]
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     assert run_environment(0, jobs=2, processes=1)["OMP_NUM_THREADS"] == "7"
 

@@ -45,6 +45,16 @@ def test_round_trip_is_exact_and_as_small_as_the_formula(pattern, dtype, tmp_pat
     assert sum(tensor.nbytes for tensor in stored.values()) == expected
 
 
+def test_a_view_of_another_dtype_is_a_tensor_of_its_own(tmp_path):
+    weight = torch.randn(4, 8)
+    tensors = {"a": weight, "b": weight.view(torch.int32), "c": weight, "d": torch._neg_view(weight), "e": weight[:2]}
+    export_compressed(tensors, tmp_path / "w.safetensors")
+    state = load_compressed(tmp_path / "w.safetensors")
+    assert torch.equal(state["d"], -weight) and torch.equal(state["e"], weight[:2])
+    assert state["b"].dtype == torch.int32 and torch.equal(state["b"], weight.view(torch.int32))
+    assert torch.equal(state["a"], weight) and torch.equal(state["c"], weight)
+
+
 @pytest.mark.parametrize(
     ("pattern", "ratio"),
     # bits of a dense fp16 group over those of its kept values and indices

@@ -5,11 +5,13 @@ import struct
 
 import pytest
 import torch
+from pruned_models import make_llama
 from safetensors.torch import save_file
+from sparse_folders import save_sparse
 from sparse_models import MLP, make_mlp, train
 
 from leanstep.cli import main
-from leanstep.sparsity import NM, export_compressed, nm_mask, sparsify, squash, verify
+from leanstep.sparsity import NM, export_compressed, export_folder, load_sparse, nm_mask, sparsify, squash, verify
 from leanstep.sparsity.masks import tightest, violations
 
 
@@ -141,6 +143,19 @@ def test_the_command(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["tensors"][1]["pattern"] == "1:4"
 
 
+def test_sparse_files_that_share_weights_are_read_together(tmp_path):
+    torch.manual_seed(0)
+    model = make_llama(hidden_size=64, intermediate_size=96)
+    save_sparse(tmp_path / "dense", model, dtype=torch.float32, shard="20KB")
+    assert len(list((tmp_path / "dense").glob("*.safetensors"))) > 1
+    export_folder(tmp_path / "dense", tmp_path / "sparse")
+    load_sparse(tmp_path / "sparse").save_pretrained(tmp_path / "saved", max_shard_size="9KB")
+    dense = {row.name: row.sparsity for row in verify(tmp_path / "dense").tensors}
+    for folder in ("sparse", "saved"):
+        assert len(list((tmp_path / folder).glob("*.safetensors"))) > 1
+        assert {row.name: row.sparsity for row in verify(tmp_path / folder).tensors} == dense
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -150,6 +165,7 @@ def test_the_command(tmp_path, capsys):
         (["."], "broken.safetensors is damaged"),
         (["whole.safetensors", "--expect", "5:4"], "0 <= n <= m"),
         (["whole.safetensors", "--expect", "x=2:4"], "'x' .* matches no layer"),
+        (["whole.safetensors", "--expect", "2:4", "--expect", "*=1:8"], "--expect: two patterns for '\\*'"),
         (["vector.safetensors"], "holds no matrix"),
     ],
 )
