@@ -285,12 +285,12 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
             continue
         owner, _, key = name.rpartition(".")
         module = modules.get(owner)  # wrappers may leave themselves out of the names
-        place = (owner if module is None else module), key
-        earlier = merged.get(place)
+        owner_and_key = (owner if module is None else module), key
+        earlier = merged.get(owner_and_key)
         tensor = _merged_tensor(owner, module, key, value, with_rows) if earlier is None else earlier
         # a copy, so that the file stores tied parameters under every name
-        repeated = place in untied and (tensor is value or tensor is earlier)
-        merged[place], state[name] = tensor, tensor.clone() if repeated else tensor
+        repeated = owner_and_key in untied and (tensor is value or tensor is earlier)
+        merged[owner_and_key], state[name] = tensor, tensor.clone() if repeated else tensor
     return state
 
 

@@ -69,9 +69,9 @@ def export_compressed(
     layout: dict[str, Any] = {"tensors": {}, "aliases": {}}
     rows, first_names, addresses = [], dict[tuple[Any, ...], str](), set[int]()
     for name, tensor in state.items():
-        place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
-        # a view of another dtype, or of the conjugate, has other values at the same place
-        identity = (*place, tensor.dtype, tensor.is_conj(), tensor.is_neg())
+        memory = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
+        # a view of another dtype, or of the conjugate, has other values in the same memory
+        identity = (*memory, tensor.dtype, tensor.is_conj(), tensor.is_neg())
         if tensor.numel() and identity in first_names:
             layout["aliases"][name] = first_names[identity]
             continue

@@ -58,8 +58,8 @@ def _first_compiler(requested: str, path: str) -> tuple[str, ...]:
     if requested:
         # a program whose path has spaces, or a command
         commands = [[requested]] if shutil.which(requested, path=path) else [_words(requested)]
-    found = ((shutil.which(name, path=path), arguments) for name, *arguments in commands)
-    return next(((file, *arguments) for file, arguments in found if file), ())
+    programs = ((shutil.which(name, path=path), arguments) for name, *arguments in commands)
+    return next(((file, *arguments) for file, arguments in programs if file), ())
 
 
 def _words(command: str) -> list[str]:

@@ -181,8 +181,8 @@ def run_environment(slot: int, jobs: int, processes: int) -> dict[str, str]:
     devices = visible_gpus()
     if len(devices) >= processes:
         first = slot * processes
-        own = [devices[number % len(devices)] for number in range(first, first + processes)]
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
+        of_run = [devices[number % len(devices)] for number in range(first, first + processes)]
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(of_run)
     return environment
 
 

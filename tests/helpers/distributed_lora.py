@@ -290,6 +290,6 @@ def clipped_heads_of_sharded_models(world: World) -> None:
         rows = ids[2 * world.rank : 2 * world.rank + 2]
         plain(rows, labels=rows)
         clip.step()
-    found = clip.diagnostics()
+    diagnostics = clip.diagnostics()
     for name, values in logits[world.rank].items():
-        assert abs(found[f"logit/{name}"] - float(values.max())) < 1e-4, name
+        assert abs(diagnostics[f"logit/{name}"] - float(values.max())) < 1e-4, name

@@ -277,8 +277,8 @@ def test_a_list_with_an_fp64_matrix_keeps_its_precision():
     for place, mats in enumerate(([wide, narrow], [narrow, wide])):
         assert torch.equal(newton_schulz(mats)[place], newton_schulz([wide])[0])
         for estimator in ("sketch", "polar", "svd", "frobenius"):
-            found = nuclear_norm(mats, estimator=estimator)[place]
-            torch.testing.assert_close(found, nuclear_norm([wide], estimator=estimator)[0], rtol=1e-12, atol=0)
+            norm = nuclear_norm(mats, estimator=estimator)[place]
+            torch.testing.assert_close(norm, nuclear_norm([wide], estimator=estimator)[0], rtol=1e-12, atol=0)
 
 
 def test_below_eps_results_shrink_in_proportion():

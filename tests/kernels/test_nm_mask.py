@@ -125,7 +125,7 @@ def test_bad_arguments_are_named():
 @pytest.mark.skipif(_build.why_not_cpp() is not None or not _build.cpp_compiler(), reason="there is no compiler")
 def test_compiles_without_a_function_that_older_versions_of_gcc_lack():
     if "clang" in _build._version(_build.cpp_compiler()):
-        pytest.skip("which clang++ has in every version")
+        pytest.skip("clang++ has this function in every version")
     _build.library("nm/mask", {"WORD": "uint16_t", "__builtin_shufflevector": "missing"})
 
 

@@ -204,8 +204,8 @@ def test_a_list_with_an_fp64_matrix_keeps_its_precision():
     narrow, wide = torch.randn(5, 7, generator=chance), torch.randn(6, 4, generator=chance, dtype=torch.float64)
     alone = sinkhorn([wide], 3)
     for place, mats in enumerate(([wide, narrow], [narrow, wide])):
-        found = sinkhorn(mats, 3)
-        assert torch.equal(found.rows[place], alone.rows[0]) and torch.equal(found.cols[place], alone.cols[0])
+        scales = sinkhorn(mats, 3)
+        assert torch.equal(scales.rows[place], alone.rows[0]) and torch.equal(scales.cols[place], alone.cols[0])
 
 
 def test_balanced_form_ends_with_rows():

@@ -70,8 +70,8 @@ def test_gradients_are_those_of_the_formula(save, dora, p, b_bias, transposed):
     y, wanted = run(x, setting, weights, seed), formula(x, setting, weights, seed)
     torch.testing.assert_close(y, wanted, rtol=1e-12, atol=1e-12)
     g = double(2, 3, M_OUT, seed=10, grad=False)
-    found = torch.autograd.grad(y, leaves, g)
-    for a, b in zip(found, torch.autograd.grad(wanted, leaves, g), strict=True):
+    gradients = torch.autograd.grad(y, leaves, g)
+    for a, b in zip(gradients, torch.autograd.grad(wanted, leaves, g), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
@@ -111,8 +111,8 @@ def test_every_subset_of_gradients(needed, save):
     y = run(x, Setting(1.1, 0.0, save), weights)
     assert y.requires_grad == bool(chosen)
     if chosen:
-        found = torch.autograd.grad(y.sum(), chosen)
-        for a, b in zip(found, torch.autograd.grad(formula(x, Setting(1.1), weights).sum(), chosen), strict=True):
+        gradients = torch.autograd.grad(y.sum(), chosen)
+        for a, b in zip(gradients, torch.autograd.grad(formula(x, Setting(1.1), weights).sum(), chosen), strict=True):
             torch.testing.assert_close(a, b)
 
 
@@ -128,8 +128,8 @@ def test_odd_shapes(shape, r, p):
     assert y.shape == (*shape[:-1], M_OUT)
     torch.testing.assert_close(y, wanted)
     leaves = [x, weights.a, weights.b]
-    found = torch.autograd.grad(y.square().sum(), leaves)
-    for a, b in zip(found, torch.autograd.grad(wanted.square().sum(), leaves), strict=True):
+    gradients = torch.autograd.grad(y.square().sum(), leaves)
+    for a, b in zip(gradients, torch.autograd.grad(wanted.square().sum(), leaves), strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -142,9 +142,9 @@ def test_inputs_and_gradients_need_not_be_contiguous(p):
     g = double(M_OUT, 3, 2, grad=False).permute(2, 1, 0)
     before = g.clone()
     y = run(x, Setting(1.3, p), weights, seed)
-    found = torch.autograd.grad(y, [base, weights.a, weights.b], g)
+    gradients = torch.autograd.grad(y, [base, weights.a, weights.b], g)
     wanted = torch.autograd.grad(formula(x, Setting(1.3, p), weights, seed), [base, weights.a, weights.b], g)
-    for a, b in zip(found, wanted, strict=True):
+    for a, b in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(a, b)
     assert torch.equal(g, before)
 
@@ -164,10 +164,10 @@ def test_layers_that_share_an_input_give_the_sum_of_their_gradients():
     x = double(3, N)
     outputs = lora_linears(x, settings, layers, seeds)
     leaves = [x, *(t for w in layers for t in (w.bias, w.a, w.b))]
-    found = torch.autograd.grad(sum(y.square().sum() for y in outputs), leaves)
+    gradients = torch.autograd.grad(sum(y.square().sum() for y in outputs), leaves)
     plain = [formula(x, *args) for args in zip(settings, layers, seeds, strict=True)]
     wanted = torch.autograd.grad(sum(y.square().sum() for y in plain), leaves)
-    for a, b in zip(found, wanted, strict=True):
+    for a, b in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -177,11 +177,11 @@ def test_a_layer_whose_output_is_not_used_has_no_gradient(dropout):
     settings = (Setting(0.5, dropout),) * 3
     outputs = lora_linears(x, settings, layers, seeds)
     leaves = [x, *(tensor for w in layers for tensor in (w.bias, w.a, w.b))]
-    found = torch.autograd.grad(outputs[0].sum() + outputs[2].square().sum(), leaves, allow_unused=True)
+    gradients = torch.autograd.grad(outputs[0].sum() + outputs[2].square().sum(), leaves, allow_unused=True)
     plain = [formula(x, *args) for args in zip(settings, layers, seeds, strict=True)]
     wanted = torch.autograd.grad(plain[0].sum() + plain[2].square().sum(), leaves, allow_unused=True)
-    assert [gradient is None for gradient in found] == [False] * 4 + [True] * 3 + [False] * 3
-    for a, b in zip(found, wanted, strict=True):
+    assert [gradient is None for gradient in gradients] == [False] * 4 + [True] * 3 + [False] * 3
+    for a, b in zip(gradients, wanted, strict=True):
         if a is not None:
             torch.testing.assert_close(a, b)
 

@@ -163,9 +163,9 @@ def test_factors_are_trained_beside_layers_that_take_none():
     dense, data = copy.deepcopy(model), torch.randn(16, 1, 8, 8)
     for layer in (model[0], model[2]):
         layer.weight.data[torch.rand(layer.weight.shape) < 0.5] = 0
-    before, kept = copy.deepcopy(model.state_dict()), masks(model)
+    before, masks_before = copy.deepcopy(model.state_dict()), masks(model)
     result = recover(model, data, Recovery(10, lr=1e-2, rank=2), teacher=dense, held_out=data)
-    assert result.applied and all(torch.equal(masks(model)[name], mask) for name, mask in kept.items())
+    assert result.applied and all(torch.equal(masks(model)[name], mask) for name, mask in masks_before.items())
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == {"2.weight", "4.weight"}
     with pytest.raises(ValueError, match=r"recovery with rank=2 adapts linear layers, and Sequential has none among"):

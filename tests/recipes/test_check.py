@@ -274,12 +274,12 @@ def test_output_folders(run, tmp_path):
     folder.release()
     (out / "status.json").write_text('{"status": "done", "step": 6}')
     assert "a run that is done (step 6)" in output(run()).lines[-1]
-    (found,) = output(run("optimizer.lr=7e-3")).problems
-    assert "1 key of the recipe changed" in found and "optimizer.lr" in found
+    (problem,) = output(run("optimizer.lr=7e-3")).problems
+    assert "1 key of the recipe changed" in problem and "optimizer.lr" in problem
     (out / "checkpoints" / "step-000006").mkdir()
     (out / "checkpoints" / "step-000006" / "COMPLETE").write_text("{")
-    found = output(run())
-    assert found.problems == [] and any("going back to an older checkpoint" in line for line in found.lines)
+    section = output(run())
+    assert section.problems == [] and any("going back to an older checkpoint" in line for line in section.lines)
     assert (out / "checkpoints" / "step-000006").is_dir()
     (found,) = output(run("checkpoint.resume=never")).problems
     assert "already holds a run" in found
@@ -290,21 +290,21 @@ def test_output_folders(run, tmp_path):
 
 
 def test_a_checkpoint_to_begin_from_is_looked_for(run, tmp_path):
-    (found,) = output(run(f"checkpoint.resume={tmp_path / 'nowhere'}")).problems
-    assert found.startswith("checkpoint.resume: ") and found.endswith("does not exist")
+    (problem,) = output(run(f"checkpoint.resume={tmp_path / 'nowhere'}")).problems
+    assert problem.startswith("checkpoint.resume: ") and problem.endswith("does not exist")
     checkpoint = write_checkpoint(run(f"out={tmp_path / 'other'}"), 4)
-    found = output(run(f"checkpoint.resume={checkpoint}"))
-    assert found.problems == [] and any("resuming from" in line for line in found.lines)
+    section = output(run(f"checkpoint.resume={checkpoint}"))
+    assert section.problems == [] and any("resuming from" in line for line in section.lines)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_stream_needs_validation_text_that_is_there(run, tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": TEXT}) + "\n" for _ in range(3)))
     stream = ["data.source=json", f"data.path={tmp_path / 'rows.jsonl'}", "data.streaming=true"]
-    (found,) = problems(run(*stream))
-    assert found.startswith("Data: data.streaming: no validation text is held out from a stream")
-    (found,) = problems(run(*stream, f"data.val_path={tmp_path / 'missing.txt'}"))
-    assert found.startswith("Data: data.val_path: ")
+    (problem,) = problems(run(*stream))
+    assert problem.startswith("Data: data.streaming: no validation text is held out from a stream")
+    (problem,) = problems(run(*stream, f"data.val_path={tmp_path / 'missing.txt'}"))
+    assert problem.startswith("Data: data.val_path: ")
     assert problems(run(*stream, f"data.val_path={tmp_path / 'text.txt'}")) == []
     assert problems(run(*stream, "data.val_tokens=0")) == []
 

@@ -355,14 +355,14 @@ def test_models_that_transformers_stores_in_another_form_resume(saved, tmp_path,
 def test_the_memory_of_a_mixture_of_experts_is_that_of_a_real_pass(saved, tmp_path, name, precision):
     recipe, *words = start_from(saved, tmp_path, MIXTURES[name])
     config = load(recipe, [*words, f"precision={precision}"])
-    found = estimate(config, 300)
+    estimated = estimate(config, 300)
     model = build_model(config.model, 300)
     ids = torch.randint(300, (config.batch.micro_batch_size, config.data.seq_len))
     with saved_storages(model) as saved_bytes, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         model(input_ids=ids, labels=ids, use_cache=False)
-    assert found.weights == sum(parameter.nbytes for parameter in model.parameters())
+    assert estimated.weights == sum(parameter.nbytes for parameter in model.parameters())
     real = sum(storage.nbytes() for storage in saved_bytes.values())
-    assert found.activations == pytest.approx(real, rel=0.05)
+    assert estimated.activations == pytest.approx(real, rel=0.05)
 
 
 def test_a_model_of_text_and_images_is_evaluated_checked_and_trained(saved, tmp_path, capsys):
