@@ -31,9 +31,9 @@ class SparseGPTPruner(LayerPruner):
     Notes:
         U is computed in float64 and kept in the dtype of the sweep: 4 in^2 bytes. Each level is a sweep of about
         ``out * in^2`` multiply-adds. Keeps exactly the requested count: after each block, the total of pruned
-        weights is the share of the columns so far, rounded down. What a block with few nonzeros cannot keep is shared
-        by the others. The published code thresholds each block alone. Weights of inputs that are always zero are
-        pruned first, within the count.
+        weights is the share of the columns so far, rounded down. What a block with few nonzero weights cannot keep is
+        shared by the others. Weights of inputs that are always zero are pruned first, and count as zeros here. The
+        published code thresholds each block alone.
 
     References:
         Frantar, Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", arXiv 2301.00774,
@@ -55,9 +55,7 @@ class SparseGPTPruner(LayerPruner):
         return self.weight.square() / inverse_diagonal * ~self._unused
 
     def _prune_count(self, keep: int) -> tuple[Tensor, Tensor]:
-        rows, blocks = self.weight.shape[0], self.weight.split(self._block_size, dim=1)
-        nonzero = [int(block.count_nonzero()) for block in blocks]
-        counts = deal(keep, [block.numel() for block in blocks], nonzero, _split_in_order)
+        rows, counts = self.weight.shape[0], self._block_counts(keep)
 
         def keep_share(start: int, scores: Tensor) -> Tensor:
             order = scores.flatten().argsort(stable=True)
@@ -66,6 +64,19 @@ class SparseGPTPruner(LayerPruner):
             return mask.view(rows, -1)
 
         return self._sweep(self._block_size, keep_share, self._block_size)
+
+    def _block_counts(self, keep: int) -> list[int]:
+        """Weights that each block keeps: those of inputs that are always zero after all others, and zeros last."""
+
+        def per_block(mask: Tensor) -> list[int]:
+            return [int(part.sum()) for part in mask.split(self._block_size, dim=1)]
+
+        used = self.weight != 0
+        sizes, nonzero, live = map(per_block, (torch.ones_like(used), used, used & ~self._unused))
+        if (spare := keep - sum(live)) <= 0:
+            return deal(keep, sizes, live, _split_in_order)
+        others, rest = ([a - b for a, b in zip(all_of, live, strict=True)] for all_of in (sizes, nonzero))
+        return [a + b for a, b in zip(live, deal(spare, others, rest, _split_in_order), strict=True)]
 
     def _prune_pattern(self, pattern: NM) -> tuple[Tensor, Tensor]:
         block = max(self._block_size // pattern.m, 1) * pattern.m
@@ -100,15 +111,18 @@ def _split_in_order(keep: int, sizes: Sequence[int]) -> list[int]:
 
 
 def damped_gram(gram: Tensor, damping: float) -> Tensor:
-    """gram with ``damping`` times its mean diagonal added to the diagonal, and ones for inputs that are always zero.
+    """gram with ``damping`` times its mean diagonal added to the diagonal.
 
-    Returns a new float64 tensor. Raises ValueError for a gram matrix that is not finite.
+    The diagonal of an input that is always zero is first set to the mean of the others, so that the result scales with
+    gram. It is 1 where all inputs are zero. Returns a new float64 tensor. Raises ValueError for a gram matrix that is
+    not finite.
     """
     if not bool(gram.isfinite().all()):
         raise ValueError("the sum of x x^T over the calibration tokens is not finite")
     matrix = gram.to(torch.float64, copy=True)
     diagonal = matrix.diagonal()
-    diagonal[diagonal == 0] = 1.0
+    unused = diagonal == 0
+    diagonal[unused] = 1.0 if bool(unused.all()) else diagonal[~unused].mean()
     diagonal += damping * diagonal.mean()
     return matrix
 

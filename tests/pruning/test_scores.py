@@ -220,6 +220,29 @@ def test_sparsegpt_prunes_inputs_that_are_always_zero_first():
     assert not pruned.mask[:, 3].any() and pruned.mask.sum() == 28
 
 
+@pytest.mark.parametrize("keep", [256, 512, 700])
+def test_sparsegpt_prunes_whole_blocks_of_such_inputs_first_and_zeros_before_them(keep):
+    x = torch.randn(200, 64)
+    x[:, :32] = 0
+    weight = torch.randn(16, 64)
+    weight[:, :8] = 0
+    pruned = layer_pruner(weight, "sparsegpt", statistics_of(x), block_size=16).prune(keep)
+    assert int(pruned.mask.sum()) == keep
+    assert int(pruned.mask[:, 32:].sum()) == min(keep, 512)  # 16 x 32 weights matter
+    assert not pruned.mask[:, :8].any()
+
+
+@pytest.mark.parametrize("score", ["sparsegpt", "alps"])
+@pytest.mark.parametrize("scale", [2.0**-14, 2.0**14])
+def test_the_scale_of_the_inputs_does_not_matter_where_some_are_always_zero(score, scale):
+    x = torch.randn(50, 16) @ torch.randn(16, 16)
+    x[:, [1, 5]] = 0
+    weight = torch.randn(6, 16)
+    here, there = (layer_pruner(weight, score, statistics_of(inputs)).prune(48) for inputs in (x, scale * x))
+    assert torch.equal(here.mask, there.mask)
+    torch.testing.assert_close(here.weight, there.weight, rtol=1e-4, atol=1e-5)
+
+
 def fisher_of(gradients, damping, block):
     """F, dense in float64, damping relative to its mean diagonal."""
     g = gradients.double()
