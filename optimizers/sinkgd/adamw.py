@@ -165,7 +165,7 @@ def _decay(
             # AdamW divides the new average by positive numbers, so it has the update's sign
             gradient = (-grad if group["maximize"] else grad).to(average.dtype)
             # signs, because a product of fp16 numbers underflows
-            decaying = average.lerp(gradient, weight).sign() * param.sign() >= 0
+            decaying = average.lerp(gradient, weight).sign_().mul_(param.sign()) >= 0
             if skip is not None:
                 decaying &= ~skip.to(decaying.device)
             param.copy_(torch.where(decaying, param * decay, param))
