@@ -162,7 +162,7 @@ class ScopeBatch:
         self.excluded = table[:, width + 1] if self.masked else None
         return table[:, :width], table[:, width], reduced[total:]
 
-    def _count_excluded(self, pieces: list[Piece], counts: Tensor) -> None:
+    def _count_excluded(self, pieces: Sequence[Piece], counts: Tensor) -> None:
         """Add the number of weights that masks exclude, by Gram matrix, to ``counts``."""
         for piece in pieces:
             if "mask" in piece.state:
