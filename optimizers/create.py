@@ -37,7 +37,7 @@ def create(
         name: "lanton", "lion", "mfac" or "sinkgd", the names that recipes use.
         embeddings, split, settings, overrides: as for :func:`param_groups`; "balanced" embeddings need "sinkgd", and
             ``split`` needs "sinkgd" or "lanton".
-        say: takes the table of groups; None: no table.
+        say: takes the table of groups, with the rules of the class; None: no table, as on all ranks but one.
         **options: arguments of the class, such as ``lr``.
 
     Raises:
@@ -71,5 +71,5 @@ def create(
         )
     groups = param_groups(model, settings, embeddings=embeddings, split=split, overrides=overrides)
     if say is not None:
-        say(f"{cls.__name__}\n{groups.summary()}")
+        say(f"{cls.__name__}\n{groups.summary(cls)}")
     return cls(groups, **options)

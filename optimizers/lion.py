@@ -124,7 +124,7 @@ class Lion(LeanOptimizer):
         cautious: bool = False,
         cautious_decay: bool = False,
         rounding: str = "nearest",
-        momentum_dtype: torch.dtype | None = None,
+        momentum_dtype: torch.dtype | str | None = None,
         seed: int = 0,
         nonfinite: str = "skip",
         maximize: bool = False,
@@ -245,5 +245,5 @@ def cautious_scale(agreeing: Tensor, sizes: list[int], like: Tensor) -> Tensor:
 
     ``agreeing`` [n] counts the entries whose update and gradient agree in sign, ``sizes`` all entries before sharding.
     """
-    entries = constant([max(size, 1) for size in sizes], agreeing.device, agreeing.dtype)
-    return (1.0 / (agreeing / entries).clamp(min=_MIN_AGREEMENT)).to(like.dtype)
+    entries = constant([max(size, 1) for size in sizes], agreeing.device, like.dtype)
+    return 1.0 / (agreeing.to(like.dtype) / entries).clamp(min=_MIN_AGREEMENT)

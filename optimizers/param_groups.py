@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterable, Mapping
 from itertools import groupby
@@ -31,6 +32,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "bias": {"algorithm": "adamw", "norm": "vector", "weight_decay": 0.0},
     "other": {"algorithm": "adamw", "norm": "vector", "weight_decay": 0.0},
 }
+
+# setting of a group that chooses its rule -> the optimizer that has it
+_OWNER_OF_RULE = {"algorithm": "SinkGD", "norm": "LANTON"}
 
 # of embeddings and heads, with `embeddings=`
 _EMBEDDINGS: dict[str, dict[str, Any]] = {
@@ -72,31 +76,53 @@ _ROOT_WRAPPERS = re.compile(r"^(module\.|base_model\.model\.)+")
 
 
 class ParamGroups(list[dict[str, Any]]):
-    """A list of param-group dicts, in the order of :data:`ROLES`, that prints as a table."""
+    """A list of param-group dicts, in the order of :data:`ROLES`, that prints as a table.
 
-    def summary(self) -> str:
+    Attributes:
+        unused_settings: the roles of ``settings`` that no trainable parameter has.
+    """
+
+    unused_settings: tuple[str, ...] = ()
+
+    def summary(self, optimizer: type | None = None) -> str:
         """One line per group: name, rule, tensors, elements, share, rows of the blocks, and the first parameter names.
 
         ``4 x 64 + 128`` are four blocks of 64 rows and one of 128; ``64 each`` are blocks of 64 rows, as many as a
-        parameter has. The column is there if a group has blocks.
+        parameter has. The column is there if a group has blocks. A last line names settings that no parameter has.
+
+        Args:
+            optimizer: the class that takes the groups, whose rules are named: SinkGD's ``algorithm``, LANTON's
+                ``norm``. Others have one rule, and no column. None: the rules of both, under the names of the classes.
         """
+        if optimizer is None:
+            rules = _OWNER_OF_RULE
+        else:
+            options = inspect.signature(optimizer).parameters
+            rules = {key: key for key in _OWNER_OF_RULE if key in options}
         total = sum(p.numel() for group in self for _, p in group["params"]) or 1
         blocks = [_describe_blocks(group.get("blocks")) for group in self]
         width = max(map(len, blocks)) and max(len("rows"), *map(len, blocks)) + 2
-        head = f"{'group':<12} {'algorithm':<10} {'tensors':>8} {'elements':>14} {'share':>7}"
+        head = f"{'group':<12} {_cells(rules.values())}{'tensors':>8} {'elements':>14} {'share':>7}"
         lines = [f"{head}  {'rows' if width else '':<{width}}first parameters"]
         for group, rows in zip(self, blocks, strict=True):
             elements = sum(p.numel() for _, p in group["params"])
             names = ", ".join(name for name, _ in group["params"][:2])
             more = f", ... ({len(group['params']) - 2} more)" if len(group["params"]) > 2 else ""
             lines.append(
-                f"{group['name']:<12} {group.get('algorithm', '-'):<10} {len(group['params']):>8} {elements:>14,} "
-                f"{elements / total:>7.1%}  {rows:<{width}}{names}{more}"
+                f"{group['name']:<12} {_cells(group.get(key, '-') for key in rules)}{len(group['params']):>8} "
+                f"{elements:>14,} {elements / total:>7.1%}  {rows:<{width}}{names}{more}"
             )
+        if self.unused_settings:
+            tied = " (a tied head is an embedding)" if "head" in self.unused_settings else ""
+            lines.append(f"settings without effect: no parameter has the role {', '.join(self.unused_settings)}{tied}")
         return "\n".join(lines)
 
     def __str__(self) -> str:
         return self.summary()
+
+
+def _cells(rules: Iterable[str]) -> str:
+    return "".join(f"{rule:<10} " for rule in rules)
 
 
 def _describe_blocks(blocks: int | tuple[int, ...] | None) -> str:
@@ -146,7 +172,8 @@ def param_groups(
     Args:
         model: any module.
         settings: group settings per role, merged over :data:`DEFAULTS`; for example
-            ``{"embedding": {"lr": 1e-2}, "head": {"lr": 1e-3}}``.
+            ``{"embedding": {"lr": 1e-2}, "head": {"lr": 1e-3}}``. Those of a role that no parameter has (a tied head
+            is an embedding) have no effect; the table names them.
         embeddings: SinkGD's rule for embeddings and heads: "adamw", or "balanced", which needs half of AdamW's state.
             "balanced" is Nesterov momentum 0.95, rows below a thousandth of the mean norm zeroed, 11 alternating
             normalizations that begin and end with the rows, and no weight decay. ``settings`` may change its values.
@@ -234,7 +261,10 @@ def param_groups(
             raise ValueError(f"param_groups: override {pattern.pattern!r} matches no trainable parameter")
     if not groups:
         raise ValueError("param_groups: the model has no trainable parameter")
-    return ParamGroups(groups[key] for key in sorted(groups))
+    result = ParamGroups(groups[key] for key in sorted(groups))
+    present = {roles[name] for group in result for name, _ in group["params"]}
+    result.unused_settings = tuple(role for role in settings or () if role not in present)
+    return result
 
 
 def _rules(overrides: Any) -> list[tuple[re.Pattern[str], dict[str, Any]]]:

@@ -137,7 +137,7 @@ class LeanOptimizer(StateLoading, StateSaving):
         if not changed:
             return
         for check in (
-            lambda group: self._check_group({**group, "lr": 0.0}),  # schedulers may set a rate slightly below 0
+            self._check_running_group,
             lambda group: self._check_fit(self.param_groups, group),
         ):
             for number in changed:

@@ -6,6 +6,7 @@ import difflib
 import functools
 import inspect
 import math
+import numbers
 import warnings
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
@@ -111,8 +112,10 @@ def check_number(
         if value.device.type not in ("cpu", "meta"):
             return  # reading it would wait for the device
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{owner}: {name} must be a number, got {value!r}")
+    if not isinstance(value, (int, float)):  # numpy compares in the number's dtype, where the limit overflows
+        value = float(value)
     if high == math.inf:
         high, open_high = 2.0**128, True
     too_large = isinstance(value, int) and abs(value) >= 2**63  # for torch; write a float

@@ -107,6 +107,10 @@ class CheckedGroups(torch.optim.Optimizer):
         check_flags(owner, group, ("maximize",), ("foreach",))
         check_rounding(owner, group)
 
+    def _check_running_group(self, group: dict[str, Any]) -> None:
+        """Check a group in training, as :meth:`_check_group` but for its rate: schedulers may set one below 0."""
+        self._check_group({**group, "lr": 0.0})
+
     def _check_params(self, group: dict[str, Any], given: dict[str, Any]) -> None:
         """Raise ValueError if a parameter does not fit its new group; ``given`` lacks the default settings."""
         for position, param in enumerate(group["params"]):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from leanstep._torch import local_part
-from leanstep.optimizers.common.checks import check_saved_count, describe
+from leanstep.optimizers.common.checks import check_number, check_saved_count, describe
 from leanstep.optimizers.common.saved_tensors import (
     Created,
     Misfit,
@@ -271,7 +271,9 @@ def _future_groups(optimizer: LeanOptimizer, saved_groups: list[dict[str, Any]])
         names = {"param_names": group["param_names"]} if "param_names" in group else {}
         future = {**optimizer._first_values(), **names, **saved, "params": group["params"]}
         try:
-            optimizer._check_group(future)
+            # as a step takes it, also slightly below 0
+            check_number(type(optimizer).__name__, "learning rate", future["lr"], -(2.0**128))
+            optimizer._check_running_group(future)
             optimizer._check_entries(future)
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:
             raise ValueError(

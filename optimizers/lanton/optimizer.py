@@ -149,7 +149,8 @@ class LANTON(MarkedHalves, LeanOptimizer):
         State: ``momentum_buffer`` (4 bytes per fp32 parameter) and, with "previous", ``previous_grad`` (4 bytes);
         1.03 bytes each with int8, and ``step``. One pass updates an int8 state in place; a difference or a direction
         decodes one layer at a time to fp32, and so does an update of shards that cut rows.
-        "halves" needs one more copy of the gradients between mark_half and the step. ``noise`` and ``noise_steps``: one
+        "halves" needs one more copy of the gradients from mark_half to the step: it saves memory between steps and in
+        checkpoints, and none during the second half's backward passes. ``noise`` and ``noise_steps``: one
         number each per matrix. ``variance`` adds ``row_mean_sq``, one number per row; ``rounding`` its state.
         A step allocates differences or directions of a few matrices at a time (64 MB in fp32, or one matrix) and the
         buffers of Newton-Schulz. The maximum needs all gradients before the first update.
@@ -209,13 +210,13 @@ class LANTON(MarkedHalves, LeanOptimizer):
         grouping: str = "norm",
         ns_steps: int = 5,
         ns_coefficients: str = "jordan",
-        ns_dtype: torch.dtype | None = None,
+        ns_dtype: torch.dtype | str | None = None,
         nuclear: str = "auto",
         transposed: bool = False,
         flatten: bool = False,
         blocks: int | tuple[int, ...] | None = None,
-        momentum_dtype: torch.dtype | None = None,
-        noise_dtype: torch.dtype | None = None,
+        momentum_dtype: torch.dtype | str | None = None,
+        noise_dtype: torch.dtype | str | None = None,
         rounding: str = "nearest",
         seed: int = 0,
         nonfinite: str = "skip",
@@ -230,10 +231,10 @@ class LANTON(MarkedHalves, LeanOptimizer):
         super()._check_group(group)
         check_betas("LANTON", group["betas"])
         alpha = group["alpha"]
-        if (isinstance(alpha, str) and alpha != "auto") or alpha == 0:
-            raise ValueError(f"Invalid alpha: {alpha!r}; LANTON expects a number above 0, or 'auto'")
-        if alpha != "auto":
+        if not isinstance(alpha, str):
             check_number("LANTON", "alpha", alpha, 0.0)
+        if alpha != "auto" if isinstance(alpha, str) else alpha == 0:
+            raise ValueError(f"Invalid alpha: {alpha!r}; LANTON expects a number above 0, or 'auto'")
         check_number("LANTON", "radius", group["radius"], 0.0)
         for name, choices in (
             ("norm", NORMS), ("scaling", SCALINGS), ("variance", VARIANCES), ("noise", NOISES), ("grouping", GROUPINGS),

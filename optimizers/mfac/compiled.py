@@ -22,7 +22,7 @@ from leanstep.optimizers.mfac.window import BlockRows, Columns, DenseRows, combi
 
 _FORMATS = {f.__name__: f for f in (DenseRows, BlockRows, SparseRows, LowRankRows)}
 _SCOPE_KEYS = ("gram", "counters", "stats", "window_scale")
-_ROW_KEYS = ("window", "window_values", "window_indices", "window_left", "window_right", "error", "basis")
+_ROW_KEYS = ("window", "window_values", "window_indices", "window_left", "window_right", "error", "basis", "mask")
 
 
 def directions_by_op(problems: Sequence[Problem]) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -52,7 +52,7 @@ def directions_by_op(problems: Sequence[Problem]) -> tuple[list[Tensor], Tensor,
 
 
 def _encoded(plan: list[Any]) -> str:
-    return json.dumps(plan)
+    return json.dumps(plan, default=float)  # numpy's numbers, too
 
 
 # as torch.compiler.assume_constant_result, which would import the compiler: the function is called during tracing

@@ -18,8 +18,9 @@ from leanstep.optimizers.mfac import rule
 from leanstep.optimizers.mfac.window import Columns, DenseRows, Piece, combination_dtype, pieces_of
 
 # columns of a scope's `stats`, one row per Gram matrix
-STATS = ("jittered", "eigen", "clipped", "ratio", "decrease", "norm")
-_JITTERED, _EIGEN, _CLIPPED, _RATIO, _DECREASE, _NORM = range(len(STATS))
+# ("unused": saved states have six columns)
+STATS = ("jittered", "eigen", "clipped", "unused", "decrease", "norm")
+_JITTERED, _EIGEN, _CLIPPED, _, _DECREASE, _NORM = range(len(STATS))
 
 
 class Problem(NamedTuple):
@@ -34,7 +35,7 @@ class Problem(NamedTuple):
     formats: list[type[DenseRows]]
     columns: list[Columns]
     vectors: list[Tensor]  # this process's shards of the gradients, with sign, decay and mask applied
-    weights: list[int]  # of every Gram matrix, over all processes
+    weights: list[int]  # of every Gram matrix, over all processes, with those that masks exclude
     lr: float | Tensor
 
 
@@ -51,7 +52,8 @@ def directions(problems: Sequence[Problem]) -> Reducer[list[Direction]]:
     for i, problem in enumerate(problems):
         lr = float(problem.lr) if (problem.settings["damping_schedule"] or ("",))[0] == "lr" else 0.0
         counters = tuple(problem.scope_state["counters"].tolist())
-        key = (counters, lr, problem.scope_state["gram"].device, json.dumps(problem.settings, sort_keys=True))
+        settings = json.dumps(problem.settings, sort_keys=True, default=float)
+        key = (counters, lr, problem.scope_state["gram"].device, settings)
         batches.setdefault(key, []).append(i)
     solved = yield from together([ScopeBatch([problems[i] for i in batch]).solve() for batch in batches.values()])
     results: dict[int, Direction] = {}
@@ -76,6 +78,7 @@ class ScopeBatch:
         starts = [sum(counts[:i]) for i in range(len(counts))]
         self.grams_of_scope = [slice(start, start + count) for start, count in zip(starts, counts, strict=True)]
         self.gram_count = sum(counts)
+        self.masked = any("mask" in state for p in problems for state in p.states)
         self.param_keys = [(i, k) for i, p in enumerate(problems) for k in range(len(p.vectors))]
         self.scales = self._joined("window_scale") if "window_scale" in problems[0].scope_state else None
         # equal on every process, even if one has an empty shard
@@ -134,23 +137,39 @@ class ScopeBatch:
             rows.encode(vectors, None if self.largest is None else self.largest.to(vectors[0].device))
 
     def _compare(self) -> Reducer[tuple[Tensor, Tensor, Tensor]]:
-        """Return dots with the stored rows [grams, n], squared norms [grams] and flags per parameter; one reduction."""
+        """Return dots with the stored rows [grams, n], squared norms [grams] and flags per parameter; one reduction.
+
+        With masks it also counts the weights that they exclude.
+        """
         width = self.rows_before
-        total = self.gram_count * (width + 1)
+        columns = width + 1 + self.masked
+        total = self.gram_count * columns
         values = []
         for (rows, groups), vectors in zip(self.row_sets, self.vectors, strict=True):
             squares = rows.squared_norms()
-            table = squares.new_zeros(self.gram_count, width + 1)
+            table = squares.new_zeros(self.gram_count, columns)
             table[: len(squares), width] = squares
             if width:
                 table[: len(squares), :width] = rows.dots(width)
+            if self.masked:
+                self._count_excluded(rows.pieces, table[:, width + 1])
             flags = squares.new_zeros(len(self.param_keys))
             for piece, flag in zip(rows.pieces, nonfinite_flags(vectors).to(torch.float64), strict=True):
                 flags[piece.param_index] += flag
             values.append((torch.cat([table.view(-1), flags]), groups))
         reduced = yield from self._over_processes(values, (total + len(self.param_keys),))
-        table = reduced[:total].view(self.gram_count, width + 1)
+        table = reduced[:total].view(self.gram_count, columns)
+        self.excluded = table[:, width + 1] if self.masked else None
         return table[:, :width], table[:, width], reduced[total:]
+
+    def _count_excluded(self, pieces: Sequence[Piece], counts: Tensor) -> None:
+        """Add the number of weights that masks exclude, by Gram matrix, to ``counts``."""
+        for piece in pieces:
+            if "mask" in piece.state:
+                i, k = self.param_keys[piece.param_index]
+                mask = self.problems[i].columns[k].local(piece.state["mask"]).reshape(-1)
+                mask = mask if piece.span is None else mask[piece.span[0] : piece.span[1]]
+                counts[piece.gram : piece.gram + piece.blocks] += (~mask).view(piece.blocks, -1).sum(dim=1)
 
     def _check_finite(self, squares: Tensor, nonfinite: Tensor) -> tuple[list[int], list[int]]:
         """Return the flag of every parameter, and the scopes that take a step. Waits for the device once."""
@@ -195,10 +214,8 @@ class ScopeBatch:
         coefficients = gram.new_zeros(self.gram_count, n)
         coefficients[indices] = solved.values
         decrease, norm = rule.decrease_and_norm(gram, coefficients, self.index)
-        squares = gram[:, self.index, self.index]
         stats[indices, _JITTERED] += ((solved.status > OK) & (solved.status < EIGEN)).to(stats)
         stats[indices, _EIGEN] += (solved.status >= EIGEN).to(stats)
-        stats[:, _RATIO] = torch.where(squares > 0, decrease / squares, stats[:, _RATIO]).clamp_min(0.0)
         limit = settings["max_update_norm"]
         if limit is not None:
             factor = rule.shortening(norm, limit)
@@ -215,6 +232,8 @@ class ScopeBatch:
         settings = self.settings
         damping = rule.damping_at(settings["damping"], settings["damping_schedule"], self.step, self.problems[0].lr)
         weights = torch.tensor([d for p in self.problems for d in p.weights], dtype=torch.float64, device=gram.device)
+        if self.excluded is not None:
+            weights = (weights - self.excluded).clamp_min(1.0)  # a scope may have excluded weights alone
         return rule.shrinkage_at(gram, settings["shrinkage"], weights) + damping
 
     def _combine(self, valid: list[int], coefficients: Tensor) -> dict[int, list[Tensor]]:

@@ -88,7 +88,8 @@ class MFAC(LeanOptimizer):
         max_update_norm: trust region: upper bound of the L2 norm of u over its scope, before momentum and lr.
         sparse: exclude weights that are exactly zero when their group is added. They stay out of the window and never
             change.
-        masks: per group, one bool tensor (or None) per parameter, False for excluded weights. Combined with ``sparse``.
+        masks: per group, one bool tensor (or None) per parameter, False for excluded weights, which do not count in d.
+            Combined with ``sparse``. Excluded weights still decay with "decoupled"; "coupled" leaves them unchanged.
             With leanstep.sparsity pass ``controller.masks_of(params)``: the optimizer's weights are dense.
         shard_window: for replicated parameters (DistributedDataParallel): shard windows along dimension 0 of every
             parameter, and all-gather the updates. True: over all processes. A process group, that of
@@ -124,8 +125,9 @@ class MFAC(LeanOptimizer):
         A step waits for the device once, to check that the gradient is finite; on a GPU once more, to factorize.
 
         Sharded parameters have windows with the same shards. A step needs one all-reduce per mesh dimension, of n + 1
-        numbers per Gram matrix and a flag per tensor, for all scopes; fp16 needs one more, of the rows' largest
-        entries. "topk" needs unsharded rows, a scope of blocks shards along dimension 0, "lowrank" whole parameters.
+        numbers per Gram matrix (n + 2 with masks) and a flag per tensor, for all scopes; fp16 needs one more, of the
+        rows' largest entries. "topk" needs unsharded rows, a scope of blocks shards along dimension 0, "lowrank" whole
+        parameters.
 
     References:
         Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free Approximations of Second-Order Information",
@@ -183,7 +185,8 @@ class MFAC(LeanOptimizer):
     ) -> None:
         if masks is not None:
             raise ValueError("MFAC: masks belong to a group: MFAC([{'params': [...], 'masks': [...]}])")
-        damping_schedule = None if damping_schedule is None else list(damping_schedule)
+        if isinstance(damping_schedule, tuple):  # whose saved form is a list
+            damping_schedule = list(damping_schedule)
         if not isinstance(shard_window, bool):
             check_process_group(shard_window)
             # not in a group of parameters, since it can be neither copied nor saved

@@ -174,7 +174,7 @@ def _problem(scope: Scope) -> Problem:
 
 
 def _weights_of(entries: list[ScopeParam], scope: str | int) -> list[int]:
-    """Return the number of weights of every Gram matrix of a scope."""
+    """Return the number of weights of every Gram matrix of a scope, with those that masks exclude."""
     total = sum(entry.param.numel() for entry in entries)
     if not isinstance(scope, int):
         return [total]

@@ -164,7 +164,8 @@ def _decay(
             average = local(state["exp_avg"])
             # AdamW divides the new average by positive numbers, so it has the update's sign
             gradient = (-grad if group["maximize"] else grad).to(average.dtype)
-            decaying = average.lerp(gradient, weight) * param >= 0
+            # signs, because a product of fp16 numbers underflows
+            decaying = average.lerp(gradient, weight).sign_().mul_(param.sign()) >= 0
             if skip is not None:
                 decaying &= ~skip.to(decaying.device)
             param.copy_(torch.where(decaying, param * decay, param))

@@ -58,10 +58,11 @@ class SinkGD(LeanOptimizer):
         M = momentum * M + (1 - momentum) * G;  X = M                  momentum
         X = momentum * M + (1 - momentum) * G                          nesterov
         X[i, :] = 0 where ||X[i, :]|| <= row_mask_tau * mean norm      row_mask_tau
-        X = X * base_width / n                                         base_width
+        X = X / ||X||_operator                                         spectral="unit"
         X = X * sqrt(m / n) / ||X||_operator                           spectral="muon"
+        X = X * base_width / n                                         base_width, without spectral
 
-    ``leanstep/optimizers/sinkgd/rule.py`` has a function for each formula, in this order.
+    ``leanstep/optimizers/sinkgd/rule.py`` has the formulas as functions; that of base_width is in ``step.py``.
 
     One optimizer serves a whole model. Every group has an ``algorithm``:
 
@@ -84,7 +85,8 @@ class SinkGD(LeanOptimizer):
         momentum_order: "pre": normalize the momentum. "post": average the normalized gradients.
         nesterov: average M with G once more (see above).
         row_mask_tau: zero rows whose norm is at most ``row_mask_tau`` times the mean row norm; 0 zeroes none.
-        base_width: multiply X by base_width / n, which transfers lr from width base_width to width n.
+        base_width: multiply X by base_width / n, which transfers lr from width base_width to width n. Excludes
+            ``spectral``.
         spectral: scale X to operator norm 1 ("unit") or sqrt(m / n) ("muon"); None: do not. With "unit" the update has
             operator norm lr * scale. Power iteration estimates the norm from below: 20 iterations at a matrix's first
             finite nonzero gradient, then one per step, warm-started. State: n values per matrix. Steps wait for the
@@ -115,8 +117,9 @@ class SinkGD(LeanOptimizer):
             change AdamW's moments. Momenta of 8 bits of a group with ``blocks``, and of shards that cut rows, are in
             fp32 for the time of the step.
         rounding, seed, maximize: as for :class:`leanstep.optimizers.Lion`.
-        nonfinite: "skip": do not update a matrix with a non-finite gradient, and count it. One non-finite gradient
-            skips all AdamW parameters of its group, device and dtype. "raise", "pass": as for Lion.
+        nonfinite: "skip": do not update a matrix with a non-finite gradient, and count it; with momentum, the whole
+            stack that has it. One non-finite gradient skips all AdamW parameters of its group, device and dtype.
+            "raise", "pass": as for Lion.
 
     Raises:
         ValueError, TypeError: a setting is out of range; a vector is in a group whose algorithm takes matrices.
@@ -183,7 +186,7 @@ class SinkGD(LeanOptimizer):
         flatten: bool = False,
         blocks: int | tuple[int, ...] | None = None,
         rounding: str = "nearest",
-        momentum_dtype: torch.dtype | None = None,
+        momentum_dtype: torch.dtype | str | None = None,
         seed: int = 0,
         nonfinite: str = "skip",
         maximize: bool = False,
@@ -214,8 +217,10 @@ class SinkGD(LeanOptimizer):
         check_dtype("SinkGD", "momentum_dtype", group["momentum_dtype"], codes=True)
         if group["base_width"] is not None:
             check_number("SinkGD", "base_width", group["base_width"], 1)
-            if group["spectral"] == "muon":
-                raise ValueError("SinkGD: base_width and spectral='muon' both correct for width; choose one")
+            if group["spectral"] is not None:
+                raise ValueError(
+                    f"SinkGD: base_width and spectral={group['spectral']!r} both set the size of the update; choose one"
+                )
         if group["nesterov"] and group["momentum"] == 0:
             raise ValueError("SinkGD: nesterov needs momentum > 0")
         if group["fused"] and group["foreach"]:

@@ -1,7 +1,7 @@
-"""The formulas of :class:`leanstep.optimizers.SinkGD`, in the order of its docstring.
+"""The formulas of :class:`leanstep.optimizers.SinkGD`.
 
-Pure functions of matrices G (m, n) or stacks (e, m, n), in any floating dtype, float64 included. The optimizer calls
-them in this order, and adds the sums over processes for sharded matrices.
+Pure functions of matrices G (m, n) or stacks (e, m, n), in any floating dtype, float64 included. The optimizer adds
+the sums over processes for sharded matrices.
 """
 
 from __future__ import annotations

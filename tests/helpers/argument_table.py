@@ -76,6 +76,8 @@ def optimizer_entries(cls: type) -> dict[str, dict[str, Any]]:
 
 def optimizer_entry(cls: type, name: str, hint: Any) -> dict[str, Any]:
     entry = shape(hint)
+    if entry.get("choices") == DTYPES:  # a word names one of them
+        entry["types"] = [kind for kind in entry["types"] if kind != "str"]
     if "str" in entry.get("types", []):
         words = re.findall(r"'([\w-]+)'", str(refusal(cls, name, "no such word") or "").replace("'no such word'", ""))
         if words:

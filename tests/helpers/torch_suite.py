@@ -93,6 +93,7 @@ SINKGD = OptimizerInfo(
         _same({"eps": -1.0}, "Invalid epsilon value: -1.0"),
         _same({"nesterov": True}, "nesterov needs momentum"),
         _same({"spectral": "muon", "base_width": 8}, "choose one"),
+        _same({"spectral": "unit", "base_width": 8}, "choose one"),
         ({"fused": True, "foreach": True}, RuntimeError, "`fused` and `foreach` cannot be True together"),
     ),
     scheduler_inputs=SCHEDULES,

@@ -389,7 +389,7 @@ def test_the_summary_prints_the_blocks():
     with torch.device("meta"):
         model = AutoModel.from_config(CONFIGS["phi 3"]())
     lines = param_groups(model, split="heads").summary().splitlines()
-    assert lines[0].split()[5] == "rows"
+    assert lines[0].split()[6] == "rows"
     assert any("6 x 8 + 16" in line and "qkv_proj" in line for line in lines)
     assert any("48 each" in line and "gate_up_proj" in line for line in lines)
     assert "rows" not in param_groups(model).summary()

@@ -59,3 +59,13 @@ def test_follows_the_formula(cls, groups, options, maximize, dtype):
             assert 0 < aligned.double().mean() < 1
             want = new.detach() - torch.where(aligned, rate * DECAY * old, 0.0)
             torch.testing.assert_close(param.detach(), want, rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_an_update_against_a_small_parameter_does_not_decay_it(dtype):
+    """The product of the momentum and the parameter is below the smallest number of fp16."""
+    params = [torch.full((4,), 1e-3, dtype=dtype, requires_grad=True) for _ in range(2)]
+    for param, decay in zip(params, (0.0, 100.0), strict=True):
+        param.grad = torch.full((4,), -1e-4, dtype=dtype)
+        SinkGD([param], lr=1e-3, weight_decay=decay, algorithm="adamw", cautious_decay=True, eps=1e-4).step()
+    assert torch.equal(*params)

@@ -35,16 +35,34 @@ def test_the_class_its_options_and_the_groups_of_the_model(name, cls):
     assert set(groups) == {"hidden", "embedding", "head", "norm", "bias"}
     assert groups["hidden"]["lr"] == 3e-3 and groups["head"]["lr"] == 1e-3
     assert groups["norm"]["weight_decay"] == 0
-    assert lines == [f"{cls.__name__}\n{param_groups(model).summary()}"]
+    assert lines == [f"{cls.__name__}\n{param_groups(model).summary(cls)}"]
     before = [parameter.clone() for parameter in model.parameters()]
     model(torch.arange(12)).square().sum().backward()
     optimizer.step()
     assert all(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
 
 
-def test_the_table_is_printed(capsys):
-    create(Model(), "lion")
-    assert re.match(r"Lion\ngroup .*\nhidden ", capsys.readouterr().out)
+@pytest.mark.parametrize(
+    "name, rules", [("sinkgd", ["sinkgd", "adamw"]), ("lanton", ["rms", "sign"]), ("lion", []), ("mfac", [])]
+)
+def test_the_table_is_printed_with_the_rules_of_the_class(name, rules, capsys):
+    create(Model(), name)
+    lines = capsys.readouterr().out.splitlines()
+    assert re.match(r"(LANTON|Lion|MFAC|SinkGD)$", lines[0])
+    table = {line.split()[0]: line.split() for line in lines[1:]}
+    assert [table[role][1] for role in ("hidden", "embedding")][: len(rules)] == rules
+    shown = [column for column in table["group"] if column in ("algorithm", "norm", "SinkGD", "LANTON")]
+    assert shown == ["algorithm" if name == "sinkgd" else "norm"][: len(rules)]
+    assert table["hidden"][1 + len(shown)] == "1"  # tensors
+
+
+@pytest.mark.parametrize("roles, told", [(["head", "router"], "head, router (a tied head is"), (["hidden"], "")])
+def test_settings_of_a_role_that_no_parameter_has_are_told(roles, told):
+    model, lines = Model(), []
+    model.lm_head.weight = model.embed.weight
+    create(model, "lion", settings=dict.fromkeys(roles, {"lr": 1e-3}), overrides={"layer": {}}, say=lines.append)
+    last = lines[0].splitlines()[-1]
+    assert last.startswith("settings without effect: no parameter has the role") == bool(told) and told in last
 
 
 @pytest.mark.parametrize(

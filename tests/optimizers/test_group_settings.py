@@ -93,6 +93,8 @@ def test_a_group_with_the_state_dtype_of_others_is_refused(name):
 def test_the_constructor_keeps_its_signature(name):
     parameters = inspect.signature(CLASSES[name]).parameters
     assert {"params", "lr", "weight_decay", "rounding"} <= parameters.keys()
+    dtypes = [p.annotation for key, p in parameters.items() if key.endswith("_dtype")]  # also by name: "fp8"
+    assert set(dtypes) <= {"torch.dtype | str | None"}
 
     class Subclass(CLASSES[name]):
         def __init__(self, params, extra, **options):
@@ -186,13 +188,28 @@ def test_a_rate_that_a_scheduler_rounds_below_zero_and_copied_and_loaded_optimiz
     optimizer = CLASSES[name]([param])
     optimizer.param_groups[0]["lr"] = -1e-20
     optimizer.step()
-    optimizer.param_groups[0]["lr"] = 1e-3
     twin = copy.deepcopy(optimizer)
     twin.load_state_dict(optimizer.state_dict())
     twin.step()
     twin.param_groups[0]["weight_decay"] = -1.0
     with pytest.raises(ValueError, match="weight_decay.*nothing was updated"):
         twin.step()
+
+
+@every_class
+def test_numbers_of_numpy_are_numbers(name):
+    number = pytest.importorskip("numpy").float32(0.125)
+    param = torch.nn.Parameter(torch.ones(4, 3))
+    keys = {"scale", "momentum", "eps", "clip_threshold", "alpha", "radius", "damping", "shrinkage", "max_update_norm"}
+    options = dict.fromkeys(keys & inspect.signature(CLASSES[name]).parameters.keys(), number)
+    optimizer = CLASSES[name]([param], lr=number, weight_decay=number, **options)
+    twin = CLASSES[name]([copy.deepcopy(param)], lr=0.125, weight_decay=0.125, **dict.fromkeys(options, 0.125))
+    for each in (optimizer, twin):
+        each.param_groups[0]["params"][0].grad = torch.ones(4, 3)
+        each.step()
+    torch.testing.assert_close(values_of(optimizer), values_of(twin), rtol=0, atol=0)
+    twin.load_state_dict(optimizer.state_dict())
+    assert twin.param_groups[0]["lr"] == number
 
 
 def trained(variant, lr, weight_decay, device="cpu", steps=4, capture=False):

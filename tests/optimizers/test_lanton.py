@@ -715,6 +715,7 @@ def named(*shapes):
         ({"alpha": -1.0}, ValueError, "Invalid alpha: -1.0"),
         ({"alpha": "median"}, ValueError, "Invalid alpha: 'median'.*a number above 0, or 'auto'"),
         ({"alpha": None}, TypeError, "alpha must be a number"),
+        ({"alpha": torch.ones(2)}, ValueError, "alpha as a tensor must be 1-element; LANTON got shape .2,."),
         ({"norm": "spectral"}, ValueError, "Invalid norm: 'spectral'.*rms"),
         ({"noise": "next"}, ValueError, "Invalid noise: 'next'"),
         ({"noise_every": 0}, ValueError, "Invalid noise_every: 0"),

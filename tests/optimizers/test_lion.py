@@ -120,6 +120,13 @@ def test_cautious(shape):
     assert torch.equal(torch.sign(moved[agrees]), -torch.sign(param.grad[agrees]))
 
 
+def test_the_factor_of_cautious_updates_is_exact_in_float64():
+    param = torch.zeros(7, dtype=torch.float64, requires_grad=True)
+    param.grad = torch.tensor([1.0] * 3 + [0.0] * 4, dtype=torch.float64)
+    Lion([param], lr=1.0, cautious=True).step()
+    torch.testing.assert_close(param[0].item(), -7 / 3, rtol=1e-15, atol=0)
+
+
 def test_cautious_when_nothing_agrees():
     param = torch.ones(3, 128, requires_grad=True)
     optimizer = Lion([param], lr=0.01, cautious=True)

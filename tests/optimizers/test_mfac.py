@@ -228,12 +228,34 @@ def test_zeros_stay_zero_and_out_of_the_window():
     start = flatten(params)
     dense = DenseFisher(3, 0.1)
     for step in range(5):
-        expected = dense.update(set_grads(params, step) * kept) + 0.1 * flatten(params)
+        expected = 0.1 * flatten(params)
+        expected[kept] += dense.update(set_grads(params, step)[kept])
         assert step_and_compare(optimizer, params, expected, LR) < 1e-11
     rows = torch.cat([optimizer.state[p]["window"].flatten(1) for p in params], dim=1)
     assert not rows[:, ~kept].any()
     assert not params[0][:, 1].any()
     assert (flatten(params)[kept] != start[kept]).all()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("scope, alone", [("model", "model"), ("layer", "layer"), (8, 2)])
+def test_weights_that_remain_step_as_they_do_alone(scope, alone, compiled):
+    mask = torch.arange(20) % 4 == 0  # two weights of every eight remain
+    whole = new_params(((20,), (2,)))
+    parts = [whole[0].detach()[mask].requires_grad_(), whole[1].detach().clone().requires_grad_()]
+    options = {"lr": LR, "window": 3, "damping": 1e-6, "scaling": "count"}
+    masked = MFAC([{"params": whole, "masks": [mask, None]}], scope=scope, **options)
+    subset = MFAC(parts, scope=alone, **options)
+    step_masked = torch.compile(masked.step, backend="aot_eager") if compiled else masked.step
+    for step in range(4):
+        set_grads(whole, step)
+        parts[0].grad, parts[1].grad = whole[0].grad[mask], whole[1].grad.clone()
+        before, before_alone = whole[0].detach().clone(), flatten(parts)
+        step_masked()
+        subset.step()
+        changes = torch.cat([(before - whole[0])[mask], before_alone[5:] - whole[1]]).detach()
+        torch.testing.assert_close(changes, before_alone - flatten(parts), rtol=1e-9, atol=1e-12)
+        assert torch.equal(before[~mask], whole[0].detach()[~mask])
 
 
 def test_the_damping_of_a_schedule_is_the_one_that_is_used():

@@ -39,6 +39,8 @@ SHAPES = ((4, 3), (5,))
         ({"max_update_norm": 0.0}, ValueError, "Invalid max_update_norm: 0"),
         ({"shrinkage": -1.0}, ValueError, "Invalid shrinkage: -1"),
         ({"damping_schedule": ("linear", 10)}, ValueError, "Invalid damping_schedule"),
+        ({"damping_schedule": 5}, ValueError, "Invalid damping_schedule: 5; MFAC expects None, .curve"),
+        ({"damping_schedule": "linear"}, ValueError, "Invalid damping_schedule: 'linear'; MFAC"),
         ({"damping_schedule": ("cubic", 10, 0.1)}, ValueError, "Invalid damping_schedule: 'cubic'.*quadratic"),
         ({"damping_schedule": ("linear", 10, 0.0)}, ValueError, "last damping to be greater than 0"),
         ({"compression": "topk", "storage": "fp16"}, ValueError, "storage='fp16' is for uncompressed rows"),
@@ -307,6 +309,7 @@ def test_diagnostics_are_flat_numbers():
     assert all(isinstance(name, str) and type(value) is float for name, value in figures.items())
     assert figures["window_rows"] == 2 and figures["damping"] == 0.1
     assert figures["update_norm"] > 0 and figures["decrease"] > 0
+    assert not optimizer.state[params[0]]["stats"][:, 3].any()  # of older states
     assert figures["jittered"] == figures["eigen"] == figures["clipped"] == figures["nonfinite"] == 0
 
 

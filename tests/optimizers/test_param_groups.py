@@ -164,9 +164,9 @@ def test_overrides_may_be_a_mapping():
 def test_the_summary_names_groups_counts_and_shares():
     text = str(param_groups(tiny_llama(False)))
     lines = {line.split()[0]: line.split() for line in text.splitlines()}
-    assert lines["head"][1:4] == ["adamw", "1", "2,048"]
-    assert lines["hidden"][1:3] == ["sinkgd", "14"]
-    assert text.splitlines()[0].split()[:2] == ["group", "algorithm"]
+    assert lines["head"][1:5] == ["adamw", "sign", "1", "2,048"]
+    assert lines["hidden"][1:4] == ["sinkgd", "rms", "14"]
+    assert text.splitlines()[0].split()[:3] == ["group", "SinkGD", "LANTON"]
 
 
 def test_optimizers_take_the_groups_with_their_names():
