@@ -186,15 +186,15 @@ def prunable_names(model: nn.Module, *, include: Iterable[str] | None = None, ex
 def count_uses(model: nn.Module, targets: Sequence[Target], batch: Batch) -> list[Target]:
     """Count ``layer.uses`` of the targets on a batch: how often each weight is multiplied per sample.
 
-    For budgets of FLOPs. A convolution uses its weights at every output position, a linear layer for every token.
-    Experts are counted as if every token came to each.
+    For budgets of FLOPs. A convolution uses its weights at every output position, a linear layer for every token; both
+    at every call of a pass. Experts are counted as if every token came to each.
     """
-    rows: dict[nn.Module, int] = {}
+    rows: Counter[nn.Module] = Counter()
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         first = output[0] if isinstance(output, tuple) else output
         channels = first.shape[1 if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else -1]
-        rows[module] = first.numel() // (channels * batch.size)
+        rows[module] += first.numel() // channels
 
     handles = [module.register_forward_hook(hook) for module in {target.module for target in targets}]
     try:
@@ -203,7 +203,7 @@ def count_uses(model: nn.Module, targets: Sequence[Target], batch: Batch) -> lis
     finally:
         for handle in handles:
             handle.remove()
-    return [replace(t, layer=replace(t.layer, uses=max(1, rows.get(t.module, 1)))) for t in targets]
+    return [replace(t, layer=replace(t.layer, uses=max(1, rows[t.module] // batch.size))) for t in targets]
 
 
 def _choose(
