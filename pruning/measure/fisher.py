@@ -124,7 +124,7 @@ class SecondOrder:
     def bytes_of(self, target: Target) -> int:
         """Memory of a collected matrix."""
         rows, columns = target.weight.shape
-        values = _ROWS * (columns + _DRAWS * rows) * max(1, self._calls[target.module])
+        values = _ROWS * (columns + _DRAWS * rows) * max(1, sum(self._calls[module] for module in target.modules))
         if self.one_output:
             values = min(_SAMPLE_DRAWS, self._classes) * len(self.samples) * rows * columns
         return values * target.layer.itemsize
@@ -322,8 +322,8 @@ def _recording(
 
     with ExitStack() as stack:
         for target in targets:
-            if target.expert is None:
-                handle = target.module.register_forward_hook(
+            for module in target.modules if target.expert is None else ():
+                handle = module.register_forward_hook(
                     lambda _, args, output, target=target: record(target, args[0], output)
                 )
                 stack.callback(handle.remove)

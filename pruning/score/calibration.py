@@ -103,7 +103,8 @@ def leave_out(model: nn.Module, targets: Sequence[Target], batches: Sequence[Bat
     Raises:
         ValueError: if no target is left.
     """
-    waiting = {target.module for target in targets if target.expert is None}
+    plain = [target for target in targets if target.expert is None]
+    waiting = {module for target in plain for module in target.modules}
     handles = [module.register_forward_pre_hook(lambda module, _: waiting.discard(module)) for module in waiting]
     try:
         with torch.no_grad():
@@ -113,10 +114,11 @@ def leave_out(model: nn.Module, targets: Sequence[Target], batches: Sequence[Bat
     finally:
         for handle in handles:
             handle.remove()
+    unused = {target.name for target in plain if waiting.issuperset(target.modules)}
     reasons = {
-        target.name: "was never run on the calibration data" if target.module in waiting else why
-        for target in targets
-        if target.expert is None and ((why := _no_rows(target.module)) or target.module in waiting)
+        target.name: "was never run on the calibration data" if target.name in unused else why
+        for target in plain
+        if (why := _no_rows(target.module)) or target.name in unused
     }
     notes = [
         f"left out, and dense: {some([name for name in reasons if reasons[name] == reason])} (the score needs their "
@@ -148,19 +150,18 @@ def collect_inputs(
     experts = [target for target in targets if target.expert is not None]
     with ExitStack() as stack:
         for target in targets:
-            if target.expert is not None:
-                continue
-            handle = target.module.register_forward_pre_hook(lambda _, args, target=target: give(target, args[0]))
-            stack.callback(handle.remove)
+            for module in target.modules if target.expert is None else ():
+                handle = module.register_forward_pre_hook(lambda _, args, target=target: give(target, args[0]))
+                stack.callback(handle.remove)
         if experts:
             stack.enter_context(one_expert_at_a_time(cache.model))
             stack.enter_context(_ExpertInputs(ExpertWeights(experts), give))
-        numbers = [cache.number(target.module) for target in targets]
-        known = [number for number in numbers if number is not None]
+        spans = [cache.span(target) for target in targets]
+        last = [span[1] for span in spans if span is not None]
         for index in range(len(cache.batches)) if indices is None else indices:
             current[:] = [cache.batches[index]]
-            if len(known) == len(numbers):
-                cache.until(index, max(known))
+            if len(last) == len(spans):
+                cache.until(index, max(last))
             else:
                 cache.run(index)
 

@@ -112,21 +112,23 @@ def test_drawn_rows_stand_for_all_rows(monkeypatch):
 
 
 class _Repeated(nn.Module):
-    """One layer, applied six times to every token alone, and another one."""
+    """One matrix, applied six times to every token alone by one module or by two in turns, and another one."""
 
-    def __init__(self):
+    def __init__(self, modules: int):
         super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 5)])
+        self.layers = nn.ModuleList([*(nn.Linear(6, 6) for _ in range(modules)), nn.Linear(6, 5)])
+        self.layers[modules - 1].weight = self.layers[0].weight
 
     def forward(self, x):
-        for _ in range(6):
-            x = self.layers[0](x).tanh()
-        return self.layers[1](x)
+        for call in range(6):
+            x = self.layers[call % (len(self.layers) - 1)](x).tanh()
+        return self.layers[-1](x)
 
 
-def test_the_calls_of_a_matrix_are_summed_before_the_square_and_planned_for(monkeypatch):
+@pytest.mark.parametrize("modules", [1, 2])
+def test_the_calls_of_a_matrix_are_summed_before_the_square_and_planned_for(modules, monkeypatch):
     torch.manual_seed(0)
-    model = _Repeated().double()
+    model = _Repeated(modules).double()
     batches = [Batch((torch.randn(4, 7, 6, dtype=torch.float64),))]
     monkeypatch.setattr(fisher, "_DRAWS", 256)
     monkeypatch.setattr(fisher, "_ROWS", 28)

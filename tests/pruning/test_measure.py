@@ -14,7 +14,7 @@ from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.measure import Measurement, weights_hash
 from leanstep.pruning.measure.metrics import KLTopK, Metric, kl_divergence, make_metric, summarise
 from leanstep.pruning.score.calibration import collect_inputs, prune_group, statistics_for
-from leanstep.pruning.score.targets import make_groups, split_count
+from leanstep.pruning.score.targets import count_uses, make_groups, split_count
 
 LEVELS = (0.5, 0.9)
 MODELS = {
@@ -40,6 +40,58 @@ def test_a_prefix_cache_changes_no_bit_of_a_curve(kind):
     # an expert that few tokens go to may have nothing to lose
     moved = [curve for curve in cached.values() if 0 == curve.distortion[0] < curve.distortion[1]]
     assert len(moved) > 0.8 * len(cached)
+
+
+class _Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return x + self.down(torch.tanh(3 * self.up(x)))
+
+
+class _Tied(nn.Module):
+    """Three blocks, run in reverse; two have one matrix, in two modules or as one module."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        torch.manual_seed(1)
+        self.embed, self.lm_head = nn.Embedding(12, 16), nn.Linear(16, 12)
+        self.layers = nn.ModuleList(_Block() for _ in range(3))
+        if kind == "weight":
+            self.layers[2].up.weight = self.layers[0].up.weight
+        else:
+            self.layers[2].up = self.layers[0].up
+
+    def forward(self, x):
+        h = self.embed(x)
+        for layer in reversed(self.layers):
+            h = layer(h)
+        return self.lm_head(h)
+
+
+@pytest.mark.parametrize("kind", ["weight", "module"])
+def test_a_matrix_of_two_blocks_is_measured_from_the_first_on_and_gets_the_inputs_of_both(kind):
+    model, data = _Tied(kind), torch.randint(0, 12, (8, 6))
+    arguments = {"levels": LEVELS, "score": "magnitude"}
+    cached = measure_curves(model, data, **arguments)
+    assert cached == measure_curves(model, data, prefix_cache=False, **arguments)
+    cache = ActivationCache(model, as_batches(data, model))
+    assert len(cache.starts) == 5  # with those of the embedding and the head
+    target = find_targets(model)[0]
+    rows = statistics_for(cache, [target], ("square_sum",))[target.name].count
+    assert target.name == "layers.0.up.weight" and rows == 2 * data.numel()
+    [counted] = count_uses(model, [target], as_batches(data, model)[0])
+    assert counted.layer.uses == 2 * data.shape[1]
+
+
+def test_a_matrix_of_modules_of_two_classes_is_refused():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.GRUCell(8, 8))
+    model[2].some = model[0].weight
+    with pytest.raises(ValueError, match="0.weight is tied between GRUCell and Linear"):
+        find_targets(model)
+    assert "1.weight" in [target.name for target in find_targets(model, exclude=["0.weight"])]
 
 
 def test_a_prefix_cache_saves_nearly_half_of_the_work():
