@@ -93,6 +93,11 @@ class Curve:
         """The former name of :attr:`counts`."""
         return self.counts
 
+    def until(self, level: int | None) -> Curve:
+        """The curve without the levels from a number on; None: with all."""
+        fields = ("counts", "distortion", "stderr", "patterns")
+        return replace(self, **{field: getattr(self, field)[:level] for field in fields})
+
     def cleaned(self) -> Curve:
         """The curve made non-decreasing in sparsity and not negative.
 
@@ -292,8 +297,17 @@ def curve_of(
     base: float = 0.0,
     source: str = "measured",
 ) -> Curve:
-    """The curve of a group from the distortions at its pruned levels, less ``base``."""
-    counts, patterns = levels
+    """The curve of a group from the distortions at its pruned levels, less ``base``.
+
+    Ends before the first level that is not finite: the pruned model overflows there.
+    """
+    if not math.isfinite(base):
+        raise ValueError(
+            f"Curve {group.name!r}: the outputs of the pruned model around which it was measured are not finite; use "
+            "correction='none', or compute in fp32"
+        )
+    end = next((level for level, point in enumerate(points) if not point.is_finite), len(points))
+    counts, patterns, points = levels[0][: end + 1], levels[1][: end + 1], points[:end]
     return Curve(
         name=group.name,
         numel=group.layer.numel,
@@ -345,10 +359,10 @@ class PartialCurves:
 
     def add(self, name: str, count: int, point: Distortion) -> None:
         """Append a point, and sync the file to disk."""
-        # of one sample no error is known, and curves have 0 then
+        # of one sample no error is known, and curves have 0 then; JSON has no number that is not finite
         stderr = 0.0 if math.isnan(point.stderr) else point.stderr
         lines = [] if self.path.exists() else [{"identity": self.identity}]
-        self._append(*lines, [name, count, point.mean, stderr])
+        self._append(*lines, [name, count, *((point.mean, stderr) if point.is_finite else (None, 0.0))])
         self.points[name, count] = point
 
     def _append(self, *contents: Any) -> None:
@@ -359,14 +373,16 @@ class PartialCurves:
             file.flush()
             os.fsync(file.fileno())
 
-    def _take(self, name: str, count: int, mean: float, stderr: float) -> None:
+    def _take(self, name: str, count: int, mean: float | None, stderr: float) -> None:
         """Check a point that was read from the file, and add it."""
+        point = Distortion(math.nan if mean is None else mean, stderr)
+        mean = 0.0 if mean is None else mean
         numbers = all(type(value) in (int, float) and math.isfinite(value) for value in (mean, stderr))
         if not isinstance(name, str) or type(count) is not int or count < 0 or not numbers or stderr < 0:
-            raise ValueError(f"expected a name, a count, a distortion and its error, got {[name, count, mean, stderr]}")
+            raise ValueError(f"expected a name, a count, a distortion and its error, got {[name, count, *point]}")
         if (name, count) in self.points:
             raise ValueError(f"it has {name} with {count} weights twice")
-        self.points[name, count] = Distortion(mean, stderr)
+        self.points[name, count] = point
 
     def _read(self) -> None:
         try:

@@ -97,7 +97,8 @@ def measure_curves(
         products: dtype of the model's products; see :func:`leanstep.pruning.prune`.
 
     Returns:
-        name of the matrix or group -> :class:`Curve`, in the order of the targets. Its ``source`` is the method.
+        name of the matrix or group -> :class:`Curve`, in the order of the targets. Its ``source`` is the method. A
+        curve ends before the first level at which the pruned model's distortion is not finite.
 
     Raises:
         ValueError: for unknown settings, ``fisher`` and ``anchored`` with a metric that has no root, a model whose

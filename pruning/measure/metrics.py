@@ -24,6 +24,11 @@ class Distortion(NamedTuple):
     mean: float
     stderr: float
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether mean and error are finite; the error of a single sample is not known."""
+        return math.isfinite(self.mean) and not math.isinf(self.stderr)
+
 
 class Metric:
     """A distortion D = sum over samples of ``sums`` / sum over samples of ``counts``.

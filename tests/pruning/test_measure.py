@@ -7,7 +7,7 @@ import torch
 from pruned_models import images, make_cnn, make_gpt2, make_llama, make_mixtral, make_vit, tokens
 from torch import nn
 
-from leanstep.pruning import find_targets, layer_pruner, measure_curves
+from leanstep.pruning import find_targets, layer_pruner, measure_curves, prune
 from leanstep.pruning.folder.text import token_sequences
 from leanstep.pruning.measure.activation_cache import ActivationCache
 from leanstep.pruning.measure.batches import as_batches
@@ -219,6 +219,29 @@ def test_measuring_goes_on_where_it_was_cut_and_only_under_the_same_circumstance
     file.write_text("nothing of ours\n")
     with pytest.raises(ValueError, match="holds no measured curves"):
         measure_curves(model, samples, levels=LEVELS, resume=file)
+
+
+class _Overflowing(_Tied):
+    """Gives NaN where a matrix has lost more than 60 % of its weights."""
+
+    def forward(self, x):
+        zeros = float((self.layers[0].up.weight == 0).float().mean())
+        return super().forward(x) * (math.nan if zeros > 0.6 else 1)
+
+
+@pytest.mark.parametrize("method", ["measured", "anchored"])
+def test_a_curve_ends_where_the_outputs_are_not_finite(method, tmp_path):
+    model, data, file = _Overflowing("module"), torch.randint(0, 12, (8, 6)), tmp_path / "curves.jsonl"
+    arguments = {"levels": (0.3, 0.5, 0.8, 0.9), "score": "magnitude", "sparsity": 0.8, "method": method}
+    curves = measure_curves(model, data, resume=file, **arguments)
+    ends = {name: 1 - curve.counts[-1] / curve.numel for name, curve in curves.items()}
+    assert ends.pop("layers.0.up.weight") == pytest.approx(0.5, abs=0.01)
+    assert list(ends.values()) == pytest.approx([0.9] * len(ends), abs=0.01)
+    assert measure_curves(model, data, resume=file, **arguments) == curves
+    assert "NaN" not in file.read_text()
+    result = prune(model, data, sparsity=0.8, score="magnitude", levels=(0.3, 0.5, 0.8, 0.9), curves=method)
+    assert result.sparsity == pytest.approx(0.8, abs=1e-3)
+    assert any("not finite at the sparsest levels of layers.0.up.weight" in note for note in result.notes)
 
 
 def test_a_matrix_of_a_group_gets_no_more_weights_than_it_has():
