@@ -37,7 +37,7 @@ class Curve:
         counts: number of weights left at each level, strictly decreasing. The first level is the unchanged matrix.
         distortion: D at each level, the first exactly 0. As measured: not necessarily monotone.
         stderr: standard error of each D; 0 if unknown.
-        metric: name of the metric, such as "kl". D of different metrics must not be added.
+        metric: identity of the metric, such as "kl" or "kl_topk(k=2)". D of different metrics must not be added.
         patterns: the N:M pattern of each level, as text; empty for unstructured levels, between which any count is
             possible.
         source: how D was obtained: ``measured``; ``fisher``, to second order; or ``anchored``, a Fisher curve scaled to

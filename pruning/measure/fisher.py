@@ -231,7 +231,7 @@ def fisher_curves(second: SecondOrder, points: Points, pruning: Pruning) -> dict
             points.exchange(pruning.processes)
     second.release()
     pruning.cache.reset()
-    return points.curves(second.metric.name, "fisher")
+    return points.curves(second.metric.identity, "fisher")
 
 
 def _portions(

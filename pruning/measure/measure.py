@@ -153,7 +153,7 @@ def measure_curves(
             method = processes.all_gather(method)[0]
         if method == "measured":
             measurement.measure_points(points, points.missing, pruning)
-            return points.curves(measurement.metric.name)
+            return points.curves(measurement.metric.identity)
         approximate = Points(groups, levels_by_name, partial, progress, prefix="fisher: ")
         fisher = fisher_curves(SecondOrder(model, batches, measurement.metric), approximate, pruning)
         if solve is None:

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from leanstep._files import one_line
 from leanstep._torch import output_head
-from leanstep.pruning.measure.batches import Batch
+from leanstep.pruning.measure.batches import Batch, batches_hash
 
 __all__ = ["Distortion", "Metric", "kl_divergence", "make_metric", "metric_name", "summarise"]
 
@@ -38,6 +38,20 @@ class Metric:
     """
 
     name = ""
+
+    @property
+    def identity(self) -> str:
+        """The name with those settings that are not the defaults, such as ``kl_topk(k=2)``.
+
+        Distortions of different identities are never mixed. The settings are the parameters of ``__init__``, read from
+        the attributes of the same names. Override it for a metric that stores them otherwise.
+        """
+        settings = [
+            f"{name}={_plain(getattr(self, name))}"
+            for name, parameter in inspect.signature(type(self).__init__).parameters.items()
+            if hasattr(self, name) and _plain(getattr(self, name)) != _plain(parameter.default)
+        ]
+        return f"{self.name}({', '.join(settings)})" if settings else self.name
 
     def reference(self, output: Any, batch: Batch) -> Any:
         """The values of the dense output that :meth:`compare` needs."""
@@ -67,6 +81,15 @@ class Metric:
 
     def prepare(self, model: nn.Module) -> None:
         """Set up the metric for a model; called once, before the first measurement."""
+
+
+def _plain(value: Any) -> str:
+    """Text of a setting; of a tensor its hash, of other objects the class, whose text may hold an address."""
+    if isinstance(value, Tensor):
+        return batches_hash([Batch((value,))])[:12]
+    if isinstance(value, (str, int, float, tuple, list, dict)) or value is None:
+        return repr(value)
+    return type(value).__name__
 
 
 class _TokenMetric(Metric):
@@ -222,10 +245,10 @@ def make_metric(metric: str | Metric | None, model: nn.Module) -> Metric:
 
 
 def metric_name(metric: str | Metric | None, model: nn.Module) -> str:
-    """Name of a metric; the default is ``kl`` for language models, ``mse_logits`` for others."""
+    """Identity of a metric; the default is ``kl`` for language models, ``mse_logits`` for others."""
     if metric is None:
         return "kl" if output_head(model) is not None else "mse_logits"
-    return metric if isinstance(metric, str) else metric.name
+    return metric if isinstance(metric, str) else metric.identity
 
 
 def summarise(per_batch: Iterable[tuple[Tensor, Tensor]]) -> Distortion:

@@ -12,7 +12,7 @@ from leanstep.pruning.folder.text import token_sequences
 from leanstep.pruning.measure.activation_cache import ActivationCache
 from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.measure import Measurement, weights_hash
-from leanstep.pruning.measure.metrics import KLTopK, Metric, kl_divergence, make_metric, summarise
+from leanstep.pruning.measure.metrics import KL, METRICS, KLTopK, Metric, kl_divergence, make_metric, summarise
 from leanstep.pruning.score.calibration import collect_inputs, prune_group, statistics_for
 from leanstep.pruning.score.targets import count_uses, make_groups, split_count
 
@@ -219,6 +219,29 @@ def test_measuring_goes_on_where_it_was_cut_and_only_under_the_same_circumstance
     file.write_text("nothing of ours\n")
     with pytest.raises(ValueError, match="holds no measured curves"):
         measure_curves(model, samples, levels=LEVELS, resume=file)
+
+
+class _Scaled(KL):
+    """A metric with settings of its own."""
+
+    name = "scaled"
+
+    def __init__(self, weights, power=2.0):
+        self.weights, self.power, self.seen = weights, power, 0
+
+
+def test_metrics_of_one_name_are_told_apart_by_their_settings(tmp_path):
+    model, data, file = make_llama(1), tokens(2), tmp_path / "curves.jsonl"
+    arguments = {"levels": (0.5,), "score": "magnitude", "resume": file}
+    few = measure_curves(model, data, metric=KLTopK(2), **arguments)
+    assert {curve.metric for curve in few.values()} == {"kl_topk(k=2)"}
+    with pytest.raises(ValueError, match=r"metric: kl_topk\(k=2\) then, kl_topk now"):
+        measure_curves(model, data, metric=KLTopK(512), **arguments)
+    # the name alone at the default settings, as in files of older versions
+    assert [make_metric(name, model).identity for name in METRICS] == list(METRICS)
+    one, other = (_Scaled(torch.full((3,), value)).identity for value in (1.0, 2.0))
+    assert one != other and one == _Scaled(torch.ones(3)).identity and "power" not in one
+    assert "power=3.0" in _Scaled(torch.ones(3), 3.0).identity
 
 
 class _Overflowing(_Tied):
