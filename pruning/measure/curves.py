@@ -6,14 +6,15 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from leanstep._files import one_line, open_regular, read_text, write_text
+from leanstep._files import lock_file, one_line, open_regular, read_text
 from leanstep._processes import Processes
 from leanstep.pruning.measure.metrics import Distortion
 from leanstep.pruning.score.targets import Group, check_filled, some
@@ -332,7 +333,7 @@ class PartialCurves:
     Each line is JSON, a space and the CRC-32 of the JSON.
 
     Args:
-        path: the file; created with the first point.
+        path: the file; :meth:`add` creates it.
         identity: everything that the points depend on: hashes of model and data, metric, score, levels.
 
     Raises:
@@ -346,22 +347,32 @@ class PartialCurves:
             self._read()
 
     @classmethod
-    def shared(cls, path: Path, identity: dict[str, Any], processes: Processes) -> PartialCurves:
-        """The file of all processes: each appends what it measures."""
+    @contextmanager
+    def shared(cls, path: Path, identity: dict[str, Any], processes: Processes) -> Iterator[PartialCurves]:
+        """Context manager: the file of all processes, to which each appends what it measures.
 
-        def read() -> PartialCurves:
-            partial = cls(path, identity)
-            if processes.size > 1 and not path.exists():
-                partial._append({"identity": partial.identity})  # before any of them adds a point
-            return partial
+        The first process locks it. A file that is still empty at the end is removed.
 
-        return processes.from_first(read)
+        Raises:
+            ValueError: as the class, and for a file of a run that goes on.
+        """
+        with ExitStack() as stack:
+
+            def read() -> PartialCurves:
+                stack.enter_context(_locked(path))
+                partial = cls(path, identity)
+                if processes.size > 1 and not path.stat().st_size:
+                    partial._append({"identity": partial.identity})  # before any of them adds a point
+                return partial
+
+            yield processes.from_first(read)
 
     def add(self, name: str, count: int, point: Distortion) -> None:
         """Append a point, and sync the file to disk."""
         # of one sample no error is known, and curves have 0 then; JSON has no number that is not finite
         stderr = 0.0 if math.isnan(point.stderr) else point.stderr
-        lines = [] if self.path.exists() else [{"identity": self.identity}]
+        begun = self.path.exists() and self.path.stat().st_size
+        lines = [] if begun else [{"identity": self.identity}]
         self._append(*lines, [name, count, *((point.mean, stderr) if point.is_finite else (None, 0.0))])
         self.points[name, count] = point
 
@@ -380,7 +391,7 @@ class PartialCurves:
         numbers = all(type(value) in (int, float) and math.isfinite(value) for value in (mean, stderr))
         if not isinstance(name, str) or type(count) is not int or count < 0 or not numbers or stderr < 0:
             raise ValueError(f"expected a name, a count, a distortion and its error, got {[name, count, *point]}")
-        if (name, count) in self.points:
+        if self.points.get((name, count), point) != point:
             raise ValueError(f"it has {name} with {count} weights twice")
         self.points[name, count] = point
 
@@ -401,10 +412,30 @@ class PartialCurves:
             ) from None
         check_identity(self.path, identity, self.identity)
         if whole != raw or not lines:  # a line that a crash cut short
-            if lines:
-                write_text(self.path, whole)
-            else:
-                self.path.unlink()
+            # in place: the lock is on the file
+            with open(open_regular(self.path, os.O_RDWR), "r+b") as file:
+                file.truncate(len(whole.encode()))
+                os.fsync(file.fileno())
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Context manager: the file is this run's alone. It is created, and removed if it is still empty at the end."""
+    descriptor = open_regular(path, os.O_RDONLY | os.O_CREAT)
+    try:
+        try:
+            lock_file(descriptor)
+        except BlockingIOError:
+            raise ValueError(
+                f"another run measures curves and writes {path}; wait for it, stop it, or name another file"
+            ) from None
+        try:
+            yield
+        finally:
+            if not os.fstat(descriptor).st_size:
+                path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
 
 
 def check_identity(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
