@@ -139,7 +139,9 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     Returns:
         [...], of their dtype; inf where q is 0 and p is not.
     """
-    d, p, q = log_q - log_p, log_p.exp(), log_q.exp()
+    p, q = log_p.exp(), log_q.exp()
+    # where p is 0, d is not needed: -inf less -inf would make the gradient NaN
+    d = (log_q - log_p).masked_fill(p == 0, 0.0)
     series = p * d.square() * (1 / 2 + d * (1 / 6 + d * (1 / 24 + d / 120)))
     terms = torch.where(d.abs() < _SERIES, series, (q - p) - p * d)
     return torch.where(p == 0, q, terms).sum(-1)
@@ -196,7 +198,10 @@ def _bucketed(log_probabilities: Tensor, top_indices: Tensor) -> Tensor:
     """Log-probabilities at ``top_indices``, and of all other entries together (-inf if there are none)."""
     top = log_probabilities.gather(-1, top_indices)
     # summed over the others themselves: 1 - sum(top) would leave rounding errors of the top entries
-    rest = log_probabilities.scatter(-1, top_indices, -torch.inf).logsumexp(-1, keepdim=True)
+    others = log_probabilities.scatter(-1, top_indices, -torch.inf)
+    # the gradient of a sum over -inf alone would be NaN
+    none = others.amax(-1, keepdim=True) == -torch.inf
+    rest = others.masked_fill(none, 0.0).logsumexp(-1, keepdim=True).masked_fill(none, -torch.inf)
     return torch.cat([top, rest], dim=-1)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from leanstep.pruning import find_targets, layer_pruner, measure_curves, prune
 from leanstep.pruning.folder.text import token_sequences
 from leanstep.pruning.measure.activation_cache import ActivationCache
-from leanstep.pruning.measure.batches import as_batches
+from leanstep.pruning.measure.batches import Batch, as_batches, batches_hash
 from leanstep.pruning.measure.measure import Measurement, weights_hash
 from leanstep.pruning.measure.metrics import KL, METRICS, KLTopK, Metric, kl_divergence, make_metric, summarise
 from leanstep.pruning.score.calibration import collect_inputs, prune_group, statistics_for
@@ -373,6 +373,15 @@ def test_kl_of_entries_without_probability():
     assert kl_divergence(q, p).item() == torch.inf and kl_divergence(p, p).item() == 0
 
 
+@pytest.mark.parametrize("metric", [KL(), KLTopK(2), KLTopK(3)])
+def test_the_gradient_at_a_logit_of_minus_infinity_is_finite(metric):
+    dense, batch = torch.tensor([[0.3, 1.0, -torch.inf]]), Batch((torch.zeros(1, 1),))
+    logits = torch.tensor([[0.4, 0.8, -torch.inf]], requires_grad=True)
+    metric.compare(metric.reference(dense, batch), logits, batch)[0].sum().backward()
+    expected = logits.detach().softmax(-1) - dense.softmax(-1)
+    torch.testing.assert_close(logits.grad, expected)
+
+
 def test_kl_over_few_entries_counts_a_small_rest():
     """1 - sum(top) loses a rest of 1e-9, which the pruned model may give a hundred times."""
     dense = torch.zeros(1, 1, 20)
@@ -390,6 +399,18 @@ def test_mse_of_a_language_model_does_not_see_what_softmax_does_not_see():
     torch.testing.assert_close(values_of("mse_logits", dense, pruned + torch.randn(2, 5, 1))[0], sums)
     plain = values_of("mse_logits", dense, pruned, model=make_cnn())[0]
     torch.testing.assert_close(plain, (dense - pruned).square().mean(-1).sum(-1).double())
+
+
+def test_the_hash_of_batches_tells_numbers_and_names_apart():
+    x = torch.arange(12).reshape(2, 6)
+    hashes = [
+        batches_hash([Batch((), kwargs)])
+        for kwargs in ({"a": x}, {"b": x}, {"input_ids": x}, {"a": x, "scale": torch.tensor(1.0)})
+    ]
+    assert len(set(hashes)) == 4
+    # that of tokens is the one in the files of earlier versions
+    [batch] = as_batches(x, make_llama(1))
+    assert batches_hash([batch])[:16] == "52b4b34fbf044420"
 
 
 def test_the_standard_error_is_that_of_a_ratio():
