@@ -265,7 +265,13 @@ def nm_levels(numel: int, m: int = 8, fewest: int = 2) -> tuple[tuple[int, ...],
 def levels_of(
     groups: Sequence[Group], sparsity: float, pattern: str = "unstructured", *, levels: Sequence[float] | None = None
 ) -> Levels:
-    """Counts of weights and N:M patterns of every group's levels. Existing zeros stay zero."""
+    """Counts of weights and N:M patterns of every group's levels. Existing zeros stay zero.
+
+    Raises:
+        ValueError: for another pattern, or levels that are no sparsities from 0 to 1.
+    """
+    if levels is not None and not all(0 <= level <= 1 for level in levels):
+        raise ValueError(f"levels: expected sparsities from 0 to 1, got {', '.join(f'{level:g}' for level in levels)}")
     if pattern != "unstructured":
         letter, _, m = pattern.partition(":")
         if letter != "N" or not m.isdigit() or int(m) < 2:

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
-from leanstep.pruning import Curve, find_targets, level_grid, nm_levels
+from leanstep.pruning import Curve, find_targets, level_grid, measure_curves, nm_levels
 from leanstep.pruning.measure.curves import levels_of, monotone_cubic
 from leanstep.pruning.score.targets import make_groups
 
@@ -151,6 +153,13 @@ def test_no_level_removes_a_matrix_whole(sparsity):
     groups = make_groups(find_targets(nn.Sequential(nn.Linear(100, 100), nn.Linear(100, 9))))
     kept, _ = levels_of(groups, sparsity)["0.weight"]
     assert 0 < kept[-1] <= (1 - sparsity) * 10000 + 1
+
+
+@pytest.mark.parametrize("level", [1.5, -0.1, math.nan])
+def test_levels_that_are_no_sparsities_are_refused_before_anything_is_measured(level):
+    model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(ValueError, match="levels: expected sparsities from 0 to 1, got 0.5, "):
+        measure_curves(model, torch.randn(2, 8), score="magnitude", levels=[0.5, level])
 
 
 def test_the_levels_of_mixed_patterns():
