@@ -31,6 +31,7 @@ from leanstep.pruning.measure.points import Points
 from leanstep.pruning.score.calibration import (
     ExpertWeights,
     Pruning,
+    first_input,
     input_rows,
     one_expert_at_a_time,
     prune_group,
@@ -324,7 +325,8 @@ def _recording(
         for target in targets:
             for module in target.modules if target.expert is None else ():
                 handle = module.register_forward_hook(
-                    lambda _, args, output, target=target: record(target, args[0], output)
+                    lambda _, args, kwargs, output, target=target: record(target, first_input(args, kwargs), output),
+                    with_kwargs=True,
                 )
                 stack.callback(handle.remove)
         experts = [target for target in targets if target.expert is not None]
