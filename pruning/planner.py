@@ -32,7 +32,7 @@ from leanstep.pruning.measure.points import Progress
 from leanstep.pruning.refine import REFINED, refine_allocation
 from leanstep.pruning.result import Additivity, Allocation, PruneResult
 from leanstep.pruning.score.calibration import Pruning
-from leanstep.pruning.score.targets import Group, check_filled
+from leanstep.pruning.score.targets import Group, check_filled, some
 from leanstep.sparsity import NM
 
 # most slopes of ATP to try
@@ -148,7 +148,7 @@ class Planner:
         return levels_of(self.groups, self._around(), self.pattern, levels=self.levels)
 
     def _measure(self) -> dict[str, Curve]:
-        return measure_curves(
+        curves = measure_curves(
             self.model,
             self.curve_batches,
             sparsity=self._around(),
@@ -167,6 +167,13 @@ class Planner:
             scratch=None if self.scratch is None else self.scratch.folder,
             processes=self.processes,
         )
+        levels = self._levels()
+        if ended := [name for name, curve in curves.items() if len(curve.counts) < len(levels[name][0])]:
+            self.notes.append(
+                f"the pruned model's outputs are not finite at the sparsest levels of {some(ended)}: these matrices "
+                "were not pruned that far; computing in fp32 or bf16 may help"
+            )
+        return curves
 
     def _by_curves(self, curves: Mapping[str, Curve]) -> Allocation:
         """Minimize the summed distortion, or with a correction the joint distortion."""

@@ -126,7 +126,7 @@ def _identity(
         "weights": weights_hash(measurement.model),
         "data": batches_hash(measurement.batches),
         "score data": batches_hash(batches),
-        "metric": measurement.metric.name,
+        "metric": measurement.metric.identity,
         "score": trial.pruning.score,
         "score options": trial.pruning.options,
         "inputs": trial.inputs,

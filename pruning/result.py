@@ -52,10 +52,6 @@ class Allocation:
         """The former name of :attr:`counts`."""
         return self.counts
 
-    def layer_sparsity(self, name: str) -> float:
-        """Fraction of zeros in one layer."""
-        return 1 - self.counts[name] / self.numel[name]
-
     def level(self, name: str) -> tuple[int, str]:
         """Number of weights that a layer keeps, and its N:M pattern or ""."""
         return self.counts[name], self.patterns.get(name, "")

@@ -18,7 +18,7 @@ from leanstep._mapped import FileTensor, Scratch
 from leanstep._processes import Processes
 from leanstep.pruning.measure.batches import Batch
 from leanstep.pruning.measure.blocks import candidate_blocks
-from leanstep.pruning.score.targets import Group
+from leanstep.pruning.score.targets import Group, Target
 
 
 class _Reached(Exception):
@@ -79,7 +79,7 @@ class ActivationCache:
         # reason why nothing is cached although the cache is enabled
         self.note = ""
         self._outputs: list[Any] = []
-        self._numbers: dict[nn.Module, int] = {}
+        self._numbers: dict[nn.Module, set[int | None]] = {}
         if enabled and like is not None and like.model is model and like.stages:
             self.stages, self.starts, self.note = like.stages, like.starts, like.note
         elif enabled:
@@ -116,19 +116,32 @@ class ActivationCache:
         self.reset()
         self.starts, self.note = (0,), note
 
-    def number(self, module: nn.Module) -> int | None:
-        """Index of the stage that contains a module; None for a module outside all stages."""
+    def span(self, target: Target) -> tuple[int, int] | None:
+        """Indices of the first and the last stage with a target; None if a module of it is outside all stages."""
         if not self._numbers:
-            for number, (_, stage) in enumerate(self.stages):
-                for inner in stage.modules():
-                    self._numbers.setdefault(inner, number)
-        return self._numbers.get(module)
+            stages = {stage: number for number, (_, stage) in enumerate(self.stages)}
+
+            def walk(module: nn.Module, number: int | None) -> None:
+                number = stages.get(module, number)
+                if number not in self._numbers.setdefault(module, set()):
+                    self._numbers[module].add(number)
+                    for child in module.children():
+                        walk(child, number)
+
+            walk(self.model, None)
+        numbers = {number for module in target.modules for number in self._numbers[module]}
+        known = [number for number in numbers if number is not None]
+        return (min(known), max(known)) if len(known) == len(numbers) else None
+
+    def _first(self, group: Group) -> int:
+        """Index of the first stage with a target of a group, 0 if one is outside all stages."""
+        return min((self.span(target) or (0, 0))[0] for target in group.targets)
 
     def by_start(self, groups: Sequence[Group]) -> list[tuple[int, list[Group]]]:
         """Groups by the last start whose pass still runs all their targets, in the order of starts."""
         by_start: dict[int, list[Group]] = {}
         for group in groups:
-            first = min(self.number(target.module) or 0 for target in group.targets)
+            first = self._first(group)
             by_start.setdefault(max(start for start in self.starts if start <= first), []).append(group)
         return sorted(by_start.items(), key=lambda item: item[0])
 
@@ -138,7 +151,7 @@ class ActivationCache:
         for start, stage in self.by_start(groups):
             blocks: dict[tuple[int, int], list[Group]] = {}
             for group in stage:
-                first = min(self.number(target.module) or 0 for target in group.targets)
+                first = self._first(group)
                 block = -1 if group.layer.block is None else group.layer.block
                 blocks.setdefault((first, block), []).append(group)
             entries += [(start, blocks[key]) for key in sorted(blocks)]

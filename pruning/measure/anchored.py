@@ -69,8 +69,12 @@ def anchored(curve: Curve, anchors: Mapping[int, Distortion]) -> Curve:
 
     Args:
         curve: a Fisher curve.
-        anchors: count -> measured distortion, at levels of the curve; those that are not positive give no factor.
+        anchors: count -> measured distortion, at levels of the curve; those that are not positive give no factor. The
+            curve ends before one that is not finite.
     """
+    curve = curve.until(
+        next((k for k, n in enumerate(curve.counts) if n in anchors and not anchors[n].is_finite), None)
+    )
     known = [
         (float(curve.coordinate(np.array(count))), math.log(anchors[count].mean / value))
         for count, value in zip(curve.counts, curve.distortion, strict=True)

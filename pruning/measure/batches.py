@@ -187,14 +187,21 @@ def _shifted(labels: Tensor, model: nn.Module) -> Tensor:
     return shifted.masked_fill(shifted == -100, pad or 0)
 
 
+# arguments whose names are not in the hash of a batch, so that files of earlier versions stay valid
+_UNNAMED = ("input_ids", "decoder_input_ids", "pixel_values", "attention_mask", "use_cache")
+
+
 def batches_hash(batches: Sequence[Batch]) -> str:
-    """Hash of all tensors and values of the batches."""
+    """Hash of all tensors and values of the batches, and of the names of their arguments."""
     digest = hashlib.sha256()
     for batch in batches:
-        for value in (*batch.args, *(batch.kwargs[name] for name in sorted(batch.kwargs)), batch.mask, batch.labels):
+        named = sorted(batch.kwargs.items())
+        for name, value in (*(("", arg) for arg in batch.args), *named, ("", batch.mask), ("", batch.labels)):
+            if name not in _UNNAMED:
+                digest.update(name.encode())
             if isinstance(value, Tensor):
                 digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-                digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
             else:
                 digest.update(repr(value).encode())
     return digest.hexdigest()

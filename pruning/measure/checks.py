@@ -138,7 +138,7 @@ class Trial:
                         if progress is not None:
                             progress(done, total, group.name)
                     pruners.release(group)
-                    base, name = points[0].mean, measurement.metric.name
+                    base, name = points[0].mean, measurement.metric.identity
                     curves[group.name] = curve_of(group, levels[group.name], points[1:], name, base)
             measurement.cache.reset()
         curves = self.pruning.processes.merged(curves)

@@ -6,14 +6,15 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from leanstep._files import one_line, open_regular, read_text, write_text
+from leanstep._files import lock_file, one_line, open_regular, read_text
 from leanstep._processes import Processes
 from leanstep.pruning.measure.metrics import Distortion
 from leanstep.pruning.score.targets import Group, check_filled, some
@@ -37,7 +38,7 @@ class Curve:
         counts: number of weights left at each level, strictly decreasing. The first level is the unchanged matrix.
         distortion: D at each level, the first exactly 0. As measured: not necessarily monotone.
         stderr: standard error of each D; 0 if unknown.
-        metric: name of the metric, such as "kl". D of different metrics must not be added.
+        metric: identity of the metric, such as "kl" or "kl_topk(k=2)". D of different metrics must not be added.
         patterns: the N:M pattern of each level, as text; empty for unstructured levels, between which any count is
             possible.
         source: how D was obtained: ``measured``; ``fisher``, to second order; or ``anchored``, a Fisher curve scaled to
@@ -92,6 +93,11 @@ class Curve:
     def kept(self) -> tuple[int, ...]:
         """The former name of :attr:`counts`."""
         return self.counts
+
+    def until(self, level: int | None) -> Curve:
+        """The curve without the levels from a number on; None: with all."""
+        fields = ("counts", "distortion", "stderr", "patterns")
+        return replace(self, **{field: getattr(self, field)[:level] for field in fields})
 
     def cleaned(self) -> Curve:
         """The curve made non-decreasing in sparsity and not negative.
@@ -259,7 +265,13 @@ def nm_levels(numel: int, m: int = 8, fewest: int = 2) -> tuple[tuple[int, ...],
 def levels_of(
     groups: Sequence[Group], sparsity: float, pattern: str = "unstructured", *, levels: Sequence[float] | None = None
 ) -> Levels:
-    """Counts of weights and N:M patterns of every group's levels. Existing zeros stay zero."""
+    """Counts of weights and N:M patterns of every group's levels. Existing zeros stay zero.
+
+    Raises:
+        ValueError: for another pattern, or levels that are no sparsities from 0 to 1.
+    """
+    if levels is not None and not all(0 <= level <= 1 for level in levels):
+        raise ValueError(f"levels: expected sparsities from 0 to 1, got {', '.join(f'{level:g}' for level in levels)}")
     if pattern != "unstructured":
         letter, _, m = pattern.partition(":")
         if letter != "N" or not m.isdigit() or int(m) < 2:
@@ -292,8 +304,17 @@ def curve_of(
     base: float = 0.0,
     source: str = "measured",
 ) -> Curve:
-    """The curve of a group from the distortions at its pruned levels, less ``base``."""
-    counts, patterns = levels
+    """The curve of a group from the distortions at its pruned levels, less ``base``.
+
+    Ends before the first level that is not finite: the pruned model overflows there.
+    """
+    if not math.isfinite(base):
+        raise ValueError(
+            f"Curve {group.name!r}: the outputs of the pruned model around which it was measured are not finite; use "
+            "correction='none', or compute in fp32"
+        )
+    end = next((level for level, point in enumerate(points) if not point.is_finite), len(points))
+    counts, patterns, points = levels[0][: end + 1], levels[1][: end + 1], points[:end]
     return Curve(
         name=group.name,
         numel=group.layer.numel,
@@ -318,7 +339,7 @@ class PartialCurves:
     Each line is JSON, a space and the CRC-32 of the JSON.
 
     Args:
-        path: the file; created with the first point.
+        path: the file; :meth:`add` creates it.
         identity: everything that the points depend on: hashes of model and data, metric, score, levels.
 
     Raises:
@@ -332,23 +353,33 @@ class PartialCurves:
             self._read()
 
     @classmethod
-    def shared(cls, path: Path, identity: dict[str, Any], processes: Processes) -> PartialCurves:
-        """The file of all processes: each appends what it measures."""
+    @contextmanager
+    def shared(cls, path: Path, identity: dict[str, Any], processes: Processes) -> Iterator[PartialCurves]:
+        """Context manager: the file of all processes, to which each appends what it measures.
 
-        def read() -> PartialCurves:
-            partial = cls(path, identity)
-            if processes.size > 1 and not path.exists():
-                partial._append({"identity": partial.identity})  # before any of them adds a point
-            return partial
+        The first process locks it. A file that is still empty at the end is removed.
 
-        return processes.from_first(read)
+        Raises:
+            ValueError: as the class, and for a file of a run that goes on.
+        """
+        with ExitStack() as stack:
+
+            def read() -> PartialCurves:
+                stack.enter_context(_locked(path))
+                partial = cls(path, identity)
+                if processes.size > 1 and not path.stat().st_size:
+                    partial._append({"identity": partial.identity})  # before any of them adds a point
+                return partial
+
+            yield processes.from_first(read)
 
     def add(self, name: str, count: int, point: Distortion) -> None:
         """Append a point, and sync the file to disk."""
-        # of one sample no error is known, and curves have 0 then
+        # of one sample no error is known, and curves have 0 then; JSON has no number that is not finite
         stderr = 0.0 if math.isnan(point.stderr) else point.stderr
-        lines = [] if self.path.exists() else [{"identity": self.identity}]
-        self._append(*lines, [name, count, point.mean, stderr])
+        begun = self.path.exists() and self.path.stat().st_size
+        lines = [] if begun else [{"identity": self.identity}]
+        self._append(*lines, [name, count, *((point.mean, stderr) if point.is_finite else (None, 0.0))])
         self.points[name, count] = point
 
     def _append(self, *contents: Any) -> None:
@@ -359,14 +390,16 @@ class PartialCurves:
             file.flush()
             os.fsync(file.fileno())
 
-    def _take(self, name: str, count: int, mean: float, stderr: float) -> None:
+    def _take(self, name: str, count: int, mean: float | None, stderr: float) -> None:
         """Check a point that was read from the file, and add it."""
+        point = Distortion(math.nan if mean is None else mean, stderr)
+        mean = 0.0 if mean is None else mean
         numbers = all(type(value) in (int, float) and math.isfinite(value) for value in (mean, stderr))
         if not isinstance(name, str) or type(count) is not int or count < 0 or not numbers or stderr < 0:
-            raise ValueError(f"expected a name, a count, a distortion and its error, got {[name, count, mean, stderr]}")
-        if (name, count) in self.points:
+            raise ValueError(f"expected a name, a count, a distortion and its error, got {[name, count, *point]}")
+        if self.points.get((name, count), point) != point:
             raise ValueError(f"it has {name} with {count} weights twice")
-        self.points[name, count] = Distortion(mean, stderr)
+        self.points[name, count] = point
 
     def _read(self) -> None:
         try:
@@ -385,10 +418,30 @@ class PartialCurves:
             ) from None
         check_identity(self.path, identity, self.identity)
         if whole != raw or not lines:  # a line that a crash cut short
-            if lines:
-                write_text(self.path, whole)
-            else:
-                self.path.unlink()
+            # in place: the lock is on the file
+            with open(open_regular(self.path, os.O_RDWR), "r+b") as file:
+                file.truncate(len(whole.encode()))
+                os.fsync(file.fileno())
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Context manager: the file is this run's alone. It is created, and removed if it is still empty at the end."""
+    descriptor = open_regular(path, os.O_RDONLY | os.O_CREAT)
+    try:
+        try:
+            lock_file(descriptor)
+        except BlockingIOError:
+            raise ValueError(
+                f"another run measures curves and writes {path}; wait for it, stop it, or name another file"
+            ) from None
+        try:
+            yield
+        finally:
+            if not os.fstat(descriptor).st_size:
+                path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
 
 
 def check_identity(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:

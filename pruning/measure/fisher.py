@@ -11,6 +11,7 @@ one forward pass and some backward passes serve all matrices and levels, updates
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from leanstep.pruning.measure.points import Points
 from leanstep.pruning.score.calibration import (
     ExpertWeights,
     Pruning,
+    first_input,
     input_rows,
     one_expert_at_a_time,
     prune_group,
@@ -53,21 +55,25 @@ class Pairs:
     Attributes:
         inputs: x, [rows, in].
         gradients: g, [draws, rows, out].
-        sample: int64 [rows], the sequence of each row.
-        weight: fp64 [rows], how many rows each stands for.
+        token: int64 [rows], the token of each row. A matrix that is called several times has several rows for each.
+        sample: int64 [tokens], the sequence of each token.
+        weight: fp64 [tokens], how many tokens each stands for.
         key: equal for matrices whose rows belong to the same tokens.
     """
 
     inputs: Tensor
     gradients: Tensor
+    token: Tensor
     sample: Tensor
     weight: Tensor
     key: Any
 
     def response(self, change: Tensor) -> Tensor:
-        """``g^T dW x``, [draws, rows]."""
+        """The sum over a token's rows of ``g^T dW x``, [draws, tokens]."""
         outputs = self.inputs.to(change.dtype) @ change.T
-        return torch.stack([(outputs * gradient).sum(-1) for gradient in self.gradients])
+        rows = torch.stack([(outputs * gradient).sum(-1) for gradient in self.gradients])
+        sums = rows.new_zeros(len(rows), len(self.sample))
+        return sums.index_add_(1, self.token.to(rows.device), rows)
 
 
 @dataclass
@@ -89,7 +95,8 @@ class SecondOrder:
 
     Outputs of shape [batch, classes] count once per sample: its rows are summed before the square, and the expectation
     is exact. Other outputs count per token, as a language model's: the rows of a sequence count as independent, as in
-    K-FAC, and 4,096 of them are drawn. Matrices that change together are summed before the square.
+    K-FAC, and 4,096 of them are drawn. Matrices that change together are summed before the square. So are the calls of
+    a matrix that the model uses several times for a token; those with equal numbers of rows have the same tokens.
 
     Args:
         model: run in its current mode, with its current weights.
@@ -100,14 +107,14 @@ class SecondOrder:
         ValueError: for a metric without a root.
 
     Notes:
-        Memory, for each collected matrix [out, in] and in its dtype: 4,096 (in + 2 out) values; for one output per
-        sample, up to 8 out * in values of every sample.
+        Memory, for each collected matrix [out, in] and in its dtype: 4,096 (in + 2 out) values for each call of a pass;
+        for one output per sample, up to 8 out * in values of every sample.
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch], metric: Metric) -> None:
         self.model, self.metric = model, metric
         self.samples = [batch.sample(row) for batch in batches for row in range(batch.size)]
-        with torch.no_grad():
+        with torch.no_grad(), _counting(model) as self._calls:
             output = self.samples[0].run(model)
             # outputs of all samples have one form; a metric without a root is refused here
             self._classes = metric.root(output, self.samples[0])[0].shape[-1]
@@ -118,7 +125,7 @@ class SecondOrder:
     def bytes_of(self, target: Target) -> int:
         """Memory of a collected matrix."""
         rows, columns = target.weight.shape
-        values = _ROWS * (columns + _DRAWS * rows)
+        values = _ROWS * (columns + _DRAWS * rows) * max(1, sum(self._calls[module] for module in target.modules))
         if self.one_output:
             values = min(_SAMPLE_DRAWS, self._classes) * len(self.samples) * rows * columns
         return values * target.layer.itemsize
@@ -225,7 +232,7 @@ def fisher_curves(second: SecondOrder, points: Points, pruning: Pruning) -> dict
             points.exchange(pruning.processes)
     second.release()
     pruning.cache.reset()
-    return points.curves(second.metric.name, "fisher")
+    return points.curves(second.metric.identity, "fisher")
 
 
 def _portions(
@@ -272,18 +279,31 @@ def _joined(target: Target, calls: Sequence[tuple[int, _Call, list[Tensor]]], de
         weight, none = target.weight, torch.zeros(0, dtype=torch.int64)  # an expert without a token
         rows, columns = weight.shape
         inputs, gradients = (weight.new_empty(shape, device=device) for shape in ((0, columns), (_DRAWS, 0, rows)))
-        return Pairs(inputs, gradients, none, none.double(), target.name)
-    sizes = torch.tensor([len(call.rows) for _, call, _ in calls])
-    weights = torch.tensor([call.total for _, call, _ in calls], dtype=torch.float64) / sizes
-    # rows are drawn by their number, so that equal numbers of rows give the same tokens
-    key = target.name if target.expert is not None else tuple((index, call.total) for index, call, _ in calls)
+        return Pairs(inputs, gradients, none, none, none.double(), target.name)
+    # rows are drawn by their number: the calls of a sample with equal numbers of rows have the same tokens
+    drawn = {(index, call.total): len(call.rows) for index, call, _ in calls}
+    sizes = torch.tensor(list(drawn.values()))
+    firsts = dict(zip(drawn, (sizes.cumsum(0) - sizes).tolist(), strict=True))
+    weights = torch.tensor([total for _, total in drawn], dtype=torch.float64) / sizes
     return Pairs(
         inputs=torch.cat([call.inputs for _, call, _ in calls]),
         gradients=torch.stack([torch.cat([rows[draw] for *_, rows in calls]) for draw in range(_DRAWS)]),
-        sample=torch.tensor([index for index, *_ in calls]).repeat_interleave(sizes),
+        token=torch.cat([firsts[index, call.total] + torch.arange(len(call.rows)) for index, call, _ in calls]),
+        sample=torch.tensor([index for index, _ in drawn]).repeat_interleave(sizes),
         weight=weights.repeat_interleave(sizes),
-        key=key,
+        key=target.name if target.expert is not None else tuple(drawn),
     )
+
+
+@contextmanager
+def _counting(model: nn.Module) -> Iterator[Counter[nn.Module]]:
+    """Context manager: gives a count of the calls of every module."""
+    calls: Counter[nn.Module] = Counter()
+    with ExitStack() as stack:
+        for module in model.modules():
+            handle = module.register_forward_pre_hook(lambda module, _: calls.update([module]))
+            stack.callback(handle.remove)
+        yield calls
 
 
 @contextmanager
@@ -303,9 +323,10 @@ def _recording(
 
     with ExitStack() as stack:
         for target in targets:
-            if target.expert is None:
-                handle = target.module.register_forward_hook(
-                    lambda _, args, output, target=target: record(target, args[0], output)
+            for module in target.modules if target.expert is None else ():
+                handle = module.register_forward_hook(
+                    lambda _, args, kwargs, output, target=target: record(target, first_input(args, kwargs), output),
+                    with_kwargs=True,
                 )
                 stack.callback(handle.remove)
         experts = [target for target in targets if target.expert is not None]

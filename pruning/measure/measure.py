@@ -7,7 +7,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,8 @@ def measure_curves(
         score_data: data for the score's statistics; None: ``data``.
         batch_size: samples per pass, if ``data`` is a tensor.
         prefix_cache: compute the activations before a matrix's block once, not for every level.
-        resume: file to which measured points are appended; points already in it are not measured again.
+        resume: file to which measured points are appended; points already in it are not measured again. It is locked:
+            of two runs with one file, the second is refused.
         progress: called with (points measured, points in all, name of the matrix).
         method: ``measured``, ``fisher`` or ``anchored``; None: ``measured`` if that takes less than ``minutes`` by the
             time of one pass, or for a metric without a root, else ``anchored``.
@@ -97,11 +98,13 @@ def measure_curves(
         products: dtype of the model's products; see :func:`leanstep.pruning.prune`.
 
     Returns:
-        name of the matrix or group -> :class:`Curve`, in the order of the targets. Its ``source`` is the method.
+        name of the matrix or group -> :class:`Curve`, in the order of the targets. Its ``source`` is the method. A
+        curve ends before the first level at which the pruned model's distortion is not finite.
 
     Raises:
         ValueError: for unknown settings, ``fisher`` and ``anchored`` with a metric that has no root, a model whose
-            output is not reproducible, or a ``resume`` file of another model, data or settings.
+            output is not reproducible, or a ``resume`` file of another model, data or settings, or
+            of a run that goes on.
 
     Notes:
         Memory: the dense outputs (for ``kl``, 4 bytes per token and entry of the vocabulary), one hidden state per
@@ -122,7 +125,8 @@ def measure_curves(
     batches = as_batches(data, model, batch_size=batch_size)
     source = batches if score_data is None else as_batches(score_data, model, batch_size=batch_size, what="score_data")
     processes = processes or Processes()
-    partial, files = None, None if scratch is None else Scratch(Path(scratch))
+    files = None if scratch is None else Scratch(Path(scratch))
+    resumed: AbstractContextManager[PartialCurves | None] = nullcontext()
     if resume is not None:
         identity = {
             "weights": weights_hash(model),
@@ -134,8 +138,8 @@ def measure_curves(
             "levels": {name: patterns or counts for name, (counts, patterns) in levels_by_name.items()},
             "products": products_of(model, products),
         }
-        partial = PartialCurves.shared(Path(resume), identity, processes)
-    with products_in(model, products), evaluating(model):
+        resumed = PartialCurves.shared(Path(resume), identity, processes)
+    with resumed as partial, products_in(model, products), evaluating(model):
         if method == "fisher":
             cache = ActivationCache(model, source, enabled=prefix_cache, scratch=files, processes=processes)
             second = SecondOrder(model, batches, make_metric(metric, model))
@@ -152,7 +156,7 @@ def measure_curves(
             method = processes.all_gather(method)[0]
         if method == "measured":
             measurement.measure_points(points, points.missing, pruning)
-            return points.curves(measurement.metric.name)
+            return points.curves(measurement.metric.identity)
         approximate = Points(groups, levels_by_name, partial, progress, prefix="fisher: ")
         fisher = fisher_curves(SecondOrder(model, batches, measurement.metric), approximate, pruning)
         if solve is None:

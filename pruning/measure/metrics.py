@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from leanstep._files import one_line
 from leanstep._torch import output_head
-from leanstep.pruning.measure.batches import Batch
+from leanstep.pruning.measure.batches import Batch, batches_hash
 
 __all__ = ["Distortion", "Metric", "kl_divergence", "make_metric", "metric_name", "summarise"]
 
@@ -24,6 +24,11 @@ class Distortion(NamedTuple):
     mean: float
     stderr: float
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether mean and error are finite; the error of a single sample is not known."""
+        return math.isfinite(self.mean) and not math.isinf(self.stderr)
+
 
 class Metric:
     """A distortion D = sum over samples of ``sums`` / sum over samples of ``counts``.
@@ -33,6 +38,20 @@ class Metric:
     """
 
     name = ""
+
+    @property
+    def identity(self) -> str:
+        """The name with those settings that are not the defaults, such as ``kl_topk(k=2)``.
+
+        Distortions of different identities are never mixed. The settings are the parameters of ``__init__``, read from
+        the attributes of the same names. Override it for a metric that stores them otherwise.
+        """
+        settings = [
+            f"{name}={_plain(getattr(self, name))}"
+            for name, parameter in inspect.signature(type(self).__init__).parameters.items()
+            if hasattr(self, name) and _plain(getattr(self, name)) != _plain(parameter.default)
+        ]
+        return f"{self.name}({', '.join(settings)})" if settings else self.name
 
     def reference(self, output: Any, batch: Batch) -> Any:
         """The values of the dense output that :meth:`compare` needs."""
@@ -62,6 +81,15 @@ class Metric:
 
     def prepare(self, model: nn.Module) -> None:
         """Set up the metric for a model; called once, before the first measurement."""
+
+
+def _plain(value: Any) -> str:
+    """Text of a setting; of a tensor its hash, of other objects the class, whose text may hold an address."""
+    if isinstance(value, Tensor):
+        return batches_hash([Batch((value,))])[:12]
+    if isinstance(value, (str, int, float, tuple, list, dict)) or value is None:
+        return repr(value)
+    return type(value).__name__
 
 
 class _TokenMetric(Metric):
@@ -111,7 +139,9 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     Returns:
         [...], of their dtype; inf where q is 0 and p is not.
     """
-    d, p, q = log_q - log_p, log_p.exp(), log_q.exp()
+    p, q = log_p.exp(), log_q.exp()
+    # where p is 0, d is not needed: -inf less -inf would make the gradient NaN
+    d = (log_q - log_p).masked_fill(p == 0, 0.0)
     series = p * d.square() * (1 / 2 + d * (1 / 6 + d * (1 / 24 + d / 120)))
     terms = torch.where(d.abs() < _SERIES, series, (q - p) - p * d)
     return torch.where(p == 0, q, terms).sum(-1)
@@ -168,7 +198,10 @@ def _bucketed(log_probabilities: Tensor, top_indices: Tensor) -> Tensor:
     """Log-probabilities at ``top_indices``, and of all other entries together (-inf if there are none)."""
     top = log_probabilities.gather(-1, top_indices)
     # summed over the others themselves: 1 - sum(top) would leave rounding errors of the top entries
-    rest = log_probabilities.scatter(-1, top_indices, -torch.inf).logsumexp(-1, keepdim=True)
+    others = log_probabilities.scatter(-1, top_indices, -torch.inf)
+    # the gradient of a sum over -inf alone would be NaN
+    none = others.amax(-1, keepdim=True) == -torch.inf
+    rest = others.masked_fill(none, 0.0).logsumexp(-1, keepdim=True).masked_fill(none, -torch.inf)
     return torch.cat([top, rest], dim=-1)
 
 
@@ -217,10 +250,10 @@ def make_metric(metric: str | Metric | None, model: nn.Module) -> Metric:
 
 
 def metric_name(metric: str | Metric | None, model: nn.Module) -> str:
-    """Name of a metric; the default is ``kl`` for language models, ``mse_logits`` for others."""
+    """Identity of a metric; the default is ``kl`` for language models, ``mse_logits`` for others."""
     if metric is None:
         return "kl" if output_head(model) is not None else "mse_logits"
-    return metric if isinstance(metric, str) else metric.name
+    return metric if isinstance(metric, str) else metric.identity
 
 
 def summarise(per_batch: Iterable[tuple[Tensor, Tensor]]) -> Distortion:

@@ -103,7 +103,8 @@ def leave_out(model: nn.Module, targets: Sequence[Target], batches: Sequence[Bat
     Raises:
         ValueError: if no target is left.
     """
-    waiting = {target.module for target in targets if target.expert is None}
+    plain = [target for target in targets if target.expert is None]
+    waiting = {module for target in plain for module in target.modules}
     handles = [module.register_forward_pre_hook(lambda module, _: waiting.discard(module)) for module in waiting]
     try:
         with torch.no_grad():
@@ -113,10 +114,11 @@ def leave_out(model: nn.Module, targets: Sequence[Target], batches: Sequence[Bat
     finally:
         for handle in handles:
             handle.remove()
+    unused = {target.name for target in plain if waiting.issuperset(target.modules)}
     reasons = {
-        target.name: "was never run on the calibration data" if target.module in waiting else why
-        for target in targets
-        if target.expert is None and ((why := _no_rows(target.module)) or target.module in waiting)
+        target.name: "was never run on the calibration data" if target.name in unused else why
+        for target in plain
+        if (why := _no_rows(target.module)) or target.name in unused
     }
     notes = [
         f"left out, and dense: {some([name for name in reasons if reasons[name] == reason])} (the score needs their "
@@ -135,32 +137,39 @@ def collect_inputs(
     add: Mapping[str, Callable[[Tensor], Any]],
     indices: Sequence[int] | None = None,
 ) -> None:
-    """Run batches, by default all, and pass each layer's inputs [rows, in], without masked tokens, to ``add[name]``."""
+    """Run batches, by default all, and pass each layer's inputs [rows, in], without masked tokens, to ``add[name]``.
+
+    Experts get their masked tokens too: which of their rows these are is not known.
+    """
     current: list[Batch] = []
 
     def give(target: Target, inputs: Tensor) -> None:
         mask = current[0].mask
         of_decoder = "decoder_input_ids" in current[0].kwargs  # such a mask does not fit the encoder's tokens
-        if mask is not None and not of_decoder and inputs.shape[: mask.dim()] == mask.shape:
-            inputs = inputs[mask]
+        if mask is not None and not of_decoder and target.expert is None:
+            if inputs.shape[: mask.dim()] == mask.shape:
+                inputs = inputs[mask]
+            elif inputs.dim() == 2 and len(inputs) == mask.numel():  # the model flattens its tokens
+                inputs = inputs[mask.flatten()]
         add[target.name](input_rows(target.module, inputs))
 
     experts = [target for target in targets if target.expert is not None]
     with ExitStack() as stack:
         for target in targets:
-            if target.expert is not None:
-                continue
-            handle = target.module.register_forward_pre_hook(lambda _, args, target=target: give(target, args[0]))
-            stack.callback(handle.remove)
+            for module in target.modules if target.expert is None else ():
+                handle = module.register_forward_pre_hook(
+                    lambda _, args, kwargs, target=target: give(target, first_input(args, kwargs)), with_kwargs=True
+                )
+                stack.callback(handle.remove)
         if experts:
             stack.enter_context(one_expert_at_a_time(cache.model))
             stack.enter_context(_ExpertInputs(ExpertWeights(experts), give))
-        numbers = [cache.number(target.module) for target in targets]
-        known = [number for number in numbers if number is not None]
+        spans = [cache.span(target) for target in targets]
+        last = [span[1] for span in spans if span is not None]
         for index in range(len(cache.batches)) if indices is None else indices:
             current[:] = [cache.batches[index]]
-            if len(known) == len(numbers):
-                cache.until(index, max(known))
+            if len(last) == len(spans):
+                cache.until(index, max(last))
             else:
                 cache.run(index)
 
@@ -169,6 +178,8 @@ def _no_rows(module: nn.Module) -> str:
     """Why a layer's inputs do not make one matrix [rows, in]; "" if they do."""
     if isinstance(module, nn.RNNBase):
         return "is recurrent"
+    if isinstance(module, (nn.MultiheadAttention, nn.RNNCellBase)):
+        return f"belongs to a {type(module).__name__}, which multiplies several inputs"
     if not isinstance(module, _ConvNd):
         return ""
     if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
@@ -186,10 +197,18 @@ def _padded(module: nn.Conv1d | nn.Conv2d) -> list[int]:
     return [2 * int(side) for side in module.padding]
 
 
+def first_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """The input of a call of a layer, which may be given by its name."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
 def input_rows(module: nn.Module, inputs: Tensor) -> Tensor:
     """Inputs [rows, in] of the layer as a matrix product; convolutions are unfolded."""
     if problem := _no_rows(module):
-        raise ValueError(f"{module} {problem}; score it by magnitude, or leave it out with exclude")
+        name = module if isinstance(module, _ConvNd) else type(module).__name__
+        raise ValueError(
+            f"{name} {problem}; score it by magnitude and with curves='measured', or leave it out with exclude"
+        )
     if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
         return inputs.reshape(-1, inputs.shape[-1])
     padding: Any = [side // 2 for side in _padded(module)]

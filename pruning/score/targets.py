@@ -104,15 +104,15 @@ class Target:
         layer: name and size for allocations. ``layer.name`` is the parameter's name in the model; an expert's name ends
             with its number, as in ``"model.layers.0.mlp.experts.down_proj[3]"``.
         parameter: the parameter's name.
-        module: the module that owns it; for tied weights, the first.
-        attribute: the parameter's name in that module.
+        modules: those that own it; more than one for tied weights.
+        attribute: the parameter's name in the first module.
         layout: see :func:`leanstep.pruning.as_matrix`.
         expert: number of the expert, None for a parameter that is one matrix.
     """
 
     layer: Layer
     parameter: str
-    module: nn.Module
+    modules: tuple[nn.Module, ...]
     attribute: str
     layout: str
     expert: int | None = None
@@ -121,6 +121,11 @@ class Target:
     def name(self) -> str:
         """Name of the layer."""
         return self.layer.name
+
+    @property
+    def module(self) -> nn.Module:
+        """The first module that owns it."""
+        return self.modules[0]
 
     @property
     def weight(self) -> Tensor:
@@ -146,17 +151,18 @@ def find_targets(
 
     Raises:
         ValueError: for a wildcard that matches nothing, nothing left to prune, or a matrix among those to prune that
-            is quantised or parametrized.
+            is quantised, parametrized, or tied between modules of different classes.
     """
     names = prunable_names(model, include=include, exclude=exclude)
     roles = parameter_roles(model)
     parameters = dict(model.named_parameters())
-    transposed, blocks = transposed_parameters(model), block_numbers(names)
+    transposed, blocks, owners = transposed_parameters(model), block_numbers(names), _owners(model)
     targets = []
     for name in names:
-        module_name, _, attribute = name.rpartition(".")
-        parameter, module = parameters[name], model.get_submodule(module_name)
+        attribute = name.rpartition(".")[2]
+        parameter = parameters[name]
         _check_weight(name, parameter)
+        _check_tied(name, owners[parameter])
         layout = "in_out" if id(parameters[name]) in transposed else "out_in"
         if roles[name] == "conv":
             layout = "conv"
@@ -169,7 +175,7 @@ def find_targets(
                 block=blocks.get(name),
                 itemsize=parameter.element_size(),
             )
-            targets.append(Target(layer, name, module, attribute, layout, expert))
+            targets.append(Target(layer, name, owners[parameter], attribute, layout, expert))
     return targets
 
 
@@ -186,24 +192,25 @@ def prunable_names(model: nn.Module, *, include: Iterable[str] | None = None, ex
 def count_uses(model: nn.Module, targets: Sequence[Target], batch: Batch) -> list[Target]:
     """Count ``layer.uses`` of the targets on a batch: how often each weight is multiplied per sample.
 
-    For budgets of FLOPs. A convolution uses its weights at every output position, a linear layer for every token.
-    Experts are counted as if every token came to each.
+    For budgets of FLOPs. A convolution uses its weights at every output position, a linear layer for every token; both
+    at every call of a pass. Experts are counted as if every token came to each.
     """
-    rows: dict[nn.Module, int] = {}
+    rows: Counter[nn.Module] = Counter()
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         first = output[0] if isinstance(output, tuple) else output
         channels = first.shape[1 if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else -1]
-        rows[module] = first.numel() // (channels * batch.size)
+        rows[module] += first.numel() // channels
 
-    handles = [module.register_forward_hook(hook) for module in {target.module for target in targets}]
+    handles = [module.register_forward_hook(hook) for module in {m for target in targets for m in target.modules}]
     try:
         with torch.no_grad():
             batch.run(model)
     finally:
         for handle in handles:
             handle.remove()
-    return [replace(t, layer=replace(t.layer, uses=max(1, rows.get(t.module, 1)))) for t in targets]
+    uses = {target: sum(rows[module] for module in target.modules) // batch.size for target in targets}
+    return [replace(target, layer=replace(target.layer, uses=max(1, uses[target]))) for target in targets]
 
 
 def _choose(
@@ -297,6 +304,24 @@ def _check_weight(name: str, parameter: nn.Parameter) -> None:
         )
     if parameter.is_meta:
         raise ValueError(f"{name} is on the meta device and has no values; load the model first")
+
+
+def _owners(model: nn.Module) -> dict[nn.Parameter, tuple[nn.Module, ...]]:
+    """The modules that own each parameter: several for tied ones."""
+    owners: dict[nn.Parameter, tuple[nn.Module, ...]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[parameter] = (*owners.get(parameter, ()), module)
+    return owners
+
+
+def _check_tied(name: str, modules: Sequence[nn.Module]) -> None:
+    classes = {nn.Linear if isinstance(module, nn.Linear) else type(module) for module in modules}
+    if len(classes) > 1:
+        raise ValueError(
+            f"{name} is tied between {' and '.join(sorted(one.__name__ for one in classes))}: expected modules of one "
+            "class, which multiply it in one way; leave it out with exclude"
+        )
 
 
 def some(names: Sequence[str], most: int = 12) -> str:

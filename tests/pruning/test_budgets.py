@@ -208,6 +208,13 @@ def test_counting_operations_leaves_a_model_in_training_as_it_was():
     assert all(torch.equal(t, fresh[name]) for name, t in model.state_dict().items() if "bn" in name)
 
 
+def test_every_call_of_a_weight_is_an_operation():
+    inner = nn.Linear(8, 8)
+    model = nn.Sequential(inner, inner, inner, nn.Linear(8, 8))
+    counted = count_uses(model, find_targets(model), as_batches(torch.randn(4, 5, 8), model)[0])
+    assert [target.layer.uses for target in counted] == [15, 5]
+
+
 def test_a_budget_of_its_own_has_its_own_target_and_no_sparsity():
     model = make_llama(1)
     layers = [target.layer for target in find_targets(model)]

@@ -9,6 +9,7 @@ import zlib
 
 import pytest
 
+from leanstep._processes import Processes
 from leanstep.pruning import LatencyTable
 from leanstep.pruning.measure.curves import Curve, PartialCurves
 from leanstep.pruning.measure.metrics import Distortion
@@ -68,7 +69,7 @@ ROWS = {
     "no name": [7, 3, 0.5, 0.1],
     "too few": ["w", 3],
     "no list": 5,
-    "a point twice": ["layer.0.weight", 64, 0.5, 0.1],
+    "two points of a level": ["layer.0.weight", 64, 0.5, 0.1],
 }
 
 
@@ -107,6 +108,29 @@ def test_other_circumstances_are_told_in_one_line(file):
     with pytest.raises(ValueError, match="measured under other circumstances") as refused:
         PartialCurves(file, {**IDENTITY, "model": "a\nb\x1b[31m"})
     assert str(refused.value).isprintable()
+
+
+def test_of_two_runs_with_one_file_the_second_is_refused(file):
+    with PartialCurves.shared(file, IDENTITY, Processes()) as curves:
+        curves.add("layer.3.weight", 64, Distortion(0.5, 0.25))
+        with pytest.raises(ValueError, match="another run measures curves and writes .*out.curves.jsonl; wait"):
+            PartialCurves.shared(file, IDENTITY, Processes()).__enter__()
+    with PartialCurves.shared(file, IDENTITY, Processes()) as curves:
+        assert curves.points["layer.3.weight", 64] == Distortion(0.5, 0.25)
+
+
+def test_a_run_that_ends_before_its_first_point_leaves_no_file(tmp_path):
+    path = tmp_path / "out.curves.jsonl"
+    with PartialCurves.shared(path, IDENTITY, Processes()):
+        assert path.exists()
+    assert not path.exists()
+
+
+def test_a_point_twice_is_one_point(file):
+    expected = points(file)
+    text = file.read_text()
+    file.write_text(text + text.splitlines(keepends=True)[1])
+    assert points(file) == expected
 
 
 @pytest.mark.parametrize("entry", ["link", "dangling link", "pipe"])

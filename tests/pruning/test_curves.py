@@ -2,14 +2,21 @@
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
-from leanstep.pruning import Curve, find_targets, level_grid, nm_levels
+from leanstep.pruning import Curve, find_targets, level_grid, measure_curves, nm_levels, prune
+from leanstep.pruning.measure.activation_cache import ActivationCache
+from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.curves import levels_of, monotone_cubic
-from leanstep.pruning.score.targets import make_groups
+from leanstep.pruning.score.calibration import statistics_for
+from leanstep.pruning.score.targets import count_uses, make_groups
+
+LEVELS = (0.5, 0.9)
 
 
 def curve(kept, distortion, numel=1000, stderr=None, patterns=()):
@@ -153,7 +160,89 @@ def test_no_level_removes_a_matrix_whole(sparsity):
     assert 0 < kept[-1] <= (1 - sparsity) * 10000 + 1
 
 
+@pytest.mark.parametrize("level", [1.5, -0.1, math.nan])
+def test_levels_that_are_no_sparsities_are_refused_before_anything_is_measured(level):
+    model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(ValueError, match="levels: expected sparsities from 0 to 1, got 0.5, "):
+        measure_curves(model, torch.randn(2, 8), score="magnitude", levels=[0.5, level])
+
+
 def test_the_levels_of_mixed_patterns():
     assert nm_levels(64, 8, 5) == ((64, 56, 48, 40), ("8:8", "7:8", "6:8", "5:8"))
     with pytest.raises(ValueError, match="expected m to divide numel .* got 8, 60 and 2"):
         nm_levels(60, 8)
+
+
+class _Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return x + self.down(torch.tanh(3 * self.up(x)))
+
+
+class _Tied(nn.Module):
+    """Three blocks, run in reverse; two have one matrix, in two modules or as one module."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        torch.manual_seed(1)
+        self.embed, self.lm_head = nn.Embedding(12, 16), nn.Linear(16, 12)
+        self.layers = nn.ModuleList(_Block() for _ in range(3))
+        if kind == "weight":
+            self.layers[2].up.weight = self.layers[0].up.weight
+        else:
+            self.layers[2].up = self.layers[0].up
+
+    def forward(self, x):
+        h = self.embed(x)
+        for layer in reversed(self.layers):
+            h = layer(h)
+        return self.lm_head(h)
+
+
+@pytest.mark.parametrize("kind", ["weight", "module"])
+def test_a_matrix_of_two_blocks_is_measured_from_the_first_on_and_gets_the_inputs_of_both(kind):
+    model, data = _Tied(kind), torch.randint(0, 12, (8, 6))
+    arguments = {"levels": LEVELS, "score": "magnitude"}
+    cached = measure_curves(model, data, **arguments)
+    assert cached == measure_curves(model, data, prefix_cache=False, **arguments)
+    cache = ActivationCache(model, as_batches(data, model))
+    assert len(cache.starts) == 5  # with those of the embedding and the head
+    target = find_targets(model)[0]
+    rows = statistics_for(cache, [target], ("square_sum",))[target.name].count
+    assert target.name == "layers.0.up.weight" and rows == 2 * data.numel()
+    [counted] = count_uses(model, [target], as_batches(data, model)[0])
+    assert counted.layer.uses == 2 * data.shape[1]
+
+
+def test_a_matrix_of_modules_of_two_classes_is_refused():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.GRUCell(8, 8))
+    model[2].some = model[0].weight
+    with pytest.raises(ValueError, match="0.weight is tied between GRUCell and Linear"):
+        find_targets(model)
+    assert "1.weight" in [target.name for target in find_targets(model, exclude=["0.weight"])]
+
+
+class _Overflowing(_Tied):
+    """Gives NaN where a matrix has lost more than 60 % of its weights."""
+
+    def forward(self, x):
+        zeros = float((self.layers[0].up.weight == 0).float().mean())
+        return super().forward(x) * (math.nan if zeros > 0.6 else 1)
+
+
+@pytest.mark.parametrize("method", ["measured", "anchored"])
+def test_a_curve_ends_where_the_outputs_are_not_finite(method, tmp_path):
+    model, data, file = _Overflowing("module"), torch.randint(0, 12, (8, 6)), tmp_path / "curves.jsonl"
+    arguments = {"levels": (0.3, 0.5, 0.8, 0.9), "score": "magnitude", "sparsity": 0.8, "method": method}
+    curves = measure_curves(model, data, resume=file, **arguments)
+    ends = {name: 1 - curve.counts[-1] / curve.numel for name, curve in curves.items()}
+    assert ends.pop("layers.0.up.weight") == pytest.approx(0.5, abs=0.01)
+    assert list(ends.values()) == pytest.approx([0.9] * len(ends), abs=0.01)
+    assert measure_curves(model, data, resume=file, **arguments) == curves
+    assert "NaN" not in file.read_text()
+    result = prune(model, data, sparsity=0.8, score="magnitude", levels=(0.3, 0.5, 0.8, 0.9), curves=method)
+    assert result.sparsity == pytest.approx(0.8, abs=1e-3)
+    assert any("not finite at the sparsest levels of layers.0.up.weight" in note for note in result.notes)

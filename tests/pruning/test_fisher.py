@@ -111,6 +111,38 @@ def test_drawn_rows_stand_for_all_rows(monkeypatch):
     assert distortions[20] == pytest.approx(distortions[28], rel=0.4) and distortions[20] != distortions[28]
 
 
+class _Repeated(nn.Module):
+    """One matrix, applied six times to every token alone by one module or by two in turns, and another one."""
+
+    def __init__(self, modules: int):
+        super().__init__()
+        self.layers = nn.ModuleList([*(nn.Linear(6, 6) for _ in range(modules)), nn.Linear(6, 5)])
+        self.layers[modules - 1].weight = self.layers[0].weight
+
+    def forward(self, x):
+        for call in range(6):
+            x = self.layers[call % (len(self.layers) - 1)](x).tanh()
+        return self.layers[-1](x)
+
+
+@pytest.mark.parametrize("modules", [1, 2])
+def test_the_calls_of_a_matrix_are_summed_before_the_square_and_planned_for(modules, monkeypatch):
+    torch.manual_seed(0)
+    model = _Repeated(modules).double()
+    batches = [Batch((torch.randn(4, 7, 6, dtype=torch.float64),))]
+    monkeypatch.setattr(fisher, "_DRAWS", 256)
+    monkeypatch.setattr(fisher, "_ROWS", 28)
+    with evaluating(model):
+        second = SecondOrder(model, batches, make_metric("kl", model))
+        changed = changes_of(model)
+        second.collect([target for target, _ in changed])
+        for some in ([changed[0]], [changed[1]], changed):
+            assert second.distortion(some).mean == pytest.approx(exact(model, batches, some, "kl"), rel=0.1)
+        for target, _ in changed:
+            pairs = second._collected[target.name]
+            assert second.bytes_of(target) == pairs.inputs.nbytes + pairs.gradients.nbytes
+
+
 def test_the_divergence_of_a_small_change_is_the_form():
     model, batches = make_per_token(mean=True)
     metric = make_metric("kl", model)

@@ -5,15 +5,18 @@ import json
 import pytest
 import torch
 from pruned_models import make_gpt2, make_llama, tokens
+from torch import nn
 
 from leanstep.pruning import find_targets, measure_curves, prune
 from leanstep.pruning.folder.report import report_page
 from leanstep.pruning.measure.activation_cache import ActivationCache
 from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.score import calibration
+from leanstep.pruning.score.calibration import statistics_for
 from leanstep.pruning.score.targets import make_groups
 
 SCORES = ("wanda", "sparsegpt", "alps", "mfac")
+SMALL = (0.1, 0.2)
 
 
 def statistics_of_prune(monkeypatch, model, data, **settings):
@@ -155,3 +158,50 @@ def test_curves_serve_both_inputs_and_the_result_names_them(tmp_path):
 def test_an_unknown_kind_of_inputs_is_refused():
     with pytest.raises(ValueError, match="inputs must be one of pruned, dense, got 'sparse'"):
         prune(make_llama(2), tokens(8), sparsity=0.6, inputs="sparse")
+
+
+class _Flattening(nn.Module):
+    """Its first layer reads flattened tokens, the second gets its input by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.flat, self.named = nn.Embedding(12, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, input_ids, attention_mask):
+        h = self.flat(self.embed(input_ids).flatten(0, 1))
+        return self.named(input=h.view(*input_ids.shape, 8))
+
+
+def test_padding_is_left_out_of_flattened_tokens_and_inputs_may_have_names():
+    model = _Flattening()
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[0, 4:] = 0
+    data = [{"input_ids": torch.randint(0, 12, (2, 6)), "attention_mask": mask}]
+    with torch.no_grad():
+        statistics = statistics_for(
+            ActivationCache(model, as_batches(data, model)), find_targets(model), ("square_sum",)
+        )
+    assert [one.count for one in statistics.values()] == [10, 10]
+    assert measure_curves(model, data, levels=SMALL, score="magnitude", metric="kl", method="fisher")
+
+
+class _Attention(nn.Module):
+    def __init__(self, **settings):
+        super().__init__()
+        self.embed, self.fc, self.lm_head = nn.Embedding(12, 16), nn.Linear(16, 16), nn.Linear(16, 12)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True, **settings)
+
+    def forward(self, x):
+        h = self.embed(x)
+        memory = h[..., : self.attention.kdim]
+        return self.lm_head(self.fc(h + self.attention(h, memory, memory)[0]))
+
+
+@pytest.mark.parametrize("settings", [{}, {"kdim": 8, "vdim": 8}])
+def test_the_matrices_of_multi_head_attention_are_left_out_where_inputs_are_needed(settings):
+    model, data = _Attention(**settings), torch.randint(0, 12, (8, 6))
+    result = prune(model, data, sparsity=0.5, score="wanda", allocation="uniform", held_out=False)
+    assert [row["name"] for row in result.layers()] == ["fc.weight"]
+    assert any("belongs to a MultiheadAttention, which multiplies several inputs" in note for note in result.notes)
+    with pytest.raises(ValueError, match="MultiheadAttention, which multiplies several inputs; score it by magnitude"):
+        measure_curves(model, data, levels=SMALL, score="magnitude", metric="kl", method="fisher")

@@ -10,9 +10,9 @@ from torch import nn
 from leanstep.pruning import find_targets, layer_pruner, measure_curves
 from leanstep.pruning.folder.text import token_sequences
 from leanstep.pruning.measure.activation_cache import ActivationCache
-from leanstep.pruning.measure.batches import as_batches
+from leanstep.pruning.measure.batches import Batch, as_batches, batches_hash
 from leanstep.pruning.measure.measure import Measurement, weights_hash
-from leanstep.pruning.measure.metrics import KLTopK, Metric, kl_divergence, make_metric, summarise
+from leanstep.pruning.measure.metrics import KL, METRICS, KLTopK, Metric, kl_divergence, make_metric, summarise
 from leanstep.pruning.score.calibration import collect_inputs, prune_group, statistics_for
 from leanstep.pruning.score.targets import make_groups, split_count
 
@@ -169,6 +169,29 @@ def test_measuring_goes_on_where_it_was_cut_and_only_under_the_same_circumstance
         measure_curves(model, samples, levels=LEVELS, resume=file)
 
 
+class _Scaled(KL):
+    """A metric with settings of its own."""
+
+    name = "scaled"
+
+    def __init__(self, weights, power=2.0):
+        self.weights, self.power, self.seen = weights, power, 0
+
+
+def test_metrics_of_one_name_are_told_apart_by_their_settings(tmp_path):
+    model, data, file = make_llama(1), tokens(2), tmp_path / "curves.jsonl"
+    arguments = {"levels": (0.5,), "score": "magnitude", "resume": file}
+    few = measure_curves(model, data, metric=KLTopK(2), **arguments)
+    assert {curve.metric for curve in few.values()} == {"kl_topk(k=2)"}
+    with pytest.raises(ValueError, match=r"metric: kl_topk\(k=2\) then, kl_topk now"):
+        measure_curves(model, data, metric=KLTopK(512), **arguments)
+    # the name alone at the default settings, as in files of older versions
+    assert [make_metric(name, model).identity for name in METRICS] == list(METRICS)
+    one, other = (_Scaled(torch.full((3,), value)).identity for value in (1.0, 2.0))
+    assert one != other and one == _Scaled(torch.ones(3)).identity and "power" not in one
+    assert "power=3.0" in _Scaled(torch.ones(3), 3.0).identity
+
+
 def test_a_matrix_of_a_group_gets_no_more_weights_than_it_has():
     model = make_llama(1)
     group = make_groups(find_targets(model), "role")[0]
@@ -275,6 +298,15 @@ def test_kl_of_entries_without_probability():
     assert kl_divergence(q, p).item() == torch.inf and kl_divergence(p, p).item() == 0
 
 
+@pytest.mark.parametrize("metric", [KL(), KLTopK(2), KLTopK(3)])
+def test_the_gradient_at_a_logit_of_minus_infinity_is_finite(metric):
+    dense, batch = torch.tensor([[0.3, 1.0, -torch.inf]]), Batch((torch.zeros(1, 1),))
+    logits = torch.tensor([[0.4, 0.8, -torch.inf]], requires_grad=True)
+    metric.compare(metric.reference(dense, batch), logits, batch)[0].sum().backward()
+    expected = logits.detach().softmax(-1) - dense.softmax(-1)
+    torch.testing.assert_close(logits.grad, expected)
+
+
 def test_kl_over_few_entries_counts_a_small_rest():
     """1 - sum(top) loses a rest of 1e-9, which the pruned model may give a hundred times."""
     dense = torch.zeros(1, 1, 20)
@@ -292,6 +324,18 @@ def test_mse_of_a_language_model_does_not_see_what_softmax_does_not_see():
     torch.testing.assert_close(values_of("mse_logits", dense, pruned + torch.randn(2, 5, 1))[0], sums)
     plain = values_of("mse_logits", dense, pruned, model=make_cnn())[0]
     torch.testing.assert_close(plain, (dense - pruned).square().mean(-1).sum(-1).double())
+
+
+def test_the_hash_of_batches_tells_numbers_and_names_apart():
+    x = torch.arange(12).reshape(2, 6)
+    hashes = [
+        batches_hash([Batch((), kwargs)])
+        for kwargs in ({"a": x}, {"b": x}, {"input_ids": x}, {"a": x, "scale": torch.tensor(1.0)})
+    ]
+    assert len(set(hashes)) == 4
+    # that of tokens is the one in the files of earlier versions
+    [batch] = as_batches(x, make_llama(1))
+    assert batches_hash([batch])[:16] == "52b4b34fbf044420"
 
 
 def test_the_standard_error_is_that_of_a_ratio():
