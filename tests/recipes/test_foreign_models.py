@@ -176,7 +176,7 @@ def test_only_numbers_of_layers_and_experts_are_limited(tmp_path):
     file.write_text(json.dumps(sizes | {"label2id": {"record player": 1100, "expert": 5000}}))
     check_folder(tmp_path)
     file.write_text(json.dumps({"n_layers": 12, "text_config": {"n_routed_experts": 100_000}}))
-    with pytest.raises(ValueError, match="n_routed_experts is 100,000, in each of 12 layers; expected at most 1,000,00"):
+    with pytest.raises(ValueError, match="n_routed_experts is 100,000, in each of 12 layers; expected at most"):
         check_folder(tmp_path)
 
 
