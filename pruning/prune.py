@@ -170,9 +170,9 @@ def prune(
         data, judging = judging_batches(model, data, refine, batch_size)
     batches, held_out_batches, curve_batches = _split_data(model, data, held_out, curve_data, batch_size)
     notes: list[str] = []
-    if batches:
+    if any_batches := batches or held_out_batches:
         with products_in(model, products), evaluating(model):
-            check_runs(model, batches[0])
+            check_runs(model, any_batches[0])
             if {"square_sum", "gram"} & {*NEEDS[score], *(NEEDS["wanda"] if allocation == "owl" else ())}:
                 targets, notes = leave_out(model, targets, batches)
     if "flops" in (budget, getattr(budget, "kind", None)):
@@ -228,10 +228,11 @@ def _split_data(
     model: nn.Module, data: Any, held_out: Any, curve_data: Any, batch_size: int
 ) -> tuple[list[Batch], list[Batch], list[Batch]]:
     """Return batches for the scores, for the held-out comparison, and for the curves."""
+    has_held_out = held_out is not None and held_out is not False
+    compared = as_batches(held_out, model, batch_size=batch_size, what="held_out") if has_held_out else []
     if data is None:
-        return [], [], []
+        return [], compared, []
     batches = as_batches(data, model, batch_size=batch_size)
-    compared = [] if held_out is False else as_batches(held_out, model, batch_size=batch_size, what="held_out")
     if curve_data is None:
         return batches, compared, batches
     return batches, compared, as_batches(curve_data, model, batch_size=batch_size, what="curve_data")
