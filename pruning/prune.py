@@ -126,7 +126,8 @@ def prune(
 
         Layers whose inputs a score needs and the model does not show are left out: those that it never calls, such as
         depth-wise convolutions of state-space models, and convolutions with groups. Experts with fewer than 32
-        calibration tokens are pruned by magnitude. The result's notes name both.
+        calibration tokens are pruned by magnitude, which ``global`` and ``owl`` multiply by the other experts' mean
+        ratio of score to magnitude. The result's notes name both.
 
         ``refine`` keeps the pruners of all matrices, the gradient of each, and as many inputs of blocks as a quarter of
         the free memory holds. An exchange takes a pass over its data from the first changed block on, a round of
