@@ -7,6 +7,7 @@ written. What cannot be read becomes a ValueError of one line that names the fil
 import errno
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -27,7 +28,10 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".ms
 _NAMING = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 # what libraries raise for damaged files; a ValueError of our own passes as it is
 _DAMAGE = (SafetensorError, OSError, RuntimeError, LookupError, AttributeError, TypeError, UnicodeError, OverflowError)
-_MOST_LAYERS = 1000  # of a configuration; each is a module to build, and so is an expert
+_MOST_LAYERS = 1000  # of a configuration; each is a module to build
+_MOST_EXPERTS = 1_000_000  # in all layers; each may be a module
+# keys of such numbers, and not of sizes such as shared_expert_intermediate_size
+_COUNTS = {"layer": re.compile(r"(^|_)layers?$"), "expert": re.compile(r"(^|_)experts?(_num)?$")}
 _CHUNK = 2**22  # elements of one comparison with infinity
 
 
@@ -201,8 +205,8 @@ def check_folder(folder: Path) -> None:
 
     Raises:
         ValueError: as :func:`checked_file` for any of its files; for an index that names files elsewhere; for a
-            configuration that names weights elsewhere, or code to fetch and run, or has more than 1,000 layers or
-            experts; for JSON that cannot be read.
+            configuration that names weights elsewhere, or code to fetch and run, or has more than 1,000 layers, or
+            1,000,000 experts in all of them; for JSON that cannot be read.
     """
     for file in files_in(folder):
         if file.name.endswith((".safetensors.index.json", ".bin.index.json")):
@@ -229,9 +233,20 @@ def _check_names(content: Mapping[str, Any], file: Path) -> None:
 
 
 def _check_counts(content: Mapping[str, Any], file: Path) -> None:
+    """Check the numbers of layers and of experts in each, all of which the model's class would build."""
+    most = {"layer": ("", 1), "expert": ("", 1)}
     for key, value in _entries(content):
-        if type(value) is int and value > _MOST_LAYERS and ("layer" in key or "expert" in key):
-            raise ValueError(f"{file}: {key} is {value:,}, expected at most {_MOST_LAYERS:,}")
+        kind = next((kind for kind, pattern in _COUNTS.items() if pattern.search(key)), None)
+        if kind and type(value) is int and value > most[kind][1]:
+            most[kind] = key, value
+    (layer_key, layers), (expert_key, experts) = most.values()
+    if layers > _MOST_LAYERS:
+        raise ValueError(f"{file}: {layer_key} is {layers:,}, expected at most {_MOST_LAYERS:,}")
+    if layers * experts > _MOST_EXPERTS:
+        raise ValueError(
+            f"{file}: {expert_key} is {experts:,}, in each of {layers:,} layers; expected at most {_MOST_EXPERTS:,} in "
+            "all layers"
+        )
 
 
 def _listed(value: Any) -> list[Any]:
@@ -241,11 +256,12 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _entries(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Every (key, value) of nested JSON."""
+    """Every (key, value) of nested JSON, without the names of classes that are keys of ``label2id``."""
     waiting: list[Any] = [content]
     while waiting:
         value = waiting.pop()
         if isinstance(value, dict):
+            value = {key: one for key, one in value.items() if key != "label2id"}
             yield from value.items()
         if isinstance(value, (dict, list)):
             waiting += _listed(value)

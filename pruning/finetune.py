@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from glob import escape
 from typing import Any, TypeVar
 
 import torch
@@ -173,7 +174,7 @@ def _keep_pruned(
         # a model of which nothing but what the result names is pruned
         if include is not None or exclude or not names:
             raise
-    return keep_masks(model, include=list(dict.fromkeys(names)))
+    return keep_masks(model, include=[escape(name) for name in dict.fromkeys(names)])
 
 
 def gradual_sparsity(

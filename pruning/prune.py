@@ -126,7 +126,8 @@ def prune(
 
         Layers whose inputs a score needs and the model does not show are left out: those that it never calls, such as
         depth-wise convolutions of state-space models, and convolutions with groups. Experts with fewer than 32
-        calibration tokens are pruned by magnitude. The result's notes name both.
+        calibration tokens are pruned by magnitude, which ``global`` and ``owl`` multiply by the other experts' mean
+        ratio of score to magnitude. The result's notes name both.
 
         ``refine`` keeps the pruners of all matrices, the gradient of each, and as many inputs of blocks as a quarter of
         the free memory holds. An exchange takes a pass over its data from the first changed block on, a round of
@@ -170,9 +171,9 @@ def prune(
         data, judging = judging_batches(model, data, refine, batch_size)
     batches, held_out_batches, curve_batches = _split_data(model, data, held_out, curve_data, batch_size)
     notes: list[str] = []
-    if batches:
+    if any_batches := batches or held_out_batches:
         with products_in(model, products), evaluating(model):
-            check_runs(model, batches[0])
+            check_runs(model, any_batches[0])
             if {"square_sum", "gram"} & {*NEEDS[score], *(NEEDS["wanda"] if allocation == "owl" else ())}:
                 targets, notes = leave_out(model, targets, batches)
     if "flops" in (budget, getattr(budget, "kind", None)):
@@ -228,10 +229,11 @@ def _split_data(
     model: nn.Module, data: Any, held_out: Any, curve_data: Any, batch_size: int
 ) -> tuple[list[Batch], list[Batch], list[Batch]]:
     """Return batches for the scores, for the held-out comparison, and for the curves."""
+    has_held_out = held_out is not None and held_out is not False
+    compared = as_batches(held_out, model, batch_size=batch_size, what="held_out") if has_held_out else []
     if data is None:
-        return [], [], []
+        return [], compared, []
     batches = as_batches(data, model, batch_size=batch_size)
-    compared = [] if held_out is False else as_batches(held_out, model, batch_size=batch_size, what="held_out")
     if curve_data is None:
         return batches, compared, batches
     return batches, compared, as_batches(curve_data, model, batch_size=batch_size, what="curve_data")

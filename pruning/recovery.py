@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from glob import escape
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -145,7 +147,8 @@ def recover(
     Args:
         model: with zeros in its matrices.
         data: see :func:`leanstep.pruning.measure.batches.as_batches`. Samples of a tensor are shuffled, and passes
-            begin again until all steps are taken. Batches are steps as they are.
+            begin again until all steps are taken. Batches are steps as they are; those without a token that counts are
+            left out.
         recovery: the settings.
         teacher: the dense model, on the model's device.
         held_out: data for a comparison of the pruned with the trained model; the better one stays. None: no comparison.
@@ -181,7 +184,7 @@ def recover(
         samples = _Samples(data, model, teacher, recovery)
         compared = [] if held_out is None else as_batches(held_out, model, batch_size=1, what="held_out")
         snapshot = WeightSnapshot(targets, stored)
-        with keep_masks(model, include=[target.parameter for target in targets]) as keeper:
+        with keep_masks(model, include=[escape(target.parameter) for target in targets]) as keeper:
             before = _cost(model, teacher, compared)
             snapshot.take()
             with snapshot.restored_on_error():
@@ -282,6 +285,14 @@ class _Samples:
             )
         if teacher is not None and (dense := logits_of(first.run(teacher)).shape) != logits.shape:
             raise ValueError(f"the dense model gives logits {tuple(dense)}, the pruned one {tuple(logits.shape)}")
+        if isinstance(self.data, Tensor):
+            usable = _has_token(first, logits, teacher)
+        else:
+            # steps without a term in the loss would divide by zero
+            self.data = [batch for batch in self.data if _has_token(batch, logits, teacher)]
+            usable = bool(self.data)
+        if not usable:
+            raise ValueError("recovery: the data has no token that counts, or that follows another")
         # samples of one pass
         self.rows = max(1, min(recovery.batch_size, _TOGETHER // logits.numel()))
 
@@ -325,10 +336,24 @@ def _loss(model: nn.Module, teacher: nn.Module | None, batch: Batch) -> Tensor:
         dense = token_rows(logits_of(batch.run(teacher)), batch)
     rows = token_rows(logits_of(batch.run(model)), batch)
     divergences = [
-        kl_div(row.float().log_softmax(-1), expected.float().log_softmax(-1), log_target=True, reduction="sum")
+        kl_div(_log_probabilities(row), _log_probabilities(expected), log_target=True, reduction="sum")
         for row, expected in zip(rows, dense, strict=True)
     ]
     return torch.stack(divergences).sum() / sum(len(row) for row in rows)
+
+
+def _log_probabilities(logits: Tensor) -> Tensor:
+    log_p = logits.float().log_softmax(-1)
+    # finite where a logit is -inf: the divergence has 0 times -inf there, which is NaN
+    return log_p.clamp(min=torch.finfo(log_p.dtype).min) if bool(log_p.isneginf().any()) else log_p
+
+
+def _has_token(batch: Batch, logits: Tensor, teacher: nn.Module | None) -> bool:
+    """Whether the loss has a term: a token that counts, or without a teacher the label of a next one."""
+    if teacher is None and batch.labels is not None:
+        labels = batch.labels if batch.mask is None else batch.labels.masked_fill(~batch.mask, -100)
+        return bool((labels[:, 1:] != -100).any())
+    return logits.dim() == 2 or batch.mask is None or bool(batch.mask.any())
 
 
 def _cost(model: nn.Module, teacher: nn.Module | None, batches: Sequence[Batch]) -> Distortion | None:
@@ -361,7 +386,8 @@ def _trained(model: nn.Module, targets: Sequence[Target], recovery: Recovery) ->
                 f"recovery with rank={recovery.rank} adapts linear layers, and {type(model).__name__} has none among "
                 "its pruned ones; take rank=None, which trains the weights"
             )
-        names = [target.parameter.removesuffix(".weight") for target in linear]
+        # an expression for whole names: a list of names would also select layers whose names end in one of them
+        names = "|".join(re.escape(target.parameter.removesuffix(".weight")) for target in linear)
         config = LoraConfig(r=recovery.rank, lora_alpha=recovery.rank, target_modules=names)
         with torch.random.fork_rng():
             torch.manual_seed(recovery.seed)

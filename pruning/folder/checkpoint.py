@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from leanstep._checkpoint import TensorFile, checked_file, copy_other_files
-from leanstep._files import format_bytes
+from leanstep._files import format_bytes, remove_partials
 from leanstep._mapped import MappedParameters, ResidentSet, is_mapped, release_pages
 from leanstep.pruning.folder.files import INDEX, Checkpoint, written_name
 from leanstep.pruning.folder.loading import stored_names
@@ -196,6 +196,18 @@ def write_report(content: Mapping[str, Any], folder: Path) -> None:
 def state_file(folder: Path) -> Path:
     """The file of an unfinished recovery of a folder, beside it."""
     return folder.with_name(f"{folder.name}.recovery.pt")
+
+
+def search_files(folder: Path) -> tuple[Path, Path]:
+    """The files beside a folder of an unfinished run: its curves, and its search."""
+    return folder.with_name(f"{folder.name}.curves.jsonl"), folder.with_name(f"{folder.name}.refine.json")
+
+
+def remove_search_files(folder: Path) -> None:
+    """Remove :func:`search_files` of a folder that is complete, and what killed processes half wrote of them."""
+    for file in search_files(folder):
+        file.unlink(missing_ok=True)
+        remove_partials(file)
 
 
 def copy_others(checkpoint: Checkpoint, folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,14 @@ from torch import nn
 from leanstep._checkpoint import check_apart, check_space, new_folder, read_json
 from leanstep._files import remove_leftovers, remove_partials, restore_replaced
 from leanstep._memory import free_memory
-from leanstep.pruning.folder.checkpoint import SIDECAR, copy_others, state_file, write_report, write_weights
+from leanstep.pruning.folder.checkpoint import (
+    SIDECAR,
+    copy_others,
+    remove_search_files,
+    state_file,
+    write_report,
+    write_weights,
+)
 from leanstep.pruning.folder.files import Checkpoint, open_checkpoint, stored_dtypes, stored_tensors
 from leanstep.pruning.folder.loading import checkpoint_values, load_model, stored_parameters
 from leanstep.pruning.folder.text import CalibrationText, perplexity_of, sequences_of
@@ -67,6 +75,7 @@ def recover_checkpoint(
     restore_replaced(folder)
     remove_leftovers(folder)
     content = pruned_content(folder)
+    remove_search_files(folder)  # left if a run was killed between the folder's name and this
     state = state_file(folder)
     if content.get("source") != str(source):
         raise ValueError(f"{folder} was pruned from {content.get('source')}, not from {source}; name that")
@@ -107,7 +116,7 @@ def recover_model(
         recovery,
         teacher=teacher,
         held_out=None if held_out is False else held_out,
-        include=names,
+        include=[escape(name) for name in names],
         progress=progress,
         stored=stored_parameters(pruned, model),
         state=state,
@@ -176,7 +185,7 @@ def _pruned_names(content: Mapping[str, Any]) -> list[str]:
 def _check_unchanged(folder: Path, content: Mapping[str, Any], model: nn.Module) -> None:
     """Compare the numbers of nonzero weights with those that were written."""
     try:
-        targets = {target.name: target for target in find_targets(model, include=_pruned_names(content))}
+        targets = {target.name: target for target in find_targets(model, include=map(escape, _pruned_names(content)))}
         nonzero = {str(row["name"]): row["nonzero"] for row in content["layers"]}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}: its {SIDECAR} does not describe its model: {error}") from None

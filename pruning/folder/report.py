@@ -103,7 +103,12 @@ def _compared(one: Mapping[str, Any], applied: str) -> list[str]:
     error = "" if one.get("joint_stderr") is None else f" ± {compact(one['joint_stderr'])}"
     ratio = "-" if one.get("ratio") is None else f"{one['ratio']:.3f}"
     mark = " (applied)" if one["method"] == applied else ""
-    return [one["method"] + mark, compact(one["joint"]) + error, compact(one["summed"]), ratio]
+    return [one["method"] + mark, _number(one["joint"]) + error, _number(one["summed"]), ratio]
+
+
+def _number(value: float | None) -> str:
+    """A number in few characters; "-" for one that is not finite, of a model that overflows."""
+    return "-" if value is None else compact(value)
 
 
 def _refinement(content: Mapping[str, Any]) -> str:
@@ -114,7 +119,7 @@ def _refinement(content: Mapping[str, Any]) -> str:
     start, end = search["points"][0][2], search["points"][-1][2]
     return (
         f"{search['accepted']} of {search['evaluations']} exchanges between matrices were better by more than their "
-        f"noise. Joint distortion on the judging data: {compact(start)} at the start, {compact(end)} at the end."
+        f"noise. Joint distortion on the judging data: {_number(start)} at the start, {_number(end)} at the end."
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from leanstep._checkpoint import check_apart, check_output, check_space, new_folder
-from leanstep._files import output_folder, remove_partials, restore_replaced
+from leanstep._files import output_folder, restore_replaced
 from leanstep._mapped import RESIDENT, CopiesInFiles, ResidentSet, Scratch
 from leanstep._processes import Processes
 from leanstep._version import __version__
@@ -23,6 +23,8 @@ from leanstep.pruning.folder.checkpoint import (
     copy_others,
     map_copies,
     map_weights,
+    remove_search_files,
+    search_files,
     state_file,
     unmapped_note,
     write_report,
@@ -75,8 +77,8 @@ def prune_checkpoint(
         held_out: as for :func:`prune`; ignored with a :class:`CalibrationText`, which has its own.
         evaluate: measure perplexity on the held-out sequences before and after.
         resume: continue an interrupted run: with its curves, from ``OUT.curves.jsonl``, and its search, from
-            ``OUT.refine.json``. If that run had finished ``out``, removes them, and raises the error of an ``out`` that
-            exists.
+            ``OUT.refine.json`` or the ``state`` of ``refine``, which stays. If that run had finished ``out``, removes
+            the first two, and raises the error of an ``out`` that exists.
         device: that computes. On another device than the CPU, a block is copied there while it runs; see
             :class:`leanstep.pruning.measure.blocks.BlockMover`.
         progress: see :func:`measure_curves`.
@@ -116,8 +118,8 @@ def prune_checkpoint(
     check_choices(data=data, refine=refine, **settings)
     _check_arguments(data, activations, resident, recovery, device)
     out = output_folder(out)
-    partial, search = out.with_name(f"{out.name}.curves.jsonl"), out.with_name(f"{out.name}.refine.json")
-    processes.from_first(lambda: _check_start(out, resume, partial, search))
+    partial, search = search_files(out)
+    processes.from_first(lambda: _check_start(out, resume))
     checkpoint = open_checkpoint(source)
     # a copy of the files for each process, and later the state of recovery and its folder
     later = 0 if recovery is None else space_beside(checkpoint, recovery)
@@ -125,7 +127,7 @@ def prune_checkpoint(
     written += EXPERT_COPIES * fused_bytes(checkpoint) * processes.size
     processes.from_first(lambda: check_output(out, written))
     check_apart(out, checkpoint.folder)
-    if refine is not None:
+    if refine is not None and refine.state is None:
         refine = replace(refine, state=search)
     several = recovery is not None or moves_blocks(torch.device(device))
     calibration = _calibration(checkpoint, data, held_out, refine, settings, several=several)
@@ -149,7 +151,7 @@ def prune_checkpoint(
         with CopiesInFiles(joined):
             mapped = map_model(checkpoint, model, folder, resident_weights)
             stored = stored_parameters(checkpoint, model, joined)
-        with _computing_on(device, model, calibration.data) as notes:
+        with _computing_on(device, model, calibration) as notes:
             result = _pruned(
                 model,
                 calibration,
@@ -172,9 +174,7 @@ def prune_checkpoint(
         copy_others(checkpoint, folder)
         content["tensors"] = _tensor_rows(changed, result)
         write_report(content, folder)
-    for file in (partial, search):
-        file.unlink(missing_ok=True)
-        remove_partials(file)
+    remove_search_files(out)
     if recovery is not None:
         try:
             result.recovery = recover_model(
@@ -244,6 +244,8 @@ def _calibration(
     if not isinstance(data, CalibrationText):
         if several and data is not None and not isinstance(data, torch.Tensor):
             data = list(data)
+        if several and data is None and not isinstance(held_out, torch.Tensor | bool | None):
+            held_out = list(held_out)
         return _Calibration(data, held_out, refine, settings)
     has_judging = refine is None or refine.data is not None
     scores, held_out, judging = sequences_of(checkpoint, data, refine=not has_judging)
@@ -270,13 +272,14 @@ def _pruned(model: nn.Module, calibration: _Calibration, *, evaluate: bool, **op
 
 
 @contextmanager
-def _computing_on(device: str | torch.device, model: nn.Module, data: Any) -> Iterator[list[str]]:
+def _computing_on(device: str | torch.device, model: nn.Module, calibration: _Calibration) -> Iterator[list[str]]:
     """Context manager: the model, in host memory, computes on a device; yields notes about how."""
     if not moves_blocks(torch.device(device)):
         yield []
         return
+    data = calibration.held_out if calibration.data is None else calibration.data
     with BlockMover(model, device) as mover:
-        yield [] if data is None else [mover.try_on(as_batches(data, model)[0].sample(0))]
+        yield [] if data is None or data is False else [mover.try_on(as_batches(data, model)[0].sample(0))]
 
 
 def moves_blocks(device: torch.device) -> bool:
@@ -296,14 +299,14 @@ def _sequences(calibration: _Calibration) -> Sequences:
     return Sequences.of(has_scores, data, curves, calibration.held_out, None if refine is None else refine.data)
 
 
-def _check_start(out: Path, resume: bool, partial: Path, search: Path) -> None:
+def _check_start(out: Path, resume: bool) -> None:
     """Raise ValueError for a folder that exists, or files of an interrupted run that is not to be resumed."""
     restore_replaced(out)
     if resume and (out / SIDECAR).is_file():
         # the interrupted run had written its folder and was about to remove these
-        partial.unlink(missing_ok=True)
-        search.unlink(missing_ok=True)
+        remove_search_files(out)
     check_output(out)
+    partial, search = search_files(out)
     for file, content_of in (
         (partial, "curves that an interrupted run measured"),
         (search, "an interrupted search"),

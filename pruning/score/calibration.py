@@ -22,9 +22,12 @@ from leanstep.pruning.measure.batches import Batch
 from leanstep.pruning.measure.blocks import whole_on_device
 from leanstep.pruning.measure.metrics import logits_of
 from leanstep.pruning.score.base import NEEDS, LayerPruner, LayerStatistics, deal
+from leanstep.pruning.score.scale import ratio, scaled, scales_of
 from leanstep.pruning.score.scores import layer_pruner
 from leanstep.pruning.score.targets import Group, Target, as_matrix, some, split_count
 
+# scores with a Gram matrix
+_NAMES = {"sparsegpt": "SparseGPT", "alps": "ALPS"}
 # most samples whose gradients are collected
 _GRADIENTS = 128
 # fewest inputs for which a sum of their squares is a statistic: its relative error is then about sqrt(2 / 32) = 1 / 4
@@ -368,10 +371,17 @@ class Pruning:
 
     def scores(self, groups: Sequence[Group]) -> Mapping[str, Tensor]:
         """Scores of matrices, each a group. Magnitude and Wanda are computed on every access, the others stored."""
+        pruners = self.pruners(groups)
+        starved, names = self._starved(pruners), [group.name for group in groups]
         if self.score in ("magnitude", "wanda"):
-            pruners = self.pruners(groups)
-            return ComputedScores([group.name for group in groups], lambda name: pruners.once(name).scores)
-        return {group.name: pruners[group.name].scores for group, pruners in self.each(groups)}
+            scales = scales_of(groups, starved, lambda name: ratio(pruners.once(name), self.score))
+            return ComputedScores(names, lambda name: scaled(pruners.once(name).scores, scales.get(name), self.score))
+        scores, ratios = {}, {}
+        for group in groups:
+            scores[group.name], ratios[group.name] = pruners[group.name].scores, ratio(pruners[group.name], self.score)
+            pruners.release(group)
+        scales = scales_of(groups, starved, lambda name: ratios[name])
+        return {name: scaled(scores[name], scales.get(name), self.score) for name in names}
 
     def outliers(self, groups: Sequence[Group]) -> dict[str, float]:
         """Percentage of outliers among the scores of each matrix's block, or of a matrix outside all blocks."""
@@ -379,19 +389,32 @@ class Pruning:
         for group in groups:
             blocks.setdefault(group.name if group.layer.block is None else group.layer.block, []).append(group)
         pruners, ratios = self.pruners(groups), {}
+        starved = self._starved(pruners)
         for block in blocks.values():
-            ratio = outlier_ratio([pruners[group.name].scores for group in block])
+            names = [group.name for group in block]
+            scales = scales_of(block, starved, lambda name: ratio(pruners[name], self.score))
+            share = outlier_ratio([scaled(pruners[name].scores, scales.get(name), self.score) for name in names])
             for group in block:
-                ratios[group.name] = ratio
+                ratios[group.name] = share
                 pruners.release(group)
         return ratios
+
+    def _starved(self, pruners: Pruners) -> set[str]:
+        """Names of the experts that are scored by magnitude."""
+        return {target.name for target, statistics in pruners.statistics() if self._is_starved(target, statistics)}
+
+    def _is_starved(self, target: Target, statistics: LayerStatistics) -> bool:
+        """Whether an expert got too few tokens for its score, and is scored by magnitude."""
+        needs = NEEDS[self.score]
+        fewest = 1 if "gradients" in needs else _FEWEST_ROWS
+        return bool(needs) and target.expert is not None and statistics.count < fewest
 
     def pruner(self, target: Target, statistics: LayerStatistics) -> LayerPruner:
         """The pruner of one matrix."""
         spacing = math.prod(target.layer.shape[2:])  # N:M groups of a convolution lie along its in-channels
         count, needs = statistics.count, NEEDS[self.score]
         weight = target.weight.to(device_of(self.cache.model), copy=True)
-        if needs and target.expert is not None and count < (1 if "gradients" in needs else _FEWEST_ROWS):
+        if self._is_starved(target, statistics):
             self._few[target.name] = min(count, self._few.get(target.name, count))
             scope = self.options.get("scope") or ("row" if self.score == "wanda" else None)
             return layer_pruner(weight, "magnitude", scope=scope)
@@ -417,7 +440,7 @@ class Pruning:
         if short:
             fewest, inputs = min(count for count, _ in short.values()), max(n for _, n in short.values())
             reason = (
-                f"fewer than their inputs (up to {inputs}), so that SparseGPT's Gram matrices are singular"
+                f"fewer than their inputs (up to {inputs}), so that {_NAMES[self.score]}'s Gram matrices are singular"
                 if "gram" in NEEDS[self.score]
                 else "too few for their statistics"
             )
@@ -447,6 +470,10 @@ class Pruners:
     def once(self, name: str) -> LayerPruner:
         """A new pruner, which is not stored."""
         return self._pruning.pruner(self._targets[name], self._statistics[name])
+
+    def statistics(self) -> Iterator[tuple[Target, LayerStatistics]]:
+        """Each matrix whose statistics are not released, with these."""
+        return ((self._targets[name], statistics) for name, statistics in self._statistics.items())
 
     def release(self, group: Group) -> None:
         """Free the pruners of a group, and their statistics."""

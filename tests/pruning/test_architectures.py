@@ -12,9 +12,12 @@ from torch import nn
 
 from leanstep.cli import main
 from leanstep.pruning import CalibrationText, find_targets, prune, prune_checkpoint
+from leanstep.pruning.allocate.closed_form import outlier_ratio
 from leanstep.pruning.measure.activation_cache import ActivationCache
 from leanstep.pruning.measure.batches import as_batches
-from leanstep.pruning.measure.measure import weights_hash
+from leanstep.pruning.measure.measure import evaluating, weights_hash
+from leanstep.pruning.score.calibration import Pruning
+from leanstep.pruning.score.targets import make_groups
 
 QUICK = {"sparsity": 0.5, "levels": (0.4, 0.7), "batch_size": 4}
 SMALL = ["--samples", "4", "--curve-samples", "2", "--held-out", "2", "--seq-len", "16", "--levels", "0.4,0.7"]
@@ -236,9 +239,33 @@ def make_routed():
     return model
 
 
-def test_data_too_short_for_the_statistics_is_said():
-    result = prune(make_llama(1), tokens(4, 12), sparsity=0.5, allocation="uniform", score="sparsegpt")
+@pytest.mark.parametrize("score", ["wanda", "sparsegpt", "alps", "mfac"])
+def test_scores_by_magnitude_are_in_the_unit_of_the_others(score):
+    """A threshold over all experts, and a mean over those of a block, depend on no unit of the inputs."""
+    model, shares = make_routed(), {}
+    targets = [target for target in find_targets(model) if target.expert is not None]
+    groups = make_groups(targets)
+    for factor in (1.0, 1e-3):
+        with torch.no_grad():
+            for layer in model.model.layers:  # inputs of the experts
+                layer.post_attention_layernorm.weight.fill_(factor)
+        pruning = Pruning(ActivationCache(model, as_batches(tokens(8), model)), score)
+        with evaluating(model):
+            scores = pruning.scores(groups)
+            for name in {target.parameter for target in targets}:
+                means = [float(scores[f"{name}[{expert}]"].mean()) for expert in range(3)]
+                shares.setdefault(name, []).append(means[2] / (means[0] + means[1]))
+            outliers = pruning.outliers(groups)
+        for block in (0, 1):
+            names = [group.name for group in groups if group.layer.block == block]
+            assert outliers[names[0]] == outlier_ratio([scores[name] for name in names])
+    assert all(share == pytest.approx(0.5, rel=0.3) for pair in shares.values() for share in pair), shares
+
+
+@pytest.mark.parametrize(("score", "name"), [("sparsegpt", "SparseGPT"), ("alps", "ALPS")])
+def test_data_too_short_for_the_statistics_is_said(score, name):
+    result = prune(make_llama(1), tokens(4, 12), sparsity=0.5, allocation="uniform", score=score)
     (note,) = (note for note in result.notes if "is short" in note)
-    assert "1 matrices got 36 tokens" in note and "up to 40" in note and "singular" in note
+    assert "1 matrices got 36 tokens" in note and "up to 40" in note and f"{name}'s Gram matrices are singular" in note
     result = prune(make_llama(1), tokens(4, 6), sparsity=0.5, allocation="uniform")
     assert any("7 matrices got 18 tokens" in note and "too few for their statistics" in note for note in result.notes)

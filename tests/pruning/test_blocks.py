@@ -73,6 +73,16 @@ def test_moved_blocks_give_the_bits_of_the_model_that_stays(name, settings, move
     assert not [note for note in result.notes if "held the whole model" in note]
 
 
+def test_held_out_data_without_other_data_is_measured_by_moved_blocks(moved, tmp_path):
+    save_model(make("llama"), tmp_path / "in")
+    settings = {"sparsity": 0.5, "allocation": "erk", "score": "magnitude"}
+    costs = [
+        prune_checkpoint(tmp_path / "in", tmp_path / f"out{number}", data, held_out=held_out, **settings).held_out
+        for number, (data, held_out) in enumerate([(None, iter(tokens(8).split(4))), (tokens(4), tokens(8).split(4))])
+    ]
+    assert costs[0] == costs[1] and costs[0].joint > 0 and moved
+
+
 class HostReads(TorchDispatchMode):
     """Names the operations that read a parameter where it lies on the host, which a device could not do."""
 

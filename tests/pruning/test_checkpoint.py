@@ -9,11 +9,12 @@ import sys
 
 import pytest
 import torch
-from pruned_models import make_deit, make_gpt2, make_llama, make_mixtral, make_vit, save_model
+from pruned_models import make_deit, make_gpt2, make_llama, make_mixtral, make_vit, save_model, tokens
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from leanstep._checkpoint import check_output, new_folder
+from leanstep.pruning import Refinement, prune_checkpoint
 from leanstep.pruning.folder.checkpoint import copy_others, write_weights
 from leanstep.pruning.folder.files import open_checkpoint
 from leanstep.pruning.folder.loading import checkpoint_values, load_model, stored_parameters
@@ -260,3 +261,10 @@ def test_a_folder_that_another_process_is_writing_is_left_alone(tmp_path):
         check_output(tmp_path / "out")
         assert staged.is_dir()
     assert (tmp_path / "out").is_dir()
+
+
+def test_a_search_writes_the_file_that_its_settings_name(saved, tmp_path):
+    refine = Refinement(evaluations=1, data=tokens(4, seed=1), state=tmp_path / "search.json")
+    settings = {"sparsity": 0.5, "score": "magnitude", "curves": "fisher", "refine": refine}
+    prune_checkpoint(saved, tmp_path / "out", tokens(5), **settings)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "search.json"}

@@ -255,6 +255,14 @@ def test_iterative_pruning_follows_the_paper_s_targets_and_nothing_comes_back():
         prune_iteratively(model, [0.5, 0.5], partial(prune_to, model), fine_tune)
 
 
+def test_brackets_in_names_are_no_wildcards():
+    model = nn.Sequential()
+    model.add_module("fc[0]", nn.Linear(12, 16))
+    settings = {"allocation": "uniform", "score": "magnitude"}
+    prune_iteratively(model, [0.25, 0.5], lambda sparsity: prune(model, sparsity=sparsity, **settings), lambda _: None)
+    assert int((model[0].weight == 0).sum()) == 96
+
+
 @pytest.mark.parametrize("include", [["4.weight", "0.weight"], ["4.weight"]])
 def test_zeros_of_matrices_that_pruning_includes_by_name_are_held(include):
     """A head is left out by default, and pruned where a rule names it."""

@@ -229,6 +229,14 @@ def test_without_data_only_what_needs_none():
     assert result.held_out is None and "was not measured" in result.notes[0]
 
 
+def test_held_out_data_alone_measures_what_needs_no_data():
+    results = []
+    for data in (None, tokens(8)):
+        held_out = tokens(4, seed=1)
+        results.append(prune(make_llama(1), data, sparsity=0.5, allocation="erk", score="magnitude", held_out=held_out))
+    assert results[0].held_out.joint == results[1].held_out.joint > 0 and not results[0].notes
+
+
 def test_mfac_leaves_a_matrix_of_zeros_as_it_is_and_names_one_without_gradients():
     model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 4))
     settings = {"sparsity": 0.6, "score": "mfac", "allocation": "uniform", "include": ["0.*", "2.*"]}

@@ -172,6 +172,45 @@ def test_factors_are_trained_beside_layers_that_take_none():
         recover(model, data, Recovery(10, rank=2), teacher=dense, include=["0.weight"])
 
 
+def test_factors_adapt_no_layer_whose_name_ends_in_that_of_a_target():
+    model = nn.ModuleDict({"fc": nn.Linear(4, 4), "outer": nn.ModuleDict({"fc": nn.Linear(4, 4)})})
+    model.forward = lambda x: model["fc"](model["outer"]["fc"](x).tanh())
+    dense, other = copy.deepcopy(model), model["outer"]["fc"].weight.clone()
+    dense.forward = lambda x: dense["fc"](dense["outer"]["fc"](x).tanh())
+    model["fc"].weight.data[0] = 0
+    recover(model, torch.randn(16, 4), Recovery(5, lr=1e-2, rank=2), teacher=dense, include=["fc.weight"])
+    assert torch.equal(model["outer"]["fc"].weight, other)
+
+
+def test_brackets_in_names_are_no_wildcards():
+    model = nn.Sequential(nn.ModuleDict({"x[0]": nn.Linear(4, 4)}))
+    model.forward = lambda x: model[0]["x[0]"](x)
+    dense = copy.deepcopy(model)
+    dense.forward = lambda x: dense[0]["x[0]"](x)
+    model[0]["x[0]"].weight.data[0] = 0
+    assert len(recover(model, torch.randn(4, 4), Recovery(2), teacher=dense).losses) == 2
+
+
+@pytest.mark.parametrize("distilled", [True, False])
+def test_batches_without_a_token_that_counts_are_no_steps(distilled):
+    data, teacher = tokens(4), make_llama() if distilled else None
+    batches = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in data]
+    for batch, count in zip(batches[:2], (0, 0 if distilled else 1), strict=True):
+        batch["attention_mask"][:, count:] = 0
+    results = [recover(pruned(), given, Recovery(4), teacher=teacher) for given in (batches, batches[2:])]
+    assert results[0] == results[1]
+    with pytest.raises(ValueError, match="no token that counts, or that follows another"):
+        recover(pruned(), batches[:2], Recovery(4), teacher=teacher)
+
+
+def test_logits_of_minus_infinity_are_no_reason_to_stop():
+    model, dense = pruned(), make_llama()
+    for one in (model, dense):
+        one.lm_head.register_forward_hook(lambda *given: given[-1].index_fill(-1, torch.tensor([0]), -torch.inf))
+    result = recover(model, tokens(8), Recovery(8, lr=1e-2, batch_size=4), teacher=dense, held_out=tokens(4, seed=1))
+    assert result.applied and 0 < result.losses[-1] < result.losses[0]
+
+
 def test_training_that_makes_it_worse_is_taken_back():
     model = pruned()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -233,6 +233,14 @@ def test_the_state_stays_until_the_recovered_folder_has_its_name(base, recovered
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_files_that_a_killed_run_left_beside_its_folder_go(base, pruned, tmp_path):
+    out = copied(pruned, tmp_path / "out")
+    for name in ("out.curves.jsonl", "out.refine.json"):
+        (tmp_path / name).write_text("{}")
+    assert main(arguments(base, out, *RECOVER, "--resume")) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def copied(folder, out):
     out.mkdir()
     for name, raw in snapshot(folder).items():

@@ -193,6 +193,7 @@ def test_an_allocation_whose_outputs_overflow_is_not_applied(curves, monkeypatch
     monkeypatch.setattr(Trial, "additivity", overflowing)
     result = prune(make_llama(2), tokens(10), sparsity=0.6, curves=curves)
     assert result.allocation.method == "uniform"
+    assert report_page(json.loads(json.dumps(result.to_dict())))
 
 
 @pytest.mark.parametrize(

@@ -244,6 +244,19 @@ def test_changed_text_is_tokenised_anew(corpus, tmp_path):
     assert len(after.train.file) != len(before.train.file)
 
 
+@pytest.mark.parametrize("source", ["json", "parquet"])
+def test_another_text_of_the_same_path_and_time_is_read(source, tmp_path):
+    """As after ``cp -p``, or where files have a fixed date."""
+    from datasets import Dataset
+
+    read, file = [], tmp_path / f"text.{source}"
+    for text in ("the first text", "another text!!"):
+        getattr(Dataset.from_dict({"text": [text]}), f"to_{source}")(file)
+        os.utime(file, (1e9, 1e9))
+        read += sources.open_file(str(file), "text", str(tmp_path / "cache")).documents()
+    assert read == ["the first text", "another text!!"]
+
+
 @pytest.mark.parametrize("damage", ["truncate", "flip", "header", "empty", "documents", "missing"])
 def test_damaged_cache_is_built_again(corpus, tmp_path, damage):
     expected = load_data(corpus(), seed=0).train.file.tokens.tolist()
@@ -394,6 +407,20 @@ def test_hub_data_in_offline_mode(corpus):
             load_data(corpus(source="hf", name="allenai/c4", path=None, streaming=streaming), seed=0)
         assert "allenai/c4" in str(caught.value)
         assert "llama-nano-sinkgd" in str(caught.value)
+
+
+def test_the_streamed_validation_text_of_another_commit_is_another_text(corpus, monkeypatch):
+    import huggingface_hub
+
+    config = corpus(source="hf", name="some/text", path=None, streaming=True)
+    monkeypatch.setattr(sources, "_load", lambda *given, **options: ([{"text": "a"}], ["text"]))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    prints = []
+    for commit in ("1f0a", "1f0a", "2b3c"):
+        newest = huggingface_hub.DatasetInfo(id="some/text", sha=commit)
+        monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *given, newest=newest, **options: newest)
+        prints.append(sources.open_validation(config).fingerprint)
+    assert prints[0] == prints[1] != prints[2]
 
 
 def test_hub_that_cannot_be_reached(corpus, monkeypatch, no_network):

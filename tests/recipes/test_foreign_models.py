@@ -21,6 +21,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from leanstep._checkpoint import check_folder
 from leanstep.cli import main
 from leanstep.pruning.folder.loading import open_config
 from leanstep.recipes.check.costs import estimate, saved_storages
@@ -167,6 +168,16 @@ def test_impossible_configurations_are_told_before_anything_is_built(
         assert main(arguments) == code
         said = "".join(capsys.readouterr())
         assert message in said and "model" in said and "Traceback" not in said
+
+
+def test_only_numbers_of_layers_and_experts_are_limited(tmp_path):
+    file = tmp_path / "config.json"
+    sizes = {"shared_expert_intermediate_size": 5632, "vocab_size_per_layer_input": 262144, "num_layers": 28}
+    file.write_text(json.dumps(sizes | {"label2id": {"record player": 1100, "expert": 5000}}))
+    check_folder(tmp_path)
+    file.write_text(json.dumps({"n_layers": 12, "text_config": {"n_routed_experts": 100_000}}))
+    with pytest.raises(ValueError, match="n_routed_experts is 100,000, in each of 12 layers; expected at most"):
+        check_folder(tmp_path)
 
 
 def change_weights(folder, change):

@@ -90,11 +90,14 @@ def test_other_text_or_size_is_another_entry(tmp_path):
     assert len([entry for entry in tmp_path.iterdir() if entry.is_dir()]) == 3
 
 
-@pytest.mark.parametrize("damage", ["truncate", "delete"])
+@pytest.mark.parametrize("damage", ["truncate", "delete", "checksum"])
 def test_damaged_cache_is_trained_again(tmp_path, damage):
     expected = trained(tmp_path).backend_tokenizer.to_str()
     (file,) = tmp_path.glob("tokenizer-*/tokenizer.json")
-    file.write_bytes(file.read_bytes()[:1000]) if damage == "truncate" else file.unlink()
+    if damage == "checksum":
+        (file.parent / "sha256").write_bytes(b"\xff" * 64)
+    else:
+        file.write_bytes(file.read_bytes()[:1000]) if damage == "truncate" else file.unlink()
     assert trained(tmp_path).backend_tokenizer.to_str() == expected
 
 
