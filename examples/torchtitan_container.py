@@ -1,37 +1,35 @@
-"""torchtitan's optimizer container over leanstep's optimizers: one per model part, state by parameter names.
+"""leanstep's optimizers in torchtitan: its container of optimizers, with one of them for each part of the model.
 
-torchtitan shards the parts by FSDP2 first. Every part of a pipeline has its own optimizer, as SinkGD and Lion allow.
+Written for torchtitan 0.2.2 as of commit b5bcd76c (August 2026). The trainer builds the container after it has sharded
+the parts. Steps, hooks, schedulers and checkpoints by parameter names are torchtitan's. In a ``config_registry.py``:
+
+    def llama3_8b_sinkgd() -> Trainer.Config:
+        config = llama3_8b()
+        config.optimizer = LeanOptimizersContainer.Config(name="sinkgd", options={"lr": 2e-2})
+        return config
 """
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from torchtitan.components.optimizer import OptimizersContainer
 
 from leanstep.optimizers import create
 
-FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
+class LeanOptimizersContainer(OptimizersContainer):
+    """One optimizer of :func:`leanstep.create` for each part of the model."""
 
-class LeanOptimizersContainer:
-    """The methods that torchtitan's trainer and checkpointer call."""
+    @dataclass(kw_only=True, slots=True)
+    class Config(OptimizersContainer.Config):
+        """The arguments of :func:`leanstep.create`; those of the base class are not read."""
 
-    def __init__(self, model_parts: list[torch.nn.Module], **options: Any) -> None:
+        name: str = "sinkgd"
+        options: dict[str, Any] = field(default_factory=dict)
+
+    def __init__(self, config: Config, *, model_parts: list[torch.nn.Module]) -> None:
         self.model_parts = model_parts
-        self.optimizers = [create(part, **options) for part in model_parts]
-
-    def step(self) -> None:
-        for optimizer in self.optimizers:
-            optimizer.step()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none)
-
-    def state_dict(self) -> dict[str, Any]:
-        pairs = zip(self.model_parts, self.optimizers, strict=True)
-        return {key: value for pair in pairs for key, value in get_optimizer_state_dict(*pair, options=FLAT).items()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for pair in zip(self.model_parts, self.optimizers, strict=True):
-            set_optimizer_state_dict(*pair, optim_state_dict=state_dict, options=FLAT)
+        self.optimizers = [create(part, config.name, **config.options) for part in model_parts]
+        parameters = [p for part in model_parts for p in part.parameters() if p.requires_grad]
+        self._post_init(parameters)  # what torch.optim.Optimizer needs for hooks

@@ -1,6 +1,7 @@
 """The examples run as they are, and their loss falls. They need the packages of the extra ``dev``."""
 
 import copy
+import importlib.util
 import os
 import re
 import runpy
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchtitan_interface import stand_in
 from transformers import LlamaForCausalLM
 
 from leanstep.optimizers import Lion, SinkGD
@@ -104,8 +106,16 @@ def test_what_the_lora_example_saves_opens_in_peft_and_transformers(one_thread, 
     torch.testing.assert_close(adapted(input_ids=ids).logits, merged(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.fixture
+def torchtitan(monkeypatch):
+    """torchtitan, or what stands in for it."""
+    if importlib.util.find_spec("torchtitan") is None:
+        stand_in(monkeypatch)
+
+
 @pytest.mark.parametrize(("name", "cls"), [("sinkgd", SinkGD), ("lion", Lion)])
-def test_the_container_steps_saves_and_loads_its_parts(name, cls):
+def test_the_container_steps_saves_and_loads_its_parts(name, cls, torchtitan):
+    """As torchtitan uses it: built by its configuration, a scheduler for each part, hooks of the whole."""
     container = runpy.run_path(str(FOLDER / "torchtitan_container.py"))["LeanOptimizersContainer"]
 
     def parts():
@@ -124,9 +134,17 @@ def test_the_container_steps_saves_and_loads_its_parts(name, cls):
             optimizer.zero_grad()
 
     first, second = parts(), parts()
-    ours, loaded = (container(p, name=name, lr=1e-2, say=None) for p in (first, second))
-    assert all(isinstance(o, cls) for o in ours.optimizers)
+    config = container.Config(name=name, options={"lr": 1e-2, "say": None})
+    ours, loaded = (config.build(model_parts=p) for p in (first, second))
+    assert len(ours) == 2 and all(isinstance(optimizer, cls) for optimizer in ours)
+    assert isinstance(ours, torch.optim.Optimizer)
+    for optimizer in (ours, loaded):
+        schedulers = [torch.optim.lr_scheduler.LambdaLR(part, lambda step: 0.5) for part in optimizer]
+        assert {group["lr"] for part in schedulers for group in part.optimizer.param_groups} == {5e-3}
+    steps = []
+    ours.register_step_post_hook(lambda *_: steps.append(1))
     train(first, ours, range(3))
+    assert len(steps) == 3
     for part, source in zip(second, first, strict=True):
         part.load_state_dict(source.state_dict())
     loaded.load_state_dict(copy.deepcopy(ours.state_dict()))

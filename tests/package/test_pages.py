@@ -162,5 +162,27 @@ def test_tables_are_filled_from_benchmarks(page):
         assert generated or re.search(r"python benchmarks (\w+/)?\w+|leanstep \w+", table), f"{name} names no command"
 
 
+# a phrase of a page, the table of docs/measured.md that it quotes, and what the row of its number contains
+QUOTES = [
+    ("docs/methods/sparsity.md", "[2.32 times as fast]", "nm-matmul", "| 2:4 | 2.32 /"),
+    ("docs/methods/sparsity.md", "5.37 times at 1:8", "nm-matmul", "| 1:8 | 5.37 /"),
+    ("docs/methods/sparsity.md", "[3.47 times as fast]", "bitmask", "| bf16 | 60 % | 3.47 / 1.61 "),
+    ("docs/methods/pruning.md", "at 50 % 0.0206", "prune-evidence-nano", "SparseGPT 50%, uniform | 0, 1, 2 | 0.0206 "),
+    ("docs/methods/pruning.md", "at 60 % 0.0607", "prune-evidence-nano", "SparseGPT 60%, uniform | 0, 1, 2 | 0.0607 "),
+    ("README.md", "a perplexity of 21.9,", "generation-smollm2", "| dense bf16 | – | 269 | 270 | 21.91 |"),
+    ("README.md", "SparseGPT 34.8", "generation-smollm2", "| sparse bf16, 50 % | 50 % | 178 | 181 | 34.76 |"),
+    ("README.md", "with llama.cpp's 8 bits 22.0", "generation-smollm2", "| llama.cpp Q8_0 | – | 145 | 185 | 22.04 |"),
+    ("README.md", "with 50 % zeros 54", "prune-evidence-smollm2", "Wanda 50%, uniform | 0, 1, 2 | 0.7775 | – | 54.05 "),
+    ("docs/methods/sinkgd.md", "+0.243 [+0.161", "compare-llama-micro", "SinkGD, AdamW on the rest | 5.550 "),
+]
+
+
+@pytest.mark.parametrize(("page", "phrase", "table", "row"), QUOTES)
+def test_quoted_numbers_are_those_of_the_table(page, phrase, table, row):
+    tables = TEXTS["docs/measured.md"].split(f"<!-- table:{table} -->")[1].split(f"<!-- /table:{table} -->")[0]
+    assert phrase in " ".join(TEXTS[page].split())
+    assert any(row in line for line in tables.splitlines())
+
+
 def test_the_pages_with_tables():
     assert {"docs/gpu.md", "docs/measured.md", "docs/reliability.md"} <= set(TABLES)
