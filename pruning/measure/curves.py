@@ -95,7 +95,9 @@ class Curve:
         return self.counts
 
     def until(self, level: int | None) -> Curve:
-        """The curve without the levels from a number on; None: with all."""
+        """The curve without the levels from a number on; None: itself."""
+        if level is None:
+            return self
         fields = ("counts", "distortion", "stderr", "patterns")
         return replace(self, **{field: getattr(self, field)[:level] for field in fields})
 
