@@ -103,8 +103,8 @@ def measure_curves(
 
     Raises:
         ValueError: for unknown settings, ``fisher`` and ``anchored`` with a metric that has no root, a model whose
-            output is not reproducible, or a ``resume`` file of another model, data or settings, or
-            of a run that goes on.
+            output is not reproducible, or a ``resume`` file of another model, other data or settings, or a run that
+            goes on.
 
     Notes:
         Memory: the dense outputs (for ``kl``, 4 bytes per token and entry of the vocabulary), one hidden state per

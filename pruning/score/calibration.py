@@ -26,8 +26,8 @@ from leanstep.pruning.score.scale import ratio, scaled, scales_of
 from leanstep.pruning.score.scores import layer_pruner
 from leanstep.pruning.score.targets import Group, Target, as_matrix, some, split_count
 
-# scores with a Gram matrix
-_NAMES = {"sparsegpt": "SparseGPT", "alps": "ALPS"}
+# how messages write the scores with a Gram matrix
+_TITLES = {"sparsegpt": "SparseGPT", "alps": "ALPS"}
 # most samples whose gradients are collected
 _GRADIENTS = 128
 # fewest inputs for which a sum of their squares is a statistic: its relative error is then about sqrt(2 / 32) = 1 / 4
@@ -378,7 +378,9 @@ class Pruning:
             return ComputedScores(names, lambda name: scaled(pruners.once(name).scores, scales.get(name), self.score))
         scores, ratios = {}, {}
         for group in groups:
-            scores[group.name], ratios[group.name] = pruners[group.name].scores, ratio(pruners[group.name], self.score)
+            scores[group.name] = pruners[group.name].scores
+            if starved:
+                ratios[group.name] = ratio(pruners[group.name], self.score)
             pruners.release(group)
         scales = scales_of(groups, starved, lambda name: ratios[name])
         return {name: scaled(scores[name], scales.get(name), self.score) for name in names}
@@ -440,7 +442,7 @@ class Pruning:
         if short:
             fewest, inputs = min(count for count, _ in short.values()), max(n for _, n in short.values())
             reason = (
-                f"fewer than their inputs (up to {inputs}), so that {_NAMES[self.score]}'s Gram matrices are singular"
+                f"fewer than their inputs (up to {inputs}), so that {_TITLES[self.score]}'s Gram matrices are singular"
                 if "gram" in NEEDS[self.score]
                 else "too few for their statistics"
             )

@@ -175,7 +175,7 @@ class _Scaled(KL):
     name = "scaled"
 
     def __init__(self, weights, power=2.0):
-        self.weights, self.power, self.seen = weights, power, 0
+        self.weights, self.power, self.calls = weights, power, 0
 
 
 def test_metrics_of_one_name_are_told_apart_by_their_settings(tmp_path):
