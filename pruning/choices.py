@@ -133,6 +133,8 @@ def _check_curve_settings(allocation: str, pattern: str, **given: Any) -> None:
         raise ValueError(
             f"pattern {pattern} is the same for every matrix, so that {what} would have no effect; leave {name} out"
         )
+    if given["levels"] is not None and pattern != "unstructured":
+        raise ValueError(f"pattern {pattern} has its own levels, of n weights in each group; leave levels out")
 
 
 def asked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

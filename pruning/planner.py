@@ -199,12 +199,18 @@ class Planner:
 
     def _refined(
         self, programme: Allocation, curves: Mapping[str, Curve], settings: Refinement
-    ) -> tuple[Allocation, Descent]:
+    ) -> tuple[Allocation, Descent | None]:
         """Search from the programme's allocation."""
         measurement, budget = self._measurement(self.judging), self.constraint.budget
-        return refine_allocation(
+        refined, descent = refine_allocation(
             programme, self.trial, self.batches, measurement, curves, budget, settings, self.progress
         )
+        if descent is None:
+            self.notes.append(
+                "not refined: with the programme's allocation the model's outputs are not finite, so that no exchange "
+                "can be compared with it; a lower sparsity, or computing in fp32 or bf16, may help"
+            )
+        return refined, descent
 
     def _by_rule(self) -> Allocation:
         pruning = self.trial.pruning

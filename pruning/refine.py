@@ -67,7 +67,7 @@ def refine_allocation(
     budget: Budget,
     settings: Refinement,
     progress: Progress | None = None,
-) -> tuple[Allocation, Descent]:
+) -> tuple[Allocation, Descent | None]:
     """Search from an allocation by exchanges within its budget; the model's dense weights are restored.
 
     Args:
@@ -80,7 +80,8 @@ def refine_allocation(
         progress: see :func:`leanstep.pruning.allocate.descent.descend`.
 
     Returns:
-        the allocation, and how the search went.
+        the allocation, and how the search went: the start and None if the outputs are not finite there, so that no
+        exchange can be compared with it.
 
     Raises:
         ValueError: for a file of another search.
@@ -96,6 +97,8 @@ def refine_allocation(
     with evaluating(measurement.model), trial.snapshot.restored():
         trial.apply(start, pruners)
         judge = JointJudge(trial.groups, measurement, pruners, start.counts, start.patterns, processes)
+        if not judge.distortion.is_finite:
+            return start, None
         descent = descend(judge, space, settings, file, progress, processes)
     counts = {name: descent.counts[name] for name in start.counts}
     predicted = sum(

@@ -299,6 +299,10 @@ BAD = {
     "batch size": ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
     "correction of rules": ({"allocation": "erk", "correction": "relinearise"}, "which only allocation='dp' has"),
     "levels of rules": ({"allocation": "uniform", "levels": [0.5]}, "levels are for allocation='dp' only, got 'unif"),
+    "levels of a mixed pattern": (
+        {"pattern": "N:8", "levels": [0.5]},
+        "pattern N:8 has its own levels, of n weights in each group; leave levels out",
+    ),
     "minutes of rules": ({"allocation": "owl", "minutes": 5}, "minutes=5 are for allocation='dp' only, got 'owl'"),
     "granularity of rules": (
         {"allocation": "uniform", "granularity": "block"},

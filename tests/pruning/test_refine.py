@@ -18,6 +18,7 @@ from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.checks import Trial
 from leanstep.pruning.measure.joint import JointJudge
 from leanstep.pruning.measure.measure import Measurement, WeightSnapshot, evaluating, weights_hash
+from leanstep.pruning.measure.metrics import Distortion
 from leanstep.pruning.score.calibration import Pruning
 from leanstep.pruning.score.targets import make_groups
 
@@ -194,6 +195,18 @@ def test_an_allocation_whose_outputs_overflow_is_not_applied(curves, monkeypatch
     result = prune(make_llama(2), tokens(10), sparsity=0.6, curves=curves)
     assert result.allocation.method == "uniform"
     assert report_page(json.loads(json.dumps(result.to_dict())))
+
+
+def test_a_search_does_not_begin_where_the_outputs_overflow(curves, monkeypatch, tmp_path):
+    monkeypatch.setattr(JointJudge, "distortion", property(lambda judge: Distortion(math.nan, math.nan)))
+    refine = replace(REFINE, state=tmp_path / "state.json", data=tokens(4))
+    model, plain = make_llama(2), make_llama(2)
+    result = prune(model, tokens(10), sparsity=0.6, curves=curves, refine=refine)
+    prune(plain, tokens(10), sparsity=0.6, curves=curves)
+    assert weights_hash(model) == weights_hash(plain) and [one.method for one in result.compared] == ["dp", "uniform"]
+    assert result.refinement == {} and not refine.state.exists()
+    assert any("not refined: with the programme's allocation" in note for note in result.notes)
+    assert report_page(json.loads(json.dumps(result.to_dict(), allow_nan=False)))
 
 
 @pytest.mark.parametrize(
