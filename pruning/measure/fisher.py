@@ -28,14 +28,8 @@ from leanstep.pruning.measure.blocks import whole_on_device
 from leanstep.pruning.measure.curves import Curve
 from leanstep.pruning.measure.metrics import Distortion, Metric, summarise, values_of
 from leanstep.pruning.measure.points import Points
-from leanstep.pruning.score.calibration import (
-    ExpertWeights,
-    Pruning,
-    first_input,
-    input_rows,
-    one_expert_at_a_time,
-    prune_group,
-)
+from leanstep.pruning.score.calibration import Pruning, first_input, input_rows, prune_group
+from leanstep.pruning.score.experts import ExpertWeights, one_expert_at_a_time
 from leanstep.pruning.score.targets import Group, Target, as_matrix
 
 # rows of each matrix, over all sequences, whose x and g are stored

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from itertools import islice
 from typing import Any
 
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, unfold
 from torch.nn.modules.conv import _ConvNd
-from torch.overrides import TorchFunctionMode
 
 from leanstep._processes import Processes
 from leanstep._torch import device_of
@@ -22,6 +21,12 @@ from leanstep.pruning.measure.batches import Batch
 from leanstep.pruning.measure.blocks import whole_on_device
 from leanstep.pruning.measure.metrics import logits_of
 from leanstep.pruning.score.base import NEEDS, LayerPruner, LayerStatistics, deal
+from leanstep.pruning.score.experts import (
+    ExpertInputs,
+    ExpertWeights,
+    experts_without_masked_tokens,
+    one_expert_at_a_time,
+)
 from leanstep.pruning.score.scale import ratio, scaled, scales_of
 from leanstep.pruning.score.scores import layer_pruner
 from leanstep.pruning.score.targets import Group, Target, as_matrix, some, split_count
@@ -140,16 +145,16 @@ def collect_inputs(
     add: Mapping[str, Callable[[Tensor], Any]],
     indices: Sequence[int] | None = None,
 ) -> None:
-    """Run batches, by default all, and pass each layer's inputs [rows, in], without masked tokens, to ``add[name]``.
-
-    Experts get their masked tokens too: which of their rows these are is not known.
-    """
+    """Run batches, by default all, and pass each layer's inputs [rows, in], without masked tokens, to ``add[name]``."""
     current: list[Batch] = []
 
-    def give(target: Target, inputs: Tensor) -> None:
-        mask = current[0].mask
+    def mask_of_tokens() -> Tensor | None:
         of_decoder = "decoder_input_ids" in current[0].kwargs  # such a mask does not fit the encoder's tokens
-        if mask is not None and not of_decoder and target.expert is None:
+        return None if of_decoder else current[0].mask
+
+    def give(target: Target, inputs: Tensor) -> None:
+        mask = mask_of_tokens()
+        if mask is not None and target.expert is None:
             if inputs.shape[: mask.dim()] == mask.shape:
                 inputs = inputs[mask]
             elif inputs.dim() == 2 and len(inputs) == mask.numel():  # the model flattens its tokens
@@ -166,7 +171,8 @@ def collect_inputs(
                 stack.callback(handle.remove)
         if experts:
             stack.enter_context(one_expert_at_a_time(cache.model))
-            stack.enter_context(_ExpertInputs(ExpertWeights(experts), give))
+            stack.enter_context(experts_without_masked_tokens(experts, mask_of_tokens))
+            stack.enter_context(ExpertInputs(ExpertWeights(experts), give))
         spans = [cache.span(target) for target in targets]
         last = [span[1] for span in spans if span is not None]
         for index in range(len(cache.batches)) if indices is None else indices:
@@ -222,65 +228,6 @@ def input_rows(module: nn.Module, inputs: Tensor) -> Tensor:
     kernel, dilation, padding, stride = map(tuple, sizes)
     columns = unfold(inputs, kernel, dilation=dilation, padding=padding, stride=stride)  # [batch, in, positions]
     return columns.transpose(1, 2).reshape(-1, columns.shape[1])
-
-
-class ExpertWeights:
-    """Tells which expert a weight in a product belongs to, wherever the parameter's data is at that moment."""
-
-    def __init__(self, experts: Sequence[Target]) -> None:
-        self._experts: dict[tuple[nn.Module, str], dict[int, Target]] = {}
-        for target in experts:
-            assert target.expert is not None
-            self._experts.setdefault((target.module, target.attribute), {})[target.expert] = target
-
-    def get(self, weight: Tensor) -> Target | None:
-        """The target whose weight begins where this one does; None for any other."""
-        for (module, attribute), experts in self._experts.items():
-            whole = getattr(module, attribute)
-            distance = weight.data_ptr() - whole.data_ptr()
-            expert, rest = divmod(distance, whole.stride(0) * whole.element_size())
-            if not rest and expert in experts:
-                return experts[expert]
-        return None
-
-
-class _ExpertInputs(TorchFunctionMode):
-    """Intercepts every matrix product with the weight of one expert, wherever the model computes it.
-
-    In a product of all experts at once (``torch.bmm``), a token that is not routed to an expert is a row of zeros.
-    """
-
-    def __init__(self, experts: ExpertWeights, give: Callable[[Target, Tensor], None]) -> None:
-        super().__init__()
-        self.experts, self.give = experts, give
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        products = (nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
-        if func in products and len(args) > 1 and isinstance(args[1], Tensor):
-            target = self.experts.get(args[1])
-            if target is not None and args[0].shape[-1] == target.weight.shape[1]:
-                self.give(target, args[0])
-        if func in (torch.bmm, Tensor.bmm) and len(args) > 1:
-            for inputs, weight in zip(args[0], args[1], strict=True):
-                target = self.experts.get(weight)
-                if target is not None:
-                    self.give(target, inputs[inputs.any(dim=-1)])
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def one_expert_at_a_time(model: nn.Module) -> Iterator[None]:
-    """Context manager: transformers models run experts one by one, so that each product can be intercepted."""
-    config: Any = getattr(model, "config", None)
-    before = getattr(config, "_experts_implementation", None)
-    if before in (None, "eager"):
-        yield
-        return
-    model.set_experts_implementation("eager")  # type: ignore[operator]
-    try:
-        yield
-    finally:
-        model.set_experts_implementation(before)  # type: ignore[operator]
 
 
 def collect_gradients(model: nn.Module, batches: Sequence[Batch], targets: Sequence[Target]) -> dict[str, Tensor]:

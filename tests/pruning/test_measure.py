@@ -2,6 +2,7 @@
 
 import math
 
+import architectures
 import pytest
 import torch
 from pruned_models import images, make_cnn, make_gpt2, make_llama, make_mixtral, make_vit, tokens
@@ -376,6 +377,28 @@ def test_the_inputs_of_every_expert_are_seen():
     for target in experts:
         for rows in inputs[target.name]:
             assert rows.shape[1] == target.weight.shape[1]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3"])
+def test_statistics_of_experts_leave_padding_out(name):
+    """They are those of the same sequences without padding, one by one."""
+    model, samples, mask = architectures.make(name), tokens(3), torch.ones(3, 16, dtype=torch.int64)
+    mask[0, 10:] = mask[2, 13:] = 0
+    experts = [target for target in find_targets(model) if target.expert is not None]
+    padded = as_batches([{"input_ids": samples, "attention_mask": mask}], model)
+    single = as_batches(
+        [{"input_ids": row[None, : int(length)]} for row, length in zip(samples, mask.sum(1), strict=True)], model
+    )
+    with torch.no_grad():
+        without, alone = (
+            statistics_for(ActivationCache(model, batches), experts, ("square_sum", "gram"))
+            for batches in (padded, single)
+        )
+    assert sum(statistics.count for statistics in without.values()) > 0
+    for name, statistics in without.items():
+        assert statistics.count == alone[name].count
+        torch.testing.assert_close(statistics.square_sum, alone[name].square_sum, rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(statistics.gram, alone[name].gram, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("options", [{}, {"padding": 1}, {"stride": 2, "padding": (2, 1)}, {"padding": "same"}])

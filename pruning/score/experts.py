@@ -1,0 +1,110 @@
+"""Inputs of experts whose weights are one parameter of three dimensions: no module of their own is called with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from leanstep.pruning.score.targets import Target
+
+
+class ExpertWeights:
+    """Tells which expert a weight in a product belongs to, wherever the parameter's data is at that moment."""
+
+    def __init__(self, experts: Sequence[Target]) -> None:
+        self._experts: dict[tuple[nn.Module, str], dict[int, Target]] = {}
+        for target in experts:
+            assert target.expert is not None
+            self._experts.setdefault((target.module, target.attribute), {})[target.expert] = target
+
+    def get(self, weight: Tensor) -> Target | None:
+        """The target whose weight begins where this one does; None for any other."""
+        for (module, attribute), experts in self._experts.items():
+            whole = getattr(module, attribute)
+            distance = weight.data_ptr() - whole.data_ptr()
+            expert, rest = divmod(distance, whole.stride(0) * whole.element_size())
+            if not rest and expert in experts:
+                return experts[expert]
+        return None
+
+
+class ExpertInputs(TorchFunctionMode):
+    """Intercepts every matrix product with the weight of one expert, wherever the model computes it.
+
+    In a product of all experts at once (``torch.bmm``), a token that is not routed to an expert is a row of zeros.
+    """
+
+    def __init__(self, experts: ExpertWeights, give: Callable[[Target, Tensor], None]) -> None:
+        super().__init__()
+        self.experts, self.give = experts, give
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        products = (nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
+        if func in products and len(args) > 1 and isinstance(args[1], Tensor):
+            target = self.experts.get(args[1])
+            if target is not None and args[0].shape[-1] == target.weight.shape[1]:
+                self.give(target, args[0])
+        if func in (torch.bmm, Tensor.bmm) and len(args) > 1:
+            for inputs, weight in zip(args[0], args[1], strict=True):
+                target = self.experts.get(weight)
+                if target is not None:
+                    self.give(target, inputs[inputs.any(dim=-1)])
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def one_expert_at_a_time(model: nn.Module) -> Iterator[None]:
+    """Context manager: transformers models run experts one by one, so that each product can be intercepted."""
+    config: Any = getattr(model, "config", None)
+    before = getattr(config, "_experts_implementation", None)
+    if before in (None, "eager"):
+        yield
+        return
+    model.set_experts_implementation("eager")  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)  # type: ignore[operator]
+
+
+@contextmanager
+def experts_without_masked_tokens(
+    experts: Sequence[Target], mask_of_tokens: Callable[[], Tensor | None]
+) -> Iterator[None]:
+    """Context manager: experts compute only the tokens that count; their output is 0 for the others.
+
+    Of modules that take rows of tokens, their experts and the experts' weights, as those of transformers do, and return
+    rows. Others compute all tokens.
+
+    Args:
+        experts: their modules are those that take the tokens.
+        mask_of_tokens: returns the mask [batch, tokens] of the pass that runs, True for tokens that count; None: all.
+    """
+    shortened: dict[nn.Module, Tensor] = {}
+
+    def shorten(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        mask = mask_of_tokens()
+        if mask is None or len(args) != 3 or not all(isinstance(arg, Tensor) and arg.dim() == 2 for arg in args):
+            return None
+        if any(len(arg) != mask.numel() for arg in args):
+            return None
+        shortened[module] = mask.flatten()
+        return tuple(arg[shortened[module]] for arg in args)
+
+    def restore(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if (mask := shortened.pop(module, None)) is None:
+            return None
+        whole = output.new_zeros(len(mask), *output.shape[1:])
+        whole[mask] = output
+        return whole
+
+    with ExitStack() as stack:
+        for module in dict.fromkeys(target.module for target in experts):
+            stack.callback(module.register_forward_pre_hook(shorten).remove)
+            stack.callback(module.register_forward_hook(restore).remove)
+        yield
