@@ -137,6 +137,7 @@ REFUSED = {
         {},
         "sparsity of 0.9 is out of reach: .* from 0 to 0.75",
     ),
+    "levels of a pattern": (["--sparsity", "0.5", "--pattern", "N:8", "--levels", "0.4,0.6"], {}, "leave levels out"),
     "levels": (
         ["--sparsity", "0.5", "--levels", "0.2,0.4"],
         {},
@@ -162,7 +163,8 @@ def test_what_cannot_be_done_is_refused_with_nothing_written(case, base, tmp_pat
     more, changes, message = REFUSED[case]
     before = snapshot(base / "model")
     arguments = ["prune", changes.get("checkpoint", str(base / "model")), "--out", str(tmp_path / "out")]
-    assert main([*arguments, "--data", str(base / changes.get("data", "text.txt")), *SMALL, *more]) == 2
+    small = SMALL[:-2] if "--pattern" in more else SMALL  # levels are those of the pattern
+    assert main([*arguments, "--data", str(base / changes.get("data", "text.txt")), *small, *more]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     import re
