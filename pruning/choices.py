@@ -11,7 +11,7 @@ from leanstep.pruning.allocate.budgets import Budget
 from leanstep.pruning.allocate.descent import Refinement
 from leanstep.pruning.allocate.latency import LatencyTable
 from leanstep.pruning.measure.checks import CORRECTIONS, INPUTS
-from leanstep.pruning.measure.curves import SOURCES, Curve
+from leanstep.pruning.measure.curves import SOURCES, Curve, check_levels
 from leanstep.pruning.measure.metrics import METRICS, Metric
 from leanstep.pruning.measure.products import PRODUCTS
 from leanstep.pruning.score.base import NEEDS
@@ -133,8 +133,7 @@ def _check_curve_settings(allocation: str, pattern: str, **given: Any) -> None:
         raise ValueError(
             f"pattern {pattern} is the same for every matrix, so that {what} would have no effect; leave {name} out"
         )
-    if given["levels"] is not None and pattern != "unstructured":
-        raise ValueError(f"pattern {pattern} has its own levels, of n weights in each group; leave levels out")
+    check_levels(given["levels"], pattern)
 
 
 def asked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

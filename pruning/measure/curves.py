@@ -264,16 +264,25 @@ def nm_levels(numel: int, m: int = 8, fewest: int = 2) -> tuple[tuple[int, ...],
     return tuple(numel // m * n for n in group_counts), tuple(f"{n}:{m}" for n in group_counts)
 
 
+def check_levels(levels: Sequence[float] | None, pattern: str) -> None:
+    """Raise ValueError for levels that are no sparsities from 0 to 1, and for any beside an N:M pattern."""
+    if levels is None:
+        return
+    if pattern != "unstructured":
+        raise ValueError(f"pattern {pattern} has its own levels, of n weights in each group; leave levels out")
+    if not all(0 <= level <= 1 for level in levels):
+        raise ValueError(f"levels: expected sparsities from 0 to 1, got {', '.join(f'{level:g}' for level in levels)}")
+
+
 def levels_of(
     groups: Sequence[Group], sparsity: float, pattern: str = "unstructured", *, levels: Sequence[float] | None = None
 ) -> Levels:
     """Counts of weights and N:M patterns of every group's levels. Existing zeros stay zero.
 
     Raises:
-        ValueError: for another pattern, or levels that are no sparsities from 0 to 1.
+        ValueError: for another pattern, or as :func:`check_levels`.
     """
-    if levels is not None and not all(0 <= level <= 1 for level in levels):
-        raise ValueError(f"levels: expected sparsities from 0 to 1, got {', '.join(f'{level:g}' for level in levels)}")
+    check_levels(levels, pattern)
     if pattern != "unstructured":
         letter, _, m = pattern.partition(":")
         if letter != "N" or not m.isdigit() or int(m) < 2:

@@ -145,7 +145,10 @@ def collect_inputs(
     add: Mapping[str, Callable[[Tensor], Any]],
     indices: Sequence[int] | None = None,
 ) -> None:
-    """Run batches, by default all, and pass each layer's inputs [rows, in], without masked tokens, to ``add[name]``."""
+    """Run batches, by default all, and pass each layer's inputs [rows, in], without masked tokens, to ``add[name]``.
+
+    Masked tokens of experts are left out in modules of the forms that :mod:`leanstep.pruning.score.experts` knows.
+    """
     current: list[Batch] = []
 
     def mask_of_tokens() -> Tensor | None:
@@ -172,7 +175,7 @@ def collect_inputs(
         if experts:
             stack.enter_context(one_expert_at_a_time(cache.model))
             stack.enter_context(experts_without_masked_tokens(experts, mask_of_tokens))
-            stack.enter_context(ExpertInputs(ExpertWeights(experts), give))
+            stack.enter_context(ExpertInputs(ExpertWeights(experts), give, mask_of_tokens))
         spans = [cache.span(target) for target in targets]
         last = [span[1] for span in spans if span is not None]
         for index in range(len(cache.batches)) if indices is None else indices:

@@ -36,12 +36,18 @@ class ExpertWeights:
 class ExpertInputs(TorchFunctionMode):
     """Intercepts every matrix product with the weight of one expert, wherever the model computes it.
 
-    In a product of all experts at once (``torch.bmm``), a token that is not routed to an expert is a row of zeros.
+    In a product of all experts at once (``torch.bmm``), a token that is not routed to an expert is a row of zeros. Rows
+    of masked tokens are left out there.
     """
 
-    def __init__(self, experts: ExpertWeights, give: Callable[[Target, Tensor], None]) -> None:
+    def __init__(
+        self,
+        experts: ExpertWeights,
+        give: Callable[[Target, Tensor], None],
+        mask_of_tokens: Callable[[], Tensor | None],
+    ) -> None:
         super().__init__()
-        self.experts, self.give = experts, give
+        self.experts, self.give, self.mask_of_tokens = experts, give, mask_of_tokens
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         products = (nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
@@ -53,7 +59,10 @@ class ExpertInputs(TorchFunctionMode):
             for inputs, weight in zip(args[0], args[1], strict=True):
                 target = self.experts.get(weight)
                 if target is not None:
-                    self.give(target, inputs[inputs.any(dim=-1)])
+                    rows, mask = inputs.any(dim=-1), self.mask_of_tokens()
+                    if mask is not None and len(rows) == mask.numel():
+                        rows &= mask.flatten()
+                    self.give(target, inputs[rows])
         return func(*args, **(kwargs or {}))
 
 

@@ -225,6 +225,11 @@ def test_levels_can_be_patterns():
         measure_curves(model, tokens(2), pattern="N:16")
 
 
+def test_levels_beside_a_pattern_are_refused():
+    with pytest.raises(ValueError, match="pattern N:8 has its own levels"):
+        measure_curves(make_llama(1), tokens(2), pattern="N:8", levels=LEVELS, score="magnitude")
+
+
 @pytest.mark.parametrize("metric", ["kl", "kl_topk", "mse_logits"])
 def test_every_metric_gives_curves(metric):
     model = make_llama(1)
@@ -379,7 +384,7 @@ def test_the_inputs_of_every_expert_are_seen():
             assert rows.shape[1] == target.weight.shape[1]
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3", "llama4"])
 def test_statistics_of_experts_leave_padding_out(name):
     """They are those of the same sequences without padding, one by one."""
     model, samples, mask = architectures.make(name), tokens(3), torch.ones(3, 16, dtype=torch.int64)
@@ -395,10 +400,10 @@ def test_statistics_of_experts_leave_padding_out(name):
             for batches in (padded, single)
         )
     assert sum(statistics.count for statistics in without.values()) > 0
-    for name, statistics in without.items():
-        assert statistics.count == alone[name].count
-        torch.testing.assert_close(statistics.square_sum, alone[name].square_sum, rtol=1e-5, atol=1e-9)
-        torch.testing.assert_close(statistics.gram, alone[name].gram, rtol=1e-4, atol=1e-6)
+    for expert, statistics in without.items():
+        assert statistics.count == alone[expert].count
+        torch.testing.assert_close(statistics.square_sum, alone[expert].square_sum, rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(statistics.gram, alone[expert].gram, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("options", [{}, {"padding": 1}, {"stride": 2, "padding": (2, 1)}, {"padding": "same"}])
