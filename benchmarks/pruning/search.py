@@ -237,9 +237,10 @@ def reading(intervals: list[Interval], single: int) -> str:
     if not intervals:
         return alone
     ahead, behind = sum(i.high < 0 for i in intervals), sum(i.low > 0 for i in intervals)
+    rest = "" if ahead + behind == len(intervals) else "; in the others no difference is seen"
     return (
-        f"Paired by seed, 95 % intervals: the refined search is ahead in {ahead} of {len(intervals)} rows, behind in "
-        f"{behind}; in the others no difference is seen. {alone}"
+        f"Paired by seed, 95 % intervals: the refined search is ahead of the evolutionary in {ahead} of "
+        f"{len(intervals)} rows, behind in {behind}{rest}. {alone}"
     ).rstrip()
 
 
