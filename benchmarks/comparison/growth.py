@@ -1,4 +1,4 @@
-"""How the order of the methods changes with the number of steps, and their best rates with the size of the model."""
+"""What changes with the number of steps, with the warm-up, and with the size of the model."""
 
 from __future__ import annotations
 
@@ -55,6 +55,37 @@ def double_reading(results: Results, rows: list[Row]) -> str:
     return f"Judged with twice the hidden rate, mean loss and difference to the chosen one: {'; '.join(texts)}."
 
 
+def warmup_table(results: Results, rows: list[Row]) -> tuple[list[str], list[list[str]]] | None:
+    """Losses with the chosen and with the other warm-up, and differences to AdamW where both have the better one.
+
+    Tuning runs are shorter than judged ones, and may prefer another warm-up. The losses that are compared also choose
+    the better of the two, for AdamW as for the others. Rows of defaults have one. None unless AdamW has both.
+    """
+    both = {row.method: (row.losses, _judged(results, row.chosen, "warmup")) for row in rows if row.mean is not None}
+    if BASELINE not in both or both[BASELINE][1] is None:
+        return None
+    better = {method: min((ls for ls in pair if ls), key=statistics.mean) for method, pair in both.items()}
+    cells = []
+    for row in rows:
+        if row.method not in both or METHODS[row.method].start and both[row.method][1] is None:
+            continue
+        chosen, other = both[row.method]
+        second = judged_runs(row.chosen, results.protocol, "warmup")[0].warmup
+        difference = paired_difference(better[row.method], better[BASELINE])
+        cells.append([
+            METHODS[row.method].title,
+            f"{row.chosen.warmup:.0%}: {_mean(chosen)}",
+            "–" if other is None else f"{second:.0%}: {_mean(other)}",
+            *(["–", "–"] if row.method == BASELINE else [f"{difference:+.3f}", difference.reading]),
+        ])  # fmt: skip
+    head = ["optimizer", "chosen warm-up", "other warm-up", "the better, difference to AdamW's [95 %]", "reading"]
+    return head, cells
+
+
+def _mean(losses: tuple[float, ...]) -> str:
+    return f"{statistics.mean(losses):.3f} ± {standard_error(losses):.3f}"
+
+
 def _judged(results: Results, chosen: Run, kind: str) -> tuple[float, ...] | None:
     """Losses of all seeds of a kind of judged runs; None unless all are there and finite."""
     runs = judged_runs(chosen, results.protocol, kind)
@@ -69,7 +100,7 @@ def _budget_cells(losses: dict[str, tuple[float, ...]], method: str, rank: int) 
     difference = "–"
     if method != BASELINE and BASELINE in losses:
         difference = f"{paired_difference(values, losses[BASELINE]):+.3f}"
-    return [f"{statistics.mean(values):.3f} ± {standard_error(values):.3f}", str(rank), difference]
+    return [_mean(values), str(rank), difference]
 
 
 def _order_reading(

@@ -82,7 +82,8 @@ class Protocol:
 class Run:
     """One training run. Step sizes and weight decay are None where the defaults of the optimizer's class hold."""
 
-    kind: str  # tune, judge, half: judged with half of the steps, or double: judged with twice the hidden rate
+    # tune; judge; and judged once more: half of the steps, double: twice the hidden rate, warmup: another warm-up
+    kind: str
     method: str
     seed: int
     hidden_lr: float | None
@@ -92,8 +93,8 @@ class Run:
 
     def steps(self, protocol: Protocol) -> int:
         """Number of steps."""
-        judge = protocol.judge_steps
-        return {"tune": protocol.tune_steps, "judge": judge, "half": judge // 2, "double": judge}[self.kind]
+        shorter = {"tune": protocol.tune_steps, "half": protocol.judge_steps // 2}
+        return shorter.get(self.kind, protocol.judge_steps)
 
 
 def digest(value: Any) -> str:

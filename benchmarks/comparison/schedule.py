@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -26,8 +26,9 @@ class Scheduler:
     """Runs what the methods need, those of earlier methods first."""
 
     def __init__(self, results: Results, writer: Writer, methods: list[str], budget: int, workers: int,
-                 minutes: float, half: bool = False, double: Sequence[str] = ()) -> None:  # fmt: skip
-        self.results, self.writer, self.methods, self.half, self.double = results, writer, methods, half, double
+                 minutes: float, again: Mapping[str, Sequence[str]] | None = None) -> None:  # fmt: skip
+        """``again`` has the methods that are judged once more, by kind of :class:`Run`."""
+        self.results, self.writer, self.methods, self.again = results, writer, methods, again or {}
         self.protocol: Protocol = results.protocol
         self.search = Search.of_this_version(budget, self.protocol.model)
         self.workers = workers
@@ -86,10 +87,9 @@ class Scheduler:
             try:
                 state = plan(method, self.protocol, self.search, self.results.losses)
                 runs += state.missing
-                if self.half and state.chosen is not None:
-                    more += judged_runs(state.chosen, self.protocol, "half")
-                if method in self.double and state.chosen is not None:
-                    more += judged_runs(state.chosen, self.protocol, "double")
+                for kind in [kind for kind, methods in self.again.items() if method in methods and state.chosen]:
+                    assert state.chosen is not None
+                    more += judged_runs(state.chosen, self.protocol, kind)
             except EdgeError as error:
                 if method not in self.edges:
                     self.edges[method] = str(error)

@@ -154,11 +154,13 @@ def _settings(run: Run) -> tuple[float | None, float | None, float | None, float
 
 
 def judged_runs(chosen: Run, protocol: Protocol, kind: str = "judge") -> list[Run]:
-    """The judged runs of the chosen settings, by seed; of kind "half" or "double", see :class:`Run`."""
-    hidden, *others = _settings(chosen)
+    """The judged runs of the chosen settings, by seed; of kind "half", "double" or "warmup", see :class:`Run`."""
+    hidden, other, decay, warmup = _settings(chosen)
     if kind == "double" and hidden is not None:
         hidden *= 2
-    return [Run(kind, chosen.method, seed, hidden, *others) for seed in protocol.judge_seeds]
+    if kind == "warmup":
+        warmup = protocol.warmups[(protocol.warmups.index(warmup) + 1) % len(protocol.warmups)]
+    return [Run(kind, chosen.method, seed, hidden, other, decay, warmup) for seed in protocol.judge_seeds]
 
 
 def _edge(run: Run, budget: int, diverged: bool) -> str:

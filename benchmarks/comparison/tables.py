@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from comparison.growth import budget_table, double_reading, transfer_table
+from comparison.growth import budget_table, double_reading, transfer_table, warmup_table
 from comparison.methods import METHODS
 from comparison.protocol import ComparisonError
 from comparison.results import Results, read
@@ -40,6 +40,8 @@ def blocks(path: Path) -> dict[str, str]:
     if budgets := budget_table(results, rows):
         head, cells, reading = budgets
         contents[f"budgets-{model}"] = f"{markdown(head, cells)}\n\n{_paragraph(reading)}"
+    if warmups := warmup_table(results, rows):
+        contents[f"warmups-{model}"] = markdown(*warmups)
     if transfer := transfer_table(results, rows, path):
         contents[f"transfer-{model}"] = markdown(*transfer)
     return contents

@@ -1,13 +1,15 @@
 """Compare optimizers on a nano model against a tuned AdamW: the same search for all, judged on other seeds.
 
     python benchmarks optimizers/compare [key=value ...] --out runs/compare [--family llama] [--size nano] \
-        [--workers 2] [--minutes 30] [--budget 20] [--half] [--double adamw] [--methods adamw sinkgd]
+        [--workers 2] [--minutes 30] [--budget 20] [--half] [--double adamw] \
+        [--other-warmup adamw] [--methods adamw sinkgd]
     python benchmarks optimizers/compare --report docs/results/llama-nano.jsonl [--write]
 
 docs/protocol.md has the rules. The first command makes the runs that its file (OUT/FAMILY-SIZE.jsonl) does not have yet
 and prints the tables; it can be killed at any moment and goes on where it stopped. ``--minutes`` ends it in time.
 ``--size nano-lora`` compares them on the adapters of a pretrained nano. ``--half`` judges with half of the steps too,
-``--double`` judges these methods with twice the hidden rate that shorter tuning runs chose.
+``--double`` judges these methods with twice the hidden rate that shorter tuning runs chose, ``--other-warmup`` with the
+warm-up that they did not choose.
 Further ``key=value`` pairs are settings of the recipe FAMILY-SIZE-adamw (of llama-nano-lora itself), for all runs. The
 second command prints the tables of a file; ``--write`` puts them into docs/, with the figure.
 Exit codes: 0 complete, 1 a problem, 2 bad settings, 3 time is up.
@@ -47,13 +49,9 @@ PARSER.add_argument("--out", type=Path, default=Path("runs/compare"), help="fold
 PARSER.add_argument("--report", type=Path, help="a file of results whose tables to print")
 PARSER.add_argument("--family", default="llama", choices=["llama", "gpt"])
 PARSER.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-PARSER.add_argument(
-    "--double",
-    nargs="+",
-    default=[],
-    choices=[name for name, m in METHODS.items() if m.start],
-    help="judge these methods with twice the chosen hidden rate, too",
-)
+_TUNED = [name for name, method in METHODS.items() if method.start]
+for _name, _help in (("--double", "twice the chosen hidden rate"), ("--other-warmup", "the warm-up not chosen")):
+    PARSER.add_argument(_name, nargs="+", default=[], choices=_TUNED, help=f"judge these methods with {_help}, too")
 PARSER.add_argument("settings", nargs="*", metavar="key=value", help="settings of the recipe, for all runs")
 ROOT = Path(__file__).parents[2]
 
@@ -66,10 +64,10 @@ def main() -> int:
             return report(options.report, options.write)
         if options.write:
             raise ComparisonError("--write needs --report FILE: only a file of results decides what the pages say")
-        if options.workers < 1 or options.minutes < 0 or len(options.judge_seeds) < 2:
-            raise ComparisonError(
-                "expected --workers of at least 1, --minutes of at least 0, and two or more judge seeds"
-            )
+        if options.workers < 1 or options.minutes < 0 or options.eval_every < 1:
+            raise ComparisonError("expected --workers and --eval-every of at least 1, and --minutes of at least 0")
+        if len(set(options.judge_seeds)) < max(2, len(options.judge_seeds)):
+            raise ComparisonError(f"expected two or more different --judge-seeds, not {options.judge_seeds}")
         return compare(options)
     except (ComparisonError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -89,13 +87,14 @@ def compare(options) -> int:
     grid_size(protocol, options.budget)
     # differences are to tuned AdamW
     methods = list(dict.fromkeys([BASELINE, *(m for m in METHODS if m in options.methods)]))
+    again = {"half": methods if options.half else [], "double": options.double, "warmup": options.other_warmup}
+    if lacking := sorted({*options.double, *options.other_warmup} - {*methods}):
+        raise ComparisonError(f"--double and --other-warmup judge methods of --methods; add {', '.join(lacking)} there")
     for method in methods:
         METHODS[method].optimizer_class()
     path, code = options.out / f"{protocol.model}.jsonl", 0
     with writing(path, protocol) as (results, writer):
-        scheduler = Scheduler(
-            results, writer, methods, options.budget, options.workers, options.minutes, options.half, options.double
-        )
+        scheduler = Scheduler(results, writer, methods, options.budget, options.workers, options.minutes, again)
         try:
             scheduler.go()
         except Stopped as stop:

@@ -190,10 +190,10 @@ def test_the_pages_are_those_of_the_committed_results(parts):
             assert page.read_text("utf-8") == text, f"{page} is not what --report {file.name} --write makes of it"
 
 
-def appended(parts, path, protocol, kind, loss):
-    """Add judged runs of a kind, for each method that has settings; ``loss`` of method and seed."""
+def appended(parts, path, protocol, kind, loss, methods=("adamw", "sinkgd", "lion-default")):
+    """Add judged runs of a kind, for each of the methods; ``loss`` of method and seed."""
     with parts.results.writing(path, protocol) as (results, writer):
-        for method in ("adamw", "sinkgd", "lion-default"):
+        for method in methods:
             best = parts.search.plan(method, protocol, results.search, results.losses).chosen
             for run in parts.search.judged_runs(best, protocol, kind):
                 row = {"status": "done", "losses": [[40, 4000, loss(method, run.seed)]], "bytes": {"weights": 1}}
@@ -229,6 +229,29 @@ def test_twice_the_hidden_rate_is_told_beside_the_chosen_one(parts, tmp_path):
     assert {run.steps(protocol) for run in doubled} == {protocol.judge_steps}
     text = " ".join(parts.tables.blocks(path)["chosen-llama-nano"].split())
     assert f"AdamW {rows['adamw'].mean - 0.25:.3f}, -0.250 [-0.250, -0.250], lower loss" in text
+
+
+def test_the_other_warm_up_is_judged_and_each_method_compared_with_its_better_one(parts, tmp_path):
+    path = tmp_path / "r.jsonl"
+    protocol = synthetic(parts, path)
+    assert "warmups-llama-nano" not in parts.tables.blocks(path)
+    rows = {row.method: row for row in parts.summary.summarise(parts.results.read(path))[0]}
+    # AdamW is better by 0.25 with the other warm-up, SinkGD worse
+    changes = {"adamw": -0.25, "sinkgd": 0.5}
+    appended(parts, path, protocol, "warmup", lambda m, seed: rows[m].losses[seed - 1] + changes[m], [*changes])
+    again = [run for run in parts.results.read(path).rows if run.kind == "warmup"]
+    assert all({run.warmup, rows[run.method].chosen.warmup} == {0.05, 0.15} for run in again)
+    assert {run.steps(protocol) for run in again} == {protocol.judge_steps}
+    text = parts.tables.blocks(path)["warmups-llama-nano"]
+    cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in text.splitlines()}
+    adamw, sinkgd = rows["adamw"], rows["sinkgd"]
+    assert cells["AdamW"][:2] == [
+        f"{warmup:.0%}: {mean:.3f} ± {adamw.error:.3f}"
+        for warmup, mean in ((adamw.chosen.warmup, adamw.mean), (0.2 - adamw.chosen.warmup, adamw.mean - 0.25))
+    ]
+    assert cells["SinkGD, AdamW on the rest"][2].startswith(f"{sinkgd.mean - adamw.mean + 0.25:+.3f} [")
+    assert cells["Lion, defaults"][1] == "–"
+    assert cells["Lion, defaults"][2].startswith(f"{rows['lion-default'].mean - adamw.mean + 0.25:+.3f} [")
 
 
 def test_rates_of_the_nano_beside_a_larger_model(parts, tmp_path, monkeypatch):
