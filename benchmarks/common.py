@@ -223,15 +223,29 @@ def save_svg(figure: Any, path: Path, **settings: Any) -> None:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Rows of a file with one JSON object per line; none where there is no file."""
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+    """Rows of a file with one JSON object per line; none where there is no file.
+
+    A last line without an end is one that its writer, killed, cut off, and does not count. Ends the process with a
+    message for any other line that is no JSON object.
+    """
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], start=1):
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
+            raise SystemExit(
+                f"{path}:{number}: expected a JSON object; remove the line, it is measured again"
+            ) from None
+    return rows
 
 
 def append_json_line(path: Path, row: dict[str, Any]) -> None:
-    """Add a row to a file with one JSON object per line."""
+    """Add a row to a file with one JSON object per line; removes a last line that was cut off."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    with path.open("a+b") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write((json.dumps(row) + "\n").encode())
 
 
 def train_once(recipe: str, out: Path, settings: Sequence[str]) -> dict[str, Any]:

@@ -16,14 +16,15 @@ to docs/gpu.md. ``--dry-run`` runs everything with tiny sizes on the CPU, to try
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,10 @@ from stages import (
     rows_of,
 )
 
-from leanstep._files import format_bytes, free_bytes, write_text
+from leanstep._files import format_bytes, free_bytes, lock_file, write_text
 
 # stage -> its share of the time
-STAGES = {"tests": 8, "kernels": 5, "bandwidth": 2, "steps": 3, "lora": 4, "graphs": 6, "training": 8}
+STAGES = {"tests": 8, "kernels": 5, "bandwidth": 2, "steps": 3, "lora": 4, "graphs": 6, "training": 10}
 PARSER = command_line(
     __doc__, minutes=(10.0, "time for all stages; default 10"), dry_run=(False, "tiny sizes on the CPU"),
     publish=(False, "write docs/gpu.json and docs/gpu.md from the results"),
@@ -61,14 +62,37 @@ BUSY = 2 << 30
 
 
 def main() -> int:
-    """Run the stages that are not done, and write the tables; 1 if something is missing or wrong."""
+    """Measure, or publish what was measured."""
     options = PARSER.parse_args()
     if options.publish:
         return publish(options.out)
     if options.minutes <= 0:
         PARSER.error(f"--minutes: expected more than 0, got {options.minutes:g}")
+    # as Ctrl-C does: the stage that runs is ended, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     machine = ask_for_machine(options.dry_run)
-    options.out.mkdir(parents=True, exist_ok=True)
+    with locked(options.out):
+        return measure(options, machine)
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Make the folder of the results, and keep other processes from measuring into it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / ".lock").open("a")
+    except OSError as error:
+        raise SystemExit(f"--out: expected a folder that can be written, got {out}: {error.strerror}") from None
+    with file:
+        try:
+            lock_file(file.fileno())
+        except BlockingIOError:
+            raise SystemExit(f"{out}: another process measures into it; wait for it, or choose another --out") from None
+        yield
+
+
+def measure(options: argparse.Namespace, machine: dict[str, str]) -> int:
+    """Run the stages that are not done, and write the tables; 1 if something is missing or wrong."""
     check_folder(options.out, machine, options.dry_run)
     print(", ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
     commands = {name: [sys.executable, str(Path(__file__).parent), f"device/{name}"] for name in STAGES}
@@ -85,11 +109,13 @@ def main() -> int:
 
 
 def first_device_only() -> dict[str, str]:
-    """The environment of stages: of several visible devices, they see the first."""
+    """The environment of stages: of several visible devices they see the first, and kernels run on it."""
     name = "HIP_VISIBLE_DEVICES" if "HIP_VISIBLE_DEVICES" in os.environ else "CUDA_VISIBLE_DEVICES"
     first = os.environ.get(name, "0").split(",")[0]
     # unbuffered: what a killed stage has printed is in its log
-    return os.environ | {name: first, "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {name: first, "PYTHONUNBUFFERED": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    return environment
 
 
 def ask_for_machine(dry_run: bool) -> dict[str, str]:
@@ -98,11 +124,13 @@ def ask_for_machine(dry_run: bool) -> dict[str, str]:
     Another process answers, because one that has used the device holds some of its memory.
     """
     script = f"""
-import json, stages
+import json, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import stages
 device = stages.find_device({dry_run})
 print(json.dumps([stages.machine_of(device), stages.busy_bytes(device)]))"""
     command = [sys.executable, "-c", script]
-    result = subprocess.run(command, cwd=Path(__file__).parent, env=first_device_only(), capture_output=True, text=True)
+    result = subprocess.run(command, env=first_device_only(), capture_output=True, text=True)
     if result.returncode:
         raise SystemExit(result.stderr.strip().splitlines()[-1] if result.stderr else "python ended without a reason")
     machine, busy = json.loads(result.stdout.splitlines()[-1])
@@ -132,7 +160,7 @@ def stage_files(out: Path) -> list[Path]:
 
 def stored(out: Path) -> list[dict[str, Any]]:
     """Results of all stages that have some."""
-    return [json.loads(path.read_text("utf-8")) for path in stage_files(out)]
+    return [read_results(path) for path in stage_files(out)]
 
 
 # -- running ----------------------------------------------------------------------------------------------------------

@@ -173,12 +173,14 @@ class Results:
             write_text(self.path, json.dumps(self.content, indent=1) + "\n")
 
 
-def read_results(path: Path, machine: dict[str, str]) -> dict[str, Any]:
-    """Read a stage's results. Ends the process for a file that is damaged or of another machine or version."""
+def read_results(path: Path, machine: dict[str, str] | None = None) -> dict[str, Any]:
+    """Read a stage's results. Ends the process for a damaged file, and for one of another machine, if given."""
     try:
         content = json.loads(path.read_text("utf-8"))
         before = dict(content["machine"])
-        assert isinstance(content["cases"], dict)
+        machine = before if machine is None else machine
+        assert all(isinstance(content[key], dict) for key in ("packages", "cases"))
+        assert isinstance(content["clocks"], list) and content["stage"]
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise SystemExit(f"{path}: expected the results of a stage, got {one_line(error)}; remove the file") from None
     different = [

@@ -83,13 +83,30 @@ def read(path: Path) -> Results:
     identity = digest(lines[0]["definition"])
     for number, line in enumerate(lines[1:], start=2):
         if line.get("kind") == "search":
-            starts = {method: (hidden, other) for method, (hidden, other) in line["starts"].items()}
-            results.search = Search(line["budget"], starts)
+            try:
+                starts = {method: (float(hidden), float(other)) for method, (hidden, other) in line["starts"].items()}
+                results.search = Search(int(line["budget"]), starts)
+            except (AttributeError, KeyError, TypeError, ValueError):
+                raise ComparisonError(
+                    f"{path}:{number} has no budget and starts; remove the line, it is made again"
+                ) from None
         elif line.get("kind") == "timing":
             results.timing = line
         else:
             _add(results, f"{path}:{number}", line, identity)
+    _check_machines(path, results)
     return results
+
+
+def _check_machines(path: Path, results: Results) -> None:
+    """Raise ComparisonError if runs are of several processors or versions; commits may differ."""
+    environments = results.environments()
+    for other in environments[1:]:
+        # older rows have no hash of the text
+        shared = [key for key in other if key in environments[0] and key != "commit"]
+        if names := [key for key in shared if other[key] != environments[0][key]]:
+            changes = ", ".join(f"{name} {environments[0][name]} and {other[name]}" for name in names)
+            raise ComparisonError(f"{path} mixes results of several environments: {changes}; give each its own file")
 
 
 def _protocol(path: Path, definition: dict[str, Any]) -> Protocol:
@@ -118,9 +135,10 @@ def _add(results: Results, where: str, line: dict[str, Any], protocol_id: str) -
                 f"{where}: its settings are not those that its id {line['id']} was made of; remove it"
             )
         numbers = [number for evaluation in line["losses"] for number in evaluation]
-        sound = line["status"] == "done" and numbers or line["status"].startswith("diverged")
+        whole = bool(numbers) and line["losses"][-1][0] == run.steps(results.protocol)
+        sound = line["status"] == "done" and whole or line["status"].startswith("diverged")
         if not sound or not all(map(math.isfinite, [*numbers, *line["bytes"].values()])):
-            raise TypeError("its status or a number")
+            raise TypeError("its status, a number, or its last step")
     except (AttributeError, KeyError, TypeError, IndexError) as error:
         raise ComparisonError(
             f"{where} is no complete result ({error!r}); remove the line, its run is made again"
@@ -171,6 +189,8 @@ def writing(path: Path, protocol: Protocol) -> Iterator[tuple[Results, Writer]]:
         path.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise ComparisonError(f"--out is a folder of results, and {path.parent} is a file or lies below one") from None
+    except OSError as error:
+        raise ComparisonError(f"--out: {path.parent} cannot be made: {error.strerror}; take another folder") from None
     if free_bytes(path.parent) < _ROOM:
         raise ComparisonError(f"{path.parent}: less than {_ROOM >> 20} MB are free on its disk; make room first")
     with path.open("a+b", buffering=0) as file:

@@ -34,7 +34,7 @@ class Scheduler:
         self.workers = workers
         self.deadline = time.monotonic() + 60 * minutes if minutes else math.inf
         self.edges: dict[str, str] = {}
-        self.environment = environment()
+        self.environment = environment(self.protocol)
         self.seconds: list[float] = []  # of a step, in the runs of this call
         self.started: dict[Run, float] = {}
 

@@ -51,6 +51,7 @@ class Row:
         difference: paired difference to the baseline; None for the baseline, or if a seed of either diverged.
         step_seconds: processor seconds of a training step; None without a timing.
         loss_at_time: mean loss when the baseline is done, by processor seconds.
+        time_difference: paired difference of these losses to the baseline, as ``difference``.
         tokens: tokens to the baseline's final loss, as a fraction of the baseline's; None if a seed does not reach it.
         bytes: weights, gradients and optimizer state.
         on_frontier: whether no row with as few bytes has a lower mean loss.
@@ -65,6 +66,7 @@ class Row:
     difference: Interval | None
     step_seconds: float | None
     loss_at_time: float | None
+    time_difference: Interval | None
     tokens: float | None
     bytes: int
     on_frontier: bool
@@ -130,6 +132,9 @@ def summarise(results: Results) -> tuple[list[Row], dict[str, str]]:
     complete: dict[str, tuple[Run, int]] = {}
     others: dict[str, str] = {}
     for method in METHODS:
+        if METHODS[method].start and method not in results.search.starts:
+            others[method] = "not begun"
+            continue
         try:
             state = plan(method, protocol, results.search, losses)
         except EdgeError:
@@ -162,7 +167,7 @@ def _row(results: Results, method: str, chosen: Run, tuning_runs: int, with_base
     lines = [results.rows[run] for run in judged_runs(chosen, protocol)]
     losses = tuple(map(final_loss, lines))
     sound = all(map(math.isfinite, losses))
-    row = Row(method, chosen, tuning_runs, losses, None, None, None, step_seconds(results, method), None, None,
+    row = Row(method, chosen, tuning_runs, losses, None, None, None, step_seconds(results, method), None, None, None,
               sum(lines[0]["bytes"].values()), False)  # fmt: skip
     if not sound:
         return row
@@ -170,13 +175,15 @@ def _row(results: Results, method: str, chosen: Run, tuning_runs: int, with_base
     if with_baseline:
         base = _baseline_lines(results, protocol)
         targets = [final_loss(line) for line in base]
+        timed = _losses_at_time(results, method, lines)
+        values["loss_at_time"] = None if timed is None else statistics.mean(timed)
         if method != BASELINE and all(map(math.isfinite, targets)):
             values["difference"] = paired_difference(losses, targets)
+            values["time_difference"] = None if timed is None else paired_difference(timed, targets)
         reached = [tokens_to_loss(line["losses"], target) for line, target in zip(lines, targets, strict=True)]
         if all(tokens is not None for tokens in reached):
             whole = [line["losses"][-1][1] for line in base]
             values["tokens"] = statistics.mean(a / b for a, b in zip(reached, whole, strict=True))
-        values["loss_at_time"] = _loss_at_time(results, method, lines)
     return replace(row, **values)
 
 
@@ -193,10 +200,11 @@ def step_seconds(results: Results, method: str) -> float | None:
     return results.timing["model"] + results.timing["optimizers"][method]
 
 
-def _loss_at_time(results: Results, method: str, lines: list[dict[str, Any]]) -> float | None:
+def _losses_at_time(results: Results, method: str, lines: list[dict[str, Any]]) -> list[float] | None:
     mine, base = step_seconds(results, method), step_seconds(results, BASELINE)
     if mine is None or base is None:
         return None
     steps = results.protocol.judge_steps * base / mine
-    values = [loss_at_step(line["losses"], steps) for line in lines]
-    return None if any(value is None for value in values) else statistics.mean(v for v in values if v is not None)
+    losses = [loss_at_step(line["losses"], steps) for line in lines]
+    values = [loss for loss in losses if loss is not None]
+    return values if len(values) == len(losses) else None

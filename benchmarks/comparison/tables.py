@@ -128,14 +128,17 @@ def _cells(row: Row) -> list[str]:
     step = "–" if row.step_seconds is None else f"{row.step_seconds * 1e3:.0f}"
     memory = f"{row.bytes / 1e6:.1f}{' *' if row.on_frontier else ''}"
     tokens = "–" if row.tokens is None else f"{row.tokens:.2f}"
-    return [METHODS[row.method].label, _loss(row), *_difference(row), _number(row.loss_at_time), step, tokens, memory]
+    timed = _number(row.loss_at_time)
+    if row.time_difference is not None:
+        timed += f", {row.time_difference:+.3f}"
+    return [METHODS[row.method].label, _loss(row), *_difference(row), timed, step, tokens, memory]
 
 
 def _comparison(results: Results, rows: list[Row], others: dict[str, str], path: Path) -> str:
     protocol = results.protocol
     head = [
         "optimizer", f"loss, mean ± s.e. of {len(protocol.judge_seeds)} seeds", "difference to tuned AdamW [95 %]",
-        "reading", "loss at AdamW's time", "ms a step", "tokens to AdamW's loss", "MB",
+        "reading", "at AdamW's time, difference [95 %]", "ms a step", "tokens to AdamW's loss", "MB",
     ]  # fmt: skip
     tuned = [_cells(row) for row in rows if METHODS[row.method].start]
     default = [_cells(row) for row in rows if not METHODS[row.method].start]

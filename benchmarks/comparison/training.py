@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import platform
 import statistics
 import time
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -160,9 +162,11 @@ def _busy() -> float:
     return sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
 
 
-def environment() -> dict[str, str]:
-    """Versions, processor and commit of a result."""
-    return {
+def environment(protocol: Protocol) -> dict[str, str]:
+    """Versions, processor and commit of a result, and the hash of the text where it is a file."""
+    path = protocol.config.data.path
+    text = {"text": hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]} if path and Path(path).is_file() else {}
+    return text | {
         "processor": processor_name(),
         "commit": commit(),
         "torch": torch.__version__,

@@ -196,7 +196,8 @@ def appended(parts, path, protocol, kind, loss, methods=("adamw", "sinkgd", "lio
         for method in methods:
             best = parts.search.plan(method, protocol, results.search, results.losses).chosen
             for run in parts.search.judged_runs(best, protocol, kind):
-                row = {"status": "done", "losses": [[40, 4000, loss(method, run.seed)]], "bytes": {"weights": 1}}
+                steps = run.steps(protocol)
+                row = {"status": "done", "losses": [[steps, 4000, loss(method, run.seed)]], "bytes": {"weights": 1}}
                 writer.append(parts.results.run_row(protocol, run, {**row, "environment": {"commit": "abc"}}))
 
 
@@ -289,10 +290,10 @@ def synthetic(parts, path, **changes):
                         start = parts.methods.METHODS[method].start
                         loss += abs(math.log2(run.hidden_lr / start[0])) + abs(math.log2(run.other_lr / start[1]))
                         loss += run.weight_decay + run.warmup
-                    losses[run] = loss
+                    losses[run], steps = loss, run.steps(protocol)
                     result = {
                         "status": "done",
-                        "losses": [[40, 4000, loss + 1], [80, 8000, loss]],
+                        "losses": [[40, 4000, loss + 1], [steps, 100 * steps, loss]],
                         "bytes": {"weights": 100, "state": 0 if method == "sinkgd" else 50},
                         "environment": environment,
                     }
@@ -362,6 +363,9 @@ DAMAGE = {
     "mixed": (lambda path: edited(path, 3, protocol="0" * 12), "several protocols are mixed"),
     "incomplete": (lambda path: drop(path, 3, "losses"), "no complete result"),
     "not a number": (lambda path: edited(path, 3, losses=[[1, 2, math.nan]]), "no complete result"),
+    "cut short": (lambda path: edited(path, 3, losses=[[40, 4000, 5.0]]), "no complete result"),
+    "two machines": (lambda path: edited(path, 3, environment={"processor": "b", "torch": "1"}), "processor a and b"),
+    "no starts": (lambda path: drop(path, 1, "starts"), "has no budget and starts; remove the line"),
     "unknown status": (lambda path: edited(path, 3, status="running"), "no complete result"),
     "two results": (lambda path: path.write_text(path.read_text() + again(path)), "second result of the same run"),
 }
@@ -377,7 +381,7 @@ def drop(path, number, key):
 
 def again(path):
     line = json.loads(path.read_text().splitlines()[3])
-    return json.dumps(line | {"losses": [[40, 4000, 0.1]]}) + "\n"
+    return json.dumps(line | {"losses": [[60, 6000, 0.1]]}) + "\n"
 
 
 @pytest.mark.parametrize("case", DAMAGE)
@@ -464,6 +468,28 @@ def test_a_cut_file_is_reported_without_its_last_line(parts, tmp_path, capsys):
     cut = capsys.readouterr()
     assert (whole.err, cut.out) == ("", whole.out)
     assert "is cut off and does not count" in cut.err
+
+
+def test_a_file_of_a_first_line_alone_has_no_rows(parts, tmp_path):
+    path = tmp_path / "r.jsonl"
+    synthetic(parts, path)
+    path.write_text(path.read_text().splitlines(True)[0])
+    assert "no run is finished yet" in parts.tables.blocks(path)["compare-llama-nano"]
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--judge-seeds", "1", "1"], "two or more different --judge-seeds, not [1, 1]"),
+    (["--eval-every", "0"], "--eval-every of at least 1"),
+    (["--double", "muon", "--methods", "adamw"], "judge methods of --methods; add muon there"),
+    (["--out", "/proc/none"], "--out: /proc/none cannot be made"),
+])  # fmt: skip
+def test_options_that_no_run_could_use_are_refused_before_the_first(parts, options, message, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("compare", ROOT / "benchmarks" / "optimizers" / "compare.py")
+    compare = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(compare)
+    monkeypatch.setattr("sys.argv", ["compare", *options])
+    assert compare.main() == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_start_is_moved_for_the_model_whose_search_ended_on_an_edge(parts):

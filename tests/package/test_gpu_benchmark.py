@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -164,6 +166,34 @@ def test_ctrl_c_ends_the_stage_too(modules, tmp_path):
     assert ends(int((tmp_path / "child").read_text()), 20.0)
 
 
+@pytest.mark.slow
+def test_sigterm_ends_the_stage_too_and_a_folder_has_one_writer(tmp_path):
+    command = [sys.executable, FOLDER, "gpu", "--dry-run", "--only", "training", "--out", tmp_path]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while (
+        not (children := psutil.Process(process.pid).children(recursive=True))
+        or not (tmp_path / "training.log").exists()
+    ):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    second = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert second.returncode and "another process measures into it" in second.stderr
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert all(ends(child.pid, 20.0) for child in children)
+
+
+def test_a_folder_that_cannot_be_is_said_and_a_path_is_made_safe(tmp_path):
+    (tmp_path / "file").touch()
+    command = [sys.executable, FOLDER, "gpu", "--dry-run", "--out", tmp_path / "file"]
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONSAFEPATH": "1"}
+    )
+    assert result.returncode == 1 and "expected a folder that can be written" in result.stderr.splitlines()[-1]
+
+
 # -- cases and results ------------------------------------------------------------------------------------------------
 
 
@@ -224,11 +254,27 @@ def test_results_of_elsewhere_are_refused(modules, tmp_path, key):
     assert f"{key} {machine[key]!r}, now 'another'" in str(refusal.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"machine": {}}', '{"machine": {}, "cases": []}'])
+@pytest.mark.parametrize("text", [
+    "", "{", "[]", '{"machine": {}}', '{"machine": {}, "cases": []}', '{"machine": {}, "cases": {}}',
+])  # fmt: skip
 def test_damaged_results_are_refused(modules, tmp_path, text):
     (tmp_path / "lora.json").write_text(text)
-    with pytest.raises(SystemExit, match="lora.json: expected the results of a stage"):
-        modules.gpu.check_folder(tmp_path, {}, dry_run=True)
+    for use in (lambda: modules.gpu.check_folder(tmp_path, {}, dry_run=True), lambda: modules.gpu.publish(tmp_path)):
+        with pytest.raises(SystemExit, match="lora.json: expected the results of a stage"):
+            use()
+
+
+def test_kernels_of_the_stages_are_not_interpreted(modules, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "TRITON_INTERPRET" not in modules.gpu.first_device_only()
+
+
+def test_training_has_time_for_each_optimizer_where_earlier_stages_use_theirs(modules):
+    training = importlib.import_module("device.training")
+    share = 600 * modules.gpu.STAGES["training"] / sum(modules.gpu.STAGES.values())
+    least = training._LEAST_S + training._ENDING_S
+    # a stage imports torch first
+    assert (share - 10) / len(training.FULL["optimizers"]) > least
 
 
 def test_a_full_disk_is_refused(modules, tmp_path, monkeypatch):
@@ -290,6 +336,10 @@ def test_a_captured_step_that_differs_or_cannot_be_captured_is_a_failed_check(mo
     message = "CUDA error: operation not permitted when stream is capturing"
     (row,) = graphs.compare_captured(stage, case)
     assert row["ok"] is False and row["note"].startswith("not captured: RuntimeError: CUDA error")
+    # that of M-FAC is expected
+    (mfac,) = (case for case in graphs.DRY["variants"] if case.cls.__name__ == "MFAC")
+    (row,) = graphs.compare_captured(stage, mfac)
+    assert "ok" not in row and row["note"].startswith("not captured")
     message = "CUDA error: an illegal memory access was encountered"
     with pytest.raises(RuntimeError, match="illegal"):
         graphs.compare_captured(stage, case)

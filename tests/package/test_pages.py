@@ -172,6 +172,15 @@ QUOTES = [
     ("README.md", "a perplexity of 21.9,", "generation-smollm2", "| dense bf16 | – | 269 | 270 | 21.91 |"),
     ("README.md", "SparseGPT 34.8", "generation-smollm2", "| sparse bf16, 50 % | 50 % | 178 | 181 | 34.76 |"),
     ("README.md", "with llama.cpp's 8 bits 22.0", "generation-smollm2", "| llama.cpp Q8_0 | – | 145 | 185 | 22.04 |"),
+    (
+        "README.md",
+        "it has 138 at uniform",
+        "prune-evidence-smollm2",
+        "Wanda 60%, uniform | 0, 1, 2 | 1.7766 | – | 138.16 ",
+    ),
+    ("README.md", "104 after our evolutionary", "prune-evidence-smollm2", "-16.9 [-27.6, -6.2] | 104.33 "),
+    ("README.md", "98 with ATP's", "prune-evidence-smollm2", "-21.6 [-23.0, -20.1] | 98.07 "),
+    ("README.md", "76 with dynamic programming", "prune-evidence-smollm2", "-35.7 [-39.1, -32.2] | 76.45 "),
     ("README.md", "with 50 % zeros 54", "prune-evidence-smollm2", "Wanda 50%, uniform | 0, 1, 2 | 0.7775 | – | 54.05 "),
     ("docs/methods/sinkgd.md", "+0.243 [+0.161", "compare-llama-micro", "SinkGD, AdamW on the rest | 5.550 "),
 ]
@@ -182,6 +191,34 @@ def test_quoted_numbers_are_those_of_the_table(page, phrase, table, row):
     tables = TEXTS["docs/measured.md"].split(f"<!-- table:{table} -->")[1].split(f"<!-- /table:{table} -->")[0]
     assert phrase in " ".join(TEXTS[page].split())
     assert any(row in line for line in tables.splitlines())
+
+
+_NANO, _GPT, _MICRO = (f"compare-{model}" for model in ("llama-nano", "gpt-nano", "llama-micro"))
+# a phrase of a page with a ratio, the table it is of, the starts of the rows of both numbers, and their column
+RATIOS = [
+    ("README.md", "take 0.62 of the memory", _NANO, "SinkGD, AdamW on the rest | 4.681 ± 0.008", "AdamW | 4.679", "MB"),
+    ("docs/measured.md", "takes 0.62 of the memory", _NANO, "SinkGD, AdamW on the rest | 4.681 ± 0.008", "AdamW | 4.6", "MB"),
+    ("docs/measured.md", "take 0.64 of the memory", _GPT, "SinkGD, AdamW on the rest | 4.915", "AdamW | 5.052", "MB"),
+    ("README.md", "takes 0.67 of tuned", _MICRO, "SinkGD, AdamW on the rest | 5.249", "AdamW | 5.306", "MB"),
+    ("docs/measured.md", "SinkGD takes 0.67 of", _MICRO, "SinkGD, AdamW on the rest | 5.249", "AdamW | 5.306", "MB"),
+    ("docs/measured.md", "Lion takes 0.75 of", _MICRO, "Lion | 5.753", "AdamW | 5.306", "MB"),
+    ("docs/measured.md", "takes Muon 1.3 and", _MICRO, "Muon, AdamW on the rest | 5.120", "AdamW | 5.306", "ms a step"),
+    ("docs/measured.md", "LANTON 1.6 times as", _MICRO, "LANTON | 5.153", "AdamW | 5.306", "ms a step"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("page", "phrase", "table", "above", "below", "column"), RATIOS)
+def test_quoted_ratios_are_those_of_the_table(page, phrase, table, above, below, column):
+    text = TEXTS["docs/measured.md"].split(f"<!-- table:{table} -->")[1].split(f"<!-- /table:{table} -->")[0]
+    rows = [[cell.strip() for cell in line.split(" | ")] for line in text.splitlines() if line.startswith("| ")]
+    index = rows[0].index(column) if column in rows[0] else rows[0].index(f"{column} |")
+    numbers = [
+        float(next(row for row in rows if " | ".join(row).startswith(f"| {start}"))[index].rstrip("* |"))
+        for start in (above, below)
+    ]
+    assert phrase in " ".join(TEXTS[page].split())
+    (quoted,) = re.findall(r"\d\.\d+", phrase)
+    assert abs(numbers[0] / numbers[1] - float(quoted)) <= 0.51 * 10.0 ** -len(quoted.split(".")[1])
 
 
 def test_the_pages_with_tables():
