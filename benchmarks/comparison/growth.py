@@ -137,12 +137,19 @@ def transfer_table(results: Results, rows: list[Row], path: Path) -> tuple[list[
             continue
         grid, now = _grid_losses(results, row.method), (row.chosen.hidden_lr, row.chosen.other_lr)
         moved = [f"{a:g} ({a / b:g} x)" for a, b in zip(now, before, strict=True)]
-        cost = f"{grid[before] - min(grid.values()):+.3f}" if before in grid else "not tried"
+        cost = _cost(grid, before)
         cells.append([METHODS[row.method].label, *(f"{rate:g}" for rate in before), *moved, cost])
     if not cells:
         return None
     head = ["optimizer", "nano: hidden lr", "nano: other lr", "hidden lr", "other lr", "tuning loss lost at nano's"]
     return head, cells
+
+
+def _cost(grid: dict[tuple[float | None, float | None], float], rates: tuple[float, float]) -> str:
+    """Tuning loss at a pair of rates minus the lowest, in words where it has none."""
+    if rates not in grid:
+        return "not tried"
+    return f"{grid[rates] - min(grid.values()):+.3f}" if math.isfinite(grid[rates]) else "diverged"
 
 
 def _chosen_rates(results: Results, method: str) -> tuple[float, float] | None:
