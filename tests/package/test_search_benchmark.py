@@ -67,7 +67,7 @@ def test_the_table_pairs_the_seeds_and_reads_their_intervals(search, tmp_path):
     assert f"] | -20.0 [{low:+.1f}, {high:+.1f}] |" in text
     assert "nano (SHA-256 of its weights: abcdef01), made by `leanstep train x`, score wanda" in text
     assert "m, commit c; load 1.5 to 1.5 on 2 processors" in text
-    assert "ahead in 1 of 2 rows, behind in 0" in text
+    assert "ahead of the evolutionary in 1 of 2 rows, behind in 0; in the others no difference is seen" in text
 
 
 def test_the_page_is_that_of_the_committed_results(search):
