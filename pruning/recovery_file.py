@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from leanstep._checkpoint import load_pickled
 from leanstep._files import one_line, replacing
-from leanstep.pruning.measure.curves import check_identity
+from leanstep.pruning.measure.curve_file import check_identity
 
 # seconds between two states; more where saving one takes more than a twentieth of them
 _SECONDS = 60.0

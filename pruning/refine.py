@@ -19,7 +19,7 @@ from leanstep.pruning.measure.batches import Batch, as_batches, batches_hash
 from leanstep.pruning.measure.checks import Trial
 from leanstep.pruning.measure.curves import Curve
 from leanstep.pruning.measure.joint import JointJudge
-from leanstep.pruning.measure.measure import Measurement, evaluating, weights_hash
+from leanstep.pruning.measure.measure import Measurement, configuration_hash, evaluating, weights_hash
 from leanstep.pruning.measure.points import Progress
 from leanstep.pruning.measure.products import products_of
 from leanstep.pruning.result import Allocation
@@ -127,6 +127,7 @@ def _identity(
     levels = [(name, layer.counts.tolist(), layer.cost.tolist()) for name, layer in space.levels.items()]
     return {
         "weights": weights_hash(measurement.model),
+        "configuration": configuration_hash(measurement.model),
         "data": batches_hash(measurement.batches),
         "score data": batches_hash(batches),
         "metric": measurement.metric.identity,

@@ -21,7 +21,7 @@ import numpy as np
 from leanstep._files import one_line, read_text, write_text
 from leanstep._processes import Processes
 from leanstep.pruning.allocate.exchange import Counts, ExchangeSpace
-from leanstep.pruning.measure.curves import check_identity, checked_content, checked_line
+from leanstep.pruning.measure.curve_file import check_identity, checked_content, checked_line
 from leanstep.pruning.measure.metrics import Distortion
 
 # fraction of a layer's weights that an exchange moves, round by round

@@ -59,6 +59,11 @@ def anchored_curves(
             count = fisher[name].counts[level]
             if count in points.at(name):
                 anchors[name][count] = points.at(name)[count]
+    return anchored_to(fisher, points)
+
+
+def anchored_to(fisher: Mapping[str, Curve], points: Points) -> dict[str, Curve]:
+    """Fisher curves scaled to all points that are measured."""
     return {name: anchored(curve, points.at(name)) for name, curve in fisher.items()}
 
 

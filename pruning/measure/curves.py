@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from leanstep._files import lock_file, one_line, open_regular, read_text
-from leanstep._processes import Processes
+from leanstep._files import one_line
 from leanstep.pruning.measure.metrics import Distortion
-from leanstep.pruning.score.targets import Group, check_filled, some
+from leanstep.pruning.score.targets import Group, check_filled
 from leanstep.sparsity.patterns import NM
 
 Levels = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
@@ -342,159 +336,3 @@ def counts_and_patterns(levels: tuple[tuple[int, ...], tuple[str, ...]]) -> list
     """(count, N:M pattern or "") of each level of a group."""
     counts, patterns = levels
     return list(zip(counts, patterns or ("",) * len(counts), strict=True))
-
-
-class PartialCurves:
-    """A file with one line per measured point. Its first line identifies model, data and settings.
-
-    Each line is JSON, a space and the CRC-32 of the JSON.
-
-    Args:
-        path: the file; :meth:`add` creates it.
-        identity: everything that the points depend on: hashes of model and data, metric, score, levels.
-
-    Raises:
-        ValueError: for a file of another identity (the message lists the differences) or another format.
-    """
-
-    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
-        self.path, self.identity = path, json.loads(json.dumps(identity))
-        self.points: dict[tuple[str, int], Distortion] = {}
-        if os.path.lexists(path):
-            self._read()
-
-    @classmethod
-    @contextmanager
-    def shared(cls, path: Path, identity: dict[str, Any], processes: Processes) -> Iterator[PartialCurves]:
-        """Context manager: the file of all processes, to which each appends what it measures.
-
-        The first process locks it. A file that is still empty at the end is removed.
-
-        Raises:
-            ValueError: as the class, and for a file of a run that goes on.
-        """
-        with ExitStack() as stack:
-
-            def read() -> PartialCurves:
-                stack.enter_context(_locked(path))
-                partial = cls(path, identity)
-                if processes.size > 1 and not path.stat().st_size:
-                    partial._append({"identity": partial.identity})  # before any of them adds a point
-                return partial
-
-            yield processes.from_first(read)
-
-    def add(self, name: str, count: int, point: Distortion) -> None:
-        """Append a point, and sync the file to disk."""
-        # of one sample no error is known, and curves have 0 then; JSON has no number that is not finite
-        stderr = 0.0 if math.isnan(point.stderr) else point.stderr
-        begun = self.path.exists() and self.path.stat().st_size
-        lines = [] if begun else [{"identity": self.identity}]
-        self._append(*lines, [name, count, *((point.mean, stderr) if point.is_finite else (None, 0.0))])
-        self.points[name, count] = point
-
-    def _append(self, *contents: Any) -> None:
-        """Append lines in one write, between which no other process's can come, and sync the file to disk."""
-        descriptor = open_regular(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        with open(descriptor, "ab") as file:  # its buffer holds the lines: one write, or an error on a full disk
-            file.write("".join(map(checked_line, contents)).encode())
-            file.flush()
-            os.fsync(file.fileno())
-
-    def _take(self, name: str, count: int, mean: float | None, stderr: float) -> None:
-        """Check a point that was read from the file, and add it."""
-        point = Distortion(math.nan if mean is None else mean, stderr)
-        mean = 0.0 if mean is None else mean
-        numbers = all(type(value) in (int, float) and math.isfinite(value) for value in (mean, stderr))
-        if not isinstance(name, str) or type(count) is not int or count < 0 or not numbers or stderr < 0:
-            raise ValueError(f"expected a name, a count, a distortion and its error, got {[name, count, *point]}")
-        if self.points.get((name, count), point) != point:
-            raise ValueError(f"it has {name} with {count} weights twice")
-        self.points[name, count] = point
-
-    def _read(self) -> None:
-        try:
-            raw = read_text(self.path)
-            whole = raw[: raw.rfind("\n") + 1]
-            lines = whole.split("\n")[:-1]
-            contents = [checked_content(line) for line in lines]
-            identity = contents[0]["identity"] if lines else self.identity
-            if not isinstance(identity, dict):
-                raise ValueError("its first line identifies no model")
-            for row in contents[1:]:
-                self._take(*row)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-            raise ValueError(
-                f"{self.path} holds no measured curves ({one_line(error)}); remove it, or name another file"
-            ) from None
-        check_identity(self.path, identity, self.identity)
-        if whole != raw or not lines:  # a line that a crash cut short
-            # in place: the lock is on the file
-            with open(open_regular(self.path, os.O_RDWR), "r+b") as file:
-                file.truncate(len(whole.encode()))
-                os.fsync(file.fileno())
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Context manager: the file is this run's alone. It is created, and removed if it is still empty at the end."""
-    descriptor = open_regular(path, os.O_RDONLY | os.O_CREAT)
-    try:
-        try:
-            lock_file(descriptor)
-        except BlockingIOError:
-            raise ValueError(
-                f"another run measures curves and writes {path}; wait for it, stop it, or name another file"
-            ) from None
-        try:
-            yield
-        finally:
-            if not os.fstat(descriptor).st_size:
-                path.unlink(missing_ok=True)
-    finally:
-        os.close(descriptor)
-
-
-def check_identity(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise ValueError if a file was written for another model, other data or other settings."""
-    differing = [key for key in {**then, **now} if then.get(key) != now.get(key)]
-    if differing:
-        changes = "; ".join(f"{key}: {_change(then.get(key), now.get(key))}" for key in differing)
-        raise ValueError(
-            f"{path} was measured under other circumstances ({one_line(changes)}): undo the change to go on "
-            "with it, or remove it to begin again"
-        )
-
-
-def _change(then: Any, now: Any) -> str:
-    """What differs between two values: of mappings the names of one alone, or the first that both have."""
-    if not (isinstance(then, Mapping) and isinstance(now, Mapping)):
-        return f"{_brief(then)} then, {_brief(now)} now"
-    parts = [
-        f"{len(alone)} more {when} ({some(alone, 3)})"
-        for when, alone in (("then", [k for k in then if k not in now]), ("now", [k for k in now if k not in then]))
-        if alone
-    ]
-    if changed := [key for key in then if key in now and then[key] != now[key]]:
-        parts.append(f"of {changed[0]} {_brief(then[changed[0]])} then, {_brief(now[changed[0]])} now")
-    return ", ".join(parts)
-
-
-def _brief(value: Any) -> str:
-    """A value in at most 80 characters."""
-    text = str(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def checked_line(content: Any) -> str:
-    """JSON and its checksum, as one line."""
-    text = json.dumps(content)
-    return f"{text} {zlib.crc32(text.encode()):08x}\n"
-
-
-def checked_content(line: str) -> Any:
-    """The content of a line of :func:`checked_line`; raises ValueError for a wrong checksum."""
-    text, _, checksum = line.rpartition(" ")
-    if checksum != f"{zlib.crc32(text.encode()):08x}":
-        raise ValueError("the checksum of a line is wrong")
-    return json.loads(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,9 +19,10 @@ from leanstep._mapped import Scratch, touched
 from leanstep._processes import Processes
 from leanstep.pruning.allocate.allocation import allocate
 from leanstep.pruning.measure.activation_cache import ActivationCache
-from leanstep.pruning.measure.anchored import Solve, anchored_curves
+from leanstep.pruning.measure.anchored import Solve, anchored_curves, anchored_to
 from leanstep.pruning.measure.batches import Batch, as_batches, batches_hash
-from leanstep.pruning.measure.curves import SOURCES, Curve, PartialCurves, levels_of
+from leanstep.pruning.measure.curve_file import PartialCurves
+from leanstep.pruning.measure.curves import SOURCES, Curve, levels_of
 from leanstep.pruning.measure.fisher import SecondOrder, fisher_curves
 from leanstep.pruning.measure.metrics import Distortion, Metric, make_metric, metric_name, summarise
 from leanstep.pruning.measure.points import Points, Progress
@@ -130,6 +132,7 @@ def measure_curves(
     if resume is not None:
         identity = {
             "weights": weights_hash(model),
+            "configuration": configuration_hash(model),
             "data": batches_hash(batches),
             "score data": batches_hash(source),
             "metric": metric_name(metric, model),
@@ -150,10 +153,14 @@ def measure_curves(
             model, source, enabled=prefix_cache, like=measurement.cache, scratch=files, processes=processes
         )
         pruning, points = Pruning(cache, score, score_options), Points(groups, levels_by_name, partial, progress)
+        if method is None and partial is not None:
+            method = partial.method
         if method is None:
             fits = measurement.seconds_of(points) <= 60 * minutes * processes.size
             method = "measured" if fits or not measurement.metric.has_root else "anchored"
             method = processes.all_gather(method)[0]
+            if partial is not None:
+                partial.choose(method, processes)
         if method == "measured":
             measurement.measure_points(points, points.missing, pruning)
             return points.curves(measurement.metric.identity)
@@ -162,7 +169,12 @@ def measure_curves(
         if solve is None:
             layers = [group.layer for group in groups]
             solve = lambda curves: allocate(layers, sparsity, method="dp", curves=curves)  # noqa: E731
-        return anchored_curves(measurement, fisher, points, pruning, solve, begin + 60 * minutes)
+        if partial is not None and partial.complete:
+            return anchored_to(fisher, points)
+        curves = anchored_curves(measurement, fisher, points, pruning, solve, begin + 60 * minutes)
+        if partial is not None:
+            partial.finish(processes)
+        return curves
 
 
 class Measurement:
@@ -376,6 +388,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def configuration_hash(model: nn.Module) -> str:
+    """Hash of a transformers model's configuration, without path and version of the library; "" of another model."""
+    config = getattr(model, "config", None)
+    if not callable(getattr(config, "to_dict", None)):
+        return ""
+    values = {k: v for k, v in config.to_dict().items() if not k.startswith("_") and k != "transformers_version"}
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def weights_hash(model: nn.Module) -> str:

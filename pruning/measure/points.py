@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from leanstep._processes import Processes
-from leanstep.pruning.measure.curves import Curve, Levels, PartialCurves, counts_and_patterns, curve_of
+from leanstep.pruning.measure.curve_file import PartialCurves
+from leanstep.pruning.measure.curves import Curve, Levels, counts_and_patterns, curve_of
 from leanstep.pruning.measure.metrics import Distortion
 from leanstep.pruning.score.targets import Group
 

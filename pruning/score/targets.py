@@ -86,7 +86,7 @@ def as_matrix(weight: Tensor, layout: str = "out_in") -> Tensor:
 
 _PRUNED_ROLES = ("hidden", "expert", "conv")
 # routers are small, and an error there sends tokens to other experts
-_ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)$")
+_ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)(\.\w+)?$")
 _ROUTER_CLASS = re.compile(r"Router|Gate$")
 _EMBEDDING = re.compile(r"embed", re.IGNORECASE)
 # of a model without a head: nothing that is measured depends on it

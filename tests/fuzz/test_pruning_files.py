@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from leanstep.pruning import LatencyTable
 from leanstep.pruning.allocate.descent import Descent, SearchFile
-from leanstep.pruning.measure.curves import Curve, PartialCurves
+from leanstep.pruning.measure.curve_file import PartialCurves
+from leanstep.pruning.measure.curves import Curve
 from leanstep.pruning.measure.metrics import Distortion
 
 IDENTITY = {"model": "abc", "levels": [0.5, 0.75], "metric": "kl"}

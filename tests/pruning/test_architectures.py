@@ -269,3 +269,16 @@ def test_data_too_short_for_the_statistics_is_said(score, name):
     assert "1 matrices got 36 tokens" in note and "up to 40" in note and f"{name}'s Gram matrices are singular" in note
     result = prune(make_llama(1), tokens(4, 6), sparsity=0.5, allocation="uniform")
     assert any("7 matrices got 18 tokens" in note and "too few for their statistics" in note for note in result.notes)
+
+
+class _Gate(nn.Module):
+    """A router of a module of its own, as HunYuan's."""
+
+    def __init__(self):
+        super().__init__()
+        self.wg = nn.Linear(8, 4, bias=False)
+
+
+def test_a_router_inside_a_gate_is_not_pruned():
+    model = nn.ModuleDict({"mlp": nn.ModuleDict({"gate": _Gate(), "gate_proj": nn.Linear(8, 8)})})
+    assert [target.name for target in find_targets(model)] == ["mlp.gate_proj.weight"]

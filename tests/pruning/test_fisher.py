@@ -9,9 +9,11 @@ from pruned_models import images, make_cnn, make_gpt2, make_llama, make_mixtral,
 from torch import nn
 
 from leanstep import _processes
+from leanstep._processes import Processes
 from leanstep.pruning import find_targets, measure_curves, prune
 from leanstep.pruning.measure import anchored, fisher
 from leanstep.pruning.measure.batches import Batch, as_batches
+from leanstep.pruning.measure.curve_file import PartialCurves, checked_line
 from leanstep.pruning.measure.fisher import SecondOrder
 from leanstep.pruning.measure.measure import evaluating, weights_hash
 from leanstep.pruning.measure.metrics import Distortion, Metric, make_metric
@@ -213,7 +215,8 @@ def test_fisher_and_anchored_curves_go_on_where_they_were_cut(tmp_path):
     model, samples, file = make_llama(2), tokens(4), tmp_path / "curves.jsonl"
     whole = {m: measure_curves(model, samples, levels=LEVELS, method=m, resume=file) for m in ("fisher", "anchored")}
     lines = file.read_text().splitlines(keepends=True)
-    assert 1 + 14 * 2 + 14 <= len(lines) <= 1 + 14 * 4
+    # the first line is the identity, the last one the end of the measurements
+    assert 2 + 14 * 2 + 14 <= len(lines) <= 2 + 14 * 4
     points = []
     for cut in (10, 35):
         file.write_text("".join(lines[:cut]) + lines[cut][:7])
@@ -222,10 +225,41 @@ def test_fisher_and_anchored_curves_go_on_where_they_were_cut(tmp_path):
             model, samples, levels=LEVELS, method="anchored", resume=file, progress=lambda *p: points.append(p)
         )
         assert again == whole["anchored"]
-        assert sorted(file.read_text().splitlines(keepends=True)) == sorted(lines) and len(points) == len(lines) - cut
+        assert (
+            sorted(file.read_text().splitlines(keepends=True)) == sorted(lines) and len(points) == len(lines) - cut - 1
+        )
     assert measure_curves(model, samples, levels=LEVELS, method="fisher", resume=file) == whole["fisher"]
     # measured points of the same file are not measured again
     assert measure_curves(model, samples, levels=LEVELS, resume=file) == measure_curves(model, samples, levels=LEVELS)
+
+
+def test_what_the_clock_decided_holds_for_a_run_that_goes_on(tmp_path):
+    model, samples, file = make_llama(2), tokens(4), tmp_path / "curves.jsonl"
+    arguments = {"levels": LEVELS, "method": None, "resume": file}
+    first = measure_curves(model, samples, minutes=1e-9, **arguments)
+    whole = file.read_text()
+    # with the time of a full measurement, still the curves from which a search has begun
+    assert measure_curves(model, samples, minutes=60.0, **arguments) == first and file.read_text() == whole
+    # cut before its end it measures on, by the method that it chose
+    file.write_text("".join(whole.splitlines(keepends=True)[:-1]))
+    curves = measure_curves(model, samples, minutes=60.0, **arguments)
+    assert {curve.source for curve in curves.values()} == {"anchored"}
+    assert measure_curves(model, samples, minutes=1e-9, **arguments) == curves
+
+
+@pytest.mark.parametrize("decision", [{"method": "guessed"}, {"complete": "yes"}, {"other": 1}])
+def test_a_decision_that_is_none_is_refused(tmp_path, decision):
+    file = tmp_path / "curves.jsonl"
+    partial = PartialCurves(file, {"model": "a"})
+    partial.choose("anchored", Processes())
+    partial.finish(Processes())
+    assert (PartialCurves(file, {"model": "a"}).method, PartialCurves(file, {"model": "a"}).complete) == (
+        "anchored",
+        True,
+    )
+    file.write_text(file.read_text() + checked_line(decision))
+    with pytest.raises(ValueError, match="holds no measured curves"):
+        PartialCurves(file, {"model": "a"})
 
 
 def test_anchored_curves_are_exact_where_they_were_measured():

@@ -467,3 +467,13 @@ def test_the_joint_distortion_of_unchanged_weights_is_zero():
     assert measurement.joint().mean == 0.0
     find_targets(model)[0].weight.zero_()
     assert measurement.joint().mean > 0.0
+
+
+def test_points_of_another_configuration_are_refused(tmp_path):
+    model, samples, file = make_llama(1), tokens(2), tmp_path / "curves.jsonl"
+    curves = measure_curves(model, samples, levels=(0.5,), resume=file)
+    model.config._name_or_path = "elsewhere"
+    assert measure_curves(model, samples, levels=(0.5,), resume=file) == curves
+    model.config.rms_norm_eps = 0.1
+    with pytest.raises(ValueError, match="other circumstances .configuration: "):
+        measure_curves(model, samples, levels=(0.5,), resume=file)

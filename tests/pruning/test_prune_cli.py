@@ -243,7 +243,7 @@ def test_a_disk_that_fills_leaves_the_curves_and_no_folder(base, tmp_path, monke
 
 KILLED = """
 import os, signal, sys
-from leanstep.pruning.measure import curves
+from leanstep.pruning.measure import curve_file as curves
 from leanstep.cli import main
 add = curves.PartialCurves.add
 def dying(self, name, kept, point):
@@ -267,7 +267,8 @@ def test_a_killed_run_resumes_to_the_same_folder(base, pruned, tmp_path):
     # the half-written folder, which the next run removes, is hidden
     assert [path.name for path in tmp_path.iterdir() if path.name[0] != "."] == ["out.curves.jsonl"]
     measured = (tmp_path / "out.curves.jsonl").read_text()
-    assert measured.count("\n") == 10 and measured.endswith('["model.laye')
+    # its identity, the method, and nine points
+    assert measured.count("\n") == 11 and measured.endswith('["model.laye')
     assert main([*arguments, "--sparsity", "0.6", "--eval", "--resume"]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     for name, raw in snapshot(pruned).items():
