@@ -393,7 +393,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def configuration_hash(model: nn.Module) -> str:
     """Hash of a transformers model's configuration, without path and version of the library; "" of another model."""
     config = getattr(model, "config", None)
-    if not callable(getattr(config, "to_dict", None)):
+    if config is None or not callable(getattr(config, "to_dict", None)):
         return ""
     values = {k: v for k, v in config.to_dict().items() if not k.startswith("_") and k != "transformers_version"}
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
