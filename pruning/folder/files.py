@@ -71,6 +71,12 @@ class Checkpoint:
             return opened.tensor(name)
 
 
+_GGUF = (
+    " has weights in GGUF only, which are quantised: expected a Hugging Face folder. Prune the model that they were "
+    "made from, and convert the result"
+)
+
+
 def open_checkpoint(source: str | Path) -> Checkpoint:
     """Find and check a checkpoint: a Hugging Face folder, or the name of a model on the hub. Nothing is loaded.
 
@@ -84,7 +90,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     try:
         config = read_json(folder / "config.json")
     except FileNotFoundError:
-        raise ValueError(f"{folder} is no checkpoint: it has no config.json") from None
+        raise ValueError(_other_content(folder) or f"{folder} is no checkpoint: it has no config.json") from None
     if config.get("quantization_config"):
         quantisation = config["quantization_config"]
         method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
@@ -116,6 +122,8 @@ def _find_folder(source: str | Path) -> Path:
     path = Path(source).expanduser()
     if path.is_dir():
         return path
+    if path.suffix == ".gguf" and path.exists():
+        raise ValueError(f"{path}{_GGUF}")
     if path.exists():
         raise ValueError(
             f"{path} is a file: expected a Hugging Face folder, with config.json and model.safetensors in it"
@@ -143,12 +151,22 @@ def _from_hub(name: str) -> Path:
     return folder
 
 
+def _other_content(folder: Path) -> str:
+    """What a folder has in place of a model, and what to do; "" for nothing known."""
+    if (folder / "adapter_config.json").is_file():
+        return (
+            f"{folder} holds a PEFT adapter, not a model: merge it first (merge_and_unload() of PEFT, then "
+            "save_pretrained), and prune that folder"
+        )
+    return f"{folder}{_GGUF}" if any(folder.glob("*.gguf")) else ""
+
+
 def _no_weights(folder: Path) -> str:
+    if other := _other_content(folder):
+        return other
     shards = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
     if shards:
         return f"{folder} has weights ({', '.join(shards[:3])}, ...) but neither {INDEX} nor {_SINGLE[0]}"
-    if any(folder.glob("*.gguf")):
-        return f"{folder} has weights in GGUF only, which are quantised; expected {_SINGLE[0]} or shards with an index"
     return f"{folder} is no checkpoint: it has a config.json but no weights ({_SINGLE[0]}, {INDEX} or {_SINGLE[1]})"
 
 

@@ -142,6 +142,24 @@ FAULTS = {
 }
 
 
+@pytest.mark.parametrize("config", [True, False])
+@pytest.mark.parametrize(("file", "message"), [
+    ("adapter_config.json", "holds a PEFT adapter, not a model: merge it first"),
+    ("model-Q4_0.gguf", "has weights in GGUF only, .* Prune the model that they were made from"),
+])  # fmt: skip
+def test_an_adapter_and_a_gguf_file_are_named(folder, file, message, config):
+    for weights in folder.glob("model*"):
+        weights.unlink()
+    (folder / file).write_text("{}")
+    if not config:
+        (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match=message):
+        open_checkpoint(folder)
+    if file.endswith(".gguf"):
+        with pytest.raises(ValueError, match=message):
+            open_checkpoint(folder / file)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_folder_that_is_no_whole_checkpoint_is_refused_by_name(fault, folder):
     damage, message = FAULTS[fault]
