@@ -142,6 +142,15 @@ FAULTS = {
 }
 
 
+def test_a_file_that_the_system_does_not_map_is_not_called_damaged(folder, monkeypatch):
+    def refuse(path, framework):
+        raise RuntimeError(f"unable to mmap 29500000000 bytes from file <{path}>: Cannot allocate memory (12)")
+
+    monkeypatch.setattr("leanstep._checkpoint.safe_open", refuse)
+    with pytest.raises(ValueError, match="the system maps no file of .* max_shard_size"):
+        open_checkpoint(folder)
+
+
 @pytest.mark.parametrize("config", [True, False])
 @pytest.mark.parametrize(("file", "message"), [
     ("adapter_config.json", "holds a PEFT adapter, not a model: merge it first"),
