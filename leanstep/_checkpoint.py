@@ -372,14 +372,15 @@ class TensorFile:
         try:
             yield
         except _DAMAGE as error:
+            size = f"{self.path.stat().st_size:,} bytes"
             if "Cannot allocate memory" in str(error):
                 raise ValueError(
-                    f"{self.path}: the system maps no file of {self.path.stat().st_size:,} bytes, more than its memory: "
+                    f"{self.path}: the system maps no file of {size}, more than its memory: "
                     "save the model in smaller files (save_pretrained with max_shard_size='5GB'), or allow "
                     "it (sysctl vm.overcommit_memory=1)"
                 ) from None
             raise ValueError(
-                f"{self.path} is damaged: its {self.path.stat().st_size:,} bytes are no whole safetensors file "
+                f"{self.path} is damaged: its {size} are no whole safetensors file "
                 f"({reason(error)}). A full disk or an interrupted copy cuts files short; copy or download it again"
             ) from None
 
