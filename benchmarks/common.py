@@ -231,8 +231,9 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], start=1):
         try:
-            rows.append(dict(json.loads(line)))
-        except (ValueError, TypeError):
+            rows.append(json.loads(line))
+            assert isinstance(rows[-1], dict)
+        except (ValueError, AssertionError):
             raise SystemExit(
                 f"{path}:{number}: expected a JSON object; remove the line, it is measured again"
             ) from None

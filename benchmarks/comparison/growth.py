@@ -75,10 +75,16 @@ def warmup_table(results: Results, rows: list[Row]) -> tuple[list[str], list[lis
         cells.append([
             METHODS[row.method].title,
             f"{row.chosen.warmup:.0%}: {_mean(chosen)}",
-            "–" if other is None else f"{second:.0%}: {_mean(other)}",
+            "–" if other is None else f"{second:.0%}: {_mean(other)}, {paired_difference(other, chosen):+.3f}",
             *(["–", "–"] if row.method == BASELINE else [f"{difference:+.3f}", difference.reading]),
         ])  # fmt: skip
-    head = ["optimizer", "chosen warm-up", "other warm-up", "the better, difference to AdamW's [95 %]", "reading"]
+    head = [
+        "optimizer",
+        "chosen warm-up",
+        "other warm-up, difference to the chosen",
+        "the better, difference to AdamW's [95 %]",
+        "reading",
+    ]
     return head, cells
 
 

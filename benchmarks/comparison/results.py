@@ -99,14 +99,18 @@ def read(path: Path) -> Results:
 
 
 def _check_machines(path: Path, results: Results) -> None:
-    """Raise ComparisonError if runs are of several processors or versions; commits may differ."""
-    environments = results.environments()
-    for other in environments[1:]:
-        # older rows have no hash of the text
-        shared = [key for key in other if key in environments[0] and key != "commit"]
-        if names := [key for key in shared if other[key] != environments[0][key]]:
-            changes = ", ".join(f"{name} {environments[0][name]} and {other[name]}" for name in names)
+    """Raise ComparisonError if runs are of several processors, versions or texts; commits may differ."""
+    known: dict[str, str] = {}
+    for other in results.environments():
+        if names := changed_keys(known, other):
+            changes = ", ".join(f"{name} {known[name]} and {other[name]}" for name in names)
             raise ComparisonError(f"{path} mixes results of several environments: {changes}; give each its own file")
+        known |= other
+
+
+def changed_keys(then: dict[str, str], now: dict[str, str]) -> list[str]:
+    """Keys of two environments whose values differ, the commit aside. Older rows have no hash of the text."""
+    return [key for key in then if key in now and key != "commit" and then[key] != now[key]]
 
 
 def _protocol(path: Path, definition: dict[str, Any]) -> Protocol:

@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from comparison.protocol import ComparisonError, Protocol, Run
-from comparison.results import Results, Writer, run_row
+from comparison.results import Results, Writer, changed_keys, run_row
 from comparison.search import EdgeError, Search, judged_runs, plan
 from comparison.training import environment, start_worker, time_steps, train
 
@@ -138,9 +138,8 @@ class Scheduler:
     def _check_environment(self) -> None:
         """Raise ComparisonError if earlier runs are of another processor or other versions; commits may differ."""
         for other in self.results.environments():
-            names = [key for key in other if key != "commit" and other[key] != self.environment.get(key)]
-            if names:
-                changes = ", ".join(f"{name} {other[name]}, now {self.environment.get(name)}" for name in names)
+            if names := changed_keys(other, self.environment):
+                changes = ", ".join(f"{name} {other[name]}, now {self.environment[name]}" for name in names)
                 raise ComparisonError(
                     f"{self.writer.path} has results of another environment: {changes}; go on there, or take another "
                     "--out"

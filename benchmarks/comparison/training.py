@@ -164,8 +164,10 @@ def _busy() -> float:
 
 def environment(protocol: Protocol) -> dict[str, str]:
     """Versions, processor and commit of a result, and the hash of the text where it is a file."""
-    path = protocol.config.data.path
-    text = {"text": hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]} if path and Path(path).is_file() else {}
+    text = {}
+    if (path := protocol.config.data.path) and Path(path).is_file():
+        with Path(path).open("rb") as file:
+            text["text"] = hashlib.file_digest(file, "sha256").hexdigest()[:12]
     return text | {
         "processor": processor_name(),
         "commit": commit(),

@@ -85,7 +85,7 @@ def as_matrix(weight: Tensor, layout: str = "out_in") -> Tensor:
 
 
 _PRUNED_ROLES = ("hidden", "expert", "conv")
-# routers are small, and an error there sends tokens to other experts
+# routers, and layers inside them, are small, and an error there sends tokens to other experts
 _ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)(\.\w+)?$")
 _ROUTER_CLASS = re.compile(r"Router|Gate$")
 _EMBEDDING = re.compile(r"embed", re.IGNORECASE)

@@ -246,9 +246,10 @@ def test_the_other_warm_up_is_judged_and_each_method_compared_with_its_better_on
     text = parts.tables.blocks(path)["warmups-llama-nano"]
     cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in text.splitlines()}
     adamw, sinkgd = rows["adamw"], rows["sinkgd"]
+    chosen, mean = adamw.chosen.warmup, adamw.mean
     assert cells["AdamW"][:2] == [
-        f"{warmup:.0%}: {mean:.3f} ± {adamw.error:.3f}"
-        for warmup, mean in ((adamw.chosen.warmup, adamw.mean), (0.2 - adamw.chosen.warmup, adamw.mean - 0.25))
+        f"{chosen:.0%}: {mean:.3f} ± {adamw.error:.3f}",
+        f"{0.2 - chosen:.0%}: {mean - 0.25:.3f} ± {adamw.error:.3f}, -0.250 [-0.250, -0.250]",
     ]
     assert cells["SinkGD, AdamW on the rest"][2].startswith(f"{sinkgd.mean - adamw.mean + 0.25:+.3f} [")
     assert cells["Lion, defaults"][1] == "–"
@@ -365,6 +366,12 @@ DAMAGE = {
     "not a number": (lambda path: edited(path, 3, losses=[[1, 2, math.nan]]), "no complete result"),
     "cut short": (lambda path: edited(path, 3, losses=[[40, 4000, 5.0]]), "no complete result"),
     "two machines": (lambda path: edited(path, 3, environment={"processor": "b", "torch": "1"}), "processor a and b"),
+    "two texts": (
+        lambda path: [
+            edited(path, n, environment={"processor": "a", "text": text}) for n, text in ((4, "x"), (5, "y"))
+        ],
+        "text x and y",
+    ),
     "no starts": (lambda path: drop(path, 1, "starts"), "has no budget and starts; remove the line"),
     "unknown status": (lambda path: edited(path, 3, status="running"), "no complete result"),
     "two results": (lambda path: path.write_text(path.read_text() + again(path)), "second result of the same run"),

@@ -70,6 +70,19 @@ def test_the_table_pairs_the_seeds_and_reads_their_intervals(search, tmp_path):
     assert "ahead of the evolutionary in 1 of 2 rows, behind in 0; in the others no difference is seen" in text
 
 
+def test_a_line_that_was_cut_does_not_count_and_is_removed_by_the_next(search, tmp_path):
+    path = tmp_path / "results.jsonl"
+    search.append_json_line(path, {"a": 1})
+    path.write_text(path.read_text() + '{"cut')
+    assert search.read_json_lines(path) == [{"a": 1}]
+    search.append_json_line(path, {"b": 2})
+    assert path.read_text() == '{"a": 1}\n{"b": 2}\n'
+    for damaged in ("[]", "{"):
+        path.write_text(f'{{"a": 1}}\n{damaged}\n')
+        with pytest.raises(SystemExit, match="results.jsonl:2: expected a JSON object"):
+            search.read_json_lines(path)
+
+
 def test_the_page_is_that_of_the_committed_results(search):
     files = sorted((ROOT / "docs" / "results").glob("prune-search-*.jsonl"))
     assert files
