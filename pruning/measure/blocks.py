@@ -7,8 +7,8 @@ to memory, which serves tests.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
 
 from leanstep._files import one_line
 from leanstep._mapped import listen, note_use, unlisten
@@ -333,3 +334,54 @@ def whole_on_device(model: nn.Module) -> Iterator[None]:
         return
     with _MOVERS[model].whole():
         yield
+
+
+@contextmanager
+def recomputed_blocks(model: nn.Module, again: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Context manager: autograd stores the inputs of a block, and a backward pass computes its activations again.
+
+    Blocks are those of :func:`candidate_blocks` with children. The context that ``again`` makes is around a block while
+    it is computed again. Blocks that a :class:`BlockMover` moves are not computed again: autograd stores their
+    activations on the device.
+
+    Raises:
+        RuntimeError: in the pass, for a block that writes into its inputs; what it computed from them is lost.
+    """
+
+    def run(forward: Any, *args: Any, **kwargs: Any) -> Any:
+        contexts = lambda: (nullcontext(), _Reusable(again))  # noqa: E731
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        versions = [tensor._version for tensor in inputs]
+        output = checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+        if versions != [tensor._version for tensor in inputs]:
+            raise RuntimeError("a block writes into its inputs and cannot be computed again")
+        return output
+
+    with ExitStack() as stack:
+        for _, block in () if model in _MOVERS else candidate_blocks(model):
+            if any(True for _ in block.children()):
+                stack.callback(_set_forward, block, block.__dict__.get("forward"))
+                block.forward = partial(run, block.forward)
+        yield
+
+
+class _Reusable:
+    """A context manager for several passes of one graph: enters a new one of ``make`` each time."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._make, self._entered = make, list[AbstractContextManager[Any]]()
+
+    def __enter__(self) -> None:
+        self._entered.append(self._make())
+        self._entered[-1].__enter__()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._entered.pop().__exit__(*error)
+
+
+def _set_forward(module: nn.Module, forward: Any) -> None:
+    """Set the ``forward`` of a module; None: that of its class."""
+    if forward is None:
+        del module.forward
+    else:
+        module.forward = forward

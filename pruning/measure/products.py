@@ -120,6 +120,18 @@ def computing_products(model: nn.Module) -> Iterator[None]:
         mode.is_active = False
 
 
+@contextmanager
+def computing_products_again(model: nn.Module) -> Iterator[None]:
+    """Context manager: as :func:`computing_products`, in a backward pass, which runs without torch's function modes."""
+    mode = _MODES.get(model)
+    if mode is None:
+        yield
+        return
+    with _ProductsIn(mode.stored, mode.dtype) as again:
+        again.is_active = True
+        yield
+
+
 class _ProductsIn(TorchFunctionMode):
     """Converts the arguments of products that have one dtype to another, and the outputs back, while it is active."""
 

@@ -1,5 +1,6 @@
 """Fisher curves are the second-order form of the distortion, and anchored ones are exact where they were measured."""
 
+import contextlib
 import copy
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from leanstep._processes import Processes
 from leanstep.pruning import find_targets, measure_curves, prune
 from leanstep.pruning.measure import anchored, fisher
 from leanstep.pruning.measure.batches import Batch, as_batches
+from leanstep.pruning.measure.blocks import recomputed_blocks
 from leanstep.pruning.measure.curve_file import PartialCurves, checked_line
 from leanstep.pruning.measure.fisher import SecondOrder
 from leanstep.pruning.measure.measure import evaluating, weights_hash
@@ -185,6 +187,55 @@ def test_small_changes_cost_what_is_measured(kind):
     # a mean of ratios would be that of the few tokens that go to another expert
     assert 0.7 < float((a / b)[b > 0].median()) < 1.4
     assert rank_correlation(a, b) > 0.6
+
+
+@pytest.mark.parametrize("products", ["auto", "bf16"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
+def test_blocks_that_are_computed_again_change_no_bit(kind, products, monkeypatch):
+    make, data = MODELS[kind]
+    settings = {"levels": SMALL, "score": "magnitude", "method": "fisher", "products": products}
+    computed = []
+    monkeypatch.setattr(
+        fisher, "recomputed_blocks", lambda *args: computed.append(recomputed_blocks(*args)) or computed[-1]
+    )
+    again = measure_curves(make(), data(3), **settings)
+    assert len(computed) == 3  # once for each sample: no pass failed and was made again without it
+    monkeypatch.setattr(fisher, "recomputed_blocks", lambda *args: contextlib.nullcontext())
+    assert measure_curves(make(), data(3), **settings) == again
+
+
+class _WritingBlock(nn.Module):
+    """A matrix and an activation that overwrites the inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.linear(nn.functional.silu(x, inplace=True))
+
+
+class _WritesIntoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(_WritingBlock() for _ in range(3))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x * 1.0)
+        return x
+
+
+def test_a_block_that_writes_into_its_inputs_is_not_computed_again():
+    torch.manual_seed(0)
+    model = _WritesIntoInputs().double()
+    batches = [Batch((torch.randn(4, 7, 6, dtype=torch.float64),))]
+    with evaluating(model):
+        second = SecondOrder(model, batches, make_metric("kl", model))
+        changed = changes_of(model)
+        second.collect([target for target, _ in changed])
+        value = second.distortion(changed).mean
+    assert not second._recomputes and value == pytest.approx(exact(model, batches, changed, "kl"), rel=0.5)
 
 
 def rank_correlation(a, b):

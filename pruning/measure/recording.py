@@ -1,0 +1,244 @@
+"""Record the inputs of matrices in a forward pass, and the gradients at their outputs in the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+from leanstep.pruning.measure.products import computing_products_again
+from leanstep.pruning.score.calibration import first_input, input_rows
+from leanstep.pruning.score.experts import ExpertWeights, one_expert_at_a_time
+from leanstep.pruning.score.targets import Target
+
+
+@dataclass
+class Pairs:
+    """Rows x and g of one matrix, drawn from all sequences.
+
+    Attributes:
+        inputs: x, [rows, in].
+        gradients: g, [draws, rows, out].
+        token: int64 [rows], the token of each row. A matrix that is called several times has several rows for each.
+        sample: int64 [tokens], the sequence of each token.
+        weight: fp64 [tokens], how many tokens each stands for.
+        key: equal for matrices whose rows belong to the same tokens.
+    """
+
+    inputs: Tensor
+    gradients: Tensor
+    token: Tensor
+    sample: Tensor
+    weight: Tensor
+    key: Any
+
+    def response(self, change: Tensor) -> Tensor:
+        """The sum over a token's rows of ``g^T dW x``, [draws, tokens]."""
+        outputs = self.inputs.to(change.dtype) @ change.T
+        rows = torch.stack([(outputs * gradient).sum(-1) for gradient in self.gradients])
+        sums = rows.new_zeros(len(rows), len(self.sample))
+        return sums.index_add_(1, self.token.to(rows.device), rows)
+
+
+class PairRows:
+    """Collects the rows x and g of a matrix, sample by sample.
+
+    Args:
+        target: the matrix.
+        draws: number of directions.
+        capacity: rows for which memory is reserved at first. Memory is taken as rows come.
+    """
+
+    def __init__(self, target: Target, draws: int, capacity: int) -> None:
+        self.target, self._draws, self._capacity = target, draws, capacity
+        self._inputs, self._gradients = torch.empty(0), torch.empty(0)
+        # of each call: index of the sample, rows of its output, rows that were drawn
+        self._calls: list[tuple[int, int, int]] = []
+        self._end = 0
+
+    def add(self, index: int, call: Call) -> None:
+        """Add the rows of a call for a sample."""
+        begin, self._end = self._end, self._end + len(call.rows)
+        if not self._calls or self._end > self._inputs.shape[0]:
+            self._reserve(call, max(self._capacity, 2 * self._end if self._calls else self._end), begin)
+        self._inputs[begin : self._end] = call.inputs
+        for part, rows in zip(self._gradients, call.gradients, strict=True):
+            part[begin : self._end] = rows
+        self._calls.append((index, call.total, len(call.rows)))
+
+    def _reserve(self, call: Call, capacity: int, end: int) -> None:
+        inputs = call.inputs.new_empty(capacity, call.inputs.shape[1])
+        gradients = call.gradients[0].new_empty(self._draws, capacity, call.gradients[0].shape[1])
+        if end:
+            inputs[:end], gradients[:, :end] = self._inputs[:end], self._gradients[:, :end]
+        self._inputs, self._gradients = inputs, gradients
+
+    def joined(self, device: torch.device) -> Pairs:
+        """All rows. Raises ValueError if the matrix, not of an expert, got none."""
+        target, is_expert = self.target, self.target.expert is not None
+        if not self._calls:
+            if not is_expert:
+                raise unused(target)
+            weight, none = target.weight, torch.zeros(0, dtype=torch.int64)  # an expert without a token
+            rows, columns = weight.shape
+            shapes = ((0, columns), (self._draws, 0, rows))
+            inputs, gradients = (weight.new_empty(shape, device=device) for shape in shapes)
+            return Pairs(inputs, gradients, none, none, none.double(), target.name)
+        # rows are drawn by their number: the calls of a sample with equal numbers of rows have the same tokens
+        drawn = {(index, total): count for index, total, count in self._calls}
+        sizes = torch.tensor(list(drawn.values()))
+        firsts = dict(zip(drawn, (sizes.cumsum(0) - sizes).tolist(), strict=True))
+        weights = torch.tensor([total for _, total in drawn], dtype=torch.float64) / sizes
+        return Pairs(
+            inputs=self._inputs[: self._end],
+            gradients=self._gradients[:, : self._end],
+            token=torch.cat([firsts[index, total] + torch.arange(count) for index, total, count in self._calls]),
+            sample=torch.tensor([index for index, _ in drawn]).repeat_interleave(sizes),
+            weight=weights.repeat_interleave(sizes),
+            key=target.name if is_expert else tuple(drawn),
+        )
+
+
+@dataclass
+class Call:
+    """One product of a matrix and its inputs.
+
+    Attributes:
+        target: the matrix.
+        rows: numbers of the drawn rows, int64.
+        total: how many rows there were.
+        inputs: the drawn rows of x.
+        edge: the output's place in the graph; None once the graph is freed.
+        gradients: the drawn rows of g, an entry for each direction.
+    """
+
+    target: Target
+    rows: Tensor
+    total: int
+    inputs: Tensor
+    edge: GradientEdge | None
+    gradients: list[Tensor]
+
+    def add(self, gradient: Tensor | None) -> None:
+        """Add the drawn rows of a gradient like the output; zeros for None."""
+        if gradient is None:
+            self.gradients.append(self.inputs.new_zeros(len(self.rows), self.target.weight.shape[0]))
+            return
+        if isinstance(self.target.module, (nn.Conv1d, nn.Conv2d)):
+            gradient = gradient.flatten(2).transpose(1, 2)
+        self.gradients.append(gradient.reshape(-1, gradient.shape[-1])[self.rows])
+
+
+class Recorder:
+    """Records the products with some matrices in a pass of one sample, and the gradients at their outputs.
+
+    Attributes:
+        calls: the products.
+    """
+
+    def __init__(self, model: nn.Module, targets: Sequence[Target], each: int, index: int) -> None:
+        self.calls: list[Call] = []
+        self._model, self._targets, self._each, self._index = model, targets, each, index
+        self._is_again = False
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Context manager: the products of a pass are recorded."""
+        with ExitStack() as stack:
+            for target in self._targets:
+                for module in target.modules if target.expert is None else ():
+                    handle = module.register_forward_hook(
+                        lambda _, args, kwargs, output, target=target: self._record(
+                            target, first_input(args, kwargs), output
+                        ),
+                        with_kwargs=True,
+                    )
+                    stack.callback(handle.remove)
+            stack.enter_context(self._experts())
+            yield
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Context manager: a block runs in a backward pass, and was recorded before.
+
+        A backward pass runs without torch's function modes, and of a GPU in another thread.
+        """
+        before, self._is_again = self._is_again, True
+        try:
+            with computing_products_again(self._model), self._experts():
+                yield
+        finally:
+            self._is_again = before
+
+    @contextmanager
+    def _experts(self) -> Iterator[None]:
+        experts = [target for target in self._targets if target.expert is not None]
+        if not experts:
+            yield
+            return
+        with one_expert_at_a_time(self._model), _ExpertProducts(ExpertWeights(experts), self._record):
+            yield
+
+    def _record(self, target: Target, inputs: Tensor, output: Tensor) -> Tensor:
+        output = output if output.requires_grad else output.detach().requires_grad_()
+        rows = input_rows(target.module, inputs.detach())
+        if len(rows) and not self._is_again:
+            order = torch.randperm(len(rows), generator=generator_of(self._index, len(rows)))
+            drawn = order[: self._each].sort().values.to(rows.device)
+            self.calls.append(Call(target, drawn, len(rows), rows[drawn], get_gradient_edge(output), []))
+        # a copy goes on: the model may write into it, as nn.ReLU(inplace=True) does
+        return output.clone()
+
+    def differentiate(self, outputs: Tensor, *, last: bool) -> None:
+        """Add the gradients of a sum; ``last`` frees the graph."""
+        edges = [call.edge for call in self.calls if call.edge is not None]
+        gradients = torch.autograd.grad(outputs.sum(), edges, retain_graph=not last, allow_unused=True)
+        for call, gradient in zip(self.calls, gradients, strict=True):
+            call.add(gradient)
+            if last:
+                call.edge = None
+
+
+class _ExpertProducts(TorchFunctionMode):
+    """Passes every product with the weight of one expert to ``record``, and goes on with the output it returns."""
+
+    def __init__(self, experts: ExpertWeights, record: Callable[[Target, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.experts, self.record = experts, record
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        products = (nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
+        if func in products and len(args) > 1 and isinstance(args[1], Tensor):
+            target = self.experts.get(args[1])
+            if target is not None and args[0].shape[-1] == target.weight.shape[1]:
+                return self.record(target, args[0], output)
+        if func in (torch.bmm, Tensor.bmm) and len(args) > 1:  # of all experts at once
+            each = zip(args[0], args[1], output, strict=True)
+            targets = [self.experts.get(weight) for weight in args[1]]
+            if any(target is not None for target in targets):
+                outputs = [
+                    part if target is None else self.record(target, inputs, part)
+                    for target, (inputs, _, part) in zip(targets, each, strict=True)
+                ]
+                return torch.stack(outputs)
+        return output
+
+
+def generator_of(*numbers: int) -> torch.Generator:
+    """A generator that depends on these numbers only: matrices collected in portions get the same draws."""
+    seed = 0
+    for number in numbers:
+        seed = (seed * 1_000_003 + number + 1) % (1 << 62)
+    return torch.Generator().manual_seed(seed)
+
+
+def unused(target: Target) -> ValueError:
+    """The error for a matrix without a row."""
+    return ValueError(f"the model's output does not depend on {target.name}; leave it out with exclude")

@@ -1,0 +1,65 @@
+"""Benchmark of the kinds of curves: what it measures of a ViT, its table, and the committed results."""
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import scipy.stats
+from comparison_runs import benchmark_modules
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def curves():
+    yield from (parts.curves for parts in benchmark_modules("pruning", ("curves",)))
+
+
+def test_the_differences_to_measured_curves_are_paired_by_seed(curves, tmp_path):
+    settings = {"score": "wanda", "samples": 4, "curve_samples": 2, "seq_len": 8, "eval_samples": 4, "levels": [0.5]}
+    settings |= {"sparsities": [0.6], "name": "nano", "weights": "abcdef0123", "made_by": "leanstep train x"}
+    lines, measured, fisher = [settings | {"metric": "kl"}], (1.0, 2.0, 4.0), (1.1, 2.0, 5.0)
+    for seed, (base, other) in enumerate(zip(measured, fisher, strict=True)):
+        divergence = {rule: {"0.6": base} for rule in ("measured", "anchored", "uniform")} | {"fisher": {"0.6": other}}
+        agreement = {"anchored": {"0.5": [1.0, 1.0]}, "fisher": {"0.5": [0.9 - 0.1 * seed, 1.5]}}
+        row = {"seed": seed, "matrices": 7, "seconds": dict.fromkeys(curves.KINDS, 2.0 + seed)}
+        row |= {"agreement": agreement, "divergence": divergence}
+        lines.append(row | {"machine": "m, commit c", "load": 1.5, "processors": 2})
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = curves.table(path)
+    percent = [10.0, 0.0, 25.0]
+    low, high = scipy.stats.t.interval(0.95, 2, statistics.mean(percent), scipy.stats.sem(percent))
+    assert f"| fisher | 2.7000 (+11.7 [{low:+.1f}, {high:+.1f}] %) |" in text
+    assert "| fisher | 3.0 | 0.800, 1.50 |" in text
+    assert "| measured | 3.0 | – |" in text
+    assert "7 matrices" in text and "calibration seeds 0, 1, 2" in text
+    path.write_text(path.read_text().partition("\n")[0] + "\n")
+    with pytest.raises(SystemExit, match="no seed that was measured to the end"):
+        curves.table(path)
+
+
+def test_a_vision_transformer_is_measured_seed_by_seed(tmp_path):
+    out = tmp_path / "results.jsonl"
+    command = [sys.executable, "-P", "benchmarks", "pruning/curves", "--model", "digits", "--samples", "16"]
+    command += ["--curve-samples", "8", "--eval-samples", "16", "--sparsities", "0.5", "--out", str(out), "--seeds"]
+    for seeds in (["0"], ["0", "1"]):
+        subprocess.run([*command, *seeds], cwd=ROOT, check=True, capture_output=True)
+    rows = [json.loads(line) for line in out.read_text().splitlines()][1:]
+    assert [row["seed"] for row in rows] == [0, 1]
+    for row in rows:
+        assert row["agreement"]["fisher"]["0.3"][0] > 0.8
+        assert row["divergence"]["measured"]["0.5"] < row["divergence"]["uniform"]["0.5"]
+    other = subprocess.run([*command, "2", "--score", "magnitude"], cwd=ROOT, capture_output=True, text=True)
+    assert other.returncode and "of another model or other settings: give another --out" in other.stderr
+
+
+def test_the_page_is_that_of_the_committed_results(curves):
+    files = sorted((ROOT / "docs" / "results").glob("prune-curves-*.jsonl"))
+    assert files
+    page = (ROOT / "docs" / "measured.md").read_text("utf-8")
+    for file in files:
+        assert f"<!-- table:{file.stem} -->\n{curves.table(file)}\n<!-- /table:{file.stem} -->" in page
