@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,11 +33,11 @@ from leanstep.pruning.score.calibration import Pruning, prune_group
 from leanstep.pruning.score.targets import Group, Target, as_matrix
 
 # rows of each matrix, over all sequences, whose x and g are stored
-_ROWS = 4096
+ROWS = 4096
 # directions xi for each sequence of a language model
-_DRAWS = 2
+DRAWS = 2
 # directions for each sample of a model with one output per sample, at most
-_SAMPLE_DRAWS = 8
+SAMPLE_DRAWS = 8
 # most bytes of x and g at once, where those of one stage take less
 COLLECTED_BYTES = 1 << 30
 
@@ -84,7 +85,7 @@ class SecondOrder:
         with torch.no_grad(), _counting(model) as self._calls:
             output = self.samples[0].run(model)
             # outputs of all samples have one form; a metric without a root is refused here
-            self._classes = metric.root(output, self.samples[0])[0].shape[-1]
+            self._classes = metric.root_shape(output, self.samples[0])[1]
             self.one_output = values_of(output).dim() == 2
         self._collected: dict[str, Pairs | SampleGradients] = {}
         self._recomputes = True
@@ -93,9 +94,9 @@ class SecondOrder:
     def bytes_of(self, target: Target) -> int:
         """Memory of a collected matrix."""
         rows, columns = target.weight.shape
-        values = _ROWS * (columns + _DRAWS * rows) * self._calls_of(target)
+        values = ROWS * (columns + DRAWS * rows) * self._calls_of(target)
         if self.one_output:
-            values = min(_SAMPLE_DRAWS, self._classes) * len(self.samples) * rows * columns
+            values = min(SAMPLE_DRAWS, self._classes) * len(self.samples) * rows * columns
         return values * target.layer.itemsize
 
     def collect(self, targets: Sequence[Target]) -> None:
@@ -136,7 +137,7 @@ class SecondOrder:
 
     def _sample_gradients(self, targets: Sequence[Target]) -> dict[str, Pairs | SampleGradients]:
         parameters = {target.parameter: getattr(target.module, target.attribute) for target in targets}
-        draws, count = min(_SAMPLE_DRAWS, self._classes), len(self.samples)
+        draws, count = min(SAMPLE_DRAWS, self._classes), len(self.samples)
         device = device_of(self.model)
         by_name = {t.name: t.weight.new_empty(draws, count, t.layer.numel, device=device) for t in targets}
         with _only_gradients_of(self.model, list(parameters.values())), whole_on_device(self.model):
@@ -167,20 +168,21 @@ class SecondOrder:
         return self._recorded_pairs(targets)
 
     def _recorded_pairs(self, targets: Sequence[Target]) -> dict[str, Pairs | SampleGradients]:
-        each, count = -(-_ROWS // len(self.samples)), len(self.samples)
-        rows = {target.name: PairRows(target, _DRAWS, count * each * self._calls_of(target)) for target in targets}
+        each, count = -(-ROWS // len(self.samples)), len(self.samples)
+        rows = {target.name: PairRows(target, DRAWS, count * each * self._calls_of(target)) for target in targets}
         with _only_gradients_of(self.model, []):
-            for index in range(count):
-                recorder = Recorder(self.model, targets, each, index)
+            for index, sample in enumerate(self.samples):
+                recorder = Recorder(self.model, rows, each, index)
                 stored = recomputed_blocks(self.model, recorder.again) if self._recomputes else nullcontext()
                 with recorder.hooked(), stored:
-                    roots = self._roots(index)
-                    if not roots.requires_grad:
-                        continue  # no row of these matrices ran
-                    for draw in range(_DRAWS):
-                        recorder.differentiate(roots * _signs(roots, index, draw), last=draw + 1 == _DRAWS)
-                for call in recorder.calls:
-                    rows[call.target.name].add(index, call)
+                    output = sample.run(self.model)
+                    self._counts[index] = self.metric.root_shape(output, sample)[0]
+                    for draw in range(DRAWS):
+                        total = self.metric.projected_root(output, sample, partial(_signs, index, draw))
+                        if not total.requires_grad:  # no row of these matrices ran
+                            recorder.discard()
+                            break
+                        recorder.differentiate(total, draw, last=draw + 1 == DRAWS)
         return {name: collected.joined(device_of(self.model)) for name, collected in rows.items()}
 
     def _calls_of(self, target: Target) -> int:
@@ -254,10 +256,10 @@ def _only_gradients_of(model: nn.Module, parameters: Sequence[nn.Parameter]) -> 
             parameter.requires_grad_(required)
 
 
-def _signs(roots: Tensor, index: int, draw: int) -> Tensor:
-    """Random signs of the shape of the roots."""
-    signs = torch.randint(0, 2, roots.shape, generator=generator_of(index, draw), dtype=torch.int8)
-    return (signs.to(roots.device) * 2 - 1).to(roots.dtype)
+def _signs(index: int, draw: int, shape: tuple[int, int]) -> Tensor:
+    """Random signs, int8."""
+    signs = torch.randint(0, 2, shape, generator=generator_of(index, draw), dtype=torch.int8)
+    return signs.mul_(2).sub_(1)
 
 
 def _orthogonal_directions(roots: Tensor, draws: int, index: int) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 from leanstep._files import one_line
 from leanstep._torch import output_head
@@ -74,6 +75,22 @@ class Metric:
             "curves='measured', or define Metric.root"
         )
 
+    def root_shape(self, output: Any, batch: Batch) -> tuple[int, int]:
+        """Tokens and k of :meth:`root` for the first sample."""
+        tokens, k = self.root(output, batch)[0].shape
+        return tokens, k
+
+    def projected_root(self, output: Any, batch: Batch, directions: Callable[[tuple[int, int]], Tensor]) -> Tensor:
+        """Sum over :meth:`root` of the first sample times directions, for a backward pass.
+
+        Args:
+            output: of the model.
+            batch: its inputs.
+            directions: from the shape of the root to signs, int8.
+        """
+        root = self.root(output, batch)[0]
+        return (root * directions((root.shape[0], root.shape[1])).to(root)).sum()
+
     @property
     def has_root(self) -> bool:
         """Whether :meth:`root` is defined."""
@@ -107,8 +124,26 @@ class _TokenMetric(Metric):
 
     def root(self, output: Any, batch: Batch) -> list[Tensor]:
         """See :meth:`Metric.root`; in fp32, or fp64 for logits in fp64."""
-        rows = token_rows(values_of(output), batch)
-        return [self._root(logits.to(torch.promote_types(logits.dtype, torch.float32))) for logits in rows]
+        return [self._root(_wide(logits)) for logits in token_rows(values_of(output), batch)]
+
+    def root_shape(self, output: Any, batch: Batch) -> tuple[int, int]:
+        """See :meth:`Metric.root_shape`; computes the root of one token."""
+        rows = token_rows(values_of(output), batch)[0]
+        with torch.no_grad():
+            return len(rows), self._root(_wide(rows[:1])).shape[-1]
+
+    def projected_root(self, output: Any, batch: Batch, directions: Callable[[tuple[int, int]], Tensor]) -> Tensor:
+        """See :meth:`Metric.projected_root`. The roots of some tokens at a time are in memory, in both passes."""
+
+        def part(rows: Tensor, signs: Tensor) -> Tensor:
+            root = self._root(_wide(rows))
+            return (root * signs.to(root)).sum()
+
+        rows = token_rows(values_of(output), batch)[0]
+        signs = directions(self.root_shape(output, batch))
+        together = max(1, _ROOTS_TOGETHER // max(1, rows.shape[-1]))
+        parts = zip(rows.split(together), signs.split(together), strict=True)
+        return torch.stack([checkpoint(part, *both, use_reentrant=False) for both in parts]).sum()
 
     def _reference_of(self, rows: Tensor) -> Any:
         raise NotImplementedError
@@ -120,6 +155,12 @@ class _TokenMetric(Metric):
         raise NotImplementedError
 
 
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+# logits whose roots are computed together for a backward pass, about 30 bytes for each
+_ROOTS_TOGETHER = 1 << 21
 # below this |d|, expm1(d) - d is evaluated by its series: the subtraction would lose the leading digits of d^2 / 2
 _SERIES = 1 / 16
 # logits per call of kl_divergence, so that its temporaries stay in a core's cache. On a CPU, this takes 1.8 times the

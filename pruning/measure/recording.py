@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -62,22 +62,32 @@ class PairRows:
         self._calls: list[tuple[int, int, int]] = []
         self._end = 0
 
-    def add(self, index: int, call: Call) -> None:
-        """Add the rows of a call for a sample."""
-        begin, self._end = self._end, self._end + len(call.rows)
-        if not self._calls or self._end > self._inputs.shape[0]:
-            self._reserve(call, max(self._capacity, 2 * self._end if self._calls else self._end), begin)
-        self._inputs[begin : self._end] = call.inputs
-        for part, rows in zip(self._gradients, call.gradients, strict=True):
-            part[begin : self._end] = rows
-        self._calls.append((index, call.total, len(call.rows)))
+    def add(self, index: int, total: int, inputs: Tensor) -> slice:
+        """Add the drawn rows x of a call for a sample, of ``total``; returns their place."""
+        place = slice(self._end, self._end + len(inputs))
+        if place.stop > len(self._inputs):
+            self._inputs = _grown(self._inputs, inputs, self._capacity_for(place.stop), dim=0)
+        self._inputs[place] = inputs
+        self._calls.append((index, total, len(inputs)))
+        self._end = place.stop
+        return place
 
-    def _reserve(self, call: Call, capacity: int, end: int) -> None:
-        inputs = call.inputs.new_empty(capacity, call.inputs.shape[1])
-        gradients = call.gradients[0].new_empty(self._draws, capacity, call.gradients[0].shape[1])
-        if end:
-            inputs[:end], gradients[:, :end] = self._inputs[:end], self._gradients[:, :end]
-        self._inputs, self._gradients = inputs, gradients
+    def add_gradients(self, place: slice, draw: int, gradients: Tensor | None) -> None:
+        """Add the rows g of a call, for a direction; zeros for None."""
+        if gradients is None:
+            gradients = self._inputs.new_zeros(place.stop - place.start, self.target.weight.shape[0])
+        if self._gradients.dim() < 3 or place.stop > self._gradients.shape[1]:
+            like = gradients.expand(self._draws, *gradients.shape)
+            self._gradients = _grown(self._gradients, like, self._capacity_for(place.stop), dim=1)
+        self._gradients[draw, place] = gradients
+
+    def remove(self, index: int) -> None:
+        """Remove the rows of a sample, which were added last."""
+        while self._calls and self._calls[-1][0] == index:
+            self._end -= self._calls.pop()[2]
+
+    def _capacity_for(self, rows: int) -> int:
+        return self._capacity if rows <= self._capacity else 2 * rows
 
     def joined(self, device: torch.device) -> Pairs:
         """All rows. Raises ValueError if the matrix, not of an expert, got none."""
@@ -105,46 +115,55 @@ class PairRows:
         )
 
 
+def _grown(before: Tensor, like: Tensor, capacity: int, dim: int) -> Tensor:
+    """An uninitialised tensor of the shape of ``like``, longer in one dimension, that begins with ``before``."""
+    shape = list(like.shape)
+    shape[dim] = capacity
+    after = like.new_empty(shape)
+    if before.numel():
+        after.narrow(dim, 0, before.shape[dim]).copy_(before)
+    return after
+
+
 @dataclass
 class Call:
     """One product of a matrix and its inputs.
 
     Attributes:
         target: the matrix.
-        rows: numbers of the drawn rows, int64.
-        total: how many rows there were.
-        inputs: the drawn rows of x.
+        drawn: numbers of the drawn rows, int64.
+        place: of these rows among those of the matrix.
         edge: the output's place in the graph; None once the graph is freed.
-        gradients: the drawn rows of g, an entry for each direction.
     """
 
     target: Target
-    rows: Tensor
-    total: int
-    inputs: Tensor
+    drawn: Tensor
+    place: slice
     edge: GradientEdge | None
-    gradients: list[Tensor]
 
-    def add(self, gradient: Tensor | None) -> None:
-        """Add the drawn rows of a gradient like the output; zeros for None."""
+    def rows_of(self, gradient: Tensor | None) -> Tensor | None:
+        """The drawn rows [rows, out] of a gradient like the output."""
         if gradient is None:
-            self.gradients.append(self.inputs.new_zeros(len(self.rows), self.target.weight.shape[0]))
-            return
+            return None
         if isinstance(self.target.module, (nn.Conv1d, nn.Conv2d)):
             gradient = gradient.flatten(2).transpose(1, 2)
-        self.gradients.append(gradient.reshape(-1, gradient.shape[-1])[self.rows])
+        return gradient.reshape(-1, gradient.shape[-1])[self.drawn]
 
 
 class Recorder:
     """Records the products with some matrices in a pass of one sample, and the gradients at their outputs.
 
-    Attributes:
-        calls: the products.
+    Args:
+        model: that runs.
+        rows: receive what is recorded, by name of the matrix.
+        each: most rows of a call to draw.
+        index: of the sample.
     """
 
-    def __init__(self, model: nn.Module, targets: Sequence[Target], each: int, index: int) -> None:
-        self.calls: list[Call] = []
-        self._model, self._targets, self._each, self._index = model, targets, each, index
+    def __init__(self, model: nn.Module, rows: Mapping[str, PairRows], each: int, index: int) -> None:
+        self._model, self._rows, self._each, self._index = model, rows, each, index
+        self._targets = [collected.target for collected in rows.values()]
+        self._calls: list[Call] = []
         self._is_again = False
 
     @contextmanager
@@ -191,18 +210,24 @@ class Recorder:
         if len(rows) and not self._is_again:
             order = torch.randperm(len(rows), generator=generator_of(self._index, len(rows)))
             drawn = order[: self._each].sort().values.to(rows.device)
-            self.calls.append(Call(target, drawn, len(rows), rows[drawn], get_gradient_edge(output), []))
+            place = self._rows[target.name].add(self._index, len(rows), rows[drawn])
+            self._calls.append(Call(target, drawn, place, get_gradient_edge(output)))
         # a copy goes on: the model may write into it, as nn.ReLU(inplace=True) does
         return output.clone()
 
-    def differentiate(self, outputs: Tensor, *, last: bool) -> None:
-        """Add the gradients of a sum; ``last`` frees the graph."""
-        edges = [call.edge for call in self.calls if call.edge is not None]
-        gradients = torch.autograd.grad(outputs.sum(), edges, retain_graph=not last, allow_unused=True)
-        for call, gradient in zip(self.calls, gradients, strict=True):
-            call.add(gradient)
+    def differentiate(self, total: Tensor, draw: int, *, last: bool) -> None:
+        """Record the gradients of a number, for a direction; ``last`` frees the graph."""
+        edges = [call.edge for call in self._calls if call.edge is not None]
+        gradients = torch.autograd.grad(total, edges, retain_graph=not last, allow_unused=True)
+        for call, gradient in zip(self._calls, gradients, strict=True):
+            self._rows[call.target.name].add_gradients(call.place, draw, call.rows_of(gradient))
             if last:
                 call.edge = None
+
+    def discard(self) -> None:
+        """Remove what was recorded, on which the output does not depend."""
+        for rows in self._rows.values():
+            rows.remove(self._index)
 
 
 class _ExpertProducts(TorchFunctionMode):

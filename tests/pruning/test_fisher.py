@@ -89,7 +89,7 @@ def test_one_output_per_sample_gives_the_exact_form(metric):
 @pytest.mark.parametrize("metric", ["kl", "mse_logits"])
 def test_tokens_give_the_exact_form_in_expectation(metric, monkeypatch):
     model, batches = make_per_token(mean=False)
-    monkeypatch.setattr(fisher, "_DRAWS", 256)
+    monkeypatch.setattr(fisher, "DRAWS", 256)
     with evaluating(model):
         second = SecondOrder(model, batches, make_metric(metric, model))
         changed = changes_of(model)
@@ -102,10 +102,10 @@ def test_tokens_give_the_exact_form_in_expectation(metric, monkeypatch):
 def test_drawn_rows_stand_for_all_rows(monkeypatch):
     model, batches = make_per_token(mean=False)
     changed = changes_of(model)
-    monkeypatch.setattr(fisher, "_DRAWS", 64)
+    monkeypatch.setattr(fisher, "DRAWS", 64)
     distortions = {}
     for rows in (20, 28):
-        monkeypatch.setattr(fisher, "_ROWS", rows)
+        monkeypatch.setattr(fisher, "ROWS", rows)
         with evaluating(model):
             second = SecondOrder(model, batches, make_metric("kl", model))
             second.collect([target for target, _ in changed])
@@ -134,8 +134,8 @@ def test_the_calls_of_a_matrix_are_summed_before_the_square_and_planned_for(modu
     torch.manual_seed(0)
     model = _Repeated(modules).double()
     batches = [Batch((torch.randn(4, 7, 6, dtype=torch.float64),))]
-    monkeypatch.setattr(fisher, "_DRAWS", 256)
-    monkeypatch.setattr(fisher, "_ROWS", 28)
+    monkeypatch.setattr(fisher, "DRAWS", 256)
+    monkeypatch.setattr(fisher, "ROWS", 28)
     with evaluating(model):
         second = SecondOrder(model, batches, make_metric("kl", model))
         changed = changes_of(model)
