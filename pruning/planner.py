@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -173,6 +174,12 @@ class Planner:
                 f"the pruned model's outputs are not finite at the sparsest levels of {some(ended)}: these matrices "
                 "were not pruned that far; computing in fp32 or bf16 may help"
             )
+        sources = Counter(curve.source for curve in curves.values())
+        if self.curve_method != "fisher" and sources["fisher"]:
+            self.notes.append(
+                f"{sources['fisher']} of {len(curves)} curves are Fisher curves that no measurement scales: those of "
+                f"the largest distortion were measured first, within {self.minutes:g} minutes"
+            )
         return curves
 
     def _by_curves(self, curves: Mapping[str, Curve]) -> Allocation:
@@ -283,8 +290,12 @@ class Planner:
             self.notes.append("no uniform sparsity meets the budget: the allocation was compared with nothing")
         measurement = self._measurement(self.held_out)
         others = [one for one in (programme if candidate is not programme else None, uniform) if one is not None]
-        costs = [self.trial.additivity(measurement, one, stay=False) for one in others]
-        cost = self.trial.additivity(measurement, candidate, stay=True)
+        sums = self._affordable_sums(measurement, 1 + len(others))
+        costs = [
+            self.trial.additivity(measurement, one, stay=False, singles=number < sums)
+            for number, one in enumerate(others, 1)
+        ]
+        cost = self.trial.additivity(measurement, candidate, stay=True, singles=sums > 0)
         compared = [cost, *costs]
         # a pruned model that overflows is never the best
         best = min(
@@ -299,6 +310,20 @@ class Planner:
         self.trial.apply(best[1])
         return best[1], compared
 
+    def _affordable_sums(self, measurement: Measurement, allocations: int) -> int:
+        """Of how many allocations single matrices are pruned on held-out data within ``minutes``, with a note."""
+        processes = self.processes
+        seconds = measurement.seconds_of_singles(self.groups) / processes.size
+        limit = 60 * self.minutes
+        # by the clock of the first process
+        affordable = processes.all_gather(int(limit / seconds) if allocations * seconds > limit else allocations)[0]
+        if not affordable:
+            self.notes.append(
+                f"whether distortions add up was not measured: matrices one by one on held-out data take about "
+                f"{seconds / 60:.3g} minutes, and {self.minutes:g} are allowed"
+            )
+        return affordable
+
 
 def _why_not(candidate: Allocation, cost: Additivity, best: Additivity, other: Allocation) -> list[str]:
     """Notes on an allocation that another one beats on held-out data."""
@@ -308,7 +333,10 @@ def _why_not(candidate: Allocation, cost: Additivity, best: Additivity, other: A
             "model was pruned by the programme's"
         ]
     name = "refined allocation" if candidate.method == REFINED else "allocation by dynamic programming"
-    return [
+    note = (
         f"the {name} costs {cost.joint:.4g} on held-out data, uniform sparsity {best.joint:.4g}: the model was pruned "
-        f"uniformly. The summed distortion of the allocation is {1 / cost.ratio:.2f} times its joint distortion"
-    ]
+        "uniformly"
+    )
+    if not math.isnan(cost.ratio):
+        note += f". The summed distortion of the allocation is {1 / cost.ratio:.2f} times its joint distortion"
+    return [note]

@@ -88,7 +88,8 @@ def prune(
             passes) or ``anchored`` (Fisher curves scaled to a few measurements); see :func:`measure_curves`. None:
             ``measured`` where that takes less than ``minutes``, else ``anchored``. Or curves measured earlier with the
             same score.
-        minutes: time for measurements; see :func:`measure_curves`.
+        minutes: time for measurements; see :func:`measure_curves`. On held-out data, matrices are pruned one by one
+            where that takes no longer, first for the allocation that is applied.
         correction: ``none``; or ``relinearise``, which measures curves again around the uniformly pruned model. The
             allocation with the smallest joint distortion on ``curve_data`` is taken.
         inputs: on which a block is pruned: ``pruned``, those that the pruned blocks before it produce; or ``dense``,

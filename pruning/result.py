@@ -74,9 +74,10 @@ class Additivity:
     Attributes:
         method: of the allocation.
         joint, joint_stderr: distortion with all matrices pruned.
-        summed: sum of the distortions with one matrix pruned at a time, at the same levels.
-        ratio: joint / summed; NaN for 0 / 0. It is 1 where distortions add up, as the paper's theorem predicts. Far
-            from 1, the sum does not rank allocations.
+        summed: sum of the distortions with one matrix pruned at a time, at the same levels; NaN: not measured, because
+            it would have taken longer than ``minutes``.
+        ratio: joint / summed; NaN for 0 / 0 or no sum. It is 1 where distortions add up, as the paper's theorem
+            predicts. Far from 1, the sum does not rank allocations.
     """
 
     method: str
@@ -93,7 +94,7 @@ class Additivity:
 
     def note(self) -> str:
         """A remark for the reader if the summed distortion is far from the joint one, else ""."""
-        if not self.summed or 1 / _ADDITIVE <= self.ratio <= _ADDITIVE:
+        if not self.summed or math.isnan(self.ratio) or 1 / _ADDITIVE <= self.ratio <= _ADDITIVE:
             return ""
         return (
             f"distortions do not add up here: all matrices together cost {self.joint:.4g} on held-out data, "

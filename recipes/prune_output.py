@@ -1,5 +1,6 @@
 """What ``leanstep prune`` prints: progress, the summary of a result, and the table of an estimate."""
 
+import math
 import os
 import sys
 import time
@@ -152,10 +153,8 @@ def summary_of(result: "PruneResult", out: str) -> str:
         )
     for one in result.compared:
         error = "" if one.joint_stderr != one.joint_stderr else f" +- {one.joint_stderr:.2g}"
-        lines.append(
-            f"held out       {one.method}: {one.joint:.4g}{error} together, {one.summed:.4g} summed, ratio "
-            f"{one.ratio:.3f}"
-        )
+        summed = "" if math.isnan(one.summed) else f", {one.summed:.4g} summed, ratio {one.ratio:.3f}"
+        lines.append(f"held out       {one.method}: {one.joint:.4g}{error} together{summed}")
     if result.perplexity:
         before, after = result.perplexity["before"], result.perplexity["after"]
         lines.append(f"perplexity     {before:.2f} before, {after:.2f} after ({result.perplexity['tokens']:,} targets)")

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 
+from leanstep.pruning.folder.fisher_size import FisherSize
 from leanstep.pruning.measure.curves import level_grid
+from leanstep.pruning.measure.fisher import ROWS
 from leanstep.pruning.measure.metrics import kl_divergence
 from leanstep.pruning.score.base import NEEDS, has_statistics
 from leanstep.pruning.score.scores import layer_pruner
@@ -19,8 +21,11 @@ from leanstep.pruning.score.scores import layer_pruner
 if TYPE_CHECKING:
     from leanstep.pruning.folder.estimate import Workload
 
-# rows of a product, and the passes over the data, of Fisher curves
-_FISHER_ROWS, _FISHER_PASSES = 4096, 5
+# forward passes that a pass of Fisher curves is worth: forward, and twice the blocks again and backward, on the mean
+# from the middle of the model on
+_FISHER_PASSES = 4
+# products with a matrix, and rankings, of a level with ALPS; products of its eigenvectors
+_ALPS_PRODUCTS, _ALPS_RANKINGS, _ALPS_EIGEN = 80, 20, 20
 # calls of torch in a block of a transformer, and around the blocks
 _BLOCK_CALLS, _OTHER_CALLS = 60, 60
 # times that the files are read or written, and hashed: copies, checks of values, comparisons with what is stored
@@ -80,6 +85,7 @@ class Sizes:
         outputs: logits of a token.
         tokens: of a sample.
         size: bytes of all weights.
+        fisher: of Fisher curves; None: they are not estimated.
     """
 
     matrices: Sequence[tuple[int, int]]
@@ -88,21 +94,30 @@ class Sizes:
     outputs: int
     tokens: int
     size: int
+    fisher: FisherSize | None = None
 
 
 class Duration:
-    """Seconds of the parts of a run, and its passes over all weights."""
+    """Seconds of the parts of a run; once these are computed, its passes over all weights, and the kind of curves."""
 
     def __init__(self, sizes: Sizes, workload: Workload, rates: Rates) -> None:
         self._sizes, self._workload, self._rates = sizes, workload, rates
         needs = NEEDS[workload.score]
-        self._prune_all = sum(rows * columns for rows, columns in sizes.matrices) * rates.ranked
+        ranked = sum(rows * columns for rows, columns in sizes.matrices) * rates.ranked
+        # before any level, and for a level of all matrices
+        self._prepare, self._level = 0.0, ranked / 4
         if "gram" in needs:
-            products = (2 * rows * columns**2 + columns**3 for rows, columns in sizes.matrices)
-            self._prune_all += sum(products) * rates.operation
+            cubes = sum(columns**3 for _, columns in sizes.matrices) * rates.operation
+            products = sum(2 * rows * columns**2 for rows, columns in sizes.matrices) * rates.operation
+            self._prepare, self._level = cubes, products + ranked
+            if workload.score == "alps":
+                self._prepare += _ALPS_EIGEN * cubes
+                self._level += _ALPS_PRODUCTS * products + _ALPS_RANKINGS * ranked
+        self._prune_all = self._prepare + max(self._level, ranked)
         # each block runs once for the statistics and once for the input of the next
         self._statistics = 2 * self._pass(workload.samples) if needs else 0.0
         self.passes = 0.0
+        self.curves = ""
 
     def _pass(self, samples: float, *, compared: bool = False, batch_size: int | None = None) -> float:
         """Of a pass of samples through all blocks."""
@@ -129,21 +144,28 @@ class Duration:
         if workload.allocation == "dp":
             self._add_curves(seconds, groups)
         if workload.held_out:
-            allocations = {"dp": 2}.get(workload.allocation, 1)
-            alone = (groups + blocks + 4) / 2 * self._pass(workload.held_out, compared=True)
-            seconds["comparison on held-out data"] = allocations * (alone + 2 * self._statistics + 2 * self._prune_all)
-            self.passes += allocations * (groups + blocks) / 2
+            allocations = (2 if workload.allocation == "dp" else 1) + bool(workload.refine_samples)
+            together = (blocks + 4) / 2 * self._pass(workload.held_out, compared=True)
+            single = groups / 2 * self._pass(workload.held_out, compared=True) + self._statistics + self._prune_all
+            # single matrices are pruned only within the minutes
+            alone = min(allocations, int(60 * workload.minutes / single)) if single else allocations
+            seconds["comparison on held-out data"] = (
+                allocations * (together + self._statistics + self._prune_all) + alone * single
+            )
+            self.passes += (allocations * blocks + alone * groups) / 2
         return seconds
 
     def _add_curves(self, seconds: dict[str, float], groups: int) -> None:
         sizes, workload = self._sizes, self._workload
         levels = workload.levels or len(level_grid(10**6, workload.sparsity)) - 1
-        prepared = self._statistics + self._prune_all * (1 + levels / 4)
+        prepared = self._statistics + self._prune_all + levels * self._level
         measured = prepared + groups * levels / 2 * self._pass(workload.curve_samples, compared=True)
-        weights = sum(rows * columns for rows, columns in sizes.matrices)
-        fisher = prepared + _FISHER_PASSES * self._pass(workload.curve_samples, compared=True, batch_size=1)
-        fisher += 2 * _FISHER_ROWS * levels * weights * self._rates.operation
+        fisher = prepared
+        if sizes.fisher is not None:
+            passes, weights = _FISHER_PASSES * sizes.fisher.passes, sum(rows * n for rows, n in sizes.matrices)
+            fisher += passes * self._pass(workload.curve_samples, compared=True, batch_size=1)
+            fisher += 2 * ROWS * levels * weights * self._rates.operation
         limit = 60 * workload.minutes
-        use = workload.curves or ("measured" if measured <= limit else "anchored")
+        self.curves = use = workload.curves or ("measured" if measured <= limit else "anchored")
         seconds[f"curves, {use}"] = {"measured": measured, "fisher": fisher}.get(use, fisher + min(limit, measured))
         self.passes += groups * levels / 2 if use == "measured" else 0

@@ -18,6 +18,7 @@ from leanstep._mapped import RESIDENT
 from leanstep._memory import free_memory
 from leanstep.pruning.folder.duration import Duration, Rates, Sizes
 from leanstep.pruning.folder.files import EXPERT_COPIES, Checkpoint, fused_bytes, stored_dtypes
+from leanstep.pruning.folder.fisher_size import FisherSize
 from leanstep.pruning.folder.loading import empty_model_of, position_count
 from leanstep.pruning.folder.recovery import space_beside
 from leanstep.pruning.measure.blocks import candidate_blocks
@@ -155,6 +156,8 @@ class _Shapes:
     fused_bytes: int
     # bytes of the largest block that is copied to a device
     moved: int
+    # one output for each sample, as of a classifier
+    one_output: bool
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, model: nn.Module, itemsize: int, names: Iterable[str]) -> _Shapes:
@@ -189,6 +192,7 @@ class _Shapes:
             * itemsize
             * max((p.numel() for name, p in parameters.items() if _is_joined(name, checkpoint)), default=0),
             max((sum(p.numel() for p in b.parameters()) for _, b in candidate_blocks(model)), default=0) * itemsize,
+            embeddings is None,
         )
 
 
@@ -233,12 +237,28 @@ def estimate_pruning(
         tokens = min(positions, 2048) if positions else max(_patches(getattr(model, "config", None)), 1)
     elif tokens > (positions or tokens):
         raise ValueError(f"a sequence has at most the model's {positions} positions, got {tokens} tokens")
+    fisher = FisherSize.of(
+        shapes.blocks,
+        samples=workload.curve_samples,
+        tokens=tokens,
+        width=shapes.width,
+        outputs=shapes.outputs,
+        itemsize=_BYTES[dtype],
+        one_output=shapes.one_output,
+        recomputed=workload.device == "cpu",
+    )
+    sizes = Sizes(shapes.matrices, len(shapes.blocks), shapes.active, shapes.outputs, tokens, checkpoint.size, fisher)
+    duration = Duration(sizes, workload, Rates.measured(product_dtype(_DTYPES[dtype], workload.products)))
+    seconds, passes = duration.seconds(), duration.passes
     activations = _activations(shapes, workload, tokens, _BYTES[dtype])
     computing = {
         "activations of a batch": _batch_bytes(shapes, workload, tokens, _BYTES[dtype]),
         "statistics of a block": _statistics_bytes(shapes, workload, _BYTES[dtype]),
         "pruner of a matrix": _pruner_bytes(shapes, workload, _BYTES[dtype]),
     }
+    if duration.curves in ("fisher", "anchored"):
+        computing["x and g of Fisher curves"] = fisher.collected
+        computing["activations of a batch"] = max(computing["activations of a batch"], fisher.graph)
     memory = {
         "libraries": psutil.Process().memory_info().rss,
         "weights": min(workload.resident + _block_bytes(shapes, _BYTES[dtype]), checkpoint.size),
@@ -261,9 +281,6 @@ def estimate_pruning(
         memory["mapped activations"] = min(workload.resident, sum(activations.values()))
     else:
         on_device |= activations
-    sizes = Sizes(shapes.matrices, len(shapes.blocks), shapes.active, shapes.outputs, tokens, checkpoint.size)
-    duration = Duration(sizes, workload, Rates.measured(product_dtype(_DTYPES[dtype], workload.products)))
-    seconds, passes = duration.seconds(), duration.passes
     free = free_memory("cpu")
     fits = free is None or checkpoint.size + sum(memory.values()) <= free
     return Estimate(

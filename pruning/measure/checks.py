@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -89,16 +90,20 @@ class Trial:
             self.apply(allocation)
             return measurement.joint()
 
-    def additivity(self, measurement: Measurement, allocation: Allocation, *, stay: bool) -> Additivity:
+    def additivity(
+        self, measurement: Measurement, allocation: Allocation, *, stay: bool, singles: bool = True
+    ) -> Additivity:
         """Joint and summed distortion of an allocation on the measurement's data.
 
         Single matrices are pruned with the statistics of the dense model, all together as by :meth:`apply`. Restores
-        the weights, or with ``stay`` leaves the model pruned.
+        the weights, or with ``stay`` leaves the model pruned. Without ``singles``, the sum is NaN.
         """
-        with evaluating(measurement.model):
-            alone = measurement.singles(self.groups, allocation, self.pruning)
+        summed = math.nan
+        if singles:
+            with evaluating(measurement.model):
+                summed = sum(point.mean for point in measurement.singles(self.groups, allocation, self.pruning))
         joint = self.joint(measurement, allocation, stay=stay)
-        return Additivity(allocation.method, joint.mean, joint.stderr, sum(point.mean for point in alone))
+        return Additivity(allocation.method, joint.mean, joint.stderr, summed)
 
     def relinearised_curves(
         self, measurement: Measurement, levels: Levels, around: Allocation, progress: Progress | None = None

@@ -113,8 +113,8 @@ def measure_curves(
         Memory: the dense outputs (for ``kl``, 4 bytes per token and entry of the vocabulary), one hidden state per
         token, and the statistics of one block. Time: a forward pass over the data per level, half of it on average with
         ``prefix_cache``. For ``fisher``: no dense outputs, and :class:`leanstep.pruning.measure.fisher.SecondOrder` of
-        as many matrices as fit into half of the free memory. Time: for each such portion, the work of about five
-        forward passes, and 4,096 products of a row and the matrix for every level.
+        as many matrices as take 1 GiB. Time: for each such portion, the work of up to seven forward passes, and 4,096
+        products of a row and the matrix for every level.
 
     References:
         K. Xu, Z. Wang, X. Geng, M. Wu, X. Li, W. Lin, "Efficient Joint Optimization of Layer-Adaptive Weight Pruning in
@@ -244,9 +244,13 @@ class Measurement:
         """Expected time to measure all missing points: one pass each from its stage on."""
         return sum(len(points.missing[group.name]) * self._share(group) * self.seconds for group in points.groups)
 
+    def seconds_of_singles(self, groups: Sequence[Group]) -> float:
+        """Expected time of the passes of :meth:`singles`."""
+        return sum(self._share(group) * self.seconds for group in groups)
+
     def affordable(self, groups: Sequence[Group], seconds: float) -> list[Group]:
         """The first groups for a point of each of which the time suffices."""
-        spent = itertools.accumulate(self._share(group) * self.seconds for group in groups)
+        spent = itertools.accumulate(self.seconds_of_singles([group]) for group in groups)
         return [group for group, total in zip(groups, spent, strict=True) if total <= seconds]
 
     def _share(self, group: Group) -> float:

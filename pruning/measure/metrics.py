@@ -141,7 +141,7 @@ class _TokenMetric(Metric):
 
         rows = token_rows(values_of(output), batch)[0]
         signs = directions(self.root_shape(output, batch))
-        together = max(1, _ROOTS_TOGETHER // max(1, rows.shape[-1]))
+        together = max(1, ROOTS_TOGETHER // max(1, rows.shape[-1]))
         parts = zip(rows.split(together), signs.split(together), strict=True)
         return torch.stack([checkpoint(part, *both, use_reentrant=False) for both in parts]).sum()
 
@@ -160,7 +160,7 @@ def _wide(logits: Tensor) -> Tensor:
 
 
 # logits whose roots are computed together for a backward pass, about 30 bytes for each
-_ROOTS_TOGETHER = 1 << 21
+ROOTS_TOGETHER = 1 << 21
 # below this |d|, expm1(d) - d is evaluated by its series: the subtraction would lose the leading digits of d^2 / 2
 _SERIES = 1 / 16
 # logits per call of kl_divergence, so that its temporaries stay in a core's cache. On a CPU, this takes 1.8 times the

@@ -15,7 +15,7 @@ from leanstep.pruning.allocate.allocation import METHODS as ALLOCATIONS
 from leanstep.pruning.folder.report import report_page
 from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.checks import Trial
-from leanstep.pruning.measure.measure import weights_hash
+from leanstep.pruning.measure.measure import Measurement, weights_hash
 from leanstep.pruning.result import Additivity
 from leanstep.pruning.score.targets import count_uses
 from leanstep.recipes.prune_output import summary_of
@@ -88,6 +88,30 @@ class _Additive(nn.Module):
 
     def forward(self, x):
         return sum(part(x) @ frame.T for part, frame in zip(self.parts, self.frames, strict=True))
+
+
+@pytest.mark.parametrize("minutes, sums", [(1e-9, 0), (2 / 60, 1), (30.0, 2)])
+def test_matrices_are_pruned_one_by_one_on_held_out_data_within_the_minutes(minutes, sums, monkeypatch):
+    monkeypatch.setattr(Measurement, "seconds_of_singles", lambda *_: 1.5)
+    model, data = make_llama(), tokens(8)
+    curves = measure_curves(model, data[:2], levels=(0.5, 0.7))
+    result = prune(model, data, sparsity=0.5, minutes=minutes, curves=curves, levels=(0.5, 0.7))
+    assert [math.isnan(one.summed) for one in result.compared] == [sums < 1, sums < 2]
+    assert all(one.joint > 0 for one in result.compared)
+    note = [note for note in result.notes if "whether distortions add up was not measured" in note]
+    assert len(note) == (sums == 0) and all("take about 0.025 minutes, and 1e-09 are allowed" in one for one in note)
+    described = [one["summed"] is None and one["ratio"] is None for one in map(Additivity.to_dict, result.compared)]
+    assert described == [sums < 1, sums < 2]
+    lines = [line for line in summary_of(result, "out").splitlines() if line.startswith("held out")]
+    assert [" summed" in line for line in lines] == [sums > 0, sums > 1]
+
+
+def test_curves_that_no_measurement_scales_are_named():
+    model, data = make_llama(), tokens(8)
+    result = prune(model, data, sparsity=0.5, curves="anchored", minutes=1e-9, levels=(0.5, 0.7))
+    assert any(f"{len(result.curves)} of {len(result.curves)} curves are Fisher curves" in n for n in result.notes)
+    result = prune(make_llama(), data, sparsity=0.5, curves="fisher", levels=(0.5, 0.7))
+    assert not any("are Fisher curves" in note for note in result.notes)
 
 
 def test_distortions_of_parts_that_do_not_meet_add_up():
