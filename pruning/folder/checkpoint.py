@@ -18,10 +18,13 @@ from leanstep._files import format_bytes, remove_partials
 from leanstep._mapped import MappedParameters, ResidentSet, is_mapped, release_pages
 from leanstep.pruning.folder.files import INDEX, Checkpoint, written_name
 from leanstep.pruning.folder.loading import stored_names
+from leanstep.pruning.measure.measure import tensors_hash
 from leanstep.pruning.score.targets import some
 
 # not copied: files about the dense weights
 SIDECAR, REPORT = "sparsity.json", "report.html"
+# entry of the sidecar with the hash of the dense weights; folders of earlier versions have none
+SOURCE_WEIGHTS = "source_weights"
 
 
 def write_weights(checkpoint: Checkpoint, values: Mapping[str, Tensor], folder: Path) -> dict[str, float]:
@@ -191,6 +194,21 @@ def write_report(content: Mapping[str, Any], folder: Path) -> None:
 
     (folder / SIDECAR).write_text(json.dumps(content, indent=1), encoding="utf-8")
     (folder / REPORT).write_text(report_page(content), encoding="utf-8")
+
+
+def stored_hash(checkpoint: Checkpoint) -> str:
+    """Hash of the values in all weight files, by which a changed checkpoint is noticed.
+
+    It is the same however the tensors are spread over files. Reads every file once; all are memory-mapped.
+    """
+    files = {name: file for file, names in checkpoint.files.items() for name in names}
+    pickled = {file: checkpoint.read(file)[0] for file in checkpoint.files if file.endswith(".bin")}
+
+    def stored(name: str) -> Tensor:
+        file = files[name]
+        return pickled[file][name] if file in pickled else checkpoint.tensor(file, name)
+
+    return tensors_hash((name, stored(name)) for name in sorted(files))
 
 
 def state_file(folder: Path) -> Path:

@@ -20,12 +20,14 @@ from leanstep.pruning.allocate.descent import Refinement
 from leanstep.pruning.choices import asked_settings, check_choices
 from leanstep.pruning.folder.checkpoint import (
     SIDECAR,
+    SOURCE_WEIGHTS,
     copy_others,
     map_copies,
     map_weights,
     remove_search_files,
     search_files,
     state_file,
+    stored_hash,
     unmapped_note,
     write_report,
     write_weights,
@@ -142,6 +144,7 @@ def prune_checkpoint(
         scratch = scratch_bytes(model, _sequences(calibration))
         processes.from_first(lambda: check_space(out, written + scratch * processes.size))
     content: dict[str, Any] = {"leanstep": __version__, "source": str(source)}
+    content[SOURCE_WEIGHTS] = processes.from_first(lambda: stored_hash(checkpoint))
     # as asked for: the allocation that is applied may be another, which the comparison found to be better
     content["settings"] = asked_settings(settings) | _amounts(data, held_out, settings)
     if calibration.text:
