@@ -28,6 +28,7 @@ from leanstep.pruning.measure.metrics import (
     check_runs,
     cross_entropy_sums,
     logits_of,
+    may_give_logits,
     summarise,
     token_rows,
 )
@@ -211,6 +212,43 @@ def recover(
     return RecoveryResult(settings, tuple(losses), metric, before, after, applied, notes=notes)
 
 
+def check_recoverable(model: nn.Module, names: Iterable[str], batch: Batch, recovery: Recovery) -> None:
+    """Raise ValueError for a model that :func:`recover` would refuse. Runs nothing; the model may be without values.
+
+    Args:
+        model: the dense model.
+        names: of the parameters to prune.
+        batch: of the calibration data.
+        recovery: the settings. With ``distill=None``, the dense model is taken to fit into the memory.
+    """
+    if not may_give_logits(model):
+        raise ValueError(_without_logits(type(model).__name__))
+    if recovery.distill is False and batch.labels is None:
+        raise ValueError(_NO_NEXT_TOKEN)
+    if recovery.rank is not None and not any(is_linear(model.get_submodule(n.rpartition(".")[0])) for n in names):
+        raise ValueError(_without_linear(recovery.rank, type(model).__name__))
+
+
+_NO_NEXT_TOKEN = (
+    "recovery without distillation predicts the next token, and this model or data has none; distil from the dense "
+    "model (without --no-distill)"
+)
+
+
+def _without_logits(name: str) -> str:
+    return (
+        f"recovery compares logits: expected a model that gives logits (a tensor, or an output with .logits), got "
+        f"{name}; leave out recovery (--recover), or prune the model with its head"
+    )
+
+
+def _without_linear(rank: int, name: str) -> str:
+    return (
+        f"recovery with rank={rank} adapts linear layers, and {name} has none among its pruned ones; take rank=None "
+        "(leave out --recover-rank), which trains the weights"
+    )
+
+
 def _train(
     model: nn.Module,
     teacher: nn.Module | None,
@@ -276,13 +314,10 @@ class _Samples:
         check_runs(model, first)
         try:
             logits = logits_of(first.run(model))
-        except TypeError as error:
-            raise ValueError(f"recovery compares logits: {error}") from None
+        except TypeError:
+            raise ValueError(_without_logits(type(model).__name__)) from None
         if teacher is None and (first.labels is None or logits.dim() != 3):
-            raise ValueError(
-                "recovery without distillation predicts the next token, and this model or data has none; distil from "
-                "the dense model"
-            )
+            raise ValueError(_NO_NEXT_TOKEN)
         if teacher is not None and (dense := logits_of(first.run(teacher)).shape) != logits.shape:
             raise ValueError(f"the dense model gives logits {tuple(dense)}, the pruned one {tuple(logits.shape)}")
         if isinstance(self.data, Tensor):
@@ -382,10 +417,7 @@ def _trained(model: nn.Module, targets: Sequence[Target], recovery: Recovery) ->
             return
         linear = [target for target in targets if target.expert is None and is_linear(target.module)]
         if not linear:
-            raise ValueError(
-                f"recovery with rank={recovery.rank} adapts linear layers, and {type(model).__name__} has none among "
-                "its pruned ones; take rank=None, which trains the weights"
-            )
+            raise ValueError(_without_linear(recovery.rank, type(model).__name__))
         # an expression for whole names: a list of names would also select layers whose names end in one of them
         names = "|".join(re.escape(target.parameter.removesuffix(".weight")) for target in linear)
         config = LoraConfig(r=recovery.rank, lora_alpha=recovery.rank, target_modules=names)

@@ -236,15 +236,22 @@ def _levels(text: str) -> tuple[float, ...]:
     return levels
 
 
-def _prune(options: argparse.Namespace) -> "PruneResult | RecoveryResult | None":
-    """The result; None in a process that has nothing to do."""
-    from leanstep._processes import Processes
-    from leanstep.pruning import LatencyTable, prune_checkpoint, recover_checkpoint
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings of ``prune`` among the options."""
+    from leanstep.pruning import LatencyTable
 
     if (options.budget == "latency") != (options.latency_table is not None):
         raise ValueError("--budget latency goes with a --latency-table FILE, and no other budget does")
-    latencies = None if options.latency_table is None else LatencyTable.read(options.latency_table)
-    recovery, refine = _recovery(options), _refinement(options)
+    budget = options.budget if options.latency_table is None else LatencyTable.read(options.latency_table)
+    return {name: getattr(options, name) for name in _SETTINGS} | {"budget": budget}
+
+
+def _prune(options: argparse.Namespace) -> "PruneResult | RecoveryResult | None":
+    """The result; None in a process that has nothing to do."""
+    from leanstep._processes import Processes
+    from leanstep.pruning import prune_checkpoint, recover_checkpoint
+
+    settings, recovery, refine = _settings(options), _recovery(options), _refinement(options)
     processes = Processes.from_environment()
     processes.from_first(lambda: restore_replaced(options.out))
     if options.nproc not in (1, processes.size):
@@ -281,8 +288,7 @@ def _prune(options: argparse.Namespace) -> "PruneResult | RecoveryResult | None"
             recovery=recovery,
             refine=refine,
             activations=options.activations,
-            budget=options.budget if latencies is None else latencies,
-            **{name: getattr(options, name) for name in _SETTINGS},
+            **settings,
             **data,
         )
 
@@ -291,22 +297,16 @@ def _dry_run(options: argparse.Namespace) -> int:
     """Print what the command would take. Returns 2 if that does not fit."""
     from dataclasses import asdict
 
-    from leanstep.pruning import LatencyTable, Workload, estimate_pruning
+    from leanstep.pruning import Workload, estimate_pruning
     from leanstep.pruning.choices import check_choices
     from leanstep.pruning.folder.files import open_checkpoint
+    from leanstep.pruning.folder.run import check_run
 
-    latencies = None if options.latency_table is None else LatencyTable.read(options.latency_table)
-    recovery, refine = _recovery(options), _refinement(options)
-    check_choices(
-        data=options.data or "chosen later",
-        refine=refine,
-        budget=options.budget if latencies is None else latencies,
-        **{name: getattr(options, name) for name in _SETTINGS},
-    )
+    settings, recovery, refine = _settings(options), _recovery(options), _refinement(options)
+    check_choices(data=options.data or "chosen later", refine=refine, **settings)
     check_apart(options.out, (checkpoint := open_checkpoint(options.checkpoint)).folder)
-    amounts = (options.samples, options.curve_samples, options.held_out)
-    if options.data is not None and min(amounts) < 1:
-        raise ValueError(f"--samples, --curve-samples and --held-out must be at least 1, got {amounts}")
+    data = _data(options).get("data")
+    check_run(checkpoint, data, recovery=recovery, evaluate=options.eval, settings=settings)
     names = (
         *("samples", "held_out", "batch_size", "allocation", "score", "metric", "curves", "minutes", "granularity"),
         "products",
@@ -395,6 +395,9 @@ def _refinement(options: argparse.Namespace) -> "Refinement | None":
 def _data(options: argparse.Namespace) -> dict[str, Any]:
     if options.data is None:
         return {}
+    amounts = (options.samples, options.curve_samples, options.held_out)
+    if min(amounts) < 1:
+        raise ValueError(f"--samples, --curve-samples and --held-out must be at least 1, got {amounts}")
     return _images(options) if options.data.endswith(".safetensors") else {"data": _text(options)}
 
 
@@ -404,9 +407,6 @@ def _images(options: argparse.Namespace) -> "dict[str, Tensor]":
 
     from leanstep._checkpoint import load_tensors
 
-    amounts = (options.samples, options.curve_samples, options.held_out)
-    if min(amounts) < 1:
-        raise ValueError(f"--samples, --curve-samples and --held-out must be at least 1, got {amounts}")
     if options.eval or options.seq_len is not None:
         raise ValueError("--eval (perplexity) and --seq-len are for text, and --data names images; leave them out")
     try:

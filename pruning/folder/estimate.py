@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from leanstep._files import free_bytes
 from leanstep._mapped import RESIDENT
 from leanstep._memory import free_memory
 from leanstep.pruning.folder.duration import Duration, Rates, Sizes
-from leanstep.pruning.folder.files import EXPERT_COPIES, Checkpoint, fused_bytes, stored_dtypes
+from leanstep.pruning.folder.files import DTYPES, EXPERT_COPIES, ITEM_BYTES, Checkpoint, fused_bytes, most_common_dtype
 from leanstep.pruning.folder.loading import empty_model_of, position_count
 from leanstep.pruning.folder.recovery import space_beside
 from leanstep.pruning.measure.blocks import candidate_blocks
@@ -33,8 +32,6 @@ _PRUNER_BYTES = 40
 _GRADIENTS = 128
 # allocations for which distortions of single changes, or of candidates, are measured on the data for curves
 MEASURED = ("dp", "atp")
-_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -224,24 +221,24 @@ def estimate_pruning(
         ValueError: for a configuration that transformers cannot open, sequences beyond its positions, or nothing to
             prune.
     """
-    dtype = _most_common_dtype(checkpoint)
-    model = empty_model_of(checkpoint, _DTYPES[dtype])
-    shapes = _Shapes.of(checkpoint, model, _BYTES[dtype], prunable_names(model, include=include, exclude=exclude))
+    dtype = most_common_dtype(checkpoint)
+    model = empty_model_of(checkpoint, DTYPES[dtype])
+    shapes = _Shapes.of(checkpoint, model, ITEM_BYTES[dtype], prunable_names(model, include=include, exclude=exclude))
     positions = position_count(checkpoint.config, checkpoint.folder)
     tokens = workload.tokens
     if tokens is None:
         tokens = min(positions, 2048) if positions else max(_patches(getattr(model, "config", None)), 1)
     elif tokens > (positions or tokens):
         raise ValueError(f"a sequence has at most the model's {positions} positions, got {tokens} tokens")
-    activations = _activations(shapes, workload, tokens, _BYTES[dtype])
+    activations = _activations(shapes, workload, tokens, ITEM_BYTES[dtype])
     computing = {
-        "activations of a batch": _batch_bytes(shapes, workload, tokens, _BYTES[dtype]),
-        "statistics of a block": _statistics_bytes(shapes, workload, _BYTES[dtype]),
-        "pruner of a matrix": _pruner_bytes(shapes, workload, _BYTES[dtype]),
+        "activations of a batch": _batch_bytes(shapes, workload, tokens, ITEM_BYTES[dtype]),
+        "statistics of a block": _statistics_bytes(shapes, workload, ITEM_BYTES[dtype]),
+        "pruner of a matrix": _pruner_bytes(shapes, workload, ITEM_BYTES[dtype]),
     }
     memory = {
         "libraries": psutil.Process().memory_info().rss,
-        "weights": min(workload.resident + _block_bytes(shapes, _BYTES[dtype]), checkpoint.size),
+        "weights": min(workload.resident + _block_bytes(shapes, ITEM_BYTES[dtype]), checkpoint.size),
         "experts, fused": shapes.fused_bytes,
     }
     is_cpu = workload.device == "cpu"
@@ -262,7 +259,7 @@ def estimate_pruning(
     else:
         on_device |= activations
     sizes = Sizes(shapes.matrices, len(shapes.blocks), shapes.active, shapes.outputs, tokens, checkpoint.size)
-    duration = Duration(sizes, workload, Rates.measured(product_dtype(_DTYPES[dtype], workload.products)))
+    duration = Duration(sizes, workload, Rates.measured(product_dtype(DTYPES[dtype], workload.products)))
     seconds, passes = duration.seconds(), duration.passes
     free = free_memory("cpu")
     fits = free is None or checkpoint.size + sum(memory.values()) <= free
@@ -353,13 +350,6 @@ class _Stored:
         ]
         largest = max(uses, key=lambda use: sum(use.values()))
         return {use: size for use, size in largest.items() if size or use == "activations before a block"}
-
-
-def _most_common_dtype(checkpoint: Checkpoint) -> str:
-    counts = Counter(dtype for _, _, dtype, _ in stored_dtypes(checkpoint.folder) if dtype in _BYTES)
-    if not counts:
-        raise ValueError(f"{checkpoint.folder}: expected weights of {', '.join(_BYTES)}, its files have none")
-    return counts.most_common(1)[0][0]
 
 
 def _activations(shapes: _Shapes, workload: Workload, tokens: int, itemsize: int) -> dict[str, int]:

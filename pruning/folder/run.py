@@ -33,8 +33,15 @@ from leanstep.pruning.folder.checkpoint import (
     write_weights,
 )
 from leanstep.pruning.folder.estimate import MEASURED, Sequences, scratch_bytes
-from leanstep.pruning.folder.files import EXPERT_COPIES, Checkpoint, fused_bytes, open_checkpoint
-from leanstep.pruning.folder.loading import checkpoint_values, load_model, stored_parameters
+from leanstep.pruning.folder.files import (
+    DTYPES,
+    EXPERT_COPIES,
+    Checkpoint,
+    fused_bytes,
+    most_common_dtype,
+    open_checkpoint,
+)
+from leanstep.pruning.folder.loading import checkpoint_values, empty_model_of, load_model, stored_parameters
 from leanstep.pruning.folder.recovery import recover_model, space_beside
 from leanstep.pruning.folder.text import CalibrationText, perplexity_of, sequences_of
 from leanstep.pruning.measure.batches import as_batches
@@ -42,9 +49,10 @@ from leanstep.pruning.measure.blocks import BlockMover
 from leanstep.pruning.measure.points import Progress
 from leanstep.pruning.measure.products import products_in
 from leanstep.pruning.prune import prune
-from leanstep.pruning.recovery import Recovery
+from leanstep.pruning.recovery import Recovery, check_recoverable
 from leanstep.pruning.result import PruneResult
 from leanstep.pruning.score.base import has_statistics
+from leanstep.pruning.score.targets import prunable_names
 
 ACTIVATIONS = ("memory", "disk")
 
@@ -132,6 +140,9 @@ def prune_checkpoint(
     if refine is not None and refine.state is None:
         refine = replace(refine, state=search)
     several = recovery is not None or moves_blocks(torch.device(device))
+    if several and not isinstance(data, torch.Tensor | CalibrationText | None):
+        data = list(data)
+    check_run(checkpoint, data, recovery=recovery, evaluate=evaluate, settings=settings)
     calibration = _calibration(checkpoint, data, held_out, refine, settings, several=several)
     if evaluate and calibration.held_out is None:
         raise ValueError("perplexity needs held-out sequences: give a text")
@@ -196,6 +207,37 @@ def prune_checkpoint(
     return result
 
 
+def check_run(
+    checkpoint: Checkpoint, data: Any, *, recovery: Recovery | None, evaluate: bool, settings: Mapping[str, Any]
+) -> None:
+    """Raise ValueError for what a run could not do with a checkpoint. A dry run asks the same.
+
+    Looks at the configuration and at one sample of the data, and runs nothing. What the weights decide, and data that
+    can be read only once, are left to the run.
+
+    Args:
+        checkpoint: opened.
+        data, recovery, evaluate: as for :func:`prune_checkpoint`.
+        settings: those of :func:`prune`.
+    """
+    model = empty_model_of(checkpoint, DTYPES[most_common_dtype(checkpoint)])
+    names = prunable_names(model, include=settings.get("include"), exclude=settings.get("exclude") or ())
+    if isinstance(data, CalibrationText):
+        first: Any = torch.zeros(1, 2, dtype=torch.int64)
+    elif isinstance(data, torch.Tensor | list | tuple):
+        first = data[:1]
+    else:
+        return
+    batch = as_batches(first, model, batch_size=settings.get("batch_size", 8))[0]
+    if recovery is not None:
+        check_recoverable(model, names, batch, recovery)
+    if evaluate and batch.labels is None:
+        raise ValueError(
+            f"perplexity is of a model that predicts the next token, which {type(model).__name__} does not; leave it "
+            "out (--eval)"
+        )
+
+
 def _check_arguments(
     data: Any, activations: str, resident: int, recovery: Recovery | None, device: str | torch.device
 ) -> None:
@@ -245,8 +287,6 @@ def _calibration(
 ) -> _Calibration:
     """Draw the sequences of a text; other data is taken as it is, as a list if it is read ``several`` times."""
     if not isinstance(data, CalibrationText):
-        if several and data is not None and not isinstance(data, torch.Tensor):
-            data = list(data)
         if several and data is None and not isinstance(held_out, torch.Tensor | bool | None):
             held_out = list(held_out)
         return _Calibration(data, held_out, refine, settings)

@@ -168,7 +168,8 @@ def _with_decoder(batch: Batch, model: nn.Module, what: str) -> Batch:
                 f"{what}: {type(model).__name__} has a decoder: expected decoder_input_ids or labels in every batch, "
                 f"got {', '.join(kwargs)}"
             )
-        if mask is None and bool((labels == -100).any()):
+        # a model without values has batches without values, which have no -100 to look for
+        if mask is None and not labels.is_meta and bool((labels == -100).any()):
             mask = labels != -100
         kwargs["decoder_input_ids"] = _shifted(labels, model)
     return Batch((), kwargs, None if mask is None else mask.bool(), kwargs["decoder_input_ids"])
