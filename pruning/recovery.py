@@ -35,7 +35,7 @@ from leanstep.pruning.measure.metrics import (
 from leanstep.pruning.measure.points import Progress
 from leanstep.pruning.recovery_file import RecoveryFile
 from leanstep.pruning.result import finite_values
-from leanstep.pruning.score.targets import Target, find_targets
+from leanstep.pruning.score.targets import Target, find_targets, some
 
 # logits of one pass, which take 4 bytes each, four times
 _TOGETHER = 1 << 26
@@ -52,7 +52,7 @@ class Recovery:
         lr: root mean square of an entry's change in a step, at its highest; None: 3e-4, with ``rank`` 3e-3. It rises
             in the first tenth of the steps and falls to 0 along a cosine.
         rank: train LoRA factors of this rank in place of the weights of linear layers, and merge them; None: the
-            weights.
+            weights. Other matrices, such as the experts in one parameter, are not trained then, which a note says.
         batch_size: samples of a step.
         distill: train on the dense model's outputs; False: on the data's next tokens. None: as memory allows, where a
             folder is recovered; else as a teacher is given.
@@ -198,7 +198,7 @@ def recover(
                     raise RuntimeError(f"recovery filled zeros of {', '.join(filled)}; the pruned weights are back")
                 after = _cost(model, teacher, compared)
     applied = before is None or after is None or after.mean < before.mean
-    notes = [*filter(None, [file.note])]
+    notes = [*filter(None, [file.note, _untrained_note(targets, recovery.rank)])]
     if before is None:
         notes.append("there was no held-out data: the effect of recovery was not measured")
     elif not applied and after is not None:
@@ -239,6 +239,23 @@ def _without_logits(name: str) -> str:
     return (
         f"recovery compares logits: expected a model that gives logits (a tensor, or an output with .logits), got "
         f"{name}; leave out recovery (--recover), or prune the model with its head"
+    )
+
+
+def _is_adapted(target: Target) -> bool:
+    """Whether LoRA factors can stand beside a matrix; not beside convolutions and the experts of one parameter."""
+    return target.expert is None and is_linear(target.module)
+
+
+def _untrained_note(targets: Sequence[Target], rank: int | None) -> str:
+    """Which matrices a recovery with a rank leaves as they are; "" for none."""
+    names = [] if rank is None else [target.name for target in targets if not _is_adapted(target)]
+    if not names:
+        return ""
+    return (
+        f"{len(names)} of {len(targets)} pruned matrices were not trained: {some(names, 3)}. Recovery with rank={rank} "
+        "adapts linear layers, not experts in one parameter or convolutions; without a rank (--recover-rank), all are "
+        "trained"
     )
 
 
@@ -415,7 +432,7 @@ def _trained(model: nn.Module, targets: Sequence[Target], recovery: Recovery) ->
                 getattr(target.module, target.attribute).requires_grad_(True)
             yield
             return
-        linear = [target for target in targets if target.expert is None and is_linear(target.module)]
+        linear = [target for target in targets if _is_adapted(target)]
         if not linear:
             raise ValueError(_without_linear(recovery.rank, type(model).__name__))
         # an expression for whole names: a list of names would also select layers whose names end in one of them

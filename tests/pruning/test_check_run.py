@@ -1,5 +1,6 @@
 """``leanstep prune`` refuses what cannot be done before it loads or copies a model, and so does its dry run."""
 
+import json
 import re
 from dataclasses import replace
 
@@ -71,6 +72,17 @@ def test_a_model_without_a_loss_is_refused_before_it_is_loaded(case, dry, base, 
     error = refusal(command, capsys, monkeypatch, dry)
     assert re.search(message, error), error
     assert not list(tmp_path.iterdir())
+
+
+def test_experts_that_a_rank_leaves_out_are_named_in_the_output_and_the_report(base, tmp_path, capsys):
+    rank = ["--recover", "2", "--recover-rank", "2", "--allocation", "uniform", "--score", "magnitude"]
+    assert main(command_for(base, "mixtral", tmp_path / "out", *rank)) == 0
+    printed = [line for line in capsys.readouterr().out.splitlines() if "not trained" in line]
+    notes = json.loads((tmp_path / "out" / "sparsity.json").read_text())["recovery"]["notes"]
+    [note] = [note for note in notes if "not trained" in note]
+    assert re.match(r"\d+ of \d+ pruned matrices were not trained: model\.layers\.0\.mlp\.experts\.", note)
+    assert printed == [f"note           {note}"]
+    assert "pruned matrices were not trained" in (tmp_path / "out" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("name", ["bert", "vit", "gpt2", "t5", "mixtral", "resnet"])
