@@ -149,6 +149,21 @@ def asked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return asked | {name: list(asked[name] or ()) for name in ("include", "exclude", "levels")}
 
 
+def sparsity_asked(sparsity: float | None, pattern: str) -> float | None:
+    """The sparsity, or that of a fixed pattern."""
+    fixed = fixed_pattern(pattern)
+    return fixed.sparsity if sparsity is None and fixed is not None else sparsity
+
+
+def levels_asked(
+    levels: Sequence[float] | None, budget: Budget | LatencyTable | str | None, pattern: str
+) -> Sequence[float] | None:
+    """The levels to measure: those of a table of latencies, if none are named; None: a grid."""
+    if isinstance(budget, LatencyTable) and levels is None and pattern == "unstructured":
+        return budget.levels[1:]
+    return levels
+
+
 def fixed_pattern(pattern: str) -> NM | None:
     """Parse a fixed pattern such as "2:4"; None for "unstructured" and for "N:8"."""
     return None if pattern == "unstructured" or pattern.startswith("N:") else NM.parse(pattern)

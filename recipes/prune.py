@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leanstep._arguments import OneLineParser, new_folder, seed
-from leanstep._checkpoint import check_apart
+from leanstep._checkpoint import check_apart, check_new
 from leanstep._files import one_line, restore_replaced
 from leanstep.recipes.data.sources import open_file, sotu_corpus
 from leanstep.recipes.evaluate import in_options
@@ -300,13 +300,22 @@ def _dry_run(options: argparse.Namespace) -> int:
     from leanstep.pruning import Workload, estimate_pruning
     from leanstep.pruning.choices import check_choices
     from leanstep.pruning.folder.files import open_checkpoint
-    from leanstep.pruning.folder.run import check_run
+    from leanstep.pruning.folder.run import check_device, check_files, check_run
+    from leanstep.pruning.folder.text import CalibrationText, sequences_of
 
     settings, recovery, refine = _settings(options), _recovery(options), _refinement(options)
     check_choices(data=options.data or "chosen later", refine=refine, **settings)
+    check_device(options.device)
+    if recovery is not None and options.resume and options.out.exists():
+        _refuse_other_settings(options)
+    else:
+        check_new(options.out)
+        check_files(options.out, options.resume)
     check_apart(options.out, (checkpoint := open_checkpoint(options.checkpoint)).folder)
     data = _data(options).get("data")
     check_run(checkpoint, data, recovery=recovery, evaluate=options.eval, settings=settings)
+    if isinstance(data, CalibrationText):
+        sequences_of(checkpoint, data, refine=refine is not None)
     names = (
         *("samples", "held_out", "batch_size", "allocation", "score", "metric", "curves", "minutes", "granularity"),
         "products",
@@ -394,6 +403,8 @@ def _refinement(options: argparse.Namespace) -> "Refinement | None":
 
 def _data(options: argparse.Namespace) -> dict[str, Any]:
     if options.data is None:
+        if options.eval:
+            raise ValueError("--eval measures perplexity on held-out text of --data, which is missing")
         return {}
     amounts = (options.samples, options.curve_samples, options.held_out)
     if min(amounts) < 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -196,19 +196,32 @@ def write_report(content: Mapping[str, Any], folder: Path) -> None:
     (folder / REPORT).write_text(report_page(content), encoding="utf-8")
 
 
+def has_zeros(checkpoint: Checkpoint, names: Iterable[str]) -> bool:
+    """Whether a hundredth of a parameter among some names is zero. Reads the files up to the first; they are mapped."""
+    names = list(names)
+    for stored, value in _stored(checkpoint):
+        # transformers joins experts, and adds or drops a prefix of the model
+        among = ".experts." in stored or any(stored.endswith(name) or name.endswith(stored) for name in names)
+        if among and int(value.count_nonzero()) < 0.99 * value.numel():
+            return True
+    return False
+
+
 def stored_hash(checkpoint: Checkpoint) -> str:
     """Hash of the values in all weight files, by which a changed checkpoint is noticed.
 
     It is the same however the tensors are spread over files. Reads every file once; all are memory-mapped.
     """
+    return tensors_hash(_stored(checkpoint))
+
+
+def _stored(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """Name and values of all stored tensors, by name."""
     files = {name: file for file, names in checkpoint.files.items() for name in names}
     pickled = {file: checkpoint.read(file)[0] for file in checkpoint.files if file.endswith(".bin")}
-
-    def stored(name: str) -> Tensor:
+    for name in sorted(files):
         file = files[name]
-        return pickled[file][name] if file in pickled else checkpoint.tensor(file, name)
-
-    return tensors_hash((name, stored(name)) for name in sorted(files))
+        yield name, pickled[file][name] if file in pickled else checkpoint.tensor(file, name)
 
 
 def state_file(folder: Path) -> Path:

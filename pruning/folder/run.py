@@ -17,11 +17,13 @@ from leanstep._mapped import RESIDENT, CopiesInFiles, ResidentSet, Scratch
 from leanstep._processes import Processes
 from leanstep._version import __version__
 from leanstep.pruning.allocate.descent import Refinement
-from leanstep.pruning.choices import asked_settings, check_choices
+from leanstep.pruning.allocate.knapsack import InfeasibleBudget
+from leanstep.pruning.choices import asked_settings, check_choices, levels_asked, sparsity_asked
 from leanstep.pruning.folder.checkpoint import (
     SIDECAR,
     SOURCE_WEIGHTS,
     copy_others,
+    has_zeros,
     map_copies,
     map_weights,
     remove_search_files,
@@ -48,11 +50,12 @@ from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.blocks import BlockMover
 from leanstep.pruning.measure.points import Progress
 from leanstep.pruning.measure.products import products_in
+from leanstep.pruning.planner import check_target
 from leanstep.pruning.prune import prune
 from leanstep.pruning.recovery import Recovery, check_recoverable
 from leanstep.pruning.result import PruneResult
 from leanstep.pruning.score.base import has_statistics
-from leanstep.pruning.score.targets import prunable_names
+from leanstep.pruning.score.targets import empty_targets, make_groups, prunable_names
 
 ACTIVATIONS = ("memory", "disk")
 
@@ -151,6 +154,7 @@ def prune_checkpoint(
     joined = Scratch(out.absolute().parent, resident_weights)
     with CopiesInFiles(joined):
         model = load_model(checkpoint)
+    check_reach(model, settings)
     if activations == "disk":
         scratch = scratch_bytes(model, _sequences(calibration))
         processes.from_first(lambda: check_space(out, written + scratch * processes.size))
@@ -222,6 +226,11 @@ def check_run(
     """
     model = empty_model_of(checkpoint, DTYPES[most_common_dtype(checkpoint)])
     names = prunable_names(model, include=settings.get("include"), exclude=settings.get("exclude") or ())
+    try:
+        check_reach(model, settings)
+    except InfeasibleBudget:
+        if not has_zeros(checkpoint, names):  # which change what is in reach; the weights themselves decide then
+            raise
     if isinstance(data, CalibrationText):
         first: Any = torch.zeros(1, 2, dtype=torch.int64)
     elif isinstance(data, torch.Tensor | list | tuple):
@@ -238,6 +247,27 @@ def check_run(
         )
 
 
+def check_reach(model: nn.Module, settings: Mapping[str, Any]) -> None:
+    """Raise ValueError for a target that a model cannot meet, with its weights or without values.
+
+    Left to :func:`prune` are budgets of operations, which a pass over the data counts, and models with convolutions,
+    of which it may leave out some.
+    """
+    include, exclude = settings.get("include"), settings.get("exclude") or ()
+    targets, budget = empty_targets(model, include=include, exclude=exclude), settings.get("budget")
+    if "flops" in (budget, getattr(budget, "kind", None)) or any(target.layout == "conv" for target in targets):
+        return
+    pattern = settings.get("pattern", "unstructured")
+    check_target(
+        make_groups(targets, settings.get("granularity", "matrix")),
+        method=settings.get("allocation", "dp"),
+        sparsity=sparsity_asked(settings.get("sparsity"), pattern),
+        pattern=pattern,
+        levels=levels_asked(settings.get("levels"), budget, pattern),
+        budget=budget or "params",
+    )
+
+
 def _check_arguments(
     data: Any, activations: str, resident: int, recovery: Recovery | None, device: str | torch.device
 ) -> None:
@@ -249,8 +279,16 @@ def _check_arguments(
         )
     if recovery is not None and data is None:
         raise ValueError("recovery trains on the calibration data: give data")
+    check_device(device)
     try:
         torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"the device {str(device)!r} is not available: {str(error).splitlines()[0]}") from None
+
+
+def check_device(device: str | torch.device) -> None:
+    """Raise ValueError for a name that is none of a device that computes; it need not be in this machine."""
+    try:
         if torch.device(device).type == "meta":
             raise RuntimeError("it holds no values")
     except (RuntimeError, AssertionError) as error:
@@ -349,6 +387,11 @@ def _check_start(out: Path, resume: bool) -> None:
         # the interrupted run had written its folder and was about to remove these
         remove_search_files(out)
     check_output(out)
+    check_files(out, resume)
+
+
+def check_files(out: Path, resume: bool) -> None:
+    """Raise ValueError for files of an interrupted run that is not to be resumed."""
     partial, search = search_files(out)
     for file, content_of in (
         (partial, "curves that an interrupted run measured"),
