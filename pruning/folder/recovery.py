@@ -22,6 +22,7 @@ from leanstep.pruning.folder.checkpoint import (
     remove_search_files,
     state_file,
     stored_hash,
+    told_to_resume,
     write_report,
     write_weights,
 )
@@ -135,7 +136,7 @@ def recover_model(
         result = replace(result, perplexity=perplexity)
     content["perplexity"] = finite_values(content["perplexity"]) or None
     content["recovery"] = result.to_dict()
-    with new_folder(folder, replace=True) as staged:
+    with told_to_resume(folder), new_folder(folder, replace=True) as staged:
         changed = write_weights(pruned, checkpoint_values(pruned, model), staged)
         copy_others(pruned, staged)
         rows = content["tensors"]

@@ -30,6 +30,7 @@ from leanstep.pruning.folder.checkpoint import (
     search_files,
     state_file,
     stored_hash,
+    told_to_resume,
     unmapped_note,
     write_report,
     write_weights,
@@ -232,6 +233,7 @@ def check_run(
         if not has_zeros(checkpoint, names):  # which change what is in reach; the weights themselves decide then
             raise
     if isinstance(data, CalibrationText):
+        _check_reads_text(model, data.label)
         first: Any = torch.zeros(1, 2, dtype=torch.int64)
     elif isinstance(data, torch.Tensor | list | tuple):
         first = data[:1]
@@ -245,6 +247,20 @@ def check_run(
             f"perplexity is of a model that predicts the next token, which {type(model).__name__} does not; leave it "
             "out (--eval)"
         )
+
+
+def _check_reads_text(model: nn.Module, label: str) -> None:
+    """Raise ValueError for text for a model that takes images or sounds."""
+    name, kind = getattr(model, "main_input_name", "input_ids"), type(model).__name__
+    if name == "input_ids":
+        return
+    instead = "give images: a safetensors file with a tensor pixel_values (--data FILE.safetensors)"
+    if name != "pixel_values" or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        instead = (
+            f"the command has no such data. Give batches of {name} in Python, or prune without data (--score magnitude "
+            "--allocation erk)"
+        )
+    raise ValueError(f"{kind} takes {name}, and the calibration data is text ({label}); {instead}")
 
 
 def check_reach(model: nn.Module, settings: Mapping[str, Any]) -> None:
@@ -408,7 +424,7 @@ def _staged(out: Path, processes: Processes) -> Iterator[Path]:
     if not processes.is_first:
         yield processes.from_first(Path)
         return
-    with new_folder(out) as folder:
+    with told_to_resume(*search_files(out)), new_folder(out) as folder:
         yield processes.from_first(lambda: folder)
 
 

@@ -110,6 +110,59 @@ def test_what_is_beyond_reach_is_refused_before_the_model_is_loaded(case, dry, b
     assert not list(tmp_path.iterdir())
 
 
+MESSAGES = {
+    "search with a fixed pattern": (
+        "llama",
+        ["--refine", "1", "--pattern", "2:4"],
+        r"got the pattern 2:4, by which every matrix keeps 2 of 4 weights\. Leave out refine \(--refine, .* --pattern",
+    ),
+    "no sparsity": ("llama", ["--sparsity"], r"expected a sparsity, such as 0\.6 \(--sparsity 0\.6\), .* got neither"),
+    "text for images": (
+        "vit",
+        ["--data", "{text}"],
+        "ViTForImageClassification takes pixel_values, and the .* is text .* .--data FILE.safetensors.",
+    ),
+    "text for sounds": (
+        "whisper",
+        [],
+        "WhisperFor.* takes input_features, and the calibration data is text .* or prune without data .--score magn",
+    ),
+    "images for sounds": ("whisper", ["--data", "{images}"], "Python takes such batches, the command does not"),
+    "weights as data": (
+        "llama",
+        ["--data", "{weights}", "--seq-len", "24"],
+        r"expected a floating tensor pixel_values .* got none among lm_head\.weight, .* more\. A language model",
+    ),
+    "length of images": (
+        "vit",
+        ["--seq-len", "24"],
+        "--seq-len: for text alone, and --data .* has images; leave out --seq-len, or name a text",
+    ),
+    "no place": (
+        "llama",
+        ["--out", "{no}/out"],
+        "no/out cannot be made: .*/no does not exist; make it, or",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MESSAGES)
+@pytest.mark.parametrize("dry", [True, False])
+def test_a_message_says_what_to_do_in_terms_of_the_options(case, dry, base, tmp_path, capsys, monkeypatch):
+    name, more, message = MESSAGES[case]
+    paths = {"text": base / "text.txt", "images": base / "images.safetensors", "no": tmp_path / "no"}
+    paths["weights"] = base / name / "model.safetensors"
+    command = command_for(base, name, tmp_path / "out")
+    if more == ["--sparsity"]:
+        at = command.index("--sparsity")
+        command, more = command[:at] + command[at + 2 :], []
+    if "{images}" in more:
+        command = [text for text in command if text not in ("--seq-len", "24")]
+    error = refusal([*command, *(text.format(**paths) for text in more)], capsys, monkeypatch, dry)
+    assert re.search(message, error), error
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("dry", [True, False])
 def test_a_missing_table_row_and_text_for_perplexity_are_told_at_the_start(dry, base, tmp_path, capsys, monkeypatch):
     table = tmp_path / "table.json"

@@ -266,7 +266,7 @@ def test_the_estimated_memory_is_near_the_measured_peak(score, tmp_path):
         (["--samples", "0"], "must be at least 1"),
         (["--seq-len", "99999"], "seq_len must be from 2 to the model's 128 positions"),
         (["--sparsity", "1.5"], "must lie between 0 and 1"),
-        (["--allocation", "uniform", "--refine", "1"], "refine searches from the allocation"),
+        (["--allocation", "uniform", "--refine", "1"], "refine exchanges weights between matrices"),
         (["--recover-lr", "1"], "--recover-lr goes with --recover"),
     ],
 )

@@ -232,7 +232,9 @@ def test_a_disk_that_fills_leaves_the_curves_and_no_folder(base, tmp_path, monke
         with monkeypatch.context() as patched:
             patched.setattr(module, name, full)
             assert leanstep_prune(base, tmp_path / "out", "--sparsity", "0.6") == 1
-        assert "the disk is full" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert "the disk is full" in error
+        assert ("The same command with --resume goes on with out.curves.jsonl" in error) == bool(left)
         assert [path.name for path in tmp_path.iterdir()] == left
     assert [path.name for path in tmp_path.iterdir()] == ["out.curves.jsonl"]
     assert leanstep_prune(base, tmp_path / "out", "--sparsity", "0.6") == 2

@@ -392,7 +392,8 @@ def test_a_disk_that_fills_leaves_the_pruned_folder(base, pruned, tmp_path, monk
 
     monkeypatch.setattr(checkpoint.shutil, "copyfile", full)
     assert main(arguments(base, tmp_path / "out", "--eval", *RECOVER)) == 1
-    assert "the disk is full. It is what it was" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "the disk is full. It is what it was" in error and "with --resume goes on with out" in error
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert snapshot(tmp_path / "out") == snapshot(pruned)
 
