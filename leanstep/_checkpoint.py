@@ -143,16 +143,23 @@ def check_output(out: str | Path, needed: int = 0) -> Path:
     Raises:
         ValueError: if it has no name, or exists, its parent is not a writable folder, or the disk has too little space.
     """
+    out = check_new(out)
+    remove_leftovers(out)
+    check_space(out, needed)
+    return out
+
+
+def check_new(out: str | Path) -> Path:
+    """Check that a folder can be created, and change nothing. Raises ValueError as :func:`check_output`."""
     out = output_folder(out)
     if out.exists() or out.is_symlink():
         raise ValueError(f"{out} exists already, and nothing is overwritten; name another folder, or remove it")
     parent = out.absolute().parent
     if not parent.is_dir():
-        raise ValueError(f"{out} cannot be made: {parent} is not a folder")
+        there = "is not a folder; name another" if parent.exists() else "does not exist; make it, or name another"
+        raise ValueError(f"{out} cannot be made: {parent} {there}")
     if not os.access(parent, os.W_OK):
         raise ValueError(f"{out} cannot be made: {parent} is not writable")
-    remove_leftovers(out)
-    check_space(out, needed)
     return out
 
 

@@ -81,7 +81,11 @@ def check_choices(
         if not by_weights:
             raise ValueError(f"pattern {pattern} is the same for every matrix, whatever the budget; leave that out")
     elif (sparsity is None) != isinstance(budget, Budget):
-        raise ValueError("expected a sparsity, such as 0.6, alone or with the name of a budget; or a Budget alone")
+        got = "neither" if sparsity is None else f"sparsity={sparsity:g} and a Budget"
+        raise ValueError(
+            "expected a sparsity, such as 0.6 (--sparsity 0.6), alone or with the name of a budget; or a fixed "
+            f"pattern, such as 2:4 (--pattern 2:4); or, in Python, a Budget alone; got {got}"
+        )
     if fixed is not None and not 0 < fixed.sparsity < 1:
         raise ValueError(
             f"pattern {pattern} has a sparsity of {fixed.sparsity:g}, and must lie between 0 and 1, such as 2:4"
@@ -95,9 +99,13 @@ def check_choices(
             f"correction={correction!r} corrects curves, which only allocation='dp' has; got {allocation!r}"
         )
     if refine is not None and (allocation != "dp" or fixed is not None):
+        problem = f"got {allocation!r}"
+        if fixed is not None:
+            problem = f"got the pattern {pattern}, by which every matrix keeps {fixed.n} of {fixed.m} weights"
         raise ValueError(
-            "refine searches from the allocation of the dynamic programme: expected allocation='dp' and no fixed "
-            f"pattern, got {allocation!r} and {pattern}"
+            "refine exchanges weights between matrices: expected allocation='dp', and a pattern that leaves a choice, "
+            f"unstructured or N:M with a number for M, such as N:8; {problem}. Leave out refine (--refine, "
+            "--refine-evaluations), or take another --allocation or --pattern"
         )
     _check_curve_settings(
         allocation,
@@ -147,6 +155,21 @@ def asked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(asked[name], (str, NoneType)):
             asked[name] = given
     return asked | {name: list(asked[name] or ()) for name in ("include", "exclude", "levels")}
+
+
+def sparsity_asked(sparsity: float | None, pattern: str) -> float | None:
+    """The sparsity, or that of a fixed pattern."""
+    fixed = fixed_pattern(pattern)
+    return fixed.sparsity if sparsity is None and fixed is not None else sparsity
+
+
+def levels_asked(
+    levels: Sequence[float] | None, budget: Budget | LatencyTable | str | None, pattern: str
+) -> Sequence[float] | None:
+    """The levels to measure: those of a table of latencies, if none are named; None: a grid."""
+    if isinstance(budget, LatencyTable) and levels is None and pattern == "unstructured":
+        return budget.levels[1:]
+    return levels
 
 
 def fixed_pattern(pattern: str) -> NM | None:

@@ -19,6 +19,7 @@ from leanstep.pruning.allocate.budgets import Budget, BudgetConstraint
 from leanstep.pruning.allocate.closed_form import atp_betas, in_blocks, snap
 from leanstep.pruning.allocate.descent import Descent, Refinement
 from leanstep.pruning.allocate.latency import LatencyTable
+from leanstep.pruning.choices import fixed_pattern
 from leanstep.pruning.measure.activation_cache import ActivationCache
 from leanstep.pruning.measure.batches import Batch, batches_hash
 from leanstep.pruning.measure.checks import Trial
@@ -38,6 +39,53 @@ from leanstep.sparsity import NM
 
 # most slopes of ATP to try
 _SLOPES = 9
+
+
+def check_target(
+    groups: Sequence[Group],
+    *,
+    method: str,
+    sparsity: float | None,
+    pattern: str,
+    levels: Sequence[float] | None,
+    budget: Budget | LatencyTable | str,
+) -> BudgetConstraint:
+    """The constraint of a budget, for groups whose levels meet it.
+
+    Args:
+        groups: of a model with its weights, or without values, which counts all weights as nonzero.
+        method: the allocation.
+        sparsity, pattern, levels, budget: as for :func:`leanstep.pruning.prune`.
+
+    Raises:
+        ValueError: for a target that no levels meet, matrices that do not fill the groups of a pattern, more zeros than
+            asked for, or a table without a layer or a level.
+    """
+    counts: dict[str, Sequence[int]] = {}
+    if isinstance(budget, LatencyTable) or getattr(budget, "kind", None) == "latency":
+        counts = {name: row for name, (row, _) in levels_of(groups, 0.5, pattern, levels=levels).items()}
+    constraint = BudgetConstraint.of(budget, groups, sparsity, counts)
+    if (fixed := fixed_pattern(pattern)) is not None:
+        check_filled(groups, fixed.m)
+        return constraint
+    target, nonzero = _target_sparsity(constraint, sparsity), {group.name: group.nonzero() for group in groups}
+    constraint.check_sparsity(target, nonzero, may_keep_none=method == "dp")
+    if method == "dp" or pattern != "unstructured":
+        by_group = levels_of(groups, _around(constraint, sparsity), pattern, levels=levels)
+        if method == "dp":
+            constraint.check_reach(by_group, nonzero, target)
+    return constraint
+
+
+def _target_sparsity(constraint: BudgetConstraint, sparsity: float | None) -> float | None:
+    """The target, if it is a number of weights that a sparsity gives, not a cost."""
+    return sparsity if constraint.budget.kind == "params" else None
+
+
+def _around(constraint: BudgetConstraint, sparsity: float | None) -> float:
+    """Sparsity at the center of the grid of levels."""
+    target = _target_sparsity(constraint, sparsity)
+    return constraint.uniform_sparsity if target is None else target
 
 
 @dataclass
@@ -73,14 +121,18 @@ class Planner:
     def run(self, curves: Mapping[str, Curve] | None, fixed: NM | None) -> PruneResult:
         """Measure, allocate, compare, prune."""
         before = self._nonzero()
-        self.constraint = self._constraint()
-        if fixed is None:
-            self.constraint.check_sparsity(self._target_sparsity(), before, may_keep_none=self.method == "dp")
+        self.constraint = check_target(
+            self.groups,
+            method=self.method,
+            sparsity=self.sparsity,
+            pattern=self.pattern,
+            levels=self.levels,
+            budget=self.budget,
+        )
         measured: dict[str, Curve] = {}
         if fixed is not None:
             candidate = self._fixed(fixed)
         elif self.method == "dp":
-            self.constraint.check_reach(self._levels(), before, self._target_sparsity())
             measured = self._measure() if curves is None else dict(curves)
             candidate = self._by_curves(measured)
         else:
@@ -129,21 +181,12 @@ class Planner:
     def _sizes(self) -> dict[str, int]:
         return {group.name: group.layer.numel for group in self.groups}
 
-    def _constraint(self) -> BudgetConstraint:
-        counts: dict[str, Sequence[int]] = {}
-        if isinstance(self.budget, LatencyTable) or getattr(self.budget, "kind", None) == "latency":
-            levels = levels_of(self.groups, 0.5, self.pattern, levels=self.levels)
-            counts = {name: level_counts for name, (level_counts, _) in levels.items()}
-        return BudgetConstraint.of(self.budget, self.groups, self.sparsity, counts)
-
     def _target_sparsity(self) -> float | None:
-        """The target, if it is a number of weights that a sparsity gives, not a cost."""
-        return self.sparsity if self.constraint.budget.kind == "params" else None
+        return _target_sparsity(self.constraint, self.sparsity)
 
     def _around(self) -> float:
         """Sparsity at the center of the grid of levels."""
-        target = self._target_sparsity()
-        return self.constraint.uniform_sparsity if target is None else target
+        return _around(self.constraint, self.sparsity)
 
     def _levels(self) -> Levels:
         return levels_of(self.groups, self._around(), self.pattern, levels=self.levels)

@@ -13,7 +13,7 @@ from leanstep._processes import Processes
 from leanstep.pruning.allocate.budgets import Budget
 from leanstep.pruning.allocate.descent import Refinement
 from leanstep.pruning.allocate.latency import LatencyTable
-from leanstep.pruning.choices import check_choices, fixed_pattern
+from leanstep.pruning.choices import check_choices, fixed_pattern, levels_asked, sparsity_asked
 from leanstep.pruning.measure.batches import Batch, as_batches
 from leanstep.pruning.measure.curves import Curve
 from leanstep.pruning.measure.measure import (
@@ -164,8 +164,7 @@ def prune(
     )
     targets = find_targets(model, include=include, exclude=exclude)
     fixed = fixed_pattern(pattern)
-    if fixed is not None and sparsity is None:
-        sparsity = fixed.sparsity
+    sparsity = sparsity_asked(sparsity, pattern)
     data, held_out = _set_aside(model, data, held_out, batch_size)
     judging: list[Batch] = []
     if refine is not None:
@@ -180,8 +179,6 @@ def prune(
     if "flops" in (budget, getattr(budget, "kind", None)):
         with evaluating(model):
             targets = count_uses(model, targets, batches[0])
-    if isinstance(budget, LatencyTable) and levels is None and pattern == "unstructured":
-        levels = budget.levels[1:]
     planner = Planner(
         model=model,
         groups=make_groups(targets, granularity),
@@ -192,7 +189,7 @@ def prune(
         metric=metric,
         correction=correction,
         inputs=inputs,
-        levels=levels,
+        levels=levels_asked(levels, budget, pattern),
         curve_method=curves if isinstance(curves, str) else None,
         minutes=minutes,
         budget=budget or "params",

@@ -28,13 +28,14 @@ from leanstep.pruning.measure.metrics import (
     check_runs,
     cross_entropy_sums,
     logits_of,
+    may_give_logits,
     summarise,
     token_rows,
 )
 from leanstep.pruning.measure.points import Progress
 from leanstep.pruning.recovery_file import RecoveryFile
 from leanstep.pruning.result import finite_values
-from leanstep.pruning.score.targets import Target, find_targets
+from leanstep.pruning.score.targets import Target, find_targets, some
 
 # logits of one pass, which take 4 bytes each, four times
 _TOGETHER = 1 << 26
@@ -51,7 +52,7 @@ class Recovery:
         lr: root mean square of an entry's change in a step, at its highest; None: 3e-4, with ``rank`` 3e-3. It rises
             in the first tenth of the steps and falls to 0 along a cosine.
         rank: train LoRA factors of this rank in place of the weights of linear layers, and merge them; None: the
-            weights.
+            weights. Other matrices, such as the experts in one parameter, are not trained then, which a note says.
         batch_size: samples of a step.
         distill: train on the dense model's outputs; False: on the data's next tokens. None: as memory allows, where a
             folder is recovered; else as a teacher is given.
@@ -197,7 +198,7 @@ def recover(
                     raise RuntimeError(f"recovery filled zeros of {', '.join(filled)}; the pruned weights are back")
                 after = _cost(model, teacher, compared)
     applied = before is None or after is None or after.mean < before.mean
-    notes = [*filter(None, [file.note])]
+    notes = [*filter(None, [file.note, _untrained_note(targets, recovery.rank)])]
     if before is None:
         notes.append("there was no held-out data: the effect of recovery was not measured")
     elif not applied and after is not None:
@@ -209,6 +210,60 @@ def recover(
     settings = replace(recovery, lr=recovery.step_size, distill=teacher is not None)
     metric = "cross_entropy" if teacher is None else "kl"
     return RecoveryResult(settings, tuple(losses), metric, before, after, applied, notes=notes)
+
+
+def check_recoverable(model: nn.Module, names: Iterable[str], batch: Batch, recovery: Recovery) -> None:
+    """Raise ValueError for a model that :func:`recover` would refuse. Runs nothing; the model may be without values.
+
+    Args:
+        model: the dense model.
+        names: of the parameters to prune.
+        batch: of the calibration data.
+        recovery: the settings. With ``distill=None``, the dense model is taken to fit into the memory.
+    """
+    if not may_give_logits(model):
+        raise ValueError(_without_logits(type(model).__name__))
+    if recovery.distill is False and batch.labels is None:
+        raise ValueError(_NO_NEXT_TOKEN)
+    if recovery.rank is not None and not any(is_linear(model.get_submodule(n.rpartition(".")[0])) for n in names):
+        raise ValueError(_without_linear(recovery.rank, type(model).__name__))
+
+
+_NO_NEXT_TOKEN = (
+    "recovery without distillation predicts the next token, and this model or data has none; distil from the dense "
+    "model (without --no-distill)"
+)
+
+
+def _without_logits(name: str) -> str:
+    return (
+        f"recovery compares logits: expected a model that gives logits (a tensor, or an output with .logits), got "
+        f"{name}; leave out recovery (--recover), or prune the model with its head"
+    )
+
+
+def _is_adapted(target: Target) -> bool:
+    """Whether LoRA factors can stand beside a matrix; not beside convolutions and the experts of one parameter."""
+    return target.expert is None and is_linear(target.module)
+
+
+def _untrained_note(targets: Sequence[Target], rank: int | None) -> str:
+    """Which matrices a recovery with a rank leaves as they are; "" for none."""
+    names = [] if rank is None else [target.name for target in targets if not _is_adapted(target)]
+    if not names:
+        return ""
+    return (
+        f"{len(names)} of {len(targets)} pruned matrices were not trained: {some(names, 3)}. Recovery with rank={rank} "
+        "adapts linear layers, not experts in one parameter or convolutions; without a rank (--recover-rank), all are "
+        "trained"
+    )
+
+
+def _without_linear(rank: int, name: str) -> str:
+    return (
+        f"recovery with rank={rank} adapts linear layers, and {name} has none among its pruned ones; take rank=None "
+        "(leave out --recover-rank), which trains the weights"
+    )
 
 
 def _train(
@@ -276,13 +331,10 @@ class _Samples:
         check_runs(model, first)
         try:
             logits = logits_of(first.run(model))
-        except TypeError as error:
-            raise ValueError(f"recovery compares logits: {error}") from None
+        except TypeError:
+            raise ValueError(_without_logits(type(model).__name__)) from None
         if teacher is None and (first.labels is None or logits.dim() != 3):
-            raise ValueError(
-                "recovery without distillation predicts the next token, and this model or data has none; distil from "
-                "the dense model"
-            )
+            raise ValueError(_NO_NEXT_TOKEN)
         if teacher is not None and (dense := logits_of(first.run(teacher)).shape) != logits.shape:
             raise ValueError(f"the dense model gives logits {tuple(dense)}, the pruned one {tuple(logits.shape)}")
         if isinstance(self.data, Tensor):
@@ -380,12 +432,9 @@ def _trained(model: nn.Module, targets: Sequence[Target], recovery: Recovery) ->
                 getattr(target.module, target.attribute).requires_grad_(True)
             yield
             return
-        linear = [target for target in targets if target.expert is None and is_linear(target.module)]
+        linear = [target for target in targets if _is_adapted(target)]
         if not linear:
-            raise ValueError(
-                f"recovery with rank={recovery.rank} adapts linear layers, and {type(model).__name__} has none among "
-                "its pruned ones; take rank=None, which trains the weights"
-            )
+            raise ValueError(_without_linear(recovery.rank, type(model).__name__))
         # an expression for whole names: a list of names would also select layers whose names end in one of them
         names = "|".join(re.escape(target.parameter.removesuffix(".weight")) for target in linear)
         config = LoraConfig(r=recovery.rank, lora_alpha=recovery.rank, target_modules=names)

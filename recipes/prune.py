@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leanstep._arguments import OneLineParser, new_folder, seed
-from leanstep._checkpoint import check_apart
+from leanstep._checkpoint import check_apart, check_new
 from leanstep._files import one_line, restore_replaced
 from leanstep.recipes.data.sources import open_file, sotu_corpus
 from leanstep.recipes.evaluate import in_options
@@ -236,15 +236,22 @@ def _levels(text: str) -> tuple[float, ...]:
     return levels
 
 
-def _prune(options: argparse.Namespace) -> "PruneResult | RecoveryResult | None":
-    """The result; None in a process that has nothing to do."""
-    from leanstep._processes import Processes
-    from leanstep.pruning import LatencyTable, prune_checkpoint, recover_checkpoint
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings of ``prune`` among the options."""
+    from leanstep.pruning import LatencyTable
 
     if (options.budget == "latency") != (options.latency_table is not None):
         raise ValueError("--budget latency goes with a --latency-table FILE, and no other budget does")
-    latencies = None if options.latency_table is None else LatencyTable.read(options.latency_table)
-    recovery, refine = _recovery(options), _refinement(options)
+    budget = options.budget if options.latency_table is None else LatencyTable.read(options.latency_table)
+    return {name: getattr(options, name) for name in _SETTINGS} | {"budget": budget}
+
+
+def _prune(options: argparse.Namespace) -> "PruneResult | RecoveryResult | None":
+    """The result; None in a process that has nothing to do."""
+    from leanstep._processes import Processes
+    from leanstep.pruning import prune_checkpoint, recover_checkpoint
+
+    settings, recovery, refine = _settings(options), _recovery(options), _refinement(options)
     processes = Processes.from_environment()
     processes.from_first(lambda: restore_replaced(options.out))
     if options.nproc not in (1, processes.size):
@@ -281,8 +288,7 @@ def _prune(options: argparse.Namespace) -> "PruneResult | RecoveryResult | None"
             recovery=recovery,
             refine=refine,
             activations=options.activations,
-            budget=options.budget if latencies is None else latencies,
-            **{name: getattr(options, name) for name in _SETTINGS},
+            **settings,
             **data,
         )
 
@@ -291,22 +297,25 @@ def _dry_run(options: argparse.Namespace) -> int:
     """Print what the command would take. Returns 2 if that does not fit."""
     from dataclasses import asdict
 
-    from leanstep.pruning import LatencyTable, Workload, estimate_pruning
+    from leanstep.pruning import Workload, estimate_pruning
     from leanstep.pruning.choices import check_choices
     from leanstep.pruning.folder.files import open_checkpoint
+    from leanstep.pruning.folder.run import check_device, check_files, check_run
+    from leanstep.pruning.folder.text import CalibrationText, sequences_of
 
-    latencies = None if options.latency_table is None else LatencyTable.read(options.latency_table)
-    recovery, refine = _recovery(options), _refinement(options)
-    check_choices(
-        data=options.data or "chosen later",
-        refine=refine,
-        budget=options.budget if latencies is None else latencies,
-        **{name: getattr(options, name) for name in _SETTINGS},
-    )
+    settings, recovery, refine = _settings(options), _recovery(options), _refinement(options)
+    check_choices(data=options.data or "chosen later", refine=refine, **settings)
+    check_device(options.device)
+    if recovery is not None and options.resume and options.out.exists():
+        _refuse_other_settings(options)
+    else:
+        check_new(options.out)
+        check_files(options.out, options.resume)
     check_apart(options.out, (checkpoint := open_checkpoint(options.checkpoint)).folder)
-    amounts = (options.samples, options.curve_samples, options.held_out)
-    if options.data is not None and min(amounts) < 1:
-        raise ValueError(f"--samples, --curve-samples and --held-out must be at least 1, got {amounts}")
+    data = _data(options).get("data")
+    check_run(checkpoint, data, recovery=recovery, evaluate=options.eval, settings=settings)
+    if isinstance(data, CalibrationText):
+        sequences_of(checkpoint, data, refine=refine is not None)
     names = (
         *("samples", "held_out", "batch_size", "allocation", "score", "metric", "curves", "minutes", "granularity"),
         "products",
@@ -394,7 +403,12 @@ def _refinement(options: argparse.Namespace) -> "Refinement | None":
 
 def _data(options: argparse.Namespace) -> dict[str, Any]:
     if options.data is None:
+        if options.eval:
+            raise ValueError("--eval measures perplexity on held-out text of --data, which is missing")
         return {}
+    amounts = (options.samples, options.curve_samples, options.held_out)
+    if min(amounts) < 1:
+        raise ValueError(f"--samples, --curve-samples and --held-out must be at least 1, got {amounts}")
     return _images(options) if options.data.endswith(".safetensors") else {"data": _text(options)}
 
 
@@ -403,21 +417,24 @@ def _images(options: argparse.Namespace) -> "dict[str, Tensor]":
     import torch
 
     from leanstep._checkpoint import load_tensors
+    from leanstep.pruning.score.targets import some
 
-    amounts = (options.samples, options.curve_samples, options.held_out)
-    if min(amounts) < 1:
-        raise ValueError(f"--samples, --curve-samples and --held-out must be at least 1, got {amounts}")
-    if options.eval or options.seq_len is not None:
-        raise ValueError("--eval (perplexity) and --seq-len are for text, and --data names images; leave them out")
     try:
-        images = load_tensors(Path(options.data).resolve()).get("pixel_values")
+        tensors = load_tensors(Path(options.data).resolve())
     except (OSError, ValueError) as error:
         raise ValueError(f"--data {options.data} cannot be read: {error}") from error
+    images = tensors.get("pixel_values")
     if images is None or images.dim() != 4 or not images.is_floating_point():
-        got = "none" if images is None else f"{tuple(images.shape)} of {images.dtype}"
+        got = f"none among {some(list(tensors), 3)}" if images is None else f"{tuple(images.shape)} of {images.dtype}"
         raise ValueError(
             f"--data {options.data}: expected a floating tensor pixel_values [images, channels, height, width], got "
-            f"{got}"
+            f"{got}. A language model takes a text file, 'sotu', JSON or Parquet"
+        )
+    given = [name for name, value in (("--eval", options.eval), ("--seq-len", options.seq_len)) if value]
+    if given:
+        raise ValueError(
+            f"{' and '.join(given)}: for text alone, and --data {options.data} has images; leave out {given[0]}, or "
+            "name a text"
         )
     counts = {"--samples": options.samples, "--held-out": options.held_out}
     if _refinement(options) is not None:

@@ -181,12 +181,13 @@ class BudgetConstraint:
         if sparsity is not None:
             message = (
                 f"a sparsity of {sparsity:g} is out of reach: the levels of these matrices give sparsities from "
-                f"{smallest:.4g} to {largest:.4g}"
+                f"{smallest:.4g} to {largest:.4g}; ask for less (--sparsity), or other levels (--levels)"
             )
         else:
             message = (
                 f"removing {requested:.4g} of the cost ({self.budget.kind}) is out of reach: the matrices' levels "
-                f"remove from {max(smallest, 0.0):.4g} to {largest:.4g}"
+                f"remove from {max(smallest, 0.0):.4g} to {largest:.4g}; ask for less (--sparsity), or other levels "
+                "(--levels)"
             )
         raise InfeasibleBudget(message, least, most)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ from leanstep._files import format_bytes, remove_partials
 from leanstep._mapped import MappedParameters, ResidentSet, is_mapped, release_pages
 from leanstep.pruning.folder.files import INDEX, Checkpoint, written_name
 from leanstep.pruning.folder.loading import stored_names
+from leanstep.pruning.measure.measure import tensors_hash
 from leanstep.pruning.score.targets import some
 
 # not copied: files about the dense weights
 SIDECAR, REPORT = "sparsity.json", "report.html"
+# entry of the sidecar with the hash of the dense weights; folders of earlier versions have none
+SOURCE_WEIGHTS = "source_weights"
 
 
 def write_weights(checkpoint: Checkpoint, values: Mapping[str, Tensor], folder: Path) -> dict[str, float]:
@@ -191,6 +195,48 @@ def write_report(content: Mapping[str, Any], folder: Path) -> None:
 
     (folder / SIDECAR).write_text(json.dumps(content, indent=1), encoding="utf-8")
     (folder / REPORT).write_text(report_page(content), encoding="utf-8")
+
+
+def has_zeros(checkpoint: Checkpoint, names: Iterable[str]) -> bool:
+    """Whether a hundredth of a parameter among some names is zero. Reads the files up to the first; they are mapped."""
+    names = list(names)
+    for stored, value in _stored(checkpoint):
+        # transformers joins experts, and adds or drops a prefix of the model
+        among = ".experts." in stored or any(stored.endswith(name) or name.endswith(stored) for name in names)
+        if among and int(value.count_nonzero()) < 0.99 * value.numel():
+            return True
+    return False
+
+
+def stored_hash(checkpoint: Checkpoint) -> str:
+    """Hash of the values in all weight files, by which a changed checkpoint is noticed.
+
+    It is the same however the tensors are spread over files. Reads every file once; all are memory-mapped.
+    """
+    return tensors_hash(_stored(checkpoint))
+
+
+def _stored(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """Name and values of all stored tensors, by name."""
+    files = {name: file for file, names in checkpoint.files.items() for name in names}
+    pickled = {file: checkpoint.read(file)[0] for file in checkpoint.files if file.endswith(".bin")}
+    for name in sorted(files):
+        file = files[name]
+        yield name, pickled[file][name] if file in pickled else checkpoint.tensor(file, name)
+
+
+@contextmanager
+def told_to_resume(*files: Path) -> Iterator[None]:
+    """Context manager: an error of writing also says how to go on, if there is one of the files to go on with."""
+    try:
+        yield
+    except OSError as error:
+        there = [file.name for file in files if file.exists()]
+        if not there or error.errno is None:
+            raise
+        raise OSError(
+            error.errno, f"{error.strerror}. The same command with --resume goes on with {' and '.join(there)}"
+        ) from error
 
 
 def state_file(folder: Path) -> Path:

@@ -29,7 +29,7 @@ _ALPS_PRODUCTS, _ALPS_RANKINGS, _ALPS_EIGEN = 80, 20, 20
 # calls of torch in a block of a transformer, and around the blocks
 _BLOCK_CALLS, _OTHER_CALLS = 60, 60
 # times that the files are read or written, and hashed: copies, checks of values, comparisons with what is stored
-_READS, _HASHES = 6, 1
+_READS, _HASHES = 6, 2
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from leanstep._files import free_bytes
 from leanstep._mapped import RESIDENT
 from leanstep._memory import free_memory
 from leanstep.pruning.folder.duration import Duration, Rates, Sizes
-from leanstep.pruning.folder.files import EXPERT_COPIES, Checkpoint, fused_bytes, stored_dtypes
+from leanstep.pruning.folder.files import DTYPES, EXPERT_COPIES, ITEM_BYTES, Checkpoint, fused_bytes, most_common_dtype
 from leanstep.pruning.folder.fisher_size import FisherSize
 from leanstep.pruning.folder.loading import empty_model_of, position_count
 from leanstep.pruning.folder.recovery import space_beside
@@ -34,8 +33,6 @@ _PRUNER_BYTES = 40
 _GRADIENTS = 128
 # allocations for which distortions of single changes, or of candidates, are measured on the data for curves
 MEASURED = ("dp", "atp")
-_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -228,9 +225,11 @@ def estimate_pruning(
         ValueError: for a configuration that transformers cannot open, sequences beyond its positions, or nothing to
             prune.
     """
-    dtype = _most_common_dtype(checkpoint)
-    model = empty_model_of(checkpoint, _DTYPES[dtype])
-    shapes = _Shapes.of(checkpoint, model, _BYTES[dtype], prunable_names(model, include=include, exclude=exclude))
+    dtype = most_common_dtype(checkpoint)
+    model = empty_model_of(checkpoint, DTYPES[dtype])
+    shapes = _Shapes.of(
+        checkpoint, model, ITEMITEM_BYTES[dtype], prunable_names(model, include=include, exclude=exclude)
+    )
     positions = position_count(checkpoint.config, checkpoint.folder)
     tokens = workload.tokens
     if tokens is None:
@@ -243,25 +242,25 @@ def estimate_pruning(
         tokens=tokens,
         width=shapes.width,
         outputs=shapes.outputs,
-        itemsize=_BYTES[dtype],
+        itemsize=ITEM_BYTES[dtype],
         one_output=shapes.one_output,
         recomputed=workload.device == "cpu",
     )
     sizes = Sizes(shapes.matrices, len(shapes.blocks), shapes.active, shapes.outputs, tokens, checkpoint.size, fisher)
-    duration = Duration(sizes, workload, Rates.measured(product_dtype(_DTYPES[dtype], workload.products)))
+    duration = Duration(sizes, workload, Rates.measured(product_dtype(DTYPES[dtype], workload.products)))
     seconds, passes = duration.seconds(), duration.passes
-    activations = _activations(shapes, workload, tokens, _BYTES[dtype])
+    activations = _activations(shapes, workload, tokens, ITEM_BYTES[dtype])
     computing = {
-        "activations of a batch": _batch_bytes(shapes, workload, tokens, _BYTES[dtype]),
-        "statistics of a block": _statistics_bytes(shapes, workload, _BYTES[dtype]),
-        "pruner of a matrix": _pruner_bytes(shapes, workload, _BYTES[dtype]),
+        "activations of a batch": _batch_bytes(shapes, workload, tokens, ITEMITEM_BYTES[dtype]),
+        "statistics of a block": _statistics_bytes(shapes, workload, ITEMITEM_BYTES[dtype]),
+        "pruner of a matrix": _pruner_bytes(shapes, workload, ITEMITEM_BYTES[dtype]),
     }
     if duration.curves in ("fisher", "anchored"):
         computing["x and g of Fisher curves"] = fisher.collected
         computing["activations of a batch"] = max(computing["activations of a batch"], fisher.graph)
     memory = {
         "libraries": psutil.Process().memory_info().rss,
-        "weights": min(workload.resident + _block_bytes(shapes, _BYTES[dtype]), checkpoint.size),
+        "weights": min(workload.resident + _block_bytes(shapes, ITEMITEM_BYTES[dtype]), checkpoint.size),
         "experts, fused": shapes.fused_bytes,
     }
     is_cpu = workload.device == "cpu"
@@ -370,13 +369,6 @@ class _Stored:
         ]
         largest = max(uses, key=lambda use: sum(use.values()))
         return {use: size for use, size in largest.items() if size or use == "activations before a block"}
-
-
-def _most_common_dtype(checkpoint: Checkpoint) -> str:
-    counts = Counter(dtype for _, _, dtype, _ in stored_dtypes(checkpoint.folder) if dtype in _BYTES)
-    if not counts:
-        raise ValueError(f"{checkpoint.folder}: expected weights of {', '.join(_BYTES)}, its files have none")
-    return counts.most_common(1)[0][0]
 
 
 def _activations(shapes: _Shapes, workload: Workload, tokens: int, itemsize: int) -> dict[str, int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ _SINGLE = ("model.safetensors", "pytorch_model.bin")
 _QUANTISED_DTYPES = ("I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4")
 # names of floating dtypes in safetensors files
 DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 # of experts that transformers joins: those of the model, the dense ones, and those that are split again to be written
 EXPERT_COPIES = 3
 ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
@@ -227,6 +229,14 @@ def stored_dtypes(folder: Path) -> Iterator[tuple[Path, str, str, int]]:
             continue
         with TensorFile(file) as opened:
             yield from ((file, name, opened.dtype(name), len(opened.shape(name))) for name in opened.names)
+
+
+def most_common_dtype(checkpoint: Checkpoint) -> str:
+    """The dtype of most tensors, by its name in safetensors files. Raises ValueError for no floating one."""
+    counts = Counter(dtype for _, _, dtype, _ in stored_dtypes(checkpoint.folder) if dtype in ITEM_BYTES)
+    if not counts:
+        raise ValueError(f"{checkpoint.folder}: expected weights of {', '.join(ITEM_BYTES)}, its files have none")
+    return counts.most_common(1)[0][0]
 
 
 def stored_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, str, tuple[int, ...]]]:

@@ -17,9 +17,12 @@ from leanstep._files import remove_leftovers, remove_partials, restore_replaced
 from leanstep._memory import free_memory
 from leanstep.pruning.folder.checkpoint import (
     SIDECAR,
+    SOURCE_WEIGHTS,
     copy_others,
     remove_search_files,
     state_file,
+    stored_hash,
+    told_to_resume,
     write_report,
     write_weights,
 )
@@ -59,8 +62,9 @@ def recover_checkpoint(
         progress: see :func:`recover`.
 
     Raises:
-        ValueError: for a folder that is not of :func:`prune_checkpoint`, was pruned from another source, was recovered
-            before (and that was applied), or has other zeros than its ``sparsity.json`` says; and as :func:`recover`.
+        ValueError: for a folder that is not of :func:`prune_checkpoint`, was pruned from another source or from other
+            weights than the source has now, was recovered before (and that was applied), or has other zeros than its
+            ``sparsity.json`` says; and as :func:`recover`.
         OSError: if the disk is full. After any error, the pruned folder is what it was.
 
     Notes:
@@ -83,6 +87,7 @@ def recover_checkpoint(
     check_space(folder, space_beside(pruned, recovery) - (state.stat().st_size if state.exists() else 0))
     dense = open_checkpoint(source)
     check_apart(folder, dense.folder)
+    _check_source(folder, content, dense)
     if isinstance(data, CalibrationText):
         data, held_out, _ = sequences_of(dense, data)
     model = load_model(pruned, device)
@@ -131,7 +136,7 @@ def recover_model(
         result = replace(result, perplexity=perplexity)
     content["perplexity"] = finite_values(content["perplexity"]) or None
     content["recovery"] = result.to_dict()
-    with new_folder(folder, replace=True) as staged:
+    with told_to_resume(folder), new_folder(folder, replace=True) as staged:
         changed = write_weights(pruned, checkpoint_values(pruned, model), staged)
         copy_others(pruned, staged)
         rows = content["tensors"]
@@ -180,6 +185,17 @@ def pruned_content(folder: Path) -> dict[str, Any]:
 def _pruned_names(content: Mapping[str, Any]) -> list[str]:
     """Names of the pruned parameters; an expert's ends with its number in brackets."""
     return list(dict.fromkeys(re.sub(r"\[\d+\]$", "", str(row["name"])) for row in content["layers"]))
+
+
+def _check_source(folder: Path, content: Mapping[str, Any], dense: Checkpoint) -> None:
+    """Compare the dense weights with those that were pruned. Folders of earlier versions do not name these."""
+    then = content.get(SOURCE_WEIGHTS)
+    if then is not None and (now := stored_hash(dense)) != then:
+        raise ValueError(
+            f"the weights in {dense.folder} changed since {folder} was pruned from them: their SHA-256 was "
+            f"{str(then)[:12]}... then and is {now[:12]}... now. Put the former weights back, or prune into another "
+            "folder"
+        )
 
 
 def _check_unchanged(folder: Path, content: Mapping[str, Any], model: nn.Module) -> None:

@@ -17,32 +17,46 @@ from leanstep._mapped import RESIDENT, CopiesInFiles, ResidentSet, Scratch
 from leanstep._processes import Processes
 from leanstep._version import __version__
 from leanstep.pruning.allocate.descent import Refinement
-from leanstep.pruning.choices import asked_settings, check_choices
+from leanstep.pruning.allocate.knapsack import InfeasibleBudget
+from leanstep.pruning.choices import asked_settings, check_choices, levels_asked, sparsity_asked
 from leanstep.pruning.folder.checkpoint import (
     SIDECAR,
+    SOURCE_WEIGHTS,
     copy_others,
+    has_zeros,
     map_copies,
     map_weights,
     remove_search_files,
     search_files,
     state_file,
+    stored_hash,
+    told_to_resume,
     unmapped_note,
     write_report,
     write_weights,
 )
 from leanstep.pruning.folder.estimate import MEASURED, Sequences, scratch_bytes
-from leanstep.pruning.folder.files import EXPERT_COPIES, Checkpoint, fused_bytes, open_checkpoint
-from leanstep.pruning.folder.loading import checkpoint_values, load_model, stored_parameters
+from leanstep.pruning.folder.files import (
+    DTYPES,
+    EXPERT_COPIES,
+    Checkpoint,
+    fused_bytes,
+    most_common_dtype,
+    open_checkpoint,
+)
+from leanstep.pruning.folder.loading import checkpoint_values, empty_model_of, load_model, stored_parameters
 from leanstep.pruning.folder.recovery import recover_model, space_beside
 from leanstep.pruning.folder.text import CalibrationText, perplexity_of, sequences_of
 from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.blocks import BlockMover
 from leanstep.pruning.measure.points import Progress
 from leanstep.pruning.measure.products import products_in
+from leanstep.pruning.planner import check_target
 from leanstep.pruning.prune import prune
-from leanstep.pruning.recovery import Recovery
+from leanstep.pruning.recovery import Recovery, check_recoverable
 from leanstep.pruning.result import PruneResult
 from leanstep.pruning.score.base import has_statistics
+from leanstep.pruning.score.targets import empty_targets, make_groups, prunable_names
 
 ACTIVATIONS = ("memory", "disk")
 
@@ -130,6 +144,9 @@ def prune_checkpoint(
     if refine is not None and refine.state is None:
         refine = replace(refine, state=search)
     several = recovery is not None or moves_blocks(torch.device(device))
+    if several and not isinstance(data, torch.Tensor | CalibrationText | None):
+        data = list(data)
+    check_run(checkpoint, data, recovery=recovery, evaluate=evaluate, settings=settings)
     calibration = _calibration(checkpoint, data, held_out, refine, settings, several=several)
     if evaluate and calibration.held_out is None:
         raise ValueError("perplexity needs held-out sequences: give a text")
@@ -138,10 +155,12 @@ def prune_checkpoint(
     joined = Scratch(out.absolute().parent, resident_weights)
     with CopiesInFiles(joined):
         model = load_model(checkpoint)
+    check_reach(model, settings)
     if activations == "disk":
         scratch = scratch_bytes(model, _sequences(calibration))
         processes.from_first(lambda: check_space(out, written + scratch * processes.size))
     content: dict[str, Any] = {"leanstep": __version__, "source": str(source)}
+    content[SOURCE_WEIGHTS] = processes.from_first(lambda: stored_hash(checkpoint))
     # as asked for: the allocation that is applied may be another, which the comparison found to be better
     content["settings"] = asked_settings(settings) | _amounts(data, held_out, settings)
     if calibration.text:
@@ -193,6 +212,78 @@ def prune_checkpoint(
     return result
 
 
+def check_run(
+    checkpoint: Checkpoint, data: Any, *, recovery: Recovery | None, evaluate: bool, settings: Mapping[str, Any]
+) -> None:
+    """Raise ValueError for what a run could not do with a checkpoint. A dry run asks the same.
+
+    Looks at the configuration and at one sample of the data, and runs nothing. What the weights decide, and data that
+    can be read only once, are left to the run.
+
+    Args:
+        checkpoint: opened.
+        data, recovery, evaluate: as for :func:`prune_checkpoint`.
+        settings: those of :func:`prune`.
+    """
+    model = empty_model_of(checkpoint, DTYPES[most_common_dtype(checkpoint)])
+    names = prunable_names(model, include=settings.get("include"), exclude=settings.get("exclude") or ())
+    try:
+        check_reach(model, settings)
+    except InfeasibleBudget:
+        if not has_zeros(checkpoint, names):  # which change what is in reach; the weights themselves decide then
+            raise
+    if isinstance(data, CalibrationText):
+        _check_reads_text(model, data.label)
+        first: Any = torch.zeros(1, 2, dtype=torch.int64)
+    elif isinstance(data, torch.Tensor | list | tuple):
+        first = data[:1]
+    else:
+        return
+    batch = as_batches(first, model, batch_size=settings.get("batch_size", 8))[0]
+    if recovery is not None:
+        check_recoverable(model, names, batch, recovery)
+    if evaluate and batch.labels is None:
+        raise ValueError(
+            f"perplexity is of a model that predicts the next token, which {type(model).__name__} does not; leave it "
+            "out (--eval)"
+        )
+
+
+def _check_reads_text(model: nn.Module, label: str) -> None:
+    """Raise ValueError for text for a model that takes images or sounds."""
+    name, kind = getattr(model, "main_input_name", "input_ids"), type(model).__name__
+    if name == "input_ids":
+        return
+    instead = "give images: a safetensors file with a tensor pixel_values (--data FILE.safetensors)"
+    if name != "pixel_values" or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        instead = (
+            f"the command has no such data. Give batches of {name} in Python, or prune without data (--score magnitude "
+            "--allocation erk)"
+        )
+    raise ValueError(f"{kind} takes {name}, and the calibration data is text ({label}); {instead}")
+
+
+def check_reach(model: nn.Module, settings: Mapping[str, Any]) -> None:
+    """Raise ValueError for a target that a model cannot meet, with its weights or without values.
+
+    Left to :func:`prune` are budgets of operations, which a pass over the data counts, and models with convolutions,
+    of which it may leave out some.
+    """
+    include, exclude = settings.get("include"), settings.get("exclude") or ()
+    targets, budget = empty_targets(model, include=include, exclude=exclude), settings.get("budget")
+    if "flops" in (budget, getattr(budget, "kind", None)) or any(target.layout == "conv" for target in targets):
+        return
+    pattern = settings.get("pattern", "unstructured")
+    check_target(
+        make_groups(targets, settings.get("granularity", "matrix")),
+        method=settings.get("allocation", "dp"),
+        sparsity=sparsity_asked(settings.get("sparsity"), pattern),
+        pattern=pattern,
+        levels=levels_asked(settings.get("levels"), budget, pattern),
+        budget=budget or "params",
+    )
+
+
 def _check_arguments(
     data: Any, activations: str, resident: int, recovery: Recovery | None, device: str | torch.device
 ) -> None:
@@ -204,8 +295,16 @@ def _check_arguments(
         )
     if recovery is not None and data is None:
         raise ValueError("recovery trains on the calibration data: give data")
+    check_device(device)
     try:
         torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"the device {str(device)!r} is not available: {str(error).splitlines()[0]}") from None
+
+
+def check_device(device: str | torch.device) -> None:
+    """Raise ValueError for a name that is none of a device that computes; it need not be in this machine."""
+    try:
         if torch.device(device).type == "meta":
             raise RuntimeError("it holds no values")
     except (RuntimeError, AssertionError) as error:
@@ -242,8 +341,6 @@ def _calibration(
 ) -> _Calibration:
     """Draw the sequences of a text; other data is taken as it is, as a list if it is read ``several`` times."""
     if not isinstance(data, CalibrationText):
-        if several and data is not None and not isinstance(data, torch.Tensor):
-            data = list(data)
         if several and data is None and not isinstance(held_out, torch.Tensor | bool | None):
             held_out = list(held_out)
         return _Calibration(data, held_out, refine, settings)
@@ -306,6 +403,11 @@ def _check_start(out: Path, resume: bool) -> None:
         # the interrupted run had written its folder and was about to remove these
         remove_search_files(out)
     check_output(out)
+    check_files(out, resume)
+
+
+def check_files(out: Path, resume: bool) -> None:
+    """Raise ValueError for files of an interrupted run that is not to be resumed."""
     partial, search = search_files(out)
     for file, content_of in (
         (partial, "curves that an interrupted run measured"),
@@ -322,7 +424,7 @@ def _staged(out: Path, processes: Processes) -> Iterator[Path]:
     if not processes.is_first:
         yield processes.from_first(Path)
         return
-    with new_folder(out) as folder:
+    with told_to_resume(*search_files(out)), new_folder(out) as folder:
         yield processes.from_first(lambda: folder)
 
 

@@ -70,7 +70,7 @@ def sequences_of(
     positions = position_count(checkpoint.config, checkpoint.folder) or 2048
     length = min(tokenizer.model_max_length, positions, 2048) if text.seq_len is None else text.seq_len
     if not 2 <= length <= positions:
-        raise ValueError(f"seq_len must be from 2 to the model's {positions} positions, got {length}")
+        raise ValueError(f"seq_len must be from 2 to the model's {positions} positions, got {length} (--seq-len)")
     vocabulary = checkpoint.config.get("vocab_size")
 
     def encode(document: str) -> Sequence[int]:

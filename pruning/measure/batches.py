@@ -135,13 +135,15 @@ def _check_kind(data: Tensor, model: nn.Module, what: str) -> None:
         return
     name, model_name = str(model.main_input_name), type(model).__name__
     if data.is_floating_point() and name == "input_ids":
-        raise ValueError(f"{what}: {model_name} takes token numbers, got {data.dtype} as for images")
+        raise ValueError(f"{what}: {model_name} takes token numbers, got {data.dtype} as for images; give it text")
     if not data.is_floating_point() and name != "input_ids":
-        raise ValueError(f"{what}: {model_name} takes {name}, got token numbers of {data.dtype}")
+        raise ValueError(
+            f"{what}: {model_name} takes {name}, got token numbers of {data.dtype}; give it a floating tensor of these"
+        )
     if data.is_floating_point() and _is_encoder_decoder(model):
         raise ValueError(
             f"{what}: {model_name} has a decoder: expected batches that are mappings with {name} and decoder_input_ids "
-            "(or labels), got a tensor"
+            "(or labels), got a tensor. Python takes such batches, the command does not"
         )
 
 
@@ -168,7 +170,8 @@ def _with_decoder(batch: Batch, model: nn.Module, what: str) -> Batch:
                 f"{what}: {type(model).__name__} has a decoder: expected decoder_input_ids or labels in every batch, "
                 f"got {', '.join(kwargs)}"
             )
-        if mask is None and bool((labels == -100).any()):
+        # a model without values has batches without values, which have no -100 to look for
+        if mask is None and not labels.is_meta and bool((labels == -100).any()):
             mask = labels != -100
         kwargs["decoder_input_ids"] = _shifted(labels, model)
     return Batch((), kwargs, None if mask is None else mask.bool(), kwargs["decoder_input_ids"])

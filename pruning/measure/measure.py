@@ -406,9 +406,14 @@ def configuration_hash(model: nn.Module) -> str:
 
 def weights_hash(model: nn.Module) -> str:
     """Hash of all parameters and buffers."""
+    return tensors_hash(model.state_dict(keep_vars=True).items())
+
+
+def tensors_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 of names, dtypes, shapes and values, in the order of the tensors. One of them is in memory at a time."""
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    for name, tensor in tensors:
         touched(tensor)
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

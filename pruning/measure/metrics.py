@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from dataclasses import fields, is_dataclass
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -324,6 +325,18 @@ def logits_of(output: Any) -> Tensor:
     raise TypeError(
         f"expected a model that gives logits (a tensor, or an output with .logits), got {type(output).__name__}"
     )
+
+
+def may_give_logits(model: nn.Module) -> bool:
+    """Whether a model gives logits, by the types of outputs that its forward declares; True where these do not tell."""
+    try:
+        declared = get_type_hints(model.forward).get("return")
+    except (NameError, TypeError, AttributeError):  # a name that is known to type checkers alone
+        return True
+    outputs = [one for one in get_args(declared) or (declared,) if isinstance(one, type) and is_dataclass(one)]
+    if "For" in type(model).__name__:  # with a head; few of these declare the output of the model below it
+        outputs = [one for one in outputs if not one.__name__.startswith("BaseModelOutput")]
+    return not outputs or any("logits" in (field.name for field in fields(one)) for one in outputs)
 
 
 def values_of(output: Any) -> Tensor:

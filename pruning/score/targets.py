@@ -153,6 +153,16 @@ def find_targets(
         ValueError: for a wildcard that matches nothing, nothing left to prune, or a matrix among those to prune that
             is quantised, parametrized, or tied between modules of different classes.
     """
+    targets = empty_targets(model, include=include, exclude=exclude)
+    for target in targets:
+        _check_weight(target.parameter, model.get_parameter(target.parameter))
+    return targets
+
+
+def empty_targets(
+    model: nn.Module, *, include: Iterable[str] | None = None, exclude: Iterable[str] = ()
+) -> list[Target]:
+    """As :func:`find_targets`, also of a model on the meta device. The kind of the weights is not checked."""
     names = prunable_names(model, include=include, exclude=exclude)
     roles = parameter_roles(model)
     parameters = dict(model.named_parameters())
@@ -161,7 +171,6 @@ def find_targets(
     for name in names:
         attribute = name.rpartition(".")[2]
         parameter = parameters[name]
-        _check_weight(name, parameter)
         _check_tied(name, owners[parameter])
         layout = "in_out" if id(parameters[name]) in transposed else "out_in"
         if roles[name] == "conv":
@@ -356,8 +365,11 @@ class Group:
         return [target.layer.numel for target in self.targets]
 
     def nonzero(self) -> int:
-        """Current number of nonzero weights."""
-        return sum(int(target.weight.count_nonzero()) for target in self.targets)
+        """Current number of nonzero weights; all weights of a model without values."""
+        return sum(
+            target.layer.numel if target.weight.is_meta else int(target.weight.count_nonzero())
+            for target in self.targets
+        )
 
 
 def make_groups(targets: Sequence[Target], granularity: str = "matrix") -> list[Group]:

@@ -208,8 +208,11 @@ def test_an_output_that_exists_or_has_no_place_is_refused(tmp_path):
     (tmp_path / "there").mkdir()
     with pytest.raises(ValueError, match="exists already, and nothing is overwritten"):
         check_output(tmp_path / "there")
-    with pytest.raises(ValueError, match="is not a folder"):
+    with pytest.raises(ValueError, match=r"cannot be made: .*no does not exist; make it, or name another"):
         check_output(tmp_path / "no" / "where")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is not a folder; name another"):
+        check_output(tmp_path / "file" / "where")
     with pytest.raises(ValueError, match="GB free; make room"):
         check_output(tmp_path / "out", 10**18)
 

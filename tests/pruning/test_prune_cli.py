@@ -144,7 +144,7 @@ REFUSED = {
         "of 0.5 is out of reach: .* from 0 to 0.39",
     ),
     "sequence": (["--sparsity", "0.5", "--seq-len", "100"], {}, "seq_len must be from 2 to the model's 64 positions"),
-    "no sequence": (["--sparsity", "0.5", "--samples", "0"], {}, "samples, curve_samples and held_out of at least 1"),
+    "no sequence": (["--sparsity", "0.5", "--samples", "0"], {}, "--samples, .* and --held-out must be at least 1"),
     "empty sequence": (["--sparsity", "0.5", "--seq-len", "0"], {}, "seq_len must be from 2 to"),
     "batch size": (["--sparsity", "0.5", "--batch-size", "0"], {}, "batch_size must be at least 1, got 0"),
     "device": (["--sparsity", "0.5", "--device", "nowhere"], {}, "the device 'nowhere' is not available"),
@@ -232,7 +232,9 @@ def test_a_disk_that_fills_leaves_the_curves_and_no_folder(base, tmp_path, monke
         with monkeypatch.context() as patched:
             patched.setattr(module, name, full)
             assert leanstep_prune(base, tmp_path / "out", "--sparsity", "0.6") == 1
-        assert "the disk is full" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert "the disk is full" in error
+        assert ("The same command with --resume goes on with out.curves.jsonl" in error) == bool(left)
         assert [path.name for path in tmp_path.iterdir()] == left
     assert [path.name for path in tmp_path.iterdir()] == ["out.curves.jsonl"]
     assert leanstep_prune(base, tmp_path / "out", "--sparsity", "0.6") == 2

@@ -172,6 +172,21 @@ def test_factors_are_trained_beside_layers_that_take_none():
         recover(model, data, Recovery(10, rank=2), teacher=dense, include=["0.weight"])
 
 
+def test_matrices_beside_which_no_factors_stand_are_noted():
+    results = [
+        recover(pruned(make_mixtral), tokens(8), Recovery(2, rank=rank), teacher=make_mixtral(), held_out=tokens(4))
+        for rank in (2, None)
+    ]
+    targets = find_targets(make_mixtral())
+    experts = [target.name for target in targets if target.expert is not None]
+    assert experts and not any("not trained" in note for note in results[1].notes)
+    [note] = [note for note in results[0].notes if "not trained" in note]
+    assert note.startswith(f"{len(experts)} of {len(targets)} pruned matrices were not trained: {experts[0]}, ")
+    assert f" and {len(experts) - 3} more. Recovery with rank=2 adapts linear layers" in note
+    linear = recover(pruned(), tokens(8), Recovery(2, rank=2), teacher=make_llama())
+    assert not any("not trained" in note for note in linear.notes)
+
+
 def test_factors_adapt_no_layer_whose_name_ends_in_that_of_a_target():
     model = nn.ModuleDict({"fc": nn.Linear(4, 4), "outer": nn.ModuleDict({"fc": nn.Linear(4, 4)})})
     model.forward = lambda x: model["fc"](model["outer"]["fc"](x).tanh())

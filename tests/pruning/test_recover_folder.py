@@ -26,6 +26,8 @@ from leanstep.pruning import (
     recovery_file,
 )
 from leanstep.pruning.folder import recovery as folder_recovery
+from leanstep.pruning.folder.checkpoint import stored_hash
+from leanstep.pruning.folder.files import open_checkpoint
 from leanstep.sparsity import verify
 
 SMALL = [
@@ -297,6 +299,57 @@ def test_a_folder_that_does_not_say_all_its_settings_is_compared_by_those_it_has
     assert content_of(out)["recovery"]["applied"]
 
 
+@pytest.mark.parametrize("shards", ["12KB", "5GB"])
+def test_dense_weights_that_changed_after_pruning_are_refused(shards, base, tmp_path, capsys):
+    model, out = tmp_path / "model", tmp_path / "out"
+    dense = make_llama(2)
+    save_model(dense, model, max_shard_size="12KB")
+    text = ["--data", str(base / "text.txt"), *SMALL]
+    assert main(["prune", str(model), "--out", str(out), *text]) == 0
+    before = snapshot(out)
+    for path in model.glob("*.safetensors*"):
+        path.unlink()
+    save_model(make_llama(2, seed=1), model, max_shard_size=shards)
+    command = ["prune", str(model), "--out", str(out), *text, *RECOVER]
+    capsys.readouterr()  # bars of transformers
+    for more in ([], ["--no-distill"]):
+        assert main([*command, *more, "--resume"]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and f"the weights in {model} changed since {out} was pruned from them" in error
+    given = CalibrationText((sentences(60),), samples=12, curve_samples=3, held_out=4, seq_len=24)
+    with pytest.raises(ValueError, match=r"Put the former weights back, or prune into another folder"):
+        recover_checkpoint(model, out, given, Recovery(2))
+    assert snapshot(out) == before
+    # the same weights, in other files
+    for path in model.glob("*.safetensors*"):
+        path.unlink()
+    save_model(dense, model, max_shard_size=shards)
+    assert main([*command, "--resume"]) == 0
+    assert content_of(out)["recovery"]["applied"]
+
+
+def test_a_folder_that_does_not_name_the_dense_weights_is_recovered(base, pruned, tmp_path):
+    out = copied(pruned, tmp_path / "out")
+    content = content_of(out)
+    del content["source_weights"]
+    (out / "sparsity.json").write_text(json.dumps(content))
+    assert main(arguments(base, out, *RECOVER, "--resume")) == 0
+    assert content_of(out)["recovery"]["applied"]
+
+
+def test_the_hash_of_dense_weights_is_that_of_all_kinds_of_files(tmp_path):
+    model = make_llama(2)
+    save_model(model, tmp_path / "whole")
+    save_model(model, tmp_path / "shards", max_shard_size="12KB")
+    (tmp_path / "bin").mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / "bin" / name).write_bytes((tmp_path / "whole" / name).read_bytes())
+    torch.save(model.state_dict(), tmp_path / "bin" / "pytorch_model.bin")
+    assert len({stored_hash(open_checkpoint(tmp_path / name)) for name in ("whole", "shards", "bin")}) == 1
+    save_model(make_llama(2, seed=1), tmp_path / "other")
+    assert stored_hash(open_checkpoint(tmp_path / "other")) != stored_hash(open_checkpoint(tmp_path / "whole"))
+
+
 def test_a_folder_below_the_home_is_found_again(base, pruned, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     copied(pruned, tmp_path / "out")
@@ -339,7 +392,8 @@ def test_a_disk_that_fills_leaves_the_pruned_folder(base, pruned, tmp_path, monk
 
     monkeypatch.setattr(checkpoint.shutil, "copyfile", full)
     assert main(arguments(base, tmp_path / "out", "--eval", *RECOVER)) == 1
-    assert "the disk is full. It is what it was" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "the disk is full. It is what it was" in error and "with --resume goes on with out" in error
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert snapshot(tmp_path / "out") == snapshot(pruned)
 

@@ -229,8 +229,8 @@ def test_classifiers_are_refined(curves):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"allocation": "uniform"}, "expected allocation='dp' and no fixed pattern, got 'uniform'"),
-        ({"pattern": "2:4", "sparsity": None}, "no fixed pattern, got 'dp' and 2:4"),
+        ({"allocation": "uniform"}, "expected allocation='dp', and a pattern .*; got 'uniform'"),
+        ({"pattern": "2:4", "sparsity": None}, "got the pattern 2:4, by which every matrix keeps 2 of 4 weights"),
         ({"data": tokens(3)}, "sets at least 2 samples aside to judge, of 2; give more"),
         ({"refine": replace(REFINE, data=tokens(1))}, "give at least 2 to judge them"),
     ],

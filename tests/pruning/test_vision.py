@@ -158,7 +158,7 @@ REFUSED = {
     "another name": ([], {"data": "named.safetensors"}, "expected a floating tensor pixel_values .* got none"),
     "a file cut short": ([], {"data": "cut.safetensors"}, "cut.safetensors cannot be read"),
     "no file": ([], {"data": "none.safetensors"}, "none.safetensors cannot be read"),
-    "perplexity": (["--eval"], {}, "are for text, and --data names images"),
+    "perplexity": (["--eval"], {}, "--eval: for text alone, and --data .* has images; leave out --eval"),
     "a language model": ([], {"checkpoint": "llama"}, "LlamaForCausalLM takes token numbers, got torch.float32"),
 }
 
