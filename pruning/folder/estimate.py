@@ -227,9 +227,7 @@ def estimate_pruning(
     """
     dtype = most_common_dtype(checkpoint)
     model = empty_model_of(checkpoint, DTYPES[dtype])
-    shapes = _Shapes.of(
-        checkpoint, model, ITEMITEM_BYTES[dtype], prunable_names(model, include=include, exclude=exclude)
-    )
+    shapes = _Shapes.of(checkpoint, model, ITEM_BYTES[dtype], prunable_names(model, include=include, exclude=exclude))
     positions = position_count(checkpoint.config, checkpoint.folder)
     tokens = workload.tokens
     if tokens is None:
@@ -251,16 +249,16 @@ def estimate_pruning(
     seconds, passes = duration.seconds(), duration.passes
     activations = _activations(shapes, workload, tokens, ITEM_BYTES[dtype])
     computing = {
-        "activations of a batch": _batch_bytes(shapes, workload, tokens, ITEMITEM_BYTES[dtype]),
-        "statistics of a block": _statistics_bytes(shapes, workload, ITEMITEM_BYTES[dtype]),
-        "pruner of a matrix": _pruner_bytes(shapes, workload, ITEMITEM_BYTES[dtype]),
+        "activations of a batch": _batch_bytes(shapes, workload, tokens, ITEM_BYTES[dtype]),
+        "statistics of a block": _statistics_bytes(shapes, workload, ITEM_BYTES[dtype]),
+        "pruner of a matrix": _pruner_bytes(shapes, workload, ITEM_BYTES[dtype]),
     }
     if duration.curves in ("fisher", "anchored"):
         computing["x and g of Fisher curves"] = fisher.collected
         computing["activations of a batch"] = max(computing["activations of a batch"], fisher.graph)
     memory = {
         "libraries": psutil.Process().memory_info().rss,
-        "weights": min(workload.resident + _block_bytes(shapes, ITEMITEM_BYTES[dtype]), checkpoint.size),
+        "weights": min(workload.resident + _block_bytes(shapes, ITEM_BYTES[dtype]), checkpoint.size),
         "experts, fused": shapes.fused_bytes,
     }
     is_cpu = workload.device == "cpu"
