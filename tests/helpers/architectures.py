@@ -31,6 +31,7 @@ _NEXT |= {f"linear_{kind}_head_dim": 8 for kind in ("key", "value")}
 _DEBERTA = {**_TEXT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
 _T5 = {"vocab_size": VOCABULARY, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_decoder_layers": 2}
 _T5 |= {"num_heads": 2, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+_SWITCH = {**_T5, "num_layers": 2, "num_experts": 4, "num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 2}
 _BART = {"vocab_size": VOCABULARY, "d_model": 16, "encoder_layers": 1, "decoder_layers": 2, **_ENDS}
 _BART |= {
     f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in (("attention_heads", 2), ("ffn_dim", 32))
@@ -74,6 +75,7 @@ MASKED = {
 }
 ENCODER_DECODER = {
     "t5": ("T5ForConditionalGeneration", _T5),
+    "switch": ("SwitchTransformersForConditionalGeneration", _SWITCH),
     "bart": ("BartForConditionalGeneration", _BART),
     "whisper": ("WhisperForConditionalGeneration", _WHISPER),
 }
