@@ -26,6 +26,7 @@ from leanstep._checkpoint import (
 )
 from leanstep._files import is_folder_name, one_line
 from leanstep._mapped import Scratch, is_mapped, release_pages
+from leanstep._safetensors import MappedFile
 from leanstep.pruning.folder.files import DTYPE_NAMES, Checkpoint, stored_dtypes
 from leanstep.sparsity.inference.load import check_declared
 
@@ -230,7 +231,7 @@ def open_model(
     """
     new_heads = tuple(new_heads)
     check_weights(source, model_class, new_heads=new_heads)
-    with _opening("model", source) as path, _quiet(reports=True):
+    with _opening("model", source) as path, _quiet(reports=True), _mapping_large_files():
         model = _class(model_class).from_pretrained(
             path, dtype=dtype, trust_remote_code=False, ignore_mismatched_sizes=bool(new_heads)
         )
@@ -252,7 +253,7 @@ def check_weights(source: str | Path, model_class: Any = None, *, new_heads: Ite
             except tied ones; for tensors of another shape, or weights that are not floating-point; for an entry of
             ``new_heads`` that selects no such tensor.
     """
-    with _opening("model", source) as path, _quiet():
+    with _opening("model", source) as path, _quiet(), _mapping_large_files():
         _, info = _class(model_class).from_pretrained(
             path,
             dtype="auto",
@@ -374,6 +375,28 @@ def _snapshot(name: str) -> Path | None:
     for folder in folders:
         check_folder(folder)
     return next(iter(folders), None)
+
+
+@contextmanager
+def _mapping_large_files() -> Iterator[None]:
+    """Context manager: transformers opens safetensors files larger than the memory, too, by :class:`MappedFile`."""
+    from transformers import modeling_utils
+
+    safe_open = modeling_utils.safe_open
+
+    def open_file(path: Any, *args: Any, **options: Any) -> Any:
+        try:
+            return safe_open(path, *args, **options)
+        except RuntimeError as error:
+            if "Cannot allocate memory" not in str(error):
+                raise
+            return MappedFile(Path(path), writable=True)
+
+    modeling_utils.safe_open = open_file
+    try:
+        yield
+    finally:
+        modeling_utils.safe_open = safe_open
 
 
 @contextmanager
