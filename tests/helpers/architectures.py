@@ -37,6 +37,7 @@ _BART |= {
     f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in (("attention_heads", 2), ("ffn_dim", 32))
 }
 _BART |= {"max_position_embeddings": 64, "decoder_start_token_id": 2, "forced_eos_token_id": None}
+_MARIAN = {**_BART, "decoder_vocab_size": VOCABULARY}
 _WHISPER = {**_BART, "num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 64}
 _IMAGES = {"image_size": 16, "num_labels": 5}
 _VIT = {**_SIZES, **_IMAGES, "patch_size": 8}
@@ -77,6 +78,7 @@ ENCODER_DECODER = {
     "t5": ("T5ForConditionalGeneration", _T5),
     "switch": ("SwitchTransformersForConditionalGeneration", _SWITCH),
     "bart": ("BartForConditionalGeneration", _BART),
+    "marian": ("MarianMTModel", _MARIAN),
     "whisper": ("WhisperForConditionalGeneration", _WHISPER),
 }
 IMAGE = {
@@ -104,4 +106,7 @@ def make(name: str, seed: int = 0) -> nn.Module:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.data.mul_(6.0)
+        for module in model.modules():
+            if hasattr(module, "create_weight"):  # a table of sines, which no file has
+                module.weight.data.copy_(module.create_weight())
     return model.eval()
