@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from leanstep._files import free_bytes, is_disk_full, one_line, output_folder, remove_leftovers, staged_folder
+from leanstep._safetensors import MappedFile
 
 TEMPLATES = "additional_chat_templates"
 # endings of files with weights, in any format
@@ -341,17 +342,21 @@ class TensorFile:
         names: of its tensors.
         metadata: the file's.
 
+    Args:
+        path: the file, which may be larger than the memory.
+        writable: whether its tensors may be written to; the file stays as it is. Writing to others ends the process.
+
     Raises:
-        ValueError: for a damaged file, on opening or reading.
+        ValueError: for a damaged file, on opening or reading; with ``writable``, for one that the system does not map.
         FileNotFoundError: if there is no such file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, writable: bool = False) -> None:
         self.path = checked_file(path)
         with self._reading():
-            self._file = safe_open(path, framework="pt").__enter__()
+            self._file = MappedFile(path, writable=writable)
             self.names = tuple(self._file.keys())
-            self.metadata: dict[str, str] = dict(self._file.metadata() or {})
+            self.metadata = self._file.metadata()
 
     def __enter__(self) -> "TensorFile":
         return self
@@ -367,7 +372,7 @@ class TensorFile:
     def dtype(self, name: str) -> str:
         """Safetensors' name of a tensor's dtype, such as ``F32``."""
         with self._reading():
-            return str(self._file.get_slice(name).get_dtype())
+            return self._file.get_slice(name).get_dtype()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
@@ -394,7 +399,7 @@ class TensorFile:
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, on the CPU. Raises ValueError and FileNotFoundError as :class:`TensorFile`."""
-    with TensorFile(path) as file:
+    with TensorFile(path, writable=True) as file:
         return {name: file.tensor(name) for name in file.names}
 
 

@@ -4,6 +4,8 @@ import ctypes
 import functools
 import mmap
 import os
+import platform
+import sys
 import tempfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -68,9 +70,35 @@ def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None)
 
 
+# Linux's flag, which Python names since 3.13: no memory is set aside for pages that may be written
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if platform.machine() in ("x86_64", "aarch64") else 0)
+
+
+def map_file(path: Path, *, writable: bool) -> mmap.mmap:
+    """Map a file, of which writes change nothing.
+
+    Args:
+        path: the file; not empty.
+        writable: whether the mapping may be written to. Written pages take memory. Linux takes a file larger than the
+            memory, unless it is strict (``vm.overcommit_memory=2``). It takes one that is not written to in any case.
+
+    Raises:
+        OSError: if the system refuses.
+    """
+    with path.open("rb") as file:
+        if not writable:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if not sys.platform.startswith("linux"):
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        access = mmap.PROT_READ | mmap.PROT_WRITE
+        return mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=access)
+
+
 def mapped_storage(path: Path, *, shared: bool = True) -> torch.UntypedStorage:
     """Map a file. Writes to a shared mapping change the file, those to another one do not."""
-    storage = torch.UntypedStorage.from_file(str(path), shared, path.stat().st_size)
+    if not shared:
+        return torch.frombuffer(map_file(path, writable=True), dtype=torch.uint8).untyped_storage()
+    storage = torch.UntypedStorage.from_file(str(path), True, path.stat().st_size)
     assert isinstance(storage, torch.UntypedStorage)
     return storage
 

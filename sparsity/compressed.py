@@ -246,7 +246,7 @@ def _checked_entry(where: str, entry: Any) -> tuple[NM, int, list[int]]:
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The layout in a file's header, and the stored tensors."""
     try:
-        with TensorFile(path) as file:
+        with TensorFile(path, writable=True) as file:
             metadata = file.metadata
             names = file.names if metadata.get("format") == FORMAT else ()
             stored = {name: file.tensor(name) for name in names}

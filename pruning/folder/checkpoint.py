@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from leanstep._checkpoint import TensorFile, checked_file, copy_other_files
 from leanstep._files import format_bytes, remove_partials
 from leanstep._mapped import MappedParameters, ResidentSet, is_mapped, release_pages
+from leanstep._safetensors import tensor_offsets
 from leanstep.pruning.folder.files import INDEX, Checkpoint, written_name
 from leanstep.pruning.folder.loading import stored_names
 from leanstep.pruning.measure.measure import tensors_hash
@@ -80,7 +81,7 @@ def _copy_changed(checkpoint: Checkpoint, file: str, values: Mapping[str, Tensor
     changed: dict[str, float] = {}
     if not to.exists():
         shutil.copyfile(checked_file(checkpoint.folder / file), to)
-    offsets = _tensor_offsets(to)
+    offsets = tensor_offsets(to)
     with to.open("r+b") as copy:
         for name in checkpoint.files[file]:
             stored, value = checkpoint.tensor(file, name), values.get(name)
@@ -106,14 +107,6 @@ def _bytes_of(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def _tensor_offsets(path: Path) -> dict[str, int]:
-    """Where each tensor of a safetensors file begins, in bytes from the start of the file."""
-    with path.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(length))
-    return {name: 8 + length + row["data_offsets"][0] for name, row in header.items() if name != "__metadata__"}
-
-
 def map_weights(checkpoint: Checkpoint, model: nn.Module, folder: Path, resident: ResidentSet) -> MappedParameters:
     """Copy the safetensors files of a checkpoint into a folder, and map the model's parameters to the copies.
 
@@ -134,7 +127,7 @@ def map_weights(checkpoint: Checkpoint, model: nn.Module, folder: Path, resident
             offsets[file] = {}
             if _has_format(checkpoint.folder / file):
                 shutil.copyfile(checked_file(checkpoint.folder / file), folder / file)
-                offsets[file] = _tensor_offsets(folder / file)
+                offsets[file] = tensor_offsets(folder / file)
         offset = offsets[file].get(name)
         if offset is None or offset % value.element_size() or not value.is_contiguous():
             continue

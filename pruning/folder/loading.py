@@ -6,8 +6,10 @@ line says what is wrong.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from leanstep._checkpoint import (
 )
 from leanstep._files import is_folder_name, one_line
 from leanstep._mapped import Scratch, is_mapped, release_pages
+from leanstep._safetensors import MappedFile
 from leanstep.pruning.folder.files import DTYPE_NAMES, Checkpoint, stored_dtypes
 from leanstep.sparsity.inference.load import check_declared
 
@@ -81,10 +84,11 @@ def _model_class(architectures: Any) -> Any:
 def checkpoint_values(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Tensor]:
     """The model's tensors under the checkpoint's names and in its shapes.
 
-    Undoes the renaming and fusing that transformers does on loading, for instance of a mixture's experts.
+    Undoes the renaming and fusing that transformers does on loading, for instance of a mixture's experts. Leaves out
+    tensors that the model computes itself, such as tables of sines, if no file has them.
 
     Raises:
-        ValueError: if the checkpoint has neither a tensor of the model nor one tied to it.
+        ValueError: if the checkpoint has neither another tensor of the model nor one tied to it.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -93,12 +97,34 @@ def checkpoint_values(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Ten
     names = checkpoint.names
     written = {tensor.data_ptr() for name, tensor in values.items() if name in names}
     absent = [n for n, t in values.items() if n not in names and t.numel() and t.data_ptr() not in written]
+    names_by_address = {tensor.data_ptr(): name for name, tensor in state.items()}
+    absent = [n for n in absent if not _is_computed(model, names_by_address.get(values[n].data_ptr(), n))]
     if absent:
         raise ValueError(
             f"{checkpoint.folder}: no file has the model's tensor {absent[0]}, so that it cannot be written; open the "
             "model with transformers, save it with save_pretrained, and prune that"
         )
     return {name: tensor for name, tensor in values.items() if name in names}
+
+
+def _is_computed(model: nn.Module, name: str) -> bool:
+    """Whether a model of transformers makes a tensor itself, always with the same values, if no file has it."""
+    missing = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    unsaved = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    if name not in unsaved and not any(re.search(pattern, name) for pattern in missing):
+        return False
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    tensor = getattr(owner, leaf).detach()
+    if bool((tensor == tensor.flatten()[0]).all()):  # a bias of zeros
+        return True
+    if next(owner.children(), None) is not None:  # to make it again would copy them
+        return False
+    again = deepcopy(owner)
+    made = getattr(again, leaf).detach().zero_()
+    with torch.random.fork_rng(devices=[]):
+        model._init_weights(again)  # type: ignore[operator]
+    return torch.equal(made, tensor)
 
 
 def stored_parameters(
@@ -230,7 +256,7 @@ def open_model(
     """
     new_heads = tuple(new_heads)
     check_weights(source, model_class, new_heads=new_heads)
-    with _opening("model", source) as path, _quiet(reports=True):
+    with _opening("model", source) as path, _quiet(reports=True), _mapping_large_files():
         model = _class(model_class).from_pretrained(
             path, dtype=dtype, trust_remote_code=False, ignore_mismatched_sizes=bool(new_heads)
         )
@@ -252,7 +278,7 @@ def check_weights(source: str | Path, model_class: Any = None, *, new_heads: Ite
             except tied ones; for tensors of another shape, or weights that are not floating-point; for an entry of
             ``new_heads`` that selects no such tensor.
     """
-    with _opening("model", source) as path, _quiet():
+    with _opening("model", source) as path, _quiet(), _mapping_large_files():
         _, info = _class(model_class).from_pretrained(
             path,
             dtype="auto",
@@ -374,6 +400,28 @@ def _snapshot(name: str) -> Path | None:
     for folder in folders:
         check_folder(folder)
     return next(iter(folders), None)
+
+
+@contextmanager
+def _mapping_large_files() -> Iterator[None]:
+    """Context manager: transformers opens safetensors files larger than the memory, too, by :class:`MappedFile`."""
+    from transformers import modeling_utils
+
+    safe_open = modeling_utils.safe_open
+
+    def open_file(path: Any, *args: Any, **options: Any) -> Any:
+        try:
+            return safe_open(path, *args, **options)
+        except RuntimeError as error:
+            if "Cannot allocate memory" not in str(error):
+                raise
+            return MappedFile(Path(path), writable=True)
+
+    modeling_utils.safe_open = open_file
+    try:
+        yield
+    finally:
+        modeling_utils.safe_open = safe_open
 
 
 @contextmanager

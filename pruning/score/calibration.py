@@ -68,7 +68,7 @@ def statistics_for(
         else:
             _collect_shares(cache, targets, statistics_by_name)
         for target in targets:
-            if target.expert is None and not statistics_by_name[target.name].count:
+            if not target.is_expert and not statistics_by_name[target.name].count:
                 raise ValueError(f"{target.name} was never run on the calibration data; leave it out with exclude")
     return statistics_by_name
 
@@ -103,7 +103,8 @@ def leave_out(model: nn.Module, targets: Sequence[Target], batches: Sequence[Bat
     """Leave out the layers whose inputs cannot be collected: those that a model never calls, and some convolutions.
 
     A model may read a weight without calling its layer, as state-space models read those of depth-wise convolutions.
-    Runs batches until every layer has been called, the first of them on one sample alone.
+    Runs batches until every layer but experts has been called, the first of them on one sample alone. An expert that
+    is not called has no token and stays among the targets.
 
     Returns:
         the other targets, and a note about each layer left out.
@@ -112,7 +113,7 @@ def leave_out(model: nn.Module, targets: Sequence[Target], batches: Sequence[Bat
         ValueError: if no target is left.
     """
     plain = [target for target in targets if target.expert is None]
-    waiting = {module for target in plain for module in target.modules}
+    waiting = {module for target in plain if not target.is_expert for module in target.modules}
     handles = [module.register_forward_pre_hook(lambda module, _: waiting.discard(module)) for module in waiting]
     try:
         with torch.no_grad():
@@ -122,7 +123,7 @@ def leave_out(model: nn.Module, targets: Sequence[Target], batches: Sequence[Bat
     finally:
         for handle in handles:
             handle.remove()
-    unused = {target.name for target in plain if waiting.issuperset(target.modules)}
+    unused = {target.name for target in plain if not target.is_expert and waiting.issuperset(target.modules)}
     reasons = {
         target.name: "was never run on the calibration data" if target.name in unused else why
         for target in plain
@@ -256,9 +257,11 @@ def collect_gradients(model: nn.Module, batches: Sequence[Batch], targets: Seque
                 for target in targets:
                     gradient = by_name[target.parameter]
                     if gradient is None:
-                        raise ValueError(
-                            f"the model's output does not depend on {target.name}; leave it out with exclude"
-                        )
+                        if not target.is_expert:
+                            raise ValueError(
+                                f"the model's output does not depend on {target.name}; leave it out with exclude"
+                            )
+                        gradient = torch.zeros_like(parameters[target.parameter])
                     matrix = gradient if target.expert is None else gradient[target.expert]
                     rows[target.name].append(as_matrix(matrix.contiguous(), target.layout).reshape(-1).float())
     finally:
@@ -359,7 +362,7 @@ class Pruning:
         """Whether an expert got too few tokens for its score, and is scored by magnitude."""
         needs = NEEDS[self.score]
         fewest = 1 if "gradients" in needs else _FEWEST_ROWS
-        return bool(needs) and target.expert is not None and statistics.count < fewest
+        return bool(needs) and target.is_expert and statistics.count < fewest
 
     def pruner(self, target: Target, statistics: LayerStatistics) -> LayerPruner:
         """The pruner of one matrix."""
@@ -371,7 +374,7 @@ class Pruning:
             scope = self.options.get("scope") or ("row" if self.score == "wanda" else None)
             return layer_pruner(weight, "magnitude", scope=scope)
         inputs = weight.shape[1]
-        if target.expert is None and count < (inputs if "gram" in needs else _FEWEST_ROWS if needs else 0):
+        if not target.is_expert and count < (inputs if "gram" in needs else _FEWEST_ROWS if needs else 0):
             self._short[target.name] = (count, inputs)
         try:
             return layer_pruner(weight, self.score, statistics, spacing=spacing, **self.options)

@@ -17,7 +17,7 @@ def ratio(pruner: LayerPruner, score: str) -> float:
 
 
 def scales_of(groups: Sequence[Group], starved: Collection[str], ratio_of: Callable[[str], float]) -> dict[str, float]:
-    """Factors of the experts that are scored by magnitude: the mean ratio of the other experts of their parameter.
+    """Factors of the experts that are scored by magnitude: the mean ratio of the other experts of their kind.
 
     Where there are none, it is the mean over all other matrices.
 
@@ -30,9 +30,9 @@ def scales_of(groups: Sequence[Group], starved: Collection[str], ratio_of: Calla
     ratios: dict[str, list[float]] = {}
     for group in groups if experts else ():
         if group.name not in starved:
-            ratios.setdefault(group.targets[0].parameter, []).append(ratio_of(group.name))
+            ratios.setdefault(group.targets[0].kind, []).append(ratio_of(group.name))
     every = [one for of_one in ratios.values() for one in of_one] or [1.0]
-    return {group.name: fmean(ratios.get(group.targets[0].parameter, every)) for group in experts}
+    return {group.name: fmean(ratios.get(group.targets[0].kind, every)) for group in experts}
 
 
 def scaled(scores: Tensor, scale: float | None, score: str) -> Tensor:

@@ -94,6 +94,8 @@ _POOLER = re.compile(r"^pooler(\.|$)")
 # bare parameters that multiply no input: state matrices, tables and biases
 _NO_WEIGHT = re.compile(r"(^|[._])(A|A_log|\w*tables?|\w*bias(es)?)$")
 _INDEX = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+# number of an expert in a list, such as "experts.3." and "experts.expert_3."; shared experts take every token
+_EXPERT_NUMBER = re.compile(r"((?:^|\.)(?!\w*shared)\w*expert\w*\.(?:\w*_)?)\d+(?=\.)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +123,16 @@ class Target:
     def name(self) -> str:
         """Name of the layer."""
         return self.layer.name
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether it belongs to an expert, which may get no token: of a fused parameter, or in a list of experts."""
+        return self.expert is not None or self.kind != self.parameter
+
+    @property
+    def kind(self) -> str:
+        """The parameter's name, with ``*`` for the number of an expert in a list: the same for all experts."""
+        return _EXPERT_NUMBER.sub(r"\1*", self.parameter, count=1)
 
     @property
     def module(self) -> nn.Module:

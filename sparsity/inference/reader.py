@@ -50,7 +50,7 @@ class SparseFiles:
             raise
 
     def _open(self, path: Path) -> None:
-        file = self._files[path] = TensorFile(path).__enter__()
+        file = self._files[path] = TensorFile(path, writable=True).__enter__()
         try:
             manifest = Manifest.from_metadata(file.metadata)
             self.manifest.merge(manifest)

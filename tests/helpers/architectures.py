@@ -31,11 +31,13 @@ _NEXT |= {f"linear_{kind}_head_dim": 8 for kind in ("key", "value")}
 _DEBERTA = {**_TEXT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
 _T5 = {"vocab_size": VOCABULARY, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_decoder_layers": 2}
 _T5 |= {"num_heads": 2, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+_SWITCH = {**_T5, "num_layers": 2, "num_experts": 4, "num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 2}
 _BART = {"vocab_size": VOCABULARY, "d_model": 16, "encoder_layers": 1, "decoder_layers": 2, **_ENDS}
 _BART |= {
     f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in (("attention_heads", 2), ("ffn_dim", 32))
 }
 _BART |= {"max_position_embeddings": 64, "decoder_start_token_id": 2, "forced_eos_token_id": None}
+_MARIAN = {**_BART, "decoder_vocab_size": VOCABULARY}
 _WHISPER = {**_BART, "num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 64}
 _IMAGES = {"image_size": 16, "num_labels": 5}
 _VIT = {**_SIZES, **_IMAGES, "patch_size": 8}
@@ -74,7 +76,9 @@ MASKED = {
 }
 ENCODER_DECODER = {
     "t5": ("T5ForConditionalGeneration", _T5),
+    "switch": ("SwitchTransformersForConditionalGeneration", _SWITCH),
     "bart": ("BartForConditionalGeneration", _BART),
+    "marian": ("MarianMTModel", _MARIAN),
     "whisper": ("WhisperForConditionalGeneration", _WHISPER),
 }
 IMAGE = {
@@ -102,4 +106,7 @@ def make(name: str, seed: int = 0) -> nn.Module:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.data.mul_(6.0)
+        for module in model.modules():
+            if hasattr(module, "create_weight"):  # a table of sines, which no file has
+                module.weight.data.copy_(module.create_weight())
     return model.eval()

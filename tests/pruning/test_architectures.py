@@ -16,7 +16,7 @@ from leanstep.pruning.allocate.closed_form import outlier_ratio
 from leanstep.pruning.measure.activation_cache import ActivationCache
 from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.measure import evaluating, weights_hash
-from leanstep.pruning.score.calibration import Pruning
+from leanstep.pruning.score.calibration import Pruning, statistics_for
 from leanstep.pruning.score.targets import make_groups
 
 QUICK = {"sparsity": 0.5, "levels": (0.4, 0.7), "batch_size": 4}
@@ -29,7 +29,7 @@ LEFT_OUT = {
     "qwen3_next": r"conv1d.weight.* was never run",
     "convnext": r"dwconv.weight.* has groups",
 }
-EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "llama4", "deepseek_v3", "jamba", "qwen3_next")
+EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "llama4", "deepseek_v3", "jamba", "qwen3_next", "switch")
 
 
 def data_for(name):
@@ -237,6 +237,40 @@ def make_routed():
         for layer in model.model.layers:
             layer.mlp.gate.weight.zero_()
     return model
+
+
+@pytest.mark.parametrize("score", ["wanda", "sparsegpt", "alps", "mfac"])
+def test_experts_in_linear_layers_without_tokens_are_pruned_by_magnitude(score):
+    model = make("switch")
+    with torch.no_grad():  # every token goes to the first of four experts
+        for name, weight in model.named_parameters():
+            if name.endswith("router.classifier.weight"):
+                weight.zero_()
+        model.shared.weight.mul_(0.05)  # predictions that are certain have no gradient
+    settings = {"sparsity": 0.5, "allocation": "global", "held_out": False}
+    result = prune(model, tokens(8), score=score, **settings)
+    (note,) = (note for note in result.notes if "magnitude" in note)
+    # a ReLU may leave an expert with tokens without a gradient
+    assert int(note.split()[0]) in (24, 25 if score == "mfac" else 24) and note.count(".experts.expert_") == 12
+    assert not any("left out" in note for note in result.notes)
+    targets = {target.parameter: target for target in find_targets(model) if target.is_expert}
+    assert len(targets) == 4 * 4 * 2 and all(".experts.expert_" in name for name in targets)
+    # in the unit of the score of the others: about as many zeros as the expert with tokens
+    for kind in {target.kind for target in targets.values()}:
+        shares = [float((t.weight == 0).float().mean()) for t in targets.values() if t.kind == kind]
+        assert len(shares) == 4 and max(shares) - min(shares) < 0.3, (kind, shares)
+
+
+def test_a_layer_that_is_no_expert_and_never_runs_is_refused():
+    lists = {name: nn.ModuleList([nn.Linear(6, 6)]) for name in ("experts", "shared_experts")}
+    model = nn.ModuleDict(lists)
+    model.forward = lambda x: x
+    expert, shared = find_targets(model)
+    assert (expert.is_expert, shared.is_expert) == (True, False)
+    cache = ActivationCache(model, as_batches(torch.randn(4, 6), model))
+    assert statistics_for(cache, [expert], ("gram",))[expert.name].count == 0
+    with pytest.raises(ValueError, match="shared_experts.0.weight was never run on the calibration data"):
+        statistics_for(cache, [shared], ("gram",))
 
 
 @pytest.mark.parametrize("score", ["wanda", "sparsegpt", "alps", "mfac"])
