@@ -150,8 +150,11 @@ class SecondOrder:
                     by_parameter = dict(zip(parameters, gradients, strict=True))
                     for target in targets:
                         gradient = by_parameter[target.parameter]
-                        if gradient is None:
+                        if gradient is None and not target.is_expert:
                             raise unused(target)
+                        if gradient is None:  # an expert without a token
+                            by_name[target.name][draw, index] = 0
+                            continue
                         matrix = gradient if target.expert is None else gradient[target.expert]
                         by_name[target.name][draw, index] = as_matrix(matrix.contiguous(), target.layout).flatten()
         sample, weight = torch.arange(count), torch.ones(count, dtype=torch.float64)

@@ -91,9 +91,9 @@ class PairRows:
 
     def joined(self, device: torch.device) -> Pairs:
         """All rows. Raises ValueError if the matrix, not of an expert, got none."""
-        target, is_expert = self.target, self.target.expert is not None
+        target = self.target
         if not self._calls:
-            if not is_expert:
+            if not target.is_expert:
                 raise unused(target)
             weight, none = target.weight, torch.zeros(0, dtype=torch.int64)  # an expert without a token
             rows, columns = weight.shape
@@ -111,7 +111,7 @@ class PairRows:
             token=torch.cat([firsts[index, total] + torch.arange(count) for index, total, count in self._calls]),
             sample=torch.tensor([index for index, _ in drawn]).repeat_interleave(sizes),
             weight=weights.repeat_interleave(sizes),
-            key=target.name if is_expert else tuple(drawn),
+            key=target.name if target.is_expert else tuple(drawn),
         )
 
 

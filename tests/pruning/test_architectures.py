@@ -62,7 +62,7 @@ def test_every_architecture_is_pruned_and_opens_again(name, tmp_path):
     assert any("pruned by magnitude" in note for note in notes) == (name in EXPERTS)
 
 
-@pytest.mark.parametrize("name", ["llama4", "gpt_oss", "mamba", "t5", "convnext", "bert_base"])
+@pytest.mark.parametrize("name", ["llama4", "gpt_oss", "mamba", "t5", "convnext", "bert_base", "switch"])
 def test_fisher_curves_of_other_architectures(name, tmp_path):
     save_model(make(name), tmp_path / "in")
     result = prune_checkpoint(tmp_path / "in", tmp_path / "out", data_for(name), curves="fisher", **QUICK)
