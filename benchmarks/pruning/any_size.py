@@ -1,6 +1,7 @@
 """Peak memory of pruning a checkpoint of 1.1 billion parameters from folder to folder, imports included.
 
     python benchmarks pruning/any_size FOLDER [--layers 22] [--samples 2] [--tokens 16] [--allocation uniform]
+    python benchmarks pruning/any_size FOLDER --allocation dp --curves fisher --tokens 512
 
 FOLDER gets a LLaMA of random bf16 weights in the shape of TinyLlama, in shards of 500 MB, unless it is there, and is
 pruned to half by Wanda into FOLDER-pruned, which is removed. The data is random tokens: how well the model is pruned is
@@ -16,7 +17,10 @@ from common import command_line
 
 from leanstep._memory import peak_process_memory
 
-PARSER = command_line(__doc__, layers=22, samples=2, tokens=16, allocation="uniform", score="wanda")
+PARSER = command_line(
+    __doc__, layers=22, samples=2, tokens=16, allocation="uniform", score="wanda", curves=("fisher", "with dp"),
+    levels=([0.3, 0.5, 0.7], "with dp"),
+)  # fmt: skip
 PARSER.add_argument("folder", metavar="FOLDER", type=Path)
 _SHARD = 500_000_000
 
@@ -33,9 +37,11 @@ def main() -> None:
     imports, clock, processor = peak_process_memory(), time.monotonic(), time.process_time()
     data = torch.randint(32000, (options.samples, options.tokens), generator=torch.Generator().manual_seed(0))
     out = options.folder.with_name(f"{options.folder.name}-pruned")
+    by_curves = {"curves": options.curves, "levels": options.levels} if options.allocation == "dp" else {}
     result = prune_checkpoint(
-        options.folder, out, data, held_out=False, sparsity=0.5, allocation=options.allocation, score=options.score
-    )
+        options.folder, out, data, held_out=False, sparsity=0.5, allocation=options.allocation, score=options.score,
+        **by_curves,
+    )  # fmt: skip
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     shutil.rmtree(out)
     print(f"weights         {size / 2**30:.2f} GiB, {result.sparsity:.3f} of {len(result.groups)} matrices zero")
