@@ -155,7 +155,8 @@ def prune_checkpoint(
     joined = Scratch(out.absolute().parent, resident_weights)
     with CopiesInFiles(joined):
         model = load_model(checkpoint)
-    check_reach(model, settings)
+    if has_zeros(checkpoint, _prunable_names(model, settings)):  # else not: counting takes the memory of all weights
+        check_reach(model, settings)
     if activations == "disk":
         scratch = scratch_bytes(model, _sequences(calibration))
         processes.from_first(lambda: check_space(out, written + scratch * processes.size))
@@ -226,7 +227,7 @@ def check_run(
         settings: those of :func:`prune`.
     """
     model = empty_model_of(checkpoint, DTYPES[most_common_dtype(checkpoint)])
-    names = prunable_names(model, include=settings.get("include"), exclude=settings.get("exclude") or ())
+    names = _prunable_names(model, settings)
     try:
         check_reach(model, settings)
     except InfeasibleBudget:
@@ -244,9 +245,13 @@ def check_run(
         check_recoverable(model, names, batch, recovery)
     if evaluate and batch.labels is None:
         raise ValueError(
-            f"perplexity is of a model that predicts the next token, which {type(model).__name__} does not; leave it "
-            "out (--eval)"
+            f"perplexity needs a model that predicts the next token, which {type(model).__name__} does not; leave out "
+            "evaluate (--eval)"
         )
+
+
+def _prunable_names(model: nn.Module, settings: Mapping[str, Any]) -> list[str]:
+    return list(prunable_names(model, include=settings.get("include"), exclude=settings.get("exclude") or ()))
 
 
 def _check_reads_text(model: nn.Module, label: str) -> None:

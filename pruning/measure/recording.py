@@ -205,8 +205,8 @@ class Recorder:
             yield
 
     def _record(self, target: Target, inputs: Tensor, output: Tensor) -> Tensor:
+        rows = input_rows(target.module, inputs.detach())  # refuses modules whose output is no tensor
         output = output if output.requires_grad else output.detach().requires_grad_()
-        rows = input_rows(target.module, inputs.detach())
         if len(rows) and not self._is_again:
             order = torch.randperm(len(rows), generator=generator_of(self._index, len(rows)))
             drawn = order[: self._each].sort().values.to(rows.device)

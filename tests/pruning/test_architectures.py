@@ -126,10 +126,13 @@ def test_the_command_refuses_what_it_cannot_measure_in_one_line(tmp_path, capsys
     save_model(make("clip_pair"), tmp_path / "clip")
     (tmp_path / "text.txt").write_text(sentences(12))
     arguments = ["prune", str(tmp_path / "clip"), "--data", str(tmp_path / "text.txt"), *SMALL, "--sparsity", "0.5"]
-    for more in ([], ["--eval"]):
+    for more, expected in (
+        ([], "CLIPModel could not be measured on the data"),
+        (["--eval"], "perplexity needs a model that predicts the next token, which CLIPModel does not"),
+    ):
         assert main([*arguments, "--out", str(tmp_path / "out"), *more]) == 2
         (error,) = capsys.readouterr().err.splitlines()[-1:]
-        assert error.startswith("error: CLIPModel could not be measured on the data")
+        assert error.startswith(f"error: {expected}")
     assert not (tmp_path / "out").exists()
 
 
