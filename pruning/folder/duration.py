@@ -21,9 +21,8 @@ from leanstep.pruning.score.scores import layer_pruner
 if TYPE_CHECKING:
     from leanstep.pruning.folder.estimate import Workload
 
-# forward passes that a pass of Fisher curves is worth: forward, and twice the blocks again and backward, on the mean
-# from the middle of the model on
-_FISHER_PASSES = 4
+# forward passes that a pass of Fisher curves is worth: one, and two times two from the first block of a portion on
+_FISHER_PASSES = 3
 # products with a matrix, and rankings, of a level with ALPS; products of its eigenvectors
 _ALPS_PRODUCTS, _ALPS_RANKINGS, _ALPS_EIGEN = 80, 20, 20
 # calls of torch in a block of a transformer, and around the blocks

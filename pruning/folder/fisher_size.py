@@ -50,7 +50,7 @@ class FisherSize:
             return ROWS * (columns + DRAWS * rows)
 
         sizes = [itemsize * sum(values(*matrix) for matrix in block) for block in blocks]
-        portions = _portions(sizes, COLLECTED_BYTES)
+        portions = _portions(sizes, max(COLLECTED_BYTES, 2 * max(sizes)))
         largest = max(portions, key=lambda portion: sum(sizes[number] for number in portion))
         collected = sum(sizes[number] for number in largest)
         if not one_output:  # short data has fewer rows

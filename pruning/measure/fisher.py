@@ -38,7 +38,7 @@ ROWS = 4096
 DRAWS = 2
 # directions for each sample of a model with one output per sample, at most
 SAMPLE_DRAWS = 8
-# most bytes of x and g at once, where those of one stage take less
+# most bytes of x and g at once, where those of two stages take less
 COLLECTED_BYTES = 1 << 30
 
 
@@ -196,8 +196,8 @@ class SecondOrder:
 def fisher_curves(second: SecondOrder, points: Points, pruning: Pruning) -> dict[str, Curve]:
     """The curves of all groups of ``points``, to second order; adds the missing points.
 
-    Matrices are collected together up to 1 GiB of x and g, or half of the free memory if that is less, and at least
-    those of one stage. Each process collects its share of the matrices.
+    Matrices are collected together up to 1 GiB of x and g, or those of two stages if they take more, but no more than
+    half of the free memory where several stages do. Each process collects its share of the matrices.
     """
     missing = [group for group in points.groups if points.missing[group.name]]
     share = {group.name for group in pruning.processes.share(missing)}
@@ -219,11 +219,16 @@ def _portions(
 ) -> Iterator[Sequence[tuple[int, list[Group]]]]:
     """Split stages so that what is collected of a portion, of the named groups, fits into memory."""
     free = processes.free_memory(device_of(second.model))
-    limit = COLLECTED_BYTES if free is None else min(COLLECTED_BYTES, free // 2)
+    sizes = [
+        sum(second.bytes_of(target) for group in groups if group.name in share for target in group.targets)
+        for _, groups in stages
+    ]
+    limit = max(COLLECTED_BYTES, 2 * max(sizes, default=0))
+    if free is not None:
+        limit = min(limit, free // 2)
     portion: list[tuple[int, list[Group]]] = []
     size = 0
-    for start, groups in stages:
-        needed = sum(second.bytes_of(t) for group in groups if group.name in share for t in group.targets)
+    for (start, groups), needed in zip(stages, sizes, strict=True):
         if portion and size + needed > limit:
             yield portion
             portion, size = [], 0

@@ -113,8 +113,8 @@ def measure_curves(
         Memory: the dense outputs (for ``kl``, 4 bytes per token and entry of the vocabulary), one hidden state per
         token, and the statistics of one block. Time: a forward pass over the data per level, half of it on average with
         ``prefix_cache``. For ``fisher``: no dense outputs, and :class:`leanstep.pruning.measure.fisher.SecondOrder` of
-        as many matrices as take 1 GiB. Time: for each such portion, the work of up to seven forward passes, and 4,096
-        products of a row and the matrix for every level.
+        as many matrices as take 1 GiB, or of two blocks. Time: for each such portion, the work of up to five forward
+        passes, and 4,096 products of a row and the matrix for every level.
 
     References:
         K. Xu, Z. Wang, X. Geng, M. Wu, X. Li, W. Lin, "Efficient Joint Optimization of Layer-Adaptive Weight Pruning in
