@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import mmap
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,6 @@ class MappedFile:
         self._path, self._writable = path, writable
         # for torch, safetensors would map the file at once
         self._file = safe_open(path, framework="numpy").__enter__()
-        self._offsets = tensor_offsets(path)
         self._mapping: mmap.mmap | None = None
 
     def __enter__(self) -> MappedFile:
@@ -87,7 +88,7 @@ class MappedFile:
             self._mapping = map_file(self._path, writable=self._writable)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given buffer is not writable")
-            flat = torch.frombuffer(self._mapping, dtype=dtype, count=count, offset=self._offsets[name])
+            flat = torch.frombuffer(self._mapping, dtype=dtype, count=count, offset=tensor_offsets(self._path)[name])
         return flat.reshape(shape)
 
 
@@ -109,8 +110,15 @@ class MappedSlice:
         return self._file.get_tensor(self._name)[index]
 
 
-def tensor_offsets(path: Path) -> dict[str, int]:
+def tensor_offsets(path: Path) -> Mapping[str, int]:
     """Where each tensor of a safetensors file begins, in bytes from the start of the file."""
+    status = path.stat()
+    return _offsets(path, status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+# checkpoints are read tensor by tensor, each from a file that is opened for it
+@functools.lru_cache(maxsize=64)
+def _offsets(path: Path, *_status: int) -> Mapping[str, int]:
     with path.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(length))

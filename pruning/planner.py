@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -49,11 +50,13 @@ def check_target(
     pattern: str,
     levels: Sequence[float] | None,
     budget: Budget | LatencyTable | str,
+    nonzero: dict[str, int] | None = None,
 ) -> BudgetConstraint:
     """The constraint of a budget, for groups whose levels meet it.
 
     Args:
         groups: of a model with its weights, or without values, which counts all weights as nonzero.
+        nonzero: number of nonzero weights of each group; None: they are counted.
         method: the allocation.
         sparsity, pattern, levels, budget: as for :func:`leanstep.pruning.prune`.
 
@@ -68,7 +71,9 @@ def check_target(
     if (fixed := fixed_pattern(pattern)) is not None:
         check_filled(groups, fixed.m)
         return constraint
-    target, nonzero = _target_sparsity(constraint, sparsity), {group.name: group.nonzero() for group in groups}
+    target = _target_sparsity(constraint, sparsity)
+    if nonzero is None:
+        nonzero = {group.name: group.nonzero() for group in groups}
     constraint.check_sparsity(target, nonzero, may_keep_none=method == "dp")
     if method == "dp" or pattern != "unstructured":
         by_group = levels_of(groups, _around(constraint, sparsity), pattern, levels=levels)
@@ -128,6 +133,7 @@ class Planner:
             pattern=self.pattern,
             levels=self.levels,
             budget=self.budget,
+            nonzero=before,
         )
         measured: dict[str, Curve] = {}
         if fixed is not None:
@@ -333,12 +339,9 @@ class Planner:
             self.notes.append("no uniform sparsity meets the budget: the allocation was compared with nothing")
         measurement = self._measurement(self.held_out)
         others = [one for one in (programme if candidate is not programme else None, uniform) if one is not None]
-        sums = self._affordable_sums(measurement, 1 + len(others))
-        costs = [
-            self.trial.additivity(measurement, one, stay=False, singles=number < sums)
-            for number, one in enumerate(others, 1)
-        ]
-        cost = self.trial.additivity(measurement, candidate, stay=True, singles=sums > 0)
+        summed, *sums = self._sums(measurement, [candidate, *others])
+        costs = [self.trial.additivity(measurement, *pair, stay=False) for pair in zip(others, sums, strict=True)]
+        cost = self.trial.additivity(measurement, candidate, summed, stay=True)
         compared = [cost, *costs]
         # a pruned model that overflows is never the best
         best = min(
@@ -353,19 +356,26 @@ class Planner:
         self.trial.apply(best[1])
         return best[1], compared
 
-    def _affordable_sums(self, measurement: Measurement, allocations: int) -> int:
-        """Of how many allocations single matrices are pruned on held-out data within ``minutes``, with a note."""
-        processes = self.processes
-        seconds = measurement.seconds_of_singles(self.groups) / processes.size
-        limit = 60 * self.minutes
-        # by the clock of the first process
-        affordable = processes.all_gather(int(limit / seconds) if allocations * seconds > limit else allocations)[0]
-        if not affordable:
+    def _sums(self, measurement: Measurement, allocations: Sequence[Allocation]) -> list[float]:
+        """For each allocation, the sum of distortions with one matrix pruned at a time; NaN from where that takes, in
+        passes alone or by the clock, longer than ``minutes``. A note names the first.
+        """
+        seconds = measurement.seconds_of_singles(self.groups) / self.processes.size
+        limit, sums = 60 * self.minutes, [math.nan] * len(allocations)
+        until = time.monotonic() + limit
+        for number, allocation in enumerate(allocations):
+            # by the clock of the first process
+            if not self.processes.all_gather((number + 1) * seconds <= limit)[0]:
+                break
+            sums[number] = self.trial.summed(measurement, allocation, until)
+            if math.isnan(sums[number]):
+                break
+        if math.isnan(sums[0]):
             self.notes.append(
-                f"whether distortions add up was not measured: matrices one by one on held-out data take about "
-                f"{seconds / 60:.3g} minutes, and {self.minutes:g} are allowed"
+                "whether distortions add up was not measured: to prune matrices one by one on held-out data takes "
+                f"longer than {self.minutes:g} minutes"
             )
-        return affordable
+        return sums
 
 
 def _why_not(candidate: Allocation, cost: Additivity, best: Additivity, other: Allocation) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import tempfile
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from leanstep._checkpoint import TensorFile, checked_file, copy_other_files
-from leanstep._files import format_bytes, remove_partials
+from leanstep._files import format_bytes, is_disk_full, remove_partials
 from leanstep._mapped import MappedParameters, ResidentSet, is_mapped, release_pages
 from leanstep._safetensors import tensor_offsets
 from leanstep.pruning.folder.files import INDEX, Checkpoint, written_name
@@ -120,7 +121,7 @@ def map_weights(checkpoint: Checkpoint, model: nn.Module, folder: Path, resident
         resident: bounds the part of the mapped weights in memory.
     """
     places: dict[str, tuple[Path, int]] = {}
-    offsets: dict[str, dict[str, int]] = {}
+    offsets: dict[str, Mapping[str, int]] = {}
     for parameter, (file, name) in stored_names(checkpoint, model).items():
         value = model.get_parameter(parameter)
         if file not in offsets:
@@ -220,16 +221,15 @@ def _stored(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
 
 @contextmanager
 def told_to_resume(*files: Path) -> Iterator[None]:
-    """Context manager: an error of writing also says how to go on, if there is one of the files to go on with."""
+    """Context manager: the error of a full disk also says how to go on, if there is one of the files to go on with."""
     try:
         yield
     except OSError as error:
         there = [file.name for file in files if file.exists()]
-        if not there or error.errno is None:
+        if not there or not is_disk_full(error):
             raise
-        raise OSError(
-            error.errno, f"{error.strerror}. The same command with --resume goes on with {' and '.join(there)}"
-        ) from error
+        text = f"{error.strerror or error}. The same command with --resume goes on with {' and '.join(there)}"
+        raise OSError(errno.ENOSPC, text, error.filename) from error
 
 
 def state_file(folder: Path) -> Path:

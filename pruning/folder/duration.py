@@ -147,7 +147,7 @@ class Duration:
             together = (blocks + 4) / 2 * self._pass(workload.held_out, compared=True)
             single = groups / 2 * self._pass(workload.held_out, compared=True) + self._statistics + self._prune_all
             # single matrices are pruned only within the minutes
-            alone = min(allocations, int(60 * workload.minutes / single)) if single else allocations
+            alone = int(min(allocations, 60 * workload.minutes / single)) if single else allocations
             seconds["comparison on held-out data"] = (
                 allocations * (together + self._statistics + self._prune_all) + alone * single
             )

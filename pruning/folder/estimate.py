@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -189,7 +190,7 @@ class _Shapes:
             * itemsize
             * max((p.numel() for name, p in parameters.items() if _is_joined(name, checkpoint)), default=0),
             max((sum(p.numel() for p in b.parameters()) for _, b in candidate_blocks(model)), default=0) * itemsize,
-            embeddings is None,
+            re.search(r"For(Sequence|Image|Audio|Video)Classification", type(model).__name__) is not None,
         )
 
 
@@ -242,7 +243,7 @@ def estimate_pruning(
         outputs=shapes.outputs,
         itemsize=ITEM_BYTES[dtype],
         one_output=shapes.one_output,
-        recomputed=workload.device == "cpu",
+        recomputed=workload.device == "cpu" and not shapes.one_output,
     )
     sizes = Sizes(shapes.matrices, len(shapes.blocks), shapes.active, shapes.outputs, tokens, checkpoint.size, fisher)
     duration = Duration(sizes, workload, Rates.measured(product_dtype(DTYPES[dtype], workload.products)))

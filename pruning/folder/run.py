@@ -218,8 +218,9 @@ def check_run(
 ) -> None:
     """Raise ValueError for what a run could not do with a checkpoint. A dry run asks the same.
 
-    Looks at the configuration and at one sample of the data, and runs nothing. What the weights decide, and data that
-    can be read only once, are left to the run.
+    Looks at the configuration and at one sample of the data, and runs nothing. Where the target is out of reach, reads
+    the files up to the first zeros, which would change that. What the weights decide, and data that can be read only
+    once, are left to the run.
 
     Args:
         checkpoint: opened.

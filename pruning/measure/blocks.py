@@ -352,7 +352,8 @@ def recomputed_blocks(model: nn.Module, again: Callable[[], AbstractContextManag
         contexts = lambda: (nullcontext(), _Reusable(again))  # noqa: E731
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         versions = [tensor._version for tensor in inputs]
-        output = checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+        # keywords of the block, which may have names of the function's own
+        output = checkpoint(partial(forward, **kwargs), *args, use_reentrant=False, context_fn=contexts)
         if versions != [tensor._version for tensor in inputs]:
             raise RuntimeError("a block writes into its inputs and cannot be computed again")
         return output

@@ -90,18 +90,22 @@ class Trial:
             self.apply(allocation)
             return measurement.joint()
 
-    def additivity(
-        self, measurement: Measurement, allocation: Allocation, *, stay: bool, singles: bool = True
-    ) -> Additivity:
+    def summed(self, measurement: Measurement, allocation: Allocation, until: float) -> float:
+        """Sum of the distortions with one matrix pruned at a time, on the measurement's data.
+
+        They are pruned with the statistics of the dense model. NaN if a block begins after ``time.monotonic()`` has
+        reached ``until``.
+        """
+        with evaluating(measurement.model):
+            alone = measurement.singles(self.groups, allocation, self.pruning, until)
+        return math.nan if alone is None else sum(point.mean for point in alone)
+
+    def additivity(self, measurement: Measurement, allocation: Allocation, summed: float, *, stay: bool) -> Additivity:
         """Joint and summed distortion of an allocation on the measurement's data.
 
-        Single matrices are pruned with the statistics of the dense model, all together as by :meth:`apply`. Restores
-        the weights, or with ``stay`` leaves the model pruned. Without ``singles``, the sum is NaN.
+        All matrices together are pruned as by :meth:`apply`. Restores the weights, or with ``stay`` leaves the model
+        pruned.
         """
-        summed = math.nan
-        if singles:
-            with evaluating(measurement.model):
-                summed = sum(point.mean for point in measurement.singles(self.groups, allocation, self.pruning))
         joint = self.joint(measurement, allocation, stay=stay)
         return Additivity(allocation.method, joint.mean, joint.stderr, summed)
 

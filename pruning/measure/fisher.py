@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -76,12 +76,13 @@ class SecondOrder:
         Memory, for each collected matrix [out, in] and in its dtype: 4,096 (in + 2 out) values for each call of a pass;
         for one output per sample, up to 8 out * in values of every sample. While it collects: the inputs of all blocks
         for one sample, and the activations of one block, which the backward pass computes again. The activations of
-        all blocks where a block writes into its inputs, and on a device that does not hold the model.
+        all blocks for one output per sample, where a block writes into its inputs or does not compute the same again,
+        and on a device that does not hold the model.
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch], metric: Metric) -> None:
         self.model, self.metric = model, metric
-        self.samples = [batch.sample(row) for batch in batches for row in range(batch.size)]
+        self.samples = [_without_cache(batch.sample(row), model) for batch in batches for row in range(batch.size)]
         with torch.no_grad(), _counting(model) as self._calls:
             output = self.samples[0].run(model)
             # outputs of all samples have one form; a metric without a root is refused here
@@ -166,13 +167,15 @@ class SecondOrder:
                 return self._recorded_pairs(targets)
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError:  # a block writes into its inputs, or does not compute the same again
+            except RuntimeError as error:  # a block writes into its inputs, or does not compute the same again
+                if "DefaultCPUAllocator" in str(error):  # torch's name of the host's memory, which is full
+                    raise
                 self._recomputes = False
         return self._recorded_pairs(targets)
 
     def _recorded_pairs(self, targets: Sequence[Target]) -> dict[str, Pairs | SampleGradients]:
         each, count = -(-ROWS // len(self.samples)), len(self.samples)
-        rows = {target.name: PairRows(target, DRAWS, count * each * self._calls_of(target)) for target in targets}
+        rows = {target.name: PairRows(target, DRAWS, count * self._calls_of(target)) for target in targets}
         with _only_gradients_of(self.model, []):
             for index, sample in enumerate(self.samples):
                 recorder = Recorder(self.model, rows, each, index)
@@ -236,6 +239,15 @@ def _portions(
         size += needed
     if portion:
         yield portion
+
+
+def _without_cache(sample: Batch, model: nn.Module) -> Batch:
+    """A sample of which a model stores no keys and values: a block that is computed again would add its own twice."""
+    config: Any = getattr(model, "config", None)
+    get_text_config = getattr(config, "get_text_config", None)
+    if get_text_config is None or getattr(get_text_config(), "use_cache", None) is None:
+        return sample
+    return replace(sample, kwargs={"use_cache": False, **sample.kwargs})
 
 
 @contextmanager

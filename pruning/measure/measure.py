@@ -258,11 +258,20 @@ class Measurement:
         [(start, _)] = self.cache.by_start([group])
         return 1 - start / max(len(self.cache.stages), 1)
 
-    def singles(self, groups: Sequence[Group], allocation: Allocation, pruning: Pruning) -> list[Distortion]:
-        """Distortion of each group alone at its allocated level, in the order of the stages."""
+    def singles(
+        self, groups: Sequence[Group], allocation: Allocation, pruning: Pruning, until: float
+    ) -> list[Distortion] | None:
+        """Distortion of each group alone at its allocated level, in the order of the stages.
+
+        None if ``time.monotonic()`` of the first process reaches ``until`` before the last stage begins.
+        """
         by_name: dict[str, Distortion] = {}
         share, in_order = {group.name for group in pruning.processes.share(groups)}, list[str]()
         for start, stage in self._stages(groups, pruning):
+            if pruning.processes.all_gather(time.monotonic() > until)[0]:
+                self.cache.reset()
+                pruning.cache.reset()
+                return None
             in_order += [group.name for group in stage]
             for group, pruners in pruning.each(stage, start):
                 if group.name in share:

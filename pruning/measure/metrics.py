@@ -334,8 +334,13 @@ def may_give_logits(model: nn.Module) -> bool:
     except (NameError, TypeError, AttributeError):  # a name that is known to type checkers alone
         return True
     outputs = [one for one in get_args(declared) or (declared,) if isinstance(one, type) and is_dataclass(one)]
-    if "For" in type(model).__name__:  # with a head; few of these declare the output of the model below it
-        outputs = [one for one in outputs if not one.__name__.startswith("BaseModelOutput")]
+    if "For" in (name := type(model).__name__):  # with a head; some declare the output of the model below it
+        of_heads = "transformers.modeling_outputs"
+        outputs = [
+            one
+            for one in outputs
+            if one.__name__ == f"{name}Output" or (one.__module__ == of_heads and "ModelOutput" not in one.__name__)
+        ]
     return not outputs or any("logits" in (field.name for field in fields(one)) for one in outputs)
 
 

@@ -52,11 +52,13 @@ class PairRows:
     Args:
         target: the matrix.
         draws: number of directions.
-        capacity: rows for which memory is reserved at first. Memory is taken as rows come.
+        calls: expected in all samples. Memory for as many as the first one is reserved; for an expert, which gets
+            other numbers of rows each time, twice that of its rows.
     """
 
-    def __init__(self, target: Target, draws: int, capacity: int) -> None:
-        self.target, self._draws, self._capacity = target, draws, capacity
+    def __init__(self, target: Target, draws: int, calls: int) -> None:
+        self.target, self._draws, self._capacity = target, draws, 0
+        self._expected_calls = 1 if target.is_expert else calls
         self._inputs, self._gradients = torch.empty(0), torch.empty(0)
         # of each call: index of the sample, rows of its output, rows that were drawn
         self._calls: list[tuple[int, int, int]] = []
@@ -65,6 +67,7 @@ class PairRows:
     def add(self, index: int, total: int, inputs: Tensor) -> slice:
         """Add the drawn rows x of a call for a sample, of ``total``; returns their place."""
         place = slice(self._end, self._end + len(inputs))
+        self._capacity = self._capacity or self._expected_calls * len(inputs)
         if place.stop > len(self._inputs):
             self._inputs = _grown(self._inputs, inputs, self._capacity_for(place.stop), dim=0)
         self._inputs[place] = inputs

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from architectures import make
 from pruned_models import images, make_cnn, make_gpt2, make_llama, make_mixtral, make_vit, tokens
 from torch import nn
 
@@ -236,6 +237,51 @@ def test_a_block_that_writes_into_its_inputs_is_not_computed_again():
         second.collect([target for target, _ in changed])
         value = second.distortion(changed).mean
     assert not second._recomputes and value == pytest.approx(exact(model, batches, changed, "kl"), rel=0.5)
+
+
+class _KeywordBlock(nn.Module):
+    """A block with keywords that torch.utils.checkpoint has, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x, *, debug, use_reentrant, preserve_rng_state):
+        return self.linear(x).tanh() * (debug + use_reentrant + preserve_rng_state)
+
+
+class _KeywordModel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(_KeywordBlock() for _ in range(3))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x, debug=0.5, use_reentrant=0.25, preserve_rng_state=0.25)
+        return x
+
+
+def test_keywords_of_a_block_are_its_own():
+    torch.manual_seed(0)
+    model = _KeywordModel().double()
+    batches = [Batch((torch.randn(4, 7, 6, dtype=torch.float64),))]
+    with evaluating(model):
+        second = SecondOrder(model, batches, make_metric("kl", model))
+        second.collect([target for target, _ in changes_of(model)])
+        assert second._recomputes
+
+
+@pytest.mark.parametrize("name", ["gemma3", "t5", "gpt2"])
+def test_no_keys_and_values_are_stored(name, tmp_path):
+    model = make(name)
+    inner = model.config.get_text_config()
+    inner.use_cache = True
+    batch = Batch((), {model.main_input_name: tokens(2)} | ({"decoder_input_ids": tokens(2)} if name == "t5" else {}))
+    with evaluating(model):
+        second = SecondOrder(model, [batch], make_metric("kl", model))
+        assert all(sample.kwargs["use_cache"] is False for sample in second.samples)
+        second.collect(find_targets(model))
+        assert second._recomputes
 
 
 def rank_correlation(a, b):

@@ -187,8 +187,8 @@ def test_the_result_is_the_best_on_held_out_data(curves, monkeypatch):
 def test_an_allocation_whose_outputs_overflow_is_not_applied(curves, monkeypatch):
     measured = Trial.additivity
 
-    def overflowing(self, measurement, allocation, **settings):
-        cost = measured(self, measurement, allocation, **settings)
+    def overflowing(self, measurement, allocation, summed, **settings):
+        cost = measured(self, measurement, allocation, summed, **settings)
         return replace(cost, joint=math.nan) if allocation.method == "dp" else cost
 
     monkeypatch.setattr(Trial, "additivity", overflowing)
