@@ -227,7 +227,11 @@ def check_run(
         data, recovery, evaluate: as for :func:`prune_checkpoint`.
         settings: those of :func:`prune`.
     """
-    model = empty_model_of(checkpoint, DTYPES[most_common_dtype(checkpoint)])
+    try:
+        dtype = DTYPES[most_common_dtype(checkpoint)]
+    except ValueError:  # files without weights, which loading refuses with the names of those that it expects
+        dtype = torch.float32
+    model = empty_model_of(checkpoint, dtype)
     names = _prunable_names(model, settings)
     try:
         check_reach(model, settings)
