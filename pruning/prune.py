@@ -89,7 +89,7 @@ def prune(
             ``measured`` where that takes less than ``minutes``, else ``anchored``. Or curves measured earlier with the
             same score.
         minutes: time for measurements; see :func:`measure_curves`. On held-out data, matrices are pruned one by one
-            as long as that takes no longer, first for the allocation by curves.
+            as long as that takes no longer, first for the allocation that was asked for.
         correction: ``none``; or ``relinearise``, which measures curves again around the uniformly pruned model. The
             allocation with the smallest joint distortion on ``curve_data`` is taken.
         inputs: on which a block is pruned: ``pruned``, those that the pruned blocks before it produce; or ``dense``,

@@ -194,12 +194,27 @@ def write_report(content: Mapping[str, Any], folder: Path) -> None:
 def has_zeros(checkpoint: Checkpoint, names: Iterable[str]) -> bool:
     """Whether a hundredth of a parameter among some names is zero. Reads the files up to the first; they are mapped."""
     names = list(names)
-    for stored, value in _stored(checkpoint):
-        # transformers joins experts, and adds or drops a prefix of the model
-        among = ".experts." in stored or any(stored.endswith(name) or name.endswith(stored) for name in names)
-        if among and int(value.count_nonzero()) < 0.99 * value.numel():
-            return True
-    return False
+    return any(_is_sparse(stored, value, names) for stored, value in _stored(checkpoint))
+
+
+def hash_and_zeros(checkpoint: Checkpoint, names: Iterable[str]) -> tuple[str, bool]:
+    """:func:`stored_hash` and :func:`has_zeros` by reading every file once."""
+    names, sparse = list(names), list[bool]()
+
+    def watched() -> Iterator[tuple[str, Tensor]]:
+        for stored, value in _stored(checkpoint):
+            if not any(sparse):
+                sparse.append(_is_sparse(stored, value, names))
+            yield stored, value
+
+    return tensors_hash(watched()), any(sparse)
+
+
+def _is_sparse(stored: str, value: Tensor, names: Iterable[str]) -> bool:
+    """Whether a stored tensor is among some parameters, and a hundredth of it is zero."""
+    # transformers joins experts, and adds or drops a prefix of the model
+    among = ".experts." in stored or any(stored.endswith(name) or name.endswith(stored) for name in names)
+    return among and int(value.count_nonzero()) < 0.99 * value.numel()
 
 
 def stored_hash(checkpoint: Checkpoint) -> str:

@@ -24,12 +24,12 @@ from leanstep.pruning.folder.checkpoint import (
     SOURCE_WEIGHTS,
     copy_others,
     has_zeros,
+    hash_and_zeros,
     map_copies,
     map_weights,
     remove_search_files,
     search_files,
     state_file,
-    stored_hash,
     told_to_resume,
     unmapped_note,
     write_report,
@@ -155,13 +155,15 @@ def prune_checkpoint(
     joined = Scratch(out.absolute().parent, resident_weights)
     with CopiesInFiles(joined):
         model = load_model(checkpoint)
-    if has_zeros(checkpoint, _prunable_names(model, settings)):  # else not: counting takes the memory of all weights
+    names = _prunable_names(model, settings)
+    source_weights, zeros = processes.from_first(lambda: hash_and_zeros(checkpoint, names))
+    if zeros:  # else not: counting takes the memory of all weights
         check_reach(model, settings)
     if activations == "disk":
         scratch = scratch_bytes(model, _sequences(calibration))
         processes.from_first(lambda: check_space(out, written + scratch * processes.size))
     content: dict[str, Any] = {"leanstep": __version__, "source": str(source)}
-    content[SOURCE_WEIGHTS] = processes.from_first(lambda: stored_hash(checkpoint))
+    content[SOURCE_WEIGHTS] = source_weights
     # as asked for: the allocation that is applied may be another, which the comparison found to be better
     content["settings"] = asked_settings(settings) | _amounts(data, held_out, settings)
     if calibration.text:

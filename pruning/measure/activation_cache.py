@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from leanstep._mapped import FileTensor, Scratch
 from leanstep._processes import Processes
 from leanstep.pruning.measure.batches import Batch
-from leanstep.pruning.measure.blocks import candidate_blocks
+from leanstep.pruning.measure.blocks import candidate_blocks, set_forward
 from leanstep.pruning.score.targets import Group, Target
 
 
@@ -215,10 +215,7 @@ class ActivationCache:
             yield
         finally:
             for stage, forward in stored:
-                if forward is None:
-                    del stage.forward
-                else:
-                    stage.forward = forward
+                set_forward(stage, forward)
 
 
 class BlockCache(ActivationCache):

@@ -361,7 +361,7 @@ def recomputed_blocks(model: nn.Module, again: Callable[[], AbstractContextManag
     with ExitStack() as stack:
         for _, block in () if model in _MOVERS else candidate_blocks(model):
             if any(True for _ in block.children()):
-                stack.callback(_set_forward, block, block.__dict__.get("forward"))
+                stack.callback(set_forward, block, block.__dict__.get("forward"))
                 block.forward = partial(run, block.forward)
         yield
 
@@ -380,7 +380,7 @@ class _Reusable:
         return self._entered.pop().__exit__(*error)
 
 
-def _set_forward(module: nn.Module, forward: Any) -> None:
+def set_forward(module: nn.Module, forward: Any) -> None:
     """Set the ``forward`` of a module; None: that of its class."""
     if forward is None:
         del module.forward

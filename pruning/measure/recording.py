@@ -52,8 +52,8 @@ class PairRows:
     Args:
         target: the matrix.
         draws: number of directions.
-        calls: expected in all samples. Memory for as many as the first one is reserved; for an expert, which gets
-            other numbers of rows each time, twice that of its rows.
+        calls: expected in all samples. Memory is reserved for so many calls of the first one's length. An expert, whose
+            calls differ in length, reserves memory as its rows come.
     """
 
     def __init__(self, target: Target, draws: int, calls: int) -> None:
@@ -65,24 +65,24 @@ class PairRows:
         self._end = 0
 
     def add(self, index: int, total: int, inputs: Tensor) -> slice:
-        """Add the drawn rows x of a call for a sample, of ``total``; returns their place."""
-        place = slice(self._end, self._end + len(inputs))
+        """Add the drawn rows x of a call for a sample, of ``total``; returns their range among all rows."""
+        row_range = slice(self._end, self._end + len(inputs))
         self._capacity = self._capacity or self._expected_calls * len(inputs)
-        if place.stop > len(self._inputs):
-            self._inputs = _grown(self._inputs, inputs, self._capacity_for(place.stop), dim=0)
-        self._inputs[place] = inputs
+        if row_range.stop > len(self._inputs):
+            self._inputs = _grown(self._inputs, inputs, self._capacity_for(row_range.stop), dim=0)
+        self._inputs[row_range] = inputs
         self._calls.append((index, total, len(inputs)))
-        self._end = place.stop
-        return place
+        self._end = row_range.stop
+        return row_range
 
-    def add_gradients(self, place: slice, draw: int, gradients: Tensor | None) -> None:
+    def add_gradients(self, row_range: slice, draw: int, gradients: Tensor | None) -> None:
         """Add the rows g of a call, for a direction; zeros for None."""
         if gradients is None:
-            gradients = self._inputs.new_zeros(place.stop - place.start, self.target.weight.shape[0])
-        if self._gradients.dim() < 3 or place.stop > self._gradients.shape[1]:
+            gradients = self._inputs.new_zeros(row_range.stop - row_range.start, self.target.weight.shape[0])
+        if self._gradients.dim() < 3 or row_range.stop > self._gradients.shape[1]:
             like = gradients.expand(self._draws, *gradients.shape)
-            self._gradients = _grown(self._gradients, like, self._capacity_for(place.stop), dim=1)
-        self._gradients[draw, place] = gradients
+            self._gradients = _grown(self._gradients, like, self._capacity_for(row_range.stop), dim=1)
+        self._gradients[draw, row_range] = gradients
 
     def remove(self, index: int) -> None:
         """Remove the rows of a sample, which were added last."""
@@ -135,13 +135,13 @@ class Call:
     Attributes:
         target: the matrix.
         drawn: numbers of the drawn rows, int64.
-        place: of these rows among those of the matrix.
+        row_range: of these rows among all rows of the matrix.
         edge: the output's place in the graph; None once the graph is freed.
     """
 
     target: Target
     drawn: Tensor
-    place: slice
+    row_range: slice
     edge: GradientEdge | None
 
     def rows_of(self, gradient: Tensor | None) -> Tensor | None:
@@ -213,8 +213,8 @@ class Recorder:
         if len(rows) and not self._is_again:
             order = torch.randperm(len(rows), generator=generator_of(self._index, len(rows)))
             drawn = order[: self._each].sort().values.to(rows.device)
-            place = self._rows[target.name].add(self._index, len(rows), rows[drawn])
-            self._calls.append(Call(target, drawn, place, get_gradient_edge(output)))
+            row_range = self._rows[target.name].add(self._index, len(rows), rows[drawn])
+            self._calls.append(Call(target, drawn, row_range, get_gradient_edge(output)))
         # a copy goes on: the model may write into it, as nn.ReLU(inplace=True) does
         return output.clone()
 
@@ -223,7 +223,7 @@ class Recorder:
         edges = [call.edge for call in self._calls if call.edge is not None]
         gradients = torch.autograd.grad(total, edges, retain_graph=not last, allow_unused=True)
         for call, gradient in zip(self._calls, gradients, strict=True):
-            self._rows[call.target.name].add_gradients(call.place, draw, call.rows_of(gradient))
+            self._rows[call.target.name].add_gradients(call.row_range, draw, call.rows_of(gradient))
             if last:
                 call.edge = None
 
