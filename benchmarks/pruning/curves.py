@@ -13,8 +13,9 @@ the newest addresses, of the model that its allocation prunes. The differences t
 seed, with Student's interval. ``--model digits`` trains a ViT on half of scikit-learn's digits, draws from that half,
 and judges on the other; its divergence is the squared difference of logits.
 
-The results file has a line for each seed; an interrupted call goes on with the next. ``--write`` puts the table of a
-file into docs/.
+The results file has a line for each seed; an interrupted call goes on with the next. Where a seed takes hours,
+``--work FOLDER`` keeps the measured points, and the next call goes on inside it; what was resumed has no time in the
+table. ``--write`` puts the table of a file into docs/.
 """
 
 from __future__ import annotations
@@ -39,19 +40,21 @@ from leanstep.pruning.measure.curves import Curve
 from leanstep.pruning.measure.measure import Measurement, WeightSnapshot, weights_hash
 from leanstep.pruning.score.targets import find_targets
 
-LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
+GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 KINDS = ("measured", "anchored", "fisher")
 RULES = (*KINDS, "uniform")
 PARSER = command_line(
     __doc__, model=Path("runs/llama-nano-sinkgd/final"), name=("", "in the table; default: from the configuration"),
     seeds=[0, 1, 2], sparsities=[0.5, 0.6, 0.7],
     levels=([0.3, 0.5, 0.7, 0.85], "levels at which the curves are compared"), score="wanda",
+    grid=(list(GRID), "levels at which they are measured"),
     samples=(16, "calibration sequences"), curve_samples=(8, "of them for the curves"), seq_len=256,
     eval_samples=(32, "held-out sequences"), out=Path("runs/prune-curves.jsonl"),
     write=(False, "with --report: write the table into docs/"),
 )  # fmt: skip
+PARSER.add_argument("--work", type=Path, help="a folder in which to keep the points of an unfinished seed")
 PARSER.add_argument("--report", type=Path, help="a file of results whose table to print")
-SETTINGS = ("score", "samples", "curve_samples", "seq_len", "eval_samples", "levels", "sparsities")
+SETTINGS = ("score", "samples", "curve_samples", "seq_len", "eval_samples", "grid", "levels", "sparsities")
 
 
 class Subject(NamedTuple):
@@ -89,6 +92,8 @@ def vision_transformer(options: argparse.Namespace) -> Subject:
 def run(options: argparse.Namespace) -> None:
     """Measure every missing seed."""
     torch.set_num_threads(1)
+    if missing := set(options.levels) - set(options.grid):
+        raise SystemExit(f"--levels {' '.join(map(str, sorted(missing)))}: not in --grid, so nothing is measured there")
     rows = read_json_lines(options.out)
     subject = (vision_transformer if str(options.model) == "digits" else language_model)(options)
     settings = {name: getattr(options, name) for name in SETTINGS}
@@ -96,8 +101,10 @@ def run(options: argparse.Namespace) -> None:
     settings |= {"made_by": subject.made_by, "metric": subject.held_out.metric.name}
     if not rows:
         append_json_line(options.out, settings)
-    elif rows[0] != settings:
+    elif {"grid": list(GRID)} | rows[0] != settings:
         raise SystemExit(f"{options.out} is of another model or other settings: give another --out")
+    if options.work:
+        options.work.mkdir(parents=True, exist_ok=True)
     present = {row["seed"] for row in rows[1:]}
     for seed in options.seeds:
         if seed not in present:
@@ -108,23 +115,29 @@ def run(options: argparse.Namespace) -> None:
 
 def measured(subject: Subject, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """The line of a seed: cost of the three kinds, their agreement, and the divergence after pruning."""
-    data, curves, seconds = subject.draw(seed), dict[str, dict[str, Curve]](), dict[str, float]()
-    settings = {"score": options.score, "sparsity": max(options.sparsities)}
+    data, curves, seconds = subject.draw(seed), dict[str, dict[str, Curve]](), dict[str, float | None]()
+    settings = {"score": options.score, "sparsity": max(options.sparsities), "levels": options.grid}
     for kind in reversed(KINDS):
-        start = time.process_time()
+        points = options.work and options.work / f"{options.out.stem}-{seed}-{kind}.jsonl"
+        resumed, start = points is not None and points.exists(), time.process_time()
         curves[kind] = measure_curves(
-            subject.model, data[: options.curve_samples], score_data=data, levels=LEVELS, method=kind, **settings
+            subject.model, data[: options.curve_samples], score_data=data, method=kind, resume=points, **settings
         )
-        seconds[kind] = round(time.process_time() - start, 1)
+        seconds[kind] = None if resumed else round(time.process_time() - start, 1)
     agreements = {
-        kind: {f"{level:g}": agreement(curves[kind], curves["measured"], level) for level in options.levels}
+        kind: {
+            f"{level:g}": agreement(curves[kind], curves["measured"], options.grid.index(level) + 1)
+            for level in options.levels
+        }
         for kind in KINDS[1:]
     }
     snapshot = WeightSnapshot(find_targets(subject.model))
     divergence: dict[str, dict[str, float]] = {rule: {} for rule in RULES}
     for sparsity in options.sparsities:
         for rule in RULES:
-            allocation = {"curves": curves[rule], "levels": LEVELS} if rule in curves else {"allocation": "uniform"}
+            allocation = (
+                {"curves": curves[rule], "levels": options.grid} if rule in curves else {"allocation": "uniform"}
+            )
             with snapshot.restored():
                 prune(subject.model, data, sparsity=sparsity, score=options.score, held_out=False, **allocation)
                 divergence[rule][f"{sparsity:g}"] = subject.held_out.joint().mean
@@ -137,11 +150,10 @@ def measured(subject: Subject, seed: int, options: argparse.Namespace) -> dict[s
     }
 
 
-def agreement(curves: Mapping[str, Curve], reference: Mapping[str, Curve], level: float) -> tuple[float, float]:
-    """Spearman's correlation over the matrices at one level, and the median ratio."""
+def agreement(curves: Mapping[str, Curve], reference: Mapping[str, Curve], index: int) -> tuple[float, float]:
+    """Spearman's correlation over the matrices at the level of one index, with level 0 first; and the median ratio."""
     from scipy.stats import spearmanr
 
-    index = LEVELS.index(level) + 1  # level 0 comes first
     a, b = ([curve.distortion[index] for curve in c.values()] for c in (curves, reference))
     ratios = [x / y for x, y in zip(a, b, strict=True) if y > 0]
     return float(spearmanr(a, b).statistic), statistics.median(ratios)
@@ -150,6 +162,7 @@ def agreement(curves: Mapping[str, Curve], reference: Mapping[str, Curve], level
 def table(path: Path) -> str:
     """The block of the page: caption, agreement, and divergence of the pruned model."""
     settings, *rows = read_json_lines(path)
+    settings = {"grid": GRID} | settings
     if not rows:
         raise SystemExit(f"{path} has no seed that was measured to the end; run it without --report")
     seeds = ", ".join(str(row["seed"]) for row in rows)
@@ -157,7 +170,7 @@ def table(path: Path) -> str:
     length = f" x {settings['seq_len']} tokens" if settings["metric"].startswith("kl") else " images"
     caption = (
         f"`python benchmarks pruning/curves`, {settings['name']} (SHA-256 of its weights: {settings['weights'][:8]})"
-        f"{made}: {rows[0]['matrices']} matrices, {len(LEVELS)} levels, score {settings['score']}; "
+        f"{made}: {rows[0]['matrices']} matrices, {len(settings['grid'])} levels, score {settings['score']}; "
         f"{settings['curve_samples']}{length} for the curves of {settings['samples']} for the score, "
         f"{settings['eval_samples']} others for the divergence ({settings['metric']}) of the pruned models; "
         f"calibration seeds {seeds}. Spearman's rank correlation with the measured curves over all matrices at a "
@@ -171,7 +184,8 @@ def _agreement_table(settings: Mapping[str, Any], rows: list[dict[str, Any]]) ->
     """Processor time, and correlation and ratio at the levels, as means over the seeds."""
     lines = []
     for kind in KINDS:
-        line = [kind, f"{statistics.mean(row['seconds'][kind] for row in rows):.1f}"]
+        seconds = [row["seconds"][kind] for row in rows if row["seconds"][kind] is not None]
+        line = [kind, f"{statistics.mean(seconds):.1f}" if seconds else "–"]
         for level in settings["levels"]:
             pairs = [row["agreement"][kind][f"{level:g}"] for row in rows] if kind in KINDS[1:] else []
             means = [statistics.mean(column) for column in zip(*pairs, strict=True)]

@@ -42,19 +42,27 @@ def test_the_differences_to_measured_curves_are_paired_by_seed(curves, tmp_path)
         curves.table(path)
 
 
-def test_a_vision_transformer_is_measured_seed_by_seed(tmp_path):
+def test_a_vision_transformer_is_measured_seed_by_seed_and_inside_a_seed_goes_on(tmp_path):
     out = tmp_path / "results.jsonl"
     command = [sys.executable, "-P", "benchmarks", "pruning/curves", "--model", "digits", "--samples", "16"]
-    command += ["--curve-samples", "8", "--eval-samples", "16", "--sparsities", "0.5", "--out", str(out), "--seeds"]
-    for seeds in (["0"], ["0", "1"]):
-        subprocess.run([*command, *seeds], cwd=ROOT, check=True, capture_output=True)
-    rows = [json.loads(line) for line in out.read_text().splitlines()][1:]
-    assert [row["seed"] for row in rows] == [0, 1]
-    for row in rows:
+    command += ["--curve-samples", "8", "--eval-samples", "16", "--sparsities", "0.5", "--grid", "0.3", "0.5", "0.8"]
+    command += ["--levels", "0.3", "--work", str(tmp_path / "work"), "--out", str(out), "--seeds", "0", "1"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    *done, last = out.read_text().splitlines(keepends=True)
+    out.write_text("".join(done))
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert out.read_text().splitlines(keepends=True)[:-1] == done
+    first, second, again = json.loads(done[1]), json.loads(last), json.loads(out.read_text().splitlines()[-1])
+    assert (first["seed"], second["seed"]) == (0, 1)
+    for row in (first, second):
         assert row["agreement"]["fisher"]["0.3"][0] > 0.8
         assert row["divergence"]["measured"]["0.5"] < row["divergence"]["uniform"]["0.5"]
-    other = subprocess.run([*command, "2", "--score", "magnitude"], cwd=ROOT, capture_output=True, text=True)
+    assert set(again["seconds"].values()) == {None} and None not in second["seconds"].values()
+    assert (again["agreement"], again["divergence"]) == (second["agreement"], second["divergence"])
+    other = subprocess.run([*command, "--score", "magnitude"], cwd=ROOT, capture_output=True, text=True)
     assert other.returncode and "of another model or other settings: give another --out" in other.stderr
+    other = subprocess.run([*command, "--levels", "0.4"], cwd=ROOT, capture_output=True, text=True)
+    assert other.returncode and "--levels 0.4: not in --grid, so nothing is measured there" in other.stderr
 
 
 def test_the_page_is_that_of_the_committed_results(curves):
