@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,30 +42,50 @@ class Judged(NamedTuple):
         """Test accuracies in percent, by seed."""
         return [100 * result["accuracy"] for result in self.results]
 
+    @property
+    def losses(self) -> list[float]:
+        """Test cross-entropies, by seed."""
+        return [result["loss"] for result in self.results]
+
 
 Cells = dict[Cell, Judged]
 
 
+class Measure(NamedTuple):
+    """What is judged: its name, values by seed, digits to print, and 1 where more is better, -1 where less is."""
+
+    name: str
+    of: Callable[[Judged], list[float]]
+    digits: int
+    better: int
+
+
+ACCURACY = Measure("Test accuracy in percent", lambda judged: judged.accuracies, 1, 1)
+LOSS = Measure("Test cross-entropy, by which the settings were chosen", lambda judged: judged.losses, 3, -1)
+
+
 def text(settings: dict[str, Any], cells: Cells, expected: int) -> str:
-    """The block of the page: accuracies, differences to SR-STE, chosen settings."""
+    """The block of the page: accuracies and losses, differences to SR-STE, chosen settings."""
     patterns = list(dict.fromkeys(cell.pattern for cell in cells if cell.pattern))
     methods = [method for method in NAMES if any(cell.method == method for cell in cells)]
     head = ["target", "zeros", *(NAMES[method] for method in methods)]
 
-    def table(entry: Any) -> str:
+    def table(entry: Callable[..., str], *measure: Measure) -> str:
         rows = [
-            [p, f"{NM.parse(p).sparsity:.1%}", *(entry(cells, Cell(method, p)) for method in methods)] for p in patterns
+            [p, f"{NM.parse(p).sparsity:.1%}", *(entry(cells, Cell(method, p), *measure) for method in methods)]
+            for p in patterns
         ]
         return markdown(head, rows)
 
     parts = [_caption(settings, cells)]
     if len(cells) < expected:
         parts.append(f"{expected - len(cells)} of {expected} cells are not complete.")
-    parts += ["Test accuracy in percent, mean ± standard error:", table(_accuracy)]
-    parts.append(
-        "Difference to SR-STE in points, seed by seed, with its 95 % interval; bold where the interval leaves out zero:"
-    )
-    parts += [table(_difference), _reading(cells)]
+    for measure in (ACCURACY, LOSS):
+        parts += [f"{measure.name}, mean ± standard error:", table(_mean, measure)]
+        parts.append(
+            "Difference to SR-STE, seed by seed, with its 95 % interval; bold where the interval leaves out zero:"
+        )
+        parts += [table(_difference, measure), _reading(cells, measure)]
     parts += ["Chosen learning rate · lambda, or fraction of the steps at the target:", table(_chosen)]
     parts.append(f"![accuracy against sparsity]({Path(FIGURE).name})")
     return "\n\n".join(parts)
@@ -72,7 +93,8 @@ def text(settings: dict[str, Any], cells: Cells, expected: int) -> str:
 
 def _caption(settings: dict[str, Any], cells: Cells) -> str:
     dense = cells.get(Cell("dense", ""))
-    reference = f" Dense: {_accuracy(cells, Cell('dense', ''))}." if dense else ""
+    means = ", ".join(_mean(cells, Cell("dense", ""), measure) for measure in (ACCURACY, LOSS))
+    reference = f" Dense: {means}." if dense else ""
     return (
         "`python benchmarks sparsity/quality`: a vision transformer of 2 layers, width 128, on scikit-learn's digits; "
         f"MLPs, q, k and v sparse; {settings['steps']} steps. Every method is tuned for every target with "
@@ -81,49 +103,48 @@ def _caption(settings: dict[str, Any], cells: Cells) -> str:
     )
 
 
-def _accuracy(cells: Cells, cell: Cell) -> str:
+def _mean(cells: Cells, cell: Cell, measure: Measure) -> str:
     if cell not in cells:
         return "–"
-    values = cells[cell].accuracies
-    return f"{statistics.mean(values):.1f} ± {standard_error(values):.1f}"
+    values = measure.of(cells[cell])
+    return f"{statistics.mean(values):.{measure.digits}f} ± {standard_error(values):.{measure.digits}f}"
 
 
-def difference(cells: Cells, cell: Cell) -> Interval | None:
-    """Paired difference of a cell's accuracy to SR-STE's, in points."""
+def difference(cells: Cells, cell: Cell, measure: Measure = ACCURACY) -> Interval | None:
+    """Paired difference of a cell to SR-STE."""
     base = Cell("srste", cell.pattern)
     if cell not in cells or base not in cells or cell == base:
         return None
-    return paired_difference(cells[cell].accuracies, cells[base].accuracies)
+    return paired_difference(measure.of(cells[cell]), measure.of(cells[base]))
 
 
-def _difference(cells: Cells, cell: Cell) -> str:
-    interval = difference(cells, cell)
+def _difference(cells: Cells, cell: Cell, measure: Measure) -> str:
+    interval = difference(cells, cell, measure)
     if interval is None:
         return "–"
-    entry = f"{interval.mean:+.1f} [{interval.low:+.1f}, {interval.high:+.1f}]"
+    mean, low, high = (f"{value:+.{measure.digits}f}" for value in (interval.mean, interval.low, interval.high))
+    entry = f"{mean} [{low}, {high}]"
     return entry if interval.low <= 0 <= interval.high else f"**{entry}**"
 
 
-def _reading(cells: Cells) -> str:
+def _reading(cells: Cells, measure: Measure) -> str:
     """What the intervals let one say."""
     better, worse, equal = [], [], 0
     for cell in cells:
-        interval = difference(cells, cell)
+        interval = difference(cells, cell, measure)
         if interval is None:
             continue
         name = f"{NAMES[cell.method]} at {cell.pattern}"
-        if interval.low > 0:
-            better.append(name)
-        elif interval.high < 0:
-            worse.append(name)
-        else:
+        if interval.low <= 0 <= interval.high:
             equal += 1
+        else:
+            (better if measure.better * interval.mean > 0 else worse).append(name)
     total = equal + len(better) + len(worse)
     parts = [f"No difference to SR-STE is seen in {equal} of {total} cells."]
     if better:
-        parts.append(f"Better: {', '.join(better)}.")
+        parts.append(f"Better than SR-STE: {', '.join(better)}.")
     if worse:
-        parts.append(f"Worse: {', '.join(worse)}.")
+        parts.append(f"Worse than SR-STE: {', '.join(worse)}.")
     parts.append("An interval holds for one cell: of twenty, one may miss its true difference.")
     return " ".join(parts)
 

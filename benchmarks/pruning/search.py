@@ -5,12 +5,13 @@
     python benchmarks pruning/search --report docs/results/prune-search-nano.jsonl [--write]
 
 ``refined`` is ``leanstep prune --refine``: curves, the dynamic programme, and exchanges from its allocation.
-``evolution`` is a search over levels from uniform sparsity, as EvoPress (arXiv 2410.14649) describes it. Both are
-judged by the KL divergence to the dense model on the same sequences, with the same score, and use the same cached
-inputs of blocks. The clock of both is this process's processor time, and that of the first includes its curves: until
-these are measured, its allocation is uniform. The allocations that both have at several times then prune the model, and
-the KL divergence is measured on sequences of the newest addresses, which neither has seen. Calibration sequences are
-drawn anew with every seed. Differences are paired by seed, with Student's interval.
+``evolution`` is a search over levels from uniform sparsity, as EvoPress (arXiv 2410.14649) describes it, and
+``evolution_from_programme`` the same from the programme's allocation. All are judged by the KL divergence to the dense
+model on the same sequences, with the same score, and use the same cached inputs of blocks. The clock of all is this
+process's processor time, curves included: until these are measured, the allocation is uniform. The allocations at
+several times then prune the model, and the KL divergence is measured on sequences of the newest addresses, which no
+search has seen. Calibration sequences are drawn anew with every seed. Differences are paired by seed, with Student's
+interval.
 
 The results file has a line for each cell; an interrupted call goes on where it stopped, and ``--minutes`` ends it in
 time. ``--write`` puts the table of a file into docs/.
@@ -46,7 +47,7 @@ PARSER = command_line(
 )  # fmt: skip
 PARSER.add_argument("--report", type=Path, help="a file of results whose table to print")
 SETTINGS = ("name", "score", "curves", "samples", "curve_samples", "judge_samples", "eval_samples", "seq_len")
-METHODS = ("refined", "evolution")
+METHODS = ("refined", "evolution", "evolution_from_programme")
 Counts = dict[str, int]
 Trace = list[tuple[float, Counts]]  # processor seconds since the start, and the allocation from then on
 
@@ -97,21 +98,28 @@ class Bench:
         self.trial.apply(start, pruners)
         return JointJudge(self.groups, self.judging, pruners, start.counts, start.patterns)
 
+    def programme(self, sparsity: float) -> tuple[dict[str, Any], Any]:
+        """Curves, and the programme's allocation."""
+        from leanstep.pruning import allocate, measure_curves
+
+        options = self.options
+        curves = measure_curves(
+            self.model, self.data[: options.curve_samples], sparsity=sparsity, score=options.score,
+            score_data=self.data, groups=self.groups, method=options.curves,
+        )  # fmt: skip
+        return curves, allocate([group.layer for group in self.groups], sparsity, curves=curves)
+
     def refined(self, sparsity: float, seed: int, seconds: float) -> Trace:
         """Curves, programme and exchanges."""
-        from leanstep.pruning import Refinement, allocate, measure_curves
+        from leanstep.pruning import Refinement
         from leanstep.pruning.allocate.allocation import layer_levels
         from leanstep.pruning.allocate.budgets import Budget
         from leanstep.pruning.allocate.descent import SearchFile, descend
         from leanstep.pruning.allocate.exchange import ExchangeSpace
 
-        options, layers, begin = self.options, [group.layer for group in self.groups], time.process_time()
+        layers, begin = [group.layer for group in self.groups], time.process_time()
         trace: Trace = [(0.0, self.uniform(sparsity).counts)]
-        curves = measure_curves(
-            self.model, self.data[: options.curve_samples], sparsity=sparsity, score=options.score,
-            score_data=self.data, groups=self.groups, method=options.curves,
-        )  # fmt: skip
-        start = allocate(layers, sparsity, curves=curves)
+        curves, start = self.programme(sparsity)
         trace.append((time.process_time() - begin, start.counts))
         space = ExchangeSpace(layer_levels(layers, curves, Budget("params", start.target)), start.target)
 
@@ -129,9 +137,19 @@ class Bench:
         return trace
 
     def evolution(self, sparsity: float, seed: int, seconds: float) -> Trace:
-        """The evolutionary search."""
+        """The evolutionary search from uniform sparsity."""
         begin, start = time.process_time(), self.uniform(sparsity)
-        trace: Trace = [(0.0, start.counts)]
+        return self._evolve([(0.0, start.counts)], start, begin, seed, seconds)
+
+    def evolution_from_programme(self, sparsity: float, seed: int, seconds: float) -> Trace:
+        """Curves, programme and the evolutionary search."""
+        begin = time.process_time()
+        trace: Trace = [(0.0, self.uniform(sparsity).counts)]
+        _, start = self.programme(sparsity)
+        trace.append((time.process_time() - begin, start.counts))
+        return self._evolve(trace, start, begin, seed, seconds)
+
+    def _evolve(self, trace: Trace, start: Any, begin: float, seed: int, seconds: float) -> Trace:
         bounds = {group.name: (round(0.05 * group.layer.numel), group.layer.numel) for group in self.groups}
         with self.snapshot.restored():
             judge = self.judge(start)
@@ -161,7 +179,7 @@ class Bench:
         row: dict[str, Any] = {"seed": seed, "sparsity": sparsity, "method": method, "held_out": costs}
         row["uniform"] = self.cost(sparsity, trace[0][1])
         row["changes"] = len(trace) - 1
-        if method == "refined":
+        if method != "evolution":
             row |= {"curve_seconds": trace[1][0], "programme": self.cost(sparsity, trace[1][1])}
         return row
 
@@ -200,47 +218,57 @@ def table(path: Path) -> str:
     by_cell: dict[tuple[float, str], dict[int, dict[str, Any]]] = {}
     for row in rows:
         by_cell.setdefault((row["sparsity"], row["method"]), {})[row["seed"]] = row
-    lines, readings = [], list[Interval]()
-    for sparsity, budget in itertools.product(sorted({row["sparsity"] for row in rows}), settings["budgets"]):
-        ours, theirs = (by_cell.get((sparsity, method), {}) for method in METHODS)
-        seeds = sorted(set(ours) & set(theirs))
+    cells = {method: {(row["sparsity"], row["seed"]) for row in rows if row["method"] == method} for method in METHODS}
+    # an unfinished rival would hide the rows that are complete without it
+    rivals = [rival for rival in METHODS[1:] if rival == "evolution" or cells[rival] >= cells["evolution"]]
+    lines, readings = [], {rival: list[Interval]() for rival in rivals}
+    sparsities = sorted({row["sparsity"] for row in rows})
+    for sparsity, budget in itertools.product(sparsities, settings["budgets"]):
+        by_seed = {method: by_cell.get((sparsity, method), {}) for method in ("refined", *rivals)}
+        seeds = sorted(set.intersection(*map(set, by_seed.values())))
         if not seeds:
             continue
-        pairs = [(ours[seed]["held_out"][f"{budget:g}"], theirs[seed]["held_out"][f"{budget:g}"]) for seed in seeds]
-        programme = [ours[seed]["programme"] for seed in seeds]
-        mine, other = zip(*pairs, strict=True)
-        intervals = [paired_percent(mine, base) for base in (programme, other)]
-        if len(seeds) > 1:
-            readings.append(intervals[1])
-        means = [statistics.mean(column) for column in zip(*pairs, strict=True)]
-        numbers = (statistics.mean(ours[seed]["uniform"] for seed in seeds), statistics.mean(programme), *means)
-        columns = (*(f"{value:.4f}" for value in numbers), *(f"{interval:+.1f}" for interval in intervals))
-        lines.append([f"{sparsity:.0%}", f"{budget:g}", str(len(seeds)), *columns])
-    head = ["sparsity", "processor s", "seeds", "uniform", "programme", "refined", "evolution",
-            "refined to programme, %", "refined to evolution, %"]  # fmt: skip
-    curve_seconds = [row["curve_seconds"] for row in rows if row["method"] == "refined"]
+        mine = by_seed["refined"]
+        bases = {name: [mine[seed][name] for seed in seeds] for name in ("uniform", "programme")}
+        costs = {name: [row[seed]["held_out"][f"{budget:g}"] for seed in seeds] for name, row in by_seed.items()}
+        to = {name: paired_percent(costs["refined"], base) for name, base in (bases | costs).items()}
+        is_refined = costs["refined"] != bases["programme"]
+        for rival in rivals if len(seeds) > 1 and is_refined else ():
+            readings[rival].append(to[rival])
+        numbers = [f"{statistics.mean(values):.4f}" for values in (*bases.values(), *costs.values())]
+        differences = [f"{to[name]:+.1f}" for name in ("programme", *rivals)]
+        lines.append([f"{sparsity:.0%}", f"{budget:g}", str(len(seeds)), *numbers, *differences])
+    names = [rival.replace("_", " ") for rival in rivals]
+    head = ["sparsity", "processor s", "seeds", "uniform", "programme", "refined", *names,
+            *(f"refined to {name}, %" for name in ("programme", *names))]  # fmt: skip
+    said = [reading(rival.replace("_", " "), each, len(lines) - len(each)) for rival, each in readings.items()]
+    return "\n\n".join([_caption(settings, rows), markdown(head, lines), *said])
+
+
+def _caption(settings: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """What was measured, on which machine."""
+    curve_seconds = [row["curve_seconds"] for row in rows if "curve_seconds" in row]
     machine = settings.get("machine") or machines(rows)
     made = f", made by `{settings['made_by']}`" if settings.get("made_by") else ""
-    caption = (
+    return (
         f"`python benchmarks pruning/search`, {settings['name']} (SHA-256 of its weights: "
         f"{settings['weights'][:8]}){made}, score {settings['score']}, {settings['curves']} "
-        f"curves ({min(curve_seconds):.1f} to {max(curve_seconds):.1f} processor seconds, which the refined search's "
-        f"time includes), {settings['judge_samples']} x {settings['seq_len']} tokens that judge: KL divergence to the "
-        f"dense model on {settings['eval_samples']} other sequences, mean over the seeds. {machine}."
+        f"curves ({min(curve_seconds):.1f} to {max(curve_seconds):.1f} processor seconds, which the time of a search "
+        f"from the programme includes), {settings['judge_samples']} x {settings['seq_len']} tokens that judge: KL "
+        f"divergence to the dense model on {settings['eval_samples']} other sequences, mean over the seeds. {machine}."
     )
-    return "\n\n".join([caption, markdown(head, lines), reading(readings, len(lines) - len(readings))])
 
 
-def reading(intervals: list[Interval], single: int) -> str:
-    """What the intervals let one say; ``single`` rows have one seed, and so no interval."""
-    alone = f"{single} rows have one seed, and no interval." if single else ""
+def reading(rival: str, intervals: list[Interval], rest: int) -> str:
+    """What the intervals let one say of the refined search and one other; the ``rest`` of the rows do not count."""
+    alone = f"{rest} rows have one seed, or no refinement yet, and do not count." if rest else ""
     if not intervals:
         return alone
     ahead, behind = sum(i.high < 0 for i in intervals), sum(i.low > 0 for i in intervals)
-    rest = "" if ahead + behind == len(intervals) else "; in the others no difference is seen"
+    others = "" if ahead + behind == len(intervals) else "; in the others no difference is seen"
     return (
-        f"Paired by seed, 95 % intervals: the refined search is ahead of the evolutionary in {ahead} of "
-        f"{len(intervals)} rows, behind in {behind}{rest}. {alone}"
+        f"Paired by seed, 95 % intervals: the refined search is ahead of {rival} in {ahead} of {len(intervals)} rows, "
+        f"behind in {behind}{others}. {alone}"
     ).rstrip()
 
 

@@ -93,7 +93,7 @@ def test_differences_are_paired_and_read_by_their_intervals(parts):
     run = parts.training.Run("tune", "srste", "1:8", 0, 4, 1e-3, 2e-4)
     base, better, noisy = [0.90, 0.95, 0.99], [0.91, 0.962, 0.999], [0.99, 0.95, 0.91]
     cells = {
-        cell(name, "1:8"): judged(run, [{"accuracy": value} for value in values])
+        cell(name, "1:8"): judged(run, [{"accuracy": value, "loss": 1.5 * value} for value in values])
         for name, values in (("srste", base), ("mdgf-linear", better), ("sdgf-stepwise", noisy))
     }
     points = [100 * (a - b) for a, b in zip(better, base, strict=True)]
@@ -102,8 +102,12 @@ def test_differences_are_paired_and_read_by_their_intervals(parts):
     assert (interval.low, interval.high) == pytest.approx(expected)
     page = parts.tables.text({**SETTINGS, "machine": "m"}, cells, 5)
     assert "2 of 5 cells are not complete." in page
-    assert "Better: MDGF-linear at 1:8." in page and "Worse" not in page
-    assert "No difference to SR-STE is seen in 1 of 2 cells." in page
+    accuracy, loss = page.split("Test cross-entropy, by which the settings were chosen, mean ± standard error:")
+    assert "Better than SR-STE: MDGF-linear at 1:8." in accuracy and "Worse" not in accuracy
+    assert "Worse than SR-STE: MDGF-linear at 1:8." in loss and "Better" not in loss
+    assert f"**{1.5 * (sum(better) - sum(base)) / 3:+.3f} [" in loss
+    for part in (accuracy, loss):
+        assert "No difference to SR-STE is seen in 1 of 2 cells." in part
 
 
 def test_the_page_is_that_of_the_committed_results(parts):
