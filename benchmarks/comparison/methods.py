@@ -114,6 +114,7 @@ MOVED_STARTS = {
     ("SinkGD, AdamW on the rest", "llama-micro"): (1e-2, 4e-2),
     ("Muon, AdamW on the rest", "llama-micro"): (8e-3, 3.2e-2),
     ("SCALE", "llama-micro"): (2.5e-4, 4e-2),
+    ("S-MFAC", "llama-micro"): (3.75e-4, 1.2e-2),
     ("LANTON", "gpt-nano"): (2e-2, 5e-3),
     ("LANTON, plain", "gpt-nano"): (2e-2, 5e-3),
     ("AdamW", "llama-nano-lora"): (8e-3, 8e-3),
