@@ -89,8 +89,10 @@ class SinkGD(LeanOptimizer):
             ``spectral``.
         spectral: scale X to operator norm 1 ("unit") or sqrt(m / n) ("muon"); None: do not. With "unit" the update has
             operator norm lr * scale. Power iteration estimates the norm from below: 20 iterations at a matrix's first
-            finite nonzero gradient, then one per step, warm-started. State: n values per matrix. Steps wait for the
-            device until all matrices of a parameter have had such a gradient.
+            finite nonzero gradient, then the larger of one from the last vector and two from a fixed one. So the norm
+            is met to about a percent where gradients change slowly, and exceeded by up to a half where each has nothing
+            in common with the last. State: n values per matrix. Steps wait for the device until all matrices of a
+            parameter have had such a gradient.
         cautious_decay: decay only entries whose update and parameter agree in sign (arXiv 2510.12402), also of AdamW's
             parameters. A 16-bit parameter of AdamW with rounding="nearest" is rounded after the decay and after the
             step, as by torch's AdamW without ``fused``. No gain was measured (docs/measured.md).

@@ -12,8 +12,8 @@ from leanstep.optimizers.common.matrices import Sides, matrix_shape, oriented
 from leanstep.optimizers.common.sharding import Reducer, Reduction, Shard, local, new_vectors, shard_of, together
 from leanstep.optimizers.sinkgd import rule
 
-# power iterations at a matrix's first finite nonzero gradient, and at every later one
-_FIRST_POWER_STEPS, _POWER_STEPS = 20, 1
+# power iterations at a matrix's first finite nonzero gradient
+_FIRST_POWER_STEPS = 20
 
 
 def power_vector_shape(param: Tensor, group: dict[str, Any]) -> tuple[int, ...]:
@@ -65,23 +65,48 @@ def _pin_one(
 
     ``groups``: those that shard the rows; empty for unsharded rows.
     """
-    tracing = torch.compiler.is_compiling()
-    cold = "power_warm" not in state or (not tracing and not state["power_warm"])
+    cold = "power_warm" not in state or (not torch.compiler.is_compiling() and not state["power_warm"])
     vector = local(state["power_vector"])
-    known = vector.any(dim=-1, keepdim=True)
     update = rule.scaled(matrix, rows, cols)
-    new = torch.where(known, vector, rule.first_power_vector(vector))
-    norm = usable = vector.new_zeros(())
-    for iteration in range(_FIRST_POWER_STEPS if cold else _POWER_STEPS):
-        # no cold matrix has a usable gradient
-        if iteration == 1 and not tracing and not (usable & ~known).any():
-            break
-        square, new = rule.power_step(update, new)
-        for process_group in groups:
-            yield [Reduction(square, process_group), Reduction(new, process_group)]
-        norm = square.sqrt()
-        usable = torch.isfinite(new).all(dim=-1, keepdim=True) & (norm > 0)
-    vector.copy_(torch.where(usable, new, vector))
+    norm, new = yield from (_first_norm if cold else _next_norm)(update, vector, groups)
+    usable = torch.isfinite(new).all(dim=-1, keepdim=True) & (norm > 0)
     if cold:
-        state["power_warm"] = (known | usable).all().cpu()
+        state["power_warm"] = (vector.any(dim=-1, keepdim=True) | usable).all().cpu()
+    vector.copy_(torch.where(usable, new, vector))
     rows.mul_(torch.where(norm > 0, target / norm, torch.ones_like(norm)))
+
+
+def _first_norm(update: Tensor, vector: Tensor, groups: tuple[Any, ...]) -> Reducer[tuple[Tensor, Tensor]]:
+    """Return the norm and the next vector after several power steps, from hashed values where ``vector`` is zero."""
+    known = vector.any(dim=-1, keepdim=True)
+    new = torch.where(known, vector, rule.first_power_vector(vector))
+    norm = vector.new_zeros(())
+    for iteration in range(_FIRST_POWER_STEPS):
+        ((norm, new),) = yield from _power_steps(update, [new], groups)
+        usable = torch.isfinite(new).all(dim=-1, keepdim=True) & (norm > 0)
+        # no cold matrix has a usable gradient
+        if iteration == 0 and not torch.compiler.is_compiling() and not (usable & ~known).any():
+            break
+    return norm, new
+
+
+def _next_norm(update: Tensor, vector: Tensor, groups: tuple[Any, ...]) -> Reducer[tuple[Tensor, Tensor]]:
+    """Return the larger of two norms and its next vector: one step from ``vector``, two from hashed values.
+
+    The first is nearly exact where gradients change slowly. It may be far too small where this gradient has little in
+    common with the last ones; the second one depends on this gradient alone.
+    """
+    first = rule.first_power_vector(vector)
+    (warm_norm, warm), (_, fresh) = yield from _power_steps(update, [vector, first], groups)
+    ((fresh_norm, fresh),) = yield from _power_steps(update, [fresh], groups)
+    return torch.maximum(warm_norm, fresh_norm), torch.where(fresh_norm > warm_norm, fresh, warm)
+
+
+def _power_steps(
+    update: Tensor, vectors: list[Tensor], groups: tuple[Any, ...]
+) -> Reducer[list[tuple[Tensor, Tensor]]]:
+    """Return (norm, next vector) of a power step from each vector, summed over the shards of the rows."""
+    steps = [rule.power_step(update, vector) for vector in vectors]
+    for process_group in groups:
+        yield [Reduction(part, process_group) for step in steps for part in step]
+    return [(square.sqrt(), new) for square, new in steps]
