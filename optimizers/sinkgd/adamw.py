@@ -236,6 +236,7 @@ def _update_int8(
     """Step AdamW with moments in 8 bits; a true flag ``skip`` on the device leaves everything unchanged."""
     group, states, (beta1, beta2) = batch.group, batch.states, batch.group["betas"]
     device, dtype = params[0].device, compute_dtype(params[0].dtype)
+    lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]  # [1, 1] is a number, too
     steps = [state["step"] for state in states]
     moments = [
         [local(s[key]) for s in states] for key in ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
@@ -248,11 +249,11 @@ def _update_int8(
     counts = torch.stack([step.to(device) for step in steps]).to(
         torch.float32 if device.type == "mps" else torch.float64
     )
-    sizes = group["lr"] / (1.0 - beta1**counts)
+    sizes = lr / (1.0 - beta1**counts)
     if factors is not None:
         sizes = sizes * factors
     corrections = torch.stack([sizes, (1.0 - beta2**counts).rsqrt()], 1).to(dtype)
-    decay = decay_factor(group["lr"], group["weight_decay"])
+    decay = decay_factor(lr, group["weight_decay"])
     options = StepOptions(
         pack([decay, beta1, 1.0 - beta1, beta2, 1.0 - beta2, group["eps"]], device, dtype),
         batch.rounding,

@@ -99,6 +99,12 @@ def joint_problems(config: RunConfig, world_size: int = 1) -> Iterator[tuple[tup
             f"{config.stop.on_spike} drops the gradients of a step, which release_gradients applies inside backward; "
             "take on_spike=stop, or set release_gradients to false",
         )
+    if release and not config.stop.nan:
+        yield (
+            ("stop.nan", "release_gradients"),
+            "false leaves a step with a non-finite loss out, and release_gradients updates inside backward; take "
+            "stop.nan=true, or set release_gradients to false",
+        )
     if config.stop.on_spike == "rollback" and not config.checkpoint.every and not config.checkpoint.keep_best:
         yield (
             ("stop.on_spike", "checkpoint.every"),

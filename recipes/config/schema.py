@@ -330,7 +330,8 @@ class StopConfig:
     A step is a spike if its loss exceeds ``median + spike_threshold * spread`` of the last ``spike_window`` losses
     without the spikes; the first ``spike_window`` steps are not judged. ``spread`` is 1.4826 times the median absolute
     deviation (the standard deviation of normal losses), and at least 1 % of the median. With ``nan: false``, a
-    non-finite loss or gradient is a spike too. ``on_spike`` may change when a run is continued:
+    non-finite loss or gradient is a spike too. With ``release_gradients``, gradients are judged by the optimizer's
+    ``nonfinite`` alone, since each is gone when the next one comes. ``on_spike`` may change when a run is continued:
 
     - null: look for no spikes.
     - ``stop``: end the run with exit code 3.

@@ -1,7 +1,8 @@
 """Fine-tuning data: JSON lines with ``messages``, or ``prompt`` and ``completion``; the loss is on the answers only.
 
 The tokenizer's chat template renders messages, and the assistant's messages are the answers. Two texts are the prompt,
-and the completion with the end-of-text token; two lists of messages are a conversation that ends in its answers.
+and the completion with the end-of-text token; two lists of messages are a conversation that ends in its answers. The
+template gets the row's ``tools`` and ``chat_template_kwargs``. An answer with ``weight`` 0 is a prompt.
 """
 
 import gzip
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _EXPECTED = "expected 'messages', or 'prompt' and 'completion'"
 _ANSWERS = "assistant"  # the role whose messages are answers
+_JSON_NAMES = {list: "a list", dict: "an object"}
 
 
 @dataclass(frozen=True)
@@ -211,10 +213,15 @@ def _check_row(row: Any, where: str) -> None:
     """Raise ValueError unless the row is an example with an answer."""
     if not isinstance(row, dict):
         raise ValueError(f"{where}: {_EXPECTED} in an object, got {type(row).__name__}")
+    for key, kind in (("tools", list), ("chat_template_kwargs", dict)):
+        if not isinstance(row.get(key), kind | None):
+            raise ValueError(f"{where}: {key}: expected {_JSON_NAMES[kind]}, got {one_line(repr(row[key]))[:60]}")
     if "messages" in row:
         _check_messages(row["messages"], f"{where}: messages")
-        if not any(message["role"] == _ANSWERS for message in row["messages"]):
-            raise ValueError(f"{where}: no message has the role '{_ANSWERS}', so there is nothing to learn")
+        if not any(_is_answer(message) for message in row["messages"]):
+            raise ValueError(
+                f"{where}: no message has the role '{_ANSWERS}' and a weight other than 0, so there is nothing to learn"
+            )
         return
     if not {"prompt", "completion"} <= row.keys():
         keys = one_line(", ".join(map(str, row)))[:200]
@@ -244,6 +251,12 @@ def _check_messages(messages: Any, where: str) -> None:
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
             raise ValueError(f"{where}: expected objects with 'role' and 'content', got {one_line(repr(message))[:60]}")
+        if message.get("weight") not in (None, 0, 1):
+            raise ValueError(f"{where}: weight: expected 0 or 1, got {one_line(repr(message['weight']))[:60]}")
+
+
+def _is_answer(message: dict[str, Any]) -> bool:
+    return bool(message["role"] == _ANSWERS and message.get("weight") != 0)
 
 
 def encode_row(row: dict[str, Any], where: str, tokenizer: "PreTrainedTokenizerFast") -> Example:
@@ -254,11 +267,12 @@ def encode_row(row: dict[str, Any], where: str, tokenizer: "PreTrainedTokenizerF
         return Example(np.array(prompt + answer, np.int64), np.repeat([False, True], [len(prompt), len(answer)]))
     if "messages" in row:
         messages = row["messages"]
-        answers = [index for index, message in enumerate(messages) if message["role"] == _ANSWERS]
+        answers = [index for index, message in enumerate(messages) if _is_answer(message)]
     else:
         messages = [*row["prompt"], *row["completion"]]
-        answers = list(range(len(row["prompt"]), len(messages)))
-    text, spans = render(messages, answers, where, tokenizer)
+        answers = [index for index in range(len(row["prompt"]), len(messages)) if messages[index].get("weight") != 0]
+    settings = {"tools": row["tools"]} if row.get("tools") else {}
+    text, spans = render(messages, answers, where, tokenizer, settings | (row.get("chat_template_kwargs") or {}))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     starts = np.array([start for start, _ in encoded["offset_mapping"]], np.int64)
     is_answer = np.zeros(len(starts), bool)
@@ -276,9 +290,15 @@ def _prefix(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
 
 
 def render(
-    messages: list[dict[str, Any]], answers: Sequence[int], where: str, tokenizer: "PreTrainedTokenizerFast"
+    messages: list[dict[str, Any]],
+    answers: Sequence[int],
+    where: str,
+    tokenizer: "PreTrainedTokenizerFast",
+    settings: dict[str, Any],
 ) -> tuple[str, list[tuple[int, int]]]:
     """Render a conversation by the chat template; return the text and the (begin, end) of the answers in it.
+
+    The template gets ``settings``, such as ``tools``; one that has no use for tools is refused.
 
     An answer begins where the template would let the model begin, and ends where its message ends, with the token that
     ends a turn.
@@ -289,11 +309,18 @@ def render(
             "tokenizer of a chat model, or write 'prompt' and 'completion' as texts"
         )
 
-    def rendered(count: int, *, asks: bool = False) -> str:
-        return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=asks))
+    def rendered(count: int, *, asks: bool = False, **changes: Any) -> str:
+        options = {"tokenize": False, "add_generation_prompt": asks, **settings, **changes}
+        return str(tokenizer.apply_chat_template(messages[:count], **options))
 
     try:
         text = rendered(len(messages))
+        if "tools" in settings and rendered(len(messages), tools=None) == text:
+            raise ValueError(
+                f"{where}: the chat template of '{tokenizer.name_or_path}' does not show tools, so the model would "
+                "learn calls of tools that it is not told of; take the tokenizer of a model for tools, or remove "
+                "'tools'"
+            )
         spans = []
         for index in answers:
             begin, end = rendered(index, asks=True) if index else "", rendered(index + 1)

@@ -45,11 +45,23 @@ class MuonAdamW(torch.optim.Optimizer):
         self._optimizers()  # checks the arguments
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group. Raises ValueError for an algorithm that is neither ``muon`` nor ``adamw``."""
+        """Add a group.
+
+        Raises:
+            ValueError: for an algorithm that is neither ``muon`` nor ``adamw``, or for a group of Muon with
+                ``transposed`` and an ``adjust_lr_fn`` other than "match_rms_adamw".
+        """
         algorithm = param_group.setdefault("algorithm", "adamw")
         if algorithm not in ("muon", "adamw"):
             raise ValueError(f"MuonAdamW: expected algorithm 'muon' or 'adamw', got {algorithm!r}")
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if algorithm == "muon" and group.get("transposed") and group["adjust_lr_fn"] != "match_rms_adamw":
+            raise ValueError(
+                f"MuonAdamW: adjust_lr_fn={group['adjust_lr_fn']!r} depends on which side of a matrix is the output, "
+                "and torch's Muon takes it from the shape, which is (in, out) in groups with transposed, such as "
+                "GPT-2's; take adjust_lr_fn='match_rms_adamw'"
+            )
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         """Build torch's optimizers over the current groups and this object's state."""

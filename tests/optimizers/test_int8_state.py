@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from optimizer_cases import run
+from torch import nn
 
 from leanstep.kernels.reference.quantization import dequantize
 from leanstep.optimizers import LANTON, Lion, SinkGD
@@ -185,3 +186,17 @@ def test_adamw_follows_a_model_that_changes_its_dtype(start, fused):
         control.step()
     assert optimizer.state[model.weight]["exp_avg"].dtype == into
     torch.testing.assert_close(model.weight.float(), twin, rtol=0.02, atol=2e-3)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+@pytest.mark.parametrize("algorithm", ["adamw", "sinkgd"])
+def test_a_tensor_of_one_element_is_a_learning_rate_whatever_its_shape(shape, algorithm):
+    params = [[nn.Parameter(torch.ones(4, 6)), nn.Parameter(torch.ones(3, 2))] for _ in range(2)]
+    for copies, lr in zip(params, (0.1, torch.full(shape, 0.1)), strict=True):
+        optimizer = SinkGD(copies, lr=lr, algorithm=algorithm, momentum=0.9, momentum_dtype="int8")
+        for step in range(2):
+            for i, param in enumerate(copies):
+                param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(10 * step + i))
+            optimizer.step()
+    for expected, param in zip(*params, strict=True):
+        torch.testing.assert_close(param, expected, rtol=1e-6, atol=1e-7)

@@ -128,6 +128,14 @@ def test_scale_steps_the_transposed_matrices_of_gpt2_by_their_rows():
     torch.testing.assert_close(before - weight, weight.grad / weight.grad.square().mean(dim=0).sqrt())
 
 
+def test_muon_refuses_a_rate_by_the_shape_of_matrices_that_are_stored_transposed():
+    for adjust in ("original", None):
+        config = OptimizerConfig(name="muon", args={"adjust_lr_fn": adjust})
+        with pytest.raises(ValueError, match=f"adjust_lr_fn={adjust!r} depends on which side .* is the output"):
+            build_optimizer(config, build_model(GPT2, 300))
+        build_optimizer(config, build_model(LLAMA, 300))
+
+
 def test_muon_is_torchs_muon_for_hidden_matrices_and_adamw_for_the_rest():
     model, other = build_model(LLAMA, 300), build_model(LLAMA, 300)
     other.load_state_dict(model.state_dict())

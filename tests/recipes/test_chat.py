@@ -161,6 +161,29 @@ def test_the_last_examples_are_held_out(tokenizer, folder, tmp_path):
         load_data(data_config(path, folder, val_tokens=150_000), seed=0)
 
 
+def test_the_template_sees_the_tools_of_a_line_and_its_settings(folder):
+    """As transformers renders them; a template that does not show tools would teach calls of unknown ones."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    row = {"messages": TALK, "tools": [{"type": "function", "function": {"name": "clock"}}]}
+    with pytest.raises(ValueError, match="here: the chat template of .* does not show tools, so the model would learn"):
+        encode_row(row, "here", tokenizer)
+    shown = "{% if tools %}{{ tools[0].function.name }}{{ style }}{% endif %}"
+    tokenizer.chat_template = shown + TEMPLATE
+    row["chat_template_kwargs"] = {"style": " briefly "}
+    text = tokenizer.apply_chat_template(TALK, tools=row["tools"], style=" briefly ", tokenize=False)
+    assert text.startswith("clock briefly <|system|>")
+    example = encode_row(row, "here", tokenizer)
+    assert example.tokens.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(example.tokens[example.is_answer]) == "A model.<|end|>\nA model, again.<|end|>\n"
+
+
+def test_an_answer_of_weight_0_is_a_prompt(tokenizer):
+    talk = [*TALK[:2], {**TALK[2], "weight": 0}, TALK[3], {**TALK[4], "weight": 1}]
+    for row in ({"messages": talk}, {"prompt": talk[:2], "completion": talk[2:3] + TALK[4:]}):
+        example = encode_row(row, "here", tokenizer)
+        assert tokenizer.decode(example.tokens[example.is_answer]) == "A model, again.<|end|>\n"
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -172,6 +195,10 @@ def test_the_last_examples_are_held_out(tokenizer, folder, tmp_path):
         ('{"messages": []}', "messages: expected a list of messages, got"),
         ('{"messages": [{"role": "assistant"}]}', "expected objects with 'role' and 'content'"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "no message has the role 'assistant'"),
+        ('{"messages": [{"role": "assistant", "content": "a", "weight": 0}]}', "and a weight other than 0"),
+        ('{"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}', "weight: expected 0 or 1, got 0.5"),
+        ('{"prompt": "a", "completion": "b", "tools": "x"}', "tools: expected a list, got 'x'"),
+        ('{"prompt": "a", "completion": "b", "chat_template_kwargs": []}', "chat_template_kwargs: expected an object"),
         ('{"prompt": "a", "completion": ["b"]}', "must be two texts or two lists of messages"),
         ('{"prompt": 3, "completion": "b"}', "must be two texts or two lists of messages"),
         ("[" * 100_000, "not JSON"),

@@ -448,6 +448,8 @@ def test_release_gradients_excludes_accumulation_and_clipping(recipe):
         assert "can only be summed in a momentum" in found
     (found,) = problems_of(path, ["batch.micro_batch_size=16", "max_grad_norm=1.0"])
     assert "release_gradients excludes max_grad_norm" in found
+    (found,) = problems_of(path, ["batch.micro_batch_size=16", "stop.nan=false"])
+    assert "stop.nan false leaves a step with a non-finite loss out, and release_gradients updates inside" in found
 
 
 def test_balanced_embeddings_are_a_rule_of_sinkgd(recipe):
