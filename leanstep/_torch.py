@@ -30,6 +30,17 @@ def device_of(model: nn.Module) -> torch.device:
     return COMPUTES_ON.get(model, torch.device("cpu") if parameter is None else parameter.device)
 
 
+def unwrapped(model: Any) -> Any:
+    """The module inside the results of ``torch.compile(model)`` and DistributedDataParallel, which change its names."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(model, nn.Module) and "_orig_mod" in model._modules:
+            model = model._modules["_orig_mod"]
+        else:
+            return model
+
+
 def local_part(tensor: Tensor) -> Tensor:
     """Return this process's shard of a DTensor; any other tensor unchanged."""
     return cast("DTensor", tensor).to_local() if is_dtensor(tensor) else tensor

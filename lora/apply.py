@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import types
+import warnings
 from collections.abc import Container, Iterator
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from leanstep._torch import is_conv1d, is_dtensor
+from leanstep._torch import is_conv1d, is_dtensor, unwrapped
 from leanstep.lora.config import LoraConfig, is_pissa
 from leanstep.lora.layers.block import fuse_blocks, unfuse_blocks
 from leanstep.lora.layers.embedding import attach_embedding
@@ -27,6 +28,7 @@ from leanstep.lora.targets import (
     why_not_adaptable,
     with_heads,
 )
+from leanstep.lora.ties import forget_ties
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -59,8 +61,9 @@ def apply_lora(model: Model, config: LoraConfig) -> Model:
             f"apply_lora: expected a leanstep.lora.LoraConfig, got {type(config).__module__}.{type(config).__name__}; "
             "leanstep's takes PEFT's fields under the same names"
         )
-    config = with_heads(model, config)
-    attach_adapters(model, plan_lora(model, config), config)
+    inner = unwrapped(model)
+    config = with_heads(inner, config)
+    attach_adapters(inner, plan_lora(inner, config), config)
     return model
 
 
@@ -148,6 +151,7 @@ def remove_lora(model: Model) -> Model:
     Raises:
         ValueError: for a model without adapters, or a layer whose class has changed since (by a parametrization, say).
     """
+    whole, model = model, unwrapped(model)
     layers, experts = dict(adapted_layers(model)), dict(adapted_experts(model))
     for name, module in layers.items():
         if not type(module).__name__ == f"LoRA{module.lora.base.__name__}":
@@ -173,7 +177,7 @@ def remove_lora(model: Model) -> Model:
         parameter.requires_grad_(frozen.get(name, parameter.requires_grad))
     del model.lora_config, model.lora_frozen
     vars(model).pop("lora_ties", None)
-    return model
+    return whole
 
 
 @torch.no_grad()
@@ -186,6 +190,7 @@ def set_adapters(model: nn.Module, enabled: bool) -> None:
     Raises:
         ValueError: for a model without adapters, or with a merged one.
     """
+    model = unwrapped(model)
     adapters = all_adapters(model)
     if not adapters or any(adapter.merged for adapter in adapters):
         raise ValueError("set_adapters: expected a model with adapters that are not merged")
@@ -334,18 +339,27 @@ def trained_biases(model: nn.Module, layers: Container[str], config: LoraConfig)
 
 
 def _train_saved(model: nn.Module, saved: dict[str, nn.Module]) -> None:
-    """Train whole modules. Copies the parameters that they share with other modules first."""
+    """Train whole modules. Copies the parameters that they share with other modules first, with a warning."""
+    copied: list[str] = []
     inside = {id(module) for root in saved.values() for module in root.modules()}
     elsewhere = {
         id(p) for module in model.modules() if id(module) not in inside for p in module.parameters(recurse=False)
     }
-    for root in saved.values():
-        for module in root.modules():
+    for path, root in saved.items():
+        for inner, module in root.named_modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if id(parameter) in elsewhere:
                     parameter = nn.Parameter(parameter.detach().clone())
                     setattr(module, name, parameter)
+                    copied.append(".".join(filter(None, (path, inner, name))))
                 parameter.requires_grad_(True)
+    if copied:
+        forget_ties(model)
+        warnings.warn(
+            f"apply_lora: {', '.join(copied)} was one parameter with that of another module; modules_to_save trains a "
+            "copy of it, and the config of a transformers model no longer ties them",
+            stacklevel=4,
+        )
 
 
 def _rebind_hooks(module: nn.Module) -> None:

@@ -17,7 +17,12 @@ _FAST_PATH_FIELDS = ("save", "fast_path", "fused_blocks")
 # older versions of PEFT cannot read these fields: write them only if they are set
 _RECENT = ("exclude_modules", "lora_bias", "target_parameters", "trainable_token_indices")
 # PEFT also trains these heads for these tasks
-HEADS, HEAD_TASKS = ("classifier", "score"), ("SEQ_CLS", "TOKEN_CLS")
+TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+HEADS = tuple(dict.fromkeys(head for heads in TASK_HEADS.values() for head in heads))
 # PEFT's fields that change an adapter's output and are not implemented here
 _FOREIGN = (
     "alora_invocation_tokens",

@@ -6,16 +6,15 @@ A merge unties parameters that it would change in only one of their modules; unm
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from leanstep._torch import is_dtensor
+from leanstep._torch import is_dtensor, unwrapped
 from leanstep.lora.apply import adapted_experts, adapted_layers, all_adapters, token_layers
 from leanstep.lora.layers.embedding import LoRAEmbeddingLayer
 from leanstep.lora.layers.experts import LoRAExpertsLayer
@@ -24,6 +23,7 @@ from leanstep.lora.layers.linear import LoRALayer, LoRALinearLayer
 from leanstep.lora.layers.pissa import start_factors
 from leanstep.lora.layers.rule import dora_factor
 from leanstep.lora.layers.tokens import TokenLayer, check_tokens, merge_tokens, unmerge_tokens
+from leanstep.lora.ties import Holder, retie, untie, untied_models
 
 # smaller DoRA factors leave too few digits of a row to divide them out again
 SMALL_FACTOR = 2.0**-8
@@ -102,6 +102,7 @@ def merge(model: nn.Module, *, keep_mask: bool = False, backup: bool = False) ->
         ties remain in a transformers model, its config gets ``tie_word_embeddings=False``. :func:`unmerge` ties them
         again.
     """
+    model = unwrapped(model)
     layers, experts = dict(adapted_layers(model)), dict(adapted_experts(model))
     if not layers and not experts:
         raise ValueError("merge: the model has no adapters")
@@ -217,6 +218,7 @@ def unmerge(model: nn.Module) -> MergeReport:
         Without a backup, 16-bit weights come back with rounding errors. Rows that a DoRA magnitude near 0 scaled away
         come back exactly, because :func:`merge` stores them.
     """
+    model = unwrapped(model)
     layers, adapters = dict(adapted_layers(model)), all_adapters(model)
     if not adapters or not all(adapter.merged for adapter in adapters):
         raise ValueError("unmerge: expected a model with merged adapters")
@@ -273,15 +275,21 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Copies the weights of adapted layers. Lists parameters tied to one of them under every name; save the model inside
     :func:`config_of_merged`, so that its config matches. Raises ValueError for quantised or parametrized bases.
     """
+    model = unwrapped(model)
     # a module may have several names, such as the embeddings of a T5 whose vocabulary was resized
     modules = dict(model.named_modules(remove_duplicate=False))
     untied = {(holder.module, holder.key) for group in tied_groups(model) for holder in group}
     # by those rows: tied modules have one
     with_rows: dict[int, Tensor] = {}
     merged: dict[tuple[nn.Module | str, str], Tensor] = {}
+    owned = tuple(
+        f"{name}.lora_" if name else "lora_"
+        for name, module in modules.items()
+        if isinstance(module, LoRALayer | LoRAExpertsLayer | TokenLayer)
+    )
     state = {}
     for name, value in model.state_dict().items():
-        if "lora_" in name:
+        if name.startswith(owned):
             continue
         owner, _, key = name.rpartition(".")
         module = modules.get(owner)  # wrappers may leave themselves out of the names
@@ -376,29 +384,6 @@ def base_bias(layer: Any) -> Tensor:
     return bias - _bias_shift(layer) if backup is None else backup
 
 
-# --- tied parameters --------------------------------------------------------------------------------------------------
-
-
-class Holder(NamedTuple):
-    """A module that holds a tied parameter, and whether merging its adapter changes that parameter.
-
-    ``name`` is the parameter's full name, ``key`` its name in the module.
-    """
-
-    name: str
-    module: nn.Module
-    key: str
-    changed: bool
-
-
-@dataclass
-class Ties:
-    """The changes of :func:`untie`: each holder's original parameter, and each config's tied keys."""
-
-    parameters: list[tuple[Holder, nn.Parameter]] = field(default_factory=list)
-    configs: list[tuple[Any, dict[str, str]]] = field(default_factory=list)
-
-
 def tied_groups(model: nn.Module) -> list[list[Holder]]:
     """Group the holders of every tied parameter that a merge changes in at least one holder."""
     holders: dict[Any, list[Holder]] = defaultdict(list)
@@ -418,77 +403,14 @@ def _memory(parameter: Tensor) -> Any:
     return parameter.device, parameter.data_ptr()
 
 
-def untie(model: nn.Module, groups: list[list[Holder]]) -> Ties:
-    """Give every holder in ``groups`` its own parameter. The first one that a merge does not change keeps the old one.
-
-    If this removes all ties of a transformers model, its config gets ``tie_word_embeddings=False``, so that a saved
-    merged model loads with both weights.
-
-    Raises:
-        ValueError: for a sharded parameter, which cannot be untied; nothing is changed.
-    """
-    for first, *others in groups:
-        if is_dtensor(getattr(first.module, first.key)):
-            raise ValueError(
-                f"merge: {first.name} and {others[0].name} are one parameter, which is sharded; load the base with "
-                "tie_word_embeddings=False, or merge before it is sharded"
-            )
-    ties = Ties()
-    for group in groups:
-        unchanged = next((holder for holder in group if not holder.changed), None)
-        for holder in group:
-            shared = getattr(holder.module, holder.key)
-            ties.parameters.append((holder, shared))
-            if holder is not unchanged:
-                copy = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
-                setattr(holder.module, holder.key, copy)
-    for module in _untied_models(model, groups):
-        ties.configs.append((module, module.all_tied_weights_keys))
-        module.config.tie_word_embeddings, module.all_tied_weights_keys = False, {}
-    names = "; ".join(" and ".join(holder.name for holder in group) for group in groups)
-    config = ", and config.tie_word_embeddings is False" if ties.configs else ""
-    warnings.warn(
-        f"merge: {names} were one parameter, and only one of them is adapted; until unmerge, each has its own "
-        f"parameter{config}",
-        stacklevel=3,
-    )
-    return ties
-
-
-def retie(model: nn.Module) -> set[str]:
-    """Undo :func:`untie`, if it was called; returns the names of the restored parameters."""
-    ties: Ties | None = getattr(model, "lora_ties", None)
-    if ties is None:
-        return set()
-    for holder, parameter in ties.parameters:
-        setattr(holder.module, holder.key, parameter)
-    for module, keys in ties.configs:
-        module.config.tie_word_embeddings, module.all_tied_weights_keys = True, keys
-    del model.lora_ties
-    return {holder.name for holder, _ in ties.parameters}
-
-
-def _untied_models(model: nn.Module, groups: list[list[Holder]]) -> list[Any]:
-    """The transformers models in ``model`` that have no ties outside ``groups``."""
-    names = {holder.name for group in groups for holder in group}
-    models = []
-    for prefix, module in model.named_modules():
-        keys: Any = getattr(module, "all_tied_weights_keys", None)
-        if not keys or not getattr(getattr(module, "config", None), "tie_word_embeddings", False):
-            continue
-        start = f"{prefix}." if prefix else ""
-        if all(start + target in names or start + source in names for target, source in keys.items()):
-            models.append(module)
-    return models
-
-
 @contextlib.contextmanager
 def config_of_merged(model: nn.Module) -> Iterator[None]:
     """Context manager for ``save_pretrained`` with :func:`merged_state_dict`.
 
     Inside, ``config.tie_word_embeddings`` of a transformers model describes the merged model.
     """
-    models = _untied_models(model, tied_groups(model))
+    model = unwrapped(model)
+    models = untied_models(model, tied_groups(model))
     for module in models:
         module.config.tie_word_embeddings = False
     try:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from leanstep._torch import expert_weights, input_embedding, output_head
-from leanstep.lora.config import HEAD_TASKS, HEADS, LoraConfig
+from leanstep.lora.config import HEADS, TASK_HEADS, LoraConfig
 from leanstep.lora.layers.frozen import is_linear, why_no_tensor, widths
 from leanstep.lora.peft.experts import names_read_as_experts
 
@@ -92,13 +92,12 @@ def scale_of(config: LoraConfig, name: str) -> float:
 
 
 def with_heads(model: nn.Module, config: LoraConfig) -> LoraConfig:
-    """Add the model's classifier to ``modules_to_save`` if the task has one."""
+    """Add the model's head to ``modules_to_save`` if the task has one."""
     names = [name for name, _ in model.named_modules()]
     saved = config.modules_to_save or []
-    heads = [head for head in HEADS if head not in saved and any(name.endswith(head) for name in names)]
-    if config.task_type not in HEAD_TASKS or not heads:
-        return config
-    return dataclasses.replace(config, modules_to_save=[*saved, *heads])
+    of_task = TASK_HEADS.get(config.task_type or "", ())
+    heads = [head for head in of_task if head not in saved and any(name.endswith(head) for name in names)]
+    return config if not heads else dataclasses.replace(config, modules_to_save=[*saved, *heads])
 
 
 def without_foreign_names(model: nn.Module, config: LoraConfig, where: str) -> LoraConfig:
@@ -108,7 +107,7 @@ def without_foreign_names(model: nn.Module, config: LoraConfig, where: str) -> L
     any layer, warns about names and patterns that fit no module at all.
     """
     names = [name for name, _ in model.named_modules() if name]
-    if config.modules_to_save and config.task_type in HEAD_TASKS:
+    if config.modules_to_save and config.task_type in TASK_HEADS:
         saved = [n for n in config.modules_to_save if n not in HEADS or any(name.endswith(n) for name in names)]
         config = dataclasses.replace(config, modules_to_save=saved)
     selected = [name for name in names if matches(config, name)]
@@ -211,13 +210,14 @@ def _last_two(name: str) -> str:
 
 
 def _warn_of_frozen_head(model: nn.Module, config: LoraConfig) -> None:
-    """Warn about a classifier that gets an adapter, and keeps the weights of its initialisation below it."""
+    """Warn about a head of a task that keeps the weights of its initialisation, under an adapter or alone."""
     heads = [head for head in HEADS if isinstance(getattr(model, head, None), nn.Module)]
     frozen = [head for head in heads if not _is_saved(config, head) and not _fits(config.exclude_modules, head)]
-    if type(model).__name__.endswith("Classification") and frozen:
+    if type(model).__name__.endswith(("Classification", "QuestionAnswering")) and frozen:
+        task = next(task for task, heads in TASK_HEADS.items() if frozen[0] in heads)
         warnings.warn(
             f"apply_lora: {frozen[0]} keeps its weights under an adapter; if it is new, train it whole by "
-            f"task_type='SEQ_CLS' or modules_to_save=[{frozen[0]!r}]",
+            f"task_type={task!r} or modules_to_save=[{frozen[0]!r}]",
             stacklevel=6,
         )
 

@@ -125,7 +125,7 @@ def pattern_of(weight: Tensor, dim: int) -> NM | None:
     not count as groups.
     """
     size, numel = weight.shape[dim], weight.numel()
-    density = float((weight.detach() != 0).double().mean()) if numel else 1.0
+    density = int(weight.detach().count_nonzero()) / numel if numel else 1.0
     best, strongest = None, -1.0
     for pattern in _obeyed_patterns(weight, dim, min(size if size <= _ROW else size // 2, _LONGEST)):
         evidence = numel // pattern.m * _evidence(pattern, density, size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from leanstep._torch import is_dtensor
-from leanstep.sparsity.modules import SparseLayer, original_key, remove, sparse_layers, stop_sparing
+from leanstep.sparsity.modules import SparseLayer, SparseWeight, original_key, remove, sparse_layers, stop_sparing
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -62,14 +63,15 @@ def plain_state_dict(model: nn.Module, state: Mapping[str, Any] | None = None) -
 
     Args:
         model: a model that :func:`sparsify` changed; any other model gives its own state dict.
-        state: the state dict to convert, with whole tensors (gather a sharded model's first). None: the model's.
+        state: the state dict to convert, with whole tensors (gather a sharded model's first); its own masks and alphas
+            apply where it has them. None: the model's.
 
     Returns:
         Plain name -> tensor: masked weights as new tensors (one for all names of a tied weight), and all other entries
         of ``state`` unchanged.
 
     Raises:
-        ValueError: for a state of another model, or sharded tensors.
+        ValueError: for a state of another model or of other patterns, or sharded tensors.
     """
     entries = dict(model.state_dict() if state is None else state)
     renamed: dict[str, str] = {}
@@ -82,7 +84,7 @@ def plain_state_dict(model: nn.Module, state: Mapping[str, Any] | None = None) -
         weight = entries[next(key for key in keys if key in entries)]
         if is_dtensor(weight):
             raise ValueError(f"plain_state_dict: {keys[0]!r} is sharded; give the gathered state dict")
-        value = layer.transform.effective(weight.detach())
+        value = (layer.transform if state is None else _transform_in(entries, layer)).effective(weight.detach())
         renamed |= dict(zip(keys, layer.names, strict=True))
         values |= dict.fromkeys(keys, value)
     plain = {}
@@ -92,6 +94,20 @@ def plain_state_dict(model: nn.Module, state: Mapping[str, Any] | None = None) -
         elif not (".parametrizations." in key and key.endswith("_extra_state")):
             plain[key] = tensor
     return plain
+
+
+def _transform_in(entries: Mapping[str, Any], layer: SparseLayer) -> SparseWeight:
+    """The parametrization with the mask and alpha of a state dict; the layer's own where the state has none."""
+    keys = [original_key(name).removesuffix("original") + "0._extra_state" for name in layer.names]
+    packed = next((entries[key] for key in keys if key in entries), None)
+    if packed is None:
+        return layer.transform
+    transform = copy.deepcopy(layer.transform)
+    try:
+        transform.set_extra_state(packed)
+    except ValueError as error:
+        raise ValueError(f"plain_state_dict: {layer.name!r}: {error}") from None
+    return transform
 
 
 def sparse_state(model: nn.Module) -> dict[str, Tensor]:

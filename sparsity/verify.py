@@ -162,7 +162,7 @@ def _report(name: str, tensor: Tensor, note: str, expected: NM | None, dim: int 
         name=name,
         shape=tuple(tensor.shape),
         dtype=str(tensor.dtype).removeprefix("torch."),
-        sparsity=float((tensor == 0).double().mean()) if tensor.numel() else 0.0,
+        sparsity=int((tensor == 0).count_nonzero()) / tensor.numel() if tensor.numel() else 0.0,
         pattern=None if pattern is None else str(pattern),
         dim=along,
         expected=None if expected is None else str(expected),

@@ -55,7 +55,8 @@ class NormCache:
 
     Training recomputes the norms at every call, because optimizers may write through ``.data``, which torch does not
     count; it caches only the squares of the frozen weight. Evaluation caches the norms until the memory or the change
-    count of a tensor differs. ``eval()``, and ``train()`` after an evaluation, drop the cache.
+    count of a tensor differs. A training pass drops them; so do ``eval()``, and ``train()`` after an evaluation, of
+    leanstep's own layers.
     """
 
     def __init__(self) -> None:
@@ -71,6 +72,8 @@ class NormCache:
 
     def norms(self, source: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, training: bool) -> Tensor:
         """:func:`row_norms` of ``weight``. The cache watches ``source``, the parameter behind ``weight``."""
+        if training:
+            self._norms = None
         if torch.compiler.is_compiling() or type(source) not in (Tensor, torch.nn.Parameter):
             # tensor subclasses, such as fake tensors, do not reveal changes
             return row_norms(weight, a, b, scale)

@@ -253,7 +253,7 @@ class FastLinear:
             if save == "min" and _can_read(magnitude) and bool((magnitude == 0).any()):
                 # the magnitude's gradient needs Z, and an output scaled by 0 does not contain it
                 save = "full"
-        elif p == 0 and dense is None and save != "lora_fa":
+        elif p == 0 and dense is None and save != "lora_fa" and not _trains_b_alone(a, b):
             path = contraction_path(x.numel() // max(1, x.shape[-1]), a.shape[1], b.shape[0], lora.rank, x.dtype)
         setting = Setting(lora.scale, p, save, lora.transposed, path, dense)
         return setting, Weights(base.weight, base.bias, a, b, b_bias, magnitude, norm)  # type: ignore[arg-type]
@@ -272,6 +272,11 @@ class FastLinear:
         if lora.norms is None:
             lora.norms = NormCache()
         return lora.norms.norms(weight, dense, a, b, lora.scale, self.training)
+
+
+def _trains_b_alone(a: Tensor, b: Tensor) -> bool:
+    """Whether backward needs ``A x`` and not x, which the sum of weight and update would have to keep."""
+    return torch.is_grad_enabled() and b.requires_grad and not a.requires_grad
 
 
 def _can_read(tensor: Tensor) -> bool:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from leanstep._checkpoint import load_pickled, load_tensors, read_json
 from leanstep._files import one_line, replacing, write_text
-from leanstep._torch import input_embedding, is_dtensor, output_head, place_like, whole_tensor
+from leanstep._torch import input_embedding, is_dtensor, output_head, place_like, unwrapped, whole_tensor
 from leanstep.lora.apply import (
     Model,
     adapted_experts,
@@ -115,6 +115,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         layers are named by their weights, in ``target_parameters``. ``lora_dropout`` is then written as 0, with a
         warning. With DoRA, a bias on B or a quantised base PEFT computes something else; a warning says so.
     """
+    model = unwrapped(model)
     config = getattr(model, "lora_config", None)
     if not isinstance(config, LoraConfig):
         raise ValueError("save_adapter: the model has no adapters; call apply_lora first")
@@ -130,7 +131,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     if not settings["base_model_name_or_path"]:
         settings["base_model_name_or_path"] = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     if settings["target_modules"] == "all-linear":
-        settings["target_modules"] = sorted(name for name, _ in adapted_layers(model))
+        settings["target_modules"] = _exact_names(model)
     if is_pissa(config.init_lora_weights):
         _double_rank(settings)
     _name_renamed_layers(model, settings)
@@ -140,6 +141,15 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         save_file(tensors, partial, metadata={"format": "pt"})
     write_text(target / CONFIG, json.dumps(settings, indent=2, sort_keys=True))
     return target
+
+
+def _exact_names(model: nn.Module) -> list[str] | str:
+    """The names of the adapted layers; as a regular expression if one is also the end of another module's name."""
+    adapted = dict(adapted_layers(model))
+    ends = tuple(f".{name}" for name in adapted)
+    if any(name.endswith(ends) for name, _ in model.named_modules() if name not in adapted):
+        return "|".join(map(re.escape, sorted(adapted)))
+    return sorted(adapted)
 
 
 def _name_renamed_layers(model: nn.Module, settings: dict[str, Any]) -> None:
@@ -193,7 +203,7 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], **changes: object
         different base weight of an embedding or head, which then replaces the model's; PEFT writes such weights if they
         are adapted or resized.
     """
-    source = Path(folder)
+    source, whole, model = Path(folder), model, unwrapped(model)
     merged = [adapter.name for adapter in all_adapters(model) if adapter.merged]
     if merged:
         raise ValueError(f"load_adapter: {merged[0]} is merged; unmerge the model first")
@@ -207,6 +217,13 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], **changes: object
         config = name_by_layers(model, config)
     except ValueError as error:
         raise ValueError(f"load_adapter: {source} does not fit this model ({base}): {error}") from error
+    start = changes.get("init_lora_weights", config.init_lora_weights)
+    if not adapted and is_pissa(start) and start != config.init_lora_weights:
+        raise ValueError(
+            f"load_adapter: init_lora_weights={start!r} moves some of the base into the factors, and the file's "
+            "factors are for the base as it is; leave it out, or apply_lora(model, ...) with it and then "
+            "load_adapter(model, folder) to go on with a file of such a model"
+        )
     config = dataclasses.replace(config, **changes)  # type: ignore[arg-type]
     if adapted:
         _refuse_changes(model, config, changes)
@@ -237,7 +254,7 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], **changes: object
             tensor.copy_(place_like(value.to(tensor.dtype), tensor) if is_dtensor(tensor) else value)
     for _, layer in adapted_layers(model):
         layer.lora.norms = None
-    return model
+    return whole
 
 
 def _stored_shape(model: nn.Module, key: str) -> tuple[int, ...]:

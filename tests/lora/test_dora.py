@@ -7,7 +7,7 @@ import pytest
 import torch
 from lora_models import randomise, tiny_llama, tokens
 
-from leanstep.lora import LoraConfig, apply_lora
+from leanstep.lora import LoraConfig, accelerate_peft, apply_lora
 from leanstep.lora.layers.dora import row_norms
 
 
@@ -193,3 +193,23 @@ def test_a_row_of_zeros_has_finite_gradients(fast_path):
     assert len(gradients) == 3
     assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
     assert float(gradients["0.lora_magnitude_vector"][1]) == 0
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_training_pass_of_an_accelerated_model_drops_the_norms_of_an_evaluation():
+    """Some optimizers write weights without a count of the change; PEFT's layers cannot drop the norms in eval()."""
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
+    model = randomise(peft.get_peft_model(tiny_llama(layers=1), config)).eval()
+    handle = accelerate_peft(model)
+    model(tokens())
+    model.train()
+    model(tokens())
+    before = [p._version for p in model.parameters()]
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            parameter.detach().numpy()[...] *= 3.0
+    assert [p._version for p in model.parameters()] == before
+    model.eval()
+    accelerated = model(tokens()).logits
+    handle.undo()
+    torch.testing.assert_close(accelerated, model(tokens()).logits, rtol=1e-4, atol=1e-5)

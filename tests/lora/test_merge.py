@@ -255,6 +255,7 @@ def test_a_weight_that_many_share(target, resized, tmp_path):
     assert len({id(holder.weight) for holder in holders}) == 1
 
 
+@pytest.mark.filterwarnings("ignore:apply_lora. shared.weight was one parameter")
 @pytest.mark.parametrize("settings", [{"modules_to_save": ["shared"]}, {"trainable_token_indices": [3, 63]}])
 def test_the_merged_state_of_a_module_with_many_names_opens(settings, tmp_path):
     model = adapted(lambda _: tiny_t5(resized=True), {"target_modules": ["q"], **settings})
@@ -298,3 +299,42 @@ def test_a_merged_model_that_is_to_train_says_that_it_cannot():
     model.eval().train()
     loss_and_gradients(model, tokens())
     assert model.model.layers[0].self_attn.q_proj.lora_A.weight.grad is not None
+
+
+def test_the_merged_state_has_the_weights_that_only_sound_like_factors():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.explora_head = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+            self.lora_table = torch.nn.Parameter(torch.ones(3))
+
+    model, plain = Model(), Model()
+    apply_lora(model, LoraConfig(r=2, target_modules=["a"]))
+    assert list(merged_state_dict(model)) == list(plain.state_dict())
+
+
+def test_a_tied_head_that_is_trained_whole_is_no_longer_tied(tmp_path):
+    """Neither tie_weights() nor a program that trusts config.json may put the embedding in its place."""
+    model = tiny_llama(tie_word_embeddings=True)
+    with pytest.warns(UserWarning, match="lm_head.weight was one parameter with that of another module"):
+        apply_lora(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    randomise(model).eval()
+    assert model.config.tie_word_embeddings is False
+    expected = model(tokens()).logits
+    model.tie_weights()
+    assert torch.equal(model(tokens()).logits, expected)
+    merge(model)
+    remove_lora(model).save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.tie_word_embeddings is False
+    torch.testing.assert_close(loaded(tokens()).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_ties_that_a_trained_head_leaves_stay():
+    model = tiny_t5()
+    keys = dict(model.all_tied_weights_keys)
+    assert "lm_head.weight" in keys and len(keys) > 1
+    with pytest.warns(UserWarning, match="lm_head.weight was one parameter"):
+        apply_lora(model, LoraConfig(r=2, target_modules=["q"], modules_to_save=["lm_head"]))
+    assert model.all_tied_weights_keys == {a: b for a, b in keys.items() if "lm_head" not in a + b}
+    assert model.config.tie_word_embeddings is True

@@ -523,3 +523,16 @@ def test_a_model_that_cannot_be_accelerated_is_refused():
     with pytest.raises(ValueError, match="q_proj cannot: the adapter is merged"):
         accelerate_peft(theirs, fast_path=True)
     assert not any("forward" in vars(module) for module in theirs.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_a_saves_as_little_as_lora_fa(dtype):
+    """Backward needs A x alone, also where the sum of weight and update would take fewer operations."""
+    base = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    theirs = peft.get_peft_model(base, peft.LoraConfig(r=8, target_modules=["0"])).to(dtype)
+    accelerate_peft(theirs)
+    for name, parameter in theirs.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    x = torch.randn(256, 64, dtype=dtype)
+    assert saved_bytes(lambda: theirs(x * 1), theirs.parameters()) == 256 * 8 * dtype.itemsize

@@ -1,5 +1,6 @@
 """Files of PEFT's that differ from what this package writes: which open, and which are refused in which words."""
 
+import copy
 import json
 import os
 import warnings
@@ -12,7 +13,7 @@ import transformers
 from lora_models import randomise, tiny_llama, tiny_t5, tokens
 from safetensors.torch import load_file, save_file
 
-from leanstep.lora import LoraConfig, apply_lora, load_adapter, merge, save_adapter
+from leanstep.lora import LoraConfig, apply_lora, load_adapter, merge, remove_lora, save_adapter
 
 # PEFT asks transformers by a name that is on its way out
 pytestmark = [
@@ -285,3 +286,77 @@ def test_a_module_with_many_names_has_one_adapter(settings, tmp_path):
     save_file(changed, path)
     with pytest.raises(ValueError, match="keys are not of this model"):
         load_adapter(tiny_t5(resized=True), tmp_path)
+
+
+def test_a_start_that_changes_the_base_is_refused_over_the_factors_of_a_file(tmp_path):
+    save_adapter(randomise(apply_lora(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))), tmp_path)
+    model = tiny_llama()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="init_lora_weights='pissa' moves some of the base into the factors"):
+        load_adapter(model, tmp_path, init_lora_weights="pissa")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    load_adapter(model, tmp_path, init_lora_weights="gaussian")
+
+
+class Nested(torch.nn.Module):
+    """A head whose name ends like that of a hidden layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = torch.nn.Linear(32, 32), torch.nn.ModuleDict({"layer": torch.nn.Linear(32, 4)})
+
+    def forward(self, x):
+        return self.head["layer"](self.layer(x))
+
+
+@pytest.mark.filterwarnings("ignore:apply_lora. 'all-linear' leaves out head.layer. narrower than the rank")
+def test_a_layer_whose_name_ends_like_an_adapted_one_stays_out(tmp_path):
+    model = Nested()
+    ours = randomise(apply_lora(model, LoraConfig(r=8, target_modules="all-linear")))
+    x, plain = torch.randn(3, 32), Nested()
+    plain.load_state_dict({k.replace(".base_layer", ""): v for k, v in model.state_dict().items() if "lora_" not in k})
+    save_adapter(ours, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
+    torch.testing.assert_close(theirs(x), ours(x))
+    torch.testing.assert_close(load_adapter(plain, tmp_path)(x), ours(x))
+
+
+@pytest.mark.parametrize("task", ["QUESTION_ANS", None])
+def test_the_head_of_question_answering_is_trained_whole_as_by_peft(task, tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    base = transformers.BertForQuestionAnswering(transformers.BertConfig(vocab_size=30, **sizes)).eval()
+    plain = copy.deepcopy(base)
+    config = LoraConfig(r=2, target_modules=["query"] if task else "all-linear", task_type=task)
+    if task is None:
+        with pytest.warns(UserWarning, match="qa_outputs keeps its weights .* task_type='QUESTION_ANS'"):
+            apply_lora(base, config)
+        return
+    ours = randomise(apply_lora(base, config)).eval()
+    assert {name for name, p in ours.named_parameters() if p.requires_grad and "lora_" not in name} == {
+        "qa_outputs.weight", "qa_outputs.bias",
+    }  # fmt: skip
+    save_adapter(ours, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path).eval()
+    x = torch.arange(12).view(2, 6)
+    torch.testing.assert_close(theirs(input_ids=x).start_logits, ours(input_ids=x).start_logits)
+    torch.testing.assert_close(load_adapter(plain, tmp_path)(input_ids=x).end_logits, ours(input_ids=x).end_logits)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_adapted_saved_and_merged_as_the_one_inside(tmp_path):
+    base, plain = tiny_llama(), tiny_llama()
+    plain.load_state_dict(base.state_dict())
+    trainable = {name for name, p in base.named_parameters() if p.requires_grad}
+    compiled = torch.compile(base, backend="eager")
+    assert apply_lora(compiled, LoraConfig(r=2, target_modules=["q_proj"])) is compiled
+    randomise(base).eval()
+    save_adapter(compiled, tmp_path)
+    assert not any("_orig_mod" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    expected = base(tokens()).logits
+    torch.testing.assert_close(compiled(tokens()).logits, expected)
+    torch.testing.assert_close(load_adapter(plain.eval(), tmp_path)(tokens()).logits, expected)
+    assert load_adapter(compiled, tmp_path) is compiled
+    merge(compiled)
+    assert remove_lora(compiled) is compiled
+    assert {name for name, p in base.named_parameters() if p.requires_grad} == trainable
+    torch.testing.assert_close(base(tokens()).logits, expected, rtol=1e-4, atol=1e-5)

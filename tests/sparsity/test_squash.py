@@ -171,3 +171,21 @@ def test_what_others_keep_from_ddp_stays_after_squash():
     assert "2.parametrizations.weight.0.mask" in model._ddp_params_and_buffers_to_ignore
     squash(model)
     assert model._ddp_params_and_buffers_to_ignore == ["0.bias"]
+
+
+@pytest.mark.parametrize("method", ["ste", "mdgf-linear", "s-ste"])
+def test_a_state_dict_is_converted_by_its_own_masks(method):
+    """Not by those of the model, which may be new or have trained on."""
+    model, other = make_mlp(), make_mlp()
+    schedule = 4 if "gf" in method else None
+    train(model, sparsify(model, MLP, schedule=schedule, method=method), steps=4)
+    sparsify(other, MLP, schedule=schedule, method=method)
+    state = copy.deepcopy(model.state_dict())
+    plain, expected = plain_state_dict(other, state), plain_state_dict(model)
+    assert plain.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in plain.items())
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    wrong = make_mlp()
+    sparsify(wrong, "1:4")
+    with pytest.raises(ValueError, match="plain_state_dict: '0': the checkpoint was trained towards"):
+        plain_state_dict(wrong, state)
