@@ -41,6 +41,11 @@ def unwrapped(model: Any) -> Any:
             return model
 
 
+def plain_name(name: str) -> str:
+    """A name without those of wrappers that leave themselves out of ``state_dict``, such as activation checkpoints."""
+    return re.sub(r"(^|\.)(_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.|$)", "", name).removeprefix(".")
+
+
 def local_part(tensor: Tensor) -> Tensor:
     """Return this process's shard of a DTensor; any other tensor unchanged."""
     return cast("DTensor", tensor).to_local() if is_dtensor(tensor) else tensor

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leanstep._torch import is_dtensor, unwrapped
+from leanstep._torch import is_dtensor, plain_name, unwrapped
 from leanstep.lora.apply import adapted_experts, adapted_layers, all_adapters, token_layers
 from leanstep.lora.layers.embedding import LoRAEmbeddingLayer
 from leanstep.lora.layers.experts import LoRAExpertsLayer
@@ -277,7 +277,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     model = unwrapped(model)
     # a module may have several names, such as the embeddings of a T5 whose vocabulary was resized
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = {plain_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
     untied = {(holder.module, holder.key) for group in tied_groups(model) for holder in group}
     # by those rows: tied modules have one
     with_rows: dict[int, Tensor] = {}

@@ -27,6 +27,7 @@ from leanstep._torch import (
     local_part,
     output_head,
     place_like,
+    plain_name,
     stores_in_out,
     whole_tensor,
 )
@@ -264,8 +265,8 @@ def sparse_layers(model: nn.Module) -> list[SparseLayer]:
 def _add_use(
     uses: list[tuple[nn.Module, str]], names: list[str], module_name: str, module: nn.Module, attribute: str
 ) -> None:
-    """Add a name of a weight, and the module and attribute behind it unless another name has added them."""
-    names.append(f"{module_name}.{attribute}".lstrip("."))
+    """Add a name of a weight in the state dict, and the module and attribute behind it unless another name has."""
+    names.append(plain_name(f"{module_name}.{attribute}".lstrip(".")))
     if (module, attribute) not in uses:
         uses.append((module, attribute))
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from leanstep._checkpoint import load_pickled, load_tensors, read_json
 from leanstep._files import one_line, replacing, write_text
-from leanstep._torch import input_embedding, is_dtensor, output_head, place_like, unwrapped, whole_tensor
+from leanstep._torch import input_embedding, is_dtensor, output_head, place_like, plain_name, unwrapped, whole_tensor
 from leanstep.lora.apply import (
     Model,
     adapted_experts,
@@ -84,7 +84,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
             a, b = (f"{PREFIX}{name}.{factor}.weight" for factor in ("lora_A", "lora_B"))
             state[a] = torch.cat([state[a], start[0].to(state[a])])
             state[b] = torch.cat([state[b], -start[1].to(state[b])], dim=1)
-    return state
+    return {plain_name(key): value for key, value in state.items()}
 
 
 def _double_rank(settings: dict[str, Any]) -> None:
@@ -148,8 +148,8 @@ def _exact_names(model: nn.Module) -> list[str] | str:
     adapted = dict(adapted_layers(model))
     ends = tuple(f".{name}" for name in adapted)
     if any(name.endswith(ends) for name, _ in model.named_modules() if name not in adapted):
-        return "|".join(map(re.escape, sorted(adapted)))
-    return sorted(adapted)
+        return "|".join(re.escape(plain_name(name)) for name in sorted(adapted))
+    return sorted(map(plain_name, adapted))
 
 
 def _name_renamed_layers(model: nn.Module, settings: dict[str, Any]) -> None:

@@ -15,8 +15,10 @@ from lora_models import (
     tiny_t5,
     tokens,
 )
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from leanstep.lora import LoraConfig, apply_lora, merge, remove_lora, unmerge
+from leanstep.lora import LoraConfig, apply_lora, load_adapter, merge, remove_lora, save_adapter, unmerge
 from leanstep.lora.merge import config_of_merged, merged_state_dict
 
 CASES = {
@@ -338,3 +340,16 @@ def test_ties_that_a_trained_head_leaves_stay():
         apply_lora(model, LoraConfig(r=2, target_modules=["q"], modules_to_save=["lm_head"]))
     assert model.all_tied_weights_keys == {a: b for a, b in keys.items() if "lm_head" not in a + b}
     assert model.config.tie_word_embeddings is True
+
+
+def test_the_merged_state_sees_through_activation_checkpoints(tmp_path):
+    """A wrapper leaves itself out of state_dict, and not out of named_modules."""
+    model, plain = tiny_llama(), tiny_llama()
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, LlamaDecoderLayer))
+    randomise(apply_lora(model, LoraConfig(r=2, target_modules="all-linear")), scale=0.2).eval()
+    expected = model(tokens()).logits
+    save_adapter(model, tmp_path)
+    torch.testing.assert_close(load_adapter(tiny_llama(), tmp_path).eval()(tokens()).logits, expected)
+    assert load_adapter(model, tmp_path) is model
+    plain.load_state_dict(merged_state_dict(model))
+    torch.testing.assert_close(plain.eval()(tokens()).logits, expected, rtol=1e-4, atol=1e-4)

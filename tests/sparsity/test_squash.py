@@ -6,6 +6,7 @@ import pytest
 import torch
 from sparse_models import MLP, batch, make_mlp, train
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from leanstep.sparsity import NM, Schedule, is_nm, plain_state_dict, sparsify, squash
 from leanstep.sparsity.squash import sparse_state
@@ -171,6 +172,17 @@ def test_what_others_keep_from_ddp_stays_after_squash():
     assert "2.parametrizations.weight.0.mask" in model._ddp_params_and_buffers_to_ignore
     squash(model)
     assert model._ddp_params_and_buffers_to_ignore == ["0.bias"]
+
+
+def test_the_plain_state_dict_sees_through_activation_checkpoints():
+    model, dense = nn.Sequential(make_mlp()), nn.Sequential(make_mlp())
+    train(model, sparsify(model, {"0.2": "2:4"}), steps=2)
+    expected = plain_state_dict(model)
+    model[0] = checkpoint_wrapper(model[0])
+    plain = plain_state_dict(model)
+    assert plain.keys() == dense.state_dict().keys()
+    assert all(torch.equal(value, expected[name]) for name, value in plain.items())
+    assert sparse_state(model).keys() == model.state_dict().keys() - plain.keys()
 
 
 @pytest.mark.parametrize("method", ["ste", "mdgf-linear", "s-ste"])
