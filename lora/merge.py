@@ -279,6 +279,9 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     # a module may have several names, such as the embeddings of a T5 whose vocabulary was resized
     modules = {plain_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
     untied = {(holder.module, holder.key) for group in tied_groups(model) for holder in group}
+    for name, layer in adapted_layers(model):
+        if not layer.lora.merged:
+            _check_mergeable(name, layer)
     # by those rows: tied modules have one
     with_rows: dict[int, Tensor] = {}
     merged: dict[tuple[nn.Module | str, str], Tensor] = {}
@@ -306,7 +309,6 @@ def _merged_tensor(name: str, module: Any, key: str, value: Tensor, with_rows: d
     """A tensor of a module as after a merge: ``value`` itself if the adapter does not change it."""
     if isinstance(module, LoRALayer) and not module.lora.merged:
         if key == "weight":
-            _check_mergeable(name, module)
             return merged_weight(module).to(value.dtype)
         return value + _bias_shift(module) if key == "bias" and _has_bias_on_b(module) else value
     if isinstance(module, LoRAExpertsLayer) and key in module.lora and not module.lora[key].merged:

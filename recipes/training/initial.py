@@ -1,0 +1,60 @@
+"""The model that a run begins with, ``model.init_from``: how it is opened, and which ones are refused."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel
+
+from leanstep.pruning.folder.loading import open_model
+from leanstep.recipes.config.schema import ModelConfig, RunConfig
+from leanstep.recipes.data.tokens import open_tokenizer, tokenizer_fingerprint, trained_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def initial_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Open ``model.init_from``. Raises ValueError for a folder that cannot be opened, or stores its weights sparse."""
+    assert config.init_from is not None
+    try:
+        model: Any = open_model(config.init_from, dtype=dtype, new_heads=config.new_heads)
+    except ValueError as error:
+        raise ValueError(initial_problem(error)) from error
+    check_initial_config(config.init_from, model.config)
+    return model
+
+
+def initial_problem(error: ValueError) -> str:
+    """Message for a ``model.init_from`` that cannot be used, with the key to set where weights are missing."""
+    hint = "; name heads that are meant to be new in model.new_heads" if "do not fit" in str(error) else ""
+    return f"model.init_from: {error}{hint}"
+
+
+def check_initial_config(source: str, config: Any) -> None:
+    """Raise ValueError for weights in leanstep's sparse form, which a run can neither train nor merge adapters into."""
+    quantization: Any = getattr(config, "quantization_config", None) or {}
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+    if str(getattr(method, "value", method)) == "leanstep":
+        raise ValueError(
+            f"model.init_from: '{source}' stores its weights sparse, and a run can neither train them nor merge "
+            f"adapters into them; take the folder it was made from, or `leanstep export {source} --format dense "
+            "--out FOLDER`"
+        )
+
+
+def check_initial_tokenizer(config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Raise ValueError for a tokenizer trained on the data beside a model that has another one.
+
+    Other tokenizers are the user's choice; ``train:SIZE`` is mostly the recipe's, which ``model.init_from`` left there.
+    """
+    source = config.model.init_from
+    if source is None or not trained_size(config.data.tokenizer):
+        return
+    if not any((Path(source).expanduser() / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return
+    if tokenizer_fingerprint(open_tokenizer(source)) != tokenizer_fingerprint(tokenizer):
+        raise ValueError(
+            f"data.tokenizer: '{config.data.tokenizer}' makes other tokens than the model of model.init_from was "
+            f"trained on; take its own, data.tokenizer={source}"
+        )
