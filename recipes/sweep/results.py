@@ -68,26 +68,35 @@ class Results:
 
 
 def summarize(plan: Plan, ends: dict[str, dict[str, Any]]) -> Results:
-    """Average the validation losses of ``ends``, the last end entry of each run, over the seeds."""
+    """Average the validation losses of ``ends``, the last end entry of each run, over the seeds.
+
+    In a sweep over ``ema.decay`` they are those of the averaged weights, which alone depend on it.
+    """
+    losses = ("ema_loss", "val_loss") if "ema.decay" in plan.grid else ("val_loss",)
     settings: dict[tuple[tuple[str, str], ...], list[dict[str, Any]]] = {}
     for run in plan.runs:
         settings.setdefault(run.setting, []).append(ends.get(run.name, {}))
-    rows = [_row(dict(setting), entries) for setting, entries in settings.items()]
+    rows = [_row(dict(setting), entries, losses) for setting, entries in settings.items()]
     complete = [row for row in rows if row.is_complete]
     best = min(complete, key=lambda row: row.mean or 0.0, default=None)
     level = [] if best is None else [row for row in complete if row is not best and _is_level(row, best)]
-    return Results(rows, best, level, [] if best is None else _edges(plan, best))
+    is_tied = best is not None and any(row.mean == best.mean for row in level)
+    return Results(rows, best, level, [] if best is None or is_tied else _edges(plan, best))
 
 
-def _row(values: dict[str, str], entries: Sequence[dict[str, Any]]) -> Row:
-    losses = [number(entry.get("val_loss")) for entry in entries if entry.get("status") == DONE]
+def _row(values: dict[str, str], entries: Sequence[dict[str, Any]], keys: Sequence[str]) -> Row:
+    """The row of a setting; the loss of a run is the first of ``keys`` that its entry has."""
+    done = [entry for entry in entries if entry.get("status") == DONE]
+    losses = [next((value for key in keys if (value := number(entry.get(key))) is not None), None) for entry in done]
     sound = tuple(loss for loss in losses if loss is not None and math.isfinite(loss))
     diverged = sum(entry.get("status") == DIVERGED for entry in entries)
     return Row(values, sound, diverged, len(entries) - len(sound) - diverged)
 
 
 def _is_level(row: Row, best: Row) -> bool:
-    """Whether two standard errors of the difference cover it; False where a standard error is not known."""
+    """Whether the means are equal, or two standard errors of the difference cover it, where they are known."""
+    if row.mean == best.mean:
+        return True
     if row.standard_error is None or best.standard_error is None or row.mean is None or best.mean is None:
         return False
     return row.mean - best.mean <= 2 * math.hypot(row.standard_error, best.standard_error)

@@ -124,6 +124,7 @@ def test_what_is_trained():
     assert not gpt2.transformer.wte.weight.requires_grad
 
 
+@pytest.mark.filterwarnings("ignore:apply_lora. lm_head.weight was one parameter")
 def test_a_tied_module_to_save_becomes_its_own():
     model = tiny_gpt2()
     assert model.lm_head.weight is model.transformer.wte.weight

@@ -418,6 +418,23 @@ def test_settings_that_noise_does_not_tell_apart_are_level(plan):
     assert results.best is results.rows[0] and results.level == [results.rows[1]]
 
 
+def test_decays_of_the_average_are_judged_by_the_averaged_weights(plan):
+    """Training does not depend on the decay, nor does the loss of the trained weights."""
+    made = plan("ema.decay=0.9,0.99,0.999")
+    done = {
+        run.name: {"status": "done", "val_loss": 3.5, "ema_loss": loss}
+        for run, loss in zip(made.runs, [3.49, 3.4, 3.9], strict=True)
+    }
+    results = summarize(made, done)
+    assert [row.mean for row in results.rows] == [3.49, 3.4, 3.9]
+    assert results.best is results.rows[1] and results.edges == []
+    other = plan("optimizer.lr=1e-3,2e-3", "ema.decay=0.9")
+    done = {run.name: {"status": "done", "val_loss": 3.5, "ema_loss": 3.0} for run in other.runs}
+    results = summarize(other, done)
+    assert [row.mean for row in results.rows] == [3.5, 3.5]
+    assert results.level == [results.rows[1]] and results.edges == [], "equal losses have no best on an edge"
+
+
 def test_the_pages_of_a_sweep(plan):
     made = plan("optimizer.lr=1e-3,2e-3,4e-3", "optimizer.weight_decay=0,0.1", "seed=0,1")
     losses = [5.0, 5.2, 4.0, 4.2, 3.0, 3.1, 3.2, 3.4, "diverged", 4.0, "diverged", "diverged"]
