@@ -65,48 +65,42 @@ def _pin_one(
 
     ``groups``: those that shard the rows; empty for unsharded rows.
     """
-    cold = "power_warm" not in state or (not torch.compiler.is_compiling() and not state["power_warm"])
+    tracing = torch.compiler.is_compiling()
+    cold = "power_warm" not in state or (not tracing and not state["power_warm"])
     vector = local(state["power_vector"])
+    first, known = rule.first_power_vector(vector), vector.any(dim=-1, keepdim=True)
     update = rule.scaled(matrix, rows, cols)
-    norm, new = yield from (_first_norm if cold else _next_norm)(update, vector, groups)
-    usable = torch.isfinite(new).all(dim=-1, keepdim=True) & (norm > 0)
     if cold:
-        state["power_warm"] = (vector.any(dim=-1, keepdim=True) | usable).all().cpu()
+        new = torch.where(known, vector, first)
+        for iteration in range(_FIRST_POWER_STEPS):
+            square, new = rule.power_step(update, new)
+            yield from _summed([square, new], groups)
+            # no cold matrix has a usable gradient
+            if iteration == 0 and not tracing and not (_is_usable(square, new) & ~known).any():
+                break
+    else:
+        # one step from the last vector is nearly exact where gradients change slowly, and may be far too small where
+        # this one has little in common with the last ones; two from hashed values depend on this gradient alone
+        square, new = rule.power_step(update, vector)
+        fresh_square, fresh = rule.power_step(update, first)
+        yield from _summed([square, new, fresh_square, fresh], groups)
+        fresh_square, fresh = rule.power_step(update, fresh)
+        yield from _summed([fresh_square, fresh], groups)
+        new = torch.where(fresh_square > square, fresh, new)
+        square = torch.maximum(square, fresh_square)
+    usable, norm = _is_usable(square, new), square.sqrt()
     vector.copy_(torch.where(usable, new, vector))
+    if cold:
+        state["power_warm"] = (known | usable).all().cpu()
     rows.mul_(torch.where(norm > 0, target / norm, torch.ones_like(norm)))
 
 
-def _first_norm(update: Tensor, vector: Tensor, groups: tuple[Any, ...]) -> Reducer[tuple[Tensor, Tensor]]:
-    """Return the norm and the next vector after several power steps, from hashed values where ``vector`` is zero."""
-    known = vector.any(dim=-1, keepdim=True)
-    new = torch.where(known, vector, rule.first_power_vector(vector))
-    norm = vector.new_zeros(())
-    for iteration in range(_FIRST_POWER_STEPS):
-        ((norm, new),) = yield from _power_steps(update, [new], groups)
-        usable = torch.isfinite(new).all(dim=-1, keepdim=True) & (norm > 0)
-        # no cold matrix has a usable gradient
-        if iteration == 0 and not torch.compiler.is_compiling() and not (usable & ~known).any():
-            break
-    return norm, new
+def _is_usable(square: Tensor, new: Tensor) -> Tensor:
+    """Whether the next vector of a power step is finite, and its squared norm not 0."""
+    return torch.isfinite(new).all(dim=-1, keepdim=True) & (square > 0)
 
 
-def _next_norm(update: Tensor, vector: Tensor, groups: tuple[Any, ...]) -> Reducer[tuple[Tensor, Tensor]]:
-    """Return the larger of two norms and its next vector: one step from ``vector``, two from hashed values.
-
-    The first is nearly exact where gradients change slowly. It may be far too small where this gradient has little in
-    common with the last ones; the second one depends on this gradient alone.
-    """
-    first = rule.first_power_vector(vector)
-    (warm_norm, warm), (_, fresh) = yield from _power_steps(update, [vector, first], groups)
-    ((fresh_norm, fresh),) = yield from _power_steps(update, [fresh], groups)
-    return torch.maximum(warm_norm, fresh_norm), torch.where(fresh_norm > warm_norm, fresh, warm)
-
-
-def _power_steps(
-    update: Tensor, vectors: list[Tensor], groups: tuple[Any, ...]
-) -> Reducer[list[tuple[Tensor, Tensor]]]:
-    """Return (norm, next vector) of a power step from each vector, summed over the shards of the rows."""
-    steps = [rule.power_step(update, vector) for vector in vectors]
+def _summed(parts: list[Tensor], groups: tuple[Any, ...]) -> Reducer[None]:
+    """Sum tensors over the shards of the rows, in place."""
     for process_group in groups:
-        yield [Reduction(part, process_group) for step in steps for part in step]
-    return [(square.sqrt(), new) for square, new in steps]
+        yield [Reduction(part, process_group) for part in parts]

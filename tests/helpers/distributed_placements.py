@@ -64,7 +64,7 @@ def every_optimizer_reduces_as_documented(world: World) -> None:
         "sinkgd_momentum": (6, 6),
         "sinkgd_width": (6, 6),
         "sinkgd_balanced": (7, 7),
-        "sinkgd_unit": (25, 6),
+        "sinkgd_unit": (25, 7),
     }
     for name, counts in documented.items():
         model = shard(new_model(OPTIMIZERS[name][3]), world.size)
