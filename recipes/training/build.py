@@ -297,7 +297,8 @@ def build_run_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab
     ``vocab_size`` is what the data needs (``LoadedData.vocabulary``).
     """
     dtype = torch.bfloat16 if config.precision == "bf16-pure" else torch.float32
-    check_initial_tokenizer(config, tokenizer)
+    if config.model.init_from is not None:
+        check_initial_tokenizer(config, tokenizer)
     model = build_model(config.model, vocab_size, dtype, tokenizer.eos_token_id)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and config.data.seq_len > positions:
