@@ -210,7 +210,7 @@ def _last_two(name: str) -> str:
 
 
 def _warn_of_frozen_head(model: nn.Module, config: LoraConfig) -> None:
-    """Warn about a head of a task that keeps the weights of its initialisation, under an adapter or alone."""
+    """Warn about a head of a task that gets an adapter, and keeps the weights of its initialisation below it."""
     heads = [head for head in HEADS if isinstance(getattr(model, head, None), nn.Module)]
     frozen = [head for head in heads if not _is_saved(config, head) and not _fits(config.exclude_modules, head)]
     if type(model).__name__.endswith(("Classification", "QuestionAnswering")) and frozen:

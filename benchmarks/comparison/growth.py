@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 
 from comparison.methods import METHODS
-from comparison.protocol import Run
+from comparison.protocol import ComparisonError, Run
 from comparison.results import Results, final_loss, read
 from comparison.search import EdgeError, judged_runs, plan
 from comparison.summary import BASELINE, Row, paired_difference, standard_error
@@ -53,6 +54,17 @@ def double_reading(results: Results, rows: list[Row]) -> str:
     if not texts:
         return ""
     return f"Judged with twice the hidden rate, mean loss and difference to the chosen one: {'; '.join(texts)}."
+
+
+def differences(results: Results, rows: list[Row], first: str, second: str) -> Iterator[str]:
+    """A line for the judged runs of two methods, and one for those with half of the steps: their paired difference."""
+    chosen = {row.method: row.chosen for row in rows}
+    if lacking := [name for name in (first, second) if name not in chosen]:
+        raise ComparisonError(f"--between: no complete row of {lacking[0]}; the file has {', '.join(chosen)}")
+    for kind in ("judge", "half"):
+        ours, theirs = (_judged(results, chosen[name], kind) for name in (first, second))
+        if ours and theirs:
+            yield f"{kind}: {first} - {second}: {paired_difference(ours, theirs):+.3f}"
 
 
 def warmup_table(results: Results, rows: list[Row]) -> tuple[list[str], list[list[str]]] | None:

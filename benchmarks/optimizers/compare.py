@@ -3,7 +3,7 @@
     python benchmarks optimizers/compare [key=value ...] --out runs/compare [--family llama] [--size nano] \
         [--workers 2] [--minutes 30] [--budget 20] [--half] [--double adamw] \
         [--other-warmup adamw] [--methods adamw sinkgd]
-    python benchmarks optimizers/compare --report docs/results/llama-nano.jsonl [--write]
+    python benchmarks optimizers/compare --report docs/results/llama-nano.jsonl [--write | --between lanton muon]
 
 docs/protocol.md has the rules. The first command makes the runs that its file (OUT/FAMILY-SIZE.jsonl) does not have yet
 and prints the tables; it can be killed at any moment and goes on where it stopped. ``--minutes`` ends it in time.
@@ -21,11 +21,12 @@ import sys
 from pathlib import Path
 
 from common import command_line
+from comparison.growth import differences
 from comparison.methods import METHODS
 from comparison.protocol import ComparisonError, Protocol
 from comparison.results import read, writing
 from comparison.search import grid_size
-from comparison.summary import BASELINE
+from comparison.summary import BASELINE, summarise
 from comparison.tables import blocks, write
 
 from leanstep.recipes.config.loader import ConfigError
@@ -47,6 +48,9 @@ PARSER = command_line(
 )
 PARSER.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder; default: %(default)s")
 PARSER.add_argument("--report", type=Path, help="a file of results whose tables to print")
+PARSER.add_argument(
+    "--between", nargs=2, metavar="METHOD", help="with --report: print the paired difference of two methods instead"
+)
 PARSER.add_argument("--family", default="llama", choices=["llama", "gpt"])
 PARSER.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
 _TUNED = [name for name, method in METHODS.items() if method.start]
@@ -60,6 +64,12 @@ def main() -> int:
     """Make the runs, or read them; print the tables."""
     options = PARSER.parse_intermixed_args()
     try:
+        if options.between and options.report is None:
+            raise ComparisonError("--between needs --report FILE: the results to read")
+        if options.between:
+            results = read(options.report)
+            print("\n".join(differences(results, summarise(results)[0], *options.between)))
+            return 0
         if options.report is not None:
             return report(options.report, options.write)
         if options.write:

@@ -90,7 +90,7 @@ class SinkGD(LeanOptimizer):
         spectral: scale X to operator norm 1 ("unit") or sqrt(m / n) ("muon"); None: do not. With "unit" the update has
             operator norm lr * scale. Power iteration estimates the norm from below: 20 iterations at a matrix's first
             finite nonzero gradient, then the larger of one from the last vector and two from a fixed one. So the norm
-            is met to about a percent where gradients change slowly, and exceeded by up to a half where each has nothing
+            is met to 5 % where gradients change slowly, and exceeded by up to a half where each has nothing
             in common with the last. State: n values per matrix. Steps wait for the device until all matrices of a
             parameter have had such a gradient.
         cautious_decay: decay only entries whose update and parameter agree in sign (arXiv 2510.12402), also of AdamW's

@@ -6,6 +6,7 @@ template gets the row's ``tools`` and ``chat_template_kwargs``. An answer with `
 """
 
 import gzip
+import inspect
 import json
 import zlib
 from collections.abc import Iterator, Sequence
@@ -271,8 +272,14 @@ def encode_row(row: dict[str, Any], where: str, tokenizer: "PreTrainedTokenizerF
     else:
         messages = [*row["prompt"], *row["completion"]]
         answers = [index for index in range(len(row["prompt"]), len(messages)) if messages[index].get("weight") != 0]
-    settings = {"tools": row["tools"]} if row.get("tools") else {}
-    text, spans = render(messages, answers, where, tokenizer, settings | (row.get("chat_template_kwargs") or {}))
+    variables = row.get("chat_template_kwargs") or {}
+    if reserved := sorted(variables.keys() & inspect.signature(tokenizer.apply_chat_template).parameters):
+        raise ValueError(
+            f"{where}: chat_template_kwargs: expected variables of the template, got {reserved[0]!r}, an argument of "
+            "transformers' apply_chat_template"
+        )
+    settings = variables | ({"tools": row["tools"]} if row.get("tools") else {})
+    text, spans = render(messages, answers, where, tokenizer, settings)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     starts = np.array([start for start, _ in encoded["offset_mapping"]], np.int64)
     is_answer = np.zeros(len(starts), bool)

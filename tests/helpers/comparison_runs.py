@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-PARTS = ("protocol", "methods", "peers", "search", "results", "summary", "tables", "training", "schedule")
+PARTS = ("protocol", "growth", "methods", "peers", "search", "results", "summary", "tables", "training", "schedule")
 TINY = (
     "model.config.hidden_size=16", "model.config.intermediate_size=32", "model.config.num_hidden_layers=1",
     "model.config.num_attention_heads=2", "data.seq_len=32", "data.val_tokens=2000", "batch.tokens_per_step=128",

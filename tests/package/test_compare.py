@@ -505,3 +505,15 @@ def test_a_start_is_moved_for_the_model_whose_search_ended_on_an_edge(parts):
     assert parts.methods.METHODS["lanton-default"].start_for("gpt-nano") is None
     labels = {method.label for method in parts.methods.METHODS.values() if method.start}
     assert {label for label, _ in parts.methods.MOVED_STARTS} <= labels
+
+
+def test_the_difference_between_two_rows_is_paired_by_seed(parts):
+    """That of a method to tuned AdamW is the table's; a pair turned round changes its sign."""
+    results = parts.results.read(ROOT / "docs" / "results" / "llama-micro.jsonl")
+    rows = parts.summary.summarise(results)[0]
+    (muon,) = (row for row in rows if row.method == "muon")
+    told = list(parts.growth.differences(results, rows, "muon", "adamw"))
+    assert told[0] == f"judge: muon - adamw: {muon.difference:+.3f}" and told[1].startswith("half: muon - adamw: -")
+    assert next(parts.growth.differences(results, rows, "adamw", "muon")).startswith("judge: adamw - muon: +")
+    with pytest.raises(parts.protocol.ComparisonError, match="--between: no complete row of nothing; the file has"):
+        list(parts.growth.differences(results, rows, "muon", "nothing"))

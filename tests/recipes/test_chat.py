@@ -169,6 +169,9 @@ def test_the_template_sees_the_tools_of_a_line_and_its_settings(folder):
         encode_row(row, "here", tokenizer)
     shown = "{% if tools %}{{ tools[0].function.name }}{{ style }}{% endif %}"
     tokenizer.chat_template = shown + TEMPLATE
+    for name in ("tokenize", "chat_template", "tools"):
+        with pytest.raises(ValueError, match=f"here: chat_template_kwargs: expected variables .*, got '{name}'"):
+            encode_row({**row, "chat_template_kwargs": {name: "x"}}, "here", tokenizer)
     row["chat_template_kwargs"] = {"style": " briefly "}
     text = tokenizer.apply_chat_template(TALK, tools=row["tools"], style=" briefly ", tokenize=False)
     assert text.startswith("clock briefly <|system|>")
