@@ -67,13 +67,14 @@ class CalibratedModel:
 
     def sequences(self, documents: tuple[str, ...], count: int, seed: int) -> torch.Tensor:
         """Token sequences that a seed draws from documents, int64 [count, seq_len]."""
+        from leanstep.pruning.folder.loading import begin_tokens
         from leanstep.pruning.folder.text import token_sequences
 
         def encode(text: str) -> list[int]:
             return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
-        end = self.tokenizer.eos_token_id
-        return token_sequences(encode, documents, count, self.seq_len, end=end, seed=seed)
+        begin, end = begin_tokens(self.tokenizer), self.tokenizer.eos_token_id
+        return token_sequences(encode, documents, count, self.seq_len, begin=begin, end=end, seed=seed)
 
     def calibration(self, count: int, seed: int) -> torch.Tensor:
         """Calibration sequences of a seed."""

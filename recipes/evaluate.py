@@ -22,7 +22,12 @@ if TYPE_CHECKING:
     import torch
 
 UNKNOWN = "not known: no run's config.yaml lies around this model, so it may have been trained on this text"
-_OPTIONS = {"data.val_path": "--data", "data.val_tokens": "--val-tokens", "data.text_key": "--text-key"}
+_OPTIONS = {
+    "data.val_path": "--data",
+    "data.val_tokens": "--val-tokens",
+    "data.text_key": "--text-key",
+    "data.seq_len": "--seq-len",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -25,7 +25,7 @@ from common import append_json_line, command_line, print_table, pyplot, read_jso
 
 from leanstep.pruning import measure_curves, prune
 from leanstep.pruning.folder.files import open_checkpoint
-from leanstep.pruning.folder.loading import load_model
+from leanstep.pruning.folder.loading import begin_tokens, load_model
 from leanstep.pruning.folder.text import token_sequences
 from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.measure import Measurement, WeightSnapshot, evaluating, weights_hash
@@ -83,8 +83,8 @@ class Bench:
         def encode(text: str) -> list[int]:
             return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
-        end = self.tokenizer.eos_token_id
-        return token_sequences(encode, documents, count, self.options.seq_len, end=end, seed=seed)
+        begin, end = begin_tokens(self.tokenizer), self.tokenizer.eos_token_id
+        return token_sequences(encode, documents, count, self.options.seq_len, begin=begin, end=end, seed=seed)
 
     def record(self, cell: Cell, **values: Any) -> None:
         """Keep a result, in the file too."""

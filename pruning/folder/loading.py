@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,17 @@ def open_tokenizer(source: str | Path) -> Any:
     with encoding(source):
         tokenizer("a", add_special_tokens=False)
     return tokenizer
+
+
+@lru_cache(maxsize=1)  # callers ask again for every text
+def begin_tokens(tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that a tokenizer puts before a text: the begin of text for Llama 3 and Gemma, mostly none.
+
+    A model that was trained with them needs them: Gemma without its begin of text predicts badly.
+    """
+    plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    starts = range(len(whole) - len(plain) + 1)
+    return tuple(whole[: next((start for start in starts if whole[start : start + len(plain)] == plain), 0)])
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from leanstep.pruning.folder.files import Checkpoint
-from leanstep.pruning.folder.loading import encoding, open_tokenizer, position_count
+from leanstep.pruning.folder.loading import begin_tokens, encoding, open_tokenizer, position_count
 from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.measure import evaluating
 from leanstep.pruning.measure.metrics import check_runs, cross_entropy_sums, summarise
@@ -83,6 +83,7 @@ def sequences_of(
             documents,
             count,
             length,
+            begin=begin_tokens(tokenizer),
             end=tokenizer.eos_token_id,
             seed=text.seed,
         )
@@ -102,17 +103,26 @@ def sequences_of(
 
 
 def token_sequences(
-    encode: Callable[[str], Sequence[int]], texts: Iterable[str], count: int, length: int, *, end: int | None, seed: int
+    encode: Callable[[str], Sequence[int]],
+    texts: Iterable[str],
+    count: int,
+    length: int,
+    *,
+    begin: Sequence[int] = (),
+    end: int | None,
+    seed: int,
 ) -> Tensor:
     """Cut ``count`` sequences of ``length`` tokens from text, at random and without overlap.
 
-    Joins documents by the end-of-text token, cuts them into consecutive pieces, and draws ``count`` of these.
+    Joins documents by the end-of-text token, cuts them into consecutive pieces, draws ``count`` of these, and puts
+    ``begin`` before each.
 
     Args:
         encode: a text -> its token numbers, without special tokens.
         texts: the documents.
         count: number of sequences.
-        length: tokens per sequence.
+        length: tokens per sequence, those of ``begin`` among them.
+        begin: the tokens before every sequence; see :func:`leanstep.pruning.folder.loading.begin_tokens`.
         end: the token appended to every document; None appends nothing.
         seed: of the random choice and order of the pieces.
 
@@ -120,21 +130,24 @@ def token_sequences(
         int64 [count, length].
 
     Raises:
-        ValueError: for too little text; the message gives both numbers of tokens.
+        ValueError: for too little text, with both numbers of tokens, or a ``length`` that ``begin`` fills.
     """
+    if (length_of_text := length - len(begin)) < 1:
+        raise ValueError(f"expected sequences of more than the {len(begin)} tokens before a text, got {length}")
     tokens: list[int] = []
     for text in texts:
         tokens += encode(text)
         if end is not None:
             tokens.append(end)
-    pieces = len(tokens) // length
+    pieces = len(tokens) // length_of_text
     if pieces < count:
         raise ValueError(
-            f"the text is too short: {count} sequences of {length} tokens take {count * length:,} tokens, it has "
-            f"{len(tokens):,}; give more text, or ask for fewer or shorter sequences"
+            f"the text is too short: {count} sequences of {length} tokens take {count * length_of_text:,} tokens of "
+            f"text, it has {len(tokens):,}; give more text, or ask for fewer or shorter sequences"
         )
     drawn = torch.randperm(pieces, generator=torch.Generator().manual_seed(seed))[:count]
-    return torch.tensor(tokens[: pieces * length], dtype=torch.int64).view(pieces, length)[drawn]
+    drawn_text = torch.tensor(tokens[: pieces * length_of_text], dtype=torch.int64).view(pieces, length_of_text)[drawn]
+    return torch.cat([torch.tensor(begin, dtype=torch.int64).expand(count, len(begin)), drawn_text], dim=1)
 
 
 def perplexity_of(model: nn.Module, sequences: Any) -> tuple[float, int]:

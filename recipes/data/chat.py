@@ -11,7 +11,6 @@ import json
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,8 @@ import torch
 from torch.utils.data import Dataset
 
 from leanstep._files import one_line
-from leanstep.recipes.data.sequences import IGNORED, LoadedData, checked_index
+from leanstep.pruning.folder.loading import begin_tokens
+from leanstep.recipes.data.sequences import IGNORED, LoadedData, checked_index, padding
 from leanstep.recipes.data.sources import find_files
 from leanstep.recipes.data.tokens import open_tokenizer, tokenizer_fingerprint
 
@@ -110,7 +110,7 @@ def load_chat(config: "DataConfig") -> LoadedData:
             f"data: '{config.path}' has no example to train on: no answer lies within data.seq_len {config.seq_len} "
             "tokens, or data.val_tokens holds out all of them"
         )
-    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    pad_id = padding(tokenizer)
     datasets = [
         ChatSequences(part, config.seq_len, pad_id=pad_id, packing=config.packing) for part in (train, validation)
     ]
@@ -263,7 +263,7 @@ def _is_answer(message: dict[str, Any]) -> bool:
 def encode_row(row: dict[str, Any], where: str, tokenizer: "PreTrainedTokenizerFast") -> Example:
     """Tokenise a row and mark its answers. Raises ValueError, with ``where``, if the chat template cannot render it."""
     if "messages" not in row and isinstance(row["prompt"], str):
-        prompt = _prefix(tokenizer) + tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
+        prompt = [*begin_tokens(tokenizer), *tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]]
         answer = [*tokenizer(row["completion"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         return Example(np.array(prompt + answer, np.int64), np.repeat([False, True], [len(prompt), len(answer)]))
     if "messages" in row:
@@ -286,14 +286,6 @@ def encode_row(row: dict[str, Any], where: str, tokenizer: "PreTrainedTokenizerF
     for begin, end in spans:
         is_answer |= (starts >= begin) & (starts < end)
     return Example(np.array(encoded["input_ids"], np.int64), is_answer)
-
-
-@lru_cache(maxsize=1)  # one tokenizer encodes all rows
-def _prefix(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
-    """The tokens that the tokenizer puts before a text, mostly none or the begin of text. Generation puts them, too."""
-    plain, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
-    starts = range(len(whole) - len(plain) + 1)
-    return whole[: next((start for start in starts if whole[start : start + len(plain)] == plain), 0)]
 
 
 def render(

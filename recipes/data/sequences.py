@@ -1,5 +1,6 @@
 """Make token sequences from a recipe's ``data`` section: read, tokenise, hold out, pack or pad, order."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -30,44 +31,59 @@ _MOST_TRAINED_ON = 256 << 20  # bytes from the start of the text; more change fe
 class PackedSequences(Dataset):
     """Consecutive sequences of ``seq_len`` tokens from documents joined by end-of-text tokens.
 
-    Item i is ``{"input_ids": int64 [seq_len], "labels": int64 [seq_len]}`` with ``labels`` equal to ``input_ids``: the
-    model shifts them. The last, shorter sequence is dropped; with ``keep_rest`` it is padded, with labels -100.
+    Each begins with the tokens ``begin``, which ``seq_len`` counts. Item i is ``{"input_ids": int64 [seq_len],
+    "labels": int64 [seq_len]}`` with ``labels`` equal to ``input_ids``: the model shifts them. The last, shorter
+    sequence is dropped; with ``keep_rest`` it is padded, with labels -100.
     """
 
     def __init__(
-        self, file: TokenFile, start: int, stop: int, seq_len: int, *, pad_id: int, keep_rest: bool = False
+        self,
+        file: TokenFile,
+        start: int,
+        stop: int,
+        seq_len: int,
+        *,
+        pad_id: int,
+        keep_rest: bool = False,
+        begin: Sequence[int] = (),
     ) -> None:
         self.file, self.start, self.stop, self.seq_len, self.pad_id = file, start, stop, seq_len, pad_id
+        self.begin, self.step = begin, seq_len - len(begin)
         tokens = stop - start
         # a sequence of one token has no target
-        self.length = tokens // seq_len + int(keep_rest and tokens % seq_len > 1)
+        self.length = tokens // self.step + int(keep_rest and tokens % self.step > (0 if begin else 1))
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         index = checked_index(index, self.length)
-        begin = self.start + index * self.seq_len
-        return as_sequence(self.file.tokens[begin : min(begin + self.seq_len, self.stop)], self.seq_len, self.pad_id)
+        first = self.start + index * self.step
+        tokens = self.file.tokens[first : min(first + self.step, self.stop)]
+        return as_sequence(tokens, self.seq_len, self.pad_id, self.begin)
 
 
 class PaddedDocuments(Dataset):
     """One sequence per document, cut to ``seq_len`` tokens or padded on the right, as in published C4 runs.
 
-    Items are as in :class:`PackedSequences`. A cut document keeps its end-of-text token. Padding has labels -100, and
-    causal attention needs no mask for padding on the right.
+    Items are as in :class:`PackedSequences`, ``begin`` before each document. A cut document keeps its end-of-text
+    token. Padding has labels -100, and causal attention needs no mask for padding on the right.
     """
 
-    def __init__(self, file: TokenFile, start: int, stop: int, seq_len: int, *, pad_id: int) -> None:
+    def __init__(
+        self, file: TokenFile, start: int, stop: int, seq_len: int, *, pad_id: int, begin: Sequence[int] = ()
+    ) -> None:
         self.file, self.start, self.stop, self.seq_len, self.pad_id = file, start, stop, seq_len, pad_id
+        self.begin = begin
 
     def __len__(self) -> int:
         return self.stop - self.start
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         document = self.start + checked_index(index, len(self))
-        begin, end = (int(self.file.ends[document - 1]) if document else 0), int(self.file.ends[document])
-        return as_sequence(cut_document(self.file.tokens[begin:end], self.seq_len), self.seq_len, self.pad_id)
+        first, end = (int(self.file.ends[document - 1]) if document else 0), int(self.file.ends[document])
+        tokens = cut_document(self.file.tokens[first:end], self.seq_len - len(self.begin))
+        return as_sequence(tokens, self.seq_len, self.pad_id, self.begin)
 
 
 def cut_document(tokens: np.ndarray, seq_len: int) -> np.ndarray:
@@ -82,15 +98,37 @@ def checked_index(index: int, length: int) -> int:
     return index % length
 
 
-def as_sequence(tokens: np.ndarray, seq_len: int, pad_id: int) -> dict[str, torch.Tensor]:
-    """Make ``input_ids`` and ``labels`` of at most ``seq_len`` tokens, padded on the right with labels -100."""
-    input_ids = torch.from_numpy(tokens.astype(np.int64))
+def as_sequence(tokens: np.ndarray, seq_len: int, pad_id: int, begin: Sequence[int] = ()) -> dict[str, torch.Tensor]:
+    """Make ``input_ids`` and ``labels`` of ``begin`` and at most ``seq_len`` minus its length tokens.
+
+    Both are padded on the right; padding and ``begin`` have labels -100.
+    """
+    input_ids = torch.from_numpy(np.concatenate([np.array(begin, np.int64), tokens.astype(np.int64)]))
     labels = input_ids.clone()
-    missing = seq_len - len(tokens)
+    labels[: len(begin)] = IGNORED
+    missing = seq_len - len(input_ids)
     if missing:
         input_ids = torch.nn.functional.pad(input_ids, (0, missing), value=pad_id)
         labels = torch.nn.functional.pad(labels, (0, missing), value=IGNORED)
     return {"input_ids": input_ids, "labels": labels}
+
+
+def padding(tokenizer: Any) -> int:
+    """The token that pads sequences: the tokenizer's own, else its end of text."""
+    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+
+def sequence_begin(tokenizer: Any, seq_len: int) -> tuple[int, ...]:
+    """The tokens before every sequence, as the tokenizer begins a text. Raises ValueError if they fill ``seq_len``."""
+    from leanstep.pruning.folder.loading import begin_tokens
+
+    begin = begin_tokens(tokenizer)
+    if seq_len < len(begin) + 2:
+        raise ValueError(
+            f"data.seq_len: expected at least {len(begin) + 2}, of which the tokenizer's begin of text takes "
+            f"{len(begin)}; got {seq_len}"
+        )
+    return begin
 
 
 def shuffled(length: int, seed: int, *position: int) -> torch.Tensor:
@@ -273,14 +311,13 @@ def _text_bytes_after(file: TokenFile, tokenizer: Any, boundary: int) -> int:
 
 def _split(config: "DataConfig", tokenizer: Any, file: TokenFile, boundary: int) -> tuple[Any, Any]:
     """Make training sequences before token ``boundary`` and validation sequences from it on."""
-    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    settings: dict[str, Any] = {"pad_id": padding(tokenizer), "begin": sequence_begin(tokenizer, config.seq_len)}
     if config.packing:
-        train = PackedSequences(file, 0, boundary, config.seq_len, pad_id=pad_id)
-        held_out = PackedSequences(file, boundary, len(file), config.seq_len, pad_id=pad_id, keep_rest=True)
-        return train, held_out
+        train = PackedSequences(file, 0, boundary, config.seq_len, **settings)
+        return train, PackedSequences(file, boundary, len(file), config.seq_len, keep_rest=True, **settings)
     document = int(np.searchsorted(file.ends, boundary, side="right"))
-    documents = PaddedDocuments(file, 0, document, config.seq_len, pad_id=pad_id)
-    return documents, PaddedDocuments(file, document, len(file.ends), config.seq_len, pad_id=pad_id)
+    documents = PaddedDocuments(file, 0, document, config.seq_len, **settings)
+    return documents, PaddedDocuments(file, document, len(file.ends), config.seq_len, **settings)
 
 
 def _bytes_per_token(config: "DataConfig", tokenizer: Any, file: TokenFile, boundary: int) -> float | None:
@@ -291,11 +328,12 @@ def _bytes_per_token(config: "DataConfig", tokenizer: Any, file: TokenFile, boun
         return _text_bytes_after(file, tokenizer, boundary) / (len(file) - boundary)
     first = int(np.searchsorted(file.ends, boundary, side="right"))
     begins, ends = np.concatenate([[0], file.ends[:-1]])[first:], file.ends[first:]
-    is_cut = ends - begins > config.seq_len
-    shown = [file.tokens[begin : begin + config.seq_len - 1].astype(np.int64).tolist() for begin in begins[is_cut]]
+    most = config.seq_len - len(sequence_begin(tokenizer, config.seq_len))
+    is_cut = ends - begins > most
+    shown = [file.tokens[begin : begin + most - 1].astype(np.int64).tolist() for begin in begins[is_cut]]
     texts = tokenizer.backend_tokenizer.decode_batch(shown)
     size = int(file.text_bytes[first:][~is_cut].sum()) + sum(len(text.encode("utf-8", "replace")) for text in texts)
-    return size / int(np.minimum(ends - begins, config.seq_len).sum())
+    return size / int(np.minimum(ends - begins, most).sum())
 
 
 def load_validation(config: "DataConfig", corpus: Corpus, tokenizer: Any) -> tuple[Any, float | None, str]:

@@ -18,7 +18,15 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from leanstep._files import one_line
 from leanstep.recipes.config.schema import trained_size
-from leanstep.recipes.data.sequences import LoadedData, as_sequence, cut_document, load_validation, shuffled
+from leanstep.recipes.data.sequences import (
+    LoadedData,
+    as_sequence,
+    cut_document,
+    load_validation,
+    padding,
+    sequence_begin,
+    shuffled,
+)
 from leanstep.recipes.data.sources import Corpus, open_stream, open_validation, row_text
 from leanstep.recipes.data.tokens import encode, load_tokenizer, tokenizer_fingerprint
 
@@ -35,9 +43,10 @@ _TOKENIZER_BYTES = 32 << 20  # bytes of text to train a tokenizer on
 class StreamedSequences(IterableDataset):
     """Endless sequences of ``seq_len`` tokens from rows that are read on demand.
 
-    Items are as in :class:`sequences.PackedSequences`. In each epoch, the processes together visit every document once.
-    They take whole shards in turn. With fewer shards than processes, each process reads all shards and takes every
-    ``world_size``-th document. The last tokens of an epoch, fewer than ``seq_len``, begin the next one.
+    Items are as in :class:`sequences.PackedSequences`, with the tokenizer's begin of text. In each epoch, the processes
+    together visit every document once. They take whole shards in turn. With fewer shards than processes, each process
+    reads all shards and takes every ``world_size``-th document. The last tokens of an epoch, fewer than ``seq_len``,
+    begin the next one.
 
     Args:
         rows: a ``datasets.IterableDataset``, unshuffled, whose ``shard(n, i)`` gives the rows of one shard.
@@ -79,7 +88,7 @@ class StreamedSequences(IterableDataset):
         self.seed, self.rank, self.world_size, self.epochs = seed, rank, world_size, epochs
         self.block_documents, self.block_characters = block_documents, block_characters
         self.num_shards = int(rows.num_shards)
-        self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.pad_id, self.begin = padding(tokenizer), sequence_begin(tokenizer, seq_len)
         # the position: the state at the start of a block, and the number of sequences given from it
         self._block: dict[str, Any] = {"epoch": 0, "shard": 0, "row": 0, "block": 0, "left_over": []}
         self._given = 0
@@ -137,7 +146,7 @@ class StreamedSequences(IterableDataset):
                 order = shuffled(len(sequences), self.seed, 1 + self.rank, self._block["block"]).tolist()
                 coming = ahead.submit(self._prepare, texts, after)
                 while self._given < len(sequences):
-                    item = as_sequence(sequences[order[self._given]], self.seq_len, self.pad_id)
+                    item = as_sequence(sequences[order[self._given]], self.seq_len, self.pad_id, self.begin)
                     self._given += 1
                     yield item
                 self._block, self._given = after, 0
@@ -190,11 +199,12 @@ class StreamedSequences(IterableDataset):
     def _sequences(self, texts: list[str], left_over: list[int]) -> tuple[list[np.ndarray], list[int]]:
         """Tokenise the documents of a block; return its sequences and the tokens left over for the next block."""
         documents = [np.append(tokens, self.tokenizer.eos_token_id) for tokens in encode(self.tokenizer, texts)]
+        step = self.seq_len - len(self.begin)
         if not self.packing:
-            return [cut_document(document, self.seq_len) for document in documents], []
+            return [cut_document(document, step) for document in documents], []
         tokens = np.concatenate([np.array(left_over, dtype=np.int64), *documents])
-        whole = len(tokens) // self.seq_len * self.seq_len
-        return list(tokens[:whole].reshape(-1, self.seq_len)), tokens[whole:].tolist()
+        whole = len(tokens) // step * step
+        return list(tokens[:whole].reshape(-1, step)), tokens[whole:].tolist()
 
 
 def load_stream(config: "DataConfig", *, seed: int, rank: int, world_size: int) -> LoadedData:

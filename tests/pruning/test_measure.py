@@ -457,8 +457,16 @@ def test_sequences_are_cut_from_text_without_overlap():
     found = token_sequences(lambda text: list(text.encode()), ["abcdef", "ghijkl"], 3, 4, end=0, seed=1)
     assert found.shape == (3, 4)
     assert sorted(found.flatten().tolist()) == sorted([*b"abcdef", 0, *b"ghijk"])
-    with pytest.raises(ValueError, match="4 sequences of 4 tokens take 16 tokens, it has 14"):
+    with pytest.raises(ValueError, match="4 sequences of 4 tokens take 16 tokens of text, it has 14"):
         token_sequences(lambda text: list(text.encode()), ["abcdef", "ghijkl"], 4, 4, end=0, seed=1)
+
+
+def test_every_sequence_begins_as_the_tokenizer_begins_a_text():
+    pieces = token_sequences(lambda text: list(text.encode()), ["abcdef", "ghijkl"], 4, 4, begin=(1,), end=0, seed=1)
+    assert pieces[:, 0].tolist() == [1] * 4
+    assert sorted(pieces[:, 1:].flatten().tolist()) == sorted([*b"abcdef", 0, *b"ghijk"])
+    with pytest.raises(ValueError, match="more than the 4 tokens before a text, got 4"):
+        token_sequences(lambda text: list(text.encode()), ["abcdef"], 1, 4, begin=(1, 2, 3, 4), end=0, seed=1)
 
 
 def test_the_joint_distortion_of_unchanged_weights_is_zero():

@@ -2,18 +2,23 @@
 
 import errno
 import json
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from pruned_models import images, make_llama, make_vit, save_model
 from texts import sentences
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from leanstep.cli import main
 from leanstep.pruning import CalibrationText, find_targets, prune_checkpoint
+from leanstep.pruning.folder.files import open_checkpoint
+from leanstep.pruning.folder.text import sequences_of
 from leanstep.sparsity import verify
 
 SMALL = ["--samples", "6", "--curve-samples", "3", "--held-out", "2", "--seq-len", "24", "--levels", "0.4,0.6,0.8"]
@@ -90,6 +95,21 @@ def test_its_logits_are_those_of_the_pruned_model_bit_for_bit(base, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     with torch.no_grad():
         assert torch.equal(model(tokens).logits, again(tokens).logits)
+
+
+def test_calibration_begins_as_the_tokenizer_begins_a_text(base, tmp_path):
+    folder = shutil.copytree(base / "model", tmp_path / "model")
+    text = CalibrationText(((base / "text.txt").read_text(),), samples=6, curve_samples=3, held_out=2, seq_len=24)
+    sequences, held_out, _ = sequences_of(open_checkpoint(folder), text)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="b $A", special_tokens=[("b", begin := tokenizer.convert_tokens_to_ids("b"))]
+    )
+    tokenizer.save_pretrained(folder)
+    longer = sequences_of(open_checkpoint(folder), replace(text, seq_len=25))
+    for plain, whole in zip((sequences, held_out), longer, strict=False):
+        assert (whole[:, 0] == begin).all()
+        assert torch.equal(whole[:, 1:], plain)
 
 
 def test_the_report_is_one_page_without_scripts(pruned):

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import texts
 import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from leanstep.recipes.config.schema import DataConfig
 from leanstep.recipes.data import sources, tokens
@@ -120,6 +122,49 @@ def test_bytes_per_token_of_cut_documents_counts_what_is_shown(corpus):
     kept = [row[row != IGNORED].tolist() for row in data_all]
     text_bytes = sum(len(data.tokenizer.decode(row, skip_special_tokens=True).encode()) for row in kept)
     assert data.bytes_per_token == pytest.approx(text_bytes / sum(map(len, kept)), rel=1e-12)
+
+
+@pytest.fixture
+def with_begin(tmp_path):
+    """A folder with a tokenizer that puts a begin of text before a text and an end after it, as Llama 3's and Gemma's
+    put the begin."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=train_bpe(DOCUMENTS, 400), eos_token="<|endoftext|>")
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A <|endoftext|>", special_tokens=[("<s>", tokenizer.bos_token_id), ("<|endoftext|>", 0)]
+    )
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    return str(tmp_path / "tokenizer")
+
+
+def test_packed_sequences_begin_as_the_tokenizer_begins_a_text(corpus, with_begin):
+    data = load_data(corpus(tokenizer=with_begin), seed=0)
+    stream = stream_of(data, DOCUMENTS)
+    begin, boundary = data.tokenizer.bos_token_id, len(stream) - 500
+    for part, text in ((data.train, stream[: boundary // 31 * 31]), (data.validation, stream[boundary:])):
+        ids = torch.stack([item["input_ids"] for item in part])
+        labels = torch.stack([item["labels"] for item in part])
+        assert ids.shape[1] == 32
+        assert (ids[:, 0] == begin).all()
+        assert (labels[:, 0] == IGNORED).all()
+        np.testing.assert_array_equal(ids[:, 1:][labels[:, 1:] != IGNORED], text)
+    whole = sum(len(document.encode()) for document in DOCUMENTS)
+    separate = load_data(corpus(tokenizer=with_begin, val_path=corpus().path, val_tokens=0), seed=0)
+    assert separate.bytes_per_token == whole / len(stream)
+
+
+def test_padded_documents_begin_as_the_tokenizer_begins_a_text(corpus, with_begin):
+    data = load_data(corpus(tokenizer=with_begin, packing=False, seq_len=64), seed=0)
+    lengths = []
+    for item, document in zip(data.train, DOCUMENTS, strict=False):
+        as_tokenizer = data.tokenizer(document)["input_ids"]
+        expected = as_tokenizer if len(as_tokenizer) <= 64 else [*as_tokenizer[:63], as_tokenizer[-1]]
+        assert item["input_ids"][: len(expected)].tolist() == expected
+        assert item["labels"].tolist() == [IGNORED, *expected[1:], *[IGNORED] * (64 - len(expected))]
+        lengths.append(len(as_tokenizer))
+    assert min(lengths) < 64 < max(lengths)  # some padded, some cut
+    with pytest.raises(ValueError, match="data.seq_len: expected at least 3, of which .* takes 1; got 2"):
+        load_data(corpus(tokenizer=with_begin, seq_len=2), seed=0)
 
 
 def test_datasets_pickle_as_their_path(corpus):

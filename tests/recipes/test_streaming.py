@@ -10,6 +10,7 @@ import pytest
 import texts
 import torch
 import training
+from tokenizers.processors import TemplateProcessing
 from torch.utils.data import DataLoader
 
 from leanstep.recipes.config.schema import DataConfig
@@ -42,7 +43,7 @@ def stream(c4, tokenizer, tmp_path):
 
     def make(**changes):
         settings = {"seq_len": 32, "seed": 1, "rank": 0, "world_size": 1, "block_documents": 8, "epochs": 1}
-        return StreamedSequences(open_stream(config), tokenizer, **{**settings, **changes})
+        return StreamedSequences(open_stream(config), **{"tokenizer": tokenizer, **settings, **changes})
 
     return make
 
@@ -72,6 +73,19 @@ def test_packed_tokens_are_those_of_the_documents(stream, tokenizer):
     total = sum(len(tokenizer(text)["input_ids"]) + 1 for text in DOCUMENTS)
     assert len(given) == total // 32
     assert all(len(row) == 32 for row in given)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_sequences_begin_as_the_tokenizer_begins_a_text(stream, tokenizer, packing):
+    begins = copy.deepcopy(tokenizer)
+    begins.add_special_tokens({"bos_token": "<s>"})
+    begins.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", begins.bos_token_id)]
+    )
+    whole, rows = stream(packing=packing), stream(packing=packing, seq_len=33, tokenizer=begins)
+    for expected, row in zip(whole, rows, strict=True):
+        assert row["input_ids"].tolist() == [begins.bos_token_id, *expected["input_ids"].tolist()]
+        assert row["labels"].tolist() == [IGNORED, *expected["labels"].tolist()]
 
 
 def test_order_depends_on_seed_and_epoch_only(stream, tokenizer):
