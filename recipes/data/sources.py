@@ -33,6 +33,10 @@ _SUFFIXES = {
 }
 
 
+class StreamError(ValueError):
+    """A file of a stream cannot be read, or lacks the column of the first one."""
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Documents of one split, in order.
@@ -175,7 +179,7 @@ def _load_files(
     # datasets tells files apart by path and time: two contents of one time would share an entry of its cache
     cache = cache_root(cache_dir) / "datasets" / digest[:20]
     builder = {"local_c4": "json"}.get(kind, kind)
-    extra = {"sample_by": "document"} if builder == "text" else {}
+    extra = {"sample_by": "document", "encoding": "utf-8-sig"} if builder == "text" else {}
     paths = [str(file.resolve()) for file in files]
     try:
         rows, columns = _load(cache, builder, data_files=paths, split="train", streaming=streaming, **extra)
@@ -203,6 +207,17 @@ def row_text(row: dict[str, Any], text_key: str) -> str:
     if text is not None and not isinstance(text, str):
         raise ValueError(f"data.text_key '{text_key}' must hold strings, got {type(text).__name__}: {str(text)[:60]!r}")
     return text or ""
+
+
+def stream_texts(rows: Any, text_key: str, what: str = "the stream", start: int = 0) -> Iterator[str]:
+    """Yield the texts of streamed rows, "" for null. Raises StreamError, which names ``what`` and the row, from ``start``."""
+    try:
+        for row in rows:
+            yield row_text(row, text_key)
+            start += 1
+    except ValueError as error:  # of datasets and of pyarrow, too
+        problem = one_line(" ".join(str(error).split()))[:300]
+        raise StreamError(f"data: {what} cannot be read beyond {start} rows: {problem}") from error
 
 
 def _rows_corpus(rows: Any, text_key: str, label: str, fingerprint: str) -> Corpus:

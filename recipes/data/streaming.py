@@ -27,7 +27,7 @@ from leanstep.recipes.data.sequences import (
     sequence_begin,
     shuffled,
 )
-from leanstep.recipes.data.sources import Corpus, open_stream, open_validation, row_text
+from leanstep.recipes.data.sources import Corpus, open_stream, open_validation, stream_texts
 from leanstep.recipes.data.tokens import encode, load_tokenizer, tokenizer_fingerprint
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ class StreamedSequences(IterableDataset):
     Raises:
         RuntimeError: iterated in a DataLoader worker, which cannot save the position.
         ValueError: no text for this process, or the state of another stream.
+        StreamError: a file that cannot be read.
     """
 
     def __init__(
@@ -177,10 +178,12 @@ class StreamedSequences(IterableDataset):
             any_text = skip > 0 or first_shard > 0
             for shard in range(first_shard, len(mine)):
                 rows = self.rows.shard(num_shards=self.num_shards, index=mine[shard])
-                for number, row in enumerate(rows.skip(skip) if skip else rows, start=skip):
+                what = f"shard {mine[shard] + 1} of {self.num_shards}, in the order of their names,"
+                texts = stream_texts(rows.skip(skip) if skip else rows, self.text_key, what, skip)
+                for number, text in enumerate(texts, start=skip):
                     if not self.by_shards and number % self.world_size != self.rank:
                         continue
-                    if (text := row_text(row, self.text_key)).strip():
+                    if text.strip():
                         any_text = True
                         yield text, {"epoch": epoch, "shard": shard, "row": number + 1}
                 skip = 0
@@ -194,7 +197,7 @@ class StreamedSequences(IterableDataset):
 
     def _has_text(self) -> bool:
         """Whether any shard has a text; reads up to the first one."""
-        return any(row_text(row, self.text_key).strip() for row in self.rows)
+        return any(text.strip() for text in stream_texts(self.rows, self.text_key))
 
     def _sequences(self, texts: list[str], left_over: list[int]) -> tuple[list[np.ndarray], list[int]]:
         """Tokenise the documents of a block; return its sequences and the tokens left over for the next block."""
@@ -245,8 +248,8 @@ def _tokenizer(config: "DataConfig", rows: Any) -> "PreTrainedTokenizerFast":
     if trained_size(config.tokenizer) is None:
         return load_tokenizer(config.tokenizer, list, "", config.cache_dir)
     texts, size = [], 0
-    for row in rows:
-        texts.append(row_text(row, config.text_key))
+    for text in stream_texts(rows, config.text_key):
+        texts.append(text)
         size += len(texts[-1])
         if size >= _TOKENIZER_BYTES:
             break

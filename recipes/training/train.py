@@ -27,6 +27,7 @@ from leanstep._processes import is_first_to_fail
 from leanstep.recipes.config.loader import ConfigError, load
 from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.config.values import hidden_texts
+from leanstep.recipes.data.sources import StreamError
 from leanstep.recipes.training.build import build_accelerator
 from leanstep.recipes.training.checkpoint import how_to_continue
 from leanstep.recipes.training.failures import EXIT_FAILED, RunFailure, lost_process, of_process, refuse
@@ -92,6 +93,10 @@ def train(config: RunConfig) -> int:
             if accelerator.is_main_process:
                 print("interrupted, nothing saved since the last checkpoint", file=sys.stderr)
             return EXIT_CODES[signal.SIGINT]
+        except StreamError as error:
+            run.logger.status("failed:data", run.state, any_process=True)
+            _tell(progress, f"{error}. Repair the file; {how_to_continue(config, 'the run')}", begin="error: ")
+            return EXIT_FAILED
         except Exception as error:
             lost = lost_process(error, accelerator.num_processes)
             reason = lost[0] if lost else type(error).__name__

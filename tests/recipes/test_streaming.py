@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import texts
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader
 from leanstep.recipes.config.schema import DataConfig
 from leanstep.recipes.data import streaming
 from leanstep.recipes.data.sequences import IGNORED, load_data
-from leanstep.recipes.data.sources import open_stream
+from leanstep.recipes.data.sources import StreamError, open_stream
 from leanstep.recipes.data.streaming import StreamedSequences
 from leanstep.recipes.data.tokens import load_tokenizer
 
@@ -286,7 +287,8 @@ def test_other_file_formats_stream_too(tokenizer, tmp_path, source):
         part = DOCUMENTS[number::3]
         if source == "text":
             for place, text in enumerate(part):
-                (folder / f"{number}-{place}.txt").write_text(text)
+                # a byte-order mark is no text
+                (folder / f"{number}-{place}.txt").write_text(text, encoding="utf-8-sig")
         elif source == "json":
             (folder / f"{number}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
         else:
@@ -295,7 +297,46 @@ def test_other_file_formats_stream_too(tokenizer, tmp_path, source):
     stream = StreamedSequences(
         open_stream(config), tokenizer, seq_len=256, packing=False, rank=0, world_size=1, epochs=1
     )
-    assert sorted(numbers(tokenizer, take(stream))) == list(range(90))
+    rows = take(stream)
+    assert sorted(numbers(tokenizer, rows)) == list(range(90))
+    assert not any("\ufeff" in tokenizer.decode(row) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ('{"content": "other"}\n', "Couldn't cast content: string"),
+        ('{"text": "one"}\n{"text": "cut', "JSON parse error"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tokenizer, tmp_path, content, problem):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "word " * 40}) + "\n")
+    (tmp_path / "b.jsonl").write_text(content)
+    config = DataConfig(source="json", path=str(tmp_path), streaming=True, cache_dir=str(tmp_path / "cache"))
+    stream = StreamedSequences(open_stream(config), tokenizer, seq_len=32, epochs=1)
+    with pytest.raises(StreamError, match=f"shard 2 of 2, .* beyond 0 rows: {problem}"):
+        take(stream)
+    with pytest.raises(StreamError, match=f"the stream cannot be read beyond 1 rows: {problem}"):
+        load_data(replace(config, tokenizer="train:300", val_tokens=0), seed=0)
+
+
+def test_a_run_whose_stream_breaks_tells_the_shard_and_how_to_continue(tokenizer, tmp_path):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS))
+    (folder / "b.jsonl").write_text('{"content": "other"}\n')
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    options = [
+        "steps=100",
+        f"data={{source: json, path: {folder}, streaming: true, tokenizer: {tmp_path / 'tokenizer'}, seq_len: 32, "
+        f"val_tokens: 0, cache_dir: {tmp_path / 'cache'}}}",
+    ]
+    run = training.run(training.write_recipe(tmp_path), options, tmp_path / "run", prepare=texts.small_blocks)
+    assert run.codes == [1], run.text()
+    assert "error: data: shard 2 of 2, in the order of their names, cannot be read beyond 0 rows" in run.text()
+    assert "Repair the file; the same command continues the run" in run.text()
+    assert "Traceback" not in run.text()
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "failed:data"
 
 
 @pytest.mark.slow
@@ -303,7 +344,7 @@ def test_another_process_gives_the_same_sequences(stream, c4, tmp_path):
     """No hash seed, thread or global random state of this process has a part in the order."""
     code = f"""
 from leanstep.recipes.config.schema import DataConfig
-from leanstep.recipes.data.sources import open_stream
+from leanstep.recipes.data.sources import StreamError, open_stream
 from leanstep.recipes.data.streaming import StreamedSequences
 from leanstep.recipes.data.tokens import load_tokenizer
 import sys; sys.path.insert(0, {str(texts.__file__.rsplit("/", 1)[0])!r}); import texts
