@@ -210,7 +210,7 @@ def row_text(row: dict[str, Any], text_key: str) -> str:
 
 
 def stream_texts(rows: Any, text_key: str, what: str = "the stream", start: int = 0) -> Iterator[str]:
-    """Yield the texts of streamed rows, "" for null. Raises StreamError, which names ``what`` and the row, from ``start``."""
+    """Yield the texts of streamed rows, "" for null. Raises StreamError, with ``what`` and the row from ``start``."""
     try:
         for row in rows:
             yield row_text(row, text_key)
