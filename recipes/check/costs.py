@@ -310,8 +310,8 @@ def unique_bytes(tensors: Any) -> int:
 
 
 FORMULA = (
-    "6 N + 12 L h s per token: N weights without lookup tables (a tied table counts as the head), L layers, h heads x "
-    "their width, s tokens in a sequence, padding included"
+    "6 N + 12 L h s per token: N weights without lookup tables (a tied table counts as the head), of experts those a "
+    "token meets, 4 instead of 6 for frozen ones; L layers, h heads x their width, s tokens in a sequence with padding"
 )
 
 # dense 16-bit tensor-core TFLOP/s with fp32 accumulation, from data sheets (rates with sparsity are halved). The first
@@ -338,18 +338,23 @@ def flops_per_token(model: PreTrainedModel, seq_len: int) -> int:
     roles = parameter_roles(model)
     head = output_head(model)
     tied = None if head is None else head.weight
-    weights = sum(
-        parameter.numel()
-        for name, parameter in model.named_parameters()
-        if roles[name] not in ("embedding", "position") or parameter is tied
-    )
     config: Any = model.config
     sizes = config.get_text_config()
+    routed = getattr(sizes, "num_experts_per_tok", None)  # None: every expert counts
+    products = 0
+    for name, parameter in model.named_parameters():
+        if roles[name] in ("embedding", "position") and parameter is not tied:
+            continue
+        weights = parameter.numel()
+        if roles[name] == "expert" and routed:
+            weights = weights * min(routed, len(parameter)) // len(parameter)
+        # forward, gradient of the input, and gradient of the weight
+        products += weights * (6 if parameter.requires_grad else 4)
     layers, heads = (getattr(sizes, name, None) for name in ("num_hidden_layers", "num_attention_heads"))
     if layers is None or heads is None:
-        return 6 * weights
+        return products
     width = heads * (getattr(sizes, "head_dim", None) or sizes.hidden_size // heads)
-    return 6 * weights + 12 * layers * width * seq_len
+    return products + 12 * layers * width * seq_len
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:

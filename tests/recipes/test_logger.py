@@ -8,6 +8,7 @@ import pytest
 from accelerate import Accelerator
 from run_folders import write_run
 from training import read_log, run, status, write_recipe
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from leanstep.recipes.check.costs import flops_per_token, peak_flops
 from leanstep.recipes.config.schema import ModelConfig
@@ -38,6 +39,18 @@ def test_operations_follow_the_formula(family, tied):
     # the head multiplies whether it shares its table or not; looking a token or a position up does not
     weights = vocabulary * width + layers * layer + rest
     assert flops_per_token(model, sequence) == 6 * weights + 12 * layers * width * sequence
+
+
+def test_operations_of_frozen_weights_and_of_experts():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    model = build_model(ModelConfig(config=sizes), 300)
+    before, frozen = flops_per_token(model, 8), model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    assert before - flops_per_token(model, 8) == 2 * frozen.numel()
+    routed = dict(num_local_experts=4, num_experts_per_tok=2, vocab_size=300, **sizes, tie_word_embeddings=False)
+    model = MixtralForCausalLM(MixtralConfig(**routed, num_key_value_heads=2))
+    attention, router, expert, norms, head = 4 * 32 * 32, 4 * 32, 3 * 32 * 64, 3 * 32, 300 * 32
+    weights = attention + router + 2 * expert + norms + head
+    assert flops_per_token(model, 8) == 6 * weights + 12 * 32 * 8
 
 
 def test_attention_counts_the_width_of_the_heads():
