@@ -12,12 +12,15 @@ from torch import Tensor
 from leanstep.pruning.allocate.budgets import Budget, cost, keep_total
 from leanstep.pruning.allocate.closed_form import OWL_SPREAD, counts_by_rule
 from leanstep.pruning.allocate.knapsack import STATES, InfeasibleBudget, LayerLevels, Program
+from leanstep.pruning.allocate.relaxed import MOST_GROUPS
 from leanstep.pruning.measure.curves import Curve
 from leanstep.pruning.result import Allocation
 from leanstep.pruning.score.targets import Layer
 
 # levels per layer
 POINTS = 101
+# costs of many groups are not rounded to a table's states, and so need no coarser levels
+_STATES_OF_A_GROUP = STATES // MOST_GROUPS
 METHODS = ("dp", "uniform", "global", "lamp", "erk", "owl", "atp")
 # argument that a method needs besides the sparsity, and a hint for the error message
 _NEEDED = {
@@ -201,7 +204,7 @@ def _unit(layers: Sequence[Layer], curves: Mapping[str, Curve], budget: Budget) 
         dense = sum(float(cost(budget.kind, layer, curves[layer.name].counts[0])) for layer in ordered)
     else:
         dense = sum(float(next(iter(budget.seconds.get(layer.name, ())), 0.0)) for layer in ordered)
-    return dense / STATES
+    return dense / (STATES if len(layers) <= MOST_GROUPS else _STATES_OF_A_GROUP * len(layers))
 
 
 def _check_curves(layers: Sequence[Layer], curves: Mapping[str, Curve]) -> None:

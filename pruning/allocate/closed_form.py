@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from leanstep.pruning.allocate.knapsack import STATES, InfeasibleBudget, common_step, quantize, solve_knapsack
+from leanstep.pruning.allocate.relaxed import MOST_GROUPS, RelaxedKnapsack
 from leanstep.pruning.result import Allocation
 from leanstep.pruning.score.targets import Layer
 
@@ -342,7 +343,11 @@ def snap(allocation: Allocation, levels: Mapping[str, tuple[Sequence[int], Seque
         )
     unit = max(common_step(costs), math.ceil((min(total, most) - least) / (2 * STATES)), 1)
     whole, units = quantize(costs, min(total, most), unit)
-    level_by_name = dict(zip(names, solve_knapsack(whole, losses, units).choose(), strict=True))
+    if len(names) > MOST_GROUPS:
+        chosen = RelaxedKnapsack(costs, losses).choose(total)
+    else:
+        chosen = solve_knapsack(whole, losses, units).choose()
+    level_by_name = dict(zip(names, chosen, strict=True))
     counts = {n: int(levels[n][0][level_by_name[n]]) if n in levels else c for n, c in allocation.counts.items()}
     patterns = {name: levels[name][1][level_by_name[name]] for name in counts if name in levels}
     cost = float(sum(counts.values()))

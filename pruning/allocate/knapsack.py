@@ -7,7 +7,8 @@ One level k_g per group g, least total loss within a budget B:
     k_n = the k of that minimum at b,   b <- b - costs[n][k_n],   n = N .. 1   :func:`level_at`
 
 :func:`solve_knapsack` makes the rows f_1 .. f_N, and :class:`KnapsackTable` goes back through them.
-:class:`Program` is the knapsack of layers, whose costs may have to be rounded.
+:class:`Program` is the knapsack of layers, whose costs may have to be rounded. Of many layers it is relaxed
+(:mod:`leanstep.pruning.allocate.relaxed`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from leanstep.pruning.allocate.relaxed import MOST_GROUPS, RelaxedKnapsack
 from leanstep.pruning.result import Allocation
 
 Ints = npt.NDArray[np.int64]
@@ -302,7 +304,12 @@ class Program:
         self._given, self._kind, self._target = layers, kind, target
         # sorted by name: the order of the layers must not break ties
         self._layers = sorted(layers, key=lambda layer: layer.name)
-        self._offset, self._unit, self._table = self._solve(unit)
+        self._relaxed: RelaxedKnapsack | None = None
+        if len(layers) > MOST_GROUPS:
+            self._reach(target)
+            self._relaxed = RelaxedKnapsack([x.cost for x in self._layers], [x.loss for x in self._layers])
+        else:
+            self._offset, self._unit, self._table = self._solve(unit)
 
     def allocation(self, target: float | None = None) -> Allocation:
         """The best allocation for a target, by default the largest.
@@ -312,13 +319,7 @@ class Program:
         """
         target = self._target if target is None else target
         self._reach(target)
-        units = min(math.floor((target - self._offset) / self._unit + 1e-9), self._table.budget)
-        # rounding costs up adds at most one unit per layer: try that many more units, and take the largest number
-        # whose levels fit the target in true cost
-        for slack in range(0 if self._unit == 1.0 else len(self._layers), -1, -1):
-            levels = self._table.choose(min(units + slack, self._table.budget))
-            if sum(float(x.cost[k]) for x, k in zip(self._layers, levels, strict=True)) <= target:
-                break
+        levels = self._relaxed.choose(target) if self._relaxed is not None else self._tabulated(target)
         counts, spent = self._spend_rest(levels, target)
         return Allocation(
             "dp",
@@ -332,6 +333,17 @@ class Program:
             predicted=sum(float(np.interp(counts[x.name], x.counts[::-1], x.loss[::-1])) for x in self._layers),
             front=tuple(self._front()),
         )
+
+    def _tabulated(self, target: float) -> list[int]:
+        """Levels by the table for a target."""
+        units = min(math.floor((target - self._offset) / self._unit + 1e-9), self._table.budget)
+        # rounding costs up adds at most one unit per layer: try that many more units, and take the largest number
+        # whose levels fit the target in true cost
+        for slack in range(0 if self._unit == 1.0 else len(self._layers), -1, -1):
+            levels = self._table.choose(min(units + slack, self._table.budget))
+            if sum(float(x.cost[k]) for x, k in zip(self._layers, levels, strict=True)) <= target:
+                break
+        return levels
 
     def _reach(self, target: float) -> tuple[float, float]:
         """Cost of the sparsest and of the densest levels; raises InfeasibleBudget for a target below them."""
@@ -365,13 +377,16 @@ class Program:
 
     def _front(self) -> list[tuple[float, float]]:
         """Evenly spaced points of the Pareto front within the target, including both ends."""
-        costs, losses = self._table.front()
-        inside = self._offset + self._unit * costs <= self._target
-        costs, losses = costs[inside], losses[inside]
+        if self._relaxed is not None:
+            costs, losses = self._relaxed.front()
+        else:
+            in_units, losses = self._table.front()
+            costs = self._offset + self._unit * in_units
+        costs, losses = costs[costs <= self._target], losses[costs <= self._target]
         if len(costs) > _FRONT_POINTS:
             spread = np.unique(np.linspace(0, len(costs) - 1, _FRONT_POINTS).round().astype(np.int64))
             costs, losses = costs[spread], losses[spread]
-        return [(self._offset + self._unit * int(c), float(d)) for c, d in zip(costs, losses, strict=True)]
+        return [(float(c), float(d)) for c, d in zip(costs, losses, strict=True)]
 
     def _spend_rest(self, levels: Sequence[int], target: float) -> tuple[dict[str, int], float]:
         """Raise counts within the target, steepest slope first; returns the counts and their cost."""

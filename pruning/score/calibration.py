@@ -294,7 +294,8 @@ class Pruning:
 
     Args:
         cache: the model and the calibration data. :meth:`pruners` advances it with the current weights.
-        score, options: see :func:`leanstep.pruning.layer_pruner`. An expert with too few tokens is scored by magnitude.
+        score, options: see :func:`leanstep.pruning.layer_pruner`. An expert with too few tokens is scored by magnitude,
+            and for SparseGPT by Wanda.
     """
 
     def __init__(self, cache: ActivationCache, score: str, options: Mapping[str, Any] | None = None) -> None:
@@ -302,6 +303,7 @@ class Pruning:
         # fewest tokens of a layer in any pass: of experts that were scored by magnitude, and of other layers
         self._few: dict[str, int] = {}
         self._short: dict[str, tuple[int, int]] = {}
+        self._overfitted: dict[str, tuple[int, int]] = {}
 
     @property
     def processes(self) -> Processes:
@@ -374,6 +376,10 @@ class Pruning:
             scope = self.options.get("scope") or ("row" if self.score == "wanda" else None)
             return layer_pruner(weight, "magnitude", scope=scope)
         inputs = weight.shape[1]
+        if self.score == "sparsegpt" and target.is_expert and 3 * count < 2 * inputs:
+            # on fewer tokens its update fits these tokens, and the error on others is above Wanda's
+            self._overfitted[target.name] = min((count, inputs), self._overfitted.get(target.name, (count, inputs)))
+            return layer_pruner(weight, _squared_wanda, statistics, scope="row", spacing=spacing)
         if not target.is_expert and count < (inputs if "gram" in needs else _FEWEST_ROWS if needs else 0):
             self._short[target.name] = (count, inputs)
         try:
@@ -385,12 +391,20 @@ class Pruning:
         """Remarks about layers with too few calibration tokens, in sentences."""
         notes, processes = [], self.cache.processes
         few, short = processes.merged(self._few), processes.merged(self._short)
+        overfitted = processes.merged(self._overfitted)
         if few:
             counts = [f"{name} ({count})" for name, count in sorted(few.items(), key=lambda item: item[1])]
             too_few = f"fewer than {_FEWEST_ROWS} calibration tokens"
             notes.append(
                 f"{len(few)} experts got {'no sample with a gradient' if self.score == 'mfac' else too_few} and were "
                 f"pruned by magnitude: {some(counts)}; more samples reach more experts"
+            )
+        if overfitted:
+            counts = [f"{name} ({count} of {inputs})" for name, (count, inputs) in sorted(overfitted.items())]
+            notes.append(
+                f"{len(overfitted)} experts got fewer calibration tokens than two thirds of their inputs, to which "
+                f"SparseGPT's update would overfit, and were pruned by Wanda: {some(counts)}; more samples reach more "
+                "experts"
             )
         if short:
             fewest, inputs = min(count for count, _ in short.values()), max(n for _, n in short.values())
@@ -404,6 +418,12 @@ class Pruning:
                 f"{reason}; give more or longer samples"
             )
         return notes
+
+
+def _squared_wanda(weight: Tensor, statistics: LayerStatistics) -> Tensor:
+    """Wanda's scores from a Gram matrix, squared as SparseGPT's are."""
+    assert statistics.gram is not None
+    return weight.square() * statistics.gram.diagonal().to(weight.device)
 
 
 class Pruners:

@@ -283,13 +283,26 @@ def _special(model: nn.Module, name: str) -> bool:
 
 
 def block_numbers(names: list[str]) -> dict[str, int]:
-    """Block of each matrix: its index in the module list that holds most matrices; without one, the matrix's index."""
+    """Block of each matrix that is in one: the index of its entry in a module list.
+
+    A list of blocks has an entry with several matrices. The entries of several such lists, as in encoder-decoders, are
+    counted on in the order of ``names``. Where there is none, a list that holds three quarters of the matrices counts,
+    else every matrix is a block.
+    """
     matches = {name: match for name in names if (match := _INDEX.search(name))}
-    lists = Counter(name[: match.start(1)] for name, match in matches.items())
-    main, count = lists.most_common(1)[0] if lists else ("", 0)
-    if 4 * count < 3 * len(names):
+    list_of = {name: name[: match.start(1)] for name, match in matches.items()}
+    entry_of = {name: name[: match.end(1)] for name, match in matches.items()}
+    sizes, lengths = Counter(entry_of.values()), Counter(list_of.values())
+    lists = {list_of[name] for name, entry in entry_of.items() if sizes[entry] > 1}
+    if not lists:
+        lists = {prefix for prefix, count in lengths.items() if 4 * count >= 3 * len(names)}
+    if not lists:
         return {name: index for index, name in enumerate(names)}
-    return {name: int(match[1]) for name, match in matches.items() if name[: match.start(1)] == main}
+    if len(lists) == 1:
+        return {name: int(match[1]) for name, match in matches.items() if list_of[name] in lists}
+    entries = {name: entry for name, entry in entry_of.items() if list_of[name] in lists}
+    order = {entry: number for number, entry in enumerate(dict.fromkeys(entries.values()))}
+    return {name: order[entry] for name, entry in entries.items()}
 
 
 def _refuse_parametrized(model: nn.Module, names: Sequence[str]) -> None:
@@ -354,7 +367,10 @@ GRANULARITIES = ("matrix", "role", "block")
 # matrices of a transformer block that read the same input, or whose errors are of one kind
 _ROLES = (
     ("qk", re.compile(r"\.(q_proj|k_proj|query|key)\.weight$")),
-    ("vo", re.compile(r"\.(v_proj|o_proj|value|out_proj|dense)\.weight$")),
+    # BERT's attention ends in attention.output.dense, its feed-forward layers in intermediate.dense and output.dense
+    ("vo", re.compile(r"(\.(v_proj|o_proj|value|out_proj)|(?<!intermediate)(?<!\d\.output)\.dense)\.weight$")),
+    ("up", re.compile(r"\.intermediate\.dense\.weight$")),
+    ("down", re.compile(r"\d\.output\.dense\.weight$")),
     ("up", re.compile(r"\.(gate_proj|up_proj|fc1|c_fc|gate_up_proj|w1|w3)(\.weight)?(\[\d+\])?$")),
 )
 

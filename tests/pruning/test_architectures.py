@@ -9,6 +9,7 @@ from architectures import CAUSAL, ENCODER_DECODER, IMAGE, MASKED, WITHOUT_HEAD, 
 from pruned_models import images, make_llama, make_mixtral, save_model, tokens
 from texts import sentences
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from leanstep.cli import main
 from leanstep.pruning import CalibrationText, find_targets, prune, prune_checkpoint
@@ -232,6 +233,53 @@ def test_experts_with_few_tokens_are_pruned_by_magnitude_and_the_others_by_their
         assert same == (target.expert == 2), target.name  # magnitude leaves the others as they are
     gradients = prune(make_routed(), tokens(8), score="mfac", **settings)
     assert any("4 experts got no sample with a gradient" in note for note in gradients.notes)
+
+
+def test_experts_with_fewer_tokens_than_sparsegpt_takes_are_pruned_by_wanda():
+    """Its update would fit these tokens alone: on others, the error of a layer's output is above Wanda's."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = MixtralConfig(vocab_size=64, num_hidden_layers=1, num_local_experts=3, num_experts_per_tok=2, **sizes)
+    model = MixtralForCausalLM(config).eval()
+    dense = {target.name: target.weight.clone() for target in find_targets(model)}
+    counts = {}
+    pruning = Pruning(ActivationCache(model, as_batches(tokens(8), model)), "sparsegpt")
+    groups = make_groups(find_targets(model))
+    pruners = pruning.pruners(groups)
+    for target, statistics in pruners.statistics():
+        counts[target.name] = (statistics.count, target.weight.shape[1])
+        # as if so many had come to experts of many inputs
+        statistics.count = 32 if target.is_expert else statistics.count
+    assert all(count >= 32 for count, _ in counts.values())
+    for target in (target for group in groups for target in group.targets):
+        weight, mask = pruners[target.name].prune(target.weight.numel() // 2)[:2]
+        same = torch.equal(weight[mask], dense[target.name][mask])
+        assert same == (target.is_expert and 2 * target.weight.shape[1] > 3 * 32), target.name
+    (note,) = pruning.notes()
+    assert re.search(r"experts got fewer calibration tokens than two thirds of their inputs, .* pruned by Wanda", note)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
+def test_the_blocks_of_encoder_and_decoder_are_counted_on(name):
+    model = make(name)
+    blocks = {}
+    for target in find_targets(model):
+        blocks.setdefault(target.layer.block, []).append(target.name)
+    outside = blocks.pop(None, [])
+    assert len(outside) == (2 if name == "whisper" else 0)  # its convolutions
+    assert sorted(blocks) == list(range(len(blocks))) and len(blocks) == 3
+    for names in blocks.values():
+        # all of one entry of the encoder's or the decoder's list
+        assert len({re.search(r".*?\.\d+\.", one)[0] for one in names}) == 1 and len(names) >= 5
+    assert "encoder" in blocks[0][0] and "decoder" in blocks[1][0]
+    assert len(make_groups(find_targets(model), "block")) == 3 + len(outside)
+
+
+def test_roles_of_bert_are_those_of_llama():
+    groups = make_groups(find_targets(make("bert")), "role")
+    kinds = {group.name: [target.name for target in group.targets] for group in groups if "0" in group.name}
+    assert [len(names) for names in kinds.values()] == [2, 2, 1, 1]
+    (joined,) = (names for name, names in kinds.items() if name.endswith("vo"))
+    assert joined[0].endswith("self.value.weight") and joined[1].endswith("attention.output.dense.weight")
 
 
 def make_routed():
