@@ -119,7 +119,9 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def copy_other_files(folder: Path, target: Path, without: Collection[str] = ()) -> None:
-    """Copy the files of a checkpoint folder that are not weights, hidden or named in ``without``; also chat templates.
+    """Copy the files of a checkpoint folder that are not weights, hidden or named in ``without``.
+
+    Also chat templates, and the folders of sentence-transformers' further modules, such as ``1_Pooling``.
 
     Raises:
         ValueError: as :func:`checked_file`.
@@ -127,11 +129,21 @@ def copy_other_files(folder: Path, target: Path, without: Collection[str] = ()) 
     for path in files_in(folder):
         if not (path.name.startswith(".") or path.name.endswith(_WEIGHTS) or path.name in without):
             shutil.copyfile(path, target / path.name)
-    templates = folder / TEMPLATES
-    if templates.is_dir() and not templates.is_symlink():
-        (target / TEMPLATES).mkdir()
-        for path in files_in(templates):
-            shutil.copyfile(path, target / TEMPLATES / path.name)
+    for name in (TEMPLATES, *_module_folders(folder)):
+        if (folder / name).is_dir() and not (folder / name).is_symlink():
+            (target / name).mkdir()
+            for path in files_in(folder / name):
+                shutil.copyfile(path, target / name / path.name)
+
+
+def _module_folders(folder: Path) -> list[str]:
+    """Names of the folders in ``modules.json`` of sentence-transformers, in it; of any other content none."""
+    try:
+        modules = json.loads(checked_file(folder / "modules.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return []
+    paths = [entry.get("path") for entry in modules if isinstance(entry, dict)] if isinstance(modules, list) else []
+    return sorted({path for path in paths if isinstance(path, str) and path and Path(path).name == path})
 
 
 def check_output(out: str | Path, needed: int = 0) -> Path:

@@ -18,12 +18,12 @@ from leanstep.pruning.score.base import NEEDS
 from leanstep.pruning.score.targets import GRANULARITIES
 from leanstep.sparsity import NM
 
+MINUTES = 30.0  # for measurements, where no time is given
 # settings that only the curves of allocation="dp" have, with their defaults
 CURVE_SETTINGS: dict[str, Any] = {
     "granularity": "matrix",
     "correction": "none",
     "curves": None,
-    "minutes": 30.0,
     "levels": None,
 }
 
@@ -39,7 +39,7 @@ def check_choices(
     correction: str = "none",
     inputs: str = "pruned",
     curves: Mapping[str, Curve] | str | None = None,
-    minutes: float = 30.0,
+    minutes: float = MINUTES,
     budget: Budget | LatencyTable | str | None = None,
     metric: str | Metric | None = None,
     refine: Refinement | None = None,
@@ -66,6 +66,8 @@ def check_choices(
         )
     if not minutes > 0:
         raise ValueError(f"minutes is the time for measurements and must be positive, got {minutes:g}")
+    if minutes != MINUTES and data is None:
+        raise ValueError(f"minutes={minutes:g} is the time for measurements on data, which is missing")
     by_weights = budget in (None, "params")
     fixed = fixed_pattern(pattern)
     if fixed is not None:
@@ -113,7 +115,6 @@ def check_choices(
         granularity=granularity,
         correction=correction,
         curves=curves,
-        minutes=minutes,
         levels=levels,
     )
     if data is None and (NEEDS[score] or (allocation in ("dp", "owl", "atp") and fixed is None)):
@@ -146,7 +147,8 @@ def _check_curve_settings(allocation: str, pattern: str, **given: Any) -> None:
 
 def asked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of ``prune`` that its result does not show, as they were asked for, in plain values for JSON."""
-    asked = {name: settings.get(name, default) for name, default in {"allocation": "dp", **CURVE_SETTINGS}.items()}
+    defaults = {"allocation": "dp", "minutes": MINUTES, **CURVE_SETTINGS}
+    asked = {name: settings.get(name, default) for name, default in defaults.items()}
     asked |= {name: settings.get(name) for name in ("metric", "include", "exclude", "budget")}
     if not isinstance(asked["budget"], str):
         by_table = isinstance(asked["budget"], LatencyTable)

@@ -38,6 +38,8 @@ _SETTINGS = (
 )
 _Group = argparse._ArgumentGroup
 _OPTIONS = {"data.val_path": "--data", "data.text_key": "--text-key", "seq_len": "--seq-len", "samples": "--samples"}
+# options of --data
+_OF_DATA = ("text_key", "samples", "curve_samples", "held_out", "seq_len")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -310,7 +312,7 @@ def _dry_run(options: argparse.Namespace) -> int:
         _refuse_other_settings(options)
     else:
         check_new(options.out)
-        check_files(options.out, options.resume)
+        check_files(options.out, options.resume, refine=refine is not None, **settings)
     check_apart(options.out, (checkpoint := open_checkpoint(options.checkpoint)).folder)
     data = _data(options).get("data")
     check_run(checkpoint, data, recovery=recovery, evaluate=options.eval, settings=settings)
@@ -405,6 +407,9 @@ def _data(options: argparse.Namespace) -> dict[str, Any]:
     if options.data is None:
         if options.eval:
             raise ValueError("--eval measures perplexity on held-out text of --data, which is missing")
+        for name in _OF_DATA:
+            if getattr(options, name) != _parser().get_default(name):
+                raise ValueError(f"--{name.replace('_', '-')} goes with --data, which is missing")
         return {}
     amounts = (options.samples, options.curve_samples, options.held_out)
     if min(amounts) < 1:

@@ -28,6 +28,8 @@ from leanstep.pruning.score.targets import some
 SIDECAR, REPORT = "sparsity.json", "report.html"
 # entry of the sidecar with the hash of the dense weights; folders of earlier versions have none
 SOURCE_WEIGHTS = "source_weights"
+# entry with the hash of the held-out data, on which perplexities are
+HELD_OUT = "held_out_data"
 
 
 def write_weights(checkpoint: Checkpoint, values: Mapping[str, Tensor], folder: Path) -> dict[str, float]:

@@ -16,6 +16,7 @@ from leanstep._checkpoint import check_apart, check_space, new_folder, read_json
 from leanstep._files import remove_leftovers, remove_partials, restore_replaced
 from leanstep._memory import free_memory
 from leanstep.pruning.folder.checkpoint import (
+    HELD_OUT,
     SIDECAR,
     SOURCE_WEIGHTS,
     copy_others,
@@ -28,11 +29,15 @@ from leanstep.pruning.folder.checkpoint import (
 )
 from leanstep.pruning.folder.files import Checkpoint, open_checkpoint, stored_dtypes, stored_tensors
 from leanstep.pruning.folder.loading import checkpoint_values, load_model, stored_parameters
-from leanstep.pruning.folder.text import CalibrationText, perplexity_of, sequences_of
+from leanstep.pruning.folder.text import CalibrationText, held_out_hash, perplexity_of, sequences_of
 from leanstep.pruning.measure.points import Progress
 from leanstep.pruning.recovery import Recovery, RecoveryResult, recover
 from leanstep.pruning.result import finite_values
 from leanstep.pruning.score.targets import find_targets
+
+OTHER_DATA = (
+    "perplexities are on the held-out data of recovery, not on those of pruning: the dense model's is not known"
+)
 
 
 def recover_checkpoint(
@@ -115,6 +120,12 @@ def recover_model(
     if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
         model.float()
     teacher, note = _teacher(dense, model, names, recovery, device)
+    content["perplexity"] = dict(content.get("perplexity") or {})
+    content["perplexity"].pop("recovered", None)  # of an earlier recovery that was not applied
+    if evaluate and content.get(HELD_OUT) not in (None, held_out_hash(held_out)):
+        # of other text, which no perplexity on this one compares with
+        content["perplexity"], content[HELD_OUT] = {"after": perplexity_of(model, held_out)[0]}, held_out_hash(held_out)
+        content["notes"] = [*content.get("notes", []), OTHER_DATA]
     result = recover(
         model,
         data,
@@ -128,8 +139,6 @@ def recover_model(
     )
     del teacher
     result.notes.extend(filter(None, [note]))
-    content["perplexity"] = dict(content.get("perplexity") or {})
-    content["perplexity"].pop("recovered", None)  # of an earlier recovery that was not applied
     if evaluate:
         perplexity, content["perplexity"]["tokens"] = perplexity_of(model, held_out)
         content["perplexity"]["recovered"] = perplexity

@@ -18,8 +18,9 @@ from leanstep._processes import Processes
 from leanstep._version import __version__
 from leanstep.pruning.allocate.descent import Refinement
 from leanstep.pruning.allocate.knapsack import InfeasibleBudget
-from leanstep.pruning.choices import asked_settings, check_choices, levels_asked, sparsity_asked
+from leanstep.pruning.choices import asked_settings, check_choices, fixed_pattern, levels_asked, sparsity_asked
 from leanstep.pruning.folder.checkpoint import (
+    HELD_OUT,
     SIDECAR,
     SOURCE_WEIGHTS,
     copy_others,
@@ -46,7 +47,7 @@ from leanstep.pruning.folder.files import (
 )
 from leanstep.pruning.folder.loading import checkpoint_values, empty_model_of, load_model, stored_parameters
 from leanstep.pruning.folder.recovery import recover_model, space_beside
-from leanstep.pruning.folder.text import CalibrationText, perplexity_of, sequences_of
+from leanstep.pruning.folder.text import CalibrationText, held_out_hash, perplexity_of, sequences_of
 from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.blocks import BlockMover
 from leanstep.pruning.measure.points import Progress
@@ -133,7 +134,7 @@ def prune_checkpoint(
     _check_arguments(data, activations, resident, recovery, device)
     out = output_folder(out)
     partial, search = search_files(out)
-    processes.from_first(lambda: _check_start(out, resume))
+    processes.from_first(lambda: _check_start(out, resume, refine=refine is not None, **settings))
     checkpoint = open_checkpoint(source)
     # a copy of the files for each process, and later the state of recovery and its folder
     later = 0 if recovery is None else space_beside(checkpoint, recovery)
@@ -168,6 +169,7 @@ def prune_checkpoint(
     content["settings"] = asked_settings(settings) | _amounts(data, held_out, settings)
     if calibration.text:
         content["calibration_text"] = calibration.text
+    content[HELD_OUT] = held_out_hash(calibration.held_out)
     with _staged(out, processes) as folder:
         map_model = map_weights if processes.is_first else map_copies
         with CopiesInFiles(joined):
@@ -408,19 +410,29 @@ def _sequences(calibration: _Calibration) -> Sequences:
     return Sequences.of(has_scores, data, curves, calibration.held_out, None if refine is None else refine.data)
 
 
-def _check_start(out: Path, resume: bool) -> None:
+def _check_start(out: Path, resume: bool, **settings: Any) -> None:
     """Raise ValueError for a folder that exists, or files of an interrupted run that is not to be resumed."""
     restore_replaced(out)
     if resume and (out / SIDECAR).is_file():
         # the interrupted run had written its folder and was about to remove these
         remove_search_files(out)
     check_output(out)
-    check_files(out, resume)
+    check_files(out, resume, **settings)
 
 
-def check_files(out: Path, resume: bool) -> None:
-    """Raise ValueError for files of an interrupted run that is not to be resumed."""
+def check_files(
+    out: Path, resume: bool, *, allocation: str = "dp", pattern: str = "unstructured", refine: bool = False, **_: Any
+) -> None:
+    """Raise ValueError for files of an interrupted run that is not to be resumed, or that the run would not read."""
     partial, search = search_files(out)
+    unread = [(partial, "curves", "allocation='dp'")] if allocation != "dp" or fixed_pattern(pattern) else []
+    unread += [] if refine else [(search, "a search", "refine")]
+    for file, content_of, setting in unread:
+        if resume and file.exists():
+            raise ValueError(
+                f"{file} holds {content_of} of an interrupted run with {setting}, which this run would not read: go on "
+                "with the settings of that run, or remove the file"
+            )
     for file, content_of in (
         (partial, "curves that an interrupted run measured"),
         (search, "an interrupted search"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -73,6 +74,9 @@ def sequences_of(
         raise ValueError(f"seq_len must be from 2 to the model's {positions} positions, got {length} (--seq-len)")
     vocabulary = checkpoint.config.get("vocab_size")
 
+    with encoding(checkpoint.folder):
+        begin = begin_tokens(tokenizer)
+
     def encode(document: str) -> Sequence[int]:
         with encoding(checkpoint.folder):
             return tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
@@ -83,7 +87,7 @@ def sequences_of(
             documents,
             count,
             length,
-            begin=begin_tokens(tokenizer),
+            begin=begin,
             end=tokenizer.eos_token_id,
             seed=text.seed,
         )
@@ -148,6 +152,16 @@ def token_sequences(
     drawn = torch.randperm(pieces, generator=torch.Generator().manual_seed(seed))[:count]
     drawn_text = torch.tensor(tokens[: pieces * length_of_text], dtype=torch.int64).view(pieces, length_of_text)[drawn]
     return torch.cat([torch.tensor(begin, dtype=torch.int64).expand(count, len(begin)), drawn_text], dim=1)
+
+
+def held_out_hash(held_out: Any) -> str | None:
+    """SHA-256 of held-out sequences or images; None for other data."""
+    if not isinstance(held_out, Tensor):
+        return None
+    values = held_out.detach().cpu().contiguous()
+    return sha256(
+        f"{values.dtype}{tuple(values.shape)}".encode() + values.view(torch.uint8).numpy().tobytes()
+    ).hexdigest()
 
 
 def perplexity_of(model: nn.Module, sequences: Any) -> tuple[float, int]:

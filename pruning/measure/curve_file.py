@@ -6,7 +6,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,18 +22,21 @@ class PartialCurves:
     """A file with one line per measured point. Its first line identifies model, data and settings.
 
     Each line is JSON, a space and the CRC-32 of the JSON. What the clock decided is in it as well, so that a run that
-    goes on does not decide anew: the method, where none was asked for, and that no further point is measured.
+    goes on does not decide anew: the method, where none was asked for, and that no further point is measured. Points
+    are of any target; a decision for another one does not count.
 
     Args:
         path: the file; :meth:`add` creates it.
         identity: everything that the points depend on: hashes of model and data, metric, score, levels.
+        target: what decisions depend on besides: the sparsity; None: any.
 
     Raises:
         ValueError: for a file of another identity (the message lists the differences) or another format.
     """
 
-    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+    def __init__(self, path: Path, identity: dict[str, Any], target: Sequence[float] | None = None) -> None:
         self.path, self.identity = path, json.loads(json.dumps(identity))
+        self.target = None if target is None else list(target)
         self.points: dict[tuple[str, int], Distortion] = {}
         # of SOURCES, as chosen by time; None: not chosen
         self.method: str | None = None
@@ -43,7 +46,9 @@ class PartialCurves:
 
     @classmethod
     @contextmanager
-    def shared(cls, path: Path, identity: dict[str, Any], processes: Processes) -> Iterator[PartialCurves]:
+    def shared(
+        cls, path: Path, identity: dict[str, Any], processes: Processes, target: Sequence[float] | None = None
+    ) -> Iterator[PartialCurves]:
         """Context manager: the file of all processes, to which each appends what it measures.
 
         The first process locks it. A file that is still empty at the end is removed.
@@ -55,7 +60,7 @@ class PartialCurves:
 
             def read() -> PartialCurves:
                 stack.enter_context(_locked(path))
-                partial = cls(path, identity)
+                partial = cls(path, identity, target)
                 if processes.size > 1 and not path.stat().st_size:
                     partial._append({"identity": partial.identity})  # before any of them adds a point
                 return partial
@@ -72,13 +77,13 @@ class PartialCurves:
     def choose(self, method: str, processes: Processes) -> None:
         """Append the method that time chose. The first process writes."""
         if processes.rank == 0 and self.method != method:
-            self._begin_and_append({"method": method})
+            self._begin_and_append({"method": method, "target": self.target})
         self.method = method
 
     def finish(self, processes: Processes) -> None:
         """Append that no further point is measured. The first process writes."""
         if processes.rank == 0 and not self.complete:
-            self._begin_and_append({"complete": True})
+            self._begin_and_append({"complete": True, "target": self.target})
         self.complete = True
 
     def _begin_and_append(self, content: Any) -> None:
@@ -93,10 +98,12 @@ class PartialCurves:
             file.flush()
             os.fsync(file.fileno())
 
-    def _take_decision(self, method: str | None = None, complete: bool = False) -> None:
-        """Check a decision that was read from the file, and follow it."""
+    def _take_decision(self, method: str | None = None, complete: bool = False, target: Any = None) -> None:
+        """Check a decision that was read from the file, and follow it; decisions of earlier versions name no target."""
         if method not in (None, *SOURCES) or complete not in (False, True):
             raise ValueError(f"expected a method or an end, got {[method, complete]}")
+        if None not in (target, self.target) and target != self.target:
+            return
         self.method = self.method or method
         self.complete = self.complete or bool(complete)
 

@@ -157,6 +157,8 @@ class JointJudge:
         parameters = {target.parameter: getattr(target.module, target.attribute) for target in targets}
         frozen = [parameter for parameter in parameters.values() if not parameter.requires_grad]
         total = sum(float(counts.sum()) for _, counts in self._current)
+        # the gradient of a mean over all tokens is below fp16's smallest number, 6e-8
+        is_half = any(parameter.dtype == torch.float16 for parameter in parameters.values())
         sums: dict[str, Tensor] = {}
         for parameter in frozen:
             parameter.requires_grad_(True)
@@ -164,14 +166,14 @@ class JointJudge:
             with whole_on_device(self.model):
                 for batch, reference in zip(self._batches, self._reference, strict=True):
                     with torch.enable_grad():
-                        distortion = (
-                            self.metric.compare(Scratch.open(reference), batch.run(self.model), batch)[0].sum() / total
-                        )
+                        per_token, _ = self.metric.compare(Scratch.open(reference), batch.run(self.model), batch)
+                        distortion = per_token.sum() / (1.0 if is_half else total)
                         if not distortion.requires_grad:
                             return None
                         gradients = torch.autograd.grad(distortion, list(parameters.values()), allow_unused=True)
                     for name, gradient in zip(parameters, gradients, strict=True):
                         if gradient is not None:
+                            gradient = gradient.float() / total if is_half else gradient
                             sums[name] = sums[name] + gradient if name in sums else gradient
         finally:
             for parameter in frozen:

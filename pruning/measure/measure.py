@@ -86,9 +86,9 @@ def measure_curves(
         score_data: data for the score's statistics; None: ``data``.
         batch_size: samples per pass, if ``data`` is a tensor.
         prefix_cache: compute the activations before a matrix's block once, not for every level.
-        resume: file to which measured points are appended; points already in it are not measured again. The method that
-            ``minutes`` chose holds, and after the end of ``anchored`` no point is added. It is locked: of two runs with
-            one file, the second is refused.
+        resume: file to which measured points are appended; points already in it are not measured again. For the same
+            ``sparsity``, the method that ``minutes`` chose holds, and after the end of ``anchored`` no point is added.
+            It is locked: of two runs with one file, the second is refused.
         progress: called with (points measured, points in all, name of the matrix).
         method: ``measured``, ``fisher`` or ``anchored``; None: ``measured`` if that takes less than ``minutes`` by the
             time of one pass, or for a metric without a root, else ``anchored``.
@@ -142,7 +142,7 @@ def measure_curves(
             "levels": {name: patterns or counts for name, (counts, patterns) in levels_by_name.items()},
             "products": products_of(model, products),
         }
-        resumed = PartialCurves.shared(Path(resume), identity, processes)
+        resumed = PartialCurves.shared(Path(resume), identity, processes, (sparsity,))
     with resumed as partial, products_in(model, products), evaluating(model):
         if method == "fisher":
             cache = ActivationCache(model, source, enabled=prefix_cache, scratch=files, processes=processes)

@@ -343,6 +343,22 @@ def test_what_the_clock_decided_holds_for_a_run_that_goes_on(tmp_path):
     assert measure_curves(model, samples, minutes=1e-9, **arguments) == curves
 
 
+def test_a_run_for_another_sparsity_measures_near_that(tmp_path):
+    """Points are of any sparsity, and stay; the end of measurements near another one is no end."""
+    model, samples, file = make_llama(2), tokens(4), tmp_path / "curves.jsonl"
+    arguments = {"levels": (0.1, 0.2, 0.5, 0.7, 0.9), "method": "anchored", "resume": file}
+    measure_curves(model, samples, sparsity=0.3, **arguments)
+    before = len(file.read_text().splitlines())
+    curves = measure_curves(model, samples, sparsity=0.8, **arguments)
+    assert len(file.read_text().splitlines()) > before + 7
+    fresh = measure_curves(model, samples, sparsity=0.8, **{**arguments, "resume": None})
+    for name, curve in fresh.items():
+        # measured levels near the new solution are in both
+        assert curves[name].distortion[-2:] == pytest.approx(curve.distortion[-2:], rel=0.5)
+    whole = file.read_text()
+    assert measure_curves(model, samples, sparsity=0.8, **arguments) == curves and file.read_text() == whole
+
+
 @pytest.mark.parametrize("decision", [{"method": "guessed"}, {"complete": "yes"}, {"other": 1}])
 def test_a_decision_that_is_none_is_refused(tmp_path, decision):
     file = tmp_path / "curves.jsonl"

@@ -327,7 +327,10 @@ BAD = {
         {"pattern": "N:8", "levels": [0.5]},
         "pattern N:8 has its own levels, of n weights in each group; leave levels out",
     ),
-    "minutes of rules": ({"allocation": "owl", "minutes": 5}, "minutes=5 are for allocation='dp' only, got 'owl'"),
+    "minutes without data": (
+        {"data": None, "score": "magnitude", "allocation": "erk", "minutes": 5},
+        "minutes=5 is the time for measurements on data, which is missing",
+    ),
     "granularity of rules": (
         {"allocation": "uniform", "granularity": "block"},
         "granularity='block' is for allocation='dp' only, got 'uniform'",
@@ -342,7 +345,6 @@ BAD = {
             "curves": "fisher",
             "correction": "relinearise",
             "levels": [0.5],
-            "minutes": 5.0,
             "granularity": "block",
         }.items()
     },

@@ -194,6 +194,37 @@ def test_what_cannot_be_done_is_refused_with_nothing_written(case, base, tmp_pat
     assert snapshot(base / "model") == before
 
 
+@pytest.mark.parametrize("option", ["--samples", "--curve-samples", "--held-out", "--seq-len", "--text-key"])
+def test_options_of_data_are_refused_without_it(option, base, tmp_path, capsys):
+    rule = ["--sparsity", "0.5", "--score", "magnitude", "--allocation", "erk"]
+    assert main(["prune", str(base / "model"), "--out", str(tmp_path / "out"), *rule, option, "3"]) == 2
+    assert f"error: {option} goes with --data, which is missing" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("file", "holds"), [("out.curves.jsonl", "curves"), ("out.refine.json", "a search")])
+def test_files_that_a_resumed_run_would_not_read_are_not_removed(file, holds, base, tmp_path, capsys):
+    (tmp_path / file).write_text("{}")
+    settings = ["--sparsity", "0.5", "--allocation", "owl"] if holds == "curves" else ["--sparsity", "0.5"]
+    small = SMALL[:-2] if holds == "curves" else SMALL  # levels are those of the programme
+    command = ["prune", str(base / "model"), "--out", str(tmp_path / "out"), "--data", str(base / "text.txt"), *small]
+    assert main([*command, *settings, "--resume"]) == 2
+    assert f"{file} holds {holds} of an interrupted run with" in capsys.readouterr().err
+    assert (tmp_path / file).read_text() == "{}"
+
+
+def test_further_modules_of_sentence_transformers_are_copied(base, tmp_path):
+    folder = shutil.copytree(base / "model", tmp_path / "model")
+    modules = [{"idx": 0, "path": ""}, {"idx": 1, "path": "1_Pooling"}, {"idx": 2, "path": "../outside"}]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    for name in ("1_Pooling", "checkpoint-7"):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text("{}")
+    prune_checkpoint(folder, tmp_path / "out", sparsity=0.5, score="magnitude", allocation="uniform")
+    assert (tmp_path / "out" / "1_Pooling" / "config.json").read_text() == "{}"
+    assert not (tmp_path / "out" / "checkpoint-7").exists() and not (tmp_path / "outside").exists()
+
+
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [

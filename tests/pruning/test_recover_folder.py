@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,6 +114,19 @@ def test_the_folder_has_the_zeros_of_the_pruned_one_and_says_what_recovery_did(b
     page = (recovered / "report.html").read_text()
     for text in ("Perplexity recovered", "<h2>Recovery</h2>", "Training loss of recovery"):
         assert text in page and text not in (pruned / "report.html").read_text()
+
+
+def test_recovery_on_other_text_compares_perplexities_of_that_text_alone(base, pruned, tmp_path):
+    out = shutil.copytree(pruned, tmp_path / "out")
+    (tmp_path / "other.txt").write_text(sentences(60)[::-1])
+    command = arguments(base, out, "--eval", *RECOVER, "--resume")
+    command[command.index(str(base / "text.txt"))] = str(tmp_path / "other.txt")
+    assert main(command) == 0
+    before, after = content_of(pruned), content_of(out)
+    assert set(after["perplexity"]) == {"after", "recovered", "tokens"}
+    assert after["perplexity"]["after"] != before["perplexity"]["after"]
+    assert after["held_out_data"] != before["held_out_data"]
+    assert any("not on those of pruning" in note for note in after["notes"])
 
 
 def test_adapters_are_merged_and_next_tokens_need_no_teacher(base, pruned, tmp_path, capsys, monkeypatch):

@@ -124,6 +124,21 @@ def test_slopes_are_derivatives_of_the_joint_distortion():
         assert not any(p.grad is not None for p in model.parameters())
 
 
+def test_slopes_of_fp16_do_not_underflow():
+    """Divided by all tokens before the backward pass, gradients are below 6e-8, fp16's smallest number."""
+    model = make_llama(2)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e-2)
+    slopes = {}
+    for dtype in (torch.float32, torch.float16):
+        with evaluating(model.to(dtype)):
+            judge, _, _, start = judge_of(model)
+            slopes[dtype] = judge.slopes({name: (int(0.7 * count), "") for name, count in start.counts.items()})
+    expected = torch.tensor(list(slopes[torch.float32].values()))
+    cosine = torch.nn.functional.cosine_similarity(expected, torch.tensor(list(slopes[torch.float16].values())), dim=0)
+    assert cosine > 0.999
+
+
 def test_inputs_of_blocks_are_cached_within_a_limit_and_forgotten_after_a_change():
     model = make_llama(3)
     with evaluating(model):
