@@ -36,7 +36,7 @@ from leanstep.pruning.result import finite_values
 from leanstep.pruning.score.targets import find_targets
 
 OTHER_DATA = (
-    "perplexities are on the held-out data of recovery, not on those of pruning: the dense model's is not known"
+    "perplexities are on the held-out data of recovery, not on those of pruning; the dense model's is not known"
 )
 
 

@@ -126,11 +126,11 @@ def test_slopes_are_derivatives_of_the_joint_distortion():
 
 def test_slopes_of_fp16_do_not_underflow():
     """Divided by all tokens before the backward pass, gradients are below 6e-8, fp16's smallest number."""
-    model = make_llama(2)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(1e-2)
     slopes = {}
     for dtype in (torch.float32, torch.float16):
+        model = make_llama(2)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(1e-2)
         with evaluating(model.to(dtype)):
             judge, _, _, start = judge_of(model)
             slopes[dtype] = judge.slopes({name: (int(0.7 * count), "") for name, count in start.counts.items()})
