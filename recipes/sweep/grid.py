@@ -11,6 +11,7 @@ from leanstep.recipes.config.loader import ConfigError, dump, find_recipe, load
 from leanstep.recipes.config.values import parse_override
 
 SEED = "seed"  # runs that differ only in it repeat one setting
+TOKENIZER = "data.tokenizer"
 _MOST_RUNS = 10_000
 _MOST_NAME = 80  # characters of a run's name
 _CLOSING = {"[": "]", "{": "}", "(": ")"}
@@ -104,6 +105,11 @@ def make_plan(recipe: str, words: Sequence[str], out: Path | None, *, processes:
             problems.append(
                 "data.val_tokens: 0 leaves no validation loss, by which a sweep compares settings; hold out some "
                 "tokens, or give data.val_path"
+            )
+        if TOKENIZER in grid and config.data.source == "chat":
+            problems.append(
+                f"{TOKENIZER}: conversations have no bits per byte, by which runs of different tokenizers compare; "
+                "sweep it on text"
             )
         runs.append(PlannedRun(name, values, dump(config)))
     if problems:

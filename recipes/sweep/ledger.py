@@ -12,7 +12,8 @@ from leanstep.recipes.sweep.grid import Plan, PlannedRun
 
 # how a run ended
 DONE, DIVERGED, FAILED, STOPPED = "done", "diverged", "failed", "stopped"
-NUMBERS = ("val_loss", "best_loss", "best_step", "ema_loss", "step", "steps", "tokens")  # of status.json, at the end
+# of status.json, at the end
+NUMBERS = ("val_loss", "bits_per_byte", "best_loss", "best_step", "ema_loss", "step", "steps", "tokens")
 _VERSION = 1
 _FOLDERS = ("runs", "recipes", "logs")
 _LIMIT = 1 << 28  # bytes of a ledger

@@ -44,6 +44,7 @@ def _page(plan: Plan, results: Results, ends: dict[str, dict[str, Any]]) -> str:
         lead=[grid[:2000], " ".join(plan.fixed)[:2000]],
         numbers=_tiles(plan, results, ends),
         warnings=[*results.edges, *_unfinished(results)],
+        measure=results.measure.capitalize(),
         curves=pictures(plan, results),
         header=header,
         keys=len(header) - 4,
@@ -59,7 +60,7 @@ def _tiles(plan: Plan, results: Results, ends: dict[str, dict[str, Any]]) -> lis
     if best is not None and best.mean is not None:
         error = best.standard_error
         note = "one run" if error is None else f"± {error:.4f} (standard error of {len(best.losses)} runs)"
-        shown += [("Best validation loss", f"{best.mean:.4f}", note)]
+        shown += [(f"Best {results.measure}", f"{best.mean:.4f}", note)]
         shown += [(key, text[:40], "best value") for key, text in best.values.items()]
         shown.append(("Level with it", str(len(results.level)), "within two standard errors of the difference"))
     finished = sum(len(row.losses) for row in results.rows)
@@ -111,7 +112,7 @@ def _picture(plan: Plan, results: Results, key: str) -> str:
     every = math.ceil(len(order) / _MOST_TICKS)
     return chart(
         series,
-        title=f"Validation loss against {key}",
+        title=f"{results.measure.capitalize()} against {key}",
         x_label=key,
         y_format="{:.4f}".format,
         marks=marks,

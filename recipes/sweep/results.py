@@ -7,8 +7,10 @@ from statistics import fmean, stdev
 from typing import Any
 
 from leanstep.recipes.report.runlog import number
-from leanstep.recipes.sweep.grid import SEED, Plan
+from leanstep.recipes.sweep.grid import SEED, TOKENIZER, Plan
 from leanstep.recipes.sweep.ledger import DIVERGED, DONE
+
+LOSS, BITS = "validation loss", "bits per byte"
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class Row:
 
     Attributes:
         values: the swept keys without the seed, and their texts.
-        losses: validation losses of the runs that are done.
+        losses: validation losses of the runs that are done, or their bits per byte.
         diverged, missing: numbers of runs without one: NaN or a loss above the limit; failed, stopped or not started.
     """
 
@@ -54,12 +56,14 @@ class Results:
         best: the complete setting of the lowest mean; None while no setting is complete.
         level: other complete settings within two standard errors of the difference to the best.
         edges: a sentence for each key whose best value is the smallest or the largest one.
+        measure: what the losses are.
     """
 
     rows: list[Row]
     best: Row | None
     level: list[Row]
     edges: list[str]
+    measure: str = LOSS
 
     @property
     def ordered(self) -> list[Row]:
@@ -70,27 +74,37 @@ class Results:
 def summarize(plan: Plan, ends: dict[str, dict[str, Any]]) -> Results:
     """Average the validation losses of ``ends``, the last end entry of each run, over the seeds.
 
-    In a sweep over ``ema.decay`` they are those of the averaged weights, which alone depend on it.
+    In a sweep over ``ema.decay`` they are those of the averaged weights, which alone depend on it. In one over
+    ``data.tokenizer`` they are bits per byte, since losses per token of different tokenizers do not compare.
     """
     losses = ("ema_loss", "val_loss") if "ema.decay" in plan.grid else ("val_loss",)
+    measure = BITS if TOKENIZER in plan.grid else LOSS
     settings: dict[tuple[tuple[str, str], ...], list[dict[str, Any]]] = {}
     for run in plan.runs:
         settings.setdefault(run.setting, []).append(ends.get(run.name, {}))
-    rows = [_row(dict(setting), entries, losses) for setting, entries in settings.items()]
+    rows = [_row(dict(setting), entries, losses, per_byte=measure == BITS) for setting, entries in settings.items()]
     complete = [row for row in rows if row.is_complete]
     best = min(complete, key=lambda row: row.mean or 0.0, default=None)
     level = [] if best is None else [row for row in complete if row is not best and _is_level(row, best)]
     is_tied = best is not None and any(row.mean == best.mean for row in level)
-    return Results(rows, best, level, [] if best is None or is_tied else _edges(plan, best))
+    return Results(rows, best, level, [] if best is None or is_tied else _edges(plan, best), measure)
 
 
-def _row(values: dict[str, str], entries: Sequence[dict[str, Any]], keys: Sequence[str]) -> Row:
-    """The row of a setting; the loss of a run is the first of ``keys`` that its entry has."""
+def _row(values: dict[str, str], entries: Sequence[dict[str, Any]], keys: Sequence[str], *, per_byte: bool) -> Row:
+    """The row of a setting; the loss of a run is the first of ``keys`` that its entry has, or that in bits per byte."""
     done = [entry for entry in entries if entry.get("status") == DONE]
     losses = [next((value for key in keys if (value := number(entry.get(key))) is not None), None) for entry in done]
+    if per_byte:
+        losses = [_per_byte(loss, entry) for loss, entry in zip(losses, done, strict=True)]
     sound = tuple(loss for loss in losses if loss is not None and math.isfinite(loss))
     diverged = sum(entry.get("status") == DIVERGED for entry in entries)
     return Row(values, sound, diverged, len(entries) - len(sound) - diverged)
+
+
+def _per_byte(loss: float | None, entry: dict[str, Any]) -> float | None:
+    """A loss per token in bits per byte, as its run counted them; None if it did not."""
+    bits, of_loss = number(entry.get("bits_per_byte")), number(entry.get("val_loss"))
+    return None if loss is None or not bits or not of_loss else loss * bits / of_loss
 
 
 def _is_level(row: Row, best: Row) -> bool:
@@ -120,7 +134,7 @@ def _edges(plan: Plan, best: Row) -> list[str]:
 def table(results: Results) -> list[list[str]]:
     """Header and rows as text, lowest mean first."""
     keys = list(results.rows[0].values) if results.rows else []
-    lines = [[*keys, "mean loss", "standard error", "runs", ""]]
+    lines = [[*keys, "mean loss" if results.measure == LOSS else f"mean {BITS}", "standard error", "runs", ""]]
     for row in results.ordered:
         notes = ["best"] if row is results.best else ["level with the best"] if row in results.level else []
         notes += [f"{row.diverged} diverged"] if row.diverged else []
@@ -148,6 +162,7 @@ def as_dict(plan: Plan, results: Results, ends: dict[str, dict[str, Any]]) -> di
         "recipe": plan.recipe,
         "overrides": list(plan.fixed),
         "grid": plan.grid,
+        "measure": results.measure,
         "best": None if results.best is None else results.best.values,
         "level_with_best": [row.values for row in results.level],
         "edges": results.edges,

@@ -272,6 +272,7 @@ class RunLogger:
                 best_step=state.best_step,
                 tokens=state.tokens,
                 tflops=self.tflops,
+                **({} if state.bits_per_byte is None else {"bits_per_byte": state.bits_per_byte}),
                 **({} if state.ema_loss is None else {"ema_loss": state.ema_loss}),
                 **({"spikes": {name: getattr(spikes, name) for name in shown}} if spikes.steps else {}),
             )

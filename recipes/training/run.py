@@ -451,7 +451,8 @@ class Run:
                     self.gate.load_state_dict(gate)
                 return interruption.signal
         state.eval_pending = False
-        state.val_loss, state.ema_loss = result.loss, averaged.loss if averaged else None
+        state.val_loss, state.bits_per_byte = result.loss, result.bits_per_byte
+        state.ema_loss = averaged.loss if averaged else None
         if state.best_loss is None or math.isnan(state.best_loss) or result.loss < state.best_loss:
             state.best_loss, state.best_step = result.loss, state.step
         self.logger.evaluation(state, result, averaged)

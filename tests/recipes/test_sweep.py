@@ -435,6 +435,24 @@ def test_decays_of_the_average_are_judged_by_the_averaged_weights(plan):
     assert results.level == [results.rows[1]] and results.edges == [], "equal losses have no best on an edge"
 
 
+def test_tokenizers_are_compared_by_bits_per_byte(plan):
+    """A small vocabulary has a lower loss per token, and more tokens."""
+    made = plan("data.tokenizer=train:300,train:4096")
+    entries = [{"val_loss": 4.0, "bits_per_byte": 3.0}, {"val_loss": 6.0, "bits_per_byte": 2.0}]
+    done = {run.name: {"status": "done", **entry} for run, entry in zip(made.runs, entries, strict=True)}
+    results = summarize(made, done)
+    assert [row.mean for row in results.rows] == [3.0, 2.0] and results.best is results.rows[1]
+    assert table(results)[0][1] == "mean bits per byte"
+    made.folder.mkdir()
+    assert "Best bits per byte" in write_pages(made, results, done).read_text()
+    averaged = plan("data.tokenizer=train:300,train:4096", "ema.decay=0.9,0.99")
+    done = {run.name: {"status": "done", "ema_loss": 3.0, **entries[0]} for run in averaged.runs}
+    assert {row.mean for row in summarize(averaged, done).rows} == {2.25}
+    # of a run that does not count them, as on a part of the validation text, no result is known
+    done = {run.name: {"status": "done", "val_loss": 4.0} for run in made.runs}
+    assert [row.missing for row in summarize(made, done).rows] == [1, 1]
+
+
 def test_the_pages_of_a_sweep(plan):
     made = plan("optimizer.lr=1e-3,2e-3,4e-3", "optimizer.weight_decay=0,0.1", "seed=0,1")
     losses = [5.0, 5.2, 4.0, 4.2, 3.0, 3.1, 3.2, 3.4, "diverged", 4.0, "diverged", "diverged"]
