@@ -381,7 +381,7 @@ class Program:
             costs, losses = self._relaxed.front()
         else:
             in_units, losses = self._table.front()
-            costs = self._offset + self._unit * in_units
+            costs = self._offset + self._unit * in_units.astype(np.float64)
         costs, losses = costs[costs <= self._target], losses[costs <= self._target]
         if len(costs) > _FRONT_POINTS:
             spread = np.unique(np.linspace(0, len(costs) - 1, _FRONT_POINTS).round().astype(np.int64))

@@ -420,9 +420,9 @@ class Pruning:
         return notes
 
 
-def _squared_wanda(weight: Tensor, statistics: LayerStatistics) -> Tensor:
+def _squared_wanda(weight: Tensor, statistics: LayerStatistics | None) -> Tensor:
     """Wanda's scores from a Gram matrix, squared as SparseGPT's are."""
-    assert statistics.gram is not None
+    assert statistics is not None and statistics.gram is not None
     return weight.square() * statistics.gram.diagonal().to(weight.device)
 
 
