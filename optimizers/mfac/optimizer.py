@@ -37,6 +37,7 @@ from leanstep.optimizers.mfac.scopes import (
     step_scopes,
 )
 from leanstep.optimizers.mfac.settings import check_masks, check_process_group, check_settings
+from leanstep.optimizers.mfac.spread import ShardCheck, is_spread
 from leanstep.optimizers.mfac.window import columns_of
 
 
@@ -146,6 +147,8 @@ class MFAC(LeanOptimizer):
     _drop_state = "optimizer.state.clear(), because parameters share a window"
     # the processes of shard_window; None: all
     _process_group: torch.distributed.ProcessGroup | None = None
+    # while a state is loaded whose windows are spread
+    _shard_check: ShardCheck | None = None
     _older_names = {"figures": "stats", "counts": "counters"}
     _older_settings = {
         "momentum_on": ("update",),
@@ -253,6 +256,8 @@ class MFAC(LeanOptimizer):
 
     def _check_loaded_states(self, groups: list[dict[str, Any]], entries: list[Loaded]) -> None:
         check_loaded_states(groups, entries)
+        if self._shard_check is not None:
+            self._shard_check.compare(groups, entries)
 
     def state_dict(self) -> dict[str, Any]:
         """Return torch's state dict; masks are in the states, and in ``masks`` of groups only before the first step."""
@@ -267,17 +272,34 @@ class MFAC(LeanOptimizer):
         """Load a state as the other optimizers do; see there.
 
         Groups have the loaded masks, too, so that excluded weights stay excluded when ``optimizer.state`` is cleared.
+        With ``shard_window``, all processes must call it: they compare the norms of the rows with the Gram matrix.
 
         Raises:
-            ValueError: the state does not fit; see the class. Nothing is changed.
+            ValueError: the state does not fit; see the class. With ``shard_window``, also the shards of the processes
+                do not belong together, as when all of them load the file of one. Nothing is changed.
         """
-        super().load_state_dict(state_dict)
+        self._load_together(state_dict)
         for group in self.param_groups:
             masks = group["masks"] or [None] * len(group["params"])
             states = [self.state.get(param, {}) for param in group["params"]]
             masks = [state.get("mask", mask) for state, mask in zip(states, masks, strict=True)]
             group["masks"] = masks if any(mask is not None for mask in masks) else None
         self._note_settings()
+
+    def _load_together(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; where ``shard_window`` spreads windows, all processes take it or none."""
+        if not is_spread(self.param_groups, state_dict):
+            super().load_state_dict(state_dict)
+            return
+        self._shard_check = check = ShardCheck(self.param_groups, self._process_group)
+        try:
+            super().load_state_dict(state_dict)
+        except Exception:
+            if not check.done:  # the other processes wait
+                check.abstain()
+            raise
+        finally:
+            del self._shard_check
 
     def diagnostics(self) -> dict[str, float]:
         """Return statistics over all scopes (reads the device).

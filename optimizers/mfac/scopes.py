@@ -101,7 +101,7 @@ def _format_of(state: dict[str, Any], scope: str | int) -> type[DenseRows]:
 def init_scope_state(state: dict[str, Any], param: Tensor, settings: dict[str, Any]) -> None:
     """Create a scope's Gram matrices, counters, statistics and (for fp16) scales of rows."""
     m, device = settings["window"], local_part(param).device
-    blocks = _block_count(param, settings["scope"])
+    blocks = block_count(param, settings["scope"])
     state["gram"] = torch.zeros(blocks, m, m, dtype=torch.float64, device=device)
     # steps, rows; on the CPU, which computes indices from them
     state["counters"] = torch.zeros(2, dtype=torch.int64, device="cpu")
@@ -113,10 +113,10 @@ def init_scope_state(state: dict[str, Any], param: Tensor, settings: dict[str, A
 def scope_state_bytes(param: Tensor, group: dict[str, Any]) -> int:
     """Return the bytes that :func:`init_scope_state` allocates on the device."""
     m, scale = group["window"], 4 if group["storage"] == "fp16" else 0
-    return _block_count(param, group["scope"]) * (8 * m * m + scale * m + 8 * len(STATS))
+    return block_count(param, group["scope"]) * (8 * m * m + scale * m + 8 * len(STATS))
 
 
-def _block_count(param: Tensor, scope: str | int) -> int:
+def block_count(param: Tensor, scope: str | int) -> int:
     """Return the number of Gram matrices of a parameter's scope."""
     return max(1, -(-param.numel() // scope)) if isinstance(scope, int) else 1
 

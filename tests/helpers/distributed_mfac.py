@@ -215,6 +215,58 @@ def mfac_refuses_what_cannot_be_spread(world: World) -> None:
     assert_same(columns, plain, 1e-11)
 
 
+def files_of_one_process_and_of_each(name: str, world: World) -> None:
+    """The file of process 0 is refused by all, whoever notices; files of every process are taken."""
+    dtype = VARIANTS[name][1]
+    saved, model = with_zeros(new_model(dtype)), with_zeros(new_model(dtype))
+    source = build(name, saved, shard_window=True)
+    steps(saved, source, range(4))
+    files = [world.folder / f"shards-{name}-{world.size}-{rank}.pt" for rank in range(world.size)]
+    torch.save(source.state_dict(), files[world.rank])
+    dist.barrier()
+    target = build(name, model, shard_window=True)
+    of_one, of_each = (torch.load(files[rank], weights_only=True) for rank in (0, world.rank))
+    empty = build(name, new_model(dtype), shard_window=True).state_dict()
+    for state in (of_one, of_each if world.rank else empty):
+        refused(ValueError, "nothing was changed", lambda state=state: target.load_state_dict(state))
+        assert not target.state and target._shard_check is None
+    model.load_state_dict(saved.state_dict())
+    target.load_state_dict(of_each)
+    for one, optimizer in ((saved, source), (model, target)):
+        steps(one, optimizer, range(4, 6))
+    assert_same(model, saved, 0.0)
+
+
+for _name in ("model", "layer", "blocks", "fp16", "topk", "stochastic"):
+    _worlds = (2, 3) if _name in ("model", "blocks") else (2,)
+    add_case(f"mfac_{_name}_refuses_files_of_one_process", _worlds, functools.partial(
+        files_of_one_process_and_of_each, _name
+    ))  # fmt: skip
+
+
+@case(2)
+def mfac_compares_the_norms_of_even_shards(world: World) -> None:
+    """Shards of one shape: only their norms tell that they are those of another process."""
+    for name in ("model", "layer", "blocks", "fp16", "topk"):
+        dtype = VARIANTS[name][1]
+        model = nn.Sequential(nn.Linear(8, 6, dtype=dtype), nn.Linear(6, 4, dtype=dtype))
+        optimizer = build(name, model, shard_window=True)
+        steps(model, optimizer, range(4))
+        file = world.folder / f"even-{name}.pt"
+        if world.rank == 0:
+            torch.save(optimizer.state_dict(), file)
+        dist.barrier()
+        before = copy.deepcopy(optimizer.state_dict())
+        state = torch.load(file, weights_only=True)
+        refused(ValueError, "have other norms than its Gram", functools.partial(optimizer.load_state_dict, state))
+        assert torch.equal(local_windows(optimizer)[0], window_of(before["state"][0]))
+        optimizer.load_state_dict(before)
+
+
+def window_of(state: dict[str, Any]) -> torch.Tensor:
+    return state["window" if "window" in state else "window_values"].to_local()
+
+
 def step_once(model: nn.Module, **settings: Any) -> None:
     optimizer = MFAC(model.named_parameters(), window=3, **settings)
     set_grads(model, 0)
