@@ -38,7 +38,7 @@ from leanstep.optimizers.mfac.scopes import (
 )
 from leanstep.optimizers.mfac.settings import check_masks, check_process_group, check_settings
 from leanstep.optimizers.mfac.spread import ShardCheck, is_spread
-from leanstep.optimizers.mfac.window import columns_of
+from leanstep.optimizers.mfac.window import columns_of, mask_like
 
 
 class MFAC(LeanOptimizer):
@@ -211,7 +211,8 @@ class MFAC(LeanOptimizer):
         if group["sparse"]:
             masks = group["masks"] or [None] * len(group["params"])
             nonzero = [p.detach() != 0 for p in group["params"]]
-            group["masks"] = [n if mask is None else n & mask for n, mask in zip(nonzero, masks, strict=True)]
+            pairs = zip(nonzero, masks, strict=True)
+            group["masks"] = [n if mask is None else n & mask_like(mask, n) for n, mask in pairs]
         check_memory(self.param_groups, self._states(), self._process_group)
 
     def _takes_flattened(self, group: dict[str, Any]) -> bool:
@@ -339,7 +340,9 @@ class MFAC(LeanOptimizer):
         mask = None if group["masks"] is None else group["masks"][position]
         if mask is not None and state.get("mask") is not mask:
             check_masks(group)
-            state["mask"] = mask
+            state["mask"] = placed = mask_like(mask, param)
+            if placed is not mask:  # the list may be the caller's
+                group["masks"] = [placed if i == position else other for i, other in enumerate(group["masks"])]
         init_rounding(state, param, effective("MFAC", group, position, param))
         return state
 
