@@ -29,8 +29,10 @@ from leanstep.optimizers.mfac.saved import (
 from leanstep.optimizers.mfac.scopes import (
     Scope,
     ScopeParam,
+    has_window,
     init_scope_state,
     init_window,
+    move_scope_state,
     new_format,
     scope_key,
     shared_settings,
@@ -113,8 +115,8 @@ class MFAC(LeanOptimizer):
         State per parameter: ``window`` [m, ...] (4 m bytes per weight in fp32). "topk": ``window_values``,
         ``window_indices`` [m, rows, k] and ``error`` (about 4 * density * m + 4 bytes per weight). "lowrank":
         ``window_left``, ``window_right``, ``basis`` and ``error``. Options add ``momentum_buffer`` (fp32) and ``mask``.
-        The state of a scope's first parameter also has ``gram`` [blocks, m, m] in fp64, ``counters`` (steps, rows) on
-        the CPU, ``stats``, and ``window_scale`` for fp16. A resumed run continues bit-identically.
+        The state of a scope's first trained parameter also has ``gram`` [blocks, m, m] in fp64, ``counters`` (steps,
+        rows) on the CPU, ``stats``, and ``window_scale`` for fp16. A resumed run continues bit-identically.
 
         A parameter without a gradient gets a row of zeros and does not move. A scope without any gradient takes no
         step. Parameters added later (``add_param_group``) join their scope with rows of zeros.
@@ -356,30 +358,48 @@ class MFAC(LeanOptimizer):
         super()._init_group()
         self._scopes()
 
+    def _state_of(
+        self, group: dict[str, Any], position: int, param: Tensor, *, checked: bool = False
+    ) -> dict[str, Any]:
+        if param in self.state and not has_window(self.state[param]):  # it holds the state of its scope alone
+            self._check_first_step(group, position)
+        return super()._state_of(group, position, param, checked=checked)
+
     def _scopes(self) -> list[Scope]:
-        """Return the scopes that have a gradient, with all their parameters that have state; create missing state."""
+        """Return the scopes that have a gradient, with all their parameters that have windows; create missing state."""
         gradients = {param: grad for group in self.param_groups for _, param, grad in self._with_gradient(group)}
         scopes: dict[Any, list[ScopeParam]] = {}
+        members: dict[Any, list[Tensor]] = {}
         index = 0
         for group_index, group in enumerate(self.param_groups):
             for position, param in enumerate(group["params"]):
-                grad = gradients.get(param)
-                if param in self.state or grad is not None:
+                grad, key = gradients.get(param), scope_key(group, group_index, position, index)
+                if param.numel():  # a scope of empty parameters would count steps
+                    members.setdefault(key, []).append(param)
+                if grad is not None or has_window(self.state.get(param, {})):
                     state = self._state_of(group, position, param)
                     spread = group["shard_window"]
                     columns = columns_of(param, spread=spread, process_group=self._process_group)
                     entry = ScopeParam(group, position, index, param, grad, state, columns)
-                    if param.numel():  # a scope of empty parameters would count steps
-                        scopes.setdefault(scope_key(group, group_index, position, index), []).append(entry)
+                    if param.numel():
+                        scopes.setdefault(key, []).append(entry)
                 index += 1
-        return [self._scope(entries) for entries in scopes.values() if any(e.grad is not None for e in entries)]
+        return [self._scope(e, members[key]) for key, e in scopes.items() if any(one.grad is not None for one in e)]
 
-    def _scope(self, entries: list[ScopeParam]) -> Scope:
+    def _scope(self, entries: list[ScopeParam], params: list[Tensor]) -> Scope:
+        """Return a scope of all ``params``. The first one that is trained holds its state, whichever has gradients.
+
+        Loading by ``torch.distributed.checkpoint`` expects the entries of a new optimizer, which has all gradients.
+        """
         settings = shared_settings([e.group for e in entries])
-        scope_state = next((e.state for e in entries if "gram" in e.state), None)
-        if scope_state is None:
-            scope_state = entries[0].state
-            init_scope_state(scope_state, entries[0].param, settings)
+        holder = next((p for p in params if p.requires_grad), entries[0].param)
+        scope_state = self.state[holder]
+        if "gram" not in scope_state:
+            other = next((self.state[p] for p in params if "gram" in self.state.get(p, {})), None)
+            if other is None:
+                init_scope_state(scope_state, holder, settings)
+            else:  # from an older state, or parameters were frozen or trained since
+                move_scope_state(other, scope_state, holder)
         return Scope(entries, settings, scope_state)
 
     def _steps(self) -> list[Reducer[None]]:

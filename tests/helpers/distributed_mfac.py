@@ -334,6 +334,42 @@ def checkpoint_moves(name: str, spread: bool, world: World) -> None:
         assert error <= tolerance, f"{param_name} differs by {error:.3g}"
 
 
+def checkpoint_has_one_form(frozen: bool, world: World) -> None:
+    """The Gram matrix is where a new optimizer has it, whichever parameter had the first gradient."""
+    first = "embed.weight"
+
+    def make() -> tuple[nn.Module, MFAC]:
+        model = new_model(torch.float64)
+        model.get_parameter(first).requires_grad_(not frozen)
+        model = shard(model, world.size)
+        return model, build("model", model)
+
+    model, optimizer = make()
+    set_grads(model, 0)
+    model.get_parameter(first).grad = None
+    optimizer.step()
+    model.get_parameter(first).requires_grad_(True)
+    steps(model, optimizer, range(1, 3))
+    parts = get_state_dict(model, optimizer)
+    folder = world.folder / f"mfac-form-{frozen}-{world.size}"
+    dcp.save({"model": parts[0], "optimizer": parts[1]}, checkpoint_id=folder)
+    other = shard(new_model(torch.float64), world.size)
+    resumed = build("model", other)
+    parts = get_state_dict(other, resumed)
+    loaded = {"model": parts[0], "optimizer": parts[1]}
+    dcp.load(loaded, checkpoint_id=folder)
+    set_state_dict(other, resumed, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+    for one, each in ((model, optimizer), (other, resumed)):
+        steps(one, each, range(3, 5))
+    assert_same(other, model, 0.0)
+
+
+for _frozen in (False, True):
+    add_case(f"mfac_{'frozen' if _frozen else 'unused'}_checkpoint_has_one_form", (2,), functools.partial(
+        checkpoint_has_one_form, _frozen
+    ))  # fmt: skip
+
+
 for _name, _spread in (
     ("model", False),
     ("topk", False),
