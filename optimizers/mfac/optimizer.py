@@ -263,8 +263,14 @@ class MFAC(LeanOptimizer):
             self._shard_check.compare(groups, entries)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return torch's state dict; masks are in the states, and in ``masks`` of groups only before the first step."""
+        """Return torch's state dict; masks are in the states, and in ``masks`` of groups only before the first step.
+
+        All tensors are on their parameter's device: ``torch.distributed.checkpoint`` loads no state on two devices.
+        """
         packed = super().state_dict()
+        for key, state in packed["state"].items():
+            if isinstance(state, dict) and "gram" in state:  # hooks may add other values
+                packed["state"][key] = {**state, "counters": state["counters"].to(state["gram"].device)}
         for group in packed["param_groups"]:
             if group.get("masks") is not None:
                 stored = ["mask" in packed["state"].get(key, {}) for key in group["params"]]

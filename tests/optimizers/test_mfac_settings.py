@@ -331,6 +331,16 @@ def test_the_first_trained_parameter_holds_the_gram_matrix():
         assert list(resumed.state[twins[0]]) == ["window"] and sorted(resumed.state[twins[1]]) == [*keys, "window"]
 
 
+def test_saved_counters_are_where_the_gram_matrix_is():
+    """torch.distributed.checkpoint loads no whole state with tensors of one or more dimensions on two devices."""
+    params, optimizer = trained(steps=3)
+    state = optimizer.state[params[0]]
+    assert optimizer.state_dict()["state"][0]["counters"].tolist() == [3, 3]
+    state["gram"] = state["gram"].to("meta")
+    assert optimizer.state_dict()["state"][0]["counters"].device.type == "meta"
+    assert state["counters"].tolist() == [3, 3]
+
+
 def test_diagnostics_are_flat_numbers():
     params, optimizer = trained(steps=0)
     assert optimizer.diagnostics()["window_rows"] == 0
