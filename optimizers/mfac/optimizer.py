@@ -39,7 +39,7 @@ from leanstep.optimizers.mfac.scopes import (
     step_scopes,
 )
 from leanstep.optimizers.mfac.settings import check_masks, check_process_group, check_settings
-from leanstep.optimizers.mfac.spread import ShardCheck, is_spread
+from leanstep.optimizers.mfac.spread import GroupReference, ShardCheck, is_spread
 from leanstep.optimizers.mfac.window import columns_of, mask_like
 
 
@@ -197,6 +197,19 @@ class MFAC(LeanOptimizer):
             # not in a group of parameters, since it can be neither copied nor saved
             self._process_group, shard_window = shard_window, True
         super().__init__(params, settings_of(locals()))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state for copies, which have the same process group, and for pickle, which refuses a group."""
+        packed = super().__getstate__()
+        group = self._process_group
+        return packed if group is None else {**packed, "_process_group": GroupReference(group)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the process group of the copied optimizer."""
+        reference = state.get("_process_group")
+        if isinstance(reference, GroupReference):
+            state = {**state, "_process_group": reference.group}
+        super().__setstate__(state)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)

@@ -40,6 +40,25 @@ def is_spread(groups: Sequence[dict[str, Any]], saved: Any) -> bool:
     return any(isinstance(g, dict) and g.get("shard_window") is True for g in (*groups, *saved_groups))
 
 
+class GroupReference:
+    """A process group inside the state of an optimizer that is copied: copies have the group itself."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    def __copy__(self) -> GroupReference:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GroupReference:
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "MFAC: an optimizer with shard_window=GROUP cannot be pickled, because a process group cannot. Save its "
+            "state_dict(), build MFAC with the group, and load the state; or take shard_window=True for all processes."
+        )
+
+
 class ShardCheck:
     """Compares the norms of rows over all processes with the diagonals of the Gram matrices, in one all-reduce.
 

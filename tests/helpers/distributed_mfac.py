@@ -3,6 +3,7 @@
 import copy
 import functools
 import math
+import pickle
 from typing import Any
 
 import torch
@@ -193,6 +194,26 @@ def mfac_spreads_over_the_processes_of_a_group(world: World) -> None:
     alone.step()
     assert_same(model, plain, 1e-11)
     refused(TypeError, "a process group with this process", lambda: build("model", model, shard_window=other))
+
+
+@case(2)
+def mfac_copies_have_the_process_group(world: World) -> None:
+    """Copies made before and after a step spread their windows over the same processes; pickle says why it cannot."""
+    group = [dist.new_group([rank]) for rank in range(world.size)][world.rank]
+    model = new_model(torch.float64)
+    optimizer = build("model", model, shard_window=group)
+    pairs = [(model, optimizer), copy.deepcopy((model, optimizer))]
+    steps(model, optimizer, range(world.rank + 1))
+    pairs.append(copy.deepcopy((model, optimizer)))
+    assert copy.copy(optimizer)._process_group is group
+    for one, each in pairs:
+        assert each._process_group is group
+        steps(one, each, range(3, 5))
+        assert sum(p.numel() for p in local_windows(each)) == 3 * sum(p.numel() for p in one.parameters())
+    assert_same(pairs[2][0], model, 0.0)
+    refused(TypeError, "shard_window=GROUP cannot be pickled", lambda: pickle.dumps(optimizer))
+    replica = build("model", new_model(torch.float64), shard_window=True)
+    assert pickle.loads(pickle.dumps(replica))._process_group is None
 
 
 @case(2)
