@@ -15,7 +15,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -221,6 +221,7 @@ class _Updates:
 
     def _accumulate(self, param: Tensor) -> None:
         slot = self.slots[param]
+        _wait_for_offload([param])
         if add_to_average(self.optimizer, self.optimizer.param_groups[slot.group_index], slot.position):
             self._accumulated.add(param)
 
@@ -247,6 +248,7 @@ class _Updates:
         """Update parameters of the optimizer by their gradients, and free the gradients."""
         if not self._stepped:
             self.optimizer._check_changed_groups()
+        _wait_for_offload(params)
         positions: dict[tuple[int, int], list[int]] = {}
         for param in params:
             slot = self.slots[param]
@@ -259,6 +261,16 @@ class _Updates:
         self._stepped.update(params)
         for param in params:
             param.grad = None
+
+
+def _wait_for_offload(params: Sequence[Tensor]) -> None:
+    """Wait for the gradients of FSDP2's CPUOffloadPolicy.
+
+    torch before 2.13 calls hooks while it copies gradients to the CPU, on the stream of the copies.
+    """
+    on_host = [cast("Any", p).device_mesh for p in params if is_dtensor(p) and p.device.type == "cpu"]
+    if any(mesh.device_type != "cpu" for mesh in on_host):
+        torch.accelerator.current_stream().synchronize()
 
 
 # ---- blocks: autograd and FSDP2

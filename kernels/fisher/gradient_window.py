@@ -167,10 +167,11 @@ def run_combination(
         windows.triton().linear_combination(*stored, wide, owners, flat_out)
     elif backend == "cpp":
         windows.cpp("linear_combination", stored, flat_out, owners, wide.contiguous())
-        torch.autograd.graph.increment_version(flat_out)
     else:
         for *block, group, result in zip(*stored, owners, flat_out, strict=True):
             windows.reference.linear_combination(*block, wide[group], result)
+        return
+    torch.autograd.graph.increment_version(flat_out)  # kernels do not
 
 
 def _call_cpp(name: str, stored: tuple[list[Tensor]], vectors: list[Tensor], groups: list[int], table: Tensor) -> None:

@@ -101,9 +101,11 @@ def _step(
     backend = choose("adamw_step_int8", params[0].device, *dtypes).backend
     state = [rounding_state] if rounding_state else []
     lists = [params, grads, codes, scales, square_codes, square_scales, *state]
+    written = [params, *lists[2:]]
     if backend == "triton":
         from leanstep.kernels.triton_impl.steps import adamw_int8 as triton_adamw
 
+        torch.autograd.graph.increment_version([t for ts in written for t in ts])  # kernels do not
         triton_adamw.adamw_step_int8(lists, corrections, options)
         return
 
@@ -117,7 +119,7 @@ def _step(
             param, grad, moment, scale, square, square_scale, corrections[i], rounding, options=options.of(i)
         )
 
-    step_on_host(backend, lists, cpp, definition, written=(params, *lists[2:]))
+    step_on_host(backend, lists, cpp, definition, written)
 
 
 def _cpp_step(lists: list[list[Tensor]], corrections: Tensor, options: StepOptions) -> None:

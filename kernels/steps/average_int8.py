@@ -84,9 +84,11 @@ def _step(
     check_scales("average_step_int8", codes, scales)
     backend = choose("average_step_int8", grads[0].device, *dict.fromkeys([scalars.dtype, *(g.dtype for g in grads)]))
     lists = [ts for ts in (grads, codes, scales, outputs) if ts]
+    written = lists[1:] if update else lists[3:]
     if backend.backend == "triton":
         from leanstep.kernels.triton_impl.steps import average_int8 as triton_average
 
+        torch.autograd.graph.increment_version([t for ts in written for t in ts])  # kernels do not
         triton_average.average_step_int8(lists, skip, options, nesterov=nesterov, update=update)
         return
 
@@ -102,7 +104,7 @@ def _step(
             options=options.of(i), nesterov=nesterov, update=update,
         )  # fmt: skip
 
-    step_on_host(backend.backend, lists, cpp, definition, written=lists[1:] if update else lists[3:])
+    step_on_host(backend.backend, lists, cpp, definition, written)
 
 
 def _cpp_step(

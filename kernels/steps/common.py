@@ -184,30 +184,50 @@ def pack(values: list[float | Tensor], device: torch.device, dtype: torch.dtype)
     return packed
 
 
-# tensors that a captured CUDA graph reads, which must outlive the cache
+# tensors that a captured CUDA graph reads, on the device and in pinned memory, which must outlive the cache
 _captured: list[Tensor] = []
+
+
+class _NotCachedError(Exception):
+    """Raised while a graph is captured, for numbers that no earlier step had. The cache keeps no exception."""
 
 
 def constant(values: Sequence[float], device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return a 1-D tensor of Python numbers from a small cache. Do not write to it.
 
-    Numbers of an earlier step are not sent to a GPU again, so the step can be captured.
+    Numbers of an earlier step are not sent to a GPU again, so the step can be captured. A captured graph itself sends
+    new ones, at every replay.
     """
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         # the cache must not give a tensor made under a dispatch mode (fake tensors, tracing) to a real step
         return torch.tensor(tuple(values), dtype=dtype, device=device)
-    cached = _constant(tuple(values), device, dtype)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _captured.append(cached)
-    return cached
+    try:
+        tensors = [_constant(tuple(values), device, dtype)]
+    except _NotCachedError:
+        tensors = _upload(tuple(values), device, dtype)
+    if _is_capturing(device):
+        _captured.extend(tensors)
+    return tensors[0]
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @functools.lru_cache(maxsize=256)
 def _constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    if _is_capturing(device):  # the tensor is empty until the graph runs, so eager steps must not get it
+        raise _NotCachedError
+    return _upload(values, device, dtype)[0]
+
+
+def _upload(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Return a tensor of numbers on the device, and the one in the host's memory that it is copied from."""
     host = torch.tensor(values, dtype=dtype, device="cpu")
     if device.type != "cuda":
-        return host.to(device)
-    return host.pin_memory().to(device, non_blocking=True)  # from pageable memory the host would wait
+        return [host.to(device), host]
+    host = host.pin_memory()  # from pageable memory the host would wait
+    return [host.to(device, non_blocking=True), host]
 
 
 @torch.no_grad()

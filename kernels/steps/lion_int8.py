@@ -75,6 +75,7 @@ def _step(
     if backend == "triton":
         from leanstep.kernels.triton_impl.steps import lion_int8 as triton_lion
 
+        torch.autograd.graph.increment_version([*params, *codes, *scales, *rounding_state])  # kernels do not
         return triton_lion.lion_step_int8(params, grads, codes, scales, rounding_state, options)
     lists = [ts for ts in (params, grads, codes, scales, rounding_state) if ts]
     flags = torch.zeros(len(params), dtype=torch.int32, device=params[0].device)

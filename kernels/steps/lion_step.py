@@ -66,6 +66,7 @@ def _step(
     if backend == "triton":
         from leanstep.kernels.triton_impl.steps import lion_step as triton_lion
 
+        torch.autograd.graph.increment_version([*params, *exp_avgs, *rounding_state])  # kernels do not
         return triton_lion.lion_step(params, grads, exp_avgs, rounding_state, options)
     flags = torch.zeros(len(params), dtype=torch.int32, device=params[0].device)
     row_major = options.rounding == "stochastic"

@@ -144,6 +144,7 @@ def _step(
     if backend == "triton":
         from leanstep.kernels.triton_impl.steps import scaled_step as triton_step
 
+        torch.autograd.graph.increment_version([*params, *rounding_state])  # kernels do not
         return triton_step.scaled_step(params, mats, rows, cols, rounding_state, options)
     flags = torch.zeros(len(params), dtype=torch.int32, device=params[0].device)
     lists = [ts for ts in (params, mats, rows, cols, rounding_state) if ts]

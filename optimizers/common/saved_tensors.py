@@ -146,9 +146,10 @@ def as_number_tensor(value: Any, rule: StateRule | None) -> Any:
 
 def owned(value: Any) -> Tensor:
     """Return a contiguous copy of a readable tensor; raise Misfit for anything else."""
-    part = check_readable(value)
+    part = local_part(check_readable(value))
     copy = torch.empty(part.shape, dtype=part.dtype, device=part.device)
-    return copy.copy_(_values(part))
+    copy.copy_(_values(part))
+    return join_parts(copy, value, value.shape) if is_dtensor(value) else copy
 
 
 def fitted(value: Tensor, rule: StateRule | None, created: Created | None, device: torch.device) -> Tensor:

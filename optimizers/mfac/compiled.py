@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from leanstep.optimizers.mfac.compressed import LowRankRows, SparseRows
-from leanstep.optimizers.mfac.direction import Direction, Problem, directions
+from leanstep.optimizers.mfac.direction import SCOPE_KEYS, Direction, Problem, directions
 from leanstep.optimizers.mfac.window import BlockRows, Columns, DenseRows, combination_dtype
 
 _FORMATS = {f.__name__: f for f in (DenseRows, BlockRows, SparseRows, LowRankRows)}
-_SCOPE_KEYS = ("gram", "counters", "stats", "window_scale")
 _ROW_KEYS = ("window", "window_values", "window_indices", "window_left", "window_right", "error", "basis", "mask")
 
 
@@ -35,7 +34,7 @@ def directions_by_op(problems: Sequence[Problem]) -> tuple[list[Tensor], Tensor,
     tensors: list[Tensor] = []
     plan = []
     for problem in problems:
-        scope_keys = [key for key in _SCOPE_KEYS if key in problem.scope_state]
+        scope_keys = [key for key in SCOPE_KEYS if key in problem.scope_state]
         row_keys = [[key for key in _ROW_KEYS if key in state] for state in problem.states]
         tensors += [problem.scope_state[key] for key in scope_keys]
         tensors += [state[key] for state, keys in zip(problem.states, row_keys, strict=True) for key in keys]

@@ -29,15 +29,18 @@ from leanstep.optimizers.mfac.saved import (
 from leanstep.optimizers.mfac.scopes import (
     Scope,
     ScopeParam,
+    has_window,
     init_scope_state,
     init_window,
+    move_scope_state,
     new_format,
     scope_key,
     shared_settings,
     step_scopes,
 )
 from leanstep.optimizers.mfac.settings import check_masks, check_process_group, check_settings
-from leanstep.optimizers.mfac.window import columns_of
+from leanstep.optimizers.mfac.spread import GroupReference, ShardCheck, is_spread
+from leanstep.optimizers.mfac.window import columns_of, mask_like
 
 
 class MFAC(LeanOptimizer):
@@ -112,8 +115,8 @@ class MFAC(LeanOptimizer):
         State per parameter: ``window`` [m, ...] (4 m bytes per weight in fp32). "topk": ``window_values``,
         ``window_indices`` [m, rows, k] and ``error`` (about 4 * density * m + 4 bytes per weight). "lowrank":
         ``window_left``, ``window_right``, ``basis`` and ``error``. Options add ``momentum_buffer`` (fp32) and ``mask``.
-        The state of a scope's first parameter also has ``gram`` [blocks, m, m] in fp64, ``counters`` (steps, rows) on
-        the CPU, ``stats``, and ``window_scale`` for fp16. A resumed run continues bit-identically.
+        The state of a scope's first trained parameter also has ``gram`` [blocks, m, m] in fp64, ``counters`` (steps,
+        rows) on the CPU, ``stats``, and ``window_scale`` for fp16. A resumed run continues bit-identically.
 
         A parameter without a gradient gets a row of zeros and does not move. A scope without any gradient takes no
         step. Parameters added later (``add_param_group``) join their scope with rows of zeros.
@@ -146,6 +149,8 @@ class MFAC(LeanOptimizer):
     _drop_state = "optimizer.state.clear(), because parameters share a window"
     # the processes of shard_window; None: all
     _process_group: torch.distributed.ProcessGroup | None = None
+    # while a state is loaded whose windows are spread
+    _shard_check: ShardCheck | None = None
     _older_names = {"figures": "stats", "counts": "counters"}
     _older_settings = {
         "momentum_on": ("update",),
@@ -193,6 +198,19 @@ class MFAC(LeanOptimizer):
             self._process_group, shard_window = shard_window, True
         super().__init__(params, settings_of(locals()))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state for copies, which have the same process group, and for pickle, which refuses a group."""
+        packed = super().__getstate__()
+        group = self._process_group
+        return packed if group is None else {**packed, "_process_group": GroupReference(group)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the process group of the copied optimizer."""
+        reference = state.get("_process_group")
+        if isinstance(reference, GroupReference):
+            state = {**state, "_process_group": reference.group}
+        super().__setstate__(state)
+
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         check_settings(group)
@@ -208,7 +226,8 @@ class MFAC(LeanOptimizer):
         if group["sparse"]:
             masks = group["masks"] or [None] * len(group["params"])
             nonzero = [p.detach() != 0 for p in group["params"]]
-            group["masks"] = [n if mask is None else n & mask for n, mask in zip(nonzero, masks, strict=True)]
+            pairs = zip(nonzero, masks, strict=True)
+            group["masks"] = [n if mask is None else n & mask_like(mask, n) for n, mask in pairs]
         check_memory(self.param_groups, self._states(), self._process_group)
 
     def _takes_flattened(self, group: dict[str, Any]) -> bool:
@@ -253,10 +272,18 @@ class MFAC(LeanOptimizer):
 
     def _check_loaded_states(self, groups: list[dict[str, Any]], entries: list[Loaded]) -> None:
         check_loaded_states(groups, entries)
+        if self._shard_check is not None:
+            self._shard_check.compare(groups, entries)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return torch's state dict; masks are in the states, and in ``masks`` of groups only before the first step."""
+        """Return torch's state dict; masks are in the states, and in ``masks`` of groups only before the first step.
+
+        All tensors are on their parameter's device: ``torch.distributed.checkpoint`` loads no state on two devices.
+        """
         packed = super().state_dict()
+        for key, state in packed["state"].items():
+            if isinstance(state, dict) and "gram" in state:  # hooks may add other values
+                packed["state"][key] = {**state, "counters": state["counters"].to(state["gram"].device)}
         for group in packed["param_groups"]:
             if group.get("masks") is not None:
                 stored = ["mask" in packed["state"].get(key, {}) for key in group["params"]]
@@ -267,17 +294,34 @@ class MFAC(LeanOptimizer):
         """Load a state as the other optimizers do; see there.
 
         Groups have the loaded masks, too, so that excluded weights stay excluded when ``optimizer.state`` is cleared.
+        With ``shard_window``, all processes must call it: they compare the norms of the rows with the Gram matrix.
 
         Raises:
-            ValueError: the state does not fit; see the class. Nothing is changed.
+            ValueError: the state does not fit; see the class. With ``shard_window``, also the shards of the processes
+                do not belong together, as when all of them load the file of one. Nothing is changed.
         """
-        super().load_state_dict(state_dict)
+        self._load_together(state_dict)
         for group in self.param_groups:
             masks = group["masks"] or [None] * len(group["params"])
             states = [self.state.get(param, {}) for param in group["params"]]
             masks = [state.get("mask", mask) for state, mask in zip(states, masks, strict=True)]
             group["masks"] = masks if any(mask is not None for mask in masks) else None
         self._note_settings()
+
+    def _load_together(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; where ``shard_window`` spreads windows, all processes take it or none."""
+        if not is_spread(self.param_groups, state_dict):
+            super().load_state_dict(state_dict)
+            return
+        self._shard_check = check = ShardCheck(self.param_groups, self._process_group)
+        try:
+            super().load_state_dict(state_dict)
+        except Exception:
+            if not check.done:  # the other processes wait
+                check.abstain()
+            raise
+        finally:
+            del self._shard_check
 
     def diagnostics(self) -> dict[str, float]:
         """Return statistics over all scopes (reads the device).
@@ -317,7 +361,9 @@ class MFAC(LeanOptimizer):
         mask = None if group["masks"] is None else group["masks"][position]
         if mask is not None and state.get("mask") is not mask:
             check_masks(group)
-            state["mask"] = mask
+            state["mask"] = placed = mask_like(mask, param)
+            if placed is not mask:  # the list may be the caller's
+                group["masks"] = [placed if i == position else other for i, other in enumerate(group["masks"])]
         init_rounding(state, param, effective("MFAC", group, position, param))
         return state
 
@@ -331,30 +377,48 @@ class MFAC(LeanOptimizer):
         super()._init_group()
         self._scopes()
 
+    def _state_of(
+        self, group: dict[str, Any], position: int, param: Tensor, *, checked: bool = False
+    ) -> dict[str, Any]:
+        if param in self.state and not has_window(self.state[param]):  # it holds the state of its scope alone
+            self._check_first_step(group, position)
+        return super()._state_of(group, position, param, checked=checked)
+
     def _scopes(self) -> list[Scope]:
-        """Return the scopes that have a gradient, with all their parameters that have state; create missing state."""
+        """Return the scopes that have a gradient, with all their parameters that have windows; create missing state."""
         gradients = {param: grad for group in self.param_groups for _, param, grad in self._with_gradient(group)}
         scopes: dict[Any, list[ScopeParam]] = {}
+        members: dict[Any, list[Tensor]] = {}
         index = 0
         for group_index, group in enumerate(self.param_groups):
             for position, param in enumerate(group["params"]):
-                grad = gradients.get(param)
-                if param in self.state or grad is not None:
+                grad, key = gradients.get(param), scope_key(group, group_index, position, index)
+                if param.numel():  # a scope of empty parameters would count steps
+                    members.setdefault(key, []).append(param)
+                if grad is not None or has_window(self.state.get(param, {})):
                     state = self._state_of(group, position, param)
                     spread = group["shard_window"]
                     columns = columns_of(param, spread=spread, process_group=self._process_group)
                     entry = ScopeParam(group, position, index, param, grad, state, columns)
-                    if param.numel():  # a scope of empty parameters would count steps
-                        scopes.setdefault(scope_key(group, group_index, position, index), []).append(entry)
+                    if param.numel():
+                        scopes.setdefault(key, []).append(entry)
                 index += 1
-        return [self._scope(entries) for entries in scopes.values() if any(e.grad is not None for e in entries)]
+        return [self._scope(e, members[key]) for key, e in scopes.items() if any(one.grad is not None for one in e)]
 
-    def _scope(self, entries: list[ScopeParam]) -> Scope:
+    def _scope(self, entries: list[ScopeParam], params: list[Tensor]) -> Scope:
+        """Return a scope of all ``params``. The first one that is trained holds its state, whichever has gradients.
+
+        Loading by ``torch.distributed.checkpoint`` expects the entries of a new optimizer, which has all gradients.
+        """
         settings = shared_settings([e.group for e in entries])
-        scope_state = next((e.state for e in entries if "gram" in e.state), None)
-        if scope_state is None:
-            scope_state = entries[0].state
-            init_scope_state(scope_state, entries[0].param, settings)
+        holder = next((p for p in params if p.requires_grad), entries[0].param)
+        scope_state = self.state[holder]
+        if "gram" not in scope_state:
+            other = next((self.state[p] for p in params if "gram" in self.state.get(p, {})), None)
+            if other is None:
+                init_scope_state(scope_state, holder, settings)
+            else:  # from an older state, or parameters were frozen or trained since
+                move_scope_state(other, scope_state, holder)
         return Scope(entries, settings, scope_state)
 
     def _steps(self) -> list[Reducer[None]]:

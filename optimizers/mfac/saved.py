@@ -19,7 +19,8 @@ _WIDE = (torch.float32, torch.float64)
 
 # A row of a finite gradient is finite, and so is what is computed from it. One other entry would stop all later steps.
 ROWS = ("window", "window_values", "window_left", "window_right")
-_OF_SCOPE = StateRule((), required=False, finite=True)
+# early: the parameter that holds a scope's state may not have had a gradient
+_OF_SCOPE = StateRule((), required=False, early=True, finite=True)
 WINDOW_RULES = {
     "window_indices": StateRule((torch.uint8,)),
     "error": SHAPED._replace(dtypes=_WIDE, finite=True),

@@ -17,7 +17,7 @@ from leanstep.optimizers.common.sharding import Reducer, plain, shard_of
 from leanstep.optimizers.mfac import rule
 from leanstep.optimizers.mfac.compiled import directions_by_op
 from leanstep.optimizers.mfac.compressed import LowRankRows, SparseRows
-from leanstep.optimizers.mfac.direction import STATS, Problem, directions
+from leanstep.optimizers.mfac.direction import SCOPE_KEYS, STATS, Problem, directions
 from leanstep.optimizers.mfac.settings import SHARED
 from leanstep.optimizers.mfac.window import BlockRows, Columns, DenseRows, columns_of, gather, is_fake
 
@@ -42,7 +42,8 @@ class Scope(NamedTuple):
 
     entries: list[ScopeParam]  # the parameters that have state
     settings: dict[str, Any]  # that the groups of the scope share
-    scope_state: dict[str, Any]  # the first entry's state, with ``gram``, ``counters``, ``stats`` and ``window_scale``
+    # the state of the scope's first trainable parameter, with ``gram``, ``counters``, ``stats`` and ``window_scale``
+    scope_state: dict[str, Any]
 
 
 def scope_key(group: dict[str, Any], group_index: int, position: int, param_index: int) -> tuple[Any, ...]:
@@ -75,9 +76,14 @@ def shared_settings(groups: list[dict[str, Any]]) -> dict[str, Any]:
     return {key: first[key] for key in SHARED}
 
 
+def has_window(state: dict[str, Any]) -> bool:
+    """Whether the state of a parameter has a window. That of a scope alone has none."""
+    return any(f.key in state for f in FORMATS)
+
+
 def init_window(state: dict[str, Any], param: Tensor, group: dict[str, Any], process_group: Any) -> None:
     """Create the window of a parameter, with rows of zeros, if it is missing."""
-    if not any(f.key in state for f in FORMATS):
+    if not has_window(state):
         columns = columns_of(param, spread=group["shard_window"], process_group=process_group)
         new_format(param, group).init_state(state, param, columns, group)
 
@@ -101,7 +107,7 @@ def _format_of(state: dict[str, Any], scope: str | int) -> type[DenseRows]:
 def init_scope_state(state: dict[str, Any], param: Tensor, settings: dict[str, Any]) -> None:
     """Create a scope's Gram matrices, counters, statistics and (for fp16) scales of rows."""
     m, device = settings["window"], local_part(param).device
-    blocks = _block_count(param, settings["scope"])
+    blocks = block_count(param, settings["scope"])
     state["gram"] = torch.zeros(blocks, m, m, dtype=torch.float64, device=device)
     # steps, rows; on the CPU, which computes indices from them
     state["counters"] = torch.zeros(2, dtype=torch.int64, device="cpu")
@@ -110,13 +116,21 @@ def init_scope_state(state: dict[str, Any], param: Tensor, settings: dict[str, A
         state["window_scale"] = torch.ones(blocks, m, dtype=torch.float32, device=device)
 
 
+def move_scope_state(source: dict[str, Any], target: dict[str, Any], param: Tensor) -> None:
+    """Move the state of a scope from one parameter's state to that of ``param``."""
+    for key in SCOPE_KEYS:
+        if key in source:
+            value = source.pop(key)
+            target[key] = value if key == "counters" else value.to(local_part(param).device)
+
+
 def scope_state_bytes(param: Tensor, group: dict[str, Any]) -> int:
     """Return the bytes that :func:`init_scope_state` allocates on the device."""
     m, scale = group["window"], 4 if group["storage"] == "fp16" else 0
-    return _block_count(param, group["scope"]) * (8 * m * m + scale * m + 8 * len(STATS))
+    return block_count(param, group["scope"]) * (8 * m * m + scale * m + 8 * len(STATS))
 
 
-def _block_count(param: Tensor, scope: str | int) -> int:
+def block_count(param: Tensor, scope: str | int) -> int:
     """Return the number of Gram matrices of a parameter's scope."""
     return max(1, -(-param.numel() // scope)) if isinstance(scope, int) else 1
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from leanstep._torch import is_dtensor, local_part
+from leanstep._torch import is_dtensor, local_part, place_like
 from leanstep.kernels.reference.fisher.gradient_window import row_scale, wide_dtype
 from leanstep.optimizers.common.sharding import Shard, chunk_of, first_index, shard_of
 from leanstep.optimizers.mfac import rule
@@ -31,6 +31,15 @@ def is_fake(tensor: Tensor) -> bool:
     """Whether a tensor is fake, as when memory is estimated."""
     loaded = sys.modules.get("torch._subclasses.fake_tensor")
     return loaded is not None and isinstance(tensor, loaded.FakeTensor)
+
+
+def mask_like(mask: Tensor, param: Tensor) -> Tensor:
+    """Return a mask on the device and with the placements of its parameter, which may be sharded after it was made.
+
+    A mask that is sharded already is returned as it is. Sends nothing.
+    """
+    same = mask.device == param.device and is_dtensor(mask) == is_dtensor(param)
+    return mask if same else place_like(mask, param)
 
 
 class Columns(NamedTuple):

@@ -43,6 +43,8 @@ def init_adamw(state: dict[str, Any], param: Tensor, group: dict[str, Any], roun
     elif "step" not in state:
         device = local(param).device if uses_fused(param, group) else torch.device("cpu")
         state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+    elif state["step"].device != local(param).device and uses_fused(param, group):
+        state["step"] = state["step"].to(local(param).device)  # ``fused`` or ``foreach`` was changed after a step
     init_average(state, "exp_avg", param, dtype)
     init_average(state, "exp_avg_sq", param, dtype, squares=True)
 

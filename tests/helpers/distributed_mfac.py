@@ -3,6 +3,7 @@
 import copy
 import functools
 import math
+import pickle
 from typing import Any
 
 import torch
@@ -196,6 +197,26 @@ def mfac_spreads_over_the_processes_of_a_group(world: World) -> None:
 
 
 @case(2)
+def mfac_copies_have_the_process_group(world: World) -> None:
+    """Copies made before and after a step spread their windows over the same processes; pickle says why it cannot."""
+    group = [dist.new_group([rank]) for rank in range(world.size)][world.rank]
+    model = new_model(torch.float64)
+    optimizer = build("model", model, shard_window=group)
+    pairs = [(model, optimizer), copy.deepcopy((model, optimizer))]
+    steps(model, optimizer, range(world.rank + 1))
+    pairs.append(copy.deepcopy((model, optimizer)))
+    assert copy.copy(optimizer)._process_group is group
+    for one, each in pairs:
+        assert each._process_group is group
+        steps(one, each, range(3, 5))
+        assert sum(p.numel() for p in local_windows(each)) == 3 * sum(p.numel() for p in one.parameters())
+    assert_same(pairs[2][0], model, 0.0)
+    refused(TypeError, "shard_window=GROUP cannot be pickled", lambda: pickle.dumps(optimizer))
+    replica = build("model", new_model(torch.float64), shard_window=True)
+    assert pickle.loads(pickle.dumps(replica))._process_group is None
+
+
+@case(2)
 def mfac_refuses_what_cannot_be_spread(world: World) -> None:
     from distributed_placements import by_hand
     from torch.distributed.tensor import Shard
@@ -213,6 +234,87 @@ def mfac_refuses_what_cannot_be_spread(world: World) -> None:
     for one in (plain, columns):  # whole rows may be cut anywhere
         steps(one, build("model", one), range(3))
     assert_same(columns, plain, 1e-11)
+
+
+@case(1, 2, 3)
+def mfac_shards_masks_with_their_parameters(world: World) -> None:
+    """Masks of whole tensors, given for sharded parameters or made before the parameters are sharded."""
+    for given, sparse, first in ((True, False, False), (True, True, False), (False, True, True), (True, True, True)):
+        plain, model = (with_zeros(new_model(torch.float64)) for _ in range(2))
+        chance = torch.Generator().manual_seed(0)
+        masks = [torch.rand(p.shape, generator=chance) > 0.3 for p in plain.parameters()] if given else None
+        settings = {"window": 3, "damping": 0.1, "lr": 0.02, "sparse": sparse}
+        alone = MFAC([{"params": list(plain.parameters()), "masks": masks}], **settings)
+        if first:
+            optimizer = MFAC([{"params": list(model.parameters()), "masks": masks}], **settings)
+            shard(model, world.size)
+            optimizer.param_groups[0]["params"] = list(model.parameters())
+        else:
+            shard(model, world.size)
+            optimizer = MFAC([{"params": list(model.parameters()), "masks": masks}], **settings)
+        optimizer.load_state_dict(optimizer.state_dict())
+        for step in range(3):
+            steps(plain, alone, range(step, step + 1))
+            steps(model, optimizer, range(step, step + 1))
+            assert_same(model, plain, 1e-11, f"{given} {sparse} {first}")
+        states = [optimizer.state[p] for p in model.parameters()]
+        assert all(state["mask"] is m for state, m in zip(states, optimizer.param_groups[0]["masks"], strict=True))
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        steps(plain, alone, range(3, 4))
+        steps(model, optimizer, range(3, 4))
+        assert_same(model, plain, 1e-11, f"{given} {sparse} {first}")
+
+
+def files_of_one_process_and_of_each(name: str, world: World) -> None:
+    """The file of process 0 is refused by all, whoever notices; files of every process are taken."""
+    dtype = VARIANTS[name][1]
+    saved, model = with_zeros(new_model(dtype)), with_zeros(new_model(dtype))
+    source = build(name, saved, shard_window=True)
+    steps(saved, source, range(4))
+    files = [world.folder / f"shards-{name}-{world.size}-{rank}.pt" for rank in range(world.size)]
+    torch.save(source.state_dict(), files[world.rank])
+    dist.barrier()
+    target = build(name, model, shard_window=True)
+    of_one, of_each = (torch.load(files[rank], weights_only=True) for rank in (0, world.rank))
+    empty = build(name, new_model(dtype), shard_window=True).state_dict()
+    for state in (of_one, of_each if world.rank else empty):
+        refused(ValueError, "nothing was changed", lambda state=state: target.load_state_dict(state))
+        assert not target.state and target._shard_check is None
+    model.load_state_dict(saved.state_dict())
+    target.load_state_dict(of_each)
+    for one, optimizer in ((saved, source), (model, target)):
+        steps(one, optimizer, range(4, 6))
+    assert_same(model, saved, 0.0)
+
+
+for _name in ("model", "layer", "blocks", "fp16", "topk", "stochastic"):
+    _worlds = (2, 3) if _name in ("model", "blocks") else (2,)
+    add_case(f"mfac_{_name}_refuses_files_of_one_process", _worlds, functools.partial(
+        files_of_one_process_and_of_each, _name
+    ))  # fmt: skip
+
+
+@case(2)
+def mfac_compares_the_norms_of_even_shards(world: World) -> None:
+    """Shards of one shape: only their norms tell that they are those of another process."""
+    for name in ("model", "layer", "blocks", "fp16", "topk"):
+        dtype = VARIANTS[name][1]
+        model = nn.Sequential(nn.Linear(8, 6, dtype=dtype), nn.Linear(6, 4, dtype=dtype))
+        optimizer = build(name, model, shard_window=True)
+        steps(model, optimizer, range(4))
+        file = world.folder / f"even-{name}.pt"
+        if world.rank == 0:
+            torch.save(optimizer.state_dict(), file)
+        dist.barrier()
+        before = copy.deepcopy(optimizer.state_dict())
+        state = torch.load(file, weights_only=True)
+        refused(ValueError, "have other norms than its Gram", functools.partial(optimizer.load_state_dict, state))
+        assert torch.equal(local_windows(optimizer)[0], window_of(before["state"][0]))
+        optimizer.load_state_dict(before)
+
+
+def window_of(state: dict[str, Any]) -> torch.Tensor:
+    return state["window" if "window" in state else "window_values"].to_local()
 
 
 def step_once(model: nn.Module, **settings: Any) -> None:
@@ -251,6 +353,42 @@ def checkpoint_moves(name: str, spread: bool, world: World) -> None:
     for param_name, param in model.named_parameters():
         error = (whole(param.detach()).double() - expected[param_name].double()).abs().max().item()
         assert error <= tolerance, f"{param_name} differs by {error:.3g}"
+
+
+def checkpoint_has_one_form(frozen: bool, world: World) -> None:
+    """The Gram matrix is where a new optimizer has it, whichever parameter had the first gradient."""
+    first = "embed.weight"
+
+    def make() -> tuple[nn.Module, MFAC]:
+        model = new_model(torch.float64)
+        model.get_parameter(first).requires_grad_(not frozen)
+        model = shard(model, world.size)
+        return model, build("model", model)
+
+    model, optimizer = make()
+    set_grads(model, 0)
+    model.get_parameter(first).grad = None
+    optimizer.step()
+    model.get_parameter(first).requires_grad_(True)
+    steps(model, optimizer, range(1, 3))
+    parts = get_state_dict(model, optimizer)
+    folder = world.folder / f"mfac-form-{frozen}-{world.size}"
+    dcp.save({"model": parts[0], "optimizer": parts[1]}, checkpoint_id=folder)
+    other = shard(new_model(torch.float64), world.size)
+    resumed = build("model", other)
+    parts = get_state_dict(other, resumed)
+    loaded = {"model": parts[0], "optimizer": parts[1]}
+    dcp.load(loaded, checkpoint_id=folder)
+    set_state_dict(other, resumed, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+    for one, each in ((model, optimizer), (other, resumed)):
+        steps(one, each, range(3, 5))
+    assert_same(other, model, 0.0)
+
+
+for _frozen in (False, True):
+    add_case(f"mfac_{'frozen' if _frozen else 'unused'}_checkpoint_has_one_form", (2,), functools.partial(
+        checkpoint_has_one_form, _frozen
+    ))  # fmt: skip
 
 
 for _name, _spread in (

@@ -301,6 +301,46 @@ def test_a_state_that_used_an_option_that_is_gone_is_refused():
     torch.testing.assert_close(optimizer.state_dict()["state"], before["state"], rtol=0, atol=0)
 
 
+def test_the_first_trained_parameter_holds_the_gram_matrix():
+    """Also before it has a gradient, and of a state where another one does."""
+    keys = ["counters", "gram", "stats"]
+    params = new_params(SHAPES)
+    optimizer = MFAC(list(zip("ab", params, strict=True)), lr=1.0, window=2, damping=0.1)
+    for step in range(2):
+        set_grads(params, step)
+        params[0].grad = None
+        optimizer.step()
+    assert sorted(optimizer.state[params[0]]) == keys and sorted(optimizer.state[params[1]]) == ["window"]
+    saved = copy.deepcopy(optimizer.state_dict())
+    older = copy.deepcopy(saved)
+    older["state"][1] |= older["state"].pop(0)
+    for state in (saved, older):
+        twins = [p.detach().clone().requires_grad_() for p in params]
+        resumed = MFAC(list(zip("ab", twins, strict=True)), lr=1.0, window=2, damping=0.1)
+        resumed.load_state_dict(copy.deepcopy(state))
+        copied = copy.deepcopy(optimizer)
+        originals = copied.param_groups[0]["params"]
+        for step in range(2, 5):
+            for weights, each in ((originals, copied), (twins, resumed)):
+                set_grads(weights, step)
+                each.step()
+            assert all(torch.equal(p, q) for p, q in zip(originals, twins, strict=True))
+        assert sorted(resumed.state[twins[0]]) == [*keys, "window"] and list(resumed.state[twins[1]]) == ["window"]
+        twins[0].requires_grad_(False)
+        resumed.step()
+        assert list(resumed.state[twins[0]]) == ["window"] and sorted(resumed.state[twins[1]]) == [*keys, "window"]
+
+
+def test_saved_counters_are_where_the_gram_matrix_is():
+    """torch.distributed.checkpoint loads no whole state with tensors of one or more dimensions on two devices."""
+    params, optimizer = trained(steps=3)
+    state = optimizer.state[params[0]]
+    assert optimizer.state_dict()["state"][0]["counters"].tolist() == [3, 3]
+    state["gram"] = state["gram"].to("meta")
+    assert optimizer.state_dict()["state"][0]["counters"].device.type == "meta"
+    assert state["counters"].tolist() == [3, 3]
+
+
 def test_diagnostics_are_flat_numbers():
     params, optimizer = trained(steps=0)
     assert optimizer.diagnostics()["window_rows"] == 0

@@ -3,12 +3,13 @@
 import copy
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from leanstep.optimizers import Lion, SinkGD, param_groups, release_gradients
+from leanstep.optimizers import Lion, SinkGD, gradient_release, param_groups, release_gradients
 from leanstep.pruning import GradualPruner, keep_masks
 from leanstep.sparsity import sparsify
 
@@ -361,3 +362,35 @@ def test_masks_of_pruned_weights_that_need_gradients_are_refused():
     with keep_masks(model, optimizer), pytest.raises(ValueError, match="keep_masks: .* Nothing was changed"):
         release_gradients(model, optimizer)
     release_gradients(model, optimizer)
+
+
+def test_gradients_that_are_copied_to_the_cpu_are_waited_for(monkeypatch):
+    """FSDP2's CPUOffloadPolicy: a sharded parameter on the CPU, whose mesh has another device."""
+    waits = []
+    stream = SimpleNamespace(synchronize=lambda: waits.append(1))
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda: stream)
+
+    def sharded(device, mesh):
+        mesh = SimpleNamespace(device_type=mesh)
+        return SimpleNamespace(placements=(), device=torch.device(device), device_mesh=mesh)
+
+    for params, expected in (
+        ([torch.ones(2)], 0),
+        ([sharded("cpu", "cpu"), sharded("cuda", "cuda")], 0),
+        ([torch.ones(2), sharded("cpu", "cuda")], 1),
+    ):
+        waits.clear()
+        gradient_release._wait_for_offload(params)
+        assert len(waits) == expected
+
+    monkeypatch.setattr(gradient_release, "_wait_for_offload", waits.append)
+    waits.clear()
+    model = model_of()
+    optimizer = SinkGD(param_groups(model), momentum=0.9)
+    with release_gradients(model, optimizer) as release:
+        with release.accumulate(keep_others=True):
+            model(torch.ones(3, 24)).sum().backward()
+        assert sum(map(len, waits)) == 6
+        model(torch.ones(3, 24)).sum().backward()
+        assert sum(map(len, waits)) == 12
+        optimizer.step()

@@ -11,6 +11,7 @@ from optimizer_cases import fill_grads, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from leanstep.optimizers import SinkGD
+from leanstep.optimizers.sinkgd import adamw
 
 # the note on how bare parameters are routed has tests of its own
 pytestmark = pytest.mark.filterwarnings("ignore:SinkGD. .* taken as matrices")
@@ -298,6 +299,28 @@ def test_base_width_shrinks_the_step():
         optimizer = SinkGD([param], base_width=width)
         run(optimizer, [param], range(1))
     torch.testing.assert_close(before - wide, (before - plain) / 4, rtol=1e-4, atol=2.0**-22)
+
+
+def test_a_step_on_the_host_moves_to_the_device_of_the_fused_kernel(monkeypatch):
+    """A group was stepped with fused=False or foreach=True before, whose step counts are on the CPU."""
+    monkeypatch.setattr(adamw, "uses_fused", lambda param, group: group["fused"])
+    param, group = torch.zeros(3, device="meta"), {"momentum_dtype": None, "fused": False}
+    state = {}
+    adamw.init_adamw(state, param, group, "nearest")
+    assert state["step"].device.type == "cpu"
+    adamw.init_adamw(state, param, {**group, "fused": True}, "nearest")
+    assert state["step"].device.type == "meta"
+
+
+@pytest.mark.gpu
+def test_the_fused_kernel_can_be_chosen_after_a_step():
+    param = torch.nn.Parameter(torch.ones(5, device="cuda"))
+    optimizer = SinkGD([{"params": [param], "algorithm": "adamw"}], fused=False)
+    for fused in (False, None, True):
+        optimizer.param_groups[0]["fused"] = fused
+        param.grad = torch.randn_like(param)
+        optimizer.step()
+    assert optimizer.state[param]["step"].item() == 3
 
 
 @pytest.mark.parametrize("fused", [True, False, None])
