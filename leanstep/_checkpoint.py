@@ -143,7 +143,8 @@ def _module_folders(folder: Path) -> list[str]:
     except (OSError, ValueError, RecursionError):
         return []
     paths = [entry.get("path") for entry in modules if isinstance(entry, dict)] if isinstance(modules, list) else []
-    return sorted({path for path in paths if isinstance(path, str) and path and Path(path).name == path})
+    names = {path for path in paths if isinstance(path, str) and path[:1] not in ("", ".") and Path(path).name == path}
+    return sorted(names - {TEMPLATES})
 
 
 def check_output(out: str | Path, needed: int = 0) -> Path:

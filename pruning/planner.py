@@ -216,6 +216,7 @@ class Planner:
             solve=lambda curves: self._allocate("dp", curves=curves),
             scratch=None if self.scratch is None else self.scratch.folder,
             processes=self.processes,
+            target=(self.constraint.budget.kind, self.constraint.budget.target),
         )
         levels = self._levels()
         if ended := [name for name, curve in curves.items() if len(curve.counts) < len(levels[name][0])]:

@@ -407,7 +407,7 @@ def _data(options: argparse.Namespace) -> dict[str, Any]:
     if options.data is None:
         if options.eval:
             raise ValueError("--eval measures perplexity on held-out text of --data, which is missing")
-        for name in _OF_DATA:
+        for name in () if options.dry_run else _OF_DATA:
             if getattr(options, name) != _parser().get_default(name):
                 raise ValueError(f"--{name.replace('_', '-')} goes with --data, which is missing")
         return {}

@@ -96,6 +96,11 @@ class ShardCheck:
                 continue
             if "gram" in entry.state:
                 holders[key] = entry.state
+            if key not in self._spans:
+                raise ValueError(
+                    "MFAC: the saved state names its parameters, on which scopes by layer depend, and this optimizer "
+                    "has no names, or others; build it from model.named_parameters(). Nothing was changed."
+                )
             self._add_squares(self._view(key), entry)
         self._sum()
         if self._numbers[0] > 0:

@@ -421,11 +421,19 @@ def _check_start(out: Path, resume: bool, **settings: Any) -> None:
 
 
 def check_files(
-    out: Path, resume: bool, *, allocation: str = "dp", pattern: str = "unstructured", refine: bool = False, **_: Any
+    out: Path,
+    resume: bool,
+    *,
+    allocation: str = "dp",
+    pattern: str = "unstructured",
+    curves: Any = None,
+    refine: bool = False,
+    **_: Any,
 ) -> None:
     """Raise ValueError for files of an interrupted run that is not to be resumed, or that the run would not read."""
     partial, search = search_files(out)
-    unread = [(partial, "curves", "allocation='dp'")] if allocation != "dp" or fixed_pattern(pattern) else []
+    measures = allocation == "dp" and not fixed_pattern(pattern) and not isinstance(curves, Mapping)
+    unread = [] if measures else [(partial, "curves", "allocation='dp'")]
     unread += [] if refine else [(search, "a search", "refine")]
     for file, content_of, setting in unread:
         if resume and file.exists():

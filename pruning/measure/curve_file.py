@@ -28,13 +28,13 @@ class PartialCurves:
     Args:
         path: the file; :meth:`add` creates it.
         identity: everything that the points depend on: hashes of model and data, metric, score, levels.
-        target: what decisions depend on besides: the sparsity; None: any.
+        target: what decisions depend on besides, in plain values; None: any.
 
     Raises:
         ValueError: for a file of another identity (the message lists the differences) or another format.
     """
 
-    def __init__(self, path: Path, identity: dict[str, Any], target: Sequence[float] | None = None) -> None:
+    def __init__(self, path: Path, identity: dict[str, Any], target: Sequence[Any] | None = None) -> None:
         self.path, self.identity = path, json.loads(json.dumps(identity))
         self.target = None if target is None else list(target)
         self.points: dict[tuple[str, int], Distortion] = {}
@@ -47,7 +47,7 @@ class PartialCurves:
     @classmethod
     @contextmanager
     def shared(
-        cls, path: Path, identity: dict[str, Any], processes: Processes, target: Sequence[float] | None = None
+        cls, path: Path, identity: dict[str, Any], processes: Processes, target: Sequence[Any] | None = None
     ) -> Iterator[PartialCurves]:
         """Context manager: the file of all processes, to which each appends what it measures.
 

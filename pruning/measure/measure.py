@@ -60,6 +60,7 @@ def measure_curves(
     scratch: str | Path | None = None,
     processes: Processes | None = None,
     products: str = "auto",
+    target: Sequence[Any] = (),
 ) -> dict[str, Curve]:
     """Measure how the model's output changes when one matrix alone is pruned, to each of several levels.
 
@@ -99,6 +100,7 @@ def measure_curves(
         scratch: folder on a disk for the dense outputs and cached activations; None: they are kept in memory.
         processes: see :func:`leanstep.pruning.prune`. Matrices and levels are spread over them.
         products: dtype of the model's products; see :func:`leanstep.pruning.prune`.
+        target: besides ``sparsity``, what ``solve`` depends on, in plain values: decisions in ``resume`` hold for it.
 
     Returns:
         name of the matrix or group -> :class:`Curve`, in the order of the targets. Its ``source`` is the method. A
@@ -142,7 +144,7 @@ def measure_curves(
             "levels": {name: patterns or counts for name, (counts, patterns) in levels_by_name.items()},
             "products": products_of(model, products),
         }
-        resumed = PartialCurves.shared(Path(resume), identity, processes, (sparsity,))
+        resumed = PartialCurves.shared(Path(resume), identity, processes, (sparsity, *target))
     with resumed as partial, products_in(model, products), evaluating(model):
         if method == "fisher":
             cache = ActivationCache(model, source, enabled=prefix_cache, scratch=files, processes=processes)

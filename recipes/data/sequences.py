@@ -225,7 +225,9 @@ def load_data(config: "DataConfig", *, seed: int, rank: int = 0, world_size: int
     if config.packing:
         tokens = f"{len(train) * config.seq_len:,} tokens an epoch"
         facts["training"] = f"{len(train):,} sequences of {config.seq_len} tokens ({tokens})"
-    identity = {"tokenizer": tokenizer_fingerprint(tokenizer), "text": file.identity}
+    begin = sequence_begin(tokenizer, config.seq_len)
+    text = file.identity + (f", each sequence after {list(begin)}" if begin else "")
+    identity = {"tokenizer": tokenizer_fingerprint(tokenizer), "text": text}
     return LoadedData(tokenizer, train, validation, bytes_per_token, facts=facts, identity=identity)
 
 

@@ -10,6 +10,7 @@ import hashlib
 import importlib.resources
 import importlib.util
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from glob import glob, has_magic
@@ -211,13 +212,17 @@ def row_text(row: dict[str, Any], text_key: str) -> str:
 
 def stream_texts(rows: Any, text_key: str, what: str = "the stream", start: int = 0) -> Iterator[str]:
     """Yield the texts of streamed rows, "" for null. Raises StreamError, with ``what`` and the row from ``start``."""
+    only_nulls = start == 0
     try:
         for row in rows:
+            only_nulls = only_nulls and row[text_key] is None
             yield row_text(row, text_key)
             start += 1
-    except ValueError as error:  # of datasets and of pyarrow, too
+    except (ValueError, OSError, EOFError, zlib.error) as error:  # of datasets, of pyarrow, and of files cut short
         problem = one_line(" ".join(str(error).split()))[:300]
         raise StreamError(f"data: {what} cannot be read beyond {start} rows: {problem}") from error
+    if only_nulls and start:  # datasets fills a column with nulls that another file has
+        raise StreamError(f"data: {what} has no text in column '{text_key}' in {start} rows")
 
 
 def _rows_corpus(rows: Any, text_key: str, label: str, fingerprint: str) -> Corpus:

@@ -131,7 +131,9 @@ class StreamedSequences(IterableDataset):
 
     def _identity(self) -> dict[str, Any]:
         names = ("seed", "rank", "world_size", "num_shards", "seq_len", "packing")
-        return {name: getattr(self, name) for name in (*names, "block_documents", "block_characters")}
+        identity = {name: getattr(self, name) for name in (*names, "block_documents", "block_characters")}
+        # sequences of earlier versions had none
+        return identity | ({"begin": list(self.begin)} if self.begin else {})
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         if get_worker_info() is not None:

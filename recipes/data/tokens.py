@@ -257,15 +257,17 @@ def _pieces(text: str) -> list[str]:
 
 
 def vocabulary_size(tokenizer: Any) -> int:
-    """Largest token id in data plus one: ordinary tokens, and the begin, end, padding and unknown tokens.
+    """Largest token id in data plus one: ordinary tokens, begin, end, padding and unknown tokens, those before a text.
 
     Encoding plain text never produces the other special tokens. T5's tokenizer has 100 sentinels above its 32,000
     tokens, and the models of the published LLaMA runs on C4 have 32,000.
     """
+    from leanstep.pruning.folder.loading import begin_tokens
+
     special = set(tokenizer.all_special_ids)
     used = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id} - {None}
     ordinary = (index for index in tokenizer.get_vocab().values() if index not in special)
-    return 1 + max(max(ordinary, default=0), *used, 0)
+    return 1 + max(max(ordinary, default=0), *used, *begin_tokens(tokenizer), 0)
 
 
 _MAGIC = 20240520

@@ -111,6 +111,11 @@ def make_plan(recipe: str, words: Sequence[str], out: Path | None, *, processes:
                 f"{TOKENIZER}: conversations have no bits per byte, by which runs of different tokenizers compare; "
                 "sweep it on text"
             )
+        if TOKENIZER in grid and config.eval.batches is not None:
+            problems.append(
+                f"eval.batches: a part of the validation text has no bits per byte, by which runs of different "
+                f"{TOKENIZER} compare; leave it out"
+            )
         runs.append(PlannedRun(name, values, dump(config)))
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))

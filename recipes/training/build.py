@@ -31,6 +31,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrained
 from leanstep import optimizers
 from leanstep._torch import output_head
 from leanstep.optimizers import param_groups
+from leanstep.pruning.folder.loading import begin_tokens
 from leanstep.recipes.config.schema import (
     OPTIMIZERS,
     DistributedConfig,
@@ -259,7 +260,11 @@ def device_name(device: torch.device) -> str:
 
 
 def build_model(
-    config: ModelConfig, vocab_size: int, dtype: torch.dtype = torch.float32, end_token: int | None = None
+    config: ModelConfig,
+    vocab_size: int,
+    dtype: torch.dtype = torch.float32,
+    end_token: int | None = None,
+    begin_token: int | None = None,
 ) -> PreTrainedModel:
     """Build the transformers model of ``config`` with random weights, or read it from ``config.init_from``.
 
@@ -267,7 +272,8 @@ def build_model(
         config: family and configuration keys; ``vocab_size`` defaults to the tokenizer's.
         vocab_size: number of tokens of the tokenizer.
         dtype: of the weights; random weights are drawn in fp32 from torch's global generator and rounded.
-        end_token: id of the end-of-text token; generation starts and stops with it.
+        end_token: id of the end-of-text token; generation stops with it.
+        begin_token: id of the token with which generation starts; None: ``end_token``.
 
     Raises:
         ValueError: an unknown configuration key; a model vocabulary smaller than the tokenizer's; an ``init_from`` that
@@ -283,7 +289,8 @@ def build_model(
     if unknown:
         raise ValueError(f"model.config: {config_class.__name__} has no key {', '.join(map(repr, unknown))}")
     # no pad_token_id: nn.Embedding does not train the row of its padding index
-    settings = {"vocab_size": vocab_size, "bos_token_id": end_token, "eos_token_id": end_token, **config.config}
+    first = end_token if begin_token is None else begin_token
+    settings = {"vocab_size": vocab_size, "bos_token_id": first, "eos_token_id": end_token, **config.config}
     _check_vocabulary(settings["vocab_size"], vocab_size, "model.config.vocab_size")
     model = MODEL_FOR_CAUSAL_LM_MAPPING[config_class](config_class(**settings)).to(dtype)
     # transformers derives the loss from the class name, and warns where it cannot
@@ -299,7 +306,8 @@ def build_run_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab
     dtype = torch.bfloat16 if config.precision == "bf16-pure" else torch.float32
     if config.model.init_from is not None:
         check_initial_tokenizer(config, tokenizer)
-    model = build_model(config.model, vocab_size, dtype, tokenizer.eos_token_id)
+    begin = begin_tokens(tokenizer)
+    model = build_model(config.model, vocab_size, dtype, tokenizer.eos_token_id, begin[-1] if begin else None)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and config.data.seq_len > positions:
         raise ValueError(

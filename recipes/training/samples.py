@@ -1,6 +1,6 @@
 """Let the trained model continue held-out texts, for a reader's first impression."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,16 @@ _PROMPT_TOKENS, _NEW_TOKENS = 16, 64
 
 
 def held_out_prompts(
-    validation: Dataset, end_of_text: int, starts_word: Callable[[int], bool] = lambda token: True
+    validation: Dataset,
+    end_of_text: int,
+    starts_word: Callable[[int], bool] = lambda token: True,
+    begin: Sequence[int] = (),
 ) -> list[list[int]]:
     """Return the first tokens of up to three validation sequences, spread evenly; ``[end_of_text]`` if there are none.
 
     A prompt has at most 16 tokens, and none is padding or ``end_of_text``. It begins and ends with a whole word, as far
-    as ``starts_word`` tells. Where the first tokens have no labels, as in fine-tuning data, they are the prompt, up to
-    512.
+    as ``starts_word`` tells, after the tokens ``begin`` of every sequence. Where the first tokens
+    have no labels, as in fine-tuning data, they are the prompt, up to 512.
     """
     length = len(validation)  # type: ignore[arg-type]
     count = min(_SAMPLES, length)
@@ -34,13 +37,14 @@ def held_out_prompts(
         sequence = validation[number * length // count]
         is_learned = sequence["labels"] != IGNORED
         first = int(is_learned.nonzero()[0]) if is_learned.any() else 0
-        # a packed sequence without a prompt has no label at its first token only
-        if first > 1:
+        # a packed sequence without a prompt has no label at its first token only, or at the begin of text
+        if first > max(1, len(begin)):
             prompts.append(sequence["input_ids"][:first][-_LONGEST_PROMPT:].tolist())
             continue
         tokens = [token for token in sequence["input_ids"][is_learned].tolist() if token != end_of_text]
-        prompts.append(_whole_words(tokens, starts_word))
-    return [prompt for prompt in prompts if prompt] or [[end_of_text]]
+        if words := _whole_words(tokens, starts_word):
+            prompts.append([*begin, *words])
+    return prompts or [[end_of_text]]
 
 
 def _whole_words(tokens: list[int], starts_word: Callable[[int], bool]) -> list[int]:

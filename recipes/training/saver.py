@@ -22,7 +22,7 @@ from leanstep._files import STAGED, format_bytes, free_bytes, publish_folder, re
 from leanstep.lora import LowRankGate, save_adapter
 from leanstep.lora.apply import is_adapted
 from leanstep.lora.merge import config_of_merged, merged_state_dict
-from leanstep.pruning.folder.loading import open_model
+from leanstep.pruning.folder.loading import begin_tokens, open_model
 from leanstep.recipes.config.schema import CheckpointConfig, ExpectConfig, RunConfig
 from leanstep.recipes.data.batches import Windows
 from leanstep.recipes.data.sequences import LoadedData
@@ -302,7 +302,9 @@ def finish(
         with saver.ema.applied():
             export_final(accelerator, folder.final_ema, saver)
     if accelerator.is_main_process:
-        prompts = held_out_prompts(data.validation, data.tokenizer.eos_token_id, word_starts(data.tokenizer))
+        tokenizer = data.tokenizer
+        begin = begin_tokens(tokenizer)
+        prompts = held_out_prompts(data.validation, tokenizer.eos_token_id, word_starts(tokenizer), begin)
         text = sample(folder.final, prompts, config.seed, accelerator.device)
         folder.log({"step": state.step, "kind": "sample", "text": text})
         say(f"samples ([held-out text] continued, temperature {TEMPERATURE:g}, seed {config.seed}):\n{text}")

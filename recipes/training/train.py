@@ -95,7 +95,7 @@ def train(config: RunConfig) -> int:
             return EXIT_CODES[signal.SIGINT]
         except StreamError as error:
             run.logger.status("failed:data", run.state, any_process=True)
-            _tell(progress, f"{error}. Repair the file; {how_to_continue(config, 'the run')}", begin="error: ")
+            _tell(progress, f"{error}. Once that is repaired, {how_to_continue(config, 'the run')}", begin="error: ")
             return EXIT_FAILED
         except Exception as error:
             lost = lost_process(error, accelerator.num_processes)

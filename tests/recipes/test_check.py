@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from leanstep import _memory
+from leanstep.pruning.folder.loading import begin_tokens
 from leanstep.recipes.check import check as check_module
 from leanstep.recipes.check.check import Check, Section, check, routing_rows
 from leanstep.recipes.check.costs import MemoryEstimate
@@ -185,6 +187,13 @@ def test_sentinels_that_text_never_produces_need_no_weights(run):
     assert vocabulary_size(tokenizer) == 300
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     assert vocabulary_size(tokenizer) == 401
+    # one that is before every text, as GLM's, is in every sequence
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[gMASK]"]})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="[gMASK] $A", special_tokens=[("[gMASK]", len(tokenizer) - 1)]
+    )
+    begin_tokens.cache_clear()  # the tokenizer is another one in the test alone
+    assert vocabulary_size(tokenizer) == len(tokenizer) == 402
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

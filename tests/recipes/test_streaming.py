@@ -1,6 +1,7 @@
 """Streaming a local copy of C4: the same sequences after a restart anywhere, and every document on one process only."""
 
 import copy
+import gzip
 import json
 import re
 import subprocess
@@ -320,6 +321,19 @@ def test_a_file_that_cannot_be_read_is_named(tokenizer, tmp_path, content, probl
         load_data(replace(config, tokenizer="train:300", val_tokens=0), seed=0)
 
 
+def test_a_compressed_shard_that_was_cut_and_one_without_the_column_are_named(tokenizer, tmp_path):
+    rows = "".join(json.dumps({"text": text, "url": "u"}) + "\n" for text in DOCUMENTS)
+    whole = gzip.compress(rows.encode())
+    for name, content in (("a", whole), ("b", whole[: len(whole) // 2])):
+        (tmp_path / f"{name}.jsonl.gz").write_bytes(content)
+    config = DataConfig(source="json", path=str(tmp_path), streaming=True, cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(StreamError, match="shard 2 of 2, .* cannot be read beyond"):
+        take(StreamedSequences(open_stream(config), tokenizer, seq_len=32, epochs=1))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"url": "u"}\n{"url": "v"}\n'))
+    with pytest.raises(StreamError, match="shard 2 of 2, .* has no text in column 'text' in 2 rows"):
+        take(StreamedSequences(open_stream(config), tokenizer, seq_len=32, epochs=1))
+
+
 def test_a_run_whose_stream_breaks_tells_the_shard_and_how_to_continue(tokenizer, tmp_path):
     folder = tmp_path / "rows"
     folder.mkdir()
@@ -334,7 +348,7 @@ def test_a_run_whose_stream_breaks_tells_the_shard_and_how_to_continue(tokenizer
     run = training.run(training.write_recipe(tmp_path), options, tmp_path / "run", prepare=texts.small_blocks)
     assert run.codes == [1], run.text()
     assert "error: data: shard 2 of 2, in the order of their names, cannot be read beyond 0 rows" in run.text()
-    assert "Repair the file; the same command continues the run" in run.text()
+    assert "Once that is repaired, the same command continues the run" in run.text()
     assert "Traceback" not in run.text()
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "failed:data"
 

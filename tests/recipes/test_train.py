@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from leanstep.optimizers import Lion, release_gradients
 from leanstep.recipes.config.schema import ExpectConfig, ScheduleConfig
 from leanstep.recipes.data.batches import MicroBatches, count_targets
-from leanstep.recipes.data.sequences import as_sequence, shuffled
+from leanstep.recipes.data.sequences import IGNORED, as_sequence, shuffled
 from leanstep.recipes.training.build import build_schedule, schedule_factor
 from leanstep.recipes.training.folder import RunFolder
 from leanstep.recipes.training.formatting import flat_scalars, format_duration, format_line, format_live, format_rate
@@ -307,6 +307,13 @@ def test_prompts_are_the_first_tokens_of_held_out_sequences():
     assert held_out_prompts(sequences[:2], end_of_text=9) == [list(range(row, row + 16)) for row in (10, 11)]
     assert held_out_prompts([as_sequence(np.array([9]), 4, 0)], end_of_text=9) == [[9]]
     assert held_out_prompts([], end_of_text=9) == [[9]]
+
+
+def test_prompts_begin_as_the_sequences_do():
+    sequence = as_sequence(np.arange(20, 50), 40, 0, begin=(7, 8))
+    assert held_out_prompts([sequence], end_of_text=9, begin=(7, 8)) == [[7, 8, *range(20, 36)]]
+    asked = {**sequence, "labels": torch.where(torch.arange(40) < 5, IGNORED, sequence["labels"])}
+    assert held_out_prompts([asked], end_of_text=9, begin=(7, 8)) == [[7, 8, 20, 21, 22]]
 
 
 def test_prompts_begin_and_end_with_whole_words():
