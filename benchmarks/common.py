@@ -212,11 +212,11 @@ def pyplot() -> Any:
     return importlib.import_module("matplotlib.pyplot")
 
 
-def save_svg(figure: Any, path: Path, **settings: Any) -> None:
-    """Write a figure without a date."""
+def save_svg(figure: Any, path: Path, *, description: str | None = None, **settings: Any) -> None:
+    """Write a figure without a date; ``description`` is in its metadata."""
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None}, **settings)
+    figure.savefig(path, metadata={"Date": None, "Description": description}, **settings)
 
 
 # -- files and runs of recipes ----------------------------------------------------------------------------------------

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import itertools
+import json
 import statistics
 from collections.abc import Iterator, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import machines, read_json_lines
+from common import machines, pyplot, read_json_lines, save_svg
 from comparison.summary import paired_percent
 from comparison.tables import markdown
 
 ALLOCATIONS = {
     "uniform": "uniform", "owl": "OWL", "atp": "ATP", "measured": "DP measured by block", "anchored": "DP anchored",
     "refined": "DP anchored and refined", "evolution": "evolution",
+}  # fmt: skip
+_COLOURS = {
+    "uniform": "#7a828e", "owl": "#b3246f", "atp": "#6b46c8", "measured": "#0b8a6a", "anchored": "#2457d6",
+    "refined": "#d9660b", "evolution": "#a8860b",
 }  # fmt: skip
 SCORES = {"wanda": "Wanda", "sparsegpt": "SparseGPT", "alps": "ALPS"}
 # to which the others are compared
@@ -97,6 +103,51 @@ def difference(rows: Mapping[int, Row], base: Mapping[int, Row]) -> str:
         return "–"
     interval = paired_percent([rows[seed]["kl"] for seed in seeds], [base[seed]["kl"] for seed in seeds])
     return f"{interval:+.1f}"
+
+
+def plotted(path: Path) -> dict[str, dict[str, dict[float, tuple[float, float]]]]:
+    """Mean KL and its standard error over the seeds, by score, allocation and sparsity; of two seeds or more."""
+    values: dict[str, dict[str, dict[float, list[float]]]] = {}
+    for row in read_json_lines(path)[1:]:
+        if row["allocation"] in ALLOCATIONS:
+            of_score = values.setdefault(row["score"], {})
+            of_score.setdefault(row["allocation"], {}).setdefault(row["sparsity"], []).append(row["kl"])
+    return {
+        score: {
+            name: {
+                sparsity: (statistics.mean(kl), statistics.stdev(kl) / len(kl) ** 0.5)
+                for sparsity, kl in sorted(values[score][name].items())
+                if len(kl) > 1
+            }
+            for name in ALLOCATIONS
+            if name in values[score]
+        }
+        for score in SCORES
+        if score in values
+    }
+
+
+def identity(points: Any) -> str:
+    """Hash of what a figure shows, which its file names."""
+    return sha256(json.dumps(points).encode()).hexdigest()[:16]
+
+
+def draw(path: Path, target: Path) -> None:
+    """Draw KL over sparsity, a panel for each score with several sparsities; bars are standard errors."""
+    points = plotted(path)
+    panels = {score: by for score, by in points.items() if len(by.get(BASELINE, {})) > 1}
+    if not panels:
+        return
+    figure, axes = pyplot().subplots(1, len(panels), figsize=(11, 3.8), sharey=True, squeeze=False)
+    for axis, (score, by_allocation) in zip(axes[0], panels.items(), strict=True):
+        for name, of_sparsity in by_allocation.items():
+            means, errors = zip(*of_sparsity.values(), strict=True)
+            style = {"color": _COLOURS[name], "lw": 2.4 if name == "refined" else 1.2, "label": ALLOCATIONS[name]}
+            axis.errorbar([f"{s:.0%}" for s in of_sparsity], means, errors, fmt="o-", ms=3, capsize=2, **style)
+        axis.set(title=f"{SCORES[score]}'s scores", xlabel="zeros", yscale="log")
+    axes[0][0].set_ylabel("KL divergence to the dense model")
+    axes[0][0].legend(frameon=False, fontsize=8)
+    save_svg(figure, target, description=identity(points))
 
 
 def _caption(path: Path, settings: Row, rows: list[Row], dense: float) -> str:

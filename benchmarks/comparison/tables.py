@@ -88,11 +88,14 @@ def write(path: Path, root: Path) -> list[Path]:
 
 
 def measure_or_report(
-    parser: argparse.ArgumentParser, measure: Callable[[argparse.Namespace], None], table: Callable[[Path], str]
+    parser: argparse.ArgumentParser,
+    measure: Callable[[argparse.Namespace], None],
+    table: Callable[[Path], str],
+    draw: Callable[[Path, Path], None] | None = None,
 ) -> None:
     """Measure into the file of ``--out``, or read that of ``--report``; print its table, and ``--write`` it.
 
-    The block of the page has the name of the file.
+    The block of the page has the name of the file, and so has the picture that ``draw`` makes of it.
     """
     options = parser.parse_args()
     path = options.report or options.out
@@ -105,6 +108,8 @@ def measure_or_report(
     if options.write:
         page = Path(__file__).parents[2] / PAGES[0]
         page.write_text(replace_blocks(page.read_text("utf-8"), {path.stem: text}), "utf-8")
+        if draw is not None:
+            draw(path, page.with_name(f"{path.stem}.svg"))
 
 
 def _number(value: float | None, digits: int = 3) -> str:

@@ -46,7 +46,7 @@ from common import (
     reset_peak_memory,
 )
 from comparison.tables import measure_or_report
-from evidence_tables import ALLOCATIONS, SCORES, Cell, Row, cell_of, recovered, table
+from evidence_tables import ALLOCATIONS, SCORES, Cell, Row, cell_of, draw, recovered, table
 from evolution import Evolution
 
 # sparsities of the curves' levels, for all targets: of matrices, of blocks
@@ -260,7 +260,7 @@ def run(options: argparse.Namespace) -> None:
 
 def main() -> None:
     """Measure, or read a file; print the table."""
-    measure_or_report(PARSER, run, table)
+    measure_or_report(PARSER, run, table, draw)
 
 
 if __name__ == "__main__":

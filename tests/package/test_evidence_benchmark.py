@@ -2,6 +2,7 @@
 
 import json
 import statistics
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,11 @@ MACHINE = {"machine": "m, 1 threads, torch 2, commit aaa", "load": 1.5, "process
 @pytest.fixture(scope="module")
 def evidence():
     yield from (parts.evidence for parts in benchmark_modules("pruning", ("evidence",)))
+
+
+@pytest.fixture(scope="module")
+def evidence_tables(evidence):
+    return sys.modules[evidence.draw.__module__]
 
 
 def row(score, sparsity, seed, allocation, kl, **more):
@@ -94,6 +100,26 @@ def test_recovery_trains_the_pruned_model_and_leaves_the_dense_one(evidence, tmp
     count = len(bench.rows)
     bench.run()
     assert len(bench.rows) == count == len((tmp_path / "r.jsonl").read_text().splitlines()) - 1
+
+
+def test_the_pictures_are_of_the_committed_results(evidence_tables):
+    for name in ("prune-evidence-nano", "prune-evidence-smollm2"):
+        points = evidence_tables.plotted(ROOT / "docs" / "results" / f"{name}.jsonl")
+        picture = (ROOT / "docs" / f"{name}.svg").read_text("utf-8")
+        assert f"<dc:description>{evidence_tables.identity(points)}</dc:description>" in "".join(picture.split())
+    assert points["wanda"]["refined"][0.6] == pytest.approx((1.14, 0.0), abs=0.05)
+
+
+def test_a_picture_shows_scores_of_several_sparsities_and_seeds(evidence, evidence_tables, tmp_path):
+    rows = [row("wanda", sparsity, seed, "uniform", 1 + seed) for sparsity in (0.5, 0.6) for seed in (0, 1)]
+    rows += [row("alps", 0.6, seed, "uniform", 1.0) for seed in (0, 1)] + [row("wanda", 0.7, 0, "uniform", 3.0)]
+    path = write(tmp_path / "r.jsonl", rows)
+    assert evidence_tables.plotted(path)["wanda"] == {"uniform": {0.5: (1.5, 0.5), 0.6: (1.5, 0.5)}}
+    evidence.draw(path, tmp_path / "r.svg")
+    picture = (tmp_path / "r.svg").read_text("utf-8")
+    assert "Wanda's scores" in picture and "ALPS's scores" not in picture
+    evidence.draw(write(tmp_path / "few.jsonl", rows[:2]), tmp_path / "few.svg")
+    assert not (tmp_path / "few.svg").exists()
 
 
 def test_measured_and_fisher_curves_serve_all_sparsities(evidence):
