@@ -66,7 +66,9 @@ def read(path: Path) -> Results:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ComparisonError(f"{path} cannot be read: {error.strerror}") from None
+        raise ComparisonError(
+            f"{path} cannot be read: {error.strerror}; docs/results/ has the committed files"
+        ) from None
     whole, _, rest = content.rpartition(b"\n")
     lines = []
     for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):

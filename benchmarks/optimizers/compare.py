@@ -66,6 +66,8 @@ def main() -> int:
     try:
         if options.between and options.report is None:
             raise ComparisonError("--between needs --report FILE: the results to read")
+        if options.between and options.between[0] == options.between[1]:
+            raise ComparisonError(f"--between: expected two methods, got {options.between[0]} twice")
         if options.between:
             results = read(options.report)
             print("\n".join(differences(results, summarise(results)[0], *options.between)))
