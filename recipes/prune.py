@@ -407,8 +407,9 @@ def _data(options: argparse.Namespace) -> dict[str, Any]:
     if options.data is None:
         if options.eval:
             raise ValueError("--eval measures perplexity on held-out text of --data, which is missing")
+        defaults = _parser()
         for name in () if options.dry_run else _OF_DATA:
-            if getattr(options, name) != _parser().get_default(name):
+            if getattr(options, name) != defaults.get_default(name):
                 raise ValueError(f"--{name.replace('_', '-')} goes with --data, which is missing")
         return {}
     amounts = (options.samples, options.curve_samples, options.held_out)

@@ -58,11 +58,11 @@ def double_reading(results: Results, rows: list[Row]) -> str:
 
 def differences(results: Results, rows: list[Row], first: str, second: str) -> Iterator[str]:
     """A line for the judged runs of two methods, and one for those with half of the steps: their paired difference."""
-    chosen = {row.method: row.chosen for row in rows}
-    if lacking := [name for name in (first, second) if name not in chosen]:
-        raise ComparisonError(f"--between: no complete row of {lacking[0]}; the file has {', '.join(chosen)}")
+    settings = {row.method: row.chosen for row in rows}
+    if lacking := [name for name in (first, second) if name not in settings]:
+        raise ComparisonError(f"--between: no complete row of {lacking[0]}; the file has {', '.join(settings)}")
     for kind in ("judge", "half"):
-        ours, theirs = (_judged(results, chosen[name], kind) for name in (first, second))
+        ours, theirs = (_judged(results, settings[name], kind) for name in (first, second))
         if ours and theirs:
             yield f"{kind}: {first} - {second}: {paired_difference(ours, theirs):+.3f}"
 

@@ -341,13 +341,13 @@ def snap(allocation: Allocation, levels: Mapping[str, tuple[Sequence[int], Seque
         raise InfeasibleBudget(
             f"snap: {total:g} weights cannot be kept: the patterns keep {least:g} or more", least, most
         )
-    unit = max(common_step(costs), math.ceil((min(total, most) - least) / (2 * STATES)), 1)
-    whole, units = quantize(costs, min(total, most), unit)
     if len(names) > MOST_GROUPS:
-        chosen = RelaxedKnapsack(costs, losses).choose(total)
+        level_indices = RelaxedKnapsack(costs, losses).choose(total)
     else:
-        chosen = solve_knapsack(whole, losses, units).choose()
-    level_by_name = dict(zip(names, chosen, strict=True))
+        unit = max(common_step(costs), math.ceil((min(total, most) - least) / (2 * STATES)), 1)
+        whole, units = quantize(costs, min(total, most), unit)
+        level_indices = solve_knapsack(whole, losses, units).choose()
+    level_by_name = dict(zip(names, level_indices, strict=True))
     counts = {n: int(levels[n][0][level_by_name[n]]) if n in levels else c for n, c in allocation.counts.items()}
     patterns = {name: levels[name][1][level_by_name[name]] for name in counts if name in levels}
     cost = float(sum(counts.values()))

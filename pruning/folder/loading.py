@@ -216,7 +216,7 @@ def open_tokenizer(source: str | Path) -> Any:
 def begin_tokens(tokenizer: Any) -> tuple[int, ...]:
     """The tokens that a tokenizer puts before a text: the begin of text for Llama 3 and Gemma, mostly none.
 
-    A model that was trained with them needs them: Gemma without its begin of text predicts badly.
+    A model that was trained with them expects them.
     """
     plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     starts = range(len(whole) - len(plain) + 1)

@@ -12,11 +12,12 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from leanstep.cli import main
-from leanstep.pruning import CalibrationText, find_targets, prune, prune_checkpoint
+from leanstep.pruning import CalibrationText, find_targets, layer_pruner, prune, prune_checkpoint
 from leanstep.pruning.allocate.closed_form import outlier_ratio
 from leanstep.pruning.measure.activation_cache import ActivationCache
 from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.measure import evaluating, weights_hash
+from leanstep.pruning.score.base import LayerStatistics
 from leanstep.pruning.score.calibration import Pruning, statistics_for
 from leanstep.pruning.score.targets import make_groups
 
@@ -256,6 +257,27 @@ def test_experts_with_fewer_tokens_than_sparsegpt_takes_are_pruned_by_wanda():
         assert same == (target.is_expert and 2 * target.weight.shape[1] > 3 * 32), target.name
     (note,) = pruning.notes()
     assert re.search(r"experts got fewer calibration tokens than two thirds of their inputs, .* pruned by Wanda", note)
+
+
+@pytest.mark.parametrize(("tokens_per_input", "lower"), [(0.25, "wanda"), (0.5, "wanda"), (2.0, "sparsegpt")])
+def test_sparsegpt_takes_more_tokens_than_two_thirds_of_the_inputs(tokens_per_input, lower):
+    """The error of a layer's output on fresh tokens, whose directions differ in size as those of hidden states do."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = 256
+    turn = torch.linalg.qr(torch.randn(inputs, inputs, generator=generator))[0]
+    sizes = torch.arange(1, inputs + 1).pow(-0.5)
+    weight = torch.randn(128, inputs, generator=generator)
+    few, fresh = (
+        (torch.randn(count, inputs, generator=generator) * sizes) @ turn
+        for count in (int(tokens_per_input * inputs), 2048)
+    )
+    errors = {}
+    for score, need in (("wanda", "square_sum"), ("sparsegpt", "gram")):
+        statistics = LayerStatistics.empty([need], inputs)
+        statistics.add(few)
+        pruned = layer_pruner(weight, score, statistics).prune(int(0.4 * weight.numel()))[0]
+        errors[score] = float((fresh @ (pruned - weight).T).square().sum())
+    assert min(errors, key=errors.__getitem__) == lower
 
 
 @pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
