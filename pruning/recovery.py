@@ -21,7 +21,7 @@ from leanstep.lora.layers.frozen import is_linear
 from leanstep.optimizers import NonFiniteGradientError, create
 from leanstep.pruning.finetune import MaskKeeper, keep_masks
 from leanstep.pruning.measure.batches import Batch, as_batches, batches_hash
-from leanstep.pruning.measure.measure import Stored, WeightSnapshot, evaluating, weights_hash
+from leanstep.pruning.measure.measure import Stored, WeightSnapshot, configuration_hash, evaluating, weights_hash
 from leanstep.pruning.measure.metrics import (
     KL,
     Distortion,
@@ -309,7 +309,9 @@ def _identity(model: nn.Module, teacher: nn.Module | None, samples: _Samples, re
     settings = asdict(replace(recovery, lr=recovery.step_size, distill=teacher is not None))
     return {
         "weights": weights_hash(model),
+        "configuration": configuration_hash(model),
         "dense weights": None if teacher is None else weights_hash(teacher),
+        "dense configuration": None if teacher is None else configuration_hash(teacher),
         "data": batches_hash(as_batches(samples.data, model)),
         "settings": settings,
     }

@@ -68,8 +68,8 @@ def recover_checkpoint(
 
     Raises:
         ValueError: for a folder that is not of :func:`prune_checkpoint`, was pruned from another source or from other
-            weights than the source has now, was recovered before (and that was applied), or has other zeros than its
-            ``sparsity.json`` says; and as :func:`recover`.
+            weights or another configuration than the source has now, was recovered before (and that was applied), or
+            has other zeros than its ``sparsity.json`` says; and as :func:`recover`.
         OSError: if the disk is full. After any error, the pruned folder is what it was.
 
     Notes:
@@ -92,7 +92,7 @@ def recover_checkpoint(
     check_space(folder, space_beside(pruned, recovery) - (state.stat().st_size if state.exists() else 0))
     dense = open_checkpoint(source)
     check_apart(folder, dense.folder)
-    _check_source(folder, content, dense)
+    _check_source(pruned, content, dense)
     if isinstance(data, CalibrationText):
         data, held_out, _ = sequences_of(dense, data)
     model = load_model(pruned, device)
@@ -196,12 +196,18 @@ def _pruned_names(content: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(re.sub(r"\[\d+\]$", "", str(row["name"])) for row in content["layers"]))
 
 
-def _check_source(folder: Path, content: Mapping[str, Any], dense: Checkpoint) -> None:
-    """Compare the dense weights with those that were pruned. Folders of earlier versions do not name these."""
+def _check_source(pruned: Checkpoint, content: Mapping[str, Any], dense: Checkpoint) -> None:
+    """Compare the dense model with the one that was pruned. Folders of earlier versions do not name its weights."""
+    names = [name for name in {*pruned.config, *dense.config} if pruned.config.get(name) != dense.config.get(name)]
+    if names := sorted(name for name in names if not name.startswith("_") and name != "transformers_version"):
+        raise ValueError(
+            f"config.json in {dense.folder} differs in {', '.join(names)} from that of {pruned.folder}, which was "
+            "copied from it. Copy the latter back, or prune into another folder"
+        )
     then = content.get(SOURCE_WEIGHTS)
     if then is not None and (now := stored_hash(dense)) != then:
         raise ValueError(
-            f"the weights in {dense.folder} changed since {folder} was pruned from them: their SHA-256 was "
+            f"the weights in {dense.folder} changed since {pruned.folder} was pruned from them: their SHA-256 was "
             f"{str(then)[:12]}... then and is {now[:12]}... now. Put the former weights back, or prune into another "
             "folder"
         )

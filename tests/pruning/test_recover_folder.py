@@ -342,6 +342,23 @@ def test_dense_weights_that_changed_after_pruning_are_refused(shards, base, tmp_
     assert content_of(out)["recovery"]["applied"]
 
 
+def test_a_configuration_that_changed_after_pruning_is_refused(base, pruned, tmp_path, capsys):
+    model, out = copied(base / "model", tmp_path / "model"), copied(pruned, tmp_path / "out")
+    content = content_of(out) | {"source": str(model)}
+    (out / "sparsity.json").write_text(json.dumps(content))
+    config, before = json.loads((model / "config.json").read_text()), snapshot(out)
+    changed = config | {"rms_norm_eps": 0.25, "transformers_version": "5.99.0", "extra": [1]}
+    (model / "config.json").write_text(json.dumps(changed))
+    command = ["prune", str(model), "--out", str(out), "--data", str(base / "text.txt"), *SMALL, *RECOVER, "--resume"]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"config.json in {model} differs in extra, rms_norm_eps from that of" in error
+    assert snapshot(out) == before
+    (model / "config.json").write_text(json.dumps(config | {"transformers_version": "5.99.0"}))
+    assert main(command) == 0
+    assert content_of(out)["recovery"]["applied"]
+
+
 def test_a_folder_that_does_not_name_the_dense_weights_is_recovered(base, pruned, tmp_path):
     out = copied(pruned, tmp_path / "out")
     content = content_of(out)
