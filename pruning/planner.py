@@ -139,7 +139,7 @@ class Planner:
         if fixed is not None:
             candidate = self._fixed(fixed)
         elif self.method == "dp":
-            measured = self._measure() if curves is None else dict(curves)
+            measured = self._by_effect(self._measure() if curves is None else curves, note=True)
             candidate = self._by_curves(measured)
         else:
             candidate = self._by_rule()
@@ -213,7 +213,7 @@ class Planner:
             progress=self.progress,
             method=self.curve_method,
             minutes=self.minutes,
-            solve=lambda curves: self._allocate("dp", curves=curves),
+            solve=lambda curves: self._allocate("dp", curves=self._by_effect(curves)),
             scratch=None if self.scratch is None else self.scratch.folder,
             processes=self.processes,
             target=(self.constraint.budget.kind, self.constraint.budget.target),
@@ -232,6 +232,26 @@ class Planner:
             )
         return curves
 
+    def _by_effect(self, curves: Mapping[str, Curve], *, note: bool = False) -> dict[str, Curve]:
+        """End the curves without any distortion at uniform sparsity.
+
+        Their zeros say that the data never used these matrices, as where no token reached an expert, and not that they
+        can be spared. The programme would take their sparsest levels.
+        """
+        ended = dict[str, Curve]()
+        for group in self.groups:
+            curve, most = curves[group.name], math.ceil((1 - self._around()) * group.layer.numel)
+            level = next((k for k, count in enumerate(curve.counts) if count <= most), None)
+            if level is not None and not any(curve.distortion) and curve.counts[level] < group.nonzero():
+                ended[group.name] = curve.until(level + 1)
+        if ended and note:
+            self.notes.append(
+                f"{len(ended)} of {len(curves)} curves are zero: no output for the curves' data depends on "
+                f"{some(list(ended))}. These matrices were pruned to uniform sparsity at most; more samples, or text "
+                "of other kinds, may use them"
+            )
+        return {**curves, **ended}
+
     def _by_curves(self, curves: Mapping[str, Curve]) -> Allocation:
         """Minimize the summed distortion, or with a correction the joint distortion."""
         if self.correction == "none":
@@ -247,7 +267,7 @@ class Planner:
         around = self._uniform() or best
         for _ in range(2):
             again = self.trial.relinearised_curves(measurement, self._levels(), around, self.progress)
-            around = self._allocate("dp", curves=again)
+            around = self._allocate("dp", curves=self._by_effect(again))
             cost = joint(around)
             if cost >= lowest:
                 break

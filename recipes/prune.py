@@ -161,7 +161,7 @@ def _allocation_options(group: _Group) -> None:
         help="measured; to second order, in the time of a few passes; or that, scaled to a few measurements. Default: "
         "measured where that takes less than --minutes, else anchored",
     )
-    add("--minutes", type=float, default=30.0, metavar="M", help="time for measurements, see --curves; default 30")
+    add("--minutes", type=float, default=30.0, metavar="M", help="time for measurements, besides Fisher's; default 30")
     add("--correction", default="none", choices=("none", "relinearise"), help="for curves that do not add up")
     add("--refine", type=float, metavar="MINUTES", help="search from the allocation on joint distortion, for this long")
     add("--refine-evaluations", type=int, metavar="N", help="search by at most N exchanges: the result is reproducible")

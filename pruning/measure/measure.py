@@ -28,6 +28,7 @@ from leanstep.pruning.measure.metrics import Distortion, Metric, make_metric, me
 from leanstep.pruning.measure.points import Points, Progress
 from leanstep.pruning.measure.products import products_in, products_of
 from leanstep.pruning.result import Allocation
+from leanstep.pruning.score.base import NEEDS
 from leanstep.pruning.score.calibration import Pruning, prune_group
 from leanstep.pruning.score.targets import Group, Target, find_targets, make_groups
 
@@ -92,9 +93,10 @@ def measure_curves(
             It is locked: of two runs with one file, the second is refused.
         progress: called with (points measured, points in all, name of the matrix).
         method: ``measured``, ``fisher`` or ``anchored``; None: ``measured`` if that takes less than ``minutes`` by the
-            time of one pass, or for a metric without a root, else ``anchored``.
-        minutes: time after which ``anchored`` begins no measurement; matrices that were not reached keep their Fisher
-            curves.
+            time of one pass and, for scores that update weights, of one block's levels, or for a metric without a root;
+            else ``anchored``.
+        minutes: time after the Fisher curves at which ``anchored`` begins no measurement any more; matrices that were
+            not reached keep their Fisher curves.
         solve: curves -> the allocation near which ``anchored`` measures; None: that of :func:`allocate` for
             ``sparsity``.
         scratch: folder on a disk for the dense outputs and cached activations; None: they are kept in memory.
@@ -122,7 +124,6 @@ def measure_curves(
         K. Xu, Z. Wang, X. Geng, M. Wu, X. Li, W. Lin, "Efficient Joint Optimization of Layer-Adaptive Weight Pruning in
         Deep Neural Networks", arXiv 2308.10438.
     """
-    begin = time.monotonic()
     if method not in (None, *SOURCES):
         raise ValueError(f"method must be one of {', '.join(SOURCES)}, or None; got {method!r}")
     groups = make_groups(find_targets(model), granularity) if groups is None else list(groups)
@@ -158,6 +159,8 @@ def measure_curves(
         pruning, points = Pruning(cache, score, score_options), Points(groups, levels_by_name, partial, progress)
         if method is None and partial is not None:
             method = partial.method
+        if method in (None, "anchored") and {"gram", "gradients"} & {*NEEDS[score]}:
+            measurement.time_levels(points, pruning)
         if method is None:
             fits = measurement.seconds_of(points) <= 60 * minutes * processes.size
             method = "measured" if fits or not measurement.metric.has_root else "anchored"
@@ -174,7 +177,7 @@ def measure_curves(
             solve = lambda curves: allocate(layers, sparsity, method="dp", curves=curves)  # noqa: E731
         if partial is not None and partial.complete:
             return anchored_to(fisher, points)
-        curves = anchored_curves(measurement, fisher, points, pruning, solve, begin + 60 * minutes)
+        curves = anchored_curves(measurement, fisher, points, pruning, solve, time.monotonic() + 60 * minutes)
         if partial is not None:
             partial.finish(processes)
         return curves
@@ -204,8 +207,8 @@ class Measurement:
             self.reference = [one if scratch is None else scratch.store(one) for one in references]
             begin = time.monotonic()
             change = self.joint()
-            # of one pass over all stages
-            self.seconds = time.monotonic() - begin
+            # of one pass over all stages, and of pruning to a level, by weight, if that was timed
+            self.seconds, self.level_seconds = time.monotonic() - begin, 0.0
         if not abs(change.mean) <= _NOISE:
             raise ValueError(
                 f"the model's output is not reproducible: the same inputs twice differ by {change.mean:g} in "
@@ -230,7 +233,7 @@ class Measurement:
 
         Begins none after ``time.monotonic()`` has reached ``until``. Each process measures a portion of every stage.
         """
-        for start, stage in self._stages([g for g in points.groups if missing.get(g.name)], pruning):
+        for start, stage in self._stages([g for g in points.groups if missing.get(g.name)], pruning, until):
             levels = [(group.name, count) for group in stage for count, _ in missing[group.name]]
             portion = set(pruning.processes.portion(levels))
             for group, pruners in pruning.each(stage, start):
@@ -242,13 +245,33 @@ class Measurement:
                     points.add(group.name, count, self.measure(prune_group(group, pruners, count, pattern)))
             points.exchange(pruning.processes)
 
+    def time_levels(self, points: Points, pruning: Pruning) -> None:
+        """Time a level of each matrix of the first stage: some scores take longer for it than the model for a pass."""
+        if not (groups := [group for group in points.groups if points.missing[group.name]]):
+            return
+        seconds, weights = 0.0, 0
+        start, stage = next(self._stages(groups, pruning))
+        for group, pruners in pruning.each(stage, start):
+            for target in group.targets:
+                pruners[target.name]  # made before the clock runs: it serves all levels
+            count, pattern = points.missing[group.name][len(points.missing[group.name]) // 2]
+            begin = time.monotonic()
+            weights += sum(weight.numel() for _, weight in prune_group(group, pruners, count, pattern))
+            seconds += time.monotonic() - begin
+        self.level_seconds = seconds / weights
+        self.cache.reset()
+        pruning.cache.reset()
+
     def seconds_of(self, points: Points) -> float:
-        """Expected time to measure all missing points: one pass each from its stage on."""
-        return sum(len(points.missing[group.name]) * self._share(group) * self.seconds for group in points.groups)
+        """Expected time to measure all missing points: a level and a pass from its stage on for each."""
+        return sum(len(points.missing[group.name]) * self._seconds_of_level(group) for group in points.groups)
+
+    def _seconds_of_level(self, group: Group) -> float:
+        return self._share(group) * self.seconds + group.layer.numel * self.level_seconds
 
     def seconds_of_singles(self, groups: Sequence[Group]) -> float:
-        """Expected time of the passes of :meth:`singles`."""
-        return sum(self._share(group) * self.seconds for group in groups)
+        """Expected time of :meth:`singles`."""
+        return sum(map(self._seconds_of_level, groups))
 
     def affordable(self, groups: Sequence[Group], seconds: float) -> list[Group]:
         """The first groups for a point of each of which the time suffices."""
@@ -281,9 +304,13 @@ class Measurement:
         by_name = pruning.processes.merged(by_name)
         return [by_name[name] for name in in_order]
 
-    def _stages(self, groups: Sequence[Group], pruning: Pruning) -> Iterator[tuple[int, list[Group]]]:
-        """Start and groups of each stage, with the caches at the start."""
+    def _stages(
+        self, groups: Sequence[Group], pruning: Pruning, until: float = math.inf
+    ) -> Iterator[tuple[int, list[Group]]]:
+        """Start and groups of each stage, with the caches at the start; none after the time in the first process."""
         for start, stage in self.cache.by_start(groups):
+            if until < math.inf and pruning.processes.all_gather(time.monotonic() >= until)[0]:
+                break
             self._enter(start, pruning.cache)
             yield start, stage
         self.cache.reset()

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from leanstep.cli import main
-from leanstep.pruning import CalibrationText, find_targets, layer_pruner, prune, prune_checkpoint
+from leanstep.pruning import CalibrationText, Refinement, find_targets, layer_pruner, prune, prune_checkpoint
 from leanstep.pruning.allocate.closed_form import outlier_ratio
 from leanstep.pruning.measure.activation_cache import ActivationCache
 from leanstep.pruning.measure.batches import as_batches
@@ -261,6 +261,14 @@ def test_experts_with_fewer_tokens_than_sparsegpt_takes_are_pruned_by_wanda():
 
 @pytest.mark.parametrize(("tokens_per_input", "lower"), [(0.25, "wanda"), (0.5, "wanda"), (2.0, "sparsegpt")])
 def test_sparsegpt_takes_more_tokens_than_two_thirds_of_the_inputs(tokens_per_input, lower):
+    assert _lower_error(tokens_per_input, "sparsegpt") == lower
+
+
+def test_alps_takes_few_tokens():
+    assert _lower_error(0.25, "alps") == "alps"
+
+
+def _lower_error(tokens_per_input, score):
     """The error of a layer's output on fresh tokens, whose directions differ in size as those of hidden states do."""
     generator = torch.Generator().manual_seed(0)
     inputs = 256
@@ -272,12 +280,12 @@ def test_sparsegpt_takes_more_tokens_than_two_thirds_of_the_inputs(tokens_per_in
         for count in (int(tokens_per_input * inputs), 2048)
     )
     errors = {}
-    for score, need in (("wanda", "square_sum"), ("sparsegpt", "gram")):
+    for each, need in (("wanda", "square_sum"), (score, "gram")):
         statistics = LayerStatistics.empty([need], inputs)
         statistics.add(few)
-        pruned = layer_pruner(weight, score, statistics).prune(int(0.4 * weight.numel()))[0]
-        errors[score] = float((fresh @ (pruned - weight).T).square().sum())
-    assert min(errors, key=errors.__getitem__) == lower
+        pruned = layer_pruner(weight, each, statistics).prune(int(0.4 * weight.numel()))[0]
+        errors[each] = float((fresh @ (pruned - weight).T).square().sum())
+    return min(errors, key=errors.__getitem__)
 
 
 @pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
@@ -332,6 +340,33 @@ def test_experts_in_linear_layers_without_tokens_are_pruned_by_magnitude(score):
     for kind in {target.kind for target in targets.values()}:
         shares = [float((t.weight == 0).float().mean()) for t in targets.values() if t.kind == kind]
         assert len(shares) == 4 and max(shares) - min(shares) < 0.3, (kind, shares)
+
+
+@pytest.mark.parametrize(
+    ("score", "settings"),
+    [
+        ("wanda", {"curves": "measured", "refine": Refinement(evaluations=40, seed=0)}),
+        ("wanda", {"curves": "fisher", "correction": "relinearise"}),
+        ("sparsegpt", {"curves": "anchored"}),
+        ("magnitude", {"curves": "measured"}),
+    ],
+)
+def test_experts_that_no_token_reaches_are_not_pruned_beyond_uniform_sparsity(score, settings):
+    model = make_routed()  # of three experts, two get all tokens
+    levels = (0.2, 0.4, 0.6, 0.95)
+    result = prune(model, tokens(8), score=score, sparsity=0.4, levels=levels, held_out=False, **settings)
+    (note,) = (note for note in result.notes if "curves are zero" in note)
+    rows = {row["name"]: row["nonzero"] / row["numel"] for row in result.layers()}
+    unreached = {name for name in rows if name.endswith("[2]")}
+    assert note.startswith(f"{len(unreached)} of {len(rows)} curves") and len(unreached) == 4
+    assert all(rows[name] >= 0.597 for name in unreached), rows
+    assert result.sparsity == pytest.approx(0.4, abs=0.002)
+
+
+def test_curves_of_zeros_do_not_make_a_sparsity_unreachable():
+    model = make_routed()
+    result = prune(model, tokens(8), sparsity=0.7, levels=(0.3, 0.7), curves="measured", held_out=False)
+    assert {row["nonzero"] * 10 // row["numel"] for row in result.layers()} <= {2, 3}
 
 
 def test_a_layer_that_is_no_expert_and_never_runs_is_refused():
