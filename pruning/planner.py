@@ -240,9 +240,11 @@ class Planner:
         """
         ended = dict[str, Curve]()
         for group in self.groups:
-            curve, most = curves[group.name], math.ceil((1 - self._around()) * group.layer.numel)
+            curve, most = curves.get(group.name), math.ceil((1 - self._around()) * group.layer.numel)
+            if curve is None or any(curve.distortion):
+                continue
             level = next((k for k, count in enumerate(curve.counts) if count <= most), None)
-            if level is not None and not any(curve.distortion) and curve.counts[level] < group.nonzero():
+            if level is not None and curve.counts[level] < group.nonzero():
                 ended[group.name] = curve.until(level + 1)
         if ended and note:
             self.notes.append(

@@ -137,8 +137,9 @@ class _Cancelling(nn.Module):
         self.b.weight.data[:, :4] = 0.99
 
     def forward(self, x):
-        # a and b stand in for each other: the output does not move until both are gone
-        return torch.maximum(self.a(x), self.b(x)) + 0.1 * self.c(x)
+        # a and b stand in for each other: the output hardly moves until both are gone
+        a, b = self.a(x), self.b(x)
+        return torch.maximum(a, b) + 1e-3 * (a + b) + 0.1 * self.c(x)
 
 
 def test_where_distortions_do_not_add_up_it_is_told_and_the_better_allocation_is_taken():
