@@ -60,6 +60,7 @@ from leanstep.pruning.score.base import has_statistics
 from leanstep.pruning.score.targets import empty_targets, make_groups, prunable_names
 
 ACTIVATIONS = ("memory", "disk")
+_UNCHECKED = "the disk space for activations was not checked: the data is batches, not a tensor of samples"
 
 
 def prune_checkpoint(
@@ -160,8 +161,12 @@ def prune_checkpoint(
     source_weights, zeros = processes.from_first(lambda: hash_and_zeros(checkpoint, names))
     if zeros:  # else not: counting takes the memory of all weights
         check_reach(model, settings)
+    unchecked = ""
     if activations == "disk":
-        scratch = scratch_bytes(model, _sequences(calibration))
+        first = calibration.held_out if calibration.data is None else calibration.data
+        scratch = scratch_bytes(model, _sequences(calibration), first)
+        if first is not None and not isinstance(first, torch.Tensor | bool):
+            unchecked = _UNCHECKED
         processes.from_first(lambda: check_space(out, written + scratch * processes.size))
     content: dict[str, Any] = {"leanstep": __version__, "source": str(source)}
     content[SOURCE_WEIGHTS] = source_weights
@@ -188,7 +193,7 @@ def prune_checkpoint(
             )
         if not processes.is_first:
             return result
-        result.notes.extend(filter(None, [*notes, unmapped_note(mapped)]))
+        result.notes.extend(filter(None, [*notes, unmapped_note(mapped), unchecked]))
         content |= result.to_dict()
         with CopiesInFiles(joined):
             values = checkpoint_values(checkpoint, model)
