@@ -170,8 +170,9 @@ def recover(
     Notes:
         Memory besides both models: the gradients of the trained matrices, a mask of 1 byte per weight, a copy of the
         matrices that are not ``stored``, one of the trained weights while a ``state`` is written, and the activations
-        and logits of some samples, at most 2^26 logits unless one sample has more. Time: a step is three passes of the
-        model and one of the teacher over ``batch_size`` samples.
+        and logits of some samples, at most 2^26 logits unless one sample has more. With ``rank``, the gradients are of
+        the factors, and a pass holds the sum of every adapted matrix and its masked product. Time: a step is three
+        passes of the model and one of the teacher over ``batch_size`` samples.
 
     References:
         G. Hinton, O. Vinyals, J. Dean, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531; M. Scetbon et
@@ -182,7 +183,7 @@ def recover(
     teacher = None if recovery.distill is False else teacher
     targets = find_targets(model, include=include, exclude=exclude)
     with evaluating(model), nullcontext() if teacher is None else evaluating(teacher):
-        samples = _Samples(data, model, teacher, recovery)
+        samples = Samples(data, model, teacher, recovery)
         compared = [] if held_out is None else as_batches(held_out, model, batch_size=1, what="held_out")
         snapshot = WeightSnapshot(targets, stored)
         with keep_masks(model, include=[escape(target.parameter) for target in targets]) as keeper:
@@ -242,14 +243,14 @@ def _without_logits(name: str) -> str:
     )
 
 
-def _is_adapted(target: Target) -> bool:
+def is_adapted(target: Target) -> bool:
     """Whether LoRA factors can stand beside a matrix; not beside convolutions and the experts of one parameter."""
     return target.expert is None and is_linear(target.module)
 
 
 def _untrained_note(targets: Sequence[Target], rank: int | None) -> str:
     """Which matrices a recovery with a rank leaves as they are; "" for none."""
-    names = [] if rank is None else [target.name for target in targets if not _is_adapted(target)]
+    names = [] if rank is None else [target.name for target in targets if not is_adapted(target)]
     if not names:
         return ""
     return (
@@ -271,13 +272,13 @@ def _train(
     teacher: nn.Module | None,
     targets: Sequence[Target],
     keeper: MaskKeeper,
-    samples: _Samples,
+    samples: Samples,
     recovery: Recovery,
     progress: Progress | None,
     file: RecoveryFile,
 ) -> list[float]:
     """Take all steps that the file's state has not taken; returns the losses of all."""
-    with _trained(model, targets, recovery):
+    with training(model, targets, recovery):
         half = any(p.dtype == torch.bfloat16 for p in model.parameters() if p.requires_grad)
         optimizer = create(
             model,
@@ -304,7 +305,7 @@ def _train(
     return losses
 
 
-def _identity(model: nn.Module, teacher: nn.Module | None, samples: _Samples, recovery: Recovery) -> dict[str, Any]:
+def _identity(model: nn.Module, teacher: nn.Module | None, samples: Samples, recovery: Recovery) -> dict[str, Any]:
     """Everything that the trained weights depend on."""
     settings = asdict(replace(recovery, lr=recovery.step_size, distill=teacher is not None))
     return {
@@ -323,8 +324,13 @@ def _rate(step: int, steps: int) -> float:
     return min(1.0, rise) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
-class _Samples:
-    """The training data: batches of every step, without end."""
+class Samples:
+    """The training data: batches of every step, without end.
+
+    Attributes:
+        data: a tensor of samples, or batches.
+        rows: samples of one pass, of a tensor.
+    """
 
     def __init__(self, data: Any, model: nn.Module, teacher: nn.Module | None, recovery: Recovery) -> None:
         self.model, self.recovery = model, recovery
@@ -347,10 +353,10 @@ class _Samples:
             usable = bool(self.data)
         if not usable:
             raise ValueError("recovery: the data has no token that counts, or that follows another")
-        # samples of one pass
         self.rows = max(1, min(recovery.batch_size, _TOGETHER // logits.numel()))
 
     def batches(self) -> Iterator[list[Batch]]:
+        """Yield the passes of each step."""
         generator = torch.Generator().manual_seed(self.recovery.seed)
         while True:
             order = torch.randperm(len(self.data), generator=generator)
@@ -423,7 +429,7 @@ def _cost(model: nn.Module, teacher: nn.Module | None, batches: Sequence[Batch])
 
 
 @contextmanager
-def _trained(model: nn.Module, targets: Sequence[Target], recovery: Recovery) -> Iterator[None]:
+def training(model: nn.Module, targets: Sequence[Target], recovery: Recovery) -> Iterator[None]:
     """Context manager: only the targets' parameters, or factors beside them that are merged at the end, are trained."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -434,7 +440,7 @@ def _trained(model: nn.Module, targets: Sequence[Target], recovery: Recovery) ->
                 getattr(target.module, target.attribute).requires_grad_(True)
             yield
             return
-        linear = [target for target in targets if _is_adapted(target)]
+        linear = [target for target in targets if is_adapted(target)]
         if not linear:
             raise ValueError(_without_linear(recovery.rank, type(model).__name__))
         # an expression for whole names: a list of names would also select layers whose names end in one of them

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -467,12 +467,13 @@ def _refine_samples(options: argparse.Namespace) -> int:
 def _text(options: argparse.Namespace) -> "CalibrationText":
     from leanstep.pruning import CalibrationText
 
+    documents: Iterable[str]
     held_out = None
     if options.data == "sotu":
         documents, held_out = split_newest(tuple(sotu_corpus().documents()))
     else:
         try:
-            documents = tuple(open_file(options.data, options.text_key).documents())
+            documents = open_file(options.data, options.text_key)
         except ValueError as error:
             raise ValueError(in_options(str(error), _OPTIONS)) from error
     return CalibrationText(

@@ -11,7 +11,8 @@ from typing import Any
 
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from leanstep._files import free_bytes
 from leanstep._mapped import RESIDENT
@@ -21,7 +22,10 @@ from leanstep.pruning.folder.files import DTYPES, EXPERT_COPIES, ITEM_BYTES, Che
 from leanstep.pruning.folder.fisher_size import FisherSize
 from leanstep.pruning.folder.loading import empty_model_of, position_count
 from leanstep.pruning.folder.recovery import space_beside
+from leanstep.pruning.measure.activation_cache import find_stages
+from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.blocks import candidate_blocks
+from leanstep.pruning.measure.metrics import check_runs, values_of
 from leanstep.pruning.measure.products import product_dtype
 from leanstep.pruning.recovery import Recovery
 from leanstep.pruning.score.base import NEEDS, has_statistics
@@ -297,12 +301,16 @@ def estimate_pruning(
     )
 
 
-def scratch_bytes(model: nn.Module, sequences: Sequences) -> int:
-    """Most bytes of activations and dense outputs in files at one time; 0 for other data than tokens and images."""
+def scratch_bytes(model: nn.Module, sequences: Sequences, data: Any = None) -> int:
+    """Most bytes of activations and dense outputs in files at one time; 0 where nothing tells.
+
+    Runs the model on a sample of ``data``, a tensor, where its configuration does not tell the tokens of one: of
+    sounds, and of images without patches.
+    """
     config: Any = getattr(model, "config", None)
     tokens = 0 if config is None else sequences.tokens or _patches(config)
     if not tokens:
-        return 0
+        return sum(_of_a_sample(model, data).largest(sequences, 1).values()) if isinstance(data, torch.Tensor) else 0
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     text = config.get_text_config()
     sizes = _Stored(
@@ -312,6 +320,25 @@ def scratch_bytes(model: nn.Module, sequences: Sequences) -> int:
         itemsize=next(model.parameters()).element_size(),
     )
     return sum(sizes.largest(sequences, tokens).values())
+
+
+@torch.no_grad()
+def _of_a_sample(model: nn.Module, data: Tensor) -> _Stored:
+    """Sizes of a sample as of one token: the largest output of a stage in bytes, and the model's output."""
+    sample = as_batches(data[:1], model)[0]
+    check_runs(model, sample)
+    stages, sizes = find_stages(model, sample), [0]
+
+    def measure(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        sizes.append(sum(leaf.nbytes for leaf in tree_leaves(output) if isinstance(leaf, Tensor)))
+
+    handles = [stage.register_forward_hook(measure) for _, stage in stages]
+    try:
+        outputs = values_of(sample.run(model)).numel()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return _Stored(width=max(sizes), outputs=outputs, blocks=len(stages), itemsize=1)
 
 
 def _patches(config: Any) -> int:

@@ -30,8 +30,10 @@ from leanstep.pruning.folder.checkpoint import (
 from leanstep.pruning.folder.files import Checkpoint, open_checkpoint, stored_dtypes, stored_tensors
 from leanstep.pruning.folder.loading import checkpoint_values, load_model, stored_parameters
 from leanstep.pruning.folder.text import CalibrationText, held_out_hash, perplexity_of, sequences_of
+from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.points import Progress
 from leanstep.pruning.recovery import Recovery, RecoveryResult, recover
+from leanstep.pruning.recovery_memory import distillation_bytes
 from leanstep.pruning.result import finite_values
 from leanstep.pruning.score.targets import find_targets
 
@@ -60,8 +62,8 @@ def recover_checkpoint(
         source: the dense checkpoint, the teacher.
         folder: the pruned one.
         data, held_out: as for :func:`prune_checkpoint`.
-        recovery: the settings. With ``distill=None``, the dense model is the teacher if it and the gradients fit into
-            the free memory; else the data's next tokens are learnt, and a note says so.
+        recovery: the settings. With ``distill=None``, the dense model is the teacher if what distillation takes fits
+            into the free memory; else the data's next tokens are learnt, and a note says so.
         evaluate: measure perplexity on the held-out sequences.
         device: of both models.
         progress: see :func:`recover`.
@@ -113,13 +115,20 @@ def recover_model(
     evaluate: bool,
     device: str | torch.device,
     progress: Progress | None,
+    in_files: int = 0,
 ) -> RecoveryResult:
-    """As :func:`recover_checkpoint`, with the model of the pruned folder and the opened dense checkpoint."""
+    """As :func:`recover_checkpoint`, with the model of the pruned folder and the opened dense checkpoint.
+
+    ``in_files``: see :func:`distillation_bytes`.
+    """
     content, pruned, state = pruned_content(folder), open_checkpoint(folder), state_file(folder)
     names = _pruned_names(content)
-    if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+    if is_half := any(parameter.dtype == torch.float16 for parameter in model.parameters()):
         model.float()
-    teacher, note = _teacher(dense, model, names, recovery, device)
+        in_files = 0  # copies in memory
+    if not isinstance(data, torch.Tensor):  # read once, for the memory and for the training
+        data = as_batches(data, model)
+    teacher, note = _teacher(dense, model, data, names, recovery, device, snapshot=is_half, in_files=in_files)
     content["perplexity"] = dict(content.get("perplexity") or {})
     content["perplexity"].pop("recovered", None)  # of an earlier recovery that was not applied
     if evaluate and content.get(HELD_OUT) not in (None, held_out_hash(held_out)):
@@ -228,16 +237,25 @@ def _check_unchanged(folder: Path, content: Mapping[str, Any], model: nn.Module)
 
 
 def _teacher(
-    dense: Checkpoint, model: nn.Module, names: list[str], recovery: Recovery, device: str | torch.device
+    dense: Checkpoint,
+    model: nn.Module,
+    data: Any,
+    names: list[str],
+    recovery: Recovery,
+    device: str | torch.device,
+    **settings: Any,
 ) -> tuple[nn.Module | None, str]:
-    """The dense model, or None and a note why not."""
+    """The dense model, or None and a note why not. ``settings``: of :func:`distillation_bytes`."""
     if recovery.distill is False:
         return None, ""
     free = free_memory(device)
-    trained = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if name in set(names))
-    if recovery.distill is None and free is not None and dense.size + trained > free:
-        return None, (
-            f"recovery learnt the next tokens, not the dense model's outputs: that model and the gradients take "
-            f"{(dense.size + trained) / 1e9:.2f} GB and {free / 1e9:.2f} GB were free"
-        )
+    if recovery.distill is None and free is not None:
+        include = [escape(name) for name in names]
+        uses = distillation_bytes(model, data, recovery, dense=dense.size, include=include, **settings)
+        if (total := sum(uses.values())) > free:
+            parts = ", ".join(f"{use} {size / 1e9:.2f}" for use, size in uses.items())
+            return None, (
+                f"recovery learnt the next tokens, not the dense model's outputs: these take {total / 1e9:.2f} GB "
+                f"({parts}) and {free / 1e9:.2f} GB were free"
+            )
     return load_model(dense, device), ""

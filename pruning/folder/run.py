@@ -13,7 +13,7 @@ from torch import nn
 
 from leanstep._checkpoint import check_apart, check_output, check_space, new_folder
 from leanstep._files import output_folder, restore_replaced
-from leanstep._mapped import RESIDENT, CopiesInFiles, ResidentSet, Scratch
+from leanstep._mapped import RESIDENT, CopiesInFiles, MappedParameters, ResidentSet, Scratch, is_mapped
 from leanstep._processes import Processes
 from leanstep._version import __version__
 from leanstep.pruning.allocate.descent import Refinement
@@ -60,6 +60,7 @@ from leanstep.pruning.score.base import has_statistics
 from leanstep.pruning.score.targets import empty_targets, make_groups, prunable_names
 
 ACTIVATIONS = ("memory", "disk")
+_UNCHECKED = "the disk space for activations was not checked: the data is batches, not a tensor of samples"
 
 
 def prune_checkpoint(
@@ -160,8 +161,12 @@ def prune_checkpoint(
     source_weights, zeros = processes.from_first(lambda: hash_and_zeros(checkpoint, names))
     if zeros:  # else not: counting takes the memory of all weights
         check_reach(model, settings)
+    unchecked = ""
     if activations == "disk":
-        scratch = scratch_bytes(model, _sequences(calibration))
+        first = calibration.held_out if calibration.data is None else calibration.data
+        scratch = scratch_bytes(model, _sequences(calibration), first)
+        if first is not None and not isinstance(first, torch.Tensor | bool):
+            unchecked = _UNCHECKED
         processes.from_first(lambda: check_space(out, written + scratch * processes.size))
     content: dict[str, Any] = {"leanstep": __version__, "source": str(source)}
     content[SOURCE_WEIGHTS] = source_weights
@@ -188,13 +193,14 @@ def prune_checkpoint(
             )
         if not processes.is_first:
             return result
-        result.notes.extend(filter(None, [*notes, unmapped_note(mapped)]))
+        result.notes.extend(filter(None, [*notes, unmapped_note(mapped), unchecked]))
         content |= result.to_dict()
         with CopiesInFiles(joined):
             values = checkpoint_values(checkpoint, model)
         changed = write_weights(checkpoint, values, folder)
         del values
         mapped.detach()
+        in_files = 0 if moves_blocks(torch.device(device)) else _bytes_in_files(model, mapped)
         copy_others(checkpoint, folder)
         content["tensors"] = _tensor_rows(changed, result)
         write_report(content, folder)
@@ -211,6 +217,7 @@ def prune_checkpoint(
                 evaluate=evaluate,
                 device=device,
                 progress=progress,
+                in_files=in_files,
             )
         except ValueError as error:
             raise ValueError(f"{out} holds the pruned model, and recovery stopped: {error}") from error
@@ -391,6 +398,11 @@ def _computing_on(device: str | torch.device, model: nn.Module, calibration: _Ca
     data = calibration.held_out if calibration.data is None else calibration.data
     with BlockMover(model, device) as mover:
         yield [] if data is None or data is False else [mover.try_on(as_batches(data, model)[0].sample(0))]
+
+
+def _bytes_in_files(model: nn.Module, mapped: MappedParameters) -> int:
+    """Bytes of parameters that are pages of files: of the folder, and of experts that transformers joins."""
+    return sum(p.nbytes for name, p in model.named_parameters() if name in mapped.names or is_mapped(p))
 
 
 def moves_blocks(device: torch.device) -> bool:

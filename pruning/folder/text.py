@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -23,7 +24,7 @@ class CalibrationText:
     """Text to calibrate a language model with, and how much of it.
 
     Attributes:
-        documents: the texts, in order.
+        documents: the texts, in order. They are read one by one; an iterable that reads a file needs no memory for all.
         label: name of the texts in messages and in the report.
         samples: sequences for the scores.
         curve_samples: number of these sequences for the curves.
@@ -38,12 +39,12 @@ class CalibrationText:
             for the scores, or a seed that is not of 63 bits.
     """
 
-    documents: tuple[str, ...]
+    documents: Iterable[str]
     label: str = "text"
     samples: int = 128
     curve_samples: int = 16
     held_out: int = 8
-    held_out_documents: tuple[str, ...] | None = None
+    held_out_documents: Iterable[str] | None = None
     seq_len: int | None = None
     seed: int = 0
     refine_samples: int = 32
@@ -81,7 +82,7 @@ def sequences_of(
         with encoding(checkpoint.folder):
             return tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
 
-    def cut(documents: tuple[str, ...], count: int) -> Tensor:
+    def cut(documents: Iterable[str], count: int) -> Tensor:
         sequences = token_sequences(
             encode,
             documents,
@@ -135,12 +136,17 @@ def token_sequences(
 
     Raises:
         ValueError: for too little text, with both numbers of tokens, or a ``length`` that ``begin`` fills.
+
+    Notes:
+        Memory: 4 bytes per token of the text, and one document with its tokens.
     """
     if (length_of_text := length - len(begin)) < 1:
         raise ValueError(f"expected sequences of more than the {len(begin)} tokens before a text, got {length}")
-    tokens: list[int] = []
+    # which pieces are drawn depends on their number, which only the end of the text tells: all tokens are stored until
+    # then. A list would take nine times the memory
+    tokens = array("i")
     for text in texts:
-        tokens += encode(text)
+        tokens.extend(encode(text))
         if end is not None:
             tokens.append(end)
     pieces = len(tokens) // length_of_text
@@ -150,8 +156,9 @@ def token_sequences(
             f"text, it has {len(tokens):,}; give more text, or ask for fewer or shorter sequences"
         )
     drawn = torch.randperm(pieces, generator=torch.Generator().manual_seed(seed))[:count]
-    drawn_text = torch.tensor(tokens[: pieces * length_of_text], dtype=torch.int64).view(pieces, length_of_text)[drawn]
-    return torch.cat([torch.tensor(begin, dtype=torch.int64).expand(count, len(begin)), drawn_text], dim=1)
+    # a view of the array; indexing copies what is drawn
+    cut = torch.frombuffer(tokens, dtype=torch.int32, count=pieces * length_of_text).view(pieces, length_of_text)
+    return torch.cat([torch.tensor(begin, dtype=torch.int64).expand(count, len(begin)), cut[drawn].long()], dim=1)
 
 
 def held_out_hash(held_out: Any) -> str | None:

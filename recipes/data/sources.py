@@ -42,8 +42,8 @@ class StreamError(ValueError):
 class Corpus:
     """Documents of one split, in order.
 
-    ``documents()`` starts a new pass over the texts. ``fingerprint`` is a hash of their content. ``names`` has one name
-    per document, or is empty.
+    ``documents()`` starts a new pass over the texts, and so does iteration. ``fingerprint`` is a hash of their content.
+    ``names`` has one name per document, or is empty.
     """
 
     label: str
@@ -51,6 +51,9 @@ class Corpus:
     documents: Callable[[], Iterable[str]]
     names: tuple[str, ...] = ()
     in_time_order: bool = False
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.documents())
 
     @classmethod
     def of_texts(cls, label: str, texts: list[str], **settings: Any) -> "Corpus":

@@ -11,9 +11,9 @@ import weakref
 import pytest
 import torch
 from architectures import make
-from pruned_models import make_llama, save_model, tokens
+from pruned_models import images, make_llama, save_model, tokens
 from texts import sentences
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Wav2Vec2Config, Wav2Vec2ForSequenceClassification
 
 from leanstep._mapped import Scratch
 from leanstep.cli import main
@@ -285,17 +285,8 @@ def test_a_dry_run_refuses_what_the_run_refuses(options, message, tmp_path, caps
     assert "memory and time of --refine are not in the estimate" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("settings", "judging"),
-    [
-        ({"allocation": "dp", "curves": "measured", "levels": (0.4, 0.7)}, 0),
-        ({"allocation": "dp", "curves": "fisher", "levels": (0.4, 0.7)}, 24),
-        ({"allocation": "atp"}, 0),
-        ({"allocation": "owl", "score": "magnitude"}, 0),
-    ],
-)
-def test_the_estimated_disk_of_activations_is_no_less_than_what_is_stored(settings, judging, tmp_path, monkeypatch):
-    save_model(make_llama(4), tmp_path / "in")
+def count_stored(monkeypatch):
+    """Return a list that gets the bytes in files of activations whenever some are stored."""
     stored, most = [], []
     store = Scratch._store
 
@@ -307,6 +298,21 @@ def test_the_estimated_disk_of_activations_is_no_less_than_what_is_stored(settin
         return file
 
     monkeypatch.setattr(Scratch, "_store", counting)
+    return most
+
+
+@pytest.mark.parametrize(
+    ("settings", "judging"),
+    [
+        ({"allocation": "dp", "curves": "measured", "levels": (0.4, 0.7)}, 0),
+        ({"allocation": "dp", "curves": "fisher", "levels": (0.4, 0.7)}, 24),
+        ({"allocation": "atp"}, 0),
+        ({"allocation": "owl", "score": "magnitude"}, 0),
+    ],
+)
+def test_the_estimated_disk_of_activations_is_no_less_than_what_is_stored(settings, judging, tmp_path, monkeypatch):
+    save_model(make_llama(4), tmp_path / "in")
+    most = count_stored(monkeypatch)
     checked = []
     monkeypatch.setattr(run, "check_space", lambda out, needed: checked.append(needed))
     data = tokens(12 + 4 + judging, 16)
@@ -349,3 +355,30 @@ def test_several_processes_take_their_number_of_times_the_memory(tmp_path):
     memory = sum(three.memory.values())
     tight = dataclasses.replace(three, free_memory=2 * memory, free_disk=10**15)
     assert "fewer processes" in tight.problems()[0] and not dataclasses.replace(tight, processes=1).problems()
+
+
+def sounds(count):
+    return torch.randn(count, 4000, generator=torch.Generator().manual_seed(0))
+
+
+def make_wav2vec2():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    filters = {"conv_dim": (16, 16), "conv_stride": (5, 4), "conv_kernel": (10, 3), "num_feat_extract_layers": 2}
+    projections = {"classifier_proj_size": 16, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    return Wav2Vec2ForSequenceClassification(Wav2Vec2Config(**sizes, **filters, **projections, num_labels=5)).eval()
+
+
+@pytest.mark.parametrize(
+    ("model", "draw"), [(lambda: make("resnet"), images), (make_wav2vec2, sounds)], ids=["resnet", "wav2vec2"]
+)
+def test_the_disk_of_activations_is_checked_for_images_without_patches_and_sounds(model, draw, tmp_path, monkeypatch):
+    model().save_pretrained(tmp_path / "in")
+    data, settings = draw(12), {"sparsity": 0.5, "allocation": "uniform", "activations": "disk"}
+    checkpoint, most, checked = open_checkpoint(tmp_path / "in"), count_stored(monkeypatch), []
+    monkeypatch.setattr(run, "check_space", lambda out, needed: checked.append(needed))
+    result = prune_checkpoint(tmp_path / "in", tmp_path / "out", data[:8], held_out=data[8:], **settings)
+    assert max(most) <= checked[0] - checkpoint.size <= 4 * max(most)
+    assert not any("was not checked" in note for note in result.notes)
+    batches = list(data[:8].split(4))
+    result = prune_checkpoint(tmp_path / "in", tmp_path / "other", batches, held_out=data[8:], **settings)
+    assert any("disk space for activations was not checked" in note for note in result.notes)
