@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
@@ -36,7 +36,7 @@ class CalibrationText:
 
     Raises:
         ValueError: for numbers of sequences below 1, below 2 for ``refine_samples``, more sequences for the curves than
-            for the scores, or a seed that is not of 63 bits.
+            for the scores, a text in place of a sequence of texts, or a seed that is not of 63 bits.
     """
 
     documents: Iterable[str]
@@ -50,6 +50,12 @@ class CalibrationText:
     refine_samples: int = 32
 
     def __post_init__(self) -> None:
+        for name in ("documents", "held_out_documents"):
+            texts = getattr(self, name)
+            if isinstance(texts, str):
+                raise ValueError(f"{name}: expected a sequence of texts, got one text; put it into a tuple")
+            if isinstance(texts, Iterator):  # they are read more than once
+                object.__setattr__(self, name, tuple(texts))
         if min(self.samples, self.curve_samples, self.held_out) < 1 or self.curve_samples > self.samples:
             raise ValueError(
                 "expected samples, curve_samples and held_out of at least 1, and curve_samples <= samples; got "

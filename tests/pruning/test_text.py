@@ -94,3 +94,10 @@ def test_text_in_one_tuple_and_text_that_is_read_draw_the_same(tmp_path):
     checkpoint = open_checkpoint(tmp_path / "model")
     whole, read = (sequences_of(checkpoint, CalibrationText(each, **settings)) for each in (texts, Read()))
     assert all(map(torch.equal, whole, read))
+
+
+def test_an_iterator_of_documents_serves_every_pass_and_one_text_is_refused():
+    text = CalibrationText(iter(["a", "b"]), held_out_documents=(one for one in ["c"]))
+    assert (text.documents, text.held_out_documents) == (("a", "b"), ("c",))
+    with pytest.raises(ValueError, match=r"^documents: expected a sequence of texts, got one text"):
+        CalibrationText("a text")
