@@ -17,7 +17,7 @@ from leanstep._mapped import Scratch
 from leanstep._processes import Processes
 from leanstep.pruning.allocate.allocation import allocate
 from leanstep.pruning.allocate.budgets import Budget, BudgetConstraint
-from leanstep.pruning.allocate.closed_form import atp_betas, in_blocks, snap
+from leanstep.pruning.allocate.closed_form import atp_betas_tried, in_blocks, snap
 from leanstep.pruning.allocate.descent import Descent, Refinement
 from leanstep.pruning.allocate.latency import LatencyTable
 from leanstep.pruning.choices import fixed_pattern
@@ -37,9 +37,6 @@ from leanstep.pruning.result import Additivity, Allocation, PruneResult
 from leanstep.pruning.score.calibration import Pruning
 from leanstep.pruning.score.targets import Group, check_filled, some
 from leanstep.sparsity import NM
-
-# most slopes of ATP to try
-_SLOPES = 9
 
 
 def check_target(
@@ -304,8 +301,7 @@ class Planner:
         # the slope with the smallest joint distortion on the curves' data
         assert self.sparsity is not None
         blocks = {layer.block for layer in in_blocks([group.layer for group in self.groups])}
-        betas = atp_betas(self.sparsity, len(blocks))
-        candidates = [self._allocate("atp", beta=beta) for beta in betas[:: -(-len(betas) // _SLOPES)]]
+        candidates = [self._allocate("atp", beta=beta) for beta in atp_betas_tried(self.sparsity, len(blocks))]
         measurement = self._measurement(self.curve_batches)
         return min(candidates, key=lambda one: self.trial.joint(measurement, one).mean)
 

@@ -131,9 +131,10 @@ def prune(
         ratio of score to magnitude. The result's notes name both.
 
         ``refine`` keeps the pruners of all matrices, the gradient of each, and as many inputs of blocks as a quarter of
-        the free memory holds. An exchange takes a pass over its data from the first changed block on, a round of
-        exchanges one more with gradients. The refined allocation, the programme's and uniform sparsity are compared on
-        held-out data, and the best is applied.
+        the free memory holds. A pass with gradients takes those of a batch besides, and the activations of one block,
+        which the backward pass computes again. An exchange takes a pass over its data from the first changed block on,
+        a round of exchanges one more with gradients. The refined allocation, the programme's and uniform sparsity are
+        compared on held-out data, and the best is applied.
 
         ``inputs="dense"`` keeps all pruned matrices until the last one is pruned, which takes the memory of a copy.
         ``inputs="pruned"`` takes a pass over the data for every block of a model whose activations cannot be cached.

@@ -320,7 +320,7 @@ def _dry_run(options: argparse.Namespace) -> int:
         sequences_of(checkpoint, data, refine=refine is not None)
     names = (
         *("samples", "held_out", "batch_size", "allocation", "score", "metric", "curves", "minutes", "granularity"),
-        "products",
+        *("products", "pattern", "correction"),
     )
     workload = Workload(
         **{name: getattr(options, name) for name in (*names, "activations")},
@@ -329,6 +329,8 @@ def _dry_run(options: argparse.Namespace) -> int:
         levels=None if options.levels is None else len(options.levels),
         sparsity=0.5 if options.sparsity is None else options.sparsity,
         refine_samples=0 if refine is None else _refine_samples(options),
+        refine_minutes=options.refine,
+        refine_evaluations=options.refine_evaluations,
         processes=options.nproc,
         device=options.device,
     )
@@ -340,9 +342,6 @@ def _dry_run(options: argparse.Namespace) -> int:
         print(json.dumps(asdict(estimate) | {"problems": problems}))
     else:
         print("\n".join(estimate_lines(estimate)))
-        uncounted = [name for name, value in (("--refine", refine), ("--recover", options.recover)) if value]
-        if uncounted:
-            print(f"memory and time of {' and '.join(uncounted)} are not in the estimate")
     for problem in problems:
         print(f"error: {options.checkpoint}: {problem}", file=sys.stderr)
     return 2 if problems else 0

@@ -45,7 +45,7 @@ def estimate_lines(estimate: "Estimate") -> list[str]:
         lines += [f"  {use:<28}{format_duration(duration):>12}" for use, duration in estimate.seconds.items()]
     if estimate.reads:
         lines.append(f"the model does not fit into the free memory: {format_bytes(estimate.reads)} are read from disk")
-    return lines
+    return lines + [f"not in the estimate: {what}" for what in estimate.not_counted]
 
 
 class ProgressBar:

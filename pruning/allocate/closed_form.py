@@ -19,6 +19,9 @@ from leanstep.pruning.score.targets import Layer
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
+# most slopes of ATP to try
+_SLOPES = 9
+
 
 def apportion(shares: Floats, total: int, lower: Ints, upper: Ints) -> Ints:
     """Round ``shares`` to integers within bounds that add up to ``total``.
@@ -197,6 +200,12 @@ def atp_betas(sparsity: float, blocks: int, step: float = 0.002) -> list[float]:
     """
     largest = _largest_beta(sparsity, blocks)
     return [step * i for i in range(1, int(largest / step + 1e-9) + 1)] or [largest]
+
+
+def atp_betas_tried(sparsity: float, blocks: int) -> list[float]:
+    """Those of :func:`atp_betas` that pruning tries: at most 9, evenly spaced."""
+    betas = atp_betas(sparsity, blocks)
+    return betas[:: -(-len(betas) // _SLOPES)]
 
 
 def in_blocks(layers: Sequence[Layer]) -> list[Layer]:

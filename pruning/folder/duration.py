@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,8 +13,9 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 
+from leanstep.pruning.allocate.closed_form import atp_betas_tried
 from leanstep.pruning.folder.fisher_size import FisherSize
-from leanstep.pruning.measure.curves import level_grid
+from leanstep.pruning.measure.curves import level_grid, nm_level_count
 from leanstep.pruning.measure.fisher import ROWS
 from leanstep.pruning.measure.metrics import kl_divergence
 from leanstep.pruning.score.base import NEEDS, has_statistics
@@ -45,8 +48,18 @@ class Rates:
     hashed: float
 
     @classmethod
-    def measured(cls, dtype: torch.dtype) -> Rates:
-        """Measure for about a second."""
+    def measured(cls, dtype: torch.dtype, processes: int = 1) -> Rates:
+        """Measure for about a second, with the threads of one of several processes."""
+        threads = torch.get_num_threads()
+        if processes > 1 and "OMP_NUM_THREADS" not in os.environ:  # as they are started
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+        try:
+            return cls._measured(dtype)
+        finally:
+            torch.set_num_threads(threads)
+
+    @classmethod
+    def _measured(cls, dtype: torch.dtype) -> Rates:
         left, right = torch.randn(256, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
         weight, small = torch.randn(512, 512), torch.randn(16, 16)
         logits, raw = torch.randn(32, 8192), torch.randint(0, 255, (2**22,), dtype=torch.uint8)
@@ -112,9 +125,10 @@ class Duration:
             if workload.score == "alps":
                 self._prepare += _ALPS_EIGEN * cubes
                 self._level += _ALPS_PRODUCTS * products + _ALPS_RANKINGS * ranked
-        self._prune_all = self._prepare + max(self._level, ranked)
+        # the matrices of a block are dealt to the processes, and the batches of the statistics
+        self._prune_all = (self._prepare + max(self._level, ranked)) / workload.processes
         # each block runs once for the statistics and once for the input of the next
-        self._statistics = 2 * self._pass(workload.samples) if needs else 0.0
+        self._statistics = 2 * self._pass(workload.samples) / workload.processes if needs else 0.0
         self.passes = 0.0
         self.curves = ""
 
@@ -130,7 +144,6 @@ class Duration:
         """By use."""
         sizes, workload, rates = self._sizes, self._workload, self._rates
         blocks = sizes.blocks
-        groups = blocks if workload.granularity == "block" else len(sizes.matrices)
         seconds = {
             "start and imports": time.time() - psutil.Process().create_time(),
             "files": sizes.size * (_READS * rates.copied + _HASHES * rates.hashed),
@@ -139,13 +152,24 @@ class Duration:
         }
         self.passes = blocks / 2 + 2 * workload.samples / workload.batch_size
         if has_statistics(workload.allocation, "magnitude"):
-            seconds["outliers"] = self._pass(workload.samples) + self._prune_all
-        if workload.allocation == "dp":
+            # every process scores all matrices
+            every = workload.processes * self._prune_all
+            seconds["outliers"] = self._pass(workload.samples) / workload.processes + every
+        groups = blocks if workload.granularity == "block" else len(sizes.matrices)
+        if workload.method == "dp":
             self._add_curves(seconds, groups)
+        if workload.method == "atp":
+            slopes = len(atp_betas_tried(workload.sparsity, max(2, blocks)))
+            joint = self._pass(workload.curve_samples, compared=True)
+            seconds[f"slopes of ATP, {slopes}"] = 2 * joint + slopes * (self._statistics + self._prune_all + joint)
+            self.passes += slopes * 2 * workload.samples / workload.batch_size
+        if workload.refine_samples:
+            seconds["search"] = self._search()
         if workload.held_out:
-            allocations = (2 if workload.allocation == "dp" else 1) + bool(workload.refine_samples)
+            allocations = (2 if workload.method == "dp" else 1) + bool(workload.refine_samples)
             together = (blocks + 4) / 2 * self._pass(workload.held_out, compared=True)
-            single = groups / 2 * self._pass(workload.held_out, compared=True) + self._statistics + self._prune_all
+            passes = groups / 2 * self._pass(workload.held_out, compared=True) / workload.processes
+            single = passes + self._statistics + self._prune_all
             # single matrices are pruned only within the minutes
             alone = int(min(allocations, 60 * workload.minutes / single)) if single else allocations
             seconds["comparison on held-out data"] = (
@@ -154,17 +178,51 @@ class Duration:
             self.passes += (allocations * blocks + alone * groups) / 2
         return seconds
 
+    def _levels(self) -> int:
+        """Pruned levels of a curve."""
+        workload = self._workload
+        if workload.pattern != "unstructured":
+            return nm_level_count(int(workload.pattern.partition(":")[2])) - 1
+        return workload.levels or len(level_grid(10**6, workload.sparsity)) - 1
+
     def _add_curves(self, seconds: dict[str, float], groups: int) -> None:
-        sizes, workload = self._sizes, self._workload
-        levels = workload.levels or len(level_grid(10**6, workload.sparsity)) - 1
-        prepared = self._statistics + self._prune_all + levels * self._level
-        measured = prepared + groups * levels / 2 * self._pass(workload.curve_samples, compared=True)
+        sizes, workload, levels = self._sizes, self._workload, self._levels()
+        number = workload.processes
+        prepared = self._statistics + self._prune_all + levels * self._level / number
+        # of one process; each measures its share of the matrices and levels
+        points = groups * levels / 2 * self._pass(workload.curve_samples, compared=True)
         fisher = prepared
         if sizes.fisher is not None:
-            passes, weights = _FISHER_PASSES * sizes.fisher.passes, sum(rows * n for rows, n in sizes.matrices)
+            # each process collects its share of the matrices
+            passes = _FISHER_PASSES * math.ceil(sizes.fisher.passes / number)
+            weights = sum(rows * columns for rows, columns in sizes.matrices)
             fisher += passes * self._pass(workload.curve_samples, compared=True, batch_size=1)
-            fisher += 2 * ROWS * levels * weights * self._rates.operation
+            fisher += 2 * ROWS * levels * weights * self._rates.operation / number
         limit = 60 * workload.minutes
-        self.curves = use = workload.curves or ("measured" if measured <= limit else "anchored")
-        seconds[f"curves, {use}"] = {"measured": measured, "fisher": fisher}.get(use, fisher + min(limit, measured))
+        # as the run decides, by the passes, and by the levels of scores that update weights
+        levels_of_score = levels * self._level if {"gram", "gradients"} & {*NEEDS[workload.score]} else 0.0
+        fits = points + levels_of_score <= limit * number
+        self.curves = use = workload.curves or ("measured" if fits else "anchored")
+        measured = prepared + points / number
+        anchored = fisher + min(limit, measured)
+        seconds[f"curves, {use}"] = {"measured": measured, "fisher": fisher}.get(use, anchored)
         self.passes += groups * levels / 2 if use == "measured" else 0
+        if workload.correction != "none":
+            # the joint distortion; then twice: statistics of all matrices, points with the dense one, and it again
+            joint = self._statistics + self._prune_all + self._pass(workload.curve_samples, compared=True)
+            again = self._statistics / 2 + number * self._prune_all + levels * self._level / number
+            again += points * (levels + 1) / levels / number
+            seconds["correction of curves, at most"] = joint + 2 * (again + joint)
+            self.passes += groups * (levels + 1)
+
+    def _search(self) -> float:
+        """Of the pruners of all matrices, which every process makes, and the search within its limits."""
+        workload = self._workload
+        judging = self._pass(workload.refine_samples, compared=True)
+        start = self._statistics + workload.processes * self._prune_all + 3 * judging
+        # an exchange takes half of a pass, from the first changed block on
+        limits = [
+            *([] if workload.refine_minutes is None else [60 * workload.refine_minutes]),
+            *([] if workload.refine_evaluations is None else [workload.refine_evaluations * judging / 2]),
+        ]
+        return start + min(limits, default=0.0)

@@ -11,21 +11,20 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from leanstep._files import free_bytes
 from leanstep._mapped import RESIDENT
 from leanstep._memory import free_memory
+from leanstep.pruning.choices import fixed_pattern
 from leanstep.pruning.folder.duration import Duration, Rates, Sizes
 from leanstep.pruning.folder.files import DTYPES, EXPERT_COPIES, ITEM_BYTES, Checkpoint, fused_bytes, most_common_dtype
 from leanstep.pruning.folder.fisher_size import FisherSize
 from leanstep.pruning.folder.loading import empty_model_of, position_count
 from leanstep.pruning.folder.recovery import space_beside
-from leanstep.pruning.measure.activation_cache import find_stages
-from leanstep.pruning.measure.batches import as_batches
+from leanstep.pruning.folder.search_size import GRADIENTS, SearchSize, pruner_bytes
+from leanstep.pruning.folder.stored_size import Sequences, StoredSizes, largest_phase, patch_count
 from leanstep.pruning.measure.blocks import candidate_blocks
-from leanstep.pruning.measure.metrics import check_runs, values_of
 from leanstep.pruning.measure.products import product_dtype
 from leanstep.pruning.recovery import Recovery
 from leanstep.pruning.score.base import NEEDS, has_statistics
@@ -34,8 +33,6 @@ from leanstep.pruning.score.targets import block_numbers, prunable_names
 # bytes for each weight of a matrix while it is ranked or updated, besides the matrix itself: fp32 copies, scores,
 # sorted scores, an order in int64 with the workspace of the sort, and a mask
 _PRUNER_BYTES = 40
-# samples whose gradients score="mfac" collects
-_GRADIENTS = 128
 # allocations for which distortions of single changes, or of candidates, are measured on the data for curves
 MEASURED = ("dp", "atp")
 
@@ -48,11 +45,12 @@ class Workload:
         samples, curve_samples, held_out: numbers of sequences (or images).
         tokens: of a sequence; None: the model's positions, at most 2048.
         batch_size: samples per pass.
-        allocation, score, metric, curves, minutes, granularity, sparsity, products: as for
+        allocation, score, metric, curves, minutes, granularity, sparsity, products, pattern, correction: as for
             :func:`leanstep.pruning.prune`.
         levels: number of levels of a curve; None: those of the default grid.
         activations, resident: as for :func:`leanstep.pruning.prune_checkpoint`.
         refine_samples: sequences that judge exchanges; 0: no search.
+        refine_minutes, refine_evaluations: limits of the search.
         processes: that share the work.
         device: that computes. Of another one than the CPU, the memory is estimated and not the time.
 
@@ -79,6 +77,10 @@ class Workload:
     processes: int = 1
     device: str = "cpu"
     products: str = "auto"
+    pattern: str = "unstructured"
+    correction: str = "none"
+    refine_minutes: float | None = None
+    refine_evaluations: int | None = None
 
     def __post_init__(self) -> None:
         counts = (self.samples, self.curve_samples, self.held_out)
@@ -89,6 +91,11 @@ class Workload:
             )
         if self.tokens is not None and self.tokens < 2:
             raise ValueError(f"expected at least 2 tokens in a sequence, got {self.tokens}")
+
+    @property
+    def method(self) -> str:
+        """The allocation; uniform for a fixed pattern, which leaves nothing to allocate."""
+        return self.allocation if fixed_pattern(self.pattern) is None else "uniform"
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,7 @@ class Estimate:
         reads: bytes of weights read from the disk, if the model is larger than the free memory.
         device_memory: bytes by use on a device other than the CPU.
         free_device: bytes; None for the CPU, and for a device that is not here.
+        not_counted: what the run takes besides, in words.
     """
 
     parameters: int
@@ -119,6 +127,7 @@ class Estimate:
     processes: int = 1
     device_memory: dict[str, int] = field(default_factory=dict)
     free_device: int | None = None
+    not_counted: list[str] = field(default_factory=list)
 
     def problems(self) -> list[str]:
         """Sentences about what does not fit."""
@@ -224,7 +233,7 @@ def estimate_pruning(
         workload: data and settings.
         include, exclude: see :func:`leanstep.pruning.find_targets`.
         recovery: settings of recovery, which writes its state and the folder a second time. Its memory and time are
-            not in the estimate.
+            not in the estimate, which says so.
 
     Raises:
         ValueError: for a configuration that transformers cannot open, sequences beyond its positions, or nothing to
@@ -236,7 +245,7 @@ def estimate_pruning(
     positions = position_count(checkpoint.config, checkpoint.folder)
     tokens = workload.tokens
     if tokens is None:
-        tokens = min(positions, 2048) if positions else max(_patches(getattr(model, "config", None)), 1)
+        tokens = min(positions, 2048) if positions else max(patch_count(getattr(model, "config", None)), 1)
     elif tokens > (positions or tokens):
         raise ValueError(f"a sequence has at most the model's {positions} positions, got {tokens} tokens")
     fisher = FisherSize.of(
@@ -249,21 +258,25 @@ def estimate_pruning(
         one_output=shapes.one_output,
         recomputed=workload.device == "cpu" and not shapes.one_output,
     )
+    itemsize = ITEM_BYTES[dtype]
     sizes = Sizes(shapes.matrices, len(shapes.blocks), shapes.active, shapes.outputs, tokens, checkpoint.size, fisher)
-    duration = Duration(sizes, workload, Rates.measured(product_dtype(DTYPES[dtype], workload.products)))
+    rates = Rates.measured(product_dtype(DTYPES[dtype], workload.products), workload.processes)
+    duration = Duration(sizes, workload, rates)
     seconds, passes = duration.seconds(), duration.passes
-    activations = _activations(shapes, workload, tokens, ITEM_BYTES[dtype])
+    search = _search(shapes, workload, tokens, itemsize) if workload.refine_samples else None
     computing = {
-        "activations of a batch": _batch_bytes(shapes, workload, tokens, ITEM_BYTES[dtype]),
-        "statistics of a block": _statistics_bytes(shapes, workload, ITEM_BYTES[dtype]),
-        "pruner of a matrix": _pruner_bytes(shapes, workload, ITEM_BYTES[dtype]),
+        "activations of a batch": _batch_bytes(shapes, workload, tokens, itemsize),
+        "statistics of a block": _statistics_bytes(shapes, workload, itemsize),
+        "pruner of a matrix": _pruner_bytes(shapes, workload, itemsize),
     }
-    if duration.curves in ("fisher", "anchored"):
-        computing["x and g of Fisher curves"] = fisher.collected
+    by_fisher = duration.curves in ("fisher", "anchored")
+    if by_fisher:
         computing["activations of a batch"] = max(computing["activations of a batch"], fisher.graph)
+    if search is not None:
+        computing["activations of a batch"] = max(computing["activations of a batch"], search.graph)
     memory = {
         "libraries": psutil.Process().memory_info().rss,
-        "weights": min(workload.resident + _block_bytes(shapes, ITEM_BYTES[dtype]), checkpoint.size),
+        "weights": min(workload.resident + _block_bytes(shapes, itemsize), checkpoint.size),
         "experts, fused": shapes.fused_bytes,
     }
     is_cpu = workload.device == "cpu"
@@ -278,12 +291,28 @@ def estimate_pruning(
         disk["experts, fused"] = experts
     if largest := max(copies, later):  # the copies are gone when recovery begins
         disk["recovery" if later == largest else "copies of the other processes"] = largest
-    if workload.activations == "disk":
+    stored = _stored_by_phase(shapes, workload, tokens, itemsize)
+    in_files = workload.activations == "disk"
+    if in_files:
+        activations = largest_phase(stored.values())
         disk |= {use: size * workload.processes for use, size in activations.items()}
         memory["mapped activations"] = min(workload.resident, sum(activations.values()))
-    else:
-        on_device |= activations
-    free = free_memory("cpu")
+    held = {phase: {} if in_files else uses for phase, uses in stored.items()}
+    if workload.method == "dp" and workload.correction != "none":
+        held["correction"] = {**held["curves"], **_of_all_pruners(shapes, workload, itemsize)}
+    if by_fisher:
+        held["curves"] = {**held["curves"], "x and g of Fisher curves": fisher.collected}
+    free, free_device = free_memory("cpu"), None
+    if not is_cpu and torch.cuda.is_available():
+        free_device = free_memory(workload.device)
+    if search is not None:
+        before = sum(on_device.values()) + sum(held["search"].values()) + search.pruners
+        room = free_device if not is_cpu else None if free is None else free // workload.processes
+        search = search.within(None if in_files or room is None else room - before)
+        held["search"] = {**held["search"], **search.uses}
+        if not is_cpu:  # gradients need all weights there
+            held["search"]["all weights"] = checkpoint.size
+    on_device |= largest_phase(held.values())
     fits = free is None or checkpoint.size + sum(memory.values()) <= free
     return Estimate(
         shapes.parameters,
@@ -297,117 +326,49 @@ def estimate_pruning(
         0 if fits else int(passes * checkpoint.size),
         workload.processes,
         {} if is_cpu else {use: size for use, size in on_device.items() if size},
-        None if is_cpu or not torch.cuda.is_available() else free_memory(workload.device),
+        free_device,
+        [] if recovery is None else ["memory and time of recovery"],
     )
 
 
-def scratch_bytes(model: nn.Module, sequences: Sequences, data: Any = None) -> int:
-    """Most bytes of activations and dense outputs in files at one time; 0 where nothing tells.
-
-    Runs the model on a sample of ``data``, a tensor, where its configuration does not tell the tokens of one: of
-    sounds, and of images without patches.
-    """
-    config: Any = getattr(model, "config", None)
-    tokens = 0 if config is None else sequences.tokens or _patches(config)
-    if not tokens:
-        return sum(_of_a_sample(model, data).largest(sequences, 1).values()) if isinstance(data, torch.Tensor) else 0
-    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
-    text = config.get_text_config()
-    sizes = _Stored(
-        width=getattr(text, "hidden_size", 0),
-        outputs=getattr(config, "num_labels", 0) if head is None else head.weight.shape[0],
-        blocks=getattr(text, "num_hidden_layers", 0),
-        itemsize=next(model.parameters()).element_size(),
-    )
-    return sum(sizes.largest(sequences, tokens).values())
-
-
-@torch.no_grad()
-def _of_a_sample(model: nn.Module, data: Tensor) -> _Stored:
-    """Sizes of a sample as of one token: the largest output of a stage in bytes, and the model's output."""
-    sample = as_batches(data[:1], model)[0]
-    check_runs(model, sample)
-    stages, sizes = find_stages(model, sample), [0]
-
-    def measure(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        sizes.append(sum(leaf.nbytes for leaf in tree_leaves(output) if isinstance(leaf, Tensor)))
-
-    handles = [stage.register_forward_hook(measure) for _, stage in stages]
-    try:
-        outputs = values_of(sample.run(model)).numel()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return _Stored(width=max(sizes), outputs=outputs, blocks=len(stages), itemsize=1)
-
-
-def _patches(config: Any) -> int:
-    """Tokens of an image; 0 for a model without patches."""
-    image, patch = (getattr(config, name, None) for name in ("image_size", "patch_size"))
-    return (image // patch) ** 2 + 1 if isinstance(image, int) and isinstance(patch, int) and patch else 0
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """Numbers of sequences or images by use.
-
-    Attributes:
-        scored: for the statistics of a score; 0 where it needs none.
-        curves, held_out, judging: for curves, the comparison, and a search.
-        tokens: of a sequence; 0 for images.
-    """
-
-    scored: int
-    curves: int
-    held_out: int
-    judging: int = 0
-    tokens: int = 0
-
-    @classmethod
-    def of(cls, scored: bool, data: Any, curves: Any, held_out: Any, judging: Any) -> Sequences:
-        """Of tensors [samples, ...]; numbers of other data are 0."""
-        numbers = [len(one) if isinstance(one, torch.Tensor) else 0 for one in (data, curves, held_out, judging)]
-        is_text = isinstance(data, torch.Tensor) and not data.is_floating_point()
-        return cls(numbers[0] if scored else 0, numbers[1], numbers[2], numbers[3], data.shape[1] if is_text else 0)
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """Sizes of what is cached of one token."""
-
-    width: int
-    outputs: int
-    blocks: int
-    itemsize: int
-
-    def largest(self, sequences: Sequences, tokens: int) -> dict[str, int]:
-        """Bytes at the time when most are stored: for curves, in the comparison, or in a search."""
-        # the next position's are computed while those of the last are there
-        cached = {count: 2 * (sequences.scored + count) for count in (sequences.curves, sequences.held_out)}
-        judging = max(2 * (sequences.scored + sequences.judging), self.blocks * sequences.judging)
-        phases = [*cached.items(), *([(sequences.judging, judging)] if sequences.judging else [])]
-        uses = [
-            {
-                "activations before a block": positions * tokens * self.width * self.itemsize,
-                "dense outputs": compared * tokens * self.outputs * 4,
-            }
-            for compared, positions in phases
-        ]
-        largest = max(uses, key=lambda use: sum(use.values()))
-        return {use: size for use, size in largest.items() if size or use == "activations before a block"}
-
-
-def _activations(shapes: _Shapes, workload: Workload, tokens: int, itemsize: int) -> dict[str, int]:
+def _stored_by_phase(shapes: _Shapes, workload: Workload, tokens: int, itemsize: int) -> dict[str, dict[str, int]]:
     """Bytes of cached activations and dense outputs, in memory or on disk."""
     outputs = min(shapes.outputs, 512 * 3) if workload.metric == "kl_topk" else shapes.outputs
     sequences = Sequences(
         workload.samples if has_statistics(workload.allocation, workload.score) else 0,
-        workload.curve_samples if workload.allocation in MEASURED else 0,
+        workload.curve_samples if workload.method in MEASURED else 0,
         workload.held_out,
-        # in memory, a search caches no more than is free
-        workload.refine_samples if workload.activations == "disk" else 0,
+        workload.refine_samples,
     )
-    return _Stored(shapes.width, outputs, len(shapes.blocks), itemsize).largest(sequences, tokens)
+    stored = StoredSizes(shapes.width, outputs, len(shapes.blocks), itemsize)
+    return stored.by_phase(sequences, tokens, in_files=workload.activations == "disk")
+
+
+def _search(shapes: _Shapes, workload: Workload, tokens: int, itemsize: int) -> SearchSize:
+    return SearchSize.of(
+        shapes.blocks,
+        score=workload.score,
+        metric=workload.metric,
+        judging=workload.refine_samples,
+        samples=workload.samples,
+        batch_size=workload.batch_size,
+        tokens=tokens,
+        width=shapes.width,
+        outputs=shapes.outputs,
+        itemsize=itemsize,
+        ranked=workload.pattern == "unstructured",
+        processes=workload.processes,
+    )
+
+
+def _of_all_pruners(shapes: _Shapes, workload: Workload, itemsize: int) -> dict[str, int]:
+    """Of a correction of curves, which has the statistics of all matrices while it makes their pruners."""
+    ranked = workload.pattern == "unstructured"
+    pruners = (
+        pruner_bytes(m, workload.score, itemsize, samples=workload.samples, ranked=ranked) for m in shapes.matrices
+    )
+    statistics = sum(_sums_bytes(matrix, workload) for matrix in shapes.matrices)
+    return {"pruners of all matrices": sum(pruners), "statistics of all matrices": statistics}
 
 
 def _block_bytes(shapes: _Shapes, itemsize: int) -> int:
@@ -426,21 +387,21 @@ def _batch_bytes(shapes: _Shapes, workload: Workload, tokens: int, itemsize: int
 
 
 def _statistics_bytes(shapes: _Shapes, workload: Workload, itemsize: int) -> int:
-    needs = NEEDS[workload.score]
     outliers = 0
     if workload.allocation == "owl":  # Wanda's sums of all matrices, and scores and pruners of a block
         outliers = sum(8 * columns for _, columns in shapes.matrices)
         outliers += max(sum(rows * columns for rows, columns in block) for block in shapes.blocks) * (4 + itemsize)
-    per_block = [
-        sum(
-            8 * columns * ("square_sum" in needs)
-            + 4 * columns**2 * ("gram" in needs)
-            + 8 * min(_GRADIENTS, workload.samples) * rows * columns * ("gradients" in needs)
-            for rows, columns in block
-        )
-        for block in shapes.blocks
-    ]
-    return max(outliers, *per_block)
+    return max(outliers, *(sum(_sums_bytes(matrix, workload) for matrix in block) for block in shapes.blocks))
+
+
+def _sums_bytes(shape: tuple[int, int], workload: Workload) -> int:
+    """Of the statistics of a matrix."""
+    (rows, columns), needs = shape, NEEDS[workload.score]
+    return (
+        8 * columns * ("square_sum" in needs)
+        + 4 * columns**2 * ("gram" in needs)
+        + 8 * min(GRADIENTS, workload.samples) * rows * columns * ("gradients" in needs)
+    )
 
 
 def _pruner_bytes(shapes: _Shapes, workload: Workload, itemsize: int) -> int:
@@ -449,7 +410,7 @@ def _pruner_bytes(shapes: _Shapes, workload: Workload, itemsize: int) -> int:
     largest = max(
         rows * columns * (_PRUNER_BYTES + itemsize) + factor * columns**2 for rows, columns in shapes.matrices
     )
-    if workload.allocation != "dp" or workload.granularity != "block":
+    if workload.method != "dp" or workload.granularity != "block":
         return largest
     # copies before and after, and ranks; Cholesky factors
     held = max(

@@ -36,7 +36,7 @@ from leanstep.pruning.folder.checkpoint import (
     write_report,
     write_weights,
 )
-from leanstep.pruning.folder.estimate import MEASURED, Sequences, scratch_bytes
+from leanstep.pruning.folder.estimate import MEASURED
 from leanstep.pruning.folder.files import (
     DTYPES,
     EXPERT_COPIES,
@@ -47,6 +47,7 @@ from leanstep.pruning.folder.files import (
 )
 from leanstep.pruning.folder.loading import checkpoint_values, empty_model_of, load_model, stored_parameters
 from leanstep.pruning.folder.recovery import recover_model, space_beside
+from leanstep.pruning.folder.stored_size import Sequences, scratch_bytes
 from leanstep.pruning.folder.text import CalibrationText, held_out_hash, perplexity_of, sequences_of
 from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.blocks import BlockMover
@@ -414,7 +415,7 @@ def _sequences(calibration: _Calibration) -> Sequences:
     """Numbers of sequences whose activations are stored."""
     data, settings, refine = calibration.data, calibration.settings, calibration.refine
     allocation, curves = settings.get("allocation", "dp"), settings.get("curve_data")
-    if allocation not in MEASURED:
+    if allocation not in MEASURED or fixed_pattern(settings.get("pattern", "unstructured")) is not None:
         curves = None
     elif curves is None:
         curves = data

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -208,3 +208,12 @@ def batches_hash(batches: Sequence[Batch]) -> str:
             else:
                 digest.update(repr(value).encode())
     return digest.hexdigest()
+
+
+def without_cache(batch: Batch, model: nn.Module) -> Batch:
+    """A batch of which a model stores no keys and values: a block that is computed again would add its own twice."""
+    config: Any = getattr(model, "config", None)
+    get_text_config = getattr(config, "get_text_config", None)
+    if get_text_config is None or getattr(get_text_config(), "use_cache", None) is None:
+        return batch
+    return replace(batch, kwargs={"use_cache": False, **batch.kwargs})

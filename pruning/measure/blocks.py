@@ -209,6 +209,11 @@ class BlockMover:
         """The blocks whose weights are on the device."""
         return [slot.block.module for slot in self._slots if slot.block is not None]
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all weights are on the device."""
+        return self._is_whole
+
     def hold(self) -> None:
         """Keep all weights on the device from now on."""
         self._is_whole = True
@@ -341,8 +346,8 @@ def recomputed_blocks(model: nn.Module, again: Callable[[], AbstractContextManag
     """Context manager: autograd stores the inputs of a block, and a backward pass computes its activations again.
 
     Blocks are those of :func:`candidate_blocks` with children. The context that ``again`` makes is around a block while
-    it is computed again. Blocks that a :class:`BlockMover` moves are not computed again: autograd stores their
-    activations on the device.
+    it is computed again. Blocks that a :class:`BlockMover` moves are not computed again, unless it holds them all:
+    autograd stores their activations on the device.
 
     Raises:
         RuntimeError: in the pass, for a block that writes into its inputs; what it computed from them is lost.
@@ -358,12 +363,18 @@ def recomputed_blocks(model: nn.Module, again: Callable[[], AbstractContextManag
             raise RuntimeError("a block writes into its inputs and cannot be computed again")
         return output
 
+    moves = model in _MOVERS and not _MOVERS[model].is_whole
     with ExitStack() as stack:
-        for _, block in () if model in _MOVERS else candidate_blocks(model):
+        for _, block in () if moves else candidate_blocks(model):
             if any(True for _ in block.children()):
                 stack.callback(set_forward, block, block.__dict__.get("forward"))
                 block.forward = partial(run, block.forward)
         yield
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error is a lack of memory, of the host's too, for which torch has no class."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 class _Reusable:

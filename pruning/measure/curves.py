@@ -258,6 +258,11 @@ def nm_levels(numel: int, m: int = 8, fewest: int = 2) -> tuple[tuple[int, ...],
     return tuple(numel // m * n for n in group_counts), tuple(f"{n}:{m}" for n in group_counts)
 
 
+def nm_level_count(m: int) -> int:
+    """Levels of a curve with a pattern N:m, from m:m to a quarter of m."""
+    return m - max(1, m // 4) + 1
+
+
 def check_levels(levels: Sequence[float] | None, pattern: str) -> None:
     """Raise ValueError for levels that are no sparsities from 0 to 1, and for any beside an N:M pattern."""
     if levels is None:
@@ -284,7 +289,8 @@ def levels_of(
                 f"pattern: expected 'unstructured' or 'N:M' with a number for M, such as 'N:8'; got {pattern!r}"
             )
         check_filled(groups, int(m))
-        return {group.name: nm_levels(group.layer.numel, int(m), fewest=max(1, int(m) // 4)) for group in groups}
+        fewest = int(m) - nm_level_count(int(m)) + 1
+        return {group.name: nm_levels(group.layer.numel, int(m), fewest=fewest) for group in groups}
     # beyond the target, but never a whole matrix: no training brings it back
     highest = max(0.95, min(sparsity + 0.02, 1 - (1 - sparsity) / 4))
     by_group: Levels = {}

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from leanstep._processes import Processes
 from leanstep._torch import device_of
-from leanstep.pruning.measure.batches import Batch
-from leanstep.pruning.measure.blocks import recomputed_blocks, whole_on_device
+from leanstep.pruning.measure.batches import Batch, without_cache
+from leanstep.pruning.measure.blocks import is_out_of_memory, recomputed_blocks, whole_on_device
 from leanstep.pruning.measure.curves import Curve
 from leanstep.pruning.measure.metrics import Distortion, Metric, summarise, values_of
 from leanstep.pruning.measure.points import Points
@@ -82,7 +82,7 @@ class SecondOrder:
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch], metric: Metric) -> None:
         self.model, self.metric = model, metric
-        self.samples = [_without_cache(batch.sample(row), model) for batch in batches for row in range(batch.size)]
+        self.samples = [without_cache(batch.sample(row), model) for batch in batches for row in range(batch.size)]
         with torch.no_grad(), _counting(model) as self._calls:
             output = self.samples[0].run(model)
             # outputs of all samples have one form; a metric without a root is refused here
@@ -165,10 +165,8 @@ class SecondOrder:
         if self._recomputes:
             try:
                 return self._recorded_pairs(targets)
-            except torch.OutOfMemoryError:
-                raise
             except RuntimeError as error:  # a block writes into its inputs, or does not compute the same again
-                if "DefaultCPUAllocator" in str(error):  # torch's name of the host's memory, which is full
+                if is_out_of_memory(error):
                     raise
                 self._recomputes = False
         return self._recorded_pairs(targets)
@@ -239,15 +237,6 @@ def _portions(
         size += needed
     if portion:
         yield portion
-
-
-def _without_cache(sample: Batch, model: nn.Module) -> Batch:
-    """A sample of which a model stores no keys and values: a block that is computed again would add its own twice."""
-    config: Any = getattr(model, "config", None)
-    get_text_config = getattr(config, "get_text_config", None)
-    if get_text_config is None or getattr(get_text_config(), "use_cache", None) is None:
-        return sample
-    return replace(sample, kwargs={"use_cache": False, **sample.kwargs})
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,9 +14,11 @@ from leanstep._mapped import Scratch
 from leanstep._processes import Processes
 from leanstep._torch import device_of
 from leanstep.pruning.measure.activation_cache import BlockCache
-from leanstep.pruning.measure.blocks import whole_on_device
+from leanstep.pruning.measure.batches import without_cache
+from leanstep.pruning.measure.blocks import is_out_of_memory, recomputed_blocks, whole_on_device
 from leanstep.pruning.measure.measure import Measurement
 from leanstep.pruning.measure.metrics import Distortion, summarise
+from leanstep.pruning.measure.products import computing_products_again
 from leanstep.pruning.score.base import LayerPruner
 from leanstep.pruning.score.calibration import prune_group
 from leanstep.pruning.score.targets import Group, Target, as_matrix
@@ -64,6 +67,7 @@ class JointJudge:
         # gradients, and the levels at which they were computed
         self._gradient: dict[str, Tensor] | None = None
         self._slopes_of: dict[str, int] | None = None
+        self._recomputes = True
         self._check_cache()
 
     @property
@@ -138,6 +142,7 @@ class JointJudge:
             changes by group; None for a metric that gives no gradient.
         """
         if self._slopes_of != self.counts:
+            self._gradient = None  # not two of each at the same time
             self._slopes_of, self._gradient = dict(self.counts), self._gradients()
         gradients = self._gradient
         if gradients is None:
@@ -152,45 +157,74 @@ class JointJudge:
         return slopes
 
     def _gradients(self) -> dict[str, Tensor] | None:
-        """Gradient of the joint distortion by each matrix, [out, in]; None if the metric gives none."""
+        """Gradient of the joint distortion by each matrix, fp32 [out, in]; None if the metric gives none."""
         targets = [target for group in self._groups.values() for target in group.targets]
         parameters = {target.parameter: getattr(target.module, target.attribute) for target in targets}
         frozen = [parameter for parameter in parameters.values() if not parameter.requires_grad]
-        total = sum(float(counts.sum()) for _, counts in self._current)
-        # the gradient of a mean over all tokens is below fp16's smallest number, 6e-8
-        is_half = any(parameter.dtype == torch.float16 for parameter in parameters.values())
-        sums: dict[str, Tensor] = {}
         for parameter in frozen:
             parameter.requires_grad_(True)
         try:
             with whole_on_device(self.model):
-                for batch, reference in zip(self._batches, self._reference, strict=True):
-                    with torch.enable_grad():
-                        per_token, _ = self.metric.compare(Scratch.open(reference), batch.run(self.model), batch)
-                        distortion = per_token.sum() / (1.0 if is_half else total)
-                        if not distortion.requires_grad:
-                            return None
-                        gradients = torch.autograd.grad(distortion, list(parameters.values()), allow_unused=True)
-                    for name, gradient in zip(parameters, gradients, strict=True):
-                        if gradient is not None:
-                            gradient = gradient.float() / total if is_half else gradient
-                            sums[name] = sums[name] + gradient if name in sums else gradient
+                sums = self._gradient_sums(parameters)
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(False)
-        if is_half and not all(bool(gradient.isfinite().all()) for gradient in sums.values()):
+        is_half = any(parameter.dtype == torch.float16 for parameter in parameters.values())
+        if sums is None or (is_half and not all(bool(gradient.isfinite().all()) for gradient in sums.values())):
             return None  # the curves order the exchanges
-        self.passes += 3  # a backward pass takes the work of two
+        self.passes += 4 if self._recomputes else 3  # a backward pass takes the work of two
+        for name in list(sums):  # one by one: no second copy of them all
+            sums[name] = sums.pop(name).float()
         by_name = {}
         for target in targets:
             gradient = (
                 sums[target.parameter]
                 if target.parameter in sums
-                else torch.zeros_like(parameters[target.parameter], device=device_of(self.model))
+                else torch.zeros_like(parameters[target.parameter], device=device_of(self.model)).float()
             )
             matrix = gradient if target.expert is None else gradient[target.expert]
-            by_name[target.name] = as_matrix(matrix.detach(), target.layout).float()
+            by_name[target.name] = as_matrix(matrix.detach(), target.layout)
         return by_name
+
+    def _gradient_sums(self, parameters: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """Sums of the gradients of all batches, by parameter; None if the metric gives none.
+
+        Autograd stores the inputs of blocks and computes their activations again, unless a block does not allow that.
+        """
+        if self._recomputes:
+            try:
+                return self._sums(parameters, lambda: recomputed_blocks(self.model, self._again))
+            except RuntimeError as error:  # a block writes into its inputs, or does not compute the same again
+                if is_out_of_memory(error):
+                    raise
+                self._recomputes = False
+        return self._sums(parameters, nullcontext)
+
+    def _again(self) -> AbstractContextManager[None]:
+        return computing_products_again(self.model)
+
+    def _sums(
+        self, parameters: dict[str, Tensor], stored: Callable[[], AbstractContextManager[None]]
+    ) -> dict[str, Tensor] | None:
+        total = sum(float(counts.sum()) for _, counts in self._current)
+        # the gradient of a mean over all tokens is below fp16's smallest number, 6e-8
+        is_half = any(parameter.dtype == torch.float16 for parameter in parameters.values())
+        sums: dict[str, Tensor] = {}
+        for batch, reference in zip(self._batches, self._reference, strict=True):
+            with torch.enable_grad(), stored():
+                output = without_cache(batch, self.model).run(self.model)
+                per_token, _ = self.metric.compare(Scratch.open(reference), output, batch)
+                distortion = per_token.sum() / (1.0 if is_half else total)
+                del output, per_token
+                if not distortion.requires_grad:
+                    return None
+                gradients = list(torch.autograd.grad(distortion, list(parameters.values()), allow_unused=True))
+            for name in reversed(parameters):
+                gradient = gradients.pop()
+                if gradient is not None:
+                    gradient = gradient.float() / total if is_half else gradient
+                    sums[name] = sums[name] + gradient if name in sums else gradient
+        return sums
 
     def _differing(self, counts: Counts, patterns: Mapping[str, str]) -> list[Group]:
         return [

@@ -195,6 +195,15 @@ def _fisher_root(log_p: Tensor) -> Tensor:
     return log_p.detach().exp().sqrt() * log_p.clamp(min=torch.finfo(log_p.dtype).min)
 
 
+def _again(values: Callable[..., Tensor], *given: Tensor) -> Tensor:
+    """Values that a backward pass computes again: their temporaries would take several times the logits."""
+    return checkpoint(values, *given, use_reentrant=False) if torch.is_grad_enabled() else values(*given)
+
+
+def _kl_from(log_p: Tensor, logits: Tensor) -> Tensor:
+    return kl_divergence(log_p, logits.float().log_softmax(-1))
+
+
 class KL(_TokenMetric):
     """Mean over tokens of KL(softmax(z) || softmax(z~)) in fp32. Keeps the log-probabilities, 4 bytes each."""
 
@@ -206,7 +215,7 @@ class KL(_TokenMetric):
     def _values(self, dense: Tensor, rows: Tensor) -> Tensor:
         together = max(1, _TOGETHER // rows.shape[-1])
         pairs = zip(dense.split(together), rows.split(together), strict=True)
-        return torch.cat([kl_divergence(log_p, logits.float().log_softmax(-1)) for log_p, logits in pairs])
+        return torch.cat([_again(_kl_from, log_p, logits) for log_p, logits in pairs])
 
     def _root(self, rows: Tensor) -> Tensor:
         return _fisher_root(rows.log_softmax(-1))
@@ -227,7 +236,11 @@ class KLTopK(_TokenMetric):
 
     def _values(self, dense: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
         top_indices, log_p = dense
-        return kl_divergence(log_p, _bucketed(rows.float().log_softmax(-1), top_indices))
+
+        def values(logits: Tensor) -> Tensor:
+            return kl_divergence(log_p, _bucketed(logits.float().log_softmax(-1), top_indices))
+
+        return _again(values, rows)
 
     def _root(self, rows: Tensor) -> Tensor:
         log_p = rows.log_softmax(-1)
@@ -266,7 +279,7 @@ class MSELogits(_TokenMetric):
         return rows - rows.mean(-1, keepdim=True) if self.centred else rows
 
     def _values(self, dense: Tensor, rows: Tensor) -> Tensor:
-        return (dense - self._reference_of(rows)).square().mean(-1)
+        return _again(lambda logits: (dense - self._reference_of(logits)).square().mean(-1), rows)
 
     def _root(self, rows: Tensor) -> Tensor:
         centred = rows - rows.mean(-1, keepdim=True) if self.centred else rows

@@ -2,11 +2,13 @@
 
 import json
 import math
+import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
-from pruned_models import images, make_cnn, make_llama, save_model, tokens
+from pruned_models import images, make_cnn, make_llama, make_mixtral, save_model, tokens
 from texts import sentences
 
 from leanstep.cli import main
@@ -15,10 +17,12 @@ from leanstep.pruning.allocate import descent as search
 from leanstep.pruning.folder.report import report_page
 from leanstep.pruning.measure.activation_cache import ActivationCache, BlockCache
 from leanstep.pruning.measure.batches import as_batches
+from leanstep.pruning.measure.blocks import BlockMover
 from leanstep.pruning.measure.checks import Trial
 from leanstep.pruning.measure.joint import JointJudge
 from leanstep.pruning.measure.measure import Measurement, WeightSnapshot, evaluating, weights_hash
 from leanstep.pruning.measure.metrics import Distortion
+from leanstep.pruning.measure.products import products_in
 from leanstep.pruning.score.calibration import Pruning
 from leanstep.pruning.score.targets import make_groups
 
@@ -137,6 +141,57 @@ def test_slopes_of_fp16_do_not_underflow():
     expected = torch.tensor(list(slopes[torch.float32].values()))
     cosine = torch.nn.functional.cosine_similarity(expected, torch.tensor(list(slopes[torch.float16].values())), dim=0)
     assert cosine > 0.999
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "bf16 products", "moved", "writes"])
+def test_gradients_compute_blocks_again_and_store_less(kind):
+    largest, alive, most = [], [], []
+
+    def pack(tensor):
+        saved = _Saved(tensor)
+        alive.append(tensor.nbytes)
+        weakref.finalize(saved, alive.remove, tensor.nbytes)
+        most.append(sum(alive))
+        return saved
+
+    gradients = []
+    for stored in (False, True):
+        model = {"mixtral": make_mixtral, "writes": _writing}.get(kind, lambda: make_llama(4))()
+        moved = BlockMover(model, "cpu") if kind == "moved" else nullcontext()
+        with moved, products_in(model, "bf16" if kind == "bf16 products" else "stored"), evaluating(model):
+            judge, _, trial, _ = judge_of(model)
+            judge._recomputes = not stored
+            most.clear()
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+                gradients.append(judge._gradients())
+        largest.append(max(most))
+        assert judge._recomputes == (not stored and kind != "writes")
+    assert gradients[0].keys() == {target.name for group in trial.groups for target in group.targets}
+    for name, gradient in gradients[0].items():
+        assert gradient.dtype == torch.float32 and gradient.any()
+        assert torch.equal(gradient, gradients[1][name])
+    if kind != "writes":
+        assert largest[0] < 0.5 * largest[1]
+
+
+class _Saved:
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+class _WritingBlock(torch.nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, hidden, **kwargs):
+        return self.block(torch.nn.functional.silu(hidden * 1.0 if hidden.is_leaf else hidden, inplace=True), **kwargs)
+
+
+def _writing():
+    model = make_llama(2)
+    model.model.layers = torch.nn.ModuleList(_WritingBlock(block) for block in model.model.layers)
+    return model
 
 
 def test_inputs_of_blocks_are_cached_within_a_limit_and_forgotten_after_a_change():
