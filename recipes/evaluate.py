@@ -7,8 +7,8 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, fields
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +60,20 @@ def in_options(message: str, options: dict[str, str]) -> str:
     for key, option in options.items():
         message = message.replace(key, option)
     return message
+
+
+@dataclass(frozen=True)
+class OptionTexts:
+    """Texts, read anew by each iteration. Errors of reading them name ``options`` in place of recipe keys."""
+
+    texts: Iterable[str]
+    options: dict[str, str]
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            yield from self.texts
+        except ValueError as error:
+            raise ValueError(in_options(str(error), self.options)) from error
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -14,7 +14,7 @@ from leanstep._arguments import OneLineParser, new_folder, seed
 from leanstep._checkpoint import check_apart, check_new
 from leanstep._files import one_line, restore_replaced
 from leanstep.recipes.data.sources import open_file, sotu_corpus
-from leanstep.recipes.evaluate import in_options
+from leanstep.recipes.evaluate import OptionTexts, in_options
 from leanstep.recipes.prune_output import ProgressBar, estimate_lines, recovery_lines, shown, summary_of
 from leanstep.recipes.training.formatting import format_duration
 
@@ -472,7 +472,7 @@ def _text(options: argparse.Namespace) -> "CalibrationText":
         documents, held_out = split_newest(tuple(sotu_corpus().documents()))
     else:
         try:
-            documents = open_file(options.data, options.text_key)
+            documents = OptionTexts(open_file(options.data, options.text_key), _OPTIONS)
         except ValueError as error:
             raise ValueError(in_options(str(error), _OPTIONS)) from error
     return CalibrationText(

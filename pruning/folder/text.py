@@ -24,7 +24,8 @@ class CalibrationText:
     """Text to calibrate a language model with, and how much of it.
 
     Attributes:
-        documents: the texts, in order. They are read one by one; an iterable that reads a file needs no memory for all.
+        documents: the texts, in order. They are read one by one, more than once: an iterable that reads a file needs no
+            memory for all, and an iterator becomes a tuple.
         label: name of the texts in messages and in the report.
         samples: sequences for the scores.
         curve_samples: number of these sequences for the curves.
@@ -149,7 +150,7 @@ def token_sequences(
     if (length_of_text := length - len(begin)) < 1:
         raise ValueError(f"expected sequences of more than the {len(begin)} tokens before a text, got {length}")
     # which pieces are drawn depends on their number, which only the end of the text tells: all tokens are stored until
-    # then. A list would take nine times the memory
+    # then, as compactly as their numbers allow
     tokens = array("i")
     for text in texts:
         tokens.extend(encode(text))

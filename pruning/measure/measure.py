@@ -28,7 +28,7 @@ from leanstep.pruning.measure.metrics import Distortion, Metric, make_metric, me
 from leanstep.pruning.measure.points import Points, Progress
 from leanstep.pruning.measure.products import products_in, products_of
 from leanstep.pruning.result import Allocation
-from leanstep.pruning.score.base import NEEDS
+from leanstep.pruning.score.base import updates_weights
 from leanstep.pruning.score.calibration import Pruning, prune_group
 from leanstep.pruning.score.targets import Group, Target, find_targets, make_groups
 
@@ -159,7 +159,8 @@ def measure_curves(
         pruning, points = Pruning(cache, score, score_options), Points(groups, levels_by_name, partial, progress)
         if method is None and partial is not None:
             method = partial.method
-        if method in (None, "anchored") and {"gram", "gradients"} & {*NEEDS[score]}:
+        is_complete = partial is not None and partial.complete
+        if method in (None, "anchored") and updates_weights(score) and not is_complete:
             measurement.time_levels(points, pruning)
         if method is None:
             fits = measurement.seconds_of(points) <= 60 * minutes * processes.size
@@ -175,7 +176,7 @@ def measure_curves(
         if solve is None:
             layers = [group.layer for group in groups]
             solve = lambda curves: allocate(layers, sparsity, method="dp", curves=curves)  # noqa: E731
-        if partial is not None and partial.complete:
+        if is_complete:
             return anchored_to(fisher, points)
         curves = anchored_curves(measurement, fisher, points, pruning, solve, time.monotonic() + 60 * minutes)
         if partial is not None:

@@ -195,7 +195,7 @@ def _fisher_root(log_p: Tensor) -> Tensor:
     return log_p.detach().exp().sqrt() * log_p.clamp(min=torch.finfo(log_p.dtype).min)
 
 
-def _again(values: Callable[..., Tensor], *given: Tensor) -> Tensor:
+def _recomputed(values: Callable[..., Tensor], *given: Tensor) -> Tensor:
     """Values that a backward pass computes again: their temporaries would take several times the logits."""
     return checkpoint(values, *given, use_reentrant=False) if torch.is_grad_enabled() else values(*given)
 
@@ -215,7 +215,7 @@ class KL(_TokenMetric):
     def _values(self, dense: Tensor, rows: Tensor) -> Tensor:
         together = max(1, _TOGETHER // rows.shape[-1])
         pairs = zip(dense.split(together), rows.split(together), strict=True)
-        return torch.cat([_again(_kl_from, log_p, logits) for log_p, logits in pairs])
+        return torch.cat([_recomputed(_kl_from, log_p, logits) for log_p, logits in pairs])
 
     def _root(self, rows: Tensor) -> Tensor:
         return _fisher_root(rows.log_softmax(-1))
@@ -240,7 +240,7 @@ class KLTopK(_TokenMetric):
         def values(logits: Tensor) -> Tensor:
             return kl_divergence(log_p, _bucketed(logits.float().log_softmax(-1), top_indices))
 
-        return _again(values, rows)
+        return _recomputed(values, rows)
 
     def _root(self, rows: Tensor) -> Tensor:
         log_p = rows.log_softmax(-1)
@@ -279,7 +279,7 @@ class MSELogits(_TokenMetric):
         return rows - rows.mean(-1, keepdim=True) if self.centred else rows
 
     def _values(self, dense: Tensor, rows: Tensor) -> Tensor:
-        return _again(lambda logits: (dense - self._reference_of(logits)).square().mean(-1), rows)
+        return _recomputed(lambda logits: (dense - self._reference_of(logits)).square().mean(-1), rows)
 
     def _root(self, rows: Tensor) -> Tensor:
         centred = rows - rows.mean(-1, keepdim=True) if self.centred else rows

@@ -24,6 +24,11 @@ NEEDS: dict[str, tuple[str, ...]] = {
 }
 
 
+def updates_weights(score: str) -> bool:
+    """Whether a score changes the remaining weights, so that a level of a matrix takes more than its ranking."""
+    return bool({"gram", "gradients"} & {*NEEDS[score]})
+
+
 def has_statistics(allocation: str, score: str) -> bool:
     """Whether a pass over the calibration data is needed for a score, or for the outliers of OWL."""
     return bool(NEEDS[score]) or allocation == "owl"

@@ -80,6 +80,15 @@ def test_documents_are_read_one_at_a_time(monkeypatch, tmp_path):
     assert sum(1 for _ in text.documents) == 50
 
 
+@pytest.mark.parametrize("rows", ['{"text": 5}\n{"text": 6}\n', '{"text": "a"}\n{"text": ["b"]}\n'])
+def test_errors_of_every_row_name_the_option(rows, tmp_path, capsys):
+    save_model(make_llama(1), tmp_path / "model")
+    (tmp_path / "text.jsonl").write_text(rows)
+    arguments = [str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--sparsity", "0.5"]
+    assert command.main([*arguments, "--data", str(tmp_path / "text.jsonl")]) == 2
+    assert "error: --text-key 'text' must hold strings" in capsys.readouterr().err
+
+
 def test_text_in_one_tuple_and_text_that_is_read_draw_the_same(tmp_path):
     save_model(make_llama(1), tmp_path / "model")
     texts, settings = (
