@@ -7,15 +7,15 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leanstep._arguments import OneLineParser
 from leanstep._files import one_line, read_text
 from leanstep.recipes.config.schema import DataConfig
-from leanstep.recipes.data.sources import open_file
+from leanstep.recipes.data.sources import in_options, open_file
 from leanstep.recipes.data.tokens import require
 
 if TYPE_CHECKING:
@@ -53,27 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         end="",
     )
     return 0
-
-
-def in_options(message: str, options: dict[str, str]) -> str:
-    """Replace recipe keys in an error message by command-line options."""
-    for key, option in options.items():
-        message = message.replace(key, option)
-    return message
-
-
-@dataclass(frozen=True)
-class OptionTexts:
-    """Texts, read anew by each iteration. Errors of reading them name ``options`` in place of recipe keys."""
-
-    texts: Iterable[str]
-    options: dict[str, str]
-
-    def __iter__(self) -> Iterator[str]:
-        try:
-            yield from self.texts
-        except ValueError as error:
-            raise ValueError(in_options(str(error), self.options)) from error
 
 
 def _parser() -> argparse.ArgumentParser:

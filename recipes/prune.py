@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 from leanstep._arguments import OneLineParser, new_folder, seed
 from leanstep._checkpoint import check_apart, check_new
 from leanstep._files import one_line, restore_replaced
-from leanstep.recipes.data.sources import open_file, sotu_corpus
-from leanstep.recipes.evaluate import OptionTexts, in_options
+from leanstep.recipes.data.sources import OptionTexts, in_options, open_file, sotu_corpus
 from leanstep.recipes.prune_output import ProgressBar, estimate_lines, recovery_lines, shown, summary_of
 from leanstep.recipes.training.formatting import format_duration
 

@@ -18,7 +18,7 @@ from leanstep.pruning.folder.fisher_size import FisherSize
 from leanstep.pruning.measure.curves import level_grid, nm_level_count
 from leanstep.pruning.measure.fisher import ROWS
 from leanstep.pruning.measure.metrics import kl_divergence
-from leanstep.pruning.score.base import NEEDS, has_statistics, updates_weights
+from leanstep.pruning.score.base import NEEDS, UPDATES_WEIGHTS, has_statistics
 from leanstep.pruning.score.scores import layer_pruner
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ class Duration:
             fisher += 2 * ROWS * levels * weights * self._rates.operation / number
         limit = 60 * workload.minutes
         # as the run decides, by the passes, and by the levels of scores that update weights
-        levels_of_score = levels * self._level if updates_weights(workload.score) else 0.0
+        levels_of_score = levels * self._level if workload.score in UPDATES_WEIGHTS else 0.0
         fits = points + levels_of_score <= limit * number
         self.curves = use = workload.curves or ("measured" if fits else "anchored")
         measured = prepared + points / number

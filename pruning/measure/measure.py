@@ -28,7 +28,7 @@ from leanstep.pruning.measure.metrics import Distortion, Metric, make_metric, me
 from leanstep.pruning.measure.points import Points, Progress
 from leanstep.pruning.measure.products import products_in, products_of
 from leanstep.pruning.result import Allocation
-from leanstep.pruning.score.base import updates_weights
+from leanstep.pruning.score.base import UPDATES_WEIGHTS
 from leanstep.pruning.score.calibration import Pruning, prune_group
 from leanstep.pruning.score.targets import Group, Target, find_targets, make_groups
 
@@ -160,7 +160,7 @@ def measure_curves(
         if method is None and partial is not None:
             method = partial.method
         is_complete = partial is not None and partial.complete
-        if method in (None, "anchored") and updates_weights(score) and not is_complete:
+        if method in (None, "anchored") and score in UPDATES_WEIGHTS and not is_complete:
             measurement.time_levels(points, pruning)
         if method is None:
             fits = measurement.seconds_of(points) <= 60 * minutes * processes.size

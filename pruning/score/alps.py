@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from leanstep.pruning.score.base import SCOPES, LayerPruner, Ranking
+from leanstep.pruning.score.base import SCOPES, LayerPruner, Ranking, smallest
 from leanstep.pruning.score.sparsegpt import SparseGPTPruner, damped_gram
 from leanstep.sparsity import NM, nm_mask
 
@@ -19,6 +19,8 @@ _INTERVAL = 3
 _MOST_ITERATIONS = 300
 # growth of rho by the fraction of the support that changed, as in the published code
 _GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
+# added to A where its inverse preconditions conjugate gradients
+_SHIFT = 0.01
 # conjugate gradients stop at this residual, relative to the gradient of the empty support
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
@@ -93,9 +95,7 @@ class ALPSPruner(LayerPruner):
             ordered = torch.where(self._unused, 0.0, scores).masked_fill(self.weight == 0, -1.0)
             if self._scope == "row":
                 return Ranking(lambda: ordered, "row").mask(keep)
-            flat = torch.zeros(ordered.numel(), dtype=torch.bool, device=ordered.device)
-            flat[ordered.flatten().topk(keep, sorted=False).indices] = True
-            return flat.view_as(ordered)
+            return ~smallest(ordered, ordered.numel() - keep)
 
         return self._prune_to(project, keep)
 
@@ -123,7 +123,7 @@ class ALPSPruner(LayerPruner):
 
     def _solve(self, support: Tensor) -> Tensor:
         """The weights of least objective on a support; zeros of the given weights stay zero."""
-        return least_squares(self._gram, self._dense, support & (self.weight != 0)) / self._scales
+        return least_squares(self._gram, self._eigen, self._dense, support & (self.weight != 0)) / self._scales
 
 
 def admm_support(
@@ -161,29 +161,35 @@ def admm_support(
     return support
 
 
-def least_squares(gram: Tensor, dense: Tensor, support: Tensor) -> Tensor:
+def least_squares(gram: Tensor, eigen: tuple[Tensor, Tensor], dense: Tensor, support: Tensor) -> Tensor:
     """``argmin tr((B - B') A (B - B')^T)`` over the matrices B that are zero outside ``support``, [out, in].
 
-    Conjugate gradients on all rows at once, from B' on the support. A's diagonal is the preconditioner of the paper;
-    it is one here.
+    Conjugate gradients on all rows at once, from B' on the support. The paper's preconditioner, A's diagonal, is one
+    here; this one is ``(A + 0.01)^-1`` on the support, which takes a third to two thirds of the iterations.
 
     Args:
-        gram: A, [in, in], positive definite.
+        gram: A, [in, in], positive definite, with a diagonal of ones.
+        eigen: its eigenvalues [in] and eigenvectors [in, in].
         dense: B', [out, in].
         support: bool [out, in].
     """
-    solution = dense * support
-    residual = ((dense - solution) @ gram) * support
-    limit = _TOLERANCE[dense.dtype] * (dense @ gram * support).norm(dim=1, keepdim=True)
-    direction, squares = residual, residual.square().sum(dim=1, keepdim=True)
+    eigenvalues, vectors = eigen
+    inverse = (vectors / (eigenvalues + _SHIFT)) @ vectors.T
+    inside, tiny = support.to(dense.dtype), torch.finfo(dense.dtype).tiny
+    solution = dense * inside
+    residual = ((dense - solution) @ gram).mul_(inside)
+    limit = _TOLERANCE[dense.dtype] * (dense @ gram).mul_(inside).norm(dim=1)
+    direction, before = torch.zeros_like(dense), torch.ones_like(limit)
     for _ in range(gram.shape[0]):  # exact after as many steps, but for rounding
-        if bool((squares.sqrt() <= limit).all()):
+        if bool((residual.norm(dim=1) <= limit).all()):
             break
-        product = (direction @ gram) * support
+        steepest = (residual @ inverse).mul_(inside)
+        product = torch.linalg.vecdot(residual, steepest)
         # a row without a residual has no direction, and takes no step
-        step = squares / (direction * product).sum(dim=1, keepdim=True).clamp(min=torch.finfo(dense.dtype).tiny)
-        solution = solution + step * direction
-        residual = residual - step * product
-        before, squares = squares, residual.square().sum(dim=1, keepdim=True)
-        direction = residual + squares / before.clamp(min=torch.finfo(dense.dtype).tiny) * direction
+        direction = torch.addcmul(steepest, (product / before).unsqueeze(1), direction)
+        change = (direction @ gram).mul_(inside)
+        step = (product / torch.linalg.vecdot(direction, change).clamp(min=tiny)).unsqueeze(1)
+        solution.addcmul_(step, direction)
+        residual.addcmul_(step, change, value=-1)
+        before = product.clamp(min=tiny)
     return solution

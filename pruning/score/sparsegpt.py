@@ -8,8 +8,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from leanstep.pruning.score.base import LayerPruner, deal, zeros_first
+from leanstep.pruning.score.base import LayerPruner, deal, smallest, zeros_first
 from leanstep.sparsity import NM, nm_mask
+
+# columns that are updated one by one, within a block
+_STRIP = 16
 
 
 class SparseGPTPruner(LayerPruner):
@@ -55,13 +58,10 @@ class SparseGPTPruner(LayerPruner):
         return self.weight.square() / inverse_diagonal * ~self._unused
 
     def _prune_count(self, keep: int) -> tuple[Tensor, Tensor]:
-        rows, counts = self.weight.shape[0], self._block_counts(keep)
+        counts = self._block_counts(keep)
 
         def keep_share(start: int, scores: Tensor) -> Tensor:
-            order = scores.flatten().argsort(stable=True)
-            mask = torch.ones_like(order, dtype=torch.bool)
-            mask[order[: len(order) - counts[start // self._block_size]]] = False
-            return mask.view(rows, -1)
+            return ~smallest(scores, scores.numel() - counts[start // self._block_size])
 
         return self._sweep(self._block_size, keep_share, self._block_size)
 
@@ -84,23 +84,31 @@ class SparseGPTPruner(LayerPruner):
 
     def _sweep(self, block: int, choose: Callable[[int, Tensor], Tensor], together: int) -> tuple[Tensor, Tensor]:
         """Weights and mask; ``choose(start, scores)`` gives the mask of ``together`` columns from ``start`` on."""
-        weight, factor = self.weight.clone(), self._factor
+        # transposed, so that a column is contiguous
+        weight, factor = self.weight.t().clone(memory_format=torch.contiguous_format), self._factor
         mask = torch.ones_like(weight, dtype=torch.bool)
         diagonal = factor.diagonal()
-        for start in range(0, weight.shape[1], block):
-            stop = min(start + block, weight.shape[1])
-            errors = torch.empty_like(weight[:, start:stop])
-            for j in range(start, stop):
-                if (j - start) % together == 0:
-                    columns = slice(j, min(j + together, stop))
-                    scores = (weight[:, columns] / diagonal[columns]).square() * ~self._unused[columns]
-                    mask[:, columns] = choose(j, zeros_first(scores, self.weight[:, columns]))
-                errors[:, j - start] = torch.where(mask[:, j], 0.0, weight[:, j] / diagonal[j])
-                # within the block column by column; the columns after it once, below
-                weight[:, j:stop].addr_(errors[:, j - start], factor[j, j:stop], alpha=-1)
-            weight[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
+        # columns whose mask is chosen together are up to date: they begin a block, or lie in one strip
+        strip = _STRIP if together >= block else max(_STRIP // together, 1) * together
+        for start in range(0, len(weight), block):
+            stop = min(start + block, len(weight))
+            errors = torch.empty_like(weight[start:stop])
+            for first in range(start, stop, strip):
+                last = min(first + strip, stop)
+                for j in range(first, last):
+                    if (j - start) % together == 0:
+                        columns = slice(j, min(j + together, stop))
+                        scores = (weight[columns].t() / diagonal[columns]).square() * ~self._unused[columns]
+                        mask[columns] = choose(j, zeros_first(scores, self.weight[:, columns])).t()
+                    error = errors[j - start]
+                    torch.div(weight[j], diagonal[j], out=error).masked_fill_(mask[j], 0.0)
+                    # within the strip column by column; the columns after it, and after the block, once, below
+                    weight[j:last].addr_(factor[j, j:last], error, alpha=-1)
+                passed = errors[first - start : last - start]
+                weight[last:stop].addmm_(factor[first:last, last:stop].t(), passed, alpha=-1)
+            weight[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
         # the updates also changed zeros: reset them
-        return weight.masked_fill(self.weight == 0, 0.0), mask
+        return weight.t().contiguous().masked_fill_(self.weight == 0, 0.0), mask.t().contiguous()
 
 
 def _split_in_order(keep: int, sizes: Sequence[int]) -> list[int]:

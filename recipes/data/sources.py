@@ -345,6 +345,27 @@ def open_file(path: str, text_key: str = "text", cache_dir: str | None = None) -
     return _files_corpus(path, _kind_of(path), "data.val_path", text_key, cache_dir)
 
 
+def in_options(message: str, options: dict[str, str]) -> str:
+    """Replace recipe keys in an error message by command-line options."""
+    for key, option in options.items():
+        message = message.replace(key, option)
+    return message
+
+
+@dataclass(frozen=True)
+class OptionTexts:
+    """Texts, read anew by each iteration. Errors of reading them name ``options`` in place of recipe keys."""
+
+    texts: Iterable[str]
+    options: dict[str, str]
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            yield from self.texts
+        except ValueError as error:
+            raise ValueError(in_options(str(error), self.options)) from error
+
+
 def open_validation(config: "DataConfig") -> Corpus | None:
     """Open the separate validation text; None if the recipe holds out training text, or validates nothing.
 
