@@ -146,10 +146,11 @@ def admm_support(
     sparse, dual = dense * support, torch.zeros_like(dense)
     inverse = (vectors / (eigenvalues + rho)) @ vectors.T
     for iteration in range(1, _MOST_ITERATIONS + 1):
-        shifted = (target - dual + rho * sparse) @ inverse + dual / rho  # B + V / rho
+        # B + V / rho
+        shifted = torch.addmm(dual, torch.add(target, sparse, alpha=rho).sub_(dual), inverse, beta=1 / rho)
         support = project(shifted.square())
         sparse = shifted * support
-        dual = rho * (shifted - sparse)  # V + rho (B - D)
+        dual = torch.sub(shifted, sparse).mul_(rho)  # V + rho (B - D)
         if iteration % _INTERVAL:
             continue
         changed = int((support ^ previous).sum()) / max(int(support.sum()), 1)
