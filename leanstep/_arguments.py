@@ -29,6 +29,13 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {message}{hint}\n")
 
 
+def positive(text: str) -> int:
+    """The type of an option with a whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
 def seed(text: str) -> int:
     """The type of an option with a seed of random numbers."""
     if not text.isdecimal() or int(text) >= 2**63:

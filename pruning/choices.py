@@ -26,6 +26,8 @@ CURVE_SETTINGS: dict[str, Any] = {
     "curves": None,
     "levels": None,
 }
+# ALPS takes some thirty times as long as SparseGPT for a level, and curves have many
+_CURVE_SCORES = {"alps": "sparsegpt"}
 
 
 def check_choices(
@@ -34,6 +36,7 @@ def check_choices(
     sparsity: float | None = None,
     allocation: str = "dp",
     score: str = "wanda",
+    curve_score: str | None = None,
     pattern: str = "unstructured",
     granularity: str = "matrix",
     correction: str = "none",
@@ -51,6 +54,7 @@ def check_choices(
     for name, value, known in (
         ("allocation", allocation, METHODS),
         ("score", score, tuple(NEEDS)),
+        ("curve_score", score_of_curves(score, curve_score), tuple(NEEDS)),
         ("granularity", granularity, GRANULARITIES),
         ("correction", correction, CORRECTIONS),
         ("inputs", inputs, INPUTS),
@@ -96,6 +100,12 @@ def check_choices(
         raise ValueError(f"sparsity is the fraction of zeros and must lie between 0 and 1, got {sparsity:g}")
     if not by_weights and allocation != "dp":
         raise ValueError(f"a budget other than a number of weights needs allocation='dp', got {allocation!r}")
+    if curve_score is not None and (allocation not in ("dp", "atp") or fixed is not None):
+        raise ValueError(
+            f"curve_score={curve_score!r} is the score of curves, and of the slopes that ATP tries: expected "
+            "allocation='dp' or 'atp', and a pattern that leaves a choice, unstructured or N:M with a number for M; "
+            f"got allocation={allocation!r}, pattern={pattern!r}"
+        )
     if correction != "none" and allocation != "dp":
         raise ValueError(
             f"correction={correction!r} corrects curves, which only allocation='dp' has; got {allocation!r}"
@@ -147,7 +157,7 @@ def _check_curve_settings(allocation: str, pattern: str, **given: Any) -> None:
 
 def asked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of ``prune`` that its result does not show, as they were asked for, in plain values for JSON."""
-    defaults = {"allocation": "dp", "minutes": MINUTES, **CURVE_SETTINGS}
+    defaults = {"allocation": "dp", "minutes": MINUTES, "curve_score": None, **CURVE_SETTINGS}
     asked = {name: settings.get(name, default) for name, default in defaults.items()}
     asked |= {name: settings.get(name) for name in ("metric", "include", "exclude", "budget")}
     if not isinstance(asked["budget"], str):
@@ -172,6 +182,11 @@ def levels_asked(
     if isinstance(budget, LatencyTable) and levels is None and pattern == "unstructured":
         return budget.levels[1:]
     return levels
+
+
+def score_of_curves(score: str, curve_score: str | None = None) -> str:
+    """The score by which curves are measured: ``curve_score``, or if that is None ``score``, and SparseGPT for ALPS."""
+    return curve_score or _CURVE_SCORES.get(score, score)
 
 
 def fixed_pattern(pattern: str) -> NM | None:

@@ -38,6 +38,9 @@ from leanstep.pruning.score.calibration import Pruning
 from leanstep.pruning.score.targets import Group, check_filled, some
 from leanstep.sparsity import NM
 
+# score options that have one meaning for ALPS and SparseGPT
+_ALIKE = ("damping", "block_size")
+
 
 def check_target(
     groups: Sequence[Group],
@@ -99,6 +102,7 @@ class Planner:
     sparsity: float | None
     method: str
     score: str
+    curve_score: str
     pattern: str
     metric: str | Metric | None
     correction: str
@@ -150,6 +154,7 @@ class Planner:
         return PruneResult(
             allocation=allocation,
             score=self.score,
+            curve_score=self.curve_score if self.method in ("dp", "atp") and fixed is None else None,
             pattern=self.pattern,
             inputs=self.inputs,
             metric=metric_name(self.metric, self.model),
@@ -178,6 +183,21 @@ class Planner:
         )
         return Trial(self.groups, Pruning(cache, self.score, self.score_options), self.snapshot, self.inputs)
 
+    @cached_property
+    def planning(self) -> Trial:
+        """:attr:`trial` with the score of curves, by which slopes of ATP and exchanges are judged, too."""
+        if self.curve_score == self.score:
+            return self.trial
+        pruning = Pruning(self.trial.pruning.cache, self.curve_score, self._curve_options())
+        return Trial(self.groups, pruning, self.snapshot, self.inputs)
+
+    def _curve_options(self) -> dict[str, Any]:
+        """Further arguments of the pruners of curves: of another score, those that both have in the same sense."""
+        if self.curve_score == self.score:
+            return self.score_options
+        alike = _ALIKE if {self.score, self.curve_score} == {"alps", "sparsegpt"} else ()
+        return {name: value for name, value in self.score_options.items() if name in alike}
+
     def _nonzero(self) -> dict[str, int]:
         return {group.name: group.nonzero() for group in self.groups}
 
@@ -199,12 +219,12 @@ class Planner:
             self.model,
             self.curve_batches,
             sparsity=self._around(),
-            score=self.score,
+            score=self.curve_score,
             pattern=self.pattern,
             metric=self.metric,
             groups=self.groups,
             levels=self.levels,
-            score_options=self.score_options,
+            score_options=self._curve_options(),
             score_data=self.batches,
             resume=self.resume,
             progress=self.progress,
@@ -258,14 +278,14 @@ class Planner:
         measurement = self._measurement(self.curve_batches)
 
         def joint(allocation: Allocation) -> float:
-            return self.trial.joint(measurement, allocation).mean
+            return self.planning.joint(measurement, allocation).mean
 
         best = self._allocate("dp", curves=curves)
         lowest = joint(best)
         # measure curves around the uniform allocation, then around the new one, while the joint distortion falls
         around = self._uniform() or best
         for _ in range(2):
-            again = self.trial.relinearised_curves(measurement, self._levels(), around, self.progress)
+            again = self.planning.relinearised_curves(measurement, self._levels(), around, self.progress)
             around = self._allocate("dp", curves=self._by_effect(again))
             cost = joint(around)
             if cost >= lowest:
@@ -279,7 +299,7 @@ class Planner:
         """Search from the programme's allocation."""
         measurement, budget = self._measurement(self.judging), self.constraint.budget
         refined, descent = refine_allocation(
-            programme, self.trial, self.batches, measurement, curves, budget, settings, self.progress
+            programme, self.planning, self.batches, measurement, curves, budget, settings, self.progress
         )
         if descent is None:
             self.notes.append(
@@ -303,7 +323,7 @@ class Planner:
         blocks = {layer.block for layer in in_blocks([group.layer for group in self.groups])}
         candidates = [self._allocate("atp", beta=beta) for beta in atp_betas_tried(self.sparsity, len(blocks))]
         measurement = self._measurement(self.curve_batches)
-        return min(candidates, key=lambda one: self.trial.joint(measurement, one).mean)
+        return min(candidates, key=lambda one: self.planning.joint(measurement, one).mean)
 
     def _uniform(self) -> Allocation | None:
         """Uniform sparsity within the budget; None if no uniform sparsity meets it."""

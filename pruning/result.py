@@ -120,6 +120,7 @@ class PruneResult:
     Attributes:
         allocation: the applied allocation.
         score, pattern, inputs, metric: the settings, with defaults filled in.
+        curve_score: the score of the curves, of the slopes that ATP tried, and of the search; None without them.
         groups: the matrices, in groups that share a level.
         curves: the measured curves, raw; empty for allocations without curves.
         held_out: cost on held-out data of the allocation that was applied; None without data.
@@ -148,6 +149,7 @@ class PruneResult:
     data: str = ""
     budget: dict[str, Any] = field(default_factory=dict)
     inputs: str = "pruned"
+    curve_score: str | None = None
     perplexity: dict[str, Any] = field(default_factory=dict)
     refinement: dict[str, Any] = field(default_factory=dict)
     recovery: RecoveryResult | None = None
@@ -189,6 +191,7 @@ class PruneResult:
             "budget": self.budget,
             "allocation": allocation,
             "score": self.score,
+            "curve_score": self.curve_score,
             "pattern": self.pattern,
             "inputs": self.inputs,
             "metric": self.metric,

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from leanstep._arguments import OneLineParser
+from leanstep._arguments import OneLineParser, positive
 from leanstep._charts import Quantity, bars
 from leanstep._files import format_bytes, one_line, write_text
-from leanstep.recipes.evaluate import find_model_folder, positive
+from leanstep.recipes.evaluate import find_model_folder
 from leanstep.recipes.generate import open_generator
 
 

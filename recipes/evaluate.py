@@ -12,7 +12,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from leanstep._arguments import OneLineParser
+from leanstep._arguments import OneLineParser, positive
 from leanstep._files import one_line, read_text
 from leanstep.recipes.config.schema import DataConfig
 from leanstep.recipes.data.sources import in_options, open_file
@@ -77,13 +77,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; default: cuda where there is one")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
-
-
-def positive(text: str) -> int:
-    """Parse an option's positive integer."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 def find_model_folder(path: str | Path) -> Path:

@@ -8,9 +8,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from leanstep._arguments import OneLineParser, seed
+from leanstep._arguments import OneLineParser, positive, seed
 from leanstep._files import one_line
-from leanstep.recipes.evaluate import find_model_folder, positive
+from leanstep.recipes.evaluate import find_model_folder
 
 LEAST_TEMPERATURE = 1e-6  # logits divided by less become infinite
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from leanstep._arguments import OneLineParser, new_folder, seed
+from leanstep._arguments import OneLineParser, new_folder, positive, seed
 from leanstep._checkpoint import check_apart, check_new
 from leanstep._files import one_line, restore_replaced
 from leanstep.recipes.data.sources import OptionTexts, in_options, open_file, sotu_corpus
@@ -33,8 +33,9 @@ _REFINE_SAMPLES = 32
 # options that are arguments of prune() of the same name
 _SETTINGS = (
     *("sparsity", "allocation", "score", "pattern", "metric", "granularity", "correction", "levels"),
-    *("include", "exclude", "batch_size", "curves", "minutes", "inputs", "products"),
+    *("include", "exclude", "batch_size", "curves", "curve_score", "minutes", "inputs", "products"),
 )
+_SCORES = ("magnitude", "wanda", "sparsegpt", "alps", "mfac")
 _Group = argparse._ArgumentGroup
 _OPTIONS = {"data.val_path": "--data", "data.text_key": "--text-key", "seq_len": "--seq-len", "samples": "--samples"}
 # options of --data
@@ -160,6 +161,11 @@ def _allocation_options(group: _Group) -> None:
         help="measured; to second order, in the time of a few passes; or that, scaled to a few measurements. Default: "
         "measured where that takes less than --minutes, else anchored",
     )
+    add(
+        "--curve-score",
+        choices=_SCORES,
+        help="of curves, slopes of atp, and --refine; default: --score, but sparsegpt for alps",
+    )
     add("--minutes", type=float, default=30.0, metavar="M", help="time for measurements, besides Fisher's; default 30")
     add("--correction", default="none", choices=("none", "relinearise"), help="for curves that do not add up")
     add("--refine", type=float, metavar="MINUTES", help="search from the allocation on joint distortion, for this long")
@@ -169,7 +175,7 @@ def _allocation_options(group: _Group) -> None:
 
 def _weight_options(group: _Group) -> None:
     add = group.add_argument
-    add("--score", default="wanda", choices=("magnitude", "wanda", "sparsegpt", "alps", "mfac"))
+    add("--score", default="wanda", choices=_SCORES)
     add("--pattern", default="unstructured", metavar="unstructured|N:M", help="N:8: n of 8 by matrix; or 2:4 for all")
     add(
         "--inputs",
@@ -205,7 +211,13 @@ def _resource_options(group: _Group) -> None:
         help="dtype of the model's products: that of the weights, or bf16; auto (default): the first, unless this CPU "
         "is slow in it, as most are in fp16",
     )
-    add("--nproc", type=_count, default=1, metavar="N", help="processes on this machine that share the work; default 1")
+    add(
+        "--nproc",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="processes on this machine that share the work; default 1",
+    )
     add(
         "--activations",
         default="memory",
@@ -215,16 +227,6 @@ def _resource_options(group: _Group) -> None:
     add("--dry-run", action="store_true", help="state memory, disk and time, by config and file headers, and end")
     add("--resume", action="store_true", help="continue an interrupted run: with its curves, search or recovery")
     add("--json", action="store_true", help="print one JSON object")
-
-
-def _count(text: str) -> int:
-    try:
-        count = int(text)
-    except ValueError:
-        count = 0
-    if count < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return count
 
 
 def _levels(text: str) -> tuple[float, ...]:
@@ -319,7 +321,7 @@ def _dry_run(options: argparse.Namespace) -> int:
         sequences_of(checkpoint, data, refine=refine is not None)
     names = (
         *("samples", "held_out", "batch_size", "allocation", "score", "metric", "curves", "minutes", "granularity"),
-        *("products", "pattern", "correction"),
+        *("products", "pattern", "correction", "curve_score"),
     )
     workload = Workload(
         **{name: getattr(options, name) for name in (*names, "activations")},

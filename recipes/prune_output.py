@@ -135,7 +135,8 @@ def shown(value: Any) -> str:
 def summary_of(result: "PruneResult", out: str) -> str:
     """Lines about a result that was written to the folder ``out``."""
     lines = [f"sparsity       {result.sparsity:.4f} of {sum(row['numel'] for row in result.layers()):,} weights"]
-    settings = f"score {result.score}, pattern {result.pattern}, inputs {result.inputs}"
+    by_curves = "" if result.curve_score in (None, result.score) else f" (curves: {result.curve_score})"
+    settings = f"score {result.score}{by_curves}, pattern {result.pattern}, inputs {result.inputs}"
     lines.append(f"allocation     {result.allocation.method}, {settings}")
     if result.budget["kind"] != "params":
         lines.append(f"budget         {_spent(result.budget)}")

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
 import torch
@@ -109,28 +109,39 @@ class Sizes:
     fisher: FisherSize | None = None
 
 
+class _ScoreTime(NamedTuple):
+    """Seconds with a score: of a level of all matrices, of the statistics, and of these and pruning all matrices."""
+
+    level: float
+    statistics: float
+    prune: float
+
+
 class Duration:
     """Seconds of the parts of a run; once these are computed, its passes over all weights, and the kind of curves."""
 
     def __init__(self, sizes: Sizes, workload: Workload, rates: Rates) -> None:
         self._sizes, self._workload, self._rates = sizes, workload, rates
-        needs = NEEDS[workload.score]
+        self._final, self._planned = self._of_score(workload.score), self._of_score(workload.of_curves)
+        self.passes = 0.0
+        self.curves = ""
+
+    def _of_score(self, score: str) -> _ScoreTime:
+        sizes, workload, rates = self._sizes, self._workload, self._rates
+        needs = NEEDS[score]
         ranked = sum(rows * columns for rows, columns in sizes.matrices) * rates.ranked
-        # before any level, and for a level of all matrices
-        self._prepare, self._level = 0.0, ranked / 4
+        prepare, level = 0.0, ranked / 4
         if "gram" in needs:
             cubes = sum(columns**3 for _, columns in sizes.matrices) * rates.operation
             products = sum(2 * rows * columns**2 for rows, columns in sizes.matrices) * rates.operation
-            self._prepare, self._level = cubes, products + ranked
-            if workload.score == "alps":
-                self._prepare += _ALPS_EIGEN * cubes
-                self._level += _ALPS_PRODUCTS * products + _ALPS_RANKINGS * ranked
-        # the matrices of a block are dealt to the processes, and the batches of the statistics
-        self._prune_all = (self._prepare + max(self._level, ranked)) / workload.processes
+            prepare, level = cubes, products + ranked
+            if score == "alps":
+                prepare += _ALPS_EIGEN * cubes
+                level += _ALPS_PRODUCTS * products + _ALPS_RANKINGS * ranked
         # each block runs once for the statistics and once for the input of the next
-        self._statistics = 2 * self._pass(workload.samples) / workload.processes if needs else 0.0
-        self.passes = 0.0
-        self.curves = ""
+        statistics = 2 * self._pass(workload.samples) / workload.processes if needs else 0.0
+        # the matrices of a block are dealt to the processes, and the batches of the statistics
+        return _ScoreTime(level, statistics, statistics + (prepare + max(level, ranked)) / workload.processes)
 
     def _pass(self, samples: float, *, compared: bool = False, batch_size: int | None = None) -> float:
         """Of a pass of samples through all blocks."""
@@ -148,12 +159,12 @@ class Duration:
             "start and imports": time.time() - psutil.Process().create_time(),
             "files": sizes.size * (_READS * rates.copied + _HASHES * rates.hashed),
             "search of the cut points": (blocks / 2 + 2) * self._pass(1),
-            "statistics and pruning": self._statistics + self._prune_all,
+            "statistics and pruning": self._final.prune,
         }
         self.passes = blocks / 2 + 2 * workload.samples / workload.batch_size
         if has_statistics(workload.allocation, "magnitude"):
             # every process scores all matrices
-            every = workload.processes * self._prune_all
+            every = workload.processes * (self._final.prune - self._final.statistics)
             seconds["outliers"] = self._pass(workload.samples) / workload.processes + every
         groups = blocks if workload.granularity == "block" else len(sizes.matrices)
         if workload.method == "dp":
@@ -161,7 +172,7 @@ class Duration:
         if workload.method == "atp":
             slopes = len(atp_betas_tried(workload.sparsity, max(2, blocks)))
             joint = self._pass(workload.curve_samples, compared=True)
-            seconds[f"slopes of ATP, {slopes}"] = 2 * joint + slopes * (self._statistics + self._prune_all + joint)
+            seconds[f"slopes of ATP, {slopes}"] = 2 * joint + slopes * (self._planned.prune + joint)
             self.passes += slopes * 2 * workload.samples / workload.batch_size
         if workload.refine_samples:
             seconds["search"] = self._search()
@@ -169,12 +180,10 @@ class Duration:
             allocations = (2 if workload.method == "dp" else 1) + bool(workload.refine_samples)
             together = (blocks + 4) / 2 * self._pass(workload.held_out, compared=True)
             passes = groups / 2 * self._pass(workload.held_out, compared=True) / workload.processes
-            single = passes + self._statistics + self._prune_all
+            single = passes + self._final.prune
             # single matrices are pruned only within the minutes
             alone = int(min(allocations, 60 * workload.minutes / single)) if single else allocations
-            seconds["comparison on held-out data"] = (
-                allocations * (together + self._statistics + self._prune_all) + alone * single
-            )
+            seconds["comparison on held-out data"] = allocations * (together + self._final.prune) + alone * single
             self.passes += (allocations * blocks + alone * groups) / 2
         return seconds
 
@@ -188,7 +197,7 @@ class Duration:
     def _add_curves(self, seconds: dict[str, float], groups: int) -> None:
         sizes, workload, levels = self._sizes, self._workload, self._levels()
         number = workload.processes
-        prepared = self._statistics + self._prune_all + levels * self._level / number
+        prepared = self._planned.prune + levels * self._planned.level / number
         # of one process; each measures its share of the matrices and levels
         points = groups * levels / 2 * self._pass(workload.curve_samples, compared=True)
         fisher = prepared
@@ -200,7 +209,7 @@ class Duration:
             fisher += 2 * ROWS * levels * weights * self._rates.operation / number
         limit = 60 * workload.minutes
         # as the run decides, by the passes, and by the levels of scores that update weights
-        levels_of_score = levels * self._level if workload.score in UPDATES_WEIGHTS else 0.0
+        levels_of_score = levels * self._planned.level if workload.of_curves in UPDATES_WEIGHTS else 0.0
         fits = points + levels_of_score <= limit * number
         self.curves = use = workload.curves or ("measured" if fits else "anchored")
         measured = prepared + points / number
@@ -209,8 +218,10 @@ class Duration:
         self.passes += groups * levels / 2 if use == "measured" else 0
         if workload.correction != "none":
             # the joint distortion; then twice: statistics of all matrices, points with the dense one, and it again
-            joint = self._statistics + self._prune_all + self._pass(workload.curve_samples, compared=True)
-            again = self._statistics / 2 + number * self._prune_all + levels * self._level / number
+            planned = self._planned
+            joint = planned.prune + self._pass(workload.curve_samples, compared=True)
+            again = planned.statistics / 2 + number * (planned.prune - planned.statistics)
+            again += levels * planned.level / number
             again += points * (levels + 1) / levels / number
             seconds["correction of curves, at most"] = joint + 2 * (again + joint)
             self.passes += groups * (levels + 1)
@@ -219,7 +230,9 @@ class Duration:
         """Of the pruners of all matrices, which every process makes, and the search within its limits."""
         workload = self._workload
         judging = self._pass(workload.refine_samples, compared=True)
-        start = self._statistics + workload.processes * self._prune_all + 3 * judging
+        planned = self._planned
+        every = workload.processes * (planned.prune - planned.statistics)
+        start = planned.statistics + every + 3 * judging
         # an exchange takes half of a pass, from the first changed block on
         limits = [
             *([] if workload.refine_minutes is None else [60 * workload.refine_minutes]),

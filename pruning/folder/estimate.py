@@ -16,7 +16,7 @@ from torch import nn
 from leanstep._files import free_bytes
 from leanstep._mapped import RESIDENT
 from leanstep._memory import free_memory
-from leanstep.pruning.choices import fixed_pattern
+from leanstep.pruning.choices import fixed_pattern, score_of_curves
 from leanstep.pruning.folder.duration import Duration, Rates, Sizes
 from leanstep.pruning.folder.files import DTYPES, EXPERT_COPIES, ITEM_BYTES, Checkpoint, fused_bytes, most_common_dtype
 from leanstep.pruning.folder.fisher_size import FisherSize
@@ -45,8 +45,8 @@ class Workload:
         samples, curve_samples, held_out: numbers of sequences (or images).
         tokens: of a sequence; None: the model's positions, at most 2048.
         batch_size: samples per pass.
-        allocation, score, metric, curves, minutes, granularity, sparsity, products, pattern, correction: as for
-            :func:`leanstep.pruning.prune`.
+        allocation, score, curve_score, metric, curves, minutes, granularity, sparsity, products, pattern, correction:
+            as for :func:`leanstep.pruning.prune`.
         levels: number of levels of a curve; None: those of the default grid.
         activations, resident: as for :func:`leanstep.pruning.prune_checkpoint`.
         refine_samples: sequences that judge exchanges; 0: no search.
@@ -65,6 +65,7 @@ class Workload:
     batch_size: int = 8
     allocation: str = "dp"
     score: str = "wanda"
+    curve_score: str | None = None
     metric: str | None = None
     curves: str | None = None
     minutes: float = 30.0
@@ -91,6 +92,16 @@ class Workload:
             )
         if self.tokens is not None and self.tokens < 2:
             raise ValueError(f"expected at least 2 tokens in a sequence, got {self.tokens}")
+
+    @property
+    def of_curves(self) -> str:
+        """The score of the curves, of the slopes of ATP, and of the search."""
+        return score_of_curves(self.score, self.curve_score)
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """Those whose statistics are collected."""
+        return (self.score, self.of_curves) if self.method in ("dp", "atp") else (self.score,)
 
     @property
     def method(self) -> str:
@@ -335,7 +346,7 @@ def _stored_by_phase(shapes: _Shapes, workload: Workload, tokens: int, itemsize:
     """Bytes of cached activations and dense outputs, in memory or on disk."""
     outputs = min(shapes.outputs, 512 * 3) if workload.metric == "kl_topk" else shapes.outputs
     sequences = Sequences(
-        workload.samples if has_statistics(workload.allocation, workload.score) else 0,
+        workload.samples if has_statistics(workload.allocation, *workload.scores) else 0,
         workload.curve_samples if workload.method in MEASURED else 0,
         workload.held_out,
         workload.refine_samples,
@@ -347,7 +358,7 @@ def _stored_by_phase(shapes: _Shapes, workload: Workload, tokens: int, itemsize:
 def _search(shapes: _Shapes, workload: Workload, tokens: int, itemsize: int) -> SearchSize:
     return SearchSize.of(
         shapes.blocks,
-        score=workload.score,
+        score=workload.of_curves,
         metric=workload.metric,
         judging=workload.refine_samples,
         samples=workload.samples,
@@ -365,7 +376,7 @@ def _of_all_pruners(shapes: _Shapes, workload: Workload, itemsize: int) -> dict[
     """Of a correction of curves, which has the statistics of all matrices while it makes their pruners."""
     ranked = workload.pattern == "unstructured"
     pruners = (
-        pruner_bytes(m, workload.score, itemsize, samples=workload.samples, ranked=ranked) for m in shapes.matrices
+        pruner_bytes(m, workload.of_curves, itemsize, samples=workload.samples, ranked=ranked) for m in shapes.matrices
     )
     statistics = sum(_sums_bytes(matrix, workload) for matrix in shapes.matrices)
     return {"pruners of all matrices": sum(pruners), "statistics of all matrices": statistics}
@@ -396,7 +407,7 @@ def _statistics_bytes(shapes: _Shapes, workload: Workload, itemsize: int) -> int
 
 def _sums_bytes(shape: tuple[int, int], workload: Workload) -> int:
     """Of the statistics of a matrix."""
-    (rows, columns), needs = shape, NEEDS[workload.score]
+    (rows, columns), needs = shape, {need for score in workload.scores for need in NEEDS[score]}
     return (
         8 * columns * ("square_sum" in needs)
         + 4 * columns**2 * ("gram" in needs)
@@ -406,7 +417,7 @@ def _sums_bytes(shape: tuple[int, int], workload: Workload) -> int:
 
 def _pruner_bytes(shapes: _Shapes, workload: Workload, itemsize: int) -> int:
     """Of the largest matrix while it is ranked or updated, and what is held of the matrices that change together."""
-    factor = 20 if "gram" in NEEDS[workload.score] else 0
+    factor = 20 if any("gram" in NEEDS[score] for score in workload.scores) else 0
     largest = max(
         rows * columns * (_PRUNER_BYTES + itemsize) + factor * columns**2 for rows, columns in shapes.matrices
     )

@@ -27,9 +27,9 @@ NEEDS: dict[str, tuple[str, ...]] = {
 UPDATES_WEIGHTS = frozenset(score for score, fields in NEEDS.items() if {"gram", "gradients"} & {*fields})
 
 
-def has_statistics(allocation: str, score: str) -> bool:
+def has_statistics(allocation: str, *scores: str) -> bool:
     """Whether a pass over the calibration data is needed for a score, or for the outliers of OWL."""
-    return bool(NEEDS[score]) or allocation == "owl"
+    return any(NEEDS[score] for score in scores) or allocation == "owl"
 
 
 @dataclass
