@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # forward passes that a pass of Fisher curves is worth: one, and two times two from the first block of a portion on
 _FISHER_PASSES = 3
 # products with a matrix, and rankings, of a level with ALPS; products of its eigenvectors
-_ALPS_PRODUCTS, _ALPS_RANKINGS, _ALPS_EIGEN = 80, 20, 20
+_ALPS_PRODUCTS, _ALPS_RANKINGS, _ALPS_EIGEN = 140, 12, 20
 # calls of torch in a block of a transformer, and around the blocks
 _BLOCK_CALLS, _OTHER_CALLS = 60, 60
 # times that the files are read or written, and hashed: copies, checks of values, comparisons with what is stored
