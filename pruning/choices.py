@@ -26,8 +26,6 @@ CURVE_SETTINGS: dict[str, Any] = {
     "curves": None,
     "levels": None,
 }
-# ALPS takes some thirty times as long as SparseGPT for a level, and curves have many
-_CURVE_SCORES = {"alps": "sparsegpt"}
 
 
 def check_choices(
@@ -54,7 +52,7 @@ def check_choices(
     for name, value, known in (
         ("allocation", allocation, METHODS),
         ("score", score, tuple(NEEDS)),
-        ("curve_score", score_of_curves(score, curve_score), tuple(NEEDS)),
+        *([] if curve_score is None else [("curve_score", curve_score, tuple(NEEDS))]),
         ("granularity", granularity, GRANULARITIES),
         ("correction", correction, CORRECTIONS),
         ("inputs", inputs, INPUTS),
@@ -182,11 +180,6 @@ def levels_asked(
     if isinstance(budget, LatencyTable) and levels is None and pattern == "unstructured":
         return budget.levels[1:]
     return levels
-
-
-def score_of_curves(score: str, curve_score: str | None = None) -> str:
-    """The score by which curves are measured: ``curve_score``, or if that is None ``score``, and SparseGPT for ALPS."""
-    return curve_score or _CURVE_SCORES.get(score, score)
 
 
 def fixed_pattern(pattern: str) -> NM | None:

@@ -6,7 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,6 @@ from leanstep.pruning.result import Additivity, Allocation, PruneResult
 from leanstep.pruning.score.calibration import Pruning
 from leanstep.pruning.score.targets import Group, check_filled, some
 from leanstep.sparsity import NM
-
-# score options that have one meaning for ALPS and SparseGPT
-_ALIKE = ("damping", "block_size")
 
 
 def check_target(
@@ -188,15 +185,7 @@ class Planner:
         """:attr:`trial` with the score of curves, by which slopes of ATP and exchanges are judged, too."""
         if self.curve_score == self.score:
             return self.trial
-        pruning = Pruning(self.trial.pruning.cache, self.curve_score, self._curve_options())
-        return Trial(self.groups, pruning, self.snapshot, self.inputs)
-
-    def _curve_options(self) -> dict[str, Any]:
-        """Further arguments of the pruners of curves: of another score, those that both have in the same sense."""
-        if self.curve_score == self.score:
-            return self.score_options
-        alike = _ALIKE if {self.score, self.curve_score} == {"alps", "sparsegpt"} else ()
-        return {name: value for name, value in self.score_options.items() if name in alike}
+        return replace(self.trial, pruning=self.trial.pruning.by(self.curve_score))
 
     def _nonzero(self) -> dict[str, int]:
         return {group.name: group.nonzero() for group in self.groups}
@@ -215,6 +204,7 @@ class Planner:
         return levels_of(self.groups, self._around(), self.pattern, levels=self.levels)
 
     def _measure(self) -> dict[str, Curve]:
+        same = self.curve_score == self.score
         curves = measure_curves(
             self.model,
             self.curve_batches,
@@ -224,7 +214,7 @@ class Planner:
             metric=self.metric,
             groups=self.groups,
             levels=self.levels,
-            score_options=self._curve_options(),
+            score_options=self.score_options if same else self.planning.pruning.options,
             score_data=self.batches,
             resume=self.resume,
             progress=self.progress,

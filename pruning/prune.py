@@ -13,7 +13,7 @@ from leanstep._processes import Processes
 from leanstep.pruning.allocate.budgets import Budget
 from leanstep.pruning.allocate.descent import Refinement
 from leanstep.pruning.allocate.latency import LatencyTable
-from leanstep.pruning.choices import check_choices, fixed_pattern, levels_asked, score_of_curves, sparsity_asked
+from leanstep.pruning.choices import check_choices, fixed_pattern, levels_asked, sparsity_asked
 from leanstep.pruning.measure.batches import Batch, as_batches
 from leanstep.pruning.measure.curves import Curve
 from leanstep.pruning.measure.measure import (
@@ -89,8 +89,8 @@ def prune(
             passes) or ``anchored`` (Fisher curves scaled to a few measurements); see :func:`measure_curves`. None:
             ``measured`` where that takes less than ``minutes``, else ``anchored``. Or curves measured earlier.
         curve_score: score by which matrices are pruned for curves, for the slopes of ``atp`` and for ``refine``; None:
-            ``score``, but ``sparsegpt`` for ``alps``, which takes some thirty times as long for a level. Of
-            ``score_options``, another score takes those that ALPS and SparseGPT share.
+            ``score``. ``sparsegpt`` takes a thirtieth of the time of ``alps`` for a level. Of ``score_options``,
+            another score takes those that ALPS and SparseGPT share.
         minutes: time for measurements; see :func:`measure_curves`. On held-out data, matrices are pruned one by one
             as long as that takes no longer, first for the allocation that was asked for.
         correction: ``none``; or ``relinearise``, which measures curves again around the uniformly pruned model. The
@@ -175,8 +175,7 @@ def prune(
     if refine is not None:
         data, judging = judging_batches(model, data, refine, batch_size)
     batches, held_out_batches, curve_batches = _split_data(model, data, held_out, curve_data, batch_size)
-    of_curves, notes = score_of_curves(score, curve_score), list[str]()
-    planned = [of_curves] if allocation in ("dp", "atp") and fixed is None else []
+    planned, notes = [curve_score or score] if allocation in ("dp", "atp") and fixed is None else [], list[str]()
     if any_batches := batches or held_out_batches:
         with products_in(model, products), evaluating(model):
             check_runs(model, any_batches[0])
@@ -192,7 +191,7 @@ def prune(
         sparsity=sparsity,
         method=allocation,
         score=score,
-        curve_score=of_curves,
+        curve_score=curve_score or score,
         pattern=pattern,
         metric=metric,
         correction=correction,

@@ -161,11 +161,7 @@ def _allocation_options(group: _Group) -> None:
         help="measured; to second order, in the time of a few passes; or that, scaled to a few measurements. Default: "
         "measured where that takes less than --minutes, else anchored",
     )
-    add(
-        "--curve-score",
-        choices=_SCORES,
-        help="of curves, slopes of atp, and --refine; default: --score, but sparsegpt for alps",
-    )
+    add("--curve-score", choices=_SCORES, help="score of curves, slopes of atp and --refine; default: --score")
     add("--minutes", type=float, default=30.0, metavar="M", help="time for measurements, besides Fisher's; default 30")
     add("--correction", default="none", choices=("none", "relinearise"), help="for curves that do not add up")
     add("--refine", type=float, metavar="MINUTES", help="search from the allocation on joint distortion, for this long")

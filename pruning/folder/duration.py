@@ -18,7 +18,7 @@ from leanstep.pruning.folder.fisher_size import FisherSize
 from leanstep.pruning.measure.curves import level_grid, nm_level_count
 from leanstep.pruning.measure.fisher import ROWS
 from leanstep.pruning.measure.metrics import kl_divergence
-from leanstep.pruning.score.base import NEEDS, UPDATES_WEIGHTS, has_statistics
+from leanstep.pruning.score.base import FISHER_SCORES, NEEDS, UPDATES_WEIGHTS, has_statistics
 from leanstep.pruning.score.scores import layer_pruner
 
 if TYPE_CHECKING:
@@ -122,7 +122,9 @@ class Duration:
 
     def __init__(self, sizes: Sizes, workload: Workload, rates: Rates) -> None:
         self._sizes, self._workload, self._rates = sizes, workload, rates
-        self._final, self._planned = self._of_score(workload.score), self._of_score(workload.of_curves)
+        of_curves = workload.of_curves
+        self._final, self._planned = self._of_score(workload.score), self._of_score(of_curves)
+        self._fisher = self._of_score(FISHER_SCORES.get(of_curves, of_curves))
         self.passes = 0.0
         self.curves = ""
 
@@ -200,7 +202,7 @@ class Duration:
         prepared = self._planned.prune + levels * self._planned.level / number
         # of one process; each measures its share of the matrices and levels
         points = groups * levels / 2 * self._pass(workload.curve_samples, compared=True)
-        fisher = prepared
+        fisher = self._fisher.prune + levels * self._fisher.level / number
         if sizes.fisher is not None:
             # each process collects its share of the matrices
             passes = _FISHER_PASSES * math.ceil(sizes.fisher.passes / number)

@@ -16,7 +16,7 @@ from torch import nn
 from leanstep._files import free_bytes
 from leanstep._mapped import RESIDENT
 from leanstep._memory import free_memory
-from leanstep.pruning.choices import fixed_pattern, score_of_curves
+from leanstep.pruning.choices import fixed_pattern
 from leanstep.pruning.folder.duration import Duration, Rates, Sizes
 from leanstep.pruning.folder.files import DTYPES, EXPERT_COPIES, ITEM_BYTES, Checkpoint, fused_bytes, most_common_dtype
 from leanstep.pruning.folder.fisher_size import FisherSize
@@ -96,7 +96,7 @@ class Workload:
     @property
     def of_curves(self) -> str:
         """The score of the curves, of the slopes of ATP, and of the search."""
-        return score_of_curves(self.score, self.curve_score)
+        return self.curve_score or self.score
 
     @property
     def scores(self) -> tuple[str, ...]:

@@ -18,14 +18,7 @@ from leanstep._processes import Processes
 from leanstep._version import __version__
 from leanstep.pruning.allocate.descent import Refinement
 from leanstep.pruning.allocate.knapsack import InfeasibleBudget
-from leanstep.pruning.choices import (
-    asked_settings,
-    check_choices,
-    fixed_pattern,
-    levels_asked,
-    score_of_curves,
-    sparsity_asked,
-)
+from leanstep.pruning.choices import asked_settings, check_choices, fixed_pattern, levels_asked, sparsity_asked
 from leanstep.pruning.folder.checkpoint import (
     HELD_OUT,
     SIDECAR,
@@ -427,7 +420,7 @@ def _sequences(calibration: _Calibration) -> Sequences:
     elif curves is None:
         curves = data
     score = settings.get("score", "wanda")
-    planned = [] if curves is None else [score_of_curves(score, settings.get("curve_score"))]
+    planned = [] if curves is None else [settings.get("curve_score") or score]
     has_scores = has_statistics(allocation, score, *planned)
     return Sequences.of(has_scores, data, curves, calibration.held_out, None if refine is None else refine.data)
 

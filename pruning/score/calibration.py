@@ -32,6 +32,8 @@ from leanstep.pruning.score.scores import layer_pruner
 from leanstep.pruning.score.targets import Group, Target, as_matrix, some, split_count
 
 # how messages write the scores with a Gram matrix
+# score options that mean the same for ALPS and SparseGPT
+_ALIKE = ("damping", "block_size")
 _TITLES = {"sparsegpt": "SparseGPT", "alps": "ALPS"}
 # most samples whose gradients are collected
 _GRADIENTS = 128
@@ -304,6 +306,13 @@ class Pruning:
         self._few: dict[str, int] = {}
         self._short: dict[str, tuple[int, int]] = {}
         self._overfitted: dict[str, tuple[int, int]] = {}
+
+    def by(self, score: str) -> Pruning:
+        """With another score on the same data. Of the options, with those that ALPS and SparseGPT share."""
+        if score == self.score:
+            return self
+        alike = _ALIKE if {score, self.score} == {"alps", "sparsegpt"} else ()
+        return Pruning(self.cache, score, {name: value for name, value in self.options.items() if name in alike})
 
     @property
     def processes(self) -> Processes:
