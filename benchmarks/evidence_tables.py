@@ -68,7 +68,7 @@ def table(path: Path) -> str:
     ]
     head = ["", "seeds", "KL", "to uniform, %", "perplexity", "processor s", "peak, GiB"]
     dense = next(row["perplexity"] for row in rows if row["allocation"] == "dense")
-    parts = [_caption(path, settings, rows, dense), markdown(head, lines), _legend(), _pairs(cells, results)]
+    parts = [_caption(path, settings, rows, dense), markdown(head, lines), _legend(rows), _pairs(cells, results)]
     parts += [_recovered_table(results), _missing(cells)]
     return "\n\n".join(filter(None, parts))
 
@@ -86,7 +86,7 @@ def _lines(cells: Mapping[Cell, Row]) -> Iterator[list[str]]:
             continue
         means = {key: statistics.mean(row[key] for row in of_seed.values()) for key in ("kl", "perplexity", "seconds")}
         yield [
-            f"{SCORES[first.score]} {first.sparsity:.0%}, {label}",
+            f"{SCORES[first.score]} {first.sparsity:.0%}, {label}{_planned(of_seed)}",
             ", ".join(map(str, sorted(of_seed))),
             f"{means['kl']:.4f}",
             "–" if name == BASELINE else difference(of_seed, base),
@@ -94,6 +94,12 @@ def _lines(cells: Mapping[Cell, Row]) -> Iterator[list[str]]:
             f"{means['seconds']:.1f}",
             f"{max(row['gib'] for row in of_seed.values()):.2f}",
         ]
+
+
+def _planned(rows: Mapping[int, Row]) -> str:
+    """By whose curves, slopes or search, if that is another score."""
+    scores = {SCORES[row["curve_score"]] for row in rows.values() if "curve_score" in row}
+    return f" (of {' and '.join(sorted(scores))})" if scores else ""
 
 
 def difference(rows: Mapping[int, Row], base: Mapping[int, Row]) -> str:
@@ -162,11 +168,14 @@ def _caption(path: Path, settings: Row, rows: list[Row], dense: float) -> str:
     )
 
 
-def _legend() -> str:
+def _legend(rows: list[Row]) -> str:
+    other = ""
+    if any("curve_score" in row for row in rows):
+        other = " A score in brackets is that of the curves, of the slopes of ATP, and of the search."
     return (
         "KL is the divergence to the dense model on held-out text, its difference to uniform sparsity in percent is "
         "paired by seed, with Student's 95 % interval; a row of one seed has none, and its difference may be chance. "
-        "Processor seconds include all curves."
+        f"Processor seconds include all curves.{other}"
     )
 
 

@@ -15,6 +15,9 @@ Statistics are those of dense inputs for the curves, of pruned inputs for prunin
 ``--recover STEPS`` trains each pruned model on the dense model's outputs for so many steps of ``--recover-batch``
 sequences, drawn from ``--recover-samples`` of the older addresses, with the zeros held, and measures it once more.
 
+``--curve-score`` names another score for curves, slopes of ATP and searches, such as SparseGPT's for ALPS, whose level
+takes many times as long. Such a cell says so, and shares the curves with the cells of that score.
+
 Processor seconds of a cell contain its curves, whole, also where several cells share them: measured curves serve all
 sparsities, and Fisher curves all anchored ones. GiB are the peak of the process, in which the model is.
 
@@ -52,6 +55,8 @@ from evolution import Evolution
 # sparsities of the curves' levels, for all targets: of matrices, of blocks
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 BLOCK_LEVELS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+# allocations by curves, slopes or a search
+PLANNED = ("atp", "measured", "anchored", "refined", "evolution")
 PARSER = command_line(
     __doc__, model=Path("runs/smollm2"), name=("SmolLM2-135M", "the model's name in the table"), seeds=[0],
     sparsities=[0.6], samples=(8, "calibration sequences"), curve_samples=(2, "of them for curves and ATP"),
@@ -63,6 +68,7 @@ PARSER = command_line(
     minutes=(math.inf, "after which no cell is begun"), write=(False, "with --report: write the table into docs/"),
 )  # fmt: skip
 PARSER.add_argument("--scores", nargs="+", default=["wanda"], choices=SCORES)
+PARSER.add_argument("--curve-score", choices=SCORES, help="of curves, slopes of ATP and searches; default: the score")
 PARSER.add_argument("--allocations", nargs="+", default=list(ALLOCATIONS), choices=ALLOCATIONS)
 PARSER.add_argument("--report", type=Path, help="a file of results whose table to print")
 SETTINGS = ("name", "samples", "curve_samples", "judge_samples", "eval_samples", "seq_len", "anchor_minutes",
@@ -124,7 +130,8 @@ class Bench:
             for row in shared:
                 used = {"seconds": used["seconds"] + row["seconds"], "gib": max(used["gib"], row["gib"])}
             if cell not in self.rows:
-                self.record(cell, values | used)
+                planned = cell.allocation in PLANNED and self._planned(cell) != cell.score
+                self.record(cell, values | used | ({"curve_score": self._planned(cell)} if planned else {}))
             if options.recover:
                 more, used = timed_and_peak(lambda: self._recover(cell))
                 self.record(recovered(cell), self.text.cost() | {"kl_before": values["kl"]} | more | used)
@@ -176,15 +183,19 @@ class Bench:
         refined = self.rows.get(cell._replace(allocation="refined"))
         if refined is None:
             raise SystemExit("evolution has the time of refined: name both in --allocations")
+        uniform, score = self.rows.get(cell._replace(allocation="uniform")), self._planned(cell)
+        if score != cell.score and uniform is None:
+            raise SystemExit("evolution has to know how long pruning takes: name uniform first in --allocations")
         begin, limit = time.process_time(), refined["seconds"]
         groups = make_groups(find_targets(self.model), "matrix")
         start = allocate([group.layer for group in groups], cell.sparsity, method="uniform")
         cache = ActivationCache(self.model, as_batches(self.data, self.model), like=self.text.held_out.cache)
         judging = Measurement(self.model, as_batches(self.judging, self.model, batch_size=1), like=cache)
-        trial, pruners = Trial(groups, Pruning(cache, cell.score), self.text.snapshot), dict[str, Any]()
+        trial, pruners = Trial(groups, Pruning(cache, score), self.text.snapshot), dict[str, Any]()
         with evaluating(self.model):
             trial.apply(start, pruners)
-            again = time.process_time() - begin  # what it will take to prune by the result
+            # what it will take to prune by the result
+            again = time.process_time() - begin if score == cell.score or uniform is None else uniform["seconds"]
             judge = JointJudge(groups, judging, pruners, start.counts, start.patterns)
             bounds = {group.name: (round(0.05 * group.layer.numel), group.layer.numel) for group in groups}
             search, generations = Evolution(start.counts, bounds, judge.at, len(judging.batches), cell.seed), 0
@@ -192,13 +203,19 @@ class Bench:
                 search.generation()
                 generations += 1
             self.text.snapshot.restore()
-            trial.apply(replace(start, counts=search.parent))
+            replace(trial, pruning=Pruning(cache, cell.score)).apply(replace(start, counts=search.parent))
         return {"generations": generations}
 
     def _prune(self, cell: Cell, **settings: Any) -> Any:
         from leanstep.pruning import prune
 
+        if cell.allocation in PLANNED:
+            settings["curve_score"] = self._planned(cell)
         return prune(self.model, self.data, sparsity=cell.sparsity, score=cell.score, held_out=False, **settings)
+
+    def _planned(self, cell: Cell) -> str:
+        """The score of the curves of a cell, of its slopes, and of its search."""
+        return self.options.curve_score or cell.score
 
     # -- curves --------------------------------------------------------------------------------------------------------
 
@@ -207,7 +224,7 @@ class Bench:
         kinds = {"measured": ["measured"], "anchored": ["fisher", "anchored"], "refined": ["fisher", "anchored"]}
         rows = []
         for kind in kinds.get(cell.allocation, []):
-            key = curves_of(cell, kind)
+            key = self._curves_of(cell, kind)
             if key not in self.rows:
                 shutil.rmtree(self._folder(key), ignore_errors=True)
                 self.record(key, timed_and_peak(lambda kind=kind: self._curves(cell, kind) and {})[1])
@@ -220,20 +237,23 @@ class Bench:
         """The curves of a cell, from the points in the folder, where they are."""
         from leanstep.pruning import measure_curves
 
-        options, folder = self.options, self._folder(curves_of(cell, kind))
+        options, folder = self.options, self._folder(self._curves_of(cell, kind))
         file = folder / "points.jsonl"
         if not folder.exists():
             folder.mkdir(parents=True)
-            fisher = self._folder(curves_of(cell, "fisher")) / "points.jsonl"
+            fisher = self._folder(self._curves_of(cell, "fisher")) / "points.jsonl"
             if kind == "anchored":
                 shutil.copy(fisher, file)
         settings: Row = {"levels": LEVELS, "minutes": options.anchor_minutes}
         if kind == "measured":
             settings = {"levels": BLOCK_LEVELS, "granularity": "block"}
         return measure_curves(
-            self.model, self.curve_data, sparsity=cell.sparsity, score=cell.score, score_data=self.data, method=kind,
-            resume=file, **settings,
+            self.model, self.curve_data, sparsity=cell.sparsity, score=self._planned(cell), score_data=self.data,
+            method=kind, resume=file, **settings,
         )  # fmt: skip
+
+    def _curves_of(self, cell: Cell, kind: str) -> Cell:
+        return curves_of(cell._replace(score=self._planned(cell)), kind)
 
     def _folder(self, key: Cell) -> Path:
         return self.options.work / f"{key.score}-{key.seed}-{key.allocation.replace(' ', '-')}-{key.sparsity:g}"

@@ -102,6 +102,26 @@ def test_recovery_trains_the_pruned_model_and_leaves_the_dense_one(evidence, tmp
     assert len(bench.rows) == count == len((tmp_path / "r.jsonl").read_text().splitlines()) - 1
 
 
+def test_alps_takes_the_curves_of_sparsegpt_where_it_is_told_to(evidence, tmp_path):
+    """Curves are measured once for both scores, and a row names the score of its curves."""
+    folder = save_model(make_llama(2), tmp_path / "model")
+    arguments = ["--model", str(folder), "--name", "tiny", "--samples", "2", "--judge-samples", "2", "--eval-samples"]
+    arguments += ["2", "--seq-len", "16", "--refine-minutes", "0.02", "--anchor-minutes", "0.02", "--scores"]
+    arguments += ["sparsegpt", "alps", "--allocations", "uniform", "measured", "refined", "evolution", "--curve-score"]
+    arguments += ["sparsegpt", "--out", str(tmp_path / "r.jsonl"), "--work", str(tmp_path / "work")]
+    bench = evidence.Bench(evidence.PARSER.parse_args(arguments))
+    bench.run()
+    curves = [cell for cell in bench.rows if cell.allocation.startswith("curves")]
+    assert {cell.score for cell in curves} == {"sparsegpt"} and len(curves) == 3
+    of_alps = {cell.allocation: row for cell, row in bench.rows.items() if cell.score == "alps"}
+    assert [row.get("curve_score") for row in of_alps.values()] == [None, "sparsegpt", "sparsegpt", "sparsegpt"]
+    assert not any("curve_score" in row for cell, row in bench.rows.items() if cell.score == "sparsegpt")
+    assert of_alps["measured"]["seconds"] > bench.rows[curves[0]]["seconds"]
+    text = evidence.table(tmp_path / "r.jsonl")
+    assert "| ALPS 60%, DP measured by block (of SparseGPT) |" in text
+    assert "A score in brackets is that of the curves" in text
+
+
 def test_the_pictures_are_of_the_committed_results(evidence_tables):
     for name in ("prune-evidence-nano", "prune-evidence-smollm2"):
         points = evidence_tables.plotted(ROOT / "docs" / "results" / f"{name}.jsonl")
