@@ -89,7 +89,7 @@ def prune(
             passes) or ``anchored`` (Fisher curves scaled to a few measurements); see :func:`measure_curves`. None:
             ``measured`` where that takes less than ``minutes``, else ``anchored``. Or curves measured earlier.
         curve_score: score by which matrices are pruned for curves, for the slopes of ``atp`` and for ``refine``; None:
-            ``score``. ``sparsegpt`` takes a thirtieth of the time of ``alps`` for a level. Of ``score_options``,
+            ``score``. ``sparsegpt`` takes a tenth of the time of ``alps`` for a level, or less. Of ``score_options``,
             another score takes those that ALPS and SparseGPT share.
         minutes: time for measurements; see :func:`measure_curves`. On held-out data, matrices are pruned one by one
             as long as that takes no longer, first for the allocation that was asked for.

@@ -3,10 +3,9 @@
     python benchmarks pruning/levels --out runs/prune-levels.jsonl
     python benchmarks pruning/levels --report docs/results/prune-levels.jsonl [--write]
 
-Matrices of random weights, and Gram matrices of as many random inputs as ``--tokens``, whose columns correlate. A pruner
-is made, which serves all levels, and prunes its matrix to ``--sparsity``. One thread, medians of ``--repeats`` turns in
-which the scores take turns. Every call appends its rows with the commit that it measured; the table has the last of each
-commit.
+Matrices of random weights, with Gram matrices of ``--tokens`` random inputs whose columns correlate. A pruner is made,
+which serves all levels, and prunes its matrix to ``--sparsity``. One thread, medians of ``--repeats`` rounds in which
+the scores take turns. Every call appends its rows with the commit that it measured; the table has the last of each commit.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "alps": ("gram",),
     "mfac": ("gradients",),
 }
-# by which score Fisher curves of another are computed: a level of ALPS takes some thirty times SparseGPT's time
+# by which score Fisher curves of another are computed: a level of ALPS takes ten times SparseGPT's time and more
 FISHER_SCORES = {"alps": "sparsegpt"}
 # scores that change the remaining weights, so that a level of a matrix takes more than its ranking
 UPDATES_WEIGHTS = frozenset(score for score, fields in NEEDS.items() if {"gram", "gradients"} & {*fields})
