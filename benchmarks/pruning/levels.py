@@ -5,7 +5,8 @@
 
 Matrices of random weights, with Gram matrices of ``--tokens`` random inputs whose columns correlate. A pruner is made,
 which serves all levels, and prunes its matrix to ``--sparsity``. One thread, medians of ``--repeats`` rounds in which
-the scores take turns. Every call appends its rows with the commit that it measured; the table has the last of each commit.
+the scores take turns. Every call appends its rows with the commit that it measured; the table has the last ones of each
+commit.
 """
 
 from __future__ import annotations
