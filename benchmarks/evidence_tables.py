@@ -221,7 +221,8 @@ def _recovered_table(results: Mapping[Cell, Row]) -> str:
         (row["steps"], row["batch"], row["samples"], row["lr"]) for rows in groups.values() for row in rows.values()
     }
     text = "; ".join(
-        f"{steps} steps of {batch} sequences out of {samples}, lr {lr:g}" for steps, batch, samples, lr in sorted(ways)
+        f"{steps} steps of {batch} sequence{'s' * (batch != 1)} out of {samples}, lr {lr:g}"
+        for steps, batch, samples, lr in sorted(ways)
     )
     head = ["after recovery", "seeds", "KL before", "KL", "to uniform, %", "perplexity", "processor s"]
     return (
