@@ -86,7 +86,7 @@ def _lines(cells: Mapping[Cell, Row]) -> Iterator[list[str]]:
             continue
         means = {key: statistics.mean(row[key] for row in of_seed.values()) for key in ("kl", "perplexity", "seconds")}
         yield [
-            f"{SCORES[first.score]} {first.sparsity:.0%}, {label}{_planned(of_seed)}",
+            f"{SCORES[first.score]} {first.sparsity:.0%}, {label}{_of_curves(of_seed)}",
             ", ".join(map(str, sorted(of_seed))),
             f"{means['kl']:.4f}",
             "–" if name == BASELINE else difference(of_seed, base),
@@ -96,7 +96,7 @@ def _lines(cells: Mapping[Cell, Row]) -> Iterator[list[str]]:
         ]
 
 
-def _planned(rows: Mapping[int, Row]) -> str:
+def _of_curves(rows: Mapping[int, Row]) -> str:
     """By whose curves, slopes or search, if that is another score."""
     scores = {SCORES[row["curve_score"]] for row in rows.values() if "curve_score" in row}
     return f" (of {' and '.join(sorted(scores))})" if scores else ""

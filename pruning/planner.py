@@ -204,7 +204,6 @@ class Planner:
         return levels_of(self.groups, self._around(), self.pattern, levels=self.levels)
 
     def _measure(self) -> dict[str, Curve]:
-        same = self.curve_score == self.score
         curves = measure_curves(
             self.model,
             self.curve_batches,
@@ -214,7 +213,7 @@ class Planner:
             metric=self.metric,
             groups=self.groups,
             levels=self.levels,
-            score_options=self.score_options if same else self.planning.pruning.options,
+            score_options=self.score_options if self.curve_score == self.score else self.planning.pruning.options,
             score_data=self.batches,
             resume=self.resume,
             progress=self.progress,

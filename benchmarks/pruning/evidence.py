@@ -130,8 +130,8 @@ class Bench:
             for row in shared:
                 used = {"seconds": used["seconds"] + row["seconds"], "gib": max(used["gib"], row["gib"])}
             if cell not in self.rows:
-                planned = cell.allocation in PLANNED and self._planned(cell) != cell.score
-                self.record(cell, values | used | ({"curve_score": self._planned(cell)} if planned else {}))
+                planned = cell.allocation in PLANNED and self._curve_score(cell) != cell.score
+                self.record(cell, values | used | ({"curve_score": self._curve_score(cell)} if planned else {}))
             if options.recover:
                 more, used = timed_and_peak(lambda: self._recover(cell))
                 self.record(recovered(cell), self.text.cost() | {"kl_before": values["kl"]} | more | used)
@@ -183,7 +183,7 @@ class Bench:
         refined = self.rows.get(cell._replace(allocation="refined"))
         if refined is None:
             raise SystemExit("evolution has the time of refined: name both in --allocations")
-        uniform, score = self.rows.get(cell._replace(allocation="uniform")), self._planned(cell)
+        uniform, score = self.rows.get(cell._replace(allocation="uniform")), self._curve_score(cell)
         if score != cell.score and uniform is None:
             raise SystemExit("evolution has to know how long pruning takes: name uniform first in --allocations")
         begin, limit = time.process_time(), refined["seconds"]
@@ -210,10 +210,10 @@ class Bench:
         from leanstep.pruning import prune
 
         if cell.allocation in PLANNED:
-            settings["curve_score"] = self._planned(cell)
+            settings["curve_score"] = self._curve_score(cell)
         return prune(self.model, self.data, sparsity=cell.sparsity, score=cell.score, held_out=False, **settings)
 
-    def _planned(self, cell: Cell) -> str:
+    def _curve_score(self, cell: Cell) -> str:
         """The score of the curves of a cell, of its slopes, and of its search."""
         return self.options.curve_score or cell.score
 
@@ -248,12 +248,12 @@ class Bench:
         if kind == "measured":
             settings = {"levels": BLOCK_LEVELS, "granularity": "block"}
         return measure_curves(
-            self.model, self.curve_data, sparsity=cell.sparsity, score=self._planned(cell), score_data=self.data,
+            self.model, self.curve_data, sparsity=cell.sparsity, score=self._curve_score(cell), score_data=self.data,
             method=kind, resume=file, **settings,
         )  # fmt: skip
 
     def _curves_of(self, cell: Cell, kind: str) -> Cell:
-        return curves_of(cell._replace(score=self._planned(cell)), kind)
+        return curves_of(cell._replace(score=self._curve_score(cell)), kind)
 
     def _folder(self, key: Cell) -> Path:
         return self.options.work / f"{key.score}-{key.seed}-{key.allocation.replace(' ', '-')}-{key.sparsity:g}"

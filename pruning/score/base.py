@@ -164,7 +164,8 @@ def smallest(scores: Tensor, count: int) -> Tensor:
     if flat.device.type == "cpu" and flat.dtype in (torch.float32, torch.float64):
         limit = torch.from_numpy(np.partition(flat.numpy(), count - 1)[count - 1 : count])
     else:
-        limit = flat.kthvalue(count).values
+        # topk uses the whole of a GPU for one long row, which kthvalue does not
+        limit = flat.topk(count, largest=False, sorted=False).values.amax()
     mask = flat < limit
     if missing := count - int(mask.sum()):
         mask[(flat == limit).nonzero()[:missing, 0]] = True

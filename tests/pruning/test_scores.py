@@ -9,7 +9,7 @@ import torch
 from torch.nn.utils import prune as torch_prune
 
 from leanstep.pruning import LayerStatistics, as_matrix, layer_pruner
-from leanstep.pruning.score.base import NEEDS
+from leanstep.pruning.score.base import NEEDS, smallest
 from leanstep.sparsity import is_nm
 
 SCORES = ("magnitude", "wanda", "sparsegpt", "alps", "mfac")
@@ -166,6 +166,16 @@ def sparsegpt_by_elimination(weight, gram, masks):
             # column j is done, pruned or kept: it moves no more
             inverse = inverse - torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
     return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])  # the last without NumPy
+@pytest.mark.parametrize("count", [0, 1, 100, 199, 200])
+def test_the_smallest_are_those_of_a_stable_sort(dtype, count):
+    scores = torch.randint(-1, 12, (10, 20), generator=torch.Generator().manual_seed(count)).to(dtype)  # many are equal
+    expected = torch.zeros(200, dtype=torch.bool)
+    expected[scores.flatten().argsort(stable=True)[:count]] = True
+    assert torch.equal(smallest(scores, count).flatten(), expected)
+    assert torch.equal(smallest(scores.t(), count), smallest(scores.t().contiguous(), count))
 
 
 @pytest.mark.parametrize("block_size", [4, 12, 100])
