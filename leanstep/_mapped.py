@@ -7,6 +7,8 @@ import os
 import platform
 import sys
 import tempfile
+import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 # bytes of mapped tensors that stay resident; one layer of a large model
@@ -30,7 +32,7 @@ class ResidentSet:
     next access maps them again.
 
     Args:
-        limit: bytes. The tensor in use may exceed it.
+        limit: bytes. The two tensors used last may exceed it: one is copied to the other.
     """
 
     def __init__(self, limit: int = RESIDENT) -> None:
@@ -43,7 +45,7 @@ class ResidentSet:
         address = tensor.data_ptr()
         self._total += tensor.nbytes - self._sizes.pop(address, 0)
         self._sizes[address] = tensor.nbytes
-        while self._total > self.limit and len(self._sizes) > 1:
+        while self._total > self.limit and len(self._sizes) > 2:
             oldest, size = self._sizes.popitem(last=False)
             self._total -= size
             release_pages(oldest, size)
@@ -63,6 +65,30 @@ def release_pages(address: int, size: int) -> None:
     start, stop = -(-address // page) * page, (address + size) // page * page
     if _DONT_NEED is not None and stop > start:
         _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), ctypes.c_int(_DONT_NEED))
+
+
+# address -> bytes of the mappings of :func:`map_source`
+_SOURCES: dict[int, int] = {}
+
+
+def map_source(path: Path, *, writable: bool) -> mmap.mmap:
+    """As :func:`map_file`, for the files that a model is loaded from: :class:`CopiesInFiles` releases what it read."""
+    mapping = map_file(path, writable=writable)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        address = torch.frombuffer(mapping, dtype=torch.uint8).data_ptr()
+    _SOURCES[address] = len(mapping)
+    weakref.finalize(mapping, _SOURCES.pop, address, None)
+    return mapping
+
+
+def _release_read(tensor: Tensor) -> None:
+    """Release the pages of a tensor that was read, where they are those of a file."""
+    address = tensor.data_ptr()
+    of_source = any(start <= address < start + size for start, size in _SOURCES.items())
+    if is_mapped(tensor) or of_source:
+        span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+        release_pages(address, span * tensor.element_size())
 
 
 @functools.cache
@@ -180,7 +206,9 @@ _COPIES = (torch.stack, torch.cat, Tensor.contiguous, Tensor.clone, torch.clone)
 class CopiesInFiles(TorchFunctionMode):
     """Context manager: large copies of tensors on the CPU are kept in files, one of them in memory at a time.
 
-    For code of others that joins or splits weights: results of ``stack``, ``cat``, ``clone`` and ``contiguous``.
+    For code of others that joins or splits weights: results of ``stack``, ``cat``, ``clone`` and ``contiguous``. What
+    is copied leaves the memory, too, where it is in a file: nothing may have been written to what :func:`map_source`
+    maps.
 
     Args:
         scratch: where the files are.
@@ -198,7 +226,8 @@ class CopiesInFiles(TorchFunctionMode):
         if isinstance(args[0], Tensor) and args[0].data_ptr() == output.data_ptr():  # contiguous as it was
             return output
         copy = self._scratch.empty_like(output).copy_(output)
-        release_pages(copy.data_ptr(), copy.nbytes)
+        for tensor in (copy, *(leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor))):
+            _release_read(tensor)
         return copy
 
 

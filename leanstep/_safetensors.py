@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from leanstep._mapped import map_file
+from leanstep._mapped import map_source
 
 # names of torch's dtypes, some of which older versions lack, by those of safetensors; two numbers of F4 share a byte
 _NAMES = {
@@ -85,7 +85,7 @@ class MappedFile:
         if not count:
             return torch.empty(shape, dtype=dtype, device="cpu")
         if self._mapping is None:
-            self._mapping = map_file(self._path, writable=self._writable)
+            self._mapping = map_source(self._path, writable=self._writable)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given buffer is not writable")
             flat = torch.frombuffer(self._mapping, dtype=dtype, count=count, offset=tensor_offsets(self._path)[name])

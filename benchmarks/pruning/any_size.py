@@ -2,10 +2,12 @@
 
     python benchmarks pruning/any_size FOLDER [--layers 22] [--samples 2] [--tokens 16] [--allocation uniform]
     python benchmarks pruning/any_size FOLDER --allocation dp --curves fisher --tokens 512
+    python benchmarks pruning/any_size FOLDER --experts 64 --layers 4
 
 FOLDER gets a LLaMA of random bf16 weights in the shape of TinyLlama, in shards of 500 MB, unless it is there, and is
 pruned to half by Wanda into FOLDER-pruned, which is removed. The data is random tokens: how well the model is pruned is
-not looked at. The peak is what the system counts as resident, pages of mapped files included.
+not looked at. With ``--experts`` it is a mixture in the shape of OLMoE, whose experts are stored one by one, and which
+transformers joins on loading. The peak is what the system counts as resident, pages of mapped files included.
 """
 
 import json
@@ -19,7 +21,7 @@ from leanstep._memory import peak_process_memory
 
 PARSER = command_line(
     __doc__, layers=22, samples=2, tokens=16, allocation="uniform", score="wanda", curves=("fisher", "with dp"),
-    levels=([0.3, 0.5, 0.7], "with dp"),
+    levels=([0.3, 0.5, 0.7], "with dp"), experts=(0, "of a mixture; 0: a LLaMA"),
 )  # fmt: skip
 PARSER.add_argument("folder", metavar="FOLDER", type=Path)
 _SHARD = 500_000_000
@@ -29,7 +31,7 @@ def main() -> None:
     """Make the model if it is not there, prune it, and print the peak."""
     options = PARSER.parse_args()
     if not options.folder.exists():
-        make(options.folder, options.layers)
+        make(options.folder, options.layers, options.experts)
     import torch
 
     from leanstep.pruning import prune_checkpoint
@@ -49,21 +51,29 @@ def main() -> None:
     print(f"processor time  {time.process_time() - processor:.0f} s, {time.monotonic() - clock:.0f} s by the clock")
 
 
-def make(folder: Path, layers: int) -> None:
+def make(folder: Path, layers: int, experts: int) -> None:
     """Write the model, a shard in memory at a time."""
     import torch
     from safetensors.torch import save_file
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, OlmoeConfig, OlmoeForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
 
-    config = LlamaConfig(
-        vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=layers, num_attention_heads=32,
-        num_key_value_heads=4, max_position_embeddings=2048, dtype="bfloat16", architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
+    common = {"hidden_size": 2048, "num_hidden_layers": layers, "dtype": "bfloat16", "max_position_embeddings": 2048}
+    if experts:
+        config: LlamaConfig | OlmoeConfig = OlmoeConfig(
+            vocab_size=50304, intermediate_size=1024, num_attention_heads=16, num_key_value_heads=16,
+            num_experts=experts, num_experts_per_tok=8, architectures=["OlmoeForCausalLM"], **common,
+        )  # fmt: skip
+    else:
+        config = LlamaConfig(
+            vocab_size=32000, intermediate_size=5632, num_attention_heads=32, num_key_value_heads=4,
+            architectures=["LlamaForCausalLM"], **common,
+        )  # fmt: skip
     config.save_pretrained(folder)
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+        model = OlmoeForCausalLM(config) if experts else LlamaForCausalLM(config)
     shards: list[dict[str, torch.Size]] = [{}]
-    for name, parameter in model.named_parameters():
+    for name, parameter in revert_weight_conversion(model, model.state_dict()).items():
         if 2 * (parameter.numel() + sum(shape.numel() for shape in shards[-1].values())) > _SHARD:
             shards.append({})
         shards[-1][name] = parameter.shape

@@ -28,7 +28,7 @@ from leanstep._checkpoint import (
     reason,
 )
 from leanstep._files import is_folder_name, one_line
-from leanstep._mapped import Scratch, is_mapped, release_pages
+from leanstep._mapped import Scratch, is_mapped, note_use, release_pages
 from leanstep._safetensors import MappedFile
 from leanstep.pruning.folder.files import DTYPE_NAMES, Checkpoint, stored_dtypes
 from leanstep.sparsity.inference.load import check_declared
@@ -48,7 +48,8 @@ def load_model(checkpoint: Checkpoint, device: str | torch.device = "cpu") -> nn
         ValueError: if transformers cannot open it, if it needs code of its own, if the weights do not fit its
             config.json, or if one holds NaN or infinity.
     """
-    model = open_model(checkpoint.folder, _model_class(checkpoint.config.get("architectures")), finite=False)
+    model_class = _model_class(checkpoint.config.get("architectures"))
+    model = open_model(checkpoint.folder, model_class, finite=False, mapped=True)
     _check_finite(checkpoint, model)
     return model.eval().to(device)
 
@@ -141,7 +142,7 @@ def stored_parameters(
         {}
         if scratch is None
         else {
-            name: scratch.store(parameter.detach())
+            name: scratch.store(note_use(parameter).detach())
             for name, parameter in model.named_parameters()
             if name not in names and is_mapped(parameter)
         }
@@ -253,6 +254,7 @@ def open_model(
     dtype: torch.dtype | str = "auto",
     new_heads: Iterable[str] = (),
     finite: bool = True,
+    mapped: bool = False,
 ) -> nn.Module:
     """Load a model whose weights fit its configuration.
 
@@ -262,13 +264,15 @@ def open_model(
         dtype: of the weights; "auto": as stored.
         new_heads: see :func:`check_weights`.
         finite: read all weights and refuse NaN and infinity.
+        mapped: open safetensors files by :class:`MappedFile`, not only those larger than the memory. What
+            :class:`CopiesInFiles` joins then leaves the memory.
 
     Raises:
         ValueError: as :func:`check_weights`, and for a weight with NaN or infinity.
     """
     new_heads = tuple(new_heads)
     check_weights(source, model_class, new_heads=new_heads)
-    with _opening("model", source) as path, _quiet(reports=True), _mapping_large_files():
+    with _opening("model", source) as path, _quiet(reports=True), _mapping_files(always=mapped):
         model = _class(model_class).from_pretrained(
             path, dtype=dtype, trust_remote_code=False, ignore_mismatched_sizes=bool(new_heads)
         )
@@ -290,7 +294,7 @@ def check_weights(source: str | Path, model_class: Any = None, *, new_heads: Ite
             except tied ones; for tensors of another shape, or weights that are not floating-point; for an entry of
             ``new_heads`` that selects no such tensor.
     """
-    with _opening("model", source) as path, _quiet(), _mapping_large_files():
+    with _opening("model", source) as path, _quiet(), _mapping_files(always=True):
         _, info = _class(model_class).from_pretrained(
             path,
             dtype="auto",
@@ -415,8 +419,8 @@ def _snapshot(name: str) -> Path | None:
 
 
 @contextmanager
-def _mapping_large_files() -> Iterator[None]:
-    """Context manager: transformers opens safetensors files larger than the memory, too, by :class:`MappedFile`."""
+def _mapping_files(*, always: bool = False) -> Iterator[None]:
+    """Context manager: transformers opens safetensors files larger than the memory, or all, by :class:`MappedFile`."""
     from transformers import modeling_utils
 
     safe_open = getattr(modeling_utils, "safe_open", None)
@@ -425,12 +429,13 @@ def _mapping_large_files() -> Iterator[None]:
         return
 
     def open_file(path: Any, *args: Any, **options: Any) -> Any:
-        try:
-            return safe_open(path, *args, **options)
-        except RuntimeError as error:
-            if "Cannot allocate memory" not in str(error):
-                raise
-            return MappedFile(Path(path), writable=True)
+        if not always:
+            try:
+                return safe_open(path, *args, **options)
+            except RuntimeError as error:
+                if "Cannot allocate memory" not in str(error):
+                    raise
+        return MappedFile(Path(path), writable=True)
 
     modeling_utils.safe_open = open_file
     try:

@@ -1,15 +1,20 @@
 """Weights mapped from files and activations on disk: the results of memory, bit for bit, in memory that is bounded."""
 
 import json
+import mmap
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from architectures import make
 from pruned_models import images, save_model, tokens
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from leanstep._mapped import CopiesInFiles, FileTensor, ResidentSet, Scratch, is_mapped
+from leanstep._mapped import _SOURCES, CopiesInFiles, FileTensor, ResidentSet, Scratch, is_mapped
+from leanstep._safetensors import MappedFile
 from leanstep.pruning import prune, prune_checkpoint
 from leanstep.pruning.folder import run
 from leanstep.pruning.folder.checkpoint import map_weights, unmapped_note
@@ -189,3 +194,39 @@ def test_large_copies_are_in_files_and_small_ones_and_views_are_not(tmp_path):
     assert [is_mapped(tensor) for tensor in (joined, small, turned)] == [True, False, True]
     assert same.data_ptr() == joined.data_ptr() and not list(tmp_path.iterdir())
     assert torch.equal(joined, torch.stack(parts)) and torch.equal(turned, torch.stack(parts).transpose(1, 2))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/smaps")
+def test_what_is_joined_from_files_and_in_files_leaves_the_memory(tmp_path):
+    parts = {str(number): torch.randn(256, 1024) for number in range(4)}
+    save_file(parts, tmp_path / "weights.safetensors")
+    with MappedFile(tmp_path / "weights.safetensors", writable=True) as opened:
+        stored = [opened.get_tensor(name) for name in parts]
+    scratch = Scratch(tmp_path)
+    with CopiesInFiles(scratch):
+        joined = torch.stack(stored)
+        turned = joined.transpose(1, 2).contiguous()
+    # ends that share a page with a neighbour stay
+    assert max(resident_bytes(tensor) for tensor in (*stored, joined, turned)) <= 8 * mmap.PAGESIZE
+    assert torch.equal(joined, torch.stack(list(parts.values()))) and torch.equal(turned, joined.transpose(1, 2))
+    assert resident_bytes(joined) > 3 * 2**20  # it has been read
+
+
+def resident_bytes(tensor):
+    """Resident bytes of the mapping that holds a tensor."""
+    mappings = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
+    for mapping in mappings[1:]:
+        start, stop = (int(address, 16) for address in mapping.split(maxsplit=1)[0].split("-"))
+        if start <= tensor.data_ptr() < stop:
+            return int(re.search(r"^Rss: +(\d+) kB", mapping, re.MULTILINE)[1]) * 1024
+    raise AssertionError("not mapped")
+
+
+def test_the_mapping_of_a_source_is_forgotten_with_it(tmp_path):
+    save_file({"weight": torch.ones(2048)}, tmp_path / "weights.safetensors")
+    before = dict(_SOURCES)
+    with MappedFile(tmp_path / "weights.safetensors", writable=True) as opened:
+        weight = opened.get_tensor("weight")
+    assert len(_SOURCES) == len(before) + 1
+    del weight, opened
+    assert before == _SOURCES
