@@ -85,7 +85,8 @@ def map_source(path: Path, *, writable: bool) -> mmap.mmap:
 def _release_read(tensor: Tensor) -> None:
     """Release the pages of a tensor that was read, where they are those of a file."""
     address = tensor.data_ptr()
-    of_source = any(start <= address < start + size for start, size in _SOURCES.items())
+    sources = list(_SOURCES.items())  # threads of transformers map more files meanwhile
+    of_source = any(start <= address < start + size for start, size in sources)
     if is_mapped(tensor) or of_source:
         span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
         release_pages(address, span * tensor.element_size())

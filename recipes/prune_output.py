@@ -61,7 +61,7 @@ class ProgressBar:
         self._task: Any = None
         self._began = self._printed = time.monotonic()
         self._first: int | None = None
-        self._phase = ""
+        self._phase, self._done = "", 0
 
     def __enter__(self) -> "ProgressBar":
         return self
@@ -76,9 +76,10 @@ class ProgressBar:
             return
         now = time.monotonic()
         phase = _PHASES.get(name, "measured {}/{} points")
-        if phase != self._phase:
+        if phase != self._phase or done < self._done:  # measured points begin again after those of Fisher curves
             self.__exit__()
             self._live, self._first, self._phase, self._printed = None, None, phase, now
+        self._done = done
         if self._first is None:  # points that an earlier run measured do not count for the rate
             self._first, self._began = done - 1, now
         if sys.stderr.isatty():

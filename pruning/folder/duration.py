@@ -180,13 +180,15 @@ class Duration:
             seconds["search"] = self._search()
         if workload.held_out:
             allocations = (2 if workload.method == "dp" else 1) + bool(workload.refine_samples)
-            together = (blocks + 4) / 2 * self._pass(workload.held_out, compared=True)
-            passes = groups / 2 * self._pass(workload.held_out, compared=True) / workload.processes
-            single = passes + self._final.prune
+            once = self._pass(workload.held_out, compared=True)
+            # from each block on to check the cache, which every process does, and with each matrix pruned
+            single = (blocks / 2 + groups / 2 / workload.processes) * once + self._final.prune
             # single matrices are pruned only within the minutes
             alone = int(min(allocations, 60 * workload.minutes / single)) if single else allocations
-            seconds["comparison on held-out data"] = allocations * (together + self._final.prune) + alone * single
-            self.passes += (allocations * blocks + alone * groups) / 2
+            # the dense outputs, whether they are reproducible, and those of each allocation
+            together = (2 + allocations) * once + allocations * self._final.prune
+            seconds["comparison on held-out data"] = together + alone * single
+            self.passes += 2 + allocations + alone * (blocks + groups) / 2
         return seconds
 
     def _levels(self) -> int:

@@ -54,6 +54,7 @@ def anchored_curves(
         names = pruning.processes.all_gather([group.name for group in measurement.affordable(ordered, seconds)])[0]
         affordable = [group for group in ordered if group.name in names]
         levels = {g.name: [points.missing_level(g.name, curves[g.name].counts[wanted[g.name]])] for g in affordable}
+        points.limit_to(levels)
         measurement.measure_points(points, levels, pruning, until)
         for name, level in wanted.items():
             count = fisher[name].counts[level]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from leanstep._processes import Processes
@@ -53,6 +53,10 @@ class Points:
     def missing_level(self, name: str, count: int) -> tuple[int, str]:
         """(count, N:M pattern or "") of a missing point of a group."""
         return next(level for level in self.missing[name] if level[0] == count)
+
+    def limit_to(self, levels: Mapping[str, Sequence[tuple[int, str]]]) -> None:
+        """Tell ``progress`` of these missing points alone, and of those that are there."""
+        self._total = len(self._points) + sum(map(len, levels.values()))
 
     def add(self, name: str, count: int, point: Distortion) -> None:
         """Add a point, in the file too."""

@@ -176,6 +176,19 @@ def test_a_small_model_takes_the_time_of_its_calls_and_its_comparisons():
     assert files["files"] == pytest.approx(10000 * (6e-6 + 2e-3))
 
 
+@pytest.mark.parametrize("minutes", [0.0, 30.0])
+def test_single_matrices_and_checks_of_the_cache_are_counted_where_the_minutes_suffice(minutes):
+    sizes = Sizes([(8, 8)] * 14, blocks=2, active=1000, outputs=64, tokens=16, size=10000)
+    workload = Workload(
+        samples=4, curve_samples=2, held_out=2, levels=3, curves="fisher", batch_size=2, minutes=minutes
+    )
+    none = {name: 0.0 for name in ("operation", "ranked", "call", "logit", "copied", "hashed")}
+    seconds = Duration(sizes, workload, Rates(**none | {"logit": 1e-6})).seconds()["comparison on held-out data"]
+    # dense outputs twice, and two allocations; with time, for both, half of a pass for each block and each matrix
+    passes = 2 + 2 + (2 * (2 + 14) / 2 if minutes else 0)
+    assert seconds == pytest.approx(passes * 2 * 16 * 64e-6)
+
+
 def matrices(model):
     return [layer for layer in model.model.layers.modules() if isinstance(layer, torch.nn.Linear)]
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -20,6 +21,8 @@ from leanstep.pruning.measure.curve_file import PartialCurves, checked_line
 from leanstep.pruning.measure.fisher import SecondOrder
 from leanstep.pruning.measure.measure import evaluating, weights_hash
 from leanstep.pruning.measure.metrics import Distortion, Metric, make_metric
+from leanstep.recipes.prune_output import ProgressBar
+from leanstep.recipes.training.formatting import format_duration
 
 LEVELS = (0.5, 0.9)
 SMALL = (0.02, 0.05)
@@ -324,9 +327,25 @@ def test_fisher_and_anchored_curves_go_on_where_they_were_cut(tmp_path):
         assert again == whole["anchored"]
         assert sorted(file.read_text().splitlines(keepends=True)) == sorted(lines)
         assert len(points) == len(lines) - cut - 1
+        done, total, _ = points[-1]
+        assert done == total  # of the points that are measured, not of all levels
     assert measure_curves(model, samples, levels=LEVELS, method="fisher", resume=file) == whole["fisher"]
     # measured points of the same file are not measured again
     assert measure_curves(model, samples, levels=LEVELS, resume=file) == measure_curves(model, samples, levels=LEVELS)
+
+
+def test_the_time_left_of_measured_points_is_by_their_own_rate(monkeypatch, capsys):
+    clock = itertools.count(0, 31)
+    monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
+    bar = ProgressBar()
+    for done in range(1, 100):  # of Fisher curves
+        bar(done, 100, "a")
+    capsys.readouterr()
+    for done in (1, 2, 3):
+        bar(done, 10, "b")
+    # 31 seconds a point; by the rate since the first of the Fisher points it would be hours
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"3/10 points, b, {format_duration(7 * 31)} left")
 
 
 def test_what_the_clock_decided_holds_for_a_run_that_goes_on(tmp_path):
