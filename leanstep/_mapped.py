@@ -7,13 +7,12 @@ import os
 import platform
 import sys
 import tempfile
-import warnings
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -57,9 +56,9 @@ class ResidentSet:
 
 
 def release_pages(address: int, size: int) -> None:
-    """Unmap the whole pages of a range of a shared file mapping; nothing happens where the system has no madvise.
+    """Unmap the whole pages of a range of a file mapping; nothing happens where the system has no madvise.
 
-    Never for other memory, whose values would be lost.
+    Of a private mapping, never for pages that were written, and never for other memory: the values would be lost.
     """
     page = mmap.PAGESIZE
     start, stop = -(-address // page) * page, (address + size) // page * page
@@ -67,26 +66,28 @@ def release_pages(address: int, size: int) -> None:
         _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), ctypes.c_int(_DONT_NEED))
 
 
-# address -> bytes of the mappings of :func:`map_source`
-_SOURCES: dict[int, int] = {}
+# address -> mapping of a file that a model is being loaded from
+_SOURCES: dict[int, mmap.mmap] = {}
 
 
-def map_source(path: Path, *, writable: bool) -> mmap.mmap:
-    """As :func:`map_file`, for the files that a model is loaded from: :class:`CopiesInFiles` releases what it read."""
-    mapping = map_file(path, writable=writable)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given buffer is not writable")
-        address = torch.frombuffer(mapping, dtype=torch.uint8).data_ptr()
-    _SOURCES[address] = len(mapping)
-    weakref.finalize(mapping, _SOURCES.pop, address, None)
-    return mapping
+def add_source(mapping: mmap.mmap) -> None:
+    """Note a private mapping to which nothing is written before :func:`forget_sources`.
+
+    What :class:`CopiesInFiles` copies from it leaves the memory: a written page would lose what was written.
+    """
+    _SOURCES[np.frombuffer(mapping, np.uint8).ctypes.data] = mapping
+
+
+def forget_sources() -> None:
+    """End :func:`add_source` for all mappings."""
+    _SOURCES.clear()
 
 
 def _release_read(tensor: Tensor) -> None:
     """Release the pages of a tensor that was read, where they are those of a file."""
     address = tensor.data_ptr()
     sources = list(_SOURCES.items())  # threads of transformers map more files meanwhile
-    of_source = any(start <= address < start + size for start, size in sources)
+    of_source = any(start <= address < start + len(mapping) for start, mapping in sources)
     if is_mapped(tensor) or of_source:
         span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
         release_pages(address, span * tensor.element_size())
@@ -208,8 +209,7 @@ class CopiesInFiles(TorchFunctionMode):
     """Context manager: large copies of tensors on the CPU are kept in files, one of them in memory at a time.
 
     For code of others that joins or splits weights: results of ``stack``, ``cat``, ``clone`` and ``contiguous``. What
-    is copied leaves the memory, too, where it is in a file: nothing may have been written to what :func:`map_source`
-    maps.
+    is copied leaves the memory, too, where it is in a shared mapping or one of :func:`add_source`.
 
     Args:
         scratch: where the files are.

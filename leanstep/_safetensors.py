@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import mmap
+import threading
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from leanstep._mapped import map_source
+from leanstep._mapped import add_source, map_file
 
 # names of torch's dtypes, some of which older versions lack, by those of safetensors; two numbers of F4 share a byte
 _NAMES = {
@@ -43,14 +44,16 @@ class MappedFile:
         path: the file.
         writable: whether the tensors may be written to; the file stays as it is. A write to other ones ends the
             process, and no system refuses them.
+        is_source: see :func:`leanstep._mapped.add_source`.
 
     Raises:
         SafetensorError: for a damaged file, on opening or reading.
         OSError: if there is no such file, or the system refuses to map it.
     """
 
-    def __init__(self, path: Path, *, writable: bool) -> None:
-        self._path, self._writable = path, writable
+    def __init__(self, path: Path, *, writable: bool, is_source: bool = False) -> None:
+        self._path, self._writable, self._is_source = path, writable, is_source
+        self._lock = threading.Lock()  # transformers reads in several threads
         # for torch, safetensors would map the file at once
         self._file = safe_open(path, framework="numpy").__enter__()
         self._mapping: mmap.mmap | None = None
@@ -84,8 +87,11 @@ class MappedFile:
         count = math.prod(shape)
         if not count:
             return torch.empty(shape, dtype=dtype, device="cpu")
-        if self._mapping is None:
-            self._mapping = map_source(self._path, writable=self._writable)
+        with self._lock:
+            if self._mapping is None:
+                self._mapping = map_file(self._path, writable=self._writable)
+                if self._is_source:
+                    add_source(self._mapping)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given buffer is not writable")
             flat = torch.frombuffer(self._mapping, dtype=dtype, count=count, offset=tensor_offsets(self._path)[name])

@@ -28,7 +28,7 @@ from leanstep._checkpoint import (
     reason,
 )
 from leanstep._files import is_folder_name, one_line
-from leanstep._mapped import Scratch, is_mapped, note_use, release_pages
+from leanstep._mapped import Scratch, forget_sources, is_mapped, note_use, release_pages
 from leanstep._safetensors import MappedFile
 from leanstep.pruning.folder.files import DTYPE_NAMES, Checkpoint, stored_dtypes
 from leanstep.sparsity.inference.load import check_declared
@@ -429,19 +429,20 @@ def _mapping_files(*, always: bool = False) -> Iterator[None]:
         return
 
     def open_file(path: Any, *args: Any, **options: Any) -> Any:
-        if not always:
+        if not always or options.get("backend") == "pread":  # where transformers asks for no mapping, as on Windows
             try:
                 return safe_open(path, *args, **options)
             except RuntimeError as error:
                 if "Cannot allocate memory" not in str(error):
                     raise
-        return MappedFile(Path(path), writable=True)
+        return MappedFile(Path(path), writable=True, is_source=True)
 
     modeling_utils.safe_open = open_file
     try:
         yield
     finally:
         modeling_utils.safe_open = safe_open
+        forget_sources()
 
 
 @contextmanager

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from architectures import make
 from pruned_models import images, save_model, tokens
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from leanstep._mapped import _SOURCES, CopiesInFiles, FileTensor, ResidentSet, Scratch, is_mapped
+from leanstep._mapped import CopiesInFiles, FileTensor, ResidentSet, Scratch, forget_sources, is_mapped
 from leanstep._safetensors import MappedFile
-from leanstep.pruning import prune, prune_checkpoint
+from leanstep.pruning import Recovery, prune, prune_checkpoint
 from leanstep.pruning.folder import run
 from leanstep.pruning.folder.checkpoint import map_weights, unmapped_note
 from leanstep.pruning.folder.files import open_checkpoint
@@ -200,12 +201,12 @@ def test_large_copies_are_in_files_and_small_ones_and_views_are_not(tmp_path):
 def test_what_is_joined_from_files_and_in_files_leaves_the_memory(tmp_path):
     parts = {str(number): torch.randn(256, 1024) for number in range(4)}
     save_file(parts, tmp_path / "weights.safetensors")
-    with MappedFile(tmp_path / "weights.safetensors", writable=True) as opened:
+    with MappedFile(tmp_path / "weights.safetensors", writable=True, is_source=True) as opened:
         stored = [opened.get_tensor(name) for name in parts]
-    scratch = Scratch(tmp_path)
-    with CopiesInFiles(scratch):
+    with CopiesInFiles(Scratch(tmp_path)):
         joined = torch.stack(stored)
         turned = joined.transpose(1, 2).contiguous()
+    forget_sources()
     # ends that share a page with a neighbour stay
     assert max(resident_bytes(tensor) for tensor in (*stored, joined, turned)) <= 8 * mmap.PAGESIZE
     assert torch.equal(joined, torch.stack(list(parts.values()))) and torch.equal(turned, joined.transpose(1, 2))
@@ -222,11 +223,28 @@ def resident_bytes(tensor):
     raise AssertionError("not mapped")
 
 
-def test_the_mapping_of_a_source_is_forgotten_with_it(tmp_path):
+def test_what_is_written_to_a_source_after_loading_stays(tmp_path):
     save_file({"weight": torch.ones(2048)}, tmp_path / "weights.safetensors")
-    before = dict(_SOURCES)
-    with MappedFile(tmp_path / "weights.safetensors", writable=True) as opened:
+    with MappedFile(tmp_path / "weights.safetensors", writable=True, is_source=True) as opened:
         weight = opened.get_tensor("weight")
-    assert len(_SOURCES) == len(before) + 1
-    del weight, opened
-    assert before == _SOURCES
+    forget_sources()
+    weight.zero_()
+    with CopiesInFiles(Scratch(tmp_path), least=1):
+        assert not torch.cat([weight, weight]).any()
+    assert not weight.any()
+
+
+@pytest.mark.skipif(not hasattr(transformers, "NomicBertConfig"), reason="an earlier transformers")
+def test_matrices_that_were_split_on_loading_keep_their_zeros_in_recovery(tmp_path, monkeypatch):
+    config = transformers.NomicBertConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
+    )
+    save_model(transformers.NomicBertForMaskedLM(config), tmp_path / "in")
+    monkeypatch.setattr(run, "CopiesInFiles", lambda scratch: CopiesInFiles(scratch, least=1))
+    settings = {"sparsity": 0.5, "allocation": "uniform", "recovery": Recovery(2)}
+    prune_checkpoint(tmp_path / "in", tmp_path / "out", tokens(8, 16), **settings)
+    before, after = tensors_of(tmp_path / "in"), tensors_of(tmp_path / "out")
+    [name] = [name for name in after if name.endswith("Wqkv.weight")]
+    assert float((after[name] == 0).double().mean()) == 0.5
+    unchanged = (after[name] == before[name]) & (after[name] != 0)
+    assert int(unchanged.sum()) < 0.01 * after[name].numel()  # trained
