@@ -31,7 +31,9 @@ RECOVERED = " recovered"
 PAIRS = (
     ("", "anchored", "", "measured"), ("", "anchored", "", "owl"), ("", "anchored", "", "atp"),
     ("", "refined", "", "anchored"), ("", "refined", "", "evolution"), ("sparsegpt", "uniform", "wanda", "uniform"),
-    ("sparsegpt", "uniform", "wanda", "refined"), ("alps", "uniform", "sparsegpt", "uniform"),
+    ("sparsegpt", "uniform", "wanda", "refined"), ("sparsegpt", "anchored", "wanda", "anchored"),
+    ("sparsegpt", "anchored", "wanda", "refined"), ("alps", "uniform", "sparsegpt", "uniform"),
+    ("alps", "anchored", "sparsegpt", "anchored"),
 )  # fmt: skip
 Row = dict[str, Any]
 
@@ -163,8 +165,9 @@ def _caption(path: Path, settings: Row, rows: list[Row], dense: float) -> str:
         f"(SHA-256 of its weights: {settings['weights'][:8]}), {settings['dtype']}, perplexity {dense:.2f} before "
         f"pruning. {settings['samples']} x {length} tokens for scores, {settings['curve_samples']} x {length} of them "
         f"for curves and ATP, {settings['judge_samples']} x {length} others that judge both searches, "
-        f"{settings['eval_samples']} x {length} held out. Anchored curves have {settings['anchor_minutes']:g} minutes "
-        f"by the clock for their measurements, the refining search {settings['refine_minutes']:g}. {machines(rows)}."
+        f"{settings['eval_samples']} x {length} held out. The measurements of anchored curves end after "
+        f"{settings['anchor_minutes']:g} min by the clock, the refining search after {settings['refine_minutes']:g}. "
+        f"{machines(rows)}."
     )
 
 
@@ -175,7 +178,9 @@ def _legend(rows: list[Row]) -> str:
     return (
         "KL is the divergence to the dense model on held-out text, its difference to uniform sparsity in percent is "
         "paired by seed, with Student's 95 % interval; a row of one seed has none, and its difference may be chance. "
-        f"Processor seconds include all curves.{other}"
+        "Seeds draw other calibration sequences; the model and the held-out text are the same, and the intervals say "
+        "nothing of others. Processor seconds include all curves, and no comparison with uniform sparsity, which "
+        f"`leanstep prune` makes. Peaks are of the whole process, by the commit of each row.{other}"
     )
 
 
