@@ -209,8 +209,8 @@ class _Shapes:
             int(numel - experts * (1 - min(1.0, routed / total))),
             getattr(text, "hidden_size", None) or largest,
             embeddings.weight.shape[0] if embeddings is not None else getattr(config, "num_labels", largest),
-            # joined in memory, then copied to a mapped file
-            2
+            # the parts, joined in memory, then copied to a mapped file
+            3
             * itemsize
             * max((p.numel() for name, p in parameters.items() if _is_joined(name, checkpoint)), default=0),
             max((sum(p.numel() for p in b.parameters()) for _, b in candidate_blocks(model)), default=0) * itemsize,
