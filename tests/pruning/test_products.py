@@ -135,3 +135,14 @@ def test_curves_of_other_products_are_not_resumed(fast, tmp_path):
     measure_curves(model, data, products="stored", **settings)
     with pytest.raises(ValueError, match="products"):
         measure_curves(model, data, **settings)
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+@pytest.mark.parametrize(("avx512_bf16", "amx"), [(False, False), (True, False), (False, True)])
+def test_avx512_alone_is_not_fast_in_bf16(machine, avx512_bf16, amx, monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    # what oneDNN answers with AVX-512, and on Arm with bf16
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    assert product_dtype(BF16) == (BF16 if machine == "aarch64" or avx512_bf16 or amx else FP32)
