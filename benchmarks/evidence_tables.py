@@ -30,7 +30,8 @@ RECOVERED = " recovered"
 # (score, allocation) beside another; "" stands for each score
 PAIRS = (
     ("", "anchored", "", "measured"), ("", "anchored", "", "owl"), ("", "anchored", "", "atp"),
-    ("", "refined", "", "anchored"), ("", "refined", "", "evolution"), ("sparsegpt", "uniform", "wanda", "uniform"),
+    ("", "refined", "", "anchored"), ("", "refined", "", "evolution"), ("", "evolution", "", "anchored"),
+    ("", "evolution", "", "atp"), ("sparsegpt", "uniform", "wanda", "uniform"),
     ("sparsegpt", "uniform", "wanda", "refined"), ("sparsegpt", "anchored", "wanda", "anchored"),
     ("sparsegpt", "anchored", "wanda", "refined"), ("alps", "uniform", "sparsegpt", "uniform"),
     ("alps", "anchored", "sparsegpt", "anchored"),

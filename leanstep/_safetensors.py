@@ -9,6 +9,7 @@ import mmap
 import threading
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,9 @@ class MappedFile:
                 self._mapping = map_file(self._path, writable=self._writable)
                 if self._is_source:
                     add_source(self._mapping)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given buffer is not writable")
+        with nullcontext() if self._writable else warnings.catch_warnings():  # not for threads: filters are global
+            if not self._writable:
+                warnings.filterwarnings("ignore", "The given buffer is not writable")
             flat = torch.frombuffer(self._mapping, dtype=dtype, count=count, offset=tensor_offsets(self._path)[name])
         return flat.reshape(shape)
 
