@@ -36,6 +36,7 @@ from comparison.summary import Interval, paired_percent
 from comparison.tables import markdown, measure_or_report
 from evolution import Evolution
 
+METHODS = ("refined", "evolution", "evolution_from_programme")
 PARSER = command_line(
     __doc__, model=Path("runs/llama-nano-sinkgd/final"), name=("", "in the table; default: from the configuration"),
     seeds=[0, 1, 2], sparsities=[0.5, 0.6, 0.7, 0.8], budgets=([20.0, 40.0, 80.0], "processor seconds"),
@@ -43,11 +44,13 @@ PARSER = command_line(
     curve_samples=(8, "of them for the curves"), judge_samples=(32, "sequences that judge"),
     eval_samples=(48, "held-out sequences"), seq_len=256, batch_size=(4, "judging sequences in a pass"),
     out=Path("runs/prune-search.jsonl"), minutes=(math.inf, "after which no cell is begun"),
+    anchor_minutes=(30.0, "for the measurements of anchored curves"),
+    methods=(list(METHODS), "searches to run"),
     write=(False, "with --report: write the table into docs/"),
 )  # fmt: skip
 PARSER.add_argument("--report", type=Path, help="a file of results whose table to print")
-SETTINGS = ("name", "score", "curves", "samples", "curve_samples", "judge_samples", "eval_samples", "seq_len")
-METHODS = ("refined", "evolution", "evolution_from_programme")
+SETTINGS = ("name", "score", "curves", "samples", "curve_samples", "judge_samples", "eval_samples", "seq_len",
+            "batch_size", "anchor_minutes")  # fmt: skip
 Counts = dict[str, int]
 Trace = list[tuple[float, Counts]]  # processor seconds since the start, and the allocation from then on
 
@@ -105,7 +108,7 @@ class Bench:
         options = self.options
         curves = measure_curves(
             self.model, self.data[: options.curve_samples], sparsity=sparsity, score=options.score,
-            score_data=self.data, groups=self.groups, method=options.curves,
+            score_data=self.data, groups=self.groups, method=options.curves, minutes=options.anchor_minutes,
         )  # fmt: skip
         return curves, allocate([group.layer for group in self.groups], sparsity, curves=curves)
 
@@ -188,18 +191,20 @@ def run(options: argparse.Namespace) -> None:
     """Measure every missing cell."""
     from leanstep.pruning.measure.measure import evaluating
 
+    if unknown := sorted(set(options.methods).difference(METHODS)):
+        raise SystemExit(f"--methods: the searches are {', '.join(METHODS)}, not {', '.join(unknown)}")
     torch.set_num_threads(1)
     rows, bench = read_json_lines(options.out), Bench(options)
     settings = {name: getattr(options, name) for name in (*SETTINGS, "budgets")}
     settings |= {"name": options.name or bench.text.name, "weights": bench.text.weights, "made_by": bench.text.made_by}
     if not rows:
         append_json_line(options.out, settings)
-    elif rows[0] != settings:
+    elif rows[0] != {name: settings[name] for name in rows[0]}:  # files of earlier versions lack some settings
         raise SystemExit(f"{options.out} is of another model or other settings: give another --out")
     end = time.monotonic() + 60 * options.minutes
     present = {(row["seed"], row["sparsity"], row["method"]) for row in rows[1:]}
     for seed in options.seeds:
-        cells = list(itertools.product([seed], options.sparsities, METHODS))
+        cells = list(itertools.product([seed], options.sparsities, options.methods))
         missing = [cell for cell in cells if cell not in present]
         if missing:
             bench.calibrate(seed)
