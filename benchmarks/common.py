@@ -191,6 +191,14 @@ def peak_memory() -> int:
     return psutil.Process().memory_info().rss
 
 
+def timed_and_peak(run: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+    """The result of a call, with its processor seconds and peak memory."""
+    reset_peak_memory()
+    begin = time.process_time()
+    result = run()
+    return result, {"seconds": time.process_time() - begin, "gib": peak_memory() / 2**30}
+
+
 # -- output -----------------------------------------------------------------------------------------------------------
 
 

@@ -3,9 +3,10 @@
 Imports torch only for an accelerator.
 """
 
-import resource
+import re
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,14 +17,26 @@ if TYPE_CHECKING:
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 PROCESS_CGROUPS = Path("/proc/self/cgroup")
+PROCESS_STATUS = Path("/proc/self/status")
 
 # files with the limit and the usage, and the key of the reclaimable page cache: cgroup v2, then v1
 _V2 = ("memory.max", "memory.current", "inactive_file")
 _V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
-def peak_process_memory() -> int:
-    """Return the largest number of bytes of this process that were in memory at once, libraries included."""
+def peak_process_memory() -> int | None:
+    """Return the largest number of bytes of this process that were in memory at once, libraries included.
+
+    None on Windows.
+    """
+    # what getrusage tells on Linux is no less than the size of the process that started this one
+    with suppress(OSError):
+        if match := re.search(r"VmHWM:\s+(\d+) kB", PROCESS_STATUS.read_text(encoding="utf-8", errors="replace")):
+            return int(match[1]) * 1024
+    try:
+        import resource
+    except ImportError:
+        return None
     # Linux counts in KiB, macOS in bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 

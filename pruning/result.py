@@ -157,11 +157,13 @@ class PruneResult:
     @property
     def sparsity(self) -> float:
         """Fraction of zeros over all pruned matrices, counted in the current weights."""
-        rows = self.layers()
-        return 1 - sum(row["nonzero"] for row in rows) / sum(row["numel"] for row in rows)
+        return sparsity_of(self.layers())
 
     def layers(self) -> list[dict[str, Any]]:
-        """One row per matrix, with zeros counted in the current weights."""
+        """One row per matrix, with zeros counted in the current weights.
+
+        Reads all of them: of a folder, pages of its files, which then stay in memory while the system has room.
+        """
         rows = []
         for group in self.groups:
             pattern = self.allocation.patterns.get(group.name)
@@ -180,14 +182,19 @@ class PruneResult:
                 )
         return rows
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+    def to_dict(self, layers: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+        """Plain values, for JSON.
+
+        Args:
+            layers: the rows of :meth:`layers`; None: count the zeros now.
+        """
         allocation = self.allocation.to_dict()
         # a hundred points suffice to draw the front
         step = -(-len(allocation["front"]) // _FRONT_POINTS) or 1
         allocation["front"] = allocation["front"][::step]
+        layers = self.layers() if layers is None else layers
         return {
-            "sparsity": self.sparsity,
+            "sparsity": sparsity_of(layers),
             "budget": self.budget,
             "allocation": allocation,
             "score": self.score,
@@ -202,6 +209,11 @@ class PruneResult:
             "refinement": self.refinement or None,
             "recovery": None if self.recovery is None else self.recovery.to_dict(),
             "notes": self.notes,
-            "layers": self.layers(),
+            "layers": layers,
             "curves": {name: curve.to_dict() for name, curve in self.curves.items()},
         }
+
+
+def sparsity_of(layers: list[dict[str, Any]]) -> float:
+    """Fraction of zeros of rows of :meth:`PruneResult.layers`."""
+    return 1 - sum(row["nonzero"] for row in layers) / sum(row["numel"] for row in layers)

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leanstep._arguments import OneLineParser, new_folder, positive, seed
-from leanstep._checkpoint import check_apart, check_new
+from leanstep._checkpoint import check_apart, check_new, read_json
 from leanstep._files import one_line, restore_replaced
+from leanstep._memory import peak_process_memory
 from leanstep.recipes.data.sources import OptionTexts, in_options, open_file, sotu_corpus
 from leanstep.recipes.prune_output import ProgressBar, estimate_lines, recovery_lines, shown, summary_of
 from leanstep.recipes.training.formatting import format_duration
@@ -84,25 +85,24 @@ def _run(options: argparse.Namespace) -> int:
         return 1  # the process that ended has said why, or its launcher says it
     if rank > 0 or result is None:
         return 0
+    print(_output(result, options))
     if options.json:
-        print(json.dumps(result.to_dict()))
         return 0
-    from leanstep.pruning import RecoveryResult
-
-    print("\n".join(recovery_lines(result)) if isinstance(result, RecoveryResult) else summary_of(result, options.out))
-    peak = _peak_bytes()
+    peak = peak_process_memory()
     memory = "" if peak is None else f", at most {peak / 2**30:.2f} GiB of memory"
     print(f"took {format_duration(time.monotonic() - begin)}{memory}")
     return 0
 
 
-def _peak_bytes() -> int | None:
-    """Peak resident memory of this process; None on Windows."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def _output(result: "PruneResult | RecoveryResult", options: argparse.Namespace) -> str:
+    """What the command prints of a result."""
+    from leanstep.pruning import RecoveryResult
+
+    if isinstance(result, RecoveryResult):
+        return json.dumps(result.to_dict()) if options.json else "\n".join(recovery_lines(result))
+    # counted when they were written: to count again would read all weights, and keep them in memory
+    layers = read_json(options.out / "sparsity.json")["layers"]
+    return json.dumps(result.to_dict(layers)) if options.json else summary_of(result, layers, options.out)
 
 
 def _parser() -> argparse.ArgumentParser:

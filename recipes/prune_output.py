@@ -133,9 +133,11 @@ def shown(value: Any) -> str:
     return "left out" if value is None else str(value)
 
 
-def summary_of(result: "PruneResult", out: str) -> str:
-    """Lines about a result that was written to the folder ``out``."""
-    lines = [f"sparsity       {result.sparsity:.4f} of {sum(row['numel'] for row in result.layers()):,} weights"]
+def summary_of(result: "PruneResult", layers: list[dict[str, Any]], out: str) -> str:
+    """Lines about a result that was written to the folder ``out``, with the rows ``layers`` in its report."""
+    from leanstep.pruning.result import sparsity_of
+
+    lines = [f"sparsity       {sparsity_of(layers):.4f} of {sum(row['numel'] for row in layers):,} weights"]
     by_curves = "" if result.curve_score in (None, result.score) else f" (curves: {result.curve_score})"
     settings = f"score {result.score}{by_curves}, pattern {result.pattern}, inputs {result.inputs}"
     lines.append(f"allocation     {result.allocation.method}, {settings}")

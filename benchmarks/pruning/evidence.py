@@ -44,9 +44,8 @@ from common import (
     append_json_line,
     command_line,
     machine_state,
-    peak_memory,
     read_json_lines,
-    reset_peak_memory,
+    timed_and_peak,
 )
 from comparison.tables import measure_or_report
 from evidence_tables import ALLOCATIONS, SCORES, Cell, Row, cell_of, draw, recovered, table
@@ -262,14 +261,6 @@ class Bench:
 def curves_of(cell: Cell, kind: str) -> Cell:
     """The cell of curves of a kind; measured and Fisher curves serve all sparsities."""
     return cell._replace(allocation=f"curves {kind}", sparsity=cell.sparsity if kind == "anchored" else 0.0)
-
-
-def timed_and_peak(run: Callable[[], Row]) -> tuple[Row, Row]:
-    """The result of a call, with its processor seconds and peak memory."""
-    reset_peak_memory()
-    begin = time.process_time()
-    result = run()
-    return result, {"seconds": time.process_time() - begin, "gib": peak_memory() / 2**30}
 
 
 def run(options: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from leanstep._files import format_bytes, free_bytes, is_disk_full, is_quota_used_up, replacing, write_text
+from leanstep._memory import peak_process_memory
 from leanstep._processes import is_first_to_fail
 from leanstep._torch import whole_tensor
 from leanstep.recipes.config.schema import RunConfig
@@ -123,10 +124,8 @@ def _peak() -> str:
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         return f"peak {torch.cuda.max_memory_allocated() / 2**30:.2f} of {total / 2**30:.2f} GiB"
-    import resource
-
-    # Linux counts this in KiB
-    return f"this process had {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB at its peak"
+    peak = peak_process_memory()
+    return "of this process" if peak is None else f"this process had {peak / 2**30:.2f} GiB at its peak"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -228,8 +228,8 @@ class RunLogger:
             entry["mfu"] = round(1e12 * self.tflops / self._peak, 4)
         if self.accelerator.device.type == "cuda":
             entry["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
-        elif self.accelerator.device.type == "cpu":
-            entry["process_gib"] = round(peak_process_memory() / 2**30, 3)
+        elif self.accelerator.device.type == "cpu" and (peak := peak_process_memory()) is not None:
+            entry["process_gib"] = round(peak / 2**30, 3)
         if is_logged:
             self.folder.log({**entry, **reported})
             numbers: dict[str, Any] = {key: value for key, value in entry.items() if key not in ("step", "kind")}

@@ -77,7 +77,7 @@ def test_slopes_of_atp_and_exchanges_are_judged_by_the_score_of_the_curves():
 
 def test_the_result_names_the_score_of_its_curves(tmp_path):
     result = pruned("alps", curve_score="sparsegpt")
-    assert "score alps (curves: sparsegpt)" in summary_of(result, tmp_path)
+    assert "score alps (curves: sparsegpt)" in summary_of(result, result.layers(), tmp_path)
     assert json.loads(json.dumps(result.to_dict()))["curve_score"] == "sparsegpt"
     assert pruned("alps", allocation="uniform", levels=None, curves=None).curve_score is None
 

@@ -102,7 +102,7 @@ def test_matrices_are_pruned_one_by_one_on_held_out_data_within_the_minutes(minu
     assert len(note) == (sums == 0) and all("takes longer than 1e-09 minutes" in one for one in note)
     described = [one["summed"] is None and one["ratio"] is None for one in map(Additivity.to_dict, result.compared)]
     assert described == [sums < 1, sums < 2]
-    lines = [line for line in summary_of(result, "out").splitlines() if line.startswith("held out")]
+    lines = [line for line in summary_of(result, result.layers(), "out").splitlines() if line.startswith("held out")]
     assert [" summed" in line for line in lines] == [sums > 0, sums > 1]
 
 
@@ -167,7 +167,7 @@ def test_a_sum_that_is_not_near_what_it_stands_for_is_told_where_it_was_taken(cu
         assert bool(note) == told, joint
         assert not told or f"{joint:.2f} times the sum" in note
     # the notes are in the summary of the command and in the report
-    assert "may do better" in summary_of(replace(result, notes=[note]), "out")
+    assert "may do better" in summary_of(replace(result, notes=[note]), result.layers(), "out")
     assert "may do better" in report_page({**result.to_dict(), "notes": [note]})
 
 

@@ -15,10 +15,12 @@ from texts import sentences
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from leanstep import _memory
 from leanstep.cli import main
 from leanstep.pruning import CalibrationText, find_targets, prune_checkpoint
 from leanstep.pruning.folder.files import open_checkpoint
 from leanstep.pruning.folder.text import sequences_of
+from leanstep.pruning.result import PruneResult
 from leanstep.sparsity import verify
 
 SMALL = ["--samples", "6", "--curve-samples", "3", "--held-out", "2", "--seq-len", "24", "--levels", "0.4,0.6,0.8"]
@@ -110,6 +112,24 @@ def test_calibration_begins_as_the_tokenizer_begins_a_text(base, tmp_path):
     for plain, whole in zip((sequences, held_out), longer, strict=False):
         assert (whole[:, 0] == begin).all()
         assert torch.equal(whole[:, 1:], plain)
+
+
+@pytest.mark.parametrize("shown", [[], ["--json"]])
+def test_the_command_counts_zeros_once_while_its_weights_are_bounded_in_memory(
+    shown, base, tmp_path, monkeypatch, capsys
+):
+    counted = []
+    layers = PruneResult.layers
+    monkeypatch.setattr(PruneResult, "layers", lambda self: counted.append(layers(self)) or counted[-1])
+    out = tmp_path / "out"
+    assert leanstep_prune(base, out, "--sparsity", "0.6", *shown) == 0
+    content, printed = json.loads((out / "sparsity.json").read_text()), capsys.readouterr().out
+    assert len(counted) == 1 and content["layers"] == counted[0]
+    if shown:
+        assert {name: content[name] for name in json.loads(printed)} == json.loads(printed)
+    else:
+        weights = sum(row["numel"] for row in content["layers"])
+        assert f"sparsity       {content['sparsity']:.4f} of {weights:,} weights" in printed
 
 
 def test_the_report_is_one_page_without_scripts(pruned):
@@ -351,6 +371,7 @@ main(sys.argv[1:])
 
 def test_where_nothing_tells_the_memory_the_rest_is_told(base, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.setattr(_memory, "PROCESS_STATUS", tmp_path / "none")
     quick = ["--allocation", "uniform", "--score", "magnitude", "--sparsity", "0.5"]
     assert main(["prune", str(base / "model"), "--out", str(tmp_path / "out"), *quick]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
