@@ -91,8 +91,8 @@ def table(path: Path) -> str:
         f"`python benchmarks pruning/patterns`, {settings['name']} (SHA-256 of its weights: "
         f"{settings['weights'][:8]}), {settings['dtype']}, perplexity {settings['dense']['perplexity']:.2f} before "
         f"pruning: the same pattern for every matrix, {settings['samples']} x {length} tokens for the scores, "
-        f"{settings['eval_samples']} x {length} held out. Differences are paired by seed, with Student's 95 % interval. "
-        f"{machines(rows)}."
+        f"{settings['eval_samples']} x {length} held out. Differences are paired by seed, with Student's 95 % "
+        f"interval. {machines(rows)}."
     )
     return f"{caption}\n\n{markdown(head, lines)}"
 
