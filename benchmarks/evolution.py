@@ -9,7 +9,10 @@ selection and stays unless a child is better.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +27,8 @@ SELECTIONS = ((4, 1 / 8), (1, 1 / 2))
 SWITCHES = 3
 # weights of a step, as a fraction of the mean matrix
 STEP = 0.05
+# most bytes of pruned matrices that are remembered
+REMEMBERED = 2**30
 
 
 class Evolution:
@@ -35,12 +40,20 @@ class Evolution:
         fitness: see :data:`Fitness`; smaller is better.
         batches: number of batches of all the data.
         seed: of all random choices.
+        adopt: called with the counts of every new parent.
     """
 
     def __init__(
-        self, start: Mapping[str, int], bounds: Mapping[str, tuple[int, int]], fitness: Fitness, batches: int, seed: int
+        self,
+        start: Mapping[str, int],
+        bounds: Mapping[str, tuple[int, int]],
+        fitness: Fitness,
+        batches: int,
+        seed: int,
+        adopt: Callable[[Counts], Any] = lambda _: None,
     ) -> None:
         self.parent, self._bounds, self._fitness, self._batches = dict(start), bounds, fitness, batches
+        self._adopt = adopt
         self._generator = np.random.default_rng(seed)
         self._step = max(1, round(STEP * np.mean([most for _, most in bounds.values()])))
         self.value = fitness(self.parent, batches)
@@ -57,6 +70,7 @@ class Evolution:
         if value >= self.value:
             return False
         self.parent, self.value = children[0], value
+        self._adopt(self.parent)
         return True
 
     def _child(self) -> Counts:
@@ -72,3 +86,48 @@ class Evolution:
 
     def _drawn(self, names: Sequence[str]) -> str:
         return names[int(self._generator.integers(len(names)))]
+
+
+def evolution_of(judge: Any, bounds: Mapping[str, tuple[int, int]], batches: int, seed: int) -> Evolution:
+    """The search from a judge's levels (:class:`leanstep.pruning.measure.joint.JointJudge`).
+
+    The judge's model has the levels of the parent: of a child, only what its switches change is pruned and run anew.
+    """
+
+    def adopt(counts: Counts) -> None:
+        judge.go_to(counts, {}, measured=False)
+
+    return Evolution(judge.counts, bounds, judge.at, batches, seed, adopt)
+
+
+class RememberedLevels:
+    """A pruner whose levels are pruned once, and then remembered, as EvoPress has all levels of a matrix in files.
+
+    Args:
+        pruner: of one matrix.
+        levels: of all matrices, by (pruner's number, count); those used last.
+    """
+
+    def __init__(self, pruner: Any, levels: OrderedDict[tuple[int, Any], Any]) -> None:
+        self._pruner, self._levels = pruner, levels
+
+    @property
+    def given(self) -> Any:
+        """The matrix that is pruned."""
+        return self._pruner.given
+
+    def prune(self, count: Any) -> Any:
+        """The pruned matrix, as ``weight``."""
+        key = (id(self._pruner), count)
+        if key not in self._levels:
+            self._levels[key] = self._pruner.prune(count).weight
+            while sum(weight.nbytes for weight in self._levels.values()) > REMEMBERED and len(self._levels) > 1:
+                self._levels.popitem(last=False)
+        self._levels.move_to_end(key)
+        return SimpleNamespace(weight=self._levels[key])
+
+
+def remembering(pruners: Mapping[str, Any]) -> dict[str, RememberedLevels]:
+    """Pruners by name that remember their levels together."""
+    levels: OrderedDict[tuple[int, Any], Any] = OrderedDict()
+    return {name: RememberedLevels(pruner, levels) for name, pruner in pruners.items()}

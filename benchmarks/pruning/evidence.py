@@ -49,7 +49,7 @@ from common import (
 )
 from comparison.tables import measure_or_report
 from evidence_tables import ALLOCATIONS, SCORES, Cell, Row, cell_of, draw, recovered, table
-from evolution import Evolution
+from evolution import evolution_of, remembering
 
 # sparsities of the curves' levels, for all targets: of matrices, of blocks
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
@@ -195,9 +195,9 @@ class Bench:
             trial.apply(start, pruners)
             # what it will take to prune by the result
             again = time.process_time() - begin if score == cell.score or uniform is None else uniform["seconds"]
-            judge = JointJudge(groups, judging, pruners, start.counts, start.patterns)
+            judge = JointJudge(groups, judging, remembering(pruners), start.counts, start.patterns)
             bounds = {group.name: (round(0.05 * group.layer.numel), group.layer.numel) for group in groups}
-            search, generations = Evolution(start.counts, bounds, judge.at, len(judging.batches), cell.seed), 0
+            search, generations = evolution_of(judge, bounds, len(judging.batches), cell.seed), 0
             while time.process_time() - begin + again < limit:
                 search.generation()
                 generations += 1

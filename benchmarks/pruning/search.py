@@ -34,7 +34,7 @@ from calibration import CalibratedModel
 from common import append_json_line, command_line, machine_state, machines, read_json_lines
 from comparison.summary import Interval, paired_percent
 from comparison.tables import markdown, measure_or_report
-from evolution import Evolution
+from evolution import evolution_of, remembering
 
 METHODS = ("refined", "evolution", "evolution_from_programme")
 PARSER = command_line(
@@ -93,13 +93,14 @@ class Bench:
 
         return allocate([group.layer for group in self.groups], sparsity, method="uniform")
 
-    def judge(self, start: Any) -> Any:
+    def judge(self, start: Any, *, remembers: bool = False) -> Any:
         """The judge of a model that is pruned by an allocation; the model stays pruned."""
         from leanstep.pruning.measure.joint import JointJudge
 
         pruners: dict[str, Any] = {}
         self.trial.apply(start, pruners)
-        return JointJudge(self.groups, self.judging, pruners, start.counts, start.patterns)
+        levels = remembering(pruners) if remembers else pruners
+        return JointJudge(self.groups, self.judging, levels, start.counts, start.patterns)
 
     def programme(self, sparsity: float) -> tuple[dict[str, Any], Any]:
         """Curves, and the programme's allocation."""
@@ -155,8 +156,7 @@ class Bench:
     def _evolve(self, trace: Trace, start: Any, begin: float, seed: int, seconds: float) -> Trace:
         bounds = {group.name: (round(0.05 * group.layer.numel), group.layer.numel) for group in self.groups}
         with self.snapshot.restored():
-            judge = self.judge(start)
-            search = Evolution(start.counts, bounds, judge.at, len(self.judging.batches), seed)
+            search = evolution_of(self.judge(start, remembers=True), bounds, len(self.judging.batches), seed)
             while time.process_time() - begin < seconds:
                 if search.generation():
                     trace.append((time.process_time() - begin, search.parent))

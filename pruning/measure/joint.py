@@ -75,15 +75,19 @@ class JointJudge:
         """Joint distortion of the current levels."""
         return summarise(self._current)
 
-    def go_to(self, counts: Counts, patterns: Mapping[str, str]) -> None:
-        """Prune the model to other levels, and measure these."""
+    def go_to(self, counts: Counts, patterns: Mapping[str, str], *, measured: bool = True) -> None:
+        """Prune the model to other levels, and measure these; without, ``distortion`` and ``judge`` mean earlier ones.
+
+        From there on, :meth:`at` prunes and runs only what differs from these levels.
+        """
         groups = self._differing(counts, patterns)
         if not groups:
             return
         self._write(self._pruned(groups, counts, patterns))
         self._cache.forget(self._cache.start_of(groups))
         self.counts, self.patterns = dict(counts), dict(patterns)
-        self._current = self._compare_all(0, range(len(self._batches)))
+        if measured:
+            self._current = self._compare_all(0, range(len(self._batches)))
 
     def judge(self, counts: Counts, patterns: Mapping[str, str], noise: float) -> Distortion | None:
         """Take other levels if they are better than the current ones by more than their noise.

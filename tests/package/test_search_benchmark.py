@@ -2,11 +2,22 @@
 
 import json
 import statistics
+import sys
 from pathlib import Path
 
 import pytest
 import scipy.stats
 from comparison_runs import benchmark_modules
+from pruned_models import make_llama, tokens
+
+from leanstep.pruning import allocate, find_targets
+from leanstep.pruning.measure.activation_cache import ActivationCache
+from leanstep.pruning.measure.batches import as_batches
+from leanstep.pruning.measure.checks import Trial
+from leanstep.pruning.measure.joint import JointJudge
+from leanstep.pruning.measure.measure import Measurement, WeightSnapshot, evaluating
+from leanstep.pruning.score.calibration import Pruning
+from leanstep.pruning.score.targets import make_groups
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"a": 1000, "b": 3000, "c": 2000}
@@ -22,7 +33,12 @@ def search():
     yield from (parts.search for parts in benchmark_modules("pruning", ("search",)))
 
 
-def test_the_evolutionary_search_keeps_the_budget_and_comes_near_the_optimum(search):
+@pytest.fixture(scope="module")
+def evolution(search):
+    return sys.modules[search.evolution_of.__module__]
+
+
+def test_the_evolutionary_search_keeps_the_budget_and_comes_near_the_optimum(evolution):
     """Of distortions that add up; the first batches are a part of all."""
     calls = []
 
@@ -34,7 +50,7 @@ def test_the_evolutionary_search_keeps_the_budget_and_comes_near_the_optimum(sea
 
     start = {name: size // 2 for name, size in SIZES.items()}
     bounds = {name: (50, size) for name, size in SIZES.items()}
-    run = search.Evolution(start, bounds, fitness, 8, seed=0)
+    run = evolution.Evolution(start, bounds, fitness, 8, seed=0)
     before, values = run.value, [run.value]
     for _ in range(40):
         run.generation()
@@ -43,10 +59,36 @@ def test_the_evolutionary_search_keeps_the_budget_and_comes_near_the_optimum(sea
     assert values[-1] < 0.3 * before
     # a generation: all children on an eighth, the best on half, the best of these on all
     assert calls[1:22] == [1] * 16 + [4] * 4 + [8]
-    again = search.Evolution(start, bounds, fitness, 8, seed=0)
+    again = evolution.Evolution(start, bounds, fitness, 8, seed=0)
     for _ in range(40):
         again.generation()
     assert again.parent == run.parent
+
+
+def test_the_evolutionary_search_prunes_a_level_once_and_runs_what_its_switches_change(evolution):
+    """Its judge has the levels of the parent, so that no child is dearer after many generations."""
+    model = make_llama(2)
+    groups = make_groups(find_targets(model), "matrix")
+    cache = ActivationCache(model, as_batches(tokens(4), model))
+    measurement = Measurement(model, as_batches(tokens(8, seed=1), model, batch_size=1), like=cache)
+    trial = Trial(groups, Pruning(cache, "wanda"), WeightSnapshot(find_targets(model)))
+    start = allocate([group.layer for group in groups], 0.6, method="uniform")
+    pruners, pruned = {}, []
+    with evaluating(model):
+        trial.apply(start, pruners)
+        for name, pruner in pruners.items():
+            prune = pruner.prune
+            pruner.prune = lambda count, prune=prune, name=name: pruned.append((name, count)) or prune(count)
+        judge = JointJudge(groups, measurement, evolution.remembering(pruners), start.counts, {})
+        bounds = {group.name: (1, group.layer.numel) for group in groups}
+        run, differing = evolution.evolution_of(judge, bounds, 8, seed=0), []
+        at = judge.at
+        run._fitness = lambda counts, batches: differing.append(judge._differing(counts, {})) or at(counts, batches)
+        accepted = sum(run.generation() for _ in range(20))
+        assert accepted > 3 and judge.counts == run.parent != start.counts
+        assert run.value == pytest.approx(measurement.joint().mean, rel=1e-9)
+    assert len(pruned) == len(set(pruned))
+    assert max(map(len, differing)) <= 6  # three switches
 
 
 def test_the_table_pairs_the_seeds_and_reads_their_intervals(search, tmp_path):

@@ -75,6 +75,20 @@ def test_the_judge_measures_what_a_whole_pass_measures(score):
                 assert accepted.mean == pytest.approx(change, rel=1e-9)
 
 
+def test_a_judge_that_moved_without_measuring_compares_with_its_new_levels():
+    model = make_llama(3)
+    with evaluating(model):
+        judge, measurement, _, start = judge_of(model)
+        names = list(start.counts)
+        moved = exchanged(start.counts, names[4], names[15], 30)
+        other = exchanged(moved, names[9], names[20], 30)
+        from_start, passes = judge.at(other), judge.passes
+        judge.go_to(moved, {}, measured=False)
+        assert judge.passes == passes and judge.counts == moved
+        assert judge.at(moved) == measurement.joint().mean and judge.at(other) == from_start
+        assert {group.name for group in judge._differing(other, {})} == {names[9], names[20]}
+
+
 def test_a_change_that_does_harm_is_rejected_on_a_quarter_of_the_data():
     model = make_llama(2)
     with evaluating(model):
