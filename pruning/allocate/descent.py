@@ -50,7 +50,7 @@ class Refinement:
         state: file of the search, replaced as it goes on; a file of the same search is continued. None keeps none.
 
     Raises:
-        ValueError: for no limit, or limits and noise out of range.
+        ValueError: for no limit, or limits, seed and noise out of range.
     """
 
     minutes: float | None = None
@@ -67,6 +67,8 @@ class Refinement:
             raise ValueError(f"Refinement: minutes must be positive, got {self.minutes:g}")
         if self.evaluations is not None and (type(self.evaluations) is not int or self.evaluations < 1):
             raise ValueError(f"Refinement: evaluations must be a whole number from 1 on, got {self.evaluations}")
+        if type(self.seed) is not int or self.seed < 0:
+            raise ValueError(f"Refinement: seed must be a whole number from 0 on, got {self.seed}")
         if not 0 <= self.noise < math.inf:
             raise ValueError(f"Refinement: noise must be a number from 0 on, got {self.noise}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import islice
 from typing import Any
@@ -302,9 +302,9 @@ class Pruning:
 
     def __init__(self, cache: ActivationCache, score: str, options: Mapping[str, Any] | None = None) -> None:
         self.cache, self.score, self.options = cache, score, dict(options or {})
-        # fewest tokens of a layer in any pass: of experts that were scored by magnitude, and of other layers
+        # fewest tokens in any pass of experts that were scored by magnitude; tokens and inputs of other layers
         self._few: dict[str, int] = {}
-        self._short: dict[str, tuple[int, int]] = {}
+        self._rows: dict[str, tuple[int, int]] = {}
         self._overfitted: dict[str, tuple[int, int]] = {}
 
     def by(self, score: str) -> Pruning:
@@ -389,17 +389,17 @@ class Pruning:
             # on fewer tokens its update fits these tokens, and the error on others is above Wanda's
             self._overfitted[target.name] = min((count, inputs), self._overfitted.get(target.name, (count, inputs)))
             return layer_pruner(weight, _squared_wanda, statistics, scope="row", spacing=spacing)
-        if not target.is_expert and count < (inputs if "gram" in needs else _FEWEST_ROWS if needs else 0):
-            self._short[target.name] = (count, inputs)
+        if needs and not target.is_expert:
+            self._rows[target.name] = (count, inputs)
         try:
             return layer_pruner(weight, self.score, statistics, spacing=spacing, **self.options)
         except ValueError as error:
             raise ValueError(f"{target.name}: {error}") from error
 
-    def notes(self) -> list[str]:
-        """Remarks about layers with too few calibration tokens, in sentences."""
+    def notes(self, curve_score: str | None = None) -> list[str]:
+        """Remarks about layers with too few calibration tokens, for the score and for that of curves, in sentences."""
         notes, processes = [], self.cache.processes
-        few, short = processes.merged(self._few), processes.merged(self._short)
+        few, rows = processes.merged(self._few), processes.merged(self._rows)
         overfitted = processes.merged(self._overfitted)
         if few:
             counts = [f"{name} ({count})" for name, count in sorted(few.items(), key=lambda item: item[1])]
@@ -415,11 +415,14 @@ class Pruning:
                 f"SparseGPT's update would overfit, and were pruned by Wanda: {some(counts)}; more samples reach more "
                 "experts"
             )
+        needs = {*NEEDS[self.score], *NEEDS[curve_score or self.score]}
+        short = {n: (count, inputs) for n, (count, inputs) in rows.items() if count < _enough(needs, inputs)}
         if short:
             fewest, inputs = min(count for count, _ in short.values()), max(n for _, n in short.values())
+            of_gram = self.score if curve_score is None or "gram" in NEEDS[self.score] else curve_score
             reason = (
-                f"fewer than their inputs (up to {inputs}), so that {_TITLES[self.score]}'s Gram matrices are singular"
-                if "gram" in NEEDS[self.score]
+                f"fewer than their inputs (up to {inputs}), so that {_TITLES[of_gram]}'s Gram matrices are singular"
+                if "gram" in needs
                 else "too few for their statistics"
             )
             notes.append(
@@ -427,6 +430,11 @@ class Pruning:
                 f"{reason}; give more or longer samples"
             )
         return notes
+
+
+def _enough(needs: Container[str], inputs: int) -> int:
+    """Rows of a matrix from which its statistics are no longer short."""
+    return inputs if "gram" in needs else _FEWEST_ROWS
 
 
 def _squared_wanda(weight: Tensor, statistics: LayerStatistics | None) -> Tensor:

@@ -409,6 +409,9 @@ def test_data_too_short_for_the_statistics_is_said(score, name):
     result = prune(make_llama(1), tokens(4, 12), sparsity=0.5, allocation="uniform", score=score)
     (note,) = (note for note in result.notes if "is short" in note)
     assert "1 matrices got 36 tokens" in note and "up to 40" in note and f"{name}'s Gram matrices are singular" in note
+    settings = {"sparsity": 0.5, "score": "wanda", "curve_score": score, "levels": (0.4, 0.6), "curves": "fisher"}
+    curves = prune(make_llama(1), tokens(4, 12), **settings)
+    assert note in curves.notes, "the weights are Wanda's, the curves those of the score"
     result = prune(make_llama(1), tokens(4, 6), sparsity=0.5, allocation="uniform")
     assert any("7 matrices got 18 tokens" in note and "too few for their statistics" in note for note in result.notes)
 

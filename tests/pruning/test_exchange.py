@@ -257,6 +257,8 @@ def test_a_state_beyond_the_budget_is_refused(tmp_path):
         ({"minutes": 0.0}, "minutes must be positive, got 0"),
         ({"minutes": math.nan}, "minutes must be positive, got nan"),
         ({"evaluations": 0}, "a whole number from 1 on, got 0"),
+        ({"minutes": 1.0, "seed": -1}, "seed must be a whole number from 0 on, got -1"),
+        ({"minutes": 1.0, "seed": 1.5}, "seed must be a whole number from 0 on, got 1.5"),
         ({"evaluations": 2, "noise": -1.0}, "noise must be a number from 0 on, got -1"),
     ],
 )

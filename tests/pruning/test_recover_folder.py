@@ -294,11 +294,12 @@ def test_a_recovery_that_was_not_applied_can_be_tried_again(base, pruned, tmp_pa
         ("--seed", "0", "7"),
         ("--samples", "12", "13"),
         ("--held-out", "4", "5"),
+        ("--refine", "left out", "given"),
     ],
 )
 def test_other_settings_of_pruning_are_refused_with_resume(option, written, asked, base, pruned, tmp_path, capsys):
     out = copied(pruned, tmp_path / "out")
-    assert main(arguments(base, out, *RECOVER, "--resume", option, asked)) == 2
+    assert main(arguments(base, out, *RECOVER, "--resume", option, asked.replace("given", "2"))) == 2
     error = capsys.readouterr().err
     assert f"was pruned with {option} {written}" in error and f"the command has {option} {asked}" in error
     assert snapshot(out) == snapshot(pruned)
