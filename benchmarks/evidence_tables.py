@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from common import machines, pyplot, read_json_lines, save_svg
 from comparison.summary import paired_percent
 from comparison.tables import markdown
+from evolution import OF_START
 
 ALLOCATIONS = {
     "uniform": "uniform", "owl": "OWL", "atp": "ATP", "measured": "DP measured by block", "anchored": "DP anchored",
@@ -69,7 +70,7 @@ def table(path: Path) -> str:
         for score, sparsity in order
         for line in _lines({c: results[c] for c in cells if (c.score, c.sparsity) == (list(SCORES)[score], sparsity)})
     ]
-    head = ["", "seeds", "KL", "to uniform, %", "perplexity", "processor s", "peak, GiB"]
+    head = ["", "seeds", "KL", "to uniform, %", "perplexity", "to uniform, %", "processor s", "peak, GiB"]
     dense = next(row["perplexity"] for row in rows if row["allocation"] == "dense")
     parts = [_caption(path, settings, rows, dense), markdown(head, lines), _legend(rows), _pairs(cells, results)]
     parts += [_recovered_table(results), _missing(cells)]
@@ -89,14 +90,20 @@ def _lines(cells: Mapping[Cell, Row]) -> Iterator[list[str]]:
             continue
         means = {key: statistics.mean(row[key] for row in of_seed.values()) for key in ("kl", "perplexity", "seconds")}
         yield [
-            f"{SCORES[first.score]} {first.sparsity:.0%}, {label}{_of_curves(of_seed)}",
+            f"{SCORES[first.score]} {first.sparsity:.0%}, {label}{_of_start(name, of_seed)}{_of_curves(of_seed)}",
             ", ".join(map(str, sorted(of_seed))),
             f"{means['kl']:.4f}",
             "–" if name == BASELINE else difference(of_seed, base),
             f"{means['perplexity']:.2f}",
+            "–" if name == BASELINE else difference(of_seed, base, "perplexity"),
             f"{means['seconds']:.1f}",
             f"{max(row['gib'] for row in of_seed.values()):.2f}",
         ]
+
+
+def _of_start(name: str, rows: Mapping[int, Row]) -> str:
+    """The mark of :data:`evolution.OF_START`."""
+    return "*" if name == "evolution" and not all(row.get("moves") for row in rows.values()) else ""
 
 
 def _of_curves(rows: Mapping[int, Row]) -> str:
@@ -105,12 +112,14 @@ def _of_curves(rows: Mapping[int, Row]) -> str:
     return f" (of {' and '.join(sorted(scores))})" if scores else ""
 
 
-def difference(rows: Mapping[int, Row], base: Mapping[int, Row]) -> str:
-    """Difference of the KL divergence in percent, paired by seed, with its interval; of one seed without."""
+def difference(rows: Mapping[int, Row], base: Mapping[int, Row], key: str = "kl") -> str:
+    """Difference of the KL divergence, or the perplexity, in percent, paired by seed, with its interval; of one seed
+    without.
+    """
     seeds = sorted(set(rows) & set(base))
     if not seeds:
         return "–"
-    interval = paired_percent([rows[seed]["kl"] for seed in seeds], [base[seed]["kl"] for seed in seeds])
+    interval = paired_percent([rows[seed][key] for seed in seeds], [base[seed][key] for seed in seeds])
     return f"{interval:+.1f}"
 
 
@@ -176,9 +185,12 @@ def _legend(rows: list[Row]) -> str:
     other = ""
     if any("curve_score" in row for row in rows):
         other = " A score in brackets is that of the curves, of the slopes of ATP, and of the search."
+    if any(_of_start(row["allocation"], {0: row}) for row in rows):
+        other += f" {OF_START}"
     return (
-        "KL is the divergence to the dense model on held-out text, its difference to uniform sparsity in percent is "
-        "paired by seed, with Student's 95 % interval; a row of one seed has none, and its difference may be chance. "
+        "KL is the divergence to the dense model on held-out text. Differences of it and of the perplexity to uniform "
+        "sparsity are paired by seed, with Student's 95 % interval; a row of one seed has none, and its difference may "
+        "be chance. "
         "Seeds draw other calibration sequences; the model and the held-out text are the same, and the intervals say "
         "nothing of others. Processor seconds include all curves, and no comparison with uniform sparsity, which "
         f"`leanstep prune` makes. Peaks are of the whole process, by the commit of each row.{other}"
@@ -221,7 +233,8 @@ def _recovered_table(results: Mapping[Cell, Row]) -> str:
         )
         lines.append(
             [f"{SCORES[score]} {sparsity:.0%}, {ALLOCATIONS[name]}", ", ".join(map(str, sorted(rows))), f"{before:.4f}",
-             f"{after:.4f}", "–" if name == BASELINE else difference(rows, base), f"{perplexity:.2f}", f"{seconds:.0f}"]
+             f"{after:.4f}", "–" if name == BASELINE else difference(rows, base), f"{perplexity:.2f}", f"{seconds:.0f}",
+             f"{max(row['gib'] for row in rows.values()):.2f}"]
         )  # fmt: skip
     ways = {
         (row["steps"], row["batch"], row["samples"], row["lr"]) for rows in groups.values() for row in rows.values()
@@ -230,10 +243,10 @@ def _recovered_table(results: Mapping[Cell, Row]) -> str:
         f"{steps} steps of {batch} sequence{'s' * (batch != 1)} out of {samples}, lr {lr:g}"
         for steps, batch, samples, lr in sorted(ways)
     )
-    head = ["after recovery", "seeds", "KL before", "KL", "to uniform, %", "perplexity", "processor s"]
+    head = ["after recovery", "seeds", "KL before", "KL", "to uniform, %", "perplexity", "processor s", "peak, GiB"]
     return (
         f"After recovery on the dense model's outputs with the zeros held, as `leanstep prune --recover` ({text}); "
-        f"processor seconds of the recovery alone:\n\n{markdown(head, lines)}"
+        f"processor seconds and peak of the recovery alone:\n\n{markdown(head, lines)}"
     )
 
 

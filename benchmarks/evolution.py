@@ -27,6 +27,12 @@ SELECTIONS = ((4, 1 / 8), (1, 1 / 2))
 SWITCHES = 3
 # weights of a step, as a fraction of the mean matrix
 STEP = 0.05
+# in rows of results: the judge's levels are those of the parent
+MOVES = {"moves": True}
+OF_START = (
+    "In searches with a *, by an earlier version, every child was pruned in all that differed from the start, and run "
+    "from there on: the longer the search, the fewer generations it made in a second."
+)
 # most bytes of pruned matrices that are remembered
 REMEMBERED = 2**30
 

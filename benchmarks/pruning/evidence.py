@@ -49,7 +49,7 @@ from common import (
 )
 from comparison.tables import measure_or_report
 from evidence_tables import ALLOCATIONS, SCORES, Cell, Row, cell_of, draw, recovered, table
-from evolution import evolution_of, remembering
+from evolution import MOVES, evolution_of, remembering
 
 # sparsities of the curves' levels, for all targets: of matrices, of blocks
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
@@ -203,7 +203,7 @@ class Bench:
                 generations += 1
             self.text.snapshot.restore()
             replace(trial, pruning=Pruning(cache, cell.score)).apply(replace(start, counts=search.parent))
-        return {"generations": generations}
+        return {"generations": generations} | MOVES
 
     def _prune(self, cell: Cell, **settings: Any) -> Any:
         from leanstep.pruning import prune

@@ -34,7 +34,7 @@ from calibration import CalibratedModel
 from common import append_json_line, command_line, machine_state, machines, read_json_lines
 from comparison.summary import Interval, paired_percent
 from comparison.tables import markdown, measure_or_report
-from evolution import evolution_of, remembering
+from evolution import MOVES, OF_START, evolution_of, remembering
 
 METHODS = ("refined", "evolution", "evolution_from_programme")
 PARSER = command_line(
@@ -182,6 +182,7 @@ class Bench:
         row: dict[str, Any] = {"seed": seed, "sparsity": sparsity, "method": method, "held_out": costs}
         row["uniform"] = self.cost(sparsity, trace[0][1])
         row["changes"] = len(trace) - 1
+        row |= {} if method == "refined" else MOVES
         if method != "evolution":
             row |= {"curve_seconds": trace[1][0], "programme": self.cost(sparsity, trace[1][1])}
         return row
@@ -243,7 +244,10 @@ def table(path: Path) -> str:
         numbers = [f"{statistics.mean(values):.4f}" for values in (*bases.values(), *costs.values())]
         differences = [f"{to[name]:+.1f}" for name in ("programme", *rivals)]
         lines.append([f"{sparsity:.0%}", f"{budget:g}", str(len(seeds)), *numbers, *differences])
-    names = [rival.replace("_", " ") for rival in rivals]
+    names = [
+        rival.replace("_", " ") + "*" * any(row["method"] == rival and _is_of_start(row) for row in rows)
+        for rival in rivals
+    ]
     head = ["sparsity", "processor s", "seeds", "uniform", "programme", "refined", *names,
             *(f"refined to {name}, %" for name in ("programme", *names))]  # fmt: skip
     said = [reading(rival.replace("_", " "), each, len(lines) - len(each)) for rival, each in readings.items()]
@@ -261,7 +265,11 @@ def _caption(settings: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         f"curves ({min(curve_seconds):.1f} to {max(curve_seconds):.1f} processor seconds, which the time of a search "
         f"from the programme includes), {settings['judge_samples']} x {settings['seq_len']} tokens that judge: KL "
         f"divergence to the dense model on {settings['eval_samples']} other sequences, mean over the seeds. {machine}."
-    )
+    ) + (f" {OF_START}" if any(map(_is_of_start, rows)) else "")
+
+
+def _is_of_start(row: dict[str, Any]) -> bool:
+    return row["method"] != "refined" and not row.get("moves")
 
 
 def reading(rival: str, intervals: list[Interval], rest: int) -> str:

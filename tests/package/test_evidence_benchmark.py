@@ -54,11 +54,11 @@ def test_the_table_pairs_the_seeds_and_says_what_is_missing(evidence, tmp_path):
     percent = [100 * (refined[seed] / uniform[seed] - 1) for seed in range(3)]
     low, high = scipy.stats.t.interval(0.95, 2, statistics.mean(percent), scipy.stats.sem(percent))
     lines = text.splitlines()
-    assert "| Wanda 60%, uniform | 0, 1, 2 | 1.1000 | – | 11.00 | 7.0 | 1.25 |" in lines
-    assert "| Wanda 60%, OWL | 0 | 1.5000 | +50.0 | 15.00 | 7.0 | 1.25 |" in lines
+    assert "| Wanda 60%, uniform | 0, 1, 2 | 1.1000 | – | 11.00 | – | 7.0 | 1.25 |" in lines
+    assert "| Wanda 60%, OWL | 0 | 1.5000 | +50.0 | 15.00 | +50.0 | 7.0 | 1.25 |" in lines
     assert (
         f"| Wanda 60%, DP anchored and refined | 0, 1, 2 | 0.9167 | {statistics.mean(percent):+.1f} "
-        f"[{low:+.1f}, {high:+.1f}] | 9.17 | 90.0 | 3.00 |"
+        f"[{low:+.1f}, {high:+.1f}] | 9.17 | {statistics.mean(percent):+.1f} [{low:+.1f}, {high:+.1f}] | 90.0 | 3.00 |"
     ) in lines
     percent = f"{statistics.mean(percent):+.1f} [{low:+.1f}, {high:+.1f}]"
     assert f"| Wanda 60%, DP anchored and refined, to DP anchored | {percent} |" in lines
@@ -78,10 +78,10 @@ def test_recovered_models_have_a_table_of_their_own(evidence, tmp_path):
     rows += [row("wanda", 0.6, seed, "anchored recovered", 0.9 * (1 + seed), **how) for seed in (0, 1)]
     text = evidence.table(write(tmp_path / "r.jsonl", rows))
     lines = text.splitlines()
-    assert "| Wanda 60%, uniform | 0, 1 | 2.0000 | 1.5000 | – | 15.00 | 7 |" in lines
-    assert "| Wanda 60%, DP anchored | 0, 1 | 2.0000 | 1.3500 | -10.0 [-10.0, -10.0] | 13.50 | 7 |" in lines
+    assert "| Wanda 60%, uniform | 0, 1 | 2.0000 | 1.5000 | – | 15.00 | 7 | 1.25 |" in lines
+    assert "| Wanda 60%, DP anchored | 0, 1 | 2.0000 | 1.3500 | -10.0 [-10.0, -10.0] | 13.50 | 7 | 1.25 |" in lines
     assert "(300 steps of 8 sequences out of 512, lr 0.0003)" in text
-    assert lines.count("| Wanda 60%, uniform | 0 | 2.0000 | – | 20.00 | 7.0 | 1.25 |") == 1
+    assert lines.count("| Wanda 60%, uniform | 0 | 2.0000 | – | 20.00 | – | 7.0 | 1.25 |") == 1
 
 
 def test_recovery_trains_the_pruned_model_and_leaves_the_dense_one(evidence, tmp_path):
