@@ -272,10 +272,13 @@ class Planner:
 
         best = self._allocate("dp", curves=curves)
         lowest = joint(best)
-        # measure curves around the uniform allocation, then around the new one, while the joint distortion falls
+        # curves around the uniform allocation, then around the new one, while the joint distortion falls
         around = self._uniform() or best
+        second_order = any(curve.source != "measured" for curve in curves.values())
         for _ in range(2):
-            again = self.planning.relinearised_curves(measurement, self._levels(), around, self.progress)
+            again = self.planning.relinearised_curves(
+                measurement, self._levels(), around, self.progress, second_order=second_order
+            )
             around = self._allocate("dp", curves=self._by_effect(again))
             cost = joint(around)
             if cost >= lowest:

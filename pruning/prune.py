@@ -93,8 +93,9 @@ def prune(
             another score takes those that ALPS and SparseGPT share.
         minutes: time for measurements; see :func:`measure_curves`. On held-out data, matrices are pruned one by one
             as long as that takes no longer, first for the allocation that was asked for.
-        correction: ``none``; or ``relinearise``, which measures curves again around the uniformly pruned model. The
-            allocation with the smallest joint distortion on ``curve_data`` is taken.
+        correction: ``none``; or ``relinearise``, which takes curves again around the uniformly pruned model: measured
+            ones where all curves are measured, else to second order, first-order terms included. The allocation with
+            the smallest joint distortion on ``curve_data`` is taken.
         inputs: on which a block is pruned: ``pruned``, those that the pruned blocks before it produce; or ``dense``,
             those of the dense model. Curves are of one matrix in the dense model with either.
         levels: sparsities at which curves are measured; None: a grid around ``sparsity``.
@@ -126,7 +127,8 @@ def prune(
     Notes:
         Memory besides the model: a copy of the pruned matrices that are not ``stored``, the statistics of one block,
         the pruner of one matrix, and the memory of :func:`measure_curves`. ``global`` with SparseGPT, ALPS or M-FAC
-        keeps all scores, and ``correction="relinearise"`` keeps the pruners of all matrices.
+        keeps all scores, and ``correction="relinearise"`` keeps the pruners of all matrices, and with curves to second
+        order a gradient of them in fp32.
 
         Layers whose inputs a score needs and the model does not show are left out: those that it never calls, such as
         depth-wise convolutions of state-space models, and convolutions with groups. Experts with fewer than 32

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # forward passes that a pass of Fisher curves is worth: one, and two times two from the first block of a portion on
 _FISHER_PASSES = 3
+# of a judge: its first comparison, the check of its cache, and a gradient, whose activations are computed again
+_JUDGE_PASSES = 6
 # products with a matrix, and rankings, of a level with ALPS; products of its eigenvectors
 _ALPS_PRODUCTS, _ALPS_RANKINGS, _ALPS_EIGEN = 140, 12, 20
 # calls of torch in a block of a transformer, and around the blocks
@@ -204,13 +206,14 @@ class Duration:
         prepared = self._planned.prune + levels * self._planned.level / number
         # of one process; each measures its share of the matrices and levels
         points = groups * levels / 2 * self._pass(workload.curve_samples, compared=True)
-        fisher = self._fisher.prune + levels * self._fisher.level / number
+        second_order = 0.0
         if sizes.fisher is not None:
             # each process collects its share of the matrices
             passes = _FISHER_PASSES * math.ceil(sizes.fisher.passes / number)
             weights = sum(rows * columns for rows, columns in sizes.matrices)
-            fisher += passes * self._pass(workload.curve_samples, compared=True, batch_size=1)
-            fisher += 2 * ROWS * levels * weights * self._rates.operation / number
+            second_order = passes * self._pass(workload.curve_samples, compared=True, batch_size=1)
+            second_order += 2 * ROWS * levels * weights * self._rates.operation / number
+        fisher = self._fisher.prune + levels * self._fisher.level / number + second_order
         limit = 60 * workload.minutes
         # as the run decides, by the passes, and by the levels of scores that update weights
         levels_of_score = levels * self._planned.level if workload.of_curves in UPDATES_WEIGHTS else 0.0
@@ -221,14 +224,17 @@ class Duration:
         seconds[f"curves, {use}"] = {"measured": measured, "fisher": fisher}.get(use, anchored)
         self.passes += groups * levels / 2 if use == "measured" else 0
         if workload.correction != "none":
-            # the joint distortion; then twice: statistics of all matrices, points with the dense one, and it again
+            # the joint distortion; then twice: statistics of all matrices, and points with the dense one, or curves to
+            # second order with a gradient of all matrices and the passes of a judge; and the joint distortion again
             planned = self._planned
-            joint = planned.prune + self._pass(workload.curve_samples, compared=True)
+            compared = self._pass(workload.curve_samples, compared=True)
+            joint = planned.prune + compared
             again = planned.statistics / 2 + number * (planned.prune - planned.statistics)
             again += levels * planned.level / number
-            again += points * (levels + 1) / levels / number
+            is_measured = use == "measured"
+            again += points * (levels + 1) / levels / number if is_measured else second_order + _JUDGE_PASSES * compared
             seconds["correction of curves, at most"] = joint + 2 * (again + joint)
-            self.passes += groups * (levels + 1)
+            self.passes += groups * (levels + 1) if is_measured else 2 * _JUDGE_PASSES
 
     def _search(self) -> float:
         """Of the pruners of all matrices, which every process makes, and the search within its limits."""

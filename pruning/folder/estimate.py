@@ -274,7 +274,8 @@ def estimate_pruning(
     rates = Rates.measured(product_dtype(DTYPES[dtype], workload.products), workload.processes)
     duration = Duration(sizes, workload, rates)
     seconds, passes = duration.seconds(), duration.passes
-    search = _search(shapes, workload, tokens, itemsize) if workload.refine_samples else None
+    judging = workload.refine_samples
+    search = _search(shapes, workload, tokens, itemsize, judging) if judging else None
     computing = {
         "activations of a batch": _batch_bytes(shapes, workload, tokens, itemsize),
         "statistics of a block": _statistics_bytes(shapes, workload, itemsize),
@@ -311,6 +312,12 @@ def estimate_pruning(
     held = {phase: {} if in_files else uses for phase, uses in stored.items()}
     if workload.method == "dp" and workload.correction != "none":
         held["correction"] = {**held["curves"], **_of_all_pruners(shapes, workload, itemsize)}
+        if by_fisher:
+            gradients = _search(shapes, workload, tokens, itemsize, workload.curve_samples)
+            held["correction"] |= {"gradients of all matrices": gradients.gradients}
+            held["correction"] |= {"x and g of Fisher curves": fisher.collected}
+            if not is_cpu:  # gradients need all weights there
+                held["correction"]["all weights"] = checkpoint.size
     if by_fisher:
         held["curves"] = {**held["curves"], "x and g of Fisher curves": fisher.collected}
     free, free_device = free_memory("cpu"), None
@@ -355,12 +362,12 @@ def _stored_by_phase(shapes: _Shapes, workload: Workload, tokens: int, itemsize:
     return stored.by_phase(sequences, tokens, in_files=workload.activations == "disk")
 
 
-def _search(shapes: _Shapes, workload: Workload, tokens: int, itemsize: int) -> SearchSize:
+def _search(shapes: _Shapes, workload: Workload, tokens: int, itemsize: int, judging: int) -> SearchSize:
     return SearchSize.of(
         shapes.blocks,
         score=workload.of_curves,
         metric=workload.metric,
-        judging=workload.refine_samples,
+        judging=judging,
         samples=workload.samples,
         batch_size=workload.batch_size,
         tokens=tokens,

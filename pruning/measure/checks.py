@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -11,16 +11,20 @@ import torch
 from torch import Tensor
 
 from leanstep.pruning.measure.curves import Curve, Levels, counts_and_patterns, curve_of
+from leanstep.pruning.measure.fisher import SecondOrder, portions
+from leanstep.pruning.measure.joint import JointJudge
 from leanstep.pruning.measure.measure import Measurement, WeightSnapshot, evaluating
 from leanstep.pruning.measure.metrics import Distortion
 from leanstep.pruning.measure.points import Progress
 from leanstep.pruning.result import Additivity, Allocation
 from leanstep.pruning.score.base import LayerPruner
-from leanstep.pruning.score.calibration import Pruning, prune_group
+from leanstep.pruning.score.calibration import Pruners, Pruning, prune_group
 from leanstep.pruning.score.targets import Group, Target
 
 CORRECTIONS = ("none", "relinearise")
 INPUTS = ("pruned", "dense")
+# what other weights [out, in] of some matrices do to the output
+Measure = Callable[[Iterable[tuple[Target, Tensor]]], Distortion]
 
 
 @dataclass
@@ -110,19 +114,29 @@ class Trial:
         return Additivity(allocation.method, joint.mean, joint.stderr, summed)
 
     def relinearised_curves(
-        self, measurement: Measurement, levels: Levels, around: Allocation, progress: Progress | None = None
+        self,
+        measurement: Measurement,
+        levels: Levels,
+        around: Allocation,
+        progress: Progress | None = None,
+        *,
+        second_order: bool = False,
     ) -> dict[str, Curve]:
-        """Measure curves around a pruned model: ``D_g(k) = D(g at level k) - D(g dense)``, all others at ``around``.
+        """Curves around a pruned model: ``D_g(k) = D(g at level k) - D(g dense)``, all others at ``around``.
 
         The sum of these curves is right to first order near ``around``; that of :func:`measure_curves`, near the dense
-        model. Masks use the dense model's statistics. Time: as :func:`measure_curves`. Memory: a copy of the matrices,
-        and their pruners.
+        model. Masks use the dense model's statistics. Memory: a copy of the matrices, and their pruners.
+
+        Measured, or to second order in the change dW from the pruned matrix: ``<gradient of D, dW>`` and what
+        :class:`leanstep.pruning.measure.fisher.SecondOrder` says of dW there. The second takes some passes in place of
+        one for every matrix and level, and the memory of a gradient of all matrices in fp32.
 
         Args:
             measurement: with the dense model's outputs as reference; the model has its dense weights now.
             levels: see :func:`leanstep.pruning.measure.curves.levels_of`.
             around: the allocation by which the others are pruned.
             progress: see :func:`measure_curves`.
+            second_order: whether to compute them to second order, where the metric has a gradient.
         """
         total = sum(len(levels[group.name][0]) for group in self.groups)
         done = 0
@@ -133,25 +147,64 @@ class Trial:
             share = {group.name for group in self.pruning.processes.share(self.groups)}
             for group in self.groups:
                 _write(prune_group(group, pruners, *around.level(group.name)))
-            for start, stage in measurement.cache.by_start(self.groups):
-                measurement.cache.advance(start)
-                for group in stage:
+            estimates = self._estimated(measurement, around, pruners, share) if second_order else None
+            for group, measure in self._measured(measurement) if estimates is None else estimates:
+                points = []
+                for k, (count, pattern) in enumerate(counts_and_patterns(levels[group.name])):
                     if group.name not in share:
-                        pruners.release(group)
-                        continue
-                    points = []
-                    for k, (count, pattern) in enumerate(counts_and_patterns(levels[group.name])):
-                        dense = [(target, pruners[target.name].given) for target in group.targets] if k == 0 else None
-                        points.append(measurement.measure(dense or prune_group(group, pruners, count, pattern)))
-                        done += 1
-                        if progress is not None:
-                            progress(done, total, group.name)
-                    pruners.release(group)
+                        break
+                    dense = [(target, pruners[target.name].given) for target in group.targets] if k == 0 else None
+                    points.append(measure(dense or prune_group(group, pruners, count, pattern)))
+                    done += 1
+                    if progress is not None:
+                        progress(done, total, group.name)
+                pruners.release(group)
+                if points:
                     base, name = points[0].mean, measurement.metric.identity
-                    curves[group.name] = curve_of(group, levels[group.name], points[1:], name, base)
+                    source = "measured" if estimates is None else "fisher"
+                    curves[group.name] = curve_of(group, levels[group.name], points[1:], name, base, source)
             measurement.cache.reset()
         curves = self.pruning.processes.merged(curves)
         return {group.name: curves[group.name] for group in self.groups}
+
+    def _measured(self, measurement: Measurement) -> Iterator[tuple[Group, Measure]]:
+        """Each group, with a function that runs the model with other weights of it."""
+        for start, stage in measurement.cache.by_start(self.groups):
+            measurement.cache.advance(start)
+            yield from ((group, measurement.measure) for group in stage)
+
+    def _estimated(
+        self, measurement: Measurement, around: Allocation, pruners: Pruners, share: Container[str]
+    ) -> Iterator[tuple[Group, Measure]] | None:
+        """Each group, with a function that gives D with other weights of it, less D now, to second order.
+
+        None for a metric without a gradient.
+        """
+        processes = self.pruning.processes
+        judge = JointJudge(self.groups, measurement, pruners, around.counts, around.patterns, processes)
+        gradients = judge.gradients()
+        return None if gradients is None else self._by_second_order(measurement, gradients, share)
+
+    def _by_second_order(
+        self, measurement: Measurement, gradients: Mapping[str, Tensor], share: Container[str]
+    ) -> Iterator[tuple[Group, Measure]]:
+        second = SecondOrder(measurement.model, measurement.batches, measurement.metric)
+
+        def estimate(changes: Iterable[tuple[Target, Tensor]]) -> Distortion:
+            changed = list(changes)
+            first = sum(
+                float((gradients[target.name] * (weight.float() - target.weight.to(weight.device).float())).sum())
+                for target, weight in changed
+            )
+            change = second.distortion(changed)
+            return Distortion(first + change.mean, change.stderr)
+
+        stages = measurement.cache.by_start(self.groups)
+        for portion in portions(second, stages, share, self.pruning.processes):
+            groups = [group for _, stage in portion for group in stage]
+            if targets := [target for group in groups if group.name in share for target in group.targets]:
+                second.collect(targets)
+            yield from ((group, estimate) for group in groups)
 
 
 def _write(changes: Iterable[tuple[Target, Tensor]]) -> None:

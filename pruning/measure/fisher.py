@@ -202,7 +202,7 @@ def fisher_curves(second: SecondOrder, points: Points, pruning: Pruning) -> dict
     """
     missing = [group for group in points.groups if points.missing[group.name]]
     share = {group.name for group in pruning.processes.share(missing)}
-    for stages in _portions(second, pruning.cache.by_start(missing), share, pruning.processes):
+    for stages in portions(second, pruning.cache.by_start(missing), share, pruning.processes):
         if targets := [t for _, groups in stages for group in groups if group.name in share for t in group.targets]:
             second.collect(targets)
         for start, groups in stages:
@@ -215,7 +215,7 @@ def fisher_curves(second: SecondOrder, points: Points, pruning: Pruning) -> dict
     return points.curves(second.metric.identity, "fisher")
 
 
-def _portions(
+def portions(
     second: SecondOrder, stages: Sequence[tuple[int, list[Group]]], share: Container[str], processes: Processes
 ) -> Iterator[Sequence[tuple[int, list[Group]]]]:
     """Split stages so that what is collected of a portion, of the named groups, fits into memory."""

@@ -20,7 +20,7 @@ from leanstep.pruning.measure.measure import Measurement
 from leanstep.pruning.measure.metrics import Distortion, summarise
 from leanstep.pruning.measure.products import computing_products_again
 from leanstep.pruning.score.base import LayerPruner
-from leanstep.pruning.score.calibration import prune_group
+from leanstep.pruning.score.calibration import Pruners, prune_group
 from leanstep.pruning.score.targets import Group, Target, as_matrix
 
 Counts = Mapping[str, int]
@@ -49,7 +49,7 @@ class JointJudge:
         self,
         groups: Sequence[Group],
         measurement: Measurement,
-        pruners: Mapping[str, LayerPruner],
+        pruners: Pruners | Mapping[str, LayerPruner],
         counts: Counts,
         patterns: Mapping[str, str],
         processes: Processes | None = None,
@@ -147,7 +147,7 @@ class JointJudge:
         """
         if self._slopes_of != self.counts:
             self._gradient = None  # not two of each at the same time
-            self._slopes_of, self._gradient = dict(self.counts), self._gradients()
+            self._slopes_of, self._gradient = dict(self.counts), self.gradients()
         gradients = self._gradient
         if gradients is None:
             return None
@@ -160,7 +160,7 @@ class JointJudge:
             )
         return slopes
 
-    def _gradients(self) -> dict[str, Tensor] | None:
+    def gradients(self) -> dict[str, Tensor] | None:
         """Gradient of the joint distortion by each matrix, fp32 [out, in]; None if the metric gives none."""
         targets = [target for group in self._groups.values() for target in group.targets]
         parameters = {target.parameter: getattr(target.module, target.attribute) for target in targets}

@@ -139,6 +139,13 @@ def test_a_correction_of_curves_is_counted(checkpoint, tmp_path):
     )
     new = set(corrected.memory) - set(plain.memory)
     assert new == {"pruners of all matrices", "statistics of all matrices"}
+    fisher = estimate_pruning(
+        checkpoint, tmp_path / "o", Workload(correction="relinearise", **settings | {"curves": "fisher"})
+    )
+    more = set(fisher.memory) - set(corrected.memory)
+    assert more == {"gradients of all matrices", "x and g of Fisher curves"}
+    measured, second = (e.seconds["correction of curves, at most"] for e in (corrected, fisher))
+    assert 0 < second < measured
     squares = sum(4 * target.weight.shape[1] ** 2 for target in find_targets(make("llama")))
     assert corrected.memory["statistics of all matrices"] == squares
 
