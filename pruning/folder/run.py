@@ -122,8 +122,9 @@ def prune_checkpoint(
         notes say so.
 
         Another device than the CPU holds two blocks at a time, their activations and statistics, and with
-        ``activations="memory"`` the cached ones. It holds the whole model for ``mfac``, the gradients of ``refine``,
-        Fisher curves of classifiers and recovery, and where blocks do not run alone, which a note says.
+        ``activations="memory"`` the cached ones. It holds the whole model for ``mfac``, the gradients of ``refine``
+        and of a correction, Fisher curves of classifiers and recovery, and where blocks do not run alone, which a note
+        says.
 
         Disk: ``out``, and with ``activations="disk"`` tokens x width values for each of ``data`` and ``held_out``, and
         for ``kl`` 4 bytes per token and entry of the vocabulary; three copies of fused experts while it runs. Each of

@@ -51,6 +51,8 @@ def moved(monkeypatch):
         ("bert", {"allocation": "atp"}),
         ("opt", {"inputs": "dense", **MEASURED}),
         ("qwen3", {"correction": "relinearise", **MEASURED}),
+        ("qwen3", {"correction": "relinearise", **FISHER}),
+        ("vit", {"correction": "relinearise", **FISHER}),
     ],
 )
 def test_moved_blocks_give_the_bits_of_the_model_that_stays(name, settings, moved, tmp_path):
