@@ -178,7 +178,6 @@ QUOTES = [
         "prune-evidence-smollm2",
         "Wanda 60%, uniform | 0, 1, 2 | 1.7766 | – | 138.16 ",
     ),
-    ("README.md", "104 after our evolutionary", "prune-evidence-smollm2", "-16.9 [-27.6, -6.2] | 104.33 "),
     ("README.md", "98 with ATP's", "prune-evidence-smollm2", "-21.6 [-23.0, -20.1] | 98.07 "),
     ("README.md", "76 with dynamic programming", "prune-evidence-smollm2", "-35.7 [-39.1, -32.2] | 76.45 "),
     ("README.md", "with 50 % zeros 54", "prune-evidence-smollm2", "Wanda 50%, uniform | 0, 1, 2 | 0.7775 | – | 54.05 "),
