@@ -70,6 +70,15 @@ def test_the_table_pairs_the_seeds_and_says_what_is_missing(evidence, tmp_path):
     assert missing.endswith("; ALPS 50%; ALPS 60%; ALPS 70%: all but uniform.")
 
 
+def test_searches_of_an_earlier_version_are_marked(evidence, tmp_path):
+    rows = [row("", 0.0, 0, "dense", 0.0), row("wanda", 0.6, 0, "uniform", 2.0)]
+    rows += [row("wanda", 0.6, 0, "evolution", 1.0), row("wanda", 0.7, 0, "evolution", 1.0, moves=True)]
+    text = evidence.table(write(tmp_path / "r.jsonl", rows))
+    assert "| Wanda 60%, evolution* |" in text and "| Wanda 70%, evolution |" in text
+    assert "In searches with a *, by an earlier version" in text
+    assert "earlier version" not in evidence.table(write(tmp_path / "r.jsonl", [*rows[:2], rows[3]]))
+
+
 def test_recovered_models_have_a_table_of_their_own(evidence, tmp_path):
     how = {"kl_before": 2.0, "steps": 300, "batch": 8, "samples": 512, "lr": 3e-4}
     rows = [row("", 0.0, 0, "dense", 0.0), row("wanda", 0.6, 0, "uniform", 2.0)]

@@ -98,7 +98,7 @@ def test_the_table_pairs_the_seeds_and_reads_their_intervals(search, tmp_path):
         for seed, values in cells.items():
             costs = dict(zip(("1", "2"), values, strict=True))
             row = {"seed": seed, "sparsity": 0.7, "method": method, "held_out": costs, "uniform": 1.0, "changes": 2}
-            row |= MACHINE
+            row |= MACHINE | {"moves": True}
             lines.append(row | {"programme": 0.7, "curve_seconds": 0.5})
     path = tmp_path / "results.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -120,6 +120,9 @@ def test_the_table_pairs_the_seeds_and_reads_their_intervals(search, tmp_path):
     assert "| evolution | evolution from programme | refined to programme, % | refined to evolution, % |" in text
     assert f"] | -20.0 [{low:+.1f}, {high:+.1f}] | +0.0 [+0.0, +0.0] |" in text
     assert "ahead of evolution from programme in 0 of 2 rows, behind in 0; in the others no difference is seen" in text
+    path.write_text(path.read_text().replace(', "moves": true', ""))
+    assert "| evolution* | evolution from programme* |" in search.table(path)
+    assert search.table(path).count("In searches with a *, by an earlier version") == 1
     unrefined = path.read_text().replace('"programme": 0.7', '"programme": 0.5')
     path.write_text(
         unrefined.replace('{"1": 0.6, "2": 0.41}', '{"1": 0.5, "2": 0.41}').replace('"1": 0.55', '"1": 0.5')
