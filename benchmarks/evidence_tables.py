@@ -210,7 +210,8 @@ def _pairs(cells: list[Cell], results: Mapping[Cell, Row]) -> str:
             )
             if len(set(mine) & set(other)) > 1:
                 names = (
-                    f"{ALLOCATIONS[allocation]}, to {SCORES[base_score] + ' ' if base_score else ''}{ALLOCATIONS[base]}"
+                    f"{ALLOCATIONS[allocation]}{_of_start(allocation, mine)}, to "
+                    f"{SCORES[base_score] + ' ' if base_score else ''}{ALLOCATIONS[base]}{_of_start(base, other)}"
                 )
                 lines.append([f"{SCORES[score]} {sparsity:.0%}, {names}", difference(mine, other)])
     return markdown(["of the same seeds", "KL, %"], lines) if lines else ""

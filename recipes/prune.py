@@ -354,7 +354,8 @@ def _refuse_other_settings(options: argparse.Namespace) -> None:
     asked = {name: getattr(options, name, value) for name, value in written.items()}
     settings = [(f"--{name.replace('_', '-')}", shown(written[name]), shown(asked[name])) for name in written]
     # a search that its note says was not possible was asked for
-    is_refined = bool(content.get("refinement")) or any(n.startswith("not refined") for n in content.get("notes", ()))
+    notes = map(str, content["notes"]) if isinstance(content.get("notes"), list) else ()
+    is_refined = bool(content.get("refinement")) or any(note.startswith("not refined") for note in notes)
     refined = ("left out", "given")
     settings.append(("--refine", refined[is_refined], refined[_refinement(options) is not None]))
     sparsity = content.get("sparsity")

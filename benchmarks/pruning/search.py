@@ -250,7 +250,7 @@ def table(path: Path) -> str:
     ]
     head = ["sparsity", "processor s", "seeds", "uniform", "programme", "refined", *names,
             *(f"refined to {name}, %" for name in ("programme", *names))]  # fmt: skip
-    said = [reading(rival.replace("_", " "), each, len(lines) - len(each)) for rival, each in readings.items()]
+    said = [reading(name, each, len(lines) - len(each)) for name, each in zip(names, readings.values(), strict=True)]
     return "\n\n".join([_caption(settings, rows), markdown(head, lines), *said])
 
 

@@ -313,7 +313,9 @@ def estimate_pruning(
     if workload.method == "dp" and workload.correction != "none":
         held["correction"] = {**held["curves"], **_of_all_pruners(shapes, workload, itemsize)}
         if by_fisher:
-            gradients = _search(shapes, workload, tokens, itemsize, workload.curve_samples)
+            # passes of whole batches, in place of an eighth of the samples
+            gradients = _search(shapes, workload, tokens, itemsize, 8 * workload.curve_samples)
+            computing["activations of a batch"] = max(computing["activations of a batch"], gradients.graph)
             held["correction"] |= {"gradients of all matrices": gradients.gradients}
             held["correction"] |= {"x and g of Fisher curves": fisher.collected}
             if not is_cpu:  # gradients need all weights there

@@ -4,7 +4,7 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,6 +35,16 @@ def benchmark_modules(package: str, names: Sequence[str]) -> Iterator[SimpleName
         for name in set(sys.modules) - before:
             if name.split(".")[0] in (package, "calibration", "comparison", "common", "evolution", "models"):
                 del sys.modules[name]
+
+
+def check_page(table: Callable[[Path], str], pattern: str) -> None:
+    """Assert that docs/measured.md has the tables of the committed results of a pattern, as they are made now."""
+    root = FOLDER.parent / "docs"
+    files = sorted((root / "results").glob(pattern))
+    page = (root / "measured.md").read_text("utf-8")
+    assert files
+    for file in files:
+        assert f"<!-- table:{file.stem} -->\n{table(file)}\n<!-- /table:{file.stem} -->" in page
 
 
 def command(out: Path, *more: str) -> list[str]:

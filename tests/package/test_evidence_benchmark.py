@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import scipy.stats
 import torch
-from comparison_runs import benchmark_modules
+from comparison_runs import benchmark_modules, check_page
 from pruned_models import make_llama, save_model
 
 ROOT = Path(__file__).parents[2]
@@ -77,6 +77,8 @@ def test_searches_of_an_earlier_version_are_marked(evidence, tmp_path):
     assert "| Wanda 60%, evolution* |" in text and "| Wanda 70%, evolution |" in text
     assert "In searches with a *, by an earlier version" in text
     assert "earlier version" not in evidence.table(write(tmp_path / "r.jsonl", [*rows[:2], rows[3]]))
+    pairs = [row("wanda", 0.6, seed, name, 1.0) for seed in (0, 1) for name in ("refined", "evolution")]
+    assert "DP anchored and refined, to evolution* |" in evidence.table(write(tmp_path / "r.jsonl", rows[:2] + pairs))
 
 
 def test_recovered_models_have_a_table_of_their_own(evidence, tmp_path):
@@ -159,9 +161,7 @@ def test_measured_and_fisher_curves_serve_all_sparsities(evidence):
 
 
 def test_the_page_is_that_of_the_committed_results(evidence):
-    page = (ROOT / "docs" / "measured.md").read_text("utf-8")
-    for file in sorted((ROOT / "docs" / "results").glob("prune-evidence-*.jsonl")):
-        assert f"<!-- table:{file.stem} -->\n{evidence.table(file)}\n<!-- /table:{file.stem} -->" in page
+    check_page(evidence.table, "prune-evidence-*.jsonl")
 
 
 def test_the_table_of_levels_has_the_last_rows_of_each_commit(tmp_path, monkeypatch):

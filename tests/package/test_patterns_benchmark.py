@@ -2,14 +2,11 @@
 
 import json
 import statistics
-from pathlib import Path
 
 import pytest
 import scipy.stats
-from comparison_runs import benchmark_modules
+from comparison_runs import benchmark_modules, check_page
 from pruned_models import make_llama, save_model
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +53,4 @@ def test_every_cell_is_measured_once_and_the_model_is_restored(patterns, tmp_pat
 
 
 def test_the_page_is_that_of_the_committed_results(patterns):
-    files = sorted((ROOT / "docs" / "results").glob("prune-patterns-*.jsonl"))
-    assert files
-    page = (ROOT / "docs" / "measured.md").read_text("utf-8")
-    for file in files:
-        assert f"<!-- table:{file.stem} -->\n{patterns.table(file)}\n<!-- /table:{file.stem} -->" in page
+    check_page(patterns.table, "prune-patterns-*.jsonl")
