@@ -233,10 +233,11 @@ class Planner:
             )
         sources = Counter(curve.source for curve in curves.values())
         if self.curve_method != "fisher" and sources["fisher"]:
-            self.notes.append(
-                f"{sources['fisher']} of {len(curves)} curves are Fisher curves that no measurement scales: those of "
-                f"the largest distortion were measured first, within {self.minutes:g} minutes"
-            )
+            limit = f"within {self.minutes:g} minutes"
+            how = f"that no measurement scales: none was made {limit}"
+            if sources["anchored"]:
+                how = f"not measured {limit}, but scaled as those of their kind that were: the largest distortions"
+            self.notes.append(f"{sources['fisher']} of {len(curves)} curves are Fisher curves {how}")
         return curves
 
     def _by_effect(self, curves: Mapping[str, Curve], *, note: bool = False) -> dict[str, Curve]:

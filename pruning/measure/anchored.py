@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from statistics import mean, median
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,8 +24,11 @@ if TYPE_CHECKING:
     from leanstep.pruning.measure.measure import Measurement
 
 Solve = Callable[[Mapping[str, Curve]], Allocation]
+Anchors = Mapping[str, Mapping[int, Distortion]]
 
-# times that the allocation is solved and the curves are anchored near it
+# share of the time for the first round of measurements, which shows how long they take
+_FIRST_SHARE = 1 / 3
+# rounds that measure groups once more; those that follow measure others
 _ROUNDS = 2
 
 
@@ -31,7 +38,8 @@ def anchored_curves(
     """Measure every curve once or twice near the allocation, and scale the Fisher curves to that.
 
     Each round allocates by the present curves and measures each group at its level of the allocation, where that is
-    not measured yet. Where time is short, the groups with the largest distortion at their level are measured.
+    not measured yet. Where time is short, the first ones of :func:`in_order` are measured, and further rounds use what
+    is left of it.
 
     Args:
         measurement: of the dense model.
@@ -42,30 +50,78 @@ def anchored_curves(
         until: value of ``time.monotonic()`` after which no point is begun.
     """
     anchors: dict[str, dict[int, Distortion]] = {name: {} for name in fisher}
-    for _ in range(_ROUNDS):
+    by_name, size = {group.name: group for group in points.groups}, pruning.processes.size
+    spent = expected = 0.0
+    for number in itertools.count():
         # from the anchors of earlier rounds only, so that an interrupted run goes on to the same allocation
-        curves = {name: anchored(curve, anchors[name]) for name, curve in fisher.items()}
-        allocation = solve(curves)
-        wanted = {n: _nearest(curve, allocation.counts[n]) for n, curve in curves.items() if len(curve.counts) > 1}
+        curves = all_anchored(fisher, anchors)
+        wanted = _wanted(curves, solve(curves), {} if number < _ROUNDS else anchors)
         new = {n: curves[n].distortion[k] for n, k in wanted.items() if curves[n].counts[k] not in points.at(n)}
-        ordered = sorted((g for g in points.groups if g.name in new), key=lambda group: -new[group.name])
-        seconds = (until - time.monotonic()) * pruning.processes.size
+        begin = time.monotonic()
+        seconds = (until - begin) * size * (1.0 if number else _FIRST_SHARE)
+        # by how long the measurements of earlier rounds took
+        seconds *= expected / spent if expected and spent else 1.0
+        ordered = [by_name[name] for name in in_order(new, anchors)]
+        affordable = measurement.affordable(ordered, seconds) if seconds > 0 else []
         # by the clock of the first process
-        names = pruning.processes.all_gather([group.name for group in measurement.affordable(ordered, seconds)])[0]
-        affordable = [group for group in ordered if group.name in names]
-        levels = {g.name: [points.missing_level(g.name, curves[g.name].counts[wanted[g.name]])] for g in affordable}
+        names = pruning.processes.all_gather([group.name for group in affordable])[0]
+        levels = {name: [points.missing_level(name, curves[name].counts[wanted[name]])] for name in names}
         points.limit_to(levels)
         measurement.measure_points(points, levels, pruning, until)
+        expected += measurement.seconds_of_singles([by_name[name] for name in names])
+        spent += (time.monotonic() - begin) * size
         for name, level in wanted.items():
             count = fisher[name].counts[level]
             if count in points.at(name):
                 anchors[name][count] = points.at(name)[count]
+        if not names and number + 1 >= _ROUNDS:
+            break
     return anchored_to(fisher, points)
 
 
 def anchored_to(fisher: Mapping[str, Curve], points: Points) -> dict[str, Curve]:
     """Fisher curves scaled to all points that are measured."""
-    return {name: anchored(curve, points.at(name)) for name, curve in fisher.items()}
+    return all_anchored(fisher, {name: points.at(name) for name in fisher})
+
+
+def in_order(distortion: Mapping[str, float], anchors: Anchors) -> list[str]:
+    """Names of groups in the order in which to measure them: first those without a measurement.
+
+    Fisher curves are wrong by factors that differ by kind: between q_proj, v_proj and o_proj more than between blocks.
+    So the same part of every kind comes first, those with the largest distortions.
+    """
+    sizes, before = Counter(map(kind_of, distortion)), Counter[str]()
+    keys: dict[str, tuple[bool, float, float]] = {}
+    for name in sorted(distortion, key=lambda name: -distortion[name]):
+        kind = kind_of(name)
+        keys[name] = bool(anchors.get(name)), before[kind] / sizes[kind], -distortion[name]
+        before[kind] += 1
+    return sorted(keys, key=lambda name: keys[name])
+
+
+def kind_of(name: str) -> str:
+    """The name of a group without its numbers: the same for the q_proj of all blocks."""
+    return re.sub(r"\d+", "*", name)
+
+
+def all_anchored(fisher: Mapping[str, Curve], anchors: Anchors) -> dict[str, Curve]:
+    """Fisher curves scaled to their own measured points, or without any by what is known of others.
+
+    The logarithm of their factor is a mean over the measured curves of the kind, with the median of all measured curves
+    as one more.
+    """
+    curves = {name: anchored(curve, anchors[name]) for name, curve in fisher.items()}
+    by_kind: dict[str, list[float]] = defaultdict(list)
+    for name, curve in fisher.items():
+        if factors := _log_factors(curve, anchors[name]):
+            by_kind[kind_of(name)].append(mean(factor for _, factor in factors))
+    if not by_kind:
+        return curves
+    middle = median(factor for factors in by_kind.values() for factor in factors)
+    for name, curve in curves.items():
+        if not anchors[name]:
+            curves[name] = _scaled(curve, [mean([middle, *by_kind[kind_of(name)]])] * len(curve.counts))
+    return curves
 
 
 def anchored(curve: Curve, anchors: Mapping[int, Distortion]) -> Curve:
@@ -81,22 +137,43 @@ def anchored(curve: Curve, anchors: Mapping[int, Distortion]) -> Curve:
     curve = curve.until(
         next((k for k, n in enumerate(curve.counts) if n in anchors and not anchors[n].is_finite), None)
     )
-    known = [
-        (float(curve.coordinate(np.array(count))), math.log(anchors[count].mean / value))
-        for count, value in zip(curve.counts, curve.distortion, strict=True)
-        if count in anchors and anchors[count].mean > 0 and value > 0
-    ]
-    if not known:
+    factors = _log_factors(curve, anchors)
+    if not factors:
         return curve
-    x, factors = zip(*known, strict=True)
-    scale = np.exp(np.interp(curve.coordinate(np.array(curve.counts)), x, factors)).tolist()
-    distortion = [value * factor for value, factor in zip(curve.distortion, scale, strict=True)]
-    errors = [error * factor for error, factor in zip(curve.stderr, scale, strict=True)]
+    x, values = zip(*factors, strict=True)
+    curve = _scaled(curve, np.interp(curve.coordinate(np.array(curve.counts)), x, values).tolist())
+    distortion, errors = list(curve.distortion), list(curve.stderr)
     for level, count in enumerate(curve.counts):
         if count in anchors:
             distortion[level] = anchors[count].mean
             errors[level] = 0.0 if math.isnan(anchors[count].stderr) else anchors[count].stderr
     return replace(curve, distortion=tuple(distortion), stderr=tuple(errors), source="anchored")
+
+
+def _log_factors(curve: Curve, anchors: Mapping[int, Distortion]) -> list[tuple[float, float]]:
+    """(log(removed / left), log(measured / second order)) of the anchors at which both are positive."""
+    return [
+        (float(curve.coordinate(np.array(count))), math.log(anchors[count].mean / value))
+        for count, value in zip(curve.counts, curve.distortion, strict=True)
+        if count in anchors and anchors[count].mean > 0 and value > 0 and anchors[count].is_finite
+    ]
+
+
+def _scaled(curve: Curve, log_factors: Sequence[float]) -> Curve:
+    """A curve with the distortion and the error of every level multiplied by exp of its factor."""
+    factors = [math.exp(factor) for factor in log_factors]
+    distortion = tuple(value * factor for value, factor in zip(curve.distortion, factors, strict=True))
+    errors = tuple(error * factor for error, factor in zip(curve.stderr, factors, strict=True))
+    return replace(curve, distortion=distortion, stderr=errors)
+
+
+def _wanted(curves: Mapping[str, Curve], allocation: Allocation, measured: Anchors) -> dict[str, int]:
+    """The pruned level of every group that is nearest to its allocation, without groups that are measured."""
+    return {
+        name: _nearest(curve, allocation.counts[name])
+        for name, curve in curves.items()
+        if len(curve.counts) > 1 and not measured.get(name)
+    }
 
 
 def _nearest(curve: Curve, count: int) -> int:

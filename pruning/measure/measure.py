@@ -96,8 +96,8 @@ def measure_curves(
         method: ``measured``, ``fisher`` or ``anchored``; None: ``measured`` if that takes less than ``minutes`` by the
             time of one pass and, for scores that update weights, of one block's levels, or for a metric without a root;
             else ``anchored``.
-        minutes: time after the Fisher curves at which ``anchored`` begins no measurement any more; matrices that were
-            not reached keep their Fisher curves.
+        minutes: time after the Fisher curves at which ``anchored`` begins no measurement any more; the Fisher curves of
+            matrices that were not reached are scaled as those of the same kind that were, with the median of all.
         solve: curves -> the allocation near which ``anchored`` measures; None: that of :func:`allocate` for
             ``sparsity``.
         scratch: folder on a disk for the dense outputs and cached activations; None: they are kept in memory.
@@ -210,8 +210,8 @@ class Measurement:
             self.reference = [one if scratch is None else scratch.store(one) for one in references]
             begin = time.monotonic()
             change = self.joint()
-            # of one pass over all stages, and of pruning to a level, by weight, if that was timed
-            self.seconds, self.level_seconds = time.monotonic() - begin, 0.0
+            # of one pass over all stages; by weight, and where they were timed: of the pruners, and of a level
+            self.seconds, self.preparation_seconds, self.level_seconds = time.monotonic() - begin, 0.0, 0.0
         if not abs(change.mean) <= _NOISE:
             raise ValueError(
                 f"the model's output is not reproducible: the same inputs twice differ by {change.mean:g} in "
@@ -249,19 +249,21 @@ class Measurement:
             points.exchange(pruning.processes)
 
     def time_levels(self, points: Points, pruning: Pruning) -> None:
-        """Time a level of each matrix of the first stage: some scores take longer for it than the model for a pass."""
+        """Time the pruners of the first stage and a level of each: some scores take longer than a pass of the model."""
         if not (groups := [group for group in points.groups if points.missing[group.name]]):
             return
         seconds, weights = 0.0, 0
         start, stage = next(self._stages(groups, pruning))
+        first = time.monotonic()
         for group, pruners in pruning.each(stage, start):
             for target in group.targets:
-                pruners[target.name]  # made before the clock runs: it serves all levels
+                pruners[target.name]  # made before the clock of the level runs: it serves all levels
             count, pattern = points.missing[group.name][len(points.missing[group.name]) // 2]
             begin = time.monotonic()
             weights += sum(weight.numel() for _, weight in prune_group(group, pruners, count, pattern))
             seconds += time.monotonic() - begin
         self.level_seconds = seconds / weights
+        self.preparation_seconds = (time.monotonic() - first - seconds) / weights
         self.cache.reset()
         pruning.cache.reset()
 
@@ -274,7 +276,8 @@ class Measurement:
 
     def seconds_of_singles(self, groups: Sequence[Group]) -> float:
         """Expected time of :meth:`singles`."""
-        return sum(map(self._seconds_of_level, groups))
+        prepared = sum(group.layer.numel for group in groups) * self.preparation_seconds
+        return prepared + sum(map(self._seconds_of_level, groups))
 
     def affordable(self, groups: Sequence[Group], seconds: float) -> list[Group]:
         """The first groups for a point of each of which the time suffices."""

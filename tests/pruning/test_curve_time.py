@@ -7,6 +7,7 @@ from pruned_models import make_llama, tokens
 
 from leanstep.pruning import measure_curves
 from leanstep.pruning.measure import measure
+from leanstep.pruning.score import calibration
 
 LEVELS = (0.5, 0.9)
 
@@ -58,6 +59,44 @@ def test_within_the_time_those_matrices_are_measured_for_which_it_suffices(slow_
     assert 4 <= anchored <= 8
     # Fisher curves (28 levels), one block's levels for the clock, and a minute of measurements, overrun by one at most
     assert clock[0] - begin <= 280 + 70 + 70
+
+
+def test_the_first_measurements_show_how_many_more_fit_into_the_time(clock, monkeypatch):
+    """Each takes longer than a pass of the model tells. The time does not end them at the first blocks."""
+
+    def slow(self, changed):
+        clock[0] += 2.5
+        return real(self, changed)
+
+    real = measure.Measurement.measure
+    monkeypatch.setattr(measure.Measurement, "measure", slow)
+    monkeypatch.setattr(measure.Measurement, "seconds_of_singles", lambda self, groups: 1.0 * len(groups))
+    begin = clock[0]
+    curves = measure_curves(make_llama(4), tokens(4), score="wanda", levels=LEVELS, method="anchored", minutes=0.5)
+    names = [name.split(".")[2:5] for name, curve in curves.items() if curve.source == "anchored"]
+    # ten in a third of the half minute, as expected, and two in what they left
+    assert len(names) == 12 and clock[0] - begin <= 30.0
+    assert len({kind for _, _, kind in names}) == 7 and len({block for block, _, _ in names}) == 4
+
+
+def test_the_pruners_of_a_score_count_for_a_single_measurement(clock, monkeypatch):
+    def slow(self, name):
+        if name not in before:
+            before.add(name)
+            clock[0] += 10.0
+        return real(self, name)
+
+    before, real, seconds = set(), calibration.Pruners.__getitem__, []
+    monkeypatch.setattr(calibration.Pruners, "__getitem__", slow)
+    affordable = measure.Measurement.affordable
+
+    def noted(self, groups, limit):
+        seconds.append(self.seconds_of_singles(groups))
+        return affordable(self, groups, limit)
+
+    monkeypatch.setattr(measure.Measurement, "affordable", noted)
+    sources("sparsegpt", "anchored", minutes=1.0)
+    assert seconds[0] == pytest.approx(140.0), "ten for each of 14 matrices"
 
 
 def test_no_stage_is_entered_after_the_time(clock, monkeypatch):

@@ -18,6 +18,7 @@ from leanstep.pruning.measure import anchored, fisher
 from leanstep.pruning.measure.batches import Batch, as_batches
 from leanstep.pruning.measure.blocks import recomputed_blocks
 from leanstep.pruning.measure.curve_file import PartialCurves, checked_line
+from leanstep.pruning.measure.curves import Curve
 from leanstep.pruning.measure.fisher import SecondOrder
 from leanstep.pruning.measure.measure import evaluating, weights_hash
 from leanstep.pruning.measure.metrics import Distortion, Metric, make_metric
@@ -412,6 +413,40 @@ def test_anchors_scale_a_curve():
     two = anchored.anchored(curve, {low: Distortion(1.0, 0.1), high: Distortion(36.0, 0.1)})
     # 0.5 is in the middle of 0.2 and 0.8: the factor is the geometric mean of 1 and 9
     assert two.distortion == pytest.approx((0.0, 1.0, 6.0, 36.0), rel=0.02)
+
+
+def curve_of_name(name, *distortion):
+    counts = tuple(range(8, 8 - len(distortion), -1))
+    return Curve(name, 8, counts, distortion, (0.0, *(0.1 for _ in distortion[1:])), "kl", source="fisher")
+
+
+def test_curves_without_a_measurement_are_scaled_as_those_of_their_kind():
+    names = [f"layers.{block}.{kind}.weight" for block in range(3) for kind in ("q_proj", "v_proj", "down_proj")]
+    fisher = {name: curve_of_name(name, 0.0, 1.0, 3.0) for name in names}
+    factors = {"layers.0.q_proj.weight": 2.0, "layers.1.q_proj.weight": 8.0, "layers.0.v_proj.weight": 0.5}
+    measured = {name: {7: Distortion(factors[name], 0.1)} if name in factors else {} for name in names}
+    curves = anchored.all_anchored(fisher, measured)
+    for name in factors:
+        assert curves[name].distortion == pytest.approx((0.0, factors[name], 3 * factors[name]))
+        assert curves[name].source == "anchored"
+    # the median of the three is 2; of the kind of q there are 2 and 8, of that of v a half, of the last none
+    for kind, expected in (("q_proj", (2 * 8 * 2) ** (1 / 3)), ("v_proj", (0.5 * 2) ** 0.5), ("down_proj", 2.0)):
+        curve = curves[f"layers.2.{kind}.weight"]
+        assert curve.source == "fisher" and curve.distortion == pytest.approx((0.0, expected, 3 * expected))
+        assert curve.stderr == pytest.approx((0.0, 0.1 * expected, 0.1 * expected))
+    assert anchored.all_anchored(fisher, dict.fromkeys(names, {})) == fisher
+    # a measurement that gives no factor is no measurement of its kind
+    nothing = {**dict.fromkeys(names, {}), names[0]: {7: Distortion(0.0, 0.0)}}
+    assert anchored.all_anchored(fisher, nothing)[names[3]] == fisher[names[3]]
+
+
+def test_every_kind_is_measured_and_of_each_the_largest_distortions_first():
+    distortion = {"0.mlp": 9.0, "1.mlp": 8.0, "2.mlp": 7.0, "3.mlp": 6.0, "0.v": 0.3, "1.v": 0.4, "head": 0.1}
+    order = anchored.in_order(distortion, {})
+    assert order == ["0.mlp", "1.v", "head", "1.mlp", "2.mlp", "0.v", "3.mlp"]
+    # a group that was measured at another level comes last
+    again = anchored.in_order(distortion, {"0.mlp": {7: Distortion(1.0, 0.1)}})
+    assert again == [*order[1:], "0.mlp"]
 
 
 def test_without_time_there_are_no_anchors_and_with_little_the_largest_come_first():

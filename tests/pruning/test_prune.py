@@ -109,7 +109,8 @@ def test_matrices_are_pruned_one_by_one_on_held_out_data_within_the_minutes(minu
 def test_curves_that_no_measurement_scales_are_named():
     model, data = make_llama(), tokens(8)
     result = prune(model, data, sparsity=0.5, curves="anchored", minutes=1e-9, levels=(0.5, 0.7))
-    assert any(f"{len(result.curves)} of {len(result.curves)} curves are Fisher curves" in n for n in result.notes)
+    count = len(result.curves)
+    assert any(f"{count} of {count} curves are Fisher curves that no measurement scales" in n for n in result.notes)
     result = prune(make_llama(), data, sparsity=0.5, curves="fisher", levels=(0.5, 0.7))
     assert not any("are Fisher curves" in note for note in result.notes)
 
