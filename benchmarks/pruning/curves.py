@@ -49,12 +49,16 @@ PARSER = command_line(
     levels=([0.3, 0.5, 0.7, 0.85], "levels at which the curves are compared"), score="wanda",
     grid=(list(GRID), "levels at which they are measured"),
     samples=(16, "calibration sequences"), curve_samples=(8, "of them for the curves"), seq_len=256,
-    eval_samples=(32, "held-out sequences"), out=Path("runs/prune-curves.jsonl"),
+    eval_samples=(32, "held-out sequences"),
+    anchor_minutes=(30.0, "for the measurements of anchored curves"), out=Path("runs/prune-curves.jsonl"),
     write=(False, "with --report: write the table into docs/"),
 )  # fmt: skip
 PARSER.add_argument("--work", type=Path, help="a folder in which to keep the points of an unfinished seed")
 PARSER.add_argument("--report", type=Path, help="a file of results whose table to print")
-SETTINGS = ("score", "samples", "curve_samples", "seq_len", "eval_samples", "grid", "levels", "sparsities")
+SETTINGS = ("score", "samples", "curve_samples", "seq_len", "eval_samples", "grid", "levels", "sparsities",
+            "anchor_minutes")  # fmt: skip
+# of files that were written before these settings were
+EARLIER = {"grid": list(GRID), "anchor_minutes": 30.0}
 
 
 class Subject(NamedTuple):
@@ -101,7 +105,7 @@ def run(options: argparse.Namespace) -> None:
     settings |= {"made_by": subject.made_by, "metric": subject.held_out.metric.name}
     if not rows:
         append_json_line(options.out, settings)
-    elif {"grid": list(GRID)} | rows[0] != settings:
+    elif EARLIER | rows[0] != settings:
         raise SystemExit(f"{options.out} is of another model or other settings: give another --out")
     if options.work:
         options.work.mkdir(parents=True, exist_ok=True)
@@ -117,6 +121,7 @@ def measured(subject: Subject, seed: int, options: argparse.Namespace) -> dict[s
     """The line of a seed: cost of the three kinds, their agreement, and the divergence after pruning."""
     data, curves, seconds = subject.draw(seed), dict[str, dict[str, Curve]](), dict[str, float | None]()
     settings = {"score": options.score, "sparsity": max(options.sparsities), "levels": options.grid}
+    settings["minutes"] = options.anchor_minutes
     for kind in reversed(KINDS):
         points = options.work and options.work / f"{options.out.stem}-{seed}-{kind}.jsonl"
         resumed, start = points is not None and points.exists(), time.process_time()
@@ -124,6 +129,7 @@ def measured(subject: Subject, seed: int, options: argparse.Namespace) -> dict[s
             subject.model, data[: options.curve_samples], score_data=data, method=kind, resume=points, **settings
         )
         seconds[kind] = None if resumed else round(time.process_time() - start, 1)
+    sources = [curve.source for curve in curves["anchored"].values()]
     agreements = {
         kind: {
             f"{level:g}": agreement(curves[kind], curves["measured"], options.grid.index(level) + 1)
@@ -144,6 +150,7 @@ def measured(subject: Subject, seed: int, options: argparse.Namespace) -> dict[s
     return {
         "seed": seed,
         "matrices": len(curves["measured"]),
+        "anchored": sources.count("anchored"),
         "seconds": seconds,
         "agreement": agreements,
         "divergence": divergence,
@@ -162,7 +169,7 @@ def agreement(curves: Mapping[str, Curve], reference: Mapping[str, Curve], index
 def table(path: Path) -> str:
     """The block of the page: caption, agreement, and divergence of the pruned model."""
     settings, *rows = read_json_lines(path)
-    settings = {"grid": GRID} | settings
+    settings = EARLIER | settings
     if not rows:
         raise SystemExit(f"{path} has no seed that was measured to the end; run it without --report")
     seeds = ", ".join(str(row["seed"]) for row in rows)
@@ -175,9 +182,22 @@ def table(path: Path) -> str:
         f"{settings['eval_samples']} others for the divergence ({settings['metric']}) of the pruned models; "
         f"calibration seeds {seeds}. Spearman's rank correlation with the measured curves over all matrices at a "
         f"level, and the median of the ratios to them. Differences to the measured curves' allocation are paired by "
-        f"seed, with Student's 95 % interval{'' if len(rows) > 1 else '; one seed has none'}. {machines(rows)}."
+        f"seed, with Student's 95 % interval{'' if len(rows) > 1 else '; one seed has none'}."
+        f"{_anchored(settings, rows)} {machines(rows)}."
     )
     return "\n\n".join([caption, _agreement_table(settings, rows), _divergence_table(settings, rows)])
+
+
+def _anchored(settings: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:
+    """How many matrices were measured for anchored curves, where the time did not suffice for all."""
+    counts = [row["anchored"] for row in rows if row.get("anchored", row["matrices"]) < row["matrices"]]
+    if not counts:
+        return ""
+    number = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else f"{counts[0]}"
+    return (
+        f" Anchored curves measure {number} of the matrices, in at most {60 * settings['anchor_minutes']:g} s by the "
+        "clock after the Fisher curves."
+    )
 
 
 def _agreement_table(settings: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:

@@ -204,6 +204,8 @@ class Measurement:
     ) -> None:
         self.model, self.batches = model, batches
         self.metric = make_metric(metric, model)
+        # starts whose cached activations change no output; before the first stage there are none
+        self._checked = {0}
         with evaluating(model):
             self.cache = ActivationCache(model, batches, enabled=prefix_cache, like=like, scratch=scratch)
             references = (self.metric.reference(batch.run(model), batch) for batch in batches)
@@ -327,6 +329,9 @@ class Measurement:
         if start not in self.cache.starts:  # disabled at an earlier start
             return
         self.cache.advance(start)
+        if start in self._checked:
+            return
+        self._checked.add(start)
         # that of one process decides for all
         changes = statistics_cache.processes.all_gather(self._run().mean)
         change = next((change for change in changes if not abs(change) <= _NOISE), 0.0)
