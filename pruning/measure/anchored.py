@@ -87,21 +87,21 @@ def anchored_to(fisher: Mapping[str, Curve], points: Points) -> dict[str, Curve]
 def in_order(distortion: Mapping[str, float], anchors: Anchors) -> list[str]:
     """Names of groups in the order in which to measure them: first those without a measurement.
 
-    Fisher curves are wrong by factors that differ by kind: between q_proj, v_proj and o_proj more than between blocks.
-    So the same part of every kind comes first, those with the largest distortions.
+    Fisher curves take the rows of a sequence for independent. How far that is wrong depends on what follows a matrix,
+    and so on its kind: the same part of every kind comes first, those with the largest distortions.
     """
-    sizes, before = Counter(map(kind_of, distortion)), Counter[str]()
+    sizes, before = Counter(map(without_numbers, distortion)), Counter[str]()
     keys: dict[str, tuple[bool, float, float]] = {}
     for name in sorted(distortion, key=lambda name: -distortion[name]):
-        kind = kind_of(name)
+        kind = without_numbers(name)
         keys[name] = bool(anchors.get(name)), before[kind] / sizes[kind], -distortion[name]
         before[kind] += 1
     return sorted(keys, key=lambda name: keys[name])
 
 
-def kind_of(name: str) -> str:
-    """The name of a group without its numbers: the same for the q_proj of all blocks."""
-    return re.sub(r"\d+", "*", name)
+def without_numbers(name: str) -> str:
+    """A group's name without the numbers of blocks and experts: the same for every q_proj, not for fc1 and fc2."""
+    return re.sub(r"\b\d+\b", "*", name)
 
 
 def all_anchored(fisher: Mapping[str, Curve], anchors: Anchors) -> dict[str, Curve]:
@@ -114,13 +114,13 @@ def all_anchored(fisher: Mapping[str, Curve], anchors: Anchors) -> dict[str, Cur
     by_kind: dict[str, list[float]] = defaultdict(list)
     for name, curve in fisher.items():
         if factors := _log_factors(curve, anchors[name]):
-            by_kind[kind_of(name)].append(mean(factor for _, factor in factors))
+            by_kind[without_numbers(name)].append(mean(factor for _, factor in factors))
     if not by_kind:
         return curves
     middle = median(factor for factors in by_kind.values() for factor in factors)
     for name, curve in curves.items():
         if not anchors[name]:
-            curves[name] = _scaled(curve, [mean([middle, *by_kind[kind_of(name)]])] * len(curve.counts))
+            curves[name] = _scaled(curve, [mean([middle, *by_kind[without_numbers(name)]])] * len(curve.counts))
     return curves
 
 

@@ -444,6 +444,10 @@ def test_every_kind_is_measured_and_of_each_the_largest_distortions_first():
     distortion = {"0.mlp": 9.0, "1.mlp": 8.0, "2.mlp": 7.0, "3.mlp": 6.0, "0.v": 0.3, "1.v": 0.4, "head": 0.1}
     order = anchored.in_order(distortion, {})
     assert order == ["0.mlp", "1.v", "head", "1.mlp", "2.mlp", "0.v", "3.mlp"]
+    # fc1 and fc2 are two kinds; blocks, roles and experts are not
+    assert anchored.without_numbers("layers.0.fc1.weight") != anchored.without_numbers("layers.0.fc2.weight")
+    for pair in (("h.0.fc1", "h.11.fc1"), ("block 0: q_k", "block 3: q_k"), ("experts.w1[0]", "experts.w1[7]")):
+        assert anchored.without_numbers(pair[0]) == anchored.without_numbers(pair[1])
     # a group that was measured at another level comes last
     again = anchored.in_order(distortion, {"0.mlp": {7: Distortion(1.0, 0.1)}})
     assert again == [*order[1:], "0.mlp"]
