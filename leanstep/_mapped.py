@@ -158,6 +158,11 @@ class FileTensor:
         self._resident.touch(self.view)
         return self.view.to(self.device)
 
+    def add(self, tensor: Tensor) -> None:
+        """Add a tensor to it."""
+        self._resident.touch(self.view)
+        self.view.add_(tensor.to(self.view.device))
+
     def __del__(self) -> None:
         self._resident.release(self.view)
 
@@ -172,6 +177,11 @@ class Scratch:
 
     def __init__(self, folder: Path, resident: ResidentSet | None = None) -> None:
         self.folder, self.resident = folder, resident or ResidentSet()
+
+    @classmethod
+    def of(cls, folder: "str | Path | Scratch | None") -> "Scratch | None":
+        """One in a folder, or as it is given; None: none."""
+        return folder if folder is None or isinstance(folder, cls) else cls(Path(folder))
 
     def store(self, tree: Any) -> Any:
         """The tree with a :class:`FileTensor` for every tensor."""

@@ -21,7 +21,7 @@ from leanstep.pruning.allocate.closed_form import atp_betas_tried, in_blocks, sn
 from leanstep.pruning.allocate.descent import Descent, Refinement
 from leanstep.pruning.allocate.latency import LatencyTable
 from leanstep.pruning.choices import fixed_pattern
-from leanstep.pruning.measure.activation_cache import ActivationCache
+from leanstep.pruning.measure.activation_cache import ActivationCache, cache_note, forget_note
 from leanstep.pruning.measure.batches import Batch, batches_hash
 from leanstep.pruning.measure.checks import Trial
 from leanstep.pruning.measure.curves import Curve, Levels, levels_of
@@ -123,6 +123,7 @@ class Planner:
 
     def run(self, curves: Mapping[str, Curve] | None, fixed: NM | None) -> PruneResult:
         """Measure, allocate, compare, prune."""
+        forget_note(self.model)
         before = self._nonzero()
         self.constraint = check_target(
             self.groups,
@@ -147,7 +148,7 @@ class Planner:
         allocation, compared = self._compare_and_prune(candidate, programme)
         pruning = self.trial.pruning
         curve_score = self.curve_score if self.method in ("dp", "atp") and fixed is None else None
-        self.notes += [*filter(None, [pruning.cache.note]), *pruning.notes(curve_score)]
+        self.notes += [*filter(None, [cache_note(self.model)]), *pruning.notes(curve_score)]
         budget = self.constraint.budget
         return PruneResult(
             allocation=allocation,
@@ -221,7 +222,7 @@ class Planner:
             method=self.curve_method,
             minutes=self.minutes,
             solve=lambda curves: self._allocate("dp", curves=self._by_effect(curves)),
-            scratch=None if self.scratch is None else self.scratch.folder,
+            scratch=self.scratch,
             processes=self.processes,
             target=(self.constraint.budget.kind, self.constraint.budget.target),
         )

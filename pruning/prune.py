@@ -59,7 +59,7 @@ def prune(
     progress: Progress | None = None,
     stored: Stored | None = None,
     refine: Refinement | None = None,
-    scratch: str | Path | None = None,
+    scratch: str | Path | Scratch | None = None,
     processes: Processes | None = None,
     products: str = "auto",
 ) -> PruneResult:
@@ -212,7 +212,7 @@ def prune(
         notes=notes,
         refine=refine,
         judging=judging,
-        scratch=None if scratch is None else Scratch(Path(scratch)),
+        scratch=Scratch.of(scratch),
         processes=processes or Processes(),
     )
     with planner.snapshot.restored_on_error(), products_in(model, products), evaluating(model):

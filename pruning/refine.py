@@ -18,6 +18,7 @@ from leanstep.pruning.allocate.exchange import ExchangeSpace
 from leanstep.pruning.measure.batches import Batch, as_batches, batches_hash
 from leanstep.pruning.measure.checks import Trial
 from leanstep.pruning.measure.curves import Curve
+from leanstep.pruning.measure.in_files import PrunersInFiles
 from leanstep.pruning.measure.joint import JointJudge
 from leanstep.pruning.measure.measure import Measurement, configuration_hash, evaluating, weights_hash
 from leanstep.pruning.measure.points import Progress
@@ -93,7 +94,9 @@ def refine_allocation(
     file = SearchFile(state, _identity(start, trial, batches, measurement, space, settings))
     processes = trial.pruning.processes
     processes.from_first(file.read)  # refuse a file of another search before anything is pruned
-    pruners: dict[str, LayerPruner] = {}
+    scratch = trial.pruning.cache.scratch
+    pruners: dict[str, LayerPruner] | PrunersInFiles
+    pruners = {} if scratch is None else PrunersInFiles(trial.pruning, trial.snapshot, scratch)
     with evaluating(measurement.model), trial.snapshot.restored():
         trial.apply(start, pruners)
         judge = JointJudge(trial.groups, measurement, pruners, start.counts, start.patterns, processes)

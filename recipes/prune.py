@@ -317,7 +317,7 @@ def _dry_run(options: argparse.Namespace) -> int:
         sequences_of(checkpoint, data, refine=refine is not None)
     names = (
         *("samples", "held_out", "batch_size", "allocation", "score", "metric", "curves", "minutes", "granularity"),
-        *("products", "pattern", "correction", "curve_score"),
+        *("products", "pattern", "correction", "curve_score", "inputs"),
     )
     workload = Workload(
         **{name: getattr(options, name) for name in (*names, "activations")},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,14 @@ from leanstep.pruning.folder.files import DTYPES, EXPERT_COPIES, ITEM_BYTES, Che
 from leanstep.pruning.folder.fisher_size import FisherSize
 from leanstep.pruning.folder.loading import empty_model_of, position_count
 from leanstep.pruning.folder.recovery import space_beside
-from leanstep.pruning.folder.search_size import GRADIENTS, SearchSize, pruner_bytes
-from leanstep.pruning.folder.stored_size import Sequences, StoredSizes, largest_phase, patch_count
+from leanstep.pruning.folder.search_size import (
+    GRADIENTS,
+    SearchSize,
+    files_of_all_matrices,
+    pruner_bytes,
+    statistics_bytes,
+)
+from leanstep.pruning.folder.stored_size import Sequences, StoredSizes, largest_phase, patch_count, with_more
 from leanstep.pruning.measure.blocks import candidate_blocks
 from leanstep.pruning.measure.products import product_dtype
 from leanstep.pruning.recovery import Recovery
@@ -45,8 +51,8 @@ class Workload:
         samples, curve_samples, held_out: numbers of sequences (or images).
         tokens: of a sequence; None: the model's positions, at most 2048.
         batch_size: samples per pass.
-        allocation, score, curve_score, metric, curves, minutes, granularity, sparsity, products, pattern, correction:
-            as for :func:`leanstep.pruning.prune`.
+        allocation, score, curve_score, metric, curves, minutes, granularity, sparsity, products, pattern, correction,
+            inputs: as for :func:`leanstep.pruning.prune`.
         levels: number of levels of a curve; None: those of the default grid.
         activations, resident: as for :func:`leanstep.pruning.prune_checkpoint`.
         refine_samples: sequences that judge exchanges; 0: no search.
@@ -80,6 +86,7 @@ class Workload:
     products: str = "auto"
     pattern: str = "unstructured"
     correction: str = "none"
+    inputs: str = "pruned"
     refine_minutes: float | None = None
     refine_evaluations: int | None = None
 
@@ -305,18 +312,33 @@ def estimate_pruning(
         disk["recovery" if later == largest else "copies of the other processes"] = largest
     stored = _stored_by_phase(shapes, workload, tokens, itemsize)
     in_files = workload.activations == "disk"
+    corrects = workload.method == "dp" and workload.correction != "none"
     if in_files:
+        stored = with_more(
+            stored,
+            files_of_all_matrices(
+                shapes.matrices,
+                workload.of_curves,
+                itemsize,
+                samples=workload.samples,
+                searches=search is not None,
+                corrects=corrects,
+                dense_inputs=workload.inputs == "dense",
+            ),
+        )
         activations = largest_phase(stored.values())
         disk |= {use: size * workload.processes for use, size in activations.items()}
         memory["mapped activations"] = min(workload.resident, sum(activations.values()))
     held = {phase: {} if in_files else uses for phase, uses in stored.items()}
-    if workload.method == "dp" and workload.correction != "none":
-        held["correction"] = {**held["curves"], **_of_all_pruners(shapes, workload, itemsize)}
+    if workload.inputs == "dense" and not in_files:
+        held["comparison"]["pruned matrices"] = itemsize * sum(rows * columns for rows, columns in shapes.matrices)
+    if corrects:
+        held["correction"] = {**held["curves"], **({} if in_files else _of_all_pruners(shapes, workload, itemsize))}
         if by_fisher:
             # passes of whole batches, in place of an eighth of the samples
             gradients = _search(shapes, workload, tokens, itemsize, 8 * workload.curve_samples)
             computing["activations of a batch"] = max(computing["activations of a batch"], gradients.graph)
-            held["correction"] |= {"gradients of all matrices": gradients.gradients}
+            held["correction"] |= _of_slopes(shapes, gradients, in_files=in_files)
             held["correction"] |= {"x and g of Fisher curves": fisher.collected}
             if not is_cpu:  # gradients need all weights there
                 held["correction"]["all weights"] = checkpoint.size
@@ -329,7 +351,7 @@ def estimate_pruning(
         before = sum(on_device.values()) + sum(held["search"].values()) + search.pruners
         room = free_device if not is_cpu else None if free is None else free // workload.processes
         search = search.within(None if in_files or room is None else room - before)
-        held["search"] = {**held["search"], **search.uses}
+        held["search"] |= _of_slopes(shapes, search, in_files=in_files) if in_files else search.uses
         if not is_cpu:  # gradients need all weights there
             held["search"]["all weights"] = checkpoint.size
     on_device |= largest_phase(held.values())
@@ -348,6 +370,24 @@ def estimate_pruning(
         {} if is_cpu else {use: size for use, size in on_device.items() if size},
         free_device,
         [] if recovery is None else ["memory and time of recovery"],
+    )
+
+
+def files_of_search(
+    checkpoint: Checkpoint, model: nn.Module, names: Iterable[str], settings: Mapping[str, Any], *, searches: bool
+) -> dict[str, dict[str, int]]:
+    """:func:`files_of_all_matrices` of the parameters ``names`` for the settings of :func:`leanstep.pruning.prune`."""
+    itemsize = ITEM_BYTES[most_common_dtype(checkpoint)]
+    named = {key: value for key, value in settings.items() if key in ("allocation", "score", "curve_score", "pattern")}
+    workload = Workload(**named)
+    return files_of_all_matrices(
+        _Shapes.of(checkpoint, model, itemsize, list(names)).matrices,
+        workload.of_curves,
+        itemsize,
+        samples=GRADIENTS,
+        searches=searches,
+        corrects=workload.method == "dp" and settings.get("correction", "none") != "none",
+        dense_inputs=settings.get("inputs") == "dense",
     )
 
 
@@ -381,13 +421,20 @@ def _search(shapes: _Shapes, workload: Workload, tokens: int, itemsize: int, jud
     )
 
 
+def _of_slopes(shapes: _Shapes, search: SearchSize, *, in_files: bool) -> dict[str, int]:
+    """Gradients; where the sums are in files, that of the largest matrix, and fp32 copies of it, of dW and W."""
+    if not in_files:
+        return {"gradients of all matrices": search.gradients}
+    return {"gradient of a matrix": 16 * max(rows * columns for rows, columns in shapes.matrices)}
+
+
 def _of_all_pruners(shapes: _Shapes, workload: Workload, itemsize: int) -> dict[str, int]:
     """Of a correction of curves, which has the statistics of all matrices while it makes their pruners."""
     ranked = workload.pattern == "unstructured"
     pruners = (
         pruner_bytes(m, workload.of_curves, itemsize, samples=workload.samples, ranked=ranked) for m in shapes.matrices
     )
-    statistics = sum(_sums_bytes(matrix, workload) for matrix in shapes.matrices)
+    statistics = sum(statistics_bytes(matrix, workload.scores, workload.samples) for matrix in shapes.matrices)
     return {"pruners of all matrices": sum(pruners), "statistics of all matrices": statistics}
 
 
@@ -411,17 +458,8 @@ def _statistics_bytes(shapes: _Shapes, workload: Workload, itemsize: int) -> int
     if workload.allocation == "owl":  # Wanda's sums of all matrices, and scores and pruners of a block
         outliers = sum(8 * columns for _, columns in shapes.matrices)
         outliers += max(sum(rows * columns for rows, columns in block) for block in shapes.blocks) * (4 + itemsize)
-    return max(outliers, *(sum(_sums_bytes(matrix, workload) for matrix in block) for block in shapes.blocks))
-
-
-def _sums_bytes(shape: tuple[int, int], workload: Workload) -> int:
-    """Of the statistics of a matrix."""
-    (rows, columns), needs = shape, {need for score in workload.scores for need in NEEDS[score]}
-    return (
-        8 * columns * ("square_sum" in needs)
-        + 4 * columns**2 * ("gram" in needs)
-        + 8 * min(GRADIENTS, workload.samples) * rows * columns * ("gradients" in needs)
-    )
+    by_block = (sum(statistics_bytes(m, workload.scores, workload.samples) for m in block) for block in shapes.blocks)
+    return max(outliers, *by_block)
 
 
 def _pruner_bytes(shapes: _Shapes, workload: Workload, itemsize: int) -> int:

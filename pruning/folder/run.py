@@ -36,7 +36,7 @@ from leanstep.pruning.folder.checkpoint import (
     write_report,
     write_weights,
 )
-from leanstep.pruning.folder.estimate import MEASURED
+from leanstep.pruning.folder.estimate import MEASURED, files_of_search
 from leanstep.pruning.folder.files import (
     DTYPES,
     EXPERT_COPIES,
@@ -166,7 +166,8 @@ def prune_checkpoint(
     unchecked = ""
     if activations == "disk":
         first = calibration.held_out if calibration.data is None else calibration.data
-        scratch = scratch_bytes(model, _sequences(calibration), first)
+        more = files_of_search(checkpoint, model, names, settings, searches=refine is not None)
+        scratch = scratch_bytes(model, _sequences(calibration), first, more)
         if first is not None and not isinstance(first, torch.Tensor | bool):
             unchecked = _UNCHECKED
         processes.from_first(lambda: check_space(out, written + scratch * processes.size))
@@ -190,7 +191,7 @@ def prune_checkpoint(
                 resume=partial,
                 progress=progress,
                 stored=stored,
-                scratch=folder if activations == "disk" else None,
+                scratch=Scratch(folder, ResidentSet(resident)) if activations == "disk" else None,
                 processes=processes,
             )
         if not processes.is_first:

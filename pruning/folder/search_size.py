@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+
+from leanstep.pruning.score.base import NEEDS
 
 # samples whose gradients score="mfac" collects, and weights in a block of its Fisher matrix
 GRADIENTS, _FISHER_BLOCK = 128, 128
@@ -43,13 +45,57 @@ def pruner_bytes(shape: Shape, score: str, itemsize: int, *, samples: int, ranke
     return rows * columns * weight + columns**2 * pair
 
 
+def statistics_bytes(shape: Shape, scores: Iterable[str], samples: int) -> int:
+    """Bytes of the statistics of a matrix [out, in] for some scores; ``samples`` of the calibration data."""
+    (rows, columns), needs = shape, {need for score in scores for need in NEEDS[score]}
+    return (
+        8 * columns * ("square_sum" in needs)
+        + 4 * columns**2 * ("gram" in needs)
+        + 8 * min(GRADIENTS, samples) * rows * columns * ("gradients" in needs)
+    )
+
+
+def files_of_all_matrices(
+    matrices: Collection[Shape],
+    score: str,
+    itemsize: int,
+    *,
+    samples: int,
+    searches: bool,
+    corrects: bool,
+    dense_inputs: bool,
+) -> dict[str, dict[str, int]]:
+    """Bytes by phase and use that files hold of all matrices, where activations are in files.
+
+    Args:
+        matrices: [out, in] of each.
+        score: of the curves.
+        itemsize: bytes of a weight.
+        samples: of the calibration data.
+        searches, corrects: whether an allocation is refined, and curves are corrected.
+        dense_inputs: whether no matrix is written before all are pruned.
+    """
+    weights = sum(rows * columns for rows, columns in matrices)
+    statistics = {"statistics of all matrices": sum(statistics_bytes(one, [score], samples) for one in matrices)}
+    # sums of fp16 gradients are in fp32
+    gradients = {"gradients of all matrices": weights * max(4, itemsize)}
+    pruned = {"pruned matrices": weights * itemsize} if dense_inputs else {}
+    phases = {"comparison": pruned}
+    if corrects:
+        phases["correction"] = {**statistics, **gradients}
+    if searches:
+        # as many weights are replaced in an exchange at most
+        phases["search"] = {**statistics, **gradients, "replaced weights": weights * itemsize}
+    return phases
+
+
 @dataclass(frozen=True)
 class SearchSize:
     """What a search takes; see :class:`leanstep.pruning.measure.joint.JointJudge`.
 
     Attributes:
         pruners: bytes of those of all matrices, which each process holds.
-        gradients: bytes of the sums over all batches, and of the gradients of one.
+        gradients: bytes of the sums over all batches, and of the weights that an exchange replaces.
         graph: bytes of a forward and backward pass of one batch.
         inputs: bytes of the cached inputs of all blocks, as far as the free memory allows.
         batch_size: samples in a pass.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,14 +75,24 @@ def largest_phase(phases: Iterable[dict[str, int]]) -> dict[str, int]:
     return {use: size for use, size in largest.items() if size or use == "activations before a block"}
 
 
-def scratch_bytes(model: nn.Module, sequences: Sequences, data: Any = None) -> int:
-    """Most bytes of activations and dense outputs in files at one time; 0 where nothing tells.
+def with_more(phases: Mapping[str, dict[str, int]], more: Mapping[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+    """Bytes by use and phase, with more uses; a phase that is new has those of the curves too."""
+    return {
+        phase: {**phases.get(phase, phases.get("curves", {})), **more.get(phase, {})} for phase in {**phases, **more}
+    }
+
+
+def scratch_bytes(
+    model: nn.Module, sequences: Sequences, data: Any = None, more: Mapping[str, dict[str, int]] | None = None
+) -> int:
+    """Most bytes in files at one time: of activations and dense outputs, 0 where nothing tells, and ``more`` by phase.
 
     Runs the model on a sample of ``data``, a tensor, where its configuration does not tell the tokens of one: of
     sounds, and of images without patches.
     """
     config: Any = getattr(model, "config", None)
     tokens = 0 if config is None else sequences.tokens or patch_count(config)
+    sizes = StoredSizes(0, 0, 0, 0)
     if tokens:
         head: Any = getattr(model, "get_output_embeddings", lambda: None)()
         text = config.get_text_config()
@@ -94,9 +104,8 @@ def scratch_bytes(model: nn.Module, sequences: Sequences, data: Any = None) -> i
         )
     elif isinstance(data, Tensor):
         tokens, sizes = 1, _of_a_sample(model, data)
-    else:
-        return 0
-    return sum(largest_phase(sizes.by_phase(sequences, tokens).values()).values())
+    phases = sizes.by_phase(sequences, tokens) if tokens else {}
+    return max((sum(uses.values()) for uses in with_more(phases, more or {}).values()), default=0)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,20 @@ from leanstep.pruning.score.targets import Group, Target
 
 class _Reached(Exception):
     """Ends a forward pass early."""
+
+
+# model -> why activations of it are not cached, which any of its caches may have met
+_NOTES: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+
+def cache_note(model: nn.Module) -> str:
+    """Why a cache of a model was not used since :func:`forget_note`; "" if all were."""
+    return _NOTES.get(model, "")
+
+
+def forget_note(model: nn.Module) -> None:
+    """Forget :func:`cache_note`."""
+    _NOTES.pop(model, None)
 
 
 def find_stages(model: nn.Module, batch: Batch) -> list[tuple[str, nn.Module]]:
@@ -76,12 +91,10 @@ class ActivationCache:
         # the model can be run from these positions: later stages need only the output of the stage before
         self.starts: tuple[int, ...] = (0,)
         self.position = 0
-        # reason why nothing is cached although the cache is enabled
-        self.note = ""
         self._outputs: list[Any] = []
         self._numbers: dict[nn.Module, set[int | None]] = {}
         if enabled and like is not None and like.model is model and like.stages:
-            self.stages, self.starts, self.note = like.stages, like.starts, like.note
+            self.stages, self.starts = like.stages, like.starts
         elif enabled:
             self._find_starts(batches[0].sample(0))
 
@@ -109,12 +122,13 @@ class ActivationCache:
             else:
                 trial.position, trial._outputs = before
         if len(self.starts) == 1:
-            self.note = "activations are not cached: no stage of the model needs only the output of the stage before it"
+            self.disable("no stage of the model needs only the output of the stage before it")
 
-    def disable(self, note: str) -> None:
-        """Clear the cache, and run every pass from the first stage from now on; ``note`` says why."""
+    def disable(self, reason: str) -> None:
+        """Clear the cache, and run every pass from the first stage from now on."""
         self.reset()
-        self.starts, self.note = (0,), note
+        self.starts = (0,)
+        _NOTES.setdefault(self.model, f"activations are not cached: {reason}")
 
     def span(self, target: Target) -> tuple[int, int] | None:
         """Indices of the first and the last stage with a target; None if a module of it is outside all stages."""

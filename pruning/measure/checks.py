@@ -6,12 +6,15 @@ import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from leanstep._mapped import Scratch
 from leanstep.pruning.measure.curves import Curve, Levels, counts_and_patterns, curve_of
 from leanstep.pruning.measure.fisher import SecondOrder, portions
+from leanstep.pruning.measure.in_files import PrunersInFiles
 from leanstep.pruning.measure.joint import JointJudge
 from leanstep.pruning.measure.measure import Measurement, WeightSnapshot, evaluating
 from leanstep.pruning.measure.metrics import Distortion
@@ -44,7 +47,7 @@ class Trial:
     snapshot: WeightSnapshot
     inputs: str = "pruned"
 
-    def apply(self, allocation: Allocation, used: dict[str, LayerPruner] | None = None) -> None:
+    def apply(self, allocation: Allocation, used: dict[str, LayerPruner] | PrunersInFiles | None = None) -> None:
         """Prune the model in place, block by block.
 
         With pruned inputs, the statistics of a block are collected after pruning those before it. With dense inputs,
@@ -52,21 +55,25 @@ class Trial:
         prune a share of each block's matrices and exchange them.
         """
         self.snapshot.take()
-        cache, later = self.pruning.cache, list[tuple[Target, Tensor]]()
+        cache, later = self.pruning.cache, list[tuple[Target, Any]]()
         cache.reset()
         with evaluating(cache.model):
             dense = self.inputs == "dense"
             for start, block in cache.by_start(self.groups) if dense else cache.by_block(self.groups):
                 for changed in self._pruned(block, start, allocation, used):
                     if dense:
-                        later += changed
+                        later += changed if cache.scratch is None else cache.scratch.store(changed)
                     else:
                         _write(changed)
         _write(later)
         cache.reset()
 
     def _pruned(
-        self, block: Sequence[Group], start: int, allocation: Allocation, used: dict[str, LayerPruner] | None
+        self,
+        block: Sequence[Group],
+        start: int,
+        allocation: Allocation,
+        used: dict[str, LayerPruner] | PrunersInFiles | None,
     ) -> Iterator[list[tuple[Target, Tensor]]]:
         """The pruned matrices of each group of a block."""
         processes = self.pruning.processes
@@ -77,7 +84,9 @@ class Trial:
             if not alone and index % processes.size != processes.rank:
                 continue
             changed = list(prune_group(group, pruners, *allocation.level(group.name)))
-            if used is not None:
+            if isinstance(used, PrunersInFiles):
+                used.add(group, pruners)
+            elif used is not None:
                 used |= {target.name: pruners[target.name] for target in group.targets}
             if alone:
                 yield changed
@@ -125,11 +134,12 @@ class Trial:
         """Curves around a pruned model: ``D_g(k) = D(g at level k) - D(g dense)``, all others at ``around``.
 
         The sum of these curves is right to first order near ``around``; that of :func:`measure_curves`, near the dense
-        model. Masks use the dense model's statistics. Memory: a copy of the matrices, and their pruners.
+        model. Masks use the dense model's statistics. Memory: a copy of the matrices, and their pruners; one of
+        these where the cache is in files.
 
         Measured, or to second order in the change dW from the pruned matrix: ``<gradient of D, dW>`` and what
         :class:`leanstep.pruning.measure.fisher.SecondOrder` says of dW there. The second takes some passes in place of
-        one for every matrix and level, and the memory of a gradient of all matrices in fp32.
+        one for every matrix and level, and the memory of a gradient of all matrices, or the space in files.
 
         Args:
             measurement: with the dense model's outputs as reference; the model has its dense weights now.
@@ -143,7 +153,7 @@ class Trial:
         curves: dict[str, Curve] = {}
         with evaluating(measurement.model), self.snapshot.restored():
             self.pruning.cache.reset()
-            pruners = self.pruning.pruners(self.groups)  # each is made of the dense weights, before its group is pruned
+            pruners = self._dense_pruners()
             share = {group.name for group in self.pruning.processes.share(self.groups)}
             for group in self.groups:
                 _write(prune_group(group, pruners, *around.level(group.name)))
@@ -167,6 +177,18 @@ class Trial:
         curves = self.pruning.processes.merged(curves)
         return {group.name: curves[group.name] for group in self.groups}
 
+    def _dense_pruners(self) -> Pruners | PrunersInFiles:
+        """Pruners of all groups with the dense model's statistics, made before they are pruned, or in files."""
+        cache = self.pruning.cache
+        if cache.scratch is None:
+            return self.pruning.pruners(self.groups)
+        in_files = PrunersInFiles(self.pruning, self.snapshot, cache.scratch)
+        for start, block in cache.by_start(self.groups):
+            for group, pruners in self.pruning.each(block, start):
+                in_files.add(group, pruners)
+        cache.reset()
+        return in_files
+
     def _measured(self, measurement: Measurement) -> Iterator[tuple[Group, Measure]]:
         """Each group, with a function that runs the model with other weights of it."""
         for start, stage in measurement.cache.by_start(self.groups):
@@ -174,7 +196,11 @@ class Trial:
             yield from ((group, measurement.measure) for group in stage)
 
     def _estimated(
-        self, measurement: Measurement, around: Allocation, pruners: Pruners, share: Container[str]
+        self,
+        measurement: Measurement,
+        around: Allocation,
+        pruners: Pruners | PrunersInFiles,
+        share: Container[str],
     ) -> Iterator[tuple[Group, Measure]] | None:
         """Each group, with a function that gives D with other weights of it, less D now, to second order.
 
@@ -207,6 +233,6 @@ class Trial:
             yield from ((group, estimate) for group in groups)
 
 
-def _write(changes: Iterable[tuple[Target, Tensor]]) -> None:
+def _write(changes: Iterable[tuple[Target, Any]]) -> None:
     for target, weight in changes:
-        target.weight.copy_(weight)
+        target.weight.copy_(Scratch.open(weight))

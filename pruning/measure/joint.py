@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,12 +16,13 @@ from leanstep._torch import device_of
 from leanstep.pruning.measure.activation_cache import BlockCache
 from leanstep.pruning.measure.batches import without_cache
 from leanstep.pruning.measure.blocks import is_out_of_memory, recomputed_blocks, whole_on_device
+from leanstep.pruning.measure.in_files import GradientSums, gradients_to
 from leanstep.pruning.measure.measure import Measurement
 from leanstep.pruning.measure.metrics import Distortion, summarise
 from leanstep.pruning.measure.products import computing_products_again
 from leanstep.pruning.score.base import LayerPruner
 from leanstep.pruning.score.calibration import Pruners, prune_group
-from leanstep.pruning.score.targets import Group, Target, as_matrix
+from leanstep.pruning.score.targets import Group, Target
 
 Counts = Mapping[str, int]
 # largest tolerated change of the output by a cached input
@@ -60,12 +61,13 @@ class JointJudge:
         self._batches, self._reference = measurement.batches, measurement.reference
         limit = _MEMORY * (self._processes.free_memory(device_of(self.model)) or 0)
         self._cache = BlockCache(measurement.cache, self._batches, limit)
+        self._scratch = measurement.cache.scratch
         self.counts, self.patterns = dict(counts), dict(patterns)
         # passes over all data, in batches of which each counts by the stages that it ran
         self.passes = 0.0
         self._current = self._compare_all(0, range(len(self._batches)))
         # gradients, and the levels at which they were computed
-        self._gradient: dict[str, Tensor] | None = None
+        self._gradient: GradientSums | None = None
         self._slopes_of: dict[str, int] | None = None
         self._recomputes = True
         self._check_cache()
@@ -83,7 +85,8 @@ class JointJudge:
         groups = self._differing(counts, patterns)
         if not groups:
             return
-        self._write(self._pruned(groups, counts, patterns))
+        for target, weight in self._pruned(groups, counts, patterns):
+            target.weight.copy_(weight)
         self._cache.forget(self._cache.start_of(groups))
         self.counts, self.patterns = dict(counts), dict(patterns)
         if measured:
@@ -101,14 +104,11 @@ class JointJudge:
         groups = self._differing(counts, patterns)
         if not groups:
             return None
-        changed = self._pruned(groups, counts, patterns)
-        before = [(target, target.weight.clone()) for target, _ in changed]
-        start = self._cache.start_of(groups)
-        # before anything is written: the inputs of the first changed block do not depend on the change
+        before, start = list[tuple[Target, Any]](), self._cache.start_of(groups)
         measured, accepted = list[tuple[Tensor, Tensor]](), False
         checks = {math.ceil(part * len(self._batches)) for part in _PARTS}
         try:
-            self._write(changed)
+            self._replace(groups, counts, patterns, before)
             for end in sorted(checks | {len(self._batches)}):
                 measured += self._compare_all(start, range(len(measured), end))
                 change = self._change(measured)
@@ -117,7 +117,7 @@ class JointJudge:
             accepted = len(measured) == len(self._current) and change.mean < -noise * _error(change)
         finally:
             if not accepted:
-                self._write(before)
+                _restore(before)
         if accepted:
             self._cache.forget(start)
             self.counts, self.patterns, self._current = dict(counts), dict(patterns), measured
@@ -126,14 +126,12 @@ class JointJudge:
     def at(self, counts: Counts, batches: int | None = None) -> float:
         """Joint distortion of other levels on the first batches; unstructured ones. The current levels stay."""
         groups = self._differing(counts, {})
-        changed = self._pruned(groups, counts, {})
-        before = [(target, target.weight.clone()) for target, _ in changed]
-        start = self._cache.start_of(groups) if groups else 0
+        before, start = list[tuple[Target, Any]](), self._cache.start_of(groups) if groups else 0
         try:
-            self._write(changed)
+            self._replace(groups, counts, {}, before)
             measured = self._compare_all(start, range(batches or len(self._batches)))
         finally:
-            self._write(before)
+            _restore(before)
         return summarise(measured).mean
 
     def slopes(self, levels: Mapping[str, tuple[int, str]]) -> dict[str, float] | None:
@@ -160,7 +158,7 @@ class JointJudge:
             )
         return slopes
 
-    def gradients(self) -> dict[str, Tensor] | None:
+    def gradients(self) -> GradientSums | None:
         """Gradient of the joint distortion by each matrix, fp32 [out, in]; None if the metric gives none."""
         targets = [target for group in self._groups.values() for target in group.targets]
         parameters = {target.parameter: getattr(target.module, target.attribute) for target in targets}
@@ -174,24 +172,13 @@ class JointJudge:
             for parameter in frozen:
                 parameter.requires_grad_(False)
         is_half = any(parameter.dtype == torch.float16 for parameter in parameters.values())
-        if sums is None or (is_half and not all(bool(gradient.isfinite().all()) for gradient in sums.values())):
+        if sums is None or (is_half and not sums.is_finite):
             return None  # the curves order the exchanges
         self.passes += 4 if self._recomputes else 3  # a backward pass takes the work of two
-        for name in list(sums):  # one by one: no second copy of them all
-            sums[name] = sums.pop(name).float()
-        by_name = {}
-        for target in targets:
-            gradient = (
-                sums[target.parameter]
-                if target.parameter in sums
-                else torch.zeros_like(parameters[target.parameter], device=device_of(self.model)).float()
-            )
-            matrix = gradient if target.expert is None else gradient[target.expert]
-            by_name[target.name] = as_matrix(matrix.detach(), target.layout)
-        return by_name
+        return sums
 
-    def _gradient_sums(self, parameters: dict[str, Tensor]) -> dict[str, Tensor] | None:
-        """Sums of the gradients of all batches, by parameter; None if the metric gives none.
+    def _gradient_sums(self, parameters: dict[str, Tensor]) -> GradientSums | None:
+        """Sums of the gradients of all batches; None if the metric gives none.
 
         Autograd stores the inputs of blocks and computes their activations again, unless a block does not allow that.
         """
@@ -209,25 +196,26 @@ class JointJudge:
 
     def _sums(
         self, parameters: dict[str, Tensor], stored: Callable[[], AbstractContextManager[None]]
-    ) -> dict[str, Tensor] | None:
+    ) -> GradientSums | None:
         total = sum(float(counts.sum()) for _, counts in self._current)
         # the gradient of a mean over all tokens is below fp16's smallest number, 6e-8
         is_half = any(parameter.dtype == torch.float16 for parameter in parameters.values())
-        sums: dict[str, Tensor] = {}
+        targets = [target for group in self._groups.values() for target in group.targets]
+        sums = GradientSums(targets, device_of(self.model), self._scratch)
+
+        def add(name: str, gradient: Tensor) -> None:
+            sums.add(name, gradient.float() / total if is_half else gradient)
+
         for batch, reference in zip(self._batches, self._reference, strict=True):
-            with torch.enable_grad(), stored():
+            # one by one: no second copy of them all
+            with torch.enable_grad(), stored(), gradients_to(add, parameters):
                 output = without_cache(batch, self.model).run(self.model)
                 per_token, _ = self.metric.compare(Scratch.open(reference), output, batch)
                 distortion = per_token.sum() / (1.0 if is_half else total)
                 del output, per_token
                 if not distortion.requires_grad:
                     return None
-                gradients = list(torch.autograd.grad(distortion, list(parameters.values()), allow_unused=True))
-            for name in reversed(parameters):
-                gradient = gradients.pop()
-                if gradient is not None:
-                    gradient = gradient.float() / total if is_half else gradient
-                    sums[name] = sums[name] + gradient if name in sums else gradient
+                distortion.backward(inputs=list(parameters.values()))
         return sums
 
     def _differing(self, counts: Counts, patterns: Mapping[str, str]) -> list[Group]:
@@ -239,12 +227,18 @@ class JointJudge:
 
     def _pruned(
         self, groups: Sequence[Group], counts: Counts, patterns: Mapping[str, str]
-    ) -> list[tuple[Target, Tensor]]:
-        return [
-            change
-            for group in groups
-            for change in prune_group(group, self._pruners, counts[group.name], patterns.get(group.name, ""))
-        ]
+    ) -> Iterator[tuple[Target, Tensor]]:
+        for group in groups:
+            yield from prune_group(group, self._pruners, counts[group.name], patterns.get(group.name, ""))
+
+    def _replace(
+        self, groups: Sequence[Group], counts: Counts, patterns: Mapping[str, str], before: list[tuple[Target, Any]]
+    ) -> None:
+        """Prune groups to other levels; ``before`` gets the weights until then, in memory or in files."""
+        for target, weight in self._pruned(groups, counts, patterns):
+            here = target.weight
+            before.append((target, here.clone() if self._scratch is None else self._scratch.store(here)))
+            here.copy_(weight)
 
     def _compare_all(self, start: int, indices: range) -> list[tuple[Tensor, Tensor]]:
         """(sums, counts) per sample of each batch, with passes from a start on."""
@@ -271,13 +265,13 @@ class JointJudge:
             [(sums, counts)] = self._compare_all(start, range(1))
             change = summarise([(sums - self._current[0][0], counts)]).mean
             if not abs(change) <= _NOISE:
-                self._cache.disable(f"from {self._cache.stages[start][0]} on, cached activations change the output")
+                self._cache.disable(f"from {self._cache.stages[start][0]} on, they change the output")
                 return
 
-    @staticmethod
-    def _write(changes: Sequence[tuple[Target, Any]]) -> None:
-        for target, weight in changes:
-            target.weight.copy_(weight)
+
+def _restore(before: Sequence[tuple[Target, Any]]) -> None:
+    for target, weight in before:
+        target.weight.copy_(Scratch.open(weight))
 
 
 def _error(change: Distortion) -> float:

@@ -30,7 +30,7 @@ from leanstep.pruning.measure.products import products_in, products_of
 from leanstep.pruning.result import Allocation
 from leanstep.pruning.score.base import FISHER_SCORES, UPDATES_WEIGHTS
 from leanstep.pruning.score.calibration import Pruning, prune_group
-from leanstep.pruning.score.targets import Group, Target, find_targets, make_groups
+from leanstep.pruning.score.targets import Group, Target, as_matrix, find_targets, make_groups
 
 # largest tolerated change of the output of unchanged weights
 _NOISE = 1e-9
@@ -58,7 +58,7 @@ def measure_curves(
     method: str | None = "measured",
     minutes: float = 30.0,
     solve: Solve | None = None,
-    scratch: str | Path | None = None,
+    scratch: str | Path | Scratch | None = None,
     processes: Processes | None = None,
     products: str = "auto",
     target: Sequence[Any] = (),
@@ -132,7 +132,7 @@ def measure_curves(
     batches = as_batches(data, model, batch_size=batch_size)
     source = batches if score_data is None else as_batches(score_data, model, batch_size=batch_size, what="score_data")
     processes, fisher_score = processes or Processes(), FISHER_SCORES.get(score, score)
-    files = None if scratch is None else Scratch(Path(scratch))
+    files = Scratch.of(scratch)
     resumed: AbstractContextManager[PartialCurves | None] = nullcontext()
     if resume is not None:
         identity = {
@@ -336,12 +336,12 @@ class Measurement:
         changes = statistics_cache.processes.all_gather(self._run().mean)
         change = next((change for change in changes if not abs(change) <= _NOISE), 0.0)
         if change != 0.0:
-            note = (
-                f"activations are not cached: from {self.cache.stages[start][0]} on, they change the output of "
-                f"unchanged weights by {change:g} in {self.metric.name}"
+            reason = (
+                f"from {self.cache.stages[start][0]} on, they change the output of unchanged weights by {change:g} in "
+                f"{self.metric.name}"
             )
-            self.cache.disable(note)
-            statistics_cache.disable(note)
+            self.cache.disable(reason)
+            statistics_cache.disable(reason)
 
     def _run(self) -> Distortion:
         return summarise(
@@ -404,13 +404,22 @@ class WeightSnapshot:
         if not self._changed or self._copies is None:
             return
         for name, parameter in self._parameters.items():
-            value = self._copies.get(name)
-            if value is None:
-                assert self._stored is not None
-                value = self._stored(name)
-            assert value is not None
-            touched(parameter).copy_(value)
+            touched(parameter).copy_(self._original(name))
         self._changed = False
+
+    def matrix(self, target: Target) -> Tensor:
+        """The original weight [out, in] of a target, to be read. Call :meth:`take` before."""
+        value = self._original(target.parameter)
+        return as_matrix(value if target.expert is None else value[target.expert], target.layout)
+
+    def _original(self, name: str) -> Tensor:
+        """The original values of a parameter."""
+        assert self._copies is not None
+        value = self._copies.get(name)
+        if value is None and self._stored is not None:
+            value = self._stored(name)
+        assert value is not None
+        return value
 
     @contextmanager
     def restored(self) -> Iterator[None]:

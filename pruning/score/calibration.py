@@ -375,11 +375,11 @@ class Pruning:
         fewest = 1 if "gradients" in needs else _FEWEST_ROWS
         return bool(needs) and target.is_expert and statistics.count < fewest
 
-    def pruner(self, target: Target, statistics: LayerStatistics) -> LayerPruner:
-        """The pruner of one matrix."""
+    def pruner(self, target: Target, statistics: LayerStatistics, dense: Tensor | None = None) -> LayerPruner:
+        """The pruner of one matrix, of its current weights or of ``dense`` [out, in]."""
         spacing = math.prod(target.layer.shape[2:])  # N:M groups of a convolution lie along its in-channels
         count, needs = statistics.count, NEEDS[self.score]
-        weight = target.weight.to(device_of(self.cache.model), copy=True)
+        weight = (target.weight if dense is None else dense).to(device_of(self.cache.model), copy=True)
         if self._is_starved(target, statistics):
             self._few[target.name] = min(count, self._few.get(target.name, count))
             scope = self.options.get("scope") or ("row" if self.score == "wanda" else None)
@@ -466,6 +466,10 @@ class Pruners:
     def statistics(self) -> Iterator[tuple[Target, LayerStatistics]]:
         """Each matrix whose statistics are not released, with these."""
         return ((self._targets[name], statistics) for name, statistics in self._statistics.items())
+
+    def statistics_of(self, target: Target) -> LayerStatistics:
+        """Those of a matrix, which are not released."""
+        return self._statistics[target.name]
 
     def release(self, group: Group) -> None:
         """Free the pruners of a group, and their statistics."""

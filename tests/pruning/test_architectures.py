@@ -167,13 +167,17 @@ class _Crossing(nn.Module):
         return self.blocks[3](third + first if len(x) > 1 else third)
 
 
-def test_a_cache_that_changes_an_output_is_given_up_and_the_report_says_so():
+@pytest.mark.parametrize("settings", [{}, {"held_out": False}, {"curves": "measured", "minutes": 1e-9}])
+def test_a_cache_that_changes_an_output_is_given_up_and_the_report_says_so(settings):
     torch.manual_seed(0)
     model, data = _Crossing(), torch.randn(40, 6)
     assert ActivationCache(model, as_batches(data, model)).starts == (0, 1, 2, 3)
-    result = prune(model, data, **QUICK)
+    result = prune(model, data, **{**QUICK, **settings})
     assert result.sparsity == pytest.approx(0.5, abs=0.01)
     assert sum("activations are not cached: from blocks.2 on" in note for note in result.notes) == 1
+    # of another run of the same model, whose passes all run from the first stage
+    again = prune(model, data, sparsity=0.6, allocation="uniform", score="magnitude", held_out=False)
+    assert not any("activations" in note for note in again.notes)
 
 
 class _Picky(nn.Module):
@@ -199,6 +203,24 @@ def test_a_model_that_the_cache_cannot_cut_is_pruned_without_it():
     model = _Picky()
     assert ActivationCache(model, as_batches(torch.randn(4, 6), model)).starts == (0, 1)
     assert prune(model, torch.randn(40, 6), **QUICK).sparsity == pytest.approx(0.5, abs=0.02)
+
+
+class _Whole(nn.Module):
+    """Its first stage's output is used by all others."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x):
+        first = self.blocks[0](x)
+        return self.blocks[2](self.blocks[1](x) + first) + self.blocks[1](first)
+
+
+def test_a_model_without_any_cut_is_pruned_and_the_report_says_so():
+    torch.manual_seed(0)
+    result = prune(_Whole(), torch.randn(40, 6), **QUICK)
+    assert sum("not cached: no stage of the model needs only" in note for note in result.notes) == 1
 
 
 def test_exclude_gets_past_a_weight_norm():

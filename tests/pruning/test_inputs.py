@@ -113,7 +113,7 @@ def test_a_model_whose_activations_are_not_cached_is_pruned_block_by_block_too(m
             if not cached:
                 patched.setattr(ActivationCache, "_find_starts", lambda self, _: self.disable("not cached"))
             result = prune(model, data, sparsity=0.6, allocation="uniform", score="sparsegpt", held_out=False)
-        assert ("not cached" in result.notes) != cached
+        assert ("activations are not cached: not cached" in result.notes) != cached
         weights.append({target.name: target.weight.clone() for target in find_targets(model)})
     assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
 

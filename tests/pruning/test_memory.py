@@ -6,6 +6,9 @@ import sys
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from leanstep.pruning import Workload, estimate_pruning
+from leanstep.pruning.folder.files import open_checkpoint
+
 PEAK = """
 import sys
 from pathlib import Path
@@ -22,7 +25,7 @@ def run(name):
     # without time to prune matrices one by one on held-out data, which takes no more memory than the curves do
     settings = {"levels": (0.5,), "curves": "measured", "minutes": 1e-9} if sys.argv[2] == "dp" else {}
     prune_checkpoint(
-        Path(sys.argv[1]) / name, Path(sys.argv[1]) / " ".join([name, *sys.argv[2:4]]), data[:4], held_out=data[4:],
+        Path(sys.argv[1]) / name, Path(sys.argv[1]) / " ".join([name, *sys.argv[2:]]), data[:4], held_out=data[4:],
         curve_data=data[:1], sparsity=0.5, allocation=sys.argv[2], granularity=sys.argv[3],
         resident=int(sys.argv[4]), **settings,
     )
@@ -83,3 +86,30 @@ def test_experts_that_transformers_joins_are_in_memory_one_layer_at_a_time(tmp_p
     size = (tmp_path / "large" / "model.safetensors").stat().st_size
     # what is joined, split and written leaves the memory at once (measured 0.3)
     assert grown < 0.6 * size, grown / size
+
+
+SEARCH = PEAK.replace("curve_data=data[:1],", "curve_data=data[:1], activations=sys.argv[5], **more,").replace(
+    "def run(name):",
+    """from leanstep.pruning import Refinement
+torch.manual_seed(0)
+more = {"refine": Refinement(evaluations=1, data=torch.arange(32).view(2, 16) % 64)}
+def run(name):""",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+def test_memory_of_a_search_in_files_is_bounded_by_a_matrix(folder):
+    command = [sys.executable, "-P", "-c", SEARCH, str(folder), "dp", "matrix", str(2**24), "disk"]
+    grown = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    size = (folder / "large" / "model.safetensors").stat().st_size
+    assert grown < 0.6 * size, grown / size
+    checkpoint = open_checkpoint(folder / "large")
+    workload = {"samples": 4, "curve_samples": 1, "held_out": 2, "tokens": 16, "refine_samples": 2, "resident": 2**24}
+    counted = {}
+    for activations in ("memory", "disk"):
+        estimate = estimate_pruning(checkpoint, folder / "o", Workload(activations=activations, **workload))
+        counted[activations] = sum(size for use, size in estimate.memory.items() if use != "libraries")
+    # in memory pruners, gradients and replaced weights of all matrices
+    assert counted["memory"] > 2.5 * size and 0.9 * grown < counted["disk"] < 0.8 * size, (counted, grown, size)
+    assert estimate.disk["gradients of all matrices"] > 0.9 * size < 1.1 * estimate.disk["replaced weights"]

@@ -132,7 +132,7 @@ def test_slopes_are_derivatives_of_the_joint_distortion():
         for group in trial.groups:
             [target] = group.targets
             here = target.weight.clone()
-            there = judge._pruned([group], dict(start.counts, **{group.name: levels[group.name][0]}), {})[0][1]
+            [(_, there)] = judge._pruned([group], dict(start.counts, **{group.name: levels[group.name][0]}), {})
             sides = []
             for sign in (1, -1):  # a step that the metric resolves, which is in fp32
                 target.weight.copy_(here + sign * 0.02 * (there - here))
