@@ -165,7 +165,7 @@ def _allocation_options(group: _Group) -> None:
     add("--minutes", type=float, default=30.0, metavar="M", help="time for measurements, besides Fisher's; default 30")
     add("--correction", default="none", choices=("none", "relinearise"), help="for curves that do not add up")
     add("--refine", type=float, metavar="MINUTES", help="search from the allocation on joint distortion, for this long")
-    add("--refine-evaluations", type=int, metavar="N", help="search by at most N exchanges: the result is reproducible")
+    add("--refine-evaluations", type=int, metavar="N", help="search by at most N exchanges, in place of a time")
     add("--refine-samples", type=int, metavar="N", help="sequences or images that judge exchanges; default 32")
 
 
@@ -218,7 +218,7 @@ def _resource_options(group: _Group) -> None:
         "--activations",
         default="memory",
         choices=("memory", "disk"),
-        help="where the activations before a block and the dense outputs are kept; default memory",
+        help="where activations, dense outputs and what --refine needs of all matrices are kept; default memory",
     )
     add("--dry-run", action="store_true", help="state memory, disk and time, by config and file headers, and end")
     add("--resume", action="store_true", help="continue an interrupted run: with its curves, search or recovery")

@@ -102,9 +102,10 @@ def prune_checkpoint(
         recovery: train the pruned model on ``data`` after its folder is written, and replace that; see
             :func:`leanstep.pruning.recover_checkpoint`, which also goes on where a run was interrupted in this.
         refine: as for :func:`prune`. Without data of its own, :attr:`CalibrationText.refine_samples` sequences judge.
-        activations: where the activations before a block and the dense outputs are kept: ``memory``, or ``disk``, in
-            files beside ``out``.
-        resident: bytes of weights that stay in memory.
+        activations: where the activations before a block and the dense outputs are kept, and what a search, a
+            correction of curves and dense inputs need of all matrices: ``memory``, or ``disk``, in files next to
+            ``out``.
+        resident: bytes of weights that stay in memory, and of such files.
         processes: as for :func:`prune`, on one machine. The first writes ``out`` and recovers the model.
         **settings: those of :func:`prune`.
 
