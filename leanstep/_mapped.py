@@ -181,7 +181,7 @@ class Scratch:
     @classmethod
     def of(cls, folder: "str | Path | Scratch | None") -> "Scratch | None":
         """One in a folder, or as it is given; None: none."""
-        return folder if folder is None or isinstance(folder, cls) else cls(Path(folder))
+        return folder if folder is None or isinstance(folder, Scratch) else cls(Path(folder))
 
     def store(self, tree: Any) -> Any:
         """The tree with a :class:`FileTensor` for every tensor."""

@@ -135,15 +135,16 @@ def prune(
         calibration tokens are pruned by magnitude, which ``global`` and ``owl`` multiply by the other experts' mean
         ratio of score to magnitude. The result's notes name both.
 
-        ``refine`` keeps the pruners of all matrices, the gradient of each, the weights that an exchange replaces, and as
-        many inputs of blocks as a quarter of the free memory holds. A pass with gradients takes the activations of one
-        block besides, which the backward pass computes again. An exchange takes a pass over its data from the first changed block on,
-        a round of exchanges one more with gradients. The refined allocation, the programme's and uniform sparsity are
-        compared on held-out data, and the best is applied.
+        ``refine`` keeps the pruners of all matrices, the gradient of each, the weights that an exchange replaces, and
+        as many inputs of blocks as a quarter of the free memory holds. A pass with gradients takes the activations of
+        one block besides, which the backward pass computes again. An exchange takes a pass over its data from the
+        first changed block on, a round of exchanges one more with gradients. The refined allocation, the programme's
+        and uniform sparsity are compared on held-out data, and the best is applied.
 
-        ``inputs="dense"`` keeps all pruned matrices until the last one is pruned, which takes the memory of a copy. With
-        ``scratch``, they are in files, and for ``refine`` and a correction the statistics, gradients and replaced
-        weights of all matrices; a pruner is then made anew where it is used. ``inputs="pruned"`` takes a pass over the data for every block of a model whose activations cannot be cached.
+        ``inputs="dense"`` keeps all pruned matrices until the last one is pruned, which takes the memory of a copy.
+        With ``scratch``, they are in files, and for ``refine`` and a correction the statistics, gradients and
+        replaced weights of all matrices; a pruner is then made anew where it is used. ``inputs="pruned"`` takes a
+        pass over the data for every block of a model whose activations cannot be cached.
 
         Whole heads and channels are not pruned: transformers gives all layers of a model one width and could not open
         the result.
