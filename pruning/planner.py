@@ -21,7 +21,7 @@ from leanstep.pruning.allocate.closed_form import atp_betas_tried, in_blocks, sn
 from leanstep.pruning.allocate.descent import Descent, Refinement
 from leanstep.pruning.allocate.latency import LatencyTable
 from leanstep.pruning.choices import fixed_pattern
-from leanstep.pruning.measure.activation_cache import ActivationCache, cache_note, forget_note
+from leanstep.pruning.measure.activation_cache import ActivationCache, take_note
 from leanstep.pruning.measure.batches import Batch, batches_hash
 from leanstep.pruning.measure.checks import Trial
 from leanstep.pruning.measure.curves import Curve, Levels, levels_of
@@ -123,7 +123,6 @@ class Planner:
 
     def run(self, curves: Mapping[str, Curve] | None, fixed: NM | None) -> PruneResult:
         """Measure, allocate, compare, prune."""
-        forget_note(self.model)
         before = self._nonzero()
         self.constraint = check_target(
             self.groups,
@@ -148,7 +147,7 @@ class Planner:
         allocation, compared = self._compare_and_prune(candidate, programme)
         pruning = self.trial.pruning
         curve_score = self.curve_score if self.method in ("dp", "atp") and fixed is None else None
-        self.notes += [*filter(None, [cache_note(self.model)]), *pruning.notes(curve_score)]
+        self.notes += [*filter(None, [take_note(self.model)]), *pruning.notes(curve_score)]
         budget = self.constraint.budget
         return PruneResult(
             allocation=allocation,

@@ -30,14 +30,9 @@ class _Reached(Exception):
 _NOTES: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
-def cache_note(model: nn.Module) -> str:
-    """Why a cache of a model was not used since :func:`forget_note`; "" if all were."""
-    return _NOTES.get(model, "")
-
-
-def forget_note(model: nn.Module) -> None:
-    """Forget :func:`cache_note`."""
-    _NOTES.pop(model, None)
+def take_note(model: nn.Module) -> str:
+    """Why a cache of a model was not used since the last call; "" if all were."""
+    return _NOTES.pop(model, "")
 
 
 def find_stages(model: nn.Module, batch: Batch) -> list[tuple[str, nn.Module]]:
