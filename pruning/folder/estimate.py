@@ -338,7 +338,7 @@ def estimate_pruning(
             # passes of whole batches, in place of an eighth of the samples
             gradients = _search(shapes, workload, tokens, itemsize, 8 * workload.curve_samples)
             computing["activations of a batch"] = max(computing["activations of a batch"], gradients.graph)
-            held["correction"] |= _of_slopes(shapes, gradients, in_files=in_files)
+            held["correction"] |= _of_slopes(shapes) if in_files else {"gradients of all matrices": gradients.gradients}
             held["correction"] |= {"x and g of Fisher curves": fisher.collected}
             if not is_cpu:  # gradients need all weights there
                 held["correction"]["all weights"] = checkpoint.size
@@ -351,7 +351,7 @@ def estimate_pruning(
         before = sum(on_device.values()) + sum(held["search"].values()) + search.pruners
         room = free_device if not is_cpu else None if free is None else free // workload.processes
         search = search.within(None if in_files or room is None else room - before)
-        held["search"] |= _of_slopes(shapes, search, in_files=in_files) if in_files else search.uses
+        held["search"] |= _of_slopes(shapes) if in_files else search.uses
         if not is_cpu:  # gradients need all weights there
             held["search"]["all weights"] = checkpoint.size
     on_device |= largest_phase(held.values())
@@ -421,10 +421,8 @@ def _search(shapes: _Shapes, workload: Workload, tokens: int, itemsize: int, jud
     )
 
 
-def _of_slopes(shapes: _Shapes, search: SearchSize, *, in_files: bool) -> dict[str, int]:
-    """Gradients; where the sums are in files, that of the largest matrix, and fp32 copies of it, of dW and W."""
-    if not in_files:
-        return {"gradients of all matrices": search.gradients}
+def _of_slopes(shapes: _Shapes) -> dict[str, int]:
+    """Where sums of gradients are in files: that of the largest matrix, and fp32 copies of it, of dW and W."""
     return {"gradient of a matrix": 16 * max(rows * columns for rows, columns in shapes.matrices)}
 
 

@@ -103,7 +103,8 @@ def test_memory_of_a_search_in_files_is_bounded_by_a_matrix(folder):
     command = [sys.executable, "-P", "-c", SEARCH, str(folder), "dp", "matrix", str(2**24), "disk"]
     grown = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     size = (folder / "large" / "model.safetensors").stat().st_size
-    assert grown < 0.6 * size, grown / size
+    # two bounds of 16 MiB, and what a matrix takes (measured 0.23)
+    assert grown < 0.4 * size, grown / size
     checkpoint = open_checkpoint(folder / "large")
     workload = {"samples": 4, "curve_samples": 1, "held_out": 2, "tokens": 16, "refine_samples": 2, "resident": 2**24}
     counted = {}
