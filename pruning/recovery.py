@@ -324,6 +324,11 @@ def _rate(step: int, steps: int) -> float:
     return min(1.0, rise) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
+def pass_rows(samples: int, logits: int) -> int:
+    """Number of samples in a pass of a step with so many samples and logits of one sample."""
+    return max(1, min(samples, _TOGETHER // logits))
+
+
 class Samples:
     """The training data: batches of every step, without end.
 
@@ -353,7 +358,7 @@ class Samples:
             usable = bool(self.data)
         if not usable:
             raise ValueError("recovery: the data has no token that counts, or that follows another")
-        self.rows = max(1, min(recovery.batch_size, _TOGETHER // logits.numel()))
+        self.rows = pass_rows(recovery.batch_size, logits.numel())
 
     def batches(self) -> Iterator[list[Batch]]:
         """Yield the passes of each step."""

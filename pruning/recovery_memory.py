@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from leanstep.optimizers import param_groups
 from leanstep.pruning.measure.batches import Batch, as_batches
 from leanstep.pruning.measure.measure import evaluating
 from leanstep.pruning.measure.metrics import logits_of
-from leanstep.pruning.recovery import Recovery, Samples, is_adapted, training
-from leanstep.pruning.score.targets import find_targets
+from leanstep.pruning.recovery import Recovery, Samples, is_adapted, pass_rows, training
+from leanstep.pruning.score.targets import Target, empty_targets, find_targets
 
 
 def distillation_bytes(
@@ -49,29 +50,87 @@ def distillation_bytes(
     """
     targets = find_targets(model, include=include)
     parameters = {target.parameter: getattr(target.module, target.attribute) for target in targets}
-    trained = [target for target in targets if recovery.rank is None or is_adapted(target)]
-    names = {target.parameter for target in trained}
     masked = {name for name, parameter in parameters.items() if bool((parameter == 0).any())}
+    with evaluating(model):
+        samples = Samples(data, model, model, recovery)
+        batch, rows, passes = _largest_pass(samples.data, samples.rows, model, recovery)
+        sizes = _PassSizes.of(model, targets, batch, recovery)
+    models = {"dense model": dense, "pruned model": in_files}
+    models = {use: size for use, size in models.items() if size}
+    return models | _uses(model, targets, masked, sizes, rows, passes, recovery, snapshot=snapshot)
+
+
+def expected_distillation_bytes(
+    model: nn.Module, batch: Batch, samples: int, recovery: Recovery, *, include: Iterable[str], snapshot: bool
+) -> dict[str, int]:
+    """As :func:`distillation_bytes` without both models, of one that is not pruned yet and that may have no values.
+
+    Args:
+        model: dense, of real tensors or of those of torch's FakeTensorMode, which is active then.
+        batch: of one sample, of such tensors.
+        samples: number of them in the calibration data.
+        recovery, snapshot: as for :func:`distillation_bytes`.
+        include: patterns of the names of matrices to prune, all of which have zeros then.
+    """
+    targets = empty_targets(model, include=include)
+    with evaluating(model):
+        sizes = _PassSizes.of(model, targets, batch, recovery)
+    step = min(recovery.batch_size, samples)
+    rows = pass_rows(step, sizes.logits)
+    masked = {target.parameter for target in targets}
+    return _uses(model, targets, masked, sizes, rows, -(-step // rows), recovery, snapshot=snapshot)
+
+
+@dataclass(frozen=True)
+class _PassSizes:
+    """Of a pass of one sample: bytes that autograd saves, and the number of logits and bytes of one.
+
+    ``moments``: bytes of the optimizer's state.
+    """
+
+    activations: int
+    logits: int
+    itemsize: int
+    moments: int
+
+    @classmethod
+    def of(cls, model: nn.Module, targets: Sequence[Target], batch: Batch, recovery: Recovery) -> _PassSizes:
+        logits = logits_of(batch.run(model))
+        with training(model, _trained(targets, recovery), Recovery(1)), torch.enable_grad():
+            activations = saved_bytes(lambda: batch.run(model), model.parameters())
+            groups = [] if recovery.rank is not None else param_groups(model)
+        # of a head; matrices of layers have no state
+        moments = sum(2 * p.nbytes for group in groups if group["algorithm"] == "adamw" for _, p in group["params"])
+        return cls(activations, logits.numel(), logits.element_size(), moments)
+
+
+def _trained(targets: Sequence[Target], recovery: Recovery) -> list[Target]:
+    return [target for target in targets if recovery.rank is None or is_adapted(target)]
+
+
+def _uses(
+    model: nn.Module,
+    targets: Sequence[Target],
+    masked: set[str],
+    sizes: _PassSizes,
+    rows: int,
+    passes: int,
+    recovery: Recovery,
+    *,
+    snapshot: bool,
+) -> dict[str, int]:
+    """Bytes by use, of ``passes`` of ``rows`` samples in a step."""
+    parameters = {target.parameter: getattr(target.module, target.attribute) for target in targets}
+    names = {target.parameter for target in _trained(targets, recovery)}
     factors = 0
     if recovery.rank is not None:  # in fp32 at least
         factors = sum(recovery.rank * sum(p.shape) * max(4, p.element_size()) for p in _of(parameters, names))
     weights = sum(p.nbytes for p in _of(parameters, names)) if recovery.rank is None else factors
-    with evaluating(model):
-        samples = Samples(data, model, model, recovery)
-        batch, rows, passes = _largest_pass(samples.data, samples.rows, model, recovery)
-        logits = logits_of(batch.run(model))
-        with training(model, trained, Recovery(1)), torch.enable_grad():
-            activations = saved_bytes(lambda: batch.run(model), model.parameters())
-            groups = [] if recovery.rank is not None else param_groups(model)
-    # of a head; matrices of layers have no state
-    moments = sum(2 * p.nbytes for group in groups if group["algorithm"] == "adamw" for _, p in group["params"])
     always = {
-        "dense model": dense,
-        "pruned model": in_files,
         "masks": sum(parameter.numel() for parameter in _of(parameters, masked)),
         "copies of the pruned weights": sum(p.nbytes for p in parameters.values()) if snapshot else 0,
         "factors": factors,
-        "optimizer's state": moments,
+        "optimizer's state": sizes.moments,
         # the update, or a product of factors and its gradient, in fp32
         "largest matrix": 8 * max((parameter.numel() for parameter in _of(parameters, names)), default=0),
     }
@@ -80,9 +139,9 @@ def distillation_bytes(
         "gradients": weights if passes > 1 else 0,
         # autograd holds the sum of each matrix and of its masked product
         "masked products": 0 if recovery.rank is None else sum(p.nbytes for p in _of(parameters, names & masked)),
-        "activations": rows * activations,
+        "activations": rows * sizes.activations,
         # those of both models, in fp32 their logarithms and probabilities, and three more of one sample
-        "logits": logits.numel() * (rows * (2 * logits.element_size() + 8) + 12),
+        "logits": sizes.logits * (rows * (2 * sizes.itemsize + 8) + 12),
     }
     a_step = {"gradients": weights}
     # the gradients are gone then. Of another device, the copy is in the host's memory

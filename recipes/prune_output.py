@@ -33,6 +33,11 @@ def estimate_lines(estimate: "Estimate") -> list[str]:
         f"disk {format_bytes(sum(estimate.disk.values()))}, {format_bytes(estimate.free_disk)} free",
         *(f"  {use:<28}{format_bytes(size):>12}" for use, size in estimate.disk.items()),
     ]
+    if estimate.recovery:
+        lines.append(f"memory of recovery {format_bytes(sum(estimate.recovery.values()))}, after pruning")
+        lines += [f"  {use:<28}{format_bytes(size):>12}" for use, size in estimate.recovery.items()]
+        if estimate.learns_next_tokens():
+            lines.append("  that is not free: the data's next tokens are learnt, not the dense model's outputs")
     if estimate.device_memory:
         free = "" if estimate.free_device is None else f", {format_bytes(estimate.free_device)} free"
         lines.append(f"memory of the device {format_bytes(sum(estimate.device_memory.values()))}{free}")

@@ -23,6 +23,7 @@ from leanstep.pruning.score.scores import layer_pruner
 
 if TYPE_CHECKING:
     from leanstep.pruning.folder.estimate import Workload
+    from leanstep.pruning.recovery import Recovery
 
 # forward passes that a pass of Fisher curves is worth: one, and two times two from the first block of a portion on
 _FISHER_PASSES = 3
@@ -34,6 +35,8 @@ _ALPS_PRODUCTS, _ALPS_RANKINGS, _ALPS_EIGEN = 140, 12, 20
 _BLOCK_CALLS, _OTHER_CALLS = 60, 60
 # times that the files are read or written, and hashed: copies, checks of values, comparisons with what is stored
 _READS, _HASHES = 6, 2
+# passes over the trained weights of an update: five alternating normalisations, masks, and the step
+_UPDATE_PASSES = 30
 
 
 @dataclass(frozen=True)
@@ -235,6 +238,18 @@ class Duration:
             again += points * (levels + 1) / levels / number if is_measured else second_order + _JUDGE_PASSES * compared
             seconds["correction of curves, at most"] = joint + 2 * (again + joint)
             self.passes += groups * (levels + 1) if is_measured else 2 * _JUDGE_PASSES
+
+    def recovery(self, recovery: Recovery) -> float:
+        """Seconds of all steps, of the comparisons before and after them, and of the folder's files."""
+        sizes, workload, rates = self._sizes, self._workload, self._rates
+        batch = min(recovery.batch_size, workload.samples)
+        # forward and backward, which takes the work of two; and of the dense model
+        passes = (3 if recovery.distill is False else 4) * self._pass(batch, compared=True, batch_size=batch)
+        # in fp32
+        weights = sum(rows * columns for rows, columns in sizes.matrices)
+        update = 4 * _UPDATE_PASSES * weights * rates.copied if recovery.rank is None else 0.0
+        compared = 2 * 2 * self._pass(workload.held_out, compared=True)
+        return recovery.steps * (passes + update) + compared + sizes.size * _READS * rates.copied
 
     def _search(self) -> float:
         """Of the pruners of all matrices, which every process makes, and the search within its limits."""

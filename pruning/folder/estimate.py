@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ from leanstep._mapped import RESIDENT
 from leanstep._memory import free_memory
 from leanstep.pruning.choices import fixed_pattern
 from leanstep.pruning.folder.duration import Duration, Rates, Sizes
+from leanstep.pruning.folder.estimate_result import Estimate
 from leanstep.pruning.folder.files import DTYPES, EXPERT_COPIES, ITEM_BYTES, Checkpoint, fused_bytes, most_common_dtype
 from leanstep.pruning.folder.fisher_size import FisherSize
 from leanstep.pruning.folder.loading import empty_model_of, position_count
 from leanstep.pruning.folder.recovery import space_beside
+from leanstep.pruning.folder.recovery_size import recovery_bytes
 from leanstep.pruning.folder.search_size import (
     GRADIENTS,
     SearchSize,
@@ -117,61 +119,6 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """What pruning a checkpoint takes.
-
-    Attributes:
-        parameters: of the model; pruned: of the matrices to prune; matrices: their number.
-        memory: bytes by use; they add up to the peak of one process.
-        processes: that take this memory.
-        disk: bytes by use.
-        seconds: by use, at the measured rates of this machine as it is loaded now; empty for another device.
-        free_memory, free_disk: bytes; None if the system does not report them.
-        reads: bytes of weights read from the disk, if the model is larger than the free memory.
-        device_memory: bytes by use on a device other than the CPU.
-        free_device: bytes; None for the CPU, and for a device that is not here.
-        not_counted: what the run takes besides, in words.
-    """
-
-    parameters: int
-    pruned: int
-    matrices: int
-    memory: dict[str, int]
-    disk: dict[str, int]
-    seconds: dict[str, float]
-    free_memory: int | None
-    free_disk: int
-    reads: int
-    processes: int = 1
-    device_memory: dict[str, int] = field(default_factory=dict)
-    free_device: int | None = None
-    not_counted: list[str] = field(default_factory=list)
-
-    def problems(self) -> list[str]:
-        """Sentences about what does not fit."""
-        problems = []
-        memory, disk = self.processes * sum(self.memory.values()), sum(self.disk.values())
-        if self.free_memory is not None and memory > self.free_memory:
-            problems.append(
-                f"it takes {memory / 1e9:.2f} GB of memory and {self.free_memory / 1e9:.2f} GB are free: fewer or "
-                f"shorter samples, a smaller batch size, {'fewer processes, ' if self.processes > 1 else ''}or "
-                "activations on disk take less"
-            )
-        on_device = sum(self.device_memory.values())
-        if self.free_device is not None and on_device > self.free_device:
-            problems.append(
-                f"it takes {on_device / 1e9:.2f} GB on the device and {self.free_device / 1e9:.2f} GB are free there: "
-                "fewer or shorter samples, a smaller batch size, or activations on disk take less"
-            )
-        if disk > self.free_disk:
-            problems.append(
-                f"it takes {disk / 1e9:.2f} GB and the disk has {self.free_disk / 1e9:.2f} GB free; make room, or name "
-                "a folder on another disk"
-            )
-        return problems
-
-
-@dataclass(frozen=True)
 class _Shapes:
     """Matrices [out, in] of a model by name, with their blocks, and its sizes."""
 
@@ -239,7 +186,8 @@ def estimate_pruning(
     exclude: Iterable[str] = (),
     recovery: Recovery | None = None,
 ) -> Estimate:
-    """Estimate what :func:`leanstep.pruning.prune_checkpoint` takes. Reads no weight and runs no part of the model.
+    """Estimate what :func:`leanstep.pruning.prune_checkpoint` takes. Reads no weight; for the memory of recovery, the
+    model runs once without values.
 
     Times follow from the operations, and from rates that are measured for about a second: of a product, a ranking, a
     call, a comparison of outputs, copies and hashes. They are those of this machine as it is loaded at that moment.
@@ -250,8 +198,7 @@ def estimate_pruning(
         out: the folder to create; its disk is looked at.
         workload: data and settings.
         include, exclude: see :func:`leanstep.pruning.find_targets`.
-        recovery: settings of recovery, which writes its state and the folder a second time. Its memory and time are
-            not in the estimate, which says so.
+        recovery: settings of recovery, which writes its state and the folder a second time.
 
     Raises:
         ValueError: for a configuration that transformers cannot open, sequences beyond its positions, or nothing to
@@ -259,7 +206,8 @@ def estimate_pruning(
     """
     dtype = most_common_dtype(checkpoint)
     model = empty_model_of(checkpoint, DTYPES[dtype])
-    shapes = _Shapes.of(checkpoint, model, ITEM_BYTES[dtype], prunable_names(model, include=include, exclude=exclude))
+    names = prunable_names(model, include=include, exclude=exclude)
+    shapes = _Shapes.of(checkpoint, model, ITEM_BYTES[dtype], names)
     positions = position_count(checkpoint.config, checkpoint.folder)
     tokens = workload.tokens
     if tokens is None:
@@ -281,6 +229,10 @@ def estimate_pruning(
     rates = Rates.measured(product_dtype(DTYPES[dtype], workload.products), workload.processes)
     duration = Duration(sizes, workload, rates)
     seconds, passes = duration.seconds(), duration.passes
+    recovering, unknown = dict[str, int](), ""
+    if recovery is not None:
+        seconds["recovery"] = duration.recovery(recovery)
+        recovering, unknown = recovery_bytes(checkpoint, names, recovery, samples=workload.samples, tokens=tokens)
     judging = workload.refine_samples
     search = _search(shapes, workload, tokens, itemsize, judging) if judging else None
     computing = {
@@ -369,7 +321,9 @@ def estimate_pruning(
         workload.processes,
         {} if is_cpu else {use: size for use, size in on_device.items() if size},
         free_device,
-        [] if recovery is None else ["memory and time of recovery"],
+        recovering,
+        None if recovery is None else recovery.distill,
+        [unknown] if unknown else [],
     )
 
 

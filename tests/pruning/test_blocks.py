@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from leanstep._mapped import touched
 from leanstep._torch import device_of
-from leanstep.pruning import Refinement, prune, prune_checkpoint
+from leanstep.pruning import Refinement, find_targets, prune, prune_checkpoint
 from leanstep.pruning.folder import run
 from leanstep.pruning.folder.files import open_checkpoint
 from leanstep.pruning.folder.loading import load_model
@@ -297,17 +297,49 @@ def test_after_an_error_the_model_is_what_it_was():
 @pytest.mark.parametrize("settings", [MEASURED, FISHER, {"score": "sparsegpt", "allocation": "uniform"}])
 def test_a_gpu_gives_the_results_of_the_cpu_to_rounding_and_never_holds_the_model(settings, tmp_path):
     save_model(make_llama(12, hidden_size=512, intermediate_size=2048), tmp_path / "in")
-    data = tokens(8, 16)
-    on_cpu = prune_checkpoint(tmp_path / "in", tmp_path / "cpu", data, **QUICK, **settings)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    on_gpu = prune_checkpoint(tmp_path / "in", tmp_path / "gpu", data, device="cuda", **QUICK, **settings)
-    if "curves" in settings:
-        # Fisher curves collect the rows of all matrices that fit into half of the free memory
-        assert set(on_gpu.curves) == set(on_cpu.curves)
-        for name, curve in on_cpu.curves.items():
-            assert on_gpu.curves[name].distortion == pytest.approx(curve.distortion, rel=1e-2, abs=1e-6)
+    assert_equal_to_rounding(tmp_path, "cuda", settings)
+    # Fisher curves collect the rows of all matrices that fit into half of the free memory
     if settings.get("curves") != "fisher":
-        size = open_checkpoint(tmp_path / "in").size
-        assert torch.cuda.max_memory_allocated() < 0.6 * size
-    assert on_gpu.compared[0].joint == pytest.approx(on_cpu.compared[0].joint, rel=0.05)
+        assert torch.cuda.max_memory_allocated() < 0.6 * open_checkpoint(tmp_path / "in").size
+
+
+@pytest.mark.parametrize("device", ["cpu:0", pytest.param("cuda:0", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {**MEASURED, "curves": "anchored", "minutes": 5.0, "activations": "disk"},
+        {**FISHER, "refine": Refinement(evaluations=5)},
+        {"score": "alps", "allocation": "uniform", "activations": "disk"},
+        {"pattern": "2:4"},
+    ],
+)
+def test_a_device_gives_the_masks_of_the_cpu_to_rounding(settings, device, tmp_path, monkeypatch):
+    # so that blocks move on the CPU, too, unless it has no number
+    monkeypatch.setattr(run, "moves_blocks", lambda device: device.index == 0)
+    save_model(make_llama(3, hidden_size=64, intermediate_size=128), tmp_path / "in")
+    assert_equal_to_rounding(tmp_path, device, settings)
+
+
+def assert_equal_to_rounding(folder, device, settings):
+    """Prune ``folder / "in"`` on the CPU and on a device; compare curves, counts, masks and distortion."""
+    expected, result = (
+        prune_checkpoint(folder / "in", folder / name, tokens(8, 16), device=where, **QUICK, **settings)
+        for name, where in (("host", "cpu"), ("device", device))
+    )
+    assert set(result.curves) == set(expected.curves)
+    for name, curve in expected.curves.items():
+        assert result.curves[name].distortion == pytest.approx(curve.distortion, rel=1e-2, abs=1e-6)
+    counts, other = (run.allocation.counts for run in (expected, result))
+    assert sum(abs(counts[name] - other[name]) for name in counts) <= 0.02 * sum(counts.values())
+    assert result.compared[0].joint == pytest.approx(expected.compared[0].joint, rel=0.05)
+    masks, others = (masks_of(folder / name) for name in ("host", "device"))
+    # a matrix at another level, or weights whose scores are equal to rounding
+    differ = sum(int((mask != others[name]).sum()) for name, mask in masks.items())
+    assert differ <= 0.02 * sum(mask.numel() for mask in masks.values())
+
+
+def masks_of(folder):
+    """Nonzero weights of the matrices of a pruned folder."""
+    return {target.name: target.weight != 0 for target in find_targets(load_model(open_checkpoint(folder)))}

@@ -12,13 +12,14 @@ from leanstep.cli import main
 from leanstep.pruning import LayerStatistics, Recovery, Workload, estimate_pruning, find_targets, layer_pruner, prune
 from leanstep.pruning.allocate.closed_form import atp_betas
 from leanstep.pruning.folder import estimate as module
-from leanstep.pruning.folder.duration import Duration, Rates, Sizes
+from leanstep.pruning.folder.duration import _UPDATE_PASSES, Duration, Rates, Sizes
 from leanstep.pruning.folder.files import open_checkpoint
 from leanstep.pruning.folder.search_size import pruner_bytes
 from leanstep.pruning.measure.checks import Trial
 from leanstep.pruning.measure.curves import level_grid, levels_of
 from leanstep.pruning.measure.metrics import Distortion
 from leanstep.pruning.score.targets import make_groups
+from leanstep.recipes.prune_output import estimate_lines
 
 NONE = {name: 0.0 for name in ("operation", "ranked", "call", "logit", "copied", "hashed")}
 SIZES = Sizes([(8, 8)] * 14, blocks=2, active=1000, outputs=64, tokens=16, size=10000)
@@ -179,19 +180,74 @@ def test_rates_are_those_of_the_threads_of_a_process(monkeypatch):
     assert threads == [before, 2] and torch.get_num_threads() == before
 
 
-def test_what_is_not_counted_is_named(checkpoint, tmp_path, capsys):
+def test_recovery_is_counted(checkpoint, tmp_path, capsys):
     workload = Workload(tokens=16)
-    counted = estimate_pruning(checkpoint, tmp_path / "o", workload)
+    plain = estimate_pruning(checkpoint, tmp_path / "o", workload)
     recovered = estimate_pruning(checkpoint, tmp_path / "o", workload, recovery=Recovery(2))
-    assert counted.not_counted == [] and recovered.not_counted == ["memory and time of recovery"]
+    assert plain.recovery == {} and set(recovered.seconds) - set(plain.seconds) == {"recovery"}
+    assert recovered.recovery["dense model"] == checkpoint.size
+    assert recovered.recovery["pruned model"] == sum(4 * p.numel() for p in make("llama").parameters())
+    alone = estimate_pruning(checkpoint, tmp_path / "o", workload, recovery=Recovery(2, distill=False))
+    assert recovered.recovery.items() - alone.recovery.items() == {("dense model", checkpoint.size)}
+    assert alone.seconds["recovery"] < recovered.seconds["recovery"]
     save_model(make_llama(1, max_position_embeddings=128), tmp_path / "model")
     (text := tmp_path / "text.txt").write_text(sentences(400))
     command = ["prune", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--sparsity", "0.5", "--dry-run"]
     command += ["--data", str(text), "--recover", "5", "--refine", "2", "--correction", "relinearise"]
     assert main([*command, "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
-    assert content["not_counted"] == ["memory and time of recovery"]
+    assert content["not_counted"] == []
     assert 120 < content["seconds"]["search"] < 180 and content["seconds"]["correction of curves, at most"] > 0
+    assert content["seconds"]["recovery"] > 0 and content["recovery"]["activations"] > 0
     assert content["memory"]["gradients of all matrices"] > 0
     assert main(command) == 0
-    assert "not in the estimate: memory and time of recovery" in capsys.readouterr().out
+    assert "memory of recovery" in capsys.readouterr().out
+
+
+def test_a_step_of_recovery_is_four_passes_or_three_without_the_dense_model():
+    workload = Workload(samples=4, held_out=3)
+    duration = Duration(SIZES, workload, Rates(**NONE | {"logit": 1.0}))
+    compared = 2 * 2 * 3 * 16 * 64
+    for distill, models in ((None, 4), (True, 4), (False, 3)):
+        assert duration.recovery(Recovery(5, batch_size=2, distill=distill)) == 5 * models * 2 * 16 * 64 + compared
+    # a step has no more samples than there are
+    assert duration.recovery(Recovery(1, batch_size=8)) == 4 * 4 * 16 * 64 + compared
+    update = Duration(SIZES, workload, Rates(**NONE | {"copied": 1.0}))
+    steps = [update.recovery(Recovery(count)) for count in (1, 2)]
+    assert steps[1] - steps[0] == 4 * _UPDATE_PASSES * 14 * 64
+    assert update.recovery(Recovery(2, rank=1)) == update.recovery(Recovery(1, rank=1))
+
+
+def test_too_little_memory_for_recovery(checkpoint, tmp_path, monkeypatch):
+    def estimated(free, **settings):
+        monkeypatch.setattr(module, "free_memory", lambda device: free)
+        recovery = Recovery(2, **settings)
+        return estimate_pruning(checkpoint, tmp_path / "o", Workload(tokens=16), recovery=recovery)
+
+    uses = estimated(10**12).recovery
+    # what pruning takes is more than the free memory, too, which is the first problem
+    for total, distill, learns, is_problem in (
+        (sum(uses.values()), None, False, False),
+        (sum(uses.values()) - 1, None, True, False),
+        (sum(uses.values()) - 1, True, False, True),
+        (sum(uses.values()) - uses["dense model"] - 1, None, True, True),
+        (sum(uses.values()) - uses["dense model"], False, False, False),
+    ):
+        estimate = estimated(total, distill=distill)
+        assert estimate.learns_next_tokens() == learns
+        (line,) = [line for line in estimate_lines(estimate) if "next tokens" in line] if learns else ("",)
+        assert [problem for problem in estimate.problems() if problem.startswith("recovery")] == (
+            [] if not is_problem else estimate.problems()[1:]
+        )
+        assert len(estimate.problems()) == 1 + is_problem
+
+
+def test_a_model_that_does_not_run_without_values_is_named(tmp_path):
+    save_model(make("mixtral"), tmp_path / "in")
+    estimate = estimate_pruning(
+        open_checkpoint(tmp_path / "in"), tmp_path / "o", Workload(tokens=16), recovery=Recovery(2)
+    )
+    assert estimate.recovery == {} and estimate.seconds["recovery"] > 0
+    (reason,) = estimate.not_counted
+    assert reason.startswith("memory of recovery, since the model does not run without values")
+    assert f"not in the estimate: {reason}" in estimate_lines(estimate)

@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 import torch
-from pruned_models import make_llama, save_model, tokens
+from architectures import make
+from pruned_models import images, make_llama, save_model, tokens
 from torch.profiler import ProfilerActivity, profile
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -13,15 +14,17 @@ from leanstep.pruning import recovery as recovery_module
 from leanstep.pruning.folder import recovery as folder_recovery
 from leanstep.pruning.folder.files import open_checkpoint
 from leanstep.pruning.folder.loading import load_model
+from leanstep.pruning.folder.recovery_size import recovery_bytes
 from leanstep.pruning.recovery_memory import distillation_bytes
+from leanstep.pruning.score.targets import prunable_names
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 1024}
 
 
 def halved(model):
-    """The model with every second weight of its matrices at zero."""
+    """The model with every second column of its matrices at zero."""
     for target in find_targets(model):
-        target.weight.flatten()[::2] = 0
+        target.weight[:, ::2] = 0
     return model
 
 
@@ -155,3 +158,29 @@ def test_batches_of_an_iterator_are_read_for_the_estimate_and_the_training(prune
     out = shutil.copytree(base / "out", tmp_path / "out")
     result = recover_checkpoint(base / "model", out, iter(data.split(2)), Recovery(2))
     assert result.settings.distill and len(result.losses) == 2
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bert", "vit", "half", "mixture"])
+def test_a_pass_without_values_gives_the_memory(name, rank, tmp_path):
+    """Of a folder that is not pruned yet, beside that of the pruned model in memory."""
+    made = {"half": lambda: make_llama(2).half(), "mixture": lambda: make("mixtral").to(torch.bfloat16)}
+    model, samples, length = made.get(name, lambda: make(name))(), 6, 16
+    save_model(model, tmp_path / "in")
+    checkpoint = open_checkpoint(tmp_path / "in")
+    data = images(samples) if name == "vit" else tokens(samples, length)
+    names = prunable_names(model)
+    recovery = Recovery(1, rank=rank, batch_size=4)
+    expected, unknown = recovery_bytes(checkpoint, names, recovery, samples=samples, tokens=length)
+    assert unknown == ""
+    if name == "half":  # is trained in fp32
+        model.float()
+    if name == "mixture" and rank is not None:  # of the routed experts, another one for every data
+        data = data[:1].expand(samples, -1)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    settings = {"dense": checkpoint.size, "include": names, "snapshot": name == "half", "in_files": weights}
+    uses = distillation_bytes(halved(model), data, recovery, **settings)
+    activations = [taken.pop("activations") for taken in (expected, uses)]
+    assert expected == uses
+    masks = 2 * 2 * 4 * length**2 * 4  # of each of two layers, where it is added; of four samples, in fp32
+    assert 0 <= activations[0] - activations[1] <= masks
