@@ -64,7 +64,8 @@ class Estimate:
         if free is not None and recovering > free:
             problems.append(
                 f"recovery takes {recovering / 1e9:.2f} GB of memory and {free / 1e9:.2f} GB are free: shorter "
-                "samples, fewer in a step, or a rank take less"
+                "samples and fewer in a step take less; or prune without it, and recover the folder (resume) on a "
+                "larger machine"
             )
         if disk > self.free_disk:
             problems.append(
