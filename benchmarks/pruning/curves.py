@@ -226,6 +226,11 @@ def _divergence_table(settings: Mapping[str, Any], rows: list[dict[str, Any]]) -
             difference = "" if rule == "measured" else f" ({paired_percent(values, base):+.1f} %)"
             line.append(f"{statistics.mean(values):.4f}{difference}")
         lines.append(line)
+    line = ["anchored, to fisher"]
+    for sparsity in settings["sparsities"]:
+        values, base = ([row["divergence"][name][f"{sparsity:g}"] for row in rows] for name in ("anchored", "fisher"))
+        line.append(f"{paired_percent(values, base):+.1f} %")
+    lines.append(line)
     return markdown(["divergence", *(f"{sparsity:.0%}" for sparsity in settings["sparsities"])], lines)
 
 
