@@ -171,8 +171,7 @@ def recover(
         Memory besides both models: the gradients of the trained matrices, a mask of 1 byte per weight, a copy of the
         matrices that are not ``stored``, one of the trained weights while a ``state`` is written, and the activations
         and logits of some samples, at most 2^26 logits unless one sample has more. With ``rank``, the gradients are of
-        the factors, and a pass holds the sum of every adapted matrix and its masked product. Time: a step is three
-        passes of the model and one of the teacher over ``batch_size`` samples.
+        the factors. Time: a step is three passes of the model and one of the teacher over ``batch_size`` samples.
 
     References:
         G. Hinton, O. Vinyals, J. Dean, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531; M. Scetbon et

@@ -137,8 +137,6 @@ def _uses(
     a_pass = {
         # of one pass they replace its activations, one after another
         "gradients": weights if passes > 1 else 0,
-        # autograd holds the sum of each matrix and of its masked product
-        "masked products": 0 if recovery.rank is None else sum(p.nbytes for p in _of(parameters, names & masked)),
         "activations": rows * sizes.activations,
         # those of both models, in fp32 their logarithms and probabilities, and three more of one sample
         "logits": sizes.logits * (rows * (2 * sizes.itemsize + 8) + 12),

@@ -370,16 +370,16 @@ class LoRALinearLayer(FastLinear, LoRALayer):
 
     def _with_zeros(self, x: Tensor, dropped: Tensor) -> Tensor:
         """The output of a layer that keeps the zeros of its weight; ``dropped`` is x after dropout."""
-        from leanstep.lora.layers.pruned import masked_update
+        from leanstep.lora.layers.pruned import masked_linear, masked_update
 
         weight = self.weight.t() if self.lora.transposed else self.weight
-        update = masked_update(weight, self.lora_A.weight, self.lora_B.weight, self.lora.scale)
-        linear = nn.functional.linear
+        a, b, scale = self.lora_A.weight, self.lora_B.weight, self.lora.scale
         if dropped is x:
             # like the merged layer, with the same rounding of the weight
-            y = linear(x, (weight + update).to(weight.dtype), self.bias)
+            y = masked_linear(x, weight, a, b, self.bias, scale)
         else:
-            y = linear(x, weight, self.bias) + linear(dropped, update.to(weight.dtype))
+            linear = nn.functional.linear
+            y = linear(x, weight, self.bias) + linear(dropped, masked_update(weight, a, b, scale).to(weight.dtype))
         bias = self.lora_B.bias
         return y if bias is None else (y + bias * self.lora.scale).to(y.dtype)
 

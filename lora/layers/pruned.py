@@ -34,9 +34,10 @@ def keep_zeros(model: nn.Module, layers: Iterable[str] | None = None) -> list[st
             unchanged.
 
     Notes:
-        Such a layer forms the (out, in) product of its factors, and autograd saves a matrix of its weight's size. An
-        adapter file does not record the mask: a program that adds the file to the base gets a dense model. Share the
-        merged model instead.
+        Such a layer forms the (out, in) product of its factors in the forward and again in the backward pass. Autograd
+        saves the input and no matrix of the weight's size, unless the layer has dropout: that saves one. An adapter
+        file does not record the mask: a program that adds the file to the base gets a dense model. Share the merged
+        model instead.
 
     References:
         Munoz, Yuan, Jain, "SQFT: Low-cost Model Adaptation in Low-precision Sparse Foundation Models", arXiv
@@ -76,6 +77,26 @@ def masked_update(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     return _MaskedProduct.apply(weight, a, b, scale)
 
 
+def masked_linear(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """``x (W + masked_update)^T + bias``, with the sum in W's dtype; x is [..., in]."""
+    return _MaskedLinear.apply(x, weight, a, b, bias, scale)
+
+
+def _product(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    # out of place: selective activation checkpointing may hold the product
+    with torch.autocast(a.device.type, enabled=False):
+        return ((b @ a) * scale).masked_fill(weight == 0, 0)
+
+
+def _factor_gradients(
+    grad: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, needed: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of both factors from that of their masked product."""
+    grad = grad.to(a.dtype).masked_fill(weight == 0, 0).mul_(scale)
+    with torch.autocast(a.device.type, enabled=False):
+        return b.t() @ grad if needed[0] else None, grad @ a.t() if needed[1] else None
+
+
 class _MaskedProduct(torch.autograd.Function):
     """Saves only the factors and the weight; backward recomputes the mask from the weight.
 
@@ -86,14 +107,38 @@ class _MaskedProduct(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(weight, a, b)
         ctx.scale = scale
-        # out of place: selective activation checkpointing may hold the product
-        with torch.autocast(a.device.type, enabled=False):
-            return ((b @ a) * scale).masked_fill(weight == 0, 0)
+        return _product(weight, a, b, scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None, None]:
         weight, a, b = ctx.saved_tensors
-        grad = grad.to(a.dtype).masked_fill(weight == 0, 0).mul_(ctx.scale)
-        with torch.autocast(a.device.type, enabled=False):
-            return None, b.t() @ grad if ctx.needs_input_grad[1] else None, grad @ a.t(), None
+        return None, *_factor_gradients(grad, weight, a, b, ctx.scale, ctx.needs_input_grad[1:3]), None
+
+
+class _MaskedLinear(torch.autograd.Function):
+    """Saves the input, the factors and the weight; backward recomputes their sum, which has the weight's size."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+        ctx.save_for_backward(x, weight, a, b)
+        ctx.scale = scale
+        return nn.functional.linear(x, _sum(weight, a, b, scale), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b = ctx.saved_tensors
+        of_x, of_weight, of_a, of_b, of_bias, _ = ctx.needs_input_grad
+        rows = grad.reshape(-1, grad.shape[-1])
+        # under autocast the gradient has its dtype, whether or not it is on here
+        with torch.autocast(grad.device.type, enabled=False):
+            grad_x = (grad @ _sum(weight, a, b, ctx.scale).to(grad.dtype)).to(x.dtype) if of_x else None
+            product = rows.t() @ x.reshape(-1, x.shape[-1]).to(grad.dtype)
+            grad_bias = rows.sum(0) if of_bias else None
+        factors = _factor_gradients(product.to(weight.dtype), weight, a, b, ctx.scale, (of_a, of_b))
+        return grad_x, product.to(weight.dtype) if of_weight else None, *factors, grad_bias, None
+
+
+def _sum(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    return (weight + _product(weight, a, b, scale)).to(weight.dtype)

@@ -7,8 +7,9 @@ import torch
 from pruned_models import make_gpt2, make_llama
 from torch import nn
 
-from leanstep.lora import LoraConfig, apply_lora, keep_zeros, merge, unmerge
+from leanstep.lora import LoraConfig, apply_lora, keep_zeros, merge, saved_bytes, unmerge
 from leanstep.lora.layers.linear import LoRALinearLayer
+from leanstep.lora.layers.pruned import masked_linear
 from leanstep.lora.merge import merged_state_dict
 from leanstep.pruning import prune
 
@@ -90,6 +91,31 @@ def test_gradients_are_those_of_the_masked_sum(dropout, transposed):
     found = torch.autograd.grad(out, trained, upstream)
     for one, other in zip(found, torch.autograd.grad(expected, trained, upstream), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_gradients_agree_with_differences_of_the_output_also_those_of_the_base():
+    torch.manual_seed(0)
+    weight, a, b = (torch.randn(*shape, dtype=torch.float64) for shape in ((6, 5), (2, 5), (6, 2)))
+    weight[torch.rand_like(weight) < 0.5] = 0
+    x, bias = torch.randn(2, 3, 5, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    nonzero = weight != 0
+
+    def output(x, left, a, b, bias):
+        # differences must not fill the zeros, which decide what the mask is
+        return masked_linear(x, torch.zeros_like(weight).masked_scatter(nonzero, left), a, b, bias, 0.5)
+
+    inputs = [value.requires_grad_(True) for value in (x, weight[nonzero], a, b, bias)]
+    torch.autograd.gradcheck(output, inputs)
+    assert torch.autograd.gradcheck(lambda x, a: output(x, inputs[1].detach(), a, b.detach(), None), [x, a])
+
+
+@pytest.mark.parametrize("make", [make_llama, make_gpt2])
+def test_autograd_saves_no_matrix_of_the_size_of_a_weight(make):
+    model = adapted(make).train()
+    keep_zeros(model)
+    for layer in layers(model).values():
+        x = torch.randn(1, layer.input_width(), requires_grad=True)
+        assert saved_bytes(lambda layer=layer, x=x: layer(x), model.parameters()) == x.nbytes
 
 
 def test_training_runs_through_fused_blocks_and_copies():
