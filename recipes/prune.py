@@ -187,7 +187,7 @@ def _afterwards_options(group: _Group) -> None:
     add = group.add_argument
     add("--eval", action="store_true", help="perplexity on the held-out sequences, before and after")
     add("--recover", type=int, metavar="STEPS", help="train after pruning on --data, with the zeros held")
-    add("--recover-lr", type=float, metavar="LR", help="root mean square of an entry's change in a step; default 3e-4")
+    add("--recover-lr", type=float, metavar="LR", help="rms of an entry's change in a step; 3e-4, of factors 3e-3")
     add("--recover-rank", type=int, metavar="R", help="recover by LoRA factors of this rank, merged at the end")
     add(
         "--distill",
@@ -231,7 +231,7 @@ def _levels(text: str) -> tuple[float, ...]:
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected sparsities with commas between them, got {text!r}") from None
     if not all(0 < level < 1 for level in levels):
-        raise argparse.ArgumentTypeError(f"sparsities lie between 0 and 1, got {text!r}")
+        raise argparse.ArgumentTypeError(f"levels are above 0, which is always one, and below 1, got {text!r}")
     return levels
 
 
@@ -336,7 +336,7 @@ def _dry_run(options: argparse.Namespace) -> int:
     )
     problems = estimate.problems()
     if options.json:
-        print(json.dumps(asdict(estimate) | {"problems": problems}))
+        print(json.dumps(asdict(estimate) | {"distills": estimate.distills, "problems": problems}))
     else:
         print("\n".join(estimate_lines(estimate)))
     for problem in problems:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # what is counted in a phase of progress, by its name; others are points of curves
 _PHASES = {
-    "recovery": "taken {}/{} steps",
+    "recovery": "took {}/{} steps of recovery",
     "refinement": "judged {}/{} exchanges",
     "refinement time": "searched {}/{} seconds",
 }
@@ -36,8 +36,12 @@ def estimate_lines(estimate: "Estimate") -> list[str]:
     if estimate.recovery:
         lines.append(f"memory of recovery {format_bytes(sum(estimate.recovery.values()))}, after pruning")
         lines += [f"  {use:<28}{format_bytes(size):>12}" for use, size in estimate.recovery.items()]
-        if estimate.learns_next_tokens():
-            lines.append("  that is not free: the data's next tokens are learnt, not the dense model's outputs")
+        lines.append(
+            "  it learns the dense model's outputs"
+            if estimate.distills
+            else "  it learns the data's next tokens"
+            + (": the dense model does not fit" if "dense model" in estimate.recovery else "")
+        )
     if estimate.device_memory:
         free = "" if estimate.free_device is None else f", {format_bytes(estimate.free_device)} free"
         lines.append(f"memory of the device {format_bytes(sum(estimate.device_memory.values()))}{free}")
@@ -80,7 +84,7 @@ class ProgressBar:
         if not self._shown:
             return
         now = time.monotonic()
-        phase = _PHASES.get(name, "measured {}/{} points")
+        phase = _PHASES.get(name, "computed {}/{} points")
         if phase != self._phase or done < self._done:  # measured points begin again after those of Fisher curves
             self.__exit__()
             self._live, self._first, self._phase, self._printed = None, None, phase, now
@@ -92,7 +96,8 @@ class ProgressBar:
         elif done == total or (now - self._printed > 30 and done > self._first + 1):
             self._printed = now
             left = (now - self._began) / max(done - self._first - 1, 1) * (total - done)
-            text = f"{phase.format(done, total)}, {name}, {format_duration(left)} left"
+            matrix = "" if name in _PHASES else f", {name}"
+            text = f"{phase.format(done, total)}{matrix}, {format_duration(left)} left"
             print(text, file=sys.stderr, flush=True)
 
     def _show(self, done: int, total: int) -> None:
@@ -157,8 +162,8 @@ def summary_of(result: "PruneResult", layers: list[dict[str, Any]], out: str) ->
         search = result.refinement
         first, last = search["points"][0][2], search["points"][-1][2]
         lines.append(
-            f"refined        {search['accepted']} of {search['evaluations']} exchanges; {result.metric} on the judging "
-            f"data {first:.4g} before, {last:.4g} after"
+            f"refined        {search['accepted']} of {search['evaluations']} exchanges, ended: {search['ended']}; "
+            f"{result.metric} on the judging data {first:.4g} before, {last:.4g} after"
         )
     for one in result.compared:
         error = "" if one.joint_stderr != one.joint_stderr else f" +- {one.joint_stderr:.2g}"

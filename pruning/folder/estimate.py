@@ -251,6 +251,8 @@ def estimate_pruning(
         "experts, fused": shapes.fused_bytes,
     }
     is_cpu = workload.device == "cpu"
+    if recovering and is_cpu:
+        recovering = {"libraries": memory["libraries"]} | recovering
     on_device = memory if is_cpu else {"two blocks": 2 * shapes.moved}
     if not is_cpu:
         memory["pinned, two blocks"] = 2 * shapes.moved

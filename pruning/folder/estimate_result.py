@@ -57,10 +57,9 @@ class Estimate:
                 f"it takes {on_device / 1e9:.2f} GB on the device and {self.free_device / 1e9:.2f} GB are free there: "
                 "fewer or shorter samples, a smaller batch size, or activations on disk take less"
             )
-        recovering = sum(self.recovery.values())
-        if self.distill is None:  # without a teacher it learns the next tokens
+        recovering, free = sum(self.recovery.values()), self._free_for_recovery()
+        if not self.distills:
             recovering -= self.recovery.get("dense model", 0)
-        free = self._free_for_recovery()
         if free is not None and recovering > free:
             problems.append(
                 f"recovery takes {recovering / 1e9:.2f} GB of memory and {free / 1e9:.2f} GB are free: shorter "
@@ -74,10 +73,16 @@ class Estimate:
             )
         return problems
 
-    def learns_next_tokens(self) -> bool:
-        """Whether recovery will learn the data's next tokens because the dense model does not fit beside it."""
+    @property
+    def distills(self) -> bool | None:
+        """Whether recovery learns the dense model's outputs, not the next tokens; None if its memory is not known."""
         free = self._free_for_recovery()
-        return self.distill is None and free is not None and sum(self.recovery.values()) > free
+        if not self.recovery:
+            return None
+        if self.distill is not None or free is None:
+            return self.distill is not False
+        # as the run decides, which has the libraries in memory
+        return sum(self.recovery.values()) - self.recovery.get("libraries", 0) <= free
 
     def _free_for_recovery(self) -> int | None:
         return self.free_device if self.device_memory else self.free_memory

@@ -1,6 +1,7 @@
 """Every option of a run that takes memory or time has a term in the estimate, or is named as not counted."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -188,6 +189,7 @@ def test_recovery_is_counted(checkpoint, tmp_path, capsys):
     assert recovered.recovery["dense model"] == checkpoint.size
     assert recovered.recovery["pruned model"] == sum(4 * p.numel() for p in make("llama").parameters())
     alone = estimate_pruning(checkpoint, tmp_path / "o", workload, recovery=Recovery(2, distill=False))
+    assert recovered.recovery.pop("libraries") > 10**8 and alone.recovery.pop("libraries")
     assert recovered.recovery.items() - alone.recovery.items() == {("dense model", checkpoint.size)}
     assert alone.seconds["recovery"] < recovered.seconds["recovery"]
     save_model(make_llama(1, max_position_embeddings=128), tmp_path / "model")
@@ -200,8 +202,12 @@ def test_recovery_is_counted(checkpoint, tmp_path, capsys):
     assert 120 < content["seconds"]["search"] < 180 and content["seconds"]["correction of curves, at most"] > 0
     assert content["seconds"]["recovery"] > 0 and content["recovery"]["activations"] > 0
     assert content["memory"]["gradients of all matrices"] > 0
+    assert content["distills"] is True and content["recovery"]["libraries"] == content["memory"]["libraries"]
     assert main(command) == 0
-    assert "memory of recovery" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "memory of recovery" in printed and "it learns the dense model's outputs" in printed
+    assert main([*command, "--no-distill"]) == 0
+    assert "it learns the data's next tokens\n" in capsys.readouterr().out
 
 
 def test_a_step_of_recovery_is_four_passes_or_three_without_the_dense_model():
@@ -224,22 +230,24 @@ def test_too_little_memory_for_recovery(checkpoint, tmp_path, monkeypatch):
         recovery = Recovery(2, **settings)
         return estimate_pruning(checkpoint, tmp_path / "o", Workload(tokens=16), recovery=recovery)
 
+    libraries = 1000  # less than the dense model
+    monkeypatch.setattr("psutil.Process.memory_info", lambda self: SimpleNamespace(rss=libraries))
     uses = estimated(10**12).recovery
-    # what pruning takes is more than the free memory, too, which is the first problem
-    for total, distill, learns, is_problem in (
-        (sum(uses.values()), None, False, False),
-        (sum(uses.values()) - 1, None, True, False),
-        (sum(uses.values()) - 1, True, False, True),
-        (sum(uses.values()) - uses["dense model"] - 1, None, True, True),
-        (sum(uses.values()) - uses["dense model"], False, False, False),
+    total, teacher = sum(uses.values()), uses["dense model"]
+    # the run decides with its libraries in memory; the peak that has to be free has them, too
+    for free, distill, distills, is_problem in (
+        (total, None, True, False),
+        (total - libraries - 1, None, False, False),
+        (total - 1, True, True, True),
+        (total - teacher - 1, None, False, True),
+        (total - teacher, False, False, False),
     ):
-        estimate = estimated(total, distill=distill)
-        assert estimate.learns_next_tokens() == learns
-        (line,) = [line for line in estimate_lines(estimate) if "next tokens" in line] if learns else ("",)
-        assert [problem for problem in estimate.problems() if problem.startswith("recovery")] == (
-            [] if not is_problem else estimate.problems()[1:]
-        )
-        assert len(estimate.problems()) == 1 + is_problem
+        estimate = estimated(free, distill=distill)
+        assert estimate.distills is distills
+        (line,) = [line for line in estimate_lines(estimate) if "it learns" in line]
+        assert ("the dense model does not fit" in line) == (not distills and distill is None)
+        problems = [problem for problem in estimate.problems() if problem.startswith("recovery")]
+        assert len(problems) == is_problem
 
 
 def test_a_model_that_does_not_run_without_values_is_named(tmp_path):
