@@ -187,7 +187,7 @@ def _afterwards_options(group: _Group) -> None:
     add = group.add_argument
     add("--eval", action="store_true", help="perplexity on the held-out sequences, before and after")
     add("--recover", type=int, metavar="STEPS", help="train after pruning on --data, with the zeros held")
-    add("--recover-lr", type=float, metavar="LR", help="rms of an entry's change in a step; 3e-4, of factors 3e-3")
+    add("--recover-lr", type=float, metavar="LR", help="rms change of an entry in a step; default 3e-4 (factors 3e-3)")
     add("--recover-rank", type=int, metavar="R", help="recover by LoRA factors of this rank, merged at the end")
     add(
         "--distill",

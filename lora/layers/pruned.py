@@ -130,14 +130,17 @@ class _MaskedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b = ctx.saved_tensors
         of_x, of_weight, of_a, of_b, of_bias, _ = ctx.needs_input_grad
-        rows = grad.reshape(-1, grad.shape[-1])
+        rows, product = grad.reshape(-1, grad.shape[-1]), None
         # under autocast the gradient has its dtype, whether or not it is on here
         with torch.autocast(grad.device.type, enabled=False):
             grad_x = (grad @ _sum(weight, a, b, ctx.scale).to(grad.dtype)).to(x.dtype) if of_x else None
-            product = rows.t() @ x.reshape(-1, x.shape[-1]).to(grad.dtype)
             grad_bias = rows.sum(0) if of_bias else None
-        factors = _factor_gradients(product.to(weight.dtype), weight, a, b, ctx.scale, (of_a, of_b))
-        return grad_x, product.to(weight.dtype) if of_weight else None, *factors, grad_bias, None
+            if of_weight or of_a or of_b:
+                product = (rows.t() @ x.reshape(-1, x.shape[-1]).to(grad.dtype)).to(weight.dtype)
+        if product is None:
+            return grad_x, None, None, None, grad_bias, None
+        factors = _factor_gradients(product, weight, a, b, ctx.scale, (of_a, of_b))
+        return grad_x, product if of_weight else None, *factors, grad_bias, None
 
 
 def _sum(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:

@@ -21,7 +21,7 @@ class Estimate:
         free_device: bytes; None for the CPU, and for a device that is not here.
         recovery: bytes by use of recovery after pruning, on the device, with the dense model as teacher unless the
             settings have ``distill=False``.
-        distill: of these settings.
+        asked_to_distill: ``distill`` of these settings.
         not_counted: what the run takes besides, in words.
     """
 
@@ -38,7 +38,7 @@ class Estimate:
     device_memory: dict[str, int] = field(default_factory=dict)
     free_device: int | None = None
     recovery: dict[str, int] = field(default_factory=dict)
-    distill: bool | None = None
+    asked_to_distill: bool | None = None
     not_counted: list[str] = field(default_factory=list)
 
     def problems(self) -> list[str]:
@@ -79,8 +79,8 @@ class Estimate:
         free = self._free_for_recovery()
         if not self.recovery:
             return None
-        if self.distill is not None or free is None:
-            return self.distill is not False
+        if self.asked_to_distill is not None or free is None:
+            return self.asked_to_distill is not False
         # as the run decides, which has the libraries in memory
         return sum(self.recovery.values()) - self.recovery.get("libraries", 0) <= free
 

@@ -107,6 +107,8 @@ def test_gradients_agree_with_differences_of_the_output_also_those_of_the_base()
     inputs = [value.requires_grad_(True) for value in (x, weight[nonzero], a, b, bias)]
     torch.autograd.gradcheck(output, inputs)
     assert torch.autograd.gradcheck(lambda x, a: output(x, inputs[1].detach(), a, b.detach(), None), [x, a])
+    frozen = [value.detach() for value in inputs[1:]]
+    assert torch.autograd.gradcheck(lambda x: output(x, *frozen), [x])
 
 
 @pytest.mark.parametrize("make", [make_llama, make_gpt2])

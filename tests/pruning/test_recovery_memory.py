@@ -175,8 +175,6 @@ def test_a_pass_without_values_gives_the_memory(name, rank, tmp_path):
     assert unknown == ""
     if name == "half":  # is trained in fp32
         model.float()
-    if name == "mixture" and rank is not None:  # of the routed experts, another one for every data
-        data = data[:1].expand(samples, -1)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     settings = {"dense": checkpoint.size, "include": names, "snapshot": name == "half", "in_files": weights}
     uses = distillation_bytes(halved(model), data, recovery, **settings)
