@@ -238,6 +238,12 @@ class Planner:
             if sources["anchored"]:
                 how = f"not measured {limit}, but scaled as those of their kind that were: the largest distortions"
             self.notes.append(f"{sources['fisher']} of {len(curves)} curves are Fisher curves {how}")
+        if samples := next((curve.samples for curve in curves.values() if curve.samples), 0):
+            total = sum(batch.size for batch in self.curve_batches)
+            self.notes.append(
+                f"curves are scaled to measurements on the first {samples} of {total} samples: those of all would take "
+                f"longer than {self.minutes:g} minutes"
+            )
         return curves
 
     def _by_effect(self, curves: Mapping[str, Curve], *, note: bool = False) -> dict[str, Curve]:

@@ -130,6 +130,7 @@ def measured(subject: Subject, seed: int, options: argparse.Namespace) -> dict[s
         )
         seconds[kind] = None if resumed else round(time.process_time() - start, 1)
     sources = [curve.source for curve in curves["anchored"].values()]
+    first = next((curve.samples for curve in curves["anchored"].values() if curve.samples), options.curve_samples)
     agreements = {
         kind: {
             f"{level:g}": agreement(curves[kind], curves["measured"], options.grid.index(level) + 1)
@@ -151,6 +152,7 @@ def measured(subject: Subject, seed: int, options: argparse.Namespace) -> dict[s
         "seed": seed,
         "matrices": len(curves["measured"]),
         "anchored": sources.count("anchored"),
+        "anchored_on": first,
         "seconds": seconds,
         "agreement": agreements,
         "divergence": divergence,
@@ -189,15 +191,23 @@ def table(path: Path) -> str:
 
 
 def _anchored(settings: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:
-    """How many matrices were measured for anchored curves, where the time did not suffice for all."""
-    counts = [row["anchored"] for row in rows if row.get("anchored", row["matrices"]) < row["matrices"]]
-    if not counts:
+    """How many matrices were measured for anchored curves, and on what, where the time did not suffice for all."""
+    counts = [row.get("anchored", row["matrices"]) for row in rows]
+    samples = [row.get("anchored_on", settings["curve_samples"]) for row in rows]
+    if min(counts) == rows[0]["matrices"] and min(samples) == settings["curve_samples"]:
         return ""
-    number = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else f"{counts[0]}"
+    kind = "sequences" if settings["metric"].startswith("kl") else "images"
+    matrices = "all matrices" if min(counts) == rows[0]["matrices"] else f"{_range(counts)} of the matrices"
+    on = "" if min(samples) == settings["curve_samples"] else f" on the first {_range(samples)} of these {kind}"
     return (
-        f" Anchored curves measure {number} of the matrices, in at most {60 * settings['anchor_minutes']:g} s by the "
-        "clock after the Fisher curves."
+        f" Anchored curves measure {matrices}{on}, in at most {60 * settings['anchor_minutes']:g} s by the clock after "
+        "the Fisher curves."
     )
+
+
+def _range(numbers: list[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def _agreement_table(settings: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:

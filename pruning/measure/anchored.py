@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from leanstep.pruning.measure.curve_file import PartialCurves
 from leanstep.pruning.measure.curves import Curve
 from leanstep.pruning.measure.metrics import Distortion
 from leanstep.pruning.measure.points import Points
 from leanstep.pruning.result import Allocation
 from leanstep.pruning.score.calibration import Pruning
+from leanstep.pruning.score.targets import Group
 
 if TYPE_CHECKING:
     from leanstep.pruning.measure.measure import Measurement
@@ -30,6 +32,78 @@ Anchors = Mapping[str, Mapping[int, Distortion]]
 _FIRST_SHARE = 1 / 3
 # rounds that measure groups once more; those that follow measure others
 _ROUNDS = 2
+# fewest outputs to measure on: tokens, or samples of a classifier
+_FEWEST_OUTPUTS = 128
+
+
+def curves_within(
+    minutes: float,
+    measurement: Measurement,
+    fisher: Mapping[str, Curve],
+    points_of: Callable[[str], Points],
+    pruning: Pruning,
+    solve: Solve,
+    partial: PartialCurves | None,
+) -> dict[str, Curve]:
+    """Anchored curves from measurements within a time, on all samples or, where that is short, on the first ones.
+
+    Args:
+        minutes: time for the measurements.
+        measurement: on all samples.
+        fisher, pruning, solve: as for :func:`anchored_curves`.
+        points_of: gives the points of all groups, from the prefix of their names in the file.
+        partial: the file of points, whose decisions are followed and which gets those that are taken; None: no file.
+    """
+    until, total, processes = time.monotonic() + 60 * minutes, len(measurement.outputs), pruning.processes
+    groups, is_complete = points_of("").groups, partial is not None and partial.complete
+    samples = partial and partial.samples
+    if not samples:  # files of earlier versions have measurements on all
+        within = total if is_complete else samples_within(measurement, groups, pruning, 60 * minutes * processes.size)
+        samples = processes.all_gather(within)[0]
+    is_part = samples < total
+    points = points_of(f"first {samples}: " if is_part else "")
+    if is_complete:
+        curves = anchored_to(fisher, points)
+    else:
+        if partial is not None:
+            partial.choose_samples(samples, processes)
+        measurement = measurement.of_first(samples) if is_part else measurement
+        curves = anchored_curves(measurement, fisher, points, pruning, solve, until)
+        if partial is not None:
+            partial.finish(processes)
+    measured = any(points.at(name) for name in fisher)
+    return {name: replace(one, samples=samples) for name, one in curves.items()} if is_part and measured else curves
+
+
+def samples_within(measurement: Measurement, groups: Sequence[Group], pruning: Pruning, seconds: float) -> int:
+    """On how many of the first samples all groups can be measured in the first round.
+
+    What the programme compares, the distortions of matrices on the same samples, differs less from one sample to
+    another than second order differs from a measurement. So few samples serve better than few matrices.
+
+    Args:
+        measurement: on all samples.
+        groups: to be measured.
+        pruning: makes their pruners.
+        seconds: for all rounds, of all processes together.
+
+    Returns:
+        a number of samples with at least 128 outputs (tokens, or samples of a classifier), or of all samples.
+    """
+    outputs = measurement.outputs.cumsum(0)
+    fewest = int((outputs < _FEWEST_OUTPUTS).sum()) + 1
+    passes = measurement.seconds_of_passes(groups)
+    others = measurement.seconds_of_singles(groups) - passes + _seconds_of_statistics(measurement, groups, pruning)
+    fitting = len(outputs) * (_FIRST_SHARE * seconds - others) / passes if passes else math.inf
+    return min(len(outputs), max(fewest, math.floor(min(fitting, len(outputs)))))
+
+
+def _seconds_of_statistics(measurement: Measurement, groups: Sequence[Group], pruning: Pruning) -> float:
+    """Expected time of the statistics of groups, where it was not timed together with their pruners."""
+    if measurement.preparation_seconds:
+        return 0.0
+    share = sum(batch.size for batch in pruning.cache.all_batches) / len(measurement.outputs)
+    return pruning.passes_for(groups) * share * measurement.seconds
 
 
 def anchored_curves(
@@ -42,7 +116,7 @@ def anchored_curves(
     is left of it.
 
     Args:
-        measurement: of the dense model.
+        measurement: of the dense model, on all samples or the first ones.
         fisher: the curves to second order.
         points: receives the measured points; those it has already are anchors too.
         pruning: as for :meth:`Measurement.curves`.
@@ -62,13 +136,14 @@ def anchored_curves(
         # by how long the measurements of earlier rounds took
         seconds *= expected / spent if expected and spent else 1.0
         ordered = [by_name[name] for name in in_order(new, anchors)]
-        affordable = measurement.affordable(ordered, seconds) if seconds > 0 else []
+        statistics = _seconds_of_statistics(measurement, ordered, pruning)
+        affordable = measurement.affordable(ordered, seconds - statistics) if seconds > statistics else []
         # by the clock of the first process
         names = pruning.processes.all_gather([group.name for group in affordable])[0]
         levels = {name: [points.missing_level(name, curves[name].counts[wanted[name]])] for name in names}
         points.limit_to(levels)
         measurement.measure_points(points, levels, pruning, until)
-        expected += measurement.seconds_of_singles([by_name[name] for name in names])
+        expected += measurement.seconds_of_singles([by_name[name] for name in names]) + (statistics if names else 0.0)
         spent += (time.monotonic() - begin) * size
         for name, level in wanted.items():
             count = fisher[name].counts[level]

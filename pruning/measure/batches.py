@@ -42,11 +42,15 @@ class Batch:
 
     def sample(self, index: int) -> Batch:
         """One sample alone, as a batch."""
+        return self.samples(index, index + 1)
+
+    def samples(self, begin: int, end: int) -> Batch:
+        """The samples of a range, as a batch."""
         size = self.size
 
         def pick(value: Any) -> Any:
             split = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == size
-            return value[index : index + 1] if split else value
+            return value[begin:end] if split else value
 
         kwargs = {name: pick(value) for name, value in self.kwargs.items()}
         return Batch(tuple(map(pick, self.args)), kwargs, pick(self.mask), pick(self.labels))
@@ -188,6 +192,17 @@ def _shifted(labels: Tensor, model: nn.Module) -> Tensor:
     shifted = labels.roll(1, dims=1)
     shifted[:, 0] = next(token for token in (start, begin, pad, 0) if token is not None)
     return shifted.masked_fill(shifted == -100, pad or 0)
+
+
+def first_samples(batches: Sequence[Batch], count: int) -> list[Batch]:
+    """The first samples of batches, in batches as they are but for the last one."""
+    first: list[Batch] = []
+    for batch in batches:
+        if count <= 0:
+            break
+        first.append(batch if batch.size <= count else batch.samples(0, count))
+        count -= batch.size
+    return first
 
 
 # arguments whose names are not in the hash of a batch, so that files of earlier versions stay valid

@@ -22,8 +22,8 @@ class PartialCurves:
     """A file with one line per measured point. Its first line identifies model, data and settings.
 
     Each line is JSON, a space and the CRC-32 of the JSON. What the clock decided is in it as well, so that a run that
-    goes on does not decide anew: the method, where none was asked for, and that no further point is measured. Points
-    are of any target; a decision for another one does not count.
+    goes on does not decide anew: the method, where none was asked for, on how many samples curves are anchored, and
+    that no further point is measured. Points are of any target; a decision for another one does not count.
 
     Args:
         path: the file; :meth:`add` creates it.
@@ -40,6 +40,8 @@ class PartialCurves:
         self.points: dict[tuple[str, int], Distortion] = {}
         # of SOURCES, as chosen by time; None: not chosen
         self.method: str | None = None
+        # on which curves are anchored; None: not chosen
+        self.samples: int | None = None
         self.complete = False
         if os.path.lexists(path):
             self._read()
@@ -80,6 +82,12 @@ class PartialCurves:
             self._begin_and_append({"method": method, "target": self.target})
         self.method = method
 
+    def choose_samples(self, samples: int, processes: Processes) -> None:
+        """Append on how many of the first samples curves are anchored. The first process writes."""
+        if processes.rank == 0 and self.samples != samples:
+            self._begin_and_append({"samples": samples, "target": self.target})
+        self.samples = samples
+
     def finish(self, processes: Processes) -> None:
         """Append that no further point is measured. The first process writes."""
         if processes.rank == 0 and not self.complete:
@@ -98,13 +106,16 @@ class PartialCurves:
             file.flush()
             os.fsync(file.fileno())
 
-    def _take_decision(self, method: str | None = None, complete: bool = False, target: Any = None) -> None:
+    def _take_decision(
+        self, method: str | None = None, complete: bool = False, samples: int | None = None, target: Any = None
+    ) -> None:
         """Check a decision that was read from the file, and follow it; decisions of earlier versions name no target."""
-        if method not in (None, *SOURCES) or complete not in (False, True):
-            raise ValueError(f"expected a method or an end, got {[method, complete]}")
+        is_number = samples is None or (type(samples) is int and samples > 0)
+        if method not in (None, *SOURCES) or complete not in (False, True) or not is_number:
+            raise ValueError(f"expected a method, a number of samples or an end, got {[method, samples, complete]}")
         if None not in (target, self.target) and target != self.target:
             return
-        self.method = self.method or method
+        self.method, self.samples = self.method or method, self.samples or samples
         self.complete = self.complete or bool(complete)
 
     def _take(self, name: str, count: int, mean: float | None, stderr: float) -> None:

@@ -37,6 +37,8 @@ class Curve:
             possible.
         source: how D was obtained: ``measured``; ``fisher``, to second order; or ``anchored``, a Fisher curve scaled to
             measured levels.
+        samples: how many of the first samples alone gave the measurements to which this curve, or others of its kind,
+            are scaled; 0: all samples.
 
     Raises:
         ValueError: for another source, lengths that differ, counts that do not decrease or are out of range, a first D
@@ -51,6 +53,7 @@ class Curve:
     metric: str
     patterns: tuple[str, ...] = ()
     source: str = "measured"
+    samples: int = 0
 
     def __post_init__(self) -> None:
         for field in ("counts", "distortion", "stderr", "patterns"):  # JSON has lists
@@ -192,7 +195,7 @@ class Curve:
         entries = {"counts" if key == "kept" else key: value for key, value in values.items()}
         try:
             texts = [entries["name"], entries["metric"], entries.get("source", ""), *entries.get("patterns", ())]
-            counts = [entries["numel"], *entries["counts"]]
+            counts = [entries["numel"], entries.get("samples", 0), *entries["counts"]]
             numbers = [*entries["distortion"], *entries["stderr"]]
             typed = all(isinstance(text, str) for text in texts) and all(type(count) is int for count in counts)
             if not typed or not all(type(number) in (int, float) for number in numbers):

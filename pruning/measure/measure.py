@@ -19,8 +19,8 @@ from leanstep._mapped import Scratch, touched
 from leanstep._processes import Processes
 from leanstep.pruning.allocate.allocation import allocate
 from leanstep.pruning.measure.activation_cache import ActivationCache
-from leanstep.pruning.measure.anchored import Solve, anchored_curves, anchored_to
-from leanstep.pruning.measure.batches import Batch, as_batches, batches_hash
+from leanstep.pruning.measure.anchored import Solve, curves_within
+from leanstep.pruning.measure.batches import Batch, as_batches, batches_hash, first_samples
 from leanstep.pruning.measure.curve_file import PartialCurves
 from leanstep.pruning.measure.curves import SOURCES, Curve, levels_of
 from leanstep.pruning.measure.fisher import SecondOrder, fisher_curves
@@ -149,16 +149,17 @@ def measure_curves(
         }
         resumed = PartialCurves.shared(Path(resume), identity, processes, (sparsity, *target))
     with resumed as partial, products_in(model, products), evaluating(model):
+        points_of = lambda prefix: Points(groups, levels_by_name, partial, progress, prefix)  # noqa: E731
         if method == "fisher":
             cache = ActivationCache(model, source, enabled=prefix_cache, scratch=files, processes=processes)
             second = SecondOrder(model, batches, make_metric(metric, model))
-            points = Points(groups, levels_by_name, partial, progress, prefix="fisher: ")
-            return fisher_curves(second, points, Pruning(cache, score, score_options).by(fisher_score))
+            return fisher_curves(second, points_of("fisher: "), Pruning(cache, score, score_options).by(fisher_score))
         measurement = Measurement(model, batches, metric, prefix_cache=prefix_cache, scratch=files)
         cache = ActivationCache(
             model, source, enabled=prefix_cache, like=measurement.cache, scratch=files, processes=processes
         )
-        pruning, points = Pruning(cache, score, score_options), Points(groups, levels_by_name, partial, progress)
+        pruning = Pruning(cache, score, score_options, same_weights=True)
+        points = points_of("")
         if method is None and partial is not None:
             method = partial.method
         is_complete = partial is not None and partial.complete
@@ -173,17 +174,12 @@ def measure_curves(
         if method == "measured":
             measurement.measure_points(points, points.missing, pruning)
             return points.curves(measurement.metric.identity)
-        approximate = Points(groups, levels_by_name, partial, progress, prefix="fisher: ")
-        fisher = fisher_curves(SecondOrder(model, batches, measurement.metric), approximate, pruning.by(fisher_score))
+        second = SecondOrder(model, batches, measurement.metric)
+        fisher = fisher_curves(second, points_of("fisher: "), pruning.by(fisher_score))
         if solve is None:
             layers = [group.layer for group in groups]
             solve = lambda curves: allocate(layers, sparsity, method="dp", curves=curves)  # noqa: E731
-        if is_complete:
-            return anchored_to(fisher, points)
-        curves = anchored_curves(measurement, fisher, points, pruning, solve, time.monotonic() + 60 * minutes)
-        if partial is not None:
-            partial.finish(processes)
-        return curves
+        return curves_within(minutes, measurement, fisher, points_of, pruning, solve, partial)
 
 
 class Measurement:
@@ -211,7 +207,10 @@ class Measurement:
             references = (self.metric.reference(batch.run(model), batch) for batch in batches)
             self.reference = [one if scratch is None else scratch.store(one) for one in references]
             begin = time.monotonic()
-            change = self.joint()
+            compared = list(self._compared())
+            change = summarise(compared)
+            # of each sample, those that count: tokens, or one of a classifier
+            self.outputs = torch.cat([counts for _, counts in compared])
             # of one pass over all stages; by weight, and where they were timed: of the pruners, and of a level
             self.seconds, self.preparation_seconds, self.level_seconds = time.monotonic() - begin, 0.0, 0.0
         if not abs(change.mean) <= _NOISE:
@@ -220,6 +219,16 @@ class Measurement:
                 f"{self.metric.name}. NaN comes from weights or inputs that are not finite, other numbers from dropout "
                 "that eval() does not switch off or from kernels that are not deterministic"
             )
+
+    def of_first(self, samples: int) -> Measurement:
+        """On the first samples alone, with the dense outputs of these weights; gives up its own dense outputs."""
+        self.reference = []
+        batches, like = first_samples(self.batches, samples), self.cache
+        part = Measurement(
+            self.model, batches, self.metric, prefix_cache=bool(like.stages), like=like, scratch=like.scratch
+        )
+        part.preparation_seconds, part.level_seconds = self.preparation_seconds, self.level_seconds
+        return part
 
     def joint(self) -> Distortion:
         """Distortion of the current weights."""
@@ -278,8 +287,12 @@ class Measurement:
 
     def seconds_of_singles(self, groups: Sequence[Group]) -> float:
         """Expected time of :meth:`singles`."""
-        prepared = sum(group.layer.numel for group in groups) * self.preparation_seconds
-        return prepared + sum(map(self._seconds_of_level, groups))
+        weights = sum(group.layer.numel for group in groups)
+        return weights * (self.preparation_seconds + self.level_seconds) + self.seconds_of_passes(groups)
+
+    def seconds_of_passes(self, groups: Sequence[Group]) -> float:
+        """Expected time of a pass for each group."""
+        return self.seconds * sum(map(self._share, groups))
 
     def affordable(self, groups: Sequence[Group], seconds: float) -> list[Group]:
         """The first groups for a point of each of which the time suffices."""
@@ -344,10 +357,12 @@ class Measurement:
             statistics_cache.disable(reason)
 
     def _run(self) -> Distortion:
-        return summarise(
-            self.metric.compare(Scratch.open(self.reference[index]), self.cache.run(index), batch)
-            for index, batch in enumerate(self.batches)
-        )
+        return summarise(self._compared())
+
+    def _compared(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(sums, counts) per sample of each batch, with the current weights."""
+        for index, batch in enumerate(self.batches):
+            yield self.metric.compare(Scratch.open(self.reference[index]), self.cache.run(index), batch)
 
     def measure(self, changed: Iterable[tuple[Target, Tensor]]) -> Distortion:
         """Distortion with some matrices changed, run from the cache's position on. Restores them, bit for bit.

@@ -298,10 +298,21 @@ class Pruning:
         cache: the model and the calibration data. :meth:`pruners` advances it with the current weights.
         score, options: see :func:`leanstep.pruning.layer_pruner`. An expert with too few tokens is scored by magnitude,
             and for SparseGPT by Wanda.
+        same_weights: all pruners are made of the same weights of the model, so that sums of squares, 8 bytes for each
+            input of a matrix, are computed once and stored.
     """
 
-    def __init__(self, cache: ActivationCache, score: str, options: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        cache: ActivationCache,
+        score: str,
+        options: Mapping[str, Any] | None = None,
+        *,
+        same_weights: bool = False,
+    ) -> None:
         self.cache, self.score, self.options = cache, score, dict(options or {})
+        stores = same_weights and set(NEEDS[score]) <= {"square_sum"}
+        self._stored: dict[str, LayerStatistics] | None = {} if stores else None
         # fewest tokens in any pass of experts that were scored by magnitude; tokens and inputs of other layers
         self._few: dict[str, int] = {}
         self._rows: dict[str, tuple[int, int]] = {}
@@ -322,9 +333,24 @@ class Pruning:
     def pruners(self, groups: Sequence[Group], start: int = 0) -> Pruners:
         """One pruner per matrix; their statistics take one pass over the data from the stage ``start`` on."""
         targets = [target for group in groups for target in group.targets]
+        if self._stored is None:
+            return Pruners(self, targets, self._statistics_for(targets, start))
+        missing = [target for target in targets if target.name not in self._stored]
+        if missing:
+            self._stored |= self._statistics_for(missing, start)
+        return Pruners(self, targets, {target.name: self._stored[target.name] for target in targets})
+
+    def _statistics_for(self, targets: Sequence[Target], start: int) -> dict[str, LayerStatistics]:
         if NEEDS[self.score] and start in self.cache.starts:
             self.cache.advance(start)
-        return Pruners(self, targets, statistics_for(self.cache, targets, NEEDS[self.score]))
+        return statistics_for(self.cache, targets, NEEDS[self.score])
+
+    def passes_for(self, groups: Sequence[Group]) -> int:
+        """Passes over the data, all processes together, for the statistics that groups still need."""
+        stored = self._stored or {}
+        targets = [target for group in groups for target in group.targets]
+        # each block runs once for the statistics and once for the input of the next
+        return 2 if NEEDS[self.score] and any(target.name not in stored for target in targets) else 0
 
     def each(self, groups: Sequence[Group], start: int = 0) -> Iterator[tuple[Group, Pruners]]:
         """Each group with the pruners, which are released after it; statistics as by :meth:`pruners`."""

@@ -42,6 +42,22 @@ def test_the_differences_to_measured_curves_are_paired_by_seed(curves, tmp_path)
         curves.table(path)
 
 
+def test_the_caption_says_what_anchored_curves_measure(curves):
+    settings = {"curve_samples": 8, "metric": "kl", "anchor_minutes": 0.5}
+    whole, part = {"matrices": 7}, {"matrices": 7, "anchored": 7, "anchored_on": 2}
+    assert curves._anchored(settings, [whole]) == ""  # of an earlier version
+    assert curves._anchored(settings, [{**whole, "anchored": 7, "anchored_on": 8}]) == ""
+    within = ", in at most 30 s by the clock after the Fisher curves."
+    for rows, expected in (
+        ([part, part], f"all matrices on the first 2 of these sequences{within}"),
+        ([{**part, "anchored_on": 1}, part], f"all matrices on the first 1 to 2 of these sequences{within}"),
+        ([{**part, "anchored": 3}, part], f"3 to 7 of the matrices on the first 2 of these sequences{within}"),
+        ([{**whole, "anchored": 5}], f"5 of the matrices{within}"),
+    ):
+        assert curves._anchored(settings, rows) == f" Anchored curves measure {expected}"
+    assert "of these images" in curves._anchored({**settings, "metric": "mse_logits"}, [part])
+
+
 def test_a_vision_transformer_is_measured_seed_by_seed_and_inside_a_seed_goes_on(tmp_path):
     out = tmp_path / "results.jsonl"
     command = [sys.executable, "-P", "benchmarks", "pruning/curves", "--model", "digits", "--samples", "16"]

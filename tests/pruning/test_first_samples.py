@@ -1,0 +1,216 @@
+"""Anchored curves from measurements on the first samples alone."""
+
+import json
+
+import pytest
+import torch
+from pruned_models import make_llama, tokens
+
+from leanstep.pruning import measure_curves, prune
+from leanstep.pruning.measure import anchored
+from leanstep.pruning.measure.activation_cache import ActivationCache
+from leanstep.pruning.measure.batches import as_batches, first_samples
+from leanstep.pruning.measure.curve_file import PartialCurves, checked_line
+from leanstep.pruning.measure.curves import Curve
+from leanstep.pruning.measure.measure import Measurement
+from leanstep.pruning.score.calibration import Pruning
+from leanstep.pruning.score.targets import find_targets, make_groups
+
+LEVELS = (0.3, 0.5, 0.7)
+
+
+@pytest.fixture
+def two_samples(monkeypatch):
+    """The time suffices for two samples."""
+    monkeypatch.setattr(anchored, "samples_within", lambda *_: 2)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
+def test_first_samples_are_those_of_the_data(batch_size):
+    model, samples = make_llama(1), tokens(7)
+    masked = {"input_ids": samples, "attention_mask": torch.ones_like(samples)}
+    for batches in (as_batches(samples, model, batch_size=batch_size), as_batches([masked], model)):
+        for count in range(1, 8):
+            first = first_samples(batches, count)
+            assert sum(batch.size for batch in first) == count
+            assert torch.equal(torch.cat([batch.kwargs["input_ids"] for batch in first]), samples[:count])
+            assert torch.equal(torch.cat([batch.labels for batch in first]), samples[:count])
+            assert all(batch.mask is None or batch.mask.shape == batch.labels.shape for batch in first)
+            # a batch that is whole stays the same object, of which nothing is computed again
+            assert all(a is b for a, b in zip(first[:-1], batches, strict=False))
+
+
+@pytest.mark.parametrize("score", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_anchors_are_measurements_on_the_first_samples(two_samples, score, batch_size):
+    model, samples = make_llama(2), tokens(6)
+    settings = {"levels": LEVELS, "score": score, "batch_size": batch_size, "score_data": samples}
+    curves = measure_curves(model, samples, method="anchored", **settings)
+    on_first = measure_curves(model, samples[:2], **settings)
+    fisher = measure_curves(model, samples, method="fisher", **settings)
+    assert {(curve.source, curve.samples) for curve in curves.values()} == {("anchored", 2)}
+    for name, curve in curves.items():
+        levels = [k for k in (1, 2, 3) if curve.distortion[k] == pytest.approx(on_first[name].distortion[k], rel=1e-5)]
+        assert 1 <= len(levels) <= 2, name
+        # in between and beyond, the form is that of second order on all samples
+        factors = [a / b for a, b in zip(curve.distortion[1:], fisher[name].distortion[1:], strict=True)]
+        bounds = [factors[k - 1] for k in levels]
+        assert all(min(bounds) * (1 - 1e-9) <= factor <= max(bounds) * (1 + 1e-9) for factor in factors), name
+
+
+def test_weights_and_dense_outputs_are_as_before(two_samples):
+    model, samples = make_llama(2), tokens(4)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    measure_curves(model, samples, levels=LEVELS, method="anchored")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_measurement_on_the_first_samples_is_one_of_them_alone():
+    model, samples = make_llama(2), tokens(5)
+    batches = as_batches(samples, model, batch_size=3)
+    part = Measurement(model, batches).of_first(4)
+    alone = Measurement(model, as_batches(samples[:4], model, batch_size=3))
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(0.5)
+    assert part.joint() == alone.joint() and part.joint().mean > 0
+    assert torch.equal(part.outputs, alone.outputs) and part.outputs.tolist() == [16.0] * 4
+
+
+def test_without_a_cache_of_activations_there_is_none_on_the_first_samples(two_samples):
+    model, samples = make_llama(2), tokens(4)
+    settings = {"levels": LEVELS, "method": "anchored"}
+    assert measure_curves(model, samples, prefix_cache=False, **settings) == measure_curves(model, samples, **settings)
+
+
+@pytest.mark.parametrize("cut", [10, 28, 30, 36])
+def test_a_run_goes_on_with_as_many_samples_as_it_began(two_samples, monkeypatch, tmp_path, cut):
+    model, samples, file = make_llama(2), tokens(4), tmp_path / "curves.jsonl"
+    settings = {"levels": LEVELS[1:], "method": "anchored", "resume": file}
+    whole = measure_curves(model, samples, **settings)
+    lines = file.read_text().splitlines(keepends=True)
+    assert len(lines) >= 1 + 28 + 1 + 14 + 1
+    # identity, 28 points of Fisher curves, then the number of samples
+    assert lines[29] == checked_line({"samples": 2, "target": [0.5]})
+    if cut >= 30:  # the clock would decide otherwise now
+        monkeypatch.setattr(anchored, "samples_within", lambda *_: 3)
+    file.write_text("".join(lines[:cut]) + lines[cut][:9])
+    assert measure_curves(model, samples, **settings) == whole
+    assert sorted(file.read_text().splitlines(keepends=True)) == sorted(lines)
+    monkeypatch.setattr(anchored, "samples_within", lambda *_: 1 / 0)
+    assert measure_curves(model, samples, **settings) == whole
+
+
+def test_points_of_other_samples_are_no_anchors(monkeypatch, tmp_path):
+    """Measured on all samples, then near another sparsity on two: distortions on different data are not compared."""
+    model, samples, file = make_llama(2), tokens(4), tmp_path / "curves.jsonl"
+    settings = {"levels": LEVELS, "method": "anchored", "resume": file}
+    measure_curves(model, samples, sparsity=0.4, **settings)
+    monkeypatch.setattr(anchored, "samples_within", lambda *_: 2)
+    curves = measure_curves(model, samples, sparsity=0.6, **settings)
+    fresh = measure_curves(model, samples, sparsity=0.6, **{**settings, "resume": tmp_path / "fresh.jsonl"})
+    assert curves == fresh and {curve.samples for curve in curves.values()} == {2}
+
+
+def test_a_finished_file_of_an_earlier_version_is_of_all_samples(tmp_path, monkeypatch):
+    model, samples, file = make_llama(2), tokens(4), tmp_path / "curves.jsonl"
+    settings = {"levels": LEVELS, "method": "anchored", "resume": file}
+    whole = measure_curves(model, samples, **settings)
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(line for line in lines if '"samples"' not in line))
+    monkeypatch.setattr(anchored, "samples_within", lambda *_: 2)
+    assert measure_curves(model, samples, **settings) == whole
+
+
+@pytest.mark.parametrize("samples", [0, -1, True, "2", 1.5])
+def test_a_number_of_samples_that_is_none_is_refused(tmp_path, samples):
+    file = tmp_path / "curves.jsonl"
+    file.write_text(checked_line({"identity": {"model": "a"}}) + checked_line({"samples": samples}))
+    with pytest.raises(ValueError, match="expected a method, a number of samples or an end"):
+        PartialCurves(file, {"model": "a"})
+
+
+def test_the_note_and_the_curves_say_on_how_many_samples(two_samples):
+    model, samples = make_llama(2), tokens(6)
+    result = prune(model, samples, sparsity=0.5, curves="anchored", levels=LEVELS, held_out=False, minutes=1.5)
+    expected = "curves are scaled to measurements on the first 2 of 6 samples: those of all would take longer than 1.5"
+    assert any(note.startswith(expected) for note in result.notes)
+    for curve in result.curves.values():
+        assert curve.samples == 2 and Curve.from_dict(json.loads(json.dumps(curve.to_dict()))) == curve
+    with pytest.raises(ValueError, match="whole numbers"):
+        Curve.from_dict({**curve.to_dict(), "samples": "2"})
+
+
+class _Measurement:
+    """Eight samples, of which a pass takes eight seconds for each group."""
+
+    def __init__(self, outputs, preparation=0.0):
+        self.outputs, self.seconds = torch.tensor(outputs, dtype=torch.float64), 8.0
+        self.preparation_seconds = preparation
+
+    def seconds_of_passes(self, groups):
+        return self.seconds * len(groups)
+
+    def seconds_of_singles(self, groups):
+        return (self.seconds + self.preparation_seconds) * len(groups)
+
+
+def pruning_of(model, samples, score="magnitude", **settings):
+    return Pruning(ActivationCache(model, as_batches(samples, model)), score, **settings)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    # ten groups: ten seconds for each sample, in a third of the time
+    [(1.0, 1), (59.9, 1), (60.0, 2), (150.0, 5), (239.0, 7), (240.0, 8), (1e9, 8)],
+)
+def test_the_samples_are_those_on_which_all_groups_fit_into_a_third_of_the_time(seconds, expected):
+    model = make_llama(2)
+    groups = make_groups(find_targets(model), "matrix")[:10]
+    pruning = pruning_of(model, tokens(4))
+    assert anchored.samples_within(_Measurement([200.0] * 8), groups, pruning, seconds) == expected
+    # half a second of ten groups for their pruners
+    assert anchored.samples_within(_Measurement([200.0] * 8, 0.5), groups, pruning, seconds + 15) == expected
+    # few tokens in each: no fewer than 128 of them
+    assert anchored.samples_within(_Measurement([50.0] * 8), groups, pruning, seconds) == max(expected, 3)
+    # a classifier has one output for each
+    assert anchored.samples_within(_Measurement([1.0] * 8), groups, pruning, seconds) == 8
+    # Wanda's statistics: two passes over four samples, each of a second
+    needy = pruning_of(model, tokens(4), "wanda")
+    assert anchored.samples_within(_Measurement([200.0] * 8), groups, needy, seconds + 24) == expected
+
+
+@pytest.mark.parametrize(("score", "stores"), [("wanda", True), ("sparsegpt", False)])
+def test_sums_of_squares_of_the_same_weights_are_computed_once(score, stores, monkeypatch):
+    model, samples = make_llama(2), tokens(4)
+    groups = make_groups(find_targets(model), "matrix")
+    fresh = pruning_of(model, samples, score)
+    pruning = pruning_of(model, samples, score, same_weights=True)
+    assert pruning.passes_for(groups) == 2
+    first = pruning.pruners(groups)
+    assert pruning.passes_for(groups) == (0 if stores else 2)
+    runs = []
+    real = ActivationCache.until
+    monkeypatch.setattr(ActivationCache, "until", lambda self, *a: (runs.append(1), real(self, *a))[1])
+    second = pruning.pruners(groups[:3])
+    assert bool(runs) is not stores
+    expected = fresh.pruners(groups)
+    for group in groups[:3]:
+        first.release(group)  # leaves what is stored
+        count = group.layer.numel // 2
+        weights = [one[group.name].prune(count).weight for one in (second, expected)]
+        assert torch.equal(*weights)
+
+
+def test_statistics_are_taken_once_for_all_rounds(monkeypatch):
+    model, samples = make_llama(2), tokens(4)
+    collected = []
+    from leanstep.pruning.score import calibration
+
+    real = calibration.statistics_for
+    monkeypatch.setattr(
+        calibration,
+        "statistics_for",
+        lambda cache, targets, needs: (collected.extend(t.name for t in targets), real(cache, targets, needs))[1],
+    )
+    measure_curves(model, samples, levels=LEVELS, method="anchored")
+    assert len(collected) == len(set(collected)) == 14
