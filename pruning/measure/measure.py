@@ -90,14 +90,17 @@ def measure_curves(
         batch_size: samples per pass, if ``data`` is a tensor.
         prefix_cache: compute the activations before a matrix's block once, not for every level.
         resume: file to which measured points are appended; points already in it are not measured again. For the same
-            ``sparsity``, the method that ``minutes`` chose holds, and after the end of ``anchored`` no point is added.
+            ``sparsity``, what ``minutes`` chose holds: the method, and the samples on which ``anchored`` measures; and
+            after the end of ``anchored`` no point is added.
             It is locked: of two runs with one file, the second is refused.
         progress: called with (points measured, points in all, name of the matrix).
         method: ``measured``, ``fisher`` or ``anchored``; None: ``measured`` if that takes less than ``minutes`` by the
             time of one pass and, for scores that update weights, of one block's levels, or for a metric without a root;
             else ``anchored``.
-        minutes: time after the Fisher curves at which ``anchored`` begins no measurement any more; the Fisher curves of
-            matrices that were not reached are scaled as those of the same kind that were, with the median of all.
+        minutes: time after the Fisher curves at which ``anchored`` begins no measurement any more. It measures on as
+            many of the first samples as let it measure all matrices in a third of that time, with 128 outputs (tokens,
+            or samples of a classifier) or more. The Fisher curves of matrices that were not reached are scaled as those
+            of the same kind that were, with the median of all.
         solve: curves -> the allocation near which ``anchored`` measures; None: that of :func:`allocate` for
             ``sparsity``.
         scratch: folder on a disk for the dense outputs and cached activations; None: they are kept in memory.
