@@ -78,8 +78,8 @@ def curves_within(
 def samples_within(measurement: Measurement, groups: Sequence[Group], pruning: Pruning, seconds: float) -> int:
     """On how many of the first samples all groups can be measured in the first round.
 
-    What the programme compares, the distortions of matrices on the same samples, differs less from one sample to
-    another than second order differs from a measurement. So few samples serve better than few matrices.
+    The programme compares matrices. Measured on the same few samples, their distortions rank nearly as on all. Curves
+    to second order that few measurements scale rank worse. So few samples serve better than few matrices.
 
     Args:
         measurement: on all samples.
@@ -119,7 +119,7 @@ def anchored_curves(
         measurement: of the dense model, on all samples or the first ones.
         fisher: the curves to second order.
         points: receives the measured points; those it has already are anchors too.
-        pruning: as for :meth:`Measurement.curves`.
+        pruning: makes the pruners of all groups.
         solve: curves -> the allocation.
         until: value of ``time.monotonic()`` after which no point is begun.
     """

@@ -99,8 +99,8 @@ def measure_curves(
             else ``anchored``.
         minutes: time after the Fisher curves at which ``anchored`` begins no measurement any more. It measures on as
             many of the first samples as let it measure all matrices in a third of that time, with 128 outputs (tokens,
-            or samples of a classifier) or more. The Fisher curves of matrices that were not reached are scaled as those
-            of the same kind that were, with the median of all.
+            or samples of a classifier) or more: shuffle samples whose order means something. Curves of matrices that
+            were not reached are scaled as those of the same kind that were, with the median of all.
         solve: curves -> the allocation near which ``anchored`` measures; None: that of :func:`allocate` for
             ``sparsity``.
         scratch: folder on a disk for the dense outputs and cached activations; None: they are kept in memory.

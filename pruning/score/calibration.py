@@ -1,16 +1,15 @@
-"""Calibrate pruners: sum over the inputs of layers, or collect per-sample gradients."""
+"""Calibrate pruners: sum over the inputs of layers, and make pruners from the sums, or from gradients."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, unfold
+from torch.nn.functional import unfold
 from torch.nn.modules.conv import _ConvNd
 
 from leanstep._processes import Processes
@@ -18,8 +17,6 @@ from leanstep._torch import device_of
 from leanstep.pruning.allocate.closed_form import ComputedScores, outlier_ratio
 from leanstep.pruning.measure.activation_cache import ActivationCache
 from leanstep.pruning.measure.batches import Batch
-from leanstep.pruning.measure.blocks import whole_on_device
-from leanstep.pruning.measure.metrics import logits_of
 from leanstep.pruning.score.base import NEEDS, LayerPruner, LayerStatistics, deal
 from leanstep.pruning.score.experts import (
     ExpertInputs,
@@ -27,16 +24,15 @@ from leanstep.pruning.score.experts import (
     experts_without_masked_tokens,
     one_expert_at_a_time,
 )
+from leanstep.pruning.score.gradients import collect_gradients
 from leanstep.pruning.score.scale import ratio, scaled, scales_of
 from leanstep.pruning.score.scores import layer_pruner
-from leanstep.pruning.score.targets import Group, Target, as_matrix, some, split_count
+from leanstep.pruning.score.targets import Group, Target, some, split_count
 
 # how messages write the scores with a Gram matrix
 # score options that mean the same for ALPS and SparseGPT
 _ALIKE = ("damping", "block_size")
 _TITLES = {"sparsegpt": "SparseGPT", "alps": "ALPS"}
-# most samples whose gradients are collected
-_GRADIENTS = 128
 # fewest inputs for which a sum of their squares is a statistic: its relative error is then about sqrt(2 / 32) = 1 / 4
 _FEWEST_ROWS = 32
 
@@ -234,61 +230,6 @@ def input_rows(module: nn.Module, inputs: Tensor) -> Tensor:
     kernel, dilation, padding, stride = map(tuple, sizes)
     columns = unfold(inputs, kernel, dilation=dilation, padding=padding, stride=stride)  # [batch, in, positions]
     return columns.transpose(1, 2).reshape(-1, columns.shape[1])
-
-
-def collect_gradients(model: nn.Module, batches: Sequence[Batch], targets: Sequence[Target]) -> dict[str, Tensor]:
-    """Gradients of the loss of the first 128 single samples, fp32 [samples, out * in] per layer.
-
-    The loss is the mean cross-entropy over a sample's labels; without labels, over classes drawn from the model's own
-    predictions, as in the definition of the Fisher matrix.
-    """
-    parameters = {target.parameter: getattr(target.module, target.attribute) for target in targets}
-    frozen = [parameter for parameter in parameters.values() if not parameter.requires_grad]
-    rows: dict[str, list[Tensor]] = {target.name: [] for target in targets}
-    generator = torch.Generator().manual_seed(0)
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-    try:
-        with whole_on_device(model):
-            singles = (batch.sample(row) for batch in batches for row in range(batch.size))
-            for single in islice(singles, _GRADIENTS):
-                with torch.enable_grad():
-                    loss = _loss(model, single, generator)
-                    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-                by_name = dict(zip(parameters, gradients, strict=True))
-                for target in targets:
-                    gradient = by_name[target.parameter]
-                    if gradient is None:
-                        if not target.is_expert:
-                            raise ValueError(
-                                f"the model's output does not depend on {target.name}; leave it out with exclude"
-                            )
-                        gradient = torch.zeros_like(parameters[target.parameter])
-                    matrix = gradient if target.expert is None else gradient[target.expert]
-                    rows[target.name].append(as_matrix(matrix.contiguous(), target.layout).reshape(-1).float())
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-    return {name: torch.stack(per_sample) for name, per_sample in rows.items()}
-
-
-def _loss(model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
-    output, labels = batch.run(model), batch.labels
-    try:
-        logits = logits_of(output).float()
-    except TypeError:
-        raise ValueError(
-            f"score='mfac' needs the loss of a model with a head, and {type(model).__name__} gives no logits; use "
-            "another score"
-        ) from None
-    if logits.dim() == 3 and labels is not None:
-        if batch.mask is not None:
-            labels = labels.masked_fill(~batch.mask, -100)
-        return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-    if labels is None:
-        predicted = logits.detach().softmax(-1).cpu()
-        labels = torch.multinomial(predicted.flatten(0, -2), 1, generator=generator).squeeze(-1).to(logits.device)
-    return cross_entropy(logits.flatten(0, -2), labels.flatten())
 
 
 class Pruning:
