@@ -31,7 +31,7 @@ Anchors = Mapping[str, Mapping[int, Distortion]]
 # share of the time for the first round of measurements, which shows how long they take
 _FIRST_SHARE = 1 / 3
 # rounds that measure groups once more; those that follow measure others
-_ROUNDS = 2
+_ROUNDS = 3
 # fewest outputs to measure on: tokens, or samples of a classifier
 _FEWEST_OUTPUTS = 128
 
@@ -109,10 +109,10 @@ def _seconds_of_statistics(measurement: Measurement, groups: Sequence[Group], pr
 def anchored_curves(
     measurement: Measurement, fisher: Mapping[str, Curve], points: Points, pruning: Pruning, solve: Solve, until: float
 ) -> dict[str, Curve]:
-    """Measure every curve once or twice near the allocation, and scale the Fisher curves to that.
+    """Measure every curve one to three times near the allocation, and scale the Fisher curves to that.
 
     Each round allocates by the present curves and measures each group at its level of the allocation, where that is
-    not measured yet. Where time is short, the first ones of :func:`in_order` are measured, and further rounds use what
+    not measured yet. It ends where all are. Where time is short, the first ones of :func:`in_order` are measured, and further rounds use what
     is left of it.
 
     Args:
@@ -149,7 +149,7 @@ def anchored_curves(
             count = fisher[name].counts[level]
             if count in points.at(name):
                 anchors[name][count] = points.at(name)[count]
-        if not names and number + 1 >= _ROUNDS:
+        if not names and number:  # the first round has a part of the time alone
             break
     return anchored_to(fisher, points)
 

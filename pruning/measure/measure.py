@@ -71,7 +71,7 @@ def measure_curves(
     The methods: ``measured`` runs the model for every matrix and level, and is the definition of a curve. ``fisher``
     computes D to second order from one forward pass and a few backward passes, see
     :class:`leanstep.pruning.measure.fisher.SecondOrder`; exact for small changes. ``anchored`` measures each matrix
-    once or twice, at levels near the allocation, and scales the Fisher curves to that.
+    one to three times, at levels near the allocation, and scales the Fisher curves to that.
 
     Args:
         model: any module; it is run in eval mode, without gradients.

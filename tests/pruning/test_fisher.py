@@ -401,7 +401,7 @@ def test_anchored_curves_are_exact_where_they_were_measured():
     assert {curve.source for curve in curves.values()} == {"anchored"}
     for name, curve in curves.items():
         equal = [a == b for a, b in zip(curve.distortion, measured[name].distortion, strict=True)]
-        assert 2 <= sum(equal) <= 3, name  # the dense level, and one or two anchors
+        assert 2 <= sum(equal) <= 4, name  # the dense level, and one to three anchors
 
 
 def test_anchors_scale_a_curve():
