@@ -112,8 +112,8 @@ def anchored_curves(
     """Measure every curve one to three times near the allocation, and scale the Fisher curves to that.
 
     Each round allocates by the present curves and measures each group at its level of the allocation, where that is
-    not measured yet. It ends where all are. Where time is short, the first ones of :func:`in_order` are measured, and further rounds use what
-    is left of it.
+    not measured yet. It ends where all are. Where time is short, the first ones of :func:`in_order` are measured, and
+    further rounds use what is left of it.
 
     Args:
         measurement: of the dense model, on all samples or the first ones.
