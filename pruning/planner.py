@@ -241,8 +241,8 @@ class Planner:
         if samples := next((curve.samples for curve in curves.values() if curve.samples), 0):
             total = sum(batch.size for batch in self.curve_batches)
             self.notes.append(
-                f"curves are scaled to measurements on the first {samples} of {total} samples: those of all would take "
-                f"longer than {self.minutes:g} minutes"
+                f"curves are scaled to measurements on the first {samples} of {total} samples: to measure all matrices "
+                "on all of them would take longer than a third of the minutes for measurements"
             )
         return curves
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from leanstep.pruning.measure.batches import first_samples
 from leanstep.pruning.measure.curve_file import PartialCurves
 from leanstep.pruning.measure.curves import Curve
 from leanstep.pruning.measure.metrics import Distortion
@@ -34,6 +35,8 @@ _FIRST_SHARE = 1 / 3
 _ROUNDS = 3
 # fewest outputs to measure on: tokens, or samples of a classifier
 _FEWEST_OUTPUTS = 128
+# what samples may always add to the time that does not depend on them
+_LEAST_ADDED = 1 / 4
 
 
 def curves_within(
@@ -52,12 +55,12 @@ def curves_within(
         measurement: on all samples.
         fisher, pruning, solve: as for :func:`anchored_curves`.
         points_of: gives the points of all groups, from the prefix of their names in the file.
-        partial: the file of points, whose decisions are followed and which gets those that are taken; None: no file.
+        partial: the file of points. Its decisions hold, and new ones are appended. None: no file.
     """
     until, total, processes = time.monotonic() + 60 * minutes, len(measurement.outputs), pruning.processes
     groups, is_complete = points_of("").groups, partial is not None and partial.complete
     samples = partial and partial.samples
-    if not samples:  # files of earlier versions have measurements on all
+    if not samples:  # a finished file of an earlier version has measurements on all
         within = total if is_complete else samples_within(measurement, groups, pruning, 60 * minutes * processes.size)
         samples = processes.all_gather(within)[0]
     is_part = samples < total
@@ -88,22 +91,37 @@ def samples_within(measurement: Measurement, groups: Sequence[Group], pruning: P
         seconds: for all rounds, of all processes together.
 
     Returns:
-        a number of samples with at least 128 outputs (tokens, or samples of a classifier), or of all samples.
+        the number of samples. They have at least 128 outputs (tokens, or samples of a classifier), and add at least a
+        quarter to what does not depend on their number, or they are all.
     """
-    outputs = measurement.outputs.cumsum(0)
-    fewest = int((outputs < _FEWEST_OUTPUTS).sum()) + 1
-    passes = measurement.seconds_of_passes(groups)
-    others = measurement.seconds_of_singles(groups) - passes + _seconds_of_statistics(measurement, groups, pruning)
-    fitting = len(outputs) * (_FIRST_SHARE * seconds - others) / passes if passes else math.inf
-    return min(len(outputs), max(fewest, math.floor(min(fitting, len(outputs)))))
+    outputs, shares = measurement.outputs.cumsum(0), measurement.passes_of(groups)
+    fewest = min(int((outputs < _FEWEST_OUTPUTS).sum()) + 1, len(outputs))
+    if fewest == len(outputs):
+        return fewest
+    # a pass is a line over the samples: weights that are copied to a device, or read from a disk, take as long for one
+    each = (measurement.seconds - (few := _seconds_of_first(measurement, fewest))) / (len(outputs) - fewest)
+    fixed = shares * max(few - fewest * each, 0.0) + _seconds_of_statistics(measurement, groups, pruning)
+    fixed += measurement.seconds_of_singles(groups) - shares * measurement.seconds
+    if shares * each <= 0:
+        return len(outputs)
+    fitting = max(_FIRST_SHARE * seconds - fixed, _LEAST_ADDED * fixed) / (shares * each)
+    return max(fewest, math.floor(min(fitting, len(outputs))))
+
+
+def _seconds_of_first(measurement: Measurement, samples: int) -> float:
+    """Time of a pass over the first samples."""
+    begin = time.monotonic()
+    for batch in first_samples(measurement.batches, samples):
+        measurement.metric.reference(batch.run(measurement.model), batch)
+    return time.monotonic() - begin
 
 
 def _seconds_of_statistics(measurement: Measurement, groups: Sequence[Group], pruning: Pruning) -> float:
     """Expected time of the statistics of groups, where it was not timed together with their pruners."""
     if measurement.preparation_seconds:
         return 0.0
-    share = sum(batch.size for batch in pruning.cache.all_batches) / len(measurement.outputs)
-    return pruning.passes_for(groups) * share * measurement.seconds
+    samples = sum(batch.size for batch in pruning.cache.all_batches)
+    return pruning.passes_for(groups) * samples * measurement.sample_seconds
 
 
 def anchored_curves(
@@ -112,8 +130,8 @@ def anchored_curves(
     """Measure every curve one to three times near the allocation, and scale the Fisher curves to that.
 
     Each round allocates by the present curves and measures each group at its level of the allocation, where that is
-    not measured yet. It ends where all are. Where time is short, the first ones of :func:`in_order` are measured, and
-    further rounds use what is left of it.
+    not measured yet. The rounds end where all groups are measured at their levels. Where time is short, the first ones
+    of :func:`in_order` are measured, and further rounds use what is left of it.
 
     Args:
         measurement: of the dense model, on all samples or the first ones.
@@ -145,11 +163,13 @@ def anchored_curves(
         measurement.measure_points(points, levels, pruning, until)
         expected += measurement.seconds_of_singles([by_name[name] for name in names]) + (statistics if names else 0.0)
         spent += (time.monotonic() - begin) * size
+        before = sum(map(len, anchors.values()))
         for name, level in wanted.items():
             count = fisher[name].counts[level]
             if count in points.at(name):
                 anchors[name][count] = points.at(name)[count]
-        if not names and number:  # the first round has a part of the time alone
+        # points of an interrupted run are anchors without a measurement; the first round has a part of the time alone
+        if number and not names and sum(map(len, anchors.values())) == before:
             break
     return anchored_to(fisher, points)
 

@@ -41,8 +41,9 @@ class Curve:
             are scaled; 0: all samples.
 
     Raises:
-        ValueError: for another source, lengths that differ, counts that do not decrease or are out of range, a first D
-            that is not 0, D or errors that are not finite, or patterns that keep other counts.
+        ValueError: for another source, a negative number of samples, lengths that differ, counts that do not decrease
+            or are out of range, a first D that is not 0, D or errors that are not finite, or patterns that keep other
+            counts.
     """
 
     name: str
@@ -63,6 +64,8 @@ class Curve:
             raise ValueError(f"Curve {self.name!r}: {problem}")
 
     def _problem(self) -> str:
+        if self.samples < 0:
+            return f"samples must be a number of samples, or 0 for all; got {self.samples}"
         if self.source not in SOURCES:
             return f"source must be one of {', '.join(SOURCES)}, got {self.source!r}"
         lengths = {len(self.counts), len(self.distortion), len(self.stderr), len(self.patterns) or len(self.counts)}

@@ -212,10 +212,11 @@ class Measurement:
             begin = time.monotonic()
             compared = list(self._compared())
             change = summarise(compared)
-            # of each sample, those that count: tokens, or one of a classifier
+            # outputs of each sample that count: its tokens, or one of a classifier
             self.outputs = torch.cat([counts for _, counts in compared])
             # of one pass over all stages; by weight, and where they were timed: of the pruners, and of a level
             self.seconds, self.preparation_seconds, self.level_seconds = time.monotonic() - begin, 0.0, 0.0
+            self.sample_seconds = self.seconds / len(self.outputs)
         if not abs(change.mean) <= _NOISE:
             raise ValueError(
                 f"the model's output is not reproducible: the same inputs twice differ by {change.mean:g} in "
@@ -231,6 +232,7 @@ class Measurement:
             self.model, batches, self.metric, prefix_cache=bool(like.stages), like=like, scratch=like.scratch
         )
         part.preparation_seconds, part.level_seconds = self.preparation_seconds, self.level_seconds
+        part.sample_seconds = self.sample_seconds  # in batches of full size
         return part
 
     def joint(self) -> Distortion:
@@ -291,11 +293,11 @@ class Measurement:
     def seconds_of_singles(self, groups: Sequence[Group]) -> float:
         """Expected time of :meth:`singles`."""
         weights = sum(group.layer.numel for group in groups)
-        return weights * (self.preparation_seconds + self.level_seconds) + self.seconds_of_passes(groups)
+        return weights * (self.preparation_seconds + self.level_seconds) + self.seconds * self.passes_of(groups)
 
-    def seconds_of_passes(self, groups: Sequence[Group]) -> float:
-        """Expected time of a pass for each group."""
-        return self.seconds * sum(map(self._share, groups))
+    def passes_of(self, groups: Sequence[Group]) -> float:
+        """Passes over all stages that take as long as one for each group, from its stage on."""
+        return sum(map(self._share, groups))
 
     def affordable(self, groups: Sequence[Group], seconds: float) -> list[Group]:
         """The first groups for a point of each of which the time suffices."""

@@ -98,7 +98,7 @@ class Metric:
         return type(self).root is not Metric.root
 
     def prepare(self, model: nn.Module) -> None:
-        """Set up the metric for a model; called once, before the first measurement."""
+        """Set up the metric for a model; called before the first measurement, and perhaps again later."""
 
 
 def _plain(value: Any) -> str:

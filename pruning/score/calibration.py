@@ -254,6 +254,7 @@ class Pruning:
         self.cache, self.score, self.options = cache, score, dict(options or {})
         stores = same_weights and set(NEEDS[score]) <= {"square_sum"}
         self._stored: dict[str, LayerStatistics] | None = {} if stores else None
+        self._starts = cache.starts
         # fewest tokens in any pass of experts that were scored by magnitude; tokens and inputs of other layers
         self._few: dict[str, int] = {}
         self._rows: dict[str, tuple[int, int]] = {}
@@ -276,6 +277,9 @@ class Pruning:
         targets = [target for group in groups for target in group.targets]
         if self._stored is None:
             return Pruners(self, targets, self._statistics_for(targets, start))
+        if self.cache.starts != self._starts:  # the cache was disabled: its activations changed outputs
+            self._stored.clear()
+            self._starts = self.cache.starts
         missing = [target for target in targets if target.name not in self._stored]
         if missing:
             self._stored |= self._statistics_for(missing, start)

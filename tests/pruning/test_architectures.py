@@ -12,9 +12,17 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from leanstep.cli import main
-from leanstep.pruning import CalibrationText, Refinement, find_targets, layer_pruner, prune, prune_checkpoint
+from leanstep.pruning import (
+    CalibrationText,
+    Refinement,
+    find_targets,
+    layer_pruner,
+    measure_curves,
+    prune,
+    prune_checkpoint,
+)
 from leanstep.pruning.allocate.closed_form import outlier_ratio
-from leanstep.pruning.measure.activation_cache import ActivationCache
+from leanstep.pruning.measure.activation_cache import ActivationCache, take_note
 from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.measure import evaluating, weights_hash
 from leanstep.pruning.score.base import LayerStatistics
@@ -178,6 +186,18 @@ def test_a_cache_that_changes_an_output_is_given_up_and_the_report_says_so(setti
     # of another run of the same model, whose passes all run from the first stage
     again = prune(model, data, sparsity=0.6, allocation="uniform", score="magnitude", held_out=False)
     assert not any("activations" in note for note in again.notes)
+
+
+def test_statistics_from_a_cache_that_is_given_up_are_taken_anew():
+    torch.manual_seed(0)
+    model, data = _Crossing(), torch.randn(40, 6)
+    settings = {"levels": (0.2, 0.4, 0.6, 0.8), "score": "wanda"}
+    truth = measure_curves(model, data, prefix_cache=False, **settings)
+    curves = measure_curves(model, data, method="anchored", **settings)
+    assert "from blocks.2 on" in take_note(model)
+    for name, curve in curves.items():
+        equal = [a == b for a, b in zip(curve.distortion[1:], truth[name].distortion[1:], strict=True)]
+        assert curve.source == "anchored" and any(equal), name
 
 
 class _Picky(nn.Module):
