@@ -198,7 +198,8 @@ def _anchored(settings: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:
         return ""
     kind = "sequences" if settings["metric"].startswith("kl") else "images"
     matrices = "all matrices" if min(counts) == rows[0]["matrices"] else f"{_range(counts)} of the matrices"
-    on = "" if min(samples) == settings["curve_samples"] else f" on the first {_range(samples)} of these {kind}"
+    first = "the first" if max(samples) == 1 else f"the first {_range(samples)}"
+    on = "" if min(samples) == settings["curve_samples"] else f" on {first} of these {kind}"
     return (
         f" Anchored curves measure {matrices}{on}, in at most {60 * settings['anchor_minutes']:g} s by the clock after "
         "the Fisher curves."

@@ -50,6 +50,7 @@ def test_the_caption_says_what_anchored_curves_measure(curves):
     within = ", in at most 30 s by the clock after the Fisher curves."
     for rows, expected in (
         ([part, part], f"all matrices on the first 2 of these sequences{within}"),
+        ([{**part, "anchored_on": 1}], f"all matrices on the first of these sequences{within}"),
         ([{**part, "anchored_on": 1}, part], f"all matrices on the first 1 to 2 of these sequences{within}"),
         ([{**part, "anchored": 3}, part], f"3 to 7 of the matrices on the first 2 of these sequences{within}"),
         ([{**whole, "anchored": 5}], f"5 of the matrices{within}"),
