@@ -29,9 +29,9 @@ from leanstep.pruning.score.scale import ratio, scaled, scales_of
 from leanstep.pruning.score.scores import layer_pruner
 from leanstep.pruning.score.targets import Group, Target, some, split_count
 
-# how messages write the scores with a Gram matrix
 # score options that mean the same for ALPS and SparseGPT
 _ALIKE = ("damping", "block_size")
+# how messages write the scores with a Gram matrix
 _TITLES = {"sparsegpt": "SparseGPT", "alps": "ALPS"}
 # fewest inputs for which a sum of their squares is a statistic: its relative error is then about sqrt(2 / 32) = 1 / 4
 _FEWEST_ROWS = 32
