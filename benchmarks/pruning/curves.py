@@ -9,9 +9,10 @@ r"""Fisher, anchored and measured curves of a small model: cost, ranks, and the 
 Calibration sequences are drawn from the older addresses of the State of the Union text, anew with every seed. For
 every kind of curve: processor time; for some levels, Spearman's rank correlation with the measured curves over all
 matrices and the median of the ratios to them; for every sparsity, the divergence to the dense model, on sequences of
-the newest addresses, of the model that its allocation prunes. The differences to the measured curves are paired by
-seed, with Student's interval. ``--model digits`` trains a ViT on half of scikit-learn's digits, draws from that half,
-and judges on the other; its divergence is the squared difference of logits.
+the newest addresses, of the model that its allocation prunes. Anchored curves are measured for every sparsity anew, as
+``leanstep prune`` does; their cost and their ranks are means over the sparsities. The differences to the measured
+curves are paired by seed, with Student's interval. ``--model digits`` trains a ViT on half of scikit-learn's digits,
+draws from that half, and judges on the other; its divergence is the squared difference of logits.
 
 The results file has a line for each seed; an interrupted call goes on with the next. Where a seed takes hours,
 ``--work FOLDER`` keeps the measured points, and the next call goes on inside it; what was resumed has no time in the
@@ -23,7 +24,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,8 +58,12 @@ PARSER.add_argument("--work", type=Path, help="a folder in which to keep the poi
 PARSER.add_argument("--report", type=Path, help="a file of results whose table to print")
 SETTINGS = ("score", "samples", "curve_samples", "seq_len", "eval_samples", "grid", "levels", "sparsities",
             "anchor_minutes")  # fmt: skip
-# of files that were written before these settings were
-EARLIER = {"grid": list(GRID), "anchor_minutes": 30.0}
+# of files that were written before these settings were; anchored curves were those of the largest sparsity alone
+EARLIER = {"grid": list(GRID), "anchor_minutes": 30.0, "anchored_anew": False}
+
+
+# a kind of curves, and the sparsity near which they are anchored
+Measured = tuple[str, float | None]
 
 
 class Subject(NamedTuple):
@@ -102,7 +107,7 @@ def run(options: argparse.Namespace) -> None:
     subject = (vision_transformer if str(options.model) == "digits" else language_model)(options)
     settings = {name: getattr(options, name) for name in SETTINGS}
     settings |= {"name": options.name or subject.name, "weights": weights_hash(subject.model)}
-    settings |= {"made_by": subject.made_by, "metric": subject.held_out.metric.name}
+    settings |= {"made_by": subject.made_by, "metric": subject.held_out.metric.name, "anchored_anew": True}
     if not rows:
         append_json_line(options.out, settings)
     elif EARLIER | rows[0] != settings:
@@ -119,44 +124,64 @@ def run(options: argparse.Namespace) -> None:
 
 def measured(subject: Subject, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """The line of a seed: cost of the three kinds, their agreement, and the divergence after pruning."""
-    data, curves, seconds = subject.draw(seed), dict[str, dict[str, Curve]](), dict[str, float | None]()
-    settings = {"score": options.score, "sparsity": max(options.sparsities), "levels": options.grid}
-    settings["minutes"] = options.anchor_minutes
-    for kind in reversed(KINDS):
-        points = options.work and options.work / f"{options.out.stem}-{seed}-{kind}.jsonl"
-        resumed, start = points is not None and points.exists(), time.process_time()
-        curves[kind] = measure_curves(
-            subject.model, data[: options.curve_samples], score_data=data, method=kind, resume=points, **settings
-        )
-        seconds[kind] = None if resumed else round(time.process_time() - start, 1)
-    sources = [curve.source for curve in curves["anchored"].values()]
-    first = next((curve.samples for curve in curves["anchored"].values() if curve.samples), options.curve_samples)
+    data, curves, seconds = subject.draw(seed), dict[Measured, dict[str, Curve]](), dict[str, float | None]()
+    # what to measure: the anchored curves for each sparsity, the others once
+    for kind, sparsity in (("fisher", None), *(("anchored", s) for s in options.sparsities), ("measured", None)):
+        curves[kind, sparsity], seconds[name_of(kind, sparsity)] = timed(subject, seed, data, options, kind, sparsity)
+    near = {sparsity: curves["anchored", sparsity] for sparsity in options.sparsities}
+    costs = [seconds.pop(name_of("anchored", sparsity)) for sparsity in near]
+    seconds["anchored"] = None if None in costs else round(statistics.mean(filter(None, costs)), 1)
     agreements = {
         kind: {
-            f"{level:g}": agreement(curves[kind], curves["measured"], options.grid.index(level) + 1)
+            f"{level:g}": mean_agreement(some, curves["measured", None], options.grid.index(level) + 1)
             for level in options.levels
         }
-        for kind in KINDS[1:]
+        for kind, some in {"anchored": list(near.values()), "fisher": [curves["fisher", None]]}.items()
     }
     snapshot = WeightSnapshot(find_targets(subject.model))
     divergence: dict[str, dict[str, float]] = {rule: {} for rule in RULES}
     for sparsity in options.sparsities:
         for rule in RULES:
-            allocation = (
-                {"curves": curves[rule], "levels": options.grid} if rule in curves else {"allocation": "uniform"}
-            )
+            one = None if rule == "uniform" else curves[rule, sparsity if rule == "anchored" else None]
+            allocation = {"curves": one, "levels": options.grid} if one else {"allocation": "uniform"}
             with snapshot.restored():
                 prune(subject.model, data, sparsity=sparsity, score=options.score, held_out=False, **allocation)
                 divergence[rule][f"{sparsity:g}"] = subject.held_out.joint().mean
     return {
         "seed": seed,
-        "matrices": len(curves["measured"]),
-        "anchored": sources.count("anchored"),
-        "anchored_on": first,
+        "matrices": len(curves["measured", None]),
+        "anchored": [sum(curve.source == "anchored" for curve in some.values()) for some in near.values()],
+        "anchored_on": [
+            next((curve.samples for curve in some.values() if curve.samples), options.curve_samples)
+            for some in near.values()
+        ],
         "seconds": seconds,
         "agreement": agreements,
         "divergence": divergence,
     }
+
+
+def name_of(kind: str, sparsity: float | None) -> str:
+    """Of curves, in names of files."""
+    return kind if sparsity is None else f"{kind}-{sparsity:g}"
+
+
+def timed(
+    subject: Subject, seed: int, data: Tensor, options: argparse.Namespace, kind: str, sparsity: float | None
+) -> tuple[dict[str, Curve], float | None]:
+    """Curves, and the processor seconds that they take; None for what goes on from a file of points."""
+    settings = {"score": options.score, "levels": options.grid, "minutes": options.anchor_minutes}
+    settings |= {"method": kind, "sparsity": max(options.sparsities) if sparsity is None else sparsity}
+    points = options.work and options.work / f"{options.out.stem}-{seed}-{name_of(kind, sparsity)}.jsonl"
+    resumed, start = points is not None and points.exists(), time.process_time()
+    curves = measure_curves(subject.model, data[: options.curve_samples], score_data=data, resume=points, **settings)
+    return curves, None if resumed else round(time.process_time() - start, 1)
+
+
+def mean_agreement(some: Sequence[Mapping[str, Curve]], reference: Mapping[str, Curve], index: int) -> list[float]:
+    """:func:`agreement` as a mean over several sets of curves."""
+    pairs = [agreement(curves, reference, index) for curves in some]
+    return [statistics.mean(column) for column in zip(*pairs, strict=True)]
 
 
 def agreement(curves: Mapping[str, Curve], reference: Mapping[str, Curve], index: int) -> tuple[float, float]:
@@ -192,8 +217,8 @@ def table(path: Path) -> str:
 
 def _anchored(settings: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:
     """How many matrices were measured for anchored curves, and on what, where the time did not suffice for all."""
-    counts = [row.get("anchored", row["matrices"]) for row in rows]
-    samples = [row.get("anchored_on", settings["curve_samples"]) for row in rows]
+    counts = [count for row in rows for count in _numbers(row.get("anchored", row["matrices"]))]
+    samples = [count for row in rows for count in _numbers(row.get("anchored_on", settings["curve_samples"]))]
     if min(counts) == rows[0]["matrices"] and min(samples) == settings["curve_samples"]:
         return ""
     kind = "sequences" if settings["metric"].startswith("kl") else "images"
@@ -204,6 +229,11 @@ def _anchored(settings: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:
         f" Anchored curves measure {matrices}{on}, in at most {60 * settings['anchor_minutes']:g} s by the clock after "
         "the Fisher curves."
     )
+
+
+def _numbers(value: int | list[int]) -> list[int]:
+    """Of each sparsity, or of files whose curves were anchored once."""
+    return value if isinstance(value, list) else [value]
 
 
 def _range(numbers: list[int]) -> str:

@@ -215,7 +215,8 @@ class Duration:
             passes = _FISHER_PASSES * math.ceil(sizes.fisher.passes / number)
             weights = sum(rows * columns for rows, columns in sizes.matrices)
             second_order = passes * self._pass(workload.curve_samples, compared=True, batch_size=1)
-            second_order += 2 * ROWS * levels * weights * self._rates.operation / number
+            drawn = min(ROWS, workload.curve_samples * sizes.tokens)
+            second_order += 2 * drawn * levels * weights * self._rates.operation / number
         fisher = self._fisher.prune + levels * self._fisher.level / number + second_order
         limit = 60 * workload.minutes
         # as the run decides, by the passes, and by the levels of scores that update weights

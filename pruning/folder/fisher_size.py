@@ -47,14 +47,12 @@ class FisherSize:
         def values(rows: int, columns: int) -> int:
             if one_output:
                 return min(SAMPLE_DRAWS, outputs) * samples * rows * columns
-            return ROWS * (columns + DRAWS * rows)
+            return min(ROWS, samples * tokens) * (columns + DRAWS * rows)
 
         sizes = [itemsize * sum(values(*matrix) for matrix in block) for block in blocks]
         portions = _portions(sizes, max(COLLECTED_BYTES, 2 * max(sizes)))
         largest = max(portions, key=lambda portion: sum(sizes[number] for number in portion))
         collected = sum(sizes[number] for number in largest)
-        if not one_output:  # short data has fewer rows
-            collected = collected * min(ROWS, samples * tokens) // ROWS
         inside = max(sum(columns + 2 * rows for rows, columns in block) for block in blocks)
         gradients = max(sum(rows for number in portion for rows, _ in blocks[number]) for portion in portions)
         stored = 2 * inside * (1 if recomputed else len(blocks))

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.hooks import RemovableHandle
 
 from leanstep._mapped import FileTensor, Scratch
 from leanstep._processes import Processes
@@ -98,16 +99,17 @@ class ActivationCache:
         """Find the stages, and by trying on one sample the positions from which the model can be run."""
         self.stages = find_stages(self.model, sample)
         expected = _tensors(sample.run(self.model))
-        trial = ActivationCache(self.model, [sample], enabled=False)
-        trial.stages = self.stages
+        if self._is_chain(sample, expected):
+            self.starts = tuple(range(len(self.stages)))
+            return
+        trial = self._trial(sample)
         for position in range(1, len(self.stages)):
             # runs from the last start on, so that nothing is computed twice
             before = trial.position, trial._outputs
             trial.starts = (*self.starts, position)
             try:
                 trial.advance(position)
-                tensors = _tensors(trial.run(0))
-                same = len(tensors) == len(expected) and all(map(torch.equal, tensors, expected))
+                same = _are_equal(_tensors(trial.run(0)), expected)
             except (MemoryError, torch.OutOfMemoryError):
                 raise
             except Exception:  # of any type: later stages got the output of a stage in place of another one's
@@ -118,6 +120,32 @@ class ActivationCache:
                 trial.position, trial._outputs = before
         if len(self.starts) == 1:
             self.disable("no stage of the model needs only the output of the stage before it")
+
+    def _trial(self, sample: Batch) -> ActivationCache:
+        """A cache for one sample that tries the stages, with no start but 0 yet."""
+        trial = ActivationCache(self.model, [sample], enabled=False)
+        trial.stages = self.stages
+        return trial
+
+    def _is_chain(self, sample: Batch, expected: Sequence[Tensor]) -> bool:
+        """Whether every stage, and what follows the last, needs only the output of the stage before it.
+
+        Runs single stages: to try the starts one by one would run all that follow each. The inputs of a stage are
+        compared between two runs in which earlier stages return other values.
+        """
+        trial = self._trial(sample)
+        try:
+            for position in range(1, len(self.stages)):
+                before = trial.inputs_of(0, position)
+                trial.starts = (*trial.starts, position)
+                trial.advance(position)
+                if not _are_equal(_tensors(trial.inputs_of(0, position)), _tensors(before)):
+                    return False
+            return len(self.stages) > 1 and _are_equal(_tensors(trial.run(0)), expected)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception:  # of any type: later stages got the output of a stage in place of another one's
+            return False
 
     def disable(self, reason: str) -> None:
         """Clear the cache, and run every pass from the first stage from now on."""
@@ -190,6 +218,19 @@ class ActivationCache:
         """Run a batch up to a stage; returns the stage's arguments, keyword arguments and output."""
         return self._until(index, stage, self.position, self._outputs[index] if self.position else None)
 
+    @torch.no_grad()
+    def inputs_of(self, index: int, stage: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments and keyword arguments of a stage for a batch, which runs up to it."""
+        captured: list[Any] = []
+
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            captured.append((_cloned(args), _cloned(kwargs)))
+            raise _Reached
+
+        handle = self.stages[stage][1].register_forward_pre_hook(hook, with_kwargs=True)
+        self._run_to(handle, index, self.position, self._outputs[index] if self.position else None)
+        return captured[0]
+
     def _until(self, index: int, stage: int, position: int, before: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
         """As :meth:`until`, from a position on, given the output of the stage before it."""
         captured: list[Any] = []
@@ -199,6 +240,11 @@ class ActivationCache:
             raise _Reached
 
         handle = self.stages[stage][1].register_forward_hook(hook, with_kwargs=True)
+        self._run_to(handle, index, position, before)
+        return captured[0]
+
+    def _run_to(self, handle: RemovableHandle, index: int, position: int, before: Any) -> None:
+        """Run a batch from a position on, given the output of the stage before it, to a hook that ends the pass."""
         try:
             with self._cached_outputs(position, before):
                 self.batches[index].run(self.model)
@@ -206,7 +252,6 @@ class ActivationCache:
             pass
         finally:
             handle.remove()
-        return captured[0]
 
     @contextmanager
     def _cached_outputs(self, position: int, output: Any) -> Iterator[None]:
@@ -279,6 +324,10 @@ class BlockCache(ActivationCache):
 
 def _bytes(output: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(output))
+
+
+def _are_equal(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return len(some) == len(others) and all(map(torch.equal, some, others))
 
 
 def _tensors(output: Any) -> list[Tensor]:

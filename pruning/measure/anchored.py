@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 Solve = Callable[[Mapping[str, Curve]], Allocation]
 Anchors = Mapping[str, Mapping[int, Distortion]]
 
-# share of the time for the first round of measurements, which shows how long they take
-_FIRST_SHARE = 1 / 3
+# share of the time for the first round of measurements. Those after it measure only groups whose level has moved
+_FIRST_SHARE = 5 / 8
 # rounds that measure groups once more; those that follow measure others
 _ROUNDS = 3
 # fewest outputs to measure on: tokens, or samples of a classifier
@@ -94,18 +94,24 @@ def samples_within(measurement: Measurement, groups: Sequence[Group], pruning: P
         the number of samples. They have at least 128 outputs (tokens, or samples of a classifier), and add at least a
         quarter to what does not depend on their number, or they are all.
     """
-    outputs, shares = measurement.outputs.cumsum(0), measurement.passes_of(groups)
+    outputs, passes = measurement.outputs.cumsum(0), measurement.passes_of(groups)
+    shares = passes + _passes_besides(measurement, groups)
     fewest = min(int((outputs < _FEWEST_OUTPUTS).sum()) + 1, len(outputs))
     if fewest == len(outputs):
         return fewest
     # a pass is a line over the samples: weights that are copied to a device, or read from a disk, take as long for one
     each = (measurement.seconds - (few := _seconds_of_first(measurement, fewest))) / (len(outputs) - fewest)
     fixed = shares * max(few - fewest * each, 0.0) + _seconds_of_statistics(measurement, groups, pruning)
-    fixed += measurement.seconds_of_singles(groups) - shares * measurement.seconds
+    fixed += measurement.seconds_of_singles(groups) - passes * measurement.seconds
     if shares * each <= 0:
         return len(outputs)
     fitting = max(_FIRST_SHARE * seconds - fixed, _LEAST_ADDED * fixed) / (shares * each)
     return max(fewest, math.floor(min(fitting, len(outputs))))
+
+
+def _passes_besides(measurement: Measurement, groups: Sequence[Group]) -> float:
+    """Passes for the dense outputs, for a comparison with them, and to check the start of each stage."""
+    return 2 + measurement.passes_of([stage[0] for _, stage in measurement.cache.by_start(groups)])
 
 
 def _seconds_of_first(measurement: Measurement, samples: int) -> float:

@@ -35,6 +35,11 @@ class Batch:
         """Number of samples."""
         return next(tensor for tensor in (*self.args, *self.kwargs.values()) if isinstance(tensor, Tensor)).shape[0]
 
+    @property
+    def numel(self) -> int:
+        """Elements of its largest input."""
+        return max(tensor.numel() for tensor in (*self.args, *self.kwargs.values()) if isinstance(tensor, Tensor))
+
     def run(self, model: nn.Module) -> Any:
         """The model's output."""
         with computing_products(model):

@@ -83,10 +83,11 @@ class SecondOrder:
     def __init__(self, model: nn.Module, batches: Sequence[Batch], metric: Metric) -> None:
         self.model, self.metric = model, metric
         self.samples = [without_cache(batch.sample(row), model) for batch in batches for row in range(batch.size)]
-        with torch.no_grad(), _counting(model) as self._calls:
-            output = self.samples[0].run(model)
+        longest = max(self.samples, key=lambda sample: sample.numel)
+        with torch.no_grad(), _counting(model) as (self._calls, self._rows):
+            output = longest.run(model)
             # outputs of all samples have one form; a metric without a root is refused here
-            self._classes = metric.root_shape(output, self.samples[0])[1]
+            self._classes = metric.root_shape(output, longest)[1]
             self.one_output = values_of(output).dim() == 2
         self._collected: dict[str, Pairs | SampleGradients] = {}
         self._recomputes = True
@@ -95,7 +96,8 @@ class SecondOrder:
     def bytes_of(self, target: Target) -> int:
         """Memory of a collected matrix."""
         rows, columns = target.weight.shape
-        values = ROWS * (columns + DRAWS * rows) * self._calls_of(target)
+        drawn = min(self._each, max((self._rows.get(module, self._each) for module in target.modules), default=0))
+        values = drawn * len(self.samples) * (columns + DRAWS * rows) * self._calls_of(target)
         if self.one_output:
             values = min(SAMPLE_DRAWS, self._classes) * len(self.samples) * rows * columns
         return values * target.layer.itemsize
@@ -172,11 +174,11 @@ class SecondOrder:
         return self._recorded_pairs(targets)
 
     def _recorded_pairs(self, targets: Sequence[Target]) -> dict[str, Pairs | SampleGradients]:
-        each, count = -(-ROWS // len(self.samples)), len(self.samples)
+        count = len(self.samples)
         rows = {target.name: PairRows(target, DRAWS, count * self._calls_of(target)) for target in targets}
         with _only_gradients_of(self.model, []):
             for index, sample in enumerate(self.samples):
-                recorder = Recorder(self.model, rows, each, index)
+                recorder = Recorder(self.model, rows, self._each, index)
                 stored = recomputed_blocks(self.model, recorder.again) if self._recomputes else nullcontext()
                 with recorder.hooked(), stored:
                     output = sample.run(self.model)
@@ -188,6 +190,11 @@ class SecondOrder:
                             break
                         recorder.differentiate(total, draw, last=draw + 1 == DRAWS)
         return {name: collected.joined(device_of(self.model)) for name, collected in rows.items()}
+
+    @property
+    def _each(self) -> int:
+        """Most rows of a call that are drawn."""
+        return -(-ROWS // len(self.samples))
 
     def _calls_of(self, target: Target) -> int:
         """Number of calls of a matrix in a pass, at least 1."""
@@ -240,14 +247,21 @@ def portions(
 
 
 @contextmanager
-def _counting(model: nn.Module) -> Iterator[Counter[nn.Module]]:
-    """Context manager: gives a count of the calls of every module."""
+def _counting(model: nn.Module) -> Iterator[tuple[Counter[nn.Module], dict[nn.Module, int]]]:
+    """Context manager: gives a count of the calls of every module, and the most rows of one call of a layer."""
     calls: Counter[nn.Module] = Counter()
+    rows: dict[nn.Module, int] = {}
+
+    def count(module: nn.Module, _: Any, output: Any) -> None:
+        calls[module] += 1
+        if isinstance(output, Tensor) and output.dim() > 1:
+            width = output.shape[1 if isinstance(module, (nn.Conv1d, nn.Conv2d)) else -1]
+            rows[module] = max(rows.get(module, 0), output.numel() // max(width, 1))
+
     with ExitStack() as stack:
         for module in model.modules():
-            handle = module.register_forward_pre_hook(lambda module, _: calls.update([module]))
-            stack.callback(handle.remove)
-        yield calls
+            stack.callback(module.register_forward_hook(count).remove)
+        yield calls, rows
 
 
 @contextmanager

@@ -98,9 +98,9 @@ def measure_curves(
             time of one pass and, for scores that update weights, of one block's levels, or for a metric without a root;
             else ``anchored``.
         minutes: time after the Fisher curves at which ``anchored`` begins no measurement any more. It measures on as
-            many of the first samples as let it measure all matrices in a third of that time, with 128 outputs (tokens,
-            or samples of a classifier) or more: shuffle samples whose order means something. Curves of matrices that
-            were not reached are scaled as those of the same kind that were, with the median of all.
+            many of the first samples as let it measure all matrices in five eighths of that time, with 128 outputs
+            (tokens, or samples of a classifier) or more: shuffle samples whose order means something. Curves of
+            matrices that were not reached are scaled as those of the same kind that were, with the median of all.
         solve: curves -> the allocation near which ``anchored`` measures; None: that of :func:`allocate` for
             ``sparsity``.
         scratch: folder on a disk for the dense outputs and cached activations; None: they are kept in memory.

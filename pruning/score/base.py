@@ -121,6 +121,7 @@ class Ranking:
             ranks = torch.arange(scores.shape[1], dtype=narrow, device=scores.device)
             self._rank = torch.empty_like(order, dtype=narrow).scatter_(1, order, ranks.expand_as(order))
             self._nonzero = (scores >= 0).sum(dim=1)
+            self._least_nonzero = int(self._nonzero.min()) if len(scores) else 0
 
     def mask(self, keep: int) -> Tensor:
         """Bool [out, in], True for the ``keep`` weights that are pruned last."""
@@ -143,7 +144,9 @@ class Ranking:
         def bounded(each: int) -> Tensor:
             return torch.minimum(torch.maximum(least, torch.full_like(least, each)), most)
 
-        each = bisect_right(range(columns), keep, key=lambda count: int(bounded(count).sum())) - 1
+        each = keep // max(len(nonzero), 1)
+        if each >= self._least_nonzero:  # some row has no more to keep
+            each = bisect_right(range(columns), keep, key=lambda count: int(bounded(count).sum())) - 1
         counts = bounded(each)
         if missing := keep - int(counts.sum()):
             following = ((least <= each) & (each < most)).nonzero().flatten()

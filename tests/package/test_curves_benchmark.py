@@ -54,6 +54,10 @@ def test_the_caption_says_what_anchored_curves_measure(curves):
         ([{**part, "anchored_on": 1}, part], f"all matrices on the first 1 to 2 of these sequences{within}"),
         ([{**part, "anchored": 3}, part], f"3 to 7 of the matrices on the first 2 of these sequences{within}"),
         ([{**whole, "anchored": 5}], f"5 of the matrices{within}"),
+        (
+            [{**whole, "anchored": [7, 4], "anchored_on": [2, 1]}],
+            f"4 to 7 of the matrices on the first 1 to 2 of these sequences{within}",
+        ),
     ):
         assert curves._anchored(settings, rows) == f" Anchored curves measure {expected}"
     assert "of these images" in curves._anchored({**settings, "metric": "mse_logits"}, [part])

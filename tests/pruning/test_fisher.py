@@ -299,6 +299,22 @@ def test_portions_change_no_bit(monkeypatch):
     assert measure_curves(model, samples, levels=LEVELS, method="fisher") == whole
 
 
+def test_short_data_is_collected_at_once(monkeypatch):
+    """Rows that the data does not have take no memory."""
+    model, samples = make_llama(2), tokens(4)
+    with evaluating(model):
+        second = SecondOrder(model, as_batches(samples, model), make_metric("kl", model))
+        targets = find_targets(model)
+        second.collect(targets)
+        taken = [second._collected[target.name] for target in targets]
+        assert [second.bytes_of(t) for t in targets] == [t.inputs.nbytes + t.gradients.nbytes for t in taken]
+    collect, calls = SecondOrder.collect, []
+    monkeypatch.setattr(SecondOrder, "collect", lambda self, targets: (calls.append(1), collect(self, targets)))
+    monkeypatch.setattr(fisher, "COLLECTED_BYTES", sum(t.inputs.nbytes + t.gradients.nbytes for t in taken))
+    measure_curves(model, samples, levels=LEVELS, method="fisher")
+    assert len(calls) == 1
+
+
 def test_updates_of_the_remaining_weights_lower_the_curves():
     model, samples = make_llama(2), tokens(16)
     sums = {

@@ -120,6 +120,17 @@ def test_a_prefix_is_not_cached_where_more_than_its_output_is_needed_later():
     assert cached == measure_curves(model, data, levels=LEVELS, prefix_cache=False)
 
 
+def test_a_chain_of_blocks_is_tried_block_by_block():
+    """Trying the starts one by one would run all blocks that follow each."""
+    model, calls = make_llama(8), []
+    for layer in model.model.layers:
+        layer.mlp.down_proj.register_forward_hook(lambda *_: calls.append(1))
+    batches = as_batches(tokens(2), model)
+    assert ActivationCache(model, batches).starts == tuple(range(11))  # with embedding, norm and head
+    # two whole passes; to go on and to try, two blocks for each start
+    assert len(calls) <= 2 * 8 + 2 * 8
+
+
 class _Noisy(nn.Module):
     def __init__(self):
         super().__init__()
@@ -283,6 +294,14 @@ def test_kl_over_the_top_entries_and_the_rest_is_at_most_kl_and_equal_with_all()
     torch.testing.assert_close(values_of(KLTopK(39), dense, pruned)[0], whole, rtol=1e-4, atol=0)
 
 
+@pytest.fixture(params=[True, False], ids=["with gradients", "without"])
+def gradients(request):
+    """On a CPU without gradients, most values take a shorter form."""
+    with torch.set_grad_enabled(request.param):
+        yield
+
+
+@pytest.mark.usefixtures("gradients")
 @pytest.mark.parametrize("metric", ["kl", "kl_topk"])
 @pytest.mark.parametrize("step", [1e-5, 1e-3, 1.0])
 def test_kl_keeps_its_digits_where_the_outputs_are_near(metric, step):
@@ -297,6 +316,18 @@ def test_kl_keeps_its_digits_where_the_outputs_are_near(metric, step):
     assert values_of(metric, dense * 100, pruned * -100)[0].isfinite().all()
 
 
+@pytest.mark.usefixtures("gradients")
+@pytest.mark.parametrize("shift", [30.0, 60.0, 200.0])
+def test_kl_where_the_pruned_model_is_sure_of_what_the_dense_one_excludes(shift):
+    dense = torch.randn(5, 40, dtype=torch.float64)
+    pruned = dense.clone()
+    dense[:, 3] -= shift
+    p, q = dense.log_softmax(-1), pruned.log_softmax(-1)
+    expected = (p.exp() * (p - q)).sum(-1)
+    torch.testing.assert_close(kl_divergence(p.float(), q.float()).double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.usefixtures("gradients")
 def test_kl_of_entries_without_probability():
     p = torch.tensor([[0.0, -torch.inf, -torch.inf]])
     q = torch.tensor([[0.5, 0.5, 0.0]]).log()
