@@ -38,7 +38,8 @@ class CalibratedModel:
         from leanstep.pruning.folder.files import open_checkpoint
         from leanstep.pruning.folder.loading import load_model
         from leanstep.pruning.measure.batches import as_batches
-        from leanstep.pruning.measure.measure import Measurement, WeightSnapshot, weights_hash
+        from leanstep.pruning.measure.curve_file import weights_hash
+        from leanstep.pruning.measure.measure import Measurement, WeightSnapshot
         from leanstep.recipes.data.sources import sotu_corpus
         from leanstep.recipes.prune import split_newest
 

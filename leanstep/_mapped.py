@@ -2,13 +2,14 @@
 
 import ctypes
 import functools
+import hashlib
 import mmap
 import os
 import platform
 import sys
 import tempfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -336,3 +337,13 @@ def unlisten(parameter: Tensor) -> None:
 def _touch_parameters(module: nn.Module, _: Any) -> None:
     for parameter in module.parameters(recurse=False):
         note_use(parameter)
+
+
+def tensors_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 of names, dtypes, shapes and values, in the order of the tensors. One of them is in memory at a time."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        touched(tensor)
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

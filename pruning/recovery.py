@@ -21,7 +21,8 @@ from leanstep.lora.layers.frozen import is_linear
 from leanstep.optimizers import NonFiniteGradientError, create
 from leanstep.pruning.finetune import MaskKeeper, keep_masks
 from leanstep.pruning.measure.batches import Batch, as_batches, batches_hash
-from leanstep.pruning.measure.measure import Stored, WeightSnapshot, configuration_hash, evaluating, weights_hash
+from leanstep.pruning.measure.curve_file import configuration_hash, weights_hash
+from leanstep.pruning.measure.measure import Stored, WeightSnapshot, evaluating
 from leanstep.pruning.measure.metrics import (
     KL,
     Distortion,

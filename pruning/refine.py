@@ -17,10 +17,11 @@ from leanstep.pruning.allocate.descent import Descent, Refinement, SearchFile, d
 from leanstep.pruning.allocate.exchange import ExchangeSpace
 from leanstep.pruning.measure.batches import Batch, as_batches, batches_hash
 from leanstep.pruning.measure.checks import Trial
+from leanstep.pruning.measure.curve_file import configuration_hash, weights_hash
 from leanstep.pruning.measure.curves import Curve
 from leanstep.pruning.measure.in_files import PrunersInFiles
 from leanstep.pruning.measure.joint import JointJudge
-from leanstep.pruning.measure.measure import Measurement, configuration_hash, evaluating, weights_hash
+from leanstep.pruning.measure.measure import Measurement, evaluating
 from leanstep.pruning.measure.points import Progress
 from leanstep.pruning.measure.products import products_of
 from leanstep.pruning.result import Allocation

@@ -28,7 +28,8 @@ from leanstep.pruning.folder.files import open_checkpoint
 from leanstep.pruning.folder.loading import begin_tokens, load_model
 from leanstep.pruning.folder.text import token_sequences
 from leanstep.pruning.measure.batches import as_batches
-from leanstep.pruning.measure.measure import Measurement, WeightSnapshot, evaluating, weights_hash
+from leanstep.pruning.measure.curve_file import weights_hash
+from leanstep.pruning.measure.measure import Measurement, WeightSnapshot, evaluating
 from leanstep.pruning.measure.metrics import cross_entropy_sums, summarise
 from leanstep.pruning.score.targets import find_targets
 

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from leanstep._checkpoint import TensorFile, checked_file, copy_other_files
 from leanstep._files import format_bytes, is_disk_full, remove_partials
-from leanstep._mapped import MappedParameters, ResidentSet, is_mapped, release_pages
+from leanstep._mapped import MappedParameters, ResidentSet, is_mapped, release_pages, tensors_hash
 from leanstep._safetensors import tensor_offsets
 from leanstep.pruning.folder.files import INDEX, Checkpoint, written_name
 from leanstep.pruning.folder.loading import stored_names
-from leanstep.pruning.measure.measure import tensors_hash
 from leanstep.pruning.score.targets import some
 
 # not copied: files about the dense weights

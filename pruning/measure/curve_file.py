@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -11,7 +12,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from leanstep._files import lock_file, one_line, open_regular, read_text
+from leanstep._mapped import tensors_hash
 from leanstep._processes import Processes
 from leanstep.pruning.measure.curves import SOURCES
 from leanstep.pruning.measure.metrics import Distortion
@@ -218,3 +222,17 @@ def checked_content(line: str) -> Any:
     if checksum != f"{zlib.crc32(text.encode()):08x}":
         raise ValueError("the checksum of a line is wrong")
     return json.loads(text)
+
+
+def configuration_hash(model: nn.Module) -> str:
+    """Hash of a transformers model's configuration, without path and version of the library; "" of another model."""
+    config = getattr(model, "config", None)
+    if config is None or not callable(getattr(config, "to_dict", None)):
+        return ""
+    values = {k: v for k, v in config.to_dict().items() if not k.startswith("_") and k != "transformers_version"}
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Hash of all parameters and buffers."""
+    return tensors_hash(model.state_dict(keep_vars=True).items())

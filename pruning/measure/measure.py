@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,12 +19,12 @@ from leanstep.pruning.allocate.allocation import allocate
 from leanstep.pruning.measure.activation_cache import ActivationCache
 from leanstep.pruning.measure.anchored import Solve, curves_within
 from leanstep.pruning.measure.batches import Batch, as_batches, batches_hash, first_samples
-from leanstep.pruning.measure.curve_file import PartialCurves
+from leanstep.pruning.measure.curve_file import PartialCurves, configuration_hash, weights_hash
 from leanstep.pruning.measure.curves import SOURCES, Curve, levels_of
 from leanstep.pruning.measure.fisher import SecondOrder, fisher_curves
 from leanstep.pruning.measure.metrics import Distortion, Metric, make_metric, metric_name, summarise
 from leanstep.pruning.measure.points import Points, Progress
-from leanstep.pruning.measure.products import products_in, products_of
+from leanstep.pruning.measure.products import products_in, products_of, rounded_anew, rounding_unit
 from leanstep.pruning.result import Allocation
 from leanstep.pruning.score.base import FISHER_SCORES, UPDATES_WEIGHTS
 from leanstep.pruning.score.calibration import Pruning, prune_group
@@ -148,6 +146,7 @@ def measure_curves(
             "score options": dict(score_options or {}),
             "levels": {name: patterns or counts for name, (counts, patterns) in levels_by_name.items()},
             "products": products_of(model, products),
+            **({"less rounding": True} if rounding_unit(model, products) else {}),
             **({} if fisher_score == score else {"score of Fisher curves": fisher_score}),
         }
         resumed = PartialCurves.shared(Path(resume), identity, processes, (sparsity, *target))
@@ -205,6 +204,8 @@ class Measurement:
         self.metric = make_metric(metric, model)
         # starts whose cached activations change no output; before the first stage there are none
         self._checked = {0}
+        # of 16-bit activations; and by start and block, what rounding them otherwise changes
+        self._unit, self._roundings = rounding_unit(model), dict[tuple[int, int | None], float]()
         with evaluating(model):
             self.cache = ActivationCache(model, batches, enabled=prefix_cache, like=like, scratch=scratch)
             references = (self.metric.reference(batch.run(model), batch) for batch in batches)
@@ -261,8 +262,27 @@ class Measurement:
                         continue
                     if time.monotonic() >= until:
                         break
-                    points.add(group.name, count, self.measure(prune_group(group, pruners, count, pattern)))
+                    changed = prune_group(group, pruners, count, pattern)
+                    points.add(group.name, count, self._alone(changed, group, start, points.groups))
             points.exchange(pruning.processes)
+
+    def _alone(
+        self, changed: Iterable[tuple[Target, Tensor]], group: Group, start: int, groups: Sequence[Group]
+    ) -> Distortion:
+        """Distortion of one changed group, less what every change does by rounding 16-bit activations otherwise.
+
+        That part is about the same for all changes in a block, whatever their size, and counts once where all matrices
+        change together. The largest of the groups in the block shows it, with its weights changed in their last digits.
+        """
+        distortion, key = self.measure(changed), (start, group.layer.block)
+        if not self._unit:
+            return distortion
+        if key not in self._roundings:
+            block = [one for at, stage in self.cache.by_start(groups) if at == start for one in stage]
+            block = [one for one in block if one.layer.block == group.layer.block]
+            largest = max(block, key=lambda one: (not one.targets[0].is_expert, one.layer.numel))
+            self._roundings[key] = self.measure((t, rounded_anew(t.weight, self._unit)) for t in largest.targets).mean
+        return Distortion(distortion.mean - self._roundings[key], distortion.stderr)
 
     def time_levels(self, points: Points, pruning: Pruning) -> None:
         """Time the pruners of the first stage and a level of each: some scores take longer than a pass of the model."""
@@ -326,7 +346,8 @@ class Measurement:
             in_order += [group.name for group in stage]
             for group, pruners in pruning.each(stage, start):
                 if group.name in share:
-                    by_name[group.name] = self.measure(prune_group(group, pruners, *allocation.level(group.name)))
+                    changed = prune_group(group, pruners, *allocation.level(group.name))
+                    by_name[group.name] = self._alone(changed, group, start, groups)
         by_name = pruning.processes.merged(by_name)
         return [by_name[name] for name in in_order]
 
@@ -471,27 +492,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def configuration_hash(model: nn.Module) -> str:
-    """Hash of a transformers model's configuration, without path and version of the library; "" of another model."""
-    config = getattr(model, "config", None)
-    if config is None or not callable(getattr(config, "to_dict", None)):
-        return ""
-    values = {k: v for k, v in config.to_dict().items() if not k.startswith("_") and k != "transformers_version"}
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def weights_hash(model: nn.Module) -> str:
-    """Hash of all parameters and buffers."""
-    return tensors_hash(model.state_dict(keep_vars=True).items())
-
-
-def tensors_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 of names, dtypes, shapes and values, in the order of the tensors. One of them is in memory at a time."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors:
-        touched(tensor)
-        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

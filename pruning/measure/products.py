@@ -164,3 +164,19 @@ def _is_fast(dtype: torch.dtype) -> bool:
 
 # of models that are inside the context of products_in; None where products have the weights' dtype
 _MODES: WeakKeyDictionary[nn.Module, _ProductsIn | None] = WeakKeyDictionary()
+
+
+def rounding_unit(model: nn.Module, products: str = "auto") -> float:
+    """Largest relative step between activations, or between inputs of products: 2^-7 for bf16, 0 for fp32 and fp64.
+
+    ``products`` is as for :func:`products_of`.
+    """
+    dtypes = [stored_dtype(model), *([torch.bfloat16] if products_of(model, products) == "bf16" else [])]
+    return max((torch.finfo(dtype).eps for dtype in dtypes if dtype.itemsize < 4), default=0.0)
+
+
+def rounded_anew(weight: Tensor, unit: float) -> Tensor:
+    """The weights times ``1 + unit / 2`` or ``1 - unit / 2``, at random, always the same; zeros stay."""
+    generator = torch.Generator().manual_seed(weight.numel())
+    signs = torch.randint(0, 2, weight.shape, generator=generator, dtype=torch.int8).mul_(2).sub_(1)
+    return (weight * (1 + signs.to(weight.device, torch.float32) * (unit / 2))).to(weight.dtype)

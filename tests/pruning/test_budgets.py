@@ -14,7 +14,7 @@ from leanstep.cli import main
 from leanstep.pruning import Budget, InfeasibleBudget, LatencyTable, find_targets, prune
 from leanstep.pruning.allocate.budgets import cost
 from leanstep.pruning.measure.batches import as_batches
-from leanstep.pruning.measure.measure import weights_hash
+from leanstep.pruning.measure.curve_file import weights_hash
 from leanstep.pruning.score.targets import count_uses
 
 SMALL = ["--samples", "6", "--curve-samples", "3", "--held-out", "2", "--seq-len", "24"]

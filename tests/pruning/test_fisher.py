@@ -17,10 +17,10 @@ from leanstep.pruning import find_targets, measure_curves, prune
 from leanstep.pruning.measure import anchored, fisher
 from leanstep.pruning.measure.batches import Batch, as_batches
 from leanstep.pruning.measure.blocks import recomputed_blocks
-from leanstep.pruning.measure.curve_file import PartialCurves, checked_line
+from leanstep.pruning.measure.curve_file import PartialCurves, checked_line, weights_hash
 from leanstep.pruning.measure.curves import Curve
 from leanstep.pruning.measure.fisher import SecondOrder
-from leanstep.pruning.measure.measure import evaluating, weights_hash
+from leanstep.pruning.measure.measure import evaluating
 from leanstep.pruning.measure.metrics import Distortion, Metric, make_metric
 from leanstep.recipes.prune_output import ProgressBar
 from leanstep.recipes.training.formatting import format_duration

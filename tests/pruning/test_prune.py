@@ -15,7 +15,8 @@ from leanstep.pruning.allocate.allocation import METHODS as ALLOCATIONS
 from leanstep.pruning.folder.report import report_page
 from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.checks import Trial
-from leanstep.pruning.measure.measure import Measurement, weights_hash
+from leanstep.pruning.measure.curve_file import weights_hash
+from leanstep.pruning.measure.measure import Measurement
 from leanstep.pruning.result import Additivity
 from leanstep.pruning.score.targets import count_uses
 from leanstep.recipes.prune_output import summary_of

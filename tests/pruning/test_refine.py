@@ -19,8 +19,9 @@ from leanstep.pruning.measure.activation_cache import ActivationCache, BlockCach
 from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.blocks import BlockMover
 from leanstep.pruning.measure.checks import Trial
+from leanstep.pruning.measure.curve_file import weights_hash
 from leanstep.pruning.measure.joint import JointJudge
-from leanstep.pruning.measure.measure import Measurement, WeightSnapshot, evaluating, weights_hash
+from leanstep.pruning.measure.measure import Measurement, WeightSnapshot, evaluating
 from leanstep.pruning.measure.metrics import Distortion
 from leanstep.pruning.measure.products import products_in
 from leanstep.pruning.score.calibration import Pruning

@@ -9,8 +9,9 @@ from leanstep.pruning import allocate, find_targets, prune
 from leanstep.pruning.measure.activation_cache import ActivationCache
 from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.checks import Trial
+from leanstep.pruning.measure.curve_file import weights_hash
 from leanstep.pruning.measure.curves import levels_of
-from leanstep.pruning.measure.measure import Measurement, WeightSnapshot, weights_hash
+from leanstep.pruning.measure.measure import Measurement, WeightSnapshot
 from leanstep.pruning.score.calibration import Pruning
 from leanstep.pruning.score.targets import make_groups
 
