@@ -204,8 +204,8 @@ class Measurement:
         self.metric = make_metric(metric, model)
         # starts whose cached activations change no output; before the first stage there are none
         self._checked = {0}
-        # of 16-bit activations; and by start and block, what rounding them otherwise changes
-        self._unit, self._roundings = rounding_unit(model), dict[tuple[int, int | None], float]()
+        # of 16-bit activations; and by start, block and expert, what rounding them otherwise changes
+        self._unit, self._roundings = rounding_unit(model), dict[tuple[Any, ...], float]()
         with evaluating(model):
             self.cache = ActivationCache(model, batches, enabled=prefix_cache, like=like, scratch=scratch)
             references = (self.metric.reference(batch.run(model), batch) for batch in batches)
@@ -271,16 +271,20 @@ class Measurement:
     ) -> Distortion:
         """Distortion of one changed group, less what every change does by rounding 16-bit activations otherwise.
 
-        That part is about the same for all changes in a block, whatever their size, and counts once where all matrices
-        change together. The largest of the groups in the block shows it, with its weights changed in their last digits.
+        That part is about the same for all changes in a block, or in an expert, which not all tokens reach. It counts
+        once where all matrices change together. The largest group shows it, with its weights changed in their last
+        digits.
         """
-        distortion, key = self.measure(changed), (start, group.layer.block)
-        if not self._unit:
+
+        def origin(one: Group) -> tuple[Any, ...]:
+            return one.layer.block, *sorted({target.expert_name for target in one.targets})
+
+        distortion, key = self.measure(changed), (start, *origin(group))
+        if not self._unit or distortion.mean == 0:  # no token reached it
             return distortion
         if key not in self._roundings:
-            block = [one for at, stage in self.cache.by_start(groups) if at == start for one in stage]
-            block = [one for one in block if one.layer.block == group.layer.block]
-            largest = max(block, key=lambda one: (not one.targets[0].is_expert, one.layer.numel))
+            alike = [one for at, stage in self.cache.by_start(groups) if at == start for one in stage]
+            largest = max((one for one in alike if origin(one) == origin(group)), key=lambda one: one.layer.numel)
             self._roundings[key] = self.measure((t, rounded_anew(t.weight, self._unit)) for t in largest.targets).mean
         return Distortion(distortion.mean - self._roundings[key], distortion.stderr)
 

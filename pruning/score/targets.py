@@ -130,6 +130,13 @@ class Target:
         return self.expert is not None or self.kind != self.parameter
 
     @property
+    def expert_name(self) -> str:
+        """The same for all matrices of an expert in a block; "" outside of experts."""
+        if self.expert is not None:
+            return f"[{self.expert}]"
+        return "".join(match.group() for match in _EXPERT_NUMBER.finditer(self.parameter))
+
+    @property
     def kind(self) -> str:
         """The parameter's name, with ``*`` for the number of an expert in a list: the same for all experts."""
         return _EXPERT_NUMBER.sub(r"\1*", self.parameter, count=1)

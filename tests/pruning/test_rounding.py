@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pruned_models import make_llama, tokens
+from pruned_models import make_llama, make_mixtral, tokens
 
 from leanstep.pruning import measure_curves
 from leanstep.pruning.measure import measure
@@ -31,6 +31,33 @@ def test_small_changes_of_a_bf16_model_cost_what_they_cost_in_fp32(monkeypatch):
     # at the first level rounding is most of it
     assert sum(c.distortion[1] for c in raw.values()) > 2 * sum(c.distortion[1] for c in exact.values())
     assert error(curves, 4) < sum(c.distortion[4] for c in exact.values()) / 10
+
+
+def test_an_expert_is_compared_with_what_its_own_tokens_change(monkeypatch):
+    """It reaches some of the tokens; what all of them change would make it free."""
+    model, samples = make_mixtral(3).to(torch.bfloat16), tokens(16, length=24)
+    experts = [target.name for target in find_targets(model) if target.is_expert]
+    curves = measure_curves(model, samples, levels=LEVELS)
+    exact = measure_curves(make_mixtral(3).to(torch.bfloat16).float(), samples, levels=LEVELS)
+    monkeypatch.setattr(measure, "rounding_unit", lambda *_: 0.0)
+    raw = measure_curves(model, samples, levels=LEVELS)
+    for level in (1, 2):
+        errors = [
+            sum(abs(of[name].distortion[level] - exact[name].distortion[level]) for name in experts)
+            for of in (curves, raw)
+        ]
+        assert errors[0] < 0.8 * errors[1]
+
+
+def test_a_curve_of_an_expert_without_tokens_is_zero():
+    """A negative one would not be seen to be without any effect."""
+    model, samples = make_mixtral(3).to(torch.bfloat16), torch.tensor([[5] * 8, [5] * 8])
+    curves = measure_curves(model, samples, levels=LEVELS)
+    experts = [target.name for target in find_targets(model) if target.is_expert]
+    unused = [name for name in experts if not any(curves[name].distortion)]
+    assert 0 < len(unused) < len(experts)
+    exact = measure_curves(make_mixtral(3), samples, levels=LEVELS)
+    assert all(not any(exact[name].distortion) for name in unused)
 
 
 @pytest.mark.parametrize("method", ["measured", "anchored"])
