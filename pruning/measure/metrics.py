@@ -182,7 +182,8 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     Returns:
         [...], of their dtype; inf where q is 0 and p is not.
     """
-    if log_p.device.type == "cpu" and not torch.is_grad_enabled():  # elsewhere, the condition would wait for a GPU
+    # on a GPU, the condition below would wait for it
+    if log_p.device.type == "cpu" and log_p.numel() and not torch.is_grad_enabled():
         d = log_q - log_p
         least, most = d.aminmax()
         if least > -torch.inf and most < _MOST_RATIO:

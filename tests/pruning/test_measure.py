@@ -329,6 +329,16 @@ def test_kl_where_the_pruned_model_is_sure_of_what_the_dense_one_excludes(shift)
 
 
 @pytest.mark.usefixtures("gradients")
+@pytest.mark.parametrize("metric", ["kl", "kl_topk"])
+def test_a_sample_without_a_token_that_counts_has_none(metric):
+    dense, pruned = torch.randn(2, 4, 30), torch.randn(2, 4, 30)
+    batch = Batch((torch.zeros(2, 4),), mask=torch.tensor([[True] * 4, [False] * 4]))
+    one = make_metric(metric, nn.Linear(1, 1))
+    sums, counts = one.compare(one.reference(dense, batch), pruned, batch)
+    assert counts.tolist() == [4, 0] and sums[0] > 0 and sums[1] == 0
+
+
+@pytest.mark.usefixtures("gradients")
 def test_kl_of_entries_without_probability():
     p = torch.tensor([[0.0, -torch.inf, -torch.inf]])
     q = torch.tensor([[0.5, 0.5, 0.0]]).log()
