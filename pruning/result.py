@@ -88,9 +88,9 @@ class Additivity:
     @property
     def ratio(self) -> float:
         """joint / summed."""
-        if self.summed:
+        if self.summed > 0:
             return self.joint / self.summed
-        return math.inf if self.joint else math.nan
+        return math.inf if self.joint > 0 and not self.summed else math.nan
 
     def note(self) -> str:
         """A remark for the reader if the summed distortion is far from the joint one, else ""."""

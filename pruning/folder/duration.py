@@ -165,10 +165,11 @@ class Duration:
         seconds = {
             "start and imports": time.time() - psutil.Process().create_time(),
             "files": sizes.size * (_READS * rates.copied + _HASHES * rates.hashed),
-            "search of the cut points": (blocks / 2 + 2) * self._pass(1),
+            # one to find the blocks, one to compare with, and two blocks for each start
+            "search of the cut points": 4 * self._pass(1),
             "statistics and pruning": self._final.prune,
         }
-        self.passes = blocks / 2 + 2 * workload.samples / workload.batch_size
+        self.passes = 4 + 2 * workload.samples / workload.batch_size
         if has_statistics(workload.allocation, "magnitude"):
             # every process scores all matrices
             every = workload.processes * (self._final.prune - self._final.statistics)

@@ -170,7 +170,7 @@ class ActivationCache:
         known = [number for number in numbers if number is not None]
         return (min(known), max(known)) if len(known) == len(numbers) else None
 
-    def _first(self, group: Group) -> int:
+    def first_stage(self, group: Group) -> int:
         """Index of the first stage with a target of a group, 0 if one is outside all stages."""
         return min((self.span(target) or (0, 0))[0] for target in group.targets)
 
@@ -178,7 +178,7 @@ class ActivationCache:
         """Groups by the last start whose pass still runs all their targets, in the order of starts."""
         by_start: dict[int, list[Group]] = {}
         for group in groups:
-            first = self._first(group)
+            first = self.first_stage(group)
             by_start.setdefault(max(start for start in self.starts if start <= first), []).append(group)
         return sorted(by_start.items(), key=lambda item: item[0])
 
@@ -188,7 +188,7 @@ class ActivationCache:
         for start, stage in self.by_start(groups):
             blocks: dict[tuple[int, int], list[Group]] = {}
             for group in stage:
-                first = self._first(group)
+                first = self.first_stage(group)
                 block = -1 if group.layer.block is None else group.layer.block
                 blocks.setdefault((first, block), []).append(group)
             entries += [(start, blocks[key]) for key in sorted(blocks)]

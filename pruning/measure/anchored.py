@@ -95,7 +95,8 @@ def samples_within(measurement: Measurement, groups: Sequence[Group], pruning: P
         quarter to what does not depend on their number, or they are all.
     """
     outputs, passes = measurement.outputs.cumsum(0), measurement.passes_of(groups)
-    shares = passes + _passes_besides(measurement, groups)
+    # these every process makes
+    shares = passes + pruning.processes.size * _passes_besides(measurement, groups)
     fewest = min(int((outputs < _FEWEST_OUTPUTS).sum()) + 1, len(outputs))
     if fewest == len(outputs):
         return fewest
@@ -110,8 +111,9 @@ def samples_within(measurement: Measurement, groups: Sequence[Group], pruning: P
 
 
 def _passes_besides(measurement: Measurement, groups: Sequence[Group]) -> float:
-    """Passes for the dense outputs, for a comparison with them, and to check the start of each stage."""
-    return 2 + measurement.passes_of([stage[0] for _, stage in measurement.cache.by_start(groups)])
+    """Passes for the dense outputs, for a comparison with them, and to check the starts of the stages but the first."""
+    starts = [start for start, _ in measurement.cache.by_start(groups) if start]
+    return 2 + sum(1 - start / len(measurement.cache.stages) for start in starts)
 
 
 def _seconds_of_first(measurement: Measurement, samples: int) -> float:
@@ -220,8 +222,10 @@ def all_anchored(fisher: Mapping[str, Curve], anchors: Anchors) -> dict[str, Cur
         return curves
     middle = median(factor for factors in by_kind.values() for factor in factors)
     for name, curve in curves.items():
-        if not anchors[name]:
-            curves[name] = _scaled(curve, [mean([middle, *by_kind[without_numbers(name)]])] * len(curve.counts))
+        if not _log_factors(fisher[name], anchors[name]):
+            scaled = _scaled(curve, [mean([middle, *by_kind[without_numbers(name)]])] * len(curve.counts))
+            # measured, and not above the rounding of activations: it has no factor of its own
+            curves[name] = replace(scaled, source="anchored" if anchors[name] else scaled.source)
     return curves
 
 

@@ -24,7 +24,7 @@ from leanstep.pruning.measure.curves import SOURCES, Curve, levels_of
 from leanstep.pruning.measure.fisher import SecondOrder, fisher_curves
 from leanstep.pruning.measure.metrics import Distortion, Metric, make_metric, metric_name, summarise
 from leanstep.pruning.measure.points import Points, Progress
-from leanstep.pruning.measure.products import products_in, products_of, rounded_anew, rounding_unit
+from leanstep.pruning.measure.products import Roundings, products_in, products_of, rounding_unit
 from leanstep.pruning.result import Allocation
 from leanstep.pruning.score.base import FISHER_SCORES, UPDATES_WEIGHTS
 from leanstep.pruning.score.calibration import Pruning, prune_group
@@ -63,7 +63,9 @@ def measure_curves(
 ) -> dict[str, Curve]:
     """Measure how the model's output changes when one matrix alone is pruned, to each of several levels.
 
-    ``D_g(k) = metric(f(x; W), f(x; W with matrix g at level k))``, a mean over the data with its standard error.
+    ``D_g(k) = metric(f(x; W), f(x; W with matrix g at level k))``, a mean over the data with its standard error. Of a
+    model in bf16 or fp16, less what a change does by rounding the activations otherwise
+    (:class:`leanstep.pruning.measure.products.Roundings`).
     Restores all weights, bit for bit, also after an error.
 
     The methods: ``measured`` runs the model for every matrix and level, and is the definition of a curve. ``fisher``
@@ -204,10 +206,9 @@ class Measurement:
         self.metric = make_metric(metric, model)
         # starts whose cached activations change no output; before the first stage there are none
         self._checked = {0}
-        # of 16-bit activations; and by start, block and expert, what rounding them otherwise changes
-        self._unit, self._roundings = rounding_unit(model), dict[tuple[Any, ...], float]()
         with evaluating(model):
             self.cache = ActivationCache(model, batches, enabled=prefix_cache, like=like, scratch=scratch)
+            self._roundings = Roundings(rounding_unit(model), self.cache.first_stage)
             references = (self.metric.reference(batch.run(model), batch) for batch in batches)
             self.reference = [one if scratch is None else scratch.store(one) for one in references]
             begin = time.monotonic()
@@ -263,30 +264,15 @@ class Measurement:
                     if time.monotonic() >= until:
                         break
                     changed = prune_group(group, pruners, count, pattern)
-                    points.add(group.name, count, self._alone(changed, group, start, points.groups))
+                    points.add(group.name, count, self._alone(changed, group, points.groups))
             points.exchange(pruning.processes)
 
-    def _alone(
-        self, changed: Iterable[tuple[Target, Tensor]], group: Group, start: int, groups: Sequence[Group]
-    ) -> Distortion:
-        """Distortion of one changed group, less what every change does by rounding 16-bit activations otherwise.
-
-        That part is about the same for all changes in a block, or in an expert, which not all tokens reach. It counts
-        once where all matrices change together. The largest group shows it, with its weights changed in their last
-        digits.
-        """
-
-        def origin(one: Group) -> tuple[Any, ...]:
-            return one.layer.block, *sorted({target.expert_name for target in one.targets})
-
-        distortion, key = self.measure(changed), (start, *origin(group))
-        if not self._unit or distortion.mean == 0:  # no token reached it
+    def _alone(self, changed: Iterable[tuple[Target, Tensor]], group: Group, groups: Sequence[Group]) -> Distortion:
+        """Distortion of one changed group, less :class:`Roundings`."""
+        distortion = self.measure(changed)
+        if distortion.mean == 0:  # no token reached it
             return distortion
-        if key not in self._roundings:
-            alike = [one for at, stage in self.cache.by_start(groups) if at == start for one in stage]
-            largest = max((one for one in alike if origin(one) == origin(group)), key=lambda one: one.layer.numel)
-            self._roundings[key] = self.measure((t, rounded_anew(t.weight, self._unit)) for t in largest.targets).mean
-        return Distortion(distortion.mean - self._roundings[key], distortion.stderr)
+        return Distortion(distortion.mean - self._roundings.of(group, groups, self.measure), distortion.stderr)
 
     def time_levels(self, points: Points, pruning: Pruning) -> None:
         """Time the pruners of the first stage and a level of each: some scores take longer than a pass of the model."""
@@ -309,7 +295,9 @@ class Measurement:
 
     def seconds_of(self, points: Points) -> float:
         """Expected time to measure all missing points: a level and a pass from its stage on for each."""
-        return sum(len(points.missing[group.name]) * self._seconds_of_level(group) for group in points.groups)
+        missing = [group for group in points.groups if points.missing[group.name]]
+        roundings = self.seconds * (self.passes_of(missing) - sum(map(self._share, missing)))
+        return roundings + sum(len(points.missing[group.name]) * self._seconds_of_level(group) for group in missing)
 
     def _seconds_of_level(self, group: Group) -> float:
         return self._share(group) * self.seconds + group.layer.numel * self.level_seconds
@@ -320,12 +308,18 @@ class Measurement:
         return weights * (self.preparation_seconds + self.level_seconds) + self.seconds * self.passes_of(groups)
 
     def passes_of(self, groups: Sequence[Group]) -> float:
-        """Passes over all stages that take as long as one for each group, from its stage on."""
-        return sum(map(self._share, groups))
+        """Passes over all stages that take as long as one for each group, from its stage on, and for roundings."""
+        return sum(self._passes_of_each(groups))
+
+    def _passes_of_each(self, groups: Sequence[Group]) -> list[float]:
+        new = self._roundings.are_new(groups)
+        return [self._share(group) * (2 if is_new else 1) for group, is_new in zip(groups, new, strict=True)]
 
     def affordable(self, groups: Sequence[Group], seconds: float) -> list[Group]:
         """The first groups for a point of each of which the time suffices."""
-        spent = itertools.accumulate(self.seconds_of_singles([group]) for group in groups)
+        by_weight = self.preparation_seconds + self.level_seconds
+        each = zip(groups, self._passes_of_each(groups), strict=True)
+        spent = itertools.accumulate(group.layer.numel * by_weight + self.seconds * passes for group, passes in each)
         return [group for group, total in zip(groups, spent, strict=True) if total <= seconds]
 
     def _share(self, group: Group) -> float:
@@ -351,7 +345,7 @@ class Measurement:
             for group, pruners in pruning.each(stage, start):
                 if group.name in share:
                     changed = prune_group(group, pruners, *allocation.level(group.name))
-                    by_name[group.name] = self._alone(changed, group, start, groups)
+                    by_name[group.name] = self._alone(changed, group, groups)
         by_name = pruning.processes.merged(by_name)
         return [by_name[name] for name in in_order]
 

@@ -164,8 +164,9 @@ def _wide(logits: Tensor) -> Tensor:
 ROOTS_TOGETHER = 1 << 21
 # below this |d|, expm1(d) - d is evaluated by its series: the subtraction would lose the leading digits of d^2 / 2
 _SERIES = 1 / 16
-# logits per call of kl_divergence, so that its temporaries stay in a core's cache
-_TOGETHER = 1 << 17
+# logits per call of kl_divergence. Without gradients on a CPU, its temporaries stay in a core's cache; elsewhere a call
+# starts kernels, or is computed again
+_TOGETHER_IN_CACHE, _TOGETHER = 1 << 17, 1 << 19
 # a larger log(q / p) is left to the form for all values: p would underflow where q does not
 _MOST_RATIO = 40.0
 
@@ -187,7 +188,7 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
         d = log_q - log_p
         least, most = d.aminmax()
         if least > -torch.inf and most < _MOST_RATIO:
-            # the subtraction rounds to |d| 2^-24, as the one above did: the series below would add no digit
+            # d has the error of the logarithms, |log p| 2^-24 and more. The series below would be more exact than that
             return d.expm1().sub_(d).clamp_(min=0.0).mul_(log_p.exp()).sum(-1)
     p, q = log_p.exp(), log_q.exp()
     # where p is 0, d is not needed: -inf less -inf would make the gradient NaN
@@ -221,7 +222,8 @@ class KL(_TokenMetric):
         return rows.float().log_softmax(-1)
 
     def _values(self, dense: Tensor, rows: Tensor) -> Tensor:
-        together = max(1, _TOGETHER // rows.shape[-1])
+        in_cache = rows.device.type == "cpu" and not torch.is_grad_enabled()
+        together = max(1, (_TOGETHER_IN_CACHE if in_cache else _TOGETHER) // rows.shape[-1])
         pairs = zip(dense.split(together), rows.split(together), strict=True)
         return torch.cat([_recomputed(_kl_from, log_p, logits) for log_p, logits in pairs])
 

@@ -94,6 +94,8 @@ _POOLER = re.compile(r"^pooler(\.|$)")
 # bare parameters that multiply no input: state matrices, tables and biases
 _NO_WEIGHT = re.compile(r"(^|[._])(A|A_log|\w*tables?|\w*bias(es)?)$")
 _INDEX = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+# up to the last number in a name, such as "layers.0.mlp.experts.3."
+_NUMBERED = re.compile(r".*\.\d+(?=\.)|^\d+(?=\.)")
 # number of an expert in a list, such as "experts.3." and "experts.expert_3."; shared experts take every token
 _EXPERT_NUMBER = re.compile(r"((?:^|\.)(?!\w*shared)\w*expert\w*\.(?:\w*_)?)\d+(?=\.)", re.IGNORECASE)
 
@@ -130,11 +132,12 @@ class Target:
         return self.expert is not None or self.kind != self.parameter
 
     @property
-    def expert_name(self) -> str:
-        """The same for all matrices of an expert in a block; "" outside of experts."""
+    def origin(self) -> str:
+        """Name of the expert, or of the innermost numbered module, that it belongs to; without any, its own name."""
         if self.expert is not None:
-            return f"[{self.expert}]"
-        return "".join(match.group() for match in _EXPERT_NUMBER.finditer(self.parameter))
+            return f"{self.parameter.rpartition('.')[0]}[{self.expert}]"
+        numbered = _NUMBERED.match(self.parameter)
+        return numbered.group() if numbered else self.parameter
 
     @property
     def kind(self) -> str:

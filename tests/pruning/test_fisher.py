@@ -301,7 +301,7 @@ def test_portions_change_no_bit(monkeypatch):
 
 def test_short_data_is_collected_at_once(monkeypatch):
     """Rows that the data does not have take no memory."""
-    model, samples = make_llama(2), tokens(4)
+    model, samples = make_llama(4), tokens(4)
     with evaluating(model):
         second = SecondOrder(model, as_batches(samples, model), make_metric("kl", model))
         targets = find_targets(model)

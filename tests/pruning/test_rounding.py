@@ -5,9 +5,15 @@ import torch
 from pruned_models import make_llama, make_mixtral, tokens
 
 from leanstep.pruning import measure_curves
-from leanstep.pruning.measure import measure
+from leanstep.pruning.measure import measure, products
+from leanstep.pruning.measure.anchored import all_anchored
+from leanstep.pruning.measure.batches import as_batches
+from leanstep.pruning.measure.curves import Curve
+from leanstep.pruning.measure.measure import Measurement
+from leanstep.pruning.measure.metrics import Distortion
 from leanstep.pruning.measure.products import products_in, rounded_anew, rounding_unit
-from leanstep.pruning.score.targets import find_targets
+from leanstep.pruning.result import Additivity
+from leanstep.pruning.score.targets import find_targets, make_groups
 
 LEVELS = (0.02, 0.05, 0.1, 0.5)
 
@@ -33,16 +39,126 @@ def test_small_changes_of_a_bf16_model_cost_what_they_cost_in_fp32(monkeypatch):
     assert error(curves, 4) < sum(c.distortion[4] for c in exact.values()) / 10
 
 
-def test_an_expert_is_compared_with_what_its_own_tokens_change(monkeypatch):
-    """It reaches some of the tokens; what all of them change would make it free."""
-    model, samples = make_mixtral(3).to(torch.bfloat16), tokens(16, length=24)
-    experts = [target.name for target in find_targets(model) if target.is_expert]
-    curves = measure_curves(model, samples, levels=LEVELS)
-    exact = measure_curves(make_mixtral(3).to(torch.bfloat16).float(), samples, levels=LEVELS)
-    monkeypatch.setattr(measure, "rounding_unit", lambda *_: 0.0)
-    raw = measure_curves(model, samples, levels=LEVELS)
-    errors = [sum(abs(of[n].distortion[1] - exact[n].distortion[1]) for n in experts) for of in (curves, raw)]
-    assert errors[0] < 0.8 * errors[1]
+def groups_of(model, granularity="matrix"):
+    return make_groups(find_targets(model), granularity)
+
+
+def roundings_of(model, samples, groups):
+    """A measurement, and what it takes off each group."""
+    measurement = Measurement(model, as_batches(samples, model))
+    with torch.no_grad():
+        return measurement, {g.name: measurement._roundings.of(g, groups, measurement.measure) for g in groups}
+
+
+@pytest.mark.parametrize(("make", "name"), [(make_mixtral, "mixtral"), (make_llama, "llama")])
+def test_a_rounding_is_that_of_the_module_and_of_an_expert(make, name):
+    """An expert reaches some of the tokens; what all of them change would make it free."""
+    model = make(3).to(torch.bfloat16)
+    groups = groups_of(model)
+    _, roundings = roundings_of(model, tokens(4, length=24), groups)
+    layers, experts = model.config.num_hidden_layers, getattr(model.config, "num_local_experts", 0)
+    assert len(set(roundings.values())) == layers * (1 + experts) and min(roundings.values()) > 0
+    for group in groups:
+        alike = {n: r for n, r in roundings.items() if r == roundings[group.name]}
+        assert len({n.split(".layers.")[1].split(".")[0] for n in alike}) == 1, alike
+        assert len({n.partition("[")[2] for n in alike}) == 1, alike
+
+
+class _Stages(torch.nn.Module):
+    """Two lists of layers inside a list, as in Swin."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = torch.nn.Linear(24, 24)
+        stage = lambda depth: torch.nn.ModuleDict({"blocks": torch.nn.ModuleList(map(_Residual, range(depth)))})  # noqa: E731
+        self.layers = torch.nn.ModuleList([stage(6), stage(2)])
+        self.head = torch.nn.Linear(24, 10)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for stage in self.layers:
+            for block in stage["blocks"]:
+                x = block(x)
+        return self.head(x)
+
+
+class _Residual(torch.nn.Module):
+    def __init__(self, _):
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(24, 48), torch.nn.Linear(48, 24)
+
+    def forward(self, x):
+        return x + self.down(self.up(x).relu())
+
+
+def test_layers_of_a_stage_have_roundings_of_their_own():
+    model = _Stages().to(torch.bfloat16)
+    groups = groups_of(model)
+    _, roundings = roundings_of(model, torch.randn(64, 24), groups)
+    for stage, depth in ((0, 6), (1, 2)):
+        ups = [roundings[f"layers.{stage}.blocks.{i}.up.weight"] for i in range(depth)]
+        assert len(set(ups)) == depth
+        assert all(roundings[f"layers.{stage}.blocks.{i}.down.weight"] == ups[i] for i in range(depth))
+    assert roundings["stem.weight"] not in ups
+
+
+@pytest.mark.parametrize("granularity", ["matrix", "role", "block"])
+def test_the_passes_for_roundings_are_in_the_expected_time(granularity):
+    model, samples = make_bf16(3), tokens(4)
+    groups = groups_of(model, granularity)
+    measurement = Measurement(model, as_batches(samples, model))
+    plain = Measurement(model.float(), as_batches(samples, model.float()))
+    model.to(torch.bfloat16)
+    # one of each block
+    named = {"matrix": "q_proj", "role": "qk", "block": ""}[granularity]
+    first = [group for group in groups if named in group.name]
+    assert measurement.passes_of(groups) == pytest.approx(plain.passes_of(groups) + plain.passes_of(first))
+    with torch.no_grad():
+        measurement._roundings.of(groups[0], groups, measurement.measure)
+    known = plain.passes_of(first[:1])
+    assert measurement.passes_of(groups) == pytest.approx(plain.passes_of(groups) + plain.passes_of(first) - known)
+    # as many as fit, one after the other
+    measurement.seconds = 1.0
+    for count in (1, len(groups)):
+        assert measurement.affordable(groups, measurement.seconds_of_singles(groups[:count]) + 1e-9) == groups[:count]
+
+
+def test_a_cache_that_is_given_up_inside_a_run_changes_no_point(monkeypatch):
+    model, samples = make_bf16(3), tokens(4)
+    settings = {"levels": LEVELS, "score": "magnitude"}
+    expected = measure_curves(model, samples, prefix_cache=False, **settings)
+    enter = Measurement._enter
+
+    def give_up(self, start, statistics_cache):
+        if start > 3:
+            self.cache.disable("a reason")
+            statistics_cache.disable("a reason")
+        enter(self, start, statistics_cache)
+
+    monkeypatch.setattr(Measurement, "_enter", give_up)
+    given_up = measure_curves(model, samples, **settings)
+    for name, curve in expected.items():
+        assert given_up[name].distortion == pytest.approx(curve.distortion, rel=1e-5, abs=1e-9)
+
+
+def test_a_matrix_whose_change_is_below_the_rounding_is_scaled_as_its_kind():
+    fisher = {
+        f"layers.{i}.up.weight": Curve(f"layers.{i}.up.weight", 8, (8, 4, 2), (0.0, 1.0, 2.0), (0.0,) * 3, "kl",
+                                       source="fisher")
+        for i in range(3)
+    }  # fmt: skip
+    a, b, c = fisher
+    anchors = {a: {4: Distortion(3.0, 0.0)}, b: {4: Distortion(-0.1, 0.0)}, c: {}}
+    curves = all_anchored(fisher, anchors)
+    assert all(curve.distortion == pytest.approx((0.0, 3.0, 6.0)) for curve in curves.values())
+    # no note says of a measured one that the time did not suffice for it
+    assert [curves[name].source for name in (a, b, c)] == ["anchored", "anchored", "fisher"]
+
+
+def test_single_costs_below_the_rounding_have_no_ratio():
+    below = Additivity("dp", 1e-3, 0.0, -1e-4)
+    assert below.ratio != below.ratio and not below.note()
 
 
 def test_a_curve_of_an_expert_without_tokens_is_zero():
@@ -79,7 +195,7 @@ def test_points_of_an_earlier_version_are_not_mixed_with_those_without_rounding(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_without_16_bits_nothing_is_measured_besides_the_points(dtype, monkeypatch):
-    monkeypatch.setattr(measure, "rounded_anew", lambda *_: 1 / 0)
+    monkeypatch.setattr(products, "rounded_anew", lambda *_: 1 / 0)
     measure_curves(make_llama(1).to(dtype), tokens(2), levels=LEVELS)
 
 
@@ -89,6 +205,10 @@ def test_the_unit_is_that_of_activations_or_of_products():
     with products_in(model, "bf16"):
         assert rounding_unit(model) == 2**-7
     assert rounding_unit(model.half()) == 2**-10 and rounding_unit(model.to(torch.bfloat16)) == 2**-7
+
+
+def test_the_largest_numbers_of_fp16_stay_finite():
+    assert rounded_anew(torch.tensor([65504.0, -65504.0], dtype=torch.float16), 2**-10).isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
