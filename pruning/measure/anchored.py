@@ -29,8 +29,10 @@ if TYPE_CHECKING:
 Solve = Callable[[Mapping[str, Curve]], Allocation]
 Anchors = Mapping[str, Mapping[int, Distortion]]
 
-# share of the time for the first round of measurements. Those after it measure only groups whose level has moved
-_FIRST_SHARE = 5 / 8
+# share of the time in which to measure every group once; what is left is for groups whose level that moves
+_ONCE = 5 / 8
+# share of the time for the first measurements, which show how long they take
+_FIRST_SHARE = 1 / 3
 # rounds that measure groups once more; those that follow measure others
 _ROUNDS = 3
 # fewest outputs to measure on: tokens, or samples of a classifier
@@ -79,7 +81,7 @@ def curves_within(
 
 
 def samples_within(measurement: Measurement, groups: Sequence[Group], pruning: Pruning, seconds: float) -> int:
-    """On how many of the first samples all groups can be measured in the first round.
+    """On how many of the first samples all groups can be measured once, in most of the time.
 
     The programme compares matrices. Measured on the same few samples, their distortions rank nearly as on all. Curves
     to second order that few measurements scale rank worse. So few samples serve better than few matrices.
@@ -106,7 +108,7 @@ def samples_within(measurement: Measurement, groups: Sequence[Group], pruning: P
     fixed += measurement.seconds_of_singles(groups) - passes * measurement.seconds
     if shares * each <= 0:
         return len(outputs)
-    fitting = max(_FIRST_SHARE * seconds - fixed, _LEAST_ADDED * fixed) / (shares * each)
+    fitting = max(_ONCE * seconds - fixed, _LEAST_ADDED * fixed) / (shares * each)
     return max(fewest, math.floor(min(fitting, len(outputs))))
 
 

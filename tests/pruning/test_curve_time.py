@@ -71,6 +71,7 @@ def test_the_first_measurements_show_how_many_more_fit_into_the_time(clock, monk
     real = measure.Measurement.measure
     monkeypatch.setattr(measure.Measurement, "measure", slow)
     monkeypatch.setattr(measure.Measurement, "seconds_of_singles", lambda self, groups: 1.0 * len(groups))
+    monkeypatch.setattr(measure.Measurement, "affordable", lambda self, groups, seconds: groups[: int(seconds)])
     begin = clock[0]
     curves = measure_curves(make_llama(4), tokens(4), score="wanda", levels=LEVELS, method="anchored", minutes=0.5)
     names = [name.split(".")[2:5] for name, curve in curves.items() if curve.source == "anchored"]
