@@ -62,9 +62,8 @@ SETTINGS = ("score", "samples", "curve_samples", "seq_len", "eval_samples", "gri
 # of files that were written before these settings were; anchored curves were those of the largest sparsity alone
 EARLIER = {"grid": list(GRID), "anchor_minutes": 30.0, "anchored_anew": False}
 
-
 # a kind of curves, and the sparsity near which they are anchored
-Measured = tuple[str, float | None]
+CurveKey = tuple[str, float | None]
 
 
 class Subject(NamedTuple):
@@ -125,7 +124,7 @@ def run(options: argparse.Namespace) -> None:
 
 def measured(subject: Subject, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """The line of a seed: cost of the three kinds, their agreement, and the divergence after pruning."""
-    data, curves, seconds = subject.draw(seed), dict[Measured, dict[str, Curve]](), dict[str, float | None]()
+    data, curves, seconds = subject.draw(seed), dict[CurveKey, dict[str, Curve]](), dict[str, float | None]()
     # what to measure: the anchored curves for each sparsity, the others once
     for kind, sparsity in (("fisher", None), *(("anchored", s) for s in options.sparsities), ("measured", None)):
         curves[kind, sparsity], seconds[name_of(kind, sparsity)] = timed(subject, seed, data, options, kind, sparsity)
@@ -143,8 +142,9 @@ def measured(subject: Subject, seed: int, options: argparse.Namespace) -> dict[s
     divergence: dict[str, dict[str, float]] = {rule: {} for rule in RULES}
     for sparsity in options.sparsities:
         for rule in RULES:
-            one = None if rule == "uniform" else curves[rule, sparsity if rule == "anchored" else None]
-            allocation = {"curves": one, "levels": options.grid} if one else {"allocation": "uniform"}
+            allocation: dict[str, Any] = {"allocation": "uniform"}
+            if rule in KINDS:
+                allocation = {"curves": curves[rule, sparsity if rule == "anchored" else None], "levels": options.grid}
             with snapshot.restored():
                 prune(subject.model, data, sparsity=sparsity, score=options.score, held_out=False, **allocation)
                 divergence[rule][f"{sparsity:g}"] = subject.held_out.joint().mean

@@ -165,7 +165,7 @@ class Duration:
         seconds = {
             "start and imports": time.time() - psutil.Process().create_time(),
             "files": sizes.size * (_READS * rates.copied + _HASHES * rates.hashed),
-            # one to find the blocks, one to compare with, and two blocks for each start
+            # of a chain of blocks: one to find them, one to compare with, and two blocks for each start
             "search of the cut points": 4 * self._pass(1),
             "statistics and pruning": self._final.prune,
         }

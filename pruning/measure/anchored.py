@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Solve = Callable[[Mapping[str, Curve]], Allocation]
 Anchors = Mapping[str, Mapping[int, Distortion]]
 
-# share of the time in which to measure every group once; what is left is for groups whose level that moves
+# share of the time in which to measure every group once; the rest is for groups whose level these measurements move
 _ONCE = 5 / 8
 # share of the time for the first measurements, which show how long they take
 _FIRST_SHARE = 1 / 3

@@ -73,11 +73,11 @@ class SecondOrder:
         ValueError: for a metric without a root.
 
     Notes:
-        Memory, for each collected matrix [out, in] and in its dtype: 4,096 (in + 2 out) values for each call of a pass;
-        for one output per sample, up to 8 out * in values of every sample. While it collects: the inputs of all blocks
-        for one sample, and the activations of one block, which the backward pass computes again. The activations of
-        all blocks for one output per sample, where a block writes into its inputs or does not compute the same again,
-        and on a device that does not hold the model.
+        Memory, for each collected matrix [out, in] and in its dtype: at most 4,096 (in + 2 out) values for each call of
+        a pass; for one output per sample, up to 8 out * in values of every sample. While it collects: the inputs of all
+        blocks for one sample, and the activations of one block, which the backward pass computes again. The activations
+        of all blocks for one output per sample, where a block writes into its inputs or does not compute the same
+        again, and on a device that does not hold the model.
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch], metric: Metric) -> None:

@@ -188,7 +188,7 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
         d = log_q - log_p
         least, most = d.aminmax()
         if least > -torch.inf and most < _MOST_RATIO:
-            # d has the error of the logarithms, |log p| 2^-24 and more. The series below would be more exact than that
+            # the errors of the logarithms, |log p| 2^-24 and more, outweigh what this subtraction loses
             return d.expm1().sub_(d).clamp_(min=0.0).mul_(log_p.exp()).sum(-1)
     p, q = log_p.exp(), log_q.exp()
     # where p is 0, d is not needed: -inf less -inf would make the gradient NaN

@@ -94,8 +94,8 @@ _POOLER = re.compile(r"^pooler(\.|$)")
 # bare parameters that multiply no input: state matrices, tables and biases
 _NO_WEIGHT = re.compile(r"(^|[._])(A|A_log|\w*tables?|\w*bias(es)?)$")
 _INDEX = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
-# up to the last number in a name, such as "layers.0.mlp.experts.3."
-_NUMBERED = re.compile(r".*\.\d+(?=\.)|^\d+(?=\.)")
+# up to the last number in a name, such as "layers.0.mlp.experts.3"
+_NUMBERED = re.compile(r"(.*\.)?\d+(?=\.)")
 # number of an expert in a list, such as "experts.3." and "experts.expert_3."; shared experts take every token
 _EXPERT_NUMBER = re.compile(r"((?:^|\.)(?!\w*shared)\w*expert\w*\.(?:\w*_)?)\d+(?=\.)", re.IGNORECASE)
 

@@ -199,7 +199,7 @@ def pruning_of(model, samples, score="magnitude", **settings):
     # ten groups: ten seconds for each sample, in five eighths of the time
     [(1.0, 1), (31.9, 1), (32.0, 2), (80.0, 5), (127.0, 7), (128.0, 8), (1e9, 8)],
 )
-def test_the_samples_are_those_on_which_all_groups_fit_into_the_first_share_of_the_time(seconds, expected, line):
+def test_the_samples_are_those_on_which_all_groups_fit_once_into_five_eighths_of_the_time(seconds, expected, line):
     model = make_llama(2)
     groups = make_groups(find_targets(model), "matrix")[:10]
     pruning = pruning_of(model, tokens(4))

@@ -50,8 +50,8 @@ def roundings_of(model, samples, groups):
         return measurement, {g.name: measurement._roundings.of(g, groups, measurement.measure) for g in groups}
 
 
-@pytest.mark.parametrize(("make", "name"), [(make_mixtral, "mixtral"), (make_llama, "llama")])
-def test_a_rounding_is_that_of_the_module_and_of_an_expert(make, name):
+@pytest.mark.parametrize("make", [make_mixtral, make_llama])
+def test_a_rounding_is_that_of_the_module_and_of_an_expert(make):
     """An expert reaches some of the tokens; what all of them change would make it free."""
     model = make(3).to(torch.bfloat16)
     groups = groups_of(model)
