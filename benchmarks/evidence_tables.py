@@ -171,13 +171,13 @@ def draw(path: Path, target: Path) -> None:
 def _caption(path: Path, settings: Row, rows: list[Row], dense: float) -> str:
     length = settings["seq_len"]
     return (
-        f"`python benchmarks pruning/evidence`, every cell in [{path.name}](results/{path.name}): {settings['name']} "
-        f"(SHA-256 of its weights: {settings['weights'][:8]}), {settings['dtype']}, perplexity {dense:.2f} before "
-        f"pruning. {settings['samples']} x {length} tokens for scores, {settings['curve_samples']} x {length} of them "
-        f"for curves and ATP, {settings['judge_samples']} x {length} others that judge both searches, "
-        f"{settings['eval_samples']} x {length} held out. The measurements of anchored curves end after "
-        f"{settings['anchor_minutes']:g} min by the clock, the refining search after {settings['refine_minutes']:g}. "
-        f"{machines(rows)}."
+        f"`python benchmarks pruning/evidence`, every cell in [{path.name}](../results/{path.name}): "
+        f"{settings['name']} (SHA-256 of its weights: {settings['weights'][:8]}), {settings['dtype']}, "
+        f"perplexity {dense:.2f} before pruning. {settings['samples']} x {length} tokens for scores, "
+        f"{settings['curve_samples']} x {length} of them for curves and ATP, {settings['judge_samples']} x {length} "
+        f"others that judge both searches, {settings['eval_samples']} x {length} held out. The measurements of "
+        f"anchored curves end after {settings['anchor_minutes']:g} min by the clock, the refining search after "
+        f"{settings['refine_minutes']:g}. {machines(rows)}."
     )
 
 

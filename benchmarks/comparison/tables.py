@@ -16,7 +16,6 @@ from comparison.protocol import ComparisonError
 from comparison.results import Results, read
 from comparison.summary import BASELINE, CONFIDENCE, Row, summarise
 
-PAGES = ("docs/measured.md", "docs/protocol.md")
 LEFT = (0,)
 
 
@@ -60,18 +59,29 @@ def replace_blocks(text: str, contents: dict[str, str]) -> str:
     return text
 
 
+def page_of(name: str, root: Path) -> Path:
+    """The page under docs/ with the marks of a table. Raises ComparisonError if none has them."""
+    for page in sorted((root / "docs").rglob("*.md")):
+        if f"<!-- table:{name} -->" in page.read_text("utf-8"):
+            return page
+    marks = f"<!-- table:{name} --> and <!-- /table:{name} -->"
+    raise ComparisonError(f"no page under docs/ has the marks {marks}; put them where the table shall be")
+
+
+def write_block(name: str, content: str, root: Path) -> Path:
+    """Write a table between its marks, and return the page."""
+    page = page_of(name, root)
+    page.write_text(replace_blocks(page.read_text("utf-8"), {name: content}), "utf-8")
+    return page
+
+
 def pages(path: Path, root: Path) -> dict[Path, str]:
     """Pages of the documentation, and the figure, as a file of results decides them.
 
     Raises ComparisonError if no page has a place for a table.
     """
     contents, results = blocks(path), read(path)
-    targets = {root / page: (root / page).read_text("utf-8") for page in PAGES}
-    for name in contents:
-        if not any(f"<!-- table:{name} -->" in text for text in targets.values()):
-            marks = f"<!-- table:{name} --> and <!-- /table:{name} -->"
-            raise ComparisonError(f"neither of {' and '.join(PAGES)} has the marks {marks}; put them where it shall be")
-    targets = {page: replace_blocks(text, contents) for page, text in targets.items()}
+    targets = {page: replace_blocks(page.read_text("utf-8"), contents) for page in {page_of(n, root) for n in contents}}
     rows, _ = summarise(results)
     if any(row.difference for row in rows):
         targets[root / figure_path(results.protocol.model)] = figure(rows, results.protocol.model)
@@ -106,10 +116,13 @@ def measure_or_report(
     text = table(path)
     print(text)
     if options.write:
-        page = Path(__file__).parents[2] / PAGES[0]
-        page.write_text(replace_blocks(page.read_text("utf-8"), {path.stem: text}), "utf-8")
+        root = Path(__file__).parents[2]
+        try:
+            write_block(path.stem, text, root)
+        except ComparisonError as error:
+            parser.error(f"--write: {error}")
         if draw is not None:
-            draw(path, page.with_name(f"{path.stem}.svg"))
+            draw(path, root / "docs" / f"{path.stem}.svg")
 
 
 def _number(value: float | None, digits: int = 3) -> str:
@@ -154,7 +167,7 @@ def _comparison(results: Results, rows: list[Row], others: dict[str, str], path:
         parts += ["With the defaults of the class, not tuned:", markdown(head, default, (0, 3))]
     compared = sum(row.difference is not None for row in rows)
     if compared:
-        parts.append(f"![differences to tuned AdamW with intervals]({Path(figure_path(protocol.model)).name})")
+        parts.append(f"![differences to tuned AdamW with intervals](../{Path(figure_path(protocol.model)).name})")
     if rows:
         parts.append(_paragraph(_legend(results, compared)))
     if others and results.rows:
@@ -179,8 +192,8 @@ def _caption(results: Results, path: Path) -> list[str]:
     return [
         _paragraph(
             f"{protocol.model} on {text}, {protocol.judge_steps} steps ({tokens:.2g} M tokens), {protocol.precision}; "
-            f"{made}. [How optimizers are compared](protocol.md) has the rules, "
-            f"[{path.name}](results/{path.name}) every run; this command makes the tables of it:"
+            f"{made}. [How optimizers are compared](../protocol.md) has the rules, "
+            f"[{path.name}](../results/{path.name}) every run; this command makes the tables of it:"
         ),
         f"`python benchmarks optimizers/compare --report docs/results/{path.name} --write`",
     ]

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 from common import pyplot, save_svg
 from comparison.summary import Interval, paired_difference, standard_error
-from comparison.tables import markdown, replace_blocks
+from comparison.tables import markdown, write_block
 
 from digits.training import Run
 from leanstep.sparsity import NM
 
-PAGE, FIGURE = "docs/measured.md", "docs/sparse-quality.svg"
+FIGURE = "docs/sparse-quality.svg"
 NAMES = {
     "srste": "SR-STE", "mdgf-exponential": "MDGF-exponential", "mdgf-linear": "MDGF-linear",
     "sdgf-stepwise": "SDGF-stepwise", "sdgf-geometric": "SDGF-geometric",
@@ -87,7 +87,7 @@ def text(settings: dict[str, Any], cells: Cells, expected: int) -> str:
         )
         parts += [table(_difference, measure), _reading(cells, measure)]
     parts += ["Chosen learning rate · lambda, or fraction of the steps at the target:", table(_chosen)]
-    parts.append(f"![accuracy against sparsity]({Path(FIGURE).name})")
+    parts.append(f"![accuracy against sparsity](../{Path(FIGURE).name})")
     return "\n\n".join(parts)
 
 
@@ -154,15 +154,10 @@ def _chosen(cells: Cells, cell: Cell) -> str:
 
 
 def write(settings: dict[str, Any], cells: Cells, expected: int, root: Path) -> list[Path]:
-    """Write the block of the page and the figure; return the files that changed."""
-    changed, page = [], root / PAGE
-    old = page.read_text("utf-8")
-    new = replace_blocks(old, {"sparse-quality": text(settings, cells, expected)})
-    if new != old:
-        page.write_text(new, "utf-8")
-        changed.append(page)
+    """Write the block of the page and the figure; return both files."""
+    page = write_block("sparse-quality", text(settings, cells, expected), root)
     plot(cells, root / FIGURE)
-    return [*changed, root / FIGURE]
+    return [page, root / FIGURE]
 
 
 def plot(cells: Cells, path: Path) -> None:

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from common import read_json_lines
-from comparison.tables import markdown, replace_blocks
+from comparison.tables import markdown, write_block
 
 from leanstep._charts import Quantity, bars
 
-PAGE = "docs/measured.md"
 # what the pictures say over the bars; other titles stand as they are
 HEADINGS = {"smollm2": "Generation by SmolLM2-135M", "llama-1b": "Generation by a LLaMA of 1.1B with random weights"}
 
@@ -27,11 +26,11 @@ def pictures(path: Path) -> dict[str, str]:
 
 
 def write(path: Path, root: Path) -> None:
-    """Put the tables of a file of results into the page, and the pictures beside it."""
-    page = root / PAGE
-    page.write_text(replace_blocks(page.read_text("utf-8"), tables(path)), "utf-8")
+    """Put the tables of a file of results into their pages, and the pictures into docs/."""
+    for name, text in tables(path).items():
+        write_block(name, text, root)
     for name, picture in pictures(path).items():
-        (page.parent / name).write_text(picture, "utf-8")
+        (root / "docs" / name).write_text(picture, "utf-8")
 
 
 def _titles(path: Path) -> dict[str, list[dict[str, Any]]]:

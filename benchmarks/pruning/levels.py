@@ -72,7 +72,7 @@ def table(path: Path) -> str:
         cells = [f"{1000 * row['prepare']:.1f} + {1000 * row['level']:.1f}" if row else "–" for row in of_commit]
         lines.append([f"{score}, {shape[0]} x {shape[1]}", *cells])
     text = (
-        f"`python benchmarks pruning/levels`, in [{path.name}](results/{path.name}): milliseconds of processor "
+        f"`python benchmarks pruning/levels`, in [{path.name}](../results/{path.name}): milliseconds of processor "
         f"time to make a pruner and to prune to {rows[0]['sparsity']:.0%}, medians; {machines(rows)}."
     )
     return f"{text}\n\n{markdown(['score, [out, in]', *(f'commit {commit}' for commit in commits)], lines)}"

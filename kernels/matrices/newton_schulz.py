@@ -126,7 +126,7 @@ def nuclear_norm(
         coefficients="polar_express" and steps=5, it is -9 to +3 % at nearly twice the cost
         (benchmarks/optimizers/newton_schulz.py prints the table). Differences of gradients have spectra that fall
         faster: on SmolLM2, "polar" is too small by 7 % on average and by up to 44 %, "sketch" by 1 % and up to 3 %
-        (docs/measured.md).
+        (docs/measured/optimizers.md).
         "sketch" computes in fp32 (fp64 for fp64 matrices), in a quarter of the time of "polar" for matrices of 512
         rows. Up to 256 rows its error is that of squaring: a few 1e-4.
         Homogeneous: nuclear_norm(c M) = |c| nuclear_norm(M), for entries of any size.

@@ -95,7 +95,7 @@ class LANTON(MarkedHalves, LeanOptimizer):
             depends only on ratios of noise. The blocks of a matrix count as one layer together.
         weight_decay: decoupled, multiplied by lr and not by f.
         cautious_decay: decay only entries whose update and parameter agree in sign (arXiv 2510.12402). No gain over no
-            decay was measured (docs/measured.md).
+            decay was measured (docs/measured/optimizers.md).
         norm: the group's norm; see the table.
         radius: size of the update in the group's norm, in units of lr. Scion uses larger radii for heads than for
             hidden matrices; its normalized sign is radius = 1 / n.
@@ -104,7 +104,8 @@ class LANTON(MarkedHalves, LeanOptimizer):
             decay fit. The dual norm has the same factor.
         nesterov: replace B in O by ``beta1 * B + (1 - beta1) * G``, with the new B.
         variance: "rows": divide the rows of U V^T by the root of their running mean square, and scale the result to its
-            old Frobenius norm (NorMuon). None: do not. No gain was measured on the nano LLaMA (docs/measured.md).
+            old Frobenius norm (NorMuon). None: do not. No gain was measured on the nano LLaMA
+            (docs/measured/optimizers.md).
         noise: source of G'. "previous": the previous step's gradient, stored in the state. E H is then twice the
             squared dual norm of one gradient's noise, plus the drift of the true gradient. "halves": the two halves of
             the step's micro-batches, which :meth:`mark_half` separates. H has the same scale but no drift, and no

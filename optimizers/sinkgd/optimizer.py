@@ -95,7 +95,7 @@ class SinkGD(LeanOptimizer):
             parameter have had such a gradient.
         cautious_decay: decay only entries whose update and parameter agree in sign (arXiv 2510.12402), also of AdamW's
             parameters. A 16-bit parameter of AdamW with rounding="nearest" is rounded after the decay and after the
-            step, as by torch's AdamW without ``fused``. No gain was measured (docs/measured.md).
+            step, as by torch's AdamW without ``fused``. No gain was measured (docs/measured/optimizers.md).
         betas, eps: for AdamW.
         clip_threshold: for AdamW: divide a tensor's update U by max(1, RMS(U) / clip_threshold), with the root mean
             square of the whole tensor (arXiv 1804.04235, section 6; published as 1.0). The decay is not clipped. It is

@@ -38,13 +38,14 @@ def benchmark_modules(package: str, names: Sequence[str]) -> Iterator[SimpleName
 
 
 def check_page(table: Callable[[Path], str], pattern: str) -> None:
-    """Assert that docs/measured.md has the tables of the committed results of a pattern, as they are made now."""
+    """Assert that docs/measured/ has the tables of the committed results of a pattern, as they are made now."""
     root = FOLDER.parent / "docs"
     files = sorted((root / "results").glob(pattern))
-    page = (root / "measured.md").read_text("utf-8")
+    pages = [page.read_text("utf-8") for page in (root / "measured").glob("*.md")]
     assert files
     for file in files:
-        assert f"<!-- table:{file.stem} -->\n{table(file)}\n<!-- /table:{file.stem} -->" in page
+        block = f"<!-- table:{file.stem} -->\n{table(file)}\n<!-- /table:{file.stem} -->"
+        assert sum(block in page for page in pages) == 1, file.stem
 
 
 def command(out: Path, *more: str) -> list[str]:

@@ -324,18 +324,17 @@ def test_pages_are_written_between_their_marks(parts):
 
 def test_pages_without_a_place_are_told(parts, tmp_path):
     synthetic(parts, tmp_path / "r.jsonl")
-    for page in parts.tables.PAGES:
-        (tmp_path / page).parent.mkdir(exist_ok=True)
-        (tmp_path / page).write_text("<!-- table:compare-llama-nano -->\n<!-- /table:compare-llama-nano -->\n")
+    pages = [tmp_path / "docs" / "measured" / "losses.md", tmp_path / "docs" / "protocol.md"]
+    pages[0].parent.mkdir(parents=True)
+    pages[0].write_text("<!-- table:compare-llama-nano -->\n<!-- /table:compare-llama-nano -->\n")
     with pytest.raises(parts.protocol.ComparisonError, match="has the marks <!-- table:chosen-llama-nano -->"):
         parts.tables.write(tmp_path / "r.jsonl", tmp_path)
-    (tmp_path / "docs" / "protocol.md").write_text(
-        "<!-- table:chosen-llama-nano -->\n<!-- /table:chosen-llama-nano -->\n"
-    )
-    pages = [*parts.tables.PAGES, parts.tables.figure_path("llama-nano")]
-    assert parts.tables.write(tmp_path / "r.jsonl", tmp_path) == [tmp_path / page for page in pages]
+    assert "SinkGD" not in pages[0].read_text()  # nothing is written where a mark is missing
+    pages[1].write_text("<!-- table:chosen-llama-nano -->\n<!-- /table:chosen-llama-nano -->\n")
+    written = [*pages, tmp_path / parts.tables.figure_path("llama-nano")]
+    assert sorted(parts.tables.write(tmp_path / "r.jsonl", tmp_path)) == sorted(written)
     assert parts.tables.write(tmp_path / "r.jsonl", tmp_path) == []
-    assert "4.7630, 4.7820, 4.8070" in (tmp_path / "docs" / "protocol.md").read_text()
+    assert "SinkGD" in pages[0].read_text() and "4.7630, 4.7820, 4.8070" in pages[1].read_text()
 
 
 def test_a_row_with_a_diverged_seed_has_no_mean(parts, tmp_path):

@@ -176,5 +176,4 @@ def test_the_table_of_levels_has_the_last_rows_of_each_commit(tmp_path, monkeypa
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = parts.levels.table(tmp_path / "r.jsonl")
     assert "| alps, 12 x 8 | 123.4 + 500.0 | 500.0 + 250.0 |" in text
-    page, file = (ROOT / "docs" / "measured.md").read_text("utf-8"), ROOT / "docs" / "results" / "prune-levels.jsonl"
-    assert f"<!-- table:{file.stem} -->\n{parts.levels.table(file)}\n<!-- /table:{file.stem} -->" in page
+    check_page(parts.levels.table, "prune-levels.jsonl")

@@ -94,10 +94,10 @@ def test_a_table_joins_calls_and_compares_with_the_first_of_each(parts, tmp_path
         "| sparse | 60 % | 5 | 2 | 2.7 | 2.00 (1.50 to 3.00) |",
         "| Q8_0 | – | – | 2 | 2.7 | 4.00 (4.00 to 4.00) |",
     ]
-    (tmp_path / "docs").mkdir()
-    (tmp_path / parts.tables.PAGE).write_text("<!-- table:generation-x -->\n<!-- /table:generation-x -->\n")
+    (page := tmp_path / "docs" / "a" / "page.md").parent.mkdir(parents=True)
+    page.write_text("<!-- table:generation-x -->\n<!-- /table:generation-x -->\n")
     parts.tables.write(tmp_path / "r.jsonl", tmp_path)
-    assert text in (tmp_path / parts.tables.PAGE).read_text()
+    assert text in page.read_text()
     picture = (tmp_path / "docs" / "generation-x.svg").read_text()
     assert "New tokens per second of processor time" in picture and "Q8_0: 2.7" in picture
     assert "Perplexity" not in picture
@@ -113,9 +113,9 @@ def test_a_call_needs_a_title_and_different_names(parts, monkeypatch, capsys):
 
 def test_the_page_is_that_of_the_committed_results(parts):
     blocks = parts.tables.tables(ROOT / "docs" / "results" / "generation.jsonl")
-    page = (ROOT / parts.tables.PAGE).read_text("utf-8")
+    page = (ROOT / "docs" / "measured" / "generation.md").read_text("utf-8")
     for name, text in blocks.items():
         assert f"<!-- table:{name} -->\n{text}\n<!-- /table:{name} -->" in page
     assert set(blocks) == {"generation-smollm2", "generation-llama-1b"}
     for name, picture in parts.tables.pictures(ROOT / "docs" / "results" / "generation.jsonl").items():
-        assert (ROOT / "docs" / name).read_text("utf-8") == picture and f"({name})" in page
+        assert (ROOT / "docs" / name).read_text("utf-8") == picture and f"(../{name})" in page

@@ -162,7 +162,7 @@ def test_tables_are_filled_from_benchmarks(page):
         assert generated or re.search(r"python benchmarks (\w+/)?\w+|leanstep \w+", table), f"{name} names no command"
 
 
-# a phrase of a page, the table of docs/measured.md that it quotes, and what the row of its number contains
+# a phrase of a page, the table of docs/measured/ that it quotes, and what the row of its number contains
 QUOTES = [
     ("docs/methods/sparsity.md", "[2.32 times as fast]", "nm-matmul", "| 2:4 | 2.32 /"),
     ("docs/methods/sparsity.md", "5.37 times at 1:8", "nm-matmul", "| 1:8 | 5.37 /"),
@@ -185,33 +185,37 @@ QUOTES = [
 ]
 
 
+def measured(table: str) -> str:
+    """A table of docs/measured/."""
+    [page] = [TEXTS[page] for page in TABLES if f"<!-- table:{table} -->" in TEXTS[page]]
+    return page.split(f"<!-- table:{table} -->")[1].split(f"<!-- /table:{table} -->")[0]
+
+
 @pytest.mark.parametrize(("page", "phrase", "table", "row"), QUOTES)
 def test_quoted_numbers_are_those_of_the_table(page, phrase, table, row):
-    tables = TEXTS["docs/measured.md"].split(f"<!-- table:{table} -->")[1].split(f"<!-- /table:{table} -->")[0]
     assert phrase in " ".join(TEXTS[page].split())
-    assert any(row in line for line in tables.splitlines())
+    assert any(row in line for line in measured(table).splitlines())
 
 
-_SINKGD = "SinkGD, AdamW on the rest"
+_SINKGD, _LOSSES = "SinkGD, AdamW on the rest", "docs/measured/losses.md"
 _NANO, _GPT, _MICRO = (f"compare-{model}" for model in ("llama-nano", "gpt-nano", "llama-micro"))
 # a phrase of a page with a ratio, the table it is of, the starts of the rows of both numbers, and their column
 RATIOS = [
     ("README.md", "take 0.62 of the memory", _NANO, f"{_SINKGD} | 4.681 ± 0.008", "AdamW | 4.679", "MB"),
-    ("docs/measured.md", "takes 0.62 of the memory", _NANO, f"{_SINKGD} | 4.681 ± 0.008", "AdamW | 4.679", "MB"),
-    ("docs/measured.md", "take 0.64 of the memory", _GPT, f"{_SINKGD} | 4.915", "AdamW | 5.052", "MB"),
+    (_LOSSES, "takes 0.62 of the memory", _NANO, f"{_SINKGD} | 4.681 ± 0.008", "AdamW | 4.679", "MB"),
+    (_LOSSES, "take 0.64 of the memory", _GPT, f"{_SINKGD} | 4.915", "AdamW | 5.052", "MB"),
     ("README.md", "takes 0.67 of tuned", _MICRO, f"{_SINKGD} | 5.249", "AdamW | 5.306", "MB"),
-    ("docs/measured.md", "SinkGD takes 0.67 of", _MICRO, f"{_SINKGD} | 5.249", "AdamW | 5.306", "MB"),
-    ("docs/measured.md", "Lion takes 0.75 of", _MICRO, "Lion | 5.753", "AdamW | 5.306", "MB"),
-    ("docs/measured.md", "LANTON without noise 1.3,", _MICRO, "LANTON, plain | 5.103", "AdamW | 5.306", "ms a step"),
-    ("docs/measured.md", "takes 0.75 of AdamW's", _MICRO, "LANTON, plain | 5.103", "AdamW | 5.306", "MB"),
-    ("docs/measured.md", "LANTON with noise 1.6 times", _MICRO, "LANTON | 5.153", "AdamW | 5.306", "ms a step"),
+    (_LOSSES, "SinkGD takes 0.67 of", _MICRO, f"{_SINKGD} | 5.249", "AdamW | 5.306", "MB"),
+    (_LOSSES, "Lion takes 0.75 of", _MICRO, "Lion | 5.753", "AdamW | 5.306", "MB"),
+    (_LOSSES, "LANTON without noise 1.3,", _MICRO, "LANTON, plain | 5.103", "AdamW | 5.306", "ms a step"),
+    (_LOSSES, "takes 0.75 of AdamW's", _MICRO, "LANTON, plain | 5.103", "AdamW | 5.306", "MB"),
+    (_LOSSES, "LANTON with noise 1.6 times", _MICRO, "LANTON | 5.153", "AdamW | 5.306", "ms a step"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("page", "phrase", "table", "above", "below", "column"), RATIOS)
 def test_quoted_ratios_are_those_of_the_table(page, phrase, table, above, below, column):
-    text = TEXTS["docs/measured.md"].split(f"<!-- table:{table} -->")[1].split(f"<!-- /table:{table} -->")[0]
-    rows = [[cell.strip() for cell in line.split(" | ")] for line in text.splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line.split(" | ")] for line in measured(table).splitlines() if line[:2] == "| "]
     index = rows[0].index(column) if column in rows[0] else rows[0].index(f"{column} |")
     numbers = [
         float(next(row for row in rows if " | ".join(row).startswith(f"| {start}"))[index].rstrip("* |"))
@@ -223,4 +227,4 @@ def test_quoted_ratios_are_those_of_the_table(page, phrase, table, above, below,
 
 
 def test_the_pages_with_tables():
-    assert {"docs/gpu.md", "docs/measured.md", "docs/reliability.md"} <= set(TABLES)
+    assert {"docs/gpu.md", _LOSSES, "docs/reliability.md"} <= set(TABLES)

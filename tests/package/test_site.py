@@ -72,7 +72,7 @@ def test_every_section_of_a_recipe_is_shown():
 @pytest.mark.parametrize(
     ("link", "expected"),
     [
-        ("[a](../measured.md#lora)", "[a](../measured.md#lora)"),
+        ("[a](../measured/lora.md)", "[a](../measured/lora.md)"),
         ("[a](../../SECURITY.md)", "[a](../security.md)"),
         ("[rule.py](../../optimizers/sinkgd/rule.py)", "rule.py"),
         ("[a](https://arxiv.org/abs/1)", "[a](https://arxiv.org/abs/1)"),
