@@ -242,7 +242,7 @@ class Planner:
             total = sum(batch.size for batch in self.curve_batches)
             self.notes.append(
                 f"curves are scaled to measurements on the first {samples} of {total} samples: to measure all matrices "
-                "on all of them would take longer than five eighths of the minutes for measurements"
+                "on all of them would take longer than four fifths of the minutes for measurements"
             )
         return curves
 

@@ -1,10 +1,13 @@
-"""Anchored curves: Fisher curves, each scaled to true measurements at levels near the solution."""
+"""Anchored curves: Fisher curves, each scaled to true measurements at levels near the solution.
+
+Where time is short, the measurements are on the first samples alone. Fisher curves of these samples and of all then
+tell what the choice of the samples does: see :mod:`leanstep.pruning.measure.sampling`.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
-import re
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -14,128 +17,73 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from leanstep.pruning.measure.batches import first_samples
 from leanstep.pruning.measure.curve_file import PartialCurves
 from leanstep.pruning.measure.curves import Curve
 from leanstep.pruning.measure.metrics import Distortion
 from leanstep.pruning.measure.points import Points
+from leanstep.pruning.measure.sampling import (
+    Anchors,
+    on_all_samples,
+    seconds_of_statistics,
+    towards_neighbours,
+    without_numbers,
+)
 from leanstep.pruning.result import Allocation
 from leanstep.pruning.score.calibration import Pruning
-from leanstep.pruning.score.targets import Group
 
 if TYPE_CHECKING:
     from leanstep.pruning.measure.measure import Measurement
 
 Solve = Callable[[Mapping[str, Curve]], Allocation]
-Anchors = Mapping[str, Mapping[int, Distortion]]
 
-# share of the time in which to measure every group once; the rest is for groups whose level these measurements move
-_ONCE = 5 / 8
 # share of the time for the first measurements, which show how long they take
 _FIRST_SHARE = 1 / 3
 # rounds that measure groups once more; those that follow measure others
 _ROUNDS = 3
-# fewest outputs to measure on: tokens, or samples of a classifier
-_FEWEST_OUTPUTS = 128
-# what samples may always add to the time that does not depend on them
-_LEAST_ADDED = 1 / 4
 
 
 def curves_within(
     minutes: float,
     measurement: Measurement,
-    fisher: Mapping[str, Curve],
+    fisher: Mapping[int, Mapping[str, Curve]],
     points_of: Callable[[str], Points],
     pruning: Pruning,
     solve: Solve,
     partial: PartialCurves | None,
 ) -> dict[str, Curve]:
-    """Anchored curves from measurements within a time, on all samples or, where that is short, on the first ones.
+    """Anchored curves from measurements within a time, on all samples or on the first ones.
 
     Args:
         minutes: time for the measurements.
         measurement: on all samples.
-        fisher, pruning, solve: as for :func:`anchored_curves`.
+        fisher: number of samples -> the curves to second order, of all samples and of those on which to measure.
         points_of: gives the points of all groups, from the prefix of their names in the file.
-        partial: the file of points. Its decisions hold, and new ones are appended. None: no file.
+        pruning, solve: as for :func:`anchored_curves`.
+        partial: the file of points. Its end holds, and is appended. None: no file.
     """
-    until, total, processes = time.monotonic() + 60 * minutes, len(measurement.outputs), pruning.processes
-    groups, is_complete = points_of("").groups, partial is not None and partial.complete
-    samples = partial and partial.samples
-    if not samples:  # a finished file of an earlier version has measurements on all
-        within = total if is_complete else samples_within(measurement, groups, pruning, 60 * minutes * processes.size)
-        samples = processes.all_gather(within)[0]
-    is_part = samples < total
-    points = points_of(f"first {samples}: " if is_part else "")
-    if is_complete:
-        curves = anchored_to(fisher, points)
+    until, samples = time.monotonic() + 60 * minutes, min(fisher)
+    whole, first = fisher[len(measurement.outputs)], fisher[samples] if len(fisher) > 1 else None
+    points = points_of("" if first is None else f"first {samples}: ")
+    if partial is not None and partial.complete:
+        curves = anchored_to(whole, points, first)
     else:
+        measurement = measurement if first is None else measurement.of_first(samples)
+        curves = anchored_curves(measurement, whole, points, pruning, solve, until, first)
         if partial is not None:
-            partial.choose_samples(samples, processes)
-        measurement = measurement.of_first(samples) if is_part else measurement
-        curves = anchored_curves(measurement, fisher, points, pruning, solve, until)
-        if partial is not None:
-            partial.finish(processes)
-    measured = any(points.at(name) for name in fisher)
-    return {name: replace(one, samples=samples) for name, one in curves.items()} if is_part and measured else curves
-
-
-def samples_within(measurement: Measurement, groups: Sequence[Group], pruning: Pruning, seconds: float) -> int:
-    """On how many of the first samples all groups can be measured once, in most of the time.
-
-    The programme compares matrices. Measured on the same few samples, their distortions rank nearly as on all. Curves
-    to second order that few measurements scale rank worse. So few samples serve better than few matrices.
-
-    Args:
-        measurement: on all samples.
-        groups: to be measured.
-        pruning: makes their pruners.
-        seconds: for all rounds, of all processes together.
-
-    Returns:
-        the number of samples. They have at least 128 outputs (tokens, or samples of a classifier), and add at least a
-        quarter to what does not depend on their number, or they are all.
-    """
-    outputs, passes = measurement.outputs.cumsum(0), measurement.passes_of(groups)
-    # these every process makes
-    shares = passes + pruning.processes.size * _passes_besides(measurement, groups)
-    fewest = min(int((outputs < _FEWEST_OUTPUTS).sum()) + 1, len(outputs))
-    if fewest == len(outputs):
-        return fewest
-    # a pass is a line over the samples: weights that are copied to a device, or read from a disk, take as long for one
-    each = (measurement.seconds - (few := _seconds_of_first(measurement, fewest))) / (len(outputs) - fewest)
-    fixed = shares * max(few - fewest * each, 0.0) + _seconds_of_statistics(measurement, groups, pruning)
-    fixed += measurement.seconds_of_singles(groups) - passes * measurement.seconds
-    if shares * each <= 0:
-        return len(outputs)
-    fitting = max(_ONCE * seconds - fixed, _LEAST_ADDED * fixed) / (shares * each)
-    return max(fewest, math.floor(min(fitting, len(outputs))))
-
-
-def _passes_besides(measurement: Measurement, groups: Sequence[Group]) -> float:
-    """Passes for the dense outputs, for a comparison with them, and to check the starts of the stages but the first."""
-    starts = [start for start, _ in measurement.cache.by_start(groups) if start]
-    return 2 + sum(1 - start / len(measurement.cache.stages) for start in starts)
-
-
-def _seconds_of_first(measurement: Measurement, samples: int) -> float:
-    """Time of a pass over the first samples."""
-    begin = time.monotonic()
-    for batch in first_samples(measurement.batches, samples):
-        measurement.metric.reference(batch.run(measurement.model), batch)
-    return time.monotonic() - begin
-
-
-def _seconds_of_statistics(measurement: Measurement, groups: Sequence[Group], pruning: Pruning) -> float:
-    """Expected time of the statistics of groups, where it was not timed together with their pruners."""
-    if measurement.preparation_seconds:
-        return 0.0
-    samples = sum(batch.size for batch in pruning.cache.all_batches)
-    return pruning.passes_for(groups) * samples * measurement.sample_seconds
+            partial.finish(pruning.processes)
+    if first is None or not any(points.at(name) for name in whole):
+        return curves
+    return {name: replace(curve, samples=samples) for name, curve in curves.items()}
 
 
 def anchored_curves(
-    measurement: Measurement, fisher: Mapping[str, Curve], points: Points, pruning: Pruning, solve: Solve, until: float
+    measurement: Measurement,
+    fisher: Mapping[str, Curve],
+    points: Points,
+    pruning: Pruning,
+    solve: Solve,
+    until: float,
+    first: Mapping[str, Curve] | None = None,
 ) -> dict[str, Curve]:
     """Measure every curve one to three times near the allocation, and scale the Fisher curves to that.
 
@@ -150,13 +98,14 @@ def anchored_curves(
         pruning: makes the pruners of all groups.
         solve: curves -> the allocation.
         until: value of ``time.monotonic()`` after which no point is begun.
+        first: the curves to second order of the samples of the measurement; None: it is on all.
     """
     anchors: dict[str, dict[int, Distortion]] = {name: {} for name in fisher}
     by_name, size = {group.name: group for group in points.groups}, pruning.processes.size
     spent = expected = 0.0
     for number in itertools.count():
         # from the anchors of earlier rounds only, so that an interrupted run goes on to the same allocation
-        curves = all_anchored(fisher, anchors)
+        curves = all_anchored(fisher, anchors, first)
         wanted = _wanted(curves, solve(curves), {} if number < _ROUNDS else anchors)
         new = {n: curves[n].distortion[k] for n, k in wanted.items() if curves[n].counts[k] not in points.at(n)}
         begin = time.monotonic()
@@ -164,7 +113,7 @@ def anchored_curves(
         # by how long the measurements of earlier rounds took
         seconds *= expected / spent if expected and spent else 1.0
         ordered = [by_name[name] for name in in_order(new, anchors)]
-        statistics = _seconds_of_statistics(measurement, ordered, pruning)
+        statistics = seconds_of_statistics(measurement, ordered, pruning)
         affordable = measurement.affordable(ordered, seconds - statistics) if seconds > statistics else []
         # by the clock of the first process
         names = pruning.processes.all_gather([group.name for group in affordable])[0]
@@ -181,12 +130,14 @@ def anchored_curves(
         # points of an interrupted run are anchors without a measurement; the first round has a part of the time alone
         if number and not names and sum(map(len, anchors.values())) == before:
             break
-    return anchored_to(fisher, points)
+    return anchored_to(fisher, points, first)
 
 
-def anchored_to(fisher: Mapping[str, Curve], points: Points) -> dict[str, Curve]:
+def anchored_to(
+    fisher: Mapping[str, Curve], points: Points, first: Mapping[str, Curve] | None = None
+) -> dict[str, Curve]:
     """Fisher curves scaled to all points that are measured."""
-    return all_anchored(fisher, {name: points.at(name) for name in fisher})
+    return all_anchored(fisher, {name: points.at(name) for name in fisher}, first)
 
 
 def in_order(distortion: Mapping[str, float], anchors: Anchors) -> list[str]:
@@ -204,27 +155,32 @@ def in_order(distortion: Mapping[str, float], anchors: Anchors) -> list[str]:
     return sorted(keys, key=lambda name: keys[name])
 
 
-def without_numbers(name: str) -> str:
-    """A group's name without the numbers of blocks and experts: the same for every q_proj, not for fc1 and fc2."""
-    return re.sub(r"\b\d+\b", "*", name)
-
-
-def all_anchored(fisher: Mapping[str, Curve], anchors: Anchors) -> dict[str, Curve]:
+def all_anchored(
+    fisher: Mapping[str, Curve], anchors: Anchors, first: Mapping[str, Curve] | None = None
+) -> dict[str, Curve]:
     """Fisher curves scaled to their own measured points, or without any by what is known of others.
 
     The logarithm of their factor is a mean over the measured curves of the kind, with the median of all measured curves
-    as one more.
+    as one more. Where the points are of the first samples, whose Fisher curves are ``first``, they are scaled to what
+    :func:`on_all_samples` and :func:`towards_neighbours` make of them.
     """
+    if first is not None:
+        anchors = on_all_samples(anchors, fisher, first)
     curves = {name: anchored(curve, anchors[name]) for name, curve in fisher.items()}
-    by_kind: dict[str, list[float]] = defaultdict(list)
-    for name, curve in fisher.items():
-        if factors := _log_factors(curve, anchors[name]):
-            by_kind[without_numbers(name)].append(mean(factor for _, factor in factors))
-    if not by_kind:
+    factors = {name: _mean_factor(curve, anchors[name]) for name, curve in fisher.items()}
+    known = {name: factor for name, factor in factors.items() if factor is not None}
+    if not known:
         return curves
+    if first is not None:
+        near = towards_neighbours(known, fisher, first, anchors)
+        curves |= {name: _scaled(curves[name], [near[name] - known[name]] * len(curves[name].counts)) for name in known}
+        known = near
+    by_kind: dict[str, list[float]] = defaultdict(list)
+    for name, factor in known.items():
+        by_kind[without_numbers(name)].append(factor)
     middle = median(factor for factors in by_kind.values() for factor in factors)
     for name, curve in curves.items():
-        if not _log_factors(fisher[name], anchors[name]):
+        if name not in known:
             scaled = _scaled(curve, [mean([middle, *by_kind[without_numbers(name)]])] * len(curve.counts))
             # measured, and not above the rounding of activations: it has no factor of its own
             curves[name] = replace(scaled, source="anchored" if anchors[name] else scaled.source)
@@ -264,6 +220,11 @@ def _log_factors(curve: Curve, anchors: Mapping[int, Distortion]) -> list[tuple[
         for count, value in zip(curve.counts, curve.distortion, strict=True)
         if count in anchors and anchors[count].mean > 0 and value > 0 and anchors[count].is_finite
     ]
+
+
+def _mean_factor(curve: Curve, anchors: Mapping[int, Distortion]) -> float | None:
+    factors = _log_factors(curve, anchors)
+    return mean(factor for _, factor in factors) if factors else None
 
 
 def _scaled(curve: Curve, log_factors: Sequence[float]) -> Curve:

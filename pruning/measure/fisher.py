@@ -12,7 +12,7 @@ one forward pass and some backward passes serve all matrices and levels, updates
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -116,9 +116,17 @@ class SecondOrder:
         """Free what was collected."""
         self._collected = {}
 
-    @torch.no_grad()
     def distortion(self, changed: Iterable[tuple[Target, Tensor]]) -> Distortion:
         """Distortion if collected matrices get these weights [out, in], all together."""
+        return self.summary(self.sums(changed))
+
+    def summary(self, sums: Tensor, samples: int | None = None) -> Distortion:
+        """The distortion of :meth:`sums`, of all samples or the first ones."""
+        return summarise([(sums[:samples], self._counts[:samples])])
+
+    @torch.no_grad()
+    def sums(self, changed: Iterable[tuple[Target, Tensor]]) -> Tensor:
+        """Sums over the outputs of each sample, [samples], if collected matrices get these weights [out, in]."""
         responses: dict[Any, tuple[Any, Tensor]] = {}
         for target, weight in changed:
             part = self._collected[target.name]
@@ -129,7 +137,7 @@ class SecondOrder:
         sums = torch.zeros(len(self.samples), dtype=torch.float64)
         for part, response in responses.values():
             sums.index_add_(0, part.sample, response.double().square().mean(0).cpu() * part.weight / 2)
-        return summarise([(sums, self._counts)])
+        return sums
 
     def _roots(self, index: int) -> Tensor:
         """u of a sample, [tokens, k]; its tokens are counted."""
@@ -201,25 +209,39 @@ class SecondOrder:
         return max(1, sum(self._calls[module] for module in target.modules))
 
 
-def fisher_curves(second: SecondOrder, points: Points, pruning: Pruning) -> dict[str, Curve]:
-    """The curves of all groups of ``points``, to second order; adds the missing points.
+def fisher_curves(second: SecondOrder, points: Mapping[int, Points], pruning: Pruning) -> dict[int, dict[str, Curve]]:
+    """The curves of all groups to second order, on one or several numbers of the first samples; adds missing points.
 
     Matrices are collected together up to 1 GiB of x and g, or those of two stages if they take more, but no more than
     half of the free memory where several stages do. Each process collects its share of the matrices.
+
+    Args:
+        second: of all samples.
+        points: number of samples -> points of the same groups and levels on them.
+        pruning: makes the pruners.
+
+    Returns:
+        number of samples -> name of the group -> its curve.
     """
-    missing = [group for group in points.groups if points.missing[group.name]]
+    of_all = next(iter(points.values())).groups
+    missing = [group for group in of_all if any(part.missing[group.name] for part in points.values())]
     share = {group.name for group in pruning.processes.share(missing)}
     for stages in portions(second, pruning.cache.by_start(missing), share, pruning.processes):
         if targets := [t for _, groups in stages for group in groups if group.name in share for t in group.targets]:
             second.collect(targets)
         for start, groups in stages:
             for group, pruners in pruning.each(groups, start):
-                for count, pattern in points.missing[group.name] if group.name in share else ():
-                    points.add(group.name, count, second.distortion(prune_group(group, pruners, count, pattern)))
-            points.exchange(pruning.processes)
+                levels = dict.fromkeys(level for part in points.values() for level in part.missing[group.name])
+                for level in levels if group.name in share else ():
+                    sums = second.sums(prune_group(group, pruners, *level))
+                    for samples, part in points.items():
+                        if level in part.missing[group.name]:
+                            part.add(group.name, level[0], second.summary(sums, samples))
+            for part in points.values():
+                part.exchange(pruning.processes)
     second.release()
     pruning.cache.reset()
-    return points.curves(second.metric.identity, "fisher")
+    return {samples: part.curves(second.metric.identity, "fisher") for samples, part in points.items()}
 
 
 def portions(

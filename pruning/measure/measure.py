@@ -25,6 +25,7 @@ from leanstep.pruning.measure.fisher import SecondOrder, fisher_curves
 from leanstep.pruning.measure.metrics import Distortion, Metric, make_metric, metric_name, summarise
 from leanstep.pruning.measure.points import Points, Progress
 from leanstep.pruning.measure.products import Roundings, products_in, products_of, rounding_unit
+from leanstep.pruning.measure.sampling import choose_samples
 from leanstep.pruning.result import Allocation
 from leanstep.pruning.score.base import FISHER_SCORES, UPDATES_WEIGHTS
 from leanstep.pruning.score.calibration import Pruning, prune_group
@@ -98,9 +99,10 @@ def measure_curves(
             time of one pass and, for scores that update weights, of one block's levels, or for a metric without a root;
             else ``anchored``.
         minutes: time after the Fisher curves at which ``anchored`` begins no measurement any more. It measures on as
-            many of the first samples as let it measure all matrices in five eighths of that time, with 128 outputs
-            (tokens, or samples of a classifier) or more: shuffle samples whose order means something. Curves of
-            matrices that were not reached are scaled as those of the same kind that were, with the median of all.
+            many of the first samples as let it measure all matrices in four fifths of that time, with 128 outputs
+            (tokens, or samples of a classifier) or more: shuffle samples whose order means something. See
+            :mod:`leanstep.pruning.measure.sampling`. Curves of matrices that were not reached are scaled as those of
+            the same kind that were, with the median of all.
         solve: curves -> the allocation near which ``anchored`` measures; None: that of :func:`allocate` for
             ``sparsity``.
         scratch: folder on a disk for the dense outputs and cached activations; None: they are kept in memory.
@@ -153,11 +155,13 @@ def measure_curves(
         }
         resumed = PartialCurves.shared(Path(resume), identity, processes, (sparsity, *target))
     with resumed as partial, products_in(model, products), evaluating(model):
-        points_of = lambda prefix: Points(groups, levels_by_name, partial, progress, prefix)  # noqa: E731
+        points_of = lambda prefix, shown=progress: Points(groups, levels_by_name, partial, shown, prefix)  # noqa: E731
         if method == "fisher":
             cache = ActivationCache(model, source, enabled=prefix_cache, scratch=files, processes=processes)
             second = SecondOrder(model, batches, make_metric(metric, model))
-            return fisher_curves(second, points_of("fisher: "), Pruning(cache, score, score_options).by(fisher_score))
+            pruning = Pruning(cache, score, score_options).by(fisher_score)
+            [curves] = fisher_curves(second, {len(second.samples): points_of("fisher: ")}, pruning).values()
+            return curves
         measurement = Measurement(model, batches, metric, prefix_cache=prefix_cache, scratch=files)
         cache = ActivationCache(
             model, source, enabled=prefix_cache, like=measurement.cache, scratch=files, processes=processes
@@ -179,7 +183,10 @@ def measure_curves(
             measurement.measure_points(points, points.missing, pruning)
             return points.curves(measurement.metric.identity)
         second = SecondOrder(model, batches, measurement.metric)
-        fisher = fisher_curves(second, points_of("fisher: "), pruning.by(fisher_score))
+        by_samples = {len(second.samples): points_of("fisher: ")}
+        if (samples := choose_samples(minutes, measurement, groups, pruning, partial)) < len(second.samples):
+            by_samples[samples] = points_of(f"fisher, first {samples}: ", None)
+        fisher = fisher_curves(second, by_samples, pruning.by(fisher_score))
         if solve is None:
             layers = [group.layer for group in groups]
             solve = lambda curves: allocate(layers, sparsity, method="dp", curves=curves)  # noqa: E731

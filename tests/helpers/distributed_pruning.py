@@ -11,7 +11,7 @@ from pruned_models import make_llama, tokens
 from leanstep import _processes
 from leanstep._processes import Processes, is_first_to_fail
 from leanstep.pruning import PruneResult, Refinement, measure_curves, prune
-from leanstep.pruning.measure import anchored
+from leanstep.pruning.measure import sampling
 from leanstep.pruning.measure.joint import JointJudge
 
 # settings, and whether sums are added in another order, so that the last bits differ
@@ -68,12 +68,12 @@ def pruning_with_fewer_batches_than_processes(world: World) -> None:
 @case(2)
 def pruning_anchors_on_the_first_samples_in_all_processes(world: World) -> None:
     # the clock of each process would take others
-    anchored.samples_within = lambda *_: 3 + world.rank  # type: ignore[assignment]
+    sampling.samples_within = lambda *_: 3 + world.rank  # type: ignore[assignment]
     model, data = make_llama(2), tokens(6)
     settings: dict[str, Any] = {"levels": (0.4, 0.6, 0.8), "batch_size": 2, "method": "anchored"}
     together = measure_curves(model, data, processes=Processes(dist.group.WORLD), **settings)
     assert {curve.samples for curve in together.values()} == {3}
-    anchored.samples_within = lambda *_: 3  # type: ignore[assignment]
+    sampling.samples_within = lambda *_: 3  # type: ignore[assignment]
     assert measure_curves(model, data, **settings) == together
 
 
