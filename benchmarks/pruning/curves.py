@@ -14,9 +14,13 @@ the newest addresses, of the model that its allocation prunes. Anchored curves a
 curves are paired by seed, with Student's interval. ``--model digits`` trains a ViT on half of scikit-learn's digits,
 draws from that half, and judges on the other; its divergence is the squared difference of logits.
 
+That divergence is of all matrices together, whose distortions do not add up, and varies by some percent from seed to
+seed. So allocations are also compared by the sum that the programme makes least: the distortions at their levels, as
+the curves measured with the other seeds have them.
+
 The results file has a line for each seed; an interrupted call goes on with the next. Where a seed takes hours,
-``--work FOLDER`` keeps the measured points, and the next call goes on inside it; what was resumed has no time in the
-table. ``--write`` puts the table of a file into docs/.
+``--work FOLDER`` keeps the measured points and the times of finished curves, and the next call goes on inside it;
+curves that were resumed inside have no time in the table. ``--write`` puts the table of a file into docs/.
 """
 
 from __future__ import annotations
@@ -140,13 +144,17 @@ def measured(subject: Subject, seed: int, options: argparse.Namespace) -> dict[s
     }
     snapshot = WeightSnapshot(find_targets(subject.model))
     divergence: dict[str, dict[str, float]] = {rule: {} for rule in RULES}
+    counts: dict[str, dict[str, list[int]]] = {rule: {} for rule in RULES}
     for sparsity in options.sparsities:
         for rule in RULES:
             allocation: dict[str, Any] = {"allocation": "uniform"}
             if rule in KINDS:
                 allocation = {"curves": curves[rule, sparsity if rule == "anchored" else None], "levels": options.grid}
             with snapshot.restored():
-                prune(subject.model, data, sparsity=sparsity, score=options.score, held_out=False, **allocation)
+                result = prune(
+                    subject.model, data, sparsity=sparsity, score=options.score, held_out=False, **allocation
+                )
+                counts[rule][f"{sparsity:g}"] = [result.allocation.counts[name] for name in curves["measured", None]]
                 divergence[rule][f"{sparsity:g}"] = subject.held_out.joint().mean
     return {
         "seed": seed,
@@ -159,6 +167,11 @@ def measured(subject: Subject, seed: int, options: argparse.Namespace) -> dict[s
         "seconds": seconds,
         "agreement": agreements,
         "divergence": divergence,
+        "counts": counts,
+        "measured": [
+            [curve.numel, curve.counts, [float(f"{value:.5g}") for value in curve.distortion]]
+            for curve in curves["measured", None].values()
+        ],
     }
 
 
@@ -170,13 +183,19 @@ def name_of(kind: str, sparsity: float | None) -> str:
 def timed(
     subject: Subject, seed: int, data: Tensor, options: argparse.Namespace, kind: str, sparsity: float | None
 ) -> tuple[dict[str, Curve], float | None]:
-    """Curves, and the processor seconds that they take; None for what goes on from a file of points."""
+    """Curves, and the processor seconds that they take; None for what goes on inside of them from a file of points."""
     settings = {"score": options.score, "levels": options.grid, "minutes": options.anchor_minutes}
     settings |= {"method": kind, "sparsity": max(options.sparsities) if sparsity is None else sparsity}
     points = options.work and options.work / f"{options.out.stem}-{seed}-{name_of(kind, sparsity)}.jsonl"
     resumed, start = points is not None and points.exists(), time.process_time()
     curves = measure_curves(subject.model, data[: options.curve_samples], score_data=data, resume=points, **settings)
-    return curves, None if resumed else round(time.process_time() - start, 1)
+    seconds = round(time.process_time() - start, 1)
+    if points is None:
+        return curves, seconds
+    times = points.with_suffix(".seconds")  # of curves that a call measured from their begin to their end
+    if not resumed:
+        times.write_text(str(seconds))
+    return curves, float(times.read_text()) if times.exists() else None
 
 
 def mean_agreement(some: Sequence[Mapping[str, Curve]], reference: Mapping[str, Curve], index: int) -> list[float]:
@@ -213,7 +232,10 @@ def table(path: Path) -> str:
         f"seed, with Student's 95 % interval{'' if len(rows) > 1 else '; one seed has none'}."
         f"{_anchored(settings, rows)} {machines(rows)}."
     )
-    return "\n\n".join([caption, _agreement_table(settings, rows), _divergence_table(settings, rows)])
+    parts = [caption, _agreement_table(settings, rows), _divergence_table(settings, rows)]
+    if len(rows) > 1 and all("counts" in row for row in rows):
+        parts.append(_sum_table(settings, rows))
+    return "\n\n".join(parts)
 
 
 def _anchored(settings: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:
@@ -274,6 +296,28 @@ def _divergence_table(settings: Mapping[str, Any], rows: list[dict[str, Any]]) -
         line.append(f"{paired_percent(values, base):+.1f} %")
     lines.append(line)
     return markdown(["divergence", *(f"{sparsity:.0%}" for sparsity in settings["sparsities"])], lines)
+
+
+def _sum_table(settings: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:
+    """Sums of distortions by the measured curves of other seeds, above those of the measured curves' allocation."""
+    judges = [[_judge(*curve) for curve in row["measured"]] for row in rows]
+
+    def sums(rule: str, sparsity: float) -> list[float]:
+        """Of each seed's allocation, the mean over the other seeds' curves."""
+        counts = [row["counts"][rule][f"{sparsity:g}"] for row in rows]
+        by_judge = [[sum(map(Curve.at, judge, some)) for judge in judges] for some in counts]
+        return [statistics.mean(each[:seed] + each[seed + 1 :]) for seed, each in enumerate(by_judge)]
+
+    lines = [
+        [rule, *(f"{paired_percent(sums(rule, s), sums('measured', s)):+.2f} %" for s in settings["sparsities"])]
+        for rule in RULES[1:]
+    ]
+    return markdown(["sum of distortions", *(f"{sparsity:.0%}" for sparsity in settings["sparsities"])], lines)
+
+
+def _judge(numel: int, counts: list[int], distortion: list[float]) -> Curve:
+    """A measured curve, joined between its levels as the programme joins them."""
+    return Curve("", numel, tuple(counts), tuple(distortion), (0.0,) * len(counts), "").dense_grid()
 
 
 def main() -> None:

@@ -11,6 +11,8 @@ import scipy.stats
 from comparison_runs import benchmark_modules, check_page
 
 ROOT = Path(__file__).parents[2]
+# of a seed, what does not depend on the clock
+PRUNED = ("agreement", "divergence", "counts", "measured")
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,33 @@ def test_the_differences_to_measured_curves_are_paired_by_seed(curves, tmp_path)
     path.write_text(path.read_text().partition("\n")[0] + "\n")
     with pytest.raises(SystemExit, match="no seed that was measured to the end"):
         curves.table(path)
+
+
+def test_sums_of_distortions_are_those_of_the_curves_of_other_seeds(curves):
+    """Two matrices of 100 weights, two levels, three seeds; allocations are at levels."""
+    values = [((1.0, 4.0), (2.0, 6.0)), ((1.5, 3.0), (2.5, 7.0)), ((0.5, 5.0), (1.0, 8.0))]
+    measured = [[[100, [100, 50, 20], [0.0, *matrix]] for matrix in seed] for seed in values]
+    level = {50: 0, 20: 1}
+    chosen = [
+        {"measured": (50, 20), "anchored": (20, 50), "fisher": (20, 20), "uniform": (50, 50)},
+        {"measured": (50, 50), "anchored": (50, 50), "fisher": (20, 50), "uniform": (50, 50)},
+        {"measured": (20, 20), "anchored": (50, 20), "fisher": (20, 20), "uniform": (50, 50)},
+    ]
+    rows = [
+        {"measured": curves_of_seed, "counts": {rule: {"0.5": counts} for rule, counts in rules.items()}}
+        for curves_of_seed, rules in zip(measured, chosen, strict=True)
+    ]
+    table = curves._sum_table({"sparsities": [0.5]}, rows).splitlines()
+    assert table[0] == "| sum of distortions | 50% |" and len(table) == 2 + 3
+
+    def total(seed, rule):
+        others = [values[other] for other in range(3) if other != seed]
+        return sum(m[level[count]] for other in others for m, count in zip(other, chosen[seed][rule], strict=True))
+
+    for line, rule in zip(table[2:], ("anchored", "fisher", "uniform"), strict=True):
+        percent = [100 * (total(seed, rule) / total(seed, "measured") - 1) for seed in range(3)]
+        low, high = scipy.stats.t.interval(0.95, 2, statistics.mean(percent), scipy.stats.sem(percent))
+        assert line == f"| {rule} | {statistics.mean(percent):+.2f} [{low:+.2f}, {high:+.2f}] % |"
 
 
 def test_the_caption_says_what_anchored_curves_measure(curves):
@@ -78,8 +107,24 @@ def test_a_vision_transformer_is_measured_seed_by_seed_and_inside_a_seed_goes_on
     for row in (first, second):
         assert row["agreement"]["fisher"]["0.3"][0] > 0.8
         assert row["divergence"]["measured"]["0.5"] < row["divergence"]["uniform"]["0.5"]
-    assert set(again["seconds"].values()) == {None} and None not in second["seconds"].values()
-    assert (again["agreement"], again["divergence"]) == (second["agreement"], second["divergence"])
+    # the files of its curves and their times were there
+    assert again["seconds"] == second["seconds"] and None not in second["seconds"].values()
+    assert [again[key] for key in PRUNED] == [second[key] for key in PRUNED]
+    assert (
+        "| sum of distortions | 50% |"
+        in subprocess.run(
+            [*command[:4], "--report", str(out)], cwd=ROOT, check=True, capture_output=True, text=True
+        ).stdout
+    )
+    # curves that a call measured in part have no time
+    out.write_text("".join(done))
+    (points,) = (tmp_path / "work").glob("results-1-measured.jsonl")
+    points.write_text("".join(points.read_text().splitlines(keepends=True)[:-1]))
+    points.with_suffix(".seconds").unlink()
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    again = json.loads(out.read_text().splitlines()[-1])
+    assert again["seconds"] == second["seconds"] | {"measured": None}
+    assert [again[key] for key in PRUNED] == [second[key] for key in PRUNED]
     other = subprocess.run([*command, "--score", "magnitude"], cwd=ROOT, capture_output=True, text=True)
     assert other.returncode and "of another model or other settings: give another --out" in other.stderr
     other = subprocess.run([*command, "--levels", "0.4"], cwd=ROOT, capture_output=True, text=True)
