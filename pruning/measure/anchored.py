@@ -62,7 +62,7 @@ def curves_within(
         partial: the file of points. Its end holds, and is appended. None: no file.
     """
     until, samples = time.monotonic() + 60 * minutes, min(fisher)
-    whole, first = fisher[len(measurement.outputs)], fisher[samples] if len(fisher) > 1 else None
+    whole, first = fisher[max(fisher)], fisher[samples] if len(fisher) > 1 else None
     points = points_of("" if first is None else f"first {samples}: ")
     if partial is not None and partial.complete:
         curves = anchored_to(whole, points, first)

@@ -32,8 +32,8 @@ _FEWEST_OUTPUTS = 128
 # what samples may always add to the time that does not depend on them
 _LEAST_ADDED = 1 / 4
 # what the choice of the samples does to the logarithm of a measured distortion, over what it does to that of Fisher
-# curves; and the variance of the rest, over the variance of the latter. For the matrices of SmolLM2-135M, on one and on
-# two of four sequences, they were 0.3 to 0.7 and 0.3 to 0.8
+# curves; and the variance of the rest, over the variance of the latter. Chosen on the matrices of SmolLM2-135M, with
+# one and two of four sequences
 _SHARED, _NOT_SHARED = 0.5, 0.6
 # distance in blocks of a neighbour that counts half as much as one in the same block
 _NEAR = 2.0
@@ -151,12 +151,13 @@ def _above_neighbours(values: Mapping[str, float]) -> dict[str, float]:
     for names in by_kind.values():
         if len(names) == 1:
             continue
-        own = np.array([values[name] for name in names])
+        of_kind = np.array([values[name] for name in names])
         blocks, of_each = np.unique([_block(name) for name in names], return_inverse=True)
         near = 1 / (1 + ((blocks[:, None] - blocks) / _NEAR) ** 2)
         # sums over all others of the kind, which blocks of many experts share
-        weights, sums = near @ np.bincount(of_each), near @ np.bincount(of_each, own)
-        above |= zip(names, (own - (sums[of_each] - own) / (weights[of_each] - 1)).tolist(), strict=True)
+        weights, sums = near @ np.bincount(of_each), near @ np.bincount(of_each, of_kind)
+        means = (sums[of_each] - of_kind) / (weights[of_each] - 1)
+        above |= zip(names, (of_kind - means).tolist(), strict=True)
     return above
 
 
