@@ -40,8 +40,7 @@ class CalibratedModel:
         from leanstep.pruning.measure.batches import as_batches
         from leanstep.pruning.measure.curve_file import weights_hash
         from leanstep.pruning.measure.measure import Measurement, WeightSnapshot
-        from leanstep.recipes.data.sources import sotu_corpus
-        from leanstep.recipes.prune import split_newest
+        from leanstep.recipes.data.sources import sotu_corpus, split_newest
 
         checkpoint = open_checkpoint(folder)
         self.model: Any = load_model(checkpoint)

@@ -72,13 +72,15 @@ def prune(
     Args:
         model: any module with linear layers, convolutions or transformers' expert weights.
         data: calibration data, see :func:`leanstep.pruning.measure.batches.as_batches`. May be None for
-            ``score="magnitude"`` with ``uniform``, ``global``, ``lamp`` or ``erk``, which measure nothing.
+            ``score="magnitude"`` with ``uniform``, ``global``, ``lamp``, ``erk`` or a fixed pattern, which measure
+            nothing.
         sparsity: fraction of zeros over all pruned matrices, in (0, 1). With a ``budget`` by name or a table, fraction
             of the dense cost to remove. None with a :class:`Budget` or a fixed pattern.
         allocation: ``dp``, ``uniform``, ``global``, ``lamp``, ``erk``, ``owl`` or ``atp``. For ``atp``, up to 9 slopes
             are tried; the one with the smallest joint distortion on ``curve_data`` is taken.
         score: ``magnitude``, ``wanda``, or one that updates the remaining weights: ``sparsegpt``, ``alps``, ``mfac``.
-        pattern: ``unstructured``; ``N:8`` (any M), which chooses n for each matrix; or a fixed one such as ``2:4``.
+        pattern: ``unstructured``; ``N:8`` (any M), which chooses n for each matrix, from a quarter of M on; or a fixed
+            one such as ``2:4``.
         metric: distortion of the curves; see :func:`measure_curves`.
         granularity: ``matrix``, ``role`` or ``block``: which matrices share a level, with ``dp``.
         include, exclude: see :func:`find_targets`.
@@ -93,9 +95,10 @@ def prune(
             another score takes those that ALPS and SparseGPT share.
         minutes: time for measurements; see :func:`measure_curves`. On held-out data, matrices are pruned one by one
             as long as that takes no longer, first for the allocation that was asked for.
-        correction: ``none``; or ``relinearise``, which takes curves again around the uniformly pruned model: measured
-            ones where all curves are measured, else to second order, first-order terms included. The allocation with
-            the smallest joint distortion on ``curve_data`` is taken.
+        correction: ``none``; or ``relinearise``, which takes curves again around the uniformly pruned model, and once
+            more around the new allocation if that is better: measured ones where all curves are measured, else to
+            second order, first-order terms included. The allocation with the smallest joint distortion on
+            ``curve_data`` is taken.
         inputs: on which a block is pruned: ``pruned``, those that the pruned blocks before it produce; or ``dense``,
             those of the dense model. Curves are of one matrix in the dense model with either.
         levels: sparsities at which curves are measured; None: a grid around ``sparsity``.
@@ -110,17 +113,18 @@ def prune(
             budget, each judged by the joint distortion on data of its own. None: no search.
         scratch: see :func:`measure_curves`.
         processes: those that prune this model together, each with all of it and all data. The calibration batches, and
-            the points of curves, exchanges and matrices of a block are spread over them. The result is that of one
-            process with as many threads: bit for bit, but for sums of Gram matrices, which are added in another order.
-            None: this one.
+            the points of curves, the samples that judge an exchange and the matrices of a block are spread over them.
+            The result is that of one process with as many threads: bit for bit, but for sums of Gram matrices, which
+            are added in another order. None: this one.
         products: dtype of the model's products: ``stored``, that of the weights; ``bf16``; or ``auto``: ``stored``,
-            unless this CPU is slow in it. fp16 is then computed in bf16. See
-            :func:`leanstep.pruning.measure.products.product_dtype`. Weights keep their dtype.
+            except for a 16-bit dtype in which this CPU is slow: its products are computed in bf16 where that is fast,
+            else in fp32. See :func:`leanstep.pruning.measure.products.product_dtype`. Weights keep their dtype.
 
     Returns:
         :class:`PruneResult`.
 
     Raises:
+        TypeError: for data that is no tensor, mapping or sequence of them.
         ValueError: for unknown or contradictory settings, too little data, data that the model cannot take, or a target
             out of reach; the message gives the range in reach. The model is unchanged after any error.
 
@@ -132,8 +136,12 @@ def prune(
 
         Layers whose inputs a score needs and the model does not show are left out: those that it never calls, such as
         depth-wise convolutions of state-space models, and convolutions with groups. Experts with fewer than 32
-        calibration tokens are pruned by magnitude, which ``global`` and ``owl`` multiply by the other experts' mean
-        ratio of score to magnitude. The result's notes name both.
+        calibration tokens (with ``mfac`` without a sample that has a gradient) are pruned by magnitude, which
+        ``global`` and ``owl`` multiply by the other experts' mean ratio of score to magnitude. SparseGPT prunes experts
+        with fewer tokens than two thirds of their inputs by Wanda's score. The result's notes name all of these.
+
+        ``mfac`` takes the gradients of the first 128 samples, in fp32 [samples, weights of a matrix], of one block at
+        a time, or with ``global`` of all matrices.
 
         ``refine`` keeps the pruners of all matrices, the gradient of each, the weights that an exchange replaces, and
         as many inputs of blocks as a quarter of the free memory holds. A pass with gradients takes the activations of

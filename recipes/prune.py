@@ -14,7 +14,7 @@ from leanstep._arguments import OneLineParser, new_folder, positive, seed
 from leanstep._checkpoint import check_apart, check_new, read_json
 from leanstep._files import one_line, restore_replaced
 from leanstep._memory import peak_process_memory
-from leanstep.recipes.data.sources import OptionTexts, in_options, open_file, sotu_corpus
+from leanstep.recipes.data.sources import OptionTexts, in_options, open_file, sotu_corpus, split_newest
 from leanstep.recipes.prune_output import ProgressBar, estimate_lines, recovery_lines, shown, summary_of
 from leanstep.recipes.training.formatting import format_duration
 
@@ -23,10 +23,8 @@ if TYPE_CHECKING:
 
     from leanstep.pruning import CalibrationText, PruneResult, Recovery, RecoveryResult, Refinement
 
-__all__ = ["main", "split_newest"]
+__all__ = ["main"]
 
-# bytes of the newest addresses to hold out; the recipes hold out more from training
-_HELD_OUT_BYTES = 400_000
 # difference of --sparsity and the fraction of zeros, by rounding in small matrices
 _SAME_SPARSITY = 0.02
 # sequences or images that judge exchanges
@@ -144,7 +142,12 @@ def _data_options(group: _Group) -> None:
 
 def _allocation_options(group: _Group) -> None:
     add = group.add_argument
-    add("--allocation", default="dp", choices=("dp", "uniform", "global", "lamp", "erk", "owl", "atp"))
+    add(
+        "--allocation",
+        default="dp",
+        choices=("dp", "uniform", "global", "lamp", "erk", "owl", "atp"),
+        help="rule for the sparsity of each matrix; default dp, by dynamic programming on curves",
+    )
     add(
         "--budget",
         default="params",
@@ -171,7 +174,7 @@ def _allocation_options(group: _Group) -> None:
 
 def _weight_options(group: _Group) -> None:
     add = group.add_argument
-    add("--score", default="wanda", choices=_SCORES)
+    add("--score", default="wanda", choices=_SCORES, help="which weights of a matrix become zero; default wanda")
     add("--pattern", default="unstructured", metavar="unstructured|N:M", help="N:8: n of 8 by matrix; or 2:4 for all")
     add(
         "--inputs",
@@ -313,8 +316,9 @@ def _dry_run(options: argparse.Namespace) -> int:
     check_apart(options.out, (checkpoint := open_checkpoint(options.checkpoint)).folder)
     data = _data(options).get("data")
     check_run(checkpoint, data, recovery=recovery, evaluate=options.eval, settings=settings)
+    tokens = options.seq_len
     if isinstance(data, CalibrationText):
-        sequences_of(checkpoint, data, refine=refine is not None)
+        tokens = sequences_of(checkpoint, data, refine=refine is not None)[0].shape[1]
     names = (
         *("samples", "held_out", "batch_size", "allocation", "score", "metric", "curves", "minutes", "granularity"),
         *("products", "pattern", "correction", "curve_score", "inputs"),
@@ -322,7 +326,7 @@ def _dry_run(options: argparse.Namespace) -> int:
     workload = Workload(
         **{name: getattr(options, name) for name in (*names, "activations")},
         curve_samples=options.curve_samples,
-        tokens=options.seq_len,
+        tokens=tokens,
         levels=None if options.levels is None else len(options.levels),
         sparsity=0.5 if options.sparsity is None else options.sparsity,
         refine_samples=0 if refine is None else _refine_samples(options),
@@ -489,12 +493,3 @@ def _text(options: argparse.Namespace) -> "CalibrationText":
         seed=options.seed,
         refine_samples=_refine_samples(options),
     )
-
-
-def split_newest(documents: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Split off the newest documents as held-out text. The recipes do not train on these either."""
-    room, first = _HELD_OUT_BYTES, len(documents)
-    while first > 1 and room - len(documents[first - 1]) >= 0:
-        first -= 1
-        room -= len(documents[first])
-    return documents[:first], documents[first:]

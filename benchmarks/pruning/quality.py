@@ -59,8 +59,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         from transformers import AutoTokenizer
 
-        from leanstep.recipes.data.sources import sotu_corpus
-        from leanstep.recipes.prune import split_newest
+        from leanstep.recipes.data.sources import sotu_corpus, split_newest
 
         self.options, self.file = options, options.out / "results.jsonl"
         self.results: dict[Cell, dict[str, Any]] = {tuple(row["cell"]): row for row in read_json_lines(self.file)}

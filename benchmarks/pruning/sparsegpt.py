@@ -25,8 +25,7 @@ def main() -> None:
     from leanstep.pruning import CalibrationText, prune_checkpoint
     from leanstep.pruning.folder.files import open_checkpoint
     from leanstep.pruning.folder.text import sequences_of
-    from leanstep.recipes.data.sources import sotu_corpus
-    from leanstep.recipes.prune import split_newest
+    from leanstep.recipes.data.sources import sotu_corpus, split_newest
 
     options = PARSER.parse_args()
     documents, newest = split_newest(tuple(sotu_corpus().documents()))

@@ -52,8 +52,7 @@ def sequences(folder: Path, count: int) -> list[list[int]]:
     """The first tokens of the newest addresses, which pruning does not calibrate with."""
     from transformers import AutoTokenizer
 
-    from leanstep.recipes.data.sources import sotu_corpus
-    from leanstep.recipes.prune import split_newest
+    from leanstep.recipes.data.sources import sotu_corpus, split_newest
 
     _, newest = split_newest(tuple(sotu_corpus().documents()))
     tokens = AutoTokenizer.from_pretrained(folder)("\n".join(newest), verbose=False)["input_ids"]

@@ -89,6 +89,8 @@ def allocate(
         "dp" is exact, except for latencies, if the cheapest and the dearest levels are at most 65,536 units apart.
         Otherwise costs are rounded up to 1 / 32,768 of the dense cost; allocations whose true cost fits are still
         considered. Time: at most 65,536 additions per layer and level. Memory: 8 bytes per layer and state.
+        With more than 512 layers, levels follow the slopes of the curves' convex hulls, without a table: the sum is
+        above the least by less than one step of one layer.
         "dp" assumes that distortions add up: measure the result on other data.
 
     References:

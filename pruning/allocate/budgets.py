@@ -178,16 +178,22 @@ class BudgetConstraint:
         if self.budget.target >= least:
             return
         requested, largest, smallest = (1 - spent / self.dense for spent in (self.budget.target, least, most))
+        if self.budget.seconds is not None:
+            others = "a table with sparser levels (--latency-table)"
+        elif any(patterns for _, patterns in levels.values()):
+            others = "no pattern (--pattern)"
+        else:
+            others = "other levels (--levels)"
+        advice = f"ask for less (--sparsity), or {others}"
         if sparsity is not None:
             message = (
                 f"a sparsity of {sparsity:g} is out of reach: the levels of these matrices give sparsities from "
-                f"{smallest:.4g} to {largest:.4g}; ask for less (--sparsity), or other levels (--levels)"
+                f"{smallest:.4g} to {largest:.4g}; {advice}"
             )
         else:
             message = (
                 f"removing {requested:.4g} of the cost ({self.budget.kind}) is out of reach: the matrices' levels "
-                f"remove from {max(smallest, 0.0):.4g} to {largest:.4g}; ask for less (--sparsity), or other levels "
-                "(--levels)"
+                f"remove from {max(smallest, 0.0):.4g} to {largest:.4g}; {advice}"
             )
         raise InfeasibleBudget(message, least, most)
 

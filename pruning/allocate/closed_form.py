@@ -195,6 +195,11 @@ def atp(layers: Sequence[Layer], sparsity: float, beta: float) -> Floats:
 def atp_betas(sparsity: float, blocks: int, step: float = 0.002) -> list[float]:
     """Candidates for ``beta``: multiples of ``step`` up to the largest slope, or that slope alone.
 
+    The largest slope keeps every block's sparsity in 0 .. 1: ``min(2 S, 2 (1 - S)) / (blocks - 1)``.
+
+    Raises:
+        ValueError: for a sparsity S outside (0, 1), or fewer than two blocks.
+
     Notes:
         The paper takes the one with the lowest perplexity on the test set. Do not choose on the text you report.
     """

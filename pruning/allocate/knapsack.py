@@ -168,13 +168,21 @@ class KnapsackTable:
         return sum(row.nbytes for row in self._rows)
 
     def value(self, budget: int | None = None) -> float:
-        """Least total loss of a choice that costs at most ``budget`` (None: the table's)."""
+        """Least total loss of a choice that costs at most ``budget`` (None: the table's).
+
+        Raises:
+            InfeasibleBudget: for a budget below the cheapest choice.
+            ValueError: for one above the table's.
+        """
         return float(self._rows[-1][self._state(budget)])
 
     def choose(self, budget: int | None = None) -> list[int]:
         """Level of every group, in the given order, of a choice with the least loss.
 
         Ties go to the dearest level, so that no weight is pruned for nothing.
+
+        Raises:
+            InfeasibleBudget, ValueError: as :meth:`value`.
 
         Notes:
             O(groups * levels) for each budget.

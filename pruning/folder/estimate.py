@@ -21,7 +21,7 @@ from leanstep.pruning.folder.duration import Duration, Rates, Sizes
 from leanstep.pruning.folder.estimate_result import Estimate
 from leanstep.pruning.folder.files import DTYPES, EXPERT_COPIES, ITEM_BYTES, Checkpoint, fused_bytes, most_common_dtype
 from leanstep.pruning.folder.fisher_size import FisherSize
-from leanstep.pruning.folder.loading import empty_model_of, position_count
+from leanstep.pruning.folder.loading import LONGEST, empty_model_of, position_count
 from leanstep.pruning.folder.recovery import space_beside
 from leanstep.pruning.folder.recovery_size import recovery_bytes
 from leanstep.pruning.folder.search_size import (
@@ -51,7 +51,8 @@ class Workload:
 
     Attributes:
         samples, curve_samples, held_out: numbers of sequences (or images).
-        tokens: of a sequence; None: the model's positions, at most 2048.
+        tokens: of a sequence; None: the model's positions, at most 2048, or the patches of an image. The tokenizer's
+            limit is not looked at.
         batch_size: samples per pass.
         allocation, score, curve_score, metric, curves, minutes, granularity, sparsity, products, pattern, correction,
             inputs: as for :func:`leanstep.pruning.prune`.
@@ -211,7 +212,7 @@ def estimate_pruning(
     positions = position_count(checkpoint.config, checkpoint.folder)
     tokens = workload.tokens
     if tokens is None:
-        tokens = min(positions, 2048) if positions else max(patch_count(getattr(model, "config", None)), 1)
+        tokens = _longest(model, positions)
     elif tokens > (positions or tokens):
         raise ValueError(f"a sequence has at most the model's {positions} positions, got {tokens} tokens")
     fisher = FisherSize.of(
@@ -327,6 +328,18 @@ def estimate_pruning(
         None if recovery is None else recovery.distill,
         [unknown] if unknown else [],
     )
+
+
+def _longest(model: nn.Module, positions: int | None) -> int:
+    """Tokens of a sequence whose length nobody asked for, or patches of an image; 1 for what has neither."""
+    config = getattr(model, "config", None)
+    if positions or (patches := patch_count(config)) == 0 and _is_of_text(config):
+        return min(positions or LONGEST, LONGEST)
+    return max(patches, 1)
+
+
+def _is_of_text(config: Any) -> bool:
+    return config is not None and getattr(config.get_text_config(), "vocab_size", None) is not None
 
 
 def files_of_search(

@@ -35,6 +35,8 @@ from leanstep.sparsity.inference.load import check_declared
 
 _FLOATING_DTYPES = tuple(DTYPE_NAMES.values())
 
+# most tokens of a calibration sequence whose length nobody asked for
+LONGEST = 2048
 # the files of a name on the hub that tell what the others are
 _TELLING = ("config.json", "tokenizer_config.json", "model.safetensors.index.json", "adapter_config.json")
 _UNLIMITED = 10**30  # transformers' model_max_length of a tokenizer that names none

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from leanstep.pruning.folder.files import Checkpoint
-from leanstep.pruning.folder.loading import begin_tokens, encoding, open_tokenizer, position_count
+from leanstep.pruning.folder.loading import LONGEST, begin_tokens, encoding, open_tokenizer, position_count
 from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.measure import evaluating
 from leanstep.pruning.measure.metrics import check_runs, cross_entropy_sums, summarise
@@ -32,7 +32,8 @@ class CalibrationText:
         refine_samples: sequences that judge exchanges, besides ``samples``.
         held_out: sequences for the comparison with uniform sparsity, and for perplexity; disjoint from the others.
         held_out_documents: texts for the held-out sequences; None: ``documents``.
-        seq_len: tokens of a sequence; None: the tokenizer's ``model_max_length``, at most 2048.
+        seq_len: tokens of a sequence; None: the least of the tokenizer's ``model_max_length``, the model's positions
+            and 2048.
         seed: of the random choice of sequences.
 
     Raises:
@@ -76,8 +77,8 @@ def sequences_of(
     Each int64 [samples, tokens]. The first two do not depend on ``refine``.
     """
     tokenizer = open_tokenizer(checkpoint.folder)
-    positions = position_count(checkpoint.config, checkpoint.folder) or 2048
-    length = min(tokenizer.model_max_length, positions, 2048) if text.seq_len is None else text.seq_len
+    positions = position_count(checkpoint.config, checkpoint.folder) or LONGEST
+    length = min(tokenizer.model_max_length, positions, LONGEST) if text.seq_len is None else text.seq_len
     if not 2 <= length <= positions:
         raise ValueError(f"seq_len must be from 2 to the model's {positions} positions, got {length} (--seq-len)")
     vocabulary = checkpoint.config.get("vocab_size")

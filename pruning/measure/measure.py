@@ -80,7 +80,7 @@ def measure_curves(
         sparsity: target of the model; the grid of levels is finest around it.
         score: ``magnitude``, ``wanda``, ``sparsegpt``, ``alps`` or ``mfac``: how weights are chosen inside a matrix.
             Fisher curves of ``alps`` are SparseGPT's, which takes a tenth of the time for a level, or less.
-        pattern: ``unstructured``, or ``N:M`` with a number for M, such as ``"N:8"``: levels that keep n of 8.
+        pattern: ``unstructured``, or ``N:M`` with a number for M, such as ``"N:8"``: levels that keep 2 to 8 of 8.
         metric: ``kl`` (default for language models), ``kl_topk``, which stores less, or ``mse_logits`` (default for
             others); or a :class:`leanstep.pruning.measure.metrics.Metric`.
         granularity: ``matrix``, or ``role`` or ``block`` for groups that share one level and one curve.

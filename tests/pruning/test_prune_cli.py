@@ -175,13 +175,13 @@ REFUSED = {
     "out of reach": (
         ["--sparsity", "0.9", "--pattern", "N:8"],
         {},
-        "sparsity of 0.9 is out of reach: .* from 0 to 0.75",
+        "sparsity of 0.9 is out of reach: .* from 0 to 0.75; ask for less .--sparsity., or no pattern .--pattern.",
     ),
     "levels of a pattern": (["--sparsity", "0.5", "--pattern", "N:8", "--levels", "0.4,0.6"], {}, "leave levels out"),
     "levels": (
         ["--sparsity", "0.5", "--levels", "0.2,0.4"],
         {},
-        "of 0.5 is out of reach: .* from 0 to 0.39",
+        "of 0.5 is out of reach: .* from 0 to 0.39.*, or other levels .--levels.",
     ),
     "sequence": (["--sparsity", "0.5", "--seq-len", "100"], {}, "seq_len must be from 2 to the model's 64 positions"),
     "no sequence": (["--sparsity", "0.5", "--samples", "0"], {}, "--samples, .* and --held-out must be at least 1"),
