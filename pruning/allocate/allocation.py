@@ -233,8 +233,9 @@ def _levels(layer: Layer, curve: Curve, budget: Budget, upper: int, unit: float)
     counts, loss = np.array(clean.counts), np.array(clean.distortion)
     if budget.seconds is not None:
         costs = np.asarray(budget.seconds.get(layer.name, ()), dtype=np.float64)
-        if costs.shape != counts.shape or not (costs >= 0).all():
+        if len(costs) < len(counts) or not (costs >= 0).all():
             raise ValueError(f"allocate: expected {len(counts)} latencies of {layer.name!r}, one per level")
+        costs = costs[: len(counts)]  # a curve may end before the table: see Planner._by_effect and curve_of
     else:
         if not curve.patterns and counts[-1] < upper < counts[0]:
             # add the bound as a level
@@ -242,6 +243,8 @@ def _levels(layer: Layer, curve: Curve, budget: Budget, upper: int, unit: float)
             counts, loss = bounded, np.interp(bounded, counts[::-1], loss[::-1])
         costs = cost(budget.kind, layer, counts).astype(np.float64)
     inside = counts <= upper
+    if curve.patterns and not inside.any():
+        inside[-1] = True  # the sparsest pattern removes nothing from a matrix with more zeros than it asks for
     if not inside.any():
         raise InfeasibleBudget(
             f"allocate: no level of {layer.name!r} keeps {upper} weights or fewer; its levels keep {counts[-1]} to "

@@ -30,7 +30,8 @@ class Budget:
             * "bytes": the values left and a mask of one bit per weight, or the dense matrix if that is smaller.
             * "latency": seconds, from a table.
         target: the largest cost, in that unit.
-        seconds: for "latency": by layer name, seconds at every level of its curve, as measured.
+        seconds: for "latency": by layer name, seconds at every level of its curve, as measured. A curve that ends
+            early has the first of them.
 
     Raises:
         ValueError: for an unknown kind, a target that is not positive, "latency" without ``seconds``, or ``seconds``

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from leanstep.pruning.measure.fisher import COLLECTED_BYTES, DRAWS, ROWS, SAMPLE_DRAWS
+from leanstep.pruning.measure.fisher import COLLECTED_BYTES, DRAWS, ROWS, SAMPLE_DRAWS, runs_within
 from leanstep.pruning.measure.metrics import ROOTS_TOGETHER
 
 # bytes of each root that is computed together with others
@@ -50,7 +50,7 @@ class FisherSize:
             return min(ROWS, samples * tokens) * (columns + DRAWS * rows)
 
         sizes = [itemsize * sum(values(*matrix) for matrix in block) for block in blocks]
-        portions = _portions(sizes, max(COLLECTED_BYTES, 2 * max(sizes)))
+        portions = runs_within(sizes, max(COLLECTED_BYTES, 2 * max(sizes)))
         largest = max(portions, key=lambda portion: sum(sizes[number] for number in portion))
         collected = sum(sizes[number] for number in largest)
         inside = max(sum(columns + 2 * rows for rows, columns in block) for block in blocks)
@@ -59,16 +59,3 @@ class FisherSize:
         values_of_pass = tokens * (len(blocks) * width + stored + gradients * 3 // 2 + 4 * outputs)
         graph = itemsize * values_of_pass + _ROOT_BYTES * min(tokens * outputs, ROOTS_TOGETHER)
         return cls(len(portions), collected, graph)
-
-
-def _portions(sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Numbers of consecutive blocks that are collected together."""
-    portions: list[list[int]] = [[]]
-    taken = 0
-    for number, size in enumerate(sizes):
-        if portions[-1] and taken + size > limit:
-            portions.append([])
-            taken = 0
-        portions[-1].append(number)
-        taken += size
-    return portions

@@ -247,7 +247,10 @@ def fisher_curves(second: SecondOrder, points: Mapping[int, Points], pruning: Pr
 def portions(
     second: SecondOrder, stages: Sequence[tuple[int, list[Group]]], share: Container[str], processes: Processes
 ) -> Iterator[Sequence[tuple[int, list[Group]]]]:
-    """Split stages so that what is collected of a portion, of the named groups, fits into memory."""
+    """Split stages so that what is collected of a portion, of the named groups, fits into memory.
+
+    Processes may split them otherwise: they exchange what they have after each stage.
+    """
     free = processes.free_memory(device_of(second.model))
     sizes = [
         sum(second.bytes_of(target) for group in groups if group.name in share for target in group.targets)
@@ -256,16 +259,21 @@ def portions(
     limit = max(COLLECTED_BYTES, 2 * max(sizes, default=0))
     if free is not None:
         limit = min(limit, free // 2)
-    portion: list[tuple[int, list[Group]]] = []
-    size = 0
-    for (start, groups), needed in zip(stages, sizes, strict=True):
-        if portion and size + needed > limit:
-            yield portion
-            portion, size = [], 0
-        portion.append((start, groups))
-        size += needed
-    if portion:
-        yield portion
+    for numbers in runs_within(sizes, limit):
+        yield [stages[number] for number in numbers]
+
+
+def runs_within(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Numbers of consecutive items whose sizes add up to the limit at most, or of one item that is larger."""
+    runs: list[list[int]] = []
+    taken = 0
+    for number, size in enumerate(sizes):
+        if not runs or taken + size > limit:
+            runs.append([])
+            taken = 0
+        runs[-1].append(number)
+        taken += size
+    return runs
 
 
 @contextmanager

@@ -66,6 +66,18 @@ def pruning_with_fewer_batches_than_processes(world: World) -> None:
 
 
 @case(2)
+def pruning_collects_other_portions_in_each_process(world: World) -> None:
+    model, data, settings = make_llama(4), tokens(6), {"levels": (0.4, 0.6), "batch_size": 2, "method": "fisher"}
+    alone = measure_curves(model, data, **settings)  # type: ignore[arg-type]
+    free_memory = _processes.free_memory
+    _processes.free_memory = lambda _: None if world.rank else 0  # type: ignore[assignment]
+    try:
+        assert measure_curves(model, data, processes=Processes(dist.group.WORLD), **settings) == alone  # type: ignore[arg-type]
+    finally:
+        _processes.free_memory = free_memory
+
+
+@case(2)
 def pruning_anchors_on_the_first_samples_in_all_processes(world: World) -> None:
     # the clock of each process would take others
     sampling.samples_within = lambda *_: 3 + world.rank  # type: ignore[assignment]

@@ -447,6 +447,8 @@ def test_a_budget_of_seconds_reads_the_table():
     assert allocate(layers, curves=curves, budget=Budget.fraction("latency", 1.0, layers, seconds)).predicted == 0.0
     with pytest.raises(InfeasibleBudget, match="cost 0.0008 to 0.0021"):
         allocate(layers, curves=curves, budget=Budget("latency", 0.7e-3, seconds))
+    shorter = curves | {"b": curves["b"].until(2)}  # its sparsest level overflowed, or was beyond uniform sparsity
+    assert allocate(layers, curves=shorter, budget=Budget("latency", 1.35e-3, seconds)).patterns == found.patterns
     with pytest.raises(ValueError, match="expected 3 latencies of 'b'"):
         allocate(layers, curves=curves, budget=Budget("latency", 1.0, {"a": seconds["a"], "b": [1.0]}))
 

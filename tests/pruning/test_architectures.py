@@ -14,6 +14,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from leanstep.cli import main
 from leanstep.pruning import (
     CalibrationText,
+    LatencyTable,
     Refinement,
     find_targets,
     layer_pruner,
@@ -409,6 +410,15 @@ def test_curves_of_zeros_do_not_make_a_sparsity_unreachable():
     model = make_routed()
     result = prune(model, tokens(8), sparsity=0.7, levels=(0.3, 0.7), curves="measured", held_out=False)
     assert {row["nonzero"] * 10 // row["numel"] for row in result.layers()} <= {2, 3}
+
+
+def test_experts_that_no_token_reaches_have_a_table_of_seconds_too():
+    model, levels = make_routed(), (0.0, 0.3, 0.6, 0.9)
+    rows = {t.name: tuple(t.layer.numel * (1 - level) for level in levels) for t in find_targets(model)}
+    result = prune(model, tokens(8), sparsity=0.4, budget=LatencyTable(levels, rows), held_out=False)
+    kept = {row["name"]: row["nonzero"] / row["numel"] for row in result.layers()}
+    assert min(part for name, part in kept.items() if name.endswith("[2]")) == pytest.approx(0.4, abs=0.01)
+    assert result.budget["after"] <= result.budget["target"]
 
 
 def test_a_layer_that_is_no_expert_and_never_runs_is_refused():

@@ -197,6 +197,17 @@ def test_patterns_may_be_fixed_or_chosen_by_each_matrix():
         assert 0.4 <= result.sparsity < 0.45
 
 
+def test_a_matrix_with_more_zeros_than_the_sparsest_pattern_keeps_them():
+    model = make_llama(2)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    with torch.no_grad():
+        weight[:, torch.arange(weight.shape[1]) % 10 > 0] = 0
+    zeros = weight == 0
+    result = prune(model, tokens(6), pattern="N:8", sparsity=0.6)
+    assert result.sparsity >= 0.6 and (weight[zeros] == 0).all()
+    assert result.allocation.patterns["model.layers.0.mlp.up_proj.weight"] == "2:8"
+
+
 def test_a_second_round_keeps_the_zeros_of_the_first():
     model = make_llama(2)
     previous = None
