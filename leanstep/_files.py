@@ -46,6 +46,51 @@ def lock_file(descriptor: int) -> bool:
     return True
 
 
+def open_locked(path: Path) -> int:
+    """Open a regular file for reading, created where it is missing, and lock it; returns its descriptor.
+
+    Another process that holds the lock may remove the file: then this one opens the next of that name.
+
+    Raises:
+        BlockingIOError: another process holds the lock.
+    """
+    while True:
+        descriptor = open_regular(path, os.O_RDONLY | os.O_CREAT)
+        try:
+            lock_file(descriptor)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
+                    return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+@contextmanager
+def alone(target: Path) -> Iterator[None]:
+    """Context manager: no other process writes ``target`` meanwhile, by a lock on ``.TARGET.lock`` beside it.
+
+    The lock ends with the process, also by ``kill -9``, which leaves an empty file that locks nothing.
+
+    Raises:
+        ValueError: another process writes it.
+    """
+    file = target.absolute().with_name(f".{target.name}.lock")
+    if not os.access(file.parent, os.W_OK):  # nobody can write there
+        yield
+        return
+    try:
+        descriptor = open_locked(file)
+    except BlockingIOError:
+        raise ValueError(f"another run writes {target}: wait for it, stop it, or name another folder") from None
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
 def open_regular(path: Path, flags: int = os.O_RDONLY, *, follow: bool = False) -> int:
     """Open a regular file and return its descriptor. ``follow`` allows a symbolic link as the last name.
 
@@ -326,6 +371,12 @@ def restore_replaced(target: Path) -> None:
         remove(replaced)
     else:
         os.replace(replaced, target)
+
+
+def restore_alone(target: Path) -> None:
+    """:func:`restore_replaced`, if no other process writes ``target``. Raises ValueError as :func:`alone`."""
+    with alone(target):
+        restore_replaced(target)
 
 
 def remove(path: Path) -> None:

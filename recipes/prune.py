@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from leanstep._arguments import OneLineParser, new_folder, positive, seed
 from leanstep._checkpoint import check_apart, check_new, read_json
-from leanstep._files import one_line, restore_replaced
+from leanstep._files import one_line, restore_alone
 from leanstep._memory import peak_process_memory
 from leanstep.recipes.data.sources import OptionTexts, in_options, open_file, sotu_corpus, split_newest
 from leanstep.recipes.prune_output import ProgressBar, estimate_lines, recovery_lines, shown, summary_of
@@ -255,7 +255,7 @@ def _prune(options: argparse.Namespace) -> "PruneResult | RecoveryResult | None"
 
     settings, recovery, refine = _settings(options), _recovery(options), _refinement(options)
     processes = Processes.from_environment()
-    processes.from_first(lambda: restore_replaced(options.out))
+    processes.from_first(lambda: restore_alone(options.out))
     if options.nproc not in (1, processes.size):
         raise ValueError(f"--nproc {options.nproc} in a run of {processes.size} processes; leave it out under torchrun")
     device = options.device

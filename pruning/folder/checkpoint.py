@@ -21,6 +21,7 @@ from leanstep._mapped import MappedParameters, ResidentSet, is_mapped, release_p
 from leanstep._safetensors import tensor_offsets
 from leanstep.pruning.folder.files import INDEX, Checkpoint, written_name
 from leanstep.pruning.folder.loading import stored_names
+from leanstep.pruning.result import PruneResult
 from leanstep.pruning.score.targets import some
 
 # not copied: files about the dense weights
@@ -268,3 +269,19 @@ def remove_search_files(folder: Path) -> None:
 def copy_others(checkpoint: Checkpoint, folder: Path) -> None:
     """Copy everything but the weights into a folder: configuration, tokenizer, model card, code."""
     copy_other_files(checkpoint.folder, folder, without=(SIDECAR, REPORT))
+
+
+def tensor_rows(changed: Mapping[str, float], result: PruneResult) -> dict[str, dict[str, Any]]:
+    """Sparsity and pattern of each changed tensor, under the keys that ``leanstep verify`` reads."""
+    rows: dict[str, dict[str, Any]] = {name: {"sparsity": zeros} for name, zeros in changed.items()}
+    for group in result.groups:
+        pattern = result.allocation.patterns.get(group.name)
+        for target in group.targets:
+            if pattern and target.expert is None and target.parameter in rows:
+                rows[target.parameter] |= {"pattern": pattern, "dim": int(target.layout != "in_out")}
+    return rows
+
+
+def bytes_in_files(model: nn.Module, mapped: MappedParameters) -> int:
+    """Bytes of parameters that are pages of files: of the folder, and of experts that transformers joins."""
+    return sum(p.nbytes for name, p in model.named_parameters() if name in mapped.names or is_mapped(p))

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from leanstep._checkpoint import check_apart, check_space, new_folder, read_json
-from leanstep._files import remove_leftovers, remove_partials, restore_replaced
+from leanstep._files import alone, remove_leftovers, remove_partials, restore_replaced
 from leanstep._memory import free_memory
 from leanstep.pruning.folder.checkpoint import (
     HELD_OUT,
@@ -83,6 +83,24 @@ def recover_checkpoint(
         trained matrices in the dtype of training.
     """
     folder = Path(folder).expanduser()
+    with alone(folder):
+        return _recover_into(
+            source, folder, data, recovery, held_out=held_out, evaluate=evaluate, device=device, progress=progress
+        )
+
+
+def _recover_into(
+    source: str | Path,
+    folder: Path,
+    data: Any,
+    recovery: Recovery,
+    *,
+    held_out: Any,
+    evaluate: bool,
+    device: str | torch.device,
+    progress: Progress | None,
+) -> RecoveryResult:
+    """:func:`recover_checkpoint`, as the only run that writes the folder."""
     restore_replaced(folder)
     remove_leftovers(folder)
     content = pruned_content(folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from leanstep._checkpoint import check_apart, check_output, check_space, new_folder
-from leanstep._files import output_folder, restore_replaced
-from leanstep._mapped import RESIDENT, CopiesInFiles, MappedParameters, ResidentSet, Scratch, is_mapped
+from leanstep._files import alone, output_folder, restore_replaced
+from leanstep._mapped import RESIDENT, CopiesInFiles, ResidentSet, Scratch
 from leanstep._processes import Processes
 from leanstep._version import __version__
 from leanstep.pruning.allocate.descent import Refinement
@@ -23,6 +23,7 @@ from leanstep.pruning.folder.checkpoint import (
     HELD_OUT,
     SIDECAR,
     SOURCE_WEIGHTS,
+    bytes_in_files,
     copy_others,
     has_zeros,
     hash_and_zeros,
@@ -31,6 +32,7 @@ from leanstep.pruning.folder.checkpoint import (
     remove_search_files,
     search_files,
     state_file,
+    tensor_rows,
     told_to_resume,
     unmapped_note,
     write_report,
@@ -50,7 +52,7 @@ from leanstep.pruning.folder.recovery import recover_model, space_beside
 from leanstep.pruning.folder.stored_size import Sequences, scratch_bytes
 from leanstep.pruning.folder.text import CalibrationText, held_out_hash, perplexity_of, sequences_of
 from leanstep.pruning.measure.batches import as_batches
-from leanstep.pruning.measure.blocks import BlockMover
+from leanstep.pruning.measure.blocks import BlockMover, moves_blocks
 from leanstep.pruning.measure.points import Progress
 from leanstep.pruning.measure.products import products_in
 from leanstep.pruning.planner import check_target
@@ -137,6 +139,33 @@ def prune_checkpoint(
     check_choices(data=data, refine=refine, **settings)
     _check_arguments(data, activations, resident, recovery, device)
     out = output_folder(out)
+    with ExitStack() as stack:
+        processes.from_first(lambda: stack.enter_context(alone(out)))
+        return _prune_into(
+            source, out, data, settings, held_out=held_out, evaluate=evaluate, resume=resume, device=device,
+            progress=progress, recovery=recovery, refine=refine, activations=activations, resident=resident,
+            processes=processes,
+        )  # fmt: skip
+
+
+def _prune_into(
+    source: str | Path,
+    out: Path,
+    data: Any,
+    settings: dict[str, Any],
+    *,
+    held_out: Any,
+    evaluate: bool,
+    resume: bool,
+    device: str | torch.device,
+    progress: Progress | None,
+    recovery: Recovery | None,
+    refine: Refinement | None,
+    activations: str,
+    resident: int,
+    processes: Processes,
+) -> PruneResult:
+    """:func:`prune_checkpoint` after the checks of its arguments, as the only run that writes ``out``."""
     partial, search = search_files(out)
     processes.from_first(lambda: _check_start(out, resume, refine=refine is not None, **settings))
     checkpoint = open_checkpoint(source)
@@ -204,9 +233,9 @@ def prune_checkpoint(
         changed = write_weights(checkpoint, values, folder)
         del values
         mapped.detach()
-        in_files = 0 if moves_blocks(torch.device(device)) else _bytes_in_files(model, mapped)
+        in_files = 0 if moves_blocks(torch.device(device)) else bytes_in_files(model, mapped)
         copy_others(checkpoint, folder)
-        content["tensors"] = _tensor_rows(changed, result)
+        content["tensors"] = tensor_rows(changed, result)
         write_report(content, folder)
     remove_search_files(out)
     if recovery is not None:
@@ -404,16 +433,6 @@ def _computing_on(device: str | torch.device, model: nn.Module, calibration: _Ca
         yield [] if data is None or data is False else [mover.try_on(as_batches(data, model)[0].sample(0))]
 
 
-def _bytes_in_files(model: nn.Module, mapped: MappedParameters) -> int:
-    """Bytes of parameters that are pages of files: of the folder, and of experts that transformers joins."""
-    return sum(p.nbytes for name, p in model.named_parameters() if name in mapped.names or is_mapped(p))
-
-
-def moves_blocks(device: torch.device) -> bool:
-    """Whether blocks are copied to a device while they run; the CPU reads them where they are."""
-    return device.type != "cpu"
-
-
 def _sequences(calibration: _Calibration) -> Sequences:
     """Numbers of sequences whose activations are stored."""
     data, settings, refine = calibration.data, calibration.settings, calibration.refine
@@ -476,14 +495,3 @@ def _staged(out: Path, processes: Processes) -> Iterator[Path]:
         return
     with told_to_resume(*search_files(out)), new_folder(out) as folder:
         yield processes.from_first(lambda: folder)
-
-
-def _tensor_rows(changed: Mapping[str, float], result: PruneResult) -> dict[str, dict[str, Any]]:
-    """Sparsity and pattern of each changed tensor, under the keys that ``leanstep verify`` reads."""
-    rows: dict[str, dict[str, Any]] = {name: {"sparsity": zeros} for name, zeros in changed.items()}
-    for group in result.groups:
-        pattern = result.allocation.patterns.get(group.name)
-        for target in group.targets:
-            if pattern and target.expert is None and target.parameter in rows:
-                rows[target.parameter] |= {"pattern": pattern, "dim": int(target.layout != "in_out")}
-    return rows

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from leanstep._files import lock_file, one_line, open_regular, read_text
+from leanstep._files import one_line, open_locked, open_regular, read_text
 from leanstep._mapped import tensors_hash
 from leanstep._processes import Processes
 from leanstep.pruning.measure.curves import SOURCES
@@ -162,20 +162,17 @@ class PartialCurves:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Context manager: the file is this run's alone. It is created, and removed if it is still empty at the end."""
-    descriptor = open_regular(path, os.O_RDONLY | os.O_CREAT)
     try:
-        try:
-            lock_file(descriptor)
-        except BlockingIOError:
-            raise ValueError(
-                f"another run measures curves and writes {path}; wait for it, stop it, or name another file"
-            ) from None
-        try:
-            yield
-        finally:
-            if not os.fstat(descriptor).st_size:
-                path.unlink(missing_ok=True)
+        descriptor = open_locked(path)
+    except BlockingIOError:
+        raise ValueError(
+            f"another run measures curves and writes {path}; wait for it, stop it, or name another file"
+        ) from None
+    try:
+        yield
     finally:
+        if not os.fstat(descriptor).st_size:
+            path.unlink(missing_ok=True)
         os.close(descriptor)
 
 

@@ -12,7 +12,9 @@ import pytest
 from leanstep import _files
 from leanstep._files import (
     _process_space,
+    alone,
     is_disk_full,
+    open_locked,
     publish_folder,
     remove,
     remove_leftovers,
@@ -149,6 +151,38 @@ def test_the_next_writer_removes_the_files_of_a_killed_one_only(tmp_path):
         assert set(os.listdir(tmp_path)) == {"a.json", partial.parent.name, other.name}
         partial.write_text("new")
     assert set(os.listdir(tmp_path)) == {"a.json", other.name} and path.read_text() == "new"
+
+
+def test_one_process_at_a_time_writes_a_folder(tmp_path):
+    out, lock = tmp_path / "out", tmp_path / ".out.lock"
+    hold = "import sys; from pathlib import Path; from leanstep._files import alone\n"
+    hold += "with alone(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-P", "-c", hold, str(out)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=f"another run writes {out}: wait for it"), alone(out):
+            pass
+        other.kill()  # what it leaves locks nothing
+    assert lock.exists()
+    with alone(out), pytest.raises(ValueError, match="another run writes"), alone(out):
+        pass
+    assert not lock.exists()
+
+
+def test_a_lock_on_a_file_that_was_removed_is_none(tmp_path, monkeypatch):
+    """The process that held it removes the file after this one has opened it, and a third makes a new one."""
+    file, lock_file, locked = tmp_path / "lock", _files.lock_file, []
+
+    def late(descriptor):
+        if not locked:
+            file.unlink()
+        locked.append(descriptor)
+        return lock_file(descriptor)
+
+    monkeypatch.setattr(_files, "lock_file", late)
+    descriptor = open_locked(file)
+    assert len(locked) == 2 and os.path.samestat(os.fstat(descriptor), os.stat(file))
+    os.close(descriptor)
 
 
 @pytest.mark.parametrize(

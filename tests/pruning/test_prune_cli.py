@@ -16,8 +16,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from leanstep import _memory
+from leanstep._files import alone
 from leanstep.cli import main
-from leanstep.pruning import CalibrationText, find_targets, prune_checkpoint
+from leanstep.pruning import CalibrationText, Recovery, find_targets, prune_checkpoint, recover_checkpoint
 from leanstep.pruning.folder.files import open_checkpoint
 from leanstep.pruning.folder.text import sequences_of
 from leanstep.pruning.result import PruneResult
@@ -314,6 +315,21 @@ def test_a_disk_that_fills_leaves_the_curves_and_no_folder(base, tmp_path, monke
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("options", [[], ["--resume"], ["--recover", "2", "--resume"]])
+def test_of_two_runs_of_one_folder_the_second_is_refused(options, base, pruned, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(pruned, out)
+    before = snapshot(out)
+    with alone(out):
+        assert leanstep_prune(base, out, "--sparsity", "0.6", "--eval", *options) == 2
+        assert f"another run writes {out}: wait for it, stop it, or name another folder" in capsys.readouterr().err
+        with pytest.raises(ValueError, match="another run writes"):
+            prune_checkpoint(base / "model", out, sparsity=0.6, allocation="uniform", score="magnitude")
+        with pytest.raises(ValueError, match="another run writes"):
+            recover_checkpoint(base / "model", out, torch.zeros(4, 8, dtype=torch.int64), Recovery(1))
+    assert snapshot(out) == before and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 KILLED = """
 import os, signal, sys
 from leanstep.pruning.measure import curve_file as curves
@@ -362,7 +378,7 @@ main(sys.argv[1:])
     arguments = ["prune", str(base / "model"), "--out", str(out), "--data", str(base / "text.txt"), *SMALL]
     command = [sys.executable, "-P", "-c", dying, *arguments, "--sparsity", "0.6"]
     assert subprocess.run(command, check=False, capture_output=True).returncode == -signal.SIGKILL
-    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.curves.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.curves.jsonl", ".out.lock"}
     before = snapshot(out)
     assert main([*arguments, "--sparsity", "0.6", "--resume"]) == 2
     assert "exists already" in capsys.readouterr().err

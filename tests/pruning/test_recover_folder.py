@@ -183,7 +183,7 @@ def test_a_run_killed_in_recovery_leaves_the_pruned_folder_and_goes_on(base, pru
     out = tmp_path / "out"
     command = [sys.executable, "-P", "-c", KILLED, *arguments(base, out, "--eval", *RECOVER)]
     assert subprocess.run(command, check=False, capture_output=True).returncode == -signal.SIGKILL
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {path.name for path in tmp_path.iterdir()} == {"out", ".out.lock"}
     assert snapshot(out) == snapshot(pruned)
     assert main(arguments(base, out, "--eval", *RECOVER)) == 2
     assert "exists already" in capsys.readouterr().err
@@ -209,7 +209,7 @@ def test_a_killed_recovery_goes_on_from_its_last_state(base, recovered, tmp_path
     out, state = tmp_path / "out", tmp_path / "out.recovery.pt"
     command = [sys.executable, "-P", "-c", KILLED_WITH_A_STATE, *arguments(base, out, "--eval", *RECOVER)]
     assert subprocess.run(command, check=False, capture_output=True).returncode == -signal.SIGKILL
-    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.recovery.pt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.recovery.pt", ".out.lock"}
     before = snapshot(out)
     assert main(arguments(base, out, "--eval", "--recover", "7", "--recover-lr", "1e-2", "--resume")) == 2
     error = capsys.readouterr().err
