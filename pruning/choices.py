@@ -155,7 +155,7 @@ def _check_curve_settings(allocation: str, pattern: str, **given: Any) -> None:
 
 def asked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of ``prune`` that its result does not show, as they were asked for, in plain values for JSON."""
-    defaults = {"allocation": "dp", "minutes": MINUTES, "curve_score": None, **CURVE_SETTINGS}
+    defaults = {"allocation": "dp", "minutes": MINUTES, "curve_score": None, "products": "auto", **CURVE_SETTINGS}
     asked = {name: settings.get(name, default) for name, default in defaults.items()}
     asked |= {name: settings.get(name) for name in ("metric", "include", "exclude", "budget")}
     if not isinstance(asked["budget"], str):

@@ -34,6 +34,7 @@ from leanstep.pruning.measure.metrics import Metric, metric_name
 from leanstep.pruning.measure.points import Progress
 from leanstep.pruning.refine import REFINED, refine_allocation
 from leanstep.pruning.result import Additivity, Allocation, PruneResult
+from leanstep.pruning.score.base import NonFiniteInputsError
 from leanstep.pruning.score.calibration import Pruning
 from leanstep.pruning.score.targets import Group, check_filled, some
 from leanstep.sparsity import NM
@@ -274,11 +275,8 @@ class Planner:
             return self._allocate("dp", curves=curves)
         measurement = self._measurement(self.curve_batches)
 
-        def joint(allocation: Allocation) -> float:
-            return self.planning.joint(measurement, allocation).mean
-
         best = self._allocate("dp", curves=curves)
-        lowest = joint(best)
+        lowest = self._joint(measurement, best)
         # curves around the uniform allocation, then around the new one, while the joint distortion falls
         around = self._uniform() or best
         second_order = any(curve.source != "measured" for curve in curves.values())
@@ -287,7 +285,7 @@ class Planner:
                 measurement, self._levels(), around, self.progress, second_order=second_order
             )
             around = self._allocate("dp", curves=self._by_effect(again))
-            cost = joint(around)
+            cost = self._joint(measurement, around)
             if cost >= lowest:
                 break
             best, lowest = around, cost
@@ -323,7 +321,12 @@ class Planner:
         blocks = {layer.block for layer in in_blocks([group.layer for group in self.groups])}
         candidates = [self._allocate("atp", beta=beta) for beta in atp_betas_tried(self.sparsity, len(blocks))]
         measurement = self._measurement(self.curve_batches)
-        return min(candidates, key=lambda one: self.planning.joint(measurement, one).mean)
+        return min(candidates, key=lambda one: self._joint(measurement, one))
+
+    def _joint(self, measurement: Measurement, allocation: Allocation) -> float:
+        """Joint distortion of an allocation; infinity where the pruned model overflows."""
+        joint = self.planning.joint(measurement, allocation).mean
+        return math.inf if math.isnan(joint) else joint
 
     def _uniform(self) -> Allocation | None:
         """Uniform sparsity within the budget; None if no uniform sparsity meets it."""
@@ -380,7 +383,11 @@ class Planner:
         others = [one for one in (programme if candidate is not programme else None, uniform) if one is not None]
         summed, *sums = self._sums(measurement, [candidate, *others])
         costs = [self.trial.additivity(measurement, *pair, stay=False) for pair in zip(others, sums, strict=True)]
-        cost = self.trial.additivity(measurement, candidate, summed, stay=True)
+        overflow: NonFiniteInputsError | None = None
+        try:
+            cost = self.trial.additivity(measurement, candidate, summed, stay=True)
+        except NonFiniteInputsError as error:
+            overflow, cost = error, Additivity(candidate.method, math.nan, math.nan, summed)
         compared = [cost, *costs]
         # a pruned model that overflows is never the best
         best = min(
@@ -388,6 +395,8 @@ class Planner:
             key=lambda pair: math.inf if math.isnan(pair[0].joint) else pair[0].joint,
         )
         if best[1] is candidate or not others:
+            if overflow is not None:
+                raise overflow
             self.notes += filter(None, [cost.note() if others else ""])
             return candidate, compared
         self.notes += _why_not(candidate, cost, *best)

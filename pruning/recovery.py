@@ -117,7 +117,7 @@ class RecoveryResult:
         def plain(cost: Distortion | None) -> dict[str, float | None] | None:
             if cost is None:
                 return None
-            return {"mean": cost.mean, "stderr": cost.stderr if math.isfinite(cost.stderr) else None}
+            return {name: value if math.isfinite(value) else None for name, value in cost._asdict().items()}
 
         return finite_values(asdict(self)) | {
             "before": plain(self.before),
@@ -199,6 +199,8 @@ def recover(
                     raise RuntimeError(f"recovery filled zeros of {', '.join(filled)}; the pruned weights are back")
                 after = _cost(model, teacher, compared)
     applied = before is None or after is None or after.mean < before.mean
+    if before is not None and after is not None and not before.is_finite:
+        applied = after.is_finite
     notes = [*filter(None, [file.note, _untrained_note(targets, recovery.rank)])]
     if before is None:
         notes.append("there was no held-out data: the effect of recovery was not measured")

@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,17 @@ class RecoveryFile:
             self.path = None
         end = time.monotonic()
         self._next = end + max(_SECONDS, _SHARE * (end - begin))
+
+
+def stored_distill(path: Path) -> bool | None:
+    """Whether an interrupted recovery learns the dense model's outputs; None without a file, or if it does not say."""
+    if not os.path.lexists(path):
+        return None
+    with suppress(ValueError, OSError):  # which RecoveryFile refuses
+        settings = _checked(load_pickled(path))["identity"].get("settings")
+        if isinstance(settings, dict) and isinstance(settings.get("distill"), bool):
+            return bool(settings["distill"])
+    return None
 
 
 def _checked(content: Any) -> dict[str, Any]:

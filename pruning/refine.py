@@ -25,7 +25,7 @@ from leanstep.pruning.measure.measure import Measurement, evaluating
 from leanstep.pruning.measure.points import Progress
 from leanstep.pruning.measure.products import products_of
 from leanstep.pruning.result import Allocation
-from leanstep.pruning.score.base import LayerPruner
+from leanstep.pruning.score.base import LayerPruner, NonFiniteInputsError
 
 # method of a refined allocation
 REFINED = "refined"
@@ -99,7 +99,11 @@ def refine_allocation(
     pruners: dict[str, LayerPruner] | PrunersInFiles
     pruners = {} if scratch is None else PrunersInFiles(trial.pruning, trial.snapshot, scratch)
     with evaluating(measurement.model), trial.snapshot.restored():
-        trial.apply(start, pruners)
+        try:
+            trial.apply(start, pruners)
+        except NonFiniteInputsError:
+            trial.pruning.cache.reset()
+            return start, None
         judge = JointJudge(trial.groups, measurement, pruners, start.counts, start.patterns, processes)
         if not judge.distortion.is_finite:
             return start, None

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leanstep._arguments import OneLineParser, new_folder, positive, seed
@@ -15,7 +14,14 @@ from leanstep._checkpoint import check_apart, check_new, read_json
 from leanstep._files import one_line, restore_alone
 from leanstep._memory import peak_process_memory
 from leanstep.recipes.data.sources import OptionTexts, in_options, open_file, sotu_corpus, split_newest
-from leanstep.recipes.prune_output import ProgressBar, estimate_lines, recovery_lines, shown, summary_of
+from leanstep.recipes.prune_output import (
+    OUT_OF_MEMORY,
+    ProgressBar,
+    estimate_lines,
+    recovery_lines,
+    shown,
+    summary_of,
+)
 from leanstep.recipes.training.formatting import format_duration
 
 if TYPE_CHECKING:
@@ -77,7 +83,12 @@ def _run(options: argparse.Namespace) -> int:
         if rank == 0:
             print(f"\ninterrupted; {options.out} {state}. Add --resume to the command to continue", file=sys.stderr)
         return 130
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        from leanstep.recipes.training.failures import is_out_of_memory
+
+        if is_out_of_memory(error):
+            print(f"error: {OUT_OF_MEMORY}: {one_line(error)}", file=sys.stderr)
+            return 1
         if type(error).__name__ != "ProcessEndedError":
             raise
         return 1  # the process that ended has said why, or its launcher says it
@@ -425,22 +436,8 @@ def _data(options: argparse.Namespace) -> dict[str, Any]:
 
 def _images(options: argparse.Namespace) -> "dict[str, Tensor]":
     """Draw images for the scores, the curves, the comparison and with a search those that judge, from a file."""
-    import torch
+    from leanstep.recipes.data.images import draw_images
 
-    from leanstep._checkpoint import load_tensors
-    from leanstep.pruning.score.targets import some
-
-    try:
-        tensors = load_tensors(Path(options.data).resolve())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--data {options.data} cannot be read: {error}") from error
-    images = tensors.get("pixel_values")
-    if images is None or images.dim() != 4 or not images.is_floating_point():
-        got = f"none among {some(list(tensors), 3)}" if images is None else f"{tuple(images.shape)} of {images.dtype}"
-        raise ValueError(
-            f"--data {options.data}: expected a floating tensor pixel_values [images, channels, height, width], got "
-            f"{got}. A language model takes a text file, 'sotu', JSON or Parquet"
-        )
     asked = {"--eval": options.eval or None, "--seq-len": options.seq_len}
     given = [name for name, value in asked.items() if value is not None]
     if given:
@@ -448,19 +445,12 @@ def _images(options: argparse.Namespace) -> "dict[str, Tensor]":
             f"{' and '.join(given)}: for text alone, and --data {options.data} has images; leave out {given[0]}, or "
             "name a text"
         )
-    counts = {"--samples": options.samples, "--held-out": options.held_out}
+    counts = {"--held-out": options.held_out, "--samples": options.samples}
     if _refinement(options) is not None:
         counts["--refine-samples"] = _refine_samples(options)
-    if len(images) < (count := sum(counts.values())):
-        raise ValueError(
-            f"--data {options.data} has {len(images)} images; "
-            f"{', '.join(f'{option} {number}' for option, number in counts.items())} take {count}: give more, or ask "
-            "for fewer"
-        )
-    drawn = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(options.seed))[:count]]
-    held_out, samples, judging = drawn.tensor_split([options.held_out, options.held_out + options.samples])
+    held_out, samples, *judging = draw_images(options.data, counts, options.seed)
     data = {"data": samples, "curve_data": samples[: options.curve_samples], "held_out": held_out}
-    return data | ({"judging": judging} if len(judging) else {})
+    return data | ({"judging": judging[0]} if judging else {})
 
 
 def _refine_samples(options: argparse.Namespace) -> int:

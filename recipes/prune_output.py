@@ -21,6 +21,11 @@ _PHASES = {
     "refinement time": "searched {}/{} seconds",
 }
 
+OUT_OF_MEMORY = (
+    "out of memory; take fewer or shorter sequences (--samples, --curve-samples, --seq-len), a smaller --batch-size or "
+    "--activations disk. --dry-run states the memory, and --resume goes on with the curves that were measured"
+)
+
 
 def estimate_lines(estimate: "Estimate") -> list[str]:
     """A table of an estimate."""

@@ -32,7 +32,9 @@ from leanstep.pruning.folder.loading import checkpoint_values, load_model, store
 from leanstep.pruning.folder.text import CalibrationText, held_out_hash, perplexity_of, sequences_of
 from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.points import Progress
+from leanstep.pruning.measure.products import products_in
 from leanstep.pruning.recovery import Recovery, RecoveryResult, recover
+from leanstep.pruning.recovery_file import stored_distill
 from leanstep.pruning.recovery_memory import distillation_bytes
 from leanstep.pruning.result import finite_values
 from leanstep.pruning.score.targets import find_targets
@@ -146,12 +148,22 @@ def recover_model(
         in_files = 0  # copies in memory
     if not isinstance(data, torch.Tensor):  # read once, for the memory and for the training
         data = as_batches(data, model)
-    teacher, note = _teacher(dense, model, data, names, recovery, device, snapshot=is_half, in_files=in_files)
+    asked = recovery
+    if recovery.distill is None:  # as the interrupted run decided: the free memory may be another now
+        asked = replace(recovery, distill=stored_distill(state))
+    teacher, note = _teacher(dense, model, data, names, asked, device, snapshot=is_half, in_files=in_files)
+    if recovery.distill is None and asked.distill is False:
+        note = "recovery learnt the next tokens, not the dense model's outputs, as the interrupted run had begun to"
+
+    def perplexity() -> tuple[float, int]:
+        with products_in(model, content.get("settings", {}).get("products", "auto")):  # as before recovery
+            return perplexity_of(model, held_out)
+
     content["perplexity"] = dict(content.get("perplexity") or {})
     content["perplexity"].pop("recovered", None)  # of an earlier recovery that was not applied
     if evaluate and content.get(HELD_OUT) not in (None, held_out_hash(held_out)):
         # of other text, which no perplexity on this one compares with
-        content["perplexity"], content[HELD_OUT] = {"after": perplexity_of(model, held_out)[0]}, held_out_hash(held_out)
+        content["perplexity"], content[HELD_OUT] = {"after": perplexity()[0]}, held_out_hash(held_out)
         content["notes"] = [*content.get("notes", []), OTHER_DATA]
     result = recover(
         model,
@@ -167,9 +179,9 @@ def recover_model(
     del teacher
     result.notes.extend(filter(None, [note]))
     if evaluate:
-        perplexity, content["perplexity"]["tokens"] = perplexity_of(model, held_out)
-        content["perplexity"]["recovered"] = perplexity
-        result = replace(result, perplexity=perplexity)
+        recovered, content["perplexity"]["tokens"] = perplexity()
+        content["perplexity"]["recovered"] = recovered
+        result = replace(result, perplexity=recovered)
     content["perplexity"] = finite_values(content["perplexity"]) or None
     content["recovery"] = result.to_dict()
     with told_to_resume(folder), new_folder(folder, replace=True) as staged:

@@ -181,7 +181,7 @@ def _prune_into(
     if several and not isinstance(data, torch.Tensor | CalibrationText | None):
         data = list(data)
     check_run(checkpoint, data, recovery=recovery, evaluate=evaluate, settings=settings)
-    calibration = _calibration(checkpoint, data, held_out, refine, settings, several=several)
+    calibration = _calibration(checkpoint, data, held_out, refine, settings, several=several or evaluate)
     if evaluate and calibration.held_out is None:
         raise ValueError("perplexity needs held-out sequences: give a text")
     # experts that transformers joins
@@ -395,7 +395,7 @@ def _calibration(
 ) -> _Calibration:
     """Draw the sequences of a text; other data is taken as it is, as a list if it is read ``several`` times."""
     if not isinstance(data, CalibrationText):
-        if several and data is None and not isinstance(held_out, torch.Tensor | bool | None):
+        if several and not isinstance(held_out, torch.Tensor | bool | None):
             held_out = list(held_out)
         return _Calibration(data, held_out, refine, settings)
     has_judging = refine is None or refine.data is not None

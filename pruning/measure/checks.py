@@ -20,7 +20,7 @@ from leanstep.pruning.measure.measure import Measurement, WeightSnapshot, evalua
 from leanstep.pruning.measure.metrics import Distortion
 from leanstep.pruning.measure.points import Progress
 from leanstep.pruning.result import Additivity, Allocation
-from leanstep.pruning.score.base import LayerPruner
+from leanstep.pruning.score.base import LayerPruner, NonFiniteInputsError
 from leanstep.pruning.score.calibration import Pruners, Pruning, prune_group
 from leanstep.pruning.score.targets import Group, Target
 
@@ -98,9 +98,21 @@ class Trial:
             yield [(t, processes.broadcast(weight, owner)) for t, weight in zip(group.targets, weights, strict=True)]
 
     def joint(self, measurement: Measurement, allocation: Allocation, *, stay: bool = False) -> Distortion:
-        """Distortion of an allocation. Restores the weights, or with ``stay`` leaves the model pruned."""
+        """Distortion of an allocation. Restores the weights, or with ``stay`` leaves the model pruned.
+
+        NaN where inputs of a matrix overflow after pruning those before it; with ``stay`` that is an error.
+
+        Raises:
+            NonFiniteInputsError: with ``stay``, which leaves the model pruned up to that matrix.
+        """
         with evaluating(measurement.model), nullcontext() if stay else self.snapshot.restored():
-            self.apply(allocation)
+            try:
+                self.apply(allocation)
+            except NonFiniteInputsError:
+                self.pruning.cache.reset()
+                if stay:
+                    raise
+                return Distortion(math.nan, math.nan)
             return measurement.joint()
 
     def summed(self, measurement: Measurement, allocation: Allocation, until: float) -> float:

@@ -172,9 +172,10 @@ def _mean_square(values: Mapping[str, float]) -> float:
 
 
 def _log_ratios(curve: Curve, first: Curve, counts: Iterable[int]) -> list[float]:
-    """log(first / curve) at some counts, 0 where one of them is not positive."""
-    pairs = dict(zip(curve.counts, zip(first.distortion, curve.distortion, strict=True), strict=True))
-    return [math.log(a / b) if a > 0 and b > 0 else 0.0 for a, b in map(pairs.__getitem__, counts)]
+    """log(first / curve) at some counts, 0 where one of them is not positive or a curve has ended."""
+    pairs = dict(zip(curve.counts, zip(first.distortion, curve.distortion, strict=False), strict=False))
+    ratios = (pairs.get(count, (0.0, 0.0)) for count in counts)
+    return [math.log(a / b) if a > 0 and b > 0 else 0.0 for a, b in ratios]
 
 
 def without_numbers(name: str) -> str:

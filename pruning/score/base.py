@@ -34,6 +34,10 @@ def has_statistics(allocation: str, *scores: str) -> bool:
     return any(NEEDS[score] for score in scores) or allocation == "owl"
 
 
+class NonFiniteInputsError(ValueError):
+    """The inputs of a matrix overflow, as after blocks before it were pruned too far for their dtype."""
+
+
 @dataclass
 class LayerStatistics:
     """Sums over the inputs of a matrix [out, in] on calibration data, or gradients of it.
@@ -69,6 +73,15 @@ class LayerStatistics:
             self.square_sum += rows.square().sum(dim=0, dtype=self.square_sum.dtype).to(self.square_sum.device)
         if self.gram is not None:
             self.gram.addmm_(rows.T.to(self.gram.device), rows.to(self.gram.device))
+
+    def check_finite(self, name: str) -> None:
+        """Raise NonFiniteInputsError if an input of the matrix called ``name`` was not finite."""
+        squares = self.square_sum if self.gram is None else self.gram.diagonal()
+        if squares is not None and not bool(squares.isfinite().all()):
+            raise NonFiniteInputsError(
+                f"{name}: its inputs on the calibration data, or their squares, are not finite, with the weights "
+                "before it as pruned so far; ask for less (--sparsity), or store the model in bf16 or fp32"
+            )
 
     def permuted(self, columns: Tensor) -> LayerStatistics:
         """The statistics of the matrix with its columns in the order ``columns``, int64 [in]."""

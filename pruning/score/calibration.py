@@ -52,6 +52,7 @@ def statistics_for(
 
     Raises:
         ValueError: for a layer, other than an expert, that never ran on the data, or whose inputs cannot be collected.
+        NonFiniteInputsError: for inputs that overflow; in all processes.
     """
     device = device_of(cache.model)
     statistics_by_name = {t.name: LayerStatistics.empty(needs, t.weight.shape[1], device) for t in targets}
@@ -68,6 +69,7 @@ def statistics_for(
         for target in targets:
             if not target.is_expert and not statistics_by_name[target.name].count:
                 raise ValueError(f"{target.name} was never run on the calibration data; leave it out with exclude")
+            statistics_by_name[target.name].check_finite(target.name)
     return statistics_by_name
 
 

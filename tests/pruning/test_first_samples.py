@@ -141,6 +141,13 @@ def test_factors_are_drawn_to_neighbours_by_the_noise_in_them(noise):
     )
 
 
+def test_a_curve_of_the_first_samples_that_ends_early_has_no_ratio_beyond():
+    whole = Curve("a", 8, (8, 4, 2), (0.0, 1.0, 4.0), (0.0,) * 3, "kl")
+    first = Curve("a", 8, (8, 4), (0.0, math.e), (0.0,) * 2, "kl")
+    assert sampling._log_ratios(whole, first, (4, 2)) == [1.0, 0.0]
+    assert sampling._log_ratios(first, whole, (4, 2)) == [-1.0, 0.0]
+
+
 def test_weights_are_as_before(two_samples):
     model, samples = make_llama(2), tokens(4)
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -1,5 +1,6 @@
 """Pruning a model: what it gets is what the allocation says, the cost is measured, and an error changes nothing."""
 
+import copy
 import json
 import math
 from collections import OrderedDict
@@ -10,7 +11,7 @@ import torch
 from pruned_models import images, make_cnn, make_gpt2, make_llama, make_mixtral, tokens
 from torch import nn
 
-from leanstep.pruning import Budget, InfeasibleBudget, find_targets, measure_curves, prune
+from leanstep.pruning import Budget, InfeasibleBudget, Refinement, find_targets, measure_curves, prune
 from leanstep.pruning.allocate.allocation import METHODS as ALLOCATIONS
 from leanstep.pruning.folder.report import report_page
 from leanstep.pruning.measure.batches import as_batches
@@ -195,6 +196,31 @@ def test_patterns_may_be_fixed_or_chosen_by_each_matrix():
         assert all(is_nm(target.weight, patterns[target.name]) for target in find_targets(model))
         assert len(set(patterns.values())) > 1
         assert 0.4 <= result.sparsity < 0.45
+
+
+def make_overflowing():
+    """A model whose second matrix gets inputs beyond fp32 once every row of the first has a single weight left."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 64, bias=False), nn.Linear(64, 4, bias=False))
+    with torch.no_grad():  # the first two inputs are equal
+        model[0].weight[:, 0], model[0].weight[:, 1] = 1e12, -1e12
+    inputs = torch.randn(96, 8)
+    inputs[:, 0] = inputs[:, 1] = 1e9
+    return model, inputs
+
+
+@pytest.mark.parametrize("refine", [None, Refinement(evaluations=4)])
+def test_an_allocation_whose_pruned_blocks_overflow_is_never_the_best(refine):
+    model, inputs = make_overflowing()
+    settings = {"held_out": inputs[64:], "metric": "mse_logits", "sparsity": 0.875}
+    result = prune(model, inputs[:64], levels=(0.5, 0.75, 0.875, 0.95), curves="measured", refine=refine, **settings)
+    assert result.sparsity == 0.875 and result.allocation.method != "uniform"
+    assert [math.isnan(row.joint) for row in result.compared] == [row.method == "uniform" for row in result.compared]
+    model, inputs = make_overflowing()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="1.weight: its inputs on the calibration data, or .* not finite, .*; ask"):
+        prune(model, inputs[:64], allocation="uniform", **settings)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_a_matrix_with_more_zeros_than_the_sparsest_pattern_keeps_them():

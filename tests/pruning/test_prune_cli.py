@@ -315,6 +315,19 @@ def test_a_disk_that_fills_leaves_the_curves_and_no_folder(base, tmp_path, monke
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")]
+)
+def test_a_lack_of_memory_is_told_with_what_to_do(error, base, tmp_path, monkeypatch, capsys):
+    def full(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr("leanstep.pruning.prune_checkpoint", full)
+    assert leanstep_prune(base, tmp_path / "out", "--sparsity", "0.6") == 1
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and told.startswith("error: out of memory; take fewer or shorter sequences")
+
+
 @pytest.mark.parametrize("options", [[], ["--resume"], ["--recover", "2", "--resume"]])
 def test_of_two_runs_of_one_folder_the_second_is_refused(options, base, pruned, tmp_path, capsys):
     out = tmp_path / "out"

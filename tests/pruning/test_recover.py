@@ -1,6 +1,8 @@
 """Recovery after pruning: the zeros stay, the rest approaches the dense model, and an error leaves the pruned model."""
 
 import copy
+import json
+import math
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from leanstep import SinkGD
 from leanstep.pruning import Recovery, find_targets, prune, recover, recovery_file
 from leanstep.pruning import recovery as recovery_module
 from leanstep.pruning.measure.batches import as_batches
+from leanstep.pruning.measure.metrics import Distortion
 
 
 def pruned(make=make_llama, sparsity=0.6, **settings):
@@ -233,6 +236,15 @@ def test_training_that_makes_it_worse_is_taken_back():
     assert not result.applied and result.after.mean > result.before.mean
     assert "was not applied" in result.notes[0]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("after", [1.0, math.nan])
+def test_a_pruned_model_that_overflows_is_recovered_if_the_trained_one_does_not(after, monkeypatch):
+    costs = iter([Distortion(math.nan, math.nan), Distortion(after, 0.1)])
+    monkeypatch.setattr(recovery_module, "_cost", lambda *_: next(costs))
+    result = recover(pruned(), tokens(8), Recovery(2), teacher=make_llama(), held_out=tokens(4, seed=1))
+    assert result.applied == math.isfinite(after)
+    assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["before"] == {"mean": None, "stderr": None}
 
 
 @pytest.mark.parametrize("rank", [None, 2])

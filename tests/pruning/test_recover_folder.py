@@ -29,6 +29,7 @@ from leanstep.pruning import (
 from leanstep.pruning.folder import recovery as folder_recovery
 from leanstep.pruning.folder.checkpoint import stored_hash
 from leanstep.pruning.folder.files import open_checkpoint
+from leanstep.pruning.measure.products import products_of
 from leanstep.sparsity import verify
 
 SMALL = [
@@ -162,6 +163,15 @@ def test_half_precision_stays(dtype, base, tmp_path):
     assert set(dense) == set(after)
 
 
+def test_the_perplexity_after_recovery_has_the_products_of_those_before(base, tmp_path, monkeypatch):
+    dtypes, measure = [], folder_recovery.perplexity_of
+    monkeypatch.setattr(
+        folder_recovery, "perplexity_of", lambda model, data: dtypes.append(products_of(model)) or measure(model, data)
+    )
+    assert main(arguments(base, tmp_path / "out", "--eval", "--products", "bf16", *RECOVER)) == 0
+    assert dtypes == ["bf16"] and content_of(tmp_path / "out")["settings"]["products"] == "bf16"
+
+
 KILLED = """
 import os, signal, sys
 from leanstep import pruning
@@ -217,6 +227,8 @@ def test_a_killed_recovery_goes_on_from_its_last_state(base, recovered, tmp_path
     assert snapshot(out) == before and state.exists()
     step, taken = recovery._step, []
     monkeypatch.setattr(recovery, "_step", lambda *given: taken.append(step(*given)) or taken[-1])
+    # now too little for the dense model, which the interrupted run has decided on
+    monkeypatch.setattr(folder_recovery, "free_memory", lambda device: 1)
     assert main(arguments(base, out, "--eval", *RECOVER, "--resume")) == 0
     # killed in its fifth step, after the state of the fourth
     assert len(taken) == 2 and content_of(out)["recovery"] == content_of(recovered)["recovery"]
