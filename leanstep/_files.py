@@ -5,6 +5,7 @@ Folders may come from elsewhere: nothing here writes through a symbolic link or 
 
 import errno
 import fcntl
+import glob
 import grp
 import json
 import os
@@ -390,7 +391,7 @@ def remove(path: Path) -> None:
 def remove_leftovers(target: Path) -> None:
     """Remove half-written folders of :func:`staged_folder` in processes that have ended on this machine."""
     start = f".{target.name}{STAGED}"
-    for path in target.absolute().parent.glob(f"{start}*"):
+    for path in target.absolute().parent.glob(f"{glob.escape(start)}*"):
         if _has_ended(path.name.removeprefix(start)):
             remove(path)
 

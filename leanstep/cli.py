@@ -290,6 +290,7 @@ def _read_recipe(name: str) -> tuple[Path, str]:
 
 def _data_build(options: argparse.Namespace, rest: list[str]) -> int:
     _nothing_left(rest)
+    from leanstep._files import alone
     from leanstep.recipes.data import english
     from leanstep.recipes.data.packages import PackageError
 
@@ -298,8 +299,10 @@ def _data_build(options: argparse.Namespace, rest: list[str]) -> int:
         raise UsageError(f"--without: no source {', '.join(unknown)}; the sources are {', '.join(english.SOURCES)}")
     out = (options.out or Path("data") / options.corpus).resolve()
     try:
-        manifest = english.build(out, [name for name in english.SOURCES if name not in options.without])
-    except (PackageError, OSError) as error:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with alone(out):
+            manifest = english.build(out, [name for name in english.SOURCES if name not in options.without])
+    except (PackageError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILED
     for name, facts in manifest["files"].items():

@@ -77,8 +77,10 @@ class Ledger:
         if self.folder.exists() and not self.folder.is_dir():
             raise LedgerError(f"--out {self.folder} is a file, expected a folder; choose another")
         others = [] if not self.folder.is_dir() else [path.name for path in self.folder.iterdir()]
-        if others and not {"ledger.jsonl", ".lock"} & set(others):
-            raise LedgerError(f"--out {self.folder} holds something else than a sweep ({others[0]}); choose another")
+        # a sweep that was killed at its start has these alone
+        foreign = [] if "ledger.jsonl" in others else sorted(set(others) - {".lock", *_FOLDERS})
+        if foreign:
+            raise LedgerError(f"--out {self.folder} holds something else than a sweep ({foreign[0]}); choose another")
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = open_regular(self.folder / ".lock", os.O_RDWR | os.O_CREAT)
         try:

@@ -220,7 +220,7 @@ class Run:
             self.saver.add_ema(self.ema)
         # the step is in the seed, for a run that resumes with another number of processes
         seed_process(config.seed, rank, state.step)
-        stream = None if checkpoint is None else self.saver.load(checkpoint, state)
+        stream = None if checkpoint is None else self.saver.load(checkpoint, state.world_size)
         if checkpoint is not None and stream is not None:
             with reading(checkpoint / "trainer"):
                 self.data.train.load_state_dict(stream)
@@ -283,7 +283,7 @@ class Run:
                 improved = config.checkpoint.keep_best and state.best_loss != before
             if number or improved or self.due(config.checkpoint.every):
                 self.save()
-            if number and state.step < config.steps:
+            if number and (state.step < config.steps or state.eval_pending):
                 return number
         return 0
 
@@ -383,9 +383,9 @@ class Run:
         accelerator = self.accelerator
         with self.logger.clock.pause("rollback"):
             self.drop_gradients(unscaled=True)
-            self.spikes.restore(spike, self.state)
+            world = self.spikes.restore(spike, self.state)
             # streams go on from where they are
-            self.saver.load(spike.checkpoint, self.state)
+            self.saver.load(spike.checkpoint, world)
             if self.gate is not None:
                 rank, world = accelerator.process_index, accelerator.num_processes
                 read_gate(self.gate, spike.checkpoint / "trainer", rank, world)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from leanstep._checkpoint import load_tensors
-from leanstep._files import STAGED, format_bytes, free_bytes, publish_folder, remove
+from leanstep._files import STAGED, format_bytes, free_bytes, one_line, publish_folder, remove
 from leanstep.lora import LowRankGate, save_adapter
 from leanstep.lora.apply import is_adapted
 from leanstep.lora.merge import config_of_merged, merged_state_dict
@@ -201,8 +201,8 @@ class Saver:
             best = self._folder.checkpoints / checkpoint_name(state.best_step)
             if best.is_dir():
                 self._link("best", best)
-            # where the best could not be saved, the link has the one before
-            keep.append(self._folder.root / "best")
+            # where the best could not be saved, the link has the one before; where links cannot be made, there is none
+            keep += [best, self._folder.root / "best"]
         try:
             prune(self._folder.checkpoints, self._config.keep_last, keep)
         except OSError as error:
@@ -215,8 +215,10 @@ class Saver:
         except OSError as error:
             self._say(f"WARNING: the link {link} could not be set to {target.name}: {error}")
 
-    def load(self, path: Path, state: TrainState) -> dict[str, Any] | None:
+    def load(self, path: Path, world_size: int) -> dict[str, Any] | None:
         """Load weights, optimizer, schedule and random generators. Returns the stream's state, or None.
+
+        Another number of processes than ``world_size``, which wrote the checkpoint, keeps its random generators.
 
         Raises CheckpointError for a stream that another number of processes read.
         """
@@ -226,7 +228,7 @@ class Saver:
             accelerator.load_state(str(trainer))
         # Accelerate restores its count of passes, which is wrong after a change of accumulation; windows begin at 0
         accelerator.step = 0
-        if state.world_size == accelerator.num_processes:
+        if world_size == accelerator.num_processes:
             # Accelerate only logs that it could not restore the random state
             file = trainer / f"random_states_{accelerator.process_index}.pkl"
             with reading(file):
@@ -305,9 +307,13 @@ def finish(
         tokenizer = data.tokenizer
         begin = begin_tokens(tokenizer)
         prompts = held_out_prompts(data.validation, tokenizer.eos_token_id, word_starts(tokenizer), begin)
-        text = sample(folder.final, prompts, config.seed, accelerator.device)
-        folder.log({"step": state.step, "kind": "sample", "text": text})
-        say(f"samples ([held-out text] continued, temperature {TEMPERATURE:g}, seed {config.seed}):\n{text}")
+        try:
+            text = sample(folder.final, prompts, config.seed, accelerator.device)
+        except Exception as error:  # no memory for a second copy, logits that are not finite: the model is written
+            say(f"WARNING: no samples of the final model: {one_line(error)}")
+        else:
+            folder.log({"step": state.step, "kind": "sample", "text": text})
+            say(f"samples ([held-out text] continued, temperature {TEMPERATURE:g}, seed {config.seed}):\n{text}")
         if state.val_loss is not None:
             say(compare(state.val_loss, config.expect))
         say(f"model and tokenizer: {folder.final}")

@@ -116,10 +116,11 @@ class SpikeDetector:
             self._logger.say(f"WARNING: {problem}; rolling back to an older checkpoint")
         return path
 
-    def restore(self, spike: Spike, state: TrainState) -> None:
+    def restore(self, spike: Spike, state: TrainState) -> int:
         """Set ``state`` to that of the checkpoint, and the data to the window after the spike; count the rollback.
 
-        Removes the lines of the steps since the checkpoint from log.jsonl. Raises CheckpointError.
+        Removes the lines of the steps since the checkpoint from log.jsonl. Returns the number of processes that wrote
+        the checkpoint. Raises CheckpointError.
         """
         assert spike.checkpoint is not None
         record, reached = state.spikes, state.step + state.spikes.windows_ahead + 1
@@ -135,6 +136,7 @@ class SpikeDetector:
         record.windows_ahead = reached - state.step
         if self._logger.main:
             self._folder.rewind_log(state.step)
+        return saved.world_size
 
     def report_rollback(self, spike: Spike, state: TrainState) -> None:
         """Print and log a rollback that is done. Its line in log.jsonl has the step of the checkpoint."""

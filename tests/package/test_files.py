@@ -124,6 +124,12 @@ def test_what_a_killed_process_left_is_removed_and_a_running_ones_is_not(tmp_pat
     assert set(os.listdir(tmp_path)) == {"out", other.name}
 
 
+def test_leftovers_of_a_name_with_brackets_are_removed(tmp_path):
+    (tmp_path / f".out[0.5].writing-1234-{_process_space()}-999999999").mkdir()
+    remove_leftovers(tmp_path / "out[0.5]")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", [".run.yaml.tmp", f".out.writing-1234-{_process_space()}-999999999"])
 def test_a_pipe_is_removed_and_not_waited_for(name, tmp_path):
     pipe = tmp_path / name

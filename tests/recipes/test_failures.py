@@ -355,6 +355,25 @@ def test_a_signal_in_the_evaluation_saves_and_evaluates_again(recipe, tmp_path):
     assert numbers(out) == numbers(tmp_path / "straight")
 
 
+def test_a_signal_in_the_last_evaluation_ends_no_run_without_it(recipe, tmp_path):
+    options, out = ["steps=3", "checkpoint.every=0", "eval.every=0", "batch.micro_batch_size=2"], tmp_path / "run"
+    assert run(recipe, options, tmp_path / "straight").codes == [0]
+    stopped = run(recipe, options, out, prepare=partial(faults.signal_in_evaluation, signal.SIGTERM))
+    assert stopped.codes == [143], stopped.text()
+    assert status(out)["status"] == "interrupted" and status(out)["step"] == 3
+    again = run(recipe, options, out)
+    assert again.codes == [0], again.text()
+    assert numbers(out) == numbers(tmp_path / "straight")
+    assert status(out)["val_loss"] == status(tmp_path / "straight")["val_loss"] is not None
+
+
+def test_a_model_that_continues_no_text_ends_its_run_all_the_same(recipe, tmp_path):
+    training = run(recipe, ["steps=2", "checkpoint.every=0"], tmp_path / "run", prepare=faults.samples_fail)
+    assert training.codes == [0], training.text()
+    assert "WARNING: no samples of the final model: probability tensor contains either" in training.text()
+    assert status(tmp_path / "run")["status"] == "done" and (tmp_path / "run" / "report.html").exists()
+
+
 def test_a_signal_to_one_process_stops_both_at_the_same_step(recipe, tmp_path):
     options = ["steps=100000", "checkpoint.every=0", "eval.every=0", "batch.micro_batch_size=2"]
     training = Training(recipe, options, tmp_path / "run", world=2)

@@ -193,6 +193,15 @@ def test_rollback_restores_everything_of_the_checkpoint(recipe, undisturbed, rol
     assert_same_weights(tmp_path / "run", rolled_back)
 
 
+@pytest.mark.slow
+def test_a_rollback_to_a_checkpoint_of_fewer_processes(recipe, tmp_path):
+    stop, back = (settings(f"stop={{on_spike: {action}, {SPIKES}}}") for action in ("stop", "rollback"))
+    assert run(recipe, stop, tmp_path / "run").codes == [3]
+    rolled = run(recipe, [*back, "batch.micro_batch_size=2"], tmp_path / "run", world=2)
+    assert rolled.codes == [0, 0], rolled.text()
+    assert "2 processes go on where 1 stopped" in rolled.text() and ("rollback", 16, 14) in events(tmp_path / "run")
+
+
 LLAMA = "hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2"
 DECAY = 'sparsity={patterns: {"*.mlp.*": "1:4"}, method: mdgf-linear, finetune: 0.2}'
 # name -> settings, processes, what runs in each before it trains

@@ -250,6 +250,11 @@ def test_folders_that_hold_something_else_are_refused(plan, tmp_path):
     with pytest.raises(LedgerError, match=r"holds something else than a sweep \(thesis.txt\)"):
         Ledger(plan(out=tmp_path / "other"))
     assert os.listdir(tmp_path / "other") == ["thesis.txt"]
+    (tmp_path / "run").mkdir()
+    for name in (".lock", "config.yaml", "log.jsonl"):  # of a training run
+        (tmp_path / "run" / name).touch()
+    with pytest.raises(LedgerError, match=r"holds something else than a sweep \(config.yaml\)"):
+        Ledger(plan(out=tmp_path / "run"))
     Ledger(plan(out=tmp_path / "linked")).close()
     (tmp_path / "linked" / "runs").rmdir()
     (tmp_path / "linked" / "runs").symlink_to(tmp_path / "other")
