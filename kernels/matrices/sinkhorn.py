@@ -86,6 +86,8 @@ def sinkhorn_of_rows(
 ) -> Generator[tuple[Tensor, str, str], None, Scales]:
     """:func:`sinkhorn` of shards of rows, as a generator, so that the caller can reduce several lists at once.
 
+    Triton on a GPU, plain torch on a CPU, whatever :func:`use_backend` says.
+
     ``rows_total``: the rows of each matrix before sharding. Yields (flat buffer, "sum", "rows") once per iteration,
     with this shard's share of the column means. The caller sums the buffer over the shards of rows, in place.
     """
@@ -186,6 +188,10 @@ def _iterate_together(
     The caller sums the means of row shards over the shards, in place.
     """
     batches = [as_batch(m) for m in mats]
+    if num_iters + end_with_rows == 0:
+        for batch, rows in zip(batches, _scales(batches, scales.flat_rows, scales.flat_cols).rows, strict=True):
+            if batch.numel():
+                rows.copy_(reference.row_prescale(batch))
     for iteration in range(num_iters + end_with_rows):
         first = iteration == 0
         if backend == "triton":

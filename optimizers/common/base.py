@@ -188,6 +188,12 @@ class LeanOptimizer(StateLoading, StateSaving):
                     f"{shape}, got {tuple(state[key].shape)}: the parameter was resized after its state was created. "
                     f"Nothing was changed. Drop the state ({self._drop_state}), or build a new optimizer."
                 )
+            if key in state and state[key].device != param.device:  # kernels would read addresses of the other device
+                raise ValueError(
+                    f"{type(self).__name__}: {describe(group, position)} is on {param.device}, and its state {key!r} "
+                    f"on {state[key].device}: the parameter was moved after its state was made. Nothing was changed. "
+                    "Move the model first and then build the optimizer, or load its state_dict again, which moves it."
+                )
         return state
 
     def _check_placements(self, group: dict[str, Any], position: int, param: Tensor) -> Shard:
@@ -394,6 +400,12 @@ def dense_gradient(owner: str, group: dict[str, Any], position: int, param: Tens
             f"{owner}: {describe(group, position)} is {kinds[0]}, but its gradient is {kinds[1]}; expected both on one "
             "mesh. Nothing was changed. Place the gradient by distribute_tensor(gradient, parameter.device_mesh, "
             "parameter.placements)."
+        )
+    if grad.device != param.device:
+        raise ValueError(
+            f"{owner}: {describe(group, position)} is on {param.device}, and its gradient on {grad.device}; the "
+            "parameter was moved after the backward pass. Nothing was changed. Set parameter.grad to None and compute "
+            "it anew."
         )
     if grad.shape != param.shape:
         raise ValueError(

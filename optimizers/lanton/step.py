@@ -142,8 +142,8 @@ def step(layers: list[LayerStep], estimated: list[Layer]) -> Reducer[None]:
     counters = [layer.state["step"] for layer in layers if layer.rounding == "stochastic" or _has_codes(layer.state)]
     if counters:
         torch._foreach_add_(counters, 1)
-    if _on_host(table):
-        infos = [info for info in infos if not info.nonfinite]  # reading flags on the host needs no wait
+    # of layers on the host: reading their flags needs no wait, unless other layers are elsewhere
+    infos = [info for info in infos if not (_on_host(info.nonfinite) and bool(info.nonfinite))]
     # G' of the next step, B, and p along O
     for info in infos:
         yield from _store_gradient(info)

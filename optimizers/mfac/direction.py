@@ -256,8 +256,9 @@ class ScopeBatch:
         by_scope: dict[int, list[Tensor]] = {i: [] for i in valid}
         for param_index, (i, k) in enumerate(self.param_keys):
             if i in by_scope:
-                vector = self.problems[i].vectors[k]
-                empty = vector.new_empty(0, dtype=wide_dtype(vector.dtype))  # of an empty shard
+                # of an empty shard, in the dtype of the others
+                problem = self.problems[i]
+                empty = problem.vectors[k].new_empty(0, dtype=combination_dtype(problem.states[k]))
                 by_scope[i].append(updates.get(param_index, empty))
         return by_scope
 

@@ -42,13 +42,15 @@ def in_blocks(batch: Batch, weights: Sequence[Tensor]) -> Batch:
         weights, batch.grads, batch.states, batch.indices, batch.shards, strict=True
     ):
         shaped = {key: list(_views(local(state[key]), group, shard)) for key in _SHAPED if key in state}
+        stack, _, parts = _cuts_of_rows(group, shard)
+        before = local_range(shard, 0)[0] * len(parts) if stack else 0  # blocks of matrices on other processes
         for k, view in enumerate(_views(weight, group, shard)):
             of_block = {key: views[k] for key, views in shaped.items()}
             if k and "step" in state:  # the first block counts the steps of the parameter
                 of_block["step"] = state["step"].clone()
             result.params.append(view)
             result.states.append({**state, **of_block})
-            result.indices.append(index + k * _STRIDE)
+            result.indices.append(index + (before + k) * _STRIDE)
         result.grads.extend(_views(local(grad), group, shard))
         result.shards.extend(_shards(group, shard))
     return result

@@ -111,7 +111,7 @@ def _step_whole(batch: Batch, *, balanced: bool) -> Reducer[None]:
         yield from pin_operator_norms(matrices, scales, states, shards, sides, group["spectral"])
     if group["base_width"] is not None:
         for rows, shard in zip(scales.rows, shards, strict=True):
-            rows.mul_(group["base_width"] / matrix_shape(shard)[1])
+            rows.mul_(group["base_width"] / max(matrix_shape(shard)[1], 1))
     if nonfinite is not None:
         for cols, flag in zip(scales.cols, nonfinite, strict=True):
             cols.masked_fill_(flag > 0, math.nan)

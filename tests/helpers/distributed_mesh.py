@@ -272,6 +272,23 @@ def blocks_on_meshes(world: World) -> None:
     refused(ValueError, "blocks need shards without gaps, got w (12, 5)", SinkGD([("w", gaps)], blocks=4).step)
 
 
+@case(WORLD)
+def blocks_of_stacks_round_as_in_one_process(world: World) -> None:
+    start = torch.randn(8, 6, 5, generator=torch.Generator().manual_seed(7)).bfloat16()
+    for sizes, placements in (((4,), (Shard(0),)), ((2, 2), (Shard(0), Replicate()))):
+        plain = nn.Parameter(start.clone())
+        sharded = nn.Parameter(distribute_tensor(start, grid(*sizes), placements, src_data_rank=None))
+        for step in range(2):
+            grad = torch.randn(start.shape, generator=torch.Generator().manual_seed(step)).bfloat16()
+            for param in (plain, sharded):
+                set_grad(param, grad)
+            if not step:
+                optimizers = [SinkGD([p], lr=0.01, blocks=3, rounding="stochastic") for p in (plain, sharded)]
+            for optimizer in optimizers:
+                optimizer.step()
+        assert torch.equal(whole(sharded.detach()), plain), (sizes, placements)
+
+
 # ---- refusals
 
 

@@ -33,6 +33,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], torch.dtype, float]] = {
     "model_fp32": ({"weight_decay": 0.1, "momentum": 0.9}, torch.float32, 1e-5),
     "layer": ({"scope": "layer", "scaling": "count"}, torch.float64, 1e-11),
     "blocks": ({"scope": 7}, torch.float64, 1e-11),
+    "wide": ({"scope": 7, "storage": "fp64"}, torch.float32, 1e-5),
     "fp16": ({"storage": "fp16"}, torch.float32, 1e-4),
     "topk": ({"compression": "topk", "density": 0.3, "storage": "fp32"}, torch.float64, 1e-6),
     "trust_region": ({"max_update_norm": 0.7}, torch.float64, 1e-11),
@@ -108,8 +109,9 @@ def local_windows(optimizer: MFAC) -> list[torch.Tensor]:
     return [t.to_local() if isinstance(t, DTensor) else t for t in found]
 
 
-for _name in ("model", "model_fp32", "layer", "blocks", "fp16", "topk", "trust_region", "sparse"):
-    _worlds = (1, 2, 3, 4) if _name == "model" else (2, 3) if _name == "topk" else (2,)
+for _name in ("model", "model_fp32", "layer", "blocks", "wide", "fp16", "topk", "trust_region", "sparse"):
+    # of three processes some have no row of a parameter
+    _worlds = (1, 2, 3, 4) if _name == "model" else (2, 3) if _name in ("topk", "wide") else (2,)
     add_case(f"mfac_{_name}_replicas_follow", _worlds, functools.partial(replicas_follow_one_process, _name))
 
 

@@ -213,6 +213,15 @@ def test_balanced_form_ends_with_rows():
     torch.testing.assert_close(x.square().mean(dim=1), torch.ones(30).double(), rtol=1e-6, atol=0)
 
 
+def test_without_iterations_rows_have_their_largest_entries():
+    g = normal(9, 7)
+    whole = sinkhorn([g], 0)
+    torch.testing.assert_close(whole.rows[0], 1 / g.abs().amax(dim=1))
+    with pytest.raises(StopIteration) as end:
+        next(sinkhorn_of_rows([g], 0, rows_total=[9]))
+    assert torch.equal(end.value.value.rows[0], whole.rows[0]) and torch.equal(end.value.value.cols[0], whole.cols[0])
+
+
 def test_sharded_rows_are_the_whole():
     """Column means of the shards, summed once per iteration, give the scales of the whole matrix."""
     g = normal(23, 17)

@@ -668,6 +668,35 @@ def test_parameters_know_that_they_changed(case: OptimizerCase):
         assert param._version > version or param.numel() == 0
 
 
+@every_case
+def test_state_on_another_device_than_the_parameter_is_refused(case: OptimizerCase):
+    """Kernels take addresses, which are of one device. The device without memory stands for a GPU."""
+    params = case.params()
+    optimizer = case.build([(f"layer{i}.weight", p) for i, p in enumerate(params)])
+    run(optimizer, params, range(2))
+    fill_grads(params, 2)
+    state, group = optimizer.state[params[0]], optimizer.param_groups[0]
+    for key in optimizer._state_shapes(group, params[0]).keys() & state.keys():
+        on_cpu, before = state[key], [p.detach().clone() for p in params]
+        state[key] = on_cpu.to("meta")
+        with pytest.raises(ValueError, match=f"layer0.weight .* is on cpu, and its state '{key}' on meta: .*moved"):
+            optimizer.step()
+        assert_same(params, before)
+        state[key] = on_cpu
+    optimizer.step()
+
+
+@pytest.mark.gpu
+@every_case
+def test_a_gradient_that_a_move_left_behind_is_refused(case: OptimizerCase):
+    params = case.params()
+    optimizer = case.build([(f"layer{i}.weight", p) for i, p in enumerate(params)])
+    fill_grads(params, 0)
+    params[0].data = params[0].data.cuda()
+    with pytest.raises(ValueError, match="layer0.weight .* is on cuda:0, and its gradient on cpu"):
+        optimizer.step()
+
+
 RESIZED = {"grown": (0, (9, 5)), "shrunk": (0, (2, 5)), "reshaped": (0, (5, 6)), "grown vector": (3, (9,))}
 
 

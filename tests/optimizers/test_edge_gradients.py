@@ -43,11 +43,12 @@ def test_squares_that_overflow_in_any_number_of_rows(shape, backend):
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 @pytest.mark.parametrize("shape", [(2, 0, 3), (0, 4, 3), (2, 3, 0)], ids=str)
-def test_stacks_without_entries_are_stepped(shape, backend):
+@pytest.mark.parametrize("base_width", [None, 3])
+def test_stacks_without_entries_are_stepped(shape, backend, base_width):
     params = [torch.nn.Parameter(torch.zeros(shape)), torch.nn.Parameter(torch.zeros(4, 3))]
     for param in params:
         param.grad = torch.ones_like(param)
-    optimizer = SinkGD(params, lr=1.0, scale=0.5, algorithm="sinkgd")
+    optimizer = SinkGD(params, lr=1.0, scale=0.5, algorithm="sinkgd", base_width=base_width)
     with use_backend(backend):
         optimizer.step()
     torch.testing.assert_close(params[1].detach(), torch.full((4, 3), -0.5))
