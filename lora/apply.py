@@ -50,8 +50,8 @@ def apply_lora(model: Model, config: LoraConfig) -> Model:
         TypeError: for a configuration of another class.
         ValueError: for an adapted model, a target that selects nothing (the message suggests similar names), a rank
             larger than a layer, an unsupported dtype of a base weight, a layer that is never called or returns no
-            tensor, a weight that is sharded already, or ``fast_path=True`` and a layer that cannot run on the fast
-            path. The model is unchanged.
+            tensor, a weight that is sharded already, a model in DistributedDataParallel, or ``fast_path=True`` and a
+            layer that cannot run on the fast path. The model is unchanged.
 
     Notes:
         Memory: r (in + out) numbers per layer. ``LoraConfig.save`` sets which tensors autograd saves.
@@ -61,10 +61,22 @@ def apply_lora(model: Model, config: LoraConfig) -> Model:
             f"apply_lora: expected a leanstep.lora.LoraConfig, got {type(config).__module__}.{type(config).__name__}; "
             "leanstep's takes PEFT's fields under the same names"
         )
+    refuse_replicas(model, "apply_lora")
     inner = unwrapped(model)
     config = with_heads(inner, config)
     attach_adapters(inner, plan_lora(inner, config), config)
     return model
+
+
+def refuse_replicas(model: nn.Module, caller: str) -> None:
+    """Raise ValueError for a model in DistributedDataParallel, which averages the gradients of no new parameter."""
+    while isinstance(model, nn.Module):
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                f"{caller}: expected the model itself, got one in DistributedDataParallel, which would not average the "
+                f"adapters' gradients; {caller} the model inside (model.module), and wrap it afterwards"
+            )
+        model = model._modules.get("_orig_mod")  # type: ignore[assignment]
 
 
 def plan_lora(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:

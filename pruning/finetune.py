@@ -141,24 +141,31 @@ class MaskKeeper:
     def apply(self) -> None:
         """Set pruned weights to zero."""
         for name, parameter in self.parameters.items():
-            parameter.masked_fill_(self._pruned[name], 0)
+            parameter.masked_fill_(self._zeros(name), 0)
+
+    def _zeros(self, name: str) -> Tensor:
+        """True where a weight is pruned, on the device of its parameter, which may have been moved."""
+        device = self.parameters[name].device
+        if self._pruned[name].device != device:
+            self._pruned[name] = self._pruned[name].to(device)
+        return self._pruned[name]
 
     def filled(self) -> list[str]:
         """Names of the parameters with a pruned weight that is not zero."""
-        return [n for n, parameter in self.parameters.items() if bool(parameter.detach()[self._pruned[n]].any())]
+        return [n for n, parameter in self.parameters.items() if bool(parameter.detach()[self._zeros(n)].any())]
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Add the current zeros to the masks, after pruning further. Pruned weights stay pruned."""
         for name, parameter in self.parameters.items():
-            self._pruned[name] |= parameter == 0
+            self._pruned[name] = self._zeros(name) | (parameter == 0)
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
         """Set the gradients of pruned weights to zero."""
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
-                parameter.grad.masked_fill_(self._pruned[name], 0)
+                parameter.grad.masked_fill_(self._zeros(name), 0)
 
 
 def _keep_pruned(

@@ -42,10 +42,13 @@ def stop_caching(module: nn.Module) -> None:
 
 
 def _begin(module: nn.Module, inputs: Any) -> None:
+    while _caches:  # of a pass that KeyboardInterrupt ended: hooks run after an Exception alone
+        _end(module, inputs, None)
     cache = parametrize.cached()
     cache.__enter__()
     _caches.append(cache)
 
 
 def _end(module: nn.Module, inputs: Any, output: Any) -> None:
-    _caches.pop().__exit__(None, None, None)
+    if _caches:
+        _caches.pop().__exit__(None, None, None)

@@ -7,6 +7,7 @@ process computes the mask of its rows from the full-precision weights and gather
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 import warnings
@@ -151,7 +152,13 @@ class SparseWeight(nn.Module):
                 f"the sparsity state of a weight of shape {tuple(self.mask.shape)} has {size} bytes, got {actual}; the "
                 "checkpoint is of another model, or damaged"
             )
-        _, _, _, target_n, target_m, dim, *_ = _HEADER.unpack(state[: _HEADER.size].cpu().numpy().tobytes())
+        header = _HEADER.unpack(state[: _HEADER.size].cpu().numpy().tobytes())
+        steps, n, m, target_n, target_m, dim, alpha, beta = header
+        if steps < 0 or not 0 <= n <= m or m < 1 or not (math.isfinite(alpha) and math.isfinite(beta)):
+            raise ValueError(
+                f"the sparsity state of a weight of shape {tuple(self.mask.shape)} is damaged: {steps} steps, pattern "
+                f"{n}:{m}, alpha {alpha:g}, beta {beta:g}"
+            )
         if (NM(target_n, target_m), dim) != (self.target, self.dim):
             raise ValueError(
                 f"the checkpoint was trained towards {target_n}:{target_m} along dimension {dim}, this model is set to "
@@ -411,6 +418,8 @@ def group_dim(module: nn.Module, axis: str) -> int:
 def _candidates(model: nn.Module, axis: str) -> Iterator[tuple[str, SparseLayer]]:
     """Every weight that may become sparse, by name; tied modules appear under all their names."""
     for module_name, module in model.named_modules(remove_duplicate=False):
+        if module_name.rpartition(".")[2].startswith("lora_"):  # factors of adapters
+            continue
         # the first dimension of a tensor of experts counts them
         attributes: tuple[str, ...] = ()
         before = 0

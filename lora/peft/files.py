@@ -33,6 +33,7 @@ from leanstep.lora.apply import (
     attach_adapters,
     modules_to_save,
     plan_lora,
+    refuse_replicas,
     saved_buffers,
     trained_biases,
 )
@@ -212,6 +213,8 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], **changes: object
     _check_values(model, tensors, source)
     base = f"the adapter was made for {config.base_model_name_or_path or 'a model whose name it does not say'}"
     adapted = isinstance(getattr(model, "lora_config", None), LoraConfig)
+    if not adapted:
+        refuse_replicas(whole, "load_adapter")
     plan: dict[str, nn.Module] = {}
     try:
         config = name_by_layers(model, config)

@@ -116,13 +116,17 @@ class Restore(_Operation):
     ) -> dict[str, Any]:
         """The tensors of ``target_patterns``: the weight, or values, mask and offsets."""
         parts = [input_dict[pattern][0] for pattern in source_patterns]
-        weight = _dense(self.form, dict(zip(self.form.parts, parts, strict=True))).to(self.dtype)
+        weight = _dense(self.form, dict(zip(self.form.parts, parts, strict=True)))
         self.restored.add(self.name)
         if self.layer is None:
-            return {target_patterns[0]: weight}
+            return {target_patterns[0]: weight.to(self.dtype)}
         layer = self.layer
-        buffers = (layer.weight_values, layer.weight_mask, layer.weight_offsets)
-        return dict(zip(target_patterns, buffers if weight.is_meta else bitmask_pack(weight), strict=True))
+        if weight.is_meta:
+            buffers = (layer.weight_values, layer.weight_mask, layer.weight_offsets)
+        else:  # packed as stored: in another dtype some values may be zero
+            values, mask, offsets = bitmask_pack(weight)
+            buffers = values.to(self.dtype), mask, offsets
+        return dict(zip(target_patterns, buffers, strict=True))
 
 
 class RestoreMerged(_Operation):

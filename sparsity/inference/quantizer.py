@@ -182,6 +182,11 @@ class SparseQuantizer(HfQuantizer):
         return True
 
     @property
+    def is_qat_trainable(self) -> bool:
+        """True lets transformers' Trainer train adapters of leanstep on top, which it does not know."""
+        return True
+
+    @property
     def is_compileable(self) -> bool:
         """Whether torch.compile traces the model."""
         return True

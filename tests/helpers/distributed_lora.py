@@ -5,6 +5,7 @@ import functools
 from typing import Any
 
 import torch
+from distributed_cases import refused
 from distributed_world import World, case
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -140,6 +141,19 @@ def lora_replicated_equals_whole(world: World) -> None:
     steps(whole, build(whole), (inputs, targets))
     steps(parallel, build(replica), (inputs[world.rank :: world.size], targets[world.rank :: world.size]))
     compare(trained(replica), trained(whole), "ddp")
+
+
+@case(2)
+def lora_in_replicas_is_refused(world: World) -> None:
+    """DDP lists its parameters when it is made, and would not average the gradients of factors that come later."""
+    config, folder = LoraConfig(r=2, target_modules=["q_proj"]), world.folder / f"late-{world.rank}"
+    save_adapter(apply_lora(Block(), config), folder)
+    parallel = DistributedDataParallel(Block())
+    names = list(dict(parallel.named_parameters()))
+    refused(ValueError, "expected the model itself, got one in Distributed", lambda: apply_lora(parallel, config))
+    refused(ValueError, "load_adapter the model inside", lambda: load_adapter(parallel, folder))
+    assert list(dict(parallel.named_parameters())) == names
+    apply_lora(parallel.module, config)
 
 
 @case(*WORLDS)

@@ -94,6 +94,14 @@ def test_adapters_on_a_base_under_an_nm_mask():
     torch.testing.assert_close(layer(x), wanted)
 
 
+def test_a_base_made_sparse_after_its_adapters_leaves_them_dense(tmp_path):
+    model = apply_lora(tiny_llama(layers=1), LoraConfig(r=4, target_modules=LLAMA_TARGETS))
+    control = sparsify(model, {"*.mlp.*": "2:4"}, schedule=Schedule(total_steps=1), method="fixed")
+    assert not [layer.name for layer in control.layers if "lora_" in layer.name]
+    save_adapter(model, tmp_path / "adapter")
+    load_adapter(apply_lora(tiny_llama(layers=1), LoraConfig(r=4, target_modules=LLAMA_TARGETS)), tmp_path / "adapter")
+
+
 def test_a_pruned_model_is_fine_tuned_merged_and_still_pruned():
     model = tiny_llama(layers=1)
     weight = model.model.layers[0].mlp.up_proj.weight

@@ -147,6 +147,17 @@ def test_masks_and_gradual_pruning_hold_under_accelerate_s_optimizer():
     assert not model[0].weight.grad[model[0].weight == 0].any()
 
 
+@pytest.mark.gpu
+def test_masks_follow_a_model_that_is_moved():
+    model = net()
+    prune_to(model, 0.5)
+    keeper = keep_masks(model)
+    model.cuda()
+    keeper.apply()
+    keeper.refresh()
+    assert not keeper.filled() and all(mask.is_cuda for mask in keeper.masks.values())
+
+
 def test_masks_can_be_given_and_are_applied_at_once():
     model = net()
     mask = torch.rand(16, 12) > 0.5

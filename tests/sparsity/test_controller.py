@@ -1,6 +1,8 @@
 """A model under a controller: what it computes, what its optimizer sees, and what a checkpoint brings back."""
 
 import copy
+import math
+import struct
 
 import pytest
 import torch
@@ -298,6 +300,15 @@ def test_a_state_of_other_layers_or_patterns_is_refused():
     with pytest.raises(ValueError, match="trained towards 1:4 along dimension 1, this model is set to 2:4"):
         controller.load_state_dict({**third.state_dict(), "0": _later(before["0"])})
     assert all(torch.equal(value, before[name]) for name, value in controller.state_dict().items())
+    header = struct.Struct("<6q2d")
+    for place, value in ((0, -1), (1, 9), (6, math.nan)):  # steps, n of the pattern, alpha
+        fields = list(header.unpack(before["4"][: header.size].numpy().tobytes()))
+        fields[place] = value
+        damaged = before["4"].clone()
+        damaged[: header.size] = torch.frombuffer(bytearray(header.pack(*fields)), dtype=torch.uint8)
+        with pytest.raises(ValueError, match="the sparsity state of a weight of shape .* is damaged"):
+            controller.load_state_dict({**before, "0": _later(before["0"]), "4": damaged})
+        assert all(torch.equal(value, before[name]) for name, value in controller.state_dict().items())
     with pytest.raises(ValueError, match="another model, or damaged"):
         other.load_state_dict({"2": torch.zeros(3, dtype=torch.uint8)})
 

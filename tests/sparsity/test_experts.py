@@ -6,6 +6,7 @@ import pytest
 import torch
 from architectures import make
 from pruned_models import VOCABULARY
+from torch.nn.utils import parametrize
 
 from leanstep.optimizers import param_groups
 from leanstep.sparsity import export_compressed, load_compressed, sparsify, squash, verify
@@ -88,6 +89,27 @@ def test_the_masked_weights_of_experts_are_computed_once_per_pass(monkeypatch):
                 parameter.mul_(2)
     assert not torch.equal(model(tokens()).logits, before)
     assert torch.equal(copy.deepcopy(model)(tokens()).logits, model(tokens()).logits)
+
+
+def test_an_interrupted_pass_leaves_no_cache():
+    model = make("mixtral").train()
+    model.config._experts_implementation = "eager"
+    sparsify(model, {"*experts*": "2:4"})
+
+    def interrupt(module, inputs):
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[0].mlp.experts.act_fn.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(tokens())
+    hook.remove()
+    before = model(tokens()).logits
+    assert not parametrize._cache_enabled
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "experts" in name:
+                parameter.mul_(2)
+    assert not torch.equal(model(tokens()).logits, before)
 
 
 def test_a_squashed_model_runs_without_hooks_and_its_file_is_small(tmp_path):

@@ -114,6 +114,34 @@ def test_a_model_loads_in_another_dtype(folders, dtype):
     assert float(difference) <= 50 * torch.finfo(dtype).eps * float(logits(expected).double().abs().max())
 
 
+def test_values_below_the_smallest_of_another_dtype_are_zero_there(tmp_path):
+    model = make_llama(hidden_size=64, intermediate_size=96)
+    save_sparse(tmp_path / "dense", model, pattern="1:8", dtype=torch.float32)
+    shard = tmp_path / "dense" / "model.safetensors"
+    weights = load_file(shard)
+    name = next(name for name in weights if "up_proj" in name)
+    kept = weights[name].flatten().nonzero()[0]
+    weights[name].view(-1)[kept] = 1e-9  # no number of fp16
+    save_file(weights, shard, {"format": "pt"})
+    export_folder(tmp_path / "dense", tmp_path / "nm")
+    sparse = load_sparse(tmp_path / "nm", dtype=torch.float16)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float16)
+    difference = (logits(sparse).double() - logits(expected).double()).abs().max()
+    assert float(difference) <= 50 * torch.finfo(torch.float16).eps * float(logits(expected).double().abs().max())
+
+
+@pytest.mark.slow
+def test_transformers_trainer_trains_adapters_on_top(folders, tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    model = apply_lora(load_sparse(folders / "sparse"), LoraConfig(r=2, target_modules=["q_proj"]))
+    rows = [{"input_ids": row, "labels": row} for row in tokens(4)]
+    arguments = TrainingArguments(str(tmp_path), max_steps=2, report_to=[], use_cpu=True, save_strategy="no")
+    before = model.model.layers[0].self_attn.q_proj.lora_B.weight.detach().clone()
+    Trainer(model, arguments, train_dataset=rows).train()
+    assert not torch.equal(model.model.layers[0].self_attn.q_proj.lora_B.weight, before)
+
+
 def test_conv1d_layers_are_compressed_too(tmp_path):
     save_sparse(tmp_path / "dense", make_gpt2(), dtype=torch.float32)
     export_folder(tmp_path / "dense", tmp_path / "sparse")
