@@ -29,6 +29,7 @@ _SMALLEST_NORM = {torch.float32: 1e-38, torch.float64: 1e-300}
 # because a bf16 product of a few hundred rows uses only one thread. A product of a few thousand rows uses all.
 _CPU_SMALL, _CPU_CHUNK = 1 << 16, 1 << 24
 _GPU_CHUNK = 1 << 25
+_GPU_MATRICES = 65535  # most programs along the second dimension of a launch, one for each matrix
 
 
 def lengths_of_runs(triples: Sequence[Triple], dtype: torch.dtype) -> list[int]:
@@ -135,7 +136,7 @@ def jobs_of(singles: Sequence[Tensor]) -> Iterator[Job]:
         if singles[0].device.type == "cpu":
             count = max(_CPU_SMALL // (m * n), min(torch.get_num_threads(), _CPU_CHUNK // (m * n)), 1)
         else:
-            count = max(_GPU_CHUNK // (m * n), 1)
+            count = min(max(_GPU_CHUNK // (m * n), 1), _GPU_MATRICES)
         for start in range(0, len(indices), count):
             yield Job(indices[start : start + count], m, n)
 

@@ -211,6 +211,9 @@ def test_jobs_gather_matrices_of_one_shape(threads, monkeypatch):
     jobs = [job.indices for job in jobs_of([*small, *large, torch.zeros(0, 4)])]
     assert jobs == [[0, 1, 2, 3, 4], *([[5], [6], [7]] if threads == 1 else [[5, 6], [7]])]
     assert [job.indices for job in jobs_of([torch.empty(5000, 5000)] * 2)] == [[0], [1]]
+    # on a GPU, which the device without memory stands for, no more than a launch has programs
+    elsewhere = [torch.empty(4, 4, device="meta")] * 70000
+    assert [len(job.indices) for job in jobs_of(elsewhere)] == [65535, 70000 - 65535]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
