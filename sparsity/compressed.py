@@ -31,6 +31,8 @@ from leanstep.sparsity.squash import check_finished, plain_state_dict
 
 FORMAT = "leanstep-nm-1"
 _VALUES, _INDICES = ".nm_values", ".nm_indices"
+# most entries of a weight of zeros alone: a few bytes of a file would ask for any amount of memory
+MOST_ZEROS = 2**30
 
 
 class Stored(NamedTuple):
@@ -239,6 +241,11 @@ def _checked_entry(where: str, entry: Any) -> tuple[NM, int, list[int]]:
     if not sizes or type(dim) is not int or not 0 <= dim < len(shape) or pattern.m > 256:
         raise ValueError(
             f"load_compressed: {where}: the layout is damaged: pattern {pattern}, dim {dim!r}, shape {shape!r}"
+        )
+    if pattern.n == 0 and math.prod(shape) > MOST_ZEROS:
+        raise ValueError(
+            f"load_compressed: {where}: expected a weight of zeros alone (pattern {pattern}) to have at most "
+            f"{MOST_ZEROS:,} entries, got shape {shape}: no stored value bounds it"
         )
     return pattern, dim, shape
 

@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels import bitmask_pack, bitmask_quantize, bitmask_unpack, bitmask_validate
-from leanstep.sparsity.compressed import check_nm, compressed_bytes, nm_sizes, pack_nm, smallest_layout, unpack_nm
+from leanstep.sparsity.compressed import (
+    MOST_ZEROS,
+    check_nm,
+    compressed_bytes,
+    nm_sizes,
+    pack_nm,
+    smallest_layout,
+    unpack_nm,
+)
 from leanstep.sparsity.patterns import NM
 
 # safetensors' names of the dtypes that tensors of a checkpoint have
@@ -99,6 +107,8 @@ class Form(NamedTuple):
             pattern, dim = NM.parse(str(entry.get("pattern"))), entry.get("dim")
             if pattern.m > 256 or type(dim) is not int or dim not in (0, 1):
                 raise ValueError(f"expected M of at most 256 and dim 0 or 1, got {pattern} and {dim!r}")
+            if pattern.n == 0 and math.prod(shape) > MOST_ZEROS:
+                raise ValueError(f"expected at most {MOST_ZEROS:,} entries of pattern {pattern}, got shape {shape}")
             form = cls(tuple(shape), dtype, pattern, dim)
         elif stored == "bitmask":
             codes = next((name for name, row in CODES.items() if row[0] == entry.get("values")), None)

@@ -29,6 +29,7 @@ from leanstep.pruning.folder.loading import open_model
 from leanstep.sparsity import load_sparse, to_few_token_linear, verify
 from leanstep.sparsity.inference import SparseLinear, export_folder
 from leanstep.sparsity.inference.manifest import Manifest
+from leanstep.sparsity.inference.matrices import Form
 
 
 @pytest.fixture(scope="module")
@@ -451,3 +452,9 @@ def test_other_folders_are_refused(folders, tmp_path):
     (other / "model.safetensors").write_bytes(whole[:-100])
     with pytest.raises(ValueError, match="is damaged"):
         load_sparse(other)
+
+
+def test_zeros_that_no_file_bounds_are_refused():
+    entry = {"shape": [2**20, 2**12], "dtype": "BF16", "stored": "nm", "pattern": "0:4", "dim": 1}
+    with pytest.raises(ValueError, match="expected at most 1,073,741,824 entries of pattern 0:4, got shape"):
+        Form.from_json(entry)
