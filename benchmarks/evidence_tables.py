@@ -156,7 +156,8 @@ def draw(path: Path, target: Path) -> None:
     panels = {score: by for score, by in points.items() if len(by.get(BASELINE, {})) > 1}
     if not panels:
         return
-    figure, axes = pyplot().subplots(1, len(panels), figsize=(11, 3.8), sharey=True, squeeze=False)
+    size = (11 if len(panels) > 1 else 6, 3.8)
+    figure, axes = pyplot().subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
     for axis, (score, by_allocation) in zip(axes[0], panels.items(), strict=True):
         for name, of_sparsity in by_allocation.items():
             means, errors = zip(*of_sparsity.values(), strict=True)

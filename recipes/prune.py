@@ -312,8 +312,9 @@ def _dry_run(options: argparse.Namespace) -> int:
 
     from leanstep.pruning import Workload, estimate_pruning
     from leanstep.pruning.choices import check_choices
+    from leanstep.pruning.folder.checkpoint import check_files
     from leanstep.pruning.folder.files import open_checkpoint
-    from leanstep.pruning.folder.run import check_device, check_files, check_run
+    from leanstep.pruning.folder.run import check_device, check_run
     from leanstep.pruning.folder.text import CalibrationText, sequences_of
 
     settings, recovery, refine = _settings(options), _recovery(options), _refinement(options)

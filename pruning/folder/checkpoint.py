@@ -19,6 +19,7 @@ from leanstep._checkpoint import TensorFile, checked_file, copy_other_files
 from leanstep._files import format_bytes, is_disk_full, remove_partials
 from leanstep._mapped import MappedParameters, ResidentSet, is_mapped, release_pages, tensors_hash
 from leanstep._safetensors import tensor_offsets
+from leanstep.pruning.choices import fixed_pattern
 from leanstep.pruning.folder.files import INDEX, Checkpoint, written_name
 from leanstep.pruning.folder.loading import stored_names
 from leanstep.pruning.result import PruneResult
@@ -285,3 +286,33 @@ def tensor_rows(changed: Mapping[str, float], result: PruneResult) -> dict[str, 
 def bytes_in_files(model: nn.Module, mapped: MappedParameters) -> int:
     """Bytes of parameters that are pages of files: of the folder, and of experts that transformers joins."""
     return sum(p.nbytes for name, p in model.named_parameters() if name in mapped.names or is_mapped(p))
+
+
+def check_files(
+    out: Path,
+    resume: bool,
+    *,
+    allocation: str = "dp",
+    pattern: str = "unstructured",
+    curves: Any = None,
+    refine: bool = False,
+    **_: Any,
+) -> None:
+    """Raise ValueError for files of an interrupted run that is not to be resumed, or that the run would not read."""
+    partial, search = search_files(out)
+    measures = allocation == "dp" and not fixed_pattern(pattern) and not isinstance(curves, Mapping)
+    unread = [] if measures else [(partial, "curves", "allocation='dp'")]
+    unread += [] if refine else [(search, "a search", "refine")]
+    for file, content_of, setting in unread:
+        if resume and file.exists():
+            raise ValueError(
+                f"{file} holds {content_of} of an interrupted run with {setting}, which this run would not read: go on "
+                "with the settings of that run, or remove the file"
+            )
+    for file, content_of in (
+        (partial, "curves that an interrupted run measured"),
+        (search, "an interrupted search"),
+        (state_file(out), "an interrupted recovery"),
+    ):
+        if file.exists() and not resume:
+            raise ValueError(f"{file} holds {content_of}: go on with it (--resume), or remove it to begin again")

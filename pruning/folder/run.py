@@ -18,12 +18,19 @@ from leanstep._processes import Processes
 from leanstep._version import __version__
 from leanstep.pruning.allocate.descent import Refinement
 from leanstep.pruning.allocate.knapsack import InfeasibleBudget
-from leanstep.pruning.choices import asked_settings, check_choices, fixed_pattern, levels_asked, sparsity_asked
+from leanstep.pruning.choices import (
+    asked_settings,
+    check_choices,
+    fixed_pattern,
+    levels_asked,
+    sparsity_asked,
+)
 from leanstep.pruning.folder.checkpoint import (
     HELD_OUT,
     SIDECAR,
     SOURCE_WEIGHTS,
     bytes_in_files,
+    check_files,
     copy_others,
     has_zeros,
     hash_and_zeros,
@@ -31,7 +38,6 @@ from leanstep.pruning.folder.checkpoint import (
     map_weights,
     remove_search_files,
     search_files,
-    state_file,
     tensor_rows,
     told_to_resume,
     unmapped_note,
@@ -52,7 +58,7 @@ from leanstep.pruning.folder.recovery import recover_model, space_beside
 from leanstep.pruning.folder.stored_size import Sequences, scratch_bytes
 from leanstep.pruning.folder.text import CalibrationText, held_out_hash, perplexity_of, sequences_of
 from leanstep.pruning.measure.batches import as_batches
-from leanstep.pruning.measure.blocks import BlockMover, moves_blocks
+from leanstep.pruning.measure.blocks import BlockMover
 from leanstep.pruning.measure.points import Progress
 from leanstep.pruning.measure.products import products_in
 from leanstep.pruning.planner import check_target
@@ -433,6 +439,11 @@ def _computing_on(device: str | torch.device, model: nn.Module, calibration: _Ca
         yield [] if data is None or data is False else [mover.try_on(as_batches(data, model)[0].sample(0))]
 
 
+def moves_blocks(device: torch.device) -> bool:
+    """Whether blocks are copied to a device while they run; the CPU reads them where they are."""
+    return device.type != "cpu"
+
+
 def _sequences(calibration: _Calibration) -> Sequences:
     """Numbers of sequences whose activations are stored."""
     data, settings, refine = calibration.data, calibration.settings, calibration.refine
@@ -455,36 +466,6 @@ def _check_start(out: Path, resume: bool, **settings: Any) -> None:
         remove_search_files(out)
     check_output(out)
     check_files(out, resume, **settings)
-
-
-def check_files(
-    out: Path,
-    resume: bool,
-    *,
-    allocation: str = "dp",
-    pattern: str = "unstructured",
-    curves: Any = None,
-    refine: bool = False,
-    **_: Any,
-) -> None:
-    """Raise ValueError for files of an interrupted run that is not to be resumed, or that the run would not read."""
-    partial, search = search_files(out)
-    measures = allocation == "dp" and not fixed_pattern(pattern) and not isinstance(curves, Mapping)
-    unread = [] if measures else [(partial, "curves", "allocation='dp'")]
-    unread += [] if refine else [(search, "a search", "refine")]
-    for file, content_of, setting in unread:
-        if resume and file.exists():
-            raise ValueError(
-                f"{file} holds {content_of} of an interrupted run with {setting}, which this run would not read: go on "
-                "with the settings of that run, or remove the file"
-            )
-    for file, content_of in (
-        (partial, "curves that an interrupted run measured"),
-        (search, "an interrupted search"),
-        (state_file(out), "an interrupted recovery"),
-    ):
-        if file.exists() and not resume:
-            raise ValueError(f"{file} holds {content_of}: go on with it (--resume), or remove it to begin again")
 
 
 @contextmanager

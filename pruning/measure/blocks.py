@@ -141,11 +141,6 @@ class _SavedWeight:
     offset: int
 
 
-def moves_blocks(device: torch.device) -> bool:
-    """Whether blocks are copied to a device while they run; the CPU reads them where they are."""
-    return device.type != "cpu"
-
-
 class BlockMover:
     """Context manager: a model in host memory computes on a device, with the weights of at most two blocks there.
 

@@ -174,13 +174,13 @@ QUOTES = [
     ("README.md", "with llama.cpp's 8 bits 22.0", "generation-smollm2", "| llama.cpp Q8_0 | – | 145 | 185 | 22.04 |"),
     (
         "README.md",
-        "it has 138 at uniform",
+        "it has 137 at uniform",
         "prune-evidence-smollm2",
-        "Wanda 60%, uniform | 0, 1, 2 | 1.7766 | – | 138.16 ",
+        "Wanda 60%, uniform | 0, 1, 2 | 1.7639 | – | 137.05 ",
     ),
-    ("README.md", "98 with ATP's", "prune-evidence-smollm2", "-21.6 [-23.0, -20.1] | 98.07 "),
-    ("README.md", "76 with dynamic programming", "prune-evidence-smollm2", "-35.7 [-39.1, -32.2] | 76.45 "),
-    ("README.md", "with 50 % zeros 54", "prune-evidence-smollm2", "Wanda 50%, uniform | 0, 1, 2 | 0.7775 | – | 54.05 "),
+    ("README.md", "98 with ATP's", "prune-evidence-smollm2", "-20.9 [-25.3, -16.4] | 98.32 "),
+    ("README.md", "71 with dynamic programming", "prune-evidence-smollm2", "-38.7 [-42.2, -35.2] | 71.28 "),
+    ("README.md", "with 50 % zeros 54", "prune-evidence-smollm2", "Wanda 50%, uniform | 0, 1, 2 | 0.7801 | – | 54.15 "),
     ("docs/methods/sinkgd.md", "+0.243 [+0.161", "compare-llama-micro", "SinkGD, AdamW on the rest | 5.550 "),
 ]
 
