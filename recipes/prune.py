@@ -437,8 +437,9 @@ def _data(options: argparse.Namespace) -> dict[str, Any]:
 
 def _images(options: argparse.Namespace) -> "dict[str, Tensor]":
     """Draw images for the scores, the curves, the comparison and with a search those that judge, from a file."""
-    from leanstep.recipes.data.images import draw_images
+    from leanstep.recipes.data.images import draw_images, read_images
 
+    images = read_images(options.data)
     asked = {"--eval": options.eval or None, "--seq-len": options.seq_len}
     given = [name for name, value in asked.items() if value is not None]
     if given:
@@ -449,7 +450,7 @@ def _images(options: argparse.Namespace) -> "dict[str, Tensor]":
     counts = {"--held-out": options.held_out, "--samples": options.samples}
     if _refinement(options) is not None:
         counts["--refine-samples"] = _refine_samples(options)
-    held_out, samples, *judging = draw_images(options.data, counts, options.seed)
+    held_out, samples, *judging = draw_images(images, options.data, counts, options.seed)
     data = {"data": samples, "curve_data": samples[: options.curve_samples], "held_out": held_out}
     return data | ({"judging": judging[0]} if judging else {})
 

