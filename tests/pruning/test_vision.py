@@ -146,11 +146,11 @@ def test_help_names_its_groups_of_options(capsys):
 
 
 REFUSED = {
-    "too few": (["--samples", "60"], {}, "has 60 images; --samples 60, --held-out 16 take 76"),
+    "too few": (["--samples", "60"], {}, "has 60 images; --held-out 16, --samples 60 take 76"),
     "too few to judge": (
         ["--refine-evaluations", "1", "--refine-samples", "5"],
         {},
-        "--samples 40, --held-out 16, --refine-samples 5 take 61",
+        "--held-out 16, --samples 40, --refine-samples 5 take 61",
     ),
     "one to judge": (["--refine-evaluations", "1", "--refine-samples", "1"], {}, "--refine-samples must be at least 2"),
     "judges of no search": (["--refine-samples", "4"], {}, "--refine-samples goes with --refine MINUTES"),
