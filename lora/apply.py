@@ -70,13 +70,11 @@ def apply_lora(model: Model, config: LoraConfig) -> Model:
 
 def refuse_replicas(model: nn.Module, caller: str) -> None:
     """Raise ValueError for a model in DistributedDataParallel, which averages the gradients of no new parameter."""
-    while isinstance(model, nn.Module):
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            raise ValueError(
-                f"{caller}: expected the model itself, got one in DistributedDataParallel, which would not average the "
-                f"adapters' gradients; {caller} the model inside (model.module), and wrap it afterwards"
-            )
-        model = model._modules.get("_orig_mod")  # type: ignore[assignment]
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            f"{caller}: expected the model itself, got one in DistributedDataParallel, which would not average the "
+            f"adapters' gradients; {caller} the model inside (model.module), and wrap it afterwards"
+        )
 
 
 def plan_lora(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:

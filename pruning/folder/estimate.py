@@ -333,9 +333,10 @@ def estimate_pruning(
 def _longest(model: nn.Module, positions: int | None) -> int:
     """Tokens of a sequence whose length nobody asked for, or patches of an image; 1 for what has neither."""
     config = getattr(model, "config", None)
-    if positions or (patches := patch_count(config)) == 0 and _is_of_text(config):
-        return min(positions or LONGEST, LONGEST)
-    return max(patches, 1)
+    patches = patch_count(config)
+    if positions is None and (patches or not _is_of_text(config)):
+        return max(patches, 1)
+    return min(positions or LONGEST, LONGEST)
 
 
 def _is_of_text(config: Any) -> bool:

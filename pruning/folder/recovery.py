@@ -86,42 +86,25 @@ def recover_checkpoint(
     """
     folder = Path(folder).expanduser()
     with alone(folder):
-        return _recover_into(
-            source, folder, data, recovery, held_out=held_out, evaluate=evaluate, device=device, progress=progress
+        restore_replaced(folder)
+        remove_leftovers(folder)
+        content = pruned_content(folder)
+        remove_search_files(folder)  # left if a run was killed between the folder's name and this
+        state = state_file(folder)
+        if content.get("source") != str(source):
+            raise ValueError(f"{folder} was pruned from {content.get('source')}, not from {source}; name that")
+        pruned = open_checkpoint(folder)
+        check_space(folder, space_beside(pruned, recovery) - (state.stat().st_size if state.exists() else 0))
+        dense = open_checkpoint(source)
+        check_apart(folder, dense.folder)
+        _check_source(pruned, content, dense)
+        if isinstance(data, CalibrationText):
+            data, held_out, _ = sequences_of(dense, data)
+        model = load_model(pruned, device)
+        _check_unchanged(folder, content, model)
+        return recover_model(
+            model, dense, folder, data, recovery, held_out=held_out, evaluate=evaluate, device=device, progress=progress
         )
-
-
-def _recover_into(
-    source: str | Path,
-    folder: Path,
-    data: Any,
-    recovery: Recovery,
-    *,
-    held_out: Any,
-    evaluate: bool,
-    device: str | torch.device,
-    progress: Progress | None,
-) -> RecoveryResult:
-    """:func:`recover_checkpoint`, as the only run that writes the folder."""
-    restore_replaced(folder)
-    remove_leftovers(folder)
-    content = pruned_content(folder)
-    remove_search_files(folder)  # left if a run was killed between the folder's name and this
-    state = state_file(folder)
-    if content.get("source") != str(source):
-        raise ValueError(f"{folder} was pruned from {content.get('source')}, not from {source}; name that")
-    pruned = open_checkpoint(folder)
-    check_space(folder, space_beside(pruned, recovery) - (state.stat().st_size if state.exists() else 0))
-    dense = open_checkpoint(source)
-    check_apart(folder, dense.folder)
-    _check_source(pruned, content, dense)
-    if isinstance(data, CalibrationText):
-        data, held_out, _ = sequences_of(dense, data)
-    model = load_model(pruned, device)
-    _check_unchanged(folder, content, model)
-    return recover_model(
-        model, dense, folder, data, recovery, held_out=held_out, evaluate=evaluate, device=device, progress=progress
-    )
 
 
 def recover_model(
@@ -148,11 +131,11 @@ def recover_model(
         in_files = 0  # copies in memory
     if not isinstance(data, torch.Tensor):  # read once, for the memory and for the training
         data = as_batches(data, model)
-    asked = recovery
-    if recovery.distill is None:  # as the interrupted run decided: the free memory may be another now
-        asked = replace(recovery, distill=stored_distill(state))
-    teacher, note = _teacher(dense, model, data, names, asked, device, snapshot=is_half, in_files=in_files)
-    if recovery.distill is None and asked.distill is False:
+    # as the interrupted run decided: the free memory may be another now
+    distill = stored_distill(state) if recovery.distill is None else recovery.distill
+    decided = replace(recovery, distill=distill)
+    teacher, note = _teacher(dense, model, data, names, decided, device, snapshot=is_half, in_files=in_files)
+    if recovery.distill is None and distill is False:
         note = "recovery learnt the next tokens, not the dense model's outputs, as the interrupted run had begun to"
 
     def perplexity() -> tuple[float, int]:

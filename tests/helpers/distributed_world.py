@@ -37,7 +37,7 @@ _PRELOAD = (
 _KILLED = tuple(f"(exit code {-number})" for number in (signal.SIGKILL, signal.SIGABRT))
 
 # How the end of a process reads in which memory was accessed that is not its own, and what its stacks say where a
-# thread that runs Python did so. Gloo's threads do not, and crash once in many thousand checks.
+# thread that runs Python did so. Gloo's threads run none.
 _CRASHED, _IN_PYTHON = f"(exit code {-signal.SIGSEGV})", "Current thread"
 
 # the longest that processes wait for one another: a check that fails on one of them leaves the others waiting

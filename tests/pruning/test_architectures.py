@@ -416,8 +416,8 @@ def test_experts_that_no_token_reaches_have_a_table_of_seconds_too():
     model, levels = make_routed(), (0.0, 0.3, 0.6, 0.9)
     rows = {t.name: tuple(t.layer.numel * (1 - level) for level in levels) for t in find_targets(model)}
     result = prune(model, tokens(8), sparsity=0.4, budget=LatencyTable(levels, rows), held_out=False)
-    kept = {row["name"]: row["nonzero"] / row["numel"] for row in result.layers()}
-    assert min(part for name, part in kept.items() if name.endswith("[2]")) == pytest.approx(0.4, abs=0.01)
+    densities = {row["name"]: row["nonzero"] / row["numel"] for row in result.layers()}
+    assert min(density for name, density in densities.items() if name.endswith("[2]")) == pytest.approx(0.4, abs=0.01)
     assert result.budget["after"] <= result.budget["target"]
 
 

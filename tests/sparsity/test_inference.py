@@ -121,8 +121,8 @@ def test_values_below_the_smallest_of_another_dtype_are_zero_there(tmp_path):
     shard = tmp_path / "dense" / "model.safetensors"
     weights = load_file(shard)
     name = next(name for name in weights if "up_proj" in name)
-    kept = weights[name].flatten().nonzero()[0]
-    weights[name].view(-1)[kept] = 1e-9  # no number of fp16
+    first = weights[name].flatten().nonzero()[0]
+    weights[name].view(-1)[first] = 1e-9  # no number of fp16
     save_file(weights, shard, {"format": "pt"})
     export_folder(tmp_path / "dense", tmp_path / "nm")
     sparse = load_sparse(tmp_path / "nm", dtype=torch.float16)
