@@ -1,5 +1,6 @@
-"""What the site adds to the pages: formulas as MathML, three pages of the root, links to sources, links for griffe."""
+"""What the site adds to docs/: MathML, pages of the root, pages of linked code, a link to the repository."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import latex2mathml.converter
 from mkdocs.structure.files import File
 
 sys.path.insert(0, str(Path(__file__).parent))
-from text import ROOT_PAGES, site_links
+from text import ROOT_PAGES, abbreviations, linked_paths, site_links, site_page, source_page
 
 ROOT = Path(__file__).parents[2]
 SOURCES = {page: source for source, page in ROOT_PAGES.items()}
@@ -20,23 +21,45 @@ def formula(source: str, language: str, css_class: str, options: Any, md: Any, *
     return f'<div class="{css_class}">{latex2mathml.converter.convert(source, display="block")}</div>'
 
 
+def repository_url() -> str:
+    """Return the web address of the repository that was cloned, without credentials; empty: it has none."""
+    git = ["git", "-C", str(ROOT), "remote", "get-url", "origin"]
+    url = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    match = re.fullmatch(r"(?:https://(?:[^@/]*@)?|ssh://git@|git@)([\w.-]+)[:/]([\w./~-]+?)(?:\.git)?/?", url)
+    return f"https://{match[1]}/{match[2]}" if match else ""
+
+
 def on_config(config: Any) -> Any:
-    """Lay the folders out under their import name, where mkdocstrings finds them, and register the ``math`` block."""
+    """Lay the folders out under their import name, register ``math`` blocks, link the repository and its editor."""
     subprocess.run(["bash", str(ROOT / ".ci" / "links")], check=True)
     fences = config.mdx_configs.setdefault("pymdownx.superfences", {})
     fences["custom_fences"] = [{"name": "math", "class": "math", "format": formula}]
+    if url := repository_url():
+        config.repo_url, config.repo_name, config.edit_uri = url, url.rpartition("/")[2], "edit/main/docs/"
+        config.theme["features"].append("content.action.edit")
     return config
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the pages that lie in the root of the repository, where visitors of a repository look for them."""
+    """Add the pages that lie in the root of the repository, and a page for every file of code that a page links."""
     for source, page in ROOT_PAGES.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
+    pages = {file.src_uri: file.content_string for file in files.documentation_pages()}
+    linked = {path for page, text in pages.items() for path in linked_paths(text, SOURCES.get(page, f"docs/{page}"))}
+    folders = {path for path in linked if (ROOT / path).is_dir()}
+    linked |= {str(file.relative_to(ROOT)) for path in folders for file in (ROOT / path).rglob("*.py")}
+    linked |= {str(file.relative_to(ROOT)) for path in folders for file in (ROOT / path).rglob("*.ipynb")}
+    for path in sorted(path for path in linked if site_page(path).startswith("source/")):
+        files.append(File.generated(config, site_page(path), content=source_page(ROOT / path, path)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Rewrite links that leave docs/."""
+    """Rewrite the links of a page, but for those of code, which lead where they should."""
     uri = page.file.src_uri
-    repository = f"{config.repo_url.rstrip('/')}/blob/main" if config.repo_url else ""
-    return site_links(markdown, SOURCES.get(uri, f"docs/{uri}"), uri, repository)
+    if uri in SOURCES and page.edit_url:
+        page.edit_url = f"{config.repo_url}/edit/main/{SOURCES[uri]}"
+    if uri.startswith("source/"):
+        return markdown
+    words = "" if uri == "glossary.md" else abbreviations((ROOT / "docs" / "glossary.md").read_text("utf-8"))
+    return f"{site_links(markdown, SOURCES.get(uri, f'docs/{uri}'), uri)}\n\n{words}\n"

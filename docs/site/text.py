@@ -1,45 +1,121 @@
-"""Text on its way to the site: links that leave docs/, and docstrings. Standard library only."""
+"""Text on its way to the site: links that leave docs/, files of code, and docstrings. Standard library only."""
 
 import ast
+import json
 import posixpath
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 # pages of the site that lie outside docs/
-ROOT_PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "SECURITY.md": "security.md"}
+ROOT_PAGES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md",
+}
 
-_LINK = re.compile(r"(?<!!)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)")
+_LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)")
 _ROLE = re.compile(r":(?:func|class|meth|mod|attr|data|exc):`~?(?P<name>[^`]+)`")
+# rows of the glossary whose words also have their usual meaning
+_EVERYDAY = {"curve", "defaults", "level", "other rate", "plain", "role", "score", "tuned"}
 _EMPTY = {"dict": "{}", "list": "[]", "tuple": "()"}
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 _ARGUMENTS = re.compile(r"^(?P<indent> *)(?P<names>\*{0,2}\w+(?:, \*{0,2}\w+)+): (?P<text>.*)$")
 
 
-def site_links(markdown: str, source: str, page: str, repository: str = "") -> str:
-    """Rewrite the relative links of a file of the repository for its page on the site.
+def site_page(path: str) -> str:
+    """Return the page of the site that shows a file or folder of the repository.
+
+    Args:
+        path: path in the repository, such as "docs/code.md", "README.md" or "optimizers/lion.py".
+    """
+    return ROOT_PAGES.get(path) or (path.removeprefix("docs/") if path.startswith("docs/") else f"source/{path}.md")
+
+
+def linked_paths(markdown: str, source: str) -> list[str]:
+    """Return the paths in the repository to which a file's relative links lead.
+
+    Args:
+        markdown: the text of the file.
+        source: path of the file in the repository.
+    """
+    targets = [match["target"] for match in _LINK.finditer(markdown)]
+    return [_joined(source, target) for target in targets if ":" not in target]
+
+
+def abbreviations(glossary: str) -> str:
+    """Return the rows of the glossary's table as Markdown's abbreviations, which show a word's meaning where it stands.
+
+    Words of everyday English are left out: their meaning would show everywhere.
+    """
+    rows = re.findall(r"^\| (?P<words>[^|]+) \| (?P<meaning>[^|]+) \|$", glossary, re.MULTILINE)[2:]
+    entries = [(word, meaning.replace("`", "")) for words, meaning in rows for word in words.split(", ")]
+    return "\n".join(f"*[{word}]: {meaning}" for word, meaning in entries if word not in _EVERYDAY)
+
+
+def _joined(source: str, target: str) -> str:
+    return posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
+
+
+def site_links(markdown: str, source: str, page: str) -> str:
+    """Rewrite the relative links and pictures of a file of the repository for its page on the site.
 
     Args:
         markdown: the text of the file.
         source: path of the file in the repository, such as "docs/code.md".
         page: path of its page on the site, such as "code.md".
-        repository: URL of a file of the repository without its path; empty: a link to a file that is no page becomes
-            its text.
 
     Returns:
-        The text. Links between pages of the site stay relative; links with a scheme are left as they are.
+        The text. All relative links lead to pages of the site; links with a scheme are left as they are.
     """
 
     def rewritten(match: re.Match[str]) -> str:
         text, target, anchor = match["text"], match["target"], match["anchor"] or ""
         if ":" in target:
             return match[0]
-        path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
-        if path in ROOT_PAGES or path.startswith("docs/"):
-            destination = ROOT_PAGES.get(path, path.removeprefix("docs/"))
-            return f"[{text}]({posixpath.relpath(destination, posixpath.dirname(page) or '.')}{anchor})"
-        return f"[{text}]({repository.rstrip('/')}/{path}{anchor})" if repository else text
+        destination = site_page(_joined(source, target))
+        return f"[{text}]({posixpath.relpath(destination, posixpath.dirname(page) or '.')}{anchor})"
 
     return _LINK.sub(rewritten, markdown)
+
+
+def source_page(file: Path, path: str) -> str:
+    """Return the page of a file of code, a notebook with its outputs, or a folder as a list of its files.
+
+    Args:
+        file: the file or folder.
+        path: its path in the repository.
+    """
+    if file.is_dir():
+        names = sorted(entry.name for entry in file.iterdir() if entry.suffix == ".py")
+        names += sorted(str(entry.relative_to(file)) for entry in file.glob("*/*.ipynb"))
+        return "\n".join([f"# {path}\n", *(f"- [{name}]({file.name}/{name}.md)" for name in names)])
+    if file.suffix == ".ipynb":
+        return notebook_page(file.read_text("utf-8"))
+    return f"---\nsearch:\n  exclude: true\n---\n\n# {path}\n\n{_fenced(file.read_text('utf-8'), file.suffix[1:])}"
+
+
+def notebook_page(text: str) -> str:
+    """Return a notebook as Markdown: its cells in order, each with the outputs that the file stores."""
+    parts = []
+    for cell in json.loads(text)["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else _fenced(source, "python"))
+        for output in cell.get("outputs", []):
+            if output.get("name") == "stderr":
+                continue
+            data = {"text/plain": output.get("text", []), **output.get("data", {})}
+            if "image/svg+xml" in data:
+                parts.append("".join(data["image/svg+xml"]))
+            else:
+                parts.append(_fenced("".join(data["text/plain"]), "text"))
+    return "\n\n".join(parts)
+
+
+def _fenced(text: str, language: str) -> str:
+    language = {"py": "python", "": "text"}.get(language, language)
+    return f"~~~~~{{ .{language} }}\n{text.rstrip()}\n~~~~~\n"
 
 
 def readable_docstring(text: str, addresses: Mapping[str, str]) -> str:

@@ -1,6 +1,7 @@
 """The site: every page is in its menu, every public name on an API page. `mkdocs build --strict` runs in .ci/run."""
 
 import importlib
+import json
 import re
 import sys
 from types import ModuleType
@@ -10,7 +11,7 @@ import yaml
 from documentation import PAGES, ROOT
 
 sys.path.insert(0, str(ROOT / "docs" / "site"))
-from text import ROOT_PAGES, key_line, readable_docstring, site_links
+from text import ROOT_PAGES, abbreviations, key_line, notebook_page, readable_docstring, site_links, source_page
 
 AREAS = ("kernels", "lora", "optimizers", "pruning", "recipes", "sparsity")
 CONFIG = yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))
@@ -33,10 +34,10 @@ def test_every_page_is_in_the_menu_once():
     assert sorted(menu(CONFIG["nav"])) == sorted([*pages, *ROOT_PAGES.values()])
 
 
-def test_the_first_page_links_every_page():
-    linked = re.findall(r"\]\(([^)#]+\.md)\)", (ROOT / "docs" / "index.md").read_text("utf-8"))
+def test_one_page_links_every_page():
+    linked = re.findall(r"\]\(([^)#]+\.md)\)", (ROOT / "docs" / "pages.md").read_text("utf-8"))
     pages = [page.removeprefix("docs/") for page in PAGES if page.startswith("docs/")]
-    assert sorted(linked) == sorted(set(pages) - {"index.md"})
+    assert sorted(linked) == sorted(set(pages) - {"pages.md"})
 
 
 def test_the_checks_build_the_site_and_fail_on_a_warning():
@@ -74,7 +75,9 @@ def test_every_section_of_a_recipe_is_shown():
     [
         ("[a](../measured/lora.md)", "[a](../measured/lora.md)"),
         ("[a](../../SECURITY.md)", "[a](../security.md)"),
-        ("[rule.py](../../optimizers/sinkgd/rule.py)", "rule.py"),
+        ("[a](../../README.md#methods)", "[a](../index.md#methods)"),
+        ("[rule.py](../../optimizers/sinkgd/rule.py)", "[rule.py](../source/optimizers/sinkgd/rule.py.md)"),
+        ("[examples](../../examples/)", "[examples](../source/examples.md)"),
         ("[a](https://arxiv.org/abs/1)", "[a](https://arxiv.org/abs/1)"),
         ("[a](#here)", "[a](#here)"),
         ("![a](../x.svg)", "![a](../x.svg)"),
@@ -84,10 +87,53 @@ def test_links_lead_to_pages_of_the_site(link, expected):
     assert site_links(link, "docs/methods/lora.md", "methods/lora.md") == expected
 
 
-def test_links_from_the_root_and_into_a_repository():
+def test_links_from_the_root():
     assert site_links("[w](docs/walks.md#a)", "CONTRIBUTING.md", "contributing.md") == "[w](walks.md#a)"
-    text = site_links("[r](../lora/rule.py)", "docs/code.md", "code.md", "https://example.org/r/blob/main")
-    assert text == "[r](https://example.org/r/blob/main/lora/rule.py)"
+    assert site_links("![x](docs/x.svg)", "README.md", "index.md") == "![x](x.svg)"
+
+
+def test_code_that_pages_link_stands_on_pages_of_its_own():
+    examples = ROOT / "examples"
+    listed = source_page(examples, "examples")
+    for file in [*examples.glob("*.py"), *examples.glob("*/*.ipynb")]:
+        assert f"(examples/{file.relative_to(examples).as_posix()}.md)" in listed
+    page = source_page(examples / "trl_sft.py", "examples/trl_sft.py")
+    assert "# examples/trl_sft.py" in page and (examples / "trl_sft.py").read_text("utf-8").rstrip() in page
+
+
+def test_a_notebook_shows_its_outputs_but_for_the_standard_error():
+    cells = [
+        {"cell_type": "markdown", "source": ["# Title"]},
+        {
+            "cell_type": "code",
+            "source": ["print(1)\n", "draw()"],
+            "outputs": [
+                {"output_type": "stream", "name": "stderr", "text": ["warning"]},
+                {"output_type": "stream", "name": "stdout", "text": ["1\n"]},
+                {"output_type": "display_data", "data": {"image/svg+xml": ["<svg/>"], "text/plain": ["<SVG>"]}},
+            ],
+        },
+    ]
+    page = notebook_page(json.dumps({"cells": cells}))
+    assert page.startswith("# Title") and page.endswith("<svg/>")
+    assert re.findall(r"^~~~~~\{ \.(\w+) \}\n(.*?)\n~~~~~$", page, re.MULTILINE | re.DOTALL) == [
+        ("python", "print(1)\ndraw()"),
+        ("text", "1"),
+    ]
+
+
+def test_words_of_the_glossary_show_their_meaning():
+    rows = "| word | meaning |\n| --- | --- |\n| ATP, ERK | published `rules` |\n| level | one sparsity |\n"
+    assert abbreviations(rows) == "*[ATP]: published rules\n*[ERK]: published rules"
+    assert "*[joint change]: " in abbreviations((ROOT / "docs" / "glossary.md").read_text("utf-8"))
+
+
+@pytest.mark.parametrize(
+    "word", ["wandb", "license", "FAQ", "troubleshooting", "QLoRA", "out of memory", "MLflow", "bitsandbytes"]
+)
+def test_what_people_search_for_stands_on_a_page(word):
+    texts = [(ROOT / page).read_text("utf-8").lower() for page in PAGES]
+    assert any(word.lower() in text for text in texts)
 
 
 def test_docstrings_become_readable():
