@@ -11,7 +11,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 # other files beside this one, and folders that are packages, are what benchmarks share
 FILES = [path for path in FOLDER.glob("*/*.py") if not (path.parent / "__init__.py").exists()]
-FILES += [FOLDER / "faults.py", FOLDER / "gpu.py"]
+FILES += [FOLDER / "faults.py", FOLDER / "gpu.py", FOLDER / "house.py"]
 NAMES = sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FILES)
 
 

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks"
 FILES = [path for path in FOLDER.glob("*/*.py") if not (path.parent / "__init__.py").exists()]
-FILES += [FOLDER / "faults.py", FOLDER / "gpu.py"]
+FILES += [FOLDER / "faults.py", FOLDER / "gpu.py", FOLDER / "house.py"]
 SCRIPTS = sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FILES)
 NAMES = [*SCRIPTS, *(path.stem for path in FOLDER.glob("[!_]*.py") if path.stem not in SCRIPTS)]
 PAGES = ["CONTRIBUTING.md", *documentation.PAGES]

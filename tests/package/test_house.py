@@ -1,0 +1,47 @@
+"""The house does not grow: lines, listings, parameters, circles, declarations and calls may only fall.
+
+``python benchmarks house`` prints the numbers, and what is behind them; with ``--write`` it lowers the limits.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LIMITS = json.loads((Path(__file__).parent / "house.json").read_text("utf-8"))
+# whole new capabilities that needed room which nothing else could make: name of the number -> {capability: by how much}
+CAPABILITIES: dict[str, dict[str, int]] = {}
+
+
+@pytest.fixture(scope="module")
+def house():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        import house
+
+        yield house
+
+
+@pytest.fixture(scope="module")
+def numbers(house):
+    return house.counts()
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_no_number_rises(name, numbers):
+    limit = LIMITS[name] + sum(CAPABILITIES.get(name, {}).values())
+    assert numbers[name] <= limit, (
+        f"{name}: {numbers[name]}, at most {limit}. Make room first: say a fact once, drop an option that no "
+        "measurement and no recipe needs, merge what is the same. A whole new capability gets a line in CAPABILITIES. "
+        "What is behind the number: python benchmarks house"
+    )
+
+
+def test_every_number_has_a_limit(numbers):
+    assert set(numbers) == set(LIMITS) and set(CAPABILITIES) <= set(LIMITS)
+
+
+def test_circles_are_found(house):
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set(), "e": {"e2"}, "e2": {"e"}}
+    assert house.circles(graph) == [["a", "b", "c"], ["e", "e2"]]
