@@ -1,6 +1,5 @@
 """What the site adds to docs/: MathML, pages of the root, pages of linked code, a link to the repository."""
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ import latex2mathml.converter
 from mkdocs.structure.files import File
 
 sys.path.insert(0, str(Path(__file__).parent))
-from text import ROOT_PAGES, abbreviations, linked_paths, site_links, site_page, source_page
+from text import ROOT_PAGES, abbreviations, linked_paths, site_links, site_page, source_page, web_address
 
 ROOT = Path(__file__).parents[2]
 SOURCES = {page: source for source, page in ROOT_PAGES.items()}
@@ -21,20 +20,13 @@ def formula(source: str, language: str, css_class: str, options: Any, md: Any, *
     return f'<div class="{css_class}">{latex2mathml.converter.convert(source, display="block")}</div>'
 
 
-def repository_url() -> str:
-    """Return the web address of the repository that was cloned, without credentials; empty: it has none."""
-    git = ["git", "-C", str(ROOT), "remote", "get-url", "origin"]
-    url = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    match = re.fullmatch(r"(?:https://(?:[^@/]*@)?|ssh://git@|git@)([\w.-]+)[:/]([\w./~-]+?)(?:\.git)?/?", url)
-    return f"https://{match[1]}/{match[2]}" if match else ""
-
-
 def on_config(config: Any) -> Any:
     """Lay the folders out under their import name, register ``math`` blocks, link the repository and its editor."""
     subprocess.run(["bash", str(ROOT / ".ci" / "links")], check=True)
     fences = config.mdx_configs.setdefault("pymdownx.superfences", {})
     fences["custom_fences"] = [{"name": "math", "class": "math", "format": formula}]
-    if url := repository_url():
+    remote = subprocess.run(["git", "-C", str(ROOT), "remote", "get-url", "origin"], capture_output=True, text=True)
+    if url := web_address(remote.stdout.strip()):
         config.repo_url, config.repo_name, config.edit_uri = url, url.rpartition("/")[2], "edit/main/docs/"
         config.theme["features"].append("content.action.edit")
     return config
@@ -57,7 +49,7 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Rewrite the links of a page, but for those of code, which lead where they should."""
     uri = page.file.src_uri
-    if uri in SOURCES and page.edit_url:
+    if uri in SOURCES and config.repo_url:
         page.edit_url = f"{config.repo_url}/edit/main/{SOURCES[uri]}"
     if uri.startswith("source/"):
         return markdown

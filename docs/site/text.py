@@ -80,6 +80,12 @@ def site_links(markdown: str, source: str, page: str) -> str:
     return _LINK.sub(rewritten, markdown)
 
 
+def web_address(remote: str) -> str:
+    """Return the page of a repository by the address of its remote, without credentials; empty: it has none."""
+    match = re.fullmatch(r"(?:https://(?:[^@/]*@)?|ssh://git@|git@)([\w.-]+)[:/]([\w./~-]+?)(?:\.git)?/?", remote)
+    return f"https://{match[1]}/{match[2]}" if match else ""
+
+
 def source_page(file: Path, path: str) -> str:
     """Return the page of a file of code, a notebook with its outputs, or a folder as a list of its files.
 

@@ -11,7 +11,16 @@ import yaml
 from documentation import PAGES, ROOT
 
 sys.path.insert(0, str(ROOT / "docs" / "site"))
-from text import ROOT_PAGES, abbreviations, key_line, notebook_page, readable_docstring, site_links, source_page
+from text import (
+    ROOT_PAGES,
+    abbreviations,
+    key_line,
+    notebook_page,
+    readable_docstring,
+    site_links,
+    source_page,
+    web_address,
+)
 
 AREAS = ("kernels", "lora", "optimizers", "pruning", "recipes", "sparsity")
 CONFIG = yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))
@@ -134,6 +143,20 @@ def test_words_of_the_glossary_show_their_meaning():
 def test_what_people_search_for_stands_on_a_page(word):
     texts = [(ROOT / page).read_text("utf-8").lower() for page in PAGES]
     assert any(word.lower() in text for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("remote", "address"),
+    [
+        ("https://example.org/team/leanstep.git", "https://example.org/team/leanstep"),
+        ("https://name:secret@example.org/team/leanstep", "https://example.org/team/leanstep"),
+        ("git@example.org:team/leanstep.git", "https://example.org/team/leanstep"),
+        ("../leanstep", ""),
+        ("", ""),
+    ],
+)
+def test_the_site_links_the_repository_that_was_cloned(remote, address):
+    assert web_address(remote) == address
 
 
 def test_docstrings_become_readable():
