@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -22,6 +23,15 @@ def is_dtensor(tensor: Any) -> bool:
 
 # device of models whose weights are elsewhere while they do not run
 COMPUTES_ON: WeakKeyDictionary[nn.Module, torch.device] = WeakKeyDictionary()
+
+
+@functools.cache
+def uses_instructions(name: str) -> bool:
+    """Whether torch uses these instructions of the CPU for 16-bit products, by their name in its list, as "amx_tile".
+
+    That list is of the processor. ``ATEN_CPU_CAPABILITY`` may hold torch to less than AVX-512, of which all are part.
+    """
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and bool(torch.cpu.get_capabilities().get(name))
 
 
 def device_of(model: nn.Module) -> torch.device:

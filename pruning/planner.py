@@ -248,26 +248,37 @@ class Planner:
         return curves
 
     def _by_effect(self, curves: Mapping[str, Curve], *, note: bool = False) -> dict[str, Curve]:
-        """End the curves without any distortion at uniform sparsity.
+        """End the curves without any distortion at uniform sparsity, or at the densest level that the budget needs.
 
         Their zeros say that the data never used these matrices, as where no token reached an expert, and not that they
-        can be spared. The programme would take their sparsest levels.
+        can be spared. The programme would take their sparsest levels. The budget needs sparser ones than uniform
+        sparsity where curves of others end before it, because the pruned model overflows.
         """
-        ended = dict[str, Curve]()
+        levels = dict[str, int]()
         for group in self.groups:
             curve, most = curves.get(group.name), math.ceil((1 - self._around()) * group.layer.numel)
             if curve is None or any(curve.distortion):
                 continue
             level = next((k for k, count in enumerate(curve.counts) if count <= most), None)
             if level is not None and curve.counts[level] < group.nonzero():
-                ended[group.name] = curve.until(level + 1)
-        if ended and note:
+                levels[group.name] = level
+        if not levels:
+            return dict(curves)
+        limit, nonzero = "to uniform sparsity at most", self._nonzero()
+        for beyond in range(max(len(curves[name].counts) for name in levels)):
+            ended = {name: curves[name].until(level + 1 + beyond) for name, level in levels.items()}
+            by_effect = {**curves, **ended}
+            least, _ = self.constraint.reach({n: (c.counts, c.patterns) for n, c in by_effect.items()}, nonzero)
+            if least <= self.constraint.budget.target:
+                break
+            limit = "beyond uniform sparsity, because the others cannot be pruned far enough"
+        if note:
             self.notes.append(
                 f"{len(ended)} of {len(curves)} curves are zero: no output for the curves' data depends on "
-                f"{some(list(ended))}. These matrices were pruned to uniform sparsity at most; more samples, or text "
-                "of other kinds, may use them"
+                f"{some(list(ended))}. These matrices were pruned {limit}; more samples, or text of other kinds, may "
+                "use them"
             )
-        return {**curves, **ended}
+        return by_effect
 
     def _by_curves(self, curves: Mapping[str, Curve]) -> Allocation:
         """Minimize the summed distortion, or with a correction the joint distortion."""

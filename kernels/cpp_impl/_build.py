@@ -5,7 +5,8 @@ of macros is a shared library: it takes about a second to build, stays in the ca
 There are no torch headers, there is no extension module, and nothing needs to be installed. The libraries use torch's
 OpenMP runtime, so that both share one pool of threads.
 
-A library that the wheel carries (``_prebuilt.py``) comes first; ``LEANSTEP_PREBUILT=0`` leaves it out.
+A library that the wheel carries (``_prebuilt.py``) comes first; ``LEANSTEP_PREBUILT=0`` leaves it out. Torch's switch
+``ATEN_CPU_CAPABILITY`` (``avx2``, ``default``) holds the kernels, too, to these instructions.
 """
 
 from __future__ import annotations
@@ -176,9 +177,12 @@ def _openmp() -> list[str]:
 
 
 def _native() -> list[str]:
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return ["-mcpu=native"]
+    if _prebuilt.held_to():
+        return next((list(level.flags) for level in _prebuilt.levels()), ["-march=x86-64"])
     # by default, compilers use only half of each AVX-512 vector, which halves the speed of 16-bit loops
-    x86 = platform.machine() in ("x86_64", "AMD64")
-    return ["-march=native", "-mprefer-vector-width=512"] if x86 else ["-mcpu=native"]
+    return ["-march=native", "-mprefer-vector-width=512"]
 
 
 @functools.cache

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import platform
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -44,6 +45,9 @@ _V3 = frozenset(("avx", "avx2", "fma", "bmi1", "bmi2", "f16c", "abm", "movbe"))
 _V4 = _V3 | frozenset(("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"))
 # by default, compilers use only half of each AVX-512 vector, which halves the speed of 16-bit loops
 _WIDE = "-mprefer-vector-width=512"
+
+# value of torch's switch ATEN_CPU_CAPABILITY -> how the names of features begin that kernels do not use then
+_UNUSED = {"avx2": ("avx512", "amx"), "default": ("avx", "fma", "f16c")}
 
 # machine -> its levels, best first
 LEVELS: dict[str, tuple[Level, ...]] = {
@@ -92,20 +96,26 @@ def sources() -> str:
     return "\0".join(p.read_text("utf-8") for p in sorted((*SOURCES.rglob("*.cpp"), *SOURCES.glob("*.h"))))
 
 
+def held_to() -> str:
+    """Return "avx2" or "default" where ATEN_CPU_CAPABILITY holds torch, and so the kernels, to these instructions."""
+    name = os.environ.get("ATEN_CPU_CAPABILITY", "")
+    return name if name in _UNUSED else ""
+
+
 @functools.cache
 def levels() -> tuple[Level, ...]:
-    """Return the levels of this processor, best first."""
+    """Return the levels of this processor that kernels may use, best first."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return ()
-    return levels_of(platform.machine(), lines)
+    return levels_of(platform.machine(), lines, held_to())
 
 
-def levels_of(machine: str, cpuinfo: list[str]) -> tuple[Level, ...]:
-    """Return the levels of a processor, best first, from the lines of its /proc/cpuinfo."""
+def levels_of(machine: str, cpuinfo: list[str], held: str = "") -> tuple[Level, ...]:
+    """Return the levels of a processor, best first, from the lines of its /proc/cpuinfo and :func:`held_to`."""
     named = (line.partition(":")[2].split() for line in cpuinfo if line.startswith(("flags", "Features")))
-    features = frozenset(next(named, []))
+    features = frozenset(name for name in next(named, []) if not name.startswith(_UNUSED.get(held, ())))
     return tuple(level for level in LEVELS.get(machine, ()) if level.features <= features)
 
 

@@ -1,11 +1,11 @@
 """Polar factors and nuclear norms of lists of matrices by Newton-Schulz iterations."""
 
-import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from leanstep._torch import uses_instructions
 from leanstep.kernels._backend import choose, requested_backend
 from leanstep.kernels.matrices.newton_schulz_batched import (
     GROWTH,
@@ -200,10 +200,8 @@ def _sums_dtype(matrices: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if any(mat.dtype == torch.float64 for mat in matrices) else torch.float32
 
 
-@functools.cache
 def _multiplies_bf16() -> bool:
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    return uses_instructions("amx_bf16") or uses_instructions("avx512_bf16")
 
 
 def _products(backend: str, dtype: torch.dtype) -> Products:

@@ -158,24 +158,35 @@ class BudgetConstraint:
             total += self.budget.seconds[layer.name][max(enough, default=0)]
         return total
 
-    def check_reach(self, levels: Levels, upper: Mapping[str, int], sparsity: float | None) -> None:
-        """Raise InfeasibleBudget for a target that no levels with at most ``upper`` weights meet.
+    def reach(self, levels: Levels, upper: Mapping[str, int]) -> tuple[float, float]:
+        """Cost of the sparsest and of the densest levels with at most ``upper`` weights, of layers that have levels.
 
         Args:
-            levels: of each layer.
+            levels: of each layer; they may end before those of the budget's seconds.
             upper: most weights of each layer.
-            sparsity: the requested sparsity, for the message; None for costs.
         """
         least = most = 0.0
         for layer in self.layers:
+            if layer.name not in levels:
+                continue
             counts = levels[layer.name][0]
             if self.budget.seconds is None:
                 costs = cost(self.budget.kind, layer, counts).astype(np.float64)
             else:
-                costs = np.asarray(self.budget.seconds[layer.name], dtype=np.float64)
-            allowed = costs[[count <= upper[layer.name] for count in counts]]
+                costs = np.asarray(self.budget.seconds[layer.name], dtype=np.float64)[: len(counts)]
+            allowed = costs[[count <= upper[layer.name] for count in counts[: len(costs)]]]
             allowed = allowed if len(allowed) else costs[-1:]
             least, most = least + float(allowed.min()), most + float(allowed.max())
+        return least, most
+
+    def check_reach(self, levels: Levels, upper: Mapping[str, int], sparsity: float | None) -> None:
+        """Raise InfeasibleBudget for a target that no levels with at most ``upper`` weights meet.
+
+        Args:
+            levels, upper: as for :meth:`reach`.
+            sparsity: the requested sparsity, for the message; None for costs.
+        """
+        least, most = self.reach(levels, upper)
         if self.budget.target >= least:
             return
         requested, largest, smallest = (1 - spent / self.dense for spent in (self.budget.target, least, most))

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from leanstep._torch import device_of
+from leanstep._torch import device_of, uses_instructions
 
 if TYPE_CHECKING:
     from leanstep.pruning.measure.metrics import Distortion
@@ -163,7 +163,7 @@ def _is_fast(dtype: torch.dtype) -> bool:
     """Whether torch's CPU products of a 16-bit dtype run on instructions for it."""
     if dtype == torch.bfloat16 and platform.machine() in ("x86_64", "AMD64"):
         # oneDNN takes bf16 with AVX-512 alone, too, at a quarter of the speed of fp32
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return uses_instructions("avx512_bf16") or uses_instructions("amx_tile")
     name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
     supported = getattr(torch.ops.mkldnn, name, None)
     return True if supported is None else bool(supported())

@@ -34,7 +34,7 @@ def collect() -> dict[str, Any]:
     from leanstep.kernels import backend_table
     from leanstep.kernels.cpp_impl._build import cpp_compiler, uses_prebuilt
     from leanstep.kernels.cpp_impl._cache import folder_in_use
-    from leanstep.kernels.cpp_impl._prebuilt import installed_levels
+    from leanstep.kernels.cpp_impl._prebuilt import held_to, installed_levels
     from leanstep.kernels.matrices.dense_product import why_not_onednn
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -45,6 +45,8 @@ def collect() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": {extra: {name: _version(name) for name in names} for extra, names in PACKAGES.items()},
         "cpu": {"cores": os.cpu_count(), "usable": usable, "threads": torch.get_num_threads()},
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "held_to": held_to() or None,
         "devices": _devices(),
         "cpp_prebuilt": installed_levels() if uses_prebuilt() else [],
         "cpp_compiler": shlex.join(cpp_compiler()) or None,
@@ -65,6 +67,8 @@ def render(facts: dict[str, Any]) -> str:
         f"leanstep {facts['leanstep']}, Python {facts['python']} ({sys.executable})",
         facts["platform"],
         f"CPU: {cpu['cores']} cores, {cpu['usable']} usable, {cpu['threads']} torch threads",
+        f"CPU instructions: {facts['instructions']}"
+        + (f", torch and kernels held by ATEN_CPU_CAPABILITY={facts['held_to']}" if facts["held_to"] else ""),
         *(facts["devices"] or ["no accelerator"]),
         f"prebuilt CPU kernels: {prebuilt or 'none in this installation; they are compiled on first use'}",
         f"C++ compiler for the CPU kernels: {facts['cpp_compiler'] or f'none; {without}'}",

@@ -2,6 +2,7 @@
 
 import grp
 import os
+import platform
 import pwd
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import torch
 from leanstep import cli
 from leanstep._files import cache_folders, private_folder
 from leanstep.kernels._backend import choose
-from leanstep.kernels.cpp_impl import _build, _cache
+from leanstep.kernels.cpp_impl import _build, _cache, _prebuilt
 
 NAME, MACROS = "steps/nonfinite_flags", {"TENSOR": "bf16"}
 BUILD = f"from leanstep.kernels.cpp_impl import _build; _build.library({NAME!r}, {MACROS!r})"
@@ -84,6 +85,15 @@ def test_processes_that_build_at_one_time_do_not_meet(fresh_cache):
     together = [subprocess.Popen([sys.executable, "-P", "-c", STEP]) for _ in range(3)]
     assert [process.wait(timeout=120) for process in together] == [0, 0, 0]
     assert len(libraries(fresh_cache)) == 1
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the switch names instructions of x86")
+@pytest.mark.parametrize(("held", "most"), [("avx2", 1), ("default", 0)])
+def test_torchs_switch_holds_what_is_compiled(held, most, fresh_cache, monkeypatch):
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", held)
+    monkeypatch.setenv("LEANSTEP_PREBUILT", "0")
+    monkeypatch.setattr(_prebuilt, "levels", _prebuilt.levels.__wrapped__)
+    assert _build.library("sparse/instructions", {}).instructions() <= most
 
 
 def test_a_broken_compiler_is_named_and_not_used(fresh_cache, tmp_path, monkeypatch):

@@ -111,7 +111,7 @@ def test_where_the_loop_is_taken_to_be_faster(monkeypatch):
     instructions, amx, mkl = [cpp.BF16], [False], [None]
     monkeypatch.setattr(cpp, "library", lambda *_: SimpleNamespace(instructions=lambda: instructions[0]))
     monkeypatch.setattr(cpp, "why_not_onednn", lambda: mkl[0])
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx[0])
+    monkeypatch.setattr(cpp, "uses_instructions", lambda _: amx[0])
 
     def faster(dtype):
         return [tokens for tokens in (1, 2, 8, 9) if cpp.is_faster_than_torch(torch.ones(tokens, 64, dtype=dtype))]

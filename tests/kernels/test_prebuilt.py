@@ -41,6 +41,12 @@ def test_levels_of_a_processor(machine, features, names):
     assert [level.name for level in _prebuilt.levels_of(machine, lines)] == names
 
 
+def test_torchs_switch_holds_the_levels_too():
+    lines = [f"flags\t\t: {V4} avx512vbmi avx512_vbmi2 avx512_vnni avx512_bf16 amx_tile"]
+    names = lambda held: [level.name for level in _prebuilt.levels_of("x86_64", lines, held)]  # noqa: E731
+    assert names("avx2") == ["x86-64-v3"] and names("default") == []
+
+
 @pytest.mark.parametrize(
     ("op", "level"),
     [

@@ -141,8 +141,7 @@ def test_curves_of_other_products_are_not_resumed(fast, tmp_path):
 @pytest.mark.parametrize(("avx512_bf16", "amx"), [(False, False), (True, False), (False, True)])
 def test_avx512_alone_is_not_fast_in_bf16(machine, avx512_bf16, amx, monkeypatch):
     monkeypatch.setattr("platform.machine", lambda: machine)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(products, "uses_instructions", {"avx512_bf16": avx512_bf16, "amx_tile": amx}.get)
     # what oneDNN answers with AVX-512, and on Arm with bf16
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     assert product_dtype(BF16) == (BF16 if machine == "aarch64" or avx512_bf16 or amx else FP32)

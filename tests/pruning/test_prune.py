@@ -199,20 +199,27 @@ def test_patterns_may_be_fixed_or_chosen_by_each_matrix():
 
 
 def make_overflowing():
-    """A model whose second matrix gets inputs beyond fp32 once every row of the first has a single weight left."""
+    """A model whose second matrix gets inputs beyond fp32 once every row of the first has a single weight left.
+
+    The first two products of a row cancel. All products are multiples of 2^50 and all sums of them at most 2^74, so
+    that fp32 is exact in any order, and the outputs are the same on all processors.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 64, bias=False), nn.Linear(64, 4, bias=False))
-    with torch.no_grad():  # the first two inputs are equal
-        model[0].weight[:, 0], model[0].weight[:, 1] = 1e12, -1e12
-    inputs = torch.randn(96, 8)
-    inputs[:, 0] = inputs[:, 1] = 1e9
+    weight, inputs = (torch.randint(1, 9, size) * 2.0**25 for size in ((8, 8), (96, 8)))
+    weight *= torch.randint(0, 2, (8, 8)) * 2 - 1
+    weight[:, 0], weight[:, 1], inputs[:, :2] = 2.0**36, -(2.0**36), 2.0**37
+    model[0].weight.data = weight
     return model, inputs
+
+
+OVERFLOWING = {"metric": "mse_logits", "sparsity": 0.875}
 
 
 @pytest.mark.parametrize("refine", [None, Refinement(evaluations=4)])
 def test_an_allocation_whose_pruned_blocks_overflow_is_never_the_best(refine):
     model, inputs = make_overflowing()
-    settings = {"held_out": inputs[64:], "metric": "mse_logits", "sparsity": 0.875}
+    settings = {**OVERFLOWING, "held_out": inputs[64:]}
     result = prune(model, inputs[:64], levels=(0.5, 0.75, 0.875, 0.95), curves="measured", refine=refine, **settings)
     assert result.sparsity == 0.875 and result.allocation.method != "uniform"
     assert [math.isnan(row.joint) for row in result.compared] == [row.method == "uniform" for row in result.compared]
@@ -221,6 +228,19 @@ def test_an_allocation_whose_pruned_blocks_overflow_is_never_the_best(refine):
     with pytest.raises(ValueError, match="1.weight: its inputs on the calibration data, or .* not finite, .*; ask"):
         prune(model, inputs[:64], allocation="uniform", **settings)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("budget", ["params", "flops"])
+def test_matrices_without_effect_are_pruned_beyond_uniform_sparsity_where_others_overflow(budget):
+    model, inputs = make_overflowing()
+    inputs[:, 2:] = 0  # what is left cancels: all outputs are zero
+    settings = {**OVERFLOWING, "levels": (0.5, 0.75, 0.875, 0.9, 0.95), "curves": "measured", "held_out": False}
+    result = prune(model, inputs, budget=budget, **settings)
+    assert result.sparsity == 0.875
+    assert result.curves["0.weight"].counts == (64, 32, 16)  # it overflows at the next level
+    # 16, 64 and 32 weights are more than 104: one level more suffices
+    assert [result.curves[name].counts[-1] for name in ("1.weight", "2.weight")] == [51, 26]
+    assert any("were pruned beyond uniform sparsity" in note for note in result.notes)
 
 
 def test_a_matrix_with_more_zeros_than_the_sparsest_pattern_keeps_them():

@@ -291,7 +291,8 @@ def test_a_comparison_never_takes_the_place_of_a_runs_own_report(tmp_path, monke
     assert (runs[0] / "report.html").read_text() == own and not (runs[1] / "report.html").exists()
 
 
-def test_info_names_versions_devices_and_backends(capsys):
+def test_info_names_versions_devices_and_backends(capsys, monkeypatch):
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
     assert main(["info", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["packages"]["core"]["torch"] and facts["packages"]["core"]["scipy"]
@@ -303,6 +304,8 @@ def test_info_names_versions_devices_and_backends(capsys):
     out = capsys.readouterr().out
     assert f"fp32 products of adapters on the CPU: {facts['fp32_products']}" in out
     assert sys.executable in out
+    held = ", torch and kernels held by ATEN_CPU_CAPABILITY=avx2"
+    assert f"CPU instructions: {facts['instructions']}{held}\n" in out and facts["instructions"]
     for operation, _, backend, reason in facts["backends"]:
         assert any(operation in line and backend in line and reason in line for line in out.splitlines())
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from leanstep._torch import uses_instructions
 from leanstep.kernels.cpp_impl._build import SPARSE_TYPES, call, library, why_not_cpp
 from leanstep.kernels.matrices.dense_product import product, why_not_onednn
 from leanstep.kernels.reference.sparse.bitmask import row_tiles
@@ -72,7 +73,7 @@ def is_faster_than_torch(x: Tensor) -> bool:
     if tokens > FEW_DENSE or why_not_cpp() is not None or library("sparse/instructions", {}).instructions() < BF16:
         return False
     if x.dtype is torch.bfloat16:
-        return tokens == 1 or not torch.cpu._is_amx_tile_supported()
+        return tokens == 1 or not uses_instructions("amx_tile")
     # MKL is slow on AMD processors, and the fast one elsewhere
     return x.dtype is torch.float32 and why_not_onednn() is None
 
@@ -81,7 +82,7 @@ def runs_on_blas(x: Tensor) -> bool:
     """Whether the BLAS multiplies tiles of the matrix: without AVX-512, or where it has matrix units of 16 bits."""
     if library("sparse/instructions", {}).instructions() < AVX512:
         return True
-    return x.dtype is not torch.float32 and torch.cpu._is_amx_tile_supported()
+    return x.dtype is not torch.float32 and uses_instructions("amx_tile")
 
 
 def token_chunks(tokens: int) -> Iterator[tuple[int, int]]:
