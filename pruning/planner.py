@@ -18,7 +18,7 @@ from leanstep._processes import Processes
 from leanstep.pruning.allocate.allocation import allocate
 from leanstep.pruning.allocate.budgets import Budget, BudgetConstraint
 from leanstep.pruning.allocate.closed_form import atp_betas_tried, in_blocks, snap
-from leanstep.pruning.allocate.descent import Descent, Refinement
+from leanstep.pruning.allocate.descent import Refinement
 from leanstep.pruning.allocate.latency import LatencyTable
 from leanstep.pruning.choices import fixed_pattern
 from leanstep.pruning.measure.activation_cache import ActivationCache, take_note
@@ -30,7 +30,7 @@ from leanstep.pruning.measure.measure import (
     WeightSnapshot,
     measure_curves,
 )
-from leanstep.pruning.measure.metrics import Metric, metric_name
+from leanstep.pruning.measure.metrics import Distortion, Metric, metric_name
 from leanstep.pruning.measure.points import Progress
 from leanstep.pruning.refine import REFINED, refine_allocation
 from leanstep.pruning.result import Additivity, Allocation, PruneResult
@@ -142,9 +142,9 @@ class Planner:
             candidate = self._by_curves(measured)
         else:
             candidate = self._by_rule()
-        programme, descent = candidate, None
+        programme, search = candidate, dict[str, Any]()
         if self.refine is not None:
-            candidate, descent = self._refined(programme, measured, self.refine)
+            candidate, search = self._refined(programme, measured, self.refine)
         allocation, compared = self._compare_and_prune(candidate, programme)
         pruning = self.trial.pruning
         curve_score = self.curve_score if self.method in ("dp", "atp") and fixed is None else None
@@ -163,7 +163,7 @@ class Planner:
             compared=compared,
             notes=self.notes,
             data=batches_hash(self.batches),
-            refinement={} if descent is None else descent.to_dict(),
+            refinement=search,
             budget={
                 "kind": budget.kind,
                 "target": budget.target if allocation.target is None else allocation.target,
@@ -293,8 +293,12 @@ class Planner:
 
     def _refined(
         self, programme: Allocation, curves: Mapping[str, Curve], settings: Refinement
-    ) -> tuple[Allocation, Descent | None]:
-        """Search from the programme's allocation."""
+    ) -> tuple[Allocation, dict[str, Any]]:
+        """Search from the programme's allocation; returns the better of the two, and how the search went.
+
+        The search prunes on the inputs that its start gives. Its result is therefore pruned anew, as the returned model
+        is, and measured on the data of the search.
+        """
         measurement, budget = self._measurement(self.judging), self.constraint.budget
         refined, descent = refine_allocation(
             programme, self.planning, self.batches, measurement, curves, budget, settings, self.progress
@@ -304,7 +308,18 @@ class Planner:
                 "not refined: with the programme's allocation the model's outputs are not finite, so that no exchange "
                 "can be compared with it; a lower sparsity, or computing in fp32 or bf16, may help"
             )
-        return refined, descent
+            return programme, {}
+        start = Distortion(*descent.points[0][2:])
+        if self.planning is not self.trial:
+            start = self.trial.joint(measurement, programme)
+        final = start if refined.counts == programme.counts else self.trial.joint(measurement, refined)
+        is_lower = final.mean < start.mean or (final.is_finite and not start.is_finite)
+        if not is_lower and refined.counts != programme.counts:
+            self.notes.append(
+                f"the refined allocation was not taken: pruned anew, it costs {final.mean:.4g} on the data of the "
+                f"search, and the programme's {start.mean:.4g}"
+            )
+        return refined if is_lower else programme, descent.to_dict(start, final)
 
     def _by_rule(self) -> Allocation:
         pruning = self.trial.pruning

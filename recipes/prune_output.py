@@ -165,10 +165,10 @@ def summary_of(result: "PruneResult", layers: list[dict[str, Any]], out: str) ->
         lines.append(f"predicted      {result.allocation.predicted:.4g} ({result.metric}, sum of the curves)")
     if result.refinement:
         search = result.refinement
-        first, last = search["points"][0][2], search["points"][-1][2]
+        first, last = ("-" if cost is None else f"{cost:.4g}" for cost in (search["start"], search["points"][-1][2]))
         lines.append(
             f"refined        {search['accepted']} of {search['evaluations']} exchanges, ended: {search['ended']}; "
-            f"{result.metric} on the judging data {first:.4g} before, {last:.4g} after"
+            f"{result.metric} on the judging data {first} before, {last} after, pruned anew"
         )
     for one in result.compared:
         error = "" if one.joint_stderr != one.joint_stderr else f" +- {one.joint_stderr:.2g}"
