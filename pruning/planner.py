@@ -31,7 +31,7 @@ from leanstep.pruning.measure.measure import (
     measure_curves,
 )
 from leanstep.pruning.measure.metrics import Distortion, Metric, metric_name
-from leanstep.pruning.measure.points import Progress
+from leanstep.pruning.measure.points import Progress, begin
 from leanstep.pruning.refine import REFINED, refine_allocation
 from leanstep.pruning.result import Additivity, Allocation, PruneResult
 from leanstep.pruning.score.base import NonFiniteInputsError
@@ -180,7 +180,8 @@ class Planner:
         cache = ActivationCache(
             self.model, self.batches, enabled=enabled, scratch=self.scratch, processes=self.processes
         )
-        return Trial(self.groups, Pruning(cache, self.score, self.score_options), self.snapshot, self.inputs)
+        pruning = Pruning(cache, self.score, self.score_options)
+        return Trial(self.groups, pruning, self.snapshot, self.inputs, self.progress)
 
     @cached_property
     def planning(self) -> Trial:
@@ -206,6 +207,7 @@ class Planner:
         return levels_of(self.groups, self._around(), self.pattern, levels=self.levels)
 
     def _measure(self) -> dict[str, Curve]:
+        begin(self.progress, "curves")
         curves = measure_curves(
             self.model,
             self.curve_batches,
@@ -299,6 +301,7 @@ class Planner:
         The search prunes on the inputs that its start gives. Its result is therefore pruned anew, as the returned model
         is, and measured on the data of the search.
         """
+        begin(self.progress, "refinement" if settings.minutes is None else "refinement time")
         measurement, budget = self._measurement(self.judging), self.constraint.budget
         refined, descent = refine_allocation(
             programme, self.planning, self.batches, measurement, curves, budget, settings, self.progress
@@ -322,6 +325,7 @@ class Planner:
         return refined if is_lower else programme, descent.to_dict(start, final)
 
     def _by_rule(self) -> Allocation:
+        begin(self.progress, "statistics")
         pruning = self.trial.pruning
         if self.method == "global":
             return self._allocate("global", scores=pruning.scores(self.groups))
@@ -390,6 +394,7 @@ class Planner:
             self.notes.append("there was no held-out data: the cost of pruning was not measured")
             self.trial.apply(candidate)
             return candidate, []
+        begin(self.progress, "comparison")
         by_curves = programme.method == "dp"
         uniform = self._uniform() if by_curves else None
         if by_curves and uniform is None:

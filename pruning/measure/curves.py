@@ -295,9 +295,9 @@ def levels_of(
     check_levels(levels, pattern)
     if pattern != "unstructured":
         letter, _, m = pattern.partition(":")
-        if letter != "N" or not m.isdigit() or int(m) < 2:
+        if letter != "N" or not m.isdecimal() or len(m) > 10 or int(m) < 2:
             raise ValueError(
-                f"pattern: expected 'unstructured' or 'N:M' with a number for M, such as 'N:8'; got {pattern!r}"
+                f"pattern: expected 'unstructured' or 'N:M' with a number for M, such as 'N:8'; got {pattern[:40]!r}"
             )
         check_filled(groups, int(m))
         fewest = int(m) - nm_level_count(int(m)) + 1
