@@ -29,6 +29,11 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {message}{hint}\n")
 
 
+def add_device(parser: argparse._ActionsContainer) -> None:
+    """Add the option ``--device``, with the default of all commands: None, a GPU where there is one, else the CPU."""
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, ...; default: cuda where there is one")
+
+
 def positive(text: str) -> int:
     """The type of an option with a whole number from 1 on."""
     if not text.isdecimal() or int(text) < 1:

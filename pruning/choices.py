@@ -95,7 +95,8 @@ def check_choices(
             f"pattern {pattern} has a sparsity of {fixed.sparsity:g}, and must lie between 0 and 1, such as 2:4"
         )
     if sparsity is not None and not 0 < sparsity < 1:
-        raise ValueError(f"sparsity is the fraction of zeros and must lie between 0 and 1, got {sparsity:g}")
+        near = f"; did you mean {sparsity / 100:g}?" if 1 < sparsity < 100 else ""
+        raise ValueError(f"sparsity is the fraction of zeros and must lie between 0 and 1, got {sparsity:g}{near}")
     if not by_weights and allocation != "dp":
         raise ValueError(f"a budget other than a number of weights needs allocation='dp', got {allocation!r}")
     if curve_score is not None and (allocation not in ("dp", "atp") or fixed is not None):

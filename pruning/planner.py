@@ -18,7 +18,7 @@ from leanstep._processes import Processes
 from leanstep.pruning.allocate.allocation import allocate
 from leanstep.pruning.allocate.budgets import Budget, BudgetConstraint
 from leanstep.pruning.allocate.closed_form import atp_betas_tried, in_blocks, snap
-from leanstep.pruning.allocate.descent import Descent, Refinement
+from leanstep.pruning.allocate.descent import Refinement
 from leanstep.pruning.allocate.latency import LatencyTable
 from leanstep.pruning.choices import fixed_pattern
 from leanstep.pruning.measure.activation_cache import ActivationCache, take_note
@@ -30,8 +30,8 @@ from leanstep.pruning.measure.measure import (
     WeightSnapshot,
     measure_curves,
 )
-from leanstep.pruning.measure.metrics import Metric, metric_name
-from leanstep.pruning.measure.points import Progress
+from leanstep.pruning.measure.metrics import Distortion, Metric, metric_name
+from leanstep.pruning.measure.points import Progress, begin
 from leanstep.pruning.refine import REFINED, refine_allocation
 from leanstep.pruning.result import Additivity, Allocation, PruneResult
 from leanstep.pruning.score.base import NonFiniteInputsError
@@ -142,9 +142,9 @@ class Planner:
             candidate = self._by_curves(measured)
         else:
             candidate = self._by_rule()
-        programme, descent = candidate, None
+        programme, search = candidate, dict[str, Any]()
         if self.refine is not None:
-            candidate, descent = self._refined(programme, measured, self.refine)
+            candidate, search = self._refined(programme, measured, self.refine)
         allocation, compared = self._compare_and_prune(candidate, programme)
         pruning = self.trial.pruning
         curve_score = self.curve_score if self.method in ("dp", "atp") and fixed is None else None
@@ -163,7 +163,7 @@ class Planner:
             compared=compared,
             notes=self.notes,
             data=batches_hash(self.batches),
-            refinement={} if descent is None else descent.to_dict(),
+            refinement=search,
             budget={
                 "kind": budget.kind,
                 "target": budget.target if allocation.target is None else allocation.target,
@@ -180,7 +180,8 @@ class Planner:
         cache = ActivationCache(
             self.model, self.batches, enabled=enabled, scratch=self.scratch, processes=self.processes
         )
-        return Trial(self.groups, Pruning(cache, self.score, self.score_options), self.snapshot, self.inputs)
+        pruning = Pruning(cache, self.score, self.score_options)
+        return Trial(self.groups, pruning, self.snapshot, self.inputs, self.progress)
 
     @cached_property
     def planning(self) -> Trial:
@@ -206,6 +207,7 @@ class Planner:
         return levels_of(self.groups, self._around(), self.pattern, levels=self.levels)
 
     def _measure(self) -> dict[str, Curve]:
+        begin(self.progress, "curves")
         curves = measure_curves(
             self.model,
             self.curve_batches,
@@ -304,8 +306,13 @@ class Planner:
 
     def _refined(
         self, programme: Allocation, curves: Mapping[str, Curve], settings: Refinement
-    ) -> tuple[Allocation, Descent | None]:
-        """Search from the programme's allocation."""
+    ) -> tuple[Allocation, dict[str, Any]]:
+        """Search from the programme's allocation; returns the better of the two, and how the search went.
+
+        The search prunes on the inputs that its start gives. Its result is therefore pruned anew, as the returned model
+        is, and measured on the data of the search.
+        """
+        begin(self.progress, "refinement" if settings.minutes is None else "refinement time")
         measurement, budget = self._measurement(self.judging), self.constraint.budget
         refined, descent = refine_allocation(
             programme, self.planning, self.batches, measurement, curves, budget, settings, self.progress
@@ -315,9 +322,21 @@ class Planner:
                 "not refined: with the programme's allocation the model's outputs are not finite, so that no exchange "
                 "can be compared with it; a lower sparsity, or computing in fp32 or bf16, may help"
             )
-        return refined, descent
+            return programme, {}
+        start = Distortion(*descent.points[0][2:])
+        if self.planning is not self.trial:
+            start = self.trial.joint(measurement, programme)
+        final = start if refined.counts == programme.counts else self.trial.joint(measurement, refined)
+        is_lower = final.mean < start.mean or (final.is_finite and not start.is_finite)
+        if not is_lower and refined.counts != programme.counts:
+            self.notes.append(
+                f"the refined allocation was not taken: pruned anew, it costs {final.mean:.4g} on the data of the "
+                f"search, and the programme's {start.mean:.4g}"
+            )
+        return refined if is_lower else programme, descent.to_dict(start, final)
 
     def _by_rule(self) -> Allocation:
+        begin(self.progress, "statistics")
         pruning = self.trial.pruning
         if self.method == "global":
             return self._allocate("global", scores=pruning.scores(self.groups))
@@ -386,6 +405,7 @@ class Planner:
             self.notes.append("there was no held-out data: the cost of pruning was not measured")
             self.trial.apply(candidate)
             return candidate, []
+        begin(self.progress, "comparison")
         by_curves = programme.method == "dp"
         uniform = self._uniform() if by_curves else None
         if by_curves and uniform is None:

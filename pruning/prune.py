@@ -29,7 +29,7 @@ from leanstep.pruning.refine import judging_batches
 from leanstep.pruning.result import PruneResult
 from leanstep.pruning.score.base import NEEDS
 from leanstep.pruning.score.calibration import leave_out
-from leanstep.pruning.score.targets import count_uses, find_targets, make_groups
+from leanstep.pruning.score.targets import count_uses, dense_note, find_targets, make_groups
 
 
 def prune(
@@ -106,7 +106,9 @@ def prune(
             :class:`leanstep.pruning.LatencyTable` limits that cost to ``1 - sparsity`` of the dense model's. A
             :class:`leanstep.pruning.Budget` has its own target. With a table, curves are measured at its levels.
         score_options: further arguments of :func:`leanstep.pruning.layer_pruner`.
-        batch_size, resume, progress: see :func:`measure_curves`.
+        batch_size, resume: see :func:`measure_curves`.
+        progress: as for :func:`measure_curves`; and with (done, in all, name of a phase), 0 of 0 where a phase begins:
+            ``statistics``, ``curves``, ``refinement``, ``comparison`` or ``pruning``.
         stored: function from a parameter's name to its original values, or None. Parameters with such values are read
             again on restoring, not copied before pruning.
         refine: with ``dp``, limits of a search from its allocation: exchanges of weights between matrices within the
@@ -187,13 +189,15 @@ def prune(
     if refine is not None:
         data, judging = judging_batches(model, data, refine, batch_size)
     batches, held_out_batches, curve_batches = _split_data(model, data, held_out, curve_data, batch_size)
-    planned, notes = [curve_score or score] if allocation in ("dp", "atp") and fixed is None else [], list[str]()
+    planned = [curve_score or score] if allocation in ("dp", "atp") and fixed is None else []
+    notes = [] if include is not None else list(filter(None, [dense_note(model)]))
     if any_batches := batches or held_out_batches:
         with products_in(model, products), evaluating(model):
             check_runs(model, any_batches[0])
             used = {score, *planned, *(["wanda"] if allocation == "owl" else [])}
             if {"square_sum", "gram"} & {need for name in used for need in NEEDS[name]}:
-                targets, notes = leave_out(model, targets, batches)
+                targets, left_out = leave_out(model, targets, batches)
+                notes += left_out
     if "flops" in (budget, getattr(budget, "kind", None)):
         with evaluating(model):
             targets = count_uses(model, targets, batches[0])

@@ -50,8 +50,9 @@ class Recovery:
 
     Attributes:
         steps: number of updates.
-        lr: root mean square of an entry's change in a step, at its highest; None: 3e-4, with ``rank`` 3e-3. It rises
-            in the first tenth of the steps and falls to 0 along a cosine.
+        lr: root mean square of an entry's change in a step, of all entries of a matrix, zeros among them; None: 3e-4,
+            with ``rank`` 3e-3. Its factor rises in the first tenth of the steps, times a cosine that falls to 0 from
+            the first step on, so that its highest value is about 0.98.
         rank: train LoRA factors of this rank in place of the weights of linear layers, and merge them; None: the
             weights. Other matrices, such as the experts in one parameter, are not trained then, which a note says.
         batch_size: samples of a step.
@@ -143,7 +144,8 @@ def recover(
 
     The loss is ``KL(softmax(teacher(x)) || softmax(model(x)))``, a mean over tokens; without a teacher, the
     cross-entropy of the next token. :class:`leanstep.SinkGD` takes the steps, which has no state for matrices:
-    ``W -= lr_t * X * mask`` with X the normalized gradient. With ``rank``, it steps LoRA factors whose product is
+    ``W -= lr_t * X`` with X the normalized gradient of the weights that are left: those of pruned weights are set to
+    zero before it is normalized. With ``rank``, it steps LoRA factors whose product is
     masked, and these are merged at the end. Dropout is off.
 
     Args:
@@ -321,7 +323,7 @@ def _identity(model: nn.Module, teacher: nn.Module | None, samples: Samples, rec
 
 
 def _rate(step: int, steps: int) -> float:
-    """Factor of the learning rate at a step, from 0: rises to 1, then falls to 0 along a cosine."""
+    """Factor of the learning rate at a step, from 0: a linear rise to 1 times a cosine that falls to 0."""
     rise = (step + 1) / max(1, round(_WARM_UP * steps))
     return min(1.0, rise) * (1 + math.cos(math.pi * step / steps)) / 2
 

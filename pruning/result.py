@@ -133,7 +133,9 @@ class PruneResult:
             it was not measured.
         refinement: the search on joint distortion: exchanges judged (``evaluations``) and ``accepted``, its ``seconds``
             and ``passes`` of the model, why it ``ended``, and ``points`` (evaluation, seconds, joint distortion on its
-            own data, standard error); empty without it.
+            own data, standard error); empty without it. The last point is of the model that is pruned by the last
+            allocation, on its own inputs; the points before it are on the inputs of the search's start. ``start`` is
+            the distortion of the model that is pruned by the first: where the last point is not below it, that stays.
         recovery: what training after pruning did; None without it.
     """
 

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from leanstep._arguments import OneLineParser, positive
+from leanstep._arguments import OneLineParser, add_device, positive
 from leanstep._charts import Quantity, bars
 from leanstep._files import format_bytes, one_line, write_text
-from leanstep.recipes.evaluate import find_model_folder
+from leanstep.recipes.evaluate import find_device, find_model_folder
 from leanstep.recipes.generate import open_generator
 
 
@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="sequences at once; default 1")
     parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="turns; default 5")
     parser.add_argument("--threads", type=positive, metavar="N", help="of torch; default: as torch sets it")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, ...; default cpu")
+    add_device(parser)
     parser.add_argument("--picture", type=_svg, metavar="FILE", help="draw the table as bars into FILE, an .svg")
     parser.add_argument("--json", action="store_true", help="print one JSON object, with every time")
     return parser
@@ -68,6 +68,7 @@ def _bench(options: argparse.Namespace) -> dict[str, Any]:
     folders = [find_model_folder(folder) for folder in (options.checkpoint, *options.against)]
     import torch
 
+    options.device = str(find_device(options.device))
     if options.threads:
         torch.set_num_threads(options.threads)
     rows: list[tuple[dict[str, Any], Any, dict[str, list[float]]]] = []

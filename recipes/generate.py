@@ -6,11 +6,14 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from leanstep._arguments import OneLineParser, positive, seed
+from leanstep._arguments import OneLineParser, add_device, positive, seed
 from leanstep._files import one_line
-from leanstep.recipes.evaluate import find_model_folder
+from leanstep.recipes.evaluate import find_device, find_model_folder
+
+if TYPE_CHECKING:
+    import torch
 
 LEAST_TEMPERATURE = 1e-6  # logits divided by less become infinite
 
@@ -46,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         help="0 (default): the likeliest; else sample",
     )
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the samples; default 0")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, ...; default cpu")
+    add_device(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -69,7 +72,8 @@ def _generate(options: argparse.Namespace) -> dict[str, Any]:
     from leanstep.recipes.data.tokens import decode_halves
 
     tokenizer = open_tokenizer(folder)
-    model = open_generator(folder, options.device)
+    device = find_device(options.device)
+    model = open_generator(folder, device)
     with encoding(folder):
         inputs = tokenizer(options.prompt, return_tensors="pt", return_token_type_ids=False)
     count = inputs["input_ids"].shape[1]
@@ -92,7 +96,7 @@ def _generate(options: argparse.Namespace) -> dict[str, Any]:
         settings["temperature"] = options.temperature
     if tokenizer.pad_token_id is None:
         settings["pad_token_id"] = tokenizer.eos_token_id or 0
-    inputs = inputs.to(options.device)
+    inputs = inputs.to(device)
     _warm_up(model, inputs, settings)
     torch.manual_seed(options.seed)
     begin = time.perf_counter()
@@ -110,20 +114,14 @@ def _warm_up(model: Any, inputs: Any, settings: dict[str, Any]) -> None:
     model.generate(**{name: tensor[:, -32:] for name, tensor in inputs.items()}, **{**settings, **few})
 
 
-def open_generator(folder: Any, device: str) -> Any:
+def open_generator(folder: Any, device: "str | torch.device") -> Any:
     """Open a dense or sparse folder as a language model on a device.
 
     Raises:
-        ValueError: as :func:`leanstep.pruning.folder.loading.open_model`, and for a device that is not there.
+        ValueError: as :func:`leanstep.pruning.folder.loading.open_model`, and for a model that generates no text.
     """
-    import torch
-
     from leanstep.pruning.folder.loading import open_model
 
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} cannot be used: {one_line(error).split('. ')[0]}") from None
     model = open_model(folder).to(device)
     if not callable(getattr(model, "generate", None)):
         raise ValueError(f"{folder}: {type(model).__name__} does not generate text; expected a language model")

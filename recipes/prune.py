@@ -9,11 +9,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from leanstep._arguments import OneLineParser, new_folder, positive, seed
-from leanstep._checkpoint import check_apart, check_new, read_json
+from leanstep._arguments import OneLineParser, add_device, new_folder, positive, seed
 from leanstep._files import one_line, restore_alone
 from leanstep._memory import peak_process_memory
-from leanstep.recipes.data.sources import OptionTexts, in_options, open_file, sotu_corpus, split_newest
+from leanstep._process import InterruptibleStart
 from leanstep.recipes.prune_output import (
     OUT_OF_MEMORY,
     ProgressBar,
@@ -27,6 +26,7 @@ from leanstep.recipes.training.formatting import format_duration
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from leanstep._processes import Processes
     from leanstep.pruning import CalibrationText, PruneResult, Recovery, RecoveryResult, Refinement
 
 __all__ = ["main"]
@@ -70,7 +70,11 @@ def _run(options: argparse.Namespace) -> int:
         options.curve_samples = min(options.curve_samples, options.samples)
         if options.dry_run:
             return _dry_run(options)
-        result = _prune(options)
+        with ProgressBar(shown=rank == 0) as bar:
+            with InterruptibleStart():
+                import leanstep.pruning  # noqa: F401
+            options.checkpoint = _model_folder(options.checkpoint)
+            result = _prune(options, bar)
     except (ValueError, ImportError, OSError) as error:
         from leanstep._processes import is_first_to_fail
 
@@ -79,9 +83,8 @@ def _run(options: argparse.Namespace) -> int:
             print(f"error: {one_line(error)}", file=sys.stderr)
         return 1 if isinstance(error, OSError) else 2
     except KeyboardInterrupt:
-        state = "holds the pruned model" if options.out.exists() else "was not created"
         if rank == 0:
-            print(f"\ninterrupted; {options.out} {state}. Add --resume to the command to continue", file=sys.stderr)
+            print(f"\ninterrupted; {_state_of(options)}", file=sys.stderr)
         return 130
     except (RuntimeError, MemoryError) as error:
         from leanstep.recipes.training.failures import is_out_of_memory
@@ -103,12 +106,29 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _state_of(options: argparse.Namespace) -> str:
+    """What an interrupted command has left in its folder, and how to go on."""
+    try:
+        content = json.loads((options.out / "sparsity.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        state = "exists, and is not of this command" if options.out.exists() else "was not created"
+        return f"{options.out} {state}. Add --resume to the command to continue"
+    report = f"complete, with its report {options.out / 'report.html'}"
+    if content.get("recovery"):
+        return f"{options.out} holds the recovered model, {report}"
+    if options.recover is None:
+        return f"{options.out} holds the pruned model, {report}"
+    return f"{options.out} holds the pruned model, {report}. Add --resume to the command to recover it"
+
+
 def _output(result: "PruneResult | RecoveryResult", options: argparse.Namespace) -> str:
     """What the command prints of a result."""
     from leanstep.pruning import RecoveryResult
 
     if isinstance(result, RecoveryResult):
         return json.dumps(result.to_dict()) if options.json else "\n".join(recovery_lines(result))
+    from leanstep._checkpoint import read_json
+
     # counted when they were written: to count again would read all weights, and keep them in memory
     layers = read_json(options.out / "sparsity.json")["layers"]
     return json.dumps(result.to_dict(layers)) if options.json else summary_of(result, layers, options.out)
@@ -213,7 +233,7 @@ def _afterwards_options(group: _Group) -> None:
 def _resource_options(group: _Group) -> None:
     add = group.add_argument
     add("--batch-size", type=int, default=8, metavar="N", help="sequences or images at once; default 8")
-    add("--device", default="cpu", help="where to calibrate; default cpu")
+    add_device(group)
     add(
         "--products",
         default="auto",
@@ -259,7 +279,7 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in _SETTINGS} | {"budget": budget}
 
 
-def _prune(options: argparse.Namespace) -> "PruneResult | RecoveryResult | None":
+def _prune(options: argparse.Namespace, bar: ProgressBar) -> "PruneResult | RecoveryResult | None":
     """The result; None in a process that has nothing to do."""
     from leanstep._processes import Processes
     from leanstep.pruning import prune_checkpoint, recover_checkpoint
@@ -269,57 +289,77 @@ def _prune(options: argparse.Namespace) -> "PruneResult | RecoveryResult | None"
     processes.from_first(lambda: restore_alone(options.out))
     if options.nproc not in (1, processes.size):
         raise ValueError(f"--nproc {options.nproc} in a run of {processes.size} processes; leave it out under torchrun")
-    device = options.device
-    if device == "cuda" and processes.size > 1:
-        device = f"cuda:{processes.rank}"
+    device = _device(options.device, processes)
     data = _data(options)
     judging = data.pop("judging", None)
     if refine is not None and judging is not None:
         refine = replace(refine, data=judging)
-    with ProgressBar(shown=processes.is_first) as bar:
-        if recovery is not None and options.resume and processes.from_first(options.out.exists):
-            if not processes.is_first:
-                return None
-            _refuse_other_settings(options)
-            return recover_checkpoint(
-                options.checkpoint,
-                options.out,
-                recovery=recovery,
-                evaluate=options.eval,
-                device=device,
-                progress=bar,
-                **{name: value for name, value in data.items() if name != "curve_data"},
-            )
-        return prune_checkpoint(
+    if recovery is not None and options.resume and processes.from_first(options.out.exists):
+        if not processes.is_first:
+            return None
+        _refuse_other_settings(options)
+        return recover_checkpoint(
             options.checkpoint,
             options.out,
+            recovery=recovery,
             evaluate=options.eval,
-            resume=options.resume,
             device=device,
             progress=bar,
-            processes=processes,
-            recovery=recovery,
-            refine=refine,
-            activations=options.activations,
-            **settings,
-            **data,
+            **{name: value for name, value in data.items() if name != "curve_data"},
         )
+    return prune_checkpoint(
+        options.checkpoint,
+        options.out,
+        evaluate=options.eval,
+        resume=options.resume,
+        device=device,
+        progress=bar,
+        processes=processes,
+        recovery=recovery,
+        refine=refine,
+        activations=options.activations,
+        **settings,
+        **data,
+    )
+
+
+def _model_folder(checkpoint: str) -> str:
+    """The folder of a checkpoint, of a run that of its model; a name on the hub, or what is no model, as it is."""
+    from leanstep.recipes.evaluate import find_model_folder
+
+    try:
+        return str(find_model_folder(checkpoint))
+    except ValueError:  # told by those who open it
+        return checkpoint
+
+
+def _device(requested: str | None, processes: "Processes") -> str:
+    """The device of a process: of several, each has a GPU of its own."""
+    import torch
+
+    if requested is None:
+        requested = "cuda" if torch.cuda.device_count() >= processes.size else "cpu"
+    return f"cuda:{processes.rank}" if requested == "cuda" and processes.size > 1 else requested
 
 
 def _dry_run(options: argparse.Namespace) -> int:
     """Print what the command would take. Returns 2 if that does not fit."""
     from dataclasses import asdict
 
+    from leanstep._checkpoint import check_apart, check_new
     from leanstep.pruning import Workload, estimate_pruning
     from leanstep.pruning.choices import check_choices
     from leanstep.pruning.folder.checkpoint import check_files
     from leanstep.pruning.folder.files import open_checkpoint
     from leanstep.pruning.folder.run import check_device, check_run
     from leanstep.pruning.folder.text import CalibrationText, sequences_of
+    from leanstep.recipes.evaluate import find_device
 
+    options.checkpoint = _model_folder(options.checkpoint)
     settings, recovery, refine = _settings(options), _recovery(options), _refinement(options)
     check_choices(data=options.data or "chosen later", refine=refine, **settings)
-    check_device(options.device)
+    device = str(find_device(None)) if options.device is None else options.device
+    check_device(device)
     if recovery is not None and options.resume and options.out.exists():
         _refuse_other_settings(options)
     else:
@@ -345,7 +385,7 @@ def _dry_run(options: argparse.Namespace) -> int:
         refine_minutes=options.refine,
         refine_evaluations=options.refine_evaluations,
         processes=options.nproc,
-        device=options.device,
+        device=device,
     )
     estimate = estimate_pruning(
         checkpoint, options.out, workload, include=options.include, exclude=options.exclude, recovery=recovery
@@ -464,6 +504,7 @@ def _refine_samples(options: argparse.Namespace) -> int:
 
 def _text(options: argparse.Namespace) -> "CalibrationText":
     from leanstep.pruning import CalibrationText
+    from leanstep.recipes.data.sources import OptionTexts, in_options, open_file, sotu_corpus, split_newest
 
     documents: Iterable[str]
     held_out = None

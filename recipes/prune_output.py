@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+import threading
 import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -14,12 +15,24 @@ from leanstep.recipes.training.formatting import format_duration
 if TYPE_CHECKING:
     from leanstep.pruning import Estimate, PruneResult, RecoveryResult
 
-# what is counted in a phase of progress, by its name; others are points of curves
+# what is shown of a phase of progress, and what is counted in it; other names are of points of curves
 _PHASES = {
-    "recovery": "took {}/{} steps of recovery",
-    "refinement": "judged {}/{} exchanges",
-    "refinement time": "searched {}/{} seconds",
+    "start": ("starting", ""),
+    "text": ("preparing the calibration data", ""),
+    "checkpoint": ("reading the checkpoint", ""),
+    "dense model": ("reading the dense model", ""),
+    "perplexity": ("perplexity", "batches"),
+    "statistics": ("statistics of all matrices", ""),
+    "curves": ("curves", "points"),
+    "refinement": ("search", "exchanges"),
+    "refinement time": ("search", "seconds"),
+    "comparison": ("comparison on held-out data", "matrices"),
+    "pruning": ("pruning", "blocks"),
+    "recovery": ("recovery", "steps"),
+    "writing": ("writing", ""),
 }
+# seconds between lines where there is no terminal
+_INTERVAL = 30.0
 
 OUT_OF_MEMORY = (
     "out of memory; take fewer or shorter sequences (--samples, --curve-samples, --seq-len), a smaller --batch-size or "
@@ -32,6 +45,7 @@ def estimate_lines(estimate: "Estimate") -> list[str]:
     free = "" if estimate.free_memory is None else f", {format_bytes(estimate.free_memory)} free"
     lines = [
         f"{estimate.parameters:,} parameters, {estimate.pruned:,} of them in {estimate.matrices:,} matrices to prune",
+        *([f"  {estimate.left_dense}"] if estimate.left_dense else []),
         f"memory {format_bytes(estimate.processes * sum(estimate.memory.values()))}{free}",
         *([f"  in each of {estimate.processes} processes"] if estimate.processes > 1 else []),
         *(f"  {use:<28}{format_bytes(size):>12}" for use, size in estimate.memory.items()),
@@ -63,7 +77,9 @@ def estimate_lines(estimate: "Estimate") -> list[str]:
 
 
 class ProgressBar:
-    """Progress and time left: a live bar on a terminal, else a line every 30 seconds.
+    """The phase of a run, what is done of it, and the time left: a bar on a terminal, else a line for a new phase.
+
+    Without a terminal, a phase has another line every 30 seconds, also while nothing is counted.
 
     Args:
         shown: False shows nothing.
@@ -73,49 +89,84 @@ class ProgressBar:
         self._shown = shown
         self._live: Any = None
         self._task: Any = None
+        self._thread: threading.Thread | None = None
+        self._lock, self._ended = threading.Lock(), threading.Event()
+        self._phase = self._matrix = ""
+        self._done = self._total = self._first = 0
         self._began = self._printed = time.monotonic()
-        self._first: int | None = None
-        self._phase, self._done = "", 0
 
     def __enter__(self) -> "ProgressBar":
+        self(0, 0, "start")
+        if self._shown and not sys.stderr.isatty():
+            self._thread = threading.Thread(target=self._repeat, name="progress", daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
         if self._live is not None:
             self._live.stop()
 
     def __call__(self, done: int, total: int, name: str) -> None:
-        """Show that ``done`` of ``total`` are done; ``name`` is a phase, or the matrix of a measured point."""
+        """Show that ``done`` of ``total`` are done, 0 of 0 where nothing is counted yet; ``name`` is a phase, or the
+        matrix of a measured point.
+        """
         if not self._shown:
             return
-        now = time.monotonic()
-        phase = _PHASES.get(name, "computed {}/{} points")
-        if phase != self._phase or done < self._done:  # measured points begin again after those of Fisher curves
-            self.__exit__()
-            self._live, self._first, self._phase, self._printed = None, None, phase, now
-        self._done = done
-        if self._first is None:  # points that an earlier run measured do not count for the rate
-            self._first, self._began = done - 1, now
-        if sys.stderr.isatty():
-            self._show(done, total)
-        elif done == total or (now - self._printed > 30 and done > self._first + 1):
-            self._printed = now
-            left = (now - self._began) / max(done - self._first - 1, 1) * (total - done)
-            matrix = "" if name in _PHASES else f", {name}"
-            text = f"{phase.format(done, total)}{matrix}, {format_duration(left)} left"
-            print(text, file=sys.stderr, flush=True)
+        with self._lock:
+            now, phase = time.monotonic(), name if name in _PHASES else "curves"
+            self._matrix = "" if name in _PHASES else name
+            is_new = phase != self._phase
+            # measured points begin again after those of Fisher curves
+            if is_new or done < self._done or not self._total:
+                # points that an earlier run measured do not count for the rate
+                self._phase, self._first, self._began = phase, done, now
+            self._done, self._total = done, total
+            if sys.stderr.isatty():
+                self._show(is_new)
+            elif is_new:
+                self._print(now)
+            else:
+                self._print_if_due(now, ended=0 < total == done)
 
-    def _show(self, done: int, total: int) -> None:
+    def _repeat(self) -> None:
+        while not self._ended.wait(_INTERVAL / 10):
+            with self._lock:
+                self._print_if_due(time.monotonic())
+
+    def _print_if_due(self, now: float, *, ended: bool = False) -> None:
+        if now - self._printed > (_INTERVAL / 10 if ended else _INTERVAL):
+            self._print(now)
+
+    def _print(self, now: float) -> None:
+        self._printed = now
+        label, unit = _PHASES[self._phase]
+        parts = [f"{label}: {self._done}/{self._total} {unit}" if self._total else label]
+        parts += [self._matrix] if self._matrix else []
+        if self._first < self._done < self._total:
+            left = (now - self._began) / (self._done - self._first) * (self._total - self._done)
+            parts.append(f"{format_duration(left)} left")
+        elif not self._total and now - self._began >= 1:
+            parts.append(f"{format_duration(now - self._began)} so far")
+        print(", ".join(parts), file=sys.stderr, flush=True)
+
+    def _show(self, is_new: bool) -> None:
+        label, unit = _PHASES[self._phase]
+        count = f"{self._done}/{self._total} {unit}" if self._total else ""
         if self._live is None:
             from rich.console import Console
-            from rich.progress import MofNCompleteColumn, Progress
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-            columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-            self._live = Progress(*columns, console=Console(stderr=True))
+            text = TextColumn("{task.description}", markup=False), BarColumn(bar_width=30)
+            times = TextColumn("{task.fields[count]}"), TimeElapsedColumn(), TimeRemainingColumn()
+            self._live = Progress(*text, *times, console=Console(stderr=True))
             self._live.start()
-            name = next((name for name, phase in _PHASES.items() if phase == self._phase), "curves")
-            self._task = self._live.add_task(name, total=total, completed=done)
-        self._live.update(self._task, completed=done, total=total)
+            self._task = self._live.add_task(label, total=None, count=count)
+        elif is_new:
+            self._live.reset(self._task, description=label, total=None)
+        self._live.update(self._task, completed=self._done, total=self._total or None, count=count)
 
 
 def _spent(budget: dict[str, Any]) -> str:
@@ -165,10 +216,10 @@ def summary_of(result: "PruneResult", layers: list[dict[str, Any]], out: str) ->
         lines.append(f"predicted      {result.allocation.predicted:.4g} ({result.metric}, sum of the curves)")
     if result.refinement:
         search = result.refinement
-        first, last = search["points"][0][2], search["points"][-1][2]
+        first, last = ("-" if cost is None else f"{cost:.4g}" for cost in (search["start"], search["points"][-1][2]))
         lines.append(
             f"refined        {search['accepted']} of {search['evaluations']} exchanges, ended: {search['ended']}; "
-            f"{result.metric} on the judging data {first:.4g} before, {last:.4g} after"
+            f"{result.metric} on the judging data {first} before, {last} after, pruned anew"
         )
     for one in result.compared:
         error = "" if one.joint_stderr != one.joint_stderr else f" +- {one.joint_stderr:.2g}"

@@ -7,6 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+_MOST = 2**31 - 1  # weights of a group: no matrix has more columns
+_SHOWN = 40  # characters of a text in a message
+
 
 @dataclass(frozen=True, order=True)
 class NM:
@@ -18,7 +21,7 @@ class NM:
 
     Raises:
         TypeError: for numbers that are not integers.
-        ValueError: for n outside 0 .. m, or m < 1.
+        ValueError: for n outside 0 .. m, or m outside 1 .. 2^31 - 1.
 
     Example:
         >>> NM(2, 4).sparsity, str(NM.parse("1:16")), NM(1, 8).scaled(4)
@@ -34,6 +37,8 @@ class NM:
                 raise TypeError(f"NM: {name} must be an integer, got {value!r}")
         if self.m < 1 or not 0 <= self.n <= self.m:
             raise ValueError(f"NM: expected 0 <= n <= m and m >= 1 (n kept of m), got n = {self.n}, m = {self.m}")
+        if self.m > _MOST:
+            raise ValueError(f"NM: expected groups of at most {_MOST} weights, got m = {self.m}")
 
     @classmethod
     def parse(cls, text: str) -> NM:
@@ -42,9 +47,10 @@ class NM:
         Raises:
             ValueError: for any other text.
         """
-        match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)
+        # no number with more digits is within the bounds
+        match = re.fullmatch(r"\s*(\d{1,10})\s*:\s*(\d{1,10})\s*", text)
         if match is None:
-            raise ValueError(f"NM.parse: expected 'N:M', such as '2:4', got {text!r}")
+            raise ValueError(f"NM.parse: expected 'N:M', such as '2:4', got {text[:_SHOWN]!r}")
         return cls(int(match[1]), int(match[2]))
 
     @property

@@ -13,12 +13,10 @@ from leanstep.pruning.allocate.budgets import Budget, cost, keep_total
 from leanstep.pruning.allocate.closed_form import OWL_SPREAD, counts_by_rule
 from leanstep.pruning.allocate.knapsack import STATES, InfeasibleBudget, LayerLevels, Program
 from leanstep.pruning.allocate.relaxed import MOST_GROUPS
-from leanstep.pruning.measure.curves import Curve
+from leanstep.pruning.measure.curves import POINTS, Curve
 from leanstep.pruning.result import Allocation
 from leanstep.pruning.score.targets import Layer
 
-# levels per layer
-POINTS = 101
 # costs of many groups are not rounded to a table's states, and so need no coarser levels
 _STATES_OF_A_GROUP = STATES // MOST_GROUPS
 METHODS = ("dp", "uniform", "global", "lamp", "erk", "owl", "atp")

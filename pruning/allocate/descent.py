@@ -123,11 +123,16 @@ class Descent:
         """Number of accepted exchanges."""
         return max(len(self.points) - 1, 0)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        points = [[e, s, m, None if math.isnan(error) else error] for e, s, m, error in self.points]
-        facts = ("evaluations", "seconds", "passes", "accepted", "ended")
-        return {name: getattr(self, name) for name in facts} | {"points": points}
+    def to_dict(self, start: Distortion, final: Distortion) -> dict[str, Any]:
+        """Plain values, for JSON; None for what is not finite.
+
+        Args:
+            start, final: of the models that are pruned by the first and the last allocation, each on its own inputs.
+        """
+        points = [*self.points, (self.evaluations, self.seconds, *final)]
+        facts = {name: getattr(self, name) for name in ("evaluations", "seconds", "passes", "accepted", "ended")}
+        rows = [[None if not math.isfinite(value) else value for value in point] for point in points]
+        return facts | {"start": start.mean if math.isfinite(start.mean) else None, "points": rows}
 
 
 class SearchFile:

@@ -260,6 +260,8 @@ class Duration:
         planned = self._planned
         every = workload.processes * (planned.prune - planned.statistics)
         start = planned.statistics + every + 3 * judging
+        # the result is pruned anew and measured
+        start += self._final.prune + judging
         # an exchange takes half of a pass, from the first changed block on
         limits = [
             *([] if workload.refine_minutes is None else [60 * workload.refine_minutes]),

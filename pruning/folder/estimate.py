@@ -36,7 +36,7 @@ from leanstep.pruning.measure.blocks import candidate_blocks
 from leanstep.pruning.measure.products import product_dtype
 from leanstep.pruning.recovery import Recovery
 from leanstep.pruning.score.base import NEEDS, has_statistics
-from leanstep.pruning.score.targets import block_numbers, prunable_names
+from leanstep.pruning.score.targets import block_numbers, dense_note, prunable_names
 
 # bytes for each weight of a matrix while it is ranked or updated, besides the matrix itself: fp32 copies, scores,
 # sorted scores, an order in int64 with the workspace of the sort, and a mask
@@ -327,6 +327,7 @@ def estimate_pruning(
         recovering,
         None if recovery is None else recovery.distill,
         [unknown] if unknown else [],
+        "" if include is not None else dense_note(model),
     )
 
 

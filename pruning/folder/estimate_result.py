@@ -23,6 +23,7 @@ class Estimate:
             settings have ``distill=False``.
         asked_to_distill: ``distill`` of these settings.
         not_counted: what the run takes besides, in words.
+        left_dense: a sentence on weights that are bare parameters, which are not pruned; "" where they are few.
     """
 
     parameters: int
@@ -40,6 +41,7 @@ class Estimate:
     recovery: dict[str, int] = field(default_factory=dict)
     asked_to_distill: bool | None = None
     not_counted: list[str] = field(default_factory=list)
+    left_dense: str = ""
 
     def problems(self) -> list[str]:
         """Sentences about what does not fit."""

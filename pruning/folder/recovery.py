@@ -31,7 +31,7 @@ from leanstep.pruning.folder.files import Checkpoint, open_checkpoint, stored_dt
 from leanstep.pruning.folder.loading import checkpoint_values, load_model, stored_parameters
 from leanstep.pruning.folder.text import CalibrationText, held_out_hash, perplexity_of, sequences_of
 from leanstep.pruning.measure.batches import as_batches
-from leanstep.pruning.measure.points import Progress
+from leanstep.pruning.measure.points import Progress, begin
 from leanstep.pruning.measure.products import products_in
 from leanstep.pruning.recovery import Recovery, RecoveryResult, recover
 from leanstep.pruning.recovery_file import stored_distill
@@ -95,6 +95,7 @@ def recover_checkpoint(
             raise ValueError(f"{folder} was pruned from {content.get('source')}, not from {source}; name that")
         pruned = open_checkpoint(folder)
         check_space(folder, space_beside(pruned, recovery) - (state.stat().st_size if state.exists() else 0))
+        begin(progress, "checkpoint")
         dense = open_checkpoint(source)
         check_apart(folder, dense.folder)
         _check_source(pruned, content, dense)
@@ -131,6 +132,7 @@ def recover_model(
         in_files = 0  # copies in memory
     if not isinstance(data, torch.Tensor):  # read once, for the memory and for the training
         data = as_batches(data, model)
+    begin(progress, "dense model")
     # as the interrupted run decided: the free memory may be another now
     distill = stored_distill(state) if recovery.distill is None else recovery.distill
     decided = replace(recovery, distill=distill)
@@ -140,7 +142,7 @@ def recover_model(
 
     def perplexity() -> tuple[float, int]:
         with products_in(model, content.get("settings", {}).get("products", "auto")):  # as before recovery
-            return perplexity_of(model, held_out)
+            return perplexity_of(model, held_out, progress)
 
     content["perplexity"] = dict(content.get("perplexity") or {})
     content["perplexity"].pop("recovered", None)  # of an earlier recovery that was not applied
@@ -148,6 +150,7 @@ def recover_model(
         # of other text, which no perplexity on this one compares with
         content["perplexity"], content[HELD_OUT] = {"after": perplexity()[0]}, held_out_hash(held_out)
         content["notes"] = [*content.get("notes", []), OTHER_DATA]
+    begin(progress, "recovery")
     result = recover(
         model,
         data,
@@ -165,6 +168,7 @@ def recover_model(
         recovered, content["perplexity"]["tokens"] = perplexity()
         content["perplexity"]["recovered"] = recovered
         result = replace(result, perplexity=recovered)
+    begin(progress, "writing")
     content["perplexity"] = finite_values(content["perplexity"]) or None
     content["recovery"] = result.to_dict()
     with told_to_resume(folder), new_folder(folder, replace=True) as staged:

@@ -116,10 +116,11 @@ def _refinement(content: Mapping[str, Any]) -> str:
     search = content.get("refinement") or {}
     if not search:
         return ""
-    start, end = search["points"][0][2], search["points"][-1][2]
+    start, end = search.get("start", search["points"][0][2]), search["points"][-1][2]
     return (
         f"{search['accepted']} of {search['evaluations']} exchanges between matrices were better by more than their "
-        f"noise. Joint distortion on the judging data: {_number(start)} at the start, {_number(end)} at the end."
+        f"noise. Joint distortion on the judging data: {_number(start)} at the start, {_number(end)} at the end, where "
+        "all matrices are pruned anew on the inputs that the allocation gives."
     )
 
 
@@ -128,8 +129,8 @@ def _refinement_chart(content: Mapping[str, Any]) -> str:
     search = content.get("refinement") or {}
     if not search:
         return ""
-    evaluations = [point[0] for point in search["points"]]
-    distortion = [point[2] for point in search["points"]]
+    points = [point for point in search["points"] if point[2] is not None]
+    evaluations, distortion = [point[0] for point in points], [point[2] for point in points]
     x = [
         position
         for step in zip(evaluations, [*evaluations[1:], search["evaluations"]], strict=True)

@@ -59,7 +59,7 @@ from leanstep.pruning.folder.stored_size import Sequences, scratch_bytes
 from leanstep.pruning.folder.text import CalibrationText, held_out_hash, perplexity_of, sequences_of
 from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.blocks import BlockMover
-from leanstep.pruning.measure.points import Progress
+from leanstep.pruning.measure.points import Progress, begin
 from leanstep.pruning.measure.products import products_in
 from leanstep.pruning.planner import check_target
 from leanstep.pruning.prune import prune
@@ -106,7 +106,7 @@ def prune_checkpoint(
             the first two, and raises the error of an ``out`` that exists.
         device: that computes. On another device than the CPU, a block is copied there while it runs; see
             :class:`leanstep.pruning.measure.blocks.BlockMover`.
-        progress: see :func:`measure_curves`.
+        progress: as for :func:`prune`; and with the phases of reading and writing, ``perplexity`` and ``recovery``.
         recovery: train the pruned model on ``data`` after its folder is written, and replace that; see
             :func:`leanstep.pruning.recover_checkpoint`, which also goes on where a run was interrupted in this.
         refine: as for :func:`prune`. Without data of its own, :attr:`CalibrationText.refine_samples` sequences judge.
@@ -174,6 +174,7 @@ def _prune_into(
     """:func:`prune_checkpoint` after the checks of its arguments, as the only run that writes ``out``."""
     partial, search = search_files(out)
     processes.from_first(lambda: _check_start(out, resume, refine=refine is not None, **settings))
+    begin(progress, "checkpoint")
     checkpoint = open_checkpoint(source)
     # a copy of the files for each process, and later the state of recovery and its folder
     later = 0 if recovery is None else space_beside(checkpoint, recovery)
@@ -187,9 +188,11 @@ def _prune_into(
     if several and not isinstance(data, torch.Tensor | CalibrationText | None):
         data = list(data)
     check_run(checkpoint, data, recovery=recovery, evaluate=evaluate, settings=settings)
+    begin(progress, "text")
     calibration = _calibration(checkpoint, data, held_out, refine, settings, several=several or evaluate)
     if evaluate and calibration.held_out is None:
         raise ValueError("perplexity needs held-out sequences: give a text")
+    begin(progress, "checkpoint")
     # experts that transformers joins
     resident_weights = ResidentSet(resident)
     joined = Scratch(out.absolute().parent, resident_weights)
@@ -232,6 +235,7 @@ def _prune_into(
             )
         if not processes.is_first:
             return result
+        begin(progress, "writing")
         result.notes.extend(filter(None, [*notes, unmapped_note(mapped), unchecked]))
         content |= result.to_dict()
         with CopiesInFiles(joined):
@@ -413,17 +417,18 @@ def _calibration(
     return _Calibration(scores, held_out, refine, settings, text)
 
 
-def _pruned(model: nn.Module, calibration: _Calibration, *, evaluate: bool, **options: Any) -> PruneResult:
+def _pruned(
+    model: nn.Module, calibration: _Calibration, *, evaluate: bool, progress: Progress | None, **options: Any
+) -> PruneResult:
     """Prune a model in place, with its perplexity before and after if asked for."""
     held_out, perplexity = calibration.held_out, dict[str, Any]()
     with products_in(model, calibration.settings.get("products", "auto")):
         if evaluate:
-            perplexity["before"], perplexity["tokens"] = perplexity_of(model, held_out)
-        result = prune(
-            model, calibration.data, held_out=held_out, refine=calibration.refine, **calibration.settings, **options
-        )
+            perplexity["before"], perplexity["tokens"] = perplexity_of(model, held_out, progress)
+        settings = calibration.settings | options | {"progress": progress}
+        result = prune(model, calibration.data, held_out=held_out, refine=calibration.refine, **settings)
         if evaluate:
-            perplexity["after"], _ = perplexity_of(model, held_out)
+            perplexity["after"], _ = perplexity_of(model, held_out, progress)
             result.perplexity = perplexity
     return result
 

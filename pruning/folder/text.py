@@ -17,6 +17,7 @@ from leanstep.pruning.folder.loading import LONGEST, begin_tokens, encoding, ope
 from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.measure import evaluating
 from leanstep.pruning.measure.metrics import check_runs, cross_entropy_sums, summarise
+from leanstep.pruning.measure.points import Progress
 
 
 @dataclass(frozen=True)
@@ -179,12 +180,19 @@ def held_out_hash(held_out: Any) -> str | None:
     ).hexdigest()
 
 
-def perplexity_of(model: nn.Module, sequences: Any) -> tuple[float, int]:
-    """Perplexity over some sequences, infinite where fp64 does not hold it, and the number of predicted tokens."""
+def perplexity_of(model: nn.Module, sequences: Any, progress: Progress | None = None) -> tuple[float, int]:
+    """Perplexity over some sequences, infinite where fp64 does not hold it, and the number of predicted tokens.
+
+    ``progress`` is called with (batches done, batches in all, "perplexity").
+    """
     with evaluating(model):
         batches = as_batches(sequences, model, batch_size=4)
         check_runs(model, batches[0])
-        per_batch = [cross_entropy_sums(batch.run(model), batch) for batch in batches]
+        per_batch = []
+        for number, batch in enumerate(batches):
+            if progress is not None:
+                progress(number, len(batches), "perplexity")
+            per_batch.append(cross_entropy_sums(batch.run(model), batch))
     loss, tokens = summarise(per_batch).mean, int(sum(float(counts.sum()) for _, counts in per_batch))
     try:
         return math.exp(loss), tokens

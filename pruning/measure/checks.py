@@ -40,12 +40,15 @@ class Trial:
         snapshot: of the dense weights.
         inputs: of a block, on which it is pruned: "pruned", those that the pruned blocks before it produce; or "dense",
             those of the dense model.
+        progress: called with (blocks done, blocks in all, "pruning") and (matrices measured, matrices in all,
+            "comparison").
     """
 
     groups: Sequence[Group]
     pruning: Pruning
     snapshot: WeightSnapshot
     inputs: str = "pruned"
+    progress: Progress | None = None
 
     def apply(self, allocation: Allocation, used: dict[str, LayerPruner] | PrunersInFiles | None = None) -> None:
         """Prune the model in place, block by block.
@@ -59,14 +62,21 @@ class Trial:
         cache.reset()
         with evaluating(cache.model):
             dense = self.inputs == "dense"
-            for start, block in cache.by_start(self.groups) if dense else cache.by_block(self.groups):
+            blocks = cache.by_start(self.groups) if dense else cache.by_block(self.groups)
+            for number, (start, block) in enumerate(blocks):
+                self._report(number, len(blocks))
                 for changed in self._pruned(block, start, allocation, used):
                     if dense:
                         later += changed if cache.scratch is None else cache.scratch.store(changed)
                     else:
                         _write(changed)
+            self._report(len(blocks), len(blocks))
         _write(later)
         cache.reset()
+
+    def _report(self, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress(done, total, "pruning")
 
     def _pruned(
         self,
@@ -122,7 +132,7 @@ class Trial:
         reached ``until``.
         """
         with evaluating(measurement.model):
-            alone = measurement.singles(self.groups, allocation, self.pruning, until)
+            alone = measurement.singles(self.groups, allocation, self.pruning, until, self.progress)
         return math.nan if alone is None else sum(point.mean for point in alone)
 
     def additivity(self, measurement: Measurement, allocation: Allocation, summed: float, *, stay: bool) -> Additivity:

@@ -18,6 +18,8 @@ Levels = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
 
 SOURCES = ("measured", "fisher", "anchored")
 
+# levels of a curve with those between the measured ones: about 200 of them
+POINTS = 221
 # largest power of the curve below its first measured level, where a fit to two levels may be too steep
 _STEEPEST = 4.0
 
@@ -129,14 +131,14 @@ class Curve:
             )
         return float(np.interp(count, self.counts[::-1], self.distortion[::-1]))
 
-    def dense_grid(self, points: int = 101, unit: int = 1) -> Curve:
+    def dense_grid(self, points: int = POINTS, unit: int = 1) -> Curve:
         """The curve, cleaned, with levels between the measured ones: ``points`` in all, unless more were measured.
 
         The measured levels keep their counts and their cleaned D. A monotone cubic joins them, in log D over
         log(removed / left). Curves are nearly straight there: D is about a power of the sparsity where that is small,
         and of the density where that is small. Between the first two levels, D is a power of the removed count, with an
-        exponent from 1 to 4. Half of the added levels are evenly spaced in the count, half in its logarithm. Each keeps
-        a multiple of ``unit`` more than the last level.
+        exponent from 1 to 4. A third of the added levels is evenly spaced in the count, a third in its logarithm, and a
+        third about in that of the removed count. Each keeps a multiple of ``unit`` more than the last level.
 
         Raises:
             ValueError: for a curve of N:M levels, between which there is nothing; for points or unit below 1.
@@ -159,10 +161,13 @@ class Curve:
     def _between(self, number: int, unit: int) -> np.ndarray:
         """At most ``number`` counts from the last level to the first."""
         first, last = self.counts[0], self.counts[-1]
-        half = max(number, 0) // 2
-        even = np.linspace(last, first, max(number, 0) - half)
-        log_even = np.geomspace(last + 0.5, first + 0.5, half) - 0.5
-        steps = np.rint((np.concatenate([even, log_even]) - last) / unit).clip(0, (first - last) // unit)
+        third = max(number, 0) // 3
+        even = np.linspace(last, first, max(number, 0) - 2 * third)
+        by_left = np.geomspace(last + 0.5, first + 0.5, third) - 0.5
+        # of a model with few zeros, many matrices lose little: steps from 0.1 per mille of the matrix on
+        small = max(first - last, 1) / 1000
+        by_removed = first + small - np.geomspace(small, first - last + small, third)
+        steps = np.rint((np.concatenate([even, by_left, by_removed]) - last) / unit).clip(0, (first - last) // unit)
         return last + steps.astype(np.int64) * unit
 
     def coordinate(self, counts: np.ndarray) -> np.ndarray:
@@ -290,9 +295,9 @@ def levels_of(
     check_levels(levels, pattern)
     if pattern != "unstructured":
         letter, _, m = pattern.partition(":")
-        if letter != "N" or not m.isdigit() or int(m) < 2:
+        if letter != "N" or not m.isdecimal() or len(m) > 10 or int(m) < 2:
             raise ValueError(
-                f"pattern: expected 'unstructured' or 'N:M' with a number for M, such as 'N:8'; got {pattern!r}"
+                f"pattern: expected 'unstructured' or 'N:M' with a number for M, such as 'N:8'; got {pattern[:40]!r}"
             )
         check_filled(groups, int(m))
         fewest = int(m) - nm_level_count(int(m)) + 1

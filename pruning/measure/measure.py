@@ -335,7 +335,12 @@ class Measurement:
         return 1 - start / max(len(self.cache.stages), 1)
 
     def singles(
-        self, groups: Sequence[Group], allocation: Allocation, pruning: Pruning, until: float
+        self,
+        groups: Sequence[Group],
+        allocation: Allocation,
+        pruning: Pruning,
+        until: float,
+        progress: Progress | None = None,
     ) -> list[Distortion] | None:
         """Distortion of each group alone at its allocated level, in the order of the stages.
 
@@ -353,6 +358,8 @@ class Measurement:
                 if group.name in share:
                     changed = prune_group(group, pruners, *allocation.level(group.name))
                     by_name[group.name] = self._alone(changed, group, groups)
+            if progress is not None:
+                progress(len(in_order), len(groups), "comparison")
         by_name = pruning.processes.merged(by_name)
         return [by_name[name] for name in in_order]
 

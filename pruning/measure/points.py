@@ -11,7 +11,14 @@ from leanstep.pruning.measure.curves import Curve, Levels, counts_and_patterns, 
 from leanstep.pruning.measure.metrics import Distortion
 from leanstep.pruning.score.targets import Group
 
+# called with what is done, what there is in all, and the name of a matrix or a phase; with 0 and 0 where a phase begins
 Progress = Callable[[int, int, str], Any]
+
+
+def begin(progress: Progress | None, phase: str) -> None:
+    """Tell a function that a phase begins of which nothing is counted yet."""
+    if progress is not None:
+        progress(0, 0, phase)
 
 
 class Points:

@@ -35,8 +35,9 @@ class SparseGPTPruner(LayerPruner):
         U is computed in float64 and kept in the dtype of the sweep: 4 in^2 bytes. Each level is a sweep of about
         ``out * in^2`` multiply-adds. Keeps exactly the requested count: after each block, the total of pruned
         weights is the share of the columns so far, rounded down. What a block with few nonzero weights cannot keep is
-        shared by the others. Weights of inputs that are always zero are pruned first, and count as zeros here. The
-        published code thresholds each block alone.
+        shared by the others. Weights of inputs that are always zero are pruned first, as in the published code, and
+        count among the zeros that were asked for; the published code sets all of them to zero, besides those. It also
+        thresholds each block alone.
 
     References:
         Frantar, Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", arXiv 2301.00774,
@@ -121,9 +122,9 @@ def _split_in_order(keep: int, sizes: Sequence[int]) -> list[int]:
 def damped_gram(gram: Tensor, damping: float) -> Tensor:
     """gram with ``damping`` times its mean diagonal added to the diagonal.
 
-    The diagonal of an input that is always zero is first set to the mean of the others, so that the result scales with
-    gram. It is 1 where all inputs are zero. Returns a new float64 tensor. Raises ValueError for a gram matrix that is
-    not finite.
+    The diagonal of an input that is always zero is first set to the mean of the others (in the published code to 1), so
+    that the result scales with gram. It is 1 where all inputs are zero. Returns a new float64 tensor. Raises ValueError
+    for a gram matrix that is not finite.
     """
     if not bool(gram.isfinite().all()):
         raise ValueError("the sum of x x^T over the calibration tokens is not finite")

@@ -17,6 +17,8 @@ from leanstep._mapped import touched
 from leanstep.optimizers.param_groups import parameter_roles, transposed_parameters
 from leanstep.pruning.measure.batches import Batch
 
+# share of the weights from which on bare parameters are told
+_FEW = 0.05
 LAYOUTS = ("out_in", "in_out", "conv")
 
 
@@ -218,6 +220,25 @@ def prunable_names(model: nn.Module, *, include: Iterable[str] | None = None, ex
     names = _choose(model, parameter_roles(model), parameters, rules, list(exclude))
     _refuse_parametrized(model, names)
     return names
+
+
+def dense_note(model: nn.Module) -> str:
+    """Which weights stay dense because they are bare parameters, in one sentence; "" where these are few."""
+    roles, sizes = parameter_roles(model), {name: parameter.numel() for name, parameter in model.named_parameters()}
+    pruned = {name for name in sizes if _is_pruned(model, name, roles[name]) and not _special(model, name)}
+    bare = [
+        name
+        for name, parameter in model.named_parameters()
+        if roles[name] == "other" and parameter.dim() > 1 and name not in pruned and not _special(model, name)
+    ]
+    weights = sum(sizes[name] for name in bare)
+    share = weights / (weights + sum(sizes[name] for name in pruned) or 1)
+    if share < _FEW:
+        return ""
+    return (
+        f"{share:.0%} of the weights beside embeddings and head stay dense, in {len(bare)} parameters that are no "
+        f"linear layer, convolution or experts: {some(bare, 3)}"
+    )
 
 
 def count_uses(model: nn.Module, targets: Sequence[Target], batch: Batch) -> list[Target]:

@@ -74,6 +74,24 @@ def test_every_architecture_is_pruned_and_opens_again(name, tmp_path):
     assert any("pruned by magnitude" in note for note in notes) == (name in EXPERTS)
 
 
+def test_weights_in_no_layer_are_told_before_and_after(tmp_path, capsys):
+    """XLNet multiplies the matrices of its attention by einsum: none of them is pruned."""
+    from transformers import XLNetConfig, XLNetLMHeadModel
+
+    config = XLNetConfig(vocab_size=64, d_model=32, n_layer=2, n_head=4, d_inner=64)
+    save_model(XLNetLMHeadModel(config), tmp_path / "xlnet")
+    command = ["prune", str(tmp_path / "xlnet"), "--sparsity", "0.5", "--allocation", "uniform", "--score", "magnitude"]
+    sentence = "56% of the weights beside embeddings and head stay dense, in 13 parameters that are no linear layer"
+    for more in (["--dry-run"], []):
+        assert main([*command, "--out", str(tmp_path / "out"), *more]) == 0
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if sentence in line]
+        assert "transformer.layer.0.rel_attn.q, " in line
+    save_model(make("bert_base"), tmp_path / "bert")
+    command[1] = str(tmp_path / "bert")
+    assert main([*command, "--out", str(tmp_path / "out 2"), "--dry-run"]) == 0
+    assert "stay dense, in" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["llama4", "gpt_oss", "mamba", "t5", "convnext", "bert_base", "switch"])
 def test_fisher_curves_of_other_architectures(name, tmp_path):
     save_model(make(name), tmp_path / "in")

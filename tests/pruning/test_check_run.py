@@ -45,7 +45,7 @@ def refusal(command, capsys, monkeypatch, dry):
     capsys.readouterr()
     assert main([*command, *(["--dry-run"] if dry else [])]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1, error
+    assert error.splitlines()[-1].startswith("error: ") and error.count("error: ") == 1, error
     return error
 
 

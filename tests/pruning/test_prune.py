@@ -369,7 +369,7 @@ def test_a_model_with_more_zeros_than_asked_is_refused_before_anything_is_measur
 BAD = {
     "no target": ({"sparsity": None}, "expected a sparsity, such as 0.6 .*, alone"),
     "all of it": ({"sparsity": 1.0}, "must lie between 0 and 1"),
-    "percent": ({"sparsity": 60}, "must lie between 0 and 1"),
+    "percent": ({"sparsity": 60}, r"must lie between 0 and 1, got 60; did you mean 0\.6\?"),
     "allocation": ({"allocation": "best"}, "allocation must be one of dp, uniform"),
     "score": ({"score": "best"}, "score must be one of magnitude"),
     "pattern": ({"pattern": "2of4"}, "expected 'N:M'"),

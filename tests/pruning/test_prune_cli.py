@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 
 import pytest
@@ -22,6 +23,7 @@ from leanstep.pruning import CalibrationText, Recovery, find_targets, prune_chec
 from leanstep.pruning.folder.files import open_checkpoint
 from leanstep.pruning.folder.text import sequences_of
 from leanstep.pruning.result import PruneResult
+from leanstep.recipes.prune_output import ProgressBar
 from leanstep.sparsity import verify
 
 SMALL = ["--samples", "6", "--curve-samples", "3", "--held-out", "2", "--seq-len", "24", "--levels", "0.4,0.6,0.8"]
@@ -206,7 +208,7 @@ def test_what_cannot_be_done_is_refused_with_nothing_written(case, base, tmp_pat
     arguments = ["prune", changes.get("checkpoint", str(base / "model")), "--out", str(tmp_path / "out")]
     small = SMALL[:-2] if "--pattern" in more else SMALL  # levels are those of the pattern
     assert main([*arguments, "--data", str(base / changes.get("data", "text.txt")), *small, *more]) == 2
-    error = capsys.readouterr().err
+    (error,) = capsys.readouterr().err.splitlines()[-1:]
     assert error.startswith("error: ")
     import re
 
@@ -324,8 +326,8 @@ def test_a_lack_of_memory_is_told_with_what_to_do(error, base, tmp_path, monkeyp
 
     monkeypatch.setattr("leanstep.pruning.prune_checkpoint", full)
     assert leanstep_prune(base, tmp_path / "out", "--sparsity", "0.6") == 1
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1 and told.startswith("error: out of memory; take fewer or shorter sequences")
+    (told,) = capsys.readouterr().err.splitlines()[-1:]
+    assert told.startswith("error: out of memory; take fewer or shorter sequences")
 
 
 @pytest.mark.parametrize("options", [[], ["--resume"], ["--recover", "2", "--resume"]])
@@ -405,6 +407,104 @@ def test_where_nothing_tells_the_memory_the_rest_is_told(base, tmp_path, monkeyp
     assert main(["prune", str(base / "model"), "--out", str(tmp_path / "out"), *quick]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("took ") and "memory" not in last
+
+
+MAGNITUDE = ["--allocation", "uniform", "--score", "magnitude", "--sparsity", "0.5"]
+
+
+@pytest.mark.parametrize(
+    ("options", "phases"),
+    [
+        (
+            ["--allocation", "uniform", "--recover", "2"],
+            "comparison on|pruning:|writing|reading the dense|recovery|writing",
+        ),
+        (["--allocation", "owl"], "statistics|comparison on|pruning:|writing"),
+        (["--refine-evaluations", "2", "--eval"], "perplexity:|curves|search|pruning:|comparison on|pruning:|perpl"),
+    ],
+)
+def test_every_phase_is_told(options, phases, base, tmp_path, capsys):
+    curves = SMALL if "--eval" in options else SMALL[:-2]  # levels are of curves
+    command = ["prune", str(base / "model"), "--out", str(tmp_path / "out"), "--data", str(base / "text.txt"), *curves]
+    assert main([*command, "--sparsity", "0.5", *options]) == 0
+    lines = iter(capsys.readouterr().err.splitlines())
+    for phase in f"starting|reading the ch|preparing|reading the ch|{phases}".split("|"):
+        assert any(line.startswith(phase) for line in lines), phase
+
+
+def test_the_first_line_comes_before_torch():
+    code = """
+import sys
+class Finder:
+    def find_spec(self, name, *rest):
+        if name in ("torch", "numpy"): sys.exit(9)
+sys.meta_path.insert(0, Finder())
+from leanstep.cli import main
+main(["prune", "nothing", "--out", "nowhere"])
+"""
+    ended = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == 9 and ended.stderr == "starting\n"
+
+
+def test_a_phase_in_which_nothing_is_counted_is_told_again(monkeypatch, capsys):
+    monkeypatch.setattr("leanstep.recipes.prune_output._INTERVAL", 0.01)
+    told = ""
+    with ProgressBar() as bar:
+        bar(0, 0, "writing")
+        while told.count("writing") < 3:
+            told += capsys.readouterr().err
+    assert "progress" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_a_terminal_has_one_bar_for_all_phases(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    with ProgressBar() as bar:
+        bar(0, 0, "checkpoint")
+        bar(3, 4, "pruning")
+        bar(7, 9, "model.layers.0.mlp.up_proj.weight")
+    shown = capsys.readouterr()
+    assert "curves" in shown.err and "7/9 points" in shown.err and not shown.out
+
+
+@pytest.mark.parametrize(
+    ("broken", "options", "state"),
+    [
+        ("leanstep.pruning.folder.run.prune", [], "was not created. Add --resume to the command to continue"),
+        ("leanstep.pruning.folder.run.remove_search_files", [], "holds the pruned model, complete, with its report"),
+        ("leanstep.pruning.folder.run.recover_model", ["--recover", "1"], "Add --resume to the command to recover it"),
+        ("leanstep.pruning.folder.recovery._remove_state", ["--recover", "1"], "holds the recovered model, complete"),
+    ],
+)
+def test_an_interrupted_command_says_what_it_left(broken, options, state, base, tmp_path, monkeypatch, capsys):
+    def interrupt(*arguments, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(broken, interrupt)
+    out = tmp_path / "out"
+    command = ["prune", str(base / "model"), "--out", str(out), "--data", str(base / "text.txt"), *SMALL[:-2]]
+    assert main([*command, *MAGNITUDE, *options]) == 130
+    (told,) = capsys.readouterr().err.splitlines()[-1:]
+    assert told.startswith(f"interrupted; {out} ") and state in told
+    assert ("--resume" in told) == ("Add" in state) and "Traceback" not in told
+    assert out.exists() == (out / "report.html").exists() == ("created" not in state)
+
+
+def test_a_run_folder_is_pruned_by_its_model(base, tmp_path, capsys):
+    shutil.copytree(base / "model", tmp_path / "run" / "final")
+    command = ["prune", str(tmp_path / "run"), "--out", str(tmp_path / "out"), *MAGNITUDE]
+    assert main([*command, "--dry-run"]) == 0 and main(command) == 0
+    content = json.loads((tmp_path / "out" / "sparsity.json").read_text())
+    assert content["source"] == str(tmp_path / "run" / "final")
+    command[1:4] = [str(tmp_path), "--out", str(tmp_path / "out 2")]
+    assert main(command) == 2 and "is no checkpoint: it has no config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["prune", "eval", "generate", "bench"])
+def test_the_device_has_one_default(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert "cpu, cuda, ...; default: cuda where there is one" in " ".join(capsys.readouterr().out.split())
 
 
 def test_help_needs_no_checkpoint(capsys):

@@ -241,13 +241,47 @@ def test_prune_refines_within_the_budget_and_compares_all_three(curves, tmp_path
     assert result.held_out.method == result.allocation.method
     content = result.to_dict()
     points = content["refinement"]["points"]
-    assert content["refinement"]["evaluations"] == 40 and content["refinement"]["accepted"] == len(points) - 1 > 0
-    assert all(later[2] < point[2] for point, later in zip(points, points[1:], strict=False))
+    assert content["refinement"]["evaluations"] == 40 and content["refinement"]["accepted"] == len(points) - 2 > 0
+    assert all(later[2] < point[2] for point, later in zip(points, points[1:-1], strict=False))
     page = report_page(json.loads(json.dumps(content, allow_nan=False)))
-    assert f"{len(points) - 1} of 40 exchanges" in page and "Joint distortion of the search" in page
+    assert f"{len(points) - 2} of 40 exchanges" in page and "Joint distortion of the search" in page
     again = make_llama(2)
     same = prune(again, tokens(10), sparsity=0.6, curves=curves, refine=replace(refine, state=None))
     assert weights_hash(again) == weights_hash(model) and same.allocation == result.allocation
+
+
+@pytest.mark.parametrize("settings", [{}, {"score": "sparsegpt", "curve_score": "wanda"}])
+def test_the_search_reports_the_distortion_of_the_model_that_is_returned(curves, settings):
+    judging = tokens(16, seed=3)
+    costs = {}
+    for name, refine in (("start", None), ("refined", replace(REFINE, evaluations=40, data=judging))):
+        model = make_llama(2)
+        with evaluating(model):
+            measurement = Measurement(model, as_batches(judging, model, batch_size=2))
+        result = prune(model, tokens(8), sparsity=0.6, curves=curves, refine=refine, held_out=False, **settings)
+        costs[name] = measurement.joint().mean
+    search = result.to_dict()["refinement"]
+    assert search["accepted"] > 0 and costs["refined"] < costs["start"]
+    assert search["points"][-1][2] == pytest.approx(costs["refined"], rel=1e-6)
+    assert search["start"] == pytest.approx(costs["start"], rel=1e-6)
+
+
+def test_the_start_stays_where_the_refined_model_is_not_better(curves, monkeypatch):
+    def worse(judge, space, settings, file, progress, processes):
+        """What seems better on the inputs of the start need not be better on its own."""
+        counts, (*_, name) = dict(judge.counts), sorted(judge.counts, key=lambda name: judge.counts[name])
+        counts = space.exchange(counts, [name], [other for other in counts if other != name], 0.3)
+        points = [(0, 0.0, *judge.distortion), (1, 0.0, 0.5 * judge.distortion.mean, 0.1)]
+        return search.Descent(counts, 1, points=points, ended="evaluations")
+
+    monkeypatch.setattr("leanstep.pruning.refine.descend", worse)
+    model, plain = make_llama(2), make_llama(2)
+    refine = replace(REFINE, data=tokens(4))
+    result = prune(model, tokens(8), sparsity=0.6, curves=curves, refine=refine, held_out=False)
+    prune(plain, tokens(8), sparsity=0.6, curves=curves, held_out=False)
+    assert weights_hash(model) == weights_hash(plain) and result.allocation.method == "dp"
+    assert result.refinement["points"][-1][2] >= result.refinement["start"]
+    assert any("the refined allocation was not taken: pruned anew" in note for note in result.notes)
 
 
 def test_the_result_is_the_best_on_held_out_data(curves, monkeypatch):
