@@ -29,6 +29,12 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {message}{hint}\n")
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add ``--device``, the same option with the same default in all commands that open a model."""
+    # not an accelerator where there is one: a command must not take another's memory unasked
+    parser.add_argument("--device", default="cpu", help="where to compute: cpu (default), cuda, cuda:1, ...")
+
+
 def positive(text: str) -> int:
     """The type of an option with a whole number from 1 on."""
     if not text.isdecimal() or int(text) < 1:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from leanstep._arguments import OneLineParser, positive
+from leanstep._arguments import OneLineParser, add_device, positive
 from leanstep._charts import Quantity, bars
 from leanstep._files import format_bytes, one_line, write_text
 from leanstep.recipes.evaluate import find_model_folder
@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="sequences at once; default 1")
     parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="turns; default 5")
     parser.add_argument("--threads", type=positive, metavar="N", help="of torch; default: as torch sets it")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, ...; default cpu")
+    add_device(parser)
     parser.add_argument("--picture", type=_svg, metavar="FILE", help="draw the table as bars into FILE, an .svg")
     parser.add_argument("--json", action="store_true", help="print one JSON object, with every time")
     return parser

@@ -12,7 +12,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from leanstep._arguments import OneLineParser, positive
+from leanstep._arguments import OneLineParser, add_device, positive
 from leanstep._files import one_line, read_text
 from leanstep.recipes.config.schema import DataConfig
 from leanstep.recipes.data.sources import in_options, open_file
@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seq-len", type=positive, metavar="N", help="default: as in training, at most 2048")
     parser.add_argument("--batches", type=positive, metavar="N", help="evaluate the first N batches only")
     parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="sequences at once; default 8")
-    parser.add_argument("--device", default=None, help="cpu, cuda, ...; default: cuda where there is one")
+    add_device(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -144,7 +144,7 @@ def _evaluate_folder(options: argparse.Namespace) -> dict[str, Any]:
         dataset, bytes_per_token, description = load_validation(
             config, open_file(options.data, config.text_key, config.cache_dir), tokenizer
         )
-    device = _device(options.device)
+    device = checked_device(options.device)
     result = evaluate(
         model.to(device),
         dataset,
@@ -244,15 +244,16 @@ def _same(one: str, other: str) -> bool:
     return Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
 
 
-def _device(requested: str | None) -> "torch.device":
+def checked_device(name: str) -> "torch.device":
+    """Return the device of ``--device``. Raises ValueError where it cannot be used."""
     import torch
 
-    if requested is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=requested).device
+        device = torch.device(name)
+        torch.empty(0, device=device).cpu()  # of a device without memory, too
+        return device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device: '{requested}' is not there: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"--device {name} cannot be used: {one_line(error).split('. ')[0]}") from None
 
 
 if __name__ == "__main__":

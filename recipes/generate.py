@@ -8,9 +8,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from leanstep._arguments import OneLineParser, positive, seed
+from leanstep._arguments import OneLineParser, add_device, positive, seed
 from leanstep._files import one_line
-from leanstep.recipes.evaluate import find_model_folder
+from leanstep.recipes.evaluate import checked_device, find_model_folder
 
 LEAST_TEMPERATURE = 1e-6  # logits divided by less become infinite
 
@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         help="0 (default): the likeliest; else sample",
     )
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the samples; default 0")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, ...; default cpu")
+    add_device(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -116,15 +116,10 @@ def open_generator(folder: Any, device: str) -> Any:
     Raises:
         ValueError: as :func:`leanstep.pruning.folder.loading.open_model`, and for a device that is not there.
     """
-    import torch
-
     from leanstep.pruning.folder.loading import open_model
 
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} cannot be used: {one_line(error).split('. ')[0]}") from None
-    model = open_model(folder).to(device)
+    checked = checked_device(device)
+    model = open_model(folder).to(checked)
     if not callable(getattr(model, "generate", None)):
         raise ValueError(f"{folder}: {type(model).__name__} does not generate text; expected a language model")
     return model
