@@ -20,7 +20,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import is_typeddict
 
-from leanstep.recipes.config.schema import RunConfig
+from leanstep.recipes.config.schema import NOT_KEYS, RunConfig
 
 KeyPath = tuple[str, ...]  # ("optimizer", "groups", "0", "lr"); positions in lists are decimal text
 
@@ -331,7 +331,7 @@ def _problem(schema: Any, steps: tuple[int | str, ...], errors: list[Any], value
 def _fields(section: Any) -> dict[str, Any]:
     """Name -> type of the keys of a section; empty for a type without keys."""
     if is_dataclass(section):
-        return {item.name: item.type for item in fields(section) if item.name not in ("source_file", "references")}
+        return {item.name: item.type for item in fields(section) if item.name not in NOT_KEYS}
     return dict(section.__annotations__) if is_typeddict(section) else {}
 
 
@@ -385,9 +385,7 @@ def recorded(config: RunConfig) -> dict[str, Any]:
 
 def resolved(config: RunConfig) -> dict[str, Any]:
     """The settings of ``config`` with the values of all references."""
-    settings = asdict(config)
-    del settings["source_file"], settings["references"]
-    return settings
+    return {key: value for key, value in asdict(config).items() if key not in NOT_KEYS}
 
 
 def hidden_texts(config: RunConfig) -> dict[str, str]:

@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_BAD_INPUT
     try:
         plan = make_plan(options.recipe, [*options.values, *rest], options.out, processes=options.nproc)
+        print("".join(f"{note}\n" for note in plan.notes), end="", flush=True)
         if options.dry_run:
             _show_plan(plan)
             return EXIT_DONE
