@@ -81,7 +81,7 @@ def load(
     reader = _Reader(path)
     reader.apply(overrides)
     if world_size is None:
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        world_size = int(os.environ.get("WORLD_SIZE") or 1)
     config = reader.build(world_size)
     expect = reader.expectation(config)
     about = {"description": reader.description(config), "notes": tuple(reader.notes(config))}
@@ -188,7 +188,7 @@ class _Reader:
         for override in overrides:
             key, equals, text = override.partition("=")
             path = tuple(key.strip().split("."))
-            if not equals or not all(path):
+            if not equals or not all(path) or not key.isprintable():
                 self.problems.append((_OVERRIDE, f"expected key.path=value, got {show(override)}"))
                 continue
             try:
@@ -217,7 +217,7 @@ class _Reader:
         self.replaced = str(before), left_out
 
     def notes(self, config: RunConfig) -> Iterator[str]:
-        """What a user should know of the overrides: keys that were left out, and rates that were another optimizer's."""
+        """Lines about overrides that name another optimizer: keys that were left out, and rates that were not."""
         if self.replaced is None:
             return
         before, left_out = self.replaced

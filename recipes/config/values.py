@@ -359,6 +359,18 @@ def unknown_key(path: KeyPath, known: Iterable[str], elsewhere: Iterable[str] = 
     return f"unknown key '{_join(path)}'{hint}"
 
 
+def unknown_option(word: str, options: Iterable[str], command: str) -> str:
+    """Message for an option that a command lacks, with the nearest of its options or the key that has the name."""
+    flag = word.partition("=")[0]
+    if near := get_close_matches(flag, options, n=1, cutoff=0.8):
+        return f"unknown option {flag}; did you mean {near[0]}?"
+    name = flag.strip("-").replace("-", "_")
+    full = {key.rpartition(".")[2]: key for key in reversed(list(all_keys(RunConfig)))}
+    if near := get_close_matches(name, full, n=1):
+        return f"unknown option {flag}; did you mean the recipe's {full[near[0]]}=VALUE, without dashes?"
+    return f"unknown option {flag}; settings are written key=value, as in optimizer.lr=1e-3; see `{command} --help`"
+
+
 def all_keys(schema: Any, prefix: str = "") -> Iterator[str]:
     """Yield the path of every key of a schema."""
     for name, annotation in _fields(schema).items():
