@@ -93,6 +93,21 @@ def alone(target: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextmanager
+def one_after_another(file: Path) -> Iterator[None]:
+    """Context manager: wait until no other process is inside with the same lock file, which stays.
+
+    Where the file system has no locks, as some of a network, nobody waits.
+    """
+    descriptor = open_regular(file, os.O_RDONLY | os.O_CREAT)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def open_regular(path: Path, flags: int = os.O_RDONLY, *, follow: bool = False) -> int:
     """Open a regular file and return its descriptor. ``follow`` allows a symbolic link as the last name.
 
