@@ -19,6 +19,8 @@ class OneLineParser(argparse.ArgumentParser):
         """Print what was expected, what came, and what to type."""
         wrong = message.partition("invalid choice: '")[2].partition("'")[0]
         choices = [name for action in self._actions for name in action.choices or () if isinstance(name, str)]
+        if (words := message.partition("unrecognized arguments: ")[2]).startswith("-"):
+            wrong, choices = words.split()[0].partition("=")[0], self.option_names()
         near = get_close_matches(wrong, choices, n=1) if wrong else []
         message = re.sub(r"invalid (float|int) value: (.*)", lambda m: f"expected {_KINDS[m[1]]}, got {m[2]}", message)
         for action in self._actions:
@@ -27,6 +29,10 @@ class OneLineParser(argparse.ArgumentParser):
                 message = message.replace(f", {action.metavar}", "")
         hint = f"; did you mean '{near[0]}'?" if near else f"; see `{self.prog} --help`"
         self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {message}{hint}\n")
+
+    def option_names(self) -> list[str]:
+        """The names of the options, as ``--seed``."""
+        return [name for action in self._actions for name in action.option_strings]
 
 
 def add_device(parser: argparse._ActionsContainer) -> None:

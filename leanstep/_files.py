@@ -27,6 +27,7 @@ REPLACED = ".replaced-"
 # bytes that read_text reads at most: far more than any configuration or report
 READ_LIMIT = 1 << 26
 DEPTH_LIMIT = 64
+_PIECE = 1 << 20
 
 
 def lock_file(descriptor: int) -> bool:
@@ -92,6 +93,21 @@ def alone(target: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextmanager
+def one_after_another(file: Path) -> Iterator[None]:
+    """Context manager: wait until no other process is inside with the same lock file, which stays.
+
+    Where the file system has no locks, as some of a network, nobody waits.
+    """
+    descriptor = open_regular(file, os.O_RDONLY | os.O_CREAT)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def open_regular(path: Path, flags: int = os.O_RDONLY, *, follow: bool = False) -> int:
     """Open a regular file and return its descriptor. ``follow`` allows a symbolic link as the last name.
 
@@ -117,11 +133,15 @@ def open_regular(path: Path, flags: int = os.O_RDONLY, *, follow: bool = False) 
 
 def read_bytes(path: Path, limit: int = READ_LIMIT, *, follow: bool = False) -> bytes:
     """Read a regular file (:func:`open_regular`). Raises OSError if it has more than ``limit`` bytes."""
+    pieces, size = [], 0
     with open(open_regular(path, follow=follow), "rb") as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
+        # a single read of the limit would set that much memory aside, for a file of any size
+        while size <= limit and (piece := file.read(_PIECE)):
+            pieces.append(piece)
+            size += len(piece)
+    if size > limit:
         raise OSError(errno.EFBIG, f"has more than {format_bytes(limit)}", str(path))
-    return content
+    return b"".join(pieces)
 
 
 def read_text(path: Path, limit: int = READ_LIMIT, *, follow: bool = False, errors: str = "strict") -> str:

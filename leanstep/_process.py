@@ -167,6 +167,17 @@ class InterruptibleStart:
         raise KeyboardInterrupt
 
 
+def wrong_launcher_variable() -> str | None:
+    """Describe a variable of torchrun that holds no number. Removes empty ones, which scripts leave for unset ones."""
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        text = os.environ.get(name)
+        if text == "":
+            del os.environ[name]
+        elif text is not None and not text.isdecimal():
+            return f"{name}: expected a whole number, as torchrun sets it, got {text!r}; unset it"
+    return None
+
+
 # exit code of a run that saved and ended after a signal. Batch systems send SIGUSR1 or SIGUSR2 as a warning before they
 # kill, terminals SIGHUP when they close.
 EXIT_CODES = {

@@ -22,6 +22,7 @@ from leanstep._process import (
     open_standard_streams,
     output_error,
     quiet_imports,
+    wrong_launcher_variable,
 )
 from leanstep._version import __version__
 
@@ -59,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"the working folder cannot be used ({error.strerror}); change to one that exists", file=sys.stderr)
         return EXIT_BAD_INPUT
+    if problem := wrong_launcher_variable():
+        print(problem, file=sys.stderr)
+        return EXIT_BAD_INPUT
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     if not arguments:
@@ -82,6 +86,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _imported("leanstep.kernels.cpp_impl._cache", "KernelCacheError") as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILED
+    except OSError as error:
+        # a path of the command line that no system call takes; pathlib asks about it in many places
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise
+        print(f"error: {str(error.filename)[:60]}...: {error.strerror}", file=sys.stderr)
+        return EXIT_BAD_INPUT
 
 
 def _imported(module: str, name: str) -> type[Exception]:
@@ -98,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         # these pass all their arguments, --help included, to a parser of their own
         has_own_parser = name in ("eval", "prune", "sweep", "generate", "bench")
         added = to.add_parser(name, help=text, description=text, allow_abbrev=False, add_help=not has_own_parser)
-        added.set_defaults(run=run)
+        added.set_defaults(run=run, parser=added)
         return added
 
     info = command("info", _info, "Show versions, devices, and the backend that each operation uses here and why.")
@@ -469,7 +479,10 @@ def _overrides(options: argparse.Namespace, rest: list[str]) -> list[str]:
     """Collect the ``key=value`` words before and after options."""
     flags = [word for word in rest if word.startswith("-")]
     if flags:
-        raise UsageError(f"unknown option {flags[0]}; `leanstep COMMAND --help` lists its options")
+        _need("recipes")
+        from leanstep.recipes.config.values import unknown_option
+
+        raise UsageError(unknown_option(flags[0], options.parser.option_names(), options.parser.prog))
     return [*options.overrides, *rest]
 
 

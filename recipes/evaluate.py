@@ -254,7 +254,9 @@ def find_device(requested: str | None) -> "torch.device":
     if requested is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=requested).device
+        device = torch.device(requested)
+        torch.empty(0, device=device).cpu()  # of a device without memory, too
+        return device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {requested} cannot be used: {one_line(error).split('. ')[0]}") from None
 

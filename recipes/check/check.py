@@ -402,7 +402,8 @@ class Check:
             return
         for note in start.notes:
             section.add("start", note)
-        section.add("state", "no run: a new one begins" if folder.is_empty() else _describe_run(folder))
+        is_new = folder.is_empty(self.config.data.cache_dir)
+        section.add("state", "no run: a new one begins" if is_new else _describe_run(folder))
 
 
 def routing_rows(optimizer: torch.optim.Optimizer) -> list[tuple[str, ...]]:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from leanstep.recipes.config.schema import RunConfig
+from leanstep.recipes.config.schema import NOT_KEYS, RunConfig
 from leanstep.recipes.config.values import recorded, resolved
 
 # section -> the key without which it has no effect
@@ -18,8 +18,8 @@ SWITCHES = {
 
 # keys that may differ between a checkpoint and the run that resumes it. _FREE: no effect on computed numbers.
 # _ROUNDING: the same maths with another order of additions.
-_FREE = {"name", "description", "source_file", "references", "expect", "out", "eval", "checkpoint", "log", "stop"}
-_FREE |= {"device", "data.cache_dir", "distributed.connect_minutes", "distributed.timeout_minutes"}
+_FREE = {"name", "description", "expect", "out", "eval", "checkpoint", "log", "stop"}
+_FREE |= {*NOT_KEYS, "device", "data.cache_dir", "distributed.connect_minutes", "distributed.timeout_minutes"}
 _ROUNDING = {
     "batch.micro_batch_size",
     "activation_checkpointing",

@@ -5,7 +5,8 @@ gives the lines, :mod:`leanstep.recipes.config.references` resolves ``${...}``, 
 
 A recipe with ``base: NAME_OR_FILE`` inherits the values that it does not set, except ``name``, ``description`` and
 ``expect``. Mappings are merged key by key. A recipe that sets ``optimizer.name`` or ``model.family`` does not inherit
-the keys of that class (``optimizer.args``, ``optimizer.groups``, ``model.config``).
+the keys of that class (``optimizer.args``, ``.groups``, ``.embeddings``, ``.split``, ``model.config``). An override
+that names another optimizer leaves these keys of the file out, too, and ``notes`` of the configuration says so.
 :mod:`leanstep.recipes.config.bases` says which files may be a base.
 """
 
@@ -24,7 +25,7 @@ from leanstep.recipes.config.bases import find_base
 from leanstep.recipes.config.differences import SWITCHES, expectation_breakers
 from leanstep.recipes.config.references import References
 from leanstep.recipes.config.rules import group_options, joint_problems, model_keys, optimizer_arguments
-from leanstep.recipes.config.schema import MODEL_CONFIGS, OPTIMIZERS, ExpectConfig, RunConfig
+from leanstep.recipes.config.schema import MODEL_CONFIGS, NOT_KEYS, OPTIMIZERS, ExpectConfig, RunConfig
 from leanstep.recipes.config.values import (
     KeyPath,
     Problem,
@@ -49,7 +50,10 @@ _OVERRIDE = (1 << 30, 0, "override")
 _NOT_INHERITED = ("name", "description", "expect")
 _LONGEST_LINE = 1000  # characters of a problem
 # section -> the key that names a class, and the keys of that class
-_CLASS_KEYS = {"optimizer": ("name", ("args", "groups")), "model": ("family", ("config",))}
+_CLASS_KEYS = {
+    "optimizer": ("name", ("args", "groups", "embeddings", "split")),
+    "model": ("family", ("config",)),
+}
 
 
 class ConfigError(ValueError):
@@ -67,7 +71,8 @@ def load(
 
     An override replaces the whole value at its path: ``optimizer.args={}`` empties it. Values are YAML. A shipped
     recipe hides a file of the same name: write ``./NAME`` for the file. Overrides that affect the result set
-    ``expect.val_loss`` to None and explain it in ``expect.source``, unless an override sets ``expect``.
+    ``expect.val_loss`` to None and explain it in ``expect.source``, unless an override sets ``expect``. Those of model,
+    data or ``optimizer.name`` take the place of the description.
     ``world_size`` is the number of processes that share a step; by default the launcher's ``WORLD_SIZE``, or 1.
 
     Raises ConfigError with every error, in the order of the file.
@@ -76,10 +81,11 @@ def load(
     reader = _Reader(path)
     reader.apply(overrides)
     if world_size is None:
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        world_size = int(os.environ.get("WORLD_SIZE") or 1)
     config = reader.build(world_size)
     expect = reader.expectation(config)
-    return replace(config, expect=expect, source_file=str(path))
+    about = {"description": reader.description(config), "notes": tuple(reader.notes(config))}
+    return replace(config, expect=expect, source_file=str(path), **about)
 
 
 def dump(config: RunConfig) -> str:
@@ -131,6 +137,8 @@ class _Reader:
     def __init__(self, path: Path) -> None:
         self.file, self.stem = str(path), path.stem
         self.overridden: set[KeyPath] = set()
+        # the optimizer that overrides replace, and the keys for it that were left out
+        self.replaced: tuple[str, list[str]] | None = None
         self.problems: list[tuple[Location, str]] = []
         self.broken: set[KeyPath] = set()
         self.locations: dict[KeyPath, Location] = {}
@@ -176,10 +184,11 @@ class _Reader:
 
     def apply(self, overrides: Sequence[str]) -> None:
         """Apply overrides ``key.path=value``."""
+        self._replace_optimizer(overrides)
         for override in overrides:
             key, equals, text = override.partition("=")
             path = tuple(key.strip().split("."))
-            if not equals or not all(path):
+            if not equals or not all(path) or not key.isprintable():
                 self.problems.append((_OVERRIDE, f"expected key.path=value, got {show(override)}"))
                 continue
             try:
@@ -189,13 +198,47 @@ class _Reader:
                 continue
             self.overridden.add(path)
 
+    def _replace_optimizer(self, overrides: Sequence[str]) -> None:
+        """Where an override names another optimizer, leave out what the file sets for its own.
+
+        This comes before all overrides: what they set is for the new one, whatever their order.
+        """
+        names = [
+            text for key, _, text in (word.partition("=") for word in overrides) if key.strip() == "optimizer.name"
+        ]
+        section = _get_or_empty(self.value, "optimizer", dict)
+        before = section.get("name", "adamw")
+        if not names or names[-1].strip(" '\"") == before:
+            return
+        left_out = []
+        for key in _CLASS_KEYS["optimizer"][1]:
+            if value := section.pop(key, None):
+                left_out += [f"args.{name}" for name in value] if key == "args" and isinstance(value, dict) else [key]
+        self.replaced = str(before), left_out
+
+    def notes(self, config: RunConfig) -> Iterator[str]:
+        """Lines about overrides that name another optimizer: keys that were left out, and rates that were not."""
+        if self.replaced is None:
+            return
+        before, left_out = self.replaced
+        name = config.optimizer.name
+        begin = f"optimizer.name={name}"
+        if left_out:
+            yield f"{begin}: left out what the recipe sets for {before}: {', '.join(left_out)}"
+        rates = [key for key in ("lr", "weight_decay") if ("optimizer", key) not in self.overridden]
+        if "lr" in rates:
+            other = self.stem.replace(before, name)
+            has_own = other != self.stem and other in _shipped()
+            advice = f"{other} has {_rates(load(other), rates)}" if has_own else "give optimizer.lr"
+            yield f"WARNING: {begin}: keeps {_rates(config, rates)}, which the recipe chose for {before}; {advice}"
+
     def build(self, world_size: int) -> RunConfig:
         """Resolve references, check everything, and turn the values into the dataclasses."""
         # null switches an optional section off
         given = {key: value for key, value in self.value.items() if value is not None or key not in SWITCHES}
         self.value = {"name": self.stem, "out": "runs/${name}", **given}
         references = self._resolve()
-        for key in ("source_file", "references"):
+        for key in NOT_KEYS:
             if key in self.value:
                 self._add((key,), unknown_key((key,), ()))
         for path, message in check(RunConfig, self.value)[1]:
@@ -233,6 +276,14 @@ class _Reader:
         names = ", ".join(breaking[:4]) + (f" and {len(breaking) - 4} more" if len(breaking) > 4 else "")
         source = f"the recipe expects {expect.val_loss:g} without these changes: {names}"
         return replace(expect, val_loss=None, source=source)
+
+    def description(self, config: RunConfig) -> str:
+        """The file's description, unless overrides change what it describes: model, data or optimizer."""
+        changed = [".".join(path) for path in sorted(self.overridden - {("data", "cache_dir")})]
+        about = [key for key in changed if key.partition(".")[0] in ("model", "data") or key == "optimizer.name"]
+        if not about or "description" in changed:
+            return config.description
+        return f"{self.stem} with another {', '.join(about)}"
 
     def _resolve(self) -> dict[KeyPath, str]:
         """Replace every text with ``${...}`` by its value, before the checks; return the texts to record instead."""
@@ -335,6 +386,10 @@ def _get_or_empty(section: dict[str, Any], key: str, kind: type) -> Any:
     """Return the value at ``key`` if it has type ``kind``, else an empty one. :func:`check` reports wrong types."""
     value = section.get(key)
     return value if isinstance(value, kind) else kind()
+
+
+def _rates(config: RunConfig, keys: Sequence[str]) -> str:
+    return " and ".join(f"{key}={getattr(config.optimizer, key):g}" for key in keys)
 
 
 def _derive(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

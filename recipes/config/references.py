@@ -110,6 +110,8 @@ class References:
             value = os.environ.get(variable.strip())
             if value is None and not comma:
                 raise ValueError(f"Environment variable '{variable.strip()}' not found")
+            if value is not None and value != value.encode(errors="ignore").decode():
+                raise ValueError(f"environment variable '{variable.strip()}' is not UTF-8 text")
             if value is None:
                 value = None if default.strip() == "null" else default.strip().strip("'\"")
             return value, True

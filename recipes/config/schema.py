@@ -23,6 +23,8 @@ OPTIMIZERS = {
 }
 MODEL_CONFIGS = {"llama": "transformers:LlamaConfig", "gpt2": "transformers:GPT2Config"}
 
+# fields of RunConfig that no file sets
+NOT_KEYS = ("source_file", "references", "notes")
 # every section refuses unknown keys and non-finite numbers
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -405,9 +407,11 @@ class RunConfig:
     stop: StopConfig = Field(default_factory=StopConfig)
     distributed: DistributedConfig = Field(default_factory=DistributedConfig)
     out: Text = "runs/${name}"
-    # not keys: the file it was loaded from, and the texts of keys whose values come from environment variables
+    # NOT_KEYS: the file it was loaded from, the texts of keys whose values come from environment variables, and lines
+    # for the user about overrides
     source_file: str = Field(default="", exclude=True)
     references: dict[tuple[str, ...], str] = Field(default_factory=dict, exclude=True)
+    notes: tuple[str, ...] = Field(default=(), exclude=True)
 
 
 def accumulation_steps(config: RunConfig, world_size: int = 1) -> int:

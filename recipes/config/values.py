@@ -20,7 +20,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import is_typeddict
 
-from leanstep.recipes.config.schema import RunConfig
+from leanstep.recipes.config.schema import NOT_KEYS, RunConfig
 
 KeyPath = tuple[str, ...]  # ("optimizer", "groups", "0", "lr"); positions in lists are decimal text
 
@@ -331,7 +331,7 @@ def _problem(schema: Any, steps: tuple[int | str, ...], errors: list[Any], value
 def _fields(section: Any) -> dict[str, Any]:
     """Name -> type of the keys of a section; empty for a type without keys."""
     if is_dataclass(section):
-        return {item.name: item.type for item in fields(section) if item.name not in ("source_file", "references")}
+        return {item.name: item.type for item in fields(section) if item.name not in NOT_KEYS}
     return dict(section.__annotations__) if is_typeddict(section) else {}
 
 
@@ -357,6 +357,18 @@ def unknown_key(path: KeyPath, known: Iterable[str], elsewhere: Iterable[str] = 
         section = f" in {'.'.join(parent)}" if parent else ""
         hint = f"; the keys{section} are {', '.join(sorted(known))}"
     return f"unknown key '{_join(path)}'{hint}"
+
+
+def unknown_option(word: str, options: Iterable[str], command: str) -> str:
+    """Message for an option that a command lacks, with the nearest of its options or the key that has the name."""
+    flag = word.partition("=")[0]
+    if near := get_close_matches(flag, options, n=1, cutoff=0.8):
+        return f"unknown option {flag}; did you mean {near[0]}?"
+    name = flag.strip("-").replace("-", "_")
+    full = {key.rpartition(".")[2]: key for key in reversed(list(all_keys(RunConfig)))}
+    if near := get_close_matches(name, full, n=1):
+        return f"unknown option {flag}; did you mean the recipe's {full[near[0]]}=VALUE, without dashes?"
+    return f"unknown option {flag}; settings are written key=value, as in optimizer.lr=1e-3; see `{command} --help`"
 
 
 def all_keys(schema: Any, prefix: str = "") -> Iterator[str]:
@@ -385,9 +397,7 @@ def recorded(config: RunConfig) -> dict[str, Any]:
 
 def resolved(config: RunConfig) -> dict[str, Any]:
     """The settings of ``config`` with the values of all references."""
-    settings = asdict(config)
-    del settings["source_file"], settings["references"]
-    return settings
+    return {key: value for key, value in asdict(config).items() if key not in NOT_KEYS}
 
 
 def hidden_texts(config: RunConfig) -> dict[str, str]:

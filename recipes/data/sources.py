@@ -6,6 +6,7 @@
 import codecs
 import csv
 import difflib
+import errno
 import hashlib
 import importlib.resources
 import importlib.util
@@ -181,6 +182,13 @@ def _load(cache: Path, path: str, *arguments: Any, **options: Any) -> tuple[Any,
     try:
         rows: Any = datasets.load_dataset(path, *arguments, cache_dir=str(cache), **options)
         return rows, rows.column_names or list(next(iter(rows), {}))
+    except OSError as error:
+        if error.errno != errno.ENOLCK:
+            raise
+        raise ValueError(
+            f"the file system of the cache folder {cache} has no file locks, which datasets needs; name a folder on "
+            "another disk with data.cache_dir or the environment variable LEANSTEP_CACHE"
+        ) from None
     finally:
         datasets.logging.set_verbosity(verbosity)
         if shown:

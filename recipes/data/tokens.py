@@ -13,7 +13,6 @@ import io
 import json
 import os
 import re
-import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
@@ -27,10 +26,12 @@ from leanstep._files import (
     cache_folders,
     is_disk_full,
     is_folder_name,
+    one_after_another,
     one_line,
     private_folder,
-    publish_folder,
     remove,
+    remove_leftovers,
+    staged_folder,
 )
 from leanstep.recipes.config.schema import trained_size
 from leanstep.recipes.data.hub import offline, unreachable
@@ -72,28 +73,22 @@ def cache_root(folder: str | Path | None = None) -> Path:
 def build_once(target: Path, is_valid: Callable[[Path], bool], build: Callable[[Path], None]) -> Path:
     """Return the cache folder ``target``; build it by ``build(empty_folder)`` unless it exists and ``is_valid``.
 
-    A file lock lets one of several processes build while the others wait. A staging folder is renamed when it is
-    complete. An invalid folder (truncated, corrupted) is replaced.
+    A file lock lets one of several processes build while the others wait; where the file system has no locks, each
+    builds, and the first one's folder stays. A staging folder is renamed when it is complete. An invalid folder
+    (truncated, corrupted) is replaced.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    from filelock import FileLock
-
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{target}.lock"):
+        with one_after_another(target.with_name(f"{target.name}.lock")):
             if target.is_dir() and is_valid(target):
                 return target
-            for stale in target.parent.glob(f"{target.name}.tmp-*"):
-                remove(stale)
-            partial = target.with_name(f"{target.name}.tmp-{os.getpid()}")
-            partial.mkdir()
-            try:
+            remove(target)
+            remove_leftovers(target)
+            with suppress(FileExistsError), staged_folder(target) as partial:
                 build(partial)
-                publish_folder(partial, target)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
     except Exception as error:  # tokenizers raises a bare Exception on a full disk
         if getattr(error, "errno", None) not in _NO_ROOM and not is_disk_full(error):
             raise

@@ -10,6 +10,7 @@ from leanstep._arguments import OneLineParser
 from leanstep._files import one_line
 from leanstep._process import EXIT_CODES
 from leanstep.recipes.config.loader import ConfigError
+from leanstep.recipes.config.values import unknown_option
 from leanstep.recipes.sweep.grid import Plan, make_plan
 from leanstep.recipes.sweep.ledger import Ledger, LedgerError
 from leanstep.recipes.sweep.page import write_pages
@@ -25,13 +26,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns 0 when every run is done or has diverged, 1 when runs failed or a file could not be written, 2 for bad
     input, 130 or 143 after a signal.
     """
-    options, rest = parser().parse_known_intermixed_args(argv)
+    made = parser()
+    options, rest = made.parse_known_intermixed_args(argv)
     flags = [word for word in rest if word.startswith("-")]
     if flags:
-        print(f"unknown option {flags[0]}; `leanstep sweep --help` lists its options", file=sys.stderr)
+        print(unknown_option(flags[0], made.option_names(), made.prog), file=sys.stderr)
         return EXIT_BAD_INPUT
     try:
         plan = make_plan(options.recipe, [*options.values, *rest], options.out, processes=options.nproc)
+        print("".join(f"{note}\n" for note in plan.notes), end="", flush=True)
         if options.dry_run:
             _show_plan(plan)
             return EXIT_DONE
@@ -49,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ledger.close()
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> OneLineParser:
     """The options of the command."""
     text = "Train a grid of settings and seeds, and show which setting is best. The same command continues a sweep."
     made = OneLineParser(prog="leanstep sweep", description=text, allow_abbrev=False)

@@ -56,6 +56,7 @@ class Plan:
         fixed: overrides of all runs.
         grid: swept key -> the texts of its values.
         folder: where the sweep writes.
+        notes: lines about overrides (``RunConfig.notes``).
     """
 
     recipe: str
@@ -64,6 +65,7 @@ class Plan:
     grid: dict[str, list[str]]
     folder: Path
     runs: list[PlannedRun]
+    notes: tuple[str, ...] = ()
 
 
 def make_plan(recipe: str, words: Sequence[str], out: Path | None, *, processes: int = 1) -> Plan:
@@ -86,6 +88,7 @@ def make_plan(recipe: str, words: Sequence[str], out: Path | None, *, processes:
     digits = len(str(_size(grid)))
     runs: list[PlannedRun] = []
     problems: list[str] = []
+    notes: dict[str, None] = {}
     for number, texts in enumerate(product(*grid.values()), start=1):
         values = dict(zip(grid, texts, strict=True))
         name = _name(f"{number:0{digits}}", values)
@@ -116,10 +119,11 @@ def make_plan(recipe: str, words: Sequence[str], out: Path | None, *, processes:
                 f"eval.batches: a part of the validation text has no bits per byte, by which runs of different "
                 f"{TOKENIZER} compare; leave it out"
             )
+        notes |= dict.fromkeys(config.notes)
         runs.append(PlannedRun(name, values, dump(config)))
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
-    return Plan(str(recipe), base.name, tuple(fixed), grid, folder, runs)
+    return Plan(str(recipe), base.name, tuple(fixed), grid, folder, runs, tuple(notes))
 
 
 def read_words(words: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:

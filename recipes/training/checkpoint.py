@@ -320,7 +320,7 @@ def choose_start(config: RunConfig, folder: RunFolder, *, claim: bool = True) ->
     resume = config.checkpoint.resume
     if resume not in ("auto", "never"):
         start.checkpoint = _at_path(Path(resume), config, folder, start)
-    elif folder.is_empty():
+    elif folder.is_empty(config.data.cache_dir):
         return start
     elif resume == "never":
         raise FolderError(f"out: {folder.root} already holds a run, and checkpoint.resume is 'never'. {_ways_out()}")
@@ -420,7 +420,7 @@ def _at_path(path: Path, config: RunConfig, folder: RunFolder, start: Start) -> 
         start.aside.update(
             {later: "abandoned" for later in checkpoints if int(later.name.removeprefix("step-")) > step}
         )
-    elif not folder.is_empty():
+    elif not folder.is_empty(config.data.cache_dir):
         if _resumed_by(folder) != recorded(config)["checkpoint"]["resume"]:
             raise FolderError(f"out: {folder.root} already holds a run other than that of {path}. {_ways_out()}")
         if find_checkpoints(folder.checkpoints):

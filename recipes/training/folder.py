@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from leanstep._files import lock_file, open_regular, parse_json, read_text, remove, replacing, write_text
+from leanstep._files import cache_folders, lock_file, open_regular, parse_json, read_text, remove, replacing, write_text
 
 # files of a start that failed before the run began
 _TRACES = {".lock", "train.log", "status.json"}
@@ -156,11 +156,14 @@ class RunFolder:
         except OSError as error:
             print(f"status.json could not be written: {error}", file=sys.stderr)
 
-    def is_empty(self) -> bool:
-        """Whether no run began here: no folder, or only files of a start that failed early."""
+    def is_empty(self, cache_dir: str | None = None) -> bool:
+        """Whether no run began here: no folder, or only files of a start that failed early, and caches."""
         if not self.root.is_dir():
             return True
-        return all(entry.name in _TRACES or entry.suffix == ".tmp" for entry in self.root.iterdir())
+        root = self.root.resolve()
+        caches = [path.resolve() for path in (*cache_folders(), *([Path(cache_dir).expanduser()] if cache_dir else []))]
+        traces = {path.relative_to(root).parts[0] for path in caches if root in path.parents} | _TRACES
+        return all(entry.name in traces or entry.suffix == ".tmp" for entry in self.root.iterdir())
 
     def read_status(self) -> dict[str, Any]:
         """Read status.json; empty if it is missing or unreadable."""

@@ -30,6 +30,7 @@ def dry_run(config: RunConfig, recipe: str, overrides: Sequence[str], world: int
     """
     passes, tokens = accumulation_steps(config, world), config.batch.tokens_per_step
     print(f"{dump(config).rstrip()}\n")
+    print("".join(f"# {note}\n" for note in config.notes), end="")
     print(f"# {config.steps} steps of {tokens:,} tokens, {config.steps * tokens:,} in all")
     print(
         f"# a step: {tokens // config.data.seq_len} sequences of {config.data.seq_len} = {world} processes x {passes} "

@@ -128,7 +128,7 @@ class Run:
             f"{accelerator.gradient_accumulation_steps} x {config.batch.micro_batch_size} sequences of "
             f"{config.data.seq_len} per process and step"
         )
-        for line in (f"output in {self.folder.root}", *start.notes):
+        for line in (f"output in {self.folder.root}", *start.notes, *config.notes):
             self.say(line)
         if start.checkpoint is not None:
             self.state = read_state(start.checkpoint)

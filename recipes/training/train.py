@@ -14,7 +14,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from leanstep._process import EXIT_CODES, end_with_parent, open_standard_streams, quiet_imports
+from leanstep._process import (
+    EXIT_CODES,
+    end_with_parent,
+    open_standard_streams,
+    quiet_imports,
+    wrong_launcher_variable,
+)
 
 if __name__ == "__main__":
     # before the imports that warn; the garbage collector would take long, and they leave little garbage
@@ -46,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("recipe", help="name of a shipped recipe, or a recipe file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
     open_standard_streams()
+    if problem := wrong_launcher_variable():
+        return refuse(ValueError(problem))
     options = parser.parse_args(argv)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         launcher = os.environ.get(LAUNCHER_VARIABLE)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,19 @@ from leanstep._files import (
     staged_folder,
     write_text,
 )
+
+
+def test_reading_takes_no_more_memory_than_the_file(tmp_path):
+    file = tmp_path / "small.json"
+    file.write_bytes(b"x" * 3_000_000)
+    tracemalloc.start()
+    try:
+        assert len(_files.read_bytes(file)) == 3_000_000
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+    with pytest.raises(OSError, match="has more than 2.0 MiB"):
+        _files.read_bytes(file, 1 << 21)
 
 
 def test_a_file_is_replaced_in_one_step(tmp_path):

@@ -29,6 +29,13 @@ sys.exit(code)
 """
 
 
+def test_the_commands_that_open_a_model_declare_one_device(capsys):
+    for command in ("eval", "generate", "bench"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert "--device DEVICE where to compute: cpu (default)" in " ".join(capsys.readouterr().out.split()), command
+
+
 def run(*arguments, cwd=None, env=None):
     return subprocess.run(
         [sys.executable, "-c", PROBE, *map(str, arguments)],
@@ -66,10 +73,31 @@ def test_light_commands_import_nothing_heavy(arguments, code, text):
     assert result.stderr.splitlines()[-1] == "imported: []"
 
 
+def test_variables_of_a_launcher_are_numbers_or_unset(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    assert main(["recipes", "list"]) == 2
+    assert "WORLD_SIZE: expected a whole number, as torchrun sets it, got 'two'" in capsys.readouterr().err
+    for name in ("WORLD_SIZE", "RANK"):
+        monkeypatch.setenv(name, "")
+    assert load("llama-nano-lion").steps == 600
+    assert main(["recipes", "list"]) == 0
+    assert "WORLD_SIZE" not in os.environ and "RANK" not in os.environ
+
+
 MESSAGES = {
     "typo": (["train", "llama-nano-lion", "stepz=3"], "override: unknown key 'stepz'; did you mean 'steps'?"),
     "name": (["train", "llama-nano-lio"], "no recipe or file of that name; did you mean 'llama-nano-lion'"),
-    "option": (["train", "llama-nano-lion", "--npoc=3"], "unknown option --npoc=3"),
+    "option": (["train", "llama-nano-lion", "--npoc=3"], "unknown option --npoc; did you mean --nproc?"),
+    "key as an option": (
+        ["train", "llama-nano-lion", "--lr", "1"],
+        "--lr; did you mean the recipe's optimizer.lr=VALUE",
+    ),
+    "key of a sweep": (["sweep", "llama-nano-lion", "--batch-size=8"], "the recipe's batch.micro_batch_size=VALUE"),
+    "no key": (["check", "llama-nano-lion", "--learning-rate=1"], "key=value, as in optimizer.lr=1e-3"),
+    "half a letter": (["train", "llama-nano-lion", "\udcff=3"], "expected key.path=value, got '\\udcff=3'"),
+    "long name": (["train", "a" * 5000], "aaa...: File name too long"),
+    "long run": (["report", "a" * 5000], "aaa...: File name too long"),
+    "long copy": (["recipes", "copy", "llama-nano-lion", "a" * 5000], "aaa...: File name too long"),
     "processes": (["train", "llama-nano-lion", "--nproc", "3"], "* 3 processes = 6144 tokens; take 6144"),
     "resume": (["train", "llama-nano-lion", "--resume", "stepz=3"], "override: unknown key 'stepz'"),
     "swept recipe": (["sweep", "llama-nano-lio"], "no recipe or file of that name; did you mean 'llama-nano-lion'"),
@@ -88,7 +116,11 @@ def test_mistakes_are_told_on_stderr_with_exit_code_2(arguments, message, capsys
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["trian"], "did you mean 'train'?"), (["train", "x", "--nproc", "0"], "at least 1, got '0'")],
+    [
+        (["trian"], "did you mean 'train'?"),
+        (["train", "x", "--nproc", "0"], "at least 1, got '0'"),
+        (["eval", "x", "--data", "y", "--baches", "3"], "--baches 3; did you mean '--batches'?"),
+    ],
 )
 def test_usage_mistakes_exit_with_2(arguments, message, capsys):
     with pytest.raises(SystemExit) as caught:

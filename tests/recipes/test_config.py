@@ -171,6 +171,32 @@ def test_what_belongs_to_a_class_stays_with_it(recipe):
     assert load(recipe("base: first.yaml\nmodel: {family: gpt2}\n")).model.config == {}
 
 
+def test_an_override_may_name_another_optimizer(recipe):
+    config = load("llama-nano-balanced", ["optimizer.args.betas=[0.9, 0.98]", "optimizer.name=lion"])
+    assert (config.optimizer.args, config.optimizer.embeddings) == ({"betas": [0.9, 0.98]}, "adamw")
+    left_out, rates = config.notes
+    assert left_out.startswith("optimizer.name=lion: left out what the recipe sets for sinkgd: args.scale, args.")
+    assert "keeps lr=0.02 and weight_decay=0, which the recipe chose for sinkgd; give optimizer.lr" in rates
+    (_, advice) = load("llama-nano-sinkgd", ["optimizer.name=lion"]).notes
+    assert advice.endswith("llama-nano-lion has lr=0.001 and weight_decay=0.1")
+    assert len(load("llama-nano-sinkgd", ["optimizer.name=lion", "optimizer.lr=1e-3"]).notes) == 1
+    same = load("llama-nano-sinkgd", ["optimizer.name=sinkgd"])
+    assert same.optimizer.args["num_iters"] == 5 and not same.notes
+    # what the command line itself gives must fit
+    for words in (["optimizer.args.beta=3", "optimizer.name=lion"], ["optimizer.name=lion", "optimizer.args.beta=3"]):
+        (problem,) = problems_of(recipe(), words)
+        assert "unknown key 'optimizer.args.beta'; did you mean 'optimizer.args.betas'?" in problem
+
+
+def test_a_description_does_not_outlive_what_it_describes():
+    described = load("llama-nano-sinkgd").description
+    for unchanged in ("steps=3", "data.cache_dir=here", "optimizer.lr=1"):
+        assert load("llama-nano-sinkgd", [unchanged]).description == described
+    changed = load("llama-nano-sinkgd", ["data.source=text", "data.path=mine.txt", "steps=3"]).description
+    assert changed == "llama-nano-sinkgd with another data.path, data.source"
+    assert load("llama-nano-sinkgd", ["optimizer.name=sgd", "description=mine"]).description == "mine"
+
+
 def test_mistakes_of_a_base_are_told_in_its_file(recipe, tmp_path):
     recipe("stepz: 3\nseed: -1\nbatch: {tokens_per_step: 0}\n", "first.yaml")
     path = recipe("base: first.yaml\nseed: 1\noptimizer: {lr: -1}\n")

@@ -315,7 +315,8 @@ def test_a_checkpoint_folder_is_a_model_too(trained, tmp_path):
         (["RUN", "--data", "missing.txt"], "error: --data: 'missing.txt' does not exist"),
         (["RUN", "--data", "TEXT", "--val-tokens", "9"], "--val-tokens is for --data sotu; a file is evaluated whole"),
         (["RUN", "--data", "TEXT", "--seq-len", "65"], "--seq-len must be from 2 to the model's 64 positions, got 65"),
-        (["RUN", "--data", "TEXT", "--device", "cuda:99"], "--device: 'cuda:99' is not there"),
+        (["RUN", "--data", "TEXT", "--device", "cuda:99"], "--device cuda:99 cannot be used"),
+        (["RUN", "--data", "TEXT", "--device", "meta"], "--device meta cannot be used"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")

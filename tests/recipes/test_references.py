@@ -1,6 +1,7 @@
 """References between the values of a recipe and to environment variables, whose values no file of a run shows."""
 
 import json
+import os
 import re
 from dataclasses import replace
 from functools import partial
@@ -31,6 +32,7 @@ def variables(monkeypatch):
     monkeypatch.setenv("SECRET", SECRET)
     monkeypatch.setenv("STEPS", "17")
     monkeypatch.setenv("ODD", "${name}")
+    monkeypatch.setenv("HALF", os.fsdecode(b"\xff"))
 
 
 @pytest.mark.parametrize(
@@ -77,6 +79,7 @@ LISTS = "".join(f"  k{i}: ['${{model.config.k{i - 1}}}', '${{model.config.k{i - 
     [
         ("out: runs/${nam}", "Interpolation key 'nam' not found"),
         ("out: ${oc.env:NONE}", "Environment variable 'NONE' not found"),
+        ("out: ${oc.env:HALF}", "environment variable 'HALF' is not UTF-8 text"),
         ("out: ${out}", "out refers to itself"),
         ("out: ${name}\nname: ${out}", "refers to itself"),
         ("out: ${name", "expected a closing brace"),

@@ -229,6 +229,17 @@ def test_a_folder_with_other_things_in_it_is_refused(recipe, tmp_path):
     assert {path.name for path in (tmp_path / "run").iterdir()} <= {"thesis.tex", ".lock"}
 
 
+def test_a_cache_inside_the_run_folder_is_no_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("LEANSTEP_CACHE", str(tmp_path / "run" / "made" / "here"))
+    for name in ("made/here", "cache"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    (tmp_path / "run" / ".lock").touch()
+    folder = RunFolder(tmp_path / "run")
+    assert folder.is_empty(str(tmp_path / "run" / "cache")) and not folder.is_empty()
+    (tmp_path / "run" / "thesis.tex").touch()
+    assert not folder.is_empty(str(tmp_path / "run" / "cache"))
+
+
 def test_a_second_process_in_the_same_folder_is_refused(recipe, tmp_path):
     first = Training(recipe, ["steps=100000"], tmp_path / "run")
     first.wait_for(lambda training: training.last_step() >= 1)

@@ -1,5 +1,7 @@
 """Tokenizers: training is deterministic and cached, any Unicode survives, and what cannot be used says why."""
 
+import errno
+import fcntl
 import multiprocessing
 import os
 
@@ -8,8 +10,9 @@ import pytest
 import texts
 from transformers import AutoTokenizer
 
-from leanstep.recipes.config.schema import trained_size
+from leanstep.recipes.config.schema import DataConfig, trained_size
 from leanstep.recipes.data import tokens as module
+from leanstep.recipes.data.sources import open_corpus
 from leanstep.recipes.data.tokens import encode, load_tokenizer, open_tokenizer, train_bpe
 
 TEXT = texts.documents(40)
@@ -122,7 +125,19 @@ def test_processes_train_once_between_them(tmp_path):
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert counter.value == 1
-    assert not list(tmp_path.glob("*.tmp-*"))
+    assert {path.suffix for path in tmp_path.iterdir()} == {"", ".lock"}
+
+
+def test_a_file_system_without_locks_needs_none(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert len(trained(tmp_path)) == 400
+    (tmp_path / "rows.jsonl").write_text('{"text": "words"}\n')
+    config = DataConfig(source="json", path=str(tmp_path / "rows.jsonl"), cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="the file system of the cache folder .*cache/datasets.* has no file locks"):
+        open_corpus(config)
 
 
 def test_saved_folder_opens_with_auto_tokenizer(tmp_path):
