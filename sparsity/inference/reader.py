@@ -7,7 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from leanstep._checkpoint import TensorFile, check_folder, index_files
+from leanstep._checkpoint import TensorFile, index_files
+from leanstep._configuration import check_folder
 from leanstep._files import one_line
 from leanstep.sparsity.inference.manifest import KEY, Manifest, checksum
 from leanstep.sparsity.inference.matrices import Form, check_parts, decompress, part_name
