@@ -26,6 +26,7 @@ TEMPLATES = "additional_chat_templates"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 # what libraries raise for damaged files; a ValueError of our own passes as it is
 _DAMAGE = (SafetensorError, OSError, RuntimeError, LookupError, AttributeError, TypeError, UnicodeError, OverflowError)
+_LONGEST_NAME = 255  # bytes of a file's name, of all common file systems
 _CHUNK = 2**22  # elements of one comparison with infinity
 
 
@@ -49,11 +50,13 @@ def plain_name(name: object, where: object) -> str:
     """Check that a name found in a file of a checkpoint is one of a file beside it.
 
     Raises:
-        ValueError: for another type, a path, ``.``, ``..`` or an unprintable name.
+        ValueError: for another type, a path, ``.``, ``..``, or a name that is unprintable or longer than 255 bytes.
     """
     fine = isinstance(name, str) and name not in ("", ".", "..") and name.isprintable()
+    fine = fine and len(str(name).encode()) <= _LONGEST_NAME
     if not fine or any(sign in str(name) for sign in ("/", "\\", ":")):
-        raise ValueError(f"{where} names the file {name!r}: expected a plain name, of a file in the same folder")
+        shown = f"{str(name)[:80]!r}..." if len(str(name)) > 80 else repr(name)
+        raise ValueError(f"{where} names the file {shown}: expected a plain name, of a file in the same folder")
     return str(name)
 
 

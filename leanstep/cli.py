@@ -82,6 +82,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _imported("leanstep.kernels.cpp_impl._cache", "KernelCacheError") as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILED
+    except OSError as error:  # a name that is too long, a folder that nobody may search
+        if error.filename is None:
+            raise
+        from leanstep._files import one_line
+
+        print(f"error: {one_line(error.filename)}: {error.strerror}", file=sys.stderr)
+        return EXIT_BAD_INPUT
 
 
 def _imported(module: str, name: str) -> type[Exception]:
