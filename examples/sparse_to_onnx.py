@@ -18,7 +18,9 @@ if not folder.exists():  # a small model, in the place of one that `leanstep pru
             weight.data[weight.abs() < weight.abs().quantile(0.6)] = 0.0
     small.save_pretrained(folder)
 
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+model = AutoModelForCausalLM.from_pretrained(
+    folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+).eval()
 model.config.use_cache = False
 tokens = torch.arange(12).view(2, 6) % model.config.vocab_size
 shape = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}

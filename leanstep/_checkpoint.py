@@ -7,10 +7,9 @@ written. What cannot be read becomes a ValueError of one line that names the fil
 import errno
 import json
 import os
-import re
 import shutil
 import stat
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,9 @@ from leanstep._safetensors import MappedFile
 TEMPLATES = "additional_chat_templates"
 # endings of files with weights, in any format
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
-# files of a folder whose keys may name code or other files
-_NAMING = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 # what libraries raise for damaged files; a ValueError of our own passes as it is
 _DAMAGE = (SafetensorError, OSError, RuntimeError, LookupError, AttributeError, TypeError, UnicodeError, OverflowError)
-_MOST_LAYERS = 1000  # of a configuration; each is a module to build
-_MOST_EXPERTS = 1_000_000  # in all layers; each may be a module
-# keys of such numbers, and not of sizes such as shared_expert_intermediate_size
-_COUNTS = {"layer": re.compile(r"(^|_)layers?$"), "expert": re.compile(r"(^|_)experts?(_num)?$")}
+_LONGEST_NAME = 255  # bytes of a file's name, of all common file systems
 _CHUNK = 2**22  # elements of one comparison with infinity
 
 
@@ -56,11 +50,13 @@ def plain_name(name: object, where: object) -> str:
     """Check that a name found in a file of a checkpoint is one of a file beside it.
 
     Raises:
-        ValueError: for another type, a path, ``.``, ``..`` or an unprintable name.
+        ValueError: for another type, a path, ``.``, ``..``, or a name that is unprintable or longer than 255 bytes.
     """
     fine = isinstance(name, str) and name not in ("", ".", "..") and name.isprintable()
+    fine = fine and len(str(name).encode()) <= _LONGEST_NAME
     if not fine or any(sign in str(name) for sign in ("/", "\\", ":")):
-        raise ValueError(f"{where} names the file {name!r}: expected a plain name, of a file in the same folder")
+        shown = f"{str(name)[:80]!r}..." if len(str(name)) > 80 else repr(name)
+        raise ValueError(f"{where} names the file {shown}: expected a plain name, of a file in the same folder")
     return str(name)
 
 
@@ -219,83 +215,6 @@ def new_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
             getattr(error, "errno", None) or errno.ENOSPC,
             f"{out} could not be written: {'the disk is full' if full else error}. {state}",
         ) from error
-
-
-def check_folder(folder: Path) -> None:
-    """Check a checkpoint folder before a library reads it.
-
-    Raises:
-        ValueError: as :func:`checked_file` for any of its files; for an index that names files elsewhere; for a
-            configuration that names weights elsewhere, or code to fetch and run, or has more than 1,000 layers, or
-            1,000,000 experts in all of them; for JSON that cannot be read.
-    """
-    for file in files_in(folder):
-        if file.name.endswith((".safetensors.index.json", ".bin.index.json")):
-            index_files(file)
-        elif file.name in _NAMING:
-            content = read_json(file)
-            _check_names(content, file)
-            _check_counts(content, file)
-    templates = folder / TEMPLATES
-    if templates.is_symlink():
-        raise ValueError(f"{templates} is a link; expected a folder inside the checkpoint")
-    if templates.is_dir():
-        files_in(templates)
-
-
-def _check_names(content: Mapping[str, Any], file: Path) -> None:
-    """Check the keys of a configuration by which transformers opens other files, or fetches kernels from the hub."""
-    for key in ("transformers_weights", "fast_tokenizer_files"):
-        for name in _listed(content.get(key)):
-            plain_name(name, f"{file}: {key}")
-    for key, value in _entries(content):
-        if key.endswith("_implementation") and any("/" in str(name) for name in _listed(value)):
-            raise ValueError(f"{file}: {key} names code to fetch and run ({value!r}), which is never run here")
-
-
-def _check_counts(content: Mapping[str, Any], file: Path) -> None:
-    """Check the numbers of layers and of experts in each, all of which the model's class would build."""
-    most = {"layer": ("", 1), "expert": ("", 1)}
-    for key, value in _entries(content):
-        kind = next((kind for kind, pattern in _COUNTS.items() if pattern.search(key)), None)
-        if kind and type(value) is int and value > most[kind][1]:
-            most[kind] = key, value
-    (layer_key, layers), (expert_key, experts) = most.values()
-    if layers > _MOST_LAYERS:
-        raise ValueError(f"{file}: {layer_key} is {layers:,}, expected at most {_MOST_LAYERS:,}")
-    if layers * experts > _MOST_EXPERTS:
-        raise ValueError(
-            f"{file}: {expert_key} is {experts:,}, in each of {layers:,} layers; expected at most {_MOST_EXPERTS:,} in "
-            "all layers"
-        )
-
-
-def _listed(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return list(value.values())
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def _entries(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Every (key, value) of nested JSON, without the names of classes that are keys of ``label2id``."""
-    waiting: list[Any] = [content]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, dict):
-            value = {key: one for key, one in value.items() if key != "label2id"}
-            yield from value.items()
-        if isinstance(value, (dict, list)):
-            waiting += _listed(value)
-
-
-def code_files(folder: Path) -> list[str]:
-    """Files of code that the configurations of a folder name in ``auto_map``, such as ``modeling_x.py``."""
-    names = set()
-    for file in (folder / name for name in _NAMING):
-        if file.is_file():
-            for reference in _listed(read_json(file).get("auto_map")):
-                names |= {f"{str(one).rpartition('.')[0]}.py" for one in _listed(reference) if one}
-    return sorted(names)
 
 
 def read_json(path: Path, *, unique: bool = False) -> dict[str, Any]:

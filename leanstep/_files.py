@@ -16,7 +16,7 @@ import shutil
 import stat
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -129,6 +129,28 @@ def open_regular(path: Path, flags: int = os.O_RDONLY, *, follow: bool = False) 
         os.close(descriptor)
         raise OSError(errno.EINVAL, "is not a regular file", str(path))
     return descriptor
+
+
+def elsewhere(folder: Path, *inner: str, links: Collection[str] = ()) -> str | None:
+    """Find an entry through which whoever writes into a folder would write elsewhere: a link, pipe or device.
+
+    Args:
+        folder: need not exist.
+        inner: names of folders in it that are written into.
+        links: names in ``folder`` that may be links. Temporary files may, too: nobody foresees the next one's name.
+
+    Returns:
+        ``PATH is a symbolic link``, for example; None if there are only files and folders.
+    """
+    for place in (folder, *(folder / name for name in inner)):
+        for path in sorted(place.iterdir()) if place.is_dir() else ():
+            if path.is_symlink():
+                is_temporary = path.name.startswith(".") and path.suffix == ".tmp"
+                if not is_temporary and (place != folder or path.name not in links):
+                    return f"{path} is a symbolic link"
+            elif path.exists() and not path.is_file() and not path.is_dir():
+                return f"{path} is no regular file"
+    return None
 
 
 def read_bytes(path: Path, limit: int = READ_LIMIT, *, follow: bool = False) -> bytes:
@@ -265,11 +287,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     if path.exists() and not path.is_file():
         raise OSError(errno.EISDIR if path.is_dir() else errno.EINVAL, "is not a regular file", str(path))
-    remove_partials(path)
-    folder = path.with_name(f".{path.stem}.{_new_writer()}{path.suffix}.tmp")
-    folder.mkdir(mode=0o700)
-    partial = folder / path.name
-    try:
+    with partial_folder(path) as folder:
+        partial = folder / path.name
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
         mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
         os.close(descriptor)
@@ -278,12 +297,25 @@ def replacing(path: Path) -> Iterator[Path]:
         sync(partial)
         os.replace(partial, path)
         sync(path.parent)
+
+
+@contextmanager
+def partial_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder of this process, hidden beside ``path``, to make ``path`` in; it is removed afterwards.
+
+    The next call for ``path`` removes the folders of killed processes.
+    """
+    remove_partials(path)
+    folder = path.with_name(f".{path.stem}.{_new_writer()}{path.suffix}.tmp")
+    folder.mkdir(mode=0o700)
+    try:
+        yield folder
     finally:
         remove(folder)
 
 
 def remove_partials(path: Path) -> None:
-    """Remove what :func:`replacing` half wrote for ``path`` in processes that have ended on this machine."""
+    """Remove what :func:`partial_folder` left beside ``path`` of processes that have ended on this machine."""
     start, end = f".{path.stem}.", f"{path.suffix}.tmp"
     try:
         names = [name for name in os.listdir(path.parent) if name.startswith(start) and name.endswith(end)]

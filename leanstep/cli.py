@@ -86,11 +86,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _imported("leanstep.kernels.cpp_impl._cache", "KernelCacheError") as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILED
-    except OSError as error:
-        # a path of the command line that no system call takes; pathlib asks about it in many places
-        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+    except OSError as error:  # a name that is too long, a folder that nobody may search
+        if error.filename is None:
             raise
-        print(f"error: {str(error.filename)[:60]}...: {error.strerror}", file=sys.stderr)
+        from leanstep._files import one_line
+
+        print(f"error: {one_line(error.filename)}: {error.strerror}", file=sys.stderr)
         return EXIT_BAD_INPUT
 
 

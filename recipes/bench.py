@@ -146,15 +146,13 @@ def _weight_bytes(model: Any) -> int:
 def _import_model(folder: Path) -> None:
     """Import the code of a model, which takes memory that is not the model's."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    from leanstep._checkpoint import check_folder
+    from leanstep.pruning.folder.loading import empty_model
 
-    check_folder(folder)
     try:
         with torch.device("meta"):
-            AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), trust_remote_code=False)
-    except Exception:  # opening the model says better what is wrong
+            empty_model(folder, torch.float32)
+    except ValueError:  # opening the model says better what is wrong
         return
     torch.ones(64, 64) @ torch.ones(64, 64)
 

@@ -48,9 +48,13 @@ def train(options, name):
 @torch.no_grad()
 def final_losses(base, final):
     """Losses, on the same text, of the merged model and of the base with the adapter, as peft opens it."""
-    tokens = AutoTokenizer.from_pretrained(final)(Path(pydoc_data.topics.__file__).read_text())["input_ids"]
+    tokens = AutoTokenizer.from_pretrained(final, trust_remote_code=False)(
+        Path(pydoc_data.topics.__file__).read_text()
+    )["input_ids"]
     rows = torch.tensor(tokens[-HELD_OUT:][: HELD_OUT // LENGTH * LENGTH]).view(-1, LENGTH)
-    merged = AutoModelForCausalLM.from_pretrained(final)
-    opened = required("peft").PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), final / "adapter")
+    merged = AutoModelForCausalLM.from_pretrained(final, trust_remote_code=False)
+    opened = required("peft").PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False), final / "adapter"
+    )
     for model in (merged, opened):
         yield f"{sum(model.eval()(row[None], labels=row[None]).loss.item() for row in rows) / len(rows):.6f}"

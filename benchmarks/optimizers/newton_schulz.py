@@ -132,7 +132,10 @@ def gradient_differences(folder: str, tokens: int, length: int = 256) -> list[Te
     from leanstep.optimizers import param_groups
     from leanstep.recipes.data.sources import sotu_corpus
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False),
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
+    )
     text = tokenizer("\n".join(list(sotu_corpus().documents())[-40:]))["input_ids"]
     starts = torch.randint(len(text) - length, (2, tokens // length), generator=torch.Generator().manual_seed(0))
     for sign, batch in zip((1.0, -1.0), starts.tolist(), strict=True):

@@ -72,7 +72,7 @@ class Bench:
         if self.results.get(SETTINGS) != {"cell": list(SETTINGS), **settings}:
             raise SystemExit(f"{self.file} is of another model or other settings: give another --out")
         self.snapshot = WeightSnapshot(find_targets(self.model))
-        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
         self.older, newest = split_newest(tuple(sotu_corpus().documents()))
         self.held_out = as_batches(self.sequences(newest, options.eval_samples, seed=0), self.model)
         self.measurement = Measurement(self.model, self.held_out)

@@ -48,8 +48,8 @@ def make(out: Path, dtype: str) -> None:
         raise SystemExit(f"{out} exists")
     file = gguf_file()
     location = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    tokenizer = AutoTokenizer.from_pretrained(**location)
-    source = AutoModelForCausalLM.from_pretrained(**location, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(**location, trust_remote_code=False)
+    source = AutoModelForCausalLM.from_pretrained(**location, dtype=torch.float32, trust_remote_code=False).eval()
     # a model read from such a file refuses to be saved, so its weights go into one made here
     settings = source.config.to_dict()
     settings.pop("quantization_config", None)
@@ -71,14 +71,18 @@ def compare(dense: Path, pruned: Path) -> None:
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, opened = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (dense, pruned))
+    model, opened = (
+        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval() for folder in (dense, pruned)
+    )
     weights = {name: tensor for file in pruned.glob("*.safetensors") for name, tensor in load_file(file).items()}
     rows = json.loads((pruned / "sparsity.json").read_text(encoding="utf-8"))["tensors"]
     with torch.no_grad():
         for name in rows:
             model.get_parameter(name).copy_(weights[name])
     zeros = sum(int((weights[name] == 0).sum()) for name in rows) / sum(weights[name].numel() for name in rows)
-    tokens = AutoTokenizer.from_pretrained(dense)("The state of the union is strong." * 8, return_tensors="pt")
+    tokens = AutoTokenizer.from_pretrained(dense, trust_remote_code=False)(
+        "The state of the union is strong." * 8, return_tensors="pt"
+    )
     with torch.no_grad():
         same = torch.equal(model(**tokens).logits, opened(**tokens).logits)
     print(f"{len(rows)} matrices, {zeros:.4%} zeros; logits {'equal, bit for bit' if same else 'NOT equal'}")

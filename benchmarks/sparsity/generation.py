@@ -55,7 +55,9 @@ def sequences(folder: Path, count: int) -> list[list[int]]:
     from leanstep.recipes.data.sources import sotu_corpus, split_newest
 
     _, newest = split_newest(tuple(sotu_corpus().documents()))
-    tokens = AutoTokenizer.from_pretrained(folder)("\n".join(newest), verbose=False)["input_ids"]
+    tokens = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)("\n".join(newest), verbose=False)[
+        "input_ids"
+    ]
     if len(tokens) < count * SEQUENCE:
         raise SystemExit(f"--sequences: expected at most {len(tokens) // SEQUENCE}, got {count}")
     return [tokens[index * SEQUENCE : (index + 1) * SEQUENCE] for index in range(count)]

@@ -34,8 +34,10 @@ def compare(folder: Path, file: Path) -> Zeros:
     required("gguf")
     from transformers import AutoModelForCausalLM
 
-    dense: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    other: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    dense: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+    other: Any = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
+    )
     weights = dict(other.named_parameters())
     zeros = same = 0
     largest = 0.0

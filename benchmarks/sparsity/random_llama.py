@@ -28,7 +28,7 @@ def main() -> None:
     options = PARSER.parse_args()
     if options.folder.exists():
         raise SystemExit(f"{options.folder} exists")
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer, trust_remote_code=False)
     heads = {"num_attention_heads": 32, "num_key_value_heads": 4}
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=2048, intermediate_size=5632, num_hidden_layers=options.layers, **heads,

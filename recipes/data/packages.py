@@ -11,6 +11,8 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from leanstep._files import partial_folder
+
 _MOST_BYTES = 1 << 27  # of one file in a package; the largest has 40 MB
 
 
@@ -34,18 +36,13 @@ def fetch(kind: str, name: str, folder: Path) -> Path:
     present = sorted(path for path in folder.glob("*") if _is_of(path.name, name))
     if present:
         return present[-1]
-    part = folder / f".{name}.part"
-    part.mkdir(exist_ok=True)
-    for path in part.glob("*"):
-        path.unlink()
     command = ["apt-get", "download", "-qq", name]
     if kind == "pip":
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--disable-pip-version-check", name]
-    _run(command, part, f"run `{'apt-get update' if kind == 'apt' else 'pip download ' + name}` to see why")
-    (archive,) = part.glob("*")
-    archive = archive.replace(folder / archive.name)
-    part.rmdir()
-    return archive
+    with partial_folder(folder / name) as part:
+        _run(command, part, f"run `{'apt-get update' if kind == 'apt' else 'pip download ' + name}` to see why")
+        (archive,) = part.glob("*")
+        return archive.replace(folder / archive.name)
 
 
 def _is_of(file: str, package: str) -> bool:

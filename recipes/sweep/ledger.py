@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from leanstep._files import lock_file, one_line, open_regular, parse_json, read_text, sync, write_text
+from leanstep._files import elsewhere, lock_file, one_line, open_regular, parse_json, read_text, sync, write_text
 from leanstep.recipes.config.values import leaves, read_document
 from leanstep.recipes.sweep.grid import Plan, PlannedRun
 
@@ -90,12 +90,11 @@ class Ledger:
             raise LedgerError(
                 f"another process sweeps in {self.folder}; wait for it, stop it, or choose another --out"
             ) from None
+        if (entry := elsewhere(self.folder, *_FOLDERS)) is not None:
+            os.close(lock)
+            raise LedgerError(f"{entry}, and a sweep writes only into its own folder; remove it")
         for name in _FOLDERS:
-            path = self.folder / name
-            if path.is_symlink():
-                os.close(lock)
-                raise LedgerError(f"{path} is a symbolic link, and a sweep writes only into its own folder; remove it")
-            path.mkdir(exist_ok=True)
+            (self.folder / name).mkdir(exist_ok=True)
         return lock
 
     def _read(self) -> list[dict[str, Any]]:

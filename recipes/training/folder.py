@@ -18,12 +18,22 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from leanstep._files import cache_folders, lock_file, open_regular, parse_json, read_text, remove, replacing, write_text
+from leanstep._files import (
+    cache_folders,
+    elsewhere,
+    lock_file,
+    open_regular,
+    parse_json,
+    read_text,
+    remove,
+    replacing,
+    write_text,
+)
 
 # files of a start that failed before the run began
 _TRACES = {".lock", "train.log", "status.json"}
-# files that a run appends to, and folders that it writes into
-_WRITTEN = ("train.log", "log.jsonl", "checkpoints", "final", "final-ema", "nan_dump")
+# links that a run makes, and exchanges as a whole
+_LINKS = ("last", "best")
 _PACKAGES = ("torch", "triton", "numpy", "transformers", "accelerate", "datasets", "tokenizers", "safetensors")
 
 
@@ -97,8 +107,8 @@ class RunFolder:
             False where the file system has no locks: another process may train in the folder, so nothing was removed.
 
         Raises:
-            FolderError: the folder is not writable, locked by another process, or has a symbolic link where a run
-                writes.
+            FolderError: the folder is not writable, locked by another process, or has a symbolic link, pipe or device
+                in it.
         """
         try:
             if self.root.exists() and not self.root.is_dir():
@@ -124,15 +134,11 @@ class RunFolder:
         return is_locked
 
     def _refuse_links(self) -> None:
-        """Raise FolderError for a link or pipe that the run would write through."""
-        inside = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
-        for path in (*(self.root / name for name in _WRITTEN), *inside):
-            if path.is_symlink() or (path.exists() and not path.is_file() and not path.is_dir()):
-                kind = "a symbolic link" if path.is_symlink() else "no regular file"
-                raise FolderError(
-                    f"out: {path} is {kind}, and a run writes only into its own folder; remove it, or choose "
-                    "out=ANOTHER_FOLDER"
-                )
+        """Raise FolderError for a link or pipe that the run, or a tracker, could write through."""
+        if (entry := elsewhere(self.root, "checkpoints", links=_LINKS)) is not None:
+            raise FolderError(
+                f"out: {entry}, and a run writes only into its own folder; remove it, or choose out=ANOTHER_FOLDER"
+            )
 
     def release(self) -> None:
         """Give up the lock."""

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from leanstep.pruning.folder.loading import open_model, open_tokenizer
 from leanstep.recipes.data.sequences import IGNORED
 from leanstep.recipes.data.tokens import decode_halves
 
@@ -67,8 +67,8 @@ def sample(folder: Path, prompts: list[list[int]], seed: int, device: torch.devi
     The model cannot answer with its end-of-text token, so that no paragraph is blank. Prompt and text are cut to the
     model's positions. The result depends on ``seed`` and device only; torch's random state stays as it was.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    model: Any = open_model(folder, finite=False).to(device).eval()
+    tokenizer = open_tokenizer(folder)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", _PROMPT_TOKENS + _NEW_TOKENS)
 
     def continued(prompt: list[int]) -> str:

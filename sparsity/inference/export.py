@@ -141,6 +141,7 @@ def _write_sparse(
     forms: dict[str, Form] = {}
     weight_map: dict[str, str] = {}
     stored_matrices: dict[tuple[Any, ...], tuple[str, Path]] = {}
+    owners = _owners(paths)
     for path in paths:
         manifest, stored = Manifest(), dict[str, Tensor]()
         with TensorFile(path) as file:
@@ -161,9 +162,12 @@ def _write_sparse(
                 parts = {
                     part_name(name, part): tensor for part, tensor in _compressed(path, name, weight, form).items()
                 }
-                clashes = sorted(parts.keys() & set(file.names))
+                clashes = sorted(parts.keys() & owners.keys())
                 if clashes:
-                    raise ValueError(f"{path}: {one_line(clashes[0])} has the name of a part of a sparse weight")
+                    raise ValueError(
+                        f"{owners[clashes[0]]}: {one_line(clashes[0])} has the name of a part of the sparse weight "
+                        f"{one_line(name)} in {path.name}"
+                    )
                 stored |= parts
             try:
                 manifest.add(stored)
@@ -174,6 +178,17 @@ def _write_sparse(
         forms |= manifest.matrices
         weight_map |= dict.fromkeys(stored, path.name)
     return forms, weight_map
+
+
+def _owners(paths: list[Path]) -> dict[str, Path]:
+    """The file of each tensor. Raises ValueError for a tensor in two files."""
+    owners: dict[str, Path] = {}
+    for path in paths:
+        with TensorFile(path) as file:
+            for name in file.names:
+                if owners.setdefault(name, path) != path:
+                    raise ValueError(f"{path}: {one_line(name)} is in {owners[name].name} as well")
+    return owners
 
 
 def _compressed(path: Path, name: str, weight: Tensor, form: Form) -> dict[str, Tensor]:

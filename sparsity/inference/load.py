@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +64,33 @@ def load_sparse(
         )
     auto_class = transformers.AutoModelForCausalLM if model_class is None else model_class
     try:
-        model, info = auto_class.from_pretrained(
-            str(folder), dtype=dtype, device_map=device_map, trust_remote_code=False, output_loading_info=True
-        )
+        with nobody_asked():
+            model, info = auto_class.from_pretrained(
+                str(folder), dtype=dtype, device_map=device_map, trust_remote_code=False, output_loading_info=True
+            )
     except Exception as error:  # transformers and safetensors raise many types for a damaged file
         raise ValueError(f"{folder} cannot be loaded: {reason(error)}") from error
     missing = [*sorted(map(str, info["missing_keys"])), *sorted(str(row[0]) for row in info["mismatched_keys"])]
     if missing:
         raise ValueError(f"{folder}: the files lack the weight {one_line(missing[0])} of the model in config.json")
     return model
+
+
+@contextmanager
+def nobody_asked() -> Iterator[None]:
+    """Context manager: code that a folder brings is refused, and nobody is asked whether to run it.
+
+    ``trust_remote_code=False`` does not reach the parts of a model or tokenizer, which transformers opens by its own
+    calls; these ask on the standard input.
+    """
+    from transformers import dynamic_module_utils
+
+    seconds = dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+    try:
+        yield
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = seconds
 
 
 def check_declared(folder: Path, config: Mapping[str, Any]) -> None:

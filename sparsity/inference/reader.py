@@ -7,7 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from leanstep._checkpoint import TensorFile, check_folder, index_files
+from leanstep._checkpoint import TensorFile, index_files
+from leanstep._configuration import check_folder
 from leanstep._files import one_line
 from leanstep.sparsity.inference.manifest import KEY, Manifest, checksum
 from leanstep.sparsity.inference.matrices import Form, check_parts, decompress, part_name
@@ -97,12 +98,11 @@ class SparseFiles:
         first = {part_name(name, form.parts[0]): name for name, form in self.manifest.matrices.items()}
         parts = self.manifest.part_names()
         for stored in self._files[path].names:
-            name = first.get(stored, "" if stored in parts else stored)
+            name = first.get(stored, None if stored in parts else stored)  # a name may be empty
             aliases = [alias for alias, target in self.manifest.tied.items() if target == name]
-            if name:
+            if name is not None:
                 yield name, self.tensor(name)
-            for alias in aliases:
-                yield alias, self.tensor(name).clone()
+                yield from ((alias, self.tensor(name).clone()) for alias in aliases)
 
     def metadata(self, path: Path) -> dict[str, str]:
         """Metadata of one file, as it was before the manifest was added."""

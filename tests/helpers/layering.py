@@ -26,8 +26,8 @@ FOLDERS = tuple(ALLOWED)
 # single modules of the import root that others may use
 ROOT_MODULES = {
     "_version": "version", "__version__": "version", "cli": "cli", "_charts": "page", "_page": "page",
-    "_arguments": "shared", "_checkpoint": "shared", "_files": "shared", "_heads": "shared", "_mapped": "shared",
-    "_memory": "shared", "_safetensors": "shared",
+    "_arguments": "shared", "_checkpoint": "shared", "_configuration": "shared", "_files": "shared", "_heads": "shared",
+    "_mapped": "shared", "_memory": "shared", "_safetensors": "shared",
     "_process": "shared", "_processes": "shared", "_torch": "shared",
 }  # fmt: skip
 # everything may import these, so they import nothing of the package

@@ -1,5 +1,8 @@
 """torch <- kernels <- optimizers <- recipes, and Triton in one folder only."""
 
+import ast
+import re
+
 import pytest
 from layering import FOLDERS, ROOT, package_files, problems
 
@@ -56,3 +59,26 @@ def test_what_the_layers_allow(path):
 def test_what_the_layers_forbid(case):
     path, source = BAD[case]
     assert len(problems(path, source)) == 1
+
+
+def test_the_package_opens_folders_of_others_in_two_places_and_runs_no_code_of_them():
+    for path in package_files():
+        name = path.relative_to(ROOT).as_posix()
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in {"from_pretrained", "from_config"}:
+                assert name in {"pruning/folder/loading.py", "sparsity/inference/load.py"}, (name, node.lineno)
+                keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert keywords.get("trust_remote_code") == "False", (name, node.lineno)
+
+
+def test_code_to_copy_runs_no_code_of_the_folders_that_it_opens():
+    """Without the argument, transformers asks on the standard input whether to run it."""
+    files = [file for folder in ("benchmarks", "docs", "examples") for file in (ROOT / folder).rglob("*")]
+    texts = {file: file.read_text("utf-8") for file in files if file.suffix in {".py", ".md", ".ipynb"}}
+    calls = [
+        (file.name, call[0])
+        for file, text in texts.items()
+        for call in re.finditer(r"Auto\w+\.from_(pretrained|config)\(([^()]|\([^()]*\))*\)", text)
+    ]
+    assert len(calls) > 10
+    assert not [call for call in calls if "trust_remote_code=False" not in call[1]]

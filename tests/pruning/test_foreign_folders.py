@@ -1,15 +1,21 @@
 """Folders that somebody else wrote: pruning reads nothing outside of them, and writes nothing but its output folder."""
 
+import ctypes
 import json
 import os
 import shutil
 import socket
+from contextlib import suppress
+from inspect import signature
 
 import pytest
 import torch
+import transformers
 from pruned_models import make_llama, save_model, save_tokenizer
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from leanstep._checkpoint import check_finite
+from leanstep._configuration import check_folder
 from leanstep.cli import main
 from leanstep.pruning import prune_checkpoint
 from leanstep.pruning.folder.checkpoint import copy_others
@@ -198,3 +204,116 @@ def test_a_tokenizer_that_cannot_encode_the_text_is_named(tmp_path):
 def test_positions_of_another_type_are_refused(tmp_path, positions):
     with pytest.raises(ValueError, match="config.json has .* positions, expected a whole number"):
         position_count({"max_position_embeddings": positions}, tmp_path)
+
+
+def tokenizer_classes():
+    """Names of transformers' tokenizer classes, each with the parameters of it and of its bases."""
+    names = {name for name in dir(transformers) if "Tokenizer" in name}
+    for name in sorted(names | {str(name) for name in TOKENIZER_MAPPING_NAMES.values() if name}):
+        with suppress(ImportError, ValueError):  # of a library that is not installed
+            bases = [base for base in getattr(transformers, name, object).__mro__ if "__init__" in base.__dict__]
+            yield (
+                name,
+                {"gguf_file", *(key for base in bases for key in signature(base.__init__).parameters)} - {"self"},
+            )
+
+
+@pytest.fixture
+def canary(tmp_path):
+    """A file that no library may open, and a function that says whether one has, in any language."""
+    file = tmp_path / "canary.txt"
+    file.write_text("[UNK]\ncanaryword\n")
+    libc = ctypes.CDLL(None)
+    descriptor = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+    assert libc.inotify_add_watch(descriptor, os.fsencode(file), 0x20) >= 0  # IN_OPEN
+
+    def was_opened():
+        with suppress(BlockingIOError):
+            return bool(os.read(descriptor, 4096))
+        return False
+
+    yield file, was_opened
+    os.close(descriptor)
+
+
+def refuses(folder, files):
+    """Whether the tokenizer of a folder with these files is refused for what they name."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_text(json.dumps(content))
+    try:
+        open_tokenizer(folder)
+    except ValueError as error:
+        return "names" in str(error) and next(iter(reversed(files))) in str(error)
+    return False
+
+
+@pytest.mark.slow
+def test_no_class_of_tokenizers_reads_a_file_that_a_configuration_names(tmp_path, canary):
+    file, was_opened = canary
+    folder = tmp_path / "folder"
+    for name, keys in tokenizer_classes():
+        for key in keys:
+            assert refuses(folder, {"tokenizer_config.json": {"tokenizer_class": name, key: str(file)}}), (name, key)
+            assert not was_opened(), (name, key)
+
+
+@pytest.mark.parametrize("text", ["{}", "../canary.txt", "~/canary.txt", "sub/../../canary.txt", "canary.txt", "link"])
+@pytest.mark.parametrize("where", ["positions", "tokens", "pieces", "part", "version", "nested"])
+def test_a_name_of_a_file_outside_is_refused_in_every_form_and_place(text, where, tmp_path, canary, monkeypatch):
+    file, was_opened = canary
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "folder"
+    (folder / "sub").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(file)
+    value, bert = text.format(file), {"tokenizer_class": "BertTokenizer"}
+    files = {
+        "positions": {"tokenizer_config.json": {**bert, "init_inputs": [value]}},
+        "tokens": {"tokenizer_config.json": bert, "special_tokens_map.json": {"vocab_file": value}},
+        "pieces": {"tokenizer_config.json": bert, "tokenizer.json": {"model": {"type": "WordPiece", "vocab": value}}},
+        "part": {"tokenizer_config.json": bert, "generator_tokenizer/tokenizer_config.json": {"vocab": value}},
+        "version": {"tokenizer_config.json": bert, "config.4.0.json": {"vocab": value}},
+        "nested": {"tokenizer_config.json": {**bert, "kwargs": [{"vocab": value}]}},
+    }
+    assert refuses(folder, files[where]) and not was_opened()
+
+
+def test_numbers_in_place_of_tokens_are_no_open_files(tmp_path):
+    files = {
+        "tokenizer_config.json": {"tokenizer_class": "TapasTokenizer"},
+        "special_tokens_map.json": {"vocab_file": 0},
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="special_tokens_map.json: vocab_file is 0, expected a token"):
+        open_tokenizer(tmp_path)
+
+
+def test_a_configuration_names_folders_and_words_as_before(folder, monkeypatch):
+    """A file or folder with the name of a label, a token or a kind of model is none that a library opens."""
+    monkeypatch.chdir(folder.parent)
+    for name in ("llama", "org"):
+        (folder.parent / name).mkdir()
+    (folder.parent / "cat").write_text("")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"_name_or_path": str(folder.parent), "id2label": {"0": "cat"}, "base": "org"}
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer |= {"added_tokens_decoder": {"1": {"content": "cat", "special": False}}, "chat_template": "/\n" * 5000}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    open_checkpoint(folder)
+    open_tokenizer(folder)
+
+
+def test_the_configurations_that_transformers_reads_are_those_that_are_checked(tmp_path):
+    constants = {"CONFIG_NAME", "GENERATION_CONFIG_NAME", "FEATURE_EXTRACTOR_NAME", "IMAGE_PROCESSOR_NAME"}
+    constants |= {"VIDEO_PROCESSOR_NAME", "AUDIO_TOKENIZER_NAME", "PROCESSOR_NAME"}
+    names = {getattr(transformers.utils, name) for name in constants if hasattr(transformers.utils, name)}
+    base = transformers.tokenization_utils_base
+    names |= {base.TOKENIZER_CONFIG_FILE, base.SPECIAL_TOKENS_MAP_FILE, base.FULL_TOKENIZER_FILE}
+    for name in names:
+        (tmp_path / name).write_text(json.dumps({"anything": str(tmp_path.parent)}))
+        with pytest.raises(ValueError, match=f"{name}: anything names .*, which is outside of the folder"):
+            check_folder(tmp_path, tokenizer=True)
+        (tmp_path / name).unlink()

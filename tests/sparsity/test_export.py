@@ -193,6 +193,39 @@ def test_a_tied_weight_in_a_file_of_its_own_comes_back(tmp_path):
     assert tensors(tmp_path / "back") == tensors(dense)
 
 
+def save_shards(folder, **shards):
+    """A folder without a model, of weight files with these tensors."""
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    for name, stored in shards.items():
+        save_file(stored, folder / f"{name}.safetensors", metadata={"format": "pt"})
+    weight_map = {name: f"{file}.safetensors" for file, stored in shards.items() for name in stored}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def test_a_tensor_without_a_name_comes_back(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    for number, tensor in enumerate((torch.ones(3), drop(torch.randn(64, 64, generator=generator), 0.8, generator))):
+        source = save_shards(tmp_path / f"dense {number}", a={"": tensor, "b": torch.ones(2)})
+        export_folder(source, tmp_path / f"sparse {number}")
+        export_folder(tmp_path / f"sparse {number}", tmp_path / f"back {number}", format="dense")
+        assert tensors(tmp_path / f"back {number}") == tensors(source)
+
+
+@pytest.mark.parametrize("name", ["w", "w_values"])
+def test_names_that_clash_between_files_are_refused_with_both_files(name, tmp_path):
+    """A sparse weight w becomes w_values, among others."""
+    generator = torch.Generator().manual_seed(0)
+    weight = drop(torch.randn(64, 64, generator=generator), 0.8, generator)
+    source = save_shards(
+        tmp_path / "dense", a={"w": weight, "first": torch.ones(3)}, b={name: torch.ones(3), "other": torch.ones(3)}
+    )
+    with pytest.raises(ValueError, match=f"b.safetensors: {name} .*(in|of) .*a.safetensors"):
+        export_folder(source, tmp_path / "sparse")
+    assert not (tmp_path / "sparse").exists()
+
+
 def test_files_of_two_exports_are_refused(tmp_path):
     """One stores a weight sparse, the other stores it dense."""
     generator = torch.Generator().manual_seed(0)
