@@ -37,6 +37,7 @@ def bitmask_linear(
     Raises:
         ValueError: for dtypes, shapes or devices that do not match, or values that require a gradient.
         BackendError: the requested backend cannot run here.
+        RuntimeError: in an export to ONNX.
 
     Notes:
         Checks no element of mask and offsets; :func:`bitmask_validate` does. Computes in fp32 (fp64 for fp64) and
@@ -87,8 +88,8 @@ def _check(
 def _run(
     x: Tensor, values: Tensor, mask: Tensor, offsets: Tensor, bias: Tensor | None, scales: Tensor | None
 ) -> Tensor:
-    if not x.numel() or not mask.shape[0]:
-        return x.new_empty(x.shape[0], mask.shape[0])
+    if torch.onnx.is_in_onnx_export() or not x.numel() or not mask.shape[0]:
+        return _empty(x, values, mask)
     x, values, mask, offsets = x.contiguous(), values.contiguous(), mask.contiguous(), offsets.contiguous()
     return _module(x).bitmask_linear(x, values, mask, offsets, bias, scales)
 
@@ -102,6 +103,16 @@ def _run_backward(
         return grad.new_zeros(grad.shape[0], columns)
     values, mask, offsets = values.contiguous(), mask.contiguous(), offsets.contiguous()
     return _module(grad).bitmask_linear_backward(grad, values, mask, offsets, columns, scales)
+
+
+def _empty(x: Tensor, values: Tensor, mask: Tensor, *rest: Any) -> Tensor:
+    """The result without values. Raises RuntimeError in an export to ONNX, also where that only traces."""
+    if torch.onnx.is_in_onnx_export():
+        raise RuntimeError(
+            "bitmask_linear: ONNX has no product with a packed matrix; export a model with dense weights, whose folder "
+            "`leanstep export --format dense` writes"
+        )
+    return x.new_empty(x.shape[0], mask.shape[0])
 
 
 def _module(x: Tensor) -> Any:
@@ -133,7 +144,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 _linear_op = torch.library.custom_op("leanstep::bitmask_linear", _run, mutates_args=())
 _backward_op = torch.library.custom_op("leanstep::bitmask_linear_backward", _run_backward, mutates_args=())
-_linear_op.register_fake(lambda x, values, mask, *_: x.new_empty(x.shape[0], mask.shape[0]))
+_linear_op.register_fake(_empty)
 _backward_op.register_fake(lambda grad, values, mask, offsets, columns, scales: grad.new_empty(grad.shape[0], columns))
 _linear_op.register_autograd(_backward, setup_context=_save)
 _linear_op.register_vmap(vmap_over_rows(_linear_op))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,8 +147,8 @@ def _write_sparse(
         with TensorFile(path) as file:
             for name in file.names:
                 weight = file.tensor(name)
-                # other equal matrices, such as those without a nonzero, are not tied
-                may_be_tied = weight.dim() == 2 and weight.shape[0] in tied_rows
+                # other equal matrices, such as those without a nonzero, are not tied; those of layers have a number
+                may_be_tied = weight.dim() == 2 and weight.shape[0] in tied_rows and not re.search(r"\.\d+\.", name)
                 twin = _twin(name, weight, path, stored_matrices) if may_be_tied else None
                 # the index does not name a file without tensors, so a file keeps its last one
                 if twin is not None and (stored or name != file.names[-1]):

@@ -157,7 +157,7 @@ class SparseLinear(nn.Linear):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] to [..., out]."""
+        """[..., in] to [..., out]. Raises RuntimeError in an export to ONNX."""
         if self.weight_scales is None and torch.is_autocast_enabled(x.device.type):
             # autocast does not know the operation; the values cannot be cast at every call
             x = x.to(self._dtype)

@@ -31,7 +31,8 @@ def load_sparse(
 
     Args:
         folder: with sparse files.
-        model_class: a class of transformers; None: ``AutoModelForCausalLM``.
+        model_class: a class of transformers; None: the one that config.json names in ``architectures``, else
+            ``AutoModelForCausalLM``.
         dtype: of the model; "auto": as stored. Values of another dtype are converted once.
         device_map: as for ``from_pretrained``.
 
@@ -61,9 +62,10 @@ def load_sparse(
             f"{folder} is no sparse checkpoint: quant_method in config.json is {one_line(method)}, expected "
             f"{QUANT_METHOD}; `leanstep export --format sparse` writes such a folder"
         )
-    auto_class = transformers.AutoModelForCausalLM if model_class is None else model_class
+    if model_class is None:
+        model_class = named_class(config.get("architectures")) or transformers.AutoModelForCausalLM
     try:
-        model, info = auto_class.from_pretrained(
+        model, info = model_class.from_pretrained(
             str(folder), dtype=dtype, device_map=device_map, trust_remote_code=False, output_loading_info=True
         )
     except Exception as error:  # transformers and safetensors raise many types for a damaged file
@@ -72,6 +74,16 @@ def load_sparse(
     if missing:
         raise ValueError(f"{folder}: the files lack the weight {one_line(missing[0])} of the model in config.json")
     return model
+
+
+def named_class(architectures: Any) -> Any:
+    """The first class of transformers among the names in a config.json; None if there is none."""
+    import transformers
+
+    names = architectures if isinstance(architectures, list) else []
+    classes = [getattr(transformers, name, None) for name in names if isinstance(name, str)]
+    models = (cls for cls in classes if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel))
+    return next(models, None)
 
 
 def check_declared(folder: Path, config: Mapping[str, Any]) -> None:

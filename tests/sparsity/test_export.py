@@ -175,6 +175,18 @@ def test_equal_matrices_that_are_no_embedding_are_not_tied(tmp_path):
         assert layer.self_attn.q_proj.weight.count_nonzero() == 0
 
 
+def test_equal_matrices_of_layers_as_large_as_the_embedding_are_not_tied(tmp_path):
+    model = make_llama(tie_word_embeddings=True, vocab_size=32, hidden_size=32)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.copy_(torch.eye(32))
+            layer.self_attn.o_proj.weight.copy_(torch.eye(32))
+    dense = save_sparse(tmp_path / "dense", model, dtype=torch.float32)
+    export_folder(dense, tmp_path / "sparse")
+    assert matrices(tmp_path / "sparse") == matrices(dense)
+    assert load_sparse(tmp_path / "sparse").model.layers[1].self_attn.o_proj.weight.shape == (32, 32)
+
+
 def test_a_tied_weight_in_a_file_of_its_own_comes_back(tmp_path):
     """An index lists no file without tensors."""
     dense = save_sparse(tmp_path / "dense", make_llama(tie_word_embeddings=True))
