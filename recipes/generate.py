@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from leanstep._arguments import OneLineParser, positive, seed
-from leanstep._files import one_line
-from leanstep.recipes.evaluate import find_model_folder
+from leanstep._files import find_model_folder, one_line
 
 LEAST_TEMPERATURE = 1e-6  # logits divided by less become infinite
 

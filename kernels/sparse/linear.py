@@ -1,15 +1,40 @@
 """Products with matrices of values and bit masks."""
 
+import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from leanstep.kernels._backend import choose, on_remembered_backend, remember_backend
+from leanstep.kernels._backend import choose, on_remembered_backend, remember_backend, why_not
 from leanstep.kernels._modes import is_traced, vmap_over_rows, without_autocast
 from leanstep.kernels.cpp_impl.sparse import linear as cpp
 from leanstep.kernels.reference.sparse import linear as reference
 from leanstep.kernels.sparse.bitmask import check_parts
+
+# entries of a matrix with 60 % zeros from which one token's product is faster than the dense one (docs/measured/
+# sparsity.md): with AVX-512, where the call itself no longer decides, and without
+_LEAST_ENTRIES, _LEAST_ENTRIES_AVX2 = 2**18, 2**24
+
+
+def why_slower(shapes: Collection[tuple[int, int]]) -> str | None:
+    """Why one token takes longer with these matrices packed than dense, on this CPU; None where it does not.
+
+    Judged by the matrices that have most of the entries, from times measured with 60 % zeros.
+    """
+    sizes = [math.prod(shape) for shape in shapes]
+    if (reason := why_not("bitmask_linear", "cpp", torch.device("cpu"))) is not None and sizes:
+        return f"the products run in plain torch ({reason})"
+    least, where = (_LEAST_ENTRIES, "") if cpp.has_avx512() else (_LEAST_ENTRIES_AVX2, "without AVX-512 ")
+    share = sum(size for size in sizes if size < least) / max(1, sum(sizes))
+    if share <= 0.5:
+        return None
+    rows, columns = max((shape for shape in shapes if math.prod(shape) < least), key=math.prod)
+    return (
+        f"{where}leaving out zeros saves time in matrices of {least / 1e6:.1f} million entries and more, and "
+        f"{share:.0%} of the entries here are in smaller ones, of at most {rows} x {columns}"
+    )
 
 
 def bitmask_linear(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ from torch import nn
 from leanstep._checkpoint import read_json, reason
 from leanstep._files import one_line
 from leanstep.sparsity.inference.export import QUANT_METHOD
+from leanstep.sparsity.inference.linear import why_slow
 from leanstep.sparsity.inference.reader import is_sparse_file, weight_files
+
+_LOG = logging.getLogger(__name__)
 
 
 def load_sparse(
@@ -44,6 +48,8 @@ def load_sparse(
             tensor.
 
     Notes:
+        Logs a warning where a token takes longer than with dense weights on this processor, and why.
+
         Memory: the stored values, one bit per weight and 8 bytes per row; and, while loading, one dense weight.
     """
     import transformers
@@ -73,6 +79,12 @@ def load_sparse(
     missing = [*sorted(map(str, info["missing_keys"])), *sorted(str(row[0]) for row in info["mismatched_keys"])]
     if missing:
         raise ValueError(f"{folder}: the files lack the weight {one_line(missing[0])} of the model in config.json")
+    if (slow := why_slow(model)) is not None:
+        _LOG.warning(
+            "%s: a token takes longer here than with dense weights: %s; `leanstep export --format dense` writes those",
+            folder,
+            slow,
+        )
     return model
 
 

@@ -214,6 +214,7 @@ def test_one_bad_gradient_skips_all_adamw_parameters_also_one_call_at_a_time(set
     torch.testing.assert_close(*results, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:.* are taken as hidden matrices")
 @pytest.mark.parametrize("build", [Lion, SinkGD, LANTON, MFAC])
 def test_a_parameter_that_becomes_complex_is_refused_and_keeps_its_imaginary_part(build):
     param = torch.nn.Parameter(torch.randn(4, 4))

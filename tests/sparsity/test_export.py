@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -247,6 +248,14 @@ def test_the_command_writes_both_ways(tmp_path, capsys):
     assert tensors(tmp_path / "back") == tensors(dense)
 
 
+def test_a_run_folder_is_exported_with_a_word_on_speed(tmp_path, capsys):
+    save_sparse(tmp_path / "run" / "final", make_llama())
+    assert main(["export", str(tmp_path / "run"), "--format", "sparse", "--out", str(tmp_path / "sparse")]) == 0
+    assert re.search("(?m)^it generates slower than the dense folder here: .*, of at most ", capsys.readouterr().out)
+    assert main(["export", str(tmp_path), "--format", "sparse", "--out", str(tmp_path / "other")]) == 2
+    assert "is no Hugging Face model: expected config.json and model.safetensors in it" in capsys.readouterr().err
+
+
 def test_what_cannot_be_exported_is_named(tmp_path, capsys):
     dense = save_sparse(tmp_path / "dense", make_llama())
     sparse = export_folder(dense, tmp_path / "sparse").out
@@ -270,7 +279,7 @@ def test_what_cannot_be_exported_is_named(tmp_path, capsys):
     (dense / "model.safetensors").rename(dense / "pytorch_model.bin")
     refused("has no model.safetensors and no", dense, tmp_path / "out")
     assert main(["export", str(dense), "--format", "sparse", "--out", str(tmp_path / "out")]) == 2
-    assert "expected safetensors weights" in capsys.readouterr().err
+    assert "expected config.json and model.safetensors in it" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

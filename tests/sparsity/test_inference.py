@@ -282,6 +282,12 @@ def test_names_in_a_config_that_are_no_models_of_transformers_choose_no_class(fo
         assert type(load_sparse(folder)).__name__ == "LlamaForCausalLM"
 
 
+def test_a_model_that_is_slower_than_the_dense_one_is_told(folders, caplog):
+    load_sparse(folders / "sparse")
+    (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("leanstep")]
+    assert "sparse: a token takes longer here than with dense weights: " in line and "--format dense" in line
+
+
 @pytest.mark.parametrize("kind", ["sparse", "int8", "nm"])
 def test_a_model_is_pickled_and_saved_by_torch(folders, kind):
     sparse = load_sparse(folders / kind)
