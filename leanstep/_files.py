@@ -490,3 +490,23 @@ def one_line(text: object) -> str:
     """A message in one printable line: spaces for line breaks, escapes for control characters and lone surrogates."""
     words = " ".join(str(text).split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in words)
+
+
+def find_model_folder(path: str | Path) -> Path:
+    """Return the Hugging Face folder at ``path``: itself, ``final/`` of a run, or ``hf/`` of a checkpoint.
+
+    Raises ValueError if there is none.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"'{path}' is {'a file' if folder.exists() else 'not there'}; expected a Hugging Face folder")
+    for candidate in (folder, folder / "final", folder / "last" / "hf", folder / "hf"):
+        if not (candidate / "config.json").is_file():
+            continue
+        if any(candidate.glob("*.safetensors")) or any(candidate.glob("*.bin")):
+            return candidate
+        raise ValueError(f"'{candidate}' has a config.json but no weights (model.safetensors)")
+    raise ValueError(
+        f"'{path}' is no Hugging Face model: expected config.json and model.safetensors in it, or in its final/ "
+        f"(a run) or hf/ (a checkpoint)"
+    )

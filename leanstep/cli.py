@@ -170,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("--json", action="store_true", help="as JSON")
     export = command("export", _export, "Write a checkpoint without its zeros, or back with them.")
-    export.add_argument("path", metavar="DIR", help="a Hugging Face folder with safetensors weights")
+    export.add_argument("path", metavar="DIR", help="a Hugging Face folder with safetensors weights, or a run folder")
     export.add_argument("--format", required=True, choices=("sparse", "dense"), help="of the weights to write")
     export.add_argument("--out", required=True, metavar="OUT", help="the folder to create")
     export.add_argument(
@@ -415,17 +415,21 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> int:
 
 def _export(options: argparse.Namespace, rest: list[str]) -> int:
     _nothing_left(rest)
-    from leanstep._files import one_line
+    from leanstep._files import find_model_folder, one_line
     from leanstep.sparsity.inference import export_folder
 
     try:
-        export = export_folder(options.path, options.out, format=options.format, values=options.values)
+        export = export_folder(
+            find_model_folder(options.path), options.out, format=options.format, values=options.values
+        )
     except ValueError as error:
         raise UsageError(one_line(error)) from None
     except OSError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return EXIT_FAILED
     print(json.dumps(export.as_dict(), indent=2) if options.json else export)
+    if not options.json and (slow := export.why_slow()) is not None:
+        print(f"it generates slower than the dense folder here: {slow}")
     return 0
 
 

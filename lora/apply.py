@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 import warnings
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import TypeVar
 
 import torch
@@ -14,7 +14,13 @@ from leanstep._torch import is_conv1d, is_dtensor, unwrapped
 from leanstep.lora.config import LoraConfig, is_pissa
 from leanstep.lora.layers.block import fuse_blocks, unfuse_blocks
 from leanstep.lora.layers.embedding import attach_embedding
-from leanstep.lora.layers.experts import LoRAExpertsLayer, attach_experts, detach_experts, why_no_parameter_adapter
+from leanstep.lora.layers.experts import (
+    LoRAExpertsLayer,
+    attach_experts,
+    detach_experts,
+    expert_sizes,
+    why_no_parameter_adapter,
+)
 from leanstep.lora.layers.frozen import is_linear, why_custom_forward, why_unsupported, widths
 from leanstep.lora.layers.linear import Adapter, LoRALayer, attach_linear, detach
 from leanstep.lora.layers.pissa import move_start, start_factors, why_no_pissa
@@ -64,7 +70,9 @@ def apply_lora(model: Model, config: LoraConfig) -> Model:
     refuse_replicas(model, "apply_lora")
     inner = unwrapped(model)
     config = with_heads(inner, config)
-    attach_adapters(inner, plan_lora(inner, config), config)
+    plan = plan_lora(inner, config)
+    _refuse("apply_lora", _rank_problems(inner, plan, config))
+    attach_adapters(inner, plan, config)
     return model
 
 
@@ -78,7 +86,7 @@ def refuse_replicas(model: nn.Module, caller: str) -> None:
 
 
 def plan_lora(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
-    """Run every check of :func:`apply_lora`; returns the layers to adapt by name."""
+    """Run the checks of :func:`apply_lora`, but for ranks, which are as they are in a file; returns layers by name."""
     if is_adapted(model):
         raise ValueError("apply_lora: the model has adapters already; merge or remove_lora them first")
     if any(type(module).__module__.startswith("peft.") for module in model.modules()):
@@ -89,11 +97,15 @@ def plan_lora(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
         problems += shared_weights(model, plan)
     problems += _parameter_problems(model, plan, config)
     problems += _token_problems(model, plan, config)
-    if problems:
-        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise ValueError("apply_lora: " + "; ".join(problems[:4]) + more)
+    _refuse("apply_lora", problems)
     modules_to_save(model, config)
     return plan
+
+
+def _refuse(caller: str, problems: Iterable[str]) -> None:
+    if problems := list(problems):
+        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise ValueError(f"{caller}: " + "; ".join(problems[:4]) + more)
 
 
 def attach_adapters(model: nn.Module, plan: dict[str, nn.Module], config: LoraConfig) -> None:
@@ -244,7 +256,7 @@ def _parameter_problems(model: nn.Module, plan: dict[str, nn.Module], config: Lo
             yield f"{name} is the weight of a layer; name {path.rpartition('.')[2]} in target_modules instead"
         elif not path:
             yield f"{name} is a parameter of the model itself, which PEFT cannot adapt; wrap the model in a module"
-        elif (reason := why_no_parameter_adapter(module, leaf, rank_of(config, name))) is not None:
+        elif (reason := why_no_parameter_adapter(module, leaf)) is not None:
             yield f"{name} cannot be adapted: {reason}"
 
 
@@ -287,18 +299,25 @@ def _problems(model: nn.Module, name: str, module: nn.Module, config: LoraConfig
     reason = None if is_embedding else why_custom_forward(type(module))
     if config.fast_path and reason is not None:
         yield f"fast_path=True was asked for, but {name} cannot run on the fast path: {reason}"
-    sides, rank = tuple(weight.shape) if is_embedding else widths(module), rank_of(config, name)
-    if rank > min(sides):
-        yield (
-            f"{name} has a weight of {sides}, rank {rank} is larger; set at most {min(sides)} with rank_pattern, or "
-            "leave it out with exclude_modules"
-        )
     if config.lora_bias and is_embedding:
         yield f"{name} is an embedding, which has no bias on B; unset lora_bias, or leave it out"
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
         yield f"{name} is an embedding with max_norm or sparse gradients, which adapters do not support"
     if "forward" in vars(module) and "_old_forward" not in vars(module):
         yield f"{name} has a custom forward, set by another tool, which would skip the adapter"
+
+
+def _rank_problems(model: nn.Module, plan: dict[str, nn.Module], config: LoraConfig) -> Iterator[str]:
+    """The ranks above a side of a weight, which train more numbers than the weight has. PEFT makes such adapters."""
+    sides = {n: tuple(m.weight.shape) if isinstance(m, nn.Embedding) else widths(m) for n, m in plan.items()}
+    for name, (path, leaf) in select_parameters(model, config).items():
+        sides[name] = expert_sizes(model.get_submodule(path), leaf)[1:]
+    for name, shape in sides.items():
+        if (rank := rank_of(config, name)) > min(shape):
+            yield (
+                f"{name} has a weight of {shape}, rank {rank} is larger; set at most {min(shape)} with rank_pattern, "
+                "or leave it out with exclude_modules"
+            )
 
 
 def shared_weights(model: nn.Module, plan: dict[str, nn.Module]) -> Iterator[str]:

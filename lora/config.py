@@ -56,7 +56,7 @@ class LoraConfig:
     """A low-rank adapter: ``W x + scale * B A x``, ``scale = lora_alpha / r``.
 
     Args:
-        r: rank of the factors A (r, in) and B (out, r); at most the smaller width of a layer.
+        r: rank of the factors A (r, in) and B (out, r); at most the smaller width of a layer, but in files.
         lora_alpha: numerator of the scale.
         target_modules: the layers to adapt. A list holds names, each the whole name of a layer or its end after a dot.
             A string is a regular expression for the whole name. ``"all-linear"`` selects every linear layer except the

@@ -7,6 +7,7 @@ import json
 import os
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,9 +15,12 @@ from typing import Any
 
 from leanstep._arguments import OneLineParser, add_device, positive
 from leanstep._charts import Quantity, bars
-from leanstep._files import format_bytes, one_line, write_text
-from leanstep.recipes.evaluate import find_device, find_model_folder
+from leanstep._files import find_model_folder, format_bytes, one_line, write_text
+from leanstep.recipes.evaluate import find_device
 from leanstep.recipes.generate import open_generator
+
+EQUAL = 0.05  # difference of two speeds that turns measure as often as not
+WRAPPED = 105  # characters of a line in the picture
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,11 +73,14 @@ def _bench(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     options.device = str(find_device(options.device))
+    from leanstep.sparsity.inference.linear import why_slow
+
     if options.threads:
         torch.set_num_threads(options.threads)
     rows: list[tuple[dict[str, Any], Any, dict[str, list[float]]]] = []
     for folder in folders:
-        _import_model(folder)
+        # the first opening imports code and starts threads, whose memory is not the model's
+        open_generator(folder, options.device)
         before = _resident()
         model = open_generator(folder, options.device)
         _check_positions(model, options)
@@ -81,6 +88,8 @@ def _bench(options: argparse.Namespace) -> dict[str, Any]:
         row["file_bytes"] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         row["weight_bytes"] = _weight_bytes(model)
         row["resident_bytes"] = _resident() - before
+        row["dense_bytes"] = row["weight_bytes"] - _sparse_bytes(model)
+        row["why_slow"] = why_slow(model)
         # the first turn warms up
         _turn(model, options)
         rows.append((row, model, {"prompt": [], "generation": []}))
@@ -143,18 +152,12 @@ def _weight_bytes(model: Any) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _import_model(folder: Path) -> None:
-    """Import the code of a model, which takes memory that is not the model's."""
-    import torch
+def _sparse_bytes(model: Any) -> int:
+    """Bytes of the weights that layers hold without their zeros."""
+    from leanstep.sparsity.inference.linear import SparseLinear
 
-    from leanstep.pruning.folder.loading import empty_model
-
-    try:
-        with torch.device("meta"):
-            empty_model(folder, torch.float32)
-    except ValueError:  # opening the model says better what is wrong
-        return
-    torch.ones(64, 64) @ torch.ones(64, 64)
+    layers = (layer for layer in model.modules() if isinstance(layer, SparseLinear))
+    return sum(part.nbytes for layer in layers for part in layer.buffers(recurse=False))
 
 
 def _resident() -> int:
@@ -182,7 +185,31 @@ def _table(result: dict[str, Any]) -> str:
         rows.append((name, row["dtype"], *sizes, f"{prompt:.1f}", f"{generation:.1f}", f"{generation / last:.2f}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, *_notes(result), "ratio: new tokens per second beside those of the last row"])
+    ratio = "ratio: new tokens per second beside those of the last row"
+    return "\n".join([*lines, *_notes(result), ratio, *_verdict(result)])
+
+
+def _verdict(result: dict[str, Any]) -> list[str]:
+    """Sentences on speed and memory of the first folder beside each of the others, and why sparse weights are slow."""
+    (name, *others), (row, *rest) = _names(result), result["checkpoints"]
+    lines = []
+    for other, beside in zip(others, rest, strict=True):
+        speed = row["generation_tokens_per_second"] / beside["generation_tokens_per_second"]
+        kind = "about as fast as" if abs(speed - 1) < EQUAL else "faster than" if speed > 1 else "slower than"
+        memory = row["weight_bytes"] / beside["weight_bytes"]
+        lines.append(
+            f"{name} generates {kind} {other}: {speed:.2f} times its speed, with {memory:.2f} of its bytes in memory."
+        )
+        if "about" not in kind and (why := (row if speed < 1 else beside)["why_slow"]) is not None:
+            lines[-1] += f" Why: {why}."
+        if speed < 1 - EQUAL and result["load"] > (os.cpu_count() or 1):
+            lines[-1] += f" Other work kept this machine busy (load {result['load']:.1f}), too."
+    if others and row["dense_bytes"] < row["weight_bytes"]:
+        lines.append(
+            f"{row['dense_bytes'] / row['weight_bytes']:.0%} of the bytes of {name}'s weights are dense, as embeddings "
+            "are, and save nothing."
+        )
+    return lines
 
 
 def _picture(result: dict[str, Any]) -> str:
@@ -192,7 +219,8 @@ def _picture(result: dict[str, Any]) -> str:
         _quantity(result, "Resident memory", "resident_bytes", format_bytes),
         _quantity(result, "Weight files", "file_bytes", format_bytes),
     ]
-    return bars(_names(result), quantities, title="leanstep bench", notes=_notes(result))
+    notes = [line for text in [*_notes(result), *_verdict(result)] for line in textwrap.wrap(text, WRAPPED)]
+    return bars(_names(result), quantities, title="leanstep bench", notes=notes)
 
 
 def _quantity(result: dict[str, Any], title: str, key: str, text: Callable[[float], str]) -> Quantity:

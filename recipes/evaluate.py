@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leanstep._arguments import OneLineParser, add_device, positive
-from leanstep._files import one_line, read_text
+from leanstep._files import find_model_folder, one_line, read_text
 from leanstep.recipes.config.schema import DataConfig
 from leanstep.recipes.data.sources import in_options, open_file
 from leanstep.recipes.data.tokens import require
@@ -77,26 +77,6 @@ def _parser() -> argparse.ArgumentParser:
     add_device(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
-
-
-def find_model_folder(path: str | Path) -> Path:
-    """Return the Hugging Face folder at ``path``: itself, ``final/`` of a run, or ``hf/`` of a checkpoint.
-
-    Raises ValueError if there is none.
-    """
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise ValueError(f"'{path}' is {'a file' if folder.exists() else 'not there'}; expected a Hugging Face folder")
-    for candidate in (folder, folder / "final", folder / "last" / "hf", folder / "hf"):
-        if not (candidate / "config.json").is_file():
-            continue
-        if any(candidate.glob("*.safetensors")) or any(candidate.glob("*.bin")):
-            return candidate
-        raise ValueError(f"'{candidate}' has a config.json but no weights (model.safetensors)")
-    raise ValueError(
-        f"'{path}' is no Hugging Face model: expected config.json and model.safetensors in it, or in its final/ "
-        f"(a run) or hf/ (a checkpoint)"
-    )
 
 
 def _sequence_length(requested: int | None, model: Any, tokenizer: Any) -> int:

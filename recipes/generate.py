@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from leanstep._arguments import OneLineParser, add_device, positive, seed
-from leanstep._files import one_line
-from leanstep.recipes.evaluate import find_device, find_model_folder
+from leanstep._files import find_model_folder, one_line
+from leanstep.recipes.evaluate import find_device
 
 if TYPE_CHECKING:
     import torch

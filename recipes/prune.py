@@ -325,7 +325,7 @@ def _prune(options: argparse.Namespace, bar: ProgressBar) -> "PruneResult | Reco
 
 def _model_folder(checkpoint: str) -> str:
     """The folder of a checkpoint, of a run that of its model; a name on the hub, or what is no model, as it is."""
-    from leanstep.recipes.evaluate import find_model_folder
+    from leanstep._files import find_model_folder
 
     try:
         return str(find_model_folder(checkpoint))

@@ -1,15 +1,40 @@
 """Products with matrices of values and bit masks."""
 
+import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from leanstep.kernels._backend import choose, on_remembered_backend, remember_backend
+from leanstep.kernels._backend import choose, on_remembered_backend, remember_backend, why_not
 from leanstep.kernels._modes import is_traced, vmap_over_rows, without_autocast
 from leanstep.kernels.cpp_impl.sparse import linear as cpp
 from leanstep.kernels.reference.sparse import linear as reference
 from leanstep.kernels.sparse.bitmask import check_parts
+
+# entries of a matrix with 60 % zeros from which one token's product is faster than the dense one (docs/measured/
+# sparsity.md): with AVX-512, where the call itself no longer decides, and without
+_LEAST_ENTRIES, _LEAST_ENTRIES_AVX2 = 2**18, 2**24
+
+
+def why_slower(shapes: Collection[tuple[int, int]]) -> str | None:
+    """Why one token takes longer with these matrices packed than dense, on this CPU; None where it does not.
+
+    Judged by the matrices that have most of the entries, from times measured with 60 % zeros.
+    """
+    sizes = [math.prod(shape) for shape in shapes]
+    if (reason := why_not("bitmask_linear", "cpp", torch.device("cpu"))) is not None and sizes:
+        return f"the products run in plain torch ({reason})"
+    least, where = (_LEAST_ENTRIES, "") if cpp.has_avx512() else (_LEAST_ENTRIES_AVX2, "without AVX-512 ")
+    share = sum(size for size in sizes if size < least) / max(1, sum(sizes))
+    if share <= 0.5:
+        return None
+    rows, columns = max((shape for shape in shapes if math.prod(shape) < least), key=math.prod)
+    return (
+        f"{where}leaving out zeros saves time in matrices of {least / 1e6:.1f} million entries and more, and "
+        f"{share:.0%} of the entries here are in smaller ones, of at most {rows} x {columns}"
+    )
 
 
 def bitmask_linear(
@@ -37,6 +62,7 @@ def bitmask_linear(
     Raises:
         ValueError: for dtypes, shapes or devices that do not match, or values that require a gradient.
         BackendError: the requested backend cannot run here.
+        RuntimeError: in an export to ONNX.
 
     Notes:
         Checks no element of mask and offsets; :func:`bitmask_validate` does. Computes in fp32 (fp64 for fp64) and
@@ -87,8 +113,8 @@ def _check(
 def _run(
     x: Tensor, values: Tensor, mask: Tensor, offsets: Tensor, bias: Tensor | None, scales: Tensor | None
 ) -> Tensor:
-    if not x.numel() or not mask.shape[0]:
-        return x.new_empty(x.shape[0], mask.shape[0])
+    if torch.onnx.is_in_onnx_export() or not x.numel() or not mask.shape[0]:
+        return _empty(x, values, mask)
     x, values, mask, offsets = x.contiguous(), values.contiguous(), mask.contiguous(), offsets.contiguous()
     return _module(x).bitmask_linear(x, values, mask, offsets, bias, scales)
 
@@ -102,6 +128,16 @@ def _run_backward(
         return grad.new_zeros(grad.shape[0], columns)
     values, mask, offsets = values.contiguous(), mask.contiguous(), offsets.contiguous()
     return _module(grad).bitmask_linear_backward(grad, values, mask, offsets, columns, scales)
+
+
+def _empty(x: Tensor, values: Tensor, mask: Tensor, *rest: Any) -> Tensor:
+    """The result without values. Raises RuntimeError in an export to ONNX, also where that only traces."""
+    if torch.onnx.is_in_onnx_export():
+        raise RuntimeError(
+            "bitmask_linear: ONNX has no product with a packed matrix; export a model with dense weights, whose folder "
+            "`leanstep export --format dense` writes"
+        )
+    return x.new_empty(x.shape[0], mask.shape[0])
 
 
 def _module(x: Tensor) -> Any:
@@ -133,7 +169,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 _linear_op = torch.library.custom_op("leanstep::bitmask_linear", _run, mutates_args=())
 _backward_op = torch.library.custom_op("leanstep::bitmask_linear_backward", _run_backward, mutates_args=())
-_linear_op.register_fake(lambda x, values, mask, *_: x.new_empty(x.shape[0], mask.shape[0]))
+_linear_op.register_fake(_empty)
 _backward_op.register_fake(lambda grad, values, mask, offsets, columns, scales: grad.new_empty(grad.shape[0], columns))
 _linear_op.register_autograd(_backward, setup_context=_save)
 _linear_op.register_vmap(vmap_over_rows(_linear_op))

@@ -164,7 +164,7 @@ def is_stored_in_out(module: nn.Module, leaf: str) -> bool:
     return getattr(module, leaf).dim() == 3 and getattr(module, "is_transposed", False) is True
 
 
-def why_no_parameter_adapter(module: nn.Module, leaf: str, rank: int) -> str | None:
+def why_no_parameter_adapter(module: nn.Module, leaf: str) -> str | None:
     """The reason why a parameter cannot have an adapter; None if it can."""
     weight = getattr(module, leaf)
     if weight.dim() not in (2, 3):
@@ -173,9 +173,6 @@ def why_no_parameter_adapter(module: nn.Module, leaf: str, rank: int) -> str | N
         return (
             f"it is a {type(weight).__name__} of {weight.dtype}; expected a dense floating-point parameter, not sharded"
         )
-    _, n, m = expert_sizes(module, leaf)
-    if rank > min(n, m):
-        return f"its matrices are {(m, n)}, rank {rank} is larger; set at most {min(n, m)} with rank_pattern"
     return None
 
 

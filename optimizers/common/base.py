@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels import StepOptions
-from leanstep.optimizers.common.checks import describe, naming_options
+from leanstep.optimizers.common.checks import describe, naming_options, refuse_complex
 from leanstep.optimizers.common.engines import refuse_flattened, refuse_replaced
 from leanstep.optimizers.common.loading import StateLoading
 from leanstep.optimizers.common.rounding import STATE_RULES, effective, rounding_states, seeds_for
@@ -384,11 +384,13 @@ def dense_gradient(owner: str, group: dict[str, Any], position: int, param: Tens
 
     Raises:
         RuntimeError: for a sparse gradient.
-        ValueError: the parameter was resized after the backward pass, or its gradient is on another mesh.
+        ValueError: the parameter was resized after the backward pass, is complex, or its gradient is on another mesh.
         TypeError: for a tensor class that kernels can neither address nor copy.
     """
     grad = param.grad
     assert grad is not None
+    # a parameter may become complex after its group was checked
+    refuse_complex(owner, group, position)
     if grad.is_sparse:
         raise RuntimeError(
             f"{owner}: the gradient of {describe(group, position)} is sparse; expected a dense one. "

@@ -61,6 +61,16 @@ def describe(group: dict[str, Any], position: int) -> str:
     return f"{name} {tuple(group['params'][position].shape)}"
 
 
+def refuse_complex(owner: str, group: dict[str, Any], position: int) -> None:
+    """Raise ValueError for a complex parameter: kernels read it as real numbers."""
+    param = group["params"][position]
+    if param.is_complex():
+        raise ValueError(
+            f"{owner}: {describe(group, position)} is complex ({param.dtype}); expected a real floating dtype. Give "
+            "torch.view_as_real(parameter) to the optimizer or use another one."
+        )
+
+
 def names_of(groups: list[dict[str, Any]]) -> dict[Tensor, str]:
     """Return a name for every parameter; without names its group and position.
 

@@ -15,6 +15,7 @@ from leanstep.optimizers.common.checks import (
     check_rounding,
     describe,
     no_option,
+    refuse_complex,
 )
 from leanstep.optimizers.common.engines import refuse_flattened
 
@@ -113,12 +114,8 @@ class CheckedGroups(torch.optim.Optimizer):
 
     def _check_params(self, group: dict[str, Any], given: dict[str, Any]) -> None:
         """Raise ValueError if a parameter does not fit its new group; ``given`` lacks the default settings."""
-        for position, param in enumerate(group["params"]):
-            if param.is_complex():
-                raise ValueError(
-                    f"{type(self).__name__}: {describe(group, position)} is complex ({param.dtype}); expected a real "
-                    "floating dtype. Give torch.view_as_real(parameter) to the optimizer or use another one."
-                )
+        for position in range(len(group["params"])):
+            refuse_complex(type(self).__name__, group, position)
             if not self._takes_flattened(group):
                 refuse_flattened(type(self).__name__, group, position)
 

@@ -30,7 +30,7 @@ from leanstep._files import is_folder_name, one_line
 from leanstep._mapped import Scratch, forget_sources, is_mapped, note_use, release_pages
 from leanstep._safetensors import MappedFile
 from leanstep.pruning.folder.files import DTYPE_NAMES, Checkpoint, stored_dtypes
-from leanstep.sparsity.inference.load import check_declared, nobody_asked
+from leanstep.sparsity.inference.load import check_declared, named_class, nobody_asked
 
 _FLOATING_DTYPES = tuple(DTYPE_NAMES.values())
 
@@ -57,7 +57,7 @@ def load_model(checkpoint: Checkpoint, device: str | torch.device = "cpu") -> nn
         ValueError: if transformers cannot open it, if it needs code of its own, if the weights do not fit its
             config.json, or if one holds NaN or infinity.
     """
-    model_class = _model_class(checkpoint.config.get("architectures"))
+    model_class = named_class(checkpoint.config.get("architectures"))
     model = open_model(checkpoint.folder, model_class, finite=False, mapped=True)
     _check_finite(checkpoint, model)
     return model.eval().to(device)
@@ -80,16 +80,6 @@ def _check_finite(checkpoint: Checkpoint, model: nn.Module) -> None:
         check_finite([(name, tensor)], checkpoint.folder)
         if is_mapped(tensor):
             release_pages(tensor.data_ptr(), tensor.nbytes)
-
-
-def _model_class(architectures: Any) -> Any:
-    """The first class of transformers among the names in a config.json; None if there is none."""
-    import transformers
-
-    names = architectures if isinstance(architectures, list) else []
-    classes = [getattr(transformers, name, None) for name in names if isinstance(name, str)]
-    models = (cls for cls in classes if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel))
-    return next(models, None)
 
 
 def checkpoint_values(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Tensor]:
@@ -194,7 +184,7 @@ def empty_model(source: str | Path, dtype: torch.dtype) -> nn.Module:
 def empty_model_of(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
     """The model of a checkpoint on the meta device, without values; ValueError if it cannot be built."""
     config = open_config(checkpoint.folder)
-    model_class = _model_class(checkpoint.config.get("architectures"))
+    model_class = named_class(checkpoint.config.get("architectures"))
     with _opening("model", checkpoint.folder), torch.device("meta"):
         if model_class is None:
             return _class(None).from_config(config, dtype=dtype, trust_remote_code=False)

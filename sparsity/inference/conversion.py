@@ -41,7 +41,8 @@ class Names:
         conversions = get_model_conversion_mapping(model)
         self._renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-        self._parameters = dict(model.named_parameters(remove_duplicate=False))
+        # a buffer that files have may be a matrix of zeros, such as BART's final_logits_bias
+        self.tensors = model.state_dict(keep_vars=True)
         self._prefix = getattr(model, "base_model_prefix", "")
         self._has_another_head = has_another_head(model)
 
@@ -50,13 +51,13 @@ class Names:
         return rename_source_key(name, self._renamings, [])[0]
 
     def target(self, name: str) -> tuple[str, str | None]:
-        """The parameter of a stored weight; and, if it is merged from several stored ones, the pattern of its name.
+        """The parameter or buffer of a stored tensor; if it is merged from several, also the pattern of its name.
 
         Raises:
             ValueError: for a weight that the model does not have.
         """
         target, pattern = self._renamed(name)
-        if target not in self._parameters:
+        if target not in self.tensors:
             raise ValueError(f"the weights do not fit config.json: its model has no weight {one_line(name)}")
         return target, pattern
 
@@ -65,23 +66,23 @@ class Names:
         return self._renamed(name)[0]
 
     def lacks(self, name: str) -> bool:
-        """Whether the model has no parameter for a stored weight."""
-        return self._renamed(name)[0] not in self._parameters
+        """Whether the model has no parameter or buffer for a stored weight."""
+        return self._renamed(name)[0] not in self.tensors
 
     def is_of_head(self, name: str) -> bool:
         """Whether a stored weight belongs to the head of another model, of which this is the base or has the same."""
         return self._has_another_head and self.lacks(name) and not name.startswith(f"{self._prefix}.")
 
     def _renamed(self, name: str) -> tuple[str, str | None]:
-        return rename_source_key(name, self._renamings, self._converters, self._prefix, self._parameters)
+        return rename_source_key(name, self._renamings, self._converters, self._prefix, self.tensors)
 
     def merged(self, names: Iterable[str]) -> dict[str, dict[str, list[str]]]:
         """Parameter -> pattern -> the stored weights that are merged into it, in the order of loading."""
-        groups: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+        groups: dict[str, dict[str, list[str]]] = {}
         for name in sorted(names, key=dot_natural_key):
             target, pattern = self._renamed(name)
             if pattern is not None:
-                groups[target][pattern].append(name)
+                groups.setdefault(target, {}).setdefault(pattern, []).append(name)
         return groups
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from leanstep._checkpoint import TensorFile, check_apart, check_output, copy_other_files, new_folder, read_json
 from leanstep._files import format_bytes, one_line
+from leanstep.kernels.sparse.linear import why_slower
 from leanstep.sparsity.inference.manifest import Manifest, checksum
 from leanstep.sparsity.inference.matrices import CODES, Form, compress, part_name, smallest_form
 from leanstep.sparsity.inference.reader import INDEX, SparseFiles, has_manifest, weight_files
@@ -42,6 +44,10 @@ class Export:
         forms = {name: form.to_json() for name, form in self.forms.items()}
         sizes = {"bytes_before": self.bytes_before, "bytes_after": self.bytes_after}
         return {"out": str(self.out), **sizes, "matrices": forms}
+
+    def why_slow(self) -> str | None:
+        """Why one token takes longer with these weights than with dense ones on this CPU; None if it does not."""
+        return why_slower([form.matrix for form in self.forms.values()])
 
     def __str__(self) -> str:
         patterns = [form for form in self.forms.values() if form.pattern is not None]
@@ -147,8 +153,8 @@ def _write_sparse(
         with TensorFile(path) as file:
             for name in file.names:
                 weight = file.tensor(name)
-                # other equal matrices, such as those without a nonzero, are not tied
-                may_be_tied = weight.dim() == 2 and weight.shape[0] in tied_rows
+                # other equal matrices, such as those without a nonzero, are not tied; those of layers have a number
+                may_be_tied = weight.dim() == 2 and weight.shape[0] in tied_rows and not re.search(r"\.\d+\.", name)
                 twin = _twin(name, weight, path, stored_matrices) if may_be_tied else None
                 # the index does not name a file without tensors, so a file keeps its last one
                 if twin is not None and (stored or name != file.names[-1]):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from leanstep.kernels import bitmask_linear, bitmask_pack, bitmask_unpack, bitmask_validate
+from leanstep.kernels.sparse.linear import why_slower
 from leanstep.sparsity.inference.matrices import DTYPE_NAMES, WEIGHT_DTYPES, Form
 
 
@@ -58,6 +59,13 @@ def _constant(operation: object) -> str:
         f"{operation}: the weight of a SparseLinear is compressed and cannot be changed; `leanstep export --format "
         "dense` writes a folder with dense weights"
     )
+
+
+def why_slow(model: nn.Module) -> str | None:
+    """Why a model on the CPU generates slower from its sparse weights than from dense ones; None if it does not."""
+    layers = (layer for layer in model.modules() if isinstance(layer, SparseLinear))
+    on_cpu = [layer for layer in layers if layer.weight_mask.device.type == "cpu"]
+    return why_slower([(layer.out_features, layer.in_features) for layer in on_cpu])
 
 
 class SparseLinear(nn.Linear):
@@ -157,7 +165,7 @@ class SparseLinear(nn.Linear):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] to [..., out]."""
+        """[..., in] to [..., out]. Raises RuntimeError in an export to ONNX."""
         if self.weight_scales is None and torch.is_autocast_enabled(x.device.type):
             # autocast does not know the operation; the values cannot be cast at every call
             x = x.to(self._dtype)

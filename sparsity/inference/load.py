@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,10 @@ from torch import nn
 from leanstep._checkpoint import read_json, reason
 from leanstep._files import one_line
 from leanstep.sparsity.inference.export import QUANT_METHOD
+from leanstep.sparsity.inference.linear import why_slow
 from leanstep.sparsity.inference.reader import is_sparse_file, weight_files
+
+_LOG = logging.getLogger(__name__)
 
 
 def load_sparse(
@@ -32,7 +36,8 @@ def load_sparse(
 
     Args:
         folder: with sparse files.
-        model_class: a class of transformers; None: ``AutoModelForCausalLM``.
+        model_class: a class of transformers; None: the one that config.json names in ``architectures``, else
+            ``AutoModelForCausalLM``.
         dtype: of the model; "auto": as stored. Values of another dtype are converted once.
         device_map: as for ``from_pretrained``.
 
@@ -44,6 +49,8 @@ def load_sparse(
             tensor.
 
     Notes:
+        Logs a warning where a token takes longer than with dense weights on this processor, and why.
+
         Memory: the stored values, one bit per weight and 8 bytes per row; and, while loading, one dense weight.
     """
     import transformers
@@ -62,10 +69,11 @@ def load_sparse(
             f"{folder} is no sparse checkpoint: quant_method in config.json is {one_line(method)}, expected "
             f"{QUANT_METHOD}; `leanstep export --format sparse` writes such a folder"
         )
-    auto_class = transformers.AutoModelForCausalLM if model_class is None else model_class
+    if model_class is None:
+        model_class = named_class(config.get("architectures")) or transformers.AutoModelForCausalLM
     try:
         with nobody_asked():
-            model, info = auto_class.from_pretrained(
+            model, info = model_class.from_pretrained(
                 str(folder), dtype=dtype, device_map=device_map, trust_remote_code=False, output_loading_info=True
             )
     except Exception as error:  # transformers and safetensors raise many types for a damaged file
@@ -73,6 +81,12 @@ def load_sparse(
     missing = [*sorted(map(str, info["missing_keys"])), *sorted(str(row[0]) for row in info["mismatched_keys"])]
     if missing:
         raise ValueError(f"{folder}: the files lack the weight {one_line(missing[0])} of the model in config.json")
+    if (slow := why_slow(model)) is not None:
+        _LOG.warning(
+            "%s: a token takes longer here than with dense weights: %s; `leanstep export --format dense` writes those",
+            folder,
+            slow,
+        )
     return model
 
 
@@ -91,6 +105,16 @@ def nobody_asked() -> Iterator[None]:
         yield
     finally:
         dynamic_module_utils.TIME_OUT_REMOTE_CODE = seconds
+
+
+def named_class(architectures: Any) -> Any:
+    """The first class of transformers among the names in a config.json; None if there is none."""
+    import transformers
+
+    names = architectures if isinstance(architectures, list) else []
+    classes = [getattr(transformers, name, None) for name in names if isinstance(name, str)]
+    models = (cls for cls in classes if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel))
+    return next(models, None)
 
 
 def check_declared(folder: Path, config: Mapping[str, Any]) -> None:

@@ -190,11 +190,21 @@ def compress(weight: Tensor, form: Form) -> dict[str, Tensor]:
 
 
 def check_parts(form: Form, parts: Mapping[str, Tensor]) -> None:
-    """Raise ValueError for tensors that no weight of this form has: offsets, masks, scales, dtypes, shapes."""
+    """Raise ValueError for tensors that no weight of this form has: offsets, masks, scales, dtypes, shapes.
+
+    Also for scales by which the largest code leaves the range of the weight's dtype.
+    """
     if form.pattern is not None:
         check_nm(parts["nm_values"], parts["nm_indices"], form.pattern, form.dim, form.matrix)
         return
     bitmask_validate(parts["values"], parts["mask"], parts["offsets"], form.matrix, parts.get("scales"))
+    if form.codes:
+        largest = parts["scales"].double() * (2 ** (CODES[form.codes][2] - 1) - 1)
+        beyond = ~largest.to(DTYPES[form.dtype]).isfinite()
+        if beyond.any():
+            at = beyond.nonzero()[0].tolist()
+            scale = float(parts["scales"][tuple(at)])
+            raise ValueError(f"the scale {scale:g} of row {at[0]} takes codes of {form.codes} beyond {form.dtype}")
 
 
 def decompress(form: Form, parts: Mapping[str, Tensor]) -> Tensor:

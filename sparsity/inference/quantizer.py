@@ -68,7 +68,7 @@ class SparseQuantizer(HfQuantizer):
             raise ValueError(f"a model of quant_method {QUANT_METHOD} loads from its folder, not from a state dict")
         ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
         names = Names(model)
-        self.dtypes = {name: parameter.dtype for name, parameter in model.named_parameters(remove_duplicate=False)}
+        self.dtypes = {name: tensor.dtype for name, tensor in names.tensors.items()}
         with SparseFiles(map(Path, checkpoint_files)) as files:
             files.check_content()
             self.manifest = files.manifest
@@ -82,7 +82,7 @@ class SparseQuantizer(HfQuantizer):
             self.merged = names.merged(stored)
             located = {names.located(stands_for.get(name, name)) for name in stored} | self.tied.keys()
             missing = _missing(model, located)
-            _check_dense_shapes(model, names, files)
+            _check_dense(model, names, files)
             for name in stands_for.keys() - self.manifest.matrices.keys():
                 self.converters.append(
                     WeightRenaming(f"^{re.escape(names.renamed(name))}$", names.located(stands_for[name]))
@@ -97,8 +97,9 @@ class SparseQuantizer(HfQuantizer):
                 layer = None
                 owner = target.rpartition(".")[0]
                 linear: Any = model.get_submodule(owner)
-                _check_shape(name, form.shape, model.get_parameter(target))
-                if _is_plain_linear(linear) and target not in {*ties.keys(), *ties.values()}:
+                _check_shape(name, form.shape, names.tensors[target])
+                constant = target not in {*ties.keys(), *ties.values()} and not _is_rescaled(model, target)
+                if _is_plain_linear(linear) and constant:
                     layer = self.layers[name] = _empty(linear, form, _nonzeros(files, name, form))
                     _set_module(model, owner, layer)
                 if layer is None or form.pattern is not None:
@@ -151,6 +152,8 @@ class SparseQuantizer(HfQuantizer):
                 )
         to_few_token_linear(model)
         _compress_conv1d(model, [self.targets[name] for name in self.restored - self.layers.keys()])
+        # the model holds this object: what only loading needs is no part of a copy or a pickle
+        self.manifest, self.converters, self.merged, self.layers = Manifest(), [], {}, {}
         return model
 
     def is_serializable(self) -> bool:
@@ -208,10 +211,10 @@ def _missing(model: nn.Module, located: set[str]) -> list[str]:
     return sorted(missing)
 
 
-def _check_dense_shapes(model: nn.Module, names: Names, files: SparseFiles) -> None:
-    """Compare the weights that are stored as they are with the model's.
+def _check_dense(model: nn.Module, names: Names, files: SparseFiles) -> None:
+    """Compare dtypes and shapes of the weights that are stored as they are with the model's.
 
-    Those of a head may differ: with ``ignore_mismatched_sizes``, transformers makes a new one.
+    Shapes of a head may differ: with ``ignore_mismatched_sizes``, transformers makes a new one.
     """
     base: Any = model.base_model
     prefix = "" if base is model else f"{model.base_model_prefix}."
@@ -219,8 +222,11 @@ def _check_dense_shapes(model: nn.Module, names: Names, files: SparseFiles) -> N
         if names.lacks(name):
             continue
         target, pattern = names.target(name)
+        stored = files.manifest.tensors[name]
+        if names.tensors[target].is_floating_point() and not DTYPES[stored.dtype].is_floating_point:
+            raise ValueError(f"{one_line(name)} is of dtype {stored.dtype}: expected floating-point weights")
         if pattern is None and target.startswith(prefix):
-            _check_shape(name, files.manifest.tensors[name].shape, model.get_parameter(target))
+            _check_shape(name, stored.shape, names.tensors[target])
 
 
 def _check_shape(name: str, shape: tuple[int, ...], parameter: Tensor) -> None:
@@ -251,6 +257,12 @@ def _is_plain_linear(module: nn.Module) -> bool:
     """Whether a module computes x W^T + b and nothing else."""
     falcon = type(module).__name__ == "FalconLinear" and type(module).__module__.startswith("transformers.")
     return type(module) is nn.Linear or falcon
+
+
+def _is_rescaled(model: nn.Module, weight: str) -> bool:
+    """Whether the model changes a weight in place: RWKV divides those of two layers before it generates."""
+    ends = ("attention.output.weight", "feed_forward.value.weight")
+    return hasattr(model.base_model, "_rescale_layers") and weight.endswith(ends)
 
 
 def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from leanstep._checkpoint import TensorFile, index_files
+from leanstep._checkpoint import TensorFile, check_finite, index_files
 from leanstep._configuration import check_folder
 from leanstep._files import one_line
 from leanstep.sparsity.inference.manifest import KEY, Manifest, checksum
@@ -79,15 +79,19 @@ class SparseFiles:
             file.__exit__(None, None, None)
 
     def check_content(self) -> None:
-        """Read every tensor once, and check checksums, offsets, masks and scales. Allocates masks at most.
+        """Read every tensor, and check checksums, offsets, masks, scales, and that numbers are finite.
+
+        Allocates masks at most.
 
         Raises:
             ValueError: the message names file and tensor.
         """
         for name in self.dense_names():
-            self._tensor(name)
+            check_finite([(name, self._tensor(name))], self._owners[name].path)
         for name, form in self.manifest.matrices.items():
             self._checked(name, check_parts, form)
+            values = part_name(name, form.parts[0])
+            check_finite([(name, self._owners[values].tensor(values))], self._owners[values].path)
 
     def dense_names(self) -> set[str]:
         """Names of the tensors that are stored as they are."""

@@ -16,6 +16,7 @@ from leanstep.kernels import (
 from leanstep.kernels.cpp_impl._build import library, why_not_cpp
 from leanstep.kernels.cpp_impl.sparse import linear as cpp
 from leanstep.kernels.reference.sparse import bitmask as reference
+from leanstep.kernels.sparse import linear
 
 
 def sparse(rows, columns, sparsity=0.6, dtype=torch.float32, seed=0):
@@ -275,3 +276,21 @@ def test_bad_arguments_are_named():
     ]:
         with pytest.raises(ValueError, match=message):
             bitmask_linear(*arguments)
+
+
+def test_the_sizes_from_which_zeros_save_time(monkeypatch):
+    """Matrices of SmolLM2 and of larger models, as measured with AVX-512 and without."""
+    small, medium, large = (128, 384), (576, 1536), (4096, 11008)
+    monkeypatch.setattr(linear, "why_not", lambda *_: None)
+    for has_avx512, slow in ((True, [[small]]), (False, [[small], [medium], [medium] * 9 + [small]])):
+        monkeypatch.setattr(cpp, "has_avx512", lambda answer=has_avx512: answer)
+        for shapes in ([], [small], [medium], [large], [medium] * 9 + [small], [large, medium]):
+            assert (linear.why_slower(shapes) is not None) == (shapes in slow)
+    assert "without AVX-512" in linear.why_slower([small]) and "100% of the entries here are" in linear.why_slower(
+        [small]
+    )
+    monkeypatch.setattr(linear, "why_not", lambda *_: "no C++ compiler")
+    assert (
+        linear.why_slower([large]) == "the products run in plain torch (no C++ compiler)"
+        and linear.why_slower([]) is None
+    )

@@ -151,6 +151,28 @@ def test_pefts_all_linear_of_a_mixture_loads(name, tmp_path):
     torch.testing.assert_close(ours(tokens()).logits, theirs(tokens()).logits, rtol=1e-4, atol=1e-5)
 
 
+# routers have 4 rows and a gate of shared experts has one: PEFT gives them the rank of all others
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
+@pytest.mark.parametrize("r", [8, 40])
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen2"])
+def test_adapters_of_a_rank_above_the_smaller_side_load(name, r, tmp_path):
+    config = peft.LoraConfig(r=r, target_modules="all-linear", init_lora_weights=False)
+    theirs = peft.PeftModel(make(name), config)
+    theirs.save_pretrained(tmp_path / "theirs")
+    wanted = theirs.eval()(tokens()).logits
+    wanted.square().mean().backward()
+    ours = load_adapter(make(name), tmp_path / "theirs").eval()
+    assert (wanted - make(name).eval()(tokens()).logits).abs().max() > 0.01
+    logits = ours(tokens()).logits
+    torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-5)
+    logits.square().mean().backward()
+    norms = [sum(p.grad.square().sum() for p in m.parameters() if p.grad is not None) for m in (ours, theirs)]
+    torch.testing.assert_close(*norms, rtol=1e-4, atol=0.0)
+    save_adapter(ours, tmp_path / "ours")
+    again = load_adapter(make(name), tmp_path / "ours").eval()
+    assert torch.equal(again(tokens()).logits, logits)
+
+
 @pytest.mark.parametrize("name", ["vit", "swin"])
 def test_a_classifier_that_is_not_trained_whole_is_told(name, recwarn):
     with pytest.warns(UserWarning, match=r"classifier keeps its weights under an adapter; .*task_type='SEQ_CLS' or"):

@@ -212,3 +212,18 @@ def test_one_bad_gradient_skips_all_adamw_parameters_also_one_call_at_a_time(set
         assert all(optimizer.state[param]["step"] == 3 for param in params)
         results.append(torch.stack([param.detach() for param in params]))
     torch.testing.assert_close(*results, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:.* are taken as hidden matrices")
+@pytest.mark.parametrize("build", [Lion, SinkGD, LANTON, MFAC])
+def test_a_parameter_that_becomes_complex_is_refused_and_keeps_its_imaginary_part(build):
+    param = torch.nn.Parameter(torch.randn(4, 4))
+    optimizer = build([param], lr=0.1)
+    param.grad = torch.randn(4, 4)
+    optimizer.step()
+    param.data = torch.complex(param.data, torch.ones(4, 4))
+    param.grad = torch.ones_like(param)
+    before = param.detach().clone()
+    with pytest.raises(ValueError, match=r"\(4, 4\) is complex \(torch.complex64\); expected a real floating dtype"):
+        optimizer.step()
+    assert torch.equal(param.detach(), before)

@@ -1,6 +1,9 @@
 """The commands generate and bench, on dense and sparse folders."""
 
 import json
+import re
+import subprocess
+import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -182,6 +185,39 @@ def test_a_benchmark_draws_its_table(folders, tmp_path, capsys):
     files = [float(rect.get("width")) for rect in rects[-2:]]
     sparse, dense = (row["file_bytes"] for row in result["checkpoints"])
     assert files[0] / files[1] == pytest.approx(sparse / dense, abs=2e-3)
+    notes = " ".join(texts)
+    assert re.search(r"sparse generates (slower|faster) than|about as fast as", notes)
+    assert re.search(r"times its speed, with 0\.\d\d of its bytes in memory\.", notes)
+    assert re.search(r"\d+% of the bytes of .*sparse's weights are dense, as embeddings are, and save nothing\.", notes)
+
+
+def test_a_benchmark_says_in_words_what_is_slower_and_why(folders, tmp_path):
+    rows = [
+        {"folder": str(folders / name), "generation_tokens_per_second": speed, "why_slow": why, **sizes}
+        for name, speed, why, sizes in (
+            ("sparse", 5.0, "these matrices are small", {"weight_bytes": 60, "dense_bytes": 15}),
+            ("dense", 10.0, None, {"weight_bytes": 100, "dense_bytes": 100}),
+        )
+    ]
+    slow = "sparse generates slower than dense: 0.50 times its speed, with 0.60 of its bytes in memory. Why: these "
+    fast = "dense generates faster than sparse: 2.00 times its speed, with 1.67 of its bytes in memory. Why: these "
+    dense = "25% of the bytes of sparse's weights are dense, as embeddings are, and save nothing."
+    assert bench._verdict({"checkpoints": rows, "load": 0.0}) == [f"{slow}matrices are small.", dense]
+    assert bench._verdict({"checkpoints": rows[::-1], "load": 0.0}) == [f"{fast}matrices are small."]
+    assert "busy (load 900.0)" in bench._verdict({"checkpoints": rows, "load": 900.0})[0]
+    rows[0]["generation_tokens_per_second"] = 10.2
+    level = "sparse generates about as fast as dense: 1.02 times its speed, with 0.60 of its bytes in memory."
+    assert bench._verdict({"checkpoints": rows, "load": 0.0}) == [level, dense]
+    assert bench._verdict({"checkpoints": rows[:1], "load": 0.0}) == []
+
+
+@pytest.mark.slow
+def test_what_a_process_loads_first_does_not_count_as_memory_of_the_first_folder(folders):
+    sizes = ["--prompt-tokens", "8", "--new-tokens", "1", "--repeats", "1", "--json"]
+    command = [sys.executable, "-m", "leanstep", "bench", folders / "sparse", "--against", folders / "sparse", *sizes]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    first, second = (row["resident_bytes"] for row in json.loads(run.stdout)["checkpoints"])
+    assert abs(first - second) < 2**22
 
 
 @pytest.mark.parametrize(

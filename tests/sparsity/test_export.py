@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -175,6 +176,18 @@ def test_equal_matrices_that_are_no_embedding_are_not_tied(tmp_path):
         assert layer.self_attn.q_proj.weight.count_nonzero() == 0
 
 
+def test_equal_matrices_of_layers_as_large_as_the_embedding_are_not_tied(tmp_path):
+    model = make_llama(tie_word_embeddings=True, vocab_size=32, hidden_size=32)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.copy_(torch.eye(32))
+            layer.self_attn.o_proj.weight.copy_(torch.eye(32))
+    dense = save_sparse(tmp_path / "dense", model, dtype=torch.float32)
+    export_folder(dense, tmp_path / "sparse")
+    assert matrices(tmp_path / "sparse") == matrices(dense)
+    assert load_sparse(tmp_path / "sparse").model.layers[1].self_attn.o_proj.weight.shape == (32, 32)
+
+
 def test_a_tied_weight_in_a_file_of_its_own_comes_back(tmp_path):
     """An index lists no file without tensors."""
     dense = save_sparse(tmp_path / "dense", make_llama(tie_word_embeddings=True))
@@ -268,6 +281,14 @@ def test_the_command_writes_both_ways(tmp_path, capsys):
     assert tensors(tmp_path / "back") == tensors(dense)
 
 
+def test_a_run_folder_is_exported_with_a_word_on_speed(tmp_path, capsys):
+    save_sparse(tmp_path / "run" / "final", make_llama())
+    assert main(["export", str(tmp_path / "run"), "--format", "sparse", "--out", str(tmp_path / "sparse")]) == 0
+    assert re.search("(?m)^it generates slower than the dense folder here: .*, of at most ", capsys.readouterr().out)
+    assert main(["export", str(tmp_path), "--format", "sparse", "--out", str(tmp_path / "other")]) == 2
+    assert "is no Hugging Face model: expected config.json and model.safetensors in it" in capsys.readouterr().err
+
+
 def test_what_cannot_be_exported_is_named(tmp_path, capsys):
     dense = save_sparse(tmp_path / "dense", make_llama())
     sparse = export_folder(dense, tmp_path / "sparse").out
@@ -291,7 +312,7 @@ def test_what_cannot_be_exported_is_named(tmp_path, capsys):
     (dense / "model.safetensors").rename(dense / "pytorch_model.bin")
     refused("has no model.safetensors and no", dense, tmp_path / "out")
     assert main(["export", str(dense), "--format", "sparse", "--out", str(tmp_path / "out")]) == 2
-    assert "expected safetensors weights" in capsys.readouterr().err
+    assert "expected config.json and model.safetensors in it" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -1,14 +1,17 @@
 """Sparse checkpoints as models of transformers: compressed in memory, the same logits, generation, adapters."""
 
 import copy
+import io
 import json
+import pickle
 import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from architectures import CAUSAL, make
+import transformers
+from architectures import ARCHITECTURES, CAUSAL, ENCODER_DECODER, IMAGE, MASKED, VOCABULARY, make
 from pruned_models import make_gpt2, make_llama, tokens
 from safetensors.torch import load_file, save_file
 from sparse_folders import config, save_sparse, tensors
@@ -237,6 +240,85 @@ def test_a_base_model_loads_without_the_head_of_the_files(folders):
     assert torch.equal(model(tokens(3, 16)).last_hidden_state, expected(tokens(3, 16)).last_hidden_state)
 
 
+# as BART, with tables of sines for positions, and biases of logits that are a buffer
+OF_BART = ["MBart", "Pegasus", "Blenderbot", "BlenderbotSmall"]
+
+
+def made(name):
+    """A model of tests/helpers/architectures.py, or one with BART's configuration."""
+    if name not in OF_BART:
+        return make(name)
+    model_class = getattr(transformers, f"{name}ForConditionalGeneration")
+    torch.manual_seed(0)
+    return model_class(model_class.config_class(**ARCHITECTURES["bart"][1])).eval()
+
+
+def inputs_of(model):
+    text = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": text, "pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
+    inputs["input_features"] = torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(0))
+    taken = {model.main_input_name: inputs[model.main_input_name]}
+    return taken | ({"decoder_input_ids": text} if model.config.is_encoder_decoder else {})
+
+
+@pytest.mark.sample(6)
+@pytest.mark.parametrize("name", [*OF_BART, *ENCODER_DECODER, *MASKED, *IMAGE])
+def test_a_folder_opens_as_the_class_that_its_config_names(name, tmp_path):
+    save_sparse(tmp_path / "dense", made(name), dtype=torch.float32)
+    model = type(made(name)).from_pretrained(tmp_path / "dense")
+    export_folder(tmp_path / "dense", tmp_path / "sparse")
+    sparse = load_sparse(tmp_path / "sparse")
+    assert type(sparse) is type(model)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            sparse(**inputs_of(model)).logits, model(**inputs_of(model)).logits, rtol=1e-4, atol=1e-4
+        )
+
+
+def test_names_in_a_config_that_are_no_models_of_transformers_choose_no_class(folders, tmp_path):
+    folder = shutil.copytree(folders / "sparse", tmp_path / "named")
+    for names in (["os", "AutoTokenizer", 3], "LlamaModel", None):
+        (folder / "config.json").write_text(json.dumps(config(folder) | {"architectures": names}))
+        assert type(load_sparse(folder)).__name__ == "LlamaForCausalLM"
+
+
+def test_a_model_that_is_slower_than_the_dense_one_is_told(folders, caplog):
+    load_sparse(folders / "sparse")
+    (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("leanstep")]
+    assert "sparse: a token takes longer here than with dense weights: " in line and "--format dense" in line
+
+
+@pytest.mark.parametrize("kind", ["sparse", "int8", "nm"])
+def test_a_model_is_pickled_and_saved_by_torch(folders, kind):
+    sparse = load_sparse(folders / kind)
+    file = io.BytesIO()
+    torch.save(sparse, file)
+    file.seek(0)
+    for again in (pickle.loads(pickle.dumps(sparse)), torch.load(file, weights_only=False)):
+        assert torch.equal(logits(again), logits(sparse)) and len(compressed(again)) == len(compressed(sparse))
+
+
+def test_weights_that_rwkv_divides_are_dense(tmp_path):
+    sizes = {"hidden_size": 32, "attention_hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
+    rwkv = transformers.RwkvForCausalLM(transformers.RwkvConfig(vocab_size=VOCABULARY, rescale_every=1, **sizes))
+    save_sparse(tmp_path / "dense", rwkv.eval(), dtype=torch.float32)
+    export_folder(tmp_path / "dense", tmp_path / "sparse")
+    sparse = load_sparse(tmp_path / "sparse")
+    assert len(compressed(sparse)) == 3 * 5 + 1
+    text = {"input_ids": torch.arange(12)[None]}
+    with torch.no_grad():
+        torch.testing.assert_close(sparse(**text).logits, rwkv(**text).logits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.filterwarnings("ignore")
+def test_an_export_to_onnx_is_told_to_take_dense_weights(dynamo):
+    layer = torch.nn.Sequential(SparseLinear.from_dense(torch.eye(8)))
+    with pytest.raises(Exception, match="ONNX has no product with a packed matrix; export a model with dense weights"):
+        torch.onnx.export(layer, (torch.ones(2, 8),), io.BytesIO(), dynamo=dynamo, verbose=False)
+
+
 def test_adapters_train_on_top(folders):
     """Their gradients are those on the dense model, and the base has none."""
     gradients = []
@@ -410,6 +492,50 @@ def test_the_8_bit_code_that_no_export_writes_is_refused(folders, tmp_path):
     for load in (load_sparse, AutoModelForCausalLM.from_pretrained):
         with pytest.raises(ValueError, match=f"{name}: .*value 5 has the code -128, expected -127 to 127"):
             load(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.bool])
+def test_weights_that_are_not_floating_point_are_refused(folders, dtype, tmp_path):
+    def convert(stored, manifest):
+        stored["model.norm.weight"] = stored["model.norm.weight"].to(dtype)
+
+    folder = rewrite(folders / "sparse", convert, tmp_path / "converted")
+    for load in (load_sparse, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(
+            ValueError, match=r"norm.weight is of dtype (I32|I64|BOOL): expected floating-point weights"
+        ):
+            load(folder)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(("kind", "part"), [("sparse", "_values"), ("nm", "_nm_values"), ("int8", "")])
+def test_weights_that_are_not_finite_are_refused(folders, kind, part, value, tmp_path):
+    name = "model.layers.0.mlp.up_proj.weight" if part else "model.norm.weight"
+
+    def damage(stored, manifest):
+        stored[name + part].view(-1)[5] = value
+
+    folder = rewrite(folders / kind, damage, tmp_path / "damaged")
+    for load in (load_sparse, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(
+            ValueError, match=f"model.safetensors: {name} holds NaN or infinity; expected finite weights"
+        ):
+            load(folder)
+
+
+@pytest.mark.parametrize("codes", ["int8", "int4"])
+def test_scales_by_which_codes_overflow_are_refused(folders, codes, tmp_path):
+    name = "model.layers.0.mlp.up_proj.weight"
+
+    def enlarge(stored, manifest):
+        stored[f"{name}_scales"][3] = 1e38
+
+    folder = rewrite(folders / codes, enlarge, tmp_path / "scales")
+    for read in (load_sparse, lambda folder: export_folder(folder, tmp_path / "dense", format="dense")):
+        with pytest.raises(
+            ValueError, match=f"{name}: the scale .*e\\+3[78] of row 3 takes codes of {codes} beyond F32"
+        ):
+            read(folder)
 
 
 def test_a_classifier_on_a_sparse_language_model_gets_a_new_head(folders, tmp_path):

@@ -80,9 +80,14 @@ def is_faster_than_torch(x: Tensor) -> bool:
 
 def runs_on_blas(x: Tensor) -> bool:
     """Whether the BLAS multiplies tiles of the matrix: without AVX-512, or where it has matrix units of 16 bits."""
-    if library("sparse/instructions", {}).instructions() < AVX512:
+    if not has_avx512():
         return True
     return x.dtype is not torch.float32 and uses_instructions("amx_tile")
+
+
+def has_avx512() -> bool:
+    """Whether the products use AVX-512 on this processor."""
+    return bool(library("sparse/instructions", {}).instructions() >= AVX512)
 
 
 def token_chunks(tokens: int) -> Iterator[tuple[int, int]]:
