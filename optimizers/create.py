@@ -57,7 +57,9 @@ def create(
     if name not in OPTIMIZERS:
         near = difflib.get_close_matches(str(name).lower(), OPTIMIZERS, n=1)
         advice = f"; take {near[0]!r}" if near else ""
-        raise ValueError(f"create: expected one of {', '.join(map(repr, OPTIMIZERS))} as name, got {name!r:.80}{advice}")
+        raise ValueError(
+            f"create: expected one of {', '.join(map(repr, OPTIMIZERS))} as name, got {name!r:.80}{advice}"
+        )
     cls = OPTIMIZERS[name]
     known = set(inspect.signature(cls).parameters) - {"params"}
     options = known_options(f"create: {cls.__name__}", options, known)
