@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from leanstep.optimizers.common.base import LeanOptimizer
-from leanstep.optimizers.common.checks import no_option
+from leanstep.optimizers.common.checks import known_options
 from leanstep.optimizers.lanton.optimizer import LANTON
 from leanstep.optimizers.lion import Lion
 from leanstep.optimizers.mfac.optimizer import MFAC
@@ -38,7 +39,7 @@ def create(
         embeddings, split, settings, overrides: as for :func:`param_groups`; "balanced" embeddings need "sinkgd", and
             ``split`` needs "sinkgd" or "lanton".
         say: takes the table of groups, with the rules of the class; None: no table, as on all ranks but one.
-        **options: arguments of the class, such as ``lr``.
+        **options: arguments of the class, such as ``lr``; torch's switches as for the class.
 
     Raises:
         ValueError: for an unknown name, ``embeddings="balanced"`` or ``split`` for an optimizer without that rule, and
@@ -54,11 +55,14 @@ def create(
             Trainer(model, optimizer_cls_and_kwargs=(lambda: create, {"name": "sinkgd", "lr": 2e-2}), ...)
     """
     if name not in OPTIMIZERS:
-        raise ValueError(f"create: expected one of {', '.join(map(repr, OPTIMIZERS))} as name, got {name!r}")
+        near = difflib.get_close_matches(str(name).lower(), OPTIMIZERS, n=1)
+        advice = f"; take {near[0]!r}" if near else ""
+        raise ValueError(
+            f"create: expected one of {', '.join(map(repr, OPTIMIZERS))} as name, got {name!r:.80}{advice}"
+        )
     cls = OPTIMIZERS[name]
     known = set(inspect.signature(cls).parameters) - {"params"}
-    if unknown := sorted(options.keys() - known):
-        raise TypeError(f"create: {no_option(cls.__name__, unknown, known)}")
+    options = known_options(f"create: {cls.__name__}", options, known)
     if embeddings == "balanced" and cls is not SinkGD:
         raise ValueError(
             f"create: embeddings='balanced' is a rule of SinkGD; {cls.__name__} does not have it. Take 'sinkgd', or "

@@ -58,7 +58,8 @@ class Lion(LeanOptimizer):
         weight_decay: decoupled: ``p *= 1 - lr * weight_decay``.
         cautious: move only entries whose update and gradient agree in sign, and multiply their step by
             numel / agreeing entries (arXiv 2411.16085). Reads gradient and momentum once more.
-        cautious_decay: decay only entries whose update and parameter agree in sign (arXiv 2510.12402).
+        cautious_decay: no decay for entries whose update and parameter differ in sign (arXiv 2510.12402); those with a
+            zero update decay.
         rounding: how to round the fp32 result to a bf16 or fp16 parameter. "nearest". "stochastic": unbiased, bf16
             only, reproducible from ``seed``. "kahan": carry the rounding error in a compensation of the parameter's
             dtype. "master": update fp32 weights in the state. Every step compares each entry of the parameter with its

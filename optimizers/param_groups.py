@@ -154,7 +154,7 @@ def param_groups(
       one row per expert, included);
     * ``conv``: convolution weights; ``lora``: LoRA factors by PEFT's names;
     * ``expert``: three-dimensional weights of fused experts (one matrix per expert); ``router``: matrices that score
-      experts;
+      experts, and linear layers with "router" in their name;
     * ``hidden``: matrices of linear, recurrent and attention layers, and matrices named ``weight`` of other modules;
       ``other``: everything else, such as scalars, vectors (also of shape (1, n)), state-space matrices, tokens and
       queries.
@@ -423,12 +423,12 @@ def _plain_path(name: str) -> str:
 
 
 def _is_router(use: _Use) -> bool:
-    """Whether a matrix scores the experts of a mixture."""
+    """Whether a matrix scores the experts of a mixture, or other choices."""
     if any(_ROUTER_CLASS.search(type(module).__name__) for module in (use.module, use.parent)):
         return True
     leaf = use.path.rpartition(".")[2]
     if leaf != "gate":
-        return leaf == "router"
+        return "router" in leaf.split("_")
     # other kinds of gates have this name, too
     around = [type(use.parent).__name__, *(name for name, _ in use.parent.named_children())]
     return any(_MIXTURE.search(word) for word in around)

@@ -25,7 +25,7 @@ class StepOptions(NamedTuple):
             "split"; see :mod:`leanstep.kernels.reference.rounding`.
         cautious_scale: [number of tensors], in the dtype of ``scalars``. Entries whose update agrees in sign with the
             gradient are scaled by it; the others do not move (Liang et al., arXiv 2411.16085). None: off.
-        decay_where_aligned: decay only entries whose update and value agree in sign (Chen et al., arXiv 2510.12402).
+        decay_where_aligned: decay only entries with update * value >= 0 (Chen et al., arXiv 2510.12402).
         maximize: ascend instead of descend.
         skip_nonfinite: do not update entries (Lion) or whole matrices with a non-finite gradient.
         seeds: int64 [number of tensors] of unsigned 32-bit values, for "stochastic".

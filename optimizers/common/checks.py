@@ -23,12 +23,17 @@ def settings_of(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 # what other packages and papers call an option -> what one of leanstep's optimizers may call it
-OTHER_NAMES = {"state_dtype": ("momentum_dtype", "noise_dtype", "storage"), "beta1": ("betas",), "beta2": ("betas",)}
+OTHER_NAMES = {
+    "learning_rate": ("lr",), "beta1": ("betas",), "beta2": ("betas",),
+    "state_dtype": ("momentum_dtype", "noise_dtype", "storage"),
+}  # fmt: skip
+# switches of torch's optimizers -> the values that change no result here; a step has one fused kernel in any case
+TORCH_SWITCHES = {"amsgrad": (False,), "capturable": (False,), "differentiable": (False,), "fused": (None, True, False)}
 
 
 def no_option(owner: str, unknown: Collection[str], options: Iterable[str]) -> str:
     """Return the message for options that an optimizer does not have."""
-    options = sorted(options)
+    options = sorted(set(options) - {"self", "params"})
     nearest = [
         name
         for option in unknown
@@ -39,17 +44,39 @@ def no_option(owner: str, unknown: Collection[str], options: Iterable[str]) -> s
     return f"{owner} has no option {', '.join(sorted(unknown))}; {advice}it has {', '.join(options)}"
 
 
+def check_switches(owner: str, options: dict[str, Any], known: Collection[str]) -> None:
+    """Raise ValueError if a switch of torch's optimizers asks for what an optimizer without it does not do."""
+    for name in TORCH_SWITCHES.keys() & options.keys() - set(known):
+        if options[name] not in TORCH_SWITCHES[name]:
+            raise ValueError(
+                f"{owner}: {name}={options[name]!r:.80} is an option of torch's optimizers that this one does not "
+                f"have; leave it out, or give {' or '.join(map(str, TORCH_SWITCHES[name]))}. (docs/gpu.md says which "
+                "steps a CUDA graph captures.)"
+            )
+
+
+def known_options(owner: str, options: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """Return the options that an optimizer has, without torch's switches.
+
+    Raises:
+        TypeError: for an option that neither it nor torch has.
+        ValueError: as :func:`check_switches`.
+    """
+    if unknown := options.keys() - set(known) - TORCH_SWITCHES.keys():
+        raise TypeError(no_option(owner, unknown, known))
+    check_switches(owner, options, known)
+    return {name: value for name, value in options.items() if name in known}
+
+
 def naming_options(owner: str, init: Callable[..., None]) -> Callable[..., None]:
-    """Return a constructor that names its options where it is called with another one. Its signature is the same."""
+    """Return a constructor that takes torch's switches and names its options for any other. Its signature stays."""
     parameters = inspect.signature(init).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return init
 
     @functools.wraps(init)
     def checked(self: Any, *args: Any, **options: Any) -> None:
-        if unknown := options.keys() - parameters.keys():
-            raise TypeError(no_option(owner, unknown, parameters.keys() - {"self", "params"}))
-        init(self, *args, **options)
+        init(self, *args, **known_options(owner, options, parameters))
 
     return checked
 
@@ -123,7 +150,7 @@ def check_number(
             return  # reading it would wait for the device
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{owner}: {name} must be a number, got {value!r}")
+        raise TypeError(f"{owner}: {name} must be a number, got {value!r:.80}{_number_in(value)}")
     if not isinstance(value, (int, float)):  # numpy compares in the number's dtype, where the limit overflows
         value = float(value)
     if high == math.inf:
@@ -132,6 +159,14 @@ def check_number(
     if too_large or not (low <= value <= high) or (open_high and value == high) or math.isnan(value):
         end = ")" if open_high else "]"
         raise ValueError(f"Invalid {name}: {value}; {owner} expects it in [{low}, {high}{end}")
+
+
+def _number_in(value: Any) -> str:
+    """Return the advice for a number that is written as a string, as YAML reads 1e-3."""
+    try:
+        return f"; write {float(value):g}, without quotes" if isinstance(value, str) else ""
+    except ValueError:
+        return ""
 
 
 def check_count(owner: str, name: str, value: Any) -> None:

@@ -13,6 +13,7 @@ from leanstep.optimizers.common.checks import (
     check_flags,
     check_number,
     check_rounding,
+    check_switches,
     describe,
     no_option,
     refuse_complex,
@@ -20,8 +21,6 @@ from leanstep.optimizers.common.checks import (
 from leanstep.optimizers.common.engines import refuse_flattened
 
 NONFINITE = ("skip", "raise", "pass")
-# torch's optimizers have these; a group may not ask for what its optimizer does not do
-_TORCH_OPTIONS = {"amsgrad", "capturable", "differentiable"}
 
 
 class CheckedGroups(torch.optim.Optimizer):
@@ -44,13 +43,7 @@ class CheckedGroups(torch.optim.Optimizer):
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
-        for name in _TORCH_OPTIONS - self.defaults.keys():
-            if param_group.get(name):
-                raise ValueError(
-                    f"{type(self).__name__}: a group has {name}={param_group[name]!r:.80}, an option of torch's "
-                    "optimizers that this one does not have; leave it out. The group was not added. (docs/gpu.md says "
-                    "which steps a CUDA graph captures.)"
-                )
+        check_switches(f"{type(self).__name__}: the group was not added", param_group, self.defaults)
         if "params" not in param_group:
             raise ValueError(
                 f"{type(self).__name__}: expected 'params' in a group, got only {', '.join(map(repr, param_group))}. "

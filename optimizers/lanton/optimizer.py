@@ -94,8 +94,8 @@ class LANTON(MarkedHalves, LeanOptimizer):
             "auto" (experimental): at every step the median of sqrt(H) over the layers that share a maximum; f then
             depends only on ratios of noise. The blocks of a matrix count as one layer together.
         weight_decay: decoupled, multiplied by lr and not by f.
-        cautious_decay: decay only entries whose update and parameter agree in sign (arXiv 2510.12402). No gain over no
-            decay was measured (docs/measured/optimizers.md).
+        cautious_decay: no decay for entries whose update and parameter differ in sign (arXiv 2510.12402); those with a
+            zero update decay. No gain over no decay was measured (docs/measured/optimizers.md).
         norm: the group's norm; see the table.
         radius: size of the update in the group's norm, in units of lr. Scion uses larger radii for heads than for
             hidden matrices; its normalized sign is radius = 1 / n.

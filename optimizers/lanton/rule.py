@@ -180,7 +180,7 @@ def update(
         directions: O of the same shapes, or O without its :func:`dual_norm_scale`.
         scales: ``f * radius``, times :func:`dual_norm_scale` if O lacks it: [1] for a matrix, [e] for a stack.
         lr, weight_decay: as in the formula.
-        cautious_decay: decay only entries whose O and p agree in sign.
+        cautious_decay: no decay for entries whose O and p differ in sign.
         skipped: empty, or a 0-d bool per parameter on its device, true to leave the parameter unchanged.
         rounding_states: as for :func:`leanstep.kernels.scaled_step`.
         options: fields of :class:`leanstep.kernels.StepOptions`, such as ``rounding`` and ``skip_nonfinite``.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from operator import index
 from typing import Any
 
 import torch
@@ -39,8 +40,9 @@ def directions_by_op(problems: Sequence[Problem]) -> tuple[list[Tensor], Tensor,
         tensors += [problem.scope_state[key] for key in scope_keys]
         tensors += [state[key] for state, keys in zip(problem.states, row_keys, strict=True) for key in keys]
         formats = [f.__name__ for f in problem.formats]
-        shapes = [list(c.shape) for c in problem.columns]
-        plan.append([problem.settings, scope_keys, row_keys, formats, shapes, problem.weights])
+        settings = {key: _constant(value) for key, value in problem.settings.items()}
+        shapes, weights = _constant([c.shape for c in problem.columns]), _constant(problem.weights)
+        plan.append([settings, scope_keys, row_keys, formats, shapes, weights])
     vectors = [v for p in problems for v in p.vectors]
     states = [s for p in problems for s in p.states]
     rates = [torch.as_tensor(p.lr, dtype=torch.float64) for p in problems]
@@ -48,6 +50,18 @@ def directions_by_op(problems: Sequence[Problem]) -> tuple[list[Tensor], Tensor,
     flags, updated = (vectors[0].new_zeros(len(vectors), dtype=dtype) for dtype in (torch.int32, torch.bool))
     torch.ops.leanstep.mfac_directions(vectors, tensors, rates, _encoded(plan), [*updates, flags, updated])
     return updates, flags, updated
+
+
+def _constant(value: Any) -> Any:
+    """Return a setting or sizes without the symbols that torch.compile(dynamic=True) takes numbers for.
+
+    A change of a number is compiled anew.
+    """
+    if isinstance(value, (list, tuple)):
+        return [_constant(v) for v in value]
+    if isinstance(value, int):
+        return index(value)
+    return float.fromhex(value.hex()) if isinstance(value, float) else value
 
 
 def _encoded(plan: list[Any]) -> str:

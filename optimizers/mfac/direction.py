@@ -72,7 +72,7 @@ class ScopeBatch:
         self.problems = problems
         self.settings = settings = problems[0].settings
         window = settings["window"]
-        self.step, rows = problems[0].scope_state["counters"].tolist()
+        self.step, rows = map(int, problems[0].scope_state["counters"].tolist())
         self.index = rows % window
         self.rows_before, self.rows_after = min(rows, window), min(rows + 1, window)
         self.device = problems[0].scope_state["gram"].device

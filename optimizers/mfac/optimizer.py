@@ -339,7 +339,7 @@ class MFAC(LeanOptimizer):
             stats[:, STATS.index("norm")].square_()
             totals += stats.sum(dim=0)
         values = dict(zip(STATS, totals.tolist(), strict=True))
-        steps, rows = max((tuple(state["counters"].tolist()) for state in states), default=(0, 0))
+        steps, rows = max((tuple(map(int, state["counters"].tolist())) for state in states), default=(0, 0))
         group = self.param_groups[0]
         return {
             "window_rows": float(min(rows, group["window"])),

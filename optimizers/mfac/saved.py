@@ -29,7 +29,7 @@ WINDOW_RULES = {
 }
 SCOPE_RULES = {
     "gram": _OF_SCOPE,
-    "counters": _OF_SCOPE._replace(whole=True, least=0, most=2**53, on_host=True),
+    "counters": _OF_SCOPE._replace(dtypes=(torch.int64,), cast=True, whole=True, least=0, most=2**53, on_host=True),
     "stats": _OF_SCOPE._replace(finite=False),
     "window_scale": _OF_SCOPE,
 }

@@ -109,8 +109,9 @@ def init_scope_state(state: dict[str, Any], param: Tensor, settings: dict[str, A
     m, device = settings["window"], local_part(param).device
     blocks = block_count(param, settings["scope"])
     state["gram"] = torch.zeros(blocks, m, m, dtype=torch.float64, device=device)
-    # steps, rows; on the CPU, which computes indices from them
-    state["counters"] = torch.zeros(2, dtype=torch.int64, device="cpu")
+    # steps, rows; on the CPU, which computes indices from them; floating as torch's counts: not every writer of
+    # torch.distributed.checkpoint takes integers
+    state["counters"] = torch.zeros(2, dtype=torch.float64, device="cpu")
     state["stats"] = torch.zeros(blocks, len(STATS), dtype=torch.float64, device=device)
     if settings["storage"] == "fp16":
         state["window_scale"] = torch.ones(blocks, m, dtype=torch.float32, device=device)

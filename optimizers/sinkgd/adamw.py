@@ -157,7 +157,7 @@ def _decay(
     group: dict[str, Any],
     skip: Tensor | None,
 ) -> None:
-    """Decay parameters; with cautious_decay, only entries whose update and value agree in sign."""
+    """Decay parameters; with cautious_decay, only entries with update * value >= 0."""
     decay, weight = decay_factor(group["lr"], group["weight_decay"]), 1.0 - group["betas"][0]
     if isinstance(decay, Tensor):
         decay = decay.reshape(())  # a tensor of shape (1, 1) would broadcast

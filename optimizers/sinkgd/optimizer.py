@@ -93,9 +93,10 @@ class SinkGD(LeanOptimizer):
             is met to 5 % where gradients change slowly, and exceeded by up to a half where each has nothing
             in common with the last. State: n values per matrix. Steps wait for the device until all matrices of a
             parameter have had such a gradient.
-        cautious_decay: decay only entries whose update and parameter agree in sign (arXiv 2510.12402), also of AdamW's
-            parameters. A 16-bit parameter of AdamW with rounding="nearest" is rounded after the decay and after the
-            step, as by torch's AdamW without ``fused``. No gain was measured (docs/measured/optimizers.md).
+        cautious_decay: no decay for entries whose update and parameter differ in sign (arXiv 2510.12402), also of
+            AdamW's parameters; those with a zero update decay. A 16-bit parameter of AdamW with rounding="nearest" is
+            rounded after the decay and after the step, as by torch's AdamW without ``fused``. No gain was measured
+            (docs/measured/optimizers.md).
         betas, eps: for AdamW.
         clip_threshold: for AdamW: divide a tensor's update U by max(1, RMS(U) / clip_threshold), with the root mean
             square of the whole tensor (arXiv 1804.04235, section 6; published as 1.0). The decay is not clipped. It is

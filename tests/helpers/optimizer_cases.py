@@ -139,7 +139,7 @@ _LANTON_INT8 = {
     key + suffix: dtype for key in _LANTON for suffix, dtype in (("", torch.int8), ("_scale", torch.float32))
 }
 _NOISE = {"noise": torch.float64, "noise_steps": torch.float32}
-_MFAC_SCOPE = {"gram": torch.float64, "counters": torch.int64, "stats": torch.float64}
+_MFAC_SCOPE = {"gram": torch.float64, "counters": torch.float64, "stats": torch.float64}
 _MFAC = {"window": torch.float32, **_MFAC_SCOPE}
 
 CASES = (

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from leanstep.optimizers import LANTON, SinkGD
+from leanstep.optimizers import LANTON, Lion, SinkGD
 
 DECAY = 0.3
 
@@ -59,6 +59,26 @@ def test_follows_the_formula(cls, groups, options, maximize, dtype):
             assert 0 < aligned.double().mean() < 1
             want = new.detach() - torch.where(aligned, rate * DECAY * old, 0.0)
             torch.testing.assert_close(param.detach(), want, rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-14)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda p, **settings: Lion([p], **settings),
+        lambda p, **settings: SinkGD([p], algorithm="sinkgd", **settings),
+        lambda p, **settings: SinkGD([p], algorithm="adamw", **settings),
+        lambda p, **settings: LANTON([p], norm="sign", **settings),
+    ],
+    ids=["Lion", "SinkGD", "AdamW", "LANTON"],
+)
+def test_entries_with_a_zero_update_decay(build):
+    """The paper's mask is update * parameter >= 0."""
+    param = torch.nn.Parameter(torch.tensor([[2.0, -2.0], [4.0, -4.0]]))
+    optimizer = build(param, lr=0.1, weight_decay=DECAY, cautious_decay=True)
+    param.grad = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+    rate = 0.1 * optimizer.defaults.get("scale", 1.0) if optimizer.defaults.get("algorithm") == "sinkgd" else 0.1
+    optimizer.step()
+    torch.testing.assert_close(param[0].detach(), torch.tensor([2.0, -2.0]) * (1 - rate * DECAY))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

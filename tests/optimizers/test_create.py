@@ -73,6 +73,10 @@ def test_settings_of_a_role_that_no_parameter_has_are_told(roles, told):
         ("lion", {"embeddings": "balanced"}, ValueError, "'balanced' is a rule of SinkGD; Lion does not have it"),
         ("sinkgd", {"embeddings": "sinkhorn"}, ValueError, r"one of \('adamw', 'balanced'\), got 'sinkhorn'"),
         ("sinkgd", {"lr": -1.0}, ValueError, "learning rate"),
+        ("sinkgdd", {}, ValueError, "'sinkgd' as name, got 'sinkgdd'; take 'sinkgd'$"),
+        ("Lion", {}, ValueError, "got 'Lion'; take 'lion'$"),
+        ("lion", {"lr": "1e-3"}, TypeError, "must be a number, got '1e-3'; write 0.001, without quotes$"),
+        ("lion", {"lr": "fast"}, TypeError, "must be a number, got 'fast'$"),
     ],
 )
 def test_mistakes_are_told(name, options, error, message):

@@ -42,14 +42,25 @@ def test_a_group_without_names_after_one_with_names_is_refused_with_advice(name)
 
 
 @every_class
-@pytest.mark.parametrize("option", ["capturable", "differentiable", "amsgrad"])
-def test_options_of_torch_are_refused_where_they_would_be_ignored(name, option):
-    params = list(torch.nn.Linear(3, 3).parameters())
-    with pytest.raises(ValueError, match=f"{name}: a group has {option}=True.*leave it out"):
-        CLASSES[name]([{"params": params, option: True}])
-    CLASSES[name]([{"params": params, option: False}])
-    with pytest.raises(TypeError, match=option):
-        CLASSES[name](params, **{option: True})
+def test_switches_of_torch_are_taken_at_its_defaults_and_refused_where_they_would_be_ignored(name):
+    """Where AdamW(..., fused=True) stood."""
+    model = torch.nn.Linear(3, 3)
+    defaults = {"amsgrad": False, "capturable": False, "differentiable": False, "maximize": False, "foreach": None}
+    for fused in (True, None, False):
+        optimizer = CLASSES[name](model.parameters(), fused=fused, **defaults)
+        assert optimizer.defaults.keys() == CLASSES[name](model.parameters()).defaults.keys()
+        create(model, name.lower(), say=None, fused=fused, **defaults)
+    for option, value in (("capturable", True), ("differentiable", True), ("amsgrad", True), ("fused", "yes")):
+        if (name, option) == ("SinkGD", "fused"):  # an option of its own
+            continue
+        for refused in (
+            lambda option=option, value=value: CLASSES[name](model.parameters(), **{option: value}),
+            lambda option=option, value=value: CLASSES[name]([{"params": model.parameters(), option: value}]),
+            lambda option=option, value=value: create(model, name.lower(), say=None, **{option: value}),
+        ):
+            with pytest.raises(ValueError, match=f"{name}.*{option}={value!r}.*leave it out, or give .*False"):
+                refused()
+    CLASSES[name]([{"params": model.parameters(), "amsgrad": False}])
 
 
 @pytest.mark.parametrize(
@@ -64,14 +75,15 @@ def test_options_of_torch_are_refused_where_they_would_be_ignored(name, option):
         ("LANTON", "blocs", "take blocks"),
         ("MFAC", "windows", "take window"),
         ("Lion", "xyz", "it has betas"),
+        ("MFAC", "learning_rate", "take lr;"),
     ],
 )
 def test_an_unknown_option_is_refused_in_one_line_that_names_the_nearest(name, option, advice):
     model = torch.nn.Linear(3, 3)
     message = f"{name} has no option {option}; .*{advice}"
     for refused in (
-        lambda: CLASSES[name](model.parameters(), lr=1e-3, **{option: "int8"}),
-        lambda: create(model, name.lower(), say=None, lr=1e-3, **{option: "int8"}),
+        lambda: CLASSES[name](model.parameters(), **{option: "int8"}),
+        lambda: create(model, name.lower(), say=None, **{option: "int8"}),
     ):
         with pytest.raises(TypeError, match=message) as caught:
             refused()

@@ -357,6 +357,27 @@ def test_a_sparse_step_compiled_by_inductor_is_the_eager_one():
         torch.testing.assert_close(dict(a.state[p]), dict(b.state[q]), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [{"max_update_norm": 0.5, "damping_schedule": ("linear", 4, 0.01)}, {"compression": "topk"}], ids=str
+)
+def test_a_step_compiled_with_dynamic_shapes_is_the_eager_one(options):
+    """Sizes and settings are symbols there; a changed setting is compiled anew."""
+    torch._dynamo.reset()
+    eager, compiled = new_params(((4, 3), (5,)), torch.float32), new_params(((4, 3), (5,)), torch.float32)
+    a, b = (MFAC(params, lr=LR, window=3, damping=0.1, **options) for params in (eager, compiled))
+    step = torch.compile(b.step, dynamic=True, fullgraph=True, backend="aot_eager")
+    for number in range(5):
+        for optimizer in (a, b):
+            optimizer.param_groups[0]["damping"] = 0.1 if number < 4 else 0.7
+        set_grads(eager, number)
+        set_grads(compiled, number)
+        a.step()
+        step()
+        torch.testing.assert_close(eager, compiled, rtol=1e-6, atol=1e-6)
+    torch._dynamo.reset()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(

@@ -5,7 +5,10 @@ import io
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from dense_fisher import new_params, set_grads
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
 from leanstep.optimizers import MFAC
 from leanstep.optimizers.mfac import memory
@@ -265,7 +268,8 @@ OLD_SETTINGS = {
 def as_saved_by_an_older_version(state_dict, **settings):
     state_dict = copy.deepcopy(state_dict)
     for number, state in state_dict["state"].items():
-        state_dict["state"][number] = {OLD_NAMES.get(key, key): value for key, value in state.items()}
+        whole = {"counters": state["counters"].long()} if "counters" in state else {}
+        state_dict["state"][number] = {OLD_NAMES.get(key, key): value for key, value in {**state, **whole}.items()}
     for group in state_dict["param_groups"]:
         group.update(OLD_SETTINGS | settings)
     return state_dict
@@ -283,7 +287,7 @@ def test_a_state_under_older_names_is_continued_bit_for_bit():
     state = resumed.state[twins[0]]
     assert not OLD_NAMES.keys() - state.keys() and not set(OLD_NAMES.values()) & state.keys()
     assert not OLD_SETTINGS.keys() & resumed.param_groups[0].keys()
-    assert state["stats"].dtype == torch.float64 and state["counters"].device.type == "cpu"
+    assert state["stats"].dtype == state["counters"].dtype == torch.float64 and state["counters"].device.type == "cpu"
     for step in range(3, 7):
         set_grads(params, step)
         set_grads(twins, step)
@@ -339,6 +343,23 @@ def test_saved_counters_are_where_the_gram_matrix_is():
     state["gram"] = state["gram"].to("meta")
     assert optimizer.state_dict()["state"][0]["counters"].device.type == "meta"
     assert state["counters"].tolist() == [3, 3]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
+@pytest.mark.parametrize("settings", [{"storage": "fp16"}, {"scope": 4}, {"momentum": 0.9}], ids=str)
+def test_a_state_of_dense_rows_goes_into_one_file_of_safetensors(settings, tmp_path):
+    """The writer that joins shards takes floating tensors alone."""
+    model = torch.nn.Linear(3, 2)
+    optimizer = MFAC(model.named_parameters(), lr=0.1, window=2, damping=0.1, **settings)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    flat = get_optimizer_state_dict(model, optimizer, options=options)
+    tensors = {name: value for name, value in flat.items() if isinstance(value, torch.Tensor)}
+    writer = dcp.HuggingFaceStorageWriter(str(tmp_path), save_distributed=True, enable_consolidation=True)
+    dcp.save(tensors, storage_writer=writer, no_dist=True)
+    read = load_file(next(tmp_path.glob("*.safetensors")))
+    torch.testing.assert_close(read, tensors, rtol=0, atol=0)
 
 
 def test_diagnostics_are_flat_numbers():

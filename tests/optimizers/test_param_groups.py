@@ -323,6 +323,22 @@ def test_roles_of_odd_parameters():
     optimizer.step()
 
 
+def test_a_router_of_gemma_3n_is_one():
+    """It mixes the copies of the hidden states, and has their number of rows."""
+    config = transformers.Gemma3nTextConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=8, vocab_size=32, vocab_size_per_layer_input=32, hidden_size_per_layer_input=4, laurel_rank=2,
+        num_kv_shared_layers=0, layer_types=["full_attention"] * 2,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = transformers.Gemma3nForCausalLM(config)
+    routers = {name: role for name, role in parameter_roles(model).items() if "router" in name}
+    assert {name.split("altup.")[1]: role for name, role in routers.items()} == {
+        "modality_router.weight": "router",
+        "router_norm.weight": "norm",
+    }
+
+
 def test_experts_of_dbrx_stacked_in_one_matrix_are_not_taken_as_one():
     config = transformers.DbrxConfig(
         d_model=16, n_heads=2, n_layers=1, max_seq_len=8, vocab_size=32,
