@@ -302,6 +302,9 @@ def test_a_configuration_names_folders_and_words_as_before(folder, monkeypatch):
     tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
     tokenizer |= {"added_tokens_decoder": {"1": {"content": "cat", "special": False}}, "chat_template": "/\n" * 5000}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    pieces = json.loads((folder / "tokenizer.json").read_text())
+    pieces["normalizer"] = {"type": "Replace", "pattern": {"String": "//"}, "content": "/"}
+    (folder / "tokenizer.json").write_text(json.dumps(pieces))
     open_checkpoint(folder)
     open_tokenizer(folder)
 
@@ -312,8 +315,10 @@ def test_the_configurations_that_transformers_reads_are_those_that_are_checked(t
     names = {getattr(transformers.utils, name) for name in constants if hasattr(transformers.utils, name)}
     base = transformers.tokenization_utils_base
     names |= {base.TOKENIZER_CONFIG_FILE, base.SPECIAL_TOKENS_MAP_FILE, base.FULL_TOKENIZER_FILE}
+    outside = tmp_path.parent / "outside"
+    outside.touch()
     for name in names:
-        (tmp_path / name).write_text(json.dumps({"anything": str(tmp_path.parent)}))
+        (tmp_path / name).write_text(json.dumps({"anything": str(outside)}))
         with pytest.raises(ValueError, match=f"{name}: anything names .*, which is outside of the folder"):
             check_folder(tmp_path, tokenizer=True)
         (tmp_path / name).unlink()
