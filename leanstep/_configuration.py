@@ -89,11 +89,12 @@ def _check_names(content: Mapping[str, Any], file: Path) -> None:
 
 def _check_paths(content: Mapping[str, Any], file: Path, root: Path) -> None:
     """Refuse every text that names something outside of the folder, whatever its key: classes open what they get."""
-    # the lists of tokenizer.json are pieces and merges by the hundred thousand
-    for key, text in _texts(content, lists=not _TOKENIZER.fullmatch(file.name)):
+    # the lists of tokenizer.json are pieces and merges by the hundred thousand, and "/" may be a token
+    is_tokenizer = _TOKENIZER.fullmatch(file.name) is not None
+    for key, text in _texts(content, lists=not is_tokenizer):
         outside = _named_outside(text, file.parent, root)
-        # the name of the model from which this one was made
-        if outside is not None and not (key.endswith("name_or_path") and outside.is_dir()):
+        may_be_folder = is_tokenizer or key.endswith("name_or_path")  # of the model from which this one was made
+        if outside is not None and not (may_be_folder and outside.is_dir()):
             raise ValueError(
                 f"{file}: {key} names {outside}, which is outside of the folder, and a library may open it: copy it "
                 "into the folder, or take the key away; if it is no path, rename what has that name"

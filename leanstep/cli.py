@@ -89,9 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a name that is too long, a folder that nobody may search
         if error.filename is None:
             raise
-        from leanstep._files import one_line
-
-        print(f"error: {one_line(error.filename)}: {error.strerror}", file=sys.stderr)
+        print(f"error: {error.filename!r}: {error.strerror}", file=sys.stderr)
         return EXIT_BAD_INPUT
 
 
@@ -462,8 +460,7 @@ def _report(options: argparse.Namespace, rest: list[str]) -> int:
 
     numbered = (Path(COMPARISON.replace(".", f"-{number}.")) for number in count(2))
     comparison = next(path for path in chain([Path(COMPARISON)], numbered) if not path.exists())
-    default = options.runs[0] / "report.html" if len(options.runs) == 1 else comparison
-    out = options.out or default
+    out = options.out or (options.runs[0] / "report.html" if len(options.runs) == 1 else comparison)
     try:
         if options.watch:
             print(f"{out} is written every {options.watch} s while a run is running; open it in a browser", flush=True)

@@ -145,6 +145,25 @@ def test_damaged_tokenizers(folder, data):
 
 
 @given(data=st.data())
+@fuzz(40)
+def test_values_that_name_a_file_outside(folder, data):
+    source = restore(folder)
+    text = data.draw(st.sampled_from((str(folder / "text.txt"), "../text.txt", "x/../../text.txt", "/dev/stdin")))
+    (source / "x").mkdir()
+    value = data.draw(st.sampled_from((text, [text], {"a": text}, [{"a": [text]}])))
+    key = data.draw(st.sampled_from(("vocab", "merges", "model_type", "extra")) | st.from_regex(r"\A[a-z_]{1,9}\Z"))
+    names = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+    path = source / data.draw(st.sampled_from(names))
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | {key: value}))
+    for read in (open_model, open_tokenizer):
+        judged("model folders", lambda read=read: read(source), _never, outside=folder / "outside")
+
+
+def _never(_):
+    raise AssertionError("a file outside was taken")
+
+
+@given(data=st.data())
 @fuzz(16)
 def test_commands_answer_or_tell_it_in_one_line(folder, data):
     """`prune` makes a folder that opens, or none; `eval` a number."""

@@ -279,6 +279,25 @@ def test_a_name_of_a_file_outside_is_refused_in_every_form_and_place(text, where
     assert refuses(folder, files[where]) and not was_opened()
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "config.4.0.json"])
+def test_a_name_on_the_hub_is_held_to_the_same_rule(name, tmp_path, canary, monkeypatch):
+    file, was_opened = canary
+    model, commit = tmp_path / "models--org--name", "0" * 40
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text(commit)
+    files = {"config.json": {"model_type": "bert", "configuration_files": ["config.4.0.json"]}}
+    files |= {"tokenizer_config.json": {"tokenizer_class": "BertTokenizer"}, "config.4.0.json": {"model_type": "bert"}}
+    files[name] = {**files.get(name, {}), "vocab": str(file)}
+    (model / "snapshots" / commit).mkdir(parents=True)
+    for entry, content in files.items():
+        (model / "snapshots" / commit / entry).write_text(json.dumps(content))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=f"{name}: vocab names .*canary.txt, which is outside"):
+        open_tokenizer("org/name")
+    assert not was_opened()
+
+
 def test_numbers_in_place_of_tokens_are_no_open_files(tmp_path):
     files = {
         "tokenizer_config.json": {"tokenizer_class": "TapasTokenizer"},
@@ -302,6 +321,9 @@ def test_a_configuration_names_folders_and_words_as_before(folder, monkeypatch):
     tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
     tokenizer |= {"added_tokens_decoder": {"1": {"content": "cat", "special": False}}, "chat_template": "/\n" * 5000}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    pieces = json.loads((folder / "tokenizer.json").read_text())
+    pieces["normalizer"] = {"type": "Replace", "pattern": {"String": "//"}, "content": "/"}
+    (folder / "tokenizer.json").write_text(json.dumps(pieces))
     open_checkpoint(folder)
     open_tokenizer(folder)
 
@@ -312,8 +334,10 @@ def test_the_configurations_that_transformers_reads_are_those_that_are_checked(t
     names = {getattr(transformers.utils, name) for name in constants if hasattr(transformers.utils, name)}
     base = transformers.tokenization_utils_base
     names |= {base.TOKENIZER_CONFIG_FILE, base.SPECIAL_TOKENS_MAP_FILE, base.FULL_TOKENIZER_FILE}
+    outside = tmp_path.parent / "outside"
+    outside.touch()
     for name in names:
-        (tmp_path / name).write_text(json.dumps({"anything": str(tmp_path.parent)}))
+        (tmp_path / name).write_text(json.dumps({"anything": str(outside)}))
         with pytest.raises(ValueError, match=f"{name}: anything names .*, which is outside of the folder"):
             check_folder(tmp_path, tokenizer=True)
         (tmp_path / name).unlink()
