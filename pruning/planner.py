@@ -336,7 +336,8 @@ class Planner:
         return refined if is_lower else programme, descent.to_dict(start, final)
 
     def _by_rule(self) -> Allocation:
-        begin(self.progress, "statistics")
+        if self.method in ("global", "owl"):
+            begin(self.progress, "statistics")
         pruning = self.trial.pruning
         if self.method == "global":
             return self._allocate("global", scores=pruning.scores(self.groups))

@@ -167,6 +167,6 @@ REFUSED = {
 def test_images_that_cannot_be_used_are_refused_with_nothing_written(case, folder, tmp_path, capsys):
     more, changes, message = REFUSED[case]
     assert leanstep_prune(folder, tmp_path / "out", *more, **changes) == 2
-    error = capsys.readouterr().err
+    (error,) = capsys.readouterr().err.splitlines()[-1:]
     assert error.startswith("error: ") and re.search(message, error), error
     assert list(tmp_path.iterdir()) == []
