@@ -185,10 +185,10 @@ def _misled(cells: Cells) -> str:
     full = [cell for cell, each in cells.items() if len(each.results) == FINALISTS]
     names = ", ".join(f"{NAMES.get(cell.method, cell.method)} at {cell.pattern or 'no target'}" for cell in full)
     note = (
-        ""
-        if len(full) == len(cells)
-        else f" {FINALISTS} settings are judged of {names or 'no cell'}, fewer of the others: their differences may change."
+        f" {FINALISTS} settings are judged of {names or 'no cell'}, fewer of the others: their differences may change."
     )
+    if len(full) == len(cells):
+        note = ""
     return (
         f"Short tuning misleads: in {misled} of the {len(judged)} cells with several judged settings, another than the "
         f"one of the lowest tuning loss has the lowest test cross-entropy.{note}"
