@@ -13,7 +13,7 @@ from common import append_json_line, machine_line, read_json_lines
 from comparison.search import Point, best_inside, grid_search, is_interior
 from comparison.training import start_worker
 
-from digits.tables import Cell, Judged
+from digits.tables import FINALISTS, Cell, Judged
 from digits.training import FINETUNE, WEIGHT_DECAY, Run, train
 from leanstep.sparsity.methods import SRSTE_LAMBDA
 
@@ -26,10 +26,10 @@ CELLS = [Cell("dense", ""), *(Cell(method, p) for p in PATTERNS for method in ST
 
 
 class State(NamedTuple):
-    """Where a cell stands: runs to make now, chosen settings, and whether they lie on the edge of the grid."""
+    """Where a cell stands: runs to make now, settings to judge, and whether the best lies on the edge of the grid."""
 
     missing: list[Run]
-    chosen: Run | None = None
+    finalists: list[Run]
     on_edge: bool = False
 
 
@@ -45,12 +45,24 @@ def plan(cell: Cell, done: dict[Run, dict[str, Any]], budget: int, seeds: int, s
     losses = {p: done[tuning(p)]["loss"] for p in ((i, j) for i in reach for j in reach) if tuning(p) in done}
     points, missing = grid_search(losses, budget)
     if missing:
-        return State([tuning(point) for point in missing])
-    centre = best_inside(losses, points)
-    chosen = tuning(centre)
-    if not is_interior(centre, points):
-        return State([], chosen, True)
-    return State([run for run in judged_runs(chosen, seeds, steps) if run not in done], chosen)
+        return State([tuning(point) for point in missing], [])
+    finalists = finalists_of(losses, points)
+    runs = [tuning(point) for point in finalists]
+    if not is_interior(finalists[0], points):
+        return State([], runs, True)
+    return State([run for each in runs for run in judged_runs(each, seeds, steps) if run not in done], runs)
+
+
+def finalists_of(losses: dict[Point, float], points: list[Point]) -> list[Point]:
+    """The settings to judge: the best one inside, then those of the next lowest tuning losses, each loss once.
+
+    Settings of equal loss are one: less than a step at the target is none, for instance.
+    """
+    finalists = [best_inside(losses, points)]
+    for point in sorted(points, key=lambda point: (losses[point], sum(point), point)):
+        if len(finalists) < FINALISTS and losses[point] not in [losses[other] for other in finalists]:
+            finalists.append(point)
+    return finalists
 
 
 def judged_runs(chosen: Run, seeds: int, steps: int) -> list[Run]:
@@ -92,15 +104,17 @@ def make(path: Path, settings: dict[str, Any], workers: int) -> None:
 
 
 def summarise(path: Path) -> tuple[dict[str, Any], dict[Cell, Judged], list[Cell]]:
-    """Settings of a file, its complete cells, and those whose best settings lie on the edge of the grid."""
+    """Settings of a file, its cells with judged settings, and those whose best settings lie on the edge of the grid."""
     settings, done = read(path)
     options = {name: settings[name] for name in ("budget", "seeds", "steps")}
-    complete, on_edge = {}, []
+    cells, on_edge = {}, []
     for cell in CELLS:
         state = plan(cell, done, **options)
         if state.on_edge:
             on_edge.append(cell)
-        elif state.chosen is not None and not state.missing:
-            judged = [done[run] for run in judged_runs(state.chosen, settings["seeds"], settings["steps"])]
-            complete[cell] = Judged(state.chosen, judged)
-    return settings, complete, on_edge
+            continue
+        runs = {each: judged_runs(each, settings["seeds"], settings["steps"]) for each in state.finalists}
+        results = {each: [done[run] for run in judged] for each, judged in runs.items() if done.keys() >= set(judged)}
+        if results:
+            cells[cell] = Judged(results)
+    return settings, cells, on_edge

@@ -10,9 +10,10 @@ queries, keys and values.
 Each method is tuned for each target, all by the same number of runs: the learning rate, and with it SR-STE's lambda,
 the fraction of the steps that a decay ends with at its target, or the dense model's weight decay. A grid of factors of
 two begins as 3 x 3 around the settings in ``digits/search.py`` and widens around its best point; a best point on the
-edge is an error. Tuning runs have half of the steps, one seed and an eighth of the images. The chosen settings are
-judged with other seeds at full length on other images. A seed decides the initial weights and the order of the images,
-for all methods alike, so that differences to SR-STE are paired.
+edge is an error. Tuning runs have half of the steps, one seed and an eighth of the images. That can mislead, so the
+three best settings are judged with other seeds at full length on other images. The value of a seed is that of the
+setting with the lowest mean loss on the other seeds: no seed chooses its own setting. A seed decides the initial
+weights and the order of the images, for all methods alike, so that differences to SR-STE are paired.
 
 The results file has a line for each run; an interrupted call goes on where it stopped. The second command prints the
 tables of a file; ``--write`` puts them into docs/, with the figure. Exit codes: 0 complete, 1 a best point on the edge.
