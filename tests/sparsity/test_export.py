@@ -182,7 +182,7 @@ def test_equal_matrices_of_layers_as_large_as_the_embedding_are_not_tied(tmp_pat
         for layer in model.model.layers:
             layer.self_attn.q_proj.weight.copy_(torch.eye(32))
             layer.self_attn.o_proj.weight.copy_(torch.eye(32))
-    dense = save_sparse(tmp_path / "dense", model, dtype=torch.float32)
+    dense = save_sparse(tmp_path / "dense", model, sparsity=0.0, dtype=torch.float32)
     export_folder(dense, tmp_path / "sparse")
     assert matrices(tmp_path / "sparse") == matrices(dense)
     assert load_sparse(tmp_path / "sparse").model.layers[1].self_attn.o_proj.weight.shape == (32, 32)
