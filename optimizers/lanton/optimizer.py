@@ -130,7 +130,7 @@ class LANTON(MarkedHalves, LeanOptimizer):
         momentum_dtype: dtype of B; None: the parameter's; torch.int8, "fp8": as for :class:`leanstep.optimizers.Lion`.
             O is computed from the stored B.
         noise_dtype: dtype of the stored gradient or half; None: the parameter's. bf16 halves its memory for fp32
-            parameters, and adds up to 2^-9 of the gradient to the noise. torch.int8 adds about 2 % of it, "fp8" twice
+            parameters, and adds up to 2^-8 of the gradient to the noise. torch.int8 adds about 2 % of it, "fp8" twice
             that. Halves have the parameter's dtype then.
         rounding, seed, maximize: as for :class:`leanstep.optimizers.Lion`.
         nonfinite: "skip": leave a parameter with a non-finite gradient and its state unchanged, and count it. "raise",

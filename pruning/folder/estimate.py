@@ -54,8 +54,8 @@ class Workload:
         tokens: of a sequence; None: the model's positions, at most 2048, or the patches of an image. The tokenizer's
             limit is not looked at.
         batch_size: samples per pass.
-        allocation, score, curve_score, metric, curves, minutes, granularity, sparsity, products, pattern, correction,
-            inputs: as for :func:`leanstep.pruning.prune`.
+        allocation, score, curve_score, metric, curves, minutes, granularity: as for :func:`leanstep.pruning.prune`.
+        sparsity, products, pattern, correction, inputs: as for :func:`leanstep.pruning.prune`.
         levels: number of levels of a curve; None: those of the default grid.
         activations, resident: as for :func:`leanstep.pruning.prune_checkpoint`.
         refine_samples: sequences that judge exchanges; 0: no search.

@@ -49,7 +49,7 @@ def product_dtype(stored: torch.dtype, products: str = "auto", device: torch.dev
         stored: the weights' dtype.
         products: ``stored``; ``bf16``; or ``auto``: ``stored``, except on a CPU whose products of that 16-bit dtype are
             slow. There, fp16 is computed in bf16 if the CPU is fast in that, and otherwise either in fp32.
-            fp32 stays fp32, even where bf16 is faster: bf16 rounds inputs to 2^-9, which changes results.
+            fp32 stays fp32, even where bf16 is faster: bf16 rounds inputs by up to 2^-8, which changes results.
         device: that computes.
 
     Raises:
