@@ -131,6 +131,12 @@ class Progress:
             else:
                 print(text, file=sys.stderr if error else sys.stdout, flush=True)
 
+    def busy(self, text: str) -> None:
+        """Show beside the bar what is being done; plain output has a line when it is done."""
+        if self._bar is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self._bar.update(self._task, description=text)
+
     def line(self, step: int, text: str, is_logged: bool, live: str | None = None) -> None:
         """Show a step: ``live`` beside the bar always, ``text`` in plain output and train.log only if ``is_logged``."""
         if not self._active:
