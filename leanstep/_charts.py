@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 
 from leanstep._page import TEMPLATES, render
@@ -210,11 +211,11 @@ def chart(
     lines = [(line, points) for line, points in lines if any(y is not None for _, y in points)]
     if not lines:
         return ""
-    texts = {"title": title, "x_label": x_label, "y_format": y_format, "log_y": log_y, "most_points": most_points}
-    return "".join(
-        _figure(lines, **texts, marks=marks, events=events, x_ticks=x_ticks, kind=kind)
-        for kind in (("wide", "phone") if wide else ("",))
-    )
+    draw = partial(
+        _figure, lines, title=title, x_label=x_label, y_format=y_format, log_y=log_y, marks=marks, events=events,
+        x_ticks=x_ticks, most_points=most_points,
+    )  # fmt: skip
+    return draw(kind="wide") + draw(kind="phone") if wide else draw(kind="")
 
 
 def _figure(

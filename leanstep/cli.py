@@ -332,6 +332,8 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
         if options.dry_run:
             return dry_run(config, options.recipe, overrides, processes)
         return launch(options.recipe, overrides, processes)
+    if sys.stdout.isatty():
+        print("loading torch and transformers", end="\r", flush=True)
     # packages may swallow Ctrl-C while they are imported
     with InterruptibleStart(), collector_paused():
         from leanstep.recipes.training.train import train
