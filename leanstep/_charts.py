@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 
 from leanstep._page import TEMPLATES, render
@@ -203,13 +204,35 @@ def chart(
         marks: horizontal lines, each with its text.
         events: vertical lines; those beyond the curves are left out.
         x_ticks: positions and texts on the horizontal axis, also on hover; by default round numbers.
-        wide: over the whole width of the page.
+        wide: over the whole width of the page, with a second drawing for phones, of which a browser shows one.
         most_points: points per curve; longer curves are thinned, keeping minima and maxima.
     """
     lines = [(line, _points(line, log_y)) for line in series]
     lines = [(line, points) for line, points in lines if any(y is not None for _, y in points)]
     if not lines:
         return ""
+    draw = partial(
+        _figure, lines, title=title, x_label=x_label, y_format=y_format, log_y=log_y, marks=marks, events=events,
+        x_ticks=x_ticks, most_points=most_points,
+    )  # fmt: skip
+    return draw(kind="wide") + draw(kind="phone") if wide else draw(kind="")
+
+
+def _figure(
+    lines: Sequence[tuple[Series, list[tuple[float, float | None]]]],
+    *,
+    title: str,
+    x_label: str,
+    y_format: Callable[[float], str],
+    log_y: bool,
+    marks: Sequence[tuple[float, str]],
+    events: Events | None,
+    x_ticks: Sequence[tuple[float, str]],
+    kind: str,
+    most_points: int,
+) -> str:
+    """One drawing of :func:`chart`: ``wide``, its copy for a ``phone``, or "" for half of the page's width."""
+    wide = kind == "wide"
     xs = [x for _, points in lines for x, _ in points]
     values = [y for _, points in lines for _, y in points if y is not None]
     bars = {id(line): _bars(line, log_y) for line, _ in lines}
@@ -242,12 +265,12 @@ def chart(
         TEMPLATES / "chart.html",
         title=title,
         x_label=x_label,
-        wide=wide,
+        kind=kind,
         plane=plane,
         left=_LEFT,
         top=_TOP,
         px="{:.1f}".format,
-        clip="clip-" + "".join(letter if letter.isalnum() else "-" for letter in title),
+        clip=f"clip{kind}-" + "".join(letter if letter.isalnum() else "-" for letter in title),
         x_ticks=[(plane.px(x), text) for x, text in texts.items()],
         y_ticks=list(zip(map(plane.py, y_ticks), y_texts, strict=True)),
         marks=[(plane.py(value), text) for value, text in marks],

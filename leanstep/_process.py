@@ -1,6 +1,7 @@
 """The process of a command: its standard streams, its signals, the end of its parent. Imports no torch."""
 
 import contextlib
+import errno
 import gc
 import io
 import logging
@@ -167,6 +168,25 @@ class InterruptibleStart:
         raise KeyboardInterrupt
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Whether the system refused memory: to Python, to an allocator of C++, or to the loader of a library."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    signs = ("allocate memory", "failed to map segment", "bad_alloc")
+    return isinstance(error, (RuntimeError, ImportError, OSError)) and any(sign in str(error) for sign in signs)
+
+
+def system_refusal(error: BaseException) -> str | None:
+    """Describe an error of the system that any command may meet: no memory, or a path that no call takes."""
+    text = " ".join(str(error).split())
+    if lacks_memory(error):
+        return f"out of memory ({text[:200] or type(error).__name__}); free some, or raise the limit (ulimit -v)"
+    # pathlib asks about paths of the command line in many places
+    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return f"{str(error.filename)[:60]}...: {error.strerror}"
+    return None
+
+
 def wrong_launcher_variable() -> str | None:
     """Describe a variable of torchrun that holds no number. Removes empty ones, which scripts leave for unset ones."""
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
@@ -219,14 +239,15 @@ class StopFlag:
     The handler only sets a flag, because it may run in the middle of an optimizer step. The training loop reads the
     flag between steps, agrees on it with the other processes, saves and ends the run.
 
-    A signal that the process ignores (``nohup``) stays ignored. A second SIGINT calls ``leaving`` and exits at once
-    with code 130, without saving. With ``enabled=False`` it installs no handlers.
+    A signal that the process ignores (``nohup``) stays ignored. A second SIGINT prints the text ``lost``, calls
+    ``leaving`` and exits at once with code 130, without saving. With ``enabled=False`` it installs no handlers.
 
     Raises ValueError outside the main thread.
     """
 
     def __init__(self, enabled: bool = True, leaving: Callable[[], object] = lambda: None) -> None:
         self.received = 0
+        self.lost = "nothing saved since the last checkpoint"
         self._leaving = leaving
         self._enabled = enabled
         self._previous: dict[int, Any] = {}
@@ -245,7 +266,7 @@ class StopFlag:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
-            os.write(2, b"\nleft at once, nothing saved since the last checkpoint\n")
+            os.write(2, f"\nleft at once, {self.lost}\n".encode(errors="backslashreplace"))
             try:
                 self._leaving()
             finally:

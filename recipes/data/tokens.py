@@ -44,10 +44,10 @@ if TYPE_CHECKING:
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
-def require(module: str, extra: str = "recipes") -> None:
-    """Raise ModuleNotFoundError with the extra to install if ``module`` is missing. Does not import it."""
+def require(module: str, package: str = "'leanstep[recipes]'") -> None:
+    """Raise ModuleNotFoundError with what pip must install if ``module`` is missing. Does not import it."""
     if importlib.util.find_spec(module) is None:
-        message = f"'{module}' is not installed; it comes with: pip install 'leanstep[{extra}]'"
+        message = f"'{module}' is not installed; it comes with: pip install {package}"
         raise ModuleNotFoundError(message, name=module)
 
 

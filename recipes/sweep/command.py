@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from leanstep._arguments import OneLineParser
+from leanstep._arguments import OneLineParser, positive
 from leanstep._files import one_line
 from leanstep._process import EXIT_CODES
 from leanstep.recipes.config.loader import ConfigError
@@ -63,17 +63,11 @@ def parser() -> OneLineParser:
         nargs="*",
         help="values to try, as in optimizer.lr=1e-3,2e-3 seed=0,1,2; a single value is set in all runs",
     )
-    made.add_argument("--jobs", type=_positive, default=1, metavar="N", help="runs at once; default 1")
-    made.add_argument("--nproc", type=_positive, default=1, metavar="N", help="processes of each run; default 1")
+    made.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at once; default 1")
+    made.add_argument("--nproc", type=positive, default=1, metavar="N", help="processes of each run; default 1")
     made.add_argument("--out", type=_folder, metavar="DIR", help="folder of the sweep; default runs/NAME-sweep")
     made.add_argument("--dry-run", action="store_true", help="list the runs and train nothing")
     return made
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 def _folder(text: str) -> Path:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import resource
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from safetensors.torch import save_file
 
 from leanstep._files import format_bytes, free_bytes, is_disk_full, is_quota_used_up, replacing, write_text
 from leanstep._memory import peak_process_memory
+from leanstep._process import lacks_memory
 from leanstep._processes import is_first_to_fail
 from leanstep._torch import whole_tensor
 from leanstep.recipes.config.schema import RunConfig
@@ -71,13 +74,27 @@ def nonfinite_message(
     return "\n".join(lines)
 
 
+@contextmanager
+def memory_failures(run: Any) -> Iterator[None]:
+    """Context manager: what a lack of memory raises inside becomes RunFailure, at any point of a ``Run``."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        step, rows = run.state.step + 1 if run.begun else 0, run.memory.rows() if run.memory else ()
+        message = memory_message(run.config, run.folder.root, step, rows)
+        raise RunFailure("out of memory", EXIT_MEMORY, message, alone=True) from error
+
+
 def memory_message(config: RunConfig, folder: Path, step: int, rows: Iterable[tuple[str, int]] = ()) -> str:
     """Describe an out-of-memory error and settings to try, first those that keep the maths.
 
-    ``rows`` are (name, bytes) of the memory estimate.
+    ``step`` is 0 before training. ``rows`` are (name, bytes) of the memory estimate.
     """
     micro = config.batch.micro_batch_size
-    lines = [f"step {step}: out of memory ({_peak()})."]
+    when = "before the first step" if step == 0 else "after the last step" if step > config.steps else f"step {step}"
+    lines = [f"{when}: out of memory ({_peak()})."]
     lines += [f"    {name:<28}  {format_bytes(size):>10}" for name, size in rows]
     lines.append("  Try, in this order:")
     if micro > 1:
@@ -121,6 +138,9 @@ def _last(folder: Path) -> str:
 
 
 def _peak() -> str:
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        return f"this shell allows {format_bytes(limit)} of addresses, which libraries fill, too; raise it by ulimit -v"
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         return f"peak {torch.cuda.max_memory_allocated() / 2**30:.2f} of {total / 2**30:.2f} GiB"
@@ -130,9 +150,7 @@ def _peak() -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error is torch's OutOfMemoryError, a MemoryError, or one of torch's CPU allocator."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or lacks_memory(error)
 
 
 _LOST = {

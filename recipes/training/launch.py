@@ -36,7 +36,7 @@ def dry_run(config: RunConfig, recipe: str, overrides: Sequence[str], world: int
         f"# a step: {tokens // config.data.seq_len} sequences of {config.data.seq_len} = {world} processes x {passes} "
         f"passes x {config.batch.micro_batch_size} sequences"
     )
-    print(f"# targets: {targets_note(config.data.seq_len)}\n# output: {Path(config.out)}\n# the same by hand:")
+    print(f"# targets: {targets_note(config.data)}\n# output: {Path(config.out)}\n# the same by hand:")
     print("\n".join(f"#   {command}" for command in equivalent_commands(recipe, overrides, world)))
     try:
         print("\n".join(f"# {line}" for line in look(config.data)))

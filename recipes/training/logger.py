@@ -44,6 +44,7 @@ class Clock:
         self._window_tokens = 0
         self._window_steps = 0
         self._pauses: dict[str, list[float]] = {}
+        self.steps_here = 0
         self.step_s: float | None = None
         self.rate_now: float | None = None
 
@@ -61,6 +62,7 @@ class Clock:
         """Count one optimizer step over ``tokens`` targets."""
         self._window_tokens += tokens
         self._window_steps += 1
+        self.steps_here += 1
 
     @contextmanager
     def pause(self, activity: str) -> Iterator[Callable[[], float]]:
@@ -130,6 +132,12 @@ class Progress:
                 self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
             else:
                 print(text, file=sys.stderr if error else sys.stdout, flush=True)
+
+    def busy(self, text: str) -> None:
+        """Show beside the bar what is being done; plain output has a line when it is done."""
+        if self._bar is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self._bar.update(self._task, description=text)
 
     def line(self, step: int, text: str, is_logged: bool, live: str | None = None) -> None:
         """Show a step: ``live`` beside the bar always, ``text`` in plain output and train.log only if ``is_logged``."""
@@ -207,8 +215,9 @@ class RunLogger:
         reported = {name: values for name, values in diagnostics.items() if values}
         if not self.main:
             return
-        first_here = self.clock.rate_now is None
-        if is_logged or first_here:
+        first_here = self.clock.steps_here == 1
+        # the first step may compile kernels: the second one tells how long the others take
+        if is_logged or self.clock.steps_here <= 2:
             self._measure()
         entry: dict[str, Any] = {
             "step": state.step,
@@ -235,7 +244,7 @@ class RunLogger:
             numbers: dict[str, Any] = {key: value for key, value in entry.items() if key not in ("step", "kind")}
             numbers |= {f"{name}/{key}": value for name, values in reported.items() for key, value in values.items()}
             self.trackers.log(numbers, state.step)
-        facts = entry, config.steps, self._eta(state.step), [note] if note else []
+        facts = entry, config.steps, None if first_here else self._eta(state.step), [note] if note else []
         self.progress.line(state.step, format_line(*facts), is_logged or first_here, live=format_live(*facts))
 
     def is_logged(self, step: int) -> bool:

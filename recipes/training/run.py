@@ -8,6 +8,7 @@ import math
 import signal
 from collections.abc import Sequence
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,18 +51,16 @@ from leanstep.recipes.training.checkpoint import (
 )
 from leanstep.recipes.training.failures import (
     EXIT_DONE,
-    EXIT_MEMORY,
     EXIT_NAN,
     RunFailure,
     dump_step,
     is_out_of_memory,
-    memory_message,
     nonfinite_message,
     refuse,
 )
 from leanstep.recipes.training.folder import RunFolder
 from leanstep.recipes.training.logger import Progress, RunLogger
-from leanstep.recipes.training.saver import Saver, finish, write_report
+from leanstep.recipes.training.saver import Saver, show_result, write_final, write_report
 from leanstep.recipes.training.step import (
     NonFinite,
     StepResult,
@@ -83,10 +82,13 @@ class Run:
     """One start of a run. The methods are in the order in which they run."""
 
     def __init__(self, config: RunConfig, accelerator: Accelerator, folder: RunFolder, progress: Progress) -> None:
-        self.config, self.accelerator, self.folder, self.say = config, accelerator, folder, progress.say
+        self.config, self.accelerator, self.folder = config, accelerator, folder
+        self.say, self.busy = progress.say, progress.busy
         self.logger = RunLogger(config, accelerator, folder, progress)
         self.state = TrainState()
-        self.begun = False
+        self.stop = StopFlag(enabled=False)
+        self.memory: MemoryEstimate | None = None
+        self.begun = self.written = False
 
     def go(self) -> int:
         """Begin, train, finish; returns the exit code."""
@@ -96,25 +98,21 @@ class Run:
                 if not self.begin():
                     return EXIT_DONE
         except (ValueError, ImportError, OSError) as error:
+            if is_out_of_memory(error):
+                raise
             return refuse(error)
-        leave = lambda: self.logger.status("interrupted", self.state)  # noqa: E731
-        with StopFlag(self.config.checkpoint.on_signal, leaving=leave) as self.stop:
-            try:
-                number = self.loop()
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                rows = self.memory.rows() if self.memory else ()
-                message = memory_message(self.config, self.folder.root, self.state.step + 1, rows)
-                raise RunFailure("out of memory", EXIT_MEMORY, message, alone=True) from error
+        self.stop = StopFlag(self.config.checkpoint.on_signal, leaving=self.leave)
+        with self.stop:
+            number = self.loop()
             if number:
                 return self.interrupted(number)
             self.finish()
-        self.logger.status("done", self.state)
-        if self.accelerator.is_main_process:
-            write_report(self.folder, self.say)
         self.logger.end()
         return EXIT_DONE
+
+    def leave(self) -> None:
+        """Write the last status of a run that is left at once."""
+        self.logger.status("done" if self.written else "interrupted", self.state)
 
     def begin(self) -> bool:
         """Claim the folder, build the run's objects, load the checkpoint. Returns False if the run is already done.
@@ -160,10 +158,10 @@ class Run:
         """Read and tokenise the text; check memory and disk space."""
         config, accelerator = self.config, self.accelerator
         rank, world = accelerator.process_index, accelerator.num_processes
+        self.busy("reading the text; a new one is tokenised once")
         self.data = load_data(config.data, seed=config.seed, rank=rank, world_size=world)
         self.say(self.data.summary())
-        self.say(f"targets     {targets_note(config.data.seq_len)}")
-        self.memory: MemoryEstimate | None = None
+        self.say(f"targets     {targets_note(config.data)}")
         self.memory_unknown = ""
         if self.state.step < config.steps:
             try:
@@ -177,6 +175,7 @@ class Run:
     def build_model_and_optimizer(self) -> None:
         """Build model, optimizer and schedule; apply the sparsity, adapters and masks of the recipe."""
         config, accelerator = self.config, self.accelerator
+        self.busy("building model and optimizer")
         # the same weights in every process; resume() seeds each process differently
         seed_process(config.seed)
         model = build_run_model(config, self.data.tokenizer, self.data.vocabulary)
@@ -262,6 +261,7 @@ class Run:
     def loop(self) -> int:
         """Train to the last step. Returns the signal that ended the loop early, after a save, or 0."""
         config, state = self.config, self.state
+        self.busy("the first step, which compiles kernels that are new here")
         self.open_windows()
         if state.eval_pending or (config.eval.at_start and state.step == 0):
             number = self.evaluate()
@@ -422,7 +422,10 @@ class Run:
             return 0
         gate = None if self.gate is None else self.gate.state_dict()
 
+        batches = count(1)
+
         def stop_on_signal() -> None:
+            self.busy(f"{state.step}/{config.steps}  evaluating, batch {next(batches)}")
             if number := maximum(self.accelerator, int(self.stop.received)):
                 raise Interrupted(number)
 
@@ -462,6 +465,7 @@ class Run:
         """Write a checkpoint of this step. A full disk is a warning."""
         clock = self.logger.clock
         self.state.elapsed_s = clock.elapsed_s
+        self.busy(f"{self.state.step}/{self.config.steps}  saving a checkpoint")
         with clock.pause("save") as spent:
             saved = self.saver.save(self.state, self.windows)
         if saved:
@@ -473,14 +477,21 @@ class Run:
             self.say(f"step {self.state.step}/{self.config.steps}  checkpoint saved in {spent():.1f} s{slow}")
 
     def finish(self) -> None:
-        """Write the final model and the reports of optimizer, sparsity and attention."""
+        """Write the final model, samples of it and all reports. A signal cuts the samples alone."""
         for observer in (self.norms, self.gate, None if self.clip is None else self.clip.monitor):
             if observer is not None:
                 observer.close()
-        finish(self.config, self.accelerator, self.folder, self.saver, self.state, self.data, self.say)
+        self.busy("writing the final model")
+        write_final(self.accelerator, self.folder, self.saver)
+        self.written, self.stop.lost = True, f"the model is complete in {self.folder.final}, its report may be missing"
+        show_result(self.config, self.folder, self.state, self.data, self.accelerator.device, self.logger, self.stop)
         if self.spikes is not None:
             self.say(f"spikes      {self.spikes.summary(self.state)}")
         self.logger.reports(self.optimizer.optimizer, self.sparsity, self.norms, self.gate)
+        self.logger.status("done", self.state)
+        if self.accelerator.is_main_process:
+            self.busy("writing the report")
+            write_report(self.folder, self.say)
 
     def interrupted(self, number: int) -> int:
         """Print how to continue; return the exit code of the signal."""

@@ -1,6 +1,6 @@
 """Let the trained model continue held-out texts, for a reader's first impression."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,8 @@ def word_starts(tokenizer: Any) -> Callable[[int], bool]:
     return lambda token: str(tokenizer.convert_ids_to_tokens(token)).startswith(("\u0120", "\u2581", " "))
 
 
-def sample(folder: Path, prompts: list[list[int]], seed: int, device: torch.device) -> str:
-    """Continue each prompt by 64 tokens with the model in ``folder``; return one paragraph each, ``[prompt] text``.
+def sample(folder: Path, prompts: list[list[int]], seed: int, device: torch.device) -> Iterator[str]:
+    """Continue each prompt by 64 tokens with the model in ``folder``; yield one paragraph each, ``[prompt] text``.
 
     The model cannot answer with its end-of-text token, so that no paragraph is blank. Prompt and text are cut to the
     model's positions. The result depends on ``seed`` and device only; torch's random state stays as it was.
@@ -87,4 +87,4 @@ def sample(folder: Path, prompts: list[list[int]], seed: int, device: torch.devi
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        return "\n\n".join(map(continued, prompts))
+        yield from map(continued, prompts)

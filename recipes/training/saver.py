@@ -19,6 +19,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from leanstep._checkpoint import load_tensors
 from leanstep._files import STAGED, format_bytes, free_bytes, one_line, publish_folder, remove
+from leanstep._process import StopFlag
 from leanstep.lora import LowRankGate, save_adapter
 from leanstep.lora.apply import is_adapted
 from leanstep.lora.merge import config_of_merged, merged_state_dict
@@ -46,6 +47,7 @@ from leanstep.recipes.training.checkpoint import (
 )
 from leanstep.recipes.training.failures import RunFailure, disk_trouble
 from leanstep.recipes.training.folder import RunFolder
+from leanstep.recipes.training.logger import RunLogger
 from leanstep.recipes.training.samples import TEMPERATURE, held_out_prompts, sample, word_starts
 from leanstep.sparsity import plain_state_dict
 from leanstep.sparsity.modules import sparse_layers
@@ -286,39 +288,46 @@ def _stored(model: PreTrainedModel, folder: Path) -> Iterator[tuple[Path, dict[s
     yield from ((file, load_tensors(file)) for file in files)
 
 
-def finish(
-    config: RunConfig,
-    accelerator: Accelerator,
-    folder: RunFolder,
-    saver: Saver,
-    state: TrainState,
-    data: LoadedData,
-    say: Callable[[str], None],
-) -> None:
-    """Write ``final/`` and ``final-ema/``, let ``final/`` continue held-out texts, compare the loss with ``expect``.
-
-    Raises RunFailure on a disk error.
-    """
+def write_final(accelerator: Accelerator, folder: RunFolder, saver: Saver) -> None:
+    """Write ``final/`` and ``final-ema/``. Raises RunFailure on a disk error."""
     export_final(accelerator, folder.final, saver)
     if saver.ema is not None:
         with saver.ema.applied():
             export_final(accelerator, folder.final_ema, saver)
-    if accelerator.is_main_process:
-        tokenizer = data.tokenizer
-        begin = begin_tokens(tokenizer)
-        prompts = held_out_prompts(data.validation, tokenizer.eos_token_id, word_starts(tokenizer), begin)
-        try:
-            text = sample(folder.final, prompts, config.seed, accelerator.device)
-        except Exception as error:  # no memory for a second copy, logits that are not finite: the model is written
-            say(f"WARNING: no samples of the final model: {one_line(error)}")
-        else:
-            folder.log({"step": state.step, "kind": "sample", "text": text})
-            say(f"samples ([held-out text] continued, temperature {TEMPERATURE:g}, seed {config.seed}):\n{text}")
-        if state.val_loss is not None:
-            say(compare(state.val_loss, config.expect))
-        say(f"model and tokenizer: {folder.final}")
-        if saver.ema is not None:
-            say(f"the same with averaged weights: {folder.final_ema}")
+
+
+def show_result(
+    config: RunConfig,
+    folder: RunFolder,
+    state: TrainState,
+    data: LoadedData,
+    device: torch.device,
+    logger: RunLogger,
+    stop: StopFlag,
+) -> None:
+    """Name the model, let it continue held-out texts until a signal comes, compare the loss with ``expect``."""
+    if not logger.main:
+        return
+    say, tokenizer = logger.say, data.tokenizer
+    say(f"model and tokenizer: {folder.final}")
+    if folder.final_ema.is_dir():
+        say(f"the same with averaged weights: {folder.final_ema}")
+    prompts = held_out_prompts(data.validation, tokenizer.eos_token_id, word_starts(tokenizer), begin_tokens(tokenizer))
+    texts: list[str] = []
+    try:
+        say(f"samples ([held-out text] continued, temperature {TEMPERATURE:g}, seed {config.seed}):")
+        for text in sample(folder.final, prompts, config.seed, device):
+            say(f"\n{text}" if texts else text)
+            texts.append(text)
+            if stop.received and len(texts) < len(prompts):
+                say("interrupted: the other samples are left out, the model is complete")
+                break
+    except Exception as error:  # no memory for a second copy, logits that are not finite: the model is written
+        say(f"WARNING: no samples of the final model: {one_line(error)}")
+    if texts:
+        folder.log({"step": state.step, "kind": "sample", "text": "\n\n".join(texts)})
+    if state.val_loss is not None:
+        say(compare(state.val_loss, config.expect))
 
 
 def write_report(folder: RunFolder, say: Callable[[str], None]) -> None:

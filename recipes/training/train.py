@@ -36,7 +36,14 @@ from leanstep.recipes.config.values import hidden_texts
 from leanstep.recipes.data.sources import StreamError
 from leanstep.recipes.training.build import build_accelerator
 from leanstep.recipes.training.checkpoint import how_to_continue
-from leanstep.recipes.training.failures import EXIT_FAILED, RunFailure, lost_process, of_process, refuse
+from leanstep.recipes.training.failures import (
+    EXIT_FAILED,
+    RunFailure,
+    lost_process,
+    memory_failures,
+    of_process,
+    refuse,
+)
 from leanstep.recipes.training.folder import RunFolder
 from leanstep.recipes.training.launch import LAUNCHER_VARIABLE
 from leanstep.recipes.training.logger import Progress
@@ -87,9 +94,11 @@ def train(config: RunConfig) -> int:
     with Progress(folder, config.steps, active=accelerator.is_main_process) as progress:
         run = Run(config, accelerator, folder, progress)
         try:
-            return run.go()
+            with memory_failures(run):
+                return run.go()
         except RunFailure as failure:
-            run.logger.status(f"failed:{failure.reason}", run.state, any_process=True)
+            if run.begun:
+                run.logger.status(f"failed:{failure.reason}", run.state, any_process=True)
             if not failure.alone:
                 progress.say(str(failure), error=True)
             elif is_first_to_fail():
@@ -97,9 +106,9 @@ def train(config: RunConfig) -> int:
             return failure.exit_code
         except KeyboardInterrupt:
             if run.begun:
-                run.logger.status("interrupted", run.state)
+                run.leave()
             if accelerator.is_main_process:
-                print("interrupted, nothing saved since the last checkpoint", file=sys.stderr)
+                print(f"interrupted, {run.stop.lost}", file=sys.stderr)
             return EXIT_CODES[signal.SIGINT]
         except StreamError as error:
             run.logger.status("failed:data", run.state, any_process=True)

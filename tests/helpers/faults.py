@@ -243,6 +243,30 @@ def refuse_the_data():
     run.load_data = load_data
 
 
+def out_of_memory_while_reading():
+    """Refuse the memory for the text."""
+    from leanstep.recipes.training import run
+
+    def refuse(*arguments, **options):
+        raise MemoryError
+
+    run.load_data = refuse
+
+
+def interrupted_in_its_samples():
+    """Press Ctrl-C while the final model writes its first sample."""
+    from leanstep.recipes.training import saver
+
+    whole = saver.sample
+
+    def sample(*arguments):
+        for text in whole(*arguments):
+            os.kill(os.getpid(), signal.SIGINT)
+            yield text
+
+    saver.sample = sample
+
+
 def out_of_memory_at_step_3():
     """Raise what torch raises when a GPU's memory is used up."""
     import torch

@@ -119,8 +119,13 @@ def test_labels_of_an_axis_differ_and_stay_inside(tab, pages, name):
 @pytest.mark.parametrize("name", PAGES)
 def test_labels_can_be_read_on_a_phone(tab, pages, name):
     tab.open(pages[name], SCREENS["phone"])
-    heights = tab.evaluate("[...document.querySelectorAll('svg text')].map(t => t.getBoundingClientRect().height)")
+    heights = tab.evaluate(
+        "[...document.querySelectorAll('svg text')].filter(t => t.checkVisibility())"
+        ".map(t => t.getBoundingClientRect().height)"
+    )
     assert min(heights) > 8, "pixels"
+    cut = "[...document.querySelectorAll('figure.twice')].filter(f => f.scrollWidth > f.clientWidth).length"
+    assert tab.evaluate(cut) == 0, "a chart of curves fits the width of a phone"
 
 
 def test_dark_is_dark_and_paper_is_white_for_readers_of_the_dark_too(tab, pages):

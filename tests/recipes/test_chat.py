@@ -318,6 +318,7 @@ def test_a_run_learns_the_answers_and_continues_held_out_prompts(folder, tmp_pat
     assert training.codes == [0], training.text()
     losses = [entry["loss"] for entry in read_log(tmp_path / "out") if entry["kind"] == "train"]
     assert len(losses) == 8 and losses[-1] < losses[0]
+    assert "count targets, the tokens of answers, prompts and padding left out" in training.text()
     assert "in answers" in training.text() and "Who are you?" in training.text()
     data = load_data(load(recipe).data, seed=0)
     prompts = held_out_prompts(data.validation, data.tokenizer.eos_token_id)

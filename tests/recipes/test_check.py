@@ -349,7 +349,7 @@ def test_an_unreachable_hub_is_asked_once_and_the_answer_comes_early(no_network,
     no_network.clear()
     out, error = capsys.readouterr()
     assert error == "" and not constants.HF_HUB_OFFLINE
-    assert out.index("cannot be reached") < out.index("\nData\n") < out.index("1 problem\n")
+    assert out.index("1 problem\n") < out.index("cannot be reached") < out.index("\nData\n")
 
 
 def test_a_tokenizer_of_the_hub_is_not_waited_for_either(no_network, monkeypatch, tmp_path):
@@ -365,10 +365,11 @@ def test_a_tokenizer_of_the_hub_is_not_waited_for_either(no_network, monkeypatch
     no_network.clear()
 
 
-def test_problems_end_the_report_and_decide_the_exit_code(run, capsys):
+def test_problems_begin_the_report_and_decide_the_exit_code(run, capsys):
     assert check(run("log.trackers=[wandbb]", "optimizer.groups=[{match: zzz, lr: 1}]")) == 1
     out = capsys.readouterr().out
-    listed = out[out.index(" problems\n") :]
+    assert out.startswith("llama-nano-adamw: 2 problems\n") and out.index("\nOutput\n") < out.index("\nRecipe\n")
+    listed = out[: out.index("\nDevice\n")]
     assert "- device: log.trackers: 'wandbb'" in listed and "- parameter groups: " in listed
     assert "ready" not in out
 

@@ -1,6 +1,7 @@
 """What goes wrong ends in a message, an exit code and a checkpoint, or does not end the run at all."""
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -121,6 +122,22 @@ def test_out_of_memory_names_what_to_change(recipe, tmp_path, world):
     assert again.codes == [0], again.text()
 
 
+def test_a_lack_of_memory_before_training_is_a_message(recipe, tmp_path):
+    failed = run(recipe, [], tmp_path / "run", prepare=faults.out_of_memory_while_reading)
+    assert failed.codes == [4], failed.text()
+    assert "before the first step: out of memory (" in failed.text() and "Traceback" not in failed.text()
+
+
+def test_ctrl_c_after_the_final_model_cuts_the_samples_alone(recipe, tmp_path):
+    out = tmp_path / "run"
+    training = run(recipe, [], out, prepare=faults.interrupted_in_its_samples)
+    assert training.codes == [0], training.text()
+    told = training.text()
+    assert told.index("model and tokenizer: ") < told.index("interrupted: the other samples are left out, the model is")
+    assert told.index("interrupted: ") < told.index("report: ") and (out / "report.html").is_file()
+    assert status(out)["status"] == "done"
+
+
 def test_memory_hints_leave_out_what_is_already_done():
     from pathlib import Path
 
@@ -163,6 +180,8 @@ def test_which_errors_are_out_of_memory():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60)
     assert is_out_of_memory(caught.value)
+    assert is_out_of_memory(ImportError("libtorch_cpu.so: failed to map segment from shared object"))
+    assert is_out_of_memory(OSError(errno.ENOMEM, "Cannot allocate memory"))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
