@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels.reference.rounding import ROUNDINGS
+from leanstep.optimizers.common.removed import removed_from
 
 
 def settings_of(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -28,6 +29,8 @@ OTHER_NAMES = {"state_dtype": ("momentum_dtype", "noise_dtype", "storage"), "bet
 
 def no_option(owner: str, unknown: Collection[str], options: Iterable[str]) -> str:
     """Return the message for options that an optimizer does not have."""
+    if instead := removed_from(owner, unknown):
+        return f"{owner}: {instead}"
     options = sorted(options)
     nearest = [
         name

@@ -17,6 +17,7 @@ from leanstep.optimizers.common.checks import (
     no_option,
 )
 from leanstep.optimizers.common.engines import refuse_flattened
+from leanstep.optimizers.common.removed import REMOVED
 
 NONFINITE = ("skip", "raise", "pass")
 # torch's optimizers have these; a group may not ask for what its optimizer does not do
@@ -55,8 +56,9 @@ class CheckedGroups(torch.optim.Optimizer):
                 f"{type(self).__name__}: expected 'params' in a group, got only {', '.join(map(repr, param_group))}. "
                 "The group was not added."
             )
-        if unknown := OTHER_NAMES.keys() & param_group.keys():
-            raise TypeError(f"{no_option(type(self).__name__, unknown, self.defaults)}. The group was not added.")
+        removed = REMOVED.get(self._method(), {})
+        if unknown := (OTHER_NAMES.keys() | removed.keys()) & param_group.keys():
+            raise TypeError(f"{no_option(self._method(), unknown, self.defaults)}. The group was not added.")
         if param_group.get("algorithm") == "balanced" and "algorithm" not in self.defaults:
             raise ValueError(
                 f"{type(self).__name__}: group {param_group.get('name', len(self.param_groups))!r} has "

@@ -152,13 +152,6 @@ class MFAC(LeanOptimizer):
     # while a state is loaded whose windows are spread
     _shard_check: ShardCheck | None = None
     _older_names = {"figures": "stats", "counts": "counters"}
-    _older_settings = {
-        "momentum_on": ("update",),
-        "precondition": ("row",),
-        "precondition_every": (1,),
-        "window_every": (1,),
-        "warmup_steps": (0,),
-    }
 
     def __init__(
         self,
