@@ -36,6 +36,13 @@ REMOVED: Mapping[str, Mapping[str, Removed]] = {
         "nuclear_coefficients": Removed("leave it out; nuclear='svd' is exact", _only("nuclear")),
     },
     "MFAC": {
+        "damping_schedule": Removed("set group['damping'] between steps", _only()),
+        "max_update_norm": Removed("leave it out; a larger damping shortens updates", _only()),
+        "rank": Removed(
+            "it was that of compression='lowrank', which left; write compression='topk'",
+            lambda rank, group: group.get("compression") != "lowrank",
+        ),
+        "shard_window": Removed("leave it out; torch.distributed.fsdp.fully_shard shards windows", _only(False)),
         "momentum_on": Removed("write momentum= alone", _only("update")),
         "precondition": Removed("leave it out", _only("row")),
         "precondition_every": Removed("leave it out: every step solves", _only(1)),
@@ -44,7 +51,7 @@ REMOVED: Mapping[str, Mapping[str, Removed]] = {
     },
     "SinkGD": {
         "clip_threshold": Removed(
-            "leave it out, and clip by torch.nn.utils.clip_grad_norm_ before the step; release_gradients has no clipping",
+            "leave it out; torch.nn.utils.clip_grad_norm_ before the step clips, and release_gradients has no clipping",
             _only(),
         ),
         "row_mask_tau": Removed(

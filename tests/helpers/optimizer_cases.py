@@ -480,16 +480,6 @@ CASES = (
         extra_fp32=14,
     ),
     OptimizerCase(
-        name="MFAC-lowrank",
-        cls=MFAC,
-        kwargs={"lr": 2e-2, "window": 4, "damping": 1.0, "compression": "lowrank", "rank": 2, "scope": "group"},
-        state={**dict.fromkeys(("window_left", "window_right", "error", "basis"), torch.float32), **_MFAC_SCOPE},
-        coupled=True,
-        skips_together=True,
-        exact_foreach=False,
-        extra_fp32=14,
-    ),
-    OptimizerCase(
         name="MFAC-bf16",
         cls=MFAC,
         kwargs={"lr": 0.5, "window": 4, "damping": 30.0},

@@ -133,7 +133,6 @@ MFAC_INFO = OptimizerInfo(
         ({"weight_decay": 0.1}, "nonzero weight_decay"),
         ({"weight_decay": 0.1, "decay": "coupled", "maximize": True}, "maximize, coupled decay"),
         ({"window": 4, "momentum": 0.9, "scope": "layer", "scaling": "count"}, "momentum, layers"),
-        ({"window": 4, "max_update_norm": 0.5}, "trust region"),
         ({"compression": "topk", "density": 0.5}, "sparse rows"),
     ),
     optim_error_inputs_func=_errors(

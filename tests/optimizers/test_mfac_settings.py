@@ -27,25 +27,16 @@ SHAPES = ((4, 3), (5,))
         ({"scope": "tensor"}, ValueError, "Invalid scope: 'tensor'.*model.*layer"),
         ({"scope": 0}, ValueError, "Invalid scope: 0"),
         ({"storage": "int8"}, ValueError, "Invalid storage: 'int8'.*bf16"),
-        ({"compression": "random"}, ValueError, "Invalid compression: 'random'.*topk.*lowrank"),
+        ({"compression": "random"}, ValueError, "Invalid compression: 'random'.*topk"),
+        ({"compression": "lowrank"}, ValueError, "Invalid compression: 'lowrank'.*topk"),
         ({"density": 0.0}, ValueError, "Invalid density: 0"),
         ({"density": 1.5}, ValueError, "Invalid density: 1.5"),
-        ({"rank": 0}, ValueError, "Invalid rank: 0"),
         ({"momentum": 1.0}, ValueError, "Invalid momentum value: 1.0"),
         ({"decay": "l2"}, ValueError, "Invalid decay: 'l2'"),
         ({"density": torch.tensor(0.5)}, TypeError, "density must be a number"),
-        ({"max_update_norm": torch.tensor(1.0)}, TypeError, "max_update_norm must be a number"),
-        ({"damping_schedule": ("linear", 9, torch.tensor(1.0))}, TypeError, "last damping of damping_schedule must be"),
-        ({"max_update_norm": 0.0}, ValueError, "Invalid max_update_norm: 0"),
         ({"shrinkage": -1.0}, ValueError, "Invalid shrinkage: -1"),
-        ({"damping_schedule": ("linear", 10)}, ValueError, "Invalid damping_schedule"),
-        ({"damping_schedule": 5}, ValueError, "Invalid damping_schedule: 5; MFAC expects None, .curve"),
-        ({"damping_schedule": "linear"}, ValueError, "Invalid damping_schedule: 'linear'; MFAC"),
-        ({"damping_schedule": ("cubic", 10, 0.1)}, ValueError, "Invalid damping_schedule: 'cubic'.*quadratic"),
-        ({"damping_schedule": ("linear", 10, 0.0)}, ValueError, "last damping to be greater than 0"),
         ({"compression": "topk", "storage": "fp16"}, ValueError, "storage='fp16' is for uncompressed rows"),
         ({"compression": "topk", "scope": 7}, ValueError, "scope=7.*uncompressed rows"),
-        ({"shard_window": True}, ValueError, "not initialized; call init_process_group"),
         ({"sparse": "yes"}, TypeError, "sparse must be True or False"),
         ({"masks": [None]}, ValueError, "masks belong to a group"),
     ],
@@ -138,7 +129,7 @@ def test_a_window_that_the_device_has_no_room_for_is_refused(monkeypatch):
     assert f"a window of 1024 gradients of 1,100,000 parameters takes {needed / 2**30:.1f} GiB on cpu" in text
     assert "has 2.0 GiB left" in text
     assert f"storage='bf16' takes {(needed - 1024 * 2_200_000) / 2**30:.1f} GiB" in text
-    assert "compression='topk' takes" in text and "window=128 takes" in text and "shard_window=True" in text
+    assert "compression='topk' takes" in text and "window=128 takes" in text and "fully_shard divides it" in text
     for smaller in ({"compression": "topk"}, {"window": 128}):
         MFAC([param], **{"window": 1024, **smaller})
     # the processes of a machine share its memory
@@ -155,7 +146,6 @@ def test_a_window_that_the_device_has_no_room_for_is_refused(monkeypatch):
     "options",
     [
         {}, {"storage": "fp16"}, {"scope": 7}, {"compression": "topk", "density": 0.2}, {"scope": "layer"},
-        {"compression": "lowrank", "rank": 2},
     ],
 )  # fmt: skip
 def test_the_memory_that_is_announced_is_the_memory_that_is_held(options):
@@ -233,9 +223,8 @@ def test_another_order_without_names_is_seen_by_the_shapes():
 @pytest.mark.parametrize(
     "options",
     [
-        {}, {"storage": "fp16"}, {"compression": "topk", "density": 0.4}, {"compression": "lowrank", "rank": 1},
-        {"scope": 5}, {"momentum": 0.9, "max_update_norm": 0.1}, {"sparse": True},
-        {"damping_schedule": ("linear", 12, 0.01), "momentum": 0.5},
+        {}, {"storage": "fp16"}, {"compression": "topk", "density": 0.4}, {"scope": 5}, {"momentum": 0.9},
+        {"sparse": True},
     ],
 )  # fmt: skip
 def test_ten_steps_after_loading_are_the_same_bit_for_bit(options):
@@ -349,8 +338,8 @@ def test_diagnostics_are_flat_numbers():
     assert all(isinstance(name, str) and type(value) is float for name, value in figures.items())
     assert figures["window_rows"] == 2 and figures["damping"] == 0.1
     assert figures["update_norm"] > 0 and figures["decrease"] > 0
-    assert not optimizer.state[params[0]]["stats"][:, 3].any()  # of older states
-    assert figures["jittered"] == figures["eigen"] == figures["clipped"] == figures["nonfinite"] == 0
+    assert not optimizer.state[params[0]]["stats"][:, 2:4].any()  # of older states
+    assert figures["jittered"] == figures["eigen"] == figures["nonfinite"] == 0
 
 
 def _without_gram(states):

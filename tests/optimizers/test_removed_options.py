@@ -16,6 +16,7 @@ OPTIONS = [(name, option) for name, options in REMOVED.items() for option in opt
 # every group of an earlier version had these
 DEFAULTS = {
     "LANTON": {"grouping": "norm", "ns_steps": 5, "ns_dtype": None},
+    "MFAC": {"damping_schedule": None, "max_update_norm": None, "rank": 4, "shard_window": False},
     "SinkGD": {"row_mask_tau": 0.0, "clip_threshold": None},
 }  # fmt: skip
 
@@ -92,6 +93,8 @@ def test_a_state_of_an_earlier_version_goes_on_bit_for_bit(name):
     [
         ("LANTON", "grouping", "role"), ("LANTON", "ns_steps", 6), ("LANTON", "ns_dtype", "float32"),
         ("SinkGD", "row_mask_tau", 0.1), ("SinkGD", "row_mask_tau", 1e-3), ("SinkGD", "clip_threshold", 1.0),
+        ("MFAC", "damping_schedule", ["linear", 10, 0.1]), ("MFAC", "max_update_norm", 1.0),
+        ("MFAC", "shard_window", True),
     ],
 )  # fmt: skip
 def test_a_state_that_used_a_removed_option_is_refused(name, option, value):
