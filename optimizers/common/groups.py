@@ -56,8 +56,8 @@ class CheckedGroups(torch.optim.Optimizer):
                 f"{type(self).__name__}: expected 'params' in a group, got only {', '.join(map(repr, param_group))}. "
                 "The group was not added."
             )
-        removed = REMOVED.get(self._method(), {})
-        if unknown := (OTHER_NAMES.keys() | removed.keys()) & param_group.keys():
+        entries = {key for key, value in param_group.items() if value is not None or key not in self._group_entries}
+        if unknown := (OTHER_NAMES.keys() | REMOVED.get(self._method(), {}).keys()) & entries:
             raise TypeError(f"{no_option(self._method(), unknown, self.defaults)}. The group was not added.")
         if param_group.get("algorithm") == "balanced" and "algorithm" not in self.defaults:
             raise ValueError(

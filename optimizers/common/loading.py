@@ -229,7 +229,7 @@ def _upgraded(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> dict[str,
     def renamed(entries: Any) -> Any:  # hooks may add values that are no dict
         return {names.get(k, k): v for k, v in entries.items()} if isinstance(entries, dict) else entries
 
-    gone = REMOVED.get(owner, {}).keys()
+    gone = REMOVED.get(owner, {}).keys() - optimizer._group_entries.keys()
     groups = [{k: v for k, v in renamed(group).items() if k not in gone} for group in state_dict["param_groups"]]
     states = optimizer._in_memory({param_id: renamed(state) for param_id, state in state_dict["state"].items()})
     return {**state_dict, "state": states, "param_groups": groups}

@@ -37,6 +37,10 @@ REMOVED: Mapping[str, Mapping[str, Removed]] = {
     },
     "MFAC": {
         "damping_schedule": Removed("set group['damping'] between steps", _only()),
+        "masks": Removed(
+            "write sparse=True, which excludes the weights that are zero when the group is added",
+            lambda masks, group: group.get("sparse") is True,
+        ),
         "max_update_norm": Removed("leave it out; a larger damping shortens updates", _only()),
         "rank": Removed(
             "it was that of compression='lowrank', which left; write compression='topk'",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -81,11 +81,8 @@ class MFAC(LeanOptimizer):
         weight_decay: see ``decay``.
         decay: "decoupled": ``p *= 1 - lr * weight_decay``, outside the window. "coupled": add ``weight_decay * p`` to
             the gradient before it enters the window, as in the published code.
-        sparse: exclude weights that are exactly zero when their group is added. They stay out of the window and never
-            change.
-        masks: per group, one bool tensor (or None) per parameter, False for excluded weights, which do not count in d.
-            Combined with ``sparse``. Excluded weights still decay with "decoupled"; "coupled" leaves them unchanged.
-            With leanstep.sparsity pass ``controller.masks_of(params)``: the optimizer's weights are dense.
+        sparse: exclude weights that are exactly zero when their group is added. They stay out of the window, do not
+            count in d, and never change.
         rounding, seed, maximize: as for :class:`leanstep.optimizers.Lion`.
         foreach: None or True: write updates with one call per device and dtype. False: one call per tensor.
         nonfinite: how to treat a scope with a non-finite gradient, or one whose squared norm overflows fp64. "skip":
@@ -117,7 +114,7 @@ class MFAC(LeanOptimizer):
         A step waits for the device once, to check that the gradient is finite; on a GPU once more, to factorize.
 
         Sharded parameters have windows with the same shards. A step needs one all-reduce per mesh dimension, of n + 1
-        numbers per Gram matrix (n + 2 with masks) and a flag per tensor, for all scopes; fp16 needs one more, of the
+        numbers per Gram matrix (n + 2 with ``sparse``) and a flag per tensor, for all scopes; fp16 one more, of the
         rows' largest entries. "topk" needs unsharded rows, a scope of blocks shards along dimension 0.
 
     References:
@@ -134,6 +131,7 @@ class MFAC(LeanOptimizer):
 
     _state_rules = {"momentum_buffer": SHAPED, **WINDOW_RULES, **SCOPE_RULES}
     _drop_state = "optimizer.state.clear(), because parameters share a window"
+    _group_entries = {"masks": None}  # of sparse groups: a bool tensor for every parameter
     _older_names = {"figures": "stats", "counts": "counters"}
 
     def __init__(
@@ -153,15 +151,12 @@ class MFAC(LeanOptimizer):
         weight_decay: float = 0.0,
         decay: str = "decoupled",
         sparse: bool = False,
-        masks: Sequence[Tensor | None] | None = None,
         rounding: str = "nearest",
         seed: int = 0,
         nonfinite: str = "skip",
         maximize: bool = False,
         foreach: bool | None = None,
     ) -> None:
-        if masks is not None:
-            raise ValueError("MFAC: masks belong to a group: MFAC([{'params': [...], 'masks': [...]}])")
         super().__init__(params, settings_of(locals()))
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -171,16 +166,11 @@ class MFAC(LeanOptimizer):
     def _check_params(self, group: dict[str, Any], given: dict[str, Any]) -> None:
         super()._check_params(group, given)
         self._check_scope(self.param_groups, group)
-        if group["masks"] is not None:  # the caller's list may change
-            group["masks"] = list(group["masks"])
         if group["scope"] in ("model", "group") and inside_zero():
             advice = "Take scope='layer' or an int"
             raise partial_model("MFAC", f"scope={group['scope']!r}", "ZeroRedundancyOptimizer", advice)
         if group["sparse"]:
-            masks = group["masks"] or [None] * len(group["params"])
-            nonzero = [p.detach() != 0 for p in group["params"]]
-            pairs = zip(nonzero, masks, strict=True)
-            group["masks"] = [n if mask is None else n & mask_like(mask, n) for n, mask in pairs]
+            group["masks"] = [p.detach() != 0 for p in group["params"]]
         check_memory(self.param_groups, self._states())
 
     def _takes_flattened(self, group: dict[str, Any]) -> bool:
@@ -296,7 +286,7 @@ class MFAC(LeanOptimizer):
         if mask is not None and state.get("mask") is not mask:
             check_masks(group)
             state["mask"] = placed = mask_like(mask, param)
-            if placed is not mask:  # the list may be the caller's
+            if placed is not mask:
                 group["masks"] = [placed if i == position else other for i, other in enumerate(group["masks"])]
         init_rounding(state, param, effective("MFAC", group, position, param))
         return state

@@ -199,13 +199,11 @@ def test_parameters_added_later_join_with_rows_of_zeros():
 
 def test_zeros_stay_zero_and_out_of_the_window():
     params = new_params(((4, 3), (5,)))
-    given = torch.ones(5, dtype=torch.bool)
-    given[2] = False
     with torch.no_grad():
         params[0][:, 1] = 0.0
-    groups = [{"params": params, "masks": [None, given], "sparse": True}]
-    optimizer = MFAC(groups, lr=LR, window=3, damping=0.1, weight_decay=0.1)
-    kept = torch.cat([(params[0] != 0).reshape(-1), given])
+        params[1][2] = 0.0
+    optimizer = MFAC(params, lr=LR, window=3, damping=0.1, weight_decay=0.1, sparse=True)
+    kept = flatten(params) != 0
     start = flatten(params)
     dense = DenseFisher(3, 0.1)
     for step in range(5):
@@ -224,8 +222,10 @@ def test_weights_that_remain_step_as_they_do_alone(scope, alone, compiled):
     mask = torch.arange(20) % 4 == 0  # two weights of every eight remain
     whole = new_params(((20,), (2,)))
     parts = [whole[0].detach()[mask].requires_grad_(), whole[1].detach().clone().requires_grad_()]
+    with torch.no_grad():
+        whole[0][~mask] = 0.0
     options = {"lr": LR, "window": 3, "damping": 1e-6, "scaling": "count"}
-    masked = MFAC([{"params": whole, "masks": [mask, None]}], scope=scope, **options)
+    masked = MFAC(whole, scope=scope, sparse=True, **options)
     subset = MFAC(parts, scope=alone, **options)
     step_masked = torch.compile(masked.step, backend="aot_eager") if compiled else masked.step
     for step in range(4):

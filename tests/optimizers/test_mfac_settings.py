@@ -38,7 +38,6 @@ SHAPES = ((4, 3), (5,))
         ({"compression": "topk", "storage": "fp16"}, ValueError, "storage='fp16' is for uncompressed rows"),
         ({"compression": "topk", "scope": 7}, ValueError, "scope=7.*uncompressed rows"),
         ({"sparse": "yes"}, TypeError, "sparse must be True or False"),
-        ({"masks": [None]}, ValueError, "masks belong to a group"),
     ],
 )  # fmt: skip
 def test_settings_out_of_range(bad, kind, message):
@@ -46,42 +45,30 @@ def test_settings_out_of_range(bad, kind, message):
         MFAC(new_params(SHAPES), **{"lr": 0.1, "window": 8, **bad})
 
 
-def test_masks_must_fit():
+def test_saved_masks_must_fit():
     params = new_params(SHAPES)
+    optimizer = MFAC([{"params": params}], window=2, sparse=True)
+    saved = optimizer.state_dict()
     for masks, said in (
         ([None], "one entry per parameter"),
         ([None, torch.ones(4, dtype=torch.bool)], "parameter 1.*must be a bool tensor of its shape"),
         ([None, torch.ones(5)], "parameter 1.*got .5,. of torch.float32"),
     ):
+        saved["param_groups"][0]["masks"] = masks
         with pytest.raises(ValueError, match=said):
-            MFAC([{"params": params, "masks": masks}], window=2)
-
-
-def test_masks_of_the_caller_are_read_and_never_changed():
-    given = [None, torch.tensor([True, False, True, True, False])]
-    masks, moved = list(given), []
-    for _ in range(2):  # the second optimizer has the same masks
-        params = new_params(SHAPES)
-        start = params[1].detach().clone()
-        optimizer = MFAC([{"params": params, "masks": masks}], lr=0.1, window=2, damping=0.1)
-        early = optimizer.state_dict()
-        set_grads(params, 0)
-        optimizer.step()
-        assert all(mine is theirs for mine, theirs in zip(masks, given, strict=True))
-        assert early["param_groups"][0]["masks"][1] is given[1]
-        moved.append(params[1] != start)
-    assert torch.equal(moved[0], given[1]) and torch.equal(moved[1], given[1])
+            optimizer.load_state_dict(saved)
 
 
 @pytest.mark.parametrize("saved_and_loaded", [False, True])
-@pytest.mark.parametrize("sparse", [False, True])
-def test_excluded_weights_never_change_also_after_the_state_is_dropped(sparse, saved_and_loaded):
+def test_excluded_weights_never_change_also_after_the_state_is_dropped(saved_and_loaded):
     params = new_params(SHAPES)
-    given = torch.tensor([True, False, True, True, False])
     with torch.no_grad():
         params[0][:, 1] = 0.0
-    group = {"params": params, "masks": [params[0] != 0, given], "sparse": sparse}
-    optimizer = MFAC([group], lr=0.1, window=2, damping=0.1, weight_decay=0.1, decay="coupled")
+        params[1][[1, 4]] = 0.0
+    settings = {"lr": 0.1, "window": 2, "damping": 0.1, "weight_decay": 0.1, "decay": "coupled", "sparse": True}
+    optimizer = MFAC(params, **settings)
+    early, masks = optimizer.state_dict(), [p != 0 for p in params]
+    assert all(torch.equal(*pair) for pair in zip(early["param_groups"][0]["masks"], masks, strict=True))
     before = [p.detach().clone() for p in params]
     set_grads(params, 0)
     optimizer.step()
@@ -89,14 +76,14 @@ def test_excluded_weights_never_change_also_after_the_state_is_dropped(sparse, s
         file = io.BytesIO()
         torch.save(optimizer.state_dict(), file)
         file.seek(0)
-        optimizer = MFAC([{"params": params, "sparse": sparse}], lr=0.1, window=2, damping=0.1)
+        optimizer = MFAC(params, **settings)
         optimizer.load_state_dict(torch.load(file))
     assert optimizer.state_dict()["param_groups"][0]["masks"] == [None, None]  # saved once, in the states
     optimizer.state.clear()
     for step in range(1, 3):
         set_grads(params, step)
         optimizer.step()
-    for param, start, mask in zip(params, before, group["masks"], strict=True):
+    for param, start, mask in zip(params, before, masks, strict=True):
         assert torch.equal(param != start, mask)
 
 
