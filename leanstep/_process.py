@@ -181,9 +181,11 @@ def system_refusal(error: BaseException) -> str | None:
     text = " ".join(str(error).split())
     if lacks_memory(error):
         return f"out of memory ({text[:200] or type(error).__name__}); free some, or raise the limit (ulimit -v)"
-    # pathlib asks about paths of the command line in many places
-    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-        return f"{str(error.filename)[:60]}...: {error.strerror}"
+    # pathlib asks about paths of the command line in many places: too long, or in a folder that nobody may search
+    if isinstance(error, OSError) and error.filename is not None:
+        name = str(error.filename)
+        shown = name if len(name) <= 100 else f"{name[:60]}..."
+        return f"{shown!r}: {error.strerror}"
     return None
 
 

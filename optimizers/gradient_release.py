@@ -129,9 +129,9 @@ def release_gradients(model: nn.Module, optimizer: LeanOptimizer) -> GradientRel
     Notes:
         A model on several devices of one process, whose backward pass has a thread for each, is updated by one thread
         at a time.
-        Do not clip by global norm: ``clip_grad_norm_`` finds no gradient after ``backward()``. SinkGD's normalized
-        updates need no clipping, and ``clip_threshold`` clips the updates of its AdamW parameters. Do not use
-        ``GradScaler``: the hooks would step on scaled gradients.
+        Do not clip by global norm: ``clip_grad_norm_`` finds no gradient after ``backward()``. The updates of
+        Lion and of SinkGD's matrices need no clipping. Do not use ``GradScaler``: the hooks would step on scaled
+        gradients.
     """
     _refuse(model, optimizer)
     updates = _Updates(optimizer, whole_model=not isinstance(model, DistributedDataParallel))

@@ -41,7 +41,7 @@ _EMBEDDINGS: dict[str, dict[str, Any]] = {
     "adamw": {},
     # 2 * 5 alternating normalizations, and that of the rows at the end: 11. The momentum is our choice.
     "balanced": {
-        "algorithm": "balanced", "momentum": 0.95, "num_iters": 5, "row_mask_tau": 1e-3, "weight_decay": 0.0,
+        "algorithm": "balanced", "momentum": 0.95, "num_iters": 5, "weight_decay": 0.0,
     },
 }  # fmt: skip
 

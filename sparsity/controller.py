@@ -218,25 +218,6 @@ class Controller:
             numbers |= {f"{key}/{row['layer']}": row[key] for row in rows if row[key] is not None}
         return numbers
 
-    def masks_of(self, params: Iterable[Tensor | tuple[str, Tensor]]) -> list[Tensor | None]:
-        """Copies of the parameters' current masks in order: True for unpruned weights, None for a dense parameter.
-
-        Pass them to optimizers that take masks, if the masks are fixed (method "fixed", or a frozen last phase):
-        ``MFAC([{"params": params, "masks": controller.masks_of(params)}])`` keeps pruned weights out of its window.
-        ``params`` is a list, with or without names, since ``model.parameters()`` can be iterated only once.
-
-        Raises:
-            ValueError: if weights are sharded; build the optimizer before sharding.
-        """
-        layers = {id(layer.weight): layer for layer in self.layers}
-        masks: list[Tensor | None] = []
-        for entry in params:
-            layer = layers.get(id(entry[1] if isinstance(entry, tuple) else entry))
-            if layer is not None and is_dtensor(layer.weight):
-                raise ValueError(f"Controller.masks_of: layer {layer.name!r} is sharded; call masks_of before sharding")
-            masks.append(None if layer is None else layer.transform.mask.clone())
-        return masks
-
     def state_dict(self) -> dict[str, Any]:
         """Mask, decay and number of steps of every layer, by name. ``model.state_dict()`` contains them too."""
         return {layer.name: layer.transform.get_extra_state() for layer in self.layers}

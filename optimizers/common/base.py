@@ -102,7 +102,6 @@ class LeanOptimizer(StateLoading, StateSaving):
         releases_gradients: whether ``release_gradients`` steps inside backward.
         _separable: whether the update of a parameter depends on its own gradient and state alone.
         _older_names: names of state and group entries in states of older versions -> their names now.
-        _older_settings: settings of older versions -> the values that still load.
     """
 
     _state_rules: Mapping[str, StateRule] = {}
@@ -111,7 +110,6 @@ class LeanOptimizer(StateLoading, StateSaving):
     releases_gradients = False
     _separable = False
     _older_names: Mapping[str, str] = {}
-    _older_settings: Mapping[str, tuple[Any, ...]] = {}
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._check_group(defaults)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels.reference.rounding import ROUNDINGS
+from leanstep.optimizers.common.removed import removed_from
 
 
 def settings_of(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -33,6 +34,8 @@ TORCH_SWITCHES = {"amsgrad": (False,), "capturable": (False,), "differentiable":
 
 def no_option(owner: str, unknown: Collection[str], options: Iterable[str]) -> str:
     """Return the message for options that an optimizer does not have."""
+    if instead := removed_from(owner, unknown):
+        return f"{owner}: {instead}"
     options = sorted(set(options) - {"self", "params"})
     nearest = [
         name

@@ -19,6 +19,7 @@ from leanstep.optimizers.common.checks import (
     refuse_complex,
 )
 from leanstep.optimizers.common.engines import refuse_flattened
+from leanstep.optimizers.common.removed import REMOVED
 
 NONFINITE = ("skip", "raise", "pass")
 
@@ -49,8 +50,9 @@ class CheckedGroups(torch.optim.Optimizer):
                 f"{type(self).__name__}: expected 'params' in a group, got only {', '.join(map(repr, param_group))}. "
                 "The group was not added."
             )
-        if unknown := OTHER_NAMES.keys() & param_group.keys():
-            raise TypeError(f"{no_option(type(self).__name__, unknown, self.defaults)}. The group was not added.")
+        entries = {key for key, value in param_group.items() if value is not None or key not in self._group_entries}
+        if unknown := (OTHER_NAMES.keys() | REMOVED.get(self._method(), {}).keys()) & entries:
+            raise TypeError(f"{no_option(self._method(), unknown, self.defaults)}. The group was not added.")
         if param_group.get("algorithm") == "balanced" and "algorithm" not in self.defaults:
             raise ValueError(
                 f"{type(self).__name__}: group {param_group.get('name', len(self.param_groups))!r} has "

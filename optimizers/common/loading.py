@@ -12,6 +12,7 @@ from torch import Tensor
 
 from leanstep._torch import local_part
 from leanstep.optimizers.common.checks import check_number, check_saved_count, describe
+from leanstep.optimizers.common.removed import REMOVED, check_saved_options
 from leanstep.optimizers.common.saved_tensors import (
     Created,
     Misfit,
@@ -221,20 +222,14 @@ def _upgraded(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> dict[str,
     Raises:
         ValueError: the state was saved with a setting that no longer exists.
     """
-    names, settings = optimizer._older_names, optimizer._older_settings
+    names, owner = optimizer._older_names, optimizer._method()
     for group in state_dict["param_groups"]:
-        for name, values in settings.items():
-            value = group.get(name)
-            if value is not None and (isinstance(value, Tensor) or value not in values):
-                raise ValueError(
-                    f"{type(optimizer).__name__}: the state was saved with {name}={value!r:.80}, which no longer "
-                    "exists; nothing was changed. Continue with the version that saved it, or start without the state."
-                )
+        check_saved_options(owner, group)
 
     def renamed(entries: Any) -> Any:  # hooks may add values that are no dict
         return {names.get(k, k): v for k, v in entries.items()} if isinstance(entries, dict) else entries
 
-    gone = settings.keys() - optimizer.defaults.keys()
+    gone = REMOVED.get(owner, {}).keys() - optimizer._group_entries.keys()
     groups = [{k: v for k, v in renamed(group).items() if k not in gone} for group in state_dict["param_groups"]]
     states = optimizer._in_memory({param_id: renamed(state) for param_id, state in state_dict["state"].items()})
     return {**state_dict, "state": states, "param_groups": groups}

@@ -19,7 +19,7 @@ from leanstep.kernels.matrices.newton_schulz import compute_dtype, flops
 from leanstep.kernels.steps.common import constant
 from leanstep.optimizers.common import matrices as common
 from leanstep.optimizers.common.matrices import as_matrices, as_written, block_sizes, row_dim
-from leanstep.optimizers.common.sharding import Cut, Shard, dtype_of, local, local_range
+from leanstep.optimizers.common.sharding import Cut, Shard, local, local_range
 from leanstep.optimizers.lanton import exchange, rule
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _BATCH_ELEMENTS = 2**24
 
 # settings that all matrices of a batch share
-_BATCH_SETTINGS = ("foreach", "ns_steps", "ns_coefficients", "ns_dtype", "nuclear")
+_BATCH_SETTINGS = ("foreach", "ns_coefficients", "nuclear")
 
 
 class MatrixTask(NamedTuple):
@@ -167,7 +167,7 @@ def _cost(layer: LayerStep, shape: torch.Size) -> float:
     count = shape[0] if is_stack(layer.group, "rms", len(shape)) else 1
     m, n = matrix_shape(layer.group, shape)
     sizes = block_sizes(layer.group["blocks"], m)
-    return count * sum(flops((rows, n), layer.group["ns_steps"]) for rows in sizes)
+    return count * sum(flops((rows, n), rule.POLAR_STEPS) for rows in sizes)
 
 
 # ---- norms and directions
@@ -183,7 +183,7 @@ def nuclear_norms(
     for batch in _whole_matrices(tasks_of(layers), layers, difference):
         group = layers[batch[0][0].layer_index].group
         split = [_split(whole, layers[task.layer_index].group) for task, whole in batch]
-        norms = rule.nuclear_norms([m for ms in split for m in ms], group["nuclear"], dtype_of(group["ns_dtype"]))
+        norms = rule.nuclear_norms([m for ms in split for m in ms], group["nuclear"])
         counts = [sum(m.shape[:-2].numel() for m in ms) for ms in split]
         for (task, _), values in zip(batch, norms.split(counts), strict=True):
             layer = layers[task.layer_index]
@@ -208,14 +208,7 @@ def directions(
     for batch in _whole_matrices(tasks, layers, momentum):
         group = layers[batch[0][0].layer_index].group
         split = [_split(whole, layers[task.layer_index].group) for task, whole in batch]
-        polars = iter(
-            rule.polar_factors(
-                [m for ms in split for m in ms],
-                group["ns_steps"],
-                group["ns_coefficients"],
-                dtype_of(group["ns_dtype"]),
-            )
-        )
+        polars = iter(rule.polar_factors([m for ms in split for m in ms], group["ns_coefficients"]))
         ready = []
         for (task, _), blocks in zip(batch, split, strict=True):
             polar = next(polars) if len(blocks) == 1 else torch.cat([next(polars) for _ in blocks], dim=-2)
@@ -240,7 +233,7 @@ def _like_polar(layer: LayerStep) -> Tensor:
     buffer = local(layer.state["momentum_buffer"])
     if not buffer.is_floating_point():  # codes, whose values have the dtype of updates
         buffer = buffer.new_empty(0, dtype=torch.promote_types(layer.param.dtype, torch.float32))
-    return torch.empty(0, dtype=compute_dtype(dtype_of(layer.group["ns_dtype"]), [buffer]), device=buffer.device)
+    return torch.empty(0, dtype=compute_dtype(None, [buffer]), device=buffer.device)
 
 
 def _whole_matrices(

@@ -41,7 +41,6 @@ from leanstep.optimizers.lanton.step import (
     estimate_dtype,
     factors_and_noise,
     matrix_count,
-    maximum_of,
     norm_of,
     step,
 )
@@ -49,7 +48,6 @@ from leanstep.optimizers.lanton.variance import KEY, KEY_RULE, VARIANCES, init_r
 
 NORMS = ("auto", "rms", "sign", "vector")
 NOISES = ("previous", "halves")
-GROUPINGS = ("norm", "role")
 SCALINGS = ("scion", "muon")
 
 
@@ -66,7 +64,8 @@ class LANTON(MarkedHalves, LeanOptimizer):
         p = p * (1 - lr * weight_decay) - lr * f * radius * O
 
     :mod:`leanstep.optimizers.lanton.rule` has a function for each line. The update of the least noisy layer of each
-    norm has exactly the size ``lr * radius`` in that norm; noisier layers move less. f tends to 1 for large ``alpha``,
+    norm has exactly the size ``lr * radius`` in that norm; noisier layers move less. a_max is over all groups and
+    includes layers without a gradient at this step. f tends to 1 for large ``alpha``,
     and to (H_min / H)^(1/4) for small ``alpha``. Scaling all gradients by c is equivalent to dividing alpha by c.
 
     One optimizer serves a whole model. Every group has a ``norm``, which :func:`leanstep.optimizers.param_groups` sets:
@@ -115,11 +114,8 @@ class LANTON(MarkedHalves, LeanOptimizer):
             a first gradient is only stored.
         noise_every: update H every ``noise_every`` steps, from two consecutive gradients. An estimate costs a fifth
             of an update on a CPU and more than half on a GPU, and H changes slowly.
-        grouping: which layers share a_max. "norm": all layers with the same norm, over all groups and including layers
-            without a gradient at this step (in the paper "layers associated with the same norm"). "role": layers with
-            the same norm in groups with the same ``name``.
-        ns_steps, ns_coefficients, ns_dtype: Newton-Schulz iterations (Muon's five by default), their coefficients and
-            dtype. None: bf16 on devices with bf16 matrix units, else fp32.
+        ns_coefficients: coefficients of the five Newton-Schulz iterations, which run in bf16 on devices with bf16
+            matrix units, else in fp32.
         nuclear: estimator of the nuclear norm; a bias common to all layers cancels in f. "sketch": eigenvalues of half
             the rows, extrapolated; within 3 % on gradients of trained models. "polar": three Newton-Schulz steps, too
             small by up to 44 % there. "auto": "sketch" on a CPU, "polar" elsewhere. "svd": exact and slow. "frobenius":
@@ -183,13 +179,6 @@ class LANTON(MarkedHalves, LeanOptimizer):
     _state_rules = STATE_RULES
     _group_entries = {"noise_clock": 0, **UNMARKED}
     _older_names = {"half_is": "half_content", "half_seen": "half_marked"}
-    _older_settings = {
-        "decay_rate": ("group",),
-        "bias_correction": (False,),
-        "nuclear_steps": (3,),
-        "nuclear_coefficients": ("nuclear",),
-        "grouping": GROUPINGS,
-    }
 
     def __init__(
         self,
@@ -208,10 +197,7 @@ class LANTON(MarkedHalves, LeanOptimizer):
         noise: str = "previous",
         noise_adaptive: bool = True,
         noise_every: int = 1,
-        grouping: str = "norm",
-        ns_steps: int = 5,
         ns_coefficients: str = "jordan",
-        ns_dtype: torch.dtype | str | None = None,
         nuclear: str = "auto",
         transposed: bool = False,
         flatten: bool = False,
@@ -238,17 +224,16 @@ class LANTON(MarkedHalves, LeanOptimizer):
             raise ValueError(f"Invalid alpha: {alpha!r}; LANTON expects a number above 0, or 'auto'")
         check_number("LANTON", "radius", group["radius"], 0.0)
         for name, choices in (
-            ("norm", NORMS), ("scaling", SCALINGS), ("variance", VARIANCES), ("noise", NOISES), ("grouping", GROUPINGS),
+            ("norm", NORMS), ("scaling", SCALINGS), ("variance", VARIANCES), ("noise", NOISES),
             ("nuclear", ESTIMATORS), ("ns_coefficients", COEFFICIENTS),
         ):  # fmt: skip
             check_choice("LANTON", name, group[name], choices)
-        for name in ("noise_every", "ns_steps"):
-            check_count("LANTON", name, group[name])
+        check_count("LANTON", "noise_every", group["noise_every"])
         check_flags("LANTON", group, ("nesterov", "cautious_decay", "noise_adaptive"))
         check_layout("LANTON", group)
         check_blocks("LANTON", group)
-        for name in ("momentum_dtype", "noise_dtype", "ns_dtype"):
-            check_dtype("LANTON", name, group[name], codes=name != "ns_dtype")
+        for name in ("momentum_dtype", "noise_dtype"):
+            check_dtype("LANTON", name, group[name], codes=True)
 
     def _check_params(self, group: dict[str, Any], given: dict[str, Any]) -> None:
         super()._check_params(group, given)
@@ -257,10 +242,6 @@ class LANTON(MarkedHalves, LeanOptimizer):
             raise partial_model("LANTON", "noise_adaptive=True", "ZeroRedundancyOptimizer", "Take noise_adaptive=False")
         if given.get("norm", "auto") != "auto" and not group["params"] and not zero:
             raise ValueError(f"LANTON: a group with norm={given['norm']!r} has no parameter; leave it out")
-        if group["grouping"] == "role" and not group.get("name"):
-            raise ValueError(
-                "LANTON: grouping='role' needs groups with a name; leanstep.optimizers.param_groups makes them"
-            )
         for position, param in enumerate(group["params"]):
             norm, dims = norm_of(group, param), param.dim()
             if norm == "vector" and dims > 1:
@@ -424,9 +405,9 @@ class LANTON(MarkedHalves, LeanOptimizer):
             norm: "rms", "sign" or "vector" selects the layers with this norm; None: all layers.
 
         Returns:
-            One dict per vector, matrix, matrix of a stack or block that has had a gradient: ``name``; ``group``, the
-            key of the layers that share its maximum; ``norm``; ``H`` (None before the first estimate); ``factor`` f;
-            ``lr``, the group's lr times f. Empty with ``noise_adaptive=False``.
+            One dict per vector, matrix, matrix of a stack or block that has had a gradient: ``name``; ``norm``; ``H``
+            (None before the first estimate); ``factor`` f; ``lr``, the group's lr times f. Empty with
+            ``noise_adaptive=False``.
 
         Raises:
             ValueError: no parameter has this norm.
@@ -448,7 +429,6 @@ class LANTON(MarkedHalves, LeanOptimizer):
                 which = f"[{k // blocks}]" * stack + f"[{k % blocks}]" * (blocks > 1)
                 row = {
                     "name": names[layer.param] + which,
-                    "group": maximum_of(layer),
                     "norm": layer.norm,
                     "H": noise[i] if counts[i] >= 1 else None,
                     "factor": factors[i],

@@ -20,6 +20,9 @@ from leanstep.kernels.steps.common import compute_dtype, constant, decay_factor,
 # lower bound of alpha="auto": without noise the median is 0
 _SMALLEST_ALPHA = 1e-30
 
+# Newton-Schulz iterations of a polar factor, as in Muon
+POLAR_STEPS = 5
+
 # NorMuon's beta2 and epsilon (arXiv 2510.05491)
 _ROW_BETA, _ROW_EPS = 0.95, 1e-8
 
@@ -56,11 +59,9 @@ def dual_norm_scale(norm: str, shape: tuple[int, ...], scaling: str = "scion") -
     return math.sqrt(math.prod(shape)) if norm == "vector" else 1.0
 
 
-def polar_factors(
-    momenta: Sequence[Tensor], steps: int = 5, coefficients: str = "jordan", dtype: torch.dtype | None = None
-) -> list[Tensor]:
+def polar_factors(momenta: Sequence[Tensor], coefficients: str = "jordan", *, steps: int = POLAR_STEPS) -> list[Tensor]:
     """Return U V^T of matrices [m, n] or stacks [e, m, n]. O of norm "rms" is U V^T times :func:`dual_norm_scale`."""
-    return newton_schulz(momenta, steps=steps, coefficients=coefficients, dtype=dtype)
+    return newton_schulz(momenta, steps=steps, coefficients=coefficients)
 
 
 def row_variance(variance: Tensor, mean_squares: Tensor) -> Tensor:
@@ -98,9 +99,9 @@ def vector_direction(momentum: Tensor, square: Tensor, scale: float) -> Tensor:
 # ---- H = beta2 * H + (1 - beta2) * dual_norm(G - G')^2
 
 
-def nuclear_norms(differences: Sequence[Tensor], estimator: str = "auto", dtype: torch.dtype | None = None) -> Tensor:
+def nuclear_norms(differences: Sequence[Tensor], estimator: str = "auto") -> Tensor:
     """Return nuclear norms, one per matrix. The dual norm of "rms" is this times :func:`dual_norm_scale`."""
-    return nuclear_norm(differences, estimator=estimator, dtype=dtype)
+    return nuclear_norm(differences, estimator=estimator)
 
 
 def partial_dual_norm(difference: Tensor, norm: str, dtype: torch.dtype) -> Tensor:

@@ -95,11 +95,6 @@ def _has_codes(state: dict[str, Any]) -> bool:
     return scale_key("momentum_buffer") in state or scale_key("previous_grad") in state
 
 
-def maximum_of(layer: Layer) -> str:
-    """Return the key of the layers that share a_max with this layer."""
-    return layer.norm if layer.group["grouping"] == "norm" else f"{layer.norm}/{layer.group['name']}"
-
-
 def estimate_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype of H, a squared sum over a matrix: fp64, or fp32 on devices without fp64."""
     return torch.float32 if device.type == "mps" else torch.float64
@@ -263,12 +258,12 @@ def factors_and_noise(layers: Sequence[Layer], device: torch.device) -> tuple[Te
     noise, counts = (_joined([layer.state for layer in layers], name, device) for name in ("noise", "noise_steps"))
     measured, factors = counts >= 1, torch.ones_like(noise)
     alphas = [layer.group["alpha"] for layer in layers for _ in range(matrix_count(layer))]
-    maxima = [maximum_of(layer) for layer in layers for _ in range(matrix_count(layer))]
+    norms = [layer.norm for layer in layers for _ in range(matrix_count(layer))]
     # the heads of Q and K outnumber all other matrices, and their noise is far smaller
     blocks = [block_count(layer.group, layer.norm, layer.param.shape) for layer in layers]
     weights = [1.0 / count for layer, count in zip(layers, blocks, strict=True) for _ in range(matrix_count(layer))]
-    for maximum in dict.fromkeys(maxima):
-        indices = [i for i, name in enumerate(maxima) if name == maximum]
+    for norm in dict.fromkeys(norms):
+        indices = [i for i, other in enumerate(norms) if other == norm]
         index = constant(indices, device, torch.int64)
         automatic = [alphas[i] == "auto" for i in indices]
         alpha = constant([1.0 if alphas[i] == "auto" else float(alphas[i]) for i in indices], device, noise.dtype)

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanstep.optimizers.mfac.compressed import LowRankRows, SparseRows
+from leanstep.optimizers.mfac.compressed import SparseRows
 from leanstep.optimizers.mfac.direction import SCOPE_KEYS, Direction, Problem, directions
 from leanstep.optimizers.mfac.window import BlockRows, Columns, DenseRows, combination_dtype
 
-_FORMATS = {f.__name__: f for f in (DenseRows, BlockRows, SparseRows, LowRankRows)}
-_ROW_KEYS = ("window", "window_values", "window_indices", "window_left", "window_right", "error", "basis", "mask")
+_FORMATS = {f.__name__: f for f in (DenseRows, BlockRows, SparseRows)}
+_ROW_KEYS = ("window", "window_values", "window_indices", "error", "mask")
 
 
 def directions_by_op(problems: Sequence[Problem]) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -45,10 +45,9 @@ def directions_by_op(problems: Sequence[Problem]) -> tuple[list[Tensor], Tensor,
         plan.append([settings, scope_keys, row_keys, formats, shapes, weights])
     vectors = [v for p in problems for v in p.vectors]
     states = [s for p in problems for s in p.states]
-    rates = [torch.as_tensor(p.lr, dtype=torch.float64) for p in problems]
     updates = [v.new_zeros(v.numel(), dtype=combination_dtype(s)) for v, s in zip(vectors, states, strict=True)]
     flags, updated = (vectors[0].new_zeros(len(vectors), dtype=dtype) for dtype in (torch.int32, torch.bool))
-    torch.ops.leanstep.mfac_directions(vectors, tensors, rates, _encoded(plan), [*updates, flags, updated])
+    torch.ops.leanstep.mfac_directions(vectors, tensors, _encoded(plan), [*updates, flags, updated])
     return updates, flags, updated
 
 
@@ -72,21 +71,21 @@ def _encoded(plan: list[Any]) -> str:
 _encoded._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _decoded(vectors: list[Tensor], tensors: list[Tensor], rates: list[Tensor], plan: str) -> Iterator[Problem]:
+def _decoded(vectors: list[Tensor], tensors: list[Tensor], plan: str) -> Iterator[Problem]:
     """Rebuild the problems from the op's arguments."""
     next_vector, next_tensor = iter(vectors), iter(tensors)
-    for (settings, scope_keys, row_keys, names, shapes, weights), lr in zip(json.loads(plan), rates, strict=True):
+    for settings, scope_keys, row_keys, names, shapes, weights in json.loads(plan):
         scope_state = {key: next(next_tensor) for key in scope_keys}
         states = [{key: next(next_tensor) for key in keys} for keys in row_keys]
         formats = [_FORMATS[name] for name in names]
         columns = [Columns(tuple(shape)) for shape in shapes]
         gradients = [next(next_vector) for _ in shapes]
-        yield Problem(settings, scope_state, states, formats, columns, gradients, weights, lr)
+        yield Problem(settings, scope_state, states, formats, columns, gradients, weights)
 
 
-def _run(vectors: list[Tensor], tensors: list[Tensor], rates: list[Tensor], plan: str, out: list[Tensor]) -> None:
+def _run(vectors: list[Tensor], tensors: list[Tensor], plan: str, out: list[Tensor]) -> None:
     """Write the updates, the flags, and whether there is an update to ``out``, the latter two last."""
-    problems = list(_decoded(vectors, tensors, rates, plan))
+    problems = list(_decoded(vectors, tensors, plan))
     results: list[Direction] = []
     with torch.no_grad():
         try:
@@ -108,5 +107,5 @@ _directions_op = torch.library.custom_op("leanstep::mfac_directions", _run, muta
 
 
 @_directions_op.register_fake
-def _(vectors, tensors, rates, plan, out):
+def _(vectors, tensors, plan, out):
     return None

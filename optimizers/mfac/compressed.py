@@ -1,23 +1,13 @@
-"""Compressed rows of M-FAC's window: the largest entries of a matrix's rows, or low-rank matrices.
+"""Compressed rows of M-FAC's window: the largest entries of a matrix's rows (S-MFAC).
 
-Both use error feedback. The compression error e starts at 0 and is added to the next gradient g. The stored rows and e
-therefore sum to all gradients so far. Sparse rows (S-MFAC), for matrices with rows of length n::
+The rows have error feedback. The compression error e starts at 0 and is added to the next gradient g. The stored rows
+and e therefore sum to all gradients so far. For matrices with rows of length n::
 
     a = e + g
     c = a with all but the ceil(density * n) entries of largest magnitude of every row set to 0, in the stored dtype
     e = a - c
 
-Low-rank rows take one step of subspace iteration per gradient, from the last factor (Vogels, Karimireddy, Jaggi,
-"PowerSGD: Practical Low-Rank Gradient Compression for Distributed Optimization", arXiv 1905.13727, Algorithm 1). With a
-basis b [C, r]::
-
-    a = e + g
-    P = orthonormal columns of a b
-    Q = a^T P
-    e = a - P Q^T
-    b = Q
-
-Both are from Modoranu, Kalinov, Kurtic, Frantar, Alistarh, "Error Feedback Can Accurately Compress Preconditioners",
+From Modoranu, Kalinov, Kurtic, Frantar, Alistarh, "Error Feedback Can Accurately Compress Preconditioners",
 arXiv 2306.06098. Vectors, and matrices too small to compress, have dense rows.
 """
 
@@ -162,100 +152,3 @@ class SparseRows(DenseRows):
 
     def _stored(self, n: int) -> tuple[list[Tensor], list[Tensor]]:
         return [v[:n] for v in self.values], [i[:n] for i in self.indices]
-
-
-class LowRankRows(DenseRows):
-    """Rows stored as products P Q^T of thin matrices P [R, r] and Q [C, r]: ``compression="lowrank"``."""
-
-    key = "window_left"
-
-    @staticmethod
-    def accepts(param: Tensor, settings: dict[str, Any]) -> bool:
-        """Whether the parameter, as a matrix (first dimension, all others), has both sides longer than the rank."""
-        if settings["compression"] != "lowrank" or param.dim() < 2 or not param.numel():
-            return False
-        return settings["rank"] < min(param.shape[0], math.prod(param.shape[1:]))
-
-    @staticmethod
-    @override
-    def misfit(shard: Shard) -> str | None:
-        return "compression='lowrank' takes unsharded parameters" if shard.cuts else None
-
-    @staticmethod
-    def init_state(state: dict[str, Any], param: Tensor, columns: Columns, settings: dict[str, Any]) -> None:
-        """Create ``window_left`` [m, R, r], ``window_right`` [m, C, r], ``basis`` [C, r] and ``error``."""
-        m, rank, dtype = settings["window"], settings["rank"], storage_dtype(settings, param)
-        rows, rest = param.shape[0], math.prod(param.shape[1:])
-        state["window_left"] = torch.zeros(m, rows, rank, dtype=dtype, device=param.device)
-        state["window_right"] = torch.zeros(m, rest, rank, dtype=dtype, device=param.device)
-        state["error"] = torch.zeros(param.shape, dtype=error_dtype(param), device=param.device)
-        chance = torch.Generator().manual_seed(0)
-        start = torch.randn(rest, rank, generator=chance, dtype=error_dtype(param), device="cpu")
-        state["basis"] = start.to(param.device)
-
-    @staticmethod
-    def state_bytes(param: Tensor, columns: Columns, settings: dict[str, Any]) -> int:
-        """Return the bytes of the factors, m * r * (R + C) values, and of error and basis, R * C + r * C values."""
-        rows, rest, rank = param.shape[0], math.prod(param.shape[1:]), settings["rank"]
-        stored = settings["window"] * rank * (rows + rest) * storage_dtype(settings, param).itemsize
-        return stored + (rows * rest + rest * rank) * error_dtype(param).itemsize
-
-    @override
-    def _bind_state(self) -> None:
-        states = [piece.state for piece in self.pieces]
-        self.lefts, self.rights, self.errors, self.bases = (
-            [s[key] for s in states] for key in ("window_left", "window_right", "error", "basis")
-        )
-
-    @override
-    def encode(self, vectors: Sequence[Tensor], largest: Tensor | None = None) -> None:
-        self.sums, self.factors_of_rows, self.new_bases, self.rows = [], [], [], []
-        for vector, error, basis, left in zip(vectors, self.errors, self.bases, self.lefts, strict=True):
-            total = (error + vector.to(error.dtype).view(error.shape)).view(left.shape[1], -1)
-            thin, _ = torch.linalg.qr(total @ basis)
-            other = total.T @ thin
-            p, q = thin.to(left.dtype), other.to(left.dtype)
-            self.sums.append(total)
-            self.factors_of_rows.append((p, q))
-            # iteration cannot restore a zero column of the basis
-            self.new_bases.append(torch.where(other.square().sum(dim=0) > 0, other, basis))
-            self.rows.append((p.to(total.dtype) @ q.to(total.dtype).T).view(-1))
-
-    @override
-    def dots(self, n: int) -> Tensor:
-        dots = []
-        for lefts, rights, (left, right) in zip(self.lefts, self.rights, self.factors_of_rows, strict=True):
-            a = torch.einsum("irk,rl->ikl", lefts[:n].double(), left.double())
-            b = torch.einsum("ick,cl->ikl", rights[:n].double(), right.double())
-            dots.append((a * b).sum(dim=(1, 2)))
-        return self._by_gram(dots)
-
-    @override
-    def squared_norms(self) -> Tensor:
-        # from the factors, because self.rows has their rounded product
-        pairs = [(left.double(), right.double()) for left, right in self.factors_of_rows]
-        squares = [((left.T @ left) * (right.T @ right)).sum().view(1) for left, right in pairs]
-        return self._by_gram(squares).squeeze(1)
-
-    @override
-    def write(self, index: int, grams: set[int]) -> None:
-        for i, gram in enumerate(self.grams):
-            if gram in grams:
-                self.lefts[i][index], self.rights[i][index] = self.factors_of_rows[i]
-                self.errors[i].copy_((self.sums[i] - self.rows[i].view_as(self.sums[i])).view_as(self.errors[i]))
-                self.bases[i].copy_(self.new_bases[i])
-
-    @override
-    def combine(self, coefficients: Tensor, out: list[Tensor]) -> None:
-        n = coefficients.shape[1]
-        for result, lefts, rights, gram in zip(out, self.lefts, self.rights, self.grams, strict=True):
-            # one product of [R, n r] and [n r, C]
-            scaled = (lefts[:n].double() * coefficients[gram][:, None, None]).permute(1, 0, 2).flatten(1)
-            others = rights[:n].double().permute(0, 2, 1).flatten(0, 1)
-            result.view(lefts.shape[1], -1).copy_(scaled @ others)
-
-    def _by_gram(self, dots: list[Tensor]) -> Tensor:
-        total = dots[0].new_zeros(self.gram_count, dots[0].shape[0])
-        for gram, values in zip(self.grams, dots, strict=True):
-            total[gram] += values
-        return total

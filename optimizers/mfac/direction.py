@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from leanstep._torch import local_part
 from leanstep.kernels.fisher.inverse_fisher import EIGEN, OK
 from leanstep.kernels.reference.fisher.gradient_window import row_scale, wide_dtype
 from leanstep.kernels.steps.common import nonfinite_flags
@@ -22,8 +23,8 @@ SCOPE_KEYS = ("gram", "counters", "stats", "window_scale")
 
 # columns of a scope's `stats`, one row per Gram matrix
 # ("unused": saved states have six columns)
-STATS = ("jittered", "eigen", "clipped", "unused", "decrease", "norm")
-_JITTERED, _EIGEN, _CLIPPED, _, _DECREASE, _NORM = range(len(STATS))
+STATS = ("jittered", "eigen", "unused", "unused", "decrease", "norm")
+_JITTERED, _EIGEN, _, _, _DECREASE, _NORM = range(len(STATS))
 
 
 class Problem(NamedTuple):
@@ -39,7 +40,6 @@ class Problem(NamedTuple):
     columns: list[Columns]
     vectors: list[Tensor]  # this process's shards of the gradients, with sign, decay and mask applied
     weights: list[int]  # of every Gram matrix, over all processes, with those that masks exclude
-    lr: float | Tensor
 
 
 class Direction(NamedTuple):
@@ -53,10 +53,9 @@ def directions(problems: Sequence[Problem]) -> Reducer[list[Direction]]:
     """Compute the directions of all scopes. Scopes with equal settings and counters share all kernel launches."""
     batches: dict[Any, list[int]] = {}
     for i, problem in enumerate(problems):
-        lr = float(problem.lr) if (problem.settings["damping_schedule"] or ("",))[0] == "lr" else 0.0
         counters = tuple(problem.scope_state["counters"].tolist())
         settings = json.dumps(problem.settings, sort_keys=True, default=float)
-        key = (counters, lr, problem.scope_state["gram"].device, settings)
+        key = (counters, problem.scope_state["gram"].device, settings)
         batches.setdefault(key, []).append(i)
     solved = yield from together([ScopeBatch([problems[i] for i in batch]).solve() for batch in batches.values()])
     results: dict[int, Direction] = {}
@@ -72,7 +71,7 @@ class ScopeBatch:
         self.problems = problems
         self.settings = settings = problems[0].settings
         window = settings["window"]
-        self.step, rows = map(int, problems[0].scope_state["counters"].tolist())
+        rows = int(problems[0].scope_state["counters"][1])
         self.index = rows % window
         self.rows_before, self.rows_after = min(rows, window), min(rows + 1, window)
         self.device = problems[0].scope_state["gram"].device
@@ -169,8 +168,7 @@ class ScopeBatch:
         """Add the number of weights that masks exclude, by Gram matrix, to ``counts``."""
         for piece in pieces:
             if "mask" in piece.state:
-                i, k = self.param_keys[piece.param_index]
-                mask = self.problems[i].columns[k].local(piece.state["mask"]).reshape(-1)
+                mask = local_part(piece.state["mask"]).reshape(-1)
                 mask = mask if piece.span is None else mask[piece.span[0] : piece.span[1]]
                 counts[piece.gram : piece.gram + piece.blocks] += (~mask).view(piece.blocks, -1).sum(dim=1)
 
@@ -207,7 +205,7 @@ class ScopeBatch:
                 rows.scales = self.scales[: rows.gram_count].to(rows.rows[0].device)
 
     def _coefficients(self, valid: list[int]) -> Tensor:
-        """Return the coefficients [grams, n] within the trust region, and update the statistics."""
+        """Return the coefficients [grams, n], and update the statistics."""
         settings, n = self.settings, self.rows_after
         stats = self._joined("stats")
         gram = torch.cat([p.scope_state["gram"][:, :n, :n] for p in self.problems])
@@ -219,12 +217,6 @@ class ScopeBatch:
         decrease, norm = rule.decrease_and_norm(gram, coefficients, self.index)
         stats[indices, _JITTERED] += ((solved.status > OK) & (solved.status < EIGEN)).to(stats)
         stats[indices, _EIGEN] += (solved.status >= EIGEN).to(stats)
-        limit = settings["max_update_norm"]
-        if limit is not None:
-            factor = rule.shortening(norm, limit)
-            stats[:, _CLIPPED] += norm > limit
-            decrease, norm = decrease * factor, norm * factor
-            coefficients *= factor.unsqueeze(-1)
         stats[:, _DECREASE], stats[:, _NORM] = decrease, norm
         for i in valid:
             self.problems[i].scope_state["stats"].copy_(stats[self.grams_of_scope[i]])
@@ -233,11 +225,10 @@ class ScopeBatch:
     def _dampings(self, gram: Tensor) -> Tensor:
         """Return the damping of F with the shrinkage, fp64 [grams]."""
         settings = self.settings
-        damping = rule.damping_at(settings["damping"], settings["damping_schedule"], self.step, self.problems[0].lr)
         weights = torch.tensor([d for p in self.problems for d in p.weights], dtype=torch.float64, device=gram.device)
         if self.excluded is not None:
             weights = (weights - self.excluded).clamp_min(1.0)  # a scope may have excluded weights alone
-        return rule.shrinkage_at(gram, settings["shrinkage"], weights) + damping
+        return rule.shrinkage_at(gram, settings["shrinkage"], weights) + settings["damping"]
 
     def _combine(self, valid: list[int], coefficients: Tensor) -> dict[int, list[Tensor]]:
         """Return the updates of the scopes that take a step, one per parameter."""

@@ -16,11 +16,8 @@ from leanstep.optimizers.mfac.window import is_fake
 _GIB = 2**30
 
 
-def needed_bytes(groups: list[dict[str, Any]], process_group: Any = None) -> dict[torch.device, int]:
-    """Return the bytes of all windows and scope states on this process, per device.
-
-    ``process_group``: the processes of ``shard_window``; None: all.
-    """
+def needed_bytes(groups: list[dict[str, Any]]) -> dict[torch.device, int]:
+    """Return the bytes of all windows and scope states on this process, per device."""
     needed: dict[torch.device, int] = {}
     scopes: set[Any] = set()
     index = 0
@@ -33,11 +30,11 @@ def needed_bytes(groups: list[dict[str, Any]], process_group: Any = None) -> dic
             device = local_part(param).device
             once = 0 if key in scopes else scope_state_bytes(param, group)
             scopes.add(key)
-            needed[device] = needed.get(device, 0) + window_bytes(param, group, process_group) + once
+            needed[device] = needed.get(device, 0) + window_bytes(param, group) + once
     return needed
 
 
-def check_memory(groups: list[dict[str, Any]], states: list[dict[str, Any]], process_group: Any = None) -> None:
+def check_memory(groups: list[dict[str, Any]], states: list[dict[str, Any]]) -> None:
     """Raise ValueError unless every device has the memory for the windows that are not in ``states`` yet.
 
     The message has the sizes, and those of smaller settings.
@@ -47,18 +44,16 @@ def check_memory(groups: list[dict[str, Any]], states: list[dict[str, Any]], pro
         return  # nothing will be allocated
     tensors = [local_part(v) for state in states for v in state.values() if isinstance(v, Tensor)]
     allocated = sum(t.numel() * t.element_size() for t in tensors)
-    for device, needed in needed_bytes(groups, process_group).items():
+    for device, needed in needed_bytes(groups).items():
         available = free_memory(device)
         if available is not None and device.type == "cpu":
             # the processes of torchrun on this machine share it
             available //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if available is not None and needed - allocated > available:
-            raise ValueError(_refusal(groups, process_group, device, needed, available))
+            raise ValueError(_refusal(groups, device, needed, available))
 
 
-def _refusal(
-    groups: list[dict[str, Any]], process_group: Any, device: torch.device, needed: int, available: int
-) -> str:
+def _refusal(groups: list[dict[str, Any]], device: torch.device, needed: int, available: int) -> str:
     params = [p for g in groups for p in g["params"] if p.requires_grad and local_part(p).device == device]
     count, window = sum(local_part(p).numel() for p in params), groups[0]["window"]
     options = {
@@ -69,13 +64,12 @@ def _refusal(
     }
     smaller = []
     for text, change in options.items():
-        size = sum(needed_bytes([{**group, **change} for group in groups], process_group).values())
+        size = sum(needed_bytes([{**group, **change} for group in groups]).values())
         if size < needed:
             smaller.append(f"{text} takes {_gib(size)}")
     return (
         f"MFAC: a window of {window} gradients of {count:,} parameters takes {_gib(needed)} on {device}, which has "
-        f"{_gib(available)} left. {'; '.join(smaller)}; shard_window=True or fully_shard divide it by the number of "
-        "processes."
+        f"{_gib(available)} left. {'; '.join(smaller)}; fully_shard divides it by the number of processes."
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from leanstep.optimizers.common.loading import Loaded
 from leanstep.optimizers.common.rounding import effective, init_rounding
 from leanstep.optimizers.common.saved_tensors import SHAPED, StateRule
 from leanstep.optimizers.common.sharding import Reducer, Shard, first_index, new_state
-from leanstep.optimizers.mfac import rule
 from leanstep.optimizers.mfac.direction import STATS
 from leanstep.optimizers.mfac.memory import check_memory
 from leanstep.optimizers.mfac.saved import (
@@ -38,8 +37,7 @@ from leanstep.optimizers.mfac.scopes import (
     shared_settings,
     step_scopes,
 )
-from leanstep.optimizers.mfac.settings import check_masks, check_process_group, check_settings
-from leanstep.optimizers.mfac.spread import GroupReference, ShardCheck, is_spread
+from leanstep.optimizers.mfac.settings import check_masks, check_settings
 from leanstep.optimizers.mfac.window import columns_of, mask_like
 
 
@@ -77,26 +75,14 @@ class MFAC(LeanOptimizer):
         storage: dtype of rows: "fp32", "bf16", "fp16" (with one fp32 scale per row) or "fp64". None: bf16 with "topk",
             else fp64 for fp64 parameters and fp32 for others. G G^T, g and u all use the stored rows.
         compression: None: dense rows. "topk" (S-MFAC): store only the largest entries of every row of a matrix, with
-            16-bit indices. "lowrank": store the gradient of a matrix as a product of rank ``rank``. Both add the
-            compression error to the next gradient, and store vectors uncompressed.
+            16-bit indices, and add the compression error to the next gradient. Vectors are stored uncompressed.
         density: fraction of entries that "topk" stores. 1 is bit-identical to dense rows of the same storage.
-        rank: rank of "lowrank".
         momentum: weight of the old v; 0: no buffer.
         weight_decay: see ``decay``.
         decay: "decoupled": ``p *= 1 - lr * weight_decay``, outside the window. "coupled": add ``weight_decay * p`` to
             the gradient before it enters the window, as in the published code.
-        damping_schedule: None: constant. (curve, steps, last): from ``damping`` to ``last`` in ``steps`` steps along
-            "linear", "quadratic", "circular", "sigmoid" or "exponential". ("lr", rate): damping * lr / rate, which
-            keeps lr / damping constant.
-        max_update_norm: trust region: upper bound of the L2 norm of u over its scope, before momentum and lr.
-        sparse: exclude weights that are exactly zero when their group is added. They stay out of the window and never
-            change.
-        masks: per group, one bool tensor (or None) per parameter, False for excluded weights, which do not count in d.
-            Combined with ``sparse``. Excluded weights still decay with "decoupled"; "coupled" leaves them unchanged.
-            With leanstep.sparsity pass ``controller.masks_of(params)``: the optimizer's weights are dense.
-        shard_window: for replicated parameters (DistributedDataParallel): shard windows along dimension 0 of every
-            parameter, and all-gather the updates. True: over all processes. A process group, that of
-            DistributedDataParallel: over its processes; groups have True then. FSDP2 shards windows anyway.
+        sparse: exclude weights that are exactly zero when their group is added. They stay out of the window, do not
+            count in d, and never change.
         rounding, seed, maximize: as for :class:`leanstep.optimizers.Lion`.
         foreach: None or True: write updates with one call per device and dtype. False: one call per tensor.
         nonfinite: how to treat a scope with a non-finite gradient, or one whose squared norm overflows fp64. "skip":
@@ -113,8 +99,8 @@ class MFAC(LeanOptimizer):
 
     Notes:
         State per parameter: ``window`` [m, ...] (4 m bytes per weight in fp32). "topk": ``window_values``,
-        ``window_indices`` [m, rows, k] and ``error`` (about 4 * density * m + 4 bytes per weight). "lowrank":
-        ``window_left``, ``window_right``, ``basis`` and ``error``. Options add ``momentum_buffer`` (fp32) and ``mask``.
+        ``window_indices`` [m, rows, k] and ``error`` (about 4 * density * m + 4 bytes per weight). Options add
+        ``momentum_buffer`` (fp32) and ``mask``.
         The state of a scope's first trained parameter also has ``gram`` [blocks, m, m] in fp64, ``counters`` (steps,
         rows) on the CPU, ``stats``, and ``window_scale`` for fp16. A resumed run continues bit-identically.
 
@@ -128,15 +114,13 @@ class MFAC(LeanOptimizer):
         A step waits for the device once, to check that the gradient is finite; on a GPU once more, to factorize.
 
         Sharded parameters have windows with the same shards. A step needs one all-reduce per mesh dimension, of n + 1
-        numbers per Gram matrix (n + 2 with masks) and a flag per tensor, for all scopes; fp16 needs one more, of the
-        rows' largest entries. "topk" needs unsharded rows, a scope of blocks shards along dimension 0, "lowrank" whole
-        parameters.
+        numbers per Gram matrix (n + 2 with ``sparse``) and a flag per tensor, for all scopes; fp16 one more, of the
+        rows' largest entries. "topk" needs unsharded rows, a scope of blocks shards along dimension 0.
 
     References:
         Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free Approximations of Second-Order Information",
         arXiv 2107.03356; code: github.com/IST-DASLab/M-FAC. Modoranu, Kalinov, Kurtic, Frantar, Alistarh, "Error
-        Feedback Can Accurately Compress Preconditioners", arXiv 2306.06098 (S-MFAC and the low-rank form; damping
-        schedules).
+        Feedback Can Accurately Compress Preconditioners", arXiv 2306.06098 (S-MFAC).
 
     Example:
         >>> model = torch.nn.Linear(4, 2)
@@ -147,18 +131,8 @@ class MFAC(LeanOptimizer):
 
     _state_rules = {"momentum_buffer": SHAPED, **WINDOW_RULES, **SCOPE_RULES}
     _drop_state = "optimizer.state.clear(), because parameters share a window"
-    # the processes of shard_window; None: all
-    _process_group: torch.distributed.ProcessGroup | None = None
-    # while a state is loaded whose windows are spread
-    _shard_check: ShardCheck | None = None
+    _group_entries = {"masks": None}  # of sparse groups: a bool tensor for every parameter
     _older_names = {"figures": "stats", "counts": "counters"}
-    _older_settings = {
-        "momentum_on": ("update",),
-        "precondition": ("row",),
-        "precondition_every": (1,),
-        "window_every": (1,),
-        "warmup_steps": (0,),
-    }
 
     def __init__(
         self,
@@ -173,43 +147,17 @@ class MFAC(LeanOptimizer):
         storage: str | None = None,
         compression: str | None = None,
         density: float = 0.01,
-        rank: int = 4,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         decay: str = "decoupled",
-        damping_schedule: Sequence[Any] | None = None,
-        max_update_norm: float | None = None,
         sparse: bool = False,
-        masks: Sequence[Tensor | None] | None = None,
-        shard_window: bool | torch.distributed.ProcessGroup = False,
         rounding: str = "nearest",
         seed: int = 0,
         nonfinite: str = "skip",
         maximize: bool = False,
         foreach: bool | None = None,
     ) -> None:
-        if masks is not None:
-            raise ValueError("MFAC: masks belong to a group: MFAC([{'params': [...], 'masks': [...]}])")
-        if isinstance(damping_schedule, tuple):  # whose saved form is a list
-            damping_schedule = list(damping_schedule)
-        if not isinstance(shard_window, bool):
-            check_process_group(shard_window)
-            # not in a group of parameters, since it can be neither copied nor saved
-            self._process_group, shard_window = shard_window, True
         super().__init__(params, settings_of(locals()))
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return the state for copies, which have the same process group, and for pickle, which refuses a group."""
-        packed = super().__getstate__()
-        group = self._process_group
-        return packed if group is None else {**packed, "_process_group": GroupReference(group)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take the process group of the copied optimizer."""
-        reference = state.get("_process_group")
-        if isinstance(reference, GroupReference):
-            state = {**state, "_process_group": reference.group}
-        super().__setstate__(state)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -218,17 +166,12 @@ class MFAC(LeanOptimizer):
     def _check_params(self, group: dict[str, Any], given: dict[str, Any]) -> None:
         super()._check_params(group, given)
         self._check_scope(self.param_groups, group)
-        if group["masks"] is not None:  # the caller's list may change
-            group["masks"] = list(group["masks"])
         if group["scope"] in ("model", "group") and inside_zero():
             advice = "Take scope='layer' or an int"
             raise partial_model("MFAC", f"scope={group['scope']!r}", "ZeroRedundancyOptimizer", advice)
         if group["sparse"]:
-            masks = group["masks"] or [None] * len(group["params"])
-            nonzero = [p.detach() != 0 for p in group["params"]]
-            pairs = zip(nonzero, masks, strict=True)
-            group["masks"] = [n if mask is None else n & mask_like(mask, n) for n, mask in pairs]
-        check_memory(self.param_groups, self._states(), self._process_group)
+            group["masks"] = [p.detach() != 0 for p in group["params"]]
+        check_memory(self.param_groups, self._states())
 
     def _takes_flattened(self, group: dict[str, Any]) -> bool:
         return False
@@ -272,8 +215,6 @@ class MFAC(LeanOptimizer):
 
     def _check_loaded_states(self, groups: list[dict[str, Any]], entries: list[Loaded]) -> None:
         check_loaded_states(groups, entries)
-        if self._shard_check is not None:
-            self._shard_check.compare(groups, entries)
 
     def state_dict(self) -> dict[str, Any]:
         """Return torch's state dict; masks are in the states, and in ``masks`` of groups only before the first step.
@@ -294,13 +235,11 @@ class MFAC(LeanOptimizer):
         """Load a state as the other optimizers do; see there.
 
         Groups have the loaded masks, too, so that excluded weights stay excluded when ``optimizer.state`` is cleared.
-        With ``shard_window``, all processes must call it: they compare the norms of the rows with the Gram matrix.
 
         Raises:
-            ValueError: the state does not fit; see the class. With ``shard_window``, also the shards of the processes
-                do not belong together, as when all of them load the file of one. Nothing is changed.
+            ValueError: the state does not fit; see the class. Nothing is changed.
         """
-        self._load_together(state_dict)
+        super().load_state_dict(state_dict)
         for group in self.param_groups:
             masks = group["masks"] or [None] * len(group["params"])
             states = [self.state.get(param, {}) for param in group["params"]]
@@ -308,29 +247,14 @@ class MFAC(LeanOptimizer):
             group["masks"] = masks if any(mask is not None for mask in masks) else None
         self._note_settings()
 
-    def _load_together(self, state_dict: dict[str, Any]) -> None:
-        """Load a state; where ``shard_window`` spreads windows, all processes take it or none."""
-        if not is_spread(self.param_groups, state_dict):
-            super().load_state_dict(state_dict)
-            return
-        self._shard_check = check = ShardCheck(self.param_groups, self._process_group)
-        try:
-            super().load_state_dict(state_dict)
-        except Exception:
-            if not check.done:  # the other processes wait
-                check.abstain()
-            raise
-        finally:
-            del self._shard_check
-
     def diagnostics(self) -> dict[str, float]:
         """Return statistics over all scopes (reads the device).
 
         Returns:
             Of the last step: ``window_rows``, n (of the fullest scope); ``damping``, without the shrinkage;
             ``update_norm``, the L2 norm of all u before momentum and lr; ``decrease``, g . u. Counts of all steps:
-            ``jittered`` and ``eigen``, systems that needed a larger diagonal or eigenvalues; ``clipped``, updates
-            shortened by ``max_update_norm``; ``nonfinite``, see :meth:`nonfinite_count`.
+            ``jittered`` and ``eigen``, systems that needed a larger diagonal or eigenvalues; ``nonfinite``, see
+            :meth:`nonfinite_count`.
         """
         states = [state for state in self._states() if "gram" in state]
         totals = torch.zeros(len(STATS), dtype=torch.float64, device="cpu")
@@ -339,13 +263,13 @@ class MFAC(LeanOptimizer):
             stats[:, STATS.index("norm")].square_()
             totals += stats.sum(dim=0)
         values = dict(zip(STATS, totals.tolist(), strict=True))
-        steps, rows = max((tuple(map(int, state["counters"].tolist())) for state in states), default=(0, 0))
+        rows = max((int(state["counters"][1]) for state in states), default=0)
         group = self.param_groups[0]
         return {
             "window_rows": float(min(rows, group["window"])),
-            "damping": rule.damping_at(group["damping"], group["damping_schedule"], max(steps - 1, 0), group["lr"]),
+            "damping": group["damping"],
             "update_norm": values["norm"] ** 0.5,
-            **{name: values[name] for name in ("decrease", "jittered", "eigen", "clipped")},
+            **{name: values[name] for name in ("decrease", "jittered", "eigen")},
             "nonfinite": float(self.nonfinite_count()),
         }
 
@@ -355,14 +279,14 @@ class MFAC(LeanOptimizer):
 
     def _init_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
         state = self.state[param]
-        init_window(state, param, group, self._process_group)
+        init_window(state, param, group)
         if group["momentum"] and "momentum_buffer" not in state:
             state["momentum_buffer"] = new_state(param, compute_dtype(param.dtype))
         mask = None if group["masks"] is None else group["masks"][position]
         if mask is not None and state.get("mask") is not mask:
             check_masks(group)
             state["mask"] = placed = mask_like(mask, param)
-            if placed is not mask:  # the list may be the caller's
+            if placed is not mask:
                 group["masks"] = [placed if i == position else other for i, other in enumerate(group["masks"])]
         init_rounding(state, param, effective("MFAC", group, position, param))
         return state
@@ -397,9 +321,7 @@ class MFAC(LeanOptimizer):
                     members.setdefault(key, []).append(param)
                 if grad is not None or has_window(self.state.get(param, {})):
                     state = self._state_of(group, position, param)
-                    spread = group["shard_window"]
-                    columns = columns_of(param, spread=spread, process_group=self._process_group)
-                    entry = ScopeParam(group, position, index, param, grad, state, columns)
+                    entry = ScopeParam(group, position, index, param, grad, state, columns_of(param))
                     if param.numel():
                         scopes.setdefault(key, []).append(entry)
                 index += 1

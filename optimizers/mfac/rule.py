@@ -9,46 +9,11 @@ cancellation. Gradients may have any floating dtype, float64 included; K and c a
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from leanstep.kernels import Coefficients, linear_combination, row_dots, window_coefficients
-
-
-def _sigmoid(t: float) -> float:
-    """Return a logistic curve over [-6, 6], scaled to 0 at t = 0 and 1 at t = 1."""
-    low, high, here = (1 / (1 + math.exp(-x)) for x in (-6.0, 6.0, 12.0 * t - 6.0))
-    return (here - low) / (high - low)
-
-
-# fraction of the way from the first damping to the last, at fraction t of the steps
-CURVES: dict[str, Callable[[float], float]] = {
-    "linear": lambda t: t,
-    "quadratic": lambda t: t * t,
-    "circular": lambda t: 1.0 - math.sqrt(1.0 - t * t),
-    "sigmoid": _sigmoid,
-}
-
-
-def damping_at(damping: float, schedule: Sequence[Any] | None, step: int, lr: float | Tensor) -> float:
-    """Return the damping of a step, counted from 0.
-
-    ``schedule``: None for a constant; (curve, steps, last); or ("lr", rate) for damping * lr / rate.
-    """
-    if schedule is None:
-        return damping
-    if schedule[0] == "lr":
-        # a lower bound, because warm-ups start at lr 0 and the system needs damping > 0
-        return damping * max(float(lr) / schedule[1], 1e-6)
-    curve, steps, last = schedule
-    share = min(step / steps, 1.0)
-    if curve == "exponential":
-        return damping * (last / damping) ** share
-    return damping + (last - damping) * CURVES[curve](share)
 
 
 def denominator(scaling: str, window: int, rows: int) -> int:
@@ -89,11 +54,6 @@ def decrease_and_norm(gram: Tensor, coefficients: Tensor, newest: int) -> tuple[
     """Return g . u = (K c)_newest, the predicted decrease of the loss per unit of lr, and |u| = sqrt(c^T K c)."""
     product = (gram @ coefficients.unsqueeze(-1)).squeeze(-1)
     return product[..., newest], (product * coefficients).sum(dim=-1).clamp_min(0.0).sqrt()
-
-
-def shortening(norm: Tensor, limit: float) -> Tensor:
-    """Return min(1, limit / norm)."""
-    return torch.where(norm > limit, limit / norm, 1.0)
 
 
 def direction(

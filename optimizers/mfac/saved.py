@@ -13,18 +13,17 @@ from leanstep.optimizers.mfac.compressed import SparseRows
 from leanstep.optimizers.mfac.scopes import scope_key
 
 # settings that determine the format of a saved window
-STRUCTURAL = ("window", "scope", "storage", "compression", "density", "rank")
+STRUCTURAL = ("window", "scope", "storage", "compression", "density")
 
 _WIDE = (torch.float32, torch.float64)
 
 # A row of a finite gradient is finite, and so is what is computed from it. One other entry would stop all later steps.
-ROWS = ("window", "window_values", "window_left", "window_right")
+ROWS = ("window", "window_values")
 # early: the parameter that holds a scope's state may not have had a gradient
 _OF_SCOPE = StateRule((), required=False, early=True, finite=True)
 WINDOW_RULES = {
     "window_indices": StateRule((torch.uint8,)),
     "error": SHAPED._replace(dtypes=_WIDE, finite=True),
-    "basis": StateRule(_WIDE, finite=True),
     "mask": SHAPED._replace(dtypes=(torch.bool,)),
 }
 SCOPE_RULES = {
@@ -75,8 +74,6 @@ def check_loaded_states(groups: list[dict[str, Any]], entries: list[Loaded]) -> 
                 raise _error(f"the saved state of {name} has no mask, which sparse=True needs")
             if "window_indices" in state:
                 SparseRows.check_indices(name, state, group)
-            if "basis" in state and state["basis"].dtype != state["error"].dtype:
-                raise _error(f"the saved error and basis of {name} have different dtypes")
             if state and param.numel():
                 scopes.setdefault(scope_key(group, group_index, position, index), []).append((name, group, state))
             index += 1

@@ -16,13 +16,13 @@ from leanstep.optimizers.common.rounding import effective
 from leanstep.optimizers.common.sharding import Reducer, plain, shard_of
 from leanstep.optimizers.mfac import rule
 from leanstep.optimizers.mfac.compiled import directions_by_op
-from leanstep.optimizers.mfac.compressed import LowRankRows, SparseRows
+from leanstep.optimizers.mfac.compressed import SparseRows
 from leanstep.optimizers.mfac.direction import SCOPE_KEYS, STATS, Problem, directions
 from leanstep.optimizers.mfac.settings import SHARED
-from leanstep.optimizers.mfac.window import BlockRows, Columns, DenseRows, columns_of, gather, is_fake
+from leanstep.optimizers.mfac.window import BlockRows, Columns, DenseRows, columns_of, is_fake
 
 # formats of rows; the first one that accepts a parameter stores its rows
-FORMATS: tuple[type[DenseRows], ...] = (SparseRows, LowRankRows, DenseRows)
+FORMATS: tuple[type[DenseRows], ...] = (SparseRows, DenseRows)
 
 
 class ScopeParam(NamedTuple):
@@ -81,17 +81,15 @@ def has_window(state: dict[str, Any]) -> bool:
     return any(f.key in state for f in FORMATS)
 
 
-def init_window(state: dict[str, Any], param: Tensor, group: dict[str, Any], process_group: Any) -> None:
+def init_window(state: dict[str, Any], param: Tensor, group: dict[str, Any]) -> None:
     """Create the window of a parameter, with rows of zeros, if it is missing."""
     if not has_window(state):
-        columns = columns_of(param, spread=group["shard_window"], process_group=process_group)
-        new_format(param, group).init_state(state, param, columns, group)
+        new_format(param, group).init_state(state, param, columns_of(param), group)
 
 
-def window_bytes(param: Tensor, group: dict[str, Any], process_group: Any) -> int:
+def window_bytes(param: Tensor, group: dict[str, Any]) -> int:
     """Return the bytes that :func:`init_window` allocates on this process."""
-    columns = columns_of(param, spread=group["shard_window"], process_group=process_group)
-    return new_format(param, group).state_bytes(param, columns, group)
+    return new_format(param, group).state_bytes(param, columns_of(param), group)
 
 
 def new_format(param: Tensor, group: dict[str, Any]) -> type[DenseRows]:
@@ -151,7 +149,6 @@ def step_scopes(scopes: list[Scope]) -> Reducer[None]:
         flags = torch.tensor(values, dtype=torch.int32, device="cpu")
         for scope, result in zip(scopes, results, strict=True):
             updates += result.updates or [None] * len(scope.entries)
-        updates = _gathered(entries, updates)
     groups: dict[int, list[int]] = {}
     for i, entry in enumerate(entries):
         groups.setdefault(id(entry.group), []).append(i)
@@ -171,21 +168,21 @@ def _problem(scope: Scope) -> Problem:
     """Apply sign, decay and masks to a scope's gradients, and return the inputs of its direction."""
     entries, vectors = scope.entries, []
     for entry in entries:
-        group, weight = entry.group, entry.columns.local(plain(entry.param.detach()))
+        group, weight = entry.group, local_part(plain(entry.param.detach()))
         if entry.grad is None:
             vector = torch.zeros_like(weight, memory_format=torch.contiguous_format)
         else:
-            vector = entry.columns.local(entry.grad)
+            vector = local_part(entry.grad)
             vector = -vector if group["maximize"] else vector
             if group["decay"] == "coupled" and group["weight_decay"]:
                 vector = vector.add(weight, alpha=float(group["weight_decay"]))
         if "mask" in entry.state:
-            vector = vector * entry.columns.local(entry.state["mask"])
+            vector = vector * local_part(entry.state["mask"])
         vectors.append(vector)
     formats = [_format_of(e.state, scope.settings["scope"]) for e in entries]
-    states, columns, lr = [e.state for e in entries], [e.columns for e in entries], entries[0].group["lr"]
+    states, columns = [e.state for e in entries], [e.columns for e in entries]
     weights = _weights_of(entries, scope.settings["scope"])
-    return Problem(scope.settings, scope.scope_state, states, formats, columns, vectors, weights, lr)
+    return Problem(scope.settings, scope.scope_state, states, formats, columns, vectors, weights)
 
 
 def _weights_of(entries: list[ScopeParam], scope: str | int) -> list[int]:
@@ -194,20 +191,6 @@ def _weights_of(entries: list[ScopeParam], scope: str | int) -> list[int]:
     if not isinstance(scope, int):
         return [total]
     return [min(scope, total - start) for start in range(0, total, scope)]
-
-
-def _gathered(entries: list[ScopeParam], updates: list[Tensor | None]) -> list[Tensor | None]:
-    """All-gather the updates of parameters with ``shard_window``."""
-    sets: dict[torch.dtype, list[tuple[int, Tensor]]] = {}
-    for i, (entry, update) in enumerate(zip(entries, updates, strict=True)):
-        if update is not None and entry.columns.chunk is not None:
-            sets.setdefault(update.dtype, []).append((i, update))
-    for parts in sets.values():
-        (process_group,) = entries[parts[0][0]].columns.groups  # one optimizer has one
-        whole = gather([update for _, update in parts], [entries[i].param for i, _ in parts], process_group)
-        for (i, _), update in zip(parts, whole, strict=True):
-            updates[i] = update
-    return updates
 
 
 def _move(entries: list[ScopeParam], updates: list[Tensor], updated: Tensor | None) -> None:

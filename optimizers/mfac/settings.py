@@ -8,35 +8,30 @@ import torch
 from torch import Tensor
 
 from leanstep.optimizers.common.checks import check_choice, check_count, check_flags, check_number, describe
-from leanstep.optimizers.mfac.rule import CURVES
 from leanstep.optimizers.mfac.window import STORAGES
 
 SCALINGS = ("window", "count")
 SCOPES = ("model", "group", "layer")
-COMPRESSIONS = (None, "topk", "lowrank")
+COMPRESSIONS = (None, "topk")
 DECAYS = ("decoupled", "coupled")
-SCHEDULES = (*CURVES, "exponential", "lr")
 
 # settings that must be equal in all groups of a scope
 SHARED = (
-    "scope", "window", "damping", "damping_schedule", "scaling", "shrinkage", "storage", "compression", "density",
-    "rank", "max_update_norm", "shard_window", "nonfinite", "foreach",
+    "scope", "window", "damping", "scaling", "shrinkage", "storage", "compression", "density", "nonfinite", "foreach",
 )  # fmt: skip
 
 
 def check_settings(group: dict[str, Any]) -> None:
     """Raise ValueError or TypeError if a setting is out of range or excludes another one."""
-    for name in ("window", "rank"):
-        value = group[name]
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"MFAC: {name} must be an int, got {value!r}")
-        check_count("MFAC", name, value)
-    for name in ("damping", "shrinkage", "density", "max_update_norm"):
+    window = group["window"]
+    if isinstance(window, bool) or not isinstance(window, int):
+        raise TypeError(f"MFAC: window must be an int, got {window!r}")
+    check_count("MFAC", "window", window)
+    for name in ("damping", "shrinkage", "density"):
         if isinstance(group[name], Tensor):
             raise TypeError(f"MFAC: {name} must be a number, got {group[name]!r}")
     _check_positive("damping", group["damping"], "a number greater than 0 (the Fisher matrix alone has no inverse)")
     check_number("MFAC", "shrinkage", group["shrinkage"], 0.0)
-    _check_schedule(group["damping_schedule"])
     check_choice("MFAC", "scaling", group["scaling"], SCALINGS)
     scope = group["scope"]
     if scope not in SCOPES and (isinstance(scope, bool) or not isinstance(scope, int) or scope < 1):
@@ -47,9 +42,7 @@ def check_settings(group: dict[str, Any]) -> None:
     _check_positive("density", group["density"], "a fraction of entries in (0, 1]")
     check_number("MFAC", "momentum value", group["momentum"], 0.0, 1.0, open_high=True)
     check_choice("MFAC", "decay", group["decay"], DECAYS)
-    if group["max_update_norm"] is not None:
-        _check_positive("max_update_norm", group["max_update_norm"], "a length greater than 0, or None")
-    check_flags("MFAC", group, ("sparse", "shard_window"))
+    check_flags("MFAC", group, ("sparse",))
     _check_joint(group)
 
 
@@ -57,23 +50,6 @@ def _check_positive(name: str, value: Any, expected: str) -> None:
     check_number("MFAC", name, value, 0.0)
     if value == 0:
         raise ValueError(f"Invalid {name}: 0; MFAC expects {expected}")
-
-
-def _check_schedule(schedule: Any) -> None:
-    if schedule is None:
-        return
-    if not isinstance(schedule, (tuple, list)) or not schedule or len(schedule) != (2 if schedule[0] == "lr" else 3):
-        raise ValueError(
-            f"Invalid damping_schedule: {schedule!r}; MFAC expects None, (curve, steps, last damping) with a curve of "
-            f"{SCHEDULES[:-1]}, or ('lr', reference learning rate)"
-        )
-    check_choice("MFAC", "damping_schedule", schedule[0], SCHEDULES)
-    for name, value in zip(("number of steps or rate", "last damping"), schedule[1:], strict=False):
-        if isinstance(value, Tensor):
-            raise TypeError(f"MFAC: the {name} of damping_schedule must be a number, got {value!r}")
-        check_number("MFAC", f"damping_schedule: {name}", value, 0.0)
-        if value == 0:
-            raise ValueError(f"Invalid damping_schedule: {schedule!r}; MFAC expects the {name} to be greater than 0")
 
 
 def _check_joint(group: dict[str, Any]) -> None:
@@ -85,22 +61,6 @@ def _check_joint(group: dict[str, Any]) -> None:
             f"MFAC: scope={group['scope']} (blocks) is for uncompressed rows; with compression="
             f"{group['compression']!r} use one of {SCOPES}"
         )
-    if group["shard_window"] and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        raise ValueError(
-            "MFAC: shard_window=True shards the window over the processes of torch.distributed, which is not "
-            "initialized; call init_process_group first, or leave it False"
-        )
-    if group["shard_window"] and group["compression"] == "lowrank":
-        raise ValueError("MFAC: compression='lowrank' takes whole matrices and excludes shard_window=True")
-
-
-def check_process_group(value: Any) -> None:
-    """Raise TypeError unless ``value`` is a process group of torch.distributed that has this process."""
-    distributed = torch.distributed
-    if not (
-        distributed.is_available() and isinstance(value, distributed.ProcessGroup) and distributed.get_rank(value) >= 0
-    ):
-        raise TypeError(f"MFAC: shard_window must be True, False or a process group with this process, got {value!r}")
 
 
 def check_masks(group: dict[str, Any]) -> None:

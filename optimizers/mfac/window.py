@@ -1,8 +1,7 @@
 """M-FAC's window on one process: its columns, and dense rows or blocks of rows.
 
 The window of a parameter of shape ``(...)`` has shape ``(m, ...)``. The window of a DTensor is a DTensor, sharded along
-the same dimension of the parameter. With ``shard_window``, the window of a replicated parameter is a DTensor, too.
-Saving, resharding and copying therefore work as for parameters.
+the same dimension of the parameter. Saving, resharding and copying therefore work as for parameters.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing_extensions import override
 
 from leanstep._torch import is_dtensor, local_part, place_like
 from leanstep.kernels.reference.fisher.gradient_window import row_scale, wide_dtype
-from leanstep.optimizers.common.sharding import Shard, chunk_of, first_index, shard_of
+from leanstep.optimizers.common.sharding import Shard, first_index, shard_of
 from leanstep.optimizers.mfac import rule
 
 STORAGES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -48,29 +47,14 @@ class Columns(NamedTuple):
     shape: tuple[int, ...]  # of the shard
     groups: tuple[Any, ...] = ()  # as in common.sharding.Shard
     offset: int | None = 0  # common.sharding.first_index
-    chunk: tuple[int, int, int] | None = None  # (dimension, start, length) of the shard with shard_window
-
-    def local(self, tensor: Tensor) -> Tensor:
-        """Return this process's shard of a gradient or parameter as a plain tensor."""
-        shard = local_part(tensor)
-        return shard if self.chunk is None else shard.narrow(*self.chunk)
 
 
-def columns_of(param: Tensor, *, spread: bool, process_group: Any = None) -> Columns:
-    """Return this process's columns; ``spread`` (shard_window) shards plain parameters of one or more dimensions.
-
-    ``process_group``: the processes over which to spread them; None: all.
-    """
-    shard = shard_of(param)
-    if is_dtensor(param):
-        return Columns(tuple(local_part(param).shape), shard.groups, first_index(shard))
-    if not spread or param.dim() == 0:
+def columns_of(param: Tensor) -> Columns:
+    """Return this process's columns."""
+    if not is_dtensor(param):
         return Columns(tuple(param.shape))
-    group = process_group or torch.distributed.group.WORLD
-    processes, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
-    start, length = chunk_of(param.shape[0], processes, rank)
-    offset = start * math.prod(param.shape[1:])
-    return Columns((length, *param.shape[1:]), (group,), offset, (0, start, length))
+    shard = shard_of(param)
+    return Columns(tuple(local_part(param).shape), shard.groups, first_index(shard))
 
 
 def new_columns(
@@ -89,28 +73,15 @@ def new_columns(
         columns.shape[i] if i < len(whole) and columns.shape[i] != whole[i] else n for i, n in enumerate(tail)
     ]
     zeros = torch.zeros((*lead, *local_tail), dtype=dtype, device=local_part(param).device)
-    if not is_dtensor(param) and columns.chunk is None:
+    if not is_dtensor(param):
         return zeros
     from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor import Shard as ShardPlacement
 
-    if is_dtensor(param):
-        sharded = cast("DTensor", param)
-        mesh, placements = sharded.device_mesh, [_shifted(p, len(lead)) for p in sharded.placements]
-    else:
-        mesh, placements = _mesh_of(columns.groups[0], zeros.device.type), [ShardPlacement(len(lead))]
+    sharded = cast("DTensor", param)
+    mesh, placements = sharded.device_mesh, [_shifted(p, len(lead)) for p in sharded.placements]
     shape = torch.Size((*lead, *tail))
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(zeros, mesh, placements, run_check=False, shape=shape, stride=stride)
-
-
-def _mesh_of(group: Any, device_type: str) -> Any:
-    """Return the mesh of a process group, also while the window itself is made of fake tensors."""
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-    from torch.distributed.device_mesh import DeviceMesh
-
-    with unset_fake_temporarily():
-        return DeviceMesh.from_group(group, device_type)
 
 
 def _shifted(placement: Any, by: int) -> Any:
@@ -120,26 +91,6 @@ def _shifted(placement: Any, by: int) -> Any:
     if hasattr(placement, "split_factor"):
         return type(placement)(placement.dim + by, split_factor=placement.split_factor)
     return type(placement)(placement.dim + by)
-
-
-def gather(updates: Sequence[Tensor], params: Sequence[Tensor], process_group: Any) -> list[Tensor]:
-    """All-gather the updates of replicated parameters with ``shard_window``.
-
-    Args:
-        updates: this process's shards (see :func:`columns_of`), of one dtype and device.
-        params: the parameters.
-        process_group: the processes that have the other shards.
-    """
-    processes = torch.distributed.get_world_size(process_group)
-    lengths = [[chunk_of(p.shape[0], processes, rank)[1] for p in params] for rank in range(processes)]
-    sizes = [[n * math.prod(p.shape[1:]) for n, p in zip(row, params, strict=True)] for row in lengths]
-    padded = updates[0].new_zeros(max(map(sum, sizes)))
-    flat = torch.cat([u.reshape(-1) for u in updates])
-    padded[: flat.numel()] = flat
-    gathered = padded.new_empty(processes, padded.numel())
-    torch.distributed.all_gather_into_tensor(gathered.view(-1), padded, process_group)
-    parts = [row[: sum(size)].split(size) for row, size in zip(gathered, sizes, strict=True)]
-    return [torch.cat([part[i] for part in parts]).view(p.shape) for i, p in enumerate(params)]
 
 
 class Piece(NamedTuple):
@@ -337,4 +288,4 @@ def _chunks(window: Tensor) -> Iterator[slice]:
 
 def combination_dtype(state: dict[str, Any]) -> torch.dtype:
     """Return the dtype in which a parameter's rows are combined."""
-    return wide_dtype(next(state[key].dtype for key in ("window", "window_values", "window_left") if key in state))
+    return wide_dtype(next(state[key].dtype for key in ("window", "window_values") if key in state))

@@ -28,7 +28,6 @@ from leanstep.optimizers.common.sharding import (
     store,
     together,
 )
-from leanstep.optimizers.sinkgd.clipping import clip_factors
 
 
 def init_adamw(state: dict[str, Any], param: Tensor, group: dict[str, Any], rounding: str) -> None:
@@ -88,36 +87,21 @@ def step_adamw(batch: Batch, *, int8: bool) -> Reducer[None]:
             if skip:
                 return
             skip = None
-    factors = None
-    if group["clip_threshold"] is not None:
-        wide = torch.float32 if params[0].device.type == "mps" else torch.float64
-        factors = torch.empty(len(params), dtype=wide, device=params[0].device)
-        yield from clip_factors(grads, batch, factors)
     spans = [slice(i, i + 1) for i in range(len(params))] if group["foreach"] is False else [slice(len(params))]
-    parts = []
-    for span in spans:
-        factors_here = None if factors is None else factors[span]
-        parts.append(_update_part(params[span], grads[span], batch.part(span), skip, factors_here, int8=int8))
-    yield from together(parts)
+    yield from together([_update_part(params[s], grads[s], batch.part(s), skip, int8=int8) for s in spans])
     store(params, batch.params)
 
 
 def _update_part(
-    params: list[Tensor],
-    grads: list[Tensor],
-    batch: Batch,
-    skip: Tensor | None,
-    factors: Tensor | None,
-    *,
-    int8: bool,
+    params: list[Tensor], grads: list[Tensor], batch: Batch, skip: Tensor | None, *, int8: bool
 ) -> Reducer[None]:
     """Step the parameters of a batch; a true flag ``skip`` on the device leaves everything unchanged."""
     if int8:
-        yield from _update_int8(params, grads, batch, skip, factors)
+        yield from _update_int8(params, grads, batch, skip)
     elif batch.rounding == "nearest":
-        _decay_and_update(params, grads, batch.states, batch.group, skip, factors)
+        _decay_and_update(params, grads, batch.states, batch.group, skip)
     else:
-        _update_rounded(params, grads, batch, skip, factors)
+        _update_rounded(params, grads, batch, skip)
 
 
 def _decay_and_update(
@@ -126,31 +110,17 @@ def _decay_and_update(
     states: list[dict[str, Any]],
     group: dict[str, Any],
     skip: Tensor | None,
-    factors: Tensor | None,
 ) -> None:
-    """Update parameters and moments. Decays first where torch's step cannot: cautiously, or not by the clipped rate."""
+    """Update parameters and moments. Decays first where torch's step cannot: cautiously."""
     decays: Any = group["weight_decay"]
     has_decay = isinstance(decays, Tensor) or decays != 0  # no wait for a tensor
-    if has_decay and (group["cautious_decay"] or factors is not None):
-        _decay(params, grads, states, group, skip)
+    if has_decay and group["cautious_decay"]:
+        _decay_cautiously(params, grads, states, group, skip)
         group = {**group, "weight_decay": 0.0}
-    if factors is None:
-        _update(params, grads, states, group, skip)
-        return
-    rates = _clipped_rates(group["lr"], factors)
-    for param, grad, state, rate in zip(params, grads, states, rates, strict=True):
-        _update([param], [grad], [state], {**group, "lr": rate}, skip)
+    _update(params, grads, states, group, skip)
 
 
-def _clipped_rates(lr: float | Tensor, factors: Tensor) -> list[Any]:
-    """Return the learning rate of every tensor: numbers on a CPU, else fp32 tensors, as torch's fused kernel takes."""
-    if factors.device.type == "cpu" and not torch.compiler.is_compiling():
-        return [float(lr) * factor for factor in factors.tolist()]
-    rate = lr.reshape(()).to(factors.device) if isinstance(lr, Tensor) else lr
-    return list((rate * factors).to(torch.float32).unbind())
-
-
-def _decay(
+def _decay_cautiously(
     params: list[Tensor],
     grads: list[Tensor],
     states: list[dict[str, Any]],
@@ -162,19 +132,14 @@ def _decay(
     if isinstance(decay, Tensor):
         decay = decay.reshape(())  # a tensor of shape (1, 1) would broadcast
     for param, grad, state in zip(params, grads, states, strict=True):
-        if group["cautious_decay"]:
-            average = local(state["exp_avg"])
-            # AdamW divides the new average by positive numbers, so it has the update's sign
-            gradient = (-grad if group["maximize"] else grad).to(average.dtype)
-            # signs, because a product of fp16 numbers underflows
-            decaying = average.lerp(gradient, weight).sign_().mul_(param.sign()) >= 0
-            if skip is not None:
-                decaying &= ~skip.to(decaying.device)
-            param.copy_(torch.where(decaying, param * decay, param))
-        elif skip is None:
-            param.mul_(decay)
-        else:
-            param.copy_(torch.where(skip.to(param.device), param, param * decay))
+        average = local(state["exp_avg"])
+        # AdamW divides the new average by positive numbers, so it has the update's sign
+        gradient = (-grad if group["maximize"] else grad).to(average.dtype)
+        # signs, because a product of fp16 numbers underflows
+        decaying = average.lerp(gradient, weight).sign_().mul_(param.sign()) >= 0
+        if skip is not None:
+            decaying &= ~skip.to(decaying.device)
+        param.copy_(torch.where(decaying, param * decay, param))
 
 
 def _update(
@@ -232,9 +197,7 @@ def _update(
         tensor.copy_(torch.where(skip.to(tensor.device), before, tensor))
 
 
-def _update_int8(
-    params: list[Tensor], grads: list[Tensor], batch: Batch, skip: Tensor | None, factors: Tensor | None
-) -> Reducer[None]:
+def _update_int8(params: list[Tensor], grads: list[Tensor], batch: Batch, skip: Tensor | None) -> Reducer[None]:
     """Step AdamW with moments in 8 bits; a true flag ``skip`` on the device leaves everything unchanged."""
     group, states, (beta1, beta2) = batch.group, batch.states, batch.group["betas"]
     device, dtype = params[0].device, compute_dtype(params[0].dtype)
@@ -252,8 +215,6 @@ def _update_int8(
         torch.float32 if device.type == "mps" else torch.float64
     )
     sizes = lr / (1.0 - beta1**counts)
-    if factors is not None:
-        sizes = sizes * factors
     corrections = torch.stack([sizes, (1.0 - beta2**counts).rsqrt()], 1).to(dtype)
     decay = decay_factor(lr, group["weight_decay"])
     options = StepOptions(
@@ -298,16 +259,14 @@ def _update_columns(
     yield from store_averages(squares, batch.states, "exp_avg_sq", batch.shards, seeds)
 
 
-def _update_rounded(
-    params: list[Tensor], grads: list[Tensor], batch: Batch, skip: Tensor | None, factors: Tensor | None
-) -> None:
+def _update_rounded(params: list[Tensor], grads: list[Tensor], batch: Batch, skip: Tensor | None) -> None:
     """Step AdamW on fp32 copies (or master weights) of the batch, then round into the parameters."""
     states, rounding, device = batch.states, batch.rounding, params[0].device
     rounding_state: Any = batch.rounding_state() or [None] * len(params)
     pairs = zip(params, rounding_state, strict=True)
     masters = rounding == "master"
     wide = [r.copy_(widen(p, r, rounding)) if masters and r is not None else widen(p, r, rounding) for p, r in pairs]
-    _decay_and_update(wide, [g.float() for g in grads], states, batch.group, skip, factors)
+    _decay_and_update(wide, [g.float() for g in grads], states, batch.group, skip)
     randomness: list[Any] = [()] * len(params)  # seed, offset and runs
     if rounding == "stochastic":
         seeds = seeds_for([s["step"] for s in states], batch.indices, batch.group["seed"], device)

@@ -114,7 +114,7 @@ def in_parts(batch: Batch) -> list[Batch]:
     share their all-reduces.
     """
     group = batch.group
-    if not (group["momentum"] or group["row_mask_tau"]) or any(shard.cuts for shard in batch.shards):
+    if not (group["momentum"] or group["algorithm"] == "balanced") or any(shard.cuts for shard in batch.shards):
         return [batch]
     ranges, start, entries = [], 0, 0
     for position, param in enumerate(batch.params):

@@ -53,11 +53,10 @@ class SinkGD(LeanOptimizer):
     X has the signs of G and root mean square 1, so the update has root mean square ``lr * scale`` for any gradient
     norm. Clipping by norm and loss scaling therefore have no effect on these parameters.
 
-    Options change X before normalization (the first three) or after it, in this order::
+    Options change X before normalization (the first two) or after it, in this order::
 
         M = momentum * M + (1 - momentum) * G;  X = M                  momentum
         X = momentum * M + (1 - momentum) * G                          nesterov
-        X[i, :] = 0 where ||X[i, :]|| <= row_mask_tau * mean norm      row_mask_tau
         X = X / ||X||_operator                                         spectral="unit"
         X = X * sqrt(m / n) / ||X||_operator                           spectral="muon"
         X = X * base_width / n                                         base_width, without spectral
@@ -69,7 +68,8 @@ class SinkGD(LeanOptimizer):
     * "sinkgd": the rule above. A stack (e, m, n) is normalized matrix by matrix. Four and more dimensions are flattened
       to (m, rest); with ``flatten`` three are, too.
     * "balanced": for embeddings and heads. "sinkgd" with nesterov and a final normalization of the rows, which gives
-      every token an update of the same norm. State: half of AdamW's, or none with ``momentum=0``.
+      every token an update of the same norm. Before normalization, rows of at most 1e-3 of the mean norm are set to 0:
+      those of tokens that were barely seen. State: half of AdamW's, or none with ``momentum=0``.
     * "adamw": bit-identical to ``torch.optim.AdamW(fused=True)`` with the group's lr, betas, eps and weight_decay.
       Other values of ``fused`` and ``foreach`` select torch's other implementations, whose last bits differ.
     * "auto": "sinkgd" for two and more dimensions, "adamw" for the rest. Warns once, because it normalizes embeddings
@@ -84,7 +84,6 @@ class SinkGD(LeanOptimizer):
         momentum: weight of the old M; 0: no momentum and no state.
         momentum_order: "pre": normalize the momentum. "post": average the normalized gradients.
         nesterov: average M with G once more (see above).
-        row_mask_tau: zero rows whose norm is at most ``row_mask_tau`` times the mean row norm; 0 zeroes none.
         base_width: multiply X by base_width / n, which transfers lr from width base_width to width n. Excludes
             ``spectral``.
         spectral: scale X to operator norm 1 ("unit") or sqrt(m / n) ("muon"); None: do not. With "unit" the update has
@@ -98,12 +97,6 @@ class SinkGD(LeanOptimizer):
             rounded after the decay and after the step, as by torch's AdamW without ``fused``. No gain was measured
             (docs/measured/optimizers.md).
         betas, eps: for AdamW.
-        clip_threshold: for AdamW: divide a tensor's update U by max(1, RMS(U) / clip_threshold), with the root mean
-            square of the whole tensor (arXiv 1804.04235, section 6; published as 1.0). The decay is not clipped. It is
-            the clipping that goes with :func:`leanstep.optimizers.release_gradients`; normalized updates have a set
-            root mean square anyway. Reads gradient and moments once more; one call per tensor, and one number per
-            tensor all-reduced over its shards. With rounding="nearest" a decayed 16-bit parameter is rounded after the
-            decay and after the step. None: do not clip.
         fused: for AdamW; None: if torch has a fused kernel for the device.
         foreach: None or True: one call for all tensors of a device and dtype. False: one call per tensor.
         transposed: the group's matrices are stored (in, out), as in transformers' ``Conv1D`` (GPT-2), or (e, in, out).
@@ -133,7 +126,7 @@ class SinkGD(LeanOptimizer):
         State: none for matrices without options; AdamW's moments for the rest (8 bytes per fp32 parameter, 2.06 with
         int8). Options add ``momentum_buffer``,
         ``power_vector`` and ``power_warm``, and the state of ``rounding``, as for Lion. A step allocates one
-        fp32 matrix on a CPU, and partial column sums on a GPU. ``momentum`` and ``row_mask_tau`` add the averages of
+        fp32 matrix on a CPU, and partial column sums on a GPU. ``momentum`` and "balanced" add the averages of
         the largest matrix, or 64 MB of them where matrices are smaller; of all sharded matrices together.
         Sharded matrices (FSDP2, tensor parallelism, both) are not gathered. An iteration reduces column sums over each
         mesh dimension that shards rows, and row sums over each that shards columns; these also need one all-reduce of
@@ -176,13 +169,11 @@ class SinkGD(LeanOptimizer):
         momentum: float = 0.0,
         momentum_order: str = "pre",
         nesterov: bool = False,
-        row_mask_tau: float = 0.0,
         base_width: int | None = None,
         spectral: str | None = None,
         cautious_decay: bool = False,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        clip_threshold: float | None = None,
         fused: bool | None = None,
         algorithm: str = "auto",
         transposed: bool = False,
@@ -201,14 +192,10 @@ class SinkGD(LeanOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        for name, key in (("scale", "scale"), ("row_mask_tau", "row_mask_tau"), ("epsilon value", "eps")):
+        for name, key in (("scale", "scale"), ("epsilon value", "eps")):
             check_number("SinkGD", name, group[key], 0.0)
         check_number("SinkGD", "momentum", group["momentum"], 0.0, 1.0, open_high=True)
         check_betas("SinkGD", group["betas"])
-        if group["clip_threshold"] is not None:
-            check_number("SinkGD", "clip_threshold", group["clip_threshold"], 0.0)
-            if group["clip_threshold"] == 0:
-                raise ValueError("Invalid clip_threshold: 0; SinkGD expects a number above 0, or None for no clipping")
         for name, choices in CHOICES.items():
             check_choice("SinkGD", name, group[name], choices)
         check_flags("SinkGD", group, ("nesterov", "cautious_decay"), ("fused",))
@@ -258,8 +245,7 @@ class SinkGD(LeanOptimizer):
                 find_warm(entry)
 
     def _takes_flattened(self, group: dict[str, Any]) -> bool:
-        # which would be clipped by the root mean square of several parameters
-        return group["algorithm"] == "adamw" and group["clip_threshold"] is None
+        return group["algorithm"] == "adamw"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Fill in settings that an older state does not have, and convert step counts to tensors."""

@@ -16,6 +16,9 @@ from leanstep.kernels.reference.rounding import hash32
 from leanstep.kernels.reference.steps.scaled_step import scaled_update
 from leanstep.kernels.steps.common import compute_dtype, decay_factor, pack
 
+# "balanced" sets rows to 0 whose norm is at most this fraction of the mean row norm
+QUIET = 1e-3
+
 
 def momentum_average(buffer: Tensor, gradient: Tensor, momentum: float) -> Tensor:
     """M = momentum * M + (1 - momentum) * G, in fp32 (fp64 for an fp64 buffer).
@@ -27,8 +30,12 @@ def momentum_average(buffer: Tensor, gradient: Tensor, momentum: float) -> Tenso
 
 
 def row_norms(matrix: Tensor) -> Tensor:
-    """||G[i, :]|| of every row, [..., m]."""
-    return torch.linalg.vector_norm(matrix, dim=-1, dtype=compute_dtype(matrix.dtype))
+    """||G[i, :]|| of every row, [..., m], in fp64, which MPS lacks. Squares of finite entries do not overflow."""
+    wide = torch.float32 if matrix.device.type == "mps" else torch.float64
+    largest = torch.linalg.vector_norm(matrix, math.inf, dim=-1, keepdim=True)
+    scaled = matrix / torch.where(largest > 0, largest, 1.0)
+    norms = torch.linalg.vector_norm(scaled, dim=-1, dtype=compute_dtype(matrix.dtype))
+    return largest.squeeze(-1).to(wide) * norms.to(wide)
 
 
 def mask_rows(matrix: Tensor, norms: Tensor, total: Tensor, rows: int, tau: float) -> Tensor:

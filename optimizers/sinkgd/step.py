@@ -92,12 +92,12 @@ def _step_whole(batch: Batch, *, balanced: bool) -> Reducer[None]:
             yield from all_reduce_flags(nonfinite, shards)
         if not momentum_last:
             matrices = _average(matrices, batch, nonfinite, options, nesterov=balanced or group["nesterov"])
-    if group["row_mask_tau"] > 0:
+    if balanced:
         norms = [rule.row_norms(g) for g in matrices]
         totals = [n.sum(dim=-1, keepdim=True) for n in norms]
         yield from all_reduce_row_norms(norms, totals, sides)
         matrices = [
-            rule.mask_rows(g, norm, total, matrix_shape(shard)[0], group["row_mask_tau"])
+            rule.mask_rows(g, norm, total, matrix_shape(shard)[0], rule.QUIET)
             for g, norm, total, shard in zip(matrices, norms, totals, shards, strict=True)
         ]
     if not (momentum or group["spectral"] or transposed or group["base_width"] or split):

@@ -24,7 +24,13 @@ from leanstep._files import one_line, read_text
 from leanstep.recipes.config.bases import find_base
 from leanstep.recipes.config.differences import SWITCHES, expectation_breakers
 from leanstep.recipes.config.references import References
-from leanstep.recipes.config.rules import group_options, joint_problems, model_keys, optimizer_arguments
+from leanstep.recipes.config.rules import (
+    group_options,
+    joint_problems,
+    model_keys,
+    optimizer_arguments,
+    removed_options,
+)
 from leanstep.recipes.config.schema import MODEL_CONFIGS, NOT_KEYS, OPTIMIZERS, ExpectConfig, RunConfig
 from leanstep.recipes.config.values import (
     KeyPath,
@@ -316,8 +322,11 @@ class _Reader:
         sizes = _get_or_empty(model, "config", dict)
         problems: list[Problem] = []
         if name := self._nearest(("optimizer", "name"), optimizer.get("name", "adamw"), OPTIMIZERS):
-            problems += check(optimizer_arguments(name), args, ("optimizer", "args"))[1]
-            problems += _group_problems(name, groups)
+            removed = removed_options(name)
+            of_class = *check(optimizer_arguments(name), args, ("optimizer", "args"))[1], *_group_problems(name, groups)
+            for path, message in of_class:
+                gone = f"{'.'.join(path)} was removed: {removed[path[-1]]}" if path[-1] in removed else None
+                problems.append((path, gone or message))
         if family := self._nearest(("model", "family"), model.get("family", "llama"), MODEL_CONFIGS):
             problems += check(model_keys(family), sizes, ("model", "config"))[1]
         for path, message in problems:

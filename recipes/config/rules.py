@@ -314,6 +314,11 @@ def _table() -> dict[str, Any]:
     return json.loads(TABLE_FILE.read_text(encoding="utf-8"))
 
 
+def removed_options(name: str) -> dict[str, str]:
+    """Options that an optimizer had in an earlier version -> what to write instead."""
+    return _table()["removed"].get(name, {})
+
+
 @lru_cache
 def optimizer_arguments(name: str) -> Any:
     """Schema of ``optimizer.args``: all arguments of the class but lr and weight_decay, which have their keys."""

@@ -20,6 +20,7 @@ import torch
 from transformers.activations import ACT2FN
 
 from leanstep.optimizers import param_groups
+from leanstep.optimizers.common.removed import REMOVED
 from leanstep.recipes.config.rules import TABLE_FILE
 from leanstep.recipes.config.schema import MODEL_CONFIGS, OPTIMIZERS
 
@@ -61,7 +62,12 @@ def table() -> dict[str, Any]:
         for key, entry in optimizers[name].items():
             entry.update(ranges.get(key, {}))
     models = {name: model_entries(load(spec)) for name, spec in MODEL_CONFIGS.items()}
-    return {"roles": known_roles(), "optimizers": optimizers, "models": models}
+    removed = {
+        name: {option: entry.instead for option, entry in REMOVED[cls.__name__].items()}
+        for name, cls in ((name, load(spec)) for name, spec in OPTIMIZERS.items())
+        if cls.__name__ in REMOVED
+    }
+    return {"roles": known_roles(), "removed": removed, "optimizers": optimizers, "models": models}
 
 
 def known_roles() -> list[str]:
@@ -170,7 +176,7 @@ def text() -> str:
     """The file: one argument a line."""
     whole = table()
     parts = [f' "roles": {json.dumps(whole["roles"])}']
-    for kind in ("optimizers", "models"):
+    for kind in ("removed", "optimizers", "models"):
         groups = [
             f'  "{name}": {{\n'
             + ",\n".join(f'   "{key}": {json.dumps(entry)}' for key, entry in entries.items())

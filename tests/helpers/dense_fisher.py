@@ -60,8 +60,6 @@ def stored_rows(optimizer: Any, params: list[Tensor]) -> Tensor:
             rows = state["window"].double()
             if "window_scale" in optimizer.state[params[0]]:
                 rows = rows * optimizer.state[params[0]]["window_scale"].double().view(-1, *[1] * param.dim())
-        elif "window_left" in state:
-            rows = state["window_left"].double() @ state["window_right"].double().mT
         else:
             rows = torch.zeros(len(state["window_values"]), *param.shape, dtype=torch.float64)
             rows.scatter_(-1, state["window_indices"].view(torch.int16).long(), state["window_values"].double())

@@ -1,9 +1,8 @@
-"""Checks of M-FAC with its window spread over processes, by FSDP2 and by replicas that share it."""
+"""Checks of M-FAC with its window spread over processes by FSDP2."""
 
 import copy
 import functools
 import math
-import pickle
 from typing import Any
 
 import torch
@@ -36,7 +35,6 @@ VARIANTS: dict[str, tuple[dict[str, Any], torch.dtype, float]] = {
     "wide": ({"scope": 7, "storage": "fp64"}, torch.float32, 1e-5),
     "fp16": ({"storage": "fp16"}, torch.float32, 1e-4),
     "topk": ({"compression": "topk", "density": 0.3, "storage": "fp32"}, torch.float64, 1e-6),
-    "trust_region": ({"max_update_norm": 0.7}, torch.float64, 1e-11),
     "sparse": ({"sparse": True, "decay": "coupled", "weight_decay": 0.1}, torch.float64, 1e-11),
     "stochastic": ({"rounding": "stochastic", "storage": "bf16"}, torch.bfloat16, 2**-6),
 }  # fmt: skip
@@ -87,34 +85,6 @@ for _name in VARIANTS:
     add_case(f"mfac_{_name}_follows_unsharded", _worlds, functools.partial(follows_unsharded, _name))
 
 
-def replicas_follow_one_process(name: str, world: World) -> None:
-    """Replicated parameters: each process keeps all columns, or a part of them; the steps are the same."""
-    dtype, tolerance = VARIANTS[name][1:]
-    plain, model = with_zeros(new_model(dtype)), with_zeros(new_model(dtype))
-    alone, spread = build(name, plain), build(name, model, shard_window=True)
-    for step in range(5):
-        steps(plain, alone, range(step, step + 1))
-        steps(model, spread, range(step, step + 1))
-        assert_same(model, plain, tolerance, f"after step {step + 1}")
-    held = torch.tensor(float(sum(p.numel() for p in local_windows(spread))))
-    dist.all_reduce(held)
-    assert held == sum(p.numel() for p in local_windows(alone))
-    if world.size > 1:
-        assert max(p.numel() for p in local_windows(spread)) < max(p.numel() for p in local_windows(alone))
-
-
-def local_windows(optimizer: MFAC) -> list[torch.Tensor]:
-    keys = ("window", "window_values")
-    found = [state[key] for state in optimizer.state.values() for key in keys if key in state]
-    return [t.to_local() if isinstance(t, DTensor) else t for t in found]
-
-
-for _name in ("model", "model_fp32", "layer", "blocks", "wide", "fp16", "topk", "trust_region", "sparse"):
-    # of three processes some have no row of a parameter
-    _worlds = (1, 2, 3, 4) if _name == "model" else (2, 3) if _name in ("topk", "wide") else (2,)
-    add_case(f"mfac_{_name}_replicas_follow", _worlds, functools.partial(replicas_follow_one_process, _name))
-
-
 @case(2, 3)
 def mfac_sends_a_vector_as_long_as_the_window(world: World) -> None:
     """One all-reduce for all scopes: n + 1 numbers of each and a flag per tensor, in fp64."""
@@ -129,9 +99,6 @@ def mfac_sends_a_vector_as_long_as_the_window(world: World) -> None:
             assert found == [("allreduce_", 8 * (count * (live + 1) + tensors))], (name, step, found)
     model = new_model(torch.float64)
     assert count_collectives(build("model", model), model) == []
-    optimizer = build("model", model, shard_window=True)
-    names = [name for name, _ in count_collectives(optimizer, model)]
-    assert names[0] == "allreduce_" and len(names) == 2 and "allgather" in names[1], names
 
 
 @case(2, 4)
@@ -139,9 +106,8 @@ def mfac_skips_together(world: World) -> None:
     """An entry that is not finite, in one shard: no process takes the row, and all go on alike."""
     for name in ("model", "layer", "topk"):
         dtype, tolerance = VARIANTS[name][1:]
-        plain, sharded, replica = new_model(dtype), shard(new_model(dtype), world.size), new_model(dtype)
-        models = (plain, sharded, replica)
-        optimizers = [build(name, plain), build(name, sharded), build(name, replica, shard_window=True)]
+        models = plain, sharded = new_model(dtype), shard(new_model(dtype), world.size)
+        optimizers = [build(name, plain), build(name, sharded)]
         for step in range(4):
             for model, optimizer in zip(models, optimizers, strict=True):
                 set_grads(model, step)
@@ -152,70 +118,22 @@ def mfac_skips_together(world: World) -> None:
                     set_grad(param, grad)
                 optimizer.step()
             assert_same(sharded, plain, tolerance, f"{name} after step {step + 1}")
-            assert_same(replica, plain, tolerance, f"{name} spread, after step {step + 1}")
-        assert [o.nonfinite_count() for o in optimizers] == [1, 1, 1]
+        assert [o.nonfinite_count() for o in optimizers] == [1, 1]
 
 
 @case(2, 3)
 def mfac_training_equals_one_process(world: World) -> None:
-    """Real gradients: fully sharded, replicated, and replicated with the window spread."""
-    for name in ("model", "layer", "trust_region"):
+    """Real gradients: fully sharded, and replicated."""
+    for name in ("model", "layer"):
         plain = new_model(torch.float64)
         train(plain, build(name, plain), None)
         sharded = shard(new_model(torch.float64), world.size)
         train(sharded, build(name, sharded), world)
         assert_same(sharded, plain, 1e-8, name)
-        for spread in (False, True):
-            replica = new_model(torch.float64)
-            parallel = nn.parallel.DistributedDataParallel(replica)
-            train(parallel, build(name, replica, shard_window=spread), world)
-            assert_same(replica, plain, 1e-8, f"{name} {spread}")
-
-
-@case(4)
-def mfac_spreads_over_the_processes_of_a_group(world: World) -> None:
-    """Two models, each on two processes: the steps are those of replicas that keep whole windows."""
-    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    group, other = groups[world.rank // 2], groups[1 - world.rank // 2]
-    plain, model = new_model(torch.float64), new_model(torch.float64)
-    alone, spread = build("model", plain), build("model", model, shard_window=group)
-    for step in range(4):
-        for one, optimizer in ((plain, alone), (model, spread)):
-            set_grads(one, step + 10 * (world.rank // 2))
-            optimizer.step()
-    assert_same(model, plain, 1e-11)
-    held = torch.tensor(float(sum(p.numel() for p in local_windows(spread))))
-    dist.all_reduce(held, group=group)
-    assert held == sum(p.numel() for p in local_windows(alone))
-    state = copy.deepcopy(spread.state_dict())
-    assert state["param_groups"][0]["shard_window"] is True
-    spread.load_state_dict(state)
-    set_grads(model, 7)
-    set_grads(plain, 7)
-    spread.step()
-    alone.step()
-    assert_same(model, plain, 1e-11)
-    refused(TypeError, "a process group with this process", lambda: build("model", model, shard_window=other))
-
-
-@case(2)
-def mfac_copies_have_the_process_group(world: World) -> None:
-    """Copies made before and after a step spread their windows over the same processes; pickle says why it cannot."""
-    group = [dist.new_group([rank]) for rank in range(world.size)][world.rank]
-    model = new_model(torch.float64)
-    optimizer = build("model", model, shard_window=group)
-    pairs = [(model, optimizer), copy.deepcopy((model, optimizer))]
-    steps(model, optimizer, range(world.rank + 1))
-    pairs.append(copy.deepcopy((model, optimizer)))
-    assert copy.copy(optimizer)._process_group is group
-    for one, each in pairs:
-        assert each._process_group is group
-        steps(one, each, range(3, 5))
-        assert sum(p.numel() for p in local_windows(each)) == 3 * sum(p.numel() for p in one.parameters())
-    assert_same(pairs[2][0], model, 0.0)
-    refused(TypeError, "shard_window=GROUP cannot be pickled", lambda: pickle.dumps(optimizer))
-    replica = build("model", new_model(torch.float64), shard_window=True)
-    assert pickle.loads(pickle.dumps(replica))._process_group is None
+        replica = new_model(torch.float64)
+        parallel = nn.parallel.DistributedDataParallel(replica)
+        train(parallel, build(name, replica), world)
+        assert_same(replica, plain, 1e-8, name)
 
 
 @case(2)
@@ -223,15 +141,10 @@ def mfac_refuses_what_cannot_be_spread(world: World) -> None:
     from distributed_placements import by_hand
     from torch.distributed.tensor import Shard
 
-    model = shard(new_model(), world.size)
-    refused(ValueError, "takes unsharded parameters, got", lambda: step_once(model, compression="lowrank", rank=1))
     model = by_hand(2, Shard(1))
     said = "takes parameters with unsharded rows, got embed.weight (13, 6) with placements (Shard"
     refused(ValueError, said, lambda: step_once(model, compression="topk", density=0.3))
     refused(ValueError, "ranges of elements, got embed.weight", lambda: step_once(model, scope=5))
-    refused(ValueError, "excludes shard_window", lambda: MFAC(
-        new_model().parameters(), compression="lowrank", shard_window=True
-    ))  # fmt: skip
     plain, columns = new_model(torch.float64), by_hand(2, Shard(1), dtype=torch.float64)
     for one in (plain, columns):  # whole rows may be cut anywhere
         steps(one, build("model", one), range(3))
@@ -240,83 +153,29 @@ def mfac_refuses_what_cannot_be_spread(world: World) -> None:
 
 @case(1, 2, 3)
 def mfac_shards_masks_with_their_parameters(world: World) -> None:
-    """Masks of whole tensors, given for sharded parameters or made before the parameters are sharded."""
-    for given, sparse, first in ((True, False, False), (True, True, False), (False, True, True), (True, True, True)):
+    """Masks made of sharded parameters, or before the parameters are sharded."""
+    for first in (False, True):
         plain, model = (with_zeros(new_model(torch.float64)) for _ in range(2))
-        chance = torch.Generator().manual_seed(0)
-        masks = [torch.rand(p.shape, generator=chance) > 0.3 for p in plain.parameters()] if given else None
-        settings = {"window": 3, "damping": 0.1, "lr": 0.02, "sparse": sparse}
-        alone = MFAC([{"params": list(plain.parameters()), "masks": masks}], **settings)
+        settings = {"window": 3, "damping": 0.1, "lr": 0.02, "sparse": True}
+        alone = MFAC(list(plain.parameters()), **settings)
         if first:
-            optimizer = MFAC([{"params": list(model.parameters()), "masks": masks}], **settings)
+            optimizer = MFAC(list(model.parameters()), **settings)
             shard(model, world.size)
             optimizer.param_groups[0]["params"] = list(model.parameters())
         else:
             shard(model, world.size)
-            optimizer = MFAC([{"params": list(model.parameters()), "masks": masks}], **settings)
+            optimizer = MFAC(list(model.parameters()), **settings)
         optimizer.load_state_dict(optimizer.state_dict())
         for step in range(3):
             steps(plain, alone, range(step, step + 1))
             steps(model, optimizer, range(step, step + 1))
-            assert_same(model, plain, 1e-11, f"{given} {sparse} {first}")
+            assert_same(model, plain, 1e-11, f"{first}")
         states = [optimizer.state[p] for p in model.parameters()]
         assert all(state["mask"] is m for state, m in zip(states, optimizer.param_groups[0]["masks"], strict=True))
         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         steps(plain, alone, range(3, 4))
         steps(model, optimizer, range(3, 4))
-        assert_same(model, plain, 1e-11, f"{given} {sparse} {first}")
-
-
-def files_of_one_process_and_of_each(name: str, world: World) -> None:
-    """The file of process 0 is refused by all, whoever notices; files of every process are taken."""
-    dtype = VARIANTS[name][1]
-    saved, model = with_zeros(new_model(dtype)), with_zeros(new_model(dtype))
-    source = build(name, saved, shard_window=True)
-    steps(saved, source, range(4))
-    files = [world.folder / f"shards-{name}-{world.size}-{rank}.pt" for rank in range(world.size)]
-    torch.save(source.state_dict(), files[world.rank])
-    dist.barrier()
-    target = build(name, model, shard_window=True)
-    of_one, of_each = (torch.load(files[rank], weights_only=True) for rank in (0, world.rank))
-    empty = build(name, new_model(dtype), shard_window=True).state_dict()
-    for state in (of_one, of_each if world.rank else empty):
-        refused(ValueError, "nothing was changed", lambda state=state: target.load_state_dict(state))
-        assert not target.state and target._shard_check is None
-    model.load_state_dict(saved.state_dict())
-    target.load_state_dict(of_each)
-    for one, optimizer in ((saved, source), (model, target)):
-        steps(one, optimizer, range(4, 6))
-    assert_same(model, saved, 0.0)
-
-
-for _name in ("model", "layer", "blocks", "fp16", "topk", "stochastic"):
-    _worlds = (2, 3) if _name in ("model", "blocks") else (2,)
-    add_case(f"mfac_{_name}_refuses_files_of_one_process", _worlds, functools.partial(
-        files_of_one_process_and_of_each, _name
-    ))  # fmt: skip
-
-
-@case(2)
-def mfac_compares_the_norms_of_even_shards(world: World) -> None:
-    """Shards of one shape: only their norms tell that they are those of another process."""
-    for name in ("model", "layer", "blocks", "fp16", "topk"):
-        dtype = VARIANTS[name][1]
-        model = nn.Sequential(nn.Linear(8, 6, dtype=dtype), nn.Linear(6, 4, dtype=dtype))
-        optimizer = build(name, model, shard_window=True)
-        steps(model, optimizer, range(4))
-        file = world.folder / f"even-{name}.pt"
-        if world.rank == 0:
-            torch.save(optimizer.state_dict(), file)
-        dist.barrier()
-        before = copy.deepcopy(optimizer.state_dict())
-        state = torch.load(file, weights_only=True)
-        refused(ValueError, "have other norms than its Gram", functools.partial(optimizer.load_state_dict, state))
-        assert torch.equal(local_windows(optimizer)[0], window_of(before["state"][0]))
-        optimizer.load_state_dict(before)
-
-
-def window_of(state: dict[str, Any]) -> torch.Tensor:
-    return state["window" if "window" in state else "window_values"].to_local()
+        assert_same(model, plain, 1e-11, f"{first}")
 
 
 def step_once(model: nn.Module, **settings: Any) -> None:
@@ -325,15 +184,14 @@ def step_once(model: nn.Module, **settings: Any) -> None:
     optimizer.step()
 
 
-def checkpoint_moves(name: str, spread: bool, world: World) -> None:
+def checkpoint_moves(name: str, world: World) -> None:
     """Saved on two processes in the middle of the ring; loaded in a world of any size, it goes on the same."""
     dtype, tolerance = VARIANTS[name][1:]
-    folder = world.folder / f"mfac-{name}-{spread}"
+    folder = world.folder / f"mfac-{name}"
 
     def make() -> tuple[nn.Module, MFAC]:
-        model = with_zeros(new_model(dtype))
-        model = model if spread else shard(model, world.size)
-        return model, build(name, model, shard_window=spread)
+        model = shard(with_zeros(new_model(dtype)), world.size)
+        return model, build(name, model)
 
     if world.size == 2:
         model, optimizer = make()
@@ -393,15 +251,5 @@ for _frozen in (False, True):
     ))  # fmt: skip
 
 
-for _name, _spread in (
-    ("model", False),
-    ("topk", False),
-    ("fp16", False),
-    ("sparse", False),
-    ("model", True),
-    ("topk", True),
-):
-    add_case(
-        f"checkpoint_moves_mfac_{_name}{'_spread' if _spread else ''}", (1, 2, 3),
-        functools.partial(checkpoint_moves, _name, _spread),
-    )  # fmt: skip
+for _name in ("model", "topk", "fp16", "sparse"):
+    add_case(f"checkpoint_moves_mfac_{_name}", (1, 2, 3), functools.partial(checkpoint_moves, _name))

@@ -21,7 +21,7 @@ from leanstep.optimizers import Lion, SinkGD, release_gradients
 KINDS: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
     "ddp": ((2, 3), ("lion_stochastic", "sinkgd_momentum", "adamw")),
     "ddp_views": ((2,), ("lion_int8", "sinkgd_balanced")),
-    "fsdp": ((2, 3), ("lion", "lion_cautious", "lion_int8", "sinkgd_momentum", "sinkgd_balanced", "adamw_clipped")),
+    "fsdp": ((2, 3), ("lion", "lion_cautious", "lion_int8", "sinkgd_momentum", "sinkgd_balanced", "adamw")),
     "hsdp": ((2, 4), ("lion_cautious", "sinkgd")),
     "tensor_parallel": ((2,), ("lion_cautious", "sinkgd", "adamw")),
 }

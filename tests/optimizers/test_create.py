@@ -142,7 +142,7 @@ def test_settings_change_balanced_embeddings():
             Model(), {"embedding": {"momentum": 0.0}, "head": {"algorithm": "adamw"}}, embeddings="balanced"
         )
     }
-    assert groups["embedding"]["momentum"] == 0.0 and groups["embedding"]["row_mask_tau"] == 1e-3
+    assert groups["embedding"]["momentum"] == 0.0 and groups["embedding"]["algorithm"] == "balanced"
     assert groups["head"]["algorithm"] == "adamw"
 
 

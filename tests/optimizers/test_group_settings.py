@@ -212,7 +212,7 @@ def test_a_rate_that_a_scheduler_rounds_below_zero_and_copied_and_loaded_optimiz
 def test_numbers_of_numpy_are_numbers(name):
     number = pytest.importorskip("numpy").float32(0.125)
     param = torch.nn.Parameter(torch.ones(4, 3))
-    keys = {"scale", "momentum", "eps", "clip_threshold", "alpha", "radius", "damping", "shrinkage", "max_update_norm"}
+    keys = {"scale", "momentum", "eps", "alpha", "radius", "damping", "shrinkage"}
     options = dict.fromkeys(keys & inspect.signature(CLASSES[name]).parameters.keys(), number)
     optimizer = CLASSES[name]([param], lr=number, weight_decay=number, **options)
     twin = CLASSES[name]([copy.deepcopy(param)], lr=0.125, weight_decay=0.125, **dict.fromkeys(options, 0.125))

@@ -131,25 +131,6 @@ def test_decoupled_decay_stays_out_of_the_window_and_coupled_decay_enters_it():
             assert step_and_compare(optimizer, params, expected, LR) < 1e-11
 
 
-def test_trust_region_shortens_and_counts():
-    free, held = new_params(SHAPES), new_params(SHAPES)
-    a = MFAC(free, lr=LR, window=4, damping=0.1)
-    b = MFAC(held, lr=LR, window=4, damping=0.1, max_update_norm=0.5)
-    clipped = 0
-    for step in range(6):
-        set_grads(free, step)
-        set_grads(held, step)
-        starts = flatten(free), flatten(held)
-        a.step()
-        b.step()
-        long, short = moved(free, starts[0], LR), moved(held, starts[1], LR)
-        assert a.diagnostics()["update_norm"] == pytest.approx(long.norm().item(), rel=1e-6)
-        assert b.diagnostics()["update_norm"] == pytest.approx(short.norm().item(), rel=1e-6)
-        clipped += long.norm().item() > 0.5
-        torch.testing.assert_close(short, long * min(1.0, 0.5 / long.norm().item()), rtol=1e-9, atol=1e-9)
-    assert b.diagnostics()["clipped"] == clipped > 0
-
-
 def test_layers_blocks_and_groups_are_windows_of_their_own():
     named = [("a.weight", (4, 3)), ("a.bias", (4,)), ("b.weight", (2, 5)), ("c", (3,))]
     for scope, sets in (("layer", ([0, 1], [2], [3])), ("group", ([0, 1], [2, 3])), ("model", ([0, 1, 2, 3],))):
@@ -218,13 +199,11 @@ def test_parameters_added_later_join_with_rows_of_zeros():
 
 def test_zeros_stay_zero_and_out_of_the_window():
     params = new_params(((4, 3), (5,)))
-    given = torch.ones(5, dtype=torch.bool)
-    given[2] = False
     with torch.no_grad():
         params[0][:, 1] = 0.0
-    groups = [{"params": params, "masks": [None, given], "sparse": True}]
-    optimizer = MFAC(groups, lr=LR, window=3, damping=0.1, weight_decay=0.1)
-    kept = torch.cat([(params[0] != 0).reshape(-1), given])
+        params[1][2] = 0.0
+    optimizer = MFAC(params, lr=LR, window=3, damping=0.1, weight_decay=0.1, sparse=True)
+    kept = flatten(params) != 0
     start = flatten(params)
     dense = DenseFisher(3, 0.1)
     for step in range(5):
@@ -243,8 +222,10 @@ def test_weights_that_remain_step_as_they_do_alone(scope, alone, compiled):
     mask = torch.arange(20) % 4 == 0  # two weights of every eight remain
     whole = new_params(((20,), (2,)))
     parts = [whole[0].detach()[mask].requires_grad_(), whole[1].detach().clone().requires_grad_()]
+    with torch.no_grad():
+        whole[0][~mask] = 0.0
     options = {"lr": LR, "window": 3, "damping": 1e-6, "scaling": "count"}
-    masked = MFAC([{"params": whole, "masks": [mask, None]}], scope=scope, **options)
+    masked = MFAC(whole, scope=scope, sparse=True, **options)
     subset = MFAC(parts, scope=alone, **options)
     step_masked = torch.compile(masked.step, backend="aot_eager") if compiled else masked.step
     for step in range(4):
@@ -258,14 +239,14 @@ def test_weights_that_remain_step_as_they_do_alone(scope, alone, compiled):
         assert torch.equal(before[~mask], whole[0].detach()[~mask])
 
 
-def test_the_damping_of_a_schedule_is_the_one_that_is_used():
+def test_the_damping_of_a_group_can_change_between_steps():
     params = new_params(SHAPES)
-    optimizer = MFAC(params, lr=LR, window=3, damping=1.0, damping_schedule=("linear", 4, 0.2))
+    optimizer = MFAC(params, lr=LR, window=3, damping=1.0)
     dense = DenseFisher(3, 1.0)
     for step in range(6):
-        dense.damping = 1.0 + (0.2 - 1.0) * min(step / 4, 1)
+        optimizer.param_groups[0]["damping"] = dense.damping = 1.0 + (0.2 - 1.0) * min(step / 4, 1)
         assert step_and_compare(optimizer, params, dense.update(set_grads(params, step)), LR) < 1e-11
-        assert optimizer.diagnostics()["damping"] == pytest.approx(dense.damping)
+        assert optimizer.diagnostics()["damping"] == dense.damping
 
 
 def test_a_matrix_that_is_not_positive_is_solved_another_way_and_counted():

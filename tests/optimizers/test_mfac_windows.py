@@ -66,7 +66,6 @@ FORMS = {
     "fp16": {"storage": "fp16"},
     "sparse": {"compression": "topk", "density": 0.3, "storage": "fp32"},
     "sparse bf16": {"compression": "topk", "density": 0.3},
-    "low rank": {"compression": "lowrank", "rank": 2},
     "blocks": {"scope": 50},
     "layers": {"scope": "layer"},
 }
@@ -256,57 +255,6 @@ def test_rows_longer_than_a_block_of_16_bit_places():
         found = (before - param.detach())[:, places] / LR
         # rows of different steps have no place in common, so each is divided by damping + |g|^2 / m
         assert relative(found, expected / (0.1 + expected.square().sum() / 2)) < 1e-5
-
-
-# ---- rows of low rank
-
-
-def test_full_rank_is_the_dense_window():
-    low, dense = new_params(SHAPES), new_params(SHAPES)
-    a = MFAC(low, lr=LR, window=3, damping=1e-2, compression="lowrank", rank=64)
-    b = MFAC(dense, lr=LR, window=3, damping=1e-2)
-    for step in range(5):
-        set_grads(low, step)
-        set_grads(dense, step)
-        a.step()
-        b.step()
-    assert all(torch.equal(p, q) for p, q in zip(low, dense, strict=True))
-
-
-@pytest.mark.parametrize("rank", [1, 3])
-def test_rows_of_low_rank_with_error_feedback(rank):
-    """P = orth(a b), Q = a^T P, e = a - P Q^T, b = Q, literally; the update is the dense inverse of these rows."""
-    params = new_params(((6, 8), (5,)))
-    optimizer = MFAC(params, lr=LR, window=4, damping=0.1, compression="lowrank", rank=rank)
-    dense = DenseFisher(4, 0.1)
-    error, basis, total, kept = torch.zeros(6, 8, dtype=torch.float64), None, 0.0, 0.0
-    for step in range(10):
-        set_grads(params, step)
-        if basis is None:
-            basis = torch.randn(8, rank, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        whole = error + params[0].grad
-        left, _ = torch.linalg.qr(whole @ basis)
-        basis = whole.T @ left
-        row = left @ basis.T
-        error = whole - row
-        total, kept = total + params[0].grad, kept + row
-        expected = dense.update(torch.cat([row.flatten(), params[1].grad]))
-        assert step_and_compare(optimizer, params, expected, LR) < 1e-10
-    state = optimizer.state[params[0]]
-    torch.testing.assert_close(kept + state["error"], total, rtol=0, atol=1e-12)
-    assert state["window_left"].shape == (4, 6, rank) and state["window_right"].shape == (4, 8, rank)
-
-
-def test_a_matrix_of_that_rank_is_kept_exactly():
-    param = torch.zeros(6, 8, dtype=torch.float64, requires_grad=True)
-    optimizer = MFAC([param], lr=LR, window=3, damping=0.1, compression="lowrank", rank=2)
-    chance = torch.Generator().manual_seed(0)
-    for _ in range(4):
-        param.grad = torch.randn(6, 2, generator=chance, dtype=torch.float64) @ torch.randn(
-            2, 8, generator=chance, dtype=torch.float64
-        )
-        optimizer.step()
-        assert optimizer.state[param]["error"].abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("index", [-1, 32767])

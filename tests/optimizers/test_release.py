@@ -24,7 +24,6 @@ CASES = {
     "lion cautious": lambda model: Lion(model.parameters(), lr=1e-3, cautious=True),
     "lion stochastic": lambda model: Lion(model.to(torch.bfloat16).parameters(), lr=1e-3, rounding="stochastic"),
     "sinkgd": lambda model: SinkGD(param_groups(model), lr=1e-2),
-    "sinkgd clipped": lambda model: SinkGD(param_groups(model), lr=1e-2, weight_decay=0.1, clip_threshold=0.5),
     "sinkgd momentum": lambda model: SinkGD(param_groups(model), lr=1e-2, momentum=0.9),
     "sinkgd stochastic": lambda model: SinkGD(param_groups(model.to(torch.bfloat16)), lr=1e-2, rounding="stochastic"),
 }
@@ -140,7 +139,6 @@ ACCUMULATING = {
     "lion cautious decay": lambda model: Lion(model.parameters(), **SIGNUM, cautious_decay=True),
     "sinkgd": lambda model: SinkGD(param_groups(model), **MOMENTUM),
     "sinkgd maximize": lambda model: SinkGD(param_groups(model), **MOMENTUM, maximize=True),
-    "sinkgd masked rows": lambda model: SinkGD(param_groups(model), **MOMENTUM, row_mask_tau=0.5),
     "sinkgd spectral": lambda model: SinkGD(param_groups(model), **MOMENTUM, spectral="muon"),
     "sinkgd blocks": lambda model: SinkGD(matrices(model), **MOMENTUM, algorithm="sinkgd", blocks=8),
     "sinkgd transposed": lambda model: SinkGD(matrices(model), **MOMENTUM, algorithm="sinkgd", transposed=True),

@@ -28,7 +28,6 @@ VARIANTS = {
     "momentum after": {"momentum": 0.9, "momentum_order": "post"},
     "spectral": {"spectral": "muon"},
     "width": {"base_width": 32},
-    "rows masked": {"row_mask_tau": 0.8},
     "balanced": {"algorithm": "balanced", "momentum": 0.9},
     "definition": {"foreach": False},
 }
@@ -49,6 +48,7 @@ def test_equals_the_step_of_the_transposed_matrix(shape, options):
     second = SinkGD([stored], lr=0.1, transposed=True, **options)
     for step in range(3):
         grad = torch.randn(shape)
+        grad[..., 5, :] *= 1e-4  # a row that "balanced" sets to 0
         if step == 1:
             grad[..., 3, 4] = float("nan")
         straight.grad, stored.grad = grad.clone(), grad.mT.contiguous()

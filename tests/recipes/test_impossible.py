@@ -18,7 +18,7 @@ IMPOSSIBLE = {
     "data.tokenizer=train:4611686018427387904": "at most 16,777,216",
     "steps=1000000000000": "at most 1000000000",
     "optimizer={name: sinkgd, args: {num_iters: 1000000000000}}": "at most 1,000 iterations",
-    "optimizer={name: lanton, args: {ns_steps: 1000000000000}}": "at most 1,000 iterations",
+    "optimizer={name: muon, args: {ns_steps: 1000000000000}}": "at most 1,000 iterations",
     "sparsity.patterns={'*': '1:99999999999'}": "M at most 65,536",
     "lora={target_modules: [q_proj], r: 4611686018427387904}": "at most 65536",
 }

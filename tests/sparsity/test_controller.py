@@ -473,28 +473,6 @@ def test_every_evaluation_of_lbfgs_has_the_term():
     assert controller.step_count == 1
 
 
-def test_masked_weights_stay_out_of_the_window_of_m_fac():
-    from leanstep.optimizers import MFAC
-
-    model = make_mlp()
-    controller = sparsify(model, {"0": "2:4", "2": "1:4"}, method="fixed")
-    named = list(model.named_parameters())
-    masks = controller.masks_of(named)
-    assert [mask is not None for mask in masks] == [name.endswith("original") for name, _ in named]
-    optimizer = MFAC([{"params": named, "masks": masks}], lr=0.1, window=4, damping=1e-2)
-    controller.attach(optimizer)
-    inputs, targets = batch()
-    before = {name: parameter.detach().clone() for name, parameter in named}
-    for _ in range(3):
-        optimizer.zero_grad()
-        (model(inputs) - targets).square().mean().backward()
-        optimizer.step()
-    for layer in controller.layers:
-        mask, name = layer.transform.mask, next(n for n, p in named if p is layer.weight)
-        assert torch.equal(layer.weight[~mask], before[name][~mask]) and not torch.equal(layer.weight, before[name])
-        assert not optimizer.state[layer.weight]["window"][:, ~mask].any()
-
-
 def test_a_skipped_step_scores_by_the_weight_where_the_pattern_changes():
     model = nn.Sequential(nn.Linear(8, 8))
     controller = sparsify(
