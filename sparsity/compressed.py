@@ -274,6 +274,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         sections = {key: layout.get(key) for key in ("tensors", "aliases", "crc32")}
         if not all(isinstance(sections[key], dict) for key in ("tensors", "aliases")):
             raise ValueError("expected objects 'tensors' and 'aliases'")
+        if not all(isinstance(target, str) for target in sections["aliases"].values()):
+            raise ValueError("expected aliases that are names of tensors")
         if ("layout_crc32" in metadata) != isinstance(sections["crc32"], dict):
             raise ValueError("expected checksums of the tensors and of the layout, or neither")
     except (ValueError, AttributeError, RecursionError) as error:

@@ -387,8 +387,8 @@ def dense_gradient(owner: str, group: dict[str, Any], position: int, param: Tens
     """
     grad = param.grad
     assert grad is not None
-    # a parameter may become complex after its group was checked
-    refuse_complex(owner, group, position)
+    if param.is_complex():  # it may become so after its group was checked
+        refuse_complex(owner, group, position)
     if grad.is_sparse:
         raise RuntimeError(
             f"{owner}: the gradient of {describe(group, position)} is sparse; expected a dense one. "

@@ -85,6 +85,6 @@ CASES = {
     "LANTON.step": Case(_step(lambda model: LANTON(param_groups(model), lr=1e-2)), 9, 9, ("optimizers/",)),
     "MFAC.step": Case(_step(lambda model: MFAC(model.parameters(), lr=1e-2, window=8)), 9, 9, ("optimizers/",)),
     "apply_lora to backward": Case(_lora, 9, 9, ("lora/",)),
-    "leanstep prune to the programme": Case(_prune, 24, 24, ("pruning/", *COMMANDS)),
+    "leanstep prune to the allocation": Case(_prune, 24, 24, ("pruning/", *COMMANDS)),
     "leanstep train to the loop": Case(_train, 17, 17, COMMANDS),
 }
