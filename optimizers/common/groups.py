@@ -9,6 +9,7 @@ import torch
 
 from leanstep.optimizers.common.checks import (
     OTHER_NAMES,
+    REMOVED,
     check_choice,
     check_flags,
     check_number,
@@ -17,7 +18,6 @@ from leanstep.optimizers.common.checks import (
     no_option,
 )
 from leanstep.optimizers.common.engines import refuse_flattened
-from leanstep.optimizers.common.removed import REMOVED
 
 NONFINITE = ("skip", "raise", "pass")
 # torch's optimizers have these; a group may not ask for what its optimizer does not do
