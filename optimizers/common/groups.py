@@ -9,6 +9,7 @@ import torch
 
 from leanstep.optimizers.common.checks import (
     OTHER_NAMES,
+    REMOVED,
     check_choice,
     check_flags,
     check_number,
@@ -19,7 +20,6 @@ from leanstep.optimizers.common.checks import (
     refuse_complex,
 )
 from leanstep.optimizers.common.engines import refuse_flattened
-from leanstep.optimizers.common.removed import REMOVED
 
 NONFINITE = ("skip", "raise", "pass")
 

@@ -11,8 +11,13 @@ import torch
 from torch import Tensor
 
 from leanstep._torch import local_part
-from leanstep.optimizers.common.checks import check_number, check_saved_count, describe
-from leanstep.optimizers.common.removed import REMOVED, check_saved_options
+from leanstep.optimizers.common.checks import (
+    REMOVED,
+    check_number,
+    check_saved_count,
+    check_saved_options,
+    describe,
+)
 from leanstep.optimizers.common.saved_tensors import (
     Created,
     Misfit,

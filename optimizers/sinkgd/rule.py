@@ -32,6 +32,8 @@ def momentum_average(buffer: Tensor, gradient: Tensor, momentum: float) -> Tenso
 def row_norms(matrix: Tensor) -> Tensor:
     """||G[i, :]|| of every row, [..., m], in fp64, which MPS lacks. Squares of finite entries do not overflow."""
     wide = torch.float32 if matrix.device.type == "mps" else torch.float64
+    if not matrix.numel():  # which has no largest entry
+        return torch.zeros(matrix.shape[:-1], dtype=wide, device=matrix.device)
     largest = torch.linalg.vector_norm(matrix, math.inf, dim=-1, keepdim=True)
     scaled = matrix / torch.where(largest > 0, largest, 1.0)
     norms = torch.linalg.vector_norm(scaled, dim=-1, dtype=compute_dtype(matrix.dtype))

@@ -324,9 +324,7 @@ class _Reader:
         if name := self._nearest(("optimizer", "name"), optimizer.get("name", "adamw"), OPTIMIZERS):
             removed = removed_options(name)
             of_class = *check(optimizer_arguments(name), args, ("optimizer", "args"))[1], *_group_problems(name, groups)
-            for path, message in of_class:
-                gone = f"{'.'.join(path)} was removed: {removed[path[-1]]}" if path[-1] in removed else None
-                problems.append((path, gone or message))
+            problems += [(path, removed.get(path[-1], message)) for path, message in of_class]
         if family := self._nearest(("model", "family"), model.get("family", "llama"), MODEL_CONFIGS):
             problems += check(model_keys(family), sizes, ("model", "config"))[1]
         for path, message in problems:

@@ -315,7 +315,7 @@ def _table() -> dict[str, Any]:
 
 
 def removed_options(name: str) -> dict[str, str]:
-    """Options that an optimizer had in an earlier version -> what to write instead."""
+    """Options that an optimizer had in an earlier version -> the message, which says what to write instead."""
     return _table()["removed"].get(name, {})
 
 

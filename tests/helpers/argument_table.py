@@ -20,7 +20,7 @@ import torch
 from transformers.activations import ACT2FN
 
 from leanstep.optimizers import param_groups
-from leanstep.optimizers.common.removed import REMOVED
+from leanstep.optimizers.common.checks import REMOVED
 from leanstep.recipes.config.rules import TABLE_FILE
 from leanstep.recipes.config.schema import MODEL_CONFIGS, OPTIMIZERS
 
@@ -63,7 +63,7 @@ def table() -> dict[str, Any]:
             entry.update(ranges.get(key, {}))
     models = {name: model_entries(load(spec)) for name, spec in MODEL_CONFIGS.items()}
     removed = {
-        name: {option: entry.instead for option, entry in REMOVED[cls.__name__].items()}
+        name: {option: f"{option} was removed: {entry.instead}" for option, entry in REMOVED[cls.__name__].items()}
         for name, cls in ((name, load(spec)) for name, spec in OPTIMIZERS.items())
         if cls.__name__ in REMOVED
     }

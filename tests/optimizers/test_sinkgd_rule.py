@@ -72,6 +72,14 @@ def test_power_steps_find_the_operator_norm_from_below():
     torch.testing.assert_close(sum(v for _, v in parts), after, rtol=1e-14, atol=1e-14)
 
 
+def test_norms_of_rows_of_any_size_and_of_no_entry():
+    for size in (1e-38, 1e37):
+        rows = torch.full((2, 4), size)
+        torch.testing.assert_close(rule.row_norms(rows), 2.0 * rows[:, 0].double(), rtol=1e-6, atol=0)
+    for shape in ((3, 0), (0, 3)):
+        assert torch.equal(rule.row_norms(torch.ones(shape)), torch.zeros(shape[0], dtype=torch.float64))
+
+
 def test_targets_and_scalars():
     assert rule.spectral_target("unit", 8, 2) == 1.0 and rule.spectral_target("muon", 8, 2) == 2.0
     like = torch.zeros(1, dtype=torch.float64)
