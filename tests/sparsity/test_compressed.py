@@ -219,7 +219,7 @@ def test_damage_is_found_and_the_model_left_alone(exported):
         (edit(same, entry(shape=[2**20, 2**12], pattern="0:4"), "new"), "at most 1,073,741,824 entries, got shape"),
         (edit(same, entry(pattern=3), "new"), "the layout is damaged"),
         (edit(same, lambda layout: layout.update(aliases=[1]), "new"), "expected objects 'tensors' and 'aliases'"),
-        (edit(same, lambda layout: layout["aliases"].update(more=["0.bias"]), "new"), "aliases that are names of tensors"),
+        (edit(same, lambda layout: layout["aliases"].update(more=["0.bias"]), "new"), "names of tensors"),
         (edit(same, lambda layout: layout.pop("crc32")), "the checksum of its layout is wrong"),
         (
             edit(
