@@ -73,7 +73,7 @@ REMOVED: Mapping[str, Mapping[str, Removed]] = {
             _only(),
         ),
         "row_mask_tau": Removed(
-            "algorithm='balanced' zeroes rows of at most 1e-3 of the mean norm, and no other algorithm zeroes rows",
+            "algorithm='balanced' zeroes rows below 1e-3 of the mean norm, and no other algorithm zeroes rows",
             lambda tau, group: _only(0.0, *[1e-3] * (group.get("algorithm") == "balanced"))(tau, group),
         ),
     },

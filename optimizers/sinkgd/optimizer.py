@@ -68,7 +68,7 @@ class SinkGD(LeanOptimizer):
     * "sinkgd": the rule above. A stack (e, m, n) is normalized matrix by matrix. Four and more dimensions are flattened
       to (m, rest); with ``flatten`` three are, too.
     * "balanced": for embeddings and heads. "sinkgd" with nesterov and a final normalization of the rows, which gives
-      every token an update of the same norm. Before normalization, rows of at most 1e-3 of the mean norm are set to 0:
+      every token an update of the same norm. Before normalization, rows below 1e-3 of the mean norm are set to 0:
       those of tokens that were barely seen. State: half of AdamW's, or none with ``momentum=0``.
     * "adamw": bit-identical to ``torch.optim.AdamW(fused=True)`` with the group's lr, betas, eps and weight_decay.
       Other values of ``fused`` and ``foreach`` select torch's other implementations, whose last bits differ.

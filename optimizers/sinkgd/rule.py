@@ -16,7 +16,7 @@ from leanstep.kernels.reference.rounding import hash32
 from leanstep.kernels.reference.steps.scaled_step import scaled_update
 from leanstep.kernels.steps.common import compute_dtype, decay_factor, pack
 
-# "balanced" sets rows to 0 whose norm is at most this fraction of the mean row norm
+# "balanced" sets rows to 0 whose norm is below this fraction of the mean row norm
 QUIET = 1e-3
 
 
@@ -30,18 +30,17 @@ def momentum_average(buffer: Tensor, gradient: Tensor, momentum: float) -> Tenso
 
 
 def row_norms(matrix: Tensor) -> Tensor:
-    """||G[i, :]|| of every row, [..., m], in fp64, which MPS lacks. Squares of finite entries do not overflow."""
-    wide = torch.float32 if matrix.device.type == "mps" else torch.float64
-    if not matrix.numel():  # which has no largest entry
-        return torch.zeros(matrix.shape[:-1], dtype=wide, device=matrix.device)
-    largest = torch.linalg.vector_norm(matrix, math.inf, dim=-1, keepdim=True)
-    scaled = matrix / torch.where(largest > 0, largest, 1.0)
-    norms = torch.linalg.vector_norm(scaled, dim=-1, dtype=compute_dtype(matrix.dtype))
-    return largest.squeeze(-1).to(wide) * norms.to(wide)
+    """||G[i, :]|| of every row, [..., m], in fp64, which MPS lacks, so that their sum does not overflow.
+
+    A norm whose squares overflow is the largest number of the dtype of computing.
+    """
+    dtype = compute_dtype(matrix.dtype)
+    norms = torch.linalg.vector_norm(matrix, dim=-1, dtype=dtype).clamp(max=torch.finfo(dtype).max)
+    return norms if matrix.device.type == "mps" else norms.double()
 
 
 def mask_rows(matrix: Tensor, norms: Tensor, total: Tensor, rows: int, tau: float) -> Tensor:
-    """Return a copy of G whose rows of norm at most ``tau * total / rows`` are zero.
+    """Return a copy of G whose rows of norm below ``tau * total / rows`` are zero.
 
     Args:
         matrix: G.
@@ -50,7 +49,8 @@ def mask_rows(matrix: Tensor, norms: Tensor, total: Tensor, rows: int, tau: floa
         rows: number of rows of the whole matrix; total / rows is the mean norm.
         tau: threshold, relative to the mean norm.
     """
-    quiet = norms <= tau * total / rows  # False for NaN: the matrix is skipped later
+    # False for NaN, whose matrix is skipped later, and where all squares underflow
+    quiet = norms < tau * total / rows
     return matrix * (~quiet).unsqueeze(-1)
 
 

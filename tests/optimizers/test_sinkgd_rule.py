@@ -72,10 +72,11 @@ def test_power_steps_find_the_operator_norm_from_below():
     torch.testing.assert_close(sum(v for _, v in parts), after, rtol=1e-14, atol=1e-14)
 
 
-def test_norms_of_rows_of_any_size_and_of_no_entry():
-    for size in (1e-38, 1e37):
+def test_rows_of_any_size_are_kept_beside_their_like():
+    for size in (1e-38, 1.0, 1e37):  # squares of the first underflow, of the last overflow
         rows = torch.full((2, 4), size)
-        torch.testing.assert_close(rule.row_norms(rows), 2.0 * rows[:, 0].double(), rtol=1e-6, atol=0)
+        norms = rule.row_norms(rows)
+        assert torch.equal(rule.mask_rows(rows, norms, norms.sum(dim=-1, keepdim=True), 2, 1e-3), rows)
     for shape in ((3, 0), (0, 3)):
         assert torch.equal(rule.row_norms(torch.ones(shape)), torch.zeros(shape[0], dtype=torch.float64))
 
