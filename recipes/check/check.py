@@ -73,7 +73,10 @@ def check(config: RunConfig, *, world_size: int = 1) -> int:
         sections.append(section)
         if sys.stderr.isatty():  # the text may have to be tokenised
             print(f"\rchecked: {section.title:<20}", end="\r", file=sys.stderr, flush=True)
-    problems = [f"  - {section.title.lower()}: {problem}" for section in sections for problem in section.problems]
+    # two sections may meet the same problem: the first one tells it
+    first = {problem: section for section in reversed(sections) for problem in section.problems}
+    told = [(section, problem) for section in sections for problem in section.problems if first[problem] is section]
+    problems = [f"  - {section.title.lower()}: {problem}" for section, problem in told]
     verdict = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}" if problems else "ready to train"
     print("\n".join([f"{config.name}: {verdict}", *problems, *(f"  {note}" for note in config.notes)]))
     for section in sections:
