@@ -29,13 +29,6 @@ sys.exit(code)
 """
 
 
-def test_the_commands_that_open_a_model_declare_one_device(capsys):
-    for command in ("eval", "generate", "bench"):
-        with pytest.raises(SystemExit):
-            main([command, "--help"])
-        assert "--device DEVICE where to compute: cpu (default)" in " ".join(capsys.readouterr().out.split()), command
-
-
 def run(*arguments, cwd=None, env=None):
     return subprocess.run(
         [sys.executable, "-c", PROBE, *map(str, arguments)],
