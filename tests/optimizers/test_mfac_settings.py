@@ -276,7 +276,7 @@ def test_a_state_that_used_an_option_that_is_gone_is_refused():
     params, optimizer = trained(steps=3)
     old = as_saved_by_an_older_version(optimizer.state_dict(), window_every=2)
     before = copy.deepcopy(optimizer.state_dict())
-    with pytest.raises(ValueError, match="saved with window_every=2, which no longer exists; nothing was changed"):
+    with pytest.raises(ValueError, match="saved with window_every=2, which no longer exists .*nothing was changed"):
         optimizer.load_state_dict(old)
     torch.testing.assert_close(optimizer.state_dict()["state"], before["state"], rtol=0, atol=0)
 

@@ -166,7 +166,7 @@ def test_half_precision_stays(dtype, base, tmp_path):
 def test_the_perplexity_after_recovery_has_the_products_of_those_before(base, tmp_path, monkeypatch):
     dtypes, measure = [], folder_recovery.perplexity_of
     monkeypatch.setattr(
-        folder_recovery, "perplexity_of", lambda model, *rest: dtypes.append(products_of(model)) or measure(model, *rest)
+        folder_recovery, "perplexity_of", lambda of, *more: dtypes.append(products_of(of)) or measure(of, *more)
     )
     assert main(arguments(base, tmp_path / "out", "--eval", "--products", "bf16", *RECOVER)) == 0
     assert dtypes == ["bf16"] and content_of(tmp_path / "out")["settings"]["products"] == "bf16"

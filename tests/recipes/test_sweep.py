@@ -484,7 +484,7 @@ def test_the_pages_of_a_sweep(plan):
         "2e-3",
     ):
         assert text in parsed.text, text
-    assert html.count('class="c0 bar"') == 4, "a bar of standard errors in each of two pictures, drawn for wide pages and for phones"
+    assert html.count('class="c0 bar"') == 4, "a bar in each of two pictures, for wide pages and for phones"
     content = json.loads((made.folder / "sweep.json").read_text(), parse_constant=pytest.fail)
     assert content["best"] == {"optimizer.lr": "2e-3", "optimizer.weight_decay": "0"}
     assert content["settings"][2]["mean"] == pytest.approx(3.05) and content["settings"][4]["mean"] is None
