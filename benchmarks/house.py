@@ -1,5 +1,7 @@
 """How large the code is, and how often it says one thing: numbers that may only fall (tests/package/test_house.py).
 
+    python benchmarks house --write
+
 ``--write`` lowers the limits in ``tests/package/house.json`` to what is counted now. It raises none.
 """
 
