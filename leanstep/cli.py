@@ -71,6 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return EXIT_BAD_INPUT
     options, rest = parser.parse_known_args(arguments)
+    # train and prune tell their own phases
+    loads = options.run in (_check, _eval, _export, _verify, _generate, _bench) or "--dry-run" in rest
+    if loads and sys.stderr.isatty() and not {"-h", "--help"} & set(rest):
+        print("loading torch and transformers", file=sys.stderr, flush=True)
     try:
         # training saves at a signal, by handlers of its own
         with nullcontext() if options.run is _train else ended_by_signals():
