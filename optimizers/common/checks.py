@@ -111,7 +111,7 @@ TORCH_SWITCHES = {"amsgrad": (False,), "capturable": (False,), "differentiable":
 
 def no_option(owner: str, unknown: Collection[str], options: Iterable[str]) -> str:
     """Return the message for options that an optimizer does not have."""
-    if instead := removed_from(owner, unknown):
+    if instead := removed_from(owner.removeprefix("create: "), unknown):
         return f"{owner}: {instead}"
     options = sorted(set(options) - {"self", "params"})
     nearest = [

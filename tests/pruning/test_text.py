@@ -70,7 +70,7 @@ def test_documents_are_read_one_at_a_time(monkeypatch, tmp_path):
             yield text
 
     save_model(make_llama(1), tmp_path / "model")
-    monkeypatch.setattr(command, "open_file", lambda *_: Corpus("text", "", documents))
+    monkeypatch.setattr("leanstep.recipes.data.sources.open_file", lambda *_: Corpus("text", "", documents))
     arguments = [str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--data", "text.txt", "--sparsity", "0.5"]
     text = command._text(command._parser().parse_args(arguments))
     most = 0
