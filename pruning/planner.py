@@ -319,7 +319,7 @@ class Planner:
         )
         if descent is None:
             self.notes.append(
-                "not refined: with the programme's allocation the model's outputs are not finite, so that no exchange "
+                "not refined: with DP's allocation the model's outputs are not finite, so that no exchange "
                 "can be compared with it; a lower sparsity, or computing in fp32 or bf16, may help"
             )
             return programme, {}
@@ -331,7 +331,7 @@ class Planner:
         if not is_lower and refined.counts != programme.counts:
             self.notes.append(
                 f"the refined allocation was not taken: pruned anew, it costs {final.mean:.4g} on the data of the "
-                f"search, and the programme's {start.mean:.4g}"
+                f"search, and DP's {start.mean:.4g}"
             )
         return refined if is_lower else programme, descent.to_dict(start, final)
 
@@ -462,8 +462,8 @@ def _why_not(candidate: Allocation, cost: Additivity, best: Additivity, other: A
     """Notes on an allocation that another one beats on held-out data."""
     if candidate.method == REFINED and other.method == "dp":
         return [
-            f"the refined allocation costs {cost.joint:.4g} on held-out data, the programme's {best.joint:.4g}: the "
-            "model was pruned by the programme's"
+            f"the refined allocation costs {cost.joint:.4g} on held-out data, DP's {best.joint:.4g}: the "
+            "model was pruned by DP's"
         ]
     name = "refined allocation" if candidate.method == REFINED else "allocation by dynamic programming"
     note = (

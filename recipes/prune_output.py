@@ -223,8 +223,13 @@ def summary_of(result: "PruneResult", layers: list[dict[str, Any]], out: str) ->
         )
     for one in result.compared:
         error = "" if one.joint_stderr != one.joint_stderr else f" +- {one.joint_stderr:.2g}"
-        summed = "" if math.isnan(one.summed) else f", {one.summed:.4g} summed, ratio {one.ratio:.3f}"
-        lines.append(f"held out       {one.method}: {one.joint:.4g}{error} together{summed}")
+        summed = "" if math.isnan(one.summed) else f"; single matrices sum to {one.summed:.4g}"
+        lines.append(f"held out       {one.method}: {result.metric} {one.joint:.4g}{error} with all matrices pruned{summed}")
+    joint = {one.method: one.joint for one in result.compared}
+    written, uniform = joint.get(result.allocation.method, math.nan), joint.get("uniform", math.nan)
+    if result.allocation.method != "uniform" and written < uniform < math.inf:
+        share = 1 - written / uniform
+        lines.append(f"written        {result.allocation.method}, {share:.0%} below uniform sparsity on held-out data")
     if result.perplexity:
         before, after = result.perplexity["before"], result.perplexity["after"]
         lines.append(f"perplexity     {before:.2f} before, {after:.2f} after ({result.perplexity['tokens']:,} targets)")

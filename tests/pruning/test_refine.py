@@ -324,7 +324,7 @@ def test_a_search_does_not_begin_where_the_outputs_overflow(curves, monkeypatch,
     prune(plain, tokens(10), sparsity=0.6, curves=curves)
     assert weights_hash(model) == weights_hash(plain) and [one.method for one in result.compared] == ["dp", "uniform"]
     assert result.refinement == {} and not refine.state.exists()
-    assert any("not refined: with the programme's allocation" in note for note in result.notes)
+    assert any("not refined: with DP's allocation" in note for note in result.notes)
     assert report_page(json.loads(json.dumps(result.to_dict(), allow_nan=False)))
 
 
