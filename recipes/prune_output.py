@@ -224,9 +224,10 @@ def summary_of(result: "PruneResult", layers: list[dict[str, Any]], out: str) ->
     for one in result.compared:
         error = "" if one.joint_stderr != one.joint_stderr else f" +- {one.joint_stderr:.2g}"
         summed = "" if math.isnan(one.summed) else f"; single matrices sum to {one.summed:.4g}"
-        lines.append(f"held out       {one.method}: {result.metric} {one.joint:.4g}{error} with all matrices pruned{summed}")
-    joint = {one.method: one.joint for one in result.compared}
-    written, uniform = joint.get(result.allocation.method, math.nan), joint.get("uniform", math.nan)
+        joint = f"{result.metric} {one.joint:.4g}{error} with all matrices pruned"
+        lines.append(f"held out       {one.method}: {joint}{summed}")
+    changes = {one.method: one.joint for one in result.compared}
+    written, uniform = changes.get(result.allocation.method, math.nan), changes.get("uniform", math.nan)
     if result.allocation.method != "uniform" and written < uniform < math.inf:
         share = 1 - written / uniform
         lines.append(f"written        {result.allocation.method}, {share:.0%} below uniform sparsity on held-out data")
