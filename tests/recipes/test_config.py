@@ -401,7 +401,7 @@ OTHER_CHOICES = {
     "mfac.scaling=muon": "optimizer.args.scaling must be 'window' or 'count', got 'muon'",
     "mfac.scope=layers": "must be 'model', 'group' or 'layer' or a whole number, got 'layers'; did you mean",
     "mfac.storage=fp8": "must be 'fp32', 'bf16', 'fp16' or 'fp64', got 'fp8'",
-    "mfac.compression=top-k": "must be 'topk' or null, got 'top-k'; did you mean 'topk'?",
+    "mfac.compression=top-k": "must be 'topk', got 'top-k'; did you mean 'topk'?",
     "mfac.window=0": "optimizer.args.window must be at least 1, got 0",
     "mfac.damping=0": "optimizer.args.damping must be greater than 0, got 0",
 }
