@@ -112,7 +112,12 @@ def _state_of(options: argparse.Namespace) -> str:
         content = json.loads((options.out / "sparsity.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         state = "exists, and is not of this command" if options.out.exists() else "was not created"
-        return f"{options.out} {state}. Add --resume to the command to continue"
+        from leanstep.pruning.folder.checkpoint import search_files
+
+        saved = [str(path) for path in search_files(options.out) if path.exists()]
+        if not saved:
+            return f"{options.out} {state}, and nothing else was saved: the same command begins anew"
+        return f"{options.out} {state}. Add --resume to the command to continue from {' and '.join(saved)}"
     report = f"complete, with its report {options.out / 'report.html'}"
     if content.get("recovery"):
         return f"{options.out} holds the recovered model, {report}"

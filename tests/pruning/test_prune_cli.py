@@ -470,7 +470,7 @@ def test_a_terminal_has_one_bar_for_all_phases(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("broken", "options", "state"),
     [
-        ("leanstep.pruning.folder.run.prune", [], "was not created. Add --resume to the command to continue"),
+        ("leanstep.pruning.folder.run.prune", [], "was not created, and nothing else was saved: the same command"),
         ("leanstep.pruning.folder.run.remove_search_files", [], "holds the pruned model, complete, with its report"),
         ("leanstep.pruning.folder.run.recover_model", ["--recover", "1"], "Add --resume to the command to recover it"),
         ("leanstep.pruning.folder.recovery._remove_state", ["--recover", "1"], "holds the recovered model, complete"),
