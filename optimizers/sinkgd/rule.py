@@ -30,27 +30,26 @@ def momentum_average(buffer: Tensor, gradient: Tensor, momentum: float) -> Tenso
 
 
 def row_norms(matrix: Tensor) -> Tensor:
-    """||G[i, :]|| of every row, [..., m], in fp64, which MPS lacks, so that their sum does not overflow.
-
-    A norm whose squares overflow is the largest number of the dtype of computing.
-    """
+    """||G[i, :]|| of every row, [..., m]; the largest number of the dtype where the squares overflow."""
     dtype = compute_dtype(matrix.dtype)
-    norms = torch.linalg.vector_norm(matrix, dim=-1, dtype=dtype).clamp(max=torch.finfo(dtype).max)
-    return norms if matrix.device.type == "mps" else norms.double()
+    return torch.linalg.vector_norm(matrix, dim=-1, dtype=dtype).clamp(max=torch.finfo(dtype).max)
 
 
-def mask_rows(matrix: Tensor, norms: Tensor, total: Tensor, rows: int, tau: float) -> Tensor:
-    """Return a copy of G whose rows of norm below ``tau * total / rows`` are zero.
+def mean_norm(norms: Tensor, rows: int) -> Tensor:
+    """Mean of the norms of ``rows`` rows, [..., 1], or the share of it that the rows at hand have."""
+    return (norms / max(rows, 1)).sum(dim=-1, keepdim=True)  # the sum of the norms could overflow
+
+
+def mask_rows(matrix: Tensor, norms: Tensor, mean: Tensor, tau: float) -> Tensor:
+    """Return a copy of G whose rows of norm below ``tau * mean`` are zero.
 
     Args:
         matrix: G.
         norms: row norms, [..., m].
-        total: sum of the row norms, [..., 1].
-        rows: number of rows of the whole matrix; total / rows is the mean norm.
+        mean: mean of the norms of all rows, [..., 1].
         tau: threshold, relative to the mean norm.
     """
-    # False for NaN, whose matrix is skipped later, and where all squares underflow
-    quiet = norms < tau * total / rows
+    quiet = norms < tau * mean  # False for NaN, whose matrix is skipped later, and where all squares underflow
     return matrix * (~quiet).unsqueeze(-1)
 
 

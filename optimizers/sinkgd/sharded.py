@@ -72,17 +72,19 @@ def _in_one_buffer(tensors: list[Tensor]) -> tuple[list[Tensor], Tensor]:
     return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)], flat
 
 
-def all_reduce_row_norms(norms: list[Tensor], totals: list[Tensor], sides: list[Sides]) -> Reducer[None]:
-    """Turn row norms of shards, and their sums, into those of the unsharded matrices, in place."""
-    yield from together([_all_reduce_norms(*each) for each in zip(norms, totals, sides, strict=True)])
+def all_reduce_row_norms(
+    norms: list[Tensor], means: list[Tensor], rows: list[int], sides: list[Sides]
+) -> Reducer[None]:
+    """Turn row norms of shards, and their means over ``rows`` rows, into those of the whole matrices, in place."""
+    yield from together([_all_reduce_norms(*each) for each in zip(norms, means, rows, sides, strict=True)])
 
 
-def _all_reduce_norms(norms: Tensor, total: Tensor, sides: Sides) -> Reducer[None]:
+def _all_reduce_norms(norms: Tensor, mean: Tensor, rows: int, sides: Sides) -> Reducer[None]:
     if sides.columns:
         norms.square_()
         for group in sides.columns:
             yield [Reduction(norms, group)]
-        norms.sqrt_()
-        total.copy_(norms.sum(dim=-1, keepdim=True))
+        norms.sqrt_().clamp_(max=torch.finfo(norms.dtype).max)
+        mean.copy_(rule.mean_norm(norms, rows))
     for group in sides.rows:
-        yield [Reduction(total, group)]
+        yield [Reduction(mean, group)]

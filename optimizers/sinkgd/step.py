@@ -94,12 +94,10 @@ def _step_whole(batch: Batch, *, balanced: bool) -> Reducer[None]:
             matrices = _average(matrices, batch, nonfinite, options, nesterov=balanced or group["nesterov"])
     if balanced:
         norms = [rule.row_norms(g) for g in matrices]
-        totals = [n.sum(dim=-1, keepdim=True) for n in norms]
-        yield from all_reduce_row_norms(norms, totals, sides)
-        matrices = [
-            rule.mask_rows(g, norm, total, matrix_shape(shard)[0], rule.QUIET)
-            for g, norm, total, shard in zip(matrices, norms, totals, shards, strict=True)
-        ]
+        rows = [matrix_shape(shard)[0] for shard in shards]
+        means = [rule.mean_norm(*each) for each in zip(norms, rows, strict=True)]
+        yield from all_reduce_row_norms(norms, means, rows, sides)
+        matrices = [rule.mask_rows(*each, rule.QUIET) for each in zip(matrices, norms, means, strict=True)]
     if not (momentum or group["spectral"] or transposed or group["base_width"] or split):
         _write(batch, matrices, None, options, end_with_rows=balanced)
         return

@@ -62,7 +62,7 @@ def every_optimizer_reduces_as_documented(world: World) -> None:
         "adamw": (1, 1),
         "sinkgd": (5, 5),
         "sinkgd_momentum": (6, 6),
-        "sinkgd_width": (6, 6),
+        "sinkgd_width": (5, 5),
         "sinkgd_balanced": (7, 7),
         "sinkgd_unit": (25, 7),
     }
