@@ -159,8 +159,26 @@ def test_maximizing_adamw_is_listed_because_no_definition_stands_in_for_its_kern
 # ---- an installation with few prebuilt kernels and without a compiler
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Compile a kernel as a wheel has it, once."""
+    folder = tmp_path_factory.mktemp("compiled")
+
+    def compile_once(level, kernel, macros):
+        path = folder / _prebuilt.file_name(kernel, macros)
+        if not path.exists():
+            source = [f"-I{_prebuilt.SOURCES}", *(f"-D{k}={v}" for k, v in macros.items())]
+            part, file = path.with_suffix(".o"), _prebuilt.SOURCES / f"{kernel}.cpp"
+            flags = [*_prebuilt.FLAGS, *level.flags, *source, "-c", file, "-o", part]
+            subprocess.run([*_build.cpp_compiler(), *flags], check=True)
+            subprocess.run([*_build.cpp_compiler(), "-shared", part, "-o", path], check=True)
+        return path
+
+    return compile_once
+
+
 @pytest.fixture
-def installed(tmp_path, monkeypatch):
+def installed(tmp_path, monkeypatch, compiled):
     """Install these kernels as a wheel would; ``compiler=False`` takes the compiler away."""
     (level, *_) = [one for one in _prebuilt.levels() if one.only is None] or pytest.skip("no level of this processor")
 
@@ -168,15 +186,7 @@ def installed(tmp_path, monkeypatch):
         folder = tmp_path / level.name
         folder.mkdir(exist_ok=True)
         for kernel, macros in kernels:
-            path = folder / _prebuilt.file_name(kernel, macros)
-            source = [f"-I{_prebuilt.SOURCES}", *(f"-D{k}={v}" for k, v in macros.items())]
-            compiled = path.with_suffix(".o")
-            subprocess.run(
-                [*_build.cpp_compiler(), *_prebuilt.FLAGS, *level.flags, *source, "-c",
-                 str(_prebuilt.SOURCES / f"{kernel}.cpp"), "-o", str(compiled)], check=True,
-            )  # fmt: skip
-            subprocess.run([*_build.cpp_compiler(), "-shared", str(compiled), "-o", str(path)], check=True)
-            compiled.unlink()
+            shutil.copy(compiled(level, kernel, macros), folder)
         forget()
         if not compiler:
             monkeypatch.setenv("CXX", "no-such-compiler")
