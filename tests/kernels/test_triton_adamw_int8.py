@@ -58,7 +58,7 @@ def compare(p_dtype, g_dtype, rounding, device="cpu", maximize=False, code=torch
 @pytest.mark.slow
 @pytest.mark.interpret
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")
-@pytest.mark.parametrize(("step", "maximize"), zip(STEPS, 5 * (False, True), strict=True), ids=str)
+@pytest.mark.parametrize(("step", "maximize"), list(zip(STEPS, 5 * (False, True), strict=True)), ids=str)
 def test_every_step_equals_the_reference_bit_for_bit(step, maximize):
     compare(*step, maximize=maximize)
 

@@ -64,7 +64,7 @@ def compare(p_dtype, g_dtype, rounding, switch, device="cpu", poison=False, code
 
 @pytest.mark.slow
 @pytest.mark.interpret
-@pytest.mark.parametrize(("step", "switch"), zip(STEPS, 2 * SWITCHES, strict=True), ids=str)
+@pytest.mark.parametrize(("step", "switch"), list(zip(STEPS, 2 * SWITCHES, strict=True)), ids=str)
 def test_every_step_equals_the_reference_bit_for_bit(step, switch):
     """Switches are bits of an argument, and meet every dtype and rounding in the same line."""
     compare(*step, {"skip_nonfinite": True} | switch, poison=True)
