@@ -33,7 +33,7 @@ def benchmark_modules(package: str, names: Sequence[str]) -> Iterator[SimpleName
         before = set(sys.modules)
         yield SimpleNamespace(**{name: importlib.import_module(f"{package}.{name}") for name in names})
         for name in set(sys.modules) - before:
-            if name.split(".")[0] in (package, "calibration", "comparison", "common", "evolution", "models"):
+            if name.split(".")[0] in (package, "calibration", "comparison", "common", "digits", "evolution", "models"):
                 del sys.modules[name]
 
 

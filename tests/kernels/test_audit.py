@@ -1,10 +1,10 @@
 import inspect
 import json
-import subprocess
-import sys
+from collections import defaultdict
 
 import pytest
 import torch
+from covering import covering
 
 from leanstep.kernels import StepOptions, audit
 
@@ -12,35 +12,50 @@ pytest.importorskip("triton")
 
 
 @pytest.fixture(scope="module")
-def measured():
-    """Measurements of every configuration for sm_90 and gfx942, and of a few for sm_80 and sm_100.
+def cases():
+    """Every configuration by its name."""
+    from leanstep.kernels.triton_impl import _compile
 
-    Bytes and layouts come from Triton's intermediate code, which the three NVIDIA targets share. Registers do not: for
-    the other two, the configuration of each kernel that takes the most registers on sm_90 stands for the rest.
-    `leanstep audit` compiles all for all.
+    named = {f"{case.kernel.__name__} {case.label}": case for case in _compile.cases()}
+    assert len(named) == len(_compile.cases()) > 200
+    yield named
+    _compile.cases.cache_clear()
+
+
+def chosen(cases, together):
+    """Names of the configurations of each kernel in which the values of its constants and pointers meet."""
+    by_kernel = defaultdict(dict)
+    for name, case in cases.items():
+        by_kernel[case.kernel][name] = {**case.arguments, **case.constants, "": (case.threads, case.fp_fusion)}
+    return {list(rows)[i] for rows in by_kernel.values() for i in covering(list(rows.values()), together)}
+
+
+@pytest.fixture(scope="module")
+def measured(cases):
+    """Measurements of some configurations of every kernel; ``leanstep audit`` compiles all for all targets.
+
+    For sm_90 every two values of constants meet. Bytes and layouts come from Triton's intermediate code, which the
+    three NVIDIA targets share, so that the configuration that takes the most registers stands for the rest there.
+    gfx942 has every value.
     """
-    all_of_two = audit.measure(["sm_90", "gfx942"], all_widths=False)
-    largest = {}
-    for m in sorted((m for m in all_of_two if m.target == "sm_90"), key=lambda m: m.registers):
-        largest[m.kernel] = f"{m.kernel} {m.label}"
-    return all_of_two + audit.measure(["sm_80", "sm_100"], set(largest.values()), all_widths=False)
+    on_sm_90 = audit.measure(["sm_90"], chosen(cases, 2), all_widths=False)
+    largest = {m.kernel: f"{m.kernel} {m.label}" for m in sorted(on_sm_90, key=lambda m: m.registers)}
+    names = set(largest.values())
+    others = audit.measure(["sm_80", "sm_100"], names, all_widths=False)
+    return on_sm_90 + others + audit.measure(["gfx942"], names | chosen(cases, 1), all_widths=False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", audit.TARGETS)
-def test_no_kernel_spills_or_moves_more_than_promised(measured, target):
+def test_no_kernel_spills_or_moves_more_than_promised(measured, cases, target):
     here = [m for m in measured if m.target == target]
-    assert len(here) > (200 if target in ("sm_90", "gfx942") else 30)
-    assert {m.kernel for m in here} == {m.kernel for m in measured}
+    assert {m.kernel for m in here} == {case.kernel.__name__ for case in cases.values()}
     assert {f"{m.kernel} {m.label}": audit.problems(m) for m in here if audit.problems(m)} == {}
 
 
-@pytest.mark.slow
-def test_the_promises_are_those_of_the_methods(measured):
+def test_the_promises_are_those_of_the_methods(cases):
     def bytes_of(kernel, label):
-        return {
-            (m.promised_read, m.promised_written) for m in measured if m.kernel == kernel and m.label.startswith(label)
-        }
+        return {(case.read, case.written) for name, case in cases.items() if name.startswith(f"{kernel} {label}")}
 
     # Lion: p, g, m in, p, m out; SinkGD: G once per iteration, then G and p in and p out
     assert bytes_of("lion_step_kernel", "p float32 g float32 m float32 nearest") == {(12, 8)}
@@ -63,21 +78,11 @@ def test_the_promises_are_those_of_the_methods(measured):
     assert bytes_of("bitmask_expand_kernel", "v int8 out bfloat16") == {(1.125, 2)}
 
 
-@pytest.mark.slow
-def test_every_kernel_of_the_package_is_audited():
-    script = """
-import json
-from leanstep.kernels.triton_impl import _compile
-print(json.dumps([[[name, value.__module__] for name, value in vars(m).items()
-    if type(value).__name__ == "JITFunction" and name.endswith("_kernel")] for m in _compile.modules()]))
-print(json.dumps(sorted({c.kernel.__name__ for c in _compile.cases()})))
-"""
-    lines = subprocess.run(
-        [sys.executable, "-c", script], check=True, capture_output=True, text=True
-    ).stdout.splitlines()
-    defined = {name for module in json.loads(lines[0]) for name, _ in module}
-    assert len(defined) >= 6
-    assert defined == set(json.loads(lines[1]))
+def test_every_kernel_of_the_package_is_audited(cases):
+    from leanstep.kernels.triton_impl import _compile
+
+    names = [name for module in _compile.modules() for name in vars(module) if name.endswith("_kernel")]
+    assert set(names) == {case.kernel.__name__ for case in cases.values()}
 
 
 def test_every_jit_function_is_a_kernel_or_reached_from_one():

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from kernel_cases import DTYPES, bits_equal, dtype_name, rounding_states
+from kernel_cases import DTYPES, ROUNDINGS, STEPS, bits_equal, dtype_name, rounding_states
 
 from leanstep.kernels import StepOptions
 from leanstep.kernels.reference.quantization import quantize
@@ -9,7 +9,6 @@ from leanstep.kernels.reference.steps import adamw_int8 as reference
 triton_adamw = pytest.importorskip("leanstep.kernels.triton_impl.steps.adamw_int8")
 
 SCALARS = (1 - 1e-3 * 0.1, 0.9, 0.1, 0.999, 0.001, 1e-8)
-ROUNDINGS = ("nearest", "stochastic", "kahan", "master", "split")
 # one and several rows to a tile, short blocks, rows of one tile and more, a stack, a tail of whole blocks
 SHAPES = ((1, 1), (0, 5), (3, 0), (7, 3), (5, 130), (70, 256), (2, 8200), (3, 5, 77), (1, 8320), (24, 1))
 
@@ -59,18 +58,9 @@ def compare(p_dtype, g_dtype, rounding, device="cpu", maximize=False, code=torch
 @pytest.mark.slow
 @pytest.mark.interpret
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")
-@pytest.mark.parametrize(("p_dtype", "g_dtype"), [(p, g) for p in DTYPES for g in (p, torch.float32)], ids=dtype_name)
-def test_every_dtype_equals_the_reference_bit_for_bit(p_dtype, g_dtype):
-    compare(p_dtype, g_dtype, "nearest", maximize=True)
-
-
-@pytest.mark.slow
-@pytest.mark.interpret
-@pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")
-@pytest.mark.parametrize("rounding", ROUNDINGS)
-@pytest.mark.parametrize("p_dtype", [torch.bfloat16, torch.float16], ids=dtype_name)
-def test_every_rounding_equals_the_reference_bit_for_bit(p_dtype, rounding):
-    compare(p_dtype, p_dtype, rounding)
+@pytest.mark.parametrize(("step", "maximize"), list(zip(STEPS, 5 * (False, True), strict=True)), ids=str)
+def test_every_step_equals_the_reference_bit_for_bit(step, maximize):
+    compare(*step, maximize=maximize)
 
 
 @pytest.mark.interpret

@@ -1,8 +1,6 @@
-import itertools
-
 import pytest
 import torch
-from kernel_cases import DTYPES, bits_equal, dtype_name, replay_beside_eager, rounding_states
+from kernel_cases import DTYPES, ROUNDINGS, STEPS, bits_equal, dtype_name, replay_beside_eager, rounding_states
 
 from leanstep.kernels import StepOptions
 from leanstep.kernels.reference.quantization import quantize
@@ -11,8 +9,9 @@ from leanstep.kernels.reference.steps import lion_int8 as reference
 triton_lion = pytest.importorskip("leanstep.kernels.triton_impl.steps.lion_int8")
 
 SCALARS = (1e-3, 1 - 1e-3 * 0.1, 0.9, 0.1, 0.99, 0.01)
-ROUNDINGS = ("nearest", "stochastic", "kahan", "master", "split")
-SWITCHES = ({}, {"maximize": True}, {"decay_where_aligned": True}, {"skip_nonfinite": True}, {"cautious": True})
+SWITCHES = (
+    {}, {"maximize": True}, {"decay_where_aligned": True}, {"cautious": True}, {"cautious": True, "maximize": True}
+)  # fmt: skip
 # one and several rows to a tile, short blocks, rows of one tile and more, a stack, a tail of whole blocks
 SHAPES = ((1, 1), (0, 5), (3, 0), (7, 3), (5, 130), (70, 256), (2, 8200), (3, 5, 77), (1, 8320), (24, 1))
 
@@ -65,24 +64,10 @@ def compare(p_dtype, g_dtype, rounding, switch, device="cpu", poison=False, code
 
 @pytest.mark.slow
 @pytest.mark.interpret
-@pytest.mark.parametrize(("p_dtype", "g_dtype"), list(itertools.permutations(DTYPES, 2)), ids=dtype_name)
-def test_mixed_dtypes_equal_the_reference_bit_for_bit(p_dtype, g_dtype):
-    compare(p_dtype, g_dtype, "nearest", {"skip_nonfinite": True})
-
-
-@pytest.mark.slow
-@pytest.mark.interpret
-@pytest.mark.parametrize("rounding", ROUNDINGS)
-@pytest.mark.parametrize("p_dtype", DTYPES, ids=dtype_name)
-def test_every_rounding_equals_the_reference_bit_for_bit(p_dtype, rounding):
-    compare(p_dtype, p_dtype, rounding, {"skip_nonfinite": True}, poison=True)
-
-
-@pytest.mark.slow
-@pytest.mark.interpret
-@pytest.mark.parametrize("switch", SWITCHES, ids=lambda s: next(iter(s), "plain"))
-def test_every_switch_equals_the_reference_bit_for_bit(switch):
-    compare(torch.bfloat16, torch.bfloat16, "nearest", switch)
+@pytest.mark.parametrize(("step", "switch"), list(zip(STEPS, 2 * SWITCHES, strict=True)), ids=str)
+def test_every_step_equals_the_reference_bit_for_bit(step, switch):
+    """Switches are bits of an argument, and meet every dtype and rounding in the same line."""
+    compare(*step, {"skip_nonfinite": True} | switch, poison=True)
 
 
 @pytest.mark.interpret

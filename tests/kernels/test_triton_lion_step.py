@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 import torch
-from kernel_cases import DTYPES, bits_equal, dtype_name, replay_beside_eager, rounding_states, tensors
+from kernel_cases import DTYPES, ROUNDINGS, bits_equal, dtype_name, replay_beside_eager, rounding_states, tensors
 
 from leanstep.kernels import StepOptions
 from leanstep.kernels.reference.steps import lion_step as reference
@@ -10,7 +10,6 @@ from leanstep.kernels.reference.steps import lion_step as reference
 triton_lion = pytest.importorskip("leanstep.kernels.triton_impl.steps.lion_step")
 
 LR, DECAY, BETA1, BETA2 = 1e-3, 1 - 1e-3 * 0.1, 0.9, 0.99
-ROUNDINGS = ("nearest", "stochastic", "kahan", "master", "split")
 SWITCHES = ({}, {"maximize": True}, {"decay_where_aligned": True}, {"skip_nonfinite": True}, {"cautious": True})
 
 

@@ -63,8 +63,11 @@ def check_matmul(n, m, dtype, tokens, device="cpu"):
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-@pytest.mark.parametrize(("n", "m"), PATTERNS)
+@pytest.mark.parametrize(
+    ("n", "m", "dtype"),
+    [(*pattern, dtype) for pattern, dtype in zip(PATTERNS, 4 * DTYPES, strict=True)],
+    ids=dtype_name,
+)
 def test_masks(n, m, dtype):
     check_masks(n, m, dtype)
 

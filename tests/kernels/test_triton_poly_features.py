@@ -28,8 +28,9 @@ def check(dim, degree, columns, device="cpu", count=2):
 
 @pytest.mark.slow
 @pytest.mark.interpret
-@pytest.mark.parametrize("columns", [1, 64, 70])
-@pytest.mark.parametrize(("dim", "degree"), SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("dim", "degree", "columns"), [*((*shape, 70) for shape in SHAPES), (3, 2, 1), (4, 1, 64)], ids=str
+)
 def test_features_and_their_gradient(dim, degree, columns):
     check(dim, degree, columns)
 

@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from architectures import make as make_architecture
+from covering import meeting
 from lora_models import (
     GPT2_TARGETS,
     LLAMA_TARGETS,
@@ -407,10 +408,10 @@ SELECTIVE = {key: VARIANTS[key] for key in ("plain", "dropout", "dora", "dora dr
 SELECTIVE |= {"zeros": {}, "not fast": {"fast_path": False}}
 
 
-@pytest.mark.parametrize("variant", SELECTIVE)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("policy", [products_only, everything])
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("variant", "dtype", "policy", "training"),
+    meeting(SELECTIVE, (torch.float64, torch.float32, torch.bfloat16), (products_only, everything), (True, False)),
+)
 def test_selective_activation_checkpointing_gives_the_same_gradients(variant, dtype, policy, training):
     """Whose cache holds the very tensors that products return: nothing may be added to them in place."""
     model = tiny_llama(dtype, layers=1, attention_bias=True)

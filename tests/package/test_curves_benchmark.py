@@ -1,16 +1,15 @@
 """Benchmark of the kinds of curves: what it measures of a ViT, its table, and the committed results."""
 
+import copy
+import functools
+import importlib
 import json
 import statistics
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import scipy.stats
 from comparison_runs import benchmark_modules, check_page
 
-ROOT = Path(__file__).parents[2]
 # of a seed, what does not depend on the clock
 PRUNED = ("agreement", "divergence", "counts", "measured")
 
@@ -93,15 +92,22 @@ def test_the_caption_says_what_anchored_curves_measure(curves):
     assert "of these images" in curves._anchored({**settings, "metric": "mse_logits"}, [part])
 
 
-def test_a_vision_transformer_is_measured_seed_by_seed_and_inside_a_seed_goes_on(tmp_path):
+def test_a_vision_transformer_is_measured_seed_by_seed_and_inside_a_seed_goes_on(curves, tmp_path, monkeypatch):
+    training = importlib.import_module("digits.training")
+    train = functools.cache(training.trained)  # once for all calls
+    monkeypatch.setattr(training, "trained", lambda run: copy.deepcopy(train(run)))
     out = tmp_path / "results.jsonl"
-    command = [sys.executable, "-P", "benchmarks", "pruning/curves", "--model", "digits", "--samples", "16"]
-    command += ["--curve-samples", "8", "--eval-samples", "16", "--sparsities", "0.5", "--grid", "0.3", "0.5", "0.8"]
-    command += ["--levels", "0.3", "--work", str(tmp_path / "work"), "--out", str(out), "--seeds", "0", "1"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    settings = ["--model", "digits", "--samples", "16"]
+    settings += ["--curve-samples", "8", "--eval-samples", "16", "--sparsities", "0.5", "--grid", "0.3", "0.5", "0.8"]
+    settings += ["--levels", "0.3", "--work", str(tmp_path / "work"), "--out", str(out), "--seeds", "0", "1"]
+
+    def call(*more):
+        curves.run(curves.PARSER.parse_args([*settings, *more]))
+
+    call()
     *done, last = out.read_text().splitlines(keepends=True)
     out.write_text("".join(done))
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    call()
     assert out.read_text().splitlines(keepends=True)[:-1] == done
     first, second, again = json.loads(done[1]), json.loads(last), json.loads(out.read_text().splitlines()[-1])
     assert (first["seed"], second["seed"]) == (0, 1)
@@ -111,22 +117,20 @@ def test_a_vision_transformer_is_measured_seed_by_seed_and_inside_a_seed_goes_on
     # the files of its curves and their times were there
     assert again["seconds"] == second["seconds"] and None not in second["seconds"].values()
     assert [again[key] for key in PRUNED] == [second[key] for key in PRUNED]
-    report = [*command[:4], "--report", str(out)]
-    printed = subprocess.run(report, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    assert "| sum of distortions | 50% |" in printed
+    assert "| sum of distortions | 50% |" in curves.table(out)
     # curves that a call measured in part have no time
     out.write_text("".join(done))
     (points,) = (tmp_path / "work").glob("results-1-measured.jsonl")
     points.write_text("".join(points.read_text().splitlines(keepends=True)[:-1]))
     points.with_suffix(".seconds").unlink()
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    call()
     again = json.loads(out.read_text().splitlines()[-1])
     assert again["seconds"] == second["seconds"] | {"measured": None}
     assert [again[key] for key in PRUNED] == [second[key] for key in PRUNED]
-    other = subprocess.run([*command, "--score", "magnitude"], cwd=ROOT, capture_output=True, text=True)
-    assert other.returncode and "of another model or other settings: give another --out" in other.stderr
-    other = subprocess.run([*command, "--levels", "0.4"], cwd=ROOT, capture_output=True, text=True)
-    assert other.returncode and "--levels 0.4: not in --grid, so nothing is measured there" in other.stderr
+    with pytest.raises(SystemExit, match="of another model or other settings: give another --out"):
+        call("--score", "magnitude")
+    with pytest.raises(SystemExit, match="--levels 0.4: not in --grid, so nothing is measured there"):
+        call("--levels", "0.4")
 
 
 def test_the_page_is_that_of_the_committed_results(curves):

@@ -1,6 +1,7 @@
 """Public names: exported, documented, and loaded no earlier than needed."""
 
 import ast
+import functools
 import importlib
 import importlib.resources
 import inspect
@@ -27,6 +28,7 @@ def python(code: str) -> str:
     return run.stdout
 
 
+@functools.cache
 def loaded_after(statement: str) -> set[str]:
     """Names in sys.modules after a statement, in a fresh interpreter."""
     return set(json.loads(python(f"import json, sys\n{statement}\nprint(json.dumps(sorted(sys.modules)))")))
