@@ -6,7 +6,7 @@ A weight of shape (..., in) is a matrix (rows, in) of its flattened leading dime
   column 32 k + j; ``NAME_offsets`` (rows + 1,) int64, where each row begins in the values. Codes have ``NAME_scales``,
   and weight = code * scale: for int8, (rows,) fp32; for int4, (rows, ceil(in / 64)) bf16. Two codes of int4 are in a
   uint8, so that ``NAME_values`` is (ceil(nnz / 2),), the first code in the lower half.
-* ``nm``: ``NAME_nm_values`` and ``NAME_nm_indices``, as :mod:`leanstep.sparsity.compressed` defines them.
+* ``nm``: ``NAME_nm_values`` and ``NAME_nm_indices``, as :mod:`leanstep.sparsity.files` defines them.
 
 A negative zero is stored as a value, so weights come back bit for bit, unless they were quantised.
 """
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels import bitmask_pack, bitmask_quantize, bitmask_unpack, bitmask_validate
-from leanstep.sparsity.compressed import (
+from leanstep.sparsity.files import (
     MOST_ZEROS,
     check_nm,
     compressed_bytes,

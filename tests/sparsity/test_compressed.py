@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from sparse_models import MLP, batch, make_mlp, train
 from torch import nn
 
-from leanstep.sparsity import NM, compressed, export_compressed, load_compressed, nm_mask, sparsify, squash
-from leanstep.sparsity.compressed import compressed_bytes, pack_indices, unpack_indices
+from leanstep.sparsity import NM, export_compressed, files, load_compressed, nm_mask, sparsify, squash
+from leanstep.sparsity.files import compressed_bytes, pack_indices, unpack_indices
 
 PATTERNS = ["1:2", "2:4", "1:4", "4:8", "3:8", "1:8", "1:16", "4:32", "1:32", "2:7", "1:128", "8:128", "3:3", "0:4"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -152,7 +152,7 @@ def test_a_failed_export_leaves_the_older_file(exported, monkeypatch):
         path.write_bytes(before[:100])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(compressed, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         export_compressed(squash(_sparse()), exported)
     assert exported.read_bytes() == before and list(exported.parent.iterdir()) == [exported]
@@ -173,7 +173,7 @@ def rewrite(path, change, metadata=lambda layout: None, *, checksums="old"):
     change(stored)
     metadata(layout)
     if checksums == "new":
-        layout["crc32"] = {name: compressed._checksum(tensor) for name, tensor in stored.items()}
+        layout["crc32"] = {name: files._checksum(tensor) for name, tensor in stored.items()}
     if checksums == "none":
         del layout["crc32"], header["layout_crc32"]
     header["layout"] = json.dumps(layout)

@@ -32,10 +32,10 @@ from leanstep._torch import (
     stores_in_out,
     whole_tensor,
 )
-from leanstep.sparsity.experts import cache_in_forward, flat_experts, stop_caching
 from leanstep.sparsity.functional import s_ste_weight, sparse_weight
-from leanstep.sparsity.masks import PADS, check_fit
 from leanstep.sparsity.patterns import NM, as_pattern, match_patterns
+from leanstep.sparsity.training.experts import cache_in_forward, flat_experts, stop_caching
+from leanstep.sparsity.training.masks import PADS, check_fit
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from leanstep._checkpoint import TensorFile
 from leanstep._files import one_line, replacing
 from leanstep.kernels.nm.matmul import nm_compress, nm_decompress
-from leanstep.sparsity.masks import group_dims, tightest
-from leanstep.sparsity.modules import sparse_layers
 from leanstep.sparsity.patterns import NM, as_pattern
 from leanstep.sparsity.squash import check_finished, plain_state_dict
+from leanstep.sparsity.training.masks import group_dims, tightest
+from leanstep.sparsity.training.modules import sparse_layers
 
 FORMAT = "leanstep-nm-1"
 _VALUES, _INDICES = ".nm_values", ".nm_indices"
