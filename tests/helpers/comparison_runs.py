@@ -56,20 +56,8 @@ def command(out: Path, *more: str) -> list[str]:
         f"METHODS.update({{name: replace(METHODS[name], start=start) for name, start in {STARTS!r}.items()}})\n"
         "sys.exit(importlib.import_module('optimizers.compare').main())\n"
     )
-    settings = [
-        "--tune-steps",
-        "8",
-        "--judge-steps",
-        "8",
-        "--eval-every",
-        "4",
-        "--judge-seeds",
-        "1",
-        "2",
-        "--budget",
-        "15",
-    ]
-    arguments = [*TINY, "--out", str(out), *settings, "--methods", "adamw", "sinkgd", *more]
+    settings = "--tune-steps 8 --judge-steps 8 --eval-every 4 --judge-seeds 1 2 --budget 15 --methods adamw sinkgd"
+    arguments = [*TINY, "--out", str(out), *settings.split(), *more]
     # -P: the folder optimizers/ of the package must not hide that of the benchmarks
     return [sys.executable, "-P", "-c", code, *arguments]
 

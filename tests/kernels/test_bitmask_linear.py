@@ -5,14 +5,7 @@ import torch
 from kernel_cases import DTYPES, bits_equal, dtype_name
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from leanstep.kernels import (
-    backend_table,
-    bitmask_linear,
-    bitmask_pack,
-    bitmask_quantize,
-    bitmask_unpack,
-    use_backend,
-)
+from leanstep.kernels import backend_table, bitmask_linear, bitmask_pack, bitmask_quantize, bitmask_unpack, use_backend
 from leanstep.kernels.cpp_impl._build import library, why_not_cpp
 from leanstep.kernels.cpp_impl.sparse import linear as cpp
 from leanstep.kernels.reference.sparse import bitmask as reference

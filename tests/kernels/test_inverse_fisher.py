@@ -7,12 +7,7 @@ from gradient_windows import gram_row, woodbury_coefficients, write_row
 from kernel_cases import bits_equal
 from static_recursion import dense_fisher, static_recursion
 
-from leanstep.kernels import (
-    linear_combination,
-    row_dots,
-    use_backend,
-    window_coefficients,
-)
+from leanstep.kernels import linear_combination, row_dots, use_backend, window_coefficients
 from leanstep.kernels.fisher import inverse_fisher
 from leanstep.kernels.fisher.inverse_fisher import EIGEN, JITTERS, OK
 from leanstep.kernels.reference.fisher.inverse_fisher import dynamic_recursion

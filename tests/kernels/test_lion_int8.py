@@ -4,14 +4,7 @@ import pytest
 import torch
 from kernel_cases import bits_equal, rounding_states
 
-from leanstep.kernels import (
-    StepOptions,
-    lion_agreement,
-    lion_agreement_int8,
-    lion_step,
-    lion_step_int8,
-    use_backend,
-)
+from leanstep.kernels import StepOptions, lion_agreement, lion_agreement_int8, lion_step, lion_step_int8, use_backend
 from leanstep.kernels.reference import quantization
 from leanstep.kernels.reference.quantization import BLOCK, dequantize, quantize, scale_shape
 from leanstep.kernels.steps import lion_int8

@@ -65,10 +65,7 @@ def test_the_public_functions_reach_the_kernels_with_scales():
     blocks = [torch.randn(5, 3, 8).half(), torch.randn(5, 7).half()]
     vectors, scales = [torch.randn(3, 8), torch.randn(7)], torch.rand(5)
     coefficients = torch.randn(5, dtype=torch.float64)
-    for function, arguments in (
-        (row_dots, (blocks, vectors)),
-        (linear_combination, (blocks, coefficients)),
-    ):
+    for function, arguments in ((row_dots, (blocks, vectors)), (linear_combination, (blocks, coefficients))):
         found = {}
         for backend in ("reference", "triton"):
             with use_backend(backend):

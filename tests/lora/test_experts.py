@@ -166,10 +166,7 @@ def test_a_fresh_adapter_changes_nothing_and_a_bf16_model_trains():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (
-            {"target_parameters": ["experts.down_prj"]},
-            "fits no parameter of the model; did you mean .*down_proj",
-        ),
+        ({"target_parameters": ["experts.down_prj"]}, "fits no parameter of the model; did you mean .*down_proj"),
         ({"target_parameters": ["q_proj.weight"]}, "is the weight of a layer; name q_proj in target_modules"),
         ({"target_parameters": ["input_layernorm.weight"]}, "has 1 dimensions; expected a matrix, or one matrix per"),
         ({"r": 500}, r"rank 500 is larger; set at most \d+ with rank_pattern"),

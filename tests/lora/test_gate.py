@@ -255,10 +255,7 @@ def test_what_is_measured_is_no_part_of_a_pass_that_is_repeated(implementation, 
         if selective:
             model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
         found = []
-        with (
-            LowRankGate(model, "auto", every=2, **PAYS) as gate,
-            NormMonitor(model) as monitor,
-        ):
+        with LowRankGate(model, "auto", every=2, **PAYS) as gate, NormMonitor(model) as monitor:
             for _ in range(4):
                 model.zero_grad()
                 monitor.arm()

@@ -441,10 +441,7 @@ def test_what_cannot_be_monitored_is_refused_and_the_model_unchanged():
     with pytest.raises(ValueError, match=r"Linear has no attention layers"):
         NormMonitor(torch.nn.Linear(2, 2))
     model = llama()
-    for settings, message in [
-        (dict(tolerance=0), "tolerance > 0"),
-        (dict(speed=-1.0), "speed > 0"),
-    ]:
+    for settings, message in [(dict(tolerance=0), "tolerance > 0"), (dict(speed=-1.0), "speed > 0")]:
         with pytest.raises(ValueError, match=message):
             NormMonitor(model, **settings)
     assert model.config._attn_implementation == "sdpa"

@@ -61,11 +61,7 @@ def gradients(model):
 
 CASES = pytest.mark.parametrize(
     ("tied", "asked"),
-    [
-        (False, TRAINED),
-        (True, TRAINED),
-        (False, {"embed_tokens": TRAINED, "lm_head": [3]}),
-    ],
+    [(False, TRAINED), (True, TRAINED), (False, {"embed_tokens": TRAINED, "lm_head": [3]})],
     ids=["untied", "tied", "embedding-and-head"],
 )
 

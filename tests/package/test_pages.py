@@ -169,45 +169,25 @@ QUOTES = [
     ("docs/methods/sparsity.md", "[3.47 times as fast]", "bitmask", "| bf16 | 60 % | 3.47 / 1.61 "),
     ("docs/methods/pruning.md", "at 50 % 0.0207", "prune-evidence-nano", "SparseGPT 50%, uniform | 0, 1, 2 | 0.0207 "),
     ("docs/methods/pruning.md", "at 60 % 0.0609", "prune-evidence-nano", "SparseGPT 60%, uniform | 0, 1, 2 | 0.0609 "),
-    (
-        "README.md",
-        "bf16: 3.20 GB, AdamW",
-        "memory",
-        "| SinkGD, AdamW on embedding, head, norms | 0.25 | 0.46 | 1.00 | 3.20 |",
-    ),
+    ("README.md", "bf16: 3.20 GB, AdamW", "memory",
+     "| SinkGD, AdamW on embedding, head, norms | 0.25 | 0.46 | 1.00 | 3.20 |"),
     ("README.md", "AdamW 8.03", "memory", "| AdamW | 0.35 | 0.80 | 2.21 | 8.03 |"),
     ("README.md", "perplexity 71,", "prune-evidence-smollm2", "-38.7 [-42.2, -35.2] | 71.28 "),
-    (
-        "README.md",
-        "uniform sparsity 137,",
-        "prune-evidence-smollm2",
-        "Wanda 60%, uniform | 0, 1, 2 | 1.7639 | – | 137.05 ",
-    ),
-    (
-        "README.md",
-        "0.53 to 0.76 of PEFT's",
-        "lora-step",
-        "| bf16 | dropout | leanstep | 93.7 | 125.2 | 220.1 | 1.15 | 0.53 ",
-    ),
-    (
-        "README.md",
-        "0.53 to 0.76 of PEFT's",
-        "lora-step",
-        "| bf16 | plain | leanstep | 87.4 | 115.9 | 202.9 | 1.09 | 0.76 ",
-    ),
+    ("README.md", "uniform sparsity 137,", "prune-evidence-smollm2",
+     "Wanda 60%, uniform | 0, 1, 2 | 1.7639 | – | 137.05 "),
+    ("README.md", "0.53 to 0.76 of PEFT's", "lora-step",
+     "| bf16 | dropout | leanstep | 93.7 | 125.2 | 220.1 | 1.15 | 0.53 "),
+    ("README.md", "0.53 to 0.76 of PEFT's", "lora-step",
+     "| bf16 | plain | leanstep | 87.4 | 115.9 | 202.9 | 1.09 | 0.76 "),
     ("README.md", "0.12 to 0.22 of its", "lora-memory", "| bf16 | dropout | 8.35 | 0.98 | -0.46 | 0.12 "),
     ("README.md", "0.12 to 0.22 of its", "lora-memory", "| bf16 | plain | 4.55 | 0.98 | -0.46 | 0.22 "),
-    (
-        "README.md",
-        "0.56 of the memory, 2.8",
-        "generation-llama-1b",
-        "| sparse bf16, 60 % | 60 % | 1302 | 1303 | 11.2 | 2.77 ",
-    ),
+    ("README.md", "0.56 of the memory, 2.8", "generation-llama-1b",
+     "| sparse bf16, 60 % | 60 % | 1302 | 1303 | 11.2 | 2.77 "),
     ("README.md", "1,021 kills in 750 runs", "faults", "| all |  | 750 | 1021 | 750 | 0 |"),
     ("README.md", "8 bits cost 0.1 of perplexity", "generation-smollm2", "| llama.cpp Q8_0 | – | 145 | 185 | 22.04 |"),
     ("README.md", "50 % zeros cost 13", "generation-smollm2", "| sparse bf16, 50 % | 50 % | 178 | 181 | 34.76 |"),
     ("docs/methods/sinkgd.md", "+0.243 [+0.161", "compare-llama-micro", "SinkGD, AdamW on the rest | 5.550 "),
-]
+]  # fmt: skip
 
 
 def measured(table: str) -> str:

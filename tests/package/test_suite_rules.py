@@ -4,10 +4,12 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from covering import covering
 from scheduling import longest_files_first
 
 # each starts pytest anew
@@ -164,3 +166,11 @@ def test_files_that_take_long_are_handed_out_first():
     assert [test.nodeid.split("::")[0] for test in items] == [
         f"tests/{name}.py" for name in ("short", "slow", *["many"] * 10, "short")
     ]
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_chosen_cases_have_every_combination_that_any_case_has(together):
+    rows = [{"a": a, "b": b, "c": a * b % 3, "d": d} for a in range(4) for b in range(3) for d in "xy"]
+    chosen = [rows[i] for i in covering(rows, together)]
+    all_seen, seen = ({c for row in some for c in combinations(row.items(), together)} for some in (rows, chosen))
+    assert seen == all_seen and len(chosen) < len(rows) / 1.5

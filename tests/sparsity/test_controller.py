@@ -418,10 +418,7 @@ def test_detaching_and_attaching():
     assert controller.step_count == 0
     with pytest.raises(TypeError, match=r"expected a torch optimizer, got Wrapper \(its .optimizer\?\)"):
         controller.attach(type("Wrapper", (), {"optimizer": optimizer})())
-    with pytest.raises(
-        ValueError,
-        match="SGD does not train 0.weight, 2.weight, 4.weight; build",
-    ):
+    with pytest.raises(ValueError, match="SGD does not train 0.weight, 2.weight, 4.weight; build"):
         controller.attach(torch.optim.SGD(make_mlp().parameters(), lr=0.1))
 
 

@@ -6,14 +6,7 @@ import pytest
 import torch
 
 from leanstep.kernels import BlockInverseFisher
-from leanstep.sparsity import (
-    NM,
-    magnitude,
-    magnitude_times_activation,
-    magnitude_times_gradient,
-    nm_mask,
-    nm_obs_mask,
-)
+from leanstep.sparsity import NM, magnitude, magnitude_times_activation, magnitude_times_gradient, nm_mask, nm_obs_mask
 
 
 def test_scores_are_their_formulas():

@@ -164,14 +164,7 @@ def test_packing_keeps_what_is_two_four_and_drops_half_of_what_is_not():
 
 @pytest.mark.parametrize(
     ("pattern", "nibble"),
-    [
-        ("1100", 0b0100),
-        ("1010", 0b1000),
-        ("0110", 0b1001),
-        ("1001", 0b1100),
-        ("0101", 0b1101),
-        ("0011", 0b1110),
-    ],
+    [("1100", 0b0100), ("1010", 0b1000), ("0110", 0b1001), ("1001", 0b1100), ("0101", 0b1101), ("0011", 0b1110)],
 )
 def test_metadata_of_a_group_is_the_places_of_the_two(pattern, nibble):
     row = torch.tensor([float(c) for c in pattern], dtype=torch.float16)
