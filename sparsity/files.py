@@ -1,38 +1,33 @@
 """Safetensors files that store N:M weights without zeros: values, and packed indices of ceil(log2 M) bits each.
 
-A weight of shape (out, in) with groups along ``in`` becomes ``NAME.nm_values`` (out, in / M, N) of the same dtype and
-``NAME.nm_indices``, a uint8 vector of ``ceil(out * in / M * N * bits / 8)`` bytes, bit i of the stream in bit i % 8 of
-byte i // 8. Other tensors are stored unchanged. The file's metadata has ``layout`` and its checksum, ``layout_crc32``.
-The layout lists the weights, tied names, and checksums of all tensors with their dtypes and shapes.
+A weight of shape (out, in) with groups along ``in`` becomes ``NAME.nm_values`` and ``NAME.nm_indices``, as
+:mod:`leanstep.sparsity.inference.matrices` defines them. Other tensors are stored unchanged. The file's metadata has
+``layout`` and its checksum, ``layout_crc32``. The layout lists the weights, tied names, and checksums of all tensors
+with their dtypes and shapes.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from leanstep._checkpoint import TensorFile
-from leanstep._files import one_line, replacing
-from leanstep.kernels.nm.matmul import nm_compress, nm_decompress
+from leanstep._files import replacing
+from leanstep.sparsity.inference.manifest import Kind, Manifest, StoredTensor, checksum, parse, read_name, read_section
+from leanstep.sparsity.inference.matrices import Form, compress, smallest_layout
+from leanstep.sparsity.inference.reader import SparseFiles, metadata_of
 from leanstep.sparsity.patterns import NM, as_pattern
 from leanstep.sparsity.squash import check_finished, plain_state_dict
-from leanstep.sparsity.training.masks import group_dims, tightest
 from leanstep.sparsity.training.modules import sparse_layers
 
 FORMAT = "leanstep-nm-1"
-_VALUES, _INDICES = ".nm_values", ".nm_indices"
-# most entries of a weight of zeros alone: a few bytes of a file would ask for any amount of memory
-MOST_ZEROS = 2**30
 
 
 class Stored(NamedTuple):
@@ -60,42 +55,46 @@ def export_compressed(
 
     Raises:
         ValueError: for a weight that violates its pattern, a weight with more negative zeros than its pattern has room
-            for, an unfinished schedule, an unknown name, or a pattern with M above 256. Nothing is written.
+            for, an unfinished schedule, an unknown name, a tensor with the name of a part of a sparse one, or a pattern
+            with M above 256. Nothing is written.
         OSError: if the file cannot be written.
 
     Notes:
         :func:`load_compressed` restores every tensor bit for bit.
     """
     state, layouts = _state_and_layouts(model, patterns)
-    stored: dict[str, Tensor] = {}
-    layout: dict[str, Any] = {"tensors": {}, "aliases": {}}
-    rows, first_names, addresses = [], dict[tuple[Any, ...], str](), set[int]()
+    manifest, stored, rows = Manifest(kind=_KIND), dict[str, Tensor](), list[Stored]()
+    first_names, addresses = dict[tuple[Any, ...], str](), set[int]()
     for name, tensor in state.items():
         memory = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
         # a view of another dtype, or of the conjugate, has other values in the same memory
         identity = (*memory, tensor.dtype, tensor.is_conj(), tensor.is_neg())
         if tensor.numel() and identity in first_names:
-            layout["aliases"][name] = first_names[identity]
+            manifest.tied[name] = first_names[identity]
             continue
         first_names[identity] = name
         dense = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-        if name not in layouts:
+        pattern, dim = layouts.get(name, (None, 0))
+        if pattern is None:
             # safetensors refuses two tensors of one memory
             address = dense.untyped_storage().data_ptr()
             stored[name] = dense.clone() if address in addresses else dense
             addresses.add(address)
             rows.append(Stored(name, None, dense.nbytes, dense.nbytes))
             continue
-        pattern, dim = layouts[name]
-        values, indices = _compress(name, dense, pattern, dim)
-        stored[name + _VALUES], stored[name + _INDICES] = values, indices
-        layout["tensors"][name] = {"pattern": str(pattern), "dim": dim, "shape": list(dense.shape)}
-        rows.append(Stored(name, pattern, dense.nbytes, values.nbytes + indices.nbytes))
-    layout["crc32"] = {name: _checksum(tensor) for name, tensor in stored.items()}
-    text = json.dumps(layout)
-    metadata = {"format": FORMAT, "layout": text, "layout_crc32": str(zlib.crc32(text.encode()))}
+        form = manifest.matrices[name] = Form(tuple(dense.shape), "", pattern, dim, is_flat=False)
+        try:
+            parts = {manifest.part_name(name, part): tensor for part, tensor in compress(dense, form).items()}
+        except ValueError as error:
+            raise ValueError(f"export_compressed: {name}: {error}") from None
+        if clashes := sorted(parts.keys() & state.keys()):
+            raise ValueError(
+                f"export_compressed: {clashes[0]} has the name of a part of the sparse weight {name}; rename it"
+            )
+        stored |= parts
+        rows.append(Stored(name, pattern, dense.nbytes, sum(part.nbytes for part in parts.values())))
     with replacing(Path(path)) as partial:
-        save_file(stored, partial, metadata=metadata)
+        save_file(stored, partial, metadata=_to_metadata(manifest, stored))
     return rows
 
 
@@ -118,16 +117,21 @@ def load_compressed(path: str | Path, model: nn.Module | None = None) -> dict[st
         Warns for a file of a version before 0.1.0, which has checksums of the N:M weights only.
     """
     path = Path(path)
-    layout, stored = _read(path)
-    _compare_checksums(path, stored, layout)
-    state: dict[str, Tensor] = {}
     try:
-        for name, entry in layout["tensors"].items():
-            state[name] = _decompress(f"{path}: {name}", stored.pop(name + _VALUES), stored.pop(name + _INDICES), entry)
-        state |= stored
-        state |= {name: state[target] for name, target in layout["aliases"].items()}
-    except KeyError as error:
-        raise ValueError(f"load_compressed: {path} is damaged: it has no tensor {error}") from None
+        with SparseFiles([path], _read_manifest) as files:
+            manifest = files.manifest
+            state = {name: files.tensor(name) for name in (*manifest.matrices, *files.dense_names())}
+    except FileNotFoundError:
+        raise ValueError(f"load_compressed: {path} is not there") from None
+    except ValueError as error:
+        raise ValueError(f"load_compressed: {error}") from None
+    if manifest.kind is _OLD_KIND:
+        warnings.warn(
+            f"load_compressed: {path} was written by an earlier version, without checksums of all its tensors; export "
+            "it again to have them",
+            stacklevel=2,
+        )
+    state |= {name: state[target] for name, target in manifest.tied.items()}
     if model is not None:
         _load_into(model, state, path)
     return state
@@ -135,169 +139,74 @@ def load_compressed(path: str | Path, model: nn.Module | None = None) -> dict[st
 
 def is_compressed(path: str | Path) -> bool:
     """Whether the header of a file is that of :func:`export_compressed`."""
-    try:
-        with TensorFile(Path(path)) as file:
-            return file.metadata.get("format") == FORMAT
-    except (ValueError, OSError):
-        return False
+    return metadata_of(Path(path)).get("format") == FORMAT
 
 
-def compressed_bytes(shape: torch.Size | tuple[int, ...], itemsize: int, pattern: NM, dim: int = 1) -> int:
-    """Bytes of the values and packed indices of a weight: ``count * itemsize + ceil(count * ceil(log2 M) / 8)``."""
-    size = shape[dim]
-    count = int(np.prod(shape)) // max(size, 1) * -(-size // pattern.m) * pattern.n
-    return count * itemsize + -(-count * index_bits(pattern.m) // 8)
+def _checksum(tensor: Tensor) -> int:
+    """Checksum of dtype, shape and bytes."""
+    return zlib.crc32(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), checksum(tensor))
 
 
-def index_bits(m: int) -> int:
-    """Bits of one index, ``ceil(log2 m)``."""
-    return (m - 1).bit_length()
+_KIND = Kind(".", _checksum)
+# of versions before 0.1.0, with checksums of the N:M weights only
+_OLD_KIND = Kind(".")
+_ENDS = (".nm_values", ".nm_indices")
 
 
-def pack_indices(indices: Tensor, m: int) -> Tensor:
-    """Pack uint8 indices below m into a uint8 vector, as a bit stream with the lowest bit of each index first."""
-    bits = np.arange(index_bits(m), dtype=np.uint8)
-    stream = (indices.numpy().reshape(-1, 1) >> bits) & 1
-    return torch.from_numpy(np.packbits(stream.reshape(-1), bitorder="little"))
+def _to_metadata(manifest: Manifest, stored: Mapping[str, Tensor]) -> dict[str, str]:
+    forms = manifest.matrices.items()
+    layout = {
+        "tensors": {name: {"pattern": str(f.pattern), "dim": f.dim, "shape": list(f.shape)} for name, f in forms},
+        "aliases": manifest.tied,
+        "crc32": {name: manifest.kind.checksum(tensor) for name, tensor in stored.items()},
+    }
+    text = json.dumps(layout)
+    return {"format": FORMAT, "layout": text, "layout_crc32": str(zlib.crc32(text.encode()))}
 
 
-def unpack_indices(packed: Tensor, count: int, m: int) -> Tensor:
-    """Unpack the first ``count`` indices of a bit stream, as uint8."""
-    width = index_bits(m)
-    stream = np.unpackbits(packed.numpy(), count=count * width, bitorder="little").reshape(count, width)
-    weights = np.left_shift(1, np.arange(width)).astype(np.uint16)
-    return torch.from_numpy((stream * weights).sum(axis=1).astype(np.uint8))
-
-
-def _compress(name: str, dense: Tensor, pattern: NM, dim: int) -> tuple[Tensor, Tensor]:
-    try:
-        return pack_nm(dense, pattern, dim)
-    except ValueError as error:
-        raise ValueError(f"export_compressed: {name}: {error}") from None
-
-
-def pack_nm(dense: Tensor, pattern: NM, dim: int) -> tuple[Tensor, Tensor]:
-    """The values and packed indices of a weight with groups along ``dim``.
-
-    Raises:
-        ValueError: for a weight that violates the pattern, or has more negative zeros than the pattern has room for.
-            The message lacks the weight's name.
-    """
-    rows = dense.movedim(dim, -1)
-    padded = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % pattern.m)).contiguous()
-    values, indices = nm_compress(padded, pattern.n, pattern.m)
-    restored = nm_decompress(values, indices, pattern.m)
-    # bytes tell negative zeros from positive ones
-    if not torch.equal(restored.contiguous().view(torch.uint8), padded.view(torch.uint8)):
+def _read_manifest(file: TensorFile) -> Manifest:
+    """The manifest in a file's header. Raises ValueError for anything that :func:`_to_metadata` does not write."""
+    if file.metadata.get("format") != FORMAT:
         raise ValueError(
-            f"it has more negative zeros than {pattern} has room for; add 0.0 to the weight (or squash it), which "
-            "makes them positive"
+            f"it has the format {file.metadata.get('format')!r}, expected {FORMAT!r}, as export_compressed writes it; "
+            "plain safetensors files are read by safetensors.torch.load_file"
         )
-    return values.contiguous(), pack_indices(indices, pattern.m)
+    text = file.metadata.get("layout", "")
+    if file.metadata.get("layout_crc32", str(zlib.crc32(text.encode()))) != str(zlib.crc32(text.encode())):
+        raise ValueError("its header is damaged: the checksum of its layout is wrong")
+    content = parse(text)
+    is_old = "layout_crc32" not in file.metadata
+    if is_old == ("crc32" in content):
+        raise ValueError("its header is damaged: expected checksums of the tensors and of the layout, or neither")
+    manifest = Manifest(tied=read_section(content, "aliases", read_name), kind=_OLD_KIND if is_old else _KIND)
+    entries = read_section(content, "tensors", dict)
+    checksums = _old_checksums(entries) if is_old else read_section(content, "crc32", _number)
+    if not is_old and (differing := sorted(checksums.keys() ^ set(file.names))):
+        raise ValueError(f"it is damaged: only its tensors or only its layout has {differing[0]}")
+    for name in file.names:
+        manifest.tensors[name] = StoredTensor(file.dtype(name), file.shape(name), checksums.get(name))
+
+    def read_form(name: str) -> Form:
+        values = manifest.tensors.get(manifest.part_name(name, "nm_values"))
+        stored = {"dtype": "" if values is None else values.dtype, "stored": "nm"}
+        return Form.from_json({**entries[name], **stored}, is_flat=False)
+
+    manifest.matrices = read_section({"tensors": {name: name for name in entries}}, "tensors", read_form)
+    manifest.check()
+    return manifest
 
 
-def _decompress(where: str, values: Tensor, packed: Tensor, entry: dict[str, Any]) -> Tensor:
-    pattern, dim, shape = _checked_entry(where, entry)
-    try:
-        check_nm(values, packed, pattern, dim, shape)
-        if entry.get("crc32") not in (None, [_bytes_checksum(values), _bytes_checksum(packed)]):
-            raise ValueError("the checksum is wrong: values or indices were changed after writing")
-        return unpack_nm(values, packed, pattern, dim, shape)
-    except (ValueError, RuntimeError) as error:  # wrong indices; a shape that no memory holds
-        raise ValueError(f"load_compressed: {where}: {one_line(error)}") from None
+def _old_checksums(entries: Mapping[str, dict[str, Any]]) -> dict[str, int]:
+    """Take the checksums of values and indices out of the entries of weights."""
+    taken = {name: entry.pop("crc32") for name, entry in entries.items() if entry.get("crc32") is not None}
+    pairs = {f"{name}{end}": crc for name, both in taken.items() for end, crc in zip(_ENDS, both, strict=True)}
+    return read_section({"crc32": pairs}, "crc32", _number)
 
 
-def nm_sizes(pattern: NM, dim: int, shape: Sequence[int]) -> tuple[tuple[int, ...], int]:
-    """Shape of the values, and bytes of the packed indices, of a weight of ``shape``."""
-    others = (size for i, size in enumerate(shape) if i != dim)
-    expected = (*others, -(-shape[dim] // pattern.m), pattern.n)
-    return expected, -(-math.prod(expected) * index_bits(pattern.m) // 8)
-
-
-def check_nm(values: Tensor, packed: Tensor, pattern: NM, dim: int, shape: Sequence[int]) -> None:
-    """Raise ValueError for values or packed indices that are not those of a weight of ``shape``."""
-    expected, size = nm_sizes(pattern, dim, shape)
-    if tuple(values.shape) != expected or packed.dtype != torch.uint8 or tuple(packed.shape) != (size,):
-        raise ValueError(
-            f"expected values {expected} for {pattern} of {list(shape)} and {size} bytes of indices, got "
-            f"{tuple(values.shape)} and {tuple(packed.shape)} of {packed.dtype}"
-        )
-
-
-def unpack_nm(values: Tensor, packed: Tensor, pattern: NM, dim: int, shape: Sequence[int]) -> Tensor:
-    """Restore the dense weight of :func:`pack_nm`. Raises ValueError for indices out of range or order."""
-    indices = unpack_indices(packed, values.numel(), pattern.m).view(values.shape)
-    rows = nm_decompress(values, indices, pattern.m)
-    return rows[..., : shape[dim]].movedim(-1, dim).contiguous()
-
-
-def _checked_entry(where: str, entry: Any) -> tuple[NM, int, list[int]]:
-    """Check a weight's entry of the layout; returns its pattern, dimension and shape."""
-    try:
-        pattern, dim, shape = NM.parse(entry["pattern"]), entry["dim"], entry["shape"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"load_compressed: {where}: the layout is damaged: {error}") from None
-    sizes = isinstance(shape, list) and all(type(size) is int and 0 <= size < 2**48 for size in shape)
-    if not sizes or type(dim) is not int or not 0 <= dim < len(shape) or pattern.m > 256:
-        raise ValueError(
-            f"load_compressed: {where}: the layout is damaged: pattern {pattern}, dim {dim!r}, shape {shape!r}"
-        )
-    if pattern.n == 0 and math.prod(shape) > MOST_ZEROS:
-        raise ValueError(
-            f"load_compressed: {where}: expected a weight of zeros alone (pattern {pattern}) to have at most "
-            f"{MOST_ZEROS:,} entries, got shape {shape}: no stored value bounds it"
-        )
-    return pattern, dim, shape
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The layout in a file's header, and the stored tensors."""
-    try:
-        with TensorFile(path, writable=True) as file:
-            metadata = file.metadata
-            names = file.names if metadata.get("format") == FORMAT else ()
-            stored = {name: file.tensor(name) for name in names}
-    except FileNotFoundError:
-        raise ValueError(f"load_compressed: {path} is not there") from None
-    except ValueError as error:
-        raise ValueError(f"load_compressed: {error}: it is truncated, or not a safetensors file") from None
-    if metadata.get("format") != FORMAT:
-        raise ValueError(
-            f"load_compressed: {path} has the format {metadata.get('format')!r}, expected {FORMAT!r}, as "
-            "export_compressed writes it; plain safetensors files are read by safetensors.torch.load_file"
-        )
-    text = metadata.get("layout", "")
-    if metadata.get("layout_crc32", str(zlib.crc32(text.encode()))) != str(zlib.crc32(text.encode())):
-        raise ValueError(f"load_compressed: the header of {path} is damaged: the checksum of its layout is wrong")
-    try:
-        layout = json.loads(text)
-        sections = {key: layout.get(key) for key in ("tensors", "aliases", "crc32")}
-        if not all(isinstance(sections[key], dict) for key in ("tensors", "aliases")):
-            raise ValueError("expected objects 'tensors' and 'aliases'")
-        if not all(isinstance(target, str) for target in sections["aliases"].values()):
-            raise ValueError("expected aliases that are names of tensors")
-        if ("layout_crc32" in metadata) != isinstance(sections["crc32"], dict):
-            raise ValueError("expected checksums of the tensors and of the layout, or neither")
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"load_compressed: the header of {path} is damaged: {error}") from None
-    return sections, stored
-
-
-def _compare_checksums(path: Path, stored: Mapping[str, Tensor], layout: Mapping[str, Any]) -> None:
-    checksums = layout["crc32"]
-    if checksums is None:
-        warnings.warn(
-            f"load_compressed: {path} was written by an earlier version, without checksums of all its tensors; export "
-            "it again to have them",
-            stacklevel=3,
-        )
-        return
-    differing = sorted(stored.keys() ^ checksums.keys())
-    if differing:
-        raise ValueError(f"load_compressed: {path} is damaged: only its tensors or only its layout has {differing[0]}")
-    wrong = [name for name, tensor in stored.items() if _checksum(tensor) != checksums[name]]
-    if wrong:
-        raise ValueError(f"load_compressed: {path}: the checksum is wrong: {wrong[0]} was changed after writing")
+def _number(entry: Any) -> int:
+    if type(entry) is not int:
+        raise ValueError(f"expected a checksum, got {entry!r}")
+    return entry
 
 
 def _state_and_layouts(
@@ -322,15 +231,6 @@ def _state_and_layouts(
     return state, layouts
 
 
-def smallest_layout(tensor: Tensor) -> tuple[NM, int] | None:
-    """The pattern and dimension (2 of experts, 1 or 0) that make a tensor smallest; None if none makes it smaller."""
-    if tensor.dim() < 2 or not tensor.is_floating_point():
-        return None
-    layouts = [(pattern, dim) for dim in group_dims(tensor) if (pattern := tightest(tensor, dim)) is not None]
-    sizes = [compressed_bytes(tensor.shape, tensor.element_size(), *layout) for layout in layouts]
-    return layouts[sizes.index(min(sizes))] if sizes and min(sizes) < tensor.nbytes else None
-
-
 def _load_into(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     target = model.state_dict()
     if any(".parametrizations." in name for name in target):
@@ -343,12 +243,3 @@ def _load_into(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     if differing:
         raise ValueError(f"load_compressed: {path} is of another model: {', '.join(differing[:5])} differ")
     model.load_state_dict(state)
-
-
-def _checksum(tensor: Tensor) -> int:
-    """Checksum of dtype, shape and bytes."""
-    return zlib.crc32(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), _bytes_checksum(tensor))
-
-
-def _bytes_checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from leanstep.sparsity.functional import GRAD_FLOWS
-from leanstep.sparsity.patterns import NM
+from leanstep.sparsity.patterns import NM, abbreviate
 from leanstep.sparsity.training.controller import Controller, Score
 from leanstep.sparsity.training.methods import Method, resolve_schedule
 from leanstep.sparsity.training.modules import SparseLayer, install, plan_layers, spare_from_broadcast
@@ -111,8 +111,7 @@ def sparsify(
     controller = Controller(layers, plan, resolved, score, factor, mask_every, measure_every)
     empty = [f"{layer.name} ({layer.target})" for layer in layers if layer.target.n == 0]
     if empty:
-        more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
-        warnings.warn(f"sparsify: patterns 0:M prune every weight of {', '.join(empty[:5])}{more}", stacklevel=2)
+        warnings.warn(f"sparsify: patterns 0:M prune every weight of {abbreviate(empty)}", stacklevel=2)
     for layer in layers:
         install(layer, flow, resolved.continuous)
     spare_from_broadcast(model)
