@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 
-from leanstep.kernels import StepOptions, audit
+from leanstep.kernels import StepOptions
+from leanstep.kernels.triton_impl import audit
 
 pytest.importorskip("triton")
 
