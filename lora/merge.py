@@ -9,17 +9,17 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from leanstep._torch import is_dtensor, plain_name, unwrapped
-from leanstep.lora.apply import adapted_experts, adapted_layers, all_adapters, token_layers
+from leanstep.lora.apply import adapted_experts, adapted_layers, token_layers
 from leanstep.lora.layers.embedding import LoRAEmbeddingLayer
 from leanstep.lora.layers.experts import LoRAExpertsLayer
 from leanstep.lora.layers.frozen import quantized_kind
-from leanstep.lora.layers.linear import LoRALayer, LoRALinearLayer
+from leanstep.lora.layers.linear import Adapter, LoRALayer, LoRALinearLayer
 from leanstep.lora.layers.pissa import start_factors
 from leanstep.lora.layers.rule import dora_factor
 from leanstep.lora.layers.tokens import TokenLayer, check_tokens, merge_tokens, unmerge_tokens
@@ -103,21 +103,21 @@ def merge(model: nn.Module, *, keep_mask: bool = False, backup: bool = False) ->
         again.
     """
     model = unwrapped(model)
-    layers, experts = dict(adapted_layers(model)), dict(adapted_experts(model))
-    if not layers and not experts:
+    layers, places = dict(adapted_layers(model)), _places(model)
+    if not places:
         raise ValueError("merge: the model has no adapters")
-    for name, module in experts.items():
-        _check_experts(name, module)
+    for place in places:
+        if place.adapter.merged:
+            raise ValueError(f"merge: {place.name} is merged already")
+        if place.is_layer:
+            if keep_mask and start_factors(place.module) is not None:
+                raise ValueError(
+                    f"merge: {place.name} began with PiSSA, so its base weight has no zeros to keep; unset keep_mask"
+                )
+            _check_mergeable(place.name, place.module)
+        # checks one weight at a time before any change, without a copy of the model
+        _check_finite(f"the merged weight of {place.name}", place.merged(keep_mask), place.weight)
     for name, layer in layers.items():
-        if layer.lora.merged:
-            raise ValueError(f"merge: {name} is merged already")
-        if keep_mask and start_factors(layer) is not None:
-            raise ValueError(
-                f"merge: {name} began with PiSSA, so its base weight has no zeros to keep; unset keep_mask"
-            )
-        _check_mergeable(name, layer)
-        # checks one layer at a time before any change, without a copy of the model
-        _check_finite(f"the merged weight of {name}", merged_weight(layer, keep_mask), layer.weight)
         if _has_bias_on_b(layer):
             _check_finite(f"the merged bias of {name}", _bias(layer) + _bias_shift(layer), _bias(layer))
     tokens = dict(token_layers(model))
@@ -132,33 +132,23 @@ def merge(model: nn.Module, *, keep_mask: bool = False, backup: bool = False) ->
             for holder in group
             if holder.changed
         }
-    for name, layer in layers.items():
-        exact, weight = merged_weight(layer, keep_mask), layer.weight
-        mask = weight != 0 if keep_mask or layer.lora.keep_zeros else None
-        original = weight.detach().clone() if backup and f"{name}.weight" not in report.untied else None
-        factor = _dora_factors(layer)
+    for place in places:
+        adapter, weight, exact = place.adapter, place.weight, place.merged(keep_mask)
+        mask = weight != 0 if keep_mask or adapter.keep_zeros else None
+        original = weight.detach().clone() if backup and place.parameter not in report.untied else None
+        factor = _dora_factors(place.module) if place.is_layer else None
         small = None if original is not None or factor is None else _small_rows(weight.detach(), factor)
-        keeps_bias = backup and _has_bias_on_b(layer) and f"{name}.bias" not in report.untied
-        bias = _bias(layer).detach().clone() if keeps_bias else None
-        layer.lora.undo = _Undo(original, factor, mask, small, bias)
+        adapter.undo = _Undo(original, factor, mask, small)
         weight.copy_(exact)
-        report.layers[name] = float((weight.to(exact.dtype) - exact).abs().max()) if exact.numel() else 0.0
+        report.layers[place.name] = float((weight.to(exact.dtype) - exact).abs().max()) if exact.numel() else 0.0
         if mask is not None:
-            report.masked[name] = int((~mask).sum())
-        layer.lora.merged, layer.lora.norms = True, None
+            report.masked[place.name] = int((~mask).sum())
+        adapter.merged, adapter.norms = True, None
+    for name, layer in layers.items():
         if _has_bias_on_b(layer):
+            keeps_bias = backup and f"{name}.bias" not in report.untied
+            layer.lora.undo.bias = _bias(layer).detach().clone() if keeps_bias else None
             _bias(layer).add_(_bias_shift(layer))
-    for module in experts.values():
-        for leaf, adapter in module.lora.items():
-            weight, exact = getattr(module, leaf), _summed_parameter(module, leaf)
-            mask = weight != 0 if keep_mask else None
-            adapter.undo = _Undo(weight.detach().clone() if backup else None, None, mask, None)
-            weight.copy_(exact if mask is None else torch.where(mask, exact, 0.0))
-            drift = (weight.to(exact.dtype) - exact).abs()
-            report.layers[adapter.name] = float((drift if mask is None else drift * mask).max())
-            if mask is not None:
-                report.masked[adapter.name] = int((~mask).sum())
-            adapter.merged = True
     for name, trained in tokens.items():
         report.layers[name] = merge_tokens(trained, keep_mask)
         if keep_mask and trained.tokens.undo is not None:
@@ -166,17 +156,46 @@ def merge(model: nn.Module, *, keep_mask: bool = False, backup: bool = False) ->
     return report
 
 
-def _summed_parameter(module: LoRAExpertsLayer, leaf: str) -> Tensor:
-    """The merged parameter of experts, in fp32 or fp64."""
-    weight = getattr(module, leaf)
-    return module.summed(leaf).to(torch.promote_types(weight.dtype, torch.float32))
+class _Place(NamedTuple):
+    """A base weight under an adapter: of a layer, or the parameter of experts that ``attribute`` names."""
+
+    name: str
+    module: Any
+    attribute: str = "weight"
+
+    @property
+    def is_layer(self) -> bool:
+        return isinstance(self.module, LoRALayer)
+
+    @property
+    def adapter(self) -> Adapter:
+        return self.module.lora if self.is_layer else self.module.lora[self.attribute]
+
+    @property
+    def parameter(self) -> str:
+        return f"{self.name}.weight" if self.is_layer else self.name
+
+    @property
+    def weight(self) -> Tensor:
+        return getattr(self.module, self.attribute)
+
+    def merged(self, keep_mask: bool = False) -> Tensor:
+        """The merged weight, in fp32 or fp64."""
+        if self.is_layer:
+            return merged_weight(self.module, keep_mask)
+        exact = self.module.summed(self.attribute).to(torch.promote_types(self.weight.dtype, torch.float32))
+        return torch.where(self.weight != 0, exact, 0.0) if keep_mask else exact
+
+    def without_update(self, exact: Tensor) -> Tensor:
+        """A merged weight, after division by DoRA's factors, without the product of the factors."""
+        # of experts: the sum with the opposite sign
+        return exact - _update(self.module) if self.is_layer else 2 * exact - self.merged()
 
 
-def _check_experts(name: str, module: LoRAExpertsLayer) -> None:
-    for leaf, adapter in module.lora.items():
-        if adapter.merged:
-            raise ValueError(f"merge: {name} is merged already")
-        _check_finite(f"the merged {name}.{leaf}", _summed_parameter(module, leaf), getattr(module, leaf))
+def _places(model: nn.Module) -> list[_Place]:
+    places = [_Place(name, layer) for name, layer in adapted_layers(model)]
+    experts = (module for _, module in adapted_experts(model))
+    return places + [_Place(adapter.name, module, leaf) for module in experts for leaf, adapter in module.lora.items()]
 
 
 def _check_finite(what: str, exact: Tensor, stored: Tensor) -> None:
@@ -219,41 +238,31 @@ def unmerge(model: nn.Module) -> MergeReport:
         come back exactly, because :func:`merge` stores them.
     """
     model = unwrapped(model)
-    layers, adapters = dict(adapted_layers(model)), all_adapters(model)
-    if not adapters or not all(adapter.merged for adapter in adapters):
+    places = _places(model)
+    if not places or not all(place.adapter.merged for place in places):
         raise ValueError("unmerge: expected a model with merged adapters")
     report = MergeReport()
     restored = retie(model)
-    for name, layer in layers.items():
-        undo, weight = layer.lora.undo, layer.weight
-        report.layers[name] = 0.0
+    for place in places:
+        undo, weight = place.adapter.undo, place.weight
+        report.layers[place.name] = 0.0
         if undo.backup is not None:
             weight.copy_(undo.backup)
-        elif f"{name}.weight" not in restored:
+        elif place.parameter not in restored:
             largest = weight.abs().max() if weight.numel() else weight.new_zeros(())
-            report.layers[name] = float(largest) * torch.finfo(weight.dtype).eps
+            report.layers[place.name] = float(largest) * torch.finfo(weight.dtype).eps
             exact = _widened(weight)
             if undo.factor is not None:
                 exact = exact / torch.where(undo.factor == 0, 1.0, undo.factor)
-            exact = exact - _update(layer)
+            exact = place.without_update(exact)
             weight.copy_(exact if undo.mask is None else torch.where(undo.mask, exact, 0.0))
             if undo.small is not None:
                 weight.index_copy_(_output_dim(undo.factor), *undo.small)
+    for name, layer in adapted_layers(model):
         if f"{name}.bias" not in restored and _has_bias_on_b(layer):
             _bias(layer).copy_(base_bias(layer))
-        layer.lora.merged, layer.lora.undo, layer.lora.norms = False, None, None
-    for _, module in adapted_experts(model):
-        for leaf, adapter in module.lora.items():
-            weight, undo = getattr(module, leaf), adapter.undo
-            report.layers[adapter.name] = 0.0
-            if undo.backup is not None:
-                weight.copy_(undo.backup)
-            else:
-                report.layers[adapter.name] = float(weight.abs().max()) * torch.finfo(weight.dtype).eps
-                # the sum with the opposite sign
-                exact = 2 * _widened(weight) - _summed_parameter(module, leaf)
-                weight.copy_(exact if undo.mask is None else torch.where(undo.mask, exact, 0.0))
-            adapter.merged, adapter.undo = False, None
+    for place in places:
+        place.adapter.merged, place.adapter.undo, place.adapter.norms = False, None, None
     for name, trained in token_layers(model):
         unmerge_tokens(trained)
         report.layers[name] = 0.0
@@ -312,7 +321,7 @@ def _merged_tensor(name: str, module: Any, key: str, value: Tensor, with_rows: d
             return merged_weight(module).to(value.dtype)
         return value + _bias_shift(module) if key == "bias" and _has_bias_on_b(module) else value
     if isinstance(module, LoRAExpertsLayer) and key in module.lora and not module.lora[key].merged:
-        return _summed_parameter(module, key).to(value.dtype)
+        return _Place(name, module, key).merged().to(value.dtype)
     if isinstance(module, TokenLayer) and not module.tokens.merged and key == "weight":
         check_tokens(name, module)
         rows = id(module.lora_token_rows)

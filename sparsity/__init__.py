@@ -1,7 +1,6 @@
 """N:M sparsity: patterns, masks, schedules, and sparse training."""
 
-from leanstep.sparsity.compressed import export_compressed, load_compressed
-from leanstep.sparsity.controller import Controller
+from leanstep.sparsity.files import export_compressed, load_compressed
 from leanstep.sparsity.functional import s_ste_scale, s_ste_weight, sparse_weight
 from leanstep.sparsity.inference import (
     Export,
@@ -11,20 +10,21 @@ from leanstep.sparsity.inference import (
     load_sparse,
     to_few_token_linear,
 )
-from leanstep.sparsity.masks import is_nm, nm_mask
-from leanstep.sparsity.methods import sparsify
 from leanstep.sparsity.patterns import NM, match_patterns
-from leanstep.sparsity.schedules import Schedule, Stage
-from leanstep.sparsity.scores import (
+from leanstep.sparsity.semi_structured import Conversion, to_semi_structured
+from leanstep.sparsity.squash import plain_state_dict, squash
+from leanstep.sparsity.training.controller import Controller
+from leanstep.sparsity.training.masks import is_nm, nm_mask
+from leanstep.sparsity.training.schedules import Schedule, Stage
+from leanstep.sparsity.training.scores import (
     ObsMask,
     magnitude,
     magnitude_times_activation,
     magnitude_times_gradient,
     nm_obs_mask,
 )
-from leanstep.sparsity.semi_structured import Conversion, to_semi_structured
-from leanstep.sparsity.squash import plain_state_dict, squash
-from leanstep.sparsity.transposable import transposable_mask
+from leanstep.sparsity.training.sparsify import sparsify
+from leanstep.sparsity.training.transposable import transposable_mask
 from leanstep.sparsity.verify import Verification, verify
 
 __all__ = [

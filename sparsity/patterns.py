@@ -124,7 +124,10 @@ def match_patterns(names: Iterable[str], patterns: Mapping[str, NM | str] | NM |
     return matched
 
 
-def _listed(names: list[str], most: int = 40) -> str:
-    """List up to ``most`` names for a message."""
-    shown = ", ".join(map(repr, names[:most])) or "no names"
-    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+def abbreviate(names: list[str], most: int = 5) -> str:
+    """List up to ``most`` names for a message, and say how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _listed(names: list[str]) -> str:
+    return abbreviate(list(map(repr, names)), 40) or "no names"

@@ -12,8 +12,8 @@ from torch.nn.utils import parametrize
 
 from leanstep._files import one_line
 from leanstep._torch import is_conv1d
-from leanstep.sparsity.masks import violations
 from leanstep.sparsity.patterns import NM
+from leanstep.sparsity.training.masks import violations
 
 _SUBCLASSES = {
     "cusparselt": torch.sparse.SparseSemiStructuredTensorCUSPARSELT,

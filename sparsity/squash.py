@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from leanstep._torch import is_dtensor
-from leanstep.sparsity.modules import SparseLayer, SparseWeight, original_key, remove, sparse_layers, stop_sparing
+from leanstep.sparsity.training.modules import (
+    SparseLayer,
+    SparseWeight,
+    original_key,
+    remove,
+    sparse_layers,
+    stop_sparing,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from leanstep.sparsity.controller import Controller
+from leanstep.sparsity.training.controller import Controller
 
 __all__ = ["SparsityCallback"]
 

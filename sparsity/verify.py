@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from leanstep._checkpoint import TensorFile, index_files, load_pickled, read_json, reason
 from leanstep._files import one_line
-from leanstep.sparsity.compressed import is_compressed, load_compressed
+from leanstep.sparsity.files import is_compressed, load_compressed
 from leanstep.sparsity.inference.load import check_declared
 from leanstep.sparsity.inference.reader import SparseFiles, is_sparse_file
-from leanstep.sparsity.masks import group_dims, pattern_of, violations
 from leanstep.sparsity.patterns import NM, match_patterns
 from leanstep.sparsity.squash import plain_state_dict
+from leanstep.sparsity.training.masks import group_dims, pattern_of, violations
 
 # optional file of a checkpoint folder: {"NAME": {"pattern": "1:8", "dim": 1}}
 PATTERNS_FILE = "sparsity.json"

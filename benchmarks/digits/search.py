@@ -15,7 +15,7 @@ from comparison.training import start_worker
 
 from digits.tables import FINALISTS, Cell, Judged
 from digits.training import FINETUNE, WEIGHT_DECAY, Run, train
-from leanstep.sparsity.methods import SRSTE_LAMBDA
+from leanstep.sparsity.training.methods import SRSTE_LAMBDA
 
 PATTERNS = ("2:4", "1:4", "1:8", "1:16", "1:32")
 DECAYS = ("mdgf-exponential", "mdgf-linear", "sdgf-stepwise", "sdgf-geometric")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from leanstep.sparsity import Schedule, sparsify, squash, verify
-from leanstep.sparsity.methods import METHODS
+from leanstep.sparsity.training.methods import METHODS
 
 LAYERS = ("*.mlp.*", "*.[qkv]_proj")
 MODEL = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -30,7 +30,7 @@ class Run(NamedTuple):
 
     Attributes:
         kind: "tune" or "judge": the held-out images that test it.
-        method: of :data:`leanstep.sparsity.methods.METHODS`, or "dense", which has no pattern.
+        method: of :data:`leanstep.sparsity.training.methods.METHODS`, or "dense", which has no pattern.
         pattern: target, as "1:8".
         seed: of the initial weights and the order of the images.
         steps: number of steps.

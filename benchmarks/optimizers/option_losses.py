@@ -8,8 +8,8 @@ pairs: a row has the mean difference to the row above it that it is compared wit
 which takes two seeds or more. Commands with different seeds may share the folder and run at the same time.
 
 The table "int8" has all averages in 8 bits, those of the AdamW fallback too, except those of vectors. "int8-micro" has
-them on llama-micro, which needs `leanstep data build english`. "qk-clip" also prints each run's largest logit, and how
-many heads were clipped in all.
+them on llama-micro, which needs `python benchmarks recipes/english`. "qk-clip" also prints each run's largest logit,
+and how many heads were clipped in all.
 """
 
 from __future__ import annotations

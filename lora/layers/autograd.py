@@ -19,7 +19,6 @@ from torch.autograd.function import once_differentiable
 from leanstep.kernels import lora_dropout, product
 from leanstep.kernels._backend import on_remembered_backend, remember_backend
 from leanstep.lora.layers import rule
-from leanstep.lora.layers.changes import ADVICE, watched, without_changed
 from leanstep.lora.layers.contraction import ContractionPath
 
 
@@ -36,6 +35,11 @@ class Weights(NamedTuple):
 
 
 _FIELDS = len(Weights._fields)
+_ADVICE = (
+    "An input of an adapted layer, or the output of one with DoRA and a frozen A, was changed in place after it was "
+    "computed, as nn.ReLU(inplace=True) does; change a copy, or let DoRA keep its products with "
+    'LoraConfig(save="full")'
+)
 
 
 @dataclass(frozen=True)
@@ -266,7 +270,7 @@ def saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
     except RuntimeError as error:
         if any(setting.save == "min" for setting in ctx.settings) and "inplace operation" in str(error):
             # only inputs and DoRA's outputs are saved here and visible to other code
-            raise RuntimeError(f"{error}\n{ADVICE}") from None
+            raise RuntimeError(f"{error}\n{_ADVICE}") from None
         raise
 
 
@@ -385,7 +389,7 @@ def _magnitude_gradient(layer: LayerPass, inner: InnerGradients, x: Tensor | Non
         divisor = weights.magnitude.to(weights.norm.dtype)
     elif layer.z is None:
         if x is None:
-            raise RuntimeError(ADVICE)
+            raise RuntimeError(_ADVICE)
         dropped = lora_dropout(x, setting.dropout, layer.seed)
         base = product(dropped, dense_weight(setting, weights.weight, x.dtype).t())
         h, b = rule.hidden(dropped, weights.a.to(x.dtype)), weights.b.to(x.dtype)
@@ -404,3 +408,35 @@ def input_gradient(layer: LayerPass, inner: InnerGradients, dx: Tensor | None) -
     split = weights.magnitude is not None and setting.dropout > 0
     dy, masked_dy = (inner.dy, inner.dz - inner.dy) if split else (inner.dz, None)
     return rule.gradient_of_input(dy, w, inner.e, a, setting.scale, setting.dropout, layer.seed, dx, masked_dy)
+
+
+class _Count(NamedTuple):
+    """A tensor without memory that shares a tensor's count of in-place changes, and the count in forward."""
+
+    counter: Tensor
+    version: int
+
+
+def watched(ctx: Any, saved: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The saved (H, Z, Y) of every layer in one list, with Y in a form that may be changed; fills ``ctx.counts``.
+
+    Y is the layer's output, which other code sees and may change in place, as ``nn.SiLU(inplace=True)`` does. torch
+    would refuse to return it in backward, where the layer can recompute its Z instead. So Y is saved without its count
+    of changes, and the count is kept beside it, without the memory of Y, which hooks of saved tensors may move.
+    """
+    tensors = list(saved)
+    for i in range(2, len(tensors), 3):
+        y = tensors[i]
+        # a compiled program has no changes in place, and subclasses, such as fake tensors, do not reveal them
+        if y is not None and not torch.compiler.is_compiling() and type(y) is Tensor and not y.is_inference():
+            counter = y.detach()
+            counter.data = torch.empty(0, dtype=y.dtype, device=y.device)
+            ctx.counts[i], tensors[i] = _Count(counter, counter._version), y.data
+    return tensors
+
+
+def without_changed(ctx: Any, saved: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """``saved`` with None for every Y that was changed since :func:`watched`."""
+    counts: dict[int, _Count] = ctx.counts
+    changed = {i for i, (counter, version) in counts.items() if counter._version != version}
+    return [None if i in changed else tensor for i, tensor in enumerate(saved)] if changed else saved

@@ -24,9 +24,9 @@ from leanstep.lora.layers.autograd import (
     saved_tensors,
     shared_hidden,
     tensors_to_save,
+    watched,
     weight_gradients,
 )
-from leanstep.lora.layers.changes import watched
 from leanstep.lora.layers.frozen import is_watched
 from leanstep.lora.layers.linear import FastLinear, FastPath, LoRALinearLayer, Mixin, autocasted, fast_linear, mixture
 

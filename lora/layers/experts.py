@@ -16,7 +16,16 @@ from torch import Tensor, nn
 
 from leanstep._torch import is_dtensor
 from leanstep.lora.layers.autograd import Setting, Weights, lora_linears
-from leanstep.lora.layers.linear import Adapter, FastPath, Mixin, autocasted, factor_type, mixture, why_not_fast
+from leanstep.lora.layers.linear import (
+    Adapter,
+    FastPath,
+    Mixin,
+    autocasted,
+    factor_type,
+    mixture,
+    restore_class,
+    why_not_fast,
+)
 
 
 class LoRAExpertsLayer(Mixin):
@@ -197,11 +206,8 @@ def attach_experts(module: Any, adapters: dict[str, Adapter], init: bool | str) 
 
 
 def detach_experts(module: Any) -> None:
-    """Remove the adapters from a module, and restore the class it had before."""
-    base = next(iter(module.lora.values())).base
-    for name in ("lora_A", "lora_B", "lora"):
-        delattr(module, name)
-    module.__class__ = base
+    """Remove the adapters from a module."""
+    restore_class(module, next(iter(module.lora.values())).base, ("lora_A", "lora_B", "lora"))
 
 
 def file_keys(name: str, leaves: Sequence[str]) -> dict[str, str]:

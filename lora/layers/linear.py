@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -434,10 +435,14 @@ def _initialize(a: nn.Linear, b: nn.Linear, how: bool | str) -> None:
 
 
 def detach(module: Any) -> None:
-    """Remove the adapter from a linear layer or an embedding, and restore the class it had before."""
-    base = module.lora.base
+    """Remove the adapter from a linear layer or an embedding."""
     factors = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
-    for name in (*factors, START_A, START_B, "lora", "siblings"):
+    restore_class(module, module.lora.base, (*factors, START_A, START_B, "lora", "siblings"))
+
+
+def restore_class(module: Any, base: Any, names: Iterable[str]) -> None:
+    """Remove the attributes of an adapter from a module, and give it the class that it had before."""
+    for name in names:
         if hasattr(module, name):
             delattr(module, name)
     module.__class__ = base

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from leanstep._torch import is_dtensor
-from leanstep.lora.layers.linear import Mixin, factor_type, mixture
+from leanstep.lora.layers.linear import Mixin, factor_type, mixture, restore_class
 
 # the parameter's name here, and in PEFT's files
 ROWS, IN_FILES = "lora_token_rows", "token_adapter.trainable_tokens_delta"
@@ -163,11 +163,9 @@ def attach_tokens(module: Any, name: str, indices: list[int], owner: nn.Module |
 
 
 def detach_tokens(module: Any) -> None:
-    """Remove the trained rows of a module, and restore the class it had before. Merged rows stay in the weight."""
-    base, rows = module.tokens.base, () if module.tokens.shares else (ROWS,)
-    for name in (*rows, "lora_tokens", "lora_token_order", "tokens"):
-        delattr(module, name)
-    module.__class__ = base
+    """Remove the trained rows of a module. Merged rows stay in the weight."""
+    rows = () if module.tokens.shares else (ROWS,)
+    restore_class(module, module.tokens.base, (*rows, "lora_tokens", "lora_token_order", "tokens"))
 
 
 def check_tokens(name: str, module: Any) -> None:

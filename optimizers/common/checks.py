@@ -61,6 +61,8 @@ REMOVED: Mapping[str, Mapping[str, Removed]] = {
             lambda rank, group: group.get("compression") != "lowrank",
         ),
         "shard_window": Removed("leave it out; torch.distributed.fsdp.fully_shard shards windows", _only(False)),
+        # one value of an option that stays; its rows are converted when they are loaded
+        "storage='fp16'": Removed("leave storage out, which also continues a saved state, or write 'bf16'", _only()),
         "momentum_on": Removed("write momentum= alone", _only("update")),
         "precondition": Removed("leave it out", _only("row")),
         "precondition_every": Removed("leave it out: every step solves", _only(1)),

@@ -94,8 +94,8 @@ class StateLoading:
             before.remove()
             after.remove()
 
-    def _in_memory(self, states: dict[Any, Any]) -> dict[Any, Any]:
-        """Return the saved states in the form that they have in memory. States may be damaged here."""
+    def _in_memory(self, states: dict[Any, Any], groups: list[dict[str, Any]]) -> dict[Any, Any]:
+        """Return the saved states in the form that they have in memory. States and groups may be damaged here."""
         return states
 
     def _check_entries(self, group: dict[str, Any]) -> None:
@@ -236,7 +236,7 @@ def _upgraded(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> dict[str,
 
     gone = REMOVED.get(owner, {}).keys() - optimizer._group_entries.keys()
     groups = [{k: v for k, v in renamed(group).items() if k not in gone} for group in state_dict["param_groups"]]
-    states = optimizer._in_memory({param_id: renamed(state) for param_id, state in state_dict["state"].items()})
+    states = optimizer._in_memory({key: renamed(state) for key, state in state_dict["state"].items()}, groups)
     return {**state_dict, "state": states, "param_groups": groups}
 
 

@@ -276,7 +276,7 @@ class LANTON(MarkedHalves, LeanOptimizer):
         packed = super().state_dict()
         return {**packed, "state": reshaped_estimates(packed["state"], (1,), ())}
 
-    def _in_memory(self, states: dict[Any, Any]) -> dict[Any, Any]:
+    def _in_memory(self, states: dict[Any, Any], groups: list[dict[str, Any]]) -> dict[Any, Any]:
         return reshaped_estimates(states, (), (1,))
 
     def _state_shapes(self, group: dict[str, Any], param: Tensor) -> dict[str, tuple[int, ...]]:

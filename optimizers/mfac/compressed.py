@@ -120,7 +120,7 @@ class SparseRows(DenseRows):
         self.layouts = [sparse_layout(e.numel(), density, b) for e, b in zip(self.errors, blocks, strict=True)]
 
     @override
-    def encode(self, vectors: Sequence[Tensor], largest: Tensor | None = None) -> None:
+    def encode(self, vectors: Sequence[Tensor]) -> None:
         dtype = self.values[0].dtype
         self.sums = [e + v.to(e.dtype).view(e.shape) for e, v in zip(self.errors, vectors, strict=True)]
         self.entries = [top_k(a, layout, dtype) for a, layout in zip(self.sums, self.layouts, strict=True)]

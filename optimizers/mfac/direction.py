@@ -12,14 +12,14 @@ from torch import Tensor
 
 from leanstep._torch import local_part
 from leanstep.kernels.fisher.inverse_fisher import EIGEN, OK
-from leanstep.kernels.reference.fisher.gradient_window import row_scale, wide_dtype
+from leanstep.kernels.reference.fisher.gradient_window import wide_dtype
 from leanstep.kernels.steps.common import nonfinite_flags
 from leanstep.optimizers.common.sharding import Reducer, Reduction, together
 from leanstep.optimizers.mfac import rule
 from leanstep.optimizers.mfac.window import Columns, DenseRows, Piece, combination_dtype, pieces_of
 
 # the state of a scope, among the entries of the parameter that holds it
-SCOPE_KEYS = ("gram", "counters", "stats", "window_scale")
+SCOPE_KEYS = ("gram", "counters", "stats")
 
 # columns of a scope's `stats`, one row per Gram matrix
 # ("unused": saved states have six columns)
@@ -82,7 +82,6 @@ class ScopeBatch:
         self.gram_count = sum(counts)
         self.masked = any("mask" in state for p in problems for state in p.states)
         self.param_keys = [(i, k) for i, p in enumerate(problems) for k in range(len(p.vectors))]
-        self.scales = self._joined("window_scale") if "window_scale" in problems[0].scope_state else None
         # equal on every process, even if one has an empty shard
         self.group_sets = list(dict.fromkeys(columns.groups for p in problems for columns in p.columns))
         self.row_sets = self._make_row_sets()
@@ -102,10 +101,7 @@ class ScopeBatch:
                 vector = problem.vectors[k]
                 key = (columns.groups, vector.device, row_format, state[row_format.key].dtype, wide_dtype(vector.dtype))
                 sets.setdefault(key, []).extend(pieces)
-        return [
-            (row_format(pieces, self.settings, None if self.scales is None else self.scales.to(device)), groups)
-            for (groups, device, row_format, *_), pieces in sets.items()
-        ]
+        return [(row_format(pieces, self.settings), groups) for (groups, _, row_format, *_), pieces in sets.items()]
 
     def _vector_of(self, piece: Piece) -> Tensor:
         i, k = self.param_keys[piece.param_index]
@@ -114,7 +110,8 @@ class ScopeBatch:
 
     def solve(self) -> Reducer[list[Direction]]:
         """Compute dots of the new rows, write them, and solve. A scope with a non-finite gradient is not changed."""
-        yield from self._encode()
+        for (rows, _), vectors in zip(self.row_sets, self.vectors, strict=True):
+            rows.encode(vectors)
         dots, squares, nonfinite = yield from self._compare()
         flags, valid = self._check_finite(squares, nonfinite)
         updates: dict[int, list[Tensor]] = {}
@@ -128,15 +125,6 @@ class ScopeBatch:
         for (i, _), flag in zip(self.param_keys, flags, strict=True):
             by_scope[i].append(flag)
         return [Direction(updates.get(i), flags) for i, flags in enumerate(by_scope)]
-
-    def _encode(self) -> Reducer[None]:
-        """Convert new rows to their stored format; for fp16 reduce their largest entries over processes first."""
-        self.largest = None
-        if self.scales is not None:
-            values = [(rows.largest(v), groups) for (rows, groups), v in zip(self.row_sets, self.vectors, strict=True)]
-            self.largest = yield from self._over_processes(values, (self.gram_count,), torch.float32, "max")
-        for (rows, _), vectors in zip(self.row_sets, self.vectors, strict=True):
-            rows.encode(vectors, None if self.largest is None else self.largest.to(vectors[0].device))
 
     def _compare(self) -> Reducer[tuple[Tensor, Tensor, Tensor]]:
         """Return dots with the stored rows [grams, n], squared norms [grams] and flags per parameter; one reduction.
@@ -159,7 +147,7 @@ class ScopeBatch:
             for piece, flag in zip(rows.pieces, nonfinite_flags(vectors).to(torch.float64), strict=True):
                 flags[piece.param_index] += flag
             values.append((torch.cat([table.view(-1), flags]), groups))
-        reduced = yield from self._over_processes(values, (total + len(self.param_keys),))
+        reduced = yield from self._over_processes(values, total + len(self.param_keys))
         table = reduced[:total].view(self.gram_count, columns)
         self.excluded = table[:, width + 1] if self.masked else None
         return table[:, :width], table[:, width], reduced[total:]
@@ -196,13 +184,6 @@ class ScopeBatch:
             state = self.problems[i].scope_state
             state["counters"] += 1
             rule.write_gram_row(state["gram"], gram_rows[self.grams_of_scope[i]], self.index)
-        if self.largest is not None:
-            scales = row_scale(self.largest)
-            for i in valid:
-                self.problems[i].scope_state["window_scale"][:, self.index] = scales[self.grams_of_scope[i]]
-            self.scales = self._joined("window_scale")
-            for rows, _ in self.row_sets:
-                rows.scales = self.scales[: rows.gram_count].to(rows.rows[0].device)
 
     def _coefficients(self, valid: list[int]) -> Tensor:
         """Return the coefficients [grams, n], and update the statistics."""
@@ -253,22 +234,11 @@ class ScopeBatch:
                 by_scope[i].append(updates.get(param_index, empty))
         return by_scope
 
-    def _over_processes(
-        self,
-        values: list[tuple[Tensor, tuple[Any, ...]]],
-        shape: tuple[int, ...],
-        dtype: torch.dtype = torch.float64,
-        op: str = "sum",
-    ) -> Reducer[Tensor]:
-        """Reduce values over their process groups, and return the sum (or maximum) of the results."""
-        combine = torch.maximum if op == "max" else torch.add
-        sets = {groups: torch.zeros(shape, dtype=dtype, device=self.device) for groups in self.group_sets}
+    def _over_processes(self, values: list[tuple[Tensor, tuple[Any, ...]]], size: int) -> Reducer[Tensor]:
+        """Sum vectors over their process groups, and return the sum of the results, fp64 [size]."""
+        sets = {groups: torch.zeros(size, dtype=torch.float64, device=self.device) for groups in self.group_sets}
         for value, groups in values:
-            target = sets[groups][: value.shape[0]]
-            target.copy_(combine(target, value.to(self.device, dtype)))
+            sets[groups].add_(value.to(self.device))
         for level in range(max(map(len, sets), default=0)):
-            yield [Reduction(total, groups[level], op) for groups, total in sets.items() if len(groups) > level]
-        result = torch.zeros(shape, dtype=dtype, device=self.device)
-        for total in sets.values():
-            result = combine(result, total)
-        return result
+            yield [Reduction(total, groups[level]) for groups, total in sets.items() if len(groups) > level]
+        return sum(sets.values(), torch.zeros(size, dtype=torch.float64, device=self.device))

@@ -23,6 +23,8 @@ from leanstep.optimizers.mfac.saved import (
     WINDOW_RULES,
     check_loaded,
     check_loaded_states,
+    in_wide_storage,
+    new_scales,
     rules_of_rows,
 )
 from leanstep.optimizers.mfac.scopes import (
@@ -72,8 +74,8 @@ class MFAC(LeanOptimizer):
         scope: which gradients share a window. "model": all. "group": one window per group. "layer": one per module,
             by the parameters' names, or one per parameter without names. An int: one per block of that many
             consecutive elements of a parameter. A window has a Gram matrix of 8 m^2 bytes and a system of size m.
-        storage: dtype of rows: "fp32", "bf16", "fp16" (with one fp32 scale per row) or "fp64". None: bf16 with "topk",
-            else fp64 for fp64 parameters and fp32 for others. G G^T, g and u all use the stored rows.
+        storage: dtype of rows: "fp32", "bf16" or "fp64". None: bf16 with "topk", else fp64 for fp64 parameters and fp32
+            for others. G G^T, g and u all use the stored rows.
         compression: None: dense rows. "topk" (S-MFAC): store only the largest entries of every row of a matrix, with
             16-bit indices, and add the compression error to the next gradient. Vectors are stored uncompressed.
         density: fraction of entries that "topk" stores. 1 is bit-identical to dense rows of the same storage.
@@ -102,7 +104,7 @@ class MFAC(LeanOptimizer):
         ``window_indices`` [m, rows, k] and ``error`` (about 4 * density * m + 4 bytes per weight). Options add
         ``momentum_buffer`` (fp32) and ``mask``.
         The state of a scope's first trained parameter also has ``gram`` [blocks, m, m] in fp64, ``counters`` (steps,
-        rows) on the CPU, ``stats``, and ``window_scale`` for fp16. A resumed run continues bit-identically.
+        rows) on the CPU, and ``stats``. A resumed run continues bit-identically.
 
         A parameter without a gradient gets a row of zeros and does not move. A scope without any gradient takes no
         step. Parameters added later (``add_param_group``) join their scope with rows of zeros.
@@ -114,8 +116,8 @@ class MFAC(LeanOptimizer):
         A step waits for the device once, to check that the gradient is finite; on a GPU once more, to factorize.
 
         Sharded parameters have windows with the same shards. A step needs one all-reduce per mesh dimension, of n + 1
-        numbers per Gram matrix (n + 2 with ``sparse``) and a flag per tensor, for all scopes; fp16 one more, of the
-        rows' largest entries. "topk" needs unsharded rows, a scope of blocks shards along dimension 0.
+        numbers per Gram matrix (n + 2 with ``sparse``) and a flag per tensor, for all scopes. "topk"
+        needs unsharded rows, a scope of blocks shards along dimension 0.
 
     References:
         Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free Approximations of Second-Order Information",
@@ -211,7 +213,12 @@ class MFAC(LeanOptimizer):
         state = super()._loadable_state(group, position, param)
         if param.numel():  # any parameter of a scope may hold the scope's state
             init_scope_state(state, param, group)
+            state["window_scale"] = new_scales(param, group)  # of rows in fp16, which earlier versions had
         return state
+
+    def _in_memory(self, states: dict[Any, Any], groups: list[dict[str, Any]]) -> dict[Any, Any]:
+        in_wide_storage(states, groups)
+        return states
 
     def _check_loaded_states(self, groups: list[dict[str, Any]], entries: list[Loaded]) -> None:
         check_loaded_states(groups, entries)

@@ -29,14 +29,13 @@ def shrinkage_at(gram: Tensor, shrinkage: float, weights: Tensor) -> Tensor:
 def gram_row(
     windows: Sequence[Tensor],
     gradient: Sequence[Tensor],
-    scales: Tensor | None = None,
     groups: Sequence[int] | None = None,
 ) -> Tensor:
     """Return G g, fp64 [n], or [grams, n] with ``groups``. Every list has one block of columns per parameter.
 
     Reads the window once.
     """
-    return row_dots(windows, gradient, scales=scales, groups=groups)
+    return row_dots(windows, gradient, groups=groups)
 
 
 def write_gram_row(gram: Tensor, row: Tensor, index: int) -> None:
@@ -59,12 +58,11 @@ def decrease_and_norm(gram: Tensor, coefficients: Tensor, newest: int) -> tuple[
 def direction(
     windows: Sequence[Tensor],
     coefficients: Tensor,
-    scales: Tensor | None = None,
     groups: Sequence[int] | None = None,
     out: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """Return u = G^T c, one block of columns per parameter. Reads the window once."""
-    return linear_combination(windows, coefficients, scales=scales, groups=groups, out=out)
+    return linear_combination(windows, coefficients, groups=groups, out=out)
 
 
 def average(buffer: Tensor, update: Tensor, momentum: float) -> Tensor:

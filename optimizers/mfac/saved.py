@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from leanstep._torch import is_dtensor, join_parts, local_part
 from leanstep.optimizers.common.checks import describe
 from leanstep.optimizers.common.loading import Loaded
 from leanstep.optimizers.common.saved_tensors import SHAPED, StateRule
 from leanstep.optimizers.mfac.compressed import SparseRows
-from leanstep.optimizers.mfac.scopes import scope_key
+from leanstep.optimizers.mfac.scopes import block_count, scope_key
+from leanstep.optimizers.mfac.window import columns_of, storage_dtype
 
 # settings that determine the format of a saved window
 STRUCTURAL = ("window", "scope", "storage", "compression", "density")
@@ -30,14 +33,37 @@ SCOPE_RULES = {
     "gram": _OF_SCOPE,
     "counters": _OF_SCOPE._replace(dtypes=(torch.int64,), cast=True, whole=True, least=0, most=2**53, on_host=True),
     "stats": _OF_SCOPE._replace(finite=False),
-    "window_scale": _OF_SCOPE,
 }
+# of rows in fp16, which earlier versions had
+_SCALE = "window_scale"
 
 
 def rules_of_rows(group: dict[str, Any]) -> dict[str, StateRule]:
     """Return what loading accepts as the rows of a window."""
     any_storage = group["storage"] is None and group["compression"] != "topk"
-    return dict.fromkeys(ROWS, StateRule(_WIDE if any_storage else (), finite=True))
+    rows = StateRule((*_WIDE, torch.float16) if any_storage else (), finite=True)
+    return {**dict.fromkeys(ROWS, rows), _SCALE: _OF_SCOPE}
+
+
+def in_wide_storage(states: dict[Any, Any], groups: list[dict[str, Any]]) -> None:
+    """Set ``storage="fp16"`` of saved groups to None. :func:`check_loaded_states` converts the rows.
+
+    Raises:
+        ValueError: a scale of the rows is missing.
+    """
+    fp16 = [group for group in groups if isinstance(group.get("storage"), str) and group["storage"] == "fp16"]
+    for group in fp16:
+        group["storage"] = None
+    if fp16 and any(isinstance(state, dict) and "gram" in state and _SCALE not in state for state in states.values()):
+        raise _error(
+            "rows in fp16 need their window_scale, which torch.distributed.checkpoint leaves out. Read the checkpoint "
+            "by torch.distributed.checkpoint.format_utils.dcp_to_torch_save"
+        )
+
+
+def new_scales(param: Tensor, group: dict[str, Any]) -> Tensor:
+    """Return what a scope of rows in fp16 had as their scales, fp32 [blocks, m]."""
+    return torch.ones(block_count(param, group["scope"]), group["window"], device=local_part(param).device)
 
 
 def check_loaded(groups: list[dict[str, Any]], loaded_groups: list[dict[str, Any]]) -> None:
@@ -61,7 +87,7 @@ def check_loaded(groups: list[dict[str, Any]], loaded_groups: list[dict[str, Any
 def check_loaded_states(groups: list[dict[str, Any]], entries: list[Loaded]) -> None:
     """Raise ValueError for missing masks, indices outside of their rows, and scopes without one Gram matrix."""
     states = {(e.group_index, e.position): e.state for e in entries}
-    scopes: dict[Any, list[tuple[str, dict[str, Any], dict[str, Any]]]] = {}
+    scopes: dict[Any, list[tuple[str, dict[str, Any], dict[str, Any], Tensor]]] = {}
     index = 0
     for group_index, group in enumerate(groups):
         for position, param in enumerate(group["params"]):
@@ -75,22 +101,38 @@ def check_loaded_states(groups: list[dict[str, Any]], entries: list[Loaded]) -> 
             if "window_indices" in state:
                 SparseRows.check_indices(name, state, group)
             if state and param.numel():
-                scopes.setdefault(scope_key(group, group_index, position, index), []).append((name, group, state))
+                key = scope_key(group, group_index, position, index)
+                scopes.setdefault(key, []).append((name, group, state, param))
             index += 1
     for members in scopes.values():
         _check_scope(members)
+        scales = [state.pop(_SCALE) for _, _, state, _ in members if _SCALE in state]
+        for name, group, state, param in members:
+            if "window" in state and state["window"].dtype == torch.float16:
+                if not scales:
+                    raise _error(f"the saved window of {name} is in fp16 and has no {_SCALE}")
+                state["window"] = _scaled(state["window"], local_part(scales[0]), group, param)
 
 
-def _check_scope(members: list[tuple[str, dict[str, Any], dict[str, Any]]]) -> None:
+def _scaled(window: Tensor, scales: Tensor, group: dict[str, Any], param: Tensor) -> Tensor:
+    """Return rows of fp16 times their scales, powers of two, in the dtype of new rows."""
+    rows, scope, factors = local_part(window), group["scope"], scales[0].view(-1, *[1] * param.dim())
+    if isinstance(scope, int):
+        indices = torch.arange(rows[0].numel(), device=rows.device) + (columns_of(param).offset or 0)
+        factors = scales[indices // scope].T.view(rows.shape)
+    scaled = rows.to(storage_dtype(group, param)) * factors
+    return join_parts(scaled, window, window.shape) if is_dtensor(window) else scaled
+
+
+def _check_scope(members: list[tuple[str, dict[str, Any], dict[str, Any], Tensor]]) -> None:
     """Raise ValueError unless exactly one of the parameters that share a window holds the scope's state."""
-    holders = [(name, group, state) for name, group, state in members if SCOPE_RULES.keys() & state.keys()]
+    holders = [(name, state) for name, _, state, _ in members if SCOPE_RULES.keys() & state.keys()]
     if len(holders) != 1:
         names = ", ".join(name for name, *_ in holders[:3]) or "none"
         hint = " (scope='layer' needs a state that was saved with names)" if members[0][1]["scope"] == "layer" else ""
         raise _error(f"expected one Gram matrix for the window of {members[0][0]}, got {len(holders)} ({names}){hint}")
-    ((name, group, state),) = holders
-    needed = {key for key in SCOPE_RULES if key != "window_scale" or group["storage"] == "fp16"}
-    if missing := needed - state.keys():
+    ((name, state),) = holders
+    if missing := SCOPE_RULES.keys() - state.keys():
         raise _error(f"the saved state of {name} has no {', '.join(sorted(missing))}")
 
 

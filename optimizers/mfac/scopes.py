@@ -42,7 +42,7 @@ class Scope(NamedTuple):
 
     entries: list[ScopeParam]  # the parameters that have state
     settings: dict[str, Any]  # that the groups of the scope share
-    # the state of the scope's first trainable parameter, with ``gram``, ``counters``, ``stats`` and ``window_scale``
+    # the state of the scope's first trainable parameter, with ``gram``, ``counters`` and ``stats``
     scope_state: dict[str, Any]
 
 
@@ -103,7 +103,7 @@ def _format_of(state: dict[str, Any], scope: str | int) -> type[DenseRows]:
 
 
 def init_scope_state(state: dict[str, Any], param: Tensor, settings: dict[str, Any]) -> None:
-    """Create a scope's Gram matrices, counters, statistics and (for fp16) scales of rows."""
+    """Create a scope's Gram matrices, counters and statistics."""
     m, device = settings["window"], local_part(param).device
     blocks = block_count(param, settings["scope"])
     state["gram"] = torch.zeros(blocks, m, m, dtype=torch.float64, device=device)
@@ -111,8 +111,6 @@ def init_scope_state(state: dict[str, Any], param: Tensor, settings: dict[str, A
     # torch.distributed.checkpoint takes integers
     state["counters"] = torch.zeros(2, dtype=torch.float64, device="cpu")
     state["stats"] = torch.zeros(blocks, len(STATS), dtype=torch.float64, device=device)
-    if settings["storage"] == "fp16":
-        state["window_scale"] = torch.ones(blocks, m, dtype=torch.float32, device=device)
 
 
 def move_scope_state(source: dict[str, Any], target: dict[str, Any], param: Tensor) -> None:
@@ -125,8 +123,7 @@ def move_scope_state(source: dict[str, Any], target: dict[str, Any], param: Tens
 
 def scope_state_bytes(param: Tensor, group: dict[str, Any]) -> int:
     """Return the bytes that :func:`init_scope_state` allocates on the device."""
-    m, scale = group["window"], 4 if group["storage"] == "fp16" else 0
-    return block_count(param, group["scope"]) * (8 * m * m + scale * m + 8 * len(STATS))
+    return block_count(param, group["scope"]) * 8 * (group["window"] ** 2 + len(STATS))
 
 
 def block_count(param: Tensor, scope: str | int) -> int:

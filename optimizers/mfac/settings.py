@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanstep.optimizers.common.checks import check_choice, check_count, check_flags, check_number, describe
+from leanstep.optimizers.common.checks import (
+    check_choice,
+    check_count,
+    check_flags,
+    check_number,
+    describe,
+    removed_from,
+)
 from leanstep.optimizers.mfac.window import STORAGES
 
 SCALINGS = ("window", "count")
@@ -36,6 +43,8 @@ def check_settings(group: dict[str, Any]) -> None:
     scope = group["scope"]
     if scope not in SCOPES and (isinstance(scope, bool) or not isinstance(scope, int) or scope < 1):
         raise ValueError(f"Invalid scope: {scope!r}; MFAC expects one of {SCOPES}, or an int: elements of a block")
+    if instead := removed_from("MFAC", [f"storage={group['storage']!r:.80}"]):
+        raise ValueError(f"MFAC: {instead}")
     check_choice("MFAC", "storage", group["storage"], (None, *STORAGES))
     check_choice("MFAC", "compression", group["compression"], COMPRESSIONS)
     check_number("MFAC", "density", group["density"], 0.0, 1.0)
@@ -54,8 +63,6 @@ def _check_positive(name: str, value: Any, expected: str) -> None:
 
 def _check_joint(group: dict[str, Any]) -> None:
     """Raise ValueError for settings that exclude each other."""
-    if group["compression"] and group["storage"] == "fp16":
-        raise ValueError("MFAC: storage='fp16' is for uncompressed rows; with a compression use 'bf16' or 'fp32'")
     if group["compression"] and isinstance(group["scope"], int):
         raise ValueError(
             f"MFAC: scope={group['scope']} (blocks) is for uncompressed rows; with compression="

@@ -16,11 +16,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from leanstep._torch import is_dtensor, local_part, place_like
-from leanstep.kernels.reference.fisher.gradient_window import row_scale, wide_dtype
+from leanstep.kernels.reference.fisher.gradient_window import wide_dtype
 from leanstep.optimizers.common.sharding import Shard, first_index, shard_of
 from leanstep.optimizers.mfac import rule
 
-STORAGES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+STORAGES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 # elements per fp64 copy: a window is never copied as a whole
 _CHUNK_ELEMENTS = 1 << 18
@@ -137,17 +137,15 @@ class DenseRows:
     Args:
         pieces: in the order of the parameters.
         settings: settings of their scopes.
-        scales: fp32 [grams, m], scales of fp16 rows; None otherwise.
     """
 
     key: ClassVar[str] = "window"  # state key of a tensor with the dtype of stored rows
 
-    def __init__(self, pieces: Sequence[Piece], settings: dict[str, Any], scales: Tensor | None = None) -> None:
+    def __init__(self, pieces: Sequence[Piece], settings: dict[str, Any]) -> None:
         self.pieces = pieces
         self.settings = settings
         self.grams = [piece.gram for piece in pieces]
         self.gram_count = max(piece.gram + piece.blocks for piece in pieces)
-        self.scales = None if scales is None else scales[: self.gram_count]
         self.rows: list[Tensor] = []
         self._bind_state()
 
@@ -175,38 +173,18 @@ class DenseRows:
     def _bind_state(self) -> None:
         self.windows = [local_part(p.state["window"]) for p in self.pieces]
 
-    def largest(self, vectors: Sequence[Tensor]) -> Tensor:
-        """Return the largest magnitude of every new row in these columns, fp32 [grams]."""
-        largest = torch.zeros(self.gram_count, dtype=torch.float32, device=vectors[0].device)
-        for piece, vector in zip(self.pieces, vectors, strict=True):
-            if vector.numel():
-                values = torch.linalg.vector_norm(vector.view(piece.blocks, -1), math.inf, dim=1).float()
-                largest[_grams(piece)] = torch.maximum(largest[_grams(piece)], values)
-        return largest
-
-    def encode(self, vectors: Sequence[Tensor], largest: Tensor | None = None) -> None:
-        """Convert new rows to their stored format, without writing them.
-
-        ``largest``: fp32 [grams], the largest magnitudes over all processes; needed with scales.
-        """
+    def encode(self, vectors: Sequence[Tensor]) -> None:
+        """Convert new rows to their stored format, without writing them."""
         dtype = self.windows[0].dtype
-        blocks = [v.reshape(piece.blocks, -1) for piece, v in zip(self.pieces, vectors, strict=True)]
-        if self.scales is None:
-            self.rows = [b.to(dtype) for b in blocks]
-            return
-        assert largest is not None
-        self.factors = row_scale(largest[: self.gram_count])
-        inverse = self.factors.reciprocal().unsqueeze(1)
-        self.rows = [(b.float() * inverse[_grams(p)]).to(dtype) for p, b in zip(self.pieces, blocks, strict=True)]
+        self.rows = [v.reshape(piece.blocks, -1).to(dtype) for piece, v in zip(self.pieces, vectors, strict=True)]
 
     def dots(self, n: int) -> Tensor:
         """Return the dots of the first ``n`` stored rows with the new one, fp64 [grams, n]."""
-        return self._scaled(rule.gram_row([w[:n] for w in self.windows], self.rows, self._scales(n), self.grams))
+        return rule.gram_row([w[:n] for w in self.windows], self.rows, self.grams)
 
     def squared_norms(self) -> Tensor:
         """Return the squared norms of the new rows, fp64 [grams]."""
-        squares = rule.gram_row([r.reshape(1, -1) for r in self.rows], self.rows, None, self.grams)
-        return self._scaled(self._scaled(squares)).squeeze(1)
+        return rule.gram_row([r.reshape(1, -1) for r in self.rows], self.rows, self.grams).squeeze(1)
 
     def write(self, index: int, grams: set[int]) -> None:
         """Store the new rows of the given Gram matrices at ``index``."""
@@ -222,13 +200,7 @@ class DenseRows:
         n = coefficients.shape[1]
         shaped = [o.view(w.shape[1:]) for o, w in zip(out, self.windows, strict=True)]
         rows = [w[:n] for w in self.windows]
-        rule.direction(rows, coefficients[: self.gram_count], self._scales(n), self.grams, shaped)
-
-    def _scales(self, n: int) -> Tensor | None:
-        return None if self.scales is None else self.scales[:, :n].contiguous()
-
-    def _scaled(self, dots: Tensor) -> Tensor:
-        return dots if self.scales is None else dots * self.factors.to(torch.float64).unsqueeze(1)
+        rule.direction(rows, coefficients[: self.gram_count], self.grams, shaped)
 
 
 class BlockRows(DenseRows):
@@ -253,24 +225,22 @@ class BlockRows(DenseRows):
             for chunk in _chunks(window):
                 products = window[:n, chunk].to(torch.float64, copy=True).mul_(row[chunk])
                 dots[piece.gram + chunk.start : piece.gram + chunk.stop] = products.sum(dim=-1).T
-        return self._scaled(dots if self.scales is None else dots * self.scales[:, :n])
+        return dots
 
     @override
     def squared_norms(self) -> Tensor:
         squares = torch.zeros(self.gram_count, 1, dtype=torch.float64, device=self.windows[0].device)
         for piece, row in zip(self.pieces, self.rows, strict=True):
             squares[_grams(piece), 0] = row.double().square().sum(dim=1)
-        return self._scaled(self._scaled(squares)).squeeze(1)
+        return squares.squeeze(1)
 
     @override
     def combine(self, coefficients: Tensor, out: list[Tensor]) -> None:
         n = coefficients.shape[1]
-        stored = coefficients[: self.gram_count]
-        stored = stored if self.scales is None else stored * self.scales[:, :n]
         for piece, window, result in zip(self.pieces, self.windows, out, strict=True):
             blocks = result.view(piece.blocks, -1)
             for chunk in _chunks(window):
-                weights = stored[piece.gram + chunk.start : piece.gram + chunk.stop].T.double().unsqueeze(-1)
+                weights = coefficients[piece.gram + chunk.start : piece.gram + chunk.stop].T.double().unsqueeze(-1)
                 blocks[chunk] = window[:n, chunk].to(torch.float64, copy=True).mul_(weights).sum(dim=0)
 
 

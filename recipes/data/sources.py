@@ -123,7 +123,7 @@ def find_files(path: str, kind: str = "text", key: str = "data.path") -> list[Pa
     near = difflib.get_close_matches(where.name, [neighbour.name for neighbour in where.parent.glob("*")], 1)
     hint = f"; did you mean '{where.parent / near[0]}'?" if near else f" (looked from {Path.cwd()})"
     if where.parent == Path("data/english"):
-        hint += "; `leanstep data build english` makes it"
+        hint += "; in a clone of leanstep, `python benchmarks recipes/english` makes it"
     raise ValueError(f"{key}: '{path}' {problem}{hint}")
 
 

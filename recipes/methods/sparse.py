@@ -12,10 +12,10 @@ from leanstep._checkpoint import TensorFile, load_tensors
 from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.training.checkpoint import CheckpointError
 from leanstep.sparsity import Controller, Schedule, sparsify
-from leanstep.sparsity.flops import FORMULA, Operations, training_operations
-from leanstep.sparsity.methods import METHODS
-from leanstep.sparsity.modules import SparseLayer, plan_layers, sparse_layers
 from leanstep.sparsity.squash import sparse_state
+from leanstep.sparsity.training.flops import FORMULA, Operations, training_operations
+from leanstep.sparsity.training.methods import METHODS
+from leanstep.sparsity.training.modules import SparseLayer, plan_layers, sparse_layers
 from leanstep.sparsity.verify import PATTERNS_FILE
 
 STATE_FILE = "sparsity.safetensors"

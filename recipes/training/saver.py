@@ -50,7 +50,7 @@ from leanstep.recipes.training.folder import RunFolder
 from leanstep.recipes.training.logger import RunLogger
 from leanstep.recipes.training.samples import TEMPERATURE, held_out_prompts, sample, word_starts
 from leanstep.sparsity import plain_state_dict
-from leanstep.sparsity.modules import sparse_layers
+from leanstep.sparsity.training.modules import sparse_layers
 
 _DONE = object()
 

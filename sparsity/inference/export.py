@@ -47,7 +47,7 @@ class Export:
 
     def why_slow(self) -> str | None:
         """Why one token takes longer with these weights than with dense ones on this CPU; None if it does not."""
-        return why_slower([form.matrix for form in self.forms.values()])
+        return why_slower([(rows, columns) for rows, columns in (form.matrix for form in self.forms.values())])
 
     def __str__(self) -> str:
         patterns = [form for form in self.forms.values() if form.pattern is not None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from torch import Tensor
@@ -10,8 +10,8 @@ from torch import Tensor
 from leanstep._checkpoint import TensorFile, check_finite, index_files
 from leanstep._configuration import check_folder
 from leanstep._files import one_line
-from leanstep.sparsity.inference.manifest import KEY, Manifest, checksum
-from leanstep.sparsity.inference.matrices import Form, check_parts, decompress, part_name
+from leanstep.sparsity.inference.manifest import KEY, Manifest
+from leanstep.sparsity.inference.matrices import Form, check_parts, decompress
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -22,6 +22,10 @@ class SparseFiles:
     Headers are checked on opening: the manifest's checksum and version, and that the files hold exactly the tensors of
     the manifests, in their dtypes and shapes. :meth:`check_content` reads all tensors.
 
+    Args:
+        paths: of the files.
+        read: reads the manifest of a file, where it is of another kind than :func:`export_folder` writes.
+
     Attributes:
         manifest: of all files together.
 
@@ -30,8 +34,9 @@ class SparseFiles:
         FileNotFoundError: if a file is missing.
     """
 
-    def __init__(self, paths: Iterable[Path]) -> None:
+    def __init__(self, paths: Iterable[Path], read: Callable[[TensorFile], Manifest] | None = None) -> None:
         self.manifest = Manifest()
+        self._read = read or (lambda file: Manifest.from_metadata(file.metadata))
         self._files: dict[Path, TensorFile] = {}
         self._owners: dict[str, TensorFile] = {}
         try:
@@ -53,7 +58,7 @@ class SparseFiles:
     def _open(self, path: Path) -> None:
         file = self._files[path] = TensorFile(path, writable=True).__enter__()
         try:
-            manifest = Manifest.from_metadata(file.metadata)
+            manifest = self._read(file)
             self.manifest.merge(manifest)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
@@ -90,16 +95,17 @@ class SparseFiles:
             check_finite([(name, self._tensor(name))], self._owners[name].path)
         for name, form in self.manifest.matrices.items():
             self._checked(name, check_parts, form)
-            values = part_name(name, form.parts[0])
+            values = self.manifest.part_name(name, form.parts[0])
             check_finite([(name, self._owners[values].tensor(values))], self._owners[values].path)
 
-    def dense_names(self) -> set[str]:
+    def dense_names(self) -> list[str]:
         """Names of the tensors that are stored as they are."""
-        return self._owners.keys() - self.manifest.part_names()
+        parts = self.manifest.part_names()
+        return [name for name in self._owners if name not in parts]
 
     def stored(self, path: Path) -> Iterator[tuple[str, Tensor]]:
         """The dense tensors of a file: weights whose first part it has, other tensors, and names tied to them."""
-        first = {part_name(name, form.parts[0]): name for name, form in self.manifest.matrices.items()}
+        first = {self.manifest.part_name(name, form.parts[0]): name for name, form in self.manifest.matrices.items()}
         parts = self.manifest.part_names()
         for stored in self._files[path].names:
             name = first.get(stored, None if stored in parts else stored)  # a name may be empty
@@ -114,7 +120,7 @@ class SparseFiles:
 
     def part(self, name: str, part: str) -> Tensor:
         """One part of a weight, as stored."""
-        return self._tensor(part_name(name, part))
+        return self._tensor(self.manifest.part_name(name, part))
 
     def tensor(self, name: str) -> Tensor:
         """One dense tensor or weight, or a tied one."""
@@ -124,16 +130,16 @@ class SparseFiles:
 
     def _checked(self, name: str, read: object, form: Form) -> Tensor:
         try:
-            return read(form, {part: self._tensor(part_name(name, part)) for part in form.parts})  # type: ignore[operator]
+            return read(form, {part: self._tensor(self.manifest.part_name(name, part)) for part in form.parts})  # type: ignore[operator]
         except ValueError as error:
-            where = self._owners[part_name(name, form.parts[0])].path
+            where = self._owners[self.manifest.part_name(name, form.parts[0])].path
             text = str(error)
             raise ValueError(text if str(where) in text else f"{where}: {one_line(name)}: {text}") from None
 
     def _tensor(self, name: str) -> Tensor:
-        file = self._owners[name]
+        file, expected = self._owners[name], self.manifest.tensors[name].crc32
         tensor = file.tensor(name)
-        if checksum(tensor) != self.manifest.tensors[name].crc32:
+        if expected is not None and self.manifest.kind.checksum(tensor) != expected:
             raise ValueError(
                 f"{file.path}: the checksum of {one_line(name)} is wrong: it was changed after writing; copy or "
                 "download the file again"
@@ -172,7 +178,13 @@ def has_manifest(path: Path) -> bool:
 
 def is_sparse_file(path: Path) -> bool:
     """Whether a file, which may be of any kind, can be read and is a sparse weight file."""
+    return KEY in metadata_of(path)
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file; none of a file that is not one."""
     try:
-        return has_manifest(path)
+        with TensorFile(path) as file:
+            return file.metadata
     except (ValueError, OSError):
-        return False
+        return {}

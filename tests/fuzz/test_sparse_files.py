@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save, save_file
 from sparse_folders import save_sparse
 
 from leanstep.sparsity import SparseLinear, export_compressed, load_compressed, load_sparse, nm_mask, verify
-from leanstep.sparsity.compressed import _checksum
+from leanstep.sparsity.files import _checksum
 from leanstep.sparsity.inference import export_folder
 from leanstep.sparsity.inference.manifest import CHECKSUM_KEY, KEY, Manifest
 from leanstep.sparsity.inference.reader import SparseFiles

@@ -58,8 +58,6 @@ def stored_rows(optimizer: Any, params: list[Tensor]) -> Tensor:
         state = optimizer.state[param]
         if "window" in state:
             rows = state["window"].double()
-            if "window_scale" in optimizer.state[params[0]]:
-                rows = rows * optimizer.state[params[0]]["window_scale"].double().view(-1, *[1] * param.dim())
         else:
             rows = torch.zeros(len(state["window_values"]), *param.shape, dtype=torch.float64)
             rows.scatter_(-1, state["window_indices"].view(torch.int16).long(), state["window_values"].double())

@@ -130,7 +130,7 @@ def mfac_on_meshes(world: World) -> None:
     """Dense rows on any shards; blocks of elements and sparse rows where the shards are ranges of rows."""
     for name, places in {
         "model_fp32": (ROWS[1], *COLUMNS[:3], COLUMNS[4], *GAPS),
-        "fp16": COLUMNS[:1],
+        "bf16": COLUMNS[:1],
         "blocks": ROWS[:2],
         "topk": ROWS[:2],
     }.items():

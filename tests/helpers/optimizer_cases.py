@@ -460,8 +460,8 @@ CASES = (
     OptimizerCase(
         name="MFAC-blocks",
         cls=MFAC,
-        kwargs={"lr": 2e-2, "window": 3, "damping": 1.0, "scope": 20, "storage": "fp16"},
-        state={**_MFAC, "window": torch.float16, "window_scale": torch.float32},
+        kwargs={"lr": 2e-2, "window": 3, "damping": 1.0, "scope": 20},
+        state=_MFAC,
         exact_foreach=False,
         extra_fp32=14,
     ),

@@ -292,7 +292,7 @@ def test_what_is_not_finite_never_enters_a_window(scope):
 
 
 @pytest.mark.parametrize("size", [1e-42, 1e-30, 1e-10, 1e10, 1e30, 1e37])
-@pytest.mark.parametrize("storage", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("storage", ["fp32", "bf16"])
 def test_any_finite_gradient_leaves_finite_weights(size, storage):
     params = new_params(((4, 3), (5,)), torch.float32)
     optimizer = MFAC(params, lr=LR, window=3, damping=1e-6, storage=storage)
@@ -359,9 +359,7 @@ def test_a_step_compiled_with_dynamic_shapes_is_the_eager_one(options):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize(
-    "options", [{}, {"storage": "fp16"}, {"storage": "bf16"}, {"compression": "topk", "density": 0.1}]
-)
+@pytest.mark.parametrize("options", [{}, {"storage": "bf16"}, {"compression": "topk", "density": 0.1}])
 def test_a_gpu_steps_as_the_cpu_does(options):
     results = []
     for device in ("cpu", "cuda"):

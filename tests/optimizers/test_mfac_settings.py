@@ -38,7 +38,6 @@ SHAPES = ((4, 3), (5,))
         ({"decay": "l2"}, ValueError, "Invalid decay: 'l2'"),
         ({"density": torch.tensor(0.5)}, TypeError, "density must be a number"),
         ({"shrinkage": -1.0}, ValueError, "Invalid shrinkage: -1"),
-        ({"compression": "topk", "storage": "fp16"}, ValueError, "storage='fp16' is for uncompressed rows"),
         ({"compression": "topk", "scope": 7}, ValueError, "scope=7.*uncompressed rows"),
         ({"sparse": "yes"}, TypeError, "sparse must be True or False"),
     ],
@@ -135,7 +134,7 @@ def test_a_window_that_the_device_has_no_room_for_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     "options",
     [
-        {}, {"storage": "fp16"}, {"scope": 7}, {"compression": "topk", "density": 0.2}, {"scope": "layer"},
+        {}, {"storage": "bf16"}, {"scope": 7}, {"compression": "topk", "density": 0.2}, {"scope": "layer"},
     ],
 )  # fmt: skip
 def test_the_memory_that_is_announced_is_the_memory_that_is_held(options):
@@ -213,7 +212,7 @@ def test_another_order_without_names_is_seen_by_the_shapes():
 @pytest.mark.parametrize(
     "options",
     [
-        {}, {"storage": "fp16"}, {"compression": "topk", "density": 0.4}, {"scope": 5}, {"momentum": 0.9},
+        {}, {"storage": "bf16"}, {"compression": "topk", "density": 0.4}, {"scope": 5}, {"momentum": 0.9},
         {"sparse": True},
     ],
 )  # fmt: skip
@@ -322,7 +321,7 @@ def test_saved_counters_are_where_the_gram_matrix_is():
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torch")
-@pytest.mark.parametrize("settings", [{"storage": "fp16"}, {"scope": 4}, {"momentum": 0.9}], ids=str)
+@pytest.mark.parametrize("settings", [{"storage": "bf16"}, {"scope": 4}, {"momentum": 0.9}], ids=str)
 def test_a_state_of_dense_rows_goes_into_one_file_of_safetensors(settings, tmp_path):
     """The writer that joins shards takes floating tensors alone."""
     model = torch.nn.Linear(3, 2)

@@ -25,13 +25,12 @@ SHAPES = ((6, 20), (5,), (3, 4, 2, 2), (2, 3, 10))
 LR = 0.1
 
 
-@pytest.mark.parametrize(("storage", "bound"), [("bf16", 1e-2), ("fp16", 2e-3)])
 @pytest.mark.parametrize("size", [1.0, 1e-6, 1e6])
-def test_rounded_rows_give_the_inverse_of_their_own_matrix(storage, bound, size):
+def test_rounded_rows_give_the_inverse_of_their_own_matrix(size):
     """Exact for the rounded rows, near for the gradients, whatever their size."""
     params = new_params(SHAPES, torch.float32)
     damping = 1e-6 * size**2
-    optimizer = MFAC(params, lr=LR * size, window=4, damping=damping, storage=storage)
+    optimizer = MFAC(params, lr=LR * size, window=4, damping=damping, storage="bf16")
     dense, rounded = DenseFisher(4, damping), DenseFisher(4, damping)
     for step in range(7):
         gradient = set_grads(params, step, size)
@@ -40,13 +39,11 @@ def test_rounded_rows_give_the_inverse_of_their_own_matrix(storage, bound, size)
         found = moved(params, before, LR * size)
         states = [optimizer.state[p] for p in params]
         row = flatten([s["window"][step % 4] for s in states])
-        if storage == "fp16":
-            row = row * states[0]["window_scale"][0, step % 4].double()
-        assert relative(row, gradient) < bound
+        assert relative(row, gradient) < 1e-2
         # parameters in fp32 show an update of this size to three or four digits
         assert relative(found, rounded.update(row)) < 1e-3
-        assert relative(found, dense.update(gradient)) < 2 * bound
-    assert {s["window"].dtype for s in states} == {{"bf16": torch.bfloat16, "fp16": torch.float16}[storage]}
+        assert relative(found, dense.update(gradient)) < 2e-2
+    assert {s["window"].dtype for s in states} == {torch.bfloat16}
 
 
 def test_fp64_parameters_have_fp64_windows_unless_told_otherwise():
@@ -63,7 +60,6 @@ def test_fp64_parameters_have_fp64_windows_unless_told_otherwise():
 FORMS = {
     "dense": {},
     "bf16": {"storage": "bf16"},
-    "fp16": {"storage": "fp16"},
     "sparse": {"compression": "topk", "density": 0.3, "storage": "fp32"},
     "sparse bf16": {"compression": "topk", "density": 0.3},
     "blocks": {"scope": 50},

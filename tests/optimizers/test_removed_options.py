@@ -12,7 +12,8 @@ from leanstep.optimizers.common.checks import REMOVED
 from leanstep.recipes.config import loader
 
 CLASSES = {cls.__name__: cls for cls in (LANTON, MFAC, Lion, SinkGD)}
-OPTIONS = [(name, option) for name, options in REMOVED.items() for option in options]
+OPTIONS = [(name, option) for name, options in REMOVED.items() for option in options if "=" not in option]
+FP16 = REMOVED["MFAC"]["storage='fp16'"]
 # every group of an earlier version had these
 DEFAULTS = {
     "LANTON": {"grouping": "norm", "ns_steps": 5, "ns_dtype": None},
@@ -53,7 +54,8 @@ def test_a_removed_option_says_what_to_write_instead(name, option):
 
 def test_a_recipe_with_removed_options_says_what_to_write_instead(tmp_path):
     recipe = tmp_path / "recipe.yaml"
-    for name, options in REMOVED.items():
+    for name, all_options in REMOVED.items():
+        options = {option: entry for option, entry in all_options.items() if "=" not in option}
         given = "".join(f"    {option}: 1\n" for option in options)
         group = f"    - role: embedding\n      {next(iter(options))}: 1\n"
         recipe.write_text(
@@ -105,3 +107,39 @@ def test_a_state_that_used_a_removed_option_is_refused(name, option, value):
     with pytest.raises(ValueError, match=re.escape(f"saved with {option}={value!r}, which no longer exists")):
         optimizer.load_state_dict(saved)
     torch.testing.assert_close(optimizer.state_dict()["state"], before["state"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scope", ["model", "layer", 5])
+def test_a_window_in_fp16_goes_on_as_the_same_rows_in_fp32(scope):
+    def grown(count):
+        weights = {f"layer{i}.weight": nn.Parameter(torch.ones(shape)) for i, shape in enumerate(((4, 3), (2, 6)))}
+        optimizer = MFAC(list(weights.items()), lr=0.1, window=3, damping=0.1, scope=scope)
+        for number in range(count):
+            chance = torch.Generator().manual_seed(number)
+            for weight in weights.values():
+                weight.grad = torch.randint(-9, 9, weight.shape, generator=chance).float()
+            optimizer.step()
+        return list(weights.values()), optimizer
+
+    with pytest.raises(ValueError, match=re.escape(f"MFAC: storage='fp16' was removed: {FP16.instead}")):
+        MFAC([nn.Parameter(torch.ones(2))], storage="fp16")
+    (weights, optimizer), (_, resumed) = grown(5), grown(0)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["storage"] = "fp16"
+    holders = [state for state in saved["state"].values() if "gram" in state]
+    for number, state in enumerate(saved["state"].values()):
+        blocks = len(state.get("gram", holders[0]["gram"]))
+        scales = 2.0 ** (torch.arange(3 * blocks).view(blocks, 3) - (0 if scope == "model" else number))
+        if "gram" in state:
+            state["window_scale"] = scales
+        of_entries = scales.repeat_interleave(5 if scope == 5 else 12, dim=0)[:12].T.reshape(state["window"].shape)
+        state["window"] = (state["window"] / of_entries).half()
+    resumed.load_state_dict(copy.deepcopy(saved))
+    for param, weight in zip(resumed.param_groups[0]["params"], weights, strict=True):
+        assert torch.equal(resumed.state[param]["window"], optimizer.state[weight]["window"])
+    torch.testing.assert_close(resumed.state_dict()["state"], optimizer.state_dict()["state"], rtol=0, atol=0)
+    assert resumed.param_groups[0]["storage"] is None
+    for state in holders:
+        del state["window_scale"]
+    with pytest.raises(ValueError, match="need their window_scale, which torch.distributed.checkpoint leaves out"):
+        resumed.load_state_dict(saved)

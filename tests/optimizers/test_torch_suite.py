@@ -7,7 +7,9 @@ same tests, as a control: what it passes is what is asked of ours.
 
 Of that class, these are not here:
 
-* complex parameters and sparse gradients: refused, which test_complex_is_refused and test_sparse_is_refused assert;
+* complex parameters and sparse gradients: refused, which the battery asserts, and test_edge_gradients.py that a sparse
+  gradient anywhere changes nothing;
+* grads_are_never_inplaced_into: the battery asserts it of every row;
 * differentiable steps and capturable: flags that ours do not have (a step waits for no device as it is);
 * found_inf handed to a fused kernel (fused_does_not_step_if_foundinf): ours leave overflows to GradScaler, which skips
   the step; the battery tests it;
@@ -27,7 +29,7 @@ from torch.optim import AdamW
 from torch.testing._internal.common_device_type import instantiate_device_type_tests
 from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optims
 from torch.testing._internal.common_utils import parametrize
-from torch_suite import ADAMW, COUPLED, INFOS, OURS, SINKGD, STEPS, GenericTestCase, all_inputs, problem
+from torch_suite import ADAMW, COUPLED, INFOS, SINKGD, STEPS, GenericTestCase, all_inputs, problem
 
 # notes on how bare parameters are routed, wanted once by users and not by every test here
 pytestmark = [
@@ -181,45 +183,6 @@ class GenericOptimizerTests(GenericTestCase):
                 unit = max(torch.finfo(ours.dtype).eps, 1e-3 if optim_info in COUPLED else 0.0)
                 self.assertEqual(ours, theirs, rtol=5 * unit, atol=5 * unit)
                 self.assertEqual(state, other, rtol=5 * max(unit, 1e-6), atol=5 * max(unit, 1e-6))
-
-    @optims(INFOS)
-    def test_grads_are_never_inplaced_into(self, device, dtype, optim_info):
-        for item in all_inputs(device, dtype, optim_info):
-            if optim_info.optim_cls is AdamW and item.kwargs.get("fused"):
-                continue
-            params = [torch.nn.Parameter(torch.rand(3, 4, device=device, dtype=dtype)) for _ in range(2)]
-            params.append(torch.nn.Parameter(torch.rand(4, device=device, dtype=dtype)))
-            optimizer = optim_info.optim_cls(params, **item.kwargs)
-            for param in params:
-                param.grad = torch.rand_like(param)
-            before = [(p.grad, p.grad._version, p.grad.clone()) for p in params]
-            optimizer.step()
-            for param, (grad, version, values) in zip(params, before, strict=True):
-                self.assertIs(param.grad, grad)
-                self.assertEqual(grad._version, version)
-                self.assertEqual(grad, values, rtol=0, atol=0)
-
-    @optims(OURS)
-    def test_complex_is_refused(self, device, dtype, optim_info):
-        real = torch.nn.Parameter(torch.randn(10, 5, device=device, dtype=dtype))
-        for shape in ((10, 5), (10,)):
-            imaginary = torch.nn.Parameter(torch.randn(shape, device=device, dtype=torch.complex64))
-            for item in all_inputs(device, dtype, optim_info):
-                with self.assertRaisesRegex(ValueError, "complex64.*view_as_real"):
-                    optim_info.optim_cls([real, imaginary], **item.kwargs)
-
-    @optims(OURS)
-    def test_sparse_is_refused(self, device, dtype, optim_info):
-        """Before anything is changed. (Other sparse layouts torch does not let be a gradient of a dense tensor.)"""
-        for item in all_inputs(device, dtype, optim_info):
-            dense, table = (torch.nn.Parameter(torch.randn(4, 6, device=device, dtype=dtype)) for _ in range(2))
-            before = dense.detach().clone()
-            optimizer = optim_info.optim_cls([dense, table], **item.kwargs)
-            dense.grad = torch.rand_like(dense)
-            table.grad = torch.rand_like(table).to_sparse()
-            with self.assertRaisesRegex(RuntimeError, "sparse.*SparseAdam"):
-                optimizer.step()
-            self.assertEqual(dense, before, rtol=0, atol=0)
 
     @optims(INFOS)
     def test_step_is_noop_when_params_have_no_grad(self, device, dtype, optim_info):

@@ -174,7 +174,6 @@ ONE_LINE = {
     "audit": (["audit", "--foo"], "unrecognized arguments: --foo"),
     "no path": (["verify"], "required: PATH"),
     "no run": (["compare"], "required: RUN"),
-    "corpus": (["data", "build", "nosuch"], "argument CORPUS: invalid choice: 'nosuch' (choose from 'english')"),
 }
 
 

@@ -19,7 +19,7 @@ from leanstep.recipes.config.schema import RunConfig, SparsityConfig
 from leanstep.recipes.methods.sparse import build_controller, run_operations, schedule_of
 from leanstep.recipes.report.report import write_report
 from leanstep.sparsity import NM, is_nm, nm_mask
-from leanstep.sparsity.methods import METHODS
+from leanstep.sparsity.training.methods import METHODS
 
 SPARSE = "sparsity.patterns={'*.mlp.*': '1:8', '*.attn.c_attn': '2:4'}"
 

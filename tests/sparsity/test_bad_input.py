@@ -137,7 +137,7 @@ def test_a_weight_that_is_sharded_already_is_refused_before_anything_else():
 def test_a_weight_sharded_across_its_groups_is_refused(dim):
     from torch.distributed.tensor import Partial, Replicate, Shard
 
-    from leanstep.sparsity.modules import SparseLayer
+    from leanstep.sparsity.training.modules import SparseLayer
 
     weight = SimpleNamespace(placements=(Replicate(), Shard(dim)), shape=(16, 8), dim=lambda: 2)
     layer = SimpleNamespace(name="mlp.up", weight=weight, dim=1, target=NM(2, 4))

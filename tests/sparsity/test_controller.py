@@ -11,7 +11,7 @@ from sparse_models import MLP, batch, make_mlp, train
 from torch import nn
 
 from leanstep.sparsity import NM, Schedule, is_nm, nm_mask, sparsify, squash, transposable_mask
-from leanstep.sparsity.methods import METHODS
+from leanstep.sparsity.training.methods import METHODS
 
 EVERY = [
     ("ste", None),

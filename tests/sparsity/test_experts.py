@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from leanstep.optimizers import param_groups
 from leanstep.sparsity import export_compressed, load_compressed, sparsify, squash, verify
-from leanstep.sparsity.modules import SparseWeight
+from leanstep.sparsity.training.modules import SparseWeight
 
 # layer -> the dimension along which an expert's inputs lie
 EXPERTS = {"mixtral": 2, "qwen3_moe": 2, "gpt_oss": 1, "llama4": 1}

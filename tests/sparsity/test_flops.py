@@ -3,7 +3,7 @@
 import pytest
 
 from leanstep.sparsity import NM, Schedule
-from leanstep.sparsity.flops import training_operations
+from leanstep.sparsity.training.flops import training_operations
 
 # ViT-B/16 at 224 x 224: 12 blocks of width 768 over 197 tokens, 196 patches of 16 x 16 x 3, 1000 classes
 TOKENS, WIDTH, BLOCKS = 197, 768, 12

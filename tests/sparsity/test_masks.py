@@ -5,8 +5,9 @@ from itertools import combinations
 import pytest
 import torch
 
-from leanstep.sparsity import NM, is_nm, masks, nm_mask
-from leanstep.sparsity.masks import axis_dim, group_counts, violations
+from leanstep.sparsity import NM, is_nm, nm_mask
+from leanstep.sparsity.training import masks
+from leanstep.sparsity.training.masks import axis_dim, group_counts, violations
 
 
 def test_by_hand_and_ties():

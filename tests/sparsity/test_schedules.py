@@ -6,7 +6,7 @@ import math
 import pytest
 
 from leanstep.sparsity import NM, Schedule
-from leanstep.sparsity.schedules import KINDS
+from leanstep.sparsity.training.schedules import KINDS
 
 TARGETS = [NM(2, 4), NM(1, 4), NM(1, 8), NM(1, 32), NM(1, 128), NM(3, 8), NM(3, 7), NM(0, 4), NM(3, 4), NM(4, 4)]
 
@@ -180,7 +180,7 @@ def test_there_is_no_step_before_the_first():
 
 def test_the_rule_is_what_the_schedule_says():
     """The formulas of the docstring in order, as functions of the step alone."""
-    from leanstep.sparsity import schedules as rule
+    from leanstep.sparsity.training import schedules as rule
 
     assert [rule.frame_at(j, 10, 3) for j in range(10)] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
     assert rule.stepwise_patterns(NM(1, 8)) == [NM(7, 8), NM(4, 8), NM(2, 8), NM(1, 8)]

@@ -111,7 +111,7 @@ def test_long_groups_are_pruned_greedily_and_honestly(monkeypatch):
     for pattern in ("1:4", "4:8"):
         exact = nm_obs_mask(weight, inverse, pattern)
         with monkeypatch.context() as patch:
-            patch.setattr("leanstep.sparsity.scores._MAX_EXACT_M", 0)
+            patch.setattr("leanstep.sparsity.training.scores._MAX_EXACT_M", 0)
             greedy = nm_obs_mask(weight, inverse, pattern)
         assert bool((greedy.loss >= exact.loss - 1e-12).all())
         assert bool((greedy.mask.sum() == exact.mask.sum()).all())
@@ -120,7 +120,7 @@ def test_long_groups_are_pruned_greedily_and_honestly(monkeypatch):
 def test_equal_losses_prune_the_lower_index(monkeypatch):
     inverse = BlockInverseFisher(torch.zeros(1, 16), damping=1.0)
     for longest in (8, 0):
-        monkeypatch.setattr("leanstep.sparsity.scores._MAX_EXACT_M", longest)
+        monkeypatch.setattr("leanstep.sparsity.training.scores._MAX_EXACT_M", longest)
         mask = nm_obs_mask(torch.ones(2, 8), inverse, "2:4").mask
         assert mask.tolist() == [[False, False, True, True] * 2] * 2
 

@@ -5,7 +5,7 @@ import torch
 from scipy.optimize import linprog
 
 from leanstep.sparsity import is_nm, sparsify, squash, transposable_mask
-from leanstep.sparsity.transposable import METHODS, cancel_cycles, fill, greedy, patterns_2_4
+from leanstep.sparsity.training.transposable import METHODS, cancel_cycles, fill, greedy, patterns_2_4
 
 
 def kept(scores, mask):

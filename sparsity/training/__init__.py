@@ -1,0 +1,1 @@
+"""Sparse training: schedules, masks, and the controller that updates them after every step."""
