@@ -29,6 +29,9 @@ SCHEDULES = (
 
 
 def _inputs(*rows):
+    """What every optimizer takes, and its own."""
+    kinds = ({}, {"lr": 0.01}, {"lr": torch.tensor(0.001)}, {"weight_decay": 0.1})
+    rows = *((kwargs, str(kwargs)) for kwargs in kinds), *rows
     return lambda device, dtype=None: [OptimizerInput(params=None, kwargs=k, desc=d) for k, d in rows]
 
 
@@ -50,10 +53,6 @@ def _same(kwargs, message):
 LION = OptimizerInfo(
     Lion,
     optim_inputs_func=_inputs(
-        ({}, "default"),
-        ({"lr": 0.01}, "non-default lr"),
-        ({"lr": torch.tensor(0.001)}, "Tensor lr"),
-        ({"weight_decay": 0.1}, "nonzero weight_decay"),
         ({"weight_decay": 0.1, "maximize": True}, "maximize, weight_decay"),
         ({"betas": (0.95, 0.98)}, "betas"),
         ({"cautious": True, "cautious_decay": True, "weight_decay": 0.1}, "cautious"),
@@ -72,10 +71,6 @@ LION = OptimizerInfo(
 SINKGD = OptimizerInfo(
     SinkGD,
     optim_inputs_func=_inputs(
-        ({}, "default"),
-        ({"lr": 0.01}, "non-default lr"),
-        ({"lr": torch.tensor(0.001)}, "Tensor lr"),
-        ({"weight_decay": 0.1}, "nonzero weight_decay"),
         ({"weight_decay": 0.1, "maximize": True}, "maximize, weight_decay"),
         ({"weight_decay": 0.1, "cautious_decay": True}, "cautious decay"),
         ({"momentum": 0.9, "nesterov": True}, "momentum, nesterov"),
@@ -103,10 +98,6 @@ SINKGD = OptimizerInfo(
 LANTON_INFO = OptimizerInfo(
     LANTON,
     optim_inputs_func=_inputs(
-        ({}, "default"),
-        ({"lr": 0.01}, "non-default lr"),
-        ({"lr": torch.tensor(0.001)}, "Tensor lr"),
-        ({"weight_decay": 0.1}, "nonzero weight_decay"),
         ({"weight_decay": 0.1, "maximize": True}, "maximize, weight_decay"),
         ({"weight_decay": 0.1, "cautious_decay": True}, "cautious decay"),
         ({"noise_adaptive": False, "scaling": "muon", "nesterov": True}, "Muon"),
@@ -127,10 +118,6 @@ LANTON_INFO = OptimizerInfo(
 MFAC_INFO = OptimizerInfo(
     MFAC,
     optim_inputs_func=_inputs(
-        ({}, "default"),
-        ({"lr": 0.01}, "non-default lr"),
-        ({"lr": torch.tensor(0.001)}, "Tensor lr"),
-        ({"weight_decay": 0.1}, "nonzero weight_decay"),
         ({"weight_decay": 0.1, "decay": "coupled", "maximize": True}, "maximize, coupled decay"),
         ({"window": 4, "momentum": 0.9, "scope": "layer", "scaling": "count"}, "momentum, layers"),
         ({"compression": "topk", "density": 0.5}, "sparse rows"),

@@ -48,3 +48,11 @@ def test_every_number_has_a_limit(numbers):
 def test_circles_are_found(house):
     graph = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set(), "e": {"e2"}, "e2": {"e"}}
     assert house.circles(graph) == [["a", "b", "c"], ["e", "e2"]]
+
+
+def test_every_mutant_can_be_made():
+    """``python -P tests/helpers/mutants.py`` makes them, and says which no test notices."""
+    for name, entry in json.loads((ROOT / "tests" / "mutants.json").read_text("utf-8")).items():
+        text = (ROOT / name).read_text("utf-8")
+        assert all(text.count(before) == 1 and before != after for before, after in entry["changes"]), name
+        assert all((ROOT / test).is_file() for test in entry["tests"]), name

@@ -41,6 +41,7 @@ def test_nothing_else_keeps_more():
 def test_axes_are_the_same_groups_seen_otherwise():
     weight = torch.randn(8, 12)
     assert torch.equal(nm_mask(weight, "1:4", axis="out"), nm_mask(weight.T, "1:4").T)
+    assert torch.equal(nm_mask(weight.expand(3, 8, 12), "1:4", axis="out")[1], nm_mask(weight, "1:4", axis="out"))
     kernel = torch.randn(6, 8, 3, 3)
     flat = nm_mask(kernel.permute(0, 2, 3, 1).contiguous(), "2:4").permute(0, 3, 1, 2)
     assert torch.equal(nm_mask(kernel, "2:4", axis="conv"), flat)
