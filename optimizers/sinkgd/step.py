@@ -94,9 +94,9 @@ def _step_whole(batch: Batch, *, balanced: bool) -> Reducer[None]:
             matrices = _average(matrices, batch, nonfinite, options, nesterov=balanced or group["nesterov"])
     if balanced:
         norms = [rule.row_norms(g) for g in matrices]
-        rows = [matrix_shape(shard)[0] for shard in shards]
-        means = [rule.mean_norm(*each) for each in zip(norms, rows, strict=True)]
-        yield from all_reduce_row_norms(norms, means, rows, sides)
+        heights = [matrix_shape(shard)[0] for shard in shards]
+        means = [rule.mean_norm(*each) for each in zip(norms, heights, strict=True)]
+        yield from all_reduce_row_norms(norms, means, heights, sides)
         matrices = [rule.mask_rows(*each, rule.QUIET) for each in zip(matrices, norms, means, strict=True)]
     if not (momentum or group["spectral"] or transposed or group["base_width"] or split):
         _write(batch, matrices, None, options, end_with_rows=balanced)
