@@ -238,7 +238,6 @@ def is_adapted(model: nn.Module) -> bool:
 
 
 def _parameter_problems(model: nn.Module, plan: dict[str, nn.Module], config: LoraConfig) -> Iterator[str]:
-    """The reasons why parameters of ``target_parameters`` cannot be adapted."""
     for name, (path, leaf) in select_parameters(model, config).items():
         module = model.get_submodule(path)
         if path in plan or is_linear(module) or isinstance(module, nn.Embedding):
@@ -250,7 +249,6 @@ def _parameter_problems(model: nn.Module, plan: dict[str, nn.Module], config: Lo
 
 
 def _token_problems(model: nn.Module, plan: dict[str, nn.Module], config: LoraConfig) -> Iterator[str]:
-    """The reasons why rows of ``trainable_token_indices`` cannot be trained."""
     saved = {id(inner) for root in modules_to_save(model, config).values() for inner in root.modules()}
     for name, rows in select_tokens(model, config).items():
         if name in plan:
@@ -264,7 +262,6 @@ def _token_problems(model: nn.Module, plan: dict[str, nn.Module], config: LoraCo
 
 
 def _problems(model: nn.Module, name: str, module: nn.Module, config: LoraConfig) -> Iterator[str]:
-    """The reasons why a selected module cannot be adapted."""
     is_embedding = isinstance(module, nn.Embedding)
     if not is_linear(module) and not is_embedding:
         yield f"{name} is a {type(module).__name__}; expected a linear layer, Conv1D or embedding"

@@ -199,7 +199,6 @@ def _places(model: nn.Module) -> list[_Place]:
 
 
 def _check_finite(what: str, exact: Tensor, stored: Tensor) -> None:
-    """Raise ValueError for a sum that is not finite in the dtype of the parameter that is to store it."""
     if not torch.isfinite(exact.to(stored.dtype)).all():
         raise ValueError(f"merge: {what} holds NaN or infinity in {stored.dtype}; nothing was merged")
 

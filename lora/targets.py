@@ -223,7 +223,6 @@ def _warn_of_frozen_head(model: nn.Module, config: LoraConfig) -> None:
 
 
 def _warn_of_exclusions(modules: Iterable[str], config: LoraConfig) -> None:
-    """Warn about entries of ``exclude_modules`` that exclude nothing."""
     unused = [rule for rule in _rules(config.exclude_modules or []) if not any(_fits(rule, name) for name in modules)]
     if unused:
         names = ", ".join(repr(rule if isinstance(rule, str) else rule[0]) for rule in unused)
@@ -268,13 +267,13 @@ def select_tokens(model: nn.Module, config: LoraConfig) -> dict[str, Rows]:
     Raises:
         ValueError: for a name that fits no module, a model without an input embedding, or two lists for one weight.
     """
-    asked = config.trainable_token_indices
-    if not asked:
+    indices = config.trainable_token_indices
+    if not indices:
         return {}
     modules = dict(model.named_modules())
-    if isinstance(asked, Mapping):
-        owners = {n: tokens for end, tokens in asked.items() for n in modules if n == end or n.endswith(f".{end}")}
-        if absent := [end for end in asked if not any(n == end or n.endswith(f".{end}") for n in modules)]:
+    if isinstance(indices, Mapping):
+        owners = {n: tokens for end, tokens in indices.items() for n in modules if n == end or n.endswith(f".{end}")}
+        if absent := [end for end in indices if not any(n == end or n.endswith(f".{end}") for n in modules)]:
             raise ValueError(f"apply_lora: trainable_token_indices names {absent[0]!r}, which fits no module")
     else:
         embedding = input_embedding(model)
@@ -283,7 +282,7 @@ def select_tokens(model: nn.Module, config: LoraConfig) -> dict[str, Rows]:
                 "apply_lora: trainable_token_indices is a list, and the model has no input embedding; give a "
                 "dictionary of module names and lists"
             )
-        owners = {next(n for n, module in modules.items() if module is embedding): asked}
+        owners = {next(n for n, module in modules.items() if module is embedding): indices}
     chosen: dict[str, Rows] = {}
     for name, tokens in owners.items():
         weight = getattr(modules[name], "weight", None)

@@ -252,7 +252,6 @@ def _recorded_patterns(folder: Path) -> dict[str, Any]:
 
 
 def _read_all(paths: list[Path]) -> Tensors:
-    """Read the tensors of the files of one checkpoint."""
     try:
         # sparse files name weights of each other
         with SparseFiles([path for path in paths if is_sparse_file(path)]) as sparse:

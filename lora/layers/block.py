@@ -101,7 +101,7 @@ class Siblings:
         inputs = autocasted(x)
         settings, weights = zip(*(other.operands(inputs) for other in self.layers), strict=True)
         outputs = lora_linears(inputs, settings, weights, [other.seed() for other in self.layers])
-        states = (_state(other, x, *own[:6]) for other, own in zip(self.layers, weights, strict=True))
+        states = (_state(other, x, *tensors[:6]) for other, tensors in zip(self.layers, weights, strict=True))
         self._waiting = {i: waiting for i, waiting in enumerate(zip(outputs, states, strict=True)) if i != index}
         self._source = (weakref.ref(x), x._version, torch.is_grad_enabled(), index)
         return outputs[index]

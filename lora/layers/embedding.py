@@ -43,10 +43,7 @@ class LoRAEmbeddingLayer(LoRALayer):
             scale_grad_by_freq=self.scale_grad_by_freq,  # type: ignore[arg-type]
         )
         b = self.lora_embedding_B
-        embed_scale = getattr(self, "embed_scale", None)
-        if embed_scale is not None:
-            # some models scale the output inside the embedding
-            h = h * torch.as_tensor(embed_scale).to(h)
+        h = scaled_rows(self, h)
         base_rows, h_rows = base.reshape(-1, base.shape[-1]), h.reshape(-1, h.shape[-1])
         # not addmm: autocast would round the base
         y = torch.add(base_rows.to(b.dtype), torch.mm(h_rows, b.t()), alpha=self.lora.scale)
@@ -64,6 +61,12 @@ class LoRAEmbeddingLayer(LoRALayer):
         """DoRA's norms, one per column of the embedding: (width,), without a gradient."""
         a, b = (factor.detach() for factor in self.factors())
         return outside_dispatch_modes(lambda: row_norms(self.weight.detach().t(), a, b, self.lora.scale))
+
+
+def scaled_rows(module: nn.Module, rows: Tensor) -> Tensor:
+    """Rows of an embedding times the scale that some models apply inside it."""
+    scale = getattr(module, "embed_scale", None)
+    return rows if scale is None else rows * torch.as_tensor(scale).to(rows)
 
 
 def attach_embedding(module: Any, adapter: Adapter, config: Any) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from leanstep._torch import is_dtensor
+from leanstep.lora.layers.embedding import scaled_rows
 from leanstep.lora.layers.linear import Mixin, factor_type, mixture, restore_class
 
 # the parameter's name here, and in PEFT's files
@@ -88,10 +89,7 @@ class TokenEmbedding(TokenLayer):
         position = torch.searchsorted(self.lora_tokens, tokens).clamp_(max=len(self.lora_tokens) - 1)
         is_trained = torch.eq(self.lora_tokens[position], tokens).unsqueeze(-1)
         rows = F.embedding(self.lora_token_order[position], self.lora_token_rows)
-        embed_scale = getattr(self, "embed_scale", None)
-        if embed_scale is not None:
-            # some models scale the output inside the embedding
-            rows = rows * torch.as_tensor(embed_scale).to(rows)
+        rows = scaled_rows(self, rows)
         if self.padding_idx is not None:
             rows = torch.where(torch.eq(tokens, self.padding_idx).unsqueeze(-1), rows.detach(), rows)  # type: ignore[arg-type]
         return torch.where(is_trained, rows.to(base.dtype), base)

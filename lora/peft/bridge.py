@@ -119,7 +119,6 @@ class PeftLinear(FastLinear):
         self.norm_cache = NormCache()
 
     def _active(self) -> list[str]:
-        """Names of the layer's active adapters."""
         return [name for name in self.module.active_adapters if name in self.module.lora_A]
 
     @property
@@ -208,7 +207,6 @@ class _Block:
 
 
 def _why_none(model: nn.Module) -> str:
-    """The reason why a model has no layer to accelerate."""
     if any(isinstance(module, LoRALayer) for module in model.modules()):
         return "the model is adapted by apply_lora, and on the fast path already"
     layers = (m for m in model.modules() if type(m).__module__.startswith("peft.") and hasattr(m, "lora_A"))
@@ -225,6 +223,5 @@ def _is_ours(module: nn.Module) -> bool:
 
 
 def _restore_forward(module: nn.Module) -> None:
-    """Restore the forward of a module's class if :func:`accelerate_peft` replaced it."""
     if _is_ours(module):
         del module.forward

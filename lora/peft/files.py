@@ -271,7 +271,6 @@ def _stored_shape(model: nn.Module, key: str) -> tuple[int, ...]:
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:
-    """A parameter or buffer by its name."""
     owner, _, key = name.rpartition(".")
     tensor: Tensor = getattr(model.get_submodule(owner), key)
     return tensor
@@ -387,7 +386,6 @@ def _embedding_shapes(model: nn.Module, others: set[str]) -> dict[str, tuple[int
 
 
 def _compare_embeddings(model: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
-    """Warn if the file's base weight of an embedding or head differs from the model's."""
     for key, value in weights.items():
         current = model.get_parameter(key)
         if not is_dtensor(current) and not torch.equal(value.to(current), current):
@@ -454,7 +452,6 @@ def _refuse_changes(model: nn.Module, config: LoraConfig, changes: Iterable[str]
 
 
 def _compare_scales(model: nn.Module, config: LoraConfig, where: str) -> None:
-    """Raise ValueError if a scale of an adapted model differs from the file's."""
     scales = {adapter.name: (adapter.scale, scale_of(config, adapter.name)) for adapter in all_adapters(model)}
     differ = {name: pair for name, pair in scales.items() if not math.isclose(*pair, rel_tol=1e-6)}
     if differ:
@@ -468,7 +465,6 @@ def _compare_scales(model: nn.Module, config: LoraConfig, where: str) -> None:
 
 
 def _compare_tokens(model: nn.Module, config: LoraConfig, where: str) -> None:
-    """Raise ValueError if an adapted model trains the rows of other tokens than the file's."""
     current = model.lora_config.trainable_token_indices  # type: ignore[union-attr]
     if (current or None) != (config.trainable_token_indices or None):
         raise ValueError(
@@ -479,7 +475,6 @@ def _compare_tokens(model: nn.Module, config: LoraConfig, where: str) -> None:
 
 
 def _compare_names(model: nn.Module, config: LoraConfig, source: Path) -> None:
-    """Warn if the file names another base model."""
     stored, name = config.base_model_name_or_path, getattr(getattr(model, "config", None), "_name_or_path", None)
     if stored and name and _normalized(stored) != _normalized(name):
         warnings.warn(

@@ -18,7 +18,7 @@ from leanstep._files import format_bytes, one_line
 from leanstep.kernels.sparse.linear import why_slower
 from leanstep.sparsity.inference.manifest import Manifest, checksum
 from leanstep.sparsity.inference.matrices import CODES, Form, compress, part_name, smallest_form
-from leanstep.sparsity.inference.reader import INDEX, SparseFiles, has_manifest, weight_files
+from leanstep.sparsity.inference.reader import INDEX, SparseFiles, has_manifest, read_config, weight_files
 
 QUANT_METHOD = "leanstep"
 FORMATS = ("sparse", "dense")
@@ -114,10 +114,7 @@ def export_folder(source: str | Path, out: str | Path, *, format: str = "sparse"
 def _opened(source: Path, format: str) -> tuple[list[Path], dict[str, Any]]:
     """Weight files and configuration of a folder that can be converted to ``format``."""
     paths = weight_files(source)
-    try:
-        config = read_json(source / "config.json")
-    except FileNotFoundError:
-        raise ValueError(f"{source} is no checkpoint: it has no config.json") from None
+    config = read_config(source)
     unfit = [path.name for path in paths if path.suffix != ".safetensors"]
     if unfit:
         raise ValueError(f"{source}: expected safetensors weights, got {unfit[0]}; save the model by save_pretrained")

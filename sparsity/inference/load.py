@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from leanstep._checkpoint import read_json, reason
+from leanstep._checkpoint import reason
 from leanstep._files import one_line
 from leanstep.sparsity.inference.export import QUANT_METHOD
 from leanstep.sparsity.inference.linear import why_slow
-from leanstep.sparsity.inference.reader import is_sparse_file, weight_files
+from leanstep.sparsity.inference.reader import is_sparse_file, read_config, weight_files
 
 _LOG = logging.getLogger(__name__)
 
@@ -57,10 +57,7 @@ def load_sparse(
 
     folder = Path(folder).expanduser()
     weight_files(folder)
-    try:
-        config = read_json(folder / "config.json")
-    except FileNotFoundError:
-        raise ValueError(f"{folder} is no checkpoint: it has no config.json") from None
+    config = read_config(folder)
     quantization = config.get("quantization_config")
     check_declared(folder, config)
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from leanstep._checkpoint import TensorFile, check_finite, index_files
+from leanstep._checkpoint import TensorFile, check_finite, index_files, read_json
 from leanstep._configuration import check_folder
 from leanstep._files import one_line
 from leanstep.sparsity.inference.manifest import KEY, Manifest
@@ -168,6 +169,14 @@ def weight_files(folder: Path) -> list[Path]:
     if missing:
         raise ValueError(f"{folder} is incomplete: {missing[0]}, which {INDEX} names, is missing; copy it again")
     return files
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a checkpoint. Raises ValueError where it is missing or damaged."""
+    try:
+        return read_json(folder / "config.json")
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is no checkpoint: it has no config.json") from None
 
 
 def has_manifest(path: Path) -> bool:

@@ -265,7 +265,6 @@ class Controller:
         return self.measure_every > 0 and (step == 1 or step % self.measure_every == 0)
 
     def _measure_gradient(self, layer: SparseLayer) -> None:
-        """Measure the noise of the gradient that a step is about to use."""
         if layer.weight.grad is None:
             return
         squares = local_part(layer.weight.grad).float().square()

@@ -447,7 +447,6 @@ def _layer_name(module_name: str, attribute: str) -> str:
 
 
 def _parameter_uses(model: nn.Module) -> dict[int, tuple[list[tuple[nn.Module, str]], list[str]]]:
-    """Uses and names of every parameter, by the parameter's id."""
     uses_by_id: dict[int, tuple[list[tuple[nn.Module, str]], list[str]]] = {}
     for module_name, module in model.named_modules(remove_duplicate=False):
         for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):

@@ -211,6 +211,5 @@ class Schedule:
 
     @property
     def _decay_kind(self) -> str | None:
-        """The MDGF part of the kind, or None."""
         last = self.kind.rpartition("+")[2]
         return last if last in DECAYS else None

@@ -122,7 +122,6 @@ def sparsify(
 def _check_settings(
     method: Method, schedule: Schedule, flow: str, factor: float, score: Any, mask_every: int, measure_every: int
 ) -> None:
-    """Check the settings of :func:`sparsify` that do not depend on the model."""
     for name, accepted, expected, value in (
         ("grad_flow", flow in GRAD_FLOWS, "'ste', 'decay' or 'fixed'", flow),
         ("srste_lambda", 0 <= factor < float("inf"), ">= 0", factor),
@@ -139,7 +138,6 @@ def _check_settings(
 
 
 def _check_tiles(layers: list[SparseLayer]) -> None:
-    """Raise ValueError for layers that M x M tiles do not fill."""
     for layer in layers:
         shape, m = tuple(layer.weight.shape), layer.target.m
         if len(shape) != 2 or shape[0] % m or shape[1] % m:
