@@ -58,9 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_workers("leanstep", ["prune", *arguments], options.nproc, "the same command with --resume")
     if size == 1:
         return _run(options)
-    from leanstep.recipes.training.launch import leave
+    from leanstep.recipes.training.launch import exit_worker
 
-    leave(_run(options))
+    exit_worker(_run(options))
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 
 from leanstep.recipes.config.schema import StopConfig
 from leanstep.recipes.data.batches import Batch
-from leanstep.recipes.training.build import main_does
+from leanstep.recipes.training.build import on_main_process
 from leanstep.recipes.training.checkpoint import TrainState, newest, read_state
 from leanstep.recipes.training.folder import RunFolder
 from leanstep.recipes.training.logger import RunLogger
@@ -158,7 +158,7 @@ class SpikeDetector:
 
     def _last_checkpoint(self) -> Path | None:
         """The newest undamaged checkpoint, from the first process."""
-        path, problems = main_does(self._accelerator, lambda: newest(self._folder.checkpoints))
+        path, problems = on_main_process(self._accelerator, lambda: newest(self._folder.checkpoints))
         for problem in problems.values():
             self._logger.say(f"WARNING: {problem}; rolling back to an older checkpoint")
         return path

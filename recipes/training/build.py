@@ -231,7 +231,7 @@ def all_agree(accelerator: Accelerator, fine: bool) -> bool:
     return maximum(accelerator, int(not fine)) == 0
 
 
-def main_does(accelerator: Accelerator, action: Callable[[], T]) -> T:
+def on_main_process(accelerator: Accelerator, action: Callable[[], T]) -> T:
     """Run ``action`` in the first process and send its result, or its ValueError or OSError, to all."""
     outcome: list[object] = [None, None]
     if accelerator.is_main_process:

@@ -252,7 +252,7 @@ def prune(folder: Path, keep_last: int, keep: Iterable[Path] = ()) -> list[Path]
     return removed
 
 
-def point(link: Path, target: Path) -> None:
+def replace_symlink(link: Path, target: Path) -> None:
     """Create or atomically replace the relative symbolic link ``link`` to ``target``."""
     temporary = link.with_name(f".{link.name}.{secrets.token_hex(8)}.tmp")
     temporary.symlink_to(os.path.relpath(target, link.parent))

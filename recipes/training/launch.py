@@ -114,7 +114,7 @@ def _worst(codes: Iterable[int]) -> int:
     return next((code for code in codes if code in (2, 3, 4, 130, 143)), 1)
 
 
-def leave(code: int) -> NoReturn:
+def exit_worker(code: int) -> NoReturn:
     """End this process with an exit code; one of several processes skips the C++ destructors.
 
     Without that, a process that trained on the CPU sometimes aborts at its end ("terminate called without an active

@@ -28,8 +28,8 @@ from leanstep.recipes.training.build import (
     build_schedule,
     describe_groups,
     describe_world,
-    main_does,
     maximum,
+    on_main_process,
     optimizer_section,
     release_gradients,
     seed_process,
@@ -114,7 +114,7 @@ class Run:
         Raises ValueError, ImportError or OSError if the run cannot begin or resume.
         """
         config, accelerator = self.config, self.accelerator
-        start = main_does(accelerator, lambda: choose_start(config, self.folder))
+        start = on_main_process(accelerator, lambda: choose_start(config, self.folder))
         self.say(
             f"leanstep {__version__}: {config.name}, {describe_world(accelerator)}, precision {config.precision}, "
             f"{accelerator.gradient_accumulation_steps} x {config.batch.micro_batch_size} sequences of "
@@ -139,11 +139,11 @@ class Run:
             check_data(self.state, self.data, start.checkpoint)
         self.build_model_and_optimizer()
         self.resume(start.checkpoint)
-        for note in main_does(accelerator, lambda: rename_skipped(start)):
+        for note in on_main_process(accelerator, lambda: rename_skipped(start)):
             self.say(note)
         if start.checkpoint is not None and accelerator.is_main_process:
             # the process that wrote it may have been killed before it had
-            self.saver.settle(start.checkpoint, self.state)
+            self.saver.update_links(start.checkpoint, self.state)
         self.begun = True
         self.logger.begin(self.state, start.checkpoint, self.parameters, self.flops_per_token)
         return True
@@ -162,7 +162,7 @@ class Run:
                 self.memory = estimate(config, self.data.vocabulary, world_size=world, device=accelerator.device.type)
             except Exception as error:  # an estimate must not end a run
                 self.memory_unknown = str(error) or type(error).__name__
-            warning = main_does(accelerator, lambda: check_room(config, self.folder, self.memory, world))
+            warning = on_main_process(accelerator, lambda: check_room(config, self.folder, self.memory, world))
             if warning:
                 self.say(warning)
 

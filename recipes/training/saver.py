@@ -29,16 +29,16 @@ from leanstep.recipes.data.batches import Windows
 from leanstep.recipes.data.sequences import LoadedData
 from leanstep.recipes.methods.lora import ADAPTER, load_adapters
 from leanstep.recipes.methods.sparse import load_sparse, without_sparse
-from leanstep.recipes.training.build import all_agree, main_does
+from leanstep.recipes.training.build import all_agree, on_main_process
 from leanstep.recipes.training.checkpoint import (
     CheckpointError,
     TrainState,
     checkpoint_name,
     commit,
     find_checkpoints,
-    point,
     prune,
     reading,
+    replace_symlink,
     staging,
     write_state,
 )
@@ -94,11 +94,11 @@ class Saver:
                 return f"cannot write: {error}"
             return f"disk full, {format_bytes(needed)} needed, {format_bytes(free)} free" if free < needed else None
 
-        problem = main_does(self._accelerator, disk_problem)
+        problem = on_main_process(self._accelerator, disk_problem)
         if problem is None:
             staged = self._folder.checkpoints / f"{STAGED}{checkpoint_name(state.step)}"
             fill = partial(self._fill, state=state, windows=windows)
-            problem = self.write(staged, fill, lambda path: self.settle(commit(path), state), needed)
+            problem = self.write(staged, fill, lambda path: self.update_links(commit(path), state), needed)
         self.trouble = problem and f"checkpoint at step {state.step} failed: {problem}"
         if problem:
             last = find_checkpoints(self._folder.checkpoints)
@@ -177,7 +177,7 @@ class Saver:
                 part.export(model, path)
             self._tokenizer.save_pretrained(path)
 
-    def settle(self, path: Path, state: TrainState) -> None:
+    def update_links(self, path: Path, state: TrainState) -> None:
         """Point the links to the newest checkpoint ``path`` and remove old ones; the first process calls it.
 
         Does nothing for a checkpoint of another folder. Failures are warnings, since ``path`` is complete.
@@ -200,7 +200,7 @@ class Saver:
     def _link(self, name: str, target: Path) -> None:
         link = self._folder.root / name
         try:
-            point(link, target)
+            replace_symlink(link, target)
         except OSError as error:
             self._say(f"WARNING: the link {link} could not be set to {target.name}: {error}")
 

@@ -138,6 +138,6 @@ def _tell(progress: Progress, message: str, begin: str = "") -> None:
 
 
 if __name__ == "__main__":
-    from leanstep.recipes.training.launch import leave
+    from leanstep.recipes.training.launch import exit_worker
 
-    leave(main())
+    exit_worker(main())

@@ -5,8 +5,10 @@ They stand in a module of their own because a process imports them by name.
 
 import os
 import signal
+import sys
 import time
 import types
+from pathlib import Path
 
 
 def die_before_the_marker():
@@ -98,7 +100,7 @@ def refuse_links_and_removal():
     def refuse(*arguments):
         raise OSError(errno.EPERM, "Operation not permitted")
 
-    saver.point = saver.prune = refuse
+    saver.replace_symlink = saver.prune = refuse
 
 
 def samples_fail():
@@ -497,6 +499,18 @@ def compile_without_a_compiler():
         return graph.forward
 
     torch.nn.Module.compile = lambda module: compile_in_place(module, backend=captured)
+
+
+def add_documented_part():
+    """Add the part of training that CONTRIBUTING.md shows, for recipes that measure attention norms."""
+    from leanstep.recipes.training import parts
+
+    page = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text("utf-8")
+    module = types.ModuleType("leanstep.recipes.methods.head")
+    module.Part = parts.Part
+    exec(page[page.index("class HeadNorm(Part):") :].partition("```")[0], vars(module))
+    sys.modules[module.__name__] = module
+    parts.PARTS["head:HeadNorm"] = "log.attention_norms"
 
 
 def on_backend(name):

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from faults import held_at, low_rank_takes, signal_in_evaluation
+from faults import add_documented_part, held_at, low_rank_takes, signal_in_evaluation
 from safetensors.torch import load_file
 from training import Training, numbers, read_log, run, write_recipe
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -26,6 +26,13 @@ ON = "log.attention_norms=true"
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     return write_recipe(tmp_path_factory.mktemp("recipe"))
+
+
+def test_a_new_part_of_training_is_one_file(recipe, tmp_path):
+    done = run(recipe, ["steps=2", "log.every=1", ON], tmp_path / "run", prepare=add_documented_part)
+    assert done.codes == [0], done.text()
+    first, second = (row["head"]["norm"] for row in read_log(done.out) if row["kind"] == "train")
+    assert 0 < first != second
 
 
 def losses(folder):

@@ -39,10 +39,7 @@ def test_the_average_is_its_formula_and_the_weights_come_back(dtype):
 
 WRONG = {
     "another model": ({"updates": 1, "averages": {"bias": torch.zeros(3)}}, "not those of the trained weights"),
-    "shape": (
-        {"updates": 1, "averages": {"weight": torch.zeros(5, 3)}},
-        r"weight must be an fp32 tensor of shape \(3, 5",
-    ),
+    "shape": ({"updates": 1, "averages": {"weight": torch.zeros(5, 3)}}, r"weight must be an fp32 .* shape \(3, 5"),
     "count": ({"updates": -1, "averages": {"weight": torch.zeros(3, 5)}}, "expected a number of updates, got -1"),
     "nothing": ({}, "expected a number of updates, got None"),
 }
@@ -61,10 +58,7 @@ def test_a_state_of_another_model_is_refused_and_changes_nothing(state, message)
     ("overrides", "message"),
     [
         (["ema.decay=1"], "ema.decay must be less than 1, got 1"),
-        (
-            ["ema.decay=0.9", "sparsity.patterns={'*.mlp.*': '2:4'}"],
-            "ema.decay averages weights under masks that change",
-        ),
+        (["ema.decay=0.9", "sparsity.patterns={'*.mlp.*': '2:4'}"], "ema.decay averages weights under masks that"),
         (["ema.decay=0.9", "distributed.strategy=fsdp2"], "ema.decay averages whole weights, which fsdp2 shards"),
     ],
 )

@@ -212,9 +212,9 @@ def test_one_process_that_cannot_start_leaves_exit_code_2(recipe, tmp_path):
 @pytest.mark.parametrize("world", ["1", "2"])
 def test_a_process_ends_with_its_code_after_its_threads_and_its_last_words(world):
     program = (
-        "import atexit, threading, time; from leanstep.recipes.training.launch import leave; "
+        "import atexit, threading, time; from leanstep.recipes.training.launch import exit_worker; "
         "atexit.register(print, 'last words'); "
-        "threading.Thread(target=lambda: (time.sleep(0.2), print('thread'))).start(); leave(3)"
+        "threading.Thread(target=lambda: (time.sleep(0.2), print('thread'))).start(); exit_worker(3)"
     )
     ended = start("-c", program, WORLD_SIZE=world)
     assert ended.communicate(timeout=120)[0].splitlines()[-2:] == ["thread", "last words"]

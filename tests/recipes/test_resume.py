@@ -438,7 +438,7 @@ def test_the_best_of_before_is_kept_where_the_new_best_could_not_be_saved(tmp_pa
         path = folder.checkpoints / checkpoint_name(step)
         path.mkdir(parents=True)
         (path / MARKER).touch()
-        saver.settle(path, TrainState(step=step, best_step=best))
+        saver.update_links(path, TrainState(step=step, best_step=best))
     assert (folder.root / "best").resolve().name == "step-000003"
     assert {path.name for path in folder.checkpoints.iterdir()} == {"step-000003", "step-000009"}
 
@@ -447,7 +447,7 @@ def test_the_best_is_kept_where_links_cannot_be_made(tmp_path, monkeypatch):
     def refuse(*arguments):
         raise OSError(errno.EPERM, "Operation not permitted")
 
-    monkeypatch.setattr("leanstep.recipes.training.saver.point", refuse)
+    monkeypatch.setattr("leanstep.recipes.training.saver.replace_symlink", refuse)
     folder, said = RunFolder(tmp_path / "run"), []
     saver = Saver.__new__(Saver)
     saver._folder, saver._config, saver._say = folder, CheckpointConfig(keep_last=1, keep_best=True), said.append
@@ -455,7 +455,7 @@ def test_the_best_is_kept_where_links_cannot_be_made(tmp_path, monkeypatch):
         path = folder.checkpoints / checkpoint_name(step)
         path.mkdir(parents=True)
         (path / MARKER).touch()
-        saver.settle(path, TrainState(step=step, best_step=3))
+        saver.update_links(path, TrainState(step=step, best_step=3))
     assert {path.name for path in folder.checkpoints.iterdir()} == {"step-000003", "step-000009"}
     assert all(line.startswith("WARNING: the link") for line in said)
 
