@@ -23,65 +23,48 @@ import contextvars
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
-from leanstep.kernels.cpp_impl._build import SPARSE_TYPES, TYPES, origin, why_not_cpp
+from leanstep.kernels.cpp_impl._build import TYPES, origin, why_not_cpp
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 BACKENDS = ("reference", "cpp", "triton")
-# Ops made of matrix products, which torch's BLAS computes on a CPU. Newton-Schulz then runs in batches, unless
-# use_backend("reference") selects its definition.
-_PRODUCTS = ("reference", "triton")
 
-# op name -> the backends that have an implementation of it
-OPS: dict[str, tuple[str, ...]] = {
-    "lion_step": BACKENDS,
-    "lion_agreement": BACKENDS,
-    "lion_step_int8": BACKENDS,
-    "lion_agreement_int8": BACKENDS,
-    "adamw_step_int8": BACKENDS,
-    "average_step_int8": BACKENDS,
-    "sinkhorn": BACKENDS,
-    "scaled_step": BACKENDS,
-    "nonfinite_flags": ("reference", "cpp"),
-    "adamw_step": ("reference", "cpp"),
-    "newton_schulz": _PRODUCTS,
-    "nuclear_norm": _PRODUCTS,
-    "row_dots": BACKENDS,
-    "linear_combination": BACKENDS,
-    "sparse_row_dots": BACKENDS,
-    "sparse_linear_combination": BACKENDS,
-    "nm_mask": BACKENDS,
-    "nm_apply": BACKENDS,
-    "nm_matmul": BACKENDS,
-    "bitmask_linear": BACKENDS,
-    "few_token_linear": ("reference", "cpp"),
-    "lora_dropout": BACKENDS,
-    "lora_down": BACKENDS,
-    "lora_down_backward": BACKENDS,
-    "lora_up": BACKENDS,
-    "lora_norms": _PRODUCTS,
-    "lora_scale": BACKENDS,
-    "lora_swiglu": BACKENDS,
-    "poly_features": BACKENDS,
-    "poly_features_backward": BACKENDS,
-}
 
-# These ops have only a C++ version; on any other requested backend they run as plain torch.
-_TORCH_ELSEWHERE = ("nonfinite_flags", "adamw_step", "few_token_linear")
-_SPARSE = ("bitmask_linear", "few_token_linear")
-# the C++ kernels that a wheel holds for newer instructions than others
-_KERNELS = {
-    "bitmask_linear": "sparse/linear",
-    "few_token_linear": "sparse/dense",
-    "lion_step_int8": "steps/lion_int8",
-    "lion_agreement_int8": "steps/lion_int8",
-    "average_step_int8": "steps/average_int8",
+class Support(NamedTuple):
+    """What can run an op.
+
+    Attributes:
+        backends: that have an implementation of it. Without "cpp", torch's BLAS computes its products on a CPU.
+        types: dtypes of its C++ kernel.
+        kernel: the C++ file, if a wheel holds it for newer instructions than others.
+        is_optional: whether plain torch runs where a backend is requested that the op does not have.
+        instructions: names the processor's instructions that its C++ kernel uses, if its speed depends on them most.
+    """
+
+    backends: tuple[str, ...] = BACKENDS
+    types: Mapping[torch.dtype, str] = TYPES
+    kernel: str = ""
+    is_optional: bool = False
+    instructions: Callable[[], str] | None = None
+
+
+# The steps. All other ops add their rows (leanstep.kernels.op).
+OPS: dict[str, Support] = {
+    "lion_step": Support(),
+    "lion_agreement": Support(),
+    "lion_step_int8": Support(kernel="steps/lion_int8"),
+    "lion_agreement_int8": Support(kernel="steps/lion_int8"),
+    "adamw_step_int8": Support(),
+    "average_step_int8": Support(kernel="steps/average_int8"),
+    "scaled_step": Support(),
+    "nonfinite_flags": Support(("reference", "cpp"), is_optional=True),
+    "adamw_step": Support(("reference", "cpp"), is_optional=True),
 }
 
 _requested: contextvars.ContextVar[str] = contextvars.ContextVar("leanstep_backend", default="auto")
@@ -155,7 +138,7 @@ def has_triton() -> bool:
 
 def why_not(op: str, backend: str, device: torch.device, *dtypes: torch.dtype) -> str | None:
     """Say why ``backend`` cannot run ``op`` on ``device`` with tensors of ``dtypes``; None if it can."""
-    if backend not in OPS[op]:
+    if backend not in OPS[op].backends:
         return f"{op} has no {backend} implementation"
     if backend == "triton":
         if torch.float64 in dtypes:
@@ -167,7 +150,7 @@ def why_not(op: str, backend: str, device: torch.device, *dtypes: torch.dtype) -
     if backend == "cpp":
         if device.type != "cpu":
             return f"C++ kernels run on the CPU, not on {device.type!r}"
-        types = SPARSE_TYPES if op in _SPARSE else TYPES
+        types = OPS[op].types
         unsupported = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes if dtype not in types})
         taken = "fp32, bf16 and fp16" if torch.float16 in types else "fp32 and bf16"
         return f"the C++ kernels take {taken}, not {', '.join(unsupported)}" if unsupported else why_not_cpp()
@@ -181,7 +164,8 @@ def choose(op: str, device: torch.device, *dtypes: torch.dtype) -> Choice:
         BackendError: if :func:`use_backend` selected a backend that cannot run here.
     """
     requested = _requested.get()
-    if op in _TORCH_ELSEWHERE and requested not in ("auto", *OPS[op]):
+    support = OPS[op]
+    if support.is_optional and requested not in ("auto", *support.backends):
         return Choice("reference", f"torch's own: {op} has no {requested} implementation")
     if requested != "auto":
         reason = why_not(op, requested, device, *dtypes)
@@ -193,10 +177,10 @@ def choose(op: str, device: torch.device, *dtypes: torch.dtype) -> Choice:
     if device.type != "cpu":
         reason = why_not(op, "triton", device)
         return Choice("reference", reason) if reason else Choice("triton", f"{device.type} device with Triton")
-    if OPS[op] == _PRODUCTS:
+    if "cpp" not in support.backends:
         return Choice("reference", "products of torch's BLAS")
     reason = why_not(op, "cpp", device, *dtypes)
-    return Choice("reference", reason) if reason else Choice("cpp", f"CPU, {origin(_KERNELS.get(op, op))}")
+    return Choice("reference", reason) if reason else Choice("cpp", f"CPU, {origin(support.kernel)}")
 
 
 def backend_table() -> list[tuple[str, str, str, str]]:
@@ -210,8 +194,7 @@ def backend_table() -> list[tuple[str, str, str, str]]:
 
 def _with_instructions(op: str, choice: Choice) -> Choice:
     """Add the processor's instructions to the reason, for an op whose speed depends on them most."""
-    if op not in _SPARSE or choice.backend != "cpp":
+    instructions = OPS[op].instructions
+    if instructions is None or choice.backend != "cpp":
         return choice
-    from leanstep.kernels.cpp_impl.sparse.linear import instructions
-
     return Choice(choice.backend, f"{choice.reason}, by {instructions()}")

@@ -218,7 +218,7 @@ def _info(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _audit(options: argparse.Namespace, rest: list[str]) -> int:
-    from leanstep.kernels import audit
+    from leanstep.kernels.triton_impl import audit
 
     arguments = [*rest, *options.arguments]
     return int(audit.main([word for word in arguments if word != "--"]) or 0)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from leanstep.kernels._backend import choose
 from leanstep.kernels.cpp_impl._build import TYPES, call
+from leanstep.kernels.op import EVERYWHERE, op, triton_module
 from leanstep.kernels.reference.fisher import gradient_window as reference
 
 WINDOW_TYPES = TYPES | {torch.float16: "fp16"}  # of the C++ kernels
@@ -57,8 +58,7 @@ def row_dots(
         slowly, only the last bits of the dot products distinguish their rows.
     """
     _check(windows, vectors, scales, groups, "row_dots")
-    run = torch.ops.leanstep.row_dots if torch.compiler.is_compiling() else _run_dots
-    return run(list(windows), list(vectors), scales, as_list(groups))
+    return _run_dots(list(windows), list(vectors), scales, as_list(groups))
 
 
 @torch.no_grad()
@@ -95,8 +95,7 @@ def linear_combination(
         out = [torch.empty(w.shape[1:], dtype=wide, device=w.device) for w in windows]
     else:
         check_out(out, [w.shape[1:] for w in windows], reference.wide_dtype(windows[0].dtype), "linear_combination")
-    run = torch.ops.leanstep.linear_combination if torch.compiler.is_compiling() else _run_combination
-    run(list(windows), coefficients, scales, as_list(groups), list(out))
+    _run_combination(list(windows), coefficients, scales, as_list(groups), list(out))
     return list(out)
 
 
@@ -121,15 +120,15 @@ def backend_of(op: str, window: Tensor, vectors: Sequence[Tensor] = ()) -> str:
 
 
 class Format(NamedTuple):
-    """How windows are stored: the prefix of the ops' names, the definition, and the kernels' launchers.
+    """How windows are stored: the ops' prefix and module, the definition, and the C++ launcher.
 
-    ``triton`` imports the module of the Triton launchers. ``cpp`` calls the C++ function of a name with the lists that
+    ``cpp`` calls the C++ function of a name with the lists that
     store the windows, the vectors or results, the groups, and the dots or coefficients, fp64 [G, m].
     """
 
     prefix: str
+    module: str
     reference: ModuleType
-    triton: Callable[[], ModuleType]
     cpp: Callable[..., None]
 
 
@@ -142,7 +141,7 @@ def run_dots(
     owners = [0] * len(values) if groups is None else list(groups)
     backend = backend_of(f"{windows.prefix}row_dots", values[0], vectors)
     if backend == "triton":
-        dots = windows.triton().row_dots(*stored, flat_vectors, owners, max(owners) + 1)
+        dots = triton_module(windows.module).row_dots(*stored, flat_vectors, owners, max(owners) + 1)
     elif backend == "cpp":
         dots = torch.zeros(max(owners) + 1, values[0].shape[0], dtype=torch.float64, device="cpu")
         windows.cpp("row_dots", stored, [v.to(torch.float32).contiguous() for v in flat_vectors], owners, dots)
@@ -164,14 +163,12 @@ def run_combination(
     wide = coefficients.detach().to(torch.float64).reshape(-1, values[0].shape[0])
     backend = backend_of(f"{windows.prefix}linear_combination", values[0])
     if backend == "triton":
-        windows.triton().linear_combination(*stored, wide, owners, flat_out)
+        triton_module(windows.module).linear_combination(*stored, wide, owners, flat_out)
     elif backend == "cpp":
         windows.cpp("linear_combination", stored, flat_out, owners, wide.contiguous())
     else:
         for *block, group, result in zip(*stored, owners, flat_out, strict=True):
             windows.reference.linear_combination(*block, wide[group], result)
-        return
-    torch.autograd.graph.increment_version(flat_out)  # kernels do not
 
 
 def _call_cpp(name: str, stored: tuple[list[Tensor]], vectors: list[Tensor], groups: list[int], table: Tensor) -> None:
@@ -183,20 +180,16 @@ def _call_cpp(name: str, stored: tuple[list[Tensor]], vectors: list[Tensor], gro
     call("fisher/gradient_window", name, macros, len(windows), windows, vectors, columns, pitches, groups, rows, table)
 
 
-def _triton() -> ModuleType:
-    from leanstep.kernels.triton_impl.fisher import gradient_window as triton_window
-
-    return triton_window
+_DENSE = Format("", __name__, reference, _call_cpp)
 
 
-_DENSE = Format("", reference, _triton, _call_cpp)
-
-
+@op("row_dots", EVERYWHERE, fake=lambda windows, vectors, scales, groups: new_dots(windows[0], groups))
 def _run_dots(windows: list[Tensor], vectors: list[Tensor], scales: Tensor | None, groups: list[int] | None) -> Tensor:
     dots = run_dots(_DENSE, ([flat(w) for w in windows],), vectors, groups)
     return dots if scales is None else dots * scales
 
 
+@op("linear_combination", EVERYWHERE, mutates=["out"])
 def _run_combination(
     windows: list[Tensor],
     coefficients: Tensor,
@@ -279,10 +272,3 @@ def check_out(out: Sequence[Tensor], shapes: Sequence[Sequence[int]], wide: torc
                 f"{name}: expected out[{b}] contiguous, of shape {tuple(shape)} and {wide}; got "
                 f"{tuple(tensor.shape)} of {tensor.dtype} with strides {tensor.stride()}"
             )
-
-
-_row_dots_op = torch.library.custom_op("leanstep::row_dots", _run_dots, mutates_args=())
-_linear_combination_op = torch.library.custom_op(
-    "leanstep::linear_combination", _run_combination, mutates_args=("out",)
-)
-_row_dots_op.register_fake(lambda windows, vectors, scales, groups: new_dots(windows[0], groups))

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from leanstep.kernels.op import op
+
 OK = 0
 JITTERS = 5  # status 1 to JITTERS: the number of the addition to the diagonal that worked
 EIGEN = JITTERS + 1
@@ -88,10 +90,13 @@ def window_coefficients(
         right = target.to(torch.float64)
     if not isinstance(damping, Tensor):
         damping = torch.full((), damping, dtype=torch.float64, device=gram.device)
-    run = torch.ops.leanstep.inverse_fisher_solve if torch.compiler.is_compiling() else _run
-    return Coefficients(*run(gram, right, damping, denominator))
+    return Coefficients(*_run(gram, right, damping, denominator))
 
 
+@op(
+    "inverse_fisher_solve",
+    fake=lambda gram, right, *_: (torch.empty_like(right), right.new_empty(right.shape[:-1], dtype=torch.int32)),
+)
 def _run(gram: Tensor, right: Tensor, damping: Tensor, denominator: float) -> tuple[Tensor, Tensor]:
     matrix = gram / denominator
     matrix.diagonal(dim1=-2, dim2=-1).add_(damping.to(torch.float64).unsqueeze(-1))
@@ -159,9 +164,3 @@ def _check(gram: Tensor, damping: float | Tensor, denominator: float) -> None:
         )
     if not denominator > 0:
         raise ValueError(f"window_coefficients: expected a denominator > 0, got {denominator}")
-
-
-_solve_op = torch.library.custom_op("leanstep::inverse_fisher_solve", _run, mutates_args=())
-_solve_op.register_fake(
-    lambda gram, right, *_: (torch.empty_like(right), right.new_empty(right.shape[:-1], dtype=torch.int32))
-)

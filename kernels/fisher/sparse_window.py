@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import chain
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 from leanstep.kernels.cpp_impl._build import call
 from leanstep.kernels.fisher import gradient_window as dense
 from leanstep.kernels.fisher.gradient_window import as_list, check_coefficients, check_groups, check_out
+from leanstep.kernels.op import EVERYWHERE, op
 from leanstep.kernels.reference.fisher import sparse_window as reference
 from leanstep.kernels.reference.fisher.gradient_window import wide_dtype
 from leanstep.kernels.reference.fisher.sparse_window import SparseLayout
@@ -134,8 +134,7 @@ def sparse_row_dots(
             )
     if all(layout.is_dense for layout in layouts):
         return dense.row_dots(values, vectors, groups=groups)
-    run = torch.ops.leanstep.sparse_row_dots if torch.compiler.is_compiling() else _run_dots
-    return run(list(values), list(indices), list(vectors), list(chain(*layouts)), as_list(groups))
+    return _run_dots(list(values), list(indices), list(vectors), list(chain(*layouts)), as_list(groups))
 
 
 @torch.no_grad()
@@ -176,8 +175,7 @@ def sparse_linear_combination(
         check_out(out, [(layout.numel,) for layout in layouts], wide, "sparse_linear_combination")
     if all(layout.is_dense for layout in layouts):
         return dense.linear_combination(values, coefficients, groups=groups, out=out)
-    run = torch.ops.leanstep.sparse_linear_combination if torch.compiler.is_compiling() else _run_combination
-    run(list(values), list(indices), coefficients, list(chain(*layouts)), as_list(groups), list(out))
+    _run_combination(list(values), list(indices), coefficients, list(chain(*layouts)), as_list(groups), list(out))
     return list(out)
 
 
@@ -190,21 +188,17 @@ def _call_cpp(
     call("fisher/sparse_window", name, macros, len(values), values, indices, vectors, *columns, groups, rows, table)
 
 
-def _triton() -> ModuleType:
-    from leanstep.kernels.triton_impl.fisher import sparse_window as triton_window
-
-    return triton_window
+_SPARSE = dense.Format("sparse_", __name__, reference, _call_cpp)
 
 
-_SPARSE = dense.Format("sparse_", reference, _triton, _call_cpp)
-
-
+@op("sparse_row_dots", EVERYWHERE, fake=lambda values, i, vectors, numbers, groups: dense.new_dots(values[0], groups))
 def _run_dots(
     values: list[Tensor], indices: list[Tensor], vectors: list[Tensor], numbers: list[int], groups: list[int] | None
 ) -> Tensor:
     return dense.run_dots(_SPARSE, (values, indices, _layouts(numbers)), vectors, groups)
 
 
+@op("sparse_linear_combination", EVERYWHERE, mutates=["out"])
 def _run_combination(
     values: list[Tensor],
     indices: list[Tensor],
@@ -249,10 +243,3 @@ def _check(
                 f"{i.dtype}"
             )
     check_groups(groups, len(values), name)
-
-
-_sparse_row_dots_op = torch.library.custom_op("leanstep::sparse_row_dots", _run_dots, mutates_args=())
-_sparse_linear_combination_op = torch.library.custom_op(
-    "leanstep::sparse_linear_combination", _run_combination, mutates_args=("out",)
-)
-_sparse_row_dots_op.register_fake(lambda values, indices, vectors, numbers, groups: dense.new_dots(values[0], groups))

@@ -4,8 +4,10 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
-from leanstep.kernels._modes import is_traced
+from leanstep.kernels.op import PRODUCTS, declare, is_traced, triton_module
 from leanstep.kernels.reference.lora import norms as reference
+
+declare("lora_norms", PRODUCTS)
 
 
 @torch.no_grad()
@@ -46,6 +48,4 @@ def lora_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float, squares: Tens
     arguments = (weight, wide_a, wide_b, mix, scale, squares)
     if is_traced(weight) or not weight.numel() or choose("lora_norms", weight.device, dtype).backend != "triton":
         return reference.lora_norms(*arguments)
-    from leanstep.kernels.triton_impl.lora import norms as triton_norms
-
-    return triton_norms.lora_norms(*arguments)
+    return triton_module(__name__).lora_norms(*arguments)

@@ -1,12 +1,13 @@
 """The r-wide products of a low-rank adapter. A hash of the seed computes the dropout mask, which is never stored."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from leanstep.kernels._backend import choose
-from leanstep.kernels._modes import in_dispatch_mode, is_traced
 from leanstep.kernels.cpp_impl.lora import products as cpp_products
 from leanstep.kernels.matrices.dense_product import product
+from leanstep.kernels.op import EVERYWHERE, implementation, in_dispatch_mode, is_traced, op
 from leanstep.kernels.reference.lora import products as reference
 
 # A seed is a 0-d int64 tensor on the CPU. A Python number would become a constant of a compiled program; reading a GPU
@@ -29,7 +30,7 @@ def lora_dropout(x: Tensor, p: float, seed: Tensor | None = None) -> Tensor:
     if p == 0:
         return x
     assert seed is not None
-    return torch.ops.leanstep.lora_dropout(x, p, seed) if _needs_op(x) else _dropout(x, p, seed)
+    return _dropout(x, p, seed)
 
 
 def lora_down(x: Tensor, a: Tensor, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
@@ -56,8 +57,6 @@ def lora_down(x: Tensor, a: Tensor, p: float = 0.0, seed: Tensor | None = None) 
     if p == 0:
         return product(x, a.t())
     assert seed is not None
-    if _needs_op(x):
-        return torch.ops.leanstep.lora_down(x, a, p, seed)
     return _down(x, a, p, seed)
 
 
@@ -80,10 +79,7 @@ def lora_down_backward(
     if p == 0:
         return product(e.t(), x), None if a is None else product(x, a.t())
     assert seed is not None
-    if _needs_op(x):
-        gradient, h = torch.ops.leanstep.lora_down_backward(x, e, a, p, seed)
-    else:
-        gradient, h = _down_backward(x, e, a, p, seed)
+    gradient, h = _down_backward(x, e, a, p, seed)
     return gradient, None if a is None else h
 
 
@@ -110,16 +106,12 @@ def lora_up_(y: Tensor, h: Tensor, b: Tensor, scale: float, p: float = 0.0, seed
     if p == 0:
         return y.addmm_(h, b, alpha=scale)
     assert seed is not None
-    if _needs_op(y):
-        torch.ops.leanstep.lora_up_(y, h, b, scale, p, seed)
-    else:
-        _up(y, h, b, scale, p, seed)
-        torch.autograd.graph.increment_version(y)  # kernels do not; the registered op does
+    _up(y, h, b, scale, p, seed)
     return y
 
 
-def _needs_op(x: Tensor) -> bool:
-    """Whether to call the registered op, which tracers and dispatch modes can see."""
+def _is_seen(x: Tensor, *_: Any) -> bool:
+    """Whether a tracer or a dispatch mode has to see the op."""
     return is_traced(x) or in_dispatch_mode()
 
 
@@ -134,11 +126,17 @@ def _check(name: str, x: Tensor, other: Tensor, p: float, seed: Tensor | None, f
         raise ValueError(f"{name}: dropout with p = {p} needs a seed, one int64 on the CPU, got {seed}")
 
 
+def _module(name: str, x: Tensor) -> Any:
+    return implementation(name, x, reference, __name__, cpp_products)
+
+
+@op("lora_dropout", EVERYWHERE, fake=lambda x, p, seed: x.new_empty(x.shape), traced=_is_seen)
 @torch.no_grad()
 def _dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
     return _module("lora_dropout", x).dropout(x.contiguous(), p, int(seed)) if x.numel() else x.new_empty(x.shape)
 
 
+@op("lora_down", EVERYWHERE, fake=lambda x, a, p, seed: x.new_empty(x.shape[0], a.shape[0]), traced=_is_seen)
 @torch.no_grad()
 def _down(x: Tensor, a: Tensor, p: float, seed: Tensor) -> Tensor:
     if not x.numel():
@@ -147,6 +145,11 @@ def _down(x: Tensor, a: Tensor, p: float, seed: Tensor) -> Tensor:
     return module.lora_down(x.contiguous(), a, p, int(seed))
 
 
+def _fake_down_backward(x, e, a, p, seed):
+    return x.new_empty(e.shape[1], x.shape[1]), x.new_empty(x.shape[0], 0 if a is None else len(a))
+
+
+@op("lora_down_backward", EVERYWHERE, fake=_fake_down_backward, traced=_is_seen)
 @torch.no_grad()
 def _down_backward(x: Tensor, e: Tensor, a: Tensor | None, p: float, seed: Tensor) -> tuple[Tensor, Tensor]:
     if not x.numel():
@@ -156,30 +159,8 @@ def _down_backward(x: Tensor, e: Tensor, a: Tensor | None, p: float, seed: Tenso
     return gradient, x.new_empty(x.shape[0], 0) if h is None else h
 
 
+@op("lora_up_", EVERYWHERE, mutates=["y"], traced=_is_seen)
 @torch.no_grad()
 def _up(y: Tensor, h: Tensor, b: Tensor, scale: float, p: float, seed: Tensor) -> None:
     if y.numel():
         _module("lora_up", y).lora_up_(y, h, b, scale, p, int(seed))
-
-
-def _module(op: str, x: Tensor):
-    backend = choose(op, x.device, x.dtype).backend
-    if backend == "cpp":
-        return cpp_products
-    if backend == "triton":
-        from leanstep.kernels.triton_impl.lora import products as triton_products
-
-        return triton_products
-    return reference
-
-
-_dropout_op = torch.library.custom_op("leanstep::lora_dropout", _dropout, mutates_args=())
-_down_op = torch.library.custom_op("leanstep::lora_down", _down, mutates_args=())
-_down_backward_op = torch.library.custom_op("leanstep::lora_down_backward", _down_backward, mutates_args=())
-_up_op = torch.library.custom_op("leanstep::lora_up_", _up, mutates_args=("y",))
-
-_dropout_op.register_fake(lambda x, p, seed: x.new_empty(x.shape))
-_down_op.register_fake(lambda x, a, p, seed: x.new_empty(x.shape[0], a.shape[0]))
-_down_backward_op.register_fake(
-    lambda x, e, a, p, seed: (x.new_empty(e.shape[1], x.shape[1]), x.new_empty(x.shape[0], 0 if a is None else len(a)))
-)

@@ -4,12 +4,14 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
-from leanstep.kernels._modes import is_traced
 from leanstep.kernels.cpp_impl._build import TYPES, call
+from leanstep.kernels.op import EVERYWHERE, declare, is_traced, triton_module
 from leanstep.kernels.reference.lora import scale as reference
 
 # rows that the C++ kernel sums together; scale.cpp has the same constant
 ROWS = 64
+
+declare("lora_scale", EVERYWHERE)
 
 
 def lora_scale_(y: Tensor, c: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -36,9 +38,7 @@ def lora_scale_(y: Tensor, c: Tensor, bias: Tensor | None = None) -> Tensor:
     if backend == "cpp":
         call("lora/scale", "lora_scale", {"VALUE": TYPES[y.dtype]}, *y.shape, y, c, bias)
     else:
-        from leanstep.kernels.triton_impl.lora import scale as triton_scale
-
-        triton_scale.lora_scale_(y, c, bias)
+        triton_module(__name__).lora_scale_(y, c, bias)
     torch.autograd.graph.increment_version(y)  # kernels do not
     return y
 
@@ -82,9 +82,7 @@ def lora_scale_backward(g: Tensor, y: Tensor | None, c: Tensor, in_place: bool =
         tensors = (g, g if y is None else y, c, inner, sums)
         call("lora/scale", "lora_scale_backward", {"VALUE": TYPES[g.dtype]}, *g.shape, *tensors)
         return inner, sums.sum(0)
-    from leanstep.kernels.triton_impl.lora import scale as triton_scale
-
-    return triton_scale.lora_scale_backward(g, y, c, inner)
+    return triton_module(__name__).lora_scale_backward(g, y, c, inner)
 
 
 def _backend(y: Tensor) -> str:

@@ -4,9 +4,11 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
-from leanstep.kernels._modes import is_traced
 from leanstep.kernels.cpp_impl._build import TYPES, call
+from leanstep.kernels.op import EVERYWHERE, declare, is_traced, triton_module
 from leanstep.kernels.reference.lora import swiglu as reference
+
+declare("lora_swiglu", EVERYWHERE)
 
 
 def swiglu(e: Tensor, u: Tensor) -> Tensor:
@@ -28,9 +30,7 @@ def swiglu(e: Tensor, u: Tensor) -> Tensor:
         return reference.swiglu(e, u)
     e, u = e.detach().contiguous(), u.detach().contiguous()
     if backend == "triton":
-        from leanstep.kernels.triton_impl.lora import swiglu as triton_swiglu
-
-        return triton_swiglu.swiglu(e, u)
+        return triton_module(__name__).swiglu(e, u)
     out = torch.empty_like(e)
     call("lora/swiglu", "swiglu", {"VALUE": TYPES[e.dtype]}, e.numel(), e, u, out)
     return out
@@ -68,9 +68,7 @@ def swiglu_backward_(grad: Tensor, e: Tensor, u: Tensor) -> tuple[Tensor, Tensor
     e, u = e.detach().contiguous(), u.detach().contiguous()
     torch.autograd.graph.increment_version(grad)  # kernels do not
     if backend == "triton":
-        from leanstep.kernels.triton_impl.lora import swiglu as triton_swiglu
-
-        return triton_swiglu.swiglu_backward_(grad, e, u)
+        return triton_module(__name__).swiglu_backward_(grad, e, u)
     out, de = torch.empty_like(e), torch.empty_like(e)
     call("lora/swiglu", "swiglu_backward", {"VALUE": TYPES[e.dtype]}, e.numel(), grad, e, u, out, de)
     return out, de, grad

@@ -10,7 +10,7 @@ import functools
 import torch
 from torch import Tensor
 
-from leanstep.kernels._modes import in_dispatch_mode, is_traced
+from leanstep.kernels.op import in_dispatch_mode, is_traced
 
 # with fewer rows, both libraries take the time of reading the other matrix
 LEAST_ROWS = 8

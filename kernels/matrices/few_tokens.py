@@ -3,10 +3,12 @@
 import torch
 from torch import Tensor, nn
 
-from leanstep.kernels._backend import choose, requested_backend
-from leanstep.kernels._modes import in_dispatch_mode, is_traced
+from leanstep.kernels._backend import Support, choose, requested_backend
 from leanstep.kernels.cpp_impl._build import SPARSE_TYPES
 from leanstep.kernels.cpp_impl.sparse import linear as cpp
+from leanstep.kernels.op import declare, in_dispatch_mode, is_traced
+
+declare("few_token_linear", Support(("reference", "cpp"), SPARSE_TYPES, "sparse/dense", True, cpp.instructions))
 
 
 def few_token_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -21,6 +21,7 @@ from leanstep.kernels.matrices.newton_schulz_batched import (
     scaled,
     singles_of,
 )
+from leanstep.kernels.op import PRODUCTS, op, triton_module
 from leanstep.kernels.reference.matrices import newton_schulz as reference
 from leanstep.kernels.reference.matrices import nuclear_sketch
 from leanstep.kernels.reference.matrices.newton_schulz import COEFFICIENTS, Triple
@@ -86,7 +87,7 @@ def newton_schulz(
         return []
     flat = [number for triple in triples for number in triple]
     if torch.compiler.is_compiling():
-        return torch.ops.leanstep.newton_schulz(list(matrices), flat, method, dtype, eps)
+        return _op(list(matrices), flat, method, dtype, eps)
     return _run(list(matrices), flat, method, dtype, eps)
 
 
@@ -138,8 +139,6 @@ def nuclear_norm(
     if not matrices:
         return torch.zeros(0, dtype=torch.float32, device="cpu")
     flat = [number for triple in triples for number in triple]
-    if torch.compiler.is_compiling():
-        return torch.ops.leanstep.nuclear_norm(list(matrices), estimator, flat, dtype)
     return _run_nuclear(list(matrices), estimator, flat, dtype)
 
 
@@ -206,9 +205,8 @@ def _multiplies_bf16() -> bool:
 
 def _products(backend: str, dtype: torch.dtype) -> Products:
     if backend == "triton" and dtype in (torch.bfloat16, torch.float16):
-        from leanstep.kernels.triton_impl.matrices import newton_schulz as triton_newton_schulz
-
-        return Products(triton_newton_schulz.gram, triton_newton_schulz.multiply, triton_newton_schulz.add_product)
+        triton = triton_module(__name__)
+        return Products(triton.gram, triton.multiply, triton.add_product)
     return TORCH_PRODUCTS
 
 
@@ -260,6 +258,12 @@ def _as_given(matrices: Sequence[Tensor], factors: Sequence[Tensor], dtype: torc
     return results
 
 
+def _fake_norms(matrices, estimator, coefficients, dtype):
+    count = sum(mat.shape[:-2].numel() for mat in matrices)
+    return matrices[0].new_empty(count, dtype=_sums_dtype(matrices))
+
+
+@op("nuclear_norm", PRODUCTS, fake=_fake_norms)
 @torch.no_grad()
 def _run_nuclear(
     matrices: list[Tensor], estimator: str, coefficients: list[float], dtype: torch.dtype | None
@@ -320,6 +324,12 @@ def _regrouped(coefficients: list[float]) -> list[Triple]:
     return list(zip(numbers, numbers, numbers, strict=True))
 
 
+def _fake_factors(matrices, coefficients, method, dtype, eps):
+    compute = compute_dtype(dtype, matrices)
+    return [mat.new_empty(mat.shape, dtype=compute) for mat in matrices]
+
+
+@op("newton_schulz", PRODUCTS, fake=_fake_factors)
 def _op(
     matrices: list[Tensor], coefficients: list[float], method: str, dtype: torch.dtype | None, eps: float
 ) -> list[Tensor]:
@@ -330,19 +340,3 @@ def _op(
         result.clone() if storage in storages[:i] else result
         for i, (result, storage) in enumerate(zip(results, storages, strict=True))
     ]
-
-
-_newton_schulz_op = torch.library.custom_op("leanstep::newton_schulz", _op, mutates_args=())
-_nuclear_norm_op = torch.library.custom_op("leanstep::nuclear_norm", _run_nuclear, mutates_args=())
-
-
-@_newton_schulz_op.register_fake
-def _(matrices, coefficients, method, dtype, eps):
-    compute = compute_dtype(dtype, matrices)
-    return [mat.new_empty(mat.shape, dtype=compute) for mat in matrices]
-
-
-@_nuclear_norm_op.register_fake
-def _(matrices, estimator, coefficients, dtype):
-    wide = _sums_dtype(matrices)
-    return matrices[0].new_empty(sum(mat.shape[:-2].numel() for mat in matrices), dtype=wide)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from leanstep.kernels._backend import choose
 from leanstep.kernels.cpp_impl._build import TYPES, call
+from leanstep.kernels.op import EVERYWHERE, op, triton_module
 from leanstep.kernels.reference.matrices import sinkhorn as reference
 from leanstep.kernels.reference.matrices.sinkhorn import finish_columns
 
@@ -56,7 +57,7 @@ def sinkhorn(mats: Sequence[Tensor], num_iters: int, *, end_with_rows: bool = Fa
         empty = torch.zeros(0, dtype=torch.float32, device="cpu")
         return Scales([], [], empty, empty)
     if torch.compiler.is_compiling():
-        return _scales(mats, *torch.ops.leanstep.sinkhorn(list(mats), num_iters, end_with_rows))
+        return _scales(mats, *_op(list(mats), num_iters, end_with_rows))
     return _run(mats, num_iters, end_with_rows)
 
 
@@ -195,9 +196,9 @@ def _iterate_together(
     for iteration in range(num_iters + end_with_rows):
         first = iteration == 0
         if backend == "triton":
-            from leanstep.kernels.triton_impl.matrices.sinkhorn import sinkhorn_pass
-
-            colmeans = sinkhorn_pass(batches, scales.flat_rows, scales.flat_cols, rows_total, first)
+            colmeans = triton_module(__name__).sinkhorn_pass(
+                batches, scales.flat_rows, scales.flat_cols, rows_total, first
+            )
         else:
             colmeans = _reference_pass(batches, scales, rows_total, first)
         if iteration == num_iters:  # the closing row half-iteration needs no columns
@@ -218,10 +219,7 @@ def _reference_pass(batches: Sequence[Tensor], scales: Scales, rows_total: Seque
     return colmeans
 
 
+@op("sinkhorn", EVERYWHERE, fake=lambda mats, *_: new_scales(mats)[2:])
 def _op(mats: list[Tensor], num_iters: int, end_with_rows: bool) -> tuple[Tensor, Tensor]:
     scales = _run(mats, num_iters, end_with_rows)
     return scales.flat_rows, scales.flat_cols
-
-
-_sinkhorn_op = torch.library.custom_op("leanstep::sinkhorn", _op, mutates_args=())
-_sinkhorn_op.register_fake(lambda mats, *_: new_scales(mats)[2:])

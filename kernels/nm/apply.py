@@ -4,9 +4,11 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
-from leanstep.kernels._modes import is_traced
 from leanstep.kernels.cpp_impl._build import TYPES, call, same_layout
+from leanstep.kernels.op import EVERYWHERE, declare, is_traced, triton_module
 from leanstep.kernels.reference.nm import apply as reference
+
+declare("nm_apply", EVERYWHERE)
 
 
 def nm_apply(weight: Tensor, mask: Tensor, alpha: Tensor) -> Tensor:
@@ -47,9 +49,7 @@ def _run(weight: Tensor, mask: Tensor, alpha: Tensor) -> Tensor:
     if backend == "reference" or not same_layout([weight, mask]):
         return reference.nm_apply(weight, mask, alpha)
     if backend == "triton":
-        from leanstep.kernels.triton_impl.nm import apply as triton_apply
-
-        return triton_apply.nm_apply(weight, mask, alpha)
+        return triton_module(__name__).nm_apply(weight, mask, alpha)
     out = torch.empty_like(weight, requires_grad=False)
     call("nm/apply", "nm_apply", {"WEIGHT": TYPES[weight.dtype]}, weight.numel(), weight, mask, float(alpha), out)
     return out

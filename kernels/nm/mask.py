@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
-from leanstep.kernels._modes import is_traced
 from leanstep.kernels.cpp_impl._build import call, group_by_dtypes
+from leanstep.kernels.op import EVERYWHERE, is_traced, op, triton_module
 from leanstep.kernels.reference.nm import mask as reference
 
 MAX_FAST_M = 128  # longest group of the kernels
@@ -61,13 +62,15 @@ def nm_mask(
             )
     if out is None:
         out = [torch.empty(s.shape, dtype=torch.bool, device=s.device) for s in scores]
-    if torch.compiler.is_compiling() or any(map(is_traced, scores)):
-        torch.ops.leanstep.nm_mask(list(scores), n, m, dim, list(out))
-    else:
-        _run(list(scores), n, m, dim, list(out))
+    _run(list(scores), n, m, dim, list(out))
     return list(out)
 
 
+def _any_traced(scores: list[Tensor], *_: Any) -> bool:
+    return torch.compiler.is_compiling() or any(map(is_traced, scores))
+
+
+@op("nm_mask", EVERYWHERE, mutates=["out"], traced=_any_traced)
 @torch.no_grad()
 def _run(scores: list[Tensor], n: int, m: int, dim: int, out: list[Tensor]) -> None:
     if not scores:
@@ -86,15 +89,12 @@ def _run(scores: list[Tensor], n: int, m: int, dim: int, out: list[Tensor]) -> N
     for indices in group_by_dtypes([inputs], [score.numel() > 0 for score in inputs]):
         group = ([inputs[i] for i in indices], n, m, dim, [outputs[i] for i in indices])
         if backend == "triton":
-            from leanstep.kernels.triton_impl.nm import mask as triton_mask
-
-            triton_mask.nm_mask(*group)
+            triton_module(__name__).nm_mask(*group)
         else:
             _cpp_mask(*group)
     for mask, written in zip(out, outputs, strict=True):
         if written is not mask:
             mask.copy_(written)
-    torch.autograd.graph.increment_version(out)
 
 
 def _cpp_mask(scores: list[Tensor], n: int, m: int, dim: int, out: list[Tensor]) -> None:
@@ -127,6 +127,3 @@ def _check(scores: Sequence[Tensor], n: int, m: int, dim: int, out: Sequence[Ten
                 f"nm_mask: expected out[{i}] of shape {tuple(score.shape)}, torch.bool, on {score.device}; got "
                 f"{tuple(mask.shape)} of {mask.dtype} on {mask.device}"
             )
-
-
-_nm_mask_op = torch.library.custom_op("leanstep::nm_mask", _run, mutates_args=("out",))

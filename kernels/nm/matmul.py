@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import choose
-from leanstep.kernels._modes import is_traced, vmap_over_rows, without_autocast
 from leanstep.kernels.cpp_impl._build import TYPES, call
 from leanstep.kernels.cpp_impl.sparse import linear as cpp
+from leanstep.kernels.op import EVERYWHERE, is_traced, op, triton_module, without_autocast
 from leanstep.kernels.reference.nm import matmul as reference
 
 # up to this number of rows of x, the C++ kernel expands a 2:4 matrix in registers
@@ -106,12 +106,16 @@ def nm_matmul(x: Tensor, values: Tensor, indices: Tensor, m: int) -> Tensor:
             "nm_matmul: the product is for inference and has no gradient; call it under torch.no_grad(), or multiply "
             "with nm_decompress(values, indices, m)"
         )
-    flat = x.reshape(-1, x.shape[-1])
-    if is_traced(x) or is_traced(values):
-        return torch.ops.leanstep.nm_matmul(flat, values, indices, m).view(*x.shape[:-1], values.shape[0])
-    return _run(flat, values, indices, m).view(*x.shape[:-1], values.shape[0])
+    return _run(x.reshape(-1, x.shape[-1]), values, indices, m).view(*x.shape[:-1], values.shape[0])
 
 
+@op(
+    "nm_matmul",
+    EVERYWHERE,
+    fake=lambda x, values, indices, m: x.new_empty(x.shape[0], values.shape[0]),
+    traced=lambda x, values, indices, m: is_traced(x) or is_traced(values),
+    vmap_rows=True,
+)
 @without_autocast
 @torch.no_grad()
 def _run(x: Tensor, values: Tensor, indices: Tensor, m: int) -> Tensor:
@@ -128,9 +132,7 @@ def _run(x: Tensor, values: Tensor, indices: Tensor, m: int) -> Tensor:
         call("nm/matmul", "nm_matmul", macros, x, values, indices, out, len(x), *values.shape, m)
         return out
     if backend == "triton":
-        from leanstep.kernels.triton_impl.nm import matmul as triton_matmul
-
-        return triton_matmul.nm_matmul(x, values, indices, m)
+        return triton_module(__name__).nm_matmul(x, values, indices, m)
     return reference.nm_matmul(x, values, indices, m)
 
 
@@ -153,8 +155,3 @@ def _check_compressed(values: Tensor, indices: Tensor, m: int, name: str) -> Non
         )
     if not values.shape[-1] <= m <= 256 or m < 1:
         raise ValueError(f"{name}: expected groups of {values.shape[-1]} to 256 entries, got m = {m}")
-
-
-_nm_matmul_op = torch.library.custom_op("leanstep::nm_matmul", _run, mutates_args=())
-_nm_matmul_op.register_fake(lambda x, values, indices, m: x.new_empty(x.shape[0], values.shape[0]))
-_nm_matmul_op.register_vmap(vmap_over_rows(_nm_matmul_op))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels._backend import on_remembered_backend, remember_backend
+from leanstep.kernels.op import op
 from leanstep.kernels.poly import chunks
 from leanstep.kernels.poly.tables import MAX_FEATURES, feature_count
 
@@ -61,9 +62,7 @@ def poly_attention(
     if center is not None:
         center = center.detach().to(torch.promote_types(q.dtype, torch.float32))
         center = center.expand(k.shape[0], -1, -1) if center.dim() == 2 else center
-    return torch.ops.leanstep.poly_attention(
-        q, k, v, center, key_mask, [float(c) for c in coefficients], float(scale), causal, chunk
-    )
+    return _run(q, k, v, center, key_mask, [float(c) for c in coefficients], float(scale), causal, chunk)
 
 
 def _check(
@@ -127,23 +126,16 @@ def _heads(
     return chunks.Heads(queries, k.flatten(0, 1), v.flatten(0, 1), center, mask, *settings)
 
 
-def _run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    center: Tensor | None,
-    key_mask: Tensor | None,
-    coefficients: list[float],
-    scale: float,
-    causal: bool,
-    chunk: int,
-) -> tuple[Tensor, Tensor]:
-    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        heads = _heads(q, k, v, center, key_mask, coefficients, scale, causal, chunk)
-        out, normaliser = chunks.forward(heads)
-    return out.view(*q.shape[:3], v.shape[3]), normaliser.view(q.shape[:3])
+def _fake(q, k, v, *_):
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=wide)
 
 
+def _fake_backward(grad, q, k, v, out, normaliser, center, key_mask, coefficients, scale, causal, chunk, wanted):
+    return [x.new_empty(x.shape if want else 0) for x, want in zip((q, k, v), wanted, strict=True)]
+
+
+@op("poly_attention_backward", fake=_fake_backward)
 def _run_backward(
     grad: Tensor,
     q: Tensor,
@@ -171,21 +163,6 @@ def _run_backward(
     ]
 
 
-_op = torch.library.custom_op("leanstep::poly_attention", _run, mutates_args=())
-_backward_op = torch.library.custom_op("leanstep::poly_attention_backward", _run_backward, mutates_args=())
-
-
-@_op.register_fake
-def _(q, k, v, *_):
-    wide = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=wide)
-
-
-@_backward_op.register_fake
-def _(grad, q, k, v, out, normaliser, center, key_mask, coefficients, scale, causal, chunk, wanted):
-    return [x.new_empty(x.shape if want else 0) for x, want in zip((q, k, v), wanted, strict=True)]
-
-
 def _setup(ctx, inputs, output):
     q, k, v, center, key_mask, *ctx.settings = inputs
     out, normaliser = output
@@ -207,7 +184,23 @@ def _gradients(ctx, grad, _):
     return (*(x if want else None for x, want in zip(gradients, wanted, strict=True)), *(None,) * 6)
 
 
-_op.register_autograd(_gradients, setup_context=_setup)
+# autograd records every call
+@op("poly_attention", fake=_fake, traced=lambda *_: True, autograd=(_gradients, _setup))
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    center: Tensor | None,
+    key_mask: Tensor | None,
+    coefficients: list[float],
+    scale: float,
+    causal: bool,
+    chunk: int,
+) -> tuple[Tensor, Tensor]:
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        heads = _heads(q, k, v, center, key_mask, coefficients, scale, causal, chunk)
+        out, normaliser = chunks.forward(heads)
+    return out.view(*q.shape[:3], v.shape[3]), normaliser.view(q.shape[:3])
 
 
 def poly_attention_flops(

@@ -5,11 +5,15 @@ from torch import Tensor
 
 from leanstep.kernels._backend import choose
 from leanstep.kernels.cpp_impl._build import call
+from leanstep.kernels.op import EVERYWHERE, declare, triton_module
 from leanstep.kernels.poly.tables import MAX_FEATURES, PolyTables, feature_count, poly_tables
 from leanstep.kernels.reference.poly import features as reference
 
 # columns that a thread of features.cpp takes at a time
 LANES = 64
+
+declare("poly_features", EVERYWHERE)
+declare("poly_features_backward", EVERYWHERE)
 
 
 def poly_features(x: Tensor, degree: int) -> Tensor:
@@ -42,9 +46,7 @@ def poly_features(x: Tensor, degree: int) -> Tensor:
     if backend == "cpp":
         return _cpp_features(wide.contiguous(), tables).to(x.dtype)
     if backend == "triton":
-        from leanstep.kernels.triton_impl.poly import features as triton_features
-
-        return triton_features.poly_features(wide, tables).to(x.dtype)
+        return triton_module(__name__).poly_features(wide, tables).to(x.dtype)
     return reference.poly_features(wide, tables).to(x.dtype)
 
 
@@ -84,9 +86,7 @@ def poly_features_backward(grad: Tensor, x: Tensor, degree: int) -> Tensor:
     if backend == "cpp":
         return _cpp_features_backward(wide_grad.contiguous(), wide.contiguous(), tables).to(x.dtype)
     if backend == "triton":
-        from leanstep.kernels.triton_impl.poly import features as triton_features
-
-        return triton_features.poly_features_backward(wide_grad, wide, tables).to(x.dtype)
+        return triton_module(__name__).poly_features_backward(wide_grad, wide, tables).to(x.dtype)
     return reference.poly_features_backward(wide_grad, wide, tables).to(x.dtype)
 
 

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanstep.kernels._backend import choose, on_remembered_backend, remember_backend, why_not
-from leanstep.kernels._modes import is_traced, vmap_over_rows, without_autocast
+from leanstep.kernels._backend import Support, on_remembered_backend, remember_backend, why_not
+from leanstep.kernels.cpp_impl._build import SPARSE_TYPES
 from leanstep.kernels.cpp_impl.sparse import linear as cpp
+from leanstep.kernels.op import implementation, is_traced, op, without_autocast
 from leanstep.kernels.reference.sparse import linear as reference
 from leanstep.kernels.sparse.bitmask import check_parts
 
@@ -73,10 +74,7 @@ def bitmask_linear(
         ``benchmarks/sparsity/bitmask.py`` measures where this is faster than the dense product.
     """
     _check(x, values, mask, offsets, columns, bias, scales)
-    flat = x.reshape(-1, columns)
-    recorded = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    product = torch.ops.leanstep.bitmask_linear if recorded or is_traced(x) else _run
-    return product(flat, values, mask, offsets, bias, scales).view(*x.shape[:-1], mask.shape[0])
+    return _run(x.reshape(-1, columns), values, mask, offsets, bias, scales).view(*x.shape[:-1], mask.shape[0])
 
 
 def _check(
@@ -108,28 +106,6 @@ def _check(
         )
 
 
-@without_autocast
-@torch.no_grad()
-def _run(
-    x: Tensor, values: Tensor, mask: Tensor, offsets: Tensor, bias: Tensor | None, scales: Tensor | None
-) -> Tensor:
-    if torch.onnx.is_in_onnx_export() or not x.numel() or not mask.shape[0]:
-        return _empty(x, values, mask)
-    x, values, mask, offsets = x.contiguous(), values.contiguous(), mask.contiguous(), offsets.contiguous()
-    return _module(x).bitmask_linear(x, values, mask, offsets, bias, scales)
-
-
-@without_autocast
-@torch.no_grad()
-def _run_backward(
-    grad: Tensor, values: Tensor, mask: Tensor, offsets: Tensor, columns: int, scales: Tensor | None
-) -> Tensor:
-    if not grad.numel():
-        return grad.new_zeros(grad.shape[0], columns)
-    values, mask, offsets = values.contiguous(), mask.contiguous(), offsets.contiguous()
-    return _module(grad).bitmask_linear_backward(grad, values, mask, offsets, columns, scales)
-
-
 def _empty(x: Tensor, values: Tensor, mask: Tensor, *rest: Any) -> Tensor:
     """The result without values. Raises RuntimeError in an export to ONNX, also where that only traces."""
     if torch.onnx.is_in_onnx_export():
@@ -141,12 +117,23 @@ def _empty(x: Tensor, values: Tensor, mask: Tensor, *rest: Any) -> Tensor:
 
 
 def _module(x: Tensor) -> Any:
-    backend = choose("bitmask_linear", x.device, x.dtype).backend
-    if backend == "triton":
-        from leanstep.kernels.triton_impl.sparse import linear as triton_linear
+    return implementation("bitmask_linear", x, reference, __name__, cpp)
 
-        return triton_linear
-    return cpp if backend == "cpp" else reference
+
+@op(
+    "bitmask_linear_backward",
+    fake=lambda grad, values, mask, offsets, columns, scales: grad.new_empty(grad.shape[0], columns),
+    vmap_rows=True,
+)
+@without_autocast
+@torch.no_grad()
+def _run_backward(
+    grad: Tensor, values: Tensor, mask: Tensor, offsets: Tensor, columns: int, scales: Tensor | None
+) -> Tensor:
+    if not grad.numel():
+        return grad.new_zeros(grad.shape[0], columns)
+    values, mask, offsets = values.contiguous(), mask.contiguous(), offsets.contiguous()
+    return _module(grad).bitmask_linear_backward(grad, values, mask, offsets, columns, scales)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -167,10 +154,25 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, None, None, None, grad_bias, None
 
 
-_linear_op = torch.library.custom_op("leanstep::bitmask_linear", _run, mutates_args=())
-_backward_op = torch.library.custom_op("leanstep::bitmask_linear_backward", _run_backward, mutates_args=())
-_linear_op.register_fake(_empty)
-_backward_op.register_fake(lambda grad, values, mask, offsets, columns, scales: grad.new_empty(grad.shape[0], columns))
-_linear_op.register_autograd(_backward, setup_context=_save)
-_linear_op.register_vmap(vmap_over_rows(_linear_op))
-_backward_op.register_vmap(vmap_over_rows(_backward_op))
+def _is_recorded(x: Tensor, values: Tensor, mask: Tensor, offsets: Tensor, bias: Tensor | None, *_: Any) -> bool:
+    """Whether autograd or a tracer has to see the op."""
+    return is_traced(x) or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+
+
+@op(
+    "bitmask_linear",
+    Support(types=SPARSE_TYPES, kernel="sparse/linear", instructions=cpp.instructions),
+    fake=_empty,
+    traced=_is_recorded,
+    autograd=(_backward, _save),
+    vmap_rows=True,
+)
+@without_autocast
+@torch.no_grad()
+def _run(
+    x: Tensor, values: Tensor, mask: Tensor, offsets: Tensor, bias: Tensor | None, scales: Tensor | None
+) -> Tensor:
+    if torch.onnx.is_in_onnx_export() or not x.numel() or not mask.shape[0]:
+        return _empty(x, values, mask)
+    x, values, mask, offsets = x.contiguous(), values.contiguous(), mask.contiguous(), offsets.contiguous()
+    return _module(x).bitmask_linear(x, values, mask, offsets, bias, scales)

@@ -168,3 +168,13 @@ def aligned_pointer(address, DTYPE: tl.constexpr):
     The hint belongs to this cast, not to the address, because other branches use the address without that promise.
     """
     return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
+
+
+@triton.jit
+def pointer_to(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Pointer to a tensor; 16-byte aligned with ALIGNED."""
+    if ALIGNED:
+        ptr = aligned_pointer(address, DTYPE)
+    else:
+        ptr = address.to(tl.pointer_type(DTYPE))
+    return ptr

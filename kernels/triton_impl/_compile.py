@@ -1,6 +1,6 @@
 """Record launches and compile their kernels for any target, on a machine without it: Triton's side of the audit.
 
-`leanstep.kernels.audit` measures the compiled kernels and imports without Triton.
+`leanstep.kernels.triton_impl.audit` measures the compiled kernels and imports without Triton.
 """
 
 import importlib

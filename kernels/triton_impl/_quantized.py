@@ -41,6 +41,18 @@ def value_of(code, scale, FP8: tl.constexpr):
 
 
 @triton.jit
+def load_values(c_ptr, s_ptr, offs, mask, s_offs, s_mask, FP8: tl.constexpr):
+    """fp32 values of a tile of codes; the masks are None for a whole tile."""
+    if mask is None:
+        code = tl.load(c_ptr + offs)
+        scale = tl.load(s_ptr + s_offs)
+    else:
+        code = tl.load(c_ptr + offs, mask=mask, other=0)
+        scale = tl.load(s_ptr + s_offs, mask=s_mask, other=0.0)
+    return value_of(code, scale, FP8)
+
+
+@triton.jit
 def quantized(m, pair, shift, seed, SQUARES: tl.constexpr, FP8: tl.constexpr):
     """Codes of a tile of momenta, or of squares, [blocks, SCALED], and the scales [blocks, 1]."""
     # patterns without signs are ordered: finite numbers, infinity, NaNs
@@ -76,6 +88,14 @@ def quantized(m, pair, shift, seed, SQUARES: tl.constexpr, FP8: tl.constexpr):
         sign = m.to(tl.int32, bitcast=True) >> 31
         code = tl.where(usable, (tl.minimum((pattern >> 19) - 2032, 127) ^ sign) - sign, 0).to(tl.int8)
     return code, tl.where(finite, tl.where(usable, scale, 0.0), float("nan"))
+
+
+@triton.jit
+def row_start(first, columns):
+    """Blocks of a row of `columns`, the column of block `first`, and the offset of its first element."""
+    per_row = (columns + 127) // 128
+    first_column = (first % per_row).to(tl.int32) * 128
+    return per_row, first_column, first // per_row * columns + first_column
 
 
 @triton.jit

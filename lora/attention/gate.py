@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from leanstep.kernels._modes import outside_dispatch_modes
+from leanstep.kernels.op import outside_dispatch_modes
 from leanstep.kernels.poly.attention import poly_attention
 from leanstep.lora.attention.attention import (
     LowRankAttentionError,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leanstep.kernels._modes import outside_dispatch_modes
+from leanstep.kernels.op import outside_dispatch_modes
 from leanstep.kernels.poly.tables import MAX_FEATURES, feature_count
 from leanstep.lora.attention.attention import needed_degree
 from leanstep.lora.attention.cost import AttentionShape, break_even, cost_ratio

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from leanstep._torch import is_conv1d
-from leanstep.kernels._modes import outside_dispatch_modes
+from leanstep.kernels.op import outside_dispatch_modes
 from leanstep.kernels.reference.poly.attention import polynomial
 from leanstep.lora.attention.attention import key_means, taylor_coefficients
 from leanstep.lora.attention.error_bounds import largest_logit

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leanstep.kernels._modes import outside_dispatch_modes
+from leanstep.kernels.op import outside_dispatch_modes
 from leanstep.lora.layers.dora import row_norms
 from leanstep.lora.layers.linear import Adapter, FastPath, LoRALayer, factor_type, mix_in, why_not_fast
 from leanstep.lora.layers.rule import dora_factor

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from leanstep._torch import is_dtensor
-from leanstep.kernels._modes import in_transform, outside_dispatch_modes
+from leanstep.kernels.op import in_transform, outside_dispatch_modes
 from leanstep.lora.config import is_pissa
 from leanstep.lora.layers.autograd import Setting, Weights, dense_weight, lora_linears, new_seed, seeded_dropout
 from leanstep.lora.layers.contraction import ContractionPath, contraction_path

@@ -42,7 +42,7 @@ from leanstep.kernels import (
     lora_up_,
     product,
 )
-from leanstep.kernels._modes import in_dispatch_mode
+from leanstep.kernels.op import in_dispatch_mode
 
 
 def hidden(x: Tensor, a: Tensor, p: float = 0.0, seed: Tensor | None = None) -> Tensor:

@@ -31,9 +31,10 @@ from leanstep.optimizers.gradient_accumulation import keeping_gradients
 from leanstep.optimizers.param_groups import parameter_roles
 from leanstep.pruning.folder.loading import empty_model
 from leanstep.recipes.config.schema import RunConfig, accumulation_steps, trained_size
-from leanstep.recipes.methods.attention import build_gate, build_monitor
+from leanstep.recipes.methods.gate import build_gate
 from leanstep.recipes.methods.halves import halved_groups
 from leanstep.recipes.methods.lora import adapt
+from leanstep.recipes.methods.norms import build_monitor
 from leanstep.recipes.methods.pruned import masked_names
 from leanstep.recipes.methods.sparse import plan
 from leanstep.recipes.training.build import build_model, build_optimizer, checkpoint_activations, optimizer_section

@@ -1,11 +1,33 @@
 """``ema`` of recipes: an exponential moving average of the trained weights, beside the weights themselves."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from leanstep.recipes.training.parts import Part
+
+
+class Averages(Part):
+    """The averaged weights of a run: evaluated beside the trained ones, and written to ``final-ema/``."""
+
+    def prepared(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Begin at the initial weights; checkpoints hold the averages."""
+        assert self.run.config.ema.decay is not None
+        self.average = WeightAverage(model, self.run.config.ema.decay)
+        self.applied = self.average.applied
+        self.run.accelerator.register_for_checkpointing(self.average)
+
+    def after_step(self, applied: bool, finite: bool) -> None:
+        """Average over the new weights; a gradient scaler leaves them where the gradients are not finite."""
+        if applied and finite:
+            self.average.update()
+
+    def tensors(self) -> Iterable[torch.Tensor]:
+        """The averages."""
+        return self.average.averages.values()
 
 
 class WeightAverage:

@@ -1,7 +1,6 @@
 """Train a pruned model and keep its zeros: masks, their memory, and sparsity files."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,33 @@ from leanstep.lora.layers.linear import LoRALinearLayer
 from leanstep.pruning import MaskKeeper, keep_masks
 from leanstep.pruning.score.targets import prunable_names
 from leanstep.recipes.config.schema import RunConfig
+from leanstep.recipes.training.parts import Part
 from leanstep.sparsity.verify import PATTERNS_FILE
+
+
+class Masks(Part):
+    """Keeps the zeros of a pruned model (``pruning.keep_masks``), and writes the sparsity beside its weights."""
+
+    keeper: MaskKeeper
+
+    def prepared(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Make the masks. They are the zeros of ``model.init_from``, so a checkpoint is loaded later."""
+        config = self.run.config
+        names = masked_names(config, model)
+        try:
+            self.keeper = keep_masks(model, optimizer, include=names)
+        except ValueError as error:
+            raise ValueError(f"pruning.keep_masks: {error} (model.init_from {config.model.init_from})") from None
+        masks = len(self.keeper.masks)
+        self.run.say(f"pruning     {self.keeper.sparsity():.2%} of {masks} matrices are zero and stay zero")
+
+    def after_backward(self) -> None:
+        """Mask the gradients."""
+        self.keeper.mask_gradients()
+
+    def export(self, model: torch.nn.Module, path: Path) -> None:
+        """Write the sparsity of each matrix."""
+        write_sparsity(list(self.keeper.parameters), str(self.run.config.model.init_from), path)
 
 
 def masked_names(config: RunConfig, model: torch.nn.Module) -> list[str]:
@@ -39,19 +64,6 @@ def mask_adapters(config: RunConfig, model: torch.nn.Module) -> None:
     # a matrix on the meta device counts as one with zeros
     zeros = [n for n, layer in layers.items() if n in names and (layer.weight.is_meta or not bool(layer.weight.all()))]
     keep_zeros(model, zeros)
-
-
-def build_masks(
-    config: RunConfig, model: torch.nn.Module, optimizer: torch.optim.Optimizer, say: Callable[[str], None]
-) -> MaskKeeper:
-    """Keep the zeros of a pruned model (``pruning.keep_masks``)."""
-    names = masked_names(config, model)
-    try:
-        keeper = keep_masks(model, optimizer, include=names)
-    except ValueError as error:
-        raise ValueError(f"pruning.keep_masks: {error} (model.init_from {config.model.init_from})") from None
-    say(f"pruning     {keeper.sparsity():.2%} of {len(keeper.masks)} matrices are zero and stay zero")
-    return keeper
 
 
 def pruned_start_warning(config: RunConfig) -> str:

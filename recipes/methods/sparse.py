@@ -1,7 +1,7 @@
 """N:M sparsity in a run: build the controller, save and load its state, report."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from leanstep._checkpoint import TensorFile, load_tensors
 from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.training.checkpoint import CheckpointError
+from leanstep.recipes.training.parts import Part
 from leanstep.sparsity import Controller, Schedule, sparsify
 from leanstep.sparsity.squash import sparse_state
 from leanstep.sparsity.training.flops import FORMULA, Operations, training_operations
@@ -19,6 +20,42 @@ from leanstep.sparsity.training.modules import SparseLayer, plan_layers, sparse_
 from leanstep.sparsity.verify import PATTERNS_FILE
 
 STATE_FILE = "sparsity.safetensors"
+
+
+class Sparsity(Part):
+    """N:M sparsity of a run. ``sparsity_report.json``: sparsity of each layer, and operations of the run."""
+
+    name = "sparsity"
+    source: Controller
+
+    def build(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Make the layers sparse, after the optimizer's groups, which go by the original parameter names."""
+        self.model = model
+        self.source = build_controller(self.run.config, model)
+        self.run.say(f"sparsity    {self.run.config.sparsity.method}: {describe_sparsity(self.source)}")
+
+    def prepared(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Follow the optimizer's steps."""
+        self.source.attach(optimizer)
+
+    def after_step(self, applied: bool, finite: bool) -> None:
+        """Follow the run's steps, also those that are left out here or by a gradient scaler."""
+        while self.source.step_count <= self.run.state.step:
+            self.source.skip()
+
+    def save(self, trainer: Path) -> None:
+        """Write dense weights and masks; those of a sharded model are in Accelerate's state."""
+        accelerator = self.run.accelerator
+        if accelerator.is_main_process and accelerator.distributed_type != "FSDP":
+            save_sparse(self.model, trainer)
+
+    def export(self, model: torch.nn.Module, path: Path) -> None:
+        """Write the patterns."""
+        write_patterns(model, path)
+
+    def report(self) -> Iterator[tuple[str, Any]]:
+        """Statistics of each layer."""
+        yield "sparsity_report.json", report(self.run.config, self.source, self.run.flops_per_token)
 
 
 def schedule_of(config: RunConfig) -> Schedule:

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ from leanstep.recipes.check.costs import FORMULA, peak_flops
 from leanstep.recipes.config.loader import dump
 from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.config.values import recorded
-from leanstep.recipes.methods import sparse
 from leanstep.recipes.training.build import describe_world, device_name, trackers_of
 from leanstep.recipes.training.checkpoint import TrainState
 from leanstep.recipes.training.folder import RunFolder, environment
 from leanstep.recipes.training.formatting import flat_scalars, format_line, format_live
+from leanstep.recipes.training.parts import Part
 from leanstep.recipes.training.step import StepResult
 from leanstep.recipes.training.trackers import Trackers
 from leanstep.recipes.training.validation import EvalResult
@@ -163,8 +163,7 @@ class RunLogger:
       ``optimizer/KEY``. In the report, the keys ``A/x`` and ``A/y`` are lines of one chart A.
     * ``noise_report()``: a list of dicts, read at the end, written to ``optimizer_report.json`` and shown as a table.
 
-    The sparsity controller, the attention monitor, the low-rank gate and QK-clip have ``diagnostics()`` too, logged as
-    ``sparsity``, ``attention``, ``gate`` and ``qk_clip``.
+    The ``source`` of a part of training has ``diagnostics()``, too, logged as the part's ``name``.
     """
 
     def __init__(self, config: RunConfig, accelerator: Accelerator, folder: RunFolder, progress: Progress) -> None:
@@ -286,27 +285,17 @@ class RunLogger:
                 **({"spikes": {name: getattr(spikes, name) for name in shown}} if spikes.steps else {}),
             )
 
-    def reports(self, optimizer: Any, controller: Any, monitor: Any, gate: Any) -> None:
-        """Write the final reports of optimizer, sparsity, attention norms and gate, as far as the run has them.
+    def reports(self, optimizer: Any, parts: Iterable[Part]) -> None:
+        """Write the final reports of optimizer and parts, as far as the run has them. Every process calls it.
 
-        Every process calls it. ``optimizer_report.json``: the optimizer's ``noise_report()``.
-        ``sparsity_report.json``: sparsity of each layer, and operations of the run. ``attention_report.json``: the last
-        measurement of each head. ``gate_report.json``: which layers ran low-rank, the reason, and the errors.
+        ``optimizer_report.json``: the optimizer's ``noise_report()``.
         """
         ask = getattr(optimizer, "noise_report", None)
         if callable(ask) and (rows := ask()):
             self._write_report("optimizer_report.json", rows)
-        if controller is not None:
-            self._write_report("sparsity_report.json", sparse.report(self.config, controller, self.flops_per_token))
-        if monitor is not None:
-            self._write_report("attention_report.json", monitor.rows_of_report())
-        if gate is not None:
-            rows = [dataclasses.asdict(row) for row in gate.report()]
-            self._write_report("gate_report.json", rows)
-            ran = sum(row["low_rank_calls"] > 0 for row in rows)
-            worst = max((row["largest_error"] for row in rows), default=0.0)
-            error = f", with an error of at most {worst:.1e}" if ran else f"; {rows[0]['reason']}" if rows else ""
-            self.say(f"attention   {ran} of {len(rows)} layers ran low-rank{error}")
+        for part in parts:
+            for name, content in part.report():
+                self._write_report(name, content)
 
     def _write_report(self, name: str, content: Any) -> None:
         if not self.main:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from accelerate import Accelerator
 
@@ -21,12 +20,8 @@ from leanstep.recipes.config.schema import RunConfig, targets_note
 from leanstep.recipes.config.values import recorded
 from leanstep.recipes.data.batches import Batch, Windows
 from leanstep.recipes.data.sequences import load_data
-from leanstep.recipes.methods.attention import build_clip, build_gate, build_monitor, read_gate
-from leanstep.recipes.methods.ema import WeightAverage
-from leanstep.recipes.methods.halves import find_halves
 from leanstep.recipes.methods.lora import describe_adapters
-from leanstep.recipes.methods.pruned import build_masks, pruned_start_warning
-from leanstep.recipes.methods.sparse import build_controller, describe_sparsity
+from leanstep.recipes.methods.pruned import pruned_start_warning
 from leanstep.recipes.training.build import (
     build_optimizer,
     build_run_model,
@@ -60,6 +55,7 @@ from leanstep.recipes.training.failures import (
 )
 from leanstep.recipes.training.folder import RunFolder
 from leanstep.recipes.training.logger import Progress, RunLogger
+from leanstep.recipes.training.parts import build_parts
 from leanstep.recipes.training.saver import Saver, show_result, write_final, write_report
 from leanstep.recipes.training.step import (
     NonFinite,
@@ -70,9 +66,6 @@ from leanstep.recipes.training.step import (
     gradient_norm,
 )
 from leanstep.recipes.training.validation import Interrupted, evaluate
-
-if TYPE_CHECKING:
-    from leanstep.recipes.training.spikes import Spike
 
 # torchrun kills workers 30 seconds after SIGTERM, so warn about a save that takes longer than this
 _SLOW_SAVE_S = 20.0
@@ -86,6 +79,7 @@ class Run:
         self.say, self.busy = progress.say, progress.busy
         self.logger = RunLogger(config, accelerator, folder, progress)
         self.state = TrainState()
+        self.parts = build_parts(self)
         self.stop = StopFlag(enabled=False)
         self.memory: MemoryEstimate | None = None
         self.begun = self.written = False
@@ -186,10 +180,8 @@ class Run:
         if config.lora.target_modules:
             self.say(f"adapters    {describe_adapters(model)}")
         self.say(f"optimizer   {type(optimizer).__name__}: {describe_groups(optimizer)}")
-        # after the optimizer, whose groups go by the original parameter names
-        self.sparsity = build_controller(config, model) if config.sparsity.patterns else None
-        if self.sparsity is not None:
-            self.say(f"sparsity    {config.sparsity.method}: {describe_sparsity(self.sparsity)}")
+        for part in self.parts:
+            part.build(model, optimizer)
         if self.memory_unknown:
             # printed late: errors of the build explain the same problem better
             reason = self.memory_unknown
@@ -198,25 +190,20 @@ class Run:
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.model.train()
         bare_model, bare_optimizer = accelerator.unwrap_model(self.model), self.optimizer.optimizer
-        if self.sparsity is not None:
-            self.sparsity.attach(bare_optimizer)
-        # masks are the zeros of model.init_from, so build them before loading a checkpoint
-        self.masks = build_masks(config, bare_model, bare_optimizer, self.say) if config.pruning.keep_masks else None
+        for part in self.parts:
+            part.prepared(bare_model, bare_optimizer)
         if config.model.init_from and (warning := pruned_start_warning(config)):
             self.say(f"WARNING: {warning}")
         self.schedule = accelerator.prepare(build_schedule(config.schedule, bare_optimizer, config.steps))
-        self.ema = None if config.ema.decay is None else WeightAverage(bare_model, config.ema.decay)
 
     def resume(self, checkpoint: Path | None) -> None:
         """Load the checkpoint, if any, and set up the objects that need the loaded weights or step."""
         config, accelerator, state = self.config, self.accelerator, self.state
         rank, world = accelerator.process_index, accelerator.num_processes
         model, optimizer = accelerator.unwrap_model(self.model), self.optimizer.optimizer
-        self.saver = Saver(accelerator, self.folder, config.checkpoint, self.model, self.data.tokenizer, self.say)
-        if self.masks is not None:
-            self.saver.pruned = list(self.masks.parameters), str(config.model.init_from)
-        if self.ema is not None:
-            self.saver.add_ema(self.ema)
+        self.saver = Saver(
+            accelerator, self.folder, config.checkpoint, self.model, self.data.tokenizer, self.say, self.parts
+        )
         # the step is in the seed, for a run that resumes with another number of processes
         seed_process(config.seed, rank, state.step)
         stream = None if checkpoint is None else self.saver.load(checkpoint, state.world_size)
@@ -227,21 +214,8 @@ class Run:
             self.say(f"WARNING: {world} processes go on where {state.world_size} stopped: not bit for bit the same")
         state.config, state.world_size, state.data = recorded(config), world, self.data.identity
         self.release = release_gradients(accelerator, model, optimizer) if config.release_gradients else None
-        self.halves = find_halves(optimizer, accelerator) if hasattr(optimizer, "mark_half") else None
-        self.norms = build_monitor(model) if config.log.attention_norms else None
-        self.clip = None
-        if config.qk_clip.threshold is not None:
-            self.clip = build_clip(config.qk_clip, model, optimizer, self.norms)
-        self.gate = self.saver.gate = build_gate(config, model) if config.lora.attention != "exact" else None
-        if self.gate is not None and checkpoint is not None:
-            problem = read_gate(self.gate, checkpoint / "trainer", rank, world)
-            if problem:
-                self.say(f"WARNING: {problem}")
-        self.spikes = None
-        if config.stop.on_spike is not None:
-            from leanstep.recipes.training.spikes import SpikeDetector
-
-            self.spikes = SpikeDetector(config.stop, accelerator, self.folder, self.logger)
+        for part in self.parts:
+            part.begin(model, optimizer, checkpoint)
 
     def open_windows(self) -> None:
         """Read the data from the position of ``state`` on; replaces the loader of an earlier call."""
@@ -298,20 +272,16 @@ class Run:
         A rollback takes the place of update and log, and lowers ``state.step`` to that of the checkpoint.
         """
         config, accelerator = self.config, self.accelerator
-        if self.norms is not None and self.logger.is_logged(self.state.step + 1):
-            self.norms.arm()
-        if self.clip is not None and (self.state.step + 1) % config.qk_clip.every == 0:
-            # the sample of a resumed run is that of an uninterrupted one
-            self.clip.arm(self.state.step)
+        for part in self.parts:
+            part.before_step()
         try:
-            half = None if self.halves is None else self.halves.half
-            loss_part, targets = backward(accelerator, self.model, window, release=self.release, half=half)
+            loss_part, targets = backward(
+                accelerator, self.model, window, release=self.release, after_half=self.after_half
+            )
         except NonFinite as error:
             raise self.failure(window, StepResult(error.loss, None, 0, 0), f"loss is {error.loss}", "nan") from None
-        if self.halves is not None:
-            self.halves.whole()
-        if self.masks is not None:
-            self.masks.mask_gradients()
+        for part in self.parts:
+            part.after_backward()
         norm = None
         if not config.release_gradients:
             norm = gradient_norm(accelerator, self.model, config.max_grad_norm)
@@ -320,22 +290,25 @@ class Run:
         )
         result = StepResult(loss, norm_value, targets, number)
         rate = self.schedule.get_last_lr()[0]
-        sound = self.check(window, result)
-        spike = None if self.spikes is None else self.spikes.judge(self.state, result, sound)
-        if spike is not None and spike.action == "stop":
-            raise self.failure(window, result, spike.event, "spike", spike.advice)
-        if spike is not None and spike.action == "rollback":
-            self.roll_back(spike)
-            return number
-        self.update(apply=sound and spike is None, finite=result.finite())
+        apply = self.check(window, result)
+        for part in self.parts:
+            verdict = part.judge(window, result, apply)
+            if verdict is None:
+                return number
+            apply = verdict
+        self.update(apply=apply, finite=result.finite())
         self.state.step += 1
         self.state.tokens += targets
         self.logger.clock.stepped(targets)
         optimizer = self.optimizer.optimizer
-        sources = {"optimizer": optimizer, "sparsity": self.sparsity, "attention": self.norms, "gate": self.gate}
-        sources["qk_clip"] = self.clip
+        sources = {"optimizer": optimizer, **{part.name: part.source for part in self.parts if part.name}}
         self.logger.step(self.state, result, rate, sources, note=self.saver.trouble)
         return number
+
+    def after_half(self, fraction: float) -> None:
+        """Tell the parts that this fraction of the micro batches is done."""
+        for part in self.parts:
+            part.after_half(fraction)
 
     def check(self, window: list[Batch], result: StepResult) -> bool:
         """Return whether the step may be applied: whether loss and gradient are finite.
@@ -359,14 +332,8 @@ class Run:
         if apply:
             # with release_gradients the weights are already updated, and this only ends the step
             self.optimizer.step()
-            if self.clip is not None:
-                self.clip.step()
-            # a gradient scaler skips the step of gradients that are not finite
-            if self.ema is not None and finite:
-                self.ema.update()
-        # the patterns follow the run's steps, also those that are left out here or by a gradient scaler
-        while self.sparsity is not None and self.sparsity.step_count <= self.state.step:
-            self.sparsity.skip()
+        for part in reversed(self.parts):
+            part.after_step(apply, finite)
         self.schedule.step()
         self.drop_gradients(unscaled=not apply)
 
@@ -376,23 +343,6 @@ class Run:
             # ends the scaler's step, which it refuses to unscale twice
             self.accelerator.scaler.update()
         self.optimizer.zero_grad()
-
-    def roll_back(self, spike: "Spike") -> None:
-        """Return to the checkpoint of ``spike``, with the data after the spike next, and save that position."""
-        assert self.spikes is not None and spike.checkpoint is not None
-        accelerator = self.accelerator
-        with self.logger.clock.pause("rollback"):
-            self.drop_gradients(unscaled=True)
-            world = self.spikes.restore(spike, self.state)
-            # streams go on from where they are
-            self.saver.load(spike.checkpoint, world)
-            if self.gate is not None:
-                rank, world = accelerator.process_index, accelerator.num_processes
-                read_gate(self.gate, spike.checkpoint / "trainer", rank, world)
-            self.open_windows()
-        # a killed run continues from here, not from before the rollback
-        self.save()
-        self.spikes.report_rollback(spike, self.state)
 
     def failure(
         self, window: list[Batch], result: StepResult, what: str, reason: str, advice: Sequence[str] = ()
@@ -420,8 +370,7 @@ class Run:
         state, config = self.state, self.config
         if len(self.data.validation) == 0:
             return 0
-        gate = None if self.gate is None else self.gate.state_dict()
-
+        before = [part.state_dict() for part in self.parts]
         batches = count(1)
 
         def stop_on_signal() -> None:
@@ -444,14 +393,14 @@ class Run:
         with self.logger.clock.pause("eval"):
             try:
                 result = measure()
-                if self.ema is not None:
-                    with self.ema.applied():
+                for applied in filter(None, (part.applied for part in self.parts)):
+                    with applied():
                         averaged = measure()
             except Interrupted as interruption:
                 # the resumed run repeats the whole evaluation
                 state.eval_pending = True
-                if self.gate is not None and gate is not None:
-                    self.gate.load_state_dict(gate)
+                for part, known in zip(self.parts, before, strict=True):
+                    part.load_state_dict(known)
                 return interruption.signal
         state.eval_pending = False
         state.val_loss, state.bits_per_byte = result.loss, result.bits_per_byte
@@ -478,16 +427,13 @@ class Run:
 
     def finish(self) -> None:
         """Write the final model, samples of it and all reports. A signal cuts the samples alone."""
-        for observer in (self.norms, self.gate, None if self.clip is None else self.clip.monitor):
-            if observer is not None:
-                observer.close()
+        for part in self.parts:
+            part.close()
         self.busy("writing the final model")
         write_final(self.accelerator, self.folder, self.saver)
         self.written, self.stop.lost = True, f"the model is complete in {self.folder.final}, its report may be missing"
         show_result(self.config, self.folder, self.state, self.data, self.accelerator.device, self.logger, self.stop)
-        if self.spikes is not None:
-            self.say(f"spikes      {self.spikes.summary(self.state)}")
-        self.logger.reports(self.optimizer.optimizer, self.sparsity, self.norms, self.gate)
+        self.logger.reports(self.optimizer.optimizer, self.parts)
         self.logger.status("done", self.state)
         if self.accelerator.is_main_process:
             self.busy("writing the report")

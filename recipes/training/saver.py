@@ -5,7 +5,7 @@ Training goes on when a full disk prevents a checkpoint. The newest complete che
 
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -20,18 +20,15 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from leanstep._checkpoint import load_tensors
 from leanstep._files import STAGED, format_bytes, free_bytes, one_line, publish_folder, remove
 from leanstep._process import StopFlag
-from leanstep.lora import LowRankGate, save_adapter
+from leanstep.lora import save_adapter
 from leanstep.lora.apply import is_adapted
 from leanstep.lora.merge import config_of_merged, merged_state_dict
 from leanstep.pruning.folder.loading import begin_tokens, open_model
 from leanstep.recipes.config.schema import CheckpointConfig, ExpectConfig, RunConfig
 from leanstep.recipes.data.batches import Windows
 from leanstep.recipes.data.sequences import LoadedData
-from leanstep.recipes.methods.attention import write_gate
-from leanstep.recipes.methods.ema import WeightAverage
 from leanstep.recipes.methods.lora import ADAPTER, load_adapters
-from leanstep.recipes.methods.pruned import write_sparsity
-from leanstep.recipes.methods.sparse import load_sparse, save_sparse, without_sparse, write_patterns
+from leanstep.recipes.methods.sparse import load_sparse, without_sparse
 from leanstep.recipes.training.build import all_agree, main_does
 from leanstep.recipes.training.checkpoint import (
     CheckpointError,
@@ -48,6 +45,7 @@ from leanstep.recipes.training.checkpoint import (
 from leanstep.recipes.training.failures import RunFailure, disk_trouble
 from leanstep.recipes.training.folder import RunFolder
 from leanstep.recipes.training.logger import RunLogger
+from leanstep.recipes.training.parts import Part
 from leanstep.recipes.training.samples import TEMPERATURE, held_out_prompts, sample, word_starts
 from leanstep.sparsity import plain_state_dict
 from leanstep.sparsity.training.modules import sparse_layers
@@ -70,31 +68,23 @@ class Saver:
         model: torch.nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         say: Callable[[str], None],
+        parts: Sequence[Part] = (),
     ) -> None:
         self._accelerator, self._folder, self._config, self._model = accelerator, folder, config, model
-        self._tokenizer, self._say = tokenizer, say
+        self._tokenizer, self._say, self.parts = tokenizer, say, parts
         self._sharded = accelerator.distributed_type == "FSDP"
         # why the last save failed; log lines show it until a save succeeds
         self.trouble: str | None = None
-        # names of the masked parameters, and the pruned model with their zeros
-        self.pruned: tuple[list[str], str] | None = None
-        self.gate: LowRankGate | None = None
-        self.ema: WeightAverage | None = None
         if not self._sharded:
             accelerator.register_save_state_pre_hook(lambda models, weights, path: weights.clear())
             accelerator.register_load_state_pre_hook(self._load_weights)
-
-    def add_ema(self, ema: WeightAverage) -> None:
-        """Save and load the averages of the weights, too. Call it before :meth:`load`."""
-        self.ema = ema
-        self._accelerator.register_for_checkpointing(ema)
 
     def save(self, state: TrainState, windows: Windows) -> bool:
         """Write the checkpoint of ``state.step``. Returns False on a disk error, and raises other errors."""
         # weights and optimizer state; the rest of a checkpoint is small
         states = [list(optimizer.state.values()) for optimizer in self._accelerator._optimizers]
         leaves = [*self._model.parameters(), *torch.utils._pytree.tree_leaves(states)]
-        leaves += [] if self.ema is None else self.ema.averages.values()
+        leaves += chain.from_iterable(part.tensors() for part in self.parts)
         needed = sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, torch.Tensor))
 
         def disk_problem() -> str | None:
@@ -163,12 +153,10 @@ class Saver:
         stream = windows.state()
         if stream is not None:
             torch.save(stream, staged / "trainer" / f"stream_{accelerator.process_index}.pt")
-        if self.gate is not None:
-            write_gate(self.gate, staged / "trainer", accelerator.process_index)
+        for part in self.parts:
+            part.save(staged / "trainer")
         if accelerator.is_main_process:
             write_state(staged, state)
-            if not self._sharded:
-                save_sparse(accelerator.unwrap_model(self._model), staged / "trainer")
 
     def export(self, path: Path) -> Iterator[None]:
         """Write model and tokenizer as a Hugging Face folder, in parts of :meth:`write`."""
@@ -185,9 +173,8 @@ class Saver:
                 model.save_pretrained(path, state_dict=weights)
             if is_adapted(model):
                 save_adapter(model, path / ADAPTER)
-            write_patterns(model, path)
-            if self.pruned is not None:
-                write_sparsity(*self.pruned, path)
+            for part in self.parts:
+                part.export(model, path)
             self._tokenizer.save_pretrained(path)
 
     def settle(self, path: Path, state: TrainState) -> None:
@@ -291,8 +278,8 @@ def _stored(model: PreTrainedModel, folder: Path) -> Iterator[tuple[Path, dict[s
 def write_final(accelerator: Accelerator, folder: RunFolder, saver: Saver) -> None:
     """Write ``final/`` and ``final-ema/``. Raises RunFailure on a disk error."""
     export_final(accelerator, folder.final, saver)
-    if saver.ema is not None:
-        with saver.ema.applied():
+    for applied in filter(None, (part.applied for part in saver.parts)):
+        with applied():
             export_final(accelerator, folder.final_ema, saver)
 
 

@@ -41,14 +41,14 @@ def backward(
     window: list[Batch],
     *,
     release: GradientRelease | None = None,
-    half: Callable[[float], None] | None = None,
+    after_half: Callable[[float], None] = lambda fraction: None,
 ) -> tuple[torch.Tensor, int]:
     """Accumulate the gradient of the mean loss per target; return (this process's term of the loss, targets).
 
     Loss = sum of token losses / number of targets, over all micro batches and processes, as in one large batch.
     With ``release``, the last pass updates the weights, the others add their gradients to the momentum of parameters
-    whose rule allows it, and a non-finite loss raises NonFinite before its backward. ``half`` is called after half of
-    the micro batches, rounded down, with their fraction.
+    whose rule allows it, and a non-finite loss raises NonFinite before its backward. ``after_half`` is called after
+    half of the micro batches, rounded down, with their fraction.
     """
     targets = count_targets(window)
     if accelerator.num_processes > 1:
@@ -65,8 +65,8 @@ def backward(
                 raise NonFinite(float(loss.detach()))
             accelerator.backward(loss * factor)
         total += loss.detach()
-        if half is not None and number == len(window) // 2:
-            half(number / len(window))
+        if number == len(window) // 2:
+            after_half(number / len(window))
     return total, int(targets)
 
 

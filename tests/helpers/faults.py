@@ -165,7 +165,7 @@ def save_weights(folder):
 
 def die_around_the_rollback(moment, *others):
     """After ``others``: die as by ``kill -9`` in the second rollback, before or after it writes its checkpoint."""
-    from leanstep.recipes.training import spikes
+    from leanstep.recipes.methods import spikes
     from leanstep.recipes.training.run import Run
 
     for other in others:

@@ -82,6 +82,14 @@ def rounding_states(params, rounding, seed=3):
     return [(n * 64).clamp(-128, 127).to(torch.int8) for n in noise] if rounding == "split" else []
 
 
+def normal(shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def draw(*shape, dtype=torch.float32, seed=0, device="cpu"):
+    return normal(shape, dtype, seed).to(device)
+
+
 def bits_equal(actual, expected):
     """Assert equality of every element, with NaN equal to NaN."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from kernel_cases import bits_equal, rounding_states
+from kernel_cases import bits_equal, normal, rounding_states
 
 from leanstep.kernels import StepOptions, use_backend
 from leanstep.kernels.reference.quantization import BLOCK, dequantize, quantize
@@ -17,10 +17,6 @@ BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 SCALARS = torch.tensor((0.999, BETA1, 1 - BETA1, BETA2, 1 - BETA2, EPS))
 SHAPES = [(1, 1), (0, 3), (3, 0), (5, 128), (7, 129), (65, 77), (3, 4, 50), (130, 256), (1, 40000)]
 ROUNDINGS = ["nearest", "stochastic", "kahan", "master", "split"]
-
-
-def normal(shape, dtype=torch.float32, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 # ---- the codes of squares

@@ -6,7 +6,8 @@ import pytest
 import torch
 from covering import covering
 
-from leanstep.kernels import StepOptions, audit
+from leanstep.kernels import StepOptions
+from leanstep.kernels.triton_impl import audit
 
 pytest.importorskip("triton")
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from kernel_cases import bits_equal
+from kernel_cases import bits_equal, normal
 
 from leanstep.kernels import StepOptions, use_backend
 from leanstep.kernels.reference.quantization import BLOCK, dequantize, quantize
@@ -18,10 +18,6 @@ SHAPES = [(1, 1), (0, 3), (3, 0), (5, 128), (7, 129), (65, 77), (3, 4, 50), (130
 # (nesterov, update)
 MODES = [(False, True), (True, True), (False, False), (True, False)]
 BACKENDS = ["reference", "cpp"]
-
-
-def normal(shape, dtype=torch.float32, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def problem(dtype=torch.float32, shapes=SHAPES):

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from leanstep.kernels import BackendError, StepOptions, backend_table, lion_step, newton_schulz, sinkhorn, use_backend
-from leanstep.kernels._backend import OPS, choose
+from leanstep.kernels._backend import OPS, Support, choose
 from leanstep.kernels.cpp_impl._build import group_by_dtypes, is_dense, same_layout
+from leanstep.kernels.op import op
 from leanstep.optimizers import SinkGD
 
 
@@ -78,10 +79,10 @@ def test_a_whole_step_runs_on_one_backend(backend):
 def test_without_a_compiler_the_definition_runs(monkeypatch):
     monkeypatch.setenv("PATH", "/nonexistent")
     monkeypatch.delenv("CXX", raising=False)
-    for op, device, backend, reason in backend_table():
+    for name, device, backend, reason in backend_table():
         if device != "cpu":
             continue
-        products = op in ("newton_schulz", "nuclear_norm", "lora_norms")  # they need no compiler
+        products = name in ("newton_schulz", "nuclear_norm", "lora_norms")  # they need no compiler
         assert backend == "reference" and ("BLAS" if products else "no C++ compiler") in reason
     args = lion_arguments()
     lion_step(*args)
@@ -99,9 +100,26 @@ def test_a_list_with_a_float64_tensor_runs_the_definition(device):
 
 
 def test_the_table_covers_every_op():
-    assert {row[0] for row in backend_table()} == set(OPS)
-    assert all(reason for *_, reason in backend_table())
+    assert {"lion_step", "row_dots", "lora_up", "lora_swiglu", "few_token_linear", "sinkhorn"} < set(OPS)
+    assert {row[0] for row in backend_table()} == set(OPS) and all(reason for *_, reason in backend_table())
     assert choose("lion_step", torch.device("cpu"), torch.float64).backend == "reference"
+
+
+def test_an_op_is_said_once(monkeypatch):
+    """A new one in a few lines: its row of the table, its schema, and the versions of what it writes."""
+    monkeypatch.setattr("leanstep.kernels.op.OPS", rows := {})
+
+    @op("toy_axpy_", Support(("reference",)), mutates=["y"])
+    def axpy_(a: float, x: torch.Tensor, y: torch.Tensor) -> None:
+        y.numpy()[:] += a * x.numpy()  # as a kernel writes
+
+    x, y = torch.ones(3), torch.zeros(3)
+    version = y._version
+    axpy_(2.0, x, y)
+    assert y.tolist() == [2.0] * 3 and y._version > version and rows == {"toy_axpy": (("reference",), *Support()[1:])}
+    torch.compile(axpy_, backend="aot_eager", fullgraph=True)(2.0, x, y)
+    assert y.tolist() == [4.0] * 3
+    torch.library.opcheck(torch.ops.leanstep.toy_axpy_.default, (2.0, x, y))
 
 
 def test_layouts():

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from kernel_cases import draw
 from torch.utils.flop_counter import FlopCounterMode
 
 from leanstep.kernels import product
@@ -22,10 +23,6 @@ def library(request, monkeypatch):
     return request.param
 
 
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 def layouts(matrix):
     """The same numbers, row by row, column by column, and as a part of a larger matrix."""
     wide = torch.zeros(matrix.shape[0] + 3, matrix.shape[1] + 5)
@@ -35,7 +32,7 @@ def layouts(matrix):
 
 @pytest.mark.parametrize("rows, n, m", SHAPES)
 def test_products_and_sums_of_every_layout(library, rows, n, m):
-    x, w, row, plus = normal(rows, n), normal(n, m, seed=1), normal(m, seed=2), normal(rows, m, seed=3)
+    x, w, row, plus = draw(rows, n), draw(n, m, seed=1), draw(m, seed=2), draw(rows, m, seed=3)
     exact = x.double() @ w.double()
     size = x.double().abs() @ w.double().abs() + row.double().abs() + plus.double().abs()
     for x_i in layouts(x):
@@ -46,20 +43,20 @@ def test_products_and_sums_of_every_layout(library, rows, n, m):
                 assert found.dtype == torch.float32 and found.shape == (rows, m) and found.is_contiguous()
                 # one rounding of half a unit for every term, were all of one sign
                 assert float(((found.double() - wanted).abs() / size).max()) < (n + 1) * 2**-24
-    assert torch.equal(x, layouts(normal(rows, n))[0]) and torch.equal(w, normal(n, m, seed=1))
+    assert torch.equal(x, layouts(draw(rows, n))[0]) and torch.equal(w, draw(n, m, seed=1))
 
 
-@pytest.mark.parametrize("bias", [normal(40)[::2], normal(1).expand(20)], ids=["every second", "one number"])
+@pytest.mark.parametrize("bias", [draw(40)[::2], draw(1).expand(20)], ids=["every second", "one number"])
 def test_a_bias_of_any_stride(library, bias):
-    x, w = normal(9, 24), normal(24, 20, seed=1)
+    x, w = draw(9, 24), draw(24, 20, seed=1)
     torch.testing.assert_close(product(x, w, bias), x @ w + bias)
 
 
 def test_operations_are_counted(library):
-    x, w = normal(40, 24), normal(24, 20)
+    x, w = draw(40, 24), draw(24, 20)
     with FlopCounterMode(display=False) as counter:
         product(x, w)
-        product(x, w, normal(20))
+        product(x, w, draw(20))
     assert counter.get_total_flops() == 2 * 2 * 40 * 24 * 20
 
 
@@ -79,7 +76,7 @@ def test_only_fp32_matrices_of_the_cpu_go_to_onednn(library):
 
 
 def test_without_oneDNN_as_torch_is_told_products_are_torchs(library):
-    x, w = normal(64, 512), normal(512, 40)
+    x, w = draw(64, 512), draw(512, 40)
     with warnings.catch_warnings():
         # of torch, about other devices
         warnings.simplefilter("ignore")
@@ -107,7 +104,7 @@ def test_the_rule(monkeypatch, vendor, capability, mkl, wanted):
 
 
 def test_a_product_with_a_nan_has_it(library):
-    x = normal(16, 32)
+    x = draw(16, 32)
     x[3, 5] = float("nan")
-    found = product(x, normal(32, 8))
+    found = product(x, draw(32, 8))
     assert found[3].isnan().all() and not found[[0, 1, 2, 4]].isnan().any()

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from kernel_cases import bits_equal, rounding_states
+from kernel_cases import bits_equal, normal, rounding_states
 
 from leanstep.kernels import StepOptions, lion_agreement_int8, lion_step_int8, use_backend
 from leanstep.kernels.reference.quantization import BLOCK, FP8, decode, dequantize, encode, quantize
@@ -16,10 +16,6 @@ SHAPES = [(1, 1), (0, 3), (3, 0), (5, 128), (7, 129), (65, 77), (3, 4, 50), (130
 ROUNDINGS = ["nearest", "stochastic", "kahan", "master", "split"]
 SEEDS = torch.arange(len(SHAPES)) * 977 + 2**31
 NUMBERS = torch.cat([torch.arange(127), torch.arange(128, 255)]).to(torch.uint8).view(FP8)  # all but NaN
-
-
-def normal(shape, dtype=torch.float32, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def problem(dtype, rounding="nearest"):

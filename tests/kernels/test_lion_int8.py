@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import bits_equal, rounding_states
+from kernel_cases import bits_equal, normal, rounding_states
 
 from leanstep.kernels import StepOptions, lion_agreement, lion_agreement_int8, lion_step, lion_step_int8, use_backend
 from leanstep.kernels.reference import quantization
@@ -14,10 +14,6 @@ SCALARS = torch.tensor((0.01, 0.999, 0.9, 0.1, 0.99, 0.01))
 SHAPES = [(1, 1), (0, 3), (3, 0), (5, 128), (7, 129), (65, 77), (3, 4, 50), (130, 256), (2, 5, 3, 3), (1, 40000)]
 DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)]
 ROUNDINGS = ["nearest", "stochastic", "kahan", "master", "split"]
-
-
-def normal(shape, dtype=torch.float32, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def problem(p_dtype, g_dtype, rounding="nearest"):

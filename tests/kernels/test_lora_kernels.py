@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import DTYPES, dtype_name
+from kernel_cases import DTYPES, draw, dtype_name
 
 from leanstep.kernels import (
     BackendError,
@@ -22,10 +22,6 @@ CPP = (torch.float32, torch.bfloat16)
 # rows, columns and rank; few for the interpreter, which is slow
 FEW = [(1, 1, 1), (70, 66, 17), (0, 5, 2), (1030, 3, 3)]
 SHAPES = [(1, 1, 1), (7, 3, 2), (40, 70, 16), (130, 65, 17), (3, 200, 65), (0, 5, 2), (1030, 5, 3)]
-
-
-def normal(*shape, dtype=torch.float32, seed=0, device="cpu"):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
 def eps(dtype):
@@ -59,7 +55,7 @@ def test_masks_depend_on_all_bits_of_the_seed_and_on_nothing_else():
 
 def dropout_case(backend, dtype, p, device="cpu", shapes=SHAPES):
     for rows, n, _ in shapes:
-        x = normal(rows, n, dtype=dtype, device=device)
+        x = draw(rows, n, dtype=dtype, device=device)
         with use_backend("reference"):
             wanted = lora_dropout(x, p, torch.tensor(77 + 2**35))
         with use_backend(backend):
@@ -69,9 +65,9 @@ def dropout_case(backend, dtype, p, device="cpu", shapes=SHAPES):
 
 def products_case(backend, dtype, p, device="cpu", shapes=SHAPES):
     for rows, n, r in shapes:
-        x, a = normal(rows, n, dtype=dtype, device=device), normal(r, n, dtype=dtype, seed=1, device=device)
-        e, b = normal(rows, r, dtype=dtype, seed=2, device=device), normal(n, r, dtype=dtype, seed=3, device=device).t()
-        y, seed = normal(rows, n, dtype=dtype, seed=4, device=device), torch.tensor(9)
+        x, a = draw(rows, n, dtype=dtype, device=device), draw(r, n, dtype=dtype, seed=1, device=device)
+        e, b = draw(rows, r, dtype=dtype, seed=2, device=device), draw(n, r, dtype=dtype, seed=3, device=device).t()
+        y, seed = draw(rows, n, dtype=dtype, seed=4, device=device), torch.tensor(9)
         untouched = [t.clone() for t in (x, a, e, b)]
         kept = lora_dropout(x.double(), p, seed)
         drop = lora_dropout(torch.ones_like(x.double()), p, seed)
@@ -96,9 +92,9 @@ def products_case(backend, dtype, p, device="cpu", shapes=SHAPES):
 
 def scale_case(backend, dtype, device="cpu", shapes=SHAPES):
     for rows, m, _ in [*shapes, (300, 129, 1)]:
-        y, g = normal(rows, m, dtype=dtype, device=device), normal(rows, m, dtype=dtype, seed=1, device=device)
-        c, bias = normal(m, seed=2, device=device), normal(m, dtype=dtype, seed=3, device=device)
-        strided = normal(m, 2, dtype=dtype, seed=4, device=device)[:, 0]
+        y, g = draw(rows, m, dtype=dtype, device=device), draw(rows, m, dtype=dtype, seed=1, device=device)
+        c, bias = draw(m, seed=2, device=device), draw(m, dtype=dtype, seed=3, device=device)
+        strided = draw(m, 2, dtype=dtype, seed=4, device=device)[:, 0]
         results = []
         for name in ("reference", backend):
             with use_backend(name):
@@ -117,9 +113,9 @@ def scale_case(backend, dtype, device="cpu", shapes=SHAPES):
 def norms_case(backend, dtype, device="cpu", shapes=SHAPES):
     for m, n, r in [*shapes, (70, 128, 17), (100, 64, 1)]:
         # entries apart by factors of up to a thousand, which a product of 8 bits would not survive
-        spread = normal(r, n, seed=4, device=device).mul_(2.3).exp_()
-        w, a = normal(m, n, dtype=dtype, device=device), normal(r, n, seed=1, device=device) * spread
-        b = normal(m, r, seed=2, device=device)
+        spread = draw(r, n, seed=4, device=device).mul_(2.3).exp_()
+        w, a = draw(m, n, dtype=dtype, device=device), draw(r, n, seed=1, device=device) * spread
+        b = draw(m, r, seed=2, device=device)
         if r == 1:
             # of a single product, the third part of A shows
             w[:, 1:], a[:, 1:] = 0, 0
@@ -138,7 +134,7 @@ def norms_case(backend, dtype, device="cpu", shapes=SHAPES):
 
 def swiglu_case(backend, dtype, device="cpu"):
     for shape in [(1,), (7, 3), (0, 4), (3, 1000), (2049,)]:
-        g, e, u = (normal(*shape, dtype=dtype, seed=i, device=device).mul_(3) for i in range(3))
+        g, e, u = (draw(*shape, dtype=dtype, seed=i, device=device).mul_(3) for i in range(3))
         edges = torch.tensor([-200.0, -88.0, 0.0, 30.0, 200.0, -1e-30, -6e4, -1e38, -3e38, -torch.inf], device=device)
         if backend == "triton":  # numpy warns of infinity times zero in the interpreter
             edges = edges[edges.to(dtype).isfinite()]
@@ -228,7 +224,7 @@ def test_autograd_sees_what_is_written_in_place(backend, write):
 
 
 def test_results_do_not_depend_on_the_number_of_threads():
-    x, c = normal(500, 300), normal(300, seed=1)
+    x, c = draw(500, 300), draw(300, seed=1)
     results = []
     for count in (1, 2):
         torch.set_num_threads(count)
@@ -255,7 +251,7 @@ def test_cpp_takes_chunks_of_any_number():
     from leanstep.kernels.reference.lora import products as reference
 
     # more rows than a piece has, and a last piece that is not whole
-    x, a, e, b = normal(1100, 500), normal(4, 500, seed=1), normal(1100, 4, seed=2), normal(4, 500, seed=3)
+    x, a, e, b = draw(1100, 500), draw(4, 500, seed=1), draw(1100, 4, seed=2), draw(4, 500, seed=3)
     assert len(cpp._chunks(x)) > 2
     torch.testing.assert_close(cpp.lora_down(x, a, 0.3, 5), reference.lora_down(x, a, 0.3, 5), rtol=1e-4, atol=1e-4)
     for found, wanted in zip(

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from kernel_cases import draw
 
 from leanstep.kernels import sinkhorn, use_backend
 from leanstep.kernels.matrices.sinkhorn import sinkhorn_of_rows
@@ -34,10 +35,6 @@ def iterate(gradient, iterations, **options):
     return rows.unsqueeze(-1) * gradient.double() * cols.unsqueeze(-2)
 
 
-def normal(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
 def close(a, b, tolerance):
     error = (a - b).norm() / b.norm().clamp_min(1e-30)
     assert error <= tolerance, float(error)
@@ -46,7 +43,7 @@ def close(a, b, tolerance):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_the_literal_loop(backend, shape, dirty_memory):
-    g = normal(*shape)
+    g = draw(*shape)
     before = g.clone()
     with use_backend(backend):
         for count in (1, 2, 5):
@@ -58,7 +55,7 @@ def test_equals_the_literal_loop(backend, shape, dirty_memory):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_dtypes(backend, dtype):
-    g = normal(40, 70, dtype=dtype)
+    g = draw(40, 70, dtype=dtype)
     if backend == "cpp" and dtype != torch.bfloat16:
         backend = "auto"  # which takes the definition
     with use_backend(backend):
@@ -69,8 +66,8 @@ def test_dtypes(backend, dtype):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_lists_stacks_and_layouts(backend):
-    stack, empty, no_rows = normal(3, 9, 20), torch.empty(0, 5), torch.empty(2, 0, 3)
-    mats = [normal(9, 20), stack, empty, normal(20, 9).mT, normal(18, 40)[::2, ::2], torch.empty(5, 0), no_rows]
+    stack, empty, no_rows = draw(3, 9, 20), torch.empty(0, 5), torch.empty(2, 0, 3)
+    mats = [draw(9, 20), stack, empty, draw(20, 9).mT, draw(18, 40)[::2, ::2], torch.empty(5, 0), no_rows]
     with use_backend(backend):
         scales = sinkhorn(mats, 5)
     assert [tuple(r.shape) for r in scales.rows] == [(9,), (3, 9), (0,), (9,), (9,), (5,), (2, 0)]
@@ -84,15 +81,15 @@ def test_lists_stacks_and_layouts(backend):
 
 @pytest.mark.parametrize("count", [1, 2, 5, 10])
 def test_columns_are_exact_and_the_size_is_fixed(count):
-    x = iterate(normal(61, 130), count)
+    x = iterate(draw(61, 130), count)
     torch.testing.assert_close(x.square().sum() / x.numel(), torch.ones((), dtype=torch.float64), rtol=1e-6, atol=0)
     torch.testing.assert_close(x.norm(dim=0), torch.full((130,), math.sqrt(61), dtype=torch.float64), rtol=1e-6, atol=0)
 
 
 def test_rows_converge_for_normal_entries_and_slowly_for_heavy_tails():
-    rows = iterate(normal(61, 130, dtype=torch.float64), 10).norm(dim=1) / math.sqrt(130)
+    rows = iterate(draw(61, 130, dtype=torch.float64), 10).norm(dim=1) / math.sqrt(130)
     assert (rows - 1).abs().max() < 1e-8
-    heavy = normal(61, 130) / torch.distributions.Chi2(2.0).sample((61, 130)).div(2).sqrt()
+    heavy = draw(61, 130) / torch.distributions.Chi2(2.0).sample((61, 130)).div(2).sqrt()
     rows = iterate(heavy, 5).norm(dim=1) / math.sqrt(130)
     assert (rows - 1).abs().max() < 0.3
 
@@ -107,7 +104,7 @@ def test_two_by_two():
 
 
 def test_closed_forms():
-    outer = normal(7, 1) @ normal(1, 9, seed=1)
+    outer = draw(7, 1) @ draw(1, 9, seed=1)
     torch.testing.assert_close(iterate(outer, 1), torch.sign(outer).double(), rtol=1e-6, atol=0)
     torch.testing.assert_close(iterate(torch.full((4, 6), -3.0), 1), -torch.ones(4, 6).double(), rtol=1e-6, atol=0)
     permutation = torch.eye(8)[torch.randperm(8)]
@@ -116,7 +113,7 @@ def test_closed_forms():
 
 @pytest.mark.parametrize("factor", [1e-30, 1e-6, 1e6, 1e30])
 def test_the_size_does_not_matter(factor):
-    g = normal(20, 33)
+    g = draw(20, 33)
     close(iterate(g * factor, 5), iterate(g, 5), 1e-6)
 
 
@@ -126,7 +123,7 @@ def test_the_size_does_not_matter(factor):
 def test_rows_whose_squares_overflow_stand_anywhere(backend, dtype, size):
     """Loops over several rows at a time repeat the last one where the number of rows does not divide."""
     for rows in range(1, 10):
-        mats = [normal(rows, 7, dtype=dtype, seed=rows), normal(2, rows, 7, dtype=dtype), normal(rows, 7, dtype=dtype)]
+        mats = [draw(rows, 7, dtype=dtype, seed=rows), draw(2, rows, 7, dtype=dtype), draw(rows, 7, dtype=dtype)]
         mats[0] *= size
         mats[1] *= size
         mats[2][-1] *= size
@@ -137,25 +134,25 @@ def test_rows_whose_squares_overflow_stand_anywhere(backend, dtype, size):
 
 
 def test_equivariance():
-    g = normal(20, 33)
+    g = draw(20, 33)
     x = iterate(g, 3)
     assert torch.equal(iterate(-g, 3), -x)
     i, j = torch.randperm(20), torch.randperm(33)
     close(iterate(g[i][:, j], 3), x[i][:, j], 1e-6)  # sums in another order
-    signs = torch.sign(normal(33))
+    signs = torch.sign(draw(33))
     assert torch.equal(iterate(g * signs, 3), x * signs)
 
 
 def test_diagonal_rescaling_matters_less_the_longer_it_runs():
     """... and at one iteration it does: no more iterations run than were asked for."""
-    g = normal(20, 33, dtype=torch.float64)
-    scaled = torch.exp(normal(20, 1).double()) * g * torch.exp(normal(1, 33, seed=1).double())
+    g = draw(20, 33, dtype=torch.float64)
+    scaled = torch.exp(draw(20, 1).double()) * g * torch.exp(draw(1, 33, seed=1).double())
     close(iterate(scaled, 50), iterate(g, 50), 1e-8)
     assert (iterate(scaled, 1) - iterate(g, 1)).norm() > 0.05 * math.sqrt(g.numel())
 
 
 def test_rows_come_first():
-    g = normal(20, 33, dtype=torch.float64).exp()
+    g = draw(20, 33, dtype=torch.float64).exp()
     assert (iterate(g, 1) - iterate(g.T, 1).T).norm() > 1e-3 * math.sqrt(g.numel())
     close(iterate(g, 50), iterate(g.T, 50).T, 1e-8)
 
@@ -164,7 +161,7 @@ def test_rows_come_first():
 def test_zeros_stay_zero(backend):
     with use_backend(backend):
         assert not iterate(torch.zeros(4, 6), 5).any()
-        g = normal(12, 20)
+        g = draw(12, 20)
         g[[2, 5, 7]] = 0
         g[:, 4] = 0
         x = iterate(g, 50)
@@ -182,7 +179,7 @@ def test_zeros_stay_zero(backend):
 
 
 def test_tiny_rows_come_to_full_size():
-    g = normal(10, 16)
+    g = draw(10, 16)
     g[3] *= 1e-12
     norms = iterate(g, 5).norm(dim=1)
     assert norms[3] / norms.mean() > 0.9
@@ -191,10 +188,10 @@ def test_tiny_rows_come_to_full_size():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_non_finite_entries_show_in_every_column(backend, value):
-    g, stack = normal(6, 9), normal(2, 6, 9)
+    g, stack = draw(6, 9), draw(2, 6, 9)
     g[1, 2] = stack[1, 0, 0] = value
     with use_backend(backend):
-        scales = sinkhorn([g, stack, normal(3, 3)], 3)
+        scales = sinkhorn([g, stack, draw(3, 3)], 3)
     assert scales.cols[0].isnan().all() and scales.cols[1][1].isnan().all()
     assert torch.isfinite(scales.cols[1][0]).all() and torch.isfinite(scales.cols[2]).all()
 
@@ -209,12 +206,12 @@ def test_a_list_with_an_fp64_matrix_keeps_its_precision():
 
 
 def test_balanced_form_ends_with_rows():
-    x = iterate(normal(30, 12), 2, end_with_rows=True)
+    x = iterate(draw(30, 12), 2, end_with_rows=True)
     torch.testing.assert_close(x.square().mean(dim=1), torch.ones(30).double(), rtol=1e-6, atol=0)
 
 
 def test_without_iterations_rows_have_their_largest_entries():
-    g = normal(9, 7)
+    g = draw(9, 7)
     whole = sinkhorn([g], 0)
     torch.testing.assert_close(whole.rows[0], 1 / g.abs().amax(dim=1))
     with pytest.raises(StopIteration) as end:
@@ -224,7 +221,7 @@ def test_without_iterations_rows_have_their_largest_entries():
 
 def test_sharded_rows_are_the_whole():
     """Column means of the shards, summed once per iteration, give the scales of the whole matrix."""
-    g = normal(23, 17)
+    g = draw(23, 17)
     whole = sinkhorn([g], 5, end_with_rows=True)
     rules = [sinkhorn_of_rows([part], 5, end_with_rows=True, rows_total=[23]) for part in (g[:9], g[9:9], g[9:])]
     for _ in range(5):
@@ -243,5 +240,5 @@ def test_sharded_rows_are_the_whole():
 
 
 def test_opcheck():
-    for mats in ([normal(3, 5), normal(2, 4, 3)], [normal(3, 5, dtype=torch.float64)]):
+    for mats in ([draw(3, 5), draw(2, 4, 3)], [draw(3, 5, dtype=torch.float64)]):
         torch.library.opcheck(torch.ops.leanstep.sinkhorn, (mats, 3, True))

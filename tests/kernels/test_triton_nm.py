@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import DTYPES, bits_equal, dtype_name
+from kernel_cases import DTYPES, bits_equal, draw, dtype_name
 
 from leanstep.kernels import nm_apply, nm_compress, nm_decompress, nm_mask, nm_matmul, use_backend
 
@@ -11,17 +11,13 @@ pytest.importorskip("triton")
 PATTERNS = [(1, 2), (2, 4), (1, 8), (7, 8), (3, 16), (9, 32), (1, 128), (64, 128), (0, 4), (4, 4), (2, 5), (20, 40)]
 
 
-def normal(*shape, dtype=torch.float32, device="cpu", seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
-
-
 def check_masks(n, m, dtype, device="cpu"):
-    tied = [normal(6, m * 11), normal(1, 2100 // m * m + m), normal(m * 3, 7), normal(3, m * 2, 3, 3), normal(0, m)]
+    tied = [draw(6, m * 11), draw(1, 2100 // m * m + m), draw(m * 3, 7), draw(3, m * 2, 3, 3), draw(0, m)]
     tied = [(s.mul(3).round() / 3).to(device, dtype) for s in tied]
     tied[0].view(-1)[1] = float("nan")
     # a view that does not start on a 16-byte boundary, and a tensor of two programs and a rest
-    tied.append(torch.cat([normal(1), normal(m * 9)]).to(device, dtype)[1:])
-    tied.append(normal(20 if m == 4 else 1, 1000 // m * m).to(device, dtype))
+    tied.append(torch.cat([draw(1), draw(m * 9)]).to(device, dtype)[1:])
+    tied.append(draw(20 if m == 4 else 1, 1000 // m * m).to(device, dtype))
     for dim, members in ((-1, [0, 1, 4, 5, 6]), (0, [2]), (1, [3])):
         scores = [tied[i] for i in members]
         with use_backend("reference"):
@@ -34,7 +30,7 @@ def check_masks(n, m, dtype, device="cpu"):
 
 
 def check_apply(dtype, shape, device="cpu"):
-    weight = normal(*shape, dtype=dtype, device=device)
+    weight = draw(*shape, dtype=dtype, device=device)
     weight.view(-1)[0] = -0.0
     (mask,) = nm_mask([weight], 1, 4)
     for value in (0.0, 0.3, 1.0):
@@ -49,11 +45,11 @@ def check_apply(dtype, shape, device="cpu"):
 
 
 def check_matmul(n, m, dtype, tokens, device="cpu"):
-    weight = normal(37, m * 5, dtype=dtype, device=device)
+    weight = draw(37, m * 5, dtype=dtype, device=device)
     weight = torch.where(nm_mask([weight], n, m)[0], weight, torch.zeros((), dtype=dtype, device=device))
     values, indices = nm_compress(weight, n, m)
     assert torch.equal(nm_decompress(values, indices, m), weight)
-    x = normal(tokens, m * 5, dtype=dtype, device=device, seed=1)
+    x = draw(tokens, m * 5, dtype=dtype, device=device, seed=1)
     with use_backend("triton"):
         found = nm_matmul(x, values, indices, m)
     exact, size = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T

@@ -86,9 +86,10 @@ def test_a_sum_that_its_dtype_makes_infinite_is_refused(part):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", ["dora", "gpt2 dora", "embeddings"])
-@pytest.mark.parametrize("magnitude", [0.0, 1e-6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("case", "magnitude"), [("dora", 0.0), ("dora", 1e-6), ("gpt2 dora", 0.0), ("embeddings", 0.0)]
+)
 def test_rows_that_a_magnitude_scaled_away_come_back(case, magnitude, dtype):
     model = adapted(*CASES[case], dtype)
     layers = [module for module in model.modules() if hasattr(module, "lora")]

@@ -16,7 +16,7 @@ from leanstep.lora import LowRankGate
 from leanstep.lora.attention.monitor import STATUSES
 from leanstep.recipes.check.costs import check_layers
 from leanstep.recipes.config.loader import ConfigError, load
-from leanstep.recipes.methods.attention import read_gate, write_gate
+from leanstep.recipes.methods.gate import read_gate, write_gate
 from leanstep.recipes.report.report import write_report
 from leanstep.recipes.training.checkpoint import CheckpointError
 

@@ -12,7 +12,7 @@ from training import Training, numbers, read_log, run, status, write_recipe, wri
 
 from leanstep.recipes.config.loader import ConfigError, load
 from leanstep.recipes.evaluate import main as evaluate
-from leanstep.recipes.methods.ema import WeightAverage
+from leanstep.recipes.methods.ema import Averages, WeightAverage
 from leanstep.recipes.training.run import Run
 
 
@@ -78,13 +78,14 @@ def test_the_expected_loss_of_a_recipe_holds_with_an_average():
 
 
 def test_a_step_that_a_gradient_scaler_skips_is_none_of_the_average():
-    ema, nothing = WeightAverage(torch.nn.Linear(5, 3), 0.9), SimpleNamespace(step=lambda: None)
-    run = SimpleNamespace(
-        optimizer=nothing, schedule=nothing, clip=None, sparsity=None, ema=ema, drop_gradients=lambda **_: None
-    )
+    nothing, registers = SimpleNamespace(step=lambda: None), SimpleNamespace(register_for_checkpointing=lambda _: None)
+    run = SimpleNamespace(optimizer=nothing, schedule=nothing, drop_gradients=lambda **_: None, accelerator=registers)
+    run.config, part = SimpleNamespace(ema=SimpleNamespace(decay=0.9)), Averages(run)
+    run.parts = [part]
+    part.prepared(torch.nn.Linear(5, 3), None)
     for apply, finite, updates in ((True, False, 0), (True, True, 1), (False, False, 1)):
         Run.update(run, apply=apply, finite=finite)
-        assert ema.updates == updates
+        assert part.average.updates == updates
 
 
 @pytest.mark.slow

@@ -27,11 +27,11 @@ from leanstep.recipes.config.loader import ConfigError, load
 from leanstep.recipes.config.schema import DataConfig, StopConfig
 from leanstep.recipes.data.sequences import load_data, shuffled
 from leanstep.recipes.methods.sparse import schedule_of
+from leanstep.recipes.methods.spikes import SpikeDetector, spike_threshold
 from leanstep.recipes.report.runlog import read_run
 from leanstep.recipes.training.checkpoint import SpikeRecord, TrainState, write_state
 from leanstep.recipes.training.folder import RunFolder
 from leanstep.recipes.training.run import Run
-from leanstep.recipes.training.spikes import SpikeDetector, spike_threshold
 from leanstep.recipes.training.step import StepResult
 from leanstep.sparsity import NM
 from leanstep.sparsity.verify import PATTERNS_FILE

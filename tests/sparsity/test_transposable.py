@@ -5,7 +5,7 @@ import torch
 from scipy.optimize import linprog
 
 from leanstep.sparsity import is_nm, sparsify, squash, transposable_mask
-from leanstep.sparsity.training.transposable import METHODS, cancel_cycles, fill, greedy, patterns_2_4
+from leanstep.sparsity.training.transposable import METHODS
 
 
 def kept(scores, mask):
@@ -33,27 +33,11 @@ def test_both_directions_keep_exactly_n(pattern, method):
         assert is_nm(mask, pattern) and is_nm(mask.mT, pattern)
 
 
-def test_there_are_ninety_masks_of_two_in_four():
-    patterns = patterns_2_4()
-    assert patterns.shape == (90, 4, 4) and len({tuple(p.flatten().tolist()) for p in patterns}) == 90
-    assert bool((patterns.sum(dim=1) == 2).all()) and bool((patterns.sum(dim=2) == 2).all())
-
-
-def test_two_of_four_is_the_best_of_the_ninety():
-    scores = torch.randn(200, 4, 4, dtype=torch.float64)
-    best = torch.einsum("tij,pij->tp", scores.abs(), patterns_2_4().double()).amax(dim=1)
-    for method in ("auto", "exact"):
-        mask = transposable_mask(scores, "2:4", method=method)
-        torch.testing.assert_close((scores.abs() * mask).sum(dim=(1, 2)), best, rtol=1e-13, atol=0)
-    # and cancelling cycles arrives there, too
-    mask = cancel_cycles(scores.abs(), fill(scores.abs(), greedy(scores.abs(), 2), 2))
-    torch.testing.assert_close((scores.abs() * mask).sum(dim=(1, 2)), best, rtol=1e-13, atol=0)
-
-
-@pytest.mark.parametrize("pattern", ["1:4", "1:8", "2:8", "4:8", "3:5", "2:16", "8:16"])
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "1:8", "2:8", "4:8", "3:5", "2:16", "8:16"])
 def test_exact_is_the_optimum_of_the_linear_program(pattern):
     n, m = map(int, pattern.split(":"))
-    scores = torch.randn(6, m, m, dtype=torch.float64)
+    # of 90 masks of 2:4, a few tiles have few as their best
+    scores = torch.randn(200 if pattern == "2:4" else 6, m, m, dtype=torch.float64)
     # many ties, and mostly zeros
     scores[4] = scores[4].round()
     scores[5] = scores[5] * (scores[5] > 1)

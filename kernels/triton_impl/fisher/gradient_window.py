@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leanstep.kernels.triton_impl._common import TL_DTYPE, aligned_pointer, to_float
+from leanstep.kernels.triton_impl._common import TL_DTYPE, pointer_to, to_float
 from leanstep.kernels.triton_impl._compile import Launch, Promises
 from leanstep.kernels.triton_impl._multi_tensor import (
     Staging,
@@ -33,16 +33,6 @@ from leanstep.kernels.triton_impl._multi_tensor import (
 BLOCK_M, BLOCK_N, THREADS = 8, 512, 256
 TILES = 16
 REDUCE_CHUNKS, REDUCE_ROWS, REDUCE_THREADS = 16, 32, 128
-
-
-@triton.jit
-def pointer_to(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Pointer to a tensor, 16-byte aligned if ALIGNED."""
-    if ALIGNED:
-        ptr = aligned_pointer(address, DTYPE)
-    else:
-        ptr = address.to(tl.pointer_type(DTYPE))
-    return ptr
 
 
 @triton.jit

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from leanstep.kernels.reference.fisher.sparse_window import SparseLayout
-from leanstep.kernels.triton_impl._common import TL_DTYPE, to_float
+from leanstep.kernels.triton_impl._common import TL_DTYPE, pointer_to, to_float
 from leanstep.kernels.triton_impl._compile import Launch, Promises
 from leanstep.kernels.triton_impl._multi_tensor import (
     Staging,
@@ -26,7 +26,7 @@ from leanstep.kernels.triton_impl._multi_tensor import (
     on_device,
     warps,
 )
-from leanstep.kernels.triton_impl.fisher.gradient_window import dots_tile, eights, pointer_to, reduce_chunks
+from leanstep.kernels.triton_impl.fisher.gradient_window import dots_tile, eights, reduce_chunks
 
 BLOCK_M, BLOCK_N, THREADS = 8, 256, 256
 TILES = 8

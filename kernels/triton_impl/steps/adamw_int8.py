@@ -40,7 +40,7 @@ from leanstep.kernels.triton_impl._multi_tensor import (
     seeds_and_offsets,
     warps,
 )
-from leanstep.kernels.triton_impl._quantized import SCALED, as_int8, coded, place, quantized, value_of
+from leanstep.kernels.triton_impl._quantized import SCALED, as_int8, coded, load_values, place, quantized, row_start
 
 # blocks of a tile: 8 elements per thread, 64 bits of codes
 BLOCKS = 16
@@ -51,17 +51,6 @@ FEW = tl.constexpr(8)
 
 
 @triton.jit
-def _codes_of(c_ptr, s_ptr, offs, mask, s_offs, s_mask, FP8: tl.constexpr):
-    """fp32 values of a tile of codes."""
-    if mask is None:
-        value = value_of(tl.load(c_ptr + offs), tl.load(s_ptr + s_offs), FP8)
-    else:
-        code = tl.load(c_ptr + offs, mask=mask, other=0)
-        value = value_of(code, tl.load(s_ptr + s_offs, mask=s_mask, other=0.0), FP8)
-    return value
-
-
-@triton.jit
 def _step_tile(
     p_ptr, g_ptr, m_ptr, v_ptr, m_scales, v_scales, e_ptr, offs, mask, s_offs, s_mask, pair, shift, seed, index,
     decay, beta1, omb1, beta2, omb2, eps, size, inverse_root, direction, aligned, ROUNDING: tl.constexpr,
@@ -69,13 +58,13 @@ def _step_tile(
 ):  # fmt: skip
     """Update one tile of blocks; `mask` is None for a whole tile."""
     g = to_float(load_tile(g_ptr + offs, mask)) * direction
-    v = beta2 * _codes_of(v_ptr, v_scales, offs, mask, s_offs, s_mask, False) + (omb2 * g) * g
+    v = beta2 * load_values(v_ptr, v_scales, offs, mask, s_offs, s_mask, False) + (omb2 * g) * g
     # an infinite square would make its block NaN, which must stay NaN
     v = tl.where(v > 3.4028234663852886e38, 3.4028234663852886e38, v)
     code, unit = quantized(v, pair, shift, seed, True, False)
     tl.store(v_ptr + offs, code, mask=mask)
     tl.store(v_scales + s_offs, unit, mask=s_mask)
-    m = beta1 * _codes_of(m_ptr, m_scales, offs, mask, s_offs, s_mask, FP8) + omb1 * g
+    m = beta1 * load_values(m_ptr, m_scales, offs, mask, s_offs, s_mask, FP8) + omb1 * g
     code, unit = quantized(m, pair, shift, seed, False, FP8)
     tl.store(m_ptr + offs, code, mask=mask)
     tl.store(m_scales + s_offs, unit, mask=s_mask)
@@ -145,9 +134,7 @@ def adamw_step_int8_kernel(
         )  # fmt: skip
     # the tail, and other tensors; addresses are read again, because holding them would spill registers
     columns = tl.load(row + 8).to(tl.int32)
-    per_row = (columns + 127) // 128
-    first_column = (first % per_row).to(tl.int32) * 128
-    start = first // per_row * columns + first_column
+    per_row, first_column, start = row_start(first, columns)
     offset = tl.load(offsets + tl.load(row + 10))
     index = (start + offset).to(tl.uint32)
     pair = ((offset // columns * per_row + first) * 64).to(tl.uint32)

@@ -26,7 +26,7 @@ from leanstep.kernels.triton_impl._multi_tensor import (
     seeds_and_offsets,
     warps,
 )
-from leanstep.kernels.triton_impl._quantized import SCALED, as_int8, coded, place, quantized, value_of
+from leanstep.kernels.triton_impl._quantized import SCALED, as_int8, coded, load_values, place, quantized, row_start
 
 # blocks of a tile: 16 elements per thread, one 128-bit access for the codes
 BLOCKS = 32
@@ -42,10 +42,7 @@ def _step_tile(
     OUTPUT: tl.constexpr, NESTEROV: tl.constexpr, UPDATE: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """Average one tile of blocks; `mask` is None for a whole tile."""
-    if mask is None:
-        m = value_of(tl.load(c_ptr + offs), tl.load(s_ptr + s_offs), FP8)
-    else:
-        m = value_of(tl.load(c_ptr + offs, mask=mask, other=0), tl.load(s_ptr + s_offs, mask=s_mask, other=0.0), FP8)
+    m = load_values(c_ptr, s_ptr, offs, mask, s_offs, s_mask, FP8)
     g = to_float(load_tile(g_ptr + offs, mask)) * direction
     new = m
     if UPDATE:
@@ -105,9 +102,7 @@ def average_step_int8_kernel(
         )  # fmt: skip
     # the tail, and other tensors; addresses are read again, because holding them would spill registers
     columns = tl.load(row + 5).to(tl.int32)
-    per_row = (columns + 127) // 128
-    first_column = (first % per_row).to(tl.int32) * 128
-    start = first // per_row * columns + first_column
+    per_row, first_column, start = row_start(first, columns)
     pair = ((offset // columns * per_row + first) * 64).to(tl.uint32)
     g_ptr = tl.load(row + 0).to(tl.pointer_type(G_DTYPE)) + start
     c_ptr = tl.load(row + 1).to(tl.pointer_type(tl.int8)) + start

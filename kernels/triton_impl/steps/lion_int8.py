@@ -40,8 +40,8 @@ from leanstep.kernels.triton_impl._multi_tensor import (
     seeds_and_offsets,
     warps,
 )
-from leanstep.kernels.triton_impl._quantized import SCALED, as_int8, coded, place, quantized, value_of
-from leanstep.kernels.triton_impl.steps.lion_step import CAUTIOUS, DECAY_WHERE_ALIGNED, MAXIMIZE, SKIP_NONFINITE
+from leanstep.kernels.triton_impl._quantized import SCALED, as_int8, coded, load_values, place, quantized, row_start
+from leanstep.kernels.triton_impl.steps.lion_step import mode_of
 
 # blocks of a tile. 16 elements per thread: one 128-bit access for the codes. With a rounding state they would spill
 # registers, so 8 elements per thread: 64 bits of codes, 128 bits of 16-bit tensors.
@@ -66,13 +66,7 @@ def _step_tile(
 ):  # fmt: skip
     """Update one tile of blocks; `mask` is None for a whole tile. Returns 1 where a non-finite gradient is skipped."""
     g = to_float(load_tile(g_ptr + offs, mask))
-    if mask is None:
-        code = tl.load(c_ptr + offs)
-        unit = tl.load(s_ptr + s_offs)
-    else:
-        code = tl.load(c_ptr + offs, mask=mask, other=0)
-        unit = tl.load(s_ptr + s_offs, mask=s_mask, other=0.0)
-    m = value_of(code, unit, FP8)
+    m = load_values(c_ptr, s_ptr, offs, mask, s_offs, s_mask, FP8)
     g = tl.where((mode & 1) != 0, -g, g)
     skip = ((mode & 2) != 0) & ~(tl.abs(g) < float("inf"))
     c = beta1 * m + omb1 * g
@@ -151,9 +145,7 @@ def lion_step_int8_kernel(
         )  # fmt: skip
     # the tail, and other tensors; addresses are read again, because holding them would spill registers
     columns = tl.load(row + 6).to(tl.int32)
-    per_row = (columns + 127) // 128
-    first_column = (first % per_row).to(tl.int32) * 128
-    start = first // per_row * columns + first_column
+    per_row, first_column, start = row_start(first, columns)
     offset = tl.load(offsets + tl.load(row + 8))
     index = (start + offset).to(tl.uint32)
     pair = ((offset // columns * per_row + first) * 64).to(tl.uint32)
@@ -179,10 +171,7 @@ def lion_step_int8_kernel(
 @triton.jit
 def _agreement_tile(g_ptr, c_ptr, s_ptr, offs, mask, s_offs, s_mask, beta1, omb1, mode, FP8: tl.constexpr):
     g = to_float(load_tile(g_ptr + offs, mask))
-    if mask is None:
-        m = value_of(tl.load(c_ptr + offs), tl.load(s_ptr + s_offs), FP8)
-    else:
-        m = value_of(tl.load(c_ptr + offs, mask=mask, other=0), tl.load(s_ptr + s_offs, mask=s_mask, other=0.0), FP8)
+    m = load_values(c_ptr, s_ptr, offs, mask, s_offs, s_mask, FP8)
     g = tl.where((mode & 1) != 0, -g, g)
     c = beta1 * m + omb1 * g
     # the gradient with the sign of its product with the update; 0 where the update is 0
@@ -193,16 +182,9 @@ def _agreement_tile(g_ptr, c_ptr, s_ptr, offs, mask, s_offs, s_mask, beta1, omb1
 
 @triton.jit(do_not_specialize=["mode"])
 def lion_agreement_int8_kernel(
-    rows,
-    programs,
-    scalars,
-    counts,
-    mode,
-    G_DTYPE: tl.constexpr,
-    FP8: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    TILES: tl.constexpr,
-):
+    rows, programs, scalars, counts, mode,
+    G_DTYPE: tl.constexpr, FP8: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
     """Count the elements whose update has the gradient's sign.
 
     A row is (g, codes, scales, blocks, columns, whole, index, 0).
@@ -225,9 +207,7 @@ def lion_agreement_int8_kernel(
         near = t * BLOCKS + block
         agree += _agreement_tile(g_ptr, c_ptr, s_ptr, near * 128 + lane, None, near, None, beta1, omb1, mode, FP8)
     columns = tl.load(row + 4).to(tl.int32)
-    per_row = (columns + 127) // 128
-    first_column = (first % per_row).to(tl.int32) * 128
-    start = first // per_row * columns + first_column
+    per_row, first_column, start = row_start(first, columns)
     g_ptr = tl.load(row + 0).to(tl.pointer_type(G_DTYPE)) + start
     c_ptr = tl.load(row + 1).to(tl.pointer_type(tl.int8)) + start
     s_ptr = tl.load(row + 2).to(tl.pointer_type(tl.float32)) + first
@@ -275,25 +255,19 @@ def lion_step_int8(
         return flags
     cautious = scalars if options.cautious_scale is None else options.cautious_scale
     seeds, offsets = seeds_and_offsets(options, len(params))
-    mode = _mode(options) | options.decay_where_aligned * DECAY_WHERE_ALIGNED
-    mode |= (options.cautious_scale is not None) * CAUTIOUS
     table = device_rows(rows, device)
     with on_device(device):
         for (*dtypes, rounds, code), programs in launches(keys, pieces, device):
             fp8 = code == FP8
             # fused multiply-adds would round differently from the definition
             lion_step_int8_kernel[(programs.numel(),)](
-                table, programs, scalars, cautious, seeds, offsets, flags, mode,
+                table, programs, scalars, cautious, seeds, offsets, flags, mode_of(options),
                 *(STATE_DTYPE[d] for d in dtypes), ROUNDING=rounds, FP8=fp8,
                 BLOCKS=_blocks(rounds, dtypes[0], dtypes[1], fp8=fp8), TILES=TILES,
                 num_warps=warps(THREADS), enable_fp_fusion=False,
             )  # fmt: skip
     staging.finish()
     return flags
-
-
-def _mode(options: StepOptions) -> int:
-    return options.maximize * MAXIMIZE | options.skip_nonfinite * SKIP_NONFINITE
 
 
 def lion_agreement_int8(
@@ -316,7 +290,7 @@ def lion_agreement_int8(
         with on_device(device):
             for (dtype, code), programs in launches(keys, pieces, device):
                 lion_agreement_int8_kernel[(programs.numel(),)](
-                    table, programs, options.scalars, counts, _mode(options), TL_DTYPE[dtype], code == FP8,
+                    table, programs, options.scalars, counts, mode_of(options), TL_DTYPE[dtype], code == FP8,
                     BLOCKS=BLOCKS["nearest"], TILES=TILES, num_warps=warps(THREADS), enable_fp_fusion=False,
                 )  # fmt: skip
     staging.finish()

@@ -18,11 +18,11 @@ from leanstep.kernels.triton_impl._common import (
     ROUNDINGS,
     STATE_DTYPE,
     TL_DTYPE,
-    aligned_pointer,
     has_state,
     index_in_whole,
     load_tile,
     parameter_value,
+    pointer_to,
     random_bits,
     remainder,
     round_to,
@@ -130,28 +130,20 @@ def lion_step_kernel(
 
     lane = tl.arange(0, BLOCK)
     skipped = tl.zeros([BLOCK], dtype=tl.int32)
-    # whole tiles of aligned tensors need no mask and have a provable alignment: accesses are 128 bits wide
+    # Whole tiles of aligned tensors need no mask and have a provable alignment: accesses are 128 bits wide. Then the
+    # tail, and unaligned tensors; addresses are read again, because holding them would spill registers.
     whole = tl.where(tl.load(row + 5) != 0, count // BLOCK, 0)
-    p_ptr = aligned_pointer(tl.load(row + 0), P_DTYPE) + start
-    g_ptr = aligned_pointer(tl.load(row + 1), G_DTYPE) + start
-    m_ptr = aligned_pointer(tl.load(row + 2), M_DTYPE) + start
-    e_ptr = aligned_pointer(tl.load(row + 3), E_DTYPE) + start
-    for t in range(0, whole):
-        skipped |= _step_tile(
-            p_ptr, g_ptr, m_ptr, e_ptr, t * BLOCK + lane, None, seed, index, start, elements, distance, runs, slab,
-            scale, lr, decay, beta1, omb1, beta2, omb2, mode, ROUNDING, RUNS,
-        )  # fmt: skip
-    # the tail, and unaligned tensors; addresses are read again, because holding them would spill registers
-    p_ptr = tl.load(row + 0).to(tl.pointer_type(P_DTYPE)) + start
-    g_ptr = tl.load(row + 1).to(tl.pointer_type(G_DTYPE)) + start
-    m_ptr = tl.load(row + 2).to(tl.pointer_type(M_DTYPE)) + start
-    e_ptr = tl.load(row + 3).to(tl.pointer_type(E_DTYPE)) + start
-    for t in range(whole, tl.cdiv(count, BLOCK)):
-        offs = t * BLOCK + lane
-        skipped |= _step_tile(
-            p_ptr, g_ptr, m_ptr, e_ptr, offs, offs < count, seed, index, start, elements, distance, runs, slab, scale,
-            lr, decay, beta1, omb1, beta2, omb2, mode, ROUNDING, RUNS,
-        )  # fmt: skip
+    for TAIL in tl.static_range(2):
+        p_ptr = pointer_to(tl.load(row + 0), P_DTYPE, TAIL == 0) + start
+        g_ptr = pointer_to(tl.load(row + 1), G_DTYPE, TAIL == 0) + start
+        m_ptr = pointer_to(tl.load(row + 2), M_DTYPE, TAIL == 0) + start
+        e_ptr = pointer_to(tl.load(row + 3), E_DTYPE, TAIL == 0) + start
+        for t in range(whole if TAIL else 0, tl.cdiv(count, BLOCK) if TAIL else whole):
+            offs = t * BLOCK + lane
+            skipped |= _step_tile(
+                p_ptr, g_ptr, m_ptr, e_ptr, offs, offs < count if TAIL else None, seed, index, start, elements,
+                distance, runs, slab, scale, lr, decay, beta1, omb1, beta2, omb2, mode, ROUNDING, RUNS,
+            )  # fmt: skip
     if tl.max(skipped, 0) != 0:
         tl.store(flags + tl.load(row + 6), 1)
 
@@ -182,15 +174,12 @@ def lion_agreement_kernel(
     lane = tl.arange(0, BLOCK)
     agree = tl.zeros([BLOCK], dtype=tl.int32)
     whole = tl.where(tl.load(row + 3) != 0, count // BLOCK, 0)
-    g_ptr = aligned_pointer(tl.load(row + 0), G_DTYPE) + start
-    m_ptr = aligned_pointer(tl.load(row + 1), M_DTYPE) + start
-    for t in range(0, whole):
-        agree += _agreement_tile(g_ptr, m_ptr, t * BLOCK + lane, None, beta1, omb1, mode)
-    g_ptr = tl.load(row + 0).to(tl.pointer_type(G_DTYPE)) + start
-    m_ptr = tl.load(row + 1).to(tl.pointer_type(M_DTYPE)) + start
-    for t in range(whole, tl.cdiv(count, BLOCK)):
-        offs = t * BLOCK + lane
-        agree += _agreement_tile(g_ptr, m_ptr, offs, offs < count, beta1, omb1, mode)
+    for TAIL in tl.static_range(2):
+        g_ptr = pointer_to(tl.load(row + 0), G_DTYPE, TAIL == 0) + start
+        m_ptr = pointer_to(tl.load(row + 1), M_DTYPE, TAIL == 0) + start
+        for t in range(whole if TAIL else 0, tl.cdiv(count, BLOCK) if TAIL else whole):
+            offs = t * BLOCK + lane
+            agree += _agreement_tile(g_ptr, m_ptr, offs, offs < count if TAIL else None, beta1, omb1, mode)
     # the sum of integers does not depend on their order
     tl.atomic_add(counts + tl.load(row + 4), tl.sum(agree, 0).to(tl.int64))
 
@@ -227,15 +216,13 @@ def lion_step(
     scales = scalars if options.cautious_scale is None else options.cautious_scale
     seeds, offsets = seeds_and_offsets(options, len(params))
     runs = options.runs
-    mode = _mode(options) | options.decay_where_aligned * DECAY_WHERE_ALIGNED
-    mode |= (options.cautious_scale is not None) * CAUTIOUS
     table = device_rows(rows, device)
     with on_device(device):
         for (*dtypes, rounds), programs in launches(keys, pieces, device):
             # fused multiply-adds would round differently from the definition
             lion_step_kernel[(programs.numel(),)](
-                table, programs, scalars, scales, seeds, offsets, offsets if runs is None else runs, flags, mode,
-                *(STATE_DTYPE[d] for d in dtypes), ROUNDING=rounds,
+                table, programs, scalars, scales, seeds, offsets, offsets if runs is None else runs, flags,
+                mode_of(options), *(STATE_DTYPE[d] for d in dtypes), ROUNDING=rounds,
                 RUNS=runs is not None and rounds == "stochastic", BLOCK=BLOCK, TILES=TILES,
                 num_warps=warps(THREADS), enable_fp_fusion=False,
             )  # fmt: skip
@@ -243,8 +230,10 @@ def lion_step(
     return flags
 
 
-def _mode(options: StepOptions) -> int:
-    return options.maximize * MAXIMIZE | options.skip_nonfinite * SKIP_NONFINITE
+def mode_of(options: StepOptions) -> int:
+    """The runtime argument `mode` of Lion's kernels."""
+    mode = options.maximize * MAXIMIZE | options.skip_nonfinite * SKIP_NONFINITE
+    return mode | options.decay_where_aligned * DECAY_WHERE_ALIGNED | (options.cautious_scale is not None) * CAUTIOUS
 
 
 def lion_agreement(grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], options: StepOptions) -> Tensor:
@@ -264,7 +253,7 @@ def lion_agreement(grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], options:
         with on_device(device):
             for dtypes, programs in launches(keys, pieces, device):
                 lion_agreement_kernel[(programs.numel(),)](
-                    table, programs, options.scalars, counts, _mode(options), *(TL_DTYPE[d] for d in dtypes),
+                    table, programs, options.scalars, counts, mode_of(options), *(TL_DTYPE[d] for d in dtypes),
                     BLOCK=BLOCK, TILES=TILES, num_warps=warps(THREADS), enable_fp_fusion=False,
                 )  # fmt: skip
     staging.finish()

@@ -1,23 +1,26 @@
 """Loss spikes: detect them, choose an action, and return to the last checkpoint (``stop.on_spike``).
 
 The reduced loss and the losses in :class:`SpikeRecord` decide, so every process decides the same, and a resumed run
-decides as the uninterrupted one. Runs without ``stop.on_spike`` do not import this module.
+decides as the uninterrupted one.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from leanstep.recipes.config.schema import StopConfig
+from leanstep.recipes.data.batches import Batch
 from leanstep.recipes.training.build import main_does
 from leanstep.recipes.training.checkpoint import TrainState, newest, read_state
 from leanstep.recipes.training.folder import RunFolder
 from leanstep.recipes.training.logger import RunLogger
+from leanstep.recipes.training.parts import Part
 from leanstep.recipes.training.step import StepResult, describe_nonfinite
 
 # standard deviation of a normal distribution / its median absolute deviation
@@ -25,6 +28,50 @@ _DEVIATION = 1.4826
 # smallest spread, as a fraction of the median: losses may be equal
 _SMALLEST_SPREAD = 0.01
 _MOST_STEPS = 20
+
+
+class Spikes(Part):
+    """Judges the steps of a run, and returns to the last checkpoint where the recipe says so."""
+
+    detector: "SpikeDetector"
+
+    def begin(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path | None) -> None:
+        """Judge from the first step on."""
+        run = self.run
+        self.detector = SpikeDetector(run.config.stop, run.accelerator, run.folder, run.logger)
+
+    def judge(self, window: list[Batch], result: StepResult, sound: bool) -> bool | None:
+        """Whether the step is applied: not at a spike; None after a rollback. Raises the failure of ``stop``."""
+        spike = self.detector.judge(self.run.state, result, sound)
+        if spike is None:
+            return sound
+        if spike.action == "stop":
+            raise self.run.failure(window, result, spike.event, "spike", spike.advice)
+        if spike.action == "rollback":
+            self.roll_back(spike)
+            return None
+        return False
+
+    def roll_back(self, spike: "Spike") -> None:
+        """Return to the checkpoint of ``spike``, with the data after the spike next, and save that position."""
+        run = self.run
+        assert spike.checkpoint is not None
+        with run.logger.clock.pause("rollback"):
+            run.drop_gradients(unscaled=True)
+            world = self.detector.restore(spike, run.state)
+            # streams go on from where they are
+            run.saver.load(spike.checkpoint, world)
+            for part in run.parts:
+                part.rolled_back(spike.checkpoint)
+            run.open_windows()
+        # a killed run continues from here, not from before the rollback
+        run.save()
+        self.detector.report_rollback(spike, run.state)
+
+    def report(self) -> Iterator[tuple[str, Any]]:
+        """A line with the counts, and no file."""
+        self.run.say(f"spikes      {self.detector.summary(self.run.state)}")
+        yield from ()
 
 
 def spike_threshold(losses: Sequence[float], stop: StopConfig) -> float | None:

@@ -1,8 +1,8 @@
 """Measure compiled Triton kernels without a GPU: registers, spills, shared memory, access widths and bytes moved.
 
-`python -m leanstep.kernels.audit` (or `leanstep audit`) compiles every configuration that a launcher can pick, for
-sm_80, sm_90, sm_100 and gfx942, and reads the machine code. It prints a table. It fails if a kernel spills, uses the
-stack, makes narrow accesses where it promises 128 bits, or moves more bytes per element than it promises.
+`leanstep audit` compiles every configuration that a launcher can pick, for sm_80, sm_90, sm_100 and gfx942, and reads
+the machine code. It prints a table. It fails if a kernel spills, uses the stack, makes narrow accesses where it
+promises 128 bits, or moves more bytes per element than it promises.
 
 Triton's cache folder (TRITON_CACHE_DIR) keeps compiled kernels and measurements. This module imports without Triton.
 """
@@ -298,7 +298,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = f"{table(measurements)}\n\n{len(measurements)} kernels compiled, {wrong} with problems"
     sys.stdout.write(text + "\n")
     return 1 if wrong or not measurements else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
