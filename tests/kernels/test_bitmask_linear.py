@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from covering import meeting
 from kernel_cases import DTYPES, bits_equal, dtype_name
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -28,9 +29,11 @@ def check_product(out, x, weight, bias=None, tolerance=1e-6):
     assert ((out.double() - exact).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 7, 8, 13, 16, 17, 40])
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-@pytest.mark.parametrize("shape", [(70, 200), (33, 31), (5, 1029), (1, 64)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype", "tokens"),
+    meeting([(70, 200), (33, 31), (5, 1029), (1, 64)], DTYPES, [1, 2, 3, 4, 7, 8, 13, 16, 17, 40]),
+    ids=dtype_name,
+)
 def test_products_against_float64(shape, dtype, tokens, dirty_memory, monkeypatch):
     monkeypatch.setattr(reference, "TILE", 4000)
     weight, x, bias = sparse(*shape, dtype=dtype), torch.randn(tokens, shape[1]).to(dtype), torch.randn(shape[0])

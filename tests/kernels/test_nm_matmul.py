@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from covering import meeting
 from kernel_cases import DTYPES, bits_equal, dtype_name
 
 from leanstep.kernels import nm_compress, nm_decompress, nm_mask, nm_matmul, use_backend
@@ -93,10 +94,9 @@ def test_a_default_device_does_not_move_the_mask():
     torch.testing.assert_close(product, x @ weight.T)
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 16, 40, 70])
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-@pytest.mark.parametrize(("n", "m"), PATTERNS)
-def test_products_against_float64(n, m, dtype, tokens, dirty_memory):
+@pytest.mark.parametrize(("pattern", "dtype", "tokens"), meeting(PATTERNS, DTYPES, [1, 3, 16, 40, 70]), ids=dtype_name)
+def test_products_against_float64(pattern, dtype, tokens, dirty_memory):
+    n, m = pattern
     weight, x = sparse(n, m, dtype, rows=70), torch.randn(tokens, 5 * m).to(dtype)
     values, indices = nm_compress(weight, n, m)
     before = [t.clone() for t in (x, values, indices)]

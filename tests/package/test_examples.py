@@ -24,10 +24,7 @@ OTHERS = ("fsdp2_loop", "prune_then_lora", "sparse_to_onnx", "torchtitan_contain
 @pytest.fixture
 def one_thread():
     """Small products, which several threads slow down where other processes have the cores."""
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_every_example_is_short_and_tested():
