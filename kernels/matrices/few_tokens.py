@@ -8,7 +8,8 @@ from leanstep.kernels.cpp_impl._build import SPARSE_TYPES
 from leanstep.kernels.cpp_impl.sparse import linear as cpp
 from leanstep.kernels.op import declare, in_dispatch_mode, is_traced
 
-declare("few_token_linear", Support(("reference", "cpp"), SPARSE_TYPES, "sparse/dense", True, cpp.instructions))
+_LOOP = Support(("reference", "cpp"), SPARSE_TYPES, "sparse/dense", is_optional=True, instructions=cpp.instructions)
+declare("few_token_linear", _LOOP)
 
 
 def few_token_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -178,8 +178,7 @@ def audit_launches() -> Promises:
         dense = torch.zeros(2048)
         row_dots([values], [indices], [layout], [dense], [0], 1)
         linear_combination([values], [indices], [layout], torch.zeros(1, 2, dtype=torch.float64), [0], [dense])
-    promises = {sparse_dots_kernel: _dots_promise, sparse_combination_kernel: _combination_promise}
-    return promises
+    return {sparse_dots_kernel: _dots_promise, sparse_combination_kernel: _combination_promise}
 
 
 def _dots_promise(launch: Launch) -> dict[str, Any]:
