@@ -18,7 +18,7 @@ from leanstep._files import format_bytes, is_folder_name, parse_json, read_text
 from leanstep._memory import free_memory
 from leanstep.pruning.folder.files import stored_dtypes
 from leanstep.pruning.folder.loading import check_values, check_weights
-from leanstep.recipes.check.costs import MemoryEstimate, check_layers, estimate, flops_per_token, meta_model
+from leanstep.recipes.check.costs import MemoryEstimate, check_layers, disk_need, estimate, flops_per_token, meta_model
 from leanstep.recipes.config.loader import dump
 from leanstep.recipes.config.schema import RunConfig, accumulation_steps, targets_note, trained_size
 from leanstep.recipes.data.hub import check_hub, from_hub, offline, offline_recipes, unreachable
@@ -34,7 +34,7 @@ from leanstep.recipes.training.build import (
     trackers_of,
     wants_cpu,
 )
-from leanstep.recipes.training.checkpoint import choose_start, disk_need, find_checkpoints
+from leanstep.recipes.training.checkpoint import choose_start, find_checkpoints
 from leanstep.recipes.training.failures import lighter_state
 from leanstep.recipes.training.folder import RunFolder, is_held
 from leanstep.recipes.training.initial import check_initial_tokenizer, initial_problem

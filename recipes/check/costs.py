@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from leanstep._files import format_bytes, free_bytes
 from leanstep._torch import output_head
 from leanstep.kernels import use_backend
 from leanstep.optimizers.common.base import LeanOptimizer
@@ -38,6 +39,8 @@ from leanstep.recipes.methods.norms import build_monitor
 from leanstep.recipes.methods.pruned import masked_names
 from leanstep.recipes.methods.sparse import plan
 from leanstep.recipes.training.build import build_model, build_optimizer, checkpoint_activations, optimizer_section
+from leanstep.recipes.training.checkpoint import find_checkpoints
+from leanstep.recipes.training.folder import FolderError, RunFolder
 from leanstep.recipes.training.initial import check_initial_config
 
 
@@ -364,3 +367,44 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     if precision == "fp32" or " MIG " in device_name:
         return None
     return next((1e12 * peak for name, peak in _PEAK_TFLOPS if name in device_name.split("(")[-1]), None)
+
+
+def disk_need(config: RunConfig, memory: MemoryEstimate, world_size: int = 1) -> tuple[int, int]:
+    """Bytes of one checkpoint, and the most that a run needs: all checkpoints, one being written, the final model.
+
+    ``memory`` is that of one process; with FSDP2 each of ``world_size`` processes writes its shard.
+    """
+    shards = world_size if config.distributed.strategy == "fsdp2" else 1
+    checkpoint = shards * (memory.weights + memory.optimizer_state + memory.average)
+    count = config.checkpoint.keep_last + 1 + int(config.checkpoint.keep_best)
+    models = 1 + bool(memory.average)
+    return checkpoint, count * checkpoint + models * shards * memory.weights
+
+
+def check_room(config: RunConfig, folder: RunFolder, memory: MemoryEstimate | None, world_size: int = 1) -> str | None:
+    """Return a warning if the run needs more disk space than there is, else None.
+
+    ``memory`` is that of one process; None skips the check. Existing checkpoints count as free space, since new ones
+    replace them.
+
+    Raises:
+        FolderError: not even one checkpoint fits.
+    """
+    if memory is None:
+        return None
+    single, need = disk_need(config, memory, world_size)
+    free = free_bytes(folder.root)
+    if single > free:
+        raise FolderError(
+            f"out: one checkpoint needs {format_bytes(single)}, the disk of {folder.root} has {format_bytes(free)} "
+            "free; make room, or choose another disk with out=ANOTHER_FOLDER"
+        )
+    present = [*find_checkpoints(folder.checkpoints), folder.final, folder.final_ema]
+    room = free + sum(file.stat().st_size for path in present for file in path.rglob("*") if file.is_file())
+    if need <= room:
+        return None
+    return (
+        f"WARNING: the run needs {format_bytes(need)} on the disk of {folder.root}, there is room for "
+        f"{format_bytes(room)}: saving will fail on the way. Make room, lower checkpoint.keep_last "
+        f"({config.checkpoint.keep_last}) or choose another disk with out=ANOTHER_FOLDER"
+    )

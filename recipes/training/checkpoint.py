@@ -32,8 +32,6 @@ from pydantic import TypeAdapter, ValidationError
 from leanstep._files import (
     REPLACED,
     STAGED,
-    format_bytes,
-    free_bytes,
     one_line,
     parse_json,
     publish_folder,
@@ -46,7 +44,6 @@ from leanstep.recipes.config.values import read_document, recorded
 from leanstep.recipes.training.folder import FolderError, RunFolder
 
 if TYPE_CHECKING:
-    from leanstep.recipes.check.costs import MemoryEstimate
     from leanstep.recipes.data.sequences import LoadedData
 
 MARKER = "COMPLETE"
@@ -348,49 +345,6 @@ def rename_skipped(start: Start) -> list[str]:
         os.replace(path, target)
         lines.append(f"renamed a skipped checkpoint to {target.name}")
     return lines
-
-
-def disk_need(config: RunConfig, memory: "MemoryEstimate", world_size: int = 1) -> tuple[int, int]:
-    """Bytes of one checkpoint, and the most that a run needs: all checkpoints, one being written, the final model.
-
-    ``memory`` is that of one process; with FSDP2 each of ``world_size`` processes writes its shard.
-    """
-    shards = world_size if config.distributed.strategy == "fsdp2" else 1
-    checkpoint = shards * (memory.weights + memory.optimizer_state + memory.average)
-    count = config.checkpoint.keep_last + 1 + int(config.checkpoint.keep_best)
-    models = 1 + bool(memory.average)
-    return checkpoint, count * checkpoint + models * shards * memory.weights
-
-
-def check_room(
-    config: RunConfig, folder: RunFolder, memory: "MemoryEstimate | None", world_size: int = 1
-) -> str | None:
-    """Return a warning if the run needs more disk space than there is, else None.
-
-    ``memory`` is that of one process; None skips the check. Existing checkpoints count as free space, since new ones
-    replace them.
-
-    Raises:
-        FolderError: not even one checkpoint fits.
-    """
-    if memory is None:
-        return None
-    single, need = disk_need(config, memory, world_size)
-    free = free_bytes(folder.root)
-    if single > free:
-        raise FolderError(
-            f"out: one checkpoint needs {format_bytes(single)}, the disk of {folder.root} has {format_bytes(free)} "
-            "free; make room, or choose another disk with out=ANOTHER_FOLDER"
-        )
-    present = [*find_checkpoints(folder.checkpoints), folder.final, folder.final_ema]
-    room = free + sum(file.stat().st_size for path in present for file in path.rglob("*") if file.is_file())
-    if need <= room:
-        return None
-    return (
-        f"WARNING: the run needs {format_bytes(need)} on the disk of {folder.root}, there is room for "
-        f"{format_bytes(room)}: saving will fail on the way. Make room, lower checkpoint.keep_last "
-        f"({config.checkpoint.keep_last}) or choose another disk with out=ANOTHER_FOLDER"
-    )
 
 
 def _ways_out() -> str:

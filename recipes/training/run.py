@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 from leanstep._process import EXIT_CODES, InterruptibleStart, StopFlag
 from leanstep._version import __version__
-from leanstep.recipes.check.costs import MemoryEstimate, check_layers, estimate, flops_per_token
+from leanstep.recipes.check.costs import MemoryEstimate, check_layers, check_room, estimate, flops_per_token
 from leanstep.recipes.config.schema import RunConfig, targets_note
 from leanstep.recipes.config.values import recorded
 from leanstep.recipes.data.batches import Batch, Windows
@@ -37,7 +37,6 @@ from leanstep.recipes.training.build import (
 from leanstep.recipes.training.checkpoint import (
     TrainState,
     check_data,
-    check_room,
     choose_start,
     how_to_continue,
     read_state,

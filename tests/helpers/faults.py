@@ -115,9 +115,9 @@ def samples_fail():
 
 def disk_of(free):
     """Let the disk have ``free`` bytes left when the run starts."""
-    from leanstep.recipes.training import checkpoint
+    from leanstep.recipes.check import costs
 
-    checkpoint.free_bytes = lambda path: free
+    costs.free_bytes = lambda path: free
 
 
 def explode_after_step_6():

@@ -12,12 +12,12 @@ from leanstep import _memory
 from leanstep.pruning.folder.loading import begin_tokens
 from leanstep.recipes.check import check as check_module
 from leanstep.recipes.check.check import Check, Section, check, routing_rows
-from leanstep.recipes.check.costs import MemoryEstimate
+from leanstep.recipes.check.costs import MemoryEstimate, disk_need
 from leanstep.recipes.config.catalog import describe
 from leanstep.recipes.config.loader import dump, find_recipe, load, recipe_names
 from leanstep.recipes.config.values import recorded
 from leanstep.recipes.data.tokens import vocabulary_size
-from leanstep.recipes.training.checkpoint import TrainState, commit, disk_need, staging, write_state
+from leanstep.recipes.training.checkpoint import TrainState, commit, staging, write_state
 from leanstep.recipes.training.folder import RunFolder
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 300

@@ -16,12 +16,11 @@ import torch
 from safetensors.torch import load_file
 from training import Training, numbers, read_log, run, status, write_recipe
 
-from leanstep.recipes.check.costs import MemoryEstimate
+from leanstep.recipes.check.costs import MemoryEstimate, check_room
 from leanstep.recipes.config.differences import config_differences
 from leanstep.recipes.config.rules import optimizer_arguments
 from leanstep.recipes.config.schema import BatchConfig, CheckpointConfig, DistributedConfig, OptimizerConfig, RunConfig
 from leanstep.recipes.config.values import check, recorded
-from leanstep.recipes.training import checkpoint
 from leanstep.recipes.training.checkpoint import find_checkpoints
 from leanstep.recipes.training.failures import disk_trouble, is_out_of_memory, lighter_state, memory_message
 from leanstep.recipes.training.folder import FolderError, RunFolder
@@ -244,18 +243,18 @@ def test_room_counts_what_the_run_will_replace(tmp_path, monkeypatch):
     memory = MemoryEstimate(weights=100, gradients=0, optimizer_state=200, activations=0, logits=0)
     folder, config = RunFolder(tmp_path), RunConfig(checkpoint=CheckpointConfig(keep_last=2))
     # two checkpoints kept and one being written, 300 bytes each, and the final model: 1000 bytes
-    monkeypatch.setattr(checkpoint, "free_bytes", lambda path: 600)
-    assert "needs 1.0 KiB" in checkpoint.check_room(config, folder, memory)
+    monkeypatch.setattr("leanstep.recipes.check.costs.free_bytes", lambda path: 600)
+    assert "needs 1.0 KiB" in check_room(config, folder, memory)
     for name, size in (("checkpoints/step-000001/COMPLETE", 300), ("final/model.safetensors", 100)):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_bytes(b"x" * size)
-    assert checkpoint.check_room(config, folder, memory) is None
+    assert check_room(config, folder, memory) is None
     sharded = dataclasses.replace(config, distributed=DistributedConfig(strategy="fsdp2"))
-    assert "needs 2.0 KiB" in checkpoint.check_room(sharded, folder, memory, world_size=2)
-    monkeypatch.setattr(checkpoint, "free_bytes", lambda path: 299)
+    assert "needs 2.0 KiB" in check_room(sharded, folder, memory, world_size=2)
+    monkeypatch.setattr("leanstep.recipes.check.costs.free_bytes", lambda path: 299)
     with pytest.raises(FolderError, match="one checkpoint needs 0.3 KiB.*out=ANOTHER_FOLDER"):
-        checkpoint.check_room(config, folder, memory)
-    assert checkpoint.check_room(config, folder, None) is None
+        check_room(config, folder, memory)
+    assert check_room(config, folder, None) is None
 
 
 def test_a_checkpoint_without_links_is_a_checkpoint(recipe, tmp_path):
