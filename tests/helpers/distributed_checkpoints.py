@@ -8,18 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from distributed_cases import (
-    OPTIMIZERS,
-    Model,
-    assert_same,
-    build,
-    mesh,
-    new_model,
-    set_grads,
-    shard,
-    train,
-    whole,
-)
+from distributed_cases import OPTIMIZERS, Model, assert_same, build, mesh, new_model, set_grads, shard, train, whole
 from distributed_world import World, add_case, case
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (

@@ -18,10 +18,7 @@ ALLOWED = {
     "leanstep": {"kernels", "lora", "optimizers", "pruning", "sparsity", "version", "page", "shared"},
 }
 # the command line is the one door to the recipes
-ALLOWED_TO_FILE = {
-    "leanstep/cli.py": {"recipes"},
-    "leanstep/__main__.py": {"cli"},
-}
+ALLOWED_TO_FILE = {"leanstep/cli.py": {"recipes"}, "leanstep/__main__.py": {"cli"}}
 FOLDERS = tuple(ALLOWED)
 # single modules of the import root that others may use
 ROOT_MODULES = {

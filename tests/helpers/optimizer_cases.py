@@ -342,11 +342,7 @@ CASES = (
     OptimizerCase(
         name="LANTON-embeddings",
         cls=LANTON,
-        kwargs={
-            "lr": 5e-3,
-            "alpha": "auto",
-            "weight_decay": 0.1,
-        },
+        kwargs={"lr": 5e-3, "alpha": "auto", "weight_decay": 0.1},
         groups=_norm_groups,
         state={**_LANTON, **_NOISE},
         exact_foreach=False,

@@ -22,12 +22,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 PAGES = ("report", "comparison", "pruned", "sweep")
 # A4 without the margins of @page, at 96 pixels per inch
 PAPER = Screen(688, 1016, media="print")
-SCREENS = {
-    "light": Screen(),
-    "dark": Screen(scheme="dark"),
-    "phone": Screen(360, 740),
-    "print": PAPER,
-}
+SCREENS = {"light": Screen(), "dark": Screen(scheme="dark"), "phone": Screen(360, 740), "print": PAPER}
 ROLES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 
 pytestmark = pytest.mark.skipif(browser_path() is None, reason=MISSING)

@@ -446,10 +446,7 @@ def test_a_full_disk_and_a_second_writer_are_told(parts, tmp_path, monkeypatch):
                 writer.append({"kind": "search"})
         assert path.read_bytes() == before
     monkeypatch.setattr(parts.results, "free_bytes", lambda _: 1000)
-    with (
-        pytest.raises(parts.protocol.ComparisonError, match="make room first"),
-        parts.results.writing(path, protocol),
-    ):
+    with pytest.raises(parts.protocol.ComparisonError, match="make room first"), parts.results.writing(path, protocol):
         pass
 
 

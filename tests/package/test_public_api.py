@@ -12,10 +12,7 @@ import pytest
 
 import leanstep
 
-PACKAGES = (
-    "leanstep",
-    *(f"leanstep.{name}" for name in ("kernels", "lora", "optimizers", "pruning", "sparsity")),
-)
+PACKAGES = ("leanstep", *(f"leanstep.{name}" for name in ("kernels", "lora", "optimizers", "pruning", "sparsity")))
 HEAVY = ("torch", "numpy", "triton", "transformers", "accelerate", "datasets", "omegaconf", "matplotlib", "rich")
 COMPILER = ("torch._dynamo", "torch._inductor", "triton", "transformers", "accelerate", "omegaconf")
 

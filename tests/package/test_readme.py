@@ -7,10 +7,7 @@ import pytest
 from documentation import ROOT, blocks, command_lines
 
 README = (ROOT / "README.md").read_text("utf-8")
-TWO_COMMANDS = [
-    "pip install -e '.[demo]' && leanstep train llama-nano-sinkgd",
-    "pip install -e '.[dev]' && pytest",
-]
+TWO_COMMANDS = ["pip install -e '.[demo]' && leanstep train llama-nano-sinkgd", "pip install -e '.[dev]' && pytest"]
 
 
 def test_the_first_block_is_the_two_commands():
@@ -42,16 +39,11 @@ def test_every_method_is_exported():
 
 
 READINGS = {"lower loss": "ahead", "no difference seen": "level", "higher loss": "behind"}
-ROWS = {
-    "SinkGD": "SinkGD, AdamW on the rest",
-    "LANTON, no noise": "LANTON, plain",
-    "Muon": "Muon, AdamW on the rest",
-}
+ROWS = {"SinkGD": "SinkGD, AdamW on the rest", "LANTON, no noise": "LANTON, plain", "Muon": "Muon, AdamW on the rest"}
 
 
 @pytest.mark.parametrize(
-    ("model", "table"),
-    [("LLaMA, 1.1M", "llama-nano"), ("GPT-2, 1.1M", "gpt-nano"), ("LLaMA, 6M", "llama-micro")],
+    ("model", "table"), [("LLaMA, 1.1M", "llama-nano"), ("GPT-2, 1.1M", "gpt-nano"), ("LLaMA, 6M", "llama-micro")]
 )
 def test_the_table_of_optimizers_says_what_was_measured(model, table):
     """Its cells are the readings of the tuned method and of its defaults in docs/measured/losses.md."""
