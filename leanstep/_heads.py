@@ -10,12 +10,7 @@ from torch import Tensor, nn
 from leanstep._torch import is_conv1d
 
 # separate projections of queries, keys and values, by the names of attributes
-_SEPARATE = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("query", "key", "value"),
-    ("q_lin", "k_lin", "v_lin"),
-    ("q", "k", "v"),
-)
+_SEPARATE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("q", "k", "v"))
 # classes with one weight for all three: all queries, then all keys, then all values
 _FUSED = {
     "MultiheadAttention": "in_proj",

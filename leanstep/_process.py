@@ -6,6 +6,7 @@ import gc
 import io
 import logging
 import os
+import resource
 import select
 import signal
 import sys
@@ -13,6 +14,8 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
+
+from leanstep._files import format_bytes
 
 _PR_SET_PDEATHSIG = 1
 # process number of the one that `leanstep train` ends with
@@ -169,18 +172,31 @@ class InterruptibleStart:
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Whether the system refused memory: to Python, to an allocator of C++, or to the loader of a library."""
+    """Whether the system refused memory: to Python, an allocator, a thread's stack, or the loader of a library.
+
+    Also for an error that was raised because of such a one, as libraries turn any error into one of their own.
+    """
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
-    signs = ("allocate memory", "failed to map segment", "bad_alloc")
-    return isinstance(error, (RuntimeError, ImportError, OSError)) and any(sign in str(error) for sign in signs)
+    signs = ("allocate memory", "failed to map segment", "bad_alloc", "can't start new thread")
+    is_named = isinstance(error, (RuntimeError, ImportError, OSError)) and any(sign in str(error) for sign in signs)
+    cause = error.__cause__ or error.__context__
+    return is_named or type(error).__name__ == "OutOfMemoryError" or (cause is not None and lacks_memory(cause))
+
+
+def allowed_memory() -> str:
+    """How much the shell allows this process, and what to do; empty where it sets no limit."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return ""
+    return f"this shell allows {format_bytes(limit)} of addresses, which libraries fill, too; raise it by ulimit -v"
 
 
 def system_refusal(error: BaseException) -> str | None:
     """Describe an error of the system that any command may meet: no memory, or a path that no call takes."""
     text = " ".join(str(error).split())
     if lacks_memory(error):
-        return f"out of memory ({text[:200] or type(error).__name__}); free some, or raise the limit (ulimit -v)"
+        return f"out of memory ({text[:200] or type(error).__name__}): {allowed_memory() or 'end other programs'}"
     # pathlib asks about paths of the command line in many places: too long, or in a folder that nobody may search
     if isinstance(error, OSError) and error.filename is not None:
         name = str(error.filename)
@@ -202,13 +218,7 @@ def wrong_launcher_variable() -> str | None:
 
 # exit code of a run that saved and ended after a signal. Batch systems send SIGUSR1 or SIGUSR2 as a warning before they
 # kill, terminals SIGHUP when they close.
-EXIT_CODES = {
-    signal.SIGTERM: 143,
-    signal.SIGHUP: 143,
-    signal.SIGUSR1: 143,
-    signal.SIGUSR2: 143,
-    signal.SIGINT: 130,
-}
+EXIT_CODES = {signal.SIGTERM: 143, signal.SIGHUP: 143, signal.SIGUSR1: 143, signal.SIGUSR2: 143, signal.SIGINT: 130}
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from importlib import import_module
 from importlib.util import find_spec
 from itertools import chain, count
 from pathlib import Path
@@ -71,8 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return EXIT_BAD_INPUT
     options, rest = parser.parse_known_args(arguments)
-    # train and prune tell their own phases
-    loads = options.run in (_check, _eval, _export, _verify, _generate, _bench) or "--dry-run" in rest
+    # the others tell their own phases
+    loads = options.run in (_export, _verify, _generate) or "--dry-run" in rest
     if loads and sys.stderr.isatty() and not {"-h", "--help"} & set(rest):
         print("loading torch and transformers", file=sys.stderr, flush=True)
     try:
@@ -110,8 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def command(name: str, run: Callable, text: str, *, to: argparse._SubParsersAction = commands) -> OneLineParser:
-        # these pass all their arguments, --help included, to a parser of their own
-        has_own_parser = name in ("eval", "prune", "sweep", "generate", "bench")
+        has_own_parser = run in (_eval, _prune, _sweep, _generate, _bench)
         added = to.add_parser(name, help=text, description=text, allow_abbrev=False, add_help=not has_own_parser)
         added.set_defaults(run=run, parser=added)
         return added
@@ -227,6 +227,7 @@ def _audit(options: argparse.Namespace, rest: list[str]) -> int:
 def _recipes_list(options: argparse.Namespace, rest: list[str]) -> int:
     _nothing_left(rest)
     _need("recipes")
+    from leanstep._files import table_lines
     from leanstep.recipes.config.catalog import describe
     from leanstep.recipes.config.loader import load, recipe_names
 
@@ -242,9 +243,7 @@ def _recipes_list(options: argparse.Namespace, rest: list[str]) -> int:
         if expected and fact.expected_source.startswith("published"):
             expected += "*"
         rows.append((name, _short(fact.parameters), _short(fact.tokens), ", ".join(needs), expected, fact.description))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(*table_lines(rows), sep="\n")
     print("* published for the same protocol, not measured with the recipe")
     return 0
 
@@ -326,20 +325,16 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
     return train(config)
 
 
-def _sweep(options: argparse.Namespace, rest: list[str]) -> int:
-    _need("training")
-    from leanstep.recipes.sweep import command
-
-    return command.main([*rest, *options.arguments])
-
-
 def _check(options: argparse.Namespace, rest: list[str]) -> int:
     overrides = _overrides(options, rest)
     _need("training")
     config = _load_for(options, overrides)
-    from leanstep.recipes.check.check import check
+    from leanstep.recipes.prune_output import ProgressBar
 
-    return check(config, world_size=options.nproc or 1)
+    with ProgressBar() as bar:
+        from leanstep.recipes.check.check import check
+
+        return check(config, world_size=options.nproc or 1, progress=bar)
 
 
 def _load_for(options: argparse.Namespace, overrides: list[str]) -> "RunConfig":
@@ -355,18 +350,18 @@ def _load_for(options: argparse.Namespace, overrides: list[str]) -> "RunConfig":
     return config
 
 
-def _eval(options: argparse.Namespace, rest: list[str]) -> int:
-    _need("training")
-    from leanstep.recipes import evaluate
+def _with_own_parser(module: str) -> Callable[[argparse.Namespace, list[str]], int]:
+    """The command of a module below ``leanstep.recipes`` whose ``main`` parses all arguments, ``--help`` included."""
 
-    return int(evaluate.main([*rest, *options.arguments]) or 0)
+    def run(options: argparse.Namespace, rest: list[str]) -> int:
+        _need("training")
+        return int(import_module(f"leanstep.recipes.{module}").main([*rest, *options.arguments]) or 0)
+
+    return run
 
 
-def _prune(options: argparse.Namespace, rest: list[str]) -> int:
-    _need("training")
-    from leanstep.recipes import prune
-
-    return int(prune.main([*rest, *options.arguments]) or 0)
+_sweep, _eval, _prune = map(_with_own_parser, ("sweep.command", "evaluate", "prune"))
+_generate, _bench = map(_with_own_parser, ("generate", "bench"))
 
 
 def _verify(options: argparse.Namespace, rest: list[str]) -> int:
@@ -415,20 +410,6 @@ def _export(options: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
-def _generate(options: argparse.Namespace, rest: list[str]) -> int:
-    _need("training")
-    from leanstep.recipes import generate
-
-    return int(generate.main([*rest, *options.arguments]) or 0)
-
-
-def _bench(options: argparse.Namespace, rest: list[str]) -> int:
-    _need("training")
-    from leanstep.recipes import bench
-
-    return int(bench.main([*rest, *options.arguments]) or 0)
-
-
 def _report(options: argparse.Namespace, rest: list[str]) -> int:
     _nothing_left(rest)
     _need("recipes")
@@ -440,7 +421,7 @@ def _report(options: argparse.Namespace, rest: list[str]) -> int:
             raise UsageError(
                 f"--out {options.out} is the report of {run} alone; choose another file for the comparison"
             )
-    from leanstep.recipes.report.report import watch, write_report
+    from leanstep.recipes.report.report import comparison_lines, watch, write_report
 
     numbered = (Path(COMPARISON.replace(".", f"-{number}.")) for number in count(2))
     comparison = next(path for path in chain([Path(COMPARISON)], numbered) if not path.exists())
@@ -457,7 +438,7 @@ def _report(options: argparse.Namespace, rest: list[str]) -> int:
         reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         print(f"the report {out} could not be written: {reason}", file=sys.stderr)
         return EXIT_FAILED
-    print(f"{page} written")
+    print(*(comparison_lines(options.runs) if len(options.runs) > 1 else ()), f"{page} written", sep="\n")
     return 0
 
 

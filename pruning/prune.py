@@ -148,8 +148,8 @@ def prune(
         ``refine`` keeps the pruners of all matrices, the gradient of each, the weights that an exchange replaces, and
         as many inputs of blocks as a quarter of the free memory holds. A pass with gradients takes the activations of
         one block besides, which the backward pass computes again. An exchange takes a pass over its data from the
-        first changed block on, a round of exchanges one more with gradients. The refined allocation, the programme's
-        and uniform sparsity are compared on held-out data, and the best is applied.
+        first changed block on, a round of exchanges one more with gradients. The refined allocation, that of dynamic
+        programming and uniform sparsity are compared on held-out data, and the best is applied.
 
         ``inputs="dense"`` keeps all pruned matrices until the last one is pruned, which takes the memory of a copy.
         With ``scratch``, they are in files, and for ``refine`` and a correction the statistics, gradients and

@@ -15,9 +15,10 @@ from typing import Any
 
 from leanstep._arguments import OneLineParser, add_device, positive
 from leanstep._charts import Quantity, bars
-from leanstep._files import find_model_folder, format_bytes, one_line, write_text
+from leanstep._files import find_model_folder, format_bytes, one_line, table_lines, write_text
 from leanstep.recipes.evaluate import find_device
 from leanstep.recipes.generate import open_generator
+from leanstep.recipes.prune_output import ProgressBar, refuse_input
 
 EQUAL = 0.05  # difference of two speeds that turns measure as often as not
 WRAPPED = 105  # characters of a line in the picture
@@ -27,10 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``leanstep bench``. Returns 0, or 2 after an error message about the input."""
     options = _parser().parse_args(argv)
     try:
-        result = _bench(options)
+        with ProgressBar() as bar:
+            result = _bench(options, bar)
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
+        return refuse_input(error)
     print(json.dumps(result, indent=2) if options.json else _table(result))
     if options.picture:
         try:
@@ -68,7 +69,7 @@ def _svg(text: str) -> Path:
     return path
 
 
-def _bench(options: argparse.Namespace) -> dict[str, Any]:
+def _bench(options: argparse.Namespace, bar: ProgressBar) -> dict[str, Any]:
     folders = [find_model_folder(folder) for folder in (options.checkpoint, *options.against)]
     import torch
 
@@ -78,7 +79,9 @@ def _bench(options: argparse.Namespace) -> dict[str, Any]:
     if options.threads:
         torch.set_num_threads(options.threads)
     rows: list[tuple[dict[str, Any], Any, dict[str, list[float]]]] = []
+    turns = (1 + options.repeats) * len(folders)
     for folder in folders:
+        bar(0, 0, "model")
         # the first opening imports code and starts threads, whose memory is not the model's
         open_generator(folder, options.device)
         before = _resident()
@@ -91,10 +94,12 @@ def _bench(options: argparse.Namespace) -> dict[str, Any]:
         row["dense_bytes"] = row["weight_bytes"] - _sparse_bytes(model)
         row["why_slow"] = why_slow(model)
         # the first turn warms up
+        bar(len(rows), turns, "turns")
         _turn(model, options)
         rows.append((row, model, {"prompt": [], "generation": []}))
-    for _ in range(options.repeats):
-        for _, model, times in rows:
+    for turn in range(options.repeats):
+        for index, (_, model, times) in enumerate(rows):
+            bar((1 + turn) * len(rows) + index, turns, "turns")
             for kind, elapsed in _turn(model, options).items():
                 times[kind].append(elapsed)
     tokens = {"prompt": options.prompt_tokens, "generation": options.new_tokens}
@@ -153,7 +158,6 @@ def _weight_bytes(model: Any) -> int:
 
 
 def _sparse_bytes(model: Any) -> int:
-    """Bytes of the weights that layers hold without their zeros."""
     from leanstep.sparsity.inference.linear import SparseLinear
 
     layers = (layer for layer in model.modules() if isinstance(layer, SparseLinear))
@@ -183,10 +187,8 @@ def _table(result: dict[str, Any]) -> str:
         sizes = (format_bytes(row[key]) for key in ("file_bytes", "weight_bytes", "resident_bytes"))
         prompt, generation = row["prompt_tokens_per_second"], row["generation_tokens_per_second"]
         rows.append((name, row["dtype"], *sizes, f"{prompt:.1f}", f"{generation:.1f}", f"{generation / last:.2f}"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     ratio = "ratio: new tokens per second beside those of the last row"
-    return "\n".join([*lines, *_notes(result), ratio, *_verdict(result)])
+    return "\n".join([*table_lines(rows), *_notes(result), ratio, *_verdict(result)])
 
 
 def _verdict(result: dict[str, Any]) -> list[str]:

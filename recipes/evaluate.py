@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leanstep._arguments import OneLineParser, add_device, positive
-from leanstep._files import find_model_folder, one_line, read_text
+from leanstep._files import find_model_folder, one_line, parse_json, read_text
 from leanstep.recipes.config.schema import DataConfig
 from leanstep.recipes.data.sources import in_options, open_file
 from leanstep.recipes.data.tokens import require
+from leanstep.recipes.prune_output import ProgressBar, refuse_input
 
 if TYPE_CHECKING:
     import torch
@@ -34,10 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``leanstep eval``. Returns 0, or 2 after an error message about the input."""
     options = _parser().parse_args(argv)
     try:
-        result = _evaluate_folder(options)
+        with ProgressBar() as bar:
+            result = _evaluate_folder(options, bar)
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {one_line(in_options(str(error), _OPTIONS))}", file=sys.stderr)
-        return 2
+        return refuse_input(error, in_options(str(error), _OPTIONS))
     if options.json:
         print(json.dumps(result))
         return 0
@@ -90,7 +91,7 @@ def _sequence_length(requested: int | None, model: Any, tokenizer: Any) -> int:
     return requested or min(tokenizer.model_max_length, positions, 2048)
 
 
-def _evaluate_folder(options: argparse.Namespace) -> dict[str, Any]:
+def _evaluate_folder(options: argparse.Namespace, bar: ProgressBar) -> dict[str, Any]:
     from leanstep.pruning.folder.loading import open_model
     from leanstep.recipes.data.sequences import load_data, load_validation
     from leanstep.recipes.data.tokens import open_tokenizer, vocabulary_size
@@ -99,6 +100,7 @@ def _evaluate_folder(options: argparse.Namespace) -> dict[str, Any]:
 
     folder = find_model_folder(options.checkpoint)
     require("transformers")
+    bar(0, 0, "model")
     model: Any = open_model(folder)
     tokenizer = open_tokenizer(str(folder), key=None)
     needed = vocabulary_size(tokenizer)
@@ -107,19 +109,20 @@ def _evaluate_folder(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"the tokenizer in '{folder}' has {needed} tokens, the model {vocabulary}")
     seq_len = _sequence_length(options.seq_len, model, tokenizer)
     settings = {"tokenizer": str(folder), "seq_len": seq_len, "text_key": options.text_key}
-    training = read_training(folder)
+    training, unknown = read_training(folder), _unknown_training(folder)
     if training is not None:
         settings["packing"] = training.data.packing  # the loss is then comparable with the run's own
     if options.val_tokens and options.data != "sotu":
         raise ValueError("--val-tokens is for --data sotu; a file is evaluated whole, or its first --batches")
+    bar(0, 0, "tokens")
     if options.data == "sotu":
         val_tokens = options.val_tokens or (training and training.held_out()) or 150_000
         data = load_data(DataConfig(val_tokens=val_tokens, **settings), seed=0)
-        in_training = training.about_sotu(val_tokens) if training else UNKNOWN
+        in_training = training.about_sotu(val_tokens) if training else unknown
         dataset, bytes_per_token = data.validation, data.bytes_per_token
         description = f"sotu, {data.facts['validation']}"
     else:
-        in_training = training.about_file(options.data) if training else UNKNOWN
+        in_training = training.about_file(options.data) if training else unknown
         config = DataConfig(source="text", val_path=options.data, **settings)
         dataset, bytes_per_token, description = load_validation(
             config, open_file(options.data, config.text_key, config.cache_dir), tokenizer
@@ -132,6 +135,7 @@ def _evaluate_folder(options: argparse.Namespace) -> dict[str, Any]:
         device=device,
         bytes_per_token=bytes_per_token,
         batches=options.batches,
+        before_round=lambda done, rounds: bar(done, rounds, "evaluation"),
     )
     if not math.isfinite(result.loss):
         raise ValueError(f"the loss of the model in '{folder}' is {result.loss}, though all its weights are finite")
@@ -208,8 +212,17 @@ def read_training(folder: Path) -> Training | None:
     return None
 
 
+def _unknown_training(folder: Path) -> str:
+    """What is known of the training text where no run lies around the model: the name of the model that was pruned."""
+    try:
+        source = parse_json(read_text(folder / "sparsity.json"))["source"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return UNKNOWN
+    # only named: nothing outside of a folder is read because the folder says so
+    return f"pruned from {source}, and `leanstep eval` of that says whether its run held this text out"
+
+
 def _recipe(path: Path) -> dict[str, Any] | None:
-    """Read the recipe that a run saved; None for any other file."""
     from leanstep.recipes.config.values import read_document
 
     try:

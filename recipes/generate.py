@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from leanstep._arguments import OneLineParser, add_device, positive, seed
-from leanstep._files import find_model_folder, one_line
+from leanstep._files import find_model_folder
 from leanstep.recipes.evaluate import find_device
+from leanstep.recipes.prune_output import refuse_input
 
 if TYPE_CHECKING:
     import torch
@@ -24,8 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         result = _generate(options)
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
+        return refuse_input(error)
     if options.json:
         print(json.dumps(result))
         return 0
@@ -42,11 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("prompt", metavar="PROMPT", help="the text to continue")
     parser.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="default 64")
     parser.add_argument(
-        "--temperature",
-        type=_temperature,
-        default=0.0,
-        metavar="T",
-        help="0 (default): the likeliest; else sample",
+        "--temperature", type=_temperature, default=0.0, metavar="T", help="0 (default): the likeliest; else sample"
     )
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the samples; default 0")
     add_device(parser)

@@ -6,21 +6,15 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from leanstep._arguments import OneLineParser, add_device, new_folder, positive, seed
-from leanstep._files import one_line, restore_alone
+from leanstep._files import find_model_folder, one_line, restore_alone
 from leanstep._memory import peak_process_memory
-from leanstep._process import InterruptibleStart
-from leanstep.recipes.prune_output import (
-    OUT_OF_MEMORY,
-    ProgressBar,
-    estimate_lines,
-    recovery_lines,
-    shown,
-    summary_of,
-)
+from leanstep._process import InterruptibleStart, allowed_memory, lacks_memory
+from leanstep.recipes.prune_output import OUT_OF_MEMORY, ProgressBar, estimate_lines, recovery_lines, shown, summary_of
 from leanstep.recipes.training.formatting import format_duration
 
 if TYPE_CHECKING:
@@ -75,9 +69,17 @@ def _run(options: argparse.Namespace) -> int:
                 import leanstep.pruning  # noqa: F401
             options.checkpoint = _model_folder(options.checkpoint)
             result = _prune(options, bar)
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, ImportError, OSError, RuntimeError, MemoryError) as error:
         from leanstep._processes import is_first_to_fail
 
+        if lacks_memory(error):
+            reason = f"({one_line(error) or type(error).__name__}) {allowed_memory()}".strip()
+            print(f"error: {OUT_OF_MEMORY} {reason}", file=sys.stderr)
+            return 1
+        if type(error).__name__ == "ProcessEndedError":
+            return 1  # the process that ended has said why, or its launcher says it
+        if isinstance(error, RuntimeError):
+            raise
         # of several processes all meet most errors, and one alone may meet others
         if is_first_to_fail():
             print(f"error: {one_line(error)}", file=sys.stderr)
@@ -86,15 +88,6 @@ def _run(options: argparse.Namespace) -> int:
         if rank == 0:
             print(f"\ninterrupted; {_state_of(options)}", file=sys.stderr)
         return 130
-    except (RuntimeError, MemoryError) as error:
-        from leanstep.recipes.training.failures import is_out_of_memory
-
-        if is_out_of_memory(error):
-            print(f"error: {OUT_OF_MEMORY}: {one_line(error)}", file=sys.stderr)
-            return 1
-        if type(error).__name__ != "ProcessEndedError":
-            raise
-        return 1  # the process that ended has said why, or its launcher says it
     if rank > 0 or result is None:
         return 0
     print(_output(result, options))
@@ -127,7 +120,6 @@ def _state_of(options: argparse.Namespace) -> str:
 
 
 def _output(result: "PruneResult | RecoveryResult", options: argparse.Namespace) -> str:
-    """What the command prints of a result."""
     from leanstep.pruning import RecoveryResult
 
     if isinstance(result, RecoveryResult):
@@ -275,7 +267,6 @@ def _levels(text: str) -> tuple[float, ...]:
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    """The settings of ``prune`` among the options."""
     from leanstep.pruning import LatencyTable
 
     if (options.budget == "latency") != (options.latency_table is not None):
@@ -329,13 +320,16 @@ def _prune(options: argparse.Namespace, bar: ProgressBar) -> "PruneResult | Reco
 
 
 def _model_folder(checkpoint: str) -> str:
-    """The folder of a checkpoint, of a run that of its model; a name on the hub, or what is no model, as it is."""
-    from leanstep._files import find_model_folder
+    """The folder of a checkpoint, of a run that of its model; a name on the hub. Raises ValueError for no model."""
+    from leanstep.pruning.folder.files import local_folder, open_checkpoint
 
-    try:
-        return str(find_model_folder(checkpoint))
-    except ValueError:  # told by those who open it
+    folder = local_folder(checkpoint)
+    if folder is None:
         return checkpoint
+    with suppress(ValueError):  # told by those who open it
+        folder = find_model_folder(folder)
+    open_checkpoint(folder)
+    return str(folder)
 
 
 def _device(requested: str | None, processes: "Processes") -> str:

@@ -1,4 +1,4 @@
-"""What ``leanstep prune`` prints: progress, the summary of a result, and the table of an estimate."""
+"""What ``leanstep prune`` prints: the summary of a result, the table of an estimate; and the progress of commands."""
 
 import math
 import os
@@ -8,7 +8,8 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from leanstep._files import format_bytes
+from leanstep._files import format_bytes, one_line
+from leanstep._process import lacks_memory
 from leanstep.recipes.check.machine import processor_name
 from leanstep.recipes.training.formatting import format_duration
 
@@ -17,7 +18,12 @@ if TYPE_CHECKING:
 
 # what is shown of a phase of progress, and what is counted in it; other names are of points of curves
 _PHASES = {
-    "start": ("starting", ""),
+    "start": ("loading torch and transformers", ""),
+    "check": ("checking the recipe", "sections"),
+    "model": ("reading the model", ""),
+    "tokens": ("reading and tokenising the text", ""),
+    "evaluation": ("evaluating", "batches"),
+    "turns": ("measuring", "turns"),
     "text": ("preparing the calibration data", ""),
     "checkpoint": ("reading the checkpoint", ""),
     "dense model": ("reading the dense model", ""),
@@ -76,6 +82,14 @@ def estimate_lines(estimate: "Estimate") -> list[str]:
     return lines + [f"not in the estimate: {what}" for what in estimate.not_counted]
 
 
+def refuse_input(error: Exception, text: str | None = None) -> int:
+    """Print an error about the input of a command and return exit code 2; a lack of memory is raised again."""
+    if lacks_memory(error):
+        raise error
+    print(f"error: {one_line(text or error)}", file=sys.stderr)
+    return 2
+
+
 class ProgressBar:
     """The phase of a run, what is done of it, and the time left: a bar on a terminal, else a line for a new phase.
 
@@ -103,6 +117,10 @@ class ProgressBar:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Show nothing more; a report that is printed later stays whole."""
         self._ended.set()
         if self._thread is not None:
             self._thread.join()

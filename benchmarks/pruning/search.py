@@ -4,9 +4,9 @@
     python benchmarks pruning/search --model runs/llama-nano-sinkgd/final --out runs/search.jsonl
     python benchmarks pruning/search --report docs/results/prune-search-nano.jsonl [--write]
 
-``refined`` is ``leanstep prune --refine``: curves, the dynamic programme, and exchanges from its allocation.
+``refined`` is ``leanstep prune --refine``: curves, dynamic programming (DP), and exchanges from its allocation.
 ``evolution`` is a search over levels from uniform sparsity, as EvoPress (arXiv 2410.14649) describes it, and
-``evolution_from_programme`` the same from the programme's allocation. All are judged by the KL divergence to the dense
+``evolution_from_programme`` the same from the allocation of DP. All are judged by the KL divergence to the dense
 model on the same sequences, with the same score, and use the same cached inputs of blocks. The clock of all is this
 process's processor time, curves included: until these are measured, the allocation is uniform. The allocations at
 several times then prune the model, and the KL divergence is measured on sequences of the newest addresses, which no
@@ -228,8 +228,7 @@ def table(path: Path) -> str:
     # an unfinished rival would hide the rows that are complete without it
     rivals = [rival for rival in METHODS[1:] if rival == "evolution" or cells[rival] >= cells["evolution"]]
     lines, readings = [], {rival: list[Interval]() for rival in rivals}
-    sparsities = sorted({row["sparsity"] for row in rows})
-    for sparsity, budget in itertools.product(sparsities, settings["budgets"]):
+    for sparsity, budget in itertools.product(sorted({row["sparsity"] for row in rows}), settings["budgets"]):
         by_seed = {method: by_cell.get((sparsity, method), {}) for method in ("refined", *rivals)}
         seeds = sorted(set.intersection(*map(set, by_seed.values())))
         if not seeds:
@@ -245,11 +244,12 @@ def table(path: Path) -> str:
         differences = [f"{to[name]:+.1f}" for name in ("programme", *rivals)]
         lines.append([f"{sparsity:.0%}", f"{budget:g}", str(len(seeds)), *numbers, *differences])
     names = [
-        rival.replace("_", " ") + "*" * any(row["method"] == rival and _is_of_start(row) for row in rows)
+        rival.replace("_from_programme", " from DP")
+        + "*" * any(row["method"] == rival and _is_of_start(row) for row in rows)
         for rival in rivals
     ]
-    head = ["sparsity", "processor s", "seeds", "uniform", "programme", "refined", *names,
-            *(f"refined to {name}, %" for name in ("programme", *names))]  # fmt: skip
+    head = ["sparsity", "processor s", "seeds", "uniform", "DP", "refined", *names,
+            *(f"refined to {name}, %" for name in ("DP", *names))]  # fmt: skip
     said = [reading(name, each, len(lines) - len(each)) for name, each in zip(names, readings.values(), strict=True)]
     return "\n\n".join([_caption(settings, rows), markdown(head, lines), *said])
 
@@ -263,7 +263,7 @@ def _caption(settings: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         f"`python benchmarks pruning/search`, {settings['name']} (SHA-256 of its weights: "
         f"{settings['weights'][:8]}){made}, score {settings['score']}, {settings['curves']} "
         f"curves ({min(curve_seconds):.1f} to {max(curve_seconds):.1f} processor seconds, which the time of a search "
-        f"from the programme includes), {settings['judge_samples']} x {settings['seq_len']} tokens that judge: KL "
+        f"from DP includes), {settings['judge_samples']} x {settings['seq_len']} tokens that judge: KL "
         f"divergence to the dense model on {settings['eval_samples']} other sequences, mean over the seeds. {machine}."
     ) + (f" {OF_START}" if any(map(_is_of_start, rows)) else "")
 

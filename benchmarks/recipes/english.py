@@ -192,7 +192,6 @@ def _summaries(entries: Iterator[tuple[str, bytes]]) -> Iterator[str]:
 
 
 def _dictionary(entries: Iterator[tuple[str, bytes]]) -> Iterator[str]:
-    """Cut a dictd dictionary before lines that begin an entry."""
     for name, content in entries:
         if not name.endswith(".dict.dz"):
             continue

@@ -36,7 +36,7 @@ Levels = Mapping[str, tuple[int, str]]
 
 @dataclass(frozen=True)
 class Refinement:
-    """Settings of the search on joint distortion that follows the dynamic programme.
+    """Settings of the search on joint distortion that follows dynamic programming.
 
     Attributes:
         minutes: time after which no exchange is judged; None: no limit.

@@ -88,7 +88,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
             that lead out of the folder, or quantised weights; the message names the file. For a name that the hub
             refuses: the hub's answer.
     """
-    folder = _find_folder(source)
+    folder = local_folder(source) or _from_hub(str(source))
     check_folder(folder)
     try:
         config = read_json(folder / "config.json")
@@ -121,7 +121,8 @@ def _index_name(folder: Path) -> str | None:
     return next((name for name in (INDEX, _BIN_INDEX) if (folder / name).is_file()), None)
 
 
-def _find_folder(source: str | Path) -> Path:
+def local_folder(source: str | Path) -> Path | None:
+    """The folder ``source``; None for a name on the hub. Raises ValueError for what is neither."""
     path = Path(source).expanduser()
     if path.is_dir():
         return path
@@ -131,12 +132,11 @@ def _find_folder(source: str | Path) -> Path:
         raise ValueError(
             f"{path} is a file: expected a Hugging Face folder, with config.json and model.safetensors in it"
         )
-    text = str(source)
-    if is_folder_name(text) or "/" not in text:
+    if is_folder_name(text := str(source)) or "/" not in text:
         raise ValueError(
             f"{path} does not exist: expected a Hugging Face folder, or a name on the hub such as 'org/model'"
         )
-    return _from_hub(text)
+    return None
 
 
 def _from_hub(name: str) -> Path:

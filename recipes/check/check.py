@@ -5,14 +5,15 @@ Allocates nothing of the model's size. An error in one section becomes a problem
 
 import os
 import shutil
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from torch.utils.benchmark import Timer
 
 from leanstep._files import format_bytes, is_folder_name, parse_json, read_text
 from leanstep._memory import free_memory
@@ -27,16 +28,12 @@ from leanstep.recipes.data.sources import find_files, look, open_corpus, open_st
 from leanstep.recipes.data.tokens import open_tokenizer, vocabulary_size
 from leanstep.recipes.methods.pruned import masked_names, pruned_start_warning, zeros_of
 from leanstep.recipes.methods.sparse import plan, run_operations, schedule_of
-from leanstep.recipes.training.build import (
-    build_optimizer,
-    missing_here,
-    optimizer_section,
-    trackers_of,
-    wants_cpu,
-)
+from leanstep.recipes.prune_output import ProgressBar
+from leanstep.recipes.training.build import build_optimizer, missing_here, optimizer_section, trackers_of, wants_cpu
 from leanstep.recipes.training.checkpoint import choose_start, find_checkpoints
 from leanstep.recipes.training.failures import lighter_state
 from leanstep.recipes.training.folder import RunFolder, is_held
+from leanstep.recipes.training.formatting import format_duration
 from leanstep.recipes.training.initial import check_initial_tokenizer, initial_problem
 
 LOAD_LIMIT = 64 * 2**20  # tokenise local text up to this size to count its tokens; the run reuses the cache
@@ -66,13 +63,11 @@ class Section:
         self.lines += ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
 
 
-def check(config: RunConfig, *, world_size: int = 1) -> int:
-    """Print the report, problems first. Returns 1 if there are any, else 0."""
-    sections = []
-    for section in Check(config, world_size).sections():
-        sections.append(section)
-        if sys.stderr.isatty():  # the text may have to be tokenised
-            print(f"\rchecked: {section.title:<20}", end="\r", file=sys.stderr, flush=True)
+def check(config: RunConfig, *, world_size: int = 1, progress: ProgressBar | None = None) -> int:
+    """Print the report, problems first; ``progress`` shows the way there. Returns 1 if there are any, else 0."""
+    progress = progress or ProgressBar(shown=False)
+    sections = list(Check(config, world_size, progress).sections())
+    progress.close()
     # two sections may meet the same problem: the first one tells it
     first = {problem: section for section in reversed(sections) for problem in section.problems}
     told = [(section, problem) for section in sections for problem in section.problems if first[problem] is section]
@@ -91,6 +86,7 @@ class Check:
 
     config: RunConfig
     world_size: int = 1
+    progress: Callable[[int, int, str], object] = ProgressBar(shown=False)
     vocabulary: int = 0
     train_sequences: int | None = None
     offline: bool = False
@@ -99,7 +95,7 @@ class Check:
 
     def sections(self) -> Iterator[Section]:
         """Yield the sections of the report, in order."""
-        for title, fill in (
+        parts = (
             ("Device", self.device),
             ("Network", self.network),
             ("Initial model", self.initial),
@@ -109,10 +105,13 @@ class Check:
             ("Sparsity", self.sparsity),
             ("Pruning", self.pruning),
             ("Memory", self.memory),
+            ("Time", self.time),
             ("Disk", self.disk),
             ("Output", self.output),
             ("Recipe", self.recipe),
-        ):
+        )
+        for number, (title, fill) in enumerate(parts):
+            self.progress(number, len(parts), "check")
             section = Section(title)
             try:
                 with offline() if self.offline else nullcontext():
@@ -369,6 +368,18 @@ class Check:
                 + ", ".join(hints)
             )
 
+    def time(self, section: Section) -> None:
+        """Estimate the time of all steps from their products of matrices, at the rate of the device in such."""
+        config, name = self.config, self.device_name
+        if vocabulary := self.known_vocabulary(section):
+            model = meta_model(config, vocabulary)
+            # processes on a CPU share its cores
+            rate = _product_rate(model, config, name) * (1 if name == "cpu" else self.world_size)
+            work = flops_per_token(model, config.data.seq_len) * config.batch.tokens_per_step * config.steps
+            section.add("at least", f"{format_duration(work / rate)} for {work:.3g} operations of products of matrices")
+            section.add("rate", f"{rate:.3g} a second, in one such product on {name} now")
+            section.add("note", "`leanstep train` shows the time left from its second step on")
+
     def disk(self, section: Section) -> None:
         """Compare the size of the checkpoints with the free disk space."""
         folder = Path(self.config.out).absolute()
@@ -412,6 +423,16 @@ class Check:
         section.add("state", "no run: a new one begins" if is_new else _describe_run(folder))
 
 
+def _product_rate(model: Any, config: RunConfig, device: str) -> float:
+    """Operations per second in products of a micro batch's hidden states with a square matrix."""
+    dtypes = {"fp32": torch.float32, "fp16": torch.float16}
+    width = getattr(model.config.get_text_config(), "hidden_size", 1024)
+    rows, dtype = config.batch.micro_batch_size * config.data.seq_len, dtypes.get(config.precision, torch.bfloat16)
+    left, right = (torch.ones(size, width, dtype=dtype, device=device) for size in (min(rows, 4096), width))
+    timer = Timer("left @ right", globals={"left": left, "right": right}, num_threads=torch.get_num_threads())
+    return 2 * len(left) * width**2 / timer.blocked_autorange(min_run_time=0.3).median
+
+
 def routing_rows(optimizer: torch.optim.Optimizer) -> list[tuple[str, ...]]:
     """A header and one row for each parameter group: name, algorithm, tensors, elements, rate, decay, an example."""
     rows: list[tuple[str, ...]] = [("group", "algorithm", "tensors", "elements", "lr", "decay", "first")]
@@ -438,7 +459,6 @@ def _is_cached(key: str, name: str) -> bool:
 
 
 def _describe_run(folder: RunFolder) -> str:
-    """Describe the state of the run in a folder, and what ``train`` would do with it."""
     status = folder.read_status()
     word, step = status.get("status", "a run without status.json"), status.get("step", "?")
     if word == "done":

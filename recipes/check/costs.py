@@ -153,7 +153,6 @@ def _with_layers(config: RunConfig, number: int) -> RunConfig:
 
 
 def _measured(config: RunConfig, vocab_size: int, world_size: int, device: str) -> MemoryEstimate:
-    """Build the model with fake tensors, and step it."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = fake_model(config, vocab_size, device)
         optimizer = build_optimizer(optimizer_section(config), model)

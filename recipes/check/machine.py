@@ -8,6 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from leanstep._files import table_lines
+
 PACKAGES = {
     "core": ("torch", "triton", "numpy", "safetensors", "psutil", "scipy", "jinja2"),
     "recipes": ("transformers", "accelerate", "datasets", "tokenizers", "omegaconf", "pydantic", "rich"),
@@ -82,9 +84,7 @@ def render(facts: dict[str, Any]) -> str:
         fix = f"pip install 'leanstep[{extra}]'" if extra != "core" else "pip install leanstep"
         lines.append(f"{extra:<8} {installed}" + (f"  (missing: {', '.join(missing)}; {fix})" if missing else ""))
     rows = [("operation", "device", "backend", "why"), *facts["backends"]]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, "", *table])
+    return "\n".join([*lines, "", *table_lines(rows)])
 
 
 def _version(name: str) -> str | None:
@@ -95,7 +95,6 @@ def _version(name: str) -> str | None:
 
 
 def _devices() -> list[str]:
-    """One line for each accelerator."""
     import torch
 
     lines = []

@@ -75,6 +75,8 @@ def _changes(before: dict[str, Any], config: RunConfig) -> Iterator[tuple[str, A
     old, new, texts = (dict(flat(json.loads(json.dumps(_without_idle(tree), default=str)))) for tree in trees)
     for key in sorted(old.keys() | new.keys()):
         same = old.get(key) in (new.get(key), texts.get(key))
+        # another optimizer has arguments of its own
+        same |= key.startswith("optimizer.args") and old.get("optimizer.name") != new.get("optimizer.name")
         if not same and not {key, key.split(".")[0]} & _FREE:
             yield key, old.get(key), new.get(key)
 

@@ -56,10 +56,7 @@ _OVERRIDE = (1 << 30, 0, "override")
 _NOT_INHERITED = ("name", "description", "expect")
 _LONGEST_LINE = 1000  # characters of a problem
 # section -> the key that names a class, and the keys of that class
-_CLASS_KEYS = {
-    "optimizer": ("name", ("args", "groups", "embeddings", "split")),
-    "model": ("family", ("config",)),
-}
+_CLASS_KEYS = {"optimizer": ("name", ("args", "groups", "embeddings", "split")), "model": ("family", ("config",))}
 
 
 class ConfigError(ValueError):
@@ -108,7 +105,6 @@ def recipe_names() -> list[str]:
 
 
 def _shipped() -> dict[str, Path]:
-    """The file of each shipped recipe, by its name."""
     return {path.stem: path for path in FOLDER.glob("*/*.yaml")}
 
 
@@ -172,7 +168,6 @@ class _Reader:
         return _derive(below, value)
 
     def _read_base(self, name: Any, location: Location, path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
-        """Read the values of the base that are inherited."""
         try:
             if not isinstance(name, str):
                 raise ConfigError([f"expected the name of a recipe or a file, got {show(name)}"])
@@ -332,7 +327,6 @@ class _Reader:
                 self._add(path, message)
 
     def _check_switches(self) -> None:
-        """Report sections with settings but without the key that switches them on."""
         for name, switch in SWITCHES.items():
             section = _get_or_empty(self.value, name, dict)
             if section and switch not in section and not any((name, key) in self.broken for key in section):
@@ -343,7 +337,6 @@ class _Reader:
                 )
 
     def _nearest(self, path: KeyPath, name: Any, table: Collection[str]) -> str | None:
-        """The class ``name`` if it is valid, else the one with the nearest name, if one is near."""
         return name if path not in self.broken else next(iter(get_close_matches(str(name).lower(), table, n=1)), None)
 
     def _add(self, path: KeyPath, message: str, joint: bool = False) -> None:
@@ -366,7 +359,6 @@ class _Reader:
         return next(iter([*overridden, *(path for path in paths if path in self.locations)]), paths[0])
 
     def _report(self) -> list[str]:
-        """The problems as text, sorted: the file, its base, overrides."""
         ordered = sorted(self.problems, key=lambda problem: problem[0][:2])
         lines = (f"{location}: {message}" for (_, _, location), message in ordered)
         printable = (line if line.isprintable() else one_line(line) for line in lines)
@@ -390,7 +382,6 @@ def _group_problems(name: str, groups: list[Any]) -> Iterator[Problem]:
 
 
 def _get_or_empty(section: dict[str, Any], key: str, kind: type) -> Any:
-    """Return the value at ``key`` if it has type ``kind``, else an empty one. :func:`check` reports wrong types."""
     value = section.get(key)
     return value if isinstance(value, kind) else kind()
 

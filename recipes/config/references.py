@@ -61,7 +61,6 @@ class References:
         return node
 
     def _copy(self, value: Any, path: KeyPath) -> tuple[Any, bool]:
-        """Copy a value with the references inside it resolved."""
         result, private = deepcopy(value), False
         for below, leaf in leaves(value):
             self._count(1)
@@ -78,7 +77,6 @@ class References:
             raise ValueError(f"references copy more than {_MOST_VALUES:,} values")
 
     def _expand(self, text: str, path: KeyPath) -> tuple[Any, bool]:
-        """Resolve the references in ``text``, the value at ``path``."""
         if text == "???" and len(self._open) > 1:
             raise ValueError(f"{'.'.join(path)} has no value yet")
         parts: list[Any] = []

@@ -148,7 +148,6 @@ def joint_problems(config: RunConfig, world_size: int = 1) -> Iterator[tuple[tup
 
 
 def _sparsity_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Rules between ``sparsity`` settings and other settings."""
     sparsity = config.sparsity
     if not sparsity.patterns:
         return
@@ -183,7 +182,6 @@ def _sparsity_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str
 
 
 def _pruning_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Rules between ``pruning.keep_masks`` and other settings."""
     if not config.pruning.keep_masks:
         return
     keys = ("pruning.keep_masks",)
@@ -199,7 +197,6 @@ def _pruning_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]
 
 
 def _lora_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Rules between ``lora`` and other settings."""
     if config.lora.attention != "exact" and config.compile:
         yield ("lora.attention", "compile"), "looks into attention layers, which compile hides; set it to exact"
     if not config.lora.target_modules:
@@ -228,7 +225,6 @@ def _lora_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
 
 
 def _size_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Rules between the model's sizes, the sequence length and the tokenizer."""
     sizes, tokenizer = config.model.config, config.data.tokenizer
     for whole, divisor in (
         ("hidden_size", "num_attention_heads"),

@@ -68,9 +68,7 @@ _Loader.add_implicit_resolver(
     list("-+0123456789."),
 )
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:int",
-    re.compile(r"^(?:[-+]?(?:0|[1-9][0-9_]*)|0x[0-9a-fA-F]+)$"),
-    list("-+0123456789"),
+    "tag:yaml.org,2002:int", re.compile(r"^(?:[-+]?(?:0|[1-9][0-9_]*)|0x[0-9a-fA-F]+)$"), list("-+0123456789")
 )
 
 
@@ -244,7 +242,6 @@ def _join(path: KeyPath) -> str:
 
 
 def _cut(text: str, most: int = 120) -> str:
-    """Cut the middle of a text of more than ``most`` characters."""
     return text if len(text) <= most else f"{text[: most - 40]}...{text[-30:]}"
 
 

@@ -211,7 +211,6 @@ def _byte_lines(file: Path) -> Iterator[bytes]:
 
 
 def _check_row(row: Any, where: str) -> None:
-    """Raise ValueError unless the row is an example with an answer."""
     if not isinstance(row, dict):
         raise ValueError(f"{where}: {_EXPECTED} in an object, got {type(row).__name__}")
     for key, kind in (("tools", list), ("chat_template_kwargs", dict)):

@@ -198,7 +198,6 @@ class StreamedSequences(IterableDataset):
             epoch, first_shard = epoch + 1, 0
 
     def _has_text(self) -> bool:
-        """Whether any shard has a text; reads up to the first one."""
         return any(text.strip() for text in stream_texts(self.rows, self.text_key))
 
     def _sequences(self, texts: list[str], left_over: list[int]) -> tuple[list[np.ndarray], list[int]]:

@@ -322,7 +322,6 @@ def read_shard(path: Path) -> np.ndarray:
 
 
 def _checksum(path: Path) -> int:
-    """The CRC-32 in a shard's header."""
     return int(np.fromfile(path, dtype="<u4", count=4)[3])
 
 
@@ -416,11 +415,7 @@ def tokenise(
 
 
 def _documents(
-    texts: Iterable[str],
-    tokenizer: "PreTrainedTokenizerFast",
-    ends: list[int],
-    sizes: list[int],
-    at_most: int | None,
+    texts: Iterable[str], tokenizer: "PreTrainedTokenizerFast", ends: list[int], sizes: list[int], at_most: int | None
 ) -> Iterator[np.ndarray]:
     """Yield the tokens of each document and its end of text; append to ``ends`` and ``sizes`` (bytes of text)."""
     end_of_text = np.array([tokenizer.eos_token_id], dtype=np.int64)

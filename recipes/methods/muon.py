@@ -64,7 +64,6 @@ class MuonAdamW(torch.optim.Optimizer):
             )
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
-        """Build torch's optimizers over the current groups and this object's state."""
         optimizers: list[torch.optim.Optimizer] = []
         for algorithm, cls in (("muon", torch.optim.Muon), ("adamw", torch.optim.AdamW)):
             groups = [group for group in self.param_groups if group["algorithm"] == algorithm]

@@ -157,7 +157,6 @@ class SpikeDetector:
         return Spike(state.step + 1, result.loss, threshold, event, action, why, checkpoint, advice)
 
     def _last_checkpoint(self) -> Path | None:
-        """The newest undamaged checkpoint, from the first process."""
         path, problems = on_main_process(self._accelerator, lambda: newest(self._folder.checkpoints))
         for problem in problems.values():
             self._logger.say(f"WARNING: {problem}; rolling back to an older checkpoint")

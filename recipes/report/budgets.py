@@ -105,7 +105,6 @@ def rows(comparison: Comparison, names: Sequence[str]) -> tuple[list[str], list[
 
 
 def _shared_budget(runs: Sequence[Points]) -> float | None:
-    """The smallest of the largest costs, to which all runs have been evaluated."""
     return min((points[-1][0] for points in runs), default=None) if all(runs) else None
 
 
@@ -122,7 +121,6 @@ def _between(points: Points, x: float) -> float | None:
 
 
 def _cost_of(points: Points, loss: float | None) -> float | None:
-    """The cost at which the loss first falls to ``loss``."""
     if loss is None or not points:
         return None
     before = None

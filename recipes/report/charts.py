@@ -63,7 +63,6 @@ def curves(runs: list[Run], most_points: int) -> str:
 
 
 def _validation_costs(runs: list[Run], draw_loss: Callable[..., str], unit: str, per_unit: float) -> str:
-    """Draw validation loss over tokens, over time, and against the peak memory."""
 
     def over(cost: str, scale: float = 1.0) -> list[Series]:
         series = []
@@ -89,7 +88,6 @@ def _validation_costs(runs: list[Run], draw_loss: Callable[..., str], unit: str,
 
 
 def _spike_events(run: Run) -> Events:
-    """The steps of a run whose data was left out after a loss spike, the newest if there are many."""
     texts: dict[float, str] = {}
     for entry in run.spike_entries[-_MOST_EVENTS:]:
         step, loss = number(entry.get("spike_step")), number(entry.get("loss"))
@@ -101,7 +99,6 @@ def _spike_events(run: Run) -> Events:
 
 
 def _losses(runs: list[Run], x_of: Callable[[Run], list[float | None]]) -> list[Series]:
-    """Training loss of each run: a moving average, with the raw values faint behind it."""
     series = []
     for color, run in enumerate(runs):
         xs, ys = _known(x_of(run), run.column("loss"))

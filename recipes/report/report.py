@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from leanstep._charts import COLORS, compact
-from leanstep._files import replacing
+from leanstep._files import replacing, table_lines
 from leanstep._page import render
 from leanstep.recipes.report.budgets import compare, rows
 from leanstep.recipes.report.charts import curves, layer_map, reported_curves
@@ -80,6 +80,38 @@ def watch(run_dirs: Sequence[str | Path], out: str | Path, seconds: int) -> Path
     return page
 
 
+def comparison_lines(run_dirs: Sequence[str | Path]) -> list[str]:
+    """Lines for a terminal: a table of the runs, best validation loss first, and which of them is ahead."""
+    runs = [read_run(Path(folder)) for folder in run_dirs]
+    _name_apart(runs)
+    table = [
+        ["RUN", "OPTIMIZER", "LR", "LOSS", "PERPLEXITY", "BITS/BYTE", "STEP", "TOKENS", "TOKENS/S", "TIME", "STATE"]
+    ]
+    for row in _results(runs):
+        run = row["run"]
+        table.append([run.name, row["optimizer"], row["rate"], row["loss"], *row["numbers"], run.state])
+    return [*table_lines(table), *_verdict(runs)]
+
+
+def _verdict(runs: list[Run]) -> list[str]:
+    """Sentences: the run of the lowest loss at equal tokens and at equal time, and how far these compare."""
+    at = compare(runs)
+    lines = []
+    for budget, losses in ((f"{compact(at.tokens or 0)} tokens", at.at_tokens), (duration(at.seconds), at.at_seconds)):
+        ranked = sorted((loss, run.name) for loss, run in zip(losses, runs, strict=True) if loss is not None)
+        if len(ranked) == len(runs):
+            (lowest, best), *others = ranked
+            behind = ", ".join(f"{name} {loss - lowest:+.4f}" for loss, name in others if loss > lowest)
+            verdict = f"{best} has the lowest validation loss, {lowest:.4f}; {behind}"
+            lines.append(f"at {budget} {verdict if behind else f'all have the validation loss {lowest:.4f}'}")
+    if not lines:
+        return ["no verdict: not every run has a validation loss"]
+    data = [key for key, _ in _differences([flat(run.config) for run in runs]) if key.startswith("data.")]
+    if data:
+        lines.append(f"the runs differ in {', '.join(data[:5])}: their losses may be of other texts or sequences")
+    return [*lines, "one run each: a loss also moves with the seed; `leanstep sweep RECIPE seed=0,1,2` shows how far"]
+
+
 def _name_apart(runs: list[Run]) -> None:
     """Rename runs of equal names to their folders, with as many parents as necessary."""
     for depth in range(1, 6):
@@ -109,7 +141,6 @@ def _page(runs: list[Run], most_points: int, most_text: int, refresh: int = 0) -
 
 
 def _single(run: Run, most_points: int, most_text: int) -> dict[str, Any]:
-    """Template values for one run."""
     environment = flat(run.env) | ({"command": run.command} if run.command else {})
     return {
         "title": run.name,
@@ -125,14 +156,12 @@ def _single(run: Run, most_points: int, most_text: int) -> dict[str, Any]:
 
 
 def _cut(text: str | None, most: int) -> str:
-    """Cut ``text`` to ``most`` characters."""
     if not text or not most:
         return ""
     return text if len(text) <= most else f"{text[:most]} … ({len(text) - most:,} characters more)"
 
 
 def _lead(run: Run) -> list[str]:
-    """The description, and a line with model, optimizer, data, seed and date."""
     optimizer, rate = run.setting("optimizer.name"), run.setting("optimizer.lr")
     facts = [
         f"{parameters:,.0f} parameters" if (parameters := number(run.env.get("parameters"))) else "",
@@ -205,12 +234,10 @@ def _sections(run: Run, most_points: int, most_text: int) -> Iterator[dict[str, 
 
 
 def _map(rows: list[Any], section: str) -> str:
-    """The map of a section's rows over the layers, or ""."""
     return layer_map(rows, *_MAPS[section]) if section in _MAPS else ""
 
 
 def _operations(run: Run) -> list[tuple[str, str, str]]:
-    """(count, operations, fraction of dense) of a sparse run: dense, theoretical and on hardware."""
     counts = run.sparsity_report.get("operations")
     known = {name: number(value) for name, value in counts.items()} if isinstance(counts, dict) else {}
     dense = known.get("dense")
@@ -252,7 +279,6 @@ def _format(value: Any, text: str) -> str:
 
 
 def _comparison(runs: list[Run], most_text: int) -> dict[str, Any]:
-    """Template values for several runs."""
     configurations, environments = [flat(run.config) for run in runs], [flat(run.env) for run in runs]
     header, budgets = rows(compare(runs), [run.name for run in runs])
     return {

@@ -235,7 +235,6 @@ def _is(amount: int) -> str:
 
 
 def _judge(run: Run) -> list[str]:
-    """Collect warnings about the run's numbers."""
     notes = []
     steps, step = (str(run.status.get(key))[:_WORD] for key in ("steps", "step"))
     if run.state.startswith("failed"):

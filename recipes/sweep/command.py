@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from leanstep._arguments import OneLineParser, positive
-from leanstep._files import one_line
+from leanstep._files import one_line, table_lines
 from leanstep._process import EXIT_CODES
 from leanstep.recipes.config.loader import ConfigError
 from leanstep.recipes.config.values import unknown_option
@@ -112,10 +112,7 @@ def _show_plan(plan: Plan) -> None:
 
 
 def _show(results: Results) -> None:
-    lines = table(results)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    print("\n".join(table_lines(table(results))))
     for sentence in results.edges:
         print(f"edge: {sentence}")
 

@@ -73,7 +73,6 @@ class Ledger:
         self._append({"kind": "end", "run": run.name, **facts})
 
     def _claim(self) -> int:
-        """Create the folders and lock the sweep."""
         if self.folder.exists() and not self.folder.is_dir():
             raise LedgerError(f"--out {self.folder} is a file, expected a folder; choose another")
         others = [] if not self.folder.is_dir() else [path.name for path in self.folder.iterdir()]
@@ -206,7 +205,6 @@ def is_number(value: Any) -> bool:
 
 
 def _is_entry(entry: Any, *, first: bool) -> bool:
-    """Whether a line of the ledger has what this module writes."""
     if not isinstance(entry, dict) or first != (entry.get("kind") == "sweep"):
         return False
     if first:

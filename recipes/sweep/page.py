@@ -55,7 +55,6 @@ def _page(plan: Plan, results: Results, ends: dict[str, dict[str, Any]]) -> str:
 
 
 def _tiles(plan: Plan, results: Results, ends: dict[str, dict[str, Any]]) -> list[tuple[str, str, str]]:
-    """The main results as (name, value, note)."""
     best, shown = results.best, []
     if best is not None and best.mean is not None:
         error = best.standard_error
@@ -94,14 +93,7 @@ def _picture(plan: Plan, results: Results, key: str) -> str:
         lines = [("best of the other settings", lowest)]
     xs = [positions[text] for text in order]
     series = [
-        Series(
-            name,
-            xs,
-            [row.mean for row in rows],
-            color,
-            dots=True,
-            spread=[row.standard_error for row in rows],
-        )
+        Series(name, xs, [row.mean for row in rows], color, dots=True, spread=[row.standard_error for row in rows])
         for color, (name, rows) in enumerate(lines)
     ]
     marks: list[tuple[float, str]] = []
@@ -138,7 +130,6 @@ def _positions(texts: Sequence[str]) -> dict[str, float]:
 
 
 def _diverged(rows: Sequence[Row], key: str, positions: dict[str, float]) -> Events | None:
-    """Vertical lines where runs diverged, with their number."""
     counts: dict[str, int] = {}
     for row in rows:
         if row.diverged:

@@ -65,7 +65,6 @@ class Runner:
             return stop.received
 
     def _fill(self) -> None:
-        """Start waiting runs while slots are free."""
         for _ in range(len(self.waiting)):
             if len(self.active) >= self.jobs:
                 return
@@ -104,7 +103,6 @@ class Runner:
         self.say(f"{self._place(run)} {run}: started")
 
     def _collect(self) -> None:
-        """Record the runs that have ended."""
         for active in list(self.active):
             code = active.process.poll()
             if code is not None:
@@ -195,7 +193,6 @@ def visible_gpus() -> list[str]:
 
 
 def _reason(code: int, console: Path) -> str:
-    """Why a run failed: the signal that killed it, or its last line."""
     if code < 0:
         names = {int(one): one.name for one in signal.Signals}
         return f"killed by {names.get(-code, f'signal {-code}')}"  # the real-time signals have no names

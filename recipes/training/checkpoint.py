@@ -196,7 +196,6 @@ def verify(path: Path) -> None:
 
 
 def _check_files(path: Path, files: dict[str, Any], sizes: dict[str, int]) -> None:
-    """Compare the files of a checkpoint with those that its marker lists."""
     for name, size in sizes.items():
         file = path / name
         if not file.is_file():
@@ -445,10 +444,12 @@ def _check_recipe(saved: dict[str, Any], config: RunConfig, where: str, notes: l
         keys = "1 key" if len(forbidden) == 1 else f"{len(forbidden)} keys"
         listed = "\n".join(f"  {line}" for line in forbidden)
         weights = Path(where) / "hf"
+        # by default the folder follows from the name, which reports show
+        elsewhere = "name=ANOTHER_NAME" if config.out == f"runs/{config.name}" else "out=ANOTHER_FOLDER"
         also = f" (the weights alone can be taken over with model.init_from={weights})" if weights.is_dir() else ""
         raise CheckpointError(
             f"{keys} of the recipe changed since {where} was written, so this would not be the same run:\n{listed}\n"
-            f"Undo the changes to continue it, or write elsewhere with out=ANOTHER_FOLDER{also}"
+            f"Undo the changes to continue it, or write elsewhere with {elsewhere}{also}"
         )
     if rounding:
         notes.append("differs from the checkpoint, same maths but not the same rounding: " + "; ".join(rounding))

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from safetensors.torch import save_file
 
 from leanstep._files import format_bytes, free_bytes, is_disk_full, is_quota_used_up, replacing, write_text
 from leanstep._memory import peak_process_memory
-from leanstep._process import lacks_memory
+from leanstep._process import allowed_memory, lacks_memory
 from leanstep._processes import is_first_to_fail
 from leanstep._torch import whole_tensor
 from leanstep.recipes.config.schema import RunConfig
@@ -80,7 +79,7 @@ def memory_failures(run: Any) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not is_out_of_memory(error):
+        if not lacks_memory(error):
             raise
         step, rows = run.state.step + 1 if run.begun else 0, run.memory.rows() if run.memory else ()
         message = memory_message(run.config, run.folder.root, step, rows)
@@ -138,19 +137,13 @@ def _last(folder: Path) -> str:
 
 
 def _peak() -> str:
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit != resource.RLIM_INFINITY:
-        return f"this shell allows {format_bytes(limit)} of addresses, which libraries fill, too; raise it by ulimit -v"
+    if allowed := allowed_memory():
+        return allowed
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         return f"peak {torch.cuda.max_memory_allocated() / 2**30:.2f} of {total / 2**30:.2f} GiB"
     peak = peak_process_memory()
     return "of this process" if peak is None else f"this process had {peak / 2**30:.2f} GiB at its peak"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is torch's OutOfMemoryError, a MemoryError, or one of torch's CPU allocator."""
-    return isinstance(error, torch.OutOfMemoryError) or lacks_memory(error)
 
 
 _LOST = {

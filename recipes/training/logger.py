@@ -133,9 +133,11 @@ class Progress:
             else:
                 print(text, file=sys.stderr if error else sys.stdout, flush=True)
 
-    def busy(self, text: str) -> None:
-        """Show beside the bar what is being done; plain output has a line when it is done."""
-        if self._bar is not None:
+    def busy(self, text: str, *, plain: bool = False) -> None:
+        """Show beside the bar what is being done. Plain output has a line when it is done; if ``plain``, now, too."""
+        if self._bar is None and plain:
+            self.say(text)
+        elif self._bar is not None:
             with contextlib.suppress(OSError, ValueError):
                 self._bar.update(self._task, description=text)
 
@@ -315,7 +317,6 @@ class RunLogger:
             self.tflops = float(f"{done / self.clock.step_s / 1e12:.4g}")
 
     def _eta(self, step: int) -> float | None:
-        """Estimated seconds to the end."""
         left = self.config.steps - step
         intervals = self.config.eval.every, self.config.checkpoint.every
         return self.clock.eta(left, *(left // every if every else 1 for every in intervals))

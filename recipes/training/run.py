@@ -8,12 +8,11 @@ import math
 import signal
 from collections.abc import Sequence
 from functools import partial
-from itertools import count
 from pathlib import Path
 
 from accelerate import Accelerator
 
-from leanstep._process import EXIT_CODES, InterruptibleStart, StopFlag
+from leanstep._process import EXIT_CODES, InterruptibleStart, StopFlag, lacks_memory
 from leanstep._version import __version__
 from leanstep.recipes.check.costs import MemoryEstimate, check_layers, check_room, estimate, flops_per_token
 from leanstep.recipes.config.schema import RunConfig, targets_note
@@ -43,15 +42,7 @@ from leanstep.recipes.training.checkpoint import (
     reading,
     rename_skipped,
 )
-from leanstep.recipes.training.failures import (
-    EXIT_DONE,
-    EXIT_NAN,
-    RunFailure,
-    dump_step,
-    is_out_of_memory,
-    nonfinite_message,
-    refuse,
-)
+from leanstep.recipes.training.failures import EXIT_DONE, EXIT_NAN, RunFailure, dump_step, nonfinite_message, refuse
 from leanstep.recipes.training.folder import RunFolder
 from leanstep.recipes.training.logger import Progress, RunLogger
 from leanstep.recipes.training.parts import build_parts
@@ -91,7 +82,7 @@ class Run:
                 if not self.begin():
                     return EXIT_DONE
         except (ValueError, ImportError, OSError) as error:
-            if is_out_of_memory(error):
+            if lacks_memory(error):
                 raise
             return refuse(error)
         self.stop = StopFlag(self.config.checkpoint.on_signal, leaving=self.leave)
@@ -151,7 +142,7 @@ class Run:
         """Read and tokenise the text; check memory and disk space."""
         config, accelerator = self.config, self.accelerator
         rank, world = accelerator.process_index, accelerator.num_processes
-        self.busy("reading the text; a new one is tokenised once")
+        self.busy("reading the text; a new one is tokenised once", plain=True)
         self.data = load_data(config.data, seed=config.seed, rank=rank, world_size=world)
         self.say(self.data.summary())
         self.say(f"targets     {targets_note(config.data)}")
@@ -234,7 +225,7 @@ class Run:
     def loop(self) -> int:
         """Train to the last step. Returns the signal that ended the loop early, after a save, or 0."""
         config, state = self.config, self.state
-        self.busy("the first step, which compiles kernels that are new here")
+        self.busy("the first step, which compiles kernels that are new here", plain=True)
         self.open_windows()
         if state.eval_pending or (config.eval.at_start and state.step == 0):
             number = self.evaluate()
@@ -370,10 +361,11 @@ class Run:
         if len(self.data.validation) == 0:
             return 0
         before = [part.state_dict() for part in self.parts]
-        batches = count(1)
 
-        def stop_on_signal() -> None:
-            self.busy(f"{state.step}/{config.steps}  evaluating, batch {next(batches)}")
+        self.busy("evaluating", plain=True)
+
+        def stop_on_signal(done: int, rounds: int) -> None:
+            self.busy(f"{state.step}/{config.steps}  evaluating, batch {done + 1}/{rounds}")
             if number := maximum(self.accelerator, int(self.stop.received)):
                 raise Interrupted(number)
 

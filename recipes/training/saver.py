@@ -237,7 +237,6 @@ class Saver:
             return dict(torch.load(file, weights_only=True))
 
     def _load_weights(self, models: list[torch.nn.Module], trainer: str) -> None:
-        """Load-state hook of Accelerate: load the weights from ``hf/``."""
         model = self._accelerator.unwrap_model(models[0])
         if is_adapted(model):
             # hf/ has merged weights; the base is loaded already

@@ -14,13 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from leanstep._process import (
-    EXIT_CODES,
-    end_with_parent,
-    open_standard_streams,
-    quiet_imports,
-    wrong_launcher_variable,
-)
+from leanstep._process import EXIT_CODES, end_with_parent, open_standard_streams, quiet_imports, wrong_launcher_variable
 
 if __name__ == "__main__":
     # before the imports that warn; the garbage collector would take long, and they leave little garbage

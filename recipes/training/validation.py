@@ -50,7 +50,7 @@ def evaluate(
     bytes_per_token: float | None = None,
     batches: int | None = None,
     accelerator: Accelerator | None = None,
-    before_round: Callable[[], object] = lambda: None,
+    before_round: Callable[[int, int], object] = lambda done, rounds: None,
 ) -> EvalResult:
     """Compute the mean loss of a causal model over the targets of a dataset.
 
@@ -68,7 +68,8 @@ def evaluate(
         bytes_per_token: UTF-8 bytes of text per token, for bits per byte.
         batches: evaluate only the first ``batches`` rounds.
         accelerator: shares the batches among its processes; None is one process.
-        before_round: is called before each round in every process; it may raise :class:`Interrupted`.
+        before_round: is called with the rounds done and their number before each round in every process; it may raise
+            :class:`Interrupted`.
 
     Raises:
         ValueError: nothing to evaluate, or a size below 1.
@@ -77,13 +78,14 @@ def evaluate(
         raise ValueError(f"micro_batch_size and batches must be at least 1, got {micro_batch_size} and {batches}")
     device = device or next(model.parameters()).device
     world, rank = (1, 0) if accelerator is None else (accelerator.num_processes, accelerator.process_index)
-    rounds = math.ceil(len(dataset) / (micro_batch_size * world))
+    whole = math.ceil(len(dataset) / (micro_batch_size * world))
+    rounds = whole if batches is None else min(whole, batches)
     sums = torch.zeros(2, dtype=torch.float64)
     was_training = model.training
     model.eval()
     try:
-        for number in range(rounds if batches is None else min(rounds, batches)):
-            before_round()
+        for number in range(rounds):
+            before_round(number, rounds)
             first = (number * world + rank) * micro_batch_size
             sums += _loss_sum(model, _batch(dataset, first, micro_batch_size, device))
     finally:
@@ -95,8 +97,7 @@ def evaluate(
         raise ValueError(f"nothing to evaluate: the dataset of {len(dataset)} sequences has no token to predict")
     loss = loss_sum / tokens
     # bytes per token are those of all the text, and the first part of it may have others
-    is_whole = batches is None or batches >= rounds
-    bits = None if not bytes_per_token or not is_whole else loss / math.log(2) / bytes_per_token
+    bits = None if not bytes_per_token or rounds < whole else loss / math.log(2) / bytes_per_token
     return EvalResult(loss, math.exp(loss) if loss < 709 else math.inf, bits, int(tokens))
 
 

@@ -50,10 +50,10 @@ class Export:
         return why_slower([(rows, columns) for rows, columns in (form.matrix for form in self.forms.values())])
 
     def __str__(self) -> str:
-        patterns = [form for form in self.forms.values() if form.pattern is not None]
-        masks, codes = len(self.forms) - len(patterns), [form.codes for form in self.forms.values() if form.codes]
-        stored = f"{masks} matrices by bit masks{f' ({len(codes)} with {codes[0]} values)' if codes else ''}"
-        stored += f", {len(patterns)} as N:M"
+        masks = {None: "by bit masks"} | {code: f"by bit masks with {code} values" for code in CODES}
+        forms = self.forms.values()
+        kinds = [masks[form.codes] if form.pattern is None else f"as {form.pattern}" for form in forms]
+        stored = ", ".join(f"{kinds.count(kind)} matrices {kind}" for kind in dict.fromkeys(kinds))
         share = f"{self.bytes_after / max(self.bytes_before, 1):.3f} of before"
         size = f"{format_bytes(self.bytes_after)} of weights, {share}"
         return f"{self.out}: {size}" + (f"; {stored}" if self.forms else "; all dense")

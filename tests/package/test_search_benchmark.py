@@ -108,18 +108,18 @@ def test_the_table_pairs_the_seeds_and_reads_their_intervals(search, tmp_path):
     assert "nano (SHA-256 of its weights: abcdef01), made by `leanstep train x`, score wanda" in text
     assert "m, commit c; load 1.5 to 1.5 on 2 processors" in text
     assert "ahead of evolution in 1 of 2 rows, behind in 0; in the others no difference is seen" in text
-    assert "from programme" not in text.splitlines()[2]
+    assert "from DP" not in text.splitlines()[2]
     # the same cells of a second rival; before a refinement both have the programme's allocation, and no row counts
     third = [json.dumps(line | {"method": "evolution_from_programme"}) for line in lines[1:4]]
     path.write_text(path.read_text() + "".join(line + "\n" for line in third[:2]))
     assert search.table(path) == text
     path.write_text(path.read_text() + third[2] + "\n")
     text = search.table(path)
-    assert "| evolution | evolution from programme | refined to programme, % | refined to evolution, % |" in text
+    assert "| evolution | evolution from DP | refined to DP, % | refined to evolution, % |" in text
     assert f"] | -20.0 [{low:+.1f}, {high:+.1f}] | +0.0 [+0.0, +0.0] |" in text
-    assert "ahead of evolution from programme in 0 of 2 rows, behind in 0; in the others no difference is seen" in text
+    assert "ahead of evolution from DP in 0 of 2 rows, behind in 0; in the others no difference is seen" in text
     path.write_text(path.read_text().replace(', "moves": true', ""))
-    assert "| evolution* | evolution from programme* |" in search.table(path)
+    assert "| evolution* | evolution from DP* |" in search.table(path)
     assert "the refined search is ahead of evolution* in" in search.table(path)
     assert search.table(path).count("In searches with a *, by an earlier version") == 1
     unrefined = path.read_text().replace('"programme": 0.7', '"programme": 0.5')

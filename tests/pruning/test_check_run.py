@@ -50,11 +50,7 @@ def refusal(command, capsys, monkeypatch, dry):
 
 
 UNRECOVERABLE = {
-    "without a head": (
-        "bert_base",
-        [],
-        "recovery compares logits: expected .* logits .* got BertModel",
-    ),
+    "without a head": ("bert_base", [], "recovery compares logits: expected .* logits .* got BertModel"),
     "decoder without a head": ("gpt2_base", [], r"got GPT2Model; leave out recovery \(--recover\)"),
     "images without a head": ("vit_base", [], "recovery compares logits: .* got ViTModel"),
     "masked tokens": ("bert", ["--no-distill"], "predicts the next token, and this model .*without --no-distill"),
@@ -138,11 +134,7 @@ MESSAGES = {
         ["--seq-len", "24"],
         "--seq-len: for text alone, and --data .* has images; leave out --seq-len, or name a text",
     ),
-    "no place": (
-        "llama",
-        ["--out", "{no}/out"],
-        "no/out cannot be made: .*/no does not exist; make it, or",
-    ),
+    "no place": ("llama", ["--out", "{no}/out"], "no/out cannot be made: .*/no does not exist; make it, or"),
 }
 
 

@@ -25,10 +25,7 @@ from leanstep.pruning.folder.files import open_checkpoint
 from leanstep.pruning.recovery_file import RecoveryFile
 from leanstep.recipes.check.machine import processor_name
 
-SHAPES = {
-    "8b": (4096, 14336, 32, 32, 8),
-    "70b": (8192, 28672, 80, 64, 8),
-}
+SHAPES = {"8b": (4096, 14336, 32, 32, 8), "70b": (8192, 28672, 80, 64, 8)}
 
 
 def headers_alone(folder, hidden, inner, layers, heads, kv_heads):
@@ -262,12 +259,7 @@ print(peak(), sum(estimate.memory.values()), estimate.memory["libraries"])
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
 @pytest.mark.parametrize(
     "score, curves, search",
-    [
-        ("wanda", "", ""),
-        ("sparsegpt", "", ""),
-        ("wanda", "fisher", ""),
-        ("sparsegpt", "fisher", "search"),
-    ],
+    [("wanda", "", ""), ("sparsegpt", "", ""), ("wanda", "fisher", ""), ("sparsegpt", "fisher", "search")],
 )
 def test_the_estimated_memory_is_near_the_measured_peak(score, curves, search, tmp_path):
     large = (256, 4) if search else (384, 8) if curves else (512, 3)

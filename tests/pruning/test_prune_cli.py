@@ -318,7 +318,7 @@ def test_a_disk_that_fills_leaves_the_curves_and_no_folder(base, tmp_path, monke
 
 
 @pytest.mark.parametrize(
-    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")]
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("can't start new thread")]
 )
 def test_a_lack_of_memory_is_told_with_what_to_do(error, base, tmp_path, monkeypatch, capsys):
     def full(*arguments, **options):
@@ -328,6 +328,12 @@ def test_a_lack_of_memory_is_told_with_what_to_do(error, base, tmp_path, monkeyp
     assert leanstep_prune(base, tmp_path / "out", "--sparsity", "0.6") == 1
     (told,) = capsys.readouterr().err.splitlines()[-1:]
     assert told.startswith("error: out of memory; take fewer or shorter sequences")
+    assert f"({str(error) or 'MemoryError'})" in told
+
+
+def test_a_model_that_is_missing_is_told_before_settings_that_are(tmp_path, capsys):
+    assert main(["prune", "nosuch", "--recover", "3", "--out", str(tmp_path / "out")]) == 2
+    assert "error: nosuch does not exist: expected a Hugging Face folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", [[], ["--resume"], ["--recover", "2", "--resume"]])
@@ -428,22 +434,30 @@ def test_every_phase_is_told(options, phases, base, tmp_path, capsys):
     command = ["prune", str(base / "model"), "--out", str(tmp_path / "out"), "--data", str(base / "text.txt"), *curves]
     assert main([*command, "--sparsity", "0.5", *options]) == 0
     lines = iter(capsys.readouterr().err.splitlines())
-    for phase in f"starting|reading the ch|preparing|reading the ch|{phases}".split("|"):
+    for phase in f"loading torch|reading the ch|preparing|reading the ch|{phases}".split("|"):
         assert any(line.startswith(phase) for line in lines), phase
 
 
-def test_the_first_line_comes_before_torch():
-    code = """
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["prune", "nothing", "--out", "nowhere"],
+        ["eval", ".", "--data", "nothing"],
+        ["check", "llama-nano-adamw"],
+    ],
+)
+def test_the_first_line_comes_before_torch(arguments):
+    code = f"""
 import sys
 class Finder:
     def find_spec(self, name, *rest):
-        if name in ("torch", "numpy"): sys.exit(9)
+        if name == "torch": sys.exit(9)
 sys.meta_path.insert(0, Finder())
 from leanstep.cli import main
-main(["prune", "nothing", "--out", "nowhere"])
+main({arguments})
 """
     ended = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
-    assert ended.returncode == 9 and ended.stderr == "starting\n"
+    assert ended.returncode == 9 and ended.stderr == "loading torch and transformers\n"
 
 
 def test_a_phase_in_which_nothing_is_counted_is_told_again(monkeypatch, capsys):

@@ -72,10 +72,7 @@ def test_zeros_stay_zero_and_the_rest_learns_also_when_it_is_resumed(recipe, tmp
 def test_a_recipe_that_cannot_keep_masks_is_refused(recipe):
     for changes, message in (
         (["model.init_from=null"], "name its folder in model.init_from"),
-        (
-            ["release_gradients=true", "max_grad_norm=null", "batch.micro_batch_size=8"],
-            "which release_gradients joins",
-        ),
+        (["release_gradients=true", "max_grad_norm=null", "batch.micro_batch_size=8"], "which release_gradients joins"),
         (['sparsity.patterns={"*": "2:4"}'], "take one of them"),
         (["lora.target_modules=[c_attn]", "lora.use_dora=true"], "norms of the unmasked sum"),
     ):

@@ -92,12 +92,7 @@ def test_the_command_takes_images_and_gives_what_the_function_gives(trained, fol
     chosen = draw(60, 1)[0][torch.randperm(60, generator=torch.Generator().manual_seed(0))[:56]]
     model = copy.deepcopy(trained)
     expected = prune(
-        model,
-        chosen[16:],
-        sparsity=0.6,
-        held_out=chosen[:16],
-        curve_data=chosen[16:32],
-        levels=(0.3, 0.5, 0.7, 0.85),
+        model, chosen[16:], sparsity=0.6, held_out=chosen[:16], curve_data=chosen[16:32], levels=(0.3, 0.5, 0.7, 0.85)
     )
     content = json.loads((tmp_path / "out" / "sparsity.json").read_text())
     assert content["allocation"]["counts"] == expected.allocation.counts

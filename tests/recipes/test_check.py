@@ -12,13 +12,15 @@ from leanstep import _memory
 from leanstep.pruning.folder.loading import begin_tokens
 from leanstep.recipes.check import check as check_module
 from leanstep.recipes.check.check import Check, Section, check, routing_rows
-from leanstep.recipes.check.costs import MemoryEstimate, disk_need
+from leanstep.recipes.check.costs import MemoryEstimate, disk_need, flops_per_token, meta_model
 from leanstep.recipes.config.catalog import describe
 from leanstep.recipes.config.loader import dump, find_recipe, load, recipe_names
 from leanstep.recipes.config.values import recorded
 from leanstep.recipes.data.tokens import vocabulary_size
+from leanstep.recipes.prune_output import ProgressBar
 from leanstep.recipes.training.checkpoint import TrainState, commit, staging, write_state
 from leanstep.recipes.training.folder import RunFolder
+from leanstep.recipes.training.formatting import format_duration
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 300
 
@@ -350,6 +352,7 @@ def test_an_unreachable_hub_is_asked_once_and_the_answer_comes_early(no_network,
     out, error = capsys.readouterr()
     assert error == "" and not constants.HF_HUB_OFFLINE
     assert out.index("1 problem\n") < out.index("cannot be reached") < out.index("\nData\n")
+    assert "\nTime\n  at least        " in out, "the size of the model is known without the hub"
 
 
 def test_a_tokenizer_of_the_hub_is_not_waited_for_either(no_network, monkeypatch, tmp_path):
@@ -365,9 +368,28 @@ def test_a_tokenizer_of_the_hub_is_not_waited_for_either(no_network, monkeypatch
     no_network.clear()
 
 
+def test_the_time_is_that_of_the_products_of_matrices(run, monkeypatch):
+    monkeypatch.setattr(check_module, "_product_rate", lambda *arguments: 1e9)
+    work = flops_per_token(meta_model(run(), 300), 32) * 128 * 600
+    for processes in (1, 2):  # which share a CPU
+        lines = section(run("steps=600", "device=cpu"), "Time", world_size=processes).lines
+        assert lines[0].split()[:3] == ["at", "least", format_duration(work / 1e9)] and lines[-1].startswith("note")
+
+
+def test_another_optimizer_is_one_change_and_goes_by_another_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(load("llama-nano-sinkgd"), 4)
+    (problem,) = output(load("llama-nano-sinkgd", ["optimizer.name=lion"])).problems
+    assert problem.startswith("1 key of the recipe changed") and "optimizer.args" not in problem
+    assert "optimizer.name: was 'sinkgd', is 'lion' now" in problem and "elsewhere with name=ANOTHER_NAME" in problem
+    assert "name=" not in output(load("llama-nano-sinkgd", ["steps=7", "out=runs/llama-nano-sinkgd/"])).problems[0]
+
+
 def test_problems_begin_the_report_and_decide_the_exit_code(run, capsys):
-    assert check(run("log.trackers=[wandbb]", "optimizer.groups=[{match: zzz, lr: 1}]")) == 1
-    out = capsys.readouterr().out
+    with ProgressBar() as bar:
+        assert check(run("log.trackers=[wandbb]", "optimizer.groups=[{match: zzz, lr: 1}]"), progress=bar) == 1
+    out, shown = capsys.readouterr()
+    assert "checking the recipe: 0/13 sections\n" in shown
     assert out.startswith("llama-nano-adamw: 2 problems\n") and out.index("\nOutput\n") < out.index("\nRecipe\n")
     listed = out[: out.index("\nDevice\n")]
     assert "- device: log.trackers: 'wandbb'" in listed and "- parameter groups: " in listed

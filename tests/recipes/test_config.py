@@ -334,10 +334,7 @@ WRONG = {
     "model key": ("model.config.hiden_size=3", "unknown key 'model.config.hiden_size'; did you mean"),
     "model type": ("model.config.vocab_size=big", "model.config.vocab_size must be a whole number, got 'big'"),
     "argument": ("optimizer.args.beta=1", "unknown key 'optimizer.args.beta'; did you mean 'optimizer.args.betas'"),
-    "key of its own": (
-        "optimizer.args.lr=1",
-        "unknown key 'optimizer.args.lr'; did you mean 'optimizer.lr'",
-    ),
+    "key of its own": ("optimizer.args.lr=1", "unknown key 'optimizer.args.lr'; did you mean 'optimizer.lr'"),
     "argument type": ("optimizer.args.amsgrad=3", "optimizer.args.amsgrad must be true or false, got 3"),
     "argument length": (
         "optimizer.args.betas=[0.9]",
@@ -351,10 +348,7 @@ WRONG = {
     "no selector": ("optimizer.groups=[{lr: 1}]", "optimizer.groups.0 must select parameters by 'match'"),
     "two selectors": ("optimizer.groups=[{match: a, role: head, lr: 1}]", "optimizer.groups.0 must select parameters"),
     "role": ("optimizer.groups=[{role: heads, lr: 1}]", "optimizer.groups.0.role must be 'hidden'"),
-    "algorithm": (
-        "optimizer.groups=[{role: head, algorithm: sinkd}]",
-        "unknown key 'optimizer.groups.0.algorithm'",
-    ),
+    "algorithm": ("optimizer.groups=[{role: head, algorithm: sinkd}]", "unknown key 'optimizer.groups.0.algorithm'"),
     "empty group": ("optimizer.groups=[{role: head}]", "optimizer.groups.0 selects parameters but sets nothing"),
     "group option": ("optimizer.groups=[{role: head, lrr: 1}]", "unknown key 'optimizer.groups.0.lrr'; did you mean"),
     "group range": ("optimizer.groups=[{role: head, lr: -1}]", "optimizer.groups.0.lr must be at least 0, got -1"),

@@ -191,7 +191,9 @@ def test_eval_prints_a_table(trained, capsys):
     assert main([*argv, "--batches", "1"]) == 0
     assert "bits per byte" not in capsys.readouterr().out, "the bytes of a part are not known"
     assert main(argv) == 0
-    out = capsys.readouterr().out
+    out, shown = capsys.readouterr()
+    for phase in ("loading torch", "reading the model", "reading and tokenising", "evaluating: 0/"):
+        assert f"\n{phase}" in f"\n{shown}"
     for word in (
         "checkpoint",
         "targets (predicted tokens) in sequences of 32",
@@ -278,6 +280,12 @@ def test_what_is_said_of_a_file_is_what_the_run_says(trained, of_a_run, capsys):
     told = said("{source: sotu}", "{init_from: other/model}")
     assert told.endswith("; the training text of other/model, where its weights began, is not known")
     assert said("[no, section]").startswith("not known"), "a damaged file says nothing"
+    pruned = of_a_run("[no, section]") / "final"
+    (pruned / "sparsity.json").write_text('{"source": "runs/dense/final"}')
+    assert main([str(pruned), "--data", str(text), "--json", "--batches", "1"]) == 0
+    assert json.loads(capsys.readouterr().out)["training"].startswith(
+        "pruned from runs/dense/final, and `leanstep eval`"
+    )
 
 
 def test_errors_name_the_options_of_the_command(trained, tmp_path, capsys, monkeypatch):

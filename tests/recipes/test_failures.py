@@ -16,13 +16,14 @@ import torch
 from safetensors.torch import load_file
 from training import Training, numbers, read_log, run, status, write_recipe
 
+from leanstep._process import lacks_memory
 from leanstep.recipes.check.costs import MemoryEstimate, check_room
 from leanstep.recipes.config.differences import config_differences
 from leanstep.recipes.config.rules import optimizer_arguments
 from leanstep.recipes.config.schema import BatchConfig, CheckpointConfig, DistributedConfig, OptimizerConfig, RunConfig
 from leanstep.recipes.config.values import check, recorded
 from leanstep.recipes.training.checkpoint import find_checkpoints
-from leanstep.recipes.training.failures import disk_trouble, is_out_of_memory, lighter_state, memory_message
+from leanstep.recipes.training.failures import disk_trouble, lighter_state, memory_message
 from leanstep.recipes.training.folder import FolderError, RunFolder
 
 
@@ -175,13 +176,20 @@ def test_every_optimizer_has_its_own_way_to_keep_less(name, args, hints):
 
 
 def test_which_errors_are_out_of_memory():
-    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory")) and is_out_of_memory(MemoryError())
+    assert lacks_memory(torch.OutOfMemoryError("CUDA out of memory")) and lacks_memory(MemoryError())
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60)
-    assert is_out_of_memory(caught.value)
-    assert is_out_of_memory(ImportError("libtorch_cpu.so: failed to map segment from shared object"))
-    assert is_out_of_memory(OSError(errno.ENOMEM, "Cannot allocate memory"))
-    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert lacks_memory(caught.value)
+    assert lacks_memory(ImportError("libtorch_cpu.so: failed to map segment from shared object"))
+    assert lacks_memory(OSError(errno.ENOMEM, "Cannot allocate memory"))
+    assert lacks_memory(RuntimeError("can't start new thread")), "which needs room for a stack"
+    with pytest.raises(ValueError, match="could not open") as caught:
+        try:
+            raise MemoryError
+        except MemoryError:
+            raise ValueError("transformers could not open the model") from None
+    assert lacks_memory(caught.value)
+    assert not lacks_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
 def test_a_full_disk_costs_a_checkpoint_not_the_run(recipe, whole, tmp_path):

@@ -90,10 +90,7 @@ def test_samples_come_from_the_seed(folders, capsys):
         (("dense", ""), "the prompt has no tokens"),
         (("bare", "x"), "holds no tokenizer (no tokenizer.json); save the model's own there by save_pretrained"),
         (("small", "Hello"), "its tokenizer has more tokens than the model, which has 30"),
-        (
-            ("dense", "Hello", "--max-new-tokens", "60"),
-            "has 5 tokens, 60 are asked for, and the model has 64",
-        ),
+        (("dense", "Hello", "--max-new-tokens", "60"), "has 5 tokens, 60 are asked for, and the model has 64"),
         (("dense", "Hello", "--device", "pdp11"), "--device pdp11 cannot be used"),
     ],
 )
@@ -150,7 +147,8 @@ def test_a_benchmark_measures_every_folder_in_turns(folders, capsys):
         assert row["prompt_tokens_per_second"] > 0 and row["generation_tokens_per_second"] > 0
     assert sparse["weight_bytes"] < 0.6 * dense["weight_bytes"] and sparse["file_bytes"] < 0.6 * dense["file_bytes"]
     assert main(["bench", str(folders / "dense"), *map(str, sizes)]) == 0
-    text = capsys.readouterr().out
+    text, shown = capsys.readouterr()
+    assert "reading the model\nmeasuring: 0/3 turns\n" in shown
     assert text.startswith("FOLDER") and "1.00" in text and "load" in text
     assert "a prompt of 8 tokens; 4 new ones after a prompt of 1" in text
     assert main(["bench", str(folders / "dense"), "--prompt-tokens", "80"]) == 2

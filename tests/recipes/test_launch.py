@@ -107,10 +107,7 @@ def test_world_size_that_nobody_connected_is_stopped():
 @pytest.mark.parametrize(
     ("parent", "number"),
     [
-        (
-            "python3 /venv/bin/accelerate launch --cpu --num_processes 2 -m leanstep.recipes.training.train x.yaml",
-            2,
-        ),
+        ("python3 /venv/bin/accelerate launch --cpu --num_processes 2 -m leanstep.recipes.training.train x.yaml", 2),
         ("python /venv/bin/accelerate launch --num_processes=8 train.py", 8),
         ("python -m accelerate.commands.launch --cpu --num-processes 3 train.py", 3),
         ("accelerate launch train.py", None),

@@ -105,6 +105,8 @@ def test_the_work_done_is_logged(talking):
         assert entry["tflops"] == pytest.approx(expected, rel=2e-3)
     assert status(talking.out)["tflops"] == entries[-1]["tflops"]
     assert "mfu" not in talking.text()
+    begun = talking.text().splitlines()
+    assert [begun.count(line) for line in ("reading the text; a new one is tokenised once", "evaluating")] == [1, 1]
 
 
 def test_what_the_optimizer_reports_is_logged_at_log_steps_only(talking):

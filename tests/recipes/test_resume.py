@@ -37,10 +37,7 @@ OPTIMIZERS = {
     "lion": ["optimizer={name: lion, lr: 3e-4, weight_decay: 0.1}"],
     "sinkgd": ["optimizer={name: sinkgd, lr: 1e-2}"],
     "sinkgd-momentum": ["optimizer={name: sinkgd, lr: 1e-2, args: {momentum: 0.9}}"],
-    "lion-bf16-stochastic": [
-        "optimizer={name: lion, lr: 3e-4, args: {rounding: stochastic}}",
-        "precision=bf16-pure",
-    ],
+    "lion-bf16-stochastic": ["optimizer={name: lion, lr: 3e-4, args: {rounding: stochastic}}", "precision=bf16-pure"],
 }
 
 

@@ -12,13 +12,7 @@ from types import SimpleNamespace
 import pytest
 import texts
 import torch
-from faults import (
-    die_around_the_rollback,
-    fp16_on_cpu,
-    fsdp2_on_cpu,
-    record_windows,
-    save_weights,
-)
+from faults import die_around_the_rollback, fp16_on_cpu, fsdp2_on_cpu, record_windows, save_weights
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from training import numbers, read_log, run, status, write_recipe, write_text

@@ -264,7 +264,7 @@ def test_a_damaged_sparse_file_is_called_damaged(tmp_path):
 
 def test_verify_reads_sparse_folders(tmp_path):
     dense = save_sparse(tmp_path / "dense", make_llama(), pattern="2:4")
-    export_folder(dense, tmp_path / "sparse")
+    assert " matrices as 2:4" in str(export_folder(dense, tmp_path / "sparse"))
     assert verify(tmp_path / "sparse").tensors == verify(dense).tensors
     assert main(["verify", str(tmp_path / "sparse"), "--expect", "2:4"]) == 0
 
@@ -273,7 +273,7 @@ def test_the_command_writes_both_ways(tmp_path, capsys):
     dense = save_sparse(tmp_path / "dense", make_llama(hidden_size=128, intermediate_size=256))
     assert main(["export", str(dense), "--format", "sparse", "--out", str(tmp_path / "sparse")]) == 0
     text = capsys.readouterr().out
-    assert "matrices by bit masks" in text and "of before" in text
+    assert "matrices by bit masks" in text and "of before" in text and "N:M" not in text and " as " not in text
     arguments = ["export", str(tmp_path / "sparse"), "--format", "dense", "--out", str(tmp_path / "back"), "--json"]
     assert main(arguments) == 0
     answer = json.loads(capsys.readouterr().out)
