@@ -78,7 +78,6 @@ def table(path: Path) -> str:
 
 
 def _lines(cells: Mapping[Cell, Row]) -> Iterator[list[str]]:
-    """The rows of the table for one score and sparsity."""
     by_allocation: dict[str, dict[int, Row]] = {}
     for cell, row in cells.items():
         by_allocation.setdefault(cell.allocation, {})[cell.seed] = row
@@ -199,7 +198,6 @@ def _legend(rows: list[Row]) -> str:
 
 
 def _pairs(cells: list[Cell], results: Mapping[Cell, Row]) -> str:
-    """A table of differences between two rows of at least two common seeds."""
     lines = []
     for sparsity in sorted({cell.sparsity for cell in cells}):
         for score, (of_score, allocation, base_score, base) in itertools.product(SCORES, PAIRS):
@@ -253,7 +251,6 @@ def _recovered_table(results: Mapping[Cell, Row]) -> str:
 
 
 def _missing(cells: list[Cell]) -> str:
-    """Which cells are not measured."""
     seeds = sorted({cell.seed for cell in cells})
     texts = []
     for score, label in SCORES.items():

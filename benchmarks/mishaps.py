@@ -50,7 +50,6 @@ def _unmount(folder: Path) -> None:
 
 
 def _steps(out: Path) -> int:
-    """The newest step in log.jsonl."""
     with suppress(OSError, ValueError, IndexError):
         return int(json.loads((out / "log.jsonl").read_text().splitlines()[-1])["step"])
     return 0

@@ -111,7 +111,6 @@ def _agreement(inputs: Inputs) -> list[Tensor]:
 
 
 def _int8_momenta(inputs: Inputs) -> tuple[list[Tensor], list[Tensor]]:
-    """Codes and scales of momenta of all sizes."""
     generator, device = inputs.generator, inputs.device
     codes = [
         torch.randint(-127, 128, shape, generator=generator, device=device, dtype=torch.int8)

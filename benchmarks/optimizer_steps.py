@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from leanstep.optimizers import LANTON, Lion, SinkGD
+from leanstep.optimizers import LANTON, MFAC, Lion, SinkGD
 
 # peers by module: the name in the tables, and whether a step is slow on a CPU
 PEERS = {
@@ -22,7 +22,9 @@ PEERS = {
 Step = Callable[[], object]
 
 
-def candidates(hidden: list[Tensor], others: list[Tensor], slow: bool) -> dict[str, tuple[Callable[[], Step], float]]:
+def candidates(
+    hidden: list[Tensor], others: list[Tensor], slow: bool, small: int = 0
+) -> dict[str, tuple[Callable[[], Step], float]]:
     """name -> (makes the step, parameter-sized reads and writes per parameter); 0 where bytes are not the measure."""
     params = hidden + others
     rate = {"lr": 1e-6}
@@ -43,6 +45,10 @@ def candidates(hidden: list[Tensor], others: list[Tensor], slow: bool) -> dict[s
     }
     if params[0].dtype == torch.bfloat16:
         made["leanstep Lion stochastic rounding"] = (lambda: Lion(params, rounding="stochastic", **options).step, 5)
+    if small:
+        made["torch AdamW foreach"] = (lambda: torch.optim.AdamW(params, foreach=True, **options).step, 7)
+        made["leanstep LANTON"] = (lambda: LANTON(params, norm="rms", **rate).step, 0)
+        made["leanstep M-FAC, 8 rows"] = (lambda: MFAC(params, window=8, damping=1.0, **rate).step, 0)
     if slow:
         made["torch Muon + AdamW fused"] = (lambda: _muon(hidden, others, rate), 0)
     for module, (name, is_slow) in PEERS.items():

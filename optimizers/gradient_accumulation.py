@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanstep.optimizers.common.base import GradientAverage, LeanOptimizer, count_nonfinite
+from leanstep.optimizers.common.base import GradientAverage, LeanOptimizer, count_nonfinite, dense_gradient
 from leanstep.optimizers.common.checks import describe
 from leanstep.optimizers.common.sharding import local
 
@@ -56,8 +56,9 @@ def add_to_average(optimizer: LeanOptimizer, group: dict[str, Any], position: in
     average = average_of(optimizer, group, param)
     if not isinstance(average, GradientAverage):
         return False
-    for _, _, grad in optimizer._with_gradient(group, [position]):
-        buffer, addend = local(optimizer._state_of(group, position, param)[average.key]), local(grad)
+    if param.grad is not None:
+        addend = local(dense_gradient(type(optimizer).__name__, group, position, param))
+        buffer = local(optimizer._state_of(group, position, param)[average.key])
         if group["nonfinite"] == "skip":
             finite = torch.isfinite(addend).all()
             addend = torch.where(finite, addend, 0.0)

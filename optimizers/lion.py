@@ -27,8 +27,8 @@ from leanstep.optimizers.common.saved_tensors import SHAPED, StateRule
 from leanstep.optimizers.common.sharding import (
     Reducer,
     Shard,
-    local,
-    readable,
+    locals_of,
+    readables,
     shard_of,
     store,
     sum_over_shards,
@@ -205,9 +205,9 @@ def _step(batch: Batch, *, int8: bool, seeded: bool = False) -> Reducer[StepOpti
     ``seeded``: momenta are rounded stochastically afterwards.
     """
     group = batch.group
-    params, grads = ([readable(t) for t in ts] for ts in (batch.params, batch.grads))
-    exp_avgs = [readable(state["exp_avg"]) for state in batch.states]
-    scales = [local(state[scale_key("exp_avg")]) for state in batch.states] if int8 else []
+    params, grads = readables(batch.params), readables(batch.grads)
+    exp_avgs = readables([state["exp_avg"] for state in batch.states])
+    scales = locals_of([state[scale_key("exp_avg")] for state in batch.states]) if int8 else []
     scalars = lion_scalars(group["lr"], group["betas"], group["weight_decay"], params[0])
     options = batch.options(
         scalars, seeded=int8 or seeded, decay_where_aligned=group["cautious_decay"], maximize=group["maximize"]

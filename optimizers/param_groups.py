@@ -343,7 +343,6 @@ class _Use(NamedTuple):
 
 
 def _uses(model: nn.Module) -> dict[int, list[_Use]]:
-    """Map ``id(parameter)`` to all uses of the parameter."""
     modules = dict(model.named_modules(remove_duplicate=False))
     uses: dict[int, list[_Use]] = {}
     for name, module in modules.items():
@@ -392,7 +391,6 @@ def _role(name: str, param: nn.Parameter, uses: list[_Use], in_head: bool) -> st
 
 
 def _is_embedding(use: _Use) -> bool:
-    """Whether a module is an embedding: by type for torch's classes, by class name for others."""
     if isinstance(use.module, (nn.Embedding, nn.EmbeddingBag)):
         return True
     named = _EMBEDDING_CLASS.search(type(use.module).__name__) and use.leaf == "weight" and use.dims == 2
@@ -418,7 +416,6 @@ def _head_paths(model: nn.Module) -> set[str]:
 
 
 def _plain_path(name: str) -> str:
-    """Remove the path components of wrappers from a module's name."""
     return _ROOT_WRAPPERS.sub("", _WRAPPERS.sub("", name)).removesuffix(".")
 
 

@@ -86,7 +86,6 @@ class Method:
 
 
 def _is_tied(model: Any) -> bool:
-    """Whether embedding and output head share their weight."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     return head is not None and head.weight is embedding.weight
 

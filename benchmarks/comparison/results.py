@@ -127,7 +127,6 @@ def _protocol(path: Path, definition: dict[str, Any]) -> Protocol:
 
 
 def _add(results: Results, where: str, line: dict[str, Any], protocol_id: str) -> None:
-    """Check a run's line and add it."""
     try:
         run = Run(**{name: line[name] for name in Run.__dataclass_fields__})
         identity = run_id(protocol_id, line["optimizer"], asdict(run))

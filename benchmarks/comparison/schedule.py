@@ -114,7 +114,6 @@ class Scheduler:
         return f"time is up; {len(self.results.rows)} runs are in {self.writer.path}{hint}; the same command goes on"
 
     def _time(self, pool: ProcessPoolExecutor) -> None:
-        """Time the steps of all methods, unless the last timing has them."""
         chosen = []
         for method in self.methods:
             if method not in self.edges:

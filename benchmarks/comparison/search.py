@@ -76,7 +76,6 @@ def grid_search(losses: Mapping[Point, float], size: int, num_rates: int = 2) ->
 
 
 def _nearest(centre: Point, points: list[Point], num_rates: int) -> list[Point]:
-    """The untried points at the smallest distance from the centre."""
     around = [(centre[0] + i, centre[1] + j) for i, j in square(_REACH, num_rates)]
     distances = {p: math.dist(p, centre) for p in around if p not in points}
     return [point for point, distance in distances.items() if distance == min(distances.values())]

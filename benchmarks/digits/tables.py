@@ -150,7 +150,6 @@ def _difference(cells: Cells, cell: Cell, measure: Measure) -> str:
 
 
 def _reading(cells: Cells, measure: Measure) -> str:
-    """What the intervals let one say."""
     better, worse, equal = [], [], 0
     for cell in cells:
         interval = difference(cells, cell, measure)

@@ -34,7 +34,6 @@ def write(path: Path, root: Path) -> None:
 
 
 def _titles(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """The calls of each title."""
     titles: dict[str, list[dict[str, Any]]] = {}
     for call in read_json_lines(path):
         titles.setdefault(call["title"], []).append(call)

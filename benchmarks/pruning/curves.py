@@ -265,7 +265,6 @@ def _range(numbers: list[int]) -> str:
 
 
 def _agreement_table(settings: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:
-    """Processor time, and correlation and ratio at the levels, as means over the seeds."""
     lines = []
     for kind in KINDS:
         seconds = [row["seconds"][kind] for row in rows if row["seconds"][kind] is not None]
@@ -281,7 +280,6 @@ def _agreement_table(settings: Mapping[str, Any], rows: list[dict[str, Any]]) ->
 
 
 def _divergence_table(settings: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:
-    """The held-out divergence of every allocation, and its difference to that of the measured curves in percent."""
     lines = []
     for rule in RULES:
         line = [rule]

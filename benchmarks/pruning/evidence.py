@@ -136,7 +136,6 @@ class Bench:
                 self.record(recovered(cell), self.text.cost() | {"kl_before": values["kl"]} | more | used)
 
     def _recover(self, cell: Cell) -> Row:
-        """Train the pruned model, as ``leanstep prune --recover``."""
         from leanstep.pruning import Recovery, recover
 
         options = self.options
@@ -233,7 +232,6 @@ class Bench:
         return rows
 
     def _curves(self, cell: Cell, kind: str) -> Mapping[str, Any]:
-        """The curves of a cell, from the points in the folder, where they are."""
         from leanstep.pruning import measure_curves
 
         options, folder = self.options, self._folder(self._curves_of(cell, kind))

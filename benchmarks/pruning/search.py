@@ -255,7 +255,6 @@ def table(path: Path) -> str:
 
 
 def _caption(settings: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """What was measured, on which machine."""
     curve_seconds = [row["curve_seconds"] for row in rows if "curve_seconds" in row]
     machine = settings.get("machine") or machines(rows)
     made = f", made by `{settings['made_by']}`" if settings.get("made_by") else ""

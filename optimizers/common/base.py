@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from leanstep.optimizers.common.sharding import (
     all_reduce_flags,
     check_class,
     check_indices,
+    facts_of,
     has_memory,
     placed_like,
     plain,
@@ -84,6 +85,15 @@ class GradientAverage(NamedTuple):
     weight: float  # of the old average; the gradient has the rest
 
 
+class Prepared(NamedTuple):
+    """What a step asks about a parameter. It is asked again when :func:`facts_of` it or its group's settings change."""
+
+    facts: list[Any] | None
+    shard: Shard
+    rounding: str  # "nearest" for fp32 and fp64, else the group's
+    plan: Any  # the answer of the optimizer's own function, such as the name of a rule
+
+
 class LeanOptimizer(StateLoading, StateSaving):
     """Base class: loading preserves the dtypes of state, and non-finite gradients are counted.
 
@@ -99,6 +109,7 @@ class LeanOptimizer(StateLoading, StateSaving):
         _drop_state: how a user drops the state of a resized parameter.
         _dims: the number of dimensions of every parameter, by group, when the groups were added.
         _checked: the settings of every group when they were checked.
+        _records: what was asked with these settings, by the index of the parameter, counted over all groups.
         releases_gradients: whether ``release_gradients`` steps inside backward.
         _separable: whether the update of a parameter depends on its own gradient and state alone.
         _older_names: names of state and group entries in states of older versions -> their names now.
@@ -116,7 +127,8 @@ class LeanOptimizer(StateLoading, StateSaving):
         super().__init__(params, defaults)
 
     def _note_settings(self) -> None:
-        """Note the settings of all groups: they are checked."""
+        """Note the settings of all groups: they are checked. What was asked before is asked again."""
+        self._records: dict[int, Prepared] = {}
         settings = [key for key in self.defaults if key != "lr"]  # which every step checks
         self._checked = [{key: group[key] for key in settings if key in group} for group in self.param_groups]
 
@@ -162,6 +174,34 @@ class LeanOptimizer(StateLoading, StateSaving):
     def _init_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
         """Return the state of a parameter that has a gradient; create the entries that are missing."""
         raise NotImplementedError
+
+    def _prepared(
+        self, group: dict[str, Any], position: int, index: int, plan: Callable[[Tensor], Any]
+    ) -> tuple[Tensor, dict[str, Any], Prepared]:
+        """Return gradient, state and record of a parameter that has a gradient. Creates missing state.
+
+        Args:
+            group, position: of the parameter.
+            index: of the parameter, counted over all groups.
+            plan: returns ``Prepared.plan``, which may depend on the facts and on settings.
+
+        Raises:
+            RuntimeError, ValueError, TypeError: as :func:`dense_gradient` and :meth:`_state_of`.
+        """
+        param = group["params"][position]
+        known = not torch.compiler.is_compiling()  # which would guard on every record
+        record = self._records.get(index) if known else None
+        state = None if record is None else self.state.get(param)
+        if record is not None and state is not None and record.facts == facts_of(param, param.grad, state):
+            return param.grad, state, record
+        grad = dense_gradient(type(self).__name__, group, position, param)
+        shard = self._check_placements(group, position, param)
+        state = self._state_of(group, position, param, checked=True)
+        facts = facts_of(param, param.grad, state) if known else None
+        record = Prepared(facts, shard, effective(type(self).__name__, group, position, param), plan(param))
+        if facts is not None:
+            self._records[index] = record
+        return grad, state, record
 
     def _state_of(
         self, group: dict[str, Any], position: int, param: Tensor, *, checked: bool = False
@@ -285,21 +325,10 @@ class LeanOptimizer(StateLoading, StateSaving):
         """
         self._check_changed_groups()
         for group in self.param_groups:
-            for position, param, _ in self._with_gradient(group):
-                self._state_of(group, position, param)
-
-    def _with_gradient(
-        self, group: dict[str, Any], only: Sequence[int] | None = None
-    ) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield (position, parameter, gradient) of every parameter with a gradient, or only of those at ``only``.
-
-        Raises:
-            RuntimeError: for a sparse gradient.
-        """
-        for position in range(len(group["params"])) if only is None else only:
-            param = group["params"][position]
-            if param.grad is not None:
-                yield position, param, dense_gradient(type(self).__name__, group, position, param)
+            for position, param in enumerate(group["params"]):
+                if param.grad is not None:
+                    dense_gradient(type(self).__name__, group, position, param)
+                    self._state_of(group, position, param)
 
     def _batches(
         self,
@@ -319,21 +348,23 @@ class LeanOptimizer(StateLoading, StateSaving):
             joined: whether the rule of this name takes all its parameters at once also with ``foreach=False``.
         """
         batches: dict[Any, tuple[str, Batch]] = {}
-        for position, param, grad in self._with_gradient(group, only):
-            shard = self._check_placements(group, position, param)
-            state = self._state_of(group, position, param, checked=True)
-            name = rule(param)
-            alone = group["foreach"] is False and not joined(name)
+        params, separate = group["params"], group["foreach"] is False
+        for position in range(len(params)) if only is None else only:
+            param = params[position]
+            if param.grad is None:
+                continue
+            grad, state, record = self._prepared(group, position, first_index + position, rule)
+            name = record.plan
+            alone = separate and not joined(name)
             key = (name, param.device, param.dtype, position if alone else None)
             if key not in batches:
-                rounding = effective(type(self).__name__, group, position, param)
-                batches[key] = name, Batch(group, rounding, [], [], [], [], [])
+                batches[key] = name, Batch(group, record.rounding, [], [], [], [], [])
             batch = batches[key][1]
             batch.params.append(param)
             batch.grads.append(grad)
             batch.states.append(state)
             batch.indices.append(first_index + position)
-            batch.shards.append(shard)
+            batch.shards.append(record.shard)
         return list(batches.values())
 
     @classmethod
@@ -419,7 +450,6 @@ def dense_gradient(owner: str, group: dict[str, Any], position: int, param: Tens
 
 
 def _differ(group: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
-    """Whether a setting of a group is another object than before."""
     for key, value in settings.items():  # noqa: SIM110  every step asks, and a generator takes longer
         if group[key] is not value:
             return True
@@ -427,7 +457,6 @@ def _differ(group: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
 
 
 def _check_rate(owner: str, group: Mapping[str, Any]) -> None:
-    """Raise ValueError unless the learning rate of a step is a finite number or a one-element tensor."""
     rate = group["lr"]
     if type(rate) is float and math.isfinite(rate) or (isinstance(rate, Tensor) and rate.numel() == 1):
         return

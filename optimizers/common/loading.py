@@ -157,7 +157,6 @@ def _loadable(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> dict[str,
 
 
 def _unwrap(optimizer: LeanOptimizer) -> None:
-    """Replace every :class:`_Opaque` in an optimizer's state by what it holds."""
     for param, state in optimizer.state.items():
         if isinstance(state, _Opaque):
             optimizer.state[param] = state.state
@@ -167,7 +166,6 @@ def _unwrap(optimizer: LeanOptimizer) -> None:
 
 
 def _check_form(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> None:
-    """Raise ValueError unless groups and states have torch's form."""
     states, groups = (state_dict.get(key) for key in ("state", "param_groups"))
     _need(optimizer, isinstance(states, dict), "a dict under 'state'", type(states).__name__)
     _need(optimizer, isinstance(groups, (list, tuple)), "a list under 'param_groups'", type(groups).__name__)
@@ -183,7 +181,6 @@ def _check_form(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> None:
 
 
 def _check_ids(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> None:
-    """Raise ValueError unless the parameters of groups and states are those of this optimizer."""
     states, groups = state_dict["state"], state_dict["param_groups"]
     sizes, saved_sizes = ([len(g["params"]) for g in gs] for gs in (optimizer.param_groups, groups))
     _need(optimizer, sizes == saved_sizes, f"groups of {sizes} parameters", f"{saved_sizes}")
@@ -292,7 +289,6 @@ def _future_groups(optimizer: LeanOptimizer, saved_groups: list[dict[str, Any]])
 
 
 def _refuse_other_order(optimizer: LeanOptimizer, saved_groups: list[dict[str, Any]]) -> None:
-    """Raise ValueError if the names of parameters show that their order differs."""
     names, saved_names = (
         [name for group in gs for name in group.get("param_names") or ()]
         for gs in (optimizer.param_groups, saved_groups)
@@ -310,7 +306,6 @@ def _refuse_other_order(optimizer: LeanOptimizer, saved_groups: list[dict[str, A
 
 
 def _check_shapes(optimizer: LeanOptimizer, entry: Loaded) -> None:
-    """Raise ValueError if the shapes of state tensors show that they belong to another parameter."""
     for key, shape in optimizer._state_shapes(entry.group, entry.param).items():
         value = entry.state.get(key)
         if isinstance(value, Tensor) and not value.is_nested and tuple(value.shape) != shape:
@@ -324,7 +319,6 @@ def _check_shapes(optimizer: LeanOptimizer, entry: Loaded) -> None:
 
 
 def _describe(optimizer: LeanOptimizer, entry: Loaded) -> str:
-    """Name a parameter as it is named here."""
     return describe(optimizer.param_groups[entry.group_index], entry.position)
 
 
@@ -374,7 +368,6 @@ def _created_states(
 
 
 def _fitted_state(optimizer: LeanOptimizer, entry: Loaded, all_created: dict[str, Created]) -> dict[str, Tensor]:
-    """Return the tensors of one parameter's state; see :func:`_fitted_entries`."""
     rules = optimizer._rules_of(entry.group, entry.param)
     shapes = optimizer._state_shapes(entry.group, entry.param)
     name = _describe(optimizer, entry)

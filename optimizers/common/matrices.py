@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from leanstep.optimizers.common.sharding import Shard, readable, store
+from leanstep.optimizers.common.sharding import Shard, readables, store
 
 
 def as_matrices(tensor: Tensor, transposed: bool = False, flatten: bool = False) -> Tensor:
@@ -49,6 +49,9 @@ class Sides(NamedTuple):
 
     rows: tuple[Any, ...]
     columns: tuple[Any, ...]
+
+
+WHOLE = Sides((), ())
 
 
 def sides_of(shard: Shard) -> Sides:
@@ -100,8 +103,8 @@ def write_back(
     Returns:
         The flags of ``step``.
     """
-    plain_weights = [readable(w) for w in weights]
-    matrices = [as_written(w, s) for w, s in zip(plain_weights, stacked, strict=True)]
+    plain_weights = readables(weights)
+    matrices = [w if w.dim() == 2 else as_written(w, s) for w, s in zip(plain_weights, stacked, strict=True)]
     states = [as_written(t, s) for t, s in zip(rounding_states, stacked, strict=True)] if rounding_states else []
     flags = step(matrices, states)
     for stored, matrix in zip([*plain_weights, *rounding_states], [*matrices, *states], strict=True):

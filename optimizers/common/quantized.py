@@ -17,7 +17,17 @@ from leanstep.kernels.steps.common import StepOptions, compute_dtype, pack
 from leanstep.optimizers.common.column_shards import cuts_rows, decoded, encode, scale_placements
 from leanstep.optimizers.common.rounding import init_step
 from leanstep.optimizers.common.saved_tensors import COUNT, StateRule
-from leanstep.optimizers.common.sharding import Reducer, Shard, dtype_of, first_index, local, new_state, run, shard_of
+from leanstep.optimizers.common.sharding import (
+    Reducer,
+    Shard,
+    dtype_of,
+    first_index,
+    local,
+    locals_of,
+    new_state,
+    run,
+    shard_of,
+)
 
 # what a setting of a momentum's dtype may be, besides ordinary dtypes
 CODES = (torch.int8, FP8)
@@ -122,7 +132,8 @@ def store_averages(
 
 def average_codes(states: Sequence[dict[str, Any]], key: str) -> tuple[list[Tensor], list[Tensor]]:
     """Return this process's codes and scales of an average of several parameters."""
-    return [local(state[key]) for state in states], [local(state[scale_key(key)]) for state in states]
+    name = scale_key(key)
+    return locals_of([state[key] for state in states]), locals_of([state[name] for state in states])
 
 
 def average_options(weight: float, like: Tensor, seeds: Tensor | None, offsets: Tensor | None) -> StepOptions:

@@ -16,7 +16,7 @@ from leanstep.kernels.reference.rounding import hash32, hash_number, narrow, wid
 from leanstep.kernels.steps.common import constant
 from leanstep.optimizers.common.checks import describe
 from leanstep.optimizers.common.saved_tensors import COUNT, StateRule
-from leanstep.optimizers.common.sharding import local, new_state, plain, readable
+from leanstep.optimizers.common.sharding import local, locals_of, new_state, plain, readable
 
 # state key of each rounding mode
 STATE_KEY = {"kahan": "kahan_compensation", "master": "master_param", "split": "split_difference"}
@@ -115,4 +115,4 @@ def seeds_for(steps: list[Tensor], indices: list[int], seed: int, device: torch.
 
 def rounding_states(states: Sequence[dict[str, Any]], rounding: str) -> list[Tensor]:
     """Return this process's shards of the rounding state; an empty list if ``rounding`` has none."""
-    return [local(s[STATE_KEY[rounding]]) for s in states] if rounding in STATE_KEY else []
+    return locals_of([s[STATE_KEY[rounding]] for s in states]) if rounding in STATE_KEY else []

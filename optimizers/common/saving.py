@@ -40,7 +40,6 @@ class StateSaving(CheckedGroups):
         self._note_settings()
 
     def _first_values(self) -> dict[str, Any]:
-        """Return the first values of a group's settings and entries."""
         values = {"optimizer": self._method(), "nonfinite_count": 0, **self._group_entries, **self.defaults}
         values.pop("differentiable", None)  # torch adds it to the defaults on loading
         return values

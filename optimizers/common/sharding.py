@@ -68,6 +68,27 @@ def local(tensor: Tensor) -> Tensor:
     return tensor if type(tensor) in _ORDINARY else local_part(tensor)
 
 
+def locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return :func:`local` of every tensor."""
+    return [tensor if type(tensor) in _ORDINARY else local_part(tensor) for tensor in tensors]
+
+
+def facts_of(param: Tensor, grad: Tensor, state: dict[str, Any]) -> list[Any] | None:
+    """Return all that the answers of :class:`Prepared` depend on, beside the group; None if they may change otherwise.
+
+    Addresses and strides are not among them: no answer has a view or an address.
+    """
+    if type(param) not in _ORDINARY or type(grad) not in _ORDINARY:
+        return None
+    facts = [param.shape, param.dtype, param.device, param.is_neg()]
+    facts += [grad.shape, grad.dtype, grad.device, grad.layout, grad.is_neg()]
+    for key, value in state.items():
+        if type(value) not in _ORDINARY:
+            return None
+        facts += [key, value.shape, value.dtype, value.device]
+    return facts
+
+
 def shard_of(param: Tensor, name: Callable[[], str] | None = None) -> Shard:
     """Return the metadata of this process's shard of ``param``.
 
@@ -174,11 +195,17 @@ def readable(tensor: Tensor) -> Tensor:
     return copy
 
 
+def readables(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return :func:`readable` of every tensor."""
+    if torch.compiler.is_compiling():
+        return locals_of(tensors)
+    return [t if type(t) in _ORDINARY and not t.is_neg() else readable(t) for t in tensors]
+
+
 def store(shards: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
     """Copy updated shards back into their tensors where :func:`readable` made copies."""
     for shard, tensor in zip(shards, tensors, strict=True):
-        target = local(tensor)
-        if target is not shard and not has_memory(target):
+        if shard is not tensor and shard is not (target := local(tensor)) and not has_memory(target):
             target.copy_(shard)
 
 

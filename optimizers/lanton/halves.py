@@ -146,7 +146,6 @@ class MarkedHalves:
             )
 
     def _delete_halves(self, group: dict[str, Any]) -> None:
-        """Delete the copies of a group's gradients."""
         for param in group["params"]:
             self.state.get(param, {}).pop("half_grad", None)
         group["half_content"] = "none"
@@ -198,7 +197,6 @@ class HalvesMarker:
 
 
 def _check_fraction(method: str, fraction: float) -> None:
-    """Raise ValueError unless a first and a second half have micro-batches."""
     if not 0 < fraction < 1:
         raise ValueError(f"LANTON.{method}: expected a fraction of the micro-batches in (0, 1), got {fraction}")
 
@@ -248,7 +246,6 @@ def _world_size(process_group: Any) -> int:
 
 
 def _average(copies: list[Tensor], process_group: Any) -> None:
-    """Average copies, which are of the same parameters in all processes."""
     world = _world_size(process_group)
     if world == 1 or not copies:
         return

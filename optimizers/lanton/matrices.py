@@ -111,7 +111,6 @@ def active_blocks(layer: LayerStep, grad: Tensor) -> Tensor:
 
 
 def _split(whole: Tensor, group: dict[str, Any]) -> list[Tensor]:
-    """Split a matrix (m, n), or each matrix of a stack, into its blocks."""
     return list(whole.split(block_sizes(group["blocks"], whole.shape[-2]), dim=-2))
 
 
@@ -229,7 +228,6 @@ def directions(
 
 
 def _like_polar(layer: LayerStep) -> Tensor:
-    """Return an empty tensor with the dtype and device of a parameter's polar factor."""
     buffer = local(layer.state["momentum_buffer"])
     if not buffer.is_floating_point():  # codes, whose values have the dtype of updates
         buffer = buffer.new_empty(0, dtype=torch.promote_types(layer.param.dtype, torch.float32))
@@ -264,7 +262,6 @@ def _whole_matrices(
 
 
 def _by_kind(tasks: list[MatrixTask], layers: Sequence[LayerStep]) -> list[list[MatrixTask]]:
-    """Group the tasks of this process by settings, device, dtype and shape."""
     sets: dict[Any, list[MatrixTask]] = {}
     for task in tasks:
         if task.is_mine and math.prod(task.shape) > 0:

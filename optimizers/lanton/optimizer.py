@@ -370,24 +370,18 @@ class LANTON(MarkedHalves, LeanOptimizer):
         """
         adaptive, previous = group["noise_adaptive"], group["noise"] == "previous"
         measures = adaptive and group["noise_clock"] == (1 % group["noise_every"] if previous else 0)
-        for position, param, grad in self._with_gradient(group):
-            shard = self._check_placements(group, position, param)
-            state = self._state_of(group, position, param, checked=True)
+        for position, param in enumerate(group["params"]):
+            if param.grad is None:
+                continue
+            index = first_index + position
+            grad, state, record = self._prepared(group, position, index, lambda param: norm_of(group, param))
             yield LayerStep(
-                group,
-                param,
-                state,
-                norm_of(group, param),
-                grad,
-                effective("LANTON", group, position, param),
-                shard,
-                first_index + position,
+                group, param, state, record.plan, grad, record.rounding, record.shard, index,
                 measures=measures and (previous or "half_grad" in state),
                 stores=adaptive and previous and group["noise_clock"] == 0,
-            )
+            )  # fmt: skip
 
     def _estimated(self) -> list[Layer]:
-        """Return the parameters that have noise estimates."""
         return [
             Layer(group, param, self.state[param], norm_of(group, param))
             for group in self.param_groups
@@ -452,7 +446,6 @@ class LANTON(MarkedHalves, LeanOptimizer):
 
 
 def _quantized_keys(group: dict[str, Any], param: Tensor) -> list[str]:
-    """Return the names of the state that is stored in 8 bits."""
     keys = ["momentum_buffer"] if is_quantized(group["momentum_dtype"], param) else []
     return [*keys, "previous_grad"] if _stores_gradient(group) and is_quantized(group["noise_dtype"], param) else keys
 

@@ -93,6 +93,5 @@ def _seeds(layer: LayerStep, key: str) -> Tensor:
 
 
 def _new_values(layer: LayerStep) -> Tensor:
-    """Return uninitialised memory for the values of an average in 8 bits."""
     weight = local(layer.param)
     return torch.empty_like(weight, dtype=compute_dtype(weight.dtype), memory_format=torch.contiguous_format)

@@ -154,7 +154,6 @@ def step(layers: list[LayerStep], estimated: list[Layer]) -> Reducer[None]:
 
 
 def _measure(layers: list[LayerStep], rows: list[slice], table: Tensor) -> None:
-    """Write this process's contributions to the table."""
     checked = [i for i, layer in enumerate(layers) if layer.group["nonfinite"] == "skip"]
     for positions in by_device_and_dtype([layers[i].param for i in checked]):
         flags = nonfinite_flags([local(layers[checked[k]].grad) for k in positions])
@@ -188,7 +187,6 @@ def _any(grad: Tensor) -> Tensor:
 
 
 def _count_nonfinite(layers: list[LayerStep], nonfinite: Tensor) -> None:
-    """Count parameters with a non-finite gradient in their groups."""
     by_group: dict[int, list[int]] = {}
     for i, layer in enumerate(layers):
         if layer.group["nonfinite"] == "skip":
@@ -198,7 +196,6 @@ def _count_nonfinite(layers: list[LayerStep], nonfinite: Tensor) -> None:
 
 
 def _update_noise(layers: list[LayerStep], rows: list[slice], table: Tensor, nonfinite: Tensor) -> None:
-    """Update H with the dual norms of this step's differences."""
     measuring = [i for i, layer in enumerate(layers) if layer.measures or layer.stores]
     if not measuring:
         return
@@ -232,18 +229,15 @@ def _remaining_scale(layer: LayerStep) -> float:
 
 
 def _joined(states: Sequence[dict[str, Any]], name: str, device: torch.device) -> Tensor:
-    """Concatenate one state entry of all layers, in the dtype of estimates."""
     return torch.cat([s[name].to(device) for s in states]).to(estimate_dtype(device))
 
 
 def _distribute(states: Sequence[dict[str, Any]], name: str, values: Tensor) -> None:
-    """Split a vector of :func:`_joined` and write it back to the states."""
     for state, part in zip(states, values.split([s[name].numel() for s in states]), strict=True):
         state[name].copy_(part)
 
 
 def _factors(layers: list[LayerStep], estimated: list[Layer], device: torch.device) -> list[Tensor]:
-    """Return f of every layer, [1] or [e]; 1 for layers without estimates."""
     one = torch.ones(1, dtype=estimate_dtype(device), device=device)
     by_param: dict[Tensor, Tensor] = {}
     if estimated:
@@ -344,7 +338,6 @@ def _store_gradient(info: GradientInfo) -> Reducer[None]:
 
 
 def _update_momentum(info: GradientInfo) -> Reducer[None]:
-    """Update the momentum, unless the gradient is not finite."""
     layer, buffer, beta = info.layer, local(info.layer.state["momentum_buffer"]), info.layer.group["betas"][0]
     if scale_key("momentum_buffer") in layer.state:
         skip = info.nonfinite.view(1).to(torch.int32) if layer.group["nonfinite"] == "skip" else None
@@ -378,7 +371,6 @@ def _on_host(tensor: Tensor) -> bool:
 
 
 def _elementwise_update(info: GradientInfo) -> Update:
-    """Return the update of an embedding, head or vector along O of its norm."""
     layer = info.layer
     momentum = as_written(_direction_momentum(layer), stacked=False)
     if layer.norm == "sign":
@@ -390,7 +382,6 @@ def _elementwise_update(info: GradientInfo) -> Update:
 
 
 def _matrix_update(info: GradientInfo, task: matrices.MatrixTask, direction: Tensor) -> Update:
-    """Return the update of hidden matrices along the polar factors of their momenta."""
     layer, first, scales = info.layer, task.first, matrices.scales_of(info.layer)
     count, radius = len(scales), layer.group["radius"]
     in_stack = slice(first * count, (first + 1) * count)
@@ -405,7 +396,6 @@ def _matrix_update(info: GradientInfo, task: matrices.MatrixTask, direction: Ten
 
 
 def _update(info: GradientInfo, direction: Tensor, scale: Tensor, matrix: int | None = None) -> Update:
-    """Return an update of this process's shard of a parameter, or of one matrix of a stack."""
     parts = [local(info.layer.param), *rounding_states([info.layer.state], info.layer.rounding)]
     weight, *states = parts if matrix is None else [part[matrix] for part in parts]
     return Update(info, weight, states, direction, scale, matrix)
@@ -421,7 +411,6 @@ def _shard_of(update: Update) -> Shard:
 
 
 def _write(updates: list[Update]) -> None:
-    """Write updates, with one call per group, device and dtype."""
     sets: dict[Any, list[Update]] = {}
     for update in updates:
         weight = update.weight

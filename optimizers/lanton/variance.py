@@ -59,7 +59,6 @@ def normalize_rows(batch: Sequence[tuple[GradientInfo, MatrixTask, Tensor]]) -> 
 
 
 def _groups_inside(layer: LayerStep) -> list[Any]:
-    """Return the process groups that shard a parameter inside its matrices."""
     stack = is_stack(layer.group, "rms", len(layer.shard.shape))
     return [cut.group for cut in layer.shard.cuts if cut.dim > 0 or not stack]
 
@@ -83,7 +82,6 @@ def _mean_squares(layer: LayerStep, matrix: Tensor, first: int) -> Tensor:
 
 
 def _scales(layer: LayerStep, variance: Tensor, squares: Tensor) -> Tensor:
-    """Return :func:`rule.row_scales` of each block of a matrix, concatenated."""
     sizes = block_sizes(layer.group["blocks"], variance.shape[-1])
     blocks = zip(variance.split(sizes, dim=-1), squares.split(sizes, dim=-1), strict=True)
     return torch.cat([rule.row_scales(*block) for block in blocks], dim=-1)

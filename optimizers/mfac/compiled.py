@@ -72,7 +72,6 @@ _encoded._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _decoded(vectors: list[Tensor], tensors: list[Tensor], plan: str) -> Iterator[Problem]:
-    """Rebuild the problems from the op's arguments."""
     next_vector, next_tensor = iter(vectors), iter(tensors)
     for settings, scope_keys, row_keys, names, shapes, weights in json.loads(plan):
         scope_state = {key: next(next_tensor) for key in scope_keys}

@@ -80,10 +80,10 @@ class ScopeBatch:
         starts = [sum(counts[:i]) for i in range(len(counts))]
         self.grams_of_scope = [slice(start, start + count) for start, count in zip(starts, counts, strict=True)]
         self.gram_count = sum(counts)
-        self.masked = any("mask" in state for p in problems for state in p.states)
+        self.masked = any(["mask" in state for p in problems for state in p.states])
         self.param_keys = [(i, k) for i, p in enumerate(problems) for k in range(len(p.vectors))]
         # equal on every process, even if one has an empty shard
-        self.group_sets = list(dict.fromkeys(columns.groups for p in problems for columns in p.columns))
+        self.group_sets = list(dict.fromkeys([columns.groups for p in problems for columns in p.columns]))
         self.row_sets = self._make_row_sets()
         self.vectors = [[self._vector_of(piece) for piece in rows.pieces] for rows, _ in self.row_sets]
 
@@ -91,7 +91,6 @@ class ScopeBatch:
         return torch.cat([p.scope_state[key] for p in self.problems])
 
     def _make_row_sets(self) -> list[tuple[DenseRows, tuple[Any, ...]]]:
-        """Group pieces by format, device, process groups and dtypes; return their rows with the process groups."""
         sets: dict[Any, list[Piece]] = {}
         for param_index, (i, k) in enumerate(self.param_keys):
             problem, first_gram = self.problems[i], self.grams_of_scope[i].start
@@ -153,7 +152,6 @@ class ScopeBatch:
         return table[:, :width], table[:, width], reduced[total:]
 
     def _count_excluded(self, pieces: Sequence[Piece], counts: Tensor) -> None:
-        """Add the number of weights that masks exclude, by Gram matrix, to ``counts``."""
         for piece in pieces:
             if "mask" in piece.state:
                 mask = local_part(piece.state["mask"]).reshape(-1)
@@ -173,7 +171,6 @@ class ScopeBatch:
         return flags, [i for i in range(len(self.problems)) if i not in skipped]
 
     def _write(self, valid: list[int], dots: Tensor, squares: Tensor) -> None:
-        """Write the new rows and Gram rows, and increment the counters."""
         grams = {gram for gram, scope in enumerate(self.scope_of_gram) if scope in valid}
         for rows, _ in self.row_sets:
             rows.write(self.index, grams)
@@ -186,7 +183,6 @@ class ScopeBatch:
             rule.write_gram_row(state["gram"], gram_rows[self.grams_of_scope[i]], self.index)
 
     def _coefficients(self, valid: list[int]) -> Tensor:
-        """Return the coefficients [grams, n], and update the statistics."""
         settings, n = self.settings, self.rows_after
         stats = self._joined("stats")
         gram = torch.cat([p.scope_state["gram"][:, :n, :n] for p in self.problems])
@@ -204,7 +200,6 @@ class ScopeBatch:
         return coefficients
 
     def _dampings(self, gram: Tensor) -> Tensor:
-        """Return the damping of F with the shrinkage, fp64 [grams]."""
         settings = self.settings
         weights = torch.tensor([d for p in self.problems for d in p.weights], dtype=torch.float64, device=gram.device)
         if self.excluded is not None:
@@ -212,7 +207,6 @@ class ScopeBatch:
         return rule.shrinkage_at(gram, settings["shrinkage"], weights) + settings["damping"]
 
     def _combine(self, valid: list[int], coefficients: Tensor) -> dict[int, list[Tensor]]:
-        """Return the updates of the scopes that take a step, one per parameter."""
         updates: dict[int, Tensor] = {}
         for (rows, _), vectors in zip(self.row_sets, self.vectors, strict=True):
             out = []
@@ -228,10 +222,11 @@ class ScopeBatch:
         by_scope: dict[int, list[Tensor]] = {i: [] for i in valid}
         for param_index, (i, k) in enumerate(self.param_keys):
             if i in by_scope:
-                # of an empty shard, in the dtype of the others
-                problem = self.problems[i]
-                empty = problem.vectors[k].new_empty(0, dtype=combination_dtype(problem.states[k]))
-                by_scope[i].append(updates.get(param_index, empty))
+                update = updates.get(param_index)
+                if update is None:  # of an empty shard, in the dtype of the others
+                    problem = self.problems[i]
+                    update = problem.vectors[k].new_empty(0, dtype=combination_dtype(problem.states[k]))
+                by_scope[i].append(update)
         return by_scope
 
     def _over_processes(self, values: list[tuple[Tensor, tuple[Any, ...]]], size: int) -> Reducer[Tensor]:

@@ -15,18 +15,10 @@ from leanstep.optimizers.common.engines import in_pipeline, inside_zero, partial
 from leanstep.optimizers.common.loading import Loaded
 from leanstep.optimizers.common.rounding import effective, init_rounding
 from leanstep.optimizers.common.saved_tensors import SHAPED, StateRule
-from leanstep.optimizers.common.sharding import Reducer, Shard, first_index, new_state
+from leanstep.optimizers.common.sharding import Reducer, Shard, first_index, new_state, shard_of
+from leanstep.optimizers.mfac import saved
 from leanstep.optimizers.mfac.direction import STATS
 from leanstep.optimizers.mfac.memory import check_memory
-from leanstep.optimizers.mfac.saved import (
-    SCOPE_RULES,
-    WINDOW_RULES,
-    check_loaded,
-    check_loaded_states,
-    in_wide_storage,
-    new_scales,
-    rules_of_rows,
-)
 from leanstep.optimizers.mfac.scopes import (
     Scope,
     ScopeParam,
@@ -131,7 +123,7 @@ class MFAC(LeanOptimizer):
         >>> optimizer.step()
     """
 
-    _state_rules = {"momentum_buffer": SHAPED, **WINDOW_RULES, **SCOPE_RULES}
+    _state_rules = {"momentum_buffer": SHAPED, **saved.WINDOW_RULES, **saved.SCOPE_RULES}
     _drop_state = "optimizer.state.clear(), because parameters share a window"
     _group_entries = {"masks": None}  # of sparse groups: a bool tensor for every parameter
     _older_names = {"figures": "stats", "counts": "counters"}
@@ -207,21 +199,22 @@ class MFAC(LeanOptimizer):
             shared_settings([g for g in groups if g["scope"] == group["scope"] != "group"] or [group])
 
     def _check_loaded_groups(self, groups: list[dict[str, Any]]) -> None:
-        check_loaded(self.param_groups, groups)
+        saved.check_loaded(self.param_groups, groups)
 
     def _loadable_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
         state = super()._loadable_state(group, position, param)
         if param.numel():  # any parameter of a scope may hold the scope's state
             init_scope_state(state, param, group)
-            state["window_scale"] = new_scales(param, group)  # of rows in fp16, which earlier versions had
+            blocks_and_rows = state["gram"].shape[:2]  # rows in fp16, of earlier versions, have a scale each
+            state["window_scale"] = state["gram"].new_ones(blocks_and_rows, dtype=torch.float32)
         return state
 
     def _in_memory(self, states: dict[Any, Any], groups: list[dict[str, Any]]) -> dict[Any, Any]:
-        in_wide_storage(states, groups)
+        saved.in_wide_storage(states, groups)
         return states
 
     def _check_loaded_states(self, groups: list[dict[str, Any]], entries: list[Loaded]) -> None:
-        check_loaded_states(groups, entries)
+        saved.check_loaded_states(groups, entries)
 
     def state_dict(self) -> dict[str, Any]:
         """Return torch's state dict; masks are in the states, and in ``masks`` of groups only before the first step.
@@ -299,7 +292,7 @@ class MFAC(LeanOptimizer):
         return state
 
     def _rules_of(self, group: dict[str, Any], param: Tensor) -> Mapping[str, StateRule]:
-        return {**super()._rules_of(group, param), **rules_of_rows(group)}
+        return {**super()._rules_of(group, param), **saved.rules_of_rows(group)}
 
     def _state_shapes(self, group: dict[str, Any], param: Tensor) -> dict[str, tuple[int, ...]]:
         return {**super()._state_shapes(group, param), "window": (group["window"], *param.shape)}
@@ -316,21 +309,24 @@ class MFAC(LeanOptimizer):
         return super()._state_of(group, position, param, checked=checked)
 
     def _scopes(self) -> list[Scope]:
-        """Return the scopes that have a gradient, with all their parameters that have windows; create missing state."""
-        gradients = {param: grad for group in self.param_groups for _, param, grad in self._with_gradient(group)}
         scopes: dict[Any, list[ScopeParam]] = {}
         members: dict[Any, list[Tensor]] = {}
         index = 0
         for group_index, group in enumerate(self.param_groups):
             for position, param in enumerate(group["params"]):
-                grad, key = gradients.get(param), scope_key(group, group_index, position, index)
+                entry, key = None, scope_key(group, group_index, position, index)
                 if param.numel():  # a scope of empty parameters would count steps
                     members.setdefault(key, []).append(param)
-                if grad is not None or has_window(self.state.get(param, {})):
+                if param.grad is not None:
+                    if group["masks"] is not None:  # no setting: nothing tells that they were replaced
+                        self._records.pop(index, None)
+                    grad, state, record = self._prepared(group, position, index, columns_of)
+                    entry = ScopeParam(group, position, index, param, grad, state, record.plan, record.shard)
+                elif has_window(self.state.get(param, {})):
                     state = self._state_of(group, position, param)
-                    entry = ScopeParam(group, position, index, param, grad, state, columns_of(param))
-                    if param.numel():
-                        scopes.setdefault(key, []).append(entry)
+                    entry = ScopeParam(group, position, index, param, None, state, columns_of(param), shard_of(param))
+                if entry is not None and param.numel():
+                    scopes.setdefault(key, []).append(entry)
                 index += 1
         return [self._scope(e, members[key]) for key, e in scopes.items() if any(one.grad is not None for one in e)]
 

@@ -12,7 +12,7 @@ from leanstep.optimizers.common.checks import describe
 from leanstep.optimizers.common.loading import Loaded
 from leanstep.optimizers.common.saved_tensors import SHAPED, StateRule
 from leanstep.optimizers.mfac.compressed import SparseRows
-from leanstep.optimizers.mfac.scopes import block_count, scope_key
+from leanstep.optimizers.mfac.scopes import scope_key
 from leanstep.optimizers.mfac.window import columns_of, storage_dtype
 
 # settings that determine the format of a saved window
@@ -59,11 +59,6 @@ def in_wide_storage(states: dict[Any, Any], groups: list[dict[str, Any]]) -> Non
             "rows in fp16 need their window_scale, which torch.distributed.checkpoint leaves out. Read the checkpoint "
             "by torch.distributed.checkpoint.format_utils.dcp_to_torch_save"
         )
-
-
-def new_scales(param: Tensor, group: dict[str, Any]) -> Tensor:
-    """Return what a scope of rows in fp16 had as their scales, fp32 [blocks, m]."""
-    return torch.ones(block_count(param, group["scope"]), group["window"], device=local_part(param).device)
 
 
 def check_loaded(groups: list[dict[str, Any]], loaded_groups: list[dict[str, Any]]) -> None:

@@ -13,7 +13,7 @@ from leanstep.kernels.steps.common import compute_dtype, decay_factor, pack
 from leanstep.optimizers.common.base import Batch, by_device_and_dtype, count_nonfinite
 from leanstep.optimizers.common.matrices import as_written, write_back
 from leanstep.optimizers.common.rounding import effective
-from leanstep.optimizers.common.sharding import Reducer, plain, shard_of
+from leanstep.optimizers.common.sharding import Reducer, Shard, local, locals_of, plain
 from leanstep.optimizers.mfac import rule
 from leanstep.optimizers.mfac.compiled import directions_by_op
 from leanstep.optimizers.mfac.compressed import SparseRows
@@ -35,6 +35,7 @@ class ScopeParam(NamedTuple):
     grad: Tensor | None
     state: dict[str, Any]
     columns: Columns
+    shard: Shard
 
 
 class Scope(NamedTuple):
@@ -97,11 +98,6 @@ def new_format(param: Tensor, group: dict[str, Any]) -> type[DenseRows]:
     return next(f for f in FORMATS if f.accepts(param, group))
 
 
-def _format_of(state: dict[str, Any], scope: str | int) -> type[DenseRows]:
-    """Return the format of a parameter's window."""
-    return BlockRows if isinstance(scope, int) else next(f for f in FORMATS if f.key in state)
-
-
 def init_scope_state(state: dict[str, Any], param: Tensor, settings: dict[str, Any]) -> None:
     """Create a scope's Gram matrices, counters and statistics."""
     m, device = settings["window"], local_part(param).device
@@ -162,29 +158,30 @@ def step_scopes(scopes: list[Scope]) -> Reducer[None]:
 
 
 def _problem(scope: Scope) -> Problem:
-    """Apply sign, decay and masks to a scope's gradients, and return the inputs of its direction."""
     entries, vectors = scope.entries, []
     for entry in entries:
-        group, weight = entry.group, local_part(plain(entry.param.detach()))
+        group = entry.group
         if entry.grad is None:
+            weight = local(plain(entry.param.detach()))
             vector = torch.zeros_like(weight, memory_format=torch.contiguous_format)
         else:
-            vector = local_part(entry.grad)
+            (vector,) = locals_of([entry.grad])
             vector = -vector if group["maximize"] else vector
             if group["decay"] == "coupled" and group["weight_decay"]:
-                vector = vector.add(weight, alpha=float(group["weight_decay"]))
+                vector = vector.add(local(plain(entry.param.detach())), alpha=float(group["weight_decay"]))
         if "mask" in entry.state:
             vector = vector * local_part(entry.state["mask"])
         vectors.append(vector)
-    formats = [_format_of(e.state, scope.settings["scope"]) for e in entries]
     states, columns = [e.state for e in entries], [e.columns for e in entries]
+    blocks = isinstance(scope.settings["scope"], int)
+    formats = [BlockRows if blocks else SparseRows if SparseRows.key in state else DenseRows for state in states]
     weights = _weights_of(entries, scope.settings["scope"])
     return Problem(scope.settings, scope.scope_state, states, formats, columns, vectors, weights)
 
 
 def _weights_of(entries: list[ScopeParam], scope: str | int) -> list[int]:
     """Return the number of weights of every Gram matrix of a scope, with those that masks exclude."""
-    total = sum(entry.param.numel() for entry in entries)
+    total = sum([entry.param.numel() for entry in entries])
     if not isinstance(scope, int):
         return [total]
     return [min(scope, total - start) for start in range(0, total, scope)]
@@ -193,10 +190,10 @@ def _weights_of(entries: list[ScopeParam], scope: str | int) -> list[int]:
 def _move(entries: list[ScopeParam], updates: list[Tensor], updated: Tensor | None) -> None:
     """Apply momentum to updates, and write them to parameters of one group, device and dtype."""
     first, group, states = entries[0].param, entries[0].group, [e.state for e in entries]
-    weights = [local_part(e.param) for e in entries]
+    weights = locals_of([e.param for e in entries])
     updates = [u.view(w.shape) for u, w in zip(updates, weights, strict=True)]
     if "momentum_buffer" in states[0]:
-        buffers = [local_part(state["momentum_buffer"]) for state in states]
+        buffers = locals_of([state["momentum_buffer"] for state in states])
         for i, (buffer, update) in enumerate(zip(buffers, updates, strict=True)):
             averaged = rule.average(buffer, update, group["momentum"])
             buffer.copy_(averaged if updated is None else torch.where(updated[i], averaged, buffer))
@@ -204,10 +201,10 @@ def _move(entries: list[ScopeParam], updates: list[Tensor], updated: Tensor | No
     rounding = effective("MFAC", group, entries[0].position, first)
     decay = decay_factor(group["lr"], group["weight_decay"]) if group["decay"] == "decoupled" else 1.0
     scalars = pack([group["lr"], decay], first.device, compute_dtype(first.dtype))
-    params, shards = [e.param for e in entries], [shard_of(e.param) for e in entries]
+    params, shards = [e.param for e in entries], [e.shard for e in entries]
     batch = Batch(group, rounding, params, updates, states, [e.param_index for e in entries], shards)
     options = batch.options(scalars, skip_nonfinite=updated is not None)
-    matrices = [as_written(u, stacked=False) for u in updates]
+    matrices = [u if u.dim() == 2 else as_written(u, stacked=False) for u in updates]
     ones = [torch.ones(sum(m.shape), dtype=scalars.dtype, device=first.device) for m in matrices]
     if updated is not None:  # the kernel skips matrices with NaN in their scales
         ones = [torch.where(u, one, torch.nan) for u, one in zip(updated, ones, strict=True)]

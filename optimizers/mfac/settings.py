@@ -62,7 +62,6 @@ def _check_positive(name: str, value: Any, expected: str) -> None:
 
 
 def _check_joint(group: dict[str, Any]) -> None:
-    """Raise ValueError for settings that exclude each other."""
     if group["compression"] and isinstance(group["scope"], int):
         raise ValueError(
             f"MFAC: scope={group['scope']} (blocks) is for uncompressed rows; with compression="

@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from leanstep._torch import is_dtensor, local_part, place_like
 from leanstep.kernels.reference.fisher.gradient_window import wide_dtype
-from leanstep.optimizers.common.sharding import Shard, first_index, shard_of
+from leanstep.optimizers.common.sharding import Shard, first_index, locals_of, shard_of
 from leanstep.optimizers.mfac import rule
 
 STORAGES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -85,7 +85,6 @@ def new_columns(
 
 
 def _shifted(placement: Any, by: int) -> Any:
-    """Shift a placement to a tensor with ``by`` more leading dimensions."""
     if placement.is_replicate():
         return placement
     if hasattr(placement, "split_factor"):
@@ -145,7 +144,7 @@ class DenseRows:
         self.pieces = pieces
         self.settings = settings
         self.grams = [piece.gram for piece in pieces]
-        self.gram_count = max(piece.gram + piece.blocks for piece in pieces)
+        self.gram_count = max([piece.gram + piece.blocks for piece in pieces])
         self.rows: list[Tensor] = []
         self._bind_state()
 
@@ -171,7 +170,7 @@ class DenseRows:
         return settings["window"] * math.prod(columns.shape) * storage_dtype(settings, param).itemsize
 
     def _bind_state(self) -> None:
-        self.windows = [local_part(p.state["window"]) for p in self.pieces]
+        self.windows = locals_of([p.state["window"] for p in self.pieces])
 
     def encode(self, vectors: Sequence[Tensor]) -> None:
         """Convert new rows to their stored format, without writing them."""
@@ -245,7 +244,6 @@ class BlockRows(DenseRows):
 
 
 def _grams(piece: Piece) -> slice:
-    """Return the range of Gram matrices of a piece's blocks."""
     return slice(piece.gram, piece.gram + piece.blocks)
 
 
@@ -258,4 +256,4 @@ def _chunks(window: Tensor) -> Iterator[slice]:
 
 def combination_dtype(state: dict[str, Any]) -> torch.dtype:
     """Return the dtype in which a parameter's rows are combined."""
-    return wide_dtype(next(state[key].dtype for key in ("window", "window_values") if key in state))
+    return wide_dtype(state["window" if "window" in state else "window_values"].dtype)

@@ -111,7 +111,6 @@ def _decay_and_update(
     group: dict[str, Any],
     skip: Tensor | None,
 ) -> None:
-    """Update parameters and moments. Decays first where torch's step cannot: cautiously."""
     decays: Any = group["weight_decay"]
     has_decay = isinstance(decays, Tensor) or decays != 0  # no wait for a tensor
     if has_decay and group["cautious_decay"]:

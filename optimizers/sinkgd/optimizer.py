@@ -335,7 +335,6 @@ class SinkGD(LeanOptimizer):
 
 
 def _quantized_keys(group: dict[str, Any], param: Tensor) -> tuple[str, ...]:
-    """Return the names of the averages that are stored in 8 bits."""
     if not is_quantized(group["momentum_dtype"], param):
         return ()
     if algorithm_of(group, param) == "adamw":

@@ -66,7 +66,6 @@ def _normalize_alike(
 
 
 def _in_one_buffer(tensors: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """Copy tensors into one flat buffer; return their views and the buffer."""
     flat = torch.cat([t.reshape(-1) for t in tensors])
     parts = flat.split([t.numel() for t in tensors])
     return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)], flat

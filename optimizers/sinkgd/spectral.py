@@ -101,6 +101,5 @@ def _is_usable(square: Tensor, new: Tensor) -> Tensor:
 
 
 def _summed(parts: list[Tensor], groups: tuple[Any, ...]) -> Reducer[None]:
-    """Sum tensors over the shards of the rows, in place."""
     for process_group in groups:
         yield [Reduction(part, process_group) for part in parts]

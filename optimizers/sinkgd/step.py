@@ -11,7 +11,7 @@ from leanstep.kernels import Scales, StepOptions, scaled_step, sinkhorn_step
 from leanstep.kernels.steps.average_int8 import average_step_int8
 from leanstep.kernels.steps.common import compute_dtype, nonfinite_flags
 from leanstep.optimizers.common.base import Batch, count_nonfinite
-from leanstep.optimizers.common.matrices import as_matrices, matrix_shape, oriented, sides_of, write_back
+from leanstep.optimizers.common.matrices import WHOLE, as_matrices, matrix_shape, oriented, sides_of, write_back
 from leanstep.optimizers.common.quantized import (
     average_codes,
     average_options,
@@ -20,7 +20,7 @@ from leanstep.optimizers.common.quantized import (
     store_averages,
 )
 from leanstep.optimizers.common.rounding import seeds_for
-from leanstep.optimizers.common.sharding import Reducer, all_reduce_flags, local, readable, store
+from leanstep.optimizers.common.sharding import Reducer, all_reduce_flags, local, locals_of, readables, store
 from leanstep.optimizers.sinkgd import rule
 from leanstep.optimizers.sinkgd.blocks import flags_of_parameters, in_blocks, in_parts, parameters_of
 from leanstep.optimizers.sinkgd.sharded import all_reduce_row_norms, normalize
@@ -57,7 +57,7 @@ def _step_blocks(batch: Batch, *, balanced: bool) -> Reducer[None]:
         for part in in_parts(batch):
             yield from _step_whole(part, balanced=balanced)
         return
-    weights = [readable(p) for p in batch.params]
+    weights = readables(batch.params)
     blocks = in_blocks(batch, weights)
     if blocks.params:
         yield from _step_whole(blocks, balanced=balanced)
@@ -74,13 +74,13 @@ def _step_whole(batch: Batch, *, balanced: bool) -> Reducer[None]:
     """Update matrices, each normalized as a whole, and their state, in place, in the order of SinkGD's docstring."""
     group, states = batch.group, batch.states
     transposed, flatten, momentum = group["transposed"], group["flatten"], group["momentum"]
-    shards = [oriented(s, transposed, flatten) for s in batch.shards]
-    sides = [sides_of(s) for s in shards]
-    split = any(side.rows or side.columns for side in sides)
-    matrices = [as_matrices(local(g), transposed, flatten) for g in batch.grads]
+    shards = [oriented(s, transposed, flatten) for s in batch.shards] if transposed or flatten else batch.shards
+    sides = [sides_of(s) if s.cuts else WHOLE for s in shards]
+    split = any([side.rows or side.columns for side in sides])
+    matrices = [as_matrices(g, transposed, flatten) for g in locals_of(batch.grads)]
     if group["maximize"]:
         matrices = [-g for g in matrices]
-    weights = [local(p) for p in batch.params]
+    weights = locals_of(batch.params)
     scalars = rule.step_scalars(group["lr"], group["scale"], group["weight_decay"], weights[0])
     seeded = scale_key("momentum_buffer") in states[0]
     options = batch.options(scalars, seeded=seeded, decay_where_aligned=group["cautious_decay"])
@@ -108,8 +108,8 @@ def _step_whole(batch: Batch, *, balanced: bool) -> Reducer[None]:
     if group["spectral"] is not None:
         yield from pin_operator_norms(matrices, scales, states, shards, sides, group["spectral"])
     if group["base_width"] is not None:
-        for rows, shard in zip(scales.rows, shards, strict=True):
-            rows.mul_(group["base_width"] / max(matrix_shape(shard)[1], 1))
+        for row_scales, shard in zip(scales.rows, shards, strict=True):
+            row_scales.mul_(group["base_width"] / max(matrix_shape(shard)[1], 1))
     if nonfinite is not None:
         for cols, flag in zip(scales.cols, nonfinite, strict=True):
             cols.masked_fill_(flag > 0, math.nan)
@@ -125,7 +125,6 @@ def _step_whole(batch: Batch, *, balanced: bool) -> Reducer[None]:
 def _average(
     matrices: list[Tensor], batch: Batch, nonfinite: Tensor | None, options: StepOptions, *, nesterov: bool
 ) -> list[Tensor]:
-    """Update the momenta of finite matrices; return the fp32 (fp64) averages before rounding."""
     group, averages = batch.group, []
     if scale_key("momentum_buffer") in batch.states[0]:
         return _average_int8(matrices, batch, nonfinite, options, nesterov=nesterov)
@@ -178,7 +177,7 @@ def _write(
     Without ``scales`` one fused kernel normalizes the matrices and updates the parameters.
     """
     group = batch.group
-    weights = [local(p) for p in batch.params]
+    weights = locals_of(batch.params)
 
     def step(targets: list[Tensor], rounding_state: list[Tensor]) -> Tensor:
         if scales is not None:

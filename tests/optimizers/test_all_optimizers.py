@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from optimizer_cases import CASES, SMALL_SHAPES, OptimizerCase, assert_same, fill_grads, run, snapshot
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from wrapped_tensor import Uncopyable, WrappedTensor
 
 import leanstep.optimizers
@@ -177,11 +178,13 @@ def test_hooks(case: OptimizerCase):
     calls = []
     optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
     optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    everywhere = register_optimizer_step_pre_hook(lambda *_: calls.append("first"))
     optimizer.register_state_dict_pre_hook(lambda _: calls.append("saving"))
     optimizer.register_state_dict_post_hook(lambda _, saved: {**saved, "note": 1})
     run(optimizer, params, range(1))
+    everywhere.remove()
     saved = optimizer.state_dict()
-    assert calls == ["before", "after", "saving"] and saved["note"] == 1
+    assert calls == ["first", "before", "after", "saving"] and saved["note"] == 1
 
     other = case.build(case.params())
     other.register_load_state_dict_pre_hook(lambda _, state: calls.append("loading"))
@@ -194,7 +197,7 @@ def test_hooks(case: OptimizerCase):
 
     other.register_load_state_dict_post_hook(look)
     other.load_state_dict(saved)
-    assert calls[3:] == ["loading", "loaded"]
+    assert calls[4:] == ["loading", "loaded"]
 
 
 @every_case
@@ -698,6 +701,79 @@ def test_a_gradient_that_a_move_left_behind_is_refused(case: OptimizerCase):
 
 
 RESIZED = {"grown": (0, (9, 5)), "shrunk": (0, (2, 5)), "reshaped": (0, (5, 6)), "grown vector": (3, (9,))}
+
+
+def _transposed(param):
+    return param.mT.contiguous().mT if param.dim() > 1 else param
+
+
+def _rewrite(params, change):
+    for param in params:
+        param.grad, param.data = None, change(param.data)
+
+
+def _rewrite_state(optimizer, change):
+    for param, state in optimizer.state.items():
+        optimizer.state[param] = {key: change(value) for key, value in state.items()}
+
+
+# what may change between steps
+CHANGED = {
+    "nothing": lambda optimizer, params: None,
+    "memory of parameters": lambda optimizer, params: _rewrite(params, torch.clone),
+    "strides of parameters": lambda optimizer, params: _rewrite(params, _transposed),
+    "dtype of parameters": lambda optimizer, params: _rewrite(
+        params, lambda p: p.to(torch.bfloat16 if p.dtype == torch.float32 else torch.float32)
+    ),
+    "memory of state": lambda optimizer, params: _rewrite_state(optimizer, torch.clone),
+    "strides of state": lambda optimizer, params: _rewrite_state(optimizer, _transposed),
+    "a dropped state": lambda optimizer, params: optimizer.state.pop(params[0], None),
+    "a loaded state": lambda optimizer, params: optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict())),
+    "an added group": lambda optimizer, params: optimizer.add_param_group({"params": [torch.zeros(2)]}),
+    "rounding": lambda optimizer, params: [group.update(rounding="kahan") for group in optimizer.param_groups],
+    "maximize": lambda optimizer, params: [group.update(maximize=True) for group in optimizer.param_groups],
+    "dtype of the momentum": lambda optimizer, params: [
+        group.update(momentum_dtype="float16") for group in optimizer.param_groups if "momentum_dtype" in group
+    ],
+}
+
+
+@every_case
+@pytest.mark.parametrize("change", CHANGED)
+def test_a_step_after_a_change_is_that_of_an_optimizer_without_a_past(case: OptimizerCase, change):
+    params = case.params()
+    optimizer = case.build(params)
+    run(optimizer, params, range(2))
+    CHANGED[change](optimizer, params)
+    fresh = copy.deepcopy(optimizer)
+    twins = [param for group in fresh.param_groups for param in group["params"]]
+    outcomes = []
+    for each, its_params in ((optimizer, params), (fresh, twins[: len(params)])):
+        fill_grads(its_params, 2)
+        its_params[0].grad = _transposed(its_params[0].grad)
+        try:
+            each.step()
+            outcomes.append(snapshot(each))
+        except (ValueError, RuntimeError) as error:  # the optimizer does not take the change
+            outcomes.append([torch.tensor(bytearray(str(error).encode()))])
+    assert_same(*outcomes)
+
+
+@every_case
+def test_a_gradient_that_becomes_sparse_and_a_state_that_loses_its_shape_are_refused(case: OptimizerCase):
+    params = case.params()
+    optimizer = case.build(params)
+    run(optimizer, params, range(3))
+    params[0].grad = params[0].grad.to_sparse()
+    with pytest.raises(RuntimeError, match="sparse.*SparseAdam"):
+        optimizer.step()
+    params[0].grad = None
+    fill_grads(params, 3)
+    shaped = ("exp_avg", "momentum_buffer", "window")
+    for state, key in [(s, key) for s in optimizer.state.values() for key in shaped if key in s][:1]:
+        state[key].resize_(*state[key].shape[:-1], state[key].shape[-1] + 1)
+        with pytest.raises(ValueError, match=rf"expected the state '{key}' of .* to have shape"):
+            optimizer.step()
 
 
 @every_case

@@ -8,7 +8,6 @@ import warnings
 import pytest
 import torch
 from torch.optim import AdamW
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.testing._internal.common_device_type import instantiate_device_type_tests
 from torch.testing._internal.common_optimizers import optims
 from torch.testing._internal.common_utils import parametrize
@@ -196,26 +195,6 @@ class GenericStateTests(GenericTestCase):
                 self.assertGreater(optimizer.state_bytes(), 0)
             optimizer.step(self.closure_of(optimizer, weight, bias, x))
             self.assertEqual(pickle.loads(pickle.dumps(optimizer.state_dict())), optimizer.state_dict())
-
-    @optims(INFOS)
-    def test_step_hooks(self, device, dtype, optim_info):
-        param = torch.nn.Parameter(torch.randn(2, 3, device=device, dtype=dtype))
-        optimizer = optim_info.optim_cls([param], lr=1e-3)
-        order = []
-        handles = [
-            optimizer.register_step_pre_hook(lambda *_: order.append("own before")),
-            optimizer.register_step_post_hook(lambda *_: order.append("own after")),
-            register_optimizer_step_pre_hook(lambda *_: order.append("all before")),
-            register_optimizer_step_post_hook(lambda *_: order.append("all after")),
-        ]
-        try:
-            optimizer.step()
-        finally:
-            for handle in handles:
-                handle.remove()
-        self.assertEqual(order, ["all before", "own before", "own after", "all after"])
-        optimizer.step()
-        self.assertEqual(len(order), 4)
 
     @optims(INFOS)
     def test_deepcopy_copies_all_public_attrs(self, device, dtype, optim_info):
