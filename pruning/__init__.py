@@ -1,76 +1,38 @@
-"""Prune trained models: score weights, measure distortion, and allocate sparsity to layers."""
+"""Prune trained models: score weights, measure distortion, and allocate sparsity to layers.
 
-from leanstep._processes import Processes
-from leanstep.pruning.allocate.allocation import allocate, allocations_along
-from leanstep.pruning.allocate.budgets import Budget
-from leanstep.pruning.allocate.closed_form import atp_betas, outlier_ratio, snap
-from leanstep.pruning.allocate.descent import Refinement
-from leanstep.pruning.allocate.knapsack import InfeasibleBudget, KnapsackTable, solve_knapsack
-from leanstep.pruning.allocate.latency import LatencyTable
-from leanstep.pruning.finetune import (
-    GradualPruner,
-    MaskKeeper,
-    gradual_sparsity,
-    iterative_sparsities,
-    keep_masks,
-    prune_iteratively,
-    renew_batch_norms,
-)
-from leanstep.pruning.folder.estimate import Estimate, Workload, estimate_pruning
-from leanstep.pruning.folder.recovery import recover_checkpoint
-from leanstep.pruning.folder.run import prune_checkpoint
-from leanstep.pruning.folder.text import CalibrationText
-from leanstep.pruning.measure.curves import Curve, level_grid, nm_levels
-from leanstep.pruning.measure.measure import measure_curves
-from leanstep.pruning.prune import prune
-from leanstep.pruning.recovery import Recovery, RecoveryResult, recover
-from leanstep.pruning.result import Allocation, PruneResult
-from leanstep.pruning.score.base import LayerPruner, LayerStatistics, Pruned
-from leanstep.pruning.score.scores import layer_pruner
-from leanstep.pruning.score.targets import Layer, Target, as_matrix, find_targets
+The public names load on first use, so that ``leanstep prune`` reads its options before torch is loaded.
+"""
 
-__all__ = [
-    "Allocation",
-    "Budget",
-    "CalibrationText",
-    "Curve",
-    "Estimate",
-    "GradualPruner",
-    "InfeasibleBudget",
-    "KnapsackTable",
-    "LatencyTable",
-    "Layer",
-    "LayerPruner",
-    "LayerStatistics",
-    "MaskKeeper",
-    "Processes",
-    "PruneResult",
-    "Pruned",
-    "Recovery",
-    "RecoveryResult",
-    "Refinement",
-    "Target",
-    "Workload",
-    "allocate",
-    "allocations_along",
-    "as_matrix",
-    "atp_betas",
-    "estimate_pruning",
-    "find_targets",
-    "gradual_sparsity",
-    "iterative_sparsities",
-    "keep_masks",
-    "layer_pruner",
-    "level_grid",
-    "measure_curves",
-    "nm_levels",
-    "outlier_ratio",
-    "prune",
-    "prune_checkpoint",
-    "prune_iteratively",
-    "recover",
-    "recover_checkpoint",
-    "renew_batch_norms",
-    "snap",
-    "solve_knapsack",
-]
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from leanstep.pruning.public import *  # noqa: F403
+
+_PUBLIC = f"{__name__}.public"
+
+
+class _Package(ModuleType):
+    """The type of this module."""
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__") and name != "__all__":
+            raise AttributeError(name)
+        public = import_module(_PUBLIC)
+        if name != "__all__" and name not in public.__all__:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        self.__dict__[name] = value = getattr(public, name)
+        return value
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # importing a submodule sets it here, but two of them have the names of functions
+        if name not in ("allocate", "prune") or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*self.__dict__, *import_module(_PUBLIC).__all__})
+
+
+sys.modules[__name__].__class__ = _Package

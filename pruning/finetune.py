@@ -332,7 +332,6 @@ class GradualPruner:
 
     @property
     def _masked(self) -> list[str]:
-        """Names of the masked parameters."""
         return [] if self._keeper is None else list(self._keeper.parameters)
 
     def detach(self) -> None:

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -16,11 +15,11 @@ from torch import nn
 from leanstep._mapped import Scratch
 from leanstep._processes import Processes
 from leanstep.pruning.allocate.allocation import allocate
-from leanstep.pruning.allocate.budgets import Budget, BudgetConstraint
+from leanstep.pruning.allocate.budgets import BudgetConstraint
 from leanstep.pruning.allocate.closed_form import atp_betas_tried, in_blocks, snap
 from leanstep.pruning.allocate.descent import Refinement
 from leanstep.pruning.allocate.latency import LatencyTable
-from leanstep.pruning.choices import fixed_pattern
+from leanstep.pruning.config import Execution, PruneConfig
 from leanstep.pruning.measure.activation_cache import ActivationCache, take_note
 from leanstep.pruning.measure.batches import Batch, batches_hash
 from leanstep.pruning.measure.checks import Trial
@@ -30,8 +29,8 @@ from leanstep.pruning.measure.measure import (
     WeightSnapshot,
     measure_curves,
 )
-from leanstep.pruning.measure.metrics import Distortion, Metric, metric_name
-from leanstep.pruning.measure.points import Progress, begin
+from leanstep.pruning.measure.metrics import Distortion, metric_name
+from leanstep.pruning.measure.points import begin
 from leanstep.pruning.refine import REFINED, refine_allocation
 from leanstep.pruning.result import Additivity, Allocation, PruneResult
 from leanstep.pruning.score.base import NonFiniteInputsError
@@ -41,41 +40,34 @@ from leanstep.sparsity import NM
 
 
 def check_target(
-    groups: Sequence[Group],
-    *,
-    method: str,
-    sparsity: float | None,
-    pattern: str,
-    levels: Sequence[float] | None,
-    budget: Budget | LatencyTable | str,
-    nonzero: dict[str, int] | None = None,
+    groups: Sequence[Group], config: PruneConfig, nonzero: dict[str, int] | None = None
 ) -> BudgetConstraint:
     """The constraint of a budget, for groups whose levels meet it.
 
     Args:
         groups: of a model with its weights, or without values, which counts all weights as nonzero.
+        config: the settings.
         nonzero: number of nonzero weights of each group; None: they are counted.
-        method: the allocation.
-        sparsity, pattern, levels, budget: as for :func:`leanstep.pruning.prune`.
 
     Raises:
         ValueError: for a target that no levels meet, matrices that do not fill the groups of a pattern, more zeros than
             asked for, or a table without a layer or a level.
     """
     counts: dict[str, Sequence[int]] = {}
+    sparsity, levels, budget = config.requested_sparsity, config.effective_levels, config.budget or "params"
     if isinstance(budget, LatencyTable) or getattr(budget, "kind", None) == "latency":
-        counts = {name: row for name, (row, _) in levels_of(groups, 0.5, pattern, levels=levels).items()}
+        counts = {name: row for name, (row, _) in levels_of(groups, 0.5, config.pattern, levels=levels).items()}
     constraint = BudgetConstraint.of(budget, groups, sparsity, counts)
-    if (fixed := fixed_pattern(pattern)) is not None:
+    if (fixed := config.fixed) is not None:
         check_filled(groups, fixed.m)
         return constraint
-    target = _target_sparsity(constraint, sparsity)
+    target, by_curves = _target_sparsity(constraint, sparsity), config.method == "dp"
     if nonzero is None:
         nonzero = {group.name: group.nonzero() for group in groups}
-    constraint.check_sparsity(target, nonzero, may_keep_none=method == "dp")
-    if method == "dp" or pattern != "unstructured":
-        by_group = levels_of(groups, _around(constraint, sparsity), pattern, levels=levels)
-        if method == "dp":
+    constraint.check_sparsity(target, nonzero, may_keep_none=by_curves)
+    if by_curves or config.pattern != "unstructured":
+        by_group = levels_of(groups, _around(constraint, sparsity), config.pattern, levels=levels)
+        if by_curves:
             constraint.check_reach(by_group, nonzero, target)
     return constraint
 
@@ -86,9 +78,18 @@ def _target_sparsity(constraint: BudgetConstraint, sparsity: float | None) -> fl
 
 
 def _around(constraint: BudgetConstraint, sparsity: float | None) -> float:
-    """Sparsity at the center of the grid of levels."""
     target = _target_sparsity(constraint, sparsity)
     return constraint.uniform_sparsity if target is None else target
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Batches by use: for the scores, for the comparison, for the curves, and those that judge a search."""
+
+    batches: list[Batch]
+    held_out: list[Batch]
+    curves: list[Batch]
+    judging: list[Batch] = field(default_factory=list)
 
 
 @dataclass
@@ -96,73 +97,52 @@ class Planner:
     """One call of :func:`prune` after its checks; :meth:`run` is the order of events."""
 
     model: nn.Module
+    config: PruneConfig
+    execution: Execution
     groups: list[Group]
-    sparsity: float | None
-    method: str
-    score: str
-    curve_score: str
-    pattern: str
-    metric: str | Metric | None
-    correction: str
-    inputs: str
-    levels: Sequence[float] | None
-    curve_method: str | None
-    minutes: float
-    budget: Budget | LatencyTable | str
-    batches: list[Batch]
-    held_out: list[Batch]
-    curve_batches: list[Batch]
-    score_options: dict[str, Any]
-    resume: str | Path | None
-    progress: Progress | None
+    samples: Samples
     snapshot: WeightSnapshot
-    notes: list[str] = field(default_factory=list)
-    refine: Refinement | None = None
-    judging: list[Batch] = field(default_factory=list)
-    scratch: Scratch | None = None
-    processes: Processes = field(default_factory=Processes)
+    notes: list[str]
 
-    def run(self, curves: Mapping[str, Curve] | None, fixed: NM | None) -> PruneResult:
+    def __post_init__(self) -> None:
+        self.processes = self.execution.processes or Processes()
+        self.scratch = Scratch.of(self.execution.scratch)
+        self.progress = self.execution.progress
+
+    def run(self) -> PruneResult:
         """Measure, allocate, compare, prune."""
+        config, curves, fixed = self.config, self.config.given_curves, self.config.fixed
         before = self._nonzero()
-        self.constraint = check_target(
-            self.groups,
-            method=self.method,
-            sparsity=self.sparsity,
-            pattern=self.pattern,
-            levels=self.levels,
-            budget=self.budget,
-            nonzero=before,
-        )
+        self.constraint = check_target(self.groups, config, before)
         measured: dict[str, Curve] = {}
         if fixed is not None:
             candidate = self._fixed(fixed)
-        elif self.method == "dp":
+        elif config.method == "dp":
             measured = self._by_effect(self._measure() if curves is None else curves, note=True)
             candidate = self._by_curves(measured)
         else:
             candidate = self._by_rule()
         programme, search = candidate, dict[str, Any]()
-        if self.refine is not None:
-            candidate, search = self._refined(programme, measured, self.refine)
+        if config.refine is not None:
+            candidate, search = self._refined(programme, measured, config.refine)
         allocation, compared = self._compare_and_prune(candidate, programme)
         pruning = self.trial.pruning
-        curve_score = self.curve_score if self.method in ("dp", "atp") and fixed is None else None
+        curve_score = config.planning_score if config.plans else None
         self.notes += [*filter(None, [take_note(self.model)]), *pruning.notes(curve_score)]
         budget = self.constraint.budget
         return PruneResult(
             allocation=allocation,
-            score=self.score,
+            score=config.score,
             curve_score=curve_score,
-            pattern=self.pattern,
-            inputs=self.inputs,
-            metric=metric_name(self.metric, self.model),
+            pattern=config.pattern,
+            inputs=config.inputs,
+            metric=metric_name(config.metric, self.model),
             groups=self.groups,
             curves=measured,
             held_out=next((one for one in compared if one.method == allocation.method), None),
             compared=compared,
             notes=self.notes,
-            data=batches_hash(self.batches),
+            data=batches_hash(self.samples.batches),
             refinement=search,
             budget={
                 "kind": budget.kind,
@@ -176,19 +156,19 @@ class Planner:
     @cached_property
     def trial(self) -> Trial:
         """The matrices with their score, and the calibration data for its statistics."""
-        enabled = bool(self.batches)
+        batches = self.samples.batches
         cache = ActivationCache(
-            self.model, self.batches, enabled=enabled, scratch=self.scratch, processes=self.processes
+            self.model, batches, enabled=bool(batches), scratch=self.scratch, processes=self.processes
         )
-        pruning = Pruning(cache, self.score, self.score_options)
-        return Trial(self.groups, pruning, self.snapshot, self.inputs, self.progress)
+        pruning = Pruning(cache, self.config.score, dict(self.config.score_options or {}))
+        return Trial(self.groups, pruning, self.snapshot, self.config.inputs, self.progress)
 
     @cached_property
     def planning(self) -> Trial:
         """:attr:`trial` with the score of curves, by which slopes of ATP and exchanges are judged, too."""
-        if self.curve_score == self.score:
+        if self.config.planning_score == self.config.score:
             return self.trial
-        return replace(self.trial, pruning=self.trial.pruning.by(self.curve_score))
+        return replace(self.trial, pruning=self.trial.pruning.by(self.config.planning_score))
 
     def _nonzero(self) -> dict[str, int]:
         return {group.name: group.nonzero() for group in self.groups}
@@ -197,36 +177,34 @@ class Planner:
         return {group.name: group.layer.numel for group in self.groups}
 
     def _target_sparsity(self) -> float | None:
-        return _target_sparsity(self.constraint, self.sparsity)
+        return _target_sparsity(self.constraint, self.config.requested_sparsity)
 
     def _around(self) -> float:
-        """Sparsity at the center of the grid of levels."""
-        return _around(self.constraint, self.sparsity)
+        return _around(self.constraint, self.config.requested_sparsity)
 
     def _levels(self) -> Levels:
-        return levels_of(self.groups, self._around(), self.pattern, levels=self.levels)
+        return levels_of(self.groups, self._around(), self.config.pattern, levels=self.config.effective_levels)
 
     def _measure(self) -> dict[str, Curve]:
         begin(self.progress, "curves")
+        config, budget = self.config, self.constraint.budget
+        is_final = config.planning_score == config.score
         curves = measure_curves(
             self.model,
-            self.curve_batches,
-            sparsity=self._around(),
-            score=self.curve_score,
-            pattern=self.pattern,
-            metric=self.metric,
+            self.samples.curves,
+            replace(
+                config,
+                sparsity=self._around(),
+                score=config.planning_score,
+                levels=config.effective_levels,
+                score_options=config.score_options if is_final else self.planning.pruning.options,
+            ),
             groups=self.groups,
-            levels=self.levels,
-            score_options=self.score_options if self.curve_score == self.score else self.planning.pruning.options,
-            score_data=self.batches,
-            resume=self.resume,
-            progress=self.progress,
-            method=self.curve_method,
-            minutes=self.minutes,
+            score_data=self.samples.batches,
+            method=config.curve_method,
             solve=lambda curves: self._allocate("dp", curves=self._by_effect(curves)),
-            scratch=self.scratch,
-            processes=self.processes,
-            target=(self.constraint.budget.kind, self.constraint.budget.target),
+            target=(budget.kind, budget.target),
+            **vars(replace(self.execution, scratch=self.scratch)),
         )
         levels = self._levels()
         if ended := [name for name, curve in curves.items() if len(curve.counts) < len(levels[name][0])]:
@@ -235,14 +213,14 @@ class Planner:
                 "were not pruned that far; computing in fp32 or bf16 may help"
             )
         sources = Counter(curve.source for curve in curves.values())
-        if self.curve_method != "fisher" and sources["fisher"]:
-            limit = f"within {self.minutes:g} minutes"
+        if self.config.curve_method != "fisher" and sources["fisher"]:
+            limit = f"within {self.config.minutes:g} minutes"
             how = f"that no measurement scales: none was made {limit}"
             if sources["anchored"]:
                 how = f"not measured {limit}, but scaled as those of their kind that were: the largest distortions"
             self.notes.append(f"{sources['fisher']} of {len(curves)} curves are Fisher curves {how}")
         if samples := next((curve.samples for curve in curves.values() if curve.samples), 0):
-            total = sum(batch.size for batch in self.curve_batches)
+            total = sum(batch.size for batch in self.samples.curves)
             self.notes.append(
                 f"curves are scaled to measurements on the first {samples} of {total} samples: to measure all matrices "
                 "on all of them would take longer than four fifths of the minutes for measurements"
@@ -284,9 +262,9 @@ class Planner:
 
     def _by_curves(self, curves: Mapping[str, Curve]) -> Allocation:
         """Minimize the summed distortion, or with a correction the joint distortion."""
-        if self.correction == "none":
+        if not self.config.corrects:
             return self._allocate("dp", curves=curves)
-        measurement = self._measurement(self.curve_batches)
+        measurement = self._measurement(self.samples.curves)
 
         best = self._allocate("dp", curves=curves)
         lowest = self._joint(measurement, best)
@@ -313,9 +291,9 @@ class Planner:
         is, and measured on the data of the search.
         """
         begin(self.progress, "refinement" if settings.minutes is None else "refinement time")
-        measurement, budget = self._measurement(self.judging), self.constraint.budget
+        measurement, budget = self._measurement(self.samples.judging), self.constraint.budget
         refined, descent = refine_allocation(
-            programme, self.planning, self.batches, measurement, curves, budget, settings, self.progress
+            programme, self.planning, self.samples.batches, measurement, curves, budget, settings, self.progress
         )
         if descent is None:
             self.notes.append(
@@ -336,22 +314,23 @@ class Planner:
         return refined if is_lower else programme, descent.to_dict(start, final)
 
     def _by_rule(self) -> Allocation:
-        if self.method in ("global", "owl"):
+        method, sparsity = self.config.method, self.config.requested_sparsity
+        if method in ("global", "owl"):
             begin(self.progress, "statistics")
         pruning = self.trial.pruning
-        if self.method == "global":
+        if method == "global":
             return self._allocate("global", scores=pruning.scores(self.groups))
-        if self.method == "lamp":  # LAMP squares the weights
+        if method == "lamp":  # LAMP squares the weights
             return self._allocate("lamp", scores={group.name: group.targets[0].weight for group in self.groups})
-        if self.method == "owl":
+        if method == "owl":
             return self._allocate("owl", outliers=Pruning(pruning.cache, "wanda").outliers(self.groups))
-        if self.method != "atp":
-            return self._allocate(self.method)
+        if method != "atp":
+            return self._allocate(method)
         # the slope with the smallest joint distortion on the curves' data
-        assert self.sparsity is not None
+        assert sparsity is not None
         blocks = {layer.block for layer in in_blocks([group.layer for group in self.groups])}
-        candidates = [self._allocate("atp", beta=beta) for beta in atp_betas_tried(self.sparsity, len(blocks))]
-        measurement = self._measurement(self.curve_batches)
+        candidates = [self._allocate("atp", beta=beta) for beta in atp_betas_tried(sparsity, len(blocks))]
+        measurement = self._measurement(self.samples.curves)
         return min(candidates, key=lambda one: self._joint(measurement, one))
 
     def _joint(self, measurement: Measurement, allocation: Allocation) -> float:
@@ -364,7 +343,7 @@ class Planner:
         budget = self.constraint.budget
         if self._target_sparsity() is not None:
             return self._allocate("uniform")
-        any_count = budget.kind != "latency" and not self.pattern.startswith("N:")
+        any_count = budget.kind != "latency" and not self.config.pattern.startswith("N:")
         uniform = self.constraint.uniform(self._nonzero(), None if any_count else self._levels())
         if uniform is None:
             return None
@@ -383,7 +362,7 @@ class Planner:
             at_most=self._nonzero(),
             **needed,
         )
-        if self.pattern.startswith("N:") and not allocation.patterns:
+        if self.config.pattern.startswith("N:") and not allocation.patterns:
             allocation = snap(allocation, self._levels())
         return allocation
 
@@ -394,7 +373,7 @@ class Planner:
         return Allocation("uniform", numel, counts, sum(counts.values()), dict.fromkeys(numel, str(pattern)))
 
     def _measurement(self, batches: list[Batch]) -> Measurement:
-        return Measurement(self.model, batches, self.metric, like=self.trial.pruning.cache, scratch=self.scratch)
+        return Measurement(self.model, batches, self.config.metric, like=self.trial.pruning.cache, scratch=self.scratch)
 
     def _compare_and_prune(self, candidate: Allocation, programme: Allocation) -> tuple[Allocation, list[Additivity]]:
         """Measure on held-out data, and prune; for allocations by curves, by the programme's or uniform sparsity if
@@ -402,7 +381,7 @@ class Planner:
 
         The candidate is measured last, so that the model is already pruned if it wins.
         """
-        if not self.held_out:
+        if not self.samples.held_out:
             self.notes.append("there was no held-out data: the cost of pruning was not measured")
             self.trial.apply(candidate)
             return candidate, []
@@ -411,7 +390,7 @@ class Planner:
         uniform = self._uniform() if by_curves else None
         if by_curves and uniform is None:
             self.notes.append("no uniform sparsity meets the budget: the allocation was compared with nothing")
-        measurement = self._measurement(self.held_out)
+        measurement = self._measurement(self.samples.held_out)
         others = [one for one in (programme if candidate is not programme else None, uniform) if one is not None]
         summed, *sums = self._sums(measurement, [candidate, *others])
         costs = [self.trial.additivity(measurement, *pair, stay=False) for pair in zip(others, sums, strict=True)]
@@ -441,7 +420,7 @@ class Planner:
         passes alone or by the clock, longer than ``minutes``. A note names the first.
         """
         seconds = measurement.seconds_of_singles(self.groups) / self.processes.size
-        limit, sums = 60 * self.minutes, [math.nan] * len(allocations)
+        limit, sums = 60 * self.config.minutes, [math.nan] * len(allocations)
         until = time.monotonic() + limit
         for number, allocation in enumerate(allocations):
             # by the clock of the first process
@@ -453,7 +432,7 @@ class Planner:
         if math.isnan(sums[0]):
             self.notes.append(
                 "whether distortions add up was not measured: to prune matrices one by one on held-out data takes "
-                f"longer than {self.minutes:g} minutes"
+                f"longer than {self.config.minutes:g} minutes"
             )
         return sums
 

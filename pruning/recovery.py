@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from glob import escape
 from itertools import islice
 from pathlib import Path
@@ -35,96 +35,13 @@ from leanstep.pruning.measure.metrics import (
 )
 from leanstep.pruning.measure.points import Progress
 from leanstep.pruning.recovery_file import RecoveryFile
-from leanstep.pruning.result import finite_values
+from leanstep.pruning.result import Recovery, RecoveryResult
 from leanstep.pruning.score.targets import Target, find_targets, some
 
 # logits of one pass, which take 4 bytes each, four times
 _TOGETHER = 1 << 26
 # part of the steps in which the learning rate rises
 _WARM_UP = 0.1
-
-
-@dataclass(frozen=True)
-class Recovery:
-    """Settings of :func:`recover`.
-
-    Attributes:
-        steps: number of updates.
-        lr: root mean square of an entry's change in a step, of all entries of a matrix, zeros among them; None: 3e-4,
-            with ``rank`` 3e-3. Its factor rises in the first tenth of the steps, times a cosine that falls to 0 from
-            the first step on, so that its highest value is about 0.98.
-        rank: train LoRA factors of this rank in place of the weights of linear layers, and merge them; None: the
-            weights. Other matrices, such as the experts in one parameter, are not trained then, which a note says.
-        batch_size: samples of a step.
-        distill: train on the dense model's outputs; False: on the data's next tokens. None: as memory allows, where a
-            folder is recovered; else as a teacher is given.
-        seed: of the order of the samples, and of the factors.
-
-    Raises:
-        ValueError: for a number that is not positive, or not whole, other than ``lr``.
-    """
-
-    steps: int
-    lr: float | None = None
-    rank: int | None = None
-    batch_size: int = 8
-    distill: bool | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        positive = {"steps": self.steps, "lr": self.step_size, "rank": self.rank or 1, "batch_size": self.batch_size}
-        if self.rank == 0 or not all(value > 0 and math.isfinite(value) for value in positive.values()):
-            given = ", ".join(f"{name}={getattr(self, name)}" for name in positive)
-            raise ValueError(f"recovery takes positive steps, lr, rank and batch_size, got {given}")
-        for name in ("steps", "rank", "batch_size", "seed"):
-            value = getattr(self, name)
-            if not isinstance(value, int | None):
-                raise ValueError(f"recovery takes a whole number as {name}, such as 100, got {value!r}")
-
-    @property
-    def step_size(self) -> float:
-        """The learning rate, with the default filled in."""
-        return (3e-4 if self.rank is None else 3e-3) if self.lr is None else self.lr
-
-
-@dataclass(frozen=True)
-class RecoveryResult:
-    """The result of :func:`recover`.
-
-    Attributes:
-        settings: with defaults filled in.
-        losses: mean training loss of every step: KL from the dense model in nats per token, or the cross-entropy.
-        metric: of ``before`` and ``after``: ``kl`` or ``cross_entropy``.
-        before, after: mean on held-out data, and its standard error, of the pruned and of the trained model; None
-            without such data.
-        applied: whether the trained weights were taken. False: they were no better on held-out data, and the pruned
-            ones are back.
-        perplexity: of the model in the end on held-out sequences; None where it was not measured.
-        notes: remarks for the reader, in sentences.
-    """
-
-    settings: Recovery
-    losses: tuple[float, ...]
-    metric: str
-    before: Distortion | None = None
-    after: Distortion | None = None
-    applied: bool = True
-    perplexity: float | None = None
-    notes: list[str] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; None for what is not finite, as a standard error of one sample."""
-
-        def plain(cost: Distortion | None) -> dict[str, float | None] | None:
-            if cost is None:
-                return None
-            return {name: value if math.isfinite(value) else None for name, value in cost._asdict().items()}
-
-        return finite_values(asdict(self)) | {
-            "before": plain(self.before),
-            "after": plain(self.after),
-            "losses": list(self.losses),
-        }
 
 
 def recover(

@@ -14,6 +14,7 @@ from leanstep._arguments import OneLineParser, add_device, new_folder, positive,
 from leanstep._files import find_model_folder, one_line, restore_alone
 from leanstep._memory import peak_process_memory
 from leanstep._process import InterruptibleStart, allowed_memory, lacks_memory
+from leanstep.pruning.config import PruneConfig
 from leanstep.recipes.prune_output import OUT_OF_MEMORY, ProgressBar, estimate_lines, recovery_lines, shown, summary_of
 from leanstep.recipes.training.formatting import format_duration
 
@@ -29,12 +30,6 @@ __all__ = ["main"]
 _SAME_SPARSITY = 0.02
 # sequences or images that judge exchanges
 _REFINE_SAMPLES = 32
-# options that are arguments of prune() of the same name
-_SETTINGS = (
-    *("sparsity", "allocation", "score", "pattern", "metric", "granularity", "correction", "levels"),
-    *("include", "exclude", "batch_size", "curves", "curve_score", "minutes", "inputs", "products"),
-)
-_SCORES = ("magnitude", "wanda", "sparsegpt", "alps", "mfac")
 _Group = argparse._ArgumentGroup
 _OPTIONS = {"data.val_path": "--data", "data.text_key": "--text-key", "seq_len": "--seq-len", "samples": "--samples"}
 # options of --data
@@ -66,7 +61,7 @@ def _run(options: argparse.Namespace) -> int:
             return _dry_run(options)
         with ProgressBar(shown=rank == 0) as bar:
             with InterruptibleStart():
-                import leanstep.pruning  # noqa: F401
+                import leanstep.pruning.public  # noqa: F401
             options.checkpoint = _model_folder(options.checkpoint)
             result = _prune(options, bar)
     except (ValueError, ImportError, OSError, RuntimeError, MemoryError) as error:
@@ -139,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     _folder_options(parser)
     _data_options(parser.add_argument_group("calibration data"))
     _allocation_options(parser.add_argument_group("how far each matrix is pruned"))
-    _weight_options(parser.add_argument_group("which weights are pruned"))
+    PruneConfig.add_options(parser.add_argument_group("which weights are pruned"), "weights")
     _afterwards_options(parser.add_argument_group("recovery and evaluation"))
     _resource_options(parser.add_argument_group("memory, time and output"))
     return parser
@@ -149,7 +144,7 @@ def _folder_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="a Hugging Face folder, or the name of a model on the hub")
     add("--out", required=True, type=new_folder, metavar="DIR", help="the folder to create")
-    add("--sparsity", type=float, metavar="S", help="fraction of zeros over all pruned matrices, such as 0.6")
+    PruneConfig.add_options(parser, "")
 
 
 def _data_options(group: _Group) -> None:
@@ -170,48 +165,11 @@ def _data_options(group: _Group) -> None:
 
 def _allocation_options(group: _Group) -> None:
     add = group.add_argument
-    add(
-        "--allocation",
-        default="dp",
-        choices=("dp", "uniform", "global", "lamp", "erk", "owl", "atp"),
-        help="rule for the sparsity of each matrix; default dp, by dynamic programming on curves",
-    )
-    add(
-        "--budget",
-        default="params",
-        choices=("params", "flops", "bytes", "latency"),
-        help="unit of --sparsity, the fraction to remove: weights (default), operations, bytes, or seconds",
-    )
+    PruneConfig.add_options(group, "allocation")
     add("--latency-table", metavar="FILE", help="JSON: seconds of every matrix at some sparsities")
-    add("--granularity", default="matrix", choices=("matrix", "role", "block"), help="matrices that share a level")
-    add("--levels", type=_levels, metavar="S,S,...", help="sparsities to measure; default: a grid around --sparsity")
-    add("--metric", metavar="NAME", help="kl (default for language models), kl_topk or mse_logits")
-    add(
-        "--curves",
-        choices=("measured", "fisher", "anchored"),
-        help="measured; to second order, in the time of a few passes; or that, scaled to a few measurements. Default: "
-        "measured where that takes less than --minutes, else anchored",
-    )
-    add("--curve-score", choices=_SCORES, help="score of curves, slopes of atp and --refine; default: --score")
-    add("--minutes", type=float, default=30.0, metavar="M", help="time for measurements, besides Fisher's; default 30")
-    add("--correction", default="none", choices=("none", "relinearise"), help="for curves that do not add up")
     add("--refine", type=float, metavar="MINUTES", help="search from the allocation on joint distortion, for this long")
     add("--refine-evaluations", type=int, metavar="N", help="search by at most N exchanges, in place of a time")
     add("--refine-samples", type=int, metavar="N", help="sequences or images that judge exchanges; default 32")
-
-
-def _weight_options(group: _Group) -> None:
-    add = group.add_argument
-    add("--score", default="wanda", choices=_SCORES, help="which weights of a matrix become zero; default wanda")
-    add("--pattern", default="unstructured", metavar="unstructured|N:M", help="N:8: n of 8 by matrix; or 2:4 for all")
-    add(
-        "--inputs",
-        default="pruned",
-        choices=("pruned", "dense"),
-        help="prune a block on the inputs that the pruned blocks before it produce (default), or on the dense model's",
-    )
-    add("--include", action="append", metavar="NAMES", help="wildcards over parameter names: prune these only")
-    add("--exclude", action="append", default=[], metavar="NAMES", help="wildcards: leave these out")
 
 
 def _afterwards_options(group: _Group) -> None:
@@ -229,15 +187,8 @@ def _afterwards_options(group: _Group) -> None:
 
 def _resource_options(group: _Group) -> None:
     add = group.add_argument
-    add("--batch-size", type=int, default=8, metavar="N", help="sequences or images at once; default 8")
+    PruneConfig.add_options(group, "resources")
     add_device(group)
-    add(
-        "--products",
-        default="auto",
-        choices=("auto", "stored", "bf16"),
-        help="dtype of the model's products: that of the weights, or bf16; auto (default): the first, unless this CPU "
-        "is slow in it, as most are in fp16",
-    )
     add(
         "--nproc",
         type=positive,
@@ -256,23 +207,14 @@ def _resource_options(group: _Group) -> None:
     add("--json", action="store_true", help="print one JSON object")
 
 
-def _levels(text: str) -> tuple[float, ...]:
-    try:
-        levels = tuple(float(number) for number in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected sparsities with commas between them, got {text!r}") from None
-    if not all(0 < level < 1 for level in levels):
-        raise argparse.ArgumentTypeError(f"levels are above 0, which is always one, and below 1, got {text!r}")
-    return levels
-
-
-def _settings(options: argparse.Namespace) -> dict[str, Any]:
+def _config(options: argparse.Namespace) -> PruneConfig:
+    """The settings of ``prune`` among the options."""
     from leanstep.pruning import LatencyTable
 
     if (options.budget == "latency") != (options.latency_table is not None):
         raise ValueError("--budget latency goes with a --latency-table FILE, and no other budget does")
     budget = options.budget if options.latency_table is None else LatencyTable.read(options.latency_table)
-    return {name: getattr(options, name) for name in _SETTINGS} | {"budget": budget}
+    return PruneConfig.of_options(options, budget=budget, refine=_refinement(options))
 
 
 def _prune(options: argparse.Namespace, bar: ProgressBar) -> "PruneResult | RecoveryResult | None":
@@ -280,7 +222,7 @@ def _prune(options: argparse.Namespace, bar: ProgressBar) -> "PruneResult | Reco
     from leanstep._processes import Processes
     from leanstep.pruning import prune_checkpoint, recover_checkpoint
 
-    settings, recovery, refine = _settings(options), _recovery(options), _refinement(options)
+    config, recovery = _config(options), _recovery(options)
     processes = Processes.from_environment()
     processes.from_first(lambda: restore_alone(options.out))
     if options.nproc not in (1, processes.size):
@@ -288,8 +230,8 @@ def _prune(options: argparse.Namespace, bar: ProgressBar) -> "PruneResult | Reco
     device = _device(options.device, processes)
     data = _data(options)
     judging = data.pop("judging", None)
-    if refine is not None and judging is not None:
-        refine = replace(refine, data=judging)
+    if config.refine is not None and judging is not None:
+        config = replace(config, refine=replace(config.refine, data=judging))
     if recovery is not None and options.resume and processes.from_first(options.out.exists):
         if not processes.is_first:
             return None
@@ -306,15 +248,14 @@ def _prune(options: argparse.Namespace, bar: ProgressBar) -> "PruneResult | Reco
     return prune_checkpoint(
         options.checkpoint,
         options.out,
+        config=config,
         evaluate=options.eval,
         resume=options.resume,
         device=device,
         progress=bar,
         processes=processes,
         recovery=recovery,
-        refine=refine,
         activations=options.activations,
-        **settings,
         **data,
     )
 
@@ -347,7 +288,6 @@ def _dry_run(options: argparse.Namespace) -> int:
 
     from leanstep._checkpoint import check_apart, check_new
     from leanstep.pruning import Workload, estimate_pruning
-    from leanstep.pruning.choices import check_choices
     from leanstep.pruning.folder.checkpoint import check_files
     from leanstep.pruning.folder.files import open_checkpoint
     from leanstep.pruning.folder.run import check_device, check_run
@@ -355,34 +295,29 @@ def _dry_run(options: argparse.Namespace) -> int:
     from leanstep.recipes.evaluate import find_device
 
     options.checkpoint = _model_folder(options.checkpoint)
-    settings, recovery, refine = _settings(options), _recovery(options), _refinement(options)
-    check_choices(data=options.data or "chosen later", refine=refine, **settings)
+    config, recovery = _config(options), _recovery(options)
+    config.check(has_data=True)
     device = str(find_device(None)) if options.device is None else options.device
     check_device(device)
     if recovery is not None and options.resume and options.out.exists():
         _refuse_other_settings(options)
     else:
         check_new(options.out)
-        check_files(options.out, options.resume, refine=refine is not None, **settings)
+        check_files(options.out, options.resume, config)
     check_apart(options.out, (checkpoint := open_checkpoint(options.checkpoint)).folder)
     data = _data(options).get("data")
-    check_run(checkpoint, data, recovery=recovery, evaluate=options.eval, settings=settings)
+    check_run(checkpoint, data, config, recovery=recovery, evaluate=options.eval)
     tokens = options.seq_len
     if isinstance(data, CalibrationText):
-        tokens = sequences_of(checkpoint, data, refine=refine is not None)[0].shape[1]
-    names = (
-        *("samples", "held_out", "batch_size", "allocation", "score", "metric", "curves", "minutes", "granularity"),
-        *("products", "pattern", "correction", "curve_score", "inputs"),
-    )
+        tokens = sequences_of(checkpoint, data, refine=config.refine is not None)[0].shape[1]
     workload = Workload(
-        **{name: getattr(options, name) for name in (*names, "activations")},
+        config,
+        samples=options.samples,
         curve_samples=options.curve_samples,
+        held_out=options.held_out,
         tokens=tokens,
-        levels=None if options.levels is None else len(options.levels),
-        sparsity=0.5 if options.sparsity is None else options.sparsity,
-        refine_samples=0 if refine is None else _refine_samples(options),
-        refine_minutes=options.refine,
-        refine_evaluations=options.refine_evaluations,
+        activations=options.activations,
+        refine_samples=0 if config.refine is None else _refine_samples(options),
         processes=options.nproc,
         device=device,
     )

@@ -168,7 +168,6 @@ def _check(
 
 
 def _bounds(layers: Sequence[Layer], at_most: Mapping[str, int] | None) -> dict[str, int]:
-    """Most weights of each layer."""
     upper = {layer.name: min(layer.numel, (at_most or {}).get(layer.name, layer.numel)) for layer in layers}
     negative = [name for name, count in upper.items() if count < 0]
     if negative:

@@ -173,7 +173,6 @@ class SearchFile:
 
 
 def _descent(state: Mapping[str, Any]) -> Descent:
-    """Check a stored state."""
     points, last = [tuple(point) for point in state["points"]], dict(state.get("last", {}))
     counts, whole = dict(state["counts"]), (state["evaluations"], state["round_"], state["position"])
     numbers = [state["seconds"], state["passes"], *(value for point in points for value in point[:3])]
@@ -264,7 +263,6 @@ class _Search:
         return descent
 
     def _judge(self, counts: Counts) -> bool:
-        """Judge one exchange; returns whether it is accepted."""
         descent, judge = self.descent, self.judge
         judge.judge(counts, self.space.patterns(counts), self.settings.noise)
         descent.evaluations += 1

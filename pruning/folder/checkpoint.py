@@ -19,7 +19,7 @@ from leanstep._checkpoint import TensorFile, checked_file, copy_other_files
 from leanstep._files import format_bytes, is_disk_full, remove_partials
 from leanstep._mapped import MappedParameters, ResidentSet, is_mapped, release_pages, tensors_hash
 from leanstep._safetensors import tensor_offsets
-from leanstep.pruning.choices import fixed_pattern
+from leanstep.pruning.config import PruneConfig
 from leanstep.pruning.folder.files import INDEX, Checkpoint, written_name
 from leanstep.pruning.folder.loading import stored_names
 from leanstep.pruning.result import PruneResult
@@ -229,7 +229,6 @@ def stored_hash(checkpoint: Checkpoint) -> str:
 
 
 def _stored(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
-    """Name and values of all stored tensors, by name."""
     files = {name: file for file, names in checkpoint.files.items() for name in names}
     pickled = {file: checkpoint.read(file)[0] for file in checkpoint.files if file.endswith(".bin")}
     for name in sorted(files):
@@ -288,21 +287,12 @@ def bytes_in_files(model: nn.Module, mapped: MappedParameters) -> int:
     return sum(p.nbytes for name, p in model.named_parameters() if name in mapped.names or is_mapped(p))
 
 
-def check_files(
-    out: Path,
-    resume: bool,
-    *,
-    allocation: str = "dp",
-    pattern: str = "unstructured",
-    curves: Any = None,
-    refine: bool = False,
-    **_: Any,
-) -> None:
+def check_files(out: Path, resume: bool, config: PruneConfig) -> None:
     """Raise ValueError for files of an interrupted run that is not to be resumed, or that the run would not read."""
     partial, search = search_files(out)
-    measures = allocation == "dp" and not fixed_pattern(pattern) and not isinstance(curves, Mapping)
+    measures = config.method == "dp" and config.given_curves is None
     unread = [] if measures else [(partial, "curves", "allocation='dp'")]
-    unread += [] if refine else [(search, "a search", "refine")]
+    unread += [] if config.refine is not None else [(search, "a search", "refine")]
     for file, content_of, setting in unread:
         if resume and file.exists():
             raise ValueError(

@@ -14,15 +14,14 @@ import psutil
 import torch
 
 from leanstep.pruning.allocate.closed_form import atp_betas_tried
-from leanstep.pruning.folder.fisher_size import FisherSize
+from leanstep.pruning.folder.workload import Workload
 from leanstep.pruning.measure.curves import level_grid, nm_level_count
-from leanstep.pruning.measure.fisher import ROWS
+from leanstep.pruning.measure.fisher import ROWS, FisherCost
 from leanstep.pruning.measure.metrics import kl_divergence
 from leanstep.pruning.score.base import FISHER_SCORES, NEEDS, UPDATES_WEIGHTS, has_statistics
 from leanstep.pruning.score.scores import layer_pruner
 
 if TYPE_CHECKING:
-    from leanstep.pruning.folder.estimate import Workload
     from leanstep.pruning.recovery import Recovery
 
 # forward passes that a pass of Fisher curves is worth: one, and two times two from the first block of a portion on
@@ -111,7 +110,7 @@ class Sizes:
     outputs: int
     tokens: int
     size: int
-    fisher: FisherSize | None = None
+    fisher: FisherCost | None = None
 
 
 class _ScoreTime(NamedTuple):
@@ -127,8 +126,8 @@ class Duration:
 
     def __init__(self, sizes: Sizes, workload: Workload, rates: Rates) -> None:
         self._sizes, self._workload, self._rates = sizes, workload, rates
-        of_curves = workload.of_curves
-        self._final, self._planned = self._of_score(workload.score), self._of_score(of_curves)
+        of_curves = workload.config.planning_score
+        self._final, self._planned = self._of_score(workload.config.score), self._of_score(of_curves)
         self._fisher = self._of_score(FISHER_SCORES.get(of_curves, of_curves))
         self.passes = 0.0
         self.curves = ""
@@ -153,7 +152,7 @@ class Duration:
     def _pass(self, samples: float, *, compared: bool = False, batch_size: int | None = None) -> float:
         """Of a pass of samples through all blocks."""
         sizes, rates = self._sizes, self._rates
-        batches = samples / min(batch_size or self._workload.batch_size, max(samples, 1))
+        batches = samples / min(batch_size or self._workload.config.batch_size, max(samples, 1))
         seconds = 2 * sizes.active * sizes.tokens * samples * rates.operation
         seconds += batches * (_BLOCK_CALLS * sizes.blocks + _OTHER_CALLS) * rates.call
         return seconds + (samples * sizes.tokens * sizes.outputs * rates.logit if compared else 0.0)
@@ -169,28 +168,28 @@ class Duration:
             "search of the cut points": 4 * self._pass(1),
             "statistics and pruning": self._final.prune,
         }
-        self.passes = 4 + 2 * workload.samples / workload.batch_size
-        if has_statistics(workload.allocation, "magnitude"):
+        self.passes = 4 + 2 * workload.samples / workload.config.batch_size
+        if has_statistics(workload.config.allocation, "magnitude"):
             # every process scores all matrices
             every = workload.processes * (self._final.prune - self._final.statistics)
             seconds["outliers"] = self._pass(workload.samples) / workload.processes + every
-        groups = blocks if workload.granularity == "block" else len(sizes.matrices)
-        if workload.method == "dp":
+        groups = blocks if workload.config.granularity == "block" else len(sizes.matrices)
+        if workload.config.method == "dp":
             self._add_curves(seconds, groups)
-        if workload.method == "atp":
+        if workload.config.method == "atp":
             slopes = len(atp_betas_tried(workload.sparsity, max(2, blocks)))
             joint = self._pass(workload.curve_samples, compared=True)
             seconds[f"slopes of ATP, {slopes}"] = 2 * joint + slopes * (self._planned.prune + joint)
-            self.passes += slopes * 2 * workload.samples / workload.batch_size
+            self.passes += slopes * 2 * workload.samples / workload.config.batch_size
         if workload.refine_samples:
             seconds["search"] = self._search()
         if workload.held_out:
-            allocations = (2 if workload.method == "dp" else 1) + bool(workload.refine_samples)
+            allocations = (2 if workload.config.method == "dp" else 1) + bool(workload.refine_samples)
             once = self._pass(workload.held_out, compared=True)
             # from each block on to check the cache, which every process does, and with each matrix pruned
             single = (blocks / 2 + groups / 2 / workload.processes) * once + self._final.prune
             # single matrices are pruned only within the minutes
-            alone = int(min(allocations, 60 * workload.minutes / single)) if single else allocations
+            alone = int(min(allocations, 60 * workload.config.minutes / single)) if single else allocations
             # the dense outputs, whether they are reproducible, and those of each allocation
             together = (2 + allocations) * once + allocations * self._final.prune
             seconds["comparison on held-out data"] = together + alone * single
@@ -200,9 +199,9 @@ class Duration:
     def _levels(self) -> int:
         """Pruned levels of a curve."""
         workload = self._workload
-        if workload.pattern != "unstructured":
-            return nm_level_count(int(workload.pattern.partition(":")[2])) - 1
-        return workload.levels or len(level_grid(10**6, workload.sparsity)) - 1
+        if workload.config.pattern != "unstructured":
+            return nm_level_count(int(workload.config.pattern.partition(":")[2])) - 1
+        return len(workload.config.levels or level_grid(10**6, workload.sparsity)[1:])
 
     def _add_curves(self, seconds: dict[str, float], groups: int) -> None:
         sizes, workload, levels = self._sizes, self._workload, self._levels()
@@ -219,16 +218,16 @@ class Duration:
             drawn = min(ROWS, workload.curve_samples * sizes.tokens)
             second_order += 2 * drawn * levels * weights * self._rates.operation / number
         fisher = self._fisher.prune + levels * self._fisher.level / number + second_order
-        limit = 60 * workload.minutes
+        limit = 60 * workload.config.minutes
         # as the run decides, by the passes, and by the levels of scores that update weights
-        levels_of_score = levels * self._planned.level if workload.of_curves in UPDATES_WEIGHTS else 0.0
+        levels_of_score = levels * self._planned.level if workload.config.planning_score in UPDATES_WEIGHTS else 0.0
         fits = points + levels_of_score <= limit * number
-        self.curves = use = workload.curves or ("measured" if fits else "anchored")
+        self.curves = use = workload.config.curve_method or ("measured" if fits else "anchored")
         measured = prepared + points / number
         anchored = fisher + min(limit, measured)
         seconds[f"curves, {use}"] = {"measured": measured, "fisher": fisher}.get(use, anchored)
         self.passes += groups * levels / 2 if use == "measured" else 0
-        if workload.correction != "none":
+        if workload.config.correction != "none":
             # the joint distortion; then twice: statistics of all matrices, and points with the dense one, or curves to
             # second order with a gradient of all matrices and the passes of a judge; and the joint distortion again
             planned = self._planned
@@ -263,8 +262,9 @@ class Duration:
         # the result is pruned anew and measured
         start += self._final.prune + judging
         # an exchange takes half of a pass, from the first changed block on
-        limits = [
-            *([] if workload.refine_minutes is None else [60 * workload.refine_minutes]),
-            *([] if workload.refine_evaluations is None else [workload.refine_evaluations * judging / 2]),
-        ]
+        settings, limits = workload.config.refine, list[float]()
+        if settings is not None and settings.minutes is not None:
+            limits.append(60 * settings.minutes)
+        if settings is not None and settings.evaluations is not None:
+            limits.append(settings.evaluations * judging / 2)
         return start + min(limits, default=0.0)

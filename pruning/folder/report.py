@@ -77,7 +77,6 @@ def _lead(content: Mapping[str, Any]) -> str:
 
 
 def _numbers(content: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Name, value and note of each tile."""
     numbers = [("Sparsity", f"{content['sparsity']:.4f}", "of the pruned matrices")]
     budget = content.get("budget") or {}
     if budget:
@@ -160,7 +159,6 @@ def _recovery(content: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _recovery_chart(content: Mapping[str, Any]) -> str:
-    """Training loss of recovery over its steps."""
     losses = (content.get("recovery") or {}).get("losses") or []
     if not losses:
         return ""

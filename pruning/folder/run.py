@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,15 +16,8 @@ from leanstep._files import alone, output_folder, restore_replaced
 from leanstep._mapped import RESIDENT, CopiesInFiles, ResidentSet, Scratch
 from leanstep._processes import Processes
 from leanstep._version import __version__
-from leanstep.pruning.allocate.descent import Refinement
 from leanstep.pruning.allocate.knapsack import InfeasibleBudget
-from leanstep.pruning.choices import (
-    asked_settings,
-    check_choices,
-    fixed_pattern,
-    levels_asked,
-    sparsity_asked,
-)
+from leanstep.pruning.config import Execution, PruneConfig, read_config, read_fields, takes_fields
 from leanstep.pruning.folder.checkpoint import (
     HELD_OUT,
     SIDECAR,
@@ -44,7 +37,7 @@ from leanstep.pruning.folder.checkpoint import (
     write_report,
     write_weights,
 )
-from leanstep.pruning.folder.estimate import MEASURED, files_of_search
+from leanstep.pruning.folder.estimate import files_of_search
 from leanstep.pruning.folder.files import (
     DTYPES,
     EXPERT_COPIES,
@@ -72,22 +65,63 @@ ACTIVATIONS = ("memory", "disk")
 _UNCHECKED = "the disk space for activations was not checked: the data is batches, not a tensor of samples"
 
 
+@dataclass(frozen=True, kw_only=True)
+class FolderRun:
+    """How :func:`prune_checkpoint` runs.
+
+    Attributes:
+        held_out: as for :func:`prune`; ignored with a :class:`CalibrationText`, which has its own.
+        evaluate: measure perplexity on the held-out sequences before and after.
+        resume: continue an interrupted run: with its curves, from ``OUT.curves.jsonl``, and its search, from
+            ``OUT.refine.json`` or the ``state`` of ``refine``, which stays. If that run had finished ``out``, removes
+            the first two, and raises the error of an ``out`` that exists.
+        device: that computes. On another device than the CPU, a block is copied there while it runs; see
+            :class:`leanstep.pruning.measure.blocks.BlockMover`.
+        progress: as for :func:`prune`; and with the phases of reading and writing, ``perplexity`` and ``recovery``.
+        recovery: train the pruned model on ``data`` after its folder is written, and replace that; see
+            :func:`leanstep.pruning.recover_checkpoint`, which also goes on where a run was interrupted in this.
+        activations: where the activations before a block and the dense outputs are kept, and what a search, a
+            correction of curves and dense inputs need of all matrices: ``memory``, or ``disk``, in files next to
+            ``out``.
+        resident: bytes of weights that stay in memory, and of such files.
+        processes: as for :func:`prune`, on one machine. The first writes ``out`` and recovers the model.
+    """
+
+    held_out: Any = None
+    evaluate: bool = False
+    resume: bool = False
+    device: str | torch.device = "cpu"
+    progress: Progress | None = None
+    recovery: Recovery | None = None
+    activations: str = "memory"
+    resident: int = RESIDENT
+    processes: Processes | None = None
+
+    def check(self, data: Any) -> None:
+        """Raise ValueError for what does not exist, a device that is not here, and recovery without data."""
+        if self.activations not in ACTIVATIONS or self.resident < 0:
+            raise ValueError(
+                f"expected activations of {' or '.join(ACTIVATIONS)} and resident bytes of at least 0, got "
+                f"{self.activations!r} and {self.resident}"
+            )
+        if self.recovery is not None and data is None:
+            raise ValueError("recovery trains on the calibration data: give data")
+        check_device(self.device)
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"the device {str(self.device)!r} is not available: {str(error).splitlines()[0]}"
+            ) from None
+
+
+@takes_fields(FolderRun, PruneConfig)
 def prune_checkpoint(
     source: str | Path,
     out: str | Path,
     data: CalibrationText | Any = None,
-    *,
-    held_out: Any = None,
-    evaluate: bool = False,
-    resume: bool = False,
-    device: str | torch.device = "cpu",
-    progress: Progress | None = None,
-    recovery: Recovery | None = None,
-    refine: Refinement | None = None,
-    activations: str = "memory",
-    resident: int = RESIDENT,
-    processes: Processes | None = None,
-    **settings: Any,
+    config: PruneConfig | None = None,
+    **options: Any,
 ) -> PruneResult:
     """Prune a Hugging Face checkpoint into a new folder of the same files, names and dtypes, with exact zeros.
 
@@ -99,23 +133,10 @@ def prune_checkpoint(
         source: a folder, or the name of a model on the hub.
         out: the folder to create; it must not exist. It appears when all files are written.
         data: a :class:`CalibrationText` for language models, or data as for :func:`prune`.
-        held_out: as for :func:`prune`; ignored with a :class:`CalibrationText`, which has its own.
-        evaluate: measure perplexity on the held-out sequences before and after.
-        resume: continue an interrupted run: with its curves, from ``OUT.curves.jsonl``, and its search, from
-            ``OUT.refine.json`` or the ``state`` of ``refine``, which stays. If that run had finished ``out``, removes
-            the first two, and raises the error of an ``out`` that exists.
-        device: that computes. On another device than the CPU, a block is copied there while it runs; see
-            :class:`leanstep.pruning.measure.blocks.BlockMover`.
-        progress: as for :func:`prune`; and with the phases of reading and writing, ``perplexity`` and ``recovery``.
-        recovery: train the pruned model on ``data`` after its folder is written, and replace that; see
-            :func:`leanstep.pruning.recover_checkpoint`, which also goes on where a run was interrupted in this.
-        refine: as for :func:`prune`. Without data of its own, :attr:`CalibrationText.refine_samples` sequences judge.
-        activations: where the activations before a block and the dense outputs are kept, and what a search, a
-            correction of curves and dense inputs need of all matrices: ``memory``, or ``disk``, in files next to
-            ``out``.
-        resident: bytes of weights that stay in memory, and of such files.
-        processes: as for :func:`prune`, on one machine. The first writes ``out`` and recovers the model.
-        **settings: those of :func:`prune`.
+        config: the settings, as one object.
+        **options: settings by name, the fields of :class:`leanstep.pruning.PruneConfig`, which change those of
+            ``config``; the fields of :class:`leanstep.pruning.folder.run.FolderRun`; and ``curve_data``, ``stored`` as
+            for :func:`prune`. Without data of its own, :attr:`CalibrationText.refine_samples` sequences judge a search.
 
     Raises:
         ValueError: for an incomplete or quantised checkpoint, too little text, contradictory settings, a target out of
@@ -139,41 +160,23 @@ def prune_checkpoint(
         for ``kl`` 4 bytes per token and entry of the vocabulary; three copies of fused experts while it runs. Each of
         several processes takes this memory and disk while it runs.
     """
-    processes = processes or Processes()
-    # an iterator serves once, and these are read again for the report
-    settings |= {name: list(settings[name]) for name in ("include", "exclude") if settings.get(name) is not None}
-    check_choices(data=data, refine=refine, **settings)
-    _check_arguments(data, activations, resident, recovery, device)
+    run, curve_data = read_fields(FolderRun, options), options.pop("curve_data", None)
+    config = read_config("prune_checkpoint", config, options)
+    config.check(has_data=data is not None)
+    run.check(data)
     out = output_folder(out)
     with ExitStack() as stack:
-        processes.from_first(lambda: stack.enter_context(alone(out)))
-        return _prune_into(
-            source, out, data, settings, held_out=held_out, evaluate=evaluate, resume=resume, device=device,
-            progress=progress, recovery=recovery, refine=refine, activations=activations, resident=resident,
-            processes=processes,
-        )  # fmt: skip
+        (run.processes or Processes()).from_first(lambda: stack.enter_context(alone(out)))
+        return _prune_into(source, out, data, curve_data, config, run)
 
 
 def _prune_into(
-    source: str | Path,
-    out: Path,
-    data: Any,
-    settings: dict[str, Any],
-    *,
-    held_out: Any,
-    evaluate: bool,
-    resume: bool,
-    device: str | torch.device,
-    progress: Progress | None,
-    recovery: Recovery | None,
-    refine: Refinement | None,
-    activations: str,
-    resident: int,
-    processes: Processes,
+    source: str | Path, out: Path, data: Any, curve_data: Any, config: PruneConfig, run: FolderRun
 ) -> PruneResult:
     """:func:`prune_checkpoint` after the checks of its arguments, as the only run that writes ``out``."""
+    processes, progress, recovery = run.processes or Processes(), run.progress, run.recovery
     partial, search = search_files(out)
-    processes.from_first(lambda: _check_start(out, resume, refine=refine is not None, **settings))
+    processes.from_first(lambda: _check_start(out, run.resume, config))
     begin(progress, "checkpoint")
     checkpoint = open_checkpoint(source)
     # a copy of the files for each process, and later the state of recovery and its folder
@@ -182,30 +185,31 @@ def _prune_into(
     written += EXPERT_COPIES * fused_bytes(checkpoint) * processes.size
     processes.from_first(lambda: check_output(out, written))
     check_apart(out, checkpoint.folder)
-    if refine is not None and refine.state is None:
-        refine = replace(refine, state=search)
-    several = recovery is not None or moves_blocks(torch.device(device))
+    if config.refine is not None and config.refine.state is None:
+        config = replace(config, refine=replace(config.refine, state=search))
+    several = recovery is not None or moves_blocks(torch.device(run.device))
     if several and not isinstance(data, torch.Tensor | CalibrationText | None):
         data = list(data)
-    check_run(checkpoint, data, recovery=recovery, evaluate=evaluate, settings=settings)
+    check_run(checkpoint, data, config, recovery=recovery, evaluate=run.evaluate)
     begin(progress, "text")
-    calibration = _calibration(checkpoint, data, held_out, refine, settings, several=several or evaluate)
-    if evaluate and calibration.held_out is None:
+    given = _Calibration(data, run.held_out, curve_data, config)
+    calibration = _calibration(checkpoint, given, several=several or run.evaluate)
+    if run.evaluate and calibration.held_out is None:
         raise ValueError("perplexity needs held-out sequences: give a text")
     begin(progress, "checkpoint")
     # experts that transformers joins
-    resident_weights = ResidentSet(resident)
+    resident_weights = ResidentSet(run.resident)
     joined = Scratch(out.absolute().parent, resident_weights)
     with CopiesInFiles(joined):
         model = load_model(checkpoint)
-    names = _prunable_names(model, settings)
+    names = _prunable_names(model, config)
     source_weights, zeros = processes.from_first(lambda: hash_and_zeros(checkpoint, names))
     if zeros:  # else not: counting takes the memory of all weights
-        check_reach(model, settings)
+        check_reach(model, config)
     unchecked = ""
-    if activations == "disk":
+    if run.activations == "disk":
         first = calibration.held_out if calibration.data is None else calibration.data
-        more = files_of_search(checkpoint, model, names, settings, searches=refine is not None)
+        more = files_of_search(checkpoint, model, names, config)
         scratch = scratch_bytes(model, _sequences(calibration), first, more)
         if first is not None and not isinstance(first, torch.Tensor | bool):
             unchecked = _UNCHECKED
@@ -213,7 +217,7 @@ def _prune_into(
     content: dict[str, Any] = {"leanstep": __version__, "source": str(source)}
     content[SOURCE_WEIGHTS] = source_weights
     # as asked for: the allocation that is applied may be another, which the comparison found to be better
-    content["settings"] = asked_settings(settings) | _amounts(data, held_out, settings)
+    content["settings"] = config.recorded() | _amounts(given)
     if calibration.text:
         content["calibration_text"] = calibration.text
     content[HELD_OUT] = held_out_hash(calibration.held_out)
@@ -222,17 +226,15 @@ def _prune_into(
         with CopiesInFiles(joined):
             mapped = map_model(checkpoint, model, folder, resident_weights)
             stored = stored_parameters(checkpoint, model, joined)
-        with _computing_on(device, model, calibration) as notes:
-            result = _pruned(
-                model,
-                calibration,
-                evaluate=evaluate and processes.is_first,
+        with _computing_on(run.device, model, calibration) as notes:
+            execution = Execution(
                 resume=partial,
                 progress=progress,
                 stored=stored,
-                scratch=Scratch(folder, ResidentSet(resident)) if activations == "disk" else None,
+                scratch=Scratch(folder, ResidentSet(run.resident)) if run.activations == "disk" else None,
                 processes=processes,
             )
+            result = _pruned(model, calibration, execution, evaluate=run.evaluate and processes.is_first)
         if not processes.is_first:
             return result
         begin(progress, "writing")
@@ -243,7 +245,7 @@ def _prune_into(
         changed = write_weights(checkpoint, values, folder)
         del values
         mapped.detach()
-        in_files = 0 if moves_blocks(torch.device(device)) else bytes_in_files(model, mapped)
+        in_files = 0 if moves_blocks(torch.device(run.device)) else bytes_in_files(model, mapped)
         copy_others(checkpoint, folder)
         content["tensors"] = tensor_rows(changed, result)
         write_report(content, folder)
@@ -251,14 +253,14 @@ def _prune_into(
     if recovery is not None:
         try:
             result.recovery = recover_model(
-                model.to(device),
+                model.to(run.device),
                 checkpoint,
                 out,
                 calibration.data,
                 recovery,
                 held_out=calibration.held_out,
-                evaluate=evaluate,
-                device=device,
+                evaluate=run.evaluate,
+                device=run.device,
                 progress=progress,
                 in_files=in_files,
             )
@@ -268,7 +270,7 @@ def _prune_into(
 
 
 def check_run(
-    checkpoint: Checkpoint, data: Any, *, recovery: Recovery | None, evaluate: bool, settings: Mapping[str, Any]
+    checkpoint: Checkpoint, data: Any, config: PruneConfig, *, recovery: Recovery | None, evaluate: bool
 ) -> None:
     """Raise ValueError for what a run could not do with a checkpoint. A dry run asks the same.
 
@@ -278,17 +280,16 @@ def check_run(
 
     Args:
         checkpoint: opened.
-        data, recovery, evaluate: as for :func:`prune_checkpoint`.
-        settings: those of :func:`prune`.
+        data, config, recovery, evaluate: as for :func:`prune_checkpoint`.
     """
     try:
         dtype = DTYPES[most_common_dtype(checkpoint)]
     except ValueError:  # files without weights, which loading refuses with the names of those that it expects
         dtype = torch.float32
     model = empty_model_of(checkpoint, dtype)
-    names = _prunable_names(model, settings)
+    names = _prunable_names(model, config)
     try:
-        check_reach(model, settings)
+        check_reach(model, config)
     except InfeasibleBudget:
         if not has_zeros(checkpoint, names):  # which change what is in reach; the weights themselves decide then
             raise
@@ -299,7 +300,7 @@ def check_run(
         first = data[:1]
     else:
         return
-    batch = as_batches(first, model, batch_size=settings.get("batch_size", 8))[0]
+    batch = as_batches(first, model, batch_size=config.batch_size)[0]
     if recovery is not None:
         check_recoverable(model, names, batch, recovery)
     if evaluate and batch.labels is None:
@@ -309,8 +310,8 @@ def check_run(
         )
 
 
-def _prunable_names(model: nn.Module, settings: Mapping[str, Any]) -> list[str]:
-    return list(prunable_names(model, include=settings.get("include"), exclude=settings.get("exclude") or ()))
+def _prunable_names(model: nn.Module, config: PruneConfig) -> list[str]:
+    return list(prunable_names(model, include=config.include, exclude=config.exclude))
 
 
 def _check_reads_text(model: nn.Module, label: str) -> None:
@@ -327,43 +328,15 @@ def _check_reads_text(model: nn.Module, label: str) -> None:
     raise ValueError(f"{kind} takes {name}, and the calibration data is text ({label}); {instead}")
 
 
-def check_reach(model: nn.Module, settings: Mapping[str, Any]) -> None:
+def check_reach(model: nn.Module, config: PruneConfig) -> None:
     """Raise ValueError for a target that a model cannot meet, with its weights or without values.
 
     Left to :func:`prune` are budgets of operations, which a pass over the data counts, and models with convolutions,
     of which it may leave out some.
     """
-    include, exclude = settings.get("include"), settings.get("exclude") or ()
-    targets, budget = empty_targets(model, include=include, exclude=exclude), settings.get("budget")
-    if "flops" in (budget, getattr(budget, "kind", None)) or any(target.layout == "conv" for target in targets):
-        return
-    pattern = settings.get("pattern", "unstructured")
-    check_target(
-        make_groups(targets, settings.get("granularity", "matrix")),
-        method=settings.get("allocation", "dp"),
-        sparsity=sparsity_asked(settings.get("sparsity"), pattern),
-        pattern=pattern,
-        levels=levels_asked(settings.get("levels"), budget, pattern),
-        budget=budget or "params",
-    )
-
-
-def _check_arguments(
-    data: Any, activations: str, resident: int, recovery: Recovery | None, device: str | torch.device
-) -> None:
-    """Raise ValueError for arguments that only :func:`prune_checkpoint` has."""
-    if activations not in ACTIVATIONS or resident < 0:
-        raise ValueError(
-            f"expected activations of {' or '.join(ACTIVATIONS)} and resident bytes of at least 0, got {activations!r} "
-            f"and {resident}"
-        )
-    if recovery is not None and data is None:
-        raise ValueError("recovery trains on the calibration data: give data")
-    check_device(device)
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"the device {str(device)!r} is not available: {str(error).splitlines()[0]}") from None
+    targets = empty_targets(model, include=config.include, exclude=config.exclude)
+    if not config.counts_operations and all(target.layout != "conv" for target in targets):
+        check_target(make_groups(targets, config.granularity), config)
 
 
 def check_device(device: str | torch.device) -> None:
@@ -375,60 +348,57 @@ def check_device(device: str | torch.device) -> None:
         raise ValueError(f"the device {str(device)!r} is not available: {str(error).splitlines()[0]}") from None
 
 
-def _amounts(data: Any, held_out: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """How many samples were asked for, and of a text which; nothing about data whose length is not known."""
-    if isinstance(data, CalibrationText):
-        return {name: getattr(data, name) for name in ("samples", "curve_samples", "held_out", "seq_len", "seed")}
-    given = {"samples": data, "curve_samples": settings.get("curve_data"), "held_out": held_out}
-    return {name: len(value) for name, value in given.items() if isinstance(value, torch.Tensor)}
-
-
-@dataclass
+@dataclass(frozen=True)
 class _Calibration:
-    """Data by use, the other settings of pruning, and a line about the text; "" for other data."""
+    """Data by use, the settings of pruning, and a line about the text; "" for other data."""
 
     data: Any
     held_out: Any
-    refine: Refinement | None
-    settings: dict[str, Any]
+    curve_data: Any
+    config: PruneConfig
     text: str = ""
 
 
-def _calibration(
-    checkpoint: Checkpoint,
-    data: Any,
-    held_out: Any,
-    refine: Refinement | None,
-    settings: dict[str, Any],
-    *,
-    several: bool,
-) -> _Calibration:
+def _amounts(given: _Calibration) -> dict[str, Any]:
+    """How many samples were asked for, and of a text which; nothing about data whose length is not known."""
+    if isinstance(given.data, CalibrationText):
+        return {name: getattr(given.data, name) for name in ("samples", "curve_samples", "held_out", "seq_len", "seed")}
+    tensors = {"samples": given.data, "curve_samples": given.curve_data, "held_out": given.held_out}
+    return {name: len(value) for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+
+
+def _calibration(checkpoint: Checkpoint, given: _Calibration, *, several: bool) -> _Calibration:
     """Draw the sequences of a text; other data is taken as it is, as a list if it is read ``several`` times."""
+    data, refine = given.data, given.config.refine
     if not isinstance(data, CalibrationText):
-        if several and not isinstance(held_out, torch.Tensor | bool | None):
-            held_out = list(held_out)
-        return _Calibration(data, held_out, refine, settings)
+        if several and not isinstance(given.held_out, torch.Tensor | bool | None):
+            return replace(given, held_out=list(given.held_out))
+        return given
     has_judging = refine is None or refine.data is not None
     scores, held_out, judging = sequences_of(checkpoint, data, refine=not has_judging)
+    config = given.config
     if refine is not None and not has_judging:
-        refine = replace(refine, data=judging)
-    settings = {"curve_data": scores[: data.curve_samples], **settings}
+        config = replace(config, refine=replace(refine, data=judging))
+    curve_data = scores[: data.curve_samples] if given.curve_data is None else given.curve_data
     text = f"{data.label}, {len(scores)} x {scores.shape[1]} tokens, seed {data.seed}; curves {data.curve_samples}"
-    return _Calibration(scores, held_out, refine, settings, text)
+    return _Calibration(scores, held_out, curve_data, config, text)
 
 
-def _pruned(
-    model: nn.Module, calibration: _Calibration, *, evaluate: bool, progress: Progress | None, **options: Any
-) -> PruneResult:
-    """Prune a model in place, with its perplexity before and after if asked for."""
+def _pruned(model: nn.Module, calibration: _Calibration, execution: Execution, *, evaluate: bool) -> PruneResult:
     held_out, perplexity = calibration.held_out, dict[str, Any]()
-    with products_in(model, calibration.settings.get("products", "auto")):
+    with products_in(model, calibration.config.products):
         if evaluate:
-            perplexity["before"], perplexity["tokens"] = perplexity_of(model, held_out, progress)
-        settings = calibration.settings | options | {"progress": progress}
-        result = prune(model, calibration.data, held_out=held_out, refine=calibration.refine, **settings)
+            perplexity["before"], perplexity["tokens"] = perplexity_of(model, held_out, execution.progress)
+        result = prune(
+            model,
+            calibration.data,
+            calibration.config,
+            held_out=held_out,
+            curve_data=calibration.curve_data,
+            **vars(execution),
+        )
         if evaluate:
-            perplexity["after"], _ = perplexity_of(model, held_out, progress)
+            perplexity["after"], _ = perplexity_of(model, held_out, execution.progress)
             result.perplexity = perplexity
     return result
 
@@ -450,27 +420,24 @@ def moves_blocks(device: torch.device) -> bool:
 
 
 def _sequences(calibration: _Calibration) -> Sequences:
-    """Numbers of sequences whose activations are stored."""
-    data, settings, refine = calibration.data, calibration.settings, calibration.refine
-    allocation, curves = settings.get("allocation", "dp"), settings.get("curve_data")
-    if allocation not in MEASURED or fixed_pattern(settings.get("pattern", "unstructured")) is not None:
+    data, config, curves = calibration.data, calibration.config, calibration.curve_data
+    if not config.plans:
         curves = None
     elif curves is None:
         curves = data
-    score = settings.get("score", "wanda")
-    planned = [] if curves is None else [settings.get("curve_score") or score]
-    has_scores = has_statistics(allocation, score, *planned)
-    return Sequences.of(has_scores, data, curves, calibration.held_out, None if refine is None else refine.data)
+    has_scores = has_statistics(config.allocation, *config.scores)
+    judging = None if config.refine is None else config.refine.data
+    return Sequences.of(has_scores, data, curves, calibration.held_out, judging)
 
 
-def _check_start(out: Path, resume: bool, **settings: Any) -> None:
+def _check_start(out: Path, resume: bool, config: PruneConfig) -> None:
     """Raise ValueError for a folder that exists, or files of an interrupted run that is not to be resumed."""
     restore_replaced(out)
     if resume and (out / SIDECAR).is_file():
         # the interrupted run had written its folder and was about to remove these
         remove_search_files(out)
     check_output(out)
-    check_files(out, resume, **settings)
+    check_files(out, resume, config)
 
 
 @contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from leanstep.pruning.config import PruneConfig
+from leanstep.pruning.folder.workload import Shapes, Workload
 from leanstep.pruning.score.base import NEEDS
 
 # samples whose gradients score="mfac" collects, and weights in a block of its Fisher matrix
@@ -56,32 +58,24 @@ def statistics_bytes(shape: Shape, scores: Iterable[str], samples: int) -> int:
 
 
 def files_of_all_matrices(
-    matrices: Collection[Shape],
-    score: str,
-    itemsize: int,
-    *,
-    samples: int,
-    searches: bool,
-    corrects: bool,
-    dense_inputs: bool,
+    shapes: Shapes, config: PruneConfig, samples: int, *, searches: bool
 ) -> dict[str, dict[str, int]]:
     """Bytes by phase and use that files hold of all matrices, where activations are in files.
 
     Args:
-        matrices: [out, in] of each.
-        score: of the curves.
-        itemsize: bytes of a weight.
+        shapes: of the model.
+        config: the settings.
         samples: of the calibration data.
-        searches, corrects: whether an allocation is refined, and curves are corrected.
-        dense_inputs: whether no matrix is written before all are pruned.
+        searches: whether an allocation is refined.
     """
-    weights = sum(rows * columns for rows, columns in matrices)
-    statistics = {"statistics of all matrices": sum(statistics_bytes(one, [score], samples) for one in matrices)}
+    matrices, itemsize, scores = shapes.matrices, shapes.itemsize, [config.planning_score]
+    weights = shapes.pruned
+    statistics = {"statistics of all matrices": sum(statistics_bytes(one, scores, samples) for one in matrices)}
     # sums of fp16 gradients are in fp32
     gradients = {"gradients of all matrices": weights * max(4, itemsize)}
-    pruned = {"pruned matrices": weights * itemsize} if dense_inputs else {}
+    pruned = {"pruned matrices": weights * itemsize} if config.inputs == "dense" else {}
     phases = {"comparison": pruned}
-    if corrects:
+    if config.corrects:
         phases["correction"] = {**statistics, **gradients}
     if searches:
         # as many weights are replaced in an exchange at most
@@ -108,34 +102,21 @@ class SearchSize:
     batch_size: int
 
     @classmethod
-    def of(
-        cls,
-        blocks: Sequence[Sequence[Shape]],
-        *,
-        score: str,
-        metric: str | None,
-        judging: int,
-        samples: int,
-        batch_size: int,
-        tokens: int,
-        width: int,
-        outputs: int,
-        itemsize: int,
-        ranked: bool = True,
-        processes: int = 1,
-    ) -> SearchSize:
-        """Of matrices [out, in] by block, in bytes of ``itemsize`` for a value; ``judging`` samples judge."""
-        matrices = [matrix for block in blocks for matrix in block]
-        together = max(1, min(batch_size, judging // 8))
+    def of(cls, shapes: Shapes, workload: Workload, judging: int) -> SearchSize:
+        """Of the matrices of a model; ``judging`` samples judge."""
+        blocks, tokens, itemsize, config = shapes.blocks, shapes.tokens, shapes.itemsize, workload.config
+        width, outputs, samples = shapes.width, shapes.outputs, workload.samples
+        score, ranked = config.planning_score, config.pattern == "unstructured"
+        together = max(1, min(config.batch_size, judging // 8))
         inside = max(sum(columns + 2 * rows for rows, columns in block) for block in blocks)
         # inputs of all blocks, activations of one and their gradients, logits and theirs
         values = together * tokens * (len(blocks) * width + 2 * inside + 3 * outputs)
-        compared = tokens * outputs if metric == "kl_topk" else min(tokens * outputs, _LOGITS_TOGETHER)
+        compared = tokens * outputs if config.metric == "kl_topk" else min(tokens * outputs, _LOGITS_TOGETHER)
         return cls(
-            sum(pruner_bytes(m, score, itemsize, samples=samples, ranked=ranked) for m in matrices),
-            sum(rows * columns for rows, columns in matrices) * (itemsize + max(4, itemsize)),
+            sum(pruner_bytes(m, score, itemsize, samples=samples, ranked=ranked) for m in shapes.matrices),
+            shapes.pruned * (itemsize + max(4, itemsize)),
             itemsize * values + _LOGIT_BYTES * compared,
-            len(blocks) * -(-judging // processes) * tokens * width * itemsize,
+            len(blocks) * -(-judging // workload.processes) * tokens * width * itemsize,
             together,
         )
 

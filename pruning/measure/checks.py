@@ -24,8 +24,6 @@ from leanstep.pruning.score.base import LayerPruner, NonFiniteInputsError
 from leanstep.pruning.score.calibration import Pruners, Pruning, prune_group
 from leanstep.pruning.score.targets import Group, Target
 
-CORRECTIONS = ("none", "relinearise")
-INPUTS = ("pruned", "dense")
 # what other weights [out, in] of some matrices do to the output
 Measure = Callable[[Iterable[tuple[Target, Tensor]]], Distortion]
 
@@ -85,7 +83,6 @@ class Trial:
         allocation: Allocation,
         used: dict[str, LayerPruner] | PrunersInFiles | None,
     ) -> Iterator[list[tuple[Target, Tensor]]]:
-        """The pruned matrices of each group of a block."""
         processes = self.pruning.processes
         share: dict[str, list[Tensor]] = {}
         # pruners are wanted for all matrices: each process makes all of them

@@ -124,7 +124,6 @@ class PartialCurves:
         self.complete = self.complete or bool(complete)
 
     def _take(self, name: str, count: int, mean: float | None, stderr: float) -> None:
-        """Check a point that was read from the file, and add it."""
         point = Distortion(math.nan if mean is None else mean, stderr)
         mean = 0.0 if mean is None else mean
         numbers = all(type(value) in (int, float) and math.isfinite(value) for value in (mean, stderr))

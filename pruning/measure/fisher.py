@@ -16,7 +16,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,14 @@ from leanstep._torch import device_of
 from leanstep.pruning.measure.batches import Batch, without_cache
 from leanstep.pruning.measure.blocks import is_out_of_memory, recomputed_blocks, whole_on_device
 from leanstep.pruning.measure.curves import Curve
-from leanstep.pruning.measure.metrics import Distortion, Metric, summarise, values_of
+from leanstep.pruning.measure.metrics import ROOTS_TOGETHER, Distortion, Metric, summarise, values_of
 from leanstep.pruning.measure.points import Points
 from leanstep.pruning.measure.recording import PairRows, Pairs, Recorder, generator_of, unused
 from leanstep.pruning.score.calibration import Pruning, prune_group
 from leanstep.pruning.score.targets import Group, Target, as_matrix
+
+if TYPE_CHECKING:
+    from leanstep.pruning.folder.workload import Shapes, Workload
 
 # rows of each matrix, over all sequences, whose x and g are stored
 ROWS = 4096
@@ -40,6 +43,8 @@ DRAWS = 2
 SAMPLE_DRAWS = 8
 # most bytes of x and g at once, where those of two stages take less
 COLLECTED_BYTES = 1 << 30
+# bytes of each root that is computed together with others
+_ROOT_BYTES = 30
 
 
 @dataclass
@@ -296,7 +301,6 @@ def _counting(model: nn.Module) -> Iterator[tuple[Counter[nn.Module], dict[nn.Mo
 
 @contextmanager
 def _only_gradients_of(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Context manager: these parameters require gradients, and no others."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         for parameter, _ in before:
@@ -320,3 +324,41 @@ def _orthogonal_directions(roots: Tensor, draws: int, index: int) -> Tensor:
     k = roots.shape[-1]
     gaussian = torch.randn(k, draws, generator=generator_of(index), dtype=torch.float64)
     return (torch.linalg.qr(gaussian).Q.T * k**0.5)[:, None].to(roots)
+
+
+@dataclass(frozen=True)
+class FisherCost:
+    """What :class:`SecondOrder` takes, from shapes alone.
+
+    Attributes:
+        passes: forward and backward passes over the data, one for each portion of the matrices.
+        collected: bytes of x and g, or of the gradients of samples, at the same time.
+        graph: bytes of a pass of one sample.
+    """
+
+    passes: int
+    collected: int
+    graph: int
+
+    @classmethod
+    def of(cls, shapes: Shapes, workload: Workload) -> FisherCost:
+        """Of the matrices of a model, with the data for curves."""
+        blocks, samples, tokens = shapes.blocks, workload.curve_samples, shapes.tokens
+        # another device stores the activations of all blocks
+        recomputed = workload.device == "cpu" and not shapes.one_output
+
+        def values(rows: int, columns: int) -> int:
+            if shapes.one_output:
+                return min(SAMPLE_DRAWS, shapes.outputs) * samples * rows * columns
+            return min(ROWS, samples * tokens) * (columns + DRAWS * rows)
+
+        sizes = [shapes.itemsize * sum(values(*matrix) for matrix in block) for block in blocks]
+        portions = runs_within(sizes, max(COLLECTED_BYTES, 2 * max(sizes)))
+        largest = max(portions, key=lambda portion: sum(sizes[number] for number in portion))
+        collected = sum(sizes[number] for number in largest)
+        inside = max(sum(columns + 2 * rows for rows, columns in block) for block in blocks)
+        gradients = max(sum(rows for number in portion for rows, _ in blocks[number]) for portion in portions)
+        stored = 2 * inside * (1 if recomputed else len(blocks))
+        values_of_pass = tokens * (len(blocks) * shapes.width + stored + gradients * 3 // 2 + 4 * shapes.outputs)
+        graph = shapes.itemsize * values_of_pass + _ROOT_BYTES * min(tokens * shapes.outputs, ROOTS_TOGETHER)
+        return cls(len(portions), collected, graph)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from leanstep._mapped import Scratch, touched
 from leanstep._processes import Processes
 from leanstep.pruning.allocate.allocation import allocate
+from leanstep.pruning.config import Execution, PruneConfig, read_config, read_fields, takes_fields
 from leanstep.pruning.measure.activation_cache import ActivationCache
 from leanstep.pruning.measure.anchored import Solve, curves_within
 from leanstep.pruning.measure.batches import Batch, as_batches, batches_hash, first_samples
@@ -37,30 +38,19 @@ _NOISE = 1e-9
 Stored = Callable[[str], Tensor | None]
 
 
+@takes_fields(Execution, PruneConfig)
 def measure_curves(
     model: nn.Module,
     data: Any,
+    config: PruneConfig | None = None,
     *,
-    sparsity: float = 0.5,
-    score: str = "wanda",
-    pattern: str = "unstructured",
-    metric: str | Metric | None = None,
-    granularity: str = "matrix",
     groups: Sequence[Group] | None = None,
-    levels: Sequence[float] | None = None,
-    score_options: Mapping[str, Any] | None = None,
     score_data: Any = None,
-    batch_size: int = 8,
     prefix_cache: bool = True,
-    resume: str | Path | None = None,
-    progress: Progress | None = None,
     method: str | None = "measured",
-    minutes: float = 30.0,
     solve: Solve | None = None,
-    scratch: str | Path | Scratch | None = None,
-    processes: Processes | None = None,
-    products: str = "auto",
     target: Sequence[Any] = (),
+    **options: Any,
 ) -> dict[str, Curve]:
     """Measure how the model's output changes when one matrix alone is pruned, to each of several levels.
 
@@ -77,38 +67,21 @@ def measure_curves(
     Args:
         model: any module; it is run in eval mode, without gradients.
         data: see :func:`leanstep.pruning.measure.batches.as_batches`; 8 to 32 sequences suffice for language models.
-        sparsity: target of the model; the grid of levels is finest around it.
-        score: ``magnitude``, ``wanda``, ``sparsegpt``, ``alps`` or ``mfac``: how weights are chosen inside a matrix.
-            Fisher curves of ``alps`` are SparseGPT's, which takes a tenth of the time for a level, or less.
-        pattern: ``unstructured``, or ``N:M`` with a number for M, such as ``"N:8"``: levels that keep 2 to 8 of 8.
-        metric: ``kl`` (default for language models), ``kl_topk``, which stores less, or ``mse_logits`` (default for
-            others); or a :class:`leanstep.pruning.measure.metrics.Metric`.
-        granularity: ``matrix``, or ``role`` or ``block`` for groups that share one level and one curve.
+        config: the settings, as one object. Read are ``sparsity`` (None: 0.5), around which the grid of levels is
+            finest, ``score``, ``pattern``, ``metric``, ``granularity``, ``levels``, ``score_options``, ``batch_size``,
+            ``minutes`` and ``products``. Fisher curves of ``alps`` are SparseGPT's, which takes a tenth of the time for
+            a level, or less.
         groups: groups to measure; None: all of :func:`find_targets`, grouped by ``granularity``.
-        levels: sparsities to measure; None: a grid around ``sparsity``.
-        score_options: further arguments of :func:`leanstep.pruning.layer_pruner`.
         score_data: data for the score's statistics; None: ``data``.
-        batch_size: samples per pass, if ``data`` is a tensor.
         prefix_cache: compute the activations before a matrix's block once, not for every level.
-        resume: file to which measured points are appended; points already in it are not measured again. For the same
-            ``sparsity``, what ``minutes`` chose holds: the method, and the samples on which ``anchored`` measures; and
-            after the end of ``anchored`` no point is added.
-            It is locked: of two runs with one file, the second is refused.
-        progress: called with (points measured, points in all, name of the matrix).
         method: ``measured``, ``fisher`` or ``anchored``; None: ``measured`` if that takes less than ``minutes`` by the
             time of one pass and, for scores that update weights, of one block's levels, or for a metric without a root;
             else ``anchored``.
-        minutes: time after the Fisher curves at which ``anchored`` begins no measurement any more. It measures on as
-            many of the first samples as let it measure all matrices in four fifths of that time, with 128 outputs
-            (tokens, or samples of a classifier) or more: shuffle samples whose order means something. See
-            :mod:`leanstep.pruning.measure.sampling`. Curves of matrices that were not reached are scaled as those of
-            the same kind that were, with the median of all.
         solve: curves -> the allocation near which ``anchored`` measures; None: that of :func:`allocate` for
             ``sparsity``.
-        scratch: folder on a disk for the dense outputs and cached activations; None: they are kept in memory.
-        processes: see :func:`leanstep.pruning.prune`. Matrices and levels are spread over them.
-        products: dtype of the model's products; see :func:`leanstep.pruning.prune`.
         target: besides ``sparsity``, what ``solve`` depends on, in plain values: decisions in ``resume`` hold for it.
+        **options: settings by name, which change those of ``config``; and the fields of
+            :class:`leanstep.pruning.Execution`.
 
     Returns:
         name of the matrix or group -> :class:`Curve`, in the order of the targets. Its ``source`` is the method. A
@@ -132,12 +105,17 @@ def measure_curves(
     """
     if method not in (None, *SOURCES):
         raise ValueError(f"method must be one of {', '.join(SOURCES)}, or None; got {method!r}")
-    groups = make_groups(find_targets(model), granularity) if groups is None else list(groups)
-    levels_by_name = levels_of(groups, sparsity, pattern, levels=levels)
+    execution = read_fields(Execution, options)
+    config = read_config("measure_curves", config, options)
+    sparsity = 0.5 if config.sparsity is None else config.sparsity
+    score, metric, minutes, batch_size = config.score, config.metric, config.minutes, config.batch_size
+    groups = make_groups(find_targets(model), config.granularity) if groups is None else list(groups)
+    levels_by_name = levels_of(groups, sparsity, config.pattern, levels=config.levels)
     batches = as_batches(data, model, batch_size=batch_size)
     source = batches if score_data is None else as_batches(score_data, model, batch_size=batch_size, what="score_data")
-    processes, fisher_score = processes or Processes(), FISHER_SCORES.get(score, score)
-    files = Scratch.of(scratch)
+    processes, fisher_score = execution.processes or Processes(), FISHER_SCORES.get(score, score)
+    files, resume, progress = Scratch.of(execution.scratch), execution.resume, execution.progress
+    score_options, products = config.score_options, config.products
     resumed: AbstractContextManager[PartialCurves | None] = nullcontext()
     if resume is not None:
         identity = {
@@ -466,7 +444,6 @@ class WeightSnapshot:
         return as_matrix(value if target.expert is None else value[target.expert], target.layout)
 
     def _original(self, name: str) -> Tensor:
-        """The original values of a parameter."""
         assert self._copies is not None
         value = self._copies.get(name)
         if value is None and self._stored is not None:

@@ -95,7 +95,6 @@ class FisherPruner(LayerPruner):
         return self._updated(nm_obs_mask(self.weight, self._fisher, pattern).mask)
 
     def _updated(self, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """The updated weights, and their mask."""
         flat, remaining = self.weight.to(torch.float64).flatten(), mask.flatten()
         if self._update == "independent":
             flat = flat + self._fisher.solve(torch.where(remaining, 0.0, -flat / self._diagonal))

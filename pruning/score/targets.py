@@ -372,7 +372,6 @@ def _check_weight(name: str, parameter: nn.Parameter) -> None:
 
 
 def _owners(model: nn.Module) -> dict[nn.Parameter, tuple[nn.Module, ...]]:
-    """The modules that own each parameter: several for tied ones."""
     owners: dict[nn.Parameter, tuple[nn.Module, ...]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):

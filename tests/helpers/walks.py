@@ -71,5 +71,5 @@ def import_all() -> None:
 
 
 def files(steps: list[tuple[str, str]]) -> list[str]:
-    """The distinct files of a walk, in the order in which they are entered."""
-    return list(dict.fromkeys(file for file, _ in steps))
+    """The distinct files of a walk, in the order in which they are entered, without those that load public names."""
+    return list(dict.fromkeys(file for file, _ in steps if not file.endswith("__init__.py")))

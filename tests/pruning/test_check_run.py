@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from texts import sentences
 
 from leanstep.cli import main
-from leanstep.pruning import Recovery, find_targets
+from leanstep.pruning import PruneConfig, Recovery, find_targets
 from leanstep.pruning.folder import run
 from leanstep.pruning.folder.files import open_checkpoint
 
@@ -221,4 +221,5 @@ def test_a_model_with_a_loss_passes(name, tmp_path):
     data = images(4) if name in OF_IMAGES else tokens(4)
     recovery = Recovery(2, distill=None if name in ("bert", *OF_IMAGES) else False)
     for one in [recovery] + [replace(recovery, rank=2)] * (name != "resnet"):
-        run.check_run(open_checkpoint(tmp_path / name), data, recovery=one, evaluate=False, settings={"sparsity": 0.5})
+        config = PruneConfig(sparsity=0.5)
+        run.check_run(open_checkpoint(tmp_path / name), data, config, recovery=one, evaluate=False)

@@ -4,22 +4,26 @@ import copy
 import json
 import math
 from collections import OrderedDict
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from pruned_models import images, make_cnn, make_gpt2, make_llama, make_mixtral, tokens
 from torch import nn
 
-from leanstep.pruning import Budget, InfeasibleBudget, Refinement, find_targets, measure_curves, prune
+from leanstep.pruning import Budget, InfeasibleBudget, PruneConfig, Refinement, find_targets, measure_curves, prune
 from leanstep.pruning.allocate.allocation import METHODS as ALLOCATIONS
 from leanstep.pruning.folder.report import report_page
 from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.checks import Trial
 from leanstep.pruning.measure.curve_file import weights_hash
+from leanstep.pruning.measure.curves import SOURCES
 from leanstep.pruning.measure.measure import Measurement
+from leanstep.pruning.measure.metrics import METRICS
+from leanstep.pruning.measure.products import PRODUCTS
 from leanstep.pruning.result import Additivity
-from leanstep.pruning.score.targets import count_uses
+from leanstep.pruning.score.base import NEEDS
+from leanstep.pruning.score.targets import GRANULARITIES, count_uses
 from leanstep.recipes.prune_output import summary_of
 from leanstep.sparsity import is_nm
 
@@ -377,43 +381,38 @@ BAD = {
     "pattern of no weight": ({"pattern": "0:4", "sparsity": None}, "pattern 0:4 has a sparsity of 1, and must lie"),
     "pattern of all": ({"pattern": "4:4", "sparsity": None}, "pattern 4:4 has a sparsity of 0, and must lie"),
     "no weight left": ({"allocation": "uniform", "sparsity": 0.999999999}, "keeps none of the [0-9,]+ weights"),
-    "metric": ({"metric": "accuracy"}, "metric must be one of kl"),
-    "granularity": ({"granularity": "row"}, "granularity must be one of matrix"),
-    "correction": ({"correction": "all"}, "correction must be one of none"),
     "batch size": ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-    "correction of rules": ({"allocation": "erk", "correction": "relinearise"}, "which only allocation='dp' has"),
-    "levels of rules": ({"allocation": "uniform", "levels": [0.5]}, "levels are for allocation='dp' only, got 'unif"),
-    "levels of a mixed pattern": (
-        {"pattern": "N:8", "levels": [0.5]},
-        "pattern N:8 has its own levels, of n weights in each group; leave levels out",
+    "correction of rules": (
+        {"allocation": "erk", "correction": "relinearise"},
+        "correction=.* is for allocation='dp' o",
     ),
+    "levels of rules": ({"allocation": "uniform", "levels": [0.5]}, "levels are for allocation='dp' only, got 'unif"),
     "minutes without data": (
         {"data": None, "score": "magnitude", "allocation": "erk", "minutes": 5},
         "minutes=5 is the time for measurements on data, which is missing",
     ),
-    "granularity of rules": (
-        {"allocation": "uniform", "granularity": "block"},
-        "granularity='block' is for allocation='dp' only, got 'uniform'",
-    ),
     "curves of rules": ({"allocation": "uniform", "curves": {}}, "curves are for allocation='dp' only"),
-    **{
-        f"{name} of a fixed pattern": (
-            {"pattern": "2:4", "sparsity": None, name: value},
-            f"pattern 2:4 is the same for every matrix, so that {name}.* no effect; leave",
-        )
-        for name, value in {
-            "curves": "fisher",
-            "correction": "relinearise",
-            "levels": [0.5],
-            "granularity": "block",
-        }.items()
-    },
+    "curves of a fixed pattern": (
+        {"pattern": "2:4", "sparsity": None, "curves": "fisher"},
+        "pattern 2:4 is the same for every matrix, so that curves='fisher' would have no effect; leave curves out",
+    ),
     "nothing to measure": ({"data": None}, "needs data"),
     "nothing to hold out": ({"data": tokens(1)}, "at least one is held out"),
     "out of reach": ({"pattern": "N:8", "sparsity": 0.9}, "out of reach"),
     "rule": ({"exclude": ["*.ffn.*"]}, "matches no matrix"),
     "no curve": ({"curves": {}}, "needs a curve of every layer, and .* has none"),
 }
+
+
+def test_settings_are_one_object_or_arguments_which_change_it():
+    config = PruneConfig(sparsity=0.5, allocation="erk", score="magnitude")
+    by_name = prune(make_llama(1), sparsity=0.6, allocation="erk", score="magnitude")
+    assert prune(make_llama(1), None, config, sparsity=0.6).to_dict() == by_name.to_dict()
+    with pytest.raises(TypeError, match=r"^prune\(\) got an unexpected keyword argument 'sparsities'"):
+        prune(make_llama(1), tokens(1), sparsities=0.5)
+    choices = {setting.name: setting.metadata["choices"] for setting in fields(config) if setting.metadata}
+    known = {"allocation": ALLOCATIONS, "score": (*NEEDS,), "metric": (*METRICS,), "granularity": GRANULARITIES}
+    assert {**choices, **known, "curves": SOURCES, "curve_score": (*NEEDS,), "products": PRODUCTS} == choices
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -14,7 +14,7 @@ from leanstep.pruning import recovery as recovery_module
 from leanstep.pruning.folder import recovery as folder_recovery
 from leanstep.pruning.folder.files import open_checkpoint
 from leanstep.pruning.folder.loading import load_model
-from leanstep.pruning.folder.recovery_size import recovery_bytes
+from leanstep.pruning.folder.recovery import recovery_bytes
 from leanstep.pruning.recovery_memory import distillation_bytes
 from leanstep.pruning.score.targets import prunable_names
 
