@@ -33,7 +33,7 @@ class CalibratedModel:
     ) -> None:
         from transformers import AutoTokenizer
 
-        from leanstep._mapped import Scratch
+        from leanstep._checkpoint.mapped import Scratch
         from leanstep.pruning import find_targets
         from leanstep.pruning.folder.files import open_checkpoint
         from leanstep.pruning.folder.loading import load_model
@@ -85,7 +85,7 @@ class CalibratedModel:
 
     def cost(self) -> dict[str, float]:
         """Perplexity, and KL divergence to the dense model, of the present weights on the held-out sequences."""
-        from leanstep._mapped import Scratch
+        from leanstep._checkpoint.mapped import Scratch
         from leanstep.pruning.measure.measure import evaluating
         from leanstep.pruning.measure.metrics import cross_entropy_sums, summarise
 

@@ -12,7 +12,6 @@ Import the same objects from :mod:`leanstep.optimizers` and :mod:`leanstep.kerne
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from leanstep import _transformers
 from leanstep._version import __version__
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ __all__ = [
     "use_backend",
 ]
 
-_transformers.register_when_imported()
+import_module("leanstep._checkpoint.transformers").register_when_imported()
 
 _SUBPACKAGES = frozenset({"kernels", "lora", "optimizers", "pruning", "recipes", "sparsity"})
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from leanstep._mapped import Scratch
+    from leanstep._checkpoint.mapped import Scratch
     from leanstep._processes import Processes
     from leanstep.pruning.allocate.budgets import Budget
     from leanstep.pruning.allocate.descent import Refinement

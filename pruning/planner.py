@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from leanstep._mapped import Scratch
+from leanstep._checkpoint.mapped import Scratch
 from leanstep._processes import Processes
 from leanstep.pruning.allocate.allocation import allocate
 from leanstep.pruning.allocate.budgets import BudgetConstraint

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leanstep._checkpoint import load_pickled
+from leanstep._checkpoint.files import load_pickled
 from leanstep._files import one_line, replacing
 from leanstep.pruning.measure.curve_file import check_identity
 

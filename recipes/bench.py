@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from leanstep._arguments import OneLineParser, add_device, positive
-from leanstep._charts import Quantity, bars
 from leanstep._files import find_model_folder, format_bytes, one_line, table_lines, write_text
+from leanstep._pages.charts import Quantity, bars
 from leanstep.recipes.evaluate import find_device
 from leanstep.recipes.generate import open_generator
 from leanstep.recipes.prune_output import ProgressBar, refuse_input

@@ -119,7 +119,7 @@ def _output(result: "PruneResult | RecoveryResult", options: argparse.Namespace)
 
     if isinstance(result, RecoveryResult):
         return json.dumps(result.to_dict()) if options.json else "\n".join(recovery_lines(result))
-    from leanstep._checkpoint import read_json
+    from leanstep._checkpoint.files import read_json
 
     # counted when they were written: to count again would read all weights, and keep them in memory
     layers = read_json(options.out / "sparsity.json")["layers"]
@@ -286,7 +286,7 @@ def _dry_run(options: argparse.Namespace) -> int:
     """Print what the command would take. Returns 2 if that does not fit."""
     from dataclasses import asdict
 
-    from leanstep._checkpoint import check_apart, check_new
+    from leanstep._checkpoint.files import check_apart, check_new
     from leanstep.pruning import Workload, estimate_pruning
     from leanstep.pruning.folder.checkpoint import check_files
     from leanstep.pruning.folder.files import open_checkpoint

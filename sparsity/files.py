@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from leanstep._checkpoint import TensorFile
+from leanstep._checkpoint.files import TensorFile
 from leanstep._files import replacing
 from leanstep.sparsity.inference.manifest import Kind, Manifest, StoredTensor, checksum, parse, read_name, read_section
 from leanstep.sparsity.inference.matrices import Form, compress, smallest_layout

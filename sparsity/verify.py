@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from leanstep._checkpoint import TensorFile, index_files, load_pickled, read_json, reason
+from leanstep._checkpoint.files import TensorFile, index_files, load_pickled, read_json, reason
 from leanstep._files import one_line
 from leanstep.sparsity.files import is_compressed, load_compressed
 from leanstep.sparsity.inference.load import check_declared

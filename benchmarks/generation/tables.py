@@ -9,7 +9,7 @@ from typing import Any
 from common import read_json_lines
 from comparison.tables import markdown, write_block
 
-from leanstep._charts import Quantity, bars
+from leanstep._pages.charts import Quantity, bars
 
 # what the pictures say over the bars; other titles stand as they are
 HEADINGS = {"smollm2": "Generation by SmolLM2-135M", "llama-1b": "Generation by a LLaMA of 1.1B with random weights"}

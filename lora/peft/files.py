@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from leanstep._checkpoint import load_pickled, load_tensors, read_json
+from leanstep._checkpoint.files import load_pickled, load_tensors, read_json
 from leanstep._files import one_line, replacing, write_text
 from leanstep._torch import input_embedding, is_dtensor, output_head, place_like, plain_name, unwrapped, whole_tensor
 from leanstep.lora.apply import (

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from leanstep._checkpoint import unique_names
+from leanstep._checkpoint.files import unique_names
 from leanstep._files import one_line, read_text
 from leanstep.pruning.score.targets import Group
 

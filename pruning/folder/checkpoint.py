@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from leanstep._checkpoint import TensorFile, checked_file, copy_other_files
+from leanstep._checkpoint.files import TensorFile, checked_file, copy_other_files
+from leanstep._checkpoint.mapped import MappedParameters, ResidentSet, is_mapped, release_pages, tensors_hash
+from leanstep._checkpoint.safetensors import tensor_offsets
 from leanstep._files import format_bytes, is_disk_full, remove_partials
-from leanstep._mapped import MappedParameters, ResidentSet, is_mapped, release_pages, tensors_hash
-from leanstep._safetensors import tensor_offsets
 from leanstep.pruning.config import PruneConfig
 from leanstep.pruning.folder.files import INDEX, Checkpoint, written_name
 from leanstep.pruning.folder.loading import stored_names

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanstep._checkpoint import TensorFile, index_files, load_pickled, read_json
-from leanstep._configuration import check_folder
+from leanstep._checkpoint.configuration import check_folder
+from leanstep._checkpoint.files import TensorFile, index_files, load_pickled, read_json
 from leanstep._files import is_folder_name
 
 INDEX = "model.safetensors.index.json"

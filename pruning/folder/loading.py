@@ -18,17 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leanstep._checkpoint import (
+from leanstep._checkpoint.configuration import check_folder, code_files, version_files
+from leanstep._checkpoint.files import (
     TensorFile,
     check_finite,
     load_pickled,
     read_json,
     reason,
 )
-from leanstep._configuration import check_folder, code_files, version_files
+from leanstep._checkpoint.mapped import Scratch, forget_sources, is_mapped, note_use, release_pages
+from leanstep._checkpoint.safetensors import MappedFile
 from leanstep._files import is_folder_name, one_line
-from leanstep._mapped import Scratch, forget_sources, is_mapped, note_use, release_pages
-from leanstep._safetensors import MappedFile
 from leanstep.pruning.folder.files import DTYPE_NAMES, Checkpoint, stored_dtypes
 from leanstep.sparsity.inference.load import check_declared, named_class, nobody_asked
 

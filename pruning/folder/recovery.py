@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from leanstep._checkpoint import check_apart, check_space, new_folder, read_json
+from leanstep._checkpoint.files import check_apart, check_space, new_folder, read_json
 from leanstep._files import alone, one_line, remove_leftovers, remove_partials, restore_replaced
 from leanstep._memory import free_memory
 from leanstep.pruning.folder.checkpoint import (

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from leanstep._charts import COLORS, Series, chart, compact, heat_map
-from leanstep._page import render
+from leanstep._pages.charts import COLORS, Series, chart, compact, heat_map
+from leanstep._pages.page import render
 from leanstep.pruning.allocate.budgets import UNITS
 from leanstep.pruning.score.targets import role_of
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from leanstep._checkpoint import check_apart, check_output, check_space, new_folder
+from leanstep._checkpoint.files import check_apart, check_output, check_space, new_folder
+from leanstep._checkpoint.mapped import RESIDENT, CopiesInFiles, ResidentSet, Scratch
 from leanstep._files import alone, output_folder, restore_replaced
-from leanstep._mapped import RESIDENT, CopiesInFiles, ResidentSet, Scratch
 from leanstep._processes import Processes
 from leanstep._version import __version__
 from leanstep.pruning.allocate.knapsack import InfeasibleBudget

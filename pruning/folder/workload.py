@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from leanstep._mapped import RESIDENT
+from leanstep._checkpoint.mapped import RESIDENT
 from leanstep.pruning.allocate.descent import Refinement
 from leanstep.pruning.config import PruneConfig, read_config
 from leanstep.pruning.folder.files import ITEM_BYTES, Checkpoint, most_common_dtype

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.hooks import RemovableHandle
 
-from leanstep._mapped import FileTensor, Scratch
+from leanstep._checkpoint.mapped import FileTensor, Scratch
 from leanstep._processes import Processes
 from leanstep.pruning.measure.batches import Batch
 from leanstep.pruning.measure.blocks import candidate_blocks, set_forward

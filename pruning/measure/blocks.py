@@ -20,8 +20,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
+from leanstep._checkpoint.mapped import listen, note_use, unlisten
 from leanstep._files import one_line
-from leanstep._mapped import listen, note_use, unlisten
 from leanstep._torch import COMPUTES_ON
 
 # each weight of a block begins at a multiple of this, as in memory of its own
@@ -146,8 +146,8 @@ class BlockMover:
 
     Blocks are those of :func:`candidate_blocks`. While a block's ``forward`` runs, its parameters are copies on the
     device; at any other time they are on the host, where they may be read and written after
-    :func:`leanstep._mapped.touched`, which drops the copy. Buffers, and parameters outside of all blocks, are on the
-    device. A backward pass copies the weights that it needs again.
+    :func:`leanstep._checkpoint.mapped.touched`, which drops the copy. Buffers, and parameters outside of all blocks,
+    are on the device. A backward pass copies the weights that it needs again.
 
     Args:
         model: on the CPU.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanstep._mapped import Scratch
+from leanstep._checkpoint.mapped import Scratch
 from leanstep.pruning.measure.curves import Curve, Levels, counts_and_patterns, curve_of
 from leanstep.pruning.measure.fisher import SecondOrder, portions
 from leanstep.pruning.measure.in_files import PrunersInFiles

@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import nn
 
+from leanstep._checkpoint.mapped import tensors_hash
 from leanstep._files import one_line, open_locked, open_regular, read_text
-from leanstep._mapped import tensors_hash
 from leanstep._processes import Processes
 from leanstep.pruning.measure.curves import SOURCES
 from leanstep.pruning.measure.metrics import Distortion

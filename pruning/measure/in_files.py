@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanstep._mapped import FileTensor, Scratch
+from leanstep._checkpoint.mapped import FileTensor, Scratch
 from leanstep.pruning.measure.measure import WeightSnapshot
 from leanstep.pruning.score.base import LayerPruner, LayerStatistics
 from leanstep.pruning.score.calibration import Pruners, Pruning

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanstep._mapped import Scratch
+from leanstep._checkpoint.mapped import Scratch
 from leanstep._processes import Processes
 from leanstep._torch import device_of
 from leanstep.pruning.measure.activation_cache import BlockCache

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leanstep._mapped import Scratch, touched
+from leanstep._checkpoint.mapped import Scratch, touched
 from leanstep._processes import Processes
 from leanstep.pruning.allocate.allocation import allocate
 from leanstep.pruning.config import Execution, PruneConfig, read_config, read_fields, takes_fields

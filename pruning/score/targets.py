@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leanstep._mapped import touched
+from leanstep._checkpoint.mapped import touched
 from leanstep.optimizers.param_groups import parameter_roles, transposed_parameters
 from leanstep.pruning.measure.batches import Batch
 

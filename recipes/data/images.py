@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from leanstep._checkpoint import load_tensors
+from leanstep._checkpoint.files import load_tensors
 from leanstep.pruning.score.targets import some
 
 

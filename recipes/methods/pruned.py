@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from leanstep._checkpoint import TensorFile, read_json
+from leanstep._checkpoint.files import TensorFile, read_json
 from leanstep.lora import keep_zeros
 from leanstep.lora.layers.linear import LoRALinearLayer
 from leanstep.pruning import MaskKeeper, keep_masks

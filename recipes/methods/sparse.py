@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from leanstep._checkpoint import TensorFile, load_tensors
+from leanstep._checkpoint.files import TensorFile, load_tensors
 from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.training.checkpoint import CheckpointError
 from leanstep.recipes.training.parts import Part

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from leanstep._charts import compact
+from leanstep._pages.charts import compact
 from leanstep.recipes.report.runlog import Run, duration
 
 Points = list[tuple[float, float]]  # (cost, validation loss) of each evaluation, by increasing cost

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from leanstep._charts import Events, Series, chart, compact, heat_map, smooth
+from leanstep._pages.charts import Events, Series, chart, compact, heat_map, smooth
 from leanstep.recipes.report.budgets import peak_memory, validations
 from leanstep.recipes.report.runlog import Run, number
 

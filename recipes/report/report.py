@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from leanstep._charts import COLORS, compact
 from leanstep._files import replacing, table_lines
-from leanstep._page import render
+from leanstep._pages.charts import COLORS, compact
+from leanstep._pages.page import render
 from leanstep.recipes.report.budgets import compare, rows
 from leanstep.recipes.report.charts import curves, layer_map, reported_curves
 from leanstep.recipes.report.runlog import Run, duration, flat, number, read_run

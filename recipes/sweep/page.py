@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from leanstep._charts import COLORS, Events, Series, chart
 from leanstep._files import write_text
-from leanstep._page import render
+from leanstep._pages.charts import COLORS, Events, Series, chart
+from leanstep._pages.page import render
 from leanstep.recipes.report.runlog import number
 from leanstep.recipes.sweep.grid import SEED, Plan
 from leanstep.recipes.sweep.results import Results, Row, as_dict, table

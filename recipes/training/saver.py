@@ -17,7 +17,7 @@ from accelerate.utils import load
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from leanstep._checkpoint import load_tensors
+from leanstep._checkpoint.files import load_tensors
 from leanstep._files import STAGED, format_bytes, free_bytes, one_line, publish_folder, remove
 from leanstep._process import StopFlag
 from leanstep.lora import save_adapter

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from leanstep._checkpoint import TensorFile, check_apart, check_output, copy_other_files, new_folder, read_json
+from leanstep._checkpoint.files import TensorFile, check_apart, check_output, copy_other_files, new_folder, read_json
 from leanstep._files import format_bytes, one_line
 from leanstep.kernels.sparse.linear import why_slower
 from leanstep.sparsity.inference.manifest import Manifest, checksum

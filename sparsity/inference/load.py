@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from leanstep._checkpoint import reason
+from leanstep._checkpoint.files import reason
 from leanstep._files import one_line
 from leanstep.sparsity.inference.export import QUANT_METHOD
 from leanstep.sparsity.inference.linear import why_slow

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from leanstep._checkpoint import unique_names
+from leanstep._checkpoint.files import unique_names
 from leanstep._files import one_line, parse_json
 from leanstep.sparsity.inference.matrices import DTYPE_NAMES, DTYPES, Form, part_name
 

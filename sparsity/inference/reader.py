@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from leanstep._checkpoint import TensorFile, check_finite, index_files, read_json
-from leanstep._configuration import check_folder
+from leanstep._checkpoint.configuration import check_folder
+from leanstep._checkpoint.files import TensorFile, check_finite, index_files, read_json
 from leanstep._files import one_line
 from leanstep.sparsity.inference.manifest import KEY, Manifest
 from leanstep.sparsity.inference.matrices import Form, check_parts, decompress

@@ -22,13 +22,15 @@ ALLOWED_TO_FILE = {"leanstep/cli.py": {"recipes"}, "leanstep/__main__.py": {"cli
 FOLDERS = tuple(ALLOWED)
 # single modules of the import root that others may use
 ROOT_MODULES = {
-    "_version": "version", "__version__": "version", "cli": "cli", "_charts": "page", "_page": "page",
-    "_arguments": "shared", "_checkpoint": "shared", "_configuration": "shared", "_files": "shared", "_heads": "shared",
-    "_mapped": "shared", "_memory": "shared", "_safetensors": "shared",
+    "_version": "version", "__version__": "version", "cli": "cli", "_pages": "page",
+    "_arguments": "shared", "_checkpoint": "shared", "_files": "shared", "_heads": "shared", "_memory": "shared",
     "_process": "shared", "_processes": "shared", "_torch": "shared",
 }  # fmt: skip
-# everything may import these, so they import nothing of the package
-SHARED_FILES = {f"leanstep/{name}.py" for name, target in ROOT_MODULES.items() if target == "shared"}
+# everything may import these, so they import nothing of the package; one waits for transformers to be imported
+_SHARED = {name for name, target in ROOT_MODULES.items() if target == "shared"}
+SHARED_FILES = {f"leanstep/{name}.py" for name in _SHARED - {"_checkpoint"}} | {
+    f"leanstep/_checkpoint/{name}.py" for name in ("configuration", "files", "mapped", "safetensors")
+}
 SHARED_IMPORTS = {"torch", "numpy", "psutil", "safetensors", *sys.stdlib_module_names}
 TRITON_FOLDER = "kernels/triton_impl/"
 

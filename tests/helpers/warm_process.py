@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-from leanstep import _page
+from leanstep._pages import page
 from leanstep.recipes.check.costs import fake_model
 from leanstep.recipes.config.schema import ModelConfig, RunConfig
 from leanstep.recipes.report import report
@@ -18,9 +18,9 @@ HELPERS = str(Path(__file__).parent)
 paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path not in ("", HELPERS)]
 os.environ["PYTHONPATH"] = os.pathsep.join(paths)
 
-for folder in (_page.TEMPLATES, Path(report.__file__).parent / "templates"):
+for folder in (page.TEMPLATES, Path(report.__file__).parent / "templates"):
     for template in folder.glob("*.*"):
-        _page.environment(folder).get_template(template.name)
+        page.environment(folder).get_template(template.name)
 
 get_checkpoint_conversion_mapping("gpt2")
 

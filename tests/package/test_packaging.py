@@ -129,8 +129,9 @@ def test_the_workflow_builds_wheels_for_every_machine_that_has_levels():
 
 
 def folder_of(package: str) -> str:
-    """The folder of a package: leanstep.kernels.nm is kernels/nm."""
-    return package.removeprefix("leanstep.").replace(".", "/")
+    """The folder of a package: leanstep.kernels.nm is kernels/nm, private ones are in leanstep/."""
+    name = package if package.startswith("leanstep._") else package.removeprefix("leanstep.")
+    return name.replace(".", "/")
 
 
 def modules_of(wheel: Path) -> list[str]:

@@ -7,7 +7,7 @@ from pruned_models import images, make_llama, save_model, tokens
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from leanstep._mapped import touched
+from leanstep._checkpoint.mapped import touched
 from leanstep._torch import device_of
 from leanstep.pruning import Refinement, find_targets, prune, prune_checkpoint
 from leanstep.pruning.folder import run

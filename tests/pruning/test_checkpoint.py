@@ -13,7 +13,7 @@ from pruned_models import make_deit, make_gpt2, make_llama, make_mixtral, make_v
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from leanstep._checkpoint import check_output, new_folder
+from leanstep._checkpoint.files import check_output, new_folder
 from leanstep.pruning import Refinement, prune_checkpoint
 from leanstep.pruning.folder.checkpoint import copy_others, write_weights
 from leanstep.pruning.folder.files import open_checkpoint
@@ -146,7 +146,7 @@ def test_a_file_that_the_system_does_not_map_is_not_called_damaged(folder, monke
     def refuse(path, writable):
         raise OSError(12, "Cannot allocate memory")
 
-    monkeypatch.setattr("leanstep._safetensors.map_file", refuse)
+    monkeypatch.setattr("leanstep._checkpoint.safetensors.map_file", refuse)
     checkpoint = open_checkpoint(folder)
     with pytest.raises(ValueError, match="the system maps no file of .* max_shard_size"):
         checkpoint.tensor(*next((file, names[0]) for file, names in checkpoint.files.items()))
@@ -270,7 +270,7 @@ def test_a_disk_that_fills_leaves_nothing(writer, saved, tmp_path, monkeypatch):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from leanstep._checkpoint import new_folder
+from leanstep._checkpoint.files import new_folder
 with new_folder(Path(sys.argv[1])) as folder:
     (folder / "half").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)

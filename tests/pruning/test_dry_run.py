@@ -15,7 +15,7 @@ from pruned_models import images, make_llama, save_model, tokens
 from texts import sentences
 from transformers import LlamaConfig, LlamaForCausalLM, Wav2Vec2Config, Wav2Vec2ForSequenceClassification
 
-from leanstep._mapped import Scratch
+from leanstep._checkpoint.mapped import Scratch
 from leanstep.cli import main
 from leanstep.pruning import Recovery, Refinement, Workload, estimate_pruning, prune_checkpoint
 from leanstep.pruning.folder import estimate as module
@@ -110,7 +110,7 @@ def test_what_does_not_fit_is_refused_with_what_to_do(tmp_path, monkeypatch, cap
 def test_too_little_disk_for_activations_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
     save_model(make("llama"), tmp_path / "in")
     size = open_checkpoint(tmp_path / "in").size
-    monkeypatch.setattr("leanstep._checkpoint.free_bytes", lambda path: size + 1000)
+    monkeypatch.setattr("leanstep._checkpoint.files.free_bytes", lambda path: size + 1000)
     monkeypatch.setattr(run, "prune", lambda *_, **__: pytest.fail("it began"))
     with pytest.raises(ValueError, match="GB free; make room, or name a folder on another disk"):
         prune_checkpoint(tmp_path / "in", tmp_path / "out", tokens(8, 16), sparsity=0.5, activations="disk")

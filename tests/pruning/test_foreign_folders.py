@@ -14,8 +14,8 @@ import transformers
 from pruned_models import make_llama, save_model, save_tokenizer
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
-from leanstep._checkpoint import check_finite
-from leanstep._configuration import check_folder
+from leanstep._checkpoint.configuration import check_folder
+from leanstep._checkpoint.files import check_finite
 from leanstep.cli import main
 from leanstep.pruning import prune_checkpoint
 from leanstep.pruning.folder.checkpoint import copy_others

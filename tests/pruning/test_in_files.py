@@ -4,7 +4,7 @@ import pytest
 import torch
 from pruned_models import make_gpt2, make_llama, make_mixtral, tokens
 
-from leanstep._mapped import Scratch
+from leanstep._checkpoint.mapped import Scratch
 from leanstep.pruning import Refinement, find_targets, prune
 from leanstep.pruning.allocate.allocation import allocate
 from leanstep.pruning.measure.activation_cache import ActivationCache

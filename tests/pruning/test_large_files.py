@@ -14,8 +14,8 @@ from pruned_models import make_llama, save_model, tokens
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
-from leanstep._checkpoint import TensorFile, load_tensors
-from leanstep._mapped import mapped_storage
+from leanstep._checkpoint.files import TensorFile, load_tensors
+from leanstep._checkpoint.mapped import mapped_storage
 from leanstep.pruning.folder.files import open_checkpoint
 from leanstep.pruning.folder.loading import load_model
 

@@ -14,8 +14,8 @@ from pruned_models import images, save_model, tokens
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from leanstep._mapped import CopiesInFiles, FileTensor, ResidentSet, Scratch, forget_sources, is_mapped
-from leanstep._safetensors import MappedFile
+from leanstep._checkpoint.mapped import CopiesInFiles, FileTensor, ResidentSet, Scratch, forget_sources, is_mapped
+from leanstep._checkpoint.safetensors import MappedFile
 from leanstep.pruning import Recovery, prune, prune_checkpoint
 from leanstep.pruning.folder import run
 from leanstep.pruning.folder.checkpoint import map_weights, unmapped_note
@@ -127,7 +127,7 @@ def test_released_pages_keep_what_was_written(tmp_path):
 
 def test_a_resident_set_releases_what_was_used_longest_ago(monkeypatch):
     released = []
-    monkeypatch.setattr("leanstep._mapped.release_pages", lambda address, size: released.append(address))
+    monkeypatch.setattr("leanstep._checkpoint.mapped.release_pages", lambda address, size: released.append(address))
     first, second, third = (torch.zeros(10, dtype=torch.uint8) for _ in range(3))
     resident = ResidentSet(20)
     for tensor in (first, second, first, third):

@@ -466,10 +466,10 @@ def test_without_data_there_is_nothing_to_train_on(base, tmp_path, capsys):
 
 
 def test_a_disk_with_room_for_one_folder_only_is_refused_at_the_start(base, tmp_path, monkeypatch, capsys):
-    from leanstep import _checkpoint
+    from leanstep._checkpoint import files
 
     size = sum(path.stat().st_size for path in (base / "model").glob("*.safetensors"))
-    monkeypatch.setattr(_checkpoint, "free_bytes", lambda path: int(1.5 * size))
+    monkeypatch.setattr(files, "free_bytes", lambda path: int(1.5 * size))
     assert main(arguments(base, tmp_path / "out", *RECOVER)) == 2
     assert "make room" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -23,7 +23,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from leanstep._configuration import check_folder
+from leanstep._checkpoint.configuration import check_folder
 from leanstep.cli import main
 from leanstep.pruning.folder.loading import open_config, open_model, open_tokenizer
 from leanstep.recipes.check.costs import estimate, saved_storages

@@ -16,7 +16,7 @@ from report_pages import Page
 from run_folders import write_run
 
 from leanstep import cli
-from leanstep._charts import Events, Series, chart, compact, heat_map, smooth
+from leanstep._pages.charts import Events, Series, chart, compact, heat_map, smooth
 from leanstep.recipes.report.report import MOST_BYTES, _results, write_report
 from leanstep.recipes.report.runlog import duration, read_run
 from leanstep.recipes.training.folder import RunFolder

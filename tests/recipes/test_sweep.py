@@ -10,8 +10,8 @@ import pytest
 from report_pages import Page
 from training import write_recipe
 
-from leanstep._charts import Series, chart
 from leanstep._files import remove
+from leanstep._pages.charts import Series, chart
 from leanstep.cli import main
 from leanstep.recipes.config.loader import ConfigError, load
 from leanstep.recipes.sweep import runner

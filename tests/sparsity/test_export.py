@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sparse_folders import config, drop, save_sparse, tensors
 
-from leanstep import _checkpoint
+from leanstep._checkpoint import files as checkpoint_files
 from leanstep.cli import main
 from leanstep.sparsity import load_sparse, nm_mask, verify
 from leanstep.sparsity.inference import export_folder
@@ -155,11 +155,11 @@ def test_a_disk_without_room_is_found_before_anything_is_written(format, tmp_pat
     save_file(weights, dense / "model.safetensors", metadata={"format": "pt"})
     size = sum(tensor.nbytes for tensor in weights.values())
     source = dense if format == "sparse" else export_folder(dense, tmp_path / "sparse").out
-    monkeypatch.setattr(_checkpoint, "free_bytes", lambda path: size - 1)
+    monkeypatch.setattr(checkpoint_files, "free_bytes", lambda path: size - 1)
     with pytest.raises(ValueError, match="GB free; make room"):
         export_folder(source, tmp_path / "out", format=format)
     assert not list(tmp_path.glob("*out*"))
-    monkeypatch.setattr(_checkpoint, "free_bytes", lambda path: size + 100_000)
+    monkeypatch.setattr(checkpoint_files, "free_bytes", lambda path: size + 100_000)
     export_folder(source, tmp_path / "out", format=format)
 
 

@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from leanstep._checkpoint.safetensors import MappedFile
 from leanstep._files import free_bytes, is_disk_full, one_line, output_folder, remove_leftovers, staged_folder
-from leanstep._safetensors import MappedFile
 
 TEMPLATES = "additional_chat_templates"
 # endings of files with weights, in any format

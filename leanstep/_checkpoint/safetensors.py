@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from leanstep._mapped import add_source, map_file
+from leanstep._checkpoint.mapped import add_source, map_file
 
 # names of torch's dtypes, some of which older versions lack, by those of safetensors; two numbers of F4 share a byte
 _NAMES = {
@@ -45,7 +45,7 @@ class MappedFile:
         path: the file.
         writable: whether the tensors may be written to; the file stays as it is. A write to other ones ends the
             process, and no system refuses them.
-        is_source: see :func:`leanstep._mapped.add_source`.
+        is_source: see :func:`leanstep._checkpoint.mapped.add_source`.
 
     Raises:
         SafetensorError: for a damaged file, on opening or reading.

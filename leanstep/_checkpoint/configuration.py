@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from leanstep._checkpoint import TEMPLATES, checked_file, files_in, index_files, plain_name, read_json
+from leanstep._checkpoint.files import TEMPLATES, checked_file, files_in, index_files, plain_name, read_json
 
 # files whose values transformers hands to classes and functions; it also reads config.VERSION.json and the like
 _CONFIGURATION = re.compile(
@@ -33,10 +33,10 @@ def check_folder(folder: Path, *, tokenizer: bool = False) -> None:
         tokenizer: also check the values of tokenizer.json, which may be large.
 
     Raises:
-        ValueError: as :func:`~leanstep._checkpoint.checked_file` for any of its files; for an index that names files
-            elsewhere; for a configuration that names anything outside of the folder, weights elsewhere, or code to
-            fetch and run, or has more than 1,000 layers, or 1,000,000 experts in all of them; for JSON that cannot be
-            read.
+        ValueError: as :func:`~leanstep._checkpoint.files.checked_file` for any of its files; for an index that names
+            files elsewhere; for a configuration that names anything outside of the folder, weights elsewhere, or code
+            to fetch and run, or has more than 1,000 layers, or 1,000,000 experts in all of them; for JSON that cannot
+            be read.
     """
     _check_files(folder, folder, tokenizer)
     for inner in sorted(folder.iterdir()):
@@ -120,7 +120,7 @@ def _named_outside(text: str, folder: Path, root: Path) -> Path | None:
     Folders count only by an absolute path or ``..``: "gpt2" is a kind of model, also beside a folder of that name.
 
     Raises:
-        ValueError: as :func:`~leanstep._checkpoint.checked_file` for a file inside.
+        ValueError: as :func:`~leanstep._checkpoint.files.checked_file` for a file inside.
     """
     name = Path(os.path.expanduser(text))
     for path in (folder / name, root / name, name):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
 
-from leanstep._page import TEMPLATES, render
+from leanstep._pages.page import TEMPLATES, render
 
 COLORS = 8
 

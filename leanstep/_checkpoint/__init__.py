@@ -1,0 +1,1 @@
+"""Read and write folders of models that somebody else wrote, and tensors in files."""
