@@ -182,6 +182,21 @@ def command_leaves_no_environment():
 
 
 @pytest.fixture
+def fresh_accelerate():
+    """Accelerate keeps its state in classes: give a test an empty one."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    def reset():
+        AcceleratorState._reset_state(True)
+        PartialState._reset_state()
+        GradientState._reset_state()
+
+    reset()
+    yield
+    reset()
+
+
+@pytest.fixture
 def dirty_memory():
     """Fill uninitialised memory: NaN in floating tensors, the largest value in integer ones.
 

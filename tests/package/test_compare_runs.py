@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from comparison_runs import TINY, command, comparison_modules, killed
 
 from leanstep.recipes.config.loader import load
@@ -20,14 +19,7 @@ from leanstep.recipes.training.validation import evaluate
 parts = pytest.fixture(scope="module")(comparison_modules)
 
 
-@pytest.fixture(autouse=True)
-def new_accelerator():
-    """Forget the precision of runs before and in a test: Accelerate keeps its state in classes."""
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")  # forgets the precision of runs
 
 
 # -- peers

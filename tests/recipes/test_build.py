@@ -6,7 +6,6 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 import leanstep.optimizers
@@ -41,18 +40,8 @@ GPT2 = ModelConfig(family="gpt2", config={"n_embd": 32, "n_layer": 2, "n_head": 
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerate(monkeypatch):
-    """Accelerate keeps its state in classes: give each test an empty one."""
+def on_the_cpu(monkeypatch, fresh_accelerate):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-
-    def reset():
-        AcceleratorState._reset_state(True)
-        PartialState._reset_state()
-        GradientState._reset_state()
-
-    reset()
-    yield
-    reset()
 
 
 def test_families_and_dtypes():

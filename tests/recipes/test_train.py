@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import GradientAccumulationPlugin
 from faults import compile_without_a_compiler, on_backend, with_a_tracker
 from safetensors.torch import load_file
@@ -33,20 +32,6 @@ from leanstep.recipes.training.step import NonFinite, backward, gradient_norm
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     return write_recipe(tmp_path_factory.mktemp("recipe"))
-
-
-@pytest.fixture
-def fresh_accelerate():
-    """Accelerate keeps its state in classes: give each test an empty one."""
-
-    def reset():
-        AcceleratorState._reset_state(True)
-        PartialState._reset_state()
-        GradientState._reset_state()
-
-    reset()
-    yield
-    reset()
 
 
 def tiny(family: str) -> torch.nn.Module:
@@ -116,7 +101,7 @@ def test_half_of_a_window_is_marked_with_the_gradient_of_that_half(passes, fresh
     plugin = GradientAccumulationPlugin(num_steps=passes, sync_with_dataloader=False)
     accelerator = Accelerator(cpu=True, gradient_accumulation_plugin=plugin)
     model, marks = accelerator.prepare(tiny("llama")), []
-    backward(accelerator, model, window, half=lambda share: marks.append((share, gradients(model))))
+    backward(accelerator, model, window, after_half=lambda share: marks.append((share, gradients(model))))
     whole = gradients(model)
     if passes == 1:
         assert marks == []
