@@ -279,11 +279,13 @@ class _Reader:
         return replace(expect, val_loss=None, source=source)
 
     def description(self, config: RunConfig) -> str:
-        """The file's description, unless overrides change what it describes: model, data or optimizer."""
+        """The file's description, unless overrides change what it describes: model, data, optimizer or the time."""
         changed = [".".join(path) for path in sorted(self.overridden - {("data", "cache_dir")})]
         about = [key for key in changed if key.partition(".")[0] in ("model", "data") or key == "optimizer.name"]
         if not about or "description" in changed:
-            return config.description
+            text, _, time = config.description.rpartition("; ")
+            is_other_time = time.endswith("CPU cores") and any(key.startswith(("steps", "batch.")) for key in changed)
+            return text if is_other_time else config.description
         return f"{self.stem} with another {', '.join(about)}"
 
     def _resolve(self) -> dict[KeyPath, str]:
