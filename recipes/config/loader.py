@@ -274,6 +274,9 @@ class _Reader:
         breaking = expectation_breakers(recipe, config)
         if not breaking:
             return expect
+        # as the user wrote them: a section that an override switches on brings its defaults
+        written = sorted(".".join(path) for path in self.overridden)
+        breaking = [name for name in written if any(f"{key}.".startswith(f"{name}.") for key in breaking)] or breaking
         names = ", ".join(breaking[:4]) + (f" and {len(breaking) - 4} more" if len(breaking) > 4 else "")
         source = f"the recipe expects {expect.val_loss:g} without these changes: {names}"
         return replace(expect, val_loss=None, source=source)

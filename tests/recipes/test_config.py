@@ -103,6 +103,7 @@ def test_an_expectation_is_of_the_recipe_as_it_is_written(recipe):
         expect = load(path, [change]).expect
         assert expect.val_loss is None
         assert expect.source == f"the recipe expects 4.5 without these changes: {change.partition('=')[0]}"
+    assert load(path, ["qk_clip.threshold=9"]).expect.source.endswith("these changes: qk_clip.threshold")
     assert load(path, ["steps=11", "expect.val_loss=4.8"]).expect.val_loss == 4.8
     source = "{source: text, path: '???', seq_len: 64}"
     open_path = recipe(BASE.replace("{source: sotu, seq_len: 64}", source) + "expect: {val_loss: 4.5}\n")
