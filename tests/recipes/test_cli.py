@@ -99,10 +99,7 @@ MESSAGES = {
     "typo": (["train", "llama-nano-lion", "stepz=3"], "override: unknown key 'stepz'; did you mean 'steps'?"),
     "name": (["train", "llama-nano-lio"], "no recipe or file of that name; did you mean 'llama-nano-lion'"),
     "option": (["train", "llama-nano-lion", "--npoc=3"], "unknown option --npoc; did you mean --nproc?"),
-    "key as an option": (
-        ["train", "llama-nano-lion", "--lr", "1"],
-        "--lr; did you mean the recipe's optimizer.lr=VALUE",
-    ),
+    "key as an option": (["train", "llama-nano-lion", "--lr=1"], "--lr; did you mean the recipe's optimizer.lr=VALUE"),
     "key of a sweep": (["sweep", "llama-nano-lion", "--batch-size=8"], "the recipe's batch.micro_batch_size=VALUE"),
     "no key": (["check", "llama-nano-lion", "--learning-rate=1"], "key=value, as in optimizer.lr=1e-3"),
     "half a letter": (["train", "llama-nano-lion", "\udcff=3"], "expected key.path=value, got '\\udcff=3'"),
