@@ -73,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_BAD_INPUT
     options, rest = parser.parse_known_args(arguments)
     # the others tell their own phases
-    loads = options.run in (_export, _verify, _generate) or "--dry-run" in rest
-    if loads and sys.stderr.isatty() and not {"-h", "--help"} & set(rest):
+    loads = options.run in (_export, _verify, _generate) or (options.run is _prune and "--dry-run" in arguments)
+    if loads and sys.stderr.isatty() and not {"-h", "--help"} & set(arguments):
         print("loading torch and transformers", file=sys.stderr, flush=True)
     try:
         # training saves at a signal, by handlers of its own

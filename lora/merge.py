@@ -54,7 +54,7 @@ class MergeReport:
         worst = max(self.layers, key=self.layers.__getitem__, default="none")
         masked = f", {sum(self.masked.values()):,} zeros kept" if self.masked else ""
         untied = f", {len(self.untied)} untied" if self.untied else ""
-        return f"{len(self.layers)} layers, largest drift {self.drift:.3g} ({worst}){masked}{untied}"
+        return f"{len(self.layers)} layers, largest drift {self.drift:.3g} (layer {worst}){masked}{untied}"
 
 
 @dataclass

@@ -97,8 +97,8 @@ class Additivity:
         return (
             f"distortions do not add up here: all matrices together cost {self.joint:.4g} on held-out data, "
             f"{self.ratio:.2f} times the sum of their single costs. The allocation is no worse than uniform sparsity, "
-            "but the smallest sum need not be the smallest cost: correcting the curves (relinearise) or another "
-            "allocation may do better"
+            "but the smallest sum need not be the smallest cost: curves taken again around the pruned model "
+            "(--correction relinearise) or another allocation may do better"
         )
 
     def to_dict(self) -> dict[str, Any]:

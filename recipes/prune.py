@@ -68,8 +68,8 @@ def _run(options: argparse.Namespace) -> int:
         from leanstep._processes import is_first_to_fail
 
         if lacks_memory(error):
-            reason = f"({one_line(error) or type(error).__name__}) {allowed_memory()}".strip()
-            print(f"error: {OUT_OF_MEMORY} {reason}", file=sys.stderr)
+            reason = "; ".join(filter(None, (allowed_memory(), one_line(error) or type(error).__name__)))
+            print(f"error: {OUT_OF_MEMORY} ({reason})", file=sys.stderr)
             return 1
         if type(error).__name__ == "ProcessEndedError":
             return 1  # the process that ended has said why, or its launcher says it

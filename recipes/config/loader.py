@@ -274,16 +274,21 @@ class _Reader:
         breaking = expectation_breakers(recipe, config)
         if not breaking:
             return expect
+        # as the user wrote them: a section that an override switches on brings its defaults
+        written = sorted(".".join(path) for path in self.overridden)
+        breaking = [name for name in written if any(f"{key}.".startswith(f"{name}.") for key in breaking)] or breaking
         names = ", ".join(breaking[:4]) + (f" and {len(breaking) - 4} more" if len(breaking) > 4 else "")
         source = f"the recipe expects {expect.val_loss:g} without these changes: {names}"
         return replace(expect, val_loss=None, source=source)
 
     def description(self, config: RunConfig) -> str:
-        """The file's description, unless overrides change what it describes: model, data or optimizer."""
+        """The file's description, unless overrides change what it describes: model, data, optimizer or the time."""
         changed = [".".join(path) for path in sorted(self.overridden - {("data", "cache_dir")})]
         about = [key for key in changed if key.partition(".")[0] in ("model", "data") or key == "optimizer.name"]
         if not about or "description" in changed:
-            return config.description
+            text, _, time = config.description.rpartition("; ")
+            is_other_time = time.endswith("CPU cores") and any(key.startswith(("steps", "batch.")) for key in changed)
+            return text if is_other_time else config.description
         return f"{self.stem} with another {', '.join(about)}"
 
     def _resolve(self) -> dict[KeyPath, str]:

@@ -105,7 +105,7 @@ def _verdict(runs: list[Run]) -> list[str]:
             verdict = f"{best} has the lowest validation loss, {lowest:.4f}; {behind}"
             lines.append(f"at {budget} {verdict if behind else f'all have the validation loss {lowest:.4f}'}")
     if not lines:
-        return ["no verdict: not every run has a validation loss"]
+        return ["no verdict: not every run has a validation loss within the tokens or the time of the shortest run"]
     data = [key for key, _ in _differences([flat(run.config) for run in runs]) if key.startswith("data.")]
     if data:
         lines.append(f"the runs differ in {', '.join(data[:5])}: their losses may be of other texts or sequences")

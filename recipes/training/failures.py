@@ -96,15 +96,16 @@ def memory_message(config: RunConfig, folder: Path, step: int, rows: Iterable[tu
     lines = [f"{when}: out of memory ({_peak()})."]
     lines += [f"    {name:<28}  {format_bytes(size):>10}" for name, size in rows]
     lines.append("  Try, in this order:")
+    hints = []
     if micro > 1:
-        lines.append(f"    batch.micro_batch_size={micro // 2}        the same maths in more passes; may be resumed")
+        hints.append((f"batch.micro_batch_size={micro // 2}", "the same maths in more passes; may be resumed"))
     if not config.activation_checkpointing:
-        lines.append("    activation_checkpointing=true     the same maths, about a third slower; may be resumed")
+        hints.append(("activation_checkpointing=true", "the same maths, about a third slower; may be resumed"))
     if config.precision == "fp32":
-        lines.append("    precision=bf16                    activations at half the size")
+        hints.append(("precision=bf16", "activations at half the size"))
     elif config.precision in ("bf16", "fp16"):
-        lines.append("    precision=bf16-pure               weights, gradients and optimizer state at half the size")
-    lines += [f"    {setting:<32}  {why}" for setting, why in lighter_state(config)]
+        hints.append(("precision=bf16-pure", "weights, gradients and optimizer state at half the size"))
+    lines += [f"    {setting:<32}  {why}" for setting, why in hints + lighter_state(config)]
     lines.append(f"  last good checkpoint: {_last(folder)}")
     return "\n".join(lines)
 

@@ -303,7 +303,7 @@ def show_result(
     try:
         say(f"samples ([held-out text] continued, temperature {TEMPERATURE:g}, seed {config.seed}):")
         for text in sample(folder.final, prompts, config.seed, device):
-            say(f"\n{text}" if texts else text)
+            say(" ".join(text.split()))  # after few steps, most of a text is line ends
             texts.append(text)
             if stop.received and len(texts) < len(prompts):
                 say("interrupted: the other samples are left out, the model is complete")

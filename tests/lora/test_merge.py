@@ -114,7 +114,7 @@ def test_the_largest_rounding_is_what_the_report_says():
         report = merge(model)
         lost = float((layer.weight.float() - exact).abs().max())
     assert report.layers["model.layers.0.self_attn.q_proj"] == pytest.approx(lost, rel=1e-3)
-    assert str(report).startswith("14 layers, largest drift ")
+    assert str(report).startswith("14 layers, largest drift ") and " (layer model.layers." in str(report)
 
 
 def test_training_goes_on_after_unmerging():

@@ -438,23 +438,20 @@ def test_every_phase_is_told(options, phases, base, tmp_path, capsys):
         assert any(line.startswith(phase) for line in lines), phase
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["prune", "nothing", "--out", "nowhere"],
-        ["eval", ".", "--data", "nothing"],
-        ["check", "llama-nano-adamw"],
-    ],
-)
-def test_the_first_line_comes_before_torch(arguments):
+PRUNE = "prune nothing --out nowhere"
+
+
+@pytest.mark.parametrize("command", [PRUNE, f"{PRUNE} --dry-run", "eval . --data nothing", "check llama-nano-adamw"])
+def test_the_first_line_comes_before_torch(command):
     code = f"""
 import sys
 class Finder:
     def find_spec(self, name, *rest):
         if name == "torch": sys.exit(9)
 sys.meta_path.insert(0, Finder())
-from leanstep.cli import main
-main({arguments})
+from leanstep import cli
+cli.open_standard_streams, sys.stderr.isatty = str, lambda: {"dry-run" in command}
+cli.main({command.split()})
 """
     ended = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
     assert ended.returncode == 9 and ended.stderr == "loading torch and transformers\n"

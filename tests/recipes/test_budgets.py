@@ -10,7 +10,7 @@ from run_folders import write_run
 from leanstep.cli import main
 from leanstep.recipes.report import report as report_module
 from leanstep.recipes.report.budgets import compare, peak_memory, rows, validations
-from leanstep.recipes.report.report import write_report
+from leanstep.recipes.report.report import comparison_lines, write_report
 from leanstep.recipes.report.runlog import read_run
 from leanstep.recipes.training.folder import RunFolder
 
@@ -66,6 +66,7 @@ def test_runs_without_evaluations_or_with_broken_ones_have_no_numbers(tmp_path):
     # one evaluation, beyond the tokens of the other run
     made = compare([sound, broken])
     assert (made.tokens, made.at_tokens, made.tokens_to_loss) == (2000, [4.0, None], [1500, 3000])
+    assert comparison_lines([tmp_path / "sound", tmp_path / "broken"])[-1].endswith("or the time of the shortest run")
 
 
 def test_the_comparison_shows_them(tmp_path, monkeypatch, capsys):

@@ -109,11 +109,11 @@ def test_out_of_memory_names_what_to_change(recipe, tmp_path, world):
     hints = ["batch.micro_batch_size=2", "activation_checkpointing=true", "precision=bf16", "optimizer.name=lion"]
     places = [text.index(hint) for hint in hints]
     assert places == sorted(places), "the cheapest first"
+    assert all(line[37] == " " != line[38] for line in text[places[0] - 4 :].splitlines()[:4]), "in columns"
     assert "step-000002" in text and "GiB" in text
     # the table of `leanstep check`, between what happened and what to do
-    rows = [
-        text.index(row) for row in ("out of memory (", "weights  ", "optimizer state ", "activations ", "peak, with")
-    ]
+    names = ("out of memory (", "weights  ", "optimizer state ", "activations ", "peak, with")
+    rows = [text.index(name) for name in names]
     assert rows == sorted(rows) and rows[-1] < places[0]
     if world == 2:
         return

@@ -260,6 +260,8 @@ def test_samples_are_reproducible_and_logged(finished):
     logged = read_log(finished.out)[-1]
     paragraphs = logged["text"].split("\n\n")
     assert logged["kind"] == "sample" and len(paragraphs) == 3
+    # one line each on the console, whatever they hold
+    assert "\n".join(" ".join(paragraph.split()) for paragraph in paragraphs) in finished.text()
     assert all(re.match(r"\[[^]]+\].{10}", paragraph, re.DOTALL) for paragraph in paragraphs)
     tokenizer = AutoTokenizer.from_pretrained(finished.out / "final")
     prompts = [tokenizer("the state of")["input_ids"], tokenizer("the union")["input_ids"]]
