@@ -69,7 +69,10 @@ def _run(options: argparse.Namespace) -> int:
 
         if lacks_memory(error):
             reason = "; ".join(filter(None, (allowed_memory(), one_line(error) or type(error).__name__)))
-            print(f"error: {OUT_OF_MEMORY} ({reason})", file=sys.stderr)
+            state = ""
+            with suppress(Exception):  # what it reads takes memory, too
+                state = f". {_state_of(options)}"
+            print(f"error: {OUT_OF_MEMORY} ({reason}){state}", file=sys.stderr)
             return 1
         if type(error).__name__ == "ProcessEndedError":
             return 1  # the process that ended has said why, or its launcher says it

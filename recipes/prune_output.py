@@ -42,7 +42,7 @@ _INTERVAL = 30.0
 
 OUT_OF_MEMORY = (
     "out of memory; take fewer or shorter sequences (--samples, --curve-samples, --seq-len), a smaller --batch-size or "
-    "--activations disk. --dry-run states the memory, and --resume goes on with the curves that were measured"
+    "--activations disk. --dry-run states the memory"
 )
 
 

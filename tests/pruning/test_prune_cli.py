@@ -328,7 +328,8 @@ def test_a_lack_of_memory_is_told_with_what_to_do(error, base, tmp_path, monkeyp
     assert leanstep_prune(base, tmp_path / "out", "--sparsity", "0.6") == 1
     (told,) = capsys.readouterr().err.splitlines()[-1:]
     assert told.startswith("error: out of memory; take fewer or shorter sequences")
-    assert f"({str(error) or 'MemoryError'})" in told
+    assert f"({str(error) or 'MemoryError'})" in told and "--resume" not in told
+    assert told.endswith("out was not created, and nothing else was saved: the same command begins anew")
 
 
 def test_a_model_that_is_missing_is_told_before_settings_that_are(tmp_path, capsys):
