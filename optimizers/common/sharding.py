@@ -78,10 +78,9 @@ def facts_of(param: Tensor, grad: Tensor, state: dict[str, Any]) -> list[Any] | 
 
     Addresses and strides are not among them: no answer has a view or an address.
     """
-    if type(param) not in _ORDINARY or type(grad) not in _ORDINARY:
-        return None
-    facts = [param.shape, param.dtype, param.device, param.is_neg()]
-    facts += [grad.shape, grad.dtype, grad.device, grad.layout, grad.is_neg()]
+    if type(param) not in _ORDINARY or type(grad) not in _ORDINARY or param.is_neg() or grad.is_neg():
+        return None  # kernels need a copy of these, which is made at every step
+    facts = [param.shape, param.dtype, param.device, grad.shape, grad.dtype, grad.device, grad.layout]
     for key, value in state.items():
         if type(value) not in _ORDINARY:
             return None

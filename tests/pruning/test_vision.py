@@ -113,14 +113,14 @@ def test_the_images_that_judge_exchanges_are_others_than_those_of_the_scores(fol
     class Noted(Exception):
         pass
 
-    def noting(*given, refine, **settings):
-        judged.append((given, refine, settings))
+    def noting(*given, config, **settings):
+        judged.append((config.refine, settings))
         raise Noted
 
     monkeypatch.setattr("leanstep.pruning.prune_checkpoint", noting)
     with pytest.raises(Noted):
         leanstep_prune(folder, tmp_path / "out", "--refine-evaluations", "2", "--refine-samples", "4")
-    [(_, refine, settings)] = judged
+    [(refine, settings)] = judged
     drawn = draw(60, 1)[0][torch.randperm(60, generator=torch.Generator().manual_seed(0))]
     assert torch.equal(refine.data, drawn[56:])
     assert torch.equal(settings["held_out"], drawn[:16]) and torch.equal(settings["data"], drawn[16:56])

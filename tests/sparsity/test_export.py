@@ -98,7 +98,7 @@ def test_quantised_values_are_rounded_to_nearest_with_their_scales(codes, tmp_pa
     dense = save_sparse(tmp_path / "dense", make_llama(), dtype=torch.float32)
     export = export_folder(dense, tmp_path / "sparse", values=codes)
     assert export.forms and all(form.codes == codes for form in export.forms.values())
-    assert f"({len(export.forms)} with {codes} values)" in str(export)
+    assert f"{len(export.forms)} matrices by bit masks with {codes} values" in str(export)
     export_folder(tmp_path / "sparse", tmp_path / "back", format="dense")
     before, after = load_file(dense / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
     for name, weight in before.items():
