@@ -211,7 +211,6 @@ def _resource_options(group: _Group) -> None:
 
 
 def _config(options: argparse.Namespace) -> PruneConfig:
-    """The settings of ``prune`` among the options."""
     from leanstep.pruning import LatencyTable
 
     if (options.budget == "latency") != (options.latency_table is not None):
