@@ -220,7 +220,6 @@ def _config(options: argparse.Namespace) -> PruneConfig:
 
 
 def _prune(options: argparse.Namespace, bar: ProgressBar) -> "PruneResult | RecoveryResult | None":
-    """The result; None in a process that has nothing to do."""
     from leanstep._processes import Processes
     from leanstep.pruning import prune_checkpoint, recover_checkpoint
 
@@ -285,7 +284,6 @@ def _device(requested: str | None, processes: "Processes") -> str:
 
 
 def _dry_run(options: argparse.Namespace) -> int:
-    """Print what the command would take. Returns 2 if that does not fit."""
     from dataclasses import asdict
 
     from leanstep._checkpoint.files import check_apart, check_new

@@ -47,6 +47,7 @@ OUT_OF_MEMORY = (
 
 
 def estimate_lines(estimate: "Estimate") -> list[str]:
+    """A table of an estimate."""
     free = "" if estimate.free_memory is None else f", {format_bytes(estimate.free_memory)} free"
     lines = [
         f"{estimate.parameters:,} parameters, {estimate.pruned:,} of them in {estimate.matrices:,} matrices to prune",
@@ -198,6 +199,7 @@ def _spent(budget: dict[str, Any]) -> str:
 
 
 def recovery_lines(recovery: "RecoveryResult") -> list[str]:
+    """Lines about the training after pruning."""
     names = {"kl": "KL from the dense model", "cross_entropy": "cross-entropy"}
     lines = [f"recovery       {recovery.settings.steps} steps, {'applied' if recovery.applied else 'not applied'}"]
     if recovery.before is not None and recovery.after is not None:
