@@ -88,9 +88,7 @@ def export_compressed(
         except ValueError as error:
             raise ValueError(f"export_compressed: {name}: {error}") from None
         if clashes := sorted(parts.keys() & state.keys()):
-            raise ValueError(
-                f"export_compressed: {clashes[0]} has the name of a part of the sparse weight {name}; rename it"
-            )
+            raise ValueError(f"export_compressed: {clashes[0]} has the name of a part of {name}; rename it")
         stored |= parts
         rows.append(Stored(name, pattern, dense.nbytes, sum(part.nbytes for part in parts.values())))
     with replacing(Path(path)) as partial:
@@ -143,7 +141,6 @@ def is_compressed(path: str | Path) -> bool:
 
 
 def _checksum(tensor: Tensor) -> int:
-    """Checksum of dtype, shape and bytes."""
     return zlib.crc32(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), checksum(tensor))
 
 
@@ -199,8 +196,14 @@ def _read_manifest(file: TensorFile) -> Manifest:
 def _old_checksums(entries: Mapping[str, dict[str, Any]]) -> dict[str, int]:
     """Take the checksums of values and indices out of the entries of weights."""
     taken = {name: entry.pop("crc32") for name, entry in entries.items() if entry.get("crc32") is not None}
-    pairs = {f"{name}{end}": crc for name, both in taken.items() for end, crc in zip(_ENDS, both, strict=True)}
-    return read_section({"crc32": pairs}, "crc32", _number)
+    pairs = read_section({"crc32": taken}, "crc32", _pair)
+    return {f"{name}{end}": crc for name, both in pairs.items() for end, crc in zip(_ENDS, both, strict=True)}
+
+
+def _pair(entry: Any) -> list[int]:
+    if type(entry) is not list or len(entry) != len(_ENDS):
+        raise ValueError(f"expected the checksums of values and indices, got {entry!r}")
+    return [_number(one) for one in entry]
 
 
 def _number(entry: Any) -> int:

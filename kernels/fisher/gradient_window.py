@@ -5,9 +5,8 @@ Information", arXiv 2107.03356) is the m x d matrix G of the last m gradients. E
 columns, ``[m, *parameter.shape]``, which is saved, moved and sharded like any other state. A step reads the window
 twice: once for the new row of G G^T, once for the combination c^T G.
 
-Rows may be stored in bf16 or fp16, with one fp32 scale s_i per row. A row of the window is then s_i * stored_i. All
-functions use this rounded row, so G G^T, the gradient and the combination belong to one matrix. With the unrounded
-gradient, a small rounding error could cause an error of any size in the inverse.
+Rows may be stored in bf16 or fp16. All functions use the rounded row, so G G^T, the gradient and the combination belong
+to one matrix. With the unrounded gradient, a small rounding error could cause an error of any size in the inverse.
 """
 
 from __future__ import annotations
@@ -33,16 +32,14 @@ def row_dots(
     windows: Sequence[Tensor],
     vectors: Sequence[Tensor],
     *,
-    scales: Tensor | None = None,
     groups: Sequence[int] | None = None,
 ) -> Tensor:
-    """Dot product of every row with a vector: ``out[i] = scales[i] * sum_b sum_k windows[b][i, k] * vectors[b][k]``.
+    """Dot product of every row with a vector: ``out[i] = sum_b sum_k windows[b][i, k] * vectors[b][k]``.
 
     Args:
         windows: blocks of columns ``[m, *shape_b]`` of one device and dtype (fp32, bf16, fp16, fp64); not written. Pass
             a view ``window[:n]`` if only n rows are in use.
         vectors: one per block, with as many elements as ``shape_b``, any floating dtype; not written.
-        scales: fp32 [m], the factors of the stored rows; [G, m] with ``groups``. None: 1.
         groups: the number 0 .. G-1 of each block's matrix, if the blocks belong to G matrices. None: all blocks belong
             to one matrix.
 
@@ -57,8 +54,8 @@ def row_dots(
         Reads every window and vector once, and copies no window. Products and sums run in fp64: if gradients change
         slowly, only the last bits of the dot products distinguish their rows.
     """
-    _check(windows, vectors, scales, groups, "row_dots")
-    return _run_dots(list(windows), list(vectors), scales, as_list(groups))
+    _check(windows, vectors, groups, "row_dots")
+    return _run_dots(list(windows), list(vectors), as_list(groups))
 
 
 @torch.no_grad()
@@ -66,14 +63,13 @@ def linear_combination(
     windows: Sequence[Tensor],
     coefficients: Tensor,
     *,
-    scales: Tensor | None = None,
     groups: Sequence[int] | None = None,
     out: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
-    """Linear combination of the rows: ``out[b] = sum_i coefficients[i] * scales[i] * windows[b][i]``.
+    """Linear combination of the rows: ``out[b] = sum_i coefficients[i] * windows[b][i]``.
 
     Args:
-        windows, scales, groups: as for :func:`row_dots`.
+        windows, groups: as for :func:`row_dots`.
         coefficients: fp64 or fp32 [m]; [G, m] with ``groups``.
         out: contiguous fp32 tensors (fp64 for fp64 windows) of the blocks' shapes, overwritten. None: new tensors.
 
@@ -88,14 +84,14 @@ def linear_combination(
         Reads every window once and writes ``out`` once. Sums run in fp64 and are rounded once, because rows that hardly
         differ cancel in a combination.
     """
-    _check(windows, None, scales, groups, "linear_combination")
+    _check(windows, None, groups, "linear_combination")
     check_coefficients(coefficients, windows[0].shape[0], groups, "linear_combination")
     if out is None:
         wide = reference.wide_dtype(windows[0].dtype)
         out = [torch.empty(w.shape[1:], dtype=wide, device=w.device) for w in windows]
     else:
         check_out(out, [w.shape[1:] for w in windows], reference.wide_dtype(windows[0].dtype), "linear_combination")
-    _run_combination(list(windows), coefficients, scales, as_list(groups), list(out))
+    _run_combination(list(windows), coefficients, as_list(groups), list(out))
     return list(out)
 
 
@@ -183,22 +179,14 @@ def _call_cpp(name: str, stored: tuple[list[Tensor]], vectors: list[Tensor], gro
 _DENSE = Format("", __name__, reference, _call_cpp)
 
 
-@op("row_dots", EVERYWHERE, fake=lambda windows, vectors, scales, groups: new_dots(windows[0], groups))
-def _run_dots(windows: list[Tensor], vectors: list[Tensor], scales: Tensor | None, groups: list[int] | None) -> Tensor:
-    dots = run_dots(_DENSE, ([flat(w) for w in windows],), vectors, groups)
-    return dots if scales is None else dots * scales
+@op("row_dots", EVERYWHERE, fake=lambda windows, vectors, groups: new_dots(windows[0], groups))
+def _run_dots(windows: list[Tensor], vectors: list[Tensor], groups: list[int] | None) -> Tensor:
+    return run_dots(_DENSE, ([flat(w) for w in windows],), vectors, groups)
 
 
 @op("linear_combination", EVERYWHERE, mutates=["out"])
-def _run_combination(
-    windows: list[Tensor],
-    coefficients: Tensor,
-    scales: Tensor | None,
-    groups: list[int] | None,
-    out: list[Tensor],
-) -> None:
-    scaled = coefficients if scales is None else coefficients.detach().to(torch.float64) * scales
-    run_combination(_DENSE, ([flat(w) for w in windows],), scaled, groups, out)
+def _run_combination(windows: list[Tensor], coefficients: Tensor, groups: list[int] | None, out: list[Tensor]) -> None:
+    run_combination(_DENSE, ([flat(w) for w in windows],), coefficients, groups, out)
 
 
 def as_list(groups: Sequence[int] | None) -> list[int] | None:
@@ -209,7 +197,6 @@ def as_list(groups: Sequence[int] | None) -> list[int] | None:
 def _check(
     windows: Sequence[Tensor],
     vectors: Sequence[Tensor] | None,
-    scales: Tensor | None,
     groups: Sequence[int] | None,
     name: str,
 ) -> None:
@@ -234,9 +221,6 @@ def _check(
                     f"{tuple(window.shape[1:])}"
                 )
     check_groups(groups, len(windows), name)
-    expected = _table_shape(m, groups)
-    if scales is not None and tuple(scales.shape) != expected:
-        raise ValueError(f"{name}: expected scales of shape {expected}, got {tuple(scales.shape)}")
 
 
 def _table_shape(m: int, groups: Sequence[int] | None) -> tuple[int, ...]:

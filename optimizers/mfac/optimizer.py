@@ -108,8 +108,8 @@ class MFAC(LeanOptimizer):
         A step waits for the device once, to check that the gradient is finite; on a GPU once more, to factorize.
 
         Sharded parameters have windows with the same shards. A step needs one all-reduce per mesh dimension, of n + 1
-        numbers per Gram matrix (n + 2 with ``sparse``) and a flag per tensor, for all scopes. "topk"
-        needs unsharded rows, a scope of blocks shards along dimension 0.
+        numbers per Gram matrix (n + 2 with ``sparse``) and a flag per tensor, for all scopes. "topk" needs unsharded
+        rows, a scope of blocks shards along dimension 0.
 
     References:
         Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free Approximations of Second-Order Information",

@@ -324,7 +324,9 @@ class _Reader:
         if name := self._nearest(("optimizer", "name"), optimizer.get("name", "adamw"), OPTIMIZERS):
             removed = removed_options(name)
             of_class = *check(optimizer_arguments(name), args, ("optimizer", "args"))[1], *_group_problems(name, groups)
-            problems += [(path, removed.get(path[-1], message)) for path, message in of_class]
+            for path, message in of_class:  # a name that left, or one value of an option that stays
+                value = f"{path[-1]}={args.get(str(path[-1]))!r:.80}"
+                problems.append((path, removed.get(path[-1]) or removed.get(value, message)))
         if family := self._nearest(("model", "family"), model.get("family", "llama"), MODEL_CONFIGS):
             problems += check(model_keys(family), sizes, ("model", "config"))[1]
         for path, message in problems:

@@ -22,16 +22,29 @@ class Gate(Part):
     def begin(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path | None) -> None:
         """Decide as ``checkpoint`` says, or anew."""
         self.source = build_gate(self.run.config, model)
-        if checkpoint is not None and (problem := self._load(checkpoint)):
+        if checkpoint is not None and (problem := self.load(checkpoint)):
             self.run.say(f"WARNING: {problem}")
 
     def rolled_back(self, checkpoint: Path) -> None:
         """Decide as the checkpoint says."""
-        self._load(checkpoint)
+        self.load(checkpoint)
 
-    def _load(self, checkpoint: Path) -> str | None:
-        accelerator = self.run.accelerator
-        return read_gate(self.source, checkpoint / "trainer", accelerator.process_index, accelerator.num_processes)
+    def load(self, checkpoint: Path) -> str | None:
+        """Load the decisions of :meth:`save`.
+
+        Returns a warning if another number of processes wrote them, else None. The gate then decides anew: the run is
+        correct, but not bit for bit the same. Raises CheckpointError for decisions about other layers.
+        """
+        trainer, world = checkpoint / "trainer", self.run.accelerator.num_processes
+        written = len(list(trainer.glob("gate_*.pt")))
+        if written != world:
+            return (
+                f"{checkpoint} has the gate's decisions of {written} processes, not of {world}: layers are judged anew"
+            )
+        file = trainer / f"gate_{self.run.accelerator.process_index}.pt"
+        with reading(file):
+            self.source.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """The decisions."""
@@ -43,7 +56,7 @@ class Gate(Part):
 
     def save(self, trainer: Path) -> None:
         """Write this process's decisions."""
-        write_gate(self.source, trainer, self.run.accelerator.process_index)
+        torch.save(self.source.state_dict(), trainer / f"gate_{self.run.accelerator.process_index}.pt")
 
     def close(self) -> None:
         """Take the hooks off the attention layers."""
@@ -68,25 +81,3 @@ def build_gate(config: RunConfig, model: torch.nn.Module) -> LowRankGate:
         return LowRankGate(model, config.lora.attention, tolerance=config.lora.attention_tolerance, seed=config.seed)
     except ValueError as error:
         raise ValueError(f"lora.attention: {error}") from None
-
-
-def write_gate(gate: LowRankGate, trainer: Path, rank: int) -> None:
-    """Write the decisions of this process's gate into ``trainer/`` of a checkpoint."""
-    torch.save(gate.state_dict(), trainer / f"gate_{rank}.pt")
-
-
-def read_gate(gate: LowRankGate, trainer: Path, rank: int, world: int) -> str | None:
-    """Load the decisions that :func:`write_gate` wrote.
-
-    Returns a warning if another number of processes wrote them, else None. The gate then decides anew: the run is
-    correct, but not bit for bit the same. Raises CheckpointError for decisions about other layers.
-    """
-    written = len(list(trainer.glob("gate_*.pt")))
-    if written != world:
-        return (
-            f"{trainer.parent} has the gate's decisions of {written} processes, not of {world}: layers are judged anew"
-        )
-    file = trainer / f"gate_{rank}.pt"
-    with reading(file):
-        gate.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-    return None

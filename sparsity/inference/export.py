@@ -240,6 +240,5 @@ def _write_index(source: Path, folder: Path, weight_map: dict[str, str]) -> None
 
 
 def _bytes(path: Path) -> int:
-    """Bytes of the tensors of a file, without its header."""
     with path.open("rb") as file:
         return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")

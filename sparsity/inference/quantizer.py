@@ -236,7 +236,6 @@ def _check_shape(name: str, shape: tuple[int, ...], parameter: Tensor) -> None:
 
 
 def _nonzeros(files: SparseFiles, name: str, form: Form) -> int:
-    """Number of values of the weight's bit mask."""
     if form.pattern is None:
         return form.most_values(files.manifest.tensors[part_name(name, "values")].shape[0])
     return int(nonzero_bits(files.part(name, "nm_values")).count_nonzero())

@@ -238,7 +238,6 @@ class Controller:
             layer.transform.set_extra_state(state[layer.name])
 
     def _writes(self) -> list[int]:
-        """torch's counts of the writes to the weights."""
         return [local_part(layer.weight)._version for layer in self.layers]
 
     def _follow_broadcast(self) -> None:

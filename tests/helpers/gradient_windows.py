@@ -6,15 +6,11 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels import Coefficients, SparseLayout, row_dots, scatter, sparse_row_dots, window_coefficients
-from leanstep.kernels.reference.fisher.gradient_window import row_scale
 
 
-def gram_row(
-    windows: Sequence[Tensor], index: int, *, scales: Tensor | None = None, groups: Sequence[int] | None = None
-) -> Tensor:
+def gram_row(windows: Sequence[Tensor], index: int, *, groups: Sequence[int] | None = None) -> Tensor:
     """Row ``index`` of G G^T, from the rows as they are stored."""
-    dots = row_dots(windows, [w[index] for w in windows], scales=scales, groups=groups)
-    return dots if scales is None else dots * scales[..., index : index + 1]
+    return row_dots(windows, [w[index] for w in windows], groups=groups)
 
 
 def sparse_gram_row(
@@ -25,14 +21,6 @@ def sparse_gram_row(
     wide = torch.promote_types(values[0].dtype, torch.float32)
     rows = [scatter(v[index], i[index], layout, dtype=wide) for v, i, layout in triples]
     return sparse_row_dots(values, indices, rows, layouts)
-
-
-def write_row(window: Tensor, index: int, gradient: Tensor, scales: Tensor | None = None) -> None:
-    """Store a row, divided by its scale if there are scales."""
-    if scales is not None:
-        scales[index] = row_scale(gradient.abs().max())
-        gradient = gradient / scales[index]
-    window[index] = gradient
 
 
 def woodbury_coefficients(gram: Tensor, dots: Tensor, damping: float, denominator: float) -> Coefficients:

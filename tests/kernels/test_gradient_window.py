@@ -6,7 +6,6 @@ from gradient_windows import gram_row
 from kernel_cases import DTYPES, bits_equal, dtype_name
 
 from leanstep.kernels import BackendError, linear_combination, row_dots, use_backend
-from leanstep.kernels.reference.fisher.gradient_window import row_scale
 
 BACKENDS = ["reference", "cpp"]
 # from one element to more than the compiled loops need, and their last columns
@@ -38,22 +37,19 @@ def close(found, expected, sizes):
 @pytest.mark.parametrize("m", [1, 5, 33])
 def test_equals_a_float64_oracle(backend, dtype, m, dirty_memory):
     blocks, vectors = window(m, dtype), window(1, torch.float32)
-    coefficients, scales = normal(m, dtype=torch.float64, seed=50), normal(m, seed=51).abs()
+    coefficients = normal(m, dtype=torch.float64, seed=50)
     before = [b.clone() for b in blocks]
     g, x = joined(blocks), joined(vectors)[0]
-    scaled = g * scales.double().unsqueeze(1)
     with use_backend("reference" if dtype == torch.float64 else backend):
         for found, left, right in (
             (row_dots(blocks, vectors), g, x),
-            (row_dots(blocks, vectors, scales=scales), scaled, x),
             (gram_row(blocks, m - 1), g, g[-1]),
-            (gram_row(blocks, m - 1, scales=scales), scaled, scaled[-1]),
         ):
             # summed in pairs: on one thread, a product of the BLAS has an error of 2e-14
             close(found, (left * right).sum(1), left.abs() @ right.abs())
-        found = linear_combination(blocks, coefficients, scales=scales)
+        found = linear_combination(blocks, coefficients)
     assert [f.shape for f in found] == [b.shape[1:] for b in blocks]
-    close(torch.cat([f.reshape(-1) for f in found]), coefficients @ scaled, coefficients.abs() @ scaled.abs())
+    close(torch.cat([f.reshape(-1) for f in found]), coefficients @ g, coefficients.abs() @ g.abs())
     for block, want in zip(blocks, before, strict=True):
         bits_equal(block, want)
 
@@ -61,19 +57,18 @@ def test_equals_a_float64_oracle(backend, dtype, m, dirty_memory):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_groups_are_windows_of_their_own(backend, dirty_memory):
     blocks, vectors = window(33, torch.bfloat16), window(1, torch.bfloat16)
-    coefficients, scales = normal(3, 33, dtype=torch.float64), normal(3, 33, seed=1).abs()
+    coefficients = normal(3, 33, dtype=torch.float64)
     with use_backend(backend):
-        dots = row_dots(blocks, vectors, scales=scales, groups=GROUPS)
-        gram = gram_row(blocks, 4, scales=scales, groups=GROUPS)
-        found = linear_combination(blocks, coefficients, scales=scales, groups=GROUPS)
+        dots = row_dots(blocks, vectors, groups=GROUPS)
+        gram = gram_row(blocks, 4, groups=GROUPS)
+        found = linear_combination(blocks, coefficients, groups=GROUPS)
         for group in range(3):
             members = [b for b, owner in enumerate(GROUPS) if owner == group]
             own = [blocks[b] for b in members]
-            own_scales = scales[group]
-            want = row_dots(own, [vectors[b] for b in members], scales=own_scales)
+            want = row_dots(own, [vectors[b] for b in members])
             torch.testing.assert_close(dots[group], want, rtol=1e-12, atol=0)
-            torch.testing.assert_close(gram[group], gram_row(own, 4, scales=own_scales), rtol=1e-12, atol=0)
-            for b, tensor in zip(members, linear_combination(own, coefficients[group], scales=own_scales), strict=True):
+            torch.testing.assert_close(gram[group], gram_row(own, 4), rtol=1e-12, atol=0)
+            for b, tensor in zip(members, linear_combination(own, coefficients[group]), strict=True):
                 bits_equal(found[b], tensor)
 
 
@@ -106,19 +101,6 @@ def test_fp32_dots_keep_fp32_whatever_the_matmul_precision(monkeypatch):
         torch.set_float32_matmul_precision(before)
 
 
-@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
-def test_scales_keep_fp16_from_overflow_and_underflow(size):
-    row = normal(1000) * size
-    scale = row_scale(row.abs().max())
-    assert torch.frexp(scale).mantissa == 0.5  # a power of two: dividing by it is exact
-    stored = (row / scale).half()
-    assert 2**14 <= stored.abs().max() <= 2**15
-    # half a unit in the last place of fp16, and of its smallest numbers
-    torch.testing.assert_close(stored.double() * scale.double(), row.double(), rtol=2**-11, atol=2**-25 * float(scale))
-    zero = row_scale(torch.zeros(()))
-    assert zero.isfinite() and zero > 0
-
-
 def test_fp64_vectors_keep_fp64():
     window, vector = torch.ones(1, 2), torch.tensor([1 + 2**-30, -1.0], dtype=torch.float64)
     assert row_dots([window], [vector]).item() == 2**-30
@@ -138,7 +120,6 @@ def test_bad_arguments_are_named():
         (lambda: row_dots([block], []), "0 for 1"),
         (lambda: row_dots([block, torch.ones(2, 4)], [x, x]), r"windows\[1\] has 2"),
         (lambda: row_dots([block, block.double()], [x, x]), "one dtype"),
-        (lambda: row_dots([block], [x], scales=torch.ones(2)), r"scales of shape \(3,\), got \(2,\)"),
         (lambda: row_dots([block], [x], groups=[-1]), "number >= 0"),
         (lambda: linear_combination([block], torch.ones(4)), r"coefficients of shape \(3,\), got \(4,\)"),
         (lambda: linear_combination([block], torch.ones(3), out=[torch.ones(4).double()]), "float64"),
@@ -162,10 +143,10 @@ def test_compiles_whole():
     ):
         torch.testing.assert_close(found, want)
     # sample inputs through every check that torch has for an operator
-    torch.library.opcheck(torch.ops.leanstep.row_dots, (blocks, [b[0].clone() for b in blocks], None, None))
-    torch.library.opcheck(torch.ops.leanstep.row_dots, (blocks, [b[1].clone() for b in blocks], None, [0, 1]))
+    torch.library.opcheck(torch.ops.leanstep.row_dots, (blocks, [b[0].clone() for b in blocks], None))
+    torch.library.opcheck(torch.ops.leanstep.row_dots, (blocks, [b[1].clone() for b in blocks], [0, 1]))
     out = [torch.empty(5), torch.empty(2, 2)]
-    torch.library.opcheck(torch.ops.leanstep.linear_combination, (blocks, coefficients, None, None, out))
+    torch.library.opcheck(torch.ops.leanstep.linear_combination, (blocks, coefficients, None, out))
 
 
 def test_the_number_of_threads_changes_nothing():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from dense_fisher import newest_preconditioned, slow_rows
-from gradient_windows import gram_row, woodbury_coefficients, write_row
+from gradient_windows import gram_row, woodbury_coefficients
 from kernel_cases import bits_equal
 from static_recursion import dense_fisher, static_recursion
 
@@ -167,16 +167,14 @@ def test_16_bit_windows_need_the_stored_gradient_everywhere(dtype, bound):
     m, d, damping = 32, 4000, 1e-6
     gradients = torch.randn(m, d) + torch.randn(d)
     gradients /= gradients.norm(dim=1, keepdim=True)
-    window, scales = [torch.empty(m, d, dtype=dtype)], torch.empty(m)
-    for i, gradient in enumerate(gradients):
-        write_row(window[0], i, gradient, scales)
-    gram = torch.stack([gram_row(window, i, scales=scales) for i in range(m)])
+    window = [gradients.to(dtype)]
+    gram = torch.stack([gram_row(window, i) for i in range(m)])
     exact = pushed_through(gradients.double(), damping, m - 1)
     coefficients, _ = window_coefficients(gram, damping, m, m - 1)
-    close(linear_combination(window, coefficients, scales=scales)[0], exact, bound)
+    close(linear_combination(window, coefficients)[0], exact, bound)
     # the unrounded gradient is no row of the stored window
-    general, _ = woodbury_coefficients(gram, row_dots(window, [gradients[-1]], scales=scales), damping, m)
-    mixed = gradients[-1] / damping + linear_combination(window, general, scales=scales)[0]
+    general, _ = woodbury_coefficients(gram, row_dots(window, [gradients[-1]]), damping, m)
+    mixed = gradients[-1] / damping + linear_combination(window, general)[0]
     assert (mixed.double() - exact).norm() > exact.norm()
 
 
@@ -322,7 +320,7 @@ def test_a_ring_of_gradients_is_the_window_of_the_last_ones(scaling):
     gradients = normal(3 * m + 2, d)
     for step, gradient in enumerate(gradients):
         index, live = step % m, min(step + 1, m)
-        write_row(window[0], index, gradient)
+        window[0][index] = gradient
         row = gram_row([w[:live] for w in window], index)
         gram[index, :live] = row
         gram[:live, index] = row
@@ -339,6 +337,6 @@ def test_the_gram_matrix_stays_exact_over_ten_thousand_gradients():
     window, gram = [torch.zeros(m, 7, dtype=torch.float64)], torch.zeros(m, m, dtype=torch.float64)
     for step in range(10_000):
         index = step % m
-        write_row(window[0], index, torch.randn(7, generator=generator, dtype=torch.float64))
+        window[0][index] = torch.randn(7, generator=generator, dtype=torch.float64)
         gram[index] = gram[:, index] = gram_row(window, index)
     torch.testing.assert_close(gram, window[0] @ window[0].T, rtol=1e-12, atol=1e-12)

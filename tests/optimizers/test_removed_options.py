@@ -54,9 +54,9 @@ def test_a_removed_option_says_what_to_write_instead(name, option):
 
 def test_a_recipe_with_removed_options_says_what_to_write_instead(tmp_path):
     recipe = tmp_path / "recipe.yaml"
-    for name, all_options in REMOVED.items():
-        options = {option: entry for option, entry in all_options.items() if "=" not in option}
-        given = "".join(f"    {option}: 1\n" for option in options)
+    for name, options in REMOVED.items():
+        parts = [option.partition("=") for option in options]
+        given = "".join(f"    {option}: {value or 1}\n" for option, _, value in parts)
         group = f"    - role: embedding\n      {next(iter(options))}: 1\n"
         recipe.write_text(
             f"base: gpt-nano-adamw\noptimizer:\n  name: {name.lower()}\n  args:\n{given}  groups:\n{group}",

@@ -4,6 +4,7 @@ import json
 import signal
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from leanstep.lora import LowRankGate
 from leanstep.lora.attention.monitor import STATUSES
 from leanstep.recipes.check.costs import check_layers
 from leanstep.recipes.config.loader import ConfigError, load
-from leanstep.recipes.methods.gate import read_gate, write_gate
+from leanstep.recipes.methods.gate import Gate
 from leanstep.recipes.report.report import write_report
 from leanstep.recipes.training.checkpoint import CheckpointError
 
@@ -181,15 +182,20 @@ def test_an_evaluation_that_is_made_again_is_judged_once(recipe, gated, tmp_path
 
 def test_decisions_of_other_layers_or_processes_are_not_taken(tmp_path):
     model = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0))
-    with LowRankGate(model, "auto") as gate:
+    accelerator = SimpleNamespace(process_index=0, num_processes=1)
+    gate = Gate(SimpleNamespace(accelerator=accelerator))
+    (tmp_path / "trainer").mkdir()
+    with LowRankGate(model, "auto") as gate.source:
         # as checkpoints of before there were any
-        assert "decisions of 0 processes, not of 1: layers are judged anew" in read_gate(gate, tmp_path, 0, 1)
-        write_gate(gate, tmp_path, 0)
-        assert read_gate(gate, tmp_path, 0, 1) is None
-        assert "decisions of 1 processes, not of 2" in read_gate(gate, tmp_path, 1, 2)
+        assert "decisions of 0 processes, not of 1: layers are judged anew" in gate.load(tmp_path)
+        gate.save(tmp_path / "trainer")
+        assert gate.load(tmp_path) is None
+        accelerator.num_processes = 2
+        assert "decisions of 1 processes, not of 2" in gate.load(tmp_path)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=2, n_head=1, bos_token_id=0, eos_token_id=0))
-    with LowRankGate(model, "auto") as gate, pytest.raises(CheckpointError) as caught:
-        read_gate(gate, tmp_path, 0, 1)
+    accelerator.num_processes = 1
+    with LowRankGate(model, "auto") as gate.source, pytest.raises(CheckpointError) as caught:
+        gate.load(tmp_path)
     assert "gate_0.pt cannot be loaded" in str(caught.value)
     assert "LowRankGate: the state is of other attention layers" in str(caught.value)
 

@@ -217,6 +217,7 @@ def test_damage_is_found_and_the_model_left_alone(exported):
         (edit(same, lambda layout: layout.update(aliases=[1]), "new"), "expected an object 'aliases', got list"),
         (edit(same, lambda layout: layout["aliases"].update(more=["0.bias"]), "new"), "expected the name of a weight"),
         (edit(same, lambda layout: layout.pop("crc32")), "the checksum of its layout is wrong"),
+        (edit(same, entry(crc32=5), "none"), "expected the checksums of values and indices, got 5"),
         (
             edit(
                 lambda s: s.update({"0.weight.nm_indices": s["0.weight.nm_indices"].to(torch.int16)}), checksums="new"
@@ -274,7 +275,7 @@ def test_what_cannot_be_exported_is_named(tmp_path):
     with pytest.raises(ValueError, match="w: .*is not 2:4"):
         export_compressed({"w": torch.ones(2, 8)}, path, patterns={"w": "2:4"})
     sparse = torch.tensor([[1.0, 0, 0, 0]])
-    with pytest.raises(ValueError, match="w.nm_values has the name of a part of the sparse weight w"):
+    with pytest.raises(ValueError, match="w.nm_values has the name of a part of w"):
         export_compressed({"w.nm_values": torch.ones(1), "w": sparse}, path, patterns={"w": "1:4"})
     with pytest.raises(ValueError, match="there is no tensor 'v'"):
         export_compressed({"w": torch.ones(2, 8)}, path, patterns={"v": "2:4"})

@@ -39,13 +39,3 @@ def linear_combination(window: Tensor, coefficients: Tensor, out: Tensor) -> Non
     """Write the sum over i of ``coefficients[i] * window[i]`` to ``out`` [n], rounded once."""
     for chunk in column_chunks(window):
         out[chunk] = coefficients.double() @ window[:, chunk].double()
-
-
-def row_scale(largest: Tensor) -> Tensor:
-    """The power of two by which a row is divided before it is stored. ``largest``: the row's, fp32 of any shape.
-
-    The division is exact and brings the largest magnitude to 2**14 to 2**15. In fp16 this leaves a factor of 2 before
-    overflow, and full precision for 28 binary orders of magnitude below.
-    """
-    exponent = torch.frexp(largest.to(torch.float32)).exponent
-    return torch.ldexp(torch.ones_like(largest, dtype=torch.float32), (exponent - 15).clamp_min(-126))
