@@ -329,7 +329,7 @@ def _check(options: argparse.Namespace, rest: list[str]) -> int:
     overrides = _overrides(options, rest)
     _need("training")
     config = _load_for(options, overrides)
-    from leanstep.recipes.progress import ProgressBar
+    from leanstep.recipes.report.progress import ProgressBar
 
     with ProgressBar() as bar:
         from leanstep.recipes.check.check import check

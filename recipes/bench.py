@@ -18,7 +18,7 @@ from leanstep._files import find_model_folder, format_bytes, one_line, table_lin
 from leanstep._pages.charts import Quantity, bars
 from leanstep.recipes.evaluate import find_device
 from leanstep.recipes.generate import open_generator
-from leanstep.recipes.progress import ProgressBar, refuse_input
+from leanstep.recipes.report.progress import ProgressBar, refuse_input
 
 EQUAL = 0.05  # difference of two speeds that turns measure as often as not
 WRAPPED = 105  # characters of a line in the picture

@@ -17,7 +17,7 @@ from leanstep._files import find_model_folder, one_line, parse_json, read_text
 from leanstep.recipes.config.schema import DataConfig
 from leanstep.recipes.data.sources import in_options, open_file
 from leanstep.recipes.data.tokens import require
-from leanstep.recipes.progress import ProgressBar, refuse_input
+from leanstep.recipes.report.progress import ProgressBar, refuse_input
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from leanstep._arguments import OneLineParser, add_device, positive, seed
 from leanstep._files import find_model_folder
 from leanstep.recipes.evaluate import find_device
-from leanstep.recipes.progress import refuse_input
+from leanstep.recipes.report.progress import refuse_input
 
 if TYPE_CHECKING:
     import torch

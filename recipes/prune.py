@@ -15,8 +15,8 @@ from leanstep._files import find_model_folder, one_line, restore_alone
 from leanstep._memory import peak_process_memory
 from leanstep._process import InterruptibleStart, allowed_memory, lacks_memory
 from leanstep.pruning.config import PruneConfig
-from leanstep.recipes.progress import ProgressBar
 from leanstep.recipes.prune_output import OUT_OF_MEMORY, estimate_lines, recovery_lines, shown, summary_of
+from leanstep.recipes.report.progress import ProgressBar
 from leanstep.recipes.training.formatting import format_duration
 
 if TYPE_CHECKING:

@@ -1,1 +1,1 @@
-"""HTML reports of runs."""
+"""What is shown of runs: HTML reports, and how far a command is."""

@@ -23,7 +23,7 @@ from leanstep.pruning import CalibrationText, Recovery, find_targets, prune_chec
 from leanstep.pruning.folder.files import open_checkpoint
 from leanstep.pruning.folder.text import sequences_of
 from leanstep.pruning.result import PruneResult
-from leanstep.recipes.progress import ProgressBar
+from leanstep.recipes.report.progress import ProgressBar
 from leanstep.sparsity import verify
 
 SMALL = ["--samples", "6", "--curve-samples", "3", "--held-out", "2", "--seq-len", "24", "--levels", "0.4,0.6,0.8"]
@@ -459,7 +459,7 @@ cli.main({command.split()})
 
 
 def test_a_phase_in_which_nothing_is_counted_is_told_again(monkeypatch, capsys):
-    monkeypatch.setattr("leanstep.recipes.progress._INTERVAL", 0.01)
+    monkeypatch.setattr("leanstep.recipes.report.progress._INTERVAL", 0.01)
     told = ""
     with ProgressBar() as bar:
         bar(0, 0, "writing")

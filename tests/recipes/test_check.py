@@ -18,7 +18,7 @@ from leanstep.recipes.config.catalog import describe
 from leanstep.recipes.config.loader import dump, find_recipe, load, recipe_names
 from leanstep.recipes.config.values import recorded
 from leanstep.recipes.data.tokens import vocabulary_size
-from leanstep.recipes.progress import ProgressBar
+from leanstep.recipes.report.progress import ProgressBar
 from leanstep.recipes.training.checkpoint import TrainState, commit, staging, write_state
 from leanstep.recipes.training.folder import RunFolder
 from leanstep.recipes.training.formatting import format_duration
