@@ -121,7 +121,7 @@ def launched(files: Files) -> Kind:
     """``leanstep train --nproc 2``; the launcher is killed."""
 
     def start(job: Job, out: Path, victim: int = 0, **kill: Any) -> list[int]:
-        from leanstep.recipes.training.launch import launch
+        from leanstep.recipes.launch import launch
 
         # workers that lose their launcher save at once: with a checkpoint more, the older one would be removed
         arguments = [f"out={out}", "batch.micro_batch_size=2", "checkpoint.keep_last=1"]

@@ -33,9 +33,9 @@ def prepare() -> None:
     import transformers.models.gpt2.modeling_gpt2
     import transformers.models.llama.modeling_llama  # noqa: F401
 
+    import leanstep.recipes.launch
     import leanstep.recipes.prune
     import leanstep.recipes.report.report
-    import leanstep.recipes.training.launch
     import leanstep.recipes.training.train
     import leanstep.sparsity  # noqa: F401
 

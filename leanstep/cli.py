@@ -312,7 +312,7 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
         overrides = [*overrides, f"checkpoint.resume={resume if resume in ('auto', 'never') else json.dumps(resume)}"]
     config, processes = _load_for(options, overrides), options.nproc or 1
     if options.dry_run or processes > 1:
-        from leanstep.recipes.training.launch import dry_run, launch
+        from leanstep.recipes.launch import dry_run, launch
 
         if options.dry_run:
             return dry_run(config, options.recipe, overrides, processes)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from leanstep._arguments import OneLineParser, add_device, positive
 from leanstep._files import find_model_folder, one_line, parse_json, read_text
 from leanstep.recipes.config.schema import DataConfig
+from leanstep.recipes.data.cache import require
 from leanstep.recipes.data.sources import in_options, open_file
-from leanstep.recipes.data.tokens import require
 from leanstep.recipes.report.progress import ProgressBar, refuse_input
 
 if TYPE_CHECKING:

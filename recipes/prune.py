@@ -15,9 +15,9 @@ from leanstep._files import find_model_folder, one_line, restore_alone
 from leanstep._memory import peak_process_memory
 from leanstep._process import InterruptibleStart, allowed_memory, lacks_memory
 from leanstep.pruning.config import PruneConfig
-from leanstep.recipes.prune_output import OUT_OF_MEMORY, estimate_lines, recovery_lines, shown, summary_of
+from leanstep.recipes.report.formatting import format_duration
 from leanstep.recipes.report.progress import ProgressBar
-from leanstep.recipes.training.formatting import format_duration
+from leanstep.recipes.report.prune_output import OUT_OF_MEMORY, estimate_lines, recovery_lines, shown, summary_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,14 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = _parser().parse_args(arguments)
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1 and options.nproc > 1 and not options.dry_run:
-        from leanstep.recipes.training.launch import run_workers
-
-        return run_workers("leanstep", ["prune", *arguments], options.nproc, "the same command with --resume")
-    if size == 1:
+    if size == 1 and (options.nproc == 1 or options.dry_run):
         return _run(options)
-    from leanstep.recipes.training.launch import exit_worker
+    from leanstep.recipes.launch import exit_worker, run_workers
 
+    if size == 1:
+        return run_workers("leanstep", ["prune", *arguments], options.nproc, "the same command with --resume")
     exit_worker(_run(options))
 
 

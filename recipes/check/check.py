@@ -28,12 +28,12 @@ from leanstep.recipes.data.sources import find_files, look, open_corpus, open_st
 from leanstep.recipes.data.tokens import open_tokenizer, vocabulary_size
 from leanstep.recipes.methods.pruned import masked_names, pruned_start_warning, zeros_of
 from leanstep.recipes.methods.sparse import plan, run_operations, schedule_of
+from leanstep.recipes.report.formatting import format_duration
 from leanstep.recipes.report.progress import ProgressBar
 from leanstep.recipes.training.build import build_optimizer, missing_here, optimizer_section, trackers_of, wants_cpu
 from leanstep.recipes.training.checkpoint import choose_start, find_checkpoints
 from leanstep.recipes.training.failures import lighter_state
 from leanstep.recipes.training.folder import RunFolder, is_held
-from leanstep.recipes.training.formatting import format_duration
 from leanstep.recipes.training.initial import check_initial_tokenizer, initial_problem
 
 LOAD_LIMIT = 64 * 2**20  # tokenise local text up to this size to count its tokens; the run reuses the cache

@@ -16,14 +16,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from leanstep._files import one_line
+from leanstep.recipes.config.schema import DataConfig
+from leanstep.recipes.data.cache import cache_root, require
 from leanstep.recipes.data.hub import check_hub, no_network
-from leanstep.recipes.data.tokens import cache_root, require
-
-if TYPE_CHECKING:
-    from leanstep.recipes.config.schema import DataConfig
 
 _BEGINNING = 1 << 16  # bytes that `look` reads of a text file
 # bytes of the newest addresses that pruning holds out; the recipes hold out more from training
@@ -281,7 +279,7 @@ def _kind_of(path: str, default: str = "text") -> str:
     return next((kind for kind in ("json", "parquet") if path.endswith(_SUFFIXES[kind])), default)
 
 
-def _load_hub(config: "DataConfig", split: str, *, streaming: bool) -> tuple[Any, str]:
+def _load_hub(config: DataConfig, split: str, *, streaming: bool) -> tuple[Any, str]:
     """Rows of a split, and the dataset's commit; "" where the hub is not asked."""
     name = config.name or ""
     if not name:
@@ -298,7 +296,7 @@ def _load_hub(config: "DataConfig", split: str, *, streaming: bool) -> tuple[Any
     return rows, revision
 
 
-def look(config: "DataConfig") -> list[str]:
+def look(config: DataConfig) -> list[str]:
     """Check only the beginnings of the training and validation text, and describe each in a line.
 
     Files must exist, not be empty, and begin with text, or with a row that has the column. Does not ask the hub. Raises
@@ -317,7 +315,7 @@ def look(config: "DataConfig") -> list[str]:
     return lines
 
 
-def _look_at(config: "DataConfig", path: str, kind: str, key: str) -> str:
+def _look_at(config: DataConfig, path: str, kind: str, key: str) -> str:
     files = _c4_files(path, "train") if kind == "local_c4" else find_files(path, kind, key)
     size = sum(file.stat().st_size for file in files)
     if size == 0:
@@ -337,7 +335,7 @@ def _look_at(config: "DataConfig", path: str, kind: str, key: str) -> str:
     return f"{key}: {path}, {count}, {size:,} bytes"
 
 
-def open_corpus(config: "DataConfig") -> Corpus:
+def open_corpus(config: DataConfig) -> Corpus:
     """Open the whole training text of a recipe. Reads files once for the fingerprint.
 
     Raises:
@@ -353,7 +351,7 @@ def open_corpus(config: "DataConfig") -> Corpus:
     return _files_corpus(_path(config), config.source, "data.path", config.text_key, config.cache_dir)
 
 
-def _path(config: "DataConfig") -> str:
+def _path(config: DataConfig) -> str:
     if not config.path:
         raise ValueError(f"data.source '{config.source}' needs data.path: a file, a folder or a glob")
     return config.path
@@ -385,7 +383,7 @@ class OptionTexts:
             raise ValueError(in_options(str(error), self.options)) from error
 
 
-def open_validation(config: "DataConfig") -> Corpus | None:
+def open_validation(config: DataConfig) -> Corpus | None:
     """Open the separate validation text; None if the recipe holds out training text, or validates nothing.
 
     It is ``data.val_path``, the ``c4-validation`` shards of a local copy of C4, or the split ``validation`` of a
@@ -409,7 +407,7 @@ def open_validation(config: "DataConfig") -> Corpus | None:
     return None
 
 
-def open_stream(config: "DataConfig") -> Any:
+def open_stream(config: DataConfig) -> Any:
     """Open the training rows as a ``datasets.IterableDataset``, unshuffled and unsplit. Errors: :func:`open_corpus`."""
     if config.source == "hf":
         return _load_hub(config, "train", streaming=True)[0]

@@ -7,7 +7,7 @@ from typing import Any
 
 from leanstep._files import one_line
 from leanstep._process import lacks_memory
-from leanstep.recipes.training.formatting import format_duration
+from leanstep.recipes.report.formatting import format_duration
 
 # what is shown of a phase of progress, and what is counted in it; other names are of points of curves
 _PHASES = {

@@ -19,13 +19,13 @@ from leanstep.recipes.check.costs import FORMULA, peak_flops
 from leanstep.recipes.config.loader import dump
 from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.config.values import recorded
+from leanstep.recipes.report.formatting import flat_scalars, format_line, format_live
+from leanstep.recipes.report.trackers import Trackers
 from leanstep.recipes.training.build import describe_world, device_name, trackers_of
 from leanstep.recipes.training.checkpoint import TrainState
 from leanstep.recipes.training.folder import RunFolder, environment
-from leanstep.recipes.training.formatting import flat_scalars, format_line, format_live
 from leanstep.recipes.training.parts import Part
 from leanstep.recipes.training.step import StepResult
-from leanstep.recipes.training.trackers import Trackers
 from leanstep.recipes.training.validation import EvalResult
 
 

@@ -29,6 +29,7 @@ from leanstep.recipes.data.batches import Windows
 from leanstep.recipes.data.sequences import LoadedData
 from leanstep.recipes.methods.lora import ADAPTER, load_adapters
 from leanstep.recipes.methods.sparse import load_sparse, without_sparse
+from leanstep.recipes.report.samples import TEMPERATURE, held_out_prompts, sample, word_starts
 from leanstep.recipes.training.build import all_agree, on_main_process
 from leanstep.recipes.training.checkpoint import (
     CheckpointError,
@@ -46,7 +47,6 @@ from leanstep.recipes.training.failures import RunFailure, disk_trouble
 from leanstep.recipes.training.folder import RunFolder
 from leanstep.recipes.training.logger import RunLogger
 from leanstep.recipes.training.parts import Part
-from leanstep.recipes.training.samples import TEMPERATURE, held_out_prompts, sample, word_starts
 from leanstep.sparsity import plain_state_dict
 from leanstep.sparsity.training.modules import sparse_layers
 

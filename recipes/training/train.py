@@ -28,6 +28,7 @@ from leanstep.recipes.config.loader import ConfigError, load
 from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.config.values import hidden_texts
 from leanstep.recipes.data.sources import StreamError
+from leanstep.recipes.launch import LAUNCHER_VARIABLE
 from leanstep.recipes.training.build import build_accelerator
 from leanstep.recipes.training.checkpoint import how_to_continue
 from leanstep.recipes.training.failures import (
@@ -39,7 +40,6 @@ from leanstep.recipes.training.failures import (
     refuse,
 )
 from leanstep.recipes.training.folder import RunFolder
-from leanstep.recipes.training.launch import LAUNCHER_VARIABLE
 from leanstep.recipes.training.logger import Progress
 from leanstep.recipes.training.run import Run
 
@@ -132,6 +132,6 @@ def _tell(progress: Progress, message: str, begin: str = "") -> None:
 
 
 if __name__ == "__main__":
-    from leanstep.recipes.training.launch import exit_worker
+    from leanstep.recipes.launch import exit_worker
 
     exit_worker(main())

@@ -283,7 +283,7 @@ def test_where_every_folder_is_refused_the_definition_runs_and_info_says_why(
 @pytest.mark.slow
 def test_a_user_without_home_and_entry_builds_in_the_temporary_folder(tmp_path):
     program = "import pwd\ndef getpwuid(uid): raise KeyError(uid)\npwd.getpwuid = getpwuid\n"
-    program += STEP + "from leanstep.recipes.data.tokens import cache_root; print(cache_root())"
+    program += STEP + "from leanstep.recipes.data.cache import cache_root; print(cache_root())"
     environment = {k: v for k, v in os.environ.items() if k not in ("HOME", "LEANSTEP_CACHE", "XDG_CACHE_HOME")}
     command = [sys.executable, "-P", "-W", "error", "-c", program]
     ran = subprocess.run(

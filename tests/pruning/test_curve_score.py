@@ -8,7 +8,7 @@ import torch
 from pruned_models import make_llama, tokens
 
 from leanstep.pruning import Refinement, prune
-from leanstep.recipes.prune_output import summary_of
+from leanstep.recipes.report.prune_output import summary_of
 
 SETTINGS = {"sparsity": 0.6, "levels": (0.4, 0.5, 0.6, 0.7, 0.8), "curves": "measured", "held_out": False}
 

@@ -20,7 +20,7 @@ from leanstep.pruning.measure.checks import Trial
 from leanstep.pruning.measure.curves import level_grid, levels_of
 from leanstep.pruning.measure.metrics import Distortion
 from leanstep.pruning.score.targets import make_groups
-from leanstep.recipes.prune_output import estimate_lines
+from leanstep.recipes.report.prune_output import estimate_lines
 
 NONE = {name: 0.0 for name in ("operation", "ranked", "call", "logit", "copied", "hashed")}
 SIZES = Sizes([(8, 8)] * 14, blocks=2, active=1000, outputs=64, tokens=16, size=10000)

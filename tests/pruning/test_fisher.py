@@ -22,8 +22,8 @@ from leanstep.pruning.measure.curves import Curve
 from leanstep.pruning.measure.fisher import SecondOrder
 from leanstep.pruning.measure.measure import evaluating
 from leanstep.pruning.measure.metrics import Distortion, Metric, make_metric
+from leanstep.recipes.report.formatting import format_duration
 from leanstep.recipes.report.progress import ProgressBar
-from leanstep.recipes.training.formatting import format_duration
 
 LEVELS = (0.5, 0.9)
 SMALL = (0.02, 0.05)

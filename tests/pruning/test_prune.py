@@ -24,7 +24,7 @@ from leanstep.pruning.measure.products import PRODUCTS
 from leanstep.pruning.result import Additivity
 from leanstep.pruning.score.base import NEEDS
 from leanstep.pruning.score.targets import GRANULARITIES, count_uses
-from leanstep.recipes.prune_output import summary_of
+from leanstep.recipes.report.prune_output import summary_of
 from leanstep.sparsity import is_nm
 
 LEVELS = (0.3, 0.6, 0.8, 0.9)

@@ -18,8 +18,8 @@ from leanstep.recipes.data.chat import ChatSequences, Example, encode_row, read_
 from leanstep.recipes.data.sequences import IGNORED, load_data
 from leanstep.recipes.data.sources import look
 from leanstep.recipes.data.tokens import train_bpe
+from leanstep.recipes.report.samples import held_out_prompts
 from leanstep.recipes.training.build import build_run_model
-from leanstep.recipes.training.samples import held_out_prompts
 
 TEMPLATE = """\
 {% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>

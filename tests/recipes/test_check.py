@@ -18,10 +18,10 @@ from leanstep.recipes.config.catalog import describe
 from leanstep.recipes.config.loader import dump, find_recipe, load, recipe_names
 from leanstep.recipes.config.values import recorded
 from leanstep.recipes.data.tokens import vocabulary_size
+from leanstep.recipes.report.formatting import format_duration
 from leanstep.recipes.report.progress import ProgressBar
 from leanstep.recipes.training.checkpoint import TrainState, commit, staging, write_state
 from leanstep.recipes.training.folder import RunFolder
-from leanstep.recipes.training.formatting import format_duration
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 300
 

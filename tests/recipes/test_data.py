@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerFast
 
 from leanstep.recipes.config.schema import DataConfig
 from leanstep.recipes.data import sources, tokens
+from leanstep.recipes.data.cache import build_once, cache_root
 from leanstep.recipes.data.sequences import IGNORED, load_data, shuffled
-from leanstep.recipes.data.tokens import build_once, cache_root, encode, read_shard, train_bpe, write_shard
+from leanstep.recipes.data.tokens import encode, read_shard, train_bpe, write_shard
 
 DOCUMENTS = texts.documents(60)
 
@@ -25,8 +26,7 @@ DOCUMENTS = texts.documents(60)
 @pytest.fixture
 def corpus(tmp_path):
     """A folder of documents and a config that reads it with a cache of its own."""
-    folder = tmp_path / "corpus"
-    folder.mkdir()
+    (folder := tmp_path / "corpus").mkdir()
     for number, document in enumerate(DOCUMENTS):
         (folder / f"{number:03d}.txt").write_text(document, encoding="utf-8")
 

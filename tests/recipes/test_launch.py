@@ -209,7 +209,7 @@ def test_one_process_that_cannot_start_leaves_exit_code_2(recipe, tmp_path):
 @pytest.mark.parametrize("world", ["1", "2"])
 def test_a_process_ends_with_its_code_after_its_threads_and_its_last_words(world):
     program = (
-        "import atexit, threading, time; from leanstep.recipes.training.launch import exit_worker; "
+        "import atexit, threading, time; from leanstep.recipes.launch import exit_worker; "
         "atexit.register(print, 'last words'); "
         "threading.Thread(target=lambda: (time.sleep(0.2), print('thread'))).start(); exit_worker(3)"
     )

@@ -12,10 +12,10 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from leanstep.recipes.check.costs import flops_per_token, peak_flops
 from leanstep.recipes.config.schema import ModelConfig
+from leanstep.recipes.report.formatting import format_line
 from leanstep.recipes.report.report import write_report
+from leanstep.recipes.report.trackers import Trackers
 from leanstep.recipes.training.build import build_model
-from leanstep.recipes.training.formatting import format_line
-from leanstep.recipes.training.trackers import Trackers
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,11 @@ from leanstep.optimizers import Lion, release_gradients
 from leanstep.recipes.config.schema import ExpectConfig, ScheduleConfig
 from leanstep.recipes.data.batches import MicroBatches, count_targets
 from leanstep.recipes.data.sequences import IGNORED, as_sequence, shuffled
+from leanstep.recipes.report.formatting import flat_scalars, format_duration, format_line, format_live, format_rate
+from leanstep.recipes.report.samples import held_out_prompts, sample, word_starts
 from leanstep.recipes.training.build import build_schedule, schedule_factor
 from leanstep.recipes.training.folder import RunFolder
-from leanstep.recipes.training.formatting import flat_scalars, format_duration, format_line, format_live, format_rate
 from leanstep.recipes.training.logger import Clock, Progress
-from leanstep.recipes.training.samples import held_out_prompts, sample, word_starts
 from leanstep.recipes.training.saver import compare
 from leanstep.recipes.training.step import NonFinite, backward, gradient_norm
 

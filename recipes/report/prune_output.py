@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from leanstep._files import format_bytes
 from leanstep.recipes.check.machine import processor_name
-from leanstep.recipes.training.formatting import format_duration
+from leanstep.recipes.report.formatting import format_duration
 
 if TYPE_CHECKING:
     from leanstep.pruning import Estimate, PruneResult, RecoveryResult

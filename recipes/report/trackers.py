@@ -6,8 +6,6 @@ from typing import Any
 
 from accelerate import Accelerator
 
-_TENSORBOARD = "tensorboard"
-
 
 class Trackers:
     """The trackers of a run. A tracker that fails with OSError is told once and gets nothing more.
@@ -51,7 +49,7 @@ def _hide_errors_of_writing_threads() -> None:
 
     def hook(caught: threading.ExceptHookArgs) -> None:
         package = type(caught.thread).__module__.partition(".")[0]
-        if package != _TENSORBOARD or not issubclass(caught.exc_type, OSError):
+        if package != "tensorboard" or not issubclass(caught.exc_type, OSError):
             shown(caught)
 
     threading.excepthook = hook
