@@ -178,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
         "--values", choices=("int8", "int4"), help="quantise the nonzeros of sparse weights; default: as stored"
     )
     export.add_argument("--json", action="store_true", help="as JSON")
-    generate = command("generate", _generate, "Continue a prompt with a dense or a sparse checkpoint.")
+    generate = command("generate", _generate, "Continue a prompt with a dense or a sparse checkpoint, or talk to it.")
     generate.add_argument("arguments", nargs=argparse.REMAINDER, help="DIR PROMPT ...")
     bench = command("bench", _bench, "Measure tokens per second and memory of checkpoints, in turns.")
     bench.add_argument("arguments", nargs=argparse.REMAINDER, help="DIR --against DIR ...")

@@ -277,8 +277,8 @@ def test_a_missing_extra_is_named(package, case, tmp_path):
 def launched(monkeypatch):
     """Recorders in the place of what trains, which has tests of its own: [(what, its arguments), ...]."""
     calls = []
-    for module, names in {"launch": ("dry_run", "launch"), "train": ("train",)}.items():
-        fake = types.ModuleType(f"leanstep.recipes.training.{module}")
+    for module, names in {"launch": ("dry_run", "launch"), "training.train": ("train",)}.items():
+        fake = types.ModuleType(f"leanstep.recipes.{module}")
         for name in names:
             setattr(fake, name, lambda *arguments, name=name: calls.append((name, *arguments)) or 0)
         monkeypatch.setitem(sys.modules, fake.__name__, fake)

@@ -1,5 +1,6 @@
 """The commands generate and bench, on dense and sparse folders."""
 
+import io
 import json
 import re
 import subprocess
@@ -9,15 +10,16 @@ from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
+import texts
 import torch
 from pruned_models import make_llama, save_tokenizer
 from sparse_folders import save_sparse
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from leanstep.cli import main
 from leanstep.recipes import bench, generate
-from leanstep.recipes.data.tokens import decode_halves
+from leanstep.recipes.data.tokens import decode_halves, train_bpe
 from leanstep.sparsity import export_folder
 
 
@@ -31,6 +33,60 @@ def folders(tmp_path_factory):
     save_tokenizer(root / "small")
     save_sparse(root / "bare", make_llama(hidden_size=64, intermediate_size=96), dtype=torch.float32)
     return root
+
+
+TEMPLATE = """\
+{% for message in messages %}{% if message['role'] == 'system' and message['content'] == 'Refuse.' %}\
+{{ raise_exception('no such system') }}{% endif %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>
+{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+    """A model whose next token depends on the last one alone: it answers "A model." and goes on after its turn."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=train_bpe(texts.documents(40), 320), eos_token="<|endoftext|>")
+    names = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
+    tokenizer.chat_template = TEMPLATE
+    size = len(tokenizer) + len(tokenizer) % 2
+    model = make_llama(vocab_size=size, hidden_size=size, num_attention_heads=1, num_key_value_heads=1, layers=1)
+    chain = tokenizer("<|assistant|>A model.<|end|>Boo", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.copy_(torch.eye(size))
+        model.lm_head.weight.zero_()[chain[1:], chain[:-1]] = 1
+    folder = tmp_path_factory.mktemp("talker")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_model_answers_by_its_chat_template_and_stops_at_the_end_of_its_turn(talker, capsys):
+    assert main(["generate", str(talker), "Who?", "--chat"]) == 0
+    assert capsys.readouterr().out == "A model.\n"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_turns_are_read_until_the_input_ends(talker, capsys, monkeypatch, terminal):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Who?\n\nAgain?\n"))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: terminal)
+    assert main(["generate", str(talker), "--chat", "--json", "--system", "Be brief."]) == 0
+    result = json.loads(capsys.readouterr().out.rpartition("> ")[2])
+    assert [turn["content"] for turn in result["messages"]] == ["Be brief.", "Who?", "A model.", "Again?", "A model."]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--system", "Refuse."), "the chat template cannot render the conversation: no such system"),
+        (("--system", "word " * 64), "and the model 64 positions; begin a new one"),
+    ],
+)
+def test_a_conversation_that_cannot_be_answered_is_told_in_one_line(talker, capsys, arguments, message):
+    assert main(["generate", str(talker), "Who?", "--chat", *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
 def answer(capsys, *arguments):
@@ -91,6 +147,7 @@ def test_samples_come_from_the_seed(folders, capsys):
         (("bare", "x"), "holds no tokenizer (no tokenizer.json); save the model's own there by save_pretrained"),
         (("small", "Hello"), "its tokenizer has more tokens than the model, which has 30"),
         (("dense", "Hello", "--max-new-tokens", "60"), "has 5 tokens, 60 are asked for, and the model has 64"),
+        (("dense", "Hello", "--chat"), "its tokenizer has no chat template; leave --chat out"),
         (("dense", "Hello", "--device", "pdp11"), "--device pdp11 cannot be used"),
     ],
 )
@@ -105,6 +162,7 @@ def test_what_cannot_be_generated_is_told_in_one_line(folders, capsys, monkeypat
     [
         ("--temperature", "1e-45", "expected 0, or a number from 1e-06, got '1e-45'"),
         ("--temperature", "inf", "expected 0, or a number from 1e-06"),
+        ("--system", "Be brief.", "--system is for --chat"),
         ("--seed", "99999999999999999999", "expected a whole number from 0 to 2^63 - 1"),
     ],
 )
