@@ -41,7 +41,7 @@ print(peak() - before)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     models = tmp_path_factory.mktemp("memory")
-    for name, hidden, layers in (("small", 32, 1), ("large", 512, 24)):
+    for name, hidden, layers in (("small", 32, 1), ("large", 384, 24)):
         config = LlamaConfig(
             vocab_size=64,
             hidden_size=hidden,
