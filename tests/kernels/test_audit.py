@@ -27,9 +27,9 @@ def cases():
 def measured(cases):
     """Measurements of some configurations of every kernel; ``leanstep audit`` compiles all for all targets.
 
-    Every two values of constants and pointers meet on sm_90 or gfx942, and each value meets both. Bytes and layouts come
-    from Triton's intermediate code, which the three NVIDIA targets share, so that the configuration that takes the most
-    registers stands for the rest there.
+    Every two values of constants and pointers meet on sm_90 or gfx942, and each value is on both. Bytes and layouts
+    come from Triton's intermediate code, which the three NVIDIA targets share, so that the configuration that takes the
+    most registers stands for the rest there.
     """
     by_kernel = defaultdict(list)
     for name, case in cases.items():
