@@ -323,9 +323,9 @@ def fully_sharded_training_equals_one_process(world: World) -> None:
         assert_same(sharded, plain, 1e-6, name)
 
 
-@case(2, 3)
+@case(2)
 def data_parallel_training_equals_one_process(world: World) -> None:
-    for name in _TRAINED:
+    for name in ("lion", "sinkgd", "sinkgd_balanced", "lanton"):
         for view in (False, True) if name in ("lion", "sinkgd") else (True,):
             plain, replica = new_model(torch.float64), new_model(torch.float64)
             train(plain, build(name, plain), None)

@@ -912,11 +912,13 @@ class CountedGraphs:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "backend"),
-    # bf16 without a rule of rounding is fp32's program in another dtype
+    # bf16 alone is fp32's program in another dtype; "split" differs from "master" in the operation that writes, which
+    # Lion's rows compile
     [
         pytest.param(case, "aot_eager", id=f"{case.name}-aot_eager")
         for case in CASES
-        if case.dtype == torch.float32 or "rounding" in case.kwargs
+        if not case.name.endswith(("-bf16", "-fp32-momentum"))
+        and (case.name.startswith("Lion") or case.kwargs.get("rounding") != "split")
     ]
     # code generation takes half a minute a row
     + [
