@@ -61,6 +61,7 @@ def test_recovery_trains_the_pruned_model_and_leaves_the_dense_one(evidence, tmp
     assert len(bench.rows) == count == len((tmp_path / "r.jsonl").read_text().splitlines()) - 1
 
 
+@pytest.mark.slow
 def test_alps_takes_the_curves_of_sparsegpt_where_it_is_told_to(evidence, tmp_path):
     """Curves are measured once for both scores, and a row names the score of its curves."""
     folder = save_model(make_llama(2), tmp_path / "model")
