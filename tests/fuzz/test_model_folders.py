@@ -2,18 +2,23 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from fuzzing import CACHE, ENTRIES, damaged, edits, fuzz, json_files, judged, plant, safetensors_files, told, write
 from hypothesis import given
 from hypothesis import strategies as st
-from pruned_models import make_llama, save_model
+from pruned_models import VOCABULARY, make_llama, save_model
 from safetensors.torch import load_file, save_file
 
+from leanstep.cli import main
+from leanstep.lora import load_adapter
 from leanstep.pruning.folder.files import open_checkpoint
 from leanstep.pruning.folder.loading import open_model, open_tokenizer
+from leanstep.recipes.config.schema import ModelConfig
 from leanstep.recipes.data.tokens import encode, vocabulary_size
+from leanstep.recipes.training.build import build_model
 
 INDEX = "model.safetensors.index.json"
 TEXT = "the quick brown fox jumps over the lazy dog. " * 40
@@ -55,7 +60,11 @@ def changed(data, path):
         write(path, data.draw(safetensors_files(whole) if path.suffix == ".safetensors" else damaged(whole)))
 
 
-def check_model(folder, expected):
+def model_of_a_run(source):
+    return build_model(ModelConfig(init_from=str(source)), VOCABULARY)
+
+
+def check_model(folder, expected, read=open_model):
     """Weights of a plain file have no checksum: other bits in it are other finite weights."""
     source = folder / "model"
 
@@ -66,7 +75,7 @@ def check_model(folder, expected):
         assert set(state) <= set(stored), "a weight is in none of the files"
         return state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in state)
 
-    return judged("model folders", lambda: open_model(source), right, outside=folder / "outside")
+    return judged("model folders", lambda: read(source), right, outside=folder / "outside")
 
 
 @given(data=st.data())
@@ -74,8 +83,9 @@ def check_model(folder, expected):
 def test_damaged_models(folder, expected, data):
     source = restore(folder)
     shards = sorted(path.name for path in source.glob("*.safetensors"))
-    changed(data, source / data.draw(st.sampled_from(("config.json", "config.json", INDEX, INDEX, *shards))))
-    check_model(folder, expected)
+    names = ("config.json", "config.json", "generation_config.json", INDEX, INDEX, *shards)
+    changed(data, source / data.draw(st.sampled_from(names)))
+    check_model(folder, expected, data.draw(st.sampled_from((open_model, model_of_a_run))))
 
 
 @given(data=st.data())
@@ -213,3 +223,33 @@ def test_other_values_of_a_configuration(folder, expected, data):
     path = source / "config.json"
     path.write_text(json.dumps(data.draw(edits(json.loads(path.read_text())))))
     check_model(folder, expected)
+
+
+class Payload:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_files_of_torch_run_nothing_and_say_nothing_of_weights_only(folder, tmp_path, capsys):
+    source, marker = shutil.copytree(folder / "whole", tmp_path / "model"), tmp_path / "marker"
+    for file in (source / INDEX, *source.glob("*.safetensors")):
+        file.unlink()
+    torch.save({"w": Payload(marker)}, source / "pytorch_model.bin")
+    (tmp_path / "adapter").mkdir()
+    shutil.copyfile(source / "pytorch_model.bin", tmp_path / "adapter" / "adapter_model.bin")
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["q_proj"]}')
+    out = ["--out", str(tmp_path / "out"), "--sparsity", "0.5", "--score", "magnitude", "--allocation", "uniform"]
+    for command in (["eval", "--data", str(folder / "text.txt")], ["prune", *out], ["verify"]):
+        assert main([command[0], str(source), *command[1:]]) == 2
+    printed = capsys.readouterr().err
+    for read in (lambda: model_of_a_run(source), lambda: load_adapter(make_llama(layers=1), tmp_path / "adapter")):
+        with pytest.raises(ValueError, match="nothing in it is run") as refusal:
+            read()
+        printed += str(refusal.value)
+    assert "weights_only" not in printed and printed.count("nothing in it is run") == 5
+    assert not marker.exists()

@@ -196,9 +196,7 @@ def changed_tensors(draw, name):
     changes = []
     for i, key in draw(st.lists(st.sampled_from(places), min_size=1, max_size=3, unique=True)):
         tensor, place = saved(name)[1]["state"][i][key], draw(st.integers(0, 10_000))
-        action = draw(
-            st.sampled_from(("memory", "memory", "dtype", "shape", "cut", "odd", "value", "shared", "python"))
-        )
+        action = draw(st.sampled_from(TENSOR_CHANGES))
         detail = draw({"memory": st.sampled_from(MEMORIES), "dtype": DTYPES, "python": VALUES}.get(action, st.none()))
         if action == "memory":
             value = _of_other_memory(tensor.clone(), detail, place)
@@ -246,9 +244,7 @@ def changed_entries(draw, name):
     for _ in range(draw(st.integers(1, 3))):
         group = draw(st.sampled_from(state_dict["param_groups"]))
         state = state_dict["state"].get(draw(st.sampled_from(ids)))
-        action = draw(
-            st.sampled_from(("setting", "setting", "setting", "drop", "key", "state", "ids", "groups", "top"))
-        )
+        action = draw(st.sampled_from(ENTRY_CHANGES))
         changes.append(action)
         if action in ("setting", "drop"):
             key = draw(st.sampled_from(sorted(group)))

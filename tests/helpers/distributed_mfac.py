@@ -81,7 +81,7 @@ def follows_unsharded(name: str, world: World) -> None:
 
 
 for _name in VARIANTS:
-    _worlds = (1, 2, 3, 4) if _name in ("model", "blocks", "topk") else (2, 3)
+    _worlds = (1, 2, 3) if _name in ("model", "blocks", "topk") else (3,)
     add_case(f"mfac_{_name}_follows_unsharded", _worlds, functools.partial(follows_unsharded, _name))
 
 

@@ -5,7 +5,7 @@ import torch
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDINGS = ("nearest", "stochastic", "kahan", "master", "split")
 # What the kernels of steps have code for (dtypes of parameters and gradients, rounding). fp32 is rounded to nearest,
-# and fp16 is neither rounded stochastically nor split; test_triton_lion_step.py has what is asked for and not done.
+# and fp16 is neither rounded stochastically nor split; test_triton_steps.py has what is asked for and not done.
 # Gradients have the parameter's dtype or fp32, and others are converted.
 STEPS = (
     (torch.float32, torch.float32, "nearest"),

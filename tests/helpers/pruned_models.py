@@ -32,18 +32,6 @@ def make_gpt2(seed: int = 0, **settings):
     return _made(GPT2LMHeadModel, GPT2Config(**config | ends | settings), seed)
 
 
-def make_qwen(seed: int = 0):
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    return _made(Qwen2ForCausalLM, Qwen2Config(**_small()), seed)
-
-
-def make_mistral(seed: int = 0):
-    from transformers import MistralConfig, MistralForCausalLM
-
-    return _made(MistralForCausalLM, MistralConfig(**_small(), sliding_window=8), seed)
-
-
 def make_mixtral(seed: int = 0):
     from transformers import MixtralConfig, MixtralForCausalLM
 

@@ -15,7 +15,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 _INTERPRETED = "interpreter-tests.json"
 # the time of a test marked slow, in those of one that is not
-_SLOW = 20
+_SLOW = 40
 
 
 def longest_files_first(items: list[pytest.Item], interpreted: list[str]) -> None:

@@ -23,27 +23,26 @@ def cases():
     _compile.cases.cache_clear()
 
 
-def chosen(cases, together):
-    """Names of the configurations of each kernel in which the values of its constants and pointers meet."""
-    by_kernel = defaultdict(dict)
-    for name, case in cases.items():
-        by_kernel[case.kernel][name] = {**case.arguments, **case.constants, "": (case.threads, case.fp_fusion)}
-    return {list(rows)[i] for rows in by_kernel.values() for i in covering(list(rows.values()), together)}
-
-
 @pytest.fixture(scope="module")
 def measured(cases):
     """Measurements of some configurations of every kernel; ``leanstep audit`` compiles all for all targets.
 
-    For sm_90 every two values of constants meet. Bytes and layouts come from Triton's intermediate code, which the
-    three NVIDIA targets share, so that the configuration that takes the most registers stands for the rest there.
-    gfx942 has every value.
+    Every two values of constants and pointers meet on sm_90 or gfx942, and each value is on both. Bytes and layouts
+    come from Triton's intermediate code, which the three NVIDIA targets share, so that the configuration that takes the
+    most registers stands for the rest there.
     """
-    on_sm_90 = audit.measure(["sm_90"], chosen(cases, 2), all_widths=False)
+    by_kernel = defaultdict(list)
+    for name, case in cases.items():
+        row = {**case.arguments, **case.constants, "": (case.threads, case.fp_fusion)}
+        by_kernel[case.kernel] += [(name, {**row, "target": target}) for target in ("sm_90", "gfx942")]
+    chosen = defaultdict(set)
+    for rows in by_kernel.values():
+        for i in covering([row for _, row in rows]):
+            chosen[rows[i][1]["target"]].add(rows[i][0])
+    on_sm_90 = audit.measure(["sm_90"], chosen["sm_90"], all_widths=False)
     largest = {m.kernel: f"{m.kernel} {m.label}" for m in sorted(on_sm_90, key=lambda m: m.registers)}
-    names = set(largest.values())
-    others = audit.measure(["sm_80", "sm_100"], names, all_widths=False)
-    return on_sm_90 + others + audit.measure(["gfx942"], names | chosen(cases, 1), all_widths=False)
+    others = audit.measure(["sm_80", "sm_100"], largest.values(), all_widths=False)
+    return on_sm_90 + others + audit.measure(["gfx942"], chosen["gfx942"] | set(largest.values()), all_widths=False)
 
 
 @pytest.mark.slow

@@ -71,9 +71,11 @@ needs_cpp = pytest.mark.skipif(why_not_cpp() is not None, reason=f"needs the C++
 
 @pytest.mark.slow
 @needs_cpp
-@pytest.mark.parametrize("isa", range(len(cpp.INSTRUCTIONS) - 1), ids=lambda isa: cpp.INSTRUCTIONS[isa])
-@pytest.mark.parametrize("bits", [0, 8, 4], ids=["values", "int8", "int4"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_name)
+@pytest.mark.parametrize(
+    ("dtype", "bits", "isa"),
+    meeting((torch.float32, torch.bfloat16, torch.float16), (0, 8, 4), range(len(cpp.INSTRUCTIONS) - 1)),
+    ids=dtype_name,
+)
 def test_products_by_the_instructions_of_older_processors(dtype, bits, isa, monkeypatch):
     if isa > library("sparse/instructions", {}).instructions():
         pytest.skip("this processor has no such instructions")

@@ -48,8 +48,7 @@ def check(m, dtype, groups, device="cpu"):
 
 @pytest.mark.slow
 @pytest.mark.interpret
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-@pytest.mark.parametrize("m", [1, 9])
+@pytest.mark.parametrize(("dtype", "m"), list(zip(DTYPES, (9, 1, 9), strict=True)), ids=dtype_name)
 def test_follows_the_definition(dtype, m):
     check(m, dtype, GROUPS)
     check(m, dtype, [0] * len(CASES))

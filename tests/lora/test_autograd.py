@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from leanstep.kernels import lora_dropout
 from leanstep.lora.layers.autograd import Setting, Weights, lora_linears
 from leanstep.lora.layers.contraction import ContractionPath, backward_flops, contraction_path, forward_flops
-from leanstep.lora.layers.rule import dora_factor
+from leanstep.lora.layers.rule import dora_factor, gradient_of_magnitude, gradient_of_product
 from leanstep.lora.memory import saved_bytes
 
 N, M_OUT, R = 5, 4, 3
@@ -220,6 +220,18 @@ def test_a_row_of_zeros_under_dora_is_no_nan():
     for tensor in (x, weights.a, weights.b, weights.magnitude):
         assert torch.isfinite(tensor.grad).all()
     assert weights.magnitude.grad[1] == 0
+
+
+def test_the_magnitudes_gradient_from_the_output():
+    dy, z = double(7, 6, grad=False), double(7, 6, seed=1, grad=False)
+    norm, magnitude = (double(6, seed=seed, grad=False).abs() + 1 for seed in (2, 3))
+    norm[1], magnitude[2] = 0, 0
+    c = dora_factor(magnitude, norm)
+    assert c[1] == 1 and c[2] == 0
+    _, sums = gradient_of_product(dy, c * z, c)
+    wanted = (dy * z).sum(0) / norm
+    wanted[1] = wanted[2] = 0
+    torch.testing.assert_close(gradient_of_magnitude(sums, magnitude, norm), wanted)
 
 
 class _Shapes(TorchDispatchMode):

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import functools
 import json
-import shutil
 import warnings
 
 import peft
@@ -225,43 +224,23 @@ def test_the_configuration_file_is_pefts(tmp_path):
     assert not {"exclude_modules", "lora_bias"} & set(found)
 
 
-def damaged(folder, how, tmp_path):
-    target = tmp_path / how
-    shutil.copytree(folder, target)
-    path = target / "adapter_model.safetensors"
-    state = load_file(path)
-    key = next(k for k in state if "lora_A" in k)
-    if how == "missing":
-        del state[key]
-    elif how == "extra":
-        state[key.replace("q_proj", "z_proj")] = state[key].clone()
-    elif how == "shape":
-        state[key] = state[key][:, :-1].contiguous()
-    elif how == "one model short":
-        state = {k.replace("model.model.", "model."): v for k, v in state.items()}
-    elif how == "cut":
-        path.write_bytes(path.read_bytes()[:100])
-        return target
-    save_file(state, path)
-    return target
-
-
 @pytest.mark.parametrize(
     ("how", "message"),
     [
         ("missing", r"1 keys are missing, such as base_model\.model\.model\.layers\.0.*lora_A"),
-        ("extra", r"1 keys are not of this model and configuration, such as .*z_proj"),
-        ("shape", r"has shape \(4, 31\), the model needs \(4, 32\)"),
-        ("one model short", r"4 keys are missing.*4 keys are not"),
         ("cut", "is damaged"),
     ],
 )
 def test_a_damaged_adapter_leaves_the_model_as_it_was(how, message, tmp_path):
-    save_adapter(apply_lora(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj"])), tmp_path / "good")
-    model = tiny_llama()
+    """tests/fuzz/test_adapters.py has other damage."""
+    save_adapter(apply_lora(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj"])), tmp_path)
+    path, model = tmp_path / "adapter_model.safetensors", tiny_llama()
+    state = load_file(path)
+    del state[next(key for key in state if "lora_A" in key)]
+    save_file(state, path) if how == "missing" else path.write_bytes(path.read_bytes()[:100])
     before = {name: type(module) for name, module in model.named_modules()}
     with pytest.raises(ValueError, match=message):
-        load_adapter(model, damaged(tmp_path / "good", how, tmp_path))
+        load_adapter(model, tmp_path)
     assert {name: type(module) for name, module in model.named_modules()} == before
     assert all(p.requires_grad for p in model.parameters())
 

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import warnings
 from collections import OrderedDict
 
@@ -58,8 +57,10 @@ def test_how_factors_began_does_not_matter_otherwise(start, tmp_path):
     torch.testing.assert_close(model(tokens()).logits, theirs(tokens()).logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("adapted", [False, True])
-@pytest.mark.parametrize(("value", "message"), [(float("nan"), "NaN"), (-float("inf"), "infinity"), (1, "is int64")])
+@pytest.mark.parametrize(
+    ("value", "message", "adapted"),
+    [(float("nan"), "NaN", False), (-float("inf"), "infinity", True), (1, "is int64", False)],
+)
 def test_tensors_that_are_no_weights_are_refused(value, message, adapted, tmp_path):
     written(tmp_path, lora_alpha=8)
     path = tmp_path / "adapter_model.safetensors"
@@ -249,19 +250,6 @@ def test_settings_that_an_adapted_model_does_not_have_are_refused(tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     load_adapter(model, tmp_path, lora_dropout=0.2, target_modules=("layer",))
     assert load_adapter(normalised(), tmp_path, lora_dropout=0.3).layer.lora.dropout == 0.3
-
-
-@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-@pytest.mark.parametrize("kind", ["link", "pipe"])
-def test_files_of_an_adapter_are_ordinary_files_of_its_folder(tmp_path, name, kind):
-    save_adapter(apply_lora(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"])), tmp_path / "adapter")
-    (tmp_path / "adapter" / name).rename(tmp_path / name)
-    if kind == "link":
-        (tmp_path / "adapter" / name).symlink_to(tmp_path / name)
-    else:
-        os.mkfifo(tmp_path / "adapter" / name)
-    with pytest.raises(ValueError, match=f"{name} is (a link to .* outside of the checkpoint|no ordinary file)"):
-        load_adapter(tiny_llama(), tmp_path / "adapter")
 
 
 @pytest.mark.parametrize(

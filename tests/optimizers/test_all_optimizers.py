@@ -912,8 +912,15 @@ class CountedGraphs:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "backend"),
-    [pytest.param(case, "aot_eager", id=f"{case.name}-aot_eager") for case in CASES]
-    # code generation takes half a minute a row, so it gets one tensor of a kind
+    # bf16 alone is fp32's program in another dtype; "split" differs from "master" in the operation that writes, which
+    # Lion's rows compile
+    [
+        pytest.param(case, "aot_eager", id=f"{case.name}-aot_eager")
+        for case in CASES
+        if not case.name.endswith(("-bf16", "-fp32-momentum"))
+        and (case.name.startswith("Lion") or case.kwargs.get("rounding") != "split")
+    ]
+    # code generation takes half a minute a row
     + [
         pytest.param(case, "inductor", id=f"{case.name}-inductor")
         for case in CASES
@@ -927,13 +934,13 @@ def test_compiled_steps_equal_eager_ones(case: OptimizerCase, backend: str):
     """
     torch._dynamo.reset()
     counted, generates_code = CountedGraphs(backend), backend == "inductor"
-    shapes = ((6, 5), (2, 3, 4), (7,), (), (0, 3)) if generates_code else SMALL_SHAPES
+    shapes = ((6, 5), (2, 3, 4), (7,), (), (0, 3))
     compiled_params, plain_params = case.params(shapes), case.params(shapes)
     lr = case.kwargs.get("lr", 2e-2)
     compiled = case.build(compiled_params, lr=torch.tensor(lr))
     plain = case.build(plain_params, lr=torch.tensor(lr), **({"fused": False} if "fused" in compiled.defaults else {}))
     for optimizer, params in ((compiled, compiled_params), (plain, plain_params)):
-        added = case.params(((3,),) if generates_code else ((5, 4), (3,)), seed=1)
+        added = case.params(((3,),), seed=1)
         optimizer.add_param_group({"params": added, "lr": torch.tensor(lr)})
         params += added
     fill_grads(compiled_params, 0)

@@ -92,6 +92,7 @@ def test_the_caption_says_what_anchored_curves_measure(curves):
     assert "of these images" in curves._anchored({**settings, "metric": "mse_logits"}, [part])
 
 
+@pytest.mark.slow
 def test_a_vision_transformer_is_measured_seed_by_seed_and_inside_a_seed_goes_on(curves, tmp_path, monkeypatch):
     training = importlib.import_module("digits.training")
     train = functools.cache(training.trained)  # once for all calls

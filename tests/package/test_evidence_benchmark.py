@@ -1,12 +1,10 @@
 """The benchmark of allocations of a language model: what it prints of its results, and its page."""
 
 import json
-import statistics
 import sys
 from pathlib import Path
 
 import pytest
-import scipy.stats
 import torch
 from comparison_runs import benchmark_modules, check_page
 from pruned_models import make_llama, save_model
@@ -39,60 +37,10 @@ def write(path, rows):
     return path
 
 
-def test_the_table_pairs_the_seeds_and_says_what_is_missing(evidence, tmp_path):
-    uniform, refined = {0: 1.0, 1: 1.2, 2: 1.1}, {0: 0.8, 1: 1.0, 2: 0.95}
-    rows = [row("", 0.0, 0, "dense", 0.0, perplexity=3.25, load=0.5)]
-    rows += [row("wanda", 0.6, seed, "uniform", kl) for seed, kl in uniform.items()]
-    rows += [row("wanda", 0.6, seed, "refined", kl, seconds=90.0, gib=1 + seed) for seed, kl in refined.items()]
-    rows += [row("wanda", 0.6, 0, "owl", 1.5, machine="m, 1 threads, torch 2, commit bbb")]
-    rows += [row("wanda", 0.0, 0, "curves fisher", 0.0)]
-    rows += [row("wanda", 0.6, seed, "anchored", kl) for seed, kl in uniform.items()]
-    rows += [
-        row(score, 0.7, seed, "uniform", kl) for score, kl in (("alps", 1.0), ("sparsegpt", 2.0)) for seed in (0, 1)
-    ]
-    text = evidence.table(write(tmp_path / "r.jsonl", rows))
-    percent = [100 * (refined[seed] / uniform[seed] - 1) for seed in range(3)]
-    low, high = scipy.stats.t.interval(0.95, 2, statistics.mean(percent), scipy.stats.sem(percent))
-    lines = text.splitlines()
-    assert "| Wanda 60%, uniform | 0, 1, 2 | 1.1000 | – | 11.00 | – | 7.0 | 1.25 |" in lines
-    assert "| Wanda 60%, OWL | 0 | 1.5000 | +50.0 | 15.00 | +50.0 | 7.0 | 1.25 |" in lines
-    assert (
-        f"| Wanda 60%, DP anchored and refined | 0, 1, 2 | 0.9167 | {statistics.mean(percent):+.1f} "
-        f"[{low:+.1f}, {high:+.1f}] | 9.17 | {statistics.mean(percent):+.1f} [{low:+.1f}, {high:+.1f}] | 90.0 | 3.00 |"
-    ) in lines
-    percent = f"{statistics.mean(percent):+.1f} [{low:+.1f}, {high:+.1f}]"
-    assert f"| Wanda 60%, DP anchored and refined, to DP anchored | {percent} |" in lines
-    assert "| ALPS 70%, uniform, to SparseGPT uniform | -50.0 [-50.0, -50.0] |" in lines
-    assert "perplexity 3.25 before pruning" in text and "abcdef01)" in text
-    assert "m, 1 threads, torch 2, commits aaa, bbb; load 0.5 to 1.5 on 2 processors" in text
-    missing = lines[-1]
-    assert missing.startswith("Not measured: Wanda 50%; Wanda 60%: ATP, DP measured by block, evolution;")
-    assert missing.endswith("; ALPS 50%; ALPS 60%; ALPS 70%: all but uniform.")
-
-
-def test_searches_of_an_earlier_version_are_marked(evidence, tmp_path):
-    rows = [row("", 0.0, 0, "dense", 0.0), row("wanda", 0.6, 0, "uniform", 2.0)]
-    rows += [row("wanda", 0.6, 0, "evolution", 1.0), row("wanda", 0.7, 0, "evolution", 1.0, moves=True)]
-    text = evidence.table(write(tmp_path / "r.jsonl", rows))
-    assert "| Wanda 60%, evolution* |" in text and "| Wanda 70%, evolution |" in text
-    assert "In searches with a *, by an earlier version" in text
-    assert "earlier version" not in evidence.table(write(tmp_path / "r.jsonl", [*rows[:2], rows[3]]))
-    pairs = [row("wanda", 0.6, seed, name, 1.0) for seed in (0, 1) for name in ("refined", "evolution")]
-    assert "DP anchored and refined, to evolution* |" in evidence.table(write(tmp_path / "r.jsonl", rows[:2] + pairs))
-
-
-def test_recovered_models_have_a_table_of_their_own(evidence, tmp_path):
-    how = {"kl_before": 2.0, "steps": 300, "batch": 8, "samples": 512, "lr": 3e-4}
-    rows = [row("", 0.0, 0, "dense", 0.0), row("wanda", 0.6, 0, "uniform", 2.0)]
-    assert "after recovery" not in evidence.table(write(tmp_path / "r.jsonl", rows))
-    rows += [row("wanda", 0.6, seed, "uniform recovered", 1.0 + seed, **how) for seed in (0, 1)]
-    rows += [row("wanda", 0.6, seed, "anchored recovered", 0.9 * (1 + seed), **how) for seed in (0, 1)]
-    text = evidence.table(write(tmp_path / "r.jsonl", rows))
-    lines = text.splitlines()
-    assert "| Wanda 60%, uniform | 0, 1 | 2.0000 | 1.5000 | – | 15.00 | 7 | 1.25 |" in lines
-    assert "| Wanda 60%, DP anchored | 0, 1 | 2.0000 | 1.3500 | -10.0 [-10.0, -10.0] | 13.50 | 7 | 1.25 |" in lines
-    assert "(300 steps of 8 sequences out of 512, lr 0.0003)" in text
-    assert lines.count("| Wanda 60%, uniform | 0 | 2.0000 | – | 20.00 | – | 7.0 | 1.25 |") == 1
+def test_two_seeds_make_a_pair(evidence, tmp_path):
+    rows = [row("wanda", 0.6, seed, name, 1.0) for seed in (0, 1) for name in ("anchored", "refined")]
+    text = evidence.table(write(tmp_path / "r.jsonl", [row("", 0.0, 0, "dense", 0.0), *rows]))
+    assert "| Wanda 60%, DP anchored and refined, to DP anchored | +0.0 [+0.0, +0.0] |" in text
 
 
 def test_recovery_trains_the_pruned_model_and_leaves_the_dense_one(evidence, tmp_path):
@@ -113,6 +61,7 @@ def test_recovery_trains_the_pruned_model_and_leaves_the_dense_one(evidence, tmp
     assert len(bench.rows) == count == len((tmp_path / "r.jsonl").read_text().splitlines()) - 1
 
 
+@pytest.mark.slow
 def test_alps_takes_the_curves_of_sparsegpt_where_it_is_told_to(evidence, tmp_path):
     """Curves are measured once for both scores, and a row names the score of its curves."""
     folder = save_model(make_llama(2), tmp_path / "model")

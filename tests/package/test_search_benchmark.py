@@ -1,11 +1,8 @@
 """The benchmark of searches over allocations: the evolutionary search it compares with, its table, its page."""
 
-import json
-import statistics
 import sys
 
 import pytest
-import scipy.stats
 from comparison_runs import benchmark_modules, check_page
 from pruned_models import make_llama, tokens
 
@@ -87,47 +84,6 @@ def test_the_evolutionary_search_prunes_a_level_once_and_runs_what_its_switches_
         assert run.value == pytest.approx(measurement.joint().mean, rel=1e-9)
     assert len(pruned) == len(set(pruned))
     assert max(map(len, differing)) <= 6  # three switches
-
-
-def test_the_table_pairs_the_seeds_and_reads_their_intervals(search, tmp_path):
-    ours, theirs = {0: (0.5, 0.4), 1: (0.6, 0.41), 2: (0.55, 0.39)}, {0: (0.6, 0.5), 1: (0.5, 0.5), 2: (0.6, 0.5)}
-    lines = [SETTINGS]
-    for method, cells in (("refined", ours), ("evolution", theirs)):
-        for seed, values in cells.items():
-            costs = dict(zip(("1", "2"), values, strict=True))
-            row = {"seed": seed, "sparsity": 0.7, "method": method, "held_out": costs, "uniform": 1.0, "changes": 2}
-            row |= MACHINE | {"moves": True}
-            lines.append(row | {"programme": 0.7, "curve_seconds": 0.5})
-    path = tmp_path / "results.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    text = search.table(path)
-    percent = [100 * (ours[seed][1] / theirs[seed][1] - 1) for seed in range(3)]
-    low, high = scipy.stats.t.interval(0.95, 2, statistics.mean(percent), scipy.stats.sem(percent))
-    assert "| 70% | 2 | 3 | 1.0000 | 0.7000 | 0.4000 | 0.5000 | -42.9 [" in text
-    assert f"] | -20.0 [{low:+.1f}, {high:+.1f}] |" in text
-    assert "nano (SHA-256 of its weights: abcdef01), made by `leanstep train x`, score wanda" in text
-    assert "m, commit c; load 1.5 to 1.5 on 2 processors" in text
-    assert "ahead of evolution in 1 of 2 rows, behind in 0; in the others no difference is seen" in text
-    assert "from DP" not in text.splitlines()[2]
-    # the same cells of a second rival; before a refinement both have the programme's allocation, and no row counts
-    third = [json.dumps(line | {"method": "evolution_from_programme"}) for line in lines[1:4]]
-    path.write_text(path.read_text() + "".join(line + "\n" for line in third[:2]))
-    assert search.table(path) == text
-    path.write_text(path.read_text() + third[2] + "\n")
-    text = search.table(path)
-    assert "| evolution | evolution from DP | refined to DP, % | refined to evolution, % |" in text
-    assert f"] | -20.0 [{low:+.1f}, {high:+.1f}] | +0.0 [+0.0, +0.0] |" in text
-    assert "ahead of evolution from DP in 0 of 2 rows, behind in 0; in the others no difference is seen" in text
-    path.write_text(path.read_text().replace(', "moves": true', ""))
-    assert "| evolution* | evolution from DP* |" in search.table(path)
-    assert "the refined search is ahead of evolution* in" in search.table(path)
-    assert search.table(path).count("In searches with a *, by an earlier version") == 1
-    unrefined = path.read_text().replace('"programme": 0.7', '"programme": 0.5')
-    path.write_text(
-        unrefined.replace('{"1": 0.6, "2": 0.41}', '{"1": 0.5, "2": 0.41}').replace('"1": 0.55', '"1": 0.5')
-    )
-    text = search.table(path)
-    assert "in 1 of 1 rows, behind in 0. 1 rows have one seed, or no refinement yet, and do not count." in text
 
 
 def test_a_line_that_was_cut_does_not_count_and_is_removed_by_the_next(search, tmp_path):

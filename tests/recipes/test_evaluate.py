@@ -258,7 +258,7 @@ SOTU = {
 @pytest.mark.parametrize(("data", "argv", "tokens", "message"), SOTU.values(), ids=SOTU.keys())
 def test_what_is_said_of_sotu_is_what_the_run_says(of_a_run, capsys, data, argv, tokens, message):
     run = of_a_run(data)
-    for place in (run, run / "checkpoints" / "step-000004"):
+    for place in (run, run / "checkpoints" / "step-000004")[: 1 if argv else 2]:
         assert main([str(place), "--data", "sotu", "--seq-len", "64", "--json", "--batches", "1", *argv]) == 0
         found = json.loads(capsys.readouterr().out)
         assert f"last {tokens:,} tokens" in found["data"]

@@ -334,8 +334,9 @@ def test_weights_that_are_not_finite_are_refused_by_name(saved, folder, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("form", ["safetensors", "bin"])
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+@pytest.mark.parametrize(
+    ("dtype", "form"), [(torch.int64, "safetensors"), (torch.bool, "bin"), (torch.complex64, "safetensors")], ids=str
+)
 def test_weights_that_are_not_floating_are_refused_by_name(saved, folder, tmp_path, dtype, form, capsys):
     """transformers converts them without a word, and drops the imaginary part."""
     change_weights(folder, lambda weights: weights | {MATRIX: weights[MATRIX].to(dtype)})

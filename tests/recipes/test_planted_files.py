@@ -338,8 +338,14 @@ def with_contents(checkpoint, name, content):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["optimizer.bin", "scheduler.bin", "random_states_0.pkl"])
-@pytest.mark.parametrize("kind", ["payload", "noise", "empty", "other", "cut"])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *(("payload", name) for name in ("optimizer.bin", "scheduler.bin", "random_states_0.pkl")),
+        *(("other", name) for name in ("optimizer.bin", "scheduler.bin", "random_states_0.pkl")),
+        *(("noise", "optimizer.bin"), ("empty", "scheduler.bin"), ("cut", "random_states_0.pkl")),
+    ],
+)
 def test_hostile_state_is_told_in_one_line_and_runs_nothing(kind, name, finished, tmp_path):
     recipe, out = finished
     copy = shutil.copytree(out, tmp_path / "run", symlinks=True)

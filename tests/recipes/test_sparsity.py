@@ -117,10 +117,12 @@ def test_structure_and_decay_in_one_recipe():
 
 
 METHOD_CASES = [
-    ("mdgf-exponential", ["sparsity.alpha_end=1e-3", "sparsity.finetune=0.25"]),
     ("srste", []),
     ("sdgf-geometric", ["sparsity.score=gradient", "sparsity.mask_every=2"]),
-    ("sdgf-stepwise+mdgf-exponential", ["sparsity.score=transposable", "sparsity.alpha_end=1e-3"]),
+    (
+        "sdgf-stepwise+mdgf-exponential",
+        ["sparsity.score=transposable", "sparsity.alpha_end=1e-3", "sparsity.finetune=0.25"],
+    ),
 ]
 
 

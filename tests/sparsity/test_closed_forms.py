@@ -134,12 +134,3 @@ def test_s_ste_on_other_patterns_axes_and_zeros():
     assert losses[1] == min(losses)
     with pytest.raises(ValueError, match="6 entries along dimension -1.*do not fill groups of 4"):
         soft_threshold(weight, "2:4")
-
-
-def test_srstes_term_is_the_gradient_of_its_penalty():
-    """lambda (1 - P) W is the gradient of lambda / 2 ||(1 - P) W||^2 for a constant mask."""
-    torch.manual_seed(0)
-    weight = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
-    mask = nm_mask(weight.detach(), "2:4")
-    (0.05 * (weight * ~mask).square().sum()).backward()
-    torch.testing.assert_close(srste_term(weight.detach(), mask, 0.1), weight.grad, rtol=1e-15, atol=0)

@@ -1,7 +1,6 @@
 """Compressed files: the size of the formula, every bit back, and damage found."""
 
 import json
-import random
 import zlib
 
 import pytest
@@ -253,21 +252,6 @@ def test_files_without_checksums_of_all_tensors_load_with_a_warning(exported):
     rewrite(exported, lambda stored: stored["0.weight.nm_values"].add_(1), checksums="kept")
     with pytest.raises(ValueError, match="the checksum of 0.weight.nm_values is wrong"):
         load_compressed(exported)
-
-
-def test_every_flipped_bit_of_a_file_is_noticed(exported):
-    whole, expected = exported.read_bytes(), load_compressed(exported)
-    chance = random.Random(0)
-    for _ in range(300):
-        damaged = bytearray(whole)
-        damaged[chance.randrange(len(whole))] ^= 1 << chance.randrange(8)
-        exported.write_bytes(damaged)
-        try:
-            state = load_compressed(exported)
-        except ValueError:
-            continue
-        assert list(state) == list(expected)
-        assert all(torch.equal(state[n], t) and state[n].dtype == t.dtype for n, t in expected.items())
 
 
 def test_what_cannot_be_exported_is_named(tmp_path):

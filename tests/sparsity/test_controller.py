@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from sparse_models import MLP, batch, make_mlp, train
 from torch import nn
+from torch.nn.functional import linear
 
 from leanstep.sparsity import NM, Schedule, is_nm, nm_mask, sparsify, squash, transposable_mask
 from leanstep.sparsity.training.methods import METHODS
@@ -71,6 +72,24 @@ def test_parameters_stay_the_same_objects_and_their_optimizer_goes_on():
     assert all(torch.equal(optimizer.state[p]["exp_avg"], moments[id(p)]) for p in parameters)
     train(model, controller, steps=1, optimizer=optimizer)
     assert controller.step_count == 1
+
+
+def test_the_bias_of_a_sparse_layer_is_added_trained_and_kept():
+    layer = nn.Linear(8, 4)
+    with torch.no_grad():
+        layer.bias.fill_(3.0)
+    controller = sparsify(layer, {"weight": "2:4"}, srste_lambda=1e-3)
+    inputs = torch.randn(5, 8)
+    weight = controller.layers[0].uses[0][0].weight
+    assert torch.equal(layer(inputs), linear(inputs, weight, layer.bias))
+    assert not torch.allclose(layer(inputs), linear(inputs, weight)), "without the bias"
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    controller.attach(optimizer)
+    layer(inputs).sum().backward()
+    assert torch.equal(layer.bias.grad, torch.full((4,), 5.0))
+    optimizer.step()
+    expected = layer(inputs)
+    assert torch.equal(squash(layer)(inputs), expected) and (layer.bias == 2.5).all()
 
 
 def test_gradient_of_one_step_is_that_of_the_method():

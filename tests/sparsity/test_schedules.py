@@ -176,21 +176,3 @@ def test_a_dense_and_a_last_phase_may_fill_the_run(dense):
 def test_there_is_no_step_before_the_first():
     with pytest.raises(ValueError, match="step must be >= 0, got -1"):
         Schedule(total_steps=3).at(-1, NM(2, 4))
-
-
-def test_the_rule_is_what_the_schedule_says():
-    """The formulas of the docstring in order, as functions of the step alone."""
-    from leanstep.sparsity.training import schedules as rule
-
-    assert [rule.frame_at(j, 10, 3) for j in range(10)] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
-    assert rule.stepwise_patterns(NM(1, 8)) == [NM(7, 8), NM(4, 8), NM(2, 8), NM(1, 8)]
-    assert rule.stepwise_patterns(NM(3, 8))[-1] == NM(3, 8)
-    assert rule.geometric_patterns(NM(1, 4), 4) == [NM(4, 16), NM(2, 8), NM(1, 4)]
-    for kind, alpha, rate, end in (
-        ("mdgf-linear", rule.linear_alpha, rule.linear_rate, 0.25),
-        ("mdgf-exponential", rule.exponential_alpha, rule.exponential_rate, 0.01),
-    ):
-        c = rate(end, 80)
-        assert alpha(0, c) == 1 and alpha(80, c) == pytest.approx(end, rel=1e-12)
-        schedule = Schedule(kind=kind, total_steps=100, finetune=0.2, alpha_end=end)
-        assert [schedule.at(j, NM(2, 4)).alpha for j in range(80)] == [alpha(j, c) for j in range(80)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy.optimize import linprog
 
-from leanstep.sparsity import is_nm, sparsify, squash, transposable_mask
+from leanstep.sparsity import is_nm, transposable_mask
 from leanstep.sparsity.training.transposable import METHODS
 
 
@@ -75,25 +75,6 @@ def test_it_is_deterministic_signs_do_not_matter_and_scores_stay():
     assert torch.equal(mask, transposable_mask(-scores, "3:8"))
     assert torch.equal(scores, before)
     assert transposable_mask(torch.zeros(8, 8), "2:8", method="greedy").sum() == 16
-
-
-def test_a_model_trains_under_transposable_masks():
-    def score(layer, weight):
-        return transposable_mask(weight, layer.transform.pattern).to(weight.dtype)
-
-    layer = torch.nn.Linear(16, 8)
-    controller = sparsify(layer, "2:4", score=score)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
-    controller.attach(optimizer)
-    before = controller.layers[0].transform.mask.clone()
-    for _ in range(3):
-        layer(torch.randn(32, 16)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    mask = controller.layers[0].transform.mask
-    assert torch.equal(mask, transposable_mask(controller.layers[0].weight, "2:4")) and not torch.equal(mask, before)
-    squash(layer)
-    assert is_nm(layer.weight, "2:4") and is_nm(layer.weight.T, "2:4")
 
 
 @pytest.mark.parametrize(
