@@ -149,7 +149,8 @@ def shapes_of(
 
 def coded(entries: Sequence[Entry], group: dict[str, Any], param: Tensor) -> list[str]:
     """Return the names of the entries that a step needs in codes of 8 bits."""
-    return [e.name for e in entries if e.is_coded(group, param) and _value(e.used, group, param)]
+    averages = [entry for entry in entries if entry.setting is not None]
+    return [e.name for e in averages if _value(e.used, group, param) and e.is_coded(group, param)]
 
 
 def bytes_of(entries: Sequence[Entry], group: dict[str, Any], param: Tensor) -> int:

@@ -119,6 +119,19 @@ def test_codes_without_scales_and_scales_without_the_setting_are_refused(name):
     assert all(torch.equal(averages(optimizer, param)[k], v) for k, v in before.items())
 
 
+@pytest.mark.parametrize(
+    ("name", "off"),
+    [("sinkgd", {"momentum": 0.0}), ("lanton", {"noise_adaptive": False})],
+)
+def test_codes_that_are_switched_off_are_saved_and_loaded(name, off):
+    optimizer, param = build(name)
+    run(optimizer, [param], range(2))
+    optimizer.param_groups[0].update(off)
+    other, twin = build(name)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert all(torch.equal(other.state[twin][key], value) for key, value in optimizer.state[param].items())
+
+
 def test_parameters_of_one_dimension_have_averages_of_their_dtype():
     for name in ("adamw", "lanton sign"):
         optimizer, param = build(name, shape=(300,))

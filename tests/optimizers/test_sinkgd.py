@@ -397,20 +397,6 @@ def test_small_updates_of_bf16_matrices():
     torch.testing.assert_close(ends["split"], torch.full((64, 128), 0.99), rtol=0, atol=1e-3)
 
 
-def test_the_power_vector_of_another_parameter_is_refused():
-    long, short = (torch.nn.Parameter(torch.ones(4, n)) for n in (6, 3))
-    source, optimizer = (
-        SinkGD(params, spectral="unit", algorithm="sinkgd") for params in ([long, short], [short, long])
-    )
-    fill_grads([long, short], 0)
-    source.step()
-    with pytest.raises(
-        ValueError, match=r"'power_vector' of the state of .*: expected shape \(3,\), got \(6,\); .*nothing was changed"
-    ):
-        optimizer.load_state_dict(source.state_dict())
-    assert not optimizer.state
-
-
 def test_a_power_vector_survives_that_spectral_is_switched_off():
     params = [matrix(4, 6), matrix(3)]
     optimizer = SinkGD(params, spectral="unit")
