@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from leanstep._torch import is_dtensor, refuse_gradient_readers
 from leanstep.optimizers.common.base import LeanOptimizer
 from leanstep.optimizers.common.checks import describe
-from leanstep.optimizers.common.engines import is_flattened
+from leanstep.optimizers.common.groups import is_flattened
 from leanstep.optimizers.common.sharding import run, together
 from leanstep.optimizers.gradient_accumulation import add_to_average, refuse_accumulation
 

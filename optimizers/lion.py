@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from leanstep.kernels import StepOptions, lion_agreement, lion_agreement_int8, lion_step, lion_step_int8
+from leanstep.kernels import lion_agreement, lion_agreement_int8, lion_step, lion_step_int8
 from leanstep.kernels.steps.common import compute_dtype, constant, decay_factor, pack
-from leanstep.optimizers.common.base import Batch, GradientAverage, LeanOptimizer, count_nonfinite
-from leanstep.optimizers.common.checks import check_betas, check_dtype, check_flags, describe, settings_of
-from leanstep.optimizers.common.column_shards import check_int8_shard, cuts_rows
-from leanstep.optimizers.common.quantized import (
-    average_values,
-    init_average,
-    is_quantized,
-    quantized_rules,
-    scale_key,
-    scale_shapes,
-    store_averages,
-)
-from leanstep.optimizers.common.rounding import effective, init_rounding
-from leanstep.optimizers.common.saved_tensors import SHAPED, StateRule
+from leanstep.optimizers.common.base import Batch, GradientAverage, LeanOptimizer, count_nonfinite, step_decoded
+from leanstep.optimizers.common.checks import check_betas, check_dtype, check_flags, settings_of
+from leanstep.optimizers.common.column_shards import cuts_rows
+from leanstep.optimizers.common.quantized import is_quantized, scale_key
 from leanstep.optimizers.common.sharding import (
     Reducer,
-    Shard,
     locals_of,
     readables,
     shard_of,
     store,
     sum_over_shards,
 )
+from leanstep.optimizers.common.state import Entry
 
 # lower bound of the cautious mask's mean, by which the update is divided (arXiv 2411.16085)
 _MIN_AGREEMENT = 1e-5
@@ -112,7 +102,7 @@ class Lion(LeanOptimizer):
         >>> optimizer.step()
     """
 
-    _state_rules = {"exp_avg": SHAPED}
+    _state_entries = (Entry("exp_avg", setting="momentum_dtype"),)
     _separable = True
 
     def __init__(
@@ -139,31 +129,12 @@ class Lion(LeanOptimizer):
         check_flags("Lion", group, ("cautious", "cautious_decay"))
         check_dtype("Lion", "momentum_dtype", group["momentum_dtype"], codes=True)
 
-    def _check_shard(self, group: dict[str, Any], position: int, shard: Shard) -> None:
-        super()._check_shard(group, position, shard)
-        if _is_int8(group, group["params"][position]):
-            check_int8_shard("Lion: a momentum of 8 bits", describe(group, position), shard)
-
-    def _init_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
-        state = self.state[param]
-        init_average(state, "exp_avg", param, group["momentum_dtype"])
-        init_rounding(state, param, effective("Lion", group, position, param))
-        return state
-
-    def _state_shapes(self, group: dict[str, Any], param: Tensor) -> dict[str, tuple[int, ...]]:
-        shapes = super()._state_shapes(group, param)
-        return {**shapes, **scale_shapes(param, "exp_avg")} if _is_int8(group, param) else shapes
-
-    def _rules_of(self, group: dict[str, Any], param: Tensor) -> Mapping[str, StateRule]:
-        rules = super()._rules_of(group, param)
-        return {**rules, **quantized_rules("exp_avg", group["momentum_dtype"])} if _is_int8(group, param) else rules
-
     def _group_steps(
         self, group: dict[str, Any], first_index: int, only: Sequence[int] | None = None
     ) -> list[Reducer[Any]]:
         batches = self._batches(group, first_index, only, lambda param: _rule_of(group, param))
         return [
-            _step_columns(batch) if name == "int8 columns" else _step(batch, int8=name == "int8")
+            step_decoded(batch, "exp_avg", _step) if name == "int8 columns" else _step(batch, int8=name == "int8")
             for name, batch in batches
         ]
 
@@ -188,29 +159,15 @@ def _rule_of(group: dict[str, Any], param: Tensor) -> str:
     return "int8 columns" if cuts_rows(shard_of(param)) else "int8"
 
 
-def _step_columns(batch: Batch) -> Reducer[None]:
-    """Step parameters whose shards cut rows: decode their momenta of 8 bits, step, and encode them."""
-    dtype = compute_dtype(batch.params[0].dtype)
-    pairs = zip(batch.states, batch.shards, strict=True)
-    momenta = [average_values(state, "exp_avg", shard, dtype) for state, shard in pairs]
-    states = [{**state, "exp_avg": momentum} for state, momentum in zip(batch.states, momenta, strict=True)]
-    options = yield from _step(batch._replace(states=states), int8=False, seeded=True)
-    assert options.seeds is not None
-    yield from store_averages(momenta, batch.states, "exp_avg", batch.shards, options.seeds.unbind())
-
-
-def _step(batch: Batch, *, int8: bool, seeded: bool = False) -> Reducer[StepOptions]:
-    """Update parameters, momenta and rounding states in place; count non-finite gradients; return the step's options.
-
-    ``seeded``: momenta are rounded stochastically afterwards.
-    """
+def _step(batch: Batch, *, int8: bool = False) -> Reducer[None]:
+    """Update parameters, momenta and rounding states in place; count non-finite gradients."""
     group = batch.group
     params, grads = readables(batch.params), readables(batch.grads)
     exp_avgs = readables([state["exp_avg"] for state in batch.states])
     scales = locals_of([state[scale_key("exp_avg")] for state in batch.states]) if int8 else []
     scalars = lion_scalars(group["lr"], group["betas"], group["weight_decay"], params[0])
     options = batch.options(
-        scalars, seeded=int8 or seeded, decay_where_aligned=group["cautious_decay"], maximize=group["maximize"]
+        scalars, seeded=int8, decay_where_aligned=group["cautious_decay"], maximize=group["maximize"]
     )
     if group["cautious"]:
         if int8:
@@ -225,7 +182,6 @@ def _step(batch: Batch, *, int8: bool, seeded: bool = False) -> Reducer[StepOpti
         flags = lion_step(params, grads, exp_avgs, batch.rounding_state(), options)
     store(params, batch.params)
     count_nonfinite(group, flags)
-    return options
 
 
 # ---- the scalars of the rule, which leanstep.kernels.lion_step applies

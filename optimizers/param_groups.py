@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from leanstep._heads import attention_blocks
 from leanstep._torch import is_conv1d, is_of_experts, output_head, stores_in_out
-from leanstep.optimizers.common.engines import is_flattened
+from leanstep.optimizers.common.groups import is_flattened
 
 SPLITS = (None, "fused", "heads")
 ROLES = ("hidden", "expert", "router", "conv", "lora", "embedding", "position", "head", "norm", "bias", "other")

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels import StepOptions
+from leanstep.kernels.steps.common import compute_dtype
 from leanstep.optimizers.common.checks import describe, naming_options, refuse_complex
-from leanstep.optimizers.common.engines import refuse_flattened, refuse_replaced
+from leanstep.optimizers.common.groups import refuse_flattened, refuse_replaced
 from leanstep.optimizers.common.loading import StateLoading
-from leanstep.optimizers.common.rounding import STATE_RULES, effective, rounding_states, seeds_for
-from leanstep.optimizers.common.saved_tensors import StateRule
+from leanstep.optimizers.common.quantized import average_values, scale_key, store_averages
+from leanstep.optimizers.common.rounding import ENTRIES, effective, init_rounding, rounding_states, seeds_for
 from leanstep.optimizers.common.saving import StateSaving
 from leanstep.optimizers.common.sharding import (
     Reducer,
@@ -33,6 +34,7 @@ from leanstep.optimizers.common.sharding import (
     shard_of,
     together,
 )
+from leanstep.optimizers.common.state import Entry, coded, shapes_of, update_state
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -78,6 +80,20 @@ class Batch(NamedTuple):
         return StepOptions(scalars, self.rounding, **more)
 
 
+def step_decoded(batch: Batch, key: str, step: Callable[[Batch], Reducer[Any]]) -> Reducer[None]:
+    """Decode an average of 8 bits, step with it in fp32 (fp64 for fp64 parameters), and encode it."""
+    steps = [state["step"] for state in batch.states]
+    if batch.rounding != "stochastic":  # which counts the steps itself
+        torch._foreach_add_(steps, 1)
+    values, states = [], []
+    for param, state, shard in zip(batch.params, batch.states, batch.shards, strict=True):
+        values.append(average_values(state, key, shard, compute_dtype(param.dtype)))
+        states.append({name: value for name, value in state.items() if name != scale_key(key)} | {key: values[-1]})
+    yield from step(batch._replace(states=states))
+    seeds = seeds_for(steps, batch.indices, batch.group["seed"], values[0].device)
+    yield from store_averages(values, batch.states, key, batch.shards, seeds.unbind())
+
+
 class GradientAverage(NamedTuple):
     """The entry of a parameter's state through which alone a step depends on its gradient."""
 
@@ -100,12 +116,11 @@ class LeanOptimizer(StateLoading, StateSaving):
     All state is in ``self.state`` and ``self.param_groups``. deepcopy, pickle, ``state_dict`` and
     ``torch.distributed.checkpoint`` therefore cover all of it.
 
-    Subclasses implement :meth:`_check_group`, :meth:`_init_state` and :meth:`_group_steps`. A subclass whose rule
-    spans groups implements :meth:`_steps` in place of :meth:`_group_steps`.
+    Subclasses declare :attr:`_state_entries`, and implement :meth:`_check_group` and :meth:`_group_steps`. A subclass
+    whose rule spans groups implements :meth:`_steps` in place of :meth:`_group_steps`.
 
     Attributes:
-        _state_rules: what loading accepts of every entry of a parameter's state, beside those of rounding.
-        _shaped_state: names of the state tensors that have the shape of their parameter, by ``_state_rules``.
+        _state_entries: the table of a parameter's state, without the entries of its rounding.
         _drop_state: how a user drops the state of a resized parameter.
         _dims: the number of dimensions of every parameter, by group, when the groups were added.
         _checked: the settings of every group when they were checked.
@@ -115,8 +130,7 @@ class LeanOptimizer(StateLoading, StateSaving):
         _older_names: names of state and group entries in states of older versions -> their names now.
     """
 
-    _state_rules: Mapping[str, StateRule] = {}
-    _shaped_state: tuple[str, ...] = ()
+    _state_entries: tuple[Entry, ...] = ()
     _drop_state = "del optimizer.state[parameter]"
     releases_gradients = False
     _separable = False
@@ -171,9 +185,11 @@ class LeanOptimizer(StateLoading, StateSaving):
             if other is group:
                 refuse_replaced(type(self).__name__, group, position, dims)
 
-    def _init_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
-        """Return the state of a parameter that has a gradient; create the entries that are missing."""
-        raise NotImplementedError
+    def _update_state(self, state: dict[str, Any], group: dict[str, Any], position: int, param: Tensor) -> None:
+        """Create the missing entries of a parameter that has a gradient, and convert those of changed settings."""
+        rounding = effective(type(self).__name__, group, position, param)
+        update_state(self._state_entries, state, group, param)
+        init_rounding(state, param, rounding)
 
     def _prepared(
         self, group: dict[str, Any], position: int, index: int, plan: Callable[[Tensor], Any]
@@ -218,15 +234,17 @@ class LeanOptimizer(StateLoading, StateSaving):
             self._check_first_step(group, position)
         if not checked:
             self._check_placements(group, position, param)
-        state = self._init_state(group, position, param)
-        for key, shape in self._state_shapes(group, param).items():
-            if key in state and tuple(state[key].shape) != shape:
+        state = self.state[param]
+        self._update_state(state, group, position, param)
+        for key, shape in shapes_of((*ENTRIES, *self._state_entries), state, group, param).items():
+            if tuple(state[key].shape) != shape:
                 raise ValueError(
                     f"{type(self).__name__}: expected the state {key!r} of {describe(group, position)} to have shape "
-                    f"{shape}, got {tuple(state[key].shape)}: the parameter was resized after its state was created. "
-                    f"Nothing was changed. Drop the state ({self._drop_state}), or build a new optimizer."
+                    f"{shape}, got {tuple(state[key].shape)}: the parameter was resized, or a setting that gives the "
+                    "shape was changed, after its state was created. Nothing was changed. Drop the state "
+                    f"({self._drop_state}), or build a new optimizer."
                 )
-            if key in state and state[key].device != param.device:  # kernels would read addresses of the other device
+            if state[key].device != param.device:  # kernels would read addresses of the other device
                 raise ValueError(
                     f"{type(self).__name__}: {describe(group, position)} is on {param.device}, and its state {key!r} "
                     f"on {state[key].device}: the parameter was moved after its state was made. Nothing was changed. "
@@ -248,22 +266,17 @@ class LeanOptimizer(StateLoading, StateSaving):
                 f"{type(self).__name__}: rounding='stochastic'", describe(group, position), shard,
                 instead="another rounding ('split', 'master')",
             )  # fmt: skip
-
-    def _state_shapes(self, group: dict[str, Any], param: Tensor) -> dict[str, tuple[int, ...]]:
-        """Return the shapes, before sharding, of all state tensors that depend on their parameter's shape."""
-        return dict.fromkeys(self._shaped_state, tuple(param.shape))
+        for key in coded(self._state_entries, group, group["params"][position]):
+            check_indices(
+                f"{type(self).__name__}: the state {key!r} of 8 bits", describe(group, position), shard,
+                instead="another dtype, such as torch.bfloat16",
+            )  # fmt: skip
 
     def __init_subclass__(cls, **settings: Any) -> None:
-        """Set :attr:`_shaped_state`, and let the constructor name its options."""
+        """Let the constructor name its options."""
         super().__init_subclass__(**settings)
         if "__init__" in vars(cls):
             cls.__init__ = naming_options(cls.__name__, cls.__init__)  # type: ignore[method-assign]
-        # here and not in a cached function, at which torch.compile would break the step's graph
-        cls._shaped_state = tuple(key for key, rule in {**STATE_RULES, **cls._state_rules}.items() if rule.shaped)
-
-    def _rules_of(self, group: dict[str, Any], param: Tensor) -> Mapping[str, StateRule]:
-        """Return what loading accepts of every entry of a parameter's state."""
-        return {**STATE_RULES, **self._state_rules}
 
     def _group_steps(
         self, group: dict[str, Any], first_index: int, only: Sequence[int] | None = None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from leanstep.kernels.reference import quantization
 from leanstep.kernels.reference.quantization import BLOCK
-from leanstep.optimizers.common.sharding import Cut, Reducer, Reduction, Shard, check_indices, local
+from leanstep.optimizers.common.sharding import Cut, Reducer, Reduction, Shard, local
 
 
 def cuts_rows(shard: Shard) -> bool:
@@ -51,7 +51,7 @@ class Entries(NamedTuple):
 
 def entries_of(shard: Shard, device: torch.device) -> Entries:
     """Return the positions of a shard's entries in the rows of the whole tensor."""
-    assert shard.ranges is not None  # check_int8_shard
+    assert shard.ranges is not None  # LeanOptimizer._check_shard
     columns = torch.zeros((), dtype=torch.int64, device=device)
     for dim, indices in enumerate(shard.ranges[1:], start=1):
         here = torch.arange(indices.start, indices.stop, device=device)
@@ -117,11 +117,6 @@ def scale_placements(param: Any, shard: Shard) -> list[Any] | None:
     from torch.distributed.tensor import Replicate
 
     return [p if getattr(p, "dim", 0) == 0 else Replicate() for p in param.placements]
-
-
-def check_int8_shard(setting: str, name: str, shard: Shard) -> None:
-    """Raise ValueError if a shard's entries have no index in the whole parameter, as those with gaps."""
-    check_indices(setting, name, shard, instead="another dtype, such as torch.bfloat16")
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections import defaultdict
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -18,6 +18,7 @@ from leanstep.optimizers.common.checks import (
     check_saved_options,
     describe,
 )
+from leanstep.optimizers.common.rounding import ENTRIES, effective, init_rounding
 from leanstep.optimizers.common.saved_tensors import (
     Created,
     Misfit,
@@ -27,6 +28,7 @@ from leanstep.optimizers.common.saved_tensors import (
     owned,
     separate,
 )
+from leanstep.optimizers.common.state import Row, rows_of, update_state
 
 if TYPE_CHECKING:
     from leanstep.optimizers.common.base import LeanOptimizer
@@ -109,12 +111,6 @@ class StateLoading:
     def _check_loaded_groups(self, groups: list[dict[str, Any]]) -> None:
         """Raise ValueError if a state with these settings cannot continue here."""
 
-    def _loadable_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
-        """Return the entries that a saved state may have: those of :meth:`_init_state`, and more. Tensors are fake."""
-        optimizer = cast("LeanOptimizer", self)
-        optimizer._check_placements(group, position, param)
-        return optimizer._init_state(group, position, param)
-
     def _check_loaded_states(self, groups: list[dict[str, Any]], entries: list[Loaded]) -> None:
         """Raise ValueError if states contradict each other or their settings; their tensors are checked already."""
 
@@ -147,8 +143,6 @@ def _loadable(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> dict[str,
         for position, (param, saved_id) in enumerate(zip(group["params"], saved["params"], strict=True))
         if state_dict["state"].get(saved_id)
     ]
-    for entry in entries:
-        _check_shapes(optimizer, entry)
     entries = _fitted_entries(optimizer, groups, entries)
     optimizer._check_loaded_states(groups, entries)
     states = {key: _Opaque({}) if state == {} else state for key, state in state_dict["state"].items()}
@@ -305,19 +299,6 @@ def _refuse_other_order(optimizer: LeanOptimizer, saved_groups: list[dict[str, A
 # ---- states
 
 
-def _check_shapes(optimizer: LeanOptimizer, entry: Loaded) -> None:
-    for key, shape in optimizer._state_shapes(entry.group, entry.param).items():
-        value = entry.state.get(key)
-        if isinstance(value, Tensor) and not value.is_nested and tuple(value.shape) != shape:
-            names = entry.group.get("param_names")
-            whose = names[entry.position] if names else f"parameter {entry.position} of its group"
-            raise ValueError(
-                f"{type(optimizer).__name__}: {_describe(optimizer, entry)} cannot take the "
-                f"state of {whose}, whose {key} has shape {tuple(value.shape)}; nothing was changed. Build the "
-                "optimizer with its parameters in the order of the saved state."
-            )
-
-
 def _describe(optimizer: LeanOptimizer, entry: Loaded) -> str:
     return describe(optimizer.param_groups[entry.group_index], entry.position)
 
@@ -328,10 +309,11 @@ def _fitted_entries(optimizer: LeanOptimizer, groups: list[dict[str, Any]], entr
     Raises:
         ValueError: a state has a missing or an unknown entry, or one that is not what the optimizer would create.
     """
+    tables = [rows_of((*ENTRIES, *optimizer._state_entries), e.group, e.param) for e in entries]
     keys: list[tuple[int, str]] = []
     tensors: list[Tensor] = []
-    for i, (entry, all_created) in enumerate(zip(entries, _created_states(optimizer, groups, entries), strict=True)):
-        for key, tensor in _fitted_state(optimizer, entry, all_created).items():
+    for i, (entry, rows, created) in enumerate(zip(entries, tables, _created_states(optimizer, entries), strict=True)):
+        for key, tensor in _fitted_state(optimizer, entry, rows, created).items():
             keys.append((i, key))
             tensors.append(tensor)
     params = [p for group in groups for p in group["params"]]
@@ -343,36 +325,32 @@ def _fitted_entries(optimizer: LeanOptimizer, groups: list[dict[str, Any]], entr
 
 
 @torch.no_grad()
-def _created_states(
-    optimizer: LeanOptimizer, groups: list[dict[str, Any]], entries: list[Loaded]
-) -> list[dict[str, Created]]:
-    """Return what the optimizer would create for every parameter, from fake tensors, which take no memory."""
+def _created_states(optimizer: LeanOptimizer, entries: list[Loaded]) -> list[dict[str, Created]]:
+    """Return what the optimizer would create of every saved state, from fake tensors, which take no memory."""
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-    ghost = object.__new__(type(optimizer))
-    twins = [dict(group) for group in groups]
-    ghost.__dict__.update(optimizer.__dict__, state=defaultdict(dict), param_groups=twins)
-    mode, result = FakeTensorMode(allow_non_fake_inputs=True), []
-    for entry in entries:
-        part = local_part(entry.param)
+    mode, result, owner = FakeTensorMode(allow_non_fake_inputs=True), [], type(optimizer).__name__
+    for _, group, position, param, _, saved in entries:
+        part, state = local_part(param), dict[str, Any]()
         allocates_nothing = part.device.type == "meta" or isinstance(part, FakeTensor)
         try:
             with nullcontext() if allocates_nothing else mode:
-                state = ghost._loadable_state(twins[entry.group_index], entry.position, entry.param)
+                optimizer._check_placements(group, position, param)
+                rounding = effective(owner, group, position, param)
+                update_state([e for e in optimizer._state_entries if e.name in saved], state, group, param, unused=True)
+                init_rounding(state, param, rounding)
                 result.append({key: Created.of(value) for key, value in state.items()})
         except (ValueError, TypeError, RuntimeError) as error:
-            raise ValueError(
-                f"{type(optimizer).__name__}: the saved state cannot be used: {error}; {_ADVICE}"
-            ) from error
+            raise ValueError(f"{owner}: the saved state cannot be used: {error}; {_ADVICE}") from error
     return result
 
 
-def _fitted_state(optimizer: LeanOptimizer, entry: Loaded, all_created: dict[str, Created]) -> dict[str, Tensor]:
-    rules = optimizer._rules_of(entry.group, entry.param)
-    shapes = optimizer._state_shapes(entry.group, entry.param)
+def _fitted_state(
+    optimizer: LeanOptimizer, entry: Loaded, rows: Mapping[str, Row], created: Mapping[str, Created]
+) -> dict[str, Tensor]:
     name = _describe(optimizer, entry)
-    missing = [k for k in all_created if k not in entry.state and (k not in rules or rules[k].required)]
-    has_stepped = any(key not in rules or not rules[key].early for key in entry.state)
+    missing = [key for key, row in rows.items() if row.required and key not in entry.state]
+    has_stepped = any(key not in rows or not rows[key].loads.early for key in entry.state)
     if missing and has_stepped:
         raise ValueError(
             f"{type(optimizer).__name__}: the saved state of {name} has no {', '.join(missing)}, only "
@@ -380,17 +358,15 @@ def _fitted_state(optimizer: LeanOptimizer, entry: Loaded, all_created: dict[str
         )
     state = {}
     for key, value in entry.state.items():
-        rule, created = rules.get(key), all_created.get(key)
         try:
-            if rule is None and created is None:
-                raise Misfit(f"expected one of {', '.join(dict.fromkeys([*rules, *all_created]))}")
+            if key not in rows:
+                raise Misfit(f"expected one of {', '.join(rows)}")
+            shape, rule, _ = rows[key]
             tensor = check_readable(as_number_tensor(value, rule))
-            shape = created.shape if created else shapes.get(key, rule.shape if rule else None)
-            if shape is None:
-                raise Misfit("expected no such entry with the saved settings")
             if tuple(tensor.shape) != shape:
-                raise Misfit(f"expected shape {shape}, got {tuple(tensor.shape)}")
-            state[key] = fitted(tensor, rule, created, local_part(entry.param).device)
+                order = "are the parameters here in the order of the saved state?"
+                raise Misfit(f"expected shape {shape}, got {tuple(tensor.shape)}; {order}")
+            state[key] = fitted(tensor, rule, created.get(key), local_part(entry.param).device)
         except Misfit as error:
             raise ValueError(
                 f"{type(optimizer).__name__}: the saved entry {key!r:.80} of the state of {name}: {error}; {_ADVICE}"

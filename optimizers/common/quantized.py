@@ -15,8 +15,6 @@ from leanstep._torch import is_dtensor, join_parts
 from leanstep.kernels.reference.quantization import FP8, dequantize, quantize, scale_shape
 from leanstep.kernels.steps.common import StepOptions, compute_dtype, pack
 from leanstep.optimizers.common.column_shards import cuts_rows, decoded, encode, scale_placements
-from leanstep.optimizers.common.rounding import init_step
-from leanstep.optimizers.common.saved_tensors import COUNT, StateRule
 from leanstep.optimizers.common.sharding import (
     Reducer,
     Shard,
@@ -24,8 +22,6 @@ from leanstep.optimizers.common.sharding import (
     first_index,
     local,
     locals_of,
-    new_state,
-    run,
     shard_of,
 )
 
@@ -41,61 +37,6 @@ def is_quantized(setting: torch.dtype | str | None, param: Tensor) -> bool:
 def scale_key(key: str) -> str:
     """Return the name of the scales of an average."""
     return f"{key}_scale"
-
-
-def quantized_rules(key: str, setting: torch.dtype | str | None, *, squares: bool = False) -> dict[str, StateRule]:
-    """Return what loading accepts of an average in codes. Scales may be infinite or NaN, as other averages."""
-    if squares:
-        codes = StateRule((torch.uint8,), shaped=True)
-    elif dtype_of(setting) == FP8:  # NaN is no code
-        codes = StateRule((FP8,), shaped=True, finite=True)
-    else:  # -128 is no code, and kernels do not agree on its value
-        codes = StateRule((torch.int8,), shaped=True, least=-127, most=127)
-    # the step count seeds the rounding of the codes
-    return {key: codes, scale_key(key): StateRule((torch.float32,)), "step": COUNT._replace(required=True)}
-
-
-def scale_shapes(param: Tensor, *keys: str) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the scales of averages, before sharding."""
-    return {scale_key(key): scale_shape(param.shape) for key in keys}
-
-
-def init_average(
-    state: dict[str, Any], key: str, param: Tensor, setting: torch.dtype | str | None, *, squares: bool = False
-) -> None:
-    """Create the average ``key`` as the setting of its dtype says, with its scales if that is one of codes.
-
-    Parameters without two dimensions have an average in their own dtype instead of codes. Converts an average that
-    contradicts the setting, which was changed after a step. Without a setting an average keeps its dtype.
-    """
-    if key in state and state[key].shape != param.shape:
-        return  # resized after a step, which the step refuses by name
-    scales_name, wide = scale_key(key), compute_dtype(param.dtype)
-    if is_quantized(setting, param):
-        init_step(state, param)
-        dtype = torch.uint8 if squares else dtype_of(setting)
-        if scales_name in state and state[key].dtype == dtype:
-            return
-        old = None
-        if scales_name in state:
-            old = average_values(state, key, shard_of(param), wide)
-        elif key in state:
-            old = local(state[key]).to(wide)
-        # scales first: a state without the setting is refused by their name
-        state[scales_name], state[key] = _new_scales(param), new_state(param, dtype)
-        if old is not None:
-            run(store_averages([old], [state], key, [shard_of(param)], [0]))
-        return
-    dtype = None if dtype_of(setting) in CODES else dtype_of(setting)
-    if key not in state:
-        state[key] = new_state(param, dtype)
-    elif scales_name in state:
-        average = new_state(param, dtype)
-        local(average).copy_(average_values(state, key, shard_of(param), wide))
-        del state[scales_name]
-        state[key] = average
-    elif dtype not in (None, state[key].dtype):
-        state[key] = state[key].to(dtype)
 
 
 def average_values(state: dict[str, Any], key: str, shard: Shard, dtype: torch.dtype) -> Tensor:
@@ -147,7 +88,7 @@ def average_options(weight: float, like: Tensor, seeds: Tensor | None, offsets: 
     return StepOptions(scalars, seeds=seeds, offsets=offsets)
 
 
-def _new_scales(param: Tensor) -> Tensor:
+def new_scales(param: Tensor) -> Tensor:
     """Return zeros for the scales, with the placements of the parameter where they do not divide blocks."""
     shard, part = shard_of(param), local(param)
     placements = scale_placements(param, shard)

@@ -17,18 +17,19 @@ from leanstep.kernels.steps.common import constant
 from leanstep.optimizers.common.checks import describe
 from leanstep.optimizers.common.saved_tensors import COUNT, StateRule
 from leanstep.optimizers.common.sharding import local, locals_of, new_state, plain, readable
+from leanstep.optimizers.common.state import Entry, new_count
 
 # state key of each rounding mode
 STATE_KEY = {"kahan": "kahan_compensation", "master": "master_param", "split": "split_difference"}
 
 # Kernels take a compensation in the parameter's dtype, a master in fp32 and a difference in int8. Parameters of another
-# dtype at the time of saving had none.
-STATE_RULES = {
-    "kahan_compensation": StateRule((torch.bfloat16, torch.float16), cast=True, required=False, shaped=True),
-    "master_param": StateRule((torch.float32,), required=False, shaped=True),
-    "split_difference": StateRule((torch.int8,), required=False, shaped=True),
-    "step": COUNT,
-}
+# dtype at the time of saving had none. :func:`init_rounding` creates the entries.
+ENTRIES = (
+    Entry("kahan_compensation", used=False, loads=StateRule((torch.bfloat16, torch.float16), cast=True)),
+    Entry("master_param", dtype=torch.float32, used=False, loads=StateRule((torch.float32,))),
+    Entry("split_difference", dtype=torch.int8, used=False, loads=StateRule((torch.int8,))),
+    Entry("step", dtype=torch.float32, shape=(), used=False, loads=COUNT),
+)
 
 
 def effective(owner: str, group: dict[str, Any], position: int, param: Tensor) -> str:
@@ -54,8 +55,8 @@ def init_rounding(state: dict[str, Any], param: Tensor, rounding: str) -> None:
 
     The state of another mode is converted, and dropped: the setting was changed after a step.
     """
-    if rounding == "stochastic":
-        init_step(state, param)
+    if rounding == "stochastic" and "step" not in state:
+        state["step"] = new_count(param)
     key = STATE_KEY.get(rounding)
     if key is None or key in state:
         return
@@ -97,12 +98,6 @@ def full_precision(param: Tensor, state: dict[str, Any], rounding: str) -> Tenso
     else:
         weight = shard.clone() if shard.dtype == torch.float64 else shard.to(torch.float32, copy=True)
     return join_parts(weight, param, param.shape) if is_dtensor(param) else weight
-
-
-def init_step(state: dict[str, Any], param: Tensor) -> None:
-    """Create the step count that seeds stochastic rounding, if it is missing."""
-    if "step" not in state:
-        state["step"] = torch.zeros((), dtype=torch.float32, device=local(param).device)
 
 
 def seeds_for(steps: list[Tensor], indices: list[int], seed: int, device: torch.device) -> Tensor:

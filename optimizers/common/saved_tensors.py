@@ -61,37 +61,27 @@ class StateRule(NamedTuple):
     Attributes:
         dtypes: dtypes that load, besides the one in which the optimizer would create the entry.
         cast: convert to the dtype in which the optimizer would create the entry; otherwise every bit is preserved.
-        required: a saved state without the entry is refused, if the optimizer would create it.
         early: the entry may be there before the first step, without the others.
-        shaped: the entry has its parameter's shape.
-        shape: of an entry whose shape depends on nothing.
         finite: entries are finite numbers.
         least, most: bounds of the entries.
         whole: entries are whole numbers. A Python number is taken for a tensor of shape ().
-        on_host: the entry stays in the host's memory, because the host reads it.
     """
 
     dtypes: tuple[torch.dtype, ...] = FLOATS
     cast: bool = False
-    required: bool = True
     early: bool = False
-    shaped: bool = False
-    shape: tuple[int, ...] | None = None
     finite: bool = False
     least: float | None = None
     most: float | None = None
     whole: bool = False
-    on_host: bool = False
 
 
-SHAPED = StateRule(shaped=True)
-COUNT = StateRule(_NUMBERS, cast=True, required=False, shape=(), whole=True, least=0, most=LAST_COUNT)
+COUNT = StateRule(_NUMBERS, cast=True, whole=True, least=0, most=LAST_COUNT)
 
 
 class Created(NamedTuple):
     """What the optimizer would create as an entry of the state."""
 
-    shape: tuple[int, ...]  # before sharding
     strides: tuple[int, ...]  # of this process's shard, as all below
     local_shape: tuple[int, ...]
     dtype: torch.dtype
@@ -102,8 +92,7 @@ class Created(NamedTuple):
     def of(cls, tensor: Tensor) -> Created:
         """Describe a tensor, which may be fake."""
         part = local_part(tensor)
-        shapes = (tuple(tensor.shape), part.stride(), tuple(part.shape))
-        return cls(*shapes, part.dtype, part.device, _placements(tensor))
+        return cls(part.stride(), tuple(part.shape), part.dtype, part.device, _placements(tensor))
 
 
 class Misfit(ValueError):
@@ -137,9 +126,9 @@ def check_readable(value: Any) -> Tensor:
     return value
 
 
-def as_number_tensor(value: Any, rule: StateRule | None) -> Any:
+def as_number_tensor(value: Any, rule: StateRule) -> Any:
     """Return a Python number, as old states have for counts, as a tensor; anything else unchanged."""
-    if rule is None or not rule.whole or isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not rule.whole or isinstance(value, bool) or not isinstance(value, (int, float)):
         return value
     return torch.tensor(float(value) if abs(value) < 2**63 else math.inf, dtype=torch.float32, device="cpu")
 
@@ -152,24 +141,23 @@ def owned(value: Any) -> Tensor:
     return join_parts(copy, value, value.shape) if is_dtensor(value) else copy
 
 
-def fitted(value: Tensor, rule: StateRule | None, created: Created | None, device: torch.device) -> Tensor:
+def fitted(value: Tensor, rule: StateRule, created: Created | None, device: torch.device) -> Tensor:
     """Return a readable tensor of the right shape in the dtype, strides and device that a step needs.
 
     The result shares the memory of ``value`` where nothing has to change.
 
     Args:
         value: the saved tensor.
-        rule: None: an entry of a user's subclass, loaded in any floating dtype if it is created in one.
-        created: what the optimizer would create; None for an entry that its current settings do not use.
+        rule: what loading accepts.
+        created: what the optimizer would create; None for an entry of a rounding that its settings do not use.
         device: of the parameter, for an entry that is not created.
 
     Raises:
         Misfit: the dtype, the placements or a value is not allowed.
     """
     part, dtype = local_part(value), value.dtype
-    allowed = FLOATS if rule is None and created and created.dtype.is_floating_point else rule.dtypes if rule else ()
-    if not (created and dtype == created.dtype) and dtype not in allowed:
-        expected = dict.fromkeys([*([created.dtype] if created else []), *allowed])
+    if not (created and dtype == created.dtype) and dtype not in rule.dtypes:
+        expected = dict.fromkeys([*([created.dtype] if created else []), *rule.dtypes])
         raise Misfit(f"expected {' or '.join(_name(d) for d in expected)}, got {_name(dtype)}")
     if created and (_placements(value) != created.placements or tuple(part.shape) != created.local_shape):
         raise Misfit(
@@ -177,12 +165,9 @@ def fitted(value: Tensor, rule: StateRule | None, created: Created | None, devic
             f"{_placed(_placements(value))} with {tuple(part.shape)}; torch.distributed.checkpoint.state_dict moves "
             "states between whole and sharded parameters"
         )
-    if rule is not None:
-        _check_values(part, rule)
+    _check_values(part, rule)
     if created:
-        device, dtype = created.device, created.dtype if rule and rule.cast else dtype
-    if rule is not None and rule.on_host:
-        device = torch.device("cpu")
+        device, dtype = created.device, created.dtype if rule.cast else dtype
     same_strides = _same_strides(part, created.strides) if created else is_dense(part)
     if dtype == part.dtype and device == part.device and same_strides and _is_ordinary(part):
         return value.detach()

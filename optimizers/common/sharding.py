@@ -216,19 +216,19 @@ def plain(tensor: Tensor) -> Tensor:
     return join_parts(shard, tensor, tensor.shape) if is_dtensor(tensor) else shard
 
 
-def new_state(param: Tensor, dtype: torch.dtype | str | None = None) -> Tensor:
-    """Return zeros with a parameter's shape and placements; ``dtype`` (or its name) defaults to the parameter's."""
-    return torch.zeros_like(plain(param), dtype=dtype_of(dtype) or param.dtype, memory_format=torch.preserve_format)
+def new_state(param: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return zeros with a parameter's shape and placements; ``dtype`` defaults to its own."""
+    return torch.zeros_like(plain(param), dtype=dtype or param.dtype, memory_format=torch.preserve_format)
 
 
-def new_vectors(param: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return zeros of ``shape``: [n], one vector per matrix, or [e, n] for a stack of e matrices; fp32, fp64 for fp64.
+def new_vectors(param: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    """Return zeros of ``shape``: [n], one vector per matrix, or [e, n] for a stack of e matrices.
 
     Vectors are replicated, but mesh dimensions that shard a stack along e shard its vectors, too.
     """
     weight, shard = local(param), shard_of(param)
     here = (weight.shape[0], shape[1]) if len(shape) == 2 else shape
-    vectors = torch.zeros(here, device=weight.device, dtype=compute_dtype(param.dtype))
+    vectors = torch.zeros(here, device=weight.device, dtype=dtype or compute_dtype(param.dtype))
     if len(shape) == 1 or all(cut.dim != 0 for cut in shard.cuts):
         return vectors
     from torch.distributed.tensor import Replicate

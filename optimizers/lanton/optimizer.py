@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,26 +25,23 @@ from leanstep.optimizers.common.checks import (
     settings_of,
     warn_how_auto_routes,
 )
-from leanstep.optimizers.common.column_shards import check_int8_shard
-from leanstep.optimizers.common.engines import in_pipeline, inside_zero, partial_model
+from leanstep.optimizers.common.groups import in_pipeline, inside_zero, partial_model
 from leanstep.optimizers.common.loading import Loaded
-from leanstep.optimizers.common.quantized import init_average, is_quantized, quantized_rules, scale_key, scale_shapes
-from leanstep.optimizers.common.rounding import effective, init_rounding
-from leanstep.optimizers.common.saved_tensors import StateRule
+from leanstep.optimizers.common.quantized import scale_key
 from leanstep.optimizers.common.sharding import Reducer, Shard, local
 from leanstep.optimizers.lanton.halves import UNMARKED, MarkedHalves
 from leanstep.optimizers.lanton.matrices import block_count, is_stack, matrix_shape
-from leanstep.optimizers.lanton.saved import STATE_RULES, check_entries, check_half_gradients, reshaped_estimates
+from leanstep.optimizers.lanton.saved import check_entries, check_half_gradients, reshaped_estimates
+from leanstep.optimizers.lanton.state import ENTRIES, stores_gradient
 from leanstep.optimizers.lanton.step import (
     Layer,
     LayerStep,
-    estimate_dtype,
     factors_and_noise,
     matrix_count,
     norm_of,
     step,
 )
-from leanstep.optimizers.lanton.variance import KEY, KEY_RULE, VARIANCES, init_rows, rows_shape
+from leanstep.optimizers.lanton.variance import VARIANCES
 
 NORMS = ("auto", "rms", "sign", "vector")
 NOISES = ("previous", "halves")
@@ -176,7 +173,7 @@ class LANTON(MarkedHalves, LeanOptimizer):
         1.0
     """
 
-    _state_rules = STATE_RULES
+    _state_entries = ENTRIES
     _group_entries = {"noise_clock": 0, **UNMARKED}
     _older_names = {"half_is": "half_content", "half_seen": "half_marked"}
 
@@ -279,30 +276,8 @@ class LANTON(MarkedHalves, LeanOptimizer):
     def _in_memory(self, states: dict[Any, Any], groups: list[dict[str, Any]]) -> dict[Any, Any]:
         return reshaped_estimates(states, (), (1,))
 
-    def _state_shapes(self, group: dict[str, Any], param: Tensor) -> dict[str, tuple[int, ...]]:
-        count = matrix_count(Layer(group, param, {}, norm_of(group, param)))
-        shapes = {**super()._state_shapes(group, param), "noise": (count,), "noise_steps": (count,)}
-        if group["variance"] and norm_of(group, param) == "rms":
-            shapes[KEY] = rows_shape(group, param)
-        return shapes | scale_shapes(param, *_quantized_keys(group, param))
-
-    def _rules_of(self, group: dict[str, Any], param: Tensor) -> Mapping[str, StateRule]:
-        rules = {**super()._rules_of(group, param)}
-        for key in _quantized_keys(group, param):
-            setting = group["noise_dtype" if key == "previous_grad" else "momentum_dtype"]
-            rules |= quantized_rules(key, setting)
-        return rules if group["variance"] else {**rules, KEY: KEY_RULE._replace(required=False)}
-
-    def _loadable_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
-        state = super()._loadable_state(group, position, param)
-        if norm_of(group, param) == "rms":  # variance may have been switched off during the training
-            init_rows(state, param, group)
-        return state
-
     def _check_shard(self, group: dict[str, Any], position: int, shard: Shard) -> None:
         super()._check_shard(group, position, shard)
-        if _quantized_keys(group, group["params"][position]):
-            check_int8_shard("LANTON: an 8-bit momentum or gradient", describe(group, position), shard)
         if shard.cuts and shard.ranges is None and norm_of(group, group["params"][position]) == "rms":
             raise ValueError(
                 f"LANTON takes matrices whose shards are blocks, got {describe(group, position)} with placements "
@@ -319,27 +294,13 @@ class LANTON(MarkedHalves, LeanOptimizer):
 
     # ---- the step
 
-    def _init_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
-        state = self.state[param]
-        init_average(state, "momentum_buffer", param, group["momentum_dtype"])
-        init_rounding(state, param, effective("LANTON", group, position, param))
-        if group["variance"] and norm_of(group, param) == "rms":
-            init_rows(state, param, group)
-        if not _stores_gradient(group):
+    def _update_state(self, state: dict[str, Any], group: dict[str, Any], position: int, param: Tensor) -> None:
+        had_previous, stores = "previous_grad" in state, stores_gradient(group, param)
+        super()._update_state(state, group, position, param)
+        if stores and not had_previous:
+            state["noise_steps"].fill_(-1)  # until there is a previous gradient
+        elif had_previous and not stores:
             _drop_previous(state)
-        if not group["noise_adaptive"]:
-            return state
-        if "noise" not in state:
-            device = local(param).device
-            count = matrix_count(Layer(group, param, state, norm_of(group, param)))
-            state["noise"] = torch.zeros(count, dtype=estimate_dtype(device), device=device)
-            # number of estimates in H; -1 (below) until there is a previous gradient
-            state["noise_steps"] = torch.zeros(count, dtype=torch.float32, device=device)
-        if _stores_gradient(group):
-            if "previous_grad" not in state:
-                state["noise_steps"].fill_(-1)
-            init_average(state, "previous_grad", param, group["noise_dtype"])
-        return state
 
     def _steps(self) -> list[Reducer[None]]:
         """Return one generator for all groups, because their layers share maxima."""
@@ -443,15 +404,6 @@ class LANTON(MarkedHalves, LeanOptimizer):
                 values.setdefault(f"noise/{name}", []).append(row["H"])
                 values.setdefault(f"factor/{name}", []).append(row["factor"])
         return {key: sum(numbers) / len(numbers) for key, numbers in values.items()}
-
-
-def _quantized_keys(group: dict[str, Any], param: Tensor) -> list[str]:
-    keys = ["momentum_buffer"] if is_quantized(group["momentum_dtype"], param) else []
-    return [*keys, "previous_grad"] if _stores_gradient(group) and is_quantized(group["noise_dtype"], param) else keys
-
-
-def _stores_gradient(group: dict[str, Any]) -> bool:
-    return group["noise_adaptive"] and group["noise"] == "previous"
 
 
 def _drop_previous(state: dict[str, Any]) -> None:

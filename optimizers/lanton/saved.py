@@ -9,17 +9,6 @@ from torch import Tensor
 
 from leanstep.optimizers.common.checks import check_choice, check_flags, check_number, check_saved_count, describe
 from leanstep.optimizers.common.loading import Loaded
-from leanstep.optimizers.common.saved_tensors import LAST_COUNT, SHAPED, StateRule
-from leanstep.optimizers.lanton.variance import KEY, KEY_RULE
-
-STATE_RULES = {
-    "momentum_buffer": SHAPED,
-    "previous_grad": SHAPED,
-    KEY: KEY_RULE,
-    "half_grad": SHAPED._replace(required=False, early=True),
-    "noise": StateRule((torch.float64, torch.float32), cast=True, finite=True, least=0),
-    "noise_steps": StateRule((torch.float32,), whole=True, least=-1, most=LAST_COUNT),
-}
 
 
 def check_entries(group: dict[str, Any]) -> None:

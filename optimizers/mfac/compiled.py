@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from leanstep.optimizers.mfac.compressed import SparseRows
-from leanstep.optimizers.mfac.direction import SCOPE_KEYS, Direction, Problem, directions
+from leanstep.optimizers.mfac.direction import Direction, Problem, directions
+from leanstep.optimizers.mfac.state import SCOPE_KEYS, WINDOW
 from leanstep.optimizers.mfac.window import BlockRows, Columns, DenseRows, combination_dtype
 
 _FORMATS = {f.__name__: f for f in (DenseRows, BlockRows, SparseRows)}
-_ROW_KEYS = ("window", "window_values", "window_indices", "error", "mask")
+_ROW_KEYS = (*[entry.name for entry in WINDOW], "mask")
 
 
 def directions_by_op(problems: Sequence[Problem]) -> tuple[list[Tensor], Tensor, Tensor]:

@@ -24,13 +24,7 @@ from typing_extensions import override
 from leanstep._torch import local_part
 from leanstep.kernels import row_dots, scatter, sparse_layout, sparse_linear_combination, sparse_row_dots, top_k
 from leanstep.kernels.fisher.sparse_window import MAX_BLOCK
-from leanstep.optimizers.common.sharding import Shard
-from leanstep.optimizers.mfac.window import Columns, DenseRows, new_columns, storage_dtype
-
-
-def error_dtype(param: Tensor) -> torch.dtype:
-    """Return the dtype of the compression error: fp32, or fp64 for fp64 parameters."""
-    return torch.float64 if param.dtype == torch.float64 else torch.float32
+from leanstep.optimizers.mfac.window import DenseRows
 
 
 def lead_of(shape: Sequence[int]) -> tuple[int, ...]:
@@ -67,32 +61,6 @@ class SparseRows(DenseRows):
         if settings["compression"] != "topk" or len(shape) < 2 or not math.prod(shape):
             return False
         return entries_per_row(shape, settings["density"]) < row_length(shape)
-
-    @staticmethod
-    @override
-    def misfit(shard: Shard) -> str | None:
-        if all(cut.dim < len(lead_of(shard.shape)) for cut in shard.cuts):
-            return None
-        return "compression='topk' stores the largest entries of every row, and takes parameters with unsharded rows"
-
-    @staticmethod
-    def init_state(state: dict[str, Any], param: Tensor, columns: Columns, settings: dict[str, Any]) -> None:
-        """Create ``window_values`` [m, *lead, k], ``window_indices`` [m, *lead, 2 k] and ``error``, like the parameter.
-
-        The int16 indices are stored as pairs of bytes, because neither gloo nor NCCL can gather int16.
-        """
-        lead, m = lead_of(param.shape), settings["window"]
-        count = entries_per_row(param.shape, settings["density"])
-        state["window_values"] = new_columns(param, columns, (*lead, count), storage_dtype(settings, param), window=m)
-        state["window_indices"] = new_columns(param, columns, (*lead, 2 * count), torch.uint8, window=m)
-        state["error"] = new_columns(param, columns, param.shape, error_dtype(param), window=None)
-
-    @staticmethod
-    def state_bytes(param: Tensor, columns: Columns, settings: dict[str, Any]) -> int:
-        """Return the bytes on this process: m * entries * (bytes of a value + 2), and the error."""
-        entries = math.prod(lead_of(columns.shape)) * entries_per_row(param.shape, settings["density"])
-        stored = settings["window"] * entries * (storage_dtype(settings, param).itemsize + 2)
-        return stored + math.prod(columns.shape) * error_dtype(param).itemsize
 
     @staticmethod
     def check_indices(name: str, state: Mapping[str, Any], settings: dict[str, Any]) -> None:

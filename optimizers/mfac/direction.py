@@ -18,9 +18,6 @@ from leanstep.optimizers.common.sharding import Reducer, Reduction, together
 from leanstep.optimizers.mfac import rule
 from leanstep.optimizers.mfac.window import Columns, DenseRows, Piece, combination_dtype, pieces_of
 
-# the state of a scope, among the entries of the parameter that holds it
-SCOPE_KEYS = ("gram", "counters", "stats")
-
 # columns of a scope's `stats`, one row per Gram matrix
 # ("unused": saved states have six columns)
 STATS = ("jittered", "eigen", "unused", "unused", "decrease", "norm")

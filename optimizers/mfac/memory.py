@@ -10,7 +10,9 @@ from torch import Tensor
 
 from leanstep._memory import free_memory
 from leanstep._torch import local_part
-from leanstep.optimizers.mfac.scopes import scope_key, scope_state_bytes, window_bytes
+from leanstep.optimizers.common.state import bytes_of
+from leanstep.optimizers.mfac.scopes import scope_key
+from leanstep.optimizers.mfac.state import SCOPE, WINDOW
 from leanstep.optimizers.mfac.window import is_fake
 
 _GIB = 2**30
@@ -27,10 +29,11 @@ def needed_bytes(groups: list[dict[str, Any]]) -> dict[torch.device, int]:
             index += 1
             if not param.requires_grad:
                 continue
-            device = local_part(param).device
-            once = 0 if key in scopes else scope_state_bytes(param, group)
+            part = local_part(param)
+            once = 0 if key in scopes else bytes_of(SCOPE, group, param)
             scopes.add(key)
-            needed[device] = needed.get(device, 0) + window_bytes(param, group) + once
+            window = bytes_of(WINDOW, group, param) * part.numel() // max(param.numel(), 1)  # sharded like it
+            needed[part.device] = needed.get(part.device, 0) + window + once
     return needed
 
 

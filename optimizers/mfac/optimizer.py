@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from leanstep.kernels.steps.common import compute_dtype
 from leanstep.optimizers.common.base import LeanOptimizer
 from leanstep.optimizers.common.checks import describe, settings_of
-from leanstep.optimizers.common.engines import in_pipeline, inside_zero, partial_model
+from leanstep.optimizers.common.groups import in_pipeline, inside_zero, partial_model
 from leanstep.optimizers.common.loading import Loaded
-from leanstep.optimizers.common.rounding import effective, init_rounding
-from leanstep.optimizers.common.saved_tensors import SHAPED, StateRule
-from leanstep.optimizers.common.sharding import Reducer, Shard, first_index, new_state, shard_of
+from leanstep.optimizers.common.sharding import Reducer, Shard, first_index, shard_of
+from leanstep.optimizers.common.state import update_state
 from leanstep.optimizers.mfac import saved
+from leanstep.optimizers.mfac.compressed import SparseRows, lead_of
 from leanstep.optimizers.mfac.direction import STATS
 from leanstep.optimizers.mfac.memory import check_memory
 from leanstep.optimizers.mfac.scopes import (
     Scope,
     ScopeParam,
-    has_window,
-    init_scope_state,
-    init_window,
     move_scope_state,
-    new_format,
     scope_key,
     shared_settings,
     step_scopes,
 )
 from leanstep.optimizers.mfac.settings import check_masks, check_settings
+from leanstep.optimizers.mfac.state import ENTRIES, SCOPE, has_window
 from leanstep.optimizers.mfac.window import columns_of, mask_like
 
 
@@ -123,7 +118,7 @@ class MFAC(LeanOptimizer):
         >>> optimizer.step()
     """
 
-    _state_rules = {"momentum_buffer": SHAPED, **saved.WINDOW_RULES, **saved.SCOPE_RULES}
+    _state_entries = ENTRIES
     _drop_state = "optimizer.state.clear(), because parameters share a window"
     _group_entries = {"masks": None}  # of sparse groups: a bool tensor for every parameter
     _older_names = {"figures": "stats", "counts": "counters"}
@@ -182,15 +177,17 @@ class MFAC(LeanOptimizer):
 
     def _check_shard(self, group: dict[str, Any], position: int, shard: Shard) -> None:
         super()._check_shard(group, position, shard)
-        misfit = new_format(group["params"][position], group).misfit(shard)
-        if isinstance(group["scope"], int) and first_index(shard) is None:
-            misfit = f"scope={group['scope']} takes parameters whose shards are ranges of elements"
-        if misfit:
-            raise ValueError(
-                f"MFAC: {misfit}, got {describe(group, position)} with placements {shard.placements}; nothing was "
-                "changed. Shard it along its first dimension alone (fully_shard does), or use scope='layer' and "
-                "compression=None."
-            )
+        cuts_rows = any(cut.dim >= len(lead_of(shard.shape)) for cut in shard.cuts)
+        if cuts_rows and SparseRows.accepts(group["params"][position], group):
+            needs = "compression='topk' stores the largest of every row, and takes parameters with unsharded rows"
+        elif isinstance(group["scope"], int) and first_index(shard) is None:
+            needs = f"scope={group['scope']} takes parameters whose shards are ranges of elements"
+        else:
+            return
+        raise ValueError(
+            f"MFAC: {needs}, got {describe(group, position)} with placements {shard.placements}; nothing was changed. "
+            "Shard it along its first dimension alone (fully_shard does), or use scope='layer' and compression=None."
+        )
 
     @staticmethod
     def _check_scope(groups: list[dict[str, Any]], group: dict[str, Any]) -> None:
@@ -200,14 +197,6 @@ class MFAC(LeanOptimizer):
 
     def _check_loaded_groups(self, groups: list[dict[str, Any]]) -> None:
         saved.check_loaded(self.param_groups, groups)
-
-    def _loadable_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
-        state = super()._loadable_state(group, position, param)
-        if param.numel():  # any parameter of a scope may hold the scope's state
-            init_scope_state(state, param, group)
-            blocks_and_rows = state["gram"].shape[:2]  # rows in fp16, of earlier versions, have a scale each
-            state["window_scale"] = state["gram"].new_ones(blocks_and_rows, dtype=torch.float32)
-        return state
 
     def _in_memory(self, states: dict[Any, Any], groups: list[dict[str, Any]]) -> dict[Any, Any]:
         saved.in_wide_storage(states, groups)
@@ -277,25 +266,17 @@ class MFAC(LeanOptimizer):
         """Return the states of the parameters, without other values that hooks may add."""
         return [self.state[p] for group in self.param_groups for p in group["params"] if p in self.state]
 
-    def _init_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
-        state = self.state[param]
-        init_window(state, param, group)
-        if group["momentum"] and "momentum_buffer" not in state:
-            state["momentum_buffer"] = new_state(param, compute_dtype(param.dtype))
+    def _update_state(self, state: dict[str, Any], group: dict[str, Any], position: int, param: Tensor) -> None:
+        formed = group
+        if has_window(state):  # whose format stays when ``compression`` was changed
+            formed = {**group, "compression": "topk" if SparseRows.key in state else None}
+        super()._update_state(state, formed, position, param)
         mask = None if group["masks"] is None else group["masks"][position]
         if mask is not None and state.get("mask") is not mask:
             check_masks(group)
             state["mask"] = placed = mask_like(mask, param)
             if placed is not mask:
                 group["masks"] = [placed if i == position else other for i, other in enumerate(group["masks"])]
-        init_rounding(state, param, effective("MFAC", group, position, param))
-        return state
-
-    def _rules_of(self, group: dict[str, Any], param: Tensor) -> Mapping[str, StateRule]:
-        return {**super()._rules_of(group, param), **saved.rules_of_rows(group)}
-
-    def _state_shapes(self, group: dict[str, Any], param: Tensor) -> dict[str, tuple[int, ...]]:
-        return {**super()._state_shapes(group, param), "window": (group["window"], *param.shape)}
 
     def _init_group(self) -> None:
         super()._init_group()
@@ -341,7 +322,7 @@ class MFAC(LeanOptimizer):
         if "gram" not in scope_state:
             other = next((self.state[p] for p in params if "gram" in self.state.get(p, {})), None)
             if other is None:
-                init_scope_state(scope_state, holder, settings)
+                update_state(SCOPE, scope_state, settings, holder, unused=True)
             else:  # from an older state, or parameters were frozen or trained since
                 move_scope_state(other, scope_state, holder)
         return Scope(entries, settings, scope_state)

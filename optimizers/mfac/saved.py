@@ -10,39 +10,16 @@ from torch import Tensor
 from leanstep._torch import is_dtensor, join_parts, local_part
 from leanstep.optimizers.common.checks import describe
 from leanstep.optimizers.common.loading import Loaded
-from leanstep.optimizers.common.saved_tensors import SHAPED, StateRule
 from leanstep.optimizers.mfac.compressed import SparseRows
 from leanstep.optimizers.mfac.scopes import scope_key
-from leanstep.optimizers.mfac.window import columns_of, storage_dtype
+from leanstep.optimizers.mfac.state import SCOPE_KEYS, storage_dtype
+from leanstep.optimizers.mfac.window import columns_of
 
 # settings that determine the format of a saved window
 STRUCTURAL = ("window", "scope", "storage", "compression", "density")
 
-_WIDE = (torch.float32, torch.float64)
-
-# A row of a finite gradient is finite, and so is what is computed from it. One other entry would stop all later steps.
-ROWS = ("window", "window_values")
-# early: the parameter that holds a scope's state may not have had a gradient
-_OF_SCOPE = StateRule((), required=False, early=True, finite=True)
-WINDOW_RULES = {
-    "window_indices": StateRule((torch.uint8,)),
-    "error": SHAPED._replace(dtypes=_WIDE, finite=True),
-    "mask": SHAPED._replace(dtypes=(torch.bool,)),
-}
-SCOPE_RULES = {
-    "gram": _OF_SCOPE,
-    "counters": _OF_SCOPE._replace(dtypes=(torch.int64,), cast=True, whole=True, least=0, most=2**53, on_host=True),
-    "stats": _OF_SCOPE._replace(finite=False),
-}
 # of rows in fp16, which earlier versions had
 _SCALE = "window_scale"
-
-
-def rules_of_rows(group: dict[str, Any]) -> dict[str, StateRule]:
-    """Return what loading accepts as the rows of a window."""
-    any_storage = group["storage"] is None and group["compression"] != "topk"
-    rows = StateRule((*_WIDE, torch.float16) if any_storage else (), finite=True)
-    return {**dict.fromkeys(ROWS, rows), _SCALE: _OF_SCOPE}
 
 
 def in_wide_storage(states: dict[Any, Any], groups: list[dict[str, Any]]) -> None:
@@ -121,13 +98,13 @@ def _scaled(window: Tensor, scales: Tensor, group: dict[str, Any], param: Tensor
 
 def _check_scope(members: list[tuple[str, dict[str, Any], dict[str, Any], Tensor]]) -> None:
     """Raise ValueError unless exactly one of the parameters that share a window holds the scope's state."""
-    holders = [(name, state) for name, _, state, _ in members if SCOPE_RULES.keys() & state.keys()]
+    holders = [(name, state) for name, _, state, _ in members if state.keys() & set(SCOPE_KEYS)]
     if len(holders) != 1:
         names = ", ".join(name for name, *_ in holders[:3]) or "none"
         hint = " (scope='layer' needs a state that was saved with names)" if members[0][1]["scope"] == "layer" else ""
         raise _error(f"expected one Gram matrix for the window of {members[0][0]}, got {len(holders)} ({names}){hint}")
     ((name, state),) = holders
-    if missing := SCOPE_RULES.keys() - state.keys():
+    if missing := set(SCOPE_KEYS) - state.keys():
         raise _error(f"the saved state of {name} has no {', '.join(sorted(missing))}")
 
 

@@ -17,12 +17,10 @@ from leanstep.optimizers.common.sharding import Reducer, Shard, local, locals_of
 from leanstep.optimizers.mfac import rule
 from leanstep.optimizers.mfac.compiled import directions_by_op
 from leanstep.optimizers.mfac.compressed import SparseRows
-from leanstep.optimizers.mfac.direction import SCOPE_KEYS, STATS, Problem, directions
+from leanstep.optimizers.mfac.direction import Problem, directions
 from leanstep.optimizers.mfac.settings import SHARED
-from leanstep.optimizers.mfac.window import BlockRows, Columns, DenseRows, columns_of, is_fake
-
-# formats of rows; the first one that accepts a parameter stores its rows
-FORMATS: tuple[type[DenseRows], ...] = (SparseRows, DenseRows)
+from leanstep.optimizers.mfac.state import SCOPE_KEYS
+from leanstep.optimizers.mfac.window import BlockRows, Columns, DenseRows, is_fake
 
 
 class ScopeParam(NamedTuple):
@@ -77,54 +75,12 @@ def shared_settings(groups: list[dict[str, Any]]) -> dict[str, Any]:
     return {key: first[key] for key in SHARED}
 
 
-def has_window(state: dict[str, Any]) -> bool:
-    """Whether the state of a parameter has a window. That of a scope alone has none."""
-    return any(f.key in state for f in FORMATS)
-
-
-def init_window(state: dict[str, Any], param: Tensor, group: dict[str, Any]) -> None:
-    """Create the window of a parameter, with rows of zeros, if it is missing."""
-    if not has_window(state):
-        new_format(param, group).init_state(state, param, columns_of(param), group)
-
-
-def window_bytes(param: Tensor, group: dict[str, Any]) -> int:
-    """Return the bytes that :func:`init_window` allocates on this process."""
-    return new_format(param, group).state_bytes(param, columns_of(param), group)
-
-
-def new_format(param: Tensor, group: dict[str, Any]) -> type[DenseRows]:
-    """Return the format of a new window of a parameter."""
-    return next(f for f in FORMATS if f.accepts(param, group))
-
-
-def init_scope_state(state: dict[str, Any], param: Tensor, settings: dict[str, Any]) -> None:
-    """Create a scope's Gram matrices, counters and statistics."""
-    m, device = settings["window"], local_part(param).device
-    blocks = block_count(param, settings["scope"])
-    state["gram"] = torch.zeros(blocks, m, m, dtype=torch.float64, device=device)
-    # steps, rows; on the CPU, which computes indices from them; floating as torch's counts: not every writer of
-    # torch.distributed.checkpoint takes integers
-    state["counters"] = torch.zeros(2, dtype=torch.float64, device="cpu")
-    state["stats"] = torch.zeros(blocks, len(STATS), dtype=torch.float64, device=device)
-
-
 def move_scope_state(source: dict[str, Any], target: dict[str, Any], param: Tensor) -> None:
     """Move the state of a scope from one parameter's state to that of ``param``."""
     for key in SCOPE_KEYS:
         if key in source:
             value = source.pop(key)
             target[key] = value if key == "counters" else value.to(local_part(param).device)
-
-
-def scope_state_bytes(param: Tensor, group: dict[str, Any]) -> int:
-    """Return the bytes that :func:`init_scope_state` allocates on the device."""
-    return block_count(param, group["scope"]) * 8 * (group["window"] ** 2 + len(STATS))
-
-
-def block_count(param: Tensor, scope: str | int) -> int:
-    """Return the number of Gram matrices of a parameter's scope."""
-    return max(1, -(-param.numel() // scope)) if isinstance(scope, int) else 1
 
 
 def step_scopes(scopes: list[Scope]) -> Reducer[None]:

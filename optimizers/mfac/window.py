@@ -1,24 +1,23 @@
-"""M-FAC's window on one process: its columns, and dense rows or blocks of rows.
-
-The window of a parameter of shape ``(...)`` has shape ``(m, ...)``. The window of a DTensor is a DTensor, sharded along
-the same dimension of the parameter. Saving, resharding and copying therefore work as for parameters.
-"""
+"""M-FAC's window on one process: its columns, and dense rows or blocks of rows."""
 
 from __future__ import annotations
 
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from leanstep._torch import is_dtensor, local_part, place_like
+from leanstep._torch import is_dtensor, join_parts, local_part, place_like
 from leanstep.kernels.reference.fisher.gradient_window import wide_dtype
-from leanstep.optimizers.common.sharding import Shard, first_index, locals_of, shard_of
+from leanstep.optimizers.common.sharding import first_index, locals_of, shard_of
 from leanstep.optimizers.mfac import rule
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 STORAGES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -57,31 +56,24 @@ def columns_of(param: Tensor) -> Columns:
     return Columns(tuple(local_part(param).shape), shard.groups, first_index(shard))
 
 
-def new_columns(
-    param: Tensor, columns: Columns, tail: Sequence[int], dtype: torch.dtype, *, window: int | None
-) -> Tensor:
-    """Return zeros of shape ``(window, *tail)``, or ``tail`` if ``window`` is None, sharded like the parameter.
+def new_columns(param: Tensor, shape: Sequence[int], dtype: torch.dtype | None, *, lead: int = 1) -> Tensor:
+    """Return zeros sharded like a parameter.
 
     Args:
-        param, columns: the parameter and its columns here.
-        tail: unsharded sizes. The first ones are the parameter's, up to the sharded dimension at least.
+        param: the parameter.
+        shape: unsharded: ``lead`` sizes, then the parameter's, up to its sharded dimension at least.
         dtype: dtype of the zeros.
-        window: m, or None.
+        lead: the number of sizes before the parameter's.
     """
-    lead, whole = () if window is None else (window,), tuple(param.shape)
-    local_tail = [
-        columns.shape[i] if i < len(whole) and columns.shape[i] != whole[i] else n for i, n in enumerate(tail)
-    ]
-    zeros = torch.zeros((*lead, *local_tail), dtype=dtype, device=local_part(param).device)
+    here = list(shape)
+    for dim, (size, whole) in enumerate(zip(columns_of(param).shape, param.shape, strict=True), start=lead):
+        if size != whole:
+            here[dim] = size
+    zeros = torch.zeros(here, dtype=dtype, device=local_part(param).device)
     if not is_dtensor(param):
         return zeros
-    from torch.distributed.tensor import DTensor
-
-    sharded = cast("DTensor", param)
-    mesh, placements = sharded.device_mesh, [_shifted(p, len(lead)) for p in sharded.placements]
-    shape = torch.Size((*lead, *tail))
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(zeros, mesh, placements, run_check=False, shape=shape, stride=stride)
+    placements = [_shifted(p, lead) for p in cast("DTensor", param).placements]
+    return join_parts(zeros, param, shape, placements)
 
 
 def _shifted(placement: Any, by: int) -> Any:
@@ -119,15 +111,6 @@ def pieces_of(param_index: int, first_gram: int, columns: Columns, state: Any, s
     return pieces
 
 
-def storage_dtype(settings: dict[str, Any], param: Tensor) -> torch.dtype:
-    """Return the dtype of stored rows: ``storage``, or bf16 with "topk", fp64 for fp64 parameters, else fp32."""
-    if settings["storage"] is not None:
-        return STORAGES[settings["storage"]]
-    if settings["compression"] == "topk":
-        return torch.bfloat16
-    return torch.float64 if param.dtype == torch.float64 else torch.float32
-
-
 class DenseRows:
     """Uncompressed rows of pieces of one device, dtype and set of process groups; base class of the other formats.
 
@@ -147,27 +130,6 @@ class DenseRows:
         self.gram_count = max([piece.gram + piece.blocks for piece in pieces])
         self.rows: list[Tensor] = []
         self._bind_state()
-
-    @staticmethod
-    def accepts(param: Tensor, settings: dict[str, Any]) -> bool:
-        """Whether this format stores the rows of a parameter."""
-        return True
-
-    @staticmethod
-    def misfit(shard: Shard) -> str | None:
-        """Return what this format expects of a parameter's shards if it cannot store these, else None."""
-        return None
-
-    @staticmethod
-    def init_state(state: dict[str, Any], param: Tensor, columns: Columns, settings: dict[str, Any]) -> None:
-        """Create ``window`` [m, *shape]."""
-        dtype = storage_dtype(settings, param)
-        state["window"] = new_columns(param, columns, param.shape, dtype, window=settings["window"])
-
-    @staticmethod
-    def state_bytes(param: Tensor, columns: Columns, settings: dict[str, Any]) -> int:
-        """Return the bytes that :meth:`init_state` allocates on this process."""
-        return settings["window"] * math.prod(columns.shape) * storage_dtype(settings, param).itemsize
 
     def _bind_state(self) -> None:
         self.windows = locals_of([p.state["window"] for p in self.pieces])

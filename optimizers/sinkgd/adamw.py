@@ -17,7 +17,7 @@ from leanstep.kernels.steps.adamw_step import adamw_step as adamw_step_on_host
 from leanstep.kernels.steps.common import StepOptions, compute_dtype, decay_factor, nonfinite_flags, pack
 from leanstep.optimizers.common.base import Batch, count_nonfinite
 from leanstep.optimizers.common.column_shards import cuts_rows
-from leanstep.optimizers.common.quantized import average_values, init_average, is_quantized, store_averages
+from leanstep.optimizers.common.quantized import average_values, store_averages
 from leanstep.optimizers.common.rounding import seeds_for
 from leanstep.optimizers.common.sharding import (
     Reducer,
@@ -28,24 +28,6 @@ from leanstep.optimizers.common.sharding import (
     store,
     together,
 )
-
-
-def init_adamw(state: dict[str, Any], param: Tensor, group: dict[str, Any], rounding: str) -> None:
-    """Create step, exp_avg and exp_avg_sq as torch does; convert moments of another dtype.
-
-    The moments are fp32, or have the parameter's dtype if rounding is "nearest", as torch's step expects. With a
-    setting of 8 bits, the moments of parameters of two or more dimensions are in 8 bits.
-    """
-    dtype: torch.dtype | str = param.dtype if rounding == "nearest" else torch.float32
-    if is_quantized(group["momentum_dtype"], param):
-        dtype = group["momentum_dtype"]
-    elif "step" not in state:
-        device = local(param).device if uses_fused(param, group) else torch.device("cpu")
-        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-    elif state["step"].device != local(param).device and uses_fused(param, group):
-        state["step"] = state["step"].to(local(param).device)  # ``fused`` or ``foreach`` was changed after a step
-    init_average(state, "exp_avg", param, dtype)
-    init_average(state, "exp_avg_sq", param, dtype, squares=True)
 
 
 def uses_fused(param: Tensor, group: dict[str, Any]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,14 +23,14 @@ from leanstep.optimizers.common.checks import (
     settings_of,
     warn_how_auto_routes,
 )
-from leanstep.optimizers.common.column_shards import check_int8_shard, cuts_rows
+from leanstep.optimizers.common.column_shards import cuts_rows
+from leanstep.optimizers.common.loading import Loaded
 from leanstep.optimizers.common.matrices import matrix_shape, oriented, sides_of
-from leanstep.optimizers.common.quantized import init_average, is_quantized, quantized_rules, scale_shapes
-from leanstep.optimizers.common.rounding import effective, init_rounding
-from leanstep.optimizers.common.saved_tensors import COUNT, SHAPED, StateRule
 from leanstep.optimizers.common.sharding import Reducer, Shard, shard_of
-from leanstep.optimizers.sinkgd.adamw import init_adamw, step_adamw
-from leanstep.optimizers.sinkgd.spectral import find_warm, init_power_vector, power_vector_shape
+from leanstep.optimizers.common.state import coded
+from leanstep.optimizers.sinkgd.adamw import step_adamw
+from leanstep.optimizers.sinkgd.spectral import find_warm
+from leanstep.optimizers.sinkgd.state import ENTRIES, algorithm_of
 from leanstep.optimizers.sinkgd.step import step_matrices
 
 CHOICES = {
@@ -148,14 +148,7 @@ class SinkGD(LeanOptimizer):
         >>> optimizer.step()
     """
 
-    _state_rules = {
-        "momentum_buffer": SHAPED,
-        # torch's step needs AdamW's moments in the parameter's dtype
-        "exp_avg": SHAPED._replace(cast=True),
-        "exp_avg_sq": SHAPED._replace(cast=True),
-        "power_vector": StateRule((torch.float32, torch.float64), cast=True, finite=True),
-        "power_warm": StateRule((torch.bool,), required=False, shape=(), on_host=True),
-    }
+    _state_entries = ENTRIES
     _separable = True
 
     def __init__(
@@ -233,16 +226,9 @@ class SinkGD(LeanOptimizer):
                 whole = oriented(Shard(param.shape), group["transposed"], group["flatten"])
                 check_rows("SinkGD", group, position, matrix_shape(whole)[0])
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state as the other optimizers do; see there.
-
-        Raises:
-            ValueError: the state does not fit. Nothing is changed.
-        """
-        super().load_state_dict(state_dict)
-        for entry in self.state.values():
-            if isinstance(entry, dict):  # hooks may add other values
-                find_warm(entry)
+    def _check_loaded_states(self, groups: list[dict[str, Any]], entries: list[Loaded]) -> None:
+        for entry in entries:
+            find_warm(entry.state)
 
     def _takes_flattened(self, group: dict[str, Any]) -> bool:
         return group["algorithm"] == "adamw"
@@ -254,23 +240,8 @@ class SinkGD(LeanOptimizer):
             if isinstance(entry, dict) and "step" in entry and not torch.is_tensor(entry["step"]):
                 entry["step"] = torch.tensor(float(entry["step"]), dtype=torch.float32, device="cpu")
 
-    def _init_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
-        # creates an empty entry: torch.distributed.checkpoint treats a missing one as lost
-        state = self.state[param]
-        rounding = effective("SinkGD", group, position, param)
-        if algorithm_of(group, param) == "adamw":
-            init_adamw(state, param, group, rounding)
-        elif group["momentum"]:
-            init_average(state, "momentum_buffer", param, group["momentum_dtype"])
-        if group["spectral"] and algorithm_of(group, param) != "adamw":
-            init_power_vector(state, param, group)
-        init_rounding(state, param, rounding)
-        return state
-
     def _check_shard(self, group: dict[str, Any], position: int, shard: Shard) -> None:
         super()._check_shard(group, position, shard)
-        if _quantized_keys(group, group["params"][position]):
-            check_int8_shard("SinkGD: a momentum of 8 bits", describe(group, position), shard)
         if algorithm_of(group, group["params"][position]) == "adamw":
             return
         if group["blocks"] is not None and shard.ranges is None:
@@ -285,28 +256,6 @@ class SinkGD(LeanOptimizer):
                 f"{describe(group, position)} with placements {shard.placements}; nothing was changed. Put the "
                 "parameter in a group with spectral=None, or shard its rows alone."
             )
-
-    def _rules_of(self, group: dict[str, Any], param: Tensor) -> Mapping[str, StateRule]:
-        rules = {**super()._rules_of(group, param)}
-        for key in _quantized_keys(group, param):
-            rules |= quantized_rules(key, group["momentum_dtype"], squares=key == "exp_avg_sq")
-        if algorithm_of(group, param) == "adamw":
-            rules["step"] = COUNT._replace(required=True)
-        elif not group["spectral"]:  # switched off during the training
-            rules["power_vector"] = rules["power_vector"]._replace(required=False)
-        return rules
-
-    def _loadable_state(self, group: dict[str, Any], position: int, param: Tensor) -> dict[str, Any]:
-        state = super()._loadable_state(group, position, param)
-        if algorithm_of(group, param) != "adamw":
-            init_power_vector(state, param, group)
-        return state
-
-    def _state_shapes(self, group: dict[str, Any], param: Tensor) -> dict[str, tuple[int, ...]]:
-        shapes = super()._state_shapes(group, param)
-        if group["spectral"] and algorithm_of(group, param) != "adamw" and param.dim() >= 2:
-            shapes["power_vector"] = power_vector_shape(param, group)
-        return shapes | scale_shapes(param, *_quantized_keys(group, param))
 
     def _group_steps(
         self, group: dict[str, Any], first_index: int, only: Sequence[int] | None = None
@@ -329,23 +278,15 @@ class SinkGD(LeanOptimizer):
             return "uses the gradient beside the momentum (Nesterov)"
         if group["momentum_order"] == "post":
             return "normalizes the gradient before the momentum (momentum_order='post')"
-        if _quantized_keys(group, param):
+        if coded(ENTRIES, group, param):
             return "would round its momentum of 8 bits in every pass"
         return GradientAverage("momentum_buffer", group["momentum"])
-
-
-def _quantized_keys(group: dict[str, Any], param: Tensor) -> tuple[str, ...]:
-    if not is_quantized(group["momentum_dtype"], param):
-        return ()
-    if algorithm_of(group, param) == "adamw":
-        return "exp_avg", "exp_avg_sq"
-    return ("momentum_buffer",) if group["momentum"] else ()
 
 
 def _rule_of(group: dict[str, Any], param: Tensor) -> str:
     """Return the algorithm, with " int8" for AdamW's moments and " wide" for momenta that kernels do not decode."""
     algorithm = algorithm_of(group, param)
-    if not _quantized_keys(group, param):
+    if not coded(ENTRIES, group, param):
         return algorithm
     cut = cuts_rows(shard_of(param))
     if algorithm == "adamw":
@@ -355,10 +296,3 @@ def _rule_of(group: dict[str, Any], param: Tensor) -> str:
 
 def _is_adamw(rule: str) -> bool:
     return rule.startswith("adamw")
-
-
-def algorithm_of(group: dict[str, Any], param: Tensor) -> str:
-    """Return the algorithm of a parameter, with "auto" resolved."""
-    if group["algorithm"] != "auto":
-        return group["algorithm"]
-    return "sinkgd" if param.dim() >= 2 else "adamw"

@@ -8,24 +8,12 @@ import torch
 from torch import Tensor
 
 from leanstep.kernels import Scales
-from leanstep.optimizers.common.matrices import Sides, matrix_shape, oriented
-from leanstep.optimizers.common.sharding import Reducer, Reduction, Shard, local, new_vectors, shard_of, together
+from leanstep.optimizers.common.matrices import Sides, matrix_shape
+from leanstep.optimizers.common.sharding import Reducer, Reduction, Shard, local, together
 from leanstep.optimizers.sinkgd import rule
 
 # power iterations at a matrix's first finite nonzero gradient
 _FIRST_POWER_STEPS = 20
-
-
-def power_vector_shape(param: Tensor, group: dict[str, Any]) -> tuple[int, ...]:
-    """Return the shape of ``power_vector`` before sharding: [n], or [e, n] for a stack."""
-    shard = oriented(shard_of(param), group["transposed"], group["flatten"])
-    return (*shard.shape[:-2], matrix_shape(shard)[1]) if len(shard.shape) == 3 else (matrix_shape(shard)[1],)
-
-
-def init_power_vector(state: dict[str, Any], param: Tensor, group: dict[str, Any]) -> None:
-    """Create the vector of the power iteration, zero until the first finite nonzero gradient."""
-    if "power_vector" not in state:
-        state["power_vector"] = new_vectors(param, power_vector_shape(param, group))
 
 
 def find_warm(state: dict[str, Any]) -> None:

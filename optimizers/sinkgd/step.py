@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,16 +11,13 @@ from torch import Tensor
 from leanstep.kernels import Scales, StepOptions, scaled_step, sinkhorn_step
 from leanstep.kernels.steps.average_int8 import average_step_int8
 from leanstep.kernels.steps.common import compute_dtype, nonfinite_flags
-from leanstep.optimizers.common.base import Batch, count_nonfinite
+from leanstep.optimizers.common.base import Batch, count_nonfinite, step_decoded
 from leanstep.optimizers.common.matrices import WHOLE, as_matrices, matrix_shape, oriented, sides_of, write_back
 from leanstep.optimizers.common.quantized import (
     average_codes,
     average_options,
-    average_values,
     scale_key,
-    store_averages,
 )
-from leanstep.optimizers.common.rounding import seeds_for
 from leanstep.optimizers.common.sharding import Reducer, all_reduce_flags, local, locals_of, readables, store
 from leanstep.optimizers.sinkgd import rule
 from leanstep.optimizers.sinkgd.blocks import flags_of_parameters, in_blocks, in_parts, parameters_of
@@ -33,22 +31,7 @@ def step_matrices(batch: Batch, *, balanced: bool, wide: bool) -> Reducer[None]:
         yield from _step_blocks(batch, balanced=balanced)
         return
     for part in in_parts(batch):
-        yield from _step_wide(part, balanced=balanced)
-
-
-def _step_wide(batch: Batch, *, balanced: bool) -> Reducer[None]:
-    """Decode momenta of 8 bits, step with them in fp32 (fp64 for fp64 parameters), and encode them."""
-    key, steps = "momentum_buffer", [state["step"] for state in batch.states]
-    if batch.rounding != "stochastic":  # which counts the steps itself
-        torch._foreach_add_(steps, 1)
-    triples = zip(batch.params, batch.states, batch.shards, strict=True)
-    momenta = [average_values(state, key, shard, compute_dtype(p.dtype)) for p, state, shard in triples]
-    states = [{**state, key: momentum} for state, momentum in zip(batch.states, momenta, strict=True)]
-    for state in states:
-        del state[scale_key(key)]
-    yield from _step_blocks(batch._replace(states=states), balanced=balanced)
-    seeds = seeds_for(steps, batch.indices, batch.group["seed"], momenta[0].device)
-    yield from store_averages(momenta, batch.states, key, batch.shards, seeds.unbind())
+        yield from step_decoded(part, "momentum_buffer", partial(_step_blocks, balanced=balanced))
 
 
 def _step_blocks(batch: Batch, *, balanced: bool) -> Reducer[None]:

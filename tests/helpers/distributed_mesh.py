@@ -168,8 +168,12 @@ def int8_state_on_meshes(world: World) -> None:
         for sizes, placements in (ROWS[1], *COLUMNS[i % 2 :: 2]):
             follows_unsharded(name, sizes, placements)
     name = "blocks.0.up.weight (10, 6) with placements"
-    for optimizer, owner in (("lion_int8", "Lion"), ("sinkgd_int8", "SinkGD"), ("lanton_int8", "LANTON")):
-        said = "a momentum of 8 bits" if owner != "LANTON" else "an 8-bit momentum or gradient"
+    for optimizer, key in (
+        ("lion_int8", "exp_avg"),
+        ("sinkgd_int8", "momentum_buffer"),
+        ("lanton_int8", "momentum_buffer"),
+    ):
+        said = f"the state '{key}' of 8 bits"
         said += " takes parameters whose shards are blocks, cut along dimension 0 and two others at most; got " + name
         refused_unchanged(optimizer, *GAPS[0], said)
 

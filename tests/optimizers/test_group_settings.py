@@ -3,11 +3,15 @@
 import copy
 import inspect
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from leanstep.optimizers import LANTON, MFAC, Lion, SinkGD, create, release_gradients
+from leanstep.optimizers.common.saved_tensors import StateRule
+from leanstep.optimizers.common.sharding import new_vectors
+from leanstep.optimizers.common.state import Entry
 
 pytestmark = pytest.mark.filterwarnings("ignore:(SinkGD|LANTON). .* taken as")
 
@@ -267,3 +271,30 @@ def test_a_captured_step_reads_rate_and_decay_anew(variant):
     captured = trained(variant, *(torch.tensor(v, device=device) for v in (1e-2, 0.1)), device, 6, capture=True)
     eager = trained(variant, 1e-2, 0.1, device, 6)
     torch.testing.assert_close(captured, eager, rtol=1e-6, atol=1e-7)
+
+
+def test_the_row_of_a_state_that_contributors_are_shown_is_all_that_a_tensor_needs():
+    page = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text("utf-8")
+    example = page.split('while `group["columns"]` is true:\n\n```python\n')[1].split("```")[0]
+    names = {"torch": torch, "Entry": Entry, "StateRule": StateRule, "new_vectors": new_vectors}
+    exec(example, names)
+    shown = type("Shown", (Lion,), {"_state_entries": names["_state_entries"]})
+    matrix, scalar = (torch.ones(shape, requires_grad=True) for shape in ((4, 130), ()))
+    matrix.grad, scalar.grad = torch.ones(4, 130), torch.ones(())
+    groups = [{"params": [matrix, scalar], "columns": True}]
+    first, second = shown(groups, momentum_dtype="int8"), shown(groups)
+    first.step()
+    assert first.state[matrix]["column_rms"].shape == (130,) and first.state[matrix]["exp_avg_scale"].shape == (4, 2)
+    assert first.state[scalar].keys() == {"exp_avg"}
+    saved = first.state_dict()
+    second.load_state_dict(saved)
+    assert second.state[matrix].keys() == first.state[matrix].keys()
+    lost, damaged, other = (copy.deepcopy(saved) for _ in range(3))
+    del lost["state"][0]["column_rms"]
+    damaged["state"][0]["column_rms"][5] = -1.0
+    other["state"][0]["column_rms"] = torch.ones(4)
+    for state, said in ((lost, "has no column_rms"), (damaged, "'column_rms'.*got -1"), (other, "expected shape .130")):
+        with pytest.raises(ValueError, match=f"{said}.*nothing was changed"):
+            second.load_state_dict(state)
+    lost["param_groups"][0]["columns"] = False
+    second.load_state_dict(lost)

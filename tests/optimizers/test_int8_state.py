@@ -12,6 +12,7 @@ from leanstep.optimizers import LANTON, Lion, SinkGD
 
 # name -> (class, settings, settings of 8 bits, bytes of state per parameter of a matrix)
 METHODS = {
+    "lion": (Lion, {"lr": 1e-4}, ("momentum_dtype",), 1.03125),
     "adamw": (SinkGD, {"lr": 1e-3, "algorithm": "adamw"}, ("momentum_dtype",), 2.0625),
     "sinkgd": (SinkGD, {"lr": 2e-2, "algorithm": "sinkgd", "momentum": 0.9}, ("momentum_dtype",), 1.03125),
     "sinkgd post": (
@@ -103,18 +104,32 @@ def test_codes_without_scales_and_scales_without_the_setting_are_refused(name):
     run(optimizer, [param], range(2))
     state = copy.deepcopy(optimizer.state_dict())
     key = next(key for key in CODES if key in state["state"][0])
-    lost, unmarked = copy.deepcopy(state), copy.deepcopy(state)
-    del lost["state"][0][f"{key}_scale"]
+    lost, unmarked, uncounted = (copy.deepcopy(state) for _ in range(3))
+    del lost["state"][0][f"{key}_scale"], uncounted["state"][0]["step"]
     for setting in METHODS[name][2]:
         unmarked["param_groups"][0][setting] = None
     before = averages(optimizer, param)
     for damaged, said in (
         (lost, f"has no {key}_scale"),
+        (uncounted, "has no step"),
         (unmarked, f"{key}'.*expected float|{key}_scale.*expected one of"),
     ):
         with pytest.raises(ValueError, match=rf"({said}).*nothing was changed"):
             optimizer.load_state_dict(damaged)
     assert all(torch.equal(averages(optimizer, param)[k], v) for k, v in before.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "off"),
+    [("sinkgd", {"momentum": 0.0}), ("lanton", {"noise_adaptive": False})],
+)
+def test_codes_that_are_switched_off_are_saved_and_loaded(name, off):
+    optimizer, param = build(name)
+    run(optimizer, [param], range(2))
+    optimizer.param_groups[0].update(off)
+    other, twin = build(name)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert all(torch.equal(other.state[twin][key], value) for key, value in optimizer.state[param].items())
 
 
 def test_parameters_of_one_dimension_have_averages_of_their_dtype():

@@ -181,7 +181,12 @@ def trained(options=None, shapes=SHAPES, names=("a", "b"), steps=3):
         ({"compression": "topk"}, SHAPES, ("a", "b"), "saved with compression=None, here it is 'topk'"),
         ({}, SHAPES, ("b", "a"), "parameters in another order .'a' where 'b' is here."),
         ({}, SHAPES, ("a", "c"), "'b' where 'c' is here"),
-        ({}, ((3, 4), (5,)), ("a", "b"), "a .3, 4. cannot take the state of a, whose window has shape .2, 4, 3."),
+        (
+            {},
+            ((3, 4), (5,)),
+            ("a", "b"),
+            "'window' of the state of a .3, 4.: expected shape .2, 3, 4., got .2, 4, 3.; are the parameters",
+        ),
     ],
 )
 def test_another_window_or_other_parameters_are_refused_and_nothing_changes(options, shapes, names, message):
@@ -203,7 +208,8 @@ def test_another_order_without_names_is_seen_by_the_shapes():
     set_grads(params, 0)
     source.step()
     with pytest.raises(
-        ValueError, match="parameter 0 .* cannot take the state of parameter 0 .*, whose window has shape .2, 4, 3."
+        ValueError,
+        match="'window' of the state of parameter 0 .*: expected shape .2, 5., got .2, 4, 3.; .* in the order",
     ):
         optimizer.load_state_dict(source.state_dict())
     assert not optimizer.state
