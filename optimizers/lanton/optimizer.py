@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,22 +29,22 @@ from leanstep.optimizers.common.checks import (
 from leanstep.optimizers.common.column_shards import check_int8_shard
 from leanstep.optimizers.common.engines import in_pipeline, inside_zero, partial_model
 from leanstep.optimizers.common.loading import Loaded
-from leanstep.optimizers.common.quantized import init_average, is_quantized, quantized_rules, scale_key, scale_shapes
+from leanstep.optimizers.common.quantized import init_average, quantized_rules, scale_key, scale_shapes
 from leanstep.optimizers.common.rounding import effective, init_rounding
 from leanstep.optimizers.common.saved_tensors import StateRule
-from leanstep.optimizers.common.sharding import Reducer, Shard, local
+from leanstep.optimizers.common.sharding import Reducer, Shard, local, locals_of
 from leanstep.optimizers.lanton.halves import UNMARKED, MarkedHalves
-from leanstep.optimizers.lanton.matrices import block_count, is_stack, matrix_shape
-from leanstep.optimizers.lanton.saved import STATE_RULES, check_entries, check_half_gradients, reshaped_estimates
-from leanstep.optimizers.lanton.step import (
+from leanstep.optimizers.lanton.layers import (
     Layer,
     LayerStep,
     estimate_dtype,
-    factors_and_noise,
-    matrix_count,
+    form_of,
+    matrix_shape,
     norm_of,
-    step,
+    stores_gradient,
 )
+from leanstep.optimizers.lanton.saved import STATE_RULES, check_entries, check_half_gradients, reshaped_estimates
+from leanstep.optimizers.lanton.step import factors_and_noise, step
 from leanstep.optimizers.lanton.variance import KEY, KEY_RULE, VARIANCES, init_rows, rows_shape
 
 NORMS = ("auto", "rms", "sign", "vector")
@@ -280,15 +281,15 @@ class LANTON(MarkedHalves, LeanOptimizer):
         return reshaped_estimates(states, (), (1,))
 
     def _state_shapes(self, group: dict[str, Any], param: Tensor) -> dict[str, tuple[int, ...]]:
-        count = matrix_count(Layer(group, param, {}, norm_of(group, param)))
-        shapes = {**super()._state_shapes(group, param), "noise": (count,), "noise_steps": (count,)}
-        if group["variance"] and norm_of(group, param) == "rms":
+        form = form_of(group, param)
+        shapes = {**super()._state_shapes(group, param), "noise": (form.estimates,), "noise_steps": (form.estimates,)}
+        if group["variance"] and form.norm == "rms":
             shapes[KEY] = rows_shape(group, param)
-        return shapes | scale_shapes(param, *_quantized_keys(group, param))
+        return shapes | scale_shapes(param, *form.codes)
 
     def _rules_of(self, group: dict[str, Any], param: Tensor) -> Mapping[str, StateRule]:
         rules = {**super()._rules_of(group, param)}
-        for key in _quantized_keys(group, param):
+        for key in form_of(group, param).codes:
             setting = group["noise_dtype" if key == "previous_grad" else "momentum_dtype"]
             rules |= quantized_rules(key, setting)
         return rules if group["variance"] else {**rules, KEY: KEY_RULE._replace(required=False)}
@@ -301,9 +302,10 @@ class LANTON(MarkedHalves, LeanOptimizer):
 
     def _check_shard(self, group: dict[str, Any], position: int, shard: Shard) -> None:
         super()._check_shard(group, position, shard)
-        if _quantized_keys(group, group["params"][position]):
+        form = form_of(group, group["params"][position])
+        if form.codes:
             check_int8_shard("LANTON: an 8-bit momentum or gradient", describe(group, position), shard)
-        if shard.cuts and shard.ranges is None and norm_of(group, group["params"][position]) == "rms":
+        if shard.cuts and shard.ranges is None and form.norm == "rms":
             raise ValueError(
                 f"LANTON takes matrices whose shards are blocks, got {describe(group, position)} with placements "
                 f"{shard.placements}, whose shards have gaps; nothing was changed. Redistribute the parameter, or put "
@@ -325,17 +327,17 @@ class LANTON(MarkedHalves, LeanOptimizer):
         init_rounding(state, param, effective("LANTON", group, position, param))
         if group["variance"] and norm_of(group, param) == "rms":
             init_rows(state, param, group)
-        if not _stores_gradient(group):
+        if not stores_gradient(group):
             _drop_previous(state)
         if not group["noise_adaptive"]:
             return state
         if "noise" not in state:
             device = local(param).device
-            count = matrix_count(Layer(group, param, state, norm_of(group, param)))
+            count = form_of(group, param).estimates
             state["noise"] = torch.zeros(count, dtype=estimate_dtype(device), device=device)
             # number of estimates in H; -1 (below) until there is a previous gradient
             state["noise_steps"] = torch.zeros(count, dtype=torch.float32, device=device)
-        if _stores_gradient(group):
+        if stores_gradient(group):
             if "previous_grad" not in state:
                 state["noise_steps"].fill_(-1)
             init_average(state, "previous_grad", param, group["noise_dtype"])
@@ -348,7 +350,7 @@ class LANTON(MarkedHalves, LeanOptimizer):
         layers: list[LayerStep] = []
         first_index = 0
         for group in self.param_groups:
-            layers += self._layer_steps(group, first_index)
+            layers += self._layer_steps(group, first_index, layers[-1].rows.stop if layers else 0)
             first_index += len(group["params"])
         return [self._whole_step(layers)]
 
@@ -356,34 +358,50 @@ class LANTON(MarkedHalves, LeanOptimizer):
         return [group for group in self.param_groups if group["noise_adaptive"] and group["noise"] == "halves"]
 
     def _whole_step(self, layers: list[LayerStep]) -> Reducer[None]:
-        yield from step(layers, self._estimated())
+        yield from step(layers, self._estimated(layers))
         for group in self._groups_with_halves():
             self._delete_halves(group)
         for group in self.param_groups:
             # modulo noise_every, because torch.compile makes a graph for every value
             group["noise_clock"] = (group["noise_clock"] + 1) % group["noise_every"]
 
-    def _layer_steps(self, group: dict[str, Any], first_index: int) -> Iterator[LayerStep]:
-        """Yield the parameters of a group that have a gradient, with their state.
+    def _layer_steps(self, group: dict[str, Any], first_index: int, row: int) -> list[LayerStep]:
+        """Return the parameters of a group that have entries and a gradient, from this row of the step's table on.
 
         Every ``noise_every``-th step measures. With "previous", the step before it stores its gradient.
         """
         adaptive, previous = group["noise_adaptive"], group["noise"] == "previous"
         measures = adaptive and group["noise_clock"] == (1 % group["noise_every"] if previous else 0)
-        for position, param in enumerate(group["params"]):
-            if param.grad is None:
+        stores = adaptive and previous and group["noise_clock"] == 0
+        plan, compiles = functools.partial(form_of, group), torch.compiler.is_compiling()
+        answers = [
+            (param, *self._prepared(group, position, first_index + position, plan), first_index + position)
+            for position, param in enumerate(group["params"])
+            if param.grad is not None
+        ]
+        weights, grads = locals_of([param for param, *_ in answers]), locals_of([grad for _, grad, *_ in answers])
+        layers = []
+        for (param, _, state, record, index), weight, grad in zip(answers, weights, grads, strict=True):
+            if param.numel() == 0:
                 continue
-            index = first_index + position
-            grad, state, record = self._prepared(group, position, index, lambda param: norm_of(group, param))
-            yield LayerStep(
-                group, param, state, record.plan, grad, record.rounding, record.shard, index,
-                measures=measures and (previous or "half_grad" in state),
-                stores=adaptive and previous and group["noise_clock"] == 0,
+            form, ranges, rows = record.plan, record.shard.ranges, slice(row, row + record.plan.estimates)
+            held, row = rows, rows.stop
+            if form.stacked and ranges is not None:
+                blocks = len(form.block_rows)
+                held = slice(rows.start + ranges[0].start * blocks, rows.start + ranges[0].stop * blocks)
+            layer = LayerStep(
+                group, param, state, form, weight, grad, record.rounding, record.shard, index, rows, held,
+                measures=measures and (previous or "half_grad" in state), stores=stores,
+                on_host=weight.device.type == "cpu" and not compiles,
             )  # fmt: skip
+            layers.append(layer)
+        return layers
 
-    def _estimated(self) -> list[Layer]:
+    def _estimated(self, stepped: Sequence[LayerStep] = ()) -> list[Layer | LayerStep]:
+        """Return the parameters with an estimate; those of ``stepped`` as they are there."""
+        known = {id(layer.param): layer for layer in stepped}
         return [
-            Layer(group, param, self.state[param], norm_of(group, param))
+            known.get(id(param)) or Layer(group, param, self.state[param], form_of(group, param))
             for group in self.param_groups
             if group["noise_adaptive"]
             for param in group["params"]
@@ -416,14 +434,13 @@ class LANTON(MarkedHalves, LeanOptimizer):
         names = names_of(self.param_groups)
         rows: list[dict[str, Any]] = []
         for layer in layers:
-            stack = is_stack(layer.group, layer.norm, layer.param.dim())
-            blocks = block_count(layer.group, layer.norm, layer.param.shape)
-            for k in range(matrix_count(layer)):
+            blocks = len(layer.form.block_rows)
+            for k in range(layer.form.estimates):
                 i = len(rows)
-                which = f"[{k // blocks}]" * stack + f"[{k % blocks}]" * (blocks > 1)
+                which = f"[{k // blocks}]" * layer.form.stacked + f"[{k % blocks}]" * (blocks > 1)
                 row = {
                     "name": names[layer.param] + which,
-                    "norm": layer.norm,
+                    "norm": layer.form.norm,
                     "H": noise[i] if counts[i] >= 1 else None,
                     "factor": factors[i],
                     "lr": float(layer.group["lr"]) * factors[i],
@@ -443,15 +460,6 @@ class LANTON(MarkedHalves, LeanOptimizer):
                 values.setdefault(f"noise/{name}", []).append(row["H"])
                 values.setdefault(f"factor/{name}", []).append(row["factor"])
         return {key: sum(numbers) / len(numbers) for key, numbers in values.items()}
-
-
-def _quantized_keys(group: dict[str, Any], param: Tensor) -> list[str]:
-    keys = ["momentum_buffer"] if is_quantized(group["momentum_dtype"], param) else []
-    return [*keys, "previous_grad"] if _stores_gradient(group) and is_quantized(group["noise_dtype"], param) else keys
-
-
-def _stores_gradient(group: dict[str, Any]) -> bool:
-    return group["noise_adaptive"] and group["noise"] == "previous"
 
 
 def _drop_previous(state: dict[str, Any]) -> None:
