@@ -31,11 +31,6 @@ class MatrixTask(NamedTuple):
         pairs = zip(self.cuts[:level], self.owner, strict=False)
         return all(torch.distributed.get_rank(cut.group) == rank for cut, rank in pairs)
 
-    @property
-    def is_mine(self) -> bool:
-        """Whether this process does the work."""
-        return self.is_held(len(self.cuts))
-
 
 def gather(tasks: Sequence[MatrixTask], pieces: Sequence[Tensor]) -> list[Tensor | None]:
     """Gather every matrix on its owner, from this process's shards; None for matrices of other owners."""

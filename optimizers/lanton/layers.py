@@ -49,6 +49,7 @@ class LayerStep(NamedTuple):
     rows: slice  # of the step's table: one per noise estimate
     held: slice  # those of this process's matrices of a stack; otherwise all
     measures: bool  # this step's difference enters H
+    noise_scale: float  # gives the difference the variance of G - G'
     stores: bool  # this step's gradient is stored as G' of the next step
     on_host: bool  # reading values neither waits for a device nor breaks a graph of torch.compile
 

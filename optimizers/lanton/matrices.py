@@ -18,13 +18,13 @@ from torch import Tensor
 from leanstep.kernels.matrices.newton_schulz import compute_dtype, flops
 from leanstep.kernels.steps.common import constant
 from leanstep.optimizers.common.matrices import as_matrices, as_written, row_dim
-from leanstep.optimizers.common.sharding import Shard, local, local_range
+from leanstep.optimizers.common.sharding import local, local_range
 from leanstep.optimizers.lanton import exchange, rule
 from leanstep.optimizers.lanton.exchange import MatrixTask
 from leanstep.optimizers.lanton.layers import LayerStep
 
 # elements per batch of matrices (at least one matrix); bounds the memory of a step
-BATCH_ELEMENTS = 2**24
+_BATCH_ELEMENTS = 2**24
 
 
 def index_of_rows(layer: LayerStep) -> Tensor:
@@ -61,10 +61,7 @@ def active_blocks(layer: LayerStep) -> Tensor:
 
 def _blocks(batch: Sequence[tuple[MatrixTask, Tensor]], layers: Sequence[LayerStep]) -> list[Tensor]:
     """Return the blocks of every matrix or stack in turn."""
-    forms = [layers[task.layer_index].form for task, _ in batch]
-    if all([len(form.block_rows) == 1 for form in forms]):
-        return [whole for _, whole in batch]
-    return [part for (_, w), form in zip(batch, forms, strict=True) for part in w.split(form.block_rows, dim=-2)]
+    return [part for task, whole in batch for part in whole.split(layers[task.layer_index].form.block_rows, dim=-2)]
 
 
 # ---- owners of matrices
@@ -81,15 +78,14 @@ def tasks_of(layers: Sequence[LayerStep]) -> list[MatrixTask]:
     loads: dict[tuple[Any, ...], dict[tuple[int, ...], float]] = {}  # groups -> ranks in them -> cost
     for i, layer in enumerate(layers):
         shard = layer.shard
+        held = shard.ranges[0] if shard.ranges else range(0)  # LANTON refuses shards without ranges before a step
         if not shard.cuts:
             tasks.append(MatrixTask(i, shard.shape))
         elif not layer.form.stacked:
             tasks.append(MatrixTask(i, shard.shape, cuts=shard.cuts))
         elif inner := tuple(cut._replace(dim=cut.dim - 1) for cut in shard.cuts if cut.dim > 0):
-            numbers = enumerate(_ranges(shard)[0])
-            tasks += [MatrixTask(i, torch.Size(shard.shape[1:]), k, first, inner) for k, first in numbers]
+            tasks += [MatrixTask(i, torch.Size(shard.shape[1:]), k, first, inner) for k, first in enumerate(held)]
         else:
-            held = _ranges(shard)[0]
             tasks.append(MatrixTask(i, torch.Size((len(held), *shard.shape[1:])), first=held.start))
             load = loads.setdefault(shard.groups, _no_load(shard.groups))
             for ranks in load:
@@ -102,11 +98,6 @@ def tasks_of(layers: Sequence[LayerStep]) -> list[MatrixTask]:
         load[owner] += cost
         tasks[k] = tasks[k]._replace(owner=owner)
     return tasks
-
-
-def _ranges(shard: Shard) -> tuple[range, ...]:
-    assert shard.ranges is not None  # LANTON refuses other shards before a step
-    return shard.ranges
 
 
 def _no_load(groups: tuple[Any, ...]) -> dict[tuple[int, ...], float]:
@@ -138,19 +129,14 @@ def nuclear_norms(
         norms.append(rule.nuclear_norms(_blocks(batch, layers), group["nuclear"]).to(duals))
         for task, whole in batch:
             layer = layers[task.layer_index]
-            blocks, noise_scale = len(layer.form.scales), noise_scale_of(layer)
+            blocks = len(layer.form.scales)
             first, count = layer.rows.start + task.first * blocks, whole.shape[:-2].numel()
             for k, scale in enumerate(layer.form.scales):
                 rows += range(first + k, first + k + count * blocks, blocks)
-                scales += [scale * noise_scale] * count
+                scales += [scale * layer.noise_scale] * count
     if norms:
         index, factors = constant(rows, duals.device, torch.int64), constant(scales, duals.device, duals.dtype)
         duals[index] = torch.cat(norms) * factors
-
-
-def noise_scale_of(layer: LayerStep) -> float:
-    """Return the factor that gives a layer's difference the variance of G - G'."""
-    return rule.noise_scale(layer.group["noise"], layer.group["half_fraction"])
 
 
 def directions(
@@ -206,8 +192,8 @@ def _whole_matrices(
         received = dict(zip(sharded, exchange.gather(sharded, pieces), strict=True))
         del parts, pieces
     for same_kind in _by_kind(tasks, layers):
-        one = layers[same_kind[0].layer_index].group["foreach"] is False
-        count = 1 if one else max(1, BATCH_ELEMENTS // math.prod(same_kind[0].shape))
+        together = layers[same_kind[0].layer_index].group["foreach"] is not False
+        count = max(1, together * _BATCH_ELEMENTS // math.prod(same_kind[0].shape))
         for start in range(0, len(same_kind), count):
             chosen = same_kind[start : start + count]
             held = iter(shards([layers[task.layer_index] for task in chosen if not task.cuts]))
@@ -223,7 +209,7 @@ def _whole_matrices(
 def _by_kind(tasks: list[MatrixTask], layers: Sequence[LayerStep]) -> list[list[MatrixTask]]:
     sets: dict[Any, list[MatrixTask]] = {}
     for task in tasks:
-        if math.prod(task.shape) > 0 and (not task.cuts or task.is_mine):
+        if math.prod(task.shape) > 0 and (not task.cuts or task.is_held(len(task.cuts))):
             layer = layers[task.layer_index]
             settings = (layer.group["foreach"], layer.group["ns_coefficients"], layer.group["nuclear"])
             kind = (settings, layer.param.device, layer.param.dtype, len(task.shape), layer.form.shape)

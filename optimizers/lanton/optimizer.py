@@ -33,6 +33,7 @@ from leanstep.optimizers.common.quantized import init_average, quantized_rules, 
 from leanstep.optimizers.common.rounding import effective, init_rounding
 from leanstep.optimizers.common.saved_tensors import StateRule
 from leanstep.optimizers.common.sharding import Reducer, Shard, local, locals_of
+from leanstep.optimizers.lanton import rule
 from leanstep.optimizers.lanton.halves import UNMARKED, MarkedHalves
 from leanstep.optimizers.lanton.layers import (
     Layer,
@@ -145,8 +146,8 @@ class LANTON(MarkedHalves, LeanOptimizer):
         A layer has f = 1, and does not enter the maximum, until its first estimate. With "previous" that needs two
         gradients. A gradient of zeros (an expert without tokens), or none, leaves H and G' unchanged.
         State: ``momentum_buffer`` (4 bytes per fp32 parameter) and, with "previous", ``previous_grad`` (4 bytes);
-        1.03 bytes each with int8, and ``step``. One pass updates an int8 state in place; a difference or a direction
-        decodes one layer at a time to fp32, and so does an update of shards that cut rows.
+        1.03 bytes each with int8, and ``step``. One pass updates an int8 state in place; differences and directions
+        decode a batch at a time to fp32 (see below), and updates of shards that cut rows one layer at a time.
         "halves" needs one more copy of the gradients from mark_half to the step: it saves memory between steps and in
         checkpoints, and none during the second half's backward passes. ``noise`` and ``noise_steps``: one
         number each per matrix. ``variance`` adds ``row_mean_sq``, one number per row; ``rounding`` its state.
@@ -374,6 +375,7 @@ class LANTON(MarkedHalves, LeanOptimizer):
         measures = adaptive and group["noise_clock"] == (1 % group["noise_every"] if previous else 0)
         stores = adaptive and previous and group["noise_clock"] == 0
         plan, compiles = functools.partial(form_of, group), torch.compiler.is_compiling()
+        noise_scale = rule.noise_scale(group["noise"], group["half_fraction"])
         answers = [
             (param, *self._prepared(group, position, first_index + position, plan), first_index + position)
             for position, param in enumerate(group["params"])
@@ -384,17 +386,15 @@ class LANTON(MarkedHalves, LeanOptimizer):
         for (param, _, state, record, index), weight, grad in zip(answers, weights, grads, strict=True):
             if param.numel() == 0:
                 continue
-            form, ranges, rows = record.plan, record.shard.ranges, slice(row, row + record.plan.estimates)
-            held, row = rows, rows.stop
-            if form.stacked and ranges is not None:
-                blocks = len(form.block_rows)
-                held = slice(rows.start + ranges[0].start * blocks, rows.start + ranges[0].stop * blocks)
-            layer = LayerStep(
+            form, ranges, blocks = record.plan, record.shard.ranges, len(record.plan.block_rows)
+            here = ranges[0] if form.stacked and ranges else range(form.estimates // blocks)
+            rows, held = slice(row, row + form.estimates), slice(row + here.start * blocks, row + here.stop * blocks)
+            row = rows.stop
+            layers.append(LayerStep(
                 group, param, state, form, weight, grad, record.rounding, record.shard, index, rows, held,
                 measures=measures and (previous or "half_grad" in state), stores=stores,
-                on_host=weight.device.type == "cpu" and not compiles,
-            )  # fmt: skip
-            layers.append(layer)
+                noise_scale=noise_scale, on_host=weight.device.type == "cpu" and not compiles,
+            ))  # fmt: skip
         return layers
 
     def _estimated(self, stepped: Sequence[LayerStep] = ()) -> list[Layer | LayerStep]:

@@ -22,10 +22,7 @@ _PREVIOUS = 0x2545F491
 
 def values_int8(layers: Sequence[LayerStep], key: str) -> list[Tensor]:
     """Return the values of averages in 8 bits; those of momenta averaged with G if the group has ``nesterov``."""
-    values = [
-        torch.empty_like(t, dtype=compute_dtype(t.dtype), memory_format=torch.contiguous_format)
-        for t in [layer.weight for layer in layers]
-    ]
+    values = [t.new_empty(t.shape, dtype=compute_dtype(t.dtype)) for t in [layer.weight for layer in layers]]
     for indices, alike in _alike(layers):
         if cuts_rows(alike[0].shard):
             for i, layer in zip(indices, alike, strict=True):
@@ -38,46 +35,41 @@ def values_int8(layers: Sequence[LayerStep], key: str) -> list[Tensor]:
     return values
 
 
-def update_int8(layers: Sequence[LayerStep], key: str, skips: Sequence[Tensor | None]) -> Reducer[None]:
+def update_int8(updates: Sequence[tuple[LayerStep, Tensor | None]], key: str) -> Reducer[None]:
     """Update averages in 8 bits by the gradients.
 
-    Args:
-        skips: per layer, flags that are above 0 to leave codes as they are: one, or one per tensor of the first
-            dimension. None: update all.
+    A flag above 0 leaves codes as they are: one for a layer, or one per tensor of its first dimension; None: no flag.
     """
-    for indices, alike in _alike(layers):
-        flags, device = [skips[i] for i in indices], alike[0].weight.device
-        seeds = _seeds(alike, key)
-        if cuts_rows(alike[0].shard):
-            new = [_of_columns(layer, key)[0] for layer in alike]
-            none = constant([0], device, torch.int32)
-            skip = [none if flag is None else flag for flag in flags] if any([f is not None for f in flags]) else None
-            states, shards = [layer.state for layer in alike], [layer.shard for layer in alike]
-            yield from encode(new, states, key, shards, seeds.unbind(), skip)
-            continue
-        offsets = positions_of([layer.shard for layer in alike], device)["offsets"]
-        _update_rows(alike, key, flags, seeds, offsets)
-
-
-def _update_rows(
-    layers: Sequence[LayerStep], key: str, flags: Sequence[Tensor | None], seeds: Tensor, offsets: Tensor
-) -> None:
-    """Update averages of whole rows in one call; a stack whose matrices have flags is one tensor per matrix."""
-    grads, (codes, scales) = [layer.grad for layer in layers], average_codes([layer.state for layer in layers], key)
-    skip = None
-    if any([flag is not None for flag in flags]):
-        device, counts = seeds.device, [1 if flag is None else flag.numel() for flag in flags]
-        starts = [k * grad[0].numel() for grad, n in zip(grads, counts, strict=True) for k in range(n)]
-        grads, codes, scales = (
-            [part for tensor, n in zip(ts, counts, strict=True) for part in (tensor.split(1) if n > 1 else [tensor])]
-            for ts in (grads, codes, scales)
+    for indices, layers in _alike([layer for layer, _ in updates]):
+        flags, states, device = (
+            [updates[i][1] for i in indices],
+            [layer.state for layer in layers],
+            layers[0].weight.device,
         )
-        repeats = constant(counts, device, torch.int64)
-        seeds, offsets = (t.repeat_interleave(repeats, output_size=sum(counts)) for t in (seeds, offsets))
-        offsets = offsets + constant(starts, device, torch.int64)
-        none = constant([0], device, torch.int32)
-        skip = torch.cat([none if flag is None else flag for flag in flags])
-    average_step_int8(grads, codes, scales, [], _options(layers[0], key, seeds, offsets), skip=skip)
+        steps, numbers = [state["step"] for state in states], [layer.param_index for layer in layers]
+        seeds = seeds_for(steps, numbers, layers[0].group["seed"], device) ^ (
+            _PREVIOUS if key == "previous_grad" else 0
+        )
+        if cuts_rows(layers[0].shard):  # one layer after another, because each is decoded
+            for layer, flag, seed in zip(layers, flags, seeds.unbind(), strict=True):
+                skip = None if flag is None else [flag]
+                yield from encode([_of_columns(layer, key)[0]], [layer.state], key, [layer.shard], [seed], skip)
+            continue
+        offsets = positions_of([layer.shard for layer in layers], device)["offsets"]
+        grads, (codes, scales), skips = [layer.grad for layer in layers], average_codes(states, key), None
+        if any([flag is not None for flag in flags]):  # a stack whose matrices have flags is one tensor per matrix
+            none = constant([0], device, torch.int32)
+            parts = [none if flag is None else flag for flag in flags]
+            counts, skips = [flag.numel() for flag in parts], torch.cat(parts)
+            starts = [k * grad[0].numel() for grad, n in zip(grads, counts, strict=True) for k in range(n)]
+            grads, codes, scales = (
+                [part for t, n in zip(ts, counts, strict=True) for part in (t.split(1) if n > 1 else [t])]
+                for ts in (grads, codes, scales)
+            )
+            repeats = constant(counts, device, torch.int64)
+            seeds, offsets = (t.repeat_interleave(repeats, output_size=len(starts)) for t in (seeds, offsets))
+            offsets = offsets + constant(starts, device, torch.int64)
+        average_step_int8(grads, codes, scales, [], _options(layers[0], key, seeds, offsets), skip=skips)
 
 
 def _alike(layers: Sequence[LayerStep]) -> list[tuple[list[int], list[LayerStep]]]:
@@ -103,9 +95,3 @@ def _options(layer: LayerStep, key: str, seeds: Tensor | None = None, offsets: T
     momentum = key == "momentum_buffer"
     weight = layer.group["betas"][0] if momentum else 0.0
     return average_options(weight, layer.weight, seeds, offsets)._replace(maximize=momentum and layer.group["maximize"])
-
-
-def _seeds(layers: Sequence[LayerStep], key: str) -> Tensor:
-    steps, indices = [layer.state["step"] for layer in layers], [layer.param_index for layer in layers]
-    seeds = seeds_for(steps, indices, layers[0].group["seed"], layers[0].weight.device)
-    return seeds ^ (_PREVIOUS if key == "previous_grad" else 0)

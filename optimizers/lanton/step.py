@@ -6,7 +6,7 @@ to this process's shards of parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -79,9 +79,7 @@ def step(layers: list[LayerStep], estimated: list[Layer | LayerStep]) -> Reducer
     # G' of the next step, B, and p along O
     yield from _store_gradients([info for info in infos if info.layer.stores], table[:, _ACTIVE] > 0)
     yield from _update_momenta(infos)
-    others = [info for info in infos if info.layer.form.norm != "rms"]
-    momenta = _in_turn([info.layer for info in others], _direction_momenta)
-    _write([_elementwise_update(info, momentum) for info, (_, momentum) in zip(others, momenta, strict=True)])
+    _write([_elementwise_update(info) for info in infos if info.layer.form.norm != "rms"])
     hidden = [info for info in infos if info.layer.form.norm == "rms"]
     for batch in matrices.directions([info.layer for info in hidden], _direction_momenta):
         ready = [(hidden[task.layer_index], task, direction) for task, direction in batch]
@@ -107,20 +105,18 @@ def _measure(layers: list[LayerStep], table: Tensor) -> None:
         table[constant(rows, device, torch.int64), _SQUARE] = torch.stack(norms).square()
     measured = [layer for layer in layers if layer.measures]
     if others := [layer for layer in measured if layer.form.norm != "rms"]:
-        each = _in_turn(others, _differences)
-        sums = [rule.partial_dual_norm(d, layer.form.norm, table.dtype).to(device) for layer, d in each]
-        table[constant([layer.rows.start for layer in others], device, torch.int64), _DUAL] = torch.stack(sums)
+        sums = [rule.partial_dual_norm(_differences([each])[0], each.form.norm, table.dtype) for each in others]
+        rows = [layer.rows.start for layer in others]
+        table[constant(rows, device, torch.int64), _DUAL] = torch.stack([each.to(device) for each in sums])
     hidden = [layer for layer in measured if layer.form.norm == "rms"]
     matrices.nuclear_norms(hidden, _differences, table[:, _DUAL])
 
 
 def _count_nonfinite(layers: list[LayerStep], nonfinite: Tensor) -> None:
-    by_group: dict[int, list[int]] = {}
-    for i, layer in enumerate(layers):
-        if layer.group["nonfinite"] == "skip":
-            by_group.setdefault(id(layer.group), []).append(i)
-    for indices in by_group.values():
-        count_nonfinite(layers[indices[0]].group, nonfinite[constant(indices, nonfinite.device, torch.int64)])
+    groups = {id(layer.group): layer.group for layer in layers if layer.group["nonfinite"] == "skip"}
+    for group in groups.values():
+        indices = [i for i, layer in enumerate(layers) if layer.group is group]
+        count_nonfinite(group, nonfinite[constant(indices, nonfinite.device, torch.int64)])
 
 
 def _update_noise(layers: list[LayerStep], table: Tensor, nonfinite: Tensor) -> None:
@@ -134,10 +130,8 @@ def _update_noise(layers: list[LayerStep], table: Tensor, nonfinite: Tensor) -> 
     values = table[constant(rows, device, torch.int64)]
     usable = (values[:, _ACTIVE] > 0) & ~nonfinite[constant(owners, device, torch.int64)]
     is_vector = constant([layer.form.norm == "vector" for layer in each], device, torch.bool)
-    scales = [
-        matrices.noise_scale_of(layer) * layer.form.scales[0] if layer.measures and layer.form.norm != "rms" else 1.0
-        for layer in each  # "rms" has its scale in the table
-    ]
+    # "rms" has its scale in the table
+    scales = [1.0 if layer.form.norm == "rms" else layer.noise_scale * layer.form.scales[0] for layer in each]
     duals = torch.where(is_vector, values[:, _DUAL].sqrt(), values[:, _DUAL]) * constant(scales, device, dtype)
     noise, counts = (_joined(states, name, device) for name in ("noise", "noise_steps"))
     estimates = rule.noise_estimate(noise, duals, constant([layer.group["betas"][1] for layer in each], device, dtype))
@@ -167,10 +161,7 @@ def _factors(layers: list[LayerStep], estimated: list[Layer | LayerStep], device
     if estimated:
         factors = factors_and_noise(estimated, device)[0].split([layer.form.estimates for layer in estimated])
         by_param = {id(layer.param): factor for layer, factor in zip(estimated, factors, strict=True)}
-    return [
-        by_param[id(layer.param)] if id(layer.param) in by_param else one.expand(layer.form.estimates)
-        for layer in layers
-    ]
+    return [by_param.get(id(layer.param), one.expand(layer.form.estimates)) for layer in layers]
 
 
 def factors_and_noise(layers: Sequence[Layer | LayerStep], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -199,19 +190,6 @@ def factors_and_noise(layers: Sequence[Layer | LayerStep], device: torch.device)
 
 
 # ---- the tensors of some layers
-
-
-def _in_turn(
-    layers: Sequence[LayerStep], tensors: Callable[[list[LayerStep]], list[Tensor]]
-) -> Iterator[tuple[LayerStep, Tensor]]:
-    """Yield the layers with their tensors, which are made for a bounded number of elements (or one layer) at a time."""
-    start, size = 0, 0
-    for i, layer in enumerate(layers, start=1):
-        size += layer.weight.numel()
-        if size >= matrices.BATCH_ELEMENTS or i == len(layers):
-            chunk = list(layers[start:i])
-            yield from zip(chunk, tensors(chunk), strict=True)
-            start, size = i, 0
 
 
 def _active(layer: LayerStep) -> Tensor:
@@ -282,57 +260,48 @@ def _store_gradients(infos: list[GradientInfo], active: Tensor) -> Reducer[None]
     ``active``: of every row of the table, whether the gradient has a nonzero entry.
     """
     on_host = active.tolist() if any([info.layer.on_host for info in infos]) else []
-    coded: list[LayerStep] = []
-    skips: list[Tensor | None] = []
+    key = "previous_grad"
+    coded: list[tuple[LayerStep, Tensor | None]] = []
     for info in infos:
-        layer, grad, key = info.layer, info.layer.grad, "previous_grad"
-        if layer.on_host and all(on_host[layer.held]):  # and finite
-            take = None
-        else:
-            take = active[layer.held].to(grad.device) & ~info.nonfinite
-        has_blocks = take is not None and len(layer.form.block_rows) > 1
-        if key in layer.form.codes and not has_blocks:
-            coded.append(layer)
-            skips.append(None if take is None else (~take).to(torch.int32))
-            continue
-        previous = values_int8([layer], key)[0] if key in layer.form.codes else local(layer.state[key])
-        if take is not None:
-            if has_blocks:
-                mask = matrices.spread(layer, take, grad.dim())
-            else:
-                mask = take[0] if take.numel() == 1 else take.view(-1, *[1] * (grad.dim() - 1))
-            grad = torch.where(mask, grad.to(previous.dtype) if key in layer.form.codes else grad, previous)
+        layer, take = info.layer, None
+        if not (layer.on_host and all(on_host[layer.held])):  # on the host it is finite
+            take = active[layer.held].to(layer.grad.device) & ~info.nonfinite
+            if len(layer.form.block_rows) > 1:
+                old = values_int8([layer], key)[0] if key in layer.form.codes else local(layer.state[key])
+                mask = matrices.spread(layer, take, layer.grad.dim())
+                layer, take = layer._replace(grad=torch.where(mask, layer.grad.to(old.dtype), old)), None
+        previous, grad = local(layer.state[key]), layer.grad
         if key in layer.form.codes:
-            coded.append(layer._replace(grad=grad))
-            skips.append(None)
-        else:
+            coded.append((layer, None if take is None else (~take).to(torch.int32)))
+        elif take is None:
             previous.copy_(grad)
-    yield from update_int8(coded, "previous_grad", skips)
+        else:
+            mask = take[0] if take.numel() == 1 else take.view(-1, *[1] * (grad.dim() - 1))
+            previous.copy_(torch.where(mask, grad, previous))
+    yield from update_int8(coded, key)
 
 
 def _update_momenta(infos: list[GradientInfo]) -> Reducer[None]:
     key = "momentum_buffer"
     buffers = locals_of([info.layer.state[key] for info in infos])
-    coded: list[LayerStep] = []
-    skips: list[Tensor | None] = []
+    coded: list[tuple[LayerStep, Tensor | None]] = []
     for info, buffer in zip(infos, buffers, strict=True):
         layer, beta = info.layer, info.layer.group["betas"][0]
         skip = not layer.on_host and layer.group["nonfinite"] == "skip"  # on the host, step() has left these out
         if key in layer.form.codes:
-            coded.append(layer)
-            skips.append(info.nonfinite.view(1).to(torch.int32) if skip else None)
+            coded.append((layer, info.nonfinite.view(1).to(torch.int32) if skip else None))
         elif skip:
             buffer.copy_(torch.where(info.nonfinite, buffer, rule.momentum(buffer, _signed(layer), beta)))
         else:
             rule.momentum(buffer, _signed(layer), beta, in_place=True)
-    yield from update_int8(coded, key, skips)
+    yield from update_int8(coded, key)
 
 
 # ---- updates
 
 
-def _elementwise_update(info: GradientInfo, momentum: Tensor) -> Update:
-    form, momentum = info.layer.form, as_written(momentum, stacked=False)
+def _elementwise_update(info: GradientInfo) -> Update:
+    form, momentum = info.layer.form, as_written(_direction_momenta([info.layer])[0], stacked=False)
     if form.norm == "sign":
         direction = rule.sign_direction(momentum)
     else:
