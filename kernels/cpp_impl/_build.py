@@ -243,7 +243,7 @@ def same_layout(tensors: Sequence[Tensor], *, row_major: bool = False) -> bool:
 def group_by_dtypes(lists: Sequence[Sequence[Tensor]], selected: Sequence[bool]) -> list[list[int]]:
     """Group the selected indices by the dtypes of all lists' tensors at the index, in order of first appearance."""
     groups: dict[tuple[torch.dtype, ...], list[int]] = {}
-    for i, row in enumerate(zip(*lists, strict=True)):
+    for i, dtypes in enumerate(zip(*[[t.dtype for t in ts] for ts in lists], strict=True)):
         if selected[i]:
-            groups.setdefault(tuple(t.dtype for t in row), []).append(i)
+            groups.setdefault(dtypes, []).append(i)
     return list(groups.values())

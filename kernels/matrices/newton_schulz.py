@@ -196,7 +196,7 @@ def compute_dtype(dtype: torch.dtype | None, matrices: Sequence[Tensor]) -> torc
 
 
 def _sums_dtype(matrices: Sequence[Tensor]) -> torch.dtype:
-    return torch.float64 if any(mat.dtype == torch.float64 for mat in matrices) else torch.float32
+    return torch.float64 if torch.float64 in [mat.dtype for mat in matrices] else torch.float32
 
 
 def _multiplies_bf16() -> bool:

@@ -58,11 +58,10 @@ def check_shapes(op: str, *lists: Sequence[Tensor]) -> None:
 
     Optimizers check their state; this is for what comes between, such as a graph that torch.compile took for another.
     """
-    for index, (first, *others) in enumerate(zip(*lists, strict=True)):
-        shape = first.shape
-        if any(tensor.shape != shape for tensor in others):
-            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (first, *others))
-            raise ValueError(f"{op}: expected tensors of one shape at index {index}, got {shapes}")
+    for index, shapes in enumerate(zip(*[[t.shape for t in ts] for ts in lists], strict=True)):
+        if shapes.count(shapes[0]) < len(shapes):
+            got = ", ".join(str(tuple(shape)) for shape in shapes)
+            raise ValueError(f"{op}: expected tensors of one shape at index {index}, got {got}")
 
 
 def check_dtypes(op: str, *lists: Sequence[Tensor]) -> None:
@@ -90,7 +89,8 @@ def step_on_host(
         definition: takes any other index, and the lists' tensors there; with "reference", every index.
         written: the lists that the step changes. C++ does not count their versions, so this does.
     """
-    walkable = [backend == "cpp" and all(t.is_contiguous() for t in row) for row in zip(*lists, strict=True)]
+    contiguous = zip(*[[t.is_contiguous() for t in ts] for ts in lists], strict=True)
+    walkable = [backend == "cpp" and all(row) for row in contiguous]
     call_groups(lists, walkable, cpp)
     if backend == "cpp":
         torch.autograd.graph.increment_version([t for ts in written for t in ts])
@@ -247,7 +247,7 @@ def nonfinite_flags(tensors: list[Tensor]) -> Tensor:
         return torch.zeros(0, dtype=torch.int32, device="cpu")
     if torch.compiler.is_compiling():
         return _nonfinite(tensors)
-    if choose("nonfinite_flags", tensors[0].device, *dict.fromkeys(t.dtype for t in tensors)).backend != "cpp":
+    if choose("nonfinite_flags", tensors[0].device, *dict.fromkeys([t.dtype for t in tensors])).backend != "cpp":
         return _nonfinite(tensors)
     flags = torch.zeros(len(tensors), dtype=torch.int32, device="cpu")
     dense = [is_dense(t) for t in tensors]

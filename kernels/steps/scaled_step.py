@@ -139,8 +139,7 @@ def _step(
                 f"scaled_step: expected scales of the rows and columns of {tuple(param.shape)}, got shapes "
                 f"{tuple(row.shape)} and {tuple(col.shape)}"
             )
-    dtypes = dict.fromkeys(t.dtype for ts in (params, mats) for t in ts)
-    backend = choose("scaled_step", params[0].device, *dtypes).backend
+    backend = choose("scaled_step", params[0].device, *dict.fromkeys([t.dtype for t in [*params, *mats]])).backend
     if backend == "triton":
         from leanstep.kernels.triton_impl.steps import scaled_step as triton_step
 
@@ -148,7 +147,8 @@ def _step(
         return triton_step.scaled_step(params, mats, rows, cols, rounding_state, options)
     flags = torch.zeros(len(params), dtype=torch.int32, device=params[0].device)
     lists = [ts for ts in (params, mats, rows, cols, rounding_state) if ts]
-    contiguous = [backend == "cpp" and all(t.is_contiguous() for t in row) for row in zip(*lists, strict=True)]
+    rows_contiguous = zip(*[[t.is_contiguous() for t in ts] for ts in lists], strict=True)
+    contiguous = [backend == "cpp" and all(row) for row in rows_contiguous]
 
     def cpp(indices: list[int], lists: list[list[Tensor]]) -> None:
         flags[indices] = _cpp_step(*lists, options=options.of(indices))
@@ -228,7 +228,7 @@ def _cpp_step(
 
 def _matrices(tensors: list[Tensor], dims: int) -> list[Tensor]:
     """Split stacks [..., m, n], or their scales [..., m], into single matrices or scales."""
-    if all(t.dim() == dims for t in tensors):
+    if all([t.dim() == dims for t in tensors]):
         return tensors
     return [matrix for t in tensors for matrix in (t.flatten(0, -dims - 1) if t.dim() > dims else t[None])]
 

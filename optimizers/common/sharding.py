@@ -323,11 +323,11 @@ def positions_of(shards: Sequence[Shard], device: torch.device) -> dict[str, Any
 
     The shards are those that :func:`check_indices` accepts. ``runs`` is None if all are ranges of rows.
     """
-    runs = None
-    if any(first_index(shard) is None for shard in shards):
+    runs, offsets = None, [_offset(shard) if shard.cuts else 0 for shard in shards]
+    if any([shard.cuts and first_index(shard) is None for shard in shards]):
         numbers = [number for shard in shards for number in runs_of(shard) or ()]
         runs = constant(numbers, device, torch.int64).view(-1, 4)
-    return {"offsets": constant([_offset(shard) for shard in shards], device, torch.int64), "runs": runs}
+    return {"offsets": constant(offsets, device, torch.int64), "runs": runs}
 
 
 def _offset(shard: Shard) -> int:
@@ -338,11 +338,11 @@ def _offset(shard: Shard) -> int:
 
 def sum_over_shards(values: Tensor, shards: Sequence[Shard]) -> Reducer[None]:
     """Sum ``values`` [n, ...], one entry per tensor, over the processes that shard the tensor; in place."""
-    for level in range(max([len(s.groups) for s in shards])):
+    for level in range(max([len(s.cuts) for s in shards])):
         by_group: dict[Any, list[int]] = {}
         for i, shard in enumerate(shards):
-            if len(shard.groups) > level:
-                by_group.setdefault(shard.groups[level], []).append(i)
+            if len(shard.cuts) > level:
+                by_group.setdefault(shard.cuts[level].group, []).append(i)
         sums = [(indices, values if len(indices) == len(shards) else values[indices]) for indices in by_group.values()]
         yield [Reduction(total, group) for group, (_, total) in zip(by_group, sums, strict=True)]
         for indices, total in sums:

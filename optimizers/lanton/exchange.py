@@ -8,15 +8,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from leanstep.optimizers.common.sharding import Cut, chunk_of
 
-if TYPE_CHECKING:
-    from leanstep.optimizers.lanton.matrices import MatrixTask
+
+class MatrixTask(NamedTuple):
+    """A sharded matrix with its owner, or a matrix or stack that needs no gathering."""
+
+    layer_index: int  # index of the parameter in the caller's list
+    shape: torch.Size  # of the unsharded matrix, or of this process's part of a stack, as stored
+    matrix: int | None = None  # index in this process's part of a stack sharded inside its matrices; None otherwise
+    first: int = 0  # index of the first matrix in the parameter's stack
+    cuts: tuple[Cut, ...] = ()  # of the matrix, in the order of gathering; empty if it needs none
+    owner: tuple[int, ...] = ()  # rank of the owner in the group of each cut
+
+    def is_held(self, level: int) -> bool:
+        """Whether this process holds a block of the matrix after ``level`` cuts have been undone by gathering."""
+        pairs = zip(self.cuts[:level], self.owner, strict=False)
+        return all(torch.distributed.get_rank(cut.group) == rank for cut, rank in pairs)
 
 
 def gather(tasks: Sequence[MatrixTask], pieces: Sequence[Tensor]) -> list[Tensor | None]:

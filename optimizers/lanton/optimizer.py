@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,19 +29,20 @@ from leanstep.optimizers.common.checks import (
 from leanstep.optimizers.common.groups import in_pipeline, inside_zero, partial_model
 from leanstep.optimizers.common.loading import Loaded
 from leanstep.optimizers.common.quantized import scale_key
-from leanstep.optimizers.common.sharding import Reducer, Shard, local
+from leanstep.optimizers.common.sharding import Reducer, Shard, local, locals_of
+from leanstep.optimizers.lanton import rule
 from leanstep.optimizers.lanton.halves import UNMARKED, MarkedHalves
-from leanstep.optimizers.lanton.matrices import block_count, is_stack, matrix_shape
-from leanstep.optimizers.lanton.saved import check_entries, check_half_gradients, reshaped_estimates
-from leanstep.optimizers.lanton.state import ENTRIES, stores_gradient
-from leanstep.optimizers.lanton.step import (
+from leanstep.optimizers.lanton.layers import (
     Layer,
     LayerStep,
-    factors_and_noise,
-    matrix_count,
+    form_of,
+    matrix_shape,
     norm_of,
-    step,
+    stores_gradient,
 )
+from leanstep.optimizers.lanton.saved import check_entries, check_half_gradients, reshaped_estimates
+from leanstep.optimizers.lanton.state import ENTRIES
+from leanstep.optimizers.lanton.step import factors_and_noise, step
 from leanstep.optimizers.lanton.variance import VARIANCES
 
 NORMS = ("auto", "rms", "sign", "vector")
@@ -141,8 +143,8 @@ class LANTON(MarkedHalves, LeanOptimizer):
         A layer has f = 1, and does not enter the maximum, until its first estimate. With "previous" that needs two
         gradients. A gradient of zeros (an expert without tokens), or none, leaves H and G' unchanged.
         State: ``momentum_buffer`` (4 bytes per fp32 parameter) and, with "previous", ``previous_grad`` (4 bytes);
-        1.03 bytes each with int8, and ``step``. One pass updates an int8 state in place; a difference or a direction
-        decodes one layer at a time to fp32, and so does an update of shards that cut rows.
+        1.03 bytes each with int8, and ``step``. One pass updates an int8 state in place; differences and directions
+        decode a batch at a time to fp32 (see below), and updates of shards that cut rows one layer at a time.
         "halves" needs one more copy of the gradients from mark_half to the step: it saves memory between steps and in
         checkpoints, and none during the second half's backward passes. ``noise`` and ``noise_steps``: one
         number each per matrix. ``variance`` adds ``row_mean_sq``, one number per row; ``rounding`` its state.
@@ -295,7 +297,7 @@ class LANTON(MarkedHalves, LeanOptimizer):
     # ---- the step
 
     def _update_state(self, state: dict[str, Any], group: dict[str, Any], position: int, param: Tensor) -> None:
-        had_previous, stores = "previous_grad" in state, stores_gradient(group, param)
+        had_previous, stores = "previous_grad" in state, stores_gradient(group)
         super()._update_state(state, group, position, param)
         if stores and not had_previous:
             state["noise_steps"].fill_(-1)  # until there is a previous gradient
@@ -309,7 +311,7 @@ class LANTON(MarkedHalves, LeanOptimizer):
         layers: list[LayerStep] = []
         first_index = 0
         for group in self.param_groups:
-            layers += self._layer_steps(group, first_index)
+            layers += self._layer_steps(group, first_index, layers[-1].rows.stop if layers else 0)
             first_index += len(group["params"])
         return [self._whole_step(layers)]
 
@@ -317,34 +319,49 @@ class LANTON(MarkedHalves, LeanOptimizer):
         return [group for group in self.param_groups if group["noise_adaptive"] and group["noise"] == "halves"]
 
     def _whole_step(self, layers: list[LayerStep]) -> Reducer[None]:
-        yield from step(layers, self._estimated())
+        yield from step(layers, self._estimated(layers))
         for group in self._groups_with_halves():
             self._delete_halves(group)
         for group in self.param_groups:
             # modulo noise_every, because torch.compile makes a graph for every value
             group["noise_clock"] = (group["noise_clock"] + 1) % group["noise_every"]
 
-    def _layer_steps(self, group: dict[str, Any], first_index: int) -> Iterator[LayerStep]:
-        """Yield the parameters of a group that have a gradient, with their state.
+    def _layer_steps(self, group: dict[str, Any], first_index: int, row: int) -> list[LayerStep]:
+        """Return the parameters of a group that have entries and a gradient, from this row of the step's table on.
 
         Every ``noise_every``-th step measures. With "previous", the step before it stores its gradient.
         """
         adaptive, previous = group["noise_adaptive"], group["noise"] == "previous"
         measures = adaptive and group["noise_clock"] == (1 % group["noise_every"] if previous else 0)
-        for position, param in enumerate(group["params"]):
-            if param.grad is None:
+        stores = adaptive and previous and group["noise_clock"] == 0
+        plan, compiles = functools.partial(form_of, group), torch.compiler.is_compiling()
+        noise_scale = rule.noise_scale(group["noise"], group["half_fraction"])
+        answers = [
+            (param, *self._prepared(group, position, first_index + position, plan), first_index + position)
+            for position, param in enumerate(group["params"])
+            if param.grad is not None
+        ]
+        weights, grads = locals_of([param for param, *_ in answers]), locals_of([grad for _, grad, *_ in answers])
+        layers = []
+        for (param, _, state, record, index), weight, grad in zip(answers, weights, grads, strict=True):
+            if param.numel() == 0:
                 continue
-            index = first_index + position
-            grad, state, record = self._prepared(group, position, index, lambda param: norm_of(group, param))
-            yield LayerStep(
-                group, param, state, record.plan, grad, record.rounding, record.shard, index,
-                measures=measures and (previous or "half_grad" in state),
-                stores=adaptive and previous and group["noise_clock"] == 0,
-            )  # fmt: skip
+            form, ranges, blocks = record.plan, record.shard.ranges, len(record.plan.block_rows)
+            here = ranges[0] if form.stacked and ranges else range(form.estimates // blocks)
+            rows, held = slice(row, row + form.estimates), slice(row + here.start * blocks, row + here.stop * blocks)
+            row = rows.stop
+            layers.append(LayerStep(
+                group, param, state, form, weight, grad, record.rounding, record.shard, index, rows, held,
+                measures=measures and (previous or "half_grad" in state), stores=stores,
+                noise_scale=noise_scale, on_host=weight.device.type == "cpu" and not compiles,
+            ))  # fmt: skip
+        return layers
 
-    def _estimated(self) -> list[Layer]:
+    def _estimated(self, stepped: Sequence[LayerStep] = ()) -> list[Layer | LayerStep]:
+        """Return the parameters with an estimate; those of ``stepped`` as they are there."""
+        known = {id(layer.param): layer for layer in stepped}
         return [
-            Layer(group, param, self.state[param], norm_of(group, param))
+            known.get(id(param)) or Layer(group, param, self.state[param], form_of(group, param))
             for group in self.param_groups
             if group["noise_adaptive"]
             for param in group["params"]
@@ -377,14 +394,13 @@ class LANTON(MarkedHalves, LeanOptimizer):
         names = names_of(self.param_groups)
         rows: list[dict[str, Any]] = []
         for layer in layers:
-            stack = is_stack(layer.group, layer.norm, layer.param.dim())
-            blocks = block_count(layer.group, layer.norm, layer.param.shape)
-            for k in range(matrix_count(layer)):
+            blocks = len(layer.form.block_rows)
+            for k in range(layer.form.estimates):
                 i = len(rows)
-                which = f"[{k // blocks}]" * stack + f"[{k % blocks}]" * (blocks > 1)
+                which = f"[{k // blocks}]" * layer.form.stacked + f"[{k % blocks}]" * (blocks > 1)
                 row = {
                     "name": names[layer.param] + which,
-                    "norm": layer.norm,
+                    "norm": layer.form.norm,
                     "H": noise[i] if counts[i] >= 1 else None,
                     "factor": factors[i],
                     "lr": float(layer.group["lr"]) * factors[i],

@@ -1,8 +1,8 @@
-"""LANTON's momentum and previous gradient in 8 bits, one layer at a time."""
+"""LANTON's momenta and previous gradients in 8 bits."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,87 +11,87 @@ from leanstep.kernels.reference.steps.average_int8 import averages
 from leanstep.kernels.steps.average_int8 import average_step_int8
 from leanstep.kernels.steps.common import StepOptions, compute_dtype, constant
 from leanstep.optimizers.common.column_shards import cuts_rows, encode
-from leanstep.optimizers.common.quantized import average_options, average_values, scale_key
+from leanstep.optimizers.common.quantized import average_codes, average_options, average_values
 from leanstep.optimizers.common.rounding import seeds_for
-from leanstep.optimizers.common.sharding import Reducer, local, positions_of
-
-if TYPE_CHECKING:
-    from leanstep.optimizers.lanton.step import LayerStep
+from leanstep.optimizers.common.sharding import Reducer, positions_of
+from leanstep.optimizers.lanton.layers import LayerStep
 
 # makes the random bits of stored gradients independent of those of momenta
 _PREVIOUS = 0x2545F491
 
 
-def values_int8(layer: LayerStep, key: str, weight: float, *, nesterov: bool = False) -> Tensor:
-    """Return the values of an average in 8 bits, with ``nesterov`` averaged with G; leave the stored one."""
-    if cuts_rows(layer.shard):
-        return _average_of_columns(layer, key, weight, nesterov=nesterov, update=False)[1]
-    values = _new_values(layer)
-    _average_int8(layer, key, weight, output=values, nesterov=nesterov, update=False)
+def values_int8(layers: Sequence[LayerStep], key: str) -> list[Tensor]:
+    """Return the values of averages in 8 bits; those of momenta averaged with G if the group has ``nesterov``."""
+    values = [t.new_empty(t.shape, dtype=compute_dtype(t.dtype)) for t in [layer.weight for layer in layers]]
+    for indices, alike in _alike(layers):
+        if cuts_rows(alike[0].shard):
+            for i, layer in zip(indices, alike, strict=True):
+                values[i] = _of_columns(layer, key, update=False)[1]
+            continue
+        lists = ([layer.grad for layer in alike], *average_codes([layer.state for layer in alike], key))
+        unused = constant([0] * len(alike), alike[0].weight.device, torch.int64)
+        nesterov, options = key == "momentum_buffer" and alike[0].group["nesterov"], _options(alike[0], key, unused)
+        average_step_int8(*lists, [values[i] for i in indices], options, nesterov=nesterov, update=False)
     return values
 
 
-def update_int8(layer: LayerStep, key: str, weight: float, skip: Tensor | None) -> Reducer[None]:
-    """Update an average in 8 bits by the gradient; ``skip`` as for :func:`_average_int8`."""
-    if not cuts_rows(layer.shard):
-        _average_int8(layer, key, weight, skip)
-        return
-    average, _ = _average_of_columns(layer, key, weight)
-    skips = None if skip is None else [skip]
-    yield from encode([average], [layer.state], key, [layer.shard], _seeds(layer, key).unbind(), skips)
+def update_int8(updates: Sequence[tuple[LayerStep, Tensor | None]], key: str) -> Reducer[None]:
+    """Update averages in 8 bits by the gradients.
 
-
-def _average_int8(
-    layer: LayerStep,
-    key: str,
-    weight: float,
-    skip: Tensor | None = None,
-    output: Tensor | None = None,
-    *,
-    nesterov: bool = False,
-    update: bool = True,
-) -> None:
-    """Update an average in 8 bits by the gradient, or write its values, by :func:`average_step_int8`.
-
-    Args:
-        weight: of the old average.
-        skip: int32, one per tensor of the parameter's first dimension, or one for all. None: update all.
+    A flag above 0 leaves codes as they are: one for a layer, or one per tensor of its first dimension; None: no flag.
     """
-    grad, codes, scales = (local(t) for t in (layer.grad, layer.state[key], layer.state[scale_key(key)]))
-    if grad.numel() == 0:  # a process without matrices of a stack has no flags
-        return
-    seeds = _seeds(layer, key)
-    offsets = positions_of([layer.shard], grad.device)["offsets"]
-    lists = [[grad], [codes], [scales], [] if output is None else [output]]
-    if skip is not None and skip.numel() > 1:  # each matrix of a stack has a flag
-        lists = [[row for tensor in tensors for row in tensor.split(1)] for tensors in lists]
-        distances = constant([i * grad[0].numel() for i in range(len(grad))], grad.device, torch.int64)
-        seeds, offsets = seeds.expand(len(grad)).contiguous(), offsets + distances
-    options = _options(layer, key, weight, seeds, offsets)
-    grads, all_codes, all_scales, outputs = lists
-    average_step_int8(grads, all_codes, all_scales, outputs, options, skip=skip, nesterov=nesterov, update=update)
+    for indices, layers in _alike([layer for layer, _ in updates]):
+        flags, states, device = (
+            [updates[i][1] for i in indices],
+            [layer.state for layer in layers],
+            layers[0].weight.device,
+        )
+        steps, numbers = [state["step"] for state in states], [layer.param_index for layer in layers]
+        seeds = seeds_for(steps, numbers, layers[0].group["seed"], device) ^ (
+            _PREVIOUS if key == "previous_grad" else 0
+        )
+        if cuts_rows(layers[0].shard):  # one layer after another, because each is decoded
+            for layer, flag, seed in zip(layers, flags, seeds.unbind(), strict=True):
+                skip = None if flag is None else [flag]
+                yield from encode([_of_columns(layer, key)[0]], [layer.state], key, [layer.shard], [seed], skip)
+            continue
+        offsets = positions_of([layer.shard for layer in layers], device)["offsets"]
+        grads, (codes, scales), skips = [layer.grad for layer in layers], average_codes(states, key), None
+        if any([flag is not None for flag in flags]):  # a stack whose matrices have flags is one tensor per matrix
+            none = constant([0], device, torch.int32)
+            parts = [none if flag is None else flag for flag in flags]
+            counts, skips = [flag.numel() for flag in parts], torch.cat(parts)
+            starts = [k * grad[0].numel() for grad, n in zip(grads, counts, strict=True) for k in range(n)]
+            grads, codes, scales = (
+                [part for t, n in zip(ts, counts, strict=True) for part in (t.split(1) if n > 1 else [t])]
+                for ts in (grads, codes, scales)
+            )
+            repeats = constant(counts, device, torch.int64)
+            seeds, offsets = (t.repeat_interleave(repeats, output_size=len(starts)) for t in (seeds, offsets))
+            offsets = offsets + constant(starts, device, torch.int64)
+        average_step_int8(grads, codes, scales, [], _options(layers[0], key, seeds, offsets), skip=skips)
 
 
-def _average_of_columns(
-    layer: LayerStep, key: str, weight: float, *, nesterov: bool = False, update: bool = True
-) -> tuple[Tensor, Tensor]:
+def _alike(layers: Sequence[LayerStep]) -> list[tuple[list[int], list[LayerStep]]]:
+    """Return the layers that one call takes, with their indices; none of whole rows that has no entry here."""
+    sets: dict[object, list[int]] = {}
+    for i, layer in enumerate(layers):
+        cut = bool(layer.shard.cuts) and cuts_rows(layer.shard)
+        if cut or layer.weight.numel() > 0:  # all processes reduce the blocks of columns
+            sets.setdefault((id(layer.group), layer.weight.device, layer.weight.dtype, cut), []).append(i)
+    return [(indices, [layers[i] for i in indices]) for indices in sets.values()]
+
+
+def _of_columns(layer: LayerStep, key: str, *, update: bool = True) -> tuple[Tensor, Tensor]:
     """Return the new average and the output, where shards cut rows: the definition, in plain torch."""
-    options = _options(layer, key, weight, None, None)
+    options = _options(layer, key)
     old = average_values(layer.state, key, layer.shard, options.scalars.dtype)
-    return averages(old, local(layer.grad), options, nesterov=nesterov, update=update)
+    nesterov = key == "momentum_buffer" and not update and layer.group["nesterov"]
+    return averages(old, layer.grad, options, nesterov=nesterov, update=update)
 
 
-def _options(layer: LayerStep, key: str, weight: float, seeds: Tensor | None, offsets: Tensor | None) -> StepOptions:
-    """Return the options of an average with this weight of the old one. G' has the gradient's own sign."""
-    maximize = layer.group["maximize"] and key == "momentum_buffer"
-    return average_options(weight, local(layer.param), seeds, offsets)._replace(maximize=maximize)
-
-
-def _seeds(layer: LayerStep, key: str) -> Tensor:
-    seeds = seeds_for([layer.state["step"]], [layer.param_index], layer.group["seed"], local(layer.param).device)
-    return seeds ^ (_PREVIOUS if key == "previous_grad" else 0)
-
-
-def _new_values(layer: LayerStep) -> Tensor:
-    weight = local(layer.param)
-    return torch.empty_like(weight, dtype=compute_dtype(weight.dtype), memory_format=torch.contiguous_format)
+def _options(layer: LayerStep, key: str, seeds: Tensor | None = None, offsets: Tensor | None = None) -> StepOptions:
+    """Return the options of the averages of a layer's group. G' has the gradient's own sign, and no old average."""
+    momentum = key == "momentum_buffer"
+    weight = layer.group["betas"][0] if momentum else 0.0
+    return average_options(weight, layer.weight, seeds, offsets)._replace(maximize=momentum and layer.group["maximize"])

@@ -10,13 +10,12 @@ from torch import Tensor
 from leanstep.optimizers.common.saved_tensors import LAST_COUNT, StateRule
 from leanstep.optimizers.common.sharding import local, new_vectors
 from leanstep.optimizers.common.state import Entry, wide_dtype
-from leanstep.optimizers.lanton.step import Layer, estimate_dtype, matrix_count, norm_of
+from leanstep.optimizers.lanton.layers import estimate_dtype, form_of, norm_of, stores_gradient
 from leanstep.optimizers.lanton.variance import KEY, KEY_RULE, rows_shape
 
 
-def stores_gradient(group: dict[str, Any], param: Tensor) -> bool:
-    """Whether the step needs the gradient of the step before."""
-    return group["noise_adaptive"] and group["noise"] == "previous"
+def _stores_gradient(group: dict[str, Any], param: Tensor) -> bool:
+    return stores_gradient(group)
 
 
 def _row_shape(group: dict[str, Any], param: Tensor) -> tuple[int, ...] | None:
@@ -36,7 +35,7 @@ def _noise_dtype(group: dict[str, Any], param: Tensor) -> torch.dtype:
 
 
 def _noise_shape(group: dict[str, Any], param: Tensor) -> tuple[int]:
-    return (matrix_count(Layer(group, param, {}, norm_of(group, param))),)
+    return (form_of(group, param).estimates,)
 
 
 _H = StateRule((torch.float64, torch.float32), cast=True, finite=True, least=0)
@@ -47,6 +46,6 @@ ENTRIES = (
     Entry("noise", dtype=_noise_dtype, shape=_noise_shape, used=_is_adaptive, loads=_H),
     # number of estimates in H; -1 until there is a previous gradient
     Entry("noise_steps", dtype=torch.float32, shape=_noise_shape, used=_is_adaptive, loads=_COUNT),
-    Entry("previous_grad", setting="noise_dtype", used=stores_gradient),
+    Entry("previous_grad", setting="noise_dtype", used=_stores_gradient),
     Entry("half_grad", used=False, loads=StateRule(early=True)),  # between two calls for the halves of a batch
 )

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from leanstep.kernels.steps.common import compute_dtype
-from leanstep.optimizers.common.matrices import block_sizes, row_dim
+from leanstep.optimizers.common.matrices import row_dim
 from leanstep.optimizers.common.saved_tensors import StateRule
-from leanstep.optimizers.common.sharding import Reducer, Reduction, local, local_range, new_vectors
+from leanstep.optimizers.common.sharding import Reducer, Reduction, local, local_range
 from leanstep.optimizers.lanton import rule
-from leanstep.optimizers.lanton.matrices import MatrixTask, is_stack, matrix_shape
-
-if TYPE_CHECKING:
-    from leanstep.optimizers.lanton.step import GradientInfo, LayerStep
+from leanstep.optimizers.lanton.exchange import MatrixTask
+from leanstep.optimizers.lanton.layers import GradientInfo, LayerStep, form_of
 
 VARIANCES = (None, "rows")
 
@@ -27,14 +25,8 @@ KEY_RULE = StateRule((torch.float32, torch.float64), cast=True, finite=True, lea
 
 def rows_shape(group: dict[str, Any], param: Tensor) -> tuple[int, ...]:
     """Return the shape of a parameter's row mean squares before sharding."""
-    m, _ = matrix_shape(group, param.shape)
-    return (param.shape[0], m) if is_stack(group, "rms", param.dim()) else (m,)
-
-
-def init_rows(state: dict[str, Any], param: Tensor, group: dict[str, Any]) -> None:
-    """Create the running mean squares of the rows, zeros, if they are missing."""
-    if KEY not in state:
-        state[KEY] = new_vectors(param, rows_shape(group, param))
+    form = form_of(group, param)
+    return (param.shape[0], form.shape[0]) if form.stacked else (form.shape[0],)
 
 
 def normalize_rows(batch: Sequence[tuple[GradientInfo, MatrixTask, Tensor]]) -> Reducer[None]:
@@ -59,8 +51,7 @@ def normalize_rows(batch: Sequence[tuple[GradientInfo, MatrixTask, Tensor]]) -> 
 
 
 def _groups_inside(layer: LayerStep) -> list[Any]:
-    stack = is_stack(layer.group, "rms", len(layer.shard.shape))
-    return [cut.group for cut in layer.shard.cuts if cut.dim > 0 or not stack]
+    return [cut.group for cut in layer.shard.cuts if cut.dim > 0 or not layer.form.stacked]
 
 
 def _rows_of(layer: LayerStep, direction: Tensor) -> tuple[Tensor, int]:
@@ -72,8 +63,8 @@ def _rows_of(layer: LayerStep, direction: Tensor) -> tuple[Tensor, int]:
 
 def _mean_squares(layer: LayerStep, matrix: Tensor, first: int) -> Tensor:
     """Return this process's contribution to the mean squares of the rows of the unsharded matrix, [m] or [e, m]."""
-    m, n = matrix_shape(layer.group, layer.shard.shape)
-    sums = torch.linalg.vector_norm(matrix, dim=-1, dtype=compute_dtype(layer.param.dtype)).square() / n
+    m, n = layer.form.shape
+    sums = torch.linalg.vector_norm(matrix, dim=-1, dtype=compute_dtype(layer.weight.dtype)).square() / n
     if sums.shape[-1] == m:
         return sums
     whole = sums.new_zeros(*sums.shape[:-1], m)
@@ -82,6 +73,6 @@ def _mean_squares(layer: LayerStep, matrix: Tensor, first: int) -> Tensor:
 
 
 def _scales(layer: LayerStep, variance: Tensor, squares: Tensor) -> Tensor:
-    sizes = block_sizes(layer.group["blocks"], variance.shape[-1])
-    blocks = zip(variance.split(sizes, dim=-1), squares.split(sizes, dim=-1), strict=True)
+    rows = layer.form.block_rows
+    blocks = zip(variance.split(rows, dim=-1), squares.split(rows, dim=-1), strict=True)
     return torch.cat([rule.row_scales(*block) for block in blocks], dim=-1)

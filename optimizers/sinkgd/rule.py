@@ -30,9 +30,8 @@ def momentum_average(buffer: Tensor, gradient: Tensor, momentum: float) -> Tenso
 
 
 def row_norms(matrix: Tensor) -> Tensor:
-    """||G[i, :]|| of every row, [..., m]; the largest number of the dtype where the squares overflow."""
-    dtype = compute_dtype(matrix.dtype)
-    return torch.linalg.vector_norm(matrix, dim=-1, dtype=dtype).clamp(max=torch.finfo(dtype).max)
+    """||G[i, :]|| of every row, [..., m]; infinite where the squares overflow."""
+    return torch.linalg.vector_norm(matrix, dim=-1, dtype=compute_dtype(matrix.dtype))
 
 
 def mean_norm(norms: Tensor, rows: int) -> Tensor:
@@ -49,7 +48,8 @@ def mask_rows(matrix: Tensor, norms: Tensor, mean: Tensor, tau: float) -> Tensor
         mean: mean of the norms of all rows, [..., 1].
         tau: threshold, relative to the mean norm.
     """
-    quiet = norms < tau * mean  # False for NaN, whose matrix is skipped later, and where all squares underflow
+    # False for NaN, whose matrix is skipped later, for infinite norms, and where all squares underflow
+    quiet = norms < tau * mean
     return matrix * (~quiet).unsqueeze(-1)
 
 

@@ -83,7 +83,7 @@ def _all_reduce_norms(norms: Tensor, mean: Tensor, rows: int, sides: Sides) -> R
         norms.square_()
         for group in sides.columns:
             yield [Reduction(norms, group)]
-        norms.sqrt_().clamp_(max=torch.finfo(norms.dtype).max)
+        norms.sqrt_()
         mean.copy_(rule.mean_norm(norms, rows))
     for group in sides.rows:
         yield [Reduction(mean, group)]

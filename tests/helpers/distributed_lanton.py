@@ -67,7 +67,7 @@ def lanton_spreads_the_work(world: World) -> None:
     for param in params:
         param.grad = torch.zeros_like(param)
     optimizer = LANTON(params, norm="rms")
-    tasks = tasks_of(list(optimizer._layer_steps(optimizer.param_groups[0], 0)))
+    tasks = tasks_of(optimizer._layer_steps(optimizer.param_groups[0], 0, 0))
     costs = [flops(s) for s in shapes]
     loads = [sum(c for c, t in zip(costs, tasks, strict=True) if t.owner == (r,)) for r in range(world.size)]
     assert max(loads) <= sum(costs) / world.size + max(costs)
