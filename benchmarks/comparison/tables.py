@@ -31,7 +31,7 @@ def blocks(path: Path) -> dict[str, str]:
     rows, others = summarise(results)
     model = results.protocol.model
     if not results.search.budget:
-        return {f"carried-{model}": _carried(results, rows, path)}
+        return {f"{model}-carried": _carried(results, rows, path)}
     contents = {
         f"compare-{model}": _comparison(results, rows, others, path),
         f"chosen-{model}": _chosen(results, rows),

@@ -12,7 +12,8 @@ and prints the tables; it can be killed at any moment and goes on where it stopp
 ``--double`` judges these methods with twice the hidden rate that shorter tuning runs chose, ``--other-warmup`` with the
 warm-up that they did not choose.
 ``--carry FILE`` tunes nothing: AdamW has the settings that its search in FILE chose, and the others have them by
-``like_adamw``, beside the defaults of the classes (OUT/FAMILY-SIZE-carried.jsonl).
+``like_adamw``, beside the defaults of the classes (OUT/FAMILY-SIZE-carried.jsonl). ``--family digits`` does so with
+docs/results/sparse-digits.jsonl (OUT/digits-carried.jsonl).
 Further ``key=value`` pairs are settings of the recipe FAMILY-SIZE-adamw (of llama-nano-lora itself), for all runs. The
 second command prints the tables of a file; ``--write`` puts them into docs/, with the figure.
 Exit codes: 0 complete, 1 a problem, 2 bad settings, 3 time is up.
@@ -30,7 +31,8 @@ from comparison.protocol import ComparisonError, Protocol
 from comparison.results import read, writing
 from comparison.search import Search, grid_size
 from comparison.summary import BASELINE, summarise
-from comparison.tables import blocks, write
+from comparison.tables import blocks, write, write_block
+from digits.carried import make_carried, table
 
 from leanstep.recipes.config.loader import ConfigError
 
@@ -55,13 +57,14 @@ PARSER.add_argument("--report", type=Path, help="a file of results whose tables 
 PARSER.add_argument(
     "--between", nargs=2, metavar="METHOD", help="with --report: print the paired difference of two methods instead"
 )
-PARSER.add_argument("--family", default="llama", choices=["llama", "gpt"])
+PARSER.add_argument("--family", default="llama", choices=["llama", "gpt", "digits"])
 PARSER.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
 _TUNED = [name for name, method in METHODS.items() if method.start]
 for _name, _help in (("--double", "twice the chosen hidden rate"), ("--other-warmup", "the warm-up not chosen")):
     PARSER.add_argument(_name, nargs="+", default=[], choices=_TUNED, help=f"judge these methods with {_help}, too")
 PARSER.add_argument("settings", nargs="*", metavar="key=value", help="settings of the recipe, for all runs")
 ROOT = Path(__file__).parents[2]
+CARRIED_DIGITS = "digits-carried"
 
 
 def main() -> int:
@@ -84,6 +87,12 @@ def main() -> int:
             raise ComparisonError("expected --workers and --eval-every of at least 1, and --minutes of at least 0")
         if len(set(options.judge_seeds)) < max(2, len(options.judge_seeds)):
             raise ComparisonError(f"expected two or more different --judge-seeds, not {options.judge_seeds}")
+        if options.family == "digits":
+            path = options.out / f"{CARRIED_DIGITS}.jsonl"
+            make_carried(
+                options.carry or ROOT / "docs" / "results" / "sparse-digits.jsonl", path, len(options.judge_seeds)
+            )
+            return report(path, False)
         return compare(options)
     except (ComparisonError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -139,6 +148,11 @@ def tuned_adamw(path: Path) -> tuple[dict[str, tuple[float, ...]], Search]:
 
 def report(path: Path, into_pages: bool) -> int:
     """Print the tables of a file, and write them into the documentation if asked to."""
+    if path.stem == CARRIED_DIGITS:
+        print(table(path))
+        if into_pages:
+            write_block(path.stem, table(path), ROOT)
+        return 0
     if read(path).unfinished:
         print(f"note: the last line of {path} is cut off and does not count; its run is made again", file=sys.stderr)
     print("\n\n".join(blocks(path).values()))
