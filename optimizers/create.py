@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from leanstep.optimizers.common.adamw_rates import convert_rates
+from leanstep.optimizers.adamw_rates import convert_rates
 from leanstep.optimizers.common.base import LeanOptimizer
 from leanstep.optimizers.common.checks import known_options
 from leanstep.optimizers.lanton.optimizer import LANTON
