@@ -150,7 +150,7 @@ METHODS = {
     "adamw-default": Method("torch.optim:AdamW", "AdamW", None, {"fused": True}),
     "sinkgd-default": Method(_SINKGD, "SinkGD, AdamW on the rest"),
     "lion-default": Method(_LION, "Lion"),
-    "lanton-default": Method(_LANTON, "LANTON, alpha=1", None, {"alpha": 1.0}),
+    "lanton-default": Method(_LANTON, "LANTON"),
     "sinkgd-balanced-default": Method(_SINKGD, "SinkGD, balanced embedding and head", embeddings="balanced"),
     "lanton-plain-default": Method(_LANTON, "LANTON, plain", None, {"noise_adaptive": False}),
     "sinkgd-carried": Method(_SINKGD, "SinkGD, AdamW on the rest", None, _ADAMW, carried="rates"),

@@ -221,7 +221,11 @@ def appended(parts, path, protocol, kind, loss, methods=("adamw", "sinkgd", "lio
             for run in parts.search.judged_runs(best, protocol, kind):
                 steps = run.steps(protocol)
                 row = {"status": "done", "losses": [[steps, 4000, loss(method, run.seed)]], "bytes": {"weights": 1}}
-                writer.append(parts.results.run_row(protocol, run, {**row, "environment": {"commit": "abc"}}))
+                writer.append(
+                    parts.results.run_row(
+                        protocol, run, {**row, "environment": {"processor": "a", "torch": "1", "commit": "abc"}}
+                    )
+                )
 
 
 @pytest.mark.parametrize(("sinkgd", "reading"), [
@@ -293,6 +297,21 @@ def test_rates_of_the_nano_beside_a_larger_model(parts, tmp_path, monkeypatch):
 
     monkeypatch.setattr("comparison.growth.plan", on_edge)
     assert "transfer-llama-micro" not in parts.tables.blocks(larger)
+
+
+def test_the_table_of_rates_carried_over_says_what_they_are(parts, tmp_path):
+    path = tmp_path / "llama-nano-carried.jsonl"
+    protocol = parts.protocol.Protocol(overrides=TINY, weight_decays=(0.1,), warmups=(0.15,))
+    with parts.results.writing(path, protocol) as (_, writer):
+        writer.append({"kind": "search", "budget": 0, "starts": {"adamw": [1e-3, 4e-2]}})
+    methods = ("adamw", "sinkgd-carried", "lanton-auto")
+    appended(parts, path, protocol, "judge", lambda method, seed: 5 - methods.index(method) + 0.01 * seed, methods)
+    (block,) = parts.tables.blocks(path).items()
+    assert block[0] == "llama-nano-carried" and "rates of 0.001 for hidden matrices and 0.04 for the rest" in " ".join(
+        block[1].split()
+    )
+    assert "| SinkGD, AdamW on the rest | 4.020 ± 0.006 | -1.000 [-1.000, -1.000] | lower loss |" in block[1]
+    assert "| LANTON, alpha='auto', defaults | 3.020 ± 0.006 |" in block[1] and "Muon" not in block[1]
 
 
 # -- the file of results
