@@ -41,7 +41,7 @@ def table(path: Path) -> str:
         cells.append([NAMES[name], mean, *told])
     head = ["optimizer", f"cross-entropy, mean ± s.e. of {len(values)} seeds", "difference to AdamW [95 %]", "reading"]
     return (
-        "`python benchmarks optimizers/compare --family digits --carry docs/results/sparse-digits.jsonl`: a vision "
-        f"transformer on scikit-learn's digits, {run.steps} steps, AdamW's rate {run.rate:g} for all parameters and "
-        f"weight decay {run.second:g}; {settings['machine']}.\n\n{markdown(head, cells, (0, 3))}"
+        "`python benchmarks optimizers/compare --family digits`: a vision transformer on scikit-learn's digits,\n"
+        f"{run.steps} steps, AdamW's rate {run.rate:g} for all parameters and weight decay {run.second:g};\n"
+        f"{settings['machine']}.\n\n{markdown(head, cells, (0, 3))}"
     )

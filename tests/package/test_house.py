@@ -21,7 +21,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
     "lines of the package": {"AdamW's rates carried over": 149},
     "lines of tests/": {
         "the corpus of English text, as a command of benchmarks": 24,
-        "AdamW's rates carried over": 133,
+        "AdamW's rates carried over": 135,
     },
 }
 
