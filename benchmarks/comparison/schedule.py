@@ -121,7 +121,7 @@ class Scheduler:
                 assert run is not None
                 chosen.append(run)
         if (
-            not self.search.budget
+            self.search.carries
             or not chosen
             or self.results.timing
             and {run.method for run in chosen} <= set(self.results.timing["optimizers"])

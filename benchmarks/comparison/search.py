@@ -35,9 +35,14 @@ class Search(NamedTuple):
         starts = {name: method.start_for(model) for name, method in METHODS.items()}
         return cls(budget, {name: start for name, start in starts.items() if start is not None})
 
+    @property
+    def carries(self) -> bool:
+        """Whether nothing is searched, and all have AdamW's rates."""
+        return self.budget == 0 and bool(self.starts)
+
     def takes(self, method: str) -> bool:
         """Whether a comparison has a row of a method: one without a search has AdamW and those that are not tuned."""
-        return METHODS[method].carried is None if self.budget else METHODS[method].start is None or method == "adamw"
+        return METHODS[method].start is None or method == "adamw" if self.carries else METHODS[method].carried is None
 
 
 class Plan(NamedTuple):
@@ -121,7 +126,7 @@ def plan(method: str, protocol: Protocol, search: Search, losses: Mapping[Run, f
 
     Raises EdgeError if the best pair of the whole grid has an untried neighbour.
     """
-    if not search.budget and (method == "adamw" or METHODS[method].carried == "rates"):
+    if search.carries and (method == "adamw" or METHODS[method].carried == "rates"):
         settings = *search.starts["adamw"], protocol.weight_decays[0], protocol.warmups[0]
         chosen = Run("judge", method, protocol.judge_seeds[0], *settings)
         return Plan([], [run for run in judged_runs(chosen, protocol) if run not in losses], chosen)

@@ -30,7 +30,7 @@ def blocks(path: Path) -> dict[str, str]:
     results = read(path)
     rows, others = summarise(results)
     model = results.protocol.model
-    if not results.search.budget:
+    if results.search.carries:
         return {f"{model}-carried": _carried(results, rows, path)}
     contents = {
         f"compare-{model}": _comparison(results, rows, others, path),
@@ -85,7 +85,7 @@ def pages(path: Path, root: Path) -> dict[Path, str]:
     contents, results = blocks(path), read(path)
     targets = {page: replace_blocks(page.read_text("utf-8"), contents) for page in {page_of(n, root) for n in contents}}
     rows, _ = summarise(results)
-    if results.search.budget and any(row.difference for row in rows):
+    if not results.search.carries and any(row.difference for row in rows):
         targets[root / figure_path(results.protocol.model)] = figure(rows, results.protocol.model)
     return targets
 

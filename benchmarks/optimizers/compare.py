@@ -113,7 +113,7 @@ def compare(options) -> int:
         tune_steps=options.tune_steps, judge_steps=options.judge_steps, eval_every=options.eval_every,
         judge_seeds=tuple(options.judge_seeds), **carried,
     )  # fmt: skip
-    if search.budget:
+    if not search.carries:
         grid_size(protocol, search.budget)
     # differences are to tuned AdamW
     methods = list(dict.fromkeys([BASELINE, *(m for m in METHODS if m in options.methods and search.takes(m))]))
