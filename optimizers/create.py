@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from leanstep.optimizers.adamw_rates import convert_rates
 from leanstep.optimizers.common.base import LeanOptimizer
 from leanstep.optimizers.common.checks import known_options
 from leanstep.optimizers.lanton.optimizer import LANTON
@@ -24,6 +25,7 @@ def create(
     model: nn.Module,
     name: str,
     *,
+    like_adamw: Mapping[str, Any] | None = None,
     embeddings: str = "adamw",
     split: str | None = None,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
@@ -36,19 +38,25 @@ def create(
     Args:
         model: the model, with the parameters to train unfrozen. Shard or adapt it first.
         name: "lanton", "lion", "mfac" or "sinkgd", the names that recipes use.
+        like_adamw: AdamW's learning rate and weight decay, such as ``{"lr": 3e-4, "weight_decay": 0.1}``, in place of
+            ``lr`` and ``weight_decay``, for all but "mfac". Steps move weights as far as AdamW's would, and decay by as
+            much; schedule and warm-up stay. Rates in ``settings`` and ``overrides`` are then AdamW's too.
+            ``docs/howto/learning-rates.md`` has the rule of each class.
         embeddings, split, settings, overrides: as for :func:`param_groups`; "balanced" embeddings need "sinkgd", and
             ``split`` needs "sinkgd" or "lanton".
         say: takes the table of groups, with the rules of the class; None: no table, as on all ranks but one.
         **options: arguments of the class, such as ``lr``; torch's switches as for the class.
 
     Raises:
-        ValueError: for an unknown name, ``embeddings="balanced"`` or ``split`` for an optimizer without that rule, and
-            as the class and :func:`param_groups` do.
+        ValueError: for an unknown name; ``like_adamw`` without a rate, with unknown keys, with settings of roles that
+            no parameter has, with "mfac", or with options that it sets; ``embeddings="balanced"`` or ``split`` for an
+            optimizer without that rule; and as the class and :func:`param_groups` do.
         TypeError: for an option that the class does not have.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 10))
         >>> optimizer = create(model, "lion", lr=1e-4, say=None)
+        >>> optimizer = create(model, "sinkgd", like_adamw={"lr": 3e-4, "weight_decay": 0.1}, say=None)
 
         transformers' Trainer calls it after it has wrapped the model, as FSDP needs::
 
@@ -74,6 +82,11 @@ def create(
             f"create: split={split!r} is for the rules of matrices of SinkGD and LANTON, not {cls.__name__}"
         )
     groups = param_groups(model, settings, embeddings=embeddings, split=split, overrides=overrides)
+    if like_adamw is not None:
+        if groups.unused_settings:
+            roles = ", ".join(groups.unused_settings)
+            raise ValueError(f"create: like_adamw: no parameter has the role {roles} of settings; leave it out")
+        convert_rates("create: like_adamw", cls, groups, options, like_adamw)
     if say is not None:
         say(f"{cls.__name__}\n{groups.summary(cls)}")
     return cls(groups, **options)

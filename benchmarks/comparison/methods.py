@@ -10,6 +10,7 @@ import torch
 
 from comparison.protocol import ComparisonError, Protocol, Run, digest
 from leanstep.optimizers import param_groups
+from leanstep.optimizers.adamw_rates import convert_rates
 
 # roles whose learning rate is the first axis of the grid; embeddings, heads, norms and biases have the second
 MATRIX_ROLES = ("hidden", "expert", "router", "conv", "lora")
@@ -28,6 +29,7 @@ class Method:
         matrices: ``algorithm`` of the groups of matrix roles, for classes with several.
         embeddings: rule of embeddings and heads, as for :func:`leanstep.optimizers.param_groups`.
         roles: settings of the groups of other roles, by role; "tied" are those of an embedding that is also the head.
+        carried: for comparisons without a search: "rates": AdamW's, by ``like_adamw``; "defaults": the class's.
     """
 
     cls: str
@@ -37,6 +39,7 @@ class Method:
     matrices: str | None = None
     embeddings: str = "adamw"
     roles: dict[str, dict[str, Any]] = field(default_factory=dict)
+    carried: str | None = None
 
     def start_for(self, model: str) -> tuple[float, float] | None:
         """Where the search begins on a model, for example ``"gpt-nano"``: its own start, or that of all models."""
@@ -45,7 +48,7 @@ class Method:
     @property
     def title(self) -> str:
         """The label, with a word where the class's defaults hold."""
-        return self.label if self.start else f"{self.label}, defaults"
+        return self.label if self.start or self.carried == "rates" else f"{self.label}, defaults"
 
     @property
     def definition(self) -> dict[str, Any]:
@@ -53,6 +56,8 @@ class Method:
         fixed = {"args": self.args, "matrices": self.matrices, "roles": self.roles}
         if self.embeddings != "adamw":
             fixed["embeddings"] = self.embeddings
+        if self.carried == "rates":
+            fixed["like_adamw"] = True
         return {"class": self.cls, **{key: value for key, value in fixed.items() if value}}
 
     def optimizer_class(self) -> type[torch.optim.Optimizer]:
@@ -80,7 +85,10 @@ class Method:
             if rate is not None:
                 group["lr"] = rate
         options = dict(self.args)
-        if run.weight_decay is not None:
+        if self.carried == "rates":
+            rates = {"lr": run.hidden_lr, "weight_decay": run.weight_decay}
+            convert_rates(self.label, self.optimizer_class(), groups, options, rates)
+        elif run.weight_decay is not None:
             options["weight_decay"] = run.weight_decay
         return self.optimizer_class()(groups, **options)
 
@@ -145,5 +153,9 @@ METHODS = {
     "lanton-default": Method(_LANTON, "LANTON"),
     "sinkgd-balanced-default": Method(_SINKGD, "SinkGD, balanced embedding and head", embeddings="balanced"),
     "lanton-plain-default": Method(_LANTON, "LANTON, plain", None, {"noise_adaptive": False}),
+    "sinkgd-carried": Method(_SINKGD, "SinkGD, AdamW on the rest", None, _ADAMW, carried="rates"),
+    "lanton-carried": Method(_LANTON, "LANTON", None, {"alpha": "auto"}, carried="rates"),
+    "lion-carried": Method(_LION, "Lion", carried="rates"),
+    "lanton-auto": Method(_LANTON, "LANTON, alpha='auto'", None, {"alpha": "auto"}, carried="defaults"),
     "s-mfac-default": Method(_MFAC, "S-MFAC", None, {"compression": "topk"}),
 }  # fmt: skip

@@ -25,12 +25,12 @@ class Stopped(Exception):
 class Scheduler:
     """Runs what the methods need, those of earlier methods first."""
 
-    def __init__(self, results: Results, writer: Writer, methods: list[str], budget: int, workers: int,
+    def __init__(self, results: Results, writer: Writer, methods: list[str], search: Search, workers: int,
                  minutes: float, again: Mapping[str, Sequence[str]] | None = None) -> None:  # fmt: skip
         """``again`` has the methods that are judged once more, by kind of :class:`Run`."""
         self.results, self.writer, self.methods, self.again = results, writer, methods, again or {}
         self.protocol: Protocol = results.protocol
-        self.search = Search.of_this_version(budget, self.protocol.model)
+        self.search = search
         self.workers = workers
         self.deadline = time.monotonic() + 60 * minutes if minutes else math.inf
         self.edges: dict[str, str] = {}
@@ -121,7 +121,8 @@ class Scheduler:
                 assert run is not None
                 chosen.append(run)
         if (
-            not chosen
+            self.search.carries
+            or not chosen
             or self.results.timing
             and {run.method for run in chosen} <= set(self.results.timing["optimizers"])
         ):

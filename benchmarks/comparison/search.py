@@ -26,7 +26,7 @@ class EdgeError(ComparisonError):
 class Search(NamedTuple):
     """Tuning runs of every method, and the hidden and other learning rate with which each one starts."""
 
-    budget: int
+    budget: int  # 0: no search; the starts are the tuned AdamW's rates, which every method but those of defaults has
     starts: Mapping[str, tuple[float, float]]
 
     @classmethod
@@ -34,6 +34,15 @@ class Search(NamedTuple):
         """The starts of :data:`comparison.methods.METHODS` on a model."""
         starts = {name: method.start_for(model) for name, method in METHODS.items()}
         return cls(budget, {name: start for name, start in starts.items() if start is not None})
+
+    @property
+    def carries(self) -> bool:
+        """Whether nothing is searched, and all have AdamW's rates."""
+        return self.budget == 0 and bool(self.starts)
+
+    def takes(self, method: str) -> bool:
+        """Whether a comparison has a row of a method: one without a search has AdamW and those that are not tuned."""
+        return METHODS[method].start is None or method == "adamw" if self.carries else METHODS[method].carried is None
 
 
 class Plan(NamedTuple):
@@ -117,6 +126,10 @@ def plan(method: str, protocol: Protocol, search: Search, losses: Mapping[Run, f
 
     Raises EdgeError if the best pair of the whole grid has an untried neighbour.
     """
+    if search.carries and (method == "adamw" or METHODS[method].carried == "rates"):
+        settings = *search.starts["adamw"], protocol.weight_decays[0], protocol.warmups[0]
+        chosen = Run("judge", method, protocol.judge_seeds[0], *settings)
+        return Plan([], [run for run in judged_runs(chosen, protocol) if run not in losses], chosen)
     if METHODS[method].start is None:
         chosen = default_run(method, protocol, protocol.judge_seeds[0])
         return Plan([], [run for run in judged_runs(chosen, protocol) if run not in losses], chosen)

@@ -131,7 +131,7 @@ def summarise(results: Results) -> tuple[list[Row], dict[str, str]]:
     protocol, losses, budget = results.protocol, results.losses, results.search.budget
     complete: dict[str, tuple[Run, int]] = {}
     others: dict[str, str] = {}
-    for method in METHODS:
+    for method in filter(results.search.takes, METHODS):
         if METHODS[method].start and method not in results.search.starts:
             others[method] = "not begun"
             continue

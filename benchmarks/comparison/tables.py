@@ -30,6 +30,8 @@ def blocks(path: Path) -> dict[str, str]:
     results = read(path)
     rows, others = summarise(results)
     model = results.protocol.model
+    if results.search.carries:
+        return {f"{model}-carried": _carried(results, rows, path)}
     contents = {
         f"compare-{model}": _comparison(results, rows, others, path),
         f"chosen-{model}": _chosen(results, rows),
@@ -83,7 +85,7 @@ def pages(path: Path, root: Path) -> dict[Path, str]:
     contents, results = blocks(path), read(path)
     targets = {page: replace_blocks(page.read_text("utf-8"), contents) for page in {page_of(n, root) for n in contents}}
     rows, _ = summarise(results)
-    if any(row.difference for row in rows):
+    if not results.search.carries and any(row.difference for row in rows):
         targets[root / figure_path(results.protocol.model)] = figure(rows, results.protocol.model)
     return targets
 
@@ -173,6 +175,20 @@ def _comparison(results: Results, rows: list[Row], others: dict[str, str], path:
     if others and results.rows:
         parts.append(_paragraph(_unfinished(others)))
     return "\n\n".join(parts)
+
+
+def _carried(results: Results, rows: list[Row], path: Path) -> str:
+    protocol, (hidden, other) = results.protocol, results.search.starts[BASELINE]
+    seeds = f"loss, mean ± s.e. of {len(protocol.judge_seeds)} seeds"
+    head = ["optimizer", seeds, "difference to AdamW [95 %]", "reading", "MB"]
+    cells = [[METHODS[row.method].title, _loss(row), *_difference(row), f"{row.bytes / 1e6:.1f}"] for row in rows]
+    text = (
+        f"AdamW has the settings of its search on this model: rates of {hidden:g} for hidden matrices and {other:g} "
+        f"for the rest, weight decay {protocol.weight_decays[0]:g}, warm-up {protocol.warmups[0]:.0%}. The others "
+        "have the same by `like_adamw`, or the defaults of the class and this warm-up. Nothing is tuned for them. The "
+        "interval is Student's, paired by seed."
+    )
+    return "\n\n".join([*_caption(results, path), markdown(head, cells, (0, 3)), _paragraph(text)])
 
 
 def _paragraph(text: str) -> str:

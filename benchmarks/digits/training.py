@@ -13,12 +13,14 @@ from models import digit_images
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from leanstep.optimizers.create import OPTIMIZERS, create
 from leanstep.sparsity import Schedule, sparsify, squash, verify
 from leanstep.sparsity.training.methods import METHODS
 
 LAYERS = ("*.mlp.*", "*.[qkv]_proj")
 MODEL = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
 IMAGE = {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 10}
+ADAMW_BETAS = (0.9, 0.95)
 BATCH, WEIGHT_DECAY, WARMUP, FINETUNE = 32, 0.05, 0.1, 0.1
 # of the held-out half, from the start; the rest judges
 TUNE_FRACTION = 0.25
@@ -30,7 +32,8 @@ class Run(NamedTuple):
 
     Attributes:
         kind: "tune" or "judge": the held-out images that test it.
-        method: of :data:`leanstep.sparsity.training.methods.METHODS`, or "dense", which has no pattern.
+        method: of :data:`leanstep.sparsity.training.methods.METHODS`, or "dense", which has no pattern; or "lion",
+            "sinkgd", "lanton": dense, with AdamW's rates carried over.
         pattern: target, as "1:8".
         seed: of the initial weights and the order of the images.
         steps: number of steps.
@@ -72,7 +75,7 @@ def batches(data: Images, steps: int, seed: int) -> Iterator[Images]:
 
 def train(run: Run) -> dict[str, Any]:
     """Train once and test the squashed model: accuracy, cross-entropy (inf where it is not finite), seconds."""
-    kind = METHODS[run.method].kind if run.method != "dense" else None
+    kind = METHODS[run.method].kind if run.pattern else None
     if kind and run.second >= 1:  # no step would be left for the decay
         return {"accuracy": 0.0, "loss": math.inf, "seconds": 0.0}
     start = time.perf_counter()
@@ -94,13 +97,19 @@ def trained(run: Run) -> nn.Module:
 
     torch.manual_seed(run.seed)
     model = ViTForImageClassification(ViTConfig(**MODEL, **IMAGE))
-    weight_decay = run.second if run.method == "dense" else WEIGHT_DECAY
-    optimizer = torch.optim.AdamW(model.parameters(), lr=run.rate, weight_decay=weight_decay, betas=(0.9, 0.95))
+    weight_decay = WEIGHT_DECAY if run.pattern else run.second
+    optimizer: torch.optim.Optimizer
+    if run.method in OPTIMIZERS:
+        betas = {"betas": ADAMW_BETAS} if run.method == "sinkgd" else {}
+        rates = {"lr": run.rate, "weight_decay": weight_decay}
+        optimizer = create(model, run.method, like_adamw=rates, say=None, **betas)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=run.rate, weight_decay=weight_decay, betas=ADAMW_BETAS)
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=int(WARMUP * run.steps))
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, run.steps - warmup.total_iters)
     rate = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], [warmup.total_iters])
     rules = dict.fromkeys(LAYERS, run.pattern)
-    sparse = run.method != "dense"
+    sparse = bool(run.pattern)
     if sparse:
         kind = METHODS[run.method].kind
         schedule = Schedule(kind=kind or "constant", total_steps=run.steps, finetune=run.second if kind else FINETUNE)

@@ -33,6 +33,8 @@ from leanstep.optimizers.mfac.window import columns_of, mask_like
 class MFAC(LeanOptimizer):
     r"""M-FAC (matrix-free approximate curvature): natural-gradient steps from a window of gradients.
 
+    Start with ``lr`` 1e-3 and tune it with ``damping``, in factors of ten. No rate of AdamW's carries over.
+
     The rows of G are the last n gradients of a scope of d weights, n <= ``window``. With s = ``window`` (or n, see
     ``scaling``) and the newest gradient g::
 

@@ -78,7 +78,8 @@ class SinkGD(LeanOptimizer):
     Args:
         params: parameters, named parameters, or groups.
         lr: step size (eta in the paper), a number or a one-element tensor. AdamW parameters do not use ``scale``.
-        scale: multiplier of lr (alpha in the paper), published as 0.05 with lr 0.02. 0.2 suits an lr tuned for AdamW.
+        scale: multiplier of lr (alpha in the paper), published as 0.05 with lr 0.02. 1 suits an lr tuned for AdamW, and
+            0.28 with ``momentum=0.9``: ``like_adamw`` of :func:`leanstep.optimizers.create`.
         num_iters: L, the number of (row, column) iterations.
         weight_decay: decoupled. Multiplied by lr * scale for normalized parameters, by lr for AdamW's.
         momentum: weight of the old M; 0: no momentum and no state.

@@ -56,7 +56,10 @@ _OVERRIDE = (1 << 30, 0, "override")
 _NOT_INHERITED = ("name", "description", "expect")
 _LONGEST_LINE = 1000  # characters of a problem
 # section -> the key that names a class, and the keys of that class
-_CLASS_KEYS = {"optimizer": ("name", ("args", "groups", "embeddings", "split")), "model": ("family", ("config",))}
+_CLASS_KEYS = {
+    "optimizer": ("name", ("args", "groups", "embeddings", "split", "like_adamw")),
+    "model": ("family", ("config",)),
+}
 
 
 class ConfigError(ValueError):
@@ -212,7 +215,11 @@ class _Reader:
         if not names or names[-1].strip(" '\"") == before:
             return
         left_out = []
+        # rates of groups are AdamW's, too
+        carried = any(word.replace(" ", "") == "optimizer.like_adamw=true" for word in overrides)
         for key in _CLASS_KEYS["optimizer"][1]:
+            if carried and key == "groups":
+                continue
             if value := section.pop(key, None):
                 left_out += [f"args.{name}" for name in value] if key == "args" and isinstance(value, dict) else [key]
         self.replaced = str(before), left_out
@@ -227,7 +234,7 @@ class _Reader:
         if left_out:
             yield f"{begin}: left out what the recipe sets for {before}: {', '.join(left_out)}"
         rates = [key for key in ("lr", "weight_decay") if ("optimizer", key) not in self.overridden]
-        if "lr" in rates:
+        if "lr" in rates and not config.optimizer.like_adamw:
             other = self.stem.replace(before, name)
             has_own = other != self.stem and other in _shipped()
             advice = f"{other} has {_rates(load(other), rates)}" if has_own else "give optimizer.lr"

@@ -57,6 +57,12 @@ def joint_problems(config: RunConfig, world_size: int = 1) -> Iterator[tuple[tup
             ("optimizer.embeddings", "optimizer.name"),
             f"'balanced' is a rule of sinkgd, and optimizer.name is {config.optimizer.name!r}; take embeddings=adamw",
         )
+    if config.optimizer.like_adamw and config.optimizer.name not in ("lion", "sinkgd", "lanton"):
+        yield (
+            ("optimizer.like_adamw", "optimizer.name"),
+            f"carries AdamW's rates over to lion, sinkgd or lanton, and optimizer.name is {config.optimizer.name!r}; "
+            "take like_adamw=false",
+        )
     if config.optimizer.split is not None and config.optimizer.name not in ("sinkgd", "lanton"):
         yield (
             ("optimizer.split", "optimizer.name"),

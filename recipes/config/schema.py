@@ -154,6 +154,8 @@ class BatchConfig:
 class OptimizerConfig:
     """The optimizer: its name, learning rate, weight decay, further arguments, and options per group.
 
+    With ``like_adamw``, the rates of lion, sinkgd or lanton are AdamW's, those of ``groups`` too: steps move weights as
+    far, as :func:`leanstep.optimizers.create` does it.
     ``embeddings`` is the rule of SinkGD for embeddings and heads, as in :func:`leanstep.optimizers.param_groups`.
     ``split`` is its argument, too: SinkGD and LANTON step the matrices of fused weights (``fused``), and also every
     head of Q and K (``heads``), as matrices of their own.
@@ -165,6 +167,7 @@ class OptimizerConfig:
     name: OptimizerName = "adamw"
     lr: float = Field(default=1e-3, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
+    like_adamw: bool = False
     embeddings: Literal["adamw", "balanced"] = "adamw"
     split: Literal["fused", "heads"] | None = None
     args: dict[str, Any] = Field(default_factory=dict)

@@ -31,6 +31,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrained
 from leanstep import optimizers
 from leanstep._torch import output_head
 from leanstep.optimizers import param_groups
+from leanstep.optimizers.adamw_rates import convert_rates
 from leanstep.pruning.folder.loading import begin_tokens
 from leanstep.recipes.config.schema import (
     OPTIMIZERS,
@@ -368,15 +369,20 @@ def build_optimizer(config: OptimizerConfig, model: torch.nn.Module) -> torch.op
         ValueError: an unknown argument, a refused value, or an entry of ``groups`` that selects nothing.
     """
     cls = optimizer_class(config.name)
-    options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, **config.args}
+    rates = {"lr": config.lr, "weight_decay": config.weight_decay}
+    options: dict[str, Any] = {**rates, **config.args}
     unknown = sorted(set(options) - set(inspect.signature(cls.__init__).parameters))
     if unknown:
         raise ValueError(f"optimizer.args: {cls.__name__} takes no argument {', '.join(map(repr, unknown))}")
     if config.name == "adamw":
         options.setdefault("fused", True)
     groups = list(_groups(config, model))
+    options = {key: _python_value(key, value) for key, value in options.items()}
     try:
-        return cls(groups, **{key: _python_value(key, value) for key, value in options.items()})
+        if config.like_adamw:
+            options = {key: options[key] for key in config.args}
+            convert_rates("optimizer.like_adamw", cls, groups, options, rates)
+        return cls(groups, **options)
     except TypeError as error:
         # a recipe's wrong type is an error of the user, like a value out of range
         raise ValueError(f"optimizer: {error}") from error

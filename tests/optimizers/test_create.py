@@ -86,6 +86,73 @@ def test_mistakes_are_told(name, options, error, message):
         create(list(Model().parameters()), "lion", say=None)
 
 
+CARRIED = [("sinkgd", {}), ("sinkgd", {"momentum": 0.9}), ("sinkgd", {"embeddings": "balanced"}), ("lion", {}),
+           ("lanton", {"noise_adaptive": False}), ("lanton", {"noise_adaptive": False, "nesterov": True})]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, options", CARRIED)
+def test_like_adamw_moves_as_far_and_decays_as_much(name, options):
+    """Gradients of a steady mean under noise: each role moves along the mean as by AdamW, and decays as much."""
+    rates, embedding = {"lr": 1e-3, "weight_decay": 0.1}, {"lr": 4e-3}
+    moved = {}
+    for one in ("adamw", name):
+        torch.manual_seed(0)
+        model = Model(vocabulary=48, width=40)
+        if one == "adamw":
+            others = [p for p in model.parameters() if p is not model.embed.weight]
+            optimizer = torch.optim.AdamW([{"params": others}, {"params": [model.embed.weight], **embedding}], lr=1e-3,
+                                          weight_decay=0.0)  # fmt: skip
+        else:
+            optimizer = create(model, name, like_adamw=rates, settings={"embedding": embedding}, say=None, **options)
+            before = [model.layer.weight.detach().clone(), model.embed.weight.detach().clone()]
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+            torch.testing.assert_close(model.layer.weight, before[0] * (1 - 1e-4), rtol=1e-6, atol=1e-9)
+            assert torch.equal(model.embed.weight, before[1])
+            for group in optimizer.param_groups:
+                group["weight_decay"] = 0.0
+            optimizer.state.clear()
+        # of matrices in one direction, as LANTON's steps have all singular values alike
+        means = {key: torch.randn(p.shape[0]).sign() * 0.17 for key, p in model.named_parameters()}
+        means = {
+            key: mean if p.dim() == 1 else torch.outer(mean, torch.randn(p.shape[1]).sign())
+            for (key, p), mean in zip(model.named_parameters(), means.values(), strict=True)
+        }
+        noise = torch.Generator().manual_seed(1)
+        for step in range(250):
+            if step == 125:  # Lion's average takes a hundred steps
+                start = {key: p.detach().clone() for key, p in model.named_parameters()}
+            for key, p in model.named_parameters():
+                p.grad = 1e-4 * (means[key] + torch.randn(p.shape, generator=noise))
+            optimizer.step()
+        moved[one] = {k: ((p.detach() - start[k]) * means[k].sign()).mean().item() for k, p in model.named_parameters()}
+    for key in ("layer.weight", "embed.weight", "lm_head.weight"):
+        assert moved[name][key] / moved["adamw"][key] == pytest.approx(1, abs=0.3), key
+
+
+@pytest.mark.parametrize(
+    "name, rates, options, error, message",
+    [
+        ("lion", {"weight_decay": 0.1}, {}, ValueError, r"like_adamw: expected AdamW's 'lr'.*without 'lr'"),
+        ("lion", {"lr": 1e-3, "beta": 1}, {}, ValueError, r"got a mapping with \['beta'\]; rates of roles go into set"),
+        ("lion", {"lr": "3e-4"}, {}, TypeError, r"like_adamw, group 'hidden': lr must be a number.*write 0.0003"),
+        ("lanton", {"lr": -1.0}, {}, ValueError, "Invalid lr: -1.0; create: like_adamw"),
+        ("sinkgd", {"lr": 1e-3, "weight_decay": -1}, {}, ValueError, "Invalid weight_decay: -1"),
+        ("sinkgd", 3e-4, {}, TypeError, r"expected a mapping such as \{'lr'.*got 0.0003"),
+        ("sinkgd", {"lr": 1e-3}, {"lr": 1e-3}, ValueError, "like_adamw: leave out lr; the rates are AdamW's"),
+        ("lanton", {"lr": 1e-3}, {"weight_decay": 0.1, "radius": 2.0}, ValueError, "leave out radius, weight_decay;"),
+        ("sinkgd", {"lr": 1e-3}, {"settings": {"hidden": {"scale": 0.1}}}, ValueError, "leave out scale;"),
+        ("lion", {"lr": 1e-3}, {"settings": {"router": {"lr": 1.0}}}, ValueError, "no parameter has the role router"),
+        ("lion", {"lr": 1e-3}, {"settings": {"norm": {"lr": "fast"}}}, TypeError, "group 'norm': lr must be a number"),
+        ("mfac", {"lr": 1e-3}, {}, ValueError, "a step of MFAC has no set length.*Give lr=, from 1e-3"),
+    ],
+)
+def test_mistakes_of_like_adamw_are_told(name, rates, options, error, message):
+    with pytest.raises(error, match=message):
+        create(Model(), name, like_adamw=rates, say=None, **options)
+
+
 def balanced_update(buffer, gradient, momentum=0.95, tau=1e-3, alternations=11, eps=1e-20):
     """Nesterov momentum, quiet rows dropped, rows and columns normalized in turn, the rows last. In float64."""
     buffer.mul_(momentum).add_(gradient, alpha=1 - momentum)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import scipy.stats
+import torch
 from comparison_runs import TINY, comparison_modules
 
 ROOT = Path(__file__).parents[2]
@@ -132,6 +133,27 @@ def test_adapters_have_one_rate(parts, optimum):
         parts.search.grid_size(protocol, 8)
 
 
+def test_without_a_search_all_have_the_rates_of_the_tuned_adamw(parts):
+    protocol = parts.protocol.Protocol(weight_decays=(0.0,), warmups=(0.15,))
+    search, searched = parts.search.Search(0, {"adamw": (1e-3, 4e-2)}), parts.search.Search.of_this_version(20, "x")
+    model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 4))
+    for method in ("adamw", "sinkgd-carried", "lanton-carried"):
+        state = parts.search.plan(method, protocol, search, {})
+        assert [run.seed for run in state.missing] == [1, 2, 3] and search.takes(method)
+        assert {(run.hidden_lr, run.other_lr, run.weight_decay, run.warmup) for run in state.missing} == {
+            (1e-3, 4e-2, 0.0, 0.15)
+        }
+        groups = {
+            group["name"]: group for group in parts.methods.METHODS[method].build(model, state.chosen).param_groups
+        }
+        assert (groups["hidden"]["lr"], groups["embedding"]["lr"]) == (1e-3, 4e-2)
+    assert groups["hidden"]["scaling"] == "muon"
+    assert parts.search.plan("lanton-auto", protocol, search, {}).chosen.hidden_lr is None and search.takes(
+        "lanton-auto"
+    )
+    assert not search.takes("muon") and not searched.takes("lion-carried") and searched.takes("muon")
+
+
 # -- statistics
 
 
@@ -164,7 +186,8 @@ def test_a_curve_between_evaluations(parts):
 
 
 def test_the_page_has_the_numbers_of_the_code(parts):
-    protocol, methods = parts.protocol.Protocol(), parts.methods.METHODS.values()
+    protocol = parts.protocol.Protocol()
+    methods = [method for method in parts.methods.METHODS.values() if method.carried is None]
     text = " ".join((ROOT / "docs" / "protocol.md").read_text("utf-8").split())
     tuned, seeds = sum(method.start is not None for method in methods), len(protocol.judge_seeds)
     first, *others = [f"{value:g}" for value in protocol.weight_decays]
@@ -198,7 +221,11 @@ def appended(parts, path, protocol, kind, loss, methods=("adamw", "sinkgd", "lio
             for run in parts.search.judged_runs(best, protocol, kind):
                 steps = run.steps(protocol)
                 row = {"status": "done", "losses": [[steps, 4000, loss(method, run.seed)]], "bytes": {"weights": 1}}
-                writer.append(parts.results.run_row(protocol, run, {**row, "environment": {"commit": "abc"}}))
+                writer.append(
+                    parts.results.run_row(
+                        protocol, run, {**row, "environment": {"processor": "a", "torch": "1", "commit": "abc"}}
+                    )
+                )
 
 
 @pytest.mark.parametrize(("sinkgd", "reading"), [
@@ -270,6 +297,21 @@ def test_rates_of_the_nano_beside_a_larger_model(parts, tmp_path, monkeypatch):
 
     monkeypatch.setattr("comparison.growth.plan", on_edge)
     assert "transfer-llama-micro" not in parts.tables.blocks(larger)
+
+
+def test_the_table_of_rates_carried_over_says_what_they_are(parts, tmp_path):
+    path = tmp_path / "llama-nano-carried.jsonl"
+    protocol = parts.protocol.Protocol(overrides=TINY, weight_decays=(0.1,), warmups=(0.15,))
+    with parts.results.writing(path, protocol) as (_, writer):
+        writer.append({"kind": "search", "budget": 0, "starts": {"adamw": [1e-3, 4e-2]}})
+    methods = ("adamw", "sinkgd-carried", "lanton-auto")
+    appended(parts, path, protocol, "judge", lambda method, seed: 5 - methods.index(method) + 0.01 * seed, methods)
+    (block,) = parts.tables.blocks(path).items()
+    assert block[0] == "llama-nano-carried" and "rates of 0.001 for hidden matrices and 0.04 for the rest" in " ".join(
+        block[1].split()
+    )
+    assert "| SinkGD, AdamW on the rest | 4.020 ± 0.006 | -1.000 [-1.000, -1.000] | lower loss |" in block[1]
+    assert "| LANTON, alpha='auto', defaults | 3.020 ± 0.006 |" in block[1] and "Muon" not in block[1]
 
 
 # -- the file of results
@@ -453,7 +495,8 @@ def test_a_full_disk_and_a_second_writer_are_told(parts, tmp_path, monkeypatch):
 def test_another_environment_is_refused(parts, tmp_path):
     protocol = synthetic(parts, tmp_path / "r.jsonl")
     with parts.results.writing(tmp_path / "r.jsonl", protocol) as (results, writer):
-        scheduler = parts.schedule.Scheduler(results, writer, ["adamw"], 20, 1, 0.0)
+        search = parts.search.Search.of_this_version(20, protocol.model)
+        scheduler = parts.schedule.Scheduler(results, writer, ["adamw"], search, 1, 0.0)
         with pytest.raises(parts.protocol.ComparisonError, match="another environment: processor a, now"):
             scheduler.go()
 

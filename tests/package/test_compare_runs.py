@@ -110,7 +110,7 @@ def test_every_method_builds_with_the_rates_of_its_roles(parts, family):
     )
     for method, settings in parts.methods.METHODS.items():
         run = parts.methods.default_run(method, protocol, 1)
-        if settings.start is not None:
+        if settings.start is not None or settings.carried == "rates":
             run = replace(run, hidden_lr=1e-3, other_lr=2e-3, weight_decay=0.1)
         training = parts.training.Training(protocol, run)
         groups = training.optimizer.param_groups
@@ -179,7 +179,8 @@ def test_a_killed_comparison_goes_on_and_repeats_nothing(parts, tmp_path):
 def scheduler(parts, tmp_path):
     protocol = parts.protocol.Protocol(overrides=TINY, tune_steps=2, judge_steps=2)
     with parts.results.writing(tmp_path / "r.jsonl", protocol) as (results, writer):
-        yield lambda minutes: parts.schedule.Scheduler(results, writer, ["adamw"], 20, 1, minutes)
+        search = parts.search.Search.of_this_version(20, protocol.model)
+        yield lambda minutes: parts.schedule.Scheduler(results, writer, ["adamw"], search, 1, minutes)
 
 
 def test_the_time_that_is_given_is_not_passed(parts, scheduler):

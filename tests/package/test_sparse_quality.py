@@ -5,7 +5,8 @@ import math
 from pathlib import Path
 
 import pytest
-from comparison_runs import benchmark_modules
+import scipy.stats
+from comparison_runs import benchmark_modules, check_page
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {"budget": 16, "seeds": 3, "steps": 8}
@@ -13,7 +14,7 @@ SETTINGS = {"budget": 16, "seeds": 3, "steps": 8}
 
 @pytest.fixture(scope="module")
 def parts():
-    yield from benchmark_modules("digits", ("training", "search", "tables"))
+    yield from benchmark_modules("digits", ("training", "search", "tables", "carried"))
 
 
 def loss_at(run, start, x0=1, y0=0):
@@ -111,3 +112,7 @@ def test_the_page_is_that_of_the_committed_results(parts):
     text = parts.tables.text(settings, cells, len(parts.search.CELLS))
     page = (ROOT / "docs" / "measured" / "sparsity.md").read_text("utf-8")
     assert f"<!-- table:sparse-quality -->\n{text}\n<!-- /table:sparse-quality -->" in page
+
+
+def test_the_page_has_the_digits_with_adamws_rates_carried_over(parts):
+    check_page(parts.carried.table, "digits-carried.jsonl")

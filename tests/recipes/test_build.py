@@ -9,7 +9,7 @@ import torch
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 import leanstep.optimizers
-from leanstep import use_backend
+from leanstep import create, use_backend
 from leanstep.recipes.config.schema import (
     OPTIMIZERS,
     BatchConfig,
@@ -221,6 +221,29 @@ def test_balanced_embeddings_are_one_key():
     assert (table["algorithm"], table["momentum"], table["lr"]) == ("balanced", 0.95, 1e-3)
     assert groups["model.norm.weight"]["algorithm"] == "adamw"
     assert groups["model.layers.0.mlp.up_proj.weight"]["algorithm"] == "sinkgd"
+
+
+@pytest.mark.parametrize("name", ["lion", "sinkgd", "lanton"])
+def test_like_adamw_is_what_create_does(name):
+    """The rates of groups are AdamW's, too."""
+    model = build_model(LLAMA, 300)
+    config = OptimizerConfig(
+        name=name, lr=1e-3, weight_decay=0.1, like_adamw=True, groups=[{"role": "embedding", "lr": 1e-2}]
+    )
+    built = groups_of(build_optimizer(config, model), model)
+    created = groups_of(
+        create(
+            model, name, like_adamw={"lr": 1e-3, "weight_decay": 0.1}, settings={"embedding": {"lr": 1e-2}}, say=None
+        ),
+        model,
+    )
+    for key in ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight"):
+        rates = [
+            {k: group.get(k) for k in ("lr", "weight_decay", "radius", "scale")} for group in (built[key], created[key])
+        ]
+        assert rates[0] == rates[1]
+    with pytest.raises(ValueError, match="optimizer.like_adamw: leave out radius|no argument 'radius'"):
+        build_optimizer(replace(config, args={"radius": 2.0}), model)
 
 
 def test_split_is_one_key():

@@ -487,6 +487,19 @@ def test_split_is_for_rules_of_matrices(recipe):
         load(recipe(), [f"optimizer={{name: {name}, lr: 1e-2, split: heads}}"])
 
 
+def test_like_adamw_keeps_the_rates_of_an_adamw_recipe(recipe):
+    """Those of its groups, too, without a warning."""
+    (problem,) = problems_of(recipe(), ["optimizer.like_adamw=true"])
+    assert (
+        "optimizer.like_adamw carries AdamW's rates over to lion, sinkgd or lanton, and optimizer.name is 'adamw'"
+        in problem
+    )
+    config = load("llama-micro-adamw", ["optimizer.name=sinkgd", "optimizer.like_adamw=true"])
+    adamw = load("llama-micro-adamw").optimizer
+    assert (config.optimizer.lr, config.optimizer.groups) == (adamw.lr, adamw.groups) and adamw.groups
+    assert [note for note in config.notes if "keeps lr" in note] == []
+
+
 def test_qk_clip_needs_attention_in_sight(recipe):
     load(recipe(), ["qk_clip.threshold=100"])
     (problem,) = problems_of(recipe(), ["qk_clip.threshold=100", "compile=true"])
