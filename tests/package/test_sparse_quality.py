@@ -5,7 +5,6 @@ import math
 from pathlib import Path
 
 import pytest
-import scipy.stats
 from comparison_runs import benchmark_modules, check_page
 
 ROOT = Path(__file__).parents[2]
