@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from leanstep.pruning.allocate.latency import LatencyTable
     from leanstep.pruning.measure.curves import Curve
     from leanstep.pruning.measure.metrics import Metric
-    from leanstep.pruning.measure.points import Progress
     from leanstep.sparsity import NM
 
+# called with what is done, what there is in all, and the name of a matrix or a phase; with 0 and 0 where a phase begins
+Progress = Callable[[int, int, str], Any]
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 
@@ -85,10 +86,9 @@ class PruneConfig:
         minutes: time after the Fisher curves at which ``anchored`` begins no measurement any more. It measures on as
             many of the first samples as let it measure all matrices in four fifths of that time, with 128 outputs
             (tokens, or samples of a classifier) or more: shuffle samples whose order means something. See
-            :mod:`leanstep.pruning.measure.sampling`. Curves of matrices that were not reached are scaled as those of
-            the same kind that were, with the median of all. On
-            held-out data, matrices are pruned one by one as long as that takes no longer, first for the allocation
-            that was asked for.
+            :mod:`leanstep.pruning.measure.fisher.sampling`. Curves of matrices that were not reached are scaled as
+            those of the same kind that were, with the median of all. On held-out data, matrices are pruned one by one
+            as long as that takes no longer, first for the allocation that was asked for.
         correction: ``none``; or ``relinearise``, which takes curves again around the uniformly pruned model, and once
             more around the new allocation if that is better: measured ones where all curves are measured, else to
             second order, first-order terms included. The allocation with the smallest joint distortion on
@@ -417,6 +417,12 @@ class Execution:
     stored: Callable[[str], Tensor | None] | None = None
     scratch: str | Path | Scratch | None = None
     processes: Processes | None = None
+
+
+def begin(progress: Progress | None, phase: str) -> None:
+    """Tell a function that a phase begins of which nothing is counted yet."""
+    if progress is not None:
+        progress(0, 0, phase)
 
 
 def takes_fields(*tables: type) -> Callable[[F], F]:

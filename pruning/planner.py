@@ -19,22 +19,19 @@ from leanstep.pruning.allocate.budgets import BudgetConstraint
 from leanstep.pruning.allocate.closed_form import atp_betas_tried, in_blocks, snap
 from leanstep.pruning.allocate.descent import Refinement
 from leanstep.pruning.allocate.latency import LatencyTable
-from leanstep.pruning.config import Execution, PruneConfig
+from leanstep.pruning.config import Execution, PruneConfig, begin
 from leanstep.pruning.measure.activation_cache import ActivationCache, take_note
 from leanstep.pruning.measure.batches import Batch, batches_hash
 from leanstep.pruning.measure.checks import Trial
 from leanstep.pruning.measure.curves import Curve, Levels, levels_of
-from leanstep.pruning.measure.measure import (
-    Measurement,
-    WeightSnapshot,
-    measure_curves,
-)
+from leanstep.pruning.measure.measure import measure_curves
+from leanstep.pruning.measure.measurement import Measurement
 from leanstep.pruning.measure.metrics import Distortion, metric_name
-from leanstep.pruning.measure.points import begin
 from leanstep.pruning.refine import REFINED, refine_allocation
 from leanstep.pruning.result import Additivity, Allocation, PruneResult
 from leanstep.pruning.score.base import NonFiniteInputsError
 from leanstep.pruning.score.calibration import Pruning
+from leanstep.pruning.score.snapshot import WeightSnapshot
 from leanstep.pruning.score.targets import Group, check_filled, some
 from leanstep.sparsity import NM
 

@@ -15,17 +15,17 @@ from leanstep.pruning.allocate.allocation import layer_levels
 from leanstep.pruning.allocate.budgets import Budget
 from leanstep.pruning.allocate.descent import Descent, Refinement, SearchFile, descend
 from leanstep.pruning.allocate.exchange import ExchangeSpace
+from leanstep.pruning.config import Progress
 from leanstep.pruning.measure.batches import Batch, as_batches, batches_hash
 from leanstep.pruning.measure.checks import Trial
 from leanstep.pruning.measure.curve_file import configuration_hash, weights_hash
 from leanstep.pruning.measure.curves import Curve
-from leanstep.pruning.measure.in_files import PrunersInFiles
 from leanstep.pruning.measure.joint import JointJudge
-from leanstep.pruning.measure.measure import Measurement, evaluating
-from leanstep.pruning.measure.points import Progress
+from leanstep.pruning.measure.measurement import Measurement, evaluating
 from leanstep.pruning.measure.products import products_of
 from leanstep.pruning.result import Allocation
 from leanstep.pruning.score.base import LayerPruner, NonFiniteInputsError
+from leanstep.pruning.score.in_files import PrunersInFiles
 
 # method of a refined allocation
 REFINED = "refined"

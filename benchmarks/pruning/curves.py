@@ -43,7 +43,8 @@ from leanstep.pruning import measure_curves, prune
 from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.curve_file import weights_hash
 from leanstep.pruning.measure.curves import Curve
-from leanstep.pruning.measure.measure import Measurement, WeightSnapshot
+from leanstep.pruning.measure.measurement import Measurement
+from leanstep.pruning.score.snapshot import WeightSnapshot
 from leanstep.pruning.score.targets import find_targets
 
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)

@@ -174,7 +174,7 @@ class Bench:
         from leanstep.pruning.measure.batches import as_batches
         from leanstep.pruning.measure.checks import Trial
         from leanstep.pruning.measure.joint import JointJudge
-        from leanstep.pruning.measure.measure import Measurement, evaluating
+        from leanstep.pruning.measure.measurement import Measurement, evaluating
         from leanstep.pruning.score.calibration import Pruning
         from leanstep.pruning.score.targets import make_groups
 

@@ -29,8 +29,9 @@ from leanstep.pruning.folder.loading import begin_tokens, load_model
 from leanstep.pruning.folder.text import token_sequences
 from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.curve_file import weights_hash
-from leanstep.pruning.measure.measure import Measurement, WeightSnapshot, evaluating
+from leanstep.pruning.measure.measurement import Measurement, evaluating
 from leanstep.pruning.measure.metrics import cross_entropy_sums, summarise
+from leanstep.pruning.score.snapshot import WeightSnapshot
 from leanstep.pruning.score.targets import find_targets
 
 # DP on curves that are measured again around the pruned model, twice: as slow as all others, so only if asked for

@@ -16,13 +16,13 @@ import torch
 from leanstep.pruning.allocate.closed_form import atp_betas_tried
 from leanstep.pruning.folder.workload import Workload
 from leanstep.pruning.measure.curves import level_grid, nm_level_count
-from leanstep.pruning.measure.fisher import ROWS, FisherCost
+from leanstep.pruning.measure.fisher.second_order import ROWS, FisherCost
 from leanstep.pruning.measure.metrics import kl_divergence
 from leanstep.pruning.score.base import FISHER_SCORES, NEEDS, UPDATES_WEIGHTS, has_statistics
 from leanstep.pruning.score.scores import layer_pruner
 
 if TYPE_CHECKING:
-    from leanstep.pruning.recovery import Recovery
+    from leanstep.pruning.training.recovery import Recovery
 
 # forward passes that a pass of Fisher curves is worth: one, and two times two from the first block of a portion on
 _FISHER_PASSES = 3

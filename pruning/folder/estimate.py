@@ -27,11 +27,11 @@ from leanstep.pruning.folder.search_size import (
 )
 from leanstep.pruning.folder.stored_size import Sequences, StoredSizes, largest_phase, patch_count, with_more
 from leanstep.pruning.folder.workload import Shapes, Workload
-from leanstep.pruning.measure.fisher import FisherCost
+from leanstep.pruning.measure.fisher.second_order import FisherCost
 from leanstep.pruning.measure.products import product_dtype
-from leanstep.pruning.recovery import Recovery
 from leanstep.pruning.score.base import NEEDS, has_statistics
 from leanstep.pruning.score.targets import dense_note, prunable_names
+from leanstep.pruning.training.recovery import Recovery
 
 # bytes for each weight of a matrix while it is ranked or updated, besides the matrix itself: fp32 copies, scores,
 # sorted scores, an order in int64 with the workspace of the sort, and a mask

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from leanstep._checkpoint.files import check_apart, check_space, new_folder, read_json
 from leanstep._files import alone, one_line, remove_leftovers, remove_partials, restore_replaced
 from leanstep._memory import free_memory
+from leanstep.pruning.config import Progress, begin
 from leanstep.pruning.folder.checkpoint import (
     HELD_OUT,
     SIDECAR,
@@ -41,13 +42,12 @@ from leanstep.pruning.folder.files import (
 from leanstep.pruning.folder.loading import checkpoint_values, empty_model_of, load_model, stored_parameters
 from leanstep.pruning.folder.text import CalibrationText, held_out_hash, perplexity_of, sequences_of
 from leanstep.pruning.measure.batches import Batch, as_batches
-from leanstep.pruning.measure.points import Progress, begin
 from leanstep.pruning.measure.products import products_in
-from leanstep.pruning.recovery import Recovery, RecoveryResult, recover
-from leanstep.pruning.recovery_file import stored_distill
-from leanstep.pruning.recovery_memory import distillation_bytes, expected_distillation_bytes
 from leanstep.pruning.result import finite_values
 from leanstep.pruning.score.targets import find_targets
+from leanstep.pruning.training.recovery import Recovery, RecoveryResult, recover
+from leanstep.pruning.training.recovery_file import stored_distill
+from leanstep.pruning.training.recovery_memory import distillation_bytes, expected_distillation_bytes
 
 OTHER_DATA = (
     "perplexities are on the held-out data of recovery, not on those of pruning; the dense model's is not known"

@@ -17,7 +17,7 @@ from leanstep._files import alone, output_folder, restore_replaced
 from leanstep._processes import Processes
 from leanstep._version import __version__
 from leanstep.pruning.allocate.knapsack import InfeasibleBudget
-from leanstep.pruning.config import Execution, PruneConfig, read_config, read_fields, takes_fields
+from leanstep.pruning.config import Execution, Progress, PruneConfig, begin, read_config, read_fields, takes_fields
 from leanstep.pruning.folder.checkpoint import (
     HELD_OUT,
     SIDECAR,
@@ -52,14 +52,13 @@ from leanstep.pruning.folder.stored_size import Sequences, scratch_bytes
 from leanstep.pruning.folder.text import CalibrationText, held_out_hash, perplexity_of, sequences_of
 from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.blocks import BlockMover
-from leanstep.pruning.measure.points import Progress, begin
 from leanstep.pruning.measure.products import products_in
 from leanstep.pruning.planner import check_target
 from leanstep.pruning.prune import prune
-from leanstep.pruning.recovery import Recovery, check_recoverable
 from leanstep.pruning.result import PruneResult
 from leanstep.pruning.score.base import has_statistics
 from leanstep.pruning.score.targets import empty_targets, make_groups, prunable_names
+from leanstep.pruning.training.recovery import Recovery, check_recoverable
 
 ACTIVATIONS = ("memory", "disk")
 _UNCHECKED = "the disk space for activations was not checked: the data is batches, not a tensor of samples"

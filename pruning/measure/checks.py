@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 
 from leanstep._checkpoint.mapped import Scratch
+from leanstep.pruning.config import Progress
 from leanstep.pruning.measure.curves import Curve, Levels, counts_and_patterns, curve_of
-from leanstep.pruning.measure.fisher import SecondOrder, portions
-from leanstep.pruning.measure.in_files import PrunersInFiles
+from leanstep.pruning.measure.fisher.second_order import SecondOrder, portions
 from leanstep.pruning.measure.joint import JointJudge
-from leanstep.pruning.measure.measure import Measurement, WeightSnapshot, evaluating
+from leanstep.pruning.measure.measurement import Measurement, evaluating
 from leanstep.pruning.measure.metrics import Distortion
-from leanstep.pruning.measure.points import Progress
 from leanstep.pruning.result import Additivity, Allocation
 from leanstep.pruning.score.base import LayerPruner, NonFiniteInputsError
 from leanstep.pruning.score.calibration import Pruners, Pruning, prune_group
+from leanstep.pruning.score.in_files import PrunersInFiles
+from leanstep.pruning.score.snapshot import WeightSnapshot
 from leanstep.pruning.score.targets import Group, Target
 
 # what other weights [out, in] of some matrices do to the output
@@ -157,7 +158,7 @@ class Trial:
         these where the cache is in files.
 
         Measured, or to second order in the change dW from the pruned matrix: ``<gradient of D, dW>`` and what
-        :class:`leanstep.pruning.measure.fisher.SecondOrder` says of dW there. The second takes some passes in place of
+        :class:`SecondOrder` says of dW there. The second takes some passes in place of
         one for every matrix and level, and the memory of a gradient of all matrices, or the space in files.
 
         Args:

@@ -1,4 +1,4 @@
-"""The file of the points that a run has measured, and the checks of files with which interrupted runs go on."""
+"""The points that a run has measured, in memory and in a file, and checks of files that interrupted runs left."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from torch import nn
 from leanstep._checkpoint.mapped import tensors_hash
 from leanstep._files import one_line, open_locked, open_regular, read_text
 from leanstep._processes import Processes
-from leanstep.pruning.measure.curves import SOURCES
+from leanstep.pruning.config import Progress
+from leanstep.pruning.measure.curves import SOURCES, Curve, Levels, counts_and_patterns, curve_of
 from leanstep.pruning.measure.metrics import Distortion
-from leanstep.pruning.score.targets import some
+from leanstep.pruning.score.targets import Group, some
 
 
 class PartialCurves:
@@ -157,6 +158,74 @@ class PartialCurves:
             with open(open_regular(self.path, os.O_RDWR), "r+b") as file:
                 file.truncate(len(whole.encode()))
                 os.fsync(file.fileno())
+
+
+class Points:
+    """Points of the curves of some groups: those of an interrupted run, and new ones as they come.
+
+    Args:
+        groups, levels: what to measure.
+        partial: the file of points; None keeps none.
+        progress: called with (points so far, points in all, name of the group).
+        prefix: before a group's name in the file, for points that are not measured.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        levels: Levels,
+        partial: PartialCurves | None = None,
+        progress: Progress | None = None,
+        prefix: str = "",
+    ) -> None:
+        self.groups, self._levels = groups, levels
+        self._partial, self._progress, self._prefix = partial, progress, prefix
+        self._points: dict[tuple[str, int], Distortion] = {}
+        self.missing: dict[str, list[tuple[int, str]]] = {}
+        stored = {} if partial is None else partial.points
+        for group in groups:
+            pruned = counts_and_patterns(levels[group.name])[1:]
+            points = {(group.name, count): stored.get((prefix + group.name, count)) for count, _ in pruned}
+            self._points |= {key: point for key, point in points.items() if point is not None}
+            self.missing[group.name] = [level for level in pruned if (group.name, level[0]) not in self._points]
+        self._total = len(self._points) + sum(map(len, self.missing.values()))
+        # points since the last exchange
+        self._new: dict[tuple[str, int], Distortion] = {}
+
+    def at(self, name: str) -> dict[int, Distortion]:
+        """The points of a group by count, the dense one not included."""
+        return {count: point for (group, count), point in self._points.items() if group == name}
+
+    def missing_level(self, name: str, count: int) -> tuple[int, str]:
+        """(count, N:M pattern or "") of a missing point of a group."""
+        return next(level for level in self.missing[name] if level[0] == count)
+
+    def limit_to(self, levels: Mapping[str, Sequence[tuple[int, str]]]) -> None:
+        """Tell ``progress`` of these missing points alone, and of those that are there."""
+        self._total = len(self._points) + sum(map(len, levels.values()))
+
+    def add(self, name: str, count: int, point: Distortion) -> None:
+        """Add a point, in the file too."""
+        if self._partial is not None:
+            self._partial.add(self._prefix + name, count, point)
+        self._points[name, count] = self._new[name, count] = point
+        if self._progress is not None:
+            self._progress(len(self._points), self._total, name)
+
+    def exchange(self, processes: Processes) -> None:
+        """Take the points that the other processes added, which have written them to the file."""
+        for points in processes.all_gather(self._new):
+            self._points |= points
+        self._new = {}
+
+    def curves(self, metric: str, source: str = "measured") -> dict[str, Curve]:
+        """The curves of all groups, none of whose points is missing."""
+        by_name = {}
+        for group in self.groups:
+            levels = self._levels[group.name]
+            points = [self._points[group.name, count] for count in levels[0][1:]]
+            by_name[group.name] = curve_of(group, levels, points, metric, source=source)
+        return by_name
 
 
 @contextmanager

@@ -16,12 +16,12 @@ from leanstep._torch import device_of
 from leanstep.pruning.measure.activation_cache import BlockCache
 from leanstep.pruning.measure.batches import without_cache
 from leanstep.pruning.measure.blocks import is_out_of_memory, recomputed_blocks, whole_on_device
-from leanstep.pruning.measure.in_files import GradientSums, gradients_to
-from leanstep.pruning.measure.measure import Measurement
+from leanstep.pruning.measure.measurement import Measurement
 from leanstep.pruning.measure.metrics import Distortion, summarise
 from leanstep.pruning.measure.products import computing_products_again
 from leanstep.pruning.score.base import LayerPruner
 from leanstep.pruning.score.calibration import Pruners, prune_group
+from leanstep.pruning.score.in_files import GradientSums, gradients_to
 from leanstep.pruning.score.targets import Group, Target
 
 Counts = Mapping[str, int]

@@ -23,9 +23,11 @@ from leanstep.pruning.score.experts import (
     ExpertWeights,
     experts_without_masked_tokens,
     one_expert_at_a_time,
+    ratio,
+    scaled,
+    scales_of,
 )
 from leanstep.pruning.score.gradients import collect_gradients
-from leanstep.pruning.score.scale import ratio, scaled, scales_of
 from leanstep.pruning.score.scores import layer_pruner
 from leanstep.pruning.score.targets import Group, Target, some, split_count
 

@@ -22,7 +22,7 @@ from leanstep.pruning.folder import estimate as module
 from leanstep.pruning.folder import run
 from leanstep.pruning.folder.duration import Duration, Rates, Sizes
 from leanstep.pruning.folder.files import open_checkpoint
-from leanstep.pruning.recovery_file import RecoveryFile
+from leanstep.pruning.training.recovery_file import RecoveryFile
 from leanstep.recipes.check.machine import processor_name
 
 SHAPES = {"8b": (4096, 14336, 32, 32, 8), "70b": (8192, 28672, 80, 64, 8)}

@@ -13,7 +13,7 @@ from leanstep.pruning.folder.text import token_sequences
 from leanstep.pruning.measure.activation_cache import ActivationCache
 from leanstep.pruning.measure.batches import Batch, as_batches, batches_hash
 from leanstep.pruning.measure.curve_file import weights_hash
-from leanstep.pruning.measure.measure import Measurement
+from leanstep.pruning.measure.measurement import Measurement
 from leanstep.pruning.measure.metrics import KL, METRICS, KLTopK, Metric, kl_divergence, make_metric, summarise
 from leanstep.pruning.score.calibration import collect_inputs, prune_group, statistics_for
 from leanstep.pruning.score.targets import make_groups, split_count

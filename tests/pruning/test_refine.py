@@ -21,10 +21,11 @@ from leanstep.pruning.measure.blocks import BlockMover
 from leanstep.pruning.measure.checks import Trial
 from leanstep.pruning.measure.curve_file import weights_hash
 from leanstep.pruning.measure.joint import JointJudge
-from leanstep.pruning.measure.measure import Measurement, WeightSnapshot, evaluating
+from leanstep.pruning.measure.measurement import Measurement, evaluating
 from leanstep.pruning.measure.metrics import Distortion
 from leanstep.pruning.measure.products import products_in
 from leanstep.pruning.score.calibration import Pruning
+from leanstep.pruning.score.snapshot import WeightSnapshot
 from leanstep.pruning.score.targets import make_groups
 
 LEVELS = (0.3, 0.6, 0.8, 0.9)

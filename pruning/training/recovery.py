@@ -19,10 +19,10 @@ from torch.nn.functional import kl_div
 from leanstep.lora import LoraConfig, apply_lora, keep_zeros, merge, remove_lora
 from leanstep.lora.layers.frozen import is_linear
 from leanstep.optimizers import NonFiniteGradientError, create
-from leanstep.pruning.finetune import MaskKeeper, keep_masks
+from leanstep.pruning.config import Progress
 from leanstep.pruning.measure.batches import Batch, as_batches, batches_hash
 from leanstep.pruning.measure.curve_file import configuration_hash, weights_hash
-from leanstep.pruning.measure.measure import Stored, WeightSnapshot, evaluating
+from leanstep.pruning.measure.measurement import evaluating
 from leanstep.pruning.measure.metrics import (
     KL,
     Distortion,
@@ -33,10 +33,11 @@ from leanstep.pruning.measure.metrics import (
     summarise,
     token_rows,
 )
-from leanstep.pruning.measure.points import Progress
-from leanstep.pruning.recovery_file import RecoveryFile
 from leanstep.pruning.result import Recovery, RecoveryResult
+from leanstep.pruning.score.snapshot import Stored, WeightSnapshot
 from leanstep.pruning.score.targets import Target, find_targets, some
+from leanstep.pruning.training.finetune import MaskKeeper, keep_masks
+from leanstep.pruning.training.recovery_file import RecoveryFile
 
 # logits of one pass, which take 4 bytes each, four times
 _TOGETHER = 1 << 26

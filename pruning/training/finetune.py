@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from leanstep._torch import StepHooks, place_like, whole_tensor
 from leanstep.pruning.measure.batches import as_batches
-from leanstep.pruning.measure.measure import evaluating
+from leanstep.pruning.measure.measurement import evaluating
 from leanstep.pruning.result import PruneResult
 from leanstep.pruning.score.targets import find_targets, prunable_names
 

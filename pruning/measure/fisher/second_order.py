@@ -25,10 +25,10 @@ from leanstep._processes import Processes
 from leanstep._torch import device_of
 from leanstep.pruning.measure.batches import Batch, without_cache
 from leanstep.pruning.measure.blocks import is_out_of_memory, recomputed_blocks, whole_on_device
+from leanstep.pruning.measure.curve_file import Points
 from leanstep.pruning.measure.curves import Curve
+from leanstep.pruning.measure.fisher.recording import PairRows, Pairs, Recorder, generator_of, unused
 from leanstep.pruning.measure.metrics import ROOTS_TOGETHER, Distortion, Metric, summarise, values_of
-from leanstep.pruning.measure.points import Points
-from leanstep.pruning.measure.recording import PairRows, Pairs, Recorder, generator_of, unused
 from leanstep.pruning.score.calibration import Pruning, prune_group
 from leanstep.pruning.score.targets import Group, Target, as_matrix
 

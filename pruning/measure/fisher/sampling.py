@@ -8,19 +8,16 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from leanstep.pruning.measure.batches import first_samples
 from leanstep.pruning.measure.curve_file import PartialCurves
 from leanstep.pruning.measure.curves import Curve
+from leanstep.pruning.measure.measurement import Measurement
 from leanstep.pruning.measure.metrics import Distortion
 from leanstep.pruning.score.calibration import Pruning
 from leanstep.pruning.score.targets import Group
-
-if TYPE_CHECKING:
-    from leanstep.pruning.measure.measure import Measurement
 
 # name of a group -> number of weights left -> what was measured
 Anchors = Mapping[str, Mapping[int, Distortion]]
