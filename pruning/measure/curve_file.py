@@ -21,7 +21,7 @@ from leanstep._processes import Processes
 from leanstep.pruning.config import Progress
 from leanstep.pruning.measure.curves import SOURCES, Curve, Levels, counts_and_patterns, curve_of
 from leanstep.pruning.measure.metrics import Distortion
-from leanstep.pruning.score.targets import Group, some
+from leanstep.pruning.score.targets import Group, abbreviate
 
 
 class PartialCurves:
@@ -39,6 +39,9 @@ class PartialCurves:
     Raises:
         ValueError: for a file of another identity (the message lists the differences) or another format.
     """
+
+    # those of :meth:`shared`
+    processes = Processes()
 
     def __init__(self, path: Path, identity: dict[str, Any], target: Sequence[Any] | None = None) -> None:
         self.path, self.identity = path, json.loads(json.dumps(identity))
@@ -73,7 +76,9 @@ class PartialCurves:
                     partial._append({"identity": partial.identity})  # before any of them adds a point
                 return partial
 
-            yield processes.from_first(read)
+            partial = processes.from_first(read)
+            partial.processes = processes
+            yield partial
 
     def add(self, name: str, count: int, point: Distortion) -> None:
         """Append a point, and sync the file to disk."""
@@ -82,21 +87,21 @@ class PartialCurves:
         self._begin_and_append([name, count, *((point.mean, stderr) if point.is_finite else (None, 0.0))])
         self.points[name, count] = point
 
-    def choose(self, method: str, processes: Processes) -> None:
+    def choose(self, method: str) -> None:
         """Append the method that time chose. The first process writes."""
-        if processes.rank == 0 and self.method != method:
+        if self.processes.rank == 0 and self.method != method:
             self._begin_and_append({"method": method, "target": self.target})
         self.method = method
 
-    def choose_samples(self, samples: int, processes: Processes) -> None:
+    def choose_samples(self, samples: int) -> None:
         """Append on how many of the first samples curves are anchored. The first process writes."""
-        if processes.rank == 0 and self.samples != samples:
+        if self.processes.rank == 0 and self.samples != samples:
             self._begin_and_append({"samples": samples, "target": self.target})
         self.samples = samples
 
-    def finish(self, processes: Processes) -> None:
+    def finish(self) -> None:
         """Append that no further point is measured. The first process writes."""
-        if processes.rank == 0 and not self.complete:
+        if self.processes.rank == 0 and not self.complete:
             self._begin_and_append({"complete": True, "target": self.target})
         self.complete = True
 
@@ -265,7 +270,7 @@ def _change(then: Any, now: Any) -> str:
     if not (isinstance(then, Mapping) and isinstance(now, Mapping)):
         return f"{_brief(then)} then, {_brief(now)} now"
     parts = [
-        f"{len(alone)} more {when} ({some(alone, 3)})"
+        f"{len(alone)} more {when} ({abbreviate(alone, 3)})"
         for when, alone in (("then", [k for k in then if k not in now]), ("now", [k for k in now if k not in then]))
         if alone
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,21 @@ from torch import nn
 from leanstep._checkpoint.mapped import Scratch
 from leanstep._processes import Processes
 from leanstep.pruning.allocate.allocation import allocate
+from leanstep.pruning.allocate.levels import level_count, levels_of
 from leanstep.pruning.config import Execution, PruneConfig, read_config, read_fields, takes_fields
+from leanstep.pruning.cost import Cost, Plan
 from leanstep.pruning.measure.activation_cache import ActivationCache
 from leanstep.pruning.measure.batches import as_batches, batches_hash
 from leanstep.pruning.measure.curve_file import PartialCurves, Points, configuration_hash, weights_hash
-from leanstep.pruning.measure.curves import SOURCES, Curve, levels_of
+from leanstep.pruning.measure.curves import SOURCES, Curve
 from leanstep.pruning.measure.fisher.anchored import Solve, curves_within
 from leanstep.pruning.measure.fisher.sampling import choose_samples
-from leanstep.pruning.measure.fisher.second_order import SecondOrder, fisher_curves
-from leanstep.pruning.measure.measurement import Measurement, evaluating
+from leanstep.pruning.measure.fisher.second_order import SecondOrder, fisher_curves, second_order_cost
+from leanstep.pruning.measure.measurement import Measurement, evaluating, stored_by_measurement
 from leanstep.pruning.measure.metrics import make_metric, metric_name
 from leanstep.pruning.measure.products import products_in, products_of, rounding_unit
 from leanstep.pruning.score.base import FISHER_SCORES, UPDATES_WEIGHTS
-from leanstep.pruning.score.calibration import Pruning
+from leanstep.pruning.score.calibration import Pruning, score_seconds
 from leanstep.pruning.score.targets import Group, find_targets, make_groups
 
 
@@ -100,7 +103,7 @@ def measure_curves(
     sparsity = 0.5 if config.sparsity is None else config.sparsity
     score, metric, minutes, batch_size = config.score, config.metric, config.minutes, config.batch_size
     groups = make_groups(find_targets(model), config.granularity) if groups is None else list(groups)
-    levels_by_name = levels_of(groups, sparsity, config.pattern, levels=config.levels)
+    levels_by_name = levels_of(groups, config, sparsity)
     batches = as_batches(data, model, batch_size=batch_size)
     source = batches if score_data is None else as_batches(score_data, model, batch_size=batch_size, what="score_data")
     processes, fisher_score = execution.processes or Processes(), FISHER_SCORES.get(score, score)
@@ -146,7 +149,7 @@ def measure_curves(
             method = "measured" if fits or not measurement.metric.has_root else "anchored"
             method = processes.all_gather(method)[0]
             if partial is not None:
-                partial.choose(method, processes)
+                partial.choose(method)
         if method == "measured":
             measurement.measure_points(points, points.missing, pruning)
             return points.curves(measurement.metric.identity)
@@ -159,3 +162,34 @@ def measure_curves(
             layers = [group.layer for group in groups]
             solve = lambda curves: allocate(layers, sparsity, method="dp", curves=curves)  # noqa: E731
         return curves_within(minutes, measurement, fisher, points_of, pruning, solve, partial)
+
+
+def curves_cost(plan: Plan) -> Cost:
+    """What :func:`measure_curves` takes. Each process measures its share of the matrices and levels."""
+    config, method, number = plan.config, expected_method(plan), plan.workload.processes
+    planned, levels = score_seconds(plan, config.planning_score), level_count(plan.config)
+    seconds = planned.prune + (levels * planned.level + points_seconds(plan)) / number
+    stored = stored_by_measurement(plan, plan.workload.curve_samples)
+    if method == "measured":
+        return plan.cost({"curves, measured": seconds}, passes=plan.groups * levels / 2, stored=stored)
+    second = second_order_cost(plan)
+    scored = score_seconds(plan, FISHER_SCORES.get(config.planning_score, config.planning_score))
+    fisher = scored.prune + levels * scored.level / number + sum(second.seconds.values())
+    if method == "anchored":
+        fisher += min(60 * config.minutes, seconds)
+    return plan.cost({f"curves, {method}": fisher}, stored=stored) + replace(second, seconds={})
+
+
+def points_seconds(plan: Plan) -> float:
+    """Seconds of one process for all points of curves, each half of a pass."""
+    compared = plan.pass_seconds(plan.workload.curve_samples, compared=True)
+    return plan.groups * level_count(plan.config) / 2 * compared
+
+
+def expected_method(plan: Plan) -> str:
+    """How a run obtains curves: by the time of the passes, and of the levels of scores that update weights."""
+    config, seconds = plan.config, points_seconds(plan)
+    if config.planning_score in UPDATES_WEIGHTS:
+        seconds += level_count(plan.config) * score_seconds(plan, config.planning_score).level
+    fits = seconds <= 60 * config.minutes * plan.workload.processes
+    return config.curve_method or ("measured" if fits else "anchored")

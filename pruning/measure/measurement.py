@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from leanstep._checkpoint.mapped import Scratch
 from leanstep.pruning.config import Progress
-from leanstep.pruning.measure.activation_cache import ActivationCache
+from leanstep.pruning.cost import Plan
+from leanstep.pruning.measure.activation_cache import ActivationCache, activation_bytes, score_samples
 from leanstep.pruning.measure.batches import Batch, first_samples
 from leanstep.pruning.measure.curve_file import Points
-from leanstep.pruning.measure.metrics import Distortion, Metric, make_metric, summarise
+from leanstep.pruning.measure.metrics import TOP_LOGITS, Distortion, Metric, make_metric, summarise
 from leanstep.pruning.measure.products import rounding_unit
 from leanstep.pruning.result import Allocation
 from leanstep.pruning.score.calibration import Pruning, prune_group
@@ -104,7 +105,7 @@ class Measurement:
                         continue
                     if time.monotonic() >= until:
                         break
-                    changed = prune_group(group, pruners, count, pattern)
+                    changed = prune_group(group, pruners, (count, pattern))
                     points.add(group.name, count, self._alone(changed, group, points.groups))
             points.exchange(pruning.processes)
 
@@ -127,7 +128,7 @@ class Measurement:
                 pruners[target.name]  # made before the clock of the level runs: it serves all levels
             count, pattern = points.missing[group.name][len(points.missing[group.name]) // 2]
             begin = time.monotonic()
-            weights += sum(weight.numel() for _, weight in prune_group(group, pruners, count, pattern))
+            weights += sum(weight.numel() for _, weight in prune_group(group, pruners, (count, pattern)))
             seconds += time.monotonic() - begin
         self.level_seconds = seconds / weights
         self.preparation_seconds = (time.monotonic() - first - seconds) / weights
@@ -190,7 +191,7 @@ class Measurement:
             in_order += [group.name for group in stage]
             for group, pruners in pruning.each(stage, start):
                 if group.name in share:
-                    changed = prune_group(group, pruners, *allocation.level(group.name))
+                    changed = prune_group(group, pruners, allocation.level(group.name))
                     by_name[group.name] = self._alone(changed, group, groups)
             if progress is not None:
                 progress(len(in_order), len(groups), "comparison")
@@ -310,3 +311,14 @@ class Roundings:
 
     def _key(self, group: Group) -> tuple[Any, ...]:
         return self._stage_of(group), *sorted({target.origin for target in group.targets})
+
+
+def stored_by_measurement(plan: Plan, samples: int) -> dict[str, int]:
+    """Bytes by use that a measurement on samples stores: with the activations for scores, and the dense outputs."""
+    shapes = plan.shapes
+    outputs = min(shapes.outputs, 3 * TOP_LOGITS) if plan.config.metric == "kl_topk" else shapes.outputs
+    return {
+        # the next position's are computed while those of the last are there
+        "activations before a block": activation_bytes(plan, 2 * (score_samples(plan) + samples)),
+        "dense outputs": 4 * samples * shapes.tokens * outputs,
+    }

@@ -121,9 +121,9 @@ def experts_without_masked_tokens(
         yield
 
 
-def ratio(pruner: LayerPruner, score: str) -> float:
+def ratio(pruner: LayerPruner, squared: bool) -> float:
     """Mean score of a matrix, divided by the mean of what it is by magnitude alone."""
-    return float(pruner.scores.mean() / _power(pruner.weight.abs(), score).mean().clamp(min=1e-30))
+    return float(pruner.scores.mean() / _power(pruner.weight.abs(), squared).mean().clamp(min=1e-30))
 
 
 def scales_of(groups: Sequence[Group], starved: Collection[str], ratio_of: Callable[[str], float]) -> dict[str, float]:
@@ -145,11 +145,10 @@ def scales_of(groups: Sequence[Group], starved: Collection[str], ratio_of: Calla
     return {group.name: fmean(ratios.get(group.targets[0].kind, every)) for group in experts}
 
 
-def scaled(scores: Tensor, scale: float | None, score: str) -> Tensor:
-    """Scores by magnitude in the unit of ``score``; with the scale None, scores as they are."""
-    return scores if scale is None else _power(scores, score) * scale
+def scaled(scores: Tensor, scale: float | None, squared: bool) -> Tensor:
+    """Scores by magnitude in the unit of a score; with the scale None, scores as they are."""
+    return scores if scale is None else _power(scores, squared) * scale
 
 
-def _power(magnitudes: Tensor, score: str) -> Tensor:
-    """Magnitudes to the power with which they are in a score."""
-    return magnitudes if score in ("magnitude", "wanda") else magnitudes.square()
+def _power(magnitudes: Tensor, squared: bool) -> Tensor:
+    return magnitudes.square() if squared else magnitudes

@@ -237,7 +237,7 @@ def dense_note(model: nn.Module) -> str:
         return ""
     return (
         f"{share:.0%} of the weights beside embeddings and head stay dense, in {len(bare)} parameters that are no "
-        f"linear layer, convolution or experts: {some(bare, 3)}"
+        f"linear layer, convolution or experts: {abbreviate(bare, 3)}"
     )
 
 
@@ -276,7 +276,7 @@ def _choose(
     for rule in [*(include or []), *exclude]:
         if not any(fnmatchcase(name, rule) for name in matrices):
             raise ValueError(
-                f"the rule {rule!r} matches no matrix of {type(model).__name__}; they are {some(matrices)}"
+                f"the rule {rule!r} matches no matrix of {type(model).__name__}; they are {abbreviate(matrices)}"
             )
     if include is None:
         selected = [name for name in matrices if _is_pruned(model, name, roles[name]) and not _special(model, name)]
@@ -287,7 +287,7 @@ def _choose(
             raise ValueError(f"{wrong[0]} is of the kind {roles[wrong[0]]!r}, which is never pruned; narrow the rules")
     selected = [name for name in selected if not any(fnmatchcase(name, rule) for rule in exclude)]
     if not selected:
-        raise ValueError(f"{type(model).__name__} has nothing to prune; its matrices are {some(matrices)}")
+        raise ValueError(f"{type(model).__name__} has nothing to prune; its matrices are {abbreviate(matrices)}")
     return selected
 
 
@@ -388,7 +388,7 @@ def _check_tied(name: str, modules: Sequence[nn.Module]) -> None:
         )
 
 
-def some(names: Sequence[str], most: int = 12) -> str:
+def abbreviate(names: Sequence[str], most: int = 12) -> str:
     """The first names in a message, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 

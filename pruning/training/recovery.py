@@ -35,7 +35,7 @@ from leanstep.pruning.measure.metrics import (
 )
 from leanstep.pruning.result import Recovery, RecoveryResult
 from leanstep.pruning.score.snapshot import Stored, WeightSnapshot
-from leanstep.pruning.score.targets import Target, find_targets, some
+from leanstep.pruning.score.targets import Target, abbreviate, find_targets
 from leanstep.pruning.training.finetune import MaskKeeper, keep_masks
 from leanstep.pruning.training.recovery_file import RecoveryFile
 
@@ -176,9 +176,9 @@ def _untrained_note(targets: Sequence[Target], rank: int | None) -> str:
     if not names:
         return ""
     return (
-        f"{len(names)} of {len(targets)} pruned matrices were not trained: {some(names, 3)}. Recovery with rank={rank} "
-        "adapts linear layers, not experts in one parameter or convolutions; without a rank (--recover-rank), all are "
-        "trained"
+        f"{len(names)} of {len(targets)} pruned matrices were not trained: {abbreviate(names, 3)}. Recovery with "
+        f"rank={rank} adapts linear layers, not experts in one parameter or convolutions; without a rank "
+        "(--recover-rank), all are trained"
     )
 
 

@@ -212,7 +212,7 @@ def test_a_matrix_of_a_group_gets_no_more_weights_than_it_has():
     first.module.weight.data[1:] = 0
     few, asked = int(first.weight.count_nonzero()), 120
     pruners = {target.name: layer_pruner(target.weight, "magnitude") for target in group.targets}
-    left = {target.name: int(weight.count_nonzero()) for target, weight in prune_group(group, pruners, asked)}
+    left = {target.name: int(weight.count_nonzero()) for target, weight in prune_group(group, pruners, (asked, ""))}
     assert others and left[first.name] == few and sum(left.values()) == asked
 
 

@@ -17,7 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from leanstep import _memory
-from leanstep._files import alone
+from leanstep._files import exclusive_lock
 from leanstep.cli import main
 from leanstep.pruning import CalibrationText, Recovery, find_targets, prune_checkpoint, recover_checkpoint
 from leanstep.pruning.folder.files import open_checkpoint
@@ -342,7 +342,7 @@ def test_of_two_runs_of_one_folder_the_second_is_refused(options, base, pruned, 
     out = tmp_path / "out"
     shutil.copytree(pruned, out)
     before = snapshot(out)
-    with alone(out):
+    with exclusive_lock(out):
         assert leanstep_prune(base, out, "--sparsity", "0.6", "--eval", *options) == 2
         assert f"another run writes {out}: wait for it, stop it, or name another folder" in capsys.readouterr().err
         with pytest.raises(ValueError, match="another run writes"):

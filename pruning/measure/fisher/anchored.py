@@ -66,7 +66,7 @@ def curves_within(
         measurement = measurement if first is None else measurement.of_first(samples)
         curves = anchored_curves(measurement, whole, points, pruning, solve, until, first)
         if partial is not None:
-            partial.finish(pruning.processes)
+            partial.finish()
     if first is None or not any(points.at(name) for name in whole):
         return curves
     return {name: replace(curve, samples=samples) for name, curve in curves.items()}
