@@ -32,8 +32,7 @@ from leanstep.pruning.refine import REFINED, refine_allocation, search_cost
 from leanstep.pruning.result import Additivity, Allocation, PruneResult
 from leanstep.pruning.score.base import NonFiniteInputsError
 from leanstep.pruning.score.calibration import Pruning, score_seconds, statistics_cost
-from leanstep.pruning.score.snapshot import WeightSnapshot
-from leanstep.pruning.score.targets import Group, abbreviate, check_filled
+from leanstep.pruning.score.targets import Group, WeightSnapshot, abbreviate, check_filled
 
 
 def check_target(

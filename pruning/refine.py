@@ -18,12 +18,12 @@ from leanstep.pruning.allocate.exchange import ExchangeSpace
 from leanstep.pruning.config import Progress, Refinement
 from leanstep.pruning.cost import Cost, Plan
 from leanstep.pruning.measure.activation_cache import activation_bytes, score_samples
-from leanstep.pruning.measure.batches import Batch, as_batches, batches_hash
+from leanstep.pruning.measure.batches import Batch, as_batches, batches_hash, evaluating
 from leanstep.pruning.measure.checks import Trial
 from leanstep.pruning.measure.curve_file import configuration_hash, weights_hash
 from leanstep.pruning.measure.curves import Curve
 from leanstep.pruning.measure.joint import JointJudge, judge_cost
-from leanstep.pruning.measure.measurement import Measurement, evaluating, stored_by_measurement
+from leanstep.pruning.measure.measurement import Measurement, stored_by_measurement
 from leanstep.pruning.measure.products import products_of
 from leanstep.pruning.result import Allocation
 from leanstep.pruning.score.base import LayerPruner, NonFiniteInputsError

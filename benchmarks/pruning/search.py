@@ -190,7 +190,7 @@ class Bench:
 
 def run(options: argparse.Namespace) -> None:
     """Measure every missing cell."""
-    from leanstep.pruning.measure.measurement import evaluating
+    from leanstep.pruning.measure.batches import evaluating
 
     if unknown := sorted(set(options.methods).difference(METHODS)):
         raise SystemExit(f"--methods: the searches are {', '.join(METHODS)}, not {', '.join(unknown)}")

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from leanstep.pruning.config import Progress
 from leanstep.pruning.folder.files import Checkpoint
 from leanstep.pruning.folder.loading import LONGEST, begin_tokens, encoding, open_tokenizer, position_count
-from leanstep.pruning.measure.batches import as_batches
-from leanstep.pruning.measure.measurement import evaluating
+from leanstep.pruning.measure.batches import as_batches, evaluating
 from leanstep.pruning.measure.metrics import check_runs, cross_entropy_sums, summarise
 
 

@@ -15,11 +15,12 @@ from leanstep._checkpoint.mapped import Scratch
 from leanstep.pruning.allocate.levels import level_count
 from leanstep.pruning.config import Progress
 from leanstep.pruning.cost import Cost, Plan
+from leanstep.pruning.measure.batches import evaluating
 from leanstep.pruning.measure.curves import Curve, Levels, counts_and_patterns, curve_of
 from leanstep.pruning.measure.fisher.second_order import SecondOrder, portions, second_order_cost
 from leanstep.pruning.measure.joint import JointJudge, judge_cost
 from leanstep.pruning.measure.measure import expected_method, points_seconds
-from leanstep.pruning.measure.measurement import Measurement, evaluating, stored_by_measurement
+from leanstep.pruning.measure.measurement import Measurement, stored_by_measurement
 from leanstep.pruning.measure.metrics import Distortion
 from leanstep.pruning.result import Additivity, Allocation
 from leanstep.pruning.score.base import LayerPruner, NonFiniteInputsError
@@ -32,8 +33,7 @@ from leanstep.pruning.score.calibration import (
     score_seconds,
 )
 from leanstep.pruning.score.in_files import PrunersInFiles
-from leanstep.pruning.score.snapshot import WeightSnapshot
-from leanstep.pruning.score.targets import Group, Target
+from leanstep.pruning.score.targets import Group, Target, WeightSnapshot
 
 # forward passes of a judge: its first comparison, the check of its cache, and a gradient, which computes activations
 # again

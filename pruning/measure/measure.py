@@ -17,13 +17,13 @@ from leanstep.pruning.allocate.levels import level_count, levels_of
 from leanstep.pruning.config import Execution, PruneConfig, read_config, read_fields, takes_fields
 from leanstep.pruning.cost import Cost, Plan
 from leanstep.pruning.measure.activation_cache import ActivationCache
-from leanstep.pruning.measure.batches import as_batches, batches_hash
+from leanstep.pruning.measure.batches import as_batches, batches_hash, evaluating
 from leanstep.pruning.measure.curve_file import PartialCurves, Points, configuration_hash, weights_hash
 from leanstep.pruning.measure.curves import SOURCES, Curve
 from leanstep.pruning.measure.fisher.anchored import Solve, curves_within
 from leanstep.pruning.measure.fisher.sampling import choose_samples
 from leanstep.pruning.measure.fisher.second_order import SecondOrder, fisher_curves, second_order_cost
-from leanstep.pruning.measure.measurement import Measurement, evaluating, stored_by_measurement
+from leanstep.pruning.measure.measurement import Measurement, stored_by_measurement
 from leanstep.pruning.measure.metrics import make_metric, metric_name
 from leanstep.pruning.measure.products import products_in, products_of, rounding_unit
 from leanstep.pruning.score.base import FISHER_SCORES, UPDATES_WEIGHTS

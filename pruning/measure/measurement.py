@@ -6,7 +6,6 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from leanstep._checkpoint.mapped import Scratch
 from leanstep.pruning.config import Progress
 from leanstep.pruning.cost import Plan
 from leanstep.pruning.measure.activation_cache import ActivationCache, activation_bytes, score_samples
-from leanstep.pruning.measure.batches import Batch, first_samples
+from leanstep.pruning.measure.batches import Batch, evaluating, first_samples
 from leanstep.pruning.measure.curve_file import Points
 from leanstep.pruning.measure.metrics import TOP_LOGITS, Distortion, Metric, make_metric, summarise
 from leanstep.pruning.measure.products import rounding_unit
@@ -252,19 +251,6 @@ class Measurement:
         finally:
             for target, weight in saved:
                 target.weight.copy_(weight)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Context manager: eval mode without gradients; restores the modes of all modules on exit."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def rounded_anew(weight: Tensor, unit: float) -> Tensor:

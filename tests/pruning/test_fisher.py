@@ -13,14 +13,13 @@ from torch import nn
 
 from leanstep import _processes
 from leanstep.pruning import find_targets, measure_curves, prune
-from leanstep.pruning.measure.batches import Batch, as_batches
+from leanstep.pruning.measure.batches import Batch, as_batches, evaluating
 from leanstep.pruning.measure.blocks import recomputed_blocks
 from leanstep.pruning.measure.curve_file import PartialCurves, checked_line, weights_hash
 from leanstep.pruning.measure.curves import Curve
 from leanstep.pruning.measure.fisher import anchored
 from leanstep.pruning.measure.fisher import second_order as fisher
 from leanstep.pruning.measure.fisher.second_order import SecondOrder
-from leanstep.pruning.measure.measurement import evaluating
 from leanstep.pruning.measure.metrics import Distortion, Metric, make_metric
 from leanstep.recipes.report.progress import ProgressBar
 from leanstep.recipes.training.formatting import format_duration

@@ -12,8 +12,7 @@ from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.checks import Trial
 from leanstep.pruning.score.calibration import Pruning
 from leanstep.pruning.score.in_files import GradientSums, PrunersInFiles, gradients_to
-from leanstep.pruning.score.snapshot import WeightSnapshot
-from leanstep.pruning.score.targets import make_groups
+from leanstep.pruning.score.targets import WeightSnapshot, make_groups
 
 
 def weights_of(model):

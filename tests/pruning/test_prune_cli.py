@@ -229,7 +229,7 @@ def test_options_of_data_are_refused_without_it(option, base, tmp_path, capsys):
 def test_files_that_a_resumed_run_would_not_read_are_not_removed(file, holds, base, tmp_path, capsys):
     (tmp_path / file).write_text("{}")
     settings = ["--sparsity", "0.5", "--allocation", "owl"] if holds == "curves" else ["--sparsity", "0.5"]
-    small = SMALL[:-2] if holds == "curves" else SMALL  # levels are those of the programme
+    small = SMALL[:-2] if holds == "curves" else SMALL  # levels are those of the allocation
     command = ["prune", str(base / "model"), "--out", str(tmp_path / "out"), "--data", str(base / "text.txt"), *small]
     assert main([*command, *settings, "--resume"]) == 2
     assert f"{file} holds {holds} of an interrupted run with" in capsys.readouterr().err

@@ -14,8 +14,7 @@ from leanstep.pruning.measure.checks import Trial
 from leanstep.pruning.measure.curve_file import weights_hash
 from leanstep.pruning.measure.measurement import Measurement
 from leanstep.pruning.score.calibration import Pruning
-from leanstep.pruning.score.snapshot import WeightSnapshot
-from leanstep.pruning.score.targets import make_groups
+from leanstep.pruning.score.targets import WeightSnapshot, make_groups
 
 LEVELS = (0.3, 0.6, 0.8)
 
