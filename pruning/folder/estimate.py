@@ -20,7 +20,7 @@ from torch import nn
 from leanstep._files import free_bytes
 from leanstep._memory import free_memory
 from leanstep.pruning.cost import Bytes, Cost, Plan, Rates, Shapes, Workload
-from leanstep.pruning.folder.files import DTYPES, EXPERT_COPIES, Checkpoint, fused_bytes, most_common_dtype
+from leanstep.pruning.folder.files import DTYPES, Checkpoint, most_common_dtype, written_bytes
 from leanstep.pruning.folder.loading import LONGEST, empty_model_of, load_cost, position_count
 from leanstep.pruning.folder.recovery import recovery_bytes, recovery_seconds, space_beside
 from leanstep.pruning.measure.joint import INPUTS, with_cached_inputs
@@ -156,7 +156,8 @@ def estimate_pruning(
     free, free_device = free_memory("cpu"), None
     if not plan.on_cpu and torch.cuda.is_available():
         free_device = free_memory(workload.device)
-    disk = written_bytes(checkpoint, workload.processes, recovery)
+    beside = 0 if recovery is None else space_beside(checkpoint, recovery)
+    disk = written_bytes(checkpoint, workload.processes, beside)
     disk |= {use: size * workload.processes for use, size in _largest_phase(c.disk for c in costs.values()).items()}
     room = free_device if not plan.on_cpu else None if free is None else free // workload.processes
     libraries = {"libraries": psutil.Process().memory_info().rss}
@@ -207,17 +208,6 @@ def _memory_by_use(
     uses |= _largest_phase(cost.memory for cost in phases)
     host, device = ({use: size for use, size in memory.items() if size} for memory in (host, device))
     return host, device
-
-
-def written_bytes(checkpoint: Checkpoint, process_count: int, recovery: Recovery | None) -> dict[str, int]:
-    """Bytes on the disk by use, but for activations: the output, and what is gone when the run ends."""
-    uses = {"output": checkpoint.size}
-    if experts := EXPERT_COPIES * fused_bytes(checkpoint) * process_count:
-        uses["experts, fused"] = experts
-    copies, later = checkpoint.size * (process_count - 1), 0 if recovery is None else space_beside(checkpoint, recovery)
-    if largest := max(copies, later):  # the copies are gone when recovery begins
-        uses["recovery" if later == largest else "copies of the other processes"] = largest
-    return uses
 
 
 def largest_files(plan: Plan) -> int:

@@ -39,15 +39,10 @@ from leanstep.pruning.folder.checkpoint import (
     write_report,
     write_weights,
 )
-from leanstep.pruning.folder.estimate import largest_files, patch_count, written_bytes
-from leanstep.pruning.folder.files import (
-    DTYPES,
-    Checkpoint,
-    most_common_dtype,
-    open_checkpoint,
-)
+from leanstep.pruning.folder.estimate import largest_files, patch_count
+from leanstep.pruning.folder.files import DTYPES, Checkpoint, most_common_dtype, open_checkpoint, written_bytes
 from leanstep.pruning.folder.loading import checkpoint_values, empty_model_of, load_model, stored_parameters
-from leanstep.pruning.folder.recovery import recover_model
+from leanstep.pruning.folder.recovery import recover_model, space_beside
 from leanstep.pruning.folder.text import CalibrationText, held_out_hash, perplexity_of, sequences_of
 from leanstep.pruning.measure.activation_cache import find_stages
 from leanstep.pruning.measure.batches import as_batches
@@ -178,7 +173,8 @@ def _prune_into(
     processes.from_first(lambda: _check_start(out, run.resume, config))
     begin(progress, "checkpoint")
     checkpoint = open_checkpoint(source)
-    written = sum(written_bytes(checkpoint, processes.size, recovery).values())
+    beside = 0 if recovery is None else space_beside(checkpoint, recovery)
+    written = sum(written_bytes(checkpoint, processes.size, beside).values())
     processes.from_first(lambda: check_output(out, written))
     check_apart(out, checkpoint.folder)
     if config.refine is not None and config.refine.state is None:
