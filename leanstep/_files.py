@@ -70,7 +70,7 @@ def open_locked(path: Path) -> int:
 
 
 @contextmanager
-def alone(target: Path) -> Iterator[None]:
+def exclusive_lock(target: Path) -> Iterator[None]:
     """Context manager: no other process writes ``target`` meanwhile, by a lock on ``.TARGET.lock`` beside it.
 
     The lock ends with the process, also by ``kill -9``, which leaves an empty file that locks nothing.
@@ -427,8 +427,8 @@ def restore_replaced(target: Path) -> None:
 
 
 def restore_alone(target: Path) -> None:
-    """:func:`restore_replaced`, if no other process writes ``target``. Raises ValueError as :func:`alone`."""
-    with alone(target):
+    """:func:`restore_replaced`, if no other process writes ``target``. Raises ValueError as :func:`exclusive_lock`."""
+    with exclusive_lock(target):
         restore_replaced(target)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
@@ -21,13 +22,13 @@ if TYPE_CHECKING:
     from leanstep._checkpoint.mapped import Scratch
     from leanstep._processes import Processes
     from leanstep.pruning.allocate.budgets import Budget
-    from leanstep.pruning.allocate.descent import Refinement
     from leanstep.pruning.allocate.latency import LatencyTable
     from leanstep.pruning.measure.curves import Curve
     from leanstep.pruning.measure.metrics import Metric
-    from leanstep.pruning.measure.points import Progress
     from leanstep.sparsity import NM
 
+# called with what is done, what there is in all, and the name of a matrix or a phase; with 0 and 0 where a phase begins
+Progress = Callable[[int, int, str], Any]
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 
@@ -60,6 +61,45 @@ def _levels(text: str) -> tuple[float, ...]:
     return levels
 
 
+@dataclass(frozen=True)
+class Refinement:
+    """Settings of the search on joint distortion that follows dynamic programming.
+
+    Attributes:
+        minutes: time after which no exchange is judged; None: no limit.
+        evaluations: exchanges to judge at most; None: no limit. With this limit alone, the result depends on the seed
+            and not on the speed of the machine.
+        data: calibration data that judges, disjoint from the data for the scores and from the held-out data; see
+            :func:`leanstep.pruning.measure.batches.as_batches`. None sets aside the last quarter of the calibration
+            data.
+        seed: of the exchanges that are drawn at random.
+        noise: standard errors by which an exchange must be better.
+        state: file of the search, replaced as it goes on; a file of the same search is continued. None keeps none.
+
+    Raises:
+        ValueError: for no limit, or limits, seed and noise out of range.
+    """
+
+    minutes: float | None = None
+    evaluations: int | None = None
+    data: Any = None
+    seed: int = 0
+    noise: float = 1.0
+    state: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.minutes is None and self.evaluations is None:
+            raise ValueError("Refinement: give minutes, evaluations or both, else it would not end")
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
+            raise ValueError(f"Refinement: minutes must be positive, got {self.minutes:g}")
+        if self.evaluations is not None and (type(self.evaluations) is not int or self.evaluations < 1):
+            raise ValueError(f"Refinement: evaluations must be a whole number from 1 on, got {self.evaluations}")
+        if type(self.seed) is not int or self.seed < 0:
+            raise ValueError(f"Refinement: seed must be a whole number from 0 on, got {self.seed}")
+        if not 0 <= self.noise < math.inf:
+            raise ValueError(f"Refinement: noise must be a number from 0 on, got {self.noise}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PruneConfig:
     """What :func:`leanstep.pruning.prune` does; ``leanstep prune`` has an option for every field but the last two.
@@ -85,10 +125,9 @@ class PruneConfig:
         minutes: time after the Fisher curves at which ``anchored`` begins no measurement any more. It measures on as
             many of the first samples as let it measure all matrices in four fifths of that time, with 128 outputs
             (tokens, or samples of a classifier) or more: shuffle samples whose order means something. See
-            :mod:`leanstep.pruning.measure.sampling`. Curves of matrices that were not reached are scaled as those of
-            the same kind that were, with the median of all. On
-            held-out data, matrices are pruned one by one as long as that takes no longer, first for the allocation
-            that was asked for.
+            :mod:`leanstep.pruning.measure.fisher.sampling`. Curves of matrices that were not reached are scaled as
+            those of the same kind that were, with the median of all. On held-out data, matrices are pruned one by one
+            as long as that takes no longer, first for the allocation that was asked for.
         correction: ``none``; or ``relinearise``, which takes curves again around the uniformly pruned model, and once
             more around the new allocation if that is better: measured ones where all curves are measured, else to
             second order, first-order terms included. The allocation with the smallest joint distortion on
@@ -381,9 +420,9 @@ class PruneConfig:
                 f"{name} out"
             )
         if self.levels is not None:
-            from leanstep.pruning.measure.curves import check_levels
+            from leanstep.pruning.allocate.levels import check_levels
 
-            check_levels(self.levels, self.pattern)
+            check_levels(self)
 
 
 def _declared() -> list[Field[Any]]:
@@ -417,6 +456,12 @@ class Execution:
     stored: Callable[[str], Tensor | None] | None = None
     scratch: str | Path | Scratch | None = None
     processes: Processes | None = None
+
+
+def begin(progress: Progress | None, phase: str) -> None:
+    """Tell a function that a phase begins of which nothing is counted yet."""
+    if progress is not None:
+        progress(0, 0, phase)
 
 
 def takes_fields(*tables: type) -> Callable[[F], F]:

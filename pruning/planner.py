@@ -17,26 +17,22 @@ from leanstep._processes import Processes
 from leanstep.pruning.allocate.allocation import allocate
 from leanstep.pruning.allocate.budgets import BudgetConstraint
 from leanstep.pruning.allocate.closed_form import atp_betas_tried, in_blocks, snap
-from leanstep.pruning.allocate.descent import Refinement
 from leanstep.pruning.allocate.latency import LatencyTable
-from leanstep.pruning.config import Execution, PruneConfig
-from leanstep.pruning.measure.activation_cache import ActivationCache, take_note
+from leanstep.pruning.allocate.levels import levels_of
+from leanstep.pruning.config import Execution, PruneConfig, Refinement, begin
+from leanstep.pruning.cost import Cost, Plan
+from leanstep.pruning.measure.activation_cache import ActivationCache, cut_points_cost, take_note
 from leanstep.pruning.measure.batches import Batch, batches_hash
-from leanstep.pruning.measure.checks import Trial
-from leanstep.pruning.measure.curves import Curve, Levels, levels_of
-from leanstep.pruning.measure.measure import (
-    Measurement,
-    WeightSnapshot,
-    measure_curves,
-)
+from leanstep.pruning.measure.checks import Trial, correction_cost
+from leanstep.pruning.measure.curves import Curve, Levels
+from leanstep.pruning.measure.measure import curves_cost, measure_curves
+from leanstep.pruning.measure.measurement import Measurement, stored_by_measurement
 from leanstep.pruning.measure.metrics import Distortion, metric_name
-from leanstep.pruning.measure.points import begin
-from leanstep.pruning.refine import REFINED, refine_allocation
+from leanstep.pruning.refine import REFINED, refine_allocation, search_cost
 from leanstep.pruning.result import Additivity, Allocation, PruneResult
 from leanstep.pruning.score.base import NonFiniteInputsError
-from leanstep.pruning.score.calibration import Pruning
-from leanstep.pruning.score.targets import Group, check_filled, some
-from leanstep.sparsity import NM
+from leanstep.pruning.score.calibration import Pruning, score_seconds, statistics_cost
+from leanstep.pruning.score.targets import Group, WeightSnapshot, abbreviate, check_filled
 
 
 def check_target(
@@ -54,9 +50,9 @@ def check_target(
             asked for, or a table without a layer or a level.
     """
     counts: dict[str, Sequence[int]] = {}
-    sparsity, levels, budget = config.requested_sparsity, config.effective_levels, config.budget or "params"
+    sparsity, budget = config.requested_sparsity, config.budget or "params"
     if isinstance(budget, LatencyTable) or getattr(budget, "kind", None) == "latency":
-        counts = {name: row for name, (row, _) in levels_of(groups, 0.5, config.pattern, levels=levels).items()}
+        counts = {name: row for name, (row, _) in levels_of(groups, config, 0.5).items()}
     constraint = BudgetConstraint.of(budget, groups, sparsity, counts)
     if (fixed := config.fixed) is not None:
         check_filled(groups, fixed.m)
@@ -66,7 +62,7 @@ def check_target(
         nonzero = {group.name: group.nonzero() for group in groups}
     constraint.check_sparsity(target, nonzero, may_keep_none=by_curves)
     if by_curves or config.pattern != "unstructured":
-        by_group = levels_of(groups, _around(constraint, sparsity), config.pattern, levels=levels)
+        by_group = levels_of(groups, config, _around(constraint, sparsity))
         if by_curves:
             constraint.check_reach(by_group, nonzero, target)
     return constraint
@@ -111,21 +107,21 @@ class Planner:
 
     def run(self) -> PruneResult:
         """Measure, allocate, compare, prune."""
-        config, curves, fixed = self.config, self.config.given_curves, self.config.fixed
+        config, curves = self.config, self.config.given_curves
         before = self._nonzero()
         self.constraint = check_target(self.groups, config, before)
         measured: dict[str, Curve] = {}
-        if fixed is not None:
-            candidate = self._fixed(fixed)
+        if config.fixed is not None:
+            candidate = self._fixed()
         elif config.method == "dp":
             measured = self._by_effect(self._measure() if curves is None else curves, note=True)
             candidate = self._by_curves(measured)
         else:
             candidate = self._by_rule()
-        programme, search = candidate, dict[str, Any]()
+        planned, search = candidate, dict[str, Any]()
         if config.refine is not None:
-            candidate, search = self._refined(programme, measured, config.refine)
-        allocation, compared = self._compare_and_prune(candidate, programme)
+            candidate, search = self._refined(planned, measured, config.refine)
+        allocation, compared = self._compare_and_prune(candidate, planned)
         pruning = self.trial.pruning
         curve_score = config.planning_score if config.plans else None
         self.notes += [*filter(None, [take_note(self.model)]), *pruning.notes(curve_score)]
@@ -183,7 +179,7 @@ class Planner:
         return _around(self.constraint, self.config.requested_sparsity)
 
     def _levels(self) -> Levels:
-        return levels_of(self.groups, self._around(), self.config.pattern, levels=self.config.effective_levels)
+        return levels_of(self.groups, self.config, self._around())
 
     def _measure(self) -> dict[str, Curve]:
         begin(self.progress, "curves")
@@ -209,8 +205,8 @@ class Planner:
         levels = self._levels()
         if ended := [name for name, curve in curves.items() if len(curve.counts) < len(levels[name][0])]:
             self.notes.append(
-                f"the pruned model's outputs are not finite at the sparsest levels of {some(ended)}: these matrices "
-                "were not pruned that far; computing in fp32 or bf16 may help"
+                f"the pruned model's outputs are not finite at the sparsest levels of {abbreviate(ended)}: these "
+                "matrices were not pruned that far; computing in fp32 or bf16 may help"
             )
         sources = Counter(curve.source for curve in curves.values())
         if self.config.curve_method != "fisher" and sources["fisher"]:
@@ -231,7 +227,7 @@ class Planner:
         """End the curves without any distortion at uniform sparsity, or at the densest level that the budget needs.
 
         Their zeros say that the data never used these matrices, as where no token reached an expert, and not that they
-        can be spared. The programme would take their sparsest levels. The budget needs sparser ones than uniform
+        can be spared. Dynamic programming would take their sparsest levels. The budget needs sparser ones than uniform
         sparsity where curves of others end before it, because the pruned model overflows.
         """
         levels = dict[str, int]()
@@ -255,8 +251,8 @@ class Planner:
         if note:
             self.notes.append(
                 f"{len(ended)} of {len(curves)} curves are zero: no output for the curves' data depends on "
-                f"{some(list(ended))}. These matrices were pruned {limit}; more samples, or text of other kinds, may "
-                "use them"
+                f"{abbreviate(list(ended))}. These matrices were pruned {limit}; more samples, or text of other kinds, "
+                "may use them"
             )
         return by_effect
 
@@ -283,9 +279,9 @@ class Planner:
         return best
 
     def _refined(
-        self, programme: Allocation, curves: Mapping[str, Curve], settings: Refinement
+        self, planned: Allocation, curves: Mapping[str, Curve], settings: Refinement
     ) -> tuple[Allocation, dict[str, Any]]:
-        """Search from the programme's allocation; returns the better of the two, and how the search went.
+        """Search from an allocation; returns the better of the two, and how the search went.
 
         The search prunes on the inputs that its start gives. Its result is therefore pruned anew, as the returned model
         is, and measured on the data of the search.
@@ -293,25 +289,25 @@ class Planner:
         begin(self.progress, "refinement" if settings.minutes is None else "refinement time")
         measurement, budget = self._measurement(self.samples.judging), self.constraint.budget
         refined, descent = refine_allocation(
-            programme, self.planning, self.samples.batches, measurement, curves, budget, settings, self.progress
+            planned, self.planning, self.samples.batches, measurement, curves, budget, settings, self.progress
         )
         if descent is None:
             self.notes.append(
                 "not refined: with DP's allocation the model's outputs are not finite, so that no exchange "
                 "can be compared with it; a lower sparsity, or computing in fp32 or bf16, may help"
             )
-            return programme, {}
+            return planned, {}
         start = Distortion(*descent.points[0][2:])
         if self.planning is not self.trial:
-            start = self.trial.joint(measurement, programme)
-        final = start if refined.counts == programme.counts else self.trial.joint(measurement, refined)
+            start = self.trial.joint(measurement, planned)
+        final = start if refined.counts == planned.counts else self.trial.joint(measurement, refined)
         is_lower = final.mean < start.mean or (final.is_finite and not start.is_finite)
-        if not is_lower and refined.counts != programme.counts:
+        if not is_lower and refined.counts != planned.counts:
             self.notes.append(
                 f"the refined allocation was not taken: pruned anew, it costs {final.mean:.4g} on the data of the "
                 f"search, and DP's {start.mean:.4g}"
             )
-        return refined if is_lower else programme, descent.to_dict(start, final)
+        return refined if is_lower else planned, descent.to_dict(start, final)
 
     def _by_rule(self) -> Allocation:
         method, sparsity = self.config.method, self.config.requested_sparsity
@@ -366,18 +362,19 @@ class Planner:
             allocation = snap(allocation, self._levels())
         return allocation
 
-    def _fixed(self, pattern: NM) -> Allocation:
-        check_filled(self.groups, pattern.m)
-        numel = self._sizes()
-        counts = {name: size // pattern.m * pattern.n for name, size in numel.items()}
-        return Allocation("uniform", numel, counts, sum(counts.values()), dict.fromkeys(numel, str(pattern)))
+    def _fixed(self) -> Allocation:
+        fixed, numel = self.config.fixed, self._sizes()
+        assert fixed is not None
+        check_filled(self.groups, fixed.m)
+        counts = {name: size // fixed.m * fixed.n for name, size in numel.items()}
+        return Allocation("uniform", numel, counts, sum(counts.values()), dict.fromkeys(numel, str(fixed)))
 
     def _measurement(self, batches: list[Batch]) -> Measurement:
         return Measurement(self.model, batches, self.config.metric, like=self.trial.pruning.cache, scratch=self.scratch)
 
-    def _compare_and_prune(self, candidate: Allocation, programme: Allocation) -> tuple[Allocation, list[Additivity]]:
-        """Measure on held-out data, and prune; for allocations by curves, by the programme's or uniform sparsity if
-        that is better.
+    def _compare_and_prune(self, candidate: Allocation, planned: Allocation) -> tuple[Allocation, list[Additivity]]:
+        """Measure on held-out data, and prune; for allocations by curves, by the one before refinement or uniform
+        sparsity if that is better.
 
         The candidate is measured last, so that the model is already pruned if it wins.
         """
@@ -386,12 +383,12 @@ class Planner:
             self.trial.apply(candidate)
             return candidate, []
         begin(self.progress, "comparison")
-        by_curves = programme.method == "dp"
+        by_curves = planned.method == "dp"
         uniform = self._uniform() if by_curves else None
         if by_curves and uniform is None:
             self.notes.append("no uniform sparsity meets the budget: the allocation was compared with nothing")
         measurement = self._measurement(self.samples.held_out)
-        others = [one for one in (programme if candidate is not programme else None, uniform) if one is not None]
+        others = [one for one in (planned if candidate is not planned else None, uniform) if one is not None]
         summed, *sums = self._sums(measurement, [candidate, *others])
         costs = [self.trial.additivity(measurement, *pair, stay=False) for pair in zip(others, sums, strict=True)]
         overflow: NonFiniteInputsError | None = None
@@ -452,3 +449,54 @@ def _why_not(candidate: Allocation, cost: Additivity, best: Additivity, other: A
     if not math.isnan(cost.ratio):
         note += f". The summed distortion of the allocation is {1 / cost.ratio:.2f} times its joint distortion"
     return [note]
+
+
+def phase_costs(plan: Plan) -> dict[str, Cost]:
+    """What each phase of :meth:`Planner.run` takes, by name, in their order."""
+    config = plan.config
+    costs = {"cut points": cut_points_cost(plan), "statistics": statistics_cost(plan)}
+    if config.method == "dp":
+        costs["curves"] = curves_cost(plan)
+    if config.corrects:
+        costs["correction"] = correction_cost(plan)
+    if config.method == "atp":
+        costs["slopes"] = _slopes_cost(plan)
+    if plan.workload.refine_samples:
+        costs["search"] = search_cost(plan)
+    return costs | {"comparison": _comparison_cost(plan)}
+
+
+def _slopes_cost(plan: Plan) -> Cost:
+    """Of :meth:`Planner._by_rule` with ATP, which prunes by each slope and compares."""
+    samples = plan.workload.curve_samples
+    slopes = len(atp_betas_tried(plan.workload.sparsity, max(2, len(plan.shapes.blocks))))
+    joint = plan.pass_seconds(samples, compared=True)
+    seconds = 2 * joint + slopes * (score_seconds(plan, plan.config.planning_score).prune + joint)
+    return plan.cost(
+        {f"slopes of ATP, {slopes}": seconds},
+        passes=slopes * 2 * plan.workload.samples / plan.config.batch_size,
+        stored=stored_by_measurement(plan, samples),
+    )
+
+
+def _comparison_cost(plan: Plan) -> Cost:
+    """Of :meth:`Planner._compare_and_prune`."""
+    config, workload, blocks = plan.config, plan.workload, len(plan.shapes.blocks)
+    stored = stored_by_measurement(plan, workload.held_out)
+    if config.inputs == "dense":
+        stored["pruned matrices"] = plan.shapes.pruned * plan.shapes.itemsize
+    if not workload.held_out:
+        return plan.cost(stored=stored)
+    allocations = (2 if config.method == "dp" else 1) + bool(workload.refine_samples)
+    once, prune = plan.pass_seconds(workload.held_out, compared=True), score_seconds(plan, config.score).prune
+    # from each block on to check the cache, which every process does, and with each matrix pruned
+    single = (blocks / 2 + plan.groups / 2 / workload.processes) * once + prune
+    # single matrices are pruned only within the minutes
+    alone = int(min(allocations, 60 * config.minutes / single)) if single else allocations
+    # the dense outputs, whether they are reproducible, and those of each allocation
+    together = (2 + allocations) * once + allocations * prune
+    return plan.cost(
+        {"comparison on held-out data": together + alone * single},
+        passes=2 + allocations + alone * (blocks + plan.groups) / 2,
+        stored=stored,
+    )

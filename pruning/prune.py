@@ -8,8 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from leanstep.pruning.config import Execution, PruneConfig, read_config, read_fields, takes_fields
-from leanstep.pruning.measure.batches import Batch, as_batches
-from leanstep.pruning.measure.measure import WeightSnapshot, evaluating
+from leanstep.pruning.measure.batches import Batch, as_batches, evaluating
 from leanstep.pruning.measure.metrics import check_runs
 from leanstep.pruning.measure.products import products_in, products_note
 from leanstep.pruning.planner import Planner, Samples
@@ -17,7 +16,7 @@ from leanstep.pruning.refine import judging_batches
 from leanstep.pruning.result import PruneResult
 from leanstep.pruning.score.base import NEEDS
 from leanstep.pruning.score.calibration import leave_out
-from leanstep.pruning.score.targets import count_uses, dense_note, find_targets, make_groups
+from leanstep.pruning.score.targets import WeightSnapshot, count_uses, dense_note, find_targets, make_groups
 
 
 @takes_fields(Execution, PruneConfig)

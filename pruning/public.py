@@ -4,11 +4,23 @@ from leanstep._processes import Processes
 from leanstep.pruning.allocate.allocation import allocate, allocations_along
 from leanstep.pruning.allocate.budgets import Budget
 from leanstep.pruning.allocate.closed_form import atp_betas, outlier_ratio, snap
-from leanstep.pruning.allocate.descent import Refinement
 from leanstep.pruning.allocate.knapsack import InfeasibleBudget, KnapsackTable, solve_knapsack
 from leanstep.pruning.allocate.latency import LatencyTable
-from leanstep.pruning.config import Execution, PruneConfig
-from leanstep.pruning.finetune import (
+from leanstep.pruning.allocate.levels import level_grid, nm_levels
+from leanstep.pruning.config import Execution, PruneConfig, Refinement
+from leanstep.pruning.cost import Workload
+from leanstep.pruning.folder.estimate import Estimate, estimate_pruning
+from leanstep.pruning.folder.recovery import recover_checkpoint
+from leanstep.pruning.folder.run import prune_checkpoint
+from leanstep.pruning.folder.text import CalibrationText
+from leanstep.pruning.measure.curves import Curve
+from leanstep.pruning.measure.measure import measure_curves
+from leanstep.pruning.prune import prune
+from leanstep.pruning.result import Allocation, PruneResult
+from leanstep.pruning.score.base import LayerPruner, LayerStatistics, Pruned
+from leanstep.pruning.score.scores import layer_pruner
+from leanstep.pruning.score.targets import Layer, Target, as_matrix, find_targets
+from leanstep.pruning.training.finetune import (
     GradualPruner,
     MaskKeeper,
     gradual_sparsity,
@@ -17,19 +29,7 @@ from leanstep.pruning.finetune import (
     prune_iteratively,
     renew_batch_norms,
 )
-from leanstep.pruning.folder.estimate import Estimate, estimate_pruning
-from leanstep.pruning.folder.recovery import recover_checkpoint
-from leanstep.pruning.folder.run import prune_checkpoint
-from leanstep.pruning.folder.text import CalibrationText
-from leanstep.pruning.folder.workload import Workload
-from leanstep.pruning.measure.curves import Curve, level_grid, nm_levels
-from leanstep.pruning.measure.measure import measure_curves
-from leanstep.pruning.prune import prune
-from leanstep.pruning.recovery import Recovery, RecoveryResult, recover
-from leanstep.pruning.result import Allocation, PruneResult
-from leanstep.pruning.score.base import LayerPruner, LayerStatistics, Pruned
-from leanstep.pruning.score.scores import layer_pruner
-from leanstep.pruning.score.targets import Layer, Target, as_matrix, find_targets
+from leanstep.pruning.training.recovery import Recovery, RecoveryResult, recover
 
 __all__ = [
     "Allocation",

@@ -13,19 +13,22 @@ from torch import Tensor, nn
 
 from leanstep.pruning.allocate.allocation import layer_levels
 from leanstep.pruning.allocate.budgets import Budget
-from leanstep.pruning.allocate.descent import Descent, Refinement, SearchFile, descend
+from leanstep.pruning.allocate.descent import Descent, SearchFile, descend
 from leanstep.pruning.allocate.exchange import ExchangeSpace
-from leanstep.pruning.measure.batches import Batch, as_batches, batches_hash
+from leanstep.pruning.config import Progress, Refinement
+from leanstep.pruning.cost import Cost, Plan
+from leanstep.pruning.measure.activation_cache import activation_bytes, score_samples
+from leanstep.pruning.measure.batches import Batch, as_batches, batches_hash, evaluating
 from leanstep.pruning.measure.checks import Trial
 from leanstep.pruning.measure.curve_file import configuration_hash, weights_hash
 from leanstep.pruning.measure.curves import Curve
-from leanstep.pruning.measure.in_files import PrunersInFiles
-from leanstep.pruning.measure.joint import JointJudge
-from leanstep.pruning.measure.measure import Measurement, evaluating
-from leanstep.pruning.measure.points import Progress
+from leanstep.pruning.measure.joint import JointJudge, judge_cost
+from leanstep.pruning.measure.measurement import Measurement, stored_by_measurement
 from leanstep.pruning.measure.products import products_of
 from leanstep.pruning.result import Allocation
 from leanstep.pruning.score.base import LayerPruner, NonFiniteInputsError
+from leanstep.pruning.score.calibration import all_pruners_bytes, all_statistics_bytes, score_seconds
+from leanstep.pruning.score.in_files import PrunersInFiles
 
 # method of a refined allocation
 REFINED = "refined"
@@ -73,11 +76,11 @@ def refine_allocation(
     """Search from an allocation by exchanges within its budget; the model's dense weights are restored.
 
     Args:
-        start: the allocation of the dynamic programme.
+        start: the allocation by dynamic programming.
         trial: the matrices, their score and its calibration data; the model has its dense weights.
         batches: the calibration data, for the identity of the search.
         measurement: of the dense model on the data that judges.
-        curves, budget: of the programme.
+        curves, budget: by which it was solved.
         settings: limits, seed and file of the search.
         progress: see :func:`leanstep.pruning.allocate.descent.descend`.
 
@@ -148,3 +151,27 @@ def _identity(
         "seed": settings.seed,
         "noise": settings.noise,
     }
+
+
+def search_cost(plan: Plan) -> Cost:
+    """What :func:`refine_allocation` takes within its limits, with the pruners of all matrices in every process."""
+    config, workload = plan.config, plan.workload
+    judging, settings = workload.refine_samples, config.refine
+    planned, once = score_seconds(plan, config.planning_score), plan.pass_seconds(judging, compared=True)
+    seconds = planned.statistics + workload.processes * (planned.prune - planned.statistics) + 3 * once
+    # the result is pruned anew and measured
+    seconds += score_seconds(plan, config.score).prune + once
+    minutes, evaluations = (None, None) if settings is None else (settings.minutes, settings.evaluations)
+    # an exchange takes half of a pass, from the first changed block on
+    limits = (minutes and 60 * minutes, evaluations and evaluations * once / 2)
+    seconds += min((limit for limit in limits if limit is not None), default=0.0)
+    # as many weights are replaced in an exchange at most
+    stored = stored_by_measurement(plan, judging) | {"replaced weights": plan.shapes.pruned * plan.shapes.itemsize}
+    # the judge caches the inputs of its data
+    stored["activations before a block"] = activation_bytes(plan, 2 * score_samples(plan))
+    if plan.in_files:
+        stored["statistics of all matrices"] = all_statistics_bytes(plan)
+    else:
+        stored["pruners of all matrices"] = all_pruners_bytes(plan)
+    judge = judge_cost(plan, judging, max(1, min(config.batch_size, judging // _BATCHES)))
+    return plan.cost({"search": seconds}, stored=stored) + judge

@@ -14,13 +14,11 @@ the newest addresses, of the model that its allocation prunes. Anchored curves a
 curves are paired by seed, with Student's interval. ``--model digits`` trains a ViT on half of scikit-learn's digits,
 draws from that half, and judges on the other; its divergence is the squared difference of logits.
 
-That divergence is of all matrices together, whose distortions do not add up, and varies by some percent from seed to
-seed. So allocations are also compared by the sum that the programme makes least: the distortions at their levels, as
-the curves measured with the other seeds have them.
+That divergence is of all matrices together, whose distortions do not add up, and varies by some percent between seeds.
+So allocations are also compared by the sum that dynamic programming minimizes, of the other seeds' curves.
 
-The results file has a line for each seed; an interrupted call goes on with the next. Where a seed takes hours,
-``--work FOLDER`` keeps the measured points and the times of finished curves, and the next call goes on inside it;
-curves that were resumed inside have no time in the table. ``--write`` puts the table of a file into docs/.
+The results file has a line for each seed; an interrupted call goes on with the next one, and with ``--work FOLDER``
+inside it: curves that were resumed have no time in the table. ``--write`` puts the table of a file into docs/.
 """
 
 from __future__ import annotations
@@ -43,8 +41,8 @@ from leanstep.pruning import measure_curves, prune
 from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.curve_file import weights_hash
 from leanstep.pruning.measure.curves import Curve
-from leanstep.pruning.measure.measure import Measurement, WeightSnapshot
-from leanstep.pruning.score.targets import find_targets
+from leanstep.pruning.measure.measurement import Measurement
+from leanstep.pruning.score.targets import WeightSnapshot, find_targets
 
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 KINDS = ("measured", "anchored", "fisher")

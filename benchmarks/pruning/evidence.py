@@ -171,10 +171,10 @@ class Bench:
         """The evolutionary search, for the processor seconds of curves and refinement."""
         from leanstep.pruning import allocate, find_targets
         from leanstep.pruning.measure.activation_cache import ActivationCache
-        from leanstep.pruning.measure.batches import as_batches
+        from leanstep.pruning.measure.batches import as_batches, evaluating
         from leanstep.pruning.measure.checks import Trial
         from leanstep.pruning.measure.joint import JointJudge
-        from leanstep.pruning.measure.measure import Measurement, evaluating
+        from leanstep.pruning.measure.measurement import Measurement
         from leanstep.pruning.score.calibration import Pruning
         from leanstep.pruning.score.targets import make_groups
 

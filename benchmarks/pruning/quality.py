@@ -4,11 +4,11 @@
     python benchmarks pruning/quality --model runs/llama-nano-sinkgd/final --out runs/prune-quality
 
 Calibration sequences are drawn from the older addresses of the State of the Union text, anew with every seed;
-perplexity is measured on sequences of the newest ones, which neither the model nor the calibration has seen, the same
-for all. Curves are measured once for each score and seed and serve all sparsities. DP is what the curves say, without
-the comparison with uniform sparsity that ``leanstep prune`` makes; ``--allocations relinearised`` measures them again
-around the model that they prune. Results are stored in the output folder: an interrupted call goes on where it stopped,
-and folders of other weights or settings are refused. Prints two markdown tables; ``--plot FILE`` draws the first.
+perplexity is measured on sequences of the newest ones, the same for all, which neither model nor calibration has seen.
+Curves are measured once for each score and seed and serve all sparsities. DP is what the curves say, without the
+comparison with uniform sparsity that ``leanstep prune`` makes; ``--allocations relinearised`` measures them again
+around the model that they prune. Results are stored in the output folder: an interrupted call goes on, and folders of
+other weights or settings are refused. Prints two markdown tables; ``--plot FILE`` draws the first.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from leanstep.pruning import measure_curves, prune
 from leanstep.pruning.folder.files import open_checkpoint
 from leanstep.pruning.folder.loading import begin_tokens, load_model
 from leanstep.pruning.folder.text import token_sequences
-from leanstep.pruning.measure.batches import as_batches
+from leanstep.pruning.measure.batches import as_batches, evaluating
 from leanstep.pruning.measure.curve_file import weights_hash
-from leanstep.pruning.measure.measure import Measurement, WeightSnapshot, evaluating
+from leanstep.pruning.measure.measurement import Measurement
 from leanstep.pruning.measure.metrics import cross_entropy_sums, summarise
-from leanstep.pruning.score.targets import find_targets
+from leanstep.pruning.score.targets import WeightSnapshot, find_targets
 
 # DP on curves that are measured again around the pruned model, twice: as slow as all others, so only if asked for
 RELINEARISED = "relinearised"

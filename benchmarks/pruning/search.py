@@ -76,7 +76,7 @@ class Bench:
         from leanstep.pruning.measure.activation_cache import ActivationCache
         from leanstep.pruning.measure.batches import as_batches
         from leanstep.pruning.measure.checks import Trial
-        from leanstep.pruning.measure.measure import Measurement
+        from leanstep.pruning.measure.measurement import Measurement
         from leanstep.pruning.score.calibration import Pruning
 
         options = self.options
@@ -190,7 +190,7 @@ class Bench:
 
 def run(options: argparse.Namespace) -> None:
     """Measure every missing cell."""
-    from leanstep.pruning.measure.measure import evaluating
+    from leanstep.pruning.measure.batches import evaluating
 
     if unknown := sorted(set(options.methods).difference(METHODS)):
         raise SystemExit(f"--methods: the searches are {', '.join(METHODS)}, not {', '.join(unknown)}")

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from common import command_line
 
-from leanstep._files import alone, elsewhere, partial_folder, replacing, write_text
+from leanstep._files import elsewhere, exclusive_lock, partial_folder, replacing, write_text
 
 _DOCUMENT = 8_000  # characters, at least, of a document cut from a dictionary
 _SHORTEST = 200  # characters of a document; shorter ones are stubs
@@ -330,7 +330,7 @@ def main() -> int:
     out = options.out.resolve()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with alone(out):
+        with exclusive_lock(out):
             manifest = build(out, [name for name in SOURCES if name not in options.without])
     except (PackageError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

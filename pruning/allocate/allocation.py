@@ -11,7 +11,7 @@ from torch import Tensor
 
 from leanstep.pruning.allocate.budgets import Budget, cost, keep_total
 from leanstep.pruning.allocate.closed_form import OWL_SPREAD, counts_by_rule
-from leanstep.pruning.allocate.knapsack import STATES, InfeasibleBudget, LayerLevels, Program
+from leanstep.pruning.allocate.knapsack import STATES, InfeasibleBudget, LayerKnapsack, LayerLevels
 from leanstep.pruning.allocate.relaxed import MOST_GROUPS
 from leanstep.pruning.measure.curves import POINTS, Curve
 from leanstep.pruning.result import Allocation
@@ -106,7 +106,7 @@ def allocate(
     keep = keep_total(sum(layer.numel for layer in layers), sparsity)
     if method == "dp":
         assert curves is not None
-        return _program(layers, curves, budget or Budget("params", max(keep, 1)), at_most).allocation()
+        return _knapsack(layers, curves, budget or Budget("params", max(keep, 1)), at_most).allocation()
     upper = _bounds(layers, at_most)
     # sorted by name: the order of the layers must not break ties
     ordered = sorted(layers, key=lambda layer: layer.name)
@@ -140,8 +140,8 @@ def allocations_along(
         _check(layers, sparsity, "dp", None, {"curves": curves})
     total = sum(layer.numel for layer in layers)
     targets = [max(keep_total(total, sparsity), 1) for sparsity in sparsities]
-    program = _program(layers, curves, Budget("params", max(targets)), at_most)
-    return [program.allocation(target) for target in targets]
+    knapsack = _knapsack(layers, curves, Budget("params", max(targets)), at_most)
+    return [knapsack.allocation(target) for target in targets]
 
 
 def _check(
@@ -175,13 +175,13 @@ def _bounds(layers: Sequence[Layer], at_most: Mapping[str, int] | None) -> dict[
     return upper
 
 
-def _program(
+def _knapsack(
     layers: Sequence[Layer], curves: Mapping[str, Curve], budget: Budget, at_most: Mapping[str, int] | None
-) -> Program:
+) -> LayerKnapsack:
     """The knapsack of some layers: curves become levels with costs."""
     _check_curves(layers, curves)
     unit = _unit(layers, curves, budget)
-    return Program(layer_levels(layers, curves, budget, at_most), budget.kind, budget.target, unit)
+    return LayerKnapsack(layer_levels(layers, curves, budget, at_most), budget.kind, budget.target, unit)
 
 
 def layer_levels(

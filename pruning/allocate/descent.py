@@ -1,9 +1,9 @@
 """Refine an allocation by exchanges that are judged by the joint distortion: the search, its state, and its result.
 
-From the programme's allocation, each round proposes exchanges in the order of the slopes of the joint distortion: of
-many layers at once, then of fewer, then of two. The first that the judge accepts ends the round, and is repeated for as
-long as that is accepted too, which takes no new slopes. A round without one halves the step. After the smallest step,
-exchanges are drawn at random.
+From the allocation by dynamic programming, each round proposes exchanges in the order of the slopes of the joint
+distortion: of many layers at once, then of fewer, then of two. The first that the judge accepts ends the round, and is
+repeated for as long as that is accepted too, which takes no new slopes. A round without one halves the step. After the
+smallest step, exchanges are drawn at random.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 from leanstep._files import one_line, read_text, write_text
 from leanstep._processes import Processes
 from leanstep.pruning.allocate.exchange import Counts, ExchangeSpace
+from leanstep.pruning.config import Refinement
 from leanstep.pruning.measure.curve_file import check_identity, checked_content, checked_line
 from leanstep.pruning.measure.metrics import Distortion
 
@@ -32,45 +33,6 @@ _PAIRS = 1
 _DRAWS = 100
 
 Levels = Mapping[str, tuple[int, str]]
-
-
-@dataclass(frozen=True)
-class Refinement:
-    """Settings of the search on joint distortion that follows dynamic programming.
-
-    Attributes:
-        minutes: time after which no exchange is judged; None: no limit.
-        evaluations: exchanges to judge at most; None: no limit. With this limit alone, the result depends on the seed
-            and not on the speed of the machine.
-        data: calibration data that judges, disjoint from the data for the scores and from the held-out data; see
-            :func:`leanstep.pruning.measure.batches.as_batches`. None sets aside the last quarter of the calibration
-            data.
-        seed: of the exchanges that are drawn at random.
-        noise: standard errors by which an exchange must be better.
-        state: file of the search, replaced as it goes on; a file of the same search is continued. None keeps none.
-
-    Raises:
-        ValueError: for no limit, or limits, seed and noise out of range.
-    """
-
-    minutes: float | None = None
-    evaluations: int | None = None
-    data: Any = None
-    seed: int = 0
-    noise: float = 1.0
-    state: str | Path | None = None
-
-    def __post_init__(self) -> None:
-        if self.minutes is None and self.evaluations is None:
-            raise ValueError("Refinement: give minutes, evaluations or both, else it would not end")
-        if self.minutes is not None and not 0 < self.minutes < math.inf:
-            raise ValueError(f"Refinement: minutes must be positive, got {self.minutes:g}")
-        if self.evaluations is not None and (type(self.evaluations) is not int or self.evaluations < 1):
-            raise ValueError(f"Refinement: evaluations must be a whole number from 1 on, got {self.evaluations}")
-        if type(self.seed) is not int or self.seed < 0:
-            raise ValueError(f"Refinement: seed must be a whole number from 0 on, got {self.seed}")
-        if not 0 <= self.noise < math.inf:
-            raise ValueError(f"Refinement: noise must be a number from 0 on, got {self.noise}")
 
 
 class Judge(Protocol):

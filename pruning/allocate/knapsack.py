@@ -7,7 +7,7 @@ One level k_g per group g, least total loss within a budget B:
     k_n = the k of that minimum at b,   b <- b - costs[n][k_n],   n = N .. 1   :func:`level_at`
 
 :func:`solve_knapsack` makes the rows f_1 .. f_N, and :class:`KnapsackTable` goes back through them.
-:class:`Program` is the knapsack of layers, whose costs may have to be rounded. Of many layers it is relaxed
+:class:`LayerKnapsack` is the knapsack of layers, whose costs may have to be rounded. Of many layers it is relaxed
 (:mod:`leanstep.pruning.allocate.relaxed`).
 """
 
@@ -202,23 +202,23 @@ class KnapsackTable:
         first = np.flatnonzero(np.diff(row, prepend=np.inf) < 0)
         return self.lowest + first * self.unit, row[first]
 
-    def _state(self, budget: int | None) -> int:
-        budget = self.budget if budget is None else budget
-        if budget > self.budget:
-            raise ValueError(f"the table answers for budgets up to {self.budget}, not {budget}: make one for that")
-        _check_reachable(budget, self.lowest, self.highest)
-        return min((budget - self.lowest) // self.unit, len(self._rows[-1]) - 1)
+    def _state(self, capacity: int | None) -> int:
+        capacity = self.budget if capacity is None else capacity
+        if capacity > self.budget:
+            raise ValueError(f"the table answers for budgets up to {self.budget}, not {capacity}: make one for that")
+        _check_reachable(capacity, self.lowest, self.highest)
+        return min((capacity - self.lowest) // self.unit, len(self._rows[-1]) - 1)
 
 
-def quantize(costs: Sequence[Floats], budget: float, unit: float) -> tuple[list[Ints], int]:
-    """Costs and budget in whole units, counted from each group's cheapest level.
+def quantize(costs: Sequence[Floats], capacity: float, unit: float) -> tuple[list[Ints], int]:
+    """Costs and capacity in whole units, counted from each group's cheapest level.
 
-    Costs are rounded up and the budget is rounded down, so that levels that fit in units fit the budget.
+    Costs are rounded up and the capacity is rounded down, so that levels that fit in units fit it.
     """
     least = [float(cost.min()) for cost in costs]
     # 1e-9: a rounding error must not add a unit
     whole = [np.ceil((cost - low) / unit - 1e-9).astype(np.int64) for cost, low in zip(costs, least, strict=True)]
-    return whole, math.floor((budget - sum(least)) / unit + 1e-9)
+    return whole, math.floor((capacity - sum(least)) / unit + 1e-9)
 
 
 def common_step(costs: Sequence[Floats | Ints]) -> int:
@@ -242,10 +242,10 @@ def _checked(costs: Sequence[npt.ArrayLike], losses: Sequence[npt.ArrayLike]) ->
     return groups
 
 
-def _check_reachable(budget: int, lowest: int, highest: int) -> None:
-    if budget < lowest:
+def _check_reachable(capacity: int, lowest: int, highest: int) -> None:
+    if capacity < lowest:
         raise InfeasibleBudget(
-            f"a budget of {budget} cannot be met: the cheapest levels cost {lowest}, the dearest {highest}",
+            f"a budget of {capacity} cannot be met: the cheapest levels cost {lowest}, the dearest {highest}",
             lowest,
             highest,
         )
@@ -298,7 +298,7 @@ class LayerLevels:
         return low
 
 
-class Program:
+class LayerKnapsack:
     """The knapsack of some layers. Its table is solved once and answers for every target up to the given one.
 
     Args:

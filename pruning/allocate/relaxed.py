@@ -49,18 +49,18 @@ class RelaxedKnapsack:
         self._groups, self._levels = np.concatenate(groups)[order], np.concatenate(levels)[order]
         self._costs, self._saved = cost_of[order], saved[order]
 
-    def choose(self, budget: float) -> list[int]:
-        """Level of every group within a budget that the cheapest levels meet."""
+    def choose(self, capacity: float) -> list[int]:
+        """Level of every group within a capacity that the cheapest levels meet."""
         levels = list(self._cheapest)
         blocked: set[int] = set()
         spent = self._least
-        whole = int(np.searchsorted(spent + np.cumsum(self._costs), budget, side="right"))
+        whole = int(np.searchsorted(spent + np.cumsum(self._costs), capacity, side="right"))
         for group, level in zip(self._groups[:whole].tolist(), self._levels[:whole].tolist(), strict=True):
             levels[group] = level
         spent += float(self._costs[:whole].sum())
         rest = zip(*(part[whole:].tolist() for part in (self._groups, self._levels, self._costs)), strict=True)
         for group, level, cost in rest:
-            if group not in blocked and spent + cost <= budget:
+            if group not in blocked and spent + cost <= capacity:
                 levels[group] = level
                 spent += cost
             else:  # its dearer levels are beyond this one

@@ -23,7 +23,7 @@ from leanstep.pruning.config import PruneConfig
 from leanstep.pruning.folder.files import INDEX, Checkpoint, written_name
 from leanstep.pruning.folder.loading import stored_names
 from leanstep.pruning.result import PruneResult
-from leanstep.pruning.score.targets import some
+from leanstep.pruning.score.targets import abbreviate
 
 # not copied: files about the dense weights
 SIDECAR, REPORT = "sparsity.json", "report.html"
@@ -156,8 +156,8 @@ def unmapped_note(mapped: MappedParameters) -> str:
         return ""
     return (
         f"{len(held)} of {len(sizes)} parameters ({format_bytes(sum(held.values()))}) were held in memory, not mapped "
-        f"from their files: {some(list(held), 3)}. transformers fuses or converts them on loading, or their files are "
-        "those of torch.save"
+        f"from their files: {abbreviate(list(held), 3)}. transformers fuses or converts them on loading, or their "
+        "files are those of torch.save"
     )
 
 
@@ -237,7 +237,7 @@ def _stored(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
 
 
 @contextmanager
-def told_to_resume(*files: Path) -> Iterator[None]:
+def suggest_resume(*files: Path) -> Iterator[None]:
     """Context manager: the error of a full disk also says how to go on, if there is one of the files to go on with."""
     try:
         yield

@@ -1,8 +1,14 @@
-"""Estimate memory, disk and time of pruning a checkpoint from its configuration and the headers of its files."""
+"""Estimate memory, disk and time of pruning a checkpoint from its configuration and the headers of its files.
+
+What a phase takes, its own file says; this one adds up, and measures the rates of this machine.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,29 +19,17 @@ from torch import nn
 
 from leanstep._files import free_bytes
 from leanstep._memory import free_memory
-from leanstep.pruning.config import PruneConfig
-from leanstep.pruning.folder.duration import Duration, Rates, Sizes
-from leanstep.pruning.folder.files import DTYPES, EXPERT_COPIES, Checkpoint, fused_bytes, most_common_dtype
-from leanstep.pruning.folder.loading import LONGEST, empty_model_of, position_count
-from leanstep.pruning.folder.recovery import recovery_bytes, space_beside
-from leanstep.pruning.folder.search_size import (
-    GRADIENTS,
-    SearchSize,
-    files_of_all_matrices,
-    pruner_bytes,
-    statistics_bytes,
-)
-from leanstep.pruning.folder.stored_size import Sequences, StoredSizes, largest_phase, patch_count, with_more
-from leanstep.pruning.folder.workload import Shapes, Workload
-from leanstep.pruning.measure.fisher import FisherCost
+from leanstep.pruning.cost import Bytes, Cost, Plan, Rates, Shapes, Workload
+from leanstep.pruning.folder.files import DTYPES, Checkpoint, most_common_dtype, written_bytes
+from leanstep.pruning.folder.loading import LONGEST, empty_model_of, load_cost, position_count
+from leanstep.pruning.folder.recovery import recovery_bytes, recovery_seconds, space_beside
+from leanstep.pruning.measure.joint import INPUTS, with_cached_inputs
+from leanstep.pruning.measure.metrics import kl_divergence
 from leanstep.pruning.measure.products import product_dtype
-from leanstep.pruning.recovery import Recovery
-from leanstep.pruning.score.base import NEEDS, has_statistics
+from leanstep.pruning.planner import phase_costs
+from leanstep.pruning.score.scores import layer_pruner
 from leanstep.pruning.score.targets import dense_note, prunable_names
-
-# bytes for each weight of a matrix while it is ranked or updated, besides the matrix itself: fp32 copies, scores,
-# sorted scores, an order in int64 with the workspace of the sort, and a mask
-_PRUNER_BYTES = 40
+from leanstep.pruning.training.recovery import Recovery
 
 
 @dataclass(frozen=True)
@@ -150,195 +144,136 @@ def estimate_pruning(
         ValueError: for a configuration that transformers cannot open, sequences beyond its positions, or nothing to
             prune.
     """
-    dtype = most_common_dtype(checkpoint)
-    model = empty_model_of(checkpoint, DTYPES[dtype])
+    dtype = DTYPES[most_common_dtype(checkpoint)]
+    model = empty_model_of(checkpoint, dtype)
     names = prunable_names(model, include=include, exclude=exclude)
-    positions = position_count(checkpoint.config, checkpoint.folder)
-    tokens = workload.tokens
-    if tokens is None:
-        tokens = _longest(model, positions)
-    elif tokens > (positions or tokens):
-        raise ValueError(f"a sequence has at most the model's {positions} positions, got {tokens} tokens")
-    shapes = Shapes.of(checkpoint, model, names, tokens)
-    fisher = FisherCost.of(shapes, workload)
-    sizes = Sizes(shapes.matrices, len(shapes.blocks), shapes.active, shapes.outputs, tokens, checkpoint.size, fisher)
-    rates = Rates.measured(product_dtype(DTYPES[dtype], workload.config.products), workload.processes)
-    duration = Duration(sizes, workload, rates)
-    seconds, passes, config = duration.seconds(), duration.passes, workload.config
+    shapes = Shapes.of(checkpoint, model, names, _tokens(checkpoint, model, workload.tokens))
+    plan = Plan(shapes, workload, measured_rates(product_dtype(dtype, workload.config.products), workload))
+    loading, costs = load_cost(plan), phase_costs(plan)
+    seconds = {"start and imports": time.time() - psutil.Process().create_time()}
+    for cost in (loading, *costs.values()):
+        seconds |= cost.seconds
+    free, free_device = free_memory("cpu"), None
+    if not plan.on_cpu and torch.cuda.is_available():
+        free_device = free_memory(workload.device)
+    beside = 0 if recovery is None else space_beside(checkpoint, recovery)
+    disk = written_bytes(checkpoint, workload.processes, beside)
+    disk |= {use: size * workload.processes for use, size in _largest_phase(c.disk for c in costs.values()).items()}
+    room = free_device if not plan.on_cpu else None if free is None else free // workload.processes
+    libraries = {"libraries": psutil.Process().memory_info().rss}
+    memory, device_memory = _memory_by_use(plan, libraries | dict(loading.memory), list(costs.values()), room)
     recovering, unknown = dict[str, int](), ""
     if recovery is not None:
-        seconds["recovery"] = duration.recovery(recovery)
-        recovering, unknown = recovery_bytes(checkpoint, names, recovery, samples=workload.samples, tokens=tokens)
-    search = SearchSize.of(shapes, workload, workload.refine_samples) if workload.refine_samples else None
-    computing = {
-        "activations of a batch": _batch_bytes(shapes, workload),
-        "statistics of a block": _statistics_bytes(shapes, workload),
-        "pruner of a matrix": _pruner_bytes(shapes, workload),
-    }
-    by_fisher = duration.curves in ("fisher", "anchored")
-    if by_fisher:
-        computing["activations of a batch"] = max(computing["activations of a batch"], fisher.graph)
-    if search is not None:
-        computing["activations of a batch"] = max(computing["activations of a batch"], search.graph)
-    memory = {
-        "libraries": psutil.Process().memory_info().rss,
-        "weights": min(workload.resident + _block_bytes(shapes), checkpoint.size),
-        "experts, fused": shapes.fused_bytes,
-    }
-    is_cpu = workload.device == "cpu"
-    if recovering and is_cpu:
-        recovering = {"libraries": memory["libraries"]} | recovering
-    on_device = memory if is_cpu else {"two blocks": 2 * shapes.moved}
-    if not is_cpu:
-        memory["pinned, two blocks"] = 2 * shapes.moved
-    on_device |= computing
-    later = 0 if recovery is None else space_beside(checkpoint, recovery)
-    copies = checkpoint.size * (workload.processes - 1)
-    disk = {"output": checkpoint.size}
-    if experts := EXPERT_COPIES * fused_bytes(checkpoint) * workload.processes:
-        disk["experts, fused"] = experts
-    if largest := max(copies, later):  # the copies are gone when recovery begins
-        disk["recovery" if later == largest else "copies of the other processes"] = largest
-    stored = _stored_by_phase(shapes, workload)
-    in_files = workload.activations == "disk"
-    if in_files:
-        stored = with_more(stored, files_of_all_matrices(shapes, config, workload.samples, searches=search is not None))
-        activations = largest_phase(stored.values())
-        disk |= {use: size * workload.processes for use, size in activations.items()}
-        memory["mapped activations"] = min(workload.resident, sum(activations.values()))
-    held = {phase: {} if in_files else uses for phase, uses in stored.items()}
-    if config.inputs == "dense" and not in_files:
-        held["comparison"]["pruned matrices"] = shapes.itemsize * shapes.pruned
-    if config.corrects:
-        held["correction"] = {**held["curves"], **({} if in_files else _of_all_pruners(shapes, workload))}
-        if by_fisher:
-            # passes of whole batches, in place of an eighth of the samples
-            gradients = SearchSize.of(shapes, workload, 8 * workload.curve_samples)
-            computing["activations of a batch"] = max(computing["activations of a batch"], gradients.graph)
-            held["correction"] |= _of_slopes(shapes) if in_files else {"gradients of all matrices": gradients.gradients}
-            held["correction"] |= {"x and g of Fisher curves": fisher.collected}
-            if not is_cpu:  # gradients need all weights there
-                held["correction"]["all weights"] = checkpoint.size
-    if by_fisher:
-        held["curves"] = {**held["curves"], "x and g of Fisher curves": fisher.collected}
-    free, free_device = free_memory("cpu"), None
-    if not is_cpu and torch.cuda.is_available():
-        free_device = free_memory(workload.device)
-    if search is not None:
-        before = sum(on_device.values()) + sum(held["search"].values()) + search.pruners
-        room = free_device if not is_cpu else None if free is None else free // workload.processes
-        search = search.within(None if in_files or room is None else room - before)
-        held["search"] |= _of_slopes(shapes) if in_files else search.uses
-        if not is_cpu:  # gradients need all weights there
-            held["search"]["all weights"] = checkpoint.size
-    on_device |= largest_phase(held.values())
-    fits = free is None or checkpoint.size + sum(memory.values()) <= free
+        seconds["recovery"] = recovery_seconds(plan, recovery)
+        recovering, unknown = recovery_bytes(
+            checkpoint, names, recovery, samples=workload.samples, tokens=shapes.tokens
+        )
+        recovering = libraries | recovering if recovering and plan.on_cpu else recovering
+    fits = free is None or shapes.size + sum(memory.values()) <= free
     return Estimate(
-        shapes.parameters,
-        shapes.pruned,
-        len(shapes.matrices),
-        {use: size for use, size in memory.items() if size},
-        disk,
-        seconds if is_cpu else {},
-        free,
-        free_bytes(Path(out).expanduser().absolute().parent),
-        0 if fits else int(passes * checkpoint.size),
-        workload.processes,
-        {} if is_cpu else {use: size for use, size in on_device.items() if size},
-        free_device,
-        recovering,
-        None if recovery is None else recovery.distill,
-        [unknown] if unknown else [],
-        "" if include is not None else dense_note(model),
+        parameters=shapes.parameters,
+        pruned=shapes.pruned,
+        matrices=len(shapes.matrices),
+        memory=memory,
+        disk=disk,
+        seconds=seconds if plan.on_cpu else {},
+        free_memory=free,
+        free_disk=free_bytes(Path(out).expanduser().absolute().parent),
+        reads=0 if fits else int(sum(cost.passes for cost in costs.values()) * shapes.size),
+        processes=workload.processes,
+        device_memory=device_memory,
+        free_device=free_device,
+        recovery=recovering,
+        asked_to_distill=None if recovery is None else recovery.distill,
+        not_counted=[unknown] if unknown else [],
+        left_dense="" if include is not None else dense_note(model),
     )
 
 
-def _longest(model: nn.Module, positions: int | None) -> int:
-    """Tokens of a sequence whose length nobody asked for, or patches of an image; 1 for what has neither."""
-    config = getattr(model, "config", None)
+def _memory_by_use(
+    plan: Plan, loaded: Bytes, costs: Sequence[Cost], free: int | None
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes in the host's memory, and in that of another device, where ``free`` are free for what computes."""
+    host, device = dict(loaded), dict[str, int]()
+    if plan.in_files:
+        files = _largest_phase(cost.disk for cost in costs)
+        host["mapped activations"] = min(plan.workload.resident, sum(files.values()))
+    if not plan.on_cpu:
+        host["pinned, two blocks"] = device["two blocks"] = 2 * plan.shapes.moved
+    uses = host if plan.on_cpu else device
+    for cost in costs:
+        uses |= {use: max(size, uses.get(use, 0)) for use, size in cost.working.items()}
+    left = None if free is None else free - sum(uses.values())
+    phases = (with_cached_inputs(cost, left) if INPUTS in cost.memory else cost for cost in costs)
+    uses |= _largest_phase(cost.memory for cost in phases)
+    host, device = ({use: size for use, size in memory.items() if size} for memory in (host, device))
+    return host, device
+
+
+def largest_files(plan: Plan) -> int:
+    """Most bytes that one process has in files at one time, besides the model's."""
+    return sum(_largest_phase(cost.disk for cost in phase_costs(plan).values()).values())
+
+
+def _largest_phase(phases: Iterable[Bytes]) -> dict[str, int]:
+    """Bytes by use in the phase that takes most."""
+    largest = max(phases, key=lambda uses: sum(uses.values()))
+    return {use: size for use, size in largest.items() if size or use == "activations before a block"}
+
+
+def _tokens(checkpoint: Checkpoint, model: nn.Module, asked: int | None) -> int:
+    """Tokens of a sequence, by default as many as a run takes, or patches of an image; 1 for what has neither."""
+    config, positions = getattr(model, "config", None), position_count(checkpoint.config, checkpoint.folder)
+    if asked is not None:
+        if asked > (positions or asked):
+            raise ValueError(f"a sequence has at most the model's {positions} positions, got {asked} tokens")
+        return asked
     patches = patch_count(config)
-    if positions is None and (patches or not _is_of_text(config)):
+    is_text = config is not None and getattr(config.get_text_config(), "vocab_size", None) is not None
+    if positions is None and (patches or not is_text):
         return max(patches, 1)
     return min(positions or LONGEST, LONGEST)
 
 
-def _is_of_text(config: Any) -> bool:
-    return config is not None and getattr(config.get_text_config(), "vocab_size", None) is not None
+def patch_count(config: Any) -> int:
+    """Tokens of an image; 0 for a model without patches."""
+    image, patch = (getattr(config, name, None) for name in ("image_size", "patch_size"))
+    return (image // patch) ** 2 + 1 if isinstance(image, int) and isinstance(patch, int) and patch else 0
 
 
-def files_of_search(
-    checkpoint: Checkpoint, model: nn.Module, names: list[str], config: PruneConfig
-) -> dict[str, dict[str, int]]:
-    """:func:`files_of_all_matrices` of the parameters ``names``."""
-    shapes = Shapes.of(checkpoint, model, names)
-    return files_of_all_matrices(shapes, config, GRADIENTS, searches=config.refine is not None)
+def measured_rates(dtype: torch.dtype, workload: Workload) -> Rates:
+    """Measure for about a second, with the threads of one of several processes."""
+    threads = torch.get_num_threads()
+    if workload.processes > 1 and "OMP_NUM_THREADS" not in os.environ:  # as they are started
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workload.processes))
+    try:
+        return _measured_rates(dtype)
+    finally:
+        torch.set_num_threads(threads)
 
 
-def _stored_by_phase(shapes: Shapes, workload: Workload) -> dict[str, dict[str, int]]:
-    outputs = min(shapes.outputs, 512 * 3) if workload.config.metric == "kl_topk" else shapes.outputs
-    sequences = Sequences(
-        workload.samples if has_statistics(workload.config.allocation, *workload.config.scores) else 0,
-        workload.curve_samples if workload.config.plans else 0,
-        workload.held_out,
-        workload.refine_samples,
+def _measured_rates(dtype: torch.dtype) -> Rates:
+    left, right = torch.randn(256, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
+    weight, small = torch.randn(512, 512), torch.randn(16, 16)
+    logits, raw = torch.randn(32, 8192), torch.randint(0, 255, (2**22,), dtype=torch.uint8)
+    copy = torch.empty_like(raw)
+    prune = lambda: layer_pruner(weight, "magnitude", scope="row").prune(weight.numel() // 2)  # noqa: E731
+    compare = lambda: kl_divergence(logits.log_softmax(-1), logits.log_softmax(-1))  # noqa: E731
+    return Rates(
+        _seconds_of(lambda: left @ right) / (2 * 256 * 1024 * 1024),
+        _seconds_of(prune) / weight.numel(),
+        _seconds_of(lambda: small + small),
+        _seconds_of(compare) / logits.numel(),
+        _seconds_of(lambda: copy.copy_(raw)) / raw.nbytes,
+        _seconds_of(lambda: hashlib.sha256(raw.numpy().data)) / raw.nbytes,
     )
-    stored = StoredSizes(shapes.width, outputs, len(shapes.blocks), shapes.itemsize)
-    return stored.by_phase(sequences, shapes.tokens, in_files=workload.activations == "disk")
 
 
-def _of_slopes(shapes: Shapes) -> dict[str, int]:
-    """Where sums of gradients are in files: that of the largest matrix, and fp32 copies of it, of dW and W."""
-    return {"gradient of a matrix": 16 * max(rows * columns for rows, columns in shapes.matrices)}
-
-
-def _of_all_pruners(shapes: Shapes, workload: Workload) -> dict[str, int]:
-    """Of a correction of curves, which has the statistics of all matrices while it makes their pruners."""
-    config, samples = workload.config, workload.samples
-    ranked = config.pattern == "unstructured"
-    pruners = (
-        pruner_bytes(matrix, config.planning_score, shapes.itemsize, samples=samples, ranked=ranked)
-        for matrix in shapes.matrices
-    )
-    statistics = sum(statistics_bytes(matrix, config.scores, samples) for matrix in shapes.matrices)
-    return {"pruners of all matrices": sum(pruners), "statistics of all matrices": statistics}
-
-
-def _block_bytes(shapes: Shapes) -> int:
-    return max(sum(rows * columns for rows, columns in block) for block in shapes.blocks) * shapes.itemsize
-
-
-def _batch_bytes(shapes: Shapes, workload: Workload) -> int:
-    """Largest of a block's activations and the logits of one batch."""
-    largest_in, largest_out = (max(matrix[side] for matrix in shapes.matrices) for side in (1, 0))
-    samples = min(workload.config.batch_size, max(workload.samples, workload.held_out))
-    block = samples * shapes.tokens * ((4 * shapes.width + 3 * largest_out) * shapes.itemsize + 8 * largest_in)
-    compared = min(workload.config.batch_size, max(workload.curve_samples, workload.held_out))
-    # the logits of a batch, and in fp32 those of one sample and their logarithms
-    logits = shapes.tokens * shapes.outputs * (max(compared, 1) * shapes.itemsize + 12)
-    return max(block, logits)
-
-
-def _statistics_bytes(shapes: Shapes, workload: Workload) -> int:
-    outliers = 0
-    if workload.config.allocation == "owl":  # Wanda's sums of all matrices, and scores and pruners of a block
-        outliers = sum(8 * columns for _, columns in shapes.matrices)
-        outliers += _block_bytes(shapes) // shapes.itemsize * (4 + shapes.itemsize)
-    scores, samples = workload.config.scores, workload.samples
-    by_block = (sum(statistics_bytes(matrix, scores, samples) for matrix in block) for block in shapes.blocks)
-    return max(outliers, *by_block)
-
-
-def _pruner_bytes(shapes: Shapes, workload: Workload) -> int:
-    """Of the largest matrix while it is ranked or updated, and what is held of the matrices that change together."""
-    factor = 20 if any("gram" in NEEDS[score] for score in workload.config.scores) else 0
-    largest = max(
-        rows * columns * (_PRUNER_BYTES + shapes.itemsize) + factor * columns**2 for rows, columns in shapes.matrices
-    )
-    if workload.config.method != "dp" or workload.config.granularity != "block":
-        return largest
-    # copies before and after, and ranks; Cholesky factors
-    held = max(
-        sum(rows * columns * (2 * shapes.itemsize + 2) + factor // 5 * columns**2 for rows, columns in block)
-        for block in shapes.blocks
-    )
-    return largest + held
+def _seconds_of(function: Callable[[], object], seconds: float = 0.15) -> float:
+    """Mean seconds of a call, after one that is not counted."""
+    function()
+    begin, calls = time.perf_counter(), 0
+    while (spent := time.perf_counter() - begin) < seconds:
+        function()
+        calls += 1
+    return spent / calls

@@ -258,3 +258,14 @@ def fused_bytes(checkpoint: Checkpoint) -> int:
         for name, dtype, shape in stored_tensors(checkpoint)
         if _EXPERT.search(name) and len(shape) == 2
     )
+
+
+def written_bytes(checkpoint: Checkpoint, process_count: int, recovery_bytes: int) -> dict[str, int]:
+    """Bytes on the disk by use, but for activations: the output, and what is gone when the run ends."""
+    uses = {"output": checkpoint.size}
+    if experts := EXPERT_COPIES * fused_bytes(checkpoint) * process_count:
+        uses["experts, fused"] = experts
+    copies = checkpoint.size * (process_count - 1)
+    if largest := max(copies, recovery_bytes):  # the copies are gone when recovery begins
+        uses["recovery" if recovery_bytes == largest else "copies of the other processes"] = largest
+    return uses

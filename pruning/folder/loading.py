@@ -29,11 +29,14 @@ from leanstep._checkpoint.files import (
 from leanstep._checkpoint.mapped import Scratch, forget_sources, is_mapped, note_use, release_pages
 from leanstep._checkpoint.safetensors import MappedFile
 from leanstep._files import is_folder_name, one_line
+from leanstep.pruning.cost import Cost, Plan
 from leanstep.pruning.folder.files import DTYPE_NAMES, Checkpoint, stored_dtypes
 from leanstep.sparsity.inference.load import check_declared, named_class, nobody_asked
 
 _FLOATING_DTYPES = tuple(DTYPE_NAMES.values())
 
+# times that the files are read or written, and hashed: copies, checks of values, comparisons with what is stored
+READS, _HASHES = 6, 2
 # most tokens of a calibration sequence whose length nobody asked for
 LONGEST = 2048
 # the files of a name on the hub that tell what the others are, and of what the library makes classes
@@ -460,3 +463,13 @@ def _quiet(*, reports: bool = False) -> Iterator[None]:
         logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
+
+
+def load_cost(plan: Plan) -> Cost:
+    """What it takes to read, check and write the files, and to hold the weights that were used last."""
+    shapes, rates = plan.shapes, plan.rates
+    resident = plan.workload.resident + shapes.largest_block * shapes.itemsize
+    return Cost(
+        {"files": shapes.size * (READS * rates.copied + _HASHES * rates.hashed)},
+        memory={"weights": min(resident, shapes.size), "experts, fused": shapes.fused_bytes},
+    )

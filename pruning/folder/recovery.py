@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from leanstep._checkpoint.files import check_apart, check_space, new_folder, read_json
-from leanstep._files import alone, one_line, remove_leftovers, remove_partials, restore_replaced
+from leanstep._files import exclusive_lock, one_line, remove_leftovers, remove_partials, restore_replaced
 from leanstep._memory import free_memory
+from leanstep.pruning.config import Progress, begin
+from leanstep.pruning.cost import Plan
 from leanstep.pruning.folder.checkpoint import (
     HELD_OUT,
     SIDECAR,
@@ -26,7 +28,7 @@ from leanstep.pruning.folder.checkpoint import (
     remove_search_files,
     state_file,
     stored_hash,
-    told_to_resume,
+    suggest_resume,
     write_report,
     write_weights,
 )
@@ -38,17 +40,24 @@ from leanstep.pruning.folder.files import (
     stored_dtypes,
     stored_tensors,
 )
-from leanstep.pruning.folder.loading import checkpoint_values, empty_model_of, load_model, stored_parameters
+from leanstep.pruning.folder.loading import (
+    READS,
+    checkpoint_values,
+    empty_model_of,
+    load_model,
+    stored_parameters,
+)
 from leanstep.pruning.folder.text import CalibrationText, held_out_hash, perplexity_of, sequences_of
 from leanstep.pruning.measure.batches import Batch, as_batches
-from leanstep.pruning.measure.points import Progress, begin
 from leanstep.pruning.measure.products import products_in
-from leanstep.pruning.recovery import Recovery, RecoveryResult, recover
-from leanstep.pruning.recovery_file import stored_distill
-from leanstep.pruning.recovery_memory import distillation_bytes, expected_distillation_bytes
 from leanstep.pruning.result import finite_values
 from leanstep.pruning.score.targets import find_targets
+from leanstep.pruning.training.recovery import Recovery, RecoveryResult, recover
+from leanstep.pruning.training.recovery_file import stored_distill
+from leanstep.pruning.training.recovery_memory import distillation_bytes, expected_distillation_bytes
 
+# passes over the trained weights of an update: five alternating normalisations, masks, and the step
+_UPDATE_PASSES = 30
 OTHER_DATA = (
     "perplexities are on the held-out data of recovery, not on those of pruning; the dense model's is not known"
 )
@@ -95,7 +104,7 @@ def recover_checkpoint(
         trained matrices in the dtype of training.
     """
     folder = Path(folder).expanduser()
-    with alone(folder):
+    with exclusive_lock(folder):
         restore_replaced(folder)
         remove_leftovers(folder)
         content = pruned_content(folder)
@@ -181,7 +190,7 @@ def recover_model(
     begin(progress, "writing")
     content["perplexity"] = finite_values(content["perplexity"]) or None
     content["recovery"] = result.to_dict()
-    with told_to_resume(folder), new_folder(folder, replace=True) as staged:
+    with suggest_resume(folder), new_folder(folder, replace=True) as staged:
         changed = write_weights(pruned, checkpoint_values(pruned, model), staged)
         copy_others(pruned, staged)
         rows = content["tensors"]
@@ -286,6 +295,17 @@ def _teacher(
                 f"({parts}) and {free / 1e9:.2f} GB were free"
             )
     return load_model(dense, device), ""
+
+
+def recovery_seconds(plan: Plan, recovery: Recovery) -> float:
+    """Seconds of all steps, of the comparisons before and after them, and of the folder's files."""
+    batch = min(recovery.batch_size, plan.workload.samples)
+    # forward and backward, which takes the work of two; and of the dense model
+    passes = (3 if recovery.distill is False else 4) * plan.pass_seconds(batch, compared=True, batch_size=batch)
+    copied = plan.rates.copied
+    update = 4 * _UPDATE_PASSES * plan.shapes.pruned * copied if recovery.rank is None else 0.0  # in fp32
+    compared = 2 * 2 * plan.pass_seconds(plan.workload.held_out, compared=True)
+    return recovery.steps * (passes + update) + compared + plan.shapes.size * READS * copied
 
 
 def recovery_bytes(

@@ -10,14 +10,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from leanstep._checkpoint.files import check_apart, check_output, check_space, new_folder
 from leanstep._checkpoint.mapped import RESIDENT, CopiesInFiles, ResidentSet, Scratch
-from leanstep._files import alone, output_folder, restore_replaced
+from leanstep._files import exclusive_lock, output_folder, restore_replaced
 from leanstep._processes import Processes
 from leanstep._version import __version__
 from leanstep.pruning.allocate.knapsack import InfeasibleBudget
-from leanstep.pruning.config import Execution, PruneConfig, read_config, read_fields, takes_fields
+from leanstep.pruning.config import Execution, Progress, PruneConfig, begin, read_config, read_fields, takes_fields
+from leanstep.pruning.cost import Plan, Shapes, Workload
 from leanstep.pruning.folder.checkpoint import (
     HELD_OUT,
     SIDECAR,
@@ -31,35 +33,27 @@ from leanstep.pruning.folder.checkpoint import (
     map_weights,
     remove_search_files,
     search_files,
+    suggest_resume,
     tensor_rows,
-    told_to_resume,
     unmapped_note,
     write_report,
     write_weights,
 )
-from leanstep.pruning.folder.estimate import files_of_search
-from leanstep.pruning.folder.files import (
-    DTYPES,
-    EXPERT_COPIES,
-    Checkpoint,
-    fused_bytes,
-    most_common_dtype,
-    open_checkpoint,
-)
+from leanstep.pruning.folder.estimate import largest_files, patch_count
+from leanstep.pruning.folder.files import DTYPES, Checkpoint, most_common_dtype, open_checkpoint, written_bytes
 from leanstep.pruning.folder.loading import checkpoint_values, empty_model_of, load_model, stored_parameters
 from leanstep.pruning.folder.recovery import recover_model, space_beside
-from leanstep.pruning.folder.stored_size import Sequences, scratch_bytes
 from leanstep.pruning.folder.text import CalibrationText, held_out_hash, perplexity_of, sequences_of
+from leanstep.pruning.measure.activation_cache import find_stages
 from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.blocks import BlockMover
-from leanstep.pruning.measure.points import Progress, begin
+from leanstep.pruning.measure.metrics import check_runs, values_of
 from leanstep.pruning.measure.products import products_in
 from leanstep.pruning.planner import check_target
 from leanstep.pruning.prune import prune
-from leanstep.pruning.recovery import Recovery, check_recoverable
 from leanstep.pruning.result import PruneResult
-from leanstep.pruning.score.base import has_statistics
 from leanstep.pruning.score.targets import empty_targets, make_groups, prunable_names
+from leanstep.pruning.training.recovery import Recovery, check_recoverable
 
 ACTIVATIONS = ("memory", "disk")
 _UNCHECKED = "the disk space for activations was not checked: the data is batches, not a tensor of samples"
@@ -166,7 +160,7 @@ def prune_checkpoint(
     run.check(data)
     out = output_folder(out)
     with ExitStack() as stack:
-        (run.processes or Processes()).from_first(lambda: stack.enter_context(alone(out)))
+        (run.processes or Processes()).from_first(lambda: stack.enter_context(exclusive_lock(out)))
         return _prune_into(source, out, data, curve_data, config, run)
 
 
@@ -179,10 +173,8 @@ def _prune_into(
     processes.from_first(lambda: _check_start(out, run.resume, config))
     begin(progress, "checkpoint")
     checkpoint = open_checkpoint(source)
-    # a copy of the files for each process, and later the state of recovery and its folder
-    later = 0 if recovery is None else space_beside(checkpoint, recovery)
-    written = checkpoint.size + max(checkpoint.size * (processes.size - 1), later)
-    written += EXPERT_COPIES * fused_bytes(checkpoint) * processes.size
+    beside = 0 if recovery is None else space_beside(checkpoint, recovery)
+    written = sum(written_bytes(checkpoint, processes.size, beside).values())
     processes.from_first(lambda: check_output(out, written))
     check_apart(out, checkpoint.folder)
     if config.refine is not None and config.refine.state is None:
@@ -209,11 +201,10 @@ def _prune_into(
     unchecked = ""
     if run.activations == "disk":
         first = calibration.held_out if calibration.data is None else calibration.data
-        more = files_of_search(checkpoint, model, names, config)
-        scratch = scratch_bytes(model, _sequences(calibration), first, more)
+        plan = _plan_of(checkpoint, model, names, calibration, first)
         if first is not None and not isinstance(first, torch.Tensor | bool):
             unchecked = _UNCHECKED
-        processes.from_first(lambda: check_space(out, written + scratch * processes.size))
+        processes.from_first(lambda: check_space(out, written + largest_files(plan) * processes.size))
     content: dict[str, Any] = {"leanstep": __version__, "source": str(source)}
     content[SOURCE_WEIGHTS] = source_weights
     # as asked for: the allocation that is applied may be another, which the comparison found to be better
@@ -221,7 +212,7 @@ def _prune_into(
     if calibration.text:
         content["calibration_text"] = calibration.text
     content[HELD_OUT] = held_out_hash(calibration.held_out)
-    with _staged(out, processes) as folder:
+    with _staged(out, run) as folder:
         map_model = map_weights if processes.is_first else map_copies
         with CopiesInFiles(joined):
             mapped = map_model(checkpoint, model, folder, resident_weights)
@@ -419,15 +410,45 @@ def moves_blocks(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def _sequences(calibration: _Calibration) -> Sequences:
-    data, config, curves = calibration.data, calibration.config, calibration.curve_data
-    if not config.plans:
-        curves = None
-    elif curves is None:
-        curves = data
-    has_scores = has_statistics(config.allocation, *config.scores)
-    judging = None if config.refine is None else config.refine.data
-    return Sequences.of(has_scores, data, curves, calibration.held_out, judging)
+def _plan_of(checkpoint: Checkpoint, model: nn.Module, names: list[str], calibration: _Calibration, first: Any) -> Plan:
+    """The run, to tell the size of its files; of data that is no tensor nothing is known. ``first`` has a sample."""
+    config, refine = calibration.config, calibration.config.refine
+    curves = calibration.data if calibration.curve_data is None else calibration.curve_data
+    data = (calibration.data, curves, calibration.held_out, None if refine is None else refine.data)
+    samples, curve_samples, held_out, judging = (len(one) if isinstance(one, torch.Tensor) else 0 for one in data)
+    workload = Workload(
+        # where time decides, the method that needs most
+        config if config.curve_method else replace(config, curves="anchored"),
+        samples=samples,
+        curve_samples=curve_samples,
+        held_out=held_out,
+        refine_samples=judging or int(refine is not None),
+        activations="disk",
+    )
+    shapes, is_tensor = Shapes.of(checkpoint, model, names), isinstance(first, torch.Tensor)
+    if is_tensor and not first.is_floating_point():
+        return Plan(replace(shapes, tokens=first.shape[1]), workload)
+    if is_tensor and not patch_count(model.config):
+        return Plan(_of_a_sample(shapes, model, first), workload)
+    return Plan(replace(shapes, tokens=patch_count(model.config)), workload)
+
+
+@torch.no_grad()
+def _of_a_sample(shapes: Shapes, model: nn.Module, data: torch.Tensor) -> Shapes:
+    """Shapes with a sample for a token: the largest output of a stage, and the model's output."""
+    sample, sizes = as_batches(data[:1], model)[0], [0]
+    check_runs(model, sample)
+
+    def measure(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        sizes.append(sum(leaf.nbytes for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)))
+
+    handles = [stage.register_forward_hook(measure) for _, stage in find_stages(model, sample)]
+    try:
+        outputs = values_of(sample.run(model)).numel()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return replace(shapes, tokens=1, width=-(-max(sizes) // shapes.itemsize), outputs=outputs)
 
 
 def _check_start(out: Path, resume: bool, config: PruneConfig) -> None:
@@ -441,10 +462,11 @@ def _check_start(out: Path, resume: bool, config: PruneConfig) -> None:
 
 
 @contextmanager
-def _staged(out: Path, processes: Processes) -> Iterator[Path]:
+def _staged(out: Path, run: FolderRun) -> Iterator[Path]:
     """Context manager: the temporary folder of the first process, which becomes ``out``."""
+    processes = run.processes or Processes()
     if not processes.is_first:
         yield processes.from_first(Path)
         return
-    with told_to_resume(*search_files(out)), new_folder(out) as folder:
+    with suggest_resume(*search_files(out)), new_folder(out) as folder:
         yield processes.from_first(lambda: folder)

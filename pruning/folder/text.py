@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leanstep.pruning.config import Progress
 from leanstep.pruning.folder.files import Checkpoint
 from leanstep.pruning.folder.loading import LONGEST, begin_tokens, encoding, open_tokenizer, position_count
-from leanstep.pruning.measure.batches import as_batches
-from leanstep.pruning.measure.measure import evaluating
+from leanstep.pruning.measure.batches import as_batches, evaluating
 from leanstep.pruning.measure.metrics import check_runs, cross_entropy_sums, summarise
-from leanstep.pruning.measure.points import Progress
 
 
 @dataclass(frozen=True)

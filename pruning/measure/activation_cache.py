@@ -18,8 +18,10 @@ from torch.utils.hooks import RemovableHandle
 
 from leanstep._checkpoint.mapped import FileTensor, Scratch
 from leanstep._processes import Processes
+from leanstep.pruning.cost import Cost, Plan
 from leanstep.pruning.measure.batches import Batch
 from leanstep.pruning.measure.blocks import candidate_blocks, set_forward
+from leanstep.pruning.score.base import has_statistics
 from leanstep.pruning.score.targets import Group, Target
 
 
@@ -336,3 +338,21 @@ def _tensors(output: Any) -> list[Tensor]:
 
 def _cloned(output: Any) -> Any:
     return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, (Tensor, FileTensor)) else leaf, output)
+
+
+def cut_points_cost(plan: Plan) -> Cost:
+    """What it takes to find the positions from which a chain of blocks can be run: a pass to find the blocks, one to
+    compare with, and two blocks for each position.
+    """
+    return Cost({"search of the cut points": 4 * plan.pass_seconds(1)}, passes=4)
+
+
+def activation_bytes(plan: Plan, samples: int) -> int:
+    """Bytes of the activations before a block, of samples."""
+    return samples * plan.shapes.tokens * plan.shapes.width * plan.shapes.itemsize
+
+
+def score_samples(plan: Plan) -> int:
+    """Samples whose activations are cached for the statistics of scores."""
+    config = plan.config
+    return plan.workload.samples if has_statistics(config.allocation, *config.scores) else 0

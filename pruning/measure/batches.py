@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -237,3 +238,16 @@ def without_cache(batch: Batch, model: nn.Module) -> Batch:
     if get_text_config is None or getattr(get_text_config(), "use_cache", None) is None:
         return batch
     return replace(batch, kwargs={"use_cache": False, **batch.kwargs})
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Context manager: eval mode without gradients; restores the modes of all modules on exit."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -5,25 +5,39 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from leanstep._checkpoint.mapped import Scratch
+from leanstep.pruning.allocate.levels import level_count
+from leanstep.pruning.config import Progress
+from leanstep.pruning.cost import Cost, Plan
+from leanstep.pruning.measure.batches import evaluating
 from leanstep.pruning.measure.curves import Curve, Levels, counts_and_patterns, curve_of
-from leanstep.pruning.measure.fisher import SecondOrder, portions
-from leanstep.pruning.measure.in_files import PrunersInFiles
-from leanstep.pruning.measure.joint import JointJudge
-from leanstep.pruning.measure.measure import Measurement, WeightSnapshot, evaluating
+from leanstep.pruning.measure.fisher.second_order import SecondOrder, portions, second_order_cost
+from leanstep.pruning.measure.joint import JointJudge, judge_cost
+from leanstep.pruning.measure.measure import expected_method, points_seconds
+from leanstep.pruning.measure.measurement import Measurement, stored_by_measurement
 from leanstep.pruning.measure.metrics import Distortion
-from leanstep.pruning.measure.points import Progress
 from leanstep.pruning.result import Additivity, Allocation
 from leanstep.pruning.score.base import LayerPruner, NonFiniteInputsError
-from leanstep.pruning.score.calibration import Pruners, Pruning, prune_group
-from leanstep.pruning.score.targets import Group, Target
+from leanstep.pruning.score.calibration import (
+    Pruners,
+    Pruning,
+    all_pruners_bytes,
+    all_statistics_bytes,
+    prune_group,
+    score_seconds,
+)
+from leanstep.pruning.score.in_files import PrunersInFiles
+from leanstep.pruning.score.targets import Group, Target, WeightSnapshot
 
+# forward passes of a judge: its first comparison, the check of its cache, and a gradient, which computes activations
+# again
+_JUDGE_PASSES = 6
 # what other weights [out, in] of some matrices do to the output
 Measure = Callable[[Iterable[tuple[Target, Tensor]]], Distortion]
 
@@ -90,7 +104,7 @@ class Trial:
         for index, (group, pruners) in enumerate(self.pruning.each(block, start)):
             if not alone and index % processes.size != processes.rank:
                 continue
-            changed = list(prune_group(group, pruners, *allocation.level(group.name)))
+            changed = list(prune_group(group, pruners, allocation.level(group.name)))
             if isinstance(used, PrunersInFiles):
                 used.add(group, pruners)
             elif used is not None:
@@ -157,7 +171,7 @@ class Trial:
         these where the cache is in files.
 
         Measured, or to second order in the change dW from the pruned matrix: ``<gradient of D, dW>`` and what
-        :class:`leanstep.pruning.measure.fisher.SecondOrder` says of dW there. The second takes some passes in place of
+        :class:`SecondOrder` says of dW there. The second takes some passes in place of
         one for every matrix and level, and the memory of a gradient of all matrices, or the space in files.
 
         Args:
@@ -175,7 +189,7 @@ class Trial:
             pruners = self._dense_pruners()
             share = {group.name for group in self.pruning.processes.share(self.groups)}
             for group in self.groups:
-                _write(prune_group(group, pruners, *around.level(group.name)))
+                _write(prune_group(group, pruners, around.level(group.name)))
             estimates = self._estimated(measurement, around, pruners, share) if second_order else None
             for group, measure in self._measured(measurement) if estimates is None else estimates:
                 points = []
@@ -183,7 +197,7 @@ class Trial:
                     if group.name not in share:
                         break
                     dense = [(target, pruners[target.name].given) for target in group.targets] if k == 0 else None
-                    points.append(measure(dense or prune_group(group, pruners, count, pattern)))
+                    points.append(measure(dense or prune_group(group, pruners, (count, pattern))))
                     done += 1
                     if progress is not None:
                         progress(done, total, group.name)
@@ -245,7 +259,7 @@ class Trial:
             return Distortion(first + change.mean, change.stderr)
 
         stages = measurement.cache.by_start(self.groups)
-        for portion in portions(second, stages, share, self.pruning.processes):
+        for portion in portions(second, stages, share, self.pruning):
             groups = [group for _, stage in portion for group in stage]
             if targets := [target for group in groups if group.name in share for target in group.targets]:
                 second.collect(targets)
@@ -255,3 +269,32 @@ class Trial:
 def _write(changes: Iterable[tuple[Target, Any]]) -> None:
     for target, weight in changes:
         target.weight.copy_(Scratch.open(weight))
+
+
+def correction_cost(plan: Plan) -> Cost:
+    """What two corrections of curves take: :meth:`Trial.relinearised_curves`, and joint distortions.
+
+    Measured points have the dense one besides. Curves to second order take a gradient of all matrices, and the passes
+    of a judge.
+    """
+    config, samples, levels = plan.config, plan.workload.curve_samples, level_count(plan.config)
+    planned, processes = score_seconds(plan, config.planning_score), plan.workload.processes
+    compared = plan.pass_seconds(samples, compared=True)
+    joint = planned.prune + compared
+    # statistics, and the pruners of all matrices, which every process makes
+    again = planned.statistics / 2 + processes * (planned.prune - planned.statistics)
+    again += levels * planned.level / processes
+    stored = {**stored_by_measurement(plan, samples), "statistics of all matrices": all_statistics_bytes(plan)}
+    if not plan.in_files:
+        stored["pruners of all matrices"] = all_pruners_bytes(plan)
+    if expected_method(plan) == "measured":
+        again += points_seconds(plan) * (levels + 1) / levels / processes
+        passes, method = plan.groups * (levels + 1), Cost()
+    else:
+        second = second_order_cost(plan)
+        again += sum(second.seconds.values()) + _JUDGE_PASSES * compared
+        # whole batches, in place of the eighths of the samples that judge a search
+        judge = judge_cost(plan, samples, max(1, min(config.batch_size, samples)))
+        passes, method = 2 * _JUDGE_PASSES, judge + replace(second, seconds={})
+    seconds = {"correction of curves, at most": joint + 2 * (again + joint)}
+    return plan.cost(seconds, passes=passes, stored=stored) + method

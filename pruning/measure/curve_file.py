@@ -1,4 +1,4 @@
-"""The file of the points that a run has measured, and the checks of files with which interrupted runs go on."""
+"""The points that a run has measured, in memory and in a file, and checks of files that interrupted runs left."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from torch import nn
 from leanstep._checkpoint.mapped import tensors_hash
 from leanstep._files import one_line, open_locked, open_regular, read_text
 from leanstep._processes import Processes
-from leanstep.pruning.measure.curves import SOURCES
+from leanstep.pruning.config import Progress
+from leanstep.pruning.measure.curves import SOURCES, Curve, Levels, counts_and_patterns, curve_of
 from leanstep.pruning.measure.metrics import Distortion
-from leanstep.pruning.score.targets import some
+from leanstep.pruning.score.targets import Group, abbreviate
 
 
 class PartialCurves:
@@ -38,6 +39,9 @@ class PartialCurves:
     Raises:
         ValueError: for a file of another identity (the message lists the differences) or another format.
     """
+
+    # those of :meth:`shared`
+    processes = Processes()
 
     def __init__(self, path: Path, identity: dict[str, Any], target: Sequence[Any] | None = None) -> None:
         self.path, self.identity = path, json.loads(json.dumps(identity))
@@ -72,7 +76,9 @@ class PartialCurves:
                     partial._append({"identity": partial.identity})  # before any of them adds a point
                 return partial
 
-            yield processes.from_first(read)
+            partial = processes.from_first(read)
+            partial.processes = processes
+            yield partial
 
     def add(self, name: str, count: int, point: Distortion) -> None:
         """Append a point, and sync the file to disk."""
@@ -81,21 +87,21 @@ class PartialCurves:
         self._begin_and_append([name, count, *((point.mean, stderr) if point.is_finite else (None, 0.0))])
         self.points[name, count] = point
 
-    def choose(self, method: str, processes: Processes) -> None:
+    def choose(self, method: str) -> None:
         """Append the method that time chose. The first process writes."""
-        if processes.rank == 0 and self.method != method:
+        if self.processes.rank == 0 and self.method != method:
             self._begin_and_append({"method": method, "target": self.target})
         self.method = method
 
-    def choose_samples(self, samples: int, processes: Processes) -> None:
+    def choose_samples(self, samples: int) -> None:
         """Append on how many of the first samples curves are anchored. The first process writes."""
-        if processes.rank == 0 and self.samples != samples:
+        if self.processes.rank == 0 and self.samples != samples:
             self._begin_and_append({"samples": samples, "target": self.target})
         self.samples = samples
 
-    def finish(self, processes: Processes) -> None:
+    def finish(self) -> None:
         """Append that no further point is measured. The first process writes."""
-        if processes.rank == 0 and not self.complete:
+        if self.processes.rank == 0 and not self.complete:
             self._begin_and_append({"complete": True, "target": self.target})
         self.complete = True
 
@@ -159,6 +165,74 @@ class PartialCurves:
                 os.fsync(file.fileno())
 
 
+class Points:
+    """Points of the curves of some groups: those of an interrupted run, and new ones as they come.
+
+    Args:
+        groups, levels: what to measure.
+        partial: the file of points; None keeps none.
+        progress: called with (points so far, points in all, name of the group).
+        prefix: before a group's name in the file, for points that are not measured.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        levels: Levels,
+        partial: PartialCurves | None = None,
+        progress: Progress | None = None,
+        prefix: str = "",
+    ) -> None:
+        self.groups, self._levels = groups, levels
+        self._partial, self._progress, self._prefix = partial, progress, prefix
+        self._points: dict[tuple[str, int], Distortion] = {}
+        self.missing: dict[str, list[tuple[int, str]]] = {}
+        stored = {} if partial is None else partial.points
+        for group in groups:
+            pruned = counts_and_patterns(levels[group.name])[1:]
+            points = {(group.name, count): stored.get((prefix + group.name, count)) for count, _ in pruned}
+            self._points |= {key: point for key, point in points.items() if point is not None}
+            self.missing[group.name] = [level for level in pruned if (group.name, level[0]) not in self._points]
+        self._total = len(self._points) + sum(map(len, self.missing.values()))
+        # points since the last exchange
+        self._new: dict[tuple[str, int], Distortion] = {}
+
+    def at(self, name: str) -> dict[int, Distortion]:
+        """The points of a group by count, the dense one not included."""
+        return {count: point for (group, count), point in self._points.items() if group == name}
+
+    def missing_level(self, name: str, count: int) -> tuple[int, str]:
+        """(count, N:M pattern or "") of a missing point of a group."""
+        return next(level for level in self.missing[name] if level[0] == count)
+
+    def limit_to(self, levels: Mapping[str, Sequence[tuple[int, str]]]) -> None:
+        """Tell ``progress`` of these missing points alone, and of those that are there."""
+        self._total = len(self._points) + sum(map(len, levels.values()))
+
+    def add(self, name: str, count: int, point: Distortion) -> None:
+        """Add a point, in the file too."""
+        if self._partial is not None:
+            self._partial.add(self._prefix + name, count, point)
+        self._points[name, count] = self._new[name, count] = point
+        if self._progress is not None:
+            self._progress(len(self._points), self._total, name)
+
+    def exchange(self, processes: Processes) -> None:
+        """Take the points that the other processes added, which have written them to the file."""
+        for points in processes.all_gather(self._new):
+            self._points |= points
+        self._new = {}
+
+    def curves(self, metric: str, source: str = "measured") -> dict[str, Curve]:
+        """The curves of all groups, none of whose points is missing."""
+        by_name = {}
+        for group in self.groups:
+            levels = self._levels[group.name]
+            points = [self._points[group.name, count] for count in levels[0][1:]]
+            by_name[group.name] = curve_of(group, levels, points, metric, source=source)
+        return by_name
+
+
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Context manager: the file is this run's alone. It is created, and removed if it is still empty at the end."""
@@ -196,7 +270,7 @@ def _change(then: Any, now: Any) -> str:
     if not (isinstance(then, Mapping) and isinstance(now, Mapping)):
         return f"{_brief(then)} then, {_brief(now)} now"
     parts = [
-        f"{len(alone)} more {when} ({some(alone, 3)})"
+        f"{len(alone)} more {when} ({abbreviate(alone, 3)})"
         for when, alone in (("then", [k for k in then if k not in now]), ("now", [k for k in now if k not in then]))
         if alone
     ]

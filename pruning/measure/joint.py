@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,15 +14,16 @@ from torch import Tensor
 from leanstep._checkpoint.mapped import Scratch
 from leanstep._processes import Processes
 from leanstep._torch import device_of
-from leanstep.pruning.measure.activation_cache import BlockCache
+from leanstep.pruning.cost import Cost, Plan
+from leanstep.pruning.measure.activation_cache import BlockCache, activation_bytes
 from leanstep.pruning.measure.batches import without_cache
 from leanstep.pruning.measure.blocks import is_out_of_memory, recomputed_blocks, whole_on_device
-from leanstep.pruning.measure.in_files import GradientSums, gradients_to
-from leanstep.pruning.measure.measure import Measurement
-from leanstep.pruning.measure.metrics import Distortion, summarise
+from leanstep.pruning.measure.measurement import Measurement
+from leanstep.pruning.measure.metrics import LOGITS_TOGETHER, Distortion, summarise
 from leanstep.pruning.measure.products import computing_products_again
 from leanstep.pruning.score.base import LayerPruner
 from leanstep.pruning.score.calibration import Pruners, prune_group
+from leanstep.pruning.score.in_files import GradientSums, gradients_to
 from leanstep.pruning.score.targets import Group, Target
 
 Counts = Mapping[str, int]
@@ -30,7 +32,10 @@ _NOISE = 1e-9
 # parts of the data after which a change that seems to do harm is rejected
 _PARTS = (0.25, 0.5)
 # part of the free memory for the inputs of blocks
-_MEMORY = 0.25
+_CACHED = 0.25
+# bytes of each logit whose divergence is computed again together with others
+_LOGIT_BYTES = 40
+INPUTS = "inputs of blocks"
 
 
 class JointJudge:
@@ -59,7 +64,7 @@ class JointJudge:
         self.model, self.metric = measurement.model, measurement.metric
         self._groups, self._pruners = {group.name: group for group in groups}, pruners
         self._batches, self._reference = measurement.batches, measurement.reference
-        limit = _MEMORY * (self._processes.free_memory(device_of(self.model)) or 0)
+        limit = _CACHED * (self._processes.free_memory(device_of(self.model)) or 0)
         self._cache = BlockCache(measurement.cache, self._batches, limit)
         self._scratch = measurement.cache.scratch
         self.counts, self.patterns = dict(counts), dict(patterns)
@@ -151,7 +156,7 @@ class JointJudge:
             return None
         slopes = {}
         for name, level in levels.items():
-            pruned = prune_group(self._groups[name], self._pruners, *level)
+            pruned = prune_group(self._groups[name], self._pruners, level)
             slopes[name] = sum(
                 float((gradients[target.name] * (weight.float() - target.weight.to(weight.device).float())).sum())
                 for target, weight in pruned
@@ -229,7 +234,7 @@ class JointJudge:
         self, groups: Sequence[Group], counts: Counts, patterns: Mapping[str, str]
     ) -> Iterator[tuple[Target, Tensor]]:
         for group in groups:
-            yield from prune_group(group, self._pruners, counts[group.name], patterns.get(group.name, ""))
+            yield from prune_group(group, self._pruners, (counts[group.name], patterns.get(group.name, "")))
 
     def _replace(
         self, groups: Sequence[Group], counts: Counts, patterns: Mapping[str, str], before: list[tuple[Target, Any]]
@@ -277,3 +282,36 @@ def _restore(before: Sequence[tuple[Target, Any]]) -> None:
 def _error(change: Distortion) -> float:
     """Standard error of a change; infinite for a single sample, of which none is known."""
     return math.inf if math.isnan(change.stderr) else change.stderr
+
+
+def judge_cost(plan: Plan, samples: int, together: int) -> Cost:
+    """What :class:`JointJudge` takes with gradients, on samples of which a pass has some together.
+
+    In files, the gradient of one matrix is in memory, with fp32 copies of it, of dW and W.
+    """
+    shapes, memory = plan.shapes, dict[str, int]()
+    if plan.in_files:
+        memory["gradient of a matrix"] = 16 * max(rows * columns for rows, columns in shapes.matrices)
+    if not plan.on_cpu:  # gradients need all weights there
+        memory["all weights"] = shapes.size
+    inside = max(sum(columns + 2 * rows for rows, columns in block) for block in shapes.blocks)
+    # inputs of all blocks, activations of one and their gradients, logits and theirs
+    values = len(shapes.blocks) * shapes.width + 2 * inside + 3 * shapes.outputs
+    compared = shapes.tokens * shapes.outputs
+    if plan.config.metric != "kl_topk":
+        compared = min(compared, LOGITS_TOGETHER)
+    graph = shapes.itemsize * together * shapes.tokens * values + _LOGIT_BYTES * compared
+    share = -(-samples // plan.workload.processes)
+    stored = {
+        "gradients of all matrices": shapes.pruned * max(4, shapes.itemsize),  # of fp16 in fp32
+        INPUTS: activation_bytes(plan, len(shapes.blocks) * share),
+    }
+    return plan.cost(stored=stored, memory=memory, working={"activations of a batch": graph})
+
+
+def with_cached_inputs(cost: Cost, free: int | None) -> Cost:
+    """A phase with a judge that caches as many inputs of blocks as the memory holds; none where that is not known."""
+    later = (INPUTS, "gradients of all matrices", "replaced weights")
+    left = (free or 0) - sum(size for use, size in cost.memory.items() if use not in later)
+    inputs = int(min(cost.memory.get(INPUTS, 0), _CACHED * max(0, left)))
+    return replace(cost, memory={**cost.memory, INPUTS: inputs})

@@ -162,11 +162,13 @@ def _wide(logits: Tensor) -> Tensor:
 
 # logits whose roots are computed together for a backward pass, about 30 bytes for each
 ROOTS_TOGETHER = 1 << 21
+# most probable entries that kl_topk compares
+TOP_LOGITS = 512
 # below this |d|, expm1(d) - d is evaluated by its series: the subtraction would lose the leading digits of d^2 / 2
 _SERIES = 1 / 16
 # logits per call of kl_divergence. Without gradients on a CPU, its temporaries stay in a core's cache; elsewhere a call
 # starts kernels, or is computed again
-_TOGETHER_IN_CACHE, _TOGETHER = 1 << 17, 1 << 19
+_TOGETHER_IN_CACHE, LOGITS_TOGETHER = 1 << 17, 1 << 19
 # a larger log(q / p) is left to the form for all values: p would underflow where q does not
 _MOST_RATIO = 40.0
 
@@ -223,7 +225,7 @@ class KL(_TokenMetric):
 
     def _values(self, dense: Tensor, rows: Tensor) -> Tensor:
         in_cache = rows.device.type == "cpu" and not torch.is_grad_enabled()
-        together = max(1, (_TOGETHER_IN_CACHE if in_cache else _TOGETHER) // rows.shape[-1])
+        together = max(1, (_TOGETHER_IN_CACHE if in_cache else LOGITS_TOGETHER) // rows.shape[-1])
         pairs = zip(dense.split(together), rows.split(together), strict=True)
         return torch.cat([_recomputed(_kl_from, log_p, logits) for log_p, logits in pairs])
 
@@ -236,7 +238,7 @@ class KLTopK(_TokenMetric):
 
     name = "kl_topk"
 
-    def __init__(self, k: int = 512) -> None:
+    def __init__(self, k: int = TOP_LOGITS) -> None:
         self.k = k
 
     def _reference_of(self, rows: Tensor) -> tuple[Tensor, Tensor]:

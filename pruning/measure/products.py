@@ -1,15 +1,12 @@
-"""Dtypes that a model computes in: products in another dtype than its weights', where the processor is faster in that,
-and what rounding 16-bit activations adds to a distortion.
-"""
+"""Compute a model's products in another dtype than its weights', where the processor is faster in that."""
 
 from __future__ import annotations
 
-import math
 import platform
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,10 +16,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from leanstep._torch import device_of, uses_instructions
-
-if TYPE_CHECKING:
-    from leanstep.pruning.measure.metrics import Distortion
-    from leanstep.pruning.score.targets import Group
 
 PRODUCTS = ("auto", "stored", "bf16")
 
@@ -180,49 +173,3 @@ def rounding_unit(model: nn.Module, products: str = "auto") -> float:
     """
     dtypes = [stored_dtype(model), *([torch.bfloat16] if products_of(model, products) == "bf16" else [])]
     return max((torch.finfo(dtype).eps for dtype in dtypes if dtype.itemsize < 4), default=0.0)
-
-
-def rounded_anew(weight: Tensor, unit: float) -> Tensor:
-    """The weights times ``1 + unit / 2`` or ``1 - unit / 2``, at random, always the same; zeros stay."""
-    generator = torch.Generator().manual_seed(weight.numel())
-    signs = torch.randint(0, 2, weight.shape, generator=generator, dtype=torch.int8).mul_(2).sub_(1)
-    largest = torch.finfo(weight.dtype).max
-    changed = weight * (1 + signs.to(weight.device, torch.float32) * (unit / 2))
-    return changed.clamp_(-largest, largest).to(weight.dtype)
-
-
-class Roundings:
-    """What a change does by rounding 16-bit activations otherwise, whatever its size.
-
-    It is about the same for all changes of one module, or of an expert, which not all tokens reach; less for those so
-    small that many activations stay as they were. The distortion of a change alone has it, and that of all together has
-    it once. It is measured with the largest group of the module, whose weights change in their last digits.
-
-    Args:
-        unit: of :func:`rounding_unit`; 0: there is none, and nothing is measured.
-        stage_of: the index of a group's first stage.
-    """
-
-    def __init__(self, unit: float, stage_of: Callable[[Group], int]) -> None:
-        self._unit, self._stage_of = unit, stage_of
-        self._distortion: dict[tuple[Any, ...], float] = {}
-
-    def of(self, group: Group, groups: Sequence[Group], measure: Callable[[Any], Distortion]) -> float:
-        """The part of a distortion of this group, one of ``groups``; the cache is at its start."""
-        key = self._key(group)
-        if self._unit and key not in self._distortion:
-            largest = max((one for one in groups if self._key(one) == key), key=lambda one: one.layer.numel)
-            distortion = measure((target, rounded_anew(target.weight, self._unit)) for target in largest.targets).mean
-            self._distortion[key] = distortion if math.isfinite(distortion) else 0.0
-        return self._distortion.get(key, 0.0)
-
-    def are_new(self, groups: Sequence[Group]) -> list[bool]:
-        """Of each group, whether it is the first of these to need a measurement."""
-        new, known = [], set(self._distortion)
-        for one in groups if self._unit else ():
-            new.append((key := self._key(one)) not in known)
-            known.add(key)
-        return new or [False] * len(groups)
-
-    def _key(self, group: Group) -> tuple[Any, ...]:
-        return self._stage_of(group), *sorted({target.origin for target in group.targets})

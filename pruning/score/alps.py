@@ -99,11 +99,11 @@ class ALPSPruner(LayerPruner):
 
         return self._prune_to(project, keep)
 
-    def _prune_pattern(self, pattern: NM) -> tuple[Tensor, Tensor]:
+    def _prune_nm(self, nm: NM) -> tuple[Tensor, Tensor]:
         def project(scores: Tensor) -> Tensor:
-            return nm_mask(torch.where(self._unused, 0.0, scores).masked_fill(self.weight == 0, 0.0), pattern)
+            return nm_mask(torch.where(self._unused, 0.0, scores).masked_fill(self.weight == 0, 0.0), nm)
 
-        return self._prune_to(project, pattern)
+        return self._prune_to(project, nm)
 
     def _prune_to(self, project: Projection, level: int | NM) -> tuple[Tensor, Tensor]:
         start = project(self._dense.square())

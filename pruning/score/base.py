@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -23,6 +23,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "alps": ("gram",),
     "mfac": ("gradients",),
 }
+# most samples whose gradients are collected
+GRADIENTS = 128
 # by which score Fisher curves of another are computed: a level of ALPS takes ten times SparseGPT's time and more
 FISHER_SCORES = {"alps": "sparsegpt"}
 # scores that change the remaining weights, so that a level of a matrix takes more than its ranking
@@ -197,27 +199,27 @@ def check_keep(keep: int, numel: int) -> int:
     return keep
 
 
-def deal(
+def split_capped(
     count: int, sizes: Sequence[int], nonzero: Sequence[int], split: Callable[[int, Sequence[int]], Sequence[int]]
 ) -> list[int]:
-    """Deal ``count`` weights to parts by ``split(count, sizes)``; a part gets no zeros before all nonzeros are dealt.
+    """Split ``count`` weights among parts by ``split(count, sizes)``; nonzero ones come before all zeros.
 
     What a part cannot take is split among the others.
     """
     if (zeros_kept := count - sum(nonzero)) > 0:
         zeros = [size - most for size, most in zip(sizes, nonzero, strict=True)]
-        return [most + more for most, more in zip(nonzero, deal(zeros_kept, zeros, zeros, split), strict=True)]
-    dealt, waiting = list(nonzero), list(range(len(sizes)))
+        return [most + more for most, more in zip(nonzero, split_capped(zeros_kept, zeros, zeros, split), strict=True)]
+    counts, waiting = list(nonzero), list(range(len(sizes)))
     while waiting:
         shares = dict(zip(waiting, split(count, [sizes[part] for part in waiting]), strict=True))
         full = {part for part, share in shares.items() if share > nonzero[part]}
         if not full:
             for part, share in shares.items():
-                dealt[part] = share
+                counts[part] = share
             break
         count -= sum(nonzero[part] for part in full)
         waiting = [part for part in waiting if part not in full]
-    return dealt
+    return counts
 
 
 class Pruned(NamedTuple):
@@ -263,7 +265,7 @@ class LayerPruner(ABC):
                     f"groups of {pattern.m} do not fill the {self.given.shape[1]} inputs of a matrix of shape "
                     f"{tuple(self.given.shape)}: use another pattern, or leave this matrix out"
                 )
-            weight, mask = self._prune_pattern(pattern)
+            weight, mask = self._prune_nm(pattern)
         else:
             weight, mask = self._prune_count(check_keep(pattern, self.given.numel()))
         # masked_fill also removes negative zeros and updates of pruned weights
@@ -278,9 +280,19 @@ class LayerPruner(ABC):
     def _prune_count(self, keep: int) -> tuple[Tensor, Tensor]: ...
 
     @abstractmethod
-    def _prune_pattern(self, pattern: NM) -> tuple[Tensor, Tensor]: ...
+    def _prune_nm(self, nm: NM) -> tuple[Tensor, Tensor]: ...
 
 
 def zeros_first(scores: Tensor, weight: Tensor) -> Tensor:
     """Scores with -1 at zero weights, which are then pruned first: other scores are >= 0."""
     return torch.where(weight == 0, -1.0, scores)
+
+
+def statistics_bytes(shape: tuple[int, int], scores: Iterable[str], samples: int) -> int:
+    """Bytes of the :class:`LayerStatistics` of a matrix [out, in] for some scores, from ``samples`` of calibration."""
+    (rows, columns), needs = shape, {need for score in scores for need in NEEDS[score]}
+    return (
+        8 * columns * ("square_sum" in needs)
+        + 4 * columns**2 * ("gram" in needs)
+        + 8 * min(GRADIENTS, samples) * rows * columns * ("gradients" in needs)
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +15,30 @@ from torch.nn.modules.conv import _ConvNd
 from leanstep._processes import Processes
 from leanstep._torch import device_of
 from leanstep.pruning.allocate.closed_form import ComputedScores, outlier_ratio
-from leanstep.pruning.measure.activation_cache import ActivationCache
+from leanstep.pruning.cost import Cost, Plan
+from leanstep.pruning.measure.activation_cache import ActivationCache, activation_bytes, score_samples
 from leanstep.pruning.measure.batches import Batch
-from leanstep.pruning.score.base import NEEDS, LayerPruner, LayerStatistics, deal
+from leanstep.pruning.score.base import (
+    GRADIENTS,
+    NEEDS,
+    LayerPruner,
+    LayerStatistics,
+    has_statistics,
+    split_capped,
+    statistics_bytes,
+)
 from leanstep.pruning.score.experts import (
     ExpertInputs,
     ExpertWeights,
     experts_without_masked_tokens,
     one_expert_at_a_time,
+    ratio,
+    scaled,
+    scales_of,
 )
 from leanstep.pruning.score.gradients import collect_gradients
-from leanstep.pruning.score.scale import ratio, scaled, scales_of
 from leanstep.pruning.score.scores import layer_pruner
-from leanstep.pruning.score.targets import Group, Target, some, split_count
+from leanstep.pruning.score.targets import Group, Target, abbreviate, split_count
 
 # score options that mean the same for ALPS and SparseGPT
 _ALIKE = ("damping", "block_size")
@@ -35,6 +46,13 @@ _ALIKE = ("damping", "block_size")
 _TITLES = {"sparsegpt": "SparseGPT", "alps": "ALPS"}
 # fewest inputs for which a sum of their squares is a statistic: its relative error is then about sqrt(2 / 32) = 1 / 4
 _FEWEST_ROWS = 32
+# weights in a block of M-FAC's Fisher matrix
+_FISHER_BLOCK = 128
+# what ALPS takes beyond SparseGPT: products of eigenvectors for a matrix, products with it and rankings for a level
+_ALPS_EIGEN, _ALPS_PRODUCTS, _ALPS_RANKINGS = 20, 140, 12
+# bytes for each weight of a matrix while it is ranked or updated, besides the matrix itself: fp32 copies, scores,
+# sorted scores, an order in int64 with the workspace of the sort, and a mask
+_RANKED_BYTES = 40
 
 
 def statistics_for(
@@ -130,8 +148,8 @@ def leave_out(model: nn.Module, targets: Sequence[Target], batches: Sequence[Bat
         if (why := _no_rows(target.module)) or target.name in unused
     }
     notes = [
-        f"left out, and dense: {some([name for name in reasons if reasons[name] == reason])} (the score needs their "
-        f"inputs, and each {reason})"
+        f"left out, and dense: {abbreviate([name for name in reasons if reasons[name] == reason])} (the score needs "
+        f"their inputs, and each {reason})"
         for reason in dict.fromkeys(reasons.values())
     ]
     if len(reasons) == len(targets):
@@ -270,6 +288,11 @@ class Pruning:
         return Pruning(self.cache, score, {name: value for name, value in self.options.items() if name in alike})
 
     @property
+    def _is_squared(self) -> bool:
+        """Whether weights are in the score by their squares."""
+        return self.score not in ("magnitude", "wanda")
+
+    @property
     def processes(self) -> Processes:
         """Those of the cache, over which the work on several matrices is spread."""
         return self.cache.processes
@@ -311,16 +334,18 @@ class Pruning:
         pruners = self.pruners(groups)
         starved, names = self._starved(pruners), [group.name for group in groups]
         if self.score in ("magnitude", "wanda"):
-            scales = scales_of(groups, starved, lambda name: ratio(pruners.once(name), self.score))
-            return ComputedScores(names, lambda name: scaled(pruners.once(name).scores, scales.get(name), self.score))
+            scales = scales_of(groups, starved, lambda name: ratio(pruners.once(name), self._is_squared))
+            return ComputedScores(
+                names, lambda name: scaled(pruners.once(name).scores, scales.get(name), self._is_squared)
+            )
         scores, ratios = {}, {}
         for group in groups:
             scores[group.name] = pruners[group.name].scores
             if starved:
-                ratios[group.name] = ratio(pruners[group.name], self.score)
+                ratios[group.name] = ratio(pruners[group.name], self._is_squared)
             pruners.release(group)
         scales = scales_of(groups, starved, lambda name: ratios[name])
-        return {name: scaled(scores[name], scales.get(name), self.score) for name in names}
+        return {name: scaled(scores[name], scales.get(name), self._is_squared) for name in names}
 
     def outliers(self, groups: Sequence[Group]) -> dict[str, float]:
         """Percentage of outliers among the scores of each matrix's block, or of a matrix outside all blocks."""
@@ -331,8 +356,8 @@ class Pruning:
         starved = self._starved(pruners)
         for block in blocks.values():
             names = [group.name for group in block]
-            scales = scales_of(block, starved, lambda name: ratio(pruners[name], self.score))
-            share = outlier_ratio([scaled(pruners[name].scores, scales.get(name), self.score) for name in names])
+            scales = scales_of(block, starved, lambda name: ratio(pruners[name], self._is_squared))
+            share = outlier_ratio([scaled(pruners[name].scores, scales.get(name), self._is_squared) for name in names])
             for group in block:
                 ratios[group.name] = share
                 pruners.release(group)
@@ -379,14 +404,14 @@ class Pruning:
             too_few = f"fewer than {_FEWEST_ROWS} calibration tokens"
             notes.append(
                 f"{len(few)} experts got {'no sample with a gradient' if self.score == 'mfac' else too_few} and were "
-                f"pruned by magnitude: {some(counts)}; more samples reach more experts"
+                f"pruned by magnitude: {abbreviate(counts)}; more samples reach more experts"
             )
         if overfitted:
             counts = [f"{name} ({count} of {inputs})" for name, (count, inputs) in sorted(overfitted.items())]
             notes.append(
                 f"{len(overfitted)} experts got fewer calibration tokens than two thirds of their inputs, to which "
-                f"SparseGPT's update would overfit, and were pruned by Wanda: {some(counts)}; more samples reach more "
-                "experts"
+                f"SparseGPT's update would overfit, and were pruned by Wanda: {abbreviate(counts)}; more samples reach "
+                "more experts"
             )
         needs = {*NEEDS[self.score], *NEEDS[curve_score or self.score]}
         short = {n: (count, inputs) for n, (count, inputs) in rows.items() if count < _enough(needs, inputs)}
@@ -452,14 +477,135 @@ class Pruners:
 
 
 def prune_group(
-    group: Group, pruners: Pruners | Mapping[str, LayerPruner], count: int, pattern: str = ""
+    group: Group, pruners: Pruners | Mapping[str, LayerPruner], level: tuple[int, str]
 ) -> Iterator[tuple[Target, Tensor]]:
-    """Prune the matrices of a group to a level one by one; yields (target, weight) and does not write the model."""
+    """Prune the matrices of a group to a level, (count, N:M pattern or ""), one by one.
+
+    Yields (target, weight) and does not write the model.
+    """
+    count, pattern = level
     shares: list[Any] = [pattern] * len(group.targets)
     if not pattern:
         shares = [count]
         if len(group.targets) > 1:
             nonzero = [int(pruners[target.name].given.count_nonzero()) for target in group.targets]
-            shares = deal(count, group.sizes, nonzero, split_count)
+            shares = split_capped(count, group.sizes, nonzero, split_count)
     for target, share in zip(group.targets, shares, strict=True):
         yield target, pruners[target.name].prune(share).weight
+
+
+class ScoreSeconds(NamedTuple):
+    """Of a level of all matrices, of the statistics, and of these and pruning all matrices."""
+
+    level: float
+    statistics: float
+    prune: float
+
+
+def score_seconds(plan: Plan, score: str) -> ScoreSeconds:
+    """Seconds with a score. The matrices of a block, and the batches of the statistics, are split among processes."""
+    matrices, operation = plan.shapes.matrices, plan.rates.operation
+    ranked = plan.shapes.pruned * plan.rates.ranked
+    prepare, level = 0.0, ranked / 4
+    if "gram" in NEEDS[score]:
+        cubes = sum(columns**3 for _, columns in matrices) * operation
+        products = sum(2 * rows * columns**2 for rows, columns in matrices) * operation
+        prepare, level = cubes, products + ranked
+        if score == "alps":
+            prepare += _ALPS_EIGEN * cubes
+            level += _ALPS_PRODUCTS * products + _ALPS_RANKINGS * ranked
+    processes = plan.workload.processes
+    # each block runs once for the statistics and once for the input of the next
+    statistics = 2 * plan.pass_seconds(plan.workload.samples) / processes if NEEDS[score] else 0.0
+    return ScoreSeconds(level, statistics, statistics + (prepare + max(level, ranked)) / processes)
+
+
+def statistics_cost(plan: Plan) -> Cost:
+    """What it takes to collect statistics and to prune all matrices once."""
+    config, workload, final = plan.config, plan.workload, score_seconds(plan, plan.config.score)
+    seconds = {"statistics and pruning": final.prune}
+    if has_statistics(config.allocation, "magnitude"):
+        # every process scores all matrices
+        every = workload.processes * (final.prune - final.statistics)
+        seconds["outliers"] = plan.pass_seconds(workload.samples) / workload.processes + every
+    return plan.cost(
+        seconds,
+        passes=2 * workload.samples / config.batch_size,
+        stored={"activations before a block": activation_bytes(plan, 2 * score_samples(plan))},
+        working={
+            "activations of a batch": _batch_bytes(plan),
+            "statistics of a block": _block_statistics_bytes(plan),
+            "pruner of a matrix": _working_pruner_bytes(plan),
+        },
+    )
+
+
+def pruner_bytes(plan: Plan, shape: tuple[int, int]) -> int:
+    """Bytes that a pruner by the score of curves holds between two levels: its matrix, the order, and factors."""
+    (rows, columns), itemsize, samples = shape, plan.shapes.itemsize, plan.workload.samples
+    ranked = plan.config.pattern == "unstructured"  # else the scores are computed for each level
+    wide = 4 if itemsize < 4 else 0  # fp32 beside the matrix
+    # by weight, and by pair of inputs
+    weight, pair = itemsize, 0
+    match plan.config.planning_score:
+        case "magnitude":
+            weight += 4 * ranked
+        case "wanda":
+            weight += (2 if columns < 2**15 else 4) * ranked
+        case "sparsegpt":
+            weight, pair = weight + wide, 4
+        case "alps":  # a pruner of SparseGPT, the Gram matrix, its eigenvectors, and the scaled weights
+            weight, pair = weight + 2 * wide + 4, 12
+        case _:  # gradients in fp32, factors of the Fisher matrix in fp64, its inverse's diagonal, and the order
+            drawn = min(GRADIENTS, samples)
+            factors = 8 * drawn**2 // _FISHER_BLOCK if drawn < _FISHER_BLOCK else 8 * _FISHER_BLOCK
+            weight += wide + 4 * drawn + factors + 8 + 4 * ranked
+    return rows * columns * weight + columns**2 * pair
+
+
+def all_pruners_bytes(plan: Plan) -> int:
+    """Bytes of the pruners of all matrices, by the score of curves."""
+    return sum(pruner_bytes(plan, shape) for shape in plan.shapes.matrices)
+
+
+def all_statistics_bytes(plan: Plan) -> int:
+    """Bytes of the statistics of all matrices, for the score of curves."""
+    score, samples = plan.config.planning_score, plan.workload.samples
+    return sum(statistics_bytes(matrix, [score], samples) for matrix in plan.shapes.matrices)
+
+
+def _batch_bytes(plan: Plan) -> int:
+    """Largest of a block's activations and the logits of one batch."""
+    shapes, workload, most = plan.shapes, plan.workload, plan.config.batch_size
+    largest_in, largest_out = (max(matrix[side] for matrix in shapes.matrices) for side in (1, 0))
+    samples = min(most, max(workload.samples, workload.held_out))
+    block = samples * shapes.tokens * ((4 * shapes.width + 3 * largest_out) * shapes.itemsize + 8 * largest_in)
+    compared = min(most, max(workload.curve_samples, workload.held_out))
+    # the logits of a batch, and in fp32 those of one sample and their logarithms
+    logits = shapes.tokens * shapes.outputs * (max(compared, 1) * shapes.itemsize + 12)
+    return max(block, logits)
+
+
+def _block_statistics_bytes(plan: Plan) -> int:
+    shapes, outliers = plan.shapes, 0
+    if plan.config.allocation == "owl":  # Wanda's sums of all matrices, and scores and pruners of a block
+        outliers = sum(8 * columns for _, columns in shapes.matrices)
+        outliers += shapes.largest_block * (4 + shapes.itemsize)
+    scores, samples = plan.config.scores, plan.workload.samples
+    by_block = (sum(statistics_bytes(matrix, scores, samples) for matrix in block) for block in shapes.blocks)
+    return max(outliers, *by_block)
+
+
+def _working_pruner_bytes(plan: Plan) -> int:
+    """Of the largest matrix while it is ranked or updated, and what is held of the matrices that change together."""
+    shapes = plan.shapes
+    factor = 20 if any("gram" in NEEDS[score] for score in plan.config.scores) else 0
+    each = _RANKED_BYTES + shapes.itemsize
+    largest = max(rows * columns * each + factor * columns**2 for rows, columns in shapes.matrices)
+    if plan.config.method != "dp" or plan.config.granularity != "block":
+        return largest
+    # copies before and after, and ranks; Cholesky factors
+    each = 2 * shapes.itemsize + 2
+    return largest + max(
+        sum(rows * columns * each + factor // 5 * columns**2 for rows, columns in block) for block in shapes.blocks
+    )

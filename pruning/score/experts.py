@@ -1,16 +1,18 @@
-"""Inputs of experts whose weights are one parameter of three dimensions: no module of their own is called with them."""
+"""Experts: inputs of those whose weights are one parameter of three dimensions, and scores of those with few tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from leanstep.pruning.score.targets import Target
+from leanstep.pruning.score.base import LayerPruner
+from leanstep.pruning.score.targets import Group, Target
 
 
 class ExpertWeights:
@@ -117,3 +119,36 @@ def experts_without_masked_tokens(
             stack.callback(module.register_forward_pre_hook(shorten).remove)
             stack.callback(module.register_forward_hook(restore).remove)
         yield
+
+
+def ratio(pruner: LayerPruner, squared: bool) -> float:
+    """Mean score of a matrix, divided by the mean of what it is by magnitude alone."""
+    return float(pruner.scores.mean() / _power(pruner.weight.abs(), squared).mean().clamp(min=1e-30))
+
+
+def scales_of(groups: Sequence[Group], starved: Collection[str], ratio_of: Callable[[str], float]) -> dict[str, float]:
+    """Factors of the experts that are scored by magnitude: the mean ratio of the other experts of their kind.
+
+    Where there are none, it is the mean over all other matrices.
+
+    Args:
+        groups: the matrices, each a group.
+        starved: names of these experts.
+        ratio_of: :func:`ratio` of a matrix by name; called only if there are such experts.
+    """
+    experts = [group for group in groups if group.name in starved]
+    ratios: dict[str, list[float]] = {}
+    for group in groups if experts else ():
+        if group.name not in starved:
+            ratios.setdefault(group.targets[0].kind, []).append(ratio_of(group.name))
+    every = [one for of_one in ratios.values() for one in of_one] or [1.0]
+    return {group.name: fmean(ratios.get(group.targets[0].kind, every)) for group in experts}
+
+
+def scaled(scores: Tensor, scale: float | None, squared: bool) -> Tensor:
+    """Scores by magnitude in the unit of a score; with the scale None, scores as they are."""
+    return scores if scale is None else _power(scores, squared) * scale
+
+
+def _power(magnitudes: Tensor, squared: bool) -> Tensor:
+    return magnitudes.square() if squared else magnitudes

@@ -12,10 +12,8 @@ from torch.nn.functional import cross_entropy
 from leanstep.pruning.measure.batches import Batch
 from leanstep.pruning.measure.blocks import whole_on_device
 from leanstep.pruning.measure.metrics import logits_of
+from leanstep.pruning.score.base import GRADIENTS
 from leanstep.pruning.score.targets import Target, as_matrix
-
-# most samples whose gradients are collected
-_GRADIENTS = 128
 
 
 def collect_gradients(model: nn.Module, batches: Sequence[Batch], targets: Sequence[Target]) -> dict[str, Tensor]:
@@ -33,7 +31,7 @@ def collect_gradients(model: nn.Module, batches: Sequence[Batch], targets: Seque
     try:
         with whole_on_device(model):
             singles = (batch.sample(row) for batch in batches for row in range(batch.size))
-            for single in islice(singles, _GRADIENTS):
+            for single in islice(singles, GRADIENTS):
                 with torch.enable_grad():
                     loss = _loss(model, single, generator)
                     gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)

@@ -86,13 +86,13 @@ class FisherPruner(LayerPruner):
             self._ranking = Ranking(lambda: zeros_first(self.scores, self.weight))
         return self._updated(self._ranking.mask(keep))
 
-    def _prune_pattern(self, pattern: NM) -> tuple[Tensor, Tensor]:
-        if self._fisher.block_size % pattern.m:
+    def _prune_nm(self, nm: NM) -> tuple[Tensor, Tensor]:
+        if self._fisher.block_size % nm.m:
             raise ValueError(
-                f"FisherPruner: blocks of {self._fisher.block_size} weights split groups of {pattern.m}: "
-                f"use a block_size that {pattern.m} divides"
+                f"FisherPruner: blocks of {self._fisher.block_size} weights split groups of {nm.m}: "
+                f"use a block_size that {nm.m} divides"
             )
-        return self._updated(nm_obs_mask(self.weight, self._fisher, pattern).mask)
+        return self._updated(nm_obs_mask(self.weight, self._fisher, nm).mask)
 
     def _updated(self, mask: Tensor) -> tuple[Tensor, Tensor]:
         flat, remaining = self.weight.to(torch.float64).flatten(), mask.flatten()

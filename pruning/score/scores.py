@@ -192,8 +192,8 @@ class ScoredPruner(LayerPruner):
             self._ranking = Ranking(lambda: zeros_first(scores_of().detach(), given), self._scope)
         return self.given, self._ranking.mask(keep)
 
-    def _prune_pattern(self, pattern: NM) -> tuple[Tensor, Tensor]:
-        return self.given, nm_mask(self.scores.masked_fill(self.given == 0, 0.0), pattern)
+    def _prune_nm(self, nm: NM) -> tuple[Tensor, Tensor]:
+        return self.given, nm_mask(self.scores.masked_fill(self.given == 0, 0.0), nm)
 
 
 class SpacedPruner(LayerPruner):
@@ -227,8 +227,8 @@ class SpacedPruner(LayerPruner):
         weight, mask = self._inner.prune(keep)
         return weight[:, self._back], mask[:, self._back]
 
-    def _prune_pattern(self, pattern: NM) -> tuple[Tensor, Tensor]:
-        if self._channels % pattern.m:
-            raise ValueError(f"groups of {pattern.m} do not fill the {self._channels} in-channels of a convolution")
-        weight, mask = self._inner.prune(pattern)
+    def _prune_nm(self, nm: NM) -> tuple[Tensor, Tensor]:
+        if self._channels % nm.m:
+            raise ValueError(f"groups of {nm.m} do not fill the {self._channels} in-channels of a convolution")
+        weight, mask = self._inner.prune(nm)
         return weight[:, self._back], mask[:, self._back]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from leanstep.pruning.score.base import LayerPruner, deal, smallest, zeros_first
+from leanstep.pruning.score.base import LayerPruner, smallest, split_capped, zeros_first
 from leanstep.sparsity import NM, nm_mask
 
 # columns that are updated one by one, within a block
@@ -75,13 +75,13 @@ class SparseGPTPruner(LayerPruner):
         used = self.weight != 0
         sizes, nonzero, live = map(per_block, (torch.ones_like(used), used, used & ~self._unused))
         if (spare := keep - sum(live)) <= 0:
-            return deal(keep, sizes, live, _split_in_order)
+            return split_capped(keep, sizes, live, _split_in_order)
         others, rest = ([a - b for a, b in zip(all_of, live, strict=True)] for all_of in (sizes, nonzero))
-        return [a + b for a, b in zip(live, deal(spare, others, rest, _split_in_order), strict=True)]
+        return [a + b for a, b in zip(live, split_capped(spare, others, rest, _split_in_order), strict=True)]
 
-    def _prune_pattern(self, pattern: NM) -> tuple[Tensor, Tensor]:
-        block = max(self._block_size // pattern.m, 1) * pattern.m
-        return self._sweep(block, lambda start, scores: nm_mask(scores.clamp(min=0), pattern), pattern.m)
+    def _prune_nm(self, nm: NM) -> tuple[Tensor, Tensor]:
+        block = max(self._block_size // nm.m, 1) * nm.m
+        return self._sweep(block, lambda start, scores: nm_mask(scores.clamp(min=0), nm), nm.m)
 
     def _sweep(self, block: int, choose: Callable[[int, Tensor], Tensor], together: int) -> tuple[Tensor, Tensor]:
         """Weights and mask; ``choose(start, scores)`` gives the mask of ``together`` columns from ``start`` on."""

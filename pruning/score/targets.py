@@ -1,11 +1,12 @@
-"""Find the matrices of a model to prune, and group those that share a level."""
+"""Find the matrices of a model to prune, group those that share a level, and restore their weights."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -20,6 +21,8 @@ from leanstep.pruning.measure.batches import Batch
 # share of the weights from which on bare parameters are told
 _FEW = 0.05
 LAYOUTS = ("out_in", "in_out", "conv")
+
+Stored = Callable[[str], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -237,7 +240,7 @@ def dense_note(model: nn.Module) -> str:
         return ""
     return (
         f"{share:.0%} of the weights beside embeddings and head stay dense, in {len(bare)} parameters that are no "
-        f"linear layer, convolution or experts: {some(bare, 3)}"
+        f"linear layer, convolution or experts: {abbreviate(bare, 3)}"
     )
 
 
@@ -276,7 +279,7 @@ def _choose(
     for rule in [*(include or []), *exclude]:
         if not any(fnmatchcase(name, rule) for name in matrices):
             raise ValueError(
-                f"the rule {rule!r} matches no matrix of {type(model).__name__}; they are {some(matrices)}"
+                f"the rule {rule!r} matches no matrix of {type(model).__name__}; they are {abbreviate(matrices)}"
             )
     if include is None:
         selected = [name for name in matrices if _is_pruned(model, name, roles[name]) and not _special(model, name)]
@@ -287,7 +290,7 @@ def _choose(
             raise ValueError(f"{wrong[0]} is of the kind {roles[wrong[0]]!r}, which is never pruned; narrow the rules")
     selected = [name for name in selected if not any(fnmatchcase(name, rule) for rule in exclude)]
     if not selected:
-        raise ValueError(f"{type(model).__name__} has nothing to prune; its matrices are {some(matrices)}")
+        raise ValueError(f"{type(model).__name__} has nothing to prune; its matrices are {abbreviate(matrices)}")
     return selected
 
 
@@ -388,7 +391,7 @@ def _check_tied(name: str, modules: Sequence[nn.Module]) -> None:
         )
 
 
-def some(names: Sequence[str], most: int = 12) -> str:
+def abbreviate(names: Sequence[str], most: int = 12) -> str:
     """The first names in a message, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
@@ -486,3 +489,76 @@ def split_count(count: int, sizes: Sequence[int]) -> list[int]:
     for index in order[: count - sum(shares)]:
         shares[index] += 1
     return shares
+
+
+class WeightSnapshot:
+    """The original parameters of some targets.
+
+    Args:
+        targets: matrices that will be changed.
+        stored: function from a parameter's name to its stored values on the CPU, or to None. Parameters equal to their
+            stored values are not copied. Without a function, all are.
+    """
+
+    def __init__(self, targets: Sequence[Target], stored: Stored | None = None) -> None:
+        self._parameters = {target.parameter: getattr(target.module, target.attribute) for target in targets}
+        self._stored = stored
+        self._copies: dict[str, Tensor] | None = None
+        self._changed = False
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Copy the parameters that are not stored. Call it before changing weights."""
+        if self._copies is None:
+            self._copies = {
+                name: parameter.detach().clone()
+                for name, parameter in self._parameters.items()
+                if not self._is_stored(name, parameter)
+            }
+        self._changed = True
+
+    def _is_stored(self, name: str, parameter: Tensor) -> bool:
+        value = None if self._stored is None else self._stored(name)
+        if value is None or value.dtype != parameter.dtype or value.shape != parameter.shape:
+            return False
+        return torch.equal(value.to(parameter.device), touched(parameter))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Restore all weights, bit for bit."""
+        if not self._changed or self._copies is None:
+            return
+        for name, parameter in self._parameters.items():
+            touched(parameter).copy_(self._original(name))
+        self._changed = False
+
+    def matrix(self, target: Target) -> Tensor:
+        """The original weight [out, in] of a target, to be read. Call :meth:`take` before."""
+        value = self._original(target.parameter)
+        return as_matrix(value if target.expert is None else value[target.expert], target.layout)
+
+    def _original(self, name: str) -> Tensor:
+        assert self._copies is not None
+        value = self._copies.get(name)
+        if value is None and self._stored is not None:
+            value = self._stored(name)
+        assert value is not None
+        return value
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Context manager: restores all weights on exit, bit for bit."""
+        self.take()
+        try:
+            yield
+        finally:
+            self.restore()
+
+    @contextmanager
+    def restored_on_error(self) -> Iterator[None]:
+        """Context manager: restores all weights if an error is raised inside."""
+        try:
+            yield
+        except BaseException:
+            self.restore()
+            raise

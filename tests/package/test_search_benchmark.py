@@ -8,12 +8,12 @@ from pruned_models import make_llama, tokens
 
 from leanstep.pruning import allocate, find_targets
 from leanstep.pruning.measure.activation_cache import ActivationCache
-from leanstep.pruning.measure.batches import as_batches
+from leanstep.pruning.measure.batches import as_batches, evaluating
 from leanstep.pruning.measure.checks import Trial
 from leanstep.pruning.measure.joint import JointJudge
-from leanstep.pruning.measure.measure import Measurement, WeightSnapshot, evaluating
+from leanstep.pruning.measure.measurement import Measurement
 from leanstep.pruning.score.calibration import Pruning
-from leanstep.pruning.score.targets import make_groups
+from leanstep.pruning.score.targets import WeightSnapshot, make_groups
 
 SIZES = {"a": 1000, "b": 3000, "c": 2000}
 SETTINGS = {

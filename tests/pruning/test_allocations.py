@@ -398,7 +398,7 @@ def test_the_relaxed_knapsack_is_a_step_above_the_optimum_at_most(seed):
 
 
 @pytest.mark.parametrize(("sparsity", "gap"), [(0.2, 4e-3), (0.4, 1e-3)])
-def test_the_programme_is_near_the_continuous_optimum_of_convex_curves(sparsity, gap):
+def test_the_allocation_is_near_the_continuous_optimum_of_convex_curves(sparsity, gap):
     """Of powers of the sparsity: the optimum has one derivative per weight in all layers, found by bisection."""
     worst = 0.0
     for seed in range(3):

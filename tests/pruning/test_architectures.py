@@ -24,9 +24,8 @@ from leanstep.pruning import (
 )
 from leanstep.pruning.allocate.closed_form import outlier_ratio
 from leanstep.pruning.measure.activation_cache import ActivationCache, take_note
-from leanstep.pruning.measure.batches import as_batches
+from leanstep.pruning.measure.batches import as_batches, evaluating
 from leanstep.pruning.measure.curve_file import weights_hash
-from leanstep.pruning.measure.measure import evaluating
 from leanstep.pruning.score.base import LayerStatistics
 from leanstep.pruning.score.calibration import Pruning, statistics_for
 from leanstep.pruning.score.targets import make_groups

@@ -6,7 +6,7 @@ import pytest
 from pruned_models import make_llama, tokens
 
 from leanstep.pruning import measure_curves
-from leanstep.pruning.measure import measure
+from leanstep.pruning.measure import measure, measurement
 from leanstep.pruning.score import calibration
 
 LEVELS = (0.5, 0.9)
@@ -34,8 +34,8 @@ def slow_levels(clock, monkeypatch):
             clock[0] += 10.0
             yield changed
 
-    real = measure.prune_group
-    monkeypatch.setattr(measure, "prune_group", pruned)
+    real = measurement.prune_group
+    monkeypatch.setattr(measurement, "prune_group", pruned)
 
 
 def test_the_time_of_fisher_curves_is_not_taken_from_the_measurements(clock, monkeypatch):
@@ -68,10 +68,10 @@ def test_the_first_measurements_show_how_many_more_fit_into_the_time(clock, monk
         clock[0] += 2.5
         return real(self, changed)
 
-    real = measure.Measurement.measure
-    monkeypatch.setattr(measure.Measurement, "measure", slow)
-    monkeypatch.setattr(measure.Measurement, "seconds_of_singles", lambda self, groups: 1.0 * len(groups))
-    monkeypatch.setattr(measure.Measurement, "affordable", lambda self, groups, seconds: groups[: int(seconds)])
+    real = measurement.Measurement.measure
+    monkeypatch.setattr(measurement.Measurement, "measure", slow)
+    monkeypatch.setattr(measurement.Measurement, "seconds_of_singles", lambda self, groups: 1.0 * len(groups))
+    monkeypatch.setattr(measurement.Measurement, "affordable", lambda self, groups, seconds: groups[: int(seconds)])
     begin = clock[0]
     curves = measure_curves(make_llama(4), tokens(4), score="wanda", levels=LEVELS, method="anchored", minutes=0.5)
     names = [name.split(".")[2:5] for name, curve in curves.items() if curve.source == "anchored"]
@@ -89,13 +89,13 @@ def test_the_pruners_of_a_score_count_for_a_single_measurement(clock, monkeypatc
 
     before, real, seconds = set(), calibration.Pruners.__getitem__, []
     monkeypatch.setattr(calibration.Pruners, "__getitem__", slow)
-    affordable = measure.Measurement.affordable
+    affordable = measurement.Measurement.affordable
 
     def noted(self, groups, limit):
         seconds.append(self.seconds_of_singles(groups))
         return affordable(self, groups, limit)
 
-    monkeypatch.setattr(measure.Measurement, "affordable", noted)
+    monkeypatch.setattr(measurement.Measurement, "affordable", noted)
     sources("sparsegpt", "anchored", minutes=1.0)
     assert seconds[0] == pytest.approx(140.0), "ten for each of 14 matrices"
 
@@ -105,9 +105,9 @@ def test_no_stage_is_entered_after_the_time(clock, monkeypatch):
         clock[0] += 100.0
         return real(self, changed)
 
-    real, entered = measure.Measurement.measure, []
-    monkeypatch.setattr(measure.Measurement, "measure", late)
-    enter = measure.Measurement._enter
-    monkeypatch.setattr(measure.Measurement, "_enter", lambda self, *a: (entered.append(a[0]), enter(self, *a))[1])
+    real, entered = measurement.Measurement.measure, []
+    monkeypatch.setattr(measurement.Measurement, "measure", late)
+    enter = measurement.Measurement._enter
+    monkeypatch.setattr(measurement.Measurement, "_enter", lambda self, *a: (entered.append(a[0]), enter(self, *a))[1])
     assert sources("wanda", "anchored", minutes=1.0).count("anchored") == 1
     assert len(entered) == 1

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from leanstep.pruning import Curve, find_targets, level_grid, measure_curves, nm_levels, prune
+from leanstep.pruning import Curve, PruneConfig, find_targets, level_grid, measure_curves, nm_levels, prune
+from leanstep.pruning.allocate.levels import levels_of
 from leanstep.pruning.measure.activation_cache import ActivationCache
 from leanstep.pruning.measure.batches import as_batches
-from leanstep.pruning.measure.curves import levels_of, monotone_cubic
+from leanstep.pruning.measure.curves import monotone_cubic
 from leanstep.pruning.score.calibration import statistics_for
 from leanstep.pruning.score.targets import count_uses, make_groups
 
@@ -157,7 +158,7 @@ def test_the_levels_worth_measuring():
 def test_no_level_removes_a_matrix_whole(sparsity):
     """However far the model is to be pruned: training brings nothing back through a layer that is gone."""
     groups = make_groups(find_targets(nn.Sequential(nn.Linear(100, 100), nn.Linear(100, 9))))
-    kept, _ = levels_of(groups, sparsity)["0.weight"]
+    kept, _ = levels_of(groups, PruneConfig(), sparsity)["0.weight"]
     assert 0 < kept[-1] <= (1 - sparsity) * 10000 + 1
 
 

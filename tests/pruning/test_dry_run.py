@@ -1,4 +1,4 @@
-"""A dry run states memory, disk and time by a configuration and the headers of files, for models of any size."""
+"""A dry run states memory, disk and time from a configuration and the headers of files, and a run takes them."""
 
 import dataclasses
 import json
@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import weakref
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,16 +16,30 @@ from architectures import make
 from pruned_models import images, make_llama, save_model, tokens
 from texts import sentences
 from transformers import LlamaConfig, LlamaForCausalLM, Wav2Vec2Config, Wav2Vec2ForSequenceClassification
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from leanstep._checkpoint.mapped import Scratch
 from leanstep.cli import main
-from leanstep.pruning import Recovery, Refinement, Workload, estimate_pruning, prune_checkpoint
+from leanstep.pruning import (
+    LayerStatistics,
+    Recovery,
+    Refinement,
+    Workload,
+    estimate_pruning,
+    layer_pruner,
+    prune_checkpoint,
+)
+from leanstep.pruning.cost import Plan, Rates, Shapes
 from leanstep.pruning.folder import estimate as module
 from leanstep.pruning.folder import run
-from leanstep.pruning.folder.duration import Duration, Rates, Sizes
 from leanstep.pruning.folder.files import open_checkpoint
-from leanstep.pruning.recovery_file import RecoveryFile
+from leanstep.pruning.folder.loading import empty_model_of
+from leanstep.pruning.planner import phase_costs
+from leanstep.pruning.score.calibration import pruner_bytes
+from leanstep.pruning.score.targets import prunable_names
+from leanstep.pruning.training.recovery_file import RecoveryFile
 from leanstep.recipes.check.machine import processor_name
+from leanstep.recipes.prune_output import estimate_lines
 
 SHAPES = {"8b": (4096, 14336, 32, 32, 8), "70b": (8192, 28672, 80, 64, 8)}
 
@@ -62,6 +78,12 @@ def headers_alone(folder, hidden, inner, layers, heads, kv_heads):
     content = {"metadata": {}, "weight_map": {name: file for file, shard in files.items() for name in shard}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(content))
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    save_model(make("llama"), tmp_path / "in")
+    return open_checkpoint(tmp_path / "in")
 
 
 @pytest.mark.parametrize("size", SHAPES)
@@ -159,33 +181,6 @@ def test_the_statistics_of_owl_are_counted(tmp_path):
     assert owl.seconds["outliers"] > 0 and "outliers" not in uniform.seconds
 
 
-def test_a_small_model_takes_the_time_of_its_calls_and_its_comparisons():
-    sizes = Sizes([(8, 8)] * 14, blocks=2, active=1000, outputs=64, tokens=16, size=10000)
-    workload = Workload(samples=4, curve_samples=2, held_out=0, levels=3, curves="measured", batch_size=2)
-    none = {name: 0.0 for name in ("operation", "ranked", "call", "logit", "copied", "hashed")}
-    calls = Duration(sizes, workload, Rates(**none | {"call": 1e-6})).seconds()
-    # a batch makes 60 calls in each block and 60 around them; statistics run every block twice
-    assert calls["statistics and pruning"] == pytest.approx(2 * 2 * 180e-6)
-    assert calls["curves, measured"] == pytest.approx(2 * 2 * 180e-6 + 14 * 3 / 2 * 180e-6)
-    logits = Duration(sizes, workload, Rates(**none | {"logit": 1e-6})).seconds()
-    assert logits["curves, measured"] == pytest.approx(14 * 3 / 2 * 2 * 16 * 64e-6)
-    files = Duration(sizes, workload, Rates(**none | {"copied": 1e-6, "hashed": 1e-3})).seconds()
-    assert files["files"] == pytest.approx(10000 * (6e-6 + 2e-3))
-
-
-@pytest.mark.parametrize("minutes", [0.0, 30.0])
-def test_single_matrices_and_checks_of_the_cache_are_counted_where_the_minutes_suffice(minutes):
-    sizes = Sizes([(8, 8)] * 14, blocks=2, active=1000, outputs=64, tokens=16, size=10000)
-    workload = Workload(
-        samples=4, curve_samples=2, held_out=2, levels=3, curves="fisher", batch_size=2, minutes=minutes
-    )
-    none = {name: 0.0 for name in ("operation", "ranked", "call", "logit", "copied", "hashed")}
-    seconds = Duration(sizes, workload, Rates(**none | {"logit": 1e-6})).seconds()["comparison on held-out data"]
-    # dense outputs twice, and two allocations; with time, for both, half of a pass for each block and each matrix
-    passes = 2 + 2 + (2 * (2 + 14) / 2 if minutes else 0)
-    assert seconds == pytest.approx(passes * 2 * 16 * 64e-6)
-
-
 def matrices(model):
     return [layer for layer in model.model.layers.modules() if isinstance(layer, torch.nn.Linear)]
 
@@ -229,7 +224,13 @@ import sys
 from pathlib import Path
 import torch
 from leanstep.pruning import Refinement, Workload, estimate_pruning, prune_checkpoint
+from leanstep.pruning.cost import Plan, Rates, Shapes
 from leanstep.pruning.folder.files import open_checkpoint
+from leanstep.pruning.folder.loading import empty_model_of
+from leanstep.pruning.planner import phase_costs
+from leanstep.pruning.score.calibration import pruner_bytes
+from leanstep.pruning.score.targets import prunable_names
+from leanstep.recipes.prune_output import estimate_lines
 
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -318,46 +319,69 @@ def count_stored(monkeypatch):
     return most
 
 
+# phase of the progress -> phases whose costs are said
+SAID = {
+    "checkpoint": ("slopes",),
+    "curves": ("curves", "correction"),
+    "refinement": ("search",),
+    "comparison": ("comparison",),
+}
+
+
 @pytest.mark.parametrize(
     ("settings", "judging"),
     [
-        ({"allocation": "dp", "curves": "measured", "levels": (0.4, 0.7)}, 0),
-        ({"allocation": "dp", "curves": "fisher", "levels": (0.4, 0.7)}, 24),
+        ({"curves": "measured", "levels": (0.4, 0.7)}, 0),
+        ({"curves": "fisher", "levels": (0.4, 0.7), "inputs": "dense"}, 24),
+        ({"curves": "fisher", "levels": (0.4, 0.7), "correction": "relinearise", "score": "sparsegpt"}, 0),
+        ({"curves": "measured", "levels": (0.4, 0.7), "correction": "relinearise"}, 0),
         ({"allocation": "atp"}, 0),
         ({"allocation": "owl", "score": "magnitude"}, 0),
     ],
 )
-def test_the_estimated_disk_of_activations_is_no_less_than_what_is_stored(settings, judging, tmp_path, monkeypatch):
-    save_model(make_llama(4), tmp_path / "in")
-    most = count_stored(monkeypatch)
-    checked = []
+@pytest.mark.sample(3)
+def test_each_phase_takes_what_was_said(settings, judging, tmp_path, monkeypatch):
+    """Bytes in files and passes of samples through the model, phase by phase, of a small run."""
+    save_model(make_llama(4, hidden_size=32, intermediate_size=64), tmp_path / "in")
+    checkpoint, data = open_checkpoint(tmp_path / "in"), tokens(12 + 4 + judging, 16)
+    phase, passes, most, checked, stored = [""], Counter(), Counter(), [], count_stored(monkeypatch)
     monkeypatch.setattr(run, "check_space", lambda out, needed: checked.append(needed))
-    data = tokens(12 + 4 + judging, 16)
-    prune_checkpoint(
-        tmp_path / "in",
-        tmp_path / "out",
-        data[:12],
-        held_out=data[12:16],
-        curve_data=data[:8],
-        sparsity=0.6,
-        activations="disk",
-        refine=Refinement(evaluations=2, data=data[16:]) if judging else None,
-        **settings,
-    )
-    names = ("allocation", "score", "curves")
-    workload = Workload(
-        samples=12,
-        curve_samples=8,
-        held_out=4,
-        tokens=16,
-        activations="disk",
-        refine_samples=judging,
-        **{name: value for name, value in settings.items() if name in names},
-    )
-    checkpoint = open_checkpoint(tmp_path / "in")
+
+    def end_phase(done, total, name):
+        if done == total == 0:
+            most[phase[0]] = max([most[phase[0]], *stored])
+            stored.clear()
+            phase[0] = name
+
+    def count(module, inputs):
+        if isinstance(module, LlamaMLP):
+            passes[phase[0]] += len(inputs[0]) / 4
+
+    settings = settings | {"sparsity": 0.6}
+    refine = {"refine": Refinement(evaluations=2, data=data[16:])} if judging else {}
+    sets = {"held_out": data[12:16], "curve_data": data[:8], "activations": "disk", "progress": end_phase}
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(count)
+    try:
+        prune_checkpoint(tmp_path / "in", tmp_path / "out", data[:12], **sets, **refine, **settings)
+    finally:
+        handle.remove()
+    amounts = {"samples": 12, "curve_samples": 8, "held_out": 4, "tokens": 16, "refine_samples": judging}
+    workload = Workload(activations="disk", **amounts, **refine, **settings)
+    model = empty_model_of(checkpoint, torch.float32)
+    shapes = Shapes.of(checkpoint, model, list(prunable_names(model)), 16)
+    costs = phase_costs(Plan(shapes, workload, Rates(operation=1e-12)))
+    of_a_sample = 2 * shapes.active * 16 * 1e-12
+    for name, parts in SAID.items():
+        said = [costs[part] for part in parts if part in costs]
+        if not said:
+            continue
+        assert most[name] <= max(sum(cost.disk.values()) for cost in said) <= 2.5 * max(most[name], 1), name
+        expected = sum(sum(cost.seconds.values()) for cost in said) / of_a_sample
+        assert 0.4 * passes[name] < expected < 2.5 * passes[name], name
+    total = max(sum(cost.disk.values()) for cost in costs.values())
+    assert total <= checked[0] - checkpoint.size <= 1.1 * total
     disk = estimate_pruning(checkpoint, tmp_path / "o", workload).disk
-    assert max(most) <= sum(disk.values()) - disk["output"] <= 2.5 * max(most)
-    assert max(most) <= checked[0] - checkpoint.size <= 2.5 * max(most)
+    assert sum(disk.values()) - disk["output"] == total
 
 
 def test_several_processes_take_their_number_of_times_the_memory(tmp_path):
@@ -421,3 +445,142 @@ def test_the_disk_of_activations_is_checked_for_images_without_patches_and_sound
     batches = list(data[:8].split(4))
     result = prune_checkpoint(tmp_path / "in", tmp_path / "other", batches, held_out=data[8:], **settings)
     assert any("disk space for activations was not checked" in note for note in result.notes)
+
+
+def held_bytes(value, seen):
+    """Bytes of the tensors that an object holds, each storage once, those of closures too."""
+    if isinstance(value, torch.Tensor):
+        seen[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            held_bytes(one, seen)
+    elif callable(value) and getattr(value, "__closure__", None):
+        held_bytes([cell.cell_contents for cell in value.__closure__], seen)
+    elif hasattr(value, "__dict__") and type(value).__module__.startswith("leanstep"):
+        held_bytes(list(vars(value).values()), seen)
+    return sum(seen.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("score", ["magnitude", "wanda", "sparsegpt", "alps", "mfac"])
+def test_a_pruner_holds_what_is_counted(score, dtype):
+    torch.manual_seed(0)
+    weight, samples = torch.randn(96, 128).to(dtype), 24
+    statistics = LayerStatistics.empty(("square_sum", "gram"), 128)
+    statistics.add(torch.randn(400, 128))
+    if score == "mfac":
+        statistics = LayerStatistics(gradients=torch.randn(samples, weight.numel()))
+    pruner = layer_pruner(weight, score, statistics)
+    del statistics
+    pruner.prune(weight.numel() // 2)
+    held = held_bytes(pruner, {})
+    if score in ("magnitude", "wanda"):
+        held -= 4 * 128**2  # collected here for all scores
+    shapes = Shapes([[(96, 128)]], *(0,) * 6, False, weight.element_size(), 0, 0)
+    counted = pruner_bytes(Plan(shapes, Workload(samples=samples, score=score)), (96, 128))
+    assert 0.9 * held < counted < 1.25 * held
+
+
+def test_a_search_on_a_gpu_has_all_weights_there(checkpoint, tmp_path):
+    estimate = estimate_pruning(checkpoint, tmp_path / "o", Workload(tokens=16, refine_samples=16, device="cuda"))
+    assert estimate.device_memory["all weights"] == checkpoint.size
+    assert "gradients of all matrices" in estimate.device_memory and "all weights" not in estimate.memory
+
+
+@pytest.mark.parametrize(
+    ("minutes", "processes", "score", "curves"),
+    [
+        (1.01, 1, "wanda", "measured"),
+        (0.9, 1, "wanda", "anchored"),
+        (0.26, 4, "wanda", "measured"),
+        (0.24, 4, "wanda", "anchored"),
+        (1.01, 1, "alps", "anchored"),
+    ],
+)
+def test_the_choice_of_curves_is_by_their_passes_and_by_the_levels_of_scores_that_update(
+    minutes, processes, score, curves, checkpoint
+):
+    """As the run decides; Wanda's rankings come on top of the minutes."""
+    model = empty_model_of(checkpoint, torch.float32)
+    shapes = Shapes.of(checkpoint, model, list(prunable_names(model)), 16)
+    passes = len(shapes.matrices) * 3 / 2 * 2 * 16 * shapes.outputs
+    settings = {"samples": 4, "curve_samples": 2, "levels": 3, "batch_size": 2, "processes": processes, "score": score}
+    workload = Workload(minutes=minutes * passes / 60, **settings)
+    assert f"curves, {curves}" in phase_costs(Plan(shapes, workload, Rates(logit=1.0, ranked=1.0)))["curves"].seconds
+
+
+def test_rates_are_those_of_the_threads_of_a_process(monkeypatch):
+    threads = []
+    monkeypatch.setattr(module, "_measured_rates", lambda dtype: threads.append(torch.get_num_threads()))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 6)
+    before = torch.get_num_threads()
+    module.measured_rates(torch.float32, Workload())
+    module.measured_rates(torch.float32, Workload(processes=3))
+    assert threads == [before, 2] and torch.get_num_threads() == before
+
+
+def test_recovery_is_counted(checkpoint, tmp_path, capsys):
+    workload = Workload(tokens=16)
+    plain = estimate_pruning(checkpoint, tmp_path / "o", workload)
+    recovered = estimate_pruning(checkpoint, tmp_path / "o", workload, recovery=Recovery(2))
+    assert plain.recovery == {} and set(recovered.seconds) - set(plain.seconds) == {"recovery"}
+    assert recovered.recovery["dense model"] == checkpoint.size
+    assert recovered.recovery["pruned model"] == sum(4 * p.numel() for p in make("llama").parameters())
+    alone = estimate_pruning(checkpoint, tmp_path / "o", workload, recovery=Recovery(2, distill=False))
+    assert recovered.recovery.pop("libraries") > 10**8 and alone.recovery.pop("libraries")
+    assert recovered.recovery.items() - alone.recovery.items() == {("dense model", checkpoint.size)}
+    assert alone.seconds["recovery"] < recovered.seconds["recovery"]
+    save_model(make_llama(1, max_position_embeddings=128), tmp_path / "model")
+    (text := tmp_path / "text.txt").write_text(sentences(400))
+    command = ["prune", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--sparsity", "0.5", "--dry-run"]
+    command += ["--data", str(text), "--recover", "5", "--refine", "2", "--correction", "relinearise"]
+    assert main([*command, "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["not_counted"] == []
+    assert 120 < content["seconds"]["search"] < 180 and content["seconds"]["correction of curves, at most"] > 0
+    assert content["seconds"]["recovery"] > 0 and content["recovery"]["activations"] > 0
+    assert content["memory"]["gradients of all matrices"] > 0
+    assert content["distills"] is True and content["recovery"]["libraries"] == content["memory"]["libraries"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "memory of recovery" in printed and "it learns the dense model's outputs" in printed
+    assert main([*command, "--no-distill"]) == 0
+    assert "it learns the data's next tokens\n" in capsys.readouterr().out
+
+
+def test_too_little_memory_for_recovery(checkpoint, tmp_path, monkeypatch):
+    def estimated(free, **settings):
+        monkeypatch.setattr(module, "free_memory", lambda device: free)
+        recovery = Recovery(2, **settings)
+        return estimate_pruning(checkpoint, tmp_path / "o", Workload(tokens=16), recovery=recovery)
+
+    libraries = 1000  # less than the dense model
+    monkeypatch.setattr("psutil.Process.memory_info", lambda self: SimpleNamespace(rss=libraries))
+    uses = estimated(10**12).recovery
+    total, teacher = sum(uses.values()), uses["dense model"]
+    # the run decides with its libraries in memory; the peak that has to be free has them, too
+    for free, distill, distills, is_problem in (
+        (total, None, True, False),
+        (total - libraries - 1, None, False, False),
+        (total - 1, True, True, True),
+        (total - teacher - 1, None, False, True),
+        (total - teacher, False, False, False),
+    ):
+        estimate = estimated(free, distill=distill)
+        assert estimate.distills is distills
+        (line,) = [line for line in estimate_lines(estimate) if "it learns" in line]
+        assert ("the dense model does not fit" in line) == (not distills and distill is None)
+        problems = [problem for problem in estimate.problems() if problem.startswith("recovery")]
+        assert len(problems) == is_problem
+
+
+def test_a_model_that_does_not_run_without_values_is_named(tmp_path):
+    save_model(make("mixtral"), tmp_path / "in")
+    estimate = estimate_pruning(
+        open_checkpoint(tmp_path / "in"), tmp_path / "o", Workload(tokens=16), recovery=Recovery(2)
+    )
+    assert estimate.recovery == {} and estimate.seconds["recovery"] > 0
+    (reason,) = estimate.not_counted
+    assert reason.startswith("memory of recovery, since the model does not run without values")
+    assert f"not in the estimate: {reason}" in estimate_lines(estimate)

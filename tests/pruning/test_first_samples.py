@@ -10,15 +10,14 @@ import torch
 from pruned_models import make_llama, tokens
 
 from leanstep.pruning import measure_curves, prune
-from leanstep.pruning.measure import sampling
 from leanstep.pruning.measure.activation_cache import ActivationCache, take_note
-from leanstep.pruning.measure.anchored import all_anchored
 from leanstep.pruning.measure.batches import as_batches, first_samples
-from leanstep.pruning.measure.curve_file import PartialCurves, checked_content, checked_line
+from leanstep.pruning.measure.curve_file import PartialCurves, Points, checked_content, checked_line
 from leanstep.pruning.measure.curves import Curve
-from leanstep.pruning.measure.measure import Measurement
+from leanstep.pruning.measure.fisher import sampling
+from leanstep.pruning.measure.fisher.anchored import all_anchored
+from leanstep.pruning.measure.measurement import Measurement
 from leanstep.pruning.measure.metrics import Distortion
-from leanstep.pruning.measure.points import Points
 from leanstep.pruning.score.calibration import Pruning
 from leanstep.pruning.score.targets import find_targets, make_groups
 

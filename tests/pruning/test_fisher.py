@@ -12,15 +12,14 @@ from pruned_models import images, make_cnn, make_gpt2, make_llama, make_mixtral,
 from torch import nn
 
 from leanstep import _processes
-from leanstep._processes import Processes
 from leanstep.pruning import find_targets, measure_curves, prune
-from leanstep.pruning.measure import anchored, fisher
-from leanstep.pruning.measure.batches import Batch, as_batches
+from leanstep.pruning.measure.batches import Batch, as_batches, evaluating
 from leanstep.pruning.measure.blocks import recomputed_blocks
 from leanstep.pruning.measure.curve_file import PartialCurves, checked_line, weights_hash
 from leanstep.pruning.measure.curves import Curve
-from leanstep.pruning.measure.fisher import SecondOrder
-from leanstep.pruning.measure.measure import evaluating
+from leanstep.pruning.measure.fisher import anchored
+from leanstep.pruning.measure.fisher import second_order as fisher
+from leanstep.pruning.measure.fisher.second_order import SecondOrder
 from leanstep.pruning.measure.metrics import Distortion, Metric, make_metric
 from leanstep.recipes.report.formatting import format_duration
 from leanstep.recipes.report.progress import ProgressBar
@@ -400,8 +399,8 @@ def test_a_run_for_another_sparsity_measures_near_that(tmp_path):
 def test_a_decision_that_is_none_is_refused(tmp_path, decision):
     file = tmp_path / "curves.jsonl"
     partial = PartialCurves(file, {"model": "a"})
-    partial.choose("anchored", Processes())
-    partial.finish(Processes())
+    partial.choose("anchored")
+    partial.finish()
     again = PartialCurves(file, {"model": "a"})
     assert (again.method, again.complete) == ("anchored", True)
     file.write_text(file.read_text() + checked_line(decision))

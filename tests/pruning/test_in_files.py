@@ -10,10 +10,9 @@ from leanstep.pruning.allocate.allocation import allocate
 from leanstep.pruning.measure.activation_cache import ActivationCache
 from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.checks import Trial
-from leanstep.pruning.measure.in_files import GradientSums, PrunersInFiles, gradients_to
-from leanstep.pruning.measure.measure import WeightSnapshot
 from leanstep.pruning.score.calibration import Pruning
-from leanstep.pruning.score.targets import make_groups
+from leanstep.pruning.score.in_files import GradientSums, PrunersInFiles, gradients_to
+from leanstep.pruning.score.targets import WeightSnapshot, make_groups
 
 
 def weights_of(model):

@@ -21,7 +21,7 @@ from leanstep.pruning.folder import run
 from leanstep.pruning.folder.checkpoint import map_weights, unmapped_note
 from leanstep.pruning.folder.files import open_checkpoint
 from leanstep.pruning.folder.loading import load_model
-from leanstep.pruning.measure.measure import WeightSnapshot
+from leanstep.pruning.score.targets import WeightSnapshot
 
 QUICK = {"sparsity": 0.5, "levels": (0.4, 0.7), "batch_size": 4}
 NAMES = ("llama", "gpt2", "mixtral", "t5", "bert", "vit", "opt", "qwen3")

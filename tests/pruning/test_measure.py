@@ -13,7 +13,7 @@ from leanstep.pruning.folder.text import token_sequences
 from leanstep.pruning.measure.activation_cache import ActivationCache
 from leanstep.pruning.measure.batches import Batch, as_batches, batches_hash
 from leanstep.pruning.measure.curve_file import weights_hash
-from leanstep.pruning.measure.measure import Measurement
+from leanstep.pruning.measure.measurement import Measurement
 from leanstep.pruning.measure.metrics import KL, METRICS, KLTopK, Metric, kl_divergence, make_metric, summarise
 from leanstep.pruning.score.calibration import collect_inputs, prune_group, statistics_for
 from leanstep.pruning.score.targets import make_groups, split_count
@@ -212,7 +212,7 @@ def test_a_matrix_of_a_group_gets_no_more_weights_than_it_has():
     first.module.weight.data[1:] = 0
     few, asked = int(first.weight.count_nonzero()), 120
     pruners = {target.name: layer_pruner(target.weight, "magnitude") for target in group.targets}
-    left = {target.name: int(weight.count_nonzero()) for target, weight in prune_group(group, pruners, asked)}
+    left = {target.name: int(weight.count_nonzero()) for target, weight in prune_group(group, pruners, (asked, ""))}
     assert others and left[first.name] == few and sum(left.values()) == asked
 
 

@@ -18,7 +18,7 @@ from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.checks import Trial
 from leanstep.pruning.measure.curve_file import weights_hash
 from leanstep.pruning.measure.curves import SOURCES
-from leanstep.pruning.measure.measure import Measurement
+from leanstep.pruning.measure.measurement import Measurement
 from leanstep.pruning.measure.metrics import METRICS
 from leanstep.pruning.measure.products import PRODUCTS
 from leanstep.pruning.result import Additivity

@@ -17,7 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from leanstep import _memory
-from leanstep._files import alone
+from leanstep._files import exclusive_lock
 from leanstep.cli import main
 from leanstep.pruning import CalibrationText, Recovery, find_targets, prune_checkpoint, recover_checkpoint
 from leanstep.pruning.folder.files import open_checkpoint
@@ -229,7 +229,7 @@ def test_options_of_data_are_refused_without_it(option, base, tmp_path, capsys):
 def test_files_that_a_resumed_run_would_not_read_are_not_removed(file, holds, base, tmp_path, capsys):
     (tmp_path / file).write_text("{}")
     settings = ["--sparsity", "0.5", "--allocation", "owl"] if holds == "curves" else ["--sparsity", "0.5"]
-    small = SMALL[:-2] if holds == "curves" else SMALL  # levels are those of the programme
+    small = SMALL[:-2] if holds == "curves" else SMALL  # levels are those of the allocation
     command = ["prune", str(base / "model"), "--out", str(tmp_path / "out"), "--data", str(base / "text.txt"), *small]
     assert main([*command, *settings, "--resume"]) == 2
     assert f"{file} holds {holds} of an interrupted run with" in capsys.readouterr().err
@@ -342,7 +342,7 @@ def test_of_two_runs_of_one_folder_the_second_is_refused(options, base, pruned, 
     out = tmp_path / "out"
     shutil.copytree(pruned, out)
     before = snapshot(out)
-    with alone(out):
+    with exclusive_lock(out):
         assert leanstep_prune(base, out, "--sparsity", "0.6", "--eval", *options) == 2
         assert f"another run writes {out}: wait for it, stop it, or name another folder" in capsys.readouterr().err
         with pytest.raises(ValueError, match="another run writes"):

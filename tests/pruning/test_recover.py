@@ -11,10 +11,11 @@ from torch import nn
 from torch.nn.functional import cross_entropy, kl_div
 
 from leanstep import SinkGD
-from leanstep.pruning import Recovery, find_targets, prune, recover, recovery_file
-from leanstep.pruning import recovery as recovery_module
+from leanstep.pruning import Recovery, find_targets, prune, recover
 from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.metrics import Distortion
+from leanstep.pruning.training import recovery as recovery_module
+from leanstep.pruning.training import recovery_file
 
 
 def pruned(make=make_llama, sparsity=0.6, **settings):

@@ -17,19 +17,12 @@ from transformers import AutoModelForCausalLM
 
 from leanstep import _files
 from leanstep.cli import main
-from leanstep.pruning import (
-    CalibrationText,
-    Recovery,
-    find_targets,
-    prune_checkpoint,
-    recover_checkpoint,
-    recovery,
-    recovery_file,
-)
+from leanstep.pruning import CalibrationText, Recovery, find_targets, prune_checkpoint, recover_checkpoint
 from leanstep.pruning.folder import recovery as folder_recovery
 from leanstep.pruning.folder.checkpoint import stored_hash
 from leanstep.pruning.folder.files import open_checkpoint
 from leanstep.pruning.measure.products import products_of
+from leanstep.pruning.training import recovery, recovery_file
 from leanstep.sparsity import verify
 
 SMALL = [
@@ -176,7 +169,7 @@ KILLED = """
 import os, signal, sys
 from leanstep import pruning
 from leanstep.cli import main
-from leanstep.pruning import recovery
+from leanstep.pruning.training import recovery
 step, count = recovery._step, []
 def dying(*given):
     count.append(1)
@@ -209,7 +202,7 @@ def test_a_run_killed_in_recovery_leaves_the_pruned_folder_and_goes_on(base, pru
 
 KILLED_WITH_A_STATE = """
 import sys
-from leanstep.pruning import recovery_file
+from leanstep.pruning.training import recovery_file
 recovery_file._SECONDS = recovery_file._SHARE = 0
 """ + KILLED.replace("== 4", "== 5")
 

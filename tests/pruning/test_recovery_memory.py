@@ -10,13 +10,13 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from leanstep.pruning import Recovery, find_targets, prune_checkpoint, recover, recover_checkpoint
-from leanstep.pruning import recovery as recovery_module
 from leanstep.pruning.folder import recovery as folder_recovery
 from leanstep.pruning.folder.files import open_checkpoint
 from leanstep.pruning.folder.loading import load_model
 from leanstep.pruning.folder.recovery import recovery_bytes
-from leanstep.pruning.recovery_memory import distillation_bytes
 from leanstep.pruning.score.targets import prunable_names
+from leanstep.pruning.training import recovery as recovery_module
+from leanstep.pruning.training.recovery_memory import distillation_bytes
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 1024}
 

@@ -16,16 +16,16 @@ from leanstep.pruning import Refinement, allocate, find_targets, measure_curves,
 from leanstep.pruning.allocate import descent as search
 from leanstep.pruning.folder.report import report_page
 from leanstep.pruning.measure.activation_cache import ActivationCache, BlockCache
-from leanstep.pruning.measure.batches import as_batches
+from leanstep.pruning.measure.batches import as_batches, evaluating
 from leanstep.pruning.measure.blocks import BlockMover
 from leanstep.pruning.measure.checks import Trial
 from leanstep.pruning.measure.curve_file import weights_hash
 from leanstep.pruning.measure.joint import JointJudge
-from leanstep.pruning.measure.measure import Measurement, WeightSnapshot, evaluating
+from leanstep.pruning.measure.measurement import Measurement
 from leanstep.pruning.measure.metrics import Distortion
 from leanstep.pruning.measure.products import products_in
 from leanstep.pruning.score.calibration import Pruning
-from leanstep.pruning.score.targets import make_groups
+from leanstep.pruning.score.targets import WeightSnapshot, make_groups
 
 LEVELS = (0.3, 0.6, 0.8, 0.9)
 REFINE = Refinement(evaluations=12)
@@ -285,7 +285,7 @@ def test_the_start_stays_where_the_refined_model_is_not_better(curves, monkeypat
 
 
 def test_the_result_is_the_best_on_held_out_data(curves, monkeypatch):
-    """A search that ends at a worse allocation: the programme's is applied, and a note says so."""
+    """A search that ends at a worse allocation: the first one is applied, and a note says so."""
 
     def worse(judge, space, settings, file, progress, processes):
         counts = dict(judge.counts)

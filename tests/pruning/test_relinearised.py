@@ -6,14 +6,15 @@ from pruned_models import make_llama, tokens
 from torch import nn
 
 from leanstep.pruning import allocate, find_targets, prune
+from leanstep.pruning.allocate.levels import levels_of
+from leanstep.pruning.config import PruneConfig
 from leanstep.pruning.measure.activation_cache import ActivationCache
 from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.checks import Trial
 from leanstep.pruning.measure.curve_file import weights_hash
-from leanstep.pruning.measure.curves import levels_of
-from leanstep.pruning.measure.measure import Measurement, WeightSnapshot
+from leanstep.pruning.measure.measurement import Measurement
 from leanstep.pruning.score.calibration import Pruning
-from leanstep.pruning.score.targets import make_groups
+from leanstep.pruning.score.targets import WeightSnapshot, make_groups
 
 LEVELS = (0.3, 0.6, 0.8)
 
@@ -25,7 +26,7 @@ def around_uniform(model, data, sparsity, score="wanda"):
     cache = ActivationCache(model, batches)
     measurement = Measurement(model, batches, like=cache)
     trial = Trial(groups, Pruning(cache, score), WeightSnapshot(find_targets(model)))
-    levels = levels_of(groups, sparsity, "unstructured", levels=LEVELS)
+    levels = levels_of(groups, PruneConfig(levels=LEVELS), sparsity)
     return trial, measurement, levels, allocate([group.layer for group in groups], sparsity, method="uniform")
 
 

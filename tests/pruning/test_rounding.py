@@ -5,13 +5,13 @@ import torch
 from pruned_models import make_llama, make_mixtral, tokens
 
 from leanstep.pruning import measure_curves
-from leanstep.pruning.measure import measure, products
-from leanstep.pruning.measure.anchored import all_anchored
+from leanstep.pruning.measure import measure, measurement
 from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.curves import Curve
-from leanstep.pruning.measure.measure import Measurement
+from leanstep.pruning.measure.fisher.anchored import all_anchored
+from leanstep.pruning.measure.measurement import Measurement, rounded_anew
 from leanstep.pruning.measure.metrics import Distortion
-from leanstep.pruning.measure.products import products_in, rounded_anew, rounding_unit
+from leanstep.pruning.measure.products import products_in, rounding_unit
 from leanstep.pruning.result import Additivity
 from leanstep.pruning.score.targets import find_targets, make_groups
 
@@ -26,7 +26,7 @@ def test_small_changes_of_a_bf16_model_cost_what_they_cost_in_fp32(monkeypatch):
     model, samples = make_bf16(), tokens(16, length=24)
     curves = measure_curves(model, samples, levels=LEVELS)
     exact = measure_curves(make_bf16().float(), samples, levels=LEVELS)
-    monkeypatch.setattr(measure, "rounding_unit", lambda *_: 0.0)
+    monkeypatch.setattr(measurement, "rounding_unit", lambda *_: 0.0)
     raw = measure_curves(model, samples, levels=LEVELS)
 
     def error(of, level):
@@ -197,7 +197,7 @@ def test_points_of_an_earlier_version_are_not_mixed_with_those_without_rounding(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_without_16_bits_nothing_is_measured_besides_the_points(dtype, monkeypatch):
-    monkeypatch.setattr(products, "rounded_anew", lambda *_: 1 / 0)
+    monkeypatch.setattr(measurement, "rounded_anew", lambda *_: 1 / 0)
     measure_curves(make_llama(1).to(dtype), tokens(2), levels=LEVELS)
 
 

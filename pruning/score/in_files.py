@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from leanstep._checkpoint.mapped import FileTensor, Scratch
-from leanstep.pruning.measure.measure import WeightSnapshot
 from leanstep.pruning.score.base import LayerPruner, LayerStatistics
 from leanstep.pruning.score.calibration import Pruners, Pruning
-from leanstep.pruning.score.targets import Group, Target, as_matrix
+from leanstep.pruning.score.targets import Group, Target, WeightSnapshot, as_matrix
 
 
 class PrunersInFiles(Mapping[str, LayerPruner]):

@@ -19,10 +19,9 @@ from torch.nn.functional import kl_div
 from leanstep.lora import LoraConfig, apply_lora, keep_zeros, merge, remove_lora
 from leanstep.lora.layers.frozen import is_linear
 from leanstep.optimizers import NonFiniteGradientError, create
-from leanstep.pruning.finetune import MaskKeeper, keep_masks
-from leanstep.pruning.measure.batches import Batch, as_batches, batches_hash
+from leanstep.pruning.config import Progress
+from leanstep.pruning.measure.batches import Batch, as_batches, batches_hash, evaluating
 from leanstep.pruning.measure.curve_file import configuration_hash, weights_hash
-from leanstep.pruning.measure.measure import Stored, WeightSnapshot, evaluating
 from leanstep.pruning.measure.metrics import (
     KL,
     Distortion,
@@ -33,10 +32,10 @@ from leanstep.pruning.measure.metrics import (
     summarise,
     token_rows,
 )
-from leanstep.pruning.measure.points import Progress
-from leanstep.pruning.recovery_file import RecoveryFile
 from leanstep.pruning.result import Recovery, RecoveryResult
-from leanstep.pruning.score.targets import Target, find_targets, some
+from leanstep.pruning.score.targets import Stored, Target, WeightSnapshot, abbreviate, find_targets
+from leanstep.pruning.training.finetune import MaskKeeper, keep_masks
+from leanstep.pruning.training.recovery_file import RecoveryFile
 
 # logits of one pass, which take 4 bytes each, four times
 _TOGETHER = 1 << 26
@@ -175,9 +174,9 @@ def _untrained_note(targets: Sequence[Target], rank: int | None) -> str:
     if not names:
         return ""
     return (
-        f"{len(names)} of {len(targets)} pruned matrices were not trained: {some(names, 3)}. Recovery with rank={rank} "
-        "adapts linear layers, not experts in one parameter or convolutions; without a rank (--recover-rank), all are "
-        "trained"
+        f"{len(names)} of {len(targets)} pruned matrices were not trained: {abbreviate(names, 3)}. Recovery with "
+        f"rank={rank} adapts linear layers, not experts in one parameter or convolutions; without a rank "
+        "(--recover-rank), all are trained"
     )
 
 

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from leanstep._torch import device_of
 from leanstep.lora import saved_bytes
 from leanstep.optimizers import param_groups
-from leanstep.pruning.measure.batches import Batch, as_batches
-from leanstep.pruning.measure.measure import evaluating
+from leanstep.pruning.measure.batches import Batch, as_batches, evaluating
 from leanstep.pruning.measure.metrics import logits_of
-from leanstep.pruning.recovery import Recovery, Samples, is_adapted, pass_rows, training
 from leanstep.pruning.score.targets import Target, empty_targets, find_targets
+from leanstep.pruning.training.recovery import Recovery, Samples, is_adapted, pass_rows, training
 
 
 def distillation_bytes(

@@ -8,19 +8,16 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from leanstep.pruning.measure.batches import first_samples
 from leanstep.pruning.measure.curve_file import PartialCurves
 from leanstep.pruning.measure.curves import Curve
+from leanstep.pruning.measure.measurement import Measurement
 from leanstep.pruning.measure.metrics import Distortion
 from leanstep.pruning.score.calibration import Pruning
 from leanstep.pruning.score.targets import Group
-
-if TYPE_CHECKING:
-    from leanstep.pruning.measure.measure import Measurement
 
 # name of a group -> number of weights left -> what was measured
 Anchors = Mapping[str, Mapping[int, Distortion]]
@@ -55,14 +52,14 @@ def choose_samples(
         return partial.samples or len(measurement.outputs)  # a finished file of an earlier version
     samples = processes.all_gather(samples_within(measurement, groups, pruning, 60 * minutes * processes.size))[0]
     if partial is not None:
-        partial.choose_samples(samples, processes)
+        partial.choose_samples(samples)
     return samples
 
 
 def samples_within(measurement: Measurement, groups: Sequence[Group], pruning: Pruning, seconds: float) -> int:
     """On how many of the first samples all groups can be measured once, in most of the time.
 
-    The programme compares matrices. Measured on the same few samples, their distortions rank nearly as on all. Curves
+    An allocation compares matrices. Measured on the same few samples, their distortions rank nearly as on all. Curves
     to second order that few measurements scale rank worse. So few samples serve better than few matrices.
 
     Args:

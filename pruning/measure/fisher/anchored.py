@@ -1,7 +1,7 @@
 """Anchored curves: Fisher curves, each scaled to true measurements at levels near the solution.
 
 Where time is short, the measurements are on the first samples alone. Fisher curves of these samples and of all then
-tell what the choice of the samples does: see :mod:`leanstep.pruning.measure.sampling`.
+tell what the choice of the samples does: see :mod:`leanstep.pruning.measure.fisher.sampling`.
 """
 
 from __future__ import annotations
@@ -13,26 +13,22 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from statistics import mean, median
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from leanstep.pruning.measure.curve_file import PartialCurves
+from leanstep.pruning.measure.curve_file import PartialCurves, Points
 from leanstep.pruning.measure.curves import Curve
-from leanstep.pruning.measure.metrics import Distortion
-from leanstep.pruning.measure.points import Points
-from leanstep.pruning.measure.sampling import (
+from leanstep.pruning.measure.fisher.sampling import (
     Anchors,
     on_all_samples,
     seconds_of_statistics,
     towards_neighbours,
     without_numbers,
 )
+from leanstep.pruning.measure.measurement import Measurement
+from leanstep.pruning.measure.metrics import Distortion
 from leanstep.pruning.result import Allocation
 from leanstep.pruning.score.calibration import Pruning
-
-if TYPE_CHECKING:
-    from leanstep.pruning.measure.measure import Measurement
 
 Solve = Callable[[Mapping[str, Curve]], Allocation]
 
@@ -70,7 +66,7 @@ def curves_within(
         measurement = measurement if first is None else measurement.of_first(samples)
         curves = anchored_curves(measurement, whole, points, pruning, solve, until, first)
         if partial is not None:
-            partial.finish(pruning.processes)
+            partial.finish()
     if first is None or not any(points.at(name) for name in whole):
         return curves
     return {name: replace(curve, samples=samples) for name, curve in curves.items()}

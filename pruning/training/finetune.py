@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from leanstep._torch import StepHooks, place_like, whole_tensor
-from leanstep.pruning.measure.batches import as_batches
-from leanstep.pruning.measure.measure import evaluating
+from leanstep.pruning.measure.batches import as_batches, evaluating
 from leanstep.pruning.result import PruneResult
 from leanstep.pruning.score.targets import find_targets, prunable_names
 

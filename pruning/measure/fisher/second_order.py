@@ -11,29 +11,28 @@ one forward pass and some backward passes serve all matrices and levels, updates
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from leanstep._processes import Processes
 from leanstep._torch import device_of
+from leanstep.pruning.allocate.levels import level_count
+from leanstep.pruning.cost import Cost, Plan
 from leanstep.pruning.measure.batches import Batch, without_cache
 from leanstep.pruning.measure.blocks import is_out_of_memory, recomputed_blocks, whole_on_device
+from leanstep.pruning.measure.curve_file import Points
 from leanstep.pruning.measure.curves import Curve
+from leanstep.pruning.measure.fisher.recording import PairRows, Pairs, Recorder, generator_of, unused
 from leanstep.pruning.measure.metrics import ROOTS_TOGETHER, Distortion, Metric, summarise, values_of
-from leanstep.pruning.measure.points import Points
-from leanstep.pruning.measure.recording import PairRows, Pairs, Recorder, generator_of, unused
 from leanstep.pruning.score.calibration import Pruning, prune_group
 from leanstep.pruning.score.targets import Group, Target, as_matrix
-
-if TYPE_CHECKING:
-    from leanstep.pruning.folder.workload import Shapes, Workload
 
 # rows of each matrix, over all sequences, whose x and g are stored
 ROWS = 4096
@@ -45,6 +44,8 @@ SAMPLE_DRAWS = 8
 COLLECTED_BYTES = 1 << 30
 # bytes of each root that is computed together with others
 _ROOT_BYTES = 30
+# forward passes that a pass of Fisher curves is worth: one, and two times two from the first block of a portion on
+_PASSES = 3
 
 
 @dataclass
@@ -231,14 +232,14 @@ def fisher_curves(second: SecondOrder, points: Mapping[int, Points], pruning: Pr
     of_all = next(iter(points.values())).groups
     missing = [group for group in of_all if any(part.missing[group.name] for part in points.values())]
     share = {group.name for group in pruning.processes.share(missing)}
-    for stages in portions(second, pruning.cache.by_start(missing), share, pruning.processes):
+    for stages in portions(second, pruning.cache.by_start(missing), share, pruning):
         if targets := [t for _, groups in stages for group in groups if group.name in share for t in group.targets]:
             second.collect(targets)
         for start, groups in stages:
             for group, pruners in pruning.each(groups, start):
                 levels = dict.fromkeys(level for part in points.values() for level in part.missing[group.name])
                 for level in levels if group.name in share else ():
-                    sums = second.sums(prune_group(group, pruners, *level))
+                    sums = second.sums(prune_group(group, pruners, level))
                     for samples, part in points.items():
                         if level in part.missing[group.name]:
                             part.add(group.name, level[0], second.summary(sums, samples))
@@ -250,13 +251,13 @@ def fisher_curves(second: SecondOrder, points: Mapping[int, Points], pruning: Pr
 
 
 def portions(
-    second: SecondOrder, stages: Sequence[tuple[int, list[Group]]], share: Container[str], processes: Processes
+    second: SecondOrder, stages: Sequence[tuple[int, list[Group]]], share: Container[str], pruning: Pruning
 ) -> Iterator[Sequence[tuple[int, list[Group]]]]:
     """Split stages so that what is collected of a portion, of the named groups, fits into memory.
 
     Processes may split them otherwise: they exchange what they have after each stage.
     """
-    free = processes.free_memory(device_of(second.model))
+    free = pruning.processes.free_memory(device_of(second.model))
     sizes = [
         sum(second.bytes_of(target) for group in groups if group.name in share for target in group.targets)
         for _, groups in stages
@@ -326,39 +327,32 @@ def _orthogonal_directions(roots: Tensor, draws: int, index: int) -> Tensor:
     return (torch.linalg.qr(gaussian).Q.T * k**0.5)[:, None].to(roots)
 
 
-@dataclass(frozen=True)
-class FisherCost:
-    """What :class:`SecondOrder` takes, from shapes alone.
+def second_order_cost(plan: Plan) -> Cost:
+    """What :class:`SecondOrder` and the levels of :func:`fisher_curves` take, besides the pruners."""
+    shapes, blocks, processes = plan.shapes, plan.shapes.blocks, plan.workload.processes
+    samples, tokens = plan.workload.curve_samples, plan.shapes.tokens
+    # another device stores the activations of all blocks
+    recomputed = plan.on_cpu and not shapes.one_output
 
-    Attributes:
-        passes: forward and backward passes over the data, one for each portion of the matrices.
-        collected: bytes of x and g, or of the gradients of samples, at the same time.
-        graph: bytes of a pass of one sample.
-    """
+    def values(rows: int, columns: int) -> int:
+        if shapes.one_output:
+            return min(SAMPLE_DRAWS, shapes.outputs) * samples * rows * columns
+        return min(ROWS, samples * tokens) * (columns + DRAWS * rows)
 
-    passes: int
-    collected: int
-    graph: int
-
-    @classmethod
-    def of(cls, shapes: Shapes, workload: Workload) -> FisherCost:
-        """Of the matrices of a model, with the data for curves."""
-        blocks, samples, tokens = shapes.blocks, workload.curve_samples, shapes.tokens
-        # another device stores the activations of all blocks
-        recomputed = workload.device == "cpu" and not shapes.one_output
-
-        def values(rows: int, columns: int) -> int:
-            if shapes.one_output:
-                return min(SAMPLE_DRAWS, shapes.outputs) * samples * rows * columns
-            return min(ROWS, samples * tokens) * (columns + DRAWS * rows)
-
-        sizes = [shapes.itemsize * sum(values(*matrix) for matrix in block) for block in blocks]
-        portions = runs_within(sizes, max(COLLECTED_BYTES, 2 * max(sizes)))
-        largest = max(portions, key=lambda portion: sum(sizes[number] for number in portion))
-        collected = sum(sizes[number] for number in largest)
-        inside = max(sum(columns + 2 * rows for rows, columns in block) for block in blocks)
-        gradients = max(sum(rows for number in portion for rows, _ in blocks[number]) for portion in portions)
-        stored = 2 * inside * (1 if recomputed else len(blocks))
-        values_of_pass = tokens * (len(blocks) * shapes.width + stored + gradients * 3 // 2 + 4 * shapes.outputs)
-        graph = shapes.itemsize * values_of_pass + _ROOT_BYTES * min(tokens * shapes.outputs, ROOTS_TOGETHER)
-        return cls(len(portions), collected, graph)
+    sizes = [shapes.itemsize * sum(values(*matrix) for matrix in block) for block in blocks]
+    runs = runs_within(sizes, max(COLLECTED_BYTES, 2 * max(sizes)))
+    inside = max(sum(columns + 2 * rows for rows, columns in block) for block in blocks)
+    gradients = max(sum(rows for number in run for rows, _ in blocks[number]) for run in runs)
+    stored = 2 * inside * (1 if recomputed else len(blocks))
+    in_a_pass = tokens * (len(blocks) * shapes.width + stored + gradients * 3 // 2 + 4 * shapes.outputs)
+    graph = shapes.itemsize * in_a_pass + _ROOT_BYTES * min(tokens * shapes.outputs, ROOTS_TOGETHER)
+    # each process collects its share of the matrices
+    passes = _PASSES * math.ceil(len(runs) / processes)
+    seconds = passes * plan.pass_seconds(samples, compared=True, batch_size=1)
+    products = 2 * min(ROWS, samples * tokens) * level_count(plan.config) * shapes.pruned
+    seconds += products * plan.rates.operation / processes
+    return Cost(
+        {"second order": seconds},
+        memory={"x and g of Fisher curves": max(sum(sizes[number] for number in run) for run in runs)},
+        working={"activations of a batch": graph},
+    )

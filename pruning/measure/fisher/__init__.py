@@ -1,0 +1,1 @@
+"""Curves to second order, and their scaling to measurements."""

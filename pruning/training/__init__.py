@@ -1,0 +1,1 @@
+"""Train with masks: prune while training, and recover a pruned model."""
