@@ -17,13 +17,11 @@ from leanstep.optimizers.common.groups import refuse_flattened, refuse_replaced
 from leanstep.optimizers.common.loading import StateLoading
 from leanstep.optimizers.common.quantized import average_values, scale_key, store_averages
 from leanstep.optimizers.common.rounding import ENTRIES, effective, init_rounding, rounding_states, seeds_for
-from leanstep.optimizers.common.saving import StateSaving
 from leanstep.optimizers.common.sharding import (
     Reducer,
     Shard,
     all_reduce_flags,
     check_class,
-    check_indices,
     facts_of,
     has_memory,
     placed_like,
@@ -34,7 +32,7 @@ from leanstep.optimizers.common.sharding import (
     shard_of,
     together,
 )
-from leanstep.optimizers.common.state import Entry, coded, shapes_of, update_state
+from leanstep.optimizers.common.state import shapes_of, update_state
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -110,7 +108,7 @@ class Prepared(NamedTuple):
     plan: Any  # the answer of the optimizer's own function, such as the name of a rule
 
 
-class LeanOptimizer(StateLoading, StateSaving):
+class LeanOptimizer(StateLoading):
     """Base class: loading preserves the dtypes of state, and non-finite gradients are counted.
 
     All state is in ``self.state`` and ``self.param_groups``. deepcopy, pickle, ``state_dict`` and
@@ -120,21 +118,17 @@ class LeanOptimizer(StateLoading, StateSaving):
     whose rule spans groups implements :meth:`_steps` in place of :meth:`_group_steps`.
 
     Attributes:
-        _state_entries: the table of a parameter's state, without the entries of its rounding.
         _drop_state: how a user drops the state of a resized parameter.
         _dims: the number of dimensions of every parameter, by group, when the groups were added.
         _checked: the settings of every group when they were checked.
         _records: what was asked with these settings, by the index of the parameter, counted over all groups.
         releases_gradients: whether ``release_gradients`` steps inside backward.
         _separable: whether the update of a parameter depends on its own gradient and state alone.
-        _older_names: names of state and group entries in states of older versions -> their names now.
     """
 
-    _state_entries: tuple[Entry, ...] = ()
     _drop_state = "del optimizer.state[parameter]"
     releases_gradients = False
     _separable = False
-    _older_names: Mapping[str, str] = {}
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._check_group(defaults)
@@ -251,26 +245,6 @@ class LeanOptimizer(StateLoading, StateSaving):
                     "Move the model first and then build the optimizer, or load its state_dict again, which moves it."
                 )
         return state
-
-    def _check_placements(self, group: dict[str, Any], position: int, param: Tensor) -> Shard:
-        """Return this process's shard. Raises ValueError for partial sums, and as :meth:`_check_shard`."""
-        shard = shard_of(param, lambda: describe(group, position))
-        if shard.cuts:
-            self._check_shard(group, position, shard)
-        return shard
-
-    def _check_shard(self, group: dict[str, Any], position: int, shard: Shard) -> None:
-        """Raise ValueError if a sharded parameter does not fit its group's settings. Nothing was changed before."""
-        if effective(type(self).__name__, group, position, group["params"][position]) == "stochastic":
-            check_indices(
-                f"{type(self).__name__}: rounding='stochastic'", describe(group, position), shard,
-                instead="another rounding ('split', 'master')",
-            )  # fmt: skip
-        for key in coded(self._state_entries, group, group["params"][position]):
-            check_indices(
-                f"{type(self).__name__}: the state {key!r} of 8 bits", describe(group, position), shard,
-                instead="another dtype, such as torch.bfloat16",
-            )  # fmt: skip
 
     def __init_subclass__(cls, **settings: Any) -> None:
         """Let the constructor name its options."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,10 +28,9 @@ from leanstep.optimizers.common.saved_tensors import (
     owned,
     separate,
 )
-from leanstep.optimizers.common.state import Row, rows_of, update_state
-
-if TYPE_CHECKING:
-    from leanstep.optimizers.common.base import LeanOptimizer
+from leanstep.optimizers.common.saving import StateSaving
+from leanstep.optimizers.common.sharding import Shard, check_indices, shard_of
+from leanstep.optimizers.common.state import Entry, Row, coded, rows_of, update_state
 
 # settings that do not identify an optimizer: those of torch's optimizers, and those that all of leanstep's have
 _COMMON_SETTINGS = frozenset(
@@ -63,8 +62,16 @@ class _Opaque:
         self.state = state
 
 
-class StateLoading:
-    """The part of ``LeanOptimizer`` that loads a state dict."""
+class StateLoading(StateSaving):
+    """The part of ``LeanOptimizer`` that loads a state dict.
+
+    Attributes:
+        _state_entries: the table of a parameter's state, without the entries of its rounding.
+        _older_names: names of state and group entries in states of older versions -> their names now.
+    """
+
+    _state_entries: tuple[Entry, ...] = ()
+    _older_names: Mapping[str, str] = {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; every tensor keeps the dtype it was saved in, bit for bit.
@@ -87,11 +94,10 @@ class StateLoading:
                 "Load what state_dict() returned."
             )
         # the user's hooks run before the first and after the second one
-        optimizer = cast("LeanOptimizer", self)
-        before = optimizer.register_load_state_dict_pre_hook(lambda _, loaded: _checked(optimizer, loaded))
-        after = optimizer.register_load_state_dict_post_hook(lambda _: _unwrap(optimizer), prepend=True)
+        before = self.register_load_state_dict_pre_hook(lambda _, loaded: _checked(self, loaded))
+        after = self.register_load_state_dict_post_hook(lambda _: _unwrap(self), prepend=True)
         try:
-            torch.optim.Optimizer.load_state_dict(optimizer, state_dict)
+            super().load_state_dict(state_dict)
         finally:
             before.remove()
             after.remove()
@@ -106,7 +112,7 @@ class StateLoading:
 
     def _check_fit(self, groups: list[dict[str, Any]], group: dict[str, Any]) -> None:
         """Raise ValueError if the parameters of one of the loaded groups do not fit its settings."""
-        cast("LeanOptimizer", self)._check_params(group, {})
+        self._check_params(group, {})
 
     def _check_loaded_groups(self, groups: list[dict[str, Any]]) -> None:
         """Raise ValueError if a state with these settings cannot continue here."""
@@ -114,8 +120,28 @@ class StateLoading:
     def _check_loaded_states(self, groups: list[dict[str, Any]], entries: list[Loaded]) -> None:
         """Raise ValueError if states contradict each other or their settings; their tensors are checked already."""
 
+    def _check_placements(self, group: dict[str, Any], position: int, param: Tensor) -> Shard:
+        """Return this process's shard. Raises ValueError for partial sums, and as :meth:`_check_shard`."""
+        shard = shard_of(param, lambda: describe(group, position))
+        if shard.cuts:
+            self._check_shard(group, position, shard)
+        return shard
 
-def _checked(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def _check_shard(self, group: dict[str, Any], position: int, shard: Shard) -> None:
+        """Raise ValueError if a sharded parameter does not fit its group's settings. Nothing was changed before."""
+        if effective(type(self).__name__, group, position, group["params"][position]) == "stochastic":
+            check_indices(
+                f"{type(self).__name__}: rounding='stochastic'", describe(group, position), shard,
+                instead="another rounding ('split', 'master')",
+            )  # fmt: skip
+        for key in coded(self._state_entries, group, group["params"][position]):
+            check_indices(
+                f"{type(self).__name__}: the state {key!r} of 8 bits", describe(group, position), shard,
+                instead="another dtype, such as torch.bfloat16",
+            )  # fmt: skip
+
+
+def _checked(optimizer: StateLoading, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Return a state dict that torch can load, with states as :class:`_Opaque`; the given one is not changed.
 
     Raises:
@@ -128,7 +154,7 @@ def _checked(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> dict[str, 
         raise ValueError(text if len(text) <= _LONGEST else f"{text[: _LONGEST - 200]}...{text[-197:]}") from error
 
 
-def _loadable(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def _loadable(optimizer: StateLoading, state_dict: dict[str, Any]) -> dict[str, Any]:
     _check_form(optimizer, state_dict)
     _refuse_foreign(optimizer, state_dict)
     _check_ids(optimizer, state_dict)
@@ -150,7 +176,7 @@ def _loadable(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> dict[str,
     return {**state_dict, "state": states, "param_groups": saved_groups}
 
 
-def _unwrap(optimizer: LeanOptimizer) -> None:
+def _unwrap(optimizer: StateLoading) -> None:
     for param, state in optimizer.state.items():
         if isinstance(state, _Opaque):
             optimizer.state[param] = state.state
@@ -159,7 +185,7 @@ def _unwrap(optimizer: LeanOptimizer) -> None:
 # ---- the dict
 
 
-def _check_form(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> None:
+def _check_form(optimizer: StateLoading, state_dict: dict[str, Any]) -> None:
     states, groups = (state_dict.get(key) for key in ("state", "param_groups"))
     _need(optimizer, isinstance(states, dict), "a dict under 'state'", type(states).__name__)
     _need(optimizer, isinstance(groups, (list, tuple)), "a list under 'param_groups'", type(groups).__name__)
@@ -174,7 +200,7 @@ def _check_form(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> None:
             _need(optimizer, valid and len(names) == len(ids), "a name for every parameter", f"{names!r:.80}")
 
 
-def _check_ids(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> None:
+def _check_ids(optimizer: StateLoading, state_dict: dict[str, Any]) -> None:
     states, groups = state_dict["state"], state_dict["param_groups"]
     sizes, saved_sizes = ([len(g["params"]) for g in gs] for gs in (optimizer.param_groups, groups))
     _need(optimizer, sizes == saved_sizes, f"groups of {sizes} parameters", f"{saved_sizes}")
@@ -188,12 +214,12 @@ def _check_ids(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> None:
             _need(optimizer, not isinstance(key, int), f"states of the parameters {ids!r:.80}", f"one of {key!r}")
 
 
-def _need(optimizer: LeanOptimizer, condition: bool, expected: str, got: str) -> None:
+def _need(optimizer: StateLoading, condition: bool, expected: str, got: str) -> None:
     if not condition:
         raise ValueError(f"{type(optimizer).__name__}: expected {expected} in the saved state, got {got}; {_ADVICE}")
 
 
-def _refuse_foreign(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> None:
+def _refuse_foreign(optimizer: StateLoading, state_dict: dict[str, Any]) -> None:
     """Raise ValueError if another optimizer saved the state.
 
     The group's "optimizer" entry tells; without one, the state is refused if it lacks most of this optimizer's
@@ -212,7 +238,7 @@ def _refuse_foreign(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> Non
             )
 
 
-def _upgraded(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def _upgraded(optimizer: StateLoading, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Return a state with the names, settings and shapes of this version. The given one is not changed.
 
     Raises:
@@ -234,7 +260,7 @@ def _upgraded(optimizer: LeanOptimizer, state_dict: dict[str, Any]) -> dict[str,
 # ---- settings
 
 
-def _readable_group(optimizer: LeanOptimizer, group: dict[str, Any]) -> dict[str, Any]:
+def _readable_group(optimizer: StateLoading, group: dict[str, Any]) -> dict[str, Any]:
     """Return a saved group whose tensors (a learning rate, masks) have memory of their own."""
 
     def readable(value: Any) -> Any:
@@ -251,7 +277,7 @@ def _readable_group(optimizer: LeanOptimizer, group: dict[str, Any]) -> dict[str
     return result
 
 
-def _future_groups(optimizer: LeanOptimizer, saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _future_groups(optimizer: StateLoading, saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the groups as they will be after loading, with checked settings.
 
     Raises:
@@ -282,7 +308,7 @@ def _future_groups(optimizer: LeanOptimizer, saved_groups: list[dict[str, Any]])
     return groups
 
 
-def _refuse_other_order(optimizer: LeanOptimizer, saved_groups: list[dict[str, Any]]) -> None:
+def _refuse_other_order(optimizer: StateLoading, saved_groups: list[dict[str, Any]]) -> None:
     names, saved_names = (
         [name for group in gs for name in group.get("param_names") or ()]
         for gs in (optimizer.param_groups, saved_groups)
@@ -299,11 +325,11 @@ def _refuse_other_order(optimizer: LeanOptimizer, saved_groups: list[dict[str, A
 # ---- states
 
 
-def _describe(optimizer: LeanOptimizer, entry: Loaded) -> str:
+def _describe(optimizer: StateLoading, entry: Loaded) -> str:
     return describe(optimizer.param_groups[entry.group_index], entry.position)
 
 
-def _fitted_entries(optimizer: LeanOptimizer, groups: list[dict[str, Any]], entries: list[Loaded]) -> list[Loaded]:
+def _fitted_entries(optimizer: StateLoading, groups: list[dict[str, Any]], entries: list[Loaded]) -> list[Loaded]:
     """Return the entries with tensors that a step can use.
 
     Raises:
@@ -325,7 +351,7 @@ def _fitted_entries(optimizer: LeanOptimizer, groups: list[dict[str, Any]], entr
 
 
 @torch.no_grad()
-def _created_states(optimizer: LeanOptimizer, entries: list[Loaded]) -> list[dict[str, Created]]:
+def _created_states(optimizer: StateLoading, entries: list[Loaded]) -> list[dict[str, Created]]:
     """Return what the optimizer would create of every saved state, from fake tensors, which take no memory."""
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -346,7 +372,7 @@ def _created_states(optimizer: LeanOptimizer, entries: list[Loaded]) -> list[dic
 
 
 def _fitted_state(
-    optimizer: LeanOptimizer, entry: Loaded, rows: Mapping[str, Row], created: Mapping[str, Created]
+    optimizer: StateLoading, entry: Loaded, rows: Mapping[str, Row], created: Mapping[str, Created]
 ) -> dict[str, Tensor]:
     name = _describe(optimizer, entry)
     missing = [key for key, row in rows.items() if row.required and key not in entry.state]

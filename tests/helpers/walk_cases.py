@@ -86,5 +86,5 @@ CASES = {
     "MFAC.step": Case(_step(lambda model: MFAC(model.parameters(), lr=1e-2, window=8)), 9, 9, ("optimizers/",)),
     "apply_lora to backward": Case(_lora, 9, 9, ("lora/",)),
     "leanstep prune to the allocation": Case(_prune, 24, 24, ("pruning/", *COMMANDS)),
-    "leanstep train to the loop": Case(_train, visited=19, listed=18, counted=COMMANDS),
+    "leanstep train to the loop": Case(_train, visited=19, listed=17, counted=COMMANDS),
 }

@@ -14,8 +14,8 @@ from leanstep.recipes.check.costs import flops_per_token, peak_flops
 from leanstep.recipes.config.schema import ModelConfig
 from leanstep.recipes.report.formatting import format_line
 from leanstep.recipes.report.report import write_report
-from leanstep.recipes.report.trackers import Trackers
 from leanstep.recipes.training.build import build_model
+from leanstep.recipes.training.logger import Trackers
 
 
 @pytest.fixture(scope="module")
