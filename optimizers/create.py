@@ -21,6 +21,15 @@ from leanstep.optimizers.sinkgd.optimizer import SinkGD
 OPTIMIZERS: dict[str, type[LeanOptimizer]] = {"lanton": LANTON, "lion": Lion, "mfac": MFAC, "sinkgd": SinkGD}
 
 
+def class_named(name: str, owner: str) -> type[LeanOptimizer]:
+    """Return the class of a name of :func:`create`. Raises ValueError for another name, with the nearest one."""
+    if name in OPTIMIZERS:
+        return OPTIMIZERS[name]
+    near = difflib.get_close_matches(str(name).lower(), OPTIMIZERS, n=1)
+    advice = f"; take {near[0]!r}" if near else ""
+    raise ValueError(f"{owner}: expected one of {', '.join(map(repr, OPTIMIZERS))} as name, got {name!r:.80}{advice}")
+
+
 def create(
     model: nn.Module,
     name: str,
@@ -62,13 +71,7 @@ def create(
 
             Trainer(model, optimizer_cls_and_kwargs=(lambda: create, {"name": "sinkgd", "lr": 2e-2}), ...)
     """
-    if name not in OPTIMIZERS:
-        near = difflib.get_close_matches(str(name).lower(), OPTIMIZERS, n=1)
-        advice = f"; take {near[0]!r}" if near else ""
-        raise ValueError(
-            f"create: expected one of {', '.join(map(repr, OPTIMIZERS))} as name, got {name!r:.80}{advice}"
-        )
-    cls = OPTIMIZERS[name]
+    cls = class_named(name, "create")
     known = set(inspect.signature(cls).parameters) - {"params"}
     options = known_options(f"create: {cls.__name__}", options, known)
     if embeddings == "balanced" and cls is not SinkGD:

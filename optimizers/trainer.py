@@ -1,14 +1,103 @@
-"""A callback for transformers' Trainer (and TRL's) that marks the halves of a step for LANTON's noise="halves"."""
+"""Optimizers for transformers' Trainer, TRL's and axolotl's: by their arguments, and LANTON's halves in them."""
 
 from __future__ import annotations
 
+import ast
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
+from leanstep.optimizers.common.base import LeanOptimizer
+from leanstep.optimizers.create import class_named, create
 from leanstep.optimizers.lanton.halves import HalvesMarker
 
-__all__ = ["MarkHalves"]
+__all__ = ["AxolotlPlugin", "MarkHalves", "optimizer_of"]  # noqa: F822, the plugin is made when it is asked for
+
+
+def optimizer_of(
+    arguments: TrainingArguments, name: str, **options: Any
+) -> tuple[Callable[[], Callable[..., LeanOptimizer]], dict[str, Any]]:
+    """Return the ``optimizer_cls_and_kwargs`` of a Trainer, with the rates of its arguments.
+
+    ``learning_rate``, ``weight_decay`` and ``optim_args`` ("key=value,key=value") become options of
+    :func:`leanstep.optimizers.create`, which the Trainer calls after it has wrapped the model. ``optim`` has no effect.
+
+    Args:
+        arguments: the Trainer's.
+        name: "lanton", "lion", "mfac" or "sinkgd".
+        **options: further options of ``create``, in place of those of the same name in ``optim_args``.
+            ``like_adamw=True``, there or here, says that learning rate and weight decay are AdamW's.
+
+    Raises:
+        ValueError: for an unknown name, and a part of ``optim_args`` without "=".
+
+    Example:
+        >>> Trainer(model, arguments, optimizer_cls_and_kwargs=optimizer_of(arguments, "sinkgd"))  # doctest: +SKIP
+    """
+    class_named(name, "optimizer_of")
+    for pair in filter(None, (arguments.optim_args or "").split(",")):
+        key, equals, text = map(str.strip, pair.partition("="))
+        if not equals:
+            raise ValueError(f"optim_args: expected key=value,key=value, got {pair!r:.80}")
+        options.setdefault(key, _value(text))
+    rates: dict[str, Any] = {"lr": arguments.learning_rate, "weight_decay": arguments.weight_decay}
+    if options.pop("like_adamw", False):
+        rates = {"like_adamw": rates}
+    if arguments.process_index != 0:
+        rates["say"] = None
+    return (lambda: _create), {"name": name, **rates, **options}
+
+
+def _create(model: Any, *arguments: Any, **options: Any) -> LeanOptimizer:
+    return create(model, **options)  # axolotl also gives the arguments
+
+
+def _value(text: str) -> Any:
+    with suppress(ValueError, SyntaxError):
+        return ast.literal_eval(text)
+    return text
+
+
+def __getattr__(name: str) -> Any:
+    """Make what axolotl imports here; the base classes are its own."""
+    if name == "AxolotlPlugin":
+        return _axolotl_plugin()
+    if name == "AxolotlArguments":
+        from pydantic import create_model
+
+        return create_model("AxolotlArguments", leanstep_optimizer=(str | None, None))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _axolotl_plugin() -> Any:
+    from axolotl.integrations.base import BasePlugin
+
+    class AxolotlPlugin(BasePlugin):
+        """``optimizer: leanstep_NAME`` in axolotl's configuration, with ``optim_args`` as :func:`optimizer_of`."""
+
+        def get_input_args(self) -> str:
+            """Name the key that the configuration has besides axolotl's."""
+            return f"{__name__}.AxolotlArguments"
+
+        def register(self, cfg: Any) -> None:
+            """Take the name from the configuration before axolotl checks it against the names that it knows."""
+            before, prefix, name = str(cfg.get("optimizer") or "").partition("leanstep_")
+            if prefix and not before:
+                class_named(name, "optimizer: leanstep_NAME")
+                cfg["optimizer"], cfg["leanstep_optimizer"] = "adamw_torch", name
+
+        def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+            """Give the Trainer its optimizer, which it makes when training begins."""
+            if not cfg.get("leanstep_optimizer"):
+                return
+            unused = ("embedding_lr", "embedding_lr_scale", "lr_groups", "loraplus_lr_ratio")
+            if given := [key for key in unused if getattr(trainer.args, key, None) is not None]:
+                raise ValueError(f"{', '.join(given)}: these rates are of axolotl's optimizers; leave them out")
+            trainer.optimizer_cls_and_kwargs = optimizer_of(trainer.args, cfg["leanstep_optimizer"])
+
+    return AxolotlPlugin
 
 
 class MarkHalves(TrainerCallback):

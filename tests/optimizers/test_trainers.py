@@ -1,6 +1,8 @@
 """Our optimizers inside transformers.Trainer and Accelerate, with a tiny LLaMA, and small problems they must solve."""
 
 import copy
+import sys
+import types
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler, Subset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from leanstep.optimizers import LANTON, MFAC, Lion, SinkGD, create, param_groups
-from leanstep.optimizers.trainer import MarkHalves
+from leanstep.optimizers.trainer import MarkHalves, optimizer_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:(SinkGD|LANTON). .* taken as"),
@@ -115,6 +117,61 @@ def test_trainer_with_create(name, tmp_path):
     assert [group["name"] for group in made.optimizer.param_groups] == [group["name"] for group in param_groups(model)]
     for a, b in zip(made.model.parameters(), given.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_arguments_of_the_trainer_decide_the_rates(tmp_path):
+    settings = arguments(tmp_path, max_steps=1, save_strategy="no", learning_rate=3e-3, weight_decay=0.25)
+    settings.optim_args = "momentum=0.5, scale=0.1,rounding=kahan"
+    pair = optimizer_of(settings, "sinkgd", scale=0.2)
+    trainer = Trainer(tiny_llama(), settings, train_dataset=Counting(), optimizer_cls_and_kwargs=pair)
+    optimizer = trainer.create_optimizer()
+    given = {"lr": 3e-3, "momentum": 0.5, "scale": 0.2, "rounding": "kahan"}
+    assert isinstance(optimizer, SinkGD) and given.items() <= optimizer.defaults.items()
+    decays = {group["name"]: group["weight_decay"] for group in optimizer.param_groups}
+    assert decays["hidden"] == 0.25 and decays["norm"] == 0
+
+    settings.optim_args = "like_adamw=True"
+    factory, options = optimizer_of(settings, "lion", say=None)
+    model = tiny_llama()
+    hidden = {group["name"]: group for group in factory()(model, **options).param_groups}["hidden"]
+    by_hand = create(tiny_llama(), "lion", like_adamw={"lr": 3e-3, "weight_decay": 0.25}, say=None).param_groups
+    assert [(hidden["lr"], hidden["weight_decay"])] == [
+        (group["lr"], group["weight_decay"]) for group in by_hand if group["name"] == "hidden"
+    ]
+
+    settings.optim_args = "momentum"
+    for name, message in (("sinkgdd", "take 'sinkgd'"), ("sinkgd", "expected key=value,key=value, got 'momentum'")):
+        with pytest.raises(ValueError, match=message):
+            optimizer_of(settings, name)
+
+
+def test_the_plugin_of_axolotl_takes_the_name_from_its_configuration(tmp_path, monkeypatch):
+    """Against the calls that axolotl makes (its commit 067b021c): register, validation, post_trainer_create, a step."""
+    base = types.ModuleType("axolotl.integrations.base")
+    base.BasePlugin = type("BasePlugin", (), {})
+    for module in (types.ModuleType("axolotl"), types.ModuleType("axolotl.integrations"), base):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    module, _, name = "leanstep.optimizers.trainer.AxolotlPlugin".rpartition(".")
+    plugin = getattr(sys.modules[module], name)()
+    config = {"optimizer": "leanstep_lanton"}
+    plugin.register(config)
+    module, _, name = plugin.get_input_args().rpartition(".")
+    schema = getattr(sys.modules[module], name)
+    assert config.pop("optimizer") == "adamw_torch" and schema(**config).model_dump() == config
+    trainer = Trainer(tiny_llama(), arguments(tmp_path, max_steps=1), train_dataset=Counting())
+    plugin.post_trainer_create(schema(**config).model_dump(), trainer)
+    factory, options = trainer.optimizer_cls_and_kwargs
+    optimizer = factory()(trainer.model, trainer.args, **options)  # axolotl gives the arguments, too
+    assert isinstance(optimizer, LANTON) and optimizer.defaults["lr"] == trainer.args.learning_rate
+    untouched = {"optimizer": "adamw_torch"}
+    plugin.register(untouched)
+    plugin.post_trainer_create(schema().model_dump(), None)
+    assert untouched == {"optimizer": "adamw_torch"}
+    with pytest.raises(ValueError, match="take 'sinkgd'"):
+        plugin.register({"optimizer": "leanstep_sinkgdd"})
+    trainer.args.lr_groups = [{"name": "a", "modules": ["b"], "lr": 1e-3}]
+    with pytest.raises(ValueError, match="lr_groups: these rates are of axolotl's optimizers"):
+        plugin.post_trainer_create(config, trainer)
 
 
 class Ordered(Trainer):
