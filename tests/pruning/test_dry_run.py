@@ -39,7 +39,7 @@ from leanstep.pruning.score.calibration import pruner_bytes
 from leanstep.pruning.score.targets import prunable_names
 from leanstep.pruning.training.recovery_file import RecoveryFile
 from leanstep.recipes.check.machine import processor_name
-from leanstep.recipes.prune_output import estimate_lines
+from leanstep.recipes.report.prune_output import estimate_lines
 
 SHAPES = {"8b": (4096, 14336, 32, 32, 8), "70b": (8192, 28672, 80, 64, 8)}
 
@@ -230,7 +230,7 @@ from leanstep.pruning.folder.loading import empty_model_of
 from leanstep.pruning.planner import phase_costs
 from leanstep.pruning.score.calibration import pruner_bytes
 from leanstep.pruning.score.targets import prunable_names
-from leanstep.recipes.prune_output import estimate_lines
+from leanstep.recipes.report.prune_output import estimate_lines
 
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -12,7 +12,7 @@ import pytest
 from training import numbers, read_log, run, status, write_recipe
 
 from leanstep.cli import main
-from leanstep.recipes.training import launch
+from leanstep.recipes import launch
 from leanstep.recipes.training.build import asked_world_size, check_world
 
 OPTIONS = ["steps=12", "batch.micro_batch_size=2", "checkpoint.every=0"]

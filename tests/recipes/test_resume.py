@@ -259,7 +259,7 @@ def flip(path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "file"), [(truncate, "hf/model.safetensors"), (flip, "trainer/optimizer.bin")], ids=str
+    ("damage", "file"), [(truncate, "hf/model.safetensors"), (flip, "trainer/optimizer.bin")], ids=("cut", "flipped")
 )
 def test_a_damaged_checkpoint_is_passed_over(recipe, whole, tmp_path, file, damage):
     out = tmp_path / "run"
