@@ -155,7 +155,7 @@ ONE_LINE = {
     "no checkpoint": (["eval"], "required: CHECKPOINT, --data"),
     "no folder": (["prune", "x", "--sparsity", "0.5"], "required: --out; see `leanstep prune --help`"),
     "sparsity": (["prune", "x", "--sparsity", "abc", "--out", "o"], "--sparsity: expected a number, got 'abc'"),
-    "no prompt": (["generate", "x"], "required: PROMPT"),
+    "no prompt": (["generate", "x"], "expected a PROMPT, or --chat; see `leanstep generate --help`"),
     "no folder to measure": (["bench"], "required: DIR"),
     "audit": (["audit", "--foo"], "unrecognized arguments: --foo"),
     "no path": (["verify"], "required: PATH"),
