@@ -9,13 +9,13 @@ from typing import Any
 
 from leanstep.optimizers.common.checks import check_number
 
-# squared mean over variance of an entry's gradient: AdamW's steps then have a root mean square of 0.28, as on the nano
-# LLaMA (docs/howto/learning-rates.md); without any signal it is 0.23
+# squared mean over variance of an entry's gradient, chosen on the nano LLaMA (docs/howto/learning-rates.md): AdamW's
+# steps then have a root mean square of 0.28; without any signal it is 0.23
 _SIGNAL = 0.03
 # LANTON's "muon" scaling gives steps this root mean square
 _MUON_LENGTH = 0.2
-# Largest singular value of AdamW's step of a matrix, in that of an orthogonal step of the same root mean square: 4 to 7
-# on a LLaMA of width 64, whose gradients have few directions. A signal of one direction has sqrt(64), noise up to 2.
+# Largest singular value of AdamW's step of a matrix, in that of an orthogonal step of the same root mean square. Chosen
+# on a LLaMA of width 64: a signal of one direction has sqrt(64), noise up to 2.
 _FEW_DIRECTIONS = 4.0
 
 

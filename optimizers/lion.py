@@ -32,7 +32,8 @@ class Lion(LeanOptimizer):
     r"""Lion (evolved sign momentum).
 
     Start with a fifth of a tuned AdamW's ``lr`` and five times its ``weight_decay``, which ``like_adamw`` of
-    :func:`leanstep.optimizers.create` sets. The default ``lr`` was too small on all models of docs/measured/losses.md.
+    :func:`leanstep.optimizers.create` sets, and tune from there. The default ``lr`` was too small on all models of
+    docs/measured/losses.md.
 
     For every parameter, in fp32, with the momentum m starting at 0::
 

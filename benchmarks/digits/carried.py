@@ -18,11 +18,11 @@ NAMES = {"dense": "AdamW", "sinkgd": "SinkGD, AdamW on the rest", "lanton": "LAN
 def make_carried(tuned: Path, path: Path, seeds: int) -> None:
     """Judge AdamW with the settings that ``sparsity/quality`` chose in a file, and the others by ``like_adamw``."""
     settings, cells, _ = summarise(tuned)
-    chosen = next(iter(cells[Cell("dense", "")].results))
+    adamw = next(iter(cells[Cell("dense", "")].results))
     saved, done = read(path)
     if not saved:
         append_json_line(path, {"machine": machine_line()})
-    for run in judged_runs(chosen, seeds, settings["steps"]):
+    for run in judged_runs(adamw, seeds, settings["steps"]):
         for each in (run._replace(method=method) for method in NAMES):
             if each not in done:
                 append_json_line(path, {"run": each._asdict(), "result": train(each)})

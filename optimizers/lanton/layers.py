@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from leanstep.optimizers.common import matrices as common
-from leanstep.optimizers.common.quantized import is_quantized
 from leanstep.optimizers.common.sharding import Shard
 from leanstep.optimizers.lanton import rule
 
@@ -22,7 +21,6 @@ class Form(NamedTuple):
     block_rows: tuple[int, ...]  # the rows of every block of its matrices
     scales: tuple[float, ...]  # rule.dual_norm_scale of every block; empty for a parameter without entries
     estimates: int  # how many: those of a matrix's blocks are adjacent
-    codes: tuple[str, ...]  # the averages in its state that have 8 bits
 
 
 class Layer(NamedTuple):
@@ -41,6 +39,7 @@ class LayerStep(NamedTuple):
     param: Tensor
     state: dict[str, Any]
     form: Form
+    codes: list[str]  # the averages in its state that have 8 bits
     weight: Tensor  # this process's shard of the parameter
     grad: Tensor  # and of its gradient
     rounding: str
@@ -82,19 +81,14 @@ def matrix_shape(group: dict[str, Any], shape: torch.Size) -> tuple[int, int]:
 
 def form_of(group: dict[str, Any], param: Tensor) -> Form:
     """Return what a step asks about a parameter."""
-    norm, codes = norm_of(group, param), _quantized_keys(group, param)
+    norm = norm_of(group, param)
     if norm != "rms":
-        return Form(norm, False, (1, 1), (1,), (rule.dual_norm_scale(norm, tuple(param.shape)),), 1, codes)
+        return Form(norm, False, (1, 1), (1,), (rule.dual_norm_scale(norm, tuple(param.shape)),), 1)
     m, n = matrix_shape(group, param.shape)
     rows = tuple(common.block_sizes(group["blocks"], m))
     scales = [rule.dual_norm_scale("rms", (k, n), group["scaling"]) for k in rows if param.numel() > 0]
     stacked = param.dim() == 3 and not group["flatten"]
-    return Form(norm, stacked, (m, n), rows, tuple(scales), len(rows) * (param.shape[0] if stacked else 1), codes)
-
-
-def _quantized_keys(group: dict[str, Any], param: Tensor) -> tuple[str, ...]:
-    keys = ("momentum_buffer",) if is_quantized(group["momentum_dtype"], param) else ()
-    return (*keys, "previous_grad") if stores_gradient(group) and is_quantized(group["noise_dtype"], param) else keys
+    return Form(norm, stacked, (m, n), rows, tuple(scales), len(rows) * (param.shape[0] if stacked else 1))
 
 
 def stores_gradient(group: dict[str, Any]) -> bool:

@@ -195,10 +195,10 @@ def _whole_matrices(
         together = layers[same_kind[0].layer_index].group["foreach"] is not False
         count = max(1, together * _BATCH_ELEMENTS // math.prod(same_kind[0].shape))
         for start in range(0, len(same_kind), count):
-            chosen = same_kind[start : start + count]
-            held = iter(shards([layers[task.layer_index] for task in chosen if not task.cuts]))
+            tasks = same_kind[start : start + count]
+            held = iter(shards([layers[task.layer_index] for task in tasks if not task.cuts]))
             batch = []
-            for task in chosen:
+            for task in tasks:
                 stored = received.pop(task) if task.cuts else next(held)
                 assert stored is not None
                 group = layers[task.layer_index].group

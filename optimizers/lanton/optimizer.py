@@ -30,9 +30,11 @@ from leanstep.optimizers.common.groups import in_pipeline, inside_zero, partial_
 from leanstep.optimizers.common.loading import Loaded
 from leanstep.optimizers.common.quantized import scale_key
 from leanstep.optimizers.common.sharding import Reducer, Shard, local, locals_of
+from leanstep.optimizers.common.state import coded
 from leanstep.optimizers.lanton import rule
 from leanstep.optimizers.lanton.halves import UNMARKED, MarkedHalves
 from leanstep.optimizers.lanton.layers import (
+    Form,
     Layer,
     LayerStep,
     form_of,
@@ -334,7 +336,7 @@ class LANTON(MarkedHalves, LeanOptimizer):
         adaptive, previous = group["noise_adaptive"], group["noise"] == "previous"
         measures = adaptive and group["noise_clock"] == (1 % group["noise_every"] if previous else 0)
         stores = adaptive and previous and group["noise_clock"] == 0
-        plan, compiles = functools.partial(form_of, group), torch.compiler.is_compiling()
+        plan, compiles = functools.partial(_plan, group), torch.compiler.is_compiling()
         noise_scale = rule.noise_scale(group["noise"], group["half_fraction"])
         answers = [
             (param, *self._prepared(group, position, first_index + position, plan), first_index + position)
@@ -346,12 +348,13 @@ class LANTON(MarkedHalves, LeanOptimizer):
         for (param, _, state, record, index), weight, grad in zip(answers, weights, grads, strict=True):
             if param.numel() == 0:
                 continue
-            form, ranges, blocks = record.plan, record.shard.ranges, len(record.plan.block_rows)
+            (form, codes), ranges = record.plan, record.shard.ranges
+            blocks = len(form.block_rows)
             here = ranges[0] if form.stacked and ranges else range(form.estimates // blocks)
             rows, held = slice(row, row + form.estimates), slice(row + here.start * blocks, row + here.stop * blocks)
             row = rows.stop
             layers.append(LayerStep(
-                group, param, state, form, weight, grad, record.rounding, record.shard, index, rows, held,
+                group, param, state, form, codes, weight, grad, record.rounding, record.shard, index, rows, held,
                 measures=measures and (previous or "half_grad" in state), stores=stores,
                 noise_scale=noise_scale, on_host=weight.device.type == "cpu" and not compiles,
             ))  # fmt: skip
@@ -420,6 +423,10 @@ class LANTON(MarkedHalves, LeanOptimizer):
                 values.setdefault(f"noise/{name}", []).append(row["H"])
                 values.setdefault(f"factor/{name}", []).append(row["factor"])
         return {key: sum(numbers) / len(numbers) for key, numbers in values.items()}
+
+
+def _plan(group: dict[str, Any], param: Tensor) -> tuple[Form, list[str]]:
+    return form_of(group, param), coded(ENTRIES, group, param)
 
 
 def _drop_previous(state: dict[str, Any]) -> None:

@@ -41,19 +41,15 @@ def update_int8(updates: Sequence[tuple[LayerStep, Tensor | None]], key: str) ->
     A flag above 0 leaves codes as they are: one for a layer, or one per tensor of its first dimension; None: no flag.
     """
     for indices, layers in _alike([layer for layer, _ in updates]):
-        flags, states, device = (
-            [updates[i][1] for i in indices],
-            [layer.state for layer in layers],
-            layers[0].weight.device,
-        )
-        steps, numbers = [state["step"] for state in states], [layer.param_index for layer in layers]
-        seeds = seeds_for(steps, numbers, layers[0].group["seed"], device) ^ (
-            _PREVIOUS if key == "previous_grad" else 0
-        )
+        flags, states = [updates[i][1] for i in indices], [layer.state for layer in layers]
+        seed, device = layers[0].group["seed"], layers[0].weight.device
+        seeds = seeds_for([state["step"] for state in states], [layer.param_index for layer in layers], seed, device)
+        if key == "previous_grad":
+            seeds = seeds ^ _PREVIOUS
         if cuts_rows(layers[0].shard):  # one layer after another, because each is decoded
-            for layer, flag, seed in zip(layers, flags, seeds.unbind(), strict=True):
+            for layer, flag, hashed in zip(layers, flags, seeds.unbind(), strict=True):
                 skip = None if flag is None else [flag]
-                yield from encode([_of_columns(layer, key)[0]], [layer.state], key, [layer.shard], [seed], skip)
+                yield from encode([_of_columns(layer, key)[0]], [layer.state], key, [layer.shard], [hashed], skip)
             continue
         offsets = positions_of([layer.shard for layer in layers], device)["offsets"]
         grads, (codes, scales), skips = [layer.grad for layer in layers], average_codes(states, key), None

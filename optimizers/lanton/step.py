@@ -65,7 +65,7 @@ def step(layers: list[LayerStep], estimated: list[Layer | LayerStep]) -> Reducer
     # H and f
     _update_noise(layers, table, nonfinite)
     factors = _factors(layers, estimated, device)
-    counters = [layer.state["step"] for layer in layers if layer.rounding == "stochastic" or layer.form.codes]
+    counters = [layer.state["step"] for layer in layers if layer.rounding == "stochastic" or layer.codes]
     if counters:
         torch._foreach_add_(counters, 1)
     # layers on the host, which waits for no device to read their flags, are left out here
@@ -218,10 +218,10 @@ def _previewed(layer: LayerStep) -> Tensor:
 def _direction_momenta(layers: list[LayerStep]) -> list[Tensor]:
     """Return the tensors that determine O: the stored momenta, or Nesterov's averages of them with G."""
     key = "momentum_buffer"
-    values = iter(values_int8([layer for layer in layers if key in layer.form.codes], key))
+    values = iter(values_int8([layer for layer in layers if key in layer.codes], key))
     result = []
     for layer, momentum in zip(layers, locals_of([layer.state[key] for layer in layers]), strict=True):
-        if key in layer.form.codes:
+        if key in layer.codes:
             result.append(next(values))
         elif layer.group["nesterov"]:
             result.append(rule.nesterov(momentum, _signed(layer), layer.group["betas"][0]))
@@ -235,12 +235,12 @@ def _differences(layers: list[LayerStep]) -> list[Tensor]:
 
     The results have the gradients' dtype: a norm tolerates its rounding, and bf16 halves the communication.
     """
-    values = iter(values_int8([layer for layer in layers if "previous_grad" in layer.form.codes], "previous_grad"))
+    values = iter(values_int8([layer for layer in layers if "previous_grad" in layer.codes], "previous_grad"))
     keys = ["previous_grad" if layer.group["noise"] == "previous" else "half_grad" for layer in layers]
     stored = locals_of([layer.state[key] for layer, key in zip(layers, keys, strict=True)])
     result = []
     for layer, key, other in zip(layers, keys, stored, strict=True):
-        if key in layer.form.codes:
+        if key in layer.codes:
             result.append(next(values).neg_().add_(layer.grad))
         elif key == "previous_grad":
             result.append(layer.grad - other)
@@ -267,11 +267,11 @@ def _store_gradients(infos: list[GradientInfo], active: Tensor) -> Reducer[None]
         if not (layer.on_host and all(on_host[layer.held])):  # on the host it is finite
             take = active[layer.held].to(layer.grad.device) & ~info.nonfinite
             if len(layer.form.block_rows) > 1:
-                old = values_int8([layer], key)[0] if key in layer.form.codes else local(layer.state[key])
+                old = values_int8([layer], key)[0] if key in layer.codes else local(layer.state[key])
                 mask = matrices.spread(layer, take, layer.grad.dim())
                 layer, take = layer._replace(grad=torch.where(mask, layer.grad.to(old.dtype), old)), None
         previous, grad = local(layer.state[key]), layer.grad
-        if key in layer.form.codes:
+        if key in layer.codes:
             coded.append((layer, None if take is None else (~take).to(torch.int32)))
         elif take is None:
             previous.copy_(grad)
@@ -288,7 +288,7 @@ def _update_momenta(infos: list[GradientInfo]) -> Reducer[None]:
     for info, buffer in zip(infos, buffers, strict=True):
         layer, beta = info.layer, info.layer.group["betas"][0]
         skip = not layer.on_host and layer.group["nonfinite"] == "skip"  # on the host, step() has left these out
-        if key in layer.form.codes:
+        if key in layer.codes:
             coded.append((layer, info.nonfinite.view(1).to(torch.int32) if skip else None))
         elif skip:
             buffer.copy_(torch.where(info.nonfinite, buffer, rule.momentum(buffer, _signed(layer), beta)))

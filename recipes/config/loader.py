@@ -216,11 +216,12 @@ class _Reader:
             return
         left_out = []
         # rates of groups are AdamW's, too
-        carried = any(word.replace(" ", "") == "optimizer.like_adamw=true" for word in overrides)
+        carried = any(
+            key.strip() == "optimizer.like_adamw" and text.strip().lower() == "true"
+            for key, _, text in (word.partition("=") for word in overrides)
+        )
         for key in _CLASS_KEYS["optimizer"][1]:
-            if carried and key == "groups":
-                continue
-            if value := section.pop(key, None):
+            if not (carried and key == "groups") and (value := section.pop(key, None)):
                 left_out += [f"args.{name}" for name in value] if key == "args" and isinstance(value, dict) else [key]
         self.replaced = str(before), left_out
 

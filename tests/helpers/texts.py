@@ -26,6 +26,20 @@ def documents(count: int, seed: int = 0) -> list[str]:
     return [f"Document {i}: {sentences(lengths.randint(2, 6), seed * 100_003 + i)}" for i in range(count)]
 
 
+def chat_tokenizer(template: str, end: str, size: int = 400):
+    """Return a byte-level tokenizer with the tokens of three roles, ``<|end|>`` of a turn, and a chat template."""
+    from tokenizers import AddedToken
+    from transformers import PreTrainedTokenizerFast
+
+    from leanstep.recipes.data.tokens import train_bpe
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=train_bpe(documents(40), size), eos_token=end)
+    names = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
 def write_c4(folder: Path, texts: list[str], shards: int, split: str = "train") -> Path:
     """Write texts as a local copy of C4: gzipped JSON lines with the keys and the file names that C4 has."""
     folder.mkdir(parents=True, exist_ok=True)

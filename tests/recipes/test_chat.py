@@ -6,7 +6,6 @@ import json
 import numpy as np
 import pytest
 import texts
-from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 from training import read_log, run
 from transformers import PreTrainedTokenizerFast
@@ -17,7 +16,6 @@ from leanstep.recipes.config.schema import DataConfig
 from leanstep.recipes.data.chat import ChatSequences, Example, encode_row, read_rows
 from leanstep.recipes.data.sequences import IGNORED, load_data
 from leanstep.recipes.data.sources import look
-from leanstep.recipes.data.tokens import train_bpe
 from leanstep.recipes.report.samples import held_out_prompts
 from leanstep.recipes.training.build import build_run_model
 
@@ -36,10 +34,7 @@ TALK = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with a small tokenizer that has a chat template."""
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=train_bpe(texts.documents(40), 400), eos_token="<|end|>")
-    names = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
-    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
-    tokenizer.chat_template = TEMPLATE
+    tokenizer = texts.chat_tokenizer(TEMPLATE, "<|end|>")
     where = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save_pretrained(where)
     return where

@@ -14,12 +14,12 @@ import texts
 import torch
 from pruned_models import make_llama, save_tokenizer
 from sparse_folders import save_sparse
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from leanstep.cli import main
 from leanstep.recipes import bench, generate
-from leanstep.recipes.data.tokens import decode_halves, train_bpe
+from leanstep.recipes.data.tokens import decode_halves
 from leanstep.sparsity import export_folder
 
 
@@ -44,10 +44,7 @@ TEMPLATE = """\
 @pytest.fixture(scope="module")
 def talker(tmp_path_factory):
     """A model whose next token depends on the last one alone: it answers "A model." and goes on after its turn."""
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=train_bpe(texts.documents(40), 320), eos_token="<|endoftext|>")
-    names = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
-    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
-    tokenizer.chat_template = TEMPLATE
+    tokenizer = texts.chat_tokenizer(TEMPLATE, "<|endoftext|>", 320)
     size = len(tokenizer) + len(tokenizer) % 2
     model = make_llama(vocab_size=size, hidden_size=size, num_attention_heads=1, num_key_value_heads=1, layers=1)
     chain = tokenizer("<|assistant|>A model.<|end|>Boo", add_special_tokens=False)["input_ids"]
