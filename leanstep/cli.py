@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def command(name: str, run: Callable, text: str, *, to: argparse._SubParsersAction = commands) -> OneLineParser:
-        has_own_parser = run in (_eval, _prune, _sweep, _generate, _bench)
+        has_own_parser = run in (_eval, _prune, _compress, _sweep, _generate, _bench)
         added = to.add_parser(name, help=text, description=text, allow_abbrev=False, add_help=not has_own_parser)
         added.set_defaults(run=run, parser=added)
         return added
@@ -160,6 +160,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("arguments", nargs=argparse.REMAINDER, help="CHECKPOINT --data SOURCE|FILE ...")
     prune = command("prune", _prune, "Prune a checkpoint, each matrix as far as it hurts least.")
     prune.add_argument("arguments", nargs=argparse.REMAINDER, help="CHECKPOINT --sparsity S --data FILE --out DIR ...")
+    compress = command("compress", _compress, "Compress a checkpoint to a size, as a GGUF file for llama.cpp.")
+    compress.add_argument("arguments", nargs=argparse.REMAINDER, help="CHECKPOINT --bits-per-weight B --data FILE ...")
     verify = command("verify", _verify, "State for every matrix of a checkpoint whether it is N:M sparse.")
     verify.add_argument("path", metavar="PATH", help="a safetensors or torch file, a Hugging Face folder, or a run")
     verify.add_argument(
@@ -360,7 +362,7 @@ def _with_own_parser(module: str) -> Callable[[argparse.Namespace, list[str]], i
     return run
 
 
-_sweep, _eval, _prune = map(_with_own_parser, ("sweep.command", "evaluate", "prune"))
+_sweep, _eval, _prune, _compress = map(_with_own_parser, ("sweep.command", "evaluate", "prune", "compress"))
 _generate, _bench = map(_with_own_parser, ("generate", "bench"))
 
 

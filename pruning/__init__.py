@@ -27,8 +27,8 @@ class _Package(ModuleType):
         return value
 
     def __setattr__(self, name: str, value: object) -> None:
-        # importing a submodule sets it here, but two of them have the names of functions
-        if name not in ("allocate", "prune") or not isinstance(value, ModuleType):
+        # importing a submodule sets it here, but some of them have the names of functions
+        if name not in ("allocate", "compress", "prune") or not isinstance(value, ModuleType):
             super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:

@@ -33,6 +33,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 
 SCORES = ("magnitude", "wanda", "sparsegpt", "alps", "mfac")
+# patterns whose levels are of a menu, and how a matrix is rounded to them
+MENUS = ("ggml",)
+ROUNDINGS = ("gptq", "nearest")
 
 
 def _setting(
@@ -184,7 +187,7 @@ class PruneConfig:
         choices=("measured", "fisher", "anchored"),
     )
     curve_score: str | None = _setting(
-        None, "score of curves, slopes of atp and --refine; default: --score", "allocation", choices=SCORES
+        None, "score of curves, slopes of atp and --refine; default: --score", "allocation", choices=(*SCORES, *ROUNDINGS)
     )
     minutes: float = _setting(
         30.0, "time for measurements, besides Fisher's; default 30", "allocation", type=float, metavar="M"
@@ -194,7 +197,7 @@ class PruneConfig:
         "wanda",
         "which weights of a matrix become zero; default wanda",
         "weights",
-        choices=SCORES,
+        choices=(*SCORES, *ROUNDINGS),
         recorded=False,
     )
     pattern: str = _setting(
@@ -232,26 +235,33 @@ class PruneConfig:
         object.__setattr__(self, "exclude", tuple(self.exclude or ()))
 
     @classmethod
-    def add_options(cls, parser: argparse._ActionsContainer, group: str) -> None:
-        """Add the options of a group of settings to a parser."""
+    def add_options(cls, parser: argparse._ActionsContainer, group: str, *, only: Sequence[str] = ()) -> None:
+        """Add the options of a group of settings to a parser; of all, or of ``only`` some names."""
         for setting in _declared():
-            if setting.metadata["group"] == group:
+            if setting.metadata["group"] == group and (not only or setting.name in only):
                 option = {"default": setting.default, "help": setting.metadata["help"], **setting.metadata["option"]}
                 if setting.metadata["choices"] and "metavar" not in option:
-                    option.setdefault("choices", setting.metadata["choices"])
+                    option["choices"] = tuple(one for one in setting.metadata["choices"] if one not in ROUNDINGS)
                 parser.add_argument(f"--{setting.name.replace('_', '-')}", **option)
 
     @classmethod
     def of_options(cls, options: argparse.Namespace, **others: Any) -> PruneConfig:
         """The settings among the options of a command, and others that no option has as it is."""
-        return cls(**{setting.name: getattr(options, setting.name) for setting in _declared()} | others)
+        given = {setting.name: getattr(options, setting.name, setting.default) for setting in _declared()}
+        return cls(**given | others)
 
     @property
     def fixed(self) -> NM | None:
-        """The pattern that all matrices share, such as 2:4; None for ``unstructured`` and ``N:8``."""
+        """The pattern that all matrices share, such as 2:4; None for ``unstructured``, ``N:8`` and a menu."""
         from leanstep.sparsity import NM
 
-        return None if self.pattern == "unstructured" or self.pattern.startswith("N:") else NM.parse(self.pattern)
+        chooses = self.pattern == "unstructured" or self.pattern.startswith("N:") or self.menu
+        return None if chooses else NM.parse(self.pattern)
+
+    @property
+    def menu(self) -> str | None:
+        """The menu whose levels matrices have; None for counts of weights and N:M patterns."""
+        return self.pattern if self.pattern in MENUS else None
 
     @property
     def method(self) -> str:
@@ -329,6 +339,7 @@ class PruneConfig:
             if known and value not in known and (isinstance(value, str) or setting.default is not None):
                 raise ValueError(f"{setting.name} must be one of {', '.join(known)}, got {value!r}")
         self._check_minutes(has_data)
+        self._check_menu()
         self._check_target()
         self._check_planning()
         self._check_curves()
@@ -345,6 +356,21 @@ class PruneConfig:
             raise ValueError(f"minutes is the time for measurements and must be positive, got {self.minutes:g}")
         if self.minutes != PruneConfig.minutes and not has_data:
             raise ValueError(f"minutes={self.minutes:g} is the time for measurements on data, which is missing")
+
+    def _check_menu(self) -> None:
+        """A menu and a rounding go together, and each matrix has a level of its own."""
+        for name in ("score", "curve_score"):
+            value = getattr(self, name)
+            if value is not None and (value in ROUNDINGS) != (self.menu is not None):
+                known = ROUNDINGS if self.menu else SCORES
+                raise ValueError(f"{name} with pattern {self.pattern} must be one of {', '.join(known)}, got {value!r}")
+        if self.menu and getattr(self.budget, "kind", None) != "size":
+            raise ValueError(f"pattern {self.menu} needs a Budget of the kind 'size', as leanstep.pruning.compress makes")
+        if self.menu and (self.granularity != "matrix" or self.allocation != "dp"):
+            raise ValueError(
+                f"pattern {self.menu} has levels of single matrices, by dynamic programming: leave granularity and "
+                "allocation out"
+            )
 
     def _check_target(self) -> None:
         """Exactly one of a sparsity, a fixed pattern and a Budget says how much is pruned."""

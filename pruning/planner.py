@@ -140,12 +140,13 @@ class Planner:
             notes=self.notes,
             data=batches_hash(self.samples.batches),
             refinement=search,
+            encoded=self.trial.encoded,
             budget={
                 "kind": budget.kind,
                 "target": budget.target if allocation.target is None else allocation.target,
                 "dense": self.constraint.dense,
                 "before": self.constraint.cost(before),
-                "after": self.constraint.cost(self._nonzero()),
+                "after": self.constraint.cost(allocation.counts if config.menu else self._nonzero()),
             },
         )
 
@@ -339,7 +340,7 @@ class Planner:
         budget = self.constraint.budget
         if self._target_sparsity() is not None:
             return self._allocate("uniform")
-        any_count = budget.kind != "latency" and not self.config.pattern.startswith("N:")
+        any_count = budget.kind != "latency" and self.config.pattern == "unstructured"
         uniform = self.constraint.uniform(self._nonzero(), None if any_count else self._levels())
         if uniform is None:
             return None

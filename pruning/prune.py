@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from leanstep.pruning.compress.menu import groups_of, targets_of
 from leanstep.pruning.config import Execution, PruneConfig, read_config, read_fields, takes_fields
 from leanstep.pruning.measure.batches import Batch, as_batches, evaluating
 from leanstep.pruning.measure.metrics import check_runs
@@ -16,7 +17,7 @@ from leanstep.pruning.refine import judging_batches
 from leanstep.pruning.result import PruneResult
 from leanstep.pruning.score.base import NEEDS
 from leanstep.pruning.score.calibration import leave_out
-from leanstep.pruning.score.targets import WeightSnapshot, count_uses, dense_note, find_targets, make_groups
+from leanstep.pruning.score.targets import WeightSnapshot, count_uses, dense_note
 
 
 @takes_fields(Execution, PruneConfig)
@@ -91,7 +92,7 @@ def prune(
     execution = read_fields(Execution, options)
     config = read_config("prune", config, options)
     config.check(has_data=data is not None)
-    targets = find_targets(model, include=config.include, exclude=config.exclude)
+    targets = targets_of(model, config)
     batch_size = config.batch_size
     data, held_out = _set_aside(model, data, held_out, batch_size)
     judging: list[Batch] = []
@@ -113,7 +114,7 @@ def prune(
         model,
         config,
         execution,
-        groups=make_groups(targets, config.granularity),
+        groups=groups_of(targets, config),
         samples=replace(samples, judging=judging),
         snapshot=WeightSnapshot(targets, execution.stored),
         notes=notes,

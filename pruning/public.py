@@ -7,6 +7,8 @@ from leanstep.pruning.allocate.closed_form import atp_betas, outlier_ratio, snap
 from leanstep.pruning.allocate.knapsack import InfeasibleBudget, KnapsackTable, solve_knapsack
 from leanstep.pruning.allocate.latency import LatencyTable
 from leanstep.pruning.allocate.levels import level_grid, nm_levels
+from leanstep.pruning.compress.checkpoint import compress_checkpoint
+from leanstep.pruning.compress.compress import Size, compress
 from leanstep.pruning.config import Execution, PruneConfig, Refinement
 from leanstep.pruning.cost import Workload
 from leanstep.pruning.folder.estimate import Estimate, estimate_pruning
@@ -53,12 +55,15 @@ __all__ = [
     "Recovery",
     "RecoveryResult",
     "Refinement",
+    "Size",
     "Target",
     "Workload",
     "allocate",
     "allocations_along",
     "as_matrix",
     "atp_betas",
+    "compress",
+    "compress_checkpoint",
     "estimate_pruning",
     "find_targets",
     "gradual_sparsity",

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from leanstep.pruning.measure.curves import Curve
 from leanstep.pruning.measure.metrics import Distortion
 from leanstep.pruning.score.targets import Group
@@ -218,6 +220,7 @@ class PruneResult:
             allocation, on its own inputs; the points before it are on the inputs of the search's start. ``start`` is
             the distortion of the model that is pruned by the first: where the last point is not below it, that stays.
         recovery: what training after pruning did; None without it.
+        encoded: with a menu, type and bytes (uint8 [out, bytes of a row]) of each matrix.
     """
 
     allocation: Allocation
@@ -236,6 +239,7 @@ class PruneResult:
     perplexity: dict[str, Any] = field(default_factory=dict)
     refinement: dict[str, Any] = field(default_factory=dict)
     recovery: RecoveryResult | None = None
+    encoded: dict[str, tuple[str, Tensor]] = field(default_factory=dict, repr=False)
 
     @property
     def sparsity(self) -> float:
@@ -252,6 +256,7 @@ class PruneResult:
             pattern = self.allocation.patterns.get(group.name)
             for target in group.targets:
                 nonzero = int(target.weight.count_nonzero())
+                bits = 8 * self.allocation.counts[group.name] / target.layer.numel if self.encoded else None
                 rows.append(
                     {
                         "name": target.name,
@@ -261,6 +266,7 @@ class PruneResult:
                         "sparsity": 1 - nonzero / target.layer.numel,
                         "pattern": pattern,
                         "block": target.layer.block,
+                        **({} if bits is None else {"bits": bits}),
                     }
                 )
         return rows

@@ -14,7 +14,7 @@ from leanstep._arguments import OneLineParser, add_device, new_folder, positive,
 from leanstep._files import find_model_folder, one_line, restore_alone
 from leanstep._memory import peak_process_memory
 from leanstep._process import InterruptibleStart, allowed_memory, lacks_memory
-from leanstep.pruning.config import PruneConfig
+from leanstep.pruning.config import MENUS, PruneConfig
 from leanstep.recipes.report.formatting import format_duration
 from leanstep.recipes.report.progress import ProgressBar
 from leanstep.recipes.report.prune_output import OUT_OF_MEMORY, estimate_lines, recovery_lines, shown, summary_of
@@ -43,21 +43,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 and (options.nproc == 1 or options.dry_run):
-        return _run(options)
+        return run(options)
     from leanstep.recipes.launch import exit_worker, run_workers
 
     if size == 1:
         return run_workers("leanstep", ["prune", *arguments], options.nproc, "the same command with --resume")
-    exit_worker(_run(options))
+    exit_worker(run(options))
 
 
-def _run(options: argparse.Namespace) -> int:
-    """The command in this process, one of several where torchrun started it; returns as :func:`main`."""
+def run(options: argparse.Namespace) -> int:
+    """Run the command with parsed options in this process, one of several under torchrun; returns as :func:`main`."""
     begin, rank = time.monotonic(), int(os.environ.get("RANK", "0"))
     try:
         options.curve_samples = min(options.curve_samples, options.samples)
         if options.dry_run:
-            return _dry_run(options)
+            return _dryrun(options)
         with ProgressBar(shown=rank == 0) as bar:
             with InterruptibleStart():
                 import leanstep.pruning.public  # noqa: F401
@@ -134,11 +134,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Prune a checkpoint, each matrix as far as it hurts least. CHECKPOINT is never changed.",
     )
     _folder_options(parser)
-    _data_options(parser.add_argument_group("calibration data"))
+    data_options(parser.add_argument_group("calibration data"))
     _allocation_options(parser.add_argument_group("how far each matrix is pruned"))
     PruneConfig.add_options(parser.add_argument_group("which weights are pruned"), "weights")
     _afterwards_options(parser.add_argument_group("recovery and evaluation"))
-    _resource_options(parser.add_argument_group("memory, time and output"))
+    resource_options(parser.add_argument_group("memory, time and output"))
+    parser.set_defaults(format="dense")
     return parser
 
 
@@ -149,7 +150,8 @@ def _folder_options(parser: argparse.ArgumentParser) -> None:
     PruneConfig.add_options(parser, "")
 
 
-def _data_options(group: _Group) -> None:
+def data_options(group: _Group) -> None:
+    """Add the options of the data."""
     add = group.add_argument
     add(
         "--data",
@@ -169,6 +171,12 @@ def _allocation_options(group: _Group) -> None:
     add = group.add_argument
     PruneConfig.add_options(group, "allocation")
     add("--latency-table", metavar="FILE", help="JSON: seconds of every matrix at some sparsities")
+    search_options(group)
+
+
+def search_options(group: _Group) -> None:
+    """Add the options of the search."""
+    add = group.add_argument
     add("--refine", type=float, metavar="MINUTES", help="search from the allocation on joint distortion, for this long")
     add("--refine-evaluations", type=int, metavar="N", help="search by at most N exchanges, in place of a time")
     add("--refine-samples", type=int, metavar="N", help="sequences or images that judge exchanges; default 32")
@@ -187,7 +195,8 @@ def _afterwards_options(group: _Group) -> None:
     )
 
 
-def _resource_options(group: _Group) -> None:
+def resource_options(group: _Group) -> None:
+    """Add the options of memory, time and output."""
     add = group.add_argument
     PruneConfig.add_options(group, "resources")
     add_device(group)
@@ -212,6 +221,13 @@ def _resource_options(group: _Group) -> None:
 def _config(options: argparse.Namespace) -> PruneConfig:
     from leanstep.pruning import LatencyTable
 
+    if options.pattern in MENUS:
+        from leanstep.pruning.compress.checkpoint import Size, sized
+        from leanstep.pruning.folder.files import open_checkpoint
+
+        config = PruneConfig.of_options(options, budget=None, refine=_refinement(options))
+        size = Size(bytes=options.bytes, bits_per_weight=options.bits_per_weight, size=options.size)
+        return sized(open_checkpoint(options.checkpoint), config, size, options.format)
     if (options.budget == "latency") != (options.latency_table is not None):
         raise ValueError("--budget latency goes with a --latency-table FILE, and no other budget does")
     budget = options.budget if options.latency_table is None else LatencyTable.read(options.latency_table)
@@ -256,6 +272,7 @@ def _prune(options: argparse.Namespace, bar: ProgressBar) -> "PruneResult | Reco
         processes=processes,
         recovery=recovery,
         activations=options.activations,
+        format=options.format,
         **data,
     )
 
@@ -282,7 +299,7 @@ def _device(requested: str | None, processes: "Processes") -> str:
     return f"cuda:{processes.rank}" if requested == "cuda" and processes.size > 1 else requested
 
 
-def _dry_run(options: argparse.Namespace) -> int:
+def _dryrun(options: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from leanstep._checkpoint.files import check_apart, check_new

@@ -249,6 +249,6 @@ def _levels(layer: Layer, curve: Curve, budget: Budget, upper: int, unit: float)
             int(counts[-1]),
             int(counts[0]),
         )
-    patterns = tuple(p for p, fits in zip(curve.patterns, inside, strict=False) if fits)
+    patterns = tuple(p for p, fits in zip(clean.patterns, inside, strict=False) if fits)
     between = None if curve.patterns or budget.seconds is not None else partial(cost, budget.kind, layer)
     return LayerLevels(layer.name, layer.numel, counts[inside], loss[inside], costs[inside], patterns, between)

@@ -14,7 +14,13 @@ from leanstep.pruning.allocate.latency import LatencyTable
 from leanstep.pruning.measure.curves import Levels
 from leanstep.pruning.score.targets import Group, Layer
 
-UNITS = {"params": "weights", "flops": "operations per sample", "bytes": "bytes", "latency": "seconds"}
+UNITS = {
+    "params": "weights",
+    "flops": "operations per sample",
+    "bytes": "bytes",
+    "size": "bytes",
+    "latency": "seconds",
+}
 Ints = npt.NDArray[np.int64]
 # center of the levels if no uniform sparsity meets the budget; the solver then reports the reachable range
 _SPARSEST = 0.99
@@ -28,6 +34,7 @@ class Budget:
         kind: * "params": weights that are left.
             * "flops": operations per sample, 2 for every weight left and use (``Layer.uses``).
             * "bytes": the values left and a mask of one bit per weight, or the dense matrix if that is smaller.
+            * "size": with a menu, the bytes of all levels.
             * "latency": seconds, from a table.
         target: the largest cost, in that unit.
         seconds: for "latency": by layer name, seconds at every level of its curve, as measured. A curve that ends
@@ -72,7 +79,7 @@ def cost(kind: str, layer: Layer, counts: npt.ArrayLike) -> Ints:
         return 2 * layer.uses * counts
     if kind == "bytes":
         return np.minimum(layer.numel * layer.itemsize, counts * layer.itemsize + -(-layer.numel // 8))
-    assert kind == "params", kind
+    assert kind in ("params", "size"), kind
     return counts
 
 

@@ -379,7 +379,7 @@ class LayerKnapsack:
         if whole and (largest - least) <= 2 * STATES * common_step(costs):
             return 0.0, 1.0, solve_knapsack([c.astype(np.int64) for c in costs], losses, math.floor(largest))
         unit = unit if whole else (largest - least) / STATES or 1.0
-        unit = max(math.floor(unit), 1) if self._kind == "params" else unit
+        unit = max(math.floor(unit), 1) if self._kind in ("params", "size") else unit
         whole_costs, units = quantize(costs, largest, unit)
         return least, unit, solve_knapsack(whole_costs, losses, units + len(costs))
 

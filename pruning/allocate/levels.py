@@ -8,6 +8,9 @@ from leanstep.pruning.config import PruneConfig
 from leanstep.pruning.measure.curves import Levels
 from leanstep.pruning.score.targets import Group, check_filled
 
+# of a curve over a menu, about
+_MENU_LEVELS = 10
+
 
 def level_grid(numel: int, target: float, *, highest: float = 0.95) -> tuple[int, ...]:
     """Counts of weights at which to measure a curve, for a target sparsity of the model.
@@ -61,7 +64,7 @@ def check_levels(config: PruneConfig) -> None:
     if levels is None:
         return
     if pattern != "unstructured":
-        raise ValueError(f"pattern {pattern} has its own levels, of n weights in each group; leave levels out")
+        raise ValueError(f"pattern {pattern} has its own levels; leave levels out")
     if not all(0 <= level <= 1 for level in levels):
         raise ValueError(f"levels: expected sparsities from 0 to 1, got {', '.join(f'{level:g}' for level in levels)}")
 
@@ -74,6 +77,10 @@ def levels_of(groups: Sequence[Group], config: PruneConfig, sparsity: float) -> 
     """
     check_levels(config)
     pattern, levels = config.pattern, config.effective_levels
+    if config.menu:
+        from leanstep.pruning.compress.menu import menu_levels
+
+        return {group.name: _split(menu_levels(group.targets[0], config.menu)) for group in groups}
     if pattern != "unstructured":
         letter, _, m = pattern.partition(":")
         if letter != "N" or not m.isdecimal() or len(m) > 10 or int(m) < 2:
@@ -99,8 +106,15 @@ def levels_of(groups: Sequence[Group], config: PruneConfig, sparsity: float) -> 
     return by_group
 
 
+def _split(levels: Sequence[tuple[int, str]]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    counts, names = zip(*levels, strict=True)
+    return counts, names
+
+
 def level_count(config: PruneConfig) -> int:
     """Pruned levels of a curve."""
+    if config.menu:
+        return _MENU_LEVELS
     if config.pattern != "unstructured":
         return nm_level_count(int(config.pattern.partition(":")[2])) - 1
     return len(config.levels or level_grid(10**6, config.sparsity or 0.5)[1:])

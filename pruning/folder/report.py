@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from leanstep._pages.charts import COLORS, Series, chart, compact, heat_map
 from leanstep._pages.page import render
@@ -34,29 +34,74 @@ def report_page(content: Mapping[str, Any]) -> str:
         content: content of sparsity.json, that is :meth:`leanstep.pruning.PruneResult.to_dict` and facts of the
             checkpoint. ``curves``, ``compared``, ``perplexity`` and ``notes`` are optional.
     """
+    unit = _unit(content["layers"])
     rows = [
-        [row["name"], "x".join(map(str, row["shape"])), f"{row['sparsity']:.4f}", row.get("pattern") or "-"]
+        [row["name"], "x".join(map(str, row["shape"])), unit.text(row[unit.key]), row.get("pattern") or "-"]
         for row in content["layers"]
     ]
+    name = Path(content.get("source") or "model").name
     return render(
         Path(__file__).parent / "templates" / "pruned.html",
-        title=f"{Path(content.get('source') or 'model').name} pruned to {content['sparsity']:.2%} zeros",
+        title=f"{name} {_bits(content)}" if unit.key == "bits" else f"{name} pruned to {content['sparsity']:.2%} zeros",
         lead=_lead(content),
         numbers=_numbers(content),
-        remarks=[*content.get("notes", ()), *(content.get("recovery") or {}).get("notes", ()), ZEROS_ALONE],
+        remarks=[
+            *content.get("notes", ()),
+            *(content.get("recovery") or {}).get("notes", ()),
+            *([ZEROS_ALONE] if unit.key == "sparsity" else []),
+        ],
         refinement=_refinement(content),
         refinement_chart=_refinement_chart(content),
         recovery=_recovery(content),
         recovery_chart=_recovery_chart(content),
-        allocation=_allocation_charts(content["layers"]),
+        allocation=_allocation_charts(content["layers"]) + _trade_off(content),
         comparison=[_compared(one, content["allocation"]["method"]) for one in content.get("compared") or ()],
         curves=_curve_charts(content) if content.get("curves") else "",
         matrices={
-            "header": ["Matrix", "Shape", "Sparsity", "N:M"],
+            "header": ["Matrix", "Shape", unit.title, "Format" if unit.key == "bits" else "N:M"],
             "rows": rows[:_MOST_ROWS],
             "left_out": max(len(rows) - _MOST_ROWS, 0),
         },
     )
+
+
+class _Unit(NamedTuple):
+    """By what rows of matrices differ: the key of a row, its name, and its text."""
+
+    key: str
+    title: str
+    text: Callable[[float], str]
+
+    def of(self, curve: Mapping[str, Any], numel: int) -> list[float]:
+        """Of the levels of a curve of a matrix with some weights."""
+        if self.key == "bits":
+            return [8 * count / numel for count in curve["counts"]]
+        return [1 - count / curve["numel"] for count in curve["counts"]]
+
+
+def _unit(layers: Sequence[Mapping[str, Any]]) -> _Unit:
+    if any("bits" in row for row in layers):
+        return _Unit("bits", "Bits per weight", "{:.2f}".format)
+    return _Unit("sparsity", "Sparsity", "{:.4f}".format)
+
+
+def _bits(content: Mapping[str, Any]) -> str:
+    weights = sum(row["numel"] for row in content["layers"])
+    return f"compressed to {8 * content['budget']['after'] / weights:.2f} bits per weight"
+
+
+def _trade_off(content: Mapping[str, Any]) -> str:
+    """Bytes against summed distortion: dynamic programming, and the formats that all matrices can have."""
+    if _unit(content["layers"]).key != "bits" or not (curves := content.get("curves")):
+        return ""
+    front = Series("dynamic programming", *zip(*content["allocation"]["front"], strict=True), color=0)
+    levels = [dict(zip(c["patterns"], zip(c["counts"], c["distortion"], strict=True), strict=True)) for c in curves.values()]
+    shared = [name for name in levels[0] if all(name in level for level in levels)][1:]
+    points = [[sum(level[name][part] for level in levels) for name in shared] for part in (0, 1)]
+    uniform = Series(f"all matrices as {', '.join(shared)}", *points, color=1, dots=True)
+    series = [front, uniform] if shared else [front]
+    title = "Summed distortion of the curves over bytes of the matrices"
+    return chart(series, title=title, x_label="bytes", log_y=True, wide=True)
 
 
 def _lead(content: Mapping[str, Any]) -> str:
@@ -77,7 +122,7 @@ def _lead(content: Mapping[str, Any]) -> str:
 
 
 def _numbers(content: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    numbers = [("Sparsity", f"{content['sparsity']:.4f}", "of the pruned matrices")]
+    numbers = [("Sparsity", f"{content['sparsity']:.4f}", "of the matrices")]
     budget = content.get("budget") or {}
     if budget:
         note = f"of {compact(budget['before'])} before; the budget: {compact(budget['target'])} at most"
@@ -167,23 +212,25 @@ def _recovery_chart(content: Mapping[str, Any]) -> str:
 
 
 def _allocation_charts(layers: Sequence[Mapping[str, Any]]) -> str:
-    """Sparsity over depth: a map of all matrices, and a line for each kind of them."""
-    cells = [(role_of(row["name"]), row["block"], row["sparsity"]) for row in layers if row.get("block") is not None]
-    shades = heat_map(cells, title="Sparsity of each matrix", x_label="block", text="{:.3f}".format)
+    """Sparsity or bits over depth: a map of all matrices, and a line for each kind of them."""
+    unit = _unit(layers)
+    cells = [(role_of(row["name"]), row["block"], row[unit.key]) for row in layers if row.get("block") is not None]
+    shades = heat_map(cells, title=f"{unit.title} of each matrix", x_label="block", text=unit.text)
     roles: dict[str, list[tuple[float, float]]] = {}
     for index, layer in enumerate(layers):
         depth = layer.get("block")
-        roles.setdefault(role_of(layer["name"]), []).append((index if depth is None else depth, layer["sparsity"]))
+        roles.setdefault(role_of(layer["name"]), []).append((index if depth is None else depth, layer[unit.key]))
     if len(roles) > _MOST_LINES:  # without blocks, every name is a kind of its own
-        roles = {"all matrices": [(index, layer["sparsity"]) for index, layer in enumerate(layers)]}
+        roles = {"all matrices": [(index, layer[unit.key]) for index, layer in enumerate(layers)]}
     series = [
         Series(role, [x for x, _ in points], [y for _, y in points], color=number, dots=True)
         for number, (role, points) in enumerate(roles.items())
     ]
-    return shades + chart(series, title="Sparsity over depth", x_label="block", wide=True, y_format="{:.3f}".format)
+    return shades + chart(series, title=f"{unit.title} over depth", x_label="block", wide=True, y_format=unit.text)
 
 
 def _curve_charts(content: Mapping[str, Any]) -> str:
+    unit, sizes = _unit(content["layers"]), {layer["name"]: layer["numel"] for layer in content["layers"]}
     blocks = {layer["name"]: layer.get("block") for layer in content["layers"]}
     roles: dict[str, list[Mapping[str, Any]]] = {}
     for curve in content["curves"].values():
@@ -199,7 +246,7 @@ def _curve_charts(content: Mapping[str, Any]) -> str:
         for number, curve in enumerate(curves[::step]):
             block = blocks.get(curve["name"])
             label = curve["name"] if block is None or role == "all" else f"block {block}"
-            sparsities = [1 - count / curve["numel"] for count in curve["counts"]]
-            series.append(Series(label, sparsities[1:], curve["distortion"][1:], color=number, dots=True))
-        drawn.append(chart(series, title=role, x_label="sparsity", log_y=True))
+            levels = unit.of(curve, sizes.get(curve["name"], curve["numel"]))
+            series.append(Series(label, levels[1:], curve["distortion"][1:], color=number, dots=True))
+        drawn.append(chart(series, title=role, x_label=unit.title.lower(), log_y=True))
     return "".join(drawn)

@@ -18,6 +18,8 @@ from leanstep._files import exclusive_lock, output_folder, restore_replaced
 from leanstep._processes import Processes
 from leanstep._version import __version__
 from leanstep.pruning.allocate.knapsack import InfeasibleBudget
+from leanstep.pruning.compress.files import write_compressed
+from leanstep.pruning.compress.menu import groups_of, targets_of
 from leanstep.pruning.config import Execution, Progress, PruneConfig, begin, read_config, read_fields, takes_fields
 from leanstep.pruning.cost import Plan, Shapes, Workload
 from leanstep.pruning.folder.checkpoint import (
@@ -52,7 +54,7 @@ from leanstep.pruning.measure.products import products_in
 from leanstep.pruning.planner import check_target
 from leanstep.pruning.prune import prune
 from leanstep.pruning.result import PruneResult
-from leanstep.pruning.score.targets import empty_targets, make_groups, prunable_names
+from leanstep.pruning.score.targets import prunable_names
 from leanstep.pruning.training.recovery import Recovery, check_recoverable
 
 ACTIVATIONS = ("memory", "disk")
@@ -79,6 +81,8 @@ class FolderRun:
             ``out``.
         resident: bytes of weights that stay in memory, and of such files.
         processes: as for :func:`prune`, on one machine. The first writes ``out`` and recovers the model.
+        format: of the weights in ``out``: ``dense``, in safetensors; or, with a menu, ``gguf``, one file for llama.cpp
+            and engines that read its files.
     """
 
     held_out: Any = None
@@ -90,6 +94,7 @@ class FolderRun:
     activations: str = "memory"
     resident: int = RESIDENT
     processes: Processes | None = None
+    format: str = "dense"
 
     def check(self, data: Any) -> None:
         """Raise ValueError for what does not exist, a device that is not here, and recovery without data."""
@@ -239,6 +244,8 @@ def _prune_into(
         in_files = 0 if moves_blocks(torch.device(run.device)) else bytes_in_files(model, mapped)
         copy_others(checkpoint, folder)
         content["tensors"] = tensor_rows(changed, result)
+        if run.format == "gguf":
+            write_compressed(checkpoint, folder, result)
         write_report(content, folder)
     remove_search_files(out)
     if recovery is not None:
@@ -325,9 +332,9 @@ def check_reach(model: nn.Module, config: PruneConfig) -> None:
     Left to :func:`prune` are budgets of operations, which a pass over the data counts, and models with convolutions,
     of which it may leave out some.
     """
-    targets = empty_targets(model, include=config.include, exclude=config.exclude)
+    targets = targets_of(model, config, empty=True)
     if not config.counts_operations and all(target.layout != "conv" for target in targets):
-        check_target(make_groups(targets, config.granularity), config)
+        check_target(groups_of(targets, config), config)
 
 
 def check_device(device: str | torch.device) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -54,6 +54,7 @@ class Trial:
             those of the dense model.
         progress: called with (blocks done, blocks in all, "pruning") and (matrices measured, matrices in all,
             "comparison").
+        encoded: of the allocation that was applied last, type and bytes of each matrix at a level of a menu.
     """
 
     groups: Sequence[Group]
@@ -61,6 +62,7 @@ class Trial:
     snapshot: WeightSnapshot
     inputs: str = "pruned"
     progress: Progress | None = None
+    encoded: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
 
     def apply(self, allocation: Allocation, used: dict[str, LayerPruner] | PrunersInFiles | None = None) -> None:
         """Prune the model in place, block by block.
@@ -105,6 +107,9 @@ class Trial:
             if not alone and index % processes.size != processes.rank:
                 continue
             changed = list(prune_group(group, pruners, allocation.level(group.name)))
+            for target in group.targets:
+                if (encoded := pruners[target.name].encoded) is not None:
+                    self.encoded[target.name] = encoded
             if isinstance(used, PrunersInFiles):
                 used.add(group, pruners)
             elif used is not None:

@@ -35,8 +35,8 @@ class Curve:
         distortion: D at each level, the first exactly 0. As measured: not necessarily monotone.
         stderr: standard error of each D; 0 if unknown.
         metric: identity of the metric, such as "kl" or "kl_topk(k=2)". D of different metrics must not be added.
-        patterns: the N:M pattern of each level, as text; empty for unstructured levels, between which any count is
-            possible.
+        patterns: the N:M pattern of each level, as text, or its name in a menu, whose counts are bytes; empty for
+            unstructured levels, between which any count is possible.
         source: how D was obtained: ``measured``; ``fisher``, to second order; or ``anchored``, a Fisher curve scaled to
             measured levels.
         samples: how many of the first samples alone gave the measurements to which this curve, or others of its kind,
@@ -83,7 +83,7 @@ class Curve:
             )
         if not all(map(math.isfinite, (*self.distortion, *self.stderr))) or min(self.stderr) < 0:
             return "distortions and standard errors must be finite, and errors not negative"
-        for pattern, count in zip(self.patterns, self.counts, strict=False):
+        for pattern, count in zip(() if self.is_of_menu else self.patterns, self.counts, strict=False):
             parsed = NM.parse(pattern)
             if count * parsed.m != parsed.n * self.numel:
                 return (
@@ -96,6 +96,11 @@ class Curve:
         """The former name of :attr:`counts`."""
         return self.counts
 
+    @property
+    def is_of_menu(self) -> bool:
+        """Whether the levels have names and bytes in place of patterns and counts."""
+        return any(":" not in pattern for pattern in self.patterns)
+
     def until(self, level: int | None) -> Curve:
         """The curve without the levels from a number on; None: itself."""
         if level is None:
@@ -106,9 +111,12 @@ class Curve:
     def cleaned(self) -> Curve:
         """The curve made non-decreasing in sparsity and not negative.
 
-        Isotonic regression with weights 1 / stderr^2 (all equal where an error is 0, that is, unknown). On a
+        Of a menu, levels are left out that a smaller one beats: they differ in kind, and their order is no error. Else
+        isotonic regression with weights 1 / stderr^2 (all equal where an error is 0, that is, unknown). On a
         finite calibration set, a larger sparsity can seem to do less harm.
         """
+        if self.is_of_menu:
+            return self._undominated()
         values, errors = np.array(self.distortion[1:]), np.array(self.stderr[1:])
         weights = 1 / errors**2 if len(errors) and (errors > 0).all() else None
         if weights is not None and not np.isfinite(weights).all():
@@ -118,6 +126,15 @@ class Curve:
 
             values = isotonic_regression(values, weights=weights).x
         return replace(self, distortion=(0.0, *np.maximum(values, 0.0).tolist()))
+
+    def _undominated(self) -> Curve:
+        levels = [0]
+        for level, value in enumerate(self.distortion[1:], 1):
+            if all(value < later for later in self.distortion[level + 1 :]):
+                levels.append(level)
+        fields = ("counts", "distortion", "stderr", "patterns")
+        curve = replace(self, **{field: tuple(getattr(self, field)[level] for level in levels) for field in fields})
+        return replace(curve, distortion=tuple(max(value, 0.0) for value in curve.distortion))
 
     def at(self, count: int) -> float:
         """D with ``count`` weights left: linear in the count between levels.

@@ -14,6 +14,7 @@ from leanstep._checkpoint.mapped import Scratch
 from leanstep._processes import Processes
 from leanstep.pruning.allocate.allocation import allocate
 from leanstep.pruning.allocate.levels import level_count, levels_of
+from leanstep.pruning.compress.menu import groups_of, targets_of
 from leanstep.pruning.config import Execution, PruneConfig, read_config, read_fields, takes_fields
 from leanstep.pruning.cost import Cost, Plan
 from leanstep.pruning.measure.activation_cache import ActivationCache
@@ -28,7 +29,7 @@ from leanstep.pruning.measure.metrics import make_metric, metric_name
 from leanstep.pruning.measure.products import products_in, products_of, rounding_unit
 from leanstep.pruning.score.base import FISHER_SCORES, UPDATES_WEIGHTS
 from leanstep.pruning.score.calibration import Pruning, score_seconds
-from leanstep.pruning.score.targets import Group, find_targets, make_groups
+from leanstep.pruning.score.targets import Group
 
 
 @takes_fields(Execution, PruneConfig)
@@ -102,7 +103,7 @@ def measure_curves(
     config = read_config("measure_curves", config, options)
     sparsity = 0.5 if config.sparsity is None else config.sparsity
     score, metric, minutes, batch_size = config.score, config.metric, config.minutes, config.batch_size
-    groups = make_groups(find_targets(model), config.granularity) if groups is None else list(groups)
+    groups = groups_of(targets_of(model, config), config) if groups is None else list(groups)
     levels_by_name = levels_of(groups, config, sparsity)
     batches = as_batches(data, model, batch_size=batch_size)
     source = batches if score_data is None else as_batches(score_data, model, batch_size=batch_size, what="score_data")
@@ -127,7 +128,7 @@ def measure_curves(
         resumed = PartialCurves.shared(Path(resume), identity, processes, (sparsity, *target))
     with resumed as partial, products_in(model, products), evaluating(model):
         points_of = lambda prefix, shown=progress: Points(groups, levels_by_name, partial, shown, prefix)  # noqa: E731
-        if method == "fisher":
+        if method == "fisher" and not any(group.is_end for group in groups):
             cache = ActivationCache(model, source, enabled=prefix_cache, scratch=files, processes=processes)
             second = SecondOrder(model, batches, make_metric(metric, model))
             pruning = Pruning(cache, score, score_options).by(fisher_score)
@@ -153,15 +154,26 @@ def measure_curves(
         if method == "measured":
             measurement.measure_points(points, points.missing, pruning)
             return points.curves(measurement.metric.identity)
+        of_ends = dict[str, Curve]()
+        if ends := [group for group in groups if group.is_end]:
+            points = Points(ends, levels_by_name, partial, progress)
+            measurement.measure_points(points, points.missing, pruning)
+            of_ends = points.curves(measurement.metric.identity)
+            groups = [group for group in groups if not group.is_end]
         second = SecondOrder(model, batches, measurement.metric)
         by_samples = {len(second.samples): points_of("fisher: ")}
+        if method == "fisher":
+            return of_ends | fisher_curves(second, by_samples, pruning.by(fisher_score))[len(second.samples)]
         if (samples := choose_samples(minutes, measurement, groups, pruning, partial)) < len(second.samples):
             by_samples[samples] = points_of(f"fisher, first {samples}: ", None)
         fisher = fisher_curves(second, by_samples, pruning.by(fisher_score))
         if solve is None:
             layers = [group.layer for group in groups]
             solve = lambda curves: allocate(layers, sparsity, method="dp", curves=curves)  # noqa: E731
-        return curves_within(minutes, measurement, fisher, points_of, pruning, solve, partial)
+        if of_ends:
+            of_all = solve
+            solve = lambda curves: of_all({**of_ends, **curves})  # noqa: E731
+        return of_ends | curves_within(minutes, measurement, fisher, points_of, pruning, solve, partial)
 
 
 def curves_cost(plan: Plan) -> Cost:

@@ -22,6 +22,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "sparsegpt": ("gram",),
     "alps": ("gram",),
     "mfac": ("gradients",),
+    "gptq": ("gram",),
+    "nearest": ("square_sum",),
 }
 # most samples whose gradients are collected
 GRADIENTS = 128
@@ -239,6 +241,9 @@ class LayerPruner(ABC):
 
     Zeros are pruned first, so that a sparser level keeps earlier zeros.
     """
+
+    #: type and bytes of the matrix at the level of a menu that was made last
+    encoded: tuple[str, Tensor] | None = None
 
     def __init__(self, weight: Tensor):
         if weight.dim() != 2 or not weight.is_floating_point():

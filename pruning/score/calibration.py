@@ -15,6 +15,8 @@ from torch.nn.modules.conv import _ConvNd
 from leanstep._processes import Processes
 from leanstep._torch import device_of
 from leanstep.pruning.allocate.closed_form import ComputedScores, outlier_ratio
+from leanstep.pruning.compress.menu import LayerCompressor
+from leanstep.pruning.config import ROUNDINGS
 from leanstep.pruning.cost import Cost, Plan
 from leanstep.pruning.measure.activation_cache import ActivationCache, activation_bytes, score_samples
 from leanstep.pruning.measure.batches import Batch
@@ -85,7 +87,7 @@ def statistics_for(
         else:
             _collect_shares(cache, targets, statistics_by_name)
         for target in targets:
-            if not target.is_expert and not statistics_by_name[target.name].count:
+            if target.input_modules and not target.is_expert and not statistics_by_name[target.name].count:
                 raise ValueError(f"{target.name} was never run on the calibration data; leave it out with exclude")
             statistics_by_name[target.name].check_finite(target.name)
     return statistics_by_name
@@ -186,7 +188,7 @@ def collect_inputs(
     experts = [target for target in targets if target.expert is not None]
     with ExitStack() as stack:
         for target in targets:
-            for module in target.modules if target.expert is None else ():
+            for module in target.input_modules if target.expert is None else ():
                 handle = module.register_forward_pre_hook(
                     lambda _, args, kwargs, target=target: give(target, first_input(args, kwargs)), with_kwargs=True
                 )
@@ -375,6 +377,8 @@ class Pruning:
 
     def pruner(self, target: Target, statistics: LayerStatistics, dense: Tensor | None = None) -> LayerPruner:
         """The pruner of one matrix, of its current weights or of ``dense`` [out, in]."""
+        if self.score in ROUNDINGS:
+            return LayerCompressor(target.weight if dense is None else dense, statistics, **self.options)
         spacing = math.prod(target.layer.shape[2:])  # N:M groups of a convolution lie along its in-channels
         count, needs = statistics.count, NEEDS[self.score]
         weight = (target.weight if dense is None else dense).to(device_of(self.cache.model), copy=True)

@@ -50,7 +50,7 @@ class SparseGPTPruner(LayerPruner):
             raise ValueError(f"SparseGPT: expected damping > 0 and block_size >= 1, got {damping} and {block_size}")
         self._block_size = block_size
         self._unused = gram.diagonal() == 0
-        self._factor = _inverse_factor(gram, damping).to(self.weight)
+        self._factor = inverse_factor(gram, damping).to(self.weight)
 
     @property
     def scores(self) -> Tensor:
@@ -136,7 +136,7 @@ def damped_gram(gram: Tensor, damping: float) -> Tensor:
     return matrix
 
 
-def _inverse_factor(gram: Tensor, damping: float) -> Tensor:
+def inverse_factor(gram: Tensor, damping: float) -> Tensor:
     """U, upper triangular, with U^T U = (gram + damping)^-1; float64."""
     # the damped matrix is freed before the second factor: 8 in^2 bytes each, and there are wide layers
     factor, info = torch.linalg.cholesky_ex(damped_gram(gram, damping))

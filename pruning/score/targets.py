@@ -155,6 +155,11 @@ class Target:
         return self.modules[0]
 
     @property
+    def input_modules(self) -> list[nn.Module]:
+        """Those that multiply inputs by it: all but embeddings."""
+        return [module for module in self.modules if not isinstance(module, nn.Embedding)]
+
+    @property
     def weight(self) -> Tensor:
         """The current weight [out, in], a view: writes change the model."""
         data = touched(getattr(self.module, self.attribute)).data
@@ -414,6 +419,11 @@ class Group:
 
     layer: Layer
     targets: tuple[Target, ...]
+
+    @property
+    def is_end(self) -> bool:
+        """Whether its curve is measured in any case: that of an embedding or a head."""
+        return False
 
     @property
     def name(self) -> str:

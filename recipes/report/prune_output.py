@@ -88,7 +88,12 @@ def summary_of(result: "PruneResult", layers: list[dict[str, Any]], out: str) ->
     """Lines about a result that was written to the folder ``out``, with the rows ``layers`` in its report."""
     from leanstep.pruning.result import sparsity_of
 
-    lines = [f"sparsity       {sparsity_of(layers):.4f} of {sum(row['numel'] for row in layers):,} weights"]
+    weights, compressed = sum(row["numel"] for row in layers), bool(result.encoded)
+    lines = [f"sparsity       {sparsity_of(layers):.4f} of {weights:,} weights"]
+    if compressed:
+        formats = Counter(result.allocation.patterns.values()).items()
+        lines = [f"size           {8 * result.budget['after'] / weights:.3f} bits per weight, of {weights:,} weights"]
+        lines.append("formats        " + ", ".join(f"{number} {name}" for name, number in formats))
     by_curves = "" if result.curve_score in (None, result.score) else f" (curves: {result.curve_score})"
     settings = f"score {result.score}{by_curves}, pattern {result.pattern}, inputs {result.inputs}"
     lines.append(f"allocation     {result.allocation.method}, {settings}")
@@ -115,13 +120,16 @@ def summary_of(result: "PruneResult", layers: list[dict[str, Any]], out: str) ->
     written, uniform = changes.get(result.allocation.method, math.nan), changes.get("uniform", math.nan)
     if result.allocation.method != "uniform" and written < uniform < math.inf:
         share = 1 - written / uniform
-        lines.append(f"written        {result.allocation.method}, {share:.0%} below uniform sparsity on held-out data")
+        uniform_name = "one format for all" if compressed else "uniform sparsity"
+        lines.append(f"written        {result.allocation.method}, {share:.0%} below {uniform_name} on held-out data")
     if result.perplexity:
         before, after = result.perplexity["before"], result.perplexity["after"]
         lines.append(f"perplexity     {before:.2f} before, {after:.2f} after ({result.perplexity['tokens']:,} targets)")
     if result.recovery is not None:
         lines += recovery_lines(result.recovery)
     lines += [f"note           {note}" for note in result.notes]
+    if compressed:
+        return "\n".join([*lines, f"model, sparsity.json and report.html: {out}"])
     lines.append("File size and speed are those of the dense model: zeros alone make neither PyTorch nor vLLM faster.")
     lines.append(f"To store and run it without the zeros: leanstep export {out} --format sparse --out {out}-sparse")
     lines.append(f"model, sparsity.json and report.html: {out}")

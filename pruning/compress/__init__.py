@@ -1,0 +1,1 @@
+"""Levels of bits, and of zeros with bits, beside those of zeros alone."""

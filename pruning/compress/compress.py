@@ -1,0 +1,112 @@
+"""Compress a model or a checkpoint to a size: each matrix to the level of a menu that hurts least."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from leanstep._files import format_bytes
+from leanstep.pruning.allocate.budgets import Budget
+from leanstep.pruning.allocate.knapsack import InfeasibleBudget
+from leanstep.pruning.compress.menu import groups_of, menu_levels, targets_of
+from leanstep.pruning.config import Execution, PruneConfig, read_config, read_fields, takes_fields
+from leanstep.pruning.prune import prune
+from leanstep.pruning.result import PruneResult
+from leanstep.pruning.score.targets import Group
+
+MENU = PruneConfig(pattern="ggml", score="gptq")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How large the result may be; one of the three.
+
+    Attributes:
+        bytes: fraction of the dense size, in (0, 1).
+        bits_per_weight: mean over the matrices, scales included.
+        size: bytes of the whole result.
+
+    Raises:
+        ValueError: for none or several, or a number out of range.
+    """
+
+    bytes: float | None = None
+    bits_per_weight: float | None = None
+    size: int | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if len(given) != 1 or not all(value > 0 for value in given.values()) or (self.bytes or 0) >= 1:
+            shown = ", ".join(f"{name}={value:g}" for name, value in given.items()) or "none"
+            raise ValueError(
+                "expected one size: bytes, the fraction of the dense size (--bytes 0.25), bits_per_weight "
+                f"(--bits-per-weight 4), or size, in bytes (--size 90MB); got {shown}"
+            )
+
+    def budget(self, groups: Sequence[Group], others: int, dense: int) -> Budget:
+        """The bytes that the matrices may have.
+
+        Args:
+            groups: the matrices.
+            others: bytes of everything else in the result.
+            dense: bytes of the dense model.
+
+        Raises:
+            InfeasibleBudget: for a size out of reach; the message gives the range in reach.
+        """
+        levels = [menu_levels(target, "ggml") for group in groups for target in group.targets]
+        weights = sum(target.layer.numel for group in groups for target in group.targets)
+        least, most = (sum(row[end][0] for row in levels) for end in (-1, 0))
+        if self.bits_per_weight is not None:
+            target = int(self.bits_per_weight * weights / 8)
+        else:
+            target = (int(self.bytes * dense) if self.bytes is not None else self.size or 0) - others
+        if not least <= target < most:
+            low, high = (f"{format_bytes(end + others)} ({8 * end / weights:.2f} bits per weight)" for end in (least, most))
+            asked = f"{format_bytes(target + others)} ({8 * target / weights:.2f} bits per weight)"
+            raise InfeasibleBudget(f"a size of {asked} is out of reach: from {low} to below {high}", least, most)
+        return Budget("size", target)
+
+
+@takes_fields(Size, Execution, PruneConfig)
+def compress(model: nn.Module, data: Any, config: PruneConfig | None = None, **options: Any) -> PruneResult:
+    """Compress a model in place to a size: bits are given to the matrices where they lower the loss most.
+
+    The levels of a matrix are the formats of GGUF files that its rows fill (:data:`leanstep._gguf.ggml.TYPES`), made by
+    ggml with the inputs' mean squares as importance, with rounding errors compensated as by GPTQ. Embedding and head
+    are among the matrices. Curves, dynamic programming over bytes, the search on joint distortion and the comparison
+    with the best uniform format on held-out data are those of :func:`leanstep.pruning.prune`; the weights get the
+    values that an engine reads from the file, rounded to their dtype.
+
+    Args:
+        model, data, config: as for :func:`leanstep.pruning.prune`.
+        **options: one of the fields of :class:`Size`; of :class:`leanstep.pruning.PruneConfig`, whose ``pattern`` is
+            ``ggml`` and whose ``score`` is ``gptq`` or ``nearest``; and of :class:`leanstep.pruning.Execution`, and
+            ``held_out`` and ``curve_data``.
+
+    Returns:
+        :class:`PruneResult`; ``encoded`` has the bytes of each matrix, ``allocation.patterns`` its format.
+
+    Raises:
+        ImportError: without the packages of the extra ``gguf``.
+        ValueError: as :func:`leanstep.pruning.prune`, and for a size out of reach.
+
+    Notes:
+        Time of a level: about ``out * in^2`` multiply-adds. Memory: as for :func:`leanstep.pruning.prune` with
+        SparseGPT, and the bytes of the result.
+
+    References:
+        Xu et al., arXiv 2308.10438, for the allocation; Frantar et al., "GPTQ", arXiv 2210.17323, algorithm 1.
+    """
+    size, data_options = read_fields(Size, options), {n: options.pop(n, None) for n in ("held_out", "curve_data")}
+    execution = vars(read_fields(Execution, options))
+    config = read_config("compress", config or MENU, options)
+    groups = groups_of(targets_of(model, config), config)
+    dense = sum(parameter.nbytes for parameter in model.parameters())
+    inside = sum(target.weight.nbytes for group in groups for target in group.targets)
+    budget = size.budget(groups, dense - inside, dense)
+    return prune(model, data, replace(config, budget=budget), **data_options, **execution)

@@ -1,0 +1,53 @@
+"""What a compressed checkpoint is written as: one GGUF file, or a dense folder with the values of its formats."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from leanstep.pruning.folder.files import Checkpoint, most_common_dtype
+from leanstep.pruning.result import PruneResult
+
+FORMATS = ("dense", "gguf")
+FILE = "model.gguf"
+
+
+def default_type(checkpoint: Checkpoint) -> str:
+    """The format of 16 bits that a matrix without a level has."""
+    return "BF16" if most_common_dtype(checkpoint) == "BF16" else "F16"
+
+
+def check_format(checkpoint: Checkpoint, format: str) -> None:
+    """Raise ValueError for an unknown format, or a checkpoint that a GGUF file cannot hold."""
+    if format not in FORMATS:
+        raise ValueError(f"format must be {' or '.join(FORMATS)}, got {format!r}")
+    if format == "gguf":
+        from leanstep._gguf.writer import check_writable
+
+        check_writable(checkpoint.folder)
+
+
+def bytes_without(checkpoint: Checkpoint, types: dict[str, str], inside: int, format: str) -> int:
+    """Bytes of the result besides its matrices.
+
+    Args:
+        types: the first level of each matrix, by its parameter.
+        inside: bytes of all matrices at these levels.
+        format: of the result.
+    """
+    if format == "dense":
+        return checkpoint.size - inside
+    from leanstep._gguf.writer import file_bytes
+
+    return file_bytes(checkpoint.folder, types, default_type(checkpoint)) - inside
+
+
+def write_compressed(checkpoint: Checkpoint, folder: Path, result: PruneResult) -> None:
+    """Write the GGUF file of a result into a folder, in place of what is in it."""
+    from leanstep._gguf.writer import Encoded, write_gguf
+
+    for file in folder.iterdir():
+        file.unlink()
+    encoded = {name: Encoded(type, data) for name, (type, data) in result.encoded.items()}
+    write_gguf(checkpoint.folder, folder / FILE, encoded, default_type(checkpoint))

@@ -1,0 +1,147 @@
+"""Menus: the levels of a matrix that are no counts of weights, what each costs in bytes, and how a matrix is changed.
+
+The name of a level stands where N:M patterns have theirs, and its bytes where others have a count of weights: curves,
+the knapsack and the search take them as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leanstep.pruning.config import PruneConfig
+from leanstep.pruning.score.base import LayerPruner, LayerStatistics, Pruned
+from leanstep.pruning.score.sparsegpt import inverse_factor
+from leanstep.pruning.score.targets import Group, Layer, Target, empty_targets, find_targets, make_groups
+from leanstep.sparsity import NM
+
+# the types of a file, most bits first: of those with as many bits, the one with the smallest errors
+_TYPES = ("Q8_0", "Q6_K", "Q5_1", "Q5_K", "Q5_0", "Q4_1", "Q4_K", "IQ4_NL", "IQ4_XS", "MXFP4")
+_TYPES += ("Q3_K", "IQ3_XXS", "Q2_K", "IQ2_XS", "IQ2_XXS")
+
+
+@dataclass(frozen=True)
+class MenuGroup(Group):
+    """A matrix whose levels are of a menu; ``layer.numel`` is its bytes at the first level, which changes nothing."""
+
+    @property
+    def is_end(self) -> bool:
+        """Whether it is the embedding or the head, of which there are no curves to second order."""
+        [target] = self.targets
+        rows, columns = target.layer.shape
+        return len(target.input_modules) < len(target.modules) or (self.layer.block is None and rows > 4 * columns)
+
+    def nonzero(self) -> int:
+        """The bytes of the first level: any level is open to the matrix."""
+        return self.layer.numel
+
+
+def targets_of(model: nn.Module, config: PruneConfig, *, empty: bool = False) -> list[Target]:
+    """The matrices that the settings name; with a menu the embedding and the head too, as one if they are tied.
+
+    Args:
+        model: with its weights; or on the meta device, if ``empty``.
+    """
+    find = empty_targets if empty else find_targets
+    targets = find(model, include=config.include, exclude=config.exclude)
+    if config.menu is None or config.include is not None:
+        return targets
+    return targets + _ends(model, {target.parameter for target in targets}, config.exclude)
+
+
+def groups_of(targets: Sequence[Target], config: PruneConfig) -> list[Group]:
+    """The groups of matrices that share a level; with a menu each matrix alone, sized in bytes."""
+    if (menu := config.menu) is None:
+        return make_groups(targets, config.granularity)
+    groups: list[Group] = []
+    for target in targets:
+        layer = replace(target.layer, shape=(menu_levels(target, menu)[0][0], 1))
+        groups.append(MenuGroup(layer, (target,)))
+    return groups
+
+
+def menu_levels(target: Target, menu: str) -> list[tuple[int, str]]:
+    """(bytes, name) of each level of a matrix, in falling order. The first is the matrix in 16 bits."""
+    from leanstep._gguf.ggml import TYPES, bytes_of
+
+    rows, columns = target.weight.shape
+    dense = "BF16" if target.weight.dtype == torch.bfloat16 else "F16"
+    fitting = [
+        name
+        for name in (dense, *_TYPES)
+        if columns % TYPES[name].block == 0 and (target.input_modules or not TYPES[name].needs_importance)
+    ]
+    by_size = {bytes_of(name, rows, columns): name for name in reversed(fitting)}
+    return sorted(by_size.items(), reverse=True)
+
+
+class LayerCompressor(LayerPruner):
+    """Changes a matrix to the named levels of a menu.
+
+    Args:
+        weight: [out, in].
+        statistics: with ``gram`` (errors are compensated) or ``square_sum`` (they are not); without rows, the matrix is
+            rounded by itself.
+        damping: see :class:`leanstep.pruning.score.sparsegpt.SparseGPTPruner`.
+    """
+
+    def __init__(self, weight: Tensor, statistics: LayerStatistics, *, damping: float = 0.01) -> None:
+        super().__init__(weight)
+        self._importance = self._factor = None
+        if statistics.count and statistics.gram is not None:
+            self._importance = statistics.gram.diagonal() / statistics.count
+            self._factor = inverse_factor(statistics.gram, damping).to(torch.float32).cpu()
+        elif statistics.count and statistics.square_sum is not None:
+            self._importance = statistics.square_sum / statistics.count
+
+    @torch.no_grad()
+    def prune(self, keep: int | NM | str) -> Pruned:
+        """The matrix at the level of this name."""
+        from leanstep._gguf.ggml import TYPES, quantize
+        from leanstep.pruning.compress.rounding import rounded
+
+        name = str(keep)
+        mask = torch.ones_like(self.given, dtype=torch.bool)
+        if TYPES[name].block == 1:
+            self.encoded = name, quantize(self.weight, name)
+            return Pruned(self.given.clone(), mask)
+        values, data = rounded(self.weight.cpu().float(), name, self._importance, self._factor)
+        self.encoded = name, data
+        return Pruned(values.to(self.given), mask)
+
+    @property
+    def scores(self) -> Tensor:
+        """Magnitudes."""
+        return self.weight.abs()
+
+    def _prune_count(self, keep: int) -> tuple[Tensor, Tensor]:
+        raise TypeError("a menu has named levels")
+
+    _prune_nm: Any = _prune_count
+
+
+def _ends(model: nn.Module, taken: set[str], exclude: Iterable[str]) -> list[Target]:
+    """The input embedding and the head, unless they are taken or excluded."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    modules: dict[str, list[nn.Module]] = {}
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        module = getattr(model, getter, lambda: None)()
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.dim() == 2 and id(weight) in names:
+            modules.setdefault(names[id(weight)], []).append(module)
+    return [
+        Target(
+            Layer(name, tuple(owners[0].weight.shape), itemsize=owners[0].weight.element_size()),  # type: ignore
+            name,
+            tuple(owners),
+            "weight",
+            "out_in",
+        )
+        for name, owners in modules.items()
+        if name not in taken and not any(fnmatchcase(name, rule) for rule in exclude)
+    ]

@@ -1,0 +1,73 @@
+"""Round a matrix to a ggml type: by ggml alone, or with the rounding errors compensated by the columns that follow."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from leanstep._gguf.ggml import TYPES, dequantize, quantize
+from leanstep.pruning.compress.grids import grid_of
+
+
+def rounded(weight: Tensor, type: str, importance: Tensor | None, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A matrix in a type, with the least squared error of the layer's output that a sweep over its columns finds.
+
+    GPTQ's sweep (arXiv 2210.17323, algorithm 1) on ggml's own grids: ggml chooses the scales of a block of columns for
+    their current values, each column is rounded to the nearest value of its grid, and its error ``e = (w_:j - q_:j) /
+    U_jj`` is pushed to the columns that follow, ``W_:k -= e U_jk``. Of a type whose codes are those of several values
+    together, ggml rounds the whole block, and the errors ``E = (W_:B - Q_:B) U_BB^-1`` are pushed to the blocks that
+    follow.
+
+    Args:
+        weight: [out, in], fp32.
+        type: a name of :data:`leanstep._gguf.ggml.TYPES`, whose blocks fill a row.
+        importance: [in], mean squares of the inputs, by which ggml weighs errors; None: all are equal.
+        factor: U, upper triangular [in, in], with U^T U the inverse of the inputs' Gram matrix; None: ggml rounds the
+            matrix, and nothing is compensated.
+
+    Returns:
+        the values, fp32 [out, in], and their bytes, uint8 [out, bytes of a row].
+
+    Raises:
+        ValueError: for weights that ggml refuses.
+
+    Notes:
+        About ``out * in^2`` multiply-adds, and two copies of the matrix.
+    """
+    if factor is None:
+        data = quantize(weight, type, importance)
+        return dequantize(data, type, weight.shape[1]), data
+    block, grid = TYPES[type].block, grid_of(type)
+    current, pieces = weight.clone(), list[Tensor]()
+    for start in range(0, weight.shape[1], block):
+        columns = slice(start, start + block)
+        inside = factor[columns, columns]
+        data = quantize(current[:, columns], type, None if importance is None else importance[columns])
+        if grid is None:
+            difference = current[:, columns] - dequantize(data, type, block)
+            errors = torch.linalg.solve_triangular(inside, difference, upper=True, left=False)
+        else:
+            levels, errors = _sweep(current[:, columns], inside, grid.shares, *grid.ends(data))
+            data = grid.filled(data, grid.codes[levels])
+        pieces.append(data)
+        current[:, start + block :].addmm_(errors, factor[columns, start + block :], alpha=-1)
+    data = torch.cat(pieces, dim=1)
+    return dequantize(data, type, weight.shape[1]), data
+
+
+def _sweep(block: Tensor, factor: Tensor, shares: Tensor, low: Tensor, span: Tensor) -> tuple[Tensor, Tensor]:
+    """Round the columns of a block one by one to ``low + span * shares``.
+
+    Returns:
+        the level of every weight, int64 [out, block], and the errors [out, block] to push to later blocks.
+    """
+    # transposed, so that a column is contiguous
+    current, low, span = (one.t().contiguous() for one in (block, low, span))
+    middles = (shares[1:] + shares[:-1]) / 2
+    levels, errors = torch.empty_like(current, dtype=torch.int64), torch.empty_like(current)
+    scale = torch.where(span == 0, 0.0, 1 / span)
+    for j, column in enumerate(current):
+        levels[j] = torch.bucketize((column - low[j]) * scale[j], middles)
+        errors[j] = (column - low[j] - span[j] * shares[levels[j]]) / factor[j, j]
+        current[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
+    return levels.t(), errors.t()
