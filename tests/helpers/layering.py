@@ -13,16 +13,16 @@ ALLOWED = {
     "lora": {"kernels", "shared"},
     "optimizers": {"kernels", "shared"},
     "sparsity": {"kernels", "shared"},
-    "pruning": {"kernels", "lora", "optimizers", "sparsity", "version", "page", "shared"},
+    "pruning": {"gguf", "kernels", "lora", "optimizers", "sparsity", "version", "page", "shared"},
     "recipes": {"kernels", "lora", "optimizers", "pruning", "sparsity", "version", "page", "shared"},
-    "leanstep": {"kernels", "lora", "optimizers", "pruning", "sparsity", "version", "page", "shared"},
+    "leanstep": {"gguf", "kernels", "lora", "optimizers", "pruning", "sparsity", "version", "page", "shared"},
 }
 # the command line is the one door to the recipes
 ALLOWED_TO_FILE = {"leanstep/cli.py": {"recipes"}, "leanstep/__main__.py": {"cli"}}
 FOLDERS = tuple(ALLOWED)
 # single modules of the import root that others may use
 ROOT_MODULES = {
-    "_version": "version", "__version__": "version", "cli": "cli", "_pages": "page",
+    "_version": "version", "__version__": "version", "cli": "cli", "_gguf": "gguf", "_pages": "page",
     "_arguments": "shared", "_checkpoint": "shared", "_files": "shared", "_heads": "shared", "_memory": "shared",
     "_process": "shared", "_processes": "shared", "_torch": "shared",
 }  # fmt: skip
