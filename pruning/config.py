@@ -187,7 +187,10 @@ class PruneConfig:
         choices=("measured", "fisher", "anchored"),
     )
     curve_score: str | None = _setting(
-        None, "score of curves, slopes of atp and --refine; default: --score", "allocation", choices=(*SCORES, *ROUNDINGS)
+        None,
+        "score of curves, slopes of atp and --refine; default: --score",
+        "allocation",
+        choices=(*SCORES, *ROUNDINGS),
     )
     minutes: float = _setting(
         30.0, "time for measurements, besides Fisher's; default 30", "allocation", type=float, metavar="M"
@@ -365,7 +368,9 @@ class PruneConfig:
                 known = ROUNDINGS if self.menu else SCORES
                 raise ValueError(f"{name} with pattern {self.pattern} must be one of {', '.join(known)}, got {value!r}")
         if self.menu and getattr(self.budget, "kind", None) != "size":
-            raise ValueError(f"pattern {self.menu} needs a Budget of the kind 'size', as leanstep.pruning.compress makes")
+            raise ValueError(
+                f"pattern {self.menu} needs a Budget of the kind 'size', as leanstep.pruning.compress makes"
+            )
         if self.menu and (self.granularity != "matrix" or self.allocation != "dp"):
             raise ValueError(
                 f"pattern {self.menu} has levels of single matrices, by dynamic programming: leave granularity and "

@@ -408,7 +408,7 @@ class Planner:
                 raise overflow
             self.notes += filter(None, [cost.note() if others else ""])
             return candidate, compared
-        self.notes += _why_not(candidate, cost, *best)
+        self.notes += _why_not(candidate, cost, *best, "one format for all" if self.config.menu else "uniform sparsity")
         self.snapshot.restore()
         self.trial.apply(best[1])
         return best[1], compared
@@ -435,18 +435,14 @@ class Planner:
         return sums
 
 
-def _why_not(candidate: Allocation, cost: Additivity, best: Additivity, other: Allocation) -> list[str]:
-    """Notes on an allocation that another one beats on held-out data."""
+def _why_not(candidate: Allocation, cost: Additivity, best: Additivity, other: Allocation, uniform: str) -> list[str]:
+    """Notes on an allocation that another one beats on held-out data, or ``uniform`` does."""
     if candidate.method == REFINED and other.method == "dp":
         return [
-            f"the refined allocation costs {cost.joint:.4g} on held-out data, DP's {best.joint:.4g}: the "
-            "model was pruned by DP's"
+            f"the refined allocation costs {cost.joint:.4g} on held-out data, DP's {best.joint:.4g}: DP's was applied"
         ]
     name = "refined allocation" if candidate.method == REFINED else "allocation by dynamic programming"
-    note = (
-        f"the {name} costs {cost.joint:.4g} on held-out data, uniform sparsity {best.joint:.4g}: the model was pruned "
-        "uniformly"
-    )
+    note = f"the {name} costs {cost.joint:.4g} on held-out data, {uniform} {best.joint:.4g}: the latter was applied"
     if not math.isnan(cost.ratio):
         note += f". The summed distortion of the allocation is {1 / cost.ratio:.2f} times its joint distortion"
     return [note]

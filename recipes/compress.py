@@ -39,7 +39,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", required=True, type=new_folder, metavar="DIR", help="the folder to create")
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--bytes", type=float, metavar="F", help="size, as a fraction of the dense file: 0.25")
-    size.add_argument("--bits-per-weight", type=float, metavar="B", help="mean bits of the matrices, scales included: 4")
+    size.add_argument(
+        "--bits-per-weight", type=float, metavar="B", help="mean bits of the matrices, scales included: 4"
+    )
     size.add_argument("--size", type=_size, metavar="SIZE", help="size of the file: 90MB, 1.5GB (decimal)")
     add(
         "--format",

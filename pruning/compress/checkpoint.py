@@ -63,6 +63,10 @@ def sized(checkpoint: Checkpoint, config: PruneConfig, size: Size, format: str) 
         ValueError: for a checkpoint that the format does not hold.
     """
     check_format(checkpoint, format)
+    if format == "dense" and size.bits_per_weight is None:
+        raise ValueError(
+            "a dense folder has the dense size, whatever its levels: give bits_per_weight (--bits-per-weight)"
+        )
     model = empty_model_of(checkpoint, DTYPES[most_common_dtype(checkpoint)])
     groups = groups_of(targets_of(model, config, empty=True), config)
     types = {target.parameter: menu_levels(target, "ggml")[0][1] for group in groups for target in group.targets}

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -66,8 +65,10 @@ class Size:
         else:
             target = (int(self.bytes * dense) if self.bytes is not None else self.size or 0) - others
         if not least <= target < most:
-            low, high = (f"{format_bytes(end + others)} ({8 * end / weights:.2f} bits per weight)" for end in (least, most))
-            asked = f"{format_bytes(target + others)} ({8 * target / weights:.2f} bits per weight)"
+            asked, low, high = (
+                f"{format_bytes(end + others)} ({8 * end / weights:.2f} bits per weight)"
+                for end in (target, least, most)
+            )
             raise InfeasibleBudget(f"a size of {asked} is out of reach: from {low} to below {high}", least, most)
         return Budget("size", target)
 

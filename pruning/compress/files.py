@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from leanstep.pruning.folder.files import Checkpoint, most_common_dtype
 from leanstep.pruning.result import PruneResult
 
@@ -37,7 +35,7 @@ def bytes_without(checkpoint: Checkpoint, types: dict[str, str], inside: int, fo
         format: of the result.
     """
     if format == "dense":
-        return checkpoint.size - inside
+        return 0
     from leanstep._gguf.writer import file_bytes
 
     return file_bytes(checkpoint.folder, types, default_type(checkpoint)) - inside

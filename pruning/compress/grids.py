@@ -55,7 +55,9 @@ class Grid:
 def grid_of(type: str) -> Grid | None:
     """The grid of a type; None where codes are those of several values together, which ggml alone can choose."""
     block, size = TYPES[type].block, TYPES[type].size
-    samples = quantize(torch.randn(_SAMPLES, block, generator=torch.Generator().manual_seed(0)), type, torch.ones(block))
+    samples = quantize(
+        torch.randn(_SAMPLES, block, generator=torch.Generator().manual_seed(0)), type, torch.ones(block)
+    )
     changed = torch.zeros(8 * size, block, dtype=torch.bool)
     for data in samples.split(1):  # the sign of a zero changes nothing
         flipped = _unpacked(data).repeat(8 * size, 1)
@@ -68,7 +70,9 @@ def grid_of(type: str) -> Grid | None:
     bits = torch.stack([owner.nonzero().flatten() for owner in owners])
     unordered = Grid(type, bits, torch.arange(2**width), torch.empty(0))
     # the lowest bit changes a value least; with all other bits 0
-    zero, *singles = (dequantize(unordered.filled(data, code), type, block) for code in [0, *(1 << torch.arange(width))])
+    zero, *singles = (
+        dequantize(unordered.filled(data, code), type, block) for code in [0, *(1 << torch.arange(width))]
+    )
     order = torch.stack([(single - zero).abs() for single in singles], dim=1)[0].argsort(dim=0)
     bits = bits.gather(1, order.T)
     unordered = Grid(type, bits, torch.arange(2**width), torch.empty(0))

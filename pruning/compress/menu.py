@@ -31,10 +31,8 @@ class MenuGroup(Group):
 
     @property
     def is_end(self) -> bool:
-        """Whether it is the embedding or the head, of which there are no curves to second order."""
-        [target] = self.targets
-        rows, columns = target.layer.shape
-        return len(target.input_modules) < len(target.modules) or (self.layer.block is None and rows > 4 * columns)
+        """Whether it is outside of all blocks, as embedding and head are: they are few, and may have many rows."""
+        return self.layer.block is None
 
     def nonzero(self) -> int:
         """The bytes of the first level: any level is open to the matrix."""
