@@ -250,7 +250,7 @@ class PruneConfig:
     @classmethod
     def of_options(cls, options: argparse.Namespace, **others: Any) -> PruneConfig:
         """The settings among the options of a command, and others that no option has as it is."""
-        given = {setting.name: getattr(options, setting.name, setting.default) for setting in _declared()}
+        given: dict[str, Any] = {one.name: getattr(options, one.name, one.default) for one in _declared()}
         return cls(**given | others)
 
     @property

@@ -43,7 +43,7 @@ class Grid:
         low, high = (dequantize(self.filled(data, code), self.type, block) for code in self.codes[[0, -1]])
         return low, high - low
 
-    def filled(self, data: Tensor, codes: Tensor) -> Tensor:
+    def filled(self, data: Tensor, codes: Tensor | int) -> Tensor:
         """Blocks, uint8 [blocks, bytes], with other codes: one for all, or int64 [blocks, block]."""
         codes, flat = torch.as_tensor(codes).to(torch.uint8), _unpacked(data)
         for place, bits in enumerate(self.bits.T):

@@ -21,7 +21,7 @@ from leanstep.pruning.score.targets import Group, Layer, Target, empty_targets, 
 from leanstep.sparsity import NM
 
 # the types of a file, most bits first: of those with as many bits, the one with the smallest errors
-_TYPES = ("Q8_0", "Q6_K", "Q5_1", "Q5_K", "Q5_0", "Q4_1", "Q4_K", "IQ4_NL", "IQ4_XS", "MXFP4")
+_TYPES: tuple[str, ...] = ("Q8_0", "Q6_K", "Q5_1", "Q5_K", "Q5_0", "Q4_1", "Q4_K", "IQ4_NL", "IQ4_XS", "MXFP4")
 _TYPES += ("Q3_K", "IQ3_XXS", "Q2_K", "IQ2_XS", "IQ2_XXS")
 
 
@@ -126,7 +126,7 @@ class LayerCompressor(LayerPruner):
 def _ends(model: nn.Module, taken: set[str], exclude: Iterable[str]) -> list[Target]:
     """The input embedding and the head, unless they are taken or excluded."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    modules: dict[str, list[nn.Module]] = {}
+    modules: dict[str, list[Any]] = {}
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         module = getattr(model, getter, lambda: None)()
         weight = getattr(module, "weight", None)
@@ -134,7 +134,7 @@ def _ends(model: nn.Module, taken: set[str], exclude: Iterable[str]) -> list[Tar
             modules.setdefault(names[id(weight)], []).append(module)
     return [
         Target(
-            Layer(name, tuple(owners[0].weight.shape), itemsize=owners[0].weight.element_size()),  # type: ignore
+            Layer(name, tuple(owners[0].weight.shape), itemsize=owners[0].weight.element_size()),
             name,
             tuple(owners),
             "weight",

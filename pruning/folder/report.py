@@ -94,13 +94,14 @@ def _trade_off(content: Mapping[str, Any]) -> str:
     """Bytes against summed distortion: dynamic programming, and the formats that all matrices can have."""
     if _unit(content["layers"]).key != "bits" or not (curves := content.get("curves")):
         return ""
-    front = Series("dynamic programming", *zip(*content["allocation"]["front"], strict=True), color=0)
+    costs, sums = map(list, zip(*content["allocation"]["front"], strict=True))
+    front = Series("dynamic programming", costs, sums, color=0)
     levels = [
         dict(zip(c["patterns"], zip(c["counts"], c["distortion"], strict=True), strict=True)) for c in curves.values()
     ]
     shared = [name for name in levels[0] if all(name in level for level in levels)][1:]
-    points = [[sum(level[name][part] for level in levels) for name in shared] for part in (0, 1)]
-    uniform = Series(f"all matrices as {', '.join(shared)}", *points, color=1, dots=True)
+    sizes, distortions = ([sum(level[name][part] for level in levels) for name in shared] for part in (0, 1))
+    uniform = Series(f"all matrices as {', '.join(shared)}", sizes, distortions, color=1, dots=True)
     series = [front, uniform] if shared else [front]
     title = "Summed distortion of the curves over bytes of the matrices"
     return chart(series, title=title, x_label="bytes", log_y=True, wide=True)

@@ -132,9 +132,13 @@ class Curve:
         for level, value in enumerate(self.distortion[1:], 1):
             if all(value < later for later in self.distortion[level + 1 :]):
                 levels.append(level)
-        fields = ("counts", "distortion", "stderr", "patterns")
-        curve = replace(self, **{field: tuple(getattr(self, field)[level] for level in levels) for field in fields})
-        return replace(curve, distortion=tuple(max(value, 0.0) for value in curve.distortion))
+        return replace(
+            self,
+            counts=tuple(self.counts[level] for level in levels),
+            distortion=tuple(max(self.distortion[level], 0.0) for level in levels),
+            stderr=tuple(self.stderr[level] for level in levels),
+            patterns=tuple(self.patterns[level] for level in levels),
+        )
 
     def at(self, count: int) -> float:
         """D with ``count`` weights left: linear in the count between levels.
