@@ -227,14 +227,20 @@ def architecture_of(config: Config, where: object) -> Architecture:
     if kind not in ARCHITECTURES:
         raise ValueError(f"{where}: GGUF is written for {', '.join(ARCHITECTURES)}, got model_type {kind!r}")
     row = ARCHITECTURES[kind]
-    missing = [name for name in row.keys.values() if isinstance(name, str) and name not in config]
-    if missing:
-        raise ValueError(f"{where}: expected {missing[0]} in config.json; save the model again by save_pretrained")
+    for name in row.keys.values():
+        if isinstance(name, str) and not isinstance(config.get(name), (int, float)):
+            advice = "save the model again by save_pretrained"
+            raise ValueError(f"{where}: expected a number {name} in config.json, got {config.get(name)!r}; {advice}")
     for name, values in row.needs.items():
         if config.get(name, values[0]) not in values:
             wanted = " or ".join(repr(value) for value in values)
             raise ValueError(f"{where}: llama.cpp computes {kind} with {name} {wanted}, got {config[name]!r}")
-    if (problem := row.check(config)) is not None:
+    try:
+        problem = row.check(config)
+        metadata(row, config), rope_tensor(config)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{where}: config.json cannot be understood ({type(error).__name__}: {error})") from None
+    if problem is not None:
         raise ValueError(f"{where}: llama.cpp computes {kind} with {problem}")
     return row
 

@@ -257,39 +257,58 @@ def _differing(vocabulary: Vocabulary, header: Callable[[], GGUFWriter], tokeniz
 
 
 def _compare(path: Path, tokenizer: Any, texts: Iterable[str]) -> str | None:
-    with _quiet_llama() as (ffi, library):
-        settings = library.llama_model_default_params()
-        settings.vocab_only = True
-        model = library.llama_model_load_from_file(str(path).encode(), settings)
+    with engine(path, vocab_only=True) as (ffi, library, model, _):
         if model == ffi.NULL:
             return next(iter(texts))
-        try:
-            vocabulary = library.llama_model_get_vocab(model)
-            for text in texts:
-                data = text.encode()
-                room = ffi.new("llama_token[]", 2 * len(data) + 16)
-                count = library.llama_tokenize(vocabulary, data, len(data), room, len(room), True, False)
-                if list(room[0 : max(count, 0)]) != tokenizer.encode(text).ids:
-                    return text
-            return None
-        finally:
-            library.llama_model_free(model)
+        vocabulary = library.llama_model_get_vocab(model)
+        for text in texts:
+            data = text.encode()
+            room = ffi.new("llama_token[]", 2 * len(data) + 16)
+            count = library.llama_tokenize(vocabulary, data, len(data), room, len(room), True, False)
+            if list(room[0 : max(count, 0)]) != tokenizer.encode(text).ids:
+                return text
+        return None
 
 
 @contextmanager
-def _quiet_llama() -> Iterator[tuple[Any, Any]]:
-    """Context manager: llama.cpp's library, and what describes its functions, with its log off."""
+def engine(path: Path, **settings: bool) -> Iterator[tuple[Any, Any, Any, list[str]]]:
+    """Context manager: llama.cpp opens a file, with its log off.
+
+    Args:
+        path: the file.
+        settings: fields of ``llama_model_params``.
+
+    Returns:
+        What describes its functions, the library, the model, which is NULL where the file is refused, and its errors.
+
+    Raises:
+        ImportError: llama.cpp's library is not installed.
+    """
     try:
         from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
     except ImportError as error:
         raise ImportError(f"GGUF files need the package llama-cpp-py-sync: {INSTALL}") from error
     ffi, library = get_ffi(), get_lib()
-    before, data = ffi.new("ggml_log_callback *"), ffi.new("void **")
+    before, data, errors = ffi.new("ggml_log_callback *"), ffi.new("void **"), []
+
+    def note(level: int, text: Any, _: Any) -> None:
+        if level == library.GGML_LOG_LEVEL_ERROR:
+            errors.append(ffi.string(text).decode("utf-8", "replace"))
+
+    quiet = ffi.callback("ggml_log_callback", note)
     library.llama_log_get(before, data)
-    quiet = ffi.callback("ggml_log_callback", lambda level, text, data: None)
     library.llama_log_set(quiet, ffi.NULL)
     try:
         library.llama_backend_init()
-        yield ffi, library
+        parameters = library.llama_model_default_params()
+        parameters.load_mode = library.LLAMA_LOAD_MODE_NONE
+        for name, value in settings.items():
+            setattr(parameters, name, value)
+        model = library.llama_model_load_from_file(str(path).encode(), parameters)
+        try:
+            yield ffi, library, model, errors
+        finally:
+            if model != ffi.NULL:
+                library.llama_model_free(model)
     finally:
         library.llama_log_set(before[0], data[0])

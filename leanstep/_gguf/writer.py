@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from leanstep._checkpoint.configuration import check_folder
 from leanstep._checkpoint.files import TensorFile, check_space, index_files, read_json
-from leanstep._files import replacing
+from leanstep._files import one_line, replacing
 from leanstep._gguf.architectures import (
     Architecture,
     architecture_of,
@@ -25,7 +26,7 @@ from leanstep._gguf.architectures import (
     transform,
 )
 from leanstep._gguf.ggml import TYPES, bytes_of, legal_or_larger, quantize
-from leanstep._gguf.vocabulary import Vocabulary, read_vocabulary
+from leanstep._gguf.vocabulary import Vocabulary, engine, read_vocabulary
 
 # vocabulary imports it first, and says what to install where it is missing
 from gguf import (  # isort: skip
@@ -117,7 +118,7 @@ def check_writable(folder: str | Path) -> None:
         ValueError: the architecture, a setting of it, a tensor or the tokenizer cannot be written; says what can.
         ImportError: a package is not installed.
     """
-    _plan(Path(folder))
+    _check_engine(_plan(Path(folder)))
 
 
 def tensor_names(folder: str | Path) -> dict[str, str]:
@@ -128,13 +129,8 @@ def tensor_names(folder: str | Path) -> dict[str, str]:
 def file_bytes(folder: str | Path, types: Mapping[str, str], default: str = "F16") -> int:
     """Bytes of the file that :func:`write_gguf` writes where the matrices have these types. Raises as that."""
     plan = _plan(Path(folder))
-    writer = plan.writer(types, default)
-    sizes = [info.nbytes for info in writer.tensors[0].values()]
     with tempfile.TemporaryDirectory() as temporary:
-        path = Path(temporary) / "header.gguf"
-        _write_header(writer, path)
-        writer.close()
-        return sum(map(_padded, [path.stat().st_size, *sizes]))
+        return _write_empty(plan.writer(types, default), Path(temporary) / "head.gguf")
 
 
 def write_gguf(
@@ -174,6 +170,7 @@ def write_gguf(
     if not out.absolute().parent.is_dir():
         raise ValueError(f"{out} cannot be made: {out.absolute().parent} is no folder; make it, or name another")
     check_space(out, needed)
+    _check_engine(plan)
     writer, types = plan.writer(types, default), {name: plan.type_of(name, types, default) for name in plan.tensors}
     with replacing(out) as path:
         try:
@@ -193,7 +190,6 @@ def _plan(folder: Path) -> _Plan:
     config = _read_config(folder)
     row = architecture_of(config, folder)
     tensors = _tensors(folder, config, row)
-    _check_layers(tensors, metadata(row, config)["block_count"], folder)
     rope = rope_tensor(config) if row.name == "llama" else None
     vocabulary = _vocabulary(folder, *_state(folder))
     return _Plan(folder, config, row, tensors, vocabulary, {} if rope is None else {"rope_freqs.weight": rope})
@@ -274,14 +270,23 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / "model.safetensors"]
 
 
-def _check_layers(tensors: Mapping[str, _Stored], layers: int, folder: Path) -> None:
-    names = {stored.name for stored in tensors.values()}
-    first = [name.removeprefix("blk.0.") for name in names if name.startswith("blk.0.")]
-    missing = sorted({f"blk.{layer}.{name}" for layer in range(layers) for name in first} - names)
-    if missing or not first:
-        raise ValueError(
-            f"{folder}: the weights of {layers} layers are not complete: {(missing or ['all'])[0]} is missing"
-        )
+def _check_engine(plan: _Plan) -> None:
+    """Ask llama.cpp itself, with a file of these names and shapes and no weights in it."""
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / "empty.gguf"
+        os.truncate(path, _write_empty(plan.writer({}, "F16"), path))
+        with engine(path, no_alloc=True) as (ffi, _, model, errors):
+            if model == ffi.NULL:
+                reason = one_line(errors[0]).rpartition("error loading model: ")[2] if errors else "it says not why"
+                raise ValueError(f"{plan.folder}: llama.cpp refuses these tensors as {plan.row.name}: {reason}")
+
+
+def _write_empty(writer: GGUFWriter, path: Path) -> int:
+    """Write the head of a file; returns the bytes of the whole."""
+    sizes = [info.nbytes for info in writer.tensors[0].values()]
+    _write_header(writer, path)
+    writer.close()
+    return sum(map(_padded, [path.stat().st_size, *sizes]))
 
 
 def _header(row: Architecture, config: dict[str, Any], folder: Path, default: str) -> GGUFWriter:

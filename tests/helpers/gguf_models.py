@@ -35,7 +35,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("Gemma", {**SIZES, **HEADS}),
     "gemma2": ("Gemma2", GEMMA),
     "gemma3_text": ("Gemma3Text", {**GEMMA, "num_hidden_layers": 7}),
-    "gpt2": ("GPT2", {"vocab_size": TOKENS, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+    "gpt2": ("GPT2", {"vocab_size": TOKENS, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 1024}),
     "bert": ("Bert", SIZES),
 }
 TEXT = (
@@ -82,12 +82,14 @@ def _recipe() -> tuple[Any, dict[str, str]]:
 
 def _byte_pairs(*steps: Any, begins: bool = False) -> tuple[Any, dict[str, str]]:
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(steps))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=TOKENS - 1, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
     tokenizer.train_from_iterator([TEXT], trainer)
+    # merges that a finer cut must hinder
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(steps))
     tokenizer.add_tokens([AddedToken("<think>", special=False)])
     if begins:
         tokenizer.post_processor = processors.TemplateProcessing(
