@@ -172,10 +172,11 @@ def _parser() -> argparse.ArgumentParser:
         help="what it should be: of all matrices, or of layers by wildcards as in '*.mlp.*=1:8'; exit 1 if it is not",
     )
     verify.add_argument("--json", action="store_true", help="as JSON")
-    export = command("export", _export, "Write a checkpoint without its zeros, or back with them.")
+    export = command("export", _export, "Write a checkpoint without its zeros, back with them, or for llama.cpp.")
     export.add_argument("path", metavar="DIR", help="a Hugging Face folder with safetensors weights, or a run folder")
-    export.add_argument("--format", required=True, choices=("sparse", "dense"), help="of the weights to write")
-    export.add_argument("--out", required=True, metavar="OUT", help="the folder to create")
+    export.add_argument("--format", required=True, choices=("sparse", "dense", "gguf"), help="of the weights to write")
+    export.add_argument("--out", required=True, metavar="OUT", help="the folder, or the GGUF file, to create")
+    export.add_argument("--type", metavar="TYPE", help="of the matrices of a GGUF file, as Q8_0; default: F16")
     export.add_argument(
         "--values", choices=("int8", "int4"), help="quantise the nonzeros of sparse weights; default: as stored"
     )
@@ -397,11 +398,16 @@ def _export(options: argparse.Namespace, rest: list[str]) -> int:
     from leanstep._files import find_model_folder, one_line
     from leanstep.sparsity.inference import export_folder
 
+    for name, format in (("values", "sparse"), ("type", "gguf")):
+        if getattr(options, name) and options.format != format:
+            raise UsageError(f"--{name} is of --format {format}; with --format {options.format}, leave it out")
     try:
+        if options.format == "gguf":
+            return _export_gguf(options)
         export = export_folder(
             find_model_folder(options.path), options.out, format=options.format, values=options.values
         )
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise UsageError(one_line(error)) from None
     except OSError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
@@ -409,6 +415,18 @@ def _export(options: argparse.Namespace, rest: list[str]) -> int:
     print(json.dumps(export.as_dict(), indent=2) if options.json else export)
     if not options.json and (slow := export.why_slow()) is not None:
         print(f"it generates slower than the dense folder here: {slow}")
+    return 0
+
+
+def _export_gguf(options: argparse.Namespace) -> int:
+    from leanstep._files import find_model_folder, format_bytes
+    from leanstep._gguf.writer import write_gguf
+
+    types = list(write_gguf(find_model_folder(options.path), options.out, default=options.type or "F16").values())
+    counts, size = {name: types.count(name) for name in sorted(set(types))}, Path(options.out).stat().st_size
+    text = ", ".join(f"{count} tensors in {name}" for name, count in counts.items())
+    answer = {"out": options.out, "bytes": size, "tensors": counts}
+    print(json.dumps(answer, indent=2) if options.json else f"{options.out}: {format_bytes(size)}; {text}")
     return 0
 
 

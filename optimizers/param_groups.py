@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.utils import parametrize
 
-from leanstep._heads import attention_blocks
-from leanstep._torch import is_conv1d, is_of_experts, output_head, stores_in_out
+from leanstep._torch import attention_blocks, is_conv1d, is_of_experts, output_head, stores_in_out
 from leanstep.optimizers.common.groups import is_flattened
 
 SPLITS = (None, "fused", "heads")
@@ -182,7 +181,7 @@ def param_groups(
             "heads": besides, Q and K are split into their heads; V stays whole, except in GPT-NeoX, BLOOM and
             Persimmon, whose fused weights have it head by head (and which "fused" leaves whole). None: every weight is
             one matrix. A layer of unknown layout is left whole; an override can give its group ``blocks``.
-            ``leanstep/_heads.py`` lists the known ones.
+            ``leanstep/_torch.py`` lists the known ones.
         overrides: (regular expression, settings) pairs in order, or a mapping. A parameter goes to the group of the
             first expression found in its name. The group is named after the expression, and its settings update
             those of the role.

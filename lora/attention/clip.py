@@ -7,8 +7,15 @@ import re
 import torch
 from torch import Tensor, nn
 
-from leanstep._heads import Projection, attention_projections, factors_of_rows
-from leanstep._torch import is_conv1d, is_dtensor, local_part, place_like
+from leanstep._torch import (
+    Projection,
+    attention_projections,
+    factors_of_rows,
+    is_conv1d,
+    is_dtensor,
+    local_part,
+    place_like,
+)
 from leanstep.lora.attention.monitor import NormMonitor
 
 _QK_NORM = re.compile(r"(q|k|qk|query|key)_?(layer_?)?(norm|ln)")

@@ -23,7 +23,7 @@ FOLDERS = tuple(ALLOWED)
 # single modules of the import root that others may use
 ROOT_MODULES = {
     "_version": "version", "__version__": "version", "cli": "cli", "_gguf": "gguf", "_pages": "page",
-    "_arguments": "shared", "_checkpoint": "shared", "_files": "shared", "_heads": "shared", "_memory": "shared",
+    "_arguments": "shared", "_checkpoint": "shared", "_files": "shared", "_memory": "shared",
     "_process": "shared", "_processes": "shared", "_torch": "shared",
 }  # fmt: skip
 # everything may import these, so they import nothing of the package; one waits for transformers to be imported

@@ -18,7 +18,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from leanstep._heads import attention_projections
+from leanstep._torch import attention_projections
 from leanstep.lora import LoraConfig, NormMonitor, QKClip, apply_lora
 from leanstep.lora.attention.clip import clip_factors
 from leanstep.lora.trainer import QKClipCallback

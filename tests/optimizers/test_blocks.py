@@ -20,8 +20,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from leanstep._heads import attention_projections
-from leanstep._torch import is_conv1d
+from leanstep._torch import attention_projections, is_conv1d
 from leanstep.kernels.reference.quantization import dequantize
 from leanstep.optimizers import LANTON, SinkGD, create, param_groups
 from leanstep.optimizers.sinkgd import blocks as sinkgd_blocks
