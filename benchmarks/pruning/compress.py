@@ -126,8 +126,8 @@ class _Work:
     def importance(self) -> dict[str, Tensor]:
         """Mean squares of the inputs of each matrix, by its name in the file."""
         from leanstep._gguf.writer import tensor_names
-        from leanstep.pruning.config import PruneConfig
         from leanstep.pruning.compress.menu import targets_of
+        from leanstep.pruning.config import PruneConfig
         from leanstep.pruning.measure.activation_cache import ActivationCache
         from leanstep.pruning.measure.batches import as_batches
         from leanstep.pruning.score.calibration import statistics_for
@@ -249,7 +249,10 @@ def _llama_cpp() -> tuple[Any, Any]:
 
     ffi, library = get_ffi(), get_lib()
     if not os.environ.get("LEANSTEP_LLAMA_CPP_LOG"):
-        library.llama_log_set(_SILENT.setdefault("", ffi.callback("void(enum ggml_log_level, const char *, void *)", lambda *_: None)), ffi.NULL)
+        library.llama_log_set(
+            _SILENT.setdefault("", ffi.callback("void(enum ggml_log_level, const char *, void *)", lambda *_: None)),
+            ffi.NULL,
+        )
     library.llama_backend_init()
     return ffi, library
 
@@ -268,7 +271,9 @@ def table(path: Path) -> str:
     for mix in mixes:
         for method in [name for name in METHODS if (mix, name) in cells]:
             of_seed, base = cells[mix, method], cells.get((mix, BASELINE), {})
-            means = {k: statistics.mean(row[k] for row in of_seed.values()) for k in ("kl", "perplexity", "bytes", "seconds")}
+            means = {
+                k: statistics.mean(row[k] for row in of_seed.values()) for k in ("kl", "perplexity", "bytes", "seconds")
+            }
             shared = sorted(set(of_seed) & set(base))
             difference = "–"
             if method != BASELINE and shared:

@@ -1,0 +1,150 @@
+"""``leanstep compress``: from a folder to a GGUF file of a size, or to one line and nothing."""
+
+import json
+import re
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+pytest.importorskip("gguf")
+pytest.importorskip("llama_cpp_py_sync")
+from gguf_models import TEXT, LlamaCpp, make_model, save_folder  # noqa: E402
+
+from leanstep._gguf.ggml import TYPES, dequantize  # noqa: E402
+from leanstep.cli import main  # noqa: E402
+from leanstep.pruning import compress_checkpoint  # noqa: E402
+from leanstep.pruning.compress import menu  # noqa: E402
+
+FEW = ("Q8_0", "Q5_0", "Q4_0")
+TOKENS = torch.randint(5, 400, (10, 24), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def few_types(monkeypatch):
+    """ggml makes large tables for the smallest."""
+    monkeypatch.setattr(menu, "_TYPES", FEW)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    save_folder(folder / "llama")
+    (folder / "text.txt").write_text(TEXT * 20)
+    return folder
+
+
+def arguments(base, out, *more: str) -> list[str]:
+    small = ["--samples", "6", "--curve-samples", "3", "--held-out", "2", "--seq-len", "24", "--curves", "fisher"]
+    return ["compress", str(base / "llama"), "--out", str(out), "--data", str(base / "text.txt"), *small, *more]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_llama_cpp_computes_what_the_compressed_model_does(tmp_path, name):
+    folder, size = save_folder(tmp_path / "model", name), 420_000 if name == "gpt2" else 170_000
+    result = compress_checkpoint(
+        folder, tmp_path / "out", TOKENS, size=size, curves="measured", score="nearest", held_out=TOKENS[:2]
+    )
+    file = tmp_path / "out" / "model.gguf"
+    assert 0.97 * size < file.stat().st_size <= size
+    assert len({type for type, _ in result.encoded.values()}) > 1
+    with LlamaCpp(file) as engine:
+        outputs = engine.outputs(TOKENS[0].tolist(), embed=name == "bert")
+    other = _with_values(name, result.encoded)
+    with torch.no_grad():
+        expected = other(input_ids=TOKENS[:1])
+    expected = (expected.last_hidden_state if name == "bert" else expected.logits)[0]
+    # llama.cpp rounds activations to 8 bits in products with such matrices
+    assert (outputs - expected).square().mean() < 2e-3 * expected.square().mean()
+
+
+def _with_values(name, encoded):
+    model = make_model(name)
+    with torch.no_grad():
+        for key, (type, data) in encoded.items():
+            parameter = model.get_parameter(key)
+            values = dequantize(data, type, len(data[0]) // TYPES[type].size * TYPES[type].block)
+            parameter.copy_(values.T if "c_" in key else values)
+    return model
+
+
+def test_the_command_writes_a_file_of_the_size_and_says_what_it_cost(base, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(arguments(base, out, "--size", "150kB", "--eval")) == 0
+    printed = capsys.readouterr().out
+    assert "bits per weight" in printed and "formats" in printed and "perplexity" in printed
+    assert sorted(path.name for path in out.iterdir()) == ["model.gguf", "report.html", "sparsity.json"]
+    assert (out / "model.gguf").stat().st_size <= 150_000
+    content = json.loads((out / "sparsity.json").read_text())
+    assert {row["pattern"] for row in content["layers"]} <= {"F16", *FEW}
+    page = (out / "report.html").read_text()
+    assert "Bits per weight of each matrix" in page and "dynamic programming" in page and "Sparsity over" not in page
+    model = AutoModelForCausalLM.from_pretrained(out, gguf_file="model.gguf", trust_remote_code=False)
+    assert model.config.hidden_size == 64
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bytes(base, tmp_path, monkeypatch):
+    assert main(arguments(base, tmp_path / "whole", "--bits-per-weight", "6")) == 0
+    from leanstep.pruning.measure.curve_file import PartialCurves
+
+    added, add = [], PartialCurves.add
+
+    def interrupted(self, *args):
+        add(self, *args)
+        added.append(args)
+        if len(added) == 9:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(PartialCurves, "add", interrupted)
+    out = tmp_path / "out"
+    assert main(arguments(base, out, "--bits-per-weight", "6")) == 130 and not out.exists()
+    monkeypatch.setattr(PartialCurves, "add", add)
+    assert main(arguments(base, out, "--bits-per-weight", "6")) == 2
+    assert main(arguments(base, out, "--bits-per-weight", "6", "--resume")) == 0
+    assert (out / "model.gguf").read_bytes() == (tmp_path / "whole" / "model.gguf").read_bytes()
+
+
+def test_a_dense_folder_has_the_values(base, tmp_path):
+    out = tmp_path / "out"
+    assert main(arguments(base, out, "--bits-per-weight", "5", "--format", "dense")) == 0
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).state_dict()
+        for folder in (base / "llama", out)
+    )
+    changed = [name for name, value in after.items() if not torch.equal(value, before[name])]
+    assert changed and all(after[name].dim() == 2 for name in changed)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--bits-per-weight", "2"], "2.00 bits per weight) is out of reach: from .* (4.50 bits per weight)"),
+        (["--size", "1kB"], "is out of reach"),
+        (["--bytes", "0.5", "--format", "dense"], "a dense folder has the dense size"),
+        (["--bits-per-weight", "5", "--dry-run"], ""),
+    ],
+)
+def test_what_cannot_be_is_one_line_and_a_dry_run_writes_nothing(base, tmp_path, capsys, more, message):
+    out = tmp_path / "out"
+    code = main(arguments(base, out, *more))
+    output = capsys.readouterr()
+    assert not out.exists() and list(tmp_path.iterdir()) == []
+    if "--dry-run" in more:
+        assert code == 0 and "time about" in output.out
+        return
+    assert code == 2 and re.search(message.replace("(", r"\(").replace(")", r"\)"), output.err.splitlines()[-1])
+
+
+def test_a_tokenizer_that_no_engine_has_is_refused_before_anything_is_measured(tmp_path, capsys):
+    folder = save_folder(tmp_path / "llama", tokenizer="vowels apart")
+    (tmp_path / "text.txt").write_text(TEXT)
+    assert main(arguments(tmp_path, tmp_path / "out", "--bits-per-weight", "5")) == 2
+    error = capsys.readouterr().err
+    assert "curves" not in error and str(folder) in error and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("size", ["90 bananas", "-3MB", ""])
+def test_a_size_is_a_number_with_a_unit(base, tmp_path, capsys, size):
+    with pytest.raises(SystemExit):
+        main(arguments(base, tmp_path / "out", f"--size={size}"))
+    assert "90MB or 1.5GB" in capsys.readouterr().err
