@@ -7,15 +7,7 @@ import re
 import torch
 from torch import Tensor, nn
 
-from leanstep._torch import (
-    Projection,
-    attention_projections,
-    factors_of_rows,
-    is_conv1d,
-    is_dtensor,
-    local_part,
-    place_like,
-)
+from leanstep._torch import attention_projections, factors_of_rows, is_conv1d, is_dtensor, local_part, place_like
 from leanstep.lora.attention.monitor import NormMonitor
 
 _QK_NORM = re.compile(r"(q|k|qk|query|key)_?(layer_?)?(norm|ln)")
@@ -179,7 +171,7 @@ class QKClip:
                 tensor = getattr(part.module, name, None)
                 if tensor is None:
                     continue
-                of_rows = factors_of_rows(part, factors, _rows(part, tensor))
+                of_rows = factors_of_rows(part, factors, _rows(part.module, tensor))
                 previous = by_weight.get((part.module, name))
                 by_weight[part.module, name] = of_rows if previous is None else of_rows * previous
         for (module, name), of_rows in by_weight.items():
@@ -198,9 +190,9 @@ class QKClip:
             local_part(param).mul_(factor)
 
 
-def _rows(part: Projection, tensor: Tensor) -> int:
+def _rows(module: nn.Module, tensor: Tensor) -> int:
     """Return the number of outputs of a weight or a bias."""
-    return tensor.shape[1 if tensor.dim() == 2 and is_conv1d(part.module) else 0]
+    return tensor.shape[1 if tensor.dim() == 2 and is_conv1d(module) else 0]
 
 
 def _unfit(layer: nn.Module) -> str:
