@@ -484,15 +484,14 @@ def test_convolutions_of_one_shape_in_channels_last(rounding):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning:torch")
 @pytest.mark.parametrize(
-    ("backend", "kinds", "options"),
+    ("kinds", "options"),
     [
-        ("aot_eager", {"rms": ((5, 4), (2, 3, 4)), "sign": ((3, 2),), "vector": ((6,), (3,))}, {}),
-        ("aot_eager", {"rms": ((5, 4), (2, 3, 4))}, {"noise_every": 2, "alpha": "auto"}),
-        ("inductor", {"rms": ((5, 4), (3, 4)), "vector": ((6,),)}, {"noise_every": 2}),
+        ({"rms": ((5, 4), (2, 3, 4)), "sign": ((3, 2),), "vector": ((6,), (3,))}, {}),
+        ({"rms": ((5, 4), (2, 3, 4))}, {"noise_every": 2, "alpha": "auto"}),
     ],
-    ids=["every step", "every other step", "inductor"],
+    ids=["every step", "every other step"],
 )
-def test_a_compiled_step_is_the_step(backend, kinds, options):
+def test_a_compiled_step_is_the_step(kinds, options):
     """The estimates are written, and whether a step measures is looked up at every step."""
     norms = [norm for norm, shapes in kinds.items() for _ in shapes]
     torch._dynamo.reset()
@@ -501,7 +500,7 @@ def test_a_compiled_step_is_the_step(backend, kinds, options):
         parameters.append([torch.ones(shape).requires_grad_() for shapes in kinds.values() for shape in shapes])
         settings = {"lr": torch.tensor(0.01), **options}
         optimizers.append(grouped(parameters[-1], norms, **settings))
-    steps = [torch.compile(optimizers[0].step, fullgraph=True, backend=backend), optimizers[1].step]
+    steps = [torch.compile(optimizers[0].step, fullgraph=True, backend="aot_eager"), optimizers[1].step]
     for i in range(4):
         for params, step in zip(parameters, steps, strict=True):
             for param, gradient in zip(params, gradients(params, i), strict=True):
