@@ -931,11 +931,11 @@ class CountedGraphs:
         if not case.name.endswith(("-bf16", "-fp32-momentum"))
         and (case.name.startswith("Lion") or "rounding" not in case.kwargs or case.name.endswith("-stochastic"))
     ]
-    # code generation takes half a minute a row
+    # code generation takes half a minute a row; AdamW's 8-bit moments are read and written as Lion's is
     + [
         pytest.param(case, "inductor", id=f"{case.name}-inductor")
         for case in CASES
-        if case.large and case.dtype == torch.float32
+        if case.large and case.dtype == torch.float32 and case.name != "Lion-int8"
     ],
 )
 def test_compiled_steps_equal_eager_ones(case: OptimizerCase, backend: str):
