@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -40,6 +41,7 @@ def counts() -> dict[str, int]:
     return numbers
 
 
+@functools.cache
 def sources() -> dict[str, ast.Module]:
     """Return the syntax trees of the package's files by their paths."""
     files = (path for folder in PACKAGE for path in sorted((ROOT / folder).rglob("*.py")))
@@ -128,8 +130,7 @@ def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
 
 
 def _reachable(graph: Mapping[str, set[str]], start: str) -> set[str]:
-    seen: set[str] = set()
-    waiting = [start]
+    seen, waiting = set[str](), [start]
     while waiting:
         for path in graph[waiting.pop()] - seen:
             seen.add(path)

@@ -94,20 +94,21 @@ def checkpoint_moves(name: str, world: World) -> None:
         assert same, f"{param_name} differs by {error:.3g}"
 
 
+# a codec or a rounding stores the same for all optimizers; "momentum" and "balanced" have one kind of state
 for _name in (
     "stateless", "sinkgd", "lion", "lion_stochastic", "lion_master", "lion_kahan", "lion_int8", "lion_split",
-    "lion_fp8", "sinkgd_int8", "adamw_int8", "lanton_int8", "sinkgd_momentum", "sinkgd_balanced", "sinkgd_muon",
-    "lanton", "lanton_muon", "lanton_stochastic", "lanton_master",
+    "lion_fp8", "adamw_int8", "lanton_int8", "sinkgd_momentum", "sinkgd_muon", "lanton", "lanton_muon",
 ):  # fmt: skip
-    add_case(f"checkpoint_moves_{_name}", (1, 2, 3), functools.partial(checkpoint_moves, _name))
+    _worlds = (1, 2, 3) if _name in ("sinkgd", "lion_int8", "lanton") else (2, 3)
+    add_case(f"checkpoint_moves_{_name}", _worlds, functools.partial(checkpoint_moves, _name))
 
 
 @case(2)
 def full_state_dicts_leave_and_return(world: World) -> None:
     """One whole state dict on process 0, loaded again by broadcasting it; also before the first step."""
     # torch wants a state tensor here: not for an optimizer without any
-    for name in ("lion", "lion_int8", "sinkgd", "sinkgd_muon", "lanton"):
-        for done in (0, 2) if name in ("lion", "lanton") else (2,):
+    for name in ("lion", "lion_int8", "sinkgd_muon", "lanton"):
+        for done in (0, 2) if name == "lion" else (2,):
             model, optimizer = make(name, world)
             steps(model, optimizer, range(done))
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -171,7 +172,7 @@ class Batches:
 
 def under_accelerate(kind: str, world: World) -> None:
     """prepare(model, optimizer) steps as by hand, saves, loads into new objects, and goes on the same."""
-    for name in ("lion", "lion_int8", "sinkgd", "sinkgd_momentum", "sinkgd_balanced", "lanton"):
+    for name in ("lion_int8", "sinkgd_balanced", "lanton"):
         made = accelerator(kind)
         model = new_model(torch.float32)
         run = Batches(made, *made.prepare(model, build(name, model)))

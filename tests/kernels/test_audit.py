@@ -27,18 +27,17 @@ def cases():
 def measured(cases):
     """Measurements of some configurations of every kernel; ``leanstep audit`` compiles all for all targets.
 
-    Every two values of constants and pointers meet on sm_90 or gfx942, and each value is on both. Bytes and layouts
-    come from Triton's intermediate code, which the three NVIDIA targets share, so that the configuration that takes the
-    most registers stands for the rest there.
+    Every two values of constants and pointers meet, on sm_90 and gfx942 in turn. Bytes and layouts come from Triton's
+    intermediate code, which all targets share, so that the configuration that takes the most registers stands for the
+    rest on the others.
     """
     by_kernel = defaultdict(list)
     for name, case in cases.items():
-        row = {**case.arguments, **case.constants, "": (case.threads, case.fp_fusion)}
-        by_kernel[case.kernel] += [(name, {**row, "target": target}) for target in ("sm_90", "gfx942")]
+        by_kernel[case.kernel].append((name, {**case.arguments, **case.constants, "": (case.threads, case.fp_fusion)}))
     chosen = defaultdict(set)
     for rows in by_kernel.values():
-        for i in covering([row for _, row in rows]):
-            chosen[rows[i][1]["target"]].add(rows[i][0])
+        for turn, i in enumerate(covering([row for _, row in rows])):
+            chosen[("sm_90", "gfx942")[turn % 2]].add(rows[i][0])
     on_sm_90 = audit.measure(["sm_90"], chosen["sm_90"], all_widths=False)
     largest = {m.kernel: f"{m.kernel} {m.label}" for m in sorted(on_sm_90, key=lambda m: m.registers)}
     others = audit.measure(["sm_80", "sm_100"], largest.values(), all_widths=False)

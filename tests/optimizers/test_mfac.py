@@ -41,15 +41,16 @@ def test_the_gram_matrix_stays_that_of_the_rows():
     params = new_params(((3, 2), (4,)))
     optimizer = MFAC(params, lr=1e-4, window=5, damping=1e-2)
     chance = torch.Generator().manual_seed(0)
-    for _ in range(10_000):
+    for _ in range(300):
         for param in params:
             param.grad = torch.randn(param.shape, generator=chance, dtype=torch.float64)
         optimizer.step()
     rows = torch.cat([optimizer.state[p]["window"].flatten(1) for p in params], dim=1)
     gram = optimizer.state[params[0]]["gram"][0]
-    assert (gram - rows @ rows.T).norm() <= 1e-12 * gram.norm()
+    # an error of a rounding a step would add up to more
+    assert (gram - rows @ rows.T).norm() <= 2e-15 * gram.norm()
     assert torch.equal(gram, gram.T)
-    assert optimizer.state[params[0]]["counters"].tolist() == [10_000, 10_000]
+    assert optimizer.state[params[0]]["counters"].tolist() == [300, 300]
 
 
 def test_order_of_rows_does_not_matter():

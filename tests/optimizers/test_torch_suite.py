@@ -10,7 +10,7 @@ Of that class, these are not here:
 * complex parameters and sparse gradients: refused, which the battery asserts, and test_edge_gradients.py that a sparse
   gradient anywhere changes nothing;
 * grads_are_never_inplaced_into, step_is_noop_when_params_have_no_grad, param_groups_override, step_hooks and
-  set_default_dtype_works_with_foreach: the battery asserts them of every row;
+  set_default_dtype_works_with_foreach: the battery asserts them;
 * differentiable steps and capturable: flags that ours do not have (a step waits for no device as it is);
 * found_inf handed to a fused kernel (fused_does_not_step_if_foundinf): ours leave overflows to GradScaler, which skips
   the step; the battery tests it;

@@ -1,5 +1,6 @@
 """Weights mapped from files and activations on disk: the results of memory, bit for bit, in memory that is bounded."""
 
+import itertools
 import json
 import mmap
 import re
@@ -24,6 +25,7 @@ from leanstep.pruning.folder.loading import load_model
 from leanstep.pruning.score.targets import WeightSnapshot
 
 QUICK = {"sparsity": 0.5, "levels": (0.4, 0.7), "batch_size": 4}
+KINDS = (("sparsegpt", torch.bfloat16), ("wanda", torch.float32))
 NAMES = ("llama", "gpt2", "mixtral", "t5", "bert", "vit", "opt", "qwen3")
 
 
@@ -39,8 +41,11 @@ def bits(tensor):
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-@pytest.mark.parametrize("score, dtype", [("wanda", torch.float32), ("sparsegpt", torch.bfloat16)])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name, score, dtype",
+    # neither files nor architectures ask for the score: they take turns; fused experts have both
+    [(name, *kind) for name, kind in zip(NAMES, itertools.cycle(KINDS), strict=False)] + [("mixtral", *KINDS[1])],
+)
 def test_mapped_weights_and_files_of_activations_give_the_bits_of_memory(name, score, dtype, tmp_path):
     save_model(make(name).to(dtype), tmp_path / "in", max_shard_size="20KB")
     model, data = load_model(open_checkpoint(tmp_path / "in")), data_for(name)

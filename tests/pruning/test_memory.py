@@ -41,7 +41,7 @@ print(peak() - before)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     models = tmp_path_factory.mktemp("memory")
-    for name, hidden, layers in (("small", 32, 1), ("large", 384, 24)):
+    for name, hidden, layers in (("small", 32, 1), ("large", 256, 24)):
         config = LlamaConfig(
             vocab_size=64,
             hidden_size=hidden,
@@ -100,13 +100,13 @@ def run(name):""",
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
 def test_memory_of_a_search_in_files_is_bounded_by_a_matrix(folder):
-    command = [sys.executable, "-P", "-c", SEARCH, str(folder), "dp", "matrix", str(2**24), "disk"]
+    command = [sys.executable, "-P", "-c", SEARCH, str(folder), "dp", "matrix", str(2**23), "disk"]
     grown = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     size = (folder / "large" / "model.safetensors").stat().st_size
-    # two bounds of 16 MiB, and what a matrix takes (measured 0.23)
-    assert grown < 0.4 * size, grown / size
+    # two bounds of 8 MiB, and what a matrix takes (measured 0.46)
+    assert grown < 0.6 * size, grown / size
     checkpoint = open_checkpoint(folder / "large")
-    workload = {"samples": 4, "curve_samples": 1, "held_out": 2, "tokens": 16, "refine_samples": 2, "resident": 2**24}
+    workload = {"samples": 4, "curve_samples": 1, "held_out": 2, "tokens": 16, "refine_samples": 2, "resident": 2**23}
     counted = {}
     for activations in ("memory", "disk"):
         estimate = estimate_pruning(checkpoint, folder / "o", Workload(activations=activations, **workload))

@@ -177,12 +177,12 @@ def test_parts_that_are_divided_shared_or_released():
 @pytest.mark.parametrize(
     ("optimizer", "gigabytes"),
     [
-        ("adamw", {"60m": 0.35, "130m": 0.80, "350m": 2.21, "1b": 8.03}),
-        ("lion", {"60m": 0.23, "130m": 0.54, "350m": 1.47, "1b": 5.36}),
-        ("sinkgd", {"60m": 0.25, "130m": 0.46, "350m": 1.00, "1b": 3.20}),
+        ("adamw", {"60m": 0.35, "1b": 8.03}),
+        ("lion", {"60m": 0.23, "1b": 5.36}),
+        ("sinkgd", {"60m": 0.25, "1b": 3.20}),
     ],
 )
-@pytest.mark.parametrize("size", ["60m", "130m", "350m", "1b"])
+@pytest.mark.parametrize("size", ["60m", "1b"])
 def test_published_sizes_take_the_expected_memory(size, optimizer, gigabytes):
     """bf16 weights and state: 2 bytes a weight, and 4 (AdamW), 2 (Lion) or 0 (SinkGD's matrices) of state."""
     from torch._subclasses.fake_tensor import FakeTensorMode

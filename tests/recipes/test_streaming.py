@@ -395,6 +395,10 @@ def test_a_killed_run_continues_in_mid_stream(c4, tmp_path, world, packing):
     assert "resuming from" in again.text()
     assert training.numbers(tmp_path / "broken") == training.numbers(tmp_path / "whole")
     assert len(training.numbers(tmp_path / "whole")) >= 12
+    if world == 2:
+        (tmp_path / "broken" / "status.json").write_text('{"status": "running"}')
+        alone = training.run(recipe, [*options, "checkpoint.every=0"], tmp_path / "broken")
+        assert alone.codes == [2] and "continue it with --nproc 2" in alone.text()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import psutil
 import pytest
 from training import read_log, write_recipe
 
+from leanstep.cli import main
 from leanstep.recipes.training.folder import is_held
 
 STEPS = 60
@@ -41,7 +42,8 @@ def starts(sweep):
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_and_a_killed_run_continue(tmp_path):
+def test_a_killed_sweep_and_a_killed_run_continue(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     recipe = write_recipe(tmp_path)
     # slow enough to be killed in the middle
     recipe.write_text(recipe.read_text().replace("checkpoint: {every: 3}", "checkpoint: {every: 1, keep_last: 1}"))
@@ -79,9 +81,8 @@ def test_a_killed_sweep_and_a_killed_run_continue(tmp_path):
     assert entries(sweep)[-1]["status"] == "failed"
 
     # another grid is refused, and the same one finishes
-    refused = start(tmp_path, "optimizer.lr=1e-3,2e-3")
-    output, _ = refused.communicate(timeout=600)
-    assert refused.returncode == 2 and "holds a sweep of another grid" in output
+    assert main(["sweep", "tiny.yaml", "seed=0,1", f"steps={STEPS}", "optimizer.lr=1e-3,2e-3"]) == 2
+    assert "holds a sweep of another grid" in capsys.readouterr().err
     process = start(tmp_path)
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output

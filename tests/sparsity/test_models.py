@@ -198,7 +198,7 @@ def test_torch_compile_sees_one_whole_program_and_compiles_it_once(method):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_transformers_compile_whole_and_once_over_all_phases(family):
     torch._dynamo.reset()
     make, patterns, data, _ = FAMILIES[family]
