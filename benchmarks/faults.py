@@ -134,7 +134,7 @@ def pruning(files: Files) -> Kind:
     """``leanstep prune``."""
 
     def work(out: Path) -> int:
-        from leanstep.recipes import prune
+        from leanstep.recipes.shrink import prune
 
         resume = ["--resume"] if out.with_name(f"{out.name}.curves.jsonl").exists() else []
         amounts = "--samples 8 --curve-samples 4 --held-out 2 --seq-len 32 --levels 0.3,0.5,0.7,0.8 --sparsity 0.5"

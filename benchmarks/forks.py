@@ -34,8 +34,8 @@ def prepare() -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import leanstep.recipes.launch
-    import leanstep.recipes.prune
     import leanstep.recipes.report.report
+    import leanstep.recipes.shrink.prune
     import leanstep.recipes.training.train
     import leanstep.sparsity  # noqa: F401
 

@@ -363,7 +363,9 @@ def _with_own_parser(module: str) -> Callable[[argparse.Namespace, list[str]], i
     return run
 
 
-_sweep, _eval, _prune, _compress = map(_with_own_parser, ("sweep.command", "evaluate", "prune", "compress"))
+_sweep, _eval, _prune, _compress = map(
+    _with_own_parser, ("sweep.command", "evaluate", "shrink.prune", "shrink.compress")
+)
 _generate, _bench = map(_with_own_parser, ("generate", "bench"))
 
 

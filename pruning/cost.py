@@ -2,7 +2,7 @@
 
 Each phase of a run has a function from a :class:`Plan` to a :class:`Cost` beside the code that it is about;
 :func:`leanstep.pruning.folder.estimate.estimate_pruning` adds them up. A worked example is
-:func:`leanstep.pruning.refine.search_cost`.
+:func:`leanstep.pruning.allocate.refine.search_cost`.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from leanstep.pruning.allocate.budgets import BudgetConstraint
 from leanstep.pruning.allocate.closed_form import atp_betas_tried, in_blocks, snap
 from leanstep.pruning.allocate.latency import LatencyTable
 from leanstep.pruning.allocate.levels import levels_of
+from leanstep.pruning.allocate.refine import REFINED, refine_allocation, search_cost
 from leanstep.pruning.config import Execution, PruneConfig, Refinement, begin
 from leanstep.pruning.cost import Cost, Plan
 from leanstep.pruning.measure.activation_cache import ActivationCache, cut_points_cost, take_note
@@ -28,7 +29,6 @@ from leanstep.pruning.measure.curves import Curve, Levels
 from leanstep.pruning.measure.measure import curves_cost, measure_curves
 from leanstep.pruning.measure.measurement import Measurement, stored_by_measurement
 from leanstep.pruning.measure.metrics import Distortion, metric_name
-from leanstep.pruning.refine import REFINED, refine_allocation, search_cost
 from leanstep.pruning.result import Additivity, Allocation, PruneResult
 from leanstep.pruning.score.base import NonFiniteInputsError
 from leanstep.pruning.score.calibration import Pruning, score_seconds, statistics_cost

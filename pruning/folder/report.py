@@ -36,7 +36,7 @@ def report_page(content: Mapping[str, Any]) -> str:
     """
     unit = _unit(content["layers"])
     rows = [
-        [row["name"], "x".join(map(str, row["shape"])), unit.text(row[unit.key]), row.get("pattern") or "-"]
+        [row["name"], "x".join(map(str, row["shape"])), f"{row[unit.key]:.4f}", row.get("pattern") or "-"]
         for row in content["layers"]
     ]
     name = Path(content.get("source") or "model").name
@@ -82,7 +82,7 @@ class _Unit(NamedTuple):
 def _unit(layers: Sequence[Mapping[str, Any]]) -> _Unit:
     if any("bits" in row for row in layers):
         return _Unit("bits", "Bits per weight", "{:.2f}".format)
-    return _Unit("sparsity", "Sparsity", "{:.4f}".format)
+    return _Unit("sparsity", "Sparsity", "{:.3f}".format)
 
 
 def _bits(content: Mapping[str, Any]) -> str:

@@ -274,7 +274,7 @@ def test_the_start_stays_where_the_refined_model_is_not_better(curves, monkeypat
         points = [(0, 0.0, *judge.distortion), (1, 0.0, 0.5 * judge.distortion.mean, 0.1)]
         return search.Descent(counts, 1, points=points, ended="evaluations")
 
-    monkeypatch.setattr("leanstep.pruning.refine.descend", worse)
+    monkeypatch.setattr("leanstep.pruning.allocate.refine.descend", worse)
     model, plain = make_llama(2), make_llama(2)
     refine = replace(REFINE, data=tokens(4))
     result = prune(model, tokens(8), sparsity=0.6, curves=curves, refine=refine, held_out=False)
@@ -295,7 +295,7 @@ def test_the_result_is_the_best_on_held_out_data(curves, monkeypatch):
         assert counts != judge.counts
         return search.Descent(counts, 1, points=[(0, 0.0, 1.0, 0.1)], ended="evaluations")
 
-    monkeypatch.setattr("leanstep.pruning.refine.descend", worse)
+    monkeypatch.setattr("leanstep.pruning.allocate.refine.descend", worse)
     model, plain = make_llama(2), make_llama(2)
     result = prune(model, tokens(10), sparsity=0.6, curves=curves, refine=replace(REFINE, data=tokens(4)))
     prune(plain, tokens(10), sparsity=0.6, curves=curves)

@@ -12,8 +12,8 @@ from texts import sentences
 from leanstep.pruning import CalibrationText
 from leanstep.pruning.folder.files import open_checkpoint
 from leanstep.pruning.folder.text import sequences_of, token_sequences
-from leanstep.recipes import prune as command
 from leanstep.recipes.data.sources import Corpus
+from leanstep.recipes.shrink import prune as command
 
 
 def drawn_from_a_list(encode, texts, count, length, *, begin, end, seed):

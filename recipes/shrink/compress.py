@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from leanstep._arguments import OneLineParser, new_folder
 from leanstep.pruning.config import ROUNDINGS, PruneConfig
-from leanstep.recipes.prune import data_options, resource_options, run, search_options
+from leanstep.recipes.shrink.prune import data_options, resource_options, run, search_options
 
 __all__ = ["main"]
 

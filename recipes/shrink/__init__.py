@@ -1,0 +1,1 @@
+"""The commands that shrink a checkpoint: prune and compress."""
