@@ -71,16 +71,19 @@ def rope_tensor(config: Config) -> Tensor | None:
     return (1 / ((1 - kept) / float(rope["factor"]) + kept)).float()
 
 
-def _check_rope(config: Config) -> str | None:
-    kind = _rope(config)["rope_type"]
-    return None if kind in ("default", "linear", "llama3") else f"rope_type default, linear or llama3, got {kind!r}"
+def _check_rope(config: Config, kinds: tuple[str, ...] = ("default", "linear")) -> str | None:
+    rope = _rope(config)
+    if rope["rope_type"] not in kinds:
+        return f"rope_type {' or '.join(kinds)}, got {rope['rope_type']!r}"
+    part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    return None if part in (None, 1.0) else f"partial_rotary_factor 1, got {part}"
 
 
 def _check_llama(config: Config) -> str | None:
     window = config.get("sliding_window")
     if window is not None and window < config["max_position_embeddings"]:
         return f"sliding_window null, got {window}"
-    return _check_rope(config)
+    return _check_rope(config, ("default", "linear", "llama3"))
 
 
 def _check_gemma(period: int, largest: int) -> Callable[[Config], str | None]:

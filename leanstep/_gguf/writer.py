@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from leanstep._checkpoint.configuration import check_folder
@@ -128,9 +129,7 @@ def tensor_names(folder: str | Path) -> dict[str, str]:
 
 def file_bytes(folder: str | Path, types: Mapping[str, str], default: str = "F16") -> int:
     """Bytes of the file that :func:`write_gguf` writes where the matrices have these types. Raises as that."""
-    plan = _plan(Path(folder))
-    with tempfile.TemporaryDirectory() as temporary:
-        return _write_empty(plan.writer(types, default), Path(temporary) / "head.gguf")
+    return _size(_plan(Path(folder)).writer(types, default))
 
 
 def write_gguf(
@@ -164,7 +163,7 @@ def write_gguf(
         raise ValueError(f"{folder} has no tensor {name!r} whose values could be replaced")
     for name, one in encoded.items():
         _check_encoded(plan, name, one)
-    needed = file_bytes(folder, types, default)
+    needed = _size(plan.writer(types, default))
     if out.exists() or out.is_symlink():
         raise ValueError(f"{out} exists already, and nothing is overwritten; name another file, or remove it")
     if not out.absolute().parent.is_dir():
@@ -177,7 +176,7 @@ def write_gguf(
             _write_header(writer, path)
             for name, type in types.items():
                 data = encoded[name].data if name in encoded else _encode(plan, name, type, values.get(name))
-                writer.write_tensor_data(permute_rows(plan.row, plan.config, name, data).contiguous().numpy())
+                writer.write_tensor_data(permute_rows(plan.row, plan.config, name, data).contiguous().cpu().numpy())
             for tensor in plan.computed.values():
                 writer.write_tensor_data(tensor.numpy())
         finally:
@@ -270,6 +269,11 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / "model.safetensors"]
 
 
+def _size(writer: GGUFWriter) -> int:
+    with tempfile.TemporaryDirectory() as temporary:
+        return _write_empty(writer, Path(temporary) / "head.gguf")
+
+
 def _check_engine(plan: _Plan) -> None:
     """Ask llama.cpp itself, with a file of these names and shapes and no weights in it."""
     with tempfile.TemporaryDirectory() as temporary:
@@ -323,8 +327,9 @@ def _padded(size: int) -> int:
 def _check_encoded(plan: _Plan, name: str, one: Encoded) -> None:
     if name in plan.tensors and len(shape := plan.tensors[name].shape) == 2:
         expected = (shape[0], bytes_of(one.type, 1, shape[1]))
-        if tuple(one.data.shape) != expected:
-            raise ValueError(f"{name} as {one.type} is uint8 of shape {expected}, got {tuple(one.data.shape)}")
+        if tuple(one.data.shape) != expected or one.data.dtype != torch.uint8:
+            came = f"{one.data.dtype} of {tuple(one.data.shape)}"
+            raise ValueError(f"{name} as {one.type} is uint8 of shape {expected}, got {came}")
 
 
 def _encode(plan: _Plan, name: str, type: str, value: Tensor | None) -> Tensor:

@@ -137,7 +137,13 @@ def without(name):
 BAD_FOLDERS = {
     "architecture": (dict(model_type="mamba"), None, "GGUF is written for llama, mistral, .*, got model_type 'mamba'"),
     "activation": (dict(hidden_act="relu"), None, "llama.cpp computes llama with hidden_act 'silu', got 'relu'"),
-    "rotation": (dict(rope_parameters={"rope_type": "yarn"}), None, "rope_type default, linear or llama3, got 'yarn'"),
+    "rotation": (
+        dict(rope_parameters={"rope_type": "yarn"}),
+        None,
+        "rope_type default or linear or llama3, got 'yarn'",
+    ),
+    "rotation of another": (dict(model_type="qwen2", rope_parameters=gguf_models.LLAMA3), None, "linear, got 'llama3'"),
+    "part": (dict(partial_rotary_factor=0.5), None, "partial_rotary_factor 1, got 0.5"),
     "window": (dict(model_type="mistral", sliding_window=8), None, "sliding_window null, got 8"),
     "setting": (
         dict(rms_norm_eps=None),
@@ -218,7 +224,10 @@ def test_nothing_is_left_of_a_file_that_could_not_be_written(tmp_path):
     refused("has no tensor 'x' whose values", values={"x": torch.ones(2)})
     zeros = torch.zeros(256, 68, dtype=torch.uint8)
     refused("has no tensor 'x' to write in Q8_0", encoded={"x": Encoded("Q8_0", zeros)})
-    refused(r"as Q8_0 is uint8 of shape \(256, 68\), got \(68, 256\)", encoded={name: Encoded("Q8_0", zeros.T)})
+    refused(
+        r"as Q8_0 is uint8 of shape \(256, 68\), got torch.uint8 of \(68, 256\)",
+        encoded={name: Encoded("Q8_0", zeros.T)},
+    )
     refused("Q4_K needs rows of a multiple of 256", encoded={name: Encoded("Q4_K", zeros)})
     norm = Encoded("Q8_0", torch.zeros(1, 68, dtype=torch.uint8))
     refused("model.norm.weight is written in F32", encoded={"model.norm.weight": norm})
