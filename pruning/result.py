@@ -218,6 +218,9 @@ class PruneResult:
             allocation, on its own inputs; the points before it are on the inputs of the search's start. ``start`` is
             the distortion of the model that is pruned by the first: where the last point is not below it, that stays.
         recovery: what training after pruning did; None without it.
+        reconstruction: the training of blocks: its ``steps`` and ``lr``; ``blocks``, each with its ``name``, the
+            relative error of its outputs on held-back samples ``before`` and ``after``, and whether it was ``applied``;
+            and the distortion on ``held_out`` data after it (``held_out`` of the result is before). Empty without it.
     """
 
     allocation: Allocation
@@ -236,6 +239,7 @@ class PruneResult:
     perplexity: dict[str, Any] = field(default_factory=dict)
     refinement: dict[str, Any] = field(default_factory=dict)
     recovery: RecoveryResult | None = None
+    reconstruction: dict[str, Any] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:
@@ -290,6 +294,7 @@ class PruneResult:
             "compared": [one.to_dict() for one in self.compared],
             "perplexity": finite_values(self.perplexity) or None,
             "refinement": self.refinement or None,
+            "reconstruction": self.reconstruction or None,
             "recovery": None if self.recovery is None else self.recovery.to_dict(),
             "notes": self.notes,
             "layers": layers,
