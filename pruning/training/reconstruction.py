@@ -151,7 +151,7 @@ def reconstruct_block(
         optimizer.zero_grad()
         if step in checks:
             with torch.no_grad():
-                weights = {name: weight.to(stored[name].dtype) for name, weight in constrained().items()}
+                weights = {name: weight.to(stored[name].dtype, copy=True) for name, weight in constrained().items()}
             if not (error := judge(weights)) >= after and math.isfinite(error):
                 after, best = error, weights
         if progress is not None:

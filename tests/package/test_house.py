@@ -30,7 +30,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "English text": 24,
         "generate --chat": 61,
         "AdamW's rates carried over": 136,
-        "local reconstruction": 213,
+        "local reconstruction": 225,
     },
 }
 

@@ -128,6 +128,18 @@ def test_a_block_alone_learns_within_its_constraints():
     assert changed == ["0.weight"]
 
 
+def test_the_weights_that_are_best_on_held_back_examples_are_taken():
+    """Not the last ones: training goes past what the held-back examples ask for, also without a constraint."""
+    torch.manual_seed(0)
+    block, inputs = nn.Linear(6, 6, bias=False), torch.randn(8, 1, 9, 6)
+    start = block.weight.detach().clone()
+    examples = [Example((one,), {}, one @ start.T * (0.9 if number == 7 else 0.1)) for number, one in enumerate(inputs)]
+    errors = reconstruct_block(block, examples, {"weight": lambda weight: weight}, steps=80, lr=1.5e-3)
+    with torch.no_grad():
+        final = float(reconstruction.relative_error(block(inputs[7]), examples[7]))
+    assert errors.applied and final == pytest.approx(errors.after) and errors.after < errors.before
+
+
 @pytest.mark.parametrize("case", ["nothing to learn", "overflow", "masked"])
 def test_a_block_stays_bit_for_bit_where_training_does_not_help(case):
     block, examples, constraints = block_and_examples(change=case != "nothing to learn")
