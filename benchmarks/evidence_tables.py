@@ -169,7 +169,9 @@ def draw(path: Path, target: Path) -> None:
 
 
 def _caption(path: Path, settings: Row, rows: list[Row], dense: float) -> str:
-    length = settings["seq_len"]
+    length, trained = settings["seq_len"], ""
+    if steps := settings.get("reconstruct"):
+        trained = f" Each block was reconstructed in {steps} steps of {settings['batch']} x {length} of the former."
     return (
         f"`python benchmarks pruning/evidence`, every cell in [{path.name}](../results/{path.name}): "
         f"{settings['name']} (SHA-256 of its weights: {settings['weights'][:8]}), {settings['dtype']}, "
@@ -177,7 +179,7 @@ def _caption(path: Path, settings: Row, rows: list[Row], dense: float) -> str:
         f"{settings['curve_samples']} x {length} of them for curves and ATP, {settings['judge_samples']} x {length} "
         f"others that judge both searches, {settings['eval_samples']} x {length} held out. The measurements of "
         f"anchored curves end after {settings['anchor_minutes']:g} min by the clock, the refining search after "
-        f"{settings['refine_minutes']:g}. {machines(rows)}."
+        f"{settings['refine_minutes']:g}.{trained} {machines(rows)}."
     )
 
 

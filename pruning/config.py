@@ -141,7 +141,11 @@ class PruneConfig:
         inputs: on which a block is pruned: ``pruned``, those that the pruned blocks before it produce; or ``dense``,
             those of the dense model. Curves are of one matrix in the dense model with either.
         include, exclude: see :func:`find_targets`.
-        batch_size: samples per pass, if the data is a tensor.
+        batch_size: samples per pass, if the data is a tensor; and of a step of ``reconstruct``.
+        reconstruct: steps in which each block, after it is pruned, is trained to the dense model's outputs of the
+            block, on the inputs that the pruned and trained blocks before it produce. Zeros stay. See
+            :func:`leanstep.pruning.training.reconstruction.reconstruct_block`. None: no training.
+        reconstruct_lr: the highest rate of these steps.
         products: dtype of the model's products: ``stored``, that of the weights; ``bf16``; or ``auto``: ``stored``,
             except for a 16-bit dtype in which this CPU is slow: its products are computed in bf16 where that is fast,
             else in fp32. See :func:`leanstep.pruning.measure.products.product_dtype`. Weights keep their dtype.
@@ -221,6 +225,16 @@ class PruneConfig:
     )
     batch_size: int = _setting(
         8, "sequences or images at once; default 8", "resources", recorded=False, type=int, metavar="N"
+    )
+    reconstruct: int | None = _setting(
+        None,
+        "train each block, once it is pruned, to the dense block's outputs, with the zeros held",
+        "afterwards",
+        type=int,
+        metavar="STEPS",
+    )
+    reconstruct_lr: float = _setting(
+        2e-3, "rms change of an entry in a step of a block; default 2e-3", "afterwards", type=float, metavar="LR"
     )
     products: str = _setting(
         "auto",
@@ -331,8 +345,11 @@ class PruneConfig:
                 values[name] = given
         return values | {name: list(values[name] or ()) for name in ("include", "exclude", "levels")}
 
-    def check(self, *, has_data: bool) -> None:
-        """Raise ValueError for unknown or contradictory settings, before anything is loaded."""
+    def check(self, *, has_data: bool, alone: bool = True) -> None:
+        """Raise ValueError for unknown or contradictory settings, before anything is loaded.
+
+        ``alone``: whether one process prunes the model.
+        """
         if isinstance(self.budget, str) and self.budget not in ("params", "flops", "bytes"):
             raise ValueError(
                 f"budget must be params, flops, bytes, a Budget or, for latencies, a LatencyTable; got {self.budget!r}"
@@ -346,6 +363,7 @@ class PruneConfig:
         self._check_target()
         self._check_planning()
         self._check_curves()
+        self._check_reconstruction(has_data, alone)
         from leanstep.pruning.score.base import NEEDS
 
         if not has_data and (NEEDS[self.score] or self.method in ("dp", "owl", "atp")):
@@ -371,11 +389,33 @@ class PruneConfig:
             raise ValueError(
                 f"pattern {self.menu} needs a Budget of the kind 'size', as leanstep.pruning.compress makes"
             )
+        if self.menu and self.reconstruct is not None:
+            raise ValueError(
+                "reconstruct trains the weights that are left, and those of a menu lie on grids: leave it out"
+            )
         if self.menu and (self.granularity != "matrix" or self.allocation != "dp"):
             raise ValueError(
                 f"pattern {self.menu} has levels of single matrices, by dynamic programming: leave granularity and "
                 "allocation out"
             )
+
+    def _check_reconstruction(self, has_data: bool, alone: bool) -> None:
+        steps, lr = self.reconstruct, self.reconstruct_lr
+        if steps is None:
+            if lr != PruneConfig.reconstruct_lr:
+                raise ValueError(f"reconstruct_lr={lr:g} goes with a number of steps (--reconstruct STEPS)")
+            return
+        if type(steps) is not int or steps < 1 or not 0 < lr < math.inf:
+            raise ValueError(f"reconstruct takes 1 step or more and a positive rate, got {steps} steps, rate {lr:g}")
+        if not has_data:
+            raise ValueError("reconstruct trains blocks on the calibration data, which is missing")
+        if self.inputs == "dense":
+            raise ValueError(
+                "reconstruct trains a block on what the pruned blocks before it produce, and inputs='dense' writes no "
+                "block before all are pruned: leave one of them out"
+            )
+        if not alone:
+            raise ValueError("reconstruct trains one block after another in one process: leave out --nproc")
 
     def _check_target(self) -> None:
         """Exactly one of a sparsity, a fixed pattern and a Budget says how much is pruned."""
@@ -471,8 +511,8 @@ class Execution:
             after the end of ``anchored`` no point is added.
             It is locked: of two runs with one file, the second is refused.
         progress: called with (points measured, points in all, name of the matrix); and by ``prune`` with (done, in all,
-            name of a phase), 0 of 0 where a phase begins: ``statistics``, ``curves``, ``refinement``, ``comparison`` or
-            ``pruning``.
+            name of a phase), 0 of 0 where a phase begins: ``statistics``, ``curves``, ``refinement``, ``comparison``,
+            ``pruning`` or ``reconstruction``.
         stored: function from a parameter's name to its original values, or None. Parameters with such values are read
             again on restoring, not copied before pruning.
         scratch: folder on a disk for the dense outputs and cached activations; None: they are kept in memory.

@@ -33,6 +33,7 @@ from leanstep.pruning.result import Additivity, Allocation, PruneResult
 from leanstep.pruning.score.base import NonFiniteInputsError
 from leanstep.pruning.score.calibration import Pruning, score_seconds, statistics_cost
 from leanstep.pruning.score.targets import Group, WeightSnapshot, abbreviate, check_filled
+from leanstep.pruning.training.reconstruction import BlockReconstruction, check_blocks, reconstruction_cost
 
 
 def check_target(
@@ -107,6 +108,8 @@ class Planner:
 
     def run(self) -> PruneResult:
         """Measure, allocate, compare, prune."""
+        if self.config.reconstruct is not None:
+            check_blocks(self.trial.pruning.cache)
         config, curves = self.config, self.config.given_curves
         before = self._nonzero()
         self.constraint = check_target(self.groups, config, before)
@@ -122,6 +125,7 @@ class Planner:
         if config.refine is not None:
             candidate, search = self._refined(planned, measured, config.refine)
         allocation, compared = self._compare_and_prune(candidate, planned)
+        reconstruction = {} if config.reconstruct is None else self._reconstructed(allocation)
         pruning = self.trial.pruning
         curve_score = config.planning_score if config.plans else None
         self.notes += [*filter(None, [take_note(self.model)]), *pruning.notes(curve_score)]
@@ -141,6 +145,7 @@ class Planner:
             data=batches_hash(self.samples.batches),
             refinement=search,
             encoded=self.trial.encoded,
+            reconstruction=reconstruction,
             budget={
                 "kind": budget.kind,
                 "target": budget.target if allocation.target is None else allocation.target,
@@ -373,6 +378,22 @@ class Planner:
     def _measurement(self, batches: list[Batch]) -> Measurement:
         return Measurement(self.model, batches, self.config.metric, like=self.trial.pruning.cache, scratch=self.scratch)
 
+    @cached_property
+    def held_out(self) -> Measurement:
+        """The dense outputs on held-out data: first used while the weights are dense."""
+        return self._measurement(self.samples.held_out)
+
+    def _reconstructed(self, allocation: Allocation) -> dict[str, Any]:
+        """Prune anew, each block trained to its dense outputs before the next is pruned; returns how it went."""
+        begin(self.progress, "reconstruction")
+        self.snapshot.restore()
+        cache = self.trial.pruning.cache
+        cache.reset()
+        training = BlockReconstruction(cache, self.config, len(cache.by_block(self.groups)), self.progress)
+        replace(self.trial, progress=None).apply(allocation, reconstruction=training)
+        self.notes += training.notes()
+        return training.to_dict(self.held_out.joint() if self.samples.held_out else None)
+
     def _compare_and_prune(self, candidate: Allocation, planned: Allocation) -> tuple[Allocation, list[Additivity]]:
         """Measure on held-out data, and prune; for allocations by curves, by the one before refinement or uniform
         sparsity if that is better.
@@ -381,14 +402,15 @@ class Planner:
         """
         if not self.samples.held_out:
             self.notes.append("there was no held-out data: the cost of pruning was not measured")
-            self.trial.apply(candidate)
+            if self.config.reconstruct is None:
+                self.trial.apply(candidate)
             return candidate, []
         begin(self.progress, "comparison")
         by_curves = planned.method == "dp"
         uniform = self._uniform() if by_curves else None
         if by_curves and uniform is None:
             self.notes.append("no uniform sparsity meets the budget: the allocation was compared with nothing")
-        measurement = self._measurement(self.samples.held_out)
+        measurement = self.held_out
         others = [one for one in (planned if candidate is not planned else None, uniform) if one is not None]
         summed, *sums = self._sums(measurement, [candidate, *others])
         costs = [self.trial.additivity(measurement, *pair, stay=False) for pair in zip(others, sums, strict=True)]
@@ -460,7 +482,8 @@ def phase_costs(plan: Plan) -> dict[str, Cost]:
         costs["slopes"] = _slopes_cost(plan)
     if plan.workload.refine_samples:
         costs["search"] = search_cost(plan)
-    return costs | {"comparison": _comparison_cost(plan)}
+    costs["comparison"] = _comparison_cost(plan)
+    return costs if config.reconstruct is None else costs | {"reconstruction": reconstruction_cost(plan)}
 
 
 def _slopes_cost(plan: Plan) -> Cost:

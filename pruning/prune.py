@@ -77,6 +77,10 @@ def prune(
         first changed block on, a round of exchanges one more with gradients. The refined allocation, that of dynamic
         programming and uniform sparsity are compared on held-out data, and the best is applied.
 
+        ``reconstruct`` prunes anew by the allocation that the comparison found to be better, and trains each block. It
+        keeps the activations before a block of the dense model besides those of the pruned one, and of one block the
+        memory of :func:`leanstep.pruning.training.reconstruction.reconstruct_block`.
+
         ``inputs="dense"`` keeps all pruned matrices until the last one is pruned, which takes the memory of a copy.
         With ``scratch``, they are in files, and for ``refine`` and a correction the statistics, gradients and
         replaced weights of all matrices; a pruner is then made anew where it is used. ``inputs="pruned"`` takes a
@@ -91,7 +95,7 @@ def prune(
     """
     execution = read_fields(Execution, options)
     config = read_config("prune", config, options)
-    config.check(has_data=data is not None)
+    config.check(has_data=data is not None, alone=execution.processes is None or execution.processes.size == 1)
     targets = targets_of(model, config)
     batch_size = config.batch_size
     data, held_out = _set_aside(model, data, held_out, batch_size)

@@ -285,8 +285,8 @@ def table(path: Path) -> str:
     length, dense = settings["seq_len"], settings["dense"]
     caption = (
         f"`python benchmarks pruning/compress`, {settings['name']} (SHA-256 of its weights: "
-        f"{settings['weights'][:8]}), perplexity {dense['perplexity']:.2f} in F32: files of at most the mix's bytes, {settings['samples']} x "
-        f"{length} tokens for importance and errors, {settings['curve_samples']} x {length} for the "
+        f"{settings['weights'][:8]}), perplexity {dense['perplexity']:.2f} in F32: files of at most the mix's bytes, "
+        f"{settings['samples']} x {length} tokens for importance and errors, {settings['curve_samples']} x {length} for the "
         f"{settings['curves']} curves, {settings['eval_samples']} x {length} held out, judged in llama.cpp. Seeds "
         f"{', '.join(map(str, sorted({row['seed'] for row in rows})))}; differences are paired by seed, with Student's "
         f"95 % interval. {machines(rows)}."

@@ -15,6 +15,10 @@ Statistics are those of dense inputs for the curves, of pruned inputs for prunin
 ``--recover STEPS`` trains each pruned model on the dense model's outputs for so many steps of ``--recover-batch``
 sequences, drawn from ``--recover-samples`` of the older addresses, with the zeros held, and measures it once more.
 
+``--reconstruct STEPS`` trains each block to the dense block's outputs once it is pruned, in so many steps of
+``--recover-batch`` of the sequences for scores, of which an eighth judges: give more ``--samples``. Such results are in
+a file of their own.
+
 ``--curve-score`` names another score for curves, slopes of ATP and searches, such as SparseGPT's for ALPS, whose level
 takes many times as long. Such a cell says so, and shares the curves with the cells of that score.
 
@@ -64,6 +68,7 @@ PARSER = command_line(
     out=Path("runs/prune-evidence.jsonl"), work=(Path("runs/prune-evidence"), "folder of the curves' points"),
     recover=(0, "steps of recovery after pruning"), recover_batch=(8, "sequences of such a step"),
     recover_samples=(512, "sequences it draws from"),
+    reconstruct=(0, "steps in which each block is reconstructed"),
     minutes=(math.inf, "after which no cell is begun"), write=(False, "with --report: write the table into docs/"),
 )  # fmt: skip
 PARSER.add_argument("--scores", nargs="+", default=["wanda"], choices=SCORES)
@@ -86,6 +91,8 @@ class Bench:
         dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
         settings = {name: getattr(options, name) for name in SETTINGS}
         settings |= {"weights": self.text.weights, "dtype": dtype}
+        if options.reconstruct:
+            settings |= {"reconstruct": options.reconstruct, "batch": options.recover_batch}
         if not rows:
             append_json_line(options.out, settings)
         elif rows[0] != settings:
@@ -179,6 +186,8 @@ class Bench:
         from leanstep.pruning.score.targets import make_groups
 
         refined = self.rows.get(cell._replace(allocation="refined"))
+        if self.options.reconstruct:
+            raise SystemExit("--reconstruct goes without evolution: leave it out of --allocations")
         if refined is None:
             raise SystemExit("evolution has the time of refined: name both in --allocations")
         uniform, score = self.rows.get(cell._replace(allocation="uniform")), self._curve_score(cell)
@@ -209,6 +218,8 @@ class Bench:
 
         if cell.allocation in PLANNED:
             settings["curve_score"] = self._curve_score(cell)
+        if self.options.reconstruct:
+            settings |= {"reconstruct": self.options.reconstruct, "batch_size": self.options.recover_batch}
         return prune(self.model, self.data, sparsity=cell.sparsity, score=cell.score, held_out=False, **settings)
 
     def _curve_score(self, cell: Cell) -> str:

@@ -52,6 +52,7 @@ def report_page(content: Mapping[str, Any]) -> str:
         ],
         refinement=_refinement(content),
         refinement_chart=_refinement_chart(content),
+        reconstruction=_reconstruction(content),
         recovery=_recovery(content),
         recovery_chart=_recovery_chart(content),
         allocation=_allocation_charts(content["layers"]) + _trade_off(content),
@@ -185,6 +186,19 @@ def _refinement_chart(content: Mapping[str, Any]) -> str:
     ]
     series = Series("joint distortion", x, [value for value in distortion for _ in range(2)])
     return chart([series], title="Joint distortion of the search", x_label="exchanges judged", wide=True)
+
+
+def _reconstruction(content: Mapping[str, Any]) -> list[list[str]]:
+    """Table rows of the trained blocks, and of the model; none without reconstruction."""
+    reconstruction = content.get("reconstruction") or {}
+    rows = [
+        [block["name"], _number(block["before"]), _number(block["after"]), "yes" if block["applied"] else "no"]
+        for block in reconstruction.get("blocks", ())
+    ]
+    if held_out := reconstruction.get("held_out"):
+        before, name = (content.get("held_out") or {}).get("joint"), f"all, {content['metric']} on held-out data"
+        rows.append([name, _number(before), _number(held_out["mean"]), ""])
+    return rows
 
 
 def _recovery(content: Mapping[str, Any]) -> list[list[str]]:

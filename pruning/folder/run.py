@@ -161,7 +161,7 @@ def prune_checkpoint(
     """
     run, curve_data = read_fields(FolderRun, options), options.pop("curve_data", None)
     config = read_config("prune_checkpoint", config, options)
-    config.check(has_data=data is not None)
+    config.check(has_data=data is not None, alone=run.processes is None or run.processes.size == 1)
     run.check(data)
     out = output_folder(out)
     with ExitStack() as stack:

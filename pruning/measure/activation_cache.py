@@ -211,9 +211,16 @@ class ActivationCache:
             return
         if position not in self.starts or position < self.position:
             raise ValueError(f"cannot advance from {self.position} to {position}, only to later ones of {self.starts}")
-        outputs = (self.until(index, position - 1)[2] for index in range(len(self.batches)))
-        self._outputs = [output if self.scratch is None else self.scratch.store(output) for output in outputs]
-        self.position = position
+        self.move(position, self.outputs_of(position - 1))
+
+    def outputs_of(self, stage: int) -> list[Any]:
+        """The output of a stage for every batch, computed with the current weights; in files if the cache is."""
+        outputs = (self.until(index, stage)[2] for index in range(len(self.batches)))
+        return [output if self.scratch is None else self.scratch.store(output) for output in outputs]
+
+    def move(self, position: int, outputs: list[Any]) -> None:
+        """Cache the input of a later position, which :meth:`outputs_of` has computed."""
+        self._outputs, self.position = outputs, position
 
     @torch.no_grad()
     def until(self, index: int, stage: int) -> tuple[tuple[Any, ...], dict[str, Any], Any]:

@@ -34,6 +34,7 @@ from leanstep.pruning.score.calibration import (
 )
 from leanstep.pruning.score.in_files import PrunersInFiles
 from leanstep.pruning.score.targets import Group, Target, WeightSnapshot
+from leanstep.pruning.training.reconstruction import BlockReconstruction
 
 # forward passes of a judge: its first comparison, the check of its cache, and a gradient, which computes activations
 # again
@@ -64,12 +65,18 @@ class Trial:
     progress: Progress | None = None
     encoded: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
 
-    def apply(self, allocation: Allocation, used: dict[str, LayerPruner] | PrunersInFiles | None = None) -> None:
+    def apply(
+        self,
+        allocation: Allocation,
+        used: dict[str, LayerPruner] | PrunersInFiles | None = None,
+        reconstruction: BlockReconstruction | None = None,
+    ) -> None:
         """Prune the model in place, block by block.
 
         With pruned inputs, the statistics of a block are collected after pruning those before it. With dense inputs,
         no matrix is written before all are pruned. ``used`` gets the pruners, by name of the matrix. Several processes
-        prune a share of each block's matrices and exchange them.
+        prune a share of each block's matrices and exchange them. With a ``reconstruction``, each block is trained
+        after it is pruned, and the next one is pruned on its outputs.
         """
         self.snapshot.take()
         cache, later = self.pruning.cache, list[tuple[Target, Any]]()
@@ -78,12 +85,16 @@ class Trial:
             dense = self.inputs == "dense"
             blocks = cache.by_start(self.groups) if dense else cache.by_block(self.groups)
             for number, (start, block) in enumerate(blocks):
+                if reconstruction is not None:
+                    reconstruction.before(block)
                 self._report(number, len(blocks))
                 for changed in self._pruned(block, start, allocation, used):
                     if dense:
                         later += changed if cache.scratch is None else cache.scratch.store(changed)
                     else:
                         _write(changed)
+                if reconstruction is not None:
+                    reconstruction.after(block)
             self._report(len(blocks), len(blocks))
         _write(later)
         cache.reset()

@@ -217,7 +217,7 @@ def _train(
         losses = file.restore(trained, optimizer)
         for step, batches in enumerate(islice(samples.batches(), len(losses), recovery.steps), len(losses) + 1):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * _rate(step - 1, recovery.steps)
+                group["lr"] = rate * rate_factor(step - 1, recovery.steps)
             losses.append(_step(model, teacher, batches, optimizer))
             file.save(trained, optimizer, losses)
             if progress is not None:
@@ -238,7 +238,7 @@ def _identity(model: nn.Module, teacher: nn.Module | None, samples: Samples, rec
     }
 
 
-def _rate(step: int, steps: int) -> float:
+def rate_factor(step: int, steps: int) -> float:
     """Factor of the learning rate at a step, from 0: a linear rise to 1 times a cosine that falls to 0."""
     rise = (step + 1) / max(1, round(_WARM_UP * steps))
     return min(1.0, rise) * (1 + math.cos(math.pi * step / steps)) / 2

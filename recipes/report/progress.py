@@ -27,6 +27,7 @@ _PHASES = {
     "refinement time": ("search", "seconds"),
     "comparison": ("comparison on held-out data", "matrices"),
     "pruning": ("pruning", "blocks"),
+    "reconstruction": ("reconstruction of blocks", "steps"),
     "recovery": ("recovery", "steps"),
     "writing": ("writing", ""),
 }

@@ -65,6 +65,21 @@ def _spent(budget: dict[str, Any]) -> str:
     )
 
 
+def reconstruction_line(reconstruction: dict[str, Any], metric: str) -> str:
+    """A line about the training of blocks: their mean errors, and the distortion on held-out data after it."""
+    blocks, held_out = reconstruction["blocks"], reconstruction["held_out"]
+    trained = [block for block in blocks if block["applied"]]
+    before, after = (
+        sum(block[when if block["applied"] else "before"] or 0.0 for block in blocks) / max(1, len(blocks))
+        for when in ("before", "after")
+    )
+    line = f"reconstructed  {len(trained)} of {len(blocks)} blocks, {reconstruction['steps']} steps each; mean error "
+    line += f"of a block {before:.3g} pruned, {after:.3g} trained"
+    if held_out is not None and held_out["mean"] is not None:
+        line += f"; held out: {metric} {held_out['mean']:.4g}"
+    return line
+
+
 def recovery_lines(recovery: "RecoveryResult") -> list[str]:
     """Lines about the training after pruning."""
     names = {"kl": "KL from the dense model", "cross_entropy": "cross-entropy"}
@@ -122,6 +137,8 @@ def summary_of(result: "PruneResult", layers: list[dict[str, Any]], out: str) ->
         share = 1 - written / uniform
         uniform_name = "one format for all" if compressed else "uniform sparsity"
         lines.append(f"written        {result.allocation.method}, {share:.0%} below {uniform_name} on held-out data")
+    if result.reconstruction:
+        lines.append(reconstruction_line(result.reconstruction, result.metric))
     if result.perplexity:
         before, after = result.perplexity["before"], result.perplexity["after"]
         lines.append(f"perplexity     {before:.2f} before, {after:.2f} after ({result.perplexity['tokens']:,} targets)")

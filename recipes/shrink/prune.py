@@ -184,6 +184,7 @@ def search_options(group: _Group) -> None:
 
 def _afterwards_options(group: _Group) -> None:
     add = group.add_argument
+    PruneConfig.add_options(group, "afterwards")
     add("--eval", action="store_true", help="perplexity on the held-out sequences, before and after")
     add("--recover", type=int, metavar="STEPS", help="train after pruning on --data, with the zeros held")
     add("--recover-lr", type=float, metavar="LR", help="rms change of an entry in a step; default 3e-4 (factors 3e-3)")
@@ -312,7 +313,7 @@ def _dryrun(options: argparse.Namespace) -> int:
 
     options.checkpoint = _model_folder(options.checkpoint)
     config, recovery = _config(options), _recovery(options)
-    config.check(has_data=True)
+    config.check(has_data=True, alone=options.nproc == 1)
     device = str(find_device(None)) if options.device is None else options.device
     check_device(device)
     if recovery is not None and options.resume and options.out.exists():

@@ -43,6 +43,18 @@ def test_two_seeds_make_a_pair(evidence, tmp_path):
     assert "| Wanda 60%, DP anchored and refined, to DP anchored | +0.0 [+0.0, +0.0] |" in text
 
 
+def test_blocks_are_reconstructed_in_a_file_of_its_own(evidence, tmp_path):
+    folder, rows = save_model(make_llama(2), tmp_path / "model"), []
+    arguments = ["--model", str(folder), "--name", "tiny", "--samples", "24", "--judge-samples", "1", "--eval-samples"]
+    arguments += ["2", "--seq-len", "16", "--allocations", "uniform", "--work", str(tmp_path), "--recover-batch", "2"]
+    for steps in ("0", "10"):
+        out = tmp_path / f"{steps}.jsonl"
+        evidence.Bench(evidence.PARSER.parse_args([*arguments, "--out", str(out), "--reconstruct", steps])).run()
+        rows.append([json.loads(line) for line in out.read_text().splitlines()])
+        assert ("reconstructed in 10 steps of 2 x 16" in evidence.table(out)) == (steps == "10")
+    assert rows[0][-1]["kl"] != rows[1][-1]["kl"] and rows[0][1]["kl"] == rows[1][1]["kl"]
+
+
 def test_recovery_trains_the_pruned_model_and_leaves_the_dense_one(evidence, tmp_path):
     """A cell and its recovery, of a tiny LLaMA: the zeros are held, and the weights come back."""
     folder = save_model(make_llama(2), tmp_path / "model")

@@ -324,6 +324,7 @@ SAID = {
     "curves": ("curves", "correction"),
     "refinement": ("search",),
     "comparison": ("comparison",),
+    "reconstruction": ("reconstruction",),
 }
 
 
@@ -336,6 +337,7 @@ SAID = {
         ({"curves": "measured", "levels": (0.4, 0.7), "correction": "relinearise"}, 0),
         ({"allocation": "atp"}, 0),
         ({"allocation": "owl", "score": "magnitude"}, 0),
+        ({"allocation": "uniform", "reconstruct": 4}, 0),
     ],
 )
 @pytest.mark.sample(3)
