@@ -106,8 +106,8 @@ def levels_of(groups: Sequence[Group], config: PruneConfig, sparsity: float) -> 
     return by_group
 
 
-def _split(levels: Sequence[tuple[int, str]]) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    counts, names = zip(*levels, strict=True)
+def _split(pairs: Sequence[tuple[int, str]]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    counts, names = zip(*pairs, strict=True)
     return counts, names
 
 

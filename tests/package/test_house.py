@@ -16,17 +16,24 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "the corpus of English text, once of the package": 341,
         "AdamW's rates carried over": 129,
         "local reconstruction": 12,
+        "compress": 310,
     },
     "lines of optimizers/": {"AdamW's rates carried over": 127, "optimizer_of, axolotl": 90},
-    "lines of leanstep/": {"GGUF files": 1196},
-    "lines of pruning/": {"local reconstruction": 438},
-    "lines of recipes/": {"generate --chat": 92, "AdamW's rates carried over": 22, "local reconstruction": 13},
+    "lines of leanstep/": {"GGUF files": 1196, "compress": 4},
+    "lines of pruning/": {"local reconstruction": 438, "compress": 740},
+    "lines of recipes/": {
+        "generate --chat": 92,
+        "AdamW's rates carried over": 22,
+        "local reconstruction": 13,
+        "compress": 95,
+    },
     "lines of the package": {
         "GGUF files": 1193,
         "generate --chat": 92,
         "AdamW's rates carried over": 149,
         "optimizer_of, axolotl": 56,
         "local reconstruction": 456,
+        "compress": 840,
     },
     "lines of tests/": {
         "GGUF files": 573,
@@ -34,6 +41,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "generate --chat": 61,
         "AdamW's rates carried over": 136,
         "local reconstruction": 225,
+        "compress": 375,
     },
 }
 
