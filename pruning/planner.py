@@ -32,8 +32,41 @@ from leanstep.pruning.measure.metrics import Distortion, metric_name
 from leanstep.pruning.result import Additivity, Allocation, PruneResult
 from leanstep.pruning.score.base import NonFiniteInputsError
 from leanstep.pruning.score.calibration import Pruning, score_seconds, statistics_cost
-from leanstep.pruning.score.targets import Group, WeightSnapshot, abbreviate, check_filled
+from leanstep.pruning.score.targets import (
+    Group,
+    Target,
+    WeightSnapshot,
+    abbreviate,
+    check_filled,
+    empty_targets,
+    find_targets,
+    make_groups,
+)
 from leanstep.pruning.training.reconstruction import BlockReconstruction, check_blocks, reconstruction_cost
+
+
+def targets_of(model: nn.Module, config: PruneConfig, *, empty: bool = False) -> list[Target]:
+    """The matrices that the settings name; with a menu the embedding and the head too, as one if they are tied.
+
+    Args:
+        model: with its weights; or on the meta device, if ``empty``.
+    """
+    find = empty_targets if empty else find_targets
+    targets = find(model, include=config.include, exclude=config.exclude)
+    if config.menu is None or config.include is not None:
+        return targets
+    from leanstep.pruning.compress.menu import ends_of
+
+    return targets + ends_of(model, {target.parameter for target in targets}, config.exclude)
+
+
+def groups_of(targets: Sequence[Target], config: PruneConfig) -> list[Group]:
+    """The groups of matrices that share a level; with a menu each matrix alone, sized in bytes."""
+    if (menu := config.menu) is None:
+        return make_groups(targets, config.granularity)
+    from leanstep.pruning.compress.menu import menu_group
+
+    return [menu_group(target, menu) for target in targets]
 
 
 def check_target(

@@ -8,12 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from leanstep.pruning.allocate.refine import judging_batches
-from leanstep.pruning.compress.menu import groups_of, targets_of
 from leanstep.pruning.config import Execution, PruneConfig, read_config, read_fields, takes_fields
 from leanstep.pruning.measure.batches import Batch, as_batches, evaluating
 from leanstep.pruning.measure.metrics import check_runs
 from leanstep.pruning.measure.products import products_in, products_note
-from leanstep.pruning.planner import Planner, Samples
+from leanstep.pruning.planner import Planner, Samples, groups_of, targets_of
 from leanstep.pruning.result import PruneResult
 from leanstep.pruning.score.base import NEEDS
 from leanstep.pruning.score.calibration import leave_out

@@ -126,10 +126,10 @@ class _Work:
     def importance(self) -> dict[str, Tensor]:
         """Mean squares of the inputs of each matrix, by its name in the file."""
         from leanstep._gguf.writer import tensor_names
-        from leanstep.pruning.compress.menu import targets_of
         from leanstep.pruning.config import PruneConfig
         from leanstep.pruning.measure.activation_cache import ActivationCache
         from leanstep.pruning.measure.batches import as_batches
+        from leanstep.pruning.planner import targets_of
         from leanstep.pruning.score.calibration import statistics_for
 
         targets = [t for t in targets_of(self.text.model, PruneConfig(pattern="ggml")) if t.input_modules]
@@ -155,10 +155,10 @@ def _uniform(model: torch.nn.Module, data: Tensor, config: Any) -> Any:
     from leanstep.pruning import Allocation
     from leanstep.pruning.allocate.budgets import BudgetConstraint
     from leanstep.pruning.allocate.levels import levels_of
-    from leanstep.pruning.compress.menu import groups_of, targets_of
     from leanstep.pruning.measure.activation_cache import ActivationCache
     from leanstep.pruning.measure.batches import as_batches
     from leanstep.pruning.measure.checks import Trial
+    from leanstep.pruning.planner import groups_of, targets_of
     from leanstep.pruning.score.calibration import Pruning
     from leanstep.pruning.score.targets import WeightSnapshot
 
@@ -286,8 +286,9 @@ def table(path: Path) -> str:
     caption = (
         f"`python benchmarks pruning/compress`, {settings['name']} (SHA-256 of its weights: "
         f"{settings['weights'][:8]}), perplexity {dense['perplexity']:.2f} in F32: files of at most the mix's bytes, "
-        f"{settings['samples']} x {length} tokens for importance and errors, {settings['curve_samples']} x {length} for the "
-        f"{settings['curves']} curves, {settings['eval_samples']} x {length} held out, judged in llama.cpp. Seeds "
+        f"{settings['samples']} x {length} tokens for importance and errors, {settings['curve_samples']} x {length} "
+        f"for the {settings['curves']} curves, {settings['eval_samples']} x {length} held out, judged in "
+        f"llama.cpp. Seeds "
         f"{', '.join(map(str, sorted({row['seed'] for row in rows})))}; differences are paired by seed, with Student's "
         f"95 % interval. {machines(rows)}."
     )

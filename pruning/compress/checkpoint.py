@@ -6,15 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from leanstep.pruning.compress.compress import MENU, Size
+from leanstep.pruning.compress.compress import MENU, Size, reach_of
 from leanstep.pruning.compress.files import bytes_without, check_format
-from leanstep.pruning.compress.menu import groups_of, menu_levels, targets_of
+from leanstep.pruning.compress.menu import menu_levels
 from leanstep.pruning.config import PruneConfig, read_config, read_fields, takes_fields
 from leanstep.pruning.folder.files import DTYPES, Checkpoint, most_common_dtype, open_checkpoint
 from leanstep.pruning.folder.loading import empty_model_of
 from leanstep.pruning.folder.run import FolderRun, prune_checkpoint
 from leanstep.pruning.folder.text import CalibrationText
+from leanstep.pruning.planner import groups_of, targets_of
 from leanstep.pruning.result import PruneResult
+from leanstep.pruning.score.targets import Group
 
 
 @takes_fields(Size, FolderRun, PruneConfig)
@@ -62,13 +64,23 @@ def sized(checkpoint: Checkpoint, config: PruneConfig, size: Size, format: str) 
         InfeasibleBudget: for a size out of reach; the message gives the range in reach.
         ValueError: for a checkpoint that the format does not hold.
     """
-    check_format(checkpoint, format)
+    groups, others = _contents(checkpoint, config, format)
     if format == "dense" and size.bits_per_weight is None:
         raise ValueError(
             "a dense folder has the dense size, whatever its levels: give bits_per_weight (--bits-per-weight)"
         )
+    return replace(config, budget=size.budget(groups, others, checkpoint.size))
+
+
+def reach(checkpoint: Checkpoint, config: PruneConfig, format: str) -> str:
+    """The sizes that a result can have, in words."""
+    return reach_of(*_contents(checkpoint, config, format))
+
+
+def _contents(checkpoint: Checkpoint, config: PruneConfig, format: str) -> tuple[list[Group], int]:
+    """The matrices of a checkpoint, and the bytes of the result besides them. Refuses what the format does not hold."""
+    check_format(checkpoint, format)
     model = empty_model_of(checkpoint, DTYPES[most_common_dtype(checkpoint)])
     groups = groups_of(targets_of(model, config, empty=True), config)
     types = {target.parameter: menu_levels(target, "ggml")[0][1] for group in groups for target in group.targets}
-    others = bytes_without(checkpoint, types, sum(group.layer.numel for group in groups), format)
-    return replace(config, budget=size.budget(groups, others, checkpoint.size))
+    return groups, bytes_without(checkpoint, types, sum(group.layer.numel for group in groups), format)

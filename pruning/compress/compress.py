@@ -11,8 +11,9 @@ from torch import nn
 from leanstep._files import format_bytes
 from leanstep.pruning.allocate.budgets import Budget
 from leanstep.pruning.allocate.knapsack import InfeasibleBudget
-from leanstep.pruning.compress.menu import groups_of, menu_levels, targets_of
+from leanstep.pruning.compress.menu import menu_levels
 from leanstep.pruning.config import Execution, PruneConfig, read_config, read_fields, takes_fields
+from leanstep.pruning.planner import groups_of, targets_of
 from leanstep.pruning.prune import prune
 from leanstep.pruning.result import PruneResult
 from leanstep.pruning.score.targets import Group
@@ -57,20 +58,34 @@ class Size:
         Raises:
             InfeasibleBudget: for a size out of reach; the message gives the range in reach.
         """
-        levels = [menu_levels(target, "ggml") for group in groups for target in group.targets]
         weights = sum(target.layer.numel for group in groups for target in group.targets)
-        least, most = (sum(row[end][0] for row in levels) for end in (-1, 0))
+        least, most = sizes_of(groups)
         if self.bits_per_weight is not None:
             target = int(self.bits_per_weight * weights / 8)
         else:
             target = (int(self.bytes * dense) if self.bytes is not None else self.size or 0) - others
         if not least <= target < most:
-            asked, low, high = (
-                f"{format_bytes(end + others)} ({8 * end / weights:.2f} bits per weight)"
-                for end in (target, least, most)
-            )
-            raise InfeasibleBudget(f"a size of {asked} is out of reach: from {low} to below {high}", least, most)
+            asked = size_text(target, others, weights)
+            raise InfeasibleBudget(f"a size of {asked} is out of reach: {reach_of(groups, others)}", least, most)
         return Budget("size", target)
+
+
+def sizes_of(groups: Sequence[Group]) -> tuple[int, int]:
+    """Bytes of the matrices at their last levels, and at their first ones."""
+    levels = [menu_levels(target, "ggml") for group in groups for target in group.targets]
+    return sum(row[-1][0] for row in levels), sum(row[0][0] for row in levels)
+
+
+def reach_of(groups: Sequence[Group], others: int) -> str:
+    """The sizes that a model can have, with ``others`` bytes besides its matrices."""
+    weights = sum(target.layer.numel for group in groups for target in group.targets)
+    low, high = (size_text(end, others, weights) for end in sizes_of(groups))
+    return f"from {low} to below {high}"
+
+
+def size_text(bytes_: int, others: int, weights: int) -> str:
+    """A size, and the bits of a weight of the matrices."""
+    return f"{format_bytes(bytes_ + others)} ({8 * bytes_ / weights:.2f} bits per weight)"
 
 
 @takes_fields(Size, Execution, PruneConfig)

@@ -6,7 +6,7 @@ the knapsack and the search take them as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leanstep.pruning.config import PruneConfig
 from leanstep.pruning.score.base import LayerPruner, LayerStatistics, Pruned
 from leanstep.pruning.score.sparsegpt import inverse_factor
-from leanstep.pruning.score.targets import Group, Layer, Target, empty_targets, find_targets, make_groups
+from leanstep.pruning.score.targets import Group, Layer, Target
 from leanstep.sparsity import NM
 
 # the types of a file, most bits first: of those with as many bits, the one with the smallest errors
@@ -39,28 +38,9 @@ class MenuGroup(Group):
         return self.layer.numel
 
 
-def targets_of(model: nn.Module, config: PruneConfig, *, empty: bool = False) -> list[Target]:
-    """The matrices that the settings name; with a menu the embedding and the head too, as one if they are tied.
-
-    Args:
-        model: with its weights; or on the meta device, if ``empty``.
-    """
-    find = empty_targets if empty else find_targets
-    targets = find(model, include=config.include, exclude=config.exclude)
-    if config.menu is None or config.include is not None:
-        return targets
-    return targets + _ends(model, {target.parameter for target in targets}, config.exclude)
-
-
-def groups_of(targets: Sequence[Target], config: PruneConfig) -> list[Group]:
-    """The groups of matrices that share a level; with a menu each matrix alone, sized in bytes."""
-    if (menu := config.menu) is None:
-        return make_groups(targets, config.granularity)
-    groups: list[Group] = []
-    for target in targets:
-        layer = replace(target.layer, shape=(menu_levels(target, menu)[0][0], 1))
-        groups.append(MenuGroup(layer, (target,)))
-    return groups
+def menu_group(target: Target, menu: str) -> MenuGroup:
+    """The group of one matrix, sized in bytes."""
+    return MenuGroup(replace(target.layer, shape=(menu_levels(target, menu)[0][0], 1)), (target,))
 
 
 def menu_levels(target: Target, menu: str) -> list[tuple[int, str]]:
@@ -123,7 +103,7 @@ class LayerCompressor(LayerPruner):
     _prune_nm: Any = _prune_count
 
 
-def _ends(model: nn.Module, taken: set[str], exclude: Iterable[str]) -> list[Target]:
+def ends_of(model: nn.Module, taken: set[str], exclude: Iterable[str]) -> list[Target]:
     """The input embedding and the head, unless they are taken or excluded."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     modules: dict[str, list[Any]] = {}

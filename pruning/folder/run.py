@@ -19,7 +19,6 @@ from leanstep._processes import Processes
 from leanstep._version import __version__
 from leanstep.pruning.allocate.knapsack import InfeasibleBudget
 from leanstep.pruning.compress.files import write_compressed
-from leanstep.pruning.compress.menu import groups_of, targets_of
 from leanstep.pruning.config import Execution, Progress, PruneConfig, begin, read_config, read_fields, takes_fields
 from leanstep.pruning.cost import Plan, Shapes, Workload
 from leanstep.pruning.folder.checkpoint import (
@@ -51,7 +50,7 @@ from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.blocks import BlockMover
 from leanstep.pruning.measure.metrics import check_runs, values_of
 from leanstep.pruning.measure.products import products_in
-from leanstep.pruning.planner import check_target
+from leanstep.pruning.planner import check_target, groups_of, targets_of
 from leanstep.pruning.prune import prune
 from leanstep.pruning.result import PruneResult
 from leanstep.pruning.score.targets import prunable_names

@@ -14,7 +14,6 @@ from leanstep._checkpoint.mapped import Scratch
 from leanstep._processes import Processes
 from leanstep.pruning.allocate.allocation import allocate
 from leanstep.pruning.allocate.levels import level_count, levels_of
-from leanstep.pruning.compress.menu import groups_of, targets_of
 from leanstep.pruning.config import Execution, PruneConfig, read_config, read_fields, takes_fields
 from leanstep.pruning.cost import Cost, Plan
 from leanstep.pruning.measure.activation_cache import ActivationCache
@@ -29,7 +28,7 @@ from leanstep.pruning.measure.metrics import make_metric, metric_name
 from leanstep.pruning.measure.products import products_in, products_of, rounding_unit
 from leanstep.pruning.score.base import FISHER_SCORES, UPDATES_WEIGHTS
 from leanstep.pruning.score.calibration import Pruning, score_seconds
-from leanstep.pruning.score.targets import Group
+from leanstep.pruning.score.targets import Group, find_targets, make_groups
 
 
 @takes_fields(Execution, PruneConfig)
@@ -103,7 +102,7 @@ def measure_curves(
     config = read_config("measure_curves", config, options)
     sparsity = 0.5 if config.sparsity is None else config.sparsity
     score, metric, minutes, batch_size = config.score, config.metric, config.minutes, config.batch_size
-    groups = groups_of(targets_of(model, config), config) if groups is None else list(groups)
+    groups = make_groups(find_targets(model), config.granularity) if groups is None else list(groups)
     levels_by_name = levels_of(groups, config, sparsity)
     batches = as_batches(data, model, batch_size=batch_size)
     source = batches if score_data is None else as_batches(score_data, model, batch_size=batch_size, what="score_data")

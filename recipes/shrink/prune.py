@@ -345,6 +345,10 @@ def _dryrun(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(asdict(estimate) | {"distills": estimate.distills, "problems": problems}))
     else:
+        if config.menu:
+            from leanstep.pruning.compress.checkpoint import reach
+
+            print(f"sizes in reach: {reach(checkpoint, config, options.format)}")
         print("\n".join(estimate_lines(estimate)))
     for problem in problems:
         print(f"error: {options.checkpoint}: {problem}", file=sys.stderr)

@@ -131,6 +131,7 @@ def test_what_cannot_be_is_one_line_and_a_dry_run_writes_nothing(base, tmp_path,
     assert not out.exists() and list(tmp_path.iterdir()) == []
     if "--dry-run" in more:
         assert code == 0 and "time about" in output.out
+        assert re.search(r"sizes in reach: from .* \(4.50 bits per weight\) to below .* \(16.00 bits", output.out)
         return
     assert code == 2 and re.search(message.replace("(", r"\(").replace(")", r"\)"), output.err.splitlines()[-1])
 

@@ -11,13 +11,14 @@ import torch.distributed as dist
 from documentation import PAGES, ROOT, blocks, command_lines, leanstep_arguments, programs
 
 from leanstep import cli
-from leanstep.recipes import bench, evaluate, generate, prune
+from leanstep.recipes import bench, evaluate, generate
 from leanstep.recipes.config import loader
+from leanstep.recipes.shrink import compress, prune
 from leanstep.recipes.sweep import command as sweep_command
 from leanstep.recipes.sweep.grid import make_plan
 
 # commands that have a parser of their own
-OWN_PARSERS = {module.__name__.rpartition(".")[2]: module._parser for module in (prune, generate, bench)}
+OWN_PARSERS = {module.__name__.rpartition(".")[2]: module._parser for module in (prune, compress, generate, bench)}
 OWN_PARSERS["eval"] = evaluate._parser
 
 PROGRAMS = [(page, number, code) for page in PAGES for number, code in enumerate(programs(page))]
