@@ -145,7 +145,7 @@ class PruneConfig:
         reconstruct: steps in which each block, after it is pruned, is trained to the dense model's outputs of the
             block, on the inputs that the pruned and trained blocks before it produce. Zeros stay. See
             :func:`leanstep.pruning.training.reconstruction.reconstruct_block`. None: no training.
-        reconstruct_lr: the highest rate of these steps.
+        reconstruct_lr: the highest rate of these steps; None: 2e-3, with a menu 3e-4.
         products: dtype of the model's products: ``stored``, that of the weights; ``bf16``; or ``auto``: ``stored``,
             except for a 16-bit dtype in which this CPU is slow: its products are computed in bf16 where that is fast,
             else in fp32. See :func:`leanstep.pruning.measure.products.product_dtype`. Weights keep their dtype.
@@ -228,13 +228,17 @@ class PruneConfig:
     )
     reconstruct: int | None = _setting(
         None,
-        "train each block, once it is pruned, to the dense block's outputs, with the zeros held",
+        "train each block, once it is changed, to the dense block's outputs; zeros stay, and bits stay on their grids",
         "afterwards",
         type=int,
         metavar="STEPS",
     )
-    reconstruct_lr: float = _setting(
-        2e-3, "rms change of an entry in a step of a block; default 2e-3", "afterwards", type=float, metavar="LR"
+    reconstruct_lr: float | None = _setting(
+        None,
+        "rms change of an entry in a step of a block; default 2e-3, of codes 3e-4",
+        "afterwards",
+        type=float,
+        metavar="LR",
     )
     products: str = _setting(
         "auto",
@@ -284,6 +288,12 @@ class PruneConfig:
     def method(self) -> str:
         """The allocation; uniform for a fixed pattern, which leaves nothing to allocate."""
         return self.allocation if self.fixed is None else "uniform"
+
+    @property
+    def reconstruction_rate(self) -> float:
+        """The rate of ``reconstruct``, with the default filled in."""
+        default = 2e-3 if self.menu is None else 3e-4
+        return default if self.reconstruct_lr is None else self.reconstruct_lr
 
     @property
     def plans(self) -> bool:
@@ -389,10 +399,6 @@ class PruneConfig:
             raise ValueError(
                 f"pattern {self.menu} needs a Budget of the kind 'size', as leanstep.pruning.compress makes"
             )
-        if self.menu and self.reconstruct is not None:
-            raise ValueError(
-                "reconstruct trains the weights that are left, and those of a menu lie on grids: leave it out"
-            )
         if self.menu and (self.granularity != "matrix" or self.allocation != "dp"):
             raise ValueError(
                 f"pattern {self.menu} has levels of single matrices, by dynamic programming: leave granularity and "
@@ -400,9 +406,9 @@ class PruneConfig:
             )
 
     def _check_reconstruction(self, has_data: bool, alone: bool) -> None:
-        steps, lr = self.reconstruct, self.reconstruct_lr
+        steps, lr = self.reconstruct, self.reconstruction_rate
         if steps is None:
-            if lr != PruneConfig.reconstruct_lr:
+            if self.reconstruct_lr is not None:
                 raise ValueError(f"reconstruct_lr={lr:g} goes with a number of steps (--reconstruct STEPS)")
             return
         if type(steps) is not int or steps < 1 or not 0 < lr < math.inf:

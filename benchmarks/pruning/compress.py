@@ -36,13 +36,15 @@ PARSER = command_line(
     mixes=["Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K"], samples=(32, "calibration sequences"),
     curve_samples=(8, "of them, for the curves"), eval_samples=(16, "held-out sequences"), seq_len=256,
     curves=("fisher", "how curves are obtained"), refine=(0, "minutes of a search, as one more method; 0: none"),
+    reconstruct=(0, "steps of training for each block, as one more method; 0: none"),
     out=Path("runs/compress.jsonl"), write=(False, "with --report: write the table into docs/"),
 )  # fmt: skip
 PARSER.add_argument("--report", type=Path, help="a file of results whose table to print")
-SETTINGS = ("name", "samples", "curve_samples", "eval_samples", "seq_len", "curves", "refine")
+SETTINGS = ("name", "samples", "curve_samples", "eval_samples", "seq_len", "curves", "refine", "reconstruct")
 METHODS = {
     "mix": "llama.cpp's mix", "mix-imatrix": "the mix, importance matrix", "uniform": "one format, compensated",
     "nearest": "programme, ggml's rounding", "gptq": "programme, compensated", "refined": "programme, refined",
+    "reconstructed": "programme, compensated, blocks trained",
 }  # fmt: skip
 BASELINE = "mix-imatrix"
 Row = dict[str, Any]
@@ -65,7 +67,8 @@ def run(options: argparse.Namespace) -> None:
         elif rows[0] | {"dense": ()} != settings | {"dense": ()}:
             raise SystemExit(f"{options.out} is of another model or other settings: give another --out")
         present = {(row["seed"], row["mix"], row["method"]) for row in rows[1:]}
-        methods = [name for name in METHODS if name != "refined" or options.refine]
+        given = {"refined": options.refine, "reconstructed": options.reconstruct}
+        methods = [name for name in METHODS if given.get(name, 1)]
         for seed in options.seeds:
             data = text.calibration(options.samples, seed)
             for mix in options.mixes:
@@ -115,7 +118,8 @@ class _Work:
 
         score = "nearest" if method == "nearest" else "gptq"
         refine = Refinement(minutes=self.options.refine, seed=0) if method == "refined" else None
-        config = PruneConfig(pattern="ggml", score=score, curves=self.options.curves, refine=refine)
+        steps = self.options.reconstruct if method == "reconstructed" else None
+        config = PruneConfig(pattern="ggml", score=score, curves=self.options.curves, refine=refine, reconstruct=steps)
         config = sized(open_checkpoint(self.options.model), config, Size(size=size), "gguf")
         with self.text.snapshot.restored(), _restored(self.text.model):
             if method == "uniform":

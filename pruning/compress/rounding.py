@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -71,3 +73,59 @@ def _sweep(block: Tensor, factor: Tensor, shares: Tensor, low: Tensor, span: Ten
         errors[j] = (column - low[j] - span[j] * shares[levels[j]]) / factor[j, j]
         current[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
     return levels.t(), errors.t()
+
+
+@dataclass(frozen=True)
+class OnGrid:
+    """The constraint of a weight in training that its values stay on the grid which their scales give.
+
+    Gradients pass as if nothing were rounded (a straight-through estimator).
+
+    Attributes:
+        type: of ggml.
+        data: uint8 [blocks, bytes], with the scales.
+        low, span: fp32 [out, in], of each weight the value of the first level, and the last one's less that.
+        is_transposed: whether the parameter is [in, out].
+    """
+
+    type: str
+    data: Tensor
+    low: Tensor
+    span: Tensor
+    is_transposed: bool
+
+    @classmethod
+    def of(cls, type: str, data: Tensor, *, is_transposed: bool) -> OnGrid | None:
+        """The constraint of a matrix with these bytes, uint8 [out, bytes of a row]; None for a type without a grid."""
+        if TYPES[type].block == 1 or (grid := grid_of(type)) is None:
+            return None
+        blocks = data.reshape(-1, TYPES[type].size)
+        low, span = (end.view(len(data), -1) for end in grid.ends(blocks))
+        return cls(type, blocks, low, span, is_transposed)
+
+    def __call__(self, trained: Tensor) -> Tensor:
+        """The weights, rounded; gradients pass."""
+        matrix = (trained.detach().T if self.is_transposed else trained.detach()).to(self.low)
+        values = self.low + self.span * self._shares()[self._levels(matrix)]
+        return trained + ((values.T if self.is_transposed else values).to(trained) - trained.detach())
+
+    @torch.no_grad()
+    def write(self, weight: Tensor) -> Tensor:
+        """Round a matrix [out, in] in place, and return its bytes, uint8 [out, bytes of a row]."""
+        grid = grid_of(self.type)
+        assert grid is not None
+        levels = self._levels(weight.to(self.low)).view(len(self.data), -1)
+        data = grid.filled(self.data, grid.codes[levels]).view(len(self.low), -1)
+        weight.copy_(dequantize(data, self.type, self.low.shape[1]))
+        return data
+
+    def _shares(self) -> Tensor:
+        grid = grid_of(self.type)
+        assert grid is not None
+        return grid.shares
+
+    def _levels(self, matrix: Tensor) -> Tensor:
+        """The nearest level of each weight."""
+        shares = self._shares()
+        share = torch.where(self.span == 0, 0.0, (matrix - self.low) / self.span)
+        return torch.bucketize(share, (shares[1:] + shares[:-1]) / 2)

@@ -218,6 +218,11 @@ class ActivationCache:
         outputs = (self.until(index, stage)[2] for index in range(len(self.batches)))
         return [output if self.scratch is None else self.scratch.store(output) for output in outputs]
 
+    @property
+    def outputs(self) -> list[Any]:
+        """Cached outputs of the stage before the position, for every batch."""
+        return self._outputs
+
     def move(self, position: int, outputs: list[Any]) -> None:
         """Cache the input of a later position, which :meth:`outputs_of` has computed."""
         self._outputs, self.position = outputs, position

@@ -94,7 +94,7 @@ class Trial:
                     else:
                         _write(changed)
                 if reconstruction is not None:
-                    reconstruction.after(block)
+                    reconstruction.after(block, self.encoded)
             self._report(len(blocks), len(blocks))
         _write(later)
         cache.reset()

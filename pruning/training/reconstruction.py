@@ -24,7 +24,7 @@ from leanstep.pruning.measure.measurement import stored_by_measurement
 from leanstep.pruning.measure.metrics import Distortion
 from leanstep.pruning.result import finite_values
 from leanstep.pruning.score.calibration import score_seconds
-from leanstep.pruning.score.targets import Group, abbreviate
+from leanstep.pruning.score.targets import Group, Target, abbreviate
 from leanstep.pruning.training.recovery import rate_factor
 
 # of the examples, one in so many is held back; these judge the weights so many times in a training
@@ -204,6 +204,15 @@ def _order(count: int, seed: int) -> Iterator[int]:
         yield from torch.randperm(count, generator=generator).tolist()
 
 
+def _constraint(target: Target, encoded: tuple[str, Tensor] | None) -> Constraint | None:
+    """What may be left of a matrix: its zeros, or the grid of its type; None for types that give no grid."""
+    if encoded is None:
+        return keep_zeros(getattr(target.module, target.attribute))
+    from leanstep.pruning.compress.rounding import OnGrid
+
+    return OnGrid.of(*encoded, is_transposed=target.layout == "in_out")
+
+
 class _Examples(Sequence[Example]):
     """Calls of a stage with the inputs that the pruned stages before it give, and its dense outputs."""
 
@@ -227,7 +236,7 @@ class BlockReconstruction:
 
     Args:
         cache: of the calibration data, at its first stage.
-        config: with ``reconstruct`` and ``reconstruct_lr``.
+        config: with ``reconstruct`` and ``reconstruction_rate``.
         blocks: number of calls of :meth:`after`.
         progress: called with (steps taken, steps in all, "reconstruction").
 
@@ -241,7 +250,7 @@ class BlockReconstruction:
         self._cache, self._progress, self._blocks = cache, progress, blocks
         self._dense = ActivationCache(cache.model, cache.all_batches, like=cache, scratch=cache.scratch)
         self._targets: list[Any] = []
-        self.steps, self.lr = config.reconstruct, config.reconstruct_lr
+        self.steps, self.lr = config.reconstruct, config.reconstruction_rate
         # of each block that was trained, by its name; and those that were not
         self.errors: dict[str, BlockErrors] = {}
         self._skipped: list[str] = []
@@ -255,25 +264,40 @@ class BlockReconstruction:
         if len(spans) == 1 and (last, last) in spans and last in self._dense.starts and self._dense.position <= last:
             self._dense.advance(last)
             self._targets = self._dense.outputs_of(last)
+        elif (last, last) in spans and self._dense.position == last + 1:  # the embedding before it has changed since
+            self._targets = self._dense.outputs
         following = [start for start in self._dense.starts if start > last]
         if following and following[0] == last + 1 and self._targets:
             self._dense.move(last + 1, self._targets)
         elif following and self._dense.position < following[0]:
             self._dense.advance(following[0])
 
-    def after(self, block: Sequence[Group]) -> None:
-        """Train the stage with some matrices, which are pruned now."""
+    def after(self, block: Sequence[Group], encoded: dict[str, tuple[str, Tensor]]) -> None:
+        """Train the stage with some matrices, which are changed now.
+
+        Args:
+            block: the matrices.
+            encoded: with a menu, type and bytes of each, which get the trained codes. Types without single codes stay.
+        """
         stage = self._cache.first_stage(block[0])
         if self._targets:
             name, module = self._cache.stages[stage]
             self._cache.advance(stage)
             parameters = {parameter: own for own, parameter in module.named_parameters()}
-            weights = [getattr(target.module, target.attribute) for group in block for target in group.targets]
-            constraints = {parameters[weight]: keep_zeros(weight) for weight in weights}
+            targets = [target for group in block for target in group.targets]
+            constraints: dict[str, Any] = {
+                parameters[getattr(target.module, target.attribute)]: constraint
+                for target in targets
+                if (constraint := _constraint(target, encoded.get(target.name))) is not None
+            }
             examples, self._targets = _Examples(self._cache, stage, self._targets), []
             self.errors[name] = reconstruct_block(
                 module, examples, constraints, steps=self.steps, lr=self.lr, progress=self._report
             )
+            for target in targets if self.errors[name].applied else ():
+                grid = constraints.get(parameters[getattr(target.module, target.attribute)])
+                if grid is not None and target.name in encoded:
+                    encoded[target.name] = grid.type, grid.write(target.weight)
         else:
             self._skipped += [group.name for group in block]
         self._done += 1

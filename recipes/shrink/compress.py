@@ -60,9 +60,9 @@ def _parser() -> argparse.ArgumentParser:
         help="how to round: errors compensated by the columns that follow (gptq, default), or nearest",
     )
     PruneConfig.add_options(group, "weights", only=("inputs", "include", "exclude"))
-    parser.add_argument_group("evaluation").add_argument(
-        "--eval", action="store_true", help="perplexity on the held-out sequences, before and after"
-    )
+    group = parser.add_argument_group("afterwards")
+    group.add_argument("--eval", action="store_true", help="perplexity on the held-out sequences, before and after")
+    PruneConfig.add_options(group, "afterwards")
     resource_options(parser.add_argument_group("memory, time and output"))
     parser.set_defaults(pattern="ggml", budget="params", latency_table=None, recover=None, recover_lr=None)
     parser.set_defaults(recover_rank=None, distill=None)

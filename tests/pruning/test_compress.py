@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pruned_models import make_llama, tokens
+from pruned_models import make_gpt2, make_llama, tokens
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp_py_sync")
@@ -175,3 +175,20 @@ def test_levels_that_a_smaller_one_beats_are_left_out():
     clean = curve.cleaned()
     assert (clean.counts, clean.patterns) == ((100, 60, 40), ("F16", "Q5_0", "Q4_0"))
     assert clean.distortion == (0.0, 0.1, 0.2)
+
+
+@pytest.mark.parametrize("make", [small, lambda layers: make_gpt2(n_embd=32)], ids=["llama", "gpt2"])
+def test_reconstruction_trains_codes_and_leaves_them_on_their_grids(make):
+    settings = {"bits_per_weight": 5.0, "score": "nearest", "curves": "fisher", "batch_size": 2}
+    plain, model = make(2), make(2)
+    before = compress(plain, tokens(48), **settings)
+    after = compress(model, tokens(48), reconstruct=60, **settings)
+    assert before.allocation.patterns == after.allocation.patterns
+    trained = [block["name"] for block in after.reconstruction["blocks"] if block["applied"]]
+    assert any(name.endswith(".1") for name in trained)
+    assert after.reconstruction["held_out"]["mean"] < 0.9 * before.held_out.joint
+    changed = {name for name, (_, data) in after.encoded.items() if not torch.equal(data, before.encoded[name][1])}
+    assert len(changed) > 3
+    for name, (type, data) in after.encoded.items():
+        values = dequantize(data, type, data.shape[1] // TYPES[type].size * TYPES[type].block)
+        assert torch.equal(model.get_parameter(name), values.T if "c_" in name else values) or type == "F16"

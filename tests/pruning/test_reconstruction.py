@@ -13,7 +13,7 @@ from torch import nn
 
 from leanstep.cli import main
 from leanstep.optimizers import SinkGD
-from leanstep.pruning import PruneConfig, find_targets, prune, prune_checkpoint
+from leanstep.pruning import find_targets, prune, prune_checkpoint
 from leanstep.pruning.measure.blocks import BlockMover
 from leanstep.pruning.measure.curve_file import weights_hash
 from leanstep.pruning.training import reconstruction
@@ -34,7 +34,7 @@ def zeros_of(model):
 def pruned():
     """A model that is pruned, and the same one that is reconstructed besides, with the result."""
     plain, model = make_llama(), make_llama()
-    prune(plain, tokens(40), **SETTINGS | {"reconstruct": None, "reconstruct_lr": PruneConfig.reconstruct_lr})
+    prune(plain, tokens(40), **SETTINGS | {"reconstruct": None, "reconstruct_lr": None})
     return SimpleNamespace(plain=plain, model=model, result=reconstructed(model))
 
 

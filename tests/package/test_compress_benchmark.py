@@ -1,0 +1,38 @@
+"""Benchmark of compressed files: what it measures of a tiny LLaMA in llama.cpp, and the committed results."""
+
+import json
+
+import pytest
+from comparison_runs import benchmark_modules, check_page
+
+pytest.importorskip("gguf")
+pytest.importorskip("llama_cpp_py_sync")
+from gguf_models import save_folder  # noqa: E402
+
+from leanstep.pruning.compress import menu  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def compress():
+    yield from (parts.compress for parts in benchmark_modules("pruning", ("compress",)))
+
+
+def test_files_are_no_larger_than_the_mix_and_judged_in_llama_cpp(compress, tmp_path, monkeypatch):
+    monkeypatch.setattr(menu, "_TYPES", ("Q8_0", "Q5_0", "Q4_0"))
+    folder = save_folder(tmp_path / "model", "llama")
+    arguments = ["--model", str(folder), "--samples", "3", "--curve-samples", "2", "--eval-samples", "2"]
+    arguments += ["--seq-len", "16", "--seeds", "0", "--mixes", "Q5_0", "--out", str(tmp_path / "r.jsonl")]
+    options = compress.PARSER.parse_args(arguments)
+    compress.run(options)
+    settings, *rows = map(json.loads, (tmp_path / "r.jsonl").read_text().splitlines())
+    assert [row["method"] for row in rows] == ["mix", "mix-imatrix", "uniform", "nearest", "gptq"]
+    assert abs(settings["dense"]["kl"]) < 1e-5  # llama.cpp's F32 is transformers' model
+    assert all(row["bytes"] <= rows[0]["bytes"] and row["kl"] > 0 for row in rows)
+    assert len({row["kl"] for row in rows}) == 5
+    compress.run(options)
+    assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 6
+    assert "Q5_0: programme, compensated" in compress.table(tmp_path / "r.jsonl")
+
+
+def test_the_page_is_that_of_the_committed_results(compress):
+    check_page(compress.table, "compress-*.jsonl")
