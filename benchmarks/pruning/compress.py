@@ -70,14 +70,14 @@ def run(options: argparse.Namespace) -> None:
         given = {"refined": options.refine, "reconstructed": options.reconstruct}
         methods = [name for name in METHODS if given.get(name, 1)]
         for seed in options.seeds:
-            data = text.calibration(options.samples, seed)
+            data, curves = text.calibration(options.samples, seed), dict[str, Any]()
             for mix in options.mixes:
                 size = 0
                 for method in methods:
                     if (seed, mix, method) in present and size:
                         continue
                     made.unlink(missing_ok=True)
-                    work = _Work(options, text, data, dense, made)
+                    work = _Work(options, text, data, dense, made, curves)
                     _, used = timed_and_peak(lambda work=work, m=method, x=mix, s=size: work.make(m, x, s))
                     size = size or made.stat().st_size
                     if (seed, mix, method) in present:
@@ -92,9 +92,17 @@ class _Work:
     """Makes the files of one seed."""
 
     def __init__(
-        self, options: argparse.Namespace, text: CalibratedModel, data: Tensor, dense: Path, made: Path
+        self,
+        options: argparse.Namespace,
+        text: CalibratedModel,
+        data: Tensor,
+        dense: Path,
+        made: Path,
+        curves: dict[str, Any],
     ) -> None:
         self.options, self.text, self.data, self.dense, self.made = options, text, data, dense, made
+        # by score: the first size of a seed measures them
+        self.curves = curves
 
     def make(self, method: str, mix: str, size: int) -> None:
         """Make the file of a method, of at most ``size`` bytes."""
@@ -119,13 +127,16 @@ class _Work:
         score = "nearest" if method == "nearest" else "gptq"
         refine = Refinement(minutes=self.options.refine, seed=0) if method == "refined" else None
         steps = self.options.reconstruct if method == "reconstructed" else None
-        config = PruneConfig(pattern="ggml", score=score, curves=self.options.curves, refine=refine, reconstruct=steps)
+        curves = self.curves.get(score, self.options.curves)
+        config = PruneConfig(pattern="ggml", score=score, curves=curves, refine=refine, reconstruct=steps)
         config = sized(open_checkpoint(self.options.model), config, Size(size=size), "gguf")
         with self.text.snapshot.restored(), _restored(self.text.model):
             if method == "uniform":
                 return _uniform(self.text.model, self.data, config)
             curve_data = self.data[: self.options.curve_samples]
-            return prune(self.text.model, self.data, config, curve_data=curve_data, held_out=False)
+            result = prune(self.text.model, self.data, config, curve_data=curve_data, held_out=False)
+            self.curves[score] = result.curves
+            return result
 
     def importance(self) -> dict[str, Tensor]:
         """Mean squares of the inputs of each matrix, by its name in the file."""
@@ -275,17 +286,15 @@ def table(path: Path) -> str:
     for mix in mixes:
         for method in [name for name in METHODS if (mix, name) in cells]:
             of_seed, base = cells[mix, method], cells.get((mix, BASELINE), {})
-            means = {
-                k: statistics.mean(row[k] for row in of_seed.values()) for k in ("kl", "perplexity", "bytes", "seconds")
-            }
+            means = {k: statistics.mean(row[k] for row in of_seed.values()) for k in ("kl", "perplexity", "bytes")}
             shared = sorted(set(of_seed) & set(base))
             difference = "–"
             if method != BASELINE and shared:
                 pairs = [[one[seed]["kl"] for seed in shared] for one in (of_seed, base)]
                 difference = f"{paired_percent(*pairs):+.1f}"
             lines.append([f"{mix}: {METHODS[method]}", f"{means['bytes'] / 1e6:.2f}", f"{means['kl']:.5f}", difference,
-                          f"{means['perplexity']:.2f}", f"{means['seconds']:.0f}"])  # fmt: skip
-    head = ["", "MB", "KL", f"to {METHODS[BASELINE]}, %", "perplexity", "processor s"]
+                          f"{means['perplexity']:.2f}"])  # fmt: skip
+    head = ["", "MB", "KL", f"to {METHODS[BASELINE]}, %", "perplexity"]
     length, dense = settings["seq_len"], settings["dense"]
     caption = (
         f"`python benchmarks pruning/compress`, {settings['name']} (SHA-256 of its weights: "

@@ -14,7 +14,7 @@ from leanstep._arguments import OneLineParser, add_device, new_folder, positive,
 from leanstep._files import find_model_folder, one_line, restore_alone
 from leanstep._memory import peak_process_memory
 from leanstep._process import InterruptibleStart, allowed_memory, lacks_memory
-from leanstep.pruning.config import MENUS, PruneConfig
+from leanstep.pruning.config import PruneConfig
 from leanstep.recipes.report.formatting import format_duration
 from leanstep.recipes.report.progress import ProgressBar
 from leanstep.recipes.report.prune_output import OUT_OF_MEMORY, estimate_lines, recovery_lines, shown, summary_of
@@ -222,7 +222,7 @@ def resource_options(group: _Group) -> None:
 def _config(options: argparse.Namespace) -> PruneConfig:
     from leanstep.pruning import LatencyTable
 
-    if options.pattern in MENUS:
+    if hasattr(options, "bits_per_weight"):  # of leanstep compress
         from leanstep.pruning.compress.checkpoint import Size, sized
         from leanstep.pruning.folder.files import open_checkpoint
 
