@@ -212,13 +212,13 @@ class PruneConfig:
     )
     inputs: str = _setting(
         "pruned",
-        "prune a block on the inputs that the pruned blocks before it produce (default), or on the dense model's",
+        "change a block on the inputs that the changed blocks before it produce (default), or on the dense model's",
         "weights",
         choices=("pruned", "dense"),
         recorded=False,
     )
     include: Iterable[str] | None = _setting(
-        None, "wildcards over parameter names: prune these only", "weights", action="append", metavar="NAMES"
+        None, "wildcards over parameter names: change these only", "weights", action="append", metavar="NAMES"
     )
     exclude: Iterable[str] = _setting(
         (), "wildcards: leave these out", "weights", action="append", default=[], metavar="NAMES"

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from leanstep._files import format_bytes
 from leanstep.pruning.allocate.budgets import Budget
 from leanstep.pruning.allocate.knapsack import InfeasibleBudget
 from leanstep.pruning.compress.menu import menu_levels
@@ -43,8 +42,8 @@ class Size:
         if len(given) != 1 or not all(value > 0 for value in given.values()) or (self.bytes or 0) >= 1:
             shown = ", ".join(f"{name}={value:g}" for name, value in given.items()) or "none"
             raise ValueError(
-                "expected one size: bytes, the fraction of the dense size (--bytes 0.25), bits_per_weight "
-                f"(--bits-per-weight 4), or size, in bytes (--size 90MB); got {shown}"
+                "expected one size: bytes, a fraction of the dense size below 1 (--bytes 0.25), bits_per_weight "
+                f"(--bits-per-weight 4), or size, in bytes (--size 90MB), above 0; got {shown}"
             )
 
     def budget(self, groups: Sequence[Group], others: int, dense: int) -> Budget:
@@ -84,8 +83,8 @@ def reach_of(groups: Sequence[Group], others: int) -> str:
 
 
 def size_text(bytes_: int, others: int, weights: int) -> str:
-    """A size, and the bits of a weight of the matrices."""
-    return f"{format_bytes(bytes_ + others)} ({8 * bytes_ / weights:.2f} bits per weight)"
+    """A size in the unit of ``--size``, rounded up, and the bits of a weight of the matrices."""
+    return f"{-(-(bytes_ + others) // 1000) / 1000:,.3f} MB ({8 * max(bytes_, 0) / weights:.2f} bits per weight)"
 
 
 @takes_fields(Size, Execution, PruneConfig)

@@ -22,7 +22,7 @@ def estimate_lines(estimate: "Estimate") -> list[str]:
     """A table of an estimate."""
     free = "" if estimate.free_memory is None else f", {format_bytes(estimate.free_memory)} free"
     lines = [
-        f"{estimate.parameters:,} parameters, {estimate.pruned:,} of them in {estimate.matrices:,} matrices to prune",
+        f"{estimate.parameters:,} parameters, {estimate.pruned:,} of them in {estimate.matrices:,} matrices to change",
         *([f"  {estimate.left_dense}"] if estimate.left_dense else []),
         f"memory {format_bytes(estimate.processes * sum(estimate.memory.values()))}{free}",
         *([f"  in each of {estimate.processes} processes"] if estimate.processes > 1 else []),
