@@ -40,15 +40,21 @@ class Grid:
     def ends(self, data: Tensor) -> tuple[Tensor, Tensor]:
         """Values of the first and of the last code with the scales of some blocks, each fp32 [blocks, block]."""
         block = len(self.bits)
-        low, high = (dequantize(self.filled(data, code), self.type, block) for code in self.codes[[0, -1]])
+        low, high = (dequantize(self.with_code(data, int(code)), self.type, block) for code in self.codes[[0, -1]])
         return low, high - low
 
-    def filled(self, data: Tensor, codes: Tensor | int) -> Tensor:
-        """Blocks, uint8 [blocks, bytes], with other codes: one for all, or int64 [blocks, block]."""
-        codes, flat = torch.as_tensor(codes).to(torch.uint8), _unpacked(data)
+    def filled(self, data: Tensor, codes: Tensor) -> Tensor:
+        """Blocks, uint8 [blocks, bytes], with other codes, int64 [blocks, block]."""
+        codes, flat = codes.to(torch.uint8), _unpacked(data)
         for place, bits in enumerate(self.bits.T):
             flat[:, bits] = (codes >> place) & 1
         return _packed(flat)
+
+    def with_code(self, data: Tensor, code: int) -> Tensor:
+        """Blocks, uint8 [blocks, bytes], with one code for all values."""
+        every = self.filled(torch.zeros_like(data[:1]), torch.full((1, len(self.bits)), 2 ** self.bits.shape[1] - 1))
+        this = self.filled(torch.zeros_like(data[:1]), torch.full((1, len(self.bits)), code))
+        return data & ~every | this
 
 
 @cache
@@ -71,12 +77,12 @@ def grid_of(type: str) -> Grid | None:
     unordered = Grid(type, bits, torch.arange(2**width), torch.empty(0))
     # the lowest bit changes a value least; with all other bits 0
     zero, *singles = (
-        dequantize(unordered.filled(data, code), type, block) for code in [0, *(1 << torch.arange(width))]
+        dequantize(unordered.with_code(data, int(code)), type, block) for code in [0, *(1 << torch.arange(width))]
     )
     order = torch.stack([(single - zero).abs() for single in singles], dim=1)[0].argsort(dim=0)
     bits = bits.gather(1, order.T)
     unordered = Grid(type, bits, torch.arange(2**width), torch.empty(0))
-    values = torch.cat([dequantize(unordered.filled(data, code), type, block) for code in range(2**width)])
+    values = torch.cat([dequantize(unordered.with_code(data, int(code)), type, block) for code in range(2**width)])
     codes = values[:, 0].argsort()
     ordered = values[codes]
     shares = (ordered - ordered[0]) / (ordered[-1] - ordered[0])
