@@ -369,7 +369,7 @@ class PruneConfig:
             if known and value not in known and (isinstance(value, str) or setting.default is not None):
                 raise ValueError(f"{setting.name} must be one of {', '.join(known)}, got {value!r}")
         self._check_minutes(has_data)
-        self._check_menu(alone)
+        self._check_menu(has_data, alone)
         self._check_target()
         self._check_planning()
         self._check_curves()
@@ -388,19 +388,22 @@ class PruneConfig:
         if self.minutes != PruneConfig.minutes and not has_data:
             raise ValueError(f"minutes={self.minutes:g} is the time for measurements on data, which is missing")
 
-    def _check_menu(self, alone: bool) -> None:
+    def _check_menu(self, has_data: bool, alone: bool) -> None:
         """A menu and a rounding go together, and each matrix has a level of its own."""
         for name in ("score", "curve_score"):
             value = getattr(self, name)
             if value is not None and (value in ROUNDINGS) != (self.menu is not None):
                 known = ROUNDINGS if self.menu else SCORES
                 raise ValueError(f"{name} with pattern {self.pattern} must be one of {', '.join(known)}, got {value!r}")
-        if self.menu and getattr(self.budget, "kind", None) != "size":
+        if (self.menu is not None) != (getattr(self.budget, "kind", None) == "size"):
             raise ValueError(
-                f"pattern {self.menu} needs a Budget of the kind 'size', as leanstep.pruning.compress makes"
+                f"a Budget of the kind 'size', as leanstep.pruning.compress makes, goes with pattern {MENUS[0]}; got "
+                f"pattern {self.pattern}"
             )
         if self.menu and not alone:
             raise ValueError(f"pattern {self.menu}: one process writes the bytes of all matrices; leave out --nproc")
+        if self.menu and not has_data:
+            raise ValueError("compressing measures what each matrix costs: give data (--data FILE)")
         if self.menu and (self.granularity != "matrix" or self.allocation != "dp"):
             raise ValueError(
                 f"pattern {self.menu} has levels of single matrices, by dynamic programming: leave granularity and "

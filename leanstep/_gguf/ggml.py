@@ -213,6 +213,8 @@ _FUNCTIONS = {
         [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p],
     ),
     "ggml_get_type_traits": (ctypes.POINTER(_Traits), [ctypes.c_int]),
+    "ggml_version": (ctypes.c_char_p, []),
+    "ggml_commit": (ctypes.c_char_p, []),
 }
 
 
@@ -235,6 +237,12 @@ def ggml_library() -> ctypes.CDLL:
         if (traits.blck_size, traits.type_size) != (type.block, type.size):
             raise ValueError(f"{library._name} has another {type.name} than the package gguf: {INSTALL} installs both")
     return library
+
+
+def ggml_version() -> str:
+    """Version and commit of the library, by which its codes may differ. Raises as :func:`ggml_library`."""
+    library = ggml_library()
+    return f"{library.ggml_version().decode()} {library.ggml_commit().decode()}"
 
 
 def open_library(name: str) -> ctypes.CDLL:

@@ -290,7 +290,7 @@ def _write_empty(writer: GGUFWriter, path: Path) -> int:
     sizes = [info.nbytes for info in writer.tensors[0].values()]
     _write_header(writer, path)
     writer.close()
-    return sum(map(_padded, [path.stat().st_size, *sizes]))
+    return sum(map(padded, [path.stat().st_size, *sizes]))
 
 
 def _header(row: Architecture, config: dict[str, Any], folder: Path, default: str) -> GGUFWriter:
@@ -320,7 +320,8 @@ def _add_info(writer: GGUFWriter, name: str, shape: tuple[int, ...], type: str) 
     writer.add_tensor_info(name, (*shape[:-1], row), np.dtype(np.uint8), size, raw_dtype=kind)
 
 
-def _padded(size: int) -> int:
+def padded(size: int) -> int:
+    """Bytes that a tensor of so many takes in a file."""
     return -(-size // GGUF_DEFAULT_ALIGNMENT) * GGUF_DEFAULT_ALIGNMENT
 
 

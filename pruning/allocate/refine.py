@@ -15,6 +15,7 @@ from leanstep.pruning.allocate.allocation import layer_levels
 from leanstep.pruning.allocate.budgets import Budget
 from leanstep.pruning.allocate.descent import Descent, SearchFile, descend
 from leanstep.pruning.allocate.exchange import ExchangeSpace
+from leanstep.pruning.compress.menu import rounding_identity
 from leanstep.pruning.config import Progress, Refinement
 from leanstep.pruning.cost import Cost, Plan
 from leanstep.pruning.measure.activation_cache import activation_bytes, score_samples
@@ -150,6 +151,7 @@ def _identity(
         "levels": hashlib.sha256(repr(levels).encode()).hexdigest(),
         "seed": settings.seed,
         "noise": settings.noise,
+        **rounding_identity(trial.pruning.score),
     }
 
 

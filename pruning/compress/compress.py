@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -39,7 +40,7 @@ class Size:
 
     def __post_init__(self) -> None:
         given = {name: value for name, value in vars(self).items() if value is not None}
-        if len(given) != 1 or not all(value > 0 for value in given.values()) or (self.bytes or 0) >= 1:
+        if len(given) != 1 or not all(0 < value < math.inf for value in given.values()) or (self.bytes or 0) >= 1:
             shown = ", ".join(f"{name}={value:g}" for name, value in given.items()) or "none"
             raise ValueError(
                 "expected one size: bytes, a fraction of the dense size below 1 (--bytes 0.25), bits_per_weight "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from leanstep.pruning.folder.files import Checkpoint, most_common_dtype
@@ -26,23 +27,32 @@ def check_format(checkpoint: Checkpoint, format: str) -> None:
         check_writable(checkpoint.folder)
 
 
-def bytes_without(checkpoint: Checkpoint, types: dict[str, str], inside: int, format: str) -> int:
-    """Bytes of the result besides its matrices.
+def bytes_without(checkpoint: Checkpoint, levels: Mapping[str, Sequence[tuple[int, str]]], format: str) -> int:
+    """Most bytes of the result besides its matrices: what fills up each tensor is that of its least aligned level.
 
     Args:
-        types: the first level of each matrix, by its parameter.
-        inside: bytes of all matrices at these levels.
+        levels: bytes and name of each level of each matrix, by its parameter.
         format: of the result.
+
+    Raises:
+        ValueError: for a matrix that the checkpoint has under another name.
     """
     if format == "dense":
         return 0
-    from leanstep._gguf.writer import file_bytes
+    from leanstep._gguf.writer import file_bytes, padded
 
-    return file_bytes(checkpoint.folder, types, default_type(checkpoint)) - inside
+    for name in sorted(set(levels) - checkpoint.names):
+        raise ValueError(
+            f"{checkpoint.folder}: no file has the model's tensor {name} under that name; open the model with "
+            "transformers, save it with save_pretrained, and compress that"
+        )
+    types = {name: rows[0][1] for name, rows in levels.items()}
+    filled = sum(max(padded(size) - size for size, _ in rows) - padded(rows[0][0]) for rows in levels.values())
+    return file_bytes(checkpoint.folder, types, default_type(checkpoint)) + filled
 
 
 def write_compressed(checkpoint: Checkpoint, folder: Path, result: PruneResult) -> None:
-    """Write the GGUF file of a result into a folder, in place of what is in it."""
+    """Write the GGUF file of a result into a folder, in place of the weights in it."""
     from leanstep._gguf.writer import Encoded, write_gguf
 
     for file in folder.iterdir():

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leanstep.pruning.config import ROUNDINGS
 from leanstep.pruning.score.base import LayerPruner, LayerStatistics, Pruned
 from leanstep.pruning.score.sparsegpt import inverse_factor
 from leanstep.pruning.score.targets import Group, Layer, Target
@@ -45,8 +46,9 @@ def menu_group(target: Target, menu: str) -> MenuGroup:
 
 def menu_levels(target: Target, menu: str) -> list[tuple[int, str]]:
     """(bytes, name) of each level of a matrix, in falling order. The first is the matrix in 16 bits."""
-    from leanstep._gguf.ggml import TYPES, bytes_of
+    from leanstep._gguf.ggml import TYPES, bytes_of, ggml_library
 
+    ggml_library()  # where it is missing, that is said before anything is measured
     rows, columns = target.weight.shape
     dense = "BF16" if target.weight.dtype == torch.bfloat16 else "F16"
     fitting = [
@@ -56,6 +58,15 @@ def menu_levels(target: Target, menu: str) -> list[tuple[int, str]]:
     ]
     by_size = {bytes_of(name, rows, columns): name for name in reversed(fitting)}
     return sorted(by_size.items(), reverse=True)
+
+
+def rounding_identity(score: str) -> dict[str, str]:
+    """On what rounding depends beside the settings: the version of ggml. Empty for scores that make zeros."""
+    if score not in ROUNDINGS:
+        return {}
+    from leanstep._gguf.ggml import ggml_version
+
+    return {"ggml": ggml_version()}
 
 
 class LayerCompressor(LayerPruner):
@@ -88,7 +99,10 @@ class LayerCompressor(LayerPruner):
         if TYPES[name].block == 1:
             self.encoded = name, quantize(self.weight, name)
             return Pruned(self.given.clone(), mask)
-        values, data = rounded(self.weight.cpu().float(), name, self._importance, self._factor)
+        importance = self._importance
+        if importance is None and TYPES[name].needs_importance:  # an expert that no token reached
+            importance = torch.ones(self.weight.shape[1])
+        values, data = rounded(self.weight.cpu().float(), name, importance, self._factor)
         self.encoded = name, data
         return Pruned(values.to(self.given), mask)
 
@@ -108,7 +122,10 @@ def ends_of(model: nn.Module, taken: set[str], exclude: Iterable[str]) -> list[T
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     modules: dict[str, list[Any]] = {}
     for getter in ("get_input_embeddings", "get_output_embeddings"):
-        module = getattr(model, getter, lambda: None)()
+        try:
+            module = getattr(model, getter, lambda: None)()
+        except NotImplementedError:  # as of models of images
+            continue
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor) and weight.dim() == 2 and id(weight) in names:
             modules.setdefault(names[id(weight)], []).append(module)

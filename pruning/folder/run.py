@@ -18,7 +18,7 @@ from leanstep._files import exclusive_lock, output_folder, restore_replaced
 from leanstep._processes import Processes
 from leanstep._version import __version__
 from leanstep.pruning.allocate.knapsack import InfeasibleBudget
-from leanstep.pruning.compress.files import write_compressed
+from leanstep.pruning.compress.files import FORMATS, write_compressed
 from leanstep.pruning.config import Execution, Progress, PruneConfig, begin, read_config, read_fields, takes_fields
 from leanstep.pruning.cost import Plan, Shapes, Workload
 from leanstep.pruning.folder.checkpoint import (
@@ -95,8 +95,8 @@ class FolderRun:
     processes: Processes | None = None
     format: str = "dense"
 
-    def check(self, data: Any) -> None:
-        """Raise ValueError for what does not exist, a device that is not here, and recovery without data."""
+    def check(self, data: Any, config: PruneConfig) -> None:
+        """Raise ValueError for what does not exist or does not go together, and a device that is not here."""
         if self.activations not in ACTIVATIONS or self.resident < 0:
             raise ValueError(
                 f"expected activations of {' or '.join(ACTIVATIONS)} and resident bytes of at least 0, got "
@@ -104,6 +104,15 @@ class FolderRun:
             )
         if self.recovery is not None and data is None:
             raise ValueError("recovery trains on the calibration data: give data")
+        if self.recovery is not None and config.menu:
+            raise ValueError(
+                "recovery trains weights off the values of their formats: give reconstruct, which does not"
+            )
+        if self.format not in FORMATS or (self.format == "gguf" and not config.menu):
+            raise ValueError(
+                f"format must be {' or '.join(FORMATS)}, and gguf is of compress_checkpoint; got {self.format!r} with "
+                f"pattern {config.pattern}"
+            )
         check_device(self.device)
         try:
             torch.empty(0, device=self.device)
@@ -161,7 +170,7 @@ def prune_checkpoint(
     run, curve_data = read_fields(FolderRun, options), options.pop("curve_data", None)
     config = read_config("prune_checkpoint", config, options)
     config.check(has_data=data is not None, alone=run.processes is None or run.processes.size == 1)
-    run.check(data)
+    run.check(data, config)
     out = output_folder(out)
     with ExitStack() as stack:
         (run.processes or Processes()).from_first(lambda: stack.enter_context(exclusive_lock(out)))
@@ -241,10 +250,11 @@ def _prune_into(
         del values
         mapped.detach()
         in_files = 0 if moves_blocks(torch.device(run.device)) else bytes_in_files(model, mapped)
-        copy_others(checkpoint, folder)
         content["tensors"] = tensor_rows(changed, result)
         if run.format == "gguf":
             write_compressed(checkpoint, folder, result)
+        else:
+            copy_others(checkpoint, folder)
         write_report(content, folder)
     remove_search_files(out)
     if recovery is not None:

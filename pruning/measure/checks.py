@@ -188,7 +188,8 @@ class Trial:
 
         Measured, or to second order in the change dW from the pruned matrix: ``<gradient of D, dW>`` and what
         :class:`SecondOrder` says of dW there. The second takes some passes in place of
-        one for every matrix and level, and the memory of a gradient of all matrices, or the space in files.
+        one for every matrix and level, and the memory of a gradient of all matrices, or the space in files. Curves of
+        embedding and head are measured.
 
         Args:
             measurement: with the dense model's outputs as reference; the model has its dense weights now.
@@ -220,7 +221,7 @@ class Trial:
                 pruners.release(group)
                 if points:
                     base, name = points[0].mean, measurement.metric.identity
-                    source = "measured" if estimates is None else "fisher"
+                    source = "measured" if estimates is None or group.is_end else "fisher"
                     curves[group.name] = curve_of(group, levels[group.name], points[1:], name, base, source)
             measurement.cache.reset()
         curves = self.pruning.processes.merged(curves)
@@ -263,6 +264,9 @@ class Trial:
     def _by_second_order(
         self, measurement: Measurement, gradients: Mapping[str, Tensor], share: Container[str]
     ) -> Iterator[tuple[Group, Measure]]:
+        ends = [group for group in self.groups if group.is_end]
+        measurement.cache.reset()
+        yield from ((group, measurement.measure) for group in ends)
         second = SecondOrder(measurement.model, measurement.batches, measurement.metric)
 
         def estimate(changes: Iterable[tuple[Target, Tensor]]) -> Distortion:
@@ -274,7 +278,7 @@ class Trial:
             change = second.distortion(changed)
             return Distortion(first + change.mean, change.stderr)
 
-        stages = measurement.cache.by_start(self.groups)
+        stages = measurement.cache.by_start([group for group in self.groups if not group.is_end])
         for portion in portions(second, stages, share, self.pruning):
             groups = [group for _, stage in portion for group in stage]
             if targets := [target for group in groups if group.name in share for target in group.targets]:

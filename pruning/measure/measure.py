@@ -14,6 +14,7 @@ from leanstep._checkpoint.mapped import Scratch
 from leanstep._processes import Processes
 from leanstep.pruning.allocate.allocation import allocate
 from leanstep.pruning.allocate.levels import level_count, levels_of
+from leanstep.pruning.compress.menu import rounding_identity
 from leanstep.pruning.config import Execution, PruneConfig, read_config, read_fields, takes_fields
 from leanstep.pruning.cost import Cost, Plan
 from leanstep.pruning.measure.activation_cache import ActivationCache
@@ -121,6 +122,7 @@ def measure_curves(
             "score options": dict(score_options or {}),
             "levels": {name: patterns or counts for name, (counts, patterns) in levels_by_name.items()},
             "products": products_of(model, products),
+            **rounding_identity(score),
             **({"less rounding": True} if rounding_unit(model, products) else {}),
             **({} if fisher_score == score else {"score of Fisher curves": fisher_score}),
         }

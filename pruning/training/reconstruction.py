@@ -65,7 +65,8 @@ class BlockErrors(NamedTuple):
 def keep_zeros(weight: Tensor) -> Constraint:
     """The constraint that the present zeros of a weight stay, which holds a mask of 1 byte per weight."""
     mask = weight.detach() != 0
-    return lambda trained: trained * mask
+    # weights may be on another device than the one that trains
+    return lambda trained: trained * mask.to(trained.device)
 
 
 def reconstruct_block(

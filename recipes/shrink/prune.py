@@ -228,7 +228,9 @@ def _config(options: argparse.Namespace) -> PruneConfig:
 
         config = PruneConfig.of_options(options, budget=None, refine=_refinement(options))
         size = Size(bytes=options.bytes, bits_per_weight=options.bits_per_weight, size=options.size)
-        return sized(open_checkpoint(options.checkpoint), config, size, options.format)
+        config = sized(open_checkpoint(options.checkpoint), config, size, options.format)
+        config.check(has_data=options.data is not None, alone=options.nproc == 1)
+        return config
     if (options.budget == "latency") != (options.latency_table is not None):
         raise ValueError("--budget latency goes with a --latency-table FILE, and no other budget does")
     budget = options.budget if options.latency_table is None else LatencyTable.read(options.latency_table)

@@ -5,18 +5,25 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp_py_sync")
+import gguf_models  # noqa: E402
 from gguf_models import TEXT, LlamaCpp, make_model, save_folder  # noqa: E402
 
 from leanstep._gguf.ggml import TYPES, dequantize  # noqa: E402
 from leanstep.cli import main  # noqa: E402
-from leanstep.pruning import compress_checkpoint  # noqa: E402
+from leanstep.pruning import InfeasibleBudget, Recovery, compress_checkpoint, prune_checkpoint  # noqa: E402
 from leanstep.pruning.compress import menu  # noqa: E402
+from leanstep.pruning.compress.checkpoint import sized  # noqa: E402
+from leanstep.pruning.compress.compress import MENU, Size  # noqa: E402
+from leanstep.pruning.folder.files import open_checkpoint  # noqa: E402
 
 FEW = ("Q8_0", "Q5_0", "Q4_0")
+# rows of 18 bytes in Q4_0, an odd number of them
+ODD = {"hidden_size": 32, "vocab_size": 401}
 TOKENS = torch.randint(5, 400, (10, 24), generator=torch.Generator().manual_seed(0))
 
 
@@ -121,6 +128,7 @@ def test_a_dense_folder_has_the_values(base, tmp_path):
         (["--bits-per-weight", "2"], "2.00 bits per weight) is out of reach: from .* (4.50 bits per weight)"),
         (["--size", "1kB"], "is out of reach"),
         (["--bytes", "0.5", "--format", "dense"], "a dense folder has the dense size"),
+        (["--bits-per-weight", "5", "--nproc", "2"], "one process writes the bytes of all matrices; leave out --nproc"),
         (["--bits-per-weight", "5", "--dry-run"], ""),
     ],
 )
@@ -142,6 +150,51 @@ def test_a_tokenizer_that_no_engine_has_is_refused_before_anything_is_measured(t
     assert main(arguments(tmp_path, tmp_path / "out", "--bits-per-weight", "5")) == 2
     error = capsys.readouterr().err
     assert "curves" not in error and str(folder) in error and not (tmp_path / "out").exists()
+
+
+def test_the_least_size_is_met_where_tensors_are_filled_up(tmp_path, monkeypatch):
+    monkeypatch.setitem(gguf_models.MODELS, "odd", ("Llama", {**gguf_models.SIZES, **gguf_models.HEADS, **ODD}))
+    folder = save_folder(tmp_path / "model", "odd")
+    settings = {"curves": "fisher", "score": "nearest", "held_out": TOKENS[:2]}
+    with pytest.raises(InfeasibleBudget) as error:
+        compress_checkpoint(folder, tmp_path / "out", TOKENS, size=1000, **settings)
+    matrices = sized(open_checkpoint(folder), MENU, Size(size=90_000), "gguf").budget.target
+    size = int(error.value.lowest + 90_000 - matrices)
+    compress_checkpoint(folder, tmp_path / "out", TOKENS, size=size, **settings)
+    assert (tmp_path / "out" / "model.gguf").stat().st_size <= size
+
+
+def test_folders_of_sentence_transformers_are_compressed(tmp_path):
+    folder = save_folder(tmp_path / "model", "bert")
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    (folder / "modules.json").write_text('[{"path": ""}, {"path": "1_Pooling"}]')
+    settings = {"curves": "fisher", "score": "nearest", "held_out": TOKENS[:2]}
+    compress_checkpoint(folder, tmp_path / "out", TOKENS, bits_per_weight=6, **settings)
+    assert (tmp_path / "out" / "model.gguf").is_file() and not (tmp_path / "out" / "1_Pooling").exists()
+
+
+@pytest.mark.parametrize(
+    ("call", "settings", "message"),
+    [
+        (compress_checkpoint, {"bits_per_weight": 6, "recovery": Recovery(steps=2)}, "recovery .*: give reconstruct"),
+        (prune_checkpoint, {"sparsity": 0.5, "format": "gguf"}, "gguf is of compress_checkpoint"),
+        (prune_checkpoint, {"sparsity": 0.5, "format": "onnx"}, "dense or gguf.*got 'onnx'"),
+    ],
+)
+def test_what_does_not_go_with_a_format_is_refused_at_once(base, tmp_path, call, settings, message):
+    with pytest.raises(ValueError, match=message):
+        call(base / "llama", tmp_path / "out", TOKENS, **settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensors_under_other_names_than_the_models_are_refused_with_advice(tmp_path):
+    folder = save_folder(tmp_path / "model", "gpt2")
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="transformer.h.0.attn.c_attn.weight under that name; .* save_pretrained"):
+        compress_checkpoint(folder, tmp_path / "out", TOKENS, bits_per_weight=6)
 
 
 @pytest.mark.parametrize("size", ["90 bananas", "-3MB", ""])

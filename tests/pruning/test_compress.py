@@ -1,17 +1,21 @@
 """Compressing to a size: rounding on ggml's grids, the budget in bytes, and the model that comes out."""
 
+import sys
+
 import pytest
 import torch
 from pruned_models import make_gpt2, make_llama, tokens
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp_py_sync")
+from leanstep._gguf import ggml  # noqa: E402
 from leanstep._gguf.ggml import TYPES, dequantize, quantize  # noqa: E402
 from leanstep.pruning import Curve, InfeasibleBudget, Refinement, compress  # noqa: E402
 from leanstep.pruning.compress import menu  # noqa: E402
 from leanstep.pruning.compress.grids import grid_of  # noqa: E402
 from leanstep.pruning.compress.rounding import rounded  # noqa: E402
 from leanstep.pruning.measure.curve_file import weights_hash  # noqa: E402
+from leanstep.pruning.score.base import LayerStatistics  # noqa: E402
 from leanstep.pruning.score.sparsegpt import damped_gram, inverse_factor  # noqa: E402
 
 # ggml makes large tables for the smallest types
@@ -150,6 +154,11 @@ def test_a_search_stays_within_the_bytes():
         ({}, "expected one size: .*got none"),
         ({"bytes": 0.5, "size": 10**6}, "got bytes=0.5, size=1e"),
         ({"bytes": 25}, "fraction of the dense size"),
+        ({"bits_per_weight": float("inf")}, "expected one size"),
+        (
+            {"bits_per_weight": 5.0, "pattern": "unstructured", "score": "wanda"},
+            "goes with pattern ggml; got pattern u",
+        ),
         ({"bits_per_weight": 5.0, "score": "wanda"}, "score with pattern ggml must be one of gptq, nearest"),
         ({"bits_per_weight": 5.0, "granularity": "block"}, "leave granularity and allocation out"),
     ],
@@ -160,6 +169,44 @@ def test_what_cannot_be_is_refused_and_changes_nothing(size, message):
     with pytest.raises(ValueError, match=message):
         compress(model, tokens(4), **size)
     assert weights_hash(model) == before
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_curves_of_second_order_are_corrected_with_those_of_embedding_and_head(tied):
+    model = small(1, tie_word_embeddings=tied)
+    settings = {"bits_per_weight": 6.0, "score": "nearest", "curves": "fisher"}
+    result = compress(model, tokens(12), correction="relinearise", **settings)
+    assert sum(data.numel() for _, data in result.encoded.values()) <= result.budget["target"]
+
+
+def test_a_model_that_has_no_input_embedding_is_compressed():
+    class Images(torch.nn.Sequential):
+        def get_input_embeddings(self):
+            raise NotImplementedError
+
+    model = Images(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
+    data = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    assert len(compress(model, data, bits_per_weight=6.0, held_out=data[:2]).encoded) == 2
+
+
+def test_an_expert_without_a_token_has_a_level_that_needs_importance(monkeypatch):
+    pruner = menu.LayerCompressor(torch.randn(4, 256), LayerStatistics())
+    assert pruner.prune("IQ2_XXS").weight.isfinite().all()
+
+
+def test_a_missing_library_is_said_before_anything_is_measured(monkeypatch):
+    ggml.ggml_library.cache_clear()
+    monkeypatch.setitem(sys.modules, "llama_cpp_py_sync", None)
+    with pytest.raises(ImportError, match="llama-cpp-py-sync"):
+        compress(small(1), iter(()), bits_per_weight=6.0)
+
+
+def test_curves_of_another_ggml_are_refused(monkeypatch, tmp_path):
+    settings = {"bits_per_weight": 6.0, "score": "nearest", "curves": "fisher", "held_out": False}
+    compress(small(1), tokens(6), resume=tmp_path / "curves.jsonl", **settings)
+    monkeypatch.setattr(ggml, "ggml_version", lambda: "another")
+    with pytest.raises(ValueError, match="ggml"):
+        compress(small(1), tokens(6), resume=tmp_path / "curves.jsonl", **settings)
 
 
 def test_a_size_out_of_reach_tells_the_range():

@@ -245,3 +245,7 @@ def test_the_command_reports_it(tmp_path, capsys):
     assert "<h2>Reconstruction</h2>" in (tmp_path / "out" / "report.html").read_text()
     assert main([*command[:-2], "--inputs", "dense"]) == 2
     assert "leave one of them out" in capsys.readouterr().err
+
+
+def test_zeros_of_weights_on_another_device_are_kept_where_training_is():
+    assert keep_zeros(torch.eye(2))(torch.empty(2, 2, device="meta")).device.type == "meta"
