@@ -27,11 +27,11 @@ def check_format(checkpoint: Checkpoint, format: str) -> None:
         check_writable(checkpoint.folder)
 
 
-def bytes_without(checkpoint: Checkpoint, levels: Mapping[str, Sequence[tuple[int, str]]], format: str) -> int:
+def bytes_without(checkpoint: Checkpoint, menus: Mapping[str, Sequence[tuple[int, str]]], format: str) -> int:
     """Most bytes of the result besides its matrices: what fills up each tensor is that of its least aligned level.
 
     Args:
-        levels: bytes and name of each level of each matrix, by its parameter.
+        menus: bytes and name of each level of each matrix, by its parameter.
         format: of the result.
 
     Raises:
@@ -41,13 +41,13 @@ def bytes_without(checkpoint: Checkpoint, levels: Mapping[str, Sequence[tuple[in
         return 0
     from leanstep._gguf.writer import file_bytes, padded
 
-    for name in sorted(set(levels) - checkpoint.names):
+    for name in sorted(set(menus) - checkpoint.names):
         raise ValueError(
             f"{checkpoint.folder}: no file has the model's tensor {name} under that name; open the model with "
             "transformers, save it with save_pretrained, and compress that"
         )
-    types = {name: rows[0][1] for name, rows in levels.items()}
-    filled = sum(max(padded(size) - size for size, _ in rows) - padded(rows[0][0]) for rows in levels.values())
+    types = {name: rows[0][1] for name, rows in menus.items()}
+    filled = sum(max(padded(size) - size for size, _ in rows) - padded(rows[0][0]) for rows in menus.values())
     return file_bytes(checkpoint.folder, types, default_type(checkpoint)) + filled
 
 

@@ -60,9 +60,9 @@ def menu_levels(target: Target, menu: str) -> list[tuple[int, str]]:
     return sorted(by_size.items(), reverse=True)
 
 
-def rounding_identity(score: str) -> dict[str, str]:
+def rounding_identity(rounding: str) -> dict[str, str]:
     """On what rounding depends beside the settings: the version of ggml. Empty for scores that make zeros."""
-    if score not in ROUNDINGS:
+    if rounding not in ROUNDINGS:
         return {}
     from leanstep._gguf.ggml import ggml_version
 
