@@ -184,6 +184,8 @@ QUOTES = [
     ("README.md", "0.12 to 0.22 of its", "lora-memory", "| bf16 | plain | 4.55 | 0.98 | -0.46 | 0.22 "),
     ("README.md", "0.56 of the memory; on one thread 2.8", "generation-llama-1b", "60 % | 1302 | 1303 | 11.2 | 2.77 "),
     ("README.md", "0.91 with AVX2", "generation-llama-1b-avx2", "sparse bf16, 60 % | 60 % | 1302 | 1306 | 3.3 | 0.91 "),
+    ("README.md", "75 to 80 % less", "compress-llama", "| Q3_K_M: programme, compensated | 2.16 | 0.00080 | -74.8 "),
+    ("README.md", "75 to 80 % less", "compress-llama", "| Q4_K_M: programme, compensated | 2.56 | 0.00030 | -79.6 "),
     ("README.md", "1,021 kills in 750 runs", "faults", "| all |  | 750 | 1021 | 750 | 0 |"),
     ("README.md", "8 bits cost 0.1 of perplexity", "generation-smollm2", "| llama.cpp Q8_0 | – | 145 | 185 | 22.04 |"),
     ("README.md", "50 % zeros cost 13", "generation-smollm2", "| sparse bf16, 50 % | 50 % | 178 | 181 | 34.76 |"),
