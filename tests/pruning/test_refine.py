@@ -14,6 +14,7 @@ from texts import sentences
 from leanstep.cli import main
 from leanstep.pruning import Refinement, allocate, find_targets, measure_curves, prune
 from leanstep.pruning.allocate import descent as search
+from leanstep.pruning.allocate import refine as refining
 from leanstep.pruning.folder.report import report_page
 from leanstep.pruning.measure.activation_cache import ActivationCache, BlockCache
 from leanstep.pruning.measure.batches import as_batches, evaluating
@@ -274,7 +275,7 @@ def test_the_start_stays_where_the_refined_model_is_not_better(curves, monkeypat
         points = [(0, 0.0, *judge.distortion), (1, 0.0, 0.5 * judge.distortion.mean, 0.1)]
         return search.Descent(counts, 1, points=points, ended="evaluations")
 
-    monkeypatch.setattr("leanstep.pruning.allocate.refine.descend", worse)
+    monkeypatch.setattr(refining, "descend", worse)
     model, plain = make_llama(2), make_llama(2)
     refine = replace(REFINE, data=tokens(4))
     result = prune(model, tokens(8), sparsity=0.6, curves=curves, refine=refine, held_out=False)
@@ -295,7 +296,7 @@ def test_the_result_is_the_best_on_held_out_data(curves, monkeypatch):
         assert counts != judge.counts
         return search.Descent(counts, 1, points=[(0, 0.0, 1.0, 0.1)], ended="evaluations")
 
-    monkeypatch.setattr("leanstep.pruning.allocate.refine.descend", worse)
+    monkeypatch.setattr(refining, "descend", worse)
     model, plain = make_llama(2), make_llama(2)
     result = prune(model, tokens(10), sparsity=0.6, curves=curves, refine=replace(REFINE, data=tokens(4)))
     prune(plain, tokens(10), sparsity=0.6, curves=curves)
