@@ -62,11 +62,11 @@ def targets_of(model: nn.Module, config: PruneConfig, *, empty: bool = False) ->
 
 def groups_of(targets: Sequence[Target], config: PruneConfig) -> list[Group]:
     """The groups of matrices that share a level; with a menu each matrix alone, sized in bytes."""
-    if (menu := config.menu) is None:
+    if config.menu is None:
         return make_groups(targets, config.granularity)
     from leanstep.pruning.compress.menu import menu_group
 
-    return [menu_group(target, menu) for target in targets]
+    return [menu_group(target) for target in targets]
 
 
 def check_target(

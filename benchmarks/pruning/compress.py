@@ -16,8 +16,6 @@ file into docs/.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import statistics
 import tempfile
 from collections.abc import Iterator
@@ -109,11 +107,9 @@ class _Work:
         if method.startswith("mix"):
             quantize_by_llama_cpp(self.dense, self.made, mix, self.importance() if method == "mix-imatrix" else None)
             return
-        from leanstep._gguf.writer import Encoded, write_gguf
+        from leanstep._gguf.writer import write_gguf
 
-        result = self.compressed(method, size)
-        encoded = {name: Encoded(*pair) for name, pair in result.encoded.items()}
-        write_gguf(self.options.model, self.made, encoded, "F16")
+        write_gguf(self.options.model, self.made, self.compressed(method, size).encoded, "F16")
         if self.made.stat().st_size > size:
             raise SystemExit(f"{method} at {mix}: {self.made.stat().st_size} bytes, the mix has {size}")
 
@@ -123,6 +119,8 @@ class _Work:
         from leanstep.pruning.compress.checkpoint import sized
         from leanstep.pruning.compress.compress import Size
         from leanstep.pruning.folder.files import open_checkpoint
+        from leanstep.pruning.planner import targets_of
+        from leanstep.pruning.score.targets import WeightSnapshot
 
         score = "nearest" if method == "nearest" else "gptq"
         refine = Refinement(minutes=self.options.refine, seed=0) if method == "refined" else None
@@ -130,7 +128,7 @@ class _Work:
         curves = self.curves.get(score, self.options.curves)
         config = PruneConfig(pattern="ggml", score=score, curves=curves, refine=refine, reconstruct=steps)
         config = sized(open_checkpoint(self.options.model), config, Size(size=size), "gguf")
-        with self.text.snapshot.restored(), _restored(self.text.model):
+        with WeightSnapshot(targets_of(self.text.model, config)).restored():
             if method == "uniform":
                 return _uniform(self.text.model, self.data, config)
             curve_data = self.data[: self.options.curve_samples]
@@ -151,18 +149,6 @@ class _Work:
         cache = ActivationCache(self.text.model, as_batches(self.data, self.text.model, batch_size=8))
         statistics, names = statistics_for(cache, targets, ["square_sum"]), tensor_names(self.options.model)
         return {names[t.name]: statistics[t.name].square_sum.float() / statistics[t.name].count for t in targets}
-
-
-@contextlib.contextmanager
-def _restored(model: torch.nn.Module) -> Iterator[None]:
-    """Context manager: restores all parameters."""
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(before[name])
 
 
 def _uniform(model: torch.nn.Module, data: Tensor, config: Any) -> Any:
@@ -210,24 +196,21 @@ class LlamaCpp:
 
 def llama_cpp_logits(file: Path, tokens: Tensor) -> Iterator[Tensor]:
     """The logits of each sequence by llama.cpp, fp32 [tokens, vocabulary]."""
-    ffi, library = _llama_cpp()
-    parameters = library.llama_model_default_params()
-    model = library.llama_model_load_from_file(str(file).encode(), parameters)
-    if model == ffi.NULL:
-        raise SystemExit(f"llama.cpp does not open {file}")
-    settings = library.llama_context_default_params()
-    length = tokens.shape[1]
-    settings.n_ctx = settings.n_batch = settings.n_ubatch = length
-    settings.n_threads = settings.n_threads_batch = 1
-    settings.type_k = settings.type_v = 0
-    settings.flash_attn_type = 0
-    context = library.llama_init_from_model(model, settings)
-    try:
+    from leanstep._gguf.vocabulary import engine
+
+    with engine(file) as (ffi, library, model, errors):
+        if model == ffi.NULL:
+            raise SystemExit(f"llama.cpp does not open {file}: {errors}")
+        settings = library.llama_context_default_params()
+        length = tokens.shape[1]
+        settings.n_ctx = settings.n_batch = settings.n_ubatch = length
+        settings.n_threads = settings.n_threads_batch = 1
+        settings.type_k = settings.type_v = settings.flash_attn_type = 0
         size = library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
+        context, batch = library.llama_init_from_model(model, settings), library.llama_batch_init(length, 0, 1)
+        batch.n_tokens = length
         for row in tokens.tolist():
             library.llama_memory_clear(library.llama_get_memory(context), True)
-            batch = library.llama_batch_init(length, 0, 1)
-            batch.n_tokens = length
             for place, token in enumerate(row):
                 batch.token[place], batch.pos[place], batch.n_seq_id[place] = token, place, 1
                 batch.seq_id[place][0], batch.logits[place] = 0, 1
@@ -235,44 +218,27 @@ def llama_cpp_logits(file: Path, tokens: Tensor) -> Iterator[Tensor]:
                 raise SystemExit(f"llama.cpp does not run {file}")
             values = ffi.buffer(library.llama_get_logits(context), 4 * length * size)
             yield torch.frombuffer(bytearray(values), dtype=torch.float32).view(length, size)
-            library.llama_batch_free(batch)
-    finally:
+        library.llama_batch_free(batch)
         library.llama_free(context)
-        library.llama_model_free(model)
 
 
 def quantize_by_llama_cpp(dense: Path, out: Path, mix: str, importance: dict[str, Tensor] | None) -> None:
     """Write a file in one of llama.cpp's mixes, by its library."""
-    ffi, library = _llama_cpp()
-    settings = library.llama_model_quantize_default_params()
-    settings.nthread, settings.ftype = 1, getattr(library, f"LLAMA_FTYPE_MOSTLY_{mix}")
-    held: list[Any] = []
-    if importance is not None:
-        rows = ffi.new("struct llama_model_imatrix_data[]", len(importance) + 1)
-        for row, (name, values) in zip(rows, importance.items(), strict=False):
+    from leanstep._gguf.vocabulary import engine
+
+    with engine(dense, vocab_only=True) as (ffi, library, _, errors):  # with its log off
+        settings = library.llama_model_quantize_default_params()
+        settings.nthread, settings.ftype = 1, getattr(library, f"LLAMA_FTYPE_MOSTLY_{mix}")
+        # a row without a name ends the matrix, and what C points to lives as long as this list
+        rows, held = ffi.new("struct llama_model_imatrix_data[]", len(importance or ()) + 1), list[Any]()
+        for row, (name, values) in zip(rows, (importance or {}).items(), strict=False):
             held += [ffi.new("char[]", name.encode()), values.contiguous()]
             row.name, row.size = held[-2], values.numel()
             row.data = ffi.cast("float *", held[-1].data_ptr())
-        settings.imatrix = rows
-        held.append(rows)
-    if library.llama_model_quantize(str(dense).encode(), str(out).encode(), ffi.addressof(settings)):
-        raise SystemExit(f"llama.cpp does not write {mix}")
-
-
-def _llama_cpp() -> tuple[Any, Any]:
-    from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
-
-    ffi, library = get_ffi(), get_lib()
-    if not os.environ.get("LEANSTEP_LLAMA_CPP_LOG"):
-        library.llama_log_set(
-            _SILENT.setdefault("", ffi.callback("void(enum ggml_log_level, const char *, void *)", lambda *_: None)),
-            ffi.NULL,
-        )
-    library.llama_backend_init()
-    return ffi, library
-
-
-_SILENT: dict[str, Any] = {}
+        if importance is not None:
+            settings.imatrix = rows
+        if library.llama_model_quantize(str(dense).encode(), str(out).encode(), ffi.addressof(settings)):
+            raise SystemExit(f"llama.cpp does not write {mix}: {errors}")
 
 
 def table(path: Path) -> str:

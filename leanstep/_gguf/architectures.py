@@ -67,8 +67,8 @@ def rope_tensor(config: Config) -> Tensor | None:
     waves = 2 * math.pi * float(rope["rope_theta"]) ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
     turns = float(rope["original_max_position_embeddings"]) / waves
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 / ((1 - kept) / float(rope["factor"]) + kept)).float()
+    unscaled = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 / ((1 - unscaled) / float(rope["factor"]) + unscaled)).float()
 
 
 def _check_rope(config: Config, kinds: tuple[str, ...] = ("default", "linear")) -> str | None:

@@ -187,6 +187,8 @@ def _checked_importance(importance: Tensor | None, type: str, columns: int) -> T
 def _in_threads(work: Callable[[int, int], None], rows: int, columns: int) -> None:
     """Call a function with starts and numbers of rows, in as many threads as torch has: rows are independent."""
     step = max(1, _PIECE // max(1, columns))
+    if rows <= step:
+        return work(0, rows)
     starts = range(0, rows, step)
     with ThreadPoolExecutor(max(1, min(torch.get_num_threads(), len(starts)))) as threads:
         list(threads.map(lambda start: work(start, min(step, rows - start)), starts))

@@ -131,8 +131,8 @@ def _content(content: dict[str, Any], tokenizer: Any, size: int, file: Path) -> 
         raise ValueError(f"{file} has a token of number {max(names.values())}, the model has {size} tokens")
     tokens = {index: name for name, index in names.items()}
     types = [TokenType.NORMAL if index in tokens else TokenType.UNUSED for index in range(size)]
-    for added in content.get("added_tokens") or ():
-        types[added["id"]] = TokenType.CONTROL if added.get("special") else TokenType.USER_DEFINED
+    for index, added in tokenizer.get_added_tokens_decoder().items():
+        types[index] = TokenType.CONTROL if added.special else TokenType.USER_DEFINED
     return make(model, [tokens.get(index, f"[PAD{index}]") for index in range(size)], types, content)
 
 

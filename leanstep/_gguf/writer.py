@@ -46,19 +46,6 @@ _ADDED = ("position_embd.", "token_types.")
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """A matrix in a type of ggml.
-
-    Attributes:
-        type: its name.
-        data: uint8, (rows, bytes of a row), with the rows of the parameter as (out, in).
-    """
-
-    type: str
-    data: Tensor
-
-
-@dataclass(frozen=True)
 class _Stored:
     """A tensor of the folder: its name in the file to write, its shape there, and the file it is in."""
 
@@ -135,19 +122,17 @@ def file_bytes(folder: str | Path, types: Mapping[str, str], default: str = "F16
 def write_gguf(
     folder: str | Path,
     out: str | Path,
-    encoded: Mapping[str, Encoded] | None = None,
+    encoded: Mapping[str, tuple[str, Tensor]] | None = None,
     default: str = "F16",
-    values: Mapping[str, Tensor] | None = None,
 ) -> dict[str, str]:
     """Write a Hugging Face folder as a file that llama.cpp opens. One tensor at a time is in memory.
 
     Args:
         folder: with config.json, safetensors weights and tokenizer.json.
         out: the file to create.
-        encoded: matrices by their names in the folder, as they are to be stored.
+        encoded: matrices by their names in the folder: type, and bytes, uint8 (out, bytes of a row).
         default: type of the other matrices; where a shape cannot have it, the next larger one. Vectors, and what is
             added to activations, are in F32.
-        values: replace weights of the folder, in their shapes.
 
     Returns:
         The type of each tensor, by its name in the folder.
@@ -157,12 +142,10 @@ def write_gguf(
         OSError: the file could not be written; there is none then.
     """
     plan, out = _plan(Path(folder)), Path(out)
-    encoded, values = encoded or {}, values or {}
-    types = {name: one.type for name, one in encoded.items()}
-    for name in sorted(set(values) - set(plan.tensors)):
-        raise ValueError(f"{folder} has no tensor {name!r} whose values could be replaced")
-    for name, one in encoded.items():
-        _check_encoded(plan, name, one)
+    encoded = encoded or {}
+    types = {name: type for name, (type, _) in encoded.items()}
+    for name, (type, data) in encoded.items():
+        _check_encoded(plan, name, type, data)
     needed = _size(plan.writer(types, default))
     if out.exists() or out.is_symlink():
         raise ValueError(f"{out} exists already, and nothing is overwritten; name another file, or remove it")
@@ -175,7 +158,7 @@ def write_gguf(
         try:
             _write_header(writer, path)
             for name, type in types.items():
-                data = encoded[name].data if name in encoded else _encode(plan, name, type, values.get(name))
+                data = encoded[name][1] if name in encoded else _encode(plan, name, type)
                 writer.write_tensor_data(permute_rows(plan.row, plan.config, name, data).contiguous().cpu().numpy())
             for tensor in plan.computed.values():
                 writer.write_tensor_data(tensor.numpy())
@@ -325,24 +308,20 @@ def padded(size: int) -> int:
     return -(-size // GGUF_DEFAULT_ALIGNMENT) * GGUF_DEFAULT_ALIGNMENT
 
 
-def _check_encoded(plan: _Plan, name: str, one: Encoded) -> None:
+def _check_encoded(plan: _Plan, name: str, type: str, data: Tensor) -> None:
     if name in plan.tensors and len(shape := plan.tensors[name].shape) == 2:
-        expected = (shape[0], bytes_of(one.type, 1, shape[1]))
-        if tuple(one.data.shape) != expected or one.data.dtype != torch.uint8:
-            came = f"{one.data.dtype} of {tuple(one.data.shape)}"
-            raise ValueError(f"{name} as {one.type} is uint8 of shape {expected}, got {came}")
+        expected = (shape[0], bytes_of(type, 1, shape[1]))
+        if tuple(data.shape) != expected or data.dtype != torch.uint8:
+            came = f"{data.dtype} of {tuple(data.shape)}"
+            raise ValueError(f"{name} as {type} is uint8 of shape {expected}, got {came}")
 
 
-def _encode(plan: _Plan, name: str, type: str, value: Tensor | None) -> Tensor:
-    """Bytes of a tensor, from its new value or the folder's."""
-    stored = plan.tensors[name]
-    with TensorFile(stored.file) as file:
-        if value is not None and tuple(value.shape) != file.shape(name):
-            raise ValueError(f"{name} has the shape {file.shape(name)}, got values of {tuple(value.shape)}")
-        tensor = transform(plan.row, name, file.tensor(name) if value is None else value.detach())
-        matrix = tensor if tensor.dim() == 2 else tensor[None]
+def _encode(plan: _Plan, name: str, type: str) -> Tensor:
+    """Bytes of a tensor of the folder."""
+    with TensorFile(plan.tensors[name].file) as file:
+        tensor = transform(plan.row, name, file.tensor(name))
         try:
-            data = quantize(matrix, type)
+            data = quantize(tensor if tensor.dim() == 2 else tensor[None], type)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     return data if tensor.dim() == 2 else data.reshape(len(tensor), -1)

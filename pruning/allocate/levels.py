@@ -80,7 +80,7 @@ def levels_of(groups: Sequence[Group], config: PruneConfig, sparsity: float) -> 
     if config.menu:
         from leanstep.pruning.compress.menu import menu_levels
 
-        return {group.name: _split(menu_levels(group.targets[0], config.menu)) for group in groups}
+        return {group.name: _split(menu_levels(group.targets[0])) for group in groups}
     if pattern != "unstructured":
         letter, _, m = pattern.partition(":")
         if letter != "N" or not m.isdecimal() or len(m) > 10 or int(m) < 2:

@@ -1,1 +1,1 @@
-"""Levels of bits, and of zeros with bits, beside those of zeros alone."""
+"""Levels of bits in place of counts of weights, and GGUF files of them."""

@@ -82,5 +82,5 @@ def _contents(checkpoint: Checkpoint, config: PruneConfig, format: str) -> tuple
     check_format(checkpoint, format)
     model = empty_model_of(checkpoint, DTYPES[most_common_dtype(checkpoint)])
     groups = groups_of(targets_of(model, config, empty=True), config)
-    levels = {target.parameter: menu_levels(target, "ggml") for group in groups for target in group.targets}
+    levels = {target.parameter: menu_levels(target) for group in groups for target in group.targets}
     return groups, bytes_without(checkpoint, levels, format)

@@ -72,7 +72,7 @@ class Size:
 
 def sizes_of(groups: Sequence[Group]) -> tuple[int, int]:
     """Bytes of the matrices at their last levels, and at their first ones."""
-    levels = [menu_levels(target, "ggml") for group in groups for target in group.targets]
+    levels = [menu_levels(target) for group in groups for target in group.targets]
     return sum(row[-1][0] for row in levels), sum(row[0][0] for row in levels)
 
 
@@ -83,9 +83,9 @@ def reach_of(groups: Sequence[Group], others: int) -> str:
     return f"from {low} to below {high}"
 
 
-def size_text(bytes_: int, others: int, weights: int) -> str:
-    """A size in the unit of ``--size``, rounded up, and the bits of a weight of the matrices."""
-    return f"{-(-(bytes_ + others) // 1000) / 1000:,.3f} MB ({8 * max(bytes_, 0) / weights:.2f} bits per weight)"
+def size_text(matrices: int, others: int, weights: int) -> str:
+    """A size from bytes, in the unit of ``--size``, rounded up, and the bits of a weight of the matrices."""
+    return f"{-(-(matrices + others) // 1000) / 1000:,.3f} MB ({8 * max(matrices, 0) / weights:.2f} bits per weight)"
 
 
 @takes_fields(Size, Execution, PruneConfig)

@@ -53,9 +53,8 @@ def bytes_without(checkpoint: Checkpoint, menus: Mapping[str, Sequence[tuple[int
 
 def write_compressed(checkpoint: Checkpoint, folder: Path, result: PruneResult) -> None:
     """Write the GGUF file of a result into a folder, in place of the weights in it."""
-    from leanstep._gguf.writer import Encoded, write_gguf
+    from leanstep._gguf.writer import write_gguf
 
     for file in folder.iterdir():
         file.unlink()
-    encoded = {name: Encoded(type, data) for name, (type, data) in result.encoded.items()}
-    write_gguf(checkpoint.folder, folder / FILE, encoded, default_type(checkpoint))
+    write_gguf(checkpoint.folder, folder / FILE, result.encoded, default_type(checkpoint))

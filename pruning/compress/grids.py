@@ -7,7 +7,7 @@ reader: a bit whose flip changes one value alone belongs to the code of that val
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -42,6 +42,14 @@ class Grid:
         block = len(self.bits)
         low, high = (dequantize(self.with_code(data, int(code)), self.type, block) for code in self.codes[[0, -1]])
         return low, high - low
+
+    def nearest(self, values: Tensor, low: Tensor, span: Tensor) -> Tensor:
+        """Number of the level that is nearest to each value, int64; ``low`` and ``span`` are of :meth:`ends`."""
+        return torch.bucketize(torch.where(span == 0, 0.0, (values - low) / span), self._middles)
+
+    @cached_property
+    def _middles(self) -> Tensor:
+        return (self.shares[1:] + self.shares[:-1]) / 2
 
     def filled(self, data: Tensor, codes: Tensor) -> Tensor:
         """Blocks, uint8 [blocks, bytes], with other codes, int64 [blocks, block]."""

@@ -39,12 +39,12 @@ class MenuGroup(Group):
         return self.layer.numel
 
 
-def menu_group(target: Target, menu: str) -> MenuGroup:
+def menu_group(target: Target) -> MenuGroup:
     """The group of one matrix, sized in bytes."""
-    return MenuGroup(replace(target.layer, shape=(menu_levels(target, menu)[0][0], 1)), (target,))
+    return MenuGroup(replace(target.layer, shape=(menu_levels(target)[0][0], 1)), (target,))
 
 
-def menu_levels(target: Target, menu: str) -> list[tuple[int, str]]:
+def menu_levels(target: Target) -> list[tuple[int, str]]:
     """(bytes, name) of each level of a matrix, in falling order. The first is the matrix in 16 bits."""
     from leanstep._gguf.ggml import TYPES, bytes_of, ggml_library
 
@@ -91,20 +91,17 @@ class LayerCompressor(LayerPruner):
     @torch.no_grad()
     def prune(self, keep: int | NM | str) -> Pruned:
         """The matrix at the level of this name."""
-        from leanstep._gguf.ggml import TYPES, quantize
+        from leanstep._gguf.ggml import TYPES
         from leanstep.pruning.compress.rounding import rounded
 
-        name = str(keep)
-        mask = torch.ones_like(self.given, dtype=torch.bool)
-        if TYPES[name].block == 1:
-            self.encoded = name, quantize(self.weight, name)
-            return Pruned(self.given.clone(), mask)
-        importance = self._importance
+        name, importance = str(keep), self._importance
         if importance is None and TYPES[name].needs_importance:  # an expert that no token reached
             importance = torch.ones(self.weight.shape[1])
-        values, data = rounded(self.weight.cpu().float(), name, importance, self._factor)
+        # 16 bits leave no error to compensate
+        factor = self._factor if TYPES[name].block > 1 else None
+        values, data = rounded(self.weight.cpu().float(), name, importance, factor)
         self.encoded = name, data
-        return Pruned(values.to(self.given), mask)
+        return Pruned(values.to(self.given), torch.ones_like(self.given, dtype=torch.bool))
 
     @property
     def scores(self) -> Tensor:

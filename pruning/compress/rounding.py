@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from leanstep._gguf.ggml import TYPES, dequantize, quantize
-from leanstep.pruning.compress.grids import grid_of
+from leanstep.pruning.compress.grids import Grid, grid_of
 
 
 def rounded(weight: Tensor, type: str, importance: Tensor | None, factor: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -49,7 +49,7 @@ def rounded(weight: Tensor, type: str, importance: Tensor | None, factor: Tensor
             difference = current[:, columns] - dequantize(data, type, block)
             errors = torch.linalg.solve_triangular(inside, difference, upper=True, left=False)
         else:
-            levels, errors = _sweep(current[:, columns], inside, grid.shares, *grid.ends(data))
+            levels, errors = _sweep(current[:, columns], inside, grid, *grid.ends(data))
             data = grid.filled(data, grid.codes[levels])
         pieces.append(data)
         current[:, start + block :].addmm_(errors, factor[columns, start + block :], alpha=-1)
@@ -57,20 +57,18 @@ def rounded(weight: Tensor, type: str, importance: Tensor | None, factor: Tensor
     return dequantize(data, type, weight.shape[1]), data
 
 
-def _sweep(block: Tensor, factor: Tensor, shares: Tensor, low: Tensor, span: Tensor) -> tuple[Tensor, Tensor]:
-    """Round the columns of a block one by one to ``low + span * shares``.
+def _sweep(block: Tensor, factor: Tensor, grid: Grid, low: Tensor, span: Tensor) -> tuple[Tensor, Tensor]:
+    """Round the columns of a block one by one to ``low + span * grid.shares``.
 
     Returns:
         the level of every weight, int64 [out, block], and the errors [out, block] to push to later blocks.
     """
     # transposed, so that a column is contiguous
     current, low, span = (one.t().contiguous() for one in (block, low, span))
-    middles = (shares[1:] + shares[:-1]) / 2
     levels, errors = torch.empty_like(current, dtype=torch.int64), torch.empty_like(current)
-    scale = torch.where(span == 0, 0.0, 1 / span)
     for j, column in enumerate(current):
-        levels[j] = torch.bucketize((column - low[j]) * scale[j], middles)
-        errors[j] = (column - low[j] - span[j] * shares[levels[j]]) / factor[j, j]
+        levels[j] = grid.nearest(column, low[j], span[j])
+        errors[j] = (column - low[j] - span[j] * grid.shares[levels[j]]) / factor[j, j]
         current[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
     return levels.t(), errors.t()
 
@@ -82,13 +80,13 @@ class OnGrid:
     Gradients pass as if nothing were rounded (a straight-through estimator).
 
     Attributes:
-        type: of ggml.
+        grid: of the type.
         data: uint8 [blocks, bytes], with the scales.
-        low, span: fp32 [out, in], of each weight the value of the first level, and the last one's less that.
+        low, span: fp32 [out, in], those of :meth:`Grid.ends`.
         is_transposed: whether the parameter is [in, out].
     """
 
-    type: str
+    grid: Grid
     data: Tensor
     low: Tensor
     span: Tensor
@@ -101,31 +99,18 @@ class OnGrid:
             return None
         blocks = data.reshape(-1, TYPES[type].size)
         low, span = (end.view(len(data), -1) for end in grid.ends(blocks))
-        return cls(type, blocks, low, span, is_transposed)
+        return cls(grid, blocks, low, span, is_transposed)
 
     def __call__(self, trained: Tensor) -> Tensor:
         """The weights, rounded; gradients pass."""
         matrix = (trained.detach().T if self.is_transposed else trained.detach()).to(self.low)
-        values = self.low + self.span * self._shares()[self._levels(matrix)]
+        values = self.low + self.span * self.grid.shares[self.grid.nearest(matrix, self.low, self.span)]
         return trained + ((values.T if self.is_transposed else values).to(trained) - trained.detach())
 
     @torch.no_grad()
-    def write(self, weight: Tensor) -> Tensor:
-        """Round a matrix [out, in] in place, and return its bytes, uint8 [out, bytes of a row]."""
-        grid = grid_of(self.type)
-        assert grid is not None
-        levels = self._levels(weight.to(self.low)).view(len(self.data), -1)
-        data = grid.filled(self.data, grid.codes[levels]).view(len(self.low), -1)
-        weight.copy_(dequantize(data, self.type, self.low.shape[1]))
-        return data
-
-    def _shares(self) -> Tensor:
-        grid = grid_of(self.type)
-        assert grid is not None
-        return grid.shares
-
-    def _levels(self, matrix: Tensor) -> Tensor:
-        """The nearest level of each weight."""
-        shares = self._shares()
-        share = torch.where(self.span == 0, 0.0, (matrix - self.low) / self.span)
-        return torch.bucketize(share, (shares[1:] + shares[:-1]) / 2)
+    def write(self, weight: Tensor) -> tuple[str, Tensor]:
+        """Round a matrix [out, in] in place; returns its type and bytes, uint8 [out, bytes of a row]."""
+        levels = self.grid.nearest(weight.to(self.low), self.low, self.span).view(len(self.data), -1)
+        data = self.grid.filled(self.data, self.grid.codes[levels]).view(len(self.low), -1)
+        weight.copy_(dequantize(data, self.grid.type, self.low.shape[1]))
+        return self.grid.type, data

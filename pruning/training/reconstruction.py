@@ -29,7 +29,7 @@ from leanstep.pruning.training.recovery import rate_factor
 
 # of the examples, one in so many is held back; these judge the weights so many times in a training
 _HELD_BACK, _CHECKS = 8, 4
-# of the optimizer. One block of SmolLM2-135M at 60 %, 100 steps of 256 tokens, lr 1e-3: 0.105 without, 0.095
+# of the optimizer
 _MOMENTUM = 0.9
 
 # what a block computes with, of a weight that is trained: differentiable
@@ -298,7 +298,7 @@ class BlockReconstruction:
             for target in targets if self.errors[name].applied else ():
                 grid = constraints.get(parameters[getattr(target.module, target.attribute)])
                 if grid is not None and target.name in encoded:
-                    encoded[target.name] = grid.type, grid.write(target.weight)
+                    encoded[target.name] = grid.write(target.weight)
         else:
             self._skipped += [group.name for group in block]
         self._done += 1

@@ -38,7 +38,12 @@ def _parser() -> argparse.ArgumentParser:
     add("checkpoint", metavar="CHECKPOINT", help="a Hugging Face folder, or the name of a model on the hub")
     add("--out", required=True, type=new_folder, metavar="DIR", help="the folder to create")
     size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--bytes", type=float, metavar="F", help="size, as a fraction of the dense file: 0.25")
+    size.add_argument(
+        "--bytes",
+        type=float,
+        metavar="F",
+        help="size, as a fraction of the weight files: 0.25",
+    )
     size.add_argument(
         "--bits-per-weight", type=float, metavar="B", help="mean bits of the matrices, scales included: 4"
     )
@@ -65,5 +70,5 @@ def _parser() -> argparse.ArgumentParser:
     PruneConfig.add_options(group, "afterwards")
     resource_options(parser.add_argument_group("memory, time and output"))
     parser.set_defaults(pattern="ggml", budget="params", latency_table=None, recover=None, recover_lr=None)
-    parser.set_defaults(recover_rank=None, distill=None)
+    parser.set_defaults(recover_rank=None, distill=None, nproc=1)
     return parser

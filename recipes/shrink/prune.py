@@ -138,7 +138,15 @@ def _parser() -> argparse.ArgumentParser:
     _allocation_options(parser.add_argument_group("how far each matrix is pruned"))
     PruneConfig.add_options(parser.add_argument_group("which weights are pruned"), "weights")
     _afterwards_options(parser.add_argument_group("recovery and evaluation"))
-    resource_options(parser.add_argument_group("memory, time and output"))
+    resources = parser.add_argument_group("memory, time and output")
+    resource_options(resources)
+    resources.add_argument(
+        "--nproc",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="processes on this machine that share the work; default 1",
+    )
     parser.set_defaults(format="dense")
     return parser
 
@@ -202,13 +210,6 @@ def resource_options(group: _Group) -> None:
     PruneConfig.add_options(group, "resources")
     add_device(group)
     add(
-        "--nproc",
-        type=positive,
-        default=1,
-        metavar="N",
-        help="processes on this machine that share the work; default 1",
-    )
-    add(
         "--activations",
         default="memory",
         choices=("memory", "disk"),
@@ -229,7 +230,7 @@ def _config(options: argparse.Namespace) -> PruneConfig:
         config = PruneConfig.of_options(options, budget=None, refine=_refinement(options))
         size = Size(bytes=options.bytes, bits_per_weight=options.bits_per_weight, size=options.size)
         config = sized(open_checkpoint(options.checkpoint), config, size, options.format)
-        config.check(has_data=options.data is not None, alone=options.nproc == 1)
+        config.check(has_data=options.data is not None)
         return config
     if (options.budget == "latency") != (options.latency_table is not None):
         raise ValueError("--budget latency goes with a --latency-table FILE, and no other budget does")

@@ -128,7 +128,6 @@ def test_a_dense_folder_has_the_values(base, tmp_path):
         (["--bits-per-weight", "2"], "2.00 bits per weight) is out of reach: from .* (4.50 bits per weight)"),
         (["--size", "1kB"], "is out of reach"),
         (["--bytes", "0.5", "--format", "dense"], "a dense folder has the dense size"),
-        (["--bits-per-weight", "5", "--nproc", "2"], "one process writes the bytes of all matrices; leave out --nproc"),
         (["--bits-per-weight", "5", "--dry-run"], ""),
     ],
 )

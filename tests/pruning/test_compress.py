@@ -1,6 +1,7 @@
 """Compressing to a size: rounding on ggml's grids, the budget in bytes, and the model that comes out."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from leanstep.pruning.score.base import LayerStatistics  # noqa: E402
 from leanstep.pruning.score.sparsegpt import damped_gram, inverse_factor  # noqa: E402
 
 # ggml makes large tables for the smallest types
-FEW = ("Q8_0", "Q5_0", "Q4_0")
+FEW, ALL = ("Q8_0", "Q5_0", "Q4_0"), menu._TYPES
 SCALAR = ("Q8_0", "Q6_K", "Q5_1", "Q5_K", "Q5_0", "Q4_1", "Q4_K", "IQ4_NL", "Q4_0", "IQ4_XS", "MXFP4", "Q3_K", "Q2_K")
 
 
@@ -72,6 +73,19 @@ def test_compensated_errors_cost_less_at_the_output(type):
     assert errors[1] < 0.8 * errors[0]
 
 
+@pytest.mark.parametrize(
+    "types", [("Q5_K", "Q5_0"), ("Q4_K", "IQ4_NL", "Q4_0"), ("IQ4_XS", "MXFP4"), ("Q3_K", "IQ3_S")]
+)
+def test_the_menu_has_the_best_of_the_types_with_as_many_bits(types):
+    weight, gram = matrix_and_gram()
+    factor, importance = inverse_factor(gram, 0.01).float(), gram.diagonal() / 2048
+    changes = {type: rounded(weight, type, importance, factor)[0] - weight for type in types}
+    errors = {type: float((change @ gram * change).sum()) for type, change in changes.items()}
+    assert len({TYPES[type].bits for type in types}) == 1
+    # the first of the menu stays, where a row can have several
+    assert min(errors, key=errors.__getitem__) == next(type for type in ALL if type in types)
+
+
 def test_the_sweep_is_gptq_by_its_definition():
     """Each weight in turn to its nearest value; the others move so that the quadratic error is least (OBQ)."""
     weight, gram = matrix_and_gram(64)
@@ -121,10 +135,7 @@ def test_the_model_has_the_values_of_the_bytes_and_nothing_else_changes(compress
             assert torch.equal(parameter, dense.get_parameter(name))
             continue
         type, data = result.encoded[name]
-        if type == "F16":
-            assert torch.equal(parameter, dense.get_parameter(name))
-        else:
-            assert torch.equal(parameter, dequantize(data, type, parameter.shape[1]).to(parameter.dtype))
+        assert torch.equal(parameter, dequantize(data, type, parameter.shape[1]).to(parameter.dtype))
 
 
 def test_a_tied_embedding_is_one_matrix_and_others_are_two():
@@ -160,6 +171,7 @@ def test_a_search_stays_within_the_bytes():
             "goes with pattern ggml; got pattern u",
         ),
         ({"bits_per_weight": 5.0, "score": "wanda"}, "score with pattern ggml must be one of gptq, nearest"),
+        ({"bits_per_weight": 5.0, "processes": SimpleNamespace(size=2)}, "one process writes the bytes"),
         ({"bits_per_weight": 5.0, "granularity": "block"}, "leave granularity and allocation out"),
     ],
 )
@@ -238,4 +250,4 @@ def test_reconstruction_trains_codes_and_leaves_them_on_their_grids(make):
     assert len(changed) > 3
     for name, (type, data) in after.encoded.items():
         values = dequantize(data, type, data.shape[1] // TYPES[type].size * TYPES[type].block)
-        assert torch.equal(model.get_parameter(name), values.T if "c_" in name else values) or type == "F16"
+        assert torch.equal(model.get_parameter(name), values.T if "c_" in name else values)
