@@ -140,13 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     _afterwards_options(parser.add_argument_group("recovery and evaluation"))
     resources = parser.add_argument_group("memory, time and output")
     resource_options(resources)
-    resources.add_argument(
-        "--nproc",
-        type=positive,
-        default=1,
-        metavar="N",
-        help="processes on this machine that share the work; default 1",
-    )
+    resources.add_argument("--nproc", type=positive, default=1, metavar="N", help="processes that share it; default 1")
     parser.set_defaults(format="dense")
     return parser
 
