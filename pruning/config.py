@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 SCORES = ("magnitude", "wanda", "sparsegpt", "alps", "mfac")
 # patterns whose levels are of a menu, and how a matrix is rounded to them
-MENUS = ("ggml",)
+MENUS = ("ggml", "sparse")
 ROUNDINGS = ("gptq", "nearest")
 
 
@@ -397,8 +397,8 @@ class PruneConfig:
                 raise ValueError(f"{name} with pattern {self.pattern} must be one of {', '.join(known)}, got {value!r}")
         if (self.menu is not None) != (getattr(self.budget, "kind", None) == "size"):
             raise ValueError(
-                f"a Budget of the kind 'size', as leanstep.pruning.compress makes, goes with pattern {MENUS[0]}; got "
-                f"pattern {self.pattern}"
+                "a Budget of the kind 'size', as leanstep.pruning.compress makes, goes with pattern "
+                f"{' or '.join(MENUS)}; got pattern {self.pattern}"
             )
         if self.menu and not alone:
             raise ValueError(f"pattern {self.menu}: one process writes the bytes of all matrices; leave out --nproc")

@@ -66,7 +66,7 @@ def groups_of(targets: Sequence[Target], config: PruneConfig) -> list[Group]:
         return make_groups(targets, config.granularity)
     from leanstep.pruning.compress.menu import menu_group
 
-    return [menu_group(target) for target in targets]
+    return [menu_group(target, config.menu) for target in targets]
 
 
 def check_target(

@@ -38,7 +38,7 @@ def bitmask_pack(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def bitmask_quantize(
-    values: Tensor, offsets: Tensor, mask: Tensor | None = None, *, bits: int = 8
+    values: Tensor, offsets: Tensor, mask: Tensor | None = None, *, bits: int = 8, scales: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Round the values of a packed matrix to 8 bits with one scale per row, or to 4 bits with one per block of a row.
 
@@ -48,7 +48,7 @@ def bitmask_quantize(
     Args:
         values: [nonzeros], floating and finite. offsets: int64 [rows + 1]. mask: int32 [rows, words], for 4 bits.
             All from :func:`bitmask_pack`.
-        bits: 8 or 4.
+        bits: 8 or 4. scales: in place of those above, as they are returned; a value beyond the largest code has that.
 
     Returns:
         8 bits: codes int8 [nonzeros] and scales fp32 [rows]. 4 bits: codes uint8 [ceil(nonzeros / 2)], two in a byte,
@@ -70,12 +70,12 @@ def bitmask_quantize(
             f"they have no code of {bits} bits, so keep this matrix in its dtype"
         )
     if bits == 8:
-        return reference.quantize(values, offsets)
+        return reference.quantize(values, offsets, scales)
     if mask is None or mask.dtype is not torch.int32 or mask.dim() != 2 or len(mask) + 1 != len(offsets):
         got = "none" if mask is None else f"{mask.dtype} {list(mask.shape)}"
         raise ValueError(f"{name}: 4 bits need the int32 mask [{len(offsets) - 1}, words] of the matrix, got {got}")
     _check_counts(offsets, mask, name)
-    return reference.quantize_int4(values, mask)
+    return reference.quantize_int4(values, mask, scales)
 
 
 def bitmask_unpack(

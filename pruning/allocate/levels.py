@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from leanstep.pruning.compress.menu import MenuGroup
 from leanstep.pruning.config import PruneConfig
 from leanstep.pruning.measure.curves import Levels
 from leanstep.pruning.score.targets import Group, check_filled
@@ -78,9 +79,7 @@ def levels_of(groups: Sequence[Group], config: PruneConfig, sparsity: float) -> 
     check_levels(config)
     pattern, levels = config.pattern, config.effective_levels
     if config.menu:
-        from leanstep.pruning.compress.menu import menu_levels
-
-        return {group.name: _split(menu_levels(group.targets[0])) for group in groups}
+        return {group.name: _split(group.menu) for group in groups if isinstance(group, MenuGroup)}
     if pattern != "unstructured":
         letter, _, m = pattern.partition(":")
         if letter != "N" or not m.isdecimal() or len(m) > 10 or int(m) < 2:

@@ -151,7 +151,7 @@ def _identity(
         "levels": hashlib.sha256(repr(levels).encode()).hexdigest(),
         "seed": settings.seed,
         "noise": settings.noise,
-        **rounding_identity(trial.pruning.score),
+        **rounding_identity(trial.groups),
     }
 
 

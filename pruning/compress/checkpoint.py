@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from leanstep.pruning.compress.compress import MENU, Size, reach_of
-from leanstep.pruning.compress.files import bytes_without, check_format
-from leanstep.pruning.compress.menu import menu_levels
+from leanstep.pruning.compress.compress import Size, menu_of, reach_of
+from leanstep.pruning.compress.files import bytes_without, check_format, check_writable
+from leanstep.pruning.compress.menu import MenuGroup
 from leanstep.pruning.config import PruneConfig, read_config, read_fields, takes_fields
 from leanstep.pruning.folder.files import DTYPES, Checkpoint, most_common_dtype, open_checkpoint
 from leanstep.pruning.folder.loading import empty_model_of
@@ -32,12 +32,14 @@ def compress_checkpoint(
     """Compress a Hugging Face checkpoint to a size, as :func:`leanstep.pruning.compress` does, into a new folder.
 
     ``out`` gets ``model.gguf``, which llama.cpp and engines that read its files open, tokenizer included; or with the
-    format ``dense`` a folder for transformers with the same values in the checkpoint's dtype. Besides, as from
-    :func:`leanstep.pruning.prune_checkpoint`, ``sparsity.json`` with the format of each matrix, and ``report.html``.
+    format ``dense`` a folder for transformers with the same values in the checkpoint's dtype; or with ``sparse``, whose
+    levels are zeros with codes of 8 and 4 bits, a folder that :func:`leanstep.sparsity.load_sparse` opens. Besides, as
+    from :func:`leanstep.pruning.prune_checkpoint`, ``sparsity.json`` with the format of each matrix, and
+    ``report.html``.
 
     Args:
         source, out, data, config: as for :func:`leanstep.pruning.prune_checkpoint`.
-        format: ``gguf`` or ``dense``.
+        format: ``gguf``, ``sparse`` or ``dense``.
         **options: one of the fields of :class:`leanstep.pruning.Size`, whose ``size`` and ``bytes`` are of the file,
             header and tokenizer included; of :class:`leanstep.pruning.PruneConfig`, as for
             :func:`leanstep.pruning.compress`; and of :class:`leanstep.pruning.folder.run.FolderRun`.
@@ -52,7 +54,7 @@ def compress_checkpoint(
     """
     size = read_fields(Size, options)
     settings = {name: options.pop(name) for name in list(options) if name in PruneConfig.__dataclass_fields__}
-    config = read_config("compress_checkpoint", config or MENU, settings)
+    config = read_config("compress_checkpoint", config or menu_of(format), settings)
     config = sized(open_checkpoint(source), config, size, format)
     return prune_checkpoint(source, out, data, config, format=format, **options)
 
@@ -79,8 +81,9 @@ def reach(checkpoint: Checkpoint, config: PruneConfig, format: str) -> str:
 
 def _contents(checkpoint: Checkpoint, config: PruneConfig, format: str) -> tuple[list[Group], int]:
     """The matrices of a checkpoint, and the bytes of the result besides them. Refuses what the format does not hold."""
-    check_format(checkpoint, format)
+    check_format(format, config.pattern)
+    check_writable(checkpoint, format)
     model = empty_model_of(checkpoint, DTYPES[most_common_dtype(checkpoint)])
     groups = groups_of(targets_of(model, config, empty=True), config)
-    levels = {target.parameter: menu_levels(target) for group in groups for target in group.targets}
+    levels = {group.targets[0].parameter: group.menu for group in groups if isinstance(group, MenuGroup)}
     return groups, bytes_without(checkpoint, levels, format)

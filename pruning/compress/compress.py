@@ -11,14 +11,17 @@ from torch import nn
 
 from leanstep.pruning.allocate.budgets import Budget
 from leanstep.pruning.allocate.knapsack import InfeasibleBudget
-from leanstep.pruning.compress.menu import menu_levels
+from leanstep.pruning.compress.menu import MenuGroup
 from leanstep.pruning.config import Execution, PruneConfig, read_config, read_fields, takes_fields
 from leanstep.pruning.planner import groups_of, targets_of
 from leanstep.pruning.prune import prune
 from leanstep.pruning.result import PruneResult
 from leanstep.pruning.score.targets import Group
 
-MENU = PruneConfig(pattern="ggml", score="gptq")
+
+def menu_of(format: str) -> PruneConfig:
+    """The settings of compressing to a format of files, where none are given."""
+    return PruneConfig(pattern="sparse" if format == "sparse" else "ggml", score="gptq")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +75,7 @@ class Size:
 
 def sizes_of(groups: Sequence[Group]) -> tuple[int, int]:
     """Bytes of the matrices at their last levels, and at their first ones."""
-    levels = [menu_levels(target) for group in groups for target in group.targets]
+    levels = [group.menu for group in groups if isinstance(group, MenuGroup)]
     return sum(row[-1][0] for row in levels), sum(row[0][0] for row in levels)
 
 
@@ -93,22 +96,25 @@ def compress(model: nn.Module, data: Any, config: PruneConfig | None = None, **o
     """Compress a model in place to a size: bits are given to the matrices where they lower the loss most.
 
     The levels of a matrix are the formats of GGUF files that its rows fill (:data:`leanstep._gguf.ggml.TYPES`), made by
-    ggml with the inputs' mean squares as importance, with rounding errors compensated as by GPTQ. Embedding and head
-    are among the matrices. Curves, dynamic programming over bytes, the search on joint distortion and the comparison
-    with the best uniform format on held-out data are those of :func:`leanstep.pruning.prune`; the weights get the
-    values that an engine reads from the file, rounded to their dtype.
+    ggml with the inputs' mean squares as importance, with rounding errors compensated as by GPTQ. With the pattern
+    ``sparse`` they are those of sparse files: int8 and int4 beside zeros; masks, scales and codes are chosen in one
+    sweep, as by SparseGPT. Embedding and head are among the matrices. Curves, dynamic programming over bytes, the
+    search on joint distortion and the comparison with the best uniform format on held-out data are those of
+    :func:`leanstep.pruning.prune`; the weights get the values that an engine reads from the file, rounded to their
+    dtype.
 
     Args:
         model, data, config: as for :func:`leanstep.pruning.prune`.
         **options: one of the fields of :class:`Size`; of :class:`leanstep.pruning.PruneConfig`, whose ``pattern`` is
-            ``ggml`` and whose ``score`` is ``gptq`` or ``nearest``; and of :class:`leanstep.pruning.Execution`, and
-            ``held_out`` and ``curve_data``.
+            ``ggml`` (default) or ``sparse`` and whose ``score`` is ``gptq`` or ``nearest``; and of
+            :class:`leanstep.pruning.Execution`, and ``held_out`` and ``curve_data``.
 
     Returns:
-        :class:`PruneResult`; ``encoded`` has the bytes of each matrix, ``allocation.patterns`` its format.
+        :class:`PruneResult`; ``encoded`` has the bytes of each matrix (its scales with ``sparse``),
+        ``allocation.patterns`` its format.
 
     Raises:
-        ImportError: without the packages of the extra ``gguf``.
+        ImportError: without the packages of the extra ``gguf``, for the pattern ``ggml``.
         ValueError: as :func:`leanstep.pruning.prune`, and for a size out of reach.
 
     Notes:
@@ -116,11 +122,12 @@ def compress(model: nn.Module, data: Any, config: PruneConfig | None = None, **o
         SparseGPT, and the bytes of the result.
 
     References:
-        Xu et al., arXiv 2308.10438, for the allocation; Frantar et al., "GPTQ", arXiv 2210.17323, algorithm 1.
+        Xu et al., arXiv 2308.10438, for the allocation; Frantar et al., "GPTQ", arXiv 2210.17323, algorithm 1;
+        Frantar, Alistarh, "SparseGPT", arXiv 2301.00774, section 3.5.
     """
     size, data_options = read_fields(Size, options), {n: options.pop(n, None) for n in ("held_out", "curve_data")}
     execution = vars(read_fields(Execution, options))
-    config = read_config("compress", config or MENU, options)
+    config = read_config("compress", config or menu_of("gguf"), options)
     groups = groups_of(targets_of(model, config), config)
     dense = sum(parameter.nbytes for parameter in model.parameters())
     inside = sum(target.weight.nbytes for group in groups for target in group.targets)

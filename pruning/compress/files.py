@@ -1,14 +1,18 @@
-"""What a compressed checkpoint is written as: one GGUF file, or a dense folder with the values of its formats."""
+"""What a compressed checkpoint is written as: a GGUF file, sparse files, or a dense folder with the same values."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from leanstep.pruning.folder.files import Checkpoint, most_common_dtype
+from leanstep.pruning.folder.files import Checkpoint, most_common_dtype, stored_tensors
 from leanstep.pruning.result import PruneResult
+from leanstep.sparsity.inference.export import make_sparse, most_header_bytes
+from leanstep.sparsity.inference.matrices import DTYPES
 
-FORMATS = ("dense", "gguf")
+#: of the files -> the menus whose levels they hold
+FORMATS = {"dense": ("ggml", "sparse"), "gguf": ("ggml",), "sparse": ("sparse",)}
 FILE = "model.gguf"
 
 
@@ -17,14 +21,23 @@ def default_type(checkpoint: Checkpoint) -> str:
     return "BF16" if most_common_dtype(checkpoint) == "BF16" else "F16"
 
 
-def check_format(checkpoint: Checkpoint, format: str) -> None:
-    """Raise ValueError for an unknown format, or a checkpoint that a GGUF file cannot hold."""
+def check_format(format: str, menu: str) -> None:
+    """Raise ValueError for an unknown format, or one that does not have the levels of a pattern, a menu or not."""
     if format not in FORMATS:
-        raise ValueError(f"format must be {' or '.join(FORMATS)}, got {format!r}")
-    if format == "gguf":
-        from leanstep._gguf.writer import check_writable
+        raise ValueError(f"format must be {', '.join(FORMATS)}; got {format!r}")
+    if format != "dense" and menu not in FORMATS[format]:
+        raise ValueError(
+            f"format {format} has the levels of pattern {', '.join(FORMATS[format])}; got pattern {menu} "
+            "(compress_checkpoint takes the right one by itself)"
+        )
 
-        check_writable(checkpoint.folder)
+
+def check_writable(checkpoint: Checkpoint, format: str) -> None:
+    """Raise ValueError for a checkpoint that a GGUF file cannot hold."""
+    if format == "gguf":
+        from leanstep._gguf import writer
+
+        writer.check_writable(checkpoint.folder)
 
 
 def bytes_without(checkpoint: Checkpoint, menus: Mapping[str, Sequence[tuple[int, str]]], format: str) -> int:
@@ -39,20 +52,39 @@ def bytes_without(checkpoint: Checkpoint, menus: Mapping[str, Sequence[tuple[int
     """
     if format == "dense":
         return 0
-    from leanstep._gguf.writer import file_bytes, padded
-
     for name in sorted(set(menus) - checkpoint.names):
         raise ValueError(
             f"{checkpoint.folder}: no file has the model's tensor {name} under that name; open the model with "
             "transformers, save it with save_pretrained, and compress that"
         )
+    if format == "sparse":
+        return _bytes_of_files(checkpoint, menus)
+    from leanstep._gguf.writer import file_bytes, padded
+
     types = {name: rows[0][1] for name, rows in menus.items()}
     filled = sum(max(padded(size) - size for size, _ in rows) - padded(rows[0][0]) for rows in menus.values())
     return file_bytes(checkpoint.folder, types, default_type(checkpoint)) + filled
 
 
-def write_compressed(checkpoint: Checkpoint, folder: Path, result: PruneResult) -> None:
-    """Write the GGUF file of a result into a folder, in place of the weights in it."""
+def _bytes_of_files(checkpoint: Checkpoint, menus: Mapping[str, Sequence[tuple[int, str]]]) -> int:
+    """Most bytes of sparse weight files besides the matrices."""
+    tensors = {name: (dtype, shape) for name, dtype, shape in stored_tensors(checkpoint)}
+    others = sum(math.prod(s) * DTYPES[dtype].itemsize for name, (dtype, s) in tensors.items() if name not in menus)
+    files = [{name: tensors[name] for name in names} for names in checkpoint.files.values()]
+    return others + sum(most_header_bytes(file, menus) for file in files)
+
+
+def write_compressed(checkpoint: Checkpoint, folder: Path, result: PruneResult, format: str) -> None:
+    """Write the files of a result in a format into a folder, in place of the weights in it."""
+    if format == "sparse":
+        parameters = {target.name: target.parameter for group in result.groups for target in group.targets}
+        coded = {
+            parameters[name]: (level.split()[0], scales)
+            for name, (level, scales) in result.encoded.items()
+            if scales.numel()
+        }
+        make_sparse(folder, coded)
+        return
     from leanstep._gguf.writer import write_gguf
 
     for file in folder.iterdir():

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leanstep.pruning.config import ROUNDINGS
 from leanstep.pruning.score.base import LayerPruner, LayerStatistics, Pruned
-from leanstep.pruning.score.sparsegpt import inverse_factor
+from leanstep.pruning.score.sparsegpt import SparseGPTPruner
 from leanstep.pruning.score.targets import Group, Layer, Target
 from leanstep.sparsity import NM
 
@@ -27,7 +26,13 @@ _TYPES += ("Q3_K", "IQ3_XXS", "Q2_K", "IQ2_XS", "IQ2_XXS")
 
 @dataclass(frozen=True)
 class MenuGroup(Group):
-    """A matrix whose levels are of a menu; ``layer.numel`` is its bytes at the first level, which changes nothing."""
+    """A matrix whose levels are of a menu; ``layer.numel`` is its bytes at the first level, which changes nothing.
+
+    Attributes:
+        menu: bytes and name of each level, in falling order.
+    """
+
+    menu: tuple[tuple[int, str], ...] = ()
 
     @property
     def is_end(self) -> bool:
@@ -39,12 +44,15 @@ class MenuGroup(Group):
         return self.layer.numel
 
 
-def menu_group(target: Target) -> MenuGroup:
+def menu_group(target: Target, menu: str) -> MenuGroup:
     """The group of one matrix, sized in bytes."""
-    return MenuGroup(replace(target.layer, shape=(menu_levels(target)[0][0], 1)), (target,))
+    from leanstep.pruning.compress import sparse
+
+    levels = tuple(_ggml_levels(target) if menu == "ggml" else sparse.levels_of(target))
+    return MenuGroup(replace(target.layer, shape=(levels[0][0], 1)), (target,), levels)
 
 
-def menu_levels(target: Target) -> list[tuple[int, str]]:
+def _ggml_levels(target: Target) -> list[tuple[int, str]]:
     """(bytes, name) of each level of a matrix, in falling order. The first is the matrix in 16 bits."""
     from leanstep._gguf.ggml import TYPES, bytes_of, ggml_library
 
@@ -60,13 +68,28 @@ def menu_levels(target: Target) -> list[tuple[int, str]]:
     return sorted(by_size.items(), reverse=True)
 
 
-def rounding_identity(rounding: str) -> dict[str, str]:
-    """On what rounding depends beside the settings: the version of ggml. Empty for scores that make zeros."""
-    if rounding not in ROUNDINGS:
+def rounding_identity(groups: Iterable[Group]) -> dict[str, str]:
+    """On what levels depend beside the settings: for ggml's, on its version."""
+    from leanstep.pruning.compress import sparse
+
+    if not any(isinstance(group, MenuGroup) and group.menu[0][1] != sparse.DENSE for group in groups):
         return {}
     from leanstep._gguf.ggml import ggml_version
 
     return {"ggml": ggml_version()}
+
+
+def constraint_of(name: str, data: Tensor, weight: Tensor, *, is_transposed: bool) -> Any:
+    """What keeps a weight in training at a level with some bytes; None for levels whose values have no codes."""
+    from leanstep.pruning.compress import sparse
+
+    if name.startswith(sparse.CODED):
+        return sparse.OnScales.of(name, data, weight, is_transposed=is_transposed)
+    if name == sparse.DENSE:
+        return None
+    from leanstep.pruning.compress.rounding import OnGrid
+
+    return OnGrid.of(name, data, is_transposed=is_transposed)
 
 
 class LayerCompressor(LayerPruner):
@@ -76,32 +99,55 @@ class LayerCompressor(LayerPruner):
         weight: [out, in].
         statistics: with ``gram`` (errors are compensated) or ``square_sum`` (they are not); without rows, the matrix is
             rounded by itself.
+        is_transposed: whether the matrix is stored as [in, out].
         damping: see :class:`leanstep.pruning.score.sparsegpt.SparseGPTPruner`.
     """
 
-    def __init__(self, weight: Tensor, statistics: LayerStatistics, *, damping: float = 0.01) -> None:
+    def __init__(
+        self, weight: Tensor, statistics: LayerStatistics, *, is_transposed: bool = False, damping: float = 0.01
+    ) -> None:
         super().__init__(weight)
-        self._importance = self._factor = None
+        self._statistics, self._is_transposed = statistics, is_transposed
+        self._plain, self._sweeper = self.weight.cpu().float(), None
         if statistics.count and statistics.gram is not None:
-            self._importance = statistics.gram.diagonal() / statistics.count
-            self._factor = inverse_factor(statistics.gram, damping).to(torch.float32).cpu()
-        elif statistics.count and statistics.square_sum is not None:
-            self._importance = statistics.square_sum / statistics.count
+            self._sweeper = SparseGPTPruner(self._plain, statistics.gram.cpu(), damping=damping)
 
     @torch.no_grad()
     def prune(self, keep: int | NM | str) -> Pruned:
         """The matrix at the level of this name."""
+        from leanstep.pruning.compress import sparse
+
+        name = str(keep)
+        if name == sparse.DENSE:
+            values, self.encoded = self.given, (name, torch.empty(0))
+        elif name.startswith(sparse.CODED):
+            level, transposed = sparse.Level.parse(name), self._is_transposed
+            values, scales = sparse.rounded(
+                self._plain, level, self._statistics, self._sweeper, is_transposed=transposed
+            )
+            self.encoded = name, scales
+        else:
+            values, data = self._by_ggml(name)
+            self.encoded = name, data
+        return Pruned(values.to(self.given), torch.ones_like(self.given, dtype=torch.bool))
+
+    def _by_ggml(self, type: str) -> tuple[Tensor, Tensor]:
         from leanstep._gguf.ggml import TYPES
         from leanstep.pruning.compress.rounding import rounded
 
-        name, importance = str(keep), self._importance
-        if importance is None and TYPES[name].needs_importance:  # an expert that no token reached
+        importance = self._importance
+        if importance is None and TYPES[type].needs_importance:  # an expert that no token reached
             importance = torch.ones(self.weight.shape[1])
         # 16 bits leave no error to compensate
-        factor = self._factor if TYPES[name].block > 1 else None
-        values, data = rounded(self.weight.cpu().float(), name, importance, factor)
-        self.encoded = name, data
-        return Pruned(values.to(self.given), torch.ones_like(self.given, dtype=torch.bool))
+        factor = self._sweeper.factor if self._sweeper is not None and TYPES[type].block > 1 else None
+        return rounded(self._plain, type, importance, factor)
+
+    @property
+    def _importance(self) -> Tensor | None:
+        sums = self._statistics.square_sum
+        if self._statistics.gram is not None:
+            sums = self._statistics.gram.diagonal()
+        return sums / self._statistics.count if self._statistics.count and sums is not None else None
 
     @property
     def scores(self) -> Tensor:

@@ -18,7 +18,7 @@ from leanstep._files import exclusive_lock, output_folder, restore_replaced
 from leanstep._processes import Processes
 from leanstep._version import __version__
 from leanstep.pruning.allocate.knapsack import InfeasibleBudget
-from leanstep.pruning.compress.files import FORMATS, write_compressed
+from leanstep.pruning.compress.files import check_format, write_compressed
 from leanstep.pruning.config import Execution, Progress, PruneConfig, begin, read_config, read_fields, takes_fields
 from leanstep.pruning.cost import Plan, Shapes, Workload
 from leanstep.pruning.folder.checkpoint import (
@@ -81,7 +81,7 @@ class FolderRun:
         resident: bytes of weights that stay in memory, and of such files.
         processes: as for :func:`prune`, on one machine. The first writes ``out`` and recovers the model.
         format: of the weights in ``out``: ``dense``, in safetensors; or, with a menu, ``gguf``, one file for llama.cpp
-            and engines that read its files.
+            and engines that read its files, or ``sparse``, which :func:`leanstep.sparsity.load_sparse` reads.
     """
 
     held_out: Any = None
@@ -108,11 +108,7 @@ class FolderRun:
             raise ValueError(
                 "recovery trains weights off the values of their formats: give reconstruct, which does not"
             )
-        if self.format not in FORMATS or (self.format == "gguf" and not config.menu):
-            raise ValueError(
-                f"format must be {' or '.join(FORMATS)}, and gguf is of compress_checkpoint; got {self.format!r} with "
-                f"pattern {config.pattern}"
-            )
+        check_format(self.format, config.pattern)
         check_device(self.device)
         try:
             torch.empty(0, device=self.device)
@@ -251,10 +247,10 @@ def _prune_into(
         mapped.detach()
         in_files = 0 if moves_blocks(torch.device(run.device)) else bytes_in_files(model, mapped)
         content["tensors"] = tensor_rows(changed, result)
-        if run.format == "gguf":
-            write_compressed(checkpoint, folder, result)
-        else:
+        if run.format != "gguf":
             copy_others(checkpoint, folder)
+        if run.format != "dense":
+            write_compressed(checkpoint, folder, result, run.format)
         write_report(content, folder)
     remove_search_files(out)
     if recovery is not None:

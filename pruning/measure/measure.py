@@ -122,7 +122,7 @@ def measure_curves(
             "score options": dict(score_options or {}),
             "levels": {name: patterns or counts for name, (counts, patterns) in levels_by_name.items()},
             "products": products_of(model, products),
-            **rounding_identity(score),
+            **rounding_identity(groups),
             **({"less rounding": True} if rounding_unit(model, products) else {}),
             **({} if fisher_score == score else {"score of Fisher curves": fisher_score}),
         }

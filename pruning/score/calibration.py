@@ -378,7 +378,8 @@ class Pruning:
     def pruner(self, target: Target, statistics: LayerStatistics, dense: Tensor | None = None) -> LayerPruner:
         """The pruner of one matrix, of its current weights or of ``dense`` [out, in]."""
         if self.score in ROUNDINGS:
-            return LayerCompressor(target.weight if dense is None else dense, statistics, **self.options)
+            weight, is_transposed = target.weight if dense is None else dense, target.layout == "in_out"
+            return LayerCompressor(weight, statistics, is_transposed=is_transposed, **self.options)
         spacing = math.prod(target.layer.shape[2:])  # N:M groups of a convolution lie along its in-channels
         count, needs = statistics.count, NEEDS[self.score]
         weight = (target.weight if dense is None else dense).to(device_of(self.cache.model), copy=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +14,22 @@ from leanstep.sparsity import NM, nm_mask
 
 # columns that are updated one by one, within a block
 _STRIP = 16
+
+
+class Rounding(Protocol):
+    """Rounds what a sweep keeps, column by column.
+
+    Attributes:
+        columns: columns whose scales are chosen together; a multiple of 16, or 1.
+    """
+
+    columns: int
+
+    def scale(self, weight: Tensor, mask: Tensor, precision: Tensor) -> None:
+        """Choose scales for the next columns [columns, out] from their weights, mask, and weights of squared errors."""
+
+    def nearest(self, column: Tensor) -> Tensor:
+        """The column [out] of values with these scales that is nearest."""
 
 
 class SparseGPTPruner(LayerPruner):
@@ -58,13 +75,26 @@ class SparseGPTPruner(LayerPruner):
         inverse_diagonal = self._factor.square().sum(dim=0)
         return self.weight.square() / inverse_diagonal * ~self._unused
 
-    def _prune_count(self, keep: int) -> tuple[Tensor, Tensor]:
+    @property
+    def factor(self) -> Tensor:
+        """U, upper triangular [in, in]."""
+        return self._factor
+
+    def rounded(self, keep: int, rounding: Rounding) -> tuple[Tensor, Tensor]:
+        """Weights and mask of ``keep`` weights, each kept one next to the nearest value of ``rounding``.
+
+        A column's error is that of its zeros and of its rounding together, ``e = (w_:j - q_:j) / U_jj`` (section 3.5 of
+        the paper).
+        """
+        return self._prune_count(keep, rounding)
+
+    def _prune_count(self, keep: int, rounding: Rounding | None = None) -> tuple[Tensor, Tensor]:
         counts = self._block_counts(keep)
 
         def keep_share(start: int, scores: Tensor) -> Tensor:
             return ~smallest(scores, scores.numel() - counts[start // self._block_size])
 
-        return self._sweep(self._block_size, keep_share, self._block_size)
+        return self._sweep(self._block_size, keep_share, self._block_size, rounding)
 
     def _block_counts(self, keep: int) -> list[int]:
         """Weights that each block keeps: those of inputs that are always zero after all others, and zeros last."""
@@ -83,12 +113,19 @@ class SparseGPTPruner(LayerPruner):
         block = max(self._block_size // nm.m, 1) * nm.m
         return self._sweep(block, lambda start, scores: nm_mask(scores.clamp(min=0), nm), nm.m)
 
-    def _sweep(self, block: int, choose: Callable[[int, Tensor], Tensor], together: int) -> tuple[Tensor, Tensor]:
+    def _sweep(
+        self,
+        block: int,
+        choose: Callable[[int, Tensor], Tensor],
+        together: int,
+        rounding: Rounding | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Weights and mask; ``choose(start, scores)`` gives the mask of ``together`` columns from ``start`` on."""
         # transposed, so that a column is contiguous
         weight, factor = self.weight.t().clone(memory_format=torch.contiguous_format), self._factor
         mask = torch.ones_like(weight, dtype=torch.bool)
         diagonal = factor.diagonal()
+        precision = diagonal[:, None].square().reciprocal()
         # columns whose mask is chosen together are up to date: they begin a block, or lie in one strip
         strip = _STRIP if together >= block else max(_STRIP // together, 1) * together
         for start in range(0, len(weight), block):
@@ -102,7 +139,14 @@ class SparseGPTPruner(LayerPruner):
                         scores = (weight[columns].t() / diagonal[columns]).square() * ~self._unused[columns]
                         mask[columns] = choose(j, zeros_first(scores, self.weight[:, columns])).t()
                     error = errors[j - start]
-                    torch.div(weight[j], diagonal[j], out=error).masked_fill_(mask[j], 0.0)
+                    if rounding is None:
+                        torch.div(weight[j], diagonal[j], out=error).masked_fill_(mask[j], 0.0)
+                    else:
+                        if j % rounding.columns == 0:
+                            columns = slice(j, j + rounding.columns)
+                            rounding.scale(weight[columns], mask[columns], precision[columns])
+                        values = rounding.nearest(weight[j]).masked_fill_(~mask[j], 0.0)
+                        torch.sub(weight[j], values, out=error).div_(diagonal[j])
                     # within the strip column by column; the columns after it, and after the block, once, below
                     weight[j:last].addr_(factor[j, j:last], error, alpha=-1)
                 passed = errors[first - start : last - start]

@@ -66,7 +66,7 @@ def keep_zeros(weight: Tensor) -> Constraint:
     """The constraint that the present zeros of a weight stay, which holds a mask of 1 byte per weight."""
     mask = weight.detach() != 0
     # weights may be on another device than the one that trains
-    return lambda trained: trained * mask.to(trained.device)
+    return lambda trained: torch.where(mask.to(trained.device), trained, 0.0)
 
 
 def reconstruct_block(
@@ -206,12 +206,13 @@ def _order(count: int, seed: int) -> Iterator[int]:
 
 
 def _constraint(target: Target, encoded: tuple[str, Tensor] | None) -> Constraint | None:
-    """What may be left of a matrix: its zeros, or the grid of its type; None for types that give no grid."""
+    """What keeps a matrix at its level: its zeros, or the values of its codes; None for levels without single codes."""
+    weight, is_transposed = getattr(target.module, target.attribute), target.layout == "in_out"
     if encoded is None:
-        return keep_zeros(getattr(target.module, target.attribute))
-    from leanstep.pruning.compress.rounding import OnGrid
+        return keep_zeros(weight)
+    from leanstep.pruning.compress.menu import constraint_of
 
-    return OnGrid.of(*encoded, is_transposed=target.layout == "in_out")
+    return constraint_of(*encoded, weight, is_transposed=is_transposed)
 
 
 class _Examples(Sequence[Example]):

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from leanstep._arguments import OneLineParser, new_folder
+from leanstep.pruning.compress.compress import menu_of
 from leanstep.pruning.config import ROUNDINGS, PruneConfig
 from leanstep.recipes.shrink.prune import data_options, resource_options, run, search_options
 
@@ -18,6 +19,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``leanstep compress``. Returns 0, 2 after an error message about the input, or 1 about the disk."""
     options = _parser().parse_args(sys.argv[1:] if argv is None else argv)
+    options.pattern = menu_of(options.format).pattern
     return run(options)
 
 
@@ -50,9 +52,10 @@ def _parser() -> argparse.ArgumentParser:
     size.add_argument("--size", type=_size, metavar="SIZE", help="size of the file: 90MB, 1.5GB (decimal)")
     add(
         "--format",
-        choices=("gguf", "dense"),
+        choices=("gguf", "sparse", "dense"),
         default="gguf",
-        help="gguf (default): model.gguf, for llama.cpp; dense: a folder for transformers with the same values",
+        help="gguf (default): model.gguf, for llama.cpp; sparse: zeros with int8 and int4, for load_sparse; dense: a "
+        "folder for transformers with the values of gguf",
     )
     data_options(parser.add_argument_group("calibration data"))
     group = parser.add_argument_group("how many bits each matrix gets")
@@ -69,6 +72,6 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--eval", action="store_true", help="perplexity on the held-out sequences, before and after")
     PruneConfig.add_options(group, "afterwards")
     resource_options(parser.add_argument_group("memory, time and output"))
-    parser.set_defaults(pattern="ggml", budget="params", latency_table=None, recover=None, recover_lr=None)
+    parser.set_defaults(budget="params", latency_table=None, recover=None, recover_lr=None)
     parser.set_defaults(recover_rank=None, distill=None, nproc=1)
     return parser

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from leanstep._checkpoint.files import TensorFile, check_apart, check_output, copy_other_files, new_folder, read_json
 from leanstep._files import format_bytes, one_line
 from leanstep.kernels.sparse.linear import why_slower
-from leanstep.sparsity.inference.manifest import Manifest, checksum
+from leanstep.sparsity.inference.manifest import Manifest, StoredTensor, checksum
 from leanstep.sparsity.inference.matrices import CODES, Form, compress, part_name, smallest_form
 from leanstep.sparsity.inference.reader import INDEX, SparseFiles, has_manifest, read_config, weight_files
 
@@ -138,8 +139,56 @@ def _tied_rows(config: Mapping[str, Any]) -> set[int]:
     return {part["vocab_size"] for part in parts if type(part.get("vocab_size")) is int}
 
 
+def make_sparse(folder: Path, coded: Mapping[str, tuple[str, Tensor]]) -> None:
+    """Write the dense weight files of a folder again, in place, as sparse ones.
+
+    Args:
+        folder: that nobody else reads yet.
+        coded: weight -> "int8" or "int4", and the scales by which its values are ``code * scale``, as the file has
+            them. The others take the form of fewest bytes, without codes.
+    """
+    paths, config = _opened(folder, "sparse")
+    config["quantization_config"] = {"quant_method": QUANT_METHOD}
+    with new_folder(folder / "sparse") as made:
+        _, weight_map = _write_sparse(paths, made, codes=None, tied_rows=_tied_rows(config), coded=coded)
+    for path in paths:
+        (folder / "sparse" / path.name).replace(path)
+    (folder / "sparse").rmdir()
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if (folder / INDEX).exists():
+        _write_index(folder, folder, weight_map)
+
+
+def most_header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]], coded: Collection[str]) -> int:
+    """At most so many bytes has the header of a sparse file with some matrices ``coded``, whatever their values are.
+
+    Args:
+        tensors: name -> dtype, as safetensors names it, and shape of the dense tensors.
+        coded: names of some of them.
+    """
+    manifest = Manifest()
+    for name, (dtype, shape) in tensors.items():
+        parts = {name: (dtype, shape)}
+        if name in coded:
+            manifest.matrices[name] = form = Form(shape, dtype, codes="int4")
+            parts = {part_name(name, part): row for part, row in form.part_shapes(2 * math.prod(shape)).items()}
+        manifest.tensors |= {part: StoredTensor(*row, 2**32 - 1) for part, row in parts.items()}
+    most = 10 * sum(math.prod(row.shape) for row in manifest.tensors.values())
+    entries = {
+        name: {"dtype": row.dtype, "shape": row.shape, "data_offsets": [most, most]}
+        for name, row in manifest.tensors.items()
+    }
+    header = {"__metadata__": {"format": "pt", **manifest.to_metadata()}, **entries}
+    return 16 + len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+
+
 def _write_sparse(
-    paths: list[Path], folder: Path, *, codes: str | None, tied_rows: set[int]
+    paths: list[Path],
+    folder: Path,
+    *,
+    codes: str | None,
+    tied_rows: set[int],
+    coded: Mapping[str, tuple[str, Tensor]] | None = None,
 ) -> tuple[dict[str, Form], dict[str, str]]:
     forms: dict[str, Form] = {}
     weight_map: dict[str, str] = {}
@@ -157,13 +206,15 @@ def _write_sparse(
                 if twin is not None and (stored or name != file.names[-1]):
                     manifest.tied[name] = twin
                     continue
-                form = smallest_form(weight, codes=codes)
+                own, scales = (coded or {}).get(name, (codes, None))
+                form = smallest_form(weight, codes=own) if scales is None else Form.coded(weight, own)
                 if form is None:
                     stored[name] = weight
                     continue
                 manifest.matrices[name] = form
                 parts = {
-                    part_name(name, part): tensor for part, tensor in _compressed(path, name, weight, form).items()
+                    part_name(name, part): tensor
+                    for part, tensor in _compressed(path, name, weight, form, scales).items()
                 }
                 clashes = sorted(parts.keys() & owners.keys())
                 if clashes:
@@ -194,12 +245,12 @@ def _owners(paths: list[Path]) -> dict[str, Path]:
     return owners
 
 
-def _compressed(path: Path, name: str, weight: Tensor, form: Form) -> dict[str, Tensor]:
+def _compressed(path: Path, name: str, weight: Tensor, form: Form, scales: Tensor | None) -> dict[str, Tensor]:
     if form.codes and not bool(weight.isfinite().all()):
         raise ValueError(
             f"{path}: {one_line(name)} holds NaN or infinity; expected finite weights for {form.codes} values"
         )
-    return compress(weight, form)
+    return compress(weight, form, scales)
 
 
 def _twin(name: str, weight: Tensor, path: Path, stored: dict[tuple[Any, ...], tuple[str, Path]]) -> str | None:

@@ -93,6 +93,11 @@ class Form(NamedTuple):
         return {**entry, "stored": "bitmask", "values": CODES[self.codes][0] if self.codes else self.dtype}
 
     @classmethod
+    def coded(cls, weight: Tensor, codes: str | None) -> Form:
+        """The form of a matrix with a bit mask, and codes for all values."""
+        return cls(tuple(weight.shape), DTYPE_NAMES[weight.dtype], codes=codes)
+
+    @classmethod
     def from_json(cls, entry: Any, *, is_flat: bool = True) -> Form:
         """The form of an entry. Raises ValueError for one that :meth:`to_json` does not write."""
         if not isinstance(entry, dict):
@@ -143,6 +148,10 @@ class Form(NamedTuple):
             shapes |= {"values": ("U8", (-(-nnz // 2),)), "scales": ("BF16", (rows, -(-columns // 64)))}
         return {part: shapes[part] for part in self.parts}
 
+    def size(self, nnz: int) -> int:
+        """Bytes of its tensors; ``nnz`` is the number of values of a bit mask."""
+        return sum(math.prod(shape) * DTYPES[name].itemsize for name, shape in self.part_shapes(nnz).values())
+
 
 def part_name(name: str, part: str, separator: str = "_") -> str:
     """Name under which a part of a weight is stored."""
@@ -170,8 +179,7 @@ def smallest_form(weight: Tensor, *, codes: str | None = None) -> Form | None:
         return None
     matrix = weight.flatten(0, -2)
     form = Form(tuple(weight.shape), dtype)
-    shapes = form.part_shapes(int(nonzero_bits(matrix).count_nonzero()))
-    size = sum(math.prod(shape) * DTYPES[name].itemsize for name, shape in shapes.values())
+    size = form.size(int(nonzero_bits(matrix).count_nonzero()))
     layout = smallest_layout(matrix)
     if layout is not None and compressed_bytes(matrix.shape, matrix.element_size(), *layout) < size and not codes:
         try:
@@ -190,15 +198,15 @@ def nonzero_bits(weight: Tensor) -> Tensor:
     return weight.contiguous().view(kinds[weight.element_size()]) != 0
 
 
-def compress(weight: Tensor, form: Form) -> dict[str, Tensor]:
-    """The tensors of a weight in a form, by the endings of their names."""
+def compress(weight: Tensor, form: Form, scales: Tensor | None = None) -> dict[str, Tensor]:
+    """The tensors of a weight in a form, by the endings of their names; with the ``scales`` of its codes, if given."""
     matrix = weight.reshape(form.matrix).contiguous()
     if form.pattern is not None:
         return dict(zip(form.parts, pack_nm(matrix, form.pattern, form.dim), strict=True))
     values, mask, offsets = bitmask_pack(matrix)
     if not form.codes:
         return {"values": values, "mask": mask, "offsets": offsets}
-    codes, scales = bitmask_quantize(values, offsets, mask, bits=CODES[form.codes][2])
+    codes, scales = bitmask_quantize(values, offsets, mask, bits=CODES[form.codes][2], scales=scales)
     return {"values": codes, "mask": mask, "offsets": offsets, "scales": scales}
 
 

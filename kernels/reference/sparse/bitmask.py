@@ -105,18 +105,18 @@ def unpack_rows(
     out[bits_of(mask[begin:end], out.shape[1])] = entries.to(out.dtype)
 
 
-def quantize(values: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(values: Tensor, offsets: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor]:
     """Codes of 8 bits and a scale for each row: the largest magnitude of the row has the code 127 or -127."""
-    scales = (_largest(values, offsets) / 127).to(torch.float32)
+    scales = (_largest(values, offsets) / 127).to(torch.float32) if scales is None else scales
     return _codes(values, offsets, scales, 127), scales
 
 
-def quantize_int4(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_int4(values: Tensor, mask: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor]:
     """Codes of 4 bits, packed, and a bf16 scale for each block: its largest magnitude has the code 7 or -7."""
     counts = block_counts(mask)
     offsets = torch.nn.functional.pad(counts.flatten().cumsum(0), (1, 0))
-    scales = (_largest(values, offsets) / 7).to(torch.bfloat16)
-    return pack_codes(_codes(values, offsets, scales, 7)), scales.view(counts.shape)
+    scales = (_largest(values, offsets) / 7).to(torch.bfloat16) if scales is None else scales
+    return pack_codes(_codes(values, offsets, scales.flatten(), 7)), scales.view(counts.shape)
 
 
 def _largest(values: Tensor, offsets: Tensor) -> Tensor:
