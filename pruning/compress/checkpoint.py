@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from leanstep.pruning.compress.compress import Size, menu_of, reach_of
+from leanstep.pruning.compress.compress import Size, menu_groups, menu_of, reach_of
 from leanstep.pruning.compress.files import bytes_without, check_format, check_writable
 from leanstep.pruning.compress.menu import MenuGroup
 from leanstep.pruning.config import PruneConfig, read_config, read_fields, takes_fields
@@ -14,7 +14,7 @@ from leanstep.pruning.folder.files import DTYPES, Checkpoint, most_common_dtype,
 from leanstep.pruning.folder.loading import empty_model_of
 from leanstep.pruning.folder.run import FolderRun, prune_checkpoint
 from leanstep.pruning.folder.text import CalibrationText
-from leanstep.pruning.planner import groups_of, targets_of
+from leanstep.pruning.planner import targets_of
 from leanstep.pruning.result import PruneResult
 from leanstep.pruning.score.targets import Group
 
@@ -84,6 +84,6 @@ def _contents(checkpoint: Checkpoint, config: PruneConfig, format: str) -> tuple
     check_format(format, config.pattern)
     check_writable(checkpoint, format)
     model = empty_model_of(checkpoint, DTYPES[most_common_dtype(checkpoint)])
-    groups = groups_of(targets_of(model, config, empty=True), config)
+    groups = menu_groups(targets_of(model, config, empty=True), config)
     levels = {group.targets[0].parameter: group.menu for group in groups if isinstance(group, MenuGroup)}
     return groups, bytes_without(checkpoint, levels, format)

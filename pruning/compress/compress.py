@@ -12,11 +12,11 @@ from torch import nn
 from leanstep.pruning.allocate.budgets import Budget
 from leanstep.pruning.allocate.knapsack import InfeasibleBudget
 from leanstep.pruning.compress.menu import MenuGroup
-from leanstep.pruning.config import Execution, PruneConfig, read_config, read_fields, takes_fields
+from leanstep.pruning.config import MENUS, Execution, PruneConfig, read_config, read_fields, takes_fields
 from leanstep.pruning.planner import groups_of, targets_of
 from leanstep.pruning.prune import prune
 from leanstep.pruning.result import PruneResult
-from leanstep.pruning.score.targets import Group
+from leanstep.pruning.score.targets import Group, Target
 
 
 def menu_of(format: str) -> PruneConfig:
@@ -91,6 +91,13 @@ def size_text(matrices: int, others: int, weights: int) -> str:
     return f"{-(-(matrices + others) // 1000) / 1000:,.3f} MB ({8 * max(matrices, 0) / weights:.2f} bits per weight)"
 
 
+def menu_groups(targets: Sequence[Target], config: PruneConfig) -> list[Group]:
+    """The matrices with their levels. Raises ValueError for a pattern that is no menu."""
+    if config.menu is None:
+        raise ValueError(f"pattern must be {' or '.join(MENUS)}, got {config.pattern}")
+    return groups_of(targets, config)
+
+
 @takes_fields(Size, Execution, PruneConfig)
 def compress(model: nn.Module, data: Any, config: PruneConfig | None = None, **options: Any) -> PruneResult:
     """Compress a model in place to a size: bits are given to the matrices where they lower the loss most.
@@ -128,7 +135,7 @@ def compress(model: nn.Module, data: Any, config: PruneConfig | None = None, **o
     size, data_options = read_fields(Size, options), {n: options.pop(n, None) for n in ("held_out", "curve_data")}
     execution = vars(read_fields(Execution, options))
     config = read_config("compress", config or menu_of("gguf"), options)
-    groups = groups_of(targets_of(model, config), config)
+    groups = menu_groups(targets_of(model, config), config)
     dense = sum(parameter.nbytes for parameter in model.parameters())
     inside = sum(target.weight.nbytes for group in groups for target in group.targets)
     budget = size.budget(groups, dense - inside, dense)

@@ -168,7 +168,7 @@ def test_a_search_stays_within_the_bytes():
         ({"bits_per_weight": float("inf")}, "expected one size"),
         (
             {"bits_per_weight": 5.0, "pattern": "unstructured", "score": "wanda"},
-            "goes with pattern ggml; got pattern u",
+            "pattern must be ggml or sparse, got unstructured",
         ),
         ({"bits_per_weight": 5.0, "score": "wanda"}, "score with pattern ggml must be one of gptq, nearest"),
         ({"bits_per_weight": 5.0, "processes": SimpleNamespace(size=2)}, "one process writes the bytes"),
