@@ -19,13 +19,15 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "compress": 320,
     },
     "lines of optimizers/": {"AdamW's rates carried over": 127, "optimizer_of, axolotl": 90},
-    "lines of leanstep/": {"GGUF files": 1196, "compress": 14},
+    "lines of leanstep/": {"GGUF files": 1196, "compress": 14, "model cards": 118},
+    "lines of sparsity/": {"model cards": 5},
     "lines of pruning/": {"local reconstruction": 438, "compress": 930},
     "lines of recipes/": {
         "generate --chat": 92,
         "AdamW's rates carried over": 22,
         "local reconstruction": 13,
         "compress": 105,
+        "model cards": 33,
     },
     "lines of the package": {
         "GGUF files": 1193,
@@ -34,6 +36,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "optimizer_of, axolotl": 56,
         "local reconstruction": 456,
         "compress": 1045,
+        "model cards": 157,
     },
     "lines of tests/": {
         "GGUF files": 573,
@@ -42,6 +45,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "AdamW's rates carried over": 136,
         "local reconstruction": 225,
         "compress": 545,
+        "model cards": 86,
     },
 }
 
