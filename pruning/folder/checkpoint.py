@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from leanstep._checkpoint.card import CARD, write_card
 from leanstep._checkpoint.files import TensorFile, checked_file, copy_other_files
 from leanstep._checkpoint.mapped import MappedParameters, ResidentSet, is_mapped, release_pages, tensors_hash
 from leanstep._checkpoint.safetensors import tensor_offsets
@@ -186,12 +187,19 @@ def _drop_aliases(tensors: dict[str, Tensor], values: Mapping[str, Tensor]) -> s
     return dropped
 
 
-def write_report(content: Mapping[str, Any], folder: Path) -> None:
-    """Write ``sparsity.json`` and its page, ``report.html``, into a folder."""
-    from leanstep.pruning.folder.report import report_page
+def write_report(content: Mapping[str, Any], folder: Path, replaces: Path | None = None) -> None:
+    """Write ``sparsity.json``, its page ``report.html`` and the model's card into a folder that is else complete.
+
+    ``replaces``: the folder that it will replace.
+    """
+    from leanstep.pruning.folder.report import card_facts, report_page
 
     (folder / SIDECAR).write_text(json.dumps(content, indent=1), encoding="utf-8")
     (folder / REPORT).write_text(report_page(content), encoding="utf-8")
+    title, facts = card_facts(content)
+    kind = "quantized" if "bits" in content["layers"][0] else "finetune"
+    tags = ["compressed" if kind == "quantized" else "pruned"]
+    write_card(folder, title, facts, base=content["source"], relation=kind, tags=tags, replaces=replaces)
 
 
 def has_zeros(checkpoint: Checkpoint, names: Iterable[str]) -> bool:
@@ -267,8 +275,8 @@ def remove_search_files(folder: Path) -> None:
 
 
 def copy_others(checkpoint: Checkpoint, folder: Path) -> None:
-    """Copy everything but the weights into a folder: configuration, tokenizer, model card, code."""
-    copy_other_files(checkpoint.folder, folder, without=(SIDECAR, REPORT))
+    """Copy everything but the weights and the model card into a folder: configuration, tokenizer, code."""
+    copy_other_files(checkpoint.folder, folder, without=(SIDECAR, REPORT, CARD))
 
 
 def tensor_rows(changed: Mapping[str, float], result: PruneResult) -> dict[str, dict[str, Any]]:

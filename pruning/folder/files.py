@@ -31,7 +31,7 @@ DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 EXPERT_COPIES = 3
 ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 _EXPERT = re.compile(r"\.experts\.\d+\.")
-_HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
+_HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "README.md")
 
 
 @dataclass(frozen=True)

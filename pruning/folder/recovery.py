@@ -198,7 +198,7 @@ def recover_model(
             raise RuntimeError(f"recovery filled zeros of {', '.join(refilled)}; {folder} is what it was")
         for name, zeros in changed.items():
             rows[name] = rows.get(name, {}) | {"sparsity": zeros}
-        write_report(content, staged)
+        write_report(content, staged, replaces=folder)
     _remove_state(state)
     return result
 

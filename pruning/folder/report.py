@@ -39,10 +39,9 @@ def report_page(content: Mapping[str, Any]) -> str:
         [row["name"], "x".join(map(str, row["shape"])), f"{row[unit.key]:.4f}", row.get("pattern") or "-"]
         for row in content["layers"]
     ]
-    name = Path(content.get("source") or "model").name
     return render(
         Path(__file__).parent / "templates" / "pruned.html",
-        title=f"{name} {_bits(content)}" if unit.key == "bits" else f"{name} pruned to {content['sparsity']:.2%} zeros",
+        title=_title(content),
         lead=_lead(content),
         numbers=_numbers(content),
         remarks=[
@@ -64,6 +63,19 @@ def report_page(content: Mapping[str, Any]) -> str:
             "left_out": max(len(rows) - _MOST_ROWS, 0),
         },
     )
+
+
+def card_facts(content: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
+    """Title and table of the model's card: how it was made, and the numbers of the page."""
+    numbers = {label: f"{value} ({note})" for label, value, note in _numbers(content)}
+    return _title(content), {"How": _lead(content), **numbers}
+
+
+def _title(content: Mapping[str, Any]) -> str:
+    name = Path(content.get("source") or "model").name
+    if _unit(content["layers"]).key == "bits":
+        return f"{name} {_bits(content)}"
+    return f"{name} pruned to {content['sparsity']:.2%} zeros"
 
 
 class _Unit(NamedTuple):

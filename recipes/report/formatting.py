@@ -1,8 +1,14 @@
 """Format the numbers of a run for a log line and for trackers."""
 
-from typing import Any
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from leanstep.recipes.config.differences import flat
+
+if TYPE_CHECKING:
+    from leanstep.recipes.config.schema import RunConfig
+    from leanstep.recipes.training.checkpoint import TrainState
 
 
 def format_rate(tokens_per_s: float) -> str:
@@ -60,3 +66,20 @@ def flat_scalars(tree: dict[str, Any]) -> dict[str, int | float | str | bool]:
         for key, value in flat(tree)
         if value != {}
     }
+
+
+def card_facts(config: "RunConfig", state: "TrainState", tokens_per_s: float | None, device: str) -> dict[str, str]:
+    """What the card of a run's model says: data, length, optimizer, held-out loss, and the last speed of training."""
+    data, optimizer = config.data, config.optimizer
+    names = (data.source, Path(data.path).name if data.path else None, data.name, data.subset)
+    facts = {
+        "Data": " ".join(filter(None, names)),
+        "Trained": f"{state.step:,} steps, {state.tokens:,} targets",
+        "Optimizer": f"{optimizer.name}, learning rate {optimizer.lr:g}",
+    }
+    if state.val_loss is not None:
+        perplexity = math.exp(min(state.val_loss, 700.0))
+        facts["Held-out loss"] = f"{state.val_loss:.4f} nats per target, perplexity {perplexity:.2f}"
+    if tokens_per_s:
+        facts["Training speed"] = f"{format_rate(tokens_per_s)} on {device}"
+    return facts

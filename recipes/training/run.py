@@ -10,17 +10,20 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 
 from leanstep._process import EXIT_CODES, InterruptibleStart, StopFlag, lacks_memory
 from leanstep._version import __version__
 from leanstep.recipes.check.costs import MemoryEstimate, check_layers, check_room, estimate, flops_per_token
+from leanstep.recipes.check.machine import processor_name
 from leanstep.recipes.config.schema import RunConfig, targets_note
 from leanstep.recipes.config.values import recorded
 from leanstep.recipes.data.batches import Batch, Windows
 from leanstep.recipes.data.sequences import load_data
 from leanstep.recipes.methods.lora import describe_adapters
 from leanstep.recipes.methods.pruned import pruned_start_warning
+from leanstep.recipes.report.formatting import card_facts
 from leanstep.recipes.training.build import (
     build_optimizer,
     build_run_model,
@@ -421,7 +424,10 @@ class Run:
         for part in self.parts:
             part.close()
         self.busy("writing the final model")
-        write_final(self.accelerator, self.folder, self.saver)
+        device = self.accelerator.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
+        facts = card_facts(self.config, self.state, self.logger.clock.rate_now, name)
+        write_final(self.accelerator, self.folder, self.saver, self.config.model.init_from, facts)
         self.written, self.stop.lost = True, f"the model is complete in {self.folder.final}, its report may be missing"
         show_result(self.config, self.folder, self.state, self.data, self.accelerator.device, self.logger, self.stop)
         self.logger.reports(self.optimizer.optimizer, self.parts)

@@ -5,7 +5,7 @@ Training goes on when a full disk prevents a checkpoint. The newest complete che
 
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -17,6 +17,7 @@ from accelerate.utils import load
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from leanstep._checkpoint.card import write_card
 from leanstep._checkpoint.files import load_tensors
 from leanstep._files import STAGED, format_bytes, free_bytes, one_line, publish_folder, remove
 from leanstep._process import StopFlag
@@ -274,12 +275,15 @@ def _stored(model: PreTrainedModel, folder: Path) -> Iterator[tuple[Path, dict[s
     yield from ((file, load_tensors(file)) for file in files)
 
 
-def write_final(accelerator: Accelerator, folder: RunFolder, saver: Saver) -> None:
-    """Write ``final/`` and ``final-ema/``. Raises RunFailure on a disk error."""
-    export_final(accelerator, folder.final, saver)
+def write_final(
+    accelerator: Accelerator, folder: RunFolder, saver: Saver, base: str | None, facts: Mapping[str, str]
+) -> None:
+    """Write ``final/`` and ``final-ema/``, with cards of ``base`` and ``facts``. Raises RunFailure on a disk error."""
+    card = partial(write_card, title=folder.root.resolve().name, base=base, facts=facts)
+    export_final(accelerator, folder.final, saver, card)
     for applied in filter(None, (part.applied for part in saver.parts)):
         with applied():
-            export_final(accelerator, folder.final_ema, saver)
+            export_final(accelerator, folder.final_ema, saver, card)
 
 
 def show_result(
@@ -326,7 +330,7 @@ def write_report(folder: RunFolder, say: Callable[[str], None]) -> None:
         say(f"WARNING: no report was written: {error}")
 
 
-def export_final(accelerator: Accelerator, target: Path, saver: Saver) -> None:
+def export_final(accelerator: Accelerator, target: Path, saver: Saver, card: Callable[..., None]) -> None:
     """Write model and tokenizer to a staging folder and rename it to ``target``, replacing an older one."""
     staged = target.with_name(f"{STAGED}{target.name}")
 
@@ -336,6 +340,10 @@ def export_final(accelerator: Accelerator, target: Path, saver: Saver) -> None:
             path.mkdir()
         yield
         yield from saver.export(path)
+        if accelerator.is_main_process:
+            card(path, replaces=target)
+            if (path / ADAPTER).is_dir():
+                card(path / ADAPTER, relation="adapter", tags=["lora"], replaces=target / ADAPTER)
 
     trouble = saver.write(staged, fill, lambda path: publish_folder(path, target))
     if trouble is not None:

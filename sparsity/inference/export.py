@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from leanstep._checkpoint.card import CARD, write_card
 from leanstep._checkpoint.files import TensorFile, check_apart, check_output, copy_other_files, new_folder, read_json
 from leanstep._files import format_bytes, one_line
 from leanstep.kernels.sparse.linear import why_slower
@@ -104,11 +105,15 @@ def export_folder(source: str | Path, out: str | Path, *, format: str = "sparse"
         else:
             config.pop("quantization_config", None)
             forms, weight_map = {}, _write_dense(paths, folder)
-        copy_other_files(source, folder)
+        copy_other_files(source, folder, without=(CARD,))
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if len(paths) > 1 or paths[0].name != "model.safetensors":
             _write_index(source, folder, weight_map)
         written = sum((folder / path.name).stat().st_size for path in paths)
+        facts = {"Weights": f"{format_bytes(written)}, stored {format}{f' in {values}' if values else ''}"}
+        write_card(
+            folder, f"{source.name} {format}", facts, base=str(source), relation="quantized" if values else "finetune"
+        )
     return Export(out, forms, size, written)
 
 

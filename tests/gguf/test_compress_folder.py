@@ -80,7 +80,7 @@ def test_the_command_writes_a_file_of_the_size_and_says_what_it_cost(base, tmp_p
     assert main(arguments(base, out, "--size", "150kB", "--eval")) == 0
     printed = capsys.readouterr().out
     assert "bits per weight" in printed and "formats" in printed and "perplexity" in printed
-    assert sorted(path.name for path in out.iterdir()) == ["model.gguf", "report.html", "sparsity.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "model.gguf", "report.html", "sparsity.json"]
     assert (out / "model.gguf").stat().st_size <= 150_000
     content = json.loads((out / "sparsity.json").read_text())
     assert {row["pattern"] for row in content["layers"]} <= {"F16", *FEW}

@@ -19,14 +19,15 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "compress": 320,
     },
     "lines of optimizers/": {"AdamW's rates carried over": 127, "optimizer_of, axolotl": 90},
-    "lines of leanstep/": {"GGUF files": 1196, "compress": 14},
-    "lines of pruning/": {"local reconstruction": 438, "compress": 930, "compress to sparse files": 322},
-    "lines of sparsity/": {"compress to sparse files": 59},
+    "lines of leanstep/": {"GGUF files": 1196, "compress": 14, "model cards": 118},
+    "lines of pruning/": {"local reconstruction": 438, "compress": 930, "compress to sparse files": 340},
+    "lines of sparsity/": {"compress to sparse files": 59, "model cards": 5},
     "lines of recipes/": {
         "generate --chat": 92,
         "AdamW's rates carried over": 22,
         "local reconstruction": 13,
         "compress": 105,
+        "model cards": 33,
     },
     "lines of the package": {
         "GGUF files": 1193,
@@ -36,6 +37,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "local reconstruction": 456,
         "compress": 1045,
         "compress to sparse files": 365,
+        "model cards": 157,
     },
     "lines of tests/": {
         "GGUF files": 573,
@@ -45,6 +47,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "local reconstruction": 225,
         "compress": 545,
         "compress to sparse files": 128,
+        "model cards": 86,
     },
 }
 

@@ -60,6 +60,7 @@ def test_the_folder_opens_everywhere_and_says_what_was_done(base, pruned):
     assert {path.name for path in pruned.iterdir()} == {path.name for path in (base / "model").iterdir()} | {
         "sparsity.json",
         "report.html",
+        "README.md",
     }
     content = json.loads((pruned / "sparsity.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(pruned)

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from faults import held_at
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from training import Training, numbers, run, write_recipe, write_text
 from transformers import AutoModelForCausalLM
@@ -67,6 +68,15 @@ def test_the_section_says_nothing_where_it_is_empty(base):
     before = {"steps": 24, "model": {"family": "gpt2"}}
     config = load(recipe)
     assert not [line for line in config_differences(before, config)[0] if line.startswith("lora")]
+
+
+def test_cards_of_the_model_and_of_its_adapter_say_data_loss_and_speed(finished):
+    final = finished.out / "final"
+    model, adapter = (ModelCard.load(folder / "README.md") for folder in (final, final / "adapter"))
+    assert (model.data.library_name, model.data.pipeline_tag) == ("transformers", "text-generation")
+    assert (adapter.data.library_name, adapter.data.tags) == ("peft", ["leanstep", "lora"])
+    for text in ("| Base model | final |", "| Data | text other.txt |", "| Held-out loss |", "tok/s on "):
+        assert text in model.text and text in adapter.text
 
 
 def test_the_adapter_opens_in_peft_and_the_folder_is_the_merged_model(base, finished):
