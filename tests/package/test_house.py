@@ -19,6 +19,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "compress": 320,
     },
     "lines of optimizers/": {"AdamW's rates carried over": 127, "optimizer_of, axolotl": 90},
+    "lines of kernels/": {"kernel proofs": 229},
     "lines of leanstep/": {"GGUF files": 1196, "compress": 14},
     "lines of pruning/": {"local reconstruction": 438, "compress": 930},
     "lines of recipes/": {
@@ -34,6 +35,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "optimizer_of, axolotl": 56,
         "local reconstruction": 456,
         "compress": 1045,
+        "kernel proofs": 186,
     },
     "lines of tests/": {
         "GGUF files": 573,
@@ -42,6 +44,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "AdamW's rates carried over": 136,
         "local reconstruction": 225,
         "compress": 545,
+        "kernel proofs": 81,
     },
 }
 
