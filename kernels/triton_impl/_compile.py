@@ -17,8 +17,9 @@ from unittest import mock
 
 import torch
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 from triton.runtime.cache import get_cache_manager as get_cache_manager
 from triton.runtime.jit import JITFunction, mangle_type
 
@@ -128,14 +129,31 @@ def cases() -> list[AuditCase]:
 
 def compile_case(case: AuditCase, target: str) -> Any:
     """Compile a kernel for a target, which this machine need not have."""
+    source, options = _source(case, target)
+    return triton.compile(source, target=TARGETS[target], options=options)
+
+
+def intermediate_code(case: AuditCase, target: str = "sm_90") -> str:
+    """Triton's intermediate code of a kernel, the same as `compile_case` makes on its way."""
+    source, options = _source(case, target)
+    backend, context = make_backend(TARGETS[target]), ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    parsed, stages = backend.parse_options(options), {}
+    functions = backend.get_codegen_implementation(parsed)
+    module = source.make_ir(TARGETS[target], parsed, functions, backend.get_module_map(), context)
+    backend.add_stages(stages, parsed, source.language)
+    return str(stages["ttir"](module, {}))
+
+
+def _source(case: AuditCase, target: str) -> tuple[ASTSource, dict[str, Any]]:
     types = dict(case.arguments) | dict.fromkeys(case.constants, "constexpr")
     signature = {name: types[name] for name in case.kernel.arg_names}
     # torch aligns allocations to at least 16 bytes, and Triton specialises kernels on it at launch
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=dict(case.constants), attrs=aligned)
-    gpu = TARGETS[target]
-    options = {"num_warps": case.threads // gpu.warp_size, "enable_fp_fusion": case.fp_fusion}
-    return triton.compile(source, target=gpu, options=options)
+    warps = case.threads // TARGETS[target].warp_size
+    return source, {"num_warps": warps, "enable_fp_fusion": case.fp_fusion}
 
 
 def disassemble(compiled: Any, machine_code: bool = True) -> tuple[str, str]:

@@ -2,7 +2,7 @@
 
 `leanstep audit` compiles every configuration that a launcher can pick, for sm_80, sm_90, sm_100 and gfx942, and reads
 the machine code. It prints a table. It fails if a kernel spills, uses the stack, makes narrow accesses where it
-promises 128 bits, or moves more bytes per element than it promises.
+promises 128 bits, moves more bytes per element than it promises, or computes an offset in 32 bits that can pass 2^31.
 
 Triton's cache folder (TRITON_CACHE_DIR) keeps compiled kernels and measurements. This module imports without Triton.
 """
@@ -21,6 +21,7 @@ from pathlib import Path
 
 from leanstep._arguments import OneLineParser
 from leanstep.kernels._backend import has_triton
+from leanstep.kernels.triton_impl import _offsets
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -35,7 +36,7 @@ class Measurement:
     `loads` and `stores` count the whole kernel's instructions by bits per access; `main_loads` and `main_stores` count
     those of the main loop. The main loop is the innermost loop with the most bytes in 128-bit accesses. All four are
     empty if the audit does not disassemble. `read` and `written` are bytes per element as issued. `spills` counts
-    registers (gfx942) or bytes of local memory.
+    registers (gfx942) or bytes of local memory. `narrow` are the operations whose 32 bits an offset can pass.
     """
 
     kernel: str
@@ -58,6 +59,7 @@ class Measurement:
     cached: float
     wide: bool
     flat: bool
+    narrow: list[str]
 
 
 def measure(
@@ -100,7 +102,7 @@ def problems(measured: Measurement) -> list[str]:
         )
     if measured.written > measured.promised_written + _SLACK:
         wrong.append(f"writes {measured.written:.2f} bytes per element, promised {measured.promised_written:.2f}")
-    return wrong
+    return wrong + [f"a 32-bit offset can pass 2^31: {operation}" for operation in measured.narrow]
 
 
 def _narrow(measured: Measurement, kind: str, widths: dict[int, int], promised: float) -> list[str]:
@@ -128,7 +130,8 @@ def _measure(task: tuple[int, str, bool]) -> Measurement:
     index, target, all_widths = task
     case = _compile.cases()[index]
     compiled = _compile.compile_case(case, target)
-    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+    readers = (__file__, _offsets.__file__)
+    code = hashlib.sha256(b"".join(Path(file).read_bytes() for file in readers)).hexdigest()[:16]
     disassembled = case.wide or all_widths
     cache, name = _compile.get_cache_manager(compiled.hash), f"leanstep-audit-{code}-{disassembled:d}.json"
     path = cache.get_file(name)
@@ -136,6 +139,7 @@ def _measure(task: tuple[int, str, bool]) -> Measurement:
         machine_code, resources = _compile.disassemble(compiled, disassembled)
         measured = {"shared": compiled.metadata.shared} | _resources(resources) | _widths(machine_code)
         measured["loops"] = loop_traffic(compiled.asm["ttir"])
+        measured["narrow"] = _offsets.narrow_offsets(compiled.asm["ttir"])
         path = cache.put(json.dumps(measured), name, binary=False)
     values = json.loads(Path(path).read_text())
     loops = sorted(values.pop("loops"), reverse=True)[: case.sweeps]

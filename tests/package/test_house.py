@@ -22,6 +22,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
     "lines of leanstep/": {"GGUF files": 1196, "compress": 14, "model cards": 118},
     "lines of pruning/": {"local reconstruction": 438, "compress": 930, "compress to sparse files": 340},
     "lines of sparsity/": {"compress to sparse files": 59, "model cards": 5},
+    "lines of kernels/": {"kernel proofs": 229},
     "lines of recipes/": {
         "generate --chat": 92,
         "AdamW's rates carried over": 22,
@@ -38,6 +39,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "compress": 1045,
         "compress to sparse files": 365,
         "model cards": 157,
+        "kernel proofs": 186,
     },
     "lines of tests/": {
         "GGUF files": 573,
@@ -48,6 +50,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "compress": 545,
         "compress to sparse files": 128,
         "model cards": 86,
+        "kernel proofs": 81,
     },
 }
 

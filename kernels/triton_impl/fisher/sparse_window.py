@@ -50,8 +50,10 @@ def sparse_dots_kernel(
     x_ptr = tl.load(row + 2).to(tl.pointer_type(tl.float32))
     per_block = tl.load(row + 4).to(tl.int32)
     block = tl.load(row + 5)
-    start = chunk * (TILES * BLOCK_N)
+    start = chunk.to(tl.int64) * (TILES * BLOCK_N)
     count = eights(tl.minimum(k - start, TILES * BLOCK_N).to(tl.int32), ALIGNED)
+    # one 64-bit division for all entries
+    first, rest = start // per_block, (start % per_block).to(tl.int32)
     at = offs_m.to(tl.int64)[:, None] * k + start
 
     sums = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float64)
@@ -60,7 +62,7 @@ def sparse_dots_kernel(
         mask = mask_m[:, None] & (offs_n < count)[None, :]
         i = tl.load(i_ptr + at + offs_n[None, :], mask=mask, other=0)
         v = to_float(tl.load(v_ptr + at + offs_n[None, :], mask=mask, other=0.0))
-        begin = ((start + offs_n) // per_block).to(tl.int64) * block
+        begin = (first + (rest + offs_n) // per_block) * block
         x = tl.load(x_ptr + begin[None, :] + i, mask=mask, other=0.0)
         sums += v.to(tl.float64) * x.to(tl.float64)
     at_m = (tl.load(row + 6) + chunk) * m + offs_m

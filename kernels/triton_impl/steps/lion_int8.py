@@ -40,7 +40,7 @@ from leanstep.kernels.triton_impl._multi_tensor import (
     seeds_and_offsets,
     warps,
 )
-from leanstep.kernels.triton_impl._quantized import SCALED, as_int8, coded, load_values, place, quantized, row_start
+from leanstep.kernels.triton_impl.steps._codes import SCALED, as_int8, coded, load_values, place, quantized, row_start
 from leanstep.kernels.triton_impl.steps.lion_step import mode_of
 
 # blocks of a tile. 16 elements per thread: one 128-bit access for the codes. With a rounding state they would spill
