@@ -27,3 +27,23 @@ def start_server() -> None:
             del os.environ["PYTHONPATH"]
         else:
             os.environ["PYTHONPATH"] = before
+
+
+def start_code(code: str) -> multiprocessing.process.BaseProcess:
+    """Run code in a process of its own, with the environment variables that this one has now."""
+    start_server()
+    process = CONTEXT.Process(target=_run_code, args=(code, dict(os.environ)))
+    process.start()
+    return process
+
+
+def run_code(code: str) -> None:
+    """Run code in a process of its own, and expect that it ends without an error."""
+    (process := start_code(code)).join(120)
+    assert process.exitcode == 0
+
+
+def _run_code(code: str, environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    exec(code, {})
