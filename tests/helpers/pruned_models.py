@@ -3,7 +3,10 @@
 from pathlib import Path
 
 import torch
+from forked import preload
 from torch import nn
+
+preload("leanstep.pruning.folder.run", "transformers.models.llama.modeling_llama")
 
 VOCABULARY = 64
 
