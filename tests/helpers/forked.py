@@ -52,7 +52,9 @@ def run_code(code: str) -> None:
 def finish_code(code: str, *arguments: object) -> subprocess.CompletedProcess:
     """Run code in a process of its own to its end; ``stdout`` is all that it printed, errors included."""
     with tempfile.NamedTemporaryFile("r") as output:
-        (process := start_code(code, *arguments, output=output.name)).join(120)
+        (process := start_code(code, *arguments, output=output.name)).join(600)
+        process.kill()
+        process.join()
         return subprocess.CompletedProcess(code, process.exitcode, output.read())
 
 
