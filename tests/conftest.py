@@ -47,9 +47,9 @@ from selection import mark_exhaustive, shorten_default_run  # noqa: E402
 # The same examples in every run of the suite. `pytest tests/fuzz --hypothesis-profile long` draws others, forty times
 # as many, or LEANSTEP_FUZZ times as many.
 _COMMON = settings(database=None, deadline=None, print_blob=True, phases=[p for p in Phase if p is not Phase.explain])
-settings.register_profile("suite", _COMMON, derandomize=True, max_examples=100)
+settings.register_profile("suite", _COMMON, derandomize=True, max_examples=50)
 settings.register_profile(
-    "long", _COMMON, derandomize=False, max_examples=100 * int(os.environ.get("LEANSTEP_FUZZ", 40))
+    "long", _COMMON, derandomize=False, max_examples=50 * int(os.environ.get("LEANSTEP_FUZZ", 40))
 )
 settings.load_profile("suite")
 

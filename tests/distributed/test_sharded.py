@@ -8,18 +8,10 @@ from distributed_cases import WORLDS
 from distributed_world import CASES, load_cases, run_world
 
 MODULES = (
-    "distributed_cases",
-    "distributed_placements",
-    "distributed_engines",
-    "distributed_checkpoints",
-    "distributed_lanton",
-    "distributed_mfac",
-    "distributed_sparsity",
-    "distributed_lora",
-    "distributed_mesh",
-    "distributed_release",
-    "distributed_pruning",
-)
+    "distributed_cases", "distributed_placements", "distributed_engines", "distributed_checkpoints",
+    "distributed_lanton", "distributed_mfac", "distributed_sparsity", "distributed_lora", "distributed_mesh",
+    "distributed_release", "distributed_pruning",
+)  # fmt: skip
 load_cases(MODULES)
 
 

@@ -48,8 +48,8 @@ def check_page(table: Callable[[Path], str], pattern: str) -> None:
         assert sum(block in page for page in pages) == 1, file.stem
 
 
-def command(out: Path, *more: str) -> list[str]:
-    """A comparison of tiny runs of AdamW and SinkGD, from starts near their best."""
+def comparison(out: Path) -> list[str]:
+    """Code that compares tiny runs of AdamW and SinkGD, from starts near their best, and its arguments."""
     code = (
         f"import sys; from dataclasses import replace; sys.path.insert(0, {str(FOLDER)!r})\n"
         "import importlib; from comparison.methods import METHODS\n"
@@ -57,9 +57,7 @@ def command(out: Path, *more: str) -> list[str]:
         "sys.exit(importlib.import_module('optimizers.compare').main())\n"
     )
     settings = "--tune-steps 8 --judge-steps 8 --eval-every 4 --judge-seeds 1 2 --budget 15 --methods adamw sinkgd"
-    arguments = [*TINY, "--out", str(out), *settings.split(), *more]
-    # -P: the folder optimizers/ of the package must not hide that of the benchmarks
-    return [sys.executable, "-P", "-c", code, *arguments]
+    return [code, *TINY, "--out", str(out), *settings.split()]
 
 
 def killed(protocol: object, run: object) -> None:

@@ -203,17 +203,9 @@ def follows_unsharded(name: str, world: World) -> None:
 
 
 _EVERYWHERE = (
-    "lion",
-    "lion_cautious",
-    "lion_stochastic",
-    "lion_int8",
-    "sinkgd",
-    "sinkgd_momentum",
-    "sinkgd_balanced",
-    "sinkgd_muon",
-    "lanton",
-    "lanton_muon",
-)
+    "lion", "lion_cautious", "lion_stochastic", "lion_int8", "sinkgd", "sinkgd_momentum", "sinkgd_balanced",
+    "sinkgd_muon", "lanton", "lanton_muon",
+)  # fmt: skip
 # two processes share every dimension evenly, and three do not: some have fewer rows, and one has none of two rows
 for _name in OPTIMIZERS:
     _worlds = (1, 2, 3) if _name in _EVERYWHERE else (3,)

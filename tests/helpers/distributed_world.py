@@ -24,13 +24,9 @@ from forked import CONTEXT, preload, start_server
 
 # imported once, before the processes are forked
 _PRELOAD = (
-    "leanstep.optimizers",
-    "torch._dynamo",
-    "torch.distributed.checkpoint.state_dict",
-    "torch.distributed.fsdp",
-    "torch.distributed.optim",
-    "torch.distributed.tensor",
-)
+    "leanstep.optimizers", "torch._dynamo", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp",
+    "torch.distributed.optim", "torch.distributed.tensor",
+)  # fmt: skip
 
 # How the end of a process reads that the system killed, as it does when memory is short, or that torch aborted: its
 # threads end a process now and then with "terminate called without an active exception".

@@ -8,17 +8,12 @@ ROUNDINGS = ("nearest", "stochastic", "kahan", "master", "split")
 # and fp16 is neither rounded stochastically nor split; test_triton_steps.py has what is asked for and not done.
 # Gradients have the parameter's dtype or fp32, and others are converted.
 STEPS = (
-    (torch.float32, torch.float32, "nearest"),
-    (torch.float32, torch.bfloat16, "nearest"),
-    (torch.bfloat16, torch.bfloat16, "nearest"),
-    (torch.bfloat16, torch.float32, "stochastic"),
-    (torch.bfloat16, torch.bfloat16, "kahan"),
-    (torch.bfloat16, torch.float32, "master"),
-    (torch.bfloat16, torch.float16, "split"),
-    (torch.float16, torch.float32, "nearest"),
-    (torch.float16, torch.float16, "kahan"),
-    (torch.float16, torch.bfloat16, "master"),
-)
+    (torch.float32, torch.float32, "nearest"), (torch.float32, torch.bfloat16, "nearest"),
+    (torch.bfloat16, torch.bfloat16, "nearest"), (torch.bfloat16, torch.float32, "stochastic"),
+    (torch.bfloat16, torch.bfloat16, "kahan"), (torch.bfloat16, torch.float32, "master"),
+    (torch.bfloat16, torch.float16, "split"), (torch.float16, torch.float32, "nearest"),
+    (torch.float16, torch.float16, "kahan"), (torch.float16, torch.bfloat16, "master"),
+)  # fmt: skip
 
 
 def dtype_name(dtype):

@@ -3,7 +3,10 @@
 from pathlib import Path
 
 import torch
+from forked import preload
 from torch import nn
+
+preload("leanstep.pruning.folder.run", "transformers.models.llama.modeling_llama")
 
 VOCABULARY = 64
 
@@ -12,15 +15,9 @@ def make_llama(layers: int = 3, seed: int = 0, **settings):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 16,
-        "intermediate_size": 40,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "tie_word_embeddings": False,
-    }
+        "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": layers,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": False,
+    }  # fmt: skip
     return _made(LlamaForCausalLM, LlamaConfig(**config | settings), seed)
 
 
@@ -86,14 +83,9 @@ class _ResNet(nn.Module):
 
 def _small() -> dict:
     return {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-    }
+        "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    }  # fmt: skip
 
 
 def _vision() -> dict:

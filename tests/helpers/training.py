@@ -25,43 +25,10 @@ preload(
 )
 
 _WORDS = [
-    "the",
-    "union",
-    "state",
-    "congress",
-    "people",
-    "war",
-    "peace",
-    "government",
-    "law",
-    "nation",
-    "great",
-    "public",
-    "year",
-    "country",
-    "world",
-    "men",
-    "power",
-    "treasury",
-    "act",
-    "states",
-    "united",
-    "constitution",
-    "citizens",
-    "of",
-    "and",
-    "to",
-    "in",
-    "a",
-    "that",
-    "for",
-    "our",
-    "which",
-    "has",
-    "been",
-    "be",
-    "it",
-]
+    "the", "union", "state", "congress", "people", "war", "peace", "government", "law", "nation", "great", "public",
+    "year", "country", "world", "men", "power", "treasury", "act", "states", "united", "constitution", "citizens",
+    "of", "and", "to", "in", "a", "that", "for", "our", "which", "has", "been", "be", "it",
+]  # fmt: skip
 
 _RECIPE = """\
 recipe: pretrain

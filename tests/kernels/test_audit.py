@@ -30,7 +30,7 @@ def cases():
 def measured(cases):
     """Measurements of some configurations of every kernel; ``leanstep audit`` compiles all for all targets.
 
-    Every two values of constants and pointers meet, on sm_90 and gfx942 in turn. Bytes and layouts come from Triton's
+    Every value of constants and pointers occurs, on sm_90 and gfx942 in turn. Bytes and layouts come from Triton's
     intermediate code, which all targets share, so that the configuration that takes the most registers stands for the
     rest on the others.
     """
@@ -39,7 +39,7 @@ def measured(cases):
         by_kernel[case.kernel].append((name, {**case.arguments, **case.constants, "": (case.threads, case.fp_fusion)}))
     chosen = defaultdict(set)
     for rows in by_kernel.values():
-        for turn, i in enumerate(covering([row for _, row in rows])):
+        for turn, i in enumerate(covering([row for _, row in rows], together=1)):
             chosen[("sm_90", "gfx942")[turn % 2]].add(rows[i][0])
     on_sm_90 = audit.measure(["sm_90"], chosen["sm_90"], all_widths=False)
     largest = {m.kernel: f"{m.kernel} {m.label}" for m in sorted(on_sm_90, key=lambda m: m.registers)}

@@ -13,11 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import preload, run_code, start_code
 
 from leanstep import cli
 from leanstep._files import cache_folders, private_folder
 from leanstep.kernels._backend import choose
 from leanstep.kernels.cpp_impl import _build, _cache, _prebuilt
+
+preload("leanstep.kernels.steps.common", "leanstep.kernels.cpp_impl._build")
 
 NAME, MACROS = "steps/nonfinite_flags", {"TENSOR": "bf16"}
 BUILD = f"from leanstep.kernels.cpp_impl import _build; _build.library({NAME!r}, {MACROS!r})"
@@ -49,10 +52,6 @@ def libraries(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def run(program, **environment):
-    subprocess.run([sys.executable, "-P", "-c", program], check=True, timeout=120, env={**os.environ, **environment})
-
-
 def compiler(tmp_path, monkeypatch, script):
     """Make a shell script the C++ compiler."""
     path = tmp_path / "c++script"
@@ -75,15 +74,17 @@ def test_a_variant_is_built_once_and_loaded_by_another_process(fresh_cache):
     built = libraries(fresh_cache)
     assert len(built) == 1 and built[0].startswith("steps-nonfinite_flags-")
     stamp = (fresh_cache / built[0]).stat().st_mtime_ns
-    run(BUILD)
+    run_code(BUILD)
     assert libraries(fresh_cache) == built
     assert (fresh_cache / built[0]).stat().st_mtime_ns == stamp
 
 
 @pytest.mark.slow
 def test_processes_that_build_at_one_time_do_not_meet(fresh_cache):
-    together = [subprocess.Popen([sys.executable, "-P", "-c", STEP]) for _ in range(3)]
-    assert [process.wait(timeout=120) for process in together] == [0, 0, 0]
+    together = [start_code(STEP) for _ in range(3)]
+    for process in together:
+        process.join(120)
+    assert [process.exitcode for process in together] == [0, 0, 0]
     assert len(libraries(fresh_cache)) == 1
 
 
@@ -154,7 +155,7 @@ def test_a_pipe_in_place_of_a_library_is_not_waited_for(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", ["truncated", "empty", "flipped bit", "of another name", "without digest"])
 def test_a_damaged_library_is_built_again(fresh_cache, damage):
-    run(STEP)
+    run_code(STEP)
     path = next(fresh_cache.iterdir())
     sound = path.read_bytes()
     if damage == "flipped bit":
@@ -168,7 +169,7 @@ def test_a_damaged_library_is_built_again(fresh_cache, damage):
     else:
         content = sound[: {"truncated": len(sound) // 3, "empty": 0, "without digest": -32}[damage]]
     path.write_bytes(content)
-    run(STEP)
+    run_code(STEP)
     assert path.read_bytes() == sound and len(libraries(fresh_cache)) == 1
 
 
@@ -176,20 +177,20 @@ def test_a_damaged_library_is_built_again(fresh_cache, damage):
 def test_a_killed_build_leaves_nothing_for_long(fresh_cache, tmp_path, monkeypatch):
     started = tmp_path / "started"
     compiler(tmp_path, monkeypatch, f'case "$*" in *--version*) ;; *) touch {started}; exec sleep 60;; esac')
-    process = subprocess.Popen([sys.executable, "-P", "-c", BUILD], start_new_session=True)
+    process = start_code("import os; os.setsid();" + BUILD)
     while not started.exists():
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.05)
     # as a linker that was stopped while it wrote
     (partial,) = fresh_cache.glob(".*.tmp")
     (partial / "half.so").write_bytes(b"\x7fELF")
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.join()
     monkeypatch.delenv("CXX")
-    run(BUILD)
+    run_code(BUILD)
     assert len(libraries(fresh_cache)) == 2, "a young temporary file may belong to another process"
     os.utime(partial, (0, 0))
-    run(STEP)
+    run_code(STEP)
     assert not partial.exists() and len(libraries(fresh_cache)) == 2
 
 
@@ -210,7 +211,7 @@ def test_a_library_is_flushed_before_it_takes_its_name(fresh_cache, monkeypatch)
 @pytest.mark.slow
 @pytest.mark.parametrize("refused", ["folder of another", "writable folder", "writable parent", "parent of another"])
 def test_a_folder_that_others_can_change_is_replaced_by_the_next(fresh_cache, tmp_path, monkeypatch, refused):
-    run(BUILD)  # a library that must not be loaded
+    run_code(BUILD)  # a library that must not be loaded
     folder = fresh_cache if "folder" in refused else fresh_cache.parent
     if "writable" in refused:
         folder.chmod(0o777)
@@ -255,7 +256,7 @@ def test_the_private_group_of_the_user_may_write_to_parents(tmp_path, monkeypatc
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["writable", "a symbolic link"])
 def test_a_file_that_others_could_have_written_is_replaced(fresh_cache, tmp_path, kind):
-    run(BUILD)
+    run_code(BUILD)
     path = next(fresh_cache.iterdir())
     if kind == "writable":
         path.chmod(0o664)

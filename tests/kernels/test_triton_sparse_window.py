@@ -10,14 +10,9 @@ triton_window = pytest.importorskip("leanstep.kernels.triton_impl.fisher.sparse_
 # (elements, density, block): one entry, none, less than a block, whole blocks with aligned rows, a last short block,
 # and enough entries of a block for every width of the kernel
 CASES = [
-    (1, 1.0, 4),
-    (0, 0.5, 8),
-    (100, 0.1, 4096),
-    (8 * 64, 0.125, 64),
-    (3 * 128 + 17, 0.2, 128),
-    (2000, 0.1, 1000),
+    (1, 1.0, 4), (0, 0.5, 8), (100, 0.1, 4096), (8 * 64, 0.125, 64), (3 * 128 + 17, 0.2, 128), (2000, 0.1, 1000),
     (5000, 0.4, 4096),
-]
+]  # fmt: skip
 GROUPS = [0, 2, 1, 0, 1, 2, 0]
 
 

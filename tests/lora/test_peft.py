@@ -158,17 +158,12 @@ def test_an_adapter_that_would_compute_something_else_is_not_loaded(case, swappe
 
 
 NAMES = [
-    ("org/one", "org/one", None),
-    ("org/one", "org/other", "made for 'org/one', and this model is 'org/other'"),
-    ("org/one", "", None),
-    (None, "org/one", None),
-    ("HERE/base", "HERE/base/", None),
-    ("base", "HERE/base", None),
-    ("./base/../base", "base", None),
-    ("HERE/base", "HERE/other", "made for '.*/base', and this model is '.*/other'"),
+    ("org/one", "org/one", None), ("org/one", "org/other", "made for 'org/one', and this model is 'org/other'"),
+    ("org/one", "", None), (None, "org/one", None), ("HERE/base", "HERE/base/", None), ("base", "HERE/base", None),
+    ("./base/../base", "base", None), ("HERE/base", "HERE/other", "made for '.*/base', and this model is '.*/other'"),
     ("org/one", "/cache/hub/models--org--one/snapshots/0123abc", None),
     ("org/one", "/cache/hub/models--org--two/snapshots/0123abc", "made for 'org/one'"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("of_file", "of_model", "message"), NAMES)

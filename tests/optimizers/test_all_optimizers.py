@@ -945,7 +945,8 @@ def test_compiled_steps_equal_eager_ones(case: OptimizerCase, backend: str):
     """
     torch._dynamo.reset()
     counted, generates_code = CountedGraphs(backend), backend == "inductor"
-    shapes = ((6, 5), (7,), ()) if generates_code else ((6, 5), (2, 3, 4), (7,), (), (0, 3))
+    # tracing takes seconds a tensor: every kind of tensor in the rows whose steps the others vary
+    shapes = ((6, 5), (2, 3, 4), (7,), (), (0, 3)) if case.large and not generates_code else ((6, 5), (7,), ())
     compiled_params, plain_params = case.params(shapes), case.params(shapes)
     lr = case.kwargs.get("lr", 2e-2)
     compiled = case.build(compiled_params, lr=torch.tensor(lr))

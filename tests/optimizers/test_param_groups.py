@@ -54,25 +54,13 @@ class Mixed(nn.Module):
 
 def test_roles_of_one_of_everything():
     assert parameter_roles(Mixed()) == {
-        "scale": "other",
-        "tok.weight": "embedding",
-        "wpe.weight": "position",
-        "patch.weight": "conv",
-        "patch.bias": "bias",
-        "experts.gate_up_proj": "expert",
-        "experts.router.weight": "router",
-        "attn.in_proj_weight": "hidden",
-        "attn.in_proj_bias": "bias",
-        "attn.out_proj.weight": "hidden",
-        "attn.out_proj.bias": "bias",
-        "norm.weight": "norm",
-        "norm.bias": "norm",
-        "batch_norm.weight": "norm",
-        "batch_norm.bias": "norm",
-        "lora_A.default.weight": "lora",
-        "classifier.weight": "head",
+        "scale": "other", "tok.weight": "embedding", "wpe.weight": "position", "patch.weight": "conv",
+        "patch.bias": "bias", "experts.gate_up_proj": "expert", "experts.router.weight": "router",
+        "attn.in_proj_weight": "hidden", "attn.in_proj_bias": "bias", "attn.out_proj.weight": "hidden",
+        "attn.out_proj.bias": "bias", "norm.weight": "norm", "norm.bias": "norm", "batch_norm.weight": "norm",
+        "batch_norm.bias": "norm", "lora_A.default.weight": "lora", "classifier.weight": "head",
         "classifier.bias": "bias",
-    }
+    }  # fmt: skip
 
 
 def test_a_tied_head_is_an_embedding_and_an_untied_one_a_head():
@@ -299,22 +287,12 @@ def test_a_linear_layer_that_is_named_after_a_norm_is_none():
 def test_roles_of_odd_parameters():
     roles = parameter_roles(Odd())
     assert roles == {
-        "A_log": "other",
-        "mask_token": "other",
-        "relative_position_bias_table": "position",
-        "pos_embed": "position",
-        "boft_s.default": "other",
-        "w1": "other",
-        "custom_weight": "hidden",
-        "shared_expert_gate.weight": "other",
-        "gate.weight": "router",
-        "experts.0.weight": "hidden",
-        "glu.gate.weight": "hidden",
-        "glu.output.weight": "hidden",
-        "classifier.dense.weight": "hidden",
-        "classifier.out_proj.weight": "head",
+        "A_log": "other", "mask_token": "other", "relative_position_bias_table": "position", "pos_embed": "position",
+        "boft_s.default": "other", "w1": "other", "custom_weight": "hidden", "shared_expert_gate.weight": "other",
+        "gate.weight": "router", "experts.0.weight": "hidden", "glu.gate.weight": "hidden",
+        "glu.output.weight": "hidden", "classifier.dense.weight": "hidden", "classifier.out_proj.weight": "head",
         "output.weight": "head",
-    }
+    }  # fmt: skip
     norms = {name: group["norm"] for group in param_groups(Odd()) for name, _ in group["params"]}
     assert norms["A_log"] == norms["w1"] == "sign", "a matrix that is none has no spectral norm"
     optimizer = LANTON(param_groups(model := Odd()))

@@ -3,19 +3,20 @@
 import json
 import math
 import signal
-import subprocess
 import time
 from dataclasses import replace
 
 import pytest
 import torch
-from comparison_runs import TINY, command, comparison_modules, killed
+from comparison_runs import TINY, comparison, comparison_modules, killed
+from forked import finish_code, preload, start_code
 
 from leanstep.recipes.config.loader import load
 from leanstep.recipes.data.sequences import load_data
 from leanstep.recipes.training.train import train
 from leanstep.recipes.training.validation import evaluate
 
+preload("leanstep.recipes.training.train", "transformers.models.llama.modeling_llama")
 parts = pytest.fixture(scope="module")(comparison_modules)
 
 
@@ -150,16 +151,17 @@ def test_a_run_is_that_of_the_recipe(parts, tmp_path, precision):
 @pytest.mark.slow
 def test_a_killed_comparison_goes_on_and_repeats_nothing(parts, tmp_path):
     path = tmp_path / "llama-nano.jsonl"
-    process = subprocess.Popen(command(tmp_path), stdout=subprocess.DEVNULL)
-    while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < 8):
+    process = start_code(*comparison(tmp_path))
+    while process.is_alive() and (not path.exists() or path.read_bytes().count(b"\n") < 8):
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     with path.open("ab") as file:
         file.write(b'{"id": "cut')
     before = path.read_bytes().rpartition(b"\n")[0]
-    result = subprocess.run(command(tmp_path), capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
+    result = finish_code(*comparison(tmp_path))
+    assert result.returncode == 0, result.stdout
     assert path.read_bytes().startswith(before + b"\n")
     results = parts.results.read(path)
     keys = parts.protocol.Run.__dataclass_fields__

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from forked import finish_code
 from pruned_models import make_llama, save_model
 from texts import sentences
 
@@ -86,13 +87,16 @@ def second_worker_of(launcher):
     raise AssertionError("there is no worker of rank 1")
 
 
+MAIN = "import sys; from leanstep.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
 @pytest.mark.slow
-def test_processes_of_another_number_than_those_that_run_are_refused(base, tmp_path):
-    environment = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "RANK": "0"}
-    several = subprocess.run(
-        command(base, tmp_path / "out"), env=os.environ | environment, capture_output=True, text=True, check=False
-    )
-    assert several.returncode == 2 and "expected the processes of one machine" in several.stderr
+def test_processes_of_another_number_than_those_that_run_are_refused(base, tmp_path, monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    several = finish_code(MAIN, *command(base, tmp_path / "out")[4:])
+    monkeypatch.undo()
+    assert several.returncode == 2 and "expected the processes of one machine" in several.stdout
     with pytest.raises(SystemExit, match="2"):
         main(command(base, tmp_path / "out", "--nproc", "0")[4:])
     assert list(tmp_path.iterdir()) == []

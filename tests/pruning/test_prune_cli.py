@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from forked import finish_code
 from pruned_models import images, make_llama, make_vit, save_model
 from texts import sentences
 from tokenizers.processors import TemplateProcessing
@@ -374,8 +375,7 @@ main(sys.argv[1:])
 def test_a_killed_run_resumes_to_the_same_folder(base, pruned, tmp_path):
     out = tmp_path / "out"
     arguments = ["prune", str(base / "model"), "--out", str(out), "--data", str(base / "text.txt"), *SMALL]
-    command = [sys.executable, "-P", "-c", KILLED, *arguments, "--sparsity", "0.6", "--eval"]
-    assert subprocess.run(command, check=False, capture_output=True).returncode == -signal.SIGKILL
+    assert finish_code(KILLED, *arguments, "--sparsity", "0.6", "--eval").returncode == -signal.SIGKILL
     # the half-written folder, which the next run removes, is hidden
     assert [path.name for path in tmp_path.iterdir() if path.name[0] != "."] == ["out.curves.jsonl"]
     measured = (tmp_path / "out.curves.jsonl").read_text()
@@ -399,8 +399,7 @@ main(sys.argv[1:])
 """
     out = tmp_path / "out"
     arguments = ["prune", str(base / "model"), "--out", str(out), "--data", str(base / "text.txt"), *SMALL]
-    command = [sys.executable, "-P", "-c", dying, *arguments, "--sparsity", "0.6"]
-    assert subprocess.run(command, check=False, capture_output=True).returncode == -signal.SIGKILL
+    assert finish_code(dying, *arguments, "--sparsity", "0.6").returncode == -signal.SIGKILL
     assert {path.name for path in tmp_path.iterdir()} == {"out", "out.curves.jsonl", ".out.lock"}
     before = snapshot(out)
     assert main([*arguments, "--sparsity", "0.6", "--resume"]) == 2

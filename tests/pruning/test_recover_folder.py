@@ -5,11 +5,10 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
+from forked import finish_code
 from pruned_models import make_llama, save_model
 from safetensors import safe_open
 from texts import sentences
@@ -184,8 +183,7 @@ main(sys.argv[1:])
 @pytest.mark.slow
 def test_a_run_killed_in_recovery_leaves_the_pruned_folder_and_goes_on(base, pruned, recovered, tmp_path, capsys):
     out = tmp_path / "out"
-    command = [sys.executable, "-P", "-c", KILLED, *arguments(base, out, "--eval", *RECOVER)]
-    assert subprocess.run(command, check=False, capture_output=True).returncode == -signal.SIGKILL
+    assert finish_code(KILLED, *arguments(base, out, "--eval", *RECOVER)).returncode == -signal.SIGKILL
     assert {path.name for path in tmp_path.iterdir()} == {"out", ".out.lock"}
     assert snapshot(out) == snapshot(pruned)
     assert main(arguments(base, out, "--eval", *RECOVER)) == 2
@@ -210,8 +208,7 @@ recovery_file._SECONDS = recovery_file._SHARE = 0
 @pytest.mark.slow
 def test_a_killed_recovery_goes_on_from_its_last_state(base, recovered, tmp_path, capsys, monkeypatch):
     out, state = tmp_path / "out", tmp_path / "out.recovery.pt"
-    command = [sys.executable, "-P", "-c", KILLED_WITH_A_STATE, *arguments(base, out, "--eval", *RECOVER)]
-    assert subprocess.run(command, check=False, capture_output=True).returncode == -signal.SIGKILL
+    assert finish_code(KILLED_WITH_A_STATE, *arguments(base, out, "--eval", *RECOVER)).returncode == -signal.SIGKILL
     assert {path.name for path in tmp_path.iterdir()} == {"out", "out.recovery.pt", ".out.lock"}
     before = snapshot(out)
     assert main(arguments(base, out, "--eval", "--recover", "7", "--recover-lr", "1e-2", "--resume")) == 2

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import texts
 import torch
+from forked import preload, start_code
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
@@ -19,6 +20,8 @@ from leanstep.recipes.data import sources, tokens
 from leanstep.recipes.data.cache import build_once, cache_root
 from leanstep.recipes.data.sequences import IGNORED, load_data, shuffled
 from leanstep.recipes.data.tokens import encode, read_shard, train_bpe, write_shard
+
+preload("leanstep.recipes.data.sequences")
 
 DOCUMENTS = texts.documents(60)
 
@@ -488,18 +491,19 @@ def test_cache_of_two_processes_at_once(corpus, tmp_path):
     """Two processes load the same data into an empty cache; both see the same tokens."""
     config = corpus()
     code = (
-        "import sys; from leanstep.recipes.config.schema import DataConfig\n"
+        "from pathlib import Path; from leanstep.recipes.config.schema import DataConfig\n"
         "from leanstep.recipes.data.sequences import load_data\n"
         f"data = load_data({config!r}, seed=0)\n"
-        "print(int(data.train.file.tokens.astype('int64').sum()), len(data.train))"
+        "tokens = data.train.file.tokens.astype('int64').sum()\n"
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
-    outputs = [process.communicate(timeout=120)[0].split() for process in running]
-    assert [process.returncode for process in running] == [0, 0]
-    tokens = load_data(config, seed=0).train.file.tokens.astype("int64")
-    assert outputs[0] == outputs[1] == [str(tokens.sum()), str(len(load_data(config, seed=0).train))]
+    outputs = [tmp_path / "first", tmp_path / "second"]
+    running = [start_code(f"{code}Path({str(out)!r}).write_text(f'{{tokens}} {{len(data.train)}}')") for out in outputs]
+    for process in running:
+        process.join(120)
+    assert [process.exitcode for process in running] == [0, 0]
+    data = load_data(config, seed=0)
+    expected = f"{data.train.file.tokens.astype('int64').sum()} {len(data.train)}"
+    assert [out.read_text() for out in outputs] == [expected, expected]
 
 
 def test_a_large_text_trains_its_tokenizer_on_the_beginning(corpus, monkeypatch):

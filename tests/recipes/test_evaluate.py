@@ -20,12 +20,9 @@ from leanstep.recipes.training.validation import evaluate
 
 def tiny_llama(vocab_size, **changes):
     settings = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
         "max_position_embeddings": 64,
-    }
+    }  # fmt: skip
     return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **{**settings, **changes}))
 
 

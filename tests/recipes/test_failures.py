@@ -343,12 +343,8 @@ def test_which_errors_are_the_disk(tmp_path):
 
 
 CODES = [
-    (signal.SIGTERM, 143),
-    (signal.SIGHUP, 143),
-    (signal.SIGUSR1, 143),
-    (signal.SIGUSR2, 143),
-    (signal.SIGINT, 130),
-]
+    (signal.SIGTERM, 143), (signal.SIGHUP, 143), (signal.SIGUSR1, 143), (signal.SIGUSR2, 143), (signal.SIGINT, 130),
+]  # fmt: skip
 
 
 @pytest.mark.slow

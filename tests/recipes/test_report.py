@@ -430,7 +430,7 @@ def test_hostile_values_make_a_right_page(tmp_path):
     (sound / "train.log").write_text("WARNING: the disk is nearly full\n")
     names = sorted(path.name for path in sound.iterdir())
     chance = random.Random(0)
-    for _ in range(150):
+    for _ in range(75):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         run = shutil.copytree(sound, tmp_path / "run")
         for name in {chance.choice(names) for _ in range(chance.choice([1, 1, 3]))}:

@@ -60,15 +60,8 @@ def test_a_view_of_another_dtype_is_a_tensor_of_its_own(tmp_path):
 def test_ratios_of_half_precision():
     """Bits of a dense group over those of its kept values and indices, and the ratios that the paper rounds them to."""
     published = {
-        "2:4": 1.78,
-        "4:8": 1.68,
-        "1:4": 3.56,
-        "1:8": 6.7,
-        "1:16": 12.8,
-        "1:32": 24.4,
-        "1:64": 46.5,
-        "1:128": 89,
-    }
+        "2:4": 1.78, "4:8": 1.68, "1:4": 3.56, "1:8": 6.7, "1:16": 12.8, "1:32": 24.4, "1:64": 46.5, "1:128": 89,
+    }  # fmt: skip
     bits_of_groups = [(64, 36), (128, 76), (64, 18), (128, 19), (256, 20), (512, 21), (1024, 22), (2048, 23)]
     for (pattern, rounded), (dense, stored) in zip(published.items(), bits_of_groups, strict=True):
         ratio = 1024 * 1024 * 2 / compressed_bytes((1024, 1024), 2, NM.parse(pattern))

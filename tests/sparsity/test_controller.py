@@ -15,19 +15,11 @@ from leanstep.sparsity import NM, Schedule, is_nm, nm_mask, sparsify, squash, tr
 from leanstep.sparsity.training.methods import METHODS
 
 EVERY = [
-    ("ste", None),
-    ("srste", None),
-    ("fixed", None),
-    ("mdgf-linear", 12),
-    ("mdgf-exponential", 12),
-    ("sdgf-stepwise", 12),
-    ("sdgf-geometric", 12),
-    ("sdgf-stepwise+mdgf-linear", 12),
-    ("sdgf-stepwise+mdgf-exponential", 12),
-    ("sdgf-geometric+mdgf-linear", 12),
-    ("sdgf-geometric+mdgf-exponential", 12),
+    ("ste", None), ("srste", None), ("fixed", None), ("mdgf-linear", 12), ("mdgf-exponential", 12),
+    ("sdgf-stepwise", 12), ("sdgf-geometric", 12), ("sdgf-stepwise+mdgf-linear", 12),
+    ("sdgf-stepwise+mdgf-exponential", 12), ("sdgf-geometric+mdgf-linear", 12), ("sdgf-geometric+mdgf-exponential", 12),
     ("s-ste", None),
-]
+]  # fmt: skip
 
 
 def test_every_method_is_tested():
