@@ -140,17 +140,29 @@ inline Sum add_scaled(Sum sum, float scale, Sum plus) { return sum * scale + plu
 inline float total(Sum sum) { return ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7])); }
 
 #if ISA == 1
-// the value that each lane takes, 4 bits a lane: lane j takes the number of set bits below j; 8 is a zero
-struct Lookup {
-    uint32_t lanes[256];
-    constexpr Lookup() : lanes{} {
-        for (uint32_t mask = 0; mask < 256; ++mask) {
-            uint32_t next = 0;
-            for (uint32_t j = 0; j < 8; ++j) lanes[mask] |= ((mask >> j) & 1u ? next++ : 8u) << (4 * j);
+// For each 8 bits of a mask, a shuffle that moves values of VALUE bytes to the upper bytes of lanes of LANE bytes: lane j
+// takes the value whose number is that of the set bits below j. Other bytes are 0x80, by which a shuffle writes zero.
+// Numbers of one byte may have another first one and distance.
+template <int LANE, int VALUE_BYTES, int FIRST = 0, int STEP = VALUE_BYTES>
+struct Shuffles {
+    alignas(32) uint8_t of[256][8 * LANE];
+    constexpr Shuffles() : of{} {
+        for (int mask = 0; mask < 256; ++mask) {
+            for (int i = 0, next = FIRST; i < 8 * LANE; ++i) {
+                const bool taken = mask >> (i / LANE) & 1, upper = i % LANE >= LANE - VALUE_BYTES;
+                of[mask][i] = taken && upper ? next + i % LANE - (LANE - VALUE_BYTES) : 0x80;
+                if (taken && i % LANE == LANE - 1) next += STEP;
+            }
         }
     }
 };
-constexpr Lookup LOOKUP;
+template <int... LAYOUT>
+alignas(32) constexpr Shuffles<LAYOUT...> SHUFFLES;
+
+template <int... LAYOUT>
+inline __m256i shuffle(uint32_t mask) {
+    return _mm256_load_si256(reinterpret_cast<const __m256i*>(SHUFFLES<LAYOUT...>.of[mask]));
+}
 #endif
 
 struct FloatVector {
@@ -178,17 +190,38 @@ struct FloatVector {
         return {reinterpret_cast<Sum>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))))};
     }
 #endif
-    static FloatVector load(const int8_t* x) {
-        const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(x));
-        return {reinterpret_cast<Sum>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)))};
+    // the next values, moved to the lanes of a mask; reads 16 bytes, of floats 32
+    static FloatVector expand(const float* values, uint32_t mask) {
+        const __m256i lanes = _mm256_srli_epi32(shuffle<4, 1>(mask), 24);
+        const __m256 moved = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values), lanes);
+        // 0x80 in the upper byte of a lane, the sign, says that its column is zero
+        const __m256 empty = reinterpret_cast<__m256>(shuffle<4, 1>(mask));
+        return {reinterpret_cast<Sum>(_mm256_blendv_ps(moved, _mm256_setzero_ps(), empty))};
     }
-    FloatVector expand(uint32_t mask) const {
-        const __m256i shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
-        const __m256i lanes = _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(LOOKUP.lanes[mask])), shifts);
-        const __m256 moved = _mm256_permutevar8x32_ps(reinterpret_cast<__m256>(floats), lanes);
-        // bit 3 of a lane's number, moved to the sign, says that its column is zero
-        const __m256i empty = _mm256_srai_epi32(_mm256_slli_epi32(lanes, 28), 31);
-        return {reinterpret_cast<Sum>(_mm256_andnot_ps(_mm256_castsi256_ps(empty), moved))};
+    static FloatVector expand(const bf16* values, uint32_t mask) {
+        const __m128i next = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
+        return {reinterpret_cast<Sum>(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(next), shuffle<4, 2>(mask)))};
+    }
+    static FloatVector expand(const fp16* values, uint32_t mask) {
+        const __m128i lanes = _mm_load_si128(reinterpret_cast<const __m128i*>(SHUFFLES<2, 2>.of[mask]));
+        fp16 moved[8];
+        const __m128i next = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(moved), _mm_shuffle_epi8(next, lanes));
+        return load(moved);
+    }
+    static FloatVector expand(const int8_t* values, uint32_t mask) {
+        int64_t next;
+        std::memcpy(&next, values, sizeof next);
+        const __m256i moved = _mm256_shuffle_epi8(_mm256_set1_epi64x(next), shuffle<4, 1>(mask));
+        return {reinterpret_cast<Sum>(_mm256_cvtepi32_ps(_mm256_srai_epi32(moved, 24)))};
+    }
+    // 8 codes of 4 bits in a word
+    static FloatVector expand_codes(uint64_t word, uint32_t mask) {
+        // a shift by 0x80 leaves nothing
+        const int64_t* shifts = reinterpret_cast<const int64_t*>(SHUFFLES<1, 1, 28, -4>.of[mask]);
+        const __m256i lanes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(shifts)));
+        const __m256i moved = _mm256_sllv_epi32(_mm256_set1_epi32(static_cast<int>(word)), lanes);
+        return {reinterpret_cast<Sum>(_mm256_cvtepi32_ps(_mm256_srai_epi32(moved, 28)))};
     }
     Sum times(FloatVector x, Sum plus) const {
         return reinterpret_cast<Sum>(_mm256_fmadd_ps(
@@ -263,16 +296,29 @@ template <typename T>
 inline Vector load_at(const T* values, int64_t index) { return Vector::load(values + index); }
 inline Vector load_at(const int4* values, int64_t index) { return Vector::load_codes(values, index); }
 
-// the next LANES values from index `at` on; at the end of the values (careful), zeros follow
+#if ISA == 1
+template <typename T>
+inline Vector expand_at(const T* values, int64_t at, uint32_t mask) { return Vector::expand(values + at, mask); }
+inline Vector expand_at(const int4* codes, int64_t at, uint32_t mask) {
+    uint64_t word;
+    std::memcpy(&word, codes + (at >> 1), sizeof word);
+    return Vector::expand_codes(word >> (at & 1) * 4, mask);
+}
+#else
+template <typename T>
+inline Vector expand_at(const T* values, int64_t at, uint32_t mask) { return load_at(values, at).expand(mask); }
+#endif
+
+// the next LANES values from index `at` on, moved to the lanes of a mask; past the end of the values (careful) are zeros
 template <bool careful>
-inline Vector load_values(const Matrix& w, int64_t at) {
-    if constexpr (careful) {
-        decltype(stored_at(w.values, at)) rest[LANES] = {};
+inline Vector expand_values(const Matrix& w, int64_t at, uint32_t mask) {
+    if (careful && (ISA != 1 || w.count - at < MOST_READ)) {
+        decltype(stored_at(w.values, at)) rest[std::max<int64_t>(LANES, 16)] = {};
         const int64_t left = std::max<int64_t>(0, std::min(LANES, w.count - at));
         for (int64_t j = 0; j < left; ++j) rest[j] = stored_at(w.values, at + j);
-        return Vector::load(rest);
+        return expand_at(rest, 0, mask);
     }
-    return load_at(w.values, at);
+    return expand_at(w.values, at, mask);
 }
 
 // a number of x as the products take it

@@ -41,6 +41,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "model cards": 157,
         "kernel proofs": 186,
     },
+    "lines of C++": {"products of bit masks by AVX2's byte shuffles": 65},
     "lines of tests/": {
         "GGUF files": 573,
         "English text": 24,

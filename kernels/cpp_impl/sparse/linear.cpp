@@ -11,7 +11,7 @@ namespace {
 
 // rows of the matrix that share a loaded x
 template <int TOKENS>
-constexpr int SHARING = ISA == 0 || (BLOCKED && TOKENS > 2) ? 1 : ISA >= 2 && TOKENS <= 4 ? 4 : 2;
+constexpr int SHARING = ISA == 0 || (BLOCKED && TOKENS > 2) ? 1 : TOKENS <= (ISA >= 2 ? 4 : 1) ? 4 : 2;
 // up to this number of sums, even and odd parts of a row have their own, so that products need not wait for each other;
 // more would not fit into registers
 constexpr int SPLIT_SUMS = 8;
@@ -21,13 +21,32 @@ template <int TOKENS, int ROWS, bool careful>
 inline void add_word(
     const Matrix& w, const Rows& rows, int64_t k, const Entry* x, int64_t (&at)[ROWS], Sum (&sums)[ROWS][TOKENS]
 ) {
+    if constexpr (ISA == 1) {
+        // a row at a time, for which the processor has enough registers
+        const Entry* entries = x + k * WORD * TOKENS;
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r) {
+            const uint32_t word = w.mask[rows[r] * w.words() + k];
+#pragma GCC unroll 4
+            for (int64_t part = 0; part < WORD / LANES; ++part) {
+                const uint32_t bits = word >> (part * LANES) & PART_BITS;
+                const Vector weights = expand_values<careful>(w, at[r], bits);
+                at[r] += set_bits(bits);
+#pragma GCC unroll 8
+                for (int t = 0; t < TOKENS; ++t) {
+                    sums[r][t] = weights.times(Vector::load(entries + (part * TOKENS + t) * LANES), sums[r][t]);
+                }
+            }
+        }
+        return;
+    }
 #pragma GCC unroll 4
     for (int64_t part = 0; part < WORD / LANES; ++part) {
         Vector weights[ROWS];
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r) {
             const uint32_t bits = (w.mask[rows[r] * w.words() + k] >> (part * LANES)) & PART_BITS;
-            weights[r] = load_values<careful>(w, at[r]).expand(bits);
+            weights[r] = expand_values<careful>(w, at[r], bits);
             at[r] += set_bits(bits);
         }
         const Entry* entries = x + (k * (WORD / LANES) + part) * TOKENS * LANES;
@@ -204,7 +223,7 @@ void expand_row(const Matrix& w, int64_t row, float scale, X* out) {
     int64_t at = w.begin(row);
     for (int64_t column = 0; column < w.columns; column += LANES) {
         const uint32_t bits = (w.mask[row * w.words() + column / WORD] >> (column % WORD)) & PART_BITS;
-        const Vector weights = load_values<careful>(w, at).expand(bits);
+        const Vector weights = expand_values<careful>(w, at, bits);
         if constexpr (BLOCKED) scale = w.block_scale(row, column / WORD);
         at += __builtin_popcount(bits);
         // a constant count lets the compiler write whole vectors

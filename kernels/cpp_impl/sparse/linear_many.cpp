@@ -133,7 +133,7 @@ int64_t expand_words(const Matrix& w, int64_t row, int64_t begin, int64_t end, i
 #pragma GCC unroll 4
         for (int64_t part = 0; part < WORD / LANES; ++part) {
             const uint32_t bits = (word >> (part * LANES)) & PART_BITS;
-            Vector weights = load_values<careful>(w, at).expand(bits);
+            Vector weights = expand_values<careful>(w, at, bits);
             if constexpr (BLOCKED) weights = weights.scaled(w.block_scale(row, k));
             weights.store(out + (k - begin) * WORD + part * LANES);
             at += __builtin_popcount(bits);
