@@ -2,12 +2,13 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 
 import pytest
-from forked import finish_code
+from forked import finish_code, start_code
 from pruned_models import make_llama, save_model
 from texts import sentences
 
@@ -28,11 +29,6 @@ def base(tmp_path_factory):
 def command(base, out, *more):
     data = ["--data", str(base / "text.txt"), "--sparsity", "0.6", "--curves", "measured", *SMALL]
     return [sys.executable, "-P", "-m", "leanstep", "prune", str(base / "model"), "--out", str(out), *data, *more]
-
-
-def run(arguments):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
 
 
 def weights(folder):
@@ -104,6 +100,7 @@ def test_processes_of_another_number_than_those_that_run_are_refused(base, tmp_p
 
 FAILS_ALONE = """
 import os, sys
+os.environ["RANK"] = os.environ["LOCAL_RANK"] = sys.argv.pop(1)
 from leanstep.cli import main
 from leanstep.pruning.measure.measure import Measurement
 measure, rank = Measurement.measure, os.environ["RANK"]
@@ -117,14 +114,18 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.slow
-def test_an_error_of_the_second_process_alone_is_printed_once(base, tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(FAILS_ALONE)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    python, _, _, _, *arguments = command(base, tmp_path / "out")
-    several = run([python, "-P", *launcher, *arguments])
-    assert several.returncode != 0 and several.stderr.count("error: ") == 1
-    assert "error: expected a finite score\n" in several.stderr
+def test_an_error_of_the_second_process_alone_is_printed_once(base, tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": probe.getsockname()[1], "WORLD_SIZE": 2}
+    for name, value in (world | {"LOCAL_WORLD_SIZE": 2}).items():
+        monkeypatch.setenv(name, str(value))
+    (said := tmp_path / "said").touch()
+    arguments = command(base, tmp_path / "out")[4:]
+    workers = [start_code(FAILS_ALONE, rank, *arguments, output=str(said)) for rank in range(2)]
+    for worker in workers:
+        worker.join(120)
+    assert all(worker.exitcode for worker in workers) and said.read_text().count("error: ") == 1
+    assert "error: expected a finite score\n" in said.read_text()
     assert not (tmp_path / "out").exists()
 
 
