@@ -108,7 +108,8 @@ class FolderRun:
             raise ValueError(
                 "recovery trains weights off the values of their formats: give reconstruct, which does not"
             )
-        check_format(self.format, config.pattern)
+        if self.format != "dense":
+            check_format(self.format, config.pattern)
         check_device(self.device)
         try:
             torch.empty(0, device=self.device)
