@@ -25,6 +25,8 @@ _PROGRAMS = 65535
 _DIMENSIONS = {"n", "columns", "blocks", "row_blocks", "column_blocks", "per_block", "chunks", "size", "count"}
 # Variables whose bound does not follow from ranges, for each kernel.
 _SIZES: dict[str, dict[str, int]] = {
+    # an index in a block has 16 bits
+    "sparse_dots_kernel": {"per_block": 2**15},
     # tiles and words of a row
     "lora_norms_kernel": {"tiles": _SIZE // 64},
     "bitmask_linear_kernel": {"words": _SIZE // 32},

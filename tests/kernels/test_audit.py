@@ -156,7 +156,7 @@ def test_traffic_counts_what_a_turn_of_the_loop_moves():
 UNREPORTED = {
     ("window_dots_kernel", 1),
     ("window_combination_kernel", 3),
-    ("sparse_dots_kernel", 1),
+    ("sparse_dots_kernel", 2),
     ("_load", 1),
     ("lion_agreement_kernel", 0),
     ("scaled_step_kernel", 0),

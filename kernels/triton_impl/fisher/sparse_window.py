@@ -52,8 +52,9 @@ def sparse_dots_kernel(
     block = tl.load(row + 5)
     start = chunk.to(tl.int64) * (TILES * BLOCK_N)
     count = eights(tl.minimum(k - start, TILES * BLOCK_N).to(tl.int32), ALIGNED)
-    # one 64-bit division for all entries
-    first, rest = start // per_block, (start % per_block).to(tl.int32)
+    # start // per_block and its remainder; a division in 64 bits takes a stack. A block has at most 2^15 entries
+    left = chunk % per_block * (TILES * BLOCK_N)
+    first, rest = (chunk // per_block).to(tl.int64) * (TILES * BLOCK_N) + left // per_block, left % per_block
     at = offs_m.to(tl.int64)[:, None] * k + start
 
     sums = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float64)
