@@ -16,7 +16,7 @@ from leanstep.kernels.sparse.bitmask import check_parts
 
 # entries of a matrix with 60 % zeros from which one token's product is faster than the dense one (docs/measured/
 # sparsity.md): with AVX-512, where the call itself no longer decides, and without
-_LEAST_ENTRIES, _LEAST_ENTRIES_AVX2 = 2**18, 2**24
+_LEAST_ENTRIES, _LEAST_ENTRIES_AVX2 = 2**18, 2**22
 
 
 def why_slower(shapes: Collection[tuple[int, int]]) -> str | None:
