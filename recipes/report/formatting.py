@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leanstep.recipes.config.differences import flat
+from leanstep.recipes.config.values import recorded
 
 if TYPE_CHECKING:
     from leanstep.recipes.config.schema import RunConfig
@@ -70,8 +71,8 @@ def flat_scalars(tree: dict[str, Any]) -> dict[str, int | float | str | bool]:
 
 def card_facts(config: "RunConfig", state: "TrainState", tokens_per_s: float | None, device: str) -> dict[str, str]:
     """What the card of a run's model says: data, length, optimizer, held-out loss, and the last speed of training."""
-    data, optimizer = config.data, config.optimizer
-    names = (data.source, Path(data.path).name if data.path else None, data.name, data.subset)
+    data, optimizer = recorded(config)["data"], config.optimizer  # values of the environment are not shown
+    names = (data["source"], Path(data["path"]).name if data["path"] else None, data["name"], data["subset"])
     facts = {
         "Data": " ".join(filter(None, names)),
         "Trained": f"{state.step:,} steps, {state.tokens:,} targets",

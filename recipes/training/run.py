@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from leanstep._checkpoint.card import write_card
 from leanstep._process import EXIT_CODES, InterruptibleStart, StopFlag, lacks_memory
 from leanstep._version import __version__
 from leanstep.recipes.check.costs import MemoryEstimate, check_layers, check_room, estimate, flops_per_token
@@ -427,7 +428,10 @@ class Run:
         device = self.accelerator.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
         facts = card_facts(self.config, self.state, self.logger.clock.rate_now, name)
-        write_final(self.accelerator, self.folder, self.saver, self.config.model.init_from, facts)
+        shown = recorded(self.config)
+        base = None if "${" in str(shown["model"]["init_from"]) else self.config.model.init_from
+        card = partial(write_card, title=Path(shown["out"]).name, base=base, facts=facts)
+        write_final(self.accelerator, self.folder, self.saver, card)
         self.written, self.stop.lost = True, f"the model is complete in {self.folder.final}, its report may be missing"
         show_result(self.config, self.folder, self.state, self.data, self.accelerator.device, self.logger, self.stop)
         self.logger.reports(self.optimizer.optimizer, self.parts)

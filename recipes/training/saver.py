@@ -5,7 +5,7 @@ Training goes on when a full disk prevents a checkpoint. The newest complete che
 
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -17,7 +17,6 @@ from accelerate.utils import load
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from leanstep._checkpoint.card import write_card
 from leanstep._checkpoint.files import load_tensors
 from leanstep._files import STAGED, format_bytes, free_bytes, one_line, publish_folder, remove
 from leanstep._process import StopFlag
@@ -275,11 +274,8 @@ def _stored(model: PreTrainedModel, folder: Path) -> Iterator[tuple[Path, dict[s
     yield from ((file, load_tensors(file)) for file in files)
 
 
-def write_final(
-    accelerator: Accelerator, folder: RunFolder, saver: Saver, base: str | None, facts: Mapping[str, str]
-) -> None:
-    """Write ``final/`` and ``final-ema/``, with cards of ``base`` and ``facts``. Raises RunFailure on a disk error."""
-    card = partial(write_card, title=folder.root.resolve().name, base=base, facts=facts)
+def write_final(accelerator: Accelerator, folder: RunFolder, saver: Saver, card: Callable[..., None]) -> None:
+    """Write ``final/`` and ``final-ema/``, each with its ``card``. Raises RunFailure on a disk error."""
     export_final(accelerator, folder.final, saver, card)
     for applied in filter(None, (part.applied for part in saver.parts)):
         with applied():
