@@ -108,7 +108,7 @@ EXPORT = """
 import sys, time
 from leanstep.cli import main
 from leanstep.sparsity.inference import export
-export.copy_other_files = lambda *_: (print("writing", flush=True), time.sleep(600))
+export.copy_other_files = lambda *_, **__: (print("writing", flush=True), time.sleep(600))
 sys.exit(main(sys.argv[1:]))
 """
 
