@@ -220,7 +220,8 @@ class PruneResult:
             allocation, on its own inputs; the points before it are on the inputs of the search's start. ``start`` is
             the distortion of the model that is pruned by the first: where the last point is not below it, that stays.
         recovery: what training after pruning did; None without it.
-        encoded: with a menu, type and bytes (uint8 [out, bytes of a row]) of each matrix.
+        encoded: with a menu, level of each matrix, and its bytes (``ggml``: uint8 [out, bytes of a row]) or the scales
+            of its codes (``sparse``).
         reconstruction: the training of blocks: its ``steps`` and ``lr``; ``blocks``, each with its ``name``, the
             relative error of its outputs on held-back samples ``before`` and ``after``, and whether it was ``applied``;
             and the distortion on ``held_out`` data after it (``held_out`` of the result is before). Empty without it.

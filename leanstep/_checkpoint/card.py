@@ -8,6 +8,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +96,12 @@ def _base_fields(base: str | None, relation: str, folder: Path) -> dict[str, Any
 
 def _metadata(path: Path) -> dict[str, str]:
     """The texts among the metadata of a card; of a missing or damaged one none."""
-    from huggingface_hub import ModelCard
+    import yaml
+    from huggingface_hub import metadata_load
 
     try:
-        values = ModelCard(_text(path), ignore_metadata_errors=True).data.to_dict()
-    except Exception:  # written by others: YAML has errors of many types
+        values = (metadata_load(path) or {}) if checked_file(path).stat().st_size <= _LONGEST else {}
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return {key: value for key, value in values.items() if isinstance(value, str)}
 
@@ -126,11 +128,11 @@ def _kind(folder: Path) -> dict[str, Any]:
 
 
 def _command() -> str | None:
-    """The command line of ``leanstep`` that runs in this process; None in another program."""
-    for index, argument in enumerate(sys.orig_argv):
-        name = Path(argument).name.removesuffix(".py").rpartition(".")[2]
-        if name in _COMMANDS:
-            return shlex.join(["leanstep", name, *sys.orig_argv[index + 1 :]])
+    """The command line of ``leanstep`` that runs in this process; None in another program, also one named train.py."""
+    for index, (before, argument) in enumerate(pairwise(sys.orig_argv)):
+        module, _, name = argument.rpartition(".")
+        if name in _COMMANDS and (module.startswith("leanstep.") or (not module and Path(before).name == "leanstep")):
+            return shlex.join(["leanstep", name, *sys.orig_argv[index + 2 :]])
     return None
 
 

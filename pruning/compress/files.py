@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from leanstep.pruning.compress.sparse import DENSE
 from leanstep.pruning.folder.files import Checkpoint, most_common_dtype, stored_tensors
 from leanstep.pruning.result import PruneResult
 from leanstep.sparsity.inference.export import make_sparse, most_header_bytes
@@ -22,7 +23,7 @@ def default_type(checkpoint: Checkpoint) -> str:
 
 
 def check_format(format: str, menu: str) -> None:
-    """Raise ValueError for an unknown format, or one that does not have the levels of a pattern, a menu or not."""
+    """Raise ValueError for an unknown format, or one without the levels of ``menu``, the pattern of the settings."""
     if format not in FORMATS:
         raise ValueError(f"format must be {', '.join(FORMATS)}; got {format!r}")
     if format != "dense" and menu not in FORMATS[format]:
@@ -81,7 +82,7 @@ def write_compressed(checkpoint: Checkpoint, folder: Path, result: PruneResult, 
         coded = {
             parameters[name]: (level.split()[0], scales)
             for name, (level, scales) in result.encoded.items()
-            if scales.numel()
+            if level != DENSE
         }
         make_sparse(folder, coded)
         return

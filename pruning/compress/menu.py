@@ -48,7 +48,7 @@ def menu_group(target: Target, menu: str) -> MenuGroup:
     """The group of one matrix, sized in bytes."""
     from leanstep.pruning.compress import sparse
 
-    levels = tuple(_ggml_levels(target) if menu == "ggml" else sparse.levels_of(target))
+    levels = tuple(_ggml_levels(target) if menu == "ggml" else sparse.sparse_levels(target))
     return MenuGroup(replace(target.layer, shape=(levels[0][0], 1)), (target,), levels)
 
 
@@ -122,7 +122,7 @@ class LayerCompressor(LayerPruner):
             values, self.encoded = self.given, (name, torch.empty(0))
         elif name.startswith(sparse.CODED):
             level, transposed = sparse.Level.parse(name), self._is_transposed
-            values, scales = sparse.rounded(
+            values, scales = sparse.code_matrix(
                 self._plain, level, self._statistics, self._sweeper, is_transposed=transposed
             )
             self.encoded = name, scales

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -17,7 +17,8 @@ from leanstep.pruning.score.targets import Target
 from leanstep.sparsity.inference.matrices import CODES, DTYPE_NAMES, WEIGHT_DTYPES, Form
 
 DENSE = "dense"
-# percent of zeros. At as many bytes, codes of fewer bits cost less than more zeros: of 16 bits only the matrix as it is
+# percent of zeros. At as many bytes, codes of fewer bits cost less than more zeros, by a test: so 16 bits have none.
+# N:M patterns would save no byte, since a mask has a bit for every weight
 _ZEROS = {"int8": (0, 15, 30), "int4": (0, 10, 20, 30, 40, 50, 60, 70, 80)}
 CODED = tuple(_ZEROS)
 # columns with one scale of int4
@@ -46,7 +47,7 @@ class Level(NamedTuple):
         return numel - numel * self.zeros // 100
 
 
-def levels_of(target: Target) -> list[tuple[int, str]]:
+def sparse_levels(target: Target) -> list[tuple[int, str]]:
     """(bytes, name) of each level of a matrix, in falling order. The first is the matrix as it is.
 
     Raises:
@@ -91,39 +92,32 @@ class Scales:
     def scale(self, weight: Tensor, mask: Tensor, precision: Tensor) -> None:
         """See :class:`leanstep.pruning.score.sparsegpt.Rounding`: the clipping of least squared error is taken."""
         weight = weight * mask
-        top, best, least = self._share(weight.abs(), torch.amax), None, torch.tensor(torch.inf)
-        for clipped in _CLIPPED[: 1 if self.codes == "int8" else None]:
-            scale = self._stored(top * clipped / _most(self.codes))
-            error = self._share((_nearest(weight, scale, self.codes) - weight).square() * precision, torch.sum)
-            best = scale if best is None else torch.where(error < least, scale, best)
-            least = torch.minimum(error, least)
-        assert best is not None
-        self._chosen.append(best)
+        clipped = torch.tensor(_CLIPPED[: 1 if self.codes == "int8" else None])[:, None, None]
+        scales = self._share(weight.abs(), torch.amax) * clipped / _most(self.codes)
+        scales = scales.to(torch.bfloat16).to(weight) if self.codes == "int4" else scales
+        errors = self._share((_nearest(weight, scales, self.codes) - weight).square() * precision, torch.sum)
+        self._chosen.append(scales.gather(0, errors.argmin(0, keepdim=True))[0])
 
     def nearest(self, column: Tensor) -> Tensor:
         """See :class:`leanstep.pruning.score.sparsegpt.Rounding`."""
-        return _nearest(column, self._chosen[-1], self.codes)
+        return _nearest(column, self._chosen[-1][0], self.codes)
 
     def tensor(self) -> Tensor:
         """The scales as a file has them: fp32 [rows], or bf16 [rows, ceil(columns / 64)] of the stored matrix."""
+        chosen = torch.cat(self._chosen)
         if self.codes == "int8":
-            scales = torch.stack([scale[0] for scale in self._chosen]) if self.is_transposed else self._chosen[0]
-            return scales.float()
-        whole = torch.stack([scale[::_GROUP] if self.is_transposed else scale for scale in self._chosen])
-        return (whole if self.is_transposed else whole.T).to(torch.bfloat16).contiguous()
-
-    def _stored(self, scale: Tensor) -> Tensor:
-        return scale.to(torch.bfloat16).to(scale) if self.codes == "int4" else scale
+            return (chosen[:, 0] if self.is_transposed else chosen[0]).float().contiguous()
+        return (chosen[:, ::_GROUP] if self.is_transposed else chosen.T).to(torch.bfloat16).contiguous()
 
     def _share(self, values: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
-        """[out]: values [columns, out] reduced over those that share a scale."""
+        """Values [..., columns, out] reduced over those that share a scale, as [..., 1 or columns, out]."""
         if not self.is_transposed:
-            return reduce(values, 0)
-        row = values[0]
+            return reduce(values, -2, keepdim=True)
         if self.codes == "int8":
-            return reduce(row, 0).expand(len(row))
-        groups = pad(row, (0, -len(row) % _GROUP)).view(-1, _GROUP)
-        return reduce(groups, 1).repeat_interleave(_GROUP)[: len(row)]
+            return reduce(values, -1, keepdim=True).expand(values.shape)
+        rows = values.shape[-1]
+        groups = reduce(pad(values, (0, -rows % _GROUP)).unflatten(-1, (-1, _GROUP)), -1)
+        return groups.repeat_interleave(_GROUP, -1)[..., :rows]
 
 
 def _most(codes: str) -> int:
@@ -137,7 +131,7 @@ def _nearest(values: Tensor, scales: Tensor, codes: str) -> Tensor:
     return torch.where(scales == 0, 0.0, (values / scales).round().clamp(-most, most)) * scales + 0.0
 
 
-def expanded(scales: Tensor, codes: str, shape: tuple[int, int], *, is_transposed: bool) -> Tensor:
+def expanded(scales: Tensor, codes: str, shape: Sequence[int], *, is_transposed: bool) -> Tensor:
     """The scale of each weight, fp32 of the shape [out, in], from those of a file."""
     rows, columns = shape[::-1] if is_transposed else shape
     if codes == "int8":
@@ -147,7 +141,7 @@ def expanded(scales: Tensor, codes: str, shape: tuple[int, int], *, is_transpose
     return whole.T if is_transposed else whole
 
 
-def rounded(
+def code_matrix(
     weight: Tensor, level: Level, statistics: LayerStatistics, sweeper: SparseGPTPruner | None, *, is_transposed: bool
 ) -> tuple[Tensor, Tensor]:
     """A matrix at a level: mask, scales and codes are chosen in one sweep, whose errors later columns take up.
@@ -169,12 +163,12 @@ def rounded(
     else:
         score = "wanda" if statistics.count and statistics.square_sum is not None else "magnitude"
         current, mask = layer_pruner(weight, score, statistics).prune(keep)
-        one = torch.ones(1)
-        for start in range(0, weight.shape[1], scales.columns):
-            columns = slice(start, start + scales.columns)
-            scales.scale(current[:, columns].T, mask[:, columns].T, one)
+        step = max(scales.columns, _GROUP)
+        for start in range(0, weight.shape[1], step):
+            columns = slice(start, start + step)
+            scales.scale(current[:, columns].T, mask[:, columns].T, torch.ones(()))
     stored = scales.tensor()
-    whole = expanded(stored, level.codes, tuple(weight.shape), is_transposed=is_transposed)  # type: ignore[arg-type]
+    whole = expanded(stored, level.codes, weight.shape, is_transposed=is_transposed)
     return _nearest(current * mask, whole, level.codes), stored
 
 
@@ -194,8 +188,8 @@ class OnScales:
     @classmethod
     def of(cls, name: str, stored: Tensor, weight: Tensor, *, is_transposed: bool) -> OnScales:
         """The constraint of a parameter with these scales, as a file has them."""
-        codes, shape = Level.parse(name).codes, tuple(weight.T.shape if is_transposed else weight.shape)
-        scales = expanded(stored, codes, shape, is_transposed=is_transposed)  # type: ignore[arg-type]
+        shape = weight.T.shape if is_transposed else weight.shape
+        scales = expanded(stored, Level.parse(name).codes, shape, is_transposed=is_transposed)
         return cls(name, stored, weight.detach() != 0, scales.T if is_transposed else scales, is_transposed)
 
     def __call__(self, trained: Tensor) -> Tensor:

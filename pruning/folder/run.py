@@ -184,6 +184,8 @@ def _prune_into(
     begin(progress, "checkpoint")
     checkpoint = open_checkpoint(source)
     beside = 0 if recovery is None else space_beside(checkpoint, recovery)
+    if run.format == "sparse":  # written beside the dense weights, which are removed then
+        beside = int(config.budget.target)  # type: ignore[union-attr]
     written = sum(written_bytes(checkpoint, processes.size, beside).values())
     processes.from_first(lambda: check_output(out, written))
     check_apart(out, checkpoint.folder)

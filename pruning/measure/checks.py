@@ -55,7 +55,7 @@ class Trial:
             those of the dense model.
         progress: called with (blocks done, blocks in all, "pruning") and (matrices measured, matrices in all,
             "comparison").
-        encoded: of the allocation that was applied last, type and bytes of each matrix at a level of a menu.
+        encoded: of the allocation that was applied last, level of a menu of each matrix, with its bytes or scales.
     """
 
     groups: Sequence[Group]

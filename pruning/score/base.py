@@ -242,7 +242,7 @@ class LayerPruner(ABC):
     Zeros are pruned first, so that a sparser level keeps earlier zeros.
     """
 
-    #: type and bytes of the matrix at the level of a menu that was made last
+    #: of the level of a menu that was made last: its name, and the bytes of the matrix or the scales of its codes
     encoded: tuple[str, Tensor] | None = None
 
     def __init__(self, weight: Tensor):

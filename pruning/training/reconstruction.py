@@ -279,7 +279,7 @@ class BlockReconstruction:
 
         Args:
             block: the matrices.
-            encoded: with a menu, type and bytes of each, which get the trained codes. Types without single codes stay.
+            encoded: with a menu, level and bytes or scales of each; bytes get the trained codes, if they have any.
         """
         stage = self._cache.first_stage(block[0])
         if self._targets:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -154,11 +155,10 @@ def make_sparse(folder: Path, coded: Mapping[str, tuple[str, Tensor]]) -> None:
     """
     paths, config = _opened(folder, "sparse")
     config["quantization_config"] = {"quant_method": QUANT_METHOD}
-    with new_folder(folder / "sparse") as made:
-        _, weight_map = _write_sparse(paths, made, codes=None, tied_rows=_tied_rows(config), coded=coded)
-    for path in paths:
-        (folder / "sparse" / path.name).replace(path)
-    (folder / "sparse").rmdir()
+    with TemporaryDirectory(dir=folder) as made:
+        _, weight_map = _write_sparse(paths, Path(made), codes=None, tied_rows=_tied_rows(config), coded=coded)
+        for path in paths:
+            (Path(made) / path.name).replace(path)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if (folder / INDEX).exists():
         _write_index(folder, folder, weight_map)

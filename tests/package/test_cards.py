@@ -1,5 +1,7 @@
 """Model cards, as huggingface_hub reads them."""
 
+import sys
+
 import pytest
 from huggingface_hub import ModelCard, constants
 from pruned_models import make_llama, save_model
@@ -39,7 +41,9 @@ def test_pruned_and_exported_folders_have_cards_with_licence_and_base(base, tmp_
     assert metadata(tmp_path / "sparse")["license"] == "apache-2.0"
 
 
-@pytest.mark.parametrize("damaged", ["---\nlicense: [\n---", "---\nlicense: {a: b}\n---", "\x00", "---\n- a\n---"])
+@pytest.mark.parametrize(
+    "damaged", ["---\nlicense: [\n---", "---\nlicense: {a: b}\n---", "\x00", "---\n- a\n---", "---\n" + "[" * 5000]
+)
 def test_a_card_that_cannot_be_read_says_nothing(base, tmp_path, damaged):
     (base / "README.md").write_text(damaged)
     export_folder(base, tmp_path / "out")
@@ -69,3 +73,20 @@ def test_names_and_licences_of_hub_models_come_from_the_cache(base, tmp_path, mo
         card = metadata(base)
         assert (card["base_model"], card["license"], card["license_name"]) == ("org/model", "other", "own")
         assert "license_link" not in card
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        (["python", "/bin/leanstep", "prune", "a b", "--out", "c"], "leanstep prune 'a b' --out c"),
+        (["python", "-m", "leanstep.recipes.training.train", "r", "steps=3"], "leanstep train r steps=3"),
+        (["python", "my/train.py", "--lr", "1"], None),
+        (["python", "tool", "prune", "x"], None),
+    ],
+)
+def test_the_command_is_that_of_leanstep_or_none(base, monkeypatch, line, shown):
+    monkeypatch.setattr(sys, "orig_argv", line)
+    (base / "README.md").unlink()
+    write_card(base, "A", {})
+    text = (base / "README.md").read_text()
+    assert (f"\n{shown}\n" in text) if shown else ("Made by" not in text)

@@ -75,6 +75,19 @@ def test_zeros_and_codes_in_one_sweep_cost_less_than_one_after_the_other():
     assert zeros < together < zeros + 0.7 * (later - zeros)
 
 
+def test_at_as_many_bits_codes_of_fewer_cost_less_than_more_zeros():
+    """So the menu has no zeros with 16 bits, and few with 8."""
+    statistics, weight = statistics_and_weight(256)
+    make = LayerCompressor(weight, statistics).prune
+    # 1 bit of a mask, and 16 bits of half of the weights, or 8 of all
+    zeros = layer_pruner(weight, "sparsegpt", statistics).prune(weight.numel() // 2).weight
+    assert output_error(make("int8 0%").weight - weight, statistics) < 0.1 * output_error(zeros - weight, statistics)
+    for eight, four in (("int8 50%", "int4 6%"), ("int8 40%", "int4 0%")):
+        fewer, more = (output_error(make(level).weight - weight, statistics) for level in (four, eight))
+        assert fewer < more
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "dtype", "settings"),
     [
