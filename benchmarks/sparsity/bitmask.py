@@ -4,22 +4,24 @@
         [--tokens 1 4 16 64] [--dtype bfloat16 float32] [--sparsity 0.5 0.6 0.7 0.8] [--bits 8] [--cpu-time]
 
 Each entry is the time of the dense product, by the faster of the two libraries that torch has for it on this processor
-(``leanstep.kernels.product``), over that of ``bitmask_linear``, medians of interleaved runs in one process: above 1 the
-packed matrix is faster. Behind a slash is the same for our own loop over the dense matrix (``few_token_linear`` of the
-C++ backend). The last column is the packed matrix's bytes over the dense matrix's. With ``--bits 8``, values have 8
-bits and a scale per row; with ``--bits 4``, 4 bits and a scale per 64 columns. On a machine that others use,
-``--cpu-time`` counts this process's processor time instead of the clock's.
+(``leanstep.kernels.product``), over that of ``bitmask_linear`` as ``SparseLinear`` calls it, medians of interleaved
+runs in one process: above 1 the packed matrix is faster. Behind a slash is the same for our own loop over the dense
+matrix (``few_token_linear`` of the C++ backend). The last column is the packed matrix's bytes over the dense matrix's.
+With ``--bits 8``, values have 8 bits and a scale per row; with ``--bits 4``, 4 bits and a scale per 64 columns. On a
+machine that others use, ``--cpu-time`` counts this process's processor time instead of the clock's.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from common import clock_of, command_line, interleaved_medians, print_table, start
 
-from leanstep.kernels import bitmask_linear, bitmask_pack, bitmask_quantize, few_token_linear, product, use_backend
+from leanstep.kernels import bitmask_pack, bitmask_quantize, few_token_linear, product, use_backend
+from leanstep.kernels.sparse.linear import RepeatedProduct
 
 PARSER = command_line(
     __doc__, rows=4096, columns=11008, tokens=[1, 4, 16, 64], threads=1, rounds=9, sparsity=[0.5, 0.6, 0.7, 0.8],
@@ -45,9 +47,7 @@ def measure(options: argparse.Namespace, dtype: torch.dtype) -> Iterator[list[st
         for x in inputs:
             runs = {
                 "dense": lambda x=x, w=weight: product(x, w.T),
-                "ours": lambda x=x, v=values, m=mask, o=offsets, s=scales: bitmask_linear(
-                    x, v, m, o, options.columns, None, s
-                ),
+                "ours": partial(RepeatedProduct(), x, values, mask, offsets, options.columns, None, scales),
             }
             if options.device == "cpu":
                 runs["loop"] = lambda x=x, w=weight: _dense_loop(x, w)

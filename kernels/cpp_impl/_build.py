@@ -208,10 +208,11 @@ def call(name: str, function: str, macros: Mapping[str, str | int], *arguments: 
     A tensor becomes the address of its first element, a list of tensors or integers an array, None a null pointer, an
     integer an int64 and a float an fp32 number. Objects of ctypes are passed as they are.
     """
-    getattr(library(name, macros), function)(*map(_as_c, arguments), torch.get_num_threads())
+    getattr(library(name, macros), function)(*map(as_c, arguments), torch.get_num_threads())
 
 
-def _as_c(value: Any) -> Any:
+def as_c(value: Any) -> Any:
+    """Convert an argument of :func:`call`."""
     if isinstance(value, Tensor):
         return ctypes.c_void_p(value.data_ptr())
     if isinstance(value, list):

@@ -27,10 +27,10 @@ def few_token_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
     Notes:
         On a processor with AVX-512 VBMI2 and BF16, the loop runs for up to 8 tokens in bf16 (one with AMX, whose
-        products of more are faster), and on AMD's also in fp32; where autograd records nothing and torch.compile does
-        not trace. ``use_backend("cpp")`` asks for it with any processor and number of tokens, and fp16, too. The loop
-        reads the weight once per 8 tokens, computes in fp32 and rounds once. All other calls are torch's.
-        bf16 dot products of a CPU take subnormal numbers for zero. ``benchmarks/sparsity/bitmask.py`` measures it.
+        products of more are faster), and on AMD's also in fp32; with AVX2 in bf16 for 2**20 weights and more; where
+        autograd records nothing and torch.compile does not trace. ``use_backend("cpp")`` asks for it with any processor
+        and number of tokens, and fp16, too. The loop reads the weight once per 8 tokens, computes in fp32 and rounds
+        once. Else torch runs. bf16 dot products of a CPU take subnormals for zero. See benchmarks/sparsity/bitmask.
     """
     if not _runs_loop(x, weight, bias):
         return nn.functional.linear(x, weight, bias)
@@ -54,6 +54,6 @@ def _runs_loop(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     fits = weight.dim() == 2 and x.dim() > 0 and x.shape[-1] == weight.shape[1] and weight.is_contiguous()
     if not fits or not x.numel() or not weight.shape[0] or (bias is not None and bias.shape != (weight.shape[0],)):
         return False
-    if requested_backend() == "auto" and not cpp.is_faster_than_torch(x):
+    if requested_backend() == "auto" and not cpp.is_faster_than_torch(x, weight):
         return False
     return choose("few_token_linear", x.device, x.dtype).backend == "cpp"

@@ -1,13 +1,12 @@
 """Products with matrices of values and bit masks."""
 
-import math
 from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from leanstep.kernels._backend import Support, on_remembered_backend, remember_backend, why_not
+from leanstep.kernels._backend import Support, on_remembered_backend, remember_backend, requested_backend, why_not
 from leanstep.kernels.cpp_impl._build import SPARSE_TYPES
 from leanstep.kernels.cpp_impl.sparse import linear as cpp
 from leanstep.kernels.op import implementation, is_traced, op, without_autocast
@@ -15,26 +14,28 @@ from leanstep.kernels.reference.sparse import linear as reference
 from leanstep.kernels.sparse.bitmask import check_parts
 
 # entries of a matrix with 60 % zeros from which one token's product is faster than the dense one (docs/measured/
-# sparsity.md): with AVX-512, where the call itself no longer decides, and without
-_LEAST_ENTRIES, _LEAST_ENTRIES_AVX2 = 2**18, 2**22
+# sparsity.md): where the call no longer decides, and for values of 32 or 4 bits without AVX-512
+_LEAST_ENTRIES, _LEAST_ENTRIES_AVX2 = 2**18, 2**24
 
 
-def why_slower(shapes: Collection[tuple[int, int]]) -> str | None:
+def why_slower(matrices: Collection[tuple[int, ...]]) -> str | None:
     """Why one token takes longer with these matrices packed than dense, on this CPU; None where it does not.
 
-    Judged by the matrices that have most of the entries, from times measured with 60 % zeros.
+    A matrix is its rows, its columns and the bits of a stored value. Judged by those that have most of the entries,
+    from times measured with 60 % zeros.
     """
-    sizes = [math.prod(shape) for shape in shapes]
-    if (reason := why_not("bitmask_linear", "cpp", torch.device("cpu"))) is not None and sizes:
+    if matrices and (reason := why_not("bitmask_linear", "cpp", torch.device("cpu"))) is not None:
         return f"the products run in plain torch ({reason})"
-    least, where = (_LEAST_ENTRIES, "") if cpp.has_avx512() else (_LEAST_ENTRIES_AVX2, "without AVX-512 ")
-    share = sum(size for size in sizes if size < least) / max(1, sum(sizes))
+    where, others = ("", _LEAST_ENTRIES) if cpp.has_avx512() else ("without AVX-512 ", _LEAST_ENTRIES_AVX2)
+    rows = [(r * c, _LEAST_ENTRIES if bits in (8, 16) else others, f"{r} x {c}", bits) for r, c, bits in matrices]
+    small = [row for row in rows if row[0] < row[1]]
+    share = sum(row[0] for row in small) / max(1, sum(row[0] for row in rows))
     if share <= 0.5:
         return None
-    rows, columns = max((shape for shape in shapes if math.prod(shape) < least), key=math.prod)
+    _size, least, largest, bits = max(small)
     return (
-        f"{where}leaving out zeros saves time in matrices of {least / 1e6:.1f} million entries and more, and "
-        f"{share:.0%} of the entries here are in smaller ones, of at most {rows} x {columns}"
+        f"{where}leaving out zeros saves time in matrices of {least / 1e6:.1f} million entries of {bits} bits and "
+        f"more, and {share:.0%} of the entries here are in smaller ones, of at most {largest}"
     )
 
 
@@ -75,6 +76,27 @@ def bitmask_linear(
     """
     _check(x, values, mask, offsets, columns, bias, scales)
     return _run(x.reshape(-1, columns), values, mask, offsets, bias, scales).view(*x.shape[:-1], mask.shape[0])
+
+
+class RepeatedProduct:
+    """:func:`bitmask_linear` with one matrix: after a first call, few tokens skip the checks of its parts.
+
+    Checks and conversions of arguments take longer than the product of one token with a small matrix.
+    """
+
+    _prepared: cpp.Prepared | None = None
+
+    def __call__(self, x: Tensor, *arguments: Any) -> Tensor:
+        """As :func:`bitmask_linear`, with all arguments by position."""
+        parts, prepared = (*arguments[:3], *arguments[4:]), self._prepared
+        if _is_recorded(x, *parts) or parts[0].requires_grad:
+            return bitmask_linear(x, *arguments)
+        if prepared is not None and requested_backend() in ("auto", "cpp") and prepared.fits(x, parts):
+            return prepared(x)
+        out = bitmask_linear(x, *arguments)
+        if _module(x) is cpp and all(part is None or part.is_contiguous() for part in parts):
+            self._prepared = cpp.Prepared(x, parts)
+        return out
 
 
 def _check(

@@ -50,7 +50,8 @@ class Export:
 
     def why_slow(self) -> str | None:
         """Why one token takes longer with these weights than with dense ones on this CPU; None if it does not."""
-        return why_slower([(rows, columns) for rows, columns in (form.matrix for form in self.forms.values())])
+        bits = {code: row[2] for code, row in CODES.items()}
+        return why_slower([(*f.matrix, bits[f.codes] if f.codes else int(f.dtype[-2:])) for f in self.forms.values()])
 
     def __str__(self) -> str:
         masks = {None: "by bit masks"} | {code: f"by bit masks with {code} values" for code in CODES}

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from leanstep.kernels import bitmask_linear, bitmask_pack, bitmask_unpack, bitmask_validate
-from leanstep.kernels.sparse.linear import why_slower
+from leanstep.kernels import bitmask_pack, bitmask_unpack, bitmask_validate
+from leanstep.kernels.sparse.linear import RepeatedProduct, why_slower
 from leanstep.sparsity.inference.matrices import DTYPE_NAMES, WEIGHT_DTYPES, Form
 
 
@@ -64,8 +64,9 @@ def _constant(operation: object) -> str:
 def why_slow(model: nn.Module) -> str | None:
     """Why a model on the CPU generates slower from its sparse weights than from dense ones; None if it does not."""
     layers = (layer for layer in model.modules() if isinstance(layer, SparseLinear))
-    on_cpu = [layer for layer in layers if layer.weight_mask.device.type == "cpu"]
-    return why_slower([(layer.out_features, layer.in_features) for layer in on_cpu])
+    on_cpu = ((*layer.weight.shape, layer.weight_values) for layer in layers if layer.weight_mask.is_cpu)
+    # codes of 4 bits come in pairs
+    return why_slower([(*shape, 4 if v.dtype is torch.uint8 else 8 * v.itemsize) for *shape, v in on_cpu])
 
 
 class SparseLinear(nn.Linear):
@@ -109,6 +110,10 @@ class SparseLinear(nn.Linear):
         for part in ("values", "mask", "offsets", "scales"):
             self.register_buffer(f"weight_{part}", parts.get(part))
         self.register_parameter("bias", bias)
+        self._product = RepeatedProduct()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"_product": RepeatedProduct(), **state})  # layers pickled before it had one
 
     @classmethod
     def from_dense(cls, weight: Tensor, bias: nn.Parameter | None = None) -> SparseLinear:
@@ -169,18 +174,13 @@ class SparseLinear(nn.Linear):
         if self.weight_scales is None and torch.is_autocast_enabled(x.device.type):
             # autocast does not know the operation; the values cannot be cast at every call
             x = x.to(self._dtype)
-        return bitmask_linear(
-            x,
-            self.weight_values,
-            self.weight_mask,
-            self.weight_offsets,
-            self.in_features,
-            self.bias if self.bias is None else self.bias.to(x.dtype),
-            self.weight_scales,
-        )
+        parts = (self.weight_values, self.weight_mask, self.weight_offsets)
+        bias = self.bias if self.bias is None else self.bias.to(x.dtype)
+        return self._product(x, *parts, self.in_features, bias, self.weight_scales)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
         scales = self.weight_scales
+        self._product = RepeatedProduct()
         super()._apply(fn, recurse)
         if scales is not None:
             # the scales keep their dtype, and the layer follows the dtype that was asked for

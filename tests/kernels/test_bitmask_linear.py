@@ -1,5 +1,8 @@
 """Products with matrices of values and bit masks: equal to the dense ones."""
 
+import copy
+import sys
+
 import pytest
 import torch
 from covering import meeting
@@ -181,6 +184,29 @@ def test_no_more_than_a_tile_is_expanded(monkeypatch):
         assert largest.size <= 20_000
 
 
+@needs_cpp
+def test_a_repeated_product_follows_its_parts_and_calls_little():
+    product, x, calls = linear.RepeatedProduct(), torch.randn(3, 70).bfloat16(), []
+    parts = [*bitmask_pack(sparse(20, 70, dtype=torch.bfloat16)), 70, torch.randn(20).bfloat16(), None]
+    for change in (torch.clone, torch.neg, torch.Tensor.share_memory_):
+        parts[0] = change(parts[0])
+        for rows in (x, x, x[:1], x[:0], x.T.contiguous().T, x.repeat(9, 1), x.unsqueeze(0)):
+            bits_equal(product(rows, *parts), bitmask_linear(rows, *parts))
+    sys.setprofile(lambda frame, event, argument: calls.append(event))
+    product(x, *parts)
+    sys.setprofile(None)
+    # bitmask_linear makes 73
+    assert calls.count("call") <= 25
+    with use_backend("triton"), pytest.raises(RuntimeError, match="was asked for"):
+        product(x, *parts)
+    assert product(x.clone().requires_grad_(), *parts).requires_grad
+    assert copy.deepcopy(product)._prepared is None
+    with pytest.raises(ValueError, match="one floating dtype"):
+        product(x.double(), *parts)
+    with pytest.raises(ValueError, match="no gradient"):
+        product(x, parts[0].requires_grad_(), *parts[1:])
+
+
 def test_products_in_float64_are_the_dense_ones():
     weight, x = sparse(20, 70, dtype=torch.float64), torch.randn(6, 70, dtype=torch.float64)
     torch.testing.assert_close(bitmask_linear(x, *bitmask_pack(weight), 70), x @ weight.T)
@@ -278,14 +304,14 @@ def test_bad_arguments_are_named():
 
 def test_the_sizes_from_which_zeros_save_time(monkeypatch):
     """Matrices of SmolLM2 and of larger models, as measured with AVX-512 and without."""
-    small, medium, large = (128, 384), (576, 1536), (4096, 11008)
+    small, medium, large, wide = (128, 384, 16), (576, 1536, 8), (4096, 11008, 4), (576, 1536, 32)
     monkeypatch.setattr(linear, "why_not", lambda *_: None)
-    for has_avx512, slow in ((True, [[small]]), (False, [[small], [medium], [medium] * 9 + [small]])):
+    for has_avx512, slow in ((True, [[small]]), (False, [[small], [wide] * 9 + [small]])):
         monkeypatch.setattr(cpp, "has_avx512", lambda answer=has_avx512: answer)
-        for shapes in ([], [small], [medium], [large], [medium] * 9 + [small], [large, medium]):
-            assert (linear.why_slower(shapes) is not None) == (shapes in slow)
-    why = linear.why_slower([small])
-    assert "without AVX-512" in why and "100% of the entries here are" in why
+        for matrices in ([], [small], [medium], [large], [medium] * 9 + [small], [large, medium], [wide] * 9 + [small]):
+            assert (linear.why_slower(matrices) is not None) == (matrices in slow)
+    why = linear.why_slower([wide])
+    assert "without AVX-512" in why and "16.8 million entries of 32 bits" in why and "100% of the entries here" in why
     monkeypatch.setattr(linear, "why_not", lambda *_: "no C++ compiler")
     assert (
         linear.why_slower([large]) == "the products run in plain torch (no C++ compiler)"

@@ -45,7 +45,7 @@ def test_the_loop_runs_for_one_token_of_bf16_and_torch_for_all_else(monkeypatch)
     calls = []
     loop = cpp.dense_linear
     monkeypatch.setattr(cpp, "dense_linear", lambda *arguments: calls.append(1) or loop(*arguments))
-    monkeypatch.setattr(cpp, "is_faster_than_torch", lambda x: x.dtype is torch.bfloat16 and x.numel() == 96)
+    monkeypatch.setattr(cpp, "is_faster_than_torch", lambda x, _: x.dtype is torch.bfloat16 and x.numel() == 96)
     weight, x = torch.randn(40, 96).bfloat16(), torch.randn(1, 1, 96).bfloat16()
     assert few_token_linear(x, weight).shape == (1, 1, 40) and len(calls) == 1
     parameter = torch.nn.Parameter(weight)
@@ -87,7 +87,7 @@ def test_the_loop_runs_for_one_token_of_bf16_and_torch_for_all_else(monkeypatch)
 @torch.no_grad()
 def test_what_reads_no_memory_or_records_is_torchs(run, monkeypatch):
     """A recorded call must be a graph of torch's operations, not the numbers of one example."""
-    monkeypatch.setattr(cpp, "is_faster_than_torch", lambda x: x.dtype is torch.bfloat16)
+    monkeypatch.setattr(cpp, "is_faster_than_torch", lambda x, _: x.dtype is torch.bfloat16)
     model = torch.nn.Sequential(torch.nn.Linear(64, 32)).bfloat16()
     x = torch.randn(1, 64).bfloat16()
     expected = model(x)
@@ -108,16 +108,21 @@ def test_torch_says_what_is_wrong():
 
 @needs_cpp
 def test_where_the_loop_is_taken_to_be_faster(monkeypatch):
-    instructions, amx, mkl = [cpp.BF16], [False], [None]
+    instructions, amx, mkl, weight = [cpp.BF16], [False], [None], torch.empty(2**13, 64)
     monkeypatch.setattr(cpp, "library", lambda *_: SimpleNamespace(instructions=lambda: instructions[0]))
     monkeypatch.setattr(cpp, "why_not_onednn", lambda: mkl[0])
     monkeypatch.setattr(cpp, "uses_instructions", lambda _: amx[0])
 
     def faster(dtype):
-        return [tokens for tokens in (1, 2, 8, 9) if cpp.is_faster_than_torch(torch.ones(tokens, 64, dtype=dtype))]
+        x = torch.ones(9, 64, dtype=dtype)
+        return [tokens for tokens in (1, 2, 8, 9) if cpp.is_faster_than_torch(x[:tokens], weight)]
 
     assert [faster(dtype) for dtype in (torch.bfloat16, torch.float32, torch.float16)] == [[1, 2, 8], [1, 2, 8], []]
     amx[0], mkl[0] = True, "MKL is made for this processor"
     assert [faster(dtype) for dtype in (torch.bfloat16, torch.float32)] == [[1], []]
     instructions[0] = cpp.AVX512
     assert not faster(torch.bfloat16)
+    instructions[0], amx[0], mkl[0] = cpp.AVX2, False, None
+    assert [faster(dtype) for dtype in (torch.bfloat16, torch.float32)] == [[], []]
+    weight = torch.empty(2**14, 64)
+    assert [faster(dtype) for dtype in (torch.bfloat16, torch.float32)] == [[1, 2, 8], []]

@@ -21,8 +21,8 @@ CAPABILITIES: dict[str, dict[str, int]] = {
     "lines of optimizers/": {"AdamW's rates carried over": 127, "optimizer_of, axolotl": 90},
     "lines of leanstep/": {"GGUF files": 1196, "compress": 14, "model cards": 120},
     "lines of pruning/": {"local reconstruction": 438, "compress": 930, "compress to sparse files": 340},
-    "lines of sparsity/": {"compress to sparse files": 59, "model cards": 5},
-    "lines of kernels/": {"kernel proofs": 232},
+    "lines of sparsity/": {"compress to sparse files": 59, "model cards": 5, "sparse products prepared once": 1},
+    "lines of kernels/": {"kernel proofs": 232, "sparse products prepared once": 57},
     "lines of recipes/": {
         "generate --chat": 92,
         "AdamW's rates carried over": 22,
@@ -40,6 +40,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "compress to sparse files": 373,
         "model cards": 237,
         "kernel proofs": 188,
+        "sparse products prepared once": 55,
     },
     "lines of C++": {"products of bit masks by AVX2's byte shuffles": 65},
     "lines of tests/": {
@@ -50,6 +51,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "local reconstruction": 225,
         "compress": 545,
         "compress to sparse files": 75,
+        "sparse products prepared once": 32,
         "model cards": 86,
         "kernel proofs": 81,
     },

@@ -11,7 +11,7 @@ namespace {
 
 // rows of the matrix that share a loaded x
 template <int TOKENS>
-constexpr int SHARING = ISA == 0 || (BLOCKED && TOKENS > 2) ? 1 : TOKENS <= (ISA >= 2 ? 4 : 1) ? 4 : 2;
+constexpr int SHARING = ISA == 0 || (BLOCKED && TOKENS > 2) ? 1 : ISA >= 2 && TOKENS <= 4 ? 4 : 2;
 // up to this number of sums, even and odd parts of a row have their own, so that products need not wait for each other;
 // more would not fit into registers
 constexpr int SPLIT_SUMS = 8;

@@ -5,27 +5,27 @@ And of dense.cpp: few tokens, from a dense matrix.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from leanstep._torch import uses_instructions
-from leanstep.kernels.cpp_impl._build import SPARSE_TYPES, call, library, why_not_cpp
+from leanstep.kernels.cpp_impl._build import SPARSE_TYPES, as_c, call, library, why_not_cpp
 from leanstep.kernels.matrices.dense_product import product, why_not_onednn
 from leanstep.kernels.reference.sparse.bitmask import row_tiles
 
 # up to this number of tokens, the packed product runs: it is as fast as expanded tiles at about 28 tokens
 FEW = 24
-# up to this number of tokens, dense.cpp multiplies faster than torch does
-FEW_DENSE = 8
+# up to this number of tokens, and with AVX2 from this number of entries on, dense.cpp multiplies faster than torch does
+FEW_DENSE, LEAST_DENSE = 8, 2**20
 # tokens of one product by linear_many.cpp, at most
 MANY = 1024
 # rows of a tile are whole blocks of the BLAS
 BLOCK = 64
 _CODES = {torch.int8: "int8_t", torch.uint8: "int4"}
 # by the number ISA of instructions.h
-AVX512, BF16 = 2, 3
+AVX2, AVX512, BF16 = 1, 2, 3
 INSTRUCTIONS = ("plain loops", "AVX2", "AVX-512", "AVX-512 VBMI2 and BF16")
 
 
@@ -50,6 +50,36 @@ def bitmask_linear(
     return out
 
 
+class Prepared:
+    """Products of few tokens with one matrix, whose parts are looked at and converted once. A copy is None."""
+
+    def __init__(self, x: Tensor, parts: Sequence[Tensor | None]) -> None:
+        values, mask, _offsets, _bias, scales = self._parts = parts
+        assert values is not None and mask is not None
+        self._key, self._columns, self._rows = self._identities(x, parts), x.shape[-1], mask.shape[0]
+        self._product = library("sparse/linear", _macros(x, values)).bitmask_linear
+        self._matrix = list(map(as_c, (*parts[:4], *_scales(scales))))
+        self._sizes = list(map(as_c, (_count(values), self._rows, self._columns)))
+
+    def fits(self, x: Tensor, parts: Sequence[Tensor | None]) -> bool:
+        """Whether the parts are the same tensors at the same addresses, and x is alike, with few tokens."""
+        return 0 < x.numel() <= FEW * self._columns and x.is_contiguous() and self._identities(x, parts) == self._key
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x W^T + bias`` for x [..., columns]."""
+        out, tokens = x.new_empty(*x.shape[:-1], self._rows), as_c(x.numel() // self._columns)
+        self._product(as_c(x), *self._matrix, as_c(out), tokens, *self._sizes, torch.get_num_threads())
+        return out
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+    @staticmethod
+    def _identities(x: Tensor, parts: Sequence[Tensor | None]) -> list[object]:
+        places = [None if part is None else (id(part), part.data_ptr()) for part in parts]
+        return [x.dtype, x.device, x.shape[-1], *places]
+
+
 def bitmask_linear_backward(
     grad: Tensor, values: Tensor, mask: Tensor, offsets: Tensor, columns: int, scales: Tensor | None
 ) -> Tensor:
@@ -67,15 +97,16 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-def is_faster_than_torch(x: Tensor) -> bool:
+def is_faster_than_torch(x: Tensor, weight: Tensor) -> bool:
     """Whether :func:`dense_linear` is faster than torch's product, for x [..., in]."""
     tokens = x.numel() // x.shape[-1]
-    if tokens > FEW_DENSE or why_not_cpp() is not None or library("sparse/instructions", {}).instructions() < BF16:
+    if tokens > FEW_DENSE or why_not_cpp() is not None:
         return False
-    if x.dtype is torch.bfloat16:
+    by = library("sparse/instructions", {}).instructions()
+    if x.dtype is torch.bfloat16 and (by == BF16 or (by == AVX2 and weight.numel() >= LEAST_DENSE)):
         return tokens == 1 or not uses_instructions("amx_tile")
     # MKL is slow on AMD processors, and the fast one elsewhere
-    return x.dtype is torch.float32 and why_not_onednn() is None
+    return by == BF16 and x.dtype is torch.float32 and why_not_onednn() is None
 
 
 def runs_on_blas(x: Tensor) -> bool:
