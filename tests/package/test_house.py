@@ -51,7 +51,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "local reconstruction": 225,
         "compress": 545,
         "compress to sparse files": 75,
-        "sparse products prepared once": 32,
+        "sparse products prepared once": 34,
         "model cards": 86,
         "kernel proofs": 81,
     },
