@@ -1,5 +1,6 @@
 """Products with matrices of values and bit masks."""
 
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -14,8 +15,9 @@ from leanstep.kernels.reference.sparse import linear as reference
 from leanstep.kernels.sparse.bitmask import check_parts
 
 # entries of a matrix with 60 % zeros from which one token's product is faster than the dense one (docs/measured/
-# sparsity.md): where the call no longer decides, and for values of 32 or 4 bits without AVX-512
-_LEAST_ENTRIES, _LEAST_ENTRIES_AVX2 = 2**18, 2**24
+# sparsity.md): where the call no longer decides; without AVX-512 by the bits of a value, with 4 in no matrix measured
+_LEAST_ENTRIES = 2**18
+_LEAST_ENTRIES_AVX2 = {16: _LEAST_ENTRIES, 8: _LEAST_ENTRIES, 32: 2**25, 4: math.inf}
 
 
 def why_slower(matrices: Collection[tuple[int, ...]]) -> str | None:
@@ -26,13 +28,15 @@ def why_slower(matrices: Collection[tuple[int, ...]]) -> str | None:
     """
     if matrices and (reason := why_not("bitmask_linear", "cpp", torch.device("cpu"))) is not None:
         return f"the products run in plain torch ({reason})"
-    where, others = ("", _LEAST_ENTRIES) if cpp.has_avx512() else ("without AVX-512 ", _LEAST_ENTRIES_AVX2)
-    rows = [(r * c, _LEAST_ENTRIES if bits in (8, 16) else others, f"{r} x {c}", bits) for r, c, bits in matrices]
+    where, by_bits = ("", {}) if cpp.has_avx512() else ("without AVX-512 ", _LEAST_ENTRIES_AVX2)
+    rows = [(r * c, by_bits.get(bits, _LEAST_ENTRIES), f"{r} x {c}", bits) for r, c, bits in matrices]
     small = [row for row in rows if row[0] < row[1]]
     share = sum(row[0] for row in small) / max(1, sum(row[0] for row in rows))
     if share <= 0.5:
         return None
     _size, least, largest, bits = max(small)
+    if least == math.inf:
+        return f"{where}values of {bits} bits save memory and no time"
     return (
         f"{where}leaving out zeros saves time in matrices of {least / 1e6:.1f} million entries of {bits} bits and "
         f"more, and {share:.0%} of the entries here are in smaller ones, of at most {largest}"

@@ -304,14 +304,29 @@ def test_bad_arguments_are_named():
 
 def test_the_sizes_from_which_zeros_save_time(monkeypatch):
     """Matrices of SmolLM2 and of larger models, as measured with AVX-512 and without."""
-    small, medium, large, wide = (128, 384, 16), (576, 1536, 8), (4096, 11008, 4), (576, 1536, 32)
+    small, medium, large, wide, four = (
+        (128, 384, 16),
+        (576, 1536, 8),
+        (4096, 11008, 32),
+        (576, 1536, 32),
+        (9999, 9999, 4),
+    )
     monkeypatch.setattr(linear, "why_not", lambda *_: None)
-    for has_avx512, slow in ((True, [[small]]), (False, [[small], [wide] * 9 + [small]])):
+    for has_avx512, slow in ((True, [[small]]), (False, [[small], [wide] * 9 + [small], [four]])):
         monkeypatch.setattr(cpp, "has_avx512", lambda answer=has_avx512: answer)
-        for matrices in ([], [small], [medium], [large], [medium] * 9 + [small], [large, medium], [wide] * 9 + [small]):
+        for matrices in (
+            [],
+            [small],
+            [medium],
+            [large],
+            [medium] * 9 + [small],
+            [large, medium],
+            [wide] * 9 + [small],
+            [four],
+        ):
             assert (linear.why_slower(matrices) is not None) == (matrices in slow)
     why = linear.why_slower([wide])
-    assert "without AVX-512" in why and "16.8 million entries of 32 bits" in why and "100% of the entries here" in why
+    assert "without AVX-512" in why and "33.6 million entries of 32 bits" in why and "100% of the entries here" in why
     monkeypatch.setattr(linear, "why_not", lambda *_: "no C++ compiler")
     assert (
         linear.why_slower([large]) == "the products run in plain torch (no C++ compiler)"
