@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def command(name: str, run: Callable, text: str, *, to: argparse._SubParsersAction = commands) -> OneLineParser:
-        has_own_parser = run in (_eval, _prune, _compress, _sweep, _generate, _bench)
+        has_own_parser = run in (_eval, _prune, _compress, _sweep, _lr, _generate, _bench)
         added = to.add_parser(name, help=text, description=text, allow_abbrev=False, add_help=not has_own_parser)
         added.set_defaults(run=run, parser=added)
         return added
@@ -152,6 +152,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--dry-run", action="store_true", help="print what would run, and how to launch it elsewhere")
     sweep = command("sweep", _sweep, "Train a grid of settings and seeds; show which setting is best.")
     sweep.add_argument("arguments", nargs=argparse.REMAINDER, help="RECIPE key=value,value ... --jobs N --out DIR")
+    rates = command("lr", _lr, "Choose the learning rates of a recipe by short runs.")
+    rates.add_argument("arguments", nargs=argparse.REMAINDER, help="RECIPE key=value ... --steps N --out DIR")
     check = command("check", _check, "Check a recipe here: data, devices, disk, parameter groups, memory.")
     _add_recipe(check)
     check.add_argument("--nproc", type=positive, metavar="N", default=None, help="processes; default 1")
@@ -363,8 +365,8 @@ def _with_own_parser(module: str) -> Callable[[argparse.Namespace, list[str]], i
     return run
 
 
-_sweep, _eval, _prune, _compress = map(
-    _with_own_parser, ("sweep.command", "evaluate", "shrink.prune", "shrink.compress")
+_sweep, _lr, _eval, _prune, _compress = map(
+    _with_own_parser, ("sweep.command", "sweep.rates", "evaluate", "shrink.prune", "shrink.compress")
 )
 _generate, _bench = map(_with_own_parser, ("generate", "bench"))
 

@@ -7,17 +7,20 @@ from leanstep.optimizers.lanton.optimizer import LANTON
 from leanstep.optimizers.lion import Lion
 from leanstep.optimizers.mfac.optimizer import MFAC
 from leanstep.optimizers.param_groups import ParamGroups, param_groups
+from leanstep.optimizers.rates.search import LearningRates, find_lr
 from leanstep.optimizers.sinkgd.optimizer import SinkGD
 
 __all__ = [
     "LANTON",
     "MFAC",
     "GradientRelease",
+    "LearningRates",
     "Lion",
     "NonFiniteGradientError",
     "ParamGroups",
     "SinkGD",
     "create",
+    "find_lr",
     "param_groups",
     "release_gradients",
 ]

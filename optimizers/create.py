@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from leanstep.optimizers.adamw_rates import convert_rates
 from leanstep.optimizers.common.base import LeanOptimizer
 from leanstep.optimizers.common.checks import known_options
 from leanstep.optimizers.lanton.optimizer import LANTON
 from leanstep.optimizers.lion import Lion
 from leanstep.optimizers.mfac.optimizer import MFAC
 from leanstep.optimizers.param_groups import param_groups
+from leanstep.optimizers.rates.adamw import convert_rates
 from leanstep.optimizers.sinkgd.optimizer import SinkGD
 
 OPTIMIZERS: dict[str, type[LeanOptimizer]] = {"lanton": LANTON, "lion": Lion, "mfac": MFAC, "sinkgd": SinkGD}

@@ -10,7 +10,7 @@ import torch
 
 from comparison.protocol import ComparisonError, Protocol, Run, digest
 from leanstep.optimizers import param_groups
-from leanstep.optimizers.adamw_rates import convert_rates
+from leanstep.optimizers.rates.adamw import convert_rates
 
 # roles whose learning rate is the first axis of the grid; embeddings, heads, norms and biases have the second
 MATRIX_ROLES = ("hidden", "expert", "router", "conv", "lora")

@@ -26,14 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns 0 when every run is done or has diverged, 1 when runs failed or a file could not be written, 2 for bad
     input, 130 or 143 after a signal.
     """
-    made = parser()
-    options, rest = made.parse_known_intermixed_args(argv)
-    flags = [word for word in rest if word.startswith("-")]
-    if flags:
-        print(unknown_option(flags[0], made.option_names(), made.prog), file=sys.stderr)
+    options, words = overrides_of(parser(), argv)
+    if words is None:
         return EXIT_BAD_INPUT
     try:
-        plan = make_plan(options.recipe, [*options.values, *rest], options.out, processes=options.nproc)
+        plan = make_plan(options.recipe, words, options.out, processes=options.nproc)
         print("".join(f"{note}\n" for note in plan.notes), end="", flush=True)
         if options.dry_run:
             _show_plan(plan)
@@ -43,11 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return EXIT_BAD_INPUT
     except OSError as error:
-        return _not_written(error)
+        return not_written(error)
     try:
         return _sweep(plan, ledger, options)
     except OSError as error:
-        return _not_written(error)
+        return not_written(error)
     finally:
         ledger.close()
 
@@ -56,18 +53,32 @@ def parser() -> OneLineParser:
     """The options of the command."""
     text = "Train a grid of settings and seeds, and show which setting is best. The same command continues a sweep."
     made = OneLineParser(prog="leanstep sweep", description=text, allow_abbrev=False)
-    made.add_argument("recipe", metavar="RECIPE", help="a recipe of `leanstep recipes list`, or a file")
-    made.add_argument(
-        "values",
-        metavar="key.path=value,value",
-        nargs="*",
-        help="values to try, as in optimizer.lr=1e-3,2e-3 seed=0,1,2; a single value is set in all runs",
+    run_options(
+        made,
+        "key.path=value,value",
+        "values to try, as in optimizer.lr=1e-3,2e-3 seed=0,1,2; a single value is set in all runs",
     )
-    made.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at once; default 1")
-    made.add_argument("--nproc", type=positive, default=1, metavar="N", help="processes of each run; default 1")
-    made.add_argument("--out", type=_folder, metavar="DIR", help="folder of the sweep; default runs/NAME-sweep")
     made.add_argument("--dry-run", action="store_true", help="list the runs and train nothing")
     return made
+
+
+def run_options(made: OneLineParser, word: str, explanation: str) -> None:
+    """Add the recipe, its overrides and where the runs go: what all commands have that train several runs."""
+    made.add_argument("recipe", metavar="RECIPE", help="a recipe of `leanstep recipes list`, or a file")
+    made.add_argument("values", metavar=word, nargs="*", help=explanation)
+    made.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at once; default 1")
+    made.add_argument("--nproc", type=positive, default=1, metavar="N", help="processes of each run; default 1")
+    folder = f"runs/NAME-{made.prog.split()[-1]}"
+    made.add_argument("--out", type=_folder, metavar="DIR", help=f"folder of all runs; default {folder}")
+
+
+def overrides_of(made: OneLineParser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str] | None]:
+    """Parse a command line with overrides anywhere; None in their place, and a message, for an unknown option."""
+    options, rest = made.parse_known_intermixed_args(argv)
+    if flags := [word for word in rest if word.startswith("-")]:
+        print(unknown_option(flags[0], made.option_names(), made.prog), file=sys.stderr)
+        return options, None
+    return options, [*options.values, *rest]
 
 
 def _folder(text: str) -> Path:
@@ -81,7 +92,7 @@ def _folder(text: str) -> Path:
 def _sweep(plan: Plan, ledger: Ledger, options: argparse.Namespace) -> int:
     finished = sum(is_finished(ledger.ends.get(run.name)) for run in plan.runs)
     print(f"sweep of {plan.title}: {len(plan.runs)} runs, {finished} of them finished; in {plan.folder}", flush=True)
-    runner = Runner(plan, ledger, jobs=options.jobs, processes=options.nproc, say=_say)
+    runner = Runner(plan, ledger, jobs=options.jobs, processes=options.nproc, say=say)
     number = runner.go()
     results = summarize(plan, ledger.ends)
     _show(results)
@@ -101,7 +112,8 @@ def _sweep(plan: Plan, ledger: Ledger, options: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Print a line at once."""
     print(line, flush=True)
 
 
@@ -117,7 +129,8 @@ def _show(results: Results) -> None:
         print(f"edge: {sentence}")
 
 
-def _not_written(error: OSError) -> int:
+def not_written(error: OSError) -> int:
+    """Say what could not be written; return the exit code."""
     reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     print(f"error: the sweep could not go on: {one_line(reason)}", file=sys.stderr)
     return EXIT_FAILED

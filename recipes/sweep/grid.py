@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -83,22 +83,36 @@ def make_plan(recipe: str, words: Sequence[str], out: Path | None, *, processes:
     """
     find_recipe(recipe)
     fixed, grid = read_words(words)
+    if not grid:
+        raise ConfigError(["nothing to sweep: give a key several values, as in optimizer.lr=1e-3,2e-3 or seed=0,1,2"])
+    if _size(grid) > _MOST_RUNS:
+        raise ConfigError([f"{_size(grid):,} runs are more than the {_MOST_RUNS:,} of a sweep; give fewer values"])
     base = load(recipe, [*fixed, *(f"{key}={texts[0]}" for key, texts in grid.items())], world_size=processes)
     folder = out if out is not None else Path("runs") / f"{base.name}-sweep"
-    digits = len(str(_size(grid)))
+    settings = [dict(zip(grid, texts, strict=True)) for texts in product(*grid.values())]
+    changes = [[f"{key}={text}" for key, text in values.items()] for values in settings]
+    return plan_runs(Plan(str(recipe), base.name, tuple(fixed), grid, folder, []), settings, changes, processes)
+
+
+def plan_runs(
+    plan: Plan, settings: Sequence[dict[str, str]], changes: Sequence[Sequence[str]], processes: int = 1
+) -> Plan:
+    """Load the recipe of every run of a plan: ``settings`` name it, ``changes`` are its overrides.
+
+    Raises ConfigError as :func:`make_plan` does.
+    """
+    digits = len(str(len(settings)))
     runs: list[PlannedRun] = []
     problems: list[str] = []
     notes: dict[str, None] = {}
-    for number, texts in enumerate(product(*grid.values()), start=1):
-        values = dict(zip(grid, texts, strict=True))
+    for number, (values, words) in enumerate(zip(settings, changes, strict=True), start=1):
         name = _name(f"{number:0{digits}}", values)
-        changes = [f"{key}={text}" for key, text in values.items()]
-        managed = {"name": name, "out": str(folder / "runs" / name), "checkpoint.resume": "auto"}
+        managed = {"name": name, "out": str(plan.folder / "runs" / name), "checkpoint.resume": "auto"}
         try:
             config = load(
-                recipe,
+                plan.recipe,
                 # quoted, since a path may look like something else to YAML
-                [*fixed, *changes, *(f"{key}={json.dumps(text)}" for key, text in managed.items())],
+                [*plan.fixed, *words, *(f"{key}={json.dumps(text)}" for key, text in managed.items())],
                 world_size=processes,
             )
         except ConfigError as error:
@@ -109,12 +123,12 @@ def make_plan(recipe: str, words: Sequence[str], out: Path | None, *, processes:
                 "data.val_tokens: 0 leaves no validation loss, by which a sweep compares settings; hold out some "
                 "tokens, or give data.val_path"
             )
-        if TOKENIZER in grid and config.data.source == "chat":
+        if TOKENIZER in plan.grid and config.data.source == "chat":
             problems.append(
                 f"{TOKENIZER}: conversations have no bits per byte, by which runs of different tokenizers compare; "
                 "sweep it on text"
             )
-        if TOKENIZER in grid and config.eval.batches is not None:
+        if TOKENIZER in plan.grid and config.eval.batches is not None:
             problems.append(
                 f"eval.batches: a part of the validation text has no bits per byte, by which runs of different "
                 f"{TOKENIZER} compare; leave it out"
@@ -123,7 +137,7 @@ def make_plan(recipe: str, words: Sequence[str], out: Path | None, *, processes:
         runs.append(PlannedRun(name, values, dump(config)))
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
-    return Plan(str(recipe), base.name, tuple(fixed), grid, folder, runs, tuple(notes))
+    return replace(plan, runs=runs, notes=tuple(notes))
 
 
 def read_words(words: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
@@ -148,10 +162,6 @@ def read_words(words: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
             continue
         problems += [f"{key}: {problem}" for problem in _wrong_values(key, texts)]
         grid[key] = texts
-    if not grid and not problems:
-        problems.append("nothing to sweep: give a key several values, as in optimizer.lr=1e-3,2e-3 or seed=0,1,2")
-    if not problems and _size(grid) > _MOST_RUNS:
-        problems.append(f"{_size(grid):,} runs are more than the {_MOST_RUNS:,} of a sweep; give fewer values")
     if problems:
         raise ConfigError(problems)
     return fixed, grid

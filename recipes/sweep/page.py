@@ -86,7 +86,8 @@ def _picture(plan: Plan, results: Results, key: str) -> str:
     lines = []
     for combination in product(*others.values()):
         fixed = dict(zip(others, combination, strict=True))
-        rows = [by_values[tuple((name, fixed.get(name, text)) for name in results.rows[0].values)] for text in order]
+        settings = [tuple((name, fixed.get(name, text)) for name in results.rows[0].values) for text in order]
+        rows = [by_values.get(setting, Row(dict(setting), (), 0, 0)) for setting in settings]
         lines.append((" ".join(f"{name}={text}" for name, text in fixed.items()) or "mean", rows))
     if len(lines) > COLORS - 1:
         lowest = [min((rows[i] for _, rows in lines), key=_mean_or_infinity) for i in range(len(order))]

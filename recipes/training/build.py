@@ -31,7 +31,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrained
 from leanstep import optimizers
 from leanstep._torch import output_head
 from leanstep.optimizers import param_groups
-from leanstep.optimizers.adamw_rates import convert_rates
+from leanstep.optimizers.rates.adamw import convert_rates
 from leanstep.pruning.folder.loading import begin_tokens
 from leanstep.recipes.config.schema import (
     OPTIMIZERS,

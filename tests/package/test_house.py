@@ -18,8 +18,12 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "local reconstruction": 12,
         "compress": 320,
     },
-    "lines of optimizers/": {"AdamW's rates carried over": 127, "optimizer_of, axolotl": 90},
-    "lines of leanstep/": {"GGUF files": 1196, "compress": 14, "model cards": 120},
+    "lines of optimizers/": {
+        "AdamW's rates carried over": 127,
+        "optimizer_of, axolotl": 90,
+        "learning rates by short runs": 267,
+    },
+    "lines of leanstep/": {"GGUF files": 1196, "compress": 14, "model cards": 120, "learning rates by short runs": 4},
     "lines of pruning/": {"local reconstruction": 438, "compress": 930, "compress to sparse files": 340},
     "lines of sparsity/": {"compress to sparse files": 59, "model cards": 5, "sparse products prepared once": 1},
     "lines of kernels/": {"kernel proofs": 232, "sparse products prepared once": 58},
@@ -29,6 +33,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "local reconstruction": 13,
         "compress": 105,
         "model cards": 37,
+        "learning rates by short runs": 203,
     },
     "lines of the package": {
         "GGUF files": 1193,
@@ -41,6 +46,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "model cards": 237,
         "kernel proofs": 188,
         "sparse products prepared once": 59,
+        "learning rates by short runs": 477,
     },
     "lines of C++": {"products of bit masks by AVX2's byte shuffles": 65},
     "lines of tests/": {
@@ -54,6 +60,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "sparse products prepared once": 48,
         "model cards": 86,
         "kernel proofs": 81,
+        "learning rates by short runs": 248,
     },
 }
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shlex
 
 import pytest
 from report_pages import Page
@@ -126,9 +127,9 @@ def test_problems_of_all_runs_are_told_at_once(plan):
         (["seed=" + ",".join(map(str, range(200))), "steps=" + ",".join(map(str, range(1, 200)))], "39,800 runs"),
     ],
 )
-def test_mistakes_in_the_words(words, message):
+def test_mistakes_in_the_words(plan, words, message):
     with pytest.raises(ConfigError) as caught:
-        read_words(words)
+        plan(*words)
     assert message in str(caught.value)
 
 
@@ -522,3 +523,90 @@ def test_bars_and_ticks_of_a_chart():
 @pytest.mark.parametrize(("code", "name"), [(-9, "SIGKILL"), (-40, "signal 40")])
 def test_a_run_that_a_signal_killed_says_which(tmp_path, code, name):
     assert runner._reason(code, tmp_path / "none.txt") == f"killed by {name}"
+
+
+# -- learning rates -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rounds(tmp_path, monkeypatch):
+    """``leanstep lr`` over runs that end at once: the loss is least at four times the first rate, half the other."""
+    started = []
+
+    def go(self):
+        for run in self.plan.runs:
+            if not is_finished(self.ledger.ends.get(run.name)):
+                started.append(run)
+                of_matrices, of_rest = (float(text) for text in run.values.values())
+                loss = 5 + math.log2(of_matrices / 4e-3) ** 2 + math.log2(of_rest / 5e-4) ** 2
+                facts = {"status": "done", "val_loss": loss} if of_matrices < 1e-2 else {"status": "diverged"}
+                self.ledger.end(run, facts)
+        return 0
+
+    monkeypatch.setattr(runner.Runner, "go", go)
+    recipe = str(write_recipe(tmp_path))
+
+    def search(*words):
+        started.clear()
+        return main(["lr", recipe, "--out", str(tmp_path / "rates"), *words]), started
+
+    return search
+
+
+def test_learning_rates_are_found_by_rounds_of_sweeps(rounds, tmp_path, capsys):
+    code, started = rounds("--steps", "6", "batch.tokens_per_step=512")
+    assert code == 0 and len(started) == 12
+    recipes = [load(str(path)) for path in sorted((tmp_path / "rates" / "runs").glob("round-*/recipes/*.yaml"))]
+    assert {recipe.steps for recipe in recipes} == {6} and {recipe.checkpoint.every for recipe in recipes} == {0}
+    said = capsys.readouterr().out
+    *_, best = said.strip().splitlines()
+    command = re.fullmatch(r"best, loss 5\.0000: (.*)", best)[1]
+    words = shlex.split(command)
+    assert words[:4] == ["leanstep", "train", str(tmp_path / "tiny.yaml"), "batch.tokens_per_step=512"]
+    section = load(words[2], words[3:]).optimizer
+    assert section.lr == 4e-3 and {entry["lr"] for entry in section.groups} == {5e-4}
+    assert {entry["role"] for entry in section.groups} == {"embedding", "position", "norm", "bias"}
+    page = (tmp_path / "rates" / "sweep.html").read_text()
+    assert "lr of matrices" in page and 'href="runs/round-1' not in page  # these runs have no reports
+    assert json.loads((tmp_path / "rates" / "sweep.json").read_text())["best"] == {
+        "lr of matrices": "0.004", "lr of the rest": "0.0005",
+    }  # fmt: skip
+    assert rounds("--steps", "6", "batch.tokens_per_step=512") == (0, [])
+
+
+def test_a_search_with_too_few_runs_says_so_and_goes_on_with_more(rounds, capsys):
+    code, started = rounds("--runs", "6")
+    assert code == 1 and len(started) <= 6 and "--runs" in capsys.readouterr().err
+    already = len(started)
+    code, started = rounds()
+    assert code == 0 and len(started) == 12 - already
+
+
+def test_rates_of_groups_keep_their_ratio(rounds, tmp_path):
+    rounds("optimizer.groups=[{role: embedding, lr: 3e-3}, {match: ln_f, lr: 1e-5}]")
+    for path in (tmp_path / "rates" / "runs").glob("round-*/recipes/*.yaml"):
+        section = load(str(path)).optimizer
+        of_roles = {entry.get("role"): entry["lr"] for entry in section.groups}
+        assert of_roles["embedding"] == pytest.approx(3 * of_roles["bias"]) and of_roles[None] == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["optimizer.lr=1e-3,2e-3"], "optimizer.lr: give one value"),
+        (["--stepz", "3"], "--steps"),
+    ],
+)
+def test_what_leanstep_lr_refuses(rounds, tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    code, started = rounds(*words)
+    error = capsys.readouterr().err
+    assert code == 2 and not started and message in error and error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_learning_rates_of_real_runs_leave_no_weights(tmp_path, capsys):
+    code = main(["lr", str(write_recipe(tmp_path)), "--out", str(tmp_path / "rates"), "--steps", "2", "--runs", "1"])
+    folder = next((tmp_path / "rates" / "runs" / "round-1" / "runs").iterdir())
+    assert code == 1 and "best, loss" in capsys.readouterr().out
+    assert (folder / "report.html").is_file() and not list(folder.rglob("*.safetensors"))

@@ -1,0 +1,1 @@
+"""Learning rates: those of AdamW carried over, and a search of short runs."""
