@@ -1,7 +1,7 @@
 """Build and load the C++ kernels: small files, prebuilt in a wheel or compiled on first use for this processor.
 
 One call processes a whole list of tensors, split over torch's threads. Macros select dtypes and flags. Each combination
-of macros is a shared library: it takes about a second to build, stays in the cache folder, and is loaded with ctypes.
+of macros is a shared library: it takes half a second to five to build, stays in the cache folder, and is loaded with ctypes.
 There are no torch headers, there is no extension module, and nothing needs to be installed. The libraries use torch's
 OpenMP runtime, so that both share one pool of threads.
 

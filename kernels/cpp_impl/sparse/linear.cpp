@@ -12,9 +12,10 @@ namespace {
 // rows of the matrix that share a loaded x
 template <int TOKENS>
 constexpr int SHARING = ISA == 0 || (BLOCKED && TOKENS > 2) ? 1 : ISA >= 2 && TOKENS <= 4 ? 4 : 2;
-// up to this number of sums, even and odd parts of a row have their own, so that products need not wait for each other;
-// more would not fit into registers
-constexpr int SPLIT_SUMS = 8;
+// whether even and odd parts of a row have their own sums, so that products need not wait for each other: as far as sums
+// fit into registers
+template <int TOKENS>
+constexpr bool SPLIT_SUMS = TOKENS * SHARING<TOKENS> <= 8;
 
 // adds word k of ROWS rows; x: [words * WORD / LANES][TOKENS][LANES]
 template <int TOKENS, int ROWS, bool careful>
@@ -111,7 +112,7 @@ void multiply_codes(const Matrix& w, const Rows& rows, const bf16* x, float (&ou
                 if constexpr (BLOCKED) {
                     const Sum block = second[r].times(high, first[r].times(low, zero()));
                     even[r][t] = add_scaled(block, scales[r], even[r][t]);
-                } else if constexpr (TOKENS * ROWS > SPLIT_SUMS) {
+                } else if constexpr (!SPLIT_SUMS<TOKENS>) {
                     even[r][t] = second[r].times(high, first[r].times(low, even[r][t]));
                 } else {
                     even[r][t] = first[r].times(low, even[r][t]);
@@ -148,11 +149,7 @@ void multiply_rows(const Matrix& w, const Rows& rows, const Entry* x, float (&ou
             continue;
         }
         add_word<TOKENS, ROWS, careful>(w, rows, k, x, at, even);
-        if constexpr (TOKENS * ROWS > SPLIT_SUMS) {
-            add_word<TOKENS, ROWS, careful>(w, rows, k + 1, x, at, even);
-        } else {
-            add_word<TOKENS, ROWS, careful>(w, rows, k + 1, x, at, odd);
-        }
+        add_word<TOKENS, ROWS, careful>(w, rows, k + 1, x, at, SPLIT_SUMS<TOKENS> ? odd : even);
     }
     if constexpr (BLOCKED) {
         if (k < words) add_block<TOKENS, ROWS, careful>(w, rows, k, 1, x, at, even);
@@ -169,13 +166,16 @@ template <int TOKENS, int ROWS>
 void multiply_block(
     const Matrix& w, const Rows& rows, const Entry* x, int64_t token, int64_t count, const Output& output
 ) {
-    float sums[ROWS][TOKENS];
     bool inside = true;
     for (int r = 0; r < ROWS; ++r) inside &= w.inside(rows[r]);
+    float sums[ROWS][TOKENS];
     if (inside) {
         multiply_rows<TOKENS, ROWS, false>(w, rows, x, sums);
-    } else {
-        multiply_rows<TOKENS, ROWS, true>(w, rows, x, sums);
+    } else if constexpr (ROWS == 1) {
+        multiply_rows<TOKENS, 1, true>(w, rows, x, sums);
+    } else {  // few of a matrix: a program for several careful rows takes long to compile
+        for (int r = 0; r < ROWS; ++r) multiply_block<TOKENS, 1>(w, {rows[r], 1}, x, token, count, output);
+        return;
     }
     for (int r = 0; r < ROWS; ++r) {
         for (int t = 0; t < std::min<int64_t>(TOKENS, count); ++t) output.store(sums[r][t], token + t, rows[r]);
