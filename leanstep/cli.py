@@ -187,6 +187,17 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("arguments", nargs=argparse.REMAINDER, help="DIR PROMPT ...")
     bench = command("bench", _bench, "Measure tokens per second and memory of checkpoints, in turns.")
     bench.add_argument("arguments", nargs=argparse.REMAINDER, help="DIR --against DIR ...")
+    runs = command("runs", _runs, "List the runs below a folder: state, loss, optimizer, age, size.")
+    runs.add_argument("folder", metavar="FOLDER", nargs="?", type=Path, default=Path("runs"), help="default runs/")
+    runs.add_argument("--sort", metavar="age|loss|name|size|state", default="age", help="default age, the newest first")
+    runs.add_argument(
+        "--where",
+        metavar="KEY=TEXT",
+        action="append",
+        default=[],
+        help="only runs of which it holds, such as optimizer.name=lion or state=done; TEXT may have wildcards",
+    )
+    runs.add_argument("--json", action="store_true", help="all facts and settings as JSON")
     report = command("report", _report, "Write one HTML page about one run, or comparing several.")
     report.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folders")
     report.add_argument(
@@ -389,6 +400,24 @@ def _verify(options: argparse.Namespace, rest: list[str]) -> int:
         raise UsageError(one_line(error)) from None
     print(json.dumps(verdict.as_dict(), indent=2) if options.json else verdict)
     return 1 if verdict.ok is False else 0
+
+
+def _runs(options: argparse.Namespace, rest: list[str]) -> int:
+    _nothing_left(rest)
+    _need("recipes")
+    from leanstep.recipes.report.runs import ORDERS, list_runs, table
+
+    if options.sort not in ORDERS:
+        raise UsageError(f"--sort: expected one of {', '.join(ORDERS)}, got {options.sort!r}")
+    try:
+        runs = list_runs(options.folder, options.where, options.sort)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if options.json:
+        print(json.dumps(runs, indent=2, default=str))
+    else:
+        print(*table(runs), sep="\n")
+    return 0
 
 
 def _compare(options: argparse.Namespace, rest: list[str]) -> int:

@@ -1,9 +1,9 @@
 """Build and load the C++ kernels: small files, prebuilt in a wheel or compiled on first use for this processor.
 
 One call processes a whole list of tensors, split over torch's threads. Macros select dtypes and flags. Each combination
-of macros is a shared library: it takes half a second to five to build, stays in the cache folder, and is loaded with ctypes.
-There are no torch headers, there is no extension module, and nothing needs to be installed. The libraries use torch's
-OpenMP runtime, so that both share one pool of threads.
+of macros is a shared library: it takes half a second to five to build, stays in the cache folder, and is loaded with
+ctypes. No torch headers, no extension module, nothing to install. The libraries use torch's OpenMP runtime, so that both
+share one pool of threads.
 
 A library that the wheel carries (``_prebuilt.py``) comes first; ``LEANSTEP_PREBUILT=0`` leaves it out. Torch's switch
 ``ATEN_CPU_CAPABILITY`` (``avx2``, ``default``) holds the kernels, too, to these instructions.

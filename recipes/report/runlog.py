@@ -147,6 +147,21 @@ def duration(seconds: float | None) -> str:
 
 def read_run(folder: Path) -> Run:
     """Read the folder of a run. Raises ValueError for a folder without log.jsonl and config.yaml."""
+    run = read_files(folder)
+    run.command = _text(run, "command.txt", needed=False).strip()
+    run.env = _json(run, "env.json")
+    run.optimizer_report, run.attention_report, run.gate_report = (
+        [row for row in _json(run, name, needed=False, kind=list) if isinstance(row, dict)]
+        for name in ("optimizer_report.json", "attention_report.json", "gate_report.json")
+    )
+    run.sparsity_report = _json(run, "sparsity_report.json", needed=False)
+    _read_log(run)
+    run.problems = [*_judge(run), *run.problems]
+    return run
+
+
+def read_files(folder: Path) -> Run:
+    """Read the settings and the state of a run, but not its log. Raises ValueError as :func:`read_run` does."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"'{folder}' is not a folder; expected a run folder with log.jsonl and config.yaml")
@@ -156,16 +171,8 @@ def read_run(folder: Path) -> Run:
     run.config_text = _text(run, "config.yaml")
     run.config = _yaml(run)
     run.name = str(run.config.get("name") or run.name)[:_WORD]
-    run.status, run.env = _json(run, "status.json"), _json(run, "env.json")
-    run.command = _text(run, "command.txt", needed=False).strip()
+    run.status = _json(run, "status.json")
     run.held = is_held(folder)
-    run.optimizer_report, run.attention_report, run.gate_report = (
-        [row for row in _json(run, name, needed=False, kind=list) if isinstance(row, dict)]
-        for name in ("optimizer_report.json", "attention_report.json", "gate_report.json")
-    )
-    run.sparsity_report = _json(run, "sparsity_report.json", needed=False)
-    _read_log(run)
-    run.problems = [*_judge(run), *run.problems]
     return run
 
 

@@ -23,7 +23,13 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "optimizer_of, axolotl": 90,
         "learning rates by short runs": 267,
     },
-    "lines of leanstep/": {"GGUF files": 1196, "compress": 14, "model cards": 120, "learning rates by short runs": 4},
+    "lines of leanstep/": {
+        "GGUF files": 1196,
+        "compress": 14,
+        "model cards": 120,
+        "learning rates by short runs": 4,
+        "leanstep runs": 29,
+    },
     "lines of pruning/": {"local reconstruction": 438, "compress": 930, "compress to sparse files": 340},
     "lines of sparsity/": {"compress to sparse files": 59, "model cards": 5, "sparse products prepared once": 1},
     "lines of kernels/": {"kernel proofs": 232, "sparse products prepared once": 58},
@@ -34,6 +40,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "compress": 105,
         "model cards": 37,
         "learning rates by short runs": 203,
+        "leanstep runs": 119,
     },
     "lines of the package": {
         "GGUF files": 1193,
@@ -47,6 +54,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "kernel proofs": 188,
         "sparse products prepared once": 59,
         "learning rates by short runs": 477,
+        "leanstep runs": 148,
     },
     "lines of C++": {"products of bit masks by AVX2's byte shuffles": 65},
     "lines of tests/": {
@@ -61,6 +69,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "model cards": 86,
         "kernel proofs": 81,
         "learning rates by short runs": 248,
+        "leanstep runs": 103,
     },
 }
 
