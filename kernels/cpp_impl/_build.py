@@ -2,8 +2,8 @@
 
 One call processes a whole list of tensors, split over torch's threads. Macros select dtypes and flags. Each combination
 of macros is a shared library: it takes half a second to five to build, stays in the cache folder, and is loaded with
-ctypes. No torch headers, no extension module, nothing to install. The libraries use torch's OpenMP runtime, so that both
-share one pool of threads.
+ctypes. No torch headers, no extension module, nothing to install. The libraries use torch's OpenMP runtime, so that
+both share one pool of threads.
 
 A library that the wheel carries (``_prebuilt.py``) comes first; ``LEANSTEP_PREBUILT=0`` leaves it out. Torch's switch
 ``ATEN_CPU_CAPABILITY`` (``avx2``, ``default``) holds the kernels, too, to these instructions.

@@ -69,7 +69,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "model cards": 86,
         "kernel proofs": 81,
         "learning rates by short runs": 248,
-        "leanstep runs": 103,
+        "leanstep runs": 104,
     },
 }
 
