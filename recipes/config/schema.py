@@ -317,7 +317,8 @@ class CheckpointConfig:
 class LogConfig:
     """A log line every ``every`` steps, and the Accelerate trackers to feed besides ``log.jsonl``.
 
-    ``trackers`` null: TensorBoard, where it is installed. ``[]``: none.
+    ``trackers`` null: TensorBoard, where it is installed. ``[]``: none. ``project`` is what they call the group of
+    runs; a run has its ``name`` in it, and goes on in its own record when it is resumed.
 
     ``attention_norms`` measures, for every attention head, the norms that must be small for low-rank attention, at log
     steps on the first micro batch (:class:`leanstep.lora.NormMonitor`).
@@ -326,6 +327,7 @@ class LogConfig:
     every: int = Field(default=10, ge=1)
     attention_norms: bool = False
     trackers: list[str] | None = None
+    project: Text = "leanstep"
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

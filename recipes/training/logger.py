@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from leanstep.recipes.config.loader import dump
 from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.config.values import recorded
 from leanstep.recipes.report.formatting import flat_scalars, format_line, format_live
+from leanstep.recipes.report.trackers import Trackers
 from leanstep.recipes.training.build import describe_world, device_name, trackers_of
 from leanstep.recipes.training.checkpoint import TrainState
 from leanstep.recipes.training.folder import RunFolder, environment
@@ -197,7 +197,8 @@ class RunLogger:
             self.folder.describe(dump(config), facts)
         self.status("running", state)
         if trackers_of(config):
-            self.trackers.open(flat_scalars(recorded(config)))
+            project, settings = config.log.project, flat_scalars(recorded(config))
+            self.trackers.open(project, config.name, settings, self.folder.root, is_new=resumed_from is None)
 
     def end(self) -> None:
         """Close the trackers and the group of processes."""
@@ -331,51 +332,3 @@ def _skipped_updates(optimizer: Any) -> int:
     """Number of tensors that the optimizer skipped for a non-finite gradient (Lion, SinkGD)."""
     count = getattr(optimizer, "nonfinite_count", None)
     return 0 if count is None else int(count())
-
-
-class Trackers:
-    """The trackers of a run. A tracker that fails with OSError is told once and gets nothing more.
-
-    Accelerate opens them in the first process only; the other processes may call all methods.
-    """
-
-    def __init__(self, accelerator: Accelerator, say: Callable[[str], object]) -> None:
-        self._accelerator, self._say = accelerator, say
-        self._threads_hook = threading.excepthook
-
-    def open(self, config: Mapping[str, Any]) -> None:
-        """Start the trackers of the accelerator with the recipe."""
-        _hide_errors_of_writing_threads()
-        self._accelerator.init_trackers("leanstep", config=dict(config))
-
-    def log(self, numbers: Mapping[str, Any], step: int) -> None:
-        """Give every tracker the numbers that are not None."""
-        values = {key: value for key, value in numbers.items() if value is not None}
-        self._each(lambda tracker: tracker.log(values, step=step))
-
-    def close(self) -> None:
-        """Flush and close the trackers."""
-        if self._accelerator.is_main_process:
-            self._each(lambda tracker: tracker.finish())
-        self._accelerator.trackers = []
-        threading.excepthook = self._threads_hook
-
-    def _each(self, call: Callable[[Any], object]) -> None:
-        for tracker in list(self._accelerator.trackers):
-            try:
-                call(tracker)
-            except OSError as error:
-                self._accelerator.trackers.remove(tracker)
-                self._say(f"WARNING: tracker {tracker.name}: {error}; it gets nothing more")
-
-
-def _hide_errors_of_writing_threads() -> None:
-    """Print no traceback of TensorBoard's thread for an OSError, which the next call of its writer raises again."""
-    shown = threading.excepthook
-
-    def hook(caught: threading.ExceptHookArgs) -> None:
-        package = type(caught.thread).__module__.partition(".")[0]
-        if package != "tensorboard" or not issubclass(caught.exc_type, OSError):
-            shown(caught)
-
-    threading.excepthook = hook

@@ -2,10 +2,11 @@
 
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import faults
 import pytest
-from accelerate import Accelerator
+from accelerate import Accelerator, tracking
 from run_folders import write_run
 from training import read_log, run, status, write_recipe
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -14,8 +15,8 @@ from leanstep.recipes.check.costs import flops_per_token, peak_flops
 from leanstep.recipes.config.schema import ModelConfig
 from leanstep.recipes.report.formatting import format_line
 from leanstep.recipes.report.report import write_report
+from leanstep.recipes.report.trackers import Trackers
 from leanstep.recipes.training.build import build_model
-from leanstep.recipes.training.logger import Trackers
 
 
 @pytest.fixture(scope="module")
@@ -158,12 +159,78 @@ def test_a_tracker_whose_folder_vanishes_is_told_once_and_ends_no_run(tmp_path, 
     pytest.importorskip("torch.utils.tensorboard", reason="tensorboard is not installed")
     said = []
     trackers = Trackers(Accelerator(log_with="tensorboard", project_dir=str(tmp_path / "run"), cpu=True), said.append)
-    trackers.open({"lr": 1e-3})
+    trackers.open("group", "run", {"lr": 1e-3}, tmp_path, is_new=True)
     trackers.log({"loss": 1.0, "mfu": None}, step=1)
-    assert said == [] and list((tmp_path / "run" / "leanstep").glob("events.*"))
+    assert said == [] and list((tmp_path / "run" / "group").glob("events.*"))
     (tmp_path / "run").rename(tmp_path / "away")
     for step in (2, 3, 4):
         trackers.log({"loss": 1.0}, step)
     trackers.close()
     assert len(said) == 1 and said[0].startswith("WARNING: tracker tensorboard: [Errno 2] No such file"), said
     assert capfd.readouterr().err == "", "its thread printed a traceback"
+
+
+@pytest.fixture
+def services(monkeypatch):
+    """Trackers of these packages' interfaces in Accelerate's table: what each was made with, and given."""
+    made = []
+
+    def service(kind):
+        class Service(tracking.GeneralTracker):
+            name, requires_logging_directory = kind, False
+
+            def __init__(self, project, **arguments):
+                super().__init__()
+                made.append([kind, project, arguments])
+                record = arguments.get("run_id", arguments.get("id", f"{kind}-{len(made)}"))
+                self.run = SimpleNamespace(id=record, name=arguments.get("name"))
+                self.active_run = SimpleNamespace(info=SimpleNamespace(run_id=record))
+
+            @property
+            def tracker(self):
+                return self
+
+            def start(self):
+                if kind == "aim":
+                    raise RuntimeError("no key\nfor aim")
+
+            def store_init_configuration(self, values):
+                made[-1].append(values)
+
+            def log(self, values, step=None, **options):
+                if kind == "swanlab":
+                    raise ConnectionError("gone")
+
+        return Service
+
+    for kind in ("wandb", "mlflow", "trackio", "swanlab", "aim"):
+        monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, kind, service(kind))
+    return made
+
+
+def test_a_resumed_run_goes_on_in_its_records_and_a_tracker_that_fails_ends_no_run(services, tmp_path):
+    said, settings = [], {"lr": 1e-3}
+    for is_new in (True, False):
+        accelerator = Accelerator(cpu=True)
+        accelerator.log_with = ["wandb", "aim", "mlflow", "trackio", "swanlab"]
+        trackers = Trackers(accelerator, said.append)
+        trackers.open("group", "name", settings, tmp_path, is_new=is_new)
+        trackers.log({"loss": 1.0}, 1)
+        trackers.log({"loss": 1.0}, 2)
+        trackers.close()
+    assert services == [
+        ["wandb", "group", {"name": "name"}, settings],
+        ["aim", "group", {}],
+        ["mlflow", "group", {"run_name": "name"}, settings],
+        ["trackio", "group", {"name": "name", "embed": False}, settings],
+        ["swanlab", "group", {"experiment_name": "name"}, settings],
+        ["wandb", "group", {"id": "wandb-1", "resume": "allow"}],
+        ["aim", "group", {}],
+        ["mlflow", "group", {"run_id": "mlflow-3"}],
+        ["trackio", "group", {"name": "name", "embed": False, "resume": "allow"}],
+        ["swanlab", "group", {"id": "swanlab-5", "resume": "allow"}],
+    ]
+    assert (
+        said
+        == [f"WARNING: tracker {why}; it gets nothing more" for why in ("aim: no key for aim", "swanlab: gone")] * 2
+    )
