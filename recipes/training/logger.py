@@ -171,7 +171,7 @@ class RunLogger:
     def __init__(self, config: RunConfig, accelerator: Accelerator, folder: RunFolder, progress: Progress) -> None:
         self.config, self.accelerator, self.folder, self.progress = config, accelerator, folder, progress
         self.main, self.say = accelerator.is_main_process, progress.say
-        self.trackers = Trackers(accelerator, progress.say)
+        self.trackers = Trackers(accelerator, progress.say) if trackers_of(config) else None
         self.clock = Clock()
         self.flops_per_token = 0
         self.tflops: float | None = None
@@ -196,13 +196,14 @@ class RunLogger:
             )
             self.folder.describe(dump(config), facts)
         self.status("running", state)
-        if trackers_of(config):
+        if self.trackers:
             project, settings = config.log.project, flat_scalars(recorded(config))
             self.trackers.open(project, config.name, settings, self.folder.root, is_new=resumed_from is None)
 
     def end(self) -> None:
         """Close the trackers and the group of processes."""
-        self.trackers.close()
+        if self.trackers:
+            self.trackers.close()
         self.accelerator.end_training()
 
     def step(
@@ -245,7 +246,7 @@ class RunLogger:
             self.folder.log({**entry, **reported})
             numbers: dict[str, Any] = {key: value for key, value in entry.items() if key not in ("step", "kind")}
             numbers |= {f"{name}/{key}": value for name, values in reported.items() for key, value in values.items()}
-            self.trackers.log(numbers, state.step)
+            self._track(numbers, state.step)
         facts = entry, config.steps, None if first_here else self._eta(state.step), [note] if note else []
         self.progress.line(state.step, format_line(*facts), is_logged or first_here, live=format_live(*facts))
 
@@ -260,7 +261,7 @@ class RunLogger:
             numbers |= {f"ema_{key}": value for key, value in dataclasses.asdict(averaged).items() if key != "tokens"}
         if self.main:
             self.folder.log({"step": state.step, "kind": "eval", **numbers})
-            self.trackers.log({f"val_{key}": value for key, value in numbers.items()}, state.step)
+            self._track({f"val_{key}": value for key, value in numbers.items()}, state.step)
             per_byte = "" if result.bits_per_byte is None else f"  bits/byte {result.bits_per_byte:.4f}"
             self.say(
                 f"step {state.step}/{self.config.steps}  validation loss {result.loss:.4f}  perplexity "
@@ -308,6 +309,10 @@ class RunLogger:
             write_text(self.folder.root / name, text + "\n")
         except OSError as error:
             self.say(f"WARNING: {name} could not be written: {error}")
+
+    def _track(self, numbers: Mapping[str, Any], step: int) -> None:
+        if self.trackers:
+            self.trackers.log(numbers, step)
 
     def _measure(self) -> None:
         """End the clock's window and compute the model's operations per second, over all processes."""
