@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from leanstep._arguments import OneLineParser, add_device, positive, seed
+from leanstep._arguments import OneLineParser, add_device, positive, whole
 from leanstep._files import find_model_folder, one_line
 from leanstep.recipes.evaluate import find_device
 from leanstep.recipes.report.progress import refuse_input
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--temperature", type=_temperature, default=0.0, metavar="T", help="0 (default): the likeliest; else sample"
     )
-    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the samples; default 0")
+    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="of the samples; default 0")
     add_device(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser

@@ -29,6 +29,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "local reconstruction": 13,
         "compress": 105,
         "model cards": 37,
+        "tasks": 198,
     },
     "lines of the package": {
         "GGUF files": 1193,
@@ -41,6 +42,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "model cards": 237,
         "kernel proofs": 188,
         "sparse products prepared once": 59,
+        "tasks": 198,
     },
     "lines of C++": {"products of bit masks by AVX2's byte shuffles": 65},
     "lines of tests/": {
@@ -54,6 +56,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "sparse products prepared once": 48,
         "model cards": 86,
         "kernel proofs": 81,
+        "tasks": 167,
     },
 }
 
