@@ -30,6 +30,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "compress": 105,
         "model cards": 37,
         "tasks": 198,
+        "chat recipes": 26,
     },
     "lines of the package": {
         "GGUF files": 1193,
@@ -43,6 +44,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "kernel proofs": 188,
         "sparse products prepared once": 59,
         "tasks": 198,
+        "chat recipes": 26,
     },
     "lines of C++": {"products of bit masks by AVX2's byte shuffles": 65},
     "lines of tests/": {
@@ -57,6 +59,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "model cards": 86,
         "kernel proofs": 81,
         "tasks": 167,
+        "chat recipes": 22,
     },
 }
 
