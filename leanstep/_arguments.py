@@ -47,8 +47,8 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def seed(text: str) -> int:
-    """The type of an option with a seed of random numbers."""
+def whole(text: str) -> int:
+    """The type of an option with a whole number from 0 on, as a seed."""
     if not text.isdecimal() or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2^63 - 1, got {text!r}")
     return int(text)

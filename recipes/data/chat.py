@@ -333,3 +333,25 @@ def render(
     except Exception as error:  # jinja2's, and whatever the template's own functions raise
         raise ValueError(f"{where}: the chat template cannot render it: {one_line(error)[:200]}") from error
     return text, spans
+
+
+def render_talk(tokenizer: Any, messages: list[dict[str, str]], *, asks: bool) -> str:
+    """Render a conversation for a model to answer (``asks``), or as it was. Raises ValueError if the template fails."""
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks))
+    except Exception as error:  # jinja2's, and whatever the template's own functions raise
+        reason = f"the chat template cannot render the conversation: {one_line(error)[:200]}"
+        raise ValueError(f"{tokenizer.name_or_path}: {reason}") from error
+
+
+def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer: the model's, the tokenizer's, and the one that the template puts behind it."""
+    stops, after = model.generation_config.eos_token_id, []
+    if tokenizer.chat_template:
+        answer = "an answer"
+        talk = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}]
+        _, _, end = render_talk(tokenizer, talk, asks=False).rpartition(answer)
+        after = tokenizer(end, add_special_tokens=False)["input_ids"]
+    ends = [token for token in after if token in tokenizer.added_tokens_decoder]
+    listed = [stops] if isinstance(stops, int) else stops or []
+    return sorted({*listed, *ends[:1], tokenizer.eos_token_id} - {None})

@@ -16,6 +16,7 @@ _PHASES = {
     "model": ("reading the model", ""),
     "tokens": ("reading and tokenising the text", ""),
     "evaluation": ("evaluating", "batches"),
+    "tasks": ("tasks", "answers"),
     "turns": ("measuring", "turns"),
     "text": ("preparing the calibration data", ""),
     "checkpoint": ("reading the checkpoint", ""),
@@ -53,7 +54,8 @@ class ProgressBar:
     """
 
     def __init__(self, *, shown: bool = True) -> None:
-        self._shown = shown
+        # libraries that print while they work are redirected, and the progress is not
+        self._shown, self._stream = shown, sys.stderr
         self._live: Any = None
         self._task: Any = None
         self._thread: threading.Thread | None = None
@@ -64,7 +66,7 @@ class ProgressBar:
 
     def __enter__(self) -> "ProgressBar":
         self(0, 0, "start")
-        if self._shown and not sys.stderr.isatty():
+        if self._shown and not self._stream.isatty():
             self._thread = threading.Thread(target=self._repeat, name="progress", daemon=True)
             self._thread.start()
         return self
@@ -95,7 +97,7 @@ class ProgressBar:
                 # points that an earlier run measured do not count for the rate
                 self._phase, self._first, self._began = phase, done, now
             self._done, self._total = done, total
-            if sys.stderr.isatty():
+            if self._stream.isatty():
                 self._show(is_new)
             elif is_new:
                 self._print(now)
@@ -121,7 +123,7 @@ class ProgressBar:
             parts.append(f"{format_duration(left)} left")
         elif not self._total and now - self._began >= 1:
             parts.append(f"{format_duration(now - self._began)} so far")
-        print(", ".join(parts), file=sys.stderr, flush=True)
+        print(", ".join(parts), file=self._stream, flush=True)
 
     def _show(self, is_new: bool) -> None:
         label, unit = _PHASES[self._phase]
@@ -132,7 +134,7 @@ class ProgressBar:
 
             text = TextColumn("{task.description}", markup=False), BarColumn(bar_width=30)
             times = TextColumn("{task.fields[count]}"), TimeElapsedColumn(), TimeRemainingColumn()
-            self._live = Progress(*text, *times, console=Console(stderr=True))
+            self._live = Progress(*text, *times, console=Console(file=self._stream))
             self._live.start()
             self._task = self._live.add_task(label, total=None, count=count)
         elif is_new:

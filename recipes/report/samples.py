@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from leanstep.pruning.folder.loading import open_model, open_tokenizer
+from leanstep.recipes.data.chat import stop_tokens
 from leanstep.recipes.data.sequences import IGNORED
 from leanstep.recipes.data.tokens import decode_halves
 
@@ -61,14 +62,19 @@ def word_starts(tokenizer: Any) -> Callable[[int], bool]:
     return lambda token: str(tokenizer.convert_ids_to_tokens(token)).startswith(("\u0120", "\u2581", " "))
 
 
-def sample(folder: Path, prompts: list[list[int]], seed: int, device: torch.device) -> Iterator[str]:
+def sample(
+    folder: Path, prompts: list[list[int]], seed: int, device: torch.device, *, answers: bool = False
+) -> Iterator[str]:
     """Continue each prompt by 64 tokens with the model in ``folder``; yield one paragraph each, ``[prompt] text``.
 
-    The model cannot answer with its end-of-text token, so that no paragraph is blank. Prompt and text are cut to the
-    model's positions. The result depends on ``seed`` and device only; torch's random state stays as it was.
+    The model cannot answer with its end-of-text token, so that no paragraph is blank. With ``answers`` it ends a turn
+    as it was trained to, and the paragraph is the conversation, the answer on lines of its own. Prompt and text are cut
+    to the model's positions. The result depends on ``seed`` and device only; torch's random state stays as it was.
     """
     model: Any = open_model(folder, finite=False).to(device).eval()
     tokenizer = open_tokenizer(folder)
+    ends = stop_tokens(model, tokenizer) if answers else None
+    stops = {"eos_token_id": ends} if ends else {"suppress_tokens": [tokenizer.eos_token_id]}
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", _PROMPT_TOKENS + _NEW_TOKENS)
 
     def continued(prompt: list[int]) -> str:
@@ -79,10 +85,12 @@ def sample(folder: Path, prompts: list[list[int]], seed: int, device: torch.devi
             max_new_tokens=min(_NEW_TOKENS, positions - start.shape[1]),
             do_sample=True,
             temperature=TEMPERATURE,
-            suppress_tokens=[tokenizer.eos_token_id],
+            **stops,
             pad_token_id=tokenizer.eos_token_id,
         )
         begin, end = decode_halves(tokenizer, tokens[0], start.shape[1])
+        if answers:
+            return f"{begin.strip()}\n{end.strip()}"
         return f"[{begin.strip()}]{end.rstrip()}" if begin.strip() else end.strip()
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from leanstep._arguments import OneLineParser, add_device, new_folder, positive, seed
+from leanstep._arguments import OneLineParser, add_device, new_folder, positive, whole
 from leanstep._files import find_model_folder, one_line, restore_alone
 from leanstep._memory import peak_process_memory
 from leanstep._process import InterruptibleStart, allowed_memory, lacks_memory
@@ -166,7 +166,7 @@ def data_options(group: _Group) -> None:
     add("--curve-samples", type=int, default=16, metavar="N", help="of --samples, those for curves; default 16")
     add("--held-out", type=int, default=8, metavar="N", help="sequences or images held out for checks; default 8")
     add("--seq-len", type=int, metavar="N", help="tokens of a sequence; default: as trained, at most 2048")
-    add("--seed", type=seed, default=0, metavar="N", help="decides which sequences are taken; default 0")
+    add("--seed", type=whole, default=0, metavar="N", help="decides which sequences are taken; default 0")
 
 
 def _allocation_options(group: _Group) -> None:

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
+from leanstep._files import is_folder_name
 from leanstep.pruning.folder.loading import open_model
+from leanstep.recipes.config.loader import recipe_names
 from leanstep.recipes.config.schema import ModelConfig, RunConfig
 from leanstep.recipes.data.tokens import open_tokenizer, tokenizer_fingerprint, trained_size
 
@@ -23,6 +25,15 @@ def initial_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
         raise ValueError(initial_problem(error)) from error
     check_initial_config(config.init_from, model.config)
     return model
+
+
+def check_initial_folder(source: str, recipe: str) -> None:
+    """Raise ValueError for a folder ``model.init_from`` that is not there; ``recipe`` is the file that named it."""
+    if is_folder_name(source) and not Path(source).expanduser().exists():
+        name = Path(recipe).stem
+        shipped = f"`leanstep recipes show {name}` begins with the commands that make it"
+        hint = shipped if name in recipe_names() else "make it first, or name another one"
+        raise ValueError(f"model.init_from: the folder '{source}' does not exist; {hint}")
 
 
 def initial_problem(error: ValueError) -> str:

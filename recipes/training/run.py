@@ -48,6 +48,7 @@ from leanstep.recipes.training.checkpoint import (
 )
 from leanstep.recipes.training.failures import EXIT_DONE, EXIT_NAN, RunFailure, dump_step, nonfinite_message, refuse
 from leanstep.recipes.training.folder import RunFolder
+from leanstep.recipes.training.initial import check_initial_folder
 from leanstep.recipes.training.logger import Progress, RunLogger
 from leanstep.recipes.training.parts import build_parts
 from leanstep.recipes.training.saver import Saver, show_result, write_final, write_report
@@ -127,6 +128,8 @@ class Run:
             if accelerator.is_main_process and not (self.folder.root / "report.html").exists():
                 write_report(self.folder, self.say)
             return False
+        if config.model.init_from:
+            check_initial_folder(config.model.init_from, config.source_file)
         check_layers(config)
         self.load_data()
         if start.checkpoint is not None:

@@ -301,9 +301,12 @@ def show_result(
     prompts = held_out_prompts(data.validation, tokenizer.eos_token_id, word_starts(tokenizer), begin_tokens(tokenizer))
     texts: list[str] = []
     try:
-        say(f"samples ([held-out text] continued, temperature {TEMPERATURE:g}, seed {config.seed}):")
-        for text in sample(folder.final, prompts, config.seed, device):
-            say(" ".join(text.split()))  # after few steps, most of a text is line ends
+        talks = config.data.source == "chat"
+        what = "held-out conversations, answered" if talks else "[held-out text] continued"
+        say(f"samples ({what}, temperature {TEMPERATURE:g}, seed {config.seed}):")
+        for text in sample(folder.final, prompts, config.seed, device, answers=talks):
+            # after few steps, most of a text is line ends
+            say(f"\n{text}" if talks else " ".join(text.split()))
             texts.append(text)
             if stop.received and len(texts) < len(prompts):
                 say("interrupted: the other samples are left out, the model is complete")

@@ -261,8 +261,8 @@ def interrupted_in_its_samples():
 
     whole = saver.sample
 
-    def sample(*arguments):
-        for text in whole(*arguments):
+    def sample(*arguments, **options):
+        for text in whole(*arguments, **options):
             os.kill(os.getpid(), signal.SIGINT)
             yield text
 

@@ -42,6 +42,8 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "learning rates by short runs": 203,
         "leanstep runs": 119,
         "trackers by name": 83,
+        "tasks": 198,
+        "chat recipes": 26,
     },
     "lines of the package": {
         "GGUF files": 1193,
@@ -57,6 +59,8 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "learning rates by short runs": 477,
         "leanstep runs": 148,
         "trackers by name": 83,
+        "tasks": 198,
+        "chat recipes": 26,
     },
     "lines of C++": {"products of bit masks by AVX2's byte shuffles": 65},
     "lines of tests/": {
@@ -73,6 +77,8 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "learning rates by short runs": 248,
         "leanstep runs": 104,
         "trackers by name": 71,
+        "tasks": 167,
+        "chat recipes": 22,
     },
 }
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -11,6 +13,7 @@ import transformers
 from leanstep.recipes.config.catalog import describe, parameter_count
 from leanstep.recipes.config.loader import ALIASES, ConfigError, dump, find_recipe, load, recipe_names
 from leanstep.recipes.config.schema import ModelConfig, accumulation_steps, trained_size
+from leanstep.recipes.data.chat import read_rows
 
 NAMES = recipe_names()
 NANO = [f"{family}-nano-{optimizer}" for family in ("llama", "gpt") for optimizer in ("adamw", "lion", "sinkgd")]
@@ -135,3 +138,12 @@ def test_sizes_and_protocol_are_the_published_ones(size, optimizer):
 
 def test_sixty_million_is_58_07_million():
     assert parameter_count(load("llama-60m").model) == 58_073_600
+
+
+def test_the_conversations_that_the_chat_recipe_names_are_made_by_its_command(tmp_path):
+    lines = [line[4:] for line in find_recipe("smollm-chat-lora").read_text().splitlines() if line.startswith("#   ")]
+    (first,) = (number for number, line in enumerate(lines) if line.startswith("python -c"))
+    command = "\n".join(lines[first:]).replace("python", f"'{sys.executable}'", 1)
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    rows = [row for _, row in read_rows(str(tmp_path / "talks.jsonl"), "data.path")]
+    assert len(rows) > 100 and all(row["messages"][1]["content"] for row in rows)

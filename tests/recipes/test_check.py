@@ -431,6 +431,6 @@ def test_a_base_in_a_folder_that_is_not_there_is_said_to_be_so(monkeypatch, tmp_
     monkeypatch.chdir(tmp_path)
     assert check(load("llama-nano-lora", [f"data.path={text}"])) == 1
     out = capsys.readouterr().out
-    assert "model.init_from: the folder 'runs/llama-nano-sinkgd/final' does not exist; run its recipe first" in out
+    assert "model.init_from: the folder 'runs/llama-nano-sinkgd/final' does not exist; `leanstep recipes show" in out
     assert "data.tokenizer: the folder 'runs/llama-nano-sinkgd/final' does not exist" in out
     assert "Repo id" not in out

@@ -152,7 +152,7 @@ ONE_LINE = {
     "no recipe": (["train"], "required: NAME|FILE; see `leanstep train --help`"),
     "no swept recipe": (["sweep"], "required: RECIPE; see"),
     "jobs": (["sweep", "x", "--jobs", "0"], "expected a whole number of at least 1, got '0'"),
-    "no checkpoint": (["eval"], "required: CHECKPOINT, --data"),
+    "no checkpoint": (["eval"], "required: CHECKPOINT;"),
     "no folder": (["prune", "x", "--sparsity", "0.5"], "required: --out; see `leanstep prune --help`"),
     "sparsity": (["prune", "x", "--sparsity", "abc", "--out", "o"], "--sparsity: expected a number, got 'abc'"),
     "no prompt": (["generate", "x"], "expected a PROMPT, or --chat; see `leanstep generate --help`"),

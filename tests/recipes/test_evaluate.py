@@ -357,3 +357,23 @@ def test_unusable_numbers(trained):
     for argv in (["--batches", "0"], ["--seq-len", "-1"], ["--batch-size", "many"]):
         with pytest.raises(SystemExit):
             main([str(trained / "run"), "--data", "sotu", *argv])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "expected --data, --tasks, or both"),
+        (["--data", "sotu", "--shots", "2"], "--shots goes with --tasks, which is missing"),
+        (["--tasks", "quiz", "--seq-len", "8"], "--seq-len goes with --data, which is missing"),
+    ],
+)
+def test_an_option_that_nothing_would_use_is_refused(capsys, argv, message):
+    with pytest.raises(SystemExit, match="2"):
+        main(["folder", *argv])
+    assert message in capsys.readouterr().err
+
+
+def test_tasks_without_the_harness_name_what_to_install(trained, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert main([str(trained / "run"), "--tasks", "hellaswag"]) == 2
+    assert "error: 'lm_eval' is not installed; it comes with: pip install 'leanstep[tasks]'" in capsys.readouterr().err

@@ -15,11 +15,12 @@ import torch
 from pruned_models import make_llama, save_tokenizer
 from sparse_folders import save_sparse
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from leanstep.cli import main
 from leanstep.recipes import bench, generate
 from leanstep.recipes.data.tokens import decode_halves
+from leanstep.recipes.report.samples import sample
 from leanstep.sparsity import export_folder
 
 
@@ -63,6 +64,12 @@ def talker(tmp_path_factory):
 def test_a_model_answers_by_its_chat_template_and_stops_at_the_end_of_its_turn(talker, capsys):
     assert main(["generate", str(talker), "Who?", "--chat"]) == 0
     assert capsys.readouterr().out == "A model.\n"
+
+
+def test_a_sample_of_a_conversation_ends_its_turn(talker):
+    tokenizer = AutoTokenizer.from_pretrained(talker)
+    prompt = tokenizer("<|user|>Who?<|end|>\n<|assistant|>", add_special_tokens=False)["input_ids"]
+    assert [*sample(talker, [prompt], 0, torch.device("cpu"), answers=True)] == ["Who?\nA model."]
 
 
 @pytest.mark.parametrize("terminal", [False, True])
