@@ -1,7 +1,7 @@
 """Build and load the C++ kernels: small files, prebuilt in a wheel or compiled on first use for this processor.
 
 One call processes a whole list of tensors, split over torch's threads. Macros select dtypes and flags. Each combination
-of macros is a shared library: it takes half a second to five to build, stays in the cache folder, and is loaded with
+of macros is a shared library: it takes seconds to build, stays in the cache folder, and is loaded with
 ctypes. No torch headers, no extension module, nothing to install. The libraries use torch's OpenMP runtime, so that
 both share one pool of threads.
 

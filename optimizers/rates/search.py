@@ -87,22 +87,23 @@ class LearningRates:
     Attributes:
         options: arguments of :func:`leanstep.optimizers.create` with the best rates: ``lr`` or ``like_adamw``,
             ``settings`` where the model has both kinds of parameters, and what :func:`find_lr` was given.
+        rates: the best ones, by kind of parameter.
         loss: of the best run.
         is_bracketed: whether all rates a factor of two away are worse; otherwise the runs ended before that.
         trials: (rates by kind of parameter, loss) of every run, in order; the loss is inf where it diverged.
     """
 
     options: dict[str, Any]
+    rates: dict[str, float]
     loss: float
     is_bracketed: bool
     trials: list[tuple[dict[str, float], float]]
 
     def __str__(self) -> str:
-        best = min(self.trials, key=lambda trial: abs(trial[1] - self.loss))
-        rows = [[*(f"lr of {rate}" for rate in self.trials[0][0]), "loss", ""]]
-        for trial in self.trials:
-            rates, loss = trial
-            rows.append([*(f"{rate:.3g}" for rate in rates.values()), f"{loss:.4f}", "best" if trial is best else ""])
+        rows = [[*(f"lr of {kind}" for kind in self.rates), "loss", ""]]
+        for rates, loss in self.trials:
+            note = "best" if rates == self.rates else ""
+            rows.append([*(f"{rate:.3g}" for rate in rates.values()), f"{loss:.4f}", note])
         edge = [] if self.is_bracketed else ["the best rates lie on the edge of those tried: give more runs"]
         return "\n".join([*table_lines(rows), *edge])
 
@@ -122,8 +123,8 @@ def find_lr(
 
     A run trains ``steps`` steps with a warm-up over 5 % of them and a cosine to a tenth. The first one has the rate of
     ``options``, or the default of the class. Each round then changes either rate by a factor of two from the best,
-    until both neighbours of both rates are worse: 5 runs if the start is best, and 9 to 13 if both rates are up to a
-    factor of four away. Short runs may prefer larger rates than long ones.
+    until both neighbours of both rates are worse: 5 runs if the start is best, up to 13 if the best rates are a factor
+    of four away. Short runs may prefer larger rates than long ones.
 
     Args:
         model: the model as it is before its first step, on one process. Its trainable parameters and buffers are copied
@@ -154,7 +155,8 @@ def find_lr(
     """
     if steps < 1 or most_runs < 1:
         raise ValueError(f"find_lr: expected at least one step and one run, got steps={steps}, most_runs={most_runs}")
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and torch.distributed.get_world_size() > 1:
         raise ValueError("find_lr: expected one process; search before the model is replicated or sharded")
     batches = list(islice(data, steps))
     if not batches:
@@ -177,7 +179,7 @@ def find_lr(
     if math.isinf(losses[best]):
         raise ValueError(f"find_lr: every run diverged, down to {trials[-1][0]}; give a lower lr as the start")
     is_bracketed = not next_powers(losses, len(roles))
-    return LearningRates(scaled_rates(options, start, roles, best)[0], losses[best], is_bracketed, trials)
+    return LearningRates(*scaled_rates(options, start, roles, best), losses[best], is_bracketed, trials)
 
 
 def scaled_rates(

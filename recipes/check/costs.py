@@ -219,9 +219,7 @@ def check_layers(config: RunConfig) -> None:
 
     Raises ValueError for a pattern, selector or wildcard without a match, or a layer that does not support its setting.
     """
-    trained = trained_size(config.data.tokenizer) or 0
-    # no setting depends on the vocabulary
-    model = meta_model(config, max(trained, config.model.config.get("vocab_size", 0)) or 512)
+    model = meta_model(config)
     build_optimizer(optimizer_section(config), model)
     if config.log.attention_norms:
         build_monitor(model).close()
@@ -253,8 +251,14 @@ def fake_model(config: RunConfig, vocab_size: int, device: str = "cpu") -> Any:
     return model.train()
 
 
-def meta_model(config: RunConfig, vocab_size: int) -> Any:
-    """Build the run's model on the meta device, without memory. Reads only config.json of ``init_from``."""
+def meta_model(config: RunConfig, vocab_size: int | None = None) -> Any:
+    """Build the run's model on the meta device, without memory. Reads only config.json of ``init_from``.
+
+    ``vocab_size`` None: any, for what does not depend on it.
+    """
+    if vocab_size is None:
+        trained = trained_size(config.data.tokenizer) or 0
+        vocab_size = max(trained, config.model.config.get("vocab_size", 0)) or 512
     dtype = torch.bfloat16 if config.precision == "bf16-pure" else torch.float32
     # outside of any fake mode: the casts inside would fail on fake parameters
     with unset_fake_temporarily(), torch.device("meta"):

@@ -20,7 +20,7 @@ _ORDERS = {
     "size": lambda facts: -facts["bytes"],
     "state": lambda facts: facts["state"],
 }
-ORDERS = tuple(_ORDERS)
+_STYLES = {"val_loss": ".4f", "lr": "g"}
 _FILES = {"config.yaml", "status.json"}  # of every run
 
 
@@ -31,7 +31,7 @@ def list_runs(root: Path, conditions: Sequence[str] = (), order: str = "age") ->
         root: the folder; links to folders are not followed.
         conditions: ``KEY=TEXT``, where KEY is a fact or a key of the recipe, such as ``optimizer.name``, and TEXT may
             have wildcards. A run must meet all.
-        order: one of :data:`ORDERS`; age means the newest first, size the largest.
+        order: "age", "loss", "name", "size" or "state"; age means the newest first, size the largest.
 
     Returns:
         dicts with ``name`` (the path below ``root``), ``state``, ``step``, ``steps``, ``val_loss`` (None where it is
@@ -60,10 +60,11 @@ def table(runs: Sequence[dict[str, Any]]) -> list[str]:
     """The lines of the table of :func:`list_runs`."""
     rows = [("RUN", "STATE", "STEP", "LOSS", "OPTIMIZER", "LR", "AGE", "SIZE")]
     for run in runs:
-        loss, rate = (number(run[key]) for key in ("val_loss", "lr"))
-        step = f"{run['step']}/{run['steps']}" if run["steps"] is not None else "-"
-        shown = ("-" if loss is None else f"{loss:.4f}", run["optimizer"] or "-", "-" if rate is None else f"{rate:g}")
-        rows.append((run["name"], run["state"], step, *shown, _age(run["age_s"]), format_bytes(run["bytes"])))
+        known = run["step"] is not None and run["steps"] is not None
+        step = f"{run['step']:.0f}/{run['steps']:.0f}" if known else "-"
+        loss, rate = (format(run[key], style) if run[key] is not None else "-" for key, style in _STYLES.items())
+        facts = step, loss, run["optimizer"] or "-", rate, _age(run["age_s"]), format_bytes(run["bytes"])
+        rows.append((run["name"], run["state"], *facts))
     return table_lines(rows)
 
 
@@ -77,25 +78,36 @@ def _folders(root: Path) -> Iterator[Path]:
 
 def _facts(run: Run, root: Path) -> dict[str, Any]:
     status, updated = run.status, str(run.status.get("updated"))
-    loss = number(status.get("val_loss"))
     try:
         age = max(0.0, time.time() - datetime.strptime(updated, "%Y-%m-%dT%H:%M:%S%z").timestamp())
     except ValueError:
         age = None
-    files = (Path(folder) / name for folder, _, names in os.walk(run.folder) for name in names)
+    files = (os.path.join(folder, name) for folder, _, names in os.walk(run.folder) for name in names)
     return {
         "name": one_line(os.path.relpath(run.folder, root) if run.folder != root else run.name),
         "state": one_line(run.state),
-        "step": status.get("step"),
-        "steps": status.get("steps"),
-        "val_loss": loss if loss is not None and math.isfinite(loss) else None,
+        "step": _finite(status.get("step")),
+        "steps": _finite(status.get("steps")),
+        "val_loss": _finite(status.get("val_loss")),
         "optimizer": one_line(run.setting("optimizer.name") or ""),
-        "lr": number(run.setting("optimizer.lr")),
+        "lr": _finite(run.setting("optimizer.lr")),
         "age_s": age,
-        "bytes": sum(file.lstat().st_size for file in files if os.path.lexists(file)),
+        "bytes": sum(map(_size, files)),
         "updated": updated if age is not None else None,
         "settings": flat(run.config),
     }
+
+
+def _finite(value: Any) -> float | None:
+    value = number(value)
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _size(file: str) -> int:
+    try:
+        return os.lstat(file).st_size
+    except OSError:  # of a run that is being written
+        return 0
 
 
 def _meets(run: dict[str, Any], key: str, text: str) -> bool:

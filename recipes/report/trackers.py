@@ -27,16 +27,11 @@ class _Record(NamedTuple):
     id_of: Callable[[Any], str]
 
 
-# Accelerate's names; TensorBoard's record is a folder in the run's
+# Accelerate's names, as far as tried; TensorBoard's record is a folder in the run's. Others begin a new record.
 _RECORDS = {
     "wandb": _Record(lambda name: {"name": name}, lambda id: {"id": id, "resume": "allow"}, lambda t: t.run.id),
-    "swanlab": _Record(
-        lambda name: {"experiment_name": name}, lambda id: {"id": id, "resume": "allow"}, lambda t: t.run.id
-    ),
     "trackio": _Record(
-        lambda name: {"name": name, "embed": False},
-        lambda name: {"name": name, "embed": False, "resume": "allow"},
-        lambda t: t.run.name,
+        lambda name: {"name": name}, lambda name: {"name": name, "resume": "allow"}, lambda t: t.run.name
     ),
     "mlflow": _Record(lambda name: {"run_name": name}, lambda id: {"run_id": id}, lambda t: t.active_run.info.run_id),
 }

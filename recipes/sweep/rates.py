@@ -16,7 +16,7 @@ from leanstep._arguments import OneLineParser, positive
 from leanstep._files import table_lines
 from leanstep._process import EXIT_CODES
 from leanstep.recipes.config.loader import ConfigError, find_recipe, load
-from leanstep.recipes.config.schema import RunConfig, trained_size
+from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.sweep.command import (
     EXIT_BAD_INPUT,
     EXIT_DONE,
@@ -27,7 +27,7 @@ from leanstep.recipes.sweep.command import (
     say,
 )
 from leanstep.recipes.sweep.grid import Plan, plan_runs, read_words
-from leanstep.recipes.sweep.ledger import DONE, Ledger, LedgerError
+from leanstep.recipes.sweep.ledger import DONE, Ledger
 from leanstep.recipes.sweep.page import write_pages
 from leanstep.recipes.sweep.results import summarize, table
 from leanstep.recipes.sweep.runner import Runner, is_finished
@@ -41,13 +41,12 @@ _WEIGHTS = ("checkpoints", "final", "final-ema")  # of a run, which no one reads
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``leanstep lr``. Exit codes are those of ``leanstep sweep``; 1 also when the best rates are not bracketed."""
-    made = parser()
-    options, words = overrides_of(made, argv)
+    options, words = overrides_of(parser(), argv)
     if words is None:
         return EXIT_BAD_INPUT
     try:
         return _search(_prepare(options, words), words, options)
-    except (ConfigError, LedgerError, ValueError) as error:
+    except ValueError as error:
         print(error, file=sys.stderr)
         return EXIT_BAD_INPUT
     except OSError as error:
@@ -115,10 +114,9 @@ def _prepare(options: argparse.Namespace, words: list[str]) -> _Search:
     from leanstep.optimizers.rates.search import roles_by_rate
     from leanstep.recipes.check.costs import meta_model
 
-    vocabulary = max(trained_size(config.data.tokenizer) or 0, config.model.config.get("vocab_size", 0)) or 512
     folder = options.out if options.out is not None else Path("runs") / f"{config.name}-lr"
     plan = Plan(str(options.recipe), config.name, tuple(fixed), {}, folder, [])
-    return _Search(plan, config, roles_by_rate(meta_model(config, vocabulary)))
+    return _Search(plan, config, roles_by_rate(meta_model(config)))
 
 
 def _search(search: _Search, words: Sequence[str], options: argparse.Namespace) -> int:
@@ -132,14 +130,17 @@ def _search(search: _Search, words: Sequence[str], options: argparse.Namespace) 
             break
         if code := _round(search, number, waiting, options):
             return code
-    results = summarize(search.plan, search.ends)
     best = best_powers(search.losses)
+    command, texts = search.rates(best)
+    results = summarize(search.plan, search.ends)
+    # another setting may have a lower loss by less than runs of other seeds differ
+    results = replace(results, best=next(row for row in results.rows if row.values == texts), level=[], edges=[])
     print("\n".join(table_lines(table(results))))
     print(f"{write_pages(search.plan, results, search.ends)} written")
     if math.isinf(search.losses[best]):
         print("every run diverged; give a lower optimizer.lr as the start", file=sys.stderr)
         return EXIT_FAILED
-    command = ["leanstep", "train", options.recipe, *words, *search.rates(best)[0]]
+    command = ["leanstep", "train", options.recipe, *words, *command]
     print(f"best, loss {search.losses[best]:.4f}: {shlex.join(command)}")
     if waiting:
         print(f"{len(search.losses)} runs did not bracket the best rates; give --runs a larger number", file=sys.stderr)

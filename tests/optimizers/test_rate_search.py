@@ -61,15 +61,18 @@ def recorded():
 
 
 def test_recorded_searches_of_fifteen_runs_end_at_rates_within_a_factor_of_two():
-    counts = []
+    """The numbers of docs/howto/learning-rates.md."""
+    counts, differ, unknown = [], [], 0
     for model, method, grid in recorded():
-        tried = len(grid)
         best, losses = search(lambda powers, grid=grid: grid.get(powers, FAR))
         full = min(grid, key=grid.__getitem__)
         assert max(abs(a - b) for a, b in zip(best, full, strict=True)) <= 1, (model, method, best, full)
-        assert grid[best] <= grid[full] + 0.05 and tried >= 15, (model, method)
+        assert grid[best] <= grid[full] + 0.05 and len(grid) >= 15, (model, method)
         counts.append(len(losses))
-    assert len(counts) == 18 and sum(counts) / len(counts) < 9.5  # docs/howto/learning-rates.md: nine
+        unknown += len(losses.keys() - grid.keys())
+        differ += [(model, method)] * (best != full)
+    assert len(counts) == 18 and 8.5 < sum(counts) / len(counts) < 9.5
+    assert differ == [("llama-micro", "sinkgd-balanced")] and unknown == 2
 
 
 class Counter(nn.Module):
@@ -112,10 +115,10 @@ def test_the_chosen_rates_train_better_than_the_start_and_the_model_is_as_before
     assert rates.loss <= 1.0002 * min(loss for _, loss in rates.trials)
     assert "best" in str(rates) and "edge" not in str(rates)
     like = rates.options.get("like_adamw", rates.options)
-    chosen = next(tried for tried, loss in rates.trials if loss == rates.loss)
-    assert chosen == {"matrices": like["lr"], "the rest": rates.options["settings"]["embedding"]["lr"]}
+    assert (rates.rates, rates.loss) in rates.trials
+    assert rates.rates == {"matrices": like["lr"], "the rest": rates.options["settings"]["embedding"]["lr"]}
     groups = create(model, "sinkgd", say=None, **rates.options).param_groups
-    assert {group["lr"] for group in groups if group["name"] != "hidden"} == {chosen["the rest"]}
+    assert {group["lr"] for group in groups if group["name"] != "hidden"} == {rates.rates["the rest"]}
 
 
 def test_rates_of_settings_keep_their_ratio(model, data):

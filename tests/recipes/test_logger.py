@@ -222,13 +222,13 @@ def test_a_resumed_run_goes_on_in_its_records_and_a_tracker_that_fails_ends_no_r
         ["wandb", "group", {"name": "name"}, settings],
         ["aim", "group", {}],
         ["mlflow", "group", {"run_name": "name"}, settings],
-        ["trackio", "group", {"name": "name", "embed": False}, settings],
-        ["swanlab", "group", {"experiment_name": "name"}, settings],
+        ["trackio", "group", {"name": "name"}, settings],
+        ["swanlab", "group", {}, settings],
         ["wandb", "group", {"id": "wandb-1", "resume": "allow"}],
         ["aim", "group", {}],
         ["mlflow", "group", {"run_id": "mlflow-3"}],
-        ["trackio", "group", {"name": "name", "embed": False, "resume": "allow"}],
-        ["swanlab", "group", {"id": "swanlab-5", "resume": "allow"}],
+        ["trackio", "group", {"name": "name", "resume": "allow"}],
+        ["swanlab", "group", {}, settings],
     ]
     assert (
         said

@@ -68,7 +68,6 @@ def test_the_table_and_its_json(listed):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--sort", "speed"], "--sort: expected one of age, loss, name, size, state"),
         (["--where", "lion"], "expected KEY=TEXT"),
         (["--where", "optimizer.nam=lion"], "no run has 'optimizer.nam'"),
         (["more"], "unexpected argument 'more'"),
