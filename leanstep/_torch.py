@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -135,6 +136,12 @@ def stores_in_out(module: nn.Module) -> bool:
     classes = {cls.__name__ for cls in type(module).__mro__}
     transposed = getattr(module, "is_transposed", False) is True
     return is_conv1d(module) or transposed or not classes.isdisjoint(_TRANSPOSED_EXPERTS)
+
+
+def weight_count(parameter: Tensor) -> int:
+    """Number of weights of a parameter, also where bitsandbytes packed two of them into a byte."""
+    packed = getattr(parameter, "quant_state", None)
+    return parameter.numel() if packed is None else math.prod(packed.shape)
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

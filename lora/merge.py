@@ -18,7 +18,7 @@ from leanstep._torch import is_dtensor, plain_name, unwrapped
 from leanstep.lora.apply import adapted_experts, adapted_layers, token_layers
 from leanstep.lora.layers.embedding import LoRAEmbeddingLayer
 from leanstep.lora.layers.experts import LoRAExpertsLayer
-from leanstep.lora.layers.frozen import quantized_kind
+from leanstep.lora.layers.frozen import dequantizer, quantized_kind
 from leanstep.lora.layers.linear import Adapter, LoRALayer, LoRALinearLayer
 from leanstep.lora.layers.pissa import start_factors
 from leanstep.lora.layers.rule import dora_factor
@@ -115,6 +115,11 @@ def merge(model: nn.Module, *, keep_mask: bool = False, backup: bool = False) ->
                     f"merge: {place.name} began with PiSSA, so its base weight has no zeros to keep; unset keep_mask"
                 )
             _check_mergeable(place.name, place.module)
+            if (kind := quantized_kind(place.module)) is not None:
+                raise ValueError(
+                    f"merge: {place.name} is a {kind}, to be quantised again after a merge; load the base in 16 bits, "
+                    "or save merged_state_dict(model)"
+                )
         # checks one weight at a time before any change, without a copy of the model
         _check_finite(f"the merged weight of {place.name}", place.merged(keep_mask), place.weight)
     for name, layer in layers.items():
@@ -204,9 +209,6 @@ def _check_finite(what: str, exact: Tensor, stored: Tensor) -> None:
 
 
 def _check_mergeable(name: str, layer: LoRALayer) -> None:
-    kind = quantized_kind(layer)
-    if kind is not None:
-        raise ValueError(f"merge: {name} is a {kind}, to be quantised again after a merge; load the base in 16 bits")
     if _has_bias_on_b(layer) and layer.bias is None:
         raise ValueError(f"merge: {name} has a bias on B, but its base layer has none to add it to")
     weight = getattr(layer, "weight", None)
@@ -269,8 +271,8 @@ def unmerge(model: nn.Module) -> MergeReport:
 
 
 def merged_weight(layer: LoRALayer, keep_mask: bool = False) -> Tensor:
-    """The merged weight of one layer, in fp32 or fp64."""
-    weight, factor = layer.weight, _dora_factors(layer)
+    """The merged weight of one layer, dequantised where the base is quantised, in fp32 or fp64."""
+    weight, factor = _base_weight(layer), _dora_factors(layer)
     exact = _widened(weight) + _update(layer)
     exact = exact if factor is None else exact * factor
     return torch.where(weight != 0, exact, 0.0) if keep_mask or layer.lora.keep_zeros else exact
@@ -281,7 +283,8 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The ``state_dict`` of the base model with the adapter merged, without changing the model.
 
     Copies the weights of adapted layers. Lists parameters tied to one of them under every name; save the model inside
-    :func:`config_of_merged`, so that its config matches. Raises ValueError for quantised or parametrized bases.
+    :func:`config_of_merged`, so that its config matches. Quantised layers, adapted or not, have the dense matrices that
+    their products use: the state takes the memory of the dense model. Raises ValueError for parametrized bases.
     """
     model = unwrapped(model)
     # a module may have several names, such as the embeddings of a T5 whose vocabulary was resized
@@ -298,6 +301,9 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
         for name, module in modules.items()
         if isinstance(module, LoRALayer | LoRAExpertsLayer | TokenLayer)
     )
+    quantized = {name: module for name, module in modules.items() if quantized_kind(module) is not None}
+    # the scales and tables of bitsandbytes
+    owned += tuple(f"{name}.{key}" for name in quantized for key in ("weight.", "SCB", "weight_format"))
     state = {}
     for name, value in model.state_dict().items():
         if name.startswith(owned):
@@ -305,6 +311,8 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
         owner, _, key = name.rpartition(".")
         module = modules.get(owner)  # wrappers may leave themselves out of the names
         owner_and_key = (owner if module is None else module), key
+        if key == "weight" and owner in quantized:
+            value = _base_weight(quantized[owner])
         earlier = merged.get(owner_and_key)
         tensor = _merged_tensor(owner, module, key, value, with_rows) if earlier is None else earlier
         # a copy, so that the file stores tied parameters under every name
@@ -328,6 +336,13 @@ def _merged_tensor(name: str, module: Any, key: str, value: Tensor, with_rows: d
             with_rows[rows] = module.replaced(value)
         return with_rows[rows]
     return value
+
+
+def _base_weight(layer: Any) -> Tensor:
+    """The dense matrix of a layer without its adapter."""
+    weight: Tensor = layer.weight.detach()
+    dense = dequantizer(layer)
+    return weight if dense is None else dense(layer.weight).detach()
 
 
 def _widened(weight: Tensor) -> Tensor:

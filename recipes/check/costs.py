@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from leanstep._files import format_bytes, free_bytes
-from leanstep._torch import output_head
+from leanstep._torch import output_head, weight_count
 from leanstep.kernels import use_backend
 from leanstep.optimizers.common.base import LeanOptimizer
 from leanstep.optimizers.common.sharding import dtype_of
@@ -34,7 +34,7 @@ from leanstep.pruning.folder.loading import empty_model
 from leanstep.recipes.config.schema import RunConfig, accumulation_steps, trained_size
 from leanstep.recipes.methods.gate import build_gate
 from leanstep.recipes.methods.halves import halved_groups
-from leanstep.recipes.methods.lora import adapt
+from leanstep.recipes.methods.lora import adapt, quantized_bytes, quantized_layers
 from leanstep.recipes.methods.norms import build_monitor
 from leanstep.recipes.methods.pruned import masked_names
 from leanstep.recipes.methods.sparse import plan
@@ -56,6 +56,8 @@ class MemoryEstimate:
         exchange: DDP's gradient buckets; 0 on one process.
         sparsity: masks of sparse or pruned weights (a byte per weight), and the masked copies of sparse weights.
         average: averages of the trained weights (``ema``), in fp32.
+        merged: of a run with adapters, the merged model in the run's dtype, which it writes to its folder. It needs
+            that memory, too, but no activations and gradients meanwhile.
     """
 
     weights: int
@@ -66,11 +68,13 @@ class MemoryEstimate:
     exchange: int = 0
     sparsity: int = 0
     average: int = 0
+    merged: int = 0
 
     @property
     def peak(self) -> int:
-        """The sum of all attributes, and a tenth more for allocator rounding, workspaces and fragmentation."""
-        return int(sum(astuple(self)) * 1.1)
+        """The most at any time, and a tenth more for allocator rounding, workspaces and fragmentation."""
+        training = sum(astuple(replace(self, merged=0)))
+        return int(max(training, self.weights + self.optimizer_state + self.merged) * 1.1)
 
     def rows(self) -> list[tuple[str, int]]:
         """(name, bytes) to print, in order."""
@@ -83,9 +87,10 @@ class MemoryEstimate:
             ("gradient exchange", self.exchange),
             ("masks, masked weights", self.sparsity),
             ("averaged weights", self.average),
+            ("merged model, when written", self.merged),
             ("peak, with a margin of 10 %", self.peak),
         ]
-        optional = ("gradient exchange", "masks, masked weights", "averaged weights")
+        optional = ("gradient exchange", "masks, masked weights", "averaged weights", "merged model, when written")
         return [(name, size) for name, size in named if size or name not in optional]
 
 
@@ -179,6 +184,8 @@ def _measured(config: RunConfig, vocab_size: int, world_size: int, device: str) 
             for parameter in group["params"]
             if parameter.requires_grad
         )
+    merged, saved_bits = _merged_bytes(config, vocab_size) if config.lora.target_modules else (0, 0)
+    weights -= saved_bits
     sharded = config.distributed.strategy == "fsdp2" and world_size > 1
     shards = world_size if sharded else 1
     return MemoryEstimate(
@@ -190,6 +197,7 @@ def _measured(config: RunConfig, vocab_size: int, world_size: int, device: str) 
         exchange=gradient if world_size > 1 and not sharded else 0,
         sparsity=_sparsity_bytes(config, vocab_size),
         average=average,
+        merged=merged,
     )
 
 
@@ -240,6 +248,15 @@ def _sparsity_bytes(config: RunConfig, vocab_size: int) -> int:
         return 0
     layers = plan(config, meta_model(config, vocab_size))
     return sum(layer.weight.numel() * (1 + layer.weight.element_size()) for layer in layers)
+
+
+def _merged_bytes(config: RunConfig, vocab_size: int) -> tuple[int, int]:
+    """Bytes of the model in the run's dtype, and how many of them ``lora.quantize_base`` saves in memory."""
+    model = meta_model(replace(config, lora=replace(config.lora, target_modules=[])), vocab_size)
+    kind, saved = config.lora.quantize_base, 0
+    for layer in quantized_layers(model).values() if kind else ():
+        saved += layer.weight.nbytes - quantized_bytes(layer, kind, layer.weight.dtype)
+    return unique_bytes(model.parameters()), saved
 
 
 def fake_model(config: RunConfig, vocab_size: int, device: str = "cpu") -> Any:
@@ -352,7 +369,7 @@ def flops_per_token(model: PreTrainedModel, seq_len: int) -> int:
     for name, parameter in model.named_parameters():
         if roles[name] in ("embedding", "position") and parameter is not tied:
             continue
-        weights = parameter.numel()
+        weights = weight_count(parameter)
         if roles[name] == "expert" and routed:
             weights = weights * min(routed, len(parameter)) // len(parameter)
         # forward, gradient of the input, and gradient of the weight
@@ -378,10 +395,10 @@ def disk_need(config: RunConfig, memory: MemoryEstimate, world_size: int = 1) ->
     ``memory`` is that of one process; with FSDP2 each of ``world_size`` processes writes its shard.
     """
     shards = world_size if config.distributed.strategy == "fsdp2" else 1
-    checkpoint = shards * (memory.weights + memory.optimizer_state + memory.average)
+    model = shards * (memory.merged or memory.weights)
+    checkpoint = model + shards * (memory.optimizer_state + memory.average)
     count = config.checkpoint.keep_last + 1 + int(config.checkpoint.keep_best)
-    models = 1 + bool(memory.average)
-    return checkpoint, count * checkpoint + models * shards * memory.weights
+    return checkpoint, count * checkpoint + (1 + bool(memory.average)) * model
 
 
 def check_room(config: RunConfig, folder: RunFolder, memory: MemoryEstimate | None, world_size: int = 1) -> str | None:

@@ -206,10 +206,9 @@ def _lora_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
     if config.lora.attention != "exact" and config.compile:
         yield ("lora.attention", "compile"), "looks into attention layers, which compile hides; set it to exact"
     if not config.lora.target_modules:
-        if config.lora.attention != "exact":
-            yield ("lora.attention", "lora.target_modules"), "goes with adapters; name layers in lora.target_modules"
-        if config.lora.lr_ratio != 1:
-            yield ("lora.lr_ratio", "lora.target_modules"), "goes with adapters; name layers in lora.target_modules"
+        alone = {"attention": "exact", "lr_ratio": 1, "quantize_base": None}
+        for name in (name for name, default in alone.items() if getattr(config.lora, name) != default):
+            yield (f"lora.{name}", "lora.target_modules"), "goes with adapters; name layers in lora.target_modules"
         return
     keys = ("lora.target_modules",)
     if not config.model.init_from:
@@ -227,6 +226,16 @@ def _lora_problems(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
         yield (
             ("lora.init_lora_weights", "pruning.keep_masks"),
             "leaves no zeros in the base; with pruning.keep_masks take lora.init_lora_weights=true",
+        )
+    if config.lora.quantize_base and config.pruning.keep_masks:
+        yield (
+            ("lora.quantize_base", "pruning.keep_masks"),
+            "rounds zeros of the base to other values; with pruning.keep_masks take lora.quantize_base=null",
+        )
+    if config.lora.quantize_base and str(config.lora.init_lora_weights).startswith("pissa"):
+        yield (
+            ("lora.quantize_base", "lora.init_lora_weights"),
+            "keeps the base as it is, which PiSSA changes; take lora.init_lora_weights=true",
         )
 
 

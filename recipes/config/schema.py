@@ -245,6 +245,10 @@ class LoraSectionConfig:
     With ``attention: auto``, a layer's attention runs low-rank if its measured error is at most ``attention_tolerance``
     and its predicted cost is lower (:class:`leanstep.lora.LowRankGate`). That takes small logits and long sequences.
     The log, ``gate_report.json`` and checkpoints hold the decisions; a resumed run makes the same ones.
+
+    ``quantize_base`` stores the base's linear layers but the head in fewer bits, as QLoRA does (arXiv:2305.14314):
+    ``nf4`` in 4.13 bits a weight by bitsandbytes, ``int8`` in 8 by torchao. ``final/`` holds the quantised weights
+    and the adapters merged in the run's dtype: the model that was trained.
     """
 
     target_modules: list[str] = Field(default_factory=list)
@@ -260,6 +264,7 @@ class LoraSectionConfig:
     save: Literal["min", "full", "lora_fa"] = "min"
     attention: Literal["exact", "auto"] = "exact"
     attention_tolerance: float = Field(default=0.01, gt=0)
+    quantize_base: Literal["nf4", "int8"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

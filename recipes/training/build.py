@@ -43,7 +43,7 @@ from leanstep.recipes.config.schema import (
     accumulation_steps,
 )
 from leanstep.recipes.methods.fp8 import to_fp8, why_no_fp8
-from leanstep.recipes.methods.lora import adapt
+from leanstep.recipes.methods.lora import adapt, why_not_quantized
 from leanstep.recipes.methods.scale import scale_algorithm
 from leanstep.recipes.training.failures import lost_process
 from leanstep.recipes.training.initial import check_initial_tokenizer, initial_model
@@ -138,6 +138,8 @@ def missing_here(config: RunConfig, cpu: bool) -> Iterator[str]:
         yield "distributed.strategy: fsdp2 needs GPUs, this run is on the CPU; take strategy=ddp"
     if config.fp8 and (reason := why_no_fp8(cpu)) is not None:
         yield f"fp8: {reason}; take fp8=null"
+    if config.lora.quantize_base and (reason := why_not_quantized(config.lora.quantize_base)) is not None:
+        yield f"lora.quantize_base: {reason}"
     installed = {str(getattr(name, "value", name)) for name in tracking.get_available_trackers()}
     shipped = {item.value for item in LoggerType} - {"all"}
     # trackers that a user registered with Accelerate
@@ -266,6 +268,7 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     end_token: int | None = None,
     begin_token: int | None = None,
+    quantize: str | None = None,
 ) -> PreTrainedModel:
     """Build the transformers model of ``config`` with random weights, or read it from ``config.init_from``.
 
@@ -275,13 +278,14 @@ def build_model(
         dtype: of the weights; random weights are drawn in fp32 from torch's global generator and rounded.
         end_token: id of the end-of-text token; generation stops with it.
         begin_token: id of the token with which generation starts; None: ``end_token``.
+        quantize: ``lora.quantize_base``, for a model of ``init_from``.
 
     Raises:
         ValueError: an unknown configuration key; a model vocabulary smaller than the tokenizer's; an ``init_from`` that
             cannot be opened, or whose weights do not fit or are not finite.
     """
     if config.init_from is not None:
-        model = initial_model(config, dtype)
+        model = initial_model(config, dtype, quantize)
         _check_vocabulary(model.config.get_text_config().vocab_size, vocab_size, f"model.init_from {config.init_from}")
         return model
     config_class = CONFIG_MAPPING[config.family]
@@ -307,8 +311,8 @@ def build_run_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab
     dtype = torch.bfloat16 if config.precision == "bf16-pure" else torch.float32
     if config.model.init_from is not None:
         check_initial_tokenizer(config, tokenizer)
-    begin = begin_tokens(tokenizer)
-    model = build_model(config.model, vocab_size, dtype, tokenizer.eos_token_id, begin[-1] if begin else None)
+    begin, quantize = begin_tokens(tokenizer), config.lora.quantize_base
+    model = build_model(config.model, vocab_size, dtype, tokenizer.eos_token_id, begin[-1] if begin else None, quantize)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and config.data.seq_len > positions:
         raise ValueError(

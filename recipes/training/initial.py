@@ -11,19 +11,27 @@ from leanstep.pruning.folder.loading import open_model
 from leanstep.recipes.config.loader import recipe_names
 from leanstep.recipes.config.schema import ModelConfig, RunConfig
 from leanstep.recipes.data.tokens import open_tokenizer, tokenizer_fingerprint, trained_size
+from leanstep.recipes.methods.lora import quantize_base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def initial_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Open ``model.init_from``. Raises ValueError for a folder that cannot be opened, or stores its weights sparse."""
-    assert config.init_from is not None
+def initial_model(config: ModelConfig, dtype: torch.dtype, quantize: str | None = None) -> PreTrainedModel:
+    """Open ``model.init_from``, with ``quantize`` as by :func:`quantize_base`, in the memory of the result and a layer.
+
+    Raises ValueError for a folder that cannot be opened, or stores its weights sparse or quantised.
+    """
+    source = config.init_from
+    assert source is not None
     try:
-        model: Any = open_model(config.init_from, dtype=dtype, new_heads=config.new_heads)
+        stored: Any = "auto" if quantize else dtype
+        model: Any = open_model(source, dtype=stored, new_heads=config.new_heads, mapped=quantize is not None)
     except ValueError as error:
         raise ValueError(initial_problem(error)) from error
-    check_initial_config(config.init_from, model.config)
+    check_initial_config(source, model.config)
+    if quantize:
+        quantize_base(model, quantize, dtype)
     return model
 
 
@@ -43,15 +51,19 @@ def initial_problem(error: ValueError) -> str:
 
 
 def check_initial_config(source: str, config: Any) -> None:
-    """Raise ValueError for weights in leanstep's sparse form, which a run can neither train nor merge adapters into."""
+    """Raise ValueError for weights stored sparse or in few bits, which a run can neither train nor merge into."""
     quantization: Any = getattr(config, "quantization_config", None) or {}
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-    if str(getattr(method, "value", method)) == "leanstep":
-        raise ValueError(
-            f"model.init_from: '{source}' stores its weights sparse, and a run can neither train them nor merge "
-            f"adapters into them; take the folder it was made from, or `leanstep export {source} --format dense "
-            "--out FOLDER`"
-        )
+    method = str(getattr(method, "value", method) or "")
+    if not method:
+        return
+    stored, other = f"quantised ({method})", "for adapters on few bits with lora.quantize_base=nf4"
+    if method == "leanstep":
+        stored, other = "sparse", f"or `leanstep export {source} --format dense --out FOLDER`"
+    raise ValueError(
+        f"model.init_from: '{source}' stores its weights {stored}, and a run can neither train them nor merge adapters "
+        f"into them; take the folder it was made from, {other}"
+    )
 
 
 def check_initial_tokenizer(config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> None:

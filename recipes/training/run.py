@@ -15,6 +15,7 @@ from accelerate import Accelerator
 
 from leanstep._checkpoint.card import write_card
 from leanstep._process import EXIT_CODES, InterruptibleStart, StopFlag, lacks_memory
+from leanstep._torch import weight_count
 from leanstep._version import __version__
 from leanstep.recipes.check.costs import MemoryEstimate, check_layers, check_room, estimate, flops_per_token
 from leanstep.recipes.check.machine import processor_name
@@ -170,7 +171,7 @@ class Run:
         # the same weights in every process; resume() seeds each process differently
         seed_process(config.seed)
         model = build_run_model(config, self.data.tokenizer, self.data.vocabulary)
-        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.parameters = sum(map(weight_count, model.parameters()))
         self.flops_per_token = flops_per_token(model, config.data.seq_len)
         optimizer = build_optimizer(optimizer_section(config), model)
         self.say(f"model       {type(model).__name__}, {self.parameters:,} parameters")

@@ -1,5 +1,7 @@
 """Runs with a `lora:` section: from a base to an adapter that peft opens."""
 
+import json
+import shutil
 from functools import partial
 
 import pytest
@@ -8,13 +10,17 @@ from faults import held_at
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from training import Training, numbers, run, write_recipe, write_text
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from leanstep.lora import load_adapter
+from leanstep.pruning.folder.loading import open_config
 from leanstep.recipes.check.check import Check, Section, check
-from leanstep.recipes.check.costs import estimate
+from leanstep.recipes.check.costs import estimate, flops_per_token, unique_bytes
 from leanstep.recipes.config.differences import config_differences
 from leanstep.recipes.config.loader import ConfigError, load
+from leanstep.recipes.methods.lora import adapt, describe_adapters
+from leanstep.recipes.training.build import build_model, missing_here
+from leanstep.recipes.training.initial import check_initial_config
 
 
 @pytest.fixture(scope="module")
@@ -165,3 +171,100 @@ def test_targets_that_fit_nothing_end_the_run_with_a_reason(base, tmp_path, targ
     training = run(recipe, [*options, f"lora.target_modules={targets}"], tmp_path / "run")
     assert training.codes == [2]
     assert "fits no module of the model" in training.text()
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A folder with a LLaMA in bf16 whose layers torch.nn.Linear computes."""
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes)).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def quantized(base, llama, kind):
+    recipe, _, options = base
+    targets = "lora.target_modules=[q_proj, v_proj, down_proj]"
+    return recipe, [*options, f"model.init_from={llama}", targets, f"lora.quantize_base={kind}", "lora.lora_dropout=0"]
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_base_ends_in_the_model_that_was_trained(base, llama, tmp_path, kind):
+    recipe, options = quantized(base, llama, kind)
+    training = run(recipe, [*options, "steps=12", "eval.every=12"], tmp_path / "run")
+    assert training.codes == [0], training.text()
+    final, ids = tmp_path / "run" / "final", torch.arange(32).view(1, -1)
+    merged = AutoModelForCausalLM.from_pretrained(final)
+    assert getattr(merged.config, "quantization_config", None) is None
+    again = build_model(load(recipe, options).model, 300, quantize=kind).eval()
+    assert not torch.equal(again(ids).logits, merged(ids).logits)
+    load_adapter(again, final / "adapter")
+    torch.testing.assert_close(again(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-5)
+    # layers without an adapter, too: what is quantised differs from what the folder stores, and the head does not
+    start, end = AutoModelForCausalLM.from_pretrained(llama).float().state_dict(), merged.state_dict()
+    changed = {name.split(".")[-2] for name in start if not torch.equal(start[name], end[name])}
+    assert changed == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.slow
+def test_a_killed_run_on_four_bits_continues_as_if_it_had_not_been(base, llama, tmp_path):
+    recipe, options = quantized(base, llama, "nf4")
+    options = [*options, "steps=12"]
+    whole = run(recipe, options, tmp_path / "whole")
+    broken = Training(recipe, options, tmp_path / "broken", prepare=partial(held_at, 8))
+    broken.wait_for(lambda training: training.last_step() >= 7)
+    broken.kill()
+    broken.wait()
+    again = run(recipe, options, tmp_path / "broken")
+    assert again.codes == whole.codes == [0] and "resuming from" in again.text(), again.text()
+    assert numbers(tmp_path / "broken") == numbers(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_the_estimate_counts_the_bits_of_a_quantised_base(base, llama, kind):
+    recipe, options = quantized(base, llama, kind)
+    config = load(recipe, options)
+    model = build_model(config.model, 300, quantize=kind)
+    adapt(config, model)
+    real = unique_bytes(p for p in model.parameters() if type(p) is torch.nn.Parameter)
+    for weight in (p for p in model.parameters() if type(p) is not torch.nn.Parameter):
+        if kind == "nf4":
+            scales = weight.quant_state
+            parts = [weight.data, scales.absmax, scales.code, scales.offset, scales.state2.absmax, scales.state2.code]
+        else:
+            parts = [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
+        real += sum(part.nbytes for part in parts)
+    counted = estimate(config, 300)
+    assert counted.weights == real
+    dense = estimate(load(recipe, [*options, "lora.quantize_base=null"]), 300)
+    assert counted.merged == dense.merged == unique_bytes(build_model(config.model, 300).parameters())
+    assert (counted.activations, counted.gradients) == (dense.activations, dense.gradients)
+    plain = build_model(config.model, 300)
+    adapt(config, plain)
+    assert flops_per_token(model, 32) == flops_per_token(plain, 32)
+    assert describe_adapters(model) == describe_adapters(plain)
+
+
+def test_bases_that_cannot_be_quantised_are_named(base, tmp_path, monkeypatch):
+    recipe, folder, options = base
+    pissa = problems("lora.quantize_base=nf4", "lora.init_lora_weights=pissa")
+    assert "which PiSSA changes; take lora.init_lora_weights=true" in pissa
+    assert "rounds zeros" in problems("lora.quantize_base=nf4", "pruning.keep_masks=true")
+    assert "lora.quantize_base" in problems("lora.quantize_base=int3")
+    assert "goes with adapters" in problems("lora.quantize_base=nf4", "lora.target_modules=[]")
+    config = load(recipe, [*options, "lora.quantize_base=nf4"])
+    with pytest.raises(ValueError, match="no torch.nn.Linear besides its head"):
+        build_model(config.model, 300, quantize="nf4")
+    with monkeypatch.context() as patch:
+        patch.setattr("leanstep.recipes.methods.lora.find_spec", lambda name: None)
+        assert list(missing_here(config, cpu=True)) == [
+            "lora.quantize_base: nf4 needs bitsandbytes, which is not installed: pip install bitsandbytes"
+        ]
+    stored = tmp_path / "stored"
+    shutil.copytree(folder, stored)
+    settings = json.loads((stored / "config.json").read_text())
+    method = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (stored / "config.json").write_text(json.dumps(settings | {"quantization_config": method}))
+    with pytest.raises(ValueError, match=r"quantised \(bitsandbytes\).*made from, for adapters .*quantize_base=nf4"):
+        check_initial_config(str(stored), open_config(stored))
