@@ -253,9 +253,10 @@ def _sparsity_bytes(config: RunConfig, vocab_size: int) -> int:
 def _merged_bytes(config: RunConfig, vocab_size: int) -> tuple[int, int]:
     """Bytes of the model in the run's dtype, and how many of them ``lora.quantize_base`` saves in memory."""
     model = meta_model(replace(config, lora=replace(config.lora, target_modules=[])), vocab_size)
-    kind, saved = config.lora.quantize_base, 0
-    for layer in quantized_layers(model).values() if kind else ():
-        saved += layer.weight.nbytes - quantized_bytes(layer, kind, layer.weight.dtype)
+    saved = 0
+    if (kind := config.lora.quantize_base) is not None:
+        layers = quantized_layers(model).values()
+        saved = sum(layer.weight.nbytes - quantized_bytes(layer, kind) for layer in layers)
     return unique_bytes(model.parameters()), saved
 
 

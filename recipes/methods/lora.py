@@ -4,6 +4,7 @@ A saved model is the merged model, an ordinary Hugging Face folder, with ``adapt
 run loads the base from ``model.init_from`` and the adapter from the checkpoint.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib import import_module
 from importlib.util import find_spec
@@ -76,10 +77,11 @@ def quantize_base(model: nn.Module, kind: str, dtype: torch.dtype) -> None:
     Products are in ``dtype``, which each layer's weight is dequantised to. Raises ValueError for a model without such
     layers.
     """
-    quantize = _to_nf4 if kind == "nf4" else _to_int8
-    for name in quantized_layers(model):
-        layer = model.get_submodule(name).to(dtype)
-        model.set_submodule(name, quantize(layer))
+    quantize: Callable[[nn.Linear], nn.Module] = _to_nf4 if kind == "nf4" else _to_int8
+    # by name: a reference to every layer would hold the dense weights of all
+    for name in list(quantized_layers(model)):
+        layer: Any = model.get_submodule(name)
+        model.set_submodule(name, quantize(layer.to(dtype)))
     for parameter in model.parameters():
         if parameter.dtype.is_floating_point and type(parameter) is nn.Parameter:
             # a copy: the weights of a mapped file cannot be trained
@@ -95,11 +97,11 @@ def quantized_layers(model: nn.Module) -> dict[str, nn.Linear]:
     return layers
 
 
-def quantized_bytes(layer: nn.Linear, kind: str, dtype: torch.dtype) -> int:
-    """Bytes of a layer's weight in ``kind``, its scales and tables included."""
+def quantized_bytes(layer: nn.Linear, kind: str) -> int:
+    """Bytes of a dense layer's weight in ``kind``, its scales and tables included."""
     weights = layer.weight.numel()
     if kind == "int8":
-        return weights + layer.out_features * (dtype.itemsize + 1)  # a scale and a zero point for every output
+        return weights + layer.out_features * (layer.weight.itemsize + 1)  # a scale and a zero point for every output
     blocks = -(-weights // 64)
     # a byte for the scale of every block, a scale in fp32 for 256 of them, their mean and two tables of values
     return -(-weights // 2) + blocks + 4 * (-(-blocks // 256) + 1 + 16 + 256)
@@ -115,7 +117,8 @@ def _to_nf4(layer: nn.Linear) -> nn.Module:
     new.bias = bias
     # else evaluation on a processor with AVX-512 BF16 rounds the scales to 16 bits, for all steps after it
     new.support_avx512bf16_for_cpu = False
-    return new.to(weight.device)  # type: ignore[no-any-return]
+    quantized: nn.Module = new.to(weight.device)
+    return quantized
 
 
 def _to_int8(layer: nn.Linear) -> nn.Module:

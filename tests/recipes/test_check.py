@@ -15,7 +15,7 @@ from leanstep.recipes.check import check as check_module
 from leanstep.recipes.check.check import Check, Section, check, routing_rows
 from leanstep.recipes.check.costs import MemoryEstimate, disk_need, flops_per_token, meta_model
 from leanstep.recipes.config.catalog import describe
-from leanstep.recipes.config.loader import dump, find_recipe, load, recipe_names
+from leanstep.recipes.config.loader import dump, load, recipe_names
 from leanstep.recipes.config.values import recorded
 from leanstep.recipes.data.tokens import vocabulary_size
 from leanstep.recipes.report.formatting import format_duration
@@ -397,7 +397,7 @@ def test_problems_begin_the_report_and_decide_the_exit_code(run, capsys):
     assert "ready" not in out
 
 
-FINE_TUNING = [name for name in recipe_names() if "  init_from:" in find_recipe(name).read_text("utf-8")]
+FINE_TUNING = [name for name in recipe_names() if load(name).model.init_from]
 
 
 @pytest.mark.parametrize("name", [name for name in recipe_names() if name not in FINE_TUNING])
