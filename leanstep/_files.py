@@ -498,14 +498,23 @@ def one_line(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in words)
 
 
+def gguf_file(folder: Path) -> Path | None:
+    """The GGUF file of a folder that has one, and neither a config.json nor other weights; else None."""
+    files = list(folder.glob("*.gguf")) if folder.is_dir() and not (folder / "config.json").exists() else []
+    return files[0] if len(files) == 1 else None
+
+
 def find_model_folder(path: str | Path) -> Path:
     """Return the Hugging Face folder at ``path``: itself, ``final/`` of a run, or ``hf/`` of a checkpoint.
 
-    Raises ValueError if there is none.
+    A folder with a GGUF file in place of weights, as ``leanstep compress`` writes it, is one, too. Raises ValueError if
+    there is none.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise ValueError(f"'{path}' is {'a file' if folder.exists() else 'not there'}; expected a Hugging Face folder")
+    if gguf_file(folder) is not None:
+        return folder
     for candidate in (folder, folder / "final", folder / "last" / "hf", folder / "hf"):
         if not (candidate / "config.json").is_file():
             continue

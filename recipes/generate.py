@@ -23,7 +23,7 @@ LEAST_TEMPERATURE = 1e-6  # logits divided by less become infinite
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``leanstep generate``. Returns 0, or 2 after an error message about the input."""
     parser = _parser()
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)  # the prompt may follow an option
     if not options.chat and (options.prompt is None or options.system is not None):
         parser.error("expected a PROMPT, or --chat" if options.prompt is None else "--system is for --chat")
     try:

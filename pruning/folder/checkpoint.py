@@ -19,7 +19,7 @@ from leanstep._checkpoint.card import CARD, write_card
 from leanstep._checkpoint.files import TensorFile, checked_file, copy_other_files
 from leanstep._checkpoint.mapped import MappedParameters, ResidentSet, is_mapped, release_pages, tensors_hash
 from leanstep._checkpoint.safetensors import tensor_offsets
-from leanstep._files import format_bytes, is_disk_full, remove_partials
+from leanstep._files import format_bytes, is_disk_full, remove_partials, write_text
 from leanstep.pruning.config import PruneConfig
 from leanstep.pruning.folder.files import INDEX, Checkpoint, written_name
 from leanstep.pruning.folder.loading import stored_names
@@ -194,8 +194,8 @@ def write_report(content: Mapping[str, Any], folder: Path, replaces: Path | None
     """
     from leanstep.pruning.folder.report import card_facts, report_page
 
-    (folder / SIDECAR).write_text(json.dumps(content, indent=1), encoding="utf-8")
-    (folder / REPORT).write_text(report_page(content), encoding="utf-8")
+    write_text(folder / SIDECAR, json.dumps(content, indent=1))
+    write_text(folder / REPORT, report_page(content))
     title, facts = card_facts(content)
     kind = "quantized" if "bits" in content["layers"][0] else "finetune"
     tags = ["compressed" if kind == "quantized" else "pruned"]

@@ -28,7 +28,7 @@ from leanstep._checkpoint.files import (
 )
 from leanstep._checkpoint.mapped import Scratch, forget_sources, is_mapped, note_use, release_pages
 from leanstep._checkpoint.safetensors import MappedFile
-from leanstep._files import is_folder_name, one_line
+from leanstep._files import gguf_file, is_folder_name, one_line
 from leanstep.pruning.cost import Cost, Plan
 from leanstep.pruning.folder.files import DTYPE_NAMES, Checkpoint, stored_dtypes
 from leanstep.sparsity.inference.load import check_declared, named_class, nobody_asked
@@ -199,12 +199,13 @@ def open_tokenizer(source: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     folder = Path(source).expanduser()
-    if folder.is_dir() and not any(any(folder.glob(name)) for name in ("*token*", "vocab*", "*.model")):
+    files = ("*token*", "vocab*", "*.model")
+    if folder.is_dir() and not _gguf(folder) and not any(any(folder.glob(name)) for name in files):
         raise ValueError(
             f"{source} holds no tokenizer (no tokenizer.json); save the model's own there by save_pretrained"
         )
     with _opening("tokenizer", source) as path:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **_gguf(folder))
         longest = tokenizer.model_max_length
         if isinstance(longest, bool) or not isinstance(longest, (int, float)) or not longest >= 1:
             raise ValueError(f"its model_max_length is {one_line(longest)}, expected a number of tokens")
@@ -261,9 +262,10 @@ def open_model(
     """Load a model whose weights fit its configuration.
 
     Args:
-        source: a folder, or the name of a model on the hub.
+        source: a folder, or the name of a model on the hub. A GGUF file in a folder without other weights is
+            dequantised.
         model_class: a class of transformers; None: ``AutoModelForCausalLM``.
-        dtype: of the weights; "auto": as stored.
+        dtype: of the weights; "auto": as stored, fp32 for GGUF.
         new_heads: see :func:`check_weights`.
         finite: read all weights and refuse NaN and infinity.
         mapped: open safetensors files by :class:`MappedFile`, not only those larger than the memory. What
@@ -276,7 +278,7 @@ def open_model(
     check_weights(source, model_class, new_heads=new_heads)
     with _opening("model", source) as path, _quiet(reports=True), _mapping_files(always=mapped):
         model = _class(model_class).from_pretrained(
-            path, dtype=dtype, trust_remote_code=False, ignore_mismatched_sizes=bool(new_heads)
+            path, dtype=dtype, trust_remote_code=False, ignore_mismatched_sizes=bool(new_heads), **_gguf(Path(path))
         )
     if finite:
         check_finite(model.state_dict().items(), source)
@@ -304,6 +306,7 @@ def check_weights(source: str | Path, model_class: Any = None, *, new_heads: Ite
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            **_gguf(Path(path)),
         )
     missing = sorted(map(str, info["missing_keys"]))
     mismatched = {str(row[0]): row[1:] for row in info["mismatched_keys"]}
@@ -318,7 +321,8 @@ def check_weights(source: str | Path, model_class: Any = None, *, new_heads: Ite
         if Path(path).is_dir():
             check_declared(Path(path), read_json(Path(path) / "config.json"))
         raise ValueError(_misfit(source, missing, mismatched, sorted(map(str, info["unexpected_keys"]))))
-    if Path(path).is_dir() and not read_json(Path(path) / "config.json").get("quantization_config"):
+    config = Path(path) / "config.json"
+    if config.is_file() and not read_json(config).get("quantization_config"):
         _check_dtypes(Path(path))
 
 
@@ -366,6 +370,12 @@ def _class(model_class: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM if model_class is None else model_class
+
+
+def _gguf(folder: Path) -> dict[str, str]:
+    """The argument by which transformers opens the GGUF file of a folder without other weights."""
+    file = gguf_file(folder)
+    return {} if file is None else {"gguf_file": file.name}
 
 
 @contextmanager

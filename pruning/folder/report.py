@@ -20,6 +20,7 @@ _PERPLEXITIES = (
     ("after", "Perplexity after"),
     ("recovered", "Perplexity recovered"),
 )
+TASKS = ("Task", "Metric", "Questions", "Before", "After")
 ZEROS_ALONE = (
     "File size and speed are those of the dense model: zeros alone make neither PyTorch nor vLLM faster. "
     "leanstep export stores the folder without its zeros, to run it in less memory on a CPU. 2:4 patterns can use "
@@ -49,6 +50,7 @@ def report_page(content: Mapping[str, Any]) -> str:
             *(content.get("recovery") or {}).get("notes", ()),
             *([ZEROS_ALONE] if unit.key == "sparsity" else []),
         ],
+        tasks={"header": TASKS, "rows": task_rows(content.get("tasks") or ())},
         refinement=_refinement(content),
         refinement_chart=_refinement_chart(content),
         reconstruction=_reconstruction(content),
@@ -68,7 +70,8 @@ def report_page(content: Mapping[str, Any]) -> str:
 def card_facts(content: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
     """Title and table of the model's card: how it was made, and the numbers of the page."""
     numbers = {label: f"{value} ({note})" for label, value, note in _numbers(content)}
-    return _title(content), {"How": _lead(content), **numbers}
+    tasks = {f"{row[0]} ({row[1]})": f"{row[4]} ({row[3]} before)" for row in task_rows(content.get("tasks") or ())}
+    return _title(content), {"How": _lead(content), **numbers, **tasks}
 
 
 def _title(content: Mapping[str, Any]) -> str:
@@ -164,6 +167,19 @@ def _compared(one: Mapping[str, Any], applied: str) -> list[str]:
     ratio = "-" if one.get("ratio") is None else f"{one['ratio']:.3f}"
     mark = " (applied)" if one["method"] == applied else ""
     return [one["method"] + mark, _number(one["joint"]) + error, _number(one["summed"]), ratio]
+
+
+def task_rows(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Table rows of tasks, with standard errors over the questions."""
+
+    def text(score: Mapping[str, Any]) -> str:
+        return f"{score['value']:.4f}" + ("" if score["stderr"] is None else f" ± {score['stderr']:.4f}")
+
+    return [
+        (one["task"], one["metric"], f"{one['questions']:,}", text(one), text(row["after"]))
+        for row in rows
+        for one in [row["before"]]
+    ]
 
 
 def _number(value: float | None) -> str:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from leanstep._files import is_folder_name, one_line
+from leanstep._files import gguf_file, is_folder_name, one_line
 from leanstep.recipes.config.schema import trained_size
 from leanstep.recipes.data.cache import build_once, cache_root, require
 from leanstep.recipes.data.hub import offline, unreachable
@@ -116,7 +116,8 @@ def open_tokenizer(spec: str, key: str | None = "data.tokenizer") -> "PreTrained
     from leanstep.pruning.folder import loading
 
     folder = Path(spec).expanduser()
-    if folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+    files = ("tokenizer.json", "tokenizer_config.json")
+    if gguf_file(folder) is None and folder.is_dir() and not any((folder / name).is_file() for name in files):
         raise ValueError(f"{begin}the folder '{spec}' holds no tokenizer (no tokenizer.json). {advice}")
     if not folder.is_dir() and is_folder_name(spec):
         raise ValueError(f"{begin}the folder '{spec}' does not exist")

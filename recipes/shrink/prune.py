@@ -18,6 +18,7 @@ from leanstep.pruning.config import PruneConfig
 from leanstep.recipes.report.formatting import format_duration
 from leanstep.recipes.report.progress import ProgressBar
 from leanstep.recipes.report.prune_output import OUT_OF_MEMORY, estimate_lines, recovery_lines, shown, summary_of
+from leanstep.recipes.shrink.judge import add_options, judge, load_tasks, task_lines
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,7 +63,9 @@ def run(options: argparse.Namespace) -> int:
             with InterruptibleStart():
                 import leanstep.pruning.public  # noqa: F401
             options.checkpoint = _model_folder(options.checkpoint)
+            tasks = load_tasks(options) if rank == 0 else None
             result = _prune(options, bar)
+            rows = judge(tasks, options, bar) if tasks and result is not None else []
     except (ValueError, ImportError, OSError, RuntimeError, MemoryError) as error:
         from leanstep._processes import is_first_to_fail
 
@@ -87,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
         return 130
     if rank > 0 or result is None:
         return 0
-    print(_output(result, options))
+    print(_output(result, options, rows))
     if options.json:
         return 0
     peak = peak_process_memory()
@@ -116,16 +119,22 @@ def _state_of(options: argparse.Namespace) -> str:
     return f"{options.out} holds the pruned model, {report}. Add --resume to the command to recover it"
 
 
-def _output(result: "PruneResult | RecoveryResult", options: argparse.Namespace) -> str:
+def _output(result: "PruneResult | RecoveryResult", options: argparse.Namespace, tasks: list[Any]) -> str:
     from leanstep.pruning import RecoveryResult
 
+    shown_tasks = [*task_lines(tasks), ""] if tasks else []
+    of_tasks = {"tasks": tasks} if tasks else {}
     if isinstance(result, RecoveryResult):
-        return json.dumps(result.to_dict()) if options.json else "\n".join(recovery_lines(result))
+        if options.json:
+            return json.dumps(result.to_dict() | of_tasks)
+        return "\n".join([*shown_tasks, *recovery_lines(result)])
     from leanstep._checkpoint.files import read_json
 
     # counted when they were written: to count again would read all weights, and keep them in memory
     layers = read_json(options.out / "sparsity.json")["layers"]
-    return json.dumps(result.to_dict(layers)) if options.json else summary_of(result, layers, options.out)
+    if options.json:
+        return json.dumps(result.to_dict(layers) | of_tasks)
+    return "\n".join([*shown_tasks, summary_of(result, layers, options.out)])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -188,6 +197,7 @@ def _afterwards_options(group: _Group) -> None:
     add = group.add_argument
     PruneConfig.add_options(group, "afterwards")
     add("--eval", action="store_true", help="perplexity on the held-out sequences, before and after")
+    add_options(group)
     add("--recover", type=int, metavar="STEPS", help="train after pruning on --data, with the zeros held")
     add("--recover-lr", type=float, metavar="LR", help="rms change of an entry in a step; default 3e-4 (factors 3e-3)")
     add("--recover-rank", type=int, metavar="R", help="recover by LoRA factors of this rank, merged at the end")

@@ -90,6 +90,20 @@ def test_the_command_writes_a_file_of_the_size_and_says_what_it_cost(base, tmp_p
     assert model.config.hidden_size == 64
 
 
+def test_the_other_commands_open_the_file_and_read_the_tokens_of_the_dense_model(base, tmp_path, capsys):
+    out, text = tmp_path / "out", ["--data", str(base / "text.txt"), "--seq-len", "24", "--json"]
+    assert main(arguments(base, out, "--bits-per-weight", "8", "--score", "nearest")) == 0
+    capsys.readouterr()
+    assert main(["eval", str(out), *text]) == main(["eval", str(base / "llama"), *text]) == 0
+    compressed, dense = map(json.loads, capsys.readouterr().out.splitlines())
+    assert compressed["tokens"] == dense["tokens"] and compressed["parameters"] == dense["parameters"]
+    assert 0 < abs(compressed["loss"] - dense["loss"]) < 0.01
+    assert main(["generate", str(out), "the", "--max-new-tokens", "4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == 4
+    assert main(["prune", str(out), "--out", str(tmp_path / "pruned"), "--sparsity", "0.5", *text[:2]]) == 2
+    assert "weights in GGUF only, which are quantised" in capsys.readouterr().err
+
+
 def test_an_interrupted_run_goes_on_to_the_same_bytes(base, tmp_path, monkeypatch):
     assert main(arguments(base, tmp_path / "whole", "--bits-per-weight", "6")) == 0
     from leanstep.pruning.measure.curve_file import PartialCurves

@@ -62,7 +62,7 @@ def talker(tmp_path_factory):
 
 
 def test_a_model_answers_by_its_chat_template_and_stops_at_the_end_of_its_turn(talker, capsys):
-    assert main(["generate", str(talker), "Who?", "--chat"]) == 0
+    assert main(["generate", str(talker), "--chat", "Who?"]) == 0
     assert capsys.readouterr().out == "A model.\n"
 
 

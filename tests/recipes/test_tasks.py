@@ -105,6 +105,24 @@ def test_shots_limit_and_perplexity_beside_tasks_in_a_table(places, capsys):
     assert "\ntasks: 1/9 answers\n" in shown and "Running" not in shown, "one progress, not the harness's"
 
 
+def test_prune_judges_the_dense_and_the_pruned_model_and_shows_both_in_its_report(places, tmp_path, capsys):
+    quiz, out = places / "quiz.yaml", tmp_path / "pruned"
+    (tmp_path / "text.txt").write_text("Which animal barks? A dog. " * 40)
+    small = "--samples 4 --curve-samples 2 --held-out 2 --seq-len 16 --curves fisher --sparsity 0.8 --json"
+    command = ["prune", places / "dense", "--out", out, "--data", tmp_path / "text.txt", *small.split()]
+    wrong = [*command, "--eval-tasks", places / "lost.yaml"], [*command, "--eval-limit", 2]
+    assert [main([*map(str, arguments)]) for arguments in wrong] == [2, 2] and not out.exists()
+    assert "--eval-limit goes with --eval-tasks" in capsys.readouterr().err
+    assert main([*map(str, command), "--eval-tasks", str(quiz), "--batch-size", "2"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["tasks"]
+    assert [row["before"]] == evaluate(capsys, places / "dense", "--tasks", quiz)["tasks"]
+    assert [row["after"]] == evaluate(capsys, out, "--tasks", quiz)["tasks"]
+    assert json.loads((out / "sparsity.json").read_text())["tasks"] == [row]
+    before, after = (f"{row[when]['value']:.4f}" for when in ("before", "after"))
+    assert f">{before} ± " in (page := (out / "report.html").read_text()) and f">{after} ± " in page
+    assert f"| quiz (acc) | {after} ± " in (out / "README.md").read_text()
+
+
 @pytest.fixture
 def named(places, monkeypatch):
     """Tasks and a group by their names. The harness's own take ten seconds to read."""
