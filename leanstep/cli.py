@@ -122,13 +122,14 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("arguments", nargs=argparse.REMAINDER, help="see `leanstep audit -- --help`")
 
     recipes = commands.add_parser("recipes", help="List, show or copy the recipes that come with the package.")
-    kinds = recipes.add_subparsers(metavar="list|show|copy", required=True)
+    kinds = recipes.add_subparsers(metavar="list|show|copy|keys", required=True)
     listing = command("list", _recipes_list, "List the recipes: size, data, what they need.", to=kinds)
     listing.add_argument("--json", action="store_true", help="as JSON")
     show = command("show", _recipes_show, "Print a recipe as it is written, or resolved.", to=kinds)
     _add_recipe(show)
     resolved = "all values, with those of the base and the defaults; key=value implies it"
     show.add_argument("--resolved", action="store_true", help=resolved)
+    command("keys", _recipes_keys, "List all keys of a recipe: values and default.", to=kinds)
     copy = command("copy", _recipes_copy, "Copy a recipe into a file of your own.", to=kinds)
     copy.add_argument("recipe", metavar="NAME", help="a recipe of `leanstep recipes list`")
     copy.add_argument("file", metavar="FILE", nargs="?", help="where to; default NAME.yaml here")
@@ -262,6 +263,16 @@ def _recipes_list(options: argparse.Namespace, rest: list[str]) -> int:
         rows.append((name, _short(fact.parameters), _short(fact.tokens), ", ".join(needs), expected, fact.description))
     print(*table_lines(rows), sep="\n")
     print("* published for the same protocol, not measured with the recipe")
+    return 0
+
+
+def _recipes_keys(options: argparse.Namespace, rest: list[str]) -> int:
+    _nothing_left(rest)
+    _need("recipes")
+    from leanstep._files import table_lines
+    from leanstep.recipes.config.catalog import recipe_keys
+
+    print("\n".join(table_lines([("key", "default", "values"), *recipe_keys()])))
     return 0
 
 

@@ -1,12 +1,15 @@
 """Facts of the shipped recipes for `leanstep recipes list`. Imports no torch."""
 
+import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from leanstep._files import is_folder_name
 from leanstep.recipes.config.loader import ALIASES
-from leanstep.recipes.config.schema import ModelConfig, RunConfig, trained_size
+from leanstep.recipes.config.schema import NOT_KEYS, ModelConfig, RunConfig, trained_size
 
 GPU_FLOPS = 1e16  # more floating-point operations than a desktop's CPU does in a day
 
@@ -95,3 +98,38 @@ def _gpt2_count(sizes: dict[str, Any], vocabulary: int) -> int:
     layer = 4 * width * width + 2 * width * mlp + 9 * width + mlp
     tables = 1 if sizes.get("tie_word_embeddings", True) else 2
     return (tables * vocabulary + positions) * width + layers * layer + 2 * width
+
+
+def recipe_keys() -> list[tuple[str, str, str]]:
+    """Every key of a recipe, with its default as JSON and its values in words, in the order of a resolved recipe."""
+    return list(_keys_of(RunConfig, ""))
+
+
+def _keys_of(section: Any, prefix: str) -> Iterator[tuple[str, str, str]]:
+    for name, field in section.__pydantic_fields__.items():
+        if hasattr(field.annotation, "__pydantic_fields__"):
+            yield from _keys_of(field.annotation, f"{prefix}{name}.")
+        elif name not in NOT_KEYS:
+            default = json.dumps(field.get_default(call_default_factory=True))
+            yield f"{prefix}{name}", default, _values(field.annotation, field.metadata)
+
+
+_BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+_WORDS = {int: "whole number", float: "number", str: "text", bool: "true, false", Any: "any value", NoneType: "null"}
+_LARGE = 2**16  # limits from here on only catch slips
+
+
+def _values(annotation: Any, facts: Iterable[Any] = ()) -> str:
+    """The values of a type in words; ``facts``: its limits, as pydantic has them."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _values(arguments[0], [*facts, *arguments[1:]])
+    if origin is Literal:
+        return ", ".join(map(str, arguments))
+    if origin in (list, dict):
+        return f"list: {_values(arguments[0])}" if origin is list else f"mapping: {_values(arguments[1])}"
+    if origin in (UnionType, Union):
+        return " or ".join(_values(part, facts) for part in arguments)
+    limits = [(word, getattr(fact, name, None)) for fact in facts for name, word in _BOUNDS.items()]
+    numbers = [f"{word} {value:,}" for word, value in limits if value is not None and value < _LARGE]
+    return " ".join([_WORDS[annotation], " and ".join(numbers if annotation in (int, float) else ())]).strip()
