@@ -23,8 +23,9 @@ def block(page, name):
 
 
 def test_the_page_lists_the_architectures_that_the_suite_prunes():
-    rows = "\n".join(f"| {kind} | {', '.join(sorted(c for c, _ in some.values()))} |" for kind, some in KINDS.items())
-    expected = f"`pytest tests/pruning/test_architectures.py`, written by `leanstep prune`:\n\n| | classes |\n|---|---|\n{rows}"
+    rows = [f"| {kind} | {', '.join(sorted(c for c, _ in some.values()))} |" for kind, some in KINDS.items()]
+    caption = "`pytest tests/pruning/test_architectures.py`, written by `leanstep prune`:"
+    expected = "\n".join([caption, "", "| | classes |", "|---|---|", *rows])
     assert block("choose.md", "architectures") == expected
 
 
@@ -41,10 +42,8 @@ def test_the_page_lists_the_keys_that_the_command_prints(capsys):
 def test_the_table_of_sizes_is_what_check_computes(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     sizes = importlib.import_module("recipes.sizes")
-    rows = {
-        row.split(" | ")[0].strip("| "): row.strip(" |").split(" | ")[1:]
-        for row in block("choose.md", "sizes").splitlines()
-    }
+    cells = [line.strip("| ").split(" | ") for line in block("choose.md", "sizes").splitlines()]
+    rows = {name: numbers for name, *numbers in cells}
     for optimizer in ("AdamW", "SinkGD, gradients released"):
         assert rows[optimizer][0] == sizes.gigabytes("60m", optimizer)
         assert rows[optimizer][-1] == sizes.gigabytes("1b", optimizer)
