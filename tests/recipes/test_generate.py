@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -12,12 +13,13 @@ from xml.etree import ElementTree
 import pytest
 import texts
 import torch
-from pruned_models import make_llama, save_tokenizer
+from pruned_models import make_llama, save_model, save_tokenizer
 from sparse_folders import save_sparse
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from leanstep.cli import main
+from leanstep.lora import LoraConfig, apply_lora, merge, remove_lora, save_adapter
 from leanstep.recipes import bench, generate
 from leanstep.recipes.data.tokens import decode_halves
 from leanstep.recipes.report.samples import sample
@@ -91,6 +93,50 @@ def test_turns_are_read_until_the_input_ends(talker, capsys, monkeypatch, termin
 def test_a_conversation_that_cannot_be_answered_is_told_in_one_line(talker, capsys, arguments, message):
     assert main(["generate", str(talker), "Who?", "--chat", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """A base, an adapter of it that changes every answer, and the merged model, each in a folder."""
+    root = tmp_path_factory.mktemp("adapted")
+    model = make_llama(hidden_size=32, intermediate_size=48)
+    save_model(model, root / "base")
+    save_tokenizer(root / "base")
+    lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], base_model_name_or_path=str(root / "base"))
+    apply_lora(model, lora)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    save_adapter(model, root / "adapter")
+    merge(model)
+    remove_lora(model)
+    save_model(model, root / "merged")
+    save_tokenizer(root / "merged")
+    return root
+
+
+def test_an_adapter_answers_as_the_merged_model(adapted, capsys):
+    options = ["the", "--max-new-tokens", "12", "--json"]
+    base, adapter, merged = (answer(capsys, "generate", adapted / n, *options) for n in ("base", "adapter", "merged"))
+    assert adapter["text"] == merged["text"] != base["text"]
+
+
+def test_an_adapter_of_a_base_that_is_not_there_or_another_is_told_in_one_line(adapted, tmp_path, capsys):
+    shutil.copytree(adapted / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    settings = json.loads(file.read_text())
+    save_model(make_llama(hidden_size=64, intermediate_size=96), tmp_path / "other")
+    save_tokenizer(tmp_path / "other")
+    for base, message in (
+        ("./nowhere", "its base model './nowhere' is not there"),
+        ("", "names no base model"),
+        (str(tmp_path / "other"), "does not fit"),
+    ):
+        file.write_text(json.dumps(settings | {"base_model_name_or_path": base}))
+        assert main(["generate", str(tmp_path / "adapter"), "the"]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert message in error and error.startswith("error: "), error
 
 
 def answer(capsys, *arguments):
