@@ -5,29 +5,48 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal, overload
 
 from torch import nn
+from torch.optim import AdamW, Optimizer
 
+from leanstep._torch import output_head
 from leanstep.optimizers.common.base import LeanOptimizer
 from leanstep.optimizers.common.checks import known_options
 from leanstep.optimizers.lanton.optimizer import LANTON
 from leanstep.optimizers.lion import Lion
 from leanstep.optimizers.mfac.optimizer import MFAC
 from leanstep.optimizers.param_groups import param_groups
+from leanstep.optimizers.peers import SCALE, MuonAdamW, peer_algorithm
 from leanstep.optimizers.rates.adamw import convert_rates
 from leanstep.optimizers.sinkgd.optimizer import SinkGD
 
-OPTIMIZERS: dict[str, type[LeanOptimizer]] = {"lanton": LANTON, "lion": Lion, "mfac": MFAC, "sinkgd": SinkGD}
+OPTIMIZERS: dict[str, type[Optimizer]] = {
+    "adamw": AdamW,
+    "lanton": LANTON,
+    "lion": Lion,
+    "mfac": MFAC,
+    "muon": MuonAdamW,
+    "scale": SCALE,
+    "sinkgd": SinkGD,
+}
 
 
-def class_named(name: str, owner: str) -> type[LeanOptimizer]:
+def class_named(name: str, owner: str) -> type[Optimizer]:
     """Return the class of a name of :func:`create`. Raises ValueError for another name, with the nearest one."""
     if name in OPTIMIZERS:
         return OPTIMIZERS[name]
     near = difflib.get_close_matches(str(name).lower(), OPTIMIZERS, n=1)
     advice = f"; take {near[0]!r}" if near else ""
     raise ValueError(f"{owner}: expected one of {', '.join(map(repr, OPTIMIZERS))} as name, got {name!r:.80}{advice}")
+
+
+@overload
+def create(model: nn.Module, name: Literal["lanton", "lion", "mfac", "sinkgd"], **options: Any) -> LeanOptimizer: ...
+
+
+@overload
+def create(model: nn.Module, name: str, **options: Any) -> Optimizer: ...
 
 
 def create(
@@ -41,16 +60,17 @@ def create(
     overrides: Iterable[tuple[str, Mapping[str, Any]]] | Mapping[str, Mapping[str, Any]] = (),
     say: Callable[[str], Any] | None = print,
     **options: Any,
-) -> LeanOptimizer:
+) -> Optimizer:
     """Make the optimizer of a model: :func:`param_groups`, then the class, in one call.
 
     Args:
         model: the model, with the parameters to train unfrozen. Shard or adapt it first.
-        name: "lanton", "lion", "mfac" or "sinkgd", the names that recipes use.
+        name: "lanton", "lion", "mfac" or "sinkgd", the names that recipes use; or, to compare with, "adamw" (torch's,
+            fused), "muon" (torch's Muon on hidden matrices and AdamW on the rest) or "scale".
         like_adamw: AdamW's learning rate and weight decay, such as ``{"lr": 3e-4, "weight_decay": 0.1}``, in place of
-            ``lr`` and ``weight_decay``, for all but "mfac". Steps move weights as far as AdamW's would, and decay by as
-            much; schedule and warm-up stay. Rates in ``settings`` and ``overrides`` are then AdamW's too.
-            ``docs/howto/learning-rates.md`` has the rule of each class.
+            ``lr`` and ``weight_decay``, for all but "mfac", "muon" and "scale". Steps move weights as far as AdamW's
+            would, and decay by as much; schedule and warm-up stay. Rates in ``settings`` and ``overrides`` are then
+            AdamW's too. ``docs/howto/learning-rates.md`` has the rule of each class.
         embeddings, split, settings, overrides: as for :func:`param_groups`; "balanced" embeddings need "sinkgd", and
             ``split`` needs "sinkgd" or "lanton".
         say: takes the table of groups, with the rules of the class; None: no table, as on all ranks but one.
@@ -58,8 +78,8 @@ def create(
 
     Raises:
         ValueError: for an unknown name; ``like_adamw`` without a rate, with unknown keys, with settings of roles that
-            no parameter has, with "mfac", or with options that it sets; ``embeddings="balanced"`` or ``split`` for an
-            optimizer without that rule; and as the class and :func:`param_groups` do.
+            no parameter has, with a class without a rule, or with options that it sets; ``embeddings="balanced"`` or
+            ``split`` for an optimizer without that rule; and as the class and :func:`param_groups` do.
         TypeError: for an option that the class does not have.
 
     Example:
@@ -85,6 +105,14 @@ def create(
             f"create: split={split!r} is for the rules of matrices of SinkGD and LANTON, not {cls.__name__}"
         )
     groups = param_groups(model, settings, embeddings=embeddings, split=split, overrides=overrides)
+    head = output_head(model)
+    for group in groups:
+        tied = head is not None and any(parameter is head.weight for _, parameter in group["params"])
+        algorithm = peer_algorithm(name, group["name"], group.get("algorithm", "adamw"), tied)
+        if algorithm is not None:
+            group["algorithm"] = algorithm
+    if cls is AdamW:
+        options.setdefault("fused", True)
     if like_adamw is not None:
         if groups.unused_settings:
             roles = ", ".join(groups.unused_settings)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from leanstep.kernels import newton_schulz
 
-# SCALE is part of recipes; files of results name it as a class of this module
-from leanstep.recipes.methods.scale import SCALE, TINY, WithAdamW
+# files of results name SCALE as a class of this module
+from leanstep.optimizers.peers import SCALE, TINY, WithAdamW
 
 __all__ = ["SCALE", "NorMuon"]
 

@@ -33,6 +33,10 @@ def _length(beta: float, nesterov: bool) -> float:
     return step_length(1 - beta**2 if nesterov else 1 - beta, beta)
 
 
+def _adamw(options: Mapping[str, Any], rate: Any, decay: float) -> dict[str, Any]:
+    return {"lr": rate, "weight_decay": decay}
+
+
 def _lion(options: Mapping[str, Any], rate: Any, decay: float) -> dict[str, Any]:
     length = step_length(1 - options["betas"][0], options["betas"][1])
     return {"lr": rate * length, "weight_decay": decay / length}
@@ -40,7 +44,7 @@ def _lion(options: Mapping[str, Any], rate: Any, decay: float) -> dict[str, Any]
 
 def _sinkgd(options: Mapping[str, Any], rate: Any, decay: float) -> dict[str, Any]:
     if options["algorithm"] == "adamw":
-        return {"lr": rate, "weight_decay": decay}
+        return _adamw(options, rate, decay)
     length = _length(options["momentum"], options["nesterov"] or options["algorithm"] == "balanced")
     return {"lr": rate, "weight_decay": decay / length, "scale": length}
 
@@ -53,6 +57,7 @@ def _lanton(options: Mapping[str, Any], rate: Any, decay: float) -> dict[str, An
 
 # class -> its rule, and the options that would change the length of its steps
 _RULES: dict[str, tuple[Callable[..., dict[str, Any]], tuple[str, ...]]] = {
+    "AdamW": (_adamw, ()),
     "Lion": (_lion, ()),
     "SinkGD": (_sinkgd, ("scale", "base_width", "spectral", "momentum_order")),
     "LANTON": (_lanton, ("scaling", "radius")),
@@ -88,10 +93,12 @@ def convert_rates(
             "go into settings, such as {'embedding': {'lr': 1e-3}}"
         )
     if cls.__name__ not in _RULES:
+        advice = "Give lr=, and tune it"
+        if cls.__name__ == "MFAC":
+            advice = "Its step grows as gradients shrink: give lr=, from 1e-3, and tune it with damping"
         raise ValueError(
-            f"{owner}: a step of {cls.__name__} has no set length: it grows as gradients shrink, so no rate of AdamW's "
-            "carries over. Give lr=, from 1e-3, and tune it with damping (docs/howto/learning-rates.md); Lion, SinkGD "
-            "and LANTON have a rule."
+            f"{owner}: no rule carries AdamW's rate over to {cls.__name__}. {advice} (docs/howto/learning-rates.md); "
+            "Lion, SinkGD and LANTON have a rule."
         )
     rule, lengths = _RULES[cls.__name__]
     defaults = {name: option.default for name, option in inspect.signature(cls).parameters.items()}

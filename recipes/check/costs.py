@@ -28,7 +28,7 @@ from leanstep._torch import output_head, weight_count
 from leanstep.kernels import use_backend
 from leanstep.optimizers.common.base import LeanOptimizer
 from leanstep.optimizers.common.sharding import dtype_of
-from leanstep.optimizers.gradient_accumulation import keeping_gradients
+from leanstep.optimizers.gradient_release import keeping_gradients
 from leanstep.optimizers.param_groups import parameter_roles
 from leanstep.pruning.folder.loading import empty_model
 from leanstep.recipes.config.schema import RunConfig, accumulation_steps, trained_size

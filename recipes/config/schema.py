@@ -17,8 +17,8 @@ OPTIMIZERS = {
     "sinkgd": "leanstep.optimizers:SinkGD",
     "lanton": "leanstep.optimizers:LANTON",
     "mfac": "leanstep.optimizers:MFAC",
-    "muon": "leanstep.recipes.methods.muon:MuonAdamW",
-    "scale": "leanstep.recipes.methods.scale:SCALE",
+    "muon": "leanstep.optimizers.peers:MuonAdamW",
+    "scale": "leanstep.optimizers.peers:SCALE",
     "sgd": "torch.optim:SGD",
 }
 MODEL_CONFIGS = {"llama": "transformers:LlamaConfig", "gpt2": "transformers:GPT2Config"}

@@ -31,6 +31,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrained
 from leanstep import optimizers
 from leanstep._torch import output_head
 from leanstep.optimizers import param_groups
+from leanstep.optimizers.peers import peer_algorithm
 from leanstep.optimizers.rates.adamw import convert_rates
 from leanstep.pruning.folder.loading import begin_tokens
 from leanstep.recipes.config.schema import (
@@ -44,14 +45,11 @@ from leanstep.recipes.config.schema import (
 )
 from leanstep.recipes.methods.fp8 import to_fp8, why_no_fp8
 from leanstep.recipes.methods.lora import adapt, why_not_quantized
-from leanstep.recipes.methods.scale import scale_algorithm
 from leanstep.recipes.training.failures import lost_process
 from leanstep.recipes.training.initial import check_initial_tokenizer, initial_model
 
 T = TypeVar("T")
 
-# optimizers with two algorithms: that of their name for matrices, and AdamW for the rest
-_WITH_ADAMW = ("sinkgd", "muon")
 # LoRA's B by its names here and in PEFT
 FACTOR_B = r"(^|\.)lora_(embedding_)?B(\.|$)"
 _SELECTORS = {"match", "role"}
@@ -422,12 +420,10 @@ def _groups(config: OptimizerConfig, model: torch.nn.Module) -> Iterator[dict[st
         role = base["name"]
         common = {key: value for key, value in base.items() if key not in ("name", "params")}
         algorithm = common.pop("algorithm", "adamw")
-        if config.name in _WITH_ADAMW:
-            # "sinkgd" is what param_groups calls the rule of matrices
-            common["algorithm"] = config.name if algorithm == "sinkgd" else algorithm
-        elif config.name == "scale":
-            tied = head is not None and any(parameter is head.weight for _, parameter in base["params"])
-            common["algorithm"] = scale_algorithm("head" if tied else role)
+        tied = head is not None and any(parameter is head.weight for _, parameter in base["params"])
+        algorithm = algorithm if config.name == "sinkgd" else peer_algorithm(config.name, role, algorithm, tied)
+        if algorithm is not None:
+            common["algorithm"] = algorithm
         by_entry: dict[int | None, list[tuple[str, torch.Tensor]]] = {}
         for name, parameter in base["params"]:
             by_entry.setdefault(first_entry(name, role), []).append((name, parameter))

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from leanstep.optimizers import LANTON, MFAC, Lion, ParamGroups, SinkGD, create, param_groups
-from leanstep.recipes.config.schema import OPTIMIZERS
+from leanstep.recipes.config.schema import OPTIMIZERS, OptimizerConfig
+from leanstep.recipes.training.build import build_optimizer
 
 
 class Model(nn.Module):
@@ -42,6 +43,38 @@ def test_the_class_its_options_and_the_groups_of_the_model(name, cls):
     assert all(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon", "scale"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_optimizers_to_compare_with_step_as_in_recipes(name, tied):
+    trained = []
+    for make in (
+        lambda model: create(model, name, lr=1e-2, weight_decay=0.1, say=None),
+        lambda model: build_optimizer(OptimizerConfig(name=name, lr=1e-2, weight_decay=0.1), model),
+    ):
+        torch.manual_seed(0)
+        model = Model()
+        if tied:
+            model.lm_head.weight = model.embed.weight
+        model.get_output_embeddings = lambda model=model: model.lm_head
+        optimizer = make(model)
+        for _ in range(3):
+            model(torch.arange(12)).square().sum().backward()
+            optimizer.step()
+        rules = {role: group.get("algorithm") for role, group in groups_of(optimizer).items()}
+        trained.append((model.state_dict(), rules if name != "adamw" else None))
+    (ours, ours_rules), (theirs, theirs_rules) = trained
+    assert ours_rules == theirs_rules
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+
+def test_the_rates_of_adamw_are_its_own_and_muon_has_no_rule_for_them():
+    groups = groups_of(create(Model(), "adamw", like_adamw={"lr": 3e-4, "weight_decay": 0.1}, say=None))
+    assert groups["hidden"]["lr"] == groups["norm"]["lr"] == 3e-4 and groups["hidden"]["weight_decay"] == 0.1
+    assert groups["norm"]["weight_decay"] == 0 and groups["hidden"]["fused"]
+    with pytest.raises(ValueError, match="no rule carries AdamW's rate over to MuonAdamW"):
+        create(Model(), "muon", like_adamw={"lr": 3e-4})
+
+
 @pytest.mark.parametrize(
     "name, rules", [("sinkgd", ["sinkgd", "adamw"]), ("lanton", ["rms", "sign"]), ("lion", []), ("mfac", [])]
 )
@@ -68,7 +101,7 @@ def test_settings_of_a_role_that_no_parameter_has_are_told(roles, told):
 @pytest.mark.parametrize(
     "name, options, error, message",
     [
-        ("adam", {}, ValueError, "expected one of 'lanton', 'lion', 'mfac', 'sinkgd' as name, got 'adam'"),
+        ("adam", {}, ValueError, "expected one of 'adamw', 'lanton', .* as name, got 'adam'; take 'adamw'$"),
         ("lion", {"momentum": 0.9}, TypeError, "Lion has no option momentum; it has .*betas"),
         ("lion", {"embeddings": "balanced"}, ValueError, "'balanced' is a rule of SinkGD; Lion does not have it"),
         ("sinkgd", {"embeddings": "sinkhorn"}, ValueError, r"one of \('adamw', 'balanced'\), got 'sinkhorn'"),
@@ -145,7 +178,13 @@ def test_like_adamw_moves_as_far_and_decays_as_much(name, options):
         ("sinkgd", {"lr": 1e-3}, {"settings": {"hidden": {"scale": 0.1}}}, ValueError, "leave out scale;"),
         ("lion", {"lr": 1e-3}, {"settings": {"router": {"lr": 1.0}}}, ValueError, "no parameter has the role router"),
         ("lion", {"lr": 1e-3}, {"settings": {"norm": {"lr": "fast"}}}, TypeError, "group 'norm': lr must be a number"),
-        ("mfac", {"lr": 1e-3}, {}, ValueError, "a step of MFAC has no set length.*Give lr=, from 1e-3"),
+        (
+            "mfac",
+            {"lr": 1e-3},
+            {},
+            ValueError,
+            "no rule carries AdamW.s rate over to MFAC. Its step grows.*give lr=, from 1e-3",
+        ),
     ],
 )
 def test_mistakes_of_like_adamw_are_told(name, rates, options, error, message):
