@@ -155,7 +155,7 @@ def read_run(folder: Path) -> Run:
         for name in ("optimizer_report.json", "attention_report.json", "gate_report.json")
     )
     run.sparsity_report = _json(run, "sparsity_report.json", needed=False)
-    _read_log(run)
+    read_log(run, _text(run, "log.jsonl"))
     run.problems = [*_judge(run), *run.problems]
     return run
 
@@ -210,10 +210,11 @@ def _json(run: Run, name: str, *, needed: bool = True, kind: type = dict) -> Any
     return content if isinstance(content, kind) else kind()
 
 
-def _read_log(run: Run) -> None:
+def read_log(run: Run, text: str) -> None:
+    """Add lines of log.jsonl to a run; lines that cannot be read are counted in its ``problems``."""
     unreadable = 0
     rows_of = {"train": run.train, "eval": run.evals, "spike": run.spike_entries}
-    for line in _text(run, "log.jsonl").splitlines():
+    for line in text.splitlines():
         try:
             entry = parse_json(line)
             kind = entry["kind"]
