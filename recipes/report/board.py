@@ -107,7 +107,9 @@ class Board:
             if found < _MOST_REPORTS and set(files) >= _REPORT:
                 found += 1
                 name = self._name(Path(folder, "report.html"))
-                pictures = [Path(file) for file in sorted(files) if TYPES.get(Path(file).suffix, "").startswith("image/")]
+                pictures = [
+                    Path(file) for file in sorted(files) if TYPES.get(Path(file).suffix, "").startswith("image/")
+                ]
                 with suppress(OSError, ValueError):
                     title = _TITLE.search(self.file(name).decode("utf-8", "replace"))
                     yield {

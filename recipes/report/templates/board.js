@@ -39,7 +39,7 @@ function fill(id, ...children) {
 
 // ---- runs: which are shown, their groups and colours
 
-const numbers = {};  // name -> number in the order of appearance, so that a new run changes no colour
+const numbers = {};  // grouping -> group -> its number, by appearance: a new run changes no colour
 const setting = (run, key) => {
   if (key in run) return run[key];
   const row = data.settings.find(([name]) => name == key);
@@ -60,7 +60,7 @@ function matching() {
 const shown = () => matching().filter(isOn);
 
 function look(group) {
-  const number = numbers[group] ??= Object.keys(numbers).length;
+  const known = numbers[chosen.group] ??= {}, number = known[group] ??= Object.keys(known).length;
   const color = getComputedStyle(document.documentElement).getPropertyValue(`--c${number % COLORS}`).trim();
   return {color, dash: DASHES[Math.floor(number / COLORS) % DASHES.length]};
 }
@@ -174,7 +174,7 @@ function charts() {
   for (const figure of place.children) {
     const plot = figure.querySelector(".plot"), key = figure.dataset.key;
     const config = {
-      displaylogo: false, responsive: true, displayModeBar: coarse.matches || "hover", doubleClick: "reset",
+      displaylogo: false, responsive: true, displayModeBar: true, doubleClick: "reset",
       showSendToCloud: false, plotlyServerURL: "",  // it would send the numbers to a host
       modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
       toImageButtonOptions: {filename: key},
