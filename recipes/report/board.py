@@ -127,7 +127,7 @@ class _Followed:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.run = folder, Run(folder, folder.name)
-        self._marks: list[tuple[int, ...]] = []
+        self._marks: list[tuple[int, int, int]] = []
         self._log, self._size = (0, 0), 0
         self._drawn: tuple[tuple[int, ...], dict[str, Any]] = (), {}
 

@@ -287,7 +287,8 @@ def test_a_served_board_follows_its_runs_and_keeps_the_zoom(tab, tmp_path):
             assert visit.messages == []
             count = "document.querySelectorAll('.plot')[1]?.data[0]?.x.length"
             until(tab, count, 11)
-            tab.evaluate("Plotly.relayout(document.querySelectorAll('.plot')[1], {'xaxis.range': [20, 90]}).then(() => 1)")
+            zoom = "Plotly.relayout(document.querySelectorAll('.plot')[1], {'xaxis.range': [20, 90]})"
+            tab.evaluate(f"{zoom}.then(() => 1)")
             with (run / "log.jsonl").open("a") as log:
                 log.write(json.dumps({"step": 110, "kind": "train", "loss": 5.0}) + "\n")
             until(tab, count, 12)
