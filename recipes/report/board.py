@@ -72,6 +72,8 @@ class Board:
         reported = [f"{fact['name']}: {text}" for fact, run in zip(facts, runs, strict=True) for text in run.problems]
         for fact, run, curve in zip(facts, runs, curves, strict=True):
             del fact["age_s"]  # the page computes it from "updated"
+            # status.json is older than the log while a run is running
+            fact["step"] = max([fact["step"] or 0, *curve["train"]["step"][-1:]])
             page = run.folder / "report.html"
             fact.update(recipe=run.name, curves=curve, report=self._name(page) if page.is_file() else None)
         return {

@@ -209,7 +209,9 @@ def board(tab, tmp_path):
 @pytest.mark.parametrize("screen", ["light", "dark", "phone"])
 def test_the_board_draws_all_runs_and_asks_for_nothing(tab, pages, screen):
     visit = tab.open(pages["board"], SCREENS[screen])
-    assert visit.messages == [] and visit.requests == [pages["board"].as_uri()]
+    assert visit.messages == []
+    # older versions of the library try how the browser reads a picture that they carry
+    assert [address for address in visit.requests if not address.startswith("data:")] == [pages["board"].as_uri()]
     assert tab.evaluate("document.documentElement.scrollWidth") <= SCREENS[screen].width, "the page scrolls sideways"
     curves = tab.evaluate(CURVES)
     assert [[length for _, length, *_ in chart] for chart in curves] == [[6] * 3, [61] * 3]

@@ -104,7 +104,9 @@ def test_a_log_is_followed_and_its_torn_line_waits(tmp_path):
 
     def losses():
         content = board.content()
-        assert content["problems"] == []
+        assert content["problems"] == [] and content["runs"][0]["step"] == max(
+            20, content["runs"][0]["curves"]["train"]["step"][-1]
+        )
         return content["runs"][0]["curves"]["train"]["values"]["loss"]
 
     logged = losses()

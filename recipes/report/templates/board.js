@@ -24,7 +24,10 @@ const chosen = {
   sort: "updated", down: false, off: [],
 };
 try {
-  Object.assign(chosen, JSON.parse(decodeURIComponent(location.hash.slice(1))));
+  const kept = JSON.parse(decodeURIComponent(location.hash.slice(1)));
+  for (const [key, value] of Object.entries(chosen)) {
+    if (typeof kept[key] == typeof value && Array.isArray(kept[key]) == Array.isArray(value)) chosen[key] = kept[key];
+  }
 } catch { /* no choice, or one that was damaged */ }
 
 function element(tag, attributes, ...children) {
