@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -20,7 +21,7 @@ import numpy as np
 from leanstep._files import open_regular, read_bytes, write_text
 from leanstep._pages.page import render
 from leanstep.recipes.report.report import differences
-from leanstep.recipes.report.runlog import Run, number, read_files, read_log
+from leanstep.recipes.report.runlog import LOG_LIMIT, Run, number, read_files, read_log
 from leanstep.recipes.report.runs import facts_of, run_folders
 from leanstep.recipes.training.folder import is_held
 
@@ -109,15 +110,13 @@ class Board:
             if found < _MOST_REPORTS and set(files) >= _REPORT:
                 found += 1
                 name = self._name(Path(folder, "report.html"))
-                pictures = [
-                    Path(file) for file in sorted(files) if TYPES.get(Path(file).suffix, "").startswith("image/")
-                ]
+                pictures = [file for file in sorted(files) if TYPES.get(Path(file).suffix, "").startswith("image/")]
                 with suppress(OSError, ValueError):
                     title = _TITLE.search(self.file(name).decode("utf-8", "replace"))
                     yield {
                         "file": name,
                         "title": html.unescape(title[1]) if title else name,
-                        "pictures": [self._name(folder / picture) for picture in pictures[:_MOST_PICTURES]],
+                        "pictures": [self._name(Path(folder, picture)) for picture in pictures[:_MOST_PICTURES]],
                     }
 
     def _name(self, path: Path) -> str:
@@ -128,9 +127,9 @@ class _Followed:
     """A run whose files are read as far as they changed, its log from where the last call ended."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.run = folder, Run(folder, folder.name)
-        self._marks: list[tuple[int, int, int]] = []
-        self._log, self._size = (0, 0), 0
+        self.folder = folder
+        self._described, self._marks = Run(folder, ""), [(0, 0, 0)]
+        self._logged, self._log, self._size = Run(folder, ""), (0, 0), 0
         self._drawn: tuple[tuple[int, ...], dict[str, Any]] = (), {}
 
     def read(self) -> Run:
@@ -138,34 +137,39 @@ class _Followed:
         facts = [os.lstat(self.folder / name) for name in ("config.yaml", "status.json")]
         marks = [(fact.st_ino, fact.st_mtime_ns, fact.st_size) for fact in facts]
         if marks != self._marks:
-            run = read_files(self.folder)
-            run.train, run.evals, self.run, self._marks = self.run.train, self.run.evals, run, marks
-        self.run.held = is_held(self.folder)
+            self._described, self._marks = read_files(self.folder), marks
+        problems = list(self._described.problems)
         try:
             self._read_log()
+        except FileNotFoundError:
+            pass  # the run starts
         except OSError as error:
-            self.run.problems = [f"log.jsonl cannot be read: {error.strerror}"]
-        return self.run
+            problems.append(f"log.jsonl cannot be read: {error.strerror}")
+        return replace(
+            self._described,
+            held=is_held(self.folder),
+            train=self._logged.train,
+            evals=self._logged.evals,
+            problems=[*problems, *self._logged.problems],
+        )
 
     def _read_log(self) -> None:
         with open(open_regular(self.folder / "log.jsonl"), "rb") as file:
             facts = os.fstat(file.fileno())
             log = facts.st_dev, facts.st_ino
             if log != self._log or facts.st_size < self._size:  # a resumed run writes it anew
-                self._log, self._size = log, 0
-                self.run.train.clear()
-                self.run.evals.clear()
+                self._logged, self._log, self._size = Run(self.folder, ""), log, 0
             file.seek(self._size)
-            added = file.read()
+            added = file.read(LOG_LIMIT)
         whole = added[: added.rfind(b"\n") + 1]
         self._size += len(whole)
-        read_log(self.run, whole.decode("utf-8", "replace"))
+        read_log(self._logged, whole.decode("utf-8", "replace"))
 
     def curves(self, most_lines: int) -> dict[str, Any]:
         """The columns of training lines and validations."""
-        key = (self._log[1], self._size, most_lines)
+        key = (*self._log, self._size, most_lines)
         if self._drawn[0] != key:
-            self._drawn = key, _curves(self.run, most_lines)
+            self._drawn = key, _curves(self._logged, most_lines)
         return self._drawn[1]
 
 

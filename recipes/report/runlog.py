@@ -12,7 +12,7 @@ from leanstep._files import parse_json, read_text
 from leanstep.recipes.training.folder import is_held
 
 _SHOWN_WARNINGS, _SHOWN_SPIKES = 8, 20
-_LOG_LIMIT = 1 << 30  # bytes of log.jsonl and train.log
+LOG_LIMIT = 1 << 30  # bytes of log.jsonl and train.log
 _WORD = 200  # characters of a name or state
 LARGEST = 1e100  # of a number that is shown; larger ones overflow in charts
 
@@ -178,7 +178,7 @@ def read_files(folder: Path) -> Run:
 
 def _text(run: Run, name: str, *, needed: bool = True) -> str:
     try:
-        return read_text(run.folder / name, _LOG_LIMIT, errors="replace")
+        return read_text(run.folder / name, LOG_LIMIT, errors="replace")
     except FileNotFoundError:
         if needed:
             run.problems.append(f"{name} is missing")
