@@ -203,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     board = command("board", _board, "Show all runs below a folder on one page: live curves, settings, reports.")
     board.add_argument("folder", metavar="FOLDER", nargs="?", type=Path, default=Path("runs"), help="default runs/")
     way = board.add_mutually_exclusive_group()
-    way.add_argument("--port", type=port, default=8765, help="of 127.0.0.1, default 8765; 0: a free one")
+    way.add_argument("--port", metavar="N", type=port, default=8765, help="of 127.0.0.1, default 8765; 0: a free one")
     way.add_argument("--out", metavar="FILE", type=Path, help="write the page as one file instead of serving it")
     report = command("report", _report, "Write one HTML page about one run, or comparing several.")
     report.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folders")
