@@ -245,6 +245,9 @@ def test_a_reader_of_the_board_chooses_what_it_shows(tab, board):
     tab.evaluate("document.querySelectorAll('#keys button')[1].click()")
     board("filter", "")
     assert [name for name, *_ in tab.evaluate(CURVES)[0]] == ["a", "b", "c"]
+    board("filter", "optimizer.lr=0.1 optimizer.lr=0")
+    assert [row[0] for row in tab.evaluate(ROWS)] == ["a", "c"]
+    board("filter", "")
     # a chart of another number, over hours, on logarithmic axes
     board("add", "grad_norm")
     board("x", "hours")

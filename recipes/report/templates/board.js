@@ -15,7 +15,7 @@ const COLUMNS = {
 const coarse = matchMedia("(pointer: coarse)");
 const find = id => document.getElementById(id);
 const written = JSON.parse(find("data").textContent);
-let data = written || {runs: [], settings: [], reports: [], problems: []};
+let data = {runs: [], settings: [], reports: [], problems: []};
 let read = null, lost = false, drawn = "";
 
 // what the reader chose, kept in the address: it survives a reload and can be passed on
@@ -43,21 +43,18 @@ function fill(id, ...children) {
 // ---- runs: which are shown, their groups and colours
 
 const numbers = {};  // grouping -> group -> its number, by appearance: a new run changes no colour
-const setting = (run, key) => {
-  if (key in run) return run[key];
-  const row = data.settings.find(([name]) => name == key);
-  return row ? row[1][data.runs.indexOf(run)] : "-";
-};
+const setting = (run, key) => key in run ? run[key] : run.settings[key] ?? "-";
 const groupOf = run => chosen.group ? setting(run, chosen.group) : run.name;
 const isOn = run => !chosen.off.includes(run.name);
 
 function matching() {
   const words = chosen.filter.toLowerCase().split(/\s+/).filter(Boolean);
-  return data.runs.filter(run => {
-    const keys = [...Object.keys(COLUMNS), "recipe", ...data.settings.map(([key]) => key)];
-    const text = keys.map(key => `${key}=${setting(run, key)}`).join("\n").toLowerCase();
-    return words.every(word => text.includes(word));
-  });
+  const keys = [...Object.keys(COLUMNS), "recipe", ...data.settings.map(([key]) => key)];
+  const facts = new Map(data.runs.map(run => [run, keys.map(key => `${key}=${setting(run, key)}`.toLowerCase())]));
+  // a whole key=value means that value, any other word a part of one: lr=0.1 is not lr=0.15
+  const whole = new Set([...facts.values()].flat());
+  return data.runs.filter(run => words.every(word =>
+    facts.get(run).some(fact => whole.has(word) ? fact == word : fact.includes(word))));
 }
 
 const shown = () => matching().filter(isOn);
@@ -346,6 +343,12 @@ function draw() {
   for (const part of [lead, choices, legend, charts, runs, problems, settings, reports]) part();
 }
 
+function take(content) {
+  data = content;
+  data.runs.forEach((run, i) => { run.settings = Object.fromEntries(data.settings.map(([key, values]) => [key, values[i]])); });
+  draw();
+}
+
 async function poll() {
   if (!document.hidden) {
     try {
@@ -354,8 +357,8 @@ async function poll() {
       if (!answer.ok) throw new Error(text);
       [lost, read] = [false, new Date()];
       if (text != drawn) {
-        [drawn, data] = [text, JSON.parse(text)];
-        draw();
+        drawn = text;
+        take(JSON.parse(text));
       }
     } catch {
       lost = true;
@@ -371,5 +374,5 @@ find("smooth").oninput = event => { chosen.smooth = Number(event.target.value); 
 find("filter").oninput = event => { chosen.filter = event.target.value; draw(); };
 find("add").onchange = event => { if (event.target.value) chosen.charts.push(event.target.value); draw(); };
 matchMedia("(prefers-color-scheme: dark)").onchange = draw;
-draw();
+take(written || data);
 if (!written) poll();
