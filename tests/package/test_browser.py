@@ -282,6 +282,7 @@ def test_the_board_smooths_and_takes_the_mean_of_a_group(tab, board):
     assert tab.evaluate(LEGEND) == [["lion", "true"], ["<i>sgd", "true"]]
 
 
+@pytest.mark.slow  # the page asks every five seconds
 def test_a_served_board_follows_its_runs_and_keeps_the_zoom(tab, tmp_path):
     run = write_run(tmp_path / "runs" / "<img src=x onerror=console.log(1)>", made=100)
     with BoardServer(tmp_path / "runs", 0) as server:

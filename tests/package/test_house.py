@@ -79,7 +79,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "kernel proofs": 81,
         "learning rates by short runs": 249,
         "leanstep runs": 104,
-        "leanstep board": 429,
+        "leanstep board": 430,
         "trackers by name": 71,
         "tasks": 167,
         "chat recipes": 22,
