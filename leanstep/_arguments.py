@@ -54,6 +54,13 @@ def whole(text: str) -> int:
     return int(text)
 
 
+def port(text: str) -> int:
+    """The type of an option with a TCP port; 0 stands for a free one."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 65535, got {text!r}")
+    return int(text)
+
+
 def new_folder(text: str) -> Path:
     """The type of an option that names a folder to create."""
     try:

@@ -14,7 +14,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from leanstep._arguments import EXIT_BAD_INPUT, OneLineParser, positive
+from leanstep._arguments import EXIT_BAD_INPUT, OneLineParser, port, positive
 from leanstep._process import (
     InterruptibleStart,
     collector_paused,
@@ -40,6 +40,7 @@ COMPARISON = "comparison.html"
 EXTRAS = {
     "recipes": ("omegaconf", "pydantic", "yaml", "rich"),
     "training": ("omegaconf", "pydantic", "transformers", "accelerate", "datasets", "tokenizers", "rich"),
+    "board": ("omegaconf", "pydantic", "yaml", "plotly"),
 }
 
 
@@ -200,6 +201,11 @@ def _parser() -> argparse.ArgumentParser:
         help="only runs of which it holds, such as optimizer.name=lion or state=done; TEXT may have wildcards",
     )
     runs.add_argument("--json", action="store_true", help="all facts and settings as JSON")
+    board = command("board", _board, "Show all runs below a folder on one page: live curves, settings, reports.")
+    board.add_argument("folder", metavar="FOLDER", nargs="?", type=Path, default=Path("runs"), help="default runs/")
+    way = board.add_mutually_exclusive_group()
+    way.add_argument("--port", metavar="N", type=port, default=8765, help="of 127.0.0.1, default 8765; 0: a free one")
+    way.add_argument("--out", metavar="FILE", type=Path, help="write the page as one file instead of serving it")
     report = command("report", _report, "Write one HTML page about one run, or comparing several.")
     report.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folders")
     report.add_argument(
@@ -430,6 +436,24 @@ def _runs(options: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
+def _board(options: argparse.Namespace, rest: list[str]) -> int:
+    _nothing_left(rest)
+    _need("board")
+    from leanstep.recipes.report.board import write_board
+    from leanstep.recipes.report.board_server import BoardServer
+
+    try:
+        if options.out:
+            print(f"{write_board(options.folder, options.out)} written")
+            return 0
+        with BoardServer(options.folder, options.port) as server:
+            print(f"{server.url} shows the runs below {options.folder}; Ctrl-C ends it", flush=True)
+            server.serve_forever()
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return 0
+
+
 def _compare(options: argparse.Namespace, rest: list[str]) -> int:
     if len(options.runs) < 2:
         raise UsageError("expected at least two runs to compare; `leanstep report RUN` is about one")
@@ -526,7 +550,8 @@ def _need(group: str) -> None:
     missing = [name for name in EXTRAS[group] if find_spec(name) is None]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
-        raise UsageError(f"{', '.join(missing)} {verb} not installed: pip install 'leanstep[recipes]'")
+        extra = "board" if group == "board" else "recipes"
+        raise UsageError(f"{', '.join(missing)} {verb} not installed: pip install 'leanstep[{extra}]'")
 
 
 def _short(number: float | None) -> str:

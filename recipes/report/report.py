@@ -35,6 +35,7 @@ _SECTIONS: dict[str, tuple[str, str, tuple[str, ...]]] = {
 }
 # section -> column of its rows that is drawn over the layers, and its title
 _MAPS = {"sparsity": ("sparsity", "Sparsity of each matrix"), "optimizer": ("factor", "Step size of each matrix")}
+_NAMES = ("name", "out", "source_file")  # they differ between any two runs
 _SHARED_FACTS = ("device", "versions.torch", "versions.leanstep", "world")
 
 
@@ -106,7 +107,7 @@ def _verdict(runs: list[Run]) -> list[str]:
             lines.append(f"at {budget} {verdict if behind else f'all have the validation loss {lowest:.4f}'}")
     if not lines:
         return ["no verdict: not every run has a validation loss within the tokens or the time of the shortest run"]
-    data = [key for key, _ in _differences([flat(run.config) for run in runs]) if key.startswith("data.")]
+    data = [key for key, _ in differences([flat(run.config) for run in runs]) if key.startswith("data.")]
     if data:
         lines.append(f"the runs differ in {', '.join(data[:5])}: their losses may be of other texts or sequences")
     return [*lines, "one run each: a loss also moves with the seed; `leanstep sweep RECIPE seed=0,1,2` shows how far"]
@@ -287,8 +288,8 @@ def _comparison(runs: list[Run], most_text: int) -> dict[str, Any]:
         "runs": runs,
         "results": _results(runs),
         "problems": [f"{run.name}: {problem}" for run in runs for problem in run.problems],
-        "configurations": _differences(configurations),
-        "environments": _differences(environments, always=_SHARED_FACTS),
+        "configurations": differences(configurations),
+        "environments": differences(environments, always=_SHARED_FACTS),
         "samples": [(run.name, text) for run in runs if (text := _cut(run.sample, most_text // len(runs)))],
     }
 
@@ -323,12 +324,12 @@ def _results(runs: list[Run]) -> list[dict[str, Any]]:
     ]
 
 
-def _differences(columns: list[dict[str, str]], always: tuple[str, ...] = ()) -> list[tuple[str, list[str]]]:
+def differences(columns: list[dict[str, str]], always: tuple[str, ...] = ()) -> list[tuple[str, list[str]]]:
     """List (key, values of all runs) where runs differ, and (key, [value]) for equal keys in ``always``."""
     rows = []
     for key in dict.fromkeys(key for column in columns for key in column):
         values = [column.get(key, "-")[:200] for column in columns]
-        if len(set(values)) > 1 and key not in ("name", "out", "source_file"):
+        if len(set(values)) > 1 and key not in _NAMES:
             rows.append((key, values))
         elif key in always:
             rows.append((key, values[:1]))

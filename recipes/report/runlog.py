@@ -12,7 +12,7 @@ from leanstep._files import parse_json, read_text
 from leanstep.recipes.training.folder import is_held
 
 _SHOWN_WARNINGS, _SHOWN_SPIKES = 8, 20
-_LOG_LIMIT = 1 << 30  # bytes of log.jsonl and train.log
+LOG_LIMIT = 1 << 30  # bytes of log.jsonl and train.log
 _WORD = 200  # characters of a name or state
 LARGEST = 1e100  # of a number that is shown; larger ones overflow in charts
 
@@ -155,7 +155,7 @@ def read_run(folder: Path) -> Run:
         for name in ("optimizer_report.json", "attention_report.json", "gate_report.json")
     )
     run.sparsity_report = _json(run, "sparsity_report.json", needed=False)
-    _read_log(run)
+    read_log(run, _text(run, "log.jsonl"))
     run.problems = [*_judge(run), *run.problems]
     return run
 
@@ -178,7 +178,7 @@ def read_files(folder: Path) -> Run:
 
 def _text(run: Run, name: str, *, needed: bool = True) -> str:
     try:
-        return read_text(run.folder / name, _LOG_LIMIT, errors="replace")
+        return read_text(run.folder / name, LOG_LIMIT, errors="replace")
     except FileNotFoundError:
         if needed:
             run.problems.append(f"{name} is missing")
@@ -210,10 +210,11 @@ def _json(run: Run, name: str, *, needed: bool = True, kind: type = dict) -> Any
     return content if isinstance(content, kind) else kind()
 
 
-def _read_log(run: Run) -> None:
+def read_log(run: Run, text: str) -> None:
+    """Add lines of log.jsonl to a run; lines that cannot be read are counted in its ``problems``."""
     unreadable = 0
     rows_of = {"train": run.train, "eval": run.evals, "spike": run.spike_entries}
-    for line in _text(run, "log.jsonl").splitlines():
+    for line in text.splitlines():
         try:
             entry = parse_json(line)
             kind = entry["kind"]

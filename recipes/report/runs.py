@@ -41,13 +41,11 @@ def list_runs(root: Path, conditions: Sequence[str] = (), order: str = "age") ->
     Raises:
         ValueError: the folder is none, a condition is not ``KEY=TEXT``, or no run has its key.
     """
-    if not root.is_dir():
-        raise ValueError(f"{root} is not a folder; expected one that holds runs, such as runs/")
     pairs = [condition.partition("=") for condition in conditions]
     for key, equals, _ in pairs:
         if not key or not equals:
             raise ValueError(f"--where: expected KEY=TEXT, such as optimizer.name=lion or state=done, got {key!r}")
-    runs = [_facts(read_files(folder), root) for folder in _folders(root)]
+    runs = [facts_of(read_files(folder), root) for folder in run_folders(root)]
     for key, _, _ in pairs:
         if runs and not any(key in run or key in run["settings"] for run in runs):
             raise ValueError(f"--where: no run has {key!r}; expected a key of recipes, or one of {', '.join(runs[0])}")
@@ -68,7 +66,10 @@ def table(runs: Sequence[dict[str, Any]]) -> list[str]:
     return table_lines(rows)
 
 
-def _folders(root: Path) -> Iterator[Path]:
+def run_folders(root: Path) -> Iterator[Path]:
+    """Yield the folders of runs in and below a folder, by name. Raises ValueError where it is none."""
+    if not root.is_dir():
+        raise ValueError(f"{root} is not a folder; expected one that holds runs, such as runs/")
     for folder, names, files in os.walk(root):
         if set(files) >= _FILES:
             names.clear()  # checkpoints are no runs
@@ -76,7 +77,8 @@ def _folders(root: Path) -> Iterator[Path]:
         names.sort()
 
 
-def _facts(run: Run, root: Path) -> dict[str, Any]:
+def facts_of(run: Run, root: Path) -> dict[str, Any]:
+    """What :func:`list_runs` returns of one run."""
     status, updated = run.status, str(run.status.get("updated"))
     try:
         age = max(0.0, time.time() - datetime.strptime(updated, "%Y-%m-%dT%H:%M:%S%z").timestamp())

@@ -96,16 +96,17 @@ class Clock:
 class Progress:
     """Prints lines and appends them to ``train.log``, in the first process only.
 
-    On a terminal, a live bar shows every step and other lines scroll above it. Elsewhere each log line is printed.
+    On a terminal (``live``) a bar shows every step, and other lines scroll above it. Elsewhere each log line is
+    printed.
     """
 
     def __init__(self, folder: RunFolder, steps: int, *, active: bool, live: bool | None = None) -> None:
         self._folder, self._steps, self._active = folder, steps, active
         self._bar: Any = None
-        self._live = active and (sys.stdout is not None and sys.stdout.isatty() if live is None else live)
+        self.live = active and (sys.stdout is not None and sys.stdout.isatty() if live is None else live)
 
     def __enter__(self) -> "Progress":
-        if self._live:
+        if self.live:
             from rich.progress import BarColumn, TextColumn
             from rich.progress import Progress as Bar
 

@@ -5,6 +5,7 @@ saves, ``finish`` writes the model and the reports.
 """
 
 import math
+import shlex
 import signal
 from collections.abc import Sequence
 from functools import partial
@@ -129,6 +130,9 @@ class Run:
             if accelerator.is_main_process and not (self.folder.root / "report.html").exists():
                 write_report(self.folder, self.say)
             return False
+        if self.logger.progress.live:  # somebody is there who can
+            root = self.folder.root
+            self.say(f"watch: leanstep board {shlex.quote(str(root.parent if root.parent.name else root))}")
         if config.model.init_from:
             check_initial_folder(config.model.init_from, config.source_file)
         check_layers(config)

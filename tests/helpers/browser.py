@@ -1,6 +1,7 @@
 """A headless Chromium that opens pages of this machine, driven through the pipe of its debugging protocol.
 
-Chromium comes from the PATH (Debian: ``apt-get install chromium``) or from ``$LEANSTEP_BROWSER``. It reaches no host.
+Chromium comes from the PATH (Debian: ``apt-get install chromium``) or from ``$LEANSTEP_BROWSER``. It reaches no
+other host.
 """
 
 import base64
@@ -80,8 +81,8 @@ class Browser:
             self.events.append(message)
         return message
 
-    def open(self, page: Path, screen: Screen) -> Visit:
-        """Show a page; return what happened until it was drawn."""
+    def open(self, page: Path | str, screen: Screen) -> Visit:
+        """Show a file, or an address of this machine; return what happened until it was drawn."""
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=screen.width, height=screen.height, deviceScaleFactor=1, mobile=screen.width < 600,
@@ -89,7 +90,7 @@ class Browser:
         features = [{"name": "prefers-color-scheme", "value": screen.scheme}]
         self.call("Emulation.setEmulatedMedia", media=screen.media, features=features)
         self.events.clear()
-        self.call("Page.navigate", url=page.as_uri())
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         end = time.monotonic() + SECONDS
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             assert time.monotonic() < end, f"{page} was not loaded in {SECONDS} s"
@@ -144,7 +145,7 @@ def browser(folder: Path) -> Iterator[Browser]:
     options = [
         "--headless=new", "--remote-debugging-pipe", f"--user-data-dir={folder}", "--no-first-run", "--disable-gpu",
         "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-default-browser-check",
-        "--disable-dev-shm-usage", "--hide-scrollbars", "--host-resolver-rules=MAP * ~NOTFOUND",
+        "--disable-dev-shm-usage", "--hide-scrollbars", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
         # Chromium's sandbox cannot be set up by root
         *(["--no-sandbox"] if os.geteuid() == 0 else []),
     ]  # fmt: skip

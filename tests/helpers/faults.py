@@ -3,6 +3,7 @@
 They stand in a module of their own because a process imports them by name.
 """
 
+import functools
 import os
 import signal
 import sys
@@ -595,3 +596,10 @@ def held_at(step, *others):
         return backward(*arguments, **options)
 
     run.backward = held
+
+
+def on_a_terminal():
+    """Show a live bar, as where the output is a terminal."""
+    from leanstep.recipes.training import train
+
+    train.Progress = functools.partial(train.Progress, live=True)

@@ -3,7 +3,10 @@
 With ``LEANSTEP_PICTURES=FOLDER`` a test writes the pictures of the documentation from the reports in FOLDER.
 """
 
+import json
 import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,8 @@ from run_folders import write_run
 from training import write_recipe
 
 from leanstep.pruning.folder.report import report_page
+from leanstep.recipes.report.board import write_board
+from leanstep.recipes.report.board_server import BoardServer
 from leanstep.recipes.report.report import write_report
 from leanstep.recipes.sweep.grid import make_plan
 from leanstep.recipes.sweep.page import write_pages
@@ -47,6 +52,10 @@ def pages(tmp_path_factory):
         "sweep": sweep_page(folder),
     }
     written["pruned"].write_text(report_page(pruned_content()))
+    (folder / names[0] / "pruned").mkdir()
+    (folder / names[0] / "pruned" / "report.html").write_bytes(written["pruned"].read_bytes())
+    (folder / names[0] / "pruned" / "sparsity.json").write_text("{}")
+    written["board"] = write_board(folder, folder / "board.html")
     # adapters are trained by a run like any other
     written["lora"] = written["report"]
     return written
@@ -152,7 +161,7 @@ def test_text_stands_out_from_its_ground(tab, pages):
         }).filter(([contrast]) => contrast < 4.5);
     })()"""
     for screen in ("light", "dark"):
-        for name in PAGES:
+        for name in (*PAGES, "board"):
             tab.open(pages[name], SCREENS[screen])
             assert tab.evaluate(script) == [], (screen, name)
 
@@ -171,6 +180,139 @@ def test_every_value_of_a_curve_and_of_a_map_is_named_on_hover(tab, pages):
 def test_a_report_prints(tab, pages, name):
     tab.open(pages[name], Screen())
     assert tab.pdf().startswith(b"%PDF-")
+
+
+# the curves of a chart as its library has them
+CURVES = (
+    "[...document.querySelectorAll('.plot')].map(p => p.data.map(t => [t.name, t.x.length, t.line.color, t.opacity]))"
+)
+LEGEND = "[...document.querySelectorAll('#keys button')].map(b => [b.textContent, b.ariaPressed])"
+ROWS = "[...document.querySelectorAll('#runs tbody tr')].map(r => [...r.cells].slice(1).map(c => c.textContent))"
+SETTINGS = "[...document.querySelectorAll('#settings tr')].map(r => [...r.cells].map(c => c.textContent))"
+# choose a value as a reader does
+CHOOSE = """(id, value) => { const e = document.getElementById(id); const box = e.type == 'checkbox';
+    e[box ? 'checked' : 'value'] = value; e.dispatchEvent(new Event(e.oninput ? 'input' : 'change')); }"""
+
+
+@pytest.fixture
+def board(tab, tmp_path):
+    """The page of three runs, and a function that makes a choice in it."""
+    for name, optimizer, lr, floor in (("a", "lion", 0.1, 4.5), ("b", "lion", 0.2, 4.2), ("c", "<i>sgd", 0.1, 4.8)):
+        run = write_run(tmp_path / "runs" / name, name, optimizer=optimizer, lr=lr, floor=floor, seed=ord(name))
+        facts = {"status": "done", "step": 600, "steps": 600, "val_loss": floor, "updated": "2026-12-01T10:00:00+0000"}
+        (run / "status.json").write_text(json.dumps(facts))
+    tab.open(write_board(tmp_path / "runs", tmp_path / "board.html"), Screen())
+    return lambda name, value: tab.evaluate(f"({CHOOSE})({json.dumps(name)}, {json.dumps(value)})")
+
+
+@pytest.mark.sample(3)
+@pytest.mark.parametrize("screen", ["light", "dark", "phone"])
+def test_the_board_draws_all_runs_and_asks_for_nothing(tab, pages, screen):
+    visit = tab.open(pages["board"], SCREENS[screen])
+    assert visit.messages == []
+    # older versions of the library try how the browser reads a picture that they carry
+    assert [address for address in visit.requests if not address.startswith("data:")] == [pages["board"].as_uri()]
+    assert tab.evaluate("document.documentElement.scrollWidth") <= SCREENS[screen].width, "the page scrolls sideways"
+    curves = tab.evaluate(CURVES)
+    assert [[length for _, length, *_ in chart] for chart in curves] == [[6] * 3, [61] * 3]
+    assert len({color for _, _, color, _ in curves[0]}) == 3
+    inside = (
+        "[...document.querySelectorAll('.plot')].every(p => p.querySelector('.main-svg').clientWidth == p.clientWidth)"
+    )
+    assert tab.evaluate(inside), "a chart is wider than its place"
+    tab.evaluate("document.querySelector('details').open = true")
+    frame = "document.querySelector('#frames iframe')"
+    assert tab.evaluate(f"[{frame}.src.slice(0, 15), {frame}.getAttribute('sandbox')]") == ["data:text/html;", ""]
+
+
+def test_a_reader_of_the_board_chooses_what_it_shows(tab, board):
+    assert [row[0] for row in tab.evaluate(ROWS)] == ["a", "b", "c"] and tab.evaluate(LEGEND)[0] == ["a", "true"]
+    assert tab.evaluate(SETTINGS) == [
+        ["", "a", "b", "c"], ["optimizer.name", "lion", "lion", "<i>sgd"], ["optimizer.lr", "0.1", "0.2", "0.1"]
+    ]  # fmt: skip
+    # sort, filter, hide
+    tab.evaluate("document.querySelectorAll('#runs thead button')[3].click()")
+    assert [row[0] for row in tab.evaluate(ROWS)] == ["b", "a", "c"] and tab.evaluate(ROWS)[0][3] == "4.2000"
+    board("filter", "optimizer.name=lion state=DONE")
+    assert [row[0] for row in tab.evaluate(ROWS)] == ["b", "a"]
+    assert tab.evaluate(SETTINGS) == [["", "a", "b"], ["optimizer.lr", "0.1", "0.2"]]
+    tab.evaluate("document.querySelector('#runs tbody input').click()")
+    assert [name for name, *_ in tab.evaluate(CURVES)[0]] == ["a"] and tab.evaluate(LEGEND) == [
+        ["a", "true"],
+        ["b", "false"],
+    ]
+    assert tab.evaluate("document.getElementById('same').checkVisibility()")
+    tab.evaluate("document.querySelectorAll('#keys button')[1].click()")
+    board("filter", "")
+    assert [name for name, *_ in tab.evaluate(CURVES)[0]] == ["a", "b", "c"]
+    board("filter", "optimizer.lr=0.1 optimizer.lr=0")
+    assert [row[0] for row in tab.evaluate(ROWS)] == ["a", "c"]
+    board("filter", "")
+    # a chart of another number, over hours, on logarithmic axes
+    board("add", "grad_norm")
+    board("x", "hours")
+    board("logy", True)
+    axes = "[...document.querySelectorAll('.plot')].map(p => [p.layout.yaxis.type, p.data[0].x[0], p.data[0].y[0]])"
+    drawn = tab.evaluate(axes)
+    assert (
+        len(drawn) == 3
+        and {kind for kind, *_ in drawn} == {"log"}
+        and drawn[2][1] == pytest.approx(0.17 / 3600, rel=1e-5)
+    )
+    tab.evaluate("document.querySelector('#charts figure:last-child > button').click()")
+    assert len(tab.evaluate(CURVES)) == 2
+
+
+def test_the_board_smooths_and_takes_the_mean_of_a_group(tab, board):
+    raw = tab.evaluate("document.querySelectorAll('.plot')[1].data.map(t => t.y)")
+    board("smooth", 0.5)
+    faint, smooth = tab.evaluate("document.querySelectorAll('.plot')[1].data.slice(0, 2).map(t => t.y)")
+    assert faint == raw[0] and smooth[1] == pytest.approx((0.5 * raw[0][0] + raw[0][1]) / 1.5)
+    board("smooth", 0)
+    board("group", "optimizer")
+    assert tab.evaluate(LEGEND) == [["lion", "true"], ["<i>sgd", "true"]]
+    names = [(name, opacity < 1) for name, _, _, opacity in tab.evaluate(CURVES)[1]]
+    assert names == [("a", True), ("b", True), ("lion (mean of 2)", False), ("c", False)]
+    mean = tab.evaluate("document.querySelectorAll('.plot')[1].data[2].y")
+    assert mean == pytest.approx([(a + b) / 2 for a, b in zip(raw[0], raw[1], strict=True)])
+    # what was chosen survives a reload
+    address = tab.evaluate("location.href")
+    tab.open("about:blank", Screen())
+    tab.open(address, Screen())
+    assert tab.evaluate(LEGEND) == [["lion", "true"], ["<i>sgd", "true"]]
+
+
+@pytest.mark.slow  # the page asks every five seconds
+def test_a_served_board_follows_its_runs_and_keeps_the_zoom(tab, tmp_path):
+    run = write_run(tmp_path / "runs" / "<img src=x onerror=console.log(1)>", made=100)
+    with BoardServer(tmp_path / "runs", 0) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            visit = tab.open(server.url, Screen())
+            assert visit.messages == []
+            count = "document.querySelectorAll('.plot')[1]?.data[0]?.x.length"
+            until(tab, count, 11)
+            zoom = "Plotly.relayout(document.querySelectorAll('.plot')[1], {'xaxis.range': [20, 90]})"
+            tab.evaluate(f"{zoom}.then(() => 1)")
+            with (run / "log.jsonl").open("a") as log:
+                log.write(json.dumps({"step": 110, "kind": "train", "loss": 5.0}) + "\n")
+            until(tab, count, 12)
+            assert tab.evaluate("document.querySelectorAll('.plot')[1].layout.xaxis.range") == [20, 90]
+            assert tab.evaluate("document.getElementById('state').textContent") == "live"
+            assert list(tab._messages()) == []
+        finally:
+            server.shutdown()
+            thread.join()
+    until(tab, "document.getElementById('state').textContent", "not served any more")
+
+
+def until(tab, expression, value):
+    """Wait until an expression has a value."""
+    end = time.monotonic() + 60
+    while (now := tab.evaluate(expression)) != value:
+        assert time.monotonic() < end, now
+        time.sleep(0.05)
 
 
 def test_a_page_that_loads_something_is_caught(tab, tmp_path):

