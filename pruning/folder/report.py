@@ -172,8 +172,8 @@ def _compared(one: Mapping[str, Any], applied: str) -> list[str]:
 def task_rows(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """Table rows of tasks, with standard errors over the questions."""
 
-    def text(score: Mapping[str, Any]) -> str:
-        return f"{score['value']:.4f}" + ("" if score["stderr"] is None else f" ± {score['stderr']:.4f}")
+    def text(one: Mapping[str, Any]) -> str:
+        return f"{one['value']:.4f}" + ("" if one["stderr"] is None else f" ± {one['stderr']:.4f}")
 
     return [
         (one["task"], one["metric"], f"{one['questions']:,}", text(one), text(row["after"]))

@@ -13,17 +13,22 @@ LIMITS = json.loads((Path(__file__).parent / "house.json").read_text("utf-8"))
 # whole new capabilities that needed room which nothing else could make: name of the number -> {capability: by how much}
 CAPABILITIES: dict[str, dict[str, int]] = {
     "lines of benchmarks/": {
+        "memory and time by model size": 38,
         "the corpus of English text, once of the package": 341,
         "AdamW's rates carried over": 129,
         "local reconstruction": 12,
         "compress": 320,
     },
     "lines of optimizers/": {
+        "optimizers to compare with, from recipes/": 213,
         "AdamW's rates carried over": 127,
         "optimizer_of, axolotl": 90,
         "learning rates by short runs": 269,
     },
     "lines of leanstep/": {
+        "recipe keys": 10,
+        "GGUF folders opened": 9,
+        "QLoRA": 7,
         "GGUF files": 1196,
         "compress": 14,
         "model cards": 120,
@@ -31,10 +36,20 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "leanstep runs": 29,
         "leanstep board": 32,
     },
-    "lines of pruning/": {"local reconstruction": 438, "compress": 930, "compress to sparse files": 340},
+    "lines of pruning/": {
+        "tasks of prune and compress": 26,
+        "local reconstruction": 438,
+        "compress": 930,
+        "compress to sparse files": 340,
+    },
     "lines of sparsity/": {"compress to sparse files": 59, "model cards": 5, "sparse products prepared once": 1},
     "lines of kernels/": {"kernel proofs": 232, "sparse products prepared once": 58},
     "lines of recipes/": {
+        "QLoRA": 122,
+        "tasks of prune and compress": 79,
+        "adapters in generate": 25,
+        "recipe keys": 38,
+        "optimizers to compare with, to optimizers/": -188,
         "generate --chat": 92,
         "AdamW's rates carried over": 22,
         "local reconstruction": 13,
@@ -48,6 +63,11 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "chat recipes": 26,
     },
     "lines of the package": {
+        "QLoRA": 145,
+        "tasks of prune and compress": 114,
+        "recipe keys": 48,
+        "adapters in generate": 25,
+        "optimizers to compare with": 25,
         "GGUF files": 1193,
         "generate --chat": 92,
         "AdamW's rates carried over": 149,
@@ -65,8 +85,16 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "tasks": 198,
         "chat recipes": 26,
     },
+    "lines of lora/": {
+        "QLoRA": 15,
+    },
     "lines of C++": {"products of bit masks by AVX2's byte shuffles": 65},
     "lines of tests/": {
+        "QLoRA": 103,
+        "tasks of prune and compress": 32,
+        "recipe keys": 50,
+        "adapters in generate": 46,
+        "optimizers to compare with": 39,
         "GGUF files": 573,
         "English text": 24,
         "generate --chat": 61,
