@@ -4,7 +4,6 @@ import argparse
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from leanstep._arguments import positive
 from leanstep._files import table_lines
 from leanstep.recipes.report.progress import ProgressBar
 
@@ -12,22 +11,10 @@ if TYPE_CHECKING:
     from leanstep.recipes.data.tasks import Tasks
 
 
-def add_options(group: "argparse._ArgumentGroup") -> None:
-    """Add ``--eval-tasks`` and ``--eval-limit``."""
-    group.add_argument(
-        "--eval-tasks",
-        metavar="NAMES",
-        help="hellaswag,arc_easy: questions of EleutherAI's harness, before and after; or YAML files of its format",
-    )
-    group.add_argument("--eval-limit", type=positive, metavar="N", help="the first N questions of each task only")
-
-
-def load_tasks(options: argparse.Namespace) -> "Tasks | None":
-    """The tasks of the command, loaded before the model is changed; None without ``--eval-tasks``."""
+def load_tasks(options: argparse.Namespace) -> "Tasks":
+    """The tasks of the command, loaded before the model is changed."""
     if options.eval_tasks is None:
-        if options.eval_limit is not None:
-            raise ValueError("--eval-limit goes with --eval-tasks, which is missing")
-        return None
+        raise ValueError("--eval-limit goes with --eval-tasks, which is missing")
     from leanstep.recipes.data.tasks import Tasks
 
     return Tasks([name for name in options.eval_tasks.split(",") if name], limit=options.eval_limit)

@@ -18,7 +18,7 @@ from leanstep.pruning.config import PruneConfig
 from leanstep.recipes.report.formatting import format_duration
 from leanstep.recipes.report.progress import ProgressBar
 from leanstep.recipes.report.prune_output import OUT_OF_MEMORY, estimate_lines, recovery_lines, shown, summary_of
-from leanstep.recipes.shrink.judge import add_options, judge, load_tasks, task_lines
+from leanstep.recipes.shrink.judge import judge, load_tasks, task_lines
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,7 +63,8 @@ def run(options: argparse.Namespace) -> int:
             with InterruptibleStart():
                 import leanstep.pruning.public  # noqa: F401
             options.checkpoint = _model_folder(options.checkpoint)
-            tasks = load_tasks(options) if rank == 0 else None
+            judged = rank == 0 and (options.eval_tasks or options.eval_limit)
+            tasks = load_tasks(options) if judged else None
             result = _prune(options, bar)
             rows = judge(tasks, options, bar) if tasks and result is not None else []
     except (ValueError, ImportError, OSError, RuntimeError, MemoryError) as error:
@@ -197,7 +198,7 @@ def _afterwards_options(group: _Group) -> None:
     add = group.add_argument
     PruneConfig.add_options(group, "afterwards")
     add("--eval", action="store_true", help="perplexity on the held-out sequences, before and after")
-    add_options(group)
+    task_options(group)
     add("--recover", type=int, metavar="STEPS", help="train after pruning on --data, with the zeros held")
     add("--recover-lr", type=float, metavar="LR", help="rms change of an entry in a step; default 3e-4 (factors 3e-3)")
     add("--recover-rank", type=int, metavar="R", help="recover by LoRA factors of this rank, merged at the end")
@@ -206,6 +207,16 @@ def _afterwards_options(group: _Group) -> None:
         action=argparse.BooleanOptionalAction,
         help="recover on the dense model's outputs, or on the next tokens; default: the first, where memory allows",
     )
+
+
+def task_options(group: _Group) -> None:
+    """Add the options of tasks."""
+    group.add_argument(
+        "--eval-tasks",
+        metavar="NAMES",
+        help="hellaswag,arc_easy: questions of EleutherAI's harness, before and after; or YAML files of its format",
+    )
+    group.add_argument("--eval-limit", type=positive, metavar="N", help="the first N questions of each task only")
 
 
 def resource_options(group: _Group) -> None:
