@@ -69,7 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     PruneConfig.add_options(group, "weights", only=("inputs", "include", "exclude"))
     group = parser.add_argument_group("afterwards")
-    group.add_argument("--eval", action="store_true", help="perplexity on the held-out sequences, before and after")
+    group.add_argument(
+        "--eval", action="store_true", help="measure the model on the held-out samples, before and after"
+    )
     PruneConfig.add_options(group, "afterwards")
     resource_options(parser.add_argument_group("memory, time and output"))
     parser.set_defaults(budget="params", latency_table=None, recover=None, recover_lr=None)
