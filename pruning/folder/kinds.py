@@ -132,8 +132,13 @@ class Judge:
         """Mean and standard error of each measure, in plain values; by labels where there are some.
 
         Raises:
-            ValueError: without labels and without outputs of the dense model.
+            ValueError: for outputs of another shape than the dense model's.
         """
+        if dense is not None and dense.rows.shape != outputs.rows.shape:
+            raise ValueError(
+                f"the model has outputs {(*outputs.rows.shape,)}, and those of the dense model are "
+                f"{(*dense.rows.shape,)}: expected the model that it was made of"
+            )
         values = dict[str, Tensor]()
         if outputs.labels is not None and self.kind.labelled is not None:
             values |= self.kind.labelled(outputs.rows, outputs.labels)

@@ -173,7 +173,9 @@ class TextSamples:
         if labels is not None:
             classes = self._classes(labels)
             return [(samples[index][None], classes[index][None]) for index in indices]
-        if len({len(samples[index]) for index in indices}) == 1:
+        # without a token for padding, decoders with a head for classes take one text at a time
+        together = getattr(open_config(self.folder), "pad_token_id", None) is not None
+        if together and len({len(samples[index]) for index in indices}) == 1:
             return torch.stack([samples[index] for index in indices])
         return [samples[index][None] for index in indices]
 

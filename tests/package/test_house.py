@@ -30,7 +30,12 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "learning rates by short runs": 4,
         "leanstep runs": 29,
     },
-    "lines of pruning/": {"local reconstruction": 438, "compress": 930, "compress to sparse files": 340},
+    "lines of pruning/": {
+        "local reconstruction": 438,
+        "compress": 930,
+        "compress to sparse files": 340,
+        "embedding models and classifiers": 395,
+    },
     "lines of sparsity/": {"compress to sparse files": 59, "model cards": 5, "sparse products prepared once": 1},
     "lines of kernels/": {"kernel proofs": 232, "sparse products prepared once": 58},
     "lines of recipes/": {
@@ -44,6 +49,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "trackers by name": 83,
         "tasks": 198,
         "chat recipes": 26,
+        "embedding models and classifiers": 147,
     },
     "lines of the package": {
         "GGUF files": 1193,
@@ -61,6 +67,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "trackers by name": 83,
         "tasks": 198,
         "chat recipes": 26,
+        "embedding models and classifiers": 542,
     },
     "lines of C++": {"products of bit masks by AVX2's byte shuffles": 65},
     "lines of tests/": {
@@ -79,6 +86,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "trackers by name": 71,
         "tasks": 167,
         "chat recipes": 22,
+        "embedding models and classifiers": 211,
     },
 }
 

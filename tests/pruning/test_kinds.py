@@ -54,6 +54,7 @@ def base(tmp_path_factory):
         save_model(model_class(config), folder / name)
         save_tokenizer(folder / name, "word pieces")
     save_model(make("vit"), folder / "vit")
+    save_model(make("bert_base"), folder / "narrow")
     texts = [line for line in sentences(80).split(".") if line.strip()][:40]
     rows = [{"text": text, "label": NAMES[n % 3], "other": "never"} for n, text in enumerate(texts)]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -95,16 +96,13 @@ def test_a_folder_of_each_kind_is_pruned_and_judged(name, base, tmp_path, capsys
     assert [same[one]["mean"] for one in measures[-2:]] == [0, 1]
 
 
-@pytest.mark.parametrize("name", ["embedding", "vit"])
+@pytest.mark.parametrize("name", ["embedding", "bert"])
 def test_a_folder_of_each_kind_is_compressed(name, base, tmp_path):
     pytest.importorskip("gguf")
     data, metric, measures = KINDS[name]
     command = ["compress", base / name, "--out", tmp_path / "out", "--format", "dense", "--bits-per-weight", "8"]
-    more = [] if name == "vit" else ["--seq-len", "24"]
-    only = ["--include", "*dense*"] if name == "embedding" else ["--include", "*layer*"]
-    if name == "vit":  # its rows are shorter than a block of ggml's
-        command[command.index("dense")] = "sparse"
-    assert main([*map(str, command), "--data", str(base / data), "--eval", *QUICK, *more, *only]) == 0
+    more = ["--seq-len", "24", "--include", "*dense*"]
+    assert main([*map(str, command), "--data", str(base / data), "--eval", *QUICK, *more]) == 0
     content = json.loads((tmp_path / "out" / "sparsity.json").read_text())
     assert content["metric"].startswith(metric) and list(content["quality"]["after"]) == measures
 
@@ -178,6 +176,10 @@ REFUSED = {
     "a class beyond": (["vit", "--data", "beyond.safetensors"], "labels go from 0 to 19: expected classes from 0 to"),
     "text for images": (["vit", "--data", "text.txt"], "takes pixel_values, .* give images: a safetensors file"),
     "images for text": (["bert", "--data", "images.safetensors"], "takes token numbers, got torch.float32"),
+    "another model": (
+        ["narrow", "--data", "text.txt", "--against", "embedding"],
+        r"outputs \(\d+, 16\), .* of the dense model .* 64\)",
+    ),
     "tasks": (["bert", "--tasks", "any", "--data", "rows.jsonl"], "--tasks is for language models"),
 }
 
@@ -192,6 +194,7 @@ def test_what_cannot_be_judged_is_told_in_one_line(case, base, capsys, monkeypat
 
 
 def test_no_tokenizer_is_told(base, tmp_path, capsys):
-    save_model(make("bert_base"), tmp_path / "bare")
-    assert main(["eval", str(tmp_path / "bare"), "--against", str(base / "embedding"), "--data", str(base / "text.txt")]) == 2
+    make("bert_base").save_pretrained(tmp_path / "bare")
+    arguments = [tmp_path / "bare", "--against", base / "embedding", "--data", base / "text.txt"]
+    assert main(["eval", *map(str, arguments)]) == 2
     assert "holds no tokenizer (no tokenizer.json)" in capsys.readouterr().err.splitlines()[-1]
