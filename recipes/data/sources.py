@@ -255,6 +255,23 @@ def _rows_corpus(rows: Any, text_key: str, label: str, fingerprint: str) -> Corp
     return Corpus(label, fingerprint, read, rows=rows)
 
 
+def read_labels(corpus: Corpus, text_key: str, label_key: str | None, has_classes: bool) -> list[Any] | None:
+    """The labels of a corpus's documents, in their order; None for data without such a column, and other models.
+
+    Raises:
+        ValueError: for a column that was asked for and is not there, or of a model without classes.
+    """
+    key, columns = label_key or "label", [] if corpus.rows is None else corpus.rows.column_names
+    if has_classes and key in columns:
+        return [row[key] for row in corpus.rows if row_text(row, text_key).strip()]
+    if label_key is not None:
+        raise ValueError(
+            f"--label-key {key}: expected a column of JSON or Parquet, for a classifier; {corpus.label} has "
+            f"{', '.join(columns) or 'no columns'}"
+        )
+    return None
+
+
 def _files_corpus(path: str, kind: str, key: str, text_key: str, cache_dir: str | None, split: str = "train") -> Corpus:
     if kind == "text":
         return text_corpus(path, key)

@@ -456,8 +456,15 @@ def _text(options: argparse.Namespace) -> "CalibrationText":
     from leanstep.pruning import CalibrationText
     from leanstep.pruning.folder.files import open_checkpoint
     from leanstep.pruning.folder.kinds import judge_of
-    from leanstep.recipes.data.samples import read_labels
-    from leanstep.recipes.data.sources import OptionTexts, in_options, open_file, sotu_corpus, split_newest
+    from leanstep.pruning.measure.metrics import CLASSIFIER
+    from leanstep.recipes.data.sources import (
+        OptionTexts,
+        in_options,
+        open_file,
+        read_labels,
+        sotu_corpus,
+        split_newest,
+    )
 
     documents: Iterable[str]
     held_out = labels = None
@@ -466,7 +473,9 @@ def _text(options: argparse.Namespace) -> "CalibrationText":
     else:
         try:
             corpus = open_file(options.data, options.text_key)
-            labels = read_labels(corpus, judge_of(open_checkpoint(options.checkpoint).folder), options)
+            judge = judge_of(open_checkpoint(options.checkpoint).folder)
+            has_classes = judge is not None and judge.name == CLASSIFIER
+            labels = read_labels(corpus, options.text_key, options.label_key, has_classes)
             documents = OptionTexts(corpus, _OPTIONS)
         except ValueError as error:
             raise ValueError(in_options(str(error), _OPTIONS)) from error
