@@ -117,8 +117,9 @@ class PruneConfig:
             :class:`leanstep.pruning.Budget` has its own target. With a table, curves are measured at its levels.
         granularity: ``matrix``, ``role`` or ``block``: which matrices share a level, with ``dp``.
         levels: sparsities at which curves are measured; None: a grid around ``sparsity``.
-        metric: distortion: ``kl`` (default for language models), ``kl_topk``, which stores less, or ``mse_logits``
-            (default for others); or a :class:`leanstep.pruning.measure.metrics.Metric`.
+        metric: distortion: ``kl`` (default for language models and classifiers), ``kl_topk``, which stores less,
+            ``cosine``: 1 - cosine of the embeddings (default for embedding models), or ``mse_logits`` (default for
+            others); or a :class:`leanstep.pruning.measure.metrics.Metric`.
         curves: how curves are obtained with ``dp``: ``measured``, ``fisher`` (to second order, in the time of a few
             passes) or ``anchored`` (Fisher curves scaled to a few measurements); see :func:`measure_curves`. None:
             ``measured`` where that takes less than ``minutes``, else ``anchored``. Or curves measured earlier.
@@ -178,9 +179,9 @@ class PruneConfig:
     )
     metric: str | Metric | None = _setting(
         None,
-        "kl (default for language models), kl_topk or mse_logits",
+        "kl (default for language models and classifiers), kl_topk, cosine (for embedding models) or mse_logits",
         "allocation",
-        choices=("kl", "kl_topk", "mse_logits"),
+        choices=("kl", "kl_topk", "mse_logits", "cosine"),
         metavar="NAME",
     )
     curves: Mapping[str, Curve] | str | None = _setting(

@@ -214,6 +214,8 @@ class PruneResult:
             model ``after``, in weights, operations per sample, bytes or seconds.
         perplexity: ``before`` and ``after`` on held-out sequences, and the number of ``tokens`` predicted; empty where
             it was not measured.
+        quality: of embedding models and classifiers: the number of held-out ``samples``, and ``before`` and ``after``
+            the ``mean`` and ``stderr`` of each measure by name; empty where it was not measured.
         refinement: the search on joint distortion: exchanges judged (``evaluations``) and ``accepted``, its ``seconds``
             and ``passes`` of the model, why it ``ended``, and ``points`` (evaluation, seconds, joint distortion on its
             own data, standard error); empty without it. The last point is of the model that is pruned by the last
@@ -241,6 +243,7 @@ class PruneResult:
     inputs: str = "pruned"
     curve_score: str | None = None
     perplexity: dict[str, Any] = field(default_factory=dict)
+    quality: dict[str, Any] = field(default_factory=dict)
     refinement: dict[str, Any] = field(default_factory=dict)
     recovery: RecoveryResult | None = None
     encoded: dict[str, tuple[str, Tensor]] = field(default_factory=dict, repr=False)
@@ -300,6 +303,7 @@ class PruneResult:
             "held_out": None if self.held_out is None else self.held_out.to_dict(),
             "compared": [one.to_dict() for one in self.compared],
             "perplexity": finite_values(self.perplexity) or None,
+            "quality": self.quality or None,
             "refinement": self.refinement or None,
             "reconstruction": self.reconstruction or None,
             "recovery": None if self.recovery is None else self.recovery.to_dict(),

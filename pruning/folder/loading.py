@@ -222,9 +222,15 @@ def begin_tokens(tokenizer: Any) -> tuple[int, ...]:
 
     A model that was trained with them expects them.
     """
+    return special_tokens(tokenizer)[0]
+
+
+def special_tokens(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The tokens that a tokenizer puts before a text and after it."""
     plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     starts = range(len(whole) - len(plain) + 1)
-    return tuple(whole[: next((start for start in starts if whole[start : start + len(plain)] == plain), 0)])
+    begin = next((start for start in starts if whole[start : start + len(plain)] == plain), 0)
+    return tuple(whole[:begin]), tuple(whole[begin + len(plain) :])
 
 
 @contextmanager

@@ -150,6 +150,11 @@ def _numbers(content: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     for name, label in _PERPLEXITIES:
         if perplexity.get(name) is not None:
             numbers.append((label, f"{perplexity[name]:.2f}", f"over {compact(perplexity.get('tokens') or 0)} targets"))
+    quality = content.get("quality") or {}
+    for name, measure in (quality.get("after") or {}).items():
+        before = (quality.get("before") or {}).get(name)
+        note = f"{quality['samples']} samples" + ("" if before is None else f"; {compact(before['mean'])} before")
+        numbers.append((f"{name[0].upper()}{name[1:]} after", compact(measure["mean"]), note))
     held_out = content.get("held_out") or {}
     if held_out.get("joint") is not None:
         numbers.append((f"Distortion ({content['metric']})", compact(held_out["joint"]), "measured, held-out data"))

@@ -42,13 +42,14 @@ from leanstep.pruning.folder.checkpoint import (
 )
 from leanstep.pruning.folder.estimate import largest_files, patch_count
 from leanstep.pruning.folder.files import DTYPES, Checkpoint, most_common_dtype, open_checkpoint, written_bytes
+from leanstep.pruning.folder.kinds import Judge, judge_of
 from leanstep.pruning.folder.loading import checkpoint_values, empty_model_of, load_model, stored_parameters
 from leanstep.pruning.folder.recovery import recover_model, space_beside
-from leanstep.pruning.folder.text import CalibrationText, held_out_hash, perplexity_of, sequences_of
+from leanstep.pruning.folder.text import CalibrationText, held_out_hash, longest, perplexity_of, sequences_of
 from leanstep.pruning.measure.activation_cache import find_stages
 from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.blocks import BlockMover
-from leanstep.pruning.measure.metrics import check_runs, values_of
+from leanstep.pruning.measure.metrics import check_runs, kind_of, values_of
 from leanstep.pruning.measure.products import products_in
 from leanstep.pruning.planner import check_target, groups_of, targets_of
 from leanstep.pruning.prune import prune
@@ -66,7 +67,8 @@ class FolderRun:
 
     Attributes:
         held_out: as for :func:`prune`; ignored with a :class:`CalibrationText`, which has its own.
-        evaluate: measure perplexity on the held-out sequences before and after.
+        evaluate: measure on the held-out sequences before and after: perplexity; of embedding models and classifiers
+            what :data:`leanstep.pruning.folder.kinds.KINDS` has.
         resume: continue an interrupted run: with its curves, from ``OUT.curves.jsonl``, and its search, from
             ``OUT.refine.json`` or the ``state`` of ``refine``, which stays. If that run had finished ``out``, removes
             the first two, and raises the error of an ``out`` that exists.
@@ -183,6 +185,7 @@ def _prune_into(
     processes.from_first(lambda: _check_start(out, run.resume, config))
     begin(progress, "checkpoint")
     checkpoint = open_checkpoint(source)
+    judge = judge_of(checkpoint.folder)
     beside = 0 if recovery is None else space_beside(checkpoint, recovery)
     if run.format == "sparse":  # written beside the dense weights, which are removed then
         beside = int(config.budget.target)  # type: ignore[union-attr]
@@ -196,10 +199,10 @@ def _prune_into(
         data = list(data)
     check_run(checkpoint, data, config, recovery=recovery, evaluate=run.evaluate)
     begin(progress, "text")
-    given = _Calibration(data, run.held_out, curve_data, config)
+    given = _Calibration(data, run.held_out, curve_data, config, judge=judge)
     calibration = _calibration(checkpoint, given, several=several or run.evaluate)
     if run.evaluate and calibration.held_out is None:
-        raise ValueError("perplexity needs held-out sequences: give a text")
+        raise ValueError("the evaluation needs held-out samples: give a text, or images")
     begin(progress, "checkpoint")
     # experts that transformers joins
     resident_weights = ResidentSet(run.resident)
@@ -300,7 +303,7 @@ def check_run(
         if not has_zeros(checkpoint, names):  # which change what is in reach; the weights themselves decide then
             raise
     if isinstance(data, CalibrationText):
-        _check_reads_text(model, data.label)
+        check_reads_text(type(model), data.label, has_decoder=getattr(model.config, "is_encoder_decoder", False))
         first: Any = torch.zeros(1, 2, dtype=torch.int64)
     elif isinstance(data, torch.Tensor | list | tuple):
         first = data[:1]
@@ -309,7 +312,13 @@ def check_run(
     batch = as_batches(first, model, batch_size=config.batch_size)[0]
     if recovery is not None:
         check_recoverable(model, names, batch, recovery)
-    if evaluate and batch.labels is None:
+    kind = kind_of(type(model), model.config)
+    if evaluate and kind and recovery is not None:
+        raise ValueError(
+            f"{type(model).__name__} is not evaluated after recovery: leave out evaluate (--eval), and compare the "
+            "folders then (leanstep eval OUT --against CHECKPOINT)"
+        )
+    if evaluate and not kind and batch.labels is None:
         raise ValueError(
             f"perplexity needs a model that predicts the next token, which {type(model).__name__} does not; leave out "
             "evaluate (--eval)"
@@ -320,13 +329,13 @@ def _prunable_names(model: nn.Module, config: PruneConfig) -> list[str]:
     return list(prunable_names(model, include=config.include, exclude=config.exclude))
 
 
-def _check_reads_text(model: nn.Module, label: str) -> None:
-    """Raise ValueError for text for a model that takes images or sounds."""
-    name, kind = getattr(model, "main_input_name", "input_ids"), type(model).__name__
+def check_reads_text(model_class: type, label: str, *, has_decoder: bool = False) -> None:
+    """Raise ValueError for text for a model of transformers that takes images or sounds."""
+    name, kind = getattr(model_class, "main_input_name", "input_ids"), model_class.__name__
     if name == "input_ids":
         return
     instead = "give images: a safetensors file with a tensor pixel_values (--data FILE.safetensors)"
-    if name != "pixel_values" or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if name != "pixel_values" or has_decoder:
         instead = (
             f"the command has no such data. Give batches of {name} in Python, or prune without data (--score magnitude "
             "--allocation erk)"
@@ -356,13 +365,14 @@ def check_device(device: str | torch.device) -> None:
 
 @dataclass(frozen=True)
 class _Calibration:
-    """Data by use, the settings of pruning, and a line about the text; "" for other data."""
+    """Data by use, the settings of pruning, a line about the text ("" for other data), and who judges the model."""
 
     data: Any
     held_out: Any
     curve_data: Any
     config: PruneConfig
     text: str = ""
+    judge: Judge | None = None
 
 
 def _amounts(given: _Calibration) -> dict[str, Any]:
@@ -375,6 +385,8 @@ def _amounts(given: _Calibration) -> dict[str, Any]:
 
 def _calibration(checkpoint: Checkpoint, given: _Calibration, *, several: bool) -> _Calibration:
     """Draw the sequences of a text; other data is taken as it is, as a list if it is read ``several`` times."""
+    if given.judge is not None:
+        given = replace(given, config=replace(given.config, metric=given.judge.metric(given.config.metric)))
     data, refine = given.data, given.config.refine
     if not isinstance(data, CalibrationText):
         if several and not isinstance(given.held_out, torch.Tensor | bool | None):
@@ -386,14 +398,16 @@ def _calibration(checkpoint: Checkpoint, given: _Calibration, *, several: bool) 
     if refine is not None and not has_judging:
         config = replace(config, refine=replace(refine, data=judging))
     curve_data = scores[: data.curve_samples] if given.curve_data is None else given.curve_data
-    text = f"{data.label}, {len(scores)} x {scores.shape[1]} tokens, seed {data.seed}; curves {data.curve_samples}"
-    return _Calibration(scores, held_out, curve_data, config, text)
+    text = f"{data.label}, {len(scores)} x {longest(scores)} tokens, seed {data.seed}; curves {data.curve_samples}"
+    return replace(given, data=scores, held_out=held_out, curve_data=curve_data, config=config, text=text)
 
 
 def _pruned(model: nn.Module, calibration: _Calibration, execution: Execution, *, evaluate: bool) -> PruneResult:
-    held_out, perplexity = calibration.held_out, dict[str, Any]()
+    held_out, perplexity, judge = calibration.held_out, dict[str, Any](), calibration.judge
     with products_in(model, calibration.config.products):
-        if evaluate:
+        if evaluate and judge is not None:
+            dense = judge.outputs(model, held_out, execution.progress)
+        elif evaluate:
             perplexity["before"], perplexity["tokens"] = perplexity_of(model, held_out, execution.progress)
         result = prune(
             model,
@@ -403,7 +417,11 @@ def _pruned(model: nn.Module, calibration: _Calibration, execution: Execution, *
             curve_data=calibration.curve_data,
             **vars(execution),
         )
-        if evaluate:
+        if evaluate and judge is not None:
+            changed = judge.outputs(model, held_out, execution.progress)
+            result.quality = {"samples": len(dense.rows), "before": judge.measures(dense)}
+            result.quality["after"] = judge.measures(changed, dense)
+        elif evaluate:
             perplexity["after"], _ = perplexity_of(model, held_out, execution.progress)
             result.perplexity = perplexity
     return result

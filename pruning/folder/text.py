@@ -4,24 +4,41 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from leanstep._checkpoint.files import read_json
+from leanstep._files import one_line
 from leanstep.pruning.config import Progress
 from leanstep.pruning.folder.files import Checkpoint
-from leanstep.pruning.folder.loading import LONGEST, begin_tokens, encoding, open_tokenizer, position_count
+from leanstep.pruning.folder.kinds import judge_of
+from leanstep.pruning.folder.loading import (
+    LONGEST,
+    begin_tokens,
+    encoding,
+    open_config,
+    open_tokenizer,
+    position_count,
+    special_tokens,
+)
 from leanstep.pruning.measure.batches import as_batches, evaluating
 from leanstep.pruning.measure.metrics import check_runs, cross_entropy_sums, summarise
+from leanstep.pruning.score.targets import abbreviate
 
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """Text to calibrate a language model with, and how much of it.
+    """Text to calibrate a model with, and how much of it.
+
+    A language model reads the documents one after another, cut into sequences of equal length. An embedding model or a
+    classifier reads a document alone, between the tokens that its tokenizer puts around a text: a longer one is cut
+    into several of the whole length, and with labels to its begin.
 
     Attributes:
         documents: the texts, in order. They are read one by one, more than once: an iterable that reads a file needs no
@@ -30,6 +47,7 @@ class CalibrationText:
         samples: sequences for the scores.
         curve_samples: number of these sequences for the curves.
         refine_samples: sequences that judge exchanges, besides ``samples``.
+        labels: for a classifier, the class of each document: its number, or its name in the model's configuration.
         held_out: sequences for the comparison with uniform sparsity, and for perplexity; disjoint from the others.
         held_out_documents: texts for the held-out sequences; None: ``documents``.
         seq_len: tokens of a sequence; None: the least of the tokenizer's ``model_max_length``, the model's positions
@@ -50,6 +68,7 @@ class CalibrationText:
     seq_len: int | None = None
     seed: int = 0
     refine_samples: int = 32
+    labels: Sequence[Any] | None = None
 
     def __post_init__(self) -> None:
         for name in ("documents", "held_out_documents"):
@@ -69,18 +88,15 @@ class CalibrationText:
             raise ValueError(f"expected a seed from 0 to 2^63 - 1, got {self.seed}")
 
 
-def sequences_of(
-    checkpoint: Checkpoint, text: CalibrationText, *, refine: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
+def sequences_of(checkpoint: Checkpoint, text: CalibrationText, *, refine: bool = False) -> tuple[Any, Any, Any]:
     """Calibration and held-out sequences, and with ``refine`` those that judge, by the checkpoint's tokenizer.
 
-    Each int64 [samples, tokens]. The first two do not depend on ``refine``.
+    Each int64 [samples, tokens]; for embedding models and classifiers, of texts of several lengths or with labels, a
+    list with a batch for each text. The first two do not depend on ``refine``.
     """
     tokenizer = open_tokenizer(checkpoint.folder)
-    positions = position_count(checkpoint.config, checkpoint.folder) or LONGEST
-    length = min(tokenizer.model_max_length, positions, LONGEST) if text.seq_len is None else text.seq_len
-    if not 2 <= length <= positions:
-        raise ValueError(f"seq_len must be from 2 to the model's {positions} positions, got {length} (--seq-len)")
+    length = sequence_length(checkpoint.folder, checkpoint.config, tokenizer, text.seq_len)
+    judge = judge_of(checkpoint.folder)
     vocabulary = checkpoint.config.get("vocab_size")
 
     with encoding(checkpoint.folder):
@@ -90,7 +106,9 @@ def sequences_of(
         with encoding(checkpoint.folder):
             return tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
 
-    def cut(documents: Iterable[str], count: int) -> Tensor:
+    def cut(documents: Iterable[str], count: int) -> Any:
+        if judge is not None:
+            return TextSamples(tokenizer, length, checkpoint.folder).drawn(documents, text.labels, count, text.seed)
         sequences = token_sequences(
             encode,
             documents,
@@ -113,6 +131,88 @@ def sequences_of(
         sequences = cut(text.documents, count + text.held_out)
         held_out, sequences = sequences[: text.held_out], sequences[text.held_out :]
     return sequences[: text.samples], held_out, sequences[text.samples :]
+
+
+def longest(sequences: Any) -> int:
+    """Tokens of the longest of some sequences, as of :func:`sequences_of`."""
+    if isinstance(sequences, Tensor):
+        return sequences.shape[1]
+    return max((one if isinstance(one, Tensor) else one[0]).shape[1] for one in sequences)
+
+
+@dataclass(frozen=True)
+class TextSamples:
+    """Texts that a model reads one by one.
+
+    Attributes:
+        tokenizer: of the model.
+        length: most tokens of a text, those that the tokenizer puts around it among them.
+        folder: of the model, for its classes and for messages.
+    """
+
+    tokenizer: Any
+    length: int
+    folder: Path
+
+    def drawn(self, documents: Iterable[str], labels: Sequence[Any] | None, count: int | None, seed: int = 0) -> Any:
+        """Draw texts at random, or with ``count=None`` take all: see :func:`sequences_of` for the result.
+
+        Raises:
+            ValueError: for too few texts, and a label that is no class of the model.
+        """
+        with encoding(self.folder):
+            samples = [ids for document in documents for ids in self._pieces(document, labels is not None)]
+        if len(samples) < (asked := len(samples) if count is None else count) or not samples:
+            raise ValueError(
+                f"the text is too short: {asked} texts of at most {self.length} tokens were asked for, it has "
+                f"{len(samples)}; give more text, or ask for fewer"
+            )
+        indices = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))[:asked].tolist()
+        if count is None:
+            indices.sort()
+        if labels is not None:
+            classes = self._classes(labels)
+            return [(samples[index][None], classes[index][None]) for index in indices]
+        # without a token for padding, decoders with a head for classes take one text at a time
+        together = getattr(open_config(self.folder), "pad_token_id", None) is not None
+        if together and len({len(samples[index]) for index in indices}) == 1:
+            return torch.stack([samples[index] for index in indices])
+        return [samples[index][None] for index in indices]
+
+    def _pieces(self, document: str, labelled: bool) -> Iterator[Tensor]:
+        begin, end = special_tokens(self.tokenizer)
+        if (room := self.length - len(begin) - len(end)) < 1:
+            raise ValueError(f"{self.length} tokens leave no room between those that the tokenizer puts around a text")
+        ids = self.tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        # of a long text, the rest that fills no sequence is left out
+        last = 1 if labelled else max(1, len(ids) - room + 1)
+        for first in range(0, last, room) if ids or labelled else ():
+            yield torch.tensor([*begin, *ids[first : first + room], *end])
+
+    def _classes(self, labels: Sequence[Any]) -> Tensor:
+        config = open_config(self.folder)
+        numbers = {
+            **{name: number for name, number in config.label2id.items()},
+            **{n: n for n in range(config.num_labels)},
+        }
+        for label in labels:
+            if isinstance(label, bool) or label not in numbers:
+                raise ValueError(
+                    f"the label {one_line(str(label))} is no class of {self.folder}: expected a number from 0 to "
+                    f"{config.num_labels - 1}, or a name of its config.json ({abbreviate([*config.label2id], 3)})"
+                )
+        return torch.tensor([numbers[label] for label in labels])
+
+
+def sequence_length(folder: Path, config: Mapping[str, Any], tokenizer: Any, asked: int | None) -> int:
+    """Tokens of a sequence: as asked for, or as trained, at most :data:`LONGEST`. ValueError for one out of range."""
+    positions = position_count(config, folder) or LONGEST
+    file = folder / "sentence_bert_config.json"
+    trained = (read_json(file).get("max_seq_length") if file.is_file() else None) or LONGEST
+    length = min(tokenizer.model_max_length, positions, LONGEST, trained) if asked is None else asked
+    if not isinstance(length, int) or not 2 <= length <= positions:
+        raise ValueError(f"seq_len must be from 2 to the model's {positions} positions, got {length} (--seq-len)")
+    return length
 
 
 def token_sequences(

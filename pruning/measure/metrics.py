@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, normalize
 from torch.utils.checkpoint import checkpoint
 
 from leanstep._files import one_line
@@ -298,7 +298,69 @@ class MSELogits(_TokenMetric):
         return centred * math.sqrt(2 / rows.shape[-1])
 
 
-METRICS: dict[str, Callable[[], Metric]] = {"kl": KL, "kl_topk": KLTopK, "mse_logits": MSELogits}
+class Cosine(Metric):
+    """1 - cosine of the pooled outputs e = pool(h), e~ of a sample: ``|e / |e| - e~ / |e~||^2 / 2``, in fp32.
+
+    Args:
+        pooling: of the last hidden states of the unmasked tokens: one of :data:`POOLINGS`. Outputs [batch, width] are
+            taken as they are.
+    """
+
+    name = "cosine"
+
+    def __init__(self, pooling: str = "mean") -> None:
+        self.pooling = pooling
+
+    def embeddings(self, output: Any, batch: Batch) -> Tensor:
+        """The embeddings, of length 1, [batch, width]."""
+        pool = POOLINGS[self.pooling]
+        return torch.stack([normalize(pool(_wide(rows)), dim=-1) for rows in token_rows(values_of(output), batch)])
+
+    def reference(self, output: Any, batch: Batch) -> Tensor:
+        """See :meth:`Metric.reference`."""
+        return self.embeddings(output, batch)
+
+    def compare(self, reference: Tensor, output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        """See :meth:`Metric.compare`."""
+        # the square of the difference keeps the digits of a cosine near 1
+        distances = (self.embeddings(output, batch) - reference).double().square().sum(-1) / 2
+        return distances.cpu(), torch.ones(len(distances), dtype=torch.float64)
+
+    def root(self, output: Any, batch: Batch) -> list[Tensor]:
+        """See :meth:`Metric.root`; the embedding itself, as one token."""
+        return [row[None] for row in self.embeddings(output, batch)]
+
+
+#: how an embedding [width] is made from the hidden states [tokens, width]
+POOLINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda rows: rows.mean(0),
+    "cls": lambda rows: rows[0],
+    "max": lambda rows: rows.amax(0),
+    "lasttoken": lambda rows: rows[-1],
+}
+METRICS: dict[str, Callable[[], Metric]] = {"kl": KL, "kl_topk": KLTopK, "mse_logits": MSELogits, "cosine": Cosine}
+EMBEDDING, CLASSIFIER = "embedding model", "classifier"
+#: kinds of models that predict no next token -> the metric of their outputs
+KIND_METRICS = {EMBEDDING: "cosine", CLASSIFIER: "kl"}
+_CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification")
+
+
+def kind_of(model_class: type | None, config: Any) -> str:
+    """What a class of transformers computes: :data:`EMBEDDING`, :data:`CLASSIFIER`, or "" for all others.
+
+    An embedding model reads text and has no head. A classifier gives logits of two classes or more, one of which is
+    right: regression and several right classes are others.
+    """
+    name = "" if model_class is None else model_class.__name__
+    if name.endswith(_CLASSIFIERS):
+        is_other = getattr(config, "problem_type", None) in ("regression", "multi_label_classification")
+        return CLASSIFIER if config.num_labels > 1 and not is_other else ""
+    reads_text = getattr(model_class, "main_input_name", "") == "input_ids"
+    if "For" in name or not reads_text or getattr(config, "is_encoder_decoder", False):
+        return ""
+    outputs = [{field.name for field in fields(one)} for one in _declared_outputs(model_class)]
+    is_embedding = any("last_hidden_state" in names and "logits" not in names for names in outputs)
+    return EMBEDDING if is_embedding else ""
 
 
 def make_metric(metric: str | Metric | None, model: nn.Module) -> Metric:
@@ -317,8 +379,15 @@ def make_metric(metric: str | Metric | None, model: nn.Module) -> Metric:
 
 
 def metric_name(metric: str | Metric | None, model: nn.Module) -> str:
-    """Identity of a metric; the default is ``kl`` for language models, ``mse_logits`` for others."""
+    """Identity of a metric.
+
+    The default is ``kl`` for language models and classifiers, ``cosine`` for embedding models, ``mse_logits`` for
+    others.
+    """
     if metric is None:
+        kind = kind_of(type(model), model.config) if hasattr(model, "main_input_name") else ""
+        if kind:
+            return KIND_METRICS[kind]
         return "kl" if output_head(model) is not None else "mse_logits"
     return metric if isinstance(metric, str) else metric.identity
 
@@ -354,11 +423,7 @@ def logits_of(output: Any) -> Tensor:
 
 def may_give_logits(model: nn.Module) -> bool:
     """Whether a model gives logits, by the types of outputs that its forward declares; True where these do not tell."""
-    try:
-        declared = get_type_hints(model.forward).get("return")
-    except (NameError, TypeError, AttributeError):  # a name that is known to type checkers alone
-        return True
-    outputs = [one for one in get_args(declared) or (declared,) if isinstance(one, type) and is_dataclass(one)]
+    outputs = _declared_outputs(type(model))
     if "For" in (name := type(model).__name__):  # with a head; some declare the output of the model below it
         of_heads = "transformers.modeling_outputs"
         outputs = [
@@ -367,6 +432,15 @@ def may_give_logits(model: nn.Module) -> bool:
             if one.__name__ == f"{name}Output" or (one.__module__ == of_heads and "ModelOutput" not in one.__name__)
         ]
     return not outputs or any("logits" in (field.name for field in fields(one)) for one in outputs)
+
+
+def _declared_outputs(model_class: Any) -> list[Any]:
+    """The types of outputs that a model's forward declares; none where these do not tell."""
+    try:
+        declared = get_type_hints(model_class.forward).get("return")
+    except (NameError, TypeError, AttributeError):  # a name that is known to type checkers alone
+        return []
+    return [one for one in get_args(declared) or (declared,) if isinstance(one, type) and is_dataclass(one)]
 
 
 def values_of(output: Any) -> Tensor:

@@ -44,7 +44,7 @@ class Corpus:
     """Documents of one split, in order.
 
     ``documents()`` starts a new pass over the texts, and so does iteration. ``fingerprint`` is a hash of their content.
-    ``names`` has one name per document, or is empty.
+    ``names`` has one name per document, or is empty. ``rows`` is what documents of JSON or Parquet are a column of.
     """
 
     label: str
@@ -52,6 +52,7 @@ class Corpus:
     documents: Callable[[], Iterable[str]]
     names: tuple[str, ...] = ()
     in_time_order: bool = False
+    rows: Any = None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.documents())
@@ -251,7 +252,24 @@ def _rows_corpus(rows: Any, text_key: str, label: str, fingerprint: str) -> Corp
 
     if next(iter(read()), None) is None:
         raise ValueError(f"{label} holds no text in column '{text_key}'")
-    return Corpus(label, fingerprint, read)
+    return Corpus(label, fingerprint, read, rows=rows)
+
+
+def read_labels(corpus: Corpus, text_key: str, label_key: str | None, has_classes: bool) -> list[Any] | None:
+    """The labels of a corpus's documents, in their order; None for data without such a column, and other models.
+
+    Raises:
+        ValueError: for a column that was asked for and is not there, or of a model without classes.
+    """
+    key, columns = label_key or "label", [] if corpus.rows is None else corpus.rows.column_names
+    if has_classes and key in columns:
+        return [row[key] for row in corpus.rows if row_text(row, text_key).strip()]
+    if label_key is not None:
+        raise ValueError(
+            f"--label-key {key}: expected a column of JSON or Parquet, for a classifier; {corpus.label} has "
+            f"{', '.join(columns) or 'no columns'}"
+        )
+    return None
 
 
 def _files_corpus(path: str, kind: str, key: str, text_key: str, cache_dir: str | None, split: str = "train") -> Corpus:

@@ -84,3 +84,8 @@ def card_facts(config: "RunConfig", state: "TrainState", tokens_per_s: float | N
     if tokens_per_s:
         facts["Training speed"] = f"{format_rate(tokens_per_s)} on {device}"
     return facts
+
+
+def measure_text(measure: dict[str, Any]) -> str:
+    """A mean and its standard error, if that is known."""
+    return f"{measure['mean']:.4g}" + ("" if measure["stderr"] is None else f" +- {measure['stderr']:.2g}")

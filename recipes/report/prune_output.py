@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from leanstep._files import format_bytes
 from leanstep.recipes.check.machine import processor_name
-from leanstep.recipes.report.formatting import format_duration
+from leanstep.recipes.report.formatting import format_duration, measure_text
 
 if TYPE_CHECKING:
     from leanstep.pruning import Estimate, PruneResult, RecoveryResult
@@ -92,6 +92,18 @@ def recovery_lines(recovery: "RecoveryResult") -> list[str]:
     return lines + [f"note           {note}" for note in recovery.notes]
 
 
+def quality_lines(quality: dict[str, Any]) -> list[str]:
+    """Lines about an embedding model or a classifier, on held-out samples."""
+    lines = []
+    for name, after in quality["after"].items():
+        before = quality["before"].get(name)
+        begin = "" if before is None else f"{measure_text(before)} before, "
+        lines.append(
+            f"{name:<14} {begin}{measure_text(after)}{' after' if begin else ''} ({quality['samples']} samples)"
+        )
+    return lines
+
+
 def shown(value: Any) -> str:
     """The value of an option as it is typed."""
     if isinstance(value, (list, tuple)):
@@ -142,6 +154,8 @@ def summary_of(result: "PruneResult", layers: list[dict[str, Any]], out: str) ->
     if result.perplexity:
         before, after = result.perplexity["before"], result.perplexity["after"]
         lines.append(f"perplexity     {before:.2f} before, {after:.2f} after ({result.perplexity['tokens']:,} targets)")
+    if result.quality:
+        lines += quality_lines(result.quality)
     if result.recovery is not None:
         lines += recovery_lines(result.recovery)
     lines += [f"note           {note}" for note in result.notes]

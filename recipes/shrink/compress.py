@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from leanstep._arguments import OneLineParser, new_folder
 from leanstep.pruning.compress.compress import menu_of
 from leanstep.pruning.config import ROUNDINGS, PruneConfig
-from leanstep.recipes.shrink.prune import data_options, resource_options, run, search_options, task_options
+from leanstep.recipes.shrink.prune import data_options, evaluation_options, resource_options, run, search_options
 
 __all__ = ["main"]
 
@@ -69,8 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     PruneConfig.add_options(group, "weights", only=("inputs", "include", "exclude"))
     group = parser.add_argument_group("afterwards")
-    group.add_argument("--eval", action="store_true", help="perplexity on the held-out sequences, before and after")
-    task_options(group)
+    evaluation_options(group)
     PruneConfig.add_options(group, "afterwards")
     resource_options(parser.add_argument_group("memory, time and output"))
     parser.set_defaults(budget="params", latency_table=None, recover=None, recover_lr=None)

@@ -21,8 +21,6 @@ from leanstep.recipes.report.prune_output import OUT_OF_MEMORY, estimate_lines, 
 from leanstep.recipes.shrink.judge import judge, load_tasks, task_lines
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from leanstep._processes import Processes
     from leanstep.pruning import CalibrationText, PruneResult, Recovery, RecoveryResult, Refinement
 
@@ -35,7 +33,7 @@ _REFINE_SAMPLES = 32
 _Group = argparse._ArgumentGroup
 _OPTIONS = {"data.val_path": "--data", "data.text_key": "--text-key", "seq_len": "--seq-len", "samples": "--samples"}
 # options of --data
-_OF_DATA = ("text_key", "samples", "curve_samples", "held_out", "seq_len")
+_OF_DATA = ("text_key", "label_key", "samples", "curve_samples", "held_out", "seq_len")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -172,6 +170,7 @@ def data_options(group: _Group) -> None:
         "safetensors file with pixel_values [images, channels, height, width], as the model takes them",
     )
     add("--text-key", default="text", metavar="KEY", help="column of JSON or Parquet; default text")
+    add("--label-key", metavar="KEY", help="column with the class, for classifiers; default label, if there is one")
     add("--samples", type=int, default=128, metavar="N", help="sequences or images for scores; default 128")
     add("--curve-samples", type=int, default=16, metavar="N", help="of --samples, those for curves; default 16")
     add("--held-out", type=int, default=8, metavar="N", help="sequences or images held out for checks; default 8")
@@ -197,8 +196,7 @@ def search_options(group: _Group) -> None:
 def _afterwards_options(group: _Group) -> None:
     add = group.add_argument
     PruneConfig.add_options(group, "afterwards")
-    add("--eval", action="store_true", help="perplexity on the held-out sequences, before and after")
-    task_options(group)
+    evaluation_options(group)
     add("--recover", type=int, metavar="STEPS", help="train after pruning on --data, with the zeros held")
     add("--recover-lr", type=float, metavar="LR", help="rms change of an entry in a step; default 3e-4 (factors 3e-3)")
     add("--recover-rank", type=int, metavar="R", help="recover by LoRA factors of this rank, merged at the end")
@@ -209,8 +207,11 @@ def _afterwards_options(group: _Group) -> None:
     )
 
 
-def task_options(group: _Group) -> None:
-    """Add the options of tasks."""
+def evaluation_options(group: _Group) -> None:
+    """Add the options of what is measured before and after."""
+    group.add_argument(
+        "--eval", action="store_true", help="measure the model on the held-out samples, before and after"
+    )
     group.add_argument(
         "--eval-tasks",
         metavar="NAMES",
@@ -326,7 +327,7 @@ def _dryrun(options: argparse.Namespace) -> int:
     from leanstep.pruning.folder.checkpoint import check_files
     from leanstep.pruning.folder.files import open_checkpoint
     from leanstep.pruning.folder.run import check_device, check_run
-    from leanstep.pruning.folder.text import CalibrationText, sequences_of
+    from leanstep.pruning.folder.text import CalibrationText, longest, sequences_of
     from leanstep.recipes.evaluate import find_device
 
     options.checkpoint = _model_folder(options.checkpoint)
@@ -344,7 +345,7 @@ def _dryrun(options: argparse.Namespace) -> int:
     check_run(checkpoint, data, config, recovery=recovery, evaluate=options.eval)
     tokens = options.seq_len
     if isinstance(data, CalibrationText):
-        tokens = sequences_of(checkpoint, data, refine=config.refine is not None)[0].shape[1]
+        tokens = longest(sequences_of(checkpoint, data, refine=config.refine is not None)[0])
     workload = Workload(
         config,
         samples=options.samples,
@@ -436,7 +437,7 @@ def _refinement(options: argparse.Namespace) -> "Refinement | None":
 def _data(options: argparse.Namespace) -> dict[str, Any]:
     if options.data is None:
         if options.eval:
-            raise ValueError("--eval measures perplexity on held-out text of --data, which is missing")
+            raise ValueError("--eval measures the model on held-out samples of --data, which is missing")
         defaults = _parser()
         for name in () if options.dry_run else _OF_DATA:
             if getattr(options, name) != defaults.get_default(name):
@@ -448,24 +449,23 @@ def _data(options: argparse.Namespace) -> dict[str, Any]:
     return _images(options) if options.data.endswith(".safetensors") else {"data": _text(options)}
 
 
-def _images(options: argparse.Namespace) -> "dict[str, Tensor]":
+def _images(options: argparse.Namespace) -> dict[str, Any]:
     """Draw images for the scores, the curves, the comparison and with a search those that judge, from a file."""
-    from leanstep.recipes.data.images import draw_images, read_images
+    from leanstep.recipes.data.images import draw_images, labelled, read_images
 
-    images = read_images(options.data)
-    asked = {"--eval": options.eval or None, "--seq-len": options.seq_len}
-    given = [name for name, value in asked.items() if value is not None]
-    if given:
+    images, labels = read_images(options.data)
+    if options.seq_len is not None:
         raise ValueError(
-            f"{' and '.join(given)}: for text alone, and --data {options.data} has images; leave out {given[0]}, or "
-            "name a text"
+            f"--seq-len: for text alone, and --data {options.data} has images; leave out --seq-len, or name a text"
         )
     counts = {"--held-out": options.held_out, "--samples": options.samples}
     if _refinement(options) is not None:
         counts["--refine-samples"] = _refine_samples(options)
-    held_out, samples, *judging = draw_images(images, options.data, counts, options.seed)
-    data = {"data": samples, "curve_data": samples[: options.curve_samples], "held_out": held_out}
-    return data | ({"judging": judging[0]} if judging else {})
+    held_out, samples, *judging = draw_images(len(images), options.data, counts, options.seed)
+    data = {"data": images[samples], "curve_data": images[samples[: options.curve_samples]]}
+    of_held_out = labels[held_out] if options.eval and labels is not None else None
+    data["held_out"] = labelled(images[held_out], of_held_out)
+    return data | ({"judging": images[judging[0]]} if judging else {})
 
 
 def _refine_samples(options: argparse.Namespace) -> int:
@@ -477,15 +477,29 @@ def _refine_samples(options: argparse.Namespace) -> int:
 
 def _text(options: argparse.Namespace) -> "CalibrationText":
     from leanstep.pruning import CalibrationText
-    from leanstep.recipes.data.sources import OptionTexts, in_options, open_file, sotu_corpus, split_newest
+    from leanstep.pruning.folder.files import open_checkpoint
+    from leanstep.pruning.folder.kinds import judge_of
+    from leanstep.pruning.measure.metrics import CLASSIFIER
+    from leanstep.recipes.data.sources import (
+        OptionTexts,
+        in_options,
+        open_file,
+        read_labels,
+        sotu_corpus,
+        split_newest,
+    )
 
     documents: Iterable[str]
-    held_out = None
+    held_out = labels = None
     if options.data == "sotu":
         documents, held_out = split_newest(tuple(sotu_corpus().documents()))
     else:
         try:
-            documents = OptionTexts(open_file(options.data, options.text_key), _OPTIONS)
+            corpus = open_file(options.data, options.text_key)
+            judge = judge_of(open_checkpoint(options.checkpoint).folder)
+            has_classes = judge is not None and judge.name == CLASSIFIER
+            labels = read_labels(corpus, options.text_key, options.label_key, has_classes)
+            documents = OptionTexts(corpus, _OPTIONS)
         except ValueError as error:
             raise ValueError(in_options(str(error), _OPTIONS)) from error
     return CalibrationText(
@@ -498,4 +512,5 @@ def _text(options: argparse.Namespace) -> "CalibrationText":
         seq_len=options.seq_len,
         seed=options.seed,
         refine_samples=_refine_samples(options),
+        labels=labels,
     )

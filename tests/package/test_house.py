@@ -41,6 +41,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "local reconstruction": 438,
         "compress": 930,
         "compress to sparse files": 340,
+        "embedding models and classifiers": 395,
     },
     "lines of sparsity/": {"compress to sparse files": 59, "model cards": 5, "sparse products prepared once": 1},
     "lines of kernels/": {"kernel proofs": 232, "sparse products prepared once": 58},
@@ -61,6 +62,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "trackers by name": 83,
         "tasks": 198,
         "chat recipes": 26,
+        "embedding models and classifiers": 156,
     },
     "lines of the package": {
         "QLoRA": 145,
@@ -84,6 +86,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "trackers by name": 83,
         "tasks": 198,
         "chat recipes": 26,
+        "embedding models and classifiers": 551,
     },
     "lines of lora/": {
         "QLoRA": 15,
@@ -112,6 +115,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "trackers by name": 71,
         "tasks": 167,
         "chat recipes": 22,
+        "embedding models and classifiers": 211,
     },
 }
 

@@ -57,7 +57,9 @@ def data_for(name):
 def test_every_architecture_is_pruned_and_opens_again(name, tmp_path):
     model = make(name)
     save_model(model, tmp_path / "in")
-    result = prune_checkpoint(tmp_path / "in", tmp_path / "out", data_for(name), **QUICK)
+    # the classes of the untrained ResNet are certain, so that their KL divergence is 0 in fp32
+    metric = "mse_logits" if name == "resnet" else None
+    result = prune_checkpoint(tmp_path / "in", tmp_path / "out", data_for(name), metric=metric, **QUICK)
     names = {target.parameter for group in result.groups for target in group.targets}
     assert result.sparsity == pytest.approx(0.5, abs=0.01) and result.held_out.joint > 0
     again = type(model).from_pretrained(tmp_path / "out")
@@ -165,7 +167,7 @@ def test_the_command_refuses_what_it_cannot_measure_in_one_line(tmp_path, capsys
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["bert", "bert_base"])
+@pytest.mark.parametrize("name", ["bert", "vit_base"])
 def test_perplexity_needs_a_model_that_predicts_the_next_token(name, tmp_path):
     save_model(make(name), tmp_path / "in")
     with pytest.raises((ValueError, TypeError), match="perplexity needs a model that predicts the next token"):

@@ -166,7 +166,7 @@ def test_a_missing_table_row_and_text_for_perplexity_are_told_at_the_start(dry, 
     for text in ("--data", str(base / "text.txt"), "--seq-len", "24"):
         command.remove(text)
     error = refusal(command, capsys, monkeypatch, dry)
-    assert "--eval measures perplexity on held-out text of --data, which is missing" in error
+    assert "--eval measures the model on held-out samples of --data, which is missing" in error
     assert list(tmp_path.iterdir()) == [table]
 
 

@@ -148,7 +148,7 @@ def test_the_report_is_one_page_without_scripts(pruned):
 def test_vision_checkpoints_take_images(tmp_path):
     make_vit().save_pretrained(tmp_path / "vit")
     result = prune_checkpoint(tmp_path / "vit", tmp_path / "out", images(10), sparsity=0.5, allocation="erk")
-    assert result.metric == "mse_logits"
+    assert result.metric == "kl"
     assert result.held_out.joint > 0
     again = type(make_vit()).from_pretrained(tmp_path / "out")
     assert sum(int((target.weight == 0).sum()) for target in find_targets(again)) == result.sparsity * sum(
@@ -286,7 +286,7 @@ def test_a_perplexity_beyond_fp64_is_infinite_and_written_as_none(base, tmp_path
 
 
 def test_an_unknown_metric_is_told_before_anything_is_opened(tmp_path):
-    with pytest.raises(ValueError, match="metric must be one of kl, kl_topk, mse_logits, got 'kll'"):
+    with pytest.raises(ValueError, match="metric must be one of kl, kl_topk, mse_logits, cosine, got 'kll'"):
         prune_checkpoint(tmp_path / "nothing", tmp_path / "out", CalibrationText(("a",)), sparsity=0.5, metric="kll")
 
 

@@ -54,6 +54,7 @@ def folder(trained, tmp_path_factory):
     save_file({"pixel_values": draw(60, 1)[0]}, found / "images.safetensors")
     save_file({"pixel_values": draw(60, 1)[0][0]}, found / "one.safetensors")
     save_file({"images": draw(60, 1)[0]}, found / "named.safetensors")
+    save_file({"pixel_values": draw(60, 1)[0], "labels": draw(59, 1)[1]}, found / "labels.safetensors")
     (found / "cut.safetensors").write_bytes(b"cut")
     return found
 
@@ -77,7 +78,7 @@ def test_a_vision_transformer_keeps_its_accuracy_no_worse_than_by_uniform_sparsi
         result = prune(model, draw(80, 1)[0], sparsity=0.6, allocation=allocation, score=score, **settings)
         zeros = sum(int((target.weight == 0).sum()) for target in find_targets(model))
         total = sum(target.layer.numel for target in find_targets(model))
-        assert result.metric == "mse_logits" and zeros == pytest.approx(0.6 * total, abs=1)
+        assert result.metric == "kl" and zeros == pytest.approx(0.6 * total, abs=1)
         assert {target.layer.block for target in find_targets(model)} == {0, 1, 2}
         found[allocation] = (result.held_out.joint, accuracy(model, test, labels))
     # never worse: of the two, the better one is taken
@@ -153,7 +154,7 @@ REFUSED = {
     "another name": ([], {"data": "named.safetensors"}, "expected a floating tensor pixel_values .* got none"),
     "a file cut short": ([], {"data": "cut.safetensors"}, "cut.safetensors cannot be read"),
     "no file": ([], {"data": "none.safetensors"}, "none.safetensors cannot be read"),
-    "perplexity": (["--eval"], {}, "--eval: for text alone, and --data .* has images; leave out --eval"),
+    "labels of tokens": ([], {"data": "labels.safetensors"}, r"expected labels of int64 \[60\], .* got \(59,\) of"),
     "a language model": ([], {"checkpoint": "llama"}, "LlamaForCausalLM takes token numbers, got torch.float32"),
 }
 
