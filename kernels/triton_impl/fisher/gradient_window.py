@@ -201,7 +201,7 @@ def linear_combination(
 def audit_launches() -> Promises:
     """Launch every configuration that the launchers above can choose, and return what the kernels promise."""
     # rows that start on 16-byte boundaries, and rows that do not
-    for dtype, n in itertools.product(TL_DTYPE, (8, 7)):
+    for dtype, n in itertools.product(TL_DTYPE, (TILES * BLOCK_N + 8, TILES * BLOCK_N + 7)):
         window, vector = torch.zeros(2, n, dtype=dtype), torch.zeros(n)
         for x in (vector.to(dtype), vector):
             row_dots([window], [x], [0], 1)
