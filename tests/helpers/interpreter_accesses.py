@@ -26,8 +26,19 @@ def extent(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 _data_ptr = torch.Tensor.data_ptr
-# the tensor that was last seen at an address: what a table that holds the address means
-_seen: dict[int, tuple[int, int]] = {}
+# the storage and the longest tensor that were last seen at an address: what a table that holds the address means
+_seen: dict[int, tuple[tuple[int, int], tuple[int, int]]] = {}
+
+
+def behind(value: int) -> tuple[int, int] | None:
+    """The range that a table means by a value: a tensor, or the rest of the last one that the value lies in."""
+    if value in _seen:
+        return _seen[value][1]
+    # sizes and counts are small
+    inside = (end for _, (first, end) in reversed(_seen.values()) if first < value < end)
+    return next(((value, end) for end in inside), None) if value > 2**32 else None
+
+
 launches: dict[str, int] = defaultdict(int)
 _current: "Accesses | None" = None
 
@@ -41,7 +52,7 @@ class Accesses:
         ranges = [extent(tensor) for tensor in tensors.values()]
         for tensor in tensors.values():
             if tensor.dtype == torch.int64 and tensor.numel():
-                ranges += [_seen[value] for value in set(tensor.flatten().tolist()) & _seen.keys()]
+                ranges += [found for value in set(tensor.flatten().tolist()) if (found := behind(value))]
         self.ranges = np.array(sorted(set(ranges))).reshape(-1, 2)
         self.shared = [extent(tensors[key]) for key in SHARED if key in tensors]
         # the bytes and the program of each access, by kind
@@ -106,8 +117,12 @@ def watch() -> None:
     place, call = builder.set_grid_idx, executor.__call__
 
     def seen(tensor):
-        _seen[_data_ptr(tensor)] = extent(tensor)
-        return _data_ptr(tensor)
+        (first, end), storage = extent(tensor), tensor.untyped_storage()
+        owner = storage.data_ptr(), storage.nbytes()
+        before, longest = _seen.get(first, (None, (first, first)))
+        _seen.pop(first, None)
+        _seen[first] = owner, (first, max(end, longest[1]) if before == owner else end)
+        return first
 
     def checked_load(self, pointers, mask, *rest):
         _current.add("load", pointers, mask.data)
