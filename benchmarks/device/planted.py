@@ -6,7 +6,7 @@ Each fault changes one place of one jitted function, the first that its pattern 
 planted in the PTX. What finds it:
 
 - accesses: in Triton's interpreter, an access outside of the tensors, or programs that meet in one place;
-- result: there, the operation differs from its definition by more than the kernel promises, if "accesses" finds nothing;
+- result: there, if no access does, the operation differs from its definition by more than the kernel promises;
 - offsets: an offset that can pass 2^31 has 32 bits;
 - compiler: the kernel no longer compiles;
 - races: SentryWard finds two accesses that race in the PTX for sm_90 of the first configuration of a kernel. It is

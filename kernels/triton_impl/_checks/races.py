@@ -10,7 +10,7 @@ What the tool does not take is changed in the PTX, where that hides no race:
   is added to each pointer after its load. So the tensors behind a table lie in one object, at the addresses that they
   had at the launch, and the tool compares their accesses with one another.
 - Accesses to a tensor leave the PTX if all of them are atomics, or if all store the same constant.
-- A branch that depends on data and jumps over some accesses, but no barrier and no label, is not taken.
+- A branch that depends on data, and jumps over accesses alone, is not taken.
 - Threads that hold the same element may store it to the same word of shared memory. Only the first and then only the
   last of them stores it: each of their conflicts with others is one with these two. That they store equal numbers is
   not verified, and the verdict `conditional` says so.
@@ -20,7 +20,7 @@ import json
 import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -113,6 +113,10 @@ def _described(case: Any, ptx: str) -> tuple["_Code", dict[str, Any]]:
         if buffers[twin].address != buffer.address:
             raise ValueError(f"{names[i]} and {names[twin]} lie in one memory")
         objects[i] = names[twin]
+        if buffer.address in addresses:
+            raise ValueError(f"{names[i]} lies behind a table, too")
+    named = list(objects.values())
+    code.drop_equal_accesses(i for i in buffers if named.count(objects[i]) == 1)
     written = code.written()
     return code, {
         "schema": "spverify.kernel-input/v1",
@@ -146,6 +150,7 @@ _GUARD = r"\s*(@!?%p\d+\s+)?"
 _DEFINITION = re.compile(_GUARD + r"([a-z][\w.]*)\s+(\{ %\w+(?:, %\w+)* \}|%\w+), (.*);")
 _ACCESS = re.compile(_GUARD + r"(ld|st|atom|red)\.global\S*\s+(?:\{.*?\}, |%\w+, )?\[ ?(%rd\d+)[^\]]*\](?:, )?(.*);")
 _BRANCH = re.compile(r"\s*@!?%p\d+\s+bra\s+(\$\w+);")
+_CONTROL = re.compile(r"\b(bra|ret|bar|barrier|shfl|mbarrier)\b|^\$L__BB")
 _SHARED = re.compile(_GUARD + r"(st\.shared\S*\s.*;)")
 _INTEGERS: dict[str, Callable[..., np.ndarray]] = {
     "mov": lambda a: a,
@@ -177,11 +182,10 @@ class _Code:
         self._definitions: dict[str, list[tuple[str, str]]] = defaultdict(list)
         for line in self.lines:
             if definition := _DEFINITION.match(line):
-                for register in re.findall(r"%\w+", definition[3]):
+                for register in _names(definition[3]):
                     self._definitions[register].append((definition[2], definition[4]))
         self._accesses = {i: match for i, line in enumerate(self.lines) if (match := _ACCESS.match(line))}
         self._bases = {i: self._parameters_behind(access[3]) for i, access in self._accesses.items()}
-        self._drop_equal_accesses()
 
     def _parameters_behind(self, register: str) -> set[int]:
         """The parameters that an address is computed from."""
@@ -193,7 +197,7 @@ class _Code:
                     parameters.add(int(parameter[1]))
                 elif operation.startswith(_CARRY):
                     added = operands.split(", ")[-1] if operation.startswith("mad") else operands
-                    new = set(re.findall(r"%\w+", added)) - seen
+                    new = set(_names(added)) - seen
                     seen |= new
                     waiting += new
         return parameters
@@ -202,9 +206,9 @@ class _Code:
         """The parameters whose tensors are stored to."""
         return {i for line, access in self._accesses.items() if access[2] != "ld" for i in self._bases[line]}
 
-    def _drop_equal_accesses(self) -> None:
+    def drop_equal_accesses(self, parameters: Iterable[int]) -> None:
         """Drop the accesses to a parameter's tensor that are all atomics, or all stores of the same constant."""
-        for parameter in self.types:
+        for parameter in parameters:
             lines = [line for line, bases in self._bases.items() if parameter in bases]
             kinds = {"atomic" if self._accesses[i][2] in ("atom", "red") else self._constant(i) for i in lines}
             if len(kinds) == 1 and kinds != {""} and all(self._bases[i] == {parameter} for i in lines):
@@ -213,7 +217,7 @@ class _Code:
 
     def _constant(self, line: int) -> str:
         """The constant that a store writes; empty if it is none, or for a load."""
-        registers = re.findall(r"%\w+", self._accesses[line][4]) if self._accesses[line][2] == "st" else []
+        registers = _names(self._accesses[line][4]) if self._accesses[line][2] == "st" else []
         values = {operands for register in registers for _, operands in self._definitions[register]}
         return values.pop() if len(values) == 1 and not any("%" in value for value in values) else ""
 
@@ -230,10 +234,10 @@ class _Code:
             line, bit = first["location"]["line"] - 1, first["actor"] ^ second["actor"]
             same = first["location"] == second["location"] and first["mode"] == second["mode"] == "write"
             store = _SHARED.match(self.lines[line])
-            if same and store and bit.bit_count() == 1 and not self.guards.get(line, 0) & bit:
+            if same and store and not store[1] and bit.bit_count() == 1 and not self.guards.get(line, 0) & bit:
                 self.guards[line] = self.guards.get(line, 0) | bit
                 self._guard_alike()
-                return not (store[1] or "").startswith("@!")
+                return True
         return False
 
     def _guard_alike(self) -> None:
@@ -266,14 +270,14 @@ class _Code:
         return _INTEGERS[operation.split(".")[0]](*values) & 0xFFFFFFFF
 
     def _only_skips(self, line: int) -> bool:
-        """Whether a branch jumps forward over code without barriers, labels and other branches."""
+        """Whether a branch jumps forward over code without barriers and labels that sets no register for later."""
         branch = _BRANCH.match(self.lines[line - 1])
-        for skipped in self.lines[line:] if branch and line not in self.decided else []:
-            if skipped.startswith(f"{branch[1]}:"):  # type: ignore[index]
-                return True
-            if re.search(r"\b(bra|ret|bar|barrier|shfl|mbarrier)\b|^\$L__BB", skipped):
-                return False
-        return False
+        end = next((i for i, text in enumerate(self.lines) if branch and text.startswith(f"{branch[1]}:")), 0)
+        skipped, rest = self.lines[line:end], [*self.lines[:line], *self.lines[end:]]
+        if not skipped or line in self.decided or any(_CONTROL.search(text) for text in skipped):
+            return False
+        defined = {name for text in skipped if (match := _DEFINITION.match(text)) for name in _names(match[3])}
+        return not defined & {name for text in rest if "\t.reg" not in text for name in _names(text)}
 
     def text(self) -> str:
         """The changed PTX."""
@@ -284,10 +288,8 @@ class _Code:
                     lines[i] += f" setp.ge.u64 %pointer, {register}, {self.lowest};"
                     lines[i] += f" @%pointer add.s64 {register}, {register}, %memory;"
         for i, mask in self.guards.items():
-            guard, store = _SHARED.match(lines[i]).groups()  # type: ignore[union-attr]
-            lines[i] = f"and.b32 %bits, %thread, {mask}; setp.eq.b32 %stores, %bits, {mask if self.last else 0};"
-            lines[i] += f" and.pred %stores, %stores, {guard.strip()[1:]};" if guard else ""
-            lines[i] += f" @%stores {store}"
+            store, wanted = lines[i].strip(), mask if self.last else 0
+            lines[i] = f"and.b32 %bits, %thread, {mask}; setp.eq.b32 %stores, %bits, {wanted}; @%stores {store}"
         end, body = lines.index(")"), lines.index("{")
         if self.tables:
             lines[end - 1] += ","
@@ -319,6 +321,11 @@ class _Code:
     def _place(self, evidence: Mapping[str, Any]) -> str:
         line = evidence.get("location", {}).get("line", evidence.get("ptx_line"))
         return self.sources[line - 1] if line else ""
+
+
+def _names(text: str) -> list[str]:
+    """The registers that a text names."""
+    return re.findall(r"%\w+", text)
 
 
 def _sources(lines: list[str]) -> list[str]:
