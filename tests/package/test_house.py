@@ -17,6 +17,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "AdamW's rates carried over": 129,
         "local reconstruction": 12,
         "compress": 320,
+        "planted faults of kernels": 0,
     },
     "lines of optimizers/": {
         "AdamW's rates carried over": 127,
@@ -32,7 +33,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
     },
     "lines of pruning/": {"local reconstruction": 438, "compress": 930, "compress to sparse files": 340},
     "lines of sparsity/": {"compress to sparse files": 59, "model cards": 5, "sparse products prepared once": 1},
-    "lines of kernels/": {"kernel proofs": 232, "sparse products prepared once": 58},
+    "lines of kernels/": {"kernel proofs": 232, "sparse products prepared once": 58, "races excluded": 0},
     "lines of recipes/": {
         "generate --chat": 92,
         "AdamW's rates carried over": 22,
@@ -55,6 +56,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "compress to sparse files": 373,
         "model cards": 237,
         "kernel proofs": 188,
+        "races excluded": 0,
         "sparse products prepared once": 59,
         "learning rates by short runs": 479,
         "leanstep runs": 159,
@@ -74,6 +76,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "sparse products prepared once": 48,
         "model cards": 86,
         "kernel proofs": 81,
+        "races excluded": 0,
         "learning rates by short runs": 249,
         "leanstep runs": 104,
         "trackers by name": 71,
