@@ -8,7 +8,7 @@ planted in the PTX. What finds it:
 - accesses: in Triton's interpreter, an access outside of the tensors, or programs that meet in one place;
 - result: there, if no access does, the operation differs from its definition by more than the kernel promises;
 - offsets: an offset that can pass 2^31 has 32 bits;
-- compiler: the kernel no longer compiles;
+- compiler: the kernel no longer compiles, which says nothing of the checks;
 - races: SentryWard finds two accesses that race in the PTX for sm_90 of the first configuration of a kernel. It is
   asked of barriers, and of faults that move accesses if nothing else finds them.
 
@@ -119,7 +119,8 @@ def main() -> int:
         ["function", *kinds], ([label, *(" / ".join(row.get(k, ["-"])) for k in kinds)] for label, row in found.items())
     )
     answers = [answer for row in found.values() for cell in row.values() for answer in cell]
-    print(f"{len(answers)} faults in {len(found)} functions, {sum(a != 'none' for a in answers)} found")
+    none, broken = answers.count("none"), answers.count("compiler")
+    print(f"{len(answers)} faults: {len(answers) - none - broken} found, {broken} do not compile, {none} found by none")
     return 0
 
 
