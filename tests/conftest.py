@@ -34,6 +34,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import interpreter_accesses  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -63,6 +64,7 @@ def pytest_configure(config):
     shorten_default_run(config)
     if in_interpreter():
         spare_repeated_work()
+        interpreter_accesses.watch()
 
 
 def pytest_unconfigure(config):

@@ -8,7 +8,7 @@ import pkgutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -34,6 +34,20 @@ TARGETS = {
 }
 
 
+# integers of a longer tensor are data, which decides no address
+_MOST_CONTENTS = 4096
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A tensor of a launch: its memory's address, its own, its dtype, and the integers in it, unless they are many."""
+
+    memory: int
+    address: int
+    dtype: torch.dtype
+    contents: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Launch:
     """One launch of a kernel, as recorded from its launcher.
@@ -44,6 +58,10 @@ class Launch:
         constants: value of every constexpr argument.
         threads: threads per program.
         fp_fusion: whether multiply-adds may be contracted.
+        grid: programs along each axis.
+        values: what every runtime argument was, a `Buffer` for a tensor. Launches that differ in these two alone are
+            one configuration, of which the first is kept.
+        addresses: where tensors lay whose addresses were asked for, as for a table of pointers.
     """
 
     kernel: Any
@@ -51,6 +69,9 @@ class Launch:
     constants: Mapping[str, Any]
     threads: int
     fp_fusion: bool
+    grid: tuple[int, ...] = field(compare=False)
+    values: Mapping[str, Any] = field(compare=False)
+    addresses: frozenset[int] = field(compare=False)
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of a constexpr argument or of a pointer's target."""
@@ -92,6 +113,12 @@ def recorded_cases(launch_all: Callable[[], Promises]) -> list[AuditCase]:
     No kernel runs: `launch_all` calls launchers with CPU or meta tensors, and their launches are only recorded.
     """
     launches: list[Launch] = []
+    addresses: set[int] = set()
+    data_ptr = torch.Tensor.data_ptr
+
+    def recorded_address(tensor: torch.Tensor) -> int:
+        addresses.add(data_ptr(tensor))
+        return data_ptr(tensor)
 
     def record(
         kernel: Any, *values: Any, grid: Any, warmup: bool, num_warps: int, enable_fp_fusion: bool = True, **named: Any
@@ -101,16 +128,27 @@ def recorded_cases(launch_all: Callable[[], Promises]) -> list[AuditCase]:
         arguments = {name: mangle_type(value) for name, value in bound.items() if name not in constants}
         threads = num_warps * TARGETS["sm_90"].warp_size
         launch = Launch(
-            kernel=kernel, arguments=arguments, constants=constants, threads=threads, fp_fusion=enable_fp_fusion
-        )
+            kernel=kernel, arguments=arguments, constants=constants, threads=threads, fp_fusion=enable_fp_fusion,
+            grid=tuple(grid), values={name: _value(bound[name]) for name in arguments},
+            addresses=frozenset(addresses - {0}),
+        )  # fmt: skip
         if launch not in launches:
             launches.append(launch)
 
-    with mock.patch.object(JITFunction, "run", record):
+    with mock.patch.object(JITFunction, "run", record), mock.patch.object(torch.Tensor, "data_ptr", recorded_address):
         promises = launch_all()
     # launchers may use kernels of other modules
     promised = [launch for launch in launches if launch.kernel in promises]
     return [AuditCase(**vars(launch), **promises[launch.kernel](launch)) for launch in promised]
+
+
+def _value(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    integers = value.dtype in (torch.int32, torch.int64) and value.device.type == "cpu"
+    contents = value.flatten().tolist() if integers and value.numel() <= _MOST_CONTENTS else ()
+    memory = 0 if value.device.type == "meta" else value.untyped_storage().data_ptr()
+    return Buffer(memory, value.data_ptr(), value.dtype, tuple(contents))
 
 
 @cache

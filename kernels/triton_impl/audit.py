@@ -3,10 +3,12 @@
 `leanstep audit` compiles every configuration that a launcher can pick, for sm_80, sm_90, sm_100 and gfx942, and reads
 the machine code. It prints a table. It fails if a kernel spills, uses the stack, makes narrow accesses where it
 promises 128 bits, moves more bytes per element than it promises, or computes an offset in 32 bits that can pass 2^31.
+`leanstep audit --prove` verifies instead that the code for NVIDIA's targets has no races (`_checks/races.py`).
 
 Triton's cache folder (TRITON_CACHE_DIR) keeps compiled kernels and measurements. This module imports without Triton.
 """
 
+import argparse
 import hashlib
 import json
 import multiprocessing
@@ -14,17 +16,19 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from leanstep._arguments import OneLineParser
 from leanstep.kernels._backend import has_triton
-from leanstep.kernels.triton_impl import _offsets
+from leanstep.kernels.triton_impl._checks import offsets, races
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
+_Result = TypeVar("_Result")
 # tolerated bytes per element beyond the promise, such as a row's scale
 _SLACK = 0.07
 
@@ -76,6 +80,29 @@ def measure(
     Raises:
         RuntimeError: if Triton is not installed.
     """
+    return _in_processes(_measure, targets, match, processes, all_widths)
+
+
+def prove(
+    targets: Sequence[str] = races.TARGETS, match: str | Collection[str] = "", processes: int | None = None
+) -> list[races.Proof]:
+    """Verify that the configurations whose "kernel label" contains `match` have no races; `match` is as for `measure`.
+
+    Raises:
+        RuntimeError: if Triton or the version of SentryWard in use is not installed.
+    """
+    if reason := races.missing():
+        raise RuntimeError(reason)
+    return _in_processes(_prove, targets, match, processes)
+
+
+def _in_processes(
+    work: Callable[..., _Result],
+    targets: Sequence[str],
+    match: str | Collection[str],
+    processes: int | None,
+    *settings: Any,
+) -> list[_Result]:
     if not has_triton():
         raise RuntimeError("the kernel audit needs the triton package (Linux on x86-64), and it is not installed")
     # torch has threads, so processes must not be forked; spawned ones can also import Triton without its interpreter
@@ -84,8 +111,8 @@ def measure(
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_leave_interpreter) as pool:
         names = pool.submit(_names).result()
         matching = [i for i, name in enumerate(names) if (match in name if isinstance(match, str) else name in match)]
-        tasks = [(i, target, all_widths) for i in matching for target in targets]
-        return list(pool.map(_measure, tasks, chunksize=4))
+        tasks = [(i, target, *settings) for i in matching for target in targets]
+        return list(pool.map(work, tasks, chunksize=4))
 
 
 def problems(measured: Measurement) -> list[str]:
@@ -124,13 +151,21 @@ def _names() -> list[str]:
     return [f"{case.kernel.__name__} {case.label}" for case in _compile.cases()]
 
 
+def _prove(task: tuple[int, str]) -> races.Proof:
+    from leanstep.kernels.triton_impl import _compile
+
+    index, target = task
+    case = _compile.cases()[index]
+    return races.prove(case, target, _compile.compile_case(case, target).asm["ptx"])
+
+
 def _measure(task: tuple[int, str, bool]) -> Measurement:
     from leanstep.kernels.triton_impl import _compile
 
     index, target, all_widths = task
     case = _compile.cases()[index]
     compiled = _compile.compile_case(case, target)
-    readers = (__file__, _offsets.__file__)
+    readers = (__file__, offsets.__file__)
     code = hashlib.sha256(b"".join(Path(file).read_bytes() for file in readers)).hexdigest()[:16]
     disassembled = case.wide or all_widths
     cache, name = _compile.get_cache_manager(compiled.hash), f"leanstep-audit-{code}-{disassembled:d}.json"
@@ -139,7 +174,7 @@ def _measure(task: tuple[int, str, bool]) -> Measurement:
         machine_code, resources = _compile.disassemble(compiled, disassembled)
         measured = {"shared": compiled.metadata.shared} | _resources(resources) | _widths(machine_code)
         measured["loops"] = loop_traffic(compiled.asm["ttir"])
-        measured["narrow"] = _offsets.narrow_offsets(compiled.asm["ttir"])
+        measured["narrow"] = offsets.narrow_offsets(compiled.asm["ttir"])
         path = cache.put(json.dumps(measured), name, binary=False)
     values = json.loads(Path(path).read_text())
     loops = sorted(values.pop("loops"), reverse=True)[: case.sweeps]
@@ -268,7 +303,11 @@ def table(measurements: Sequence[Measurement]) -> str:
             f"{m.read:.2f} ({m.cached:g}, {m.promised_read:g})", f"{m.written:.2f} ({m.promised_written:g})",
             "; ".join(problems(m)),
         ))  # fmt: skip
-    sizes = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    return _aligned(rows)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    sizes = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(size) for cell, size in zip(row, sizes, strict=True)).rstrip() for row in rows
     )
@@ -279,7 +318,7 @@ def _format_widths(widths: dict[int, int]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the audit. Return 1 if a kernel has a problem, 2 if the audit cannot run here."""
+    """Print the audit. Return 1 for a problem or a race, 2 if it cannot run here, 3 for kernels that are not proved."""
     parser = OneLineParser(
         prog="leanstep audit",
         description="Compile every Triton kernel for every target, without a GPU, and print a table. "
@@ -289,8 +328,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--match", default="", help='only configurations whose "kernel label" contains this')
     parser.add_argument("--processes", type=int, help="compile in this many processes (default: one per core)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--prove", action="store_true", help="verify that the code for NVIDIA's targets has no races (extra prove)"
+    )
     arguments = parser.parse_args(argv)
     try:
+        if arguments.prove:
+            return _print_proofs(arguments)
         measurements = measure(arguments.target or TARGETS, arguments.match, arguments.processes)
     except RuntimeError as error:
         sys.stderr.write(f"leanstep audit: {error}\n")
@@ -302,3 +346,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = f"{table(measurements)}\n\n{len(measurements)} kernels compiled, {wrong} with problems"
     sys.stdout.write(text + "\n")
     return 1 if wrong or not measurements else 0
+
+
+def _print_proofs(arguments: argparse.Namespace) -> int:
+    asked = arguments.target or TARGETS
+    proofs = prove([target for target in asked if target in races.TARGETS], arguments.match, arguments.processes)
+    rows = [(p.kernel, p.label, p.target, p.verdict, p.reason) for p in proofs]
+    counts = Counter(p.verdict for p in proofs)
+    text = _aligned([("kernel", "configuration", "target", "races", ""), *rows])
+    text += "\n\n" + ", ".join(f"{counts[verdict]} {verdict}" for verdict in races.VERDICTS)
+    for target in (target for target in asked if target not in races.TARGETS):
+        text += f"\n{target}: not covered, SentryWard reads PTX alone"
+    sys.stdout.write((json.dumps([asdict(p) for p in proofs], indent=1) if arguments.json else text) + "\n")
+    if counts[races.RACE] or not proofs:
+        return 1
+    return 3 if counts[races.CONDITIONAL] or counts[races.NOT_COVERED] else 0

@@ -167,7 +167,8 @@ def has_narrow_offsets(module):
     """Whether the first or the last configuration of a kernel of the module has any, or does not compile."""
     from triton.compiler.errors import CompilationError
 
-    from leanstep.kernels.triton_impl import _compile, _offsets
+    from leanstep.kernels.triton_impl import _compile
+    from leanstep.kernels.triton_impl._checks.offsets import narrow_offsets
 
     recorded = _compile.recorded_cases(module.audit_launches)
     first, last = ({case.kernel: case for case in cases} for cases in (reversed(recorded), recorded))
@@ -175,7 +176,7 @@ def has_narrow_offsets(module):
         codes = [_compile.intermediate_code(case) for case in [*first.values(), *last.values()]]
     except CompilationError:
         return True
-    return any(map(_offsets.narrow_offsets, codes))
+    return any(map(narrow_offsets, codes))
 
 
 def test_a_narrow_index_is_found_wherever_it_is_planted(tmp_path):

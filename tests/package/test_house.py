@@ -18,6 +18,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "AdamW's rates carried over": 129,
         "local reconstruction": 12,
         "compress": 320,
+        "planted faults of kernels": 212,
     },
     "lines of optimizers/": {
         "optimizers to compare with, from recipes/": 213,
@@ -44,7 +45,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "embedding models and classifiers": 395,
     },
     "lines of sparsity/": {"compress to sparse files": 59, "model cards": 5, "sparse products prepared once": 1},
-    "lines of kernels/": {"kernel proofs": 232, "sparse products prepared once": 58},
+    "lines of kernels/": {"kernel proofs": 232, "sparse products prepared once": 58, "races excluded": 442},
     "lines of recipes/": {
         "QLoRA": 122,
         "tasks of prune and compress": 79,
@@ -79,6 +80,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "compress to sparse files": 373,
         "model cards": 237,
         "kernel proofs": 188,
+        "races excluded": 442,
         "sparse products prepared once": 59,
         "learning rates by short runs": 479,
         "leanstep runs": 159,
@@ -109,6 +111,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "sparse products prepared once": 48,
         "model cards": 86,
         "kernel proofs": 81,
+        "races excluded": 334,
         "learning rates by short runs": 249,
         "leanstep runs": 104,
         "leanstep board": 430,

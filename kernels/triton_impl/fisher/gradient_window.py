@@ -201,11 +201,11 @@ def linear_combination(
 def audit_launches() -> Promises:
     """Launch every configuration that the launchers above can choose, and return what the kernels promise."""
     # rows that start on 16-byte boundaries, and rows that do not
-    for dtype, n in itertools.product(TL_DTYPE, (8, 7)):
-        window, vector = torch.zeros(2, n, dtype=dtype), torch.zeros(n)
+    for dtype, n in itertools.product(TL_DTYPE, (BLOCK_N + 8, BLOCK_N + 7)):
+        window, vector = torch.zeros(BLOCK_M + 1, n, dtype=dtype), torch.zeros(n)
         for x in (vector.to(dtype), vector):
             row_dots([window], [x], [0], 1)
-        linear_combination([window], torch.zeros(1, 2, dtype=torch.float64), [0], [vector])
+        linear_combination([window], torch.zeros(1, BLOCK_M + 1, dtype=torch.float64), [0], [vector])
     promises = {window_dots_kernel: _dots_promise, window_combination_kernel: _promise}
     return promises | {window_reduce_kernel: _reduce_promise}
 

@@ -97,8 +97,9 @@ def audit_launches() -> Promises:
     """Launch every configuration that the launchers above can choose, and return their promises."""
     for dtype in _DTYPES:
         for r in ROWS:
-            weight, a, b = torch.zeros(8, BLOCK_K, dtype=dtype), torch.zeros(r, BLOCK_K), torch.zeros(8, r)
-            lora_norms(weight, a, b, torch.zeros(8, r), 1.0, torch.zeros(8))
+            rows = ROWS[r] + 1
+            weight, a, b = torch.zeros(rows, BLOCK_K, dtype=dtype), torch.zeros(r, BLOCK_K), torch.zeros(rows, r)
+            lora_norms(weight, a, b, torch.zeros(rows, r), 1.0, torch.zeros(rows))
     return {lora_norms_kernel: _promise}
 
 

@@ -206,7 +206,7 @@ def audit_launches() -> Promises:
     for dtype in TL_DTYPE:
         dropout(torch.empty(2**31, dtype=dtype, device="meta"), 0.5, 1)
         for r in RANKS if dtype != torch.float32 else ():
-            x, a, h = (torch.zeros(shape, dtype=dtype) for shape in ((8, 16), (r, 16), (8, r)))
+            x, a, h = (torch.zeros(shape, dtype=dtype) for shape in ((BLOCK_M + 1, 16), (r, 16), (BLOCK_M + 1, r)))
             lora_down_backward(x, h, a, 0.5, 1)
             lora_up_(x, h, a, 1.0, 0.5, 1)
     products = dict.fromkeys((lora_down_kernel, lora_down_backward_kernel, lora_up_kernel), _product_promise)

@@ -85,10 +85,10 @@ def lora_scale_backward(g: Tensor, y: Tensor | None, c: Tensor, inner: Tensor) -
 def audit_launches() -> Promises:
     """Launch every configuration that the launchers above can choose, and return their promises."""
     for dtype in TL_DTYPE:
-        y, c = torch.zeros(8, 8, dtype=dtype), torch.zeros(8)
+        y, other, c = torch.zeros(BLOCK_M + 1, 8, dtype=dtype), torch.zeros(BLOCK_M + 1, 8, dtype=dtype), torch.zeros(8)
         lora_scale_(y, c, None)
-        lora_scale_(y, c, y[0])
-        lora_scale_backward(y, y, c, y)
+        lora_scale_(y, c, other[0])
+        lora_scale_backward(y, other, c, torch.zeros_like(y))
     return {lora_scale_kernel: _promise, lora_scale_backward_kernel: _backward_promise}
 
 

@@ -314,7 +314,7 @@ def audit_launches() -> Promises:
     """Launch every configuration that `sinkhorn_pass` can choose, and return what the kernels promise."""
     for dtype in TL_DTYPE:
         for n in (*TILES, MAX_TILE + 8, *(width - 1 for width in UNALIGNED_TILES), MAX_TILE + 1):
-            sinkhorn_pass([torch.zeros(1, 1, n, dtype=dtype)], torch.zeros(1), torch.zeros(n), [1], True)
+            sinkhorn_pass([torch.zeros(1, ROWS + 1, n, dtype=dtype)], torch.zeros(ROWS + 1), torch.zeros(n), [1], True)
     promises = dict.fromkeys((sinkhorn_tile_kernel, sinkhorn_wide_kernel), _pass_promise)
     return promises | {sinkhorn_reduce_kernel: _reduce_promise}
 

@@ -175,7 +175,7 @@ def audit_launches() -> Promises:
     """Launch every configuration that the launchers above can choose, and return their promises."""
     for dtype, m in itertools.product((torch.float32, torch.bfloat16), sorted({*EXACT, *PADDED})):
         for n in {1, m // 2}:
-            for blocks in (BLOCK, m):  # whole blocks of adjacent groups, and a group alone
+            for blocks in (BLOCK * TILES + BLOCK, m):  # whole blocks of adjacent groups, and a group alone
                 score = torch.zeros(blocks, dtype=dtype)
                 nm_mask([score], n, m, 0, [score.bool()])
     return {nm_mask_kernel: _promise, nm_mask_strided_kernel: _promise}

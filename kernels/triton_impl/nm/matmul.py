@@ -72,7 +72,7 @@ def nm_matmul(x: Tensor, values: Tensor, indices: Tensor, m: int) -> Tensor:
 def audit_launches() -> Promises:
     """Launch every configuration that the launchers above can choose, and return their promises."""
     for dtype, tokens in itertools.product(TL_DTYPE, (1, 2)):
-        values = torch.zeros(8, 2, 1, dtype=dtype)
+        values = torch.zeros(40, 2, 1, dtype=dtype)
         nm_matmul(torch.zeros(tokens, 8, dtype=dtype), values, values.to(torch.uint8), 4)
     return {nm_matmul_kernel: _promise}
 

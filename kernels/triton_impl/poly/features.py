@@ -126,7 +126,7 @@ def poly_features_backward(grad: Tensor, x: Tensor, tables: PolyTables) -> Tenso
 
 def audit_launches() -> Promises:
     """Launch both kernels, which take the degree as a runtime argument, and return their promises."""
-    x, tables = torch.zeros(1, 4, 8), poly_tables(4, 2, torch.device("cpu"))
+    x, tables = torch.zeros(2, 4, BLOCK_C + 1), poly_tables(4, 2, torch.device("cpu"))
     poly_features_backward(poly_features(x, tables), x, tables)
     return {poly_features_kernel: _promise, poly_features_backward_kernel: _backward_promise}
 

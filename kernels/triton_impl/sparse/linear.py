@@ -177,14 +177,14 @@ def _scale_flags(values: Tensor, scales: Tensor | None) -> dict[str, bool]:
 
 def audit_launches() -> Promises:
     """Launch every configuration that the launchers above can choose, and return their promises."""
-    mask, offsets, scales = torch.zeros(4, 1, dtype=torch.int32), torch.zeros(5, dtype=torch.int64), torch.zeros(4)
-    blocks = torch.zeros(4, 1, dtype=torch.bfloat16)
+    mask, offsets, scales = torch.zeros(9, 1, dtype=torch.int32), torch.zeros(10, dtype=torch.int64), torch.zeros(9)
+    blocks = torch.zeros(9, 1, dtype=torch.bfloat16)
     kinds: tuple[tuple[torch.dtype | None, Tensor | None], ...] = (
         (None, None), (torch.int8, scales), (torch.uint8, blocks)
     )  # fmt: skip
     for dtype, (codes, of_codes), tokens in itertools.product(TL_DTYPE, kinds, (1, 2, FEW + 1)):
         values = torch.zeros(8, dtype=codes or dtype)
-        x, bias = torch.zeros(tokens, 32, dtype=dtype), torch.zeros(4, dtype=dtype)
+        x, bias = torch.zeros(tokens, 32, dtype=dtype), torch.zeros(9, dtype=dtype)
         bitmask_linear(x, values, mask, offsets, None if tokens == 1 else bias, of_codes)
     return {bitmask_linear_kernel: _promise, bitmask_expand_kernel: _promise}
 

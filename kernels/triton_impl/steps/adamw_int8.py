@@ -201,12 +201,16 @@ def adamw_step_int8(lists: Sequence[Sequence[Tensor]], corrections: Tensor, opti
 
 def audit_launches() -> Promises:
     """Launch every configuration that the launcher above can choose, and return what the kernel promises."""
-    square_codes = torch.zeros(1, 8, dtype=torch.uint8)
+    shape = BLOCKS * TILES + 1, SCALED
+    square_codes, square_scale = torch.zeros(shape, dtype=torch.uint8), torch.zeros(shape[0], 1)
     for p_dtype, g_dtype, rounding, dtype in itertools.product(TL_DTYPE, TL_DTYPE, ROUNDINGS, (torch.int8, FP8)):
-        codes = torch.zeros(1, 8, dtype=dtype)
-        p, g, scale = torch.zeros(1, 8, dtype=p_dtype), torch.zeros(1, 8, dtype=g_dtype), torch.zeros(1, 1)
+        codes = torch.zeros(shape, dtype=dtype)
+        p, g, scale = (
+            torch.zeros(size, dtype=kind)
+            for size, kind in ((shape, p_dtype), (shape, g_dtype), ((shape[0], 1), torch.float32))
+        )
         states = [[state] for state in zero_states(p, rounding)]
-        lists = [[p], [g], [codes], [scale], [square_codes], [scale], *states]
+        lists = [[p], [g], [codes], [scale], [square_codes], [square_scale], *states]
         adamw_step_int8(lists, torch.zeros(1, 2), StepOptions(torch.zeros(6), rounding))
     return {adamw_step_int8_kernel: _promise}
 

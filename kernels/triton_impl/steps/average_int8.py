@@ -164,13 +164,14 @@ def average_step_int8(
 
 def audit_launches() -> Promises:
     """Launch every configuration that the launcher above can choose, and return what the kernel promises."""
-    scale, skip = torch.zeros(1, 1), torch.zeros(1, dtype=torch.int32)
+    shape = BLOCKS * TILES + 1, SCALED
+    scale, skip = torch.zeros(shape[0], 1), torch.zeros(1, dtype=torch.int32)
     # (output, nesterov, update) of SinkGD and LANTON
     modes = ((True, False, True), (True, True, True), (False, False, True), (True, False, False), (True, True, False))
     kinds = itertools.product(TL_DTYPE, (None, skip), modes, (torch.int8, FP8))
     for g_dtype, flags, (output, nesterov, update), dtype in kinds:
-        g, codes = torch.zeros(1, 8, dtype=g_dtype), torch.zeros(1, 8, dtype=dtype)
-        lists = [[g], [codes], [scale], *([[torch.zeros(1, 8)]] if output else [])]
+        g, codes = torch.zeros(shape, dtype=g_dtype), torch.zeros(shape, dtype=dtype)
+        lists = [[g], [codes], [scale], *([[torch.zeros(shape)]] if output else [])]
         average_step_int8(lists, flags, StepOptions(torch.zeros(2)), nesterov=nesterov, update=update)
     return {average_step_int8_kernel: _promise}
 

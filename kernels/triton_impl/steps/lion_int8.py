@@ -299,10 +299,11 @@ def lion_agreement_int8(
 
 def audit_launches() -> Promises:
     """Launch every configuration that the launchers above can choose, and return what the kernels promise."""
-    scales = torch.zeros(1, 1)
+    blocks = BLOCKS["nearest"] * TILES + 1
+    scales = torch.zeros(blocks, 1)
     for p_dtype, g_dtype, dtype in itertools.product(TL_DTYPE, TL_DTYPE, (torch.int8, FP8)):
-        codes = torch.zeros(1, 8, dtype=dtype)
-        p, g = torch.zeros(1, 8, dtype=p_dtype), torch.zeros(1, 8, dtype=g_dtype)
+        codes = torch.zeros(blocks, SCALED, dtype=dtype)
+        p, g = torch.zeros(blocks, SCALED, dtype=p_dtype), torch.zeros(blocks, SCALED, dtype=g_dtype)
         lion_agreement_int8([g], [codes], [scales], StepOptions(torch.zeros(6)))
         for rounding in ROUNDINGS:
             lion_step_int8([p], [g], [codes], [scales], zero_states(p, rounding), StepOptions(torch.zeros(6), rounding))

@@ -263,7 +263,7 @@ def lion_agreement(grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], options:
 def audit_launches() -> Promises:
     """Launch every configuration that the launchers above can choose, and return what the kernels promise."""
     for dtypes in itertools.product(TL_DTYPE, repeat=3):
-        p, g, m = (torch.zeros(8, dtype=dtype) for dtype in dtypes)
+        p, g, m = (torch.zeros(BLOCK * TILES + BLOCK + 1, dtype=dtype) for dtype in dtypes)
         lion_agreement([g], [m], StepOptions(torch.zeros(6)))
         for rounding in ROUNDINGS:
             for runs in (None, torch.ones(1, 4, dtype=torch.int64)) if rounding == "stochastic" else (None,):

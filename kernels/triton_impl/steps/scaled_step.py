@@ -239,10 +239,10 @@ def audit_launches() -> Promises:
     """Launch every configuration that `scaled_step` can choose, and return what the kernels promise."""
     # rows that start on 16-byte boundaries, and rows that do not
     for p_dtype, g_dtype, rounding, n in itertools.product(TL_DTYPE, TL_DTYPE, ROUNDINGS, (8, 7)):
-        p, g = torch.zeros(1, n, dtype=p_dtype), torch.zeros(1, n, dtype=g_dtype)
+        p, g = torch.zeros(ROWS + 1, n, dtype=p_dtype), torch.zeros(ROWS + 1, n, dtype=g_dtype)
         for runs in (None, torch.ones(1, 4, dtype=torch.int64)) if rounding == "stochastic" else (None,):
             options = StepOptions(torch.zeros(2), rounding, runs=runs)
-            scaled_step([p], [g], [torch.ones(1)], [torch.ones(n)], zero_states(p, rounding), options)
+            scaled_step([p], [g], [torch.ones(ROWS + 1)], [torch.ones(n)], zero_states(p, rounding), options)
     return {scaled_step_kernel: _step_promise, column_nan_kernel: _scan_promise}
 
 

@@ -1,0 +1,248 @@
+"""Plant faults in the source of the Triton kernels, and see which check without a GPU finds each.
+
+    python benchmarks device/planted [MODULE ...]
+
+Each fault changes one place of one jitted function, the first that its pattern matches there; a missing barrier is
+planted in the PTX. What finds it:
+
+- accesses: in Triton's interpreter, an access outside of the tensors, or programs that meet in one place;
+- result: there, if no access does, the operation differs from its definition by more than the kernel promises;
+- offsets: an offset that can pass 2^31 has 32 bits;
+- compiler: the kernel no longer compiles, which says nothing of the checks;
+- races: SentryWard finds two accesses that race in the PTX for sm_90 of the first configuration of a kernel. It is
+  asked of barriers, and of faults that move accesses if nothing else finds them.
+
+"none" is a hole, or a change without effect: some barriers order nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+from common import print_table
+
+HELPERS = Path(__file__).parents[2] / "tests" / "helpers"
+PACKAGE = "leanstep.kernels.triton_impl"
+# the operations that run the kernels of a module
+MODULES = {
+    "steps.lion_step": ("lion_step", "lion_step, stochastic", "lion_step, kahan", "lion_agreement"),
+    "steps.lion_int8": ("lion_step_int8", "lion_step_int8, stochastic", "lion_agreement_int8"),
+    "steps.adamw_int8": ("adamw_step_int8", "adamw_step_int8, split"),
+    "steps.average_int8": ("average_step_int8", "average_step_int8, nesterov"),
+    "steps.scaled_step": ("scaled_step", "scaled_step, stochastic", "scaled_step, kahan"),
+    "matrices.sinkhorn": ("sinkhorn",),
+    "matrices.newton_schulz": ("newton_schulz, nuclear_norm",),
+    "fisher.gradient_window": ("row_dots", "linear_combination"),
+    "fisher.sparse_window": ("sparse_row_dots, sparse_linear_combination",),
+    "nm.mask": ("nm_mask",),
+    "nm.apply": ("nm_apply",),
+    "nm.matmul": ("nm_matmul",),
+    "sparse.linear": ("bitmask_linear",),
+    "lora.norms": ("lora_norms",),
+    "lora.products": ("lora_dropout", "lora_down, lora_down_backward, lora_up"),
+    "lora.scale": ("lora_scale",),
+    "lora.swiglu": ("swiglu",),
+    "poly.features": ("poly_features",),
+}
+# kind: (what stands there, what is put in its place)
+FAULTS = {
+    "mask of a load dropped": (r"(tl\.load\([^\n]*?), mask=[^\n]*?, other=[-\w.]+\)", r"\1)"),
+    "mask of a store dropped": (r"(tl\.store\([^\n]*), mask=[^\n]*\)\n", r"\1)\n"),
+    "offset by one": (r"tl\.store\((?=\w+)", r"tl.store(1 + "),
+    "overlapping stores": (r"(tl\.program_id\(0\)(?!\))(?:\.to\(tl\.int64\))?|\(entry & 0xFFFFFFFF\))", r"(\1 // 2)"),
+    "swapped stride": (r" \* (stride_m|pitch|inner|columns|n|r)\b(?! =)", r" * (\1 + 1)"),
+    "narrow accumulator": (r"(tl\.zeros\([^\n]*dtype=tl\.)float(?:32|64)\)", r"\1float16)"),
+    "32-bit index": (r"\.to\(tl\.int64\)(?! *\n)", ""),
+    "wrong rounding": (r"\b(round_to|rounded_parameter)\((?=\w+, )", r"_truncated_\1("),
+}
+# enough for several programs of each kernel
+SIZES = {
+    "matrices": ((70, 264), (5, 7), (40, 300)),
+    "tokens": 70,
+    "width": 192,
+    "products": ((70, 66), (136, 144)),
+    "window": 40,
+    "columns": 9000,
+    "variables": 9,
+}
+MOVES = ("offset by one", "overlapping stores", "swapped stride", "mask of a store dropped")
+TRUNCATED = """
+
+@triton.jit
+def _truncated_round_to(x, DTYPE: tl.constexpr):
+    bits = x.to(tl.uint32, bitcast=True) & 0xFFFF0000
+    return round_to(bits.to(tl.float32, bitcast=True), DTYPE)
+
+
+@triton.jit
+def _truncated_rounded_parameter(x, random, DTYPE: tl.constexpr, ROUNDING: tl.constexpr):
+    bits = x.to(tl.uint32, bitcast=True) & 0xFFFF0000
+    return rounded_parameter(bits.to(tl.float32, bitcast=True), random, DTYPE, ROUNDING)
+"""
+PARSER = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+PARSER.add_argument("modules", nargs="*", metavar="MODULE", help="modules of kernels, such as lora.swiglu")
+PARSER.add_argument("--interpret", action="store_true", help=argparse.SUPPRESS)
+Fault = tuple[str, str, int]
+
+
+def main() -> int:
+    """Plant, check, and print the table."""
+    options = PARSER.parse_args()
+    sys.path.insert(0, str(HELPERS))
+    if options.interpret:
+        print(json.dumps(interpreted(*options.modules)))
+        return 0
+    found: dict[str, dict[str, list[str]]] = {}
+    for name in options.modules or MODULES:
+        command = [sys.executable, "-P", str(Path(__file__).parents[1]), "device/planted", "--interpret", name]
+        environment = os.environ | {"TRITON_INTERPRET": "1"}
+        answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        for (function, kind, _), rungs in [*compiled(name, json.loads(answer.splitlines()[-1])), *barriers(name)]:
+            label = f"{name.partition('.')[2]}.{function}"
+            found.setdefault(label, {}).setdefault(kind, []).append("+".join(rungs) or "none")
+            print(f"{label}, {kind}: {found[label][kind][-1]}", file=sys.stderr, flush=True)
+    kinds = [*FAULTS, "missing barrier"]
+    print_table(
+        ["function", *kinds], ([label, *(" / ".join(row.get(k, ["-"])) for k in kinds)] for label, row in found.items())
+    )
+    answers = [answer for row in found.values() for cell in row.values() for answer in cell]
+    none, broken = answers.count("none"), answers.count("compiler")
+    print(f"{len(answers)} faults: {len(answers) - none - broken} found, {broken} do not compile, {none} found by none")
+    return 0
+
+
+def faults(module: ModuleType) -> Iterator[Fault]:
+    """(function, kind, count in the file) of the first place of each kind in each function."""
+    from planted import occurrences
+
+    for kind, (pattern, _) in FAULTS.items():
+        seen = set()
+        for function, count in occurrences(module, pattern):
+            if function not in seen:
+                seen.add(function)
+                yield function, kind, count
+
+
+def plant(module: ModuleType, fault: Fault, folder: Path) -> ModuleType:
+    """The module with the fault."""
+    from planted import planted
+
+    pattern, replacement = FAULTS[fault[1]]
+    if fault[1] == "wrong rounding":
+        with_function = folder / f"{module.__name__.rpartition('.')[2]}_with_truncation.py"
+        with_function.write_text(Path(str(module.__file__)).read_text("utf-8") + TRUNCATED)
+        module = load(with_function)
+    return planted(module, pattern, replacement, fault[2], folder)
+
+
+def load(path: Path) -> ModuleType:
+    """A module from a file."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+# -- in the interpreter -----------------------------------------------------------------------------------------------
+
+
+def interpreted(name: str) -> list[str]:
+    """Which of "accesses" and "result" finds each fault of a module; empty for neither."""
+    import interpreter_accesses
+
+    interpreter_accesses.watch()
+    module = importlib.import_module(f"{PACKAGE}.{name}")
+    functions = {key: value for key, value in vars(module).items() if type(value).__name__ == "InterpretedFunction"}
+    answers = []
+    if judged(name):
+        raise SystemExit(f"{name} fails without a fault")
+    with tempfile.TemporaryDirectory() as folder:
+        for fault in faults(module):
+            changed = plant(module, fault, Path(folder))
+            vars(module).update({key: vars(changed)[key] for key in functions})
+            answers.append(judged(name))
+            vars(module).update(functions)
+    return answers
+
+
+def judged(name: str) -> str:
+    """What the interpreter's checks say of the operations of a module."""
+    import torch
+    from stages import Stage
+
+    kernels = importlib.import_module("device.kernels")
+    stage = Stage(torch.device("cpu"), SimpleNamespace(**kernels.DRY | SIZES), dry_run=True, out=None, end=math.inf)
+    try:
+        for operation in MODULES[name]:
+            dtypes = kernels.OPERATIONS[operation].dtypes
+            dtype = torch.bfloat16 if torch.bfloat16 in dtypes else dtypes[0]
+            if not all(row["ok"] for row in kernels.compare(stage, operation, dtype)):
+                return "result"
+    except Exception as error:
+        return "accesses" if "AccessError" in repr(error) else "result"
+    return ""
+
+
+# -- compiled ---------------------------------------------------------------------------------------------------------
+
+
+def compiled(name: str, seen: list[str]) -> Iterator[tuple[Fault, list[str]]]:
+    """Each fault of a module, and the checks that find it; `seen` are those of the interpreter."""
+    from triton.compiler.errors import CompilationError
+
+    from leanstep.kernels.triton_impl import _compile
+    from leanstep.kernels.triton_impl._checks.offsets import narrow_offsets
+
+    module = importlib.import_module(f"{PACKAGE}.{name}")
+    with tempfile.TemporaryDirectory() as folder:
+        for fault, rung in zip(faults(module), seen, strict=True):
+            rungs = [rung] if rung else []
+            recorded = _compile.recorded_cases(plant(module, fault, Path(folder)).audit_launches)
+            first, last = ({case.kernel: case for case in cases} for cases in (reversed(recorded), recorded))
+            try:
+                codes = [_compile.intermediate_code(case) for case in [*first.values(), *last.values()]]
+                if any(map(narrow_offsets, codes)):
+                    rungs.append("offsets")
+            except CompilationError:
+                rungs.append("compiler")
+            else:
+                if not rungs and fault[1] in MOVES and any(races(case) for case in first.values()):
+                    rungs.append("races")
+            yield fault, rungs
+
+
+def barriers(name: str) -> Iterator[tuple[Fault, list[str]]]:
+    """The first and the last barrier of each kernel taken away."""
+    from leanstep.kernels.triton_impl import _compile
+
+    module = importlib.import_module(f"{PACKAGE}.{name}")
+    for case in {c.kernel: c for c in reversed(_compile.recorded_cases(module.audit_launches))}.values():
+        ptx = _compile.compile_case(case, "sm_90").asm["ptx"]
+        places = [match.span() for match in re.finditer(r"\tbar\.sync \t0;", ptx)]
+        for begin, end in dict.fromkeys([*places[:1], *places[-1:]]):
+            found = races(case, ptx[:begin] + ptx[end:])
+            yield (case.kernel.__name__, "missing barrier", begin), ["races"] if found else []
+
+
+def races(case: Any, ptx: str = "") -> bool:
+    """Whether SentryWard finds a race."""
+    from leanstep.kernels.triton_impl import _compile
+    from leanstep.kernels.triton_impl._checks import races
+
+    ptx = ptx or _compile.compile_case(case, "sm_90").asm["ptx"]
+    return races.prove(case, "sm_90", ptx, seconds=10.0).verdict == races.RACE

@@ -1,0 +1,1 @@
+"""Checks of compiled kernels: offsets in 64 bits, and freedom from races."""

@@ -1,0 +1,105 @@
+"""Kernels are verified to have no races: a planted race has a witness, and nothing counts as proved that was not."""
+
+import json
+
+import pytest
+from planted import planted
+
+from leanstep.kernels.triton_impl import audit
+from leanstep.kernels.triton_impl._checks import races
+
+pytest.importorskip("triton")
+pytest.importorskip("sentryward")
+
+
+@pytest.fixture(autouse=True)
+def _uncached():
+    from leanstep.kernels.triton_impl import _compile
+
+    yield
+    _compile.cases.cache_clear()
+
+
+def proof(module, kernel, words="", target="sm_90"):
+    from leanstep.kernels.triton_impl import _compile
+
+    cases = _compile.recorded_cases(module.audit_launches)
+    case = next(c for c in cases if c.kernel.__name__ == kernel and words in c.label)
+    return races.prove(case, target, _compile.compile_case(case, target).asm["ptx"])
+
+
+@pytest.mark.parametrize("target", races.TARGETS)
+def test_clean_kernels_are_proved(target):
+    from leanstep.kernels.triton_impl.lora import swiglu
+
+    found = proof(swiglu, "swiglu_backward_kernel", "bfloat16", target)
+    assert (found.verdict, found.reason) == (races.PROVED, "")
+
+
+def test_a_kernel_that_reads_pointers_from_a_table_is_proved():
+    from leanstep.kernels.triton_impl.steps import scaled_step
+
+    assert proof(scaled_step, "scaled_step_kernel", "nearest").verdict == races.PROVED
+
+
+# (module, kernel, what stands there, its replacement, the place of both stores)
+PLANTED = [
+    ("lora.swiglu", "swiglu_kernel", r"tl\.program_id\(0\)\.to\(tl\.int64\) \* BLOCK", "0", "swiglu"),
+    ("steps.scaled_step", "scaled_step_kernel", r" \* ROWS\n", " * (ROWS - 1)\n", "scaled_step"),
+]
+
+
+@pytest.mark.parametrize(("name", "kernel", "pattern", "replacement", "place"), PLANTED)
+def test_a_planted_overlap_is_found_with_both_accesses(tmp_path, name, kernel, pattern, replacement, place):
+    import importlib
+
+    module = importlib.import_module(f"leanstep.kernels.triton_impl.{name}")
+    found = proof(planted(module, pattern, replacement, 0, tmp_path), kernel)
+    assert found.verdict == races.RACE
+    assert "write at planted_" + place in found.reason and "by program 0" in found.reason
+    assert "by program 1" in found.reason
+
+
+def test_the_command_says_what_is_proved_and_what_is_not_covered(capsys, monkeypatch):
+    def in_this_process(work, targets, match, processes):
+        matching = [i for i, name in enumerate(audit._names()) if match in name]
+        return [work((i, target)) for i in matching for target in targets]
+
+    monkeypatch.setattr(audit, "_in_processes", in_this_process)
+    assert audit.main(["--prove", "--match", "nm_mask_kernel s 32 bits m 2", "--target", "sm_90"]) == 0
+    assert "nm_mask_kernel  s 32 bits m 2  sm_90   proved" in capsys.readouterr().out
+    asked = ["--prove", "--match", "sparse_combination_kernel v float32 64", "--target", "sm_90", "--target", "gfx942"]
+    assert audit.main(asked) == 3
+    said = capsys.readouterr().out
+    assert "not covered  unsupported, dynamic_address_overlap_unresolved" in said
+    assert "gfx942: not covered, SentryWard reads PTX alone" in said
+    assert audit.main([*asked, "--json"]) == 3
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["verdict"] == "not covered"
+    assert audit.main(["--prove", "--match", "no such kernel"]) == 1
+
+
+@pytest.mark.parametrize("installed", ["0.2.0", None])
+def test_without_the_tool_or_with_another_version_the_command_says_so(monkeypatch, capsys, installed):
+    def version(name):
+        if installed is None:
+            raise races.PackageNotFoundError(name)
+        return installed
+
+    monkeypatch.setattr(races, "version", version)
+    assert audit.main(["--prove"]) == 2
+    said = capsys.readouterr().err
+    assert f"expected sentryward {races.VERSION}, found {installed or 'none'}" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("result", "checks", "verdict"),
+    [
+        ("race_free", {"synchronization": "passed", "memory": "passed"}, races.PROVED),
+        ("race_free", {"synchronization": "passed", "memory": "incomplete"}, races.NOT_COVERED),
+        ("timeout", {"synchronization": "passed", "memory": "passed"}, races.NOT_COVERED),
+        ("not_wellsynced", {"synchronization": "failed", "memory": "not_run"}, races.RACE),
+    ],
+)
+def test_only_a_complete_run_is_a_proof(result, checks, verdict):
+    assert races._verdict({"result": result, "checks": checks}) == verdict
