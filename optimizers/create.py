@@ -111,6 +111,8 @@ def create(
         algorithm = peer_algorithm(name, group["name"], group.get("algorithm", "adamw"), tied)
         if algorithm is not None:
             group["algorithm"] = algorithm
+        elif cls is AdamW:
+            group.pop("algorithm", None)
     if cls is AdamW:
         options.setdefault("fused", True)
     if like_adamw is not None:

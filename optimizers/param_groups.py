@@ -97,7 +97,8 @@ class ParamGroups(list[dict[str, Any]]):
             rules = _OWNER_OF_RULE
         else:
             options = inspect.signature(optimizer).parameters
-            rules = {key: key for key in _OWNER_OF_RULE if key in options}
+            known = {*options, *(["algorithm"] if hasattr(optimizer, "algorithms") else [])}
+            rules = {key: key for key in _OWNER_OF_RULE if key in known}
         total = sum(p.numel() for group in self for _, p in group["params"]) or 1
         blocks = [_describe_blocks(group.get("blocks")) for group in self]
         width = max(map(len, blocks)) and max(len("rows"), *map(len, blocks)) + 2

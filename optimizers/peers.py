@@ -6,7 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leanstep.optimizers.common.checks import check_number
+
 TINY = 1e-8
+
+
+def check_rates(owner: str, lr: Any, weight_decay: Any) -> None:
+    """Raise for a learning rate or a decay that is no number from 0 on."""
+    for name, value in (("learning rate", lr), ("weight decay", weight_decay)):
+        check_number(owner, name, value, 0.0)
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -31,6 +39,8 @@ class MuonAdamW(torch.optim.Optimizer):
         J. Liu et al., "Muon is Scalable for LLM Training", arXiv:2502.16982.
     """
 
+    algorithms = ("muon",)
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -42,6 +52,8 @@ class MuonAdamW(torch.optim.Optimizer):
         adjust_lr_fn: str | None = "match_rms_adamw",
         betas: tuple[float, float] = (0.9, 0.95),
     ) -> None:
+        check_rates("MuonAdamW", lr, weight_decay)
+        check_number("MuonAdamW", "momentum", momentum, 0.0, 1.0, open_high=True)
         muon = {"momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn}
         # each of torch's classes reads its own keys of a group
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **muon, "betas": betas, "fused": True})
@@ -160,6 +172,8 @@ class SCALE(WithAdamW):
         momentum: float = 0.9,
         betas: tuple[float, float] = (0.9, 0.999),
     ) -> None:
+        check_rates("SCALE", lr, weight_decay)
+        check_number("SCALE", "momentum", momentum, 0.0, 1.0, open_high=True)
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "betas": betas})
 
     def update(self, group: dict[str, Any], states: list[dict[str, Any]], grads: list[Tensor]) -> list[Tensor]:

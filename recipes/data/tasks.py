@@ -54,7 +54,11 @@ class Tasks:
         self.limit, self.cut = limit, 0
         # reading the harness's own files, thousands, takes ten seconds
         manager = TaskManager(include_defaults=not all(map(_is_file, names)))
+        if not names:
+            raise ValueError("no task is named; give names such as hellaswag,arc_easy, or a YAML file")
         for name in names:
+            if name.endswith(_FILES) and not _is_file(name):
+                raise ValueError(f"the task {name}: there is no such file")
             if not (_is_file(name) or name in manager.all_tasks):
                 near = "".join(f"did you mean {match}? " for match in get_close_matches(name, manager.all_tasks, 1))
                 raise ValueError(
@@ -91,8 +95,11 @@ class Tasks:
         return [*_scores(results)]
 
 
+_FILES = (".yaml", ".yml")
+
+
 def _is_file(name: str) -> bool:
-    return name.endswith((".yaml", ".yml")) and Path(name).is_file()
+    return name.endswith(_FILES) and Path(name).is_file()
 
 
 class _Answered:

@@ -4,6 +4,7 @@ A saved model is the merged model, an ordinary Hugging Face folder, with ``adapt
 run loads the base from ``model.init_from`` and the adapter from the checkpoint.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib import import_module
@@ -108,6 +109,8 @@ def quantized_bytes(layer: nn.Linear, kind: str) -> int:
 
 
 def _to_nf4(layer: nn.Linear) -> nn.Module:
+    # it asks for a package of faster products in evaluation, which are not used
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     nn4: Any = import_module("bitsandbytes.nn")
     weight, bias = layer.weight, layer.bias
     form = {"compute_dtype": weight.dtype, "quant_type": "nf4", "device": "meta"}

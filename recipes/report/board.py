@@ -241,6 +241,10 @@ def write_board(root: Path, out: Path) -> Path:
             room -= len(embedded)
             if room > 0:
                 files[name] = f"data:{TYPES[Path(name).suffix]};base64,{base64.b64encode(embedded).decode()}"
+    if out.is_dir() or not out.parent.is_dir():
+        raise ValueError(
+            f"{out} is a folder" if out.is_dir() else f"the folder {out.parent} of {out.name} does not exist"
+        )
     base = quote(os.path.relpath(root, out.parent))
     write_text(out, page(root, {**content, "base": base, "files": files, "written": time.strftime("%Y-%m-%d %H:%M")}))
     return out

@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
             with InterruptibleStart():
                 import leanstep.pruning.public  # noqa: F401
             options.checkpoint = _model_folder(options.checkpoint)
-            judged = rank == 0 and (options.eval_tasks or options.eval_limit)
+            judged = rank == 0 and not (options.eval_tasks is options.eval_limit is None)
             tasks = load_tasks(options) if judged else None
             result = _prune(options, bar)
             rows = judge(tasks, options, bar) if tasks and result is not None else []
@@ -369,6 +369,8 @@ def _dryrun(options: argparse.Namespace) -> int:
 
             print(f"sizes in reach: {reach(checkpoint, config, options.format)}")
         print("\n".join(estimate_lines(estimate)))
+        if options.eval_tasks is not None:
+            print(f"not in the estimate: --eval-tasks {options.eval_tasks}")
     for problem in problems:
         print(f"error: {options.checkpoint}: {problem}", file=sys.stderr)
     return 2 if problems else 0

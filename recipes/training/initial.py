@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from leanstep._files import is_folder_name
 from leanstep.pruning.folder.loading import open_model
-from leanstep.recipes.config.loader import recipe_names
+from leanstep.recipes.config.loader import load, recipe_names
 from leanstep.recipes.config.schema import ModelConfig, RunConfig
 from leanstep.recipes.data.tokens import open_tokenizer, tokenizer_fingerprint, trained_size
 from leanstep.recipes.methods.lora import quantize_base
@@ -40,7 +40,8 @@ def check_initial_folder(source: str, recipe: str) -> None:
     if is_folder_name(source) and not Path(source).expanduser().exists():
         name = Path(recipe).stem
         shipped = f"`leanstep recipes show {name}` begins with the commands that make it"
-        hint = shipped if name in recipe_names() else "make it first, or name another one"
+        is_shipped = name in recipe_names() and load(name).model.init_from == source
+        hint = shipped if is_shipped else "make it first, or name another one"
         raise ValueError(f"model.init_from: the folder '{source}' does not exist; {hint}")
 
 

@@ -67,6 +67,19 @@ def test_the_optimizers_to_compare_with_step_as_in_recipes(name, tied):
     assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
 
 
+@pytest.mark.parametrize("options", [{"lr": -1e-3}, {"lr": "1e-3"}, {"momentum": 2.0}])
+@pytest.mark.parametrize("name", ["muon", "scale"])
+def test_numbers_of_muon_and_scale_are_checked(name, options):
+    with pytest.raises((ValueError, TypeError), match="MuonAdamW|SCALE"):
+        create(Model(), name, say=None, **options)
+
+
+def test_the_table_shows_what_muon_steps(capsys):
+    create(Model(), "muon")
+    table = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[1:]}
+    assert table["group"][1] == "algorithm" and [table[r][1] for r in ("hidden", "embedding")] == ["muon", "adamw"]
+
+
 def test_the_rates_of_adamw_are_its_own_and_muon_has_no_rule_for_them():
     groups = groups_of(create(Model(), "adamw", like_adamw={"lr": 3e-4, "weight_decay": 0.1}, say=None))
     assert groups["hidden"]["lr"] == groups["norm"]["lr"] == 3e-4 and groups["hidden"]["weight_decay"] == 0.1

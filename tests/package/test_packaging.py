@@ -207,7 +207,7 @@ def test_metadata(wheel):
     requirements = [Requirement(text) for text in metadata.get_all("Requires-Dist")]
     core = {r.name for r in requirements if r.marker is None or "extra" not in str(r.marker)}
     assert core == {"torch", "triton", "numpy", "safetensors", "psutil", "jinja2", "scipy"}
-    extras = {"recipes", "board", "gguf", "tasks", "demo", "bench", "dev", "docs"}
+    extras = {"recipes", "board", "gguf", "prove", "tasks", "demo", "bench", "dev", "docs"}
     assert set(metadata.get_all("Provides-Extra")) == extras
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"

@@ -218,8 +218,8 @@ def test_mistakes_are_told_in_one_line_and_nothing_is_written(made, tmp_path, ca
             ([str(tmp_path / "none")], "none is not a folder; expected one that holds runs"),
             ([str(tmp_path / "none"), "--out", str(out)], "none is not a folder"),
             ([str(tmp_path / "empty"), "--out", str(out)], "no run and no report below"),
-            ([str(made), "--out", str(made)], "is not a regular file"),
-            ([str(made), "--out", str(tmp_path / "no" / "board.html")], "No such file or directory"),
+            ([str(made), "--out", str(made)], "is a folder"),
+            ([str(made), "--out", str(tmp_path / "no" / "board.html")], "no of board.html does not exist"),
             ([str(made), "more"], "unexpected argument 'more'"),
         ):
             try:

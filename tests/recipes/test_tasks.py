@@ -148,6 +148,7 @@ def test_a_group_has_a_row_beside_its_tasks(places, named, capsys):
     [
         ("lost.yaml", "the task {}: FileNotFoundError: Unable to find"),
         ("far.yaml", "the task {} needs the network once, to load its data, and the hub cannot be reached (HF_HUB_OFF"),
+        ("none.yaml", "the task {}: there is no such file"),
         ("broken.yaml", "the task {}: ParserError: while parsing a flow node"),
     ],
 )
