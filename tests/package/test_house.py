@@ -47,7 +47,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
     "lines of sparsity/": {"compress to sparse files": 59, "model cards": 5, "sparse products prepared once": 1},
     "lines of kernels/": {"kernel proofs": 232, "sparse products prepared once": 58, "races excluded": 442},
     "lines of recipes/": {
-        "QLoRA": 133,
+        "QLoRA": 135,
         "tasks of prune and compress": 79,
         "adapters in generate": 25,
         "recipe keys": 38,
@@ -66,7 +66,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "embedding models and classifiers": 156,
     },
     "lines of the package": {
-        "QLoRA": 158,
+        "QLoRA": 160,
         "tasks of prune and compress": 114,
         "recipe keys": 48,
         "adapters in generate": 25,

@@ -235,7 +235,7 @@ def test_a_recipe_with_a_base_is_shown_as_written_or_resolved(tmp_path, capsys):
     assert capsys.readouterr().out == find_recipe("llama-nano-lion").read_text()
     assert main(["recipes", "show", "llama-nano-lion", "--resolved"]) == 0
     printed = capsys.readouterr().out
-    assert "hidden_size: 128" in printed and "name: lion" in printed and "base:" not in printed
+    assert "hidden_size: 128" in printed and "name: lion" in printed and "\nbase:" not in printed
     path = tmp_path / "again.yaml"
     path.write_text(printed)
     assert replace(load(path), source_file="") == replace(load("llama-nano-lion"), source_file="")
