@@ -1,6 +1,8 @@
-"""Memory and time of pretraining LLaMAs of 60M to 1B, by what ``leanstep check`` computes. No weight is allocated.
+"""Memory and time of pretraining LLaMAs of 60M to 1B, by what ``leanstep check`` computes.
 
-python benchmarks recipes/sizes [--write]
+    python benchmarks recipes/sizes [--write]
+
+``--write`` puts the table into docs/choose.md. No weight is allocated.
 """
 
 from pathlib import Path

@@ -206,7 +206,7 @@ def test_the_unit_is_that_of_activations_or_of_products():
     assert rounding_unit(model) == 0 and rounding_unit(model, "bf16") == 2**-7
     with products_in(model, "bf16"):
         assert rounding_unit(model) == 2**-7
-    assert rounding_unit(model.half()) == 2**-10 and rounding_unit(model.to(torch.bfloat16)) == 2**-7
+    assert rounding_unit(model.half(), "stored") == 2**-10 and rounding_unit(model.to(torch.bfloat16)) == 2**-7
 
 
 def test_the_largest_numbers_of_fp16_stay_finite():
