@@ -107,8 +107,7 @@ def create(
     groups = param_groups(model, settings, embeddings=embeddings, split=split, overrides=overrides)
     head = output_head(model)
     for group in groups:
-        tied = head is not None and any(parameter is head.weight for _, parameter in group["params"])
-        algorithm = peer_algorithm(name, group["name"], group.get("algorithm", "adamw"), tied)
+        algorithm = peer_algorithm(name, group, head)
         if algorithm is not None:
             group["algorithm"] = algorithm
         elif cls is AdamW:

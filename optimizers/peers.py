@@ -1,6 +1,6 @@
 """Optimizers of others, to compare with: torch's Muon with AdamW as one optimizer, and SCALE."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -189,15 +189,18 @@ class SCALE(WithAdamW):
         return updates
 
 
-def peer_algorithm(name: str, role: str, algorithm: str, tied: bool) -> str | None:
+def peer_algorithm(name: str, group: Mapping[str, Any], head: Any) -> str | None:
     """The ``algorithm`` of a group of :func:`leanstep.optimizers.param_groups` under "muon" or "scale"; else None.
 
-    ``algorithm`` is that of the group, and ``tied`` says whether it has the weight of the output head.
+    ``head`` is the model's output head or None; a group with its weight has SCALE's rule of heads.
     """
+    role, algorithm = group["name"], group.get("algorithm", "adamw")
     if name == "muon":  # "sinkgd" is what param_groups calls the rule of matrices
         return "muon" if algorithm == "sinkgd" else algorithm
     if name != "scale":
         return None
     if role in ("norm", "bias", "other"):
         return "adamw"
-    return "head" if tied else {"embedding": "columns", "position": "columns", "head": "head"}.get(role, "rows")
+    if head is not None and any(parameter is head.weight for _, parameter in group["params"]):
+        return "head"
+    return {"embedding": "columns", "position": "columns", "head": "head"}.get(role, "rows")

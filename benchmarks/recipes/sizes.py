@@ -23,6 +23,10 @@ OPTIMIZERS = {
     "LANTON": ["optimizer={name: lanton, lr: 1e-2}"],
     "SinkGD": ["optimizer={name: sinkgd, lr: 1e-2}"],
     "SinkGD, gradients released": ["optimizer={name: sinkgd, lr: 1e-2}", "release_gradients=true"],
+    "SinkGD balanced, gradients released": [
+        "optimizer={name: sinkgd, lr: 1e-2, embeddings: balanced}",
+        "release_gradients=true",
+    ],
 }
 VOCABULARY = 32_000
 # of the data sheet's peak, a share that is common in training

@@ -420,8 +420,7 @@ def _groups(config: OptimizerConfig, model: torch.nn.Module) -> Iterator[dict[st
         role = base["name"]
         common = {key: value for key, value in base.items() if key not in ("name", "params")}
         algorithm = common.pop("algorithm", "adamw")
-        tied = head is not None and any(parameter is head.weight for _, parameter in base["params"])
-        algorithm = algorithm if config.name == "sinkgd" else peer_algorithm(config.name, role, algorithm, tied)
+        algorithm = algorithm if config.name == "sinkgd" else peer_algorithm(config.name, base, head)
         if algorithm is not None:
             common["algorithm"] = algorithm
         by_entry: dict[int | None, list[tuple[str, torch.Tensor]]] = {}
