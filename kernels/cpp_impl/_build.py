@@ -233,12 +233,12 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def same_layout(tensors: Sequence[Tensor], *, row_major: bool = False) -> bool:
-    """Whether one loop over storage visits equal indices of all tensors; with ``row_major``, in row-major order."""
+def same_layout(tensors: Sequence[Tensor]) -> bool:
+    """Whether one loop over storage visits equal indices of all tensors."""
     if all(t.is_contiguous() for t in tensors):
         return True
     first = tensors[0]
-    return not row_major and is_dense(first) and all(t.stride() == first.stride() for t in tensors[1:])
+    return is_dense(first) and all(t.stride() == first.stride() for t in tensors[1:])
 
 
 def group_by_dtypes(lists: Sequence[Sequence[Tensor]], selected: Sequence[bool]) -> list[list[int]]:

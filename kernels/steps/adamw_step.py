@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch.optim.adamw import adamw
 
 from leanstep.kernels._backend import choose
 from leanstep.kernels.cpp_impl._build import call, group_by_dtypes
-from leanstep.kernels.steps.common import check_dtypes, check_shapes
+from leanstep.kernels.steps.engine import check_shapes
 
 # elements that torch's fused kernel processes at a time; it rounds the remaining ones differently
 LANES = 64
@@ -57,14 +58,25 @@ def adamw_step(
     if not params:
         return
     columns = (params, grads, exp_avgs, exp_avg_sqs)
-    check_shapes("adamw_step", *columns)
-    check_dtypes("adamw_step", *columns)
+    check_shapes("adamw_step", columns)
+    _check_dtypes(*columns)
     options = _Options(lr, betas, eps, weight_decay, maximize)
     choice = choose("adamw_step", params[0].device, *dict.fromkeys(p.dtype for p in params))
     for indices in group_by_dtypes([params], [True] * len(params)):
         first, second, third, fourth = ([column[i] for i in indices] for column in columns)
         is_faster = choice.backend == "cpp" and first[0].dtype == torch.bfloat16 and _same_bits()
         (_cpp if is_faster else _torch)((first, second, third, fourth), [steps[i] for i in indices], options)
+
+
+def _check_dtypes(*lists: Sequence[Tensor]) -> None:
+    """Raise ValueError unless the tensors at every index have one dtype, for kernels that read all as the first."""
+    for index, (first, *others) in enumerate(zip(*lists, strict=True)):
+        dtype = first.dtype
+        if any(tensor.dtype != dtype for tensor in others):
+            dtypes = ", ".join(str(tensor.dtype) for tensor in (first, *others))
+            raise ValueError(
+                f"adamw_step: expected tensors of one dtype at index {index}, got {dtypes}; convert them first"
+            )
 
 
 # parameters, gradients, averages, averages of squares

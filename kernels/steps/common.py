@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import functools
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from leanstep.kernels._backend import BackendError, choose, requested_backend
-from leanstep.kernels.cpp_impl._build import TYPES, MissingKernelError, call, group_by_dtypes, is_dense
-from leanstep.kernels.reference.quantization import FP8, scale_shape
+from leanstep.kernels._backend import choose
+from leanstep.kernels.cpp_impl._build import TYPES, call, group_by_dtypes, is_dense
 
 
 class StepOptions(NamedTuple):
@@ -51,100 +49,6 @@ class StepOptions(NamedTuple):
             None if t is None else t[selection] for t in (self.cautious_scale, self.seeds, self.offsets, self.runs)
         )
         return self._replace(cautious_scale=scale, seeds=seeds, offsets=offsets, runs=runs)
-
-
-def check_shapes(op: str, *lists: Sequence[Tensor]) -> None:
-    """Raise ValueError unless the tensors at every index have one shape. Kernels trust it with memory.
-
-    Optimizers check their state; this is for what comes between, such as a graph that torch.compile took for another.
-    """
-    for index, shapes in enumerate(zip(*[[t.shape for t in ts] for ts in lists], strict=True)):
-        if shapes.count(shapes[0]) < len(shapes):
-            got = ", ".join(str(tuple(shape)) for shape in shapes)
-            raise ValueError(f"{op}: expected tensors of one shape at index {index}, got {got}")
-
-
-def check_dtypes(op: str, *lists: Sequence[Tensor]) -> None:
-    """Raise ValueError unless the tensors at every index have one dtype, for kernels that read all as the first."""
-    for index, (first, *others) in enumerate(zip(*lists, strict=True)):
-        dtype = first.dtype
-        if any(tensor.dtype != dtype for tensor in others):
-            dtypes = ", ".join(str(tensor.dtype) for tensor in (first, *others))
-            raise ValueError(f"{op}: expected tensors of one dtype at index {index}, got {dtypes}; convert them first")
-
-
-def step_on_host(
-    backend: str,
-    lists: Sequence[Sequence[Tensor]],
-    cpp: Callable[[list[int], list[list[Tensor]]], None],
-    definition: Callable[[int, list[Tensor]], None],
-    written: Sequence[Sequence[Tensor]] = (),
-) -> None:
-    """Run a step on tensors that no Triton kernel takes.
-
-    Args:
-        backend: "cpp" or "reference".
-        lists: of equal length.
-        cpp: takes indices, and the lists' tensors there: contiguous, and of one dtype per list.
-        definition: takes any other index, and the lists' tensors there; with "reference", every index.
-        written: the lists that the step changes. C++ does not count their versions, so this does.
-    """
-    contiguous = zip(*[[t.is_contiguous() for t in ts] for ts in lists], strict=True)
-    walkable = [backend == "cpp" and all(row) for row in contiguous]
-    call_groups(lists, walkable, cpp)
-    if backend == "cpp":
-        torch.autograd.graph.increment_version([t for ts in written for t in ts])
-    for i in (i for i, is_covered in enumerate(walkable) if not is_covered):
-        definition(i, [ts[i] for ts in lists])
-
-
-def call_groups(
-    lists: Sequence[Sequence[Tensor]], covered: list[bool], cpp: Callable[[list[int], list[list[Tensor]]], None]
-) -> None:
-    """Call C++ once per group of equal dtypes. Clear ``covered`` where a kernel is not built and cannot be.
-
-    Args:
-        lists: of equal length.
-        covered: per index, whether C++ takes the tensors; written.
-        cpp: takes indices, and the lists' tensors there, of one dtype per list. Loads its kernel before it writes.
-
-    Raises:
-        BackendError: such a kernel, and "cpp" was asked for.
-    """
-    for indices in group_by_dtypes(lists, covered):
-        try:
-            cpp(indices, [[ts[i] for i in indices] for ts in lists])
-        except MissingKernelError as error:
-            if requested_backend() == "cpp":
-                raise BackendError(f"backend 'cpp' was asked for, but: {error}") from None
-            _tell_once(f"{error}: the definition runs. Install a C++ compiler, for instance by apt-get install g++")
-            for i in indices:
-                covered[i] = False
-
-
-@functools.cache
-def _tell_once(message: str) -> None:
-    warnings.warn(message, stacklevel=2)
-
-
-def check_scales(op: str, codes: Sequence[Tensor], scales: Sequence[Tensor]) -> None:
-    """Raise ValueError unless every tensor of 8-bit codes has the scales of its shape."""
-    for code, scale in zip(codes, scales, strict=True):
-        if tuple(scale.shape) != scale_shape(code.shape):
-            raise ValueError(
-                f"{op}: expected scales of shape {scale_shape(code.shape)} for codes of {tuple(code.shape)}, got "
-                f"{tuple(scale.shape)}"
-            )
-
-
-def fp8_macro(codes: Tensor) -> dict[str, str | int]:
-    """Return the macro of C++ kernels for codes in fp8; none for int8."""
-    return {"FP8": 1} if codes.dtype == FP8 else {}
-
-
-def rows_and_columns(tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:
-    """Return the rows of every tensor, its first dimension, and the entries of a row."""
-    return [t.shape[0] for t in tensors], [t.shape[1:].numel() for t in tensors]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

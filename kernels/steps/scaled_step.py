@@ -11,7 +11,8 @@ from leanstep.kernels.cpp_impl._build import TYPES, MissingKernelError, call
 from leanstep.kernels.matrices.sinkhorn import sinkhorn
 from leanstep.kernels.reference.rounding import index_in_whole
 from leanstep.kernels.reference.steps import scaled_step as reference
-from leanstep.kernels.steps.common import StepOptions, call_groups, check_shapes
+from leanstep.kernels.steps.common import StepOptions
+from leanstep.kernels.steps.engine import Lists, check_shapes, declare_step
 
 
 def scaled_step(
@@ -46,16 +47,7 @@ def scaled_step(
     Notes:
         Reads G and p and writes p once each: 12 bytes per fp32 element.
     """
-    lists = (params, mats, rows, cols, rounding_state)
-    if torch.compiler.is_compiling():
-        return torch.ops.leanstep.scaled_step(
-            *lists, options.scalars, options.rounding, options.decay_where_aligned, options.skip_nonfinite,
-            options.seeds, options.offsets, options.runs,
-        )  # fmt: skip
-    return _step(
-        *lists, options.scalars, options.rounding, options.decay_where_aligned, options.skip_nonfinite, options.seeds,
-        options.offsets, options.runs,
-    )  # fmt: skip
+    return _step([params, mats, rows, cols, rounding_state], options)
 
 
 @torch.no_grad()
@@ -87,7 +79,7 @@ def sinkhorn_step(
     """
     if _fits_one_call(params, mats, rounding_state):
         state = [rounding_state] if rounding_state else []
-        check_shapes("sinkhorn_step", params, mats, *state)
+        check_shapes("sinkhorn_step", [params, mats, *state])
         # a kernel of a wheel may be missing where there is no compiler: then each operation says what it runs on
         with contextlib.suppress(MissingKernelError):
             flags = _cpp_step(params, mats, None, None, *state, options=options, iterations=(num_iters, end_with_rows))
@@ -111,67 +103,26 @@ def _fits_one_call(params: list[Tensor], mats: list[Tensor], rounding_state: lis
     )
 
 
-@torch.no_grad()
-def _step(
-    params: list[Tensor],
-    mats: list[Tensor],
-    rows: list[Tensor],
-    cols: list[Tensor],
-    rounding_state: list[Tensor],
-    scalars: Tensor,
-    rounding: str,
-    decay_where_aligned: bool,
-    skip_nonfinite: bool,
-    seeds: Tensor | None,
-    offsets: Tensor | None,
-    runs: Tensor | None,
-) -> Tensor:
-    options = StepOptions(
-        scalars, rounding, decay_where_aligned=decay_where_aligned, skip_nonfinite=skip_nonfinite, seeds=seeds,
-        offsets=offsets, runs=runs,
-    )  # fmt: skip
-    if not params:
-        return torch.zeros(0, dtype=torch.int32, device="cpu")
-    check_shapes("scaled_step", *(ts for ts in (params, mats, rounding_state) if ts))
+def _check(lists: Lists) -> None:
+    params, _, rows, cols = lists[:4]
     for param, row, col in zip(params, rows, cols, strict=True):
         if row.shape != param.shape[:-1] or col.shape != param.shape[:-2] + param.shape[-1:]:
             raise ValueError(
                 f"scaled_step: expected scales of the rows and columns of {tuple(param.shape)}, got shapes "
                 f"{tuple(row.shape)} and {tuple(col.shape)}"
             )
-    backend = choose("scaled_step", params[0].device, *dict.fromkeys([t.dtype for t in [*params, *mats]])).backend
-    if backend == "triton":
-        from leanstep.kernels.triton_impl.steps import scaled_step as triton_step
-
-        torch.autograd.graph.increment_version([*params, *rounding_state])  # kernels do not
-        return triton_step.scaled_step(params, mats, rows, cols, rounding_state, options)
-    flags = torch.zeros(len(params), dtype=torch.int32, device=params[0].device)
-    lists = [ts for ts in (params, mats, rows, cols, rounding_state) if ts]
-    rows_contiguous = zip(*[[t.is_contiguous() for t in ts] for ts in lists], strict=True)
-    contiguous = [backend == "cpp" and all(row) for row in rows_contiguous]
-
-    def cpp(indices: list[int], lists: list[list[Tensor]]) -> None:
-        flags[indices] = _cpp_step(*lists, options=options.of(indices))
-
-    call_groups(lists, contiguous, cpp)
-    if backend == "cpp":
-        torch.autograd.graph.increment_version([*params, *rounding_state])
-    for i in (i for i, is_covered in enumerate(contiguous) if not is_covered):
-        nonfinite = torch.isnan(cols[i]).any(dim=-1) if skip_nonfinite else None
-        if nonfinite is not None:
-            flags[i] = nonfinite.any()
-        _reference_step([ts[i] for ts in lists], nonfinite, options.of(i))
-    return flags
 
 
-def _reference_step(tensors: list[Tensor], nonfinite: Tensor | None, options: StepOptions) -> None:
-    """Run the reference, then restore the matrices that were not finite."""
+def _definition(tensors: list[Tensor], options: StepOptions) -> Tensor | None:
+    """Run the definition, then restore the matrices that were not finite."""
+    nonfinite = torch.isnan(tensors[3]).any(dim=-1) if options.skip_nonfinite else None
     written = [tensors[0], *tensors[4:]]
     old = [t.clone() for t in written] if nonfinite is not None and bool(nonfinite.any()) else []
     reference.scaled_step(*tensors, options=options)
     for tensor, before in zip(written, old, strict=bool(old)):
         assert nonfinite is not None
         tensor.copy_(torch.where(nonfinite[..., None, None], before, tensor))
+    return None if nonfinite is None else nonfinite.any()
 
 
 def _cpp_step(
@@ -233,7 +184,14 @@ def _matrices(tensors: list[Tensor], dims: int) -> list[Tensor]:
     return [matrix for t in tensors for matrix in (t.flatten(0, -dims - 1) if t.dim() > dims else t[None])]
 
 
-_step_op = torch.library.custom_op("leanstep::scaled_step", _step, mutates_args=("params", "rounding_state"))
-_step_op.register_fake(
-    lambda params, mats, rows, cols, state, scalars, *_: scalars.new_empty(len(params), dtype=torch.int32)
+_step = declare_step(
+    __name__,
+    "scaled_step",
+    lists="params! mats .rows .cols rounding_state!",
+    floats=2,
+    options=("scalars", "rounding", "decay_where_aligned", "skip_nonfinite", "seeds", "offsets", "runs"),
+    result=torch.int32,
+    check=_check,
+    cpp=lambda lists, options: _cpp_step(*lists, options=options),
+    definition=_definition,
 )

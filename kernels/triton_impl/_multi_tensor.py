@@ -219,6 +219,15 @@ class Staging:
             return param, None, "nearest"
         return param, state, effective_rounding(rounding, param.dtype)
 
+    def parameter(
+        self, param: Tensor, grad: Tensor, state: Tensor | None, rounding: str
+    ) -> tuple[Tensor, Tensor, Tensor | None, str]:
+        """Return a parameter, its gradient and its rounding state as kernels take them, and its rounding."""
+        param, state, rounding = self.rounded(param, state, rounding)
+        param = self.write(param)
+        grad = self.read(grad, native_dtype(grad.dtype, param.dtype))
+        return param, grad, None if state is None else self.write(state), rounding
+
     def finish(self) -> None:
         """Write the changed copies back and drop all copies."""
         # in reverse: a master copy may itself have been copied

@@ -190,5 +190,5 @@ def test_opcheck(rounding):
         lists += [[t] for t in quantize(normal((3, 5), seed=2).square(), 4, dtype=dtype)]
     states = rounding_states(lists[0], rounding)
     seeds = torch.tensor([3])
-    args = (*lists, CORRECTIONS[:1], states, SCALARS, rounding, False, False, seeds, seeds)
+    args = (*lists, states, SCALARS, rounding, False, False, seeds, seeds, CORRECTIONS[:1])
     torch.library.opcheck(torch.ops.leanstep.adamw_step_int8, args)

@@ -242,7 +242,7 @@ def test_cases_are_the_distinct_launches_of_a_launcher():
     def launch_all():
         for dtype in (torch.float32, torch.bfloat16, torch.float32):
             grads, momenta = [torch.ones(5, dtype=dtype)], [torch.ones(5)]
-            counts.append(triton_lion.lion_agreement(grads, momenta, StepOptions(torch.zeros(6))).item())
+            counts.append(triton_lion.lion_agreement([grads, momenta], StepOptions(torch.zeros(6))).item())
 
         return promises
 

@@ -186,9 +186,9 @@ def test_backends_agree_bit_for_bit(rounding, dtypes, switch):
     ("dtypes", "rounding"), [(DTYPES[0], "nearest"), *((DTYPES[1], rounding) for rounding in IN_REGISTERS)], ids=str
 )
 def test_processors_without_byte_permutations_give_the_same_bits(dtypes, rounding, monkeypatch):
-    macros, results = lion_int8._macros, []
+    macros, results = lion_int8.macros, []
     for isa in ({}, {"ISA": 2}):  # those of this processor, and less
-        monkeypatch.setattr(lion_int8, "_macros", lambda *args, isa=isa: macros(*args) | isa)
+        monkeypatch.setattr(lion_int8, "macros", lambda *args, isa=isa, **types: macros(*args, **types) | isa)
         params, grads, codes, scales, states = problem(*dtypes, rounding)
         poison(grads)
         with use_backend("cpp"):

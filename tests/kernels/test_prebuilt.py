@@ -14,7 +14,7 @@ from leanstep import Lion, SinkGD, cli
 from leanstep.kernels import BackendError, _backend, use_backend
 from leanstep.kernels._backend import choose
 from leanstep.kernels.cpp_impl import _build, _prebuilt
-from leanstep.kernels.steps import common
+from leanstep.kernels.steps import engine
 
 CPU = torch.device("cpu")
 V3 = "avx avx2 fma bmi1 bmi2 f16c abm movbe"
@@ -206,7 +206,7 @@ def installed(tmp_path, monkeypatch, compiled):
 
 
 def forget():
-    for cached in (_build._library, _build._why_it_fails, _prebuilt.installed_levels, common._tell_once):
+    for cached in (_build._library, _build._why_it_fails, _prebuilt.installed_levels, engine._tell_once):
         cached.cache_clear()
 
 

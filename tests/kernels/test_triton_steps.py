@@ -39,9 +39,13 @@ SWITCHES = (
 
 
 def compare(lists, kernel, definition):
-    """Run a kernel on lists of tensors and its definition on the tensors one by one; return the kernel's flags."""
+    """Run a kernel on lists of tensors and its definition on the tensors one by one; return the kernel's flags.
+
+    A list may be empty.
+    """
+    lists = [part for part in lists if part]
     expected = [[t.clone() for t in part] for part in lists]
-    flags = kernel(*lists)
+    flags = kernel(lists)
     for i, tensors_of_one in enumerate(zip(*expected, strict=True)):
         definition(i, *tensors_of_one)
     for part, wanted in zip(lists, expected, strict=True):
@@ -91,8 +95,8 @@ def compare_lion_int8(p_dtype, g_dtype, rounding, device="cpu", code=torch.int8,
     states = rounding_states(lists[0], rounding)
     options = options_of(LION, rounding, len(SHAPES), device, offsets, **switches)
     flags = compare(
-        lists + [states] * bool(states),
-        lambda p, g, c, s, *state: triton.lion_int8.lion_step_int8(p, g, c, s, states, options),
+        [*lists, states],
+        lambda lists: triton.lion_int8.lion_step_int8(lists, options),
         lambda i, *one: lion_int8.lion_step_int8(*one, *[None] * (5 - len(one)), options=options.of(i)),
     )
     skipped = [options.skip_nonfinite and i in (4, 8) for i in range(len(SHAPES))]
@@ -105,8 +109,8 @@ def compare_adamw_int8(p_dtype, g_dtype, rounding, device="cpu", code=torch.int8
     options = options_of(ADAMW, rounding, len(SHAPES), device, offsets, **switches)
     corrections = torch.rand(len(SHAPES), 2, generator=torch.Generator().manual_seed(2)).to(device)
     compare(
-        lists + [states] * bool(states),
-        lambda *parts: triton.adamw_int8.adamw_step_int8(list(parts), corrections, options),
+        [*lists, states],
+        lambda lists: triton.adamw_int8.adamw_step_int8(lists, options, corrections),
         lambda i, *one: adamw_int8.adamw_step_int8(*one[:6], corrections[i], *one[6:], options=options.of(i)),
     )
 
@@ -124,9 +128,7 @@ def compare_average_int8(dtype, mode, device="cpu", code=torch.int8, *, beta=0.9
         flag = None if skip is None else skip[i]
         average_int8.average_step_int8(g, c, s, output, flag, options=options.of(i), **named)
 
-    compare(
-        lists, lambda *parts: triton.average_int8.average_step_int8(list(parts), skip, options, **named), definition
-    )
+    compare(lists, lambda lists: triton.average_int8.average_step_int8(lists, options, skip, **named), definition)
 
 
 @pytest.mark.slow
@@ -192,8 +194,8 @@ def compare_lion(p_dtype, g_dtype, m_dtype, rounding, switch, device="cpu", pois
         lists[1][2][1, 1], lists[1][5][-1] = float("nan"), float("inf")
     options = options_of(LION, rounding, len(lists[0]), device, **({"skip_nonfinite": False} | switch))
     flags = compare(
-        lists + [states] * bool(states),
-        lambda p, g, m, *state: triton.lion_step.lion_step(p, g, m, states, options),
+        [*lists, states],
+        lambda lists: triton.lion_step.lion_step(lists, options),
         lambda i, *one: lion_step.lion_step(*one, *[None] * (4 - len(one)), options=options.of(i)),
     )
     skipped = [poison and options.skip_nonfinite and i in (2, 5) for i in range(len(lists[0]))]
@@ -246,8 +248,8 @@ def compare_scaled(p_dtype, g_dtype, rounding, device="cpu", **switches):
                 tensor[1] = old[1]
 
     flags = compare(
-        [params, mats, rows, cols] + [states] * bool(states),
-        lambda p, g, r, c, *state: triton.scaled_step.scaled_step(p, g, r, c, states, options),
+        [params, mats, rows, cols, states],
+        lambda lists: triton.scaled_step.scaled_step(lists, options),
         definition,
     )
     assert flags.dtype == torch.int32 and flags.tolist() == [int(i == POISONED) for i in range(len(params))]
@@ -271,7 +273,7 @@ def test_scaled_steps_with_decay_of_aligned_entries(rounding):
 def test_nan_scales_pass_when_told_to():
     options = StepOptions(torch.tensor([1e-2, 1 - 1e-3]), skip_nonfinite=False)
     param, cols = torch.ones(2, 3), torch.tensor([1.0, float("nan"), 1.0])
-    flags = triton.scaled_step.scaled_step([param], [torch.ones(2, 3)], [torch.ones(2)], [cols], [], options)
+    flags = triton.scaled_step.scaled_step([[param], [torch.ones(2, 3)], [torch.ones(2)], [cols]], options)
     assert flags.tolist() == [0] and param.isnan().tolist() == [[False, True, False]] * 2
 
 
@@ -292,7 +294,7 @@ def test_agreement_counts_exactly(dtype, code):
         kernel, definition = triton.lion_int8.lion_agreement_int8, lion_int8.lion_agreement_int8
     for switches in ({"maximize": False, "skip_nonfinite": True}, {"maximize": True, "skip_nonfinite": False}):
         options = StepOptions(torch.tensor(LION), **switches)
-        counts = kernel(grads, *state, options)
+        counts = kernel([grads, *state], options)
         wanted = [definition(*one, options).item() for one in zip(grads, *state, strict=True)]
         assert counts.dtype == torch.float32 and counts.tolist() == wanted and max(counts) > 100
 
@@ -302,14 +304,14 @@ def test_empty_lists_and_empty_tensors_launch_nothing():
     options, zeros = StepOptions(torch.tensor(LION)), torch.zeros(0, 3)
     codes, second, scales = (torch.zeros(0, n, dtype=d) for n, d in ((3, torch.int8), (3, torch.uint8), (1, None)))
     for lists, flags in (([[]] * 4, []), ([[zeros], [zeros], [codes], [scales]], [0])):
-        assert triton.lion_int8.lion_step_int8(*lists, [], options).tolist() == flags
-        assert triton.lion_int8.lion_agreement_int8(*lists[1:], options).tolist() == flags
-        assert triton.lion_step.lion_step(*lists[:2], lists[0], [], options).tolist() == flags
-        assert triton.lion_step.lion_agreement(*lists[:2], options).tolist() == flags
-        triton.average_int8.average_step_int8(lists[1:], None, options, nesterov=False, update=True)
+        assert triton.lion_int8.lion_step_int8(lists, options).tolist() == flags
+        assert triton.lion_int8.lion_agreement_int8(lists[1:], options).tolist() == flags
+        assert triton.lion_step.lion_step([*lists[:2], lists[0]], options).tolist() == flags
+        assert triton.lion_step.lion_agreement(lists[:2], options).tolist() == flags
+        triton.average_int8.average_step_int8(lists[1:], options, None, nesterov=False, update=True)
         moments = [*lists, [second] * len(flags), lists[3]]
-        triton.adamw_int8.adamw_step_int8(moments, torch.zeros(len(flags), 2), options)
-    assert triton.scaled_step.scaled_step([], [], [], [], [], options).shape == (0,)
+        triton.adamw_int8.adamw_step_int8(moments, options, torch.zeros(len(flags), 2))
+    assert triton.scaled_step.scaled_step([[]] * 4, options).shape == (0,)
 
 
 # ---- on a GPU
@@ -354,6 +356,6 @@ def test_a_captured_step_replays_as_the_eager_one(rounding):
             lists, _ = build_lion(bf16, bf16, torch.float32, "nearest", "cuda")
             run, options = triton.lion_step.lion_step, options_of(LION, "nearest", len(lists[0]), "cuda")
         sets.append(lists)
-    replay_beside_eager(lambda which: run(*sets[which], [], options))
+    replay_beside_eager(lambda which: run(sets[which], options))
     for captured, eager in zip(*map(itertools.chain.from_iterable, sets), strict=True):
         bits_equal(captured, eager)

@@ -18,11 +18,9 @@ from leanstep.kernels.triton_impl._common import (
     ROUNDINGS,
     STATE_DTYPE,
     TL_DTYPE,
-    has_state,
     index_in_whole,
     load_tile,
     parameter_value,
-    pointer_to,
     random_bits,
     remainder,
     round_to,
@@ -33,20 +31,14 @@ from leanstep.kernels.triton_impl._common import (
 )
 from leanstep.kernels.triton_impl._compile import Launch, Promises
 from leanstep.kernels.triton_impl._multi_tensor import (
-    Staging,
-    device_rows,
-    is_aligned,
-    launches,
     native_dtype,
-    on_device,
     seeds_and_offsets,
-    warps,
 )
+from leanstep.kernels.triton_impl.steps.engine import Table, bytes_of, numbers_of, over_elements, program_of
 
 # 8 elements per thread and tile: one 128-bit access per 16-bit tensor, two per fp32 tensor
 BLOCK = 2048
 TILES = 4
-THREADS = 256
 
 # bits of the runtime argument `mode`; as constexpr, each flag would double the number of compiled kernels
 MAXIMIZE, SKIP_NONFINITE, DECAY_WHERE_ALIGNED, CAUTIOUS = 1, 2, 4, 8
@@ -58,14 +50,16 @@ def _sign(x):
 
 
 @triton.jit
-def _step_tile(
-    p_ptr, g_ptr, m_ptr, e_ptr, offs, mask, seed, index, start, elements, distance, count, slab, scale, lr, decay,
-    beta1, omb1, beta2, omb2, mode, ROUNDING: tl.constexpr, RUNS: tl.constexpr,
-):  # fmt: skip
-    """Update one tile; `mask` is None for a whole tile. Returns 1 where a non-finite gradient is skipped.
+def _step_tile(pointers, offs, mask, where, numbers, META: tl.constexpr):
+    """Update one tile. Returns 1 where a non-finite gradient is skipped.
 
-    `index` is the index in the whole tensor of element `start`, or with RUNS of the shard's first element.
+    `where` has the index in the whole tensor of element `start`, or with RUNS of the shard's first element.
     """
+    ROUNDING: tl.constexpr = META[0]
+    RUNS: tl.constexpr = META[1]
+    p_ptr, g_ptr, m_ptr, e_ptr = pointers
+    seed, index, start, elements, distance, count, slab = where
+    scale, lr, decay, beta1, omb1, beta2, omb2, mode = numbers
     g = to_float(load_tile(g_ptr + offs, mask))
     m_old = load_tile(m_ptr + offs, mask)
     p_old = load_tile(p_ptr + offs, mask)
@@ -105,51 +99,24 @@ def lion_step_kernel(
     P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, M_DTYPE: tl.constexpr, E_DTYPE: tl.constexpr,
     ROUNDING: tl.constexpr, RUNS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Program k updates TILES * BLOCK elements of one tensor.
-
-    A row is (p, g, m, rounding state, numel, aligned, index, 0).
-    """
-    entry = tl.load(programs + tl.program_id(0))
-    row = rows + (entry >> 32) * 8
-    start = (entry & 0xFFFFFFFF) * (TILES * BLOCK)
-    count = tl.minimum(tl.load(row + 4) - start, TILES * BLOCK).to(tl.int32)
-    i = tl.load(row + 6)
-
-    lr = tl.load(scalars + 0)
-    decay = tl.load(scalars + 1)
-    beta1 = tl.load(scalars + 2)
-    omb1 = tl.load(scalars + 3)
-    beta2 = tl.load(scalars + 4)
-    omb2 = tl.load(scalars + 5)
+    """Program k updates TILES * BLOCK elements of one tensor: p, g, m and the rounding state."""
+    row, start, count, i = program_of(rows, programs, 4, 1, TILES * BLOCK)
     scale = tl.load(scales + i, mask=(mode & 8) != 0, other=1.0)
-    seed = tl.load(seeds + i).to(tl.uint32)
-    elements, distance, runs, slab = run_numbers(all_runs, i, RUNS)
+    numbers = (scale,) + numbers_of(scalars, 6) + (mode,)
     index = tl.load(offsets + i).to(tl.uint32)
     if not RUNS:
         index += start.to(tl.uint32)
-
-    lane = tl.arange(0, BLOCK)
-    skipped = tl.zeros([BLOCK], dtype=tl.int32)
-    # Whole tiles of aligned tensors need no mask and have a provable alignment: accesses are 128 bits wide. Then the
-    # tail, and unaligned tensors; addresses are read again, because holding them would spill registers.
-    whole = tl.where(tl.load(row + 5) != 0, count // BLOCK, 0)
-    for TAIL in tl.static_range(2):
-        p_ptr = pointer_to(tl.load(row + 0), P_DTYPE, TAIL == 0) + start
-        g_ptr = pointer_to(tl.load(row + 1), G_DTYPE, TAIL == 0) + start
-        m_ptr = pointer_to(tl.load(row + 2), M_DTYPE, TAIL == 0) + start
-        e_ptr = pointer_to(tl.load(row + 3), E_DTYPE, TAIL == 0) + start
-        for t in range(whole if TAIL else 0, tl.cdiv(count, BLOCK) if TAIL else whole):
-            offs = t * BLOCK + lane
-            skipped |= _step_tile(
-                p_ptr, g_ptr, m_ptr, e_ptr, offs, offs < count if TAIL else None, seed, index, start, elements,
-                distance, runs, slab, scale, lr, decay, beta1, omb1, beta2, omb2, mode, ROUNDING, RUNS,
-            )  # fmt: skip
-    if tl.max(skipped, 0) != 0:
-        tl.store(flags + tl.load(row + 6), 1)
+    where = (tl.load(seeds + i).to(tl.uint32), index, start) + run_numbers(all_runs, i, RUNS)
+    DTYPES: tl.constexpr = (P_DTYPE, G_DTYPE, M_DTYPE, E_DTYPE)
+    META: tl.constexpr = (ROUNDING, RUNS)
+    if over_elements(_step_tile, row, start, count, where, numbers, DTYPES, META, False, BLOCK) != 0:
+        tl.store(flags + i, 1)
 
 
 @triton.jit
-def _agreement_tile(g_ptr, m_ptr, offs, mask, beta1, omb1, mode):
+def _agreement_tile(pointers, offs, mask, where, numbers, META: tl.constexpr):
+    g_ptr, m_ptr = pointers
+    beta1, omb1, mode = numbers
     g = to_float(load_tile(g_ptr + offs, mask))
     m = to_float(load_tile(m_ptr + offs, mask))
     g = tl.where((mode & 1) != 0, -g, g)
@@ -163,70 +130,37 @@ def lion_agreement_kernel(
     rows, programs, scalars, counts, mode,
     G_DTYPE: tl.constexpr, M_DTYPE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Count the elements whose update has the gradient's sign. A row is (g, m, numel, aligned, index, 0)."""
-    entry = tl.load(programs + tl.program_id(0))
-    row = rows + (entry >> 32) * 6
-    start = (entry & 0xFFFFFFFF) * (TILES * BLOCK)
-    count = tl.minimum(tl.load(row + 2) - start, TILES * BLOCK).to(tl.int32)
-    beta1 = tl.load(scalars + 2)
-    omb1 = tl.load(scalars + 3)
-
-    lane = tl.arange(0, BLOCK)
-    agree = tl.zeros([BLOCK], dtype=tl.int32)
-    whole = tl.where(tl.load(row + 3) != 0, count // BLOCK, 0)
-    for TAIL in tl.static_range(2):
-        g_ptr = pointer_to(tl.load(row + 0), G_DTYPE, TAIL == 0) + start
-        m_ptr = pointer_to(tl.load(row + 1), M_DTYPE, TAIL == 0) + start
-        for t in range(whole if TAIL else 0, tl.cdiv(count, BLOCK) if TAIL else whole):
-            offs = t * BLOCK + lane
-            agree += _agreement_tile(g_ptr, m_ptr, offs, offs < count if TAIL else None, beta1, omb1, mode)
+    """Count the elements of g and m whose update has the gradient's sign."""
+    row, start, count, i = program_of(rows, programs, 2, 1, TILES * BLOCK)
+    numbers = (tl.load(scalars + 2), tl.load(scalars + 3), mode)
+    DTYPES: tl.constexpr = (G_DTYPE, M_DTYPE)
     # the sum of integers does not depend on their order
-    tl.atomic_add(counts + tl.load(row + 4), tl.sum(agree, 0).to(tl.int64))
+    agree = over_elements(_agreement_tile, row, start, count, (), numbers, DTYPES, (), True, BLOCK)
+    tl.atomic_add(counts + i, agree.to(tl.int64))
 
 
-def lion_step(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    rounding_state: Sequence[Tensor],
-    options: StepOptions,
-) -> Tensor:
-    """Update `params`, `exp_avgs` and `rounding_state` in place. int32 flags are 1 for tensors with skipped entries.
+def lion_step(lists: Sequence[Sequence[Tensor]], options: StepOptions) -> Tensor:
+    """Update parameters, momenta and rounding states in place. int32 flags are 1 for tensors with skipped entries.
 
     Equals the definition, `leanstep.kernels.reference.steps.lion_step`, bit for bit.
     """
-    scalars, device = options.scalars, options.scalars.device
-    flags = torch.zeros(len(params), dtype=torch.int32, device=device)
-    staging = Staging()
-    rows, keys, pieces = [], [], []
-    for i, (p, g, m) in enumerate(zip(params, grads, exp_avgs, strict=True)):
-        p, e, rounds = staging.rounded(p, rounding_state[i] if rounding_state else None, options.rounding)
-        p = staging.write(p)
-        g = staging.read(g, native_dtype(g.dtype, p.dtype))
-        m = staging.write(m, native_dtype(m.dtype, p.dtype, torch.bfloat16))
-        e = None if e is None else staging.write(e)
-        aligned = is_aligned(p, g, m, e)
-        rows.append(
-            (p.data_ptr(), g.data_ptr(), m.data_ptr(), 0 if e is None else e.data_ptr(), p.numel(), aligned, i, 0)
-        )
-        keys.append((p.dtype, g.dtype, m.dtype, p.dtype if e is None else e.dtype, rounds))
-        pieces.append(triton.cdiv(p.numel(), BLOCK * TILES))
-    if not any(pieces):
-        return flags
+    scalars, count = options.scalars, len(lists[0])
+    flags = torch.zeros(count, dtype=torch.int32, device=scalars.device)
+    table = Table(scalars.device)
+    for p, g, m, *state in zip(*lists, strict=True):
+        p, g, e, rounds = table.staging.parameter(p, g, state[0] if state else None, options.rounding)
+        m = table.staging.write(m, native_dtype(m.dtype, p.dtype, torch.bfloat16))
+        key = (p.dtype, g.dtype, m.dtype, p.dtype if e is None else e.dtype, rounds)
+        table.add(key, (p, g, m, e), BLOCK * TILES)
     scales = scalars if options.cautious_scale is None else options.cautious_scale
-    seeds, offsets = seeds_and_offsets(options, len(params))
+    seeds, offsets = seeds_and_offsets(options, count)
     runs = options.runs
-    table = device_rows(rows, device)
-    with on_device(device):
-        for (*dtypes, rounds), programs in launches(keys, pieces, device):
-            # fused multiply-adds would round differently from the definition
-            lion_step_kernel[(programs.numel(),)](
-                table, programs, scalars, scales, seeds, offsets, offsets if runs is None else runs, flags,
-                mode_of(options), *(STATE_DTYPE[d] for d in dtypes), ROUNDING=rounds,
-                RUNS=runs is not None and rounds == "stochastic", BLOCK=BLOCK, TILES=TILES,
-                num_warps=warps(THREADS), enable_fp_fusion=False,
-            )  # fmt: skip
-    staging.finish()
+    for (*dtypes, rounds), launch in table.launches(lion_step_kernel):
+        launch(
+            scalars, scales, seeds, offsets, offsets if runs is None else runs, flags, mode_of(options),
+            *(STATE_DTYPE[d] for d in dtypes), ROUNDING=rounds, RUNS=runs is not None and rounds == "stochastic",
+            BLOCK=BLOCK, TILES=TILES,
+        )  # fmt: skip
     return flags
 
 
@@ -236,27 +170,17 @@ def mode_of(options: StepOptions) -> int:
     return mode | options.decay_where_aligned * DECAY_WHERE_ALIGNED | (options.cautious_scale is not None) * CAUTIOUS
 
 
-def lion_agreement(grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], options: StepOptions) -> Tensor:
+def lion_agreement(lists: Sequence[Sequence[Tensor]], options: StepOptions) -> Tensor:
     """Count the elements per tensor whose update has the sign of the gradient. Integer counts, returned as fp32."""
     device = options.scalars.device
-    counts = torch.zeros(len(grads), dtype=torch.int64, device=device)
-    staging = Staging()
-    rows, keys, pieces = [], [], []
-    for i, (g, m) in enumerate(zip(grads, exp_avgs, strict=True)):
-        g = staging.read(g)
-        m = staging.read(m, native_dtype(m.dtype, g.dtype, torch.bfloat16))
-        rows.append((g.data_ptr(), m.data_ptr(), g.numel(), is_aligned(g, m), i, 0))
-        keys.append((g.dtype, m.dtype))
-        pieces.append(triton.cdiv(g.numel(), BLOCK * TILES))
-    if any(pieces):
-        table = device_rows(rows, device)
-        with on_device(device):
-            for dtypes, programs in launches(keys, pieces, device):
-                lion_agreement_kernel[(programs.numel(),)](
-                    table, programs, options.scalars, counts, mode_of(options), *(TL_DTYPE[d] for d in dtypes),
-                    BLOCK=BLOCK, TILES=TILES, num_warps=warps(THREADS), enable_fp_fusion=False,
-                )  # fmt: skip
-    staging.finish()
+    counts = torch.zeros(len(lists[0]), dtype=torch.int64, device=device)
+    table = Table(device)
+    for g, m in zip(*lists, strict=True):
+        g = table.staging.read(g)
+        m = table.staging.read(m, native_dtype(m.dtype, g.dtype, torch.bfloat16))
+        table.add((g.dtype, m.dtype), (g, m), BLOCK * TILES)
+    for dtypes, launch in table.launches(lion_agreement_kernel):
+        launch(options.scalars, counts, mode_of(options), *(TL_DTYPE[d] for d in dtypes), BLOCK=BLOCK, TILES=TILES)
     return counts.to(torch.float32)
 
 
@@ -264,23 +188,21 @@ def audit_launches() -> Promises:
     """Launch every configuration that the launchers above can choose, and return what the kernels promise."""
     for dtypes in itertools.product(TL_DTYPE, repeat=3):
         p, g, m = (torch.zeros(BLOCK * TILES + BLOCK + 1, dtype=dtype) for dtype in dtypes)
-        lion_agreement([g], [m], StepOptions(torch.zeros(6)))
+        lion_agreement([[g], [m]], StepOptions(torch.zeros(6)))
         for rounding in ROUNDINGS:
             for runs in (None, torch.ones(1, 4, dtype=torch.int64)) if rounding == "stochastic" else (None,):
                 options = StepOptions(torch.zeros(6), rounding, runs=runs)
-                lion_step([p], [g], [m], zero_states(p, rounding), options)
+                lion_step([[t] for t in (p, g, m, *zero_states(p, rounding))], options)
     return {lion_step_kernel: _step_promise, lion_agreement_kernel: _agreement_promise}
 
 
 def _step_promise(launch: Launch) -> dict[str, Any]:
-    p, g, m, e = (launch.dtype(name) for name in ("P_DTYPE", "G_DTYPE", "M_DTYPE", "E_DTYPE"))
+    p, g, m = (launch.dtype(name) for name in ("P_DTYPE", "G_DTYPE", "M_DTYPE"))
     rounding, runs = launch.constants["ROUNDING"], " runs" * launch.constants["RUNS"]
-    state = e.itemsize if has_state(rounding) else 0
     return dict(
         label=f"p {p} g {g} m {m} {rounding}{runs}".replace("torch.", ""), elements=BLOCK,
         # 8 bytes of split weights per thread; with runs, gfx942 has the loop of the tail in the main loop
-        wide=rounding != "split" and not runs, flat=rounding != "split",
-        read=p.itemsize + g.itemsize + m.itemsize + state, written=p.itemsize + m.itemsize + state,
+        wide=rounding != "split" and not runs, flat=rounding != "split", **bytes_of(launch, state=m.itemsize),
     )  # fmt: skip
 
 

@@ -159,14 +159,7 @@ def scaled_step_kernel(
                 tl.store(e_ptrs, remainder(value, p, E_DTYPE, ROUNDING), mask=mask)
 
 
-def scaled_step(
-    params: Sequence[Tensor],
-    mats: Sequence[Tensor],
-    rows: Sequence[Tensor],
-    cols: Sequence[Tensor],
-    rounding_state: Sequence[Tensor],
-    options: StepOptions,
-) -> Tensor:
+def scaled_step(lists: Sequence[Sequence[Tensor]], options: StepOptions) -> Tensor:
     """Update `params` and `rounding_state` ([B, m, n] or [m, n], any strides) in place from `mats` of the same shapes.
 
     `rows` and `cols` are fp32 [B, m] and [B, n], or [m] and [n]. With `skip_nonfinite`, matrices with a NaN column
@@ -174,10 +167,10 @@ def scaled_step(
 
     Equals the definition, `leanstep.kernels.reference.steps.scaled_step`, bit for bit.
     """
-    device = options.scalars.device
+    device, params = options.scalars.device, lists[0]
     flags = torch.zeros(len(params), dtype=torch.int32, device=device)
     staging = Staging()
-    table, keys, pieces, batches = _table(params, mats, rows, cols, rounding_state, options.rounding, staging)
+    table, keys, pieces, batches = _table(lists, options.rounding, staging)
     if not any(pieces):
         return flags
     bad = torch.zeros(sum(batches), dtype=torch.int32, device=device)
@@ -207,19 +200,11 @@ def _rows_at_once(aligned: bool) -> int:
     return BLOCK_M if aligned else BLOCK_M // 2
 
 
-def _table(
-    params: Sequence[Tensor],
-    mats: Sequence[Tensor],
-    rows: Sequence[Tensor],
-    cols: Sequence[Tensor],
-    rounding_state: Sequence[Tensor],
-    rounding: str,
-    staging: Staging,
-):
+def _table(lists: Sequence[Sequence[Tensor]], rounding: str, staging: Staging):
     """Return, per tensor, table row, configuration, number of programs and number of matrices."""
     table, keys, pieces, batches = [], [], [], []
-    for i, (p, g, r, c) in enumerate(zip(params, mats, rows, cols, strict=True)):
-        p, e, rounds = staging.rounded(p, rounding_state[i] if rounding_state else None, rounding)
+    for i, (p, g, r, c, *state) in enumerate(zip(*lists, strict=True)):
+        p, e, rounds = staging.rounded(p, state[0] if state else None, rounding)
         g = staging.hold(g.detach().to(native_dtype(g.dtype, p.dtype, torch.bfloat16)))
         p, g, e = (t.detach() if t.dim() == 3 else t.detach().unsqueeze(0) for t in (p, g, p if e is None else e))
         b, m, n = p.shape
@@ -242,7 +227,8 @@ def audit_launches() -> Promises:
         p, g = torch.zeros(ROWS + 1, n, dtype=p_dtype), torch.zeros(ROWS + 1, n, dtype=g_dtype)
         for runs in (None, torch.ones(1, 4, dtype=torch.int64)) if rounding == "stochastic" else (None,):
             options = StepOptions(torch.zeros(2), rounding, runs=runs)
-            scaled_step([p], [g], [torch.ones(ROWS + 1)], [torch.ones(n)], zero_states(p, rounding), options)
+            lists = [[t] for t in (p, g, torch.ones(ROWS + 1), torch.ones(n), *zero_states(p, rounding))]
+            scaled_step(lists, options)
     return {scaled_step_kernel: _step_promise, column_nan_kernel: _scan_promise}
 
 
