@@ -71,7 +71,9 @@ def _cpp_step(lists: Lists, options: StepOptions, corrections: Tensor) -> None:
 
 
 def _definition(tensors: list[Tensor], options: StepOptions, corrections: Tensor) -> None:
-    reference.adamw_step_int8(*tensors[:6], corrections, *tensors[6:], options=options)
+    param, grad, codes, scales, square_codes, square_scales, *state = tensors
+    moments = codes, scales, square_codes, square_scales
+    reference.adamw_step_int8(param, grad, *moments, corrections, state[0] if state else None, options=options)
 
 
 _step = declare_step(

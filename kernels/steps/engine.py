@@ -1,6 +1,6 @@
 """What every step on lists of tensors does around its rule: checks, backend, torch's registered op, groups, flags.
 
-:func:`declare_step` says once what a step has. ``docs/code.md`` has an example, which a test runs.
+:func:`declare_step` says once what a step has. ``tests/kernels/test_step_engine.py`` declares one in a few lines.
 """
 
 from __future__ import annotations

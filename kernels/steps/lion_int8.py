@@ -103,5 +103,5 @@ _agreement = declare_step(
     result=torch.float32,
     check=lambda lists: check_scales("lion_agreement_int8", lists[1], lists[2]),
     cpp=_cpp_agreement,
-    definition=lambda tensors, options: reference.lion_agreement_int8(*tensors, options),
+    definition=lambda tensors, options: reference.lion_agreement_int8(tensors[0], tensors[1], tensors[2], options),
 )

@@ -120,5 +120,5 @@ _agreement = declare_step(
     options=("scalars", "maximize", "skip_nonfinite"),
     result=torch.float32,
     cpp=_cpp_agreement,
-    definition=lambda tensors, options: reference.lion_agreement(*tensors, options),
+    definition=lambda tensors, options: reference.lion_agreement(tensors[0], tensors[1], options),
 )
