@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -216,8 +215,7 @@ def param_groups(
         role_settings[role].update(_EMBEDDINGS[embeddings])
     for role, values in (settings or {}).items():
         if role not in role_settings:
-            near = "".join(f"did you mean {match!r}? " for match in get_close_matches(str(role), ROLES, n=1))
-            raise ValueError(f"param_groups: unknown role {role!r}; {near}expected one of {ROLES}")
+            raise ValueError(f"param_groups: unknown role {role!r}; expected one of {ROLES}")
         if not isinstance(values, Mapping):
             raise TypeError(
                 f"param_groups: the settings of {role!r} must be a mapping such as {{'lr': 1e-3}}, got {values!r}"

@@ -248,6 +248,7 @@ def _cut(text: str, most: int = 120) -> str:
 Problem = tuple[KeyPath, str]
 
 # pydantic's words -> those of a recipe
+_SYNONYMS = {"int4": "nf4", "4bit": "nf4", "fp4": "nf4", "8bit": "int8"}  # what others call a value
 _WORDS = {
     "Input should be ": "",
     "List should have ": "a list of ",
@@ -296,10 +297,6 @@ def _steps(location: tuple[int | str, ...], value: Any) -> tuple[int | str, ...]
         else:
             return location[:depth]
     return location
-
-
-# what others call a value
-_SYNONYMS = {"int4": "nf4", "4bit": "nf4", "fp4": "nf4", "8bit": "int8"}
 
 
 def _problem(schema: Any, steps: tuple[int | str, ...], errors: list[Any], value: Any, above: KeyPath) -> Problem:
