@@ -52,9 +52,9 @@ class CalibratedModel:
             AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False),
             seq_len,
         )
-        self.older, newest = split_newest(tuple(sotu_corpus().documents()))
+        self.older, self.newest = split_newest(tuple(sotu_corpus().documents()))
         self.snapshot = WeightSnapshot(find_targets(self.model))
-        batches = as_batches(self.sequences(newest, held_out, 0), self.model, batch_size=4)
+        batches = as_batches(self.sequences(self.newest, held_out, 0), self.model, batch_size=4)
         if scratch is not None:
             scratch.mkdir(parents=True, exist_ok=True)
         files = None if scratch is None else Scratch(scratch)

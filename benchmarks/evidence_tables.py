@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common import machines, pyplot, read_json_lines, save_svg
-from comparison.summary import paired_percent
+from comparison.summary import paired_difference, paired_percent
 from comparison.tables import markdown
 from evolution import OF_START
 
@@ -71,8 +71,9 @@ def table(path: Path) -> str:
         for line in _lines({c: results[c] for c in cells if (c.score, c.sparsity) == (list(SCORES)[score], sparsity)})
     ]
     head = ["", "seeds", "KL", "to uniform, %", "perplexity", "to uniform, %", "processor s", "peak, GiB"]
-    dense = next(row["perplexity"] for row in rows if row["allocation"] == "dense")
-    parts = [_caption(path, settings, rows, dense), markdown(head, lines), _legend(rows), _pairs(cells, results)]
+    dense = next(row for row in rows if row["allocation"] == "dense")
+    parts = [_caption(path, settings, rows, dense["perplexity"]), markdown(head, lines), _legend(rows)]
+    parts += [_accuracies({cell: results[cell] for cell in cells}, dense, settings), _pairs(cells, results)]
     parts += [_recovered_table(results), _missing(cells)]
     return "\n\n".join(filter(None, parts))
 
@@ -98,6 +99,31 @@ def _lines(cells: Mapping[Cell, Row]) -> Iterator[list[str]]:
             f"{means['seconds']:.1f}",
             f"{max(row['gib'] for row in of_seed.values()):.2f}",
         ]
+
+
+def _accuracies(cells: Mapping[Cell, Row], dense: Row, settings: Row) -> str:
+    """Accuracies of the task beside those of uniform sparsity, in points; "" where none was measured."""
+    if "accuracy" not in dense:
+        return ""
+    lines, groups = [["before pruning", "", f"{dense['accuracy']:.1f} ± {dense['stderr']:.1f}", ""]], {}
+    for cell in cells:
+        groups.setdefault(cell._replace(seed=0), []).append(cell)
+    for first, of_seed in groups.items():
+        base = [cell._replace(allocation=BASELINE) for cell in of_seed]
+        mine, other = ([cells[cell]["accuracy"] for cell in part if cell in cells] for part in (of_seed, base))
+        paired = len(mine) == len(other) > 1 and first.allocation != BASELINE
+        lines.append([
+            f"{SCORES[first.score]} {first.sparsity:.0%}, {ALLOCATIONS[first.allocation]}",
+            ", ".join(str(cell.seed) for cell in of_seed),
+            f"{statistics.mean(mine):.1f} ± {max(cells[cell]['stderr'] for cell in of_seed):.1f}",
+            f"{paired_difference(mine, other):+.1f}" if paired else "–",
+        ])  # fmt: skip
+    return (
+        f"Accuracy on {settings['questions']} questions: which of four continuations of 12 words follows 24 words of "
+        "the newest addresses (chance: 25 %). After ±, the harness's standard error over the questions, which are the "
+        "same for all rows. Differences are paired by seed, with Student's 95 % interval:\n\n"
+        + markdown(["", "seeds", "accuracy, %", "to uniform, points"], lines)
+    )
 
 
 def _of_start(name: str, rows: Mapping[int, Row]) -> str:

@@ -130,7 +130,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_recipe(show)
     resolved = "all values, with those of the base and the defaults; key=value implies it"
     show.add_argument("--resolved", action="store_true", help=resolved)
-    command("keys", _recipes_keys, "List all keys of a recipe: values and default.", to=kinds)
+    keys = command("keys", _recipes_keys, "List the keys of a recipe: values and default.", to=kinds)
+    keys.add_argument("begin", nargs="?", default="", help="of the keys to list, such as optimizer; default: all")
     copy = command("copy", _recipes_copy, "Copy a recipe into a file of your own.", to=kinds)
     copy.add_argument("recipe", metavar="NAME", help="a recipe of `leanstep recipes list`")
     copy.add_argument("file", metavar="FILE", nargs="?", help="where to; default NAME.yaml here")
@@ -278,7 +279,10 @@ def _recipes_keys(options: argparse.Namespace, rest: list[str]) -> int:
     from leanstep._files import table_lines
     from leanstep.recipes.config.catalog import recipe_keys
 
-    print("\n".join(table_lines([("key", "default", "values"), *recipe_keys()])))
+    rows = [row for row in recipe_keys() if row[0].startswith(options.begin)]
+    if not rows:
+        raise UsageError(f"no key begins with {options.begin!r}; `leanstep recipes keys` lists all")
+    print("\n".join(table_lines([("key", "default", "values"), *rows])))
     return 0
 
 

@@ -36,7 +36,7 @@ def class_named(name: str, owner: str) -> type[Optimizer]:
     """Return the class of a name of :func:`create`. Raises ValueError for another name, with the nearest one."""
     if name in OPTIMIZERS:
         return OPTIMIZERS[name]
-    near = difflib.get_close_matches(str(name).lower(), OPTIMIZERS, n=1)
+    near = difflib.get_close_matches(str(name).lower(), OPTIMIZERS, n=1, cutoff=0.7)
     advice = f"; take {near[0]!r}" if near else ""
     raise ValueError(f"{owner}: expected one of {', '.join(map(repr, OPTIMIZERS))} as name, got {name!r:.80}{advice}")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leanstep._arguments import OneLineParser, add_device, positive, whole
-from leanstep._files import find_model_folder, one_line, parse_json, read_text, table_lines
+from leanstep._files import find_model_folder, is_folder_name, one_line, parse_json, read_text, table_lines
 from leanstep.recipes.config.schema import DataConfig
 from leanstep.recipes.data.cache import require
 from leanstep.recipes.data.sources import in_options, open_file
@@ -88,7 +88,7 @@ def _rows(result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="leanstep eval", description="Perplexity, bits per byte and tasks of a checkpoint.")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a Hugging Face folder, a checkpoint, or a run folder")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a Hugging Face folder, an adapter, or of a run")
     parser.add_argument(
         "--data",
         metavar="sotu|FILE",
@@ -136,27 +136,26 @@ def _sequence_length(requested: int | None, model: Any, tokenizer: Any) -> int:
 
 def _evaluate_folder(options: argparse.Namespace, bar: ProgressBar) -> dict[str, Any]:
     from leanstep.pruning.folder.kinds import judge_of
-    from leanstep.pruning.folder.loading import open_model
     from leanstep.recipes.data.tokens import open_tokenizer, vocabulary_size
 
-    folder = find_model_folder(options.checkpoint)
+    folder, adapter = find_model(options.checkpoint)
     require("transformers")
-    if (judge := judge_of(folder)) is not None:
+    if adapter is None and (judge := judge_of(folder)) is not None:
         return _judge_folder(folder, judge, options, bar)
     for name in ("against", "label_key"):
         if getattr(options, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')} is for embedding models and classifiers; leave it out")
     tasks = None if options.tasks is None else _tasks(options, bar)
     bar(0, 0, "model")
-    model: Any = open_model(folder)
+    model: Any = open_language_model(folder, adapter)
     tokenizer = open_tokenizer(str(folder), key=None)
     needed = vocabulary_size(tokenizer)
     vocabulary = model.config.get_text_config().vocab_size
     if needed > vocabulary:
         raise ValueError(f"the tokenizer in '{folder}' has {needed} tokens, the model {vocabulary}")
-    result = {"checkpoint": str(folder), "parameters": _parameters(model)}
+    result = {"checkpoint": str(adapter or folder), "parameters": _parameters(model)}
     if options.data is not None:
-        result |= _measure_loss(folder, model, tokenizer, options, bar)
+        result |= _measure_loss(folder, adapter or folder, model, tokenizer, options, bar)
     if tasks is not None:
         model.to(find_device(options.device)).eval()
         scores = tasks.evaluate(model, tokenizer, options.batch_size, lambda done, all_of: bar(done, all_of, "tasks"))
@@ -212,14 +211,14 @@ def _tasks(options: argparse.Namespace, bar: ProgressBar) -> "Tasks":
 
 
 def _measure_loss(
-    folder: Path, model: Any, tokenizer: Any, options: argparse.Namespace, bar: ProgressBar
+    folder: Path, trained: Path, model: Any, tokenizer: Any, options: argparse.Namespace, bar: ProgressBar
 ) -> dict[str, Any]:
     from leanstep.recipes.data.sequences import load_data, load_validation
     from leanstep.recipes.training.validation import evaluate
 
     seq_len = _sequence_length(options.seq_len, model, tokenizer)
     settings = {"tokenizer": str(folder), "seq_len": seq_len, "text_key": options.text_key}
-    training, unknown = read_training(folder), _unknown_training(folder)
+    training, unknown = read_training(trained), _unknown_training(trained)
     if training is not None:
         settings["packing"] = training.data.packing  # the loss is then comparable with the run's own
     if options.val_tokens and options.data != "sotu":
@@ -340,6 +339,39 @@ def _recipe(path: Path) -> dict[str, Any] | None:
 
 def _same(one: str, other: str) -> bool:
     return Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+
+
+def find_model(checkpoint: str) -> tuple[Path, Path | None]:
+    """The folder of a model, and that of an adapter on it if ``checkpoint`` is one of leanstep or PEFT.
+
+    The model may be a name on the hub. Raises ValueError for a folder, or the base of an adapter, that is not there.
+    """
+    adapter = Path(checkpoint).expanduser()
+    if not (adapter / "adapter_config.json").is_file():
+        return find_model_folder(checkpoint), None
+    from leanstep.lora.peft.files import read_config
+
+    base = read_config(adapter).base_model_name_or_path
+    if not base:
+        raise ValueError(f"{adapter}: adapter_config.json names no base model; set base_model_name_or_path there")
+    if is_folder_name(base) and not Path(base).expanduser().is_dir():
+        raise ValueError(
+            f"{adapter}: its base model '{base}' is not there; run the command in the folder from which the path leads "
+            "there, or set base_model_name_or_path in adapter_config.json"
+        )
+    return find_model_folder(base) if Path(base).expanduser().is_dir() else Path(base), adapter
+
+
+def open_language_model(folder: Any, adapter: Path | None) -> Any:
+    """Open a dense or sparse folder, with an adapter; raises ValueError as ``open_model``, and for another base's."""
+    from leanstep.pruning.folder.loading import open_model
+
+    model = open_model(folder)
+    if adapter is not None:
+        from leanstep.lora import load_adapter
+
+        load_adapter(model, adapter).eval()
+    return model
 
 
 def find_device(requested: str | None) -> "torch.device":

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leanstep._arguments import OneLineParser, add_device, positive, whole
-from leanstep._files import find_model_folder, is_folder_name
-from leanstep.recipes.evaluate import find_device
+from leanstep.recipes.evaluate import find_device, find_model, open_language_model
 from leanstep.recipes.report.progress import refuse_input
 
 if TYPE_CHECKING:
@@ -83,12 +82,10 @@ class Generator:
     def __init__(self, options: argparse.Namespace) -> None:
         from leanstep.pruning.folder.loading import open_tokenizer
 
-        adapter = Path(options.checkpoint).expanduser()
-        has_adapter = (adapter / "adapter_config.json").is_file()
-        self.folder = base_of(adapter) if has_adapter else find_model_folder(options.checkpoint)
+        self.folder, adapter = find_model(options.checkpoint)
         self.tokenizer: Any = open_tokenizer(self.folder)
         self.device = find_device(options.device)
-        self.model = open_generator(self.folder, self.device, adapter if has_adapter else None)
+        self.model = open_generator(self.folder, self.device, adapter)
         self.positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self.settings: dict[str, Any] = {"do_sample": options.temperature > 0}
         if options.temperature > 0:
@@ -188,21 +185,6 @@ def _warm_up(model: Any, inputs: Any, settings: dict[str, Any]) -> None:
     model.generate(**{name: tensor[:, -32:] for name, tensor in inputs.items()}, **{**settings, **few})
 
 
-def base_of(adapter: Path) -> Path:
-    """The folder of an adapter's base model, or its name on the hub. Raises ValueError if it is not there."""
-    from leanstep.lora.peft.files import read_config
-
-    base = read_config(adapter).base_model_name_or_path
-    if not base:
-        raise ValueError(f"{adapter}: adapter_config.json names no base model; set base_model_name_or_path there")
-    if is_folder_name(base) and not Path(base).expanduser().is_dir():
-        raise ValueError(
-            f"{adapter}: its base model '{base}' is not there; run the command in the folder from which the path leads "
-            "there, or set base_model_name_or_path in adapter_config.json"
-        )
-    return find_model_folder(base) if Path(base).expanduser().is_dir() else Path(base)
-
-
 def open_generator(folder: Any, device: "str | torch.device", adapter: Path | None = None) -> Any:
     """Open a dense or sparse folder as a language model on a device, with an adapter of leanstep or PEFT.
 
@@ -210,13 +192,7 @@ def open_generator(folder: Any, device: "str | torch.device", adapter: Path | No
         ValueError: as :func:`leanstep.pruning.folder.loading.open_model`, for a model that generates no text, and for
             an adapter of another base.
     """
-    from leanstep.pruning.folder.loading import open_model
-
-    model = open_model(folder).to(device)
-    if adapter is not None:
-        from leanstep.lora import load_adapter
-
-        load_adapter(model, adapter).eval()
+    model = open_language_model(folder, adapter).to(device)
     if not callable(getattr(model, "generate", None)):
         raise ValueError(f"{folder}: {type(model).__name__} does not generate text; expected a language model")
     return model

@@ -25,6 +25,9 @@ takes many times as long. Such a cell says so, and shares the curves with the ce
 Processor seconds of a cell contain its curves, whole, also where several cells share them: measured curves serve all
 sparsities, and Fisher curves all anchored ones. GiB are the peak of the process, in which the model is.
 
+``--questions N`` measures the accuracy, too, of a task of N questions: which of four continuations is that of a place
+in the newest addresses. Such results are in a file of their own.
+
 The results file has a line for each cell, and one for each set of curves, whose points lie in ``--work``; an
 interrupted call goes on where it stopped. ``--minutes`` ends it in time. ``--write`` puts the table of a file into
 docs/.
@@ -44,14 +47,9 @@ from typing import Any
 
 import torch
 from calibration import CalibratedModel
-from common import (
-    append_json_line,
-    command_line,
-    machine_state,
-    read_json_lines,
-    timed_and_peak,
-)
+from common import append_json_line, command_line, machine_state, read_json_lines, timed_and_peak
 from comparison.tables import measure_or_report
+from continuations import write_task
 from evidence_tables import ALLOCATIONS, SCORES, Cell, Row, cell_of, draw, recovered, table
 from evolution import MOVES, evolution_of, remembering
 
@@ -69,6 +67,7 @@ PARSER = command_line(
     recover=(0, "steps of recovery after pruning"), recover_batch=(8, "sequences of such a step"),
     recover_samples=(512, "sequences it draws from"),
     reconstruct=(0, "steps in which each block is reconstructed"),
+    questions=(0, "of a task, whose accuracy is measured as well"),
     minutes=(math.inf, "after which no cell is begun"), write=(False, "with --report: write the table into docs/"),
 )  # fmt: skip
 PARSER.add_argument("--scores", nargs="+", default=["wanda"], choices=SCORES)
@@ -93,6 +92,9 @@ class Bench:
         settings |= {"weights": self.text.weights, "dtype": dtype}
         if options.reconstruct:
             settings |= {"reconstruct": options.reconstruct, "batch": options.recover_batch}
+        if options.questions:
+            settings |= {"questions": options.questions}
+            self.task = str(write_task(self.text.newest, options.questions, options.work / "task"))
         if not rows:
             append_json_line(options.out, settings)
         elif rows[0] != settings:
@@ -105,7 +107,7 @@ class Bench:
         """Measure every missing cell, in the order of scores, seeds, sparsities and allocations."""
         options, dense = self.options, Cell("", 0.0, 0, "dense")
         if dense not in self.rows:
-            self.record(dense, self.text.cost())
+            self.record(dense, self.cost())
         for score in options.scores:
             for seed in options.seeds:
                 for sparsity in options.sparsities:
@@ -114,6 +116,16 @@ class Bench:
                         missing = cell not in self.rows or options.recover and recovered(cell) not in self.rows
                         if missing and time.monotonic() < self.end:
                             self.measure(cell)
+
+    def cost(self) -> Row:
+        """Costs of the present weights on held-out text, and accuracy in percent if there are questions."""
+        values: Row = self.text.cost()
+        if self.options.questions:
+            from leanstep.recipes.data.tasks import Tasks
+
+            (score,) = Tasks([self.task]).evaluate(self.model, self.text.tokenizer, 8, lambda *_: None)
+            values |= {"accuracy": 100 * score.value, "stderr": 100 * (score.stderr or 0.0)}
+        return values
 
     def record(self, cell: Cell, values: Row) -> None:
         """Append a result to the file."""
@@ -132,7 +144,7 @@ class Bench:
         shared = self._curve_rows(cell)
         with self.text.snapshot.restored():
             more, used = timed_and_peak(lambda: prune(cell))
-            values = self.text.cost() | more
+            values = self.cost() | more
             for row in shared:
                 used = {"seconds": used["seconds"] + row["seconds"], "gib": max(used["gib"], row["gib"])}
             if cell not in self.rows:
@@ -140,7 +152,7 @@ class Bench:
                 self.record(cell, values | used | ({"curve_score": self._curve_score(cell)} if planned else {}))
             if options.recover:
                 more, used = timed_and_peak(lambda: self._recover(cell))
-                self.record(recovered(cell), self.text.cost() | {"kl_before": values["kl"]} | more | used)
+                self.record(recovered(cell), self.cost() | {"kl_before": values["kl"]} | more | used)
 
     def _recover(self, cell: Cell) -> Row:
         from leanstep.pruning import Recovery, recover

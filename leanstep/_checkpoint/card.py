@@ -29,6 +29,7 @@ _TASKS = {
     "ForSequenceClassification": "text-classification",
     "ForImageClassification": "image-classification",
 }
+_LEGAL = tuple(f"{name}{end}" for name in ("LICENSE", "LICENCE", "NOTICE") for end in ("", ".txt", ".md"))
 _LONGEST = 2**20
 
 
@@ -42,7 +43,9 @@ def write_card(
     tags: Sequence[str] = (),
     replaces: Path | None = None,
 ) -> None:
-    """Write the card of the model in a folder, by huggingface_hub's classes. Needs no network.
+    """Write the card of the model in a folder, by huggingface_hub's classes, and copy the base's licence.
+
+    Needs no network.
 
     Args:
         folder: a complete model; its files say library and task. A card in it that somebody wrote is left.
@@ -53,6 +56,8 @@ def write_card(
         tags: further tags.
         replaces: the folder that ``folder`` will replace, whose card is taken over if somebody wrote it.
     """
+    if base is not None:
+        _copy_licence(base, folder)
     for old in filter(None, (replaces, folder)):
         if (old / CARD).is_file() and _MARK not in _text(old / CARD):
             if old != folder:
@@ -92,6 +97,18 @@ def _base_fields(base: str | None, relation: str, folder: Path) -> dict[str, Any
     if link and "://" not in link and not (folder / Path(link).name).is_file():
         del fields["license_link"]
     return fields | ({"base_model": name, "base_model_relation": relation} if name else {})
+
+
+def _copy_licence(base: str, folder: Path) -> None:
+    """Copy the texts of licence and notice of a base to its descendant, which must carry them; those there stay."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = Path(base).expanduser()
+    for name in _LEGAL:
+        cached = None if path.is_dir() or not _HUB_NAME.fullmatch(base) else try_to_load_from_cache(base, name)
+        source = Path(cached) if isinstance(cached, str) else path / name
+        if source.is_file() and not (folder / name).exists() and (text := _text(source)):
+            write_text(folder / name, text)
 
 
 def _metadata(path: Path) -> dict[str, str]:

@@ -15,6 +15,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from leanstep._checkpoint.card import write_card
 from leanstep._checkpoint.files import load_pickled, load_tensors, read_json
 from leanstep._files import one_line, replacing, write_text
 from leanstep._torch import input_embedding, is_dtensor, output_head, place_like, plain_name, unwrapped, whole_tensor
@@ -102,7 +104,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     Args:
         model: a model that :func:`leanstep.lora.apply_lora` adapted, merged or not. An adapter that began with PiSSA
             is written with rank 2 r: it opens over the plain base.
-        folder: created if missing; each file is replaced atomically.
+        folder: created if missing; each file is replaced atomically. Where huggingface_hub is installed, it gets a
+            model card, ``README.md``; one that somebody wrote stays.
 
     Returns:
         The folder.
@@ -141,6 +144,10 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     with replacing(target / WEIGHTS) as partial:
         save_file(tensors, partial, metadata={"format": "pt"})
     write_text(target / CONFIG, json.dumps(settings, indent=2, sort_keys=True))
+    if find_spec("huggingface_hub"):
+        facts = {"Adapter": f"{'DoRA' if config.use_dora else 'LoRA'}, rank {settings['r']}"}
+        base = settings["base_model_name_or_path"]
+        write_card(target, target.absolute().name, facts, base=base, relation="adapter", tags=["lora"])
     return target
 
 

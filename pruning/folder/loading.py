@@ -467,15 +467,18 @@ def _mapping_files(*, always: bool = False) -> Iterator[None]:
 @contextmanager
 def _quiet(*, reports: bool = False) -> Iterator[None]:
     """Context manager: no bars of transformers, and no reports unless asked for."""
+    from transformers import modeling_gguf_pytorch_utils as gguf
     from transformers.utils import logging
 
-    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    shown, level, bar = logging.is_progress_bar_enabled(), logging.get_verbosity(), gguf.tqdm
     logging.disable_progress_bar()
+    gguf.tqdm = lambda tensors, **_: tensors  # not one of logging's
     if not reports:
         logging.set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:
+        gguf.tqdm = bar
         logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()

@@ -77,7 +77,7 @@ def card_facts(content: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
 def _title(content: Mapping[str, Any]) -> str:
     name = Path(content.get("source") or "model").name
     if _unit(content["layers"]).key == "bits":
-        return f"{name} {_bits(content)}"
+        return f"{name} compressed to {_bits(content)} bits per weight"
     return f"{name} pruned to {content['sparsity']:.2%} zeros"
 
 
@@ -103,7 +103,7 @@ def _unit(layers: Sequence[Mapping[str, Any]]) -> _Unit:
 
 def _bits(content: Mapping[str, Any]) -> str:
     weights = sum(row["numel"] for row in content["layers"])
-    return f"compressed to {8 * content['budget']['after'] / weights:.2f} bits per weight"
+    return f"{8 * content['budget']['after'] / weights:.2f}"
 
 
 def _trade_off(content: Mapping[str, Any]) -> str:
@@ -124,13 +124,11 @@ def _trade_off(content: Mapping[str, Any]) -> str:
 
 
 def _lead(content: Mapping[str, Any]) -> str:
-    facts = [
-        f"allocation {content['allocation']['method']}",
-        f"score {content['score']}",
-        f"pattern {content['pattern']}",
-        f"metric {content['metric']}",
-    ]
-    if content.get("inputs"):
+    facts = [f"{name} {content[name]}" for name in ("score", "pattern", "metric")]
+    facts.insert(0, f"allocation {content['allocation']['method']}")
+    if _unit(content["layers"]).key == "bits":
+        del facts[2]  # of zeros
+    elif content.get("inputs"):
         facts.append(f"inputs {content['inputs']}")
     sources = sorted({curve.get("source", "measured") for curve in (content.get("curves") or {}).values()})
     if sources:
@@ -142,6 +140,8 @@ def _lead(content: Mapping[str, Any]) -> str:
 
 def _numbers(content: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     numbers = [("Sparsity", f"{content['sparsity']:.4f}", "of the matrices")]
+    if _unit(content["layers"]).key == "bits":
+        numbers = [("Bits per weight", _bits(content), "of the matrices")]
     budget = content.get("budget") or {}
     if budget:
         note = f"of {compact(budget['before'])} before; the budget: {compact(budget['target'])} at most"

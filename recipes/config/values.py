@@ -248,6 +248,7 @@ def _cut(text: str, most: int = 120) -> str:
 Problem = tuple[KeyPath, str]
 
 # pydantic's words -> those of a recipe
+_SYNONYMS = {"int4": "nf4", "4bit": "nf4", "fp4": "nf4", "8bit": "int8"}  # what others call a value
 _WORDS = {
     "Input should be ": "",
     "List should have ": "a list of ",
@@ -316,7 +317,7 @@ def _problem(schema: Any, steps: tuple[int | str, ...], errors: list[Any], value
     expected = " or ".join(dict.fromkeys(error["msg"] for error in of_range[:1] or errors))
     for word, ours in _WORDS.items():
         expected = expected.replace(word, ours)
-    near = get_close_matches(str(value), re.findall("'(.*?)'", expected), n=1)
+    near = get_close_matches(_SYNONYMS.get(str(value), str(value)), re.findall("'(.*?)'", expected), n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     if isinstance(value, float) and "a whole number" in expected and value.is_integer():
         hint = f"; write {value:.0f}"

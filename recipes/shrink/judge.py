@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
 def load_tasks(options: argparse.Namespace) -> "Tasks":
     """The tasks of the command, loaded before the model is changed."""
-    if options.eval_tasks is None:
-        raise ValueError("--eval-limit goes with --eval-tasks, which is missing")
     from leanstep.recipes.data.tasks import Tasks
 
     return Tasks([name for name in options.eval_tasks.split(",") if name], limit=options.eval_limit)

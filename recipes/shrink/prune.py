@@ -55,14 +55,15 @@ def run(options: argparse.Namespace) -> int:
     begin, rank = time.monotonic(), int(os.environ.get("RANK", "0"))
     try:
         options.curve_samples = min(options.curve_samples, options.samples)
+        if options.eval_limit and options.eval_tasks is None:
+            raise ValueError("--eval-limit goes with --eval-tasks, which is missing")
         if options.dry_run:
             return _dryrun(options)
         with ProgressBar(shown=rank == 0) as bar:
             with InterruptibleStart():
                 import leanstep.pruning.public  # noqa: F401
             options.checkpoint = _model_folder(options.checkpoint)
-            judged = rank == 0 and not (options.eval_tasks is options.eval_limit is None)
-            tasks = load_tasks(options) if judged else None
+            tasks = load_tasks(options) if rank == 0 and options.eval_tasks is not None else None
             result = _prune(options, bar)
             rows = judge(tasks, options, bar) if tasks and result is not None else []
     except (ValueError, ImportError, OSError, RuntimeError, MemoryError) as error:

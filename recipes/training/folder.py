@@ -14,6 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,7 @@ class RunFolder:
         self._log = _Lines(root / "log.jsonl")
         self._text = _Lines(root / "train.log")
         self._lock: int | None = None
+        self._alone = False  # no other process can have the lock
 
     def claim(self) -> bool:
         """Create and lock the folder, and remove the temporary files of a killed run.
@@ -120,7 +122,7 @@ class RunFolder:
                 f"out: the folder {self.root} cannot be written ({_reason(error)}); choose another with out=FOLDER"
             ) from None
         try:
-            is_locked = lock_file(self._lock)
+            is_locked = self._alone = lock_file(self._lock)
         except BlockingIOError:
             self.release()
             raise FolderError(
@@ -141,8 +143,11 @@ class RunFolder:
             )
 
     def release(self) -> None:
-        """Give up the lock."""
+        """Give up the lock, and remove a folder in which no run began."""
         if self._lock is not None:
+            with suppress(OSError):
+                if self._alone and {entry.name for entry in self.root.iterdir()} <= {".lock", "train.log"}:
+                    remove(self.root)
             os.close(self._lock)
             self._lock = None
 

@@ -10,6 +10,7 @@ import signal
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -208,6 +209,7 @@ class Run:
         )
         # the step is in the seed, for a run that resumes with another number of processes
         seed_process(config.seed, rank, state.step)
+        self.saver.card = self.card
         stream = None if checkpoint is None else self.saver.load(checkpoint, state.world_size)
         if checkpoint is not None and stream is not None:
             with reading(checkpoint / "trainer"):
@@ -433,13 +435,7 @@ class Run:
         for part in self.parts:
             part.close()
         self.busy("writing the final model")
-        device = self.accelerator.device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
-        facts = card_facts(self.config, self.state, self.logger.clock.rate_now, name)
-        shown = recorded(self.config)
-        base = None if "${" in str(shown["model"]["init_from"]) else self.config.model.init_from
-        card = partial(write_card, title=Path(shown["out"]).name, base=base, facts=facts)
-        write_final(self.accelerator, self.folder, self.saver, card)
+        write_final(self.accelerator, self.folder, self.saver)
         self.written, self.stop.lost = True, f"the model is complete in {self.folder.final}, its report may be missing"
         show_result(self.config, self.folder, self.state, self.data, self.accelerator.device, self.logger, self.stop)
         self.logger.reports(self.optimizer.optimizer, self.parts)
@@ -447,6 +443,15 @@ class Run:
         if self.accelerator.is_main_process:
             self.busy("writing the report")
             write_report(self.folder, self.say)
+
+    def card(self, folder: Path, **options: Any) -> None:
+        """Write the card of the model of this step, or its adapter, into its folder."""
+        device = self.accelerator.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
+        facts = card_facts(self.config, self.state, self.logger.clock.rate_now, name)
+        shown = recorded(self.config)
+        base = None if "${" in str(shown["model"]["init_from"]) else self.config.model.init_from
+        write_card(folder, Path(shown["out"]).name, facts, base=base, **options)
 
     def interrupted(self, number: int) -> int:
         """Print how to continue; return the exit code of the signal."""

@@ -72,6 +72,7 @@ class Saver:
     ) -> None:
         self._accelerator, self._folder, self._config, self._model = accelerator, folder, config, model
         self._tokenizer, self._say, self.parts = tokenizer, say, parts
+        self.card: Callable[..., None] = lambda *_, **__: None  # the run says what it writes into a folder
         self._sharded = accelerator.distributed_type == "FSDP"
         # why the last save failed; log lines show it until a save succeeds
         self.trouble: str | None = None
@@ -158,8 +159,8 @@ class Saver:
         if accelerator.is_main_process:
             write_state(staged, state)
 
-    def export(self, path: Path) -> Iterator[None]:
-        """Write model and tokenizer as a Hugging Face folder, in parts of :meth:`write`."""
+    def export(self, path: Path, replaces: Path | None = None) -> Iterator[None]:
+        """Write model, tokenizer and card as a Hugging Face folder, in parts of :meth:`write`."""
         model: PreTrainedModel = self._accelerator.unwrap_model(self._model)
         weights = self._accelerator.get_state_dict(self._model) if self._sharded else None
         yield
@@ -176,6 +177,9 @@ class Saver:
             for part in self.parts:
                 part.export(model, path)
             self._tokenizer.save_pretrained(path)
+            self.card(path, replaces=replaces)
+            if is_adapted(model):
+                self.card(path / ADAPTER, relation="adapter", tags=["lora"], replaces=replaces and replaces / ADAPTER)
 
     def update_links(self, path: Path, state: TrainState) -> None:
         """Point the links to the newest checkpoint ``path`` and remove old ones; the first process calls it.
@@ -274,12 +278,12 @@ def _stored(model: PreTrainedModel, folder: Path) -> Iterator[tuple[Path, dict[s
     yield from ((file, load_tensors(file)) for file in files)
 
 
-def write_final(accelerator: Accelerator, folder: RunFolder, saver: Saver, card: Callable[..., None]) -> None:
-    """Write ``final/`` and ``final-ema/``, each with its ``card``. Raises RunFailure on a disk error."""
-    export_final(accelerator, folder.final, saver, card)
+def write_final(accelerator: Accelerator, folder: RunFolder, saver: Saver) -> None:
+    """Write ``final/`` and ``final-ema/``. Raises RunFailure on a disk error."""
+    export_final(accelerator, folder.final, saver)
     for applied in filter(None, (part.applied for part in saver.parts)):
         with applied():
-            export_final(accelerator, folder.final_ema, saver, card)
+            export_final(accelerator, folder.final_ema, saver)
 
 
 def show_result(
@@ -329,7 +333,7 @@ def write_report(folder: RunFolder, say: Callable[[str], None]) -> None:
         say(f"WARNING: no report was written: {error}")
 
 
-def export_final(accelerator: Accelerator, target: Path, saver: Saver, card: Callable[..., None]) -> None:
+def export_final(accelerator: Accelerator, target: Path, saver: Saver) -> None:
     """Write model and tokenizer to a staging folder and rename it to ``target``, replacing an older one."""
     staged = target.with_name(f"{STAGED}{target.name}")
 
@@ -338,11 +342,7 @@ def export_final(accelerator: Accelerator, target: Path, saver: Saver, card: Cal
             remove(path)
             path.mkdir()
         yield
-        yield from saver.export(path)
-        if accelerator.is_main_process:
-            card(path, replaces=target)
-            if (path / ADAPTER).is_dir():
-                card(path / ADAPTER, relation="adapter", tags=["lora"], replaces=target / ADAPTER)
+        yield from saver.export(path, replaces=target)
 
     trouble = saver.write(staged, fill, lambda path: publish_folder(path, target))
     if trouble is not None:

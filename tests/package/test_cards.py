@@ -5,9 +5,11 @@ import sys
 import pytest
 from huggingface_hub import ModelCard, constants
 from pruned_models import make_llama, save_model
+from transformers import AutoModelForCausalLM
 
 from leanstep._checkpoint.card import write_card
 from leanstep.cli import main
+from leanstep.lora import LoraConfig, apply_lora, save_adapter
 from leanstep.sparsity.inference import export_folder
 
 BASE = "---\nlicense: apache-2.0\nbase_model: org/origin\n---\nThe words of the base.\n"
@@ -39,6 +41,18 @@ def test_pruned_and_exported_folders_have_cards_with_licence_and_base(base, tmp_
     export_folder(out, tmp_path / "sparse", values="int8")
     assert metadata(tmp_path / "sparse")["base_model_relation"] == "quantized"
     assert metadata(tmp_path / "sparse")["license"] == "apache-2.0"
+
+
+def test_an_adapter_has_a_card_and_the_licence_of_its_base(base, tmp_path):
+    (base / "LICENSE.txt").write_text("Do as you like.")
+    model = apply_lora(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, target_modules=["q_proj"]))
+    folder = save_adapter(model, tmp_path / "adapter")
+    assert metadata(folder) == {
+        "base_model": "org/origin", "base_model_relation": "adapter", "library_name": "peft",
+        "license": "apache-2.0", "pipeline_tag": "text-generation", "tags": ["leanstep", "lora"],
+    }  # fmt: skip
+    assert "| Adapter | LoRA, rank 2 |" in (folder / "README.md").read_text()
+    assert (folder / "LICENSE.txt").read_text() == "Do as you like."
 
 
 @pytest.mark.parametrize(

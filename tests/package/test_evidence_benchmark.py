@@ -1,6 +1,7 @@
 """The benchmark of allocations of a language model: what it prints of its results, and its page."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 from comparison_runs import benchmark_modules, check_page
 from pruned_models import make_llama, save_model
+
+from leanstep.recipes.data.sources import sotu_corpus
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {
@@ -53,6 +56,22 @@ def test_blocks_are_reconstructed_in_a_file_of_its_own(evidence, tmp_path):
         rows.append([json.loads(line) for line in out.read_text().splitlines()])
         assert ("reconstructed in 10 steps of 2 x 16" in evidence.table(out)) == (steps == "10")
     assert rows[0][-1]["kl"] != rows[1][-1]["kl"] and rows[0][1]["kl"] == rows[1][1]["kl"]
+
+
+def test_accuracies_stand_beside_perplexities(evidence, tmp_path):
+    pytest.importorskip("lm_eval", reason="needs the extra tasks")
+    folder = save_model(make_llama(2, max_position_embeddings=512), tmp_path / "model")
+    arguments = ["--model", str(folder), "--name", "tiny", "--samples", "2", "--judge-samples", "1", "--eval-samples"]
+    arguments += ["2", "--seq-len", "16", "--allocations", "uniform", "owl", "--seeds", "0", "1", "--questions", "8"]
+    out = tmp_path / "r.jsonl"
+    evidence.Bench(evidence.PARSER.parse_args([*arguments, "--out", str(out), "--work", str(tmp_path)])).run()
+    rows = [json.loads(line) for line in (tmp_path / "task" / "questions.jsonl").read_text().splitlines()]
+    text = " ".join(" ".join(sotu_corpus().documents()).split())
+    assert len(rows) == 8 and all(f"{row['begin']} {row['choices'][row['answer']]}" in text for row in rows)
+    gains = [100 / 8 * n for n in range(9)]
+    values = [json.loads(line) for line in out.read_text().splitlines()[1:]]
+    assert all(value["accuracy"] in gains and value["stderr"] >= 0 for value in values)
+    assert re.search(r"\| Wanda 60%, OWL \| 0, 1 \| [\d.]+ ± [\d.]+ \| [+-][\d.]+ \[", evidence.table(out))
 
 
 def test_recovery_trains_the_pruned_model_and_leaves_the_dense_one(evidence, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -67,7 +68,8 @@ def base(tmp_path_factory):
 
 def pool(folder, config):
     kind = "sentence_transformers.models."
-    modules = [{"path": "", "type": kind + "Transformer"}, {"path": "1_Pooling", "type": kind + "Pooling"}]
+    kinds = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    modules = [{"idx": n, "name": str(n), "path": path, "type": kind + name} for n, (path, name) in enumerate(kinds)]
     (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(config))
 
@@ -131,6 +133,25 @@ def test_one_minus_cosine_leaves_out_masked_tokens_and_is_half_the_square_of_the
     halves = torch.stack([(one - other).square().sum() / 2 for one, other in roots])
     torch.testing.assert_close(sums, halves.double(), atol=1e-6, rtol=1e-5)
     assert counts.tolist() == [1, 1, 1]
+
+
+def test_a_pruned_folder_opens_in_sentence_transformers_with_the_same_embeddings(base, tmp_path):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    shutil.copytree(base / "embedding", tmp_path / "in")
+    pool(tmp_path / "in", {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True})
+    command = ["prune", tmp_path / "in", "--out", tmp_path / "out", "--sparsity", "0.5", *QUICK]
+    assert main([*map(str, command), "--data", str(base / "text.txt"), "--seq-len", "24"]) == 0
+    texts = ["the cat", "a dog and the cat ran"]
+    theirs, dense = (
+        sentence_transformers.SentenceTransformer(str(tmp_path / name), device="cpu").encode(texts, batch_size=1)
+        for name in ("out", "in")
+    )
+    model, tokenizer = (kind.from_pretrained(tmp_path / "out") for kind in (AutoModel, AutoTokenizer))
+    with torch.no_grad():
+        rows = [model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0] for text in texts]
+    expected = torch.stack([POOLINGS["mean"](row) for row in rows])
+    torch.testing.assert_close(torch.from_numpy(theirs), expected)
+    assert abs(theirs - dense).max() > 1e-3
 
 
 POOLED = {

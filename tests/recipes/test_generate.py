@@ -120,6 +120,10 @@ def test_an_adapter_answers_as_the_merged_model(adapted, capsys):
     options = ["the", "--max-new-tokens", "12", "--json"]
     base, adapter, merged = (answer(capsys, "generate", adapted / n, *options) for n in ("base", "adapter", "merged"))
     assert adapter["text"] == merged["text"] != base["text"]
+    (adapted / "text.txt").write_text("the cat and the dog " * 40)
+    options = ["--data", str(adapted / "text.txt"), "--seq-len", "16", "--json"]
+    base, adapter, merged = (answer(capsys, "eval", adapted / n, *options) for n in ("base", "adapter", "merged"))
+    assert adapter["loss"] == pytest.approx(merged["loss"], rel=1e-5) and abs(adapter["loss"] - base["loss"]) > 1e-3
 
 
 def test_an_adapter_of_a_base_that_is_not_there_or_another_is_told_in_one_line(adapted, tmp_path, capsys):

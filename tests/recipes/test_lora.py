@@ -77,8 +77,9 @@ def test_the_section_says_nothing_where_it_is_empty(base):
 
 
 def test_cards_of_the_model_and_of_its_adapter_say_data_loss_and_speed(finished):
-    final = finished.out / "final"
+    final, checkpoint = finished.out / "final", finished.out / "last" / "hf"
     model, adapter = (ModelCard.load(folder / "README.md") for folder in (final, final / "adapter"))
+    assert {(checkpoint / name / "README.md").is_file() for name in ("", "adapter")} == {True}
     assert (model.data.library_name, model.data.pipeline_tag) == ("transformers", "text-generation")
     assert (adapter.data.library_name, adapter.data.tags) == ("peft", ["leanstep", "lora"])
     for text in ("| Base model | final |", "| Data | text other.txt |", "| Held-out loss |", "tok/s on "):
