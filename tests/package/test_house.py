@@ -24,6 +24,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
     "lines of optimizers/": {
         "NorMuon, from benchmarks/": 57,
         "parameters without names": 133,
+        "where LANTON starts": 2,
         "optimizers to compare with, from recipes/": 232,
         "AdamW's rates carried over": 127,
         "optimizer_of, axolotl": 90,
@@ -72,6 +73,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
     "lines of the package": {
         "NorMuon, from benchmarks/": 57,
         "parameters without names": 134,
+        "where LANTON starts": 2,
         "QLoRA": 160,
         "tasks of prune and compress": 114,
         "recipe keys": 48,
@@ -104,7 +106,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "NorMuon, from benchmarks/": 11,
         "parameters without names": 74,
         "full state of M-FAC": 6,
-        "entries of this table, again": 11,
+        "entries of this table, again": 13,
         "QLoRA": 103,
         "entries of this table": 51,
         "tasks of prune and compress": 32,
