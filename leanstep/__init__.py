@@ -32,6 +32,7 @@ __all__ = [
     "backend_table",
     "create",
     "find_lr",
+    "from_parameters",
     "param_groups",
     "release_gradients",
     "use_backend",

@@ -1,7 +1,7 @@
 """Optimizers with the interface of torch.optim."""
 
 from leanstep.optimizers.common.base import NonFiniteGradientError
-from leanstep.optimizers.create import create
+from leanstep.optimizers.create import create, from_parameters
 from leanstep.optimizers.gradient_release import GradientRelease, release_gradients
 from leanstep.optimizers.lanton.optimizer import LANTON
 from leanstep.optimizers.lion import Lion
@@ -21,6 +21,7 @@ __all__ = [
     "SinkGD",
     "create",
     "find_lr",
+    "from_parameters",
     "param_groups",
     "release_gradients",
 ]

@@ -55,6 +55,8 @@ SCALINGS = ("scion", "muon")
 class LANTON(MarkedHalves, LeanOptimizer):
     r"""LANTON (layer-wise noise-adaptive learning rates with operator norms).
 
+    Start with ``alpha="auto"`` and ``like_adamw`` of :func:`leanstep.optimizers.create`, or ``lr`` 2e-2 for matrices.
+
     For every matrix or vector p, with gradient G, momentum B, direction O and noise estimate H::
 
         B = beta1 * B + (1 - beta1) * G

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from leanstep.optimizers import SinkGD
+from leanstep.optimizers import MFAC, SinkGD, param_groups
 
 
 @case(2)
@@ -54,7 +54,13 @@ def frozen_vectors(model: Model) -> Model:
     return model
 
 
+_MFAC: dict[str, dict[str, Any]] = {"mfac": {}, "s-mfac": {"compression": "topk", "momentum": 0.9}}
+
+
 def make(name: str, world: World) -> tuple[Model, Any]:
+    if name in _MFAC:
+        model = shard(new_model(), world.size)
+        return model, MFAC(param_groups(model), lr=0.01, window=4, damping=0.1, **_MFAC[name])
     if name != "stateless":
         model = shard(new_model(OPTIMIZERS[name][3]), world.size)
         return model, build(name, model)
@@ -107,7 +113,7 @@ for _name in (
 def full_state_dicts_leave_and_return(world: World) -> None:
     """One whole state dict on process 0, loaded again by broadcasting it; also before the first step."""
     # torch wants a state tensor here: not for an optimizer without any
-    for name in ("lion", "lion_int8", "sinkgd_muon", "lanton"):
+    for name in ("lion", "lion_int8", "sinkgd_muon", "lanton", *_MFAC):
         for done in (0, 2) if name == "lion" else (2,):
             model, optimizer = make(name, world)
             steps(model, optimizer, range(done))

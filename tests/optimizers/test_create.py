@@ -68,10 +68,21 @@ def test_the_optimizers_to_compare_with_step_as_in_recipes(name, tied):
 
 
 @pytest.mark.parametrize("options", [{"lr": -1e-3}, {"lr": "1e-3"}, {"momentum": 2.0}])
-@pytest.mark.parametrize("name", ["muon", "scale"])
+@pytest.mark.parametrize("name", ["muon", "normuon", "scale"])
 def test_numbers_of_muon_and_scale_are_checked(name, options):
-    with pytest.raises((ValueError, TypeError), match="MuonAdamW|SCALE"):
+    with pytest.raises((ValueError, TypeError), match="MuonAdamW|NorMuon|SCALE"):
         create(Model(), name, say=None, **options)
+
+
+def test_normuon_steps_hidden_matrices_and_adamw_the_rest():
+    model = Model()
+    optimizer = create(model, "normuon", lr=1e-2, say=None)
+    rules = {role: group["algorithm"] for role, group in groups_of(optimizer).items()}
+    assert rules == {"hidden": "normuon", **dict.fromkeys(("embedding", "head", "norm", "bias"), "adamw")}
+    model(torch.arange(12)).square().sum().backward()
+    optimizer.step()
+    rows = optimizer.state[model.layer.weight]["row_mean_sq"]
+    assert rows.shape == (6, 1) and optimizer.state[model.embed.weight].keys() == {"step", "exp_avg", "exp_avg_sq"}
 
 
 def test_the_table_shows_what_muon_steps(capsys):

@@ -1,6 +1,7 @@
 """Our optimizers inside transformers.Trainer and Accelerate, with a tiny LLaMA, and small problems they must solve."""
 
 import copy
+import importlib
 import sys
 import types
 
@@ -10,7 +11,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset, SequentialSampler, Subset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from leanstep.optimizers import LANTON, MFAC, Lion, SinkGD, create, param_groups
+from leanstep.optimizers import LANTON, MFAC, Lion, SinkGD, create, from_parameters, param_groups
 from leanstep.optimizers.trainer import MarkHalves, optimizer_of
 
 pytestmark = [
@@ -143,6 +144,79 @@ def test_the_arguments_of_the_trainer_decide_the_rates(tmp_path):
     for name, message in (("sinkgdd", "take 'sinkgd'"), ("sinkgd", "expected key=value,key=value, got 'momentum'")):
         with pytest.raises(ValueError, match=message):
             optimizer_of(settings, name)
+
+
+def roles_of(optimizer):
+    names = {"norm": "other", "bias": "other"}
+    return {id(p): names.get(group["name"], group["name"]) for group in optimizer.param_groups for p in group["params"]}
+
+
+@pytest.mark.parametrize("name", ["sinkgd", "scale"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_verls_call_gives_the_optimizer_of_create(name, tied):
+    """As verl's build_optimizer calls (its commit b178a3cd): a class of a module, an iterator, rates, overrides."""
+    trained, rates = [], {"lr": 3e-3, "weight_decay": 0.1}
+    for unnamed in (True, False):
+        model = tiny_llama()
+        if tied:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        if unnamed:
+            build = importlib.import_module("leanstep.optimizers").from_parameters
+            optimizer = build(model.parameters(), **rates, **{"name": name, "vocab_size": 32})
+        else:
+            optimizer = create(model, name, **rates, say=None)
+        trained.append((list(roles_of(optimizer).values()).count("hidden"), model, optimizer))
+        for _ in range(2):
+            model(input_ids=torch.arange(16)[None], labels=torch.arange(16)[None]).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    (count, one, _), (other_count, other, _) = trained
+    assert count == other_count == 14
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_automodels_call_keeps_its_factors_and_the_rates_of_roles():
+    """As Automodel's factory and scheduler call (its commit 36044ad3): params by name, foreach, factors of groups."""
+    model = tiny_llama()
+    special = {id(p) for p in model.model.layers[1].parameters()}
+    groups = [
+        {"params": [p for p in model.parameters() if id(p) not in special]},
+        {"params": list(model.model.layers[1].parameters()), "lr_mult": 0.5, "wd_mult": 2.0},
+    ]
+    rates = {"lr": 1e-3, "weight_decay": 0.1, "like_adamw": True}
+    optimizer = from_parameters(params=groups, name="lion", vocab_size=32, foreach=False, **rates)
+    by_hand = create(tiny_llama(), "lion", like_adamw={"lr": 1e-3, "weight_decay": 0.1}, say=None).param_groups[0]
+    first = optimizer.param_groups[0]
+    assert (first["name"], first["lr"], first["weight_decay"]) == ("hidden", by_hand["lr"], by_hand["weight_decay"])
+    factors = [(group["name"], group["lr_mult"], group["wd_mult"]) for group in optimizer.param_groups]
+    assert factors == [
+        ("hidden", 1, 1), ("hidden", 0.5, 2), ("embedding", 1, 0), ("head", 1, 1), ("other", 1, 0), ("other", 0.5, 0)
+    ]  # fmt: skip
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+
+
+def test_from_parameters_refuses_what_a_shape_does_not_say():
+    def tensors(*shapes):
+        return [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+
+    flattened = tensors((64,))
+    flattened[0]._fsdp_flattened = True
+    for params, options, message in (
+        (flattened, {}, r"FSDP1 has flattened parameter 0 \(64\)"),
+        (tensors((4, 4)), {}, r"parameter 0 \(4x4\) may be an embedding, a head or hidden; give vocab_size"),
+        (tensors((4,), (2, 4, 4)), {"vocab_size": 0}, r"parameter 1 \(2x4x4\) may be experts"),
+        (tensors((8, 4), (8, 4), (8, 4)), {"vocab_size": 8}, r"parameter 2 \(8x4\) is the third matrix"),
+        (tensors((8, 4)), {"vocab_size": 7}, "no matrix has vocab_size=7 rows"),
+        (tensors((8, 4)), {"vocab_size": 8, "roles": {"9x4": "position"}}, "no parameter to train has the shape 9x4"),
+        (tensors((8, 4)), {"vocab_size": 8, "roles": {"8x4": "table"}}, "unknown role 'table'"),
+        (tensors((8, 4)), {"vocab_size": 8, "name": "sinkgdd"}, "take 'sinkgd'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            from_parameters(params, **options)
+    roles = {"2x4x4": "expert", "16x4": "position", "8x4": "embedding"}
+    optimizer = from_parameters(tensors((2, 4, 4), (16, 4), (8, 4), (4, 4, 3, 3)), "lion", vocab_size=7, roles=roles)
+    assert [group["name"] for group in optimizer.param_groups] == ["expert", "conv", "embedding", "position"]
 
 
 def test_the_plugin_of_axolotl_takes_the_name_from_its_configuration(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ LIMITS = json.loads((Path(__file__).parent / "house.json").read_text("utf-8"))
 CAPABILITIES: dict[str, dict[str, int]] = {
     "lines of benchmarks/": {
         "accuracy in the evidence of pruning": 80,
+        "NorMuon, to optimizers/": -61,
         "memory and time by model size": 80,
         "the corpus of English text, once of the package": 341,
         "AdamW's rates carried over": 129,
@@ -22,6 +23,9 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "planted faults of kernels": 212,
     },
     "lines of optimizers/": {
+        "NorMuon, from benchmarks/": 57,
+        "parameters without names": 133,
+        "where LANTON starts": 2,
         "optimizers to compare with, from recipes/": 232,
         "AdamW's rates carried over": 127,
         "optimizer_of, axolotl": 90,
@@ -29,6 +33,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
     },
     "lines of leanstep/": {
         "recipe keys": 14,
+        "parameters without names": 1,
         "GGUF folders opened": 9,
         "QLoRA": 7,
         "GGUF files": 1196,
@@ -71,6 +76,9 @@ CAPABILITIES: dict[str, dict[str, int]] = {
     "lines of the package": {
         "a failed start leaves no folder": 5,
         "GGUF folders opened": 3,
+        "NorMuon, from benchmarks/": 57,
+        "parameters without names": 134,
+        "where LANTON starts": 2,
         "QLoRA": 160,
         "tasks of prune and compress": 114,
         "recipe keys": 52,
@@ -103,6 +111,10 @@ CAPABILITIES: dict[str, dict[str, int]] = {
     "lines of tests/": {
         "steps declared once": 105,
         "accuracy in the evidence of pruning": 22,
+        "NorMuon, from benchmarks/": 11,
+        "parameters without names": 74,
+        "full state of M-FAC": 6,
+        "entries of this table, again": 13,
         "QLoRA": 103,
         "entries of this table": 52,
         "tasks of prune and compress": 32,
