@@ -19,6 +19,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "local reconstruction": 12,
         "compress": 320,
         "planted faults of kernels": 212,
+        "steps on the host": 120,
     },
     "lines of optimizers/": {
         "optimizers to compare with, from recipes/": 232,
@@ -112,6 +113,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "model cards": 86,
         "kernel proofs": 81,
         "races excluded": 334,
+        "steps on the host": 35,
         "learning rates by short runs": 249,
         "leanstep runs": 104,
         "leanstep board": 430,
