@@ -21,6 +21,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "local reconstruction": 12,
         "compress": 320,
         "planted faults of kernels": 212,
+        "steps on the host": 120,
     },
     "lines of optimizers/": {
         "NorMuon, from benchmarks/": 57,
@@ -132,6 +133,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "model cards": 103,
         "kernel proofs": 81,
         "races excluded": 334,
+        "steps on the host": 35,
         "learning rates by short runs": 249,
         "leanstep runs": 104,
         "leanstep board": 430,

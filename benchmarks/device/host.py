@@ -1,0 +1,120 @@
+"""What a step asks of the host on a GPU: launches, uploads, waits and time, for a LLaMA of 7B, without a GPU.
+
+    python benchmarks device/host
+
+Parameters and gradients are meta tensors, so nothing is allocated, and no kernel runs: launches of Triton are counted
+and end there. A tensor without memory raises an error where the host would read a number of the device; such a step
+"waits", and nothing else is known of it. Operations are torch's on tensors of the device, views left out; each is a
+launch or more on a device. Uploads are those of tables of pointers and programs, in a step that finds all tensors where
+they were. Milliseconds are the best of five steps, without a driver's work. Meta tensors take the way of a device
+without CUDA: pinned memory, streams and fused AdamW are not seen, so SinkGD is measured on its matrices alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+from common import print_table
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+PARSER = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+Step = Callable[[], object]
+
+
+def main() -> int:
+    """Measure each optimizer, and print the table."""
+    PARSER.parse_args()
+    rows = [[name, *measured(make)] for name, make in optimizers(*llama()).items()]
+    print_table(["optimizer", "launches", "operations", "uploads, step 1", "uploads, step 2", "waits", "ms"], rows)
+    return 0
+
+
+def llama(layers: int = 32, width: int = 4096, inner: int = 11008, vocabulary: int = 32000) -> tuple[list[Tensor], ...]:
+    """Hidden matrices and the other parameters of a LLaMA in bf16, of 7B by default, with gradients."""
+    shapes = [*[(width, width)] * 4, *[(inner, width)] * 2, (width, inner)] * layers
+    others = [*[(vocabulary, width)] * 2, *[(width,)] * (2 * layers + 1)]
+    lists = tuple([torch.nn.Parameter(torch.empty(s, dtype=torch.bfloat16, device="meta")) for s in group]
+                  for group in (shapes, others))  # fmt: skip
+    for param in lists[0] + lists[1]:
+        param.grad = torch.empty_like(param)
+    return lists
+
+
+def optimizers(hidden: list[Tensor], others: list[Tensor]) -> dict[str, Callable[[], Step]]:
+    """name -> makes the step."""
+    from leanstep.optimizers import LANTON, MFAC, Lion, SinkGD
+
+    params = hidden + others
+    routed = [{"params": hidden, "norm": "rms"}, {"params": others, "norm": "sign"}]
+    return {
+        "Lion": lambda: Lion(params, lr=1e-4).step,
+        "Lion, int8 momentum": lambda: Lion(params, lr=1e-4, momentum_dtype=torch.int8).step,
+        'Lion nonfinite="raise"': lambda: Lion(params, lr=1e-4, nonfinite="raise").step,
+        "SinkGD, matrices": lambda: SinkGD(hidden, lr=1e-4, algorithm="sinkgd").step,
+        "LANTON": lambda: LANTON(routed, lr=1e-4).step,
+        "M-FAC, 8 rows": lambda: MFAC(params, lr=1e-4, window=8, damping=1.0).step,
+        "torch AdamW foreach": lambda: torch.optim.AdamW(params, foreach=True).step,
+    }
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations of torch on the device that are not views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count, and run."""
+        result = func(*args, **(kwargs or {}))
+        tensors = [t for t in torch.utils._pytree.tree_leaves((args, result)) if isinstance(t, Tensor)]
+        self.count += not func.is_view and any(t.device.type == "meta" for t in tensors)
+        return result
+
+
+def measured(make: Callable[[], Step], repeats: int = 5) -> list[object]:
+    """Launches, operations of torch, uploads of the first and the second step, whether it waits, milliseconds."""
+    from triton.runtime.jit import JITFunction
+
+    from leanstep.kernels.triton_impl import _compile
+    from leanstep.kernels.triton_impl._multi_tensor import _UploadCache
+
+    # import Triton and the kernels before the variable below is set, which would give them the interpreter
+    _compile.modules()
+    launches: Counter[str] = Counter()
+    cache = _UploadCache()
+
+    def launch(kernel: Any, *_: Any, **__: Any) -> None:
+        launches[kernel.__name__] += 1
+
+    # read when an operation chooses its backend
+    with (
+        mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}),
+        mock.patch.object(JITFunction, "run", launch),
+        mock.patch("leanstep.kernels.triton_impl._multi_tensor._uploads", cache),
+    ):
+        step = make()
+        try:
+            step()
+            first = cache.uploads
+            launches.clear()
+            with Operations() as operations:
+                step()
+            uploads, count, best = cache.uploads - first, launches.total(), float("inf")
+            for _ in range(repeats):
+                begin = time.perf_counter()
+                step()
+                best = min(best, time.perf_counter() - begin)
+        except (RuntimeError, NotImplementedError) as error:
+            if "meta" not in str(error):
+                raise
+            return ["-", "-", "-", "-", "yes", "-"]
+    return [count, operations.count, first, uploads, "no", f"{1000 * best:.1f}"]
