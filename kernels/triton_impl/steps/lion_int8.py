@@ -122,13 +122,14 @@ def lion_agreement_int8_kernel(
     G_DTYPE: tl.constexpr, FP8: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Count the elements of g and the codes whose update has the gradient's sign."""
-    row, first, blocks, i = program_of(rows, programs, 3, 2, TILES * BLOCKS)
+    row, first, blocks, _ = program_of(rows, programs, 3, 2, TILES * BLOCKS)
     numbers = (tl.load(scalars + 2), tl.load(scalars + 3), mode)
     DTYPES: tl.constexpr = (G_DTYPE, tl.int8)
     META: tl.constexpr = (FP8,)
     agree = over_blocks(_agreement_tile, row, first, blocks, 0, 0, numbers, DTYPES, 1, META, True, BLOCKS)
     # the sum of integers does not depend on their order
-    tl.atomic_add(counts + i, agree.to(tl.int64))
+    # the index is read at the end: held over the walk, it would spill on gfx942
+    tl.atomic_add(counts + tl.load(row + 6), agree.to(tl.int64))
 
 
 def lion_step_int8(lists: Sequence[Sequence[Tensor]], options: StepOptions) -> Tensor:
