@@ -38,6 +38,7 @@ HELPERS = Path(__file__).parents[2] / "tests" / "helpers"
 PACKAGE = "leanstep.kernels.triton_impl"
 # the operations that run the kernels of a module
 MODULES = {
+    "steps.engine": ("lion_step", "lion_step, stochastic", "lion_step_int8", "adamw_step_int8", "lion_agreement_int8"),
     "steps.lion_step": ("lion_step", "lion_step, stochastic", "lion_step, kahan", "lion_agreement"),
     "steps.lion_int8": ("lion_step_int8", "lion_step_int8, stochastic", "lion_agreement_int8"),
     "steps.adamw_int8": ("adamw_step_int8", "adamw_step_int8, split"),
@@ -57,6 +58,8 @@ MODULES = {
     "lora.swiglu": ("swiglu",),
     "poly.features": ("poly_features",),
 }
+# modules without kernels of their own, and those that have them
+USERS = {"steps.engine": ("steps.lion_step", "steps.lion_int8", "steps.adamw_int8", "steps.average_int8")}
 # kind: (what stands there, what is put in its place)
 FAULTS = {
     "mask of a load dropped": (r"(tl\.load\([^\n]*?), mask=[^\n]*?, other=[-\w.]+\)", r"\1)"),
@@ -136,16 +139,31 @@ def faults(module: ModuleType) -> Iterator[Fault]:
                 yield function, kind, count
 
 
-def plant(module: ModuleType, fault: Fault, folder: Path) -> ModuleType:
-    """The module with the fault."""
+def plant(name: str, fault: Fault, folder: Path) -> dict[str, ModuleType]:
+    """A module with the fault, and those that use it, which use the changed one."""
     from planted import planted
 
+    module = importlib.import_module(f"{PACKAGE}.{name}")
     pattern, replacement = FAULTS[fault[1]]
     if fault[1] == "wrong rounding":
         with_function = folder / f"{module.__name__.rpartition('.')[2]}_with_truncation.py"
         with_function.write_text(Path(str(module.__file__)).read_text("utf-8") + TRUNCATED)
         module = load(with_function)
-    return planted(module, pattern, replacement, fault[2], folder)
+    modules = {name: planted(module, pattern, replacement, fault[2], folder)}
+    for user in USERS.get(name, ()):
+        source = Path(str(importlib.import_module(f"{PACKAGE}.{user}").__file__)).read_text("utf-8")
+        path = folder / f"{modules[name].__name__}_{user.partition('.')[2]}.py"
+        path.write_text(source.replace(f"from {PACKAGE}.{name} import", f"from {modules[name].__name__} import"))
+        modules[user] = load(path)
+    return modules
+
+
+def recorded(modules: dict[str, ModuleType]) -> list[Any]:
+    """The cases of the kernels of modules."""
+    from leanstep.kernels.triton_impl import _compile
+
+    launchers = [module.audit_launches for module in modules.values() if hasattr(module, "audit_launches")]
+    return [case for launch_all in launchers for case in _compile.recorded_cases(launch_all)]
 
 
 def load(path: Path) -> ModuleType:
@@ -167,16 +185,21 @@ def interpreted(name: str) -> list[str]:
 
     interpreter_accesses.watch()
     module = importlib.import_module(f"{PACKAGE}.{name}")
-    functions = {key: value for key, value in vars(module).items() if type(value).__name__ == "InterpretedFunction"}
+    changing = {user: importlib.import_module(f"{PACKAGE}.{user}") for user in (name, *USERS.get(name, ()))}
+    functions = {
+        user: {key: value for key, value in vars(each).items() if type(value).__name__ == "InterpretedFunction"}
+        for user, each in changing.items()
+    }
     answers = []
     if judged(name):
         raise SystemExit(f"{name} fails without a fault")
     with tempfile.TemporaryDirectory() as folder:
         for fault in faults(module):
-            changed = plant(module, fault, Path(folder))
-            vars(module).update({key: vars(changed)[key] for key in functions})
+            for user, changed in plant(name, fault, Path(folder)).items():
+                vars(changing[user]).update({key: vars(changed)[key] for key in functions[user]})
             answers.append(judged(name))
-            vars(module).update(functions)
+            for user, names in functions.items():
+                vars(changing[user]).update(names)
     return answers
 
 
@@ -212,8 +235,8 @@ def compiled(name: str, seen: list[str]) -> Iterator[tuple[Fault, list[str]]]:
     with tempfile.TemporaryDirectory() as folder:
         for fault, rung in zip(faults(module), seen, strict=True):
             rungs = [rung] if rung else []
-            recorded = _compile.recorded_cases(plant(module, fault, Path(folder)).audit_launches)
-            first, last = ({case.kernel: case for case in cases} for cases in (reversed(recorded), recorded))
+            cases = recorded(plant(name, fault, Path(folder)))
+            first, last = ({case.kernel: case for case in each} for each in (reversed(cases), cases))
             try:
                 codes = [_compile.intermediate_code(case) for case in [*first.values(), *last.values()]]
                 if any(map(narrow_offsets, codes)):
@@ -231,7 +254,7 @@ def barriers(name: str) -> Iterator[tuple[Fault, list[str]]]:
     from leanstep.kernels.triton_impl import _compile
 
     module = importlib.import_module(f"{PACKAGE}.{name}")
-    for case in {c.kernel: c for c in reversed(_compile.recorded_cases(module.audit_launches))}.values():
+    for case in {c.kernel: c for c in reversed(recorded({name: module}))}.values():
         ptx = _compile.compile_case(case, "sm_90").asm["ptx"]
         places = [match.span() for match in re.finditer(r"\tbar\.sync \t0;", ptx)]
         for begin, end in dict.fromkeys([*places[:1], *places[-1:]]):
