@@ -101,8 +101,9 @@ class Inputs:
 def _lion(rounding: str, inputs: Inputs) -> list[Tensor]:
     params, grads, momenta = (inputs.normal_matrices() for _ in range(3))
     state = inputs.rounding_state(params, rounding)
-    lion_step(params, grads, momenta, state, inputs.options(rounding, 1e-2, 0.999, 0.9, 0.1, 0.99, 0.01))
-    return [*params, *momenta, *state]
+    grads[0].view(-1)[0] = float("inf")
+    flags = lion_step(params, grads, momenta, state, inputs.options(rounding, 1e-2, 0.999, 0.9, 0.1, 0.99, 0.01))
+    return [flags, *params, *momenta, *state]
 
 
 def _agreement(inputs: Inputs) -> list[Tensor]:
@@ -126,8 +127,9 @@ def _lion_int8(rounding: str, inputs: Inputs, *, fp8: bool = False) -> list[Tens
         codes = [(code % 127 | code & -128).view(torch.float8_e4m3fn) for code in codes]
     state = inputs.rounding_state(params, rounding)
     options = inputs.options(rounding, 1e-2, 0.999, 0.9, 0.1, 0.99, 0.01)
-    lion_step_int8(params, grads, codes, scales, state, options)
-    return [*params, *(code.view(torch.int8) for code in codes), *scales, *state]
+    grads[0].view(-1)[0] = float("inf")
+    flags = lion_step_int8(params, grads, codes, scales, state, options)
+    return [flags, *params, *(code.view(torch.int8) for code in codes), *scales, *state]
 
 
 def _adamw_int8(rounding: str, inputs: Inputs) -> list[Tensor]:

@@ -12,7 +12,10 @@ planted in the PTX. What finds it:
 - races: SentryWard finds two accesses that race in the PTX for sm_90 of the first configuration of a kernel. It is
   asked of barriers, and of faults that move accesses if nothing else finds them.
 
-"none" is a hole, or a change without effect: some barriers order nothing.
+- without effect: the PTX is that of the whole module, or SentryWard shows that the code without the barrier has no race
+  either, under the condition of `leanstep audit --prove` if there is one. This is no fault, and counts as none.
+
+"none" is a hole, or a change without effect that nothing shows.
 """
 
 from __future__ import annotations
@@ -99,6 +102,8 @@ PARSER = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 PARSER.add_argument("modules", nargs="*", metavar="MODULE", help="modules of kernels, such as lora.swiglu")
 PARSER.add_argument("--interpret", action="store_true", help=argparse.SUPPRESS)
 Fault = tuple[str, str, int]
+# the compiled code is the same, or SentryWard proves the code without the barrier, as it does the whole
+WITHOUT = "without effect"
 
 
 def main() -> int:
@@ -122,8 +127,10 @@ def main() -> int:
         ["function", *kinds], ([label, *(" / ".join(row.get(k, ["-"])) for k in kinds)] for label, row in found.items())
     )
     answers = [answer for row in found.values() for cell in row.values() for answer in cell]
-    none, broken = answers.count("none"), answers.count("compiler")
-    print(f"{len(answers)} faults: {len(answers) - none - broken} found, {broken} do not compile, {none} found by none")
+    names = ("none", "compiler", WITHOUT)
+    none, broken, without = (answers.count(name) for name in names)
+    real = len(answers) - broken - without
+    print(f"{real} faults: {real - none} found, {none} by none; {broken} do not compile, {without} have no effect")
     return 0
 
 
@@ -185,7 +192,7 @@ def interpreted(name: str) -> list[str]:
 
     interpreter_accesses.watch()
     module = importlib.import_module(f"{PACKAGE}.{name}")
-    changing = {user: importlib.import_module(f"{PACKAGE}.{user}") for user in (name, *USERS.get(name, ()))}
+    changing = {user: importlib.import_module(f"{PACKAGE}.{user}") for user in users(name)}
     functions = {
         user: {key: value for key, value in vars(each).items() if type(value).__name__ == "InterpretedFunction"}
         for user, each in changing.items()
@@ -232,6 +239,7 @@ def compiled(name: str, seen: list[str]) -> Iterator[tuple[Fault, list[str]]]:
     from leanstep.kernels.triton_impl._checks.offsets import narrow_offsets
 
     module = importlib.import_module(f"{PACKAGE}.{name}")
+    whole = recorded({user: importlib.import_module(f"{PACKAGE}.{user}") for user in users(name)})
     with tempfile.TemporaryDirectory() as folder:
         for fault, rung in zip(faults(module), seen, strict=True):
             rungs = [rung] if rung else []
@@ -244,9 +252,25 @@ def compiled(name: str, seen: list[str]) -> Iterator[tuple[Fault, list[str]]]:
             except CompilationError:
                 rungs.append("compiler")
             else:
-                if not rungs and fault[1] in MOVES and any(races(case) for case in first.values()):
+                if not rungs and fault[1] in MOVES and any(races(case) == "races" for case in first.values()):
                     rungs.append("races")
+                if not rungs and code_of(cases) == code_of(whole):
+                    rungs.append(WITHOUT)
             yield fault, rungs
+
+
+def users(name: str) -> tuple[str, ...]:
+    """A module, and those that use it."""
+    return name, *USERS.get(name, ())
+
+
+def code_of(cases: list[Any]) -> list[str]:
+    """The PTX for sm_90 of the first and the last case of each kernel, without lines and names of files."""
+    from leanstep.kernels.triton_impl import _compile
+
+    chosen = [case for each in (reversed(cases), cases) for case in {case.kernel: case for case in each}.values()]
+    codes = [_compile.compile_case(case, "sm_90").asm["ptx"].partition(".section")[0] for case in chosen]
+    return sorted(re.sub(r"//.*|\t\.(loc|file)\b.*|\$L__tmp\d+:", "", code) for code in codes)
 
 
 def barriers(name: str) -> Iterator[tuple[Fault, list[str]]]:
@@ -258,14 +282,15 @@ def barriers(name: str) -> Iterator[tuple[Fault, list[str]]]:
         ptx = _compile.compile_case(case, "sm_90").asm["ptx"]
         places = [match.span() for match in re.finditer(r"\tbar\.sync \t0;", ptx)]
         for begin, end in dict.fromkeys([*places[:1], *places[-1:]]):
-            found = races(case, ptx[:begin] + ptx[end:])
-            yield (case.kernel.__name__, "missing barrier", begin), ["races"] if found else []
+            answer = races(case, ptx[:begin] + ptx[end:])
+            yield (case.kernel.__name__, "missing barrier", begin), [answer] if answer else []
 
 
-def races(case: Any, ptx: str = "") -> bool:
-    """Whether SentryWard finds a race."""
+def races(case: Any, ptx: str = "") -> str:
+    """What SentryWard says: "races", that the code has none, or "" where it says neither."""
     from leanstep.kernels.triton_impl import _compile
     from leanstep.kernels.triton_impl._checks import races
 
     ptx = ptx or _compile.compile_case(case, "sm_90").asm["ptx"]
-    return races.prove(case, "sm_90", ptx, seconds=10.0).verdict == races.RACE
+    verdict = races.prove(case, "sm_90", ptx, seconds=10.0).verdict
+    return {races.RACE: "races", races.PROVED: WITHOUT, races.CONDITIONAL: WITHOUT}.get(verdict, "")
