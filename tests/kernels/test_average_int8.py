@@ -115,39 +115,9 @@ def test_a_weight_of_zero_forgets_a_block_of_nan(backend):
     assert all(map(torch.equal, (codes[0], scales[0]), quantize(grads[0], 2**31)))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_shards_and_layouts_average_as_the_whole(backend):
-    grads, codes, scales, outputs = problem(shapes=[(65, 77)])
-    parts = [[t[a:b].clone() for a, b in ((0, 22), (22, 44), (44, 65))] for (t,) in (grads, codes, scales, outputs)]
-    odd = [[t.clone().t().contiguous().t()] for (t,) in (grads, codes, scales, outputs)]
-    numbers = StepOptions(SCALARS, seeds=torch.tensor([5]))
-    with use_backend(backend):
-        average_step_int8(grads, codes, scales, outputs, numbers)
-        offsets = torch.tensor([0, 22 * 77, 44 * 77])
-        average_step_int8(*parts, numbers._replace(seeds=torch.tensor([5] * 3), offsets=offsets))
-        average_step_int8(*odd, numbers)
-    for (whole,), several, (strided,) in zip((codes, scales, outputs), parts[1:], odd[1:], strict=True):
-        assert torch.equal(torch.cat(several), whole) and torch.equal(strided, whole)
-
-
 def test_fp64_averages_in_fp64():
     grad, output = normal((3, 130), torch.float64), torch.empty(3, 130, dtype=torch.float64)
     codes, scales = quantize(normal((3, 130), seed=1), 0)
     old = dequantize(codes, scales, torch.float64)
     average_step_int8([grad], [codes], [scales], [output], options(1, SCALARS.double()))
     torch.testing.assert_close(output, SCALARS[0].double() * old + SCALARS[1].double() * grad, rtol=1e-15, atol=1e-17)
-
-
-def test_refuses_scales_of_another_shape():
-    grads, codes, _, outputs = problem(shapes=[(5, 130)])
-    with pytest.raises(ValueError, match=r"average_step_int8: expected scales of shape \(5, 2\)"):
-        average_step_int8(grads, codes, [torch.ones(5, 1)], outputs, options(1))
-    average_step_int8([], [], [], [], options(0))
-
-
-@pytest.mark.parametrize("skip", [None, torch.tensor([1], dtype=torch.int32)], ids=["all", "skip"])
-def test_opcheck(skip):
-    grads, codes, scales, outputs = problem(torch.bfloat16, [(3, 5)])
-    seeds = torch.tensor([3])
-    args = (grads, codes, scales, outputs, SCALARS, False, seeds, seeds, skip, True, True)
-    torch.library.opcheck(torch.ops.leanstep.average_step_int8, args)

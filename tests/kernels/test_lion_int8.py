@@ -235,35 +235,6 @@ def test_entries_with_a_non_finite_gradient(backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
-def test_shards_step_as_the_whole(backend):
-    """Rows of a tensor with the offset of their first entry, bit for bit."""
-    params, grads, codes, scales, _ = (ts[5:6] for ts in problem(torch.bfloat16, torch.bfloat16))
-    parts = [[ts[0][a:b].clone() for a, b in ((0, 22), (22, 44), (44, 65))] for ts in (params, grads, codes, scales)]
-    numbers = StepOptions(SCALARS, "stochastic", seeds=torch.tensor([5]))
-    with use_backend(backend):
-        lion_step_int8(params, grads, codes, scales, [], numbers)
-        offsets = torch.tensor([0, 22 * 77, 44 * 77])
-        lion_step_int8(*parts, [], numbers._replace(seeds=torch.tensor([5] * 3), offsets=offsets))
-    for whole, part in zip((params, codes, scales), (parts[0], parts[2], parts[3]), strict=True):
-        assert torch.equal(torch.cat(part), whole[0])
-
-
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
-def test_layouts(backend):
-    """Transposed and strided tensors give what contiguous ones give."""
-    rows = [ts[7:8] for ts in problem(torch.float32, torch.float32)[:4]]
-    one = StepOptions(SCALARS, seeds=torch.tensor([3]))
-    odd = [[t[0].t().contiguous().t()] for t in rows[:2]] + [[torch.zeros(130, 512, dtype=torch.int8)[:, ::2]]]
-    odd[2][0].copy_(rows[2][0])
-    odd.append([rows[3][0].clone()])
-    with use_backend(backend):
-        lion_step_int8(*rows, [], one)
-        lion_step_int8(*odd, [], one)
-    for a, b in zip(rows, odd, strict=True):
-        assert torch.equal(a[0], b[0])
-
-
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
 @pytest.mark.parametrize("switches", [{}, {"maximize": True}, {"skip_nonfinite": False}], ids=str)
 def test_agreement(backend, switches):
     _, grads, codes, scales, _ = problem(torch.bfloat16, torch.bfloat16)
@@ -285,20 +256,3 @@ def test_counts_are_fp32_whatever_the_default_dtype(backend, default):
         counts = lion_agreement_int8(grads, codes, scales, StepOptions(SCALARS))
     assert counts.dtype == torch.float32 and counts.tolist() == [65577]
     assert lion_agreement_int8([], [], [], StepOptions(SCALARS)).dtype == torch.float32
-
-
-def test_empty_lists():
-    assert lion_step_int8([], [], [], [], [], options()).numel() == 0
-    assert lion_agreement_int8([], [], [], options()).numel() == 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("rounding", ["nearest", "kahan"])
-def test_opcheck(rounding):
-    params, grads = [normal((3, 5), torch.bfloat16)], [normal((3, 5), torch.bfloat16, 1)]
-    codes, scales = ([t] for t in quantize(normal((3, 5), seed=2), 4))
-    states = [torch.zeros(3, 5, dtype=torch.bfloat16)] if rounding == "kahan" else []
-    seeds = torch.tensor([3])
-    args = (params, grads, codes, scales, states, SCALARS, rounding, None, False, False, True, seeds, seeds)
-    torch.library.opcheck(torch.ops.leanstep.lion_step_int8, args)
-    torch.library.opcheck(torch.ops.leanstep.lion_agreement_int8, (grads, codes, scales, SCALARS, False, True))

@@ -112,29 +112,3 @@ def test_one_bad_matrix_of_a_stack(backend):
         assert scaled_step([p], [g], [rows], [cols], [], step_options()).tolist() == [1]
     assert torch.equal(p[1], before[1])
     assert (p[[0, 2]] != before[[0, 2]]).all()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_layouts(backend):
-    p, g, rows, cols = arguments((6, 128))
-    want = p.clone()
-    with use_backend(backend):
-        scaled_step([want], [g], [rows], [cols], [], step_options())
-        for odd in (
-            p.t().contiguous().t(),
-            torch.zeros(6, 256)[:, ::2].copy_(p),
-            torch.zeros(6 * 128 + 1)[1:].view(6, 128).copy_(p),
-        ):
-            scaled_step([odd], [g.t().contiguous().t()], [rows], [cols], [], step_options())
-            torch.testing.assert_close(odd, want, rtol=1e-6, atol=1e-7)
-
-
-def test_empty_list():
-    assert scaled_step([], [], [], [], [], step_options()).numel() == 0
-
-
-def test_opcheck():
-    p, g, rows, cols = arguments((3, 5), torch.bfloat16)
-    extra = p.float()
-    args = ([p], [g], [rows], [cols], [extra], scalars(), "master", True, True, None, None, None)
-    torch.library.opcheck(torch.ops.leanstep.scaled_step, args)
