@@ -163,12 +163,15 @@ def _sinkhorn(inputs: Inputs) -> list[Tensor]:
 
 
 def _scaled(rounding: str, inputs: Inputs) -> list[Tensor]:
-    params, mats = inputs.normal_matrices(), inputs.normal_matrices()
-    rows = [inputs.normal(len(mat), dtype=torch.float32) for mat in mats]
-    cols = [inputs.normal(mat.shape[1], dtype=torch.float32) for mat in mats]
-    state = inputs.rounding_state(params, rounding)
-    scaled_step(params, mats, rows, cols, state, inputs.options(rounding, 1e-2, 0.999))
-    return [*params, *state]
+    """Besides matrices, a stack of which one matrix is left alone."""
+    params, mats = ([*inputs.normal_matrices(), inputs.normal(3, 40, 24)] for _ in range(2))
+    rows = [inputs.normal(*mat.shape[:-1], dtype=torch.float32) for mat in mats]
+    cols = [inputs.normal(*mat.shape[:-2], mat.shape[-1], dtype=torch.float32) for mat in mats]
+    cols[-1][1, 2] = float("nan")
+    state, options = inputs.rounding_state(params, rounding), inputs.options(rounding, 1e-2, 0.999)
+    seeds, offsets = (torch.cat([numbers, numbers[:1]]) for numbers in (options.seeds, options.offsets))
+    flags = scaled_step(params, mats, rows, cols, state, options._replace(seeds=seeds, offsets=offsets))
+    return [flags, *params, *state]
 
 
 def _newton_schulz(inputs: Inputs) -> list[Tensor]:
