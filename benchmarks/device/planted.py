@@ -80,7 +80,7 @@ SIZES = {
     "tokens": 70,
     "width": 192,
     "products": ((70, 66), (136, 144)),
-    "window": 40,
+    "window": 41,
     "columns": 9000,
     "variables": 9,
 }
