@@ -88,7 +88,7 @@ def _rows(result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="leanstep eval", description="Perplexity, bits per byte and tasks of a checkpoint.")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a Hugging Face folder, an adapter, or of a run")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a model, an adapter or a run")
     parser.add_argument(
         "--data",
         metavar="sotu|FILE",
@@ -347,7 +347,8 @@ def find_model(checkpoint: str) -> tuple[Path, Path | None]:
     The model may be a name on the hub. Raises ValueError for a folder, or the base of an adapter, that is not there.
     """
     adapter = Path(checkpoint).expanduser()
-    if not (adapter / "adapter_config.json").is_file():
+    # a folder that has a model, too, is refused where it is opened
+    if not (adapter / "adapter_config.json").is_file() or (adapter / "config.json").is_file():
         return find_model_folder(checkpoint), None
     from leanstep.lora.peft.files import read_config
 

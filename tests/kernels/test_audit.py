@@ -159,6 +159,7 @@ UNREPORTED = {
     ("sparse_dots_kernel", 2),
     ("_load", 1),
     ("lion_agreement_kernel", 0),
+    ("lion_agreement_int8_kernel", 0),
     ("scaled_step_kernel", 0),
 }
 
