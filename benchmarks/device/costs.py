@@ -5,7 +5,7 @@
 One configuration per kernel, the one with the most bf16 and then the largest tile, for sm_90 and gfx942. No GPU is
 needed, and nothing is measured on one. Bytes per element are those that the audit holds the kernel to. Instructions per
 element are those of the threads between the labels of the machine code's main loop ("loop"), which is the innermost
-loop with the most bytes in global accesses, or of the whole kernel where the source has no loop ("kernel"). Code that
+loop with the most bytes in global accesses, or of the whole kernel where no loop of the source has any ("kernel"). Code that
 is there more than once, for turns unrolled or for full and last tiles, counts as its mean, by the bytes that it
 accesses. Of a kernel that passes several times over its elements, one pass is counted.
 Occupancy is warps resident / most, by registers, shared memory and threads. "Roofline" is the time of the bytes at the
@@ -40,7 +40,7 @@ HEAD = ["kernel", "configuration", "target", "B/elem", "instr/elem", "of", "reg"
 
 @dataclass(frozen=True)
 class Device:
-    """Published limits of a device. Registers are of 32 bits: a lane's in one scheduler, and how they are handed out."""
+    """Published limits of a device. Registers are a lane's in one scheduler, and the multiple that a warp gets."""
 
     bandwidth: float
     lanes_per_second: float
@@ -93,7 +93,7 @@ def representative(cases: list[Any]) -> list[Any]:
 
 
 def row(case: Any, target: str, divisor: int = 1) -> list[str]:
-    """One line of the table. Integers that are multiples of `divisor` are compiled as such, as Triton does at launch."""
+    """One line of the table. All integer arguments are taken as multiples of `divisor`, as Triton does at launch."""
     import triton
 
     from leanstep.kernels.triton_impl import _compile, audit
@@ -106,15 +106,16 @@ def row(case: Any, target: str, divisor: int = 1) -> list[str]:
     text, table = _compile.disassemble(compiled)
     registers, shared = audit._resources(table)["registers"], compiled.metadata.shared
     moved = case.read + case.written
-    loop = "scf.for" in compiled.asm["ttir"] or "scf.while" in compiled.asm["ttir"]
+    loop = any(map(sum, audit.loop_traffic(compiled.asm["ttir"])))
     count = instructions(text, loop, case.threads, case.elements * (moved + case.cached))
     per_element = count * case.threads / case.elements
     warps = occupancy(target, registers, shared, case.threads)
     memory, issue = moved / device.bandwidth, per_element / device.lanes_per_second
     matrix = re.search(r"\b[HIQ]G?MMA\b|\bv_mfma_", text)
+    fraction = "-" if matrix or not moved else f"{memory / max(memory, issue):.0%}"
     return [
-        case.kernel.__name__, case.label, target, f"{moved:.2f}", f"{per_element:.1f}", "loop" if loop else "kernel", str(registers),
-        str(shared), f"{warps}/{device.most_warps}", "-" if matrix or not moved else f"{memory / max(memory, issue):.0%}",
+        case.kernel.__name__, case.label, target, f"{moved:.2f}", f"{per_element:.1f}", "loop" if loop else "kernel",
+        str(registers), str(shared), f"{warps}/{device.most_warps}", fraction,
     ]  # fmt: skip
 
 
