@@ -344,10 +344,9 @@ def _same(one: str, other: str) -> bool:
 def find_model(checkpoint: str) -> tuple[Path, Path | None]:
     """The folder of a model, and that of an adapter on it if ``checkpoint`` is one of leanstep or PEFT.
 
-    The model may be a name on the hub. Raises ValueError for a folder, or the base of an adapter, that is not there.
+    The model may be a name on the hub. Opening a folder that has both fails. Raises ValueError for a folder, or the base of an adapter, that is not there.
     """
     adapter = Path(checkpoint).expanduser()
-    # a folder that has a model, too, is refused where it is opened
     if not (adapter / "adapter_config.json").is_file() or (adapter / "config.json").is_file():
         return find_model_folder(checkpoint), None
     from leanstep.lora.peft.files import read_config

@@ -5,8 +5,8 @@
 One configuration per kernel, the one with the most bf16 and then the largest tile, for sm_90 and gfx942. No GPU is
 needed, and nothing is measured on one. Bytes per element are those that the audit holds the kernel to. Instructions per
 element are those of the threads between the labels of the machine code's main loop ("loop"), which is the innermost
-loop with the most bytes in global accesses, or of the whole kernel where no loop of the source has any ("kernel"). Code that
-is there more than once, for turns unrolled or for full and last tiles, counts as its mean, by the bytes that it
+loop with the most bytes in global accesses, or of the whole kernel where no loop of the source has any ("kernel"). Code
+that is there more than once, for turns unrolled or for full and last tiles, counts as its mean, by the bytes that it
 accesses. Of a kernel that passes several times over its elements, one pass is counted.
 Occupancy is warps resident / most, by registers, shared memory and threads. "Roofline" is the time of the bytes at the
 memory's bandwidth over the longer of this time and that of the instructions at one issue per cycle:
