@@ -344,8 +344,7 @@ def _same(one: str, other: str) -> bool:
 def find_model(checkpoint: str) -> tuple[Path, Path | None]:
     """The folder of a model, and that of an adapter on it if ``checkpoint`` is one of leanstep or PEFT.
 
-    The model may be a name on the hub; a folder that has both is one of a model. Raises ValueError for a folder, or the
-    base of an adapter, that is not there.
+    The model may be a name on the hub. Raises ValueError for a folder, or the base of an adapter, that is not there.
     """
     adapter = Path(checkpoint).expanduser()
     if not (adapter / "adapter_config.json").is_file() or (adapter / "config.json").is_file():
