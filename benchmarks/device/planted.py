@@ -77,6 +77,7 @@ FAULTS = {
 # enough for several programs of each kernel
 SIZES = {
     "matrices": ((70, 264), (5, 7), (40, 300)),
+    "balanced": ((70, 40), (9, 8200), (3, 8195)),
     "tokens": 70,
     "width": 192,
     "products": ((70, 66), (136, 144)),
