@@ -122,7 +122,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "entries of this table": 52,
         "tasks of prune and compress": 32,
         "recipe keys": 50,
-        "adapters in generate": 52,
+        "adapters in generate": 67,
         "optimizers to compare with": 39,
         "GGUF files": 573,
         "English text": 24,

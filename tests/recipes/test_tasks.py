@@ -10,6 +10,7 @@ from sparse_folders import save_sparse
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from leanstep.cli import main
+from leanstep.lora import LoraConfig, apply_lora, merge, remove_lora, save_adapter
 from leanstep.sparsity import export_folder
 
 pytest.importorskip("lm_eval", reason="needs the extra tasks")
@@ -41,6 +42,19 @@ def places(tmp_path_factory):
     save_sparse(root / "dense", model, dtype=torch.float32)
     save_tokenizer(root / "dense")
     export_folder(root / "dense", root / "sparse")
+    torch.manual_seed(1)
+    adapted = apply_lora(
+        AutoModelForCausalLM.from_pretrained(root / "dense"),
+        LoraConfig(r=2, target_modules=["q_proj", "down_proj"], base_model_name_or_path=str(root / "dense")),
+    )
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_()
+    save_adapter(adapted, root / "adapter")
+    merge(adapted)
+    remove_lora(adapted)
+    adapted.save_pretrained(root / "merged")
+    save_tokenizer(root / "merged")
     (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     for name, data in (("quiz", root / "rows.jsonl"), ("lost", root / "nothing.jsonl")):
         (root / f"{name}.yaml").write_text(TASK.format(name=name, data=data))
@@ -70,11 +84,12 @@ def accuracy(folder):
     return right / len(ROWS)
 
 
-def test_accuracy_and_its_standard_error_of_dense_and_sparse_folders(places, capsys):
-    dense, sparse = (
+def test_accuracy_and_its_standard_error_of_dense_sparse_and_adapted_folders(places, capsys):
+    dense, sparse, adapted = (
         evaluate(capsys, places / kind, "--tasks", places / "quiz.yaml", "--batch-size", 2)
-        for kind in ("dense", "sparse")
+        for kind in ("dense", "sparse", "adapter")
     )
+    assert adapted["tasks"][0]["value"] == accuracy(places / "merged") != accuracy(places / "dense")
     mean = accuracy(places / "dense")
     (score,) = dense["tasks"]
     assert score == {
