@@ -113,12 +113,12 @@ def create(
             f"create: split={split!r} is for the rules of matrices of SinkGD and LANTON, not {cls.__name__}"
         )
     groups = param_groups(model, settings, embeddings=embeddings, split=split, overrides=overrides)
-    return _built("create", cls, groups, output_head(model), like_adamw, say, options)
+    return _built("create", name, groups, output_head(model), like_adamw, say, options)
 
 
 def _built(
     owner: str,
-    cls: type[Optimizer],
+    name: str,
     groups: ParamGroups,
     head: Any,
     like_adamw: Mapping[str, Any] | None,
@@ -126,7 +126,7 @@ def _built(
     options: dict[str, Any],
 ) -> Optimizer:
     """Make the optimizer of groups by role. ``head``: what has the head's weight, or None."""
-    name = next(name for name, named in OPTIMIZERS.items() if named is cls)
+    cls = OPTIMIZERS[name]
     for group in groups:
         algorithm = peer_algorithm(name, group, head)
         if algorithm is not None:
@@ -193,7 +193,7 @@ def from_parameters(
     tables = [p for group in groups if group["name"] in ("embedding", "head") for _, p in group["params"]]
     head = SimpleNamespace(weight=tables[-1]) if tables else None  # a tied one is the embedding
     factors = [{key: group.pop(key, 1.0) for key in ("lr_mult", "wd_mult")} for group in groups]
-    optimizer = _built("from_parameters", cls, groups, head, rates if like_adamw else None, say, options)
+    optimizer = _built("from_parameters", name, groups, head, rates if like_adamw else None, say, options)
     first = {key: optimizer.param_groups[0][key] for key in ("lr", "weight_decay")}
     for group, given in zip(optimizer.param_groups, factors, strict=True):
         for key, factor in (("lr", "lr_mult"), ("weight_decay", "wd_mult")):
@@ -207,12 +207,12 @@ def _groups_by_shape(params: Iterable[Any], vocab_size: int | None, roles: dict[
         raise ValueError(f"{owner}: roles: unknown role {unknown[0]!r}; expected one of {ROLES}")
     entries = [entry if isinstance(entry, dict) else {"params": [entry]} for entry in params]
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
-    place, tables, unused = 0, 0, {*roles}
+    index, tables, unused = 0, 0, {*roles}
     for entry in entries:
         given = {key: value for key, value in entry.items() if key != "params"}
         for parameter in filter(lambda p: p.requires_grad, entry["params"]):
             shape = "x".join(map(str, parameter.shape))
-            name, place = f"parameter {place} ({shape})", place + 1
+            name, index = f"parameter {index} ({shape})", index + 1
             unused.discard(shape)
             role = roles.get(shape) or _role_of_shape(name, parameter, vocab_size, tables)
             tables += shape not in roles and role in ("embedding", "head")

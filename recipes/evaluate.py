@@ -136,6 +136,7 @@ def _sequence_length(requested: int | None, model: Any, tokenizer: Any) -> int:
 
 def _evaluate_folder(options: argparse.Namespace, bar: ProgressBar) -> dict[str, Any]:
     from leanstep.pruning.folder.kinds import judge_of
+    from leanstep.recipes.data.hub import cached_if_unreachable
     from leanstep.recipes.data.tokens import open_tokenizer, vocabulary_size
 
     folder, adapter = find_model(options.checkpoint)
@@ -147,7 +148,8 @@ def _evaluate_folder(options: argparse.Namespace, bar: ProgressBar) -> dict[str,
             raise ValueError(f"--{name.replace('_', '-')} is for embedding models and classifiers; leave it out")
     tasks = None if options.tasks is None else _tasks(options, bar)
     bar(0, 0, "model")
-    model: Any = open_language_model(folder, adapter)
+    with cached_if_unreachable(folder):
+        model: Any = open_language_model(folder, adapter)
     tokenizer = open_tokenizer(str(folder), key=None)
     needed = vocabulary_size(tokenizer)
     vocabulary = model.config.get_text_config().vocab_size

@@ -81,11 +81,13 @@ class Generator:
 
     def __init__(self, options: argparse.Namespace) -> None:
         from leanstep.pruning.folder.loading import open_tokenizer
+        from leanstep.recipes.data.hub import cached_if_unreachable
 
         self.folder, adapter = find_model(options.checkpoint)
-        self.tokenizer: Any = open_tokenizer(self.folder)
         self.device = find_device(options.device)
-        self.model = open_generator(self.folder, self.device, adapter)
+        with cached_if_unreachable(self.folder):
+            self.tokenizer: Any = open_tokenizer(self.folder)
+            self.model = open_generator(self.folder, self.device, adapter)
         self.positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self.settings: dict[str, Any] = {"do_sample": options.temperature > 0}
         if options.temperature > 0:

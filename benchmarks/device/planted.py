@@ -12,8 +12,8 @@ planted in the PTX. What finds it:
 - races: SentryWard finds two accesses that race in the PTX for sm_90 of the first configuration of a kernel. It is
   asked of barriers, and of faults that move accesses if nothing else finds them.
 
-- without effect: the PTX is that of the whole module, or SentryWard shows that the code without the barrier has no race
-  either, under the condition of `leanstep audit --prove` if there is one. This is no fault, and counts as none.
+- without effect: the PTX is that of the whole module, or SentryWard's verdict without the barrier is that on the
+  whole code, "proved" or "conditional" (see `leanstep audit --prove`). This is no fault; it is counted apart.
 
 "none" is a hole, or a change without effect that nothing shows.
 """
@@ -269,8 +269,8 @@ def code_of(cases: list[Any]) -> list[str]:
     """The PTX for sm_90 of the first and the last case of each kernel, without lines and names of files."""
     from leanstep.kernels.triton_impl import _compile
 
-    chosen = [case for each in (reversed(cases), cases) for case in {case.kernel: case for case in each}.values()]
-    codes = [_compile.compile_case(case, "sm_90").asm["ptx"].partition(".section")[0] for case in chosen]
+    ends = [case for each in (reversed(cases), cases) for case in {case.kernel: case for case in each}.values()]
+    codes = [_compile.compile_case(case, "sm_90").asm["ptx"].partition(".section")[0] for case in ends]
     return sorted(re.sub(r"//.*|\t\.(loc|file)\b.*|\$L__tmp\d+:", "", code) for code in codes)
 
 
@@ -288,10 +288,13 @@ def barriers(name: str) -> Iterator[tuple[Fault, list[str]]]:
 
 
 def races(case: Any, ptx: str = "") -> str:
-    """What SentryWard says: "races", that the code has none, or "" where it says neither."""
+    """What SentryWard says: "races", that the code has as few as the whole, or "" where it says neither."""
     from leanstep.kernels.triton_impl import _compile
     from leanstep.kernels.triton_impl._checks import races
 
     ptx = ptx or _compile.compile_case(case, "sm_90").asm["ptx"]
     verdict = races.prove(case, "sm_90", ptx, seconds=10.0).verdict
-    return {races.RACE: "races", races.PROVED: WITHOUT, races.CONDITIONAL: WITHOUT}.get(verdict, "")
+    if verdict == races.RACE or verdict == races.NOT_COVERED:
+        return "races" if verdict == races.RACE else ""
+    whole = races.prove(case, "sm_90", _compile.compile_case(case, "sm_90").asm["ptx"], seconds=10.0)
+    return WITHOUT if whole.verdict == verdict else ""

@@ -157,7 +157,9 @@ def _numbers(content: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         numbers.append((f"{name[0].upper()}{name[1:]} after", compact(measure["mean"]), note))
     held_out = content.get("held_out") or {}
     if held_out.get("joint") is not None:
-        numbers.append((f"Distortion ({content['metric']})", compact(held_out["joint"]), "measured, held-out data"))
+        error = _plus_minus(held_out)
+        note = "measured, held-out data" + ("; ± is the standard error" if error else "")
+        numbers.append((f"Distortion ({content['metric']})", compact(held_out["joint"]) + error, note))
     predicted = content["allocation"].get("predicted")
     if predicted is not None:
         numbers.append(("Predicted", compact(predicted), "sum of the curves, calibration data"))
@@ -166,12 +168,15 @@ def _numbers(content: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return numbers
 
 
+def _plus_minus(one: Mapping[str, Any]) -> str:
+    return "" if one.get("joint_stderr") is None else f" ± {compact(one['joint_stderr'])}"
+
+
 def _compared(one: Mapping[str, Any], applied: str) -> list[str]:
     """Table row of an allocation that was measured on held-out data."""
-    error = "" if one.get("joint_stderr") is None else f" ± {compact(one['joint_stderr'])}"
     ratio = "-" if one.get("ratio") is None else f"{one['ratio']:.3f}"
     mark = " (applied)" if one["method"] == applied else ""
-    return [one["method"] + mark, _number(one["joint"]) + error, _number(one["summed"]), ratio]
+    return [one["method"] + mark, _number(one["joint"]) + _plus_minus(one), _number(one["summed"]), ratio]
 
 
 def task_rows(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:

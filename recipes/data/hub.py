@@ -5,7 +5,7 @@ and switch them offline if the hub does not answer.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.error import HTTPError
@@ -64,6 +64,11 @@ def offline() -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
+
+
+def cached_if_unreachable(name: str | Path) -> AbstractContextManager[None]:
+    """Context manager to open a model or tokenizer in: :func:`offline` for a name on a hub that does not answer."""
+    return nullcontext() if Path(name).expanduser().is_dir() or unreachable() is None else offline()
 
 
 def no_network(what: str, reason: str) -> ConnectionError:

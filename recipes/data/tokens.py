@@ -13,7 +13,6 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ import numpy as np
 from leanstep._files import gguf_file, is_folder_name, one_line
 from leanstep.recipes.config.schema import trained_size
 from leanstep.recipes.data.cache import build_once, cache_root, require
-from leanstep.recipes.data.hub import offline, unreachable
+from leanstep.recipes.data.hub import cached_if_unreachable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -122,7 +121,7 @@ def open_tokenizer(spec: str, key: str | None = "data.tokenizer") -> "PreTrained
     if not folder.is_dir() and is_folder_name(spec):
         raise ValueError(f"{begin}the folder '{spec}' does not exist")
     try:
-        with nullcontext() if folder.is_dir() or unreachable() is None else offline():
+        with cached_if_unreachable(folder):
             tokenizer = loading.open_tokenizer(spec)
     except ValueError as error:
         what = "the folder" if folder.is_dir() else "the hub's"

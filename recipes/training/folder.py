@@ -98,7 +98,7 @@ class RunFolder:
         self._log = _Lines(root / "log.jsonl")
         self._text = _Lines(root / "train.log")
         self._lock: int | None = None
-        self._alone = False  # no other process can have the lock
+        self._is_new = False  # whether this process made the folder, and no other can have its lock
 
     def claim(self) -> bool:
         """Create and lock the folder, and remove the temporary files of a killed run.
@@ -115,6 +115,7 @@ class RunFolder:
         try:
             if self.root.exists() and not self.root.is_dir():
                 raise FolderError(f"out: {self.root} is a file, expected a folder; choose another with out=FOLDER")
+            is_new = not self.root.exists()
             self.root.mkdir(parents=True, exist_ok=True)
             self._lock = open_regular(self.root / ".lock", os.O_RDWR | os.O_CREAT)
         except OSError as error:
@@ -122,7 +123,8 @@ class RunFolder:
                 f"out: the folder {self.root} cannot be written ({_reason(error)}); choose another with out=FOLDER"
             ) from None
         try:
-            is_locked = self._alone = lock_file(self._lock)
+            is_locked = lock_file(self._lock)
+            self._is_new = is_new and is_locked
         except BlockingIOError:
             self.release()
             raise FolderError(
@@ -143,10 +145,10 @@ class RunFolder:
             )
 
     def release(self) -> None:
-        """Give up the lock, and remove a folder in which no run began."""
+        """Give up the lock, and remove a folder that this process made and in which no run began."""
         if self._lock is not None:
             with suppress(OSError):
-                if self._alone and {entry.name for entry in self.root.iterdir()} <= {".lock", "train.log"}:
+                if self._is_new and {entry.name for entry in self.root.iterdir()} <= {".lock", "train.log"}:
                     remove(self.root)
             os.close(self._lock)
             self._lock = None

@@ -234,6 +234,10 @@ def test_a_disk_without_room_for_one_checkpoint_is_refused_before_the_start(reci
     assert refused.codes == [2], refused.text()
     assert "one checkpoint needs" in refused.text() and "out=ANOTHER_FOLDER" in refused.text()
     assert not out.exists()
+    out.mkdir()
+    (out / "train.log").write_text("of another program\n")
+    assert run(recipe, ["steps=8"], out, prepare=partial(faults.disk_of, 1000)).codes == [2]
+    assert (out / "train.log").read_text().startswith("of another program\n"), "only a folder made here is removed"
 
 
 def test_a_disk_too_small_for_all_checkpoints_is_said_before_the_start(recipe, tmp_path):

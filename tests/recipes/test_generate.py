@@ -136,6 +136,7 @@ def test_an_adapter_of_a_base_that_is_not_there_or_another_is_told_in_one_line(a
         ("./nowhere", "its base model './nowhere' is not there"),
         ("", "names no base model"),
         (str(tmp_path / "other"), "does not fit"),
+        ("nobody/model", "could not open the tokenizer in nobody/model"),
     ):
         file.write_text(json.dumps(settings | {"base_model_name_or_path": base}))
         assert main(["generate", str(tmp_path / "adapter"), "the"]) == 2

@@ -3,15 +3,17 @@
 A rule is a `tile` function, which loads, computes and stores one tile, and a kernel that names it:
 
     @triton.jit
-    def _tile(pointers, offs, mask, place, numbers, META: tl.constexpr):
+    def _tile(pointers, offs, mask, where, numbers, META: tl.constexpr):
         ...
-        return result  # int32 per element; zeros if the rule has none
+        return result  # int32 per element, or 0 if the rule has none
 
     @triton.jit
     def kernel(rows, programs, ...):
         row, start, count, i = program_of(rows, programs, 2, 1, TILES * BLOCK)
         result = over_elements(_tile, row, start, count, ...)
 
+`where` is what the kernel gives, such as seed and index, and `META` has the rule's constants. `over_blocks` walks over
+blocks of 8-bit codes: its tile also takes the pointers to scales, after `pointers`.
 `mask` is None for the tiles of aligned tensors, which are most. Their accesses are 128 bits wide, because the alignment
 of the pointers can be proved. A second loop takes the tail and unaligned tensors.
 """
@@ -97,7 +99,7 @@ def over_blocks(
     tile: tl.constexpr, row, first, blocks, seed, offset, numbers,
     DTYPES: tl.constexpr, SCALES: tl.constexpr, META: tl.constexpr, COUNT: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Call `tile` on the program's blocks of SCALED elements. Returns as `over_elements`.
+    """Call `tile` on the program's blocks of SCALED elements. Returns as `over_elements`, and 0 if COUNT is None.
 
     A row has the addresses of tensors of DTYPES, then of SCALES tensors of fp32 scales. In a whole tensor all are
     aligned and no block is short.

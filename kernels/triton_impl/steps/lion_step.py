@@ -59,7 +59,9 @@ def _step_tile(pointers, offs, mask, where, numbers, META: tl.constexpr):
     RUNS: tl.constexpr = META[1]
     p_ptr, g_ptr, m_ptr, e_ptr = pointers
     seed, index, start, elements, distance, count, slab = where
-    scale, lr, decay, beta1, omb1, beta2, omb2, mode = numbers
+    scale, scalars, mode, lr, decay, beta1, omb1, beta2, omb2 = numbers
+    if ROUNDING == "split":  # with these held over the loop, sm_90 lacks registers
+        lr, decay, beta1, omb1, beta2, omb2 = numbers_of(scalars, 6)
     g = to_float(load_tile(g_ptr + offs, mask))
     m_old = load_tile(m_ptr + offs, mask)
     p_old = load_tile(p_ptr + offs, mask)
@@ -102,7 +104,7 @@ def lion_step_kernel(
     """Program k updates TILES * BLOCK elements of one tensor: p, g, m and the rounding state."""
     row, start, count, i = program_of(rows, programs, 4, 1, TILES * BLOCK)
     scale = tl.load(scales + i, mask=(mode & 8) != 0, other=1.0)
-    numbers = (scale,) + numbers_of(scalars, 6) + (mode,)
+    numbers = (scale, scalars, mode) + numbers_of(scalars, 6)
     index = tl.load(offsets + i).to(tl.uint32)
     if not RUNS:
         index += start.to(tl.uint32)
