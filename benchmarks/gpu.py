@@ -29,17 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from common import command_line
-from stages import (
-    DEVICE_LOST,
-    DONE,
-    ROOT,
-    WITH_PROBLEMS,
-    cell,
-    columns_of,
-    problems_of,
-    read_results,
-    rows_of,
-)
+from stages import DEVICE_LOST, DONE, ROOT, WITH_PROBLEMS, cell, columns_of, problems_of, read_results, rows_of
 
 from leanstep._files import format_bytes, free_bytes, lock_file, write_text
 

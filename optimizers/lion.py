@@ -14,14 +14,7 @@ from leanstep.optimizers.common.base import Batch, GradientAverage, LeanOptimize
 from leanstep.optimizers.common.checks import check_betas, check_dtype, check_flags, settings_of
 from leanstep.optimizers.common.column_shards import cuts_rows
 from leanstep.optimizers.common.quantized import is_quantized, scale_key
-from leanstep.optimizers.common.sharding import (
-    Reducer,
-    locals_of,
-    readables,
-    shard_of,
-    store,
-    sum_over_shards,
-)
+from leanstep.optimizers.common.sharding import Reducer, locals_of, readables, shard_of, store, sum_over_shards
 from leanstep.optimizers.common.state import Entry
 
 # lower bound of the cautious mask's mean, by which the update is divided (arXiv 2411.16085)

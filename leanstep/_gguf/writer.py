@@ -18,14 +18,7 @@ from torch import Tensor
 from leanstep._checkpoint.configuration import check_folder
 from leanstep._checkpoint.files import TensorFile, check_space, index_files, read_json
 from leanstep._files import one_line, replacing
-from leanstep._gguf.architectures import (
-    Architecture,
-    architecture_of,
-    metadata,
-    permute_rows,
-    rope_tensor,
-    transform,
-)
+from leanstep._gguf.architectures import Architecture, architecture_of, metadata, permute_rows, rope_tensor, transform
 from leanstep._gguf.ggml import TYPES, bytes_of, legal_or_larger, quantize
 from leanstep._gguf.vocabulary import Vocabulary, engine, read_vocabulary
 

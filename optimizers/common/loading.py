@@ -11,13 +11,7 @@ import torch
 from torch import Tensor
 
 from leanstep._torch import local_part
-from leanstep.optimizers.common.checks import (
-    REMOVED,
-    check_number,
-    check_saved_count,
-    check_saved_options,
-    describe,
-)
+from leanstep.optimizers.common.checks import REMOVED, check_number, check_saved_count, check_saved_options, describe
 from leanstep.optimizers.common.rounding import ENTRIES, effective, init_rounding
 from leanstep.optimizers.common.saved_tensors import (
     Created,

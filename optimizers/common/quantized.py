@@ -15,15 +15,7 @@ from leanstep._torch import is_dtensor, join_parts
 from leanstep.kernels.reference.quantization import FP8, dequantize, quantize, scale_shape
 from leanstep.kernels.steps.common import StepOptions, compute_dtype, pack
 from leanstep.optimizers.common.column_shards import cuts_rows, decoded, encode, scale_placements
-from leanstep.optimizers.common.sharding import (
-    Reducer,
-    Shard,
-    dtype_of,
-    first_index,
-    local,
-    locals_of,
-    shard_of,
-)
+from leanstep.optimizers.common.sharding import Reducer, Shard, dtype_of, first_index, local, locals_of, shard_of
 
 # what a setting of a momentum's dtype may be, besides ordinary dtypes
 CODES = (torch.int8, FP8)

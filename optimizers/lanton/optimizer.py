@@ -33,15 +33,7 @@ from leanstep.optimizers.common.sharding import Reducer, Shard, local, locals_of
 from leanstep.optimizers.common.state import coded
 from leanstep.optimizers.lanton import rule
 from leanstep.optimizers.lanton.halves import UNMARKED, MarkedHalves
-from leanstep.optimizers.lanton.layers import (
-    Form,
-    Layer,
-    LayerStep,
-    form_of,
-    matrix_shape,
-    norm_of,
-    stores_gradient,
-)
+from leanstep.optimizers.lanton.layers import Form, Layer, LayerStep, form_of, matrix_shape, norm_of, stores_gradient
 from leanstep.optimizers.lanton.saved import check_entries, check_half_gradients, reshaped_estimates
 from leanstep.optimizers.lanton.state import ENTRIES
 from leanstep.optimizers.lanton.step import factors_and_noise, step

@@ -17,14 +17,7 @@ from leanstep.optimizers.mfac import saved
 from leanstep.optimizers.mfac.compressed import SparseRows, lead_of
 from leanstep.optimizers.mfac.direction import STATS
 from leanstep.optimizers.mfac.memory import check_memory
-from leanstep.optimizers.mfac.scopes import (
-    Scope,
-    ScopeParam,
-    move_scope_state,
-    scope_key,
-    shared_settings,
-    step_scopes,
-)
+from leanstep.optimizers.mfac.scopes import Scope, ScopeParam, move_scope_state, scope_key, shared_settings, step_scopes
 from leanstep.optimizers.mfac.settings import check_masks, check_settings
 from leanstep.optimizers.mfac.state import ENTRIES, SCOPE, has_window
 from leanstep.optimizers.mfac.window import columns_of, mask_like

@@ -13,11 +13,7 @@ from leanstep.kernels.steps.average_int8 import average_step_int8
 from leanstep.kernels.steps.common import compute_dtype, nonfinite_flags
 from leanstep.optimizers.common.base import Batch, count_nonfinite, step_decoded
 from leanstep.optimizers.common.matrices import WHOLE, as_matrices, matrix_shape, oriented, sides_of, write_back
-from leanstep.optimizers.common.quantized import (
-    average_codes,
-    average_options,
-    scale_key,
-)
+from leanstep.optimizers.common.quantized import average_codes, average_options, scale_key
 from leanstep.optimizers.common.sharding import Reducer, all_reduce_flags, local, locals_of, readables, store
 from leanstep.optimizers.sinkgd import rule
 from leanstep.optimizers.sinkgd.blocks import flags_of_parameters, in_blocks, in_parts, parameters_of

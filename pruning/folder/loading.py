@@ -19,13 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from leanstep._checkpoint.configuration import check_folder, code_files, version_files
-from leanstep._checkpoint.files import (
-    TensorFile,
-    check_finite,
-    load_pickled,
-    read_json,
-    reason,
-)
+from leanstep._checkpoint.files import TensorFile, check_finite, load_pickled, read_json, reason
 from leanstep._checkpoint.mapped import Scratch, forget_sources, is_mapped, note_use, release_pages
 from leanstep._checkpoint.safetensors import MappedFile
 from leanstep._files import gguf_file, is_folder_name, one_line

@@ -40,13 +40,7 @@ from leanstep.pruning.folder.files import (
     stored_dtypes,
     stored_tensors,
 )
-from leanstep.pruning.folder.loading import (
-    READS,
-    checkpoint_values,
-    empty_model_of,
-    load_model,
-    stored_parameters,
-)
+from leanstep.pruning.folder.loading import READS, checkpoint_values, empty_model_of, load_model, stored_parameters
 from leanstep.pruning.folder.text import CalibrationText, held_out_hash, perplexity_of, sequences_of
 from leanstep.pruning.measure.batches import Batch, as_batches
 from leanstep.pruning.measure.products import products_in

@@ -483,14 +483,7 @@ def _text(options: argparse.Namespace) -> "CalibrationText":
     from leanstep.pruning.folder.files import open_checkpoint
     from leanstep.pruning.folder.kinds import judge_of
     from leanstep.pruning.measure.metrics import CLASSIFIER
-    from leanstep.recipes.data.sources import (
-        OptionTexts,
-        in_options,
-        open_file,
-        read_labels,
-        sotu_corpus,
-        split_newest,
-    )
+    from leanstep.recipes.data.sources import OptionTexts, in_options, open_file, read_labels, sotu_corpus, split_newest
 
     documents: Iterable[str]
     held_out = labels = None

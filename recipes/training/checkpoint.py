@@ -29,15 +29,7 @@ import torch
 from annotated_types import Ge
 from pydantic import TypeAdapter, ValidationError
 
-from leanstep._files import (
-    REPLACED,
-    STAGED,
-    one_line,
-    parse_json,
-    publish_folder,
-    read_text,
-    remove,
-)
+from leanstep._files import REPLACED, STAGED, one_line, parse_json, publish_folder, read_text, remove
 from leanstep.recipes.config.differences import config_differences
 from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.config.values import read_document, recorded

@@ -20,14 +20,7 @@ from torch import Tensor
 
 from leanstep.kernels.triton_impl._common import TL_DTYPE, pointer_to, to_float
 from leanstep.kernels.triton_impl._compile import Launch, Promises
-from leanstep.kernels.triton_impl._multi_tensor import (
-    Staging,
-    device_rows,
-    is_aligned,
-    launches,
-    on_device,
-    warps,
-)
+from leanstep.kernels.triton_impl._multi_tensor import Staging, device_rows, is_aligned, launches, on_device, warps
 
 # 16 elements per thread and tile
 BLOCK_M, BLOCK_N, THREADS = 8, 512, 256

@@ -18,14 +18,7 @@ from torch import Tensor
 from leanstep.kernels.reference.fisher.sparse_window import SparseLayout
 from leanstep.kernels.triton_impl._common import TL_DTYPE, pointer_to, to_float
 from leanstep.kernels.triton_impl._compile import Launch, Promises
-from leanstep.kernels.triton_impl._multi_tensor import (
-    Staging,
-    device_rows,
-    is_aligned,
-    launches,
-    on_device,
-    warps,
-)
+from leanstep.kernels.triton_impl._multi_tensor import Staging, device_rows, is_aligned, launches, on_device, warps
 from leanstep.kernels.triton_impl.fisher.gradient_window import dots_tile, eights, reduce_chunks
 
 BLOCK_M, BLOCK_N, THREADS = 8, 256, 256

@@ -17,9 +17,7 @@ from leanstep.kernels.reference.quantization import FP8
 from leanstep.kernels.steps.common import StepOptions
 from leanstep.kernels.triton_impl._common import STATE_DTYPE, TL_DTYPE, load_tile, to_float
 from leanstep.kernels.triton_impl._compile import Launch, Promises
-from leanstep.kernels.triton_impl._multi_tensor import (
-    seeds_and_offsets,
-)
+from leanstep.kernels.triton_impl._multi_tensor import seeds_and_offsets
 from leanstep.kernels.triton_impl.steps._codes import SCALED, as_int8, coded, load_values, quantized
 from leanstep.kernels.triton_impl.steps.engine import Table, numbers_of, over_blocks, program_of
 

@@ -29,14 +29,7 @@ from torch import Tensor
 
 from leanstep.kernels.triton_impl._common import has_state, pointer_to
 from leanstep.kernels.triton_impl._compile import Launch
-from leanstep.kernels.triton_impl._multi_tensor import (
-    Staging,
-    device_rows,
-    is_aligned,
-    launches,
-    on_device,
-    warps,
-)
+from leanstep.kernels.triton_impl._multi_tensor import Staging, device_rows, is_aligned, launches, on_device, warps
 from leanstep.kernels.triton_impl.steps._codes import SCALED, place, row_start
 
 THREADS = 256

@@ -28,9 +28,7 @@ from leanstep.kernels.triton_impl._common import (
     zero_states,
 )
 from leanstep.kernels.triton_impl._compile import Launch, Promises
-from leanstep.kernels.triton_impl._multi_tensor import (
-    seeds_and_offsets,
-)
+from leanstep.kernels.triton_impl._multi_tensor import seeds_and_offsets
 from leanstep.kernels.triton_impl.steps._codes import SCALED, as_int8, coded, load_values, quantized
 from leanstep.kernels.triton_impl.steps.engine import Table, bytes_of, numbers_of, over_blocks, program_of
 from leanstep.kernels.triton_impl.steps.lion_step import mode_of

@@ -30,10 +30,7 @@ from leanstep.kernels.triton_impl._common import (
     zero_states,
 )
 from leanstep.kernels.triton_impl._compile import Launch, Promises
-from leanstep.kernels.triton_impl._multi_tensor import (
-    native_dtype,
-    seeds_and_offsets,
-)
+from leanstep.kernels.triton_impl._multi_tensor import native_dtype, seeds_and_offsets
 from leanstep.kernels.triton_impl.steps.engine import Table, bytes_of, numbers_of, over_elements, program_of
 
 # 8 elements per thread and tile: one 128-bit access per 16-bit tensor, two per fp32 tensor
@@ -59,9 +56,7 @@ def _step_tile(pointers, offs, mask, where, numbers, META: tl.constexpr):
     RUNS: tl.constexpr = META[1]
     p_ptr, g_ptr, m_ptr, e_ptr = pointers
     seed, index, start, elements, distance, count, slab = where
-    scale, scalars, mode, lr, decay, beta1, omb1, beta2, omb2 = numbers
-    if ROUNDING == "split":  # with these held over the loop, sm_90 lacks registers
-        lr, decay, beta1, omb1, beta2, omb2 = numbers_of(scalars, 6)
+    scale, lr, decay, beta1, omb1, beta2, omb2, mode = numbers
     g = to_float(load_tile(g_ptr + offs, mask))
     m_old = load_tile(m_ptr + offs, mask)
     p_old = load_tile(p_ptr + offs, mask)
@@ -88,10 +83,10 @@ def _step_tile(pointers, offs, mask, where, numbers, META: tl.constexpr):
         local = offs.to(tl.uint32)
     random = random_bits(local + index, seed)
     p = rounded_parameter(value, random, p_old.dtype, ROUNDING)
-    tl.store(p_ptr + offs, tl.where(skip, p_old, p), mask=mask)
     if ROUNDING == "kahan" or ROUNDING == "master" or ROUNDING == "split":
         e = remainder(value, p, e_old.dtype, ROUNDING)
         tl.store(e_ptr + offs, tl.where(skip, e_old, e), mask=mask)
+    tl.store(p_ptr + offs, tl.where(skip, p_old, p), mask=mask)
     return skip.to(tl.int32)
 
 
@@ -104,7 +99,7 @@ def lion_step_kernel(
     """Program k updates TILES * BLOCK elements of one tensor: p, g, m and the rounding state."""
     row, start, count, i = program_of(rows, programs, 4, 1, TILES * BLOCK)
     scale = tl.load(scales + i, mask=(mode & 8) != 0, other=1.0)
-    numbers = (scale, scalars, mode) + numbers_of(scalars, 6)
+    numbers = (scale,) + numbers_of(scalars, 6) + (mode,)
     index = tl.load(offsets + i).to(tl.uint32)
     if not RUNS:
         index += start.to(tl.uint32)
