@@ -105,10 +105,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "chat recipes": 26,
         "embedding models and classifiers": 551,
     },
-    "lines of lora/": {
-        "model cards": 7,
-        "QLoRA": 15,
-    },
+    "lines of lora/": {"model cards": 7, "QLoRA": 15},
     "lines of C++": {"products of bit masks by AVX2's byte shuffles": 65},
     "lines of tests/": {
         "steps declared once": 49,

@@ -176,11 +176,7 @@ def test_parts_that_are_divided_shared_or_released():
 
 @pytest.mark.parametrize(
     ("optimizer", "gigabytes"),
-    [
-        ("adamw", {"60m": 0.35, "1b": 8.03}),
-        ("lion", {"60m": 0.23, "1b": 5.36}),
-        ("sinkgd", {"60m": 0.25, "1b": 3.20}),
-    ],
+    [("adamw", {"60m": 0.35, "1b": 8.03}), ("lion", {"60m": 0.23, "1b": 5.36}), ("sinkgd", {"60m": 0.25, "1b": 3.20})],
 )
 @pytest.mark.parametrize("size", ["60m", "1b"])
 def test_published_sizes_take_the_expected_memory(size, optimizer, gigabytes):

@@ -591,11 +591,7 @@ def test_rates_of_groups_keep_their_ratio(rounds, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["optimizer.lr=1e-3,2e-3"], "optimizer.lr: give one value"),
-        (["--stepz", "3"], "--steps"),
-    ],
+    ("words", "message"), [(["optimizer.lr=1e-3,2e-3"], "optimizer.lr: give one value"), (["--stepz", "3"], "--steps")]
 )
 def test_what_leanstep_lr_refuses(rounds, tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
