@@ -158,10 +158,15 @@ def find_lr(
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if distributed and torch.distributed.get_world_size() > 1:
         raise ValueError("find_lr: expected one process; search before the model is replicated or sharded")
+    cls = class_named(name, "find_lr")
+    try:
+        create(model, name, **{**options, "say": None})
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("create:", "find_lr:", 1)) from None
     batches = list(islice(data, steps))
     if not batches:
         raise ValueError("find_lr: expected batches in data, got none")
-    cls, roles, say = class_named(name, "find_lr"), roles_by_rate(model), options.pop("say", print)
+    roles, say = roles_by_rate(model), options.pop("say", print)
     start = inspect.signature(cls).parameters["lr"].default
     losses: dict[Powers, float] = {}
     trials = []
