@@ -109,9 +109,7 @@ def create(
             f"algorithm='balanced', {cls.__name__} for the others."
         )
     if split is not None and "blocks" not in known:
-        raise ValueError(
-            f"create: split={split!r} is for the rules of matrices of SinkGD and LANTON, not {cls.__name__}"
-        )
+        raise ValueError(f"create: split={split!r} is for the matrices of SinkGD and LANTON, not {cls.__name__}")
     groups = param_groups(model, settings, embeddings=embeddings, split=split, overrides=overrides)
     return _built("create", name, groups, output_head(model), like_adamw, say, options)
 

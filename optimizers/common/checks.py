@@ -113,7 +113,7 @@ TORCH_SWITCHES = {"amsgrad": (False,), "capturable": (False,), "differentiable":
 
 def no_option(owner: str, unknown: Collection[str], options: Iterable[str]) -> str:
     """Return the message for options that an optimizer does not have."""
-    if instead := removed_from(owner.removeprefix("create: "), unknown):
+    if instead := removed_from(owner.rpartition(": ")[2], unknown):
         return f"{owner}: {instead}"
     options = sorted(set(options) - {"self", "params"})
     nearest = [

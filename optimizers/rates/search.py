@@ -102,8 +102,7 @@ class LearningRates:
     def __str__(self) -> str:
         rows = [[*(f"lr of {kind}" for kind in self.rates), "loss", ""]]
         for rates, loss in self.trials:
-            note = "best" if rates == self.rates else ""
-            rows.append([*(f"{rate:.3g}" for rate in rates.values()), f"{loss:.4f}", note])
+            rows.append([*(f"{rate:.3g}" for rate in rates.values()), f"{loss:.4f}", "best" * (rates == self.rates)])
         edge = [] if self.is_bracketed else ["the best rates lie on the edge of those tried: give more runs"]
         return "\n".join([*table_lines(rows), *edge])
 
@@ -158,10 +157,14 @@ def find_lr(
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if distributed and torch.distributed.get_world_size() > 1:
         raise ValueError("find_lr: expected one process; search before the model is replicated or sharded")
+    cls, roles, say = class_named(name, "find_lr"), roles_by_rate(model), options.pop("say", print)
+    try:
+        create(model, name, say=None, **options)
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("create:", "find_lr:", 1)) from None
     batches = list(islice(data, steps))
     if not batches:
         raise ValueError("find_lr: expected batches in data, got none")
-    cls, roles, say = class_named(name, "find_lr"), roles_by_rate(model), options.pop("say", print)
     start = inspect.signature(cls).parameters["lr"].default
     losses: dict[Powers, float] = {}
     trials = []
@@ -215,8 +218,7 @@ def _train(
 ) -> float:
     """Train one run; return the loss that judges it, inf where it diverged."""
     optimizer = create(model, name, say=None, **options)
-    warmup = math.ceil(_WARMUP * steps)
-    schedule = LambdaLR(optimizer, lambda step: _factor(step, warmup, steps))
+    schedule = LambdaLR(optimizer, lambda step: _factor(step, math.ceil(_WARMUP * steps), steps))
     losses = []
     for step in range(steps):
         loss = loss_fn(model, batches[step % len(batches)])

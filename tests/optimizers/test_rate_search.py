@@ -145,9 +145,13 @@ def test_a_model_of_matrices_has_one_rate(data):
         ({"steps": 0}, "at least one step"),
         ({"name": "lyon"}, "take 'lion'"),
         ({"loss_fn": lambda model, batch: loss_fn(model, batch) * math.nan, "most_runs": 2}, "every run diverged"),
+        ({"learning_rate": 1.0}, "^find_lr: SinkGD has no option learning_rate; take lr;"),
+        ({"name": "lion", "embeddings": "balanced"}, "^find_lr: embeddings='balanced' is a rule of SinkGD"),
+        ({"like_adamw": {}}, "^find_lr: like_adamw: expected AdamW's 'lr'"),
+        ({"lr": "high"}, "learning rate must be a number, got 'high'"),
     ],
 )
 def test_what_cannot_be_searched_is_said(model, data, change, message):
     arguments = {"model": model, "loss_fn": loss_fn, "data": data, "name": "sinkgd", "steps": 2, "say": None, **change}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         find_lr(**arguments)

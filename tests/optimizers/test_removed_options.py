@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from leanstep.optimizers import LANTON, MFAC, Lion, SinkGD, create
+from leanstep.optimizers import LANTON, MFAC, Lion, SinkGD, create, from_parameters
 from leanstep.optimizers.common.checks import REMOVED
 from leanstep.recipes.config import loader
 
@@ -50,6 +50,8 @@ def test_a_removed_option_says_what_to_write_instead(name, option):
         CLASSES[name]([{"params": [weight], option: 1}])
     with pytest.raises(TypeError, match=message):
         create(nn.Linear(2, 3), name.lower(), say=None, **{option: 1})
+    with pytest.raises(TypeError, match=message):
+        from_parameters([weight], name.lower(), vocab_size=0, **{option: 1})
 
 
 def test_a_recipe_with_removed_options_says_what_to_write_instead(tmp_path):

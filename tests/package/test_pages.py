@@ -188,7 +188,7 @@ QUOTES = [
     ("README.md", "72 to 81 % less", "compress-llama", "compensated | 2.56 | 0.00030 | -79.6 [-80.9,"),
     ("README.md", "1,021 kills in 750 runs", "faults", "| all |  | 750 | 1021 | 750 | 0 |"),
     ("README.md", "8 bits cost 0.1 of perplexity", "generation-smollm2", "| llama.cpp Q8_0 | – | 145 | 185 | 22.04 |"),
-    ("README.md", "50 % zeros cost 13", "generation-smollm2", "| sparse bf16, 50 % | 50 % | 178 | 181 | 34.76 |"),
+    ("README.md", "50 % zeros 13", "generation-smollm2", "| sparse bf16, 50 % | 50 % | 178 | 181 | 34.76 |"),
     ("docs/methods/sinkgd.md", "+0.243 [+0.161", "compare-llama-micro", "SinkGD, AdamW on the rest | 5.550 "),
 ]  # fmt: skip
 
