@@ -223,10 +223,7 @@ def test_nothing_is_left_of_a_file_that_could_not_be_written(tmp_path):
         refused(f"{name}: {message}")
     zeros = torch.zeros(256, 68, dtype=torch.uint8)
     refused("has no tensor 'x' to write in Q8_0", encoded={"x": ("Q8_0", zeros)})
-    refused(
-        r"as Q8_0 is uint8 of shape \(256, 68\), got torch.uint8 of \(68, 256\)",
-        encoded={name: ("Q8_0", zeros.T)},
-    )
+    refused(r"as Q8_0 is uint8 of shape \(256, 68\), got torch.uint8 of \(68, 256\)", encoded={name: ("Q8_0", zeros.T)})
     refused("Q4_K needs rows of a multiple of 256", encoded={name: ("Q4_K", zeros)})
     norm = ("Q8_0", torch.zeros(1, 68, dtype=torch.uint8))
     refused("model.norm.weight is written in F32", encoded={"model.norm.weight": norm})

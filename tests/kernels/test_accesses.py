@@ -36,8 +36,7 @@ def test_a_copy_is_clean_and_counted():
 
 
 @pytest.mark.parametrize(
-    ("numel", "step", "message"),
-    [(11, 4, "outside"), (10, 3, "store by program 0 and store by program 1")],
+    ("numel", "step", "message"), [(11, 4, "outside"), (10, 3, "store by program 0 and store by program 1")]
 )
 def test_an_access_outside_and_an_overlap_are_found(numel, step, message):
     with pytest.raises(interpreter_accesses.AccessError if "store" in message else Exception, match=message):

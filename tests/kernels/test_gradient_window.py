@@ -41,10 +41,7 @@ def test_equals_a_float64_oracle(backend, dtype, m, dirty_memory):
     before = [b.clone() for b in blocks]
     g, x = joined(blocks), joined(vectors)[0]
     with use_backend("reference" if dtype == torch.float64 else backend):
-        for found, left, right in (
-            (row_dots(blocks, vectors), g, x),
-            (gram_row(blocks, m - 1), g, g[-1]),
-        ):
+        for found, left, right in ((row_dots(blocks, vectors), g, x), (gram_row(blocks, m - 1), g, g[-1])):
             # summed in pairs: on one thread, a product of the BLAS has an error of 2e-14
             close(found, (left * right).sum(1), left.abs() @ right.abs())
         found = linear_combination(blocks, coefficients)

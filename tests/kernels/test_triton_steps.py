@@ -248,9 +248,7 @@ def compare_scaled(p_dtype, g_dtype, rounding, device="cpu", **switches):
                 tensor[1] = old[1]
 
     flags = compare(
-        [params, mats, rows, cols, states],
-        lambda lists: triton.scaled_step.scaled_step(lists, options),
-        definition,
+        [params, mats, rows, cols, states], lambda lists: triton.scaled_step.scaled_step(lists, options), definition
     )
     assert flags.dtype == torch.int32 and flags.tolist() == [int(i == POISONED) for i in range(len(params))]
 

@@ -221,10 +221,7 @@ def test_the_configuration_file_is_pefts(tmp_path):
 
 @pytest.mark.parametrize(
     ("how", "message"),
-    [
-        ("missing", r"1 keys are missing, such as base_model\.model\.model\.layers\.0.*lora_A"),
-        ("cut", "is damaged"),
-    ],
+    [("missing", r"1 keys are missing, such as base_model\.model\.model\.layers\.0.*lora_A"), ("cut", "is damaged")],
 )
 def test_a_damaged_adapter_leaves_the_model_as_it_was(how, message, tmp_path):
     """tests/fuzz/test_adapters.py has other damage."""

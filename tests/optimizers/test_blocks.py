@@ -113,10 +113,7 @@ def test_rounding_states_are_those_of_the_parameter(rounding):
 
 def test_updates_of_heads_have_their_own_size():
     """RMS lr * scale for SinkGD; operator norm lr * sqrt(m / n) for LANTON, with m the rows of a head."""
-    for cls, settings in (
-        (SinkGD, {"scale": 1.0}),
-        (LANTON, {"nuclear": "svd", "ns_coefficients": "classic_quintic"}),
-    ):
+    for cls, settings in ((SinkGD, {"scale": 1.0}), (LANTON, {"nuclear": "svd", "ns_coefficients": "classic_quintic"})):
         param = nn.Parameter(torch.zeros(12, 16, dtype=torch.float64))
         param.grad = torch.randn(12, 16, dtype=torch.float64) * torch.logspace(-6, 0, 12, dtype=torch.float64)[:, None]
         group = {"algorithm": "sinkgd"} if cls is SinkGD else {"norm": "rms"}

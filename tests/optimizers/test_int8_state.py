@@ -119,10 +119,7 @@ def test_codes_without_scales_and_scales_without_the_setting_are_refused(name):
     assert all(torch.equal(averages(optimizer, param)[k], v) for k, v in before.items())
 
 
-@pytest.mark.parametrize(
-    ("name", "off"),
-    [("sinkgd", {"momentum": 0.0}), ("lanton", {"noise_adaptive": False})],
-)
+@pytest.mark.parametrize(("name", "off"), [("sinkgd", {"momentum": 0.0}), ("lanton", {"noise_adaptive": False})])
 def test_codes_that_are_switched_off_are_saved_and_loaded(name, off):
     optimizer, param = build(name)
     run(optimizer, [param], range(2))

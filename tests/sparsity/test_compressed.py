@@ -201,10 +201,7 @@ def test_damage_is_found_and_the_model_left_alone(exported):
         (edit(same, entry(dim=True), "new"), "a dim of .*got 2:4 and True"),
         (edit(same, entry(shape=[-1, 4]), "new"), "expected a shape, got"),
         (edit(same, entry(shape=[2**60, 4], pattern="0:4"), "new"), "expected a shape, got"),
-        (
-            edit(same, entry(shape=[2**20, 2**12], pattern="0:4"), "new"),
-            "at most 1,073,741,824 entries of pattern 0:4",
-        ),
+        (edit(same, entry(shape=[2**20, 2**12], pattern="0:4"), "new"), "at most 1,073,741,824 entries of pattern 0:4"),
         (edit(same, entry(pattern=3), "new"), "expected 'N:M'"),
         (edit(same, lambda layout: layout.update(aliases=[1]), "new"), "expected an object 'aliases', got list"),
         (edit(same, lambda layout: layout["aliases"].update(more=["0.bias"]), "new"), "expected the name of a weight"),
