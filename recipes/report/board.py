@@ -25,18 +25,12 @@ from leanstep.recipes.report.runlog import LOG_LIMIT, Run, number, read_files, r
 from leanstep.recipes.report.runs import facts_of, run_folders
 from leanstep.recipes.training.folder import is_held
 
-TYPES = {
-    ".html": "text/html; charset=utf-8",
-    ".svg": "image/svg+xml",
-    ".png": "image/png",
-    ".jpg": "image/jpeg",
-    ".webp": "image/webp",
-}
+PAGE_TYPE = "text/html; charset=utf-8"
 _REPORT = {"report.html", "sparsity.json"}  # of prune and compress
 _MOST_LINES = 2000  # of one log, evenly spaced
 _MOST_NUMBERS = 2_000_000  # of all curves together
-_MOST_REPORTS, _MOST_PICTURES, _LARGEST_FILE = 50, 20, 1 << 22
-_MOST_EMBEDDED = 1 << 24  # bytes of pages and pictures in one file
+_MOST_REPORTS, _LARGEST_FILE = 50, 1 << 22
+_MOST_EMBEDDED = 1 << 24  # bytes of reports in one file
 _NO_SETTINGS = ("description", "expect.")
 # what plotly's file has in texts and a page may not have
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
@@ -86,9 +80,9 @@ class Board:
         }
 
     def file(self, name: str) -> bytes:
-        """A page or picture below the folder. Raises OSError or ValueError for any other path, through links, too."""
+        """A page below the folder. Raises OSError or ValueError for any other path, through links, too."""
         path = (self.root / name).resolve()
-        if path.suffix not in TYPES or not path.is_relative_to(self.root.resolve()):
+        if path.suffix != ".html" or not path.is_relative_to(self.root.resolve()):
             raise FileNotFoundError(name)
         return read_bytes(path, _LARGEST_FILE)
 
@@ -103,21 +97,16 @@ class Board:
         return min(_MOST_LINES, max(10, _MOST_NUMBERS // max(1, keys)))
 
     def _reports(self) -> Iterator[dict[str, Any]]:
-        """Pages of prune and compress, and the pictures beside them."""
+        """Pages of prune and compress."""
         found = 0
         for folder, names, files in os.walk(self.root):
             names[:] = sorted(name for name in names if not name.startswith("."))  # of a command that is writing
             if found < _MOST_REPORTS and set(files) >= _REPORT:
                 found += 1
                 name = self._name(Path(folder, "report.html"))
-                pictures = [file for file in sorted(files) if TYPES.get(Path(file).suffix, "").startswith("image/")]
                 with suppress(OSError, ValueError):
                     title = _TITLE.search(self.file(name).decode("utf-8", "replace"))
-                    yield {
-                        "file": name,
-                        "title": html.unescape(title[1]) if title else name,
-                        "pictures": [self._name(Path(folder, picture)) for picture in pictures[:_MOST_PICTURES]],
-                    }
+                    yield {"file": name, "title": html.unescape(title[1]) if title else name}
 
     def _name(self, path: Path) -> str:
         return os.path.relpath(path, self.root)
@@ -224,7 +213,7 @@ def page(root: Path, content: dict[str, Any] | None) -> str:
 
 
 def write_board(root: Path, out: Path) -> Path:
-    """Write the board as one file, with the reports and their pictures in it; return its path.
+    """Write the board as one file, with the reports in it; return its path.
 
     Raises:
         ValueError: ``root`` is not a folder, or holds no run and no report.
@@ -235,12 +224,12 @@ def write_board(root: Path, out: Path) -> Path:
     if not content["runs"] and not content["reports"]:
         raise ValueError(f"no run and no report below {root}; expected a folder that holds runs, such as runs/")
     files, room = {}, _MOST_EMBEDDED
-    for name in [file for report in content["reports"] for file in (report["file"], *report["pictures"])]:
+    for name in (report["file"] for report in content["reports"]):
         with suppress(OSError):  # of one that is too large, or vanished, the page has the address
             embedded = board.file(name)
             room -= len(embedded)
             if room > 0:
-                files[name] = f"data:{TYPES[Path(name).suffix]};base64,{base64.b64encode(embedded).decode()}"
+                files[name] = f"data:{PAGE_TYPE};base64,{base64.b64encode(embedded).decode()}"
     if out.is_dir() or not out.parent.is_dir():
         raise ValueError(
             f"{out} is a folder" if out.is_dir() else f"the folder {out.parent} of {out.name} does not exist"

@@ -1,4 +1,4 @@
-"""Serve the board to browsers of this machine: one page, its data, and pages and pictures below its folder."""
+"""Serve the board to browsers of this machine: one page, its data, and reports below its folder."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from leanstep.recipes.report.board import TYPES, Board, page
+from leanstep.recipes.report.board import PAGE_TYPE, Board, page
 
 _HOST = "127.0.0.1"
 # names under which a browser of this machine may ask; a site that points its own name here gets nothing
@@ -63,12 +63,12 @@ class _Handler(BaseHTTPRequestHandler):
         """Content, type and content policy of an address. Raises OSError or ValueError where there is none."""
         board, name = self.server.board, path.removeprefix("/files/")
         if path == "/":
-            return self.server.page, TYPES[".html"], None
+            return self.server.page, PAGE_TYPE, None
         if path == "/data.json":
             return json.dumps(board.content(), allow_nan=False).encode(), "application/json", None
         if name == path:
             raise FileNotFoundError(path)
-        return board.file(name), TYPES[Path(name).suffix], _POLICY
+        return board.file(name), PAGE_TYPE, _POLICY
 
     def _answer(self, content: bytes, kind: str, policy: str | None) -> None:
         self.send_response(HTTPStatus.OK)

@@ -43,7 +43,6 @@ def made(tmp_path):
     (root / "pruned").mkdir()
     (root / "pruned" / "report.html").write_text(REPORT)
     (root / "pruned" / "sparsity.json").write_text("{}")
-    (root / "pruned" / "cürve 1.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
     (tmp_path / "secret.html").write_text("secret")
     return root
 
@@ -172,11 +171,9 @@ def test_the_server_gives_the_page_its_data_and_reports(made):
         content = json.loads(data)
         assert status == 200 and [run["name"] for run in content["runs"]] == ["a", "b"]
         (report,) = content["reports"]
-        assert report["title"] == "final pruned to 50 & more" and report["pictures"] == ["pruned/cürve 1.svg"]
+        assert report["title"] == "final pruned to 50 & more"
         status, headers, page = ask(f"/{content['base']}/{quote(report['file'])}")
         assert status == 200 and page.decode() == REPORT and headers["Content-Security-Policy"].endswith("; sandbox")
-        status, headers, _ = ask(f"/files/{quote(report['pictures'][0])}")
-        assert status == 200 and headers["Content-Type"] == "image/svg+xml"
         assert headers["X-Content-Type-Options"] == "nosniff"
         shutil.rmtree(made)
         assert ask("/data.json")[0] == 404
@@ -185,16 +182,16 @@ def test_the_server_gives_the_page_its_data_and_reports(made):
 def test_the_server_refuses_what_is_outside_and_what_is_no_page(made, tmp_path):
     (made / "link.html").symlink_to(tmp_path / "secret.html")
     (made / "folder").symlink_to(tmp_path)
-    (made / "large.svg").write_bytes(b" " * ((1 << 22) + 1))
-    os.mkfifo(made / "pipe.svg")
+    (made / "large.html").write_bytes(b" " * ((1 << 22) + 1))
+    os.mkfifo(made / "pipe.html")
     outside = [
         "/../secret.html", "/files/../secret.html", "/files/%2e%2e/secret.html", "/files/a/..%2f..%2fsecret.html",
         f"/files/{tmp_path}/secret.html", "/files//etc/passwd", f"/{tmp_path}/secret.html", "/secret.html",
-        "/files/link.html", "/files/folder/secret.html", f"/files/folder/{made.name}/pipe.svg",
+        "/files/link.html", "/files/folder/secret.html", f"/files/folder/{made.name}/pipe.html",
     ]  # fmt: skip
     other = [
         "/files/a/config.yaml", "/files/a/env.json", "/files/a", "/files/", "/files/none.html", "/files/%00.html",
-        f"/files/{'x' * 5000}.html", "/a/report.html", "/files/large.svg", "/files/pipe.svg", "/data.json/",
+        f"/files/{'x' * 5000}.html", "/a/report.html", "/files/large.html", "/files/pipe.html", "/data.json/",
     ]  # fmt: skip
     with served(made) as ask:
         for path in (*outside, *other):
@@ -255,7 +252,7 @@ def test_the_file_holds_all_that_it_shows(made, tmp_path, capsys):
     text = page.partition('<script type="application/json" id="data">')[2].partition("</script>")[0]
     content = json.loads(text)
     assert [run["recipe"] for run in content["runs"]] == ["a", "b", name] and content["base"] == "../runs"
-    assert set(content["files"]) == {"pruned/report.html", "pruned/cürve 1.svg"}
+    assert set(content["files"]) == {"pruned/report.html"}
     assert all(address.startswith("data:") for address in content["files"].values())
     # the library's own text aside
     rest = re.sub(r"<script nonce[^>]*>/\*\*.*?</script>", "", page, count=1, flags=re.DOTALL)
@@ -263,11 +260,9 @@ def test_the_file_holds_all_that_it_shows(made, tmp_path, capsys):
     assert [file.name for file in out.parent.iterdir()] == ["board.html"]
 
 
-def test_a_file_has_the_addresses_of_pictures_for_which_it_has_no_room(made, tmp_path, monkeypatch):
-    monkeypatch.setattr("leanstep.recipes.report.board._MOST_EMBEDDED", len(REPORT) + 1)
+def test_a_file_has_the_addresses_of_reports_for_which_it_has_no_room(made, tmp_path, monkeypatch):
+    monkeypatch.setattr("leanstep.recipes.report.board._MOST_EMBEDDED", len(REPORT))
     page = write_board(made, tmp_path / "board.html").read_text("utf-8")
     content = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
-    assert set(content["files"]) == {"pruned/report.html"} and content["reports"][0]["pictures"] == [
-        "pruned/cürve 1.svg"
-    ]
+    assert content["files"] == {} and content["reports"][0]["file"] == "pruned/report.html"
     assert math.isfinite(content["runs"][0]["curves"]["train"]["values"]["loss"][0])
