@@ -225,11 +225,9 @@ function age(text) {
   return `${Math.floor(seconds)} s`;
 }
 
-function size(bytes) {
-  for (const [unit, scale] of [["GB", 1e9], ["MB", 1e6], ["kB", 1e3]]) {
-    if (bytes >= scale) return `${(bytes / scale).toPrecision(3)} ${unit}`;
-  }
-  return `${bytes} B`;
+function size(bytes) {  // as leanstep runs writes it
+  const power = bytes < 1024 * 1000 ? 1 : bytes < 1024 ** 2 * 1000 ? 2 : 3;
+  return `${(bytes / 1024 ** power).toFixed(1)} ${["KiB", "MiB", "GiB"][power - 1]}`;
 }
 
 const badge = state => element("span", {className: `badge ${BADGES[state] || "bad"}`, textContent: state.replace(":", ": ")});
