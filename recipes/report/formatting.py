@@ -78,6 +78,9 @@ def card_facts(config: "RunConfig", state: "TrainState", tokens_per_s: float | N
         "Trained": f"{state.step:,} steps, {state.tokens:,} targets",
         "Optimizer": f"{optimizer.name}, learning rate {optimizer.lr:g}",
     }
+    if config.lora.target_modules:
+        bits = f", base in {config.lora.quantize_base}" if config.lora.quantize_base else ""
+        facts["Adapters"] = f"rank {config.lora.r} of {', '.join(config.lora.target_modules)}{bits}"
     if state.val_loss is not None:
         perplexity = math.exp(min(state.val_loss, 700.0))
         facts["Held-out loss"] = f"{state.val_loss:.4f} nats per target, perplexity {perplexity:.2f}"

@@ -196,6 +196,7 @@ def test_a_quantised_base_ends_in_the_model_that_was_trained(base, llama, tmp_pa
     training = run(recipe, [*options, "steps=12", "eval.every=12"], tmp_path / "run")
     assert training.codes == [0], training.text()
     final, ids = tmp_path / "run" / "final", torch.arange(32).view(1, -1)
+    assert f"rank 4 of q_proj, v_proj, down_proj, base in {kind}" in (final / "README.md").read_text("utf-8")
     merged = AutoModelForCausalLM.from_pretrained(final)
     assert getattr(merged.config, "quantization_config", None) is None
     again = build_model(load(recipe, options).model, 300, quantize=kind).eval()
