@@ -70,7 +70,7 @@ def main() -> int:
     if unknown := set(arguments.modules) - set(known):
         PARSER.error(f"expected modules of {known}, got {sorted(unknown)}")
     wanted = {prefix + name for name in arguments.modules or known}
-    cases = [case for case in representative(_compile.cases()) if case.kernel.__module__ in wanted]
+    cases = [case for case in _compile.largest(_compile.cases()) if case.kernel.__module__ in wanted]
     rows = [row(case, target) for case in cases for target in DEVICES]
     for name, make in PEERS.items() if arguments.peers else ():
         try:
@@ -80,16 +80,6 @@ def main() -> int:
             rows.append([name, f"not there: {error}", *["-"] * (len(HEAD) - 2)])
     print_table(HEAD, rows)
     return 0
-
-
-def representative(cases: list[Any]) -> list[Any]:
-    """One configuration per kernel: the most bf16, then 128-bit accesses, then the largest tile."""
-    kernels = {case.kernel: None for case in cases}
-    return [
-        max((case for case in cases if case.kernel is kernel),
-            key=lambda c: (len(re.findall("bf16|bfloat16", c.label)), c.wide, c.elements))
-        for kernel in kernels
-    ]  # fmt: skip
 
 
 def row(case: Any, target: str, divisor: int = 1) -> list[str]:

@@ -5,6 +5,7 @@
 
 import importlib
 import pkgutil
+import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping
@@ -163,6 +164,16 @@ def modules() -> list[ModuleType]:
 def cases() -> list[AuditCase]:
     """Every configuration that a launcher of this package can choose."""
     return [case for module in modules() for case in recorded_cases(module.audit_launches)]
+
+
+def largest(cases: list[AuditCase]) -> list[AuditCase]:
+    """One configuration per kernel: the most bf16, then 128-bit accesses, then the largest tile."""
+    kernels = dict.fromkeys(case.kernel for case in cases)
+    return [max((case for case in cases if case.kernel is kernel), key=_size) for kernel in kernels]
+
+
+def _size(case: AuditCase) -> tuple[int, bool, int]:
+    return len(re.findall("bf16|bfloat16", case.label)), case.wide, case.elements
 
 
 def compile_case(case: AuditCase, target: str) -> Any:

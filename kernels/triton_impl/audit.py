@@ -84,9 +84,9 @@ def measure(
 
 
 def prove(
-    targets: Sequence[str] = races.TARGETS, match: str | Collection[str] = "", processes: int | None = None
+    targets: Sequence[str] = races.TARGETS, match: str | Collection[str] | None = None, processes: int | None = None
 ) -> list[races.Proof]:
-    """Verify that the configurations whose "kernel label" contains `match` have no races; `match` is as for `measure`.
+    """Verify that the largest configuration of each kernel has no races, or those of `match`, as for `measure`.
 
     Raises:
         RuntimeError: if Triton or the version of SentryWard in use is not installed.
@@ -99,7 +99,7 @@ def prove(
 def _in_processes(
     work: Callable[..., _Result],
     targets: Sequence[str],
-    match: str | Collection[str],
+    match: str | Collection[str] | None,
     processes: int | None,
     *settings: Any,
 ) -> list[_Result]:
@@ -109,8 +109,7 @@ def _in_processes(
     context = multiprocessing.get_context("spawn")
     processes = processes or os.cpu_count() or 1
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_leave_interpreter) as pool:
-        names = pool.submit(_names).result()
-        matching = [i for i, name in enumerate(names) if (match in name if isinstance(match, str) else name in match)]
+        matching = pool.submit(_matching, match).result()
         tasks = [(i, target, *settings) for i in matching for target in targets]
         return list(pool.map(work, tasks, chunksize=4))
 
@@ -145,10 +144,13 @@ def _leave_interpreter() -> None:
     os.environ.pop("TRITON_INTERPRET", None)
 
 
-def _names() -> list[str]:
+def _matching(match: str | Collection[str] | None) -> list[int]:
     from leanstep.kernels.triton_impl import _compile
 
-    return [f"{case.kernel.__name__} {case.label}" for case in _compile.cases()]
+    names = [f"{case.kernel.__name__} {case.label}" for case in _compile.cases()]
+    if match is None:
+        match = {f"{case.kernel.__name__} {case.label}" for case in _compile.largest(_compile.cases())}
+    return [i for i, name in enumerate(names) if (match in name if isinstance(match, str) else name in match)]
 
 
 def _prove(task: tuple[int, str]) -> races.Proof:
@@ -325,17 +327,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         "Loads and stores are those of the main loop: count x bits.",
     )
     parser.add_argument("--target", action="append", choices=TARGETS, help="only this target; may be repeated")
-    parser.add_argument("--match", default="", help='only configurations whose "kernel label" contains this')
+    parser.add_argument("--match", help='only configurations whose "kernel label" contains this')
     parser.add_argument("--processes", type=int, help="compile in this many processes (default: one per core)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
-        "--prove", action="store_true", help="verify that the code for NVIDIA's targets has no races (extra prove)"
-    )
+        "--prove", action="store_true", help="verify that the code for NVIDIA's targets has no races (extra prove); "
+        "without --match, that of the largest configuration of each kernel"
+    )  # fmt: skip
     arguments = parser.parse_args(argv)
     try:
         if arguments.prove:
             return _print_proofs(arguments)
-        measurements = measure(arguments.target or TARGETS, arguments.match, arguments.processes)
+        measurements = measure(arguments.target or TARGETS, arguments.match or "", arguments.processes)
     except RuntimeError as error:
         sys.stderr.write(f"leanstep audit: {error}\n")
         return 2

@@ -64,8 +64,7 @@ def test_a_planted_overlap_is_found_with_both_accesses(tmp_path, name, kernel, p
 
 def test_the_command_says_what_is_proved_and_what_is_not_covered(capsys, monkeypatch):
     def in_this_process(work, targets, match, processes):
-        matching = [i for i, name in enumerate(audit._names()) if match in name]
-        return [work((i, target)) for i in matching for target in targets]
+        return [work((i, target)) for i in audit._matching(match) for target in targets]
 
     monkeypatch.setattr(audit, "_in_processes", in_this_process)
     assert audit.main(["--prove", "--match", "nm_mask_kernel s 32 bits m 2", "--target", "sm_90"]) == 0
