@@ -109,7 +109,8 @@ def _in_processes(
     context = multiprocessing.get_context("spawn")
     processes = processes or os.cpu_count() or 1
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_leave_interpreter) as pool:
-        matching = pool.submit(_matching, match).result()
+        names = match if match is None or isinstance(match, str) else set(match)
+        matching = pool.submit(_matching, names).result()
         tasks = [(i, target, *settings) for i in matching for target in targets]
         return list(pool.map(work, tasks, chunksize=4))
 
