@@ -31,7 +31,7 @@ def save_sparse(folder, model, sparsity=0.7, dtype=torch.bfloat16, shard="10GB",
 def tensors(folder):
     """Every tensor of a folder's files by name, as dtype, shape and bytes."""
     return {
-        name: (tensor.dtype, tuple(tensor.shape), tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        name: (tensor.dtype, tuple(tensor.shape), tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
         for path in sorted(folder.glob("*.safetensors"))
         for name, tensor in load_file(path).items()
     }

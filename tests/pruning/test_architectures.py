@@ -34,13 +34,27 @@ QUICK = {"sparsity": 0.5, "levels": (0.4, 0.7), "batch_size": 4}
 SMALL = ["--samples", "4", "--curve-samples", "2", "--held-out", "2", "--seq-len", "16", "--levels", "0.4,0.7"]
 LEFT_OUT = {
     "mamba": r"conv1d.weight, .*dt_proj.weight.* was never run",
+    "falcon_mamba": r"conv1d.weight, .*dt_proj.weight.* was never run",
     "mamba2": r"conv1d.weight.* was never run",
     "jamba": r"conv1d.weight, .*dt_proj.weight.* was never run",
     "lfm2": r"conv.conv.weight.* was never run",
     "qwen3_next": r"conv1d.weight.* was never run",
     "convnext": r"dwconv.weight.* has groups",
 }
-EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "llama4", "deepseek_v3", "jamba", "qwen3_next", "switch")
+EXPERTS = (
+    "olmoe",
+    "granitemoe",
+    "phimoe",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "gpt_oss",
+    "llama4",
+    "deepseek_v3",
+    "jamba",
+    "qwen3_next",
+    "switch",
+)
 
 
 def data_for(name):
