@@ -20,7 +20,7 @@ from leanstep.optimizers.lion import Lion
 from leanstep.optimizers.mfac.optimizer import MFAC
 from leanstep.optimizers.param_groups import DEFAULTS, ROLES, ParamGroups, param_groups
 from leanstep.optimizers.peers import SCALE, MuonAdamW, NorMuon, peer_algorithm
-from leanstep.optimizers.rates.adamw import convert_rates
+from leanstep.optimizers.rates.adamw import convert_rates, customary_rates
 from leanstep.optimizers.sinkgd.optimizer import SinkGD
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
@@ -133,6 +133,9 @@ def _built(
             group.pop("algorithm", None)
     if cls is AdamW:
         options.setdefault("fused", True)
+    chosen = {*options}.union(*groups)
+    if like_adamw is None and cls is LANTON and not chosen & {"lr", "scaling", "radius"}:
+        like_adamw = customary_rates(groups, options.pop("weight_decay", 0.0))
     if like_adamw is not None:
         if groups.unused_settings:
             roles = ", ".join(groups.unused_settings)
