@@ -17,8 +17,7 @@ _MUON_LENGTH = 0.2
 # Largest singular value of AdamW's step of a matrix, in that of an orthogonal step of the same root mean square. Chosen
 # on a LLaMA of width 64: a signal of one direction has sqrt(64), noise up to 2.
 _FEW_DIRECTIONS = 4.0
-# AdamW's rates where none is given: of matrices of the first width, and of the rest; both are near what its search chose
-# on three small models (docs/howto/learning-rates.md)
+# AdamW's rates where none is given, of matrices at this width and of the rest (docs/howto/learning-rates.md)
 _WIDTH, _MATRICES, _REST = 128, 1e-3, 2e-2
 
 
@@ -139,5 +138,5 @@ def convert_rates(
             check_number(f"{owner}, group {group.get('name')!r}", key, value, 0.0)
         converted.append(rule({**defaults, **options, **group}, rate, decay))
     for group, values in zip(groups, converted, strict=True):
-        given = {*options, *group} - {"lr", "weight_decay"}
-        group.update({key: value for key, value in values.items() if key not in given})
+        kept = {*options, *group} - {"lr", "weight_decay"}
+        group.update({key: value for key, value in values.items() if key not in kept})
