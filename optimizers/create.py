@@ -20,7 +20,7 @@ from leanstep.optimizers.lion import Lion
 from leanstep.optimizers.mfac.optimizer import MFAC
 from leanstep.optimizers.param_groups import DEFAULTS, ROLES, ParamGroups, param_groups
 from leanstep.optimizers.peers import SCALE, MuonAdamW, NorMuon, peer_algorithm
-from leanstep.optimizers.rates.adamw import convert_rates
+from leanstep.optimizers.rates.adamw import convert_rates, customary_rates
 from leanstep.optimizers.sinkgd.optimizer import SinkGD
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
@@ -79,7 +79,8 @@ def create(
         like_adamw: AdamW's learning rate and weight decay, such as ``{"lr": 3e-4, "weight_decay": 0.1}``, in place of
             ``lr`` and ``weight_decay``, for all but "mfac", "muon", "normuon" and "scale". Steps move weights as far
             as AdamW's would, and decay by as much; schedule and warm-up stay. Rates in ``settings`` and ``overrides``
-            are then AdamW's too. ``docs/howto/learning-rates.md`` has the rule of each class.
+            are then AdamW's too. ``docs/howto/learning-rates.md`` has the rule of each class. "lanton" without this,
+            ``lr``, ``scaling`` or ``radius`` takes AdamW's customary rates, and ``weight_decay`` as AdamW's.
         embeddings, split, settings, overrides: as for :func:`param_groups`; "balanced" embeddings need "sinkgd", and
             ``split`` needs "sinkgd" or "lanton".
         say: takes the table of groups, with the rules of the class; None: no table, as on all ranks but one.
@@ -133,6 +134,9 @@ def _built(
             group.pop("algorithm", None)
     if cls is AdamW:
         options.setdefault("fused", True)
+    chosen = {*options}.union(*groups)
+    if like_adamw is None and cls is LANTON and not chosen & {"lr", "scaling", "radius"}:
+        like_adamw = customary_rates(groups, options.pop("weight_decay", 0.0))
     if like_adamw is not None:
         if groups.unused_settings:
             roles = ", ".join(groups.unused_settings)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from comparison.protocol import ComparisonError, Protocol, Run, digest
-from leanstep.optimizers import param_groups
+from leanstep.optimizers import create, param_groups
 from leanstep.optimizers.rates.adamw import convert_rates
 
 # roles whose learning rate is the first axis of the grid; embeddings, heads, norms and biases have the second
@@ -29,7 +29,8 @@ class Method:
         matrices: ``algorithm`` of the groups of matrix roles, for classes with several.
         embeddings: rule of embeddings and heads, as for :func:`leanstep.optimizers.param_groups`.
         roles: settings of the groups of other roles, by role; "tied" are those of an embedding that is also the head.
-        carried: for comparisons without a search: "rates": AdamW's, by ``like_adamw``; "defaults": the class's.
+        carried: for comparisons without a search: "rates": AdamW's, by ``like_adamw``; "defaults": the class's;
+            "create": those of :func:`leanstep.create`.
     """
 
     cls: str
@@ -58,6 +59,8 @@ class Method:
             fixed["embeddings"] = self.embeddings
         if self.carried == "rates":
             fixed["like_adamw"] = True
+        if self.carried == "create":
+            fixed["create"] = True
         return {"class": self.cls, **{key: value for key, value in fixed.items() if value}}
 
     def optimizer_class(self) -> type[torch.optim.Optimizer]:
@@ -73,6 +76,8 @@ class Method:
 
     def build(self, model: torch.nn.Module, run: Run) -> torch.optim.Optimizer:
         """Build the optimizer over the roles of a model, with the step sizes of a run."""
+        if self.carried == "create":
+            return create(model, self.optimizer_class().__name__.lower(), say=None, **self.args)
         roles = {role: dict(settings) for role, settings in self.roles.items() if role != "tied"}
         if "tied" in self.roles and _is_tied(model):
             roles["embedding"] = {**roles.get("embedding", {}), **self.roles["tied"]}
@@ -157,5 +162,6 @@ METHODS = {
     "lanton-carried": Method(_LANTON, "LANTON", None, {"alpha": "auto"}, carried="rates"),
     "lion-carried": Method(_LION, "Lion", carried="rates"),
     "lanton-auto": Method(_LANTON, "LANTON, alpha='auto'", None, {"alpha": "auto"}, carried="defaults"),
+    "lanton-create": Method(_LANTON, "LANTON by create", carried="create"),
     "s-mfac-default": Method(_MFAC, "S-MFAC", None, {"compression": "topk"}),
 }  # fmt: skip

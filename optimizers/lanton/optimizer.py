@@ -47,7 +47,7 @@ SCALINGS = ("scion", "muon")
 class LANTON(MarkedHalves, LeanOptimizer):
     r"""LANTON (layer-wise noise-adaptive learning rates with operator norms).
 
-    Start with ``alpha="auto"`` and ``like_adamw`` of :func:`leanstep.optimizers.create`, or ``lr`` 2e-2 for matrices.
+    Start with ``create(model, "lanton")``, which needs no rate; the class has the paper's rule. By it take ``lr`` 2e-2.
 
     For every matrix or vector p, with gradient G, momentum B, direction O and noise estimate H::
 

@@ -17,6 +17,8 @@ _MUON_LENGTH = 0.2
 # Largest singular value of AdamW's step of a matrix, in that of an orthogonal step of the same root mean square. Chosen
 # on a LLaMA of width 64: a signal of one direction has sqrt(64), noise up to 2.
 _FEW_DIRECTIONS = 4.0
+# AdamW's rates where none is given, of matrices at this width and of the rest (docs/howto/learning-rates.md)
+_WIDTH, _MATRICES, _REST = 128, 1e-3, 2e-2
 
 
 def step_length(newest: float, beta: float) -> float:
@@ -52,7 +54,28 @@ def _sinkgd(options: Mapping[str, Any], rate: Any, decay: float) -> dict[str, An
 def _lanton(options: Mapping[str, Any], rate: Any, decay: float) -> dict[str, Any]:
     length = _length(options["betas"][0], options["nesterov"])
     radius = _FEW_DIRECTIONS * length / _MUON_LENGTH if options["norm"] == "rms" else length
-    return {"lr": rate, "weight_decay": decay, "scaling": "muon", "radius": radius}
+    lengths = {"lr": rate, "weight_decay": decay, "scaling": "muon", "radius": radius}
+    # the noise of a sign is a sum over a table: beside one of positions it would halve the embedding's steps
+    return {**lengths, "alpha": "auto", "noise_adaptive": options["norm"] != "sign"}
+
+
+def customary_rates(groups: Sequence[MutableMapping[str, Any]], weight_decay: float) -> dict[str, float]:
+    """Return AdamW's customary rates for :func:`convert_rates`; groups without matrices get theirs here, in place.
+
+    Matrices have 1e-3 * sqrt(128 / width), the rest 2e-2. The width is the larger side of the narrowest matrix.
+    """
+    sides = []
+    for group in groups:
+        if group["norm"] == "rms":
+            sides += [_larger_side(param.shape) for _, param in group["params"]]
+        else:
+            group["lr"] = _REST
+    return {"lr": _MATRICES * math.sqrt(_WIDTH / max(1, min(sides, default=_WIDTH))), "weight_decay": weight_decay}
+
+
+def _larger_side(shape: Sequence[int]) -> int:
+    rows, *others = shape[1:] if len(shape) == 3 else shape  # of a stack's matrices
+    return max(rows, math.prod(others))
 
 
 # class -> its rule, and the options that would change the length of its steps
@@ -72,6 +95,8 @@ def convert_rates(
     rates: Mapping[str, Any],
 ) -> None:
     """Set learning rate, weight decay and length of steps of an optimizer's groups, in place.
+
+    LANTON gets ``alpha="auto"`` and, for embeddings and heads, ``noise_adaptive=False``, where nothing else is given.
 
     Args:
         owner: what messages begin with.
@@ -113,4 +138,5 @@ def convert_rates(
             check_number(f"{owner}, group {group.get('name')!r}", key, value, 0.0)
         converted.append(rule({**defaults, **options, **group}, rate, decay))
     for group, values in zip(groups, converted, strict=True):
-        group.update(values)
+        kept = {*options, *group} - {"lr", "weight_decay"}
+        group.update({key: value for key, value in values.items() if key not in kept})

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from leanstep.optimizers import LANTON, MFAC, Lion, ParamGroups, SinkGD, create, param_groups
+from leanstep.optimizers.rates.adamw import customary_rates
 from leanstep.recipes.config.schema import OPTIMIZERS, OptimizerConfig
 from leanstep.recipes.training.build import build_optimizer
 
@@ -186,6 +187,29 @@ def test_like_adamw_moves_as_far_and_decays_as_much(name, options):
         moved[one] = {k: ((p.detach() - start[k]) * means[k].sign()).mean().item() for k, p in model.named_parameters()}
     for key in ("layer.weight", "embed.weight", "lm_head.weight"):
         assert moved[name][key] / moved["adamw"][key] == pytest.approx(1, abs=0.3), key
+
+
+def test_lanton_without_a_rate_has_the_customary_ones_of_adamw():
+    def settings(**options):
+        groups = groups_of(create(Model(width=32), "lanton", say=None, **options))
+        return {name: {k: v for k, v in group.items() if k != "params"} for name, group in groups.items()}
+
+    rest = {role: {"lr": 2e-2} for role in ("embedding", "head", "norm", "bias")}
+    assert settings(weight_decay=0.1) == settings(like_adamw={"lr": 2e-3, "weight_decay": 0.1}, settings=rest)
+    found = settings()
+    assert {group["alpha"] for group in found.values()} == {"auto"}
+    assert [found[role]["noise_adaptive"] for role in ("hidden", "embedding", "head", "norm")] == [1, 0, 0, 1]
+    given = settings(alpha=0.5, noise_adaptive=True)
+    assert {(group["alpha"], group["noise_adaptive"]) for group in given.values()} == {(0.5, True)}
+    chosen = ({"lr": 5e-3}, {"scaling": "muon"}, {"radius": 2.0}, {"settings": {"head": {"lr": 1e-3}}})
+    for group in (group for options in chosen for group in settings(**options).values()):
+        assert group["lr"] in (5e-3, 1e-3) and group["alpha"] == 1.0 and group["noise_adaptive"]
+
+
+@pytest.mark.parametrize("shape, width", [((24, 96), 96), ((4, 24, 48), 48), ((8, 3, 4, 4), 48), ((64, 3, 4, 4), 64)])
+def test_the_width_of_the_customary_rate_is_a_larger_side(shape, width):
+    groups = [{"norm": "rms", "params": [("p", torch.empty(shape))]}]
+    assert customary_rates(groups, 0.1) == {"lr": pytest.approx(1e-3 * (128 / width) ** 0.5), "weight_decay": 0.1}
 
 
 @pytest.mark.parametrize(
