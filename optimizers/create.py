@@ -134,8 +134,8 @@ def _built(
             group.pop("algorithm", None)
     if cls is AdamW:
         options.setdefault("fused", True)
-    chosen = {*options}.union(*groups)
-    if like_adamw is None and cls is LANTON and not chosen & {"lr", "scaling", "radius"}:
+    given = {*options}.union(*groups)
+    if like_adamw is None and cls is LANTON and not given & {"lr", "scaling", "radius"}:
         like_adamw = customary_rates(groups, options.pop("weight_decay", 0.0))
     if like_adamw is not None:
         if groups.unused_settings:

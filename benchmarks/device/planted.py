@@ -294,7 +294,7 @@ def races(case: Any, ptx: str = "") -> str:
 
     ptx = ptx or _compile.compile_case(case, "sm_90").asm["ptx"]
     verdict = races.prove(case, "sm_90", ptx, seconds=10.0).verdict
-    if verdict == races.RACE or verdict == races.NOT_COVERED:
-        return "races" if verdict == races.RACE else ""
+    if verdict in (races.RACE, races.NOT_COVERED):
+        return "races" * (verdict == races.RACE)
     whole = races.prove(case, "sm_90", _compile.compile_case(case, "sm_90").asm["ptx"], seconds=10.0)
     return WITHOUT if whole.verdict == verdict else ""

@@ -148,9 +148,11 @@ def _leave_interpreter() -> None:
 def _matching(match: str | Collection[str] | None) -> list[int]:
     from leanstep.kernels.triton_impl import _compile
 
-    names = [f"{case.kernel.__name__} {case.label}" for case in _compile.cases()]
+    cases = _compile.cases()
     if match is None:
-        match = {f"{case.kernel.__name__} {case.label}" for case in _compile.largest(_compile.cases())}
+        largest = set(map(id, _compile.largest(cases)))
+        return [i for i, case in enumerate(cases) if id(case) in largest]
+    names = [f"{case.kernel.__name__} {case.label}" for case in cases]
     return [i for i, name in enumerate(names) if (match in name if isinstance(match, str) else name in match)]
 
 

@@ -224,12 +224,12 @@ def write_board(root: Path, out: Path) -> Path:
     if not content["runs"] and not content["reports"]:
         raise ValueError(f"no run and no report below {root}; expected a folder that holds runs, such as runs/")
     files, room = {}, _MOST_EMBEDDED
-    for name in (report["file"] for report in content["reports"]):
+    for report in content["reports"]:
         with suppress(OSError):  # of one that is too large, or vanished, the page has the address
-            embedded = board.file(name)
+            embedded = board.file(report["file"])
             room -= len(embedded)
             if room > 0:
-                files[name] = f"data:{PAGE_TYPE};base64,{base64.b64encode(embedded).decode()}"
+                files[report["file"]] = f"data:{PAGE_TYPE};base64,{base64.b64encode(embedded).decode()}"
     if out.is_dir() or not out.parent.is_dir():
         raise ValueError(
             f"{out} is a folder" if out.is_dir() else f"the folder {out.parent} of {out.name} does not exist"

@@ -63,6 +63,8 @@ def test_a_planted_overlap_is_found_with_both_accesses(tmp_path, name, kernel, p
 
 
 def test_the_command_says_what_is_proved_and_what_is_not_covered(capsys, monkeypatch):
+    from leanstep.kernels.triton_impl import _compile
+
     def in_this_process(work, targets, match, processes):
         return [work((i, target)) for i in audit._matching(match) for target in targets]
 
@@ -78,6 +80,8 @@ def test_the_command_says_what_is_proved_and_what_is_not_covered(capsys, monkeyp
     (row,) = json.loads(capsys.readouterr().out)
     assert row["verdict"] == "not covered"
     assert audit.main(["--prove", "--match", "no such kernel"]) == 1
+    cases = _compile.cases()
+    assert {cases[i].kernel for i in audit._matching(None)} == {case.kernel for case in cases}
 
 
 @pytest.mark.parametrize("installed", ["0.2.0", None])

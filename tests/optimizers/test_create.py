@@ -196,13 +196,13 @@ def test_lanton_without_a_rate_has_the_customary_ones_of_adamw():
 
     rest = {role: {"lr": 2e-2} for role in ("embedding", "head", "norm", "bias")}
     assert settings(weight_decay=0.1) == settings(like_adamw={"lr": 2e-3, "weight_decay": 0.1}, settings=rest)
-    found = settings()
-    assert {group["alpha"] for group in found.values()} == {"auto"}
-    assert [found[role]["noise_adaptive"] for role in ("hidden", "embedding", "head", "norm")] == [1, 0, 0, 1]
+    groups = settings()
+    assert {group["alpha"] for group in groups.values()} == {"auto"}
+    assert [groups[role]["noise_adaptive"] for role in ("hidden", "embedding", "head", "norm")] == [1, 0, 0, 1]
     given = settings(alpha=0.5, noise_adaptive=True)
     assert {(group["alpha"], group["noise_adaptive"]) for group in given.values()} == {(0.5, True)}
-    chosen = ({"lr": 5e-3}, {"scaling": "muon"}, {"radius": 2.0}, {"settings": {"head": {"lr": 1e-3}}})
-    for group in (group for options in chosen for group in settings(**options).values()):
+    paper = ({"lr": 5e-3}, {"scaling": "muon"}, {"radius": 2.0}, {"settings": {"head": {"lr": 1e-3}}})
+    for group in (group for options in paper for group in settings(**options).values()):
         assert group["lr"] in (5e-3, 1e-3) and group["alpha"] == 1.0 and group["noise_adaptive"]
 
 

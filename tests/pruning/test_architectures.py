@@ -42,18 +42,7 @@ LEFT_OUT = {
     "convnext": r"dwconv.weight.* has groups",
 }
 EXPERTS = (
-    "olmoe",
-    "granitemoe",
-    "phimoe",
-    "mixtral",
-    "qwen2_moe",
-    "qwen3_moe",
-    "gpt_oss",
-    "llama4",
-    "deepseek_v3",
-    "jamba",
-    "qwen3_next",
-    "switch",
+    "olmoe granitemoe phimoe mixtral qwen2_moe qwen3_moe gpt_oss llama4 deepseek_v3 jamba qwen3_next switch".split()
 )
 
 

@@ -86,6 +86,7 @@ def _step_tile(pointers, offs, mask, where, numbers, META: tl.constexpr):
     if ROUNDING == "kahan" or ROUNDING == "master" or ROUNDING == "split":
         e = remainder(value, p, e_old.dtype, ROUNDING)
         tl.store(e_ptr + offs, tl.where(skip, e_old, e), mask=mask)
+    # last: before the state of a split weight, it would make code for sm_90 that needs the stack
     tl.store(p_ptr + offs, tl.where(skip, p_old, p), mask=mask)
     return skip.to(tl.int32)
 
