@@ -138,5 +138,5 @@ def convert_rates(
             check_number(f"{owner}, group {group.get('name')!r}", key, value, 0.0)
         converted.append(rule({**defaults, **options, **group}, rate, decay))
     for group, values in zip(groups, converted, strict=True):
-        given = {*options, *group} - {"lr", "weight_decay"}
-        group.update({key: value for key, value in values.items() if key not in given})
+        explicit = {*options, *group} - {"lr", "weight_decay"}
+        group.update({key: value for key, value in values.items() if key not in explicit})

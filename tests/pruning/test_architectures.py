@@ -41,9 +41,10 @@ LEFT_OUT = {
     "qwen3_next": r"conv1d.weight.* was never run",
     "convnext": r"dwconv.weight.* has groups",
 }
-EXPERTS = (
-    "olmoe granitemoe phimoe mixtral qwen2_moe qwen3_moe gpt_oss llama4 deepseek_v3 jamba qwen3_next switch".split()
-)
+EXPERTS = {
+    "olmoe", "granitemoe", "phimoe", "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "llama4", "deepseek_v3", "jamba",
+    "qwen3_next", "switch",
+}  # fmt: skip
 
 
 def data_for(name):
