@@ -1,5 +1,6 @@
 """A model's optimizer by name, and balanced embeddings against their formula."""
 
+import math
 import re
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 from leanstep.optimizers import LANTON, MFAC, Lion, ParamGroups, SinkGD, create, param_groups
-from leanstep.optimizers.rates.adamw import customary_rates
+from leanstep.optimizers.rates.adamw import customary_rates, step_length
 from leanstep.recipes.config.schema import OPTIMIZERS, OptimizerConfig
 from leanstep.recipes.training.build import build_optimizer
 
@@ -142,6 +143,15 @@ def test_mistakes_are_told(name, options, error, message):
         create(Model(), name, say=None, **options)
     with pytest.raises(TypeError, match="expected the model"):
         create(list(Model().parameters()), "lion", say=None)
+
+
+@pytest.mark.parametrize("newest, beta", [(0.1, 0.9), (0.19, 0.9), (0.05, 0.95), (1.0, 0.9), (0.01, 0.99)])
+def test_the_length_of_a_step_is_that_of_its_average(newest, beta):
+    """The weights of all gradients in the average, squared and summed, are what is left of the noise's variance."""
+    weights = [newest, *((1 - newest) * (1 - beta) * beta**age for age in range(5000))]
+    assert math.fsum(weights) == pytest.approx(1)
+    signal, noise = 0.03, math.fsum(weight**2 for weight in weights)
+    assert step_length(newest, beta) == pytest.approx(math.sqrt((signal + noise) / (signal + 1)))
 
 
 CARRIED = [("sinkgd", {}), ("sinkgd", {"momentum": 0.9}), ("sinkgd", {"embeddings": "balanced"}), ("lion", {}),

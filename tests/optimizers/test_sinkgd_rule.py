@@ -38,6 +38,7 @@ def test_mask_rows_drops_quiet_rows(shape):
     gradient[..., 1, :] *= 1e-3
     norms = rule.row_norms(gradient)
     torch.testing.assert_close(norms, gradient.square().sum(dim=-1).sqrt(), rtol=1e-14, atol=0)
+    torch.testing.assert_close(rule.mean_norm(norms, 5), norms.mean(dim=-1, keepdim=True), rtol=1e-14, atol=0)
     masked = rule.mask_rows(gradient, norms, rule.mean_norm(norms, 5), tau=0.1)
     assert not masked[..., 1, :].any()
     kept = [0, 2, 3, 4]

@@ -2,6 +2,7 @@
 told."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from leanstep.cli import main
-from leanstep.pruning import Budget, InfeasibleBudget, LatencyTable, find_targets, prune
-from leanstep.pruning.allocate.budgets import cost
+from leanstep.pruning import Budget, InfeasibleBudget, LatencyTable, Layer, find_targets, prune
+from leanstep.pruning.allocate.budgets import cost, keep_total
 from leanstep.pruning.measure.batches import as_batches
 from leanstep.pruning.measure.curve_file import weights_hash
 from leanstep.pruning.score.targets import count_uses
@@ -44,6 +45,13 @@ def base(tmp_path_factory):
 
 def leanstep_prune(base, out, *more):
     return main(["prune", str(base / "model"), "--out", str(out), "--data", str(base / "text.txt"), *SMALL, *more])
+
+
+def test_costs_of_a_matrix_and_weights_of_a_sparsity():
+    layer = Layer("a", (3, 4), uses=3, itemsize=2)
+    assert cost("flops", layer, [5, 12]).tolist() == [30, 72]
+    assert cost("bytes", layer, [5, 12]).tolist() == [12, 24]  # a mask of two bytes, which a dense matrix needs not
+    assert keep_total(100, 0.55) == 45 and math.ceil(0.55 * 100) == 56
 
 
 @pytest.mark.parametrize("kind", ["flops", "bytes"])

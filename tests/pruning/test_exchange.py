@@ -103,6 +103,12 @@ def test_a_layer_gains_its_share_and_the_payers_pay_by_size():
     assert space.exchange(dense, ["a"], ["b"], 0.1) is None
 
 
+def test_a_step_down_reaches_a_level_that_is_farther_than_its_share():
+    *_, space = space_of(patterns=True)
+    assert space.step_down("a", 500, 0.01) == 375 and space.step_down("a", 500, 0.3) == 250
+    assert space.denser("a", 500, 0.01) == 625
+
+
 def test_proposals_begin_with_many_layers_and_go_on_with_the_steepest_pair():
     layers, curves, budget, space = space_of()
     counts = allocate(layers, 0.6, method="uniform").counts
