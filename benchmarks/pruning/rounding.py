@@ -92,7 +92,7 @@ def _inputs(text: CalibratedModel, data: Tensor) -> dict[str, Tensor]:
     pieces: dict[str, list[Tensor]] = {target.name: [] for target in targets}
     with evaluating(text.model):
         cache = ActivationCache(text.model, as_batches(data, text.model, batch_size=8))
-        collect_inputs(cache, targets, {name: lambda rows, p=p: p.append(rows.clone()) for name, p in pieces.items()})
+        collect_inputs(cache, targets, {name: of_target.append for name, of_target in pieces.items()})
     return {name: torch.cat(of_target) for name, of_target in pieces.items()}
 
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from comparison_runs import benchmark_modules, check_page
 
 pytest.importorskip("gguf")
@@ -15,6 +16,11 @@ from leanstep.pruning.compress import menu  # noqa: E402
 @pytest.fixture(scope="module")
 def compress():
     yield from (parts.compress for parts in benchmark_modules("pruning", ("compress",)))
+
+
+@pytest.fixture(scope="module")
+def rounding():
+    yield from (parts.rounding for parts in benchmark_modules("pruning", ("rounding",)))
 
 
 def test_files_are_no_larger_than_the_mix_and_judged_in_llama_cpp(compress, tmp_path, monkeypatch):
@@ -34,5 +40,32 @@ def test_files_are_no_larger_than_the_mix_and_judged_in_llama_cpp(compress, tmp_
     assert "Q5_0: programme, compensated" in compress.table(tmp_path / "r.jsonl")
 
 
-def test_the_page_is_that_of_the_committed_results(compress):
+@pytest.mark.parametrize("search", ["largest", "squares"])
+def test_a_search_ends_where_no_step_of_one_weight_gains(search, rounding, monkeypatch):
+    monkeypatch.setattr(rounding, "_TRIED", 64)
+    chance = torch.Generator().manual_seed(0)
+    weight, inputs = torch.randn(3, 64, generator=chance), torch.randn(40, 64, generator=chance)
+    start, end = (
+        rounding.rounded_by(name, "Q4_0", weight, inputs, inputs, 1000) for name in ("gptq", f"gptq-{search}")
+    )
+
+    def cost(values):
+        errors = (values - weight) @ inputs.T
+        return errors.abs().amax(dim=1) if search == "largest" else errors.square().sum(dim=1)
+
+    assert (cost(end) < cost(start)).all()
+    step = (end[:, None] - end[:, :, None]).abs()  # of a block's values, which are multiples of its scale
+    for block in (slice(0, 32), slice(32, 64)):
+        distances = step[:, block, block].flatten(1)
+        scale = distances.masked_fill(distances < 1e-4, torch.inf).amin(dim=1)
+        for column in range(block.start, block.stop):
+            for change in (scale, -scale):
+                moved = end.clone()
+                moved[:, column] += change
+                inside = (moved[:, column] / scale).abs() < 7.5
+                assert (cost(moved)[inside] > cost(end)[inside] * (1 - 1e-5)).all()
+
+
+def test_the_page_is_that_of_the_committed_results(compress, rounding):
     check_page(compress.table, "compress-*.jsonl")
+    check_page(rounding.table, "rounding-*.jsonl")
