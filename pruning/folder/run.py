@@ -16,6 +16,7 @@ from leanstep._checkpoint.files import check_apart, check_output, check_space, n
 from leanstep._checkpoint.mapped import RESIDENT, CopiesInFiles, ResidentSet, Scratch
 from leanstep._files import exclusive_lock, output_folder, restore_replaced
 from leanstep._processes import Processes
+from leanstep._torch import hooked
 from leanstep._version import __version__
 from leanstep.pruning.allocate.knapsack import InfeasibleBudget
 from leanstep.pruning.compress.files import check_format, write_compressed
@@ -475,12 +476,8 @@ def _of_a_sample(shapes: Shapes, model: nn.Module, data: torch.Tensor) -> Shapes
     def measure(_module: nn.Module, _inputs: Any, output: Any) -> None:
         sizes.append(sum(leaf.nbytes for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)))
 
-    handles = [stage.register_forward_hook(measure) for _, stage in find_stages(model, sample)]
-    try:
+    with hooked(stage.register_forward_hook(measure) for _, stage in find_stages(model, sample)):
         outputs = values_of(sample.run(model)).numel()
-    finally:
-        for handle in handles:
-            handle.remove()
     return replace(shapes, tokens=1, width=-(-max(sizes) // shapes.itemsize), outputs=outputs)
 
 

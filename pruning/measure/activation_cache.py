@@ -7,7 +7,7 @@ No code of a model is copied. Earlier blocks return cached outputs instead of co
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from leanstep._checkpoint.mapped import FileTensor, Scratch
 from leanstep._processes import Processes
+from leanstep._torch import hooked
 from leanstep.pruning.cost import Cost, Plan
 from leanstep.pruning.measure.batches import Batch
 from leanstep.pruning.measure.blocks import candidate_blocks, set_forward
@@ -42,16 +43,10 @@ def find_stages(model: nn.Module, batch: Batch) -> list[tuple[str, nn.Module]]:
     """Those of :func:`candidate_blocks` that a model calls exactly once, in the order of the calls."""
     modules = dict(candidate_blocks(model))
     calls: list[str] = []
-    handles = [
-        module.register_forward_pre_hook(lambda _module, _args, name=name: calls.append(name))
-        for name, module in modules.items()
-    ]
-    try:
-        with torch.no_grad():
-            batch.run(model)
-    finally:
-        for handle in handles:
-            handle.remove()
+    note = lambda name: lambda _module, _args: calls.append(name)  # noqa: E731
+    handles = (module.register_forward_pre_hook(note(name)) for name, module in modules.items())
+    with hooked(handles), torch.no_grad():
+        batch.run(model)
     return [(name, modules[name]) for name in calls if calls.count(name) == 1]
 
 
@@ -259,13 +254,8 @@ class ActivationCache:
 
     def _run_to(self, handle: RemovableHandle, index: int, position: int, before: Any) -> None:
         """Run a batch from a position on, given the output of the stage before it, to a hook that ends the pass."""
-        try:
-            with self._cached_outputs(position, before):
-                self.batches[index].run(self.model)
-        except _Reached:
-            pass
-        finally:
-            handle.remove()
+        with hooked([handle]), suppress(_Reached), self._cached_outputs(position, before):
+            self.batches[index].run(self.model)
 
     @contextmanager
     def _cached_outputs(self, position: int, output: Any) -> Iterator[None]:

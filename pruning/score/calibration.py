@@ -13,7 +13,7 @@ from torch.nn.functional import unfold
 from torch.nn.modules.conv import _ConvNd
 
 from leanstep._processes import Processes
-from leanstep._torch import device_of
+from leanstep._torch import device_of, hooked
 from leanstep.pruning.allocate.closed_form import ComputedScores, outlier_ratio
 from leanstep.pruning.compress.menu import LayerCompressor
 from leanstep.pruning.config import ROUNDINGS
@@ -135,14 +135,10 @@ def leave_out(model: nn.Module, targets: Sequence[Target], batches: Sequence[Bat
     plain = [target for target in targets if target.expert is None]
     waiting = {module for target in plain if not target.is_expert for module in target.modules}
     handles = [module.register_forward_pre_hook(lambda module, _: waiting.discard(module)) for module in waiting]
-    try:
-        with torch.no_grad():
-            for batch in (batches[0].sample(0), *batches):
-                if waiting:
-                    batch.run(model)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), torch.no_grad():
+        for batch in (batches[0].sample(0), *batches):
+            if waiting:
+                batch.run(model)
     unused = {target.name for target in plain if not target.is_expert and waiting.issuperset(target.modules)}
     reasons = {
         target.name: "was never run on the calibration data" if target.name in unused else why

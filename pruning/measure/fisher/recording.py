@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from leanstep.pruning.measure.products import computing_products_again
 from leanstep.pruning.score.calibration import first_input, input_rows
 from leanstep.pruning.score.experts import ExpertWeights, one_expert_at_a_time
+from leanstep.pruning.score.gradients import unused
 from leanstep.pruning.score.targets import Target
 
 
@@ -265,8 +266,3 @@ def generator_of(*numbers: int) -> torch.Generator:
     for number in numbers:
         seed = (seed * 1_000_003 + number + 1) % (1 << 62)
     return torch.Generator().manual_seed(seed)
-
-
-def unused(target: Target) -> ValueError:
-    """The error for a matrix without a row."""
-    return ValueError(f"the model's output does not depend on {target.name}; leave it out with exclude")
