@@ -29,7 +29,6 @@ DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16",
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 # of experts that transformers joins: those of the model, the dense ones, and those that are split again to be written
 EXPERT_COPIES = 3
-ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "README.md")
 
@@ -219,43 +218,32 @@ def _load_bin(path: Path) -> dict[str, Tensor]:
     return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
 
 
-def stored_dtypes(folder: Path) -> Iterator[tuple[Path, str, str, int]]:
-    """File, name, dtype and dimensions of every tensor in the weight files of a folder."""
+def stored_tensors(folder: Path) -> Iterator[tuple[Path, str, str, tuple[int, ...]]]:
+    """File, name, dtype and shape of every tensor in the weight files of a folder."""
     index = _index_name(folder)
     single = [name for name in _SINGLE if (folder / name).is_file()][:1]
     for file in (folder / name for name in (sorted(set(index_files(folder / index).values())) if index else single)):
         if file.suffix == ".bin":
             for name, tensor in _load_bin(file).items():
-                yield file, name, DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tensor.dim()
+                yield file, name, DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)
             continue
         with TensorFile(file) as opened:
-            yield from ((file, name, opened.dtype(name), len(opened.shape(name))) for name in opened.names)
+            yield from ((file, name, opened.dtype(name), opened.shape(name)) for name in opened.names)
 
 
 def most_common_dtype(checkpoint: Checkpoint) -> str:
     """The dtype of most tensors, by its name in safetensors files. Raises ValueError for no floating one."""
-    counts = Counter(dtype for _, _, dtype, _ in stored_dtypes(checkpoint.folder) if dtype in ITEM_BYTES)
+    counts = Counter(dtype for _, _, dtype, _ in stored_tensors(checkpoint.folder) if dtype in DTYPES)
     if not counts:
-        raise ValueError(f"{checkpoint.folder}: expected weights of {', '.join(ITEM_BYTES)}, its files have none")
+        raise ValueError(f"{checkpoint.folder}: expected weights of {', '.join(DTYPES)}, its files have none")
     return counts.most_common(1)[0][0]
-
-
-def stored_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """Name, dtype and shape of every tensor in the weight files of a checkpoint."""
-    for file, names in checkpoint.files.items():
-        if file.endswith(".bin"):
-            for name, tensor in _load_bin(checkpoint.folder / file).items():
-                yield name, DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)
-            continue
-        with TensorFile(checkpoint.folder / file) as opened:
-            yield from ((name, opened.dtype(name), tuple(opened.shape(name))) for name in names)
 
 
 def fused_bytes(checkpoint: Checkpoint) -> int:
     """Bytes of the experts that are stored one by one, which transformers joins on loading."""
     return sum(
-        math.prod(shape) * ITEM_BYTES.get(dtype, 4)
-        for name, dtype, shape in stored_tensors(checkpoint)
+        math.prod(shape) * DTYPES.get(dtype, torch.float32).itemsize
+        for _, name, dtype, shape in stored_tensors(checkpoint.folder)
         if _EXPERT.search(name) and len(shape) == 2
     )
 

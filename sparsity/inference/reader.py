@@ -140,7 +140,7 @@ class SparseFiles:
     def _tensor(self, name: str) -> Tensor:
         file, expected = self._owners[name], self.manifest.tensors[name].crc32
         tensor = file.tensor(name)
-        if expected is not None and self.manifest.kind.checksum(tensor) != expected:
+        if self.manifest.kind.checksum(tensor) != expected:
             raise ValueError(
                 f"{file.path}: the checksum of {one_line(name)} is wrong: it was changed after writing; copy or "
                 "download the file again"
