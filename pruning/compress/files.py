@@ -46,7 +46,6 @@ def bytes_without(checkpoint: Checkpoint, menus: Mapping[str, Sequence[tuple[int
 
     Args:
         menus: bytes and name of each level of each matrix, by its parameter.
-        format: of the result.
 
     Raises:
         ValueError: for a matrix that the checkpoint has under another name.

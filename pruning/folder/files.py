@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from leanstep._checkpoint.configuration import check_folder
-from leanstep._checkpoint.files import TensorFile, index_files, load_pickled, read_json
+from leanstep._checkpoint.files import TensorFile, load_pickled, read_json, shards
 from leanstep._files import is_folder_name
 
 INDEX = "model.safetensors.index.json"
@@ -38,7 +38,6 @@ class Checkpoint:
     """A checked folder: its weight files are complete and not quantised.
 
     Attributes:
-        folder: its path.
         files: weight file -> names of its tensors, in the order of the index or the file.
         config: content of config.json.
         index: content of the index, None for a single file.
@@ -173,15 +172,7 @@ def _no_weights(folder: Path) -> str:
 
 
 def _indexed_files(folder: Path, index_name: str) -> dict[str, tuple[str, ...]]:
-    wanted: dict[str, list[str]] = {}
-    for name, file in index_files(folder / index_name).items():
-        wanted.setdefault(file, []).append(name)
-    missing = [file for file in sorted(wanted) if not (folder / file).is_file()]
-    if missing:
-        raise ValueError(
-            f"{folder} is incomplete: of the {len(wanted)} shards in {index_name}, {', '.join(missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} missing; copy or download again"
-        )
+    wanted = shards(folder / index_name)
     for file, names in wanted.items():
         present = set(_tensor_names(folder / file))
         absent = [name for name in names if name not in present]
@@ -190,7 +181,7 @@ def _indexed_files(folder: Path, index_name: str) -> dict[str, tuple[str, ...]]:
             raise ValueError(f"{folder / file} and {index_name} do not belong together: {odd} is in one of them only")
     if len(set(map(written_name, wanted))) < len(wanted):
         raise ValueError(f"{folder / index_name} lists a shard as *.bin and as *.safetensors; expected one of them")
-    return {file: tuple(names) for file, names in sorted(wanted.items())}
+    return {file: tuple(names) for file, names in wanted.items()}
 
 
 def written_name(file: str) -> str:
@@ -222,7 +213,7 @@ def stored_tensors(folder: Path) -> Iterator[tuple[Path, str, str, tuple[int, ..
     """File, name, dtype and shape of every tensor in the weight files of a folder."""
     index = _index_name(folder)
     single = [name for name in _SINGLE if (folder / name).is_file()][:1]
-    for file in (folder / name for name in (sorted(set(index_files(folder / index).values())) if index else single)):
+    for file in (folder / name for name in (shards(folder / index) if index else single)):
         if file.suffix == ".bin":
             for name, tensor in _load_bin(file).items():
                 yield file, name, DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)

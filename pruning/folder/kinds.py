@@ -89,7 +89,6 @@ class Judge:
     """Judges the embedding model or the classifier of a folder. See :func:`judge_of`.
 
     Attributes:
-        name: of the kind.
         model_class: of transformers.
         cosine: the metric of embeddings, pooled as the folder says.
     """

@@ -289,7 +289,6 @@ def check_run(
     once, are left to the run.
 
     Args:
-        checkpoint: opened.
         data, config, recovery, evaluate: as for :func:`prune_checkpoint`.
     """
     try:

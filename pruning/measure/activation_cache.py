@@ -60,7 +60,6 @@ class ActivationCache:
 
     Args:
         model: run in its current mode.
-        batches: the inputs.
         enabled: False runs every pass from the first stage.
         like: another cache of the same model, from which to take stages and starts instead of searching them.
         scratch: where to keep the outputs; None: in memory.
@@ -283,7 +282,6 @@ class BlockCache(ActivationCache):
 
     Args:
         like: a cache of the same model with its stages and starts.
-        batches: the inputs.
         limit: most bytes of cached inputs in memory; beyond it, passes run from an earlier block. Files have no limit.
     """
 

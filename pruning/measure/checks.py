@@ -48,7 +48,6 @@ class Trial:
     """Prunes the matrices of a model by an allocation, and measures the distortion.
 
     Attributes:
-        groups: the matrices.
         pruning: score and calibration data.
         snapshot: of the dense weights.
         inputs: of a block, on which it is pruned: "pruned", those that the pruned blocks before it produce; or "dense",

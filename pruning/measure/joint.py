@@ -45,7 +45,6 @@ class JointJudge:
     Every matrix has one pruner, whose statistics stay as they are. A pass runs from the first changed block on.
 
     Args:
-        groups: the matrices.
         measurement: of the dense model, on the data that decides.
         pruners: of each matrix by name, made of the dense weights.
         counts, patterns: the levels to which the model is pruned now.

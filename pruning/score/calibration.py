@@ -30,8 +30,7 @@ from leanstep.pruning.score.base import (
     statistics_bytes,
 )
 from leanstep.pruning.score.experts import (
-    ExpertInputs,
-    ExpertWeights,
+    ExpertProducts,
     experts_without_masked_tokens,
     one_expert_at_a_time,
     ratio,
@@ -67,7 +66,6 @@ def statistics_for(
 
     Args:
         cache: the model and the data. Passes run from its position to the last stage with a target.
-        targets: the layers.
         needs: any of ``square_sum``, ``gram``, ``gradients``; may be empty.
 
     Raises:
@@ -181,6 +179,15 @@ def collect_inputs(
                 inputs = inputs[mask.flatten()]
         add[target.name](input_rows(target.module, inputs))
 
+    def give_expert(target: Target, inputs: Tensor, output: Tensor, of_all: bool) -> Tensor:
+        if of_all:
+            rows, mask = inputs.any(dim=-1), mask_of_tokens()
+            if mask is not None and len(rows) == mask.numel():
+                rows &= mask.flatten()
+            inputs = inputs[rows]
+        give(target, inputs)
+        return output
+
     experts = [target for target in targets if target.expert is not None]
     with ExitStack() as stack:
         for target in targets:
@@ -192,7 +199,7 @@ def collect_inputs(
         if experts:
             stack.enter_context(one_expert_at_a_time(cache.model))
             stack.enter_context(experts_without_masked_tokens(experts, mask_of_tokens))
-            stack.enter_context(ExpertInputs(ExpertWeights(experts), give, mask_of_tokens))
+            stack.enter_context(ExpertProducts(experts, give_expert))
         spans = [cache.span(target) for target in targets]
         last = [span[1] for span in spans if span is not None]
         for index in range(len(cache.batches)) if indices is None else indices:

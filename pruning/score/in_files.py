@@ -64,7 +64,6 @@ class GradientSums(Mapping[str, Tensor]):
     """Sums of gradients of the parameters of some matrices; as a mapping, fp32 [out, in] of each matrix by name.
 
     Args:
-        targets: the matrices.
         device: of the gradients.
         scratch: where the sums are; None: in memory.
     """

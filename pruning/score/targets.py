@@ -457,7 +457,6 @@ def make_groups(targets: Sequence[Target], granularity: str = "matrix") -> list[
     """Group targets that share a level. A matrix outside of blocks is a group of its own.
 
     Args:
-        targets: the matrices.
         granularity: ``matrix``: every matrix alone. ``role``: a block's q and k, v and o, up and gate, others by name.
             ``block``: all matrices of a block.
 

@@ -278,7 +278,6 @@ class BlockReconstruction:
         """Train the stage with some matrices, which are changed now.
 
         Args:
-            block: the matrices.
             encoded: with a menu, level and bytes or scales of each; bytes get the trained codes, if they have any.
         """
         stage = self._cache.first_stage(block[0])
