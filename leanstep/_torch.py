@@ -5,15 +5,13 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils.hooks import RemovableHandle
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -176,17 +174,6 @@ def refuse_gradient_readers(optimizer: torch.optim.Optimizer) -> None:
         owner = getattr(hook, "__self__", None)
         if isinstance(owner, StepHooks) and owner.reads_gradients:
             raise ValueError(f"{owner.caller}: {_FREED_GRADIENTS}")
-
-
-@contextmanager
-def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Context manager: removes hooks, which it has registered when ``handles`` makes them as it is read."""
-    registered = list(handles)
-    try:
-        yield
-    finally:
-        for handle in registered:
-            handle.remove()
 
 
 class StepHooks:

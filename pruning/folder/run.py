@@ -16,7 +16,6 @@ from leanstep._checkpoint.files import check_apart, check_output, check_space, n
 from leanstep._checkpoint.mapped import RESIDENT, CopiesInFiles, ResidentSet, Scratch
 from leanstep._files import exclusive_lock, output_folder, restore_replaced
 from leanstep._processes import Processes
-from leanstep._torch import hooked
 from leanstep._version import __version__
 from leanstep.pruning.allocate.knapsack import InfeasibleBudget
 from leanstep.pruning.compress.files import check_format, write_compressed
@@ -48,7 +47,7 @@ from leanstep.pruning.folder.loading import checkpoint_values, empty_model_of, l
 from leanstep.pruning.folder.recovery import recover_model, space_beside
 from leanstep.pruning.folder.text import CalibrationText, held_out_hash, longest, perplexity_of, sequences_of
 from leanstep.pruning.measure.activation_cache import find_stages
-from leanstep.pruning.measure.batches import as_batches
+from leanstep.pruning.measure.batches import as_batches, hooked
 from leanstep.pruning.measure.blocks import BlockMover
 from leanstep.pruning.measure.metrics import check_runs, kind_of, values_of
 from leanstep.pruning.measure.products import products_in

@@ -18,9 +18,8 @@ from torch.utils.hooks import RemovableHandle
 
 from leanstep._checkpoint.mapped import FileTensor, Scratch
 from leanstep._processes import Processes
-from leanstep._torch import hooked
 from leanstep.pruning.cost import Cost, Plan
-from leanstep.pruning.measure.batches import Batch
+from leanstep.pruning.measure.batches import Batch, hooked
 from leanstep.pruning.measure.blocks import candidate_blocks, set_forward
 from leanstep.pruning.score.base import has_statistics
 from leanstep.pruning.score.targets import Group, Target

@@ -13,13 +13,13 @@ from torch.nn.functional import unfold
 from torch.nn.modules.conv import _ConvNd
 
 from leanstep._processes import Processes
-from leanstep._torch import device_of, hooked
+from leanstep._torch import device_of
 from leanstep.pruning.allocate.closed_form import ComputedScores, outlier_ratio
 from leanstep.pruning.compress.menu import LayerCompressor
 from leanstep.pruning.config import ROUNDINGS
 from leanstep.pruning.cost import Cost, Plan
 from leanstep.pruning.measure.activation_cache import ActivationCache, activation_bytes, score_samples
-from leanstep.pruning.measure.batches import Batch
+from leanstep.pruning.measure.batches import Batch, hooked
 from leanstep.pruning.score.base import (
     GRADIENTS,
     NEEDS,

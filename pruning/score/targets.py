@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from leanstep._checkpoint.mapped import touched
-from leanstep._torch import hooked
 from leanstep.optimizers.param_groups import parameter_roles, transposed_parameters
-from leanstep.pruning.measure.batches import Batch
+from leanstep.pruning.measure.batches import Batch, hooked
 
 # share of the weights from which on bare parameters are told
 _FEW = 0.05

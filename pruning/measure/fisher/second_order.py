@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leanstep._torch import device_of, hooked
+from leanstep._torch import device_of
 from leanstep.pruning.allocate.levels import level_count
 from leanstep.pruning.cost import Cost, Plan
-from leanstep.pruning.measure.batches import Batch, without_cache
+from leanstep.pruning.measure.batches import Batch, hooked, without_cache
 from leanstep.pruning.measure.blocks import is_out_of_memory, recomputed_blocks, whole_on_device
 from leanstep.pruning.measure.curve_file import Points
 from leanstep.pruning.measure.curves import Curve
