@@ -169,19 +169,25 @@ def _step_calls(name: str, tensors: int) -> int:
     return calls
 
 
+def room() -> dict[str, int]:
+    """Return what whole new capabilities add to each limit: CAPABILITIES of the test, which is not imported."""
+    statements = ast.parse(LIMITS.with_name("test_house.py").read_text("utf-8")).body
+    given = next(s for s in statements if isinstance(s, ast.AnnAssign) and ast.unparse(s.target) == "CAPABILITIES")
+    return {name: sum(by.values()) for name, by in ast.literal_eval(ast.unparse(given.value)).items()}
+
+
 def main() -> None:
     """Print what is counted beside its limit; with ``--write`` lower the limits."""
     options = PARSER.parse_args()
-    numbers, limits = counts(), json.loads(LIMITS.read_text("utf-8"))
-    print_table(
-        ["what may only fall", "now", "limit"], ([name, now, limits.get(name)] for name, now in numbers.items())
-    )
+    numbers, limits, more = counts(), json.loads(LIMITS.read_text("utf-8")), room()
+    most = {name: limits.get(name, now) + more.get(name, 0) for name, now in numbers.items()}
+    print_table(["what may only fall", "now", "limit"], ([name, now, most[name]] for name, now in numbers.items()))
     for folder, names in long_listings().items():
         print(f"{folder}/ has {names} names")
     for group in circles(imports()):
         print("a circle:", ", ".join(group))
     if options.write:
-        lowered = {name: min(now, limits.get(name, now)) for name, now in numbers.items()}
+        lowered = {name: min(now, most[name]) - more.get(name, 0) for name, now in numbers.items()}
         LIMITS.write_text(json.dumps(lowered, indent=1) + "\n", "utf-8")
 
 

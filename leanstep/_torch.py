@@ -184,7 +184,6 @@ class StepHooks:
     optimizer. On a wrapper such as Accelerate's, the hooks go on its ``.optimizer``.
 
     Args:
-        optimizer: a torch optimizer.
         before, after: functions of the optimizer; their results are ignored.
         caller: begins error messages.
         parameters: by name; the optimizer must train those that require gradients.

@@ -17,7 +17,7 @@ from torch import nn
 
 from leanstep._checkpoint.mapped import RESIDENT
 from leanstep.pruning.config import PruneConfig, Refinement, read_config
-from leanstep.pruning.folder.files import ITEM_BYTES, Checkpoint, most_common_dtype
+from leanstep.pruning.folder.files import DTYPES, Checkpoint, most_common_dtype
 from leanstep.pruning.measure.blocks import candidate_blocks
 from leanstep.pruning.score.targets import block_numbers
 
@@ -135,7 +135,7 @@ class Shapes:
     @classmethod
     def of(cls, checkpoint: Checkpoint, model: nn.Module, names: list[str], tokens: int = 0) -> Shapes:
         """Of the parameters ``names`` of a model without values."""
-        itemsize, parameters = ITEM_BYTES[most_common_dtype(checkpoint)], dict(model.named_parameters())
+        itemsize, parameters = DTYPES[most_common_dtype(checkpoint)].itemsize, dict(model.named_parameters())
         numbers = block_numbers(names)
         blocks: dict[Any, list[tuple[int, int]]] = {}
         for name in names:

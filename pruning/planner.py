@@ -76,7 +76,6 @@ def check_target(
 
     Args:
         groups: of a model with its weights, or without values, which counts all weights as nonzero.
-        config: the settings.
         nonzero: number of nonzero weights of each group; None: they are counted.
 
     Raises:

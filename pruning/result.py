@@ -183,17 +183,9 @@ class RecoveryResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; None for what is not finite, as a standard error of one sample."""
-
-        def plain(cost: Distortion | None) -> dict[str, float | None] | None:
-            if cost is None:
-                return None
-            return {name: value if math.isfinite(value) else None for name, value in cost._asdict().items()}
-
-        return finite_values(asdict(self)) | {
-            "before": plain(self.before),
-            "after": plain(self.after),
-            "losses": list(self.losses),
-        }
+        costs = {"before": self.before, "after": self.after}
+        plain = {name: None if cost is None else finite_values(cost._asdict()) for name, cost in costs.items()}
+        return finite_values(asdict(self)) | plain | {"losses": list(self.losses)}
 
 
 @dataclass

@@ -9,7 +9,6 @@ with their dtypes and shapes.
 from __future__ import annotations
 
 import json
-import warnings
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -110,9 +109,6 @@ def load_compressed(path: str | Path, model: nn.Module | None = None) -> dict[st
     Raises:
         ValueError: for a truncated or damaged file (a wrong checksum or index), another format, a model that is sparse
             itself, or a model with other names or shapes.
-
-    Notes:
-        Warns for a file of a version before 0.1.0, which has checksums of the N:M weights only.
     """
     path = Path(path)
     try:
@@ -123,12 +119,6 @@ def load_compressed(path: str | Path, model: nn.Module | None = None) -> dict[st
         raise ValueError(f"load_compressed: {path} is not there") from None
     except ValueError as error:
         raise ValueError(f"load_compressed: {error}") from None
-    if manifest.kind is _OLD_KIND:
-        warnings.warn(
-            f"load_compressed: {path} was written by an earlier version, without checksums of all its tensors; export "
-            "it again to have them",
-            stacklevel=2,
-        )
     state |= {name: state[target] for name, target in manifest.tied.items()}
     if model is not None:
         _load_into(model, state, path)
@@ -145,9 +135,6 @@ def _checksum(tensor: Tensor) -> int:
 
 
 _KIND = Kind(".", _checksum)
-# of versions before 0.1.0, with checksums of the N:M weights only
-_OLD_KIND = Kind(".")
-_ENDS = (".nm_values", ".nm_indices")
 
 
 def _to_metadata(manifest: Manifest, stored: Mapping[str, Tensor]) -> dict[str, str]:
@@ -169,19 +156,16 @@ def _read_manifest(file: TensorFile) -> Manifest:
             "plain safetensors files are read by safetensors.torch.load_file"
         )
     text = file.metadata.get("layout", "")
-    if file.metadata.get("layout_crc32", str(zlib.crc32(text.encode()))) != str(zlib.crc32(text.encode())):
-        raise ValueError("its header is damaged: the checksum of its layout is wrong")
+    if file.metadata.get("layout_crc32") != str(zlib.crc32(text.encode())):
+        raise ValueError("its header is damaged: the checksum of its layout is wrong; versions before 0.1.0 wrote none")
     content = parse(text)
-    is_old = "layout_crc32" not in file.metadata
-    if is_old == ("crc32" in content):
-        raise ValueError("its header is damaged: expected checksums of the tensors and of the layout, or neither")
-    manifest = Manifest(tied=read_section(content, "aliases", read_name), kind=_OLD_KIND if is_old else _KIND)
+    manifest = Manifest(tied=read_section(content, "aliases", read_name), kind=_KIND)
     entries = read_section(content, "tensors", dict)
-    checksums = _old_checksums(entries) if is_old else read_section(content, "crc32", _number)
-    if not is_old and (differing := sorted(checksums.keys() ^ set(file.names))):
+    checksums = read_section(content, "crc32", _number)
+    if differing := sorted(checksums.keys() ^ set(file.names)):
         raise ValueError(f"it is damaged: only its tensors or only its layout has {differing[0]}")
     for name in file.names:
-        manifest.tensors[name] = StoredTensor(file.dtype(name), file.shape(name), checksums.get(name))
+        manifest.tensors[name] = StoredTensor(file.dtype(name), file.shape(name), checksums[name])
 
     def read_form(name: str) -> Form:
         values = manifest.tensors.get(manifest.part_name(name, "nm_values"))
@@ -191,19 +175,6 @@ def _read_manifest(file: TensorFile) -> Manifest:
     manifest.matrices = read_section({"tensors": {name: name for name in entries}}, "tensors", read_form)
     manifest.check()
     return manifest
-
-
-def _old_checksums(entries: Mapping[str, dict[str, Any]]) -> dict[str, int]:
-    """Take the checksums of values and indices out of the entries of weights."""
-    taken = {name: entry.pop("crc32") for name, entry in entries.items() if entry.get("crc32") is not None}
-    pairs = read_section({"crc32": taken}, "crc32", _pair)
-    return {f"{name}{end}": crc for name, both in pairs.items() for end, crc in zip(_ENDS, both, strict=True)}
-
-
-def _pair(entry: Any) -> list[int]:
-    if type(entry) is not list or len(entry) != len(_ENDS):
-        raise ValueError(f"expected the checksums of values and indices, got {entry!r}")
-    return [_number(one) for one in entry]
 
 
 def _number(entry: Any) -> int:

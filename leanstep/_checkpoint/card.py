@@ -49,11 +49,9 @@ def write_card(
 
     Args:
         folder: a complete model; its files say library and task. A card in it that somebody wrote is left.
-        title: the heading.
         facts: rows of the table.
         base: the model that it was made from: a folder, or a name on the hub. Licence and hub name come from its card.
         relation: ``base_model_relation`` of the hub: finetune, adapter, quantized or merge.
-        tags: further tags.
         replaces: the folder that ``folder`` will replace, whose card is taken over if somebody wrote it.
     """
     if base is not None:

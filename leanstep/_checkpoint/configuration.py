@@ -29,7 +29,6 @@ def check_folder(folder: Path, *, tokenizer: bool = False) -> None:
     """Check a checkpoint folder before a library reads it, with the folders in it that have configurations.
 
     Args:
-        folder: the checkpoint.
         tokenizer: also check the values of tokenizer.json, which may be large.
 
     Raises:

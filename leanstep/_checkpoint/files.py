@@ -221,7 +221,6 @@ def read_json(path: Path, *, unique: bool = False) -> dict[str, Any]:
     """Read an object from a JSON file of a checkpoint.
 
     Args:
-        path: the file.
         unique: refuse a name that occurs twice in an object.
 
     Raises:
@@ -265,6 +264,20 @@ def index_files(index: Path) -> dict[str, str]:
         if not plain_name(file, index).endswith((".safetensors", ".bin")):
             raise ValueError(f"{index} names the file {file!r}: expected *.safetensors or *.bin")
     return weight_map
+
+
+def shards(index: Path) -> dict[str, list[str]]:
+    """Read an index; returns the names of the tensors in each file. Raises as :func:`index_files`, and for no file."""
+    names: dict[str, list[str]] = {}
+    for name, file in sorted(index_files(index).items(), key=lambda item: item[1]):
+        names.setdefault(file, []).append(name)
+    missing = [file for file in names if not (index.parent / file).is_file()]
+    if missing:
+        raise ValueError(
+            f"{index.parent} is incomplete: of the {len(names)} shards in {index.name}, {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing; copy or download again"
+        )
+    return names
 
 
 class TensorFile:

@@ -42,7 +42,6 @@ class MappedFile:
     the memory. Nothing but the header is read before a tensor is.
 
     Args:
-        path: the file.
         writable: whether the tensors may be written to; the file stays as it is. A write to other ones ends the
             process, and no system refuses them.
         is_source: see :func:`leanstep._checkpoint.mapped.add_source`.

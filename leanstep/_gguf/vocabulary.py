@@ -275,7 +275,6 @@ def engine(path: Path, **settings: bool) -> Iterator[tuple[Any, Any, Any, list[s
     """Context manager: llama.cpp opens a file, with its log off.
 
     Args:
-        path: the file.
         settings: fields of ``llama_model_params``.
 
     Returns:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from leanstep._checkpoint.configuration import check_folder
-from leanstep._checkpoint.files import TensorFile, check_space, index_files, read_json
+from leanstep._checkpoint.files import TensorFile, check_space, read_json, shards
 from leanstep._files import one_line, replacing
 from leanstep._gguf.architectures import Architecture, architecture_of, metadata, permute_rows, rope_tensor, transform
 from leanstep._gguf.ggml import TYPES, bytes_of, legal_or_larger, quantize
@@ -239,7 +239,7 @@ def _tensors(folder: Path, config: dict[str, Any], row: Architecture) -> dict[st
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if not (folder / "model.safetensors").is_file() and index.is_file():
-        return [folder / name for name in sorted(set(index_files(index).values()))]
+        return [folder / name for name in shards(index)]
     if not (folder / "model.safetensors").is_file():
         raise ValueError(f"{folder}: expected weights in model.safetensors; save the model by save_pretrained")
     return [folder / "model.safetensors"]

@@ -294,7 +294,6 @@ def heat_map(
     Args:
         cells: row, a name; column, a number such as a block's; and value. Rows stand in order of appearance. Values of
             one place, such as those of experts, are averaged. One that is not finite is left out.
-        title, x_label: texts.
         text: formats a value.
         most_rows, most_cells: a map with more is hard to read and takes 0.2 KB a cell: it is "", as is one with none.
     """

@@ -49,7 +49,6 @@ class Call:
     """One call of a layer's attention.
 
     Attributes:
-        layer: the attention layer.
         inputs: its tensors, scale and mask.
         unsupported_mask: why low-rank attention cannot handle this mask, or None.
         dropout: dropout probability of attention weights.

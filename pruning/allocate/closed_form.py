@@ -240,7 +240,6 @@ def counts_above_threshold(names: Sequence[str], scores: Mapping[str, Tensor], k
     shared in proportion to each layer's ties.
 
     Args:
-        names: of the layers.
         scores: by name, any shape, >= 0; compared in fp32. Each layer's are read three times, one layer at a
             time; a mapping may compute them on access.
         keep: sum of the result.
@@ -296,7 +295,6 @@ class ComputedScores(Mapping[str, Tensor]):
     """Scores of layers, computed on every access and never stored.
 
     Args:
-        names: of the layers.
         compute: name -> scores.
     """
 

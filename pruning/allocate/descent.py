@@ -60,7 +60,6 @@ class Descent:
     """How far a search has come.
 
     Attributes:
-        counts: the current allocation.
         evaluations: exchanges judged.
         seconds, passes: time of the search, and its work in passes of the model over the judging data.
         points: (evaluation, seconds, joint distortion, standard error) of the start and of each accepted exchange.

@@ -130,7 +130,6 @@ class ExchangeSpace:
         """Exchanges in the order to try them: of many layers at once, then of fewer, then of two.
 
         Args:
-            counts: the current ones.
             up, down: predicted change of the distortion per unit of cost, of a step up and of a step down.
             share: size of a step.
             pairs: most exchanges of two layers.
@@ -162,5 +161,4 @@ class ExchangeSpace:
 
 def _loss(layer: LayerLevels, to: int, since: int) -> float:
     """Change of the layer's own distortion between two counts."""
-    after, before = np.interp([to, since], layer.counts[::-1], layer.loss[::-1])
-    return float(after - before)
+    return layer.loss_of(to) - layer.loss_of(since)

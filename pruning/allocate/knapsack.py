@@ -256,7 +256,6 @@ class LayerLevels:
     """Possible levels of a layer.
 
     Attributes:
-        name, numel: of the layer.
         counts: decreasing numbers of weights.
         loss, cost, patterns: distortion, cost and N:M pattern of each level; patterns may be empty.
         between: cost of a count between two levels; None if only levels are possible.
@@ -277,6 +276,10 @@ class LayerLevels:
     def cost_of(self, count: int) -> float:
         """Cost of a count."""
         return float(self.cost[self.index(count)] if self.between is None else self.between(count))
+
+    def loss_of(self, count: int) -> float:
+        """Distortion of a count, between two levels on the line through them."""
+        return float(np.interp(count, self.counts[::-1], self.loss[::-1]))
 
     def slope(self, level: int) -> float:
         """Distortion that the next denser level saves per unit of cost."""
@@ -337,8 +340,7 @@ class LayerKnapsack:
             patterns={x.name: x.patterns[x.index(counts[x.name])] for x in self._given if x.patterns},
             budget_kind=self._kind,
             cost=spent,
-            # np.interp wants increasing counts
-            predicted=sum(float(np.interp(counts[x.name], x.counts[::-1], x.loss[::-1])) for x in self._layers),
+            predicted=sum(x.loss_of(counts[x.name]) for x in self._layers),
             front=tuple(self._front()),
         )
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 
 from leanstep.pruning.allocate.allocation import layer_levels
@@ -113,9 +112,7 @@ def refine_allocation(
             return start, None
         descent = descend(judge, space, settings, file, progress, processes)
     counts = {name: descent.counts[name] for name in start.counts}
-    predicted = sum(
-        float(np.interp(counts[name], layer.counts[::-1], layer.loss[::-1])) for name, layer in space.levels.items()
-    )
+    predicted = sum(layer.loss_of(counts[name]) for name, layer in space.levels.items())
     refined = replace(
         start,
         method=REFINED,

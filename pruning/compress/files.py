@@ -46,7 +46,6 @@ def bytes_without(checkpoint: Checkpoint, menus: Mapping[str, Sequence[tuple[int
 
     Args:
         menus: bytes and name of each level of each matrix, by its parameter.
-        format: of the result.
 
     Raises:
         ValueError: for a matrix that the checkpoint has under another name.
@@ -69,7 +68,7 @@ def bytes_without(checkpoint: Checkpoint, menus: Mapping[str, Sequence[tuple[int
 
 def _bytes_of_files(checkpoint: Checkpoint, menus: Mapping[str, Sequence[tuple[int, str]]]) -> int:
     """Most bytes of sparse weight files besides the matrices."""
-    tensors = {name: (dtype, shape) for name, dtype, shape in stored_tensors(checkpoint)}
+    tensors = {name: (dtype, shape) for _, name, dtype, shape in stored_tensors(checkpoint.folder)}
     others = sum(math.prod(s) * DTYPES[dtype].itemsize for name, (dtype, s) in tensors.items() if name not in menus)
     files = [{name: tensors[name] for name in names} for names in checkpoint.files.values()]
     return others + sum(most_header_bytes(file, menus) for file in files)

@@ -80,7 +80,6 @@ class OnGrid:
     Gradients pass as if nothing were rounded (a straight-through estimator).
 
     Attributes:
-        grid: of the type.
         data: uint8 [blocks, bytes], with the scales.
         low, span: fp32 [out, in], those of :meth:`Grid.ends`.
         is_transposed: whether the parameter is [in, out].

@@ -119,7 +119,6 @@ def map_weights(checkpoint: Checkpoint, model: nn.Module, folder: Path, resident
     converted on loading, and those in files of ``torch.save``; see :func:`unmapped_note`.
 
     Args:
-        checkpoint: the files.
         model: on the CPU, loaded from them and unchanged.
         folder: where :func:`write_weights` will finish the copies.
         resident: bounds the part of the mapped weights in memory.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from leanstep._checkpoint.configuration import check_folder
-from leanstep._checkpoint.files import TensorFile, index_files, load_pickled, read_json
+from leanstep._checkpoint.files import TensorFile, load_pickled, read_json, shards
 from leanstep._files import is_folder_name
 
 INDEX = "model.safetensors.index.json"
@@ -29,7 +29,6 @@ DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16",
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 # of experts that transformers joins: those of the model, the dense ones, and those that are split again to be written
 EXPERT_COPIES = 3
-ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "README.md")
 
@@ -39,7 +38,6 @@ class Checkpoint:
     """A checked folder: its weight files are complete and not quantised.
 
     Attributes:
-        folder: its path.
         files: weight file -> names of its tensors, in the order of the index or the file.
         config: content of config.json.
         index: content of the index, None for a single file.
@@ -174,15 +172,7 @@ def _no_weights(folder: Path) -> str:
 
 
 def _indexed_files(folder: Path, index_name: str) -> dict[str, tuple[str, ...]]:
-    wanted: dict[str, list[str]] = {}
-    for name, file in index_files(folder / index_name).items():
-        wanted.setdefault(file, []).append(name)
-    missing = [file for file in sorted(wanted) if not (folder / file).is_file()]
-    if missing:
-        raise ValueError(
-            f"{folder} is incomplete: of the {len(wanted)} shards in {index_name}, {', '.join(missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} missing; copy or download again"
-        )
+    wanted = shards(folder / index_name)
     for file, names in wanted.items():
         present = set(_tensor_names(folder / file))
         absent = [name for name in names if name not in present]
@@ -191,7 +181,7 @@ def _indexed_files(folder: Path, index_name: str) -> dict[str, tuple[str, ...]]:
             raise ValueError(f"{folder / file} and {index_name} do not belong together: {odd} is in one of them only")
     if len(set(map(written_name, wanted))) < len(wanted):
         raise ValueError(f"{folder / index_name} lists a shard as *.bin and as *.safetensors; expected one of them")
-    return {file: tuple(names) for file, names in sorted(wanted.items())}
+    return {file: tuple(names) for file, names in wanted.items()}
 
 
 def written_name(file: str) -> str:
@@ -219,43 +209,32 @@ def _load_bin(path: Path) -> dict[str, Tensor]:
     return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
 
 
-def stored_dtypes(folder: Path) -> Iterator[tuple[Path, str, str, int]]:
-    """File, name, dtype and dimensions of every tensor in the weight files of a folder."""
+def stored_tensors(folder: Path) -> Iterator[tuple[Path, str, str, tuple[int, ...]]]:
+    """File, name, dtype and shape of every tensor in the weight files of a folder."""
     index = _index_name(folder)
     single = [name for name in _SINGLE if (folder / name).is_file()][:1]
-    for file in (folder / name for name in (sorted(set(index_files(folder / index).values())) if index else single)):
+    for file in (folder / name for name in (shards(folder / index) if index else single)):
         if file.suffix == ".bin":
             for name, tensor in _load_bin(file).items():
-                yield file, name, DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tensor.dim()
+                yield file, name, DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)
             continue
         with TensorFile(file) as opened:
-            yield from ((file, name, opened.dtype(name), len(opened.shape(name))) for name in opened.names)
+            yield from ((file, name, opened.dtype(name), opened.shape(name)) for name in opened.names)
 
 
 def most_common_dtype(checkpoint: Checkpoint) -> str:
     """The dtype of most tensors, by its name in safetensors files. Raises ValueError for no floating one."""
-    counts = Counter(dtype for _, _, dtype, _ in stored_dtypes(checkpoint.folder) if dtype in ITEM_BYTES)
+    counts = Counter(dtype for _, _, dtype, _ in stored_tensors(checkpoint.folder) if dtype in DTYPES)
     if not counts:
-        raise ValueError(f"{checkpoint.folder}: expected weights of {', '.join(ITEM_BYTES)}, its files have none")
+        raise ValueError(f"{checkpoint.folder}: expected weights of {', '.join(DTYPES)}, its files have none")
     return counts.most_common(1)[0][0]
-
-
-def stored_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """Name, dtype and shape of every tensor in the weight files of a checkpoint."""
-    for file, names in checkpoint.files.items():
-        if file.endswith(".bin"):
-            for name, tensor in _load_bin(checkpoint.folder / file).items():
-                yield name, DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)
-            continue
-        with TensorFile(checkpoint.folder / file) as opened:
-            yield from ((name, opened.dtype(name), tuple(opened.shape(name))) for name in names)
 
 
 def fused_bytes(checkpoint: Checkpoint) -> int:
     """Bytes of the experts that are stored one by one, which transformers joins on loading."""
     return sum(
-        math.prod(shape) * ITEM_BYTES.get(dtype, 4)
-        for name, dtype, shape in stored_tensors(checkpoint)
+        math.prod(shape) * DTYPES.get(dtype, torch.float32).itemsize
+        for _, name, dtype, shape in stored_tensors(checkpoint.folder)
         if _EXPERT.search(name) and len(shape) == 2
     )
 

@@ -29,6 +29,7 @@ from leanstep.pruning.measure.metrics import (
     logits_of,
     summarise,
 )
+from leanstep.pruning.result import finite_values
 from leanstep.sparsity.inference.load import named_class
 
 # of fewer texts, each has the same neighbour in any model, or none
@@ -88,7 +89,6 @@ class Judge:
     """Judges the embedding model or the classifier of a folder. See :func:`judge_of`.
 
     Attributes:
-        name: of the kind.
         model_class: of transformers.
         cosine: the metric of embeddings, pooled as the folder says.
     """
@@ -145,9 +145,7 @@ class Judge:
         if dense is not None:
             values |= self.kind.compared(outputs.rows, dense.rows)
         means = {name: summarise([(value.double(), torch.ones(len(value)))]) for name, value in values.items()}
-        return {
-            name: {k: v if math.isfinite(v) else None for k, v in one._asdict().items()} for name, one in means.items()
-        }
+        return {name: finite_values(one._asdict()) for name, one in means.items()}
 
 
 def judge_of(folder: Path) -> Judge | None:

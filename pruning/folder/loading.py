@@ -24,7 +24,7 @@ from leanstep._checkpoint.mapped import Scratch, forget_sources, is_mapped, note
 from leanstep._checkpoint.safetensors import MappedFile
 from leanstep._files import gguf_file, is_folder_name, one_line
 from leanstep.pruning.cost import Cost, Plan
-from leanstep.pruning.folder.files import DTYPE_NAMES, Checkpoint, stored_dtypes
+from leanstep.pruning.folder.files import DTYPE_NAMES, Checkpoint, stored_tensors
 from leanstep.sparsity.inference.load import check_declared, named_class, nobody_asked
 
 _FLOATING_DTYPES = tuple(DTYPE_NAMES.values())
@@ -63,7 +63,7 @@ def load_model(checkpoint: Checkpoint, device: str | torch.device = "cpu") -> nn
 def _check_finite(checkpoint: Checkpoint, model: nn.Module) -> None:
     """Check all weights. Reads those that the model has as stored from the files, one in memory at a time."""
     stored = stored_names(checkpoint, model)
-    dtypes = {name: dtype for _, name, dtype, _ in stored_dtypes(checkpoint.folder)}
+    dtypes = {name: dtype for _, name, dtype, _ in stored_tensors(checkpoint.folder)}
     state = model.state_dict()
     as_stored = {
         name: (file, key)
@@ -328,7 +328,7 @@ def check_weights(source: str | Path, model_class: Any = None, *, new_heads: Ite
 
 def check_values(folder: Path) -> None:
     """Read all weights of a folder, one in memory at a time. Raises ValueError for NaN and infinity."""
-    for file in dict.fromkeys(file for file, *_ in stored_dtypes(folder)):
+    for file in dict.fromkeys(file for file, *_ in stored_tensors(folder)):
         if file.suffix == ".bin":
             check_finite(((str(n), t) for n, t in load_pickled(file).items() if isinstance(t, Tensor)), file)
             continue
@@ -338,9 +338,9 @@ def check_values(folder: Path) -> None:
 
 def _check_dtypes(folder: Path) -> None:
     """Refuse weights and biases that are not floating-point, which transformers would convert without a word."""
-    for file, name, dtype, dim in stored_dtypes(folder):
+    for file, name, dtype, shape in stored_tensors(folder):
         # GPT-2's attn.bias is a mask of four dimensions
-        if dtype not in _FLOATING_DTYPES and (name.endswith(".weight") or (name.endswith(".bias") and dim == 1)):
+        if dtype not in _FLOATING_DTYPES and (name.endswith(".weight") or (name.endswith(".bias") and len(shape) == 1)):
             raise ValueError(
                 f"{file}: {one_line(name)} is of dtype {dtype}: expected floating-point weights "
                 f"({', '.join(_FLOATING_DTYPES)})"

@@ -32,14 +32,7 @@ from leanstep.pruning.folder.checkpoint import (
     write_report,
     write_weights,
 )
-from leanstep.pruning.folder.files import (
-    DTYPES,
-    Checkpoint,
-    most_common_dtype,
-    open_checkpoint,
-    stored_dtypes,
-    stored_tensors,
-)
+from leanstep.pruning.folder.files import DTYPES, Checkpoint, most_common_dtype, open_checkpoint, stored_tensors
 from leanstep.pruning.folder.loading import READS, checkpoint_values, empty_model_of, load_model, stored_parameters
 from leanstep.pruning.folder.text import CalibrationText, held_out_hash, perplexity_of, sequences_of
 from leanstep.pruning.measure.batches import Batch, as_batches
@@ -204,11 +197,10 @@ def _remove_state(state: Path) -> None:
 
 def space_beside(pruned: Checkpoint, recovery: Recovery) -> int:
     """Most bytes on the disk besides the pruned folder: two states, or a state and the new folder."""
-    half = any(dtype == "F16" for _, _, dtype, _ in stored_dtypes(pruned.folder))
-    state = pruned.size * (2 if half else 1)
+    stored = [(dtype, shape) for _, _, dtype, shape in stored_tensors(pruned.folder)]
+    state = pruned.size * (2 if "F16" in dict(stored) else 1)
     if recovery.rank is not None:  # two factors of each matrix in fp32, without a state of the optimizer
-        matrices = (shape for _, _, shape in stored_tensors(pruned) if len(shape) == 2)
-        state = sum(4 * recovery.rank * sum(shape) for shape in matrices)
+        state = sum(4 * recovery.rank * sum(shape) for _, shape in stored if len(shape) == 2)
     return max(2 * state, state + pruned.size)
 
 

@@ -47,7 +47,7 @@ from leanstep.pruning.folder.loading import checkpoint_values, empty_model_of, l
 from leanstep.pruning.folder.recovery import recover_model, space_beside
 from leanstep.pruning.folder.text import CalibrationText, held_out_hash, longest, perplexity_of, sequences_of
 from leanstep.pruning.measure.activation_cache import find_stages
-from leanstep.pruning.measure.batches import as_batches
+from leanstep.pruning.measure.batches import as_batches, hooked
 from leanstep.pruning.measure.blocks import BlockMover
 from leanstep.pruning.measure.metrics import check_runs, kind_of, values_of
 from leanstep.pruning.measure.products import products_in
@@ -288,7 +288,6 @@ def check_run(
     once, are left to the run.
 
     Args:
-        checkpoint: opened.
         data, config, recovery, evaluate: as for :func:`prune_checkpoint`.
     """
     try:
@@ -475,12 +474,8 @@ def _of_a_sample(shapes: Shapes, model: nn.Module, data: torch.Tensor) -> Shapes
     def measure(_module: nn.Module, _inputs: Any, output: Any) -> None:
         sizes.append(sum(leaf.nbytes for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)))
 
-    handles = [stage.register_forward_hook(measure) for _, stage in find_stages(model, sample)]
-    try:
+    with hooked(stage.register_forward_hook(measure) for _, stage in find_stages(model, sample)):
         outputs = values_of(sample.run(model)).numel()
-    finally:
-        for handle in handles:
-            handle.remove()
     return replace(shapes, tokens=1, width=-(-max(sizes) // shapes.itemsize), outputs=outputs)
 
 

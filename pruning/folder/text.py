@@ -145,7 +145,6 @@ class TextSamples:
     """Texts that a model reads one by one.
 
     Attributes:
-        tokenizer: of the model.
         length: most tokens of a text, those that the tokenizer puts around it among them.
         folder: of the model, for its classes and for messages.
     """

@@ -7,7 +7,7 @@ No code of a model is copied. Earlier blocks return cached outputs instead of co
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from leanstep._checkpoint.mapped import FileTensor, Scratch
 from leanstep._processes import Processes
 from leanstep.pruning.cost import Cost, Plan
-from leanstep.pruning.measure.batches import Batch
+from leanstep.pruning.measure.batches import Batch, hooked
 from leanstep.pruning.measure.blocks import candidate_blocks, set_forward
 from leanstep.pruning.score.base import has_statistics
 from leanstep.pruning.score.targets import Group, Target
@@ -42,16 +42,10 @@ def find_stages(model: nn.Module, batch: Batch) -> list[tuple[str, nn.Module]]:
     """Those of :func:`candidate_blocks` that a model calls exactly once, in the order of the calls."""
     modules = dict(candidate_blocks(model))
     calls: list[str] = []
-    handles = [
-        module.register_forward_pre_hook(lambda _module, _args, name=name: calls.append(name))
-        for name, module in modules.items()
-    ]
-    try:
-        with torch.no_grad():
-            batch.run(model)
-    finally:
-        for handle in handles:
-            handle.remove()
+    note = lambda name: lambda _module, _args: calls.append(name)  # noqa: E731
+    handles = (module.register_forward_pre_hook(note(name)) for name, module in modules.items())
+    with hooked(handles), torch.no_grad():
+        batch.run(model)
     return [(name, modules[name]) for name in calls if calls.count(name) == 1]
 
 
@@ -65,7 +59,6 @@ class ActivationCache:
 
     Args:
         model: run in its current mode.
-        batches: the inputs.
         enabled: False runs every pass from the first stage.
         like: another cache of the same model, from which to take stages and starts instead of searching them.
         scratch: where to keep the outputs; None: in memory.
@@ -259,13 +252,8 @@ class ActivationCache:
 
     def _run_to(self, handle: RemovableHandle, index: int, position: int, before: Any) -> None:
         """Run a batch from a position on, given the output of the stage before it, to a hook that ends the pass."""
-        try:
-            with self._cached_outputs(position, before):
-                self.batches[index].run(self.model)
-        except _Reached:
-            pass
-        finally:
-            handle.remove()
+        with hooked([handle]), suppress(_Reached), self._cached_outputs(position, before):
+            self.batches[index].run(self.model)
 
     @contextmanager
     def _cached_outputs(self, position: int, output: Any) -> Iterator[None]:
@@ -293,7 +281,6 @@ class BlockCache(ActivationCache):
 
     Args:
         like: a cache of the same model with its stages and starts.
-        batches: the inputs.
         limit: most bytes of cached inputs in memory; beyond it, passes run from an earlier block. Files have no limit.
     """
 

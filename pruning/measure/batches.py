@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from leanstep._torch import device_of, output_head
 from leanstep.pruning.measure.products import computing_products
@@ -238,6 +239,15 @@ def without_cache(batch: Batch, model: nn.Module) -> Batch:
     if get_text_config is None or getattr(get_text_config(), "use_cache", None) is None:
         return batch
     return replace(batch, kwargs={"use_cache": False, **batch.kwargs})
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Context manager: removes hooks at the end; ``handles`` may register them as it is read."""
+    with ExitStack() as stack:
+        for handle in handles:
+            stack.callback(handle.remove)
+        yield
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -32,7 +32,7 @@ from leanstep.pruning.score.calibration import (
     prune_group,
     score_seconds,
 )
-from leanstep.pruning.score.in_files import PrunersInFiles
+from leanstep.pruning.score.in_files import GradientSums, PrunersInFiles
 from leanstep.pruning.score.targets import Group, Target, WeightSnapshot
 from leanstep.pruning.training.reconstruction import BlockReconstruction
 
@@ -48,7 +48,6 @@ class Trial:
     """Prunes the matrices of a model by an allocation, and measures the distortion.
 
     Attributes:
-        groups: the matrices.
         pruning: score and calibration data.
         snapshot: of the dense weights.
         inputs: of a block, on which it is pruned: "pruned", those that the pruned blocks before it produce; or "dense",
@@ -262,7 +261,7 @@ class Trial:
         return None if gradients is None else self._by_second_order(measurement, gradients, share)
 
     def _by_second_order(
-        self, measurement: Measurement, gradients: Mapping[str, Tensor], share: Container[str]
+        self, measurement: Measurement, gradients: GradientSums, share: Container[str]
     ) -> Iterator[tuple[Group, Measure]]:
         ends = [group for group in self.groups if group.is_end]
         measurement.cache.reset()
@@ -271,12 +270,8 @@ class Trial:
 
         def estimate(changes: Iterable[tuple[Target, Tensor]]) -> Distortion:
             changed = list(changes)
-            first = sum(
-                float((gradients[target.name] * (weight.float() - target.weight.to(weight.device).float())).sum())
-                for target, weight in changed
-            )
             change = second.distortion(changed)
-            return Distortion(first + change.mean, change.stderr)
+            return Distortion(gradients.first_order(changed) + change.mean, change.stderr)
 
         stages = measurement.cache.by_start([group for group in self.groups if not group.is_end])
         for portion in portions(second, stages, share, self.pruning):

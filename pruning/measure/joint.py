@@ -23,8 +23,9 @@ from leanstep.pruning.measure.metrics import LOGITS_TOGETHER, Distortion, summar
 from leanstep.pruning.measure.products import computing_products_again
 from leanstep.pruning.score.base import LayerPruner
 from leanstep.pruning.score.calibration import Pruners, prune_group
+from leanstep.pruning.score.gradients import only_gradients_of
 from leanstep.pruning.score.in_files import GradientSums, gradients_to
-from leanstep.pruning.score.targets import Group, Target
+from leanstep.pruning.score.targets import Group, Target, parameters_of
 
 Counts = Mapping[str, int]
 # largest tolerated change of the output by a cached input
@@ -44,7 +45,6 @@ class JointJudge:
     Every matrix has one pruner, whose statistics stay as they are. A pass runs from the first changed block on.
 
     Args:
-        groups: the matrices.
         measurement: of the dense model, on the data that decides.
         pruners: of each matrix by name, made of the dense weights.
         counts, patterns: the levels to which the model is pruned now.
@@ -157,32 +157,22 @@ class JointJudge:
         slopes = {}
         for name, level in levels.items():
             pruned = prune_group(self._groups[name], self._pruners, level)
-            slopes[name] = sum(
-                float((gradients[target.name] * (weight.float() - target.weight.to(weight.device).float())).sum())
-                for target, weight in pruned
-            )
+            slopes[name] = gradients.first_order(pruned)
         return slopes
 
     def gradients(self) -> GradientSums | None:
         """Gradient of the joint distortion by each matrix, fp32 [out, in]; None if the metric gives none."""
         targets = [target for group in self._groups.values() for target in group.targets]
-        parameters = {target.parameter: getattr(target.module, target.attribute) for target in targets}
-        frozen = [parameter for parameter in parameters.values() if not parameter.requires_grad]
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        try:
-            with whole_on_device(self.model):
-                sums = self._gradient_sums(parameters)
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(False)
+        parameters = parameters_of(targets)
+        with only_gradients_of(self.model, parameters.values()), whole_on_device(self.model):
+            sums = self._gradient_sums(parameters)
         is_half = any(parameter.dtype == torch.float16 for parameter in parameters.values())
         if sums is None or (is_half and not sums.is_finite):
             return None  # the curves order the exchanges
         self.passes += 4 if self._recomputes else 3  # a backward pass takes the work of two
         return sums
 
-    def _gradient_sums(self, parameters: dict[str, Tensor]) -> GradientSums | None:
+    def _gradient_sums(self, parameters: Mapping[str, Tensor]) -> GradientSums | None:
         """Sums of the gradients of all batches; None if the metric gives none.
 
         Autograd stores the inputs of blocks and computes their activations again, unless a block does not allow that.
@@ -200,7 +190,7 @@ class JointJudge:
         return computing_products_again(self.model)
 
     def _sums(
-        self, parameters: dict[str, Tensor], stored: Callable[[], AbstractContextManager[None]]
+        self, parameters: Mapping[str, Tensor], stored: Callable[[], AbstractContextManager[None]]
     ) -> GradientSums | None:
         total = sum(float(counts.sum()) for _, counts in self._current)
         # the gradient of a mean over all tokens is below fp16's smallest number, 6e-8

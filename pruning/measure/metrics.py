@@ -85,8 +85,6 @@ class Metric:
         """Sum over :meth:`root` of the first sample times directions, for a backward pass.
 
         Args:
-            output: of the model.
-            batch: its inputs.
             directions: from the shape of the root to signs, int8.
         """
         root = self.root(output, batch)[0]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from leanstep.pruning.score.base import SCOPES, LayerPruner, Ranking, smallest
+from leanstep.pruning.score.base import LayerPruner, Ranking, smallest
 from leanstep.pruning.score.sparsegpt import SparseGPTPruner, damped_gram
 from leanstep.sparsity import NM, nm_mask
 
@@ -66,8 +66,6 @@ class ALPSPruner(LayerPruner):
         self, weight: Tensor, gram: Tensor, *, damping: float = 0.01, scope: str = "matrix", block_size: int = 128
     ):
         super().__init__(weight)
-        if scope not in SCOPES:
-            raise ValueError(f"ALPS: scope must be one of {', '.join(SCOPES)}, got {scope!r}")
         self._scope = scope
         self._sparsegpt = SparseGPTPruner(weight, gram, damping=damping, block_size=block_size)
         self._unused = gram.diagonal() == 0

@@ -123,8 +123,6 @@ class Ranking:
 
     def __init__(self, scores_of: Callable[[], Tensor], scope: str = "matrix"):
         scores = scores_of()
-        if scope not in SCOPES:
-            raise ValueError(f"Ranking: scope must be one of {', '.join(SCOPES)}, got {scope!r}")
         if scores.dim() != 2 or not bool(scores.isfinite().all()):
             raise ValueError(f"Ranking: expected finite scores [out, in], got shape {tuple(scores.shape)}")
         self.shape, self.scope = scores.shape, scope

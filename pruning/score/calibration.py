@@ -19,7 +19,7 @@ from leanstep.pruning.compress.menu import LayerCompressor
 from leanstep.pruning.config import ROUNDINGS
 from leanstep.pruning.cost import Cost, Plan
 from leanstep.pruning.measure.activation_cache import ActivationCache, activation_bytes, score_samples
-from leanstep.pruning.measure.batches import Batch
+from leanstep.pruning.measure.batches import Batch, hooked
 from leanstep.pruning.score.base import (
     GRADIENTS,
     NEEDS,
@@ -30,8 +30,7 @@ from leanstep.pruning.score.base import (
     statistics_bytes,
 )
 from leanstep.pruning.score.experts import (
-    ExpertInputs,
-    ExpertWeights,
+    ExpertProducts,
     experts_without_masked_tokens,
     one_expert_at_a_time,
     ratio,
@@ -67,7 +66,6 @@ def statistics_for(
 
     Args:
         cache: the model and the data. Passes run from its position to the last stage with a target.
-        targets: the layers.
         needs: any of ``square_sum``, ``gram``, ``gradients``; may be empty.
 
     Raises:
@@ -135,14 +133,10 @@ def leave_out(model: nn.Module, targets: Sequence[Target], batches: Sequence[Bat
     plain = [target for target in targets if target.expert is None]
     waiting = {module for target in plain if not target.is_expert for module in target.modules}
     handles = [module.register_forward_pre_hook(lambda module, _: waiting.discard(module)) for module in waiting]
-    try:
-        with torch.no_grad():
-            for batch in (batches[0].sample(0), *batches):
-                if waiting:
-                    batch.run(model)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), torch.no_grad():
+        for batch in (batches[0].sample(0), *batches):
+            if waiting:
+                batch.run(model)
     unused = {target.name for target in plain if not target.is_expert and waiting.issuperset(target.modules)}
     reasons = {
         target.name: "was never run on the calibration data" if target.name in unused else why
@@ -185,6 +179,15 @@ def collect_inputs(
                 inputs = inputs[mask.flatten()]
         add[target.name](input_rows(target.module, inputs))
 
+    def give_expert(target: Target, inputs: Tensor, output: Tensor, of_all: bool) -> Tensor:
+        if of_all:
+            rows, mask = inputs.any(dim=-1), mask_of_tokens()
+            if mask is not None and len(rows) == mask.numel():
+                rows &= mask.flatten()
+            inputs = inputs[rows]
+        give(target, inputs)
+        return output
+
     experts = [target for target in targets if target.expert is not None]
     with ExitStack() as stack:
         for target in targets:
@@ -196,7 +199,7 @@ def collect_inputs(
         if experts:
             stack.enter_context(one_expert_at_a_time(cache.model))
             stack.enter_context(experts_without_masked_tokens(experts, mask_of_tokens))
-            stack.enter_context(ExpertInputs(ExpertWeights(experts), give, mask_of_tokens))
+            stack.enter_context(ExpertProducts(experts, give_expert))
         spans = [cache.span(target) for target in targets]
         last = [span[1] for span in spans if span is not None]
         for index in range(len(cache.batches)) if indices is None else indices:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from statistics import fmean
@@ -15,17 +16,23 @@ from leanstep.pruning.score.base import LayerPruner
 from leanstep.pruning.score.targets import Group, Target
 
 
-class ExpertWeights:
-    """Tells which expert a weight in a product belongs to, wherever the parameter's data is at that moment."""
+class ExpertProducts(TorchFunctionMode):
+    """Passes every product with the weight of one expert to ``record``, and goes on with the output that it returns.
 
-    def __init__(self, experts: Sequence[Target]) -> None:
+    ``record`` gets the expert, its inputs, the output, and whether the product is of all experts at once
+    (``torch.bmm``), where a token that is not routed to the expert is a row of zeros. Which expert a weight belongs to
+    is told by its address, wherever the parameter's data is at that moment.
+    """
+
+    def __init__(self, experts: Sequence[Target], record: Callable[[Target, Tensor, Tensor, bool], Tensor]) -> None:
+        super().__init__()
+        self._record = record
         self._experts: dict[tuple[nn.Module, str], dict[int, Target]] = {}
         for target in experts:
             assert target.expert is not None
             self._experts.setdefault((target.module, target.attribute), {})[target.expert] = target
 
-    def get(self, weight: Tensor) -> Target | None:
-        """The target whose weight begins where this one does; None for any other."""
+    def _target_of(self, weight: Tensor) -> Target | None:
         for (module, attribute), experts in self._experts.items():
             whole = getattr(module, attribute)
             distance = weight.data_ptr() - whole.data_ptr()
@@ -34,38 +41,23 @@ class ExpertWeights:
                 return experts[expert]
         return None
 
-
-class ExpertInputs(TorchFunctionMode):
-    """Intercepts every matrix product with the weight of one expert, wherever the model computes it.
-
-    In a product of all experts at once (``torch.bmm``), a token that is not routed to an expert is a row of zeros. Rows
-    of masked tokens are left out there.
-    """
-
-    def __init__(
-        self,
-        experts: ExpertWeights,
-        give: Callable[[Target, Tensor], None],
-        mask_of_tokens: Callable[[], Tensor | None],
-    ) -> None:
-        super().__init__()
-        self.experts, self.give, self.mask_of_tokens = experts, give, mask_of_tokens
-
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
         products = (nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
         if func in products and len(args) > 1 and isinstance(args[1], Tensor):
-            target = self.experts.get(args[1])
+            target = self._target_of(args[1])
             if target is not None and args[0].shape[-1] == target.weight.shape[1]:
-                self.give(target, args[0])
+                return self._record(target, args[0], output, False)
         if func in (torch.bmm, Tensor.bmm) and len(args) > 1:
-            for inputs, weight in zip(args[0], args[1], strict=True):
-                target = self.experts.get(weight)
-                if target is not None:
-                    rows, mask = inputs.any(dim=-1), self.mask_of_tokens()
-                    if mask is not None and len(rows) == mask.numel():
-                        rows &= mask.flatten()
-                    self.give(target, inputs[rows])
-        return func(*args, **(kwargs or {}))
+            targets = [self._target_of(weight) for weight in args[1]]
+            if any(target is not None for target in targets):
+                before = list(output)
+                after = [
+                    part if target is None else self._record(target, inputs, part, True)
+                    for target, inputs, part in zip(targets, args[0], before, strict=True)
+                ]
+                return output if all(map(operator.is_, before, after)) else torch.stack(after)
+        return output
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 
 import torch
@@ -13,7 +14,7 @@ from leanstep.pruning.measure.batches import Batch
 from leanstep.pruning.measure.blocks import whole_on_device
 from leanstep.pruning.measure.metrics import logits_of
 from leanstep.pruning.score.base import GRADIENTS
-from leanstep.pruning.score.targets import Target, as_matrix
+from leanstep.pruning.score.targets import Target, parameters_of
 
 
 def collect_gradients(model: nn.Module, batches: Sequence[Batch], targets: Sequence[Target]) -> dict[str, Tensor]:
@@ -22,34 +23,56 @@ def collect_gradients(model: nn.Module, batches: Sequence[Batch], targets: Seque
     The loss is the mean cross-entropy over a sample's labels; without labels, over classes drawn from the model's own
     predictions, as in the definition of the Fisher matrix.
     """
-    parameters = {target.parameter: getattr(target.module, target.attribute) for target in targets}
-    frozen = [parameter for parameter in parameters.values() if not parameter.requires_grad]
+    parameters = parameters_of(targets)
     rows: dict[str, list[Tensor]] = {target.name: [] for target in targets}
     generator = torch.Generator().manual_seed(0)
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-    try:
-        with whole_on_device(model):
-            singles = (batch.sample(row) for batch in batches for row in range(batch.size))
-            for single in islice(singles, GRADIENTS):
-                with torch.enable_grad():
-                    loss = _loss(model, single, generator)
-                    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-                by_name = dict(zip(parameters, gradients, strict=True))
-                for target in targets:
-                    gradient = by_name[target.parameter]
-                    if gradient is None:
-                        if not target.is_expert:
-                            raise ValueError(
-                                f"the model's output does not depend on {target.name}; leave it out with exclude"
-                            )
-                        gradient = torch.zeros_like(parameters[target.parameter])
-                    matrix = gradient if target.expert is None else gradient[target.expert]
-                    rows[target.name].append(as_matrix(matrix.contiguous(), target.layout).reshape(-1).float())
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+    with only_gradients_of(model, parameters.values()), whole_on_device(model):
+        singles = (batch.sample(row) for batch in batches for row in range(batch.size))
+        for single in islice(singles, GRADIENTS):
+            with torch.enable_grad():
+                loss = _loss(model, single, generator)
+            for target, gradient in matrix_gradients(loss, targets):
+                rows[target.name].append(gradient.reshape(-1).float())
     return {name: torch.stack(per_sample) for name, per_sample in rows.items()}
+
+
+@contextmanager
+def only_gradients_of(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Context manager: of a model, these parameters alone require gradients."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(False)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter, required in before:
+            parameter.requires_grad_(required)
+
+
+def matrix_gradients(
+    total: Tensor, targets: Sequence[Target], *, retain_graph: bool = False
+) -> Iterator[tuple[Target, Tensor]]:
+    """Each target with the gradient [out, in] of a number; zeros for an expert without a token.
+
+    Raises:
+        ValueError: for another target on which the number does not depend.
+    """
+    parameters = parameters_of(targets)
+    gradients = torch.autograd.grad(total, list(parameters.values()), retain_graph=retain_graph, allow_unused=True)
+    by_name = dict(zip(parameters, gradients, strict=True))
+    for target in targets:
+        if (gradient := by_name[target.parameter]) is None:
+            if not target.is_expert:
+                raise unused(target)
+            gradient = torch.zeros_like(target.owned)
+        yield target, target.matrix_in(gradient.contiguous())
+
+
+def unused(target: Target) -> ValueError:
+    """The error for a matrix on which the output does not depend."""
+    return ValueError(f"the model's output does not depend on {target.name}; leave it out with exclude")
 
 
 def _loss(model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:

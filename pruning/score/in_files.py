@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from leanstep._checkpoint.mapped import FileTensor, Scratch
 from leanstep.pruning.score.base import LayerPruner, LayerStatistics
 from leanstep.pruning.score.calibration import Pruners, Pruning
-from leanstep.pruning.score.targets import Group, Target, WeightSnapshot, as_matrix
+from leanstep.pruning.score.targets import Group, Target, WeightSnapshot
 
 
 class PrunersInFiles(Mapping[str, LayerPruner]):
@@ -64,7 +64,6 @@ class GradientSums(Mapping[str, Tensor]):
     """Sums of gradients of the parameters of some matrices; as a mapping, fp32 [out, in] of each matrix by name.
 
     Args:
-        targets: the matrices.
         device: of the gradients.
         scratch: where the sums are; None: in memory.
     """
@@ -95,15 +94,20 @@ class GradientSums(Mapping[str, Tensor]):
         total = self._sums.get(target.parameter)
         if total is None:  # the output does not depend on it
             return torch.zeros_like(target.weight, dtype=torch.float32, device=self._device)
-        gradient = Scratch.open(total)
-        matrix = gradient if target.expert is None else gradient[target.expert]
-        return as_matrix(matrix.detach(), target.layout).float()
+        return target.matrix_in(Scratch.open(total).detach()).float()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._targets)
 
     def __len__(self) -> int:
         return len(self._targets)
+
+    def first_order(self, changes: Iterable[tuple[Target, Tensor]]) -> float:
+        """First-order change of what was differentiated if matrices get other weights: <gradient, change of W>."""
+        return sum(
+            float((self[target.name] * (weight.float() - target.weight.to(weight.device).float())).sum())
+            for target, weight in changes
+        )
 
 
 @contextmanager

@@ -56,8 +56,6 @@ class FisherPruner(LayerPruner):
         self, weight: Tensor, gradients: Tensor, *, damping: float = 0.1, block_size: int = 128, update: str = "exact"
     ):
         super().__init__(weight)
-        if update not in UPDATES:
-            raise ValueError(f"FisherPruner: update must be one of {', '.join(UPDATES)}, got {update!r}")
         if not damping > 0 or block_size < 1:
             raise ValueError(f"FisherPruner: expected damping > 0 and block_size >= 1, got {damping} and {block_size}")
         nonzero = (self.weight != 0).flatten()

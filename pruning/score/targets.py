@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from leanstep._checkpoint.mapped import touched
 from leanstep.optimizers.param_groups import parameter_roles, transposed_parameters
-from leanstep.pruning.measure.batches import Batch
+from leanstep.pruning.measure.batches import Batch, hooked
 
 # share of the weights from which on bare parameters are told
 _FEW = 0.05
@@ -150,6 +150,11 @@ class Target:
         return _EXPERT_NUMBER.sub(r"\1*", self.parameter, count=1)
 
     @property
+    def owned(self) -> nn.Parameter:
+        """The parameter that it is, or is an expert of."""
+        return getattr(self.module, self.attribute)
+
+    @property
     def module(self) -> nn.Module:
         """The first module that owns it."""
         return self.modules[0]
@@ -162,8 +167,16 @@ class Target:
     @property
     def weight(self) -> Tensor:
         """The current weight [out, in], a view: writes change the model."""
-        data = touched(getattr(self.module, self.attribute)).data
-        return as_matrix(data if self.expert is None else data[self.expert], self.layout)
+        return self.matrix_in(touched(self.owned).data)
+
+    def matrix_in(self, values: Tensor) -> Tensor:
+        """The matrix [out, in] in values like those of the parameter, such as its gradient; a view."""
+        return as_matrix(values if self.expert is None else values[self.expert], self.layout)
+
+
+def parameters_of(targets: Iterable[Target]) -> dict[str, nn.Parameter]:
+    """The parameters of some targets, by name."""
+    return {target.parameter: target.owned for target in targets}
 
 
 def find_targets(
@@ -262,13 +275,9 @@ def count_uses(model: nn.Module, targets: Sequence[Target], batch: Batch) -> lis
         channels = first.shape[1 if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else -1]
         rows[module] += first.numel() // channels
 
-    handles = [module.register_forward_hook(hook) for module in {m for target in targets for m in target.modules}]
-    try:
-        with torch.no_grad():
-            batch.run(model)
-    finally:
-        for handle in handles:
-            handle.remove()
+    modules = {module for target in targets for module in target.modules}
+    with hooked(module.register_forward_hook(hook) for module in modules), torch.no_grad():
+        batch.run(model)
     uses = {target: sum(rows[module] for module in target.modules) // batch.size for target in targets}
     return [replace(target, layer=replace(target.layer, uses=max(1, uses[target]))) for target in targets]
 
@@ -447,7 +456,6 @@ def make_groups(targets: Sequence[Target], granularity: str = "matrix") -> list[
     """Group targets that share a level. A matrix outside of blocks is a group of its own.
 
     Args:
-        targets: the matrices.
         granularity: ``matrix``: every matrix alone. ``role``: a block's q and k, v and o, up and gate, others by name.
             ``block``: all matrices of a block.
 
@@ -511,7 +519,7 @@ class WeightSnapshot:
     """
 
     def __init__(self, targets: Sequence[Target], stored: Stored | None = None) -> None:
-        self._parameters = {target.parameter: getattr(target.module, target.attribute) for target in targets}
+        self._parameters = parameters_of(targets)
         self._stored = stored
         self._copies: dict[str, Tensor] | None = None
         self._changed = False
@@ -544,8 +552,7 @@ class WeightSnapshot:
 
     def matrix(self, target: Target) -> Tensor:
         """The original weight [out, in] of a target, to be read. Call :meth:`take` before."""
-        value = self._original(target.parameter)
-        return as_matrix(value if target.expert is None else value[target.expert], target.layout)
+        return target.matrix_in(self._original(target.parameter))
 
     def _original(self, name: str) -> Tensor:
         assert self._copies is not None

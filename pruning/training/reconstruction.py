@@ -207,7 +207,7 @@ def _order(count: int, seed: int) -> Iterator[int]:
 
 def _constraint(target: Target, encoded: tuple[str, Tensor] | None) -> Constraint | None:
     """What keeps a matrix at its level: its zeros, or the values of its codes; None for levels without single codes."""
-    weight, is_transposed = getattr(target.module, target.attribute), target.layout == "in_out"
+    weight, is_transposed = target.owned, target.layout == "in_out"
     if encoded is None:
         return keep_zeros(weight)
     from leanstep.pruning.compress.menu import constraint_of
@@ -278,7 +278,6 @@ class BlockReconstruction:
         """Train the stage with some matrices, which are changed now.
 
         Args:
-            block: the matrices.
             encoded: with a menu, level and bytes or scales of each; bytes get the trained codes, if they have any.
         """
         stage = self._cache.first_stage(block[0])
@@ -288,7 +287,7 @@ class BlockReconstruction:
             parameters = {parameter: own for own, parameter in module.named_parameters()}
             targets = [target for group in block for target in group.targets]
             constraints: dict[str, Any] = {
-                parameters[getattr(target.module, target.attribute)]: constraint
+                parameters[target.owned]: constraint
                 for target in targets
                 if (constraint := _constraint(target, encoded.get(target.name))) is not None
             }
@@ -297,7 +296,7 @@ class BlockReconstruction:
                 module, examples, constraints, steps=self.steps, lr=self.lr, progress=self._report
             )
             for target in targets if self.errors[name].applied else ():
-                grid = constraints.get(parameters[getattr(target.module, target.attribute)])
+                grid = constraints.get(parameters[target.owned])
                 if grid is not None and target.name in encoded:
                     encoded[target.name] = grid.write(target.weight)
         else:

@@ -33,7 +33,8 @@ from leanstep.pruning.measure.metrics import (
     token_rows,
 )
 from leanstep.pruning.result import Recovery, RecoveryResult
-from leanstep.pruning.score.targets import Stored, Target, WeightSnapshot, abbreviate, find_targets
+from leanstep.pruning.score.gradients import only_gradients_of
+from leanstep.pruning.score.targets import Stored, Target, WeightSnapshot, abbreviate, find_targets, parameters_of
 from leanstep.pruning.training.finetune import MaskKeeper, keep_masks
 from leanstep.pruning.training.recovery_file import RecoveryFile
 
@@ -356,31 +357,27 @@ def _cost(model: nn.Module, teacher: nn.Module | None, batches: Sequence[Batch])
 @contextmanager
 def training(model: nn.Module, targets: Sequence[Target], recovery: Recovery) -> Iterator[None]:
     """Context manager: only the targets' parameters, or factors beside them that are merged at the end, are trained."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    parameters = list(model.parameters())
     try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        if recovery.rank is None:
-            for target in targets:
-                getattr(target.module, target.attribute).requires_grad_(True)
-            yield
-            return
-        linear = [target for target in targets if is_adapted(target)]
-        if not linear:
-            raise ValueError(_without_linear(recovery.rank, type(model).__name__))
-        # an expression for whole names: a list of names would also select layers whose names end in one of them
-        names = "|".join(re.escape(target.parameter.removesuffix(".weight")) for target in linear)
-        config = LoraConfig(r=recovery.rank, lora_alpha=recovery.rank, target_modules=names)
-        with torch.random.fork_rng():
-            torch.manual_seed(recovery.seed)
-            apply_lora(model, config)
-        try:
-            keep_zeros(model)
-            yield
-            merge(model)
-        finally:
-            remove_lora(model)
+        with only_gradients_of(model, [] if recovery.rank is not None else parameters_of(targets).values()):
+            if recovery.rank is None:
+                yield
+                return
+            linear = [target for target in targets if is_adapted(target)]
+            if not linear:
+                raise ValueError(_without_linear(recovery.rank, type(model).__name__))
+            # an expression for whole names: a list of names would also select layers whose names end in one of them
+            names = "|".join(re.escape(target.parameter.removesuffix(".weight")) for target in linear)
+            config = LoraConfig(r=recovery.rank, lora_alpha=recovery.rank, target_modules=names)
+            with torch.random.fork_rng():
+                torch.manual_seed(recovery.seed)
+                apply_lora(model, config)
+            try:
+                keep_zeros(model)
+                yield
+                merge(model)
+            finally:
+                remove_lora(model)
     finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        for parameter in parameters:
             parameter.grad = None

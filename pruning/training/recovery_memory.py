@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from leanstep.lora import saved_bytes
 from leanstep.optimizers import param_groups
 from leanstep.pruning.measure.batches import Batch, as_batches, evaluating
 from leanstep.pruning.measure.metrics import logits_of
-from leanstep.pruning.score.targets import Target, empty_targets, find_targets
+from leanstep.pruning.score.targets import Target, empty_targets, find_targets, parameters_of
 from leanstep.pruning.training.recovery import Recovery, Samples, is_adapted, pass_rows, training
 
 
@@ -48,7 +48,7 @@ def distillation_bytes(
         ValueError: for a model or data that :func:`leanstep.pruning.recover` refuses.
     """
     targets = find_targets(model, include=include)
-    parameters = {target.parameter: getattr(target.module, target.attribute) for target in targets}
+    parameters = parameters_of(targets)
     masked = {name for name, parameter in parameters.items() if bool((parameter == 0).any())}
     with evaluating(model):
         samples = Samples(data, model, model, recovery)
@@ -119,7 +119,7 @@ def _uses(
     snapshot: bool,
 ) -> dict[str, int]:
     """Bytes by use, of ``passes`` of ``rows`` samples in a step."""
-    parameters = {target.parameter: getattr(target.module, target.attribute) for target in targets}
+    parameters = parameters_of(targets)
     names = {target.parameter for target in _trained(targets, recovery)}
     factors = 0
     if recovery.rank is not None:  # in fp32 at least
@@ -147,7 +147,7 @@ def _uses(
     return {use: size for use, size in uses.items() if size}
 
 
-def _of(parameters: dict[str, Tensor], names: Iterable[str]) -> list[Tensor]:
+def _of(parameters: Mapping[str, Tensor], names: Iterable[str]) -> list[Tensor]:
     return [parameter for name, parameter in parameters.items() if name in set(names)]
 
 

@@ -17,7 +17,7 @@ from torch.utils.benchmark import Timer
 
 from leanstep._files import format_bytes, parse_json, read_text
 from leanstep._memory import free_memory
-from leanstep.pruning.folder.files import stored_dtypes
+from leanstep.pruning.folder.files import stored_tensors
 from leanstep.pruning.folder.loading import check_values, check_weights
 from leanstep.recipes.check.costs import MemoryEstimate, check_layers, disk_need, estimate, flops_per_token, meta_model
 from leanstep.recipes.config.loader import dump
@@ -173,7 +173,7 @@ class Check:
         folder = Path(source).expanduser()
         try:
             check_weights(source, new_heads=new_heads)
-            size = sum(file.stat().st_size for file in {file for file, *_ in stored_dtypes(folder)})
+            size = sum(file.stat().st_size for file in {file for file, *_ in stored_tensors(folder)})
             if size <= _READ:
                 check_values(folder)
         except ValueError as error:

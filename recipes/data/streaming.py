@@ -55,7 +55,6 @@ class StreamedSequences(IterableDataset):
         text_key: column with the text; null and blank texts are skipped.
         packing: join documents with end-of-text tokens; False: one padded or cut document per sequence.
         seed: decides every order.
-        rank, world_size: of this process.
         epochs: number of epochs; None never ends.
         block_documents: the most documents tokenised and shuffled at once.
         block_characters: a block ends with the document that reaches this number.

@@ -103,7 +103,6 @@ class Restore(_Operation):
     Args:
         name: of the stored weight; added to ``restored`` when it is built.
         form: how it is stored.
-        dtype: of the parameter.
         layer: the compressed layer; None for a dense parameter.
     """
 

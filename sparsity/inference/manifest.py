@@ -30,11 +30,11 @@ KEY, CHECKSUM_KEY = "leanstep_sparse", "leanstep_sparse_crc32"
 
 
 class StoredTensor(NamedTuple):
-    """Dtype (as safetensors names it), shape and checksum (None: unknown) of one tensor of a file."""
+    """Dtype (as safetensors names it), shape and checksum of one tensor of a file."""
 
     dtype: str
     shape: tuple[int, ...]
-    crc32: int | None
+    crc32: int
 
 
 def checksum(tensor: Tensor) -> int:

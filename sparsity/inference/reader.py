@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from leanstep._checkpoint.configuration import check_folder
-from leanstep._checkpoint.files import TensorFile, check_finite, index_files, read_json
+from leanstep._checkpoint.files import TensorFile, check_finite, read_json, shards
 from leanstep._files import one_line
 from leanstep.sparsity.inference.manifest import KEY, Manifest
 from leanstep.sparsity.inference.matrices import Form, check_parts, decompress
@@ -24,7 +24,6 @@ class SparseFiles:
     the manifests, in their dtypes and shapes. :meth:`check_content` reads all tensors.
 
     Args:
-        paths: of the files.
         read: reads the manifest of a file, where it is of another kind than :func:`export_folder` writes.
 
     Attributes:
@@ -140,7 +139,7 @@ class SparseFiles:
     def _tensor(self, name: str) -> Tensor:
         file, expected = self._owners[name], self.manifest.tensors[name].crc32
         tensor = file.tensor(name)
-        if expected is not None and self.manifest.kind.checksum(tensor) != expected:
+        if self.manifest.kind.checksum(tensor) != expected:
             raise ValueError(
                 f"{file.path}: the checksum of {one_line(name)} is wrong: it was changed after writing; copy or "
                 "download the file again"
@@ -164,11 +163,7 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder} has no {SINGLE} and no {INDEX}: expected safetensors weights; save the model again by "
             "save_pretrained"
         )
-    files = [folder / name for name in sorted(set(index_files(folder / INDEX).values()))]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise ValueError(f"{folder} is incomplete: {missing[0]}, which {INDEX} names, is missing; copy it again")
-    return files
+    return [folder / name for name in shards(folder / INDEX)]
 
 
 def read_config(folder: Path) -> dict[str, Any]:

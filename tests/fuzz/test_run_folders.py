@@ -7,7 +7,7 @@ import shutil
 import zlib
 
 import pytest
-from fuzzing import ENTRIES, WORDS, damaged, edits, fuzz, json_files, judged, plant, told, write
+from fuzzing import ENTRIES, WORDS, damaged, edits, fuzz, json_files, judged, plant, replaced, told, write
 from hypothesis import given
 from hypothesis import strategies as st
 from run_folders import write_run
@@ -74,11 +74,8 @@ def test_damaged_files_of_a_run(folder, data):
     name = data.draw(st.sampled_from(NAMES))
     path = folder / "run" / name
     whole = path.read_bytes()
-    write(path, data.draw(json_files(whole) if name.endswith(".json") else damaged(whole)))
-    try:
+    with replaced(path, data.draw(json_files(whole) if name.endswith(".json") else damaged(whole))):
         check_page(folder, folder / "run")
-    finally:
-        write(path, whole)
 
 
 @pytest.mark.slow
@@ -89,11 +86,8 @@ def test_other_lines_of_a_log(folder, data):
     whole = path.read_bytes()
     lines = [json.loads(line) for line in whole.splitlines()]
     changed = data.draw(edits(lines, st.sampled_from(HOSTILE) | st.floats() | st.integers() | st.text(max_size=5)))
-    write(path, "".join(json.dumps(line) + "\n" for line in changed).encode())
-    try:
+    with replaced(path, "".join(json.dumps(line) + "\n" for line in changed).encode()):
         check_page(folder, folder / "run")
-    finally:
-        write(path, whole)
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
@@ -111,16 +105,13 @@ def test_the_command_answers_by_a_page_or_in_one_line(folder, data):
     name = data.draw(st.sampled_from(NAMES))
     path, out = folder / "run" / name, folder / "pages" / "page.html"
     whole = path.read_bytes()
-    write(path, data.draw(json_files(whole) if name.endswith(".json") else damaged(whole)))
 
     def right(printed):
         assert printed == f"{out} written\n"
         return right_page(folder)(out.read_text())
 
-    try:
+    with replaced(path, data.draw(json_files(whole) if name.endswith(".json") else damaged(whole))):
         told("run folders, report", "report", folder / "run", "--out", out, right=right, folders=(folder / "pages",))
-    finally:
-        write(path, whole)
 
 
 @given(data=st.data())
@@ -142,11 +133,8 @@ def test_a_damaged_recipe_tells_eval_nothing_or_one_line(folder, data):
 
     expected = read()
     assert expected
-    write(path, data.draw(damaged(whole)))
-    try:
+    with replaced(path, data.draw(damaged(whole))):
         judged("run folders, eval", read, right, outside=folder / "outside")
-    finally:
-        write(path, whole)
 
 
 @given(data=st.data())

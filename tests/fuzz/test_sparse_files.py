@@ -6,7 +6,20 @@ from random import Random
 
 import pytest
 import torch
-from fuzzing import ENTRIES, damaged, edits, fuzz, json_files, judged, plant, safetensors_files, same_as, told, write
+from fuzzing import (
+    ENTRIES,
+    damaged,
+    edits,
+    fuzz,
+    json_files,
+    judged,
+    plant,
+    replaced,
+    safetensors_files,
+    same_as,
+    told,
+    write,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from pruned_models import make_llama
@@ -60,11 +73,8 @@ def file(folder):
 def test_damaged_compressed_files(folder, file, data):
     """Tensors in another order are the same file."""
     whole, expected = file.read_bytes(), bits(load_compressed(file))
-    write(file, data.draw(safetensors_files(whole)))
-    try:
+    with replaced(file, data.draw(safetensors_files(whole))):
         judged("compressed files", lambda: bits(load_compressed(file)), same_as(expected), outside=folder / "outside")
-    finally:
-        write(file, whole)
 
 
 def _with_layout(file, change_layout, change_tensors=lambda stored: None):
@@ -84,7 +94,7 @@ def _with_layout(file, change_layout, change_tensors=lambda stored: None):
 @fuzz(100)
 def test_compressed_files_with_other_layouts_and_right_checksums(folder, file, data):
     """Whoever writes right checksums may write other tensors: those of the layout, in its shapes."""
-    whole, expected = file.read_bytes(), bits(load_compressed(file))
+    expected = bits(load_compressed(file))
 
     def change(layout):
         return data.draw(edits(layout))
@@ -94,11 +104,8 @@ def test_compressed_files_with_other_layouts_and_right_checksums(folder, file, d
         one, other = data.draw(st.sampled_from(names)), data.draw(st.sampled_from(names))
         stored[one], stored[other] = stored[other].clone(), stored[one].clone()
 
-    write(file, _with_layout(file, change, swap if data.draw(st.booleans()) else lambda stored: None))
-    try:
+    with replaced(file, _with_layout(file, change, swap if data.draw(st.booleans()) else lambda stored: None)):
         judged("compressed files", lambda: bits(load_compressed(file)), lambda state: state == expected)
-    finally:
-        write(file, whole)
 
 
 @given(content=st.data())
@@ -114,11 +121,8 @@ def test_other_records_of_patterns(folder, content):
         assert str(found)
         return found == expected
 
-    write(record, content.draw(json_files(whole)))
-    try:
+    with replaced(record, content.draw(json_files(whole))):
         judged("sparsity.json", lambda: verify(plain), right, outside=folder / "outside")
-    finally:
-        write(record, whole)
 
 
 @given(data=st.data())
@@ -144,16 +148,13 @@ def test_verify_tells_damage_in_one_line(folder, data):
     kind = data.draw(st.sampled_from(("plain", "compressed")))
     path = folder / kind / data.draw(st.sampled_from(sorted(entry.name for entry in (folder / kind).iterdir())))
     whole = path.read_bytes()
-    write(path, data.draw(safetensors_files(whole) if path.suffix == ".safetensors" else damaged(whole)))
 
     def right(out):
         assert "matrices are N:M sparse" in out
         return False
 
-    try:
+    with replaced(path, data.draw(safetensors_files(whole) if path.suffix == ".safetensors" else damaged(whole))):
         told("verify, command", "verify", folder / kind, right=right, outside=folder / "outside", failures=(1, 2))
-    finally:
-        write(path, whole)
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
@@ -205,11 +206,8 @@ def test_damaged_sparse_files(sparse, name, data):
     """A manifest has checksums of every tensor and of itself. Other metadata is not read."""
     file = sparse / name / "model.safetensors"
     whole, expected = file.read_bytes(), read_sparse(file)
-    write(file, data.draw(safetensors_files(whole)))
-    try:
+    with replaced(file, data.draw(safetensors_files(whole))):
         judged("sparse folders", lambda: read_sparse(file), same_as(expected), outside=sparse / "outside")
-    finally:
-        write(file, whole)
 
 
 @pytest.mark.slow
@@ -219,16 +217,13 @@ def test_damaged_sparse_files(sparse, name, data):
 def test_sparse_files_with_other_manifests_and_right_checksums(sparse, name, data):
     """Other matrices may be asked for than were written, as long as offsets, masks and positions fit."""
     file = sparse / name / "model.safetensors"
-    whole, expected = file.read_bytes(), read_sparse(file)
+    expected = read_sparse(file)
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
     content = data.draw(edits(json.loads(metadata[KEY])))
     text = json.dumps(content)
-    write(file, save(load_file(file), {KEY: text, CHECKSUM_KEY: str(zlib.crc32(text.encode()))}))
-    try:
+    with replaced(file, save(load_file(file), {KEY: text, CHECKSUM_KEY: str(zlib.crc32(text.encode()))})):
         judged("sparse folders", lambda: read_sparse(file), lambda state: state == expected)
-    finally:
-        write(file, whole)
 
 
 @pytest.mark.slow
@@ -238,7 +233,7 @@ def test_sparse_files_with_other_manifests_and_right_checksums(sparse, name, dat
 def test_sparse_files_with_other_tensors_and_right_checksums(sparse, name, data):
     """Offsets out of range, masks that do not fit and scales below zero are refused, whoever wrote them."""
     file = sparse / name / "model.safetensors"
-    whole, stored = file.read_bytes(), load_file(file)
+    stored = load_file(file)
     with safe_open(file, "pt") as opened:
         manifest = Manifest.from_metadata(opened.metadata())
     part = data.draw(st.sampled_from(sorted(stored)))
@@ -247,11 +242,8 @@ def test_sparse_files_with_other_tensors_and_right_checksums(sparse, name, data)
     changed = torch.frombuffer(raw, dtype=torch.uint8).view(stored[part].dtype).view(stored[part].shape)
     stored[part] = changed.clone()
     manifest.add(stored)
-    write(file, save(stored, manifest.to_metadata()))
-    try:
+    with replaced(file, save(stored, manifest.to_metadata())):
         read = judged("sparse folders", lambda: read_sparse(file), lambda state: False)
-    finally:
-        write(file, whole)
     assert not (read and part.endswith(("_mask", "_offsets")))
 
 
@@ -292,8 +284,5 @@ def test_models_of_damaged_sparse_folders(sparse_model, seed):
         changed[place] ^= 1 << random.randrange(8)
     else:
         del changed[place:]
-    write(path, bytes(changed))
-    try:
+    with replaced(path, bytes(changed)):
         judged("sparse models", lambda: dense_weights(load_sparse(folder)), same_as(expected))
-    finally:
-        write(path, whole)

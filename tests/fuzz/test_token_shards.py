@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fuzzing import damaged, fuzz, judged, same_as, write
+from fuzzing import damaged, fuzz, judged, replaced, same_as
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -35,12 +35,9 @@ def content(folder):
 
 def check(saved, name, data):
     """A changed file is refused by the error that builds it again, or says exactly the same."""
-    expected, whole = content(saved), (saved / name).read_bytes()
-    write(saved / name, data)
-    try:
+    expected = content(saved)
+    with replaced(saved / name, data):
         judged("token files", lambda: content(saved), same_as(expected), outside=saved.parent / "outside")
-    finally:
-        write(saved / name, whole)
 
 
 @given(data=st.data())

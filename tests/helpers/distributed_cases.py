@@ -3,12 +3,16 @@
 import functools
 import hashlib
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from distributed_world import World, add_case, case
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -105,6 +109,43 @@ def set_grads(model: nn.Module, step: int) -> None:
 
 def set_grad(param: nn.Parameter, grad: Tensor) -> None:
     param.grad = place_like(grad, param)
+
+
+def steps(model: nn.Module, optimizer: Any, numbers: range) -> None:
+    for number in numbers:
+        set_grads(model, number)
+        optimizer.step()
+
+
+def goes_on_elsewhere(
+    folder: Path, make: Callable[[], tuple[nn.Module, Any]], moved: int, end: int, tolerance: float, world: World
+) -> None:
+    """Saved on two processes after ``moved`` steps; loaded in a world of any size, it goes on the same."""
+    if world.size == 2:
+        model, optimizer = make()
+        steps(model, optimizer, range(moved))
+        parts = get_state_dict(model, optimizer)
+        dcp.save({"model": parts[0], "optimizer": parts[1]}, checkpoint_id=folder)
+        steps(model, optimizer, range(moved, end))
+        result = {name: whole(p.detach()) for name, p in model.named_parameters()}
+        if world.rank == 0:
+            torch.save(result, folder / "after.pt")
+        dist.barrier()
+    model, optimizer = make()
+    with torch.no_grad():
+        for param in model.parameters():
+            param.fill_(0.5)
+    parts = get_state_dict(model, optimizer)
+    loaded = {"model": parts[0], "optimizer": parts[1]}
+    dcp.load(loaded, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+    steps(model, optimizer, range(moved, end))
+    expected = torch.load(folder / "after.pt", weights_only=True)
+    for name, param in model.named_parameters():
+        full = whole(param.detach())
+        error = (full.double() - expected[name].double()).abs().max().item()
+        same = torch.equal(full, expected[name]) if tolerance == 0 else error <= tolerance
+        assert same, f"{name} differs by {error:.3g}"
 
 
 def assert_same(sharded: nn.Module, plain: nn.Module, tolerance: float, note: str = "") -> None:

@@ -6,9 +6,19 @@ import shutil
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from distributed_cases import OPTIMIZERS, Model, assert_same, build, mesh, new_model, set_grads, shard, train, whole
+from distributed_cases import (
+    OPTIMIZERS,
+    Model,
+    assert_same,
+    build,
+    goes_on_elsewhere,
+    mesh,
+    new_model,
+    shard,
+    steps,
+    train,
+    whole,
+)
 from distributed_world import World, add_case, case
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -16,7 +26,6 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
-    set_state_dict,
 )
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -39,12 +48,6 @@ def processes_without_a_matrix_of_a_stack_count_its_steps(world: World) -> None:
                     param.grad = torch.ones_like(param)
                 optimizer.step()
             assert [float(optimizer.state[param]["step"]) for param in chosen] == [3.0] * len(chosen)
-
-
-def steps(model: nn.Module, optimizer: Any, numbers: range) -> None:
-    for number in numbers:
-        set_grads(model, number)
-        optimizer.step()
 
 
 def frozen_vectors(model: Model) -> Model:
@@ -71,33 +74,8 @@ def make(name: str, world: World) -> tuple[Model, Any]:
 
 def checkpoint_moves(name: str, world: World) -> None:
     """Saved on two processes after two steps; loaded in a world of any size, the next two steps are the same."""
-    folder = world.folder / f"checkpoint-{name}"
     tolerance = 1e-6 if name == "stateless" else OPTIMIZERS[name][4]
-    if world.size == 2:
-        model, optimizer = make(name, world)
-        steps(model, optimizer, range(2))
-        parts = get_state_dict(model, optimizer)
-        dcp.save({"model": parts[0], "optimizer": parts[1]}, checkpoint_id=folder)
-        steps(model, optimizer, range(2, 4))
-        result = {n: whole(p.detach()) for n, p in model.named_parameters()}
-        if world.rank == 0:
-            torch.save(result, folder / "after.pt")
-        dist.barrier()
-    model, optimizer = make(name, world)
-    with torch.no_grad():
-        for param in model.parameters():
-            param.fill_(0.5)
-    parts = get_state_dict(model, optimizer)
-    loaded = {"model": parts[0], "optimizer": parts[1]}
-    dcp.load(loaded, checkpoint_id=folder)
-    set_state_dict(model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
-    steps(model, optimizer, range(2, 4))
-    expected = torch.load(folder / "after.pt", weights_only=True)
-    for param_name, param in model.named_parameters():
-        full = whole(param.detach())
-        error = (full.double() - expected[param_name].double()).abs().max().item()
-        same = torch.equal(full, expected[param_name]) if tolerance == 0 else error <= tolerance
-        assert same, f"{param_name} differs by {error:.3g}"
+    goes_on_elsewhere(world.folder / f"checkpoint-{name}", lambda: make(name, world), 2, 4, tolerance, world)
 
 
 # a codec or a rounding stores the same for all optimizers; "momentum" and "balanced" have one kind of state

@@ -6,16 +6,17 @@ import math
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from distributed_cases import (
     assert_same,
     count_collectives,
+    goes_on_elsewhere,
     new_model,
     refused,
     set_grad,
     set_grads,
     shard,
+    steps,
     train,
     whole,
 )
@@ -52,12 +53,6 @@ def with_zeros(model: nn.Module) -> nn.Module:
             if param.dim() == 2:
                 param[:, ::3] = 0.0
     return model
-
-
-def steps(model: nn.Module, optimizer: Any, numbers: range) -> None:
-    for number in numbers:
-        set_grads(model, number)
-        optimizer.step()
 
 
 def follows_unsharded(name: str, world: World) -> None:
@@ -187,32 +182,12 @@ def step_once(model: nn.Module, **settings: Any) -> None:
 def checkpoint_moves(name: str, world: World) -> None:
     """Saved on two processes in the middle of the ring; loaded in a world of any size, it goes on the same."""
     dtype, tolerance = VARIANTS[name][1:]
-    folder = world.folder / f"mfac-{name}"
 
     def make() -> tuple[nn.Module, MFAC]:
         model = shard(with_zeros(new_model(dtype)), world.size)
         return model, build(name, model)
 
-    if world.size == 2:
-        model, optimizer = make()
-        steps(model, optimizer, range(4))
-        parts = get_state_dict(model, optimizer)
-        dcp.save({"model": parts[0], "optimizer": parts[1]}, checkpoint_id=folder)
-        steps(model, optimizer, range(4, 7))
-        result = {n: whole(p.detach()) for n, p in model.named_parameters()}
-        if world.rank == 0:
-            torch.save(result, folder / "after.pt")
-        dist.barrier()
-    model, optimizer = make()
-    parts = get_state_dict(model, optimizer)
-    loaded = {"model": parts[0], "optimizer": parts[1]}
-    dcp.load(loaded, checkpoint_id=folder)
-    set_state_dict(model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
-    steps(model, optimizer, range(4, 7))
-    expected = torch.load(folder / "after.pt", weights_only=True)
-    for param_name, param in model.named_parameters():
-        error = (whole(param.detach()).double() - expected[param_name].double()).abs().max().item()
-        assert error <= tolerance, f"{param_name} differs by {error:.3g}"
+    goes_on_elsewhere(world.folder / f"mfac-{name}", make, 4, 7, tolerance, world)
 
 
 def checkpoint_has_one_form(frozen: bool, world: World) -> None:

@@ -380,3 +380,14 @@ def write(path: Path, content: bytes) -> None:
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         file.write(content)
     os.replace(file.name, path)
+
+
+@contextlib.contextmanager
+def replaced(path: Path, content: bytes) -> Iterator[None]:
+    """Context manager: a file has another content."""
+    whole = path.read_bytes()
+    write(path, content)
+    try:
+        yield
+    finally:
+        write(path, whole)

@@ -41,6 +41,19 @@ def tiny_t5(resized=False, seed=0):
     return model
 
 
+def llama(**settings):
+    """One whose attention is replaced."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_key_value_heads=2, **settings)).eval()
+
+
+def gpt2(**settings):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=50, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **settings)).eval()
+
+
 def tokens(rows=2, length=10, seed=0, vocabulary=61):
     return torch.randint(0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
 

@@ -113,6 +113,16 @@ def images(count: int = 6, seed: int = 0) -> torch.Tensor:
     return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
 
 
+# maker of each kind, and of its data
+MODELS = {
+    "llama": (make_llama, tokens),
+    "gpt2": (make_gpt2, tokens),
+    "mixtral": (make_mixtral, tokens),
+    "vit": (make_vit, images),
+    "cnn": (make_cnn, images),
+}
+
+
 def save_tokenizer(folder: Path) -> None:
     """A tokenizer of single characters, with an end-of-text token, 64 in all."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers

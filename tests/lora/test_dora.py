@@ -195,7 +195,6 @@ def test_a_row_of_zeros_has_finite_gradients(fast_path):
     assert float(gradients["0.lora_magnitude_vector"][1]) == 0
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_a_training_pass_of_an_accelerated_model_drops_the_norms_of_an_evaluation():
     """Some optimizers write weights without a count of the change; PEFT's layers cannot drop the norms in eval()."""
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)

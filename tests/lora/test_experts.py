@@ -23,12 +23,8 @@ from leanstep.lora import (
 from leanstep.lora.apply import adapted_experts
 from leanstep.lora.merge import merged_state_dict
 
-pytestmark = [
-    # PEFT asks transformers for an attribute by its old name
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
-    # a mixture of one kind of adapters is what is tested
-    pytest.mark.filterwarnings("ignore:save_adapter. PEFT reads:UserWarning"),
-]
+# a mixture of one kind of adapters is what is tested
+pytestmark = pytest.mark.filterwarnings("ignore:save_adapter. PEFT reads:UserWarning")
 
 MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v3", "qwen3_next", "llama4"]
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]

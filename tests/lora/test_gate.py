@@ -4,8 +4,8 @@ import functools
 
 import pytest
 import torch
+from lora_models import gpt2, llama
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from leanstep.lora.attention.attention import LowRankAttentionError
 from leanstep.lora.attention.gate import LowRankGate, autocasted_inputs
@@ -15,18 +15,6 @@ from leanstep.lora.attention.monitor import NormMonitor
 IDS = torch.randint(0, 50, (2, 24), generator=torch.Generator().manual_seed(0))
 # so that low-rank attention is predicted to pay at the length of a test
 PAYS = dict(speed=1e-3)
-
-
-def llama(**settings):
-    torch.manual_seed(0)
-    sizes = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, **settings)).eval()
-
-
-def gpt2(**settings):
-    torch.manual_seed(0)
-    sizes = dict(vocab_size=50, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
-    return GPT2LMHeadModel(GPT2Config(**sizes, **settings)).eval()
 
 
 def gradients(model):

@@ -11,9 +11,6 @@ from leanstep.lora import LoraConfig, accelerate_peft, apply_lora, load_adapter,
 from leanstep.lora.apply import adapted_layers
 from leanstep.lora.peft.experts import names_read_as_experts
 
-# PEFT asks transformers for an attribute by its old name
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-
 MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "llama4", "deepseek_v3", "qwen3_next", "jamba"]
 
 

@@ -550,7 +550,6 @@ def test_groups_name_every_trained_parameter_once():
         lora_groups(model.requires_grad_(False))
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_groups_know_pefts_names():
     model = torch.nn.Sequential(torch.nn.Embedding(9, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 9))
     config = peft.LoraConfig(target_modules=["0", "1"], modules_to_save=["2"], use_dora=True)
@@ -571,7 +570,6 @@ def test_groups_know_pefts_names():
     assert [name.rsplit(".", 3)[1:] for name, _ in groups[2]["params"]] == [["lora_B", "default", "bias"]] * 2
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_lora_plus_gives_b_a_multiple_of_the_rate():
     ours = apply_lora(tiny_llama(), LoraConfig(target_modules=["q_proj"], use_dora=True))
     theirs = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["q_proj"], use_dora=True))

@@ -8,18 +8,12 @@ import pytest
 import torch
 import transformers
 from architectures import CAUSAL
+from lora_models import gpt2, llama
 from pruned_models import VOCABULARY
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import T5Config, T5ForConditionalGeneration
 
 from leanstep.lora.attention.attention import key_means, low_rank_attention, needed_degree
 from leanstep.lora.attention.cost import AttentionShape, break_even, cost_ratio, exact_flops, low_rank_flops
@@ -28,18 +22,6 @@ from leanstep.lora.attention.monitor import STATUSES, NormMonitor, judge
 from leanstep.lora.attention.norms import adapter_output, head_norms, sample_rows, sampled_error, whole_weight
 
 IDS = torch.randint(0, 50, (2, 24), generator=torch.Generator().manual_seed(0))
-
-
-def llama(**settings):
-    torch.manual_seed(0)
-    sizes = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, **settings)).eval()
-
-
-def gpt2(**settings):
-    torch.manual_seed(0)
-    sizes = dict(vocab_size=50, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
-    return GPT2LMHeadModel(GPT2Config(**sizes, **settings)).eval()
 
 
 def seen(heads=(4, 2), length=30, dim=8, causal=True, masked=False, seed=0, size=1.0):

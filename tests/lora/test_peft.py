@@ -33,9 +33,6 @@ from leanstep.lora import (
     unmerge,
 )
 
-# PEFT asks transformers by a name that is on its way out
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 CASES = {
     "llama": (tiny_llama, {"target_modules": LLAMA_TARGETS}),
     "gpt2": (tiny_gpt2, {"target_modules": GPT2_TARGETS, "fan_in_fan_out": True}),

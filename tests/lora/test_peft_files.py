@@ -14,9 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from leanstep.lora import LoraConfig, apply_lora, load_adapter, merge, remove_lora, save_adapter
 
-# PEFT asks transformers by a name that is on its way out
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:The following .* did not match any targeted module:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
 ]

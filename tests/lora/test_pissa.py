@@ -22,9 +22,6 @@ from leanstep.lora import (
 )
 from leanstep.lora.apply import adapted_layers
 
-# PEFT asks transformers for an attribute by its old name
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-
 MODELS = {"llama": (tiny_llama, LLAMA_TARGETS), "gpt2": (tiny_gpt2, GPT2_TARGETS)}
 
 

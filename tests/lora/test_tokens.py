@@ -24,9 +24,6 @@ from leanstep.lora import (
 from leanstep.lora.apply import token_layers
 from leanstep.lora.merge import merged_state_dict
 
-# PEFT asks transformers for an attribute by its old name
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-
 TRAINED = [5, 1, 2]
 
 

@@ -24,8 +24,6 @@ from leanstep.lora import (
 from leanstep.optimizers import LANTON, MFAC, Lion, SinkGD, param_groups
 from leanstep.sparsity import Schedule, is_nm, nm_mask, sparsify
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 OPTIMIZERS = {
     "adamw": lambda model: torch.optim.AdamW(lora_groups(model, b={"lr": 2e-2}), lr=1e-2),
     "sinkgd": lambda model: SinkGD(param_groups(model), lr=2e-2),

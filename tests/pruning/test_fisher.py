@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from architectures import make
-from pruned_models import images, make_cnn, make_gpt2, make_llama, make_mixtral, make_vit, tokens
+from pruned_models import MODELS, make_llama, tokens
 from torch import nn
 
 from leanstep import _processes
@@ -164,15 +164,6 @@ def test_the_divergence_of_a_small_change_is_the_form():
             target.weight.copy_(weight)
         p, q = (torch.cat([m(*b.args) for b in batches]).log_softmax(-1) for m in (before, model))
         assert float((p.exp() * (p - q)).sum(-1).mean()) == pytest.approx(expected, rel=2e-2)
-
-
-MODELS = {
-    "llama": (make_llama, tokens),
-    "gpt2": (make_gpt2, tokens),
-    "mixtral": (make_mixtral, tokens),
-    "vit": (make_vit, images),
-    "cnn": (make_cnn, images),
-}
 
 
 @pytest.mark.parametrize("kind", MODELS)

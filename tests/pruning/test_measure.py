@@ -5,7 +5,7 @@ import math
 import architectures
 import pytest
 import torch
-from pruned_models import images, make_cnn, make_gpt2, make_llama, make_mixtral, make_vit, tokens
+from pruned_models import MODELS, make_cnn, make_gpt2, make_llama, make_mixtral, tokens
 from torch import nn
 
 from leanstep.pruning import find_targets, layer_pruner, measure_curves
@@ -19,13 +19,6 @@ from leanstep.pruning.score.calibration import collect_inputs, prune_group, stat
 from leanstep.pruning.score.targets import make_groups, split_count
 
 LEVELS = (0.5, 0.9)
-MODELS = {
-    "llama": (make_llama, tokens),
-    "gpt2": (make_gpt2, tokens),
-    "mixtral": (make_mixtral, tokens),
-    "vit": (make_vit, images),
-    "cnn": (make_cnn, images),
-}
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -95,8 +95,7 @@ def test_the_adapter_opens_in_peft_and_the_folder_is_the_merged_model(base, fini
     merged = AutoModelForCausalLM.from_pretrained(final)(ids).logits
     plain = AutoModelForCausalLM.from_pretrained(folder)
     assert not torch.allclose(plain(ids).logits, merged, atol=1e-3)
-    with pytest.warns(FutureWarning, match="is_gradient_checkpointing"):
-        theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), final / "adapter")
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), final / "adapter")
     torch.testing.assert_close(theirs(ids).logits, merged, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(load_adapter(plain, final / "adapter").eval()(ids).logits, merged, rtol=1e-4, atol=1e-5)
     assert not any("lora" in name for name in load_file(final / "model.safetensors"))
@@ -114,8 +113,7 @@ def test_pissa_and_lora_plus_end_in_an_adapter_for_the_plain_base(base, tmp_path
     assert training.codes == [0], training.text()
     final, ids = tmp_path / "run" / "final", torch.arange(32).view(1, -1)
     merged = AutoModelForCausalLM.from_pretrained(final)(ids).logits
-    with pytest.warns(FutureWarning, match="is_gradient_checkpointing"):
-        theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), final / "adapter")
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), final / "adapter")
     assert theirs.peft_config["default"].r == 8
     torch.testing.assert_close(theirs(ids).logits, merged, rtol=1e-4, atol=1e-5)
 

@@ -150,7 +150,7 @@ def _sparse():
 
 
 def rewrite(path, change, metadata=lambda layout: None, *, checksums="old"):
-    """Change tensors and layout of a file; its checksums stay the ``old`` ones, are made ``new``, or are removed."""
+    """Change tensors and layout of a file; its checksums stay the ``old`` ones or are made ``new``; or ``none``."""
     stored = load_file(path)
     with safe_open(path, "pt") as file:
         header = file.metadata()
@@ -206,7 +206,7 @@ def test_damage_is_found_and_the_model_left_alone(exported):
         (edit(same, lambda layout: layout.update(aliases=[1]), "new"), "expected an object 'aliases', got list"),
         (edit(same, lambda layout: layout["aliases"].update(more=["0.bias"]), "new"), "expected the name of a weight"),
         (edit(same, lambda layout: layout.pop("crc32")), "the checksum of its layout is wrong"),
-        (edit(same, entry(crc32=5), "none"), "expected the checksums of values and indices, got 5"),
+        (edit(same, checksums="none"), "the checksum of its layout is wrong; versions before 0.1.0 wrote none"),
         (
             edit(
                 lambda s: s.update({"0.weight.nm_indices": s["0.weight.nm_indices"].to(torch.int16)}), checksums="new"
@@ -224,24 +224,6 @@ def test_damage_is_found_and_the_model_left_alone(exported):
         with pytest.raises(ValueError, match=message):
             load_compressed(exported, model)
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_files_without_checksums_of_all_tensors_load_with_a_warning(exported):
-    expected = load_compressed(exported)
-
-    def as_before(layout):
-        stored = load_file(exported)
-        for name, entry in layout["tensors"].items():
-            tensors = [stored[name + end] for end in (".nm_values", ".nm_indices")]
-            entry["crc32"] = [zlib.crc32(tensor.numpy().tobytes()) for tensor in tensors]
-
-    rewrite(exported, lambda stored: None, as_before, checksums="none")
-    with pytest.warns(UserWarning, match="written by an earlier version, without checksums"):
-        state = load_compressed(exported)
-    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
-    rewrite(exported, lambda stored: stored["0.weight.nm_values"].add_(1), checksums="kept")
-    with pytest.raises(ValueError, match="the checksum of 0.weight.nm_values is wrong"):
-        load_compressed(exported)
 
 
 def test_what_cannot_be_exported_is_named(tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.overrides import TorchFunctionMode
 
 from leanstep.pruning.measure.products import computing_products_again
 from leanstep.pruning.score.calibration import first_input, input_rows
-from leanstep.pruning.score.experts import ExpertWeights, one_expert_at_a_time
+from leanstep.pruning.score.experts import ExpertProducts, one_expert_at_a_time
+from leanstep.pruning.score.gradients import unused
 from leanstep.pruning.score.targets import Target
 
 
@@ -50,7 +50,6 @@ class PairRows:
     """Collects the rows x and g of a matrix, sample by sample.
 
     Args:
-        target: the matrix.
         draws: number of directions.
         calls: expected in all samples. Memory is reserved for so many calls of the first one's length. An expert, whose
             calls differ in length, reserves memory as its rows come.
@@ -133,7 +132,6 @@ class Call:
     """One product of a matrix and its inputs.
 
     Attributes:
-        target: the matrix.
         drawn: numbers of the drawn rows, int64.
         row_range: of these rows among all rows of the matrix.
         edge: the output's place in the graph; None once the graph is freed.
@@ -157,10 +155,8 @@ class Recorder:
     """Records the products with some matrices in a pass of one sample, and the gradients at their outputs.
 
     Args:
-        model: that runs.
         rows: receive what is recorded, by name of the matrix.
         each: most rows of a call to draw.
-        index: of the sample.
     """
 
     def __init__(self, model: nn.Module, rows: Mapping[str, PairRows], each: int, index: int) -> None:
@@ -204,10 +200,10 @@ class Recorder:
         if not experts:
             yield
             return
-        with one_expert_at_a_time(self._model), _ExpertProducts(ExpertWeights(experts), self._record):
+        with one_expert_at_a_time(self._model), ExpertProducts(experts, self._record):
             yield
 
-    def _record(self, target: Target, inputs: Tensor, output: Tensor) -> Tensor:
+    def _record(self, target: Target, inputs: Tensor, output: Tensor, of_all: bool = False) -> Tensor:
         rows = input_rows(target.module, inputs.detach())  # refuses modules whose output is no tensor
         output = output if output.requires_grad else output.detach().requires_grad_()
         if len(rows) and not self._is_again:
@@ -233,40 +229,9 @@ class Recorder:
             rows.remove(self._index)
 
 
-class _ExpertProducts(TorchFunctionMode):
-    """Passes every product with the weight of one expert to ``record``, and goes on with the output it returns."""
-
-    def __init__(self, experts: ExpertWeights, record: Callable[[Target, Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.experts, self.record = experts, record
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        products = (nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
-        if func in products and len(args) > 1 and isinstance(args[1], Tensor):
-            target = self.experts.get(args[1])
-            if target is not None and args[0].shape[-1] == target.weight.shape[1]:
-                return self.record(target, args[0], output)
-        if func in (torch.bmm, Tensor.bmm) and len(args) > 1:  # of all experts at once
-            each = zip(args[0], args[1], output, strict=True)
-            targets = [self.experts.get(weight) for weight in args[1]]
-            if any(target is not None for target in targets):
-                outputs = [
-                    part if target is None else self.record(target, inputs, part)
-                    for target, (inputs, _, part) in zip(targets, each, strict=True)
-                ]
-                return torch.stack(outputs)
-        return output
-
-
 def generator_of(*numbers: int) -> torch.Generator:
     """A generator that depends on these numbers only: matrices collected in portions get the same draws."""
     seed = 0
     for number in numbers:
         seed = (seed * 1_000_003 + number + 1) % (1 << 62)
     return torch.Generator().manual_seed(seed)
-
-
-def unused(target: Target) -> ValueError:
-    """The error for a matrix without a row."""
-    return ValueError(f"the model's output does not depend on {target.name}; leave it out with exclude")

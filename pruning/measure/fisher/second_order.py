@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,14 +25,15 @@ from torch import Tensor, nn
 from leanstep._torch import device_of
 from leanstep.pruning.allocate.levels import level_count
 from leanstep.pruning.cost import Cost, Plan
-from leanstep.pruning.measure.batches import Batch, without_cache
+from leanstep.pruning.measure.batches import Batch, hooked, without_cache
 from leanstep.pruning.measure.blocks import is_out_of_memory, recomputed_blocks, whole_on_device
 from leanstep.pruning.measure.curve_file import Points
 from leanstep.pruning.measure.curves import Curve
-from leanstep.pruning.measure.fisher.recording import PairRows, Pairs, Recorder, generator_of, unused
+from leanstep.pruning.measure.fisher.recording import PairRows, Pairs, Recorder, generator_of
 from leanstep.pruning.measure.metrics import ROOTS_TOGETHER, Distortion, Metric, summarise, values_of
 from leanstep.pruning.score.calibration import Pruning, prune_group
-from leanstep.pruning.score.targets import Group, Target, as_matrix
+from leanstep.pruning.score.gradients import matrix_gradients, only_gradients_of
+from leanstep.pruning.score.targets import Group, Target, parameters_of
 
 # rows of each matrix, over all sequences, whose x and g are stored
 ROWS = 4096
@@ -153,27 +154,15 @@ class SecondOrder:
         return roots
 
     def _sample_gradients(self, targets: Sequence[Target]) -> dict[str, Pairs | SampleGradients]:
-        parameters = {target.parameter: getattr(target.module, target.attribute) for target in targets}
         draws, count = min(SAMPLE_DRAWS, self._classes), len(self.samples)
         device = device_of(self.model)
         by_name = {t.name: t.weight.new_empty(draws, count, t.layer.numel, device=device) for t in targets}
-        with _only_gradients_of(self.model, list(parameters.values())), whole_on_device(self.model):
+        with only_gradients_of(self.model, parameters_of(targets).values()), whole_on_device(self.model):
             for index in range(count):
                 roots = self._roots(index)
                 for draw, direction in enumerate(_orthogonal_directions(roots, draws, index)):
-                    gradients = torch.autograd.grad(
-                        (roots * direction).sum(), list(parameters.values()), retain_graph=True, allow_unused=True
-                    )
-                    by_parameter = dict(zip(parameters, gradients, strict=True))
-                    for target in targets:
-                        gradient = by_parameter[target.parameter]
-                        if gradient is None and not target.is_expert:
-                            raise unused(target)
-                        if gradient is None:  # an expert without a token
-                            by_name[target.name][draw, index] = 0
-                            continue
-                        matrix = gradient if target.expert is None else gradient[target.expert]
-                        by_name[target.name][draw, index] = as_matrix(matrix.contiguous(), target.layout).flatten()
+                    for target, gradient in matrix_gradients((roots * direction).sum(), targets, retain_graph=True):
+                        by_name[target.name][draw, index] = gradient.flatten()
         sample, weight = torch.arange(count), torch.ones(count, dtype=torch.float64)
         return {name: SampleGradients(gradients, sample, weight) for name, gradients in by_name.items()}
 
@@ -190,7 +179,7 @@ class SecondOrder:
     def _recorded_pairs(self, targets: Sequence[Target]) -> dict[str, Pairs | SampleGradients]:
         count = len(self.samples)
         rows = {target.name: PairRows(target, DRAWS, count * self._calls_of(target)) for target in targets}
-        with _only_gradients_of(self.model, []):
+        with only_gradients_of(self.model, []):
             for index, sample in enumerate(self.samples):
                 recorder = Recorder(self.model, rows, self._each, index)
                 stored = recomputed_blocks(self.model, recorder.again) if self._recomputes else nullcontext()
@@ -294,24 +283,8 @@ def _counting(model: nn.Module) -> Iterator[tuple[Counter[nn.Module], dict[nn.Mo
             width = output.shape[1 if isinstance(module, (nn.Conv1d, nn.Conv2d)) else -1]
             rows[module] = max(rows.get(module, 0), output.numel() // max(width, 1))
 
-    with ExitStack() as stack:
-        for module in model.modules():
-            stack.callback(module.register_forward_hook(count).remove)
+    with hooked(module.register_forward_hook(count) for module in model.modules()):
         yield calls, rows
-
-
-@contextmanager
-def _only_gradients_of(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        for parameter, _ in before:
-            parameter.requires_grad_(False)
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter, required in before:
-            parameter.requires_grad_(required)
 
 
 def _signs(index: int, draw: int, shape: tuple[int, int]) -> Tensor:
