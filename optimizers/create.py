@@ -134,9 +134,8 @@ def _built(
             group.pop("algorithm", None)
     if cls is AdamW:
         options.setdefault("fused", True)
-    given = {*options}.union(*groups)
-    if like_adamw is None and cls is LANTON and not given & {"lr", "scaling", "radius"}:
-        like_adamw = customary_rates(groups, options.pop("weight_decay", 0.0))
+    if like_adamw is None:
+        like_adamw = customary_rates(cls, groups, options)
     if like_adamw is not None:
         if groups.unused_settings:
             roles = ", ".join(groups.unused_settings)

@@ -59,18 +59,24 @@ def _lanton(options: Mapping[str, Any], rate: Any, decay: float) -> dict[str, An
     return {**lengths, "alpha": "auto", "noise_adaptive": options["norm"] != "sign"}
 
 
-def customary_rates(groups: Sequence[MutableMapping[str, Any]], weight_decay: float) -> dict[str, float]:
-    """Return AdamW's customary rates for :func:`convert_rates`; groups without matrices get theirs here, in place.
+def customary_rates(
+    cls: type, groups: Sequence[MutableMapping[str, Any]], options: MutableMapping[str, Any]
+) -> dict[str, float] | None:
+    """Return AdamW's customary rates for :func:`convert_rates` where LANTON has no rate, else None.
 
-    Matrices have 1e-3 * sqrt(128 / width), the rest 2e-2. The width is the larger side of the narrowest matrix.
+    Takes ``weight_decay`` out of the options, and gives groups without matrices their rate, both in place. Matrices
+    have 1e-3 * sqrt(128 / width), the rest 2e-2. The width is the larger side of the narrowest matrix.
     """
+    if cls.__name__ != "LANTON" or {*options}.union(*groups) & {"lr", "scaling", "radius"}:
+        return None
     sides = []
     for group in groups:
         if group["norm"] == "rms":
             sides += [_larger_side(param.shape) for _, param in group["params"]]
         else:
             group["lr"] = _REST
-    return {"lr": _MATRICES * math.sqrt(_WIDTH / max(1, min(sides, default=_WIDTH))), "weight_decay": weight_decay}
+    rate = _MATRICES * math.sqrt(_WIDTH / max(1, min(sides, default=_WIDTH)))
+    return {"lr": rate, "weight_decay": options.pop("weight_decay", 0.0)}
 
 
 def _larger_side(shape: Sequence[int]) -> int:

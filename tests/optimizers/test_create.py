@@ -209,7 +209,10 @@ def test_lanton_without_a_rate_has_the_customary_ones_of_adamw():
 @pytest.mark.parametrize("shape, width", [((24, 96), 96), ((4, 24, 48), 48), ((8, 3, 4, 4), 48), ((64, 3, 4, 4), 64)])
 def test_the_width_of_the_customary_rate_is_a_larger_side(shape, width):
     groups = [{"norm": "rms", "params": [("p", torch.empty(shape))]}]
-    assert customary_rates(groups, 0.1) == {"lr": pytest.approx(1e-3 * (128 / width) ** 0.5), "weight_decay": 0.1}
+    assert customary_rates(LANTON, groups, {"weight_decay": 0.1}) == {
+        "lr": pytest.approx(1e-3 * (128 / width) ** 0.5),
+        "weight_decay": 0.1,
+    }
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,18 @@ def test_a_model_of_matrices_has_one_rate(data):
     assert "settings" not in rates.options
 
 
+def test_the_search_starts_where_create_does(model, data):
+    options = {"weight_decay": 0.1, "settings": {"head": {"weight_decay": 0.0}}, "say": None}
+    made = {group["name"]: group for group in create(model, "lanton", **options).param_groups}
+    rates = find_lr(model, loss_fn, data, "lanton", steps=2, most_runs=1, **options)
+    assert rates.rates == {"matrices": made["hidden"]["lr"], "the rest": made["embedding"]["lr"]}
+    again = {group["name"]: group for group in create(model, "lanton", **rates.options, say=None).param_groups}
+    for role, group in made.items():
+        assert {k: v for k, v in again[role].items() if k != "params"} == {
+            k: v for k, v in group.items() if k != "params"
+        }
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
