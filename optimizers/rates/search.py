@@ -141,8 +141,8 @@ def find_lr(
             for each run; None: silent.
 
     Raises:
-        ValueError: without a batch, with several processes, for a number of steps or runs below 1, if every run
-            diverges, and as ``create`` does.
+        ValueError: without a batch, with several processes, for a number of steps or runs below 1, for a rate of 0, if
+            every run diverges, and as ``create`` does.
         TypeError: as ``create`` does.
 
     Example:
@@ -167,6 +167,8 @@ def find_lr(
     if not batches:
         raise ValueError("find_lr: expected batches in data, got none")
     options, start = _with_customary_rates(model, cls, options), inspect.signature(cls).parameters["lr"].default
+    if not (first := (options.get("like_adamw") or options).get("lr", start)) > 0:
+        raise ValueError(f"find_lr: expected a start above 0, whose halves and doubles are tried, got lr={first}")
     losses: dict[Powers, float] = {}
     trials = []
     with _restored(model) as restore:

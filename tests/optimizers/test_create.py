@@ -44,7 +44,7 @@ def test_the_class_its_options_and_the_groups_of_the_model(name, cls):
     assert all(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon", "scale"])
+@pytest.mark.parametrize("name", ["adamw", "muon", "scale", "sgd"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_optimizers_to_compare_with_step_as_in_recipes(name, tied):
     trained = []
@@ -62,7 +62,7 @@ def test_the_optimizers_to_compare_with_step_as_in_recipes(name, tied):
             model(torch.arange(12)).square().sum().backward()
             optimizer.step()
         rules = {role: group.get("algorithm") for role, group in groups_of(optimizer).items()}
-        trained.append((model.state_dict(), rules if name != "adamw" else None))
+        trained.append((model.state_dict(), rules if name not in ("adamw", "sgd") else None))
     (ours, ours_rules), (theirs, theirs_rules) = trained
     assert ours_rules == theirs_rules
     assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
@@ -135,6 +135,7 @@ def test_settings_of_a_role_that_no_parameter_has_are_told(roles, told):
         ("Lion", {}, ValueError, "got 'Lion'; take 'lion'$"),
         ("lion", {"lr": "1e-3"}, TypeError, "must be a number, got '1e-3'; write 0.001, without quotes$"),
         ("lion", {"lr": "fast"}, TypeError, "must be a number, got 'fast'$"),
+        ("adamw", {"lr": "1e-3"}, TypeError, "AdamW: learning rate must be a number, got '1e-3'; write 0.001"),
     ],
 )
 def test_mistakes_are_told(name, options, error, message):
@@ -142,6 +143,21 @@ def test_mistakes_are_told(name, options, error, message):
         create(Model(), name, say=None, **options)
     with pytest.raises(TypeError, match="expected the model"):
         create(list(Model().parameters()), "lion", say=None)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_schedule_may_end_at_zero(name):
+    model = Model()
+    optimizer = create(model, name, **({"window": 4} if name == "mfac" else {}), say=None)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=2)
+    for step in range(3):
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        schedule.step()
+        unchanged = [torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True)]
+        assert all(unchanged) if step == 2 else not any(unchanged)
 
 
 CARRIED = [("sinkgd", {}), ("sinkgd", {"momentum": 0.9}), ("sinkgd", {"embeddings": "balanced"}), ("lion", {}),

@@ -161,6 +161,8 @@ def test_the_search_starts_where_create_does(model, data):
         ({"name": "lion", "embeddings": "balanced"}, "^find_lr: embeddings='balanced' is a rule of SinkGD"),
         ({"like_adamw": {}}, "^find_lr: like_adamw: expected AdamW's 'lr'"),
         ({"lr": "high"}, "learning rate must be a number, got 'high'"),
+        ({"lr": 0.0}, "expected a start above 0, .* got lr=0.0"),
+        ({"like_adamw": {"lr": 0}}, "expected a start above 0, .* got lr=0"),
     ],
 )
 def test_what_cannot_be_searched_is_said(model, data, change, message):
