@@ -81,7 +81,8 @@ def create(
             ``lr`` and ``weight_decay``, for "adamw", "lanton", "lion" and "sinkgd". Steps move weights as far
             as AdamW's would, and decay by as much; schedule and warm-up stay. Rates in ``settings`` and ``overrides``
             are then AdamW's too. ``docs/howto/learning-rates.md`` has the rule of each class. "lanton" without this,
-            ``lr``, ``scaling`` or ``radius`` takes AdamW's customary rates, and ``weight_decay`` as AdamW's.
+            ``lr``, ``scaling`` or ``radius``, and "lion" without this or ``lr``, take AdamW's customary rates, and
+            ``weight_decay`` as AdamW's.
         embeddings, split, settings, overrides: as for :func:`param_groups`; "balanced" embeddings need "sinkgd", and
             ``split`` needs "sinkgd" or "lanton".
         say: takes the table of groups, with the rules of the class; None: no table, as on all ranks but one.
@@ -138,10 +139,10 @@ def _built(
         options.setdefault("fused", True)
     if like_adamw is None:
         like_adamw = customary_rates(cls, groups, options)
+    elif groups.unused_settings:
+        roles = ", ".join(groups.unused_settings)
+        raise ValueError(f"{owner}: like_adamw: no parameter has the role {roles} of settings; leave it out")
     if like_adamw is not None:
-        if groups.unused_settings:
-            roles = ", ".join(groups.unused_settings)
-            raise ValueError(f"{owner}: like_adamw: no parameter has the role {roles} of settings; leave it out")
         convert_rates(f"{owner}: like_adamw", cls, groups, options, like_adamw)
     if say is not None:
         say(f"{cls.__name__}\n{groups.summary(cls)}")

@@ -62,12 +62,12 @@ def _lanton(options: Mapping[str, Any], rate: Any, decay: float) -> dict[str, An
 def customary_rates(
     cls: type, groups: Sequence[MutableMapping[str, Any]], options: MutableMapping[str, Any]
 ) -> dict[str, float] | None:
-    """Return AdamW's customary rates for :func:`convert_rates` where LANTON has no rate, else None.
+    """Return AdamW's customary rates for :func:`convert_rates` where LANTON or Lion has no rate, else None.
 
     Takes ``weight_decay`` out of the options, and gives groups without matrices their rate, both in place. Matrices
     have 1e-3 * sqrt(128 / width), the rest 2e-2. The width is the larger side of the narrowest matrix.
     """
-    if cls.__name__ != "LANTON" or {*options}.union(*groups) & {"lr", "scaling", "radius"}:
+    if cls.__name__ not in ("LANTON", "Lion") or {*options}.union(*groups) & {"lr", *_RULES[cls.__name__][1]}:
         return None
     sides = []
     for group in groups:

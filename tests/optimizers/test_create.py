@@ -205,13 +205,18 @@ def test_like_adamw_moves_as_far_and_decays_as_much(name, options):
         assert moved[name][key] / moved["adamw"][key] == pytest.approx(1, abs=0.3), key
 
 
-def test_lanton_without_a_rate_has_the_customary_ones_of_adamw():
+@pytest.mark.parametrize("name", ["lanton", "lion"])
+def test_without_a_rate_lanton_and_lion_have_the_customary_ones_of_adamw(name):
     def settings(**options):
-        groups = groups_of(create(Model(width=32), "lanton", say=None, **options))
+        groups = groups_of(create(Model(width=32), name, say=None, **options))
         return {name: {k: v for k, v in group.items() if k != "params"} for name, group in groups.items()}
 
     rest = {role: {"lr": 2e-2} for role in ("embedding", "head", "norm", "bias")}
     assert settings(weight_decay=0.1) == settings(like_adamw={"lr": 2e-3, "weight_decay": 0.1}, settings=rest)
+    assert settings(settings={"router": {"weight_decay": 0.5}}) == settings()
+    if name == "lion":
+        assert {group["lr"] for group in settings(settings={"head": {"lr": 1e-3}}).values()} == {1e-4, 1e-3}
+        return
     groups = settings()
     assert {group["alpha"] for group in groups.values()} == {"auto"}
     assert [groups[role]["noise_adaptive"] for role in ("hidden", "embedding", "head", "norm")] == [1, 0, 0, 1]
