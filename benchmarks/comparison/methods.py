@@ -147,7 +147,7 @@ METHODS = {
                            "head": {"algorithm": "head"}, "tied": {"algorithm": "head"}}),
     "normuon": Method("comparison.peers:NorMuon", "NorMuon, AdamW on the rest", (8e-3, 1.6e-2), _ADAMW,
                       matrices="normuon"),
-    "rmnp": Method("comparison.peers:RMNP", "RMNP, AdamW on the rest", (3.2e-2, 3.2e-2), _ADAMW, matrices="rmnp"),
+    "rmnp": Method("comparison.peers:RMNP", "RMNP, AdamW on the rest", (4e-3, 3.2e-2), _ADAMW, matrices="rmnp"),
     "muoneq": Method("comparison.peers:MuonEq", "MuonEq, AdamW on the rest", (1.6e-2, 3.2e-2), _ADAMW,
                      matrices="muoneq"),
     "lionmuon": Method("comparison.peers:LionMuon", "LionMuon, AdamW on the rest", (1.6e-2, 3.2e-2), _ADAMW,
