@@ -211,17 +211,18 @@ def scaled_rates(
     """Return options of ``create`` with its rates times powers of two, and the rate of each kind of parameter.
 
     ``roles`` as :func:`roles_by_rate`. The first kind has the rate of the optimizer, the roles of the other one have
-    theirs in ``settings``; rates that are there keep their ratio. The rate of the other kind is that of its roles
-    where they have the same.
+    theirs in ``settings``; rates that are there keep their ratio. The rate of a kind is that of its roles where they
+    have the same.
     """
     like = options.get("like_adamw")
     base = options.get("lr", default) if like is None else like["lr"]
     settings = {role: dict(values) for role, values in (options.get("settings") or {}).items()}
     rates: dict[str, float] = {}
     for (kind, of_kind), power in zip(roles.items(), powers, strict=True):
-        own = {settings.get(role, {}).get("lr", base) for role in of_kind} if rates else {base}
+        own = {settings.get(role, {}).get("lr", base) for role in of_kind}
         rates[kind] = (own.pop() if len(own) == 1 else base) * 2.0**power
-    (first, rate), *others = rates.items()
+    first, *others = rates
+    rate = base * 2.0 ** powers[0]
     scaled = {**options, "lr": rate} if like is None else {**options, "like_adamw": {**like, "lr": rate}}
     for kind, power in zip(roles, powers, strict=True):
         for role in roles[kind]:

@@ -236,6 +236,18 @@ def test_the_width_of_the_customary_rate_is_a_larger_side(shape, width):
     }
 
 
+def test_adapters_have_ten_times_the_customary_rate_and_lanton_no_more_directions_than_their_rank():
+    class Adapted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lora_A, self.lora_B = nn.Linear(32, 4, bias=False), nn.Linear(4, 32, bias=False)
+            self.layer = nn.Linear(32, 32, bias=False)
+
+    groups = groups_of(create(Adapted(), "lanton", say=None))
+    assert groups["lora"]["lr"] == pytest.approx(10 * groups["hidden"]["lr"]) == pytest.approx(2e-2)
+    assert groups["lora"]["radius"] == pytest.approx(groups["hidden"]["radius"] / 2)  # the root of 4, not 4
+
+
 @pytest.mark.parametrize(
     "name, rates, options, error, message",
     [
