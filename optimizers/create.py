@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any, Literal, overload
 
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 from leanstep._torch import output_head
 from leanstep.optimizers.common.base import LeanOptimizer
@@ -19,7 +19,7 @@ from leanstep.optimizers.lanton.optimizer import LANTON
 from leanstep.optimizers.lion import Lion
 from leanstep.optimizers.mfac.optimizer import MFAC
 from leanstep.optimizers.param_groups import DEFAULTS, ROLES, ParamGroups, param_groups
-from leanstep.optimizers.peers import SCALE, MuonAdamW, NorMuon, peer_algorithm
+from leanstep.optimizers.peers import SCALE, MuonAdamW, NorMuon, check_rates, peer_algorithm
 from leanstep.optimizers.rates.adamw import convert_rates, customary_rates
 from leanstep.optimizers.sinkgd.optimizer import SinkGD
 
@@ -31,6 +31,7 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
     "muon": MuonAdamW,
     "normuon": NorMuon,
     "scale": SCALE,
+    "sgd": SGD,
     "sinkgd": SinkGD,
 }
 
@@ -74,13 +75,14 @@ def create(
 
     Args:
         model: the model, with the parameters to train unfrozen. Shard or adapt it first.
-        name: "lanton", "lion", "mfac" or "sinkgd", the names that recipes use; or, to compare with, "adamw" (torch's,
-            fused), "muon" (torch's Muon on hidden matrices and AdamW on the rest), "normuon" or "scale".
+        name: "lanton", "lion", "mfac" or "sinkgd", the names that recipes use; or, to compare with, "adamw" and "sgd"
+            (torch's, fused), "muon" (torch's Muon on hidden matrices and AdamW on the rest), "normuon" or "scale".
         like_adamw: AdamW's learning rate and weight decay, such as ``{"lr": 3e-4, "weight_decay": 0.1}``, in place of
-            ``lr`` and ``weight_decay``, for all but "mfac", "muon", "normuon" and "scale". Steps move weights as far
+            ``lr`` and ``weight_decay``, for "adamw", "lanton", "lion" and "sinkgd". Steps move weights as far
             as AdamW's would, and decay by as much; schedule and warm-up stay. Rates in ``settings`` and ``overrides``
             are then AdamW's too. ``docs/howto/learning-rates.md`` has the rule of each class. "lanton" without this,
-            ``lr``, ``scaling`` or ``radius`` takes AdamW's customary rates, and ``weight_decay`` as AdamW's.
+            ``lr``, ``scaling`` or ``radius``, and "lion" without this or ``lr``, take AdamW's customary rates, and
+            ``weight_decay`` as AdamW's.
         embeddings, split, settings, overrides: as for :func:`param_groups`; "balanced" embeddings need "sinkgd", and
             ``split`` needs "sinkgd" or "lanton".
         say: takes the table of groups, with the rules of the class; None: no table, as on all ranks but one.
@@ -130,17 +132,17 @@ def _built(
         algorithm = peer_algorithm(name, group, head)
         if algorithm is not None:
             group["algorithm"] = algorithm
-        elif cls is AdamW:
+        elif cls in (AdamW, SGD):
             group.pop("algorithm", None)
-    if cls is AdamW:
+    if cls in (AdamW, SGD):  # torch compares a rate that is no number, and does not name it
+        check_rates(cls.__name__, options.get("lr", 0.0), options.get("weight_decay", 0.0))
         options.setdefault("fused", True)
-    given = {*options}.union(*groups)
-    if like_adamw is None and cls is LANTON and not given & {"lr", "scaling", "radius"}:
-        like_adamw = customary_rates(groups, options.pop("weight_decay", 0.0))
+    if like_adamw is None:
+        like_adamw = customary_rates(cls, groups, options)
+    elif groups.unused_settings:
+        roles = ", ".join(groups.unused_settings)
+        raise ValueError(f"{owner}: like_adamw: no parameter has the role {roles} of settings; leave it out")
     if like_adamw is not None:
-        if groups.unused_settings:
-            roles = ", ".join(groups.unused_settings)
-            raise ValueError(f"{owner}: like_adamw: no parameter has the role {roles} of settings; leave it out")
         convert_rates(f"{owner}: like_adamw", cls, groups, options, like_adamw)
     if say is not None:
         say(f"{cls.__name__}\n{groups.summary(cls)}")

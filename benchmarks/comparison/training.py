@@ -20,10 +20,11 @@ from torch.utils.data import Subset
 from transformers.utils.logging import disable_progress_bar
 
 from comparison.methods import METHODS
-from comparison.protocol import ComparisonError, Protocol, Run
+from comparison.protocol import MIXTURE, ComparisonError, Protocol, Run
 from leanstep._process import end_with_parent
 from leanstep._version import __version__
 from leanstep.recipes.check.costs import optimizer_state_bytes, unique_bytes
+from leanstep.recipes.config.schema import RunConfig
 from leanstep.recipes.data.batches import Windows
 from leanstep.recipes.data.sequences import LoadedData, load_data
 from leanstep.recipes.training.build import build_accelerator, build_run_model, build_schedule, seed_process
@@ -56,6 +57,12 @@ def held_out(protocol: Protocol, kind: str) -> Subset:
     return Subset(validation, range(boundary) if kind == "tune" else range(boundary, len(validation)))
 
 
+def build_mixture(config: RunConfig, data: LoadedData) -> transformers.PreTrainedModel:
+    """A Mixtral in the sizes of a recipe of LLaMA."""
+    sizes = {"num_key_value_heads": config.model.config["num_attention_heads"], **config.model.config, **MIXTURE}
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(vocab_size=data.vocabulary, **sizes))
+
+
 class Training:
     """Model, optimizer, schedule and batches of one run."""
 
@@ -68,7 +75,11 @@ class Training:
         seed_process(run.seed)
         # the accelerator is the same for all runs of a process, and holds on to what it prepares
         self.accelerator.free_memory()
-        model = build_run_model(config, data.tokenizer, data.vocabulary)
+        model = (
+            build_mixture(config, data)
+            if protocol.is_mixture
+            else build_run_model(config, data.tokenizer, data.vocabulary)
+        )
         self.optimizer = METHODS[run.method].build(model, run)
         self.model = self.accelerator.prepare(model)
         self.schedule = build_schedule(schedule, self.optimizer, steps)

@@ -57,7 +57,7 @@ PARSER.add_argument("--report", type=Path, help="a file of results whose tables 
 PARSER.add_argument(
     "--between", nargs=2, metavar="METHOD", help="with --report: print the paired difference of two methods instead"
 )
-PARSER.add_argument("--family", default="llama", choices=["llama", "gpt", "digits"])
+PARSER.add_argument("--family", default="llama", choices=["llama", "gpt", "mixtral", "digits"])
 PARSER.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
 _TUNED = [name for name, method in METHODS.items() if method.start]
 for _name, _help in (("--double", "twice the chosen hidden rate"), ("--other-warmup", "the warm-up not chosen")):

@@ -26,7 +26,9 @@ from leanstep.optimizers.mfac.window import columns_of, mask_like
 class MFAC(LeanOptimizer):
     r"""M-FAC (matrix-free approximate curvature): natural-gradient steps from a window of gradients.
 
-    Start with ``lr`` 1e-3 and tune it with ``damping``, in factors of ten. No rate of AdamW's carries over.
+    Start with ``lr`` 1e-3 and tune it with ``damping``, in factors of ten. No rate of AdamW's carries over. With a
+    damping of 1e-4 and a window of 256, searches with S-MFAC on the three language models of docs/measured/losses.md
+    chose 7.5e-4 to 1.2e-2 for hidden matrices, and 3e-3 to 1.2e-2 for the rest. It ended far behind AdamW, tuned too.
 
     The rows of G are the last n gradients of a scope of d weights, n <= ``window``. With s = ``window`` (or n, see
     ``scaling``) and the newest gradient g::

@@ -15,10 +15,11 @@ _SIGNAL = 0.03
 # LANTON's "muon" scaling gives steps this root mean square
 _MUON_LENGTH = 0.2
 # Largest singular value of AdamW's step of a matrix, in that of an orthogonal step of the same root mean square. Chosen
-# on a LLaMA of width 64: a signal of one direction has sqrt(64), noise up to 2.
+# on a LLaMA of width 64: a signal of one direction has sqrt(64), noise up to 2. The smaller side's root is the most.
 _FEW_DIRECTIONS = 4.0
-# AdamW's rates where none is given, of matrices at this width and of the rest (docs/howto/learning-rates.md)
-_WIDTH, _MATRICES, _REST = 128, 1e-3, 2e-2
+# AdamW's rates where none is given, of matrices at this width and of the rest (docs/howto/learning-rates.md); adapters
+# customarily have ten times that of matrices
+_WIDTH, _MATRICES, _REST, _ADAPTERS = 128, 1e-3, 2e-2, 10.0
 
 
 def step_length(newest: float, beta: float) -> float:
@@ -53,29 +54,42 @@ def _sinkgd(options: Mapping[str, Any], rate: Any, decay: float) -> dict[str, An
 
 def _lanton(options: Mapping[str, Any], rate: Any, decay: float) -> dict[str, Any]:
     length = _length(options["betas"][0], options["nesterov"])
-    radius = _FEW_DIRECTIONS * length / _MUON_LENGTH if options["norm"] == "rms" else length
+    radius = length
+    if options["norm"] == "rms":
+        smaller_side = max(min(_sides(param.shape)) for _, param in options["params"])
+        radius *= min(_FEW_DIRECTIONS, math.sqrt(smaller_side)) / _MUON_LENGTH
     lengths = {"lr": rate, "weight_decay": decay, "scaling": "muon", "radius": radius}
     # the noise of a sign is a sum over a table: beside one of positions it would halve the embedding's steps
     return {**lengths, "alpha": "auto", "noise_adaptive": options["norm"] != "sign"}
 
 
-def customary_rates(groups: Sequence[MutableMapping[str, Any]], weight_decay: float) -> dict[str, float]:
-    """Return AdamW's customary rates for :func:`convert_rates`; groups without matrices get theirs here, in place.
+def customary_rates(
+    cls: type, groups: Sequence[MutableMapping[str, Any]], options: MutableMapping[str, Any]
+) -> dict[str, float] | None:
+    """Return AdamW's customary rates for :func:`convert_rates` where LANTON or Lion has no rate, else None.
 
-    Matrices have 1e-3 * sqrt(128 / width), the rest 2e-2. The width is the larger side of the narrowest matrix.
+    Takes ``weight_decay`` out of the options, and gives groups of other rates theirs, both in place. Matrices have
+    1e-3 * sqrt(128 / width), adapters ten times as much, the rest 2e-2. The width is the larger side of the narrowest
+    matrix.
     """
+    if cls.__name__ not in ("LANTON", "Lion") or {*options}.union(*groups) & {"lr", *_RULES[cls.__name__][1]}:
+        return None
     sides = []
     for group in groups:
         if group["norm"] == "rms":
-            sides += [_larger_side(param.shape) for _, param in group["params"]]
+            sides += [max(_sides(param.shape)) for _, param in group["params"]]
         else:
             group["lr"] = _REST
-    return {"lr": _MATRICES * math.sqrt(_WIDTH / max(1, min(sides, default=_WIDTH))), "weight_decay": weight_decay}
+    rate = _MATRICES * math.sqrt(_WIDTH / max(1, min(sides, default=_WIDTH)))
+    for group in groups:
+        if group.get("name") == "lora":
+            group["lr"] = _ADAPTERS * rate
+    return {"lr": rate, "weight_decay": options.pop("weight_decay", 0.0)}
 
 
-def _larger_side(shape: Sequence[int]) -> int:
+def _sides(shape: Sequence[int]) -> tuple[int, int]:
     rows, *others = shape[1:] if len(shape) == 3 else shape  # of a stack's matrices
-    return max(rows, math.prod(others))
+    return rows, math.prod(others)
 
 
 # class -> its rule, and the options that would change the length of its steps

@@ -16,7 +16,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from leanstep._files import table_lines
 from leanstep.optimizers.create import class_named, create
-from leanstep.optimizers.param_groups import DEFAULTS, parameter_roles
+from leanstep.optimizers.param_groups import DEFAULTS, param_groups, parameter_roles
+from leanstep.optimizers.rates.adamw import customary_rates
 
 MATRICES, REST = "matrices", "the rest"
 # a neighbour is better if its loss is lower by more than this part: the standard errors of such runs are larger
@@ -120,8 +121,8 @@ def find_lr(
 ) -> LearningRates:
     """Choose the learning rates of a model by short runs: that of the matrices, and that of all other parameters.
 
-    A run trains ``steps`` steps with a warm-up over 5 % of them and a cosine to a tenth. The first one has the rate of
-    ``options``, or the default of the class. Each round then changes either rate by a factor of two from the best,
+    A run trains ``steps`` steps with a warm-up over 5 % of them and a cosine to a tenth. The first one has the rates of
+    ``create`` with these ``options``. Each round then changes either rate by a factor of two from the best,
     until both neighbours of both rates are worse: 5 runs if the start is best, up to 13 if the best rates are a factor
     of four away. Short runs may prefer larger rates than long ones.
 
@@ -140,8 +141,8 @@ def find_lr(
             for each run; None: silent.
 
     Raises:
-        ValueError: without a batch, with several processes, for a number of steps or runs below 1, if every run
-            diverges, and as ``create`` does.
+        ValueError: without a batch, with several processes, for a number of steps or runs below 1, for a rate of 0, if
+            every run diverges, and as ``create`` does.
         TypeError: as ``create`` does.
 
     Example:
@@ -165,7 +166,9 @@ def find_lr(
     batches = list(islice(data, steps))
     if not batches:
         raise ValueError("find_lr: expected batches in data, got none")
-    start = inspect.signature(cls).parameters["lr"].default
+    options, start = _with_customary_rates(model, cls, options), inspect.signature(cls).parameters["lr"].default
+    if not (first := (options.get("like_adamw") or options).get("lr", start)) > 0:
+        raise ValueError(f"find_lr: expected a start above 0, whose halves and doubles are tried, got lr={first}")
     losses: dict[Powers, float] = {}
     trials = []
     with _restored(model) as restore:
@@ -185,20 +188,42 @@ def find_lr(
     return LearningRates(*scaled_rates(options, start, roles, best), losses[best], is_bracketed, trials)
 
 
+def _with_customary_rates(model: nn.Module, cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options in which the rates that ``create`` takes where none is given are named."""
+    named = dict(options)
+    if named.get("like_adamw") is not None:
+        return named
+    grouping = {key: named[key] for key in ("settings", "overrides", "split") if key in named}
+    groups = param_groups(model, **grouping)
+    rates = customary_rates(cls, groups, named)
+    if rates is None:
+        return named
+    settings = {role: dict(values) for role, values in (named.get("settings") or {}).items()}
+    for group in groups:
+        if "lr" in group:
+            settings.setdefault(group["name"], {})["lr"] = group["lr"]
+    return {**named, "like_adamw": rates, **({"settings": settings} if settings else {})}
+
+
 def scaled_rates(
     options: Mapping[str, Any], default: float, roles: Mapping[str, Sequence[str]], powers: Powers
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Return options of ``create`` with its rates times powers of two, and the rate of each kind of parameter.
 
     ``roles`` as :func:`roles_by_rate`. The first kind has the rate of the optimizer, the roles of the other one have
-    theirs in ``settings``; rates that are there keep their ratio.
+    theirs in ``settings``; rates that are there keep their ratio. The rate of a kind is that of its roles where they
+    have the same.
     """
     like = options.get("like_adamw")
     base = options.get("lr", default) if like is None else like["lr"]
-    rates = {kind: base * 2.0**power for kind, power in zip(roles, powers, strict=True)}
-    (first, rate), *others = rates.items()
-    scaled = {**options, "lr": rate} if like is None else {**options, "like_adamw": {**like, "lr": rate}}
     settings = {role: dict(values) for role, values in (options.get("settings") or {}).items()}
+    rates: dict[str, float] = {}
+    for (kind, of_kind), power in zip(roles.items(), powers, strict=True):
+        own = {settings.get(role, {}).get("lr", base) for role in of_kind}
+        rates[kind] = (own.pop() if len(own) == 1 else base) * 2.0**power
+    first, *others = rates
+    rate = base * 2.0 ** powers[0]
+    scaled = {**options, "lr": rate} if like is None else {**options, "like_adamw": {**like, "lr": rate}}
     for kind, power in zip(roles, powers, strict=True):
         for role in roles[kind]:
             values = settings.get(role, {})

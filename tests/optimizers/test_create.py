@@ -45,7 +45,7 @@ def test_the_class_its_options_and_the_groups_of_the_model(name, cls):
     assert all(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon", "scale"])
+@pytest.mark.parametrize("name", ["adamw", "muon", "scale", "sgd"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_optimizers_to_compare_with_step_as_in_recipes(name, tied):
     trained = []
@@ -63,7 +63,7 @@ def test_the_optimizers_to_compare_with_step_as_in_recipes(name, tied):
             model(torch.arange(12)).square().sum().backward()
             optimizer.step()
         rules = {role: group.get("algorithm") for role, group in groups_of(optimizer).items()}
-        trained.append((model.state_dict(), rules if name != "adamw" else None))
+        trained.append((model.state_dict(), rules if name not in ("adamw", "sgd") else None))
     (ours, ours_rules), (theirs, theirs_rules) = trained
     assert ours_rules == theirs_rules
     assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
@@ -136,6 +136,7 @@ def test_settings_of_a_role_that_no_parameter_has_are_told(roles, told):
         ("Lion", {}, ValueError, "got 'Lion'; take 'lion'$"),
         ("lion", {"lr": "1e-3"}, TypeError, "must be a number, got '1e-3'; write 0.001, without quotes$"),
         ("lion", {"lr": "fast"}, TypeError, "must be a number, got 'fast'$"),
+        ("adamw", {"lr": "1e-3"}, TypeError, "AdamW: learning rate must be a number, got '1e-3'; write 0.001"),
     ],
 )
 def test_mistakes_are_told(name, options, error, message):
@@ -152,6 +153,21 @@ def test_the_length_of_a_step_is_that_of_its_average(newest, beta):
     assert math.fsum(weights) == pytest.approx(1)
     signal, noise = 0.03, math.fsum(weight**2 for weight in weights)
     assert step_length(newest, beta) == pytest.approx(math.sqrt((signal + noise) / (signal + 1)))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_schedule_may_end_at_zero(name):
+    model = Model()
+    optimizer = create(model, name, **({"window": 4} if name == "mfac" else {}), say=None)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=2)
+    for step in range(3):
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        schedule.step()
+        unchanged = [torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True)]
+        assert all(unchanged) if step == 2 else not any(unchanged)
 
 
 CARRIED = [("sinkgd", {}), ("sinkgd", {"momentum": 0.9}), ("sinkgd", {"embeddings": "balanced"}), ("lion", {}),
@@ -199,13 +215,18 @@ def test_like_adamw_moves_as_far_and_decays_as_much(name, options):
         assert moved[name][key] / moved["adamw"][key] == pytest.approx(1, abs=0.3), key
 
 
-def test_lanton_without_a_rate_has_the_customary_ones_of_adamw():
+@pytest.mark.parametrize("name", ["lanton", "lion"])
+def test_without_a_rate_lanton_and_lion_have_the_customary_ones_of_adamw(name):
     def settings(**options):
-        groups = groups_of(create(Model(width=32), "lanton", say=None, **options))
+        groups = groups_of(create(Model(width=32), name, say=None, **options))
         return {name: {k: v for k, v in group.items() if k != "params"} for name, group in groups.items()}
 
     rest = {role: {"lr": 2e-2} for role in ("embedding", "head", "norm", "bias")}
     assert settings(weight_decay=0.1) == settings(like_adamw={"lr": 2e-3, "weight_decay": 0.1}, settings=rest)
+    assert settings(settings={"router": {"weight_decay": 0.5}}) == settings()
+    if name == "lion":
+        assert {group["lr"] for group in settings(settings={"head": {"lr": 1e-3}}).values()} == {1e-4, 1e-3}
+        return
     groups = settings()
     assert {group["alpha"] for group in groups.values()} == {"auto"}
     assert [groups[role]["noise_adaptive"] for role in ("hidden", "embedding", "head", "norm")] == [1, 0, 0, 1]
@@ -219,7 +240,22 @@ def test_lanton_without_a_rate_has_the_customary_ones_of_adamw():
 @pytest.mark.parametrize("shape, width", [((24, 96), 96), ((4, 24, 48), 48), ((8, 3, 4, 4), 48), ((64, 3, 4, 4), 64)])
 def test_the_width_of_the_customary_rate_is_a_larger_side(shape, width):
     groups = [{"norm": "rms", "params": [("p", torch.empty(shape))]}]
-    assert customary_rates(groups, 0.1) == {"lr": pytest.approx(1e-3 * (128 / width) ** 0.5), "weight_decay": 0.1}
+    assert customary_rates(LANTON, groups, {"weight_decay": 0.1}) == {
+        "lr": pytest.approx(1e-3 * (128 / width) ** 0.5),
+        "weight_decay": 0.1,
+    }
+
+
+def test_adapters_have_ten_times_the_customary_rate_and_lanton_no_more_directions_than_their_rank():
+    class Adapted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lora_A, self.lora_B = nn.Linear(32, 4, bias=False), nn.Linear(4, 32, bias=False)
+            self.layer = nn.Linear(32, 32, bias=False)
+
+    groups = groups_of(create(Adapted(), "lanton", say=None))
+    assert groups["lora"]["lr"] == pytest.approx(10 * groups["hidden"]["lr"]) == pytest.approx(2e-2)
+    assert groups["lora"]["radius"] == pytest.approx(groups["hidden"]["radius"] / 2)  # the root of 4, not 4
 
 
 @pytest.mark.parametrize(

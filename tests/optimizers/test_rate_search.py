@@ -138,6 +138,20 @@ def test_a_model_of_matrices_has_one_rate(data):
     assert "settings" not in rates.options
 
 
+@pytest.mark.parametrize("name", ["lanton", "lion"])
+def test_the_search_starts_where_create_does(model, data, name):
+    options = {"weight_decay": 0.1, "settings": {"head": {"weight_decay": 0.0}}, "say": None}
+    made = {group["name"]: group for group in create(model, name, **options).param_groups}
+    rates = find_lr(model, loss_fn, data, name, steps=2, most_runs=1, **options)
+    if name == "lanton":  # whose rates are AdamW's
+        assert rates.rates == {"matrices": made["hidden"]["lr"], "the rest": made["embedding"]["lr"]}
+    again = {group["name"]: group for group in create(model, name, **rates.options, say=None).param_groups}
+    for role, group in made.items():
+        assert {k: v for k, v in again[role].items() if k != "params"} == {
+            k: v for k, v in group.items() if k != "params"
+        }
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -149,6 +163,8 @@ def test_a_model_of_matrices_has_one_rate(data):
         ({"name": "lion", "embeddings": "balanced"}, "^find_lr: embeddings='balanced' is a rule of SinkGD"),
         ({"like_adamw": {}}, "^find_lr: like_adamw: expected AdamW's 'lr'"),
         ({"lr": "high"}, "learning rate must be a number, got 'high'"),
+        ({"lr": 0.0}, "expected a start above 0, .* got lr=0.0"),
+        ({"like_adamw": {"lr": 0}}, "expected a start above 0, .* got lr=0"),
     ],
 )
 def test_what_cannot_be_searched_is_said(model, data, change, message):

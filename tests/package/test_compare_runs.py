@@ -83,7 +83,38 @@ def test_scale_is_its_formula(parts):
     assert [len(optimizer.state[weight]) for weight in weights] == [0, 0, 1]
 
 
-@pytest.mark.parametrize("name", ["NorMuon", "SCALE"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("name", ["RMNP", "MuonEq", "LionMuon"])
+def test_rules_of_momentum_are_their_formulas(parts, name, transposed):
+    torch.manual_seed(0)
+    weight = torch.randn(10, 6, dtype=torch.float64)
+    stored = torch.nn.Parameter((weight.T if transposed else weight).clone())
+    optimizer = getattr(parts.peers, name)(
+        [{"params": [stored], "algorithm": name.lower(), "transposed": transposed}], lr=0.1, weight_decay=0.2
+    )
+    momentum = torch.zeros_like(weight)
+    for step in range(1, 5):
+        gradient = torch.randn(10, 6, dtype=torch.float64)
+        stored.grad = (gradient.T if transposed else gradient).clone()
+        optimizer.step()
+        if name == "LionMuon":
+            average = 0.9 * momentum + 0.1 * gradient
+            momentum = 0.99 * momentum + 0.01 * gradient
+            polar = 0.2 * math.sqrt(10) * polar_by_newton_schulz(average)
+            update = polar if step % 2 else 0.05 * average.sign()
+        else:
+            momentum = 0.95 * momentum + 0.05 * gradient
+            average = 0.95 * momentum + 0.05 * gradient
+            rows = torch.stack([row / row.norm() for row in average])
+            update = math.sqrt(10 / 6) * rows if name == "RMNP" else 0.2 * math.sqrt(10) * polar_by_newton_schulz(rows)
+        weight = weight * (1 - 0.1 * 0.2) - 0.1 * update
+        torch.testing.assert_close(stored.detach().T if transposed else stored.detach(), weight, rtol=1e-10, atol=1e-10)
+
+
+RULES = {"NorMuon": "normuon", "SCALE": "rows", "RMNP": "rmnp", "MuonEq": "muoneq", "LionMuon": "lionmuon"}
+
+
+@pytest.mark.parametrize("name", RULES)
 def test_the_rest_of_a_peer_is_adamw(parts, name):
     torch.manual_seed(0)
     ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 9)) for _ in range(2))
@@ -95,7 +126,7 @@ def test_the_rest_of_a_peer_is_adamw(parts, name):
             optimizer.step()
     assert torch.equal(ours, theirs)
     with pytest.raises(ValueError, match="takes matrices"):
-        getattr(parts.peers, name)([{"params": [ours], "algorithm": "normuon" if name == "NorMuon" else "rows"}])
+        getattr(parts.peers, name)([{"params": [ours], "algorithm": RULES[name]}])
 
 
 # -- runs
@@ -126,6 +157,19 @@ def test_every_method_builds_with_the_rates_of_its_roles(parts, family):
         training.backward()
         training.update()
         assert training.bytes()["weights"] == training.bytes()["gradients"] > 0
+
+
+def test_a_mixture_has_the_sizes_of_the_llama_and_carried_rates(parts):
+    protocol = parts.protocol.Protocol("mixtral-nano", TINY, judge_steps=2)
+    assert protocol.definition["recipe"]["mixture"]["num_local_experts"] == 4
+    run = replace(parts.methods.default_run("lanton-carried", protocol, 1), hidden_lr=1e-3, other_lr=2e-3)
+    training = parts.training.Training(protocol, replace(run, weight_decay=0.1))
+    groups = {group["name"]: group for group in training.optimizer.param_groups}
+    assert training.model.config.hidden_size == 16 and {*groups} == {"hidden", "expert", "router", "embedding", "norm"}
+    assert groups["expert"]["radius"] == groups["hidden"]["radius"] > groups["embedding"]["radius"]
+    losses = [training.backward()[0]]
+    training.update()
+    assert losses[0] == pytest.approx(math.log(2048), rel=0.05)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ LIMITS = json.loads((Path(__file__).parent / "house.json").read_text("utf-8"))
 CAPABILITIES: dict[str, dict[str, int]] = {
     "lines of benchmarks/": {
         "codes by the largest error": 199,
+        "a mixture, RMNP, MuonEq, LionMuon": 123,
         "LANTON without a rate": 6,
         "accuracy in the evidence of pruning": 80,
         "NorMuon, to optimizers/": -61,
@@ -27,6 +28,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "steps on the host": 120,
     },
     "lines of optimizers/": {
+        "where find_lr and Lion start": 4,
         "LANTON without a rate": 30,
         "NorMuon, from benchmarks/": 57,
         "parameters without names": 133,
@@ -114,6 +116,8 @@ CAPABILITIES: dict[str, dict[str, int]] = {
     "lines of tests/": {
         "codes by the largest error": 34,
         "faults that no test noticed": 24,
+        "a mixture, RMNP, MuonEq, LionMuon": 45,
+        "where find_lr and Lion start": 49,
         "LANTON without a rate": 24,
         "steps declared once": 49,
         "costs of kernels": 45,
