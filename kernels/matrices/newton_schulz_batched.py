@@ -172,7 +172,7 @@ def norms_of(singles: Sequence[Tensor], compute: torch.dtype) -> list[float] | l
 
 def scales_of(singles: Sequence[Tensor], norms: Sequence[float | Tensor], eps: float) -> Sequence[float | Tensor]:
     """1 / max(norm, eps) of each matrix, NaN for one that is not finite; tensors where the norms are tensors."""
-    wide = torch.float64 if any(mat.dtype == torch.float64 for mat in singles) else torch.float32
+    wide = torch.float64 if torch.float64 in [mat.dtype for mat in singles] else torch.float32
     floor = max(eps, _SMALLEST_NORM[wide])
     on_device = [norm for norm in norms if isinstance(norm, Tensor)]
     if not on_device:
