@@ -2,8 +2,8 @@
 
     python benchmarks device/ttir [OPERATION ...]
 
-The operations and inputs are those of `device/kernels --dry-run`, but the kernels are not interpreted: their TTIR, as
-compiled for sm_90, is executed by ttsem, which raises at the first access outside of the launch's tensors, at two
+The operations are those of `device/kernels`, with inputs of `device/planted`, which need several programs of a kernel.
+The kernels are not interpreted: their TTIR, as compiled for sm_90, is executed by ttsem, which raises at the first access outside of the launch's tensors, at two
 programs that meet in one element, and at an operation without a result. The results are compared with the definition's.
 A table of pointers is given to it with the memory behind its addresses. ttsem 0.1.0 asks for Python 3.12 or newer and
 names Triton 3.8 as the only version it was tried with; it also runs on Python 3.11 and Triton 3.9.
@@ -63,10 +63,11 @@ def executed(name: str) -> list[Any]:
     # import the kernels before the variable below is set, which would give them the interpreter
     _compile.modules()
     from device import kernels
+    from device.planted import SIZES
 
     dtypes = kernels.OPERATIONS[name].dtypes
     dtype = torch.bfloat16 if torch.bfloat16 in dtypes else dtypes[0]
-    stage = Stage(torch.device("cpu"), SimpleNamespace(**kernels.DRY), dry_run=True, out=None, end=math.inf)
+    stage = Stage(torch.device("cpu"), SimpleNamespace(**kernels.DRY | SIZES), dry_run=True, out=None, end=math.inf)
     record_launch, memory_type, tables = harness.record_launch, harness.Memory, Tables()
 
     def record(*arguments: Any) -> Any:
