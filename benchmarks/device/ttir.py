@@ -3,10 +3,11 @@
     python benchmarks device/ttir [OPERATION ...]
 
 The operations are those of `device/kernels`, with inputs of `device/planted`, which need several programs of a kernel.
-The kernels are not interpreted: their TTIR, as compiled for sm_90, is executed by ttsem, which raises at the first access outside of the launch's tensors, at two
-programs that meet in one element, and at an operation without a result. The results are compared with the definition's.
-A table of pointers is given to it with the memory behind its addresses. ttsem 0.1.0 asks for Python 3.12 or newer and
-names Triton 3.8 as the only version it was tried with; it also runs on Python 3.11 and Triton 3.9.
+The kernels are not interpreted: their TTIR, as compiled for sm_90, is executed by ttsem, which raises at the first
+access outside of the launch's tensors, at two programs that meet in one element, and at an operation without a result.
+The results are compared with the definition's. A table of pointers is given to it with the memory behind its addresses.
+ttsem 0.1.0 asks for Python 3.12 or newer and names Triton 3.8 as the only version that it was tried with; its code also
+runs on Python 3.11 and Triton 3.9.
 
 The exit code is 0 if all are right, 1 for a fault or a wrong result, 3 if an operation is not covered, and 2 where
 ttsem is absent or has another version.
