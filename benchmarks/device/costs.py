@@ -2,16 +2,18 @@
 
     python benchmarks device/costs [MODULE ...] [--peers FOLDER]
 
-One configuration per kernel, the one with the most bf16 and then the largest tile, for sm_90 and gfx942. No GPU is
-needed, and nothing is measured on one. Bytes per element are those that the audit holds the kernel to. Instructions per
-element are those of the threads between the labels of the machine code's main loop ("loop"), which is the innermost
-loop with the most bytes in global accesses, or of the whole kernel where no loop of the source has any ("kernel"). Code
-that is there more than once, for turns unrolled or for full and last tiles, counts as its mean, by the bytes that it
-accesses. Of a kernel that passes several times over its elements, one pass is counted.
+One configuration per kernel, the one with the most bf16 and then the largest tile, for sm_80, sm_90, sm_100 and gfx942.
+No GPU is needed, and nothing is measured on one. Bytes per element are those that the audit holds the kernel to.
+Instructions per element are those of the threads between the labels of the machine code's main loop ("loop"), which is
+the innermost loop with the most bytes in global accesses, or of the whole kernel where no loop of the source has any
+("kernel"). Code that is there more than once, for turns unrolled or for full and last tiles, counts as its mean, by the
+bytes that it accesses. Of a kernel that passes several times over its elements, one pass is counted.
 Occupancy is warps resident / most, by registers, shared memory and threads. "Roofline" is the time of the bytes at the
 memory's bandwidth over the longer of this time and that of the instructions at one issue per cycle:
 
+    A100 SXM 80 GB: 2.039 TB/s, 108 SMs, 4 schedulers, 32 lanes, 1.41 GHz
     H100 SXM: 3.35 TB/s, 132 SMs, 4 schedulers, 32 lanes, 1.755 GHz
+    B200:     8 TB/s, 148 SMs, 4 schedulers, 32 lanes, 1.98 GHz (75 TFLOP/s of fp32)
     MI300X:   5.3 TB/s, 304 CUs, one instruction of 64 lanes per cycle and CU, 2.1 GHz
 
 The model knows no latency, no cache and no unit slower than the issue; on the MI300X it counts scalar instructions as
@@ -55,7 +57,9 @@ class Device:
 
 # registers: 65,536 per SM are 512 for each lane of its four schedulers
 DEVICES = {
+    "sm_80": Device(2.039e12, 108 * 4 * 32 * 1.41e9, 32, 512, 8, 64, 164 * 1024, 1024, 32),
     "sm_90": Device(3.35e12, 132 * 4 * 32 * 1.755e9, 32, 512, 8, 64, 228 * 1024, 1024, 32),
+    "sm_100": Device(8e12, 148 * 4 * 32 * 1.98e9, 32, 512, 8, 64, 228 * 1024, 1024, 32),
     "gfx942": Device(5.3e12, 304 * 64 * 2.1e9, 64, 512, 8, 32, 64 * 1024, 0, 32),
 }
 
@@ -101,7 +105,7 @@ def row(case: Any, target: str, divisor: int = 1) -> list[str]:
     per_element = count * case.threads / case.elements
     warps = occupancy(target, registers, shared, case.threads)
     memory, issue = moved / device.bandwidth, per_element / device.lanes_per_second
-    matrix = re.search(r"\b[HIQ]G?MMA\b|\bv_mfma_", text)
+    matrix = re.search(r"\b(?:UTC)?[HIQ]G?MMA\b|\bv_mfma_", text)
     fraction = "-" if matrix or not moved else f"{memory / max(memory, issue):.0%}"
     return [
         case.kernel.__name__, case.label, target, f"{moved:.2f}", f"{per_element:.1f}", "loop" if loop else "kernel",

@@ -4,10 +4,12 @@
 
 Parameters and gradients are meta tensors, so nothing is allocated, and no kernel runs: launches of Triton are counted
 and end there. A tensor without memory raises an error where the host would read a number of the device; such a step
-"waits", and nothing else is known of it. Operations are torch's on tensors of the device, views left out; each is a
-launch or more on a device. Uploads are those of tables of pointers and programs, in a step that finds all tensors where
-they were. Milliseconds are the best of five steps, without a driver's work. Meta tensors take the way of a device
-without CUDA: pinned memory, streams and fused AdamW are not seen, so SinkGD is measured on its matrices alone.
+"waits", and nothing else is known of it. Operations are torch's on tensors of the device, views and torch.empty left
+out; each is a launch or more on a device. Uploads are those of tables of pointers and programs, in a step that finds
+all tensors where they were. MiB is the most memory of a step beside its parameters, gradients and state. Milliseconds
+are the best of five steps, without a driver's work. Products are in bf16, as on a GPU that has it. Otherwise meta
+tensors take the way of a device without CUDA: pinned memory, streams and fused AdamW are not seen, so SinkGD is
+measured on its matrices alone.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ from __future__ import annotations
 import argparse
 import os
 import time
+import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 from unittest import mock
 
@@ -27,13 +30,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 PARSER = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 Step = Callable[[], object]
+# dense bf16 of an H100 SXM, by its data sheet
+PEAK = 989e12
 
 
 def main() -> int:
     """Measure each optimizer, and print the table."""
+    from leanstep.kernels.matrices.newton_schulz import flops
+
     PARSER.parse_args()
     rows = [[name, *measured(make)] for name, make in optimizers(*llama()).items()]
-    print_table(["optimizer", "launches", "operations", "uploads, step 1", "uploads, step 2", "waits", "ms"], rows)
+    print_table(
+        ["optimizer", "launches", "operations", "uploads, step 1", "uploads, step 2", "waits", "MiB", "ms"], rows
+    )
+    products = sum(flops(matrix.shape) for matrix in llama()[0])
+    print(f"LANTON's polar factors: {products:.2e} operations, {products / PEAK:.2f} s at an H100's 989 TFLOP/s")
     return 0
 
 
@@ -53,7 +64,9 @@ def optimizers(hidden: list[Tensor], others: list[Tensor]) -> dict[str, Callable
     from leanstep.optimizers import LANTON, MFAC, Lion, SinkGD
 
     params = hidden + others
-    routed = [{"params": hidden, "norm": "rms"}, {"params": others, "norm": "sign"}]
+    embeddings, gains = [p for p in others if p.dim() == 2], [p for p in others if p.dim() == 1]
+    routed = [{"params": hidden, "norm": "rms"}, {"params": embeddings, "norm": "sign"},
+              {"params": gains, "norm": "vector"}]  # fmt: skip
     return {
         "Lion": lambda: Lion(params, lr=1e-4).step,
         "Lion, int8 momentum": lambda: Lion(params, lr=1e-4, momentum_dtype=torch.int8).step,
@@ -66,22 +79,39 @@ def optimizers(hidden: list[Tensor], others: list[Tensor]) -> dict[str, Callable
 
 
 class Operations(TorchDispatchMode):
-    """Counts the operations of torch on the device that are not views."""
+    """Counts operations of torch that launch on the device, and the memory that they take beside `known` tensors."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
-        self.count = 0
+        self.count = self.bytes = self.most_bytes = 0
+        self.storages = {_storage(tensor) for tensor in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count, and run."""
         result = func(*args, **(kwargs or {}))
         tensors = [t for t in torch.utils._pytree.tree_leaves((args, result)) if isinstance(t, Tensor)]
-        self.count += not func.is_view and any(t.device.type == "meta" for t in tensors)
+        on_device = [t for t in tensors if t.device.type == "meta"]
+        self.count += bool(on_device) and not func.is_view and func is not torch.ops.aten.empty.memory_format
+        for storage in {
+            _storage(t): t.untyped_storage() for t in on_device if _storage(t) not in self.storages
+        }.values():
+            self._add(storage._cdata, storage.nbytes())
+            weakref.finalize(storage, self._add, storage._cdata, -storage.nbytes())
         return result
+
+    def _add(self, storage: int, size: int) -> None:
+        (self.storages.add if size >= 0 else self.storages.discard)(storage)
+        self.bytes += size
+        self.most_bytes = max(self.most_bytes, self.bytes)
+
+
+def _storage(tensor: Tensor) -> int:
+    """A number of a tensor's memory."""
+    return tensor.untyped_storage()._cdata
 
 
 def measured(make: Callable[[], Step], repeats: int = 5) -> list[object]:
-    """Launches, operations of torch, uploads of the first and the second step, whether it waits, milliseconds."""
+    """Launches, operations of torch, uploads of the first and the second step, whether it waits, MiB, milliseconds."""
     from triton.runtime.jit import JITFunction
 
     from leanstep.kernels.triton_impl import _compile
@@ -100,13 +130,14 @@ def measured(make: Callable[[], Step], repeats: int = 5) -> list[object]:
         mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}),
         mock.patch.object(JITFunction, "run", launch),
         mock.patch("leanstep.kernels.triton_impl._multi_tensor._uploads", cache),
+        mock.patch("leanstep.kernels.matrices.newton_schulz.compute_dtype", lambda dtype, _: dtype or torch.bfloat16),
     ):
         step = make()
         try:
             step()
             first = cache.uploads
             launches.clear()
-            with Operations() as operations:
+            with Operations(tensors_of(step)) as operations:
                 step()
             uploads, count, best = cache.uploads - first, launches.total(), float("inf")
             for _ in range(repeats):
@@ -116,5 +147,13 @@ def measured(make: Callable[[], Step], repeats: int = 5) -> list[object]:
         except (RuntimeError, NotImplementedError) as error:
             if "meta" not in str(error):
                 raise
-            return ["-", "-", "-", "-", "yes", "-"]
-    return [count, operations.count, first, uploads, "no", f"{1000 * best:.1f}"]
+            return ["-", "-", "-", "-", "yes", "-", "-"]
+    return [count, operations.count, first, uploads, "no", f"{operations.most_bytes / 2**20:.0f}", f"{1000 * best:.1f}"]
+
+
+def tensors_of(step: Step) -> list[Tensor]:
+    """Parameters, gradients and state on the device, of a step that was run before."""
+    optimizer = step.__self__  # type: ignore[attr-defined]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    state = [t for entries in optimizer.state.values() for t in entries.values() if isinstance(t, Tensor)]
+    return [t for t in [*params, *(p.grad for p in params), *state] if t.device.type == "meta"]

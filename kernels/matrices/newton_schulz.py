@@ -19,6 +19,7 @@ from leanstep.kernels.matrices.newton_schulz_batched import (
     operations,
     plan,
     scaled,
+    scales_of,
     singles_of,
 )
 from leanstep.kernels.op import PRODUCTS, op, triton_module
@@ -221,15 +222,15 @@ def _run(
         return [_definition(mat, triples, eps, compute) for mat in matrices]
     singles = singles_of(matrices)
     factors = [torch.empty(0, device="cpu") for _ in singles]
-    norms = norms_of(singles, compute)
+    scales = scales_of(singles, norms_of(singles, compute), eps)
     products, scratch = _products(backend, compute), Scratch(compute, matrices[0].device)
     for job in jobs_of(singles):
         out = torch.empty(job.shape(), dtype=compute, device=matrices[0].device)
         if triples:
-            x = scaled(singles, norms, job, eps, scratch.take("x", job.shape()))
+            x = scaled(singles, scales, job, scratch.take("x", job.shape()))
             iterate(x, triples, plan(triples, compute, method, job.m, job.n), products, scratch, out)
         else:
-            scaled(singles, norms, job, eps, out)
+            scaled(singles, scales, job, out)
         for i, factor in zip(job.indices, out.view(-1, job.m, job.n), strict=True):
             factors[i] = factor
     return _as_given(matrices, factors, compute)
@@ -296,8 +297,8 @@ def _run_nuclear(
         products, scratch = _products(backend, compute), Scratch(compute, matrices[0].device)
         for job in jobs_of(singles):
             estimates = nuclear_norms([singles[i] for i in job.indices], triples, products, scratch, compute)
-            for i, value in zip(job.indices, estimates, strict=True):
-                values[i] = value.to(wide)
+            for i, value in zip(job.indices, estimates.to(wide), strict=True):
+                values[i] = value
     return torch.stack(values) if values else torch.zeros(0, dtype=wide, device=matrices[0].device)
 
 

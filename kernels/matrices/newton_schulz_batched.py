@@ -170,20 +170,29 @@ def norms_of(singles: Sequence[Tensor], compute: torch.dtype) -> list[float] | l
     return norms
 
 
-def scaled(singles: Sequence[Tensor], norms: Sequence[float | Tensor], job: Job, eps: float, out: Tensor) -> Tensor:
-    """Divide each matrix of a job by max(norm, eps), into ``out``. A matrix that is not finite gives NaN."""
-    floor = max(eps, _SMALLEST_NORM[wide_of(singles[job.indices[0]])])
+def scales_of(singles: Sequence[Tensor], norms: Sequence[float | Tensor], eps: float) -> Sequence[float | Tensor]:
+    """1 / max(norm, eps) of each matrix, NaN for one that is not finite; tensors where the norms are tensors."""
+    wide = torch.float64 if torch.float64 in [mat.dtype for mat in singles] else torch.float32
+    floor = max(eps, _SMALLEST_NORM[wide])
+    on_device = [norm for norm in norms if isinstance(norm, Tensor)]
+    if not on_device:
+        return [1.0 / max(norm, floor) if norm < float("inf") else float("nan") for norm in norms]
+    sizes = torch.stack(on_device)
+    scales = sizes.clamp(min=floor).reciprocal().masked_fill_(sizes == float("inf"), float("nan"))
+    return scales.to(wide).unbind()
+
+
+def scaled(singles: Sequence[Tensor], scales: Sequence[float | Tensor], job: Job, out: Tensor) -> Tensor:
+    """Multiply each matrix of a job by its scale, into ``out``."""
     targets = out.unbind() if out.dim() == 3 else [out]
-    on_device = [norm for i in job.indices if isinstance(norm := norms[i], Tensor)]
+    on_device = [scale for i in job.indices if isinstance(scale := scales[i], Tensor)]
     if on_device:
-        sizes = torch.stack(on_device)
-        scales = torch.where(sizes < float("inf"), sizes.clamp(min=floor).reciprocal(), float("nan"))
-        stack = reference.widen(torch.stack([singles[i] for i in job.indices]))
-        torch.mul(stack, scales.to(stack.dtype).view(-1, 1, 1), out=out.view(stack.shape))
-        return out
+        mats = [singles[i] for i in job.indices]
+        if out.dim() == 2:
+            return torch.mul(reference.widen(mats[0]), on_device[0], out=out)
+        return torch.mul(reference.widen(torch.stack(mats)), torch.stack(on_device).view(-1, 1, 1), out=out)
     for i, target in zip(job.indices, targets, strict=True):
-        norm, mat = norms[i], singles[i]
-        scale = 1.0 / max(norm, floor) if norm < float("inf") else float("nan")
+        scale, mat = scales[i], singles[i]
         if mat.dtype == target.dtype:
             torch.mul(mat, scale, out=target)
         elif target.dtype == torch.float16 or mat.dtype == torch.float64:
@@ -295,7 +304,8 @@ def nuclear_norms(
         if estimates is not None:
             return estimates
     norms = norms_of(mats, compute)
-    estimates = _estimate(scaled(mats, norms, job, 0.0, scratch.take("x", job.shape())), triples, products, scratch)
+    x = scaled(mats, scales_of(mats, norms, 0.0), job, scratch.take("x", job.shape()))
+    estimates = _estimate(x, triples, products, scratch)
     assert estimates is not None
     sizes = [
         norm if isinstance(norm, Tensor) else torch.tensor(norm, dtype=torch.float64, device="cpu") for norm in norms
@@ -329,7 +339,7 @@ def _estimate(
     if ordinary and not all(1e-12 < size < 1e12 for size in sizes.tolist()):
         return None
     squares = sizes.view(-1, 1, 1) if gram.dim() == 3 else sizes.view(1, 1)
-    inverse = torch.where(squares == 0, 0.0, squares.reciprocal())
+    inverse = squares.reciprocal().masked_fill_(squares == 0, 0.0)
     # in the matrices' dtype, because products of two dtypes are slow
     scale = inverse.to(x.dtype)
     gram.mul_(scale)
@@ -337,7 +347,7 @@ def _estimate(
         # divided by the rounded scale, not the exact one
         used = scale.to(wide_of(x)).sqrt().flatten()
         trace = _trace_of_polar(gram, triples, products, scratch)
-        return torch.where(used == 0, 0.0, trace / used)
+        return (trace / used).masked_fill_(used == 0, 0.0)
     polar = scratch.take("polar", x.shape)
     runs = plan(triples, x.dtype, "auto", *x.shape[-2:])
     iterate(x, triples, runs, products, scratch, polar, gram, inverse.sqrt().to(x.dtype))

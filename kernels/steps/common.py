@@ -167,4 +167,10 @@ def nonfinite_flags(tensors: list[Tensor]) -> Tensor:
 
 
 def _nonfinite(tensors: list[Tensor]) -> Tensor:
-    return torch.stack([~torch.isfinite(t).all() for t in tensors]).to(torch.int32)
+    return (~torch.isfinite(largest_entries(tensors))).to(torch.int32)
+
+
+def largest_entries(tensors: list[Tensor]) -> Tensor:
+    """Return the largest absolute value of each tensor, in a few launches: NaN if an entry is, 0 without entries."""
+    # the norm raises for a tensor without entries
+    return torch.stack(torch._foreach_norm([t if t.numel() else t.new_zeros(1) for t in tensors], float("inf")))

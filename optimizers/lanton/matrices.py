@@ -23,8 +23,9 @@ from leanstep.optimizers.lanton import exchange, rule
 from leanstep.optimizers.lanton.exchange import MatrixTask
 from leanstep.optimizers.lanton.layers import LayerStep
 
-# elements per batch of matrices (at least one matrix); bounds the memory of a step
-_BATCH_ELEMENTS = 2**24
+# elements per batch of matrices (at least one matrix); bounds the memory of a step. On a device a batch is one of the
+# products' batches (newton_schulz_batched): more elements save the host a few operations, and take memory.
+_BATCH_ELEMENTS, _DEVICE_ELEMENTS = 2**24, 2**25
 
 
 def index_of_rows(layer: LayerStep) -> Tensor:
@@ -192,8 +193,9 @@ def _whole_matrices(
         received = dict(zip(sharded, exchange.gather(sharded, pieces), strict=True))
         del parts, pieces
     for same_kind in _by_kind(tasks, layers):
-        together = layers[same_kind[0].layer_index].group["foreach"] is not False
-        count = max(1, together * _BATCH_ELEMENTS // math.prod(same_kind[0].shape))
+        layer = layers[same_kind[0].layer_index]
+        elements = _BATCH_ELEMENTS if layer.param.device.type == "cpu" else _DEVICE_ELEMENTS
+        count = max(1, (layer.group["foreach"] is not False) * elements // math.prod(same_kind[0].shape))
         for start in range(0, len(same_kind), count):
             tasks = same_kind[start : start + count]
             held = iter(shards([layers[task.layer_index] for task in tasks if not task.cuts]))

@@ -195,7 +195,7 @@ def update(
     ones = torch.ones_like(matrix_scales)
     if skipped:
         skips = torch.cat([skip.expand(count) for skip, count in zip(skipped, counts, strict=True)])
-        ones = torch.where(skips, float("nan"), ones)  # the kernel skips matrices with NaN in column scales
+        ones = ones.masked_fill_(skips, float("nan"))  # the kernel skips matrices with NaN in column scales
     return scaled_step(
         params,
         [_in_common_dtype(d, p) for d, p in zip(directions, params, strict=True)],

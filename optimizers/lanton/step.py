@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from leanstep.kernels.steps.common import compute_dtype, constant, nonfinite_flags
+from leanstep.kernels.steps.common import compute_dtype, constant, largest_entries, nonfinite_flags
 from leanstep.optimizers.common.base import by_device_and_dtype, count_nonfinite
 from leanstep.optimizers.common.matrices import as_written, write_back
 from leanstep.optimizers.common.rounding import rounding_states, seeds_for
@@ -96,13 +96,11 @@ def _measure(layers: list[LayerStep], table: Tensor) -> None:
         flags = nonfinite_flags([checked[k].grad for k in positions])
         table[constant([checked[k].rows.start for k in positions], device, torch.int64), _NONFINITE] = flags.to(table)
     if active := [layer for layer in layers if layer.measures or layer.stores]:
-        rows = [row for layer in active for row in range(layer.held.start, layer.held.stop)]
-        values = [_active(layer).to(table) for layer in active]
-        table[constant(rows, device, torch.int64), _ACTIVE] = torch.cat(values)
+        _mark_active(active, table)
     if vectors := [layer for layer in layers if layer.form.norm == "vector"]:
-        norms = [torch.linalg.vector_norm(_previewed(layer), dtype=table.dtype).to(device) for layer in vectors]
+        norms = torch._foreach_norm([_previewed(layer) for layer in vectors], 2, dtype=table.dtype)
         rows = [layer.rows.start for layer in vectors]
-        table[constant(rows, device, torch.int64), _SQUARE] = torch.stack(norms).square()
+        table[constant(rows, device, torch.int64), _SQUARE] = torch.stack([n.to(device) for n in norms]).square()
     measured = [layer for layer in layers if layer.measures]
     if others := [layer for layer in measured if layer.form.norm != "rms"]:
         sums = [rule.partial_dual_norm(_differences([each])[0], each.form.norm, table.dtype) for each in others]
@@ -151,8 +149,8 @@ def _joined(states: Sequence[dict[str, Any]], name: str, device: torch.device) -
 
 
 def _distribute(states: Sequence[dict[str, Any]], name: str, values: Tensor) -> None:
-    for state, part in zip(states, values.split([s[name].numel() for s in states]), strict=True):
-        state[name].copy_(part)
+    stored = [state[name] for state in states]
+    torch._foreach_copy_(stored, values.split([t.numel() for t in stored]))
 
 
 def _factors(layers: list[LayerStep], estimated: list[Layer | LayerStep], device: torch.device) -> list[Tensor]:
@@ -192,15 +190,30 @@ def factors_and_noise(layers: Sequence[Layer | LayerStep], device: torch.device)
 # ---- the tensors of some layers
 
 
+def _mark_active(layers: list[LayerStep], table: Tensor) -> None:
+    """Write above 0 where a gradient has a nonzero entry, for every estimate of this process's matrices."""
+    alone: list[LayerStep] = []
+    together: list[LayerStep] = []
+    for layer in layers:
+        several = layer.form.stacked or len(layer.form.block_rows) > 1
+        (alone if layer.on_host or several else together).append(layer)
+    marks = [([layer], _active(layer)) for layer in alone]
+    for positions in by_device_and_dtype([layer.weight for layer in together]):
+        alike = [together[k] for k in positions]
+        marks.append((alike, largest_entries([layer.grad for layer in alike]) != 0))
+    rows = [row for alike, _ in marks for layer in alike for row in range(layer.held.start, layer.held.stop)]
+    values = torch.cat([values.to(table) for _, values in marks])
+    table[constant(rows, table.device, torch.int64), _ACTIVE] = values
+
+
 def _active(layer: LayerStep) -> Tensor:
-    """Return above 0 where a gradient has a nonzero entry, one number per estimate of this process's matrices."""
     grad = layer.grad
     if len(layer.form.block_rows) > 1:
         return matrices.active_blocks(layer)
     if layer.form.stacked:
         return grad.flatten(1).any(dim=1)
-    # on a CPU, first look at 64 entries, which usually suffices
-    start = grad.flatten()[:64] if layer.on_host and grad.is_contiguous() else grad
+    # first look at 64 entries, which usually suffices
+    start = grad.flatten()[:64] if grad.is_contiguous() else grad
     return (start.any() if start is grad or bool(start.any()) else grad.any()).view(1)
 
 
@@ -259,17 +272,14 @@ def _store_gradients(infos: list[GradientInfo], active: Tensor) -> Reducer[None]
 
     ``active``: of every row of the table, whether the gradient has a nonzero entry.
     """
-    on_host = active.tolist() if any([info.layer.on_host for info in infos]) else []
     key = "previous_grad"
     coded: list[tuple[LayerStep, Tensor | None]] = []
-    for info in infos:
-        layer, take = info.layer, None
-        if not (layer.on_host and all(on_host[layer.held])):  # on the host it is finite
-            take = active[layer.held].to(layer.grad.device) & ~info.nonfinite
-            if len(layer.form.block_rows) > 1:
-                old = values_int8([layer], key)[0] if key in layer.codes else local(layer.state[key])
-                mask = matrices.spread(layer, take, layer.grad.dim())
-                layer, take = layer._replace(grad=torch.where(mask, layer.grad.to(old.dtype), old)), None
+    for info, take in zip(infos, _taken(infos, active), strict=True):
+        layer = info.layer
+        if take is not None and len(layer.form.block_rows) > 1:
+            old = values_int8([layer], key)[0] if key in layer.codes else local(layer.state[key])
+            mask = matrices.spread(layer, take, layer.grad.dim())
+            layer, take = layer._replace(grad=torch.where(mask, layer.grad.to(old.dtype), old)), None
         previous, grad = local(layer.state[key]), layer.grad
         if key in layer.codes:
             coded.append((layer, None if take is None else (~take).to(torch.int32)))
@@ -277,8 +287,26 @@ def _store_gradients(infos: list[GradientInfo], active: Tensor) -> Reducer[None]
             previous.copy_(grad)
         else:
             mask = take[0] if take.numel() == 1 else take.view(-1, *[1] * (grad.dim() - 1))
-            previous.copy_(torch.where(mask, grad, previous))
+            torch.where(mask, grad.to(previous.dtype), previous, out=previous)
     yield from update_int8(coded, key)
+
+
+def _taken(infos: list[GradientInfo], active: Tensor) -> list[Tensor | None]:
+    """Return which gradients of a layer's matrices to store; None where the host knows that it is all."""
+    on_host = active.tolist() if any([info.layer.on_host for info in infos]) else []
+    takes: list[Tensor | None] = [None] * len(infos)
+    # on the host they are finite
+    asked = [i for i, info in enumerate(infos) if not (info.layer.on_host and all(on_host[info.layer.held]))]
+    if not asked:
+        return takes
+    held, device = [infos[i].layer.held for i in asked], active.device
+    rows = [row for each in held for row in range(each.start, each.stop)]
+    owners = [k for k, each in enumerate(held) for _ in range(each.start, each.stop)]
+    nonfinite = torch.stack([infos[i].nonfinite.to(device) for i in asked])[constant(owners, device, torch.int64)]
+    flags = active[constant(rows, device, torch.int64)] & ~nonfinite
+    for i, part in zip(asked, flags.split([each.stop - each.start for each in held]), strict=True):
+        takes[i] = part.to(infos[i].layer.grad.device)
+    return takes
 
 
 def _update_momenta(infos: list[GradientInfo]) -> Reducer[None]:
@@ -291,7 +319,8 @@ def _update_momenta(infos: list[GradientInfo]) -> Reducer[None]:
         if key in layer.codes:
             coded.append((layer, info.nonfinite.view(1).to(torch.int32) if skip else None))
         elif skip:
-            buffer.copy_(torch.where(info.nonfinite, buffer, rule.momentum(buffer, _signed(layer), beta)))
+            momentum = rule.momentum(buffer, _signed(layer), beta)
+            torch.where(info.nonfinite, buffer, momentum, out=buffer)
         else:
             rule.momentum(buffer, _signed(layer), beta, in_place=True)
     yield from update_int8(coded, key)

@@ -22,6 +22,10 @@ def costs(monkeypatch):
         ("sm_90", 100, 0, 256, 16),
         # 228 KiB hold two blocks of 100 + 1 KiB
         ("sm_90", 32, 100 * 1024, 256, 16),
+        # 164 KiB hold one block of 100 + 1 KiB
+        ("sm_80", 32, 100 * 1024, 256, 8),
+        # as many as on sm_90: the limits are the same
+        ("sm_100", 100, 100 * 1024, 256, 16),
         # 512 // 64 = 8 waves per SIMD, 32 in all; 64 KiB hold two blocks of 24 KiB, of 4 waves each
         ("gfx942", 64, 24 * 1024, 256, 8),
     ],

@@ -9,7 +9,7 @@ from polar_express import minimax_quintic, polar_express
 
 from leanstep.kernels import COEFFICIENTS, newton_schulz, nuclear_norm, use_backend
 from leanstep.kernels.matrices.newton_schulz import flops
-from leanstep.kernels.matrices.newton_schulz_batched import jobs_of, lengths_of_runs
+from leanstep.kernels.matrices.newton_schulz_batched import jobs_of, lengths_of_runs, scaled, scales_of
 
 BACKENDS = ["reference", "auto"]
 METHODS = ["standard", "gram"]
@@ -418,3 +418,16 @@ def test_compiled_and_opcheck():
     flat = [3.4445, -4.7750, 2.0315]
     torch.library.opcheck(torch.ops.leanstep.newton_schulz, (mats, flat, "auto", None, 1e-7))
     torch.library.opcheck(torch.ops.leanstep.nuclear_norm, (mats, "polar", flat, None))
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_norms_that_stay_on_a_device_scale_as_numbers_do(count):
+    infinite, nan = torch.full((4, 3), float("inf")), torch.full((4, 3), float("nan"))
+    mats = [normal(4, 3), torch.zeros(4, 3), infinite, nan][-count:]
+    norms = [torch.linalg.vector_norm(mat, dtype=torch.float64) for mat in mats]
+    job = next(jobs_of(mats))._replace(indices=list(range(count)))
+    results = []
+    for sizes in (norms, [norm.item() for norm in norms]):
+        results.append(scaled(mats, scales_of(mats, sizes, 0.0), job, torch.empty(job.shape())))
+    torch.testing.assert_close(*results, rtol=1e-7, atol=0, equal_nan=True)
+    assert results[0].isnan().sum() == (12 if count == 1 else 24)

@@ -10,6 +10,7 @@ from lanton_formula import Formula, direction, dual_norm, own_norm
 
 from leanstep.optimizers import LANTON, param_groups
 from leanstep.optimizers.common.rounding import STATE_KEY
+from leanstep.optimizers.lanton import optimizer as lanton_optimizer
 
 SHAPES = {"rms": ((9, 6), (5, 12), (8, 8), (4, 2, 3, 3)), "sign": ((11, 4), (3, 7)), "vector": ((6,), (9,), ())}
 # converges to the polar factor, with the steps that conftest.py gives it
@@ -423,6 +424,28 @@ def test_what_is_missing_or_not_finite_leaves_the_estimates():
             assert torch.equal(optimizer.state[params[0]][key], value), (change, key)
     assert not torch.equal(params[1], moved)
     assert optimizer.nonfinite_count() == 1
+
+
+@pytest.mark.parametrize("nonfinite", ["skip", "pass"])
+@pytest.mark.parametrize("options", [{}, {"momentum_dtype": torch.int8}, {"blocks": 4}], ids=str)
+def test_without_looking_at_values_the_bits_are_those_of_the_host(options, nonfinite, monkeypatch):
+    """A device's steps look at no value; a compiled step is compared in the battery, where its sums have other bits."""
+    states, made = [], lanton_optimizer.LayerStep
+    for on_host in (True, False):
+        monkeypatch.setattr(lanton_optimizer, "LayerStep", lambda *a, on_host, h=on_host, **k: made(*a, on_host=h, **k))
+        params = [torch.ones(shape).requires_grad_() for shape in ((8, 6), (8, 6), (2, 8, 4), (8, 0))]
+        vectors = [torch.ones(5, dtype=torch.bfloat16).requires_grad_(), torch.ones(3).requires_grad_()]
+        groups = [{"params": params, "norm": "rms", **options}, {"params": vectors, "norm": "vector"}]
+        # one by one: the host leaves skipped matrices out of a batch, whose products then have other bits
+        optimizer = LANTON(groups, lr=0.01, nonfinite=nonfinite, foreach=False)
+        for step, change in enumerate((1.0, 0.0, float("inf"), 1.0)):
+            for param, gradient in zip(params + vectors, gradients(params + vectors, step), strict=True):
+                param.grad = gradient
+            for changed in (params[0].grad, params[2].grad[1], vectors[0].grad):
+                changed.mul_(change)
+            optimizer.step()
+        states.append([*params, *vectors, *(t for s in optimizer.state.values() for t in s.values())])
+    torch.testing.assert_close(*states, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_layer_without_a_gradient_keeps_its_place_in_the_maximum():

@@ -26,6 +26,9 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "planted faults of kernels": 279,
         "costs of kernels": 210,
         "steps on the host": 120,
+        "memory of steps on the host": 24,
+        "intermediate code executed": 129,
+        "costs for four targets": 2,
     },
     "lines of optimizers/": {
         "where find_lr and Lion start": 4,
@@ -59,7 +62,12 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "embedding models and classifiers": 395,
     },
     "lines of sparsity/": {"compress to sparse files": 59, "model cards": 5, "sparse products prepared once": 1},
-    "lines of kernels/": {"kernel proofs": 232, "sparse products prepared once": 58, "races excluded": 442},
+    "lines of kernels/": {
+        "LANTON with few launches": 15,
+        "kernel proofs": 232,
+        "sparse products prepared once": 58,
+        "races excluded": 442,
+    },
     "lines of recipes/": {
         "a failed start leaves no folder": 5,
         "QLoRA": 135,
@@ -118,6 +126,9 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "faults that no test noticed": 24,
         "a mixture, RMNP, MuonEq, LionMuon": 45,
         "where find_lr and Lion start": 49,
+        "LANTON with few launches": 36,
+        "intermediate code executed": 56,
+        "entries of this table, once more": 16,
         "LANTON without a rate": 24,
         "steps declared once": 49,
         "costs of kernels": 45,
