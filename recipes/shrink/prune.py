@@ -83,7 +83,8 @@ def run(options: argparse.Namespace) -> int:
         # of several processes all meet most errors, and one alone may meet others
         if is_first_to_fail():
             print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1 if isinstance(error, OSError) else 2
+        # a name or a task that needs the network is bad input, as for `eval`
+        return 1 if isinstance(error, OSError) and not isinstance(error, ConnectionError) else 2
     except KeyboardInterrupt:
         if rank == 0:
             print(f"\ninterrupted; {_state_of(options)}", file=sys.stderr)
