@@ -29,7 +29,7 @@ from comparison.summary import paired_percent
 from comparison.tables import markdown, measure_or_report
 
 PARSER = command_line(
-    __doc__, model=("", "a folder in place of the package's"), seeds=[0, 1, 2], samples=64, held_out=64, seq_len=64,
+    __doc__, model=("", "a folder in place of the package's"), seeds=[0, 1, 2], samples=32, held_out=32, seq_len=64,
     curves=("fisher", "how curves are obtained"),
     out=Path("runs/minilm.jsonl"), write=(False, "with --report: write the table into docs/"),
 )  # fmt: skip
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> None:
     present = {(row["seed"], row["way"]) for row in read_json_lines(options.out)}
     with tempfile.TemporaryDirectory() as folder:
         model = Path(options.model) if options.model else unpack(Path(folder) / "minilm")
-        for seed, way in itertools.product(options.seeds, WAYS):
+        for way, seed in itertools.product(WAYS, options.seeds):
             if (seed, way) in present:
                 continue
             out = Path(folder) / f"{seed}-{way.split()[0]}"
