@@ -76,7 +76,8 @@ def table(path: Path) -> str:
     rows = read_json_lines(path)
     lines = []
     for way, label in WAYS.items():
-        of_way = [row["costs"] for row in rows if row["way"] == way]
+        if not (of_way := [row["costs"] for row in rows if row["way"] == way]):
+            continue
         base = next(name for name in of_way[0] if name != "dp")
         for method in (base, "dp"):
             values, others = ([costs[name] for costs in of_way] for name in (method, base))

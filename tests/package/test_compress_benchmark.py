@@ -34,5 +34,20 @@ def test_files_are_no_larger_than_the_mix_and_judged_in_llama_cpp(compress, tmp_
     assert "Q5_0: programme, compensated" in compress.table(tmp_path / "r.jsonl")
 
 
+@pytest.mark.slow
+def test_an_embedding_model_is_pruned_and_compressed_beside_uniform_allocations(tmp_path):
+    folder, out = save_folder(tmp_path / "model", "bert"), tmp_path / "r.jsonl"
+    for parts in benchmark_modules("pruning", ("minilm",)):
+        arguments = "--samples 20 --held-out 4 --seq-len 16 --seeds 0 --out".split()
+        options = parts.minilm.PARSER.parse_args(["--model", str(folder), *arguments, str(out)])
+        parts.minilm.run(options)
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        assert [row["metric"] for row in rows] == ["cosine", "cosine"]
+        assert all(len(row["costs"]) == 2 and min(row["costs"].values()) > 0 for row in rows)
+        parts.minilm.run(options)  # nothing is missing
+        assert len(out.read_text().splitlines()) == 2
+        assert "| 50 % zeros, dp | " in parts.minilm.table(out)
+
+
 def test_the_page_is_that_of_the_committed_results(compress):
     check_page(compress.table, "compress-*.jsonl")
