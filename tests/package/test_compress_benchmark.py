@@ -38,7 +38,7 @@ def test_files_are_no_larger_than_the_mix_and_judged_in_llama_cpp(compress, tmp_
 def test_an_embedding_model_is_pruned_and_compressed_beside_uniform_allocations(tmp_path):
     folder, out = save_folder(tmp_path / "model", "bert"), tmp_path / "r.jsonl"
     for parts in benchmark_modules("pruning", ("minilm",)):
-        arguments = "--samples 20 --held-out 4 --seq-len 16 --seeds 0 --out".split()
+        arguments = ["--samples", "20", "--held-out", "4", "--seq-len", "16", "--seeds", "0", "--out"]
         options = parts.minilm.PARSER.parse_args(["--model", str(folder), *arguments, str(out)])
         parts.minilm.run(options)
         rows = [json.loads(line) for line in out.read_text().splitlines()]
