@@ -69,7 +69,8 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
         documents = "" if result["packing"] else ", one document each, cut or padded"
         targets = f"{result['tokens']:,} targets (predicted tokens)"
         yield f"evaluated      {targets} in sequences of {result['seq_len']}{documents}"
-        yield f"loss           {result['loss']:.4f}"
+        error = "" if result["stderr"] is None else f" +- {result['stderr']:.4f} (standard error over the sequences)"
+        yield f"loss           {result['loss']:.4f}{error}"
         yield f"perplexity     {result['perplexity']:.2f}"
         if result["bits_per_byte"] is not None:
             yield f"bits per byte  {result['bits_per_byte']:.4f}"

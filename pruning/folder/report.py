@@ -108,8 +108,10 @@ def _bits(content: Mapping[str, Any]) -> str:
 
 def _trade_off(content: Mapping[str, Any]) -> str:
     """Bytes against summed distortion: dynamic programming, and the formats that all matrices can have."""
-    if _unit(content["layers"]).key != "bits" or not (curves := content.get("curves")):
+    # a uniform allocation that was ahead on held-out data has no front
+    if _unit(content["layers"]).key != "bits" or not content["allocation"]["front"]:
         return ""
+    curves = content["curves"]
     costs, sums = map(list, zip(*content["allocation"]["front"], strict=True))
     front = Series("dynamic programming", costs, sums, color=0)
     levels = [

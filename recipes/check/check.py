@@ -33,7 +33,7 @@ from leanstep.recipes.report.progress import ProgressBar
 from leanstep.recipes.training.build import build_optimizer, missing_here, optimizer_section, trackers_of, wants_cpu
 from leanstep.recipes.training.checkpoint import choose_start, find_checkpoints
 from leanstep.recipes.training.failures import lighter_state
-from leanstep.recipes.training.folder import RunFolder, is_held
+from leanstep.recipes.training.folder import RunFolder, holder_of, is_held
 from leanstep.recipes.training.initial import check_initial_folder, check_initial_tokenizer, initial_problem
 
 LOAD_LIMIT = 64 * 2**20  # tokenise local text up to this size to count its tokens; the run reuses the cache
@@ -408,7 +408,9 @@ class Check:
             section.problems.append(f"{out} is a file; choose another with out=FOLDER")
             return
         if is_held(out):
-            section.problems.append(f"another process is training in {out}; wait for it, or choose out=ANOTHER_FOLDER")
+            section.problems.append(
+                f"another process is training in {out}{holder_of(out)}; wait for it, or choose out=ANOTHER_FOLDER"
+            )
             return
         try:
             start = choose_start(self.config, folder, claim=False)

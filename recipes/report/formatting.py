@@ -83,7 +83,8 @@ def card_facts(config: "RunConfig", state: "TrainState", tokens_per_s: float | N
         facts["Adapters"] = f"rank {config.lora.r} of {', '.join(config.lora.target_modules)}{bits}"
     if state.val_loss is not None:
         perplexity = math.exp(min(state.val_loss, 700.0))
-        facts["Held-out loss"] = f"{state.val_loss:.4f} nats per target, perplexity {perplexity:.2f}"
+        error = "" if state.val_stderr is None else f" ± {state.val_stderr:.4f} (standard error over the sequences)"
+        facts["Held-out loss"] = f"{state.val_loss:.4f}{error} nats per target, perplexity {perplexity:.2f}"
     if tokens_per_s:
         facts["Training speed"] = f"{format_rate(tokens_per_s)} on {device}"
     return facts

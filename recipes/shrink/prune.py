@@ -83,7 +83,8 @@ def run(options: argparse.Namespace) -> int:
         # of several processes all meet most errors, and one alone may meet others
         if is_first_to_fail():
             print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1 if isinstance(error, OSError) else 2
+        # a name or a task that needs the network is bad input, as for `eval`
+        return 1 if isinstance(error, OSError) and not isinstance(error, ConnectionError) else 2
     except KeyboardInterrupt:
         if rank == 0:
             print(f"\ninterrupted; {_state_of(options)}", file=sys.stderr)
@@ -370,6 +371,8 @@ def _dryrun(options: argparse.Namespace) -> int:
 
             print(f"sizes in reach: {reach(checkpoint, config, options.format)}")
         print("\n".join(estimate_lines(estimate)))
+        if config.menu and config.include is None:
+            print("not in the estimate: time and memory to round the embedding and the head, which the sizes count")
         if options.eval_tasks is not None:
             print(f"not in the estimate: --eval-tasks {options.eval_tasks}")
     for problem in problems:

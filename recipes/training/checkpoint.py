@@ -73,8 +73,8 @@ class SpikeRecord:
 class TrainState:
     """Progress of a run: ``tokens`` counts targets, ``elapsed_s`` the seconds of all its starts.
 
-    ``val_loss`` is the newest validation loss, ``bits_per_byte`` the same over the bytes of text, ``ema_loss`` that of
-    the averaged weights (``ema``).
+    ``val_loss`` is the newest validation loss, ``val_stderr`` its standard error over the sequences, ``bits_per_byte``
+    the loss over the bytes of text, ``ema_loss`` that of the averaged weights (``ema``).
     ``nonfinite`` counts steps skipped for a non-finite loss or gradient. ``data``: identity of tokenizer and text;
     empty in checkpoints of older versions. ``eval_pending``: a signal interrupted the evaluation of this step, which
     the resumed run repeats.
@@ -84,6 +84,7 @@ class TrainState:
     tokens: int = 0
     elapsed_s: float = 0.0
     val_loss: float | None = None
+    val_stderr: float | None = None
     bits_per_byte: float | None = None
     ema_loss: float | None = None
     best_loss: float | None = None

@@ -59,6 +59,18 @@ def is_held(root: Path) -> bool:
     return False
 
 
+def holder_of(root: Path) -> str:
+    """`` (process 123)``: who holds the lock of the run folder ``root``; "" where Linux does not say it."""
+    try:
+        status, lines = (root / ".lock").stat(), Path("/proc/locks").read_text().splitlines()
+    except OSError:
+        return ""
+    place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    # 1: FLOCK ADVISORY WRITE 123 fe:00:456 0 EOF
+    holders = [fields[4] for fields in map(str.split, lines) if fields[1] == "FLOCK" and place in fields]
+    return f" (process {holders[0]})" if holders and int(holders[0]) > 0 else ""
+
+
 class _Lines:
     """Appends lines to a text file. Lines that fail on a full disk are written with a later line."""
 
@@ -126,9 +138,11 @@ class RunFolder:
             is_locked = lock_file(self._lock)
             self._is_new = is_new and is_locked
         except BlockingIOError:
+            holder = holder_of(self.root)
             self.release()
             raise FolderError(
-                f"out: another process is training in {self.root}; wait for it, stop it, or choose out=ANOTHER_FOLDER"
+                f"out: another process is training in {self.root}{holder}; wait for it, stop it, or choose "
+                "out=ANOTHER_FOLDER"
             ) from None
         if is_locked:
             # temporary files and links of a killed run

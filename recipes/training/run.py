@@ -408,7 +408,7 @@ class Run:
                     part.load_state_dict(known)
                 return interruption.signal
         state.eval_pending = False
-        state.val_loss, state.bits_per_byte = result.loss, result.bits_per_byte
+        state.val_loss, state.val_stderr, state.bits_per_byte = result.loss, result.stderr, result.bits_per_byte
         state.ema_loss = averaged.loss if averaged else None
         if state.best_loss is None or math.isnan(state.best_loss) or result.loss < state.best_loss:
             state.best_loss, state.best_step = result.loss, state.step

@@ -25,12 +25,15 @@ class EvalResult:
         perplexity: ``exp(loss)``.
         bits_per_byte: ``loss / ln 2 / bytes_per_token``, comparable across tokenizers; None without bytes_per_token.
         tokens: number of targets.
+        stderr: standard error of ``loss`` over the sequences, as drawn at random, for this one model; None for one
+            sequence.
     """
 
     loss: float
     perplexity: float
     bits_per_byte: float | None
     tokens: int
+    stderr: float | None = None
 
 
 class Interrupted(Exception):
@@ -80,30 +83,42 @@ def evaluate(
     world, rank = (1, 0) if accelerator is None else (accelerator.num_processes, accelerator.process_index)
     whole = math.ceil(len(dataset) / (micro_batch_size * world))
     rounds = whole if batches is None else min(whole, batches)
-    sums = torch.zeros(2, dtype=torch.float64)
+    sums = torch.zeros(6, dtype=torch.float64)
     was_training = model.training
     model.eval()
     try:
         for number in range(rounds):
             before_round(number, rounds)
             first = (number * world + rank) * micro_batch_size
-            sums += _loss_sum(model, _batch(dataset, first, micro_batch_size, device))
+            sums += _loss_sums(model, _batch(dataset, first, micro_batch_size, device))
     finally:
         model.train(was_training)
     if accelerator is not None and world > 1:
         sums = accelerator.reduce(sums.to(accelerator.device), reduction="sum").cpu()
-    loss_sum, tokens = sums.tolist()
+    loss_sum, tokens, *moments = sums.tolist()
     if tokens == 0:
         raise ValueError(f"nothing to evaluate: the dataset of {len(dataset)} sequences has no token to predict")
     loss = loss_sum / tokens
     # bytes per token are those of all the text, and the first part of it may have others
     bits = None if not bytes_per_token or rounds < whole else loss / math.log(2) / bytes_per_token
-    return EvalResult(loss, math.exp(loss) if loss < 709 else math.inf, bits, int(tokens))
+    perplexity = math.exp(loss) if loss < 709 else math.inf
+    return EvalResult(loss, perplexity, bits, int(tokens), _standard_error(loss, tokens, *moments))
+
+
+def _standard_error(
+    loss: float, tokens: float, losses_squared: float, products: float, tokens_squared: float, sequences: float
+) -> float | None:
+    """Standard error of the ratio ``sum L / sum n`` over sequences with the losses L and n targets."""
+    if sequences < 2:
+        return None
+    residuals = losses_squared - 2 * loss * products + loss**2 * tokens_squared
+    # rounding can make a sum of equal losses negative
+    return math.sqrt(max(residuals, 0.0) * sequences / (sequences - 1)) / tokens
 
 
 @torch.no_grad()
-def _loss_sum(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return a batch's (sum of losses, number of targets), fp64 on the CPU."""
+def _loss_sums(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Sums over a batch's sequences with the losses L and n targets: L, n, L^2, L n, n^2, 1; fp64 on the CPU."""
     logits = model(input_ids=batch["input_ids"], use_cache=False).logits
     labels = batch["labels"][:, 1:]
     # one sequence at a time: the fp32 logits of a whole batch would be the peak of memory
@@ -112,7 +127,8 @@ def _loss_sum(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.T
         for row, target in zip(logits, labels, strict=True)
     ]
     # fp64: the sum must not depend on the distribution of batches over processes
-    return torch.stack([torch.stack(losses).double().sum().cpu(), (labels != IGNORED).sum().double().cpu()])
+    loss, tokens = torch.stack(losses).double().cpu(), (labels != IGNORED).sum(1).double().cpu()
+    return torch.stack([loss, tokens, loss**2, loss * tokens, tokens**2, (tokens > 0).double()]).sum(1)
 
 
 def _batch(dataset: Any, first: int, size: int, device: torch.device | str) -> dict[str, torch.Tensor]:

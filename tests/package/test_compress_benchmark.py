@@ -66,6 +66,21 @@ def test_a_search_ends_where_no_step_of_one_weight_gains(search, rounding, monke
                 assert (cost(moved)[inside] > cost(end)[inside] * (1 - 1e-5)).all()
 
 
+@pytest.mark.slow
+def test_an_embedding_model_is_pruned_and_compressed_beside_uniform_allocations(tmp_path):
+    folder, out = save_folder(tmp_path / "model", "bert"), tmp_path / "r.jsonl"
+    for parts in benchmark_modules("pruning", ("minilm",)):
+        arguments = ["--samples", "20", "--held-out", "4", "--seq-len", "16", "--seeds", "0", "--out"]
+        options = parts.minilm.PARSER.parse_args(["--model", str(folder), *arguments, str(out)])
+        parts.minilm.run(options)
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        assert [row["metric"] for row in rows] == ["cosine", "cosine"]
+        assert all(len(row["costs"]) == 2 and min(row["costs"].values()) > 0 for row in rows)
+        parts.minilm.run(options)  # nothing is missing
+        assert len(out.read_text().splitlines()) == 2
+        assert "| 50 % zeros, dp | " in parts.minilm.table(out)
+
+
 def test_the_page_is_that_of_the_committed_results(compress, rounding):
     check_page(compress.table, "compress-*.jsonl")
     check_page(rounding.table, "rounding-*.jsonl")

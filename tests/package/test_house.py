@@ -15,6 +15,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
     "lines of benchmarks/": {
         "codes by the largest error": 199,
         "a mixture, RMNP, MuonEq, LionMuon": 123,
+        "cards of offline models, MiniLM measured": 104,
         "LANTON without a rate": 6,
         "accuracy in the evidence of pruning": 80,
         "NorMuon, to optimizers/": -61,
@@ -69,6 +70,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "races excluded": 442,
     },
     "lines of recipes/": {
+        "standard errors of validation losses, holders of run folders": 24,
         "a failed start leaves no folder": 5,
         "QLoRA": 135,
         "tasks of prune and compress": 79,
@@ -129,6 +131,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "LANTON with few launches": 36,
         "intermediate code executed": 56,
         "entries of this table, once more": 16,
+        "standard errors of validation losses, MiniLM measured": 53,
         "LANTON without a rate": 24,
         "steps declared once": 49,
         "costs of kernels": 45,

@@ -140,7 +140,20 @@ def test_words_of_the_glossary_show_their_meaning():
 
 
 @pytest.mark.parametrize(
-    "word", ["wandb", "license", "FAQ", "troubleshooting", "QLoRA", "out of memory", "MLflow", "bitsandbytes"]
+    "word",
+    [
+        "wandb",
+        "Weights & Biases",
+        "Trackio",
+        "TensorBoard",
+        "MLflow",
+        "license",
+        "FAQ",
+        "troubleshooting",
+        "QLoRA",
+        "out of memory",
+        "bitsandbytes",
+    ],
 )
 def test_what_people_search_for_stands_on_a_page(word):
     texts = [(ROOT / page).read_text("utf-8").lower() for page in PAGES]

@@ -62,6 +62,18 @@ def test_every_token_weighs_the_same_whatever_the_batches(micro_batch_size):
     assert found.bits_per_byte is None
 
 
+def test_the_standard_error_is_that_of_resampled_sequences():
+    model, items = tiny_llama(50), ragged([16] * 40 + [4] * 20)
+    one, whole = (evaluate(model, items, micro_batch_size=size) for size in (1, 7))
+    assert one.stderr == pytest.approx(whole.stderr, rel=1e-3)
+    with torch.no_grad():
+        rows = torch.tensor([(mean * count, count) for mean, count in (by_definition(model, [item]) for item in items)])
+    generator = torch.Generator().manual_seed(0)
+    drawn = rows[torch.randint(60, (4000, 60), generator=generator)].sum(1)
+    assert whole.stderr == pytest.approx(float((drawn[:, 0] / drawn[:, 1]).std()), rel=0.06)
+    assert evaluate(model, items[:1]).stderr is None
+
+
 def test_padding_differs_from_the_mean_of_means():
     """What a careless mean over batches would give is far off, so that the test above can fail."""
     model = tiny_llama(50)
@@ -196,6 +208,7 @@ def test_eval_prints_a_table(trained, capsys):
         "targets (predicted tokens) in sequences of 32",
         "in training    not known",
         "loss",
+        "(standard error over the sequences)",
         "perplexity",
         "bits per byte",
     ):

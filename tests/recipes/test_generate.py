@@ -63,9 +63,11 @@ def talker(tmp_path_factory):
     return folder
 
 
-def test_a_model_answers_by_its_chat_template_and_stops_at_the_end_of_its_turn(talker, capsys):
-    assert main(["generate", str(talker), "--chat", "Who?"]) == 0
-    assert capsys.readouterr().out == "A model.\n"
+def test_a_model_answers_by_its_chat_template_and_stops_at_the_end_of_its_turn(talker, tmp_path, capsys):
+    export_folder(talker, tmp_path / "sparse")
+    for folder in (talker, tmp_path / "sparse"):
+        assert main(["generate", str(folder), "--chat", "Who?"]) == 0
+        assert capsys.readouterr().out == "A model.\n"
 
 
 def test_a_sample_of_a_conversation_ends_its_turn(talker):

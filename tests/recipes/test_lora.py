@@ -82,7 +82,13 @@ def test_cards_of_the_model_and_of_its_adapter_say_data_loss_and_speed(finished)
     assert {(checkpoint / name / "README.md").is_file() for name in ("", "adapter")} == {True}
     assert (model.data.library_name, model.data.pipeline_tag) == ("transformers", "text-generation")
     assert (adapter.data.library_name, adapter.data.tags) == ("peft", ["leanstep", "lora"])
-    for text in ("| Base model | final |", "| Data | text other.txt |", "| Held-out loss |", "tok/s on "):
+    for text in (
+        "| Base model | final |",
+        "| Data | text other.txt |",
+        "| Held-out loss |",
+        "(standard error over the sequences)",
+        "tok/s on ",
+    ):
         assert text in model.text and text in adapter.text
 
 

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shutil
+import sys
 from functools import partial
 
 import pytest
@@ -241,6 +242,8 @@ def test_a_second_process_in_the_same_folder_is_refused(recipe, tmp_path):
     first.wait_for(lambda training: training.last_step() >= 1)
     second = run(recipe, ["steps=100000"], tmp_path / "run")
     assert second.codes == [2] and "another process is training" in second.text()
+    if sys.platform == "linux":
+        assert f"run (process {first.processes[0].pid}); wait for it" in second.text()
     first.kill()
     assert first.wait() == [-9]
 

@@ -128,6 +128,9 @@ def test_prune_judges_the_dense_and_the_pruned_model_and_shows_both_in_its_repor
     wrong = [*command, "--eval-tasks", places / "lost.yaml"], [*command, "--eval-limit", 2]
     assert [main([*map(str, arguments)]) for arguments in wrong] == [2, 2] and not out.exists()
     assert "--eval-limit goes with --eval-tasks" in capsys.readouterr().err
+    # the exit code of `eval`, whose error is the same
+    assert main([*map(str, command), "--eval-tasks", str(places / "far.yaml")]) == 2 and not out.exists()
+    assert "needs the network once" in capsys.readouterr().err
     assert main([*map(str, command), "--eval-tasks", str(quiz), "--batch-size", "2"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["tasks"]
     assert [row["before"]] == evaluate(capsys, places / "dense", "--tasks", quiz)["tasks"]
