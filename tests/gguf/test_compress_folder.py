@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from leanstep.pruning.compress import menu  # noqa: E402
 from leanstep.pruning.compress.checkpoint import sized  # noqa: E402
 from leanstep.pruning.compress.compress import Size, menu_of  # noqa: E402
 from leanstep.pruning.folder.files import open_checkpoint  # noqa: E402
+from leanstep.pruning.measure.checks import Trial  # noqa: E402
 
 FEW = ("Q8_0", "Q5_0", "Q4_0")
 # rows of 18 bytes in Q4_0, an odd number of them
@@ -102,6 +104,21 @@ def test_the_other_commands_open_the_file_and_read_the_tokens_of_the_dense_model
     assert json.loads(capsys.readouterr().out)["tokens"] == 4
     assert main(["prune", str(out), "--out", str(tmp_path / "pruned"), "--sparsity", "0.5", *text[:2]]) == 2
     assert "weights in GGUF only, which are quantised" in capsys.readouterr().err
+
+
+def test_one_format_for_all_is_written_and_reported_where_it_is_better(base, tmp_path, monkeypatch):
+    measured = Trial.additivity
+
+    def favoured(self, measurement, allocation, *rest, **options):
+        cost = measured(self, measurement, allocation, *rest, **options)
+        return replace(cost, joint=0.0) if allocation.method == "uniform" else cost
+
+    monkeypatch.setattr(Trial, "additivity", favoured)
+    out = tmp_path / "out"
+    assert main(arguments(base, out, "--bits-per-weight", "6", "--format", "dense")) == 0
+    assert len({row["pattern"] for row in json.loads((out / "sparsity.json").read_text())["layers"]}) == 1
+    page = (out / "report.html").read_text()
+    assert "one format for all 0: the latter was applied" in page and "Bits per weight of each matrix" in page
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(base, tmp_path, monkeypatch):
