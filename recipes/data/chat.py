@@ -97,7 +97,6 @@ def load_chat(config: "DataConfig") -> LoadedData:
         ValueError: a line that is no example, a tokenizer without chat template for messages, or too few examples.
     """
     tokenizer = open_tokenizer(config.tokenizer)
-    tokenizer.model_max_length = config.seq_len
     train, left_out = _read(str(config.path), "data.path", tokenizer, config.seq_len)
     facts = {"data": f"chat {config.path}: {_count(train)}"}
     if config.val_path:

@@ -145,7 +145,7 @@ class LoadedData:
     """Data ready for training.
 
     Attributes:
-        tokenizer: a transformers fast tokenizer with an end-of-text token; ``model_max_length`` is ``seq_len``.
+        tokenizer: a transformers fast tokenizer with an end-of-text token; its limit is ``seq_len`` if trained.
         train: map-style dataset of sequences, or an iterable one when ``stream`` is True.
         validation: map-style dataset; of length 0 when ``val_tokens`` is 0 and there is no validation text.
         bytes_per_token: UTF-8 bytes per token of the validation sequences, end-of-text tokens included;
@@ -202,7 +202,8 @@ def load_data(config: "DataConfig", *, seed: int, rank: int = 0, world_size: int
     corpus = open_corpus(config)
     separate = open_validation(config)
     tokenizer, file = _tokenise_held_out(config, corpus, 0 if separate else config.val_tokens)
-    tokenizer.model_max_length = config.seq_len
+    if trained_size(config.tokenizer) is not None:
+        tokenizer.model_max_length = config.seq_len  # of one that was opened, others rely on its own
     facts = {"data": f"{corpus.label}: {len(file.ends):,} documents, {len(file):,} tokens"}
     facts["tokenizer"] = f"{config.tokenizer}, {len(tokenizer):,} tokens"
     boundary = len(file)

@@ -218,7 +218,8 @@ def load_stream(config: "DataConfig", *, seed: int, rank: int, world_size: int) 
     rows = open_stream(config)
     separate = open_validation(config)
     tokenizer = _tokenizer(config, rows)
-    tokenizer.model_max_length = config.seq_len
+    if trained_size(config.tokenizer) is not None:
+        tokenizer.model_max_length = config.seq_len  # of one that was opened, others rely on its own
     train = StreamedSequences(
         rows,
         tokenizer,

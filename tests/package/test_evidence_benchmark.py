@@ -17,6 +17,7 @@ SETTINGS = {
     "name": "small", "samples": 4, "curve_samples": 2, "judge_samples": 4, "eval_samples": 4, "seq_len": 8,
     "anchor_minutes": 1.0, "refine_minutes": 2.0, "weights": "abcdef0123", "dtype": "bfloat16",
 }  # fmt: skip
+GAINS = {"uniform": 0.0, "anchored": 0.5, "refined": 1.0}
 MACHINE = {"machine": "m, 1 threads, torch 2, commit aaa", "load": 1.5, "processors": 2}
 
 
@@ -142,6 +143,27 @@ def test_measured_and_fisher_curves_serve_all_sparsities(evidence):
 
 def test_the_page_is_that_of_the_committed_results(evidence):
     check_page(evidence.table, "prune-evidence-*.jsonl")
+
+
+def test_the_cross_trains_in_two_ways_and_compares_each_with_uniform(evidence, tmp_path, monkeypatch):
+    [parts] = benchmark_modules("pruning", ("cross",))
+    calls = []
+    monkeypatch.setattr(parts.cross.subprocess, "run", lambda words, check: calls.append(words[3:]))
+    parts.cross.run(parts.cross.PARSER.parse_args(["--out", str(tmp_path / "r.jsonl")]))
+    recovery, reconstruction = map(evidence.PARSER.parse_args, calls)
+    assert recovery.recover == 60 and recovery.recover_samples == recovery.samples == reconstruction.samples == 128
+    assert reconstruction.reconstruct == 100 and reconstruction.out.name == "r-reconstructed.jsonl"
+    rows = [row("wanda", 0.5, seed, name, 2.0 - gain) for seed in (0, 1) for name, gain in GAINS.items()]
+    trained = [
+        row("wanda", 0.5, seed, f"{name} recovered", 1.0, steps=60) for seed in (0, 1) for name in GAINS
+    ]  # fmt: skip
+    write(recovery.out, [row("", 0.0, 0, "dense", 0.0), *rows, *trained])
+    reconstruction.out.write_text(json.dumps(SETTINGS | {"reconstruct": 100}) + "\n")
+    text = parts.cross.table(recovery.out)
+    assert "| Wanda 50%, none | 0, 1 | 2.0000 | -25.0 [-25.0, -25.0] | -50.0 [-50.0, -50.0] | 20.00 | 7 |" in text
+    assert "| Wanda 50%, recovery | 0, 1 | 1.0000 | +0.0 [+0.0, +0.0] | +0.0 [+0.0, +0.0] | 10.00 | 7 |" in text
+    assert "reconstruction |" not in text
+    check_page(parts.cross.table, "prune-cross.jsonl")
 
 
 def test_the_table_of_levels_has_the_last_rows_of_each_commit(tmp_path, monkeypatch):

@@ -73,6 +73,7 @@ def test_the_answers_of_a_conversation_are_learned_with_the_end_of_their_turn(to
     count = len(tokenizer(whole, add_special_tokens=False)["input_ids"])
     assert tokenizer.decode(sequence["input_ids"][:count]) == whole
     assert (sequence["input_ids"].shape, sequence["labels"].shape) == ((256,), (256,))
+    assert data.tokenizer.model_max_length > 10**6  # the length of sequences would cut others' texts
     assert data.bytes_per_token is None and "1 examples" in data.facts["data"]
 
 
