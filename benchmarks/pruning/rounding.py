@@ -1,7 +1,8 @@
 """Ways to choose codes on one grid: to nearest, GPTQ, and searches of single steps after them.
 
-    python benchmarks pruning/rounding --model runs/llama-256/final --out runs/rounding.jsonl
-    python benchmarks pruning/rounding --report docs/results/rounding-llama.jsonl [--write]
+    leanstep train llama-nano-sinkgd
+    python benchmarks pruning/rounding --out runs/rounding.jsonl
+    python benchmarks pruning/rounding --report docs/results/rounding-nano.jsonl [--write]
 
 ggml chooses the scales of every matrix of the blocks, with the importance of its inputs. The codes are those of ggml,
 those of GPTQ, and those that a search ends with: one step up or down of one weight of a row at a time, as long as it
@@ -18,7 +19,6 @@ import argparse
 import statistics
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from calibration import CalibratedModel
@@ -28,7 +28,7 @@ from comparison.tables import markdown, measure_or_report
 from torch import Tensor
 
 PARSER = command_line(
-    __doc__, model=Path("runs/llama-256/final"), seeds=[0, 1, 2], types=["Q2_K", "Q3_K", "Q4_K"],
+    __doc__, model=Path("runs/llama-nano-sinkgd/final"), seeds=[0, 1, 2], types=["Q4_0", "IQ4_NL", "Q5_0"],
     samples=(32, "calibration sequences"), rows=(2048, "tokens whose largest error counts"),
     steps=(1000, "most steps of a row"), eval_samples=(16, "held-out sequences"), seq_len=256,
     out=Path("runs/rounding.jsonl"), write=(False, "with --report: write the table into docs/"),
@@ -42,7 +42,6 @@ METHODS = {
 BASELINE = "gptq"
 # weights of a row whose step is tried at once: those that lower its largest error most
 _TRIED = 8
-Row = dict[str, Any]
 
 
 def run(options: argparse.Namespace) -> None:

@@ -219,8 +219,8 @@ def scaled_rates(
     settings = {role: dict(values) for role, values in (options.get("settings") or {}).items()}
     rates: dict[str, float] = {}
     for (kind, of_kind), power in zip(roles.items(), powers, strict=True):
-        own = {settings.get(role, {}).get("lr", base) for role in of_kind}
-        rates[kind] = (own.pop() if len(own) == 1 else base) * 2.0**power
+        distinct = {settings.get(role, {}).get("lr", base) for role in of_kind}
+        rates[kind] = (distinct.pop() if len(distinct) == 1 else base) * 2.0**power
     first, *others = rates
     rate = base * 2.0 ** powers[0]
     scaled = {**options, "lr": rate} if like is None else {**options, "like_adamw": {**like, "lr": rate}}

@@ -145,7 +145,7 @@ class LoadedData:
     """Data ready for training.
 
     Attributes:
-        tokenizer: a transformers fast tokenizer with an end-of-text token; its limit is ``seq_len`` if trained.
+        tokenizer: a transformers fast tokenizer with an end-of-text token. A trained one is limited to ``seq_len``.
         train: map-style dataset of sequences, or an iterable one when ``stream`` is True.
         validation: map-style dataset; of length 0 when ``val_tokens`` is 0 and there is no validation text.
         bytes_per_token: UTF-8 bytes per token of the validation sequences, end-of-text tokens included;

@@ -65,9 +65,9 @@ def holder_of(root: Path) -> str:
         status, lines = (root / ".lock").stat(), Path("/proc/locks").read_text().splitlines()
     except OSError:
         return ""
-    place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    lock_id = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
     # 1: FLOCK ADVISORY WRITE 123 fe:00:456 0 EOF
-    holders = [fields[4] for fields in map(str.split, lines) if fields[1] == "FLOCK" and place in fields]
+    holders = [fields[4] for fields in map(str.split, lines) if fields[1] == "FLOCK" and lock_id in fields]
     return f" (process {holders[0]})" if holders and int(holders[0]) > 0 else ""
 
 
