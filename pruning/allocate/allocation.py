@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from leanstep.pruning.allocate.budgets import Budget, cost, keep_total
-from leanstep.pruning.allocate.closed_form import OWL_SPREAD, counts_by_rule
+from leanstep.pruning.allocate.closed_form import OWL_SPREAD, check_beta, counts_by_rule
 from leanstep.pruning.allocate.knapsack import STATES, InfeasibleBudget, LayerKnapsack, LayerLevels
 from leanstep.pruning.allocate.relaxed import MOST_GROUPS
 from leanstep.pruning.measure.curves import POINTS, Curve
@@ -111,9 +111,7 @@ def allocate(
     # sorted by name: the order of the layers must not break ties
     ordered = sorted(layers, key=lambda layer: layer.name)
     bounds = np.array([upper[layer.name] for layer in ordered], dtype=np.int64)
-    by_rule = counts_by_rule(
-        ordered, method, sparsity or 0.0, keep, bounds, scores=scores, outliers=outliers, spread=spread, beta=beta
-    )
+    by_rule = counts_by_rule(ordered, method, keep, bounds, scores=scores, outliers=outliers, spread=spread, beta=beta)
     by_name = {layer.name: int(count) for layer, count in zip(ordered, by_rule, strict=True)}
     predicted = None
     if curves and all(n in curves and curves[n].counts[-1] <= c <= curves[n].counts[0] for n, c in by_name.items()):
@@ -165,6 +163,8 @@ def _check(
         raise ValueError(f"allocate: method {method!r} needs {argument}{where}")
     if argument == "scores" and (missing := [name for name in names if name not in needed["scores"]]):
         raise ValueError(f"allocate: no scores of {missing[:5]}")
+    if method == "atp" and sparsity is not None:
+        check_beta(layers, sparsity, needed["beta"])
 
 
 def _bounds(layers: Sequence[Layer], at_most: Mapping[str, int] | None) -> dict[str, int]:

@@ -90,7 +90,6 @@ OWL_MULTIPLE = 5.0
 def counts_by_rule(
     layers: Sequence[Layer],
     method: str,
-    sparsity: float,
     keep: int,
     upper: Ints,
     *,
@@ -110,7 +109,7 @@ def counts_by_rule(
         return shifted(owl(layers, outliers, spread), *fit)
     if method == "atp":
         assert beta is not None
-        return shifted(atp(layers, sparsity, beta), *fit)
+        return shifted(atp(layers, beta), *fit)
     assert scores is not None
     names = [layer.name for layer in layers]
     if method == "lamp":
@@ -168,28 +167,25 @@ def outlier_ratio(scores: Tensor | Sequence[Tensor], multiple: float = OWL_MULTI
     return 100 * sum(int((tensor > multiple * mean).sum()) for tensor in tensors) / count
 
 
-def atp(layers: Sequence[Layer], sparsity: float, beta: float) -> Floats:
-    """Densities that fall with depth by ``beta`` per block, up to a constant.
-
-    Args:
-        layers: each has a block.
-        sparsity: S of the whole model.
-        beta: 0 < beta <= min(2 S, 2 (1 - S)) / (L - 1) for L blocks; see :func:`atp_betas`.
-
-    Raises:
-        ValueError: for a layer outside of the blocks, or a beta that is out of range.
+def atp(layers: Sequence[Layer], beta: float) -> Floats:
+    """Densities that fall with depth by ``beta`` per block, up to a constant; :func:`check_beta` has the conditions.
 
     References:
         Huang et al., "Determining Layer-wise Sparsity for Large Language Models Through a Theoretical Perspective",
         arXiv 2502.14770: s_i = S - beta (L - 1) / 2 + beta (i - 1).
     """
-    if any(layer.block is None for layer in layers):
-        raise ValueError("atp: sparsity rises with depth, so every layer needs the number of its block")
     depth = {block: i for i, block in enumerate(sorted({layer.block for layer in layers if layer.block is not None}))}
-    largest = _largest_beta(sparsity, len(depth))
-    if not 0 < beta <= largest * (1 + 1e-9):
-        raise ValueError(f"atp: expected 0 < beta <= {largest:g} for {len(depth)} blocks at {sparsity:g}, got {beta}")
     return np.array([-beta * depth[layer.block] for layer in layers if layer.block is not None])
+
+
+def check_beta(layers: Sequence[Layer], sparsity: float, beta: float) -> None:
+    """Refuse a layer outside of the blocks, and all but ``0 < beta <= min(2 S, 2 (1 - S)) / (L - 1)`` for L blocks."""
+    blocks = {layer.block for layer in layers}
+    if None in blocks:
+        raise ValueError("atp: sparsity rises with depth, so every layer needs the number of its block")
+    largest = _largest_beta(sparsity, len(blocks))
+    if not 0 < beta <= largest * (1 + 1e-9):
+        raise ValueError(f"atp: expected 0 < beta <= {largest:g} for {len(blocks)} blocks at {sparsity:g}, got {beta}")
 
 
 def atp_betas(sparsity: float, blocks: int, step: float = 0.002) -> list[float]:
