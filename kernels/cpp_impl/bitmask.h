@@ -265,6 +265,8 @@ struct Matrix {
     // of blocks, [rows, blocks()]; not read for other values
     const bf16* block_scales;
     int64_t count, rows, columns;
+    // of the rows that are multiplied, by decode_codes
+    const int8_t* decoded = nullptr;
 
     int64_t words() const { return (columns + WORD - 1) / WORD; }
     int64_t blocks() const { return (columns + SCALED - 1) / SCALED; }
@@ -279,10 +281,12 @@ struct Matrix {
     bool inside(int64_t row) const { return begin(row) + words() * WORD + MOST_READ <= count; }
     // the element of memory that holds a value
     const VALUE* address(int64_t at) const { return values + (BLOCKED ? at / 2 : at); }
-    // prefetches the mask and the values some columns after word k of a row, whose values begin at `at`
+    // prefetches the mask and, unless these were decoded, the values some columns after word k of a row, whose values begin
+    // at `at`
+    template <bool decoded = false>
     void fetch_ahead(int64_t row, int64_t k, int64_t at) const {
         const char* next = reinterpret_cast<const char*>(address(at)) + AHEAD;
-        __builtin_prefetch(next);
+        if constexpr (!decoded) __builtin_prefetch(next);
         if constexpr (sizeof(VALUE) == 4) __builtin_prefetch(next + 64);
         __builtin_prefetch(reinterpret_cast<const char*>(mask + row * words() + k) + MASK_AHEAD);
     }
@@ -320,6 +324,35 @@ inline Vector expand_values(const Matrix& w, int64_t at, uint32_t mask) {
     }
     return expand_at(w.values, at, mask);
 }
+
+// Whether products of a row first write its codes as bytes: these are then moved to their columns as codes of 8 bits are.
+template <bool careful>
+constexpr bool DECODED = ISA == 1 && BLOCKED && !careful;
+// what such a byte is of its code
+constexpr float DECODED_UNIT = 16.0f;
+
+#if ISA == 1
+// Writes the codes of a row and returns the index of its first one in `bytes`, which has room for `columns` and 64 more. A
+// code fills the upper half of its byte and so keeps its sign.
+inline int64_t decode_codes(const Matrix& w, int64_t row, int8_t* bytes) {
+    const int64_t begin = w.begin(row), count = std::min(w.begin(row + 1) - begin, w.columns);
+    const __m128i upper = _mm_set1_epi8(-16);
+    for (int64_t i = 0; i <= count; i += 32, bytes += 32) {
+        const auto* from = reinterpret_cast<const __m128i*>(reinterpret_cast<const uint8_t*>(w.values) + (begin + i) / 2);
+        __builtin_prefetch(reinterpret_cast<const char*>(from) + AHEAD);
+        const __m128i pairs = _mm_loadu_si128(from);
+        const __m128i low = _mm_and_si128(_mm_slli_epi16(pairs, 4), upper), high = _mm_and_si128(pairs, upper);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes), _mm_unpacklo_epi8(low, high));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes) + 1, _mm_unpackhi_epi8(low, high));
+    }
+    return begin & 1;
+}
+
+inline Vector expand_decoded(const Matrix& w, int64_t at, uint32_t mask) { return Vector::expand(w.decoded + at, mask); }
+#else
+inline int64_t decode_codes(const Matrix&, int64_t, int8_t*) { return 0; }
+inline Vector expand_decoded(const Matrix&, int64_t, uint32_t) { return Vector(); }
+#endif
 
 // a number of x as the products take it
 inline void copy_entry(X x, float& to) { to = widen(x); }

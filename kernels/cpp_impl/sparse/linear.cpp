@@ -2,6 +2,8 @@
 //
 // bitmask.h expands values to the columns whose bits are set; here they are multiplied by x. Codes that meet bf16 dot
 // products are expanded by code_blocks.h.
+#include <memory>
+
 #include "bitmask.h"
 #include "code_blocks.h"
 
@@ -31,7 +33,8 @@ inline void add_word(
 #pragma GCC unroll 4
             for (int64_t part = 0; part < WORD / LANES; ++part) {
                 const uint32_t bits = word >> (part * LANES) & PART_BITS;
-                const Vector weights = expand_values<careful>(w, at[r], bits);
+                const Vector weights =
+                    DECODED<careful> ? expand_decoded(w, at[r], bits) : expand_values<careful>(w, at[r], bits);
                 at[r] += set_bits(bits);
 #pragma GCC unroll 8
                 for (int t = 0; t < TOKENS; ++t) {
@@ -72,7 +75,7 @@ inline void add_block(
     }
     for (int64_t word = k; word < k + count; ++word) add_word<TOKENS, ROWS, careful>(w, rows, word, x, at, block);
     for (int r = 0; r < ROWS; ++r) {
-        const float scale = w.block_scale(rows[r], k);
+        const float scale = w.block_scale(rows[r], k) / (DECODED<careful> ? DECODED_UNIT : 1.0f);
         for (int t = 0; t < TOKENS; ++t) sums[r][t] = add_scaled(block[r][t], scale, sums[r][t]);
     }
 }
@@ -130,20 +133,23 @@ constexpr bool CODE_BLOCKS = false;
 #endif
 
 template <int TOKENS, int ROWS, bool careful>
-void multiply_rows(const Matrix& w, const Rows& rows, const Entry* x, float (&out)[ROWS][TOKENS]) {
+void multiply_rows(Matrix w, const Rows& rows, const Entry* x, float (&out)[ROWS][TOKENS]) {
 #if ISA == 3
     if constexpr (CODE_BLOCKS) return multiply_codes<TOKENS, ROWS, careful>(w, rows, x, out);
 #endif
     Sum even[ROWS][TOKENS], odd[ROWS][TOKENS];
     int64_t at[ROWS];
+    const int64_t room = w.columns + MOST_READ;
+    const std::unique_ptr<int8_t[]> decoded(new int8_t[DECODED<careful> ? ROWS * room : 0]);  // not cleared
+    w.decoded = decoded.get();
     for (int r = 0; r < ROWS; ++r) {
-        at[r] = w.begin(rows[r]);
+        at[r] = DECODED<careful> ? r * room + decode_codes(w, rows[r], decoded.get() + r * room) : w.begin(rows[r]);
         for (int t = 0; t < TOKENS; ++t) even[r][t] = odd[r][t] = zero();
     }
     const int64_t words = w.words();
     int64_t k = 0;
     for (; k + 1 < words; k += 2) {
-        for (int r = 0; r < ROWS; ++r) w.fetch_ahead(rows[r], k, at[r]);
+        for (int r = 0; r < ROWS; ++r) w.fetch_ahead<DECODED<careful>>(rows[r], k, at[r]);
         if constexpr (BLOCKED) {
             add_block<TOKENS, ROWS, careful>(w, rows, k, 2, x, at, even);
             continue;
