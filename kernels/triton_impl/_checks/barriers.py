@@ -1,19 +1,19 @@
-"""Verify that warps meet at a barrier between their accesses to one place of shared memory, by executing a launch's PTX.
+"""Verify that a barrier lies between accesses of different warps to one byte of shared memory, by executing the PTX.
 
 Of one program of a recorded launch, the integers are computed that addresses, predicates and branches follow from, for
 all threads at once. Other numbers are unknown. Two accesses to one byte by different warps, of which one writes, need a
 barrier between them; those of one warp do not. Copies and products that run beside the program (`cp.async`, `wgmma`)
-access from their start until the wait for them. Every loop turns at least twice: the branch back is taken once more if
-the recorded sizes end it after one turn, and then no barrier between its turns is missed.
+access from their start until the wait for them. Every loop that begins turns at least twice: its branch back is taken
+once more if the recorded sizes end it after one turn, so that barriers between its turns are missed.
 
-One instruction may write a byte by several warps: Triton's reductions store one element so from the threads that hold it.
-A kernel is not covered if an address in shared memory depends on data, if a branch does that skips a barrier, or if it
-has an instruction of which the accesses are not known here. Accesses to global memory are not compared. Where the program's accesses follow from
-the launch alone, as here, one schedule of the warps says all about the others.
+One instruction may write a byte by several warps: Triton's reductions store an element so from all threads that hold
+it. A kernel is not covered if an address in shared memory depends on data, if a branch does that skips a barrier, or if
+the kernel has an instruction of which the accesses are not known here. Accesses to global memory are not compared.
+Where accesses follow from the launch alone, as here, one schedule of the warps speaks for all.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from leanstep.kernels.triton_impl._checks.races import NOT_COVERED, PROVED, RACE
 
 # instructions of one program, and bytes of shared memory of the largest target
 _MOST_STEPS, _SHARED_BYTES, _WARP = 60_000, 233_472, 32
+_SETS_NOTHING = ("st", "stmatrix", "red", "bra", "ret", "bar", "cp", "wgmma", "fence", "trap")
 _ORDERING = ("bar", "barrier", "cp", "wgmma", "ret")
 _Values = np.ndarray | None
 _NUMBER = re.compile(r"[sub](?:8|16|32|64)|f(?:32|64)")
@@ -70,9 +71,8 @@ class _Statement:
         self.operands = [word.strip() for word in re.split(r",(?![^{]*\})", rest)] if rest else []
         self.access = _ACCESS.match(self.name)
         self.sets: list[str] = []
-        if not self.access or self.parts[0] in ("ld", "atom", "ldmatrix"):
-            if self.parts[0] not in ("st", "red", "bra", "ret", "bar", "cp", "wgmma", "fence", "trap"):
-                self.sets = re.findall(r"%\w+|\b_\b", self.operands[0]) if self.operands else []
+        if self.operands and self.parts[0] not in _SETS_NOTHING:
+            self.sets = re.findall(r"%\w+|\b_\b", self.operands[0])
         self.uses = [name for name in re.findall(_NAME, text) if name not in self.sets]
 
 
@@ -192,7 +192,8 @@ class _Program:
         if not self.needed.intersection(statement.sets):
             return
         values = self._values(statement) if not statement.access else [None]
-        for register, value in zip(statement.sets, values * len(statement.sets) if len(values) == 1 else values):
+        values = values * len(statement.sets) if len(values) == 1 else values
+        for register, value in zip(statement.sets, values, strict=True):
             before = self.registers.get(register, value)
             if value is not None and guarded is not None and not guarded.all():
                 value = None if before is None else np.where(guarded, value, before)
@@ -230,12 +231,13 @@ class _Program:
         if name == "mov" and "{" in "".join(operands):
             parts = [re.findall(r"%\w+|\b_\b", operand) for operand in operands]
             bits = int(kind[1:]) // max(map(len, parts))
-            values = [self._read(operand, f"u{bits if len(parts[1]) > 1 else kind[1:]}") for operand in parts[1]]
-            if None in [value if value is None else 0 for value in values]:
+            pieces = [self._read(operand, f"u{bits if len(parts[1]) > 1 else kind[1:]}") for operand in parts[1]]
+            read = [piece.astype(np.int64) for piece in pieces if piece is not None]
+            if len(read) < len(pieces):
                 return [None]
-            if len(values) > 1:
-                return [sum(value << bits * i for i, value in enumerate(values))]  # type: ignore[operator,list-item]
-            return [values[0] >> bits * i for i in range(len(parts[0]))]  # type: ignore[operator]
+            if len(read) > 1:
+                return [np.bitwise_or.reduce([piece << bits * i for i, piece in enumerate(read)])]
+            return [read[0] >> bits * i for i in range(len(parts[0]))]
         if name == "shfl" and statement.parts[2] in ("idx", "bfly"):
             value, lane = self._read(operands[1], "b64"), self._read(operands[2], "u32")
             lanes = np.arange(self.threads)
@@ -270,7 +272,8 @@ class _Program:
                 bits = np.array([value], "f4" if statement.parts[-1] == "b32" else "f8")
                 return np.full(self.threads, int(bits.view(f"i{bits.itemsize}")[0]))
             # tensors lie apart
-            return np.full(self.threads, value if isinstance(value, int) else number + 1 << 56)
+            number = value if isinstance(value, int) else number + 1 << 56
+            return np.full(self.threads, np.uint64(number & 2**64 - 1).astype(np.int64))
         at = self._address(statement.operands[-1])
         guarded = self._active(statement, self.all)
         if at is None or guarded is None or len(statement.sets) > 1 or not guarded.any():
@@ -278,7 +281,7 @@ class _Program:
         numbers, offsets = np.unique(at[guarded] >> 56), at & (1 << 56) - 1
         tensor = self.arguments[numbers[0] - 1] if len(numbers) == 1 and 0 < numbers[0] <= len(self.arguments) else None
         contents = np.array(getattr(tensor, "contents", ()), np.int64)
-        if not contents.size or numbers[0] - 1 in self.written:
+        if tensor is None or not contents.size or numbers[0] - 1 in self.written:
             return None
         offsets = offsets // tensor.dtype.itemsize
         return contents[np.where(guarded, offsets, 0)] if (offsets[guarded] < contents.size).all() else None
