@@ -4,12 +4,13 @@ Of one program of a recorded launch, the integers are computed that addresses, p
 all threads at once. Other numbers are unknown. Two accesses to one byte by different warps, of which one writes, need a
 barrier between them; those of one warp do not. Copies and products that run beside the program (`cp.async`, `wgmma`)
 access from their start until the wait for them. Every loop that begins turns at least twice: its branch back is taken
-once more if the recorded sizes end it after one turn, so that barriers between its turns are missed.
+once more if the recorded sizes end it after one turn, so that barriers between its turns are missed. It turns twice if
+data ends it.
 
 One instruction may write a byte by several warps: Triton's reductions store an element so from all threads that hold
-it. A kernel is not covered if an address in shared memory depends on data, if a branch does that skips a barrier, or if
-the kernel has an instruction of which the accesses are not known here. Accesses to global memory are not compared.
-Where accesses follow from the launch alone, as here, one schedule of the warps speaks for all.
+it. A kernel is not covered if an address in shared memory depends on data, if a branch forward does that skips a
+barrier, other than to the end, or if the kernel has an instruction of which the accesses are not known here. Accesses
+to global memory are not compared. Where accesses follow from the launch alone, one schedule speaks for all.
 """
 
 import re
@@ -155,6 +156,9 @@ class _Program:
         """The threads that take a branch."""
         target = self.labels[statement.operands[0]] if statement.operands else len(self.statements)
         taken = self._active(statement, self.all)
+        if taken is None and (target <= position or all(s.parts[0] == "ret" for s in self.statements[target:])):
+            # a loop turns twice; threads that end have no more accesses
+            taken = ~self.all
         if taken is None:
             # executed, the accesses that the branch may skip meet all that they could, if no barrier is among them
             skipped = self.statements[position + 1 : max(target, position + 1)]
