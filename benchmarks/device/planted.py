@@ -1,6 +1,6 @@
 """Plant faults in the source of the Triton kernels, and see which check without a GPU finds each.
 
-    python benchmarks device/planted [MODULE ...]
+    python benchmarks device/planted [--barriers] [MODULE ...]
 
 Each fault changes one place of one jitted function, the first that its pattern matches there; a missing barrier is
 planted in the PTX. What finds it:
@@ -9,6 +9,7 @@ planted in the PTX. What finds it:
 - result: there, if no access does, the operation differs from its definition by more than the kernel promises;
 - offsets: an offset that can pass 2^31 has 32 bits;
 - compiler: the kernel no longer compiles, which says nothing of the checks;
+- barriers: accesses to shared memory by different warps have no barrier between them (`_checks/barriers.py`);
 - races: SentryWard finds two accesses that race in the PTX for sm_90 of the first configuration of a kernel. It is
   asked of barriers, and of faults that move accesses if nothing else finds them.
 
@@ -101,6 +102,7 @@ def _truncated_rounded_parameter(x, random, DTYPE: tl.constexpr, ROUNDING: tl.co
 """
 PARSER = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 PARSER.add_argument("modules", nargs="*", metavar="MODULE", help="modules of kernels, such as lora.swiglu")
+PARSER.add_argument("--barriers", action="store_true", help="plant missing barriers alone")
 PARSER.add_argument("--interpret", action="store_true", help=argparse.SUPPRESS)
 Fault = tuple[str, str, int]
 # the compiled code is the same, or SentryWard proves the code without the barrier, as it does the whole
@@ -116,10 +118,8 @@ def main() -> int:
         return 0
     found: dict[str, dict[str, list[str]]] = {}
     for name in options.modules or MODULES:
-        command = [sys.executable, "-P", str(Path(__file__).parents[1]), "device/planted", "--interpret", name]
-        environment = os.environ | {"TRITON_INTERPRET": "1"}
-        answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-        for (function, kind, _), rungs in [*compiled(name, json.loads(answer.splitlines()[-1])), *barriers(name)]:
+        others = () if options.barriers else compiled(name, in_interpreter(name))
+        for (function, kind, _), rungs in [*others, *barriers(name)]:
             label = f"{name.partition('.')[2]}.{function}"
             found.setdefault(label, {}).setdefault(kind, []).append("+".join(rungs) or "none")
             print(f"{label}, {kind}: {found[label][kind][-1]}", file=sys.stderr, flush=True)
@@ -133,6 +133,14 @@ def main() -> int:
     real = len(answers) - broken - without
     print(f"{real} faults: {real - none} found, {none} by none; {broken} do not compile, {without} have no effect")
     return 0
+
+
+def in_interpreter(name: str) -> list[str]:
+    """The answers of `interpreted`, from a process of its own."""
+    command = [sys.executable, "-P", str(Path(__file__).parents[1]), "device/planted", "--interpret", name]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    return json.loads(answer.splitlines()[-1])
 
 
 def faults(module: ModuleType) -> Iterator[Fault]:
@@ -283,8 +291,16 @@ def barriers(name: str) -> Iterator[tuple[Fault, list[str]]]:
         ptx = _compile.compile_case(case, "sm_90").asm["ptx"]
         places = [match.span() for match in re.finditer(r"\tbar\.sync \t0;", ptx)]
         for begin, end in dict.fromkeys([*places[:1], *places[-1:]]):
-            answer = races(case, ptx[:begin] + ptx[end:])
+            code = ptx[:begin] + ptx[end:]
+            answer = "barriers" if unguarded(case, code) else races(case, code)
             yield (case.kernel.__name__, "missing barrier", begin), [answer] if answer else []
+
+
+def unguarded(case: Any, ptx: str) -> bool:
+    """Whether warps meet in shared memory without a barrier."""
+    from leanstep.kernels.triton_impl._checks import barriers, races
+
+    return barriers.prove(case, "sm_90", ptx).verdict == races.RACE
 
 
 def races(case: Any, ptx: str = "") -> str:

@@ -3,7 +3,8 @@
 `leanstep audit` compiles every configuration that a launcher can pick, for sm_80, sm_90, sm_100 and gfx942, and reads
 the machine code. It prints a table. It fails if a kernel spills, uses the stack, makes narrow accesses where it
 promises 128 bits, moves more bytes per element than it promises, or computes an offset in 32 bits that can pass 2^31.
-`leanstep audit --prove` verifies instead that the code for NVIDIA's targets has no races (`_checks/races.py`).
+`leanstep audit --prove` verifies instead that the code for NVIDIA's targets has no races (`_checks/races.py`), and that
+no barrier is missing between accesses to shared memory (`_checks/barriers.py`).
 
 Triton's cache folder (TRITON_CACHE_DIR) keeps compiled kernels and measurements. This module imports without Triton.
 """
@@ -24,7 +25,7 @@ from typing import Any, TypeVar
 
 from leanstep._arguments import OneLineParser
 from leanstep.kernels._backend import has_triton
-from leanstep.kernels.triton_impl._checks import offsets, races
+from leanstep.kernels.triton_impl._checks import barriers, offsets, races
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -86,14 +87,14 @@ def measure(
 def prove(
     targets: Sequence[str] = races.TARGETS, match: str | Collection[str] | None = None, processes: int | None = None
 ) -> list[races.Proof]:
-    """Verify that the largest configuration of each kernel has no races, or those of `match`, as for `measure`.
+    """Verify the largest configuration of each kernel, or those of `match`, as for `measure`: a proof for each rung.
 
     Raises:
         RuntimeError: if Triton or the version of SentryWard in use is not installed.
     """
     if reason := races.missing():
         raise RuntimeError(reason)
-    return _in_processes(_prove, targets, match, processes)
+    return [proof for proofs in _in_processes(_prove, targets, match, processes) for proof in proofs]
 
 
 def _in_processes(
@@ -156,12 +157,13 @@ def _matching(match: str | Collection[str] | None) -> list[int]:
     return [i for i, name in enumerate(names) if (match in name if isinstance(match, str) else name in match)]
 
 
-def _prove(task: tuple[int, str]) -> races.Proof:
+def _prove(task: tuple[int, str]) -> list[races.Proof]:
     from leanstep.kernels.triton_impl import _compile
 
     index, target = task
     case = _compile.cases()[index]
-    return races.prove(case, target, _compile.compile_case(case, target).asm["ptx"])
+    ptx = _compile.compile_case(case, target).asm["ptx"]
+    return [races.prove(case, target, ptx), barriers.prove(case, target, ptx)]
 
 
 def _measure(task: tuple[int, str, bool]) -> Measurement:
@@ -357,12 +359,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _print_proofs(arguments: argparse.Namespace) -> int:
     asked = arguments.target or TARGETS
     proofs = prove([target for target in asked if target in races.TARGETS], arguments.match, arguments.processes)
-    rows = [(p.kernel, p.label, p.target, p.verdict, p.reason) for p in proofs]
+    rows = [(p.kernel, p.label, p.target, p.rung, p.verdict, p.reason) for p in proofs]
     counts = Counter(p.verdict for p in proofs)
-    text = _aligned([("kernel", "configuration", "target", "races", ""), *rows])
-    text += "\n\n" + ", ".join(f"{counts[verdict]} {verdict}" for verdict in races.VERDICTS)
+    text = _aligned([("kernel", "configuration", "target", "rung", "verdict", ""), *rows]) + "\n"
+    for rung in dict.fromkeys(p.rung for p in proofs):
+        found = Counter(p.verdict for p in proofs if p.rung == rung)
+        text += f"\n{rung}: " + ", ".join(f"{found[verdict]} {verdict}" for verdict in races.VERDICTS)
     for target in (target for target in asked if target not in races.TARGETS):
-        text += f"\n{target}: not covered, SentryWard reads PTX alone"
+        text += f"\n{target}: not covered, both rungs read PTX alone"
     sys.stdout.write((json.dumps([asdict(p) for p in proofs], indent=1) if arguments.json else text) + "\n")
     if counts[races.RACE] or not proofs:
         return 1

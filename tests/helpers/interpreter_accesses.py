@@ -10,6 +10,7 @@ from collections import defaultdict
 
 import numpy as np
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 SHARED = ("flags",)
 
@@ -27,7 +28,13 @@ def extent(tensor: torch.Tensor) -> tuple[int, int]:
 
 _data_ptr = torch.Tensor.data_ptr
 # the storage and the longest tensor that were last seen at an address: what a table that holds the address means
-_seen: dict[int, tuple[tuple[int, int], tuple[int, int]]] = {}
+_seen: dict[int, tuple[StorageWeakRef, tuple[int, int]]] = {}
+
+
+def forget_the_dead() -> None:
+    """Drop what was seen of memory that was freed since: another tensor may lie there, around the same address."""
+    for address in [address for address, (owner, _) in _seen.items() if owner.expired()]:
+        del _seen[address]
 
 
 def behind(value: int) -> tuple[int, int] | None:
@@ -50,6 +57,7 @@ class Accesses:
         self.name, self.program = name, 0
         tensors = {key: value for key, value in arguments.items() if isinstance(value, torch.Tensor)}
         ranges = [extent(tensor) for tensor in tensors.values()]
+        forget_the_dead()
         for tensor in tensors.values():
             if tensor.dtype == torch.int64 and tensor.numel():
                 ranges += [found for value in set(tensor.flatten().tolist()) if (found := behind(value))]
@@ -117,10 +125,9 @@ def watch() -> None:
     place, call = builder.set_grid_idx, executor.__call__
 
     def seen(tensor):
-        (first, end), storage = extent(tensor), tensor.untyped_storage()
-        owner = storage.data_ptr(), storage.nbytes()
-        before, longest = _seen.get(first, (None, (first, first)))
-        _seen.pop(first, None)
+        (first, end), owner = extent(tensor), StorageWeakRef(tensor.untyped_storage())
+        # in the order of the last time
+        before, longest = _seen.pop(first, (owner, (first, end)))
         _seen[first] = owner, (first, max(end, longest[1]) if before == owner else end)
         return first
 

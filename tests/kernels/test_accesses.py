@@ -1,6 +1,7 @@
 """The check of kernels' accesses in Triton's interpreter (`interpreter_accesses.py`) finds what it is there for."""
 
 import interpreter_accesses
+import numpy as np
 import pytest
 import torch
 
@@ -59,6 +60,14 @@ def test_tensors_behind_a_table_have_their_own_end(size, fits):
     else:
         with pytest.raises(Exception, match="store of 4 bytes outside"):
             table_kernel[(1,)](table, BLOCK=8)
+
+
+def test_an_address_inside_of_a_tensor_is_not_that_of_a_freed_one_which_lay_there():
+    memory = np.ones(16, np.float32)
+    torch.from_numpy(memory[4:6]).data_ptr()
+    x = torch.from_numpy(memory)
+    table_kernel[(1,)](torch.tensor([x.data_ptr() + 16, 6]), BLOCK=8)
+    assert x.tolist() == [1] * 4 + [0] * 6 + [1] * 6
 
 
 def test_programs_may_agree_on_a_flag_and_not_differ():

@@ -6,7 +6,7 @@ import pytest
 from planted import planted
 
 from leanstep.kernels.triton_impl import audit
-from leanstep.kernels.triton_impl._checks import races
+from leanstep.kernels.triton_impl._checks import barriers, races
 
 pytest.importorskip("triton")
 pytest.importorskip("sentryward")
@@ -44,6 +44,34 @@ def test_a_kernel_that_reads_pointers_from_a_table_is_proved_within_its_time(mon
     assert proof(scaled_step, "scaled_step_kernel", "nearest").verdict == races.NOT_COVERED
 
 
+# (module, kernel, words of its configuration): copies, a product in shared memory, a loop, an end that depends on data
+BARRIERS = [
+    ("matrices.newton_schulz", "symmetric_product_kernel", "wide bfloat16 aligned"),
+    ("lora.products", "lora_up_kernel", "up bf16 rank 16"),
+    ("nm.matmul", "nm_matmul_kernel", "x bfloat16"),
+    ("steps.scaled_step", "scaled_step_kernel", "nearest"),
+]
+
+
+@pytest.mark.parametrize(("name", "kernel", "words"), BARRIERS)
+def test_the_first_and_the_last_barrier_are_missed_where_they_are_taken_away(name, kernel, words):
+    import importlib
+
+    from leanstep.kernels.triton_impl import _compile
+
+    module = importlib.import_module(f"leanstep.kernels.triton_impl.{name}")
+    cases = _compile.recorded_cases(module.audit_launches)
+    case = next(c for c in cases if c.kernel.__name__ == kernel and words in c.label)
+    ptx = _compile.compile_case(case, "sm_90").asm["ptx"]
+    assert barriers.prove(case, "sm_90", ptx).verdict == races.PROVED
+    first, last = ptx.partition("\tbar.sync \t0;"), ptx.rpartition("\tbar.sync \t0;")
+    for whole in (first, last):
+        found = barriers.prove(case, "sm_90", whole[0] + whole[2])
+        assert found.verdict == races.RACE and found.reason.startswith("no barrier between the ")
+    unknown = ptx.replace("\tbar.sync \t0;", "\tbarrier.cluster.arrive;", 1)
+    assert barriers.prove(case, "sm_90", unknown).verdict == races.NOT_COVERED
+
+
 # (module, kernel, what stands there, its replacement, the place of both stores)
 PLANTED = [
     ("lora.swiglu", "swiglu_kernel", r"tl\.program_id\(0\)\.to\(tl\.int64\) \* BLOCK", "0", "swiglu"),
@@ -70,15 +98,16 @@ def test_the_command_says_what_is_proved_and_what_is_not_covered(capsys, monkeyp
 
     monkeypatch.setattr(audit, "_in_processes", in_this_process)
     assert audit.main(["--prove", "--match", "nm_mask_kernel s 32 bits m 2", "--target", "sm_90"]) == 0
-    assert "nm_mask_kernel  s 32 bits m 2  sm_90   proved" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert all(f"nm_mask_kernel  s 32 bits m 2  sm_90   {rung}  proved" in said for rung in ("races   ", "barriers"))
     asked = ["--prove", "--match", "sparse_combination_kernel v float32 64", "--target", "sm_90", "--target", "gfx942"]
     assert audit.main(asked) == 3
     said = capsys.readouterr().out
     assert "not covered  unsupported, dynamic_address_overlap_unresolved" in said
-    assert "gfx942: not covered, SentryWard reads PTX alone" in said
+    assert "gfx942: not covered, both rungs read PTX alone" in said
     assert audit.main([*asked, "--json"]) == 3
-    (row,) = json.loads(capsys.readouterr().out)
-    assert row["verdict"] == "not covered"
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["rung"], row["verdict"]) for row in rows] == [("races", "not covered"), ("barriers", "proved")]
     assert audit.main(["--prove", "--match", "no such kernel"]) == 1
     cases = _compile.cases()
     assert {cases[i].kernel for i in audit._matching(None)} == {case.kernel for case in cases}

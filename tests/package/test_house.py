@@ -13,6 +13,7 @@ LIMITS = json.loads((Path(__file__).parent / "house.json").read_text("utf-8"))
 # whole new capabilities that needed room which nothing else could make: name of the number -> {capability: by how much}
 CAPABILITIES: dict[str, dict[str, int]] = {
     "lines of benchmarks/": {
+        "missing barriers": 15,
         "allocation and training crossed": 104,
         "codes by the largest error": 199,
         "a mixture, RMNP, MuonEq, LionMuon": 140,
@@ -66,6 +67,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
     },
     "lines of sparsity/": {"compress to sparse files": 59, "model cards": 5, "sparse products prepared once": 1},
     "lines of kernels/": {
+        "missing barriers": 469,
         "LANTON with few launches": 15,
         "kernel proofs": 232,
         "sparse products prepared once": 58,
@@ -93,6 +95,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "embedding models and classifiers": 156,
     },
     "lines of the package": {
+        "missing barriers": 469,
         "LANTON with few launches": 31,
         "standard errors of held-out losses": 33,
         "LANTON without a rate": 30,
@@ -128,6 +131,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
     "lines of lora/": {"model cards": 7, "QLoRA": 15},
     "lines of C++": {"products of bit masks by AVX2's byte shuffles": 65, "int4 by AVX2's byte shuffles": 39},
     "lines of tests/": {
+        "missing barriers": 49,
         "codes by the largest error": 34,
         "allocation and training crossed": 23,
         "one format for all": 20,

@@ -41,13 +41,14 @@ _RACES = ("potential_race", "not_wellsynced", "invalid_lifecycle")
 
 @dataclass(frozen=True, kw_only=True)
 class Proof:
-    """What is known of the races of one kernel configuration on one target: a verdict, and its reason in words."""
+    """What a rung, "races" or "barriers", says of one kernel configuration: a verdict, and its reason in words."""
 
     kernel: str
     label: str
     target: str
     verdict: str
     reason: str = ""
+    rung: str = "races"
 
 
 def missing() -> str:
@@ -86,7 +87,7 @@ def prove(case: Any, target: str, ptx: str, seconds: float = 120.0) -> Proof:
     return Proof(**names, verdict=verdict, reason=reason or code.explain(result))
 
 
-def _run(code: "_Code", launch: Mapping[str, Any], seconds: float, end: float) -> dict[str, Any]:
+def _run(code: "Code", launch: Mapping[str, Any], seconds: float, end: float) -> dict[str, Any]:
     import sentryward
 
     decisions = [{"line": line, "taken": False} for line in sorted(code.decided)]
@@ -106,14 +107,14 @@ def _verdict(result: Mapping[str, Any]) -> str:
     return RACE if result["result"] in _RACES else NOT_COVERED
 
 
-def _described(case: Any, ptx: str) -> tuple["_Code", dict[str, Any]]:
+def _described(case: Any, ptx: str) -> tuple["Code", dict[str, Any]]:
     """The code of a configuration and its launch, in SentryWard's words."""
     names = [name for name in case.kernel.arg_names if name in case.arguments]
     values = [case.values[name] for name in names]
     buffers = {i: value for i, value in enumerate(values) if case.arguments[names[i]].startswith("*")}
     tables = {i for i, buffer in buffers.items() if case.addresses.intersection(buffer.contents)}
     addresses = {address for i in tables for address in case.addresses.intersection(buffers[i].contents)}
-    code = _Code(ptx, tables, min(addresses, default=0))
+    code = Code(ptx, tables, min(addresses, default=0))
     # Triton's two areas of scratch memory follow the arguments
     objects = {i: f"scratch_{i}" for i in range(len(names), len(code.types))}
     for i, buffer in buffers.items():
@@ -173,7 +174,7 @@ _INTEGERS: dict[str, Callable[..., np.ndarray]] = {
 _CARRY = ("mov", "add", "sub", "or", "selp", "mad", "cvta", "min", "max")
 
 
-class _Code:
+class Code:
     """PTX of one kernel, and what of it was changed. All changes keep the numbers of its lines."""
 
     def __init__(self, ptx: str, tables: set[int], lowest: int) -> None:
