@@ -77,7 +77,7 @@ def customary_rates(
         return None
     if {*options}.union(*groups) & {"lr", *_RULES[cls.__name__][1]}:
         return None
-    widths = []
+    widths: list[int] = []
     for group in groups:
         if group["norm"] != "rms":
             group["lr"] = _REST
