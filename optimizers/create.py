@@ -80,8 +80,9 @@ def create(
         like_adamw: AdamW's learning rate and weight decay, such as ``{"lr": 3e-4, "weight_decay": 0.1}``, in place of
             ``lr`` and ``weight_decay``, for "adamw", "lanton", "lion" and "sinkgd". Steps move weights as far
             as AdamW's would, and decay by as much; schedule and warm-up stay. Rates in ``settings`` and ``overrides``
-            are then AdamW's too. ``docs/howto/learning-rates.md`` has the rule of each class. "lanton" without this,
-            ``lr``, ``scaling`` or ``radius``, and "lion" without this or ``lr``, take AdamW's customary rates, and
+            are then AdamW's too. ``docs/howto/learning-rates.md`` has the rule of each class. "sinkgd", "lanton" and
+            "lion" without this, ``lr``, or an option that sets the length of steps (``scale``, ``base_width``,
+            ``spectral``, ``momentum_order``, ``scaling``, ``radius``) take AdamW's customary rates, and
             ``weight_decay`` as AdamW's.
         embeddings, split, settings, overrides: as for :func:`param_groups`; "balanced" embeddings need "sinkgd", and
             ``split`` needs "sinkgd" or "lanton".

@@ -170,6 +170,7 @@ METHODS = {
     "lanton-carried": Method(_LANTON, "LANTON", None, {"alpha": "auto"}, carried="rates"),
     "lion-carried": Method(_LION, "Lion", carried="rates"),
     "lanton-auto": Method(_LANTON, "LANTON, alpha='auto'", None, {"alpha": "auto"}, carried="defaults"),
+    "sinkgd-create": Method(_SINKGD, "SinkGD by create", carried="create"),
     "lion-create": Method(_LION, "Lion by create", carried="create"),
     "lanton-create": Method(_LANTON, "LANTON by create", carried="create"),
     "s-mfac-default": Method(_MFAC, "S-MFAC", None, {"compression": "topk"}),

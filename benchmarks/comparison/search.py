@@ -42,7 +42,9 @@ class Search(NamedTuple):
 
     def takes(self, method: str) -> bool:
         """Whether a comparison has a row of a method: one without a search has AdamW and those that are not tuned."""
-        return METHODS[method].start is None or method == "adamw" if self.carries else METHODS[method].carried is None
+        if self.carries:
+            return METHODS[method].start is None or method == "adamw"
+        return METHODS[method].carried in (None, "create")
 
 
 class Plan(NamedTuple):

@@ -17,9 +17,10 @@ _MUON_LENGTH = 0.2
 # Largest singular value of AdamW's step of a matrix, in that of an orthogonal step of the same root mean square. Chosen
 # on a LLaMA of width 64: a signal of one direction has sqrt(64), noise up to 2. The smaller side's root is the most.
 _FEW_DIRECTIONS = 4.0
-# AdamW's rates where none is given, of matrices at this width and of the rest (docs/howto/learning-rates.md); adapters
-# customarily have ten times that of matrices
-_WIDTH, _MATRICES, _REST, _ADAPTERS = 128, 1e-3, 2e-2, 10.0
+# AdamW's rates where none is given, of matrices at this width and of the rest (docs/howto/learning-rates.md)
+_WIDTH, _MATRICES, _REST = 128, 1e-3, 2e-2
+# that of adapters: 5e-4 at a width of 2000, and this power of the width (Schulman, "LoRA Without Regret", 2025)
+_ADAPTERS, _ADAPTER_WIDTH, _ADAPTER_POWER = 5e-4, 2000, 0.781
 
 
 def step_length(newest: float, beta: float) -> float:
@@ -66,24 +67,29 @@ def _lanton(options: Mapping[str, Any], rate: Any, decay: float) -> dict[str, An
 def customary_rates(
     cls: type, groups: Sequence[MutableMapping[str, Any]], options: MutableMapping[str, Any]
 ) -> dict[str, float] | None:
-    """Return AdamW's customary rates for :func:`convert_rates` where LANTON or Lion has no rate, else None.
+    """Return AdamW's customary rates for :func:`convert_rates` where SinkGD, LANTON or Lion has no rate, else None.
 
     Takes ``weight_decay`` out of the options, and gives groups of other rates theirs, both in place. Matrices have
-    1e-3 * sqrt(128 / width), adapters ten times as much, the rest 2e-2. The width is the larger side of the narrowest
-    matrix.
+    1e-3 * sqrt(128 / width), with the larger side of the narrowest one as width; adapters 5e-4 * (2000 / width)^0.781,
+    with the fewest inputs of one; the rest 2e-2.
     """
-    if cls.__name__ not in ("LANTON", "Lion") or {*options}.union(*groups) & {"lr", *_RULES[cls.__name__][1]}:
+    if cls.__name__ not in ("SinkGD", "LANTON", "Lion"):
         return None
-    sides = []
+    if {*options}.union(*groups) & {"lr", *_RULES[cls.__name__][1]}:
+        return None
+    widths: list[int] = []
     for group in groups:
-        if group["norm"] == "rms":
-            sides += [max(_sides(param.shape)) for _, param in group["params"]]
-        else:
+        if group["norm"] != "rms":
             group["lr"] = _REST
-    rate = _MATRICES * math.sqrt(_WIDTH / max(1, min(sides, default=_WIDTH)))
-    for group in groups:
+            continue
+        sides = [_sides(param.shape) for _, param in group["params"]]
         if group.get("name") == "lora":
-            group["lr"] = _ADAPTERS * rate
+            # a factor B has the outputs of a layer, which may be few: keys that heads share
+            inputs = [columns for rows, columns in sides if rows <= columns] or [rows for rows, _ in sides]
+            group["lr"] = _ADAPTERS * (_ADAPTER_WIDTH / max(1, min(inputs))) ** _ADAPTER_POWER
+        else:
+            widths += map(max, sides)
+    rate = _MATRICES * math.sqrt(_WIDTH / max(1, min(widths, default=_WIDTH)))
     return {"lr": rate, "weight_decay": options.pop("weight_decay", 0.0)}
 
 

@@ -43,6 +43,8 @@ CHOICES = {
 class SinkGD(LeanOptimizer):
     r"""SinkGD: stateless descent along the square-root Sinkhorn normalization of the gradient.
 
+    Start with ``create(model, "sinkgd")``, which needs no rate; the class has that of whole models, small for adapters.
+
     For a matrix G (m, n), rows first::
 
         X = G                                          with momentum: see below

@@ -215,8 +215,8 @@ def test_like_adamw_moves_as_far_and_decays_as_much(name, options):
         assert moved[name][key] / moved["adamw"][key] == pytest.approx(1, abs=0.3), key
 
 
-@pytest.mark.parametrize("name", ["lanton", "lion"])
-def test_without_a_rate_lanton_and_lion_have_the_customary_ones_of_adamw(name):
+@pytest.mark.parametrize("name", ["lanton", "lion", "sinkgd"])
+def test_without_a_rate_the_customary_ones_of_adamw_hold(name):
     def settings(**options):
         groups = groups_of(create(Model(width=32), name, say=None, **options))
         return {name: {k: v for k, v in group.items() if k != "params"} for name, group in groups.items()}
@@ -226,6 +226,10 @@ def test_without_a_rate_lanton_and_lion_have_the_customary_ones_of_adamw(name):
     assert settings(settings={"router": {"weight_decay": 0.5}}) == settings()
     if name == "lion":
         assert {group["lr"] for group in settings(settings={"head": {"lr": 1e-3}}).values()} == {1e-4, 1e-3}
+        return
+    if name == "sinkgd":
+        for options in ({"lr": 2e-2}, {"scale": 0.05}, {"settings": {"head": {"lr": 2e-2}}}):
+            assert {(group["lr"], group["scale"]) for group in settings(**options).values()} == {(2e-2, 0.05)}
         return
     groups = settings()
     assert {group["alpha"] for group in groups.values()} == {"auto"}
@@ -246,15 +250,33 @@ def test_the_width_of_the_customary_rate_is_a_larger_side(shape, width):
     }
 
 
-def test_adapters_have_ten_times_the_customary_rate_and_lanton_no_more_directions_than_their_rank():
+def test_create_at_a_width_of_128_steps_as_the_class_of_sinkgd_with_its_defaults():
+    """So rows of the class's defaults on such models, which docs/measured has, are those of create, too."""
+    models = [Model(width=128) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model, optimizer in zip(
+        models, (create(models[0], "sinkgd", say=None), SinkGD(param_groups(models[1]))), strict=True
+    ):
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(2):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_adapters_have_the_rate_of_their_width_and_lanton_no_more_directions_than_their_rank():
     class Adapted(nn.Module):
         def __init__(self):
             super().__init__()
-            self.lora_A, self.lora_B = nn.Linear(32, 4, bias=False), nn.Linear(4, 32, bias=False)
+            # of a layer with 32 inputs and 8 outputs, which are not the width
+            self.lora_A, self.lora_B = nn.Linear(32, 4, bias=False), nn.Linear(4, 8, bias=False)
             self.layer = nn.Linear(32, 32, bias=False)
 
     groups = groups_of(create(Adapted(), "lanton", say=None))
-    assert groups["lora"]["lr"] == pytest.approx(10 * groups["hidden"]["lr"]) == pytest.approx(2e-2)
+    assert groups["lora"]["lr"] == pytest.approx(5e-4 * (2000 / 32) ** 0.781)
+    assert groups["hidden"]["lr"] == pytest.approx(2e-3)
     assert groups["lora"]["radius"] == pytest.approx(groups["hidden"]["radius"] / 2)  # the root of 4, not 4
 
 

@@ -151,7 +151,7 @@ def test_without_a_search_all_have_the_rates_of_the_tuned_adamw(parts):
     assert parts.search.plan("lanton-auto", protocol, search, {}).chosen.hidden_lr is None and search.takes(
         "lanton-auto"
     )
-    assert not search.takes("muon") and not searched.takes("lion-carried") and searched.takes("muon")
+    assert not search.takes("muon") and not searched.takes("lion-carried") and searched.takes("lion-create")
 
 
 # -- statistics

@@ -14,6 +14,7 @@ LIMITS = json.loads((Path(__file__).parent / "house.json").read_text("utf-8"))
 CAPABILITIES: dict[str, dict[str, int]] = {
     "lines of benchmarks/": {
         "missing barriers": 15,
+        "SinkGD without a rate, adapters by width": 2,
         "allocation and training crossed": 104,
         "codes by the largest error": 199,
         "a mixture, RMNP, MuonEq, LionMuon": 140,
@@ -34,6 +35,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "costs for four targets": 2,
     },
     "lines of optimizers/": {
+        "SinkGD without a rate, adapters by width": 9,
         "LANTON with few launches": 31,
         "where find_lr and Lion start": 4,
         "LANTON without a rate": 30,
@@ -96,6 +98,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
     },
     "lines of the package": {
         "missing barriers": 469,
+        "SinkGD without a rate, adapters by width": 9,
         "LANTON with few launches": 31,
         "standard errors of held-out losses": 33,
         "LANTON without a rate": 30,
@@ -132,6 +135,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
     "lines of C++": {"products of bit masks by AVX2's byte shuffles": 65, "int4 by AVX2's byte shuffles": 39},
     "lines of tests/": {
         "missing barriers": 49,
+        "SinkGD without a rate, adapters by width": 26,
         "codes by the largest error": 34,
         "allocation and training crossed": 23,
         "one format for all": 20,
