@@ -140,7 +140,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "allocation and training crossed": 23,
         "one format for all": 20,
         "faults that no test noticed": 24,
-        "a mixture, RMNP, MuonEq, LionMuon": 45,
+        "a mixture, RMNP, MuonEq, LionMuon": 47,
         "where find_lr and Lion start": 49,
         "LANTON with few launches": 36,
         "intermediate code executed": 56,
