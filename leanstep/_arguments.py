@@ -61,6 +61,13 @@ def port(text: str) -> int:
     return int(text)
 
 
+def html_page(text: str) -> Path:
+    """The type of an option that names a page to write, which browsers know by the end of its name."""
+    if not text.endswith(".html"):
+        raise argparse.ArgumentTypeError(f"expected a name that ends in .html, got {text!r}")
+    return Path(text)
+
+
 def new_folder(text: str) -> Path:
     """The type of an option that names a folder to create."""
     try:

@@ -504,6 +504,30 @@ def gguf_file(folder: Path) -> Path | None:
     return files[0] if len(files) == 1 else None
 
 
+GGUF_ONLY = (
+    " has weights in GGUF only, which are quantised: expected a Hugging Face folder. Prune the model that they were "
+    "made from, and convert the result"
+)
+
+
+def local_folder(source: str | Path) -> Path | None:
+    """The folder ``source``; None for a name on the hub. Raises ValueError for what is neither."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.suffix == ".gguf" and path.exists():
+        raise ValueError(f"{path}{GGUF_ONLY}")
+    if path.exists():
+        raise ValueError(
+            f"{path} is a file: expected a Hugging Face folder, with config.json and model.safetensors in it"
+        )
+    if is_folder_name(text := str(source)) or "/" not in text:
+        raise ValueError(
+            f"{path} does not exist: expected a Hugging Face folder, or a name on the hub such as 'org/model'"
+        )
+    return None
+
+
 def find_model_folder(path: str | Path) -> Path:
     """Return the Hugging Face folder at ``path``: itself, ``final/`` of a run, or ``hf/`` of a checkpoint.
 
@@ -525,3 +549,9 @@ def find_model_folder(path: str | Path) -> Path:
         f"'{path}' is no Hugging Face model: expected config.json and model.safetensors in it, or in its final/ "
         f"(a run) or hf/ (a checkpoint)"
     )
+
+
+def model_name(source: str | Path) -> str:
+    """The name of a model for people: the last part of its path, of a model in a run the run's."""
+    path = Path(source).absolute()
+    return next(one.name for one in (path, *path.parents) if one.name not in ("final", "adapter", "hf", "last"))

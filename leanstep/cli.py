@@ -14,7 +14,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from leanstep._arguments import EXIT_BAD_INPUT, OneLineParser, port, positive
+from leanstep._arguments import EXIT_BAD_INPUT, OneLineParser, html_page, port, positive
 from leanstep._process import (
     InterruptibleStart,
     collector_paused,
@@ -137,11 +137,6 @@ def _parser() -> argparse.ArgumentParser:
     copy.add_argument("file", metavar="FILE", nargs="?", help="where to; default NAME.yaml here")
     copy.add_argument("--force", action="store_true", help="overwrite FILE")
 
-    # without help it is not listed
-    data = commands.add_parser("data", add_help=False)
-    data.add_argument("arguments", nargs=argparse.REMAINDER)
-    data.set_defaults(run=_data_moved, parser=data)
-
     train = command("train", _train, "Train a recipe.")
     _add_recipe(train)
     train.add_argument("--nproc", type=positive, metavar="N", help="processes on this machine; default 1")
@@ -206,15 +201,15 @@ def _parser() -> argparse.ArgumentParser:
     board.add_argument("folder", metavar="FOLDER", nargs="?", type=Path, default=Path("runs"), help="default runs/")
     way = board.add_mutually_exclusive_group()
     way.add_argument("--port", metavar="N", type=port, default=8765, help="of 127.0.0.1, default 8765; 0: a free one")
-    way.add_argument("--out", metavar="FILE", type=Path, help="write the page as one file instead of serving it")
+    way.add_argument("--out", metavar="FILE", type=html_page, help="write the page as one file instead of serving it")
     report = command("report", _report, "Write one HTML page about one run, or comparing several.")
     report.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folders")
     report.add_argument(
-        "--out", metavar="FILE", type=Path, help=f"default report.html in the run; of several: {COMPARISON} here"
+        "--out", metavar="FILE", type=html_page, help=f"default report.html in the run; of several: {COMPARISON} here"
     )
     compare = command("compare", _compare, "Compare runs at equal tokens, time, memory and loss, in one HTML page.")
     compare.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folders, at least two")
-    compare.add_argument("--out", metavar="FILE", type=Path, help=f"default {COMPARISON} here")
+    compare.add_argument("--out", metavar="FILE", type=html_page, help=f"default {COMPARISON} here")
     for parser_of_runs in (report, compare):
         parser_of_runs.add_argument(
             "--watch",
@@ -329,13 +324,6 @@ def _read_recipe(name: str) -> tuple[Path, str]:
         return path, read_text(path, follow=True)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read as a text file: {error}") from None
-
-
-def _data_moved(options: argparse.Namespace, rest: list[str]) -> int:
-    raise UsageError(
-        "leanstep has no command 'data' any more; in a clone of its repository, `python benchmarks recipes/english` "
-        "builds the corpus in data/english"
-    )
 
 
 def _train(options: argparse.Namespace, rest: list[str]) -> int:
@@ -467,17 +455,17 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> int:
 def _export(options: argparse.Namespace, rest: list[str]) -> int:
     _nothing_left(rest)
     from leanstep._files import find_model_folder, one_line
-    from leanstep.sparsity.inference import export_folder
 
     for name, format in (("values", "sparse"), ("type", "gguf")):
         if getattr(options, name) and options.format != format:
             raise UsageError(f"--{name} is of --format {format}; with --format {options.format}, leave it out")
     try:
+        folder = find_model_folder(options.path)  # a mistyped one is refused before torch is imported
         if options.format == "gguf":
-            return _export_gguf(options)
-        export = export_folder(
-            find_model_folder(options.path), options.out, format=options.format, values=options.values
-        )
+            return _export_gguf(options, folder)
+        from leanstep.sparsity.inference import export_folder
+
+        export = export_folder(folder, options.out, format=options.format, values=options.values)
     except (ValueError, ImportError) as error:
         raise UsageError(one_line(error)) from None
     except OSError as error:
@@ -489,11 +477,11 @@ def _export(options: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
-def _export_gguf(options: argparse.Namespace) -> int:
-    from leanstep._files import find_model_folder, format_bytes
+def _export_gguf(options: argparse.Namespace, folder: Path) -> int:
+    from leanstep._files import format_bytes
     from leanstep._gguf.writer import write_gguf
 
-    types = list(write_gguf(find_model_folder(options.path), options.out, default=options.type or "F16").values())
+    types = list(write_gguf(folder, options.out, default=options.type or "F16").values())
     counts, size = {name: types.count(name) for name in sorted(set(types))}, Path(options.out).stat().st_size
     text = ", ".join(f"{count} tensors in {name}" for name, count in counts.items())
     answer = {"out": options.out, "bytes": size, "tensors": counts}

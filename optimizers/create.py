@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from copy import copy
 from types import SimpleNamespace
 from typing import Any, Literal, overload
 
@@ -37,9 +38,11 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
 
 
 def class_named(name: str, owner: str) -> type[Optimizer]:
-    """Return the class of a name of :func:`create`. Raises ValueError for another name, with the nearest one."""
+    """Return the class of a name of :func:`create`. Raises ValueError for another one, TypeError for a model."""
     if name in OPTIMIZERS:
         return OPTIMIZERS[name]
+    if isinstance(name, nn.Module):
+        raise TypeError(f"{owner}: expected the model first, then the name, as in {owner}(model, 'sinkgd')")
     near = difflib.get_close_matches(str(name).lower(), OPTIMIZERS, n=1, cutoff=0.7)
     advice = f"; take {near[0]!r}" if near else ""
     raise ValueError(f"{owner}: expected one of {', '.join(map(repr, OPTIMIZERS))} as name, got {name!r:.80}{advice}")
@@ -86,14 +89,14 @@ def create(
             ``weight_decay`` as AdamW's.
         embeddings, split, settings, overrides: as for :func:`param_groups`; "balanced" embeddings need "sinkgd", and
             ``split`` needs "sinkgd" or "lanton".
-        say: takes the table of groups, with the rules of the class; None: no table, as on all ranks but one.
+        say: takes the table of groups, with the rules of the class and the rates; None: no table, as on all ranks but one.
         **options: arguments of the class, such as ``lr``; torch's switches as for the class.
 
     Raises:
         ValueError: for an unknown name; ``like_adamw`` without a rate, with unknown keys, with settings of roles that
             no parameter has, with a class without a rule, or with options that it sets; ``embeddings="balanced"`` or
             ``split`` for an optimizer without that rule; and as the class and :func:`param_groups` do.
-        TypeError: for an option that the class does not have.
+        TypeError: for an option that the class does not have, and for a model in the place of the name.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 10))
@@ -145,9 +148,14 @@ def _built(
         raise ValueError(f"{owner}: like_adamw: no parameter has the role {roles} of settings; leave it out")
     if like_adamw is not None:
         convert_rates(f"{owner}: like_adamw", cls, groups, options, like_adamw)
+    shown = copy(groups)
+    shown[:] = [dict(group) for group in groups]  # torch takes the names of the parameters away
+    optimizer = cls(groups, **options)
     if say is not None:
-        say(f"{cls.__name__}\n{groups.summary(cls)}")
-    return cls(groups, **options)
+        for group, made in zip(shown, optimizer.param_groups, strict=True):
+            group["lr"] = made["lr"]
+        say(f"{cls.__name__}\n{shown.summary(cls)}")
+    return optimizer
 
 
 def from_parameters(

@@ -84,7 +84,7 @@ class ParamGroups(list[dict[str, Any]]):
     unused_settings: tuple[str, ...] = ()
 
     def summary(self, optimizer: type | None = None) -> str:
-        """One line per group: name, rule, tensors, elements, share, rows of the blocks, and the first parameter names.
+        """One line per group: name, rule, learning rate, tensors, elements, share, rows of the blocks, and the first parameter names.
 
         ``4 x 64 + 128`` are four blocks of 64 rows and one of 128; ``64 each`` are blocks of 64 rows, as many as a
         parameter has. The column is there if a group has blocks. A last line names settings that no parameter has.
@@ -99,6 +99,8 @@ class ParamGroups(list[dict[str, Any]]):
             options = inspect.signature(optimizer).parameters
             known = {*options, *(["algorithm"] if hasattr(optimizer, "algorithms") else [])}
             rules = {key: key for key in _OWNER_OF_RULE if key in known}
+        if any("lr" in group for group in self):
+            rules = {**rules, "lr": "lr"}
         total = sum(p.numel() for group in self for _, p in group["params"]) or 1
         blocks = [_describe_blocks(group.get("blocks")) for group in self]
         width = max(map(len, blocks)) and max(len("rows"), *map(len, blocks)) + 2
@@ -109,7 +111,7 @@ class ParamGroups(list[dict[str, Any]]):
             names = ", ".join(name for name, _ in group["params"][:2])
             more = f", ... ({len(group['params']) - 2} more)" if len(group["params"]) > 2 else ""
             lines.append(
-                f"{group['name']:<12} {_cells(group.get(key, '-') for key in rules)}{len(group['params']):>8} "
+                f"{group['name']:<12} {_cells(_cell(group.get(key, '-')) for key in rules)}{len(group['params']):>8} "
                 f"{elements:>14,} {elements / total:>7.1%}  {rows:<{width}}{names}{more}"
             )
         if self.unused_settings:
@@ -119,6 +121,10 @@ class ParamGroups(list[dict[str, Any]]):
 
     def __str__(self) -> str:
         return self.summary()
+
+
+def _cell(value: Any) -> str:
+    return value if isinstance(value, str) else f"{float(value):.3g}"
 
 
 def _cells(rules: Iterable[str]) -> str:

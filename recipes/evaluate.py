@@ -136,11 +136,11 @@ def _sequence_length(requested: int | None, model: Any, tokenizer: Any) -> int:
 
 
 def _evaluate_folder(options: argparse.Namespace, bar: ProgressBar) -> dict[str, Any]:
+    folder, adapter = find_model(options.checkpoint)  # a mistyped one is refused before torch is imported
     from leanstep.pruning.folder.kinds import judge_of
     from leanstep.recipes.data.hub import cached_if_unreachable
     from leanstep.recipes.data.tokens import open_tokenizer, vocabulary_size
 
-    folder, adapter = find_model(options.checkpoint)
     require("transformers")
     if adapter is None and (judge := judge_of(folder)) is not None:
         return _judge_folder(folder, judge, options, bar)

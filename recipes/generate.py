@@ -80,10 +80,10 @@ class Generator:
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
+        self.folder, adapter = find_model(options.checkpoint)  # a mistyped one is refused before torch is imported
         from leanstep.pruning.folder.loading import open_tokenizer
         from leanstep.recipes.data.hub import cached_if_unreachable
 
-        self.folder, adapter = find_model(options.checkpoint)
         self.device = find_device(options.device)
         with cached_if_unreachable(self.folder):
             self.tokenizer: Any = open_tokenizer(self.folder)

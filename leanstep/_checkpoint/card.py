@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from leanstep._checkpoint.files import checked_file
-from leanstep._files import one_line, write_text
+from leanstep._files import model_name, one_line, write_text
 
 CARD = "README.md"
 _MARK = "<!-- Written by leanstep, and replaced with the model. Without this line, the card stays as it is. -->"
@@ -65,7 +65,7 @@ def write_card(
 
     fields = _base_fields(base, relation, folder)
     data = ModelCardData(**fields, **_kind(folder), tags=["leanstep", *tags])
-    name = fields.get("base_model") or (Path(base).name if base else None)
+    name = fields.get("base_model") or (model_name(base) if base else None)
     rows = {**({"Base model": name} if name else {}), **facts}
     table = "\n".join(f"| {_cell(key)} | {_cell(value)} |" for key, value in rows.items())
     parts = [f"---\n{data.to_yaml()}\n---", _MARK, f"# {_cell(title)}", f"| | |\n|---|---|\n{table}"]

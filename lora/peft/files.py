@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from leanstep._checkpoint.card import write_card
 from leanstep._checkpoint.files import load_pickled, load_tensors, read_json
-from leanstep._files import one_line, replacing, write_text
+from leanstep._files import model_name, one_line, replacing, write_text
 from leanstep._torch import input_embedding, is_dtensor, output_head, place_like, plain_name, unwrapped, whole_tensor
 from leanstep.lora.apply import (
     Model,
@@ -147,7 +147,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     if find_spec("huggingface_hub"):
         facts = {"Adapter": f"{'DoRA' if config.use_dora else 'LoRA'}, rank {settings['r']}"}
         base = settings["base_model_name_or_path"]
-        write_card(target, target.absolute().name, facts, base=base, relation="adapter", tags=["lora"])
+        write_card(target, model_name(target), facts, base=base, relation="adapter", tags=["lora"])
     return target
 
 

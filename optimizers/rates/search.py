@@ -132,7 +132,7 @@ def find_lr(
         loss_fn: ``loss_fn(model, batch)`` returns the mean loss, a scalar.
         data: the batches; the first ``steps`` are held in memory, and begin anew where there are fewer.
         name: as for :func:`leanstep.optimizers.create`.
-        steps: of a run.
+        steps: of a run, at least 2.
         validation: batches whose mean loss judges a run. None: the mean of the last tenth of the training losses, which
             tells little where batches repeat.
         most_runs: the search ends after so many.
@@ -141,9 +141,9 @@ def find_lr(
             for each run; None: silent.
 
     Raises:
-        ValueError: without a batch, with several processes, for a number of steps or runs below 1, for a rate of 0, if
+        ValueError: without a batch, with several processes, for fewer than two steps or one run, for a rate of 0, if
             every run diverges, and as ``create`` does.
-        TypeError: as ``create`` does.
+        TypeError: ``loss_fn`` returns no scalar tensor, and as ``create`` does.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 10))
@@ -153,8 +153,9 @@ def find_lr(
         >>> rates = find_lr(model, loss_fn, [tokens], "sinkgd", steps=5, say=None)
         >>> optimizer = create(model, "sinkgd", **rates.options, say=None)
     """
-    if steps < 1 or most_runs < 1:
-        raise ValueError(f"find_lr: expected at least one step and one run, got steps={steps}, most_runs={most_runs}")
+    if steps < 2 or most_runs < 1:
+        # the loss of the first step is that of the start, whatever the rates
+        raise ValueError(f"find_lr: expected at least two steps and one run, got steps={steps}, most_runs={most_runs}")
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if distributed and torch.distributed.get_world_size() > 1:
         raise ValueError("find_lr: expected one process; search before the model is replicated or sharded")
@@ -246,7 +247,7 @@ def _train(
     schedule = LambdaLR(optimizer, lambda step: _factor(step, math.ceil(_WARMUP * steps), steps))
     losses = []
     for step in range(steps):
-        loss = loss_fn(model, batches[step % len(batches)])
+        loss = _scalar(loss_fn(model, batches[step % len(batches)]))
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             return math.inf
@@ -258,12 +259,19 @@ def _train(
         was_training = model.training
         model.eval()
         with torch.no_grad():
-            losses = [loss_fn(model, batch).item() for batch in validation]
+            losses = [_scalar(loss_fn(model, batch)).item() for batch in validation]
         model.train(was_training)
     else:
         losses = losses[-math.ceil(_JUDGED * steps) :]
     mean = sum(losses) / len(losses)
     return mean if math.isfinite(mean) else math.inf
+
+
+def _scalar(loss: Any) -> Tensor:
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return loss
+    came = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+    raise TypeError(f"find_lr: loss_fn(model, batch) should return the mean loss, a tensor of one number, got {came}")
 
 
 def _factor(step: int, warmup: int, steps: int) -> float:

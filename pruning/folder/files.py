@@ -18,7 +18,7 @@ from torch import Tensor
 
 from leanstep._checkpoint.configuration import check_folder
 from leanstep._checkpoint.files import TensorFile, load_pickled, read_json, shards
-from leanstep._files import is_folder_name
+from leanstep._files import GGUF_ONLY, local_folder
 
 INDEX = "model.safetensors.index.json"
 _BIN_INDEX = "pytorch_model.bin.index.json"
@@ -72,12 +72,6 @@ class Checkpoint:
             return opened.tensor(name)
 
 
-_GGUF = (
-    " has weights in GGUF only, which are quantised: expected a Hugging Face folder. Prune the model that they were "
-    "made from, and convert the result"
-)
-
-
 def open_checkpoint(source: str | Path) -> Checkpoint:
     """Find and check a checkpoint: a Hugging Face folder, or the name of a model on the hub. Nothing is loaded.
 
@@ -119,24 +113,6 @@ def _index_name(folder: Path) -> str | None:
     return next((name for name in (INDEX, _BIN_INDEX) if (folder / name).is_file()), None)
 
 
-def local_folder(source: str | Path) -> Path | None:
-    """The folder ``source``; None for a name on the hub. Raises ValueError for what is neither."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    if path.suffix == ".gguf" and path.exists():
-        raise ValueError(f"{path}{_GGUF}")
-    if path.exists():
-        raise ValueError(
-            f"{path} is a file: expected a Hugging Face folder, with config.json and model.safetensors in it"
-        )
-    if is_folder_name(text := str(source)) or "/" not in text:
-        raise ValueError(
-            f"{path} does not exist: expected a Hugging Face folder, or a name on the hub such as 'org/model'"
-        )
-    return None
-
-
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
@@ -159,7 +135,7 @@ def _other_content(folder: Path) -> str:
             f"{folder} holds a PEFT adapter, not a model: merge it first (merge_and_unload() of PEFT, then "
             "save_pretrained), and prune that folder"
         )
-    return f"{folder}{_GGUF}" if any(folder.glob("*.gguf")) else ""
+    return f"{folder}{GGUF_ONLY}" if any(folder.glob("*.gguf")) else ""
 
 
 def _no_weights(folder: Path) -> str:

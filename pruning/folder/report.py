@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from leanstep._files import model_name
 from leanstep._pages.charts import COLORS, Series, chart, compact, heat_map
 from leanstep._pages.page import render
 from leanstep.pruning.allocate.budgets import UNITS
@@ -75,7 +76,7 @@ def card_facts(content: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
 
 
 def _title(content: Mapping[str, Any]) -> str:
-    name = Path(content.get("source") or "model").name
+    name = model_name(content.get("source") or "model")
     if _unit(content["layers"]).key == "bits":
         return f"{name} compressed to {_bits(content)} bits per weight"
     return f"{name} pruned to {content['sparsity']:.2%} zeros"

@@ -9,6 +9,7 @@ import gzip
 import inspect
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,11 +98,11 @@ def load_chat(config: "DataConfig") -> LoadedData:
         ValueError: a line that is no example, a tokenizer without chat template for messages, or too few examples.
     """
     tokenizer = open_tokenizer(config.tokenizer)
-    train, left_out = _read(str(config.path), "data.path", tokenizer, config.seq_len)
+    train, cut = _read(str(config.path), "data.path", tokenizer, config.seq_len)
     facts = {"data": f"chat {config.path}: {_count(train)}"}
     if config.val_path:
-        validation, also_left_out = _read(config.val_path, "data.val_path", tokenizer, config.seq_len)
-        left_out += also_left_out
+        validation, also_cut = _read(config.val_path, "data.val_path", tokenizer, config.seq_len)
+        cut += also_cut
     else:
         train, validation = _hold_out(train, config)
     if not train:
@@ -116,8 +117,10 @@ def load_chat(config: "DataConfig") -> LoadedData:
     facts["tokenizer"] = f"{config.tokenizer}, {len(tokenizer):,} tokens"
     facts["training"] = f"{_count(train)}, {len(datasets[0]):,} sequences of {config.seq_len} tokens"
     facts["validation"] = f"{_count(validation)}, {len(datasets[1]):,} sequences" if validation else "none"
-    if left_out:
-        facts["left out"] = f"{left_out:,} examples without an answer in their first {config.seq_len} tokens"
+    if cut["answers"]:
+        facts["cut"] = f"{cut['answers']:,} examples lose part of their answers, behind {config.seq_len} tokens"
+    if cut["examples"]:
+        facts["left out"] = f"{cut['examples']:,} examples without an answer in their first {config.seq_len} tokens"
     return LoadedData(
         tokenizer,
         datasets[0],
@@ -156,20 +159,23 @@ def _hold_out(examples: list[Example], config: "DataConfig") -> tuple[list[Examp
     return examples[:first], examples[first:]
 
 
-def _read(path: str, key: str, tokenizer: "PreTrainedTokenizerFast", seq_len: int) -> tuple[list[Example], int]:
-    """Return the examples of a file, folder or glob, cut to ``seq_len``, and the number of those left out."""
-    examples, left_out = [], 0
+def _read(
+    path: str, key: str, tokenizer: "PreTrainedTokenizerFast", seq_len: int
+) -> tuple[list[Example], Counter[str]]:
+    """Return the examples of a file, folder or glob, cut to ``seq_len``, and how many lost "answers" or all of them."""
+    examples, lost = [], Counter[str]()
     for where, row in read_rows(path, key):
         example = encode_row(row, where, tokenizer)
         # copies: a view would keep the whole example in memory
         cut = Example(example.tokens[:seq_len].copy(), example.is_answer[:seq_len].copy())
         if cut.is_answer[1:].any():
             examples.append(cut)
+            lost["answers"] += bool(example.is_answer[seq_len:].any())
         else:
-            left_out += 1
-    if not examples and not left_out:
+            lost["examples"] += 1
+    if not examples and not lost:
         raise ValueError(f"{key}: '{path}' is empty; training needs examples, one JSON object a line")
-    return examples, left_out
+    return examples, lost
 
 
 def read_rows(path: str, key: str) -> Iterator[tuple[str, dict[str, Any]]]:

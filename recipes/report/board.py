@@ -21,7 +21,7 @@ import numpy as np
 from leanstep._files import open_regular, read_bytes, write_text
 from leanstep._pages.page import render
 from leanstep.recipes.report.report import differences
-from leanstep.recipes.report.runlog import LOG_LIMIT, Run, number, read_files, read_log
+from leanstep.recipes.report.runlog import LOG_LIMIT, Run, flat, number, read_files, read_log
 from leanstep.recipes.report.runs import facts_of, run_folders
 from leanstep.recipes.training.folder import is_held
 
@@ -62,11 +62,11 @@ class Board:
             most = self._most_lines(runs)
             facts = [facts_of(run, self.root) for run in runs]
             curves = [self._followed[run.folder].curves(most) for run in runs]
-        settings = differences([fact.pop("settings") for fact in facts])
+        settings = differences([flat(run.config) for run in runs])
         settings = [row for row in settings if not row[0].startswith(_NO_SETTINGS)]
         reported = [f"{fact['name']}: {text}" for fact, run in zip(facts, runs, strict=True) for text in run.problems]
         for fact, run, curve in zip(facts, runs, curves, strict=True):
-            del fact["age_s"]  # the page computes it from "updated"
+            del fact["settings"], fact["age_s"]  # the page computes the age from "updated"
             # status.json is older than the log while a run is running
             fact["step"] = max([fact["step"] or 0, *curve["train"]["step"][-1:]])
             page = run.folder / "report.html"

