@@ -89,7 +89,8 @@ def create(
             ``weight_decay`` as AdamW's.
         embeddings, split, settings, overrides: as for :func:`param_groups`; "balanced" embeddings need "sinkgd", and
             ``split`` needs "sinkgd" or "lanton".
-        say: takes the table of groups, with the rules of the class and the rates; None: no table, as on all ranks but one.
+        say: takes the table of groups, with the rules of the class and the rates; None: no table, as on all ranks but
+            one.
         **options: arguments of the class, such as ``lr``; torch's switches as for the class.
 
     Raises:

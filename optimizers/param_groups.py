@@ -84,7 +84,7 @@ class ParamGroups(list[dict[str, Any]]):
     unused_settings: tuple[str, ...] = ()
 
     def summary(self, optimizer: type | None = None) -> str:
-        """One line per group: name, rule, learning rate, tensors, elements, share, rows of the blocks, and the first parameter names.
+        """One line per group: name, rule, rate, tensors, elements, share, rows of the blocks, first parameter names.
 
         ``4 x 64 + 128`` are four blocks of 64 rows and one of 128; ``64 each`` are blocks of 64 rows, as many as a
         parameter has. The column is there if a group has blocks. A last line names settings that no parameter has.

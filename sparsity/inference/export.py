@@ -113,9 +113,8 @@ def export_folder(source: str | Path, out: str | Path, *, format: str = "sparse"
             _write_index(source, folder, weight_map)
         written = sum((folder / path.name).stat().st_size for path in paths)
         facts = {"Weights": f"{format_bytes(written)}, stored {format}{f' in {values}' if values else ''}"}
-        write_card(
-            folder, f"{model_name(source)} {format}", facts, base=str(source), relation="quantized" if values else "finetune"
-        )
+        title, relation = f"{model_name(source)} {format}", "quantized" if values else "finetune"
+        write_card(folder, title, facts, base=str(source), relation=relation)
     return Export(out, forms, size, written)
 
 

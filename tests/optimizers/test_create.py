@@ -39,7 +39,7 @@ def test_the_class_its_options_and_the_groups_of_the_model(name, cls):
     assert groups["hidden"]["lr"] == 3e-3 and groups["head"]["lr"] == 1e-3
     assert groups["norm"]["weight_decay"] == 0
     first, head, *rows = lines[0].splitlines()
-    assert first == cls.__name__ and head.split()[-6:] == "lr tensors elements share first parameters".split()
+    assert first == cls.__name__ and head.split()[-6:] == ["lr", "tensors", "elements", "share", "first", "parameters"]
     assert [row.split()[-6 if row.endswith(" more)") else -5] for row in rows if row.startswith("head")] == ["0.001"]
     assert len(rows) == len(groups) and all("0.003" in row for row in rows if not row.startswith("head"))
     before = [parameter.clone() for parameter in model.parameters()]
