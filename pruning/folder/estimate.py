@@ -19,6 +19,7 @@ from torch import nn
 
 from leanstep._files import free_bytes
 from leanstep._memory import free_memory
+from leanstep.pruning.compress.menu import ends_of
 from leanstep.pruning.cost import Bytes, Cost, Plan, Rates, Shapes, Workload
 from leanstep.pruning.folder.files import DTYPES, Checkpoint, most_common_dtype, written_bytes
 from leanstep.pruning.folder.loading import LONGEST, empty_model_of, load_cost, position_count
@@ -147,6 +148,8 @@ def estimate_pruning(
     dtype = DTYPES[most_common_dtype(checkpoint)]
     model = empty_model_of(checkpoint, dtype)
     names = prunable_names(model, include=include, exclude=exclude)
+    if workload.config.menu is not None and include is None:  # the embedding and the head are rounded, too
+        names += [end.parameter for end in ends_of(model, {*names}, exclude)]
     shapes = Shapes.of(checkpoint, model, names, _tokens(checkpoint, model, workload.tokens))
     plan = Plan(shapes, workload, measured_rates(product_dtype(dtype, workload.config.products), workload))
     loading, costs = load_cost(plan), phase_costs(plan)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from leanstep._checkpoint.mapped import Scratch
 from leanstep.pruning.allocate.levels import level_count
-from leanstep.pruning.config import Progress
+from leanstep.pruning.config import ROUNDINGS, Progress
 from leanstep.pruning.cost import Cost, Plan
 from leanstep.pruning.measure.batches import evaluating
 from leanstep.pruning.measure.curves import Curve, Levels, counts_and_patterns, curve_of
@@ -100,7 +100,7 @@ class Trial:
 
     def _report(self, done: int, total: int) -> None:
         if self.progress is not None:
-            self.progress(done, total, "pruning")
+            self.progress(done, total, "rounding" if self.pruning.score in ROUNDINGS else "pruning")
 
     def _pruned(
         self,

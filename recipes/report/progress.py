@@ -28,6 +28,7 @@ _PHASES = {
     "refinement time": ("search", "seconds"),
     "comparison": ("comparison on held-out data", "matrices"),
     "pruning": ("pruning", "blocks"),
+    "rounding": ("rounding", "blocks"),
     "reconstruction": ("reconstruction of blocks", "steps"),
     "recovery": ("recovery", "steps"),
     "writing": ("writing", ""),

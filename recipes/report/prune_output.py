@@ -59,10 +59,9 @@ def _spent(budget: dict[str, Any]) -> str:
 
     before, after, dense = budget["before"], budget["after"], budget["dense"]
     removed, requested = 1 - after / dense, 1 - budget["target"] / dense
-    return (
-        f"{after:.6g} {UNITS[budget['kind']]} after, {before:.6g} before: {removed:.4f} of {dense:.6g} removed, "
-        f"{requested:.4f} asked for"
-    )
+    after, before, dense = (f"{cost:,.0f}" if cost >= 1000 else f"{cost:.6g}" for cost in (after, before, dense))
+    shares = f"{removed:.2%} of {dense} removed, {requested:.2%} asked for"
+    return f"{after} {UNITS[budget['kind']]} after, {before} before: {shares}"
 
 
 def reconstruction_line(reconstruction: dict[str, Any], metric: str) -> str:
@@ -141,7 +140,9 @@ def summary_of(result: "PruneResult", layers: list[dict[str, Any]], out: str) ->
     for one in result.compared:
         error = "" if one.joint_stderr != one.joint_stderr else f" +- {one.joint_stderr:.2g}"
         summed = "" if math.isnan(one.summed) else f"; single matrices sum to {one.summed:.4g}"
-        joint = f"{result.metric} {one.joint:.4g}{error} with all matrices pruned"
+        joint = (
+            f"{result.metric} {one.joint:.4g}{error} with all matrices {'in their formats' if compressed else 'pruned'}"
+        )
         lines.append(f"held out       {one.method}: {joint}{summed}")
     changes = {one.method: one.joint for one in result.compared}
     written, uniform = changes.get(result.allocation.method, math.nan), changes.get("uniform", math.nan)

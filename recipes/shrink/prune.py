@@ -372,8 +372,6 @@ def _dryrun(options: argparse.Namespace) -> int:
 
             print(f"sizes in reach: {reach(checkpoint, config, options.format)}")
         print("\n".join(estimate_lines(estimate)))
-        if config.menu and config.include is None:
-            print("not in the estimate: time and memory to round the embedding and the head, which the sizes count")
         if options.eval_tasks is not None:
             print(f"not in the estimate: --eval-tasks {options.eval_tasks}")
     for problem in problems:

@@ -77,7 +77,7 @@ def test_the_command_removes_a_fraction_of_operations_or_bytes(kind, base, tmp_p
         "after": left,
     }
     assert 0.59 * dense < left <= 0.6 * dense
-    assert f"budget         {left:.6g} " in told and "0.4000 asked for" in told
+    assert f"budget         {left:,.0f} " in told and "40.00% asked for" in told
     unit = {"flops": "Operations per sample", "bytes": "Bytes"}[kind]
     assert unit in (tmp_path / "out" / "report.html").read_text()
     assert {one["method"] for one in content["compared"]} == {"dp", "uniform"}

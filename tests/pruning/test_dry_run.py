@@ -303,6 +303,21 @@ def test_a_dry_run_refuses_what_the_run_refuses(options, message, tmp_path, caps
     assert "not in the estimate" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("tied", "ends"), [(True, 1), (False, 2)])
+def test_what_compress_takes_counts_the_embedding_and_the_head(tied, ends, tmp_path, capsys):
+    save_model(make_llama(1, tie_word_embeddings=tied, hidden_size=32, intermediate_size=64), tmp_path / "model")
+    (text := tmp_path / "text.txt").write_text(sentences(400))
+    command = ["compress", str(tmp_path / "model"), "--format", "dense", "--out", str(tmp_path / "out")]
+    command += ["--bits-per-weight", "8", "--data", str(text), "--dry-run", "--json"]
+    estimates = []
+    without = ["--exclude", "*embed_tokens*", *(() if tied else ("--exclude", "lm_head*"))]
+    for options in ([], without):
+        assert main([*command, *options]) == 0
+        estimates.append(json.loads(capsys.readouterr().out))
+    assert [one["matrices"] for one in estimates] == [7 + ends, 7]
+    assert not estimates[0]["not_counted"]
+
+
 def count_stored(monkeypatch):
     """Return a list that gets the bytes in files of activations whenever some are stored."""
     stored, most = [], []
