@@ -68,8 +68,6 @@ def run(options: argparse.Namespace) -> int:
             result = _prune(options, bar)
             rows = judge(tasks, options, bar) if tasks and result is not None else []
     except (ValueError, ImportError, OSError, RuntimeError, MemoryError) as error:
-        from leanstep._processes import is_first_to_fail
-
         if lacks_memory(error):
             reason = "; ".join(filter(None, (allowed_memory(), one_line(error) or type(error).__name__)))
             state = ""
@@ -82,7 +80,12 @@ def run(options: argparse.Namespace) -> int:
         if isinstance(error, RuntimeError):
             raise
         # of several processes all meet most errors, and one alone may meet others
-        if is_first_to_fail():
+        is_first = rank == 0
+        if "torch" in sys.modules:
+            from leanstep._processes import is_first_to_fail
+
+            is_first = is_first_to_fail()
+        if is_first:
             print(f"error: {one_line(error)}", file=sys.stderr)
         # a name or a task that needs the network is bad input, as for `eval`
         return 1 if isinstance(error, OSError) and not isinstance(error, ConnectionError) else 2

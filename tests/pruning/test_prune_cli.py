@@ -439,23 +439,36 @@ def test_every_phase_is_told(options, phases, base, tmp_path, capsys):
         assert any(line.startswith(phase) for line in lines), phase
 
 
-PRUNE = "prune nothing --out nowhere"
-
-
-@pytest.mark.parametrize("command", [PRUNE, f"{PRUNE} --dry-run", "eval . --data nothing", "check llama-nano-adamw"])
-def test_the_first_line_comes_before_torch(command):
-    code = f"""
+PRUNE = "prune org/model --out nowhere"
+EXITS_AT_TORCH = """
 import sys
 class Finder:
     def find_spec(self, name, *rest):
         if name == "torch": sys.exit(9)
 sys.meta_path.insert(0, Finder())
 from leanstep import cli
-cli.open_standard_streams, sys.stderr.isatty = str, lambda: {"dry-run" in command}
-cli.main({command.split()})
+cli.open_standard_streams, sys.stderr.isatty = str, lambda: "--dry-run" in sys.argv
+sys.exit(cli.main(sys.argv[1:]))
 """
-    ended = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+
+
+def run_until_torch(command, folder):
+    program = [sys.executable, "-P", "-c", EXITS_AT_TORCH, *command.split()]
+    return subprocess.run(program, cwd=folder, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("command", [PRUNE, f"{PRUNE} --dry-run", "eval . --data nothing", "check llama-nano-adamw"])
+def test_the_first_line_comes_before_torch(command, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).touch()
+    ended = run_until_torch(command, tmp_path)
     assert ended.returncode == 9 and ended.stderr == "loading torch and transformers\n"
+
+
+@pytest.mark.parametrize("command", ["prune model --out nowhere", "eval model --data nothing", "generate model Hello"])
+def test_a_mistyped_folder_is_refused_before_torch(command, tmp_path):
+    ended = run_until_torch(command, tmp_path)
+    assert ended.returncode == 2 and "model" in ended.stderr.splitlines()[-1]
 
 
 def test_a_phase_in_which_nothing_is_counted_is_told_again(monkeypatch, capsys):
