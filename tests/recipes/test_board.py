@@ -204,7 +204,8 @@ def test_the_server_refuses_what_is_outside_and_what_is_no_page(made, tmp_path):
 
 
 def test_mistakes_are_told_in_one_line_and_nothing_is_written(made, tmp_path, capsys):
-    (tmp_path / "empty").mkdir()
+    for name in ("empty", "empty.html"):
+        (tmp_path / name).mkdir()
     out = tmp_path / "board.html"
     with BoardServer(made, 0) as server:
         port = str(server.server_port)
@@ -215,7 +216,8 @@ def test_mistakes_are_told_in_one_line_and_nothing_is_written(made, tmp_path, ca
             ([str(tmp_path / "none")], "none is not a folder; expected one that holds runs"),
             ([str(tmp_path / "none"), "--out", str(out)], "none is not a folder"),
             ([str(tmp_path / "empty"), "--out", str(out)], "no run and no report below"),
-            ([str(made), "--out", str(made)], "is a folder"),
+            ([str(made), "--out", str(tmp_path / "empty.html")], "is a folder"),
+            ([str(made), "--out", str(tmp_path / "board")], "expected a name that ends in .html, got"),
             ([str(made), "--out", str(tmp_path / "no" / "board.html")], "no of board.html does not exist"),
             ([str(made), "more"], "unexpected argument 'more'"),
         ):
@@ -226,7 +228,7 @@ def test_mistakes_are_told_in_one_line_and_nothing_is_written(made, tmp_path, ca
             said = capsys.readouterr()
             assert code == 2 and not said.out, words
             assert message in said.err and said.err.count("\n") == 1, said.err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "runs", "secret.html"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "empty.html", "runs", "secret.html"]
 
 
 def test_the_command_serves_until_it_is_interrupted(made, capsys, monkeypatch):

@@ -83,7 +83,7 @@ def test_cards_of_the_model_and_of_its_adapter_say_data_loss_and_speed(finished)
     assert (model.data.library_name, model.data.pipeline_tag) == ("transformers", "text-generation")
     assert (adapter.data.library_name, adapter.data.tags) == ("peft", ["leanstep", "lora"])
     for text in (
-        "| Base model | final |",
+        "| Base model | base |",
         "| Data | text other.txt |",
         "| Held-out loss |",
         "(standard error over the sequences)",

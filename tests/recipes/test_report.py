@@ -459,7 +459,9 @@ def test_hostile_names_are_cut(tmp_path):
 def test_a_report_that_cannot_be_written_is_told_in_a_line(tmp_path, capsys, monkeypatch):
     run = write_run(tmp_path / "run")
     (tmp_path / "file").write_text("x")
-    for out in (tmp_path, tmp_path / "file" / "page.html", Path("/dev/null")):
+    (tmp_path / "folder.html").mkdir()
+    (tmp_path / "null.html").symlink_to("/dev/null")
+    for out in (tmp_path / "folder.html", tmp_path / "file" / "page.html", tmp_path / "null.html"):
         assert cli.main(["report", str(run), "--out", str(out)]) == 1
         told = capsys.readouterr()
         assert told.out == "" and told.err.count("\n") == 1 and "could not be written" in told.err
