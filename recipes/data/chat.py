@@ -132,6 +132,25 @@ def load_chat(config: "DataConfig") -> LoadedData:
     )
 
 
+def holds_conversations(path: str, text_key: str) -> bool:
+    """Whether a file's first line is an example of these, without a column of texts."""
+    try:
+        row = json.loads(next(_lines(Path(path).expanduser()))) if path.endswith((".jsonl", ".jsonl.gz")) else None
+    except (OSError, ValueError, StopIteration):
+        return False  # its reader says what is wrong
+    keys = {*row} if isinstance(row, dict) else set()
+    return text_key not in keys and ("messages" in keys or {"prompt", "completion"} <= keys)
+
+
+def load_answers(path: str, tokenizer: Any, seq_len: int, *, packing: bool) -> tuple[ChatSequences, str]:
+    """Return the examples of a file, cut to ``seq_len`` tokens, and their description. Raises ValueError as above."""
+    examples, cut = _read(path, "data.val_path", tokenizer, seq_len)
+    if not examples:
+        raise ValueError(f"data.val_path: no answer in '{path}' lies within {seq_len} tokens; give --seq-len")
+    dataset = ChatSequences(examples, seq_len, pad_id=padding(tokenizer), packing=packing)
+    return dataset, f"chat {path}: {_count(examples)}; {cut['answers']:,} cut, {cut['examples']:,} left out"
+
+
 def _count(examples: Sequence[Example]) -> str:
     tokens = sum(len(example.tokens) for example in examples)
     answers = sum(int(example.is_answer.sum()) for example in examples)

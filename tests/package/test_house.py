@@ -79,6 +79,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "races excluded": 442,
     },
     "lines of recipes/": {
+        "conversations in eval": 27,
         "what a new user met": 11,
         "standard errors of validation losses, holders of run folders": 25,
         "a failed start leaves no folder": 5,
@@ -101,6 +102,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
         "embedding models and classifiers": 156,
     },
     "lines of the package": {
+        "conversations in eval": 27,
         "what a new user met": 38,
         "missing barriers": 469,
         "SinkGD without a rate, adapters by width": 9,
@@ -139,6 +141,7 @@ CAPABILITIES: dict[str, dict[str, int]] = {
     "lines of lora/": {"model cards": 7, "QLoRA": 15},
     "lines of C++": {"products of bit masks by AVX2's byte shuffles": 65, "int4 by AVX2's byte shuffles": 39},
     "lines of tests/": {
+        "conversations in eval": 13,
         "what a new user met": 40,
         "missing barriers": 49,
         "SinkGD without a rate, adapters by width": 26,

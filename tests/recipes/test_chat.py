@@ -10,6 +10,7 @@ from tokenizers.processors import TemplateProcessing
 from training import read_log, run
 from transformers import PreTrainedTokenizerFast
 
+from leanstep import cli
 from leanstep.recipes.check.check import Check
 from leanstep.recipes.config.loader import ConfigError, load
 from leanstep.recipes.config.schema import DataConfig
@@ -307,7 +308,7 @@ log: {{every: 1}}
 """
 
 
-def test_a_run_learns_the_answers_and_continues_held_out_prompts(folder, tmp_path):
+def test_a_run_learns_the_answers_and_continues_held_out_prompts(folder, tmp_path, capsys):
     rows = [{"messages": [TALK[1], {"role": "assistant", "content": f"Model {n % 3}."}]} for n in range(40)]
     recipe = tmp_path / "chat.yaml"
     recipe.write_text(RECIPE.format(path=write(tmp_path / "a.jsonl", rows), folder=folder))
@@ -320,3 +321,12 @@ def test_a_run_learns_the_answers_and_continues_held_out_prompts(folder, tmp_pat
     data = load_data(load(recipe).data, seed=0)
     prompts = held_out_prompts(data.validation, data.tokenizer.eos_token_id)
     assert data.tokenizer.decode(prompts[0]) == "<|user|>Who are you?<|end|>\n<|assistant|>"
+    # `eval` of the held-out conversations is the run's own loss
+    held_out = write(tmp_path / "held-out.jsonl", rows[-len(data.validation.examples) :])
+    command = ["eval", str(tmp_path / "out"), "--data", str(held_out), "--seq-len"]
+    assert cli.main([*command, "64", "--json"]) == 0
+    judged, status = json.loads(capsys.readouterr().out), json.loads((tmp_path / "out" / "status.json").read_text())
+    assert judged["loss"] == pytest.approx(status["val_loss"], rel=1e-5)
+    assert "in answers; 0 cut, 0 left out" in judged["data"]
+    assert cli.main([*command, "2"]) == 2
+    assert "no answer in" in capsys.readouterr().err
